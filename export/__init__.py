@@ -1,0 +1,1 @@
+"""Model directory to ONNX graphs (imported as `higen.export`)."""

@@ -1,0 +1,143 @@
+"""A stage to an ONNX graph: traced from the torch module that runs it, named by the stage table.
+
+Exporter facts that this relies on (torch 2.13, onnxscript 0.7): `optimize=False` keeps the parameters' names, so that
+initializers can point into the safetensors files; the optimiser without folding then removes what tracing left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import onnx_ir as ir
+import torch
+from onnxscript.optimizer import optimize_ir
+
+from higen.backends.torch import TorchBackend
+from higen.bundle import Bundle, weights_file
+from higen.errors import BackendError
+from higen.export.weights import point_into, stored_tensors
+from higen.stages import STAGES, Stage, dimensions
+
+__all__ = ["OPSET", "example_inputs", "export_stage", "sizes_for"]
+
+OPSET = 23
+"""Attention is an operator from opset 23, native GroupNormalization from 21, bfloat16 Conv from 22."""
+
+LARGEST_INLINE = 4096
+"""A graph holds no tensor of more bytes than this."""
+
+PREFIXES = {"text_encoder": "encoder.", "vae_decoder": "autoencoder.", "vae_encoder": "autoencoder."}
+"""What a stage's module puts before the names in its weights file."""
+
+TRACED = {"B": 2, "F": 5, "N": 3}
+"""Sizes the tracer sees; all differ, so that no two axes are taken for one."""
+
+
+def example_inputs(stage: Stage, sizes: dict[str, int], seed: int = 0) -> dict[str, torch.Tensor]:
+    """Random inputs of a stage for these sizes: tokens and timesteps as int64 from 0 to 4, all else normal."""
+    random = torch.Generator().manual_seed(seed)
+    inputs = {}
+    for tensor in stage.inputs:
+        shape = [n if isinstance(n, int) else sizes[n] for n in tensor.shape]
+        if tensor.dtype == "int64":
+            inputs[tensor.name] = torch.randint(0, 5, shape, generator=random)
+        else:
+            inputs[tensor.name] = torch.randn(shape, generator=random)
+    return inputs
+
+
+def export_stage(bundle: Bundle, backend: TorchBackend, name: str, output: Path, opset: int = OPSET) -> None:
+    """Write the graph of a stage to `output`, a file in the model's own folder.
+
+    Batch, frames, height and width are dynamic. Raises BackendError where tracing fails or a large tensor would end
+    up in the graph.
+    """
+    stage, multiple = STAGES[name], bundle.config.unet.size_multiple
+    sizes = sizes_for(bundle, TRACED | {"H": 2 * multiple, "W": 3 * multiple})
+    model = _trace(stage, backend.module(name), sizes, set(dimensions(bundle.config)), opset)
+    optimize_ir(model, should_fold=lambda _: False)
+    _name_dimensions(model.graph, stage)
+    stored = stored_tensors(bundle.file(weights_file(name), verify=False))
+    weights = {PREFIXES.get(name, "") + key: tensor for key, tensor in stored.items()}
+    point_into(model.graph, weights, bundle.path)
+    large = [k for k, v in model.graph.initializers.items() if k not in weights and _bytes(v) > LARGEST_INLINE]
+    if large:
+        raise BackendError(f"{name}: the graph would hold the tensors {large[:10]} itself")
+    ir.save(model, output)
+
+
+def sizes_for(bundle: Bundle, free: dict[str, int]) -> dict[str, int]:
+    """A size for every symbol of the stage table: those the model fixes, `free`, and the pixels of its H and W."""
+    factor = bundle.config.autoencoder.factor
+    return {**dimensions(bundle.config), **free, "Y": free["H"] * factor, "X": free["W"] * factor}
+
+
+def _bytes(value: ir.Value) -> int:
+    return 0 if value.const_value is None else value.const_value.nbytes
+
+
+def _trace(stage: Stage, module: torch.nn.Module, sizes: dict[str, int], fixed: set[str], opset: int) -> ir.Model:
+    inputs = example_inputs(stage, sizes)
+    dynamic = [
+        {i: torch.export.Dim.DYNAMIC for i, n in enumerate(t.shape) if isinstance(n, str) and n not in fixed}
+        for t in stage.inputs
+    ]
+    with _quiet():
+        try:
+            program = torch.onnx.export(
+                module,
+                tuple(inputs.values()),
+                dynamo=True,
+                optimize=False,
+                opset_version=opset,
+                input_names=[t.name for t in stage.inputs],
+                output_names=list(stage.graph_outputs),
+                dynamic_shapes=tuple(dynamic),
+                verbose=False,
+            )
+        except torch.onnx.errors.OnnxExporterError as error:
+            raise BackendError(f"{stage.name}: PyTorch could not export it: {error}") from error
+    if program is None:
+        raise BackendError(f"{stage.name}: PyTorch exported nothing")
+    return program.model
+
+
+def _name_dimensions(graph: ir.Graph, stage: Stage) -> None:
+    """Give inputs and outputs the symbols of the stage table; drop the tracer's inner shapes, which name others."""
+    for value, tensor in [
+        *zip(graph.inputs, stage.inputs, strict=True),
+        *zip(graph.outputs, stage.outputs, strict=True),
+    ]:
+        if value.shape is None:
+            raise BackendError(f"{stage.name}.{tensor.name}: the exported graph does not know its shape")
+        old = list(value.shape)
+        value.shape = ir.Shape(
+            [n if isinstance(n, int) else symbol for n, symbol in zip(old, tensor.shape, strict=True)]
+        )
+    kept = {*graph.inputs, *graph.outputs}
+    for node in graph:
+        for out in node.outputs:
+            if out not in kept and out.shape is not None and not out.shape.is_static():
+                out.shape = None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """The exporter's progress lines and its warnings about itself say nothing that a user can act on."""
+    loggers: list[Any] = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "onnx_ir")]
+    levels = [logger.level for logger in loggers]
+    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        warnings.simplefilter("ignore")
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loggers, levels, strict=True):
+                logger.setLevel(level)

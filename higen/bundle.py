@@ -1,0 +1,239 @@
+"""The model directory: manifest, files, hashes. The only artefact; torch, graphs, engines and C++ share it.
+
+model/higen.json            architecture, schedule, defaults, licence, and sha256 and size of every file
+model/unet.safetensors      conditioner and U-Net, one copy for the spatial and the temporal network
+model/text_encoder.safetensors   model/vae.safetensors   model/tokenizer.json
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import reprlib
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from higen.config import ModelConfig, from_json, to_json
+from higen.errors import IntegrityError, ManifestError, ModelError
+
+__all__ = [
+    "MANIFEST",
+    "VERSION",
+    "Bundle",
+    "FileRecord",
+    "add_files",
+    "create",
+    "file_record",
+    "graph_file",
+    "weights_file",
+]
+
+MANIFEST = "higen.json"
+VERSION = 1
+"""Version of the manifest's layout. A reader refuses a newer one."""
+
+UNET, TEXT_ENCODER, AUTOENCODER, TOKENIZER = (
+    "unet.safetensors",
+    "text_encoder.safetensors",
+    "vae.safetensors",
+    "tokenizer.json",
+)
+
+
+def weights_file(stage: str) -> str:
+    """The file that holds a stage's weights."""
+    if stage == "text_encoder":
+        return TEXT_ENCODER
+    return AUTOENCODER if stage.startswith("vae") else UNET
+
+
+def graph_file(stage: str) -> str:
+    """The file that holds a stage's graph."""
+    return f"{stage}.onnx"
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What the manifest knows of a file: its size in bytes and sha256 in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened model directory: its manifest has been read and checked, no other file yet."""
+
+    path: Path
+    config: ModelConfig
+    files: Mapping[str, FileRecord]
+
+    @classmethod
+    def open(cls, path: str | os.PathLike[str]) -> Bundle:
+        """Read and check the manifest; every file it lists must be there in its full size.
+
+        Raises ManifestError (not a model directory, malformed, newer version) or IntegrityError (file missing or cut).
+        """
+        folder = Path(path)
+        manifest = _read_manifest(folder)
+        records = {
+            _plain_name(name): from_json(FileRecord, record, f"files.{name}")
+            for name, record in _object(manifest, "files").items()
+        }
+        bundle = cls(folder, from_json(ModelConfig, _object(manifest, "model"), "model"), records)
+        for name, record in records.items():
+            bundle._check_size(name, record)
+        return bundle
+
+    def file(self, name: str, verify: bool = True) -> Path:
+        """Path of a file of the model, after its size and (with `verify`) its sha256 were checked.
+
+        Raises IntegrityError.
+        """
+        if name not in self.files:
+            raise IntegrityError(f"{self.path}: the manifest lists no {name}; it lists {', '.join(sorted(self.files))}")
+        path = self._check_size(name, self.files[name])
+        try:
+            altered = verify and sha256(path) != self.files[name].sha256
+        except OSError as error:
+            raise IntegrityError(f"{path}: cannot be read: {error.strerror}") from error
+        if altered:
+            raise IntegrityError(f"{path}: its content does not match the sha256 in {MANIFEST}; fetch the file again")
+        return path
+
+    def _check_size(self, name: str, record: FileRecord) -> Path:
+        path = self.path / name
+        try:
+            found = path.stat()
+        except (OSError, ValueError) as error:  # ValueError: a name that no file system takes
+            raise IntegrityError(f"{path}: listed in {MANIFEST} but not readable: {error}") from error
+        if not stat.S_ISREG(found.st_mode):
+            raise IntegrityError(f"{path}: listed in {MANIFEST} but no plain file")
+        if found.st_size != record.size:
+            raise IntegrityError(
+                f"{path}: {found.st_size} bytes, but {MANIFEST} says {record.size}; fetch the file again"
+            )
+        return path
+
+
+def _read_manifest(folder: Path) -> dict[str, Any]:
+    path = folder / MANIFEST
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path that no file system takes
+        raise ManifestError(f"{folder}: not a model directory, {MANIFEST} cannot be read: {error}") from error
+    try:
+        manifest = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(manifest, dict) or manifest.get("format") != "higen":
+        raise ManifestError(f'{path}: not a higen manifest ("format" is not "higen")')
+    version = manifest.get("version")
+    if type(version) is not int or version < 1:
+        raise ManifestError(f"{path}: version={reprlib.repr(version)}: a whole number from 1 to {VERSION}")
+    if version > VERSION:
+        raise ManifestError(
+            f"{path}: version={version}, but this higen reads up to {VERSION}: pip install --upgrade higen"
+        )
+    return manifest
+
+
+def _object(manifest: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = manifest.get(key)
+    if not isinstance(value, dict):
+        raise ManifestError(f"{MANIFEST}: {key}={reprlib.repr(value)}: an object is wanted")
+    return value
+
+
+def _plain_name(name: str) -> str:
+    """A file of a model lies in its directory or below: no absolute path, no way out."""
+    parts = name.replace("\\", "/").split("/")
+    if not name or name == MANIFEST or "" in parts or "." in parts or ".." in parts or ":" in name or "\0" in name:
+        raise ManifestError(f"{MANIFEST}: files has the entry {name!r}: a path inside the model directory is wanted")
+    return name
+
+
+def sha256(path: Path) -> str:
+    """sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def file_record(path: Path) -> FileRecord:
+    """Size and sha256 of a file."""
+    return FileRecord(path.stat().st_size, sha256(path))
+
+
+@contextmanager
+def create(path: str | os.PathLike[str], config: ModelConfig, overwrite: bool = False) -> Iterator[Path]:
+    """Make a model directory: yields an empty folder to fill; on a clean exit the manifest is added and it is moved.
+
+    Nothing appears at `path` before everything is written, and nothing stays behind when writing fails.
+    Raises ModelError if `path` exists (with `overwrite`: exists and is no model directory) or its parent does not.
+    """
+    target = Path(path)
+    if not target.parent.is_dir():
+        raise ModelError(f"{target}: the folder {target.parent} does not exist")
+    _check_free(target, overwrite)
+    try:
+        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise ModelError(f"{target}: cannot write in {target.parent}: {error.strerror}") from error
+    try:
+        yield staging
+        write_manifest(staging, config)
+        staging.chmod(0o755)
+        _check_free(target, overwrite)
+        _move(staging, target)
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _check_free(target: Path, overwrite: bool) -> None:
+    if os.path.lexists(target) and not (overwrite and (target / MANIFEST).is_file()):
+        raise ModelError(f"{target}: exists already" + (" and is no model directory" if overwrite else ""))
+
+
+def _move(staging: Path, target: Path) -> None:
+    """Put `staging` in the place of `target`; what was there is put back if that fails."""
+    if not os.path.lexists(target):
+        staging.replace(target)
+        return
+    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as attic:
+        old = Path(attic, "old")
+        target.replace(old)
+        try:
+            staging.replace(target)
+        except BaseException:
+            old.replace(target)
+            raise
+
+
+def write_manifest(folder: Path, config: ModelConfig) -> None:
+    """Write higen.json for what lies in `folder` (hidden files left out), atomically."""
+    names = [p.name for p in sorted(folder.iterdir()) if p.is_file() and p.name != MANIFEST and p.name[0] != "."]
+    _write(folder, config, {name: file_record(folder / name) for name in names})
+
+
+def add_files(bundle: Bundle, names: Sequence[str]) -> Bundle:
+    """Enter files that now lie in the model's folder into its manifest, atomically; returns the bundle with them."""
+    _write(bundle.path, bundle.config, {**bundle.files, **{name: file_record(bundle.path / name) for name in names}})
+    return Bundle.open(bundle.path)
+
+
+def _write(folder: Path, config: ModelConfig, files: Mapping[str, FileRecord]) -> None:
+    records = {name: to_json(files[name]) for name in sorted(files)}
+    manifest = {"format": "higen", "version": VERSION, "model": to_json(config), "files": records}
+    temporary = folder / f".{MANIFEST}.part"
+    try:
+        temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+        temporary.replace(folder / MANIFEST)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,213 @@
+"""The command `higen`; its exit codes are those of `higen.terminal`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from higen.terminal import JSON, reported
+from higen.version import __version__
+
+__all__ = ["main"]
+
+MODEL = click.option("--model", type=click.Path(path_type=Path), help="Model directory.  [the built-in small model]")
+BACKEND = click.option("--backend", default="auto", show_default=True, help="Where the stages run; see `higen doctor`.")
+
+
+def numbers(text: str) -> float | list[float]:
+    """One number, or the list of comma-separated numbers."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{text!r}: a number, or numbers separated by commas") from None
+    return values[0] if len(values) == 1 else values
+
+
+def _whole(value: Any) -> Any:
+    """Numbers without a fraction as ints, so that `--steps 50` is a whole number; others are refused later."""
+    if isinstance(value, list):
+        return [_whole(v) for v in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="higen")
+def main() -> None:
+    """Text to video with HiGen: a key frame is drawn, then brought to life."""
+
+
+@main.command()
+@click.argument("prompt")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("higen.mp4"),
+    show_default=True,
+    help="File to write: .mp4 .webm .gif .webp .png (a sequence) .npy",
+)
+@MODEL
+@click.option("--image", type=click.Path(path_type=Path), help="Picture to bring to life instead of a drawn key frame.")
+@click.option("--negative-prompt", default="", help="What the video should not show.")
+@click.option("--seed", type=int, default=0, show_default=True)
+@click.option("--steps", type=numbers, help="Denoising steps: one number, or two for the two stages.")
+@click.option("--guidance", type=numbers, help="Guidance scale: one number, or two for the two stages.")
+@click.option("--solver", help="ddim or dpm++2m.")
+@click.option("--frames", type=int)
+@click.option("--width", type=int)
+@click.option("--height", type=int)
+@click.option("--fps", type=int)
+@click.option("--motion", type=numbers, help="How much moves: one number, or one per pair of frames.")
+@click.option("--appearance", type=numbers, help="How much the look changes: one number (0 still), or one per frame.")
+@BACKEND
+@click.option("--device", help="Where torch runs: cpu, cuda, cuda:1, ...")
+@JSON
+def generate(
+    prompt: str,
+    output: Path,
+    model: Path | None,
+    image: Path | None,
+    backend: str,
+    device: str | None,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Make a video of PROMPT.
+
+    What is not given is the model's default.
+    """
+    with reported(as_json):
+        from higen.api import load
+        from higen.video import check_output
+
+        check_output(output)
+        given = {name: value for name, value in options.items() if value is not None}
+        given |= {name: _whole(given[name]) for name in ("steps",) if name in given}
+        with load(model, backend, device=device) as pipeline:
+            video = pipeline(prompt, image=image, progress=False if as_json else None, **given)
+            written = video.save(output)
+        if as_json:
+            click.echo(
+                json.dumps(
+                    {
+                        "file": str(written),
+                        "frames": len(video),
+                        "width": video.width,
+                        "height": video.height,
+                        "fps": video.fps,
+                        **video.metadata,
+                    }
+                )
+            )
+        else:
+            spent = sum(video.metadata["seconds"].values())
+            click.echo(
+                f"{written}: {len(video)} frames, {video.width}x{video.height}, {video.fps:g} fps, {spent:.1f} s"
+            )
+
+
+@main.command()
+@click.option(
+    "--denoiser",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="cvpr2024.t2v.e003.non_ema_0725000.pth, or the same as .safetensors",
+)
+@click.option(
+    "--text-encoder",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="open_clip_pytorch_model.bin, or a Stable Diffusion 2.1 folder in diffusers' format",
+)
+@click.option(
+    "--autoencoder",
+    type=click.Path(path_type=Path),
+    required=True,
+    help="v2-1_512-ema-pruned.ckpt, or a Stable Diffusion 2.1 folder in diffusers' format",
+)
+@click.option("--dtype", type=click.Choice(["fp16", "bf16", "fp32"]), default="fp16", show_default=True)
+@click.option("--overwrite", is_flag=True, help="Replace a model directory that exists.")
+@click.argument("output", type=click.Path(path_type=Path))
+@JSON
+def convert(
+    denoiser: Path, text_encoder: Path, autoencoder: Path, dtype: Any, overwrite: bool, output: Path, as_json: bool
+) -> None:
+    """Turn the released HiGen files into the model directory OUTPUT."""
+    with reported(as_json):
+        from higen.convert import convert as run
+
+        bundle = run(denoiser, text_encoder, autoencoder, output, dtype=dtype, overwrite=overwrite)
+        if as_json:
+            click.echo(json.dumps({"model": str(bundle.path), "files": sorted(bundle.files)}))
+        else:
+            size = sum(record.size for record in bundle.files.values())
+            click.echo(f"{bundle.path}: {len(bundle.files)} files, {size / 1e9:.2f} GB")
+
+
+@main.command()
+@MODEL
+@JSON
+def prompts(model: Path | None, as_json: bool) -> None:
+    """List prompts that a model draws well."""
+    with reported(as_json):
+        from higen.api import default_model
+        from higen.bundle import Bundle
+
+        known = Bundle.open(model or default_model()).config.prompts
+        click.echo(json.dumps({"prompts": list(known)}) if as_json else "\n".join(known) or "The model lists none.")
+
+
+@main.command()
+@JSON
+def doctor(as_json: bool) -> None:
+    """Say what works here, and why the rest does not."""
+    with reported(as_json):
+        from higen.doctor import report
+
+        found = report()
+        click.echo(json.dumps(found.as_json()) if as_json else found.as_text())
+    if not found.healthy:
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("directory", type=click.Path(path_type=Path))
+@click.option("--only", help="Run the cases whose name contains this.")
+@JSON
+def parity(directory: Path, only: str | None, as_json: bool) -> None:
+    """Compare this installation with the reference's numbers in the fixture DIRECTORY."""
+    failed = 0
+    with reported(as_json):
+        from higen.parity import run
+
+        cases = []
+        for case in run(directory, only=only):
+            failed += not case.passed
+            cases.append({"case": case.name, "error": case.error, "allowed": case.allowed, "passed": case.passed})
+            if not as_json:
+                mark = "ok" if case.passed else "OVER"
+                click.echo(f"{mark:<5}{case.error:10.2e}  allowed {case.allowed:8.1e}  {case.name}")
+        if as_json:
+            click.echo(json.dumps({"passed": not failed, "cases": cases}))
+        else:
+            click.echo(f"{len(cases)} cases, {failed} over")
+    if failed:
+        sys.exit(1)
+
+
+@main.command()
+@click.argument("recipe", type=click.Choice(["default"]))
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder for data and state; it resumes.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Model directory to write.")
+@click.option("--steps", type=int, help="Steps of the denoiser.  [the recipe's]")
+@click.option("--codec-minutes", type=float, default=45.0, show_default=True, help="Time for the autoencoder.")
+def train(recipe: str, work: Path, output: Path, steps: int | None, codec_minutes: float) -> None:
+    """Train a model by a RECIPE. Ctrl-C stops it cleanly; the same command goes on."""
+    with reported(False):
+        from higen.train.recipes.default.run import run
+
+        run(work, output, steps, codec_minutes)

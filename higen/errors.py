@@ -1,0 +1,98 @@
+"""Every error that higen raises on purpose.
+
+HigenError
+├── RequestError (ValueError)     an argument of a generation request is wrong
+├── OutputError (ValueError)      a file cannot be written or read as asked: suffix, folder, format
+├── ModelError                    a model directory cannot be used
+│   ├── ManifestError             its higen.json is missing, malformed or of a newer version
+│   ├── IntegrityError            one of its files is missing, truncated or altered
+│   └── CheckpointError           a released checkpoint does not fit the architecture
+├── BackendError                  a backend failed
+│   └── BackendUnavailable        a backend cannot run here; the message says why
+├── FixtureError                  a fixture directory for `higen parity` is malformed
+├── TrainingError                 a training run cannot start, continue or save
+└── MissingExtra (ImportError)    an optional dependency is not installed; the message names the extra
+
+PromptWarning (UserWarning)       a prompt was cut or has words that the model does not know
+FallbackWarning (UserWarning)     a stage runs on a slower backend than the best one present
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BackendError",
+    "BackendUnavailable",
+    "CheckpointError",
+    "FallbackWarning",
+    "FixtureError",
+    "HigenError",
+    "IntegrityError",
+    "ManifestError",
+    "MissingExtra",
+    "ModelError",
+    "OutputError",
+    "PromptWarning",
+    "RequestError",
+    "TrainingError",
+]
+
+
+class HigenError(Exception):
+    """The root of all errors raised by higen."""
+
+
+class RequestError(HigenError, ValueError):
+    """An argument of a generation request is wrong."""
+
+
+class OutputError(HigenError, ValueError):
+    """A file cannot be written or read as asked."""
+
+
+class ModelError(HigenError):
+    """A model directory cannot be used."""
+
+
+class ManifestError(ModelError):
+    """The manifest higen.json is missing, malformed or of a newer version."""
+
+
+class IntegrityError(ModelError):
+    """A file of a model directory is missing, truncated or altered."""
+
+
+class CheckpointError(ModelError):
+    """A released checkpoint does not fit the architecture."""
+
+
+class BackendError(HigenError):
+    """A backend failed."""
+
+
+class BackendUnavailable(BackendError):
+    """A backend cannot run on this machine or for this model."""
+
+
+class FixtureError(HigenError):
+    """A fixture directory is malformed."""
+
+
+class TrainingError(HigenError):
+    """A training run cannot start, continue or save."""
+
+
+class MissingExtra(HigenError, ImportError):
+    """An optional dependency is not installed."""
+
+    def __init__(self, package: str, extra: str, purpose: str) -> None:
+        super().__init__(f"{purpose} needs the package {package!r}: pip install 'higen[{extra}]'")
+        self.package = package
+        self.extra = extra
+
+
+class PromptWarning(UserWarning):
+    """A prompt was cut to the context window or has words that the model does not know."""
+
+
+class FallbackWarning(UserWarning):
+    """A stage runs on a slower backend than the best one present."""

@@ -1,0 +1,156 @@
+"""The networks around the denoiser: transformers' CLIP text model and diffusers' autoencoders, built and loaded.
+
+`higen.models.companion_checkpoints` maps released checkpoints to the names used here.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from higen.config import AutoencoderConfig, TextConfig
+from higen.errors import BackendError, IntegrityError, ManifestError, MissingExtra
+
+if TYPE_CHECKING:
+    from transformers import CLIPTextModel
+
+__all__ = ["autoencoder", "load_autoencoder", "load_text_encoder", "text_encoder"]
+
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC")
+_PREFIX = "text_model."
+"""transformers before 5 nests the text model under this name, here and in files; it is never looked at."""
+
+
+def text_encoder(config: TextConfig) -> CLIPTextModel:
+    """CLIP's text model with `config.clip` as CLIPTextConfig's arguments, randomly initialised.
+
+    tokens [B,L] int64 -> .last_hidden_state [B,L,Dt], after the final norm. Under `torch.device("meta")` it takes no
+    memory. Raises ManifestError for arguments that transformers refuses, MissingExtra without transformers.
+    """
+    with _quiet_import("transformers", "the text encoder"):
+        from transformers import CLIPTextConfig, CLIPTextModel
+    with _quiet("transformers"):
+        try:
+            return CLIPTextModel(CLIPTextConfig(**config.clip))
+        except Exception as error:  # transformers raises whatever its checks and its arithmetic raise
+            raise ManifestError(f"text.clip={config.clip!r}: transformers refuses it: {error}") from error
+
+
+def autoencoder(config: AutoencoderConfig) -> nn.Module:
+    """diffusers' autoencoder `config.kind` with `config.arguments`, randomly initialised.
+
+    encode(pixels [N,3,Y,X]) and decode(latents [N,C,H,W]) as in diffusers. Raises ManifestError for an unknown kind or
+    arguments that diffusers refuses, MissingExtra without diffusers.
+    """
+    if config.kind not in AUTOENCODERS:
+        raise ManifestError(f"autoencoder.kind={config.kind!r}: one of {', '.join(AUTOENCODERS)}")
+    with _quiet_import("diffusers", "the autoencoder"):
+        from diffusers import AutoencoderDC, AutoencoderKL
+    kinds: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
+    with _quiet("diffusers"):
+        try:
+            built: nn.Module = kinds[config.kind](**config.arguments)
+        except Exception as error:  # as for the text encoder
+            raise ManifestError(f"autoencoder.arguments={config.arguments!r}: diffusers refuses it: {error}") from error
+    return built
+
+
+def load_text_encoder(
+    path: str | os.PathLike[str],
+    config: TextConfig,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> CLIPTextModel:
+    """The text encoder of a safetensors file, in `dtype` (None: as stored), frozen and in evaluation mode.
+
+    Its weights are in memory once. Raises IntegrityError for a file that is no safetensors or holds other tensors than
+    the configuration says (the first ten are listed); else as `text_encoder`.
+    """
+    with torch.device("meta"):
+        encoder = text_encoder(config)
+    _load(encoder, path, dtype, torch.device(device))
+    return encoder
+
+
+def load_autoencoder(
+    path: str | os.PathLike[str],
+    config: AutoencoderConfig,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+) -> nn.Module:
+    """The autoencoder of a safetensors file; as `load_text_encoder`."""
+    with torch.device("meta"):
+        built = autoencoder(config)
+    _load(built, path, dtype, torch.device(device))
+    return built
+
+
+def _load(module: nn.Module, path: str | os.PathLike[str], dtype: torch.dtype | None, device: torch.device) -> None:
+    """Give a module on the meta device the tensors of a file, one at a time: there is never a second copy of all."""
+    wanted = {name.removeprefix(_PREFIX): (name, tensor) for name, tensor in module.state_dict().items()}
+    state: dict[str, Tensor] = {}
+    try:
+        with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
+            stored = {name.removeprefix(_PREFIX): name for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            shapes = {name: list(file.get_slice(theirs).get_shape()) for name, theirs in stored.items()}
+            _check(path, shapes, {name: list(tensor.shape) for name, (_, tensor) in wanted.items()})
+            for name, (own, _) in wanted.items():
+                tensor = file.get_tensor(stored[name])
+                state[own] = tensor.to(dtype or tensor.dtype)
+    except (SafetensorError, OSError) as error:
+        raise IntegrityError(f"{os.fspath(path)}: cannot be read as safetensors: {error}") from error
+    module.load_state_dict(state, assign=True)
+    for name, buffer in list(module.named_buffers()):
+        if buffer.is_meta:
+            _fill_buffer(module, name, buffer, device)
+    module.eval().requires_grad_(False)
+
+
+def _check(path: str | os.PathLike[str], given: Mapping[str, list[int]], wanted: Mapping[str, list[int]]) -> None:
+    problems = [f"missing {name} {wanted[name]}" for name in wanted if name not in given]
+    problems += [f"extra {name} {given[name]}" for name in sorted(given) if name not in wanted]
+    problems += [f"{name} is {given[name]}, wanted {w}" for name, w in wanted.items() if given.get(name, w) != w]
+    if problems:
+        listed = "\n  ".join(problems[:10])
+        raise IntegrityError(
+            f"{os.fspath(path)}: {len(problems)} tensors do not fit the manifest, the first of them:\n  {listed}"
+        )
+
+
+def _fill_buffer(module: nn.Module, name: str, buffer: Tensor, device: torch.device) -> None:
+    """Buffers that no file stores have lost their values on the meta device; CLIP's positions are the only ones."""
+    parent, _, leaf = name.rpartition(".")
+    if leaf != "position_ids":
+        raise BackendError(f"this version of transformers or diffusers computes {name} and higen does not know how")
+    positions = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
+    module.get_submodule(parent).register_buffer(leaf, positions, persistent=False)
+
+
+@contextmanager
+def _quiet_import(package: str, purpose: str) -> Iterator[None]:
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except ImportError as error:
+        raise MissingExtra(package, "torch", purpose) from error
+
+
+@contextmanager
+def _quiet(library: str) -> Iterator[None]:
+    """Silence a library's notes; its logger's level is put back. (Importing a library sets it, so import it before.)"""
+    logger = logging.getLogger(library)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)

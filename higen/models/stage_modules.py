@@ -1,0 +1,157 @@
+"""The stages as modules: `forward` takes a stage's inputs in the order of `higen.stages` and returns its outputs.
+
+The torch backend runs these and the export traces them, so the two agree by construction. Inputs and outputs are
+float32 whatever the weights' precision; the guidance mix and the solver's update are computed in float32.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from higen.config import AutoencoderConfig
+from higen.models.unet import Conditioner, UNet
+
+__all__ = ["ConditionerStage", "DecoderStage", "DenoisingStage", "EncoderStage", "TextEncoderStage", "velocity"]
+
+
+def velocity(
+    unet: UNet,
+    latents: Tensor,
+    t: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    context: Tensor,
+    frame_embedding: Tensor,
+    prior: Tensor | None,
+) -> Tensor:
+    """v for latents [B,C,F,H,W]; alpha and sigma [B] are those of t. Undoes prior preconditioning where there is one.
+
+    With a residual r = (z - p) / g against the prior p, g > 0 per frame, the network sees
+    x' = c (x - alpha p), c = 1 / sqrt(alpha^2 g^2 + sigma^2), which is again a unit-variance diffusion of r, and its
+    output v' is read out as v = g c v' + alpha sigma c (1 - g^2) x' - sigma p. At g = 1 this is v' - sigma p.
+    """
+    if unet.residual_gain is None or prior is None:
+        return unet(latents, t, context, frame_embedding, prior)
+    entered, g, c = precondition(unet.residual_gain, latents, alpha, sigma, frame_embedding, prior)
+    v = unet(entered, t, context, frame_embedding, prior)
+    a, s = _per_sample(alpha, v), _per_sample(sigma, v)
+    return g * c * v + a * s * c * (1 - g**2) * entered - s * prior[:, :, None]
+
+
+def precondition(
+    residual_gain: nn.Module, latents: Tensor, alpha: Tensor, sigma: Tensor, frame_embedding: Tensor, prior: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x' as `velocity` defines it [B,C,F,H,W], with g and c [B,1,F,1,1]; g is predicted from the cues alone."""
+    gain = residual_gain(nn.functional.silu(frame_embedding)).exp()  # [B, F, 1]
+    g = gain[:, None, :, :, None]
+    a, s = _per_sample(alpha, latents), _per_sample(sigma, latents)
+    c = torch.rsqrt(a**2 * g**2 + s**2)
+    return c * (latents - a * prior[:, :, None]), g, c
+
+
+def _per_sample(column: Tensor, like: Tensor) -> Tensor:
+    return column.to(like.dtype).reshape(-1, 1, 1, 1, 1)
+
+
+class TextEncoderStage(nn.Module):
+    """tokens [B,L] -> hidden [B,L,Dt]: the last hidden state, after the final norm."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        hidden: Tensor = self.encoder(input_ids=tokens).last_hidden_state
+        return hidden.float()
+
+
+class ConditionerStage(nn.Module):
+    """hidden, motion, appearance -> context, frame_embedding."""
+
+    def __init__(self, conditioner: Conditioner) -> None:
+        super().__init__()
+        self.conditioner = conditioner
+
+    def forward(self, hidden: Tensor, motion: Tensor, appearance: Tensor) -> tuple[Tensor, Tensor]:
+        dtype = self.conditioner.context.tokens.dtype
+        context, embedding = self.conditioner(hidden.to(dtype), motion.to(dtype), appearance.to(dtype))
+        return context.float(), embedding.float()
+
+
+class DenoisingStage(nn.Module):
+    """One whole solver step: both guidance branches as one batch, the guidance mix, the solver's update."""
+
+    def __init__(self, unet: UNet) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(
+        self,
+        latents: Tensor,
+        previous: Tensor,
+        t: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        alpha: Tensor,
+        sigma: Tensor,
+        guidance: Tensor,
+        context: Tensor,
+        empty_context: Tensor,
+        frame_embedding: Tensor,
+        prior: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = self.unet.conv_in.weight.dtype
+        both = velocity(
+            self.unet,
+            _twice(latents.to(dtype)),
+            _twice(t),
+            _twice(alpha.to(dtype)),
+            _twice(sigma.to(dtype)),
+            torch.cat([context, empty_context]).to(dtype),
+            _twice(frame_embedding.to(dtype)),
+            None if prior is None else _twice(prior.to(dtype)),
+        )
+        branches = both.float().unflatten(0, (2, -1))  # not chunked: a chunk exports as a sequence
+        v = branches[1] + _per_sample(guidance, latents) * (branches[0] - branches[1])
+        x0 = _per_sample(alpha, latents) * latents - _per_sample(sigma, latents) * v
+        stepped = _per_sample(A, latents) * latents + _per_sample(B, latents) * v + _per_sample(C, latents) * previous
+        return stepped, x0
+
+
+def _twice(x: Tensor) -> Tensor:
+    return torch.cat([x, x])
+
+
+class _AutoencoderStage(nn.Module):
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(self, autoencoder: nn.Module, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.autoencoder = autoencoder
+        self.register_buffer("shift", torch.tensor(config.shift).reshape(1, -1, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor(config.scale).reshape(1, -1, 1, 1), persistent=False)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return next(self.autoencoder.parameters()).dtype
+
+
+class DecoderStage(_AutoencoderStage):
+    """latents [N,C,H,W] -> pixels [N,3,Y,X], about -1 to 1 (not clamped)."""
+
+    def forward(self, latents: Tensor) -> Tensor:
+        encoded = (latents / self.scale + self.shift).to(self.dtype)
+        decoded: Tensor = self.autoencoder.decode(encoded, return_dict=False)[0]  # type: ignore[operator]
+        return decoded.float()
+
+
+class EncoderStage(_AutoencoderStage):
+    """pixels [N,3,Y,X] in -1 to 1 -> latents [N,C,H,W]; the mode of the posterior where the encoder has one."""
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        encoded = self.autoencoder.encode(pixels.to(self.dtype), return_dict=False)[0]  # type: ignore[operator]
+        latents: Tensor = encoded.mode() if hasattr(encoded, "mode") else encoded
+        return (latents.float() - self.shift) * self.scale

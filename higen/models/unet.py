@@ -1,0 +1,203 @@
+"""The denoiser: one U-Net whose temporal layers are optional, and the conditioner that runs once per request.
+
+Reference: tools/modules/unet/unet_higen.py; spec sections 2 to 5.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from higen.config import UNetConfig
+from higen.models.layers import (
+    GROUPS,
+    RESNET_EPS,
+    Downsample,
+    ResBlock,
+    Sinusoid,
+    SpatialTransformer,
+    TemporalTransformer,
+    TransformerBlock,
+    Upsample,
+    embedding_mlp,
+)
+
+__all__ = ["Conditioner", "Denoiser", "UNet"]
+
+
+class ContextTokens(nn.Module):
+    """Learned tokens that read the text: [B, L, Dt] -> [B, K, Dc]. The U-Net sees these tokens, never the text."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        width = config.embedding_dim
+        self.tokens = nn.Parameter(torch.randn(1, config.context_tokens, width))
+        self.text_in = nn.Linear(config.text_dim, width)
+        # Both attentions of each block look at the text; the tokens never look at each other.
+        self.blocks = nn.ModuleList(
+            TransformerBlock(width, config.context_heads, width, width) for _ in range(config.context_depth)
+        )
+        self.out = nn.Linear(width, config.context_dim)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        text = self.text_in(hidden)
+        tokens = self.tokens.expand(hidden.shape[0], -1, -1)
+        for block in self.blocks:
+            tokens = block(tokens, text, text)
+        out: Tensor = self.out(tokens)
+        return out
+
+
+class Conditioner(nn.Module):
+    """Everything that does not depend on the step: context tokens and the embedding of the two cues."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.context = ContextTokens(config)
+        self.motion = embedding_mlp(config.base_channels, config.embedding_dim)
+        self.appearance = embedding_mlp(config.appearance_columns, config.embedding_dim)
+
+    def forward(self, hidden: Tensor, motion: Tensor, appearance: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [B,L,Dt], motion [B,F,D], appearance [B,F,R] -> context [B,K,Dc], frame_embedding [B,F,E]."""
+        return self.context(hidden), self.motion(motion) + self.appearance(appearance)
+
+
+class Block(nn.Module):
+    """A residual block and, where its level attends, a spatial and (optionally) a temporal transformer."""
+
+    def __init__(self, config: UNetConfig, width_in: int, width: int, attends: bool, temporal: bool) -> None:
+        super().__init__()
+        self.resnet = ResBlock(width_in, width, config.embedding_dim, config.dropout, temporal)
+        self.spatial = SpatialTransformer(width, config.head_dim, config.context_dim) if attends else None
+        heads = width // config.head_dim
+        self.temporal = TemporalTransformer(width, heads, config.head_dim) if attends and temporal else None
+
+    def forward(self, x: Tensor, embedding: Tensor, context: Tensor, frames: int) -> Tensor:
+        x = self.resnet(x, embedding, frames)
+        if self.spatial is not None:
+            x = self.spatial(x, context)
+        return x if self.temporal is None else self.temporal(x, frames)
+
+
+class Level(nn.Module):
+    """The blocks of one resolution, on the way down or up, and the change of resolution behind them."""
+
+    def __init__(self, blocks: list[Block], resample: Downsample | Upsample | None) -> None:
+        super().__init__()
+        self.blocks = cast("Iterable[Block]", nn.ModuleList(blocks))
+        self.resample = resample
+
+
+class UNet(nn.Module):
+    """Predicts v for latents [B, C, F, H, W]; with `temporal=False` it has no temporal layers (one frame).
+
+    H and W are multiples of `config.size_multiple`; any number of frames.
+    """
+
+    def __init__(self, config: UNetConfig, temporal: bool = True) -> None:
+        super().__init__()
+        self.config = config
+        base, widths = config.base_channels, config.level_channels
+        self.time = nn.Sequential(Sinusoid(base), *embedding_mlp(base, config.embedding_dim))
+        self.conv_in = nn.Conv2d(config.in_channels, base, 3, padding=1)
+        self.prior = nn.Conv2d(config.in_channels, base, 3, padding=1)
+        self.temporal_in = TemporalTransformer(base, config.first_temporal_heads, config.head_dim) if temporal else None
+        self.context_pool = nn.Linear(config.context_dim, config.embedding_dim) if config.pooled_context else None
+        self.residual_gain = nn.Linear(config.embedding_dim, 1) if config.prior_preconditioning and temporal else None
+
+        skips, width_in = [base], base
+        levels: list[Level] = []
+        for i, width in enumerate(widths):
+            blocks = []
+            for _ in range(config.blocks_per_level):
+                blocks.append(Block(config, width_in, width, config.attention_levels[i], temporal))
+                skips.append(width)
+                width_in = width
+            last = i == len(widths) - 1
+            levels.append(Level(blocks, None if last else Downsample(width)))
+            if not last:
+                skips.append(width)
+        self.encoder = cast("Iterable[Level]", nn.ModuleList(levels))
+
+        self.middle = Block(config, width_in, width_in, True, temporal)
+        self.middle_out = ResBlock(width_in, width_in, config.embedding_dim, config.dropout, temporal)
+
+        levels = []
+        for i in reversed(range(len(widths))):
+            blocks = []
+            for _ in range(config.blocks_per_level + 1):
+                blocks.append(Block(config, width_in + skips.pop(), widths[i], config.attention_levels[i], temporal))
+                width_in = widths[i]
+            levels.append(Level(blocks, Upsample(width_in) if i else None))
+        self.decoder = cast("Iterable[Level]", nn.ModuleList(levels))
+
+        self.norm_out = nn.GroupNorm(GROUPS, width_in, RESNET_EPS)
+        self.conv_out = nn.Conv2d(width_in, config.out_channels, 3, padding=1)
+        for parameter in (*self.prior.parameters(), self.conv_out.weight):
+            nn.init.zeros_(parameter)
+
+    def forward(
+        self, latents: Tensor, t: Tensor, context: Tensor, frame_embedding: Tensor, prior: Tensor | None = None
+    ) -> Tensor:
+        """latents [B,C,F,H,W], t [B], context [B,K,Dc], frame_embedding [B,F,E], prior [B,C,H,W] -> v like latents.
+
+        No prior is a prior of zeros: its convolution's bias still acts.
+        """
+        frames = latents.shape[2]
+        embedding = self._embedding(t, context, frame_embedding)  # [B*F, E]
+        x = self._enter(latents, prior)  # [B*F, C0, H, W]
+        if self.temporal_in is not None:
+            x = self.temporal_in(x, frames)
+        skips = [x]
+        for level in self.encoder:
+            for block in level.blocks:
+                x = block(x, embedding, context, frames)
+                skips.append(x)
+            if level.resample is not None:
+                x = level.resample(x)
+                skips.append(x)
+        x = self.middle(x, embedding, context, frames)
+        x = self.middle_out(x, embedding, frames)
+        for level in self.decoder:
+            for block in level.blocks:
+                x = block(torch.cat([x, skips.pop()], dim=1), embedding, context, frames)
+            if level.resample is not None:
+                x = level.resample(x)
+        v = self.conv_out(nn.functional.silu(self.norm_out(x)))
+        out: Tensor = v.unflatten(0, (-1, frames)).transpose(1, 2)
+        return out
+
+    def _embedding(self, t: Tensor, context: Tensor, frame_embedding: Tensor) -> Tensor:
+        time = self.time[1:](self.time[0](t).to(frame_embedding.dtype))  # [B, E]
+        if self.context_pool is not None:
+            time = time + self.context_pool(context.mean(dim=1))
+        return (time[:, None] + frame_embedding).flatten(0, 1)
+
+    def _enter(self, latents: Tensor, prior: Tensor | None) -> Tensor:
+        x = self.conv_in(latents.transpose(1, 2).flatten(0, 1)).unflatten(0, (latents.shape[0], -1))
+        if prior is not None:
+            x = x + self.prior(prior)[:, None]
+        elif self.prior.bias is not None:  # it always is there; the type says Optional
+            x = x + self.prior.bias[:, None, None]
+        return x.flatten(0, 1)
+
+
+class Denoiser(nn.Module):
+    """HiGen's unified denoiser: the conditioner and the U-Net, whose temporal layers are left out for one frame."""
+
+    def __init__(self, config: UNetConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.conditioner = Conditioner(config)
+        self.unet = UNet(config)
+
+    def spatial_unet(self) -> UNet:
+        """The U-Net without temporal layers, over the very same parameter tensors: no second copy."""
+        with torch.device("meta"):
+            spatial = UNet(self.config, temporal=False)
+        own = self.unet.state_dict(keep_vars=True)
+        spatial.load_state_dict({name: own[name] for name in spatial.state_dict()}, assign=True)
+        return spatial.train(self.training)

@@ -1,0 +1,42 @@
+"""Random numbers that are part of the contract: the same seed gives the same noise on every runtime.
+
+One stream per sample and purpose: Philox4x64-10 (Salmon et al. 2011; numpy's `Philox`) with key (seed, purpose) and
+counter 0. Its 64-bit outputs are taken in pairs (a, b) and turned into two normal numbers by Box and Muller, in
+float64:
+
+    r = sqrt(-2 log(((a >> 11) + 1) 2^-53)),   w = 2 pi (b >> 11) 2^-53,   (r cos w, r sin w)
+
+then rounded to float32. numpy increments the counter before its first block, so that block is that of counter 1.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["SPATIAL", "TEMPORAL", "TEMPORAL_OFFSET", "initial_noise", "normal", "offset_noise"]
+
+SPATIAL, TEMPORAL, TEMPORAL_OFFSET = 0, 1, 2
+"""Purposes of a stream: key-frame noise, video noise, and the offset added to each frame and channel of it."""
+
+
+def normal(seed: int, purpose: int, count: int) -> NDArray[np.float32]:
+    """`count` standard normal numbers, float32, of the stream (seed, purpose); seed 0 to 2^64 - 1."""
+    raw = np.random.Philox(key=np.array([seed, purpose], dtype=np.uint64)).random_raw(count + count % 2)
+    a, b = (raw >> np.uint64(11)).reshape(-1, 2).T.astype(np.float64)
+    radius = np.sqrt(-2.0 * np.log((a + 1.0) * 2.0**-53))
+    angle = 2.0 * np.pi * 2.0**-53 * b
+    pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=1)
+    return pairs.reshape(-1)[:count].astype(np.float32)
+
+
+def initial_noise(seed: int, purpose: int, channels: int, frames: int, height: int, width: int) -> NDArray[np.float32]:
+    """Noise of one sample, float32 [C, F, H, W]. Drawn frame by frame: a longer clip begins with a shorter one's."""
+    flat = normal(seed, purpose, frames * channels * height * width)
+    return np.ascontiguousarray(flat.reshape(frames, channels, height, width).transpose(1, 0, 2, 3))
+
+
+def offset_noise(seed: int, channels: int, frames: int) -> NDArray[np.float32]:
+    """Noise that is constant over each frame's pixels, float32 [C, F, 1, 1] (reference recipe: strength 0.1)."""
+    flat = normal(seed, TEMPORAL_OFFSET, frames * channels)
+    return np.ascontiguousarray(flat.reshape(frames, channels).T)[:, :, None, None]

@@ -1,0 +1,92 @@
+"""The port against the reference: runs every case of a fixture directory and says how far each is off.
+
+A fixture directory holds any number of these, at any depth:
+
+    fixtures.json        cases of small models: forward, units, sample, train, and the tables (misc)
+    salt<N>.json         cases of the full-size model, its weights made by the recipe with salt N
+    companions.json      text encoder, autoencoder and tokenizer
+
+A case compares every tensor that is stored for it; what is stored and not understood is an error, never skipped.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from higen.errors import FixtureError
+from higen.parity.compare import Difference
+from higen.parity.plan import Planned, plan
+
+__all__ = ["Case", "main_table", "run"]
+
+
+@dataclass(frozen=True)
+class Case:
+    """How far a case is off: `error` and `allowed` are those of its worst tensor (the one using most of its allowance).
+
+    `tensor` is that tensor's name; `passed` says whether all tensors of the case agree.
+    """
+
+    name: str
+    error: float
+    allowed: float
+    passed: bool
+    tensor: str = ""
+
+
+def run(
+    directory: str | os.PathLike[str], *, only: str | None = None, progress: Callable[[str], None] | None = None
+) -> Iterator[Case]:
+    """Run the cases of all fixtures in `directory` and below, one after the other.
+
+    `only` keeps the cases whose name contains it ("forward/p1", "units", ...); `progress` is called with a case's name
+    before it runs. Everything is read and checked at this call, before the first case runs; models are made when first
+    needed and dropped after their last case (the full-size one takes 6 GB).
+
+    Raises FixtureError for a directory without a single case, and for anything in it that is missing, broken or
+    unknown.
+    """
+    root = Path(directory)
+    planned = plan(root)
+    if not any(item.is_case for item in planned):
+        raise FixtureError(f"{root}: no fixtures: no fixtures.json, salt<N>.json or companions.json with a case")
+    if only is not None:
+        names = [item.name for item in planned]
+        planned = [item for item in planned if only in item.name]
+        if not planned:
+            raise FixtureError(f"only={only!r}: in none of the {len(names)} names, such as {names[0]!r}, {names[-1]!r}")
+    return _run(deque(planned), progress)
+
+
+def _run(planned: deque[Planned], progress: Callable[[str], None] | None) -> Iterator[Case]:
+    while planned:
+        item = planned.popleft()  # what only this case needs is freed after it
+        if progress is not None:
+            progress(item.name)
+        yield _case(item)
+
+
+def _case(item: Planned) -> Case:
+    try:
+        differences = item.differences()
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        # Shapes are the fixture's; a network that cannot take them was given wrong ones.
+        raise FixtureError(f"{item.name}: cannot be run: {type(error).__name__}: {error}") from error
+    if not differences:
+        raise FixtureError(f"{item.name}: there is nothing to compare")
+    worst: Difference = max(differences, key=lambda difference: difference.used)
+    return Case(item.name, worst.error, worst.allowed, all(d.passed for d in differences), worst.tensor)
+
+
+def main_table(cases: Iterable[Case]) -> str:
+    """The cases as lines of text: case, largest error, allowed error, and ok or OVER with the tensor that is."""
+    rows = [("case", "max error", "allowed", "ok")]
+    for case in cases:
+        verdict = "ok" if case.passed else f"OVER {case.tensor}"
+        rows.append((case.name, f"{case.error:.2e}", f"{case.allowed:.2e}", verdict))
+    width = max(len(row[0]) for row in rows)
+    return "\n".join(f"{name:<{width}}  {error:>9}  {allowed:>9}  {verdict}" for name, error, allowed, verdict in rows)

@@ -1,0 +1,58 @@
+"""How the commands talk: errors and warnings as lines or JSON, and exit codes.
+
+0 done, 1 failed (parity, a stage, the environment), 2 wrong input, 130 Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import click
+
+from higen.errors import (
+    FallbackWarning,
+    FixtureError,
+    HigenError,
+    ModelError,
+    OutputError,
+    PromptWarning,
+    RequestError,
+)
+
+__all__ = ["JSON", "reported"]
+
+WRONG_INPUT = (RequestError, OutputError, ModelError, FixtureError)
+JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object, errors too.")
+
+
+@contextmanager
+def reported(as_json: bool) -> Iterator[None]:
+    """Turn our errors into one line (or JSON) and an exit code, our warnings into a line each; hide the libraries'."""
+
+    def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
+        click.secho(f"{category.__name__}: {message}", fg="yellow", err=True)
+
+    code = 0
+    with warnings.catch_warnings():
+        warnings.showwarning = show  # type: ignore[assignment]
+        warnings.simplefilter("ignore")
+        for ours in (PromptWarning, FallbackWarning):
+            warnings.simplefilter("always", ours)
+        try:
+            yield
+        except KeyboardInterrupt:
+            click.echo("stopped", err=True)
+            code = 130
+        except HigenError as error:
+            code = 2 if isinstance(error, WRONG_INPUT) else 1
+            if as_json:
+                click.echo(json.dumps({"error": type(error).__name__, "message": str(error)}))
+            else:
+                click.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
+    if code:
+        sys.exit(code)

@@ -1,0 +1,180 @@
+"""Prompts to token ids: CLIP's byte-pair tokenizer, and a plain word tokenizer for small models.
+
+Reference: open_clip's tokenizer.py as VGen uses it (pad 0, truncation keeps the end token); spec section 7, Text.
+"""
+
+from __future__ import annotations
+
+import gzip
+import html
+import os
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.resources import files
+
+import numpy as np
+from numpy.typing import NDArray
+from tokenizers import Encoding, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
+
+from higen.config import TextConfig
+from higen.errors import IntegrityError, PromptWarning, RequestError
+
+__all__ = ["END", "PAD", "START", "UNKNOWN", "PromptTokenizer", "build_clip_tokenizer", "build_word_tokenizer", "clean"]
+
+START, END, PAD, UNKNOWN = "<|startoftext|>", "<|endoftext|>", "[PAD]", "[UNK]"
+
+# The reference's pattern ignores case: its 's also matches the long s (U+017F), and the one mark that is lower case
+# and no letter (U+0345) matches nothing.
+_CLIP_PIECES = r"'[s\x{17f}]|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
+_WORD_PIECES = r"\w+|[^\w\s]"
+_NAMED = 12
+"""A warning names at most this many words."""
+
+
+def clean(text: str) -> str:
+    """A prompt as CLIP reads it: ftfy, html unescaped twice, white space collapsed, lower case."""
+    import ftfy  # 70 ms to import, and a small model cleans nothing
+
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+
+
+@dataclass(frozen=True)
+class PromptTokenizer:
+    """A tokenizer and its model's rules for cleaning, padding and cutting."""
+
+    tokenizer: Tokenizer
+    config: TextConfig
+
+    @classmethod
+    def from_file(cls, path: str | os.PathLike[str], config: TextConfig) -> PromptTokenizer:
+        """Read a tokenizer.json. Raises IntegrityError if it is malformed or has no start and end token."""
+        try:
+            tokenizer = Tokenizer.from_file(os.fspath(path))
+        except Exception as error:  # the library raises bare Exception
+            raise IntegrityError(f"{os.fspath(path)}: not a tokenizer: {error}") from error
+        for token in (START, END):
+            _id(tokenizer, token)
+        tokenizer.no_truncation()
+        tokenizer.no_padding()
+        # A special token spelt out in a prompt is text like any other, as in the reference.
+        tokenizer.encode_special_tokens = True
+        return cls(tokenizer, config)
+
+    def encode(self, prompts: Sequence[str]) -> NDArray[np.int64]:
+        """Token ids of the prompts, int64 [B, L]: start, text, end, then `pad_id` up to `context_length`.
+
+        A prompt that is too long is cut, keeping the end token last, with a PromptWarning that names the words lost;
+        so are words that a word-level tokenizer does not know. Raises RequestError for anything but texts.
+        """
+        if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
+            raise RequestError(f"prompts={prompts!r}: a list of texts is wanted")
+        start, end = _id(self.tokenizer, START), _id(self.tokenizer, END)
+        room = self.config.context_length
+        ids = np.full((len(prompts), room), self.config.pad_id, dtype=np.int64)
+        for row, prompt in zip(ids, prompts, strict=True):
+            tokens = [start, *self._text_ids(prompt)[: room - 2], end]
+            row[: len(tokens)] = tokens
+        return ids
+
+    def _text_ids(self, prompt: str) -> list[int]:
+        text = clean(prompt) if self.config.clean else prompt
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise RequestError(f"prompt {prompt!r}: not valid Unicode: {error.reason}") from error
+        encoding = self.tokenizer.encode(text, add_special_tokens=False)
+        self._warn_of_unknown_words(text, encoding)
+        self._warn_of_lost_words(text, encoding)
+        return encoding.ids
+
+    def _warn_of_unknown_words(self, text: str, encoding: Encoding) -> None:
+        unknown = self.tokenizer.token_to_id(UNKNOWN)
+        spans = [span for i, span in zip(encoding.ids, encoding.offsets, strict=True) if i == unknown]
+        if spans:
+            words = list(dict.fromkeys(text[start:end].lower() for start, end in spans))
+            _warn(f"this model does not know {_named(words)}; `higen prompts` lists prompts that it draws well")
+
+    def _warn_of_lost_words(self, text: str, encoding: Encoding) -> None:
+        room = self.config.context_length - 2
+        if len(encoding.ids) <= room:
+            return
+        # A word of which any token is lost counts as lost.
+        first = encoding.offsets[room][0]
+        while first > 0 and not text[first - 1].isspace():
+            first -= 1
+        _warn(
+            f"the prompt has {len(encoding.ids)} tokens and the model reads {room}: cut off is "
+            f"{_named(text[first:].split())}; say it in fewer words"
+        )
+
+
+def build_clip_tokenizer() -> Tokenizer:
+    """CLIP's byte-pair tokenizer with OpenAI's 49,408 tokens: ids as open_clip's, 49406 to start and 49407 to end."""
+    packed = files("higen").joinpath("assets", "clip", "merges.txt.gz").read_bytes()
+    merges = [(left, right) for left, _, right in (line.partition(" ") for line in _lines(packed))]
+    letters = _byte_letters()
+    tokens = [*letters, *(f"{c}</w>" for c in letters), *(left + right for left, right in merges), START, END]
+    tokenizer = Tokenizer(
+        models.BPE(
+            vocab={token: i for i, token in enumerate(tokens)},
+            merges=merges,
+            unk_token=END,
+            end_of_word_suffix="</w>",
+        )
+    )
+    return _finish(tokenizer, _CLIP_PIECES, [START, END], pre_tokenizers.ByteLevel(False, use_regex=False))
+
+
+def build_word_tokenizer(words: Sequence[str]) -> Tokenizer:
+    """A tokenizer with one id per word, lower case, each punctuation mark a word of its own.
+
+    Ids: [PAD] 0, <|startoftext|> 1, <|endoftext|> 2, [UNK] 3, then the words in their order, repeats left out.
+    Raises RequestError for a word that is not one word.
+    """
+    specials = [PAD, START, END, UNKNOWN]
+    tokens = list(dict.fromkeys([*specials, *(word.lower() for word in words)]))
+    tokenizer = Tokenizer(models.WordLevel({token: i for i, token in enumerate(tokens)}, unk_token=UNKNOWN))
+    tokenizer = _finish(tokenizer, _WORD_PIECES, specials)
+    for word in tokens[len(specials) :]:
+        if len(tokenizer.encode(word, add_special_tokens=False).tokens) != 1:
+            raise RequestError(f"word {word!r}: letters and digits, or one punctuation mark, without white space")
+    return tokenizer
+
+
+def _finish(tokenizer: Tokenizer, pieces: str, specials: list[str], *more: pre_tokenizers.PreTokenizer) -> Tokenizer:
+    """Normalise, split into `pieces`, and frame the text; a reader without our cleaning still gets usable ids."""
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
+    split = pre_tokenizers.Split(Regex(pieces), behavior="removed", invert=True)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, *more])
+    tokenizer.add_special_tokens(specials)
+    frame = [(token, _id(tokenizer, token)) for token in (START, END)]
+    tokenizer.post_processor = processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=frame)
+    return tokenizer
+
+
+def _id(tokenizer: Tokenizer, token: str) -> int:
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise IntegrityError(f"the tokenizer has no token {token}")
+    return found
+
+
+def _byte_letters() -> list[str]:
+    """A printable character for each byte, in the order of CLIP's ids: printable bytes first, then the others."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = 256 - len(printable)
+    return [chr(b) for b in printable] + [chr(256 + i) for i in range(others)]
+
+
+def _lines(packed: bytes) -> list[str]:
+    return gzip.decompress(packed).decode("utf-8").splitlines()
+
+
+def _named(words: Sequence[str]) -> str:
+    rest = len(words) - _NAMED
+    return ", ".join(repr(word) for word in words[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _warn(message: str) -> None:
+    warnings.warn(message, PromptWarning, stacklevel=5)

@@ -1,0 +1,1 @@
+"""Training: losses, trainers and recipes; needs the `train` extra, never imported by inference."""

@@ -1,0 +1,81 @@
+"""The training objective: v-prediction (Salimans and Ho 2022) on a zero-terminal-SNR schedule.
+
+x_t = alpha x0 + sigma noise,   v = alpha noise - sigma x0.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from higen.models.stage_modules import precondition
+from higen.models.unet import UNet
+
+__all__ = ["diffuse", "gain_loss", "residual_v_loss", "v_loss", "v_target"]
+
+
+def diffuse(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """x_t for clean latents and noise [B,C,F,H,W] and per-sample alpha and sigma [B]."""
+    return _column(alpha) * x0 + _column(sigma) * noise
+
+
+def v_target(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """What the network is to predict; shapes as in `diffuse`."""
+    return _column(alpha) * noise - _column(sigma) * x0
+
+
+def v_loss(
+    unet: UNet,
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    context: Tensor,
+    frame_embedding: Tensor,
+    prior: Tensor | None,
+) -> Tensor:
+    """Mean squared error of v, one number per sample [B] (reference: plain MSE, equal weights)."""
+    v = unet(diffuse(x0, noise, alpha, sigma), t, context, frame_embedding, prior)
+    return (v - v_target(x0, noise, alpha, sigma)).pow(2).mean(dim=(1, 2, 3, 4))
+
+
+def residual_v_loss(
+    unet: UNet,
+    x0: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    context: Tensor,
+    frame_embedding: Tensor,
+    prior: Tensor,
+) -> Tensor:
+    """The same for a network with prior preconditioning: the error of v' (`stage_modules.velocity`), [B].
+
+    x' = alpha' r + sigma' noise with alpha' = alpha g c and sigma' = sigma c, so v' = alpha' noise - sigma' r: every
+    frame counts the same whatever its motion, because r has unit variance. The gain is trained by `gain_loss` alone.
+    """
+    if unet.residual_gain is None:
+        raise ValueError("this network has no prior preconditioning: use v_loss")
+    with torch.no_grad():
+        entered, g, c = precondition(
+            unet.residual_gain, diffuse(x0, noise, alpha, sigma), alpha, sigma, frame_embedding, prior
+        )
+        residual = (x0 - prior[:, :, None]) / g
+        target = _column(alpha) * g * c * noise - _column(sigma) * c * residual
+    return (unet(entered, t, context, frame_embedding, prior) - target).pow(2).mean(dim=(1, 2, 3, 4))
+
+
+def gain_loss(residual_gain: nn.Module, frame_embedding: Tensor, x0: Tensor, prior: Tensor) -> Tensor:
+    """Gaussian likelihood that makes g^2 the expected mean square of z - p given the cues; a number.
+
+    The floor keeps g above 0.03 for frames that equal the prior. Cues are not moved by it (detached).
+    """
+    square = (x0 - prior[:, :, None]).pow(2).mean(dim=(1, 3, 4)) + 1e-3  # [B, F]
+    log_gain = residual_gain(nn.functional.silu(frame_embedding.detach())).squeeze(-1)
+    return (log_gain + 0.5 * square * (-2 * log_gain).exp()).mean()
+
+
+def _column(values: Tensor) -> Tensor:
+    return values.reshape(-1, 1, 1, 1, 1)

@@ -1,0 +1,1 @@
+"""Complete recipes: each package makes one published model from public data."""

@@ -1,0 +1,1 @@
+"""The default model that ships in the wheel: twelve animated emoji, trained on two CPU cores."""

@@ -1,0 +1,91 @@
+"""Makes a model directory out of what the recipe trained: half-precision weights, tokenizer, manifest.
+
+python -m higen.train.recipes.default.assemble --state FOLDER --output DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from higen import bundle
+from higen.config import AutoencoderConfig, Defaults, ModelConfig
+from higen.tokenizer import build_word_tokenizer
+from higen.train.recipes.default.denoiser import TEXT, UNET, WORDS
+from higen.train.recipes.default.subjects import BACKGROUNDS, FPS, FRAMES, SPEEDS, SUBJECTS, caption
+
+__all__ = ["assemble"]
+
+DEFAULTS = Defaults(
+    frames=FRAMES,
+    width=128,
+    height=128,
+    fps=int(FPS),
+    steps=(12, 10),
+    guidance=(2.0, 1.0),
+    solver="dpm++2m",
+    motion=None,
+    appearance=None,
+    offset_noise=0.0,
+)
+
+
+def model_config(autoencoder: AutoencoderConfig) -> ModelConfig:
+    """The default model's configuration, whatever its weights."""
+    normal = SPEEDS[1]
+    return ModelConfig(
+        name="higen default: animated emoji",
+        licence="Apache-2.0; trained on Microsoft's Fluent emoji (MIT) as animated by LobeHub (MIT)",
+        unet=UNET,
+        text=TEXT,
+        autoencoder=autoencoder,
+        defaults=DEFAULTS,
+        max_frames=64,
+        optional_cues=True,
+        prompts=tuple(
+            caption(subject, BACKGROUNDS[3 * i % len(BACKGROUNDS)], normal) for i, subject in enumerate(SUBJECTS)
+        ),
+    )
+
+
+def assemble(state: Path, output: Path, overwrite: bool = False) -> bundle.Bundle:
+    """Write the model directory `output` from the averaged weights in `state`."""
+    statistics = load_file(state / "latents.safetensors")
+    autoencoder = AutoencoderConfig(
+        kind="AutoencoderDC",
+        arguments=json.loads((state / "autoencoder.json").read_text(encoding="utf-8")),
+        factor=16,
+        shift=tuple(statistics["mean"].tolist()),
+        scale=tuple((1 / statistics["std"]).tolist()),
+    )
+    average = torch.load(state / "denoiser.ckpt", weights_only=True)["average"]
+    with bundle.create(output, model_config(autoencoder), overwrite) as folder:
+        save_file(_half(average, "denoiser."), folder / bundle.UNET)
+        save_file(_half(average, "text."), folder / bundle.TEXT_ENCODER)
+        save_file(_half(load_file(state / "autoencoder.safetensors"), ""), folder / bundle.AUTOENCODER)
+        build_word_tokenizer(WORDS).save(str(folder / bundle.TOKENIZER))
+    return bundle.Bundle.open(output)
+
+
+def _half(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    chosen = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    return {name: (t.half() if t.is_floating_point() else t).contiguous() for name, t in chosen.items()}
+
+
+def main() -> None:
+    """Command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Make the default model's directory.")
+    parser.add_argument("--state", type=Path, required=True, help="folder with the trained weights")
+    parser.add_argument("--output", type=Path, required=True, help="model directory to write")
+    parser.add_argument("--overwrite", action="store_true")
+    arguments = parser.parse_args()
+    assemble(arguments.state, arguments.output, arguments.overwrite)
+
+
+if __name__ == "__main__":
+    main()

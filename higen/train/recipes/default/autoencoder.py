@@ -1,0 +1,268 @@
+"""Trains the default model's codec: 128x128 RGB frames to 32x8x8 latents and back, against the clock.
+
+    python -m higen.train.recipes.default.autoencoder --data FOLDER --state FOLDER --until 16:01
+
+The codec is diffusers' AutoencoderDC with residual blocks only: its first stage is a bare pixel (un)shuffle, so
+nothing but one thin convolution runs at full resolution. Run the command again to resume from the state folder.
+"""
+
+import argparse
+import json
+import math
+import time
+from dataclasses import asdict, dataclass
+from datetime import datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import AutoencoderDC
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from higen.train.recipes.default.data import background, fetch, load_loop
+from higen.train.recipes.default.subjects import BACKGROUNDS, SUBJECTS, is_held_out
+
+NO_ATTENTION: tuple[tuple[int, ...], ...] = ((),) * 5
+
+
+@dataclass(frozen=True)
+class CodecConfig:
+    """Constructor arguments of AutoencoderDC; stages run from 128x128 (first, no layers) to 8x8 (last)."""
+
+    latent_channels: int = 32
+    encoder_block_types: str = "ResBlock"
+    decoder_block_types: str = "ResBlock"
+    encoder_block_out_channels: tuple[int, ...] = (16, 24, 48, 96, 96)
+    decoder_block_out_channels: tuple[int, ...] = (16, 32, 64, 128, 128)
+    encoder_layers_per_block: tuple[int, ...] = (0, 1, 1, 1, 1)
+    decoder_layers_per_block: tuple[int, ...] = (0, 2, 2, 1, 1)
+    encoder_qkv_multiscales: tuple[tuple[int, ...], ...] = NO_ATTENTION
+    decoder_qkv_multiscales: tuple[tuple[int, ...], ...] = NO_ATTENTION
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """How the codec is trained; loss weights multiply terms measured on RGB in [-1, 1]."""
+
+    batch: int = 16
+    learning_rate: float = 2e-3
+    warm_up_steps: int = 100
+    weight_decay: float = 1e-3
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip_norm: float = 1.0
+    ema_decay: float = 0.999
+    noise: float = 0.15
+    """Latents are decoded with noise of a standard deviation drawn from 0 to this, as the sampler's are not exact."""
+    mse_weight: float = 0.5
+    edge_weight: float = 0.5
+    subject_weight: float = 2.0
+    """Extra weight of the subject's pixels over the background's, which are few pictures and soon learned."""
+    prior_weight: float = 0.02
+    checkpoint_seconds: float = 120.0
+    seed: int = 0
+
+
+class Pictures:
+    """Every subject's loop and every background in memory, composed on demand."""
+
+    def __init__(self, folder: Path) -> None:
+        """Read every subject's WebP loop from `folder`; about 50 MB of memory."""
+        self.loops = [torch.from_numpy(load_loop(folder / f"{s.codepoint}.webp")) for s in SUBJECTS]
+        # uint8 [10, 128, 128, 3]
+        self.backgrounds = torch.from_numpy(np.stack([background(b.name) for b in BACKGROUNDS]))
+        pairs = [(s, b) for s in range(len(SUBJECTS)) for b in range(len(BACKGROUNDS))]
+        self.training = [pair for pair in pairs if not is_held_out(*pair)]
+        self.validation = [pair for pair in pairs if is_held_out(*pair)]
+
+    def compose(self, subject: int, picture: int, frames: Tensor) -> tuple[Tensor, Tensor]:
+        """Frames (int64 [n]) of a loop over a background: RGB float32 [n, 3, 128, 128] in [-1, 1], and the coverage
+        of the subject, float32 [n, 1, 128, 128] in [0, 1]."""
+        loop = self.loops[subject][frames].float() / 255.0
+        alpha = loop[..., 3:]
+        rgb = loop[..., :3] * alpha + (self.backgrounds[picture].float() / 255.0) * (1.0 - alpha)
+        return (rgb * 2.0 - 1.0).permute(0, 3, 1, 2).contiguous(), alpha.permute(0, 3, 1, 2).contiguous()
+
+    def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """`size` random training pictures and their coverage, as `compose` gives them."""
+        parts = []
+        for index in torch.randint(len(self.training), (size,), generator=generator).tolist():
+            subject, picture = self.training[index]
+            frame = torch.randint(len(self.loops[subject]), (1,), generator=generator)
+            parts.append(self.compose(subject, picture, frame))
+        return torch.cat([rgb for rgb, _ in parts]), torch.cat([alpha for _, alpha in parts])
+
+
+def build(config: CodecConfig | None = None) -> AutoencoderDC:
+    """An untrained codec: `encoder` maps [n, 3, 128, 128] to [n, 32, 8, 8] float32, `decoder` the reverse."""
+    return AutoencoderDC(**asdict(config or CodecConfig()))
+
+
+def load(folder: Path) -> AutoencoderDC:
+    """The trained codec (EMA weights) from `autoencoder.json` and `autoencoder.safetensors` in `folder`."""
+    model = AutoencoderDC(**json.loads((folder / "autoencoder.json").read_text()))
+    model.load_state_dict(load_file(folder / "autoencoder.safetensors"))
+    return model.eval()
+
+
+def codec_loss(
+    model: AutoencoderDC, rgb: Tensor, coverage: Tensor, config: TrainConfig, generator: torch.Generator
+) -> Tensor:
+    """Scalar loss of a batch as `Pictures.batch` gives it: reconstruction from noisy latents + unit-variance prior."""
+    latents = model.encoder(rgb)
+    level = torch.rand((len(rgb), 1, 1, 1), generator=generator) * config.noise
+    decoded = model.decoder(latents + level * torch.randn(latents.shape, generator=generator))
+    weight = 0.5 + config.subject_weight * coverage
+    error = decoded - rgb
+    pixels = (weight * (error.abs() + config.mse_weight * error.square())).mean()
+    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
+    variance, mean = torch.var_mean(latents, dim=(0, 2, 3))
+    prior = (mean.square() + variance.clamp_min(1e-4).log().square()).mean()
+    loss: Tensor = pixels + config.edge_weight * edges + config.prior_weight * prior
+    return loss
+
+
+@torch.no_grad()
+def psnr(model: AutoencoderDC, pictures: Pictures, pairs: list[tuple[int, int]], frames: int = 6) -> float:
+    """Mean PSNR in dB over `frames` evenly spaced loop frames of each (subject, background) pair."""
+    values: list[float] = []
+    for subject, picture in pairs:
+        count = len(pictures.loops[subject])
+        rgb, _ = pictures.compose(subject, picture, torch.arange(frames) * count // frames)
+        decoded = model.decoder(model.encoder(rgb)).clamp(-1.0, 1.0)
+        mse = (decoded - rgb).square().mean(dim=(1, 2, 3)) / 4.0
+        values += (-10.0 * mse.log10()).tolist()
+    return sum(values) / len(values)
+
+
+class Trainer:
+    """The codec, its optimiser, its moving average and the random state: all that a checkpoint keeps."""
+
+    def __init__(self, pictures: Pictures, config: TrainConfig) -> None:
+        """Start from random weights given by `config.seed`."""
+        torch.manual_seed(config.seed)
+        self.config, self.pictures = config, pictures
+        self.model, self.ema = build(), build()
+        self.ema.load_state_dict(self.model.state_dict())
+        self.ema.eval().requires_grad_(False)
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
+        )
+        self.generator = torch.Generator().manual_seed(config.seed)
+        self.step = 0
+        self.seconds = 0.0
+
+    def train_step(self, progress: float) -> float:
+        """One update at `progress` (0..1) of the time available; returns the loss."""
+        config = self.config
+        warm_up = min(1.0, (self.step + 1) / config.warm_up_steps)
+        cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * warm_up * (0.01 + 0.99 * cosine)
+        rgb, coverage = self.pictures.batch(config.batch, self.generator)
+        loss = codec_loss(self.model, rgb, coverage, config, self.generator)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
+        self.optimizer.step()
+        self.step += 1
+        # The ramp lets the average forget the first, bad weights.
+        decay = min(config.ema_decay, (1.0 + self.step) / (10.0 + self.step))
+        with torch.no_grad():
+            for average, value in zip(self.ema.parameters(), self.model.parameters(), strict=True):
+                average.lerp_(value, 1.0 - decay)
+        return float(loss.detach())
+
+    def save(self, path: Path) -> None:
+        """Write the checkpoint; a crash midway leaves the former one."""
+        state: dict[str, Any] = {
+            "model": self.model.state_dict(),
+            "ema": self.ema.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "generator": self.generator.get_state(),
+            "step": self.step,
+            "seconds": self.seconds,
+        }
+        temporary = path.with_suffix(".tmp")
+        torch.save(state, temporary)
+        temporary.replace(path)
+
+    def restore(self, path: Path) -> None:
+        """Continue exactly where `save` left off."""
+        state = torch.load(path, weights_only=True)
+        self.model.load_state_dict(state["model"])
+        self.ema.load_state_dict(state["ema"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.generator.set_state(state["generator"])
+        self.step, self.seconds = state["step"], state["seconds"]
+
+
+def run(trainer: Trainer, folder: Path, seconds: float) -> None:
+    """Train for `seconds` more of wall-clock time, with a checkpoint and a log line every two minutes."""
+    total = trainer.seconds + seconds
+    start, before = time.monotonic(), trainer.seconds
+    mark, mark_step, losses = start, trainer.step, [0.0]
+    with (folder / "autoencoder.log").open("a") as log:
+        while trainer.seconds < total:
+            losses.append(trainer.train_step(trainer.seconds / total))
+            now = time.monotonic()
+            trainer.seconds = before + now - start
+            if now - mark < trainer.config.checkpoint_seconds and trainer.seconds < total:
+                continue
+            rate = (trainer.step - mark_step) * trainer.config.batch / (now - mark)
+            trainer.save(folder / "autoencoder.ckpt")
+            # Nine pairs a subject: every tenth is another subject on another background.
+            seen = psnr(trainer.ema, trainer.pictures, trainer.pictures.training[::10])
+            unseen = psnr(trainer.ema, trainer.pictures, trainer.pictures.validation)
+            line = (
+                f"{datetime.now():%H:%M:%S} step {trainer.step} loss {np.mean(losses[1:]):.4f} "
+                f"psnr train {seen:.2f} held-out {unseen:.2f} dB {rate:.1f} images/s"
+            )
+            print(line, flush=True)
+            log.write(line + "\n")
+            log.flush()
+            mark, mark_step, losses = time.monotonic(), trainer.step, [0.0]
+
+
+def train(data: Path, state: Path, seconds: float) -> None:
+    """Train for `seconds` on the loops in `data`, going on from what `state` holds, and write the codec there."""
+    state.mkdir(parents=True, exist_ok=True)
+    trainer = Trainer(Pictures(data), TrainConfig())
+    if (state / "autoencoder.ckpt").exists():
+        trainer.restore(state / "autoencoder.ckpt")
+    run(trainer, state, seconds)
+    export(trainer, state)
+
+
+def export(trainer: Trainer, folder: Path) -> None:
+    """Write the EMA weights (`autoencoder.safetensors`) and the constructor's arguments (`autoencoder.json`)."""
+    save_file(trainer.ema.state_dict(), folder / "autoencoder.safetensors")
+    (folder / "autoencoder.json").write_text(json.dumps(asdict(CodecConfig()), indent=2) + "\n")
+
+
+def seconds_until(clock: str) -> float:
+    """Seconds from now to the next local `HH:MM`."""
+    now = datetime.now()
+    moment = datetime.strptime(clock, "%H:%M").time()
+    end = datetime.combine(now.date(), moment)
+    return ((end if end > now else end + timedelta(days=1)) - now).total_seconds()
+
+
+def main() -> None:
+    """Command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Train the default model's codec.")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the WebP loops; filled if empty")
+    parser.add_argument("--state", type=Path, required=True, help="folder of the checkpoint, the log and the result")
+    when = parser.add_mutually_exclusive_group(required=True)
+    when.add_argument("--until", metavar="HH:MM", help="train until this local time")
+    when.add_argument("--minutes", type=float, help="train this long")
+    arguments = parser.parse_args()
+    fetch(arguments.data)
+    train(
+        arguments.data, arguments.state, seconds_until(arguments.until) if arguments.until else arguments.minutes * 60
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Training batches of the default model, made from the cached latents: the same step number gives the same batch."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from higen.conditioning import appearance_cue, appearance_rows, motion_cue
+from higen.config import UNetConfig
+from higen.train.cues import appearance_factor, appearance_similarity, motion_of
+from higen.train.recipes.default.data import clip_indices
+from higen.train.recipes.default.latents import load_latents
+from higen.train.recipes.default.subjects import (
+    BACKGROUNDS,
+    FRAMES,
+    KEY_INDEX,
+    SPEEDS,
+    STYLES,
+    SUBJECTS,
+    Speed,
+    caption,
+    is_held_out,
+)
+
+__all__ = ["Batch", "Clips"]
+
+WINDOWS = ((4, 12), (8, 6), (16, 3))
+"""Lengths of the windows cut out of clips and how many make a batch: each batch has 48 frames."""
+IMAGES = 12
+TEXT_DROPOUT = 0.1
+UNSPECIFIED = 0.35
+"""Part of the clips whose two cues are both left out, so that the text alone says how fast; each alone: CUE_DROPOUT."""
+CUE_DROPOUT = 0.15
+PRIOR_NOISE = 0.05
+
+
+@dataclass(frozen=True)
+class Batch:
+    """x0 [B,32,F,8,8], prior [B,32,8,8] (zeros for images), motion [B,F,D], appearance [B,F,R], captions."""
+
+    x0: Tensor
+    prior: Tensor
+    motion: Tensor
+    appearance: Tensor
+    captions: list[str]
+
+
+class Clips:
+    """Clips and key frames over the latents cache; held-out combinations are left out."""
+
+    def __init__(self, latents: Path, config: UNetConfig) -> None:
+        cache = load_latents(latents)
+        self.config = config
+        self.loops = [cache[f"latents/{subject.name}"] for subject in SUBJECTS]
+        self.pairs = [(s, b) for s in range(len(SUBJECTS)) for b in range(len(BACKGROUNDS)) if not is_held_out(s, b)]
+
+    def clip(self, subject: int, background: int, speed: float) -> Tensor:
+        """Latents of a whole clip, float32 [32, 16, 8, 8]."""
+        loop = self.loops[subject]
+        indices = clip_indices(loop.shape[1], SUBJECTS[subject].key_frame, speed)
+        return loop[background, torch.from_numpy(indices)].float().transpose(0, 1)
+
+    def images(self, random: torch.Generator) -> Batch:
+        """Key frames with any caption of theirs; motion 0, appearance 1, no prior."""
+        x0, captions = [], []
+        for _ in range(IMAGES):
+            s, b = self._pair(random)
+            x0.append(self.loops[s][b, SUBJECTS[s].key_frame].float()[:, None])
+            captions.append(self._caption(s, b, SPEEDS[_integer(random, len(SPEEDS))], random))
+        motion = torch.from_numpy(motion_cue(0.0, 1, self.config.base_channels))
+        appearance = torch.from_numpy(appearance_rows(0.0, 1, self.config.appearance_columns))
+        batch = torch.stack(x0)
+        return Batch(
+            batch,
+            torch.zeros_like(batch[:, :, 0]),
+            motion.expand(IMAGES, -1, -1),
+            appearance.expand(IMAGES, -1, -1),
+            captions,
+        )
+
+    def windows(self, random: torch.Generator) -> Batch:
+        """Windows of whole clips, with the cues of the clip they are cut from."""
+        length, count = WINDOWS[_integer(random, len(WINDOWS))]
+        parts = [self._window(length, random) for _ in range(count)]
+        x0, prior, motion, appearance = (torch.stack([p[i] for p in parts]) for i in range(4))  # type: ignore[misc]
+        return Batch(x0, prior, motion, appearance, [p[4] for p in parts])
+
+    def _window(self, length: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, str]:
+        s, b = self._pair(random)
+        speed = self._speed(random)
+        clip = self.clip(s, b, speed.factor)  # [32, 16, 8, 8]
+        motion, appearance = self._cues(clip, random, free=speed in SPEEDS)
+        start = _integer(random, FRAMES - length + 1)
+        frames = slice(start, start + length)
+        prior = clip[:, KEY_INDEX] + PRIOR_NOISE * _real(random) * torch.randn(
+            clip[:, KEY_INDEX].shape, generator=random
+        )
+        return clip[:, frames], prior, motion[frames], appearance[frames], self._caption(s, b, speed, random)
+
+    def _cues(self, clip: Tensor, random: torch.Generator, free: bool) -> tuple[Tensor, Tensor]:
+        """Cues measured from the clip, as a user or as a clip would give them, or left out (only where `free`)."""
+        motion = motion_of(clip[None])[0].float()
+        if _real(random) < 0.5:
+            motion = motion.mean().expand_as(motion)
+        similarity = appearance_similarity(clip.transpose(0, 1).flatten(1)[None])
+        rows = appearance_rows(
+            float(appearance_factor(similarity)) if _real(random) < 0.5 else similarity[0].numpy(),
+            FRAMES,
+            self.config.appearance_columns,
+        )
+        both = _real(random) < UNSPECIFIED
+        drop_motion, drop_appearance = (both or _real(random) < CUE_DROPOUT for _ in range(2))
+        return (
+            torch.from_numpy(
+                motion_cue(None if free and drop_motion else motion.numpy(), FRAMES, self.config.base_channels)
+            ),
+            torch.from_numpy(
+                appearance_cue(None if free and drop_appearance else rows, FRAMES, self.config.appearance_columns)
+            ),
+        )
+
+    def _pair(self, random: torch.Generator) -> tuple[int, int]:
+        return self.pairs[_integer(random, len(self.pairs))]
+
+    def _speed(self, random: torch.Generator) -> Speed:
+        """One of the named speeds or, as often as two of them, any other that the caption calls by the nearest name."""
+        choice = _integer(random, len(SPEEDS) + 2)
+        if choice < len(SPEEDS):
+            return SPEEDS[choice]
+        factor = 0.4 * (2.2 / 0.4) ** _real(random)
+        nearest = min((s for s in SPEEDS if s.factor), key=lambda s: abs(math.log(s.factor / factor)))
+        return Speed(nearest.name, nearest.phrase, nearest.synonym, factor)
+
+    def _caption(self, s: int, b: int, speed: Speed, random: torch.Generator) -> str:
+        if _real(random) < TEXT_DROPOUT:
+            return ""
+        weights = (0.4, 0.2, 0.15, 0.15, 0.1)
+        style = STYLES[int(torch.multinomial(torch.tensor(weights), 1, generator=random))]
+        return caption(SUBJECTS[s], BACKGROUNDS[b], speed, style)
+
+
+def _integer(random: torch.Generator, below: int) -> int:
+    return int(torch.randint(below, (), generator=random))
+
+
+def _real(random: torch.Generator) -> float:
+    return float(torch.rand((), generator=random))

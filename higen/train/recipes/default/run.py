@@ -1,0 +1,32 @@
+"""The whole recipe, from the npm packages to a model directory; every part resumes (`higen train default`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from higen.bundle import Bundle
+from higen.errors import TrainingError
+from higen.train.recipes.default import autoencoder, latents
+from higen.train.recipes.default.assemble import assemble
+from higen.train.recipes.default.data import fetch
+from higen.train.recipes.default.denoiser import Run, train
+
+__all__ = ["run"]
+
+
+def run(work: Path, output: Path, steps: int | None = None, codec_minutes: float = 45.0) -> Bundle:
+    """Fetch the emoji into `work`, train codec and denoiser there, write the model directory `output`.
+
+    What `work` already holds is not made again. Raises TrainingError where a part cannot start.
+    """
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        fetch(work / "data")
+    except (OSError, RuntimeError) as error:
+        raise TrainingError(str(error)) from error
+    if not (work / "autoencoder.safetensors").exists():
+        autoencoder.train(work / "data", work, 60 * codec_minutes)
+    if not (work / "latents.safetensors").exists():
+        latents.write(work / "data", work)
+    train(work, Run() if steps is None else Run(steps=steps))
+    return assemble(work, output, overwrite=True)

@@ -1,0 +1,139 @@
+"""What the default model can draw: its subjects, backgrounds and speeds, and the captions that name them."""
+
+import re
+from dataclasses import dataclass
+
+FRAMES = 16
+"""Frames in a clip."""
+
+KEY_INDEX = 8
+"""Index in a clip of the frame that shows the subject's canonical pose; the spatial stage draws this frame."""
+
+FPS = 8.0
+"""Frames per second at which a clip is played."""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One animated emoji.
+
+    `codepoint` is the stem of its WebP file, `name` a noun phrase without article, `caption` the noun phrase with
+    its motion, `key_frame` the index in the loop of the canonical pose. Key frames were chosen by eye: the whole
+    subject in a typical pose, with lively motion in the second before and after, so that a real-time clip shows it.
+    """
+
+    codepoint: str
+    name: str
+    caption: str
+    key_frame: int
+
+
+@dataclass(frozen=True)
+class Background:
+    """A picture behind the subject; `caption` is the phrase appended to a subject's caption."""
+
+    name: str
+    caption: str
+
+
+@dataclass(frozen=True)
+class Speed:
+    """A playback speed: `factor` multiplies real time, `phrase` and `synonym` are its two wordings (may be empty)."""
+
+    name: str
+    phrase: str
+    synonym: str
+    factor: float
+
+
+@dataclass(frozen=True)
+class Style:
+    """A way to phrase a caption: whether it names the action and the background, and which speed wording it takes."""
+
+    name: str
+    action: bool
+    background: bool
+    synonym: bool = False
+
+
+SUBJECTS: tuple[Subject, ...] = (
+    Subject("1f40b", "whale", "a whale flapping its tail", 24),
+    Subject("1f427", "penguin", "a penguin waddling", 0),
+    Subject("1f412", "monkey", "a monkey jumping", 21),
+    Subject("2764-fe0f", "red heart", "a red heart beating", 27),
+    Subject("1f98b", "butterfly", "a butterfly flapping its wings", 6),
+    Subject("1f3a1", "ferris wheel", "a ferris wheel turning", 0),
+    Subject("1f419", "octopus", "an octopus swimming", 0),
+    Subject("1f47b", "ghost", "a ghost floating", 27),
+    Subject("2b50", "yellow star", "a yellow star spinning", 21),
+    Subject("1f44b", "hand", "a hand waving", 0),
+    Subject("1f998", "kangaroo", "a kangaroo hopping", 0),
+    Subject("1f41f", "blue fish", "a blue fish swimming", 21),
+)
+
+BACKGROUNDS: tuple[Background, ...] = (
+    Background("plain white", "on a white background"),
+    Background("plain red", "on a red background"),
+    Background("plain yellow", "on a yellow background"),
+    Background("plain pink", "on a pink background"),
+    Background("blue sky", "on a blue sky"),
+    Background("grass", "on green grass"),
+    Background("night", "at night"),
+    Background("snow", "in the snow"),
+    Background("desert", "in the desert"),
+    Background("sea", "by the sea"),
+)
+
+SPEEDS: tuple[Speed, ...] = (
+    Speed("slow", "slowly", "in slow motion", 0.5),
+    Speed("normal", "", "", 1.0),
+    Speed("fast", "fast", "quickly", 2.0),
+    Speed("still", "standing still", "still", 0.0),
+)
+
+STYLES: tuple[Style, ...] = (
+    Style("full", action=True, background=True),
+    Style("full, other words", action=True, background=True, synonym=True),
+    Style("no action", action=False, background=True),
+    Style("no background", action=True, background=False),
+    Style("name only", action=False, background=False, synonym=True),
+)
+
+
+def is_held_out(subject_index: int, background_index: int) -> bool:
+    """Whether this combination is kept for validation.
+
+    One background in ten per subject, and (3 being coprime to 10) a different one for neighbouring subjects, so that
+    every subject and every background is still seen in training.
+    """
+    return (3 * subject_index + background_index) % 10 == 7
+
+
+def with_article(noun: str) -> str:
+    """`noun` with "a" or "an" before it, by its first letter."""
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def caption(subject: Subject, background: Background | None, speed: Speed, style: Style = STYLES[0]) -> str:
+    """The lower-case prompt for a clip, such as "a whale flapping its tail on a blue sky, slowly".
+
+    A still subject is never given its action, which would contradict the picture: "a whale on a blue sky, standing
+    still". `background=None` leaves the background out whatever the style.
+    """
+    text = subject.caption if style.action and speed.factor > 0 else with_article(subject.name)
+    if background is not None and style.background:
+        text = f"{text} {background.caption}"
+    suffix = speed.synonym if style.synonym else speed.phrase
+    return f"{text}, {suffix}" if suffix else text
+
+
+def vocabulary() -> tuple[str, ...]:
+    """Every word, lower-case and sorted, that `caption` can produce."""
+    texts = (
+        caption(subject, background, speed, style)
+        for subject in SUBJECTS
+        for background in BACKGROUNDS
+        for speed in SPEEDS
+        for style in STYLES
+    )
+    return tuple(sorted({word for text in texts for word in re.findall(r"[a-z]+", text)}))

@@ -1,0 +1,101 @@
+"""Shared fixtures: where the reference lies, and a tiny model directory with random weights."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from higen import bundle
+from higen.bundle import Bundle
+from higen.config import AutoencoderConfig, Defaults, ModelConfig, TextConfig, UNetConfig
+from higen.models.companions import autoencoder, text_encoder
+from higen.models.unet import Denoiser
+from higen.tokenizer import build_word_tokenizer
+
+WORDS = ("a", "blue", "whale", "red", "heart", "green", "star", "swimming", "beating", ",")
+
+TINY = ModelConfig(
+    name="tiny",
+    unet=UNetConfig(
+        base_channels=32,
+        channel_multipliers=(1, 2),
+        blocks_per_level=1,
+        attention_levels=(True, False),
+        head_dim=16,
+        first_temporal_heads=2,
+        text_dim=32,
+        context_dim=32,
+        context_tokens=4,
+        context_depth=1,
+        context_heads=4,
+    ),
+    text=TextConfig(
+        clip={
+            "vocab_size": len(WORDS) + 4,
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "max_position_embeddings": 12,
+            "projection_dim": 32,
+        },
+        context_length=12,
+        clean=False,
+    ),
+    autoencoder=AutoencoderConfig(
+        arguments={
+            "block_out_channels": [32, 32],
+            "down_block_types": ["DownEncoderBlock2D"] * 2,
+            "up_block_types": ["UpDecoderBlock2D"] * 2,
+            "latent_channels": 4,
+            "layers_per_block": 1,
+        },
+        factor=2,
+        scale=(0.5,),
+    ),
+    defaults=Defaults(frames=4, width=24, height=16, steps=(4, 4), guidance=(3.0, 3.0), motion=60.0),
+    max_frames=40,
+    prompts=("a blue whale swimming", "a red heart beating"),
+)
+
+
+def write_tiny_model(path: Path, config: ModelConfig = TINY, seed: int = 0) -> Bundle:
+    """A model directory with random weights, every zero-initialised branch included."""
+    torch.manual_seed(seed)
+    denoiser = Denoiser(config.unet)
+    for parameter in denoiser.parameters():
+        if not parameter.detach().any():
+            torch.nn.init.normal_(parameter, std=0.05)
+    with bundle.create(path, config) as folder:
+        save_file(denoiser.state_dict(), folder / bundle.UNET)
+        save_file(text_encoder(config.text).state_dict(), folder / bundle.TEXT_ENCODER)
+        save_file(autoencoder(config.autoencoder).state_dict(), folder / bundle.AUTOENCODER)
+        build_word_tokenizer(WORDS).save(str(folder / bundle.TOKENIZER))
+    return Bundle.open(path)
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model directory; read it, do not change it."""
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "tiny").path
+
+
+@pytest.fixture(scope="session")
+def preconditioned_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with prior preconditioning, a pooled context and optional cues, as the default model has."""
+    unet = replace(TINY.unet, prior_preconditioning=True, pooled_context=True)
+    config = replace(TINY, unet=unet, optional_cues=True, defaults=replace(TINY.defaults, motion=None, appearance=None))
+    return write_tiny_model(tmp_path_factory.mktemp("models") / "preconditioned", config).path
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """The whole public reference; tests that need it are skipped where only the repository is there."""
+    folder = Path(__file__).resolve().parents[2] / "shared" / "reference"
+    if not folder.is_dir():
+        pytest.skip("../shared/reference is not here; tests/reference is a subset of it")
+    return folder
