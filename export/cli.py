@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
@@ -12,6 +16,9 @@ from higen.errors import MissingExtra
 from higen.stages import STAGES
 from higen.terminal import JSON, reported
 from higen.version import __version__
+
+if TYPE_CHECKING:
+    from higen.export.model import Parity
 
 __all__ = ["main"]
 
@@ -27,28 +34,63 @@ def main() -> None:
 @main.command()
 @MODEL
 @click.option("--stage", "stages", multiple=True, type=click.Choice(list(STAGES)), help="Only these.  [every stage]")
-@click.option("--opset", type=click.IntRange(21, 23), default=23, show_default=True)
+@click.option("--opset", type=click.IntRange(21, 23), default=21, show_default=True)
 @JSON
 def onnx(model: Path, stages: tuple[str, ...], opset: int, as_json: bool) -> None:
     """Write an ONNX graph for every stage of MODEL, each checked against PyTorch at shapes it was not traced with."""
     with reported(as_json):
-        try:
-            from higen.export.model import Parity, export_model
-        except ImportError as error:
-            raise MissingExtra(error.name or "onnx", "export", "higen-export onnx") from error
-
+        with _export_extra():
+            from higen.export.model import export_model
         done: list[Parity] = []
-
-        def show(parity: Parity) -> None:
-            done.append(parity)
-            if not as_json:
-                mark = "ok" if parity.passed else "OVER"
-                click.echo(f"{parity.stage:<14}{parity.shape:<24}{parity.error:9.1e}  {mark}")
-
-        bundle = export_model(Bundle.open(model), stages or tuple(STAGES), opset, show)
+        bundle = export_model(Bundle.open(model), stages or tuple(STAGES), opset, _listing(done, as_json))
         if as_json:
-            rows = [{"stage": p.stage, "shape": p.shape, "error": p.error} for p in done]
-            click.echo(json.dumps({"model": str(bundle.path), "parity": rows}))
+            click.echo(json.dumps({"model": str(bundle.path), "parity": [p.as_json() for p in done]}))
+
+
+@main.command()
+@MODEL
+@click.option("--report", type=click.Path(path_type=Path), help="Folder for report.md and sheet.png.")
+@click.option("--steps", type=int, default=10, show_default=True, help="Steps of each stage of the whole loop.")
+@JSON
+def verify(model: Path, report: Path | None, steps: int, as_json: bool) -> None:
+    """Prove MODEL: hashes, every graph against PyTorch, and the whole loop on both. Exit code 1 if one is over."""
+    passed = False
+    with reported(as_json):
+        with _export_extra():
+            from higen.export.verify import verify as run
+            from higen.export.verify import write
+        done: list[Parity] = []
+        found = run(Bundle.open(model), steps, on_parity=_listing(done, as_json))
+        passed = found.passed
+        if report is not None:
+            write(found, report)
+        if as_json:
+            rows = [p.as_json() for p in done]
+            loop = {"latents": found.latents, "pixels": found.pixels}
+            click.echo(json.dumps({"passed": passed, "parity": rows, "loop": loop}))
+        else:
+            click.echo(found.as_markdown().rstrip().rpartition("\n")[2])
+    if not passed:
+        sys.exit(1)
+
+
+@contextmanager
+def _export_extra() -> Iterator[None]:
+    try:
+        yield
+    except ImportError as error:
+        raise MissingExtra(error.name or "onnx", "export", "higen-export") from error
+
+
+def _listing(done: list[Parity], as_json: bool) -> Callable[[Parity], None]:
+    """Collects parities and, for a person, prints each."""
+
+    def show(parity: Parity) -> None:
+        done.append(parity)
+        if not as_json:
+            click.echo(f"{parity.stage:<14}{parity.shape:<24}{parity.error:9.1e}  {'ok' if parity.passed else 'OVER'}")
+
+    return show
 
 
 @main.command()

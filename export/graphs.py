@@ -26,8 +26,8 @@ from higen.stages import STAGES, Stage, dimensions
 
 __all__ = ["OPSET", "example_inputs", "export_stage", "sizes_for"]
 
-OPSET = 23
-"""Attention is an operator from opset 23, native GroupNormalization from 21, bfloat16 Conv from 22."""
+OPSET = 21
+"""Portable: ONNX Runtime 1.20 reads it, and GroupNormalization is native from 21. Attention is an operator from 23."""
 
 LARGEST_INLINE = 4096
 """A graph holds no tensor of more bytes than this."""
@@ -62,13 +62,15 @@ def export_stage(bundle: Bundle, backend: TorchBackend, name: str, output: Path,
     sizes = sizes_for(bundle, TRACED | {"H": 2 * multiple, "W": 3 * multiple})
     model = _trace(stage, backend.module(name), sizes, set(dimensions(bundle.config)), opset)
     optimize_ir(model, should_fold=lambda _: False)
-    _name_dimensions(model.graph, stage)
+    _clean(model.graph, stage)
     stored = stored_tensors(bundle.file(weights_file(name), verify=False))
     weights = {PREFIXES.get(name, "") + key: tensor for key, tensor in stored.items()}
     point_into(model.graph, weights, bundle.path)
     large = [k for k, v in model.graph.initializers.items() if k not in weights and _bytes(v) > LARGEST_INLINE]
     if large:
         raise BackendError(f"{name}: the graph would hold the tensors {large[:10]} itself")
+    model.metadata_props.clear()
+    model.graph.metadata_props.clear()
     ir.save(model, output)
 
 
@@ -108,8 +110,8 @@ def _trace(stage: Stage, module: torch.nn.Module, sizes: dict[str, int], fixed: 
     return program.model
 
 
-def _name_dimensions(graph: ir.Graph, stage: Stage) -> None:
-    """Give inputs and outputs the symbols of the stage table; drop the tracer's inner shapes, which name others."""
+def _clean(graph: ir.Graph, stage: Stage) -> None:
+    """Name the axes by the stage table; drop the tracer's inner shapes, which name others, and its notes."""
     for value, tensor in [
         *zip(graph.inputs, stage.inputs, strict=True),
         *zip(graph.outputs, stage.outputs, strict=True),
@@ -122,7 +124,9 @@ def _name_dimensions(graph: ir.Graph, stage: Stage) -> None:
         )
     kept = {*graph.inputs, *graph.outputs}
     for node in graph:
+        node.metadata_props.clear()  # the tracer's stack of every node: machine paths, and most of the file
         for out in node.outputs:
+            out.metadata_props.clear()
             if out not in kept and out.shape is not None and not out.shape.is_static():
                 out.shape = None
 

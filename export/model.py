@@ -13,7 +13,7 @@ from higen.backends.torch import TorchBackend
 from higen.bundle import Bundle, add_files, graph_file
 from higen.errors import BackendError, RequestError
 from higen.export.graphs import OPSET, example_inputs, export_stage, sizes_for
-from higen.stages import STAGES
+from higen.stages import STAGES, dimensions
 
 __all__ = ["TOLERANCE", "Parity", "check_graph", "export_model"]
 
@@ -34,6 +34,10 @@ class Parity:
         """Whether the difference is within the tolerance."""
         return self.error <= TOLERANCE
 
+    def as_json(self) -> dict[str, str | float]:
+        """JSON-ready values."""
+        return {"stage": self.stage, "shape": self.shape, "error": self.error}
+
 
 def shapes(bundle: Bundle) -> Iterator[dict[str, int]]:
     """Sizes the tracer did not see: B = F (an exporter's favourite mistake), a single sample, the model's own."""
@@ -49,20 +53,22 @@ def shapes(bundle: Bundle) -> Iterator[dict[str, int]]:
 
 def check_graph(bundle: Bundle, backend: TorchBackend, name: str, graph: Path) -> Iterator[Parity]:
     """Run a graph on ONNX Runtime's CPU provider against the torch stage, at every shape of `shapes`."""
-    stage = STAGES[name]
+    stage, fixed = STAGES[name], dimensions(bundle.config)
+    symbols = {symbol for tensor in stage.inputs for symbol in tensor.shape}
     options = ort.SessionOptions()
     options.log_severity_level = 3
     session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     for i, free in enumerate(shapes(bundle)):
-        inputs = example_inputs(stage, sizes_for(bundle, free), seed=i + 1)
+        sizes = sizes_for(bundle, free)
+        inputs = example_inputs(stage, sizes, seed=i + 1)
         ours = session.run(list(stage.graph_outputs), {key: value.numpy() for key, value in inputs.items()})
         theirs = backend.run(name, **inputs)
         errors = [
             float(np.abs(a - b).max() / max(np.abs(b).max(), 1e-6))
             for a, b in zip(ours, (backend.to_numpy(value) for value in theirs.values()), strict=True)
         ]
-        symbols = {symbol for tensor in stage.inputs for symbol in tensor.shape}
-        yield Parity(name, " ".join(f"{k}={n}" for k, n in free.items() if k in symbols), max(errors))
+        seen = {key: n for key, n in sizes.items() if key in symbols and key not in fixed}
+        yield Parity(name, " ".join(f"{key}={n}" for key, n in seen.items()), max(errors))
 
 
 def export_model(

@@ -189,6 +189,8 @@ def create(path: str | os.PathLike[str], config: ModelConfig, overwrite: bool = 
     try:
         yield staging
         write_manifest(staging, config)
+        for file in staging.iterdir():  # safetensors makes files that only their owner can read
+            file.chmod(0o644)
         staging.chmod(0o755)
         _check_free(target, overwrite)
         _move(staging, target)

@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from higen.terminal import JSON, reported
+from higen.train.cli import cues, train
 from higen.version import __version__
 
 __all__ = ["main"]
@@ -81,12 +82,21 @@ def generate(
     What is not given is the model's default.
     """
     with reported(as_json):
-        from higen.api import load
+        from higen.api import default_model, load
+        from higen.backends.select import check_backend
+        from higen.bundle import Bundle
+        from higen.images import load_image
+        from higen.request import make_request
         from higen.video import check_output
 
-        check_output(output)
         given = {name: value for name, value in options.items() if value is not None}
         given |= {name: _whole(given[name]) for name in ("steps",) if name in given}
+        # The pipeline checks all this again; here it is found out before the weights are loaded.
+        check_output(output)
+        check_backend(backend)
+        request = make_request(Bundle.open(model or default_model()).config, prompt, **given)
+        if image is not None:
+            load_image(image, request.width, request.height)
         with load(model, backend, device=device) as pipeline:
             video = pipeline(prompt, image=image, progress=False if as_json else None, **given)
             written = video.save(output)
@@ -182,32 +192,23 @@ def parity(directory: Path, only: str | None, as_json: bool) -> None:
     """Compare this installation with the reference's numbers in the fixture DIRECTORY."""
     failed = 0
     with reported(as_json):
-        from higen.parity import run
+        from higen.parity import HEADER, line, run
 
         cases = []
+        if not as_json:
+            click.echo(HEADER)
         for case in run(directory, only=only):
             failed += not case.passed
-            cases.append({"case": case.name, "error": case.error, "allowed": case.allowed, "passed": case.passed})
+            cases.append(case)
             if not as_json:
-                mark = "ok" if case.passed else "OVER"
-                click.echo(f"{mark:<5}{case.error:10.2e}  allowed {case.allowed:8.1e}  {case.name}")
+                click.echo(line(case))
         if as_json:
-            click.echo(json.dumps({"passed": not failed, "cases": cases}))
+            click.echo(json.dumps({"passed": not failed, "cases": [case.as_json() for case in cases]}))
         else:
             click.echo(f"{len(cases)} cases, {failed} over")
     if failed:
         sys.exit(1)
 
 
-@main.command()
-@click.argument("recipe", type=click.Choice(["default"]))
-@click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder for data and state; it resumes.")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Model directory to write.")
-@click.option("--steps", type=int, help="Steps of the denoiser.  [the recipe's]")
-@click.option("--codec-minutes", type=float, default=45.0, show_default=True, help="Time for the autoencoder.")
-def train(recipe: str, work: Path, output: Path, steps: int | None, codec_minutes: float) -> None:
-    """Train a model by a RECIPE. Ctrl-C stops it cleanly; the same command goes on."""
-    with reported(False):
-        from higen.train.recipes.default.run import run
-
-        run(work, output, steps, codec_minutes)
+main.add_command(train)
+main.add_command(cues)

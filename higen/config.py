@@ -203,7 +203,11 @@ def from_json(kind: type[T], data: object, where: str = "") -> T:
     for key in data:
         if key not in names:
             raise ManifestError(f"{where}.{reprlib.repr(key)[1:-1]}: unknown key; known are {', '.join(names)}")
-    return kind(**{key: _typed(hints[key], value, f"{where}.{key}") for key, value in data.items()})
+    values = {key: _typed(hints[key], value, f"{where}.{key}") for key, value in data.items()}
+    try:
+        return kind(**values)
+    except TypeError:  # no default
+        raise ManifestError(f"{where}: has {', '.join(values) or 'nothing'}, but needs {', '.join(names)}") from None
 
 
 def _typed(hint: Any, value: Any, where: str) -> Any:
@@ -214,6 +218,10 @@ def _typed(hint: Any, value: Any, where: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         return _typed(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is typing.Literal:
+        if isinstance(value, str) and value in arguments:
+            return value
+        raise ManifestError(f"{where}={reprlib.repr(value)}: one of {', '.join(map(repr, arguments))}")
     if origin is tuple and isinstance(value, list):
         items = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
         if len(items) == len(value):

@@ -11,6 +11,7 @@ HigenError
 │   └── BackendUnavailable        a backend cannot run here; the message says why
 ├── FixtureError                  a fixture directory for `higen parity` is malformed
 ├── TrainingError                 a training run cannot start, continue or save
+│   └── SettingsError             its settings or its data set are wrong
 └── MissingExtra (ImportError)    an optional dependency is not installed; the message names the extra
 
 PromptWarning (UserWarning)       a prompt was cut or has words that the model does not know
@@ -33,6 +34,7 @@ __all__ = [
     "OutputError",
     "PromptWarning",
     "RequestError",
+    "SettingsError",
     "TrainingError",
 ]
 
@@ -79,6 +81,10 @@ class FixtureError(HigenError):
 
 class TrainingError(HigenError):
     """A training run cannot start, continue or save."""
+
+
+class SettingsError(TrainingError):
+    """The settings or the data set of a training run are wrong."""
 
 
 class MissingExtra(HigenError, ImportError):

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ from higen.bundle import Bundle
 from higen.conditioning import appearance_rows, motion_cue
 from higen.errors import RequestError
 from higen.images import Image, load_image
-from higen.request import Request, make_request
+from higen.request import OPTIONS, Request, make_request
 from higen.sampler import Step, denoise
 from higen.schedule import solver_table
 from higen.tokenizer import PromptTokenizer
@@ -65,7 +66,7 @@ class Pipeline:
 
     def image(self, prompt: str | Sequence[str], *, progress: bool | None = None, **options: Any) -> Any:
         """Stage one alone: the key frame as uint8 [H,W,3]; a list of prompts gives a list. Options as for a video."""
-        stream = Stream(self, self._request(prompt, {**options, "frames": 1}), None)
+        stream = Stream(self, replace(self._request(prompt, options), frames=1), None)
         _consume(stream, progress)
         images = [video.frames[0] for video in stream.videos]
         return images if isinstance(prompt, (list, tuple)) else images[0]
@@ -79,10 +80,9 @@ class Pipeline:
         return Stream(self, request, key_frame)
 
     def _request(self, prompt: str | Sequence[str], options: dict[str, Any]) -> Request:
-        try:
-            return make_request(self.config, prompt, **options)
-        except TypeError as error:  # an unknown option
-            raise RequestError(str(error).replace("make_request()", "a request")) from error
+        if unknown := sorted(set(options) - set(OPTIONS)):
+            raise RequestError(f"{', '.join(unknown)}: unknown; a request takes {', '.join(OPTIONS)}")
+        return make_request(self.config, prompt, **options)
 
     def prepare(self) -> None:
         """Load all that a video from text needs, so that a broken model is found out before any work starts."""

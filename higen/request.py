@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,7 @@ from higen.config import ModelConfig
 from higen.errors import RequestError
 from higen.schedule import SOLVERS
 
-__all__ = ["MAX_SEED", "MAX_SIDE", "Request", "make_request"]
+__all__ = ["MAX_SEED", "MAX_SIDE", "OPTIONS", "Request", "make_request"]
 
 MAX_SEED = 2**64 - 1
 MAX_SIDE = 4096
@@ -103,6 +104,10 @@ def make_request(
     motion_cue(request.motion, frames, 2)
     appearance_cue(request.appearance, frames, config.unet.appearance_columns)
     return request
+
+
+OPTIONS = tuple(inspect.getfullargspec(make_request).kwonlyargs)
+"""The names of a request's options."""
 
 
 def _prompts(prompt: object) -> tuple[str, ...]:

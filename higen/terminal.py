@@ -22,11 +22,12 @@ from higen.errors import (
     OutputError,
     PromptWarning,
     RequestError,
+    SettingsError,
 )
 
 __all__ = ["JSON", "reported"]
 
-WRONG_INPUT = (RequestError, OutputError, ModelError, FixtureError)
+WRONG_INPUT = (RequestError, OutputError, ModelError, FixtureError, SettingsError)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object, errors too.")
 
 

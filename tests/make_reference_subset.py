@@ -1,6 +1,6 @@
-"""Makes tests/reference/fixtures: the part of the reference fixtures that is small enough to commit.
+"""Makes tests/reference: the part of the reference that is small enough to commit.
 
-    python tests/make_reference_subset.py ../shared/reference/fixtures
+    python tests/make_reference_subset.py ../shared/reference
 
 Both models' weights follow the recipe exactly (checked here), so none are stored. `higen parity tests/reference` runs
 the result.
@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from higen.parity.fixtures import recipe_salt, recipe_tensor
 
-TARGET = Path(__file__).parent / "reference" / "fixtures"
+REFERENCE = Path(__file__).parent / "reference"
+TARGET = REFERENCE / "fixtures"
 LIMIT = 3_500_000
 """Bytes of the whole folder."""
 
@@ -38,8 +39,18 @@ DROPPED_UNITS = ("p1/output_blocks.0.0@", "p1/output_blocks.3.0@")
 """Residual blocks of the decoder, large ones: output_blocks.4.0 and 5.0 are kept."""
 
 
-def main(source: Path) -> None:
-    """Write the subset of `source` to TARGET."""
+def companions(source: Path) -> None:
+    """Text encoder and tokenizer; the autoencoder's weights are too large."""
+    target = REFERENCE / "companions"
+    target.mkdir(parents=True, exist_ok=True)
+    record = json.loads((source / "companions.json").read_text())
+    (target / "companions.json").write_text(json.dumps({k: record[k] for k in ("text", "tokenizer")}) + "\n")
+    stored = load_file(source / "companions.safetensors")
+    save_file({k: v for k, v in stored.items() if k.startswith("text")}, target / "companions.safetensors")
+
+
+def fixtures(source: Path) -> None:
+    """The small models' cases."""
     record = json.loads((source / "fixtures.json").read_text())
     for kind, names in KEPT.items():
         record[kind] = {name: record[kind][name] for name in names}
@@ -72,4 +83,5 @@ def check_recipe(path: Path, salt: int) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    fixtures(Path(sys.argv[1]) / "fixtures")
+    companions(Path(sys.argv[1]) / "companions")

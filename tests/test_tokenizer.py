@@ -20,7 +20,8 @@ from higen.config import TextConfig
 from higen.errors import IntegrityError, PromptWarning, RequestError
 from higen.tokenizer import PromptTokenizer, build_clip_tokenizer, build_word_tokenizer, clean
 
-CASES = json.loads((Path(__file__).parent / "reference" / "companions.json").read_text(encoding="utf-8"))["tokenizer"]
+COMPANIONS = Path(__file__).parent / "reference" / "companions" / "companions.json"
+CASES = json.loads(COMPANIONS.read_text(encoding="utf-8"))["tokenizer"]
 WORDS = ("a", "Blue", "whale", "swimming", ",", "blue")
 
 

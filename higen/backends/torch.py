@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file
 from torch import nn
 
 from higen import bundle as files
 from higen.bundle import Bundle
-from higen.errors import BackendError, BackendUnavailable, IntegrityError
+from higen.errors import BackendError, BackendUnavailable
 from higen.models.companions import load_autoencoder, load_text_encoder
 from higen.models.stage_modules import (
     ConditionerStage,
@@ -24,6 +23,7 @@ from higen.models.stage_modules import (
     TextEncoderStage,
 )
 from higen.models.unet import Denoiser
+from higen.models.weights import fill
 from higen.stages import STAGES, check_inputs, dimensions
 
 __all__ = ["TorchBackend", "load_denoiser"]
@@ -60,9 +60,18 @@ class TorchBackend:
         check_inputs(spec, tensors, self._fixed)
         ordered = [torch.as_tensor(tensors[t.name], device=self.device) for t in spec.inputs]
         with torch.inference_mode():
-            outputs = self.module(stage)(*ordered)
-        values = outputs if isinstance(outputs, tuple) else (outputs,)
-        return dict(zip((t.name for t in spec.outputs), values, strict=True))
+            outputs = self._samples(self.module(stage), ordered)
+        return dict(zip((t.name for t in spec.outputs), outputs, strict=True))
+
+    def _samples(self, module: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+        """A CPU takes the samples of a batch one at a time: the libraries' order of summation depends on the batch's
+        size, and guidance makes that rounding visible. Only so is a sample's result its own; it costs little there.
+        """
+        if self.device.type != "cpu":
+            return _tuple(module(*inputs))
+        samples = zip(*(tensor.split(1) for tensor in inputs), strict=True)
+        outputs = [_tuple(module(*sample)) for sample in samples]
+        return [torch.cat(parts) for parts in zip(*outputs, strict=True)]
 
     def to_numpy(self, tensor: Any) -> NDArray[Any]:
         """A tensor as a numpy array on the host."""
@@ -123,6 +132,10 @@ class TorchBackend:
         return EncoderStage(self._autoencoder, self.bundle.config.autoencoder).eval().to(self.device)
 
 
+def _tuple(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    return outputs if isinstance(outputs, tuple) else (outputs,)
+
+
 def load_denoiser(
     bundle: Bundle, device: torch.device, dtype: torch.dtype | None = None, verify: bool = True
 ) -> Denoiser:
@@ -133,14 +146,8 @@ def load_denoiser(
     path = bundle.file(files.UNET, verify)
     with torch.device("meta"):
         denoiser = Denoiser(bundle.config.unet)
-    try:
-        state = load_file(path, device=str(device))
-        for name in list(state):
-            state[name] = state[name].to(dtype or state[name].dtype)  # one at a time: no second whole copy
-        denoiser.load_state_dict(state, assign=True)
-    except (RuntimeError, OSError, ValueError) as error:
-        raise IntegrityError(f"{path}: not the weights of this model: {str(error)[:1000]}") from error
-    return denoiser.eval().requires_grad_(False)
+    fill(denoiser, path, dtype, device)
+    return denoiser
 
 
 def _device(device: str | None) -> torch.device:

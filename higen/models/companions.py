@@ -8,16 +8,16 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from higen.config import AutoencoderConfig, TextConfig
-from higen.errors import BackendError, IntegrityError, ManifestError, MissingExtra
+from higen.errors import BackendError, ManifestError, MissingExtra
+from higen.models.weights import fill
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel
@@ -94,35 +94,10 @@ def load_autoencoder(
 
 
 def _load(module: nn.Module, path: str | os.PathLike[str], dtype: torch.dtype | None, device: torch.device) -> None:
-    """Give a module on the meta device the tensors of a file, one at a time: there is never a second copy of all."""
-    wanted = {name.removeprefix(_PREFIX): (name, tensor) for name, tensor in module.state_dict().items()}
-    state: dict[str, Tensor] = {}
-    try:
-        with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
-            stored = {name.removeprefix(_PREFIX): name for name in file.keys()}  # noqa: SIM118 (it is no mapping)
-            shapes = {name: list(file.get_slice(theirs).get_shape()) for name, theirs in stored.items()}
-            _check(path, shapes, {name: list(tensor.shape) for name, (_, tensor) in wanted.items()})
-            for name, (own, _) in wanted.items():
-                tensor = file.get_tensor(stored[name])
-                state[own] = tensor.to(dtype or tensor.dtype)
-    except (SafetensorError, OSError) as error:
-        raise IntegrityError(f"{os.fspath(path)}: cannot be read as safetensors: {error}") from error
-    module.load_state_dict(state, assign=True)
+    fill(module, path, dtype, device, lambda name: name.removeprefix(_PREFIX))
     for name, buffer in list(module.named_buffers()):
         if buffer.is_meta:
             _fill_buffer(module, name, buffer, device)
-    module.eval().requires_grad_(False)
-
-
-def _check(path: str | os.PathLike[str], given: Mapping[str, list[int]], wanted: Mapping[str, list[int]]) -> None:
-    problems = [f"missing {name} {wanted[name]}" for name in wanted if name not in given]
-    problems += [f"extra {name} {given[name]}" for name in sorted(given) if name not in wanted]
-    problems += [f"{name} is {given[name]}, wanted {w}" for name, w in wanted.items() if given.get(name, w) != w]
-    if problems:
-        listed = "\n  ".join(problems[:10])
-        raise IntegrityError(
-            f"{os.fspath(path)}: {len(problems)} tensors do not fit the manifest, the first of them:\n  {listed}"
-        )
 
 
 def _fill_buffer(module: nn.Module, name: str, buffer: Tensor, device: torch.device) -> None:

@@ -199,5 +199,7 @@ class Denoiser(nn.Module):
         with torch.device("meta"):
             spatial = UNet(self.config, temporal=False)
         own = self.unet.state_dict(keep_vars=True)
+        for name, parameter in spatial.named_parameters():
+            parameter.requires_grad_(own[name].requires_grad)  # assigning copies this flag the other way
         spatial.load_state_dict({name: own[name] for name in spatial.state_dict()}, assign=True)
         return spatial.train(self.training)

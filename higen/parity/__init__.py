@@ -11,6 +11,7 @@ A case compares every tensor that is stored for it; what is stored and not under
 
 from __future__ import annotations
 
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -36,6 +37,17 @@ class Case:
     allowed: float
     passed: bool
     tensor: str = ""
+
+    def as_json(self) -> dict[str, str | float | bool | None]:
+        """JSON-ready values; an error that is not finite (a wrong shape, NaN) is null."""
+        error = self.error if math.isfinite(self.error) else None
+        return {
+            "case": self.name,
+            "error": error,
+            "allowed": self.allowed,
+            "passed": self.passed,
+            "tensor": self.tensor,
+        }
 
 
 def run(
@@ -82,11 +94,19 @@ def _case(item: Planned) -> Case:
     return Case(item.name, worst.error, worst.allowed, all(d.passed for d in differences), worst.tensor)
 
 
+def row(name: str, error: str, allowed: str, verdict: str) -> str:
+    """A line of the table of cases."""
+    return f"{name:<52}  {error:>9}  {allowed:>9}  {verdict}"
+
+
+HEADER = row("case", "max error", "allowed", "ok")
+
+
+def line(case: Case) -> str:
+    """A case as a line: its name, largest error, allowed error, and ok or OVER with the tensor that is."""
+    return row(case.name, f"{case.error:.2e}", f"{case.allowed:.2e}", "ok" if case.passed else f"OVER {case.tensor}")
+
+
 def main_table(cases: Iterable[Case]) -> str:
-    """The cases as lines of text: case, largest error, allowed error, and ok or OVER with the tensor that is."""
-    rows = [("case", "max error", "allowed", "ok")]
-    for case in cases:
-        verdict = "ok" if case.passed else f"OVER {case.tensor}"
-        rows.append((case.name, f"{case.error:.2e}", f"{case.allowed:.2e}", verdict))
-    width = max(len(row[0]) for row in rows)
-    return "\n".join(f"{name:<{width}}  {error:>9}  {allowed:>9}  {verdict}" for name, error, allowed, verdict in rows)
+    """The cases as a table."""
+    return "\n".join([HEADER, *map(line, cases)])

@@ -10,8 +10,12 @@ from __future__ import annotations
 
 import argparse
 import copy
+import fcntl
 import math
+import signal
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from higen.config import ScheduleConfig, TextConfig, UNetConfig
+from higen.errors import TrainingError
 from higen.models.companions import text_encoder
 from higen.models.unet import Denoiser
 from higen.schedule import alphas_cumprod
@@ -185,6 +190,24 @@ class Trainer:
 
 def train(state: Path, run: Run) -> None:
     """Train to `run.steps`, resuming what `state` holds; a save is written aside and moved. Ctrl-C saves and stops."""
+    with only_trainer(state):
+        _train(state, run)
+
+
+@contextmanager
+def only_trainer(state: Path) -> Iterator[None]:
+    """Refuse to start where another trainer works in `state`; stop cleanly when asked to by a signal."""
+    with (state / "denoiser.lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise TrainingError(f"{state}: another trainer is at work there") from error
+        for number in (signal.SIGINT, signal.SIGTERM):  # a background process ignores SIGINT unless told otherwise
+            signal.signal(number, signal.default_int_handler)
+        yield
+
+
+def _train(state: Path, run: Run) -> None:
     trainer = Trainer(Clips(state / "latents.safetensors", UNET), run)
     checkpoint = state / "denoiser.ckpt"
     if checkpoint.exists():
@@ -224,6 +247,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
+    torch.set_flush_denormal(True)
     train(arguments.state, Run(steps=arguments.steps))
 
 

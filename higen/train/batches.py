@@ -1,0 +1,124 @@
+"""Training batches: latents, noise and cues of the samples of a step.
+
+Each sample draws from a generator of its own (seed, kind, step, index), in a fixed order, so that neither the number
+of processes nor a restart changes what it draws.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from higen.conditioning import appearance_cue, appearance_rows, motion_cue
+from higen.config import ModelConfig
+from higen.errors import SettingsError
+from higen.tokenizer import PromptTokenizer
+from higen.train.cues import appearance_factor, appearance_similarity, motion_of
+from higen.train.data import VIDEO
+from higen.train.reader import Sample
+from higen.train.settings import CueSettings, ObjectiveSettings
+
+__all__ = ["Batch", "Batches", "generator"]
+
+
+@dataclass(frozen=True)
+class Batch:
+    """x0 and noise [B,C,F,H,W], t int64 [B], prior [B,C,H,W] (zeros for pictures), motion [B,F,D],
+    appearance [B,F,R], tokens int64 [B,L].
+    """
+
+    x0: Tensor
+    noise: Tensor
+    t: Tensor
+    prior: Tensor
+    motion: Tensor
+    appearance: Tensor
+    tokens: Tensor
+
+    def to(self, device: torch.device) -> Batch:
+        """The same on a device."""
+        return Batch(*(getattr(self, f.name).to(device) for f in fields(self)))
+
+
+def generator(seed: int, kind: int, step: int, index: int) -> torch.Generator:
+    """The random numbers of one sample."""
+    state = np.random.SeedSequence([seed, kind, step, index]).generate_state(1, np.uint64)
+    return torch.Generator().manual_seed(int(state[0]))
+
+
+class Batches:
+    """Turns the samples of a step into a batch."""
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        tokenizer: PromptTokenizer,
+        cues: CueSettings,
+        objective: ObjectiveSettings,
+        seed: int,
+    ) -> None:
+        """Raises SettingsError for cue dropout with a model that does not know unspecified cues."""
+        if cues.dropout and not config.optional_cues:
+            raise SettingsError(
+                f"cues.dropout={cues.dropout}: {config.name} takes no unspecified cues; "
+                "0, or an architecture with optional_cues = true"
+            )
+        self.config, self.tokenizer, self.cues, self.objective, self.seed = config, tokenizer, cues, objective, seed
+
+    def batch(self, samples: list[Sample], kind: int, step: int, indices: range) -> Batch:
+        """The batch of samples `indices` of a step, all of one kind."""
+        rows = [
+            self._row(sample, kind, generator(self.seed, kind, step, index))
+            for sample, index in zip(samples, indices, strict=True)
+        ]
+        return Batch(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+    def _row(self, sample: Sample, kind: int, random: torch.Generator) -> tuple[Tensor, ...]:
+        x0 = sample.encoded.sample(random)  # [C, F, H, W]
+        t = torch.randint(self.config.schedule.timesteps, (), generator=random)
+        noise = torch.randn(x0.shape, generator=random)
+        offset = torch.randn((*x0.shape[:2], 1, 1), generator=random)
+        drop_text, *chances = torch.rand(5, generator=random, dtype=torch.float64).tolist()
+        caption = "" if drop_text < self.objective.text_dropout else sample.caption
+        if kind == VIDEO:
+            motion, appearance = self._clip_cues(x0, sample.encoded.features, chances)
+            prior = x0[:, x0.shape[1] // 2]
+        else:
+            motion = motion_cue(0.0, 1, self.config.unet.base_channels)
+            appearance = appearance_rows(0.0, 1, self.config.unet.appearance_columns)
+            prior = torch.zeros_like(x0[:, 0])
+        tokens = self.tokenizer.encode([caption])[0]
+        return (
+            x0,
+            noise + self.objective.offset_noise * offset,
+            t,
+            prior,
+            torch.from_numpy(motion),
+            torch.from_numpy(appearance),
+            torch.from_numpy(tokens),
+        )
+
+    def _clip_cues(
+        self, x0: Tensor, features: Tensor | None, chances: list[float]
+    ) -> tuple[np.ndarray[tuple[int, ...], np.dtype[np.float32]], np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
+        """The motion [F,D] and appearance [F,R] input of a clip [C,F,H,W], measured from it."""
+        frames, unet = x0.shape[1], self.config.unet
+        motion = motion_of(x0[None])[0].double().numpy()
+        if features is None:
+            features = x0.transpose(0, 1).flatten(1)
+        similarity = appearance_similarity(features[None])
+        appearance: float | np.ndarray[tuple[int, ...], np.dtype[np.float32]] = similarity[0].numpy()
+        told_motion, told_appearance, without_motion, without_appearance = chances
+        if told_motion < self.cues.as_numbers:
+            motion = np.full_like(motion, motion.mean())
+        if told_appearance < self.cues.as_numbers:
+            appearance = float(appearance_factor(similarity))
+        return (
+            motion_cue(None if without_motion < self.cues.dropout else motion, frames, unet.base_channels),
+            appearance_cue(
+                None if without_appearance < self.cues.dropout else appearance, frames, unet.appearance_columns
+            ),
+        )

@@ -1,0 +1,89 @@
+"""Checkpoints of a run: written aside and moved, the last few kept.
+
+    <run>/checkpoints/step-00001000.pt     weights, their averages, optimiser, step, settings
+
+A save that fails, or a process killed at any moment of it, leaves the earlier checkpoints as they were.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from higen.errors import TrainingError
+
+__all__ = ["Checkpoints"]
+
+VERSION = 1
+_NAME = re.compile(r"step-(\d+)\.pt")
+
+
+class Checkpoints:
+    """The checkpoints in a folder, which is made when the first one is saved."""
+
+    def __init__(self, folder: Path, keep: int) -> None:
+        self.folder, self.keep = folder, keep
+
+    def paths(self) -> list[Path]:
+        """Every checkpoint, the oldest first."""
+        found = self.folder.glob("step-*.pt") if self.folder.is_dir() else ()
+        return sorted((p for p in found if _NAME.fullmatch(p.name)), key=_step)
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Write a checkpoint and remove all but the last `keep`.
+
+        Raises TrainingError where it cannot be written whole (a full disk), naming the last good one.
+        """
+        path = self.folder / f"step-{step:08d}.pt"
+        temporary = path.with_suffix(".part")
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with temporary.open("wb") as file:
+                torch.save({"version": VERSION, **state}, file)
+                file.flush()
+                os.fsync(file.fileno())
+            temporary.replace(path)
+        except (OSError, RuntimeError) as error:  # RuntimeError: torch's writer
+            temporary.unlink(missing_ok=True)
+            last = next(iter(reversed(self.paths())), None)
+            kept = f"the last good checkpoint is {last}" if last else "there is no earlier one"
+            raise TrainingError(f"{path} cannot be written: {_reason(error)}; {kept}") from error
+        for old in self.paths()[: -self.keep]:
+            old.unlink()
+        return path
+
+    def load(self) -> dict[str, Any] | None:
+        """The newest checkpoint, its tensors on the host; None if there is none. Raises TrainingError."""
+        paths = self.paths()
+        if not paths:
+            return None
+        try:
+            state: dict[str, Any] = torch.load(paths[-1], map_location="cpu", weights_only=True)
+            version = state["version"]
+        except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+            before = f"remove it to go on from {paths[-2].name}" if len(paths) > 1 else "it is the only one"
+            raise TrainingError(f"{paths[-1]} cannot be read: {_reason(error)}; {before}") from error
+        if version != VERSION:
+            raise TrainingError(f"{paths[-1]}: version {version}; this higen reads version {VERSION}")
+        return state
+
+    def clear(self) -> None:
+        """Remove every checkpoint."""
+        for path in (*self.paths(), *self.folder.glob("step-*.part")):
+            path.unlink()
+
+
+def _step(path: Path) -> int:
+    return int(path.stem.removeprefix("step-"))
+
+
+def _reason(error: BaseException) -> str:
+    """The system's reason behind an error of torch's writer."""
+    while error.__context__ is not None and not isinstance(error, OSError):
+        error = error.__context__
+    return str(error).splitlines()[0] if str(error) else type(error).__name__

@@ -1,0 +1,106 @@
+"""The commands `higen train` and `higen cues`. Importing this module loads no torch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import click
+
+from higen.terminal import JSON, reported
+
+__all__ = ["cues", "train"]
+
+
+class _ConfigOrRecipe(click.Group):
+    """`higen train CONFIG.toml` is short for `higen train config CONFIG.toml`."""
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args and args[0] not in self.commands:
+            args = ["config", *args]
+        return super().resolve_command(ctx, args)
+
+
+@click.group(cls=_ConfigOrRecipe, subcommand_metavar="CONFIG.toml | RECIPE [OPTIONS]")
+def train() -> None:
+    """Train a model: as CONFIG.toml says, or the built-in one by its recipe (default).
+
+    Ctrl-C stops cleanly; the same command goes on where it stopped, also after a crash.
+    """
+
+
+@train.command("config")
+@click.argument("config", type=click.Path(path_type=Path))
+@click.option("--resume/--fresh", default=None, help="Demand a checkpoint, or start anew.  [go on where there is one]")
+@click.option(
+    "--export", type=click.Path(path_type=Path), help="Write the newest checkpoint as a model directory; do not train."
+)
+@click.option("--overwrite", is_flag=True, help="Replace the model directory of --export.")
+def from_config(config: Path, resume: bool | None, export: Path | None, overwrite: bool) -> None:
+    """Train as the file CONFIG says (its keys: higen/train/settings.py). May be launched by torchrun."""
+    with reported(False):
+        from higen.train.settings import read_settings
+
+        settings = read_settings(config)
+        from higen.train import trainer
+
+        if export is None:
+            bundle = trainer.train(settings, resume=resume, say=_say, progress=sys.stderr.isatty())
+        else:
+            bundle = trainer.export(settings, export, overwrite)
+        click.echo(str(bundle.path))
+
+
+def _say(line: str) -> None:
+    click.echo(line, err=True)
+
+
+@train.command("default")
+@click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder for data and state; it resumes.")
+@click.option("--output", type=click.Path(path_type=Path), required=True, help="Model directory to write.")
+@click.option("--steps", type=int, help="Steps of the denoiser.  [the recipe's]")
+@click.option("--codec-minutes", type=float, default=45.0, show_default=True, help="Time for the autoencoder.")
+def from_recipe(work: Path, output: Path, steps: int | None, codec_minutes: float) -> None:
+    """Train the built-in model, from the npm packages on."""
+    with reported(False):
+        from higen.train.recipes.default.run import run
+
+        run(work, output, steps, codec_minutes)
+
+
+@click.command()
+@click.argument("video", type=click.Path(path_type=Path))
+@click.option("--model", type=click.Path(path_type=Path), help="Whose latents and rate.  [the built-in small model]")
+@click.option("--fps", type=int, help="Frames a second to look at.  [the model's]")
+@click.option("--frames", type=int, help="Frames from the middle of the video.  [all, as far as the model reaches]")
+@click.option("--openclip", type=click.Path(path_type=Path), help="CLIP picture tower, in transformers' format.")
+@click.option("--plot", type=click.Path(path_type=Path), help="Draw both curves into this picture.")
+@JSON
+def cues(
+    video: Path,
+    model: Path | None,
+    fps: int | None,
+    frames: int | None,
+    openclip: Path | None,
+    plot: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure the motion and appearance cues of VIDEO, as training does."""
+    with reported(as_json):
+        from higen.api import default_model
+        from higen.bundle import Bundle
+        from higen.train.curves import as_text, measure, save_plot
+
+        curves = measure(
+            Bundle.open(model or default_model()),
+            video,
+            fps=fps,
+            frames=frames,
+            openclip=None if openclip is None else str(openclip),
+        )
+        if plot is not None:
+            save_plot(curves, plot)
+        click.echo(json.dumps(curves.as_json()) if as_json else as_text(curves))

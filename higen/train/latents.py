@@ -1,0 +1,148 @@
+"""Clips as latents: the autoencoder's posterior, and a cache of it on disk."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from higen.errors import MissingExtra, SettingsError, TrainingError
+from higen.models.stage_modules import EncoderStage
+
+__all__ = ["Encoded", "FrameEncoder", "LatentCache", "OpenClip", "encode", "to_pixels"]
+
+CHUNK = 8
+"""Frames encoded at a time."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What is kept of a clip: mean and standard deviation of its latents [C,F,H,W] float32, scaled as the denoiser
+    sees them (no deviation: the autoencoder has no posterior), and its frames' features [F,D] where an encoder other
+    than the latents themselves measures the appearance.
+    """
+
+    mean: Tensor
+    std: Tensor | None = None
+    features: Tensor | None = None
+
+    def sample(self, random: torch.Generator) -> Tensor:
+        """Latents [C,F,H,W] drawn from the posterior, as the reference trains on."""
+        if self.std is None:
+            return self.mean
+        return self.mean + self.std * torch.randn(self.mean.shape, generator=random)
+
+
+class FrameEncoder(Protocol):
+    """Measures how alike frames look: features whose cosine is taken (higen.train.cues.appearance_similarity)."""
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """Pixels [F,3,Y,X] in -1 to 1 to features [F,D]."""
+        ...
+
+
+class OpenClip:
+    """A CLIP picture tower in transformers' format (the reference: OpenCLIP ViT-H/14)."""
+
+    MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+
+    def __init__(self, folder: str, device: torch.device) -> None:
+        """Raises MissingExtra without transformers, SettingsError for a folder that is no such tower."""
+        try:
+            from transformers import CLIPVisionModelWithProjection
+        except ImportError as error:
+            raise MissingExtra("transformers", "torch", "the OpenCLIP appearance cue") from error
+        try:
+            tower = CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True)
+        except Exception as error:  # transformers raises whatever its checks raise
+            raise SettingsError(
+                f"cues.openclip={folder!r}: no CLIP picture tower in transformers' format "
+                f"(such as laion/CLIP-ViT-H-14-laion2B-s32B-b79K): {error}"
+            ) from error
+        self.tower = cast("nn.Module", tower).eval().requires_grad_(False).to(device)
+        self.size = int(cast("Any", tower).config.image_size)
+
+    @torch.no_grad()
+    def __call__(self, pixels: Tensor) -> Tensor:
+        """The central square, resized to the tower's size by nearest neighbour, as the reference does; [F,D]."""
+        side, (height, width) = min(pixels.shape[2:]), pixels.shape[2:]
+        top, left = (height - side) // 2, (width - side) // 2
+        square = F.interpolate(pixels[:, :, top : top + side, left : left + side], (self.size, self.size))
+        mean, std = (torch.tensor(v, device=pixels.device).reshape(1, 3, 1, 1) for v in (self.MEAN, self.STD))
+        features: Tensor = self.tower(pixel_values=((square * 0.5 + 0.5) - mean) / std).image_embeds
+        return features.float()
+
+
+def to_pixels(frames: NDArray[np.uint8]) -> Tensor:
+    """uint8 [F,Y,X,3] as float32 [F,3,Y,X] in -1 to 1 (reference: mean and deviation 0.5)."""
+    return torch.from_numpy(np.ascontiguousarray(frames.transpose(0, 3, 1, 2))).float() / 127.5 - 1.0
+
+
+@torch.no_grad()
+def encode(stage: EncoderStage, frames: NDArray[np.uint8], features: FrameEncoder | None = None) -> Encoded:
+    """uint8 frames [F,Y,X,3] as `Encoded`, on the host; a few frames at a time."""
+    device = next(stage.parameters()).device
+    means, stds, found = [], [], []
+    for chunk in to_pixels(frames).split(CHUNK):
+        pixels = chunk.to(device)
+        posterior = stage.autoencoder.encode(pixels.to(stage.dtype), return_dict=False)[0]  # type: ignore[operator]
+        has_std = hasattr(posterior, "mean") and hasattr(posterior, "std") and not isinstance(posterior, Tensor)
+        mean = posterior.mean if has_std else posterior
+        means.append(((mean.float() - stage.shift) * stage.scale).cpu())
+        if has_std:
+            stds.append((posterior.std.float() * stage.scale.abs()).cpu())
+        if features is not None:
+            found.append(features(pixels).cpu())
+    return Encoded(_clip(means), _clip(stds) if stds else None, torch.cat(found) if found else None)
+
+
+def _clip(chunks: list[Tensor]) -> Tensor:
+    return torch.cat(chunks).transpose(0, 1).contiguous()
+
+
+class LatentCache:
+    """A folder of `Encoded`, one file each. A file is written aside and moved; a broken one is made again."""
+
+    def __init__(self, folder: str, recipe: Mapping[str, Any]) -> None:
+        """`recipe`: everything the latents depend on but the file itself."""
+        self.folder = Path(folder)
+        self.recipe = json.dumps(dict(recipe), sort_keys=True)
+
+    def path(self, source: Path, name: str, kind: int) -> Path:
+        """Where the latents of a file are kept; its size and time of change are part of the key. Raises OSError."""
+        found = source.stat()
+        key = json.dumps([self.recipe, name, kind, found.st_size, found.st_mtime_ns])
+        digest = hashlib.sha256(key.encode()).hexdigest()
+        return self.folder / digest[:2] / f"{digest[2:34]}.safetensors"
+
+    def load(self, path: Path) -> Encoded | None:
+        """What is kept at `path`; None if nothing readable is."""
+        try:
+            tensors = load_file(path)
+            return Encoded(tensors["mean"], tensors.get("std"), tensors.get("features"))
+        except (OSError, SafetensorError, KeyError):
+            return None
+
+    def save(self, path: Path, encoded: Encoded) -> None:
+        """Keep `encoded`. Raises TrainingError where it cannot be written."""
+        tensors = {"mean": encoded.mean, "std": encoded.std, "features": encoded.features}
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, temporary)
+            temporary.replace(path)
+        except (OSError, SafetensorError) as error:
+            temporary.unlink(missing_ok=True)
+            raise TrainingError(f"data.cache: {path} cannot be written: {error}") from error

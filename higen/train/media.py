@@ -1,0 +1,183 @@
+"""Files to pixels: pictures, and clips at a wanted rate, scaled to cover and cropped.
+
+Nothing is made up: a file that cannot be read, is too short or too slow raises `Unusable` with the reason. (The
+reference turns such clips into black ones without a caption.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["IMAGES", "VIDEOS", "Placement", "Unusable", "read_image", "read_video"]
+
+VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif")
+IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+SLOWER = 0.9
+"""A video of less than this part of the wanted rate shows frames twice: the motion cue takes that for stillness."""
+
+
+class Unusable(Exception):
+    """A file cannot serve; the message is the reason, without the file's name."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a clip is cut out of its file, each from 0 (first, left, top) to 1 (last, right, bottom)."""
+
+    start: float = 0.5
+    x: float = 0.5
+    y: float = 0.5
+
+
+def read_image(path: Path, width: int, height: int, placement: Placement) -> NDArray[np.uint8]:
+    """A picture as uint8 [1,height,width,3]; transparency is laid over white. Raises Unusable."""
+    import PIL.Image
+    import PIL.ImageOps
+
+    try:
+        with PIL.Image.open(path) as file:
+            if getattr(file, "n_frames", 1) > 1:
+                raise Unusable("an animation among the pictures: save it as a video")
+            picture = PIL.ImageOps.exif_transpose(file).convert("RGBA")
+    except Unusable:
+        raise
+    except Exception as error:  # a decoder may raise anything on corrupt data
+        raise Unusable(f"cannot be read: {error}") from error
+    picture = PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
+    return _cover(np.asarray(picture), width, height, placement)[None]
+
+
+def read_video(
+    path: Path,
+    width: int,
+    height: int,
+    fps: float,
+    frames: int,
+    placement: Placement,
+    wanted: Sequence[int] | None = None,
+) -> NDArray[np.uint8]:
+    """A clip of `frames` frames at `fps` frames a second as uint8 [frames,height,width,3].
+
+    For each moment the nearest frame of the file is taken. `wanted` picks some frames of the clip, in ascending order
+    (None: all). Raises Unusable for a file that cannot be read, is shorter than the clip, or slower than `fps`.
+    """
+    try:
+        times = _frame_times(path)
+        nearest = choose_frames(times, fps, frames, placement.start)
+        chosen = nearest if wanted is None else nearest[list(wanted)]
+        pictures = [_cover(picture, width, height, placement) for picture in _decode(path, times, chosen)]
+    except Unusable:
+        raise
+    except Exception as error:  # as above
+        raise Unusable(f"cannot be read: {error}") from error
+    if len(pictures) < len(chosen):
+        raise Unusable(f"cannot be read: {len(pictures)} of {len(chosen)} frames can be decoded")
+    return np.stack(pictures)
+
+
+def video_length(path: Path, fps: float) -> int:
+    """Number of frames at `fps` frames a second that a file has. Raises Unusable."""
+    try:
+        return _available(_frame_times(path), fps)
+    except Unusable:
+        raise
+    except Exception as error:  # as above
+        raise Unusable(f"cannot be read: {error}") from error
+
+
+def choose_frames(times: NDArray[np.float64], fps: float, frames: int, start: float) -> NDArray[np.int64]:
+    """Indices of the frames nearest to the moments of a clip, int64 [frames].
+
+    `times`: seconds of each frame, ascending. `start`: which part, 0 the first to 1 the last. Raises Unusable.
+    """
+    available = _available(times, fps)
+    if available < frames:
+        raise Unusable(f"shorter than {frames} frames at {fps:g} frames a second")
+    if len(times) > 1 and (len(times) - 1) / (times[-1] - times[0]) < SLOWER * fps:
+        raise Unusable(f"slower than {fps:g} frames a second")
+    first = min(int(start * (available - frames + 1)), available - frames)
+    moments = times[0] + (first + np.arange(frames)) / fps
+    after = np.clip(np.searchsorted(times, moments), 1, len(times) - 1) if len(times) > 1 else np.zeros(frames, int)
+    before = np.maximum(after - 1, 0)
+    # Half way between two frames, a rounding error does not decide: the earlier one is taken.
+    return np.where(times[after] - moments < moments - times[before] - 1e-6, after, before).astype(np.int64)
+
+
+def _available(times: NDArray[np.float64], fps: float) -> int:
+    return int((times[-1] - times[0]) * fps + 1e-3) + 1
+
+
+def _frame_times(path: Path) -> NDArray[np.float64]:
+    """Seconds of each frame, ascending, from the packets: nothing is decoded."""
+    import av
+
+    with av.open(str(path)) as container:
+        stream = _video_stream(container)
+        packets = [p for p in container.demux(stream) if p.size]
+        if not packets:
+            raise Unusable("cannot be read: no frame in it")
+        stamps = [p.pts for p in packets]
+        if any(stamp is None for stamp in stamps):  # a container without time stamps
+            if not stream.average_rate:
+                raise Unusable("cannot be read: neither time stamps nor a frame rate in it")
+            return np.arange(len(packets)) / float(stream.average_rate)
+        return np.sort(np.array(stamps, dtype=np.float64)) * float(stream.time_base)
+
+
+def _decode(path: Path, times: NDArray[np.float64], chosen: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
+    """The chosen frames of a file as uint8 [Y,X,3], in ascending order; fewer where decoding ends early."""
+    import av
+
+    waiting = chosen.tolist()
+    with av.open(str(path)) as container:
+        stream = _video_stream(container)
+        stream.thread_type = "AUTO"
+        if waiting[0]:
+            container.seek(int(times[waiting[0]] / stream.time_base), stream=stream)  # to the key frame before it
+        for count, frame in enumerate(container.decode(stream)):
+            index = count if frame.time is None else int(np.abs(times - frame.time).argmin())
+            while waiting and index >= waiting[0]:
+                if index > waiting[0]:  # the frame itself is damaged and was left out
+                    raise Unusable("cannot be read: frames are missing")
+                waiting.pop(0)
+                yield _upright(frame)
+            if not waiting:
+                return
+
+
+def _upright(frame: Any) -> NDArray[np.uint8]:
+    """The picture as players show it: phones store it lying and note the turn."""
+    picture: NDArray[np.uint8] = frame.to_ndarray(format="rgb24")
+    return np.ascontiguousarray(np.rot90(picture, round(frame.rotation / 90)))
+
+
+def _video_stream(container: Any) -> Any:
+    if not container.streams.video:
+        raise Unusable("cannot be read: no video in it")
+    stream = container.streams.video[0]
+    if stream.codec_context is None:  # PyAV before 18.1 crashes when it decodes such a stream
+        raise Unusable("cannot be read: its codec is unknown")
+    return stream
+
+
+def _cover(picture: NDArray[np.uint8], width: int, height: int, placement: Placement) -> NDArray[np.uint8]:
+    """Scaled to cover [height,width] with a box filter, as the reference does, and cropped."""
+    import PIL.Image
+    import PIL.ImageOps
+
+    if picture.shape[:2] == (height, width):
+        return picture
+    fitted = PIL.ImageOps.fit(
+        PIL.Image.fromarray(picture),
+        (width, height),
+        PIL.Image.Resampling.BOX,
+        centering=(placement.x, placement.y),
+    )
+    return np.asarray(fitted)

@@ -1,0 +1,220 @@
+"""The networks of a training run: loaded or made new, the objective over them, and the model directory they end in."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from higen import bundle as files
+from higen.backends.torch import load_denoiser
+from higen.bundle import Bundle
+from higen.config import ModelConfig, TextConfig, UNetConfig, from_json
+from higen.errors import ManifestError, SettingsError
+from higen.models.companions import load_autoencoder, load_text_encoder, text_encoder
+from higen.models.stage_modules import EncoderStage
+from higen.models.unet import Denoiser, UNet
+from higen.schedule import alphas_cumprod
+from higen.tokenizer import PromptTokenizer, build_word_tokenizer
+from higen.train.batches import Batch
+from higen.train.objective import gain_loss, residual_v_loss, v_loss
+from higen.train.settings import ModelSettings, Settings
+
+__all__ = ["Networks", "Objective", "build", "spatial_names", "write_model"]
+
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_NOT_SPATIAL = ("time.", "prior.", "context_pool.")
+"""Parts of the network without temporal layers that a still-picture network does not have, or that learn the cues."""
+
+
+@dataclass(frozen=True)
+class Networks:
+    """What a run starts from. `companions`: the model directory that the frozen networks come from."""
+
+    config: ModelConfig
+    denoiser: Denoiser
+    text: nn.Module
+    encoder: EncoderStage
+    tokenizer: PromptTokenizer
+    companions: Bundle
+
+
+def build(settings: Settings, captions: Iterable[str]) -> Networks:
+    """The networks as the settings say, in float32 on the host; new weights depend on the seed alone.
+
+    Raises SettingsError (an architecture that does not go with its companions) and what opening a model directory
+    raises.
+    """
+    source = Bundle.open(settings.model.init or settings.model.companions or "")
+    config, tokenizer = source.config, None
+    if settings.model.architecture is not None:
+        config = _read_architecture(Path(settings.model.architecture), source.config)
+        if settings.model.tokenizer == "captions":
+            words = _words(captions)
+            config = replace(config, text=_with_words(config.text, len(words)))
+            tokenizer = PromptTokenizer(build_word_tokenizer(words), config.text)
+        _check_fit(config, source.config, new_text=tokenizer is not None)
+    config = _named(config, settings.model)
+    torch.manual_seed(settings.run.seed)
+    if settings.model.init is not None:
+        denoiser = load_denoiser(source, torch.device("cpu"), torch.float32)
+    else:
+        denoiser = _new_denoiser(config.unet)
+    if tokenizer is None:
+        text: nn.Module = load_text_encoder(source.file(files.TEXT_ENCODER), config.text, torch.float32)
+        tokenizer = PromptTokenizer.from_file(source.file(files.TOKENIZER), config.text)
+    else:
+        text = text_encoder(config.text)
+    autoencoder = load_autoencoder(source.file(files.AUTOENCODER), config.autoencoder, torch.float32)
+    text.eval().requires_grad_(settings.optimiser.train_text)
+    encoder = EncoderStage(autoencoder, config.autoencoder).eval()
+    return Networks(config, denoiser.requires_grad_(True), text, encoder, tokenizer, source)
+
+
+def _read_architecture(file: Path, companions: ModelConfig) -> ModelConfig:
+    """A ModelConfig in JSON or TOML; `text` and `autoencoder` are the companions' where they are left out."""
+    try:
+        text = file.read_text(encoding="utf-8")
+        data = json.loads(text) if file.suffix.lower() == ".json" else tomllib.loads(text)
+        config = from_json(ModelConfig, data, file.name)
+    except (OSError, ValueError, ManifestError) as error:
+        raise SettingsError(f"model.architecture={str(file)!r}: {error}") from error
+    given = {name: getattr(companions, name) for name in ("text", "autoencoder") if name not in data}
+    return replace(config, **given)
+
+
+def _words(captions: Iterable[str]) -> list[str]:
+    """Every word of the captions, split as a word tokenizer splits them."""
+    empty = build_word_tokenizer(())
+    return sorted(
+        {
+            word
+            for caption in captions
+            for word, _ in empty.pre_tokenizer.pre_tokenize_str(empty.normalizer.normalize_str(caption))
+        }
+    )
+
+
+def _with_words(config: TextConfig, words: int) -> TextConfig:
+    """The text encoder for a word tokenizer: [PAD] 0, start 1, end 2, [UNK] 3, then the words."""
+    tokens = {"vocab_size": words + 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    return replace(config, clip={**config.clip, **tokens}, pad_id=0, clean=False)
+
+
+def _check_fit(config: ModelConfig, companions: ModelConfig, new_text: bool) -> None:
+    channels = config.autoencoder.arguments.get("latent_channels", config.unet.in_channels)
+    wanted = {
+        "autoencoder": (config.autoencoder, companions.autoencoder),
+        "text": (config.text, config.text if new_text else companions.text),
+        "unet.text_dim": (config.unet.text_dim, config.text.clip.get("hidden_size", config.unet.text_dim)),
+        "unet.in_channels": (config.unet.in_channels, channels),
+        "unet.out_channels": (config.unet.out_channels, channels),
+    }
+    for name, (ours, theirs) in wanted.items():
+        if ours != theirs:
+            raise SettingsError(f"model.architecture: {name} is {ours}, but its companions have {theirs}")
+
+
+def _named(config: ModelConfig, settings: ModelSettings) -> ModelConfig:
+    return replace(config, name=settings.name or config.name, licence=settings.licence or config.licence)
+
+
+def _new_denoiser(config: UNetConfig) -> Denoiser:
+    denoiser = Denoiser(config)
+    if config.prior_preconditioning:
+        # The prior starts as a second noisy frame would enter, not as nothing: it is then never ignored.
+        denoiser.unet.prior.load_state_dict(denoiser.unet.conv_in.state_dict())
+    return denoiser
+
+
+def spatial_names(config: UNetConfig) -> list[str]:
+    """Parameters of `Denoiser` that make the still-picture network: 2-D residual blocks, spatial transformers,
+    down and up, the first and the last convolution, and not the embeddings of time, cues, prior and context
+    (reference: the keys shared with Stable Diffusion 2.1, 682 of the released model's; spec section 8).
+    """
+    with torch.device("meta"):
+        spatial = UNet(config, temporal=False)
+    return [f"unet.{name}" for name, _ in spatial.named_parameters() if not name.startswith(_NOT_SPATIAL)]
+
+
+class Objective(nn.Module):
+    """The losses of a step in one forward, so that one backward (and one average over processes) serves them."""
+
+    def __init__(self, networks: Networks, gain_weight: float) -> None:
+        super().__init__()
+        self.denoiser = networks.denoiser.train()
+        self.text = networks.text
+        self.gain_weight = gain_weight
+        self.train_text = any(p.requires_grad for p in networks.text.parameters())
+        abar = torch.from_numpy(alphas_cumprod(networks.config.schedule))
+        self.register_buffer("alpha", abar.sqrt().float(), persistent=False)
+        self.register_buffer("sigma", (1.0 - abar).sqrt().float(), persistent=False)
+        # In a tuple: the same parameters are not to be found twice.
+        self._spatial = (networks.denoiser.spatial_unet(),)
+
+    alpha: Tensor
+    sigma: Tensor
+
+    def forward(self, images: Batch | None, videos: Batch | None) -> tuple[Tensor, Tensor, Tensor]:
+        """The loss to minimise, and that of the pictures and of the clips; numbers, means over the batch."""
+        zero = self.alpha.new_zeros(())
+        image = zero if images is None else self._image_loss(images)
+        video, gain = (zero, zero) if videos is None else self._video_loss(videos)
+        return image + video + self.gain_weight * gain, image.detach(), video.detach()
+
+    def _image_loss(self, batch: Batch) -> Tensor:
+        context, embedding = self._conditions(batch)
+        alpha, sigma = self.alpha[batch.t], self.sigma[batch.t]
+        (unet,) = self._spatial
+        return v_loss(unet, batch.x0, batch.noise, batch.t, alpha, sigma, context, embedding, None).mean()
+
+    def _video_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        context, embedding = self._conditions(batch)
+        alpha, sigma, unet = self.alpha[batch.t], self.sigma[batch.t], self.denoiser.unet
+        residual = unet.residual_gain
+        compare = v_loss if residual is None else residual_v_loss
+        loss = compare(unet, batch.x0, batch.noise, batch.t, alpha, sigma, context, embedding, batch.prior).mean()
+        if residual is None:
+            return loss, loss.new_zeros(())
+        return loss, gain_loss(residual, embedding, batch.x0, batch.prior)
+
+    def _conditions(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        with torch.set_grad_enabled(self.train_text):
+            hidden = self.text(input_ids=batch.tokens).last_hidden_state
+        context, embedding = self.denoiser.conditioner(hidden, batch.motion, batch.appearance)
+        return context, embedding
+
+
+def write_model(
+    networks: Networks, trained: Mapping[str, Tensor], output: Path, dtype: str = "fp32", overwrite: bool = False
+) -> Bundle:
+    """Write a model directory. `trained`: weights of `Objective` by name (a run's averages); the others are copied.
+
+    Raises ModelError where it cannot be written.
+    """
+    source, config = networks.companions, networks.config
+    with files.create(output, config, overwrite) as folder:
+        _save(_under(trained, "denoiser."), folder / files.UNET, dtype)
+        text = _under(trained, "text.")
+        if text:
+            _save(text, folder / files.TEXT_ENCODER, dtype)
+        else:
+            shutil.copyfile(source.file(files.TEXT_ENCODER, verify=False), folder / files.TEXT_ENCODER)
+        shutil.copyfile(source.file(files.AUTOENCODER, verify=False), folder / files.AUTOENCODER)
+        networks.tokenizer.tokenizer.save(str(folder / files.TOKENIZER))
+    return Bundle.open(output)
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def _save(tensors: Mapping[str, Tensor], path: Path, dtype: str) -> None:
+    save_file({name: t.detach().to("cpu", DTYPES[dtype]).contiguous() for name, t in tensors.items()}, path)

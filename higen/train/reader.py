@@ -1,0 +1,144 @@
+"""Reads the samples of a step: files to latents, through the cache, the next step's files in the background."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from higen.errors import SettingsError
+from higen.models.stage_modules import EncoderStage
+from higen.train.data import IMAGE, VIDEO, Item, Listing, candidates, summary
+from higen.train.latents import Encoded, FrameEncoder, LatentCache, encode
+from higen.train.media import Placement, Unusable, read_image, read_video
+
+__all__ = ["Frame", "Reader", "Sample"]
+
+
+@dataclass(frozen=True)
+class Frame:
+    """The size of a clip: frames, pixels, frames a second."""
+
+    frames: int
+    width: int
+    height: int
+    fps: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A caption and its latents."""
+
+    caption: str
+    encoded: Encoded
+
+
+@dataclass(frozen=True)
+class _Read:
+    """An item as read: latents from the cache, or pixels and where their latents go."""
+
+    item: Item
+    pixels: NDArray[np.uint8] | None
+    encoded: Encoded | None
+    kept: Path | None
+
+
+class Reader:
+    """Gives sample `index` of a step, of each kind. What it gives depends on the seed, the data set and the step."""
+
+    def __init__(
+        self,
+        listing: Listing,
+        frame: Frame,
+        encoder: EncoderStage,
+        features: FrameEncoder | None,
+        *,
+        seed: int,
+        per_step: Mapping[int, int],
+        key_frames: bool,
+        random_crop: bool = False,
+        random_start: bool = False,
+        cache: LatentCache | None = None,
+        workers: int = 0,
+    ) -> None:
+        """`per_step`: samples of a kind in a step, over all processes. Raises SettingsError for a kind without any."""
+        self.listing, self.frame, self.encoder, self.features = listing, frame, encoder, features
+        self.seed, self.per_step = seed, per_step
+        self.random_crop, self.random_start, self.cache = random_crop, random_start, cache
+        self.items = {kind: listing.of(kind, key_frames) for kind in (IMAGE, VIDEO)}
+        for kind, name in ((IMAGE, "images"), (VIDEO, "videos")):
+            if per_step[kind] and not self.items[kind]:
+                raise SettingsError(f"data.{name}={per_step[kind]}: the data set has no {name}; set it to 0")
+        self._pool = ThreadPoolExecutor(workers, "higen-read") if workers else None
+        self._coming: dict[tuple[int, int, int], Future[_Read]] = {}
+
+    def samples(self, kind: int, step: int, indices: range) -> list[Sample]:
+        """Samples `indices` of a step. Raises SettingsError if no file of the data set can be used."""
+        if self._pool is None:
+            read = [self._read(kind, step, index) for index in indices]
+        else:
+            keys = [(kind, step, i) for i in indices]
+            coming = [self._coming.pop(key) if key in self._coming else self._submit(*key) for key in keys]
+            read = [future.result() for future in coming]
+            self._coming |= {(kind, step + 1, i): self._submit(kind, step + 1, i) for i in indices}
+        return [Sample(r.item.caption, self._encoded(r)) for r in read]
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        if self._pool is not None:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _submit(self, kind: int, step: int, index: int) -> Future[_Read]:
+        assert self._pool is not None
+        return self._pool.submit(self._read, kind, step, index)
+
+    def _read(self, kind: int, step: int, index: int) -> _Read:
+        items = self.items[kind]
+        placement = self._placement(kind, step, index)
+        for choice in candidates(self.seed, kind, step * self.per_step[kind] + index, len(items)):
+            item = items[choice]
+            if item.name not in self.listing.skipped:
+                try:
+                    return self._read_item(item, kind, placement)
+                except Unusable as error:
+                    self.listing.skipped[item.name] = str(error)
+        name = "videos" if kind == VIDEO else "images"
+        raise SettingsError(f"data.path: no usable item for data.{name}{summary(dict(self.listing.skipped), ': ')}")
+
+    def _placement(self, kind: int, step: int, index: int) -> Placement:
+        start, x, y = np.random.default_rng([self.seed, kind, step, index]).random(3)
+        return Placement(
+            float(start) if self.random_start else 0.5,
+            *((float(x), float(y)) if self.random_crop else (0.5, 0.5)),
+        )
+
+    def _read_item(self, item: Item, kind: int, placement: Placement) -> _Read:
+        path = None
+        if self.cache is not None:
+            try:
+                path = self.cache.path(item.path, item.name, kind)
+            except OSError as error:
+                raise Unusable(f"cannot be read: {error.strerror}") from error
+            encoded = self.cache.load(path)
+            if encoded is not None:
+                return _Read(item, None, encoded, None)
+        size = self.frame
+        if item.video:
+            wanted = [size.frames // 2] if kind == IMAGE else None
+            pixels = read_video(item.path, size.width, size.height, size.fps, size.frames, placement, wanted)
+        else:
+            pixels = read_image(item.path, size.width, size.height, placement)
+        return _Read(item, pixels, None, path)
+
+    def _encoded(self, read: _Read) -> Encoded:
+        if read.encoded is not None:
+            return read.encoded
+        assert read.pixels is not None
+        encoded = encode(self.encoder, read.pixels, self.features)
+        if self.cache is not None and read.kept is not None:
+            self.cache.save(read.kept, encoded)
+        return encoded

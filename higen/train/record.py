@@ -1,0 +1,97 @@
+"""What a run writes while it goes: losses.jsonl, TensorBoard scalars, skipped.jsonl.
+
+losses.jsonl has one line for each logged step and nothing that depends on the clock: a run that was killed and went
+on leaves the same file as one that was not.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from higen.errors import MissingExtra, TrainingError
+
+__all__ = ["Record", "lock", "read_losses"]
+
+
+def lock(folder: Path) -> int | None:
+    """Claim a run's folder until the descriptor is closed or the process is gone; None on a system without locks.
+
+    Raises TrainingError if another process has it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        os.close(descriptor)
+        raise TrainingError(f"{folder}: another process is training there") from error
+    return descriptor
+
+
+def read_losses(path: Path) -> list[dict[str, float]]:
+    """The whole lines of a losses.jsonl; a line cut short by a kill is left out."""
+    try:
+        lines = path.read_bytes().split(b"\n")[:-1]
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in lines]
+
+
+class Record:
+    """The logs of a run in its folder. Raises OSError where they cannot be written."""
+
+    def __init__(self, folder: Path, step: int, tensorboard: bool | None) -> None:
+        """Go on at `step`: what was logged after it, before a kill, is taken back.
+
+        tensorboard: True (MissingExtra if it is not installed), False, None (where it is installed).
+        """
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder, path = folder, folder / "losses.jsonl"
+        kept = [line for line in read_losses(path) if line["step"] <= step]
+        temporary = path.with_suffix(".part")
+        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        temporary.replace(path)
+        self._file = path.open("a", encoding="utf-8")
+        self._board = _summary_writer(folder / "tensorboard", step, tensorboard)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Log a step's numbers."""
+        self._file.write(json.dumps({"step": step, **values}) + "\n")
+        self._file.flush()
+        if self._board is not None:
+            for name, value in values.items():
+                self._board.add_scalar(name, value, step)
+
+    def skipped(self, reasons: Mapping[str, str]) -> None:
+        """Write which files were left out, and why, to skipped.jsonl."""
+        if reasons:
+            text = "".join(json.dumps({"file": name, "reason": why}) + "\n" for name, why in sorted(reasons.items()))
+            temporary = self.folder / "skipped.part"
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(self.folder / "skipped.jsonl")
+
+    def close(self) -> None:
+        """Close the files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+
+def _summary_writer(folder: Path, step: int, wanted: bool | None) -> Any:
+    if wanted is False:
+        return None
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        if wanted:
+            raise MissingExtra("tensorboard", "train", "run.tensorboard = true") from error
+        return None
+    return SummaryWriter(str(folder), purge_step=step + 1)

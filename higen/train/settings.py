@@ -1,0 +1,294 @@
+"""The settings of a training run: a TOML file as frozen dataclasses (`higen train CONFIG.toml`).
+
+    [model]                                  [objective]
+    init = "models/higen"                    text_dropout = 0.1
+    [data]                                   [optimiser]
+    path = "clips.jsonl"                     learning_rate = 3e-5
+    frames = 16                              spatial_gradient = 0.5
+    images = 8                               [run]
+    videos = 4                               output = "runs/first"
+    [cues]                                   steps = 100_000
+    appearance = "openclip"                  precision = "bf16"
+    openclip = "CLIP-ViT-H-14"               sample_prompts = ["a whale"]
+
+A relative path counts from the folder of the file. What is not given has the default below.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from higen.config import from_json, to_json
+from higen.errors import ManifestError, SettingsError
+
+__all__ = [
+    "CueSettings",
+    "DataSettings",
+    "ModelSettings",
+    "ObjectiveSettings",
+    "OptimiserSettings",
+    "RunSettings",
+    "Settings",
+    "difference",
+    "flat",
+    "read_settings",
+]
+
+
+def _at_least(section: object, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and value < least:
+            raise SettingsError(f"{name}={value}: {least} or more")
+
+
+def _part(section: object, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(section, name) <= 1:
+            raise SettingsError(f"{name}={getattr(section, name)}: a part, from 0 to 1")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What is trained: a model directory goes on (`init`), or an architecture starts anew with a model's companions."""
+
+    init: str | None = None
+    """Model directory to fine-tune."""
+    architecture: str | None = None
+    """JSON or TOML file with a ModelConfig; `text` and `autoencoder`, left out, are the companions'."""
+    companions: str | None = None
+    """Model directory whose text encoder, autoencoder and tokenizer a new architecture takes."""
+    tokenizer: Literal["companions", "captions"] = "companions"
+    """captions: one token for each word of the data set; the text encoder then starts anew too."""
+    name: str | None = None
+    licence: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.init is None) == (self.architecture is None):
+            raise SettingsError("either init (a model directory to fine-tune) or architecture (a file), and not both")
+        if (self.architecture is None) != (self.companions is None):
+            raise SettingsError("companions: goes with architecture (a model directory for autoencoder and text)")
+        if self.init is not None and self.tokenizer == "captions":
+            raise SettingsError("tokenizer='captions': only with architecture; a fine-tuned model keeps its own words")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where the clips are and how they are cut. Sizes that are not given are the model's defaults."""
+
+    path: str
+    """Folder (clip.mp4 beside clip.txt), or .jsonl or .csv with `path` and `caption`."""
+    frames: int | None = None
+    width: int | None = None
+    height: int | None = None
+    fps: int | None = None
+    images: int = 4
+    """Pictures per step, over all processes."""
+    videos: int = 2
+    """Clips per step, over all processes."""
+    key_frames: bool = True
+    """The middle frame of each clip counts as a picture too."""
+    crop: Literal["centre", "random"] = "centre"
+    start: Literal["centre", "random"] = "centre"
+    """Which part of a video that is longer than a clip."""
+    cache: str | None = None
+    """Folder that keeps the latents; needs crop and start in the centre."""
+    workers: int = 2
+    """Threads that read the next step's files; 0: none."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "images", "videos", "workers")
+        _at_least(self, 1, "width", "height", "fps")
+        _at_least(self, 2, "frames")
+        if not self.images and not self.videos:
+            raise SettingsError("images=0, videos=0: at least one of them from 1")
+        if self.cache is not None and (self.crop, self.start) != ("centre", "centre"):
+            raise SettingsError("cache: needs crop = 'centre' and start = 'centre', or no file is ever read twice")
+
+
+@dataclass(frozen=True)
+class CueSettings:
+    """How the cues are measured and told."""
+
+    appearance: Literal["latents", "openclip"] = "latents"
+    """What is compared between frames: the latents, or OpenCLIP's picture embeddings (the reference: ViT-H/14)."""
+    openclip: str | None = None
+    """Folder of a CLIP picture tower in transformers' format."""
+    as_numbers: float = 0.0
+    """Part of the clips whose cues are told as one number each, as a person gives them."""
+    dropout: float = 0.0
+    """Part of the clips of which a cue is left unspecified, each cue by itself; for models with optional_cues."""
+
+    def __post_init__(self) -> None:
+        _part(self, "as_numbers", "dropout")
+        if (self.appearance == "openclip") != (self.openclip is not None):
+            raise SettingsError("appearance='openclip' and openclip (the tower's folder) go together")
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """v-prediction; see higen.train.objective."""
+
+    text_dropout: float = 0.1
+    """Part of the captions replaced by the empty prompt, which guidance starts from."""
+    offset_noise: float = 0.1
+    """Noise that is constant over each frame's pixels, added to the noise."""
+    gain_weight: float = 0.1
+    """Weight of the gain's likelihood, for models with prior preconditioning."""
+
+    def __post_init__(self) -> None:
+        _part(self, "text_dropout")
+        _at_least(self, 0, "offset_noise", "gain_weight")
+
+
+@dataclass(frozen=True)
+class OptimiserSettings:
+    """AdamW, linear warm-up, constant, cosine to zero; averaged weights."""
+
+    learning_rate: float = 3e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warm_up: int = 10
+    decay_part: float = 1.0
+    """Last part of the steps over which the rate falls."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0: any."""
+    ema: float = 0.9999
+    spatial_gradient: float = 1.0
+    """Factor on the gradients of the spatial network (the reference: 0.5)."""
+    train_text: bool = False
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "learning_rate", "weight_decay", "warm_up", "clip", "spatial_gradient")
+        _part(self, "decay_part", "ema")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise SettingsError(f"betas={list(self.betas)}: two numbers from 0 to below 1")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where the run lives, how long it is, and what it writes on the way."""
+
+    output: str
+    steps: int
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    save_every: int = 1000
+    keep: int = 3
+    log_every: int = 10
+    sample_every: int = 0
+    """Steps between two contact sheets; 0: none."""
+    sample_prompts: tuple[str, ...] = ()
+    tensorboard: bool | None = None
+    """Not given: where TensorBoard is installed."""
+    weights: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Precision of the model directory's trained weights."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "steps", "save_every", "keep", "log_every")
+        _at_least(self, 0, "seed", "sample_every")
+        if self.sample_every and not self.sample_prompts:
+            raise SettingsError(f"sample_every={self.sample_every}: needs sample_prompts")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A whole training run."""
+
+    model: ModelSettings
+    data: DataSettings
+    run: RunSettings
+    cues: CueSettings = field(default_factory=CueSettings)
+    objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
+    optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
+
+    def __post_init__(self) -> None:
+        if self.model.tokenizer == "captions" and not self.optimiser.train_text:
+            raise SettingsError("model.tokenizer='captions': needs optimiser.train_text = true; its encoder is new")
+
+
+PATHS = (
+    "model.init",
+    "model.architecture",
+    "model.companions",
+    "data.path",
+    "data.cache",
+    "cues.openclip",
+    "run.output",
+)
+FREE = (
+    *PATHS,
+    "data.workers",
+    *(f"run.{name}" for name in ("save_every", "keep", "log_every", "sample_every", "sample_prompts")),
+    *(f"run.{name}" for name in ("tensorboard", "weights")),
+)
+"""Keys that a run may change when it goes on: they do not change what is learned. (What lies at the paths is compared
+by its content.)"""
+
+
+def read_settings(path: str | os.PathLike[str]) -> Settings:
+    """Read and check a TOML file; relative paths come out absolute.
+
+    Raises SettingsError naming the key, its value and what is allowed.
+    """
+    file = Path(path)
+    try:
+        table = tomllib.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:  # ValueError: not UTF-8, not TOML
+        raise SettingsError(f"{file}: cannot be read as TOML: {error}") from error
+    try:
+        # One section at a time, so that a range error too names its section.
+        for name, kind in _SECTIONS.items():
+            if name in table:
+                try:
+                    from_json(kind, table[name], name)
+                except SettingsError as error:
+                    raise SettingsError(f"{name}.{error}") from error
+        for name in ("model", "data", "run"):
+            if name not in table:
+                raise SettingsError(f"section [{name}] is missing; known are {', '.join(_SECTIONS)}")
+        settings = from_json(Settings, table, "settings")
+    except (ManifestError, SettingsError) as error:
+        raise SettingsError(f"{file}: {str(error).removeprefix('settings.')}") from error
+    return _absolute(settings, file.absolute().parent)
+
+
+_SECTIONS: Mapping[str, type[Any]] = {
+    "model": ModelSettings,
+    "data": DataSettings,
+    "cues": CueSettings,
+    "objective": ObjectiveSettings,
+    "optimiser": OptimiserSettings,
+    "run": RunSettings,
+}
+
+
+def _absolute(settings: Settings, folder: Path) -> Settings:
+    for key in PATHS:
+        section, name = key.split(".")
+        value = getattr(getattr(settings, section), name)
+        if value is not None:
+            changed = replace(getattr(settings, section), **{name: str(folder / Path(value).expanduser())})
+            settings = replace(settings, **{section: changed})
+    return settings
+
+
+def flat(settings: Settings) -> dict[str, Any]:
+    """Every key as "section.name" with its JSON value."""
+    return {f"{section}.{name}": value for section, keys in to_json(settings).items() for name, value in keys.items()}
+
+
+def difference(stored: Mapping[str, Any], settings: Settings) -> str | None:
+    """The first key, of those that change what is learned, in which a run differs from `stored` (`flat`), with both
+    values; None if there is none.
+    """
+    now = flat(settings)
+    for key in sorted({*stored, *now} - {*FREE}):
+        if stored.get(key) != now.get(key):
+            return f"{key} was {stored.get(key)!r} and is now {now.get(key)!r}"
+    return None

@@ -1,0 +1,385 @@
+"""The model directory: what `create` writes `Bundle.open` reads, and whatever is wrong with it is one typed error."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from higen import bundle
+from higen.bundle import MANIFEST, Bundle
+from higen.config import Defaults, ModelConfig, UNetConfig, to_json
+from higen.errors import IntegrityError, ManifestError, ModelError
+
+CONFIG = ModelConfig(
+    name="made up",
+    unet=UNetConfig(base_channels=64, channel_multipliers=(1, 2), attention_levels=(True, False), head_dim=16),
+    defaults=Defaults(frames=16, steps=(8, 4), motion=None),
+    optional_cues=True,
+    prompts=("a whale", "ein Wal, größer"),
+)
+
+
+def make(path: Path, **contents: bytes) -> Bundle:
+    with bundle.create(path, CONFIG) as folder:
+        for name, content in (contents or {"weights": b"0123456789"}).items():
+            (folder / name).write_bytes(content)
+    return Bundle.open(path)
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make(tmp_path / "model").path
+
+
+def edit(model: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    manifest = json.loads((model / MANIFEST).read_text())
+    change(manifest)
+    (model / MANIFEST).write_text(json.dumps(manifest))
+
+
+# Round trip
+
+
+def test_what_is_created_is_read_back(tmp_path: Path) -> None:
+    opened = make(tmp_path / "model", a=b"alpha", b=b"")
+    assert opened.config == CONFIG
+    assert {name: record.size for name, record in opened.files.items()} == {"a": 5, "b": 0}
+    assert opened.file("a") == tmp_path / "model" / "a"
+    assert opened.files["b"].sha256 == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
+
+
+def test_the_manifest_is_plain_json_with_every_setting(model: Path) -> None:
+    manifest = json.loads((model / MANIFEST).read_text(encoding="utf-8"))
+    assert manifest["format"] == "higen"
+    assert manifest["version"] == bundle.VERSION
+    assert manifest["model"] == to_json(CONFIG)
+    assert manifest["model"]["unet"]["channel_multipliers"] == [1, 2]
+
+
+def test_settings_that_a_manifest_leaves_out_have_their_default(model: Path) -> None:
+    edit(model, lambda m: m.update(model={"name": "short"}))
+    assert Bundle.open(model).config == ModelConfig(name="short")
+
+
+def test_a_model_directory_opens_by_a_relative_path(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(model.parent)
+    assert Bundle.open("model").config == CONFIG
+
+
+# Files that are not what the manifest says
+
+
+def test_a_missing_file(model: Path) -> None:
+    (model / "weights").unlink()
+    with pytest.raises(IntegrityError, match=r"weights: listed in higen\.json but not readable"):
+        Bundle.open(model)
+
+
+def test_a_truncated_file(model: Path) -> None:
+    (model / "weights").write_bytes(b"01234")
+    with pytest.raises(IntegrityError, match=r"weights: 5 bytes, but higen\.json says 10"):
+        Bundle.open(model)
+
+
+def test_an_altered_file_of_the_same_size(model: Path) -> None:
+    opened = Bundle.open(model)
+    (model / "weights").write_bytes(b"0123456780")
+    with pytest.raises(IntegrityError, match=r"does not match the sha256"):
+        opened.file("weights")
+    assert opened.file("weights", verify=False) == model / "weights"
+
+
+def test_a_file_that_shrinks_after_opening(model: Path) -> None:
+    opened = Bundle.open(model)
+    (model / "weights").write_bytes(b"")
+    with pytest.raises(IntegrityError, match="0 bytes"):
+        opened.file("weights", verify=False)
+
+
+def test_a_file_that_the_manifest_does_not_list(model: Path) -> None:
+    with pytest.raises(IntegrityError, match=r"lists no vae\.safetensors; it lists weights"):
+        Bundle.open(model).file("vae.safetensors")
+
+
+def test_a_folder_in_the_place_of_a_file(model: Path) -> None:
+    (model / "weights").unlink()
+    (model / "weights").mkdir()
+    with pytest.raises(IntegrityError, match="no plain file"):
+        Bundle.open(model)
+
+
+def test_a_loop_of_links_in_the_place_of_a_file(model: Path) -> None:
+    (model / "weights").unlink()
+    (model / "weights").symlink_to("weights")
+    with pytest.raises(IntegrityError, match="not readable"):
+        Bundle.open(model)
+
+
+def test_a_name_that_no_file_system_takes(model: Path) -> None:
+    for name in ("\ud800", "x" * 5000):
+        edit(model, lambda m, name=name: m.update(files={name: {"size": 1, "sha256": ""}}))
+        with pytest.raises(IntegrityError, match="not readable"):
+            Bundle.open(model)
+
+
+# Manifests that are wrong
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "{", "[]", "null", "higen", '{"format": "higen"', "\ufeff{}", "[" * 100_000, "1" * 10_000],
+    ids=["empty", "cut", "list", "null", "word", "unclosed", "mark", "deep", "long"],
+)
+def test_a_manifest_that_is_no_manifest(model: Path, text: str) -> None:
+    (model / MANIFEST).write_text(text, encoding="utf-8")
+    with pytest.raises(ManifestError, match=r"higen\.json: not"):
+        Bundle.open(model)
+
+
+def test_a_manifest_that_is_not_utf8(model: Path) -> None:
+    (model / MANIFEST).write_bytes(b"\xff\xfe{}")
+    with pytest.raises(ManifestError, match="cannot be read"):
+        Bundle.open(model)
+
+
+def test_places_that_are_no_model_directory(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "loop").symlink_to("loop")
+    (tmp_path / "empty").mkdir()
+    for place in (tmp_path / "nowhere", tmp_path / "empty", tmp_path / "loop", model / "weights", "a\0b", ""):
+        with pytest.raises(ManifestError, match=r"not a model directory, higen\.json cannot be read"):
+            Bundle.open(place)
+
+
+def test_a_manifest_of_a_newer_version(model: Path) -> None:
+    edit(model, lambda m: m.update(version=bundle.VERSION + 1))
+    with pytest.raises(ManifestError, match="version=2, but this higen reads up to 1: pip install --upgrade higen"):
+        Bundle.open(model)
+
+
+@pytest.mark.parametrize("version", [None, 0, -1, 1.0, True, "1", []])
+def test_a_version_that_is_none(model: Path, version: object) -> None:
+    edit(model, lambda m: m.update(version=version))
+    with pytest.raises(ManifestError, match="a whole number from 1"):
+        Bundle.open(model)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda m: m.update(format="gguf"), "not a higen manifest"),
+        (lambda m: m.pop("files"), "files=None: an object"),
+        (lambda m: m.update(model=[]), r"model=\[\]: an object"),
+        (lambda m: m["model"].update(nme="x"), r"model\.nme: unknown key; known are name, "),
+        (lambda m: m["model"]["unet"].update(depth=3), r"model\.unet\.depth: unknown key"),
+        (lambda m: m["model"].update(name=3), r"model\.name=3: str is wanted"),
+        (lambda m: m["model"]["unet"].update(base_channels=True), r"model\.unet\.base_channels=True: int is wanted"),
+        (lambda m: m["model"]["unet"].update(base_channels=48), "48 channels"),
+        (lambda m: m["model"]["unet"].update(base_channels=0), "base_channels=0: whole numbers from 1"),
+        (lambda m: m["model"]["unet"].update(head_dim=0), "head_dim=0: whole numbers from 1"),
+        (lambda m: m["model"]["unet"].update(head_dim=48), "head_dim=48 does not divide the 64 channels"),
+        (lambda m: m["model"]["unet"].update(context_heads=7), "context_heads=7 does not divide"),
+        (lambda m: m["model"]["unet"].update(attention_levels=[True]), "attention_levels has 1 entries"),
+        (lambda m: m["model"]["unet"].update(dropout=1), r"dropout=1\.0"),
+        (lambda m: m["model"]["schedule"].update(beta_start=0.5), "beta_start"),
+        (lambda m: m["model"]["schedule"].update(beta_end=10**400), r"beta_end=1000.*: float is wanted"),
+        (lambda m: m["model"]["schedule"].update(beta_end=float("nan")), "beta_end=nan: float is wanted"),
+        (lambda m: m["model"]["autoencoder"].update(factor=0), "factor=0"),
+        (lambda m: m["model"]["autoencoder"].update(scale=[0.0]), "no scale 0"),
+        (lambda m: m["model"]["text"].update(context_length=2), "context_length=2"),
+        (lambda m: m["model"]["defaults"].update(steps=[1]), r"steps=\[1\]"),
+        (lambda m: m["model"]["defaults"].update(steps=[1, None]), r"steps\[1\]=None: int is wanted"),
+        (lambda m: m["files"].update(weights=10), r"files\.weights: an object is wanted, not 10"),
+        (lambda m: m["files"]["weights"].update(md5="x"), r"files\.weights\.md5: unknown key"),
+        (lambda m: m["files"]["weights"].update(size="10"), r"files\.weights\.size='10': int is wanted"),
+    ],
+)
+def test_a_manifest_with_something_wrong_names_it(
+    model: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    edit(model, change)
+    with pytest.raises(ManifestError, match=message):
+        Bundle.open(model)
+
+
+def test_a_record_that_lacks_its_hash(model: Path) -> None:
+    edit(model, lambda m: m["files"]["weights"].pop("sha256"))
+    with pytest.raises(ManifestError, match=r"files\.weights: has size, but needs size, sha256"):
+        Bundle.open(model)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("../secret", "a/../../secret", "/etc/passwd", "..\\secret", "C:\\secret", "c:secret", "\\\\host\\share"),
+        *("a//b", "./a", "", "a\0", "a/", MANIFEST),
+    ],
+)
+def test_no_file_of_a_model_lies_outside_it(model: Path, name: str) -> None:
+    (model.parent / "secret").write_bytes(b"s")
+    edit(model, lambda m: m["files"].update({name: {"size": 1, "sha256": ""}}))
+    with pytest.raises(ManifestError, match="a path inside the model directory is wanted"):
+        Bundle.open(model)
+
+
+def test_files_may_lie_in_subfolders(model: Path) -> None:
+    (model / "engines").mkdir()
+    (model / "engines" / "a.engine").write_bytes(b"e")
+    record = to_json(bundle.file_record(model / "engines" / "a.engine"))
+    edit(model, lambda m: m["files"].update({"engines/a.engine": record}))
+    assert Bundle.open(model).file("engines/a.engine").read_bytes() == b"e"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(st.characters()),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(st.characters()), inner, max_size=4),
+    max_leaves=8,
+)
+
+
+def keys(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The path of every value in nested dictionaries and lists."""
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    return [path, *(found for key, inner in children for found in keys(inner, (*path, key)))]
+
+
+def opens_or_refuses(folder: Path, manifest: object) -> None:
+    (folder / MANIFEST).write_text(json.dumps(manifest))
+    try:
+        opened = Bundle.open(folder)
+    except ModelError:
+        return
+    assert isinstance(opened.config, ModelConfig)
+
+
+SHARED_FOLDER = settings(
+    deadline=None, max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture], derandomize=True
+)
+
+
+@SHARED_FOLDER
+@given(manifest=JSON | st.builds(lambda m, f: {"format": "higen", "version": 1, "model": m, "files": f}, JSON, JSON))
+def test_any_json_is_a_model_or_a_typed_error(tmp_path: Path, manifest: object) -> None:
+    opens_or_refuses(tmp_path, manifest)
+
+
+@SHARED_FOLDER
+@given(data=st.data(), value=JSON | st.integers(-2, 1000))
+def test_a_model_with_any_value_changed_is_a_model_or_a_typed_error(
+    tmp_path: Path, data: st.DataObject, value: object
+) -> None:
+    manifest = {"format": "higen", "version": 1, "model": to_json(CONFIG), "files": {}}
+    *path, last = data.draw(st.sampled_from(keys(manifest)[1:]))
+    place: Any = manifest
+    for key in path:
+        place = place[key]
+    place[last] = value
+    opens_or_refuses(tmp_path, manifest)
+
+
+# Creating
+
+
+def left(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def begin(path: Path, failure: type[BaseException] | None = None) -> None:
+    """Write a model with the file `new` to `path`, or fail in the middle of it."""
+    with bundle.create(path, CONFIG, overwrite=True) as folder:
+        (folder / "new").write_bytes(b"new")
+        if failure is not None:
+            raise failure
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt, SystemExit])
+def test_a_failure_leaves_nothing_behind(tmp_path: Path, failure: type[BaseException]) -> None:
+    with pytest.raises(failure):
+        begin(tmp_path / "model", failure)
+    assert left(tmp_path) == []
+
+
+@pytest.mark.parametrize("failure", [RuntimeError, KeyboardInterrupt])
+def test_a_failure_keeps_the_model_that_was_there(tmp_path: Path, failure: type[BaseException]) -> None:
+    make(tmp_path / "model", old=b"old")
+    with pytest.raises(failure):
+        begin(tmp_path / "model", failure)
+    assert left(tmp_path) == ["model"]
+    assert Bundle.open(tmp_path / "model").file("old").read_bytes() == b"old"
+
+
+def test_a_failure_of_the_move_puts_the_old_model_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make(tmp_path / "model", old=b"old")
+    replace = Path.replace
+
+    def fail(self: Path, target: Path) -> Path:
+        if (self / "new").exists():  # the new model on its way to its place
+            raise KeyboardInterrupt
+        return replace(self, target)
+
+    monkeypatch.setattr(Path, "replace", fail)
+    with pytest.raises(KeyboardInterrupt):
+        begin(tmp_path / "model")
+    assert left(tmp_path) == ["model"]
+    assert Bundle.open(tmp_path / "model").file("old").read_bytes() == b"old"
+
+
+def test_nothing_appears_before_everything_is_written(tmp_path: Path) -> None:
+    with bundle.create(tmp_path / "model", CONFIG) as folder:
+        (folder / "new").write_bytes(b"new")
+        assert not (tmp_path / "model").exists()
+    assert Bundle.open(tmp_path / "model").file("new").read_bytes() == b"new"
+
+
+def test_what_exists_is_not_replaced_unasked(tmp_path: Path) -> None:
+    make(tmp_path / "model")
+    with pytest.raises(ModelError, match=r"exists already$"), bundle.create(tmp_path / "model", CONFIG):
+        pytest.fail("the caller must not be asked to fill it")
+
+
+def test_overwrite_replaces_a_model_whole(tmp_path: Path) -> None:
+    make(tmp_path / "model", old=b"old")
+    begin(tmp_path / "model")
+    assert sorted(Bundle.open(tmp_path / "model").files) == ["new"]
+    assert left(tmp_path) == ["model"]
+    assert left(tmp_path / "model") == [MANIFEST, "new"]
+
+
+def test_overwrite_never_replaces_other_things(tmp_path: Path) -> None:
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter").write_text("years of work")
+    (tmp_path / "file").write_text("a file")
+    (tmp_path / "dangling").symlink_to("nowhere")
+    for name in ("thesis", "file", "dangling"):
+        with (
+            pytest.raises(ModelError, match="exists already and is no model directory"),
+            bundle.create(tmp_path / name, CONFIG, overwrite=True),
+        ):
+            pytest.fail("the caller must not be asked to fill it")
+    assert left(tmp_path) == ["dangling", "file", "thesis"]
+
+
+def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="exists already"), bundle.create(tmp_path / "model", CONFIG):
+        (tmp_path / "model").mkdir()
+    assert left(tmp_path) == ["model"]
+
+
+def test_a_missing_parent_folder(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ModelError, match=r"folder .*nowhere does not exist"),
+        bundle.create(tmp_path / "nowhere/m", CONFIG),
+    ):
+        pytest.fail("the caller must not be asked to fill it")
+
+
+def test_hidden_files_are_no_part_of_the_model(tmp_path: Path) -> None:
+    with bundle.create(tmp_path / "model", CONFIG) as folder:
+        (folder / ".cache").write_bytes(b"c")
+        (folder / "weights").write_bytes(b"w")
+    assert list(Bundle.open(tmp_path / "model").files) == ["weights"]

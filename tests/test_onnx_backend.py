@@ -1,0 +1,198 @@
+"""The ONNX backend against the torch backend, over the built-in model's graphs."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import higen
+from higen import bundle as files
+from higen.api import default_model
+from higen.backends.onnx import OnnxBackend
+from higen.backends.torch import TorchBackend
+from higen.bundle import Bundle, graph_file
+from higen.errors import BackendError, BackendUnavailable, FallbackWarning, HigenError, IntegrityError
+from higen.pipeline import Pipeline
+from higen.stages import STAGES, dimensions
+
+PROMPTS = (
+    "a whale flapping its tail on a blue sky",
+    "a red heart beating at night",
+    "a penguin waddling in the snow, fast",
+)
+
+
+@pytest.fixture(scope="module")
+def bundle() -> Bundle:
+    """The built-in model."""
+    return Bundle.open(default_model())
+
+
+@pytest.fixture(scope="module")
+def onnx(bundle: Bundle) -> Pipeline:
+    """On ONNX Runtime."""
+    return Pipeline(bundle, OnnxBackend(bundle))
+
+
+@pytest.fixture(scope="module")
+def torch(bundle: Bundle) -> Pipeline:
+    """On PyTorch."""
+    return Pipeline(bundle, TorchBackend(bundle, "cpu"))
+
+
+def latents_and_frames(pipe: Pipeline, prompt: object, **options: object) -> tuple[np.ndarray, np.ndarray]:
+    """Latents after the last step, and decoded frames."""
+    stream = pipe.stream(prompt, **options)  # type: ignore[arg-type]
+    last = list(stream)[-1]
+    return pipe.backend.to_numpy(last.latents), np.stack([video.frames for video in stream.videos])
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": 10, "guidance": 12.0, "solver": "ddim"},
+        {"steps": 50, "guidance": 12.0, "solver": "ddim", "frames": 4},
+        {"steps": 6, "frames": 8, "motion": 150.0, "appearance": 0.7},
+        {"steps": 4, "frames": 32},
+    ],
+    ids=["10 steps", "50 steps", "8 frames", "32 frames"],
+)
+def test_same_video_as_torch(onnx: Pipeline, torch: Pipeline, options: dict[str, object]) -> None:
+    ours, frames = latents_and_frames(onnx, PROMPTS[0], seed=3, **options)
+    theirs, expected = latents_and_frames(torch, PROMPTS[0], seed=3, **options)
+    assert np.abs(ours - theirs).max() < 1e-3
+    assert np.abs(frames.astype(int) - expected).max() <= 1
+
+
+def test_three_prompts_in_a_batch(onnx: Pipeline, torch: Pipeline) -> None:
+    ours, frames = latents_and_frames(onnx, list(PROMPTS), seed=[1, 2, 3], steps=5)
+    theirs, expected = latents_and_frames(torch, list(PROMPTS), seed=[1, 2, 3], steps=5)
+    assert np.abs(ours - theirs).max() < 1e-3
+    assert np.abs(frames.astype(int) - expected).max() <= 1
+
+
+def test_two_requests_at_different_steps_share_a_batch(bundle: Bundle, onnx: Pipeline) -> None:
+    stage, random = STAGES["temporal_unet"], np.random.default_rng(0)
+    sizes = {**dimensions(bundle.config), "B": 2, "F": 5, "H": 8, "W": 8}
+    inputs = {
+        t.name: random.integers(0, 999, 2)
+        if t.dtype == "int64"
+        else random.standard_normal([sizes[n] if isinstance(n, str) else n for n in t.shape]).astype(np.float32)
+        for t in stage.inputs
+    }
+    inputs |= {"alpha": np.float32([0.3, 0.9]), "sigma": np.sqrt(1 - np.float32([0.3, 0.9]) ** 2)}
+    together = onnx.backend.run("temporal_unet", **inputs)
+    for i in range(2):
+        apart = onnx.backend.run("temporal_unet", **{name: value[i : i + 1] for name, value in inputs.items()})
+        for name, value in apart.items():
+            whole = onnx.backend.to_numpy(together[name])[i : i + 1]
+            np.testing.assert_allclose(onnx.backend.to_numpy(value), whole, atol=1e-5 * np.abs(whole).max())
+
+
+def test_an_image_comes_to_life_as_in_torch(onnx: Pipeline, torch: Pipeline) -> None:
+    picture = np.random.default_rng(1).integers(0, 256, (40, 50, 3), dtype=np.uint8)
+    ours, _ = latents_and_frames(onnx, PROMPTS[1], image=picture, steps=3)
+    theirs, _ = latents_and_frames(torch, PROMPTS[1], image=picture, steps=3)
+    assert np.abs(ours - theirs).max() < 1e-3
+
+
+def test_generates_without_torch(tmp_path: Path) -> None:
+    code = """
+import sys
+for name in ("torch", "diffusers", "transformers", "safetensors", "onnx"):
+    sys.modules[name] = None  # an import of it fails
+import higen
+video = higen.generate("a red heart beating at night", steps=2)
+assert video.frames.shape == (16, 128, 128, 3)
+video.save(sys.argv[1])
+"""
+    subprocess.run([sys.executable, "-c", code, str(tmp_path / "heart.mp4")], check=True)
+    assert (tmp_path / "heart.mp4").stat().st_size > 1000
+
+
+@pytest.fixture
+def copy(tmp_path: Path) -> Path:
+    """A copy of the built-in model that a test may break."""
+    return Path(shutil.copytree(default_model(), tmp_path / "model"))
+
+
+def test_auto_prefers_graphs(copy: Path) -> None:
+    with higen.load(copy) as pipe:
+        assert pipe.backend.name == "onnx"
+        assert "temporal_unet onnx" in " ".join(pipe.report().split())
+
+
+def test_a_broken_graph_falls_back_with_one_warning(copy: Path) -> None:
+    graph = copy / graph_file("temporal_unet")
+    graph.write_bytes(b"\0" * graph.stat().st_size)
+    with pytest.warns(FallbackWarning, match="temporal_unet runs on torch") as caught, higen.load(copy) as pipe:
+        video = pipe(PROMPTS[0], steps=3, progress=False)
+    assert len(caught) == 1
+    with higen.load(copy, "torch") as pipe:
+        expected = pipe(PROMPTS[0], steps=3, progress=False)
+    assert np.abs(video.frames.astype(int) - expected.frames).max() <= 1
+    with pytest.raises(IntegrityError, match="sha256"):
+        higen.load(copy, "onnx")
+
+
+def test_a_missing_graph_is_passed_over_in_silence(copy: Path) -> None:
+    original = Bundle.open(copy)
+    (copy / graph_file("vae_decoder")).unlink()
+    files.write_manifest(copy, original.config)
+    with higen.load(copy) as pipe:
+        assert "vae_decoder torch not onnx: no vae_decoder.onnx" in " ".join(pipe.report().split())
+    with pytest.raises(BackendUnavailable, match="higen-export onnx"):
+        higen.load(copy, "onnx")
+
+
+@pytest.mark.parametrize("cut", [0, 100, -1])
+def test_a_truncated_weights_file_is_one_error(copy: Path, cut: int) -> None:
+    weights = copy / files.UNET
+    weights.write_bytes(weights.read_bytes()[:cut])
+    with pytest.raises(IntegrityError, match=r"unet\.safetensors"):
+        higen.load(copy)
+
+
+def test_weights_of_another_model_are_one_error(copy: Path) -> None:
+    weights = copy / files.UNET
+    content = bytearray(weights.read_bytes())
+    content[len(content) // 2] ^= 1
+    weights.write_bytes(content)
+    with pytest.raises(IntegrityError, match="sha256"):
+        higen.load(copy)
+
+
+def test_external_data_cannot_leave_the_directory(copy: Path) -> None:
+    onnx_package = pytest.importorskip("onnx")
+    path = copy / graph_file("conditioner")
+    graph = onnx_package.load(str(path), load_external_data=False)
+    for tensor in graph.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "../secret.safetensors"
+    (copy.parent / "secret.safetensors").write_bytes((copy / files.UNET).read_bytes())
+    path.write_bytes(graph.SerializeToString())
+    files.write_manifest(copy, Bundle.open(default_model()).config)
+    with pytest.raises(IntegrityError, match=r"conditioner\.onnx"):
+        higen.load(copy, "onnx")
+
+
+def test_wrong_inputs_are_refused(onnx: Pipeline) -> None:
+    with pytest.raises(BackendError, match="missing or unknown inputs"):
+        onnx.backend.run("vae_decoder", pixels=np.zeros((1, 3, 8, 8), np.float32))
+    with pytest.raises(BackendError, match=r"vae_decoder\.latents"):
+        onnx.backend.run("vae_decoder", latents=np.zeros((1, 4, 8, 8), np.float32))
+    with pytest.raises(HigenError):
+        onnx.backend.run("vae_decoder", latents=np.zeros((1, 32, 8, 8), np.int64))
+
+
+def test_a_device_that_is_not_here(bundle: Bundle) -> None:
+    with pytest.raises(BackendUnavailable, match="device='tpu'"):
+        OnnxBackend(bundle, "tpu")
+    with pytest.raises(BackendUnavailable, match="CPUExecutionProvider"):
+        OnnxBackend(bundle, "cuda")

@@ -1,0 +1,85 @@
+"""A tiny data set and the settings of a tiny training run over it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from conftest import TINY
+from numpy.typing import NDArray
+
+from higen.config import ModelConfig
+from higen.train.settings import Settings, read_settings
+from higen.video import Video
+
+# Dropout layers draw from the global generator, differently in each process.
+MODEL: ModelConfig = replace(TINY, unet=replace(TINY.unet, dropout=0.0))
+CAPTIONS = ("a blue whale swimming", "a red heart beating", "a green star")
+
+
+def moving_square(shade: int, frames: int = 6, height: int = 20, width: int = 28) -> NDArray[np.uint8]:
+    """A bright square that moves to the right by 2 pixels a frame over a plain ground."""
+    clip = np.full((frames, height, width, 3), shade, np.uint8)
+    for i in range(frames):
+        clip[i, 4:12, 2 * i : 2 * i + 8] = (255, 60, 0)
+    return clip
+
+
+def write_clips(folder: Path, captions: tuple[str, ...] = CAPTIONS, fps: float = 8) -> Path:
+    """A folder of lossless clips with a caption each."""
+    folder.mkdir(parents=True)
+    for i, caption in enumerate(captions):
+        Video(moving_square(40 * i), fps).save(folder / f"clip{i}.webm")
+        (folder / f"clip{i}.txt").write_text(caption)
+    return folder
+
+
+def as_toml(sections: dict[str, dict[str, Any]]) -> str:
+    """Settings as TOML."""
+
+    def value(given: Any) -> str:
+        if isinstance(given, (list, tuple)):
+            return f"[{', '.join(map(value, given))}]"
+        if isinstance(given, bool):
+            return str(given).lower()
+        return f'"{given}"' if isinstance(given, (str, Path)) else repr(given)
+
+    return "\n".join(
+        f"[{name}]\n" + "".join(f"{key} = {value(given)}\n" for key, given in keys.items())
+        for name, keys in sections.items()
+    )
+
+
+def write_settings(file: Path, model: Path, clips: Path, **changes: Any) -> Path:
+    """A TOML file of a run of 6 steps; changes are given as section__key=value."""
+    sections: dict[str, dict[str, Any]] = {
+        "model": {"init": model},
+        "data": {"path": clips, "frames": 4, "images": 2, "videos": 2, "workers": 0},
+        "cues": {},
+        "objective": {},
+        "optimiser": {"learning_rate": 1e-3, "warm_up": 2},
+        "run": {
+            "output": file.parent / "run",
+            "steps": 6,
+            "seed": 3,
+            "log_every": 1,
+            "save_every": 2,
+            "tensorboard": False,
+        },
+    }
+    for key, value in changes.items():
+        section, _, name = key.partition("__")
+        if value is None:
+            sections[section].pop(name)
+        else:
+            sections[section][name] = value
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(as_toml(sections))
+    return file
+
+
+def make_settings(folder: Path, model: Path, clips: Path, **changes: Any) -> Settings:
+    """The same, read."""
+    return read_settings(write_settings(folder / "train.toml", model, clips, **changes))
