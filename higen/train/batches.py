@@ -6,15 +6,17 @@ of processes nor a restart changes what it draws.
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from higen.conditioning import appearance_cue, appearance_rows, motion_cue
 from higen.config import ModelConfig
-from higen.errors import SettingsError
+from higen.errors import PromptWarning, SettingsError
 from higen.tokenizer import PromptTokenizer
 from higen.train.cues import appearance_factor, appearance_similarity, motion_of
 from higen.train.data import VIDEO
@@ -67,6 +69,7 @@ class Batches:
                 "0, or an architecture with optional_cues = true"
             )
         self.config, self.tokenizer, self.cues, self.objective, self.seed = config, tokenizer, cues, objective, seed
+        self._warned = False
 
     def batch(self, samples: list[Sample], kind: int, step: int, indices: range) -> Batch:
         """The batch of samples `indices` of a step, all of one kind."""
@@ -90,7 +93,7 @@ class Batches:
             motion = motion_cue(0.0, 1, self.config.unet.base_channels)
             appearance = appearance_rows(0.0, 1, self.config.unet.appearance_columns)
             prior = torch.zeros_like(x0[:, 0])
-        tokens = self.tokenizer.encode([caption])[0]
+        tokens = self._tokens(caption)
         return (
             x0,
             noise + self.objective.offset_noise * offset,
@@ -101,16 +104,27 @@ class Batches:
             torch.from_numpy(tokens),
         )
 
+    def _tokens(self, caption: str) -> NDArray[np.int64]:
+        """A caption's tokens; what the tokenizer has to say against captions is said once."""
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", PromptWarning)
+            tokens = self.tokenizer.encode([caption])[0]
+        if caught and not self._warned:
+            self._warned = True
+            text = f"caption {caption!r}: {caught[0].message}; other captions are not reported"
+            warnings.warn(text, PromptWarning, stacklevel=2)
+        return tokens
+
     def _clip_cues(
         self, x0: Tensor, features: Tensor | None, chances: list[float]
-    ) -> tuple[np.ndarray[tuple[int, ...], np.dtype[np.float32]], np.ndarray[tuple[int, ...], np.dtype[np.float32]]]:
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
         """The motion [F,D] and appearance [F,R] input of a clip [C,F,H,W], measured from it."""
         frames, unet = x0.shape[1], self.config.unet
         motion = motion_of(x0[None])[0].double().numpy()
         if features is None:
             features = x0.transpose(0, 1).flatten(1)
         similarity = appearance_similarity(features[None])
-        appearance: float | np.ndarray[tuple[int, ...], np.dtype[np.float32]] = similarity[0].numpy()
+        appearance: float | NDArray[np.float32] = similarity[0].numpy()
         told_motion, told_appearance, without_motion, without_appearance = chances
         if told_motion < self.cues.as_numbers:
             motion = np.full_like(motion, motion.mean())

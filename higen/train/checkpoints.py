@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ class Checkpoints:
                 os.fsync(file.fileno())
             temporary.replace(path)
         except (OSError, RuntimeError) as error:  # RuntimeError: torch's writer
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             last = next(iter(reversed(self.paths())), None)
             kept = f"the last good checkpoint is {last}" if last else "there is no earlier one"
             raise TrainingError(f"{path} cannot be written: {_reason(error)}; {kept}") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -51,7 +52,8 @@ def from_config(config: Path, resume: bool | None, export: Path | None, overwrit
             bundle = trainer.train(settings, resume=resume, say=_say, progress=sys.stderr.isatty())
         else:
             bundle = trainer.export(settings, export, overwrite)
-        click.echo(str(bundle.path))
+        if os.environ.get("RANK", "0") == "0":  # one of many says it
+            click.echo(str(bundle.path))
 
 
 def _say(line: str) -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -144,5 +145,6 @@ class LatentCache:
             save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, temporary)
             temporary.replace(path)
         except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
+            with suppress(OSError):
+                temporary.unlink()
             raise TrainingError(f"data.cache: {path} cannot be written: {error}") from error

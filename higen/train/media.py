@@ -14,13 +14,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["IMAGES", "VIDEOS", "Placement", "Unusable", "read_image", "read_video"]
+__all__ = ["IMAGES", "VIDEOS", "Placement", "Unusable", "choose_frames", "read_image", "read_video", "video_length"]
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 SLOWER = 0.9
-"""A video of less than this part of the wanted rate shows frames twice: the motion cue takes that for stillness."""
+"""A video whose frames never follow each other at this part of the wanted rate is too slow: frames would be shown
+twice, which the motion cue takes for stillness. (A frame that stays, as animations have it, is stillness.)"""
 
 
 class Unusable(Exception):
@@ -65,13 +66,13 @@ def read_video(
 ) -> NDArray[np.uint8]:
     """A clip of `frames` frames at `fps` frames a second as uint8 [frames,height,width,3].
 
-    For each moment the nearest frame of the file is taken. `wanted` picks some frames of the clip, in ascending order
+    For each moment the frame shown then is taken. `wanted` picks some frames of the clip, in ascending order
     (None: all). Raises Unusable for a file that cannot be read, is shorter than the clip, or slower than `fps`.
     """
     try:
         times = _frame_times(path)
-        nearest = choose_frames(times, fps, frames, placement.start)
-        chosen = nearest if wanted is None else nearest[list(wanted)]
+        shown = choose_frames(times, fps, frames, placement.start)
+        chosen = shown if wanted is None else shown[list(wanted)]
         pictures = [_cover(picture, width, height, placement) for picture in _decode(path, times, chosen)]
     except Unusable:
         raise
@@ -93,21 +94,21 @@ def video_length(path: Path, fps: float) -> int:
 
 
 def choose_frames(times: NDArray[np.float64], fps: float, frames: int, start: float) -> NDArray[np.int64]:
-    """Indices of the frames nearest to the moments of a clip, int64 [frames].
+    """Indices of the frames shown at the moments of a clip, int64 [frames].
 
     `times`: seconds of each frame, ascending. `start`: which part, 0 the first to 1 the last. Raises Unusable.
     """
     available = _available(times, fps)
     if available < frames:
         raise Unusable(f"shorter than {frames} frames at {fps:g} frames a second")
-    if len(times) > 1 and (len(times) - 1) / (times[-1] - times[0]) < SLOWER * fps:
+    gaps = np.diff(times)
+    gap = float(gaps[gaps > 0].min(initial=np.inf))
+    if len(gaps) and SLOWER * fps * gap > 1:
         raise Unusable(f"slower than {fps:g} frames a second")
     first = min(int(start * (available - frames + 1)), available - frames)
     moments = times[0] + (first + np.arange(frames)) / fps
-    after = np.clip(np.searchsorted(times, moments), 1, len(times) - 1) if len(times) > 1 else np.zeros(frames, int)
-    before = np.maximum(after - 1, 0)
-    # Half way between two frames, a rounding error does not decide: the earlier one is taken.
-    return np.where(times[after] - moments < moments - times[before] - 1e-6, after, before).astype(np.int64)
+    # The frame shown at the moment; half a gap makes it the nearest one where frames follow each other steadily.
+    return np.searchsorted(times, moments + 0.5 * min(gap, 1 / fps) - 1e-6, side="right").astype(np.int64) - 1
 
 
 def _available(times: NDArray[np.float64], fps: float) -> int:

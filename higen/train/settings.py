@@ -70,7 +70,7 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         if (self.init is None) == (self.architecture is None):
-            raise SettingsError("either init (a model directory to fine-tune) or architecture (a file), and not both")
+            raise SettingsError("init, architecture: one of the two, a model directory to fine-tune or a file")
         if (self.architecture is None) != (self.companions is None):
             raise SettingsError("companions: goes with architecture (a model directory for autoencoder and text)")
         if self.init is not None and self.tokenizer == "captions":

@@ -33,7 +33,7 @@ from higen.train.reader import Frame, Reader
 from higen.train.record import Record, lock
 from higen.train.settings import OptimiserSettings, Settings, difference, flat
 
-__all__ = ["Trainer", "ema_decay", "export", "learning_rate", "train"]
+__all__ = ["Trainer", "ema_decay", "export", "learning_rate", "scale_gradients", "train"]
 
 Say = Callable[[str], None]
 
@@ -130,7 +130,7 @@ class Trainer:
         if state is not None:
             _check_same(state, self.settings, _identity(self.networks, self.listing))
             self._load(state)
-            self.say(f"going on after step {self.step} of {self.settings.run.steps}")
+            self._tell(f"going on after step {self.step} of {self.settings.run.steps}")
         elif resume:
             raise TrainingError(f"{self.checkpoints.folder}: no checkpoint to go on from")
         if self.accelerator.is_main_process:
@@ -217,7 +217,7 @@ class Trainer:
         if self.accelerator.is_main_process:
             write_model(self.networks, self.average, output, self.settings.run.weights, overwrite=True)
             if line:
-                self.say(f"{line}; see {Path(self.settings.run.output, 'skipped.jsonl')}")
+                self._tell(f"{line}; see {Path(self.settings.run.output, 'skipped.jsonl')}")
         self.accelerator.wait_for_everyone()
         return Bundle.open(output)
 
@@ -254,9 +254,14 @@ class Trainer:
         if self._record is not None:
             self._record.log(self.step, numbers)
         bar.set_postfix({name: f"{numbers[name]:.4f}" for name in ("image", "video") if name in numbers})
-        if self.accelerator.is_main_process and bar.disable:
+        if bar.disable:
             listed = ", ".join(f"{name} {value:.4g}" for name, value in numbers.items())
-            self.say(f"step {self.step} of {self.settings.run.steps}: {listed}")
+            self._tell(f"step {self.step} of {self.settings.run.steps}: {listed}")
+
+    def _tell(self, line: str) -> None:
+        """Say a line, once for all processes."""
+        if self.accelerator.is_main_process:
+            self.say(line)
 
     def _sample(self) -> None:
         """A contact sheet of the prompts, made by the pipeline a user has, from a model directory just written."""

@@ -28,8 +28,11 @@ from higen.train.recipes.default.subjects import (
 
 __all__ = ["Batch", "Clips"]
 
-WINDOWS = ((4, 12), (8, 6), (16, 3))
-"""Lengths of the windows cut out of clips and how many make a batch: each batch has 48 frames."""
+EARLY_WINDOWS = ((4, 12), (4, 12), (4, 12), (16, 3))
+LATE_WINDOWS = ((4, 12), (8, 6), (16, 3))
+LATE = 0.7
+"""Lengths of the windows cut out of clips and how many make a batch (always 48 frames): mostly short ones, which show
+the network more clips a step, then after this part of the run as many whole clips."""
 IMAGES = 12
 TEXT_DROPOUT = 0.1
 UNSPECIFIED = 0.35
@@ -82,9 +85,10 @@ class Clips:
             captions,
         )
 
-    def windows(self, random: torch.Generator) -> Batch:
-        """Windows of whole clips, with the cues of the clip they are cut from."""
-        length, count = WINDOWS[_integer(random, len(WINDOWS))]
+    def windows(self, random: torch.Generator, progress: float) -> Batch:
+        """Windows of whole clips, with the cues of the clip they are cut from; `progress` is 0 to 1 over the run."""
+        choices = LATE_WINDOWS if progress > LATE else EARLY_WINDOWS
+        length, count = choices[_integer(random, len(choices))]
         parts = [self._window(length, random) for _ in range(count)]
         x0, prior, motion, appearance = (torch.stack([p[i] for p in parts]) for i in range(4))  # type: ignore[misc]
         return Batch(x0, prior, motion, appearance, [p[4] for p in parts])

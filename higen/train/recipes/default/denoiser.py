@@ -1,6 +1,6 @@
 """Trains the default model's text encoder and denoiser on cached latents; resumes exactly where it stopped.
 
-    python -m higen.train.recipes.default.denoiser --state FOLDER --steps 10000
+    python -m higen.train.recipes.default.denoiser --state FOLDER --steps 5500
 
 Each step draws one batch of key frames (the spatial network) and one of windows (the temporal network); both share
 their parameters. Step n uses random numbers of its own (seed, n), so a resumed run goes on as if never stopped.
@@ -78,7 +78,7 @@ TEXT = TextConfig(
 class Run:
     """How long and how fast. The learning rate falls to zero over the last part of the steps."""
 
-    steps: int = 10_000
+    steps: int = 5_500
     learning_rate: float = 1e-3
     warm_up: int = 200
     decay_part: float = 0.5
@@ -154,7 +154,7 @@ class Trainer:
 
     def window_loss(self, random: torch.Generator) -> float:
         """Forward and backward of a batch of windows through the temporal network."""
-        batch = self.clips.windows(random)
+        batch = self.clips.windows(random, self.step / self.run.steps)
         context, embedding = self.networks.conditions(batch)
         # Noise levels are biased high: that is where the motion is decided.
         levels = torch.rand(len(batch.x0), generator=random).sqrt()

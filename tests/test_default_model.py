@@ -1,0 +1,92 @@
+"""The model inside the package: it is small, whole, and makes a video from every prompt it lists."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+
+import numpy as np
+import pytest
+
+import higen
+from higen import bundle
+from higen.api import _default_pipeline, default_model
+from higen.backends.torch import TorchBackend
+from higen.bundle import MANIFEST, Bundle
+from higen.errors import PromptWarning
+from higen.pipeline import Pipeline
+from higen.tokenizer import PromptTokenizer
+from higen.video import Video
+
+pytestmark = pytest.mark.skipif(
+    not (default_model() / MANIFEST).is_file(), reason="higen/assets/default is not there yet: it is being trained"
+)
+
+
+@pytest.fixture(scope="module")
+def model() -> Bundle:
+    return Bundle.open(default_model())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget() -> Iterator[None]:
+    """`higen.generate` keeps the model; other tests need its memory."""
+    yield
+    _default_pipeline.cache_clear()
+
+
+def test_every_file_is_what_the_manifest_says(model: Bundle) -> None:
+    needed = {bundle.UNET, bundle.TEXT_ENCODER, bundle.AUTOENCODER, bundle.TOKENIZER}
+    assert needed <= set(model.files)
+    for name in model.files:
+        assert model.file(name).stat().st_size == model.files[name].size
+
+
+def test_it_is_small(model: Bundle) -> None:
+    assert sum(path.stat().st_size for path in model.path.rglob("*") if path.is_file()) < 24e6
+
+
+def test_generate_makes_a_video() -> None:
+    prompt = Bundle.open(default_model()).config.prompts[0]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        video = higen.generate(prompt, seed=7)
+    assert isinstance(video, Video)
+    assert video.frames.shape == (16, 128, 128, 3)
+    assert video.prompt == prompt
+    assert 1 < video.duration < 4
+    assert video.frames.std() > 10  # a picture, and
+    assert np.abs(np.diff(video.frames.astype(int), axis=0)).mean() > 0.1  # it moves
+
+
+def test_prompts_give_different_pictures_and_seeds_are_kept() -> None:
+    prompts = Bundle.open(default_model()).config.prompts
+    first, other = prompts[0], prompts[-1]
+    assert first != other
+    with Pipeline(Bundle.open(default_model()), TorchBackend(Bundle.open(default_model()), "cpu")) as pipe:
+        one, two = pipe.image([first, other], seed=3)
+        assert np.abs(one.astype(int) - two).mean() > 10
+        np.testing.assert_array_equal(one, pipe.image(first, seed=3))
+
+
+def test_every_prompt_it_lists_is_known_whole(model: Bundle) -> None:
+    assert len(model.config.prompts) >= 8
+    assert len(set(model.config.prompts)) == len(model.config.prompts)
+    tokenizer = PromptTokenizer.from_file(model.file(bundle.TOKENIZER), model.config.text)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ids = tokenizer.encode(model.config.prompts)
+    assert len({tuple(row) for row in ids.tolist()}) == len(model.config.prompts)
+
+
+def test_a_word_it_does_not_know_is_a_warning(model: Bundle) -> None:
+    tokenizer = PromptTokenizer.from_file(model.file(bundle.TOKENIZER), model.config.text)
+    with pytest.warns(PromptWarning, match="does not know 'parliament'"):
+        tokenizer.encode([model.config.prompts[0] + " parliament"])
+
+
+def test_its_licence_and_its_card_are_there(model: Bundle) -> None:
+    assert model.config.licence
+    card = (default_model().parent / "MODEL_CARD.md").read_text(encoding="utf-8")
+    assert "MIT" in card  # the emoji it was trained on
+    assert "Microsoft" in card

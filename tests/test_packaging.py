@@ -1,0 +1,127 @@
+"""What is built for users: a wheel that holds the whole tree, from a checkout and from the source archive alike."""
+
+from __future__ import annotations
+
+import email
+import os
+import shutil
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import higen
+
+ROOT = Path(__file__).resolve().parents[1]
+SOURCES = {"higen": "higen", "export": "higen/export", "engines": "higen/engines"}
+"""Folders of the repository, and where they are installed."""
+
+
+def build(tree: Path, kind: str, to: Path) -> Path:
+    """A wheel or sdist of `tree`, by the backend that pyproject.toml names; nothing is downloaded."""
+    script = f"from setuptools import build_meta; print(build_meta.build_{kind}({str(to)!r}))"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    made = subprocess.run([sys.executable, "-c", script], cwd=tree, capture_output=True, text=True, env=environment)
+    assert made.returncode == 0, made.stderr
+    return to / made.stdout.splitlines()[-1]
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what is packaged, links as links; building writes into its tree."""
+    copy = tmp_path_factory.mktemp("tree")
+    for name in SOURCES:
+        shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, copy)
+    return copy
+
+
+@pytest.fixture(scope="module")
+def sdist(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build(tree, "sdist", tmp_path_factory.mktemp("sdist"))
+
+
+@pytest.fixture(scope="module")
+def unpacked(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tree that a user of the sdist builds from."""
+    folder = tmp_path_factory.mktemp("unpacked")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    (root,) = folder.iterdir()
+    return root
+
+
+@pytest.fixture(scope="module", params=["checkout", "checkout without links", "sdist"])
+def wheel(request: pytest.FixtureRequest, tree: Path, unpacked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    if request.param == "sdist":
+        return build(unpacked, "wheel", folder)
+    copy = folder / "tree"
+    shutil.copytree(tree, copy, symlinks=True)
+    if request.param == "checkout without links":  # as on a system that has none
+        for link in ("export", "engines"):
+            (copy / "higen" / link).unlink()
+    return build(copy, "wheel", folder)
+
+
+def files() -> dict[str, Path]:
+    """Every file that belongs into the wheel, by its name there."""
+    found = {}
+    for folder, installed in SOURCES.items():
+        for path in sorted((ROOT / folder).rglob("*")):
+            inner = path.relative_to(ROOT / folder)
+            linked = folder == "higen" and inner.parts[0] in ("export", "engines")
+            if path.is_file() and not linked and "__pycache__" not in inner.parts:
+                found[f"{installed}/{inner.as_posix()}"] = path
+    return found
+
+
+def test_the_wheel_holds_every_file_of_the_tree_and_no_other(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        assert sorted(set(files()) - names) == []
+        assert sorted(names - set(files())) == []
+        for name, path in files().items():
+            assert archive.read(name) == path.read_bytes(), name
+
+
+def test_nothing_lands_beside_the_package(wheel: Path) -> None:
+    """A top-level `export` or `engines` would shadow other people's modules."""
+    with zipfile.ZipFile(wheel) as archive:
+        tops = {name.partition("/")[0] for name in archive.namelist()}
+    assert tops == {"higen", f"higen-{higen.__version__}.dist-info"}
+
+
+def test_the_wheel_says_what_it_is(wheel: Path) -> None:
+    info = f"higen-{higen.__version__}.dist-info"
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = email.message_from_bytes(archive.read(f"{info}/METADATA"))
+        commands = archive.read(f"{info}/entry_points.txt").decode()
+        assert archive.read(f"{info}/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
+    assert metadata["Name"] == "higen"
+    assert metadata["Version"] == higen.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+    assert "higen = higen.cli:main" in commands
+    assert wheel.name == f"higen-{higen.__version__}-py3-none-any.whl"
+
+
+def test_the_wheel_is_small(wheel: Path) -> None:
+    assert wheel.stat().st_size < 25e6
+
+
+def test_the_sdist_can_be_built_from_and_read(unpacked: Path) -> None:
+    assert {"pyproject.toml", "README.md", "LICENSE", "higen", "export", "engines"} <= {
+        p.name for p in unpacked.iterdir()
+    }
+
+
+def test_the_links_in_the_package_lead_to_the_folders() -> None:
+    for name in ("export", "engines"):
+        link = ROOT / "higen" / name
+        assert link.is_symlink()
+        assert str(link.readlink()) == f"../{name}"
+        assert link.resolve() == ROOT / name

@@ -1,0 +1,112 @@
+"""The commands `higen train` and `higen cues`."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from PIL import Image
+from training_run import moving_square, write_clips, write_settings
+
+from higen.bundle import Bundle
+from higen.cli import main
+from higen.errors import RequestError
+from higen.train.curves import Curves, as_text, measure
+from higen.video import Video
+
+
+def test_train_takes_a_file_or_a_recipe() -> None:
+    shown = CliRunner().invoke(main, ["train", "--help"]).stdout
+    assert "CONFIG.toml | RECIPE" in shown
+    assert "--work" in CliRunner().invoke(main, ["train", "default", "--help"]).stdout
+    assert "--fresh" in CliRunner().invoke(main, ["train", "some.toml", "--help"]).stdout
+    assert CliRunner().invoke(main, ["train", "default"]).exit_code == 2  # --work is missing
+
+
+@pytest.mark.parametrize(
+    ("changes", "code", "message"),
+    [
+        ({"run__stepz": 3}, 2, "SettingsError: .*run.stepz: unknown key"),
+        ({"data__path": "absent"}, 2, "SettingsError: data.path="),
+        ({"model__init": "absent"}, 2, "ManifestError: .*not a model directory"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    tmp_path: Path, tiny_model: Path, changes: dict[str, object], code: int, message: str
+) -> None:
+    config = write_settings(tmp_path / "train.toml", tiny_model, write_clips(tmp_path / "clips"), **changes)
+    result = CliRunner().invoke(main, ["train", str(config)])
+    assert result.exit_code == code
+    assert result.stderr.count("\n") == 1
+    assert re.match(message, result.stderr)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_is_trained_and_exported(tmp_path: Path, tiny_model: Path) -> None:
+    config = write_settings(tmp_path / "train.toml", tiny_model, write_clips(tmp_path / "clips"), run__steps=1)
+    assert CliRunner().invoke(main, ["train", str(config), "--resume"]).exit_code == 1
+    result = CliRunner().invoke(main, ["train", str(config)])
+    assert result.stdout.strip() == str(tmp_path / "run" / "model"), result.output
+    assert result.stderr.startswith("step 1 of 1: image ")
+    result = CliRunner().invoke(main, ["train", str(config), "--export", str(tmp_path / "out")])
+    assert result.exit_code == 0
+    assert Bundle.open(tmp_path / "out").files == Bundle.open(tmp_path / "run" / "model").files
+
+
+@pytest.fixture(scope="module")
+def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Still for 4 frames, then moving for 4, at the tiny model's 8 frames a second."""
+    moving = moving_square(20, 4, 16, 24)
+    frames = np.concatenate([np.repeat(moving[:1], 4, axis=0), moving])
+    return Video(frames, 8).save(tmp_path_factory.mktemp("cues") / "video.gif")
+
+
+def test_the_curves_show_where_a_video_moves(tiny_model: Path, video: Path) -> None:
+    curves = measure(Bundle.open(tiny_model), video)
+    assert len(curves.motion) == 7
+    assert curves.motion[:4] == (0, 0, 0, 0)
+    assert min(curves.motion[4:]) > 0
+    assert curves.motion_factor == pytest.approx(np.mean(curves.motion), abs=0.05)
+    assert curves.appearance[:5] == (1.0,) * 5
+    assert max(curves.appearance[5:]) < 1
+    assert curves.appearance_factor > 0
+    assert len(measure(Bundle.open(tiny_model), video, fps=4, frames=3).appearance) == 3
+    with pytest.raises(RequestError, match="shorter than 9 frames"):
+        measure(Bundle.open(tiny_model), video, frames=9)
+    with pytest.raises(RequestError, match="at least 2 frames"):
+        measure(Bundle.open(tiny_model), video, frames=1)
+
+
+def test_the_text_has_bars_and_a_table() -> None:
+    text = as_text(Curves(4.0, (0.0, 70.0), (1.0, 0.5, -0.75), 35.0, 0.6))
+    assert text.splitlines() == [
+        "motion      ▁█  mean 35",
+        "appearance  █▆▁  factor 0.6",
+        "",
+        "  time s    motion  appearance",
+        "    0.00                 1.000",
+        "    0.25         0       0.500",
+        "    0.50        70      -0.750",
+    ]
+
+
+def test_cues_prints_plots_and_refuses(tmp_path: Path, tiny_model: Path, video: Path) -> None:
+    options = ["cues", str(video), "--model", str(tiny_model)]
+    result = CliRunner().invoke(main, [*options, "--plot", str(tmp_path / "plot.png")])
+    assert result.exit_code == 0, result.output
+    assert len(result.stdout.splitlines()) == 4 + 8
+    with Image.open(tmp_path / "plot.png") as plot:
+        assert plot.size == (640, 360)
+        assert ((np.asarray(plot)[..., 2] > 150) & (np.asarray(plot)[..., 0] < 60)).sum() > 200  # the lines
+    numbers = json.loads(CliRunner().invoke(main, [*options, "--json"]).stdout)
+    assert len(numbers["motion"]) + 1 == len(numbers["appearance"]) == 8
+    assert CliRunner().invoke(main, [*options, "--plot", str(tmp_path / "plot.xyz")]).exit_code == 2
+    (tmp_path / "no.mp4").write_bytes(b"no")
+    refused = CliRunner().invoke(main, ["cues", str(tmp_path / "no.mp4"), "--model", str(tiny_model)])
+    assert refused.exit_code == 2
+    assert refused.stderr.startswith("RequestError: ")
+    assert refused.stderr.count("\n") == 1

@@ -1,0 +1,311 @@
+"""Training data: listings, order, decoding, latents and their cache."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import write_tiny_model
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+from training_run import MODEL, moving_square, write_clips
+
+from higen import bundle as files
+from higen.errors import SettingsError, TrainingError
+from higen.models.companions import load_autoencoder
+from higen.models.stage_modules import EncoderStage
+from higen.train.data import IMAGE, VIDEO, candidates, list_items, summary
+from higen.train.latents import Encoded, LatentCache, OpenClip, encode, to_pixels
+from higen.train.media import Placement, Unusable, choose_frames, read_image, read_video, video_length
+from higen.train.reader import Frame, Reader
+from higen.video import Video
+
+CENTRE = Placement()
+
+
+# Listings.
+
+
+def test_a_folder_pairs_files_with_their_captions(tmp_path: Path) -> None:
+    folder = write_clips(tmp_path / "clips")
+    (folder / "deep").mkdir()
+    Image.new("RGB", (30, 20), "red").save(folder / "deep" / "still.png")
+    (folder / "deep" / "still.txt").write_text(" a red ground\n")
+    Image.new("RGB", (30, 20)).save(folder / "alone.jpg")
+    listing = list_items(folder)
+    assert [(item.name, item.caption, item.video) for item in listing.items] == [
+        ("clip0.webm", "a blue whale swimming", True),
+        ("clip1.webm", "a red heart beating", True),
+        ("clip2.webm", "a green star", True),
+        (str(Path("deep", "still.png")), "a red ground", False),
+    ]
+    assert listing.skipped == {"alone.jpg": "no .txt with its caption beside it"}
+    assert [item.name for item in listing.of(IMAGE, key_frames=False)] == [str(Path("deep", "still.png"))]
+    assert len(listing.of(IMAGE, key_frames=True)) == 4
+    assert len(listing.of(VIDEO, key_frames=True)) == 3
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_list_names_paths_and_captions(tmp_path: Path, suffix: str) -> None:
+    rows = [("a.mp4", 'says "hi", twice'), ("b.PNG", "é"), ("c.txt", "no")]
+    if suffix == ".csv":
+        quoted = [f'{path},"{caption.replace(chr(34), chr(34) * 2)}",x\n' for path, caption in rows]
+        text = "path,caption,more\n" + "".join(quoted)
+    else:
+        text = "".join(json.dumps({"path": p, "caption": c, "more": 1}) + "\n" for p, c in rows) + "\n"
+    file = tmp_path / f"list{suffix}"
+    file.write_text(text, encoding="utf-8")
+    listing = list_items(file)
+    assert [(i.path, i.caption, i.video) for i in listing.items] == [
+        (tmp_path / "a.mp4", 'says "hi", twice', True),
+        (tmp_path / "b.PNG", "é", False),
+    ]
+    assert listing.skipped == {"c.txt": "its suffix '.txt' is unknown"}
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "message"),
+    [
+        ("l.csv", "file,caption\na.mp4,x\n", r"no column 'path'; it has 'file', 'caption'"),
+        ("l.csv", "", r"no column 'path' and no column 'caption'; it has none"),
+        ("l.csv", "path,caption\na.mp4\n", r"line 2: an object with the texts 'path' and 'caption'"),
+        ("l.csv", "path,caption\n", "no usable item$"),
+        ("l.csv", "path,caption\na.xyz,b\n", r"no usable item: 1 file skipped \(1 its suffix '.xyz' is unknown\)"),
+        ("l.jsonl", '{"path": "a.mp4"}\n', r"line 1: an object with the texts 'path' and 'caption'"),
+        ("l.jsonl", '{"path": "a.mp4", "caption": 3}\n', "line 1"),
+        ("l.jsonl", "[1]\n", "line 1"),
+        ("l.jsonl", "{\n", "line 1: not JSON"),
+        ("l.parquet", "x", r"a folder, or a \.jsonl or \.csv file"),
+    ],
+)
+def test_a_malformed_list_is_one_error(tmp_path: Path, name: str, text: str, message: str) -> None:
+    (tmp_path / name).write_text(text)
+    with pytest.raises(SettingsError, match=message):
+        list_items(tmp_path / name)
+
+
+def test_a_folder_without_items_or_no_folder_is_one_error(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="no usable item"):
+        list_items(tmp_path)
+    with pytest.raises(SettingsError, match="that exists"):
+        list_items(tmp_path / "absent")
+    (tmp_path / "latin.csv").write_bytes(b"path,caption\na.mp4,\xe9\n")
+    with pytest.raises(SettingsError, match="cannot be read"):
+        list_items(tmp_path / "latin.csv")
+
+
+def test_the_fingerprint_is_of_names_and_captions(tmp_path: Path) -> None:
+    folder = write_clips(tmp_path / "clips")
+    before = list_items(folder).fingerprint()
+    assert list_items(write_clips(tmp_path / "copy")).fingerprint() == before
+    (folder / "clip1.txt").write_text("another caption")
+    assert list_items(folder).fingerprint() != before
+
+
+@given(st.integers(0, 2**32), st.integers(1, 40), st.integers(0, 3))
+def test_each_epoch_is_a_permutation_and_stand_ins_cover_all(seed: int, count: int, epoch: int) -> None:
+    drawn = [next(candidates(seed, VIDEO, epoch * count + i, count)) for i in range(count)]
+    assert sorted(drawn) == list(range(count))
+    assert sorted(candidates(seed, VIDEO, epoch * count, count)) == list(range(count))
+
+
+def test_epochs_kinds_and_seeds_have_orders_of_their_own() -> None:
+    def order(seed: int, kind: int, epoch: int) -> list[int]:
+        return [next(candidates(seed, kind, epoch * 50 + i, 50)) for i in range(50)]
+
+    assert order(0, VIDEO, 0) == order(0, VIDEO, 0)
+    assert len({tuple(order(s, k, e)) for s in (0, 1) for k in (IMAGE, VIDEO) for e in (0, 1)}) == 8
+
+
+def test_the_summary_counts_by_reason() -> None:
+    assert summary({}) == ""
+    skipped = {"a": "cannot be read: x", "b": "cannot be read: y", "c": "shorter than 4 frames"}
+    assert summary(skipped) == "3 files skipped (2 cannot be read, 1 shorter than 4 frames)"
+
+
+# Decoding.
+
+
+def test_frames_are_those_shown_at_the_wanted_rate() -> None:
+    source = np.arange(30) / 24.0
+    assert choose_frames(source, 8.0, 4, 0.0).tolist() == [0, 3, 6, 9]
+    assert choose_frames(source, 8.0, 4, 1.0).tolist() == [18, 21, 24, 27]
+    assert choose_frames(source, 24.0, 30, 0.5).tolist() == list(range(30))
+    assert choose_frames(source + 5.0, 10.0, 5, 0.0).tolist() == [0, 2, 5, 7, 10]  # 2.4 4.8 7.2 9.6
+    with pytest.raises(Unusable, match="shorter than 11 frames at 8 frames a second"):
+        choose_frames(source, 8.0, 11, 0.0)
+    with pytest.raises(Unusable, match="slower than 30 frames a second"):
+        choose_frames(source, 30.0, 4, 0.0)
+    assert choose_frames(np.array([0.0, 0.5, 0.6]), 10.0, 7, 0.0).tolist() == [0, 0, 0, 0, 0, 1, 2]  # one that stays
+    assert choose_frames(np.array([3.0]), 8.0, 1, 0.5).tolist() == [0]
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".gif"])
+def test_a_clip_is_cut_out_of_a_video(tmp_path: Path, suffix: str) -> None:
+    shades = np.arange(12, dtype=np.uint8) * 20
+    frames = np.broadcast_to(shades[:, None, None, None], (12, 32, 32, 3))
+    path = Video(frames, 10).save(tmp_path / f"steps{suffix}")
+    assert video_length(path, 10) == 12
+    assert video_length(path, 5) == 6
+
+    def means(fps: float, length: int, start: float, wanted: list[int] | None = None) -> list[float]:
+        clip = read_video(path, 16, 16, fps, length, Placement(start), wanted)
+        assert clip.dtype == np.uint8
+        assert clip.shape[1:] == (16, 16, 3)
+        return clip.mean(axis=(1, 2, 3)).tolist()
+
+    near = pytest.approx
+    assert means(10, 12, 0.5) == near(shades.astype(float).tolist(), abs=4)
+    assert means(5, 4, 0.0) == near([0, 40, 80, 120], abs=4)
+    assert means(5, 4, 1.0) == near([80, 120, 160, 200], abs=4)  # seeks
+    assert means(5, 4, 1.0, [2]) == near([160], abs=4)
+
+
+def test_pictures_are_scaled_to_cover_and_cropped_where_asked(tmp_path: Path) -> None:
+    wide = np.zeros((20, 60, 3), np.uint8)
+    wide[:, :20, 0] = wide[:, 20:40, 1] = wide[:, 40:, 2] = 255
+    Image.fromarray(wide).save(tmp_path / "wide.png")
+    for x, channel in ((0.0, 0), (0.5, 1), (1.0, 2)):
+        picture = read_image(tmp_path / "wide.png", 10, 10, Placement(x=x))
+        assert picture.shape == (1, 10, 10, 3)
+        assert picture.mean(axis=(0, 1, 2)).argmax() == channel
+        assert picture[..., channel].min() == 255
+    Image.new("RGBA", (10, 10), (0, 0, 0, 0)).save(tmp_path / "clear.png")
+    assert read_image(tmp_path / "clear.png", 10, 10, CENTRE).min() == 255
+
+
+def test_what_cannot_be_read_is_named_and_never_black(tmp_path: Path) -> None:
+    whole = Video(moving_square(0, 12, 64, 64), 8).save(tmp_path / "whole.webm").read_bytes()
+    (tmp_path / "cut.webm").write_bytes(whole[: len(whole) // 3])
+    (tmp_path / "noise.mp4").write_bytes(bytes(range(256)) * 8)
+    (tmp_path / "empty.mp4").write_bytes(b"")
+    for name in ("cut.webm", "noise.mp4", "empty.mp4", "absent.mp4"):
+        with pytest.raises(Unusable):
+            read_video(tmp_path / name, 16, 16, 8, 12, CENTRE)
+    (tmp_path / "text.png").write_text("no picture")
+    with pytest.raises(Unusable, match="cannot be read"):
+        read_image(tmp_path / "text.png", 8, 8, CENTRE)
+    stills = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    stills[0].save(tmp_path / "moving.webp", save_all=True, append_images=stills[1:])
+    with pytest.raises(Unusable, match="an animation"):
+        read_image(tmp_path / "moving.webp", 8, 8, CENTRE)
+
+
+# Latents.
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> EncoderStage:
+    model = write_tiny_model(tmp_path_factory.mktemp("encoder") / "tiny", MODEL)
+    autoencoder = load_autoencoder(model.file(files.AUTOENCODER), MODEL.autoencoder, torch.float32)
+    return EncoderStage(autoencoder, MODEL.autoencoder).eval()
+
+
+def test_latents_are_the_scaled_posterior(encoder: EncoderStage) -> None:
+    frames = moving_square(30, 10, 16, 24)  # more than one chunk
+    encoded = encode(encoder, frames)
+    with torch.no_grad():
+        mode = encoder(to_pixels(frames))
+        posterior = encoder.autoencoder.encode(to_pixels(frames)).latent_dist  # type: ignore[operator]
+    torch.testing.assert_close(encoded.mean.transpose(0, 1), mode)
+    assert encoded.std is not None
+    torch.testing.assert_close(encoded.std.transpose(0, 1), posterior.std * MODEL.autoencoder.scale[0])
+    random = torch.Generator().manual_seed(1)
+    drawn = torch.stack([encoded.sample(random) for _ in range(400)])
+    torch.testing.assert_close(drawn.std(dim=0) / encoded.std, torch.ones_like(encoded.std), atol=0.2, rtol=0)
+    torch.testing.assert_close(Encoded(encoded.mean).sample(random), encoded.mean)
+
+
+def test_the_cache_gives_back_what_it_was_given_and_survives_a_broken_file(tmp_path: Path) -> None:
+    source = tmp_path / "clip.mp4"
+    source.write_bytes(b"1")
+    cache = LatentCache(str(tmp_path / "cache"), {"fps": 8})
+    path = cache.path(source, "clip.mp4", VIDEO)
+    assert cache.load(path) is None
+    kept = Encoded(torch.randn(4, 3, 2, 2), torch.rand(4, 3, 2, 2), torch.randn(3, 5))
+    cache.save(path, kept)
+    found = cache.load(path)
+    assert found is not None
+    assert found.std is not None
+    assert torch.equal(found.mean, kept.mean)
+    assert torch.equal(found.std, kept.std)  # type: ignore[arg-type]
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    keys = {cache.path(source, "clip.mp4", IMAGE), LatentCache(str(cache.folder), {"fps": 9}).path(source, "c", VIDEO)}
+    source.write_bytes(b"12")
+    assert path not in keys | {cache.path(source, "clip.mp4", VIDEO)}
+    path.write_bytes(path.read_bytes()[:50])
+    assert cache.load(path) is None
+    (tmp_path / "file").write_text("")
+    with pytest.raises(TrainingError, match=r"data\.cache: .* cannot be written"):
+        LatentCache(str(tmp_path / "file"), {}).save(tmp_path / "file" / "x", kept)
+
+
+def reader(folder: Path, encoder: EncoderStage, cache: LatentCache | None = None, workers: int = 0) -> Reader:
+    listing = list_items(folder)
+    per_step = {IMAGE: 2, VIDEO: 2}
+    frame = Frame(4, 24, 16, 8)
+    return Reader(
+        listing, frame, encoder, None, seed=5, per_step=per_step, key_frames=True, cache=cache, workers=workers
+    )
+
+
+def test_samples_depend_on_the_step_alone(tmp_path: Path, encoder: EncoderStage) -> None:
+    folder = write_clips(tmp_path / "clips")
+    cache = LatentCache(str(tmp_path / "cache"), {})
+    (folder / "clip9.mp4").write_bytes(b"broken")
+    (folder / "clip9.txt").write_text("a star")
+    steps = [(kind, step) for step in range(3) for kind in (IMAGE, VIDEO)]
+    plain = reader(folder, encoder)
+    wanted = {key: plain.samples(*key, range(2)) for key in steps}
+    ways = [
+        [reader(folder, encoder)],
+        [reader(folder, encoder, workers=2)],
+        [reader(folder, encoder, cache), reader(folder, encoder, cache)],
+    ]
+    for readers in ways:
+        for each in readers:
+            for kind, step in reversed(steps) if each.cache else steps:
+                # Sample by sample, as two processes would.
+                found = [*each.samples(kind, step, range(1)), *each.samples(kind, step, range(1, 2))]
+                for ours, theirs in zip(found, wanted[kind, step], strict=True):
+                    assert ours.caption == theirs.caption
+                    assert torch.equal(ours.encoded.mean, theirs.encoded.mean)
+            each.close()
+            assert list(each.listing.skipped) == ["clip9.mp4"]
+    key_frame = next(s for s in wanted[IMAGE, 0])
+    clips = {s.caption: s for key in steps if key[0] == VIDEO for s in wanted[key]}
+    torch.testing.assert_close(key_frame.encoded.mean[:, 0], clips[key_frame.caption].encoded.mean[:, 2])
+
+
+def test_a_data_set_of_unusable_files_is_one_error(tmp_path: Path, encoder: EncoderStage) -> None:
+    folder = write_clips(tmp_path / "clips", fps=3)  # slower than the wanted 8
+    with pytest.raises(SettingsError, match=r"no usable item for data\.videos: 3 files skipped \(3 slower than 8"):
+        reader(folder, encoder).samples(VIDEO, 0, range(2))
+    (tmp_path / "stills").mkdir()
+    Image.new("RGB", (30, 20)).save(tmp_path / "stills" / "a.png")
+    (tmp_path / "stills" / "a.txt").write_text("a")
+    with pytest.raises(SettingsError, match=r"data\.videos=2: the data set has no videos; set it to 0"):
+        reader(tmp_path / "stills", encoder)
+
+
+def test_openclip_features_come_from_a_transformers_folder(tmp_path: Path) -> None:
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    with pytest.raises(SettingsError, match=r"cues\.openclip=.*: no CLIP picture tower"):
+        OpenClip(str(tmp_path), torch.device("cpu"))
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = CLIPVisionConfig(**sizes, image_size=8, patch_size=4, projection_dim=6)
+    tower = CLIPVisionModelWithProjection(config).eval()
+    tower.save_pretrained(tmp_path / "tower")
+    ours = OpenClip(str(tmp_path / "tower"), torch.device("cpu"))
+    pixels = torch.rand(3, 3, 16, 40) * 2 - 1
+    # The central square of 16, every second pixel of it: nearest-neighbour resizing to 8.
+    square = (pixels[:, :, ::2, 12:28:2] + 1) / 2
+    mean, std = (torch.tensor(v)[:, None, None] for v in (OpenClip.MEAN, OpenClip.STD))
+    with torch.no_grad():
+        theirs = tower(pixel_values=(square - mean) / std).image_embeds
+    torch.testing.assert_close(ours(pixels), theirs)
