@@ -315,7 +315,7 @@ def test_a_run_leaves_a_model_its_losses_and_its_last_checkpoints(whole_run: Set
         assert pipe("a red heart", steps=2).frames.shape == (4, 16, 24, 3)
 
 
-@pytest.mark.parametrize("stop", [1, 3, 5])
+@pytest.mark.parametrize("stop", [1, 5])
 def test_a_run_goes_on_bit_for_bit(tmp_path: Path, model: Path, clips: Path, whole_run: Settings, stop: int) -> None:
     settings = make_settings(tmp_path, model, clips)
     with trainer(settings) as made:
