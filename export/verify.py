@@ -56,8 +56,8 @@ class Verification:
         lines += [f"| {p.stage} | {p.shape} | {p.error:.1e}{'' if p.passed else ' OVER'} |" for p in self.parities]
         lines += [
             "",
-            f"Whole loop, graphs against PyTorch: latents differ by {self.latents:.1e} (allowed {LATENT_TOLERANCE:.0e}), "
-            f"pixels by {self.pixels} of 255 (allowed {PIXEL_TOLERANCE}).",
+            f"Whole loop, graphs against PyTorch: latents are off by {self.latents:.1e} "
+            f"(allowed {LATENT_TOLERANCE:.0e}), pixels by {self.pixels} of 255 (allowed {PIXEL_TOLERANCE}).",
         ]
         return "\n".join(lines) + "\n"
 

@@ -153,5 +153,6 @@ class EncoderStage(_AutoencoderStage):
 
     def forward(self, pixels: Tensor) -> Tensor:
         encoded = self.autoencoder.encode(pixels.to(self.dtype), return_dict=False)[0]  # type: ignore[operator]
-        latents: Tensor = encoded.mode() if hasattr(encoded, "mode") else encoded
+        # AutoencoderKL gives a distribution, AutoencoderDC the latents themselves.
+        latents: Tensor = encoded if isinstance(encoded, Tensor) else encoded.mode()
         return (latents.float() - self.shift) * self.scale

@@ -59,7 +59,8 @@ by their metadata. Each clip shows the loop at some speed over a drawn backgroun
 pose of the subject. One in ten combinations of subject and background is held out.
 
 **Training** `higen train default --work work --output my-model` on two CPU cores: about 40 minutes for the
-autoencoder, 90 for the denoiser ({steps} steps of 12 key frames and 48 frames of clips).
+autoencoder, 75 for the denoiser (5,500 steps of 12 key frames and 48 frames of clips, then 600 with more key frames at
+the highest noise levels, because the background did not follow the text yet).
 
 **Measured** on {clips} clips a row (`python -m higen.train.recipes.default.evaluate`), against the real clips:
 
@@ -96,7 +97,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the default model's card.")
     parser.add_argument("--measures", type=Path, required=True, help="measures.json of `evaluate`")
     parser.add_argument("--model", type=Path, help="model directory; the built-in one if not given")
-    parser.add_argument("--steps", type=int, required=True, help="training steps made")
     parser.add_argument("--limits", default="", help="what the contact sheet shows to be wrong")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
@@ -113,7 +113,6 @@ def main() -> None:
         parameters=size / 2e6,
         megabytes=size / 1e6,
         words=words,
-        steps=arguments.steps,
         clips=next(iter(measures.values()))["clips"],
         table=table(measures),
         limits=arguments.limits,

@@ -76,10 +76,17 @@ TEXT = TextConfig(
 
 @dataclass(frozen=True)
 class Run:
-    """How long and how fast. The learning rate falls to zero over the last part of the steps."""
+    """How long and how fast. Two parts, each ending at a learning rate of zero.
+
+    In the first, images and clips count the same. In the second, `text_steps` long, each step has three image batches
+    and half of their noise levels are among the highest, where the text alone says what to draw: after the first part
+    the subject is right and the background is not.
+    """
 
     steps: int = 5_500
+    text_steps: int = 600
     learning_rate: float = 1e-3
+    text_learning_rate: float = 5e-4
     warm_up: int = 200
     decay_part: float = 0.5
     ema: float = 0.998
@@ -87,11 +94,23 @@ class Run:
     seed: int = 0
     save_every_s: float = 120.0
 
+    @property
+    def total(self) -> int:
+        """Steps of both parts."""
+        return self.steps + self.text_steps
+
     def rate(self, step: int) -> float:
-        """Learning rate of a step: linear warm-up, constant, cosine to zero."""
+        """Learning rate of a step: linear warm-up, constant, cosine to zero; then a cosine to zero."""
+        if step >= self.steps:
+            return self.text_learning_rate * _cosine((step - self.steps) / max(1, self.text_steps))
         start = (1 - self.decay_part) * self.steps
-        fall = 0.5 + 0.5 * math.cos(math.pi * min(1.0, max(0.0, (step - start) / (self.steps - start))))
+        fall = _cosine(max(0.0, (step - start) / (self.steps - start)))
         return self.learning_rate * min(1.0, (step + 1) / self.warm_up) * fall
+
+
+def _cosine(part: float) -> float:
+    """1 at 0, 0 at 1."""
+    return 0.5 + 0.5 * math.cos(math.pi * part)
 
 
 class Networks(nn.Module):
@@ -134,7 +153,8 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = self.run.rate(self.step)
         self.optimiser.zero_grad(set_to_none=True)
-        images, windows = self.image_loss(random), self.window_loss(random)
+        images = [self.image_loss(random) for _ in range(1 if self.step < self.run.steps else 3)][-1]
+        windows = self.window_loss(random)
         nn.utils.clip_grad_norm_(self.networks.parameters(), self.run.clip)
         self.optimiser.step()
         self.step += 1
@@ -147,14 +167,17 @@ class Trainer:
         """Forward and backward of a batch of key frames through the spatial network."""
         batch = self.clips.images(random)
         context, embedding = self.networks.conditions(batch)
-        noise, t, alpha, sigma = self._noise(batch.x0, torch.rand(len(batch.x0), generator=random), random)
+        levels = torch.rand(len(batch.x0), generator=random)
+        if self.step >= self.run.steps:
+            levels[::2] = 1 - 0.12 * levels[::2]
+        noise, t, alpha, sigma = self._noise(batch.x0, levels, random)
         loss = v_loss(self.spatial, batch.x0, noise, t, alpha, sigma, context, embedding, None).mean()
         loss.backward()
         return float(loss.detach())
 
     def window_loss(self, random: torch.Generator) -> float:
         """Forward and backward of a batch of windows through the temporal network."""
-        batch = self.clips.windows(random, self.step / self.run.steps)
+        batch = self.clips.windows(random, self.step / self.run.total)
         context, embedding = self.networks.conditions(batch)
         # Noise levels are biased high: that is where the motion is decided.
         levels = torch.rand(len(batch.x0), generator=random).sqrt()
@@ -189,7 +212,7 @@ class Trainer:
 
 
 def train(state: Path, run: Run) -> None:
-    """Train to `run.steps`, resuming what `state` holds; a save is written aside and moved. Ctrl-C saves and stops."""
+    """Train to `run.total` steps, resuming what `state` holds; saves are written aside and moved; Ctrl-C saves."""
     with only_trainer(state):
         _train(state, run)
 
@@ -213,10 +236,10 @@ def _train(state: Path, run: Run) -> None:
     if checkpoint.exists():
         trainer.load(torch.load(checkpoint, weights_only=True))
     total = sum(p.numel() for p in trainer.networks.parameters())
-    print(f"{total / 1e6:.2f} M parameters, from step {trainer.step} of {run.steps}", flush=True)
+    print(f"{total / 1e6:.2f} M parameters, from step {trainer.step} of {run.total}", flush=True)
     saved, losses, began, first = time.monotonic(), [0.0, 0.0], time.monotonic(), trainer.step
     try:
-        while trainer.step < run.steps:
+        while trainer.step < run.total:
             losses = [0.98 * a + 0.02 * b if a else b for a, b in zip(losses, trainer.advance(), strict=True)]
             if trainer.step % 50 == 0:
                 pace = (time.monotonic() - began) / (trainer.step - first)
@@ -243,7 +266,7 @@ def main() -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(description="Train the default model's text encoder and denoiser.")
     parser.add_argument("--state", type=Path, required=True, help="folder of the latents cache and the checkpoints")
-    parser.add_argument("--steps", type=int, default=Run.steps, help="steps in all; the rate falls over the last half")
+    parser.add_argument("--steps", type=int, default=Run.steps, help="steps of the first part")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
