@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -150,12 +152,30 @@ def convert(
     with reported(as_json):
         from higen.convert import convert as run
 
-        bundle = run(denoiser, text_encoder, autoencoder, output, dtype=dtype, overwrite=overwrite)
+        with _bytes_bar(not as_json) as progress:
+            bundle = run(
+                denoiser, text_encoder, autoencoder, output, dtype=dtype, overwrite=overwrite, progress=progress
+            )
         if as_json:
             click.echo(json.dumps({"model": str(bundle.path), "files": sorted(bundle.files)}))
         else:
             size = sum(record.size for record in bundle.files.values())
             click.echo(f"{bundle.path}: {len(bundle.files)} files, {size / 1e9:.2f} GB")
+
+
+@contextmanager
+def _bytes_bar(wanted: bool) -> Iterator[Callable[[str, int, int], None]]:
+    """A bar over all that is written, where a person is watching; yields (file, bytes done, all bytes)."""
+    from tqdm import tqdm
+
+    with tqdm(unit="B", unit_scale=True, disable=not (wanted and sys.stderr.isatty())) as bar:
+
+        def show(name: str, done: int, total: int) -> None:
+            bar.total = total
+            bar.set_description_str(name, refresh=False)
+            bar.update(done - bar.n)
+
+        yield show
 
 
 @main.command()
