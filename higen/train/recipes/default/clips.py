@@ -29,10 +29,11 @@ from higen.train.recipes.default.subjects import (
 __all__ = ["Batch", "Clips"]
 
 EARLY_WINDOWS = ((4, 12), (4, 12), (4, 12), (16, 3))
+"""Lengths of the windows cut out of clips, and how many make a batch of 48 frames: mostly short ones, which show the
+network more clips a step."""
 LATE_WINDOWS = ((4, 12), (8, 6), (16, 3))
+"""The same after the part LATE of the run: as many whole clips."""
 LATE = 0.7
-"""Lengths of the windows cut out of clips and how many make a batch (always 48 frames): mostly short ones, which show
-the network more clips a step, then after this part of the run as many whole clips."""
 IMAGES = 12
 TEXT_DROPOUT = 0.1
 UNSPECIFIED = 0.35

@@ -10,12 +10,10 @@ from __future__ import annotations
 
 import argparse
 import copy
-import fcntl
 import math
+import os
 import signal
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from higen.config import ScheduleConfig, TextConfig, UNetConfig
-from higen.errors import TrainingError
 from higen.models.companions import text_encoder
 from higen.models.unet import Denoiser
 from higen.schedule import alphas_cumprod
@@ -32,6 +29,7 @@ from higen.tokenizer import PromptTokenizer, build_word_tokenizer
 from higen.train.objective import gain_loss, residual_v_loss, v_loss
 from higen.train.recipes.default.clips import Batch, Clips
 from higen.train.recipes.default.subjects import vocabulary
+from higen.train.record import lock
 
 __all__ = ["TEXT", "UNET", "Networks", "Run", "train"]
 
@@ -213,21 +211,14 @@ class Trainer:
 
 def train(state: Path, run: Run) -> None:
     """Train to `run.total` steps, resuming what `state` holds; saves are written aside and moved; Ctrl-C saves."""
-    with only_trainer(state):
+    claim = lock(state)
+    for number in (signal.SIGINT, signal.SIGTERM):  # a background process ignores SIGINT unless told otherwise
+        signal.signal(number, signal.default_int_handler)
+    try:
         _train(state, run)
-
-
-@contextmanager
-def only_trainer(state: Path) -> Iterator[None]:
-    """Refuse to start where another trainer works in `state`; stop cleanly when asked to by a signal."""
-    with (state / "denoiser.lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise TrainingError(f"{state}: another trainer is at work there") from error
-        for number in (signal.SIGINT, signal.SIGTERM):  # a background process ignores SIGINT unless told otherwise
-            signal.signal(number, signal.default_int_handler)
-        yield
+    finally:
+        if claim is not None:
+            os.close(claim)
 
 
 def _train(state: Path, run: Run) -> None:
