@@ -69,6 +69,18 @@ SUBJECTS: tuple[Subject, ...] = (
     Subject("1f44b", "hand", "a hand waving", 0),
     Subject("1f998", "kangaroo", "a kangaroo hopping", 0),
     Subject("1f41f", "blue fish", "a blue fish swimming", 21),
+    Subject("1f40e", "horse", "a horse galloping", 0),
+    Subject("1f3c3", "runner", "a runner running", 0),
+    Subject("1f985", "eagle", "an eagle flying", 0),
+    Subject("1f987", "bat", "a bat flapping its wings", 0),
+    Subject("1f42c", "dolphin", "a dolphin leaping", 9),
+    Subject("1f981", "lion", "a lion roaring", 46),
+    Subject("1f43b", "bear", "a bear turning its head", 24),
+    Subject("1f430", "rabbit", "a rabbit bouncing", 24),
+    Subject("1f383", "pumpkin", "a pumpkin laughing", 12),
+    Subject("1f680", "rocket", "a rocket flying", 6),
+    Subject("1f6f8", "flying saucer", "a flying saucer hovering", 6),
+    Subject("1f54a-fe0f", "dove", "a dove flying", 0),
 )
 
 BACKGROUNDS: tuple[Background, ...] = (

@@ -1,0 +1,126 @@
+"""The built-in model's recipe: its captions, its pictures, and a start from other weights."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from higen import bundle
+from higen.api import default_model
+from higen.bundle import Bundle
+from higen.tokenizer import build_word_tokenizer
+from higen.train.recipes.default.data import background, clip_indices, compose, fetch
+from higen.train.recipes.default.denoiser import Networks, Run
+from higen.train.recipes.default.start import start_from
+from higen.train.recipes.default.subjects import (
+    BACKGROUNDS,
+    KEY_INDEX,
+    SPEEDS,
+    STYLES,
+    SUBJECTS,
+    caption,
+    is_held_out,
+    vocabulary,
+    with_article,
+)
+
+PAIRS = [(s, b) for s in range(len(SUBJECTS)) for b in range(len(BACKGROUNDS))]
+
+
+def test_subjects_are_told_apart() -> None:
+    assert len(SUBJECTS) >= 24
+    for field in ("codepoint", "name", "caption"):
+        assert len({getattr(subject, field) for subject in SUBJECTS}) == len(SUBJECTS)
+
+
+def test_one_combination_in_ten_is_held_out_and_nothing_is_never_seen() -> None:
+    trained = [pair for pair in PAIRS if not is_held_out(*pair)]
+    assert len(PAIRS) - len(trained) == len(SUBJECTS)
+    assert {s for s, _ in trained} == set(range(len(SUBJECTS)))
+    assert {b for _, b in trained} == set(range(len(BACKGROUNDS)))
+
+
+@pytest.mark.parametrize(
+    ("speed", "style", "text"),
+    [
+        (1, 0, "a whale flapping its tail at night"),
+        (0, 0, "a whale flapping its tail at night, slowly"),
+        (2, 1, "a whale flapping its tail at night, quickly"),
+        (3, 0, "a whale at night, standing still"),
+        (1, 2, "a whale at night"),
+        (0, 3, "a whale flapping its tail, slowly"),
+        (0, 4, "a whale, in slow motion"),
+    ],
+)
+def test_captions(speed: int, style: int, text: str) -> None:
+    assert caption(SUBJECTS[0], BACKGROUNDS[6], SPEEDS[speed], STYLES[style]) == text
+
+
+def test_every_caption_is_made_of_the_vocabulary() -> None:
+    words = set(vocabulary())
+    assert {"whale", "standing", "an", "eagle"} <= words
+    assert with_article("eagle") == "an eagle"
+
+
+@pytest.mark.parametrize(("speed", "first"), [(0.0, [24, 24, 24]), (1.0, [0, 3, 6]), (0.5, [12, 14, 15])])
+def test_a_clip_always_shows_the_key_frame_at_its_place(speed: float, first: list[int]) -> None:
+    indices = clip_indices(72, 24, speed)
+    assert indices[KEY_INDEX] == 24
+    assert indices[:3].tolist() == first
+    assert indices.min() >= 0
+    assert clip_indices(20, 10, 2.0).max() < 20  # a loop
+
+
+def test_backgrounds_are_ten_different_pictures() -> None:
+    pictures = [background(b.name).astype(int) for b in BACKGROUNDS]
+    assert all(picture.shape == (128, 128, 3) for picture in pictures)
+    for i, one in enumerate(pictures):
+        assert np.array_equal(one, background(BACKGROUNDS[i].name))
+        assert all(np.abs(one - other).mean() > 8 for other in pictures[:i])
+
+
+def test_composing_is_the_over_operator() -> None:
+    loop = np.zeros((1, 1, 3, 4), np.uint8)
+    loop[0, 0] = [[200, 100, 0, 255], [200, 100, 0, 0], [200, 100, 0, 51]]
+    picture = np.full((1, 3, 3), 50, np.uint8)
+    assert compose(loop, picture)[0, 0].tolist() == [[200, 100, 0], [50, 50, 50], [80, 60, 40]]
+
+
+def test_the_rate_warms_up_and_ends_at_nothing() -> None:
+    run = Run(steps=1000)
+    assert run.rate(0) == pytest.approx(run.learning_rate / run.warm_up)
+    assert run.rate(499) == run.learning_rate
+    assert run.rate(750) == pytest.approx(run.learning_rate / 2)
+    assert run.rate(1000) == pytest.approx(0, abs=1e-12)
+    assert all(math.isfinite(run.rate(step)) for step in range(1001))
+
+
+def test_a_start_from_another_model_takes_its_weights_and_its_words() -> None:
+    torch.manual_seed(1)
+    networks, model = Networks(), Bundle.open(default_model())
+    own = networks.text.get_parameter("embeddings.token_embedding.weight").detach().clone()
+    tokenizer = build_word_tokenizer(("novelty", *vocabulary(), ","))  # one word more, and every number moved
+    ids = tokenizer.get_vocab()
+    with torch.no_grad():
+        networks.text.embeddings.token_embedding.weight = torch.nn.Parameter(torch.cat([own, own[:1]]))  # type: ignore[assignment, union-attr]
+    kept = start_from(networks.text, networks.denoiser, tokenizer, model)
+    assert kept == []
+    unet = load_file(model.file(bundle.UNET))
+    for name, parameter in networks.denoiser.named_parameters():
+        assert torch.equal(parameter, unet[name].float()), name
+    table = networks.text.get_parameter("embeddings.token_embedding.weight")
+    theirs = load_file(model.file(bundle.TEXT_ENCODER))["embeddings.token_embedding.weight"].float()
+    known = build_word_tokenizer((*vocabulary(), ",")).get_vocab()
+    assert torch.equal(table[ids["whale"]], theirs[known["whale"]])
+    assert torch.equal(table[ids["novelty"]], torch.cat([own, own[:1]])[ids["novelty"]])
+
+
+def test_without_npm_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RuntimeError, match=r"npm is not installed: install Node\.js, or put the archive"):
+        fetch(tmp_path / "data")
