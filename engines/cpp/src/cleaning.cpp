@@ -68,7 +68,7 @@ bool may_be_mojibake(char32_t before, char32_t a, char32_t b, char32_t after) {
     if (first == Kind::plain || second == Kind::plain) return false;
     if (is_named_letter(a) || is_named_letter(b))
         return !(first == Kind::letter && second == Kind::letter) || a == 0x402 || b == 0x402 ||
-               contains(tables::upper_accented, b);
+               contains(tables::upper_accented, b) || (b >= 0x150 && b <= 0x17F);
     if (first == Kind::letter && second == Kind::letter)
         return contains(tables::upper_accented, b) && !contains(tables::upper_accented, a);
     if (first == Kind::common || second == Kind::common) return first == Kind::other || second == Kind::other;

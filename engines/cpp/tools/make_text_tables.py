@@ -10,6 +10,7 @@ copied by hand: each character is put to the library, and its answer is the tabl
 from __future__ import annotations
 
 import html.entities
+import re
 import sys
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -24,11 +25,23 @@ ALL = [c for c in range(0x110000) if not 0xD800 <= c <= 0xDFFF]
 OUTPUT = Path(__file__).resolve().parents[1] / "src" / "text_tables.inc"
 
 
-def in_class(pattern: str) -> set[int]:
-    """The characters that a class of Oniguruma's matches."""
-    others = normalizers.Replace(Regex(f"[^{pattern}]"), "")
+def matched(pattern: str) -> set[int]:
+    """The characters that a pattern of Oniguruma's matches by themselves."""
+    rest = normalizers.Replace(Regex(pattern), "")
     blocks = ("".join(map(chr, ALL[i : i + 512])) for i in range(0, len(ALL), 512))
-    return {ord(c) for block in blocks for c in others.normalize_str(block)}
+    return set(ALL) - {ord(c) for block in blocks for c in rest.normalize_str(block)}
+
+
+def character_classes() -> dict[str, set[int]]:
+    """The classes of the tokenizers' patterns. Oniguruma's \\w differs inside and outside of brackets."""
+    classes = {"letters": matched(r"\p{L}"), "numbers": matched(r"\p{N}"), "white_space": matched(r"\s")}
+    words, marks = matched(r"\w"), matched(r"[^\w\s]")
+    clip_marks = matched(r"[^\s\p{L}\p{N}]")
+    if set(ALL) - words - marks != classes["white_space"] - words:
+        raise SystemExit("characters that are no word, no white space and no mark")
+    if set(ALL) - clip_marks != set.union(*classes.values()):
+        raise SystemExit("classes that differ inside and outside of brackets")
+    return classes | {"word_characters": words}
 
 
 def ranges(members: Iterable[int]) -> list[tuple[int, int]]:
@@ -94,8 +107,6 @@ def lower_case() -> dict[int, int]:
 
 def suspicion() -> dict[str, set[int]]:
     """ftfy's ~500 characters that occur in mojibake, in the four kinds that src/cleaning.cpp tells apart."""
-    import re
-
     kinds = {
         name: {c for c in range(0x80, 0x10000) if re.match(f"[{members}]", chr(c))}
         for name, members in ftfy.badness.MOJIBAKE_CATEGORIES.items()
@@ -128,10 +139,7 @@ def main() -> None:
     parts = [
         f"// Made by tools/make_text_tables.py with tokenizers {tokenizers.__version__}, ftfy {ftfy.__version__} and\n"
         f"// Unicode {unicodedata.unidata_version}. Do not edit.\n",
-        range_table("letters", in_class(r"\p{L}")),
-        range_table("numbers", in_class(r"\p{N}")),
-        range_table("word_characters", in_class(r"\w")),
-        range_table("white_space", in_class(r"\s")),
+        *(range_table(name, members) for name, members in character_classes().items()),
         range_table("python_white_space", {c for c in ALL if chr(c).isspace()}),
         pair_table("lower_case", lower_case()),
         range_table("cased", alone),

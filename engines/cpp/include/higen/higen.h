@@ -121,7 +121,7 @@ typedef enum higen_cue_kind {
 
 typedef struct higen_cue {
     higen_cue_kind kind;
-    const double* values; /* rows x columns numbers, row by row */
+    const double* values; /* rows x columns numbers, row by row; 1 x 1 is one number for all frames */
     size_t rows;
     size_t columns;
 } higen_cue;

@@ -123,7 +123,7 @@ inline Video Model::generate(const Request& request, const Callbacks& callbacks)
         std::exception_ptr thrown;
     } state{callbacks, {}, nullptr};
     // An exception must not pass through the C library: it is kept, and thrown again on this side.
-    const auto keep = [](void* user, auto&& work) -> int {
+    static constexpr auto keep = [](void* user, auto&& work) -> int {
         auto& own = *static_cast<State*>(user);
         try {
             return work(own);
@@ -132,14 +132,13 @@ inline Video Model::generate(const Request& request, const Callbacks& callbacks)
             return 1;
         }
     };
-    static const auto kept = keep;
     higen_callbacks calls = HIGEN_CALLBACKS_INIT;
     calls.user = &state;
     calls.on_step = [](void* user, const higen_step* step) {
-        return kept(user, [&](State& own) { return own.callbacks.on_step && !own.callbacks.on_step(*step) ? 1 : 0; });
+        return keep(user, [&](State& own) { return own.callbacks.on_step && !own.callbacks.on_step(*step) ? 1 : 0; });
     };
     calls.on_frames = [](void* user, const higen_frames* frames) {
-        return kept(user, [&](State& own) {
+        return keep(user, [&](State& own) {
             const auto size = static_cast<std::size_t>(frames->count) * static_cast<std::size_t>(frames->width) *
                               static_cast<std::size_t>(frames->height) * 3;
             own.video.rgb.insert(own.video.rgb.end(), frames->rgb, frames->rgb + size);
@@ -151,7 +150,7 @@ inline Video Model::generate(const Request& request, const Callbacks& callbacks)
         });
     };
     calls.on_warning = [](void* user, const char* message) {
-        kept(user, [&](State& own) {
+        keep(user, [&](State& own) {
             if (own.callbacks.on_warning) own.callbacks.on_warning(message);
             return 0;
         });
