@@ -1,0 +1,204 @@
+/* higen: text to video with HiGen models, as a C library.
+ *
+ * A model directory (higen.json, its graphs and weights) is opened once; `higen_generate` turns a text into frames and
+ * hands them to a callback. The same directory and seed give the frames that the Python package gives, to 1/255.
+ *
+ *     higen_model* model = NULL;
+ *     if (higen_model_open("path/to/model", NULL, &model) != HIGEN_OK) { puts(higen_last_error()); exit(1); }
+ *     higen_request request;
+ *     higen_request_init(model, &request);          // the model's defaults
+ *     request.prompt = "a whale flapping its tail on a blue sky";
+ *     request.seed = 7;
+ *     higen_callbacks callbacks = HIGEN_CALLBACKS_INIT;
+ *     callbacks.on_frames = save_them;
+ *     higen_status status = higen_generate(model, &request, &callbacks);
+ *     higen_model_close(model);
+ *
+ * All texts are UTF-8. No function throws, and none ends the process. A function that fails returns a status and leaves
+ * a message for the calling thread in `higen_last_error`. A model may be used by several threads at once, also for
+ * several `higen_generate` at a time; `higen_model_close` must be the last call on it.
+ *
+ * Structures begin with their size, so that a later version can add fields: initialise each with its function or macro.
+ */
+#ifndef HIGEN_HIGEN_H
+#define HIGEN_HIGEN_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(HIGEN_STATIC)
+#define HIGEN_API
+#elif defined(_WIN32)
+#if defined(HIGEN_BUILDING)
+#define HIGEN_API __declspec(dllexport)
+#else
+#define HIGEN_API __declspec(dllimport)
+#endif
+#else
+#define HIGEN_API __attribute__((visibility("default")))
+#endif
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+typedef enum higen_status {
+    HIGEN_OK = 0,
+    HIGEN_ERROR_REQUEST = 1,     /* an argument is wrong; the message names it, its value and what is allowed */
+    HIGEN_ERROR_CLEANING = 2,    /* this text needs the Python package's cleaning: plain text or `tokens` instead */
+    HIGEN_ERROR_MANIFEST = 3,    /* higen.json is missing, malformed or of a newer version */
+    HIGEN_ERROR_INTEGRITY = 4,   /* a file of the model is missing, truncated, altered, or not what a stage needs */
+    HIGEN_ERROR_UNAVAILABLE = 5, /* the asked provider cannot run here, or the model has no graph for a stage */
+    HIGEN_ERROR_BACKEND = 6,     /* the backend failed while it ran */
+    HIGEN_ERROR_MEMORY = 7,      /* out of memory */
+    HIGEN_ERROR_INTERNAL = 8,    /* an error of this library */
+    HIGEN_CANCELLED = 9          /* a callback or `higen_cancel` stopped the work */
+} higen_status;
+
+/* The version of this library, for example "0.1.0". */
+HIGEN_API const char* higen_version(void);
+
+/* The name of a status, for example "HIGEN_ERROR_REQUEST". */
+HIGEN_API const char* higen_status_name(higen_status status);
+
+/* Why the last function of this thread failed; "" if none has. Valid until the thread's next call. */
+HIGEN_API const char* higen_last_error(void);
+
+/* ---- Models ---- */
+
+typedef struct higen_model higen_model;
+
+typedef struct higen_model_options {
+    size_t struct_size;
+    const char* provider;         /* NULL or "auto", "cpu", "cuda", "tensorrt-rtx", or the name of a plugin's provider */
+    const char* provider_library; /* path of a plugin execution provider, NULL for those of ONNX Runtime itself */
+    int32_t threads;              /* of one stage on a CPU; 0: ONNX Runtime's choice */
+    int32_t skip_verification;    /* 1: trust the files, do not compute their sha256 */
+} higen_model_options;
+
+#define HIGEN_MODEL_OPTIONS_INIT {sizeof(higen_model_options), NULL, NULL, 0, 0}
+
+/* Open a model directory: its manifest, its tokenizer and the graphs of every stage that a video from text needs.
+ * `options` may be NULL. On failure *model is NULL. */
+HIGEN_API higen_status higen_model_open(const char* path, const higen_model_options* options, higen_model** model);
+
+/* Free a model; NULL is fine. */
+HIGEN_API void higen_model_close(higen_model* model);
+
+typedef struct higen_model_info {
+    size_t struct_size;
+    const char* name;        /* texts live as long as the model */
+    const char* licence;
+    const char* report;      /* what runs each stage, one line a stage, and why a better provider does not */
+    int32_t size_multiple;   /* width and height are multiples of this */
+    int32_t max_frames;
+    int32_t max_steps;
+    int32_t context_length;  /* token ids of a text, start and end included */
+    int32_t pad_id;
+    int32_t appearance_columns;
+    int32_t optional_cues;   /* 1: motion and appearance may be unspecified */
+    size_t prompt_count;     /* prompts the model is known to draw well: higen_model_prompt */
+} higen_model_info;
+
+#define HIGEN_MODEL_INFO_INIT {sizeof(higen_model_info), NULL, NULL, NULL, 0, 0, 0, 0, 0, 0, 0, 0}
+
+HIGEN_API higen_status higen_model_describe(const higen_model* model, higen_model_info* info);
+
+/* The prompt at `index` of info.prompt_count; NULL past the end. */
+HIGEN_API const char* higen_model_prompt(const higen_model* model, size_t index);
+
+/* Token ids of a text as the text encoder takes them: start, text, end, padding. `ids` has room for `count` ids, which
+ * must be the model's context_length. A text that is too long is cut; no warning is given here. */
+HIGEN_API higen_status higen_tokenize(const higen_model* model, const char* text, int64_t* ids, size_t count);
+
+/* ---- Requests ---- */
+
+typedef enum higen_cue_kind {
+    HIGEN_CUE_DEFAULT = 0,     /* the model's default */
+    HIGEN_CUE_UNSPECIFIED = 1, /* left to the model (only where info.optional_cues is 1) */
+    HIGEN_CUE_GIVEN = 2        /* values, rows, columns */
+} higen_cue_kind;
+
+typedef struct higen_cue {
+    higen_cue_kind kind;
+    const double* values; /* rows x columns numbers, row by row; 1 x 1 is one number for all frames */
+    size_t rows;
+    size_t columns;
+} higen_cue;
+
+typedef struct higen_request {
+    size_t struct_size;
+    const char* prompt;
+    const char* negative_prompt;     /* NULL: "" */
+    const int64_t* tokens;           /* instead of `prompt`: token_count ids from start to end; padding is added */
+    size_t token_count;
+    const int64_t* negative_tokens;  /* instead of `negative_prompt` */
+    size_t negative_token_count;
+    uint64_t seed;
+    int32_t steps[2];                /* spatial stage, temporal stage */
+    double guidance[2];
+    const char* solver;              /* "ddim" or "dpm++2m" */
+    int32_t frames;                  /* 1: the key frame alone */
+    int32_t width;
+    int32_t height;
+    int32_t fps;                     /* only handed through */
+    higen_cue motion;                /* 1 number, or `rows` = frames - 1 or frames numbers (columns = 1) */
+    higen_cue appearance;            /* 1 number, `rows` = frames numbers, frames x appearance_columns, frames x frames */
+    double offset_noise;
+    const uint8_t* key_frame;        /* NULL, or RGB of height x width pixels that replaces the drawn key frame */
+} higen_request;
+
+/* Fill a request with the model's defaults; the prompt is left to you. */
+HIGEN_API higen_status higen_request_init(const higen_model* model, higen_request* request);
+
+/* ---- Generation ---- */
+
+typedef struct higen_step {
+    size_t struct_size;
+    const char* stage; /* "spatial_unet" or "temporal_unet" */
+    int32_t index;     /* from 0 */
+    int32_t total;
+    int32_t t;         /* timestep of the model's schedule */
+    int32_t frames;    /* of a preview: 1 in the spatial stage */
+    int32_t width;
+    int32_t height;
+    const void* state; /* for higen_step_preview */
+} higen_step;
+
+typedef struct higen_frames {
+    size_t struct_size;
+    const uint8_t* rgb; /* count x height x width x 3, valid during the callback */
+    int32_t first;      /* number of the first of these frames, from 0 */
+    int32_t count;
+    int32_t total;
+    int32_t width;
+    int32_t height;
+    int32_t fps;
+} higen_frames;
+
+typedef struct higen_callbacks {
+    size_t struct_size;
+    void* user;                                              /* the first argument of each callback */
+    int (*on_step)(void* user, const higen_step* step);      /* after each denoising step; not 0: stop the work */
+    int (*on_frames)(void* user, const higen_frames* frames); /* the result, a few frames at a time; not 0: stop */
+    void (*on_warning)(void* user, const char* message);     /* a prompt was cut, or has words the model does not know */
+} higen_callbacks;
+
+#define HIGEN_CALLBACKS_INIT {sizeof(higen_callbacks), NULL, NULL, NULL, NULL}
+
+/* Make a video. The request is checked before any work starts; callbacks run on the calling thread, and must not throw.
+ * Returns HIGEN_CANCELLED when a callback or higen_cancel stopped it. */
+HIGEN_API higen_status higen_generate(higen_model* model, const higen_request* request,
+                                      const higen_callbacks* callbacks);
+
+/* Inside on_step: the present estimate of the result, decoded, step->frames x height x width x 3 bytes into `rgb`. */
+HIGEN_API higen_status higen_step_preview(const higen_step* step, uint8_t* rgb, size_t size);
+
+/* Stop every generation that now runs on this model, from any thread; also one that is inside a step. */
+HIGEN_API higen_status higen_cancel(higen_model* model);
+
+#ifdef __cplusplus
+}
+#endif
+
+#endif

@@ -1,0 +1,88 @@
+// The backend seam: what runs stages. ONNX Runtime is behind it; tests put a fake there.
+#pragma once
+
+#include <atomic>
+#include <functional>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "bundle.h"
+#include "errors.h"
+#include "stages.h"
+#include "tensor.h"
+
+namespace higen::core {
+
+// Lets another thread stop a generation, inside a step too where the backend can be interrupted.
+class Cancellation {
+public:
+    void cancel() {
+        const std::lock_guard lock(mutex_);
+        cancelled_ = true;
+        if (interrupt_) interrupt_();
+    }
+
+    // Throws HIGEN_CANCELLED once `cancel` was called.
+    void check() const {
+        if (cancelled_) throw Error(HIGEN_CANCELLED, "cancelled");
+    }
+
+    // While this lives, `cancel` calls `interrupt`.
+    class Interruptible {
+    public:
+        Interruptible(Cancellation& cancellation, std::function<void()> interrupt) : cancellation_(cancellation) {
+            const std::lock_guard lock(cancellation_.mutex_);
+            cancellation_.check();
+            cancellation_.interrupt_ = std::move(interrupt);
+        }
+        ~Interruptible() {
+            const std::lock_guard lock(cancellation_.mutex_);
+            cancellation_.interrupt_ = nullptr;
+        }
+        Interruptible(const Interruptible&) = delete;
+        Interruptible& operator=(const Interruptible&) = delete;
+
+    private:
+        Cancellation& cancellation_;
+    };
+
+private:
+    std::atomic<bool> cancelled_ = false;
+    std::mutex mutex_;
+    std::function<void()> interrupt_;
+};
+
+// Runs stages; safe for several threads at once.
+class Backend {
+public:
+    Backend() = default;
+    Backend(const Backend&) = delete;
+    Backend& operator=(const Backend&) = delete;
+    virtual ~Backend() = default;
+
+    // Load what a stage needs. Throws an unavailable or integrity error.
+    virtual void prepare(const Stage& stage) = 0;
+
+    // Run a stage, `prepare`d or not. Throws a backend error, also for wrong inputs, or HIGEN_CANCELLED.
+    [[nodiscard]] virtual Tensors run(const Stage& stage, const Tensors& inputs, Cancellation& cancellation) = 0;
+
+    // Into this backend's hands and back to the host.
+    [[nodiscard]] virtual TensorPtr from_host(Array array) = 0;
+    [[nodiscard]] virtual Array to_host(const Tensor& tensor) = 0;
+
+    // What runs each prepared stage and why a better way does not, one line a stage.
+    [[nodiscard]] virtual std::string report() const = 0;
+};
+
+struct BackendOptions {
+    std::string provider = "auto";  // "auto", "cpu", "cuda", "tensorrt-rtx", or a plugin's provider
+    std::string provider_library;   // path of a plugin's library, "" for none
+    int threads = 0;                // of one stage on a CPU; 0: ONNX Runtime's choice
+};
+
+// The ONNX Runtime backend. `bundle` must outlive it. Throws an unavailable error for a provider that is not here.
+[[nodiscard]] std::unique_ptr<Backend> make_onnx_backend(const Bundle& bundle, const BackendOptions& options);
+
+}  // namespace higen::core

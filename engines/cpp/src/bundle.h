@@ -1,0 +1,59 @@
+// The model directory: manifest, files, hashes (higen/bundle.py).
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <mutex>
+#include <set>
+#include <string>
+#include <string_view>
+
+#include "config.h"
+
+namespace higen::core {
+
+struct FileRecord {
+    std::uintmax_t size = 0;
+    std::string sha256;
+};
+
+struct Manifest {
+    ModelConfig config;
+    std::map<std::string, FileRecord, std::less<>> files;
+};
+
+// Read a manifest, checking every key and type. `where` names it in messages. Throws a manifest error.
+[[nodiscard]] Manifest parse_manifest(std::string_view json, const std::string& where);
+
+// The files that hold a stage's graph and its weights.
+[[nodiscard]] std::string graph_file(std::string_view stage);
+[[nodiscard]] std::string weights_file(std::string_view stage);
+
+// The content of a file. Throws an integrity error.
+[[nodiscard]] std::string read_file(const std::filesystem::path& path);
+
+// An opened model directory: the manifest was read and checked, and every file it lists is there in its full size.
+class Bundle {
+public:
+    // `verify`: check the sha256 of each file when it is first used. Throws a manifest or integrity error.
+    Bundle(std::filesystem::path path, bool verify);
+
+    [[nodiscard]] const std::filesystem::path& path() const { return path_; }
+    [[nodiscard]] const ModelConfig& config() const { return manifest_.config; }
+    [[nodiscard]] bool lists(std::string_view name) const { return manifest_.files.count(name) > 0; }
+
+    // Path of a file of the model, checked. Throws an integrity error.
+    [[nodiscard]] std::filesystem::path file(const std::string& name) const;
+
+private:
+    [[nodiscard]] std::filesystem::path check_size(const std::string& name, const FileRecord& record) const;
+
+    std::filesystem::path path_;
+    bool verify_;
+    Manifest manifest_;
+    mutable std::mutex mutex_;
+    mutable std::set<std::string, std::less<>> verified_;
+};
+
+}  // namespace higen::core

@@ -1,0 +1,65 @@
+#include "noise.h"
+
+#include <cmath>
+
+namespace higen::core {
+namespace {
+
+constexpr double pi = 3.141592653589793;
+
+struct Product {
+    std::uint64_t high, low;
+};
+
+// The 128-bit product, without a type that only some compilers have.
+Product multiply(std::uint64_t a, std::uint64_t b) {
+    constexpr std::uint64_t mask = 0xffffffff;
+    const std::uint64_t low = (a & mask) * (b & mask);
+    const std::uint64_t first = (a >> 32) * (b & mask) + (low >> 32);
+    const std::uint64_t second = (a & mask) * (b >> 32) + (first & mask);
+    return {(a >> 32) * (b >> 32) + (first >> 32) + (second >> 32), a * b};
+}
+
+}  // namespace
+
+std::array<std::uint64_t, 4> philox(std::array<std::uint64_t, 4> c, std::array<std::uint64_t, 2> key) {
+    for (int round = 0; round < 10; ++round) {
+        const Product p0 = multiply(0xD2E7470EE14C6C93, c[0]), p1 = multiply(0xCA5A826395121157, c[2]);
+        c = {p1.high ^ c[1] ^ key[0], p1.low, p0.high ^ c[3] ^ key[1], p0.low};
+        key[0] += 0x9E3779B97F4A7C15;
+        key[1] += 0xBB67AE8584CAA73B;
+    }
+    return c;
+}
+
+std::vector<float> normal(std::uint64_t seed, Purpose purpose, std::size_t count) {
+    std::vector<float> numbers;
+    numbers.reserve(count + 3);
+    // numpy increments the counter before its first block, so the first is that of counter 1.
+    for (std::uint64_t block = 1; numbers.size() < count; ++block) {
+        const auto raw = philox({block, 0, 0, 0}, {seed, static_cast<std::uint64_t>(purpose)});
+        for (std::size_t i = 0; i < 4; i += 2) {
+            const auto a = static_cast<double>(raw[i] >> 11), b = static_cast<double>(raw[i + 1] >> 11);
+            const double radius = std::sqrt(-2.0 * std::log((a + 1.0) * 0x1p-53));
+            const double angle = 2.0 * pi * 0x1p-53 * b;
+            numbers.push_back(static_cast<float>(radius * std::cos(angle)));
+            numbers.push_back(static_cast<float>(radius * std::sin(angle)));
+        }
+    }
+    numbers.resize(count);
+    return numbers;
+}
+
+std::vector<float> initial_noise(std::uint64_t seed, Purpose purpose, std::size_t channels, std::size_t frames,
+                                 std::size_t height, std::size_t width) {
+    const std::size_t plane = height * width;
+    const auto flat = normal(seed, purpose, frames * channels * plane);
+    std::vector<float> noise(flat.size());
+    for (std::size_t f = 0; f < frames; ++f)
+        for (std::size_t c = 0; c < channels; ++c)
+            for (std::size_t i = 0; i < plane; ++i)
+                noise[(c * frames + f) * plane + i] = flat[(f * channels + c) * plane + i];
+    return noise;
+}
+
+}  // namespace higen::core

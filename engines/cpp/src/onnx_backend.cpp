@@ -1,0 +1,274 @@
+// The ONNX Runtime backend: graphs whose weights lie in the model's safetensors files.
+#include <onnxruntime_cxx_api.h>
+
+#include <algorithm>
+#include <filesystem>
+#include <map>
+#include <mutex>
+#include <optional>
+#include <utility>
+
+#include "backend.h"
+
+namespace higen::core {
+namespace {
+
+// An array on the host or a result of ONNX Runtime's.
+class OnnxTensor final : public Tensor {
+public:
+    explicit OnnxTensor(Array array) : array_(std::move(array)), shape_(array_->shape) {
+        const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
+        value_ = std::visit(
+            [&](auto& values) {
+                return Ort::Value::CreateTensor(memory, values.data(), values.size(), shape_.data(), shape_.size());
+            },
+            array_->values);
+        is_float_ = array_->is_float();
+    }
+
+    explicit OnnxTensor(Ort::Value value) : value_(std::move(value)) {
+        const auto info = value_.GetTensorTypeAndShapeInfo();
+        shape_ = info.GetShape();
+        is_float_ = info.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+    }
+
+    [[nodiscard]] const Shape& shape() const override { return shape_; }
+    [[nodiscard]] bool is_float() const override { return is_float_; }
+    [[nodiscard]] const Ort::Value& value() const { return value_; }
+
+private:
+    std::optional<Array> array_;  // the memory that value_ looks at, for an array of the host's
+    Shape shape_;
+    bool is_float_ = true;
+    Ort::Value value_{nullptr};
+};
+
+// An execution provider that a session may run on, in the order of preference.
+struct Provider {
+    std::string name;  // as the user says it
+    std::string kind;  // as ONNX Runtime lists it
+};
+
+const std::vector<Provider>& known_providers() {
+    static const std::vector<Provider> providers = {{"tensorrt-rtx", "NvTensorRTRTXExecutionProvider"},
+                                                    {"cuda", "CUDAExecutionProvider"},
+                                                    {"cpu", "CPUExecutionProvider"}};
+    return providers;
+}
+
+void append(Ort::SessionOptions& options, const std::string& provider) {
+    if (provider == "cuda") {
+        OrtCUDAProviderOptionsV2* cuda = nullptr;
+        Ort::ThrowOnError(Ort::GetApi().CreateCUDAProviderOptions(&cuda));
+        const auto release = [](OrtCUDAProviderOptionsV2* p) { Ort::GetApi().ReleaseCUDAProviderOptions(p); };
+        const std::unique_ptr<OrtCUDAProviderOptionsV2, decltype(release)> owner(cuda, release);
+        options.AppendExecutionProvider_CUDA_V2(*cuda);
+    } else if (provider == "tensorrt-rtx") {
+        options.AppendExecutionProvider("NvTensorRTRTXExecutionProvider", {});
+    }
+}
+
+class OnnxBackend final : public Backend {
+public:
+    OnnxBackend(const Bundle& bundle, const BackendOptions& options)
+        : bundle_(bundle), options_(options), fixed_(dimensions(bundle.config())) {
+        if (!options.provider_library.empty()) {
+            register_plugin();
+        } else if (options.provider != "auto") {
+            const auto& known = known_providers();
+            const auto wanted = std::find_if(known.begin(), known.end(),
+                                             [&](const auto& provider) { return provider.name == options.provider; });
+            if (wanted == known.end())
+                fail_request("provider='" + options.provider + "': one of 'auto', 'cpu', 'cuda', 'tensorrt-rtx', "
+                             "or a plugin's provider together with its library");
+            if (!is_built_in(wanted->kind))
+                fail_unavailable("provider='" + options.provider + "': this ONNX Runtime has no " + wanted->kind);
+        }
+    }
+
+    void prepare(const Stage& stage) override { (void)session(stage); }
+
+    Tensors run(const Stage& stage, const Tensors& inputs, Cancellation& cancellation) override {
+        check_inputs(stage, inputs, fixed_);
+        auto& session = this->session(stage);
+        Ort::RunOptions run_options;
+        const Cancellation::Interruptible interruptible(cancellation, [&] { run_options.SetTerminate(); });
+        try {
+            Ort::IoBinding binding(session);
+            for (const auto& [name, tensor] : inputs)
+                binding.BindInput(name.c_str(), static_cast<const OnnxTensor&>(*tensor).value());
+            // Results pass through the host, also on a GPU: a step's are a megabyte, and a step takes far longer.
+            const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
+            for (const auto& output : stage.outputs) binding.BindOutput(stage.graph_output(output).c_str(), memory);
+            session.Run(run_options, binding);
+            auto values = binding.GetOutputValues();
+            Tensors outputs;
+            for (std::size_t i = 0; i < stage.outputs.size(); ++i)
+                outputs.emplace(stage.outputs[i].name, std::make_shared<OnnxTensor>(std::move(values.at(i))));
+            return outputs;
+        } catch (const Ort::Exception& error) {
+            cancellation.check();
+            fail_backend(stage.name + ": ONNX Runtime failed: " + error.what());
+        }
+    }
+
+    TensorPtr from_host(Array array) override { return std::make_shared<OnnxTensor>(std::move(array)); }
+
+    Array to_host(const Tensor& tensor) override {
+        const auto& value = static_cast<const OnnxTensor&>(tensor).value();
+        const auto size = count(tensor.shape());
+        if (tensor.is_float()) {
+            const auto* data = value.GetTensorData<float>();
+            return Array::of(tensor.shape(), std::vector<float>(data, data + size));
+        }
+        const auto* data = value.GetTensorData<std::int64_t>();
+        return Array::of(tensor.shape(), std::vector<std::int64_t>(data, data + size));
+    }
+
+    std::string report() const override {
+        const std::lock_guard lock(mutex_);
+        std::string text;
+        for (const auto& [name, made] : sessions_) text += name + ": " + made.provider + made.passed_over + "\n";
+        if (!text.empty()) text.pop_back();
+        return text;
+    }
+
+private:
+    struct Made {
+        Ort::Session session;
+        std::string provider;
+        std::string passed_over;
+    };
+
+    static bool is_built_in(const std::string& kind) {
+        const auto available = Ort::GetAvailableProviders();
+        return std::find(available.begin(), available.end(), kind) != available.end();
+    }
+
+    Ort::Session& session(const Stage& stage) {
+        const std::lock_guard lock(mutex_);
+        auto found = sessions_.find(stage.name);
+        if (found == sessions_.end()) found = sessions_.emplace(stage.name, make(stage)).first;
+        return found->second.session;
+    }
+
+    Made make(const Stage& stage) {
+        const auto name = graph_file(stage.name);
+        if (!bundle_.lists(name))
+            fail_unavailable("no " + name + " in " + bundle_.path().u8string() + " (make it: higen-export onnx)");
+        const auto path = bundle_.file(name);
+        (void)bundle_.file(weights_file(stage.name));
+        std::string passed_over;
+        for (const auto& provider : candidates()) {
+            Ort::SessionOptions options;
+            options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_ERROR);
+            if (options_.threads > 0) options.SetIntraOpNumThreads(options_.threads);
+            // A provider that cannot load says so here: nothing falls back in silence.
+            try {
+                append_to(options, provider);
+            } catch (const Ort::Exception& error) {
+                if (options_.provider != "auto")
+                    fail_unavailable("provider='" + provider + "': " + error.what());
+                passed_over += "; not " + provider + ": " + error.what();
+                continue;
+            }
+            try {
+                Made made{Ort::Session(env_, path.c_str(), options), provider, passed_over};
+                check_graph(stage, made.session, path);
+                return made;
+            } catch (const Ort::Exception& error) {
+                if (provider == candidates().back())
+                    fail_integrity(path.u8string() + ": ONNX Runtime cannot load it: " + error.what());
+                passed_over += "; not " + provider + ": " + error.what();
+            }
+        }
+        fail_unavailable("no provider can run " + stage.name + " here" + passed_over);
+    }
+
+    [[nodiscard]] std::vector<std::string> candidates() const {
+        if (options_.provider != "auto" || !options_.provider_library.empty()) return {options_.provider};
+        std::vector<std::string> names;
+        for (const auto& provider : known_providers())
+            if (is_built_in(provider.kind)) names.push_back(provider.name);
+        return names;
+    }
+
+#if ORT_API_VERSION >= 23
+    void register_plugin() {
+        try {
+            env_.RegisterExecutionProviderLibrary("higen", std::filesystem::u8path(options_.provider_library).native());
+        } catch (const Ort::Exception& error) {
+            fail_unavailable("provider_library='" + options_.provider_library + "': " + error.what());
+        }
+    }
+
+    void append_to(Ort::SessionOptions& options, const std::string& provider) {
+        if (options_.provider_library.empty()) return append(options, provider);
+        std::vector<Ort::ConstEpDevice> devices;
+        for (const auto& device : env_.GetEpDevices())
+            if (device.EpName() == provider) devices.push_back(device);
+        if (devices.empty()) fail_unavailable("provider='" + provider + "': the plugin sees no device for it here");
+        options.AppendExecutionProvider_V2(env_, {devices.front()}, Ort::KeyValuePairs());
+    }
+#else
+    void register_plugin() {
+        fail_unavailable("provider_library='" + options_.provider_library +
+                         "': this library was built with headers older than ONNX Runtime 1.23");
+    }
+
+    void append_to(Ort::SessionOptions& options, const std::string& provider) { append(options, provider); }
+#endif
+
+    // A graph takes and gives what the stage table says, in the sizes that the manifest fixes.
+    void check_graph(const Stage& stage, const Ort::Session& session, const std::filesystem::path& path) const {
+        Ort::AllocatorWithDefaultOptions allocator;
+        const auto wrong = [&](const std::string& what) {
+            fail_integrity(path.u8string() + ": not a graph of the stage " + stage.name + " of this model: " + what);
+        };
+        const auto check = [&](const TensorSpec& spec, const std::string& name, const std::string& found,
+                               const Ort::TypeInfo& type) {
+            if (found != name) wrong("'" + found + "' stands where '" + name + "' is wanted");
+            if (type.GetONNXType() != ONNX_TYPE_TENSOR) wrong(name + " is no tensor");
+            const auto info = type.GetTensorTypeAndShapeInfo();
+            const auto wanted = spec.is_float ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
+            if (info.GetElementType() != wanted) wrong(name + " has another type of number");
+            const auto shape = info.GetShape();
+            bool fits = shape.size() == spec.shape.size();
+            for (std::size_t i = 0; fits && i < shape.size(); ++i) {
+                const auto& axis = spec.shape[i];
+                const auto size = fixed_.find(axis.symbol);
+                const auto known = axis.symbol.empty() ? axis.size : size == fixed_.end() ? -1 : size->second;
+                fits = shape[i] < 0 || known < 0 || shape[i] == known;  // -1 is an axis that may have any size
+            }
+            if (!fits) wrong(name + " has the shape " + to_text(shape));
+        };
+        if (session.GetInputCount() != stage.inputs.size() || session.GetOutputCount() != stage.outputs.size())
+            wrong(std::to_string(session.GetInputCount()) + " inputs and " +
+                  std::to_string(session.GetOutputCount()) + " outputs");
+        for (std::size_t i = 0; i < stage.inputs.size(); ++i)
+            check(stage.inputs[i], std::string(stage.inputs[i].name), session.GetInputNameAllocated(i, allocator).get(),
+                  session.GetInputTypeInfo(i));
+        for (std::size_t i = 0; i < stage.outputs.size(); ++i)
+            check(stage.outputs[i], stage.graph_output(stage.outputs[i]),
+                  session.GetOutputNameAllocated(i, allocator).get(), session.GetOutputTypeInfo(i));
+    }
+
+    const Bundle& bundle_;
+    BackendOptions options_;
+    Sizes fixed_;
+    Ort::Env env_{ORT_LOGGING_LEVEL_ERROR, "higen"};
+    mutable std::mutex mutex_;
+    std::map<std::string, Made, std::less<>> sessions_;
+};
+
+}  // namespace
+
+std::unique_ptr<Backend> make_onnx_backend(const Bundle& bundle, const BackendOptions& options) {
+    try {
+        return std::make_unique<OnnxBackend>(bundle, options);
+    } catch (const Ort::Exception& error) {
+        fail_unavailable(std::string("ONNX Runtime cannot start: ") + error.what());
+    }
+}
+
+}  // namespace higen::core

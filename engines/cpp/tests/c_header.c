@@ -1,0 +1,31 @@
+/* The public header is plain C, and its macros initialise. */
+#include <stdio.h>
+#include <string.h>
+
+#include "higen/higen.h"
+
+int main(void) {
+    higen_model_options options = HIGEN_MODEL_OPTIONS_INIT;
+    higen_model_info info = HIGEN_MODEL_INFO_INIT;
+    higen_callbacks callbacks = HIGEN_CALLBACKS_INIT;
+    higen_model* model = NULL;
+    higen_request request;
+    memset(&request, 0, sizeof request);
+    if (higen_model_open("/nonexistent", &options, &model) != HIGEN_ERROR_MANIFEST || model != NULL) return 1;
+    if (strstr(higen_last_error(), "not a model directory") == NULL) return 2;
+    if (higen_model_open(NULL, NULL, &model) != HIGEN_ERROR_REQUEST) return 3;
+    if (higen_model_open("x", NULL, NULL) != HIGEN_ERROR_REQUEST) return 4;
+    if (higen_model_describe(NULL, &info) != HIGEN_ERROR_REQUEST) return 5;
+    if (higen_generate(NULL, &request, &callbacks) != HIGEN_ERROR_REQUEST) return 6;
+    if (higen_request_init(NULL, &request) != HIGEN_ERROR_REQUEST) return 7;
+    if (higen_tokenize(NULL, "a", NULL, 0) != HIGEN_ERROR_REQUEST) return 8;
+    if (higen_step_preview(NULL, NULL, 0) != HIGEN_ERROR_REQUEST) return 9;
+    if (higen_cancel(NULL) != HIGEN_ERROR_REQUEST) return 10;
+    if (higen_model_prompt(NULL, 0) != NULL) return 11;
+    options.struct_size = 3;
+    if (higen_model_open("x", &options, &model) != HIGEN_ERROR_REQUEST) return 12;
+    higen_model_close(NULL);
+    if (strcmp(higen_status_name(HIGEN_CANCELLED), "HIGEN_CANCELLED") != 0) return 13;
+    printf("higen %s\n", higen_version());
+    return 0;
+}

@@ -1,0 +1,61 @@
+#include "fuzz_targets.h"
+
+#include <cstdlib>
+#include <string>
+#include <string_view>
+
+#include "bundle.h"
+#include "errors.h"
+#include "text.h"
+#include "tokenizer.h"
+
+using namespace higen::core;
+
+namespace fuzz {
+namespace {
+
+std::string_view view(const std::uint8_t* data, std::size_t size) {
+    return {reinterpret_cast<const char*>(data), size};
+}
+
+// Anything but this library's own error is a bug.
+template <typename Work>
+void only_typed_errors(const Work& work) {
+    try {
+        work();
+    } catch (const Error& error) {
+        if (error.status() == HIGEN_OK || *error.what() == '\0') std::abort();
+    }
+}
+
+}  // namespace
+
+void manifest(const std::uint8_t* data, std::size_t size) {
+    only_typed_errors([&] {
+        const auto found = parse_manifest(view(data, size), "fuzz");
+        if (found.config.size_multiple() < 1 || found.config.unet.base_channels % 32 != 0) std::abort();
+    });
+}
+
+void tokenizer(const std::uint8_t* data, std::size_t size) {
+    only_typed_errors([&] {
+        TextConfig config;
+        config.context_length = 9;
+        config.clean = size % 2 == 0;
+        const Tokenizer made(view(data, size), "fuzz", config);
+        for (const char* prompt : {"", "a blue whale's tail, 3.14!", "\xe6\x97\xa5\xe6\x9c\xac \xf0\x9f\x98\x80"})
+            if (made.encode(prompt).size() != 9) std::abort();
+    });
+}
+
+void text(const std::uint8_t* data, std::size_t size) {
+    only_typed_errors([&] {
+        const auto decoded = decode_utf8(view(data, size));
+        if (!decoded) return;
+        if (encode_utf8(*decoded) != view(data, size)) std::abort();
+        const auto cleaned = clean(*decoded);
+        if (clean(cleaned) != cleaned && lower(cleaned) != cleaned) std::abort();
+    });
+}
+
+}  // namespace fuzz

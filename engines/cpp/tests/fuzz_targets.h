@@ -1,0 +1,13 @@
+// What is fuzzed without a model's graphs: any bytes give a result or a typed error. libFuzzer and fuzz_corpus share it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+namespace fuzz {
+
+void manifest(const std::uint8_t* data, std::size_t size);
+void tokenizer(const std::uint8_t* data, std::size_t size);
+void text(const std::uint8_t* data, std::size_t size);
+
+}  // namespace fuzz

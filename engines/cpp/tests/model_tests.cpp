@@ -1,0 +1,186 @@
+// The public interface on a real model directory: model_tests MODEL
+#include <atomic>
+#include <cstdio>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "check.h"
+#include "higen/higen.hpp"
+
+namespace {
+
+std::string directory;
+
+higen::Model& model() {
+    static higen::Model opened(directory);
+    return opened;
+}
+
+// A request that takes a moment and no longer.
+higen::Request small(const std::string& prompt = "a whale") {
+    const int multiple = model().info().size_multiple;
+    higen::Request request(model(), prompt);
+    request->width = request->height = 2 * multiple;
+    request->frames = 3;
+    request->steps[0] = request->steps[1] = 2;
+    return request;
+}
+
+higen_status status_of(const higen::Request& request) {
+    const auto given = request.get();
+    return higen_generate(model().get(), &given, nullptr);
+}
+
+}  // namespace
+
+TEST(the_same_seed_gives_the_same_bytes) {
+    auto request = small();
+    const auto first = model().generate(request), second = model().generate(request);
+    CHECK(first.count == 3 && first.width == 2 * model().info().size_multiple);
+    CHECK(first.rgb.size() == static_cast<std::size_t>(3 * first.width * first.height * 3));
+    CHECK(first.rgb == second.rgb);
+    request->seed = 1;
+    CHECK(model().generate(request).rgb != first.rgb);
+}
+
+TEST(tokens_stand_for_their_prompt) {
+    auto request = small("a red heart");
+    const auto video = model().generate(request);
+    const auto ids = model().tokenize("a red heart");
+    auto given = small("");
+    given->tokens = ids.data();
+    given->token_count = ids.size();
+    CHECK(model().generate(given).rgb == video.rgb);
+}
+
+TEST(steps_preview_and_stop) {
+    auto request = small();
+    std::vector<std::string> stages;
+    std::vector<std::uint8_t> picture;
+    higen::Callbacks callbacks;
+    callbacks.on_step = [&](const higen_step& step) {
+        stages.emplace_back(step.stage);
+        picture.resize(static_cast<std::size_t>(step.frames * step.width * step.height) * 3);
+        CHECK(higen_step_preview(&step, picture.data(), picture.size()) == HIGEN_OK);
+        CHECK(higen_step_preview(&step, picture.data(), picture.size() - 1) == HIGEN_ERROR_REQUEST);
+        return true;
+    };
+    (void)model().generate(request, callbacks);
+    CHECK((stages == std::vector<std::string>{"spatial_unet", "spatial_unet", "temporal_unet", "temporal_unet"}));
+
+    callbacks.on_step = [&](const higen_step& step) { return step.index < 0; };
+    try {
+        (void)model().generate(request, callbacks);
+        CHECK(false);
+    } catch (const higen::Error& error) {
+        CHECK(error.status() == HIGEN_CANCELLED);
+    }
+    callbacks.on_step = [](const higen_step&) -> bool { throw std::runtime_error("mine"); };
+    try {
+        (void)model().generate(request, callbacks);
+        CHECK(false);
+    } catch (const std::runtime_error& error) {
+        CHECK(std::string(error.what()) == "mine");
+    }
+    CHECK(model().generate(request).count == 3);  // usable at once
+}
+
+TEST(another_thread_cancels) {
+    auto request = small();
+    request->frames = model().info().max_frames;
+    request->steps[1] = model().info().max_steps;  // would take minutes
+    std::atomic<bool> begun = false;
+    std::thread other([&] {
+        while (!begun) std::this_thread::yield();
+        model().cancel();
+    });
+    higen::Callbacks callbacks;
+    callbacks.on_step = [&](const higen_step&) { return begun = true; };
+    try {
+        (void)model().generate(request, callbacks);
+        CHECK(false);
+    } catch (const higen::Error& error) {
+        CHECK(error.status() == HIGEN_CANCELLED);
+    }
+    other.join();
+}
+
+TEST(two_threads_at_once) {
+    auto request = small();
+    const auto wanted = model().generate(request);
+    higen::Video videos[2];
+    std::thread other([&] { videos[0] = model().generate(request); });
+    videos[1] = model().generate(request);
+    other.join();
+    CHECK(videos[0].rgb == wanted.rgb && videos[1].rgb == wanted.rgb);
+}
+
+TEST(a_key_frame_of_the_callers) {
+    auto request = small();
+    const std::vector<std::uint8_t> grey(static_cast<std::size_t>(request->width * request->height) * 3, 128);
+    request->key_frame = grey.data();
+    request->frames = 1;
+    const auto video = model().generate(request);
+    CHECK(video.count == 1);
+}
+
+TEST(wrong_requests_are_refused) {
+    const auto refused = [&](const char* words, auto change) {
+        auto request = small();
+        change(request);
+        const auto status = status_of(request);
+        const std::string message = higen_last_error();
+        test::report(status == HIGEN_ERROR_REQUEST && message.find(words) != std::string::npos, __FILE__, __LINE__,
+                     std::string(words) + ": " + higen_status_name(status) + ": " + message);
+    };
+    const std::int64_t ids[] = {1, 2, 1'000'000};
+    const double cue[] = {1, 2, -3};
+    refused("steps=0", [](auto& r) { r->steps[1] = 0; });
+    refused("frames=-1", [](auto& r) { r->frames = -1; });
+    refused("width=1", [](auto& r) { r->width = 1; });
+    refused("the nearest are", [](auto& r) { r->height = 2 * r->height + 1; });
+    refused("fps=0", [](auto& r) { r->fps = 0; });
+    refused("guidance", [](auto& r) { r->guidance[0] = -1; });
+    refused("solver='euler'", [](auto& r) { r->solver = "euler"; });
+    refused("prompt", [](auto& r) { r->prompt = " \n"; });
+    refused("not valid UTF-8", [](auto& r) { r->prompt = "\xff"; });
+    refused("1000000", [&](auto& r) { r->tokens = ids, r->token_count = 3; });
+    refused("tokens has 0 ids", [&](auto& r) { r->tokens = ids, r->token_count = 0; });
+    refused("motion", [&](auto& r) { r->motion = {HIGEN_CUE_GIVEN, cue, 3, 1}; });
+    refused("appearance has shape", [&](auto& r) { r->appearance = {HIGEN_CUE_GIVEN, cue, 1, 3}; });
+    refused("motion", [&](auto& r) { r->motion = {HIGEN_CUE_GIVEN, nullptr, 3, 1}; });
+    refused("struct_size=2", [](auto& r) { r->struct_size = 2; });
+}
+
+TEST(models_that_cannot_be_opened) {
+    const auto status = [](const char* path, higen_model_options options) {
+        higen_model* opened = nullptr;
+        const auto found = higen_model_open(path, &options, &opened);
+        higen_model_close(opened);
+        return found;
+    };
+    higen_model_options options = HIGEN_MODEL_OPTIONS_INIT;
+    CHECK(status("/nonexistent", options) == HIGEN_ERROR_MANIFEST);
+    options.provider = "abacus";
+    CHECK(status(directory.c_str(), options) == HIGEN_ERROR_REQUEST);
+    options.provider = "tensorrt-rtx";  // no build of ONNX Runtime that this suite runs on has it
+    CHECK(status(directory.c_str(), options) == HIGEN_ERROR_UNAVAILABLE);
+    options.provider = "a plugin";
+    options.provider_library = "/nonexistent.so";
+    CHECK(status(directory.c_str(), options) == HIGEN_ERROR_UNAVAILABLE);
+    options = HIGEN_MODEL_OPTIONS_INIT;
+    options.threads = -1;
+    CHECK(status(directory.c_str(), options) == HIGEN_ERROR_REQUEST);
+}
+
+int main(int argc, char** argv) {
+    if (argc != 2) {
+        std::fputs("usage: model_tests MODEL\n", stderr);
+        return 2;
+    }
+    directory = argv[1];
+    return test::run_all();
+}
