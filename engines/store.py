@@ -50,7 +50,7 @@ class EngineStore:
 
     @contextmanager
     def building(self) -> Iterator[None]:
-        """Be the only builder of this target, waiting for another one; first finish or take back what a killed one left.
+        """Be the only builder of this target, waiting for another; first finish or take back what a killed one left.
 
         Raises OutputError where the folder cannot be made.
         """
