@@ -67,7 +67,9 @@ def main() -> None:
 @click.option("--motion", type=numbers, help="How much moves: one number, or one per pair of frames.")
 @click.option("--appearance", type=numbers, help="How much the look changes: one number (0 still), or one per frame.")
 @BACKEND
-@click.option("--device", help="Where torch runs: cpu, cuda, cuda:1, ...")
+@click.option("--device", help="cpu, cuda, and for torch cuda:1, ...  [a GPU if there is one]")
+@click.option("--precision", help="What the stages compute in: fp32, fp16 or bf16.  [fp32 on a CPU]")
+@click.option("--threads", type=int, help="CPU threads of one stage.  [the library's choice]")
 @JSON
 def generate(
     prompt: str,
@@ -76,6 +78,8 @@ def generate(
     image: Path | None,
     backend: str,
     device: str | None,
+    precision: str | None,
+    threads: int | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -99,7 +103,7 @@ def generate(
         request = make_request(Bundle.open(model or default_model()).config, prompt, **given)
         if image is not None:
             load_image(image, request.width, request.height)
-        with load(model, backend, device=device) as pipeline:
+        with load(model, backend, device=device, precision=precision, threads=threads) as pipeline:
             video = pipeline(prompt, image=image, progress=False if as_json else None, **given)
             written = video.save(output)
         if as_json:
