@@ -66,7 +66,7 @@ def export_stage(
     fixed = {**dimensions(bundle.config), **_static_symbols(bundle, name, static)}
     sizes = sizes_for(bundle, {**TRACED, "H": 2 * multiple, "W": 3 * multiple, **(static or {})})
     model = _trace(stage, module, sizes, set(fixed), opset)
-    optimize_ir(model, should_fold=lambda _: False)
+    optimize_ir(model, should_fold=_is_bookkeeping)
     _clean(model.graph, stage)
     stored = stored_tensors(bundle.file(bundle.weights(name, precision), verify=False))
     weights = {PREFIXES.get(name, "") + key: tensor for key, tensor in stored.items()}
@@ -113,6 +113,19 @@ def sizes_for(bundle: Bundle, free: Mapping[str, int]) -> dict[str, int]:
 
 def _bytes(value: ir.Value) -> int:
     return 0 if value.const_value is None else value.const_value.nbytes
+
+
+def _is_bookkeeping(node: ir.Node) -> bool:
+    """Whether a node computes small whole numbers from constants: an axis to reduce, say, which TensorRT wants as an
+    initializer. Weights are never folded: they would move into the graph.
+    """
+    return all(
+        value is not None
+        and value.const_value is not None
+        and value.const_value.dtype == ir.DataType.INT64
+        and value.const_value.size <= 16
+        for value in node.inputs
+    )
 
 
 def _trace(stage: Stage, module: torch.nn.Module, sizes: Mapping[str, int], fixed: set[str], opset: int) -> ir.Model:

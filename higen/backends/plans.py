@@ -24,6 +24,8 @@ from higen.errors import (
     Malformed,
     ManifestError,
     MissingExtra,
+    NoDevice,
+    NoDriver,
     OutsideProfile,
     Stale,
     WrongArchitecture,
@@ -47,6 +49,7 @@ __all__ = [
     "read_plans",
     "record_file",
     "streaming_budget",
+    "validity_error",
 ]
 
 ENGINES = "engines"
@@ -281,3 +284,22 @@ def streaming_budget(streamable: int, activations: int, free: int, automatic: in
     with a tenth of the memory to spare, else what TensorRT proposes (`automatic`).
     """
     return streamable if streamable + activations <= free - free // 10 else min(automatic, streamable)
+
+
+_INVALID: dict[str, tuple[type[EngineError], str]] = {
+    "UNSUPPORTED_CC": (WrongArchitecture, "it was not built for this GPU"),
+    "VERSION_MISMATCH": (Stale, "another version of TensorRT built it"),
+    "MALFORMED_ENGINE": (Malformed, "its file is no plan"),
+    "OLD_CUDA_DRIVER": (NoDriver, "the NVIDIA driver is too old for it"),
+    "OLD_CUDA_RUNTIME": (NoDriver, "the CUDA runtime is too old for it"),
+    "INSUFFICIENT_GPU_MEMORY": (EngineError, "the GPU has too little memory for it"),
+    "CUDA_ERROR": (NoDevice, "CUDA does not work here"),
+}
+"""What TensorRT says of a plan that it will not load, the likeliest cause first."""
+
+
+def validity_error(plan: Plan, reasons: int, members: Mapping[str, int]) -> EngineError:
+    """The error for the reasons (a sum of flags; `members` are their values) why TensorRT calls a plan invalid."""
+    found = [_INVALID[name] for name in _INVALID if reasons & members.get(name, 0)]
+    kind = found[0][0] if found else EngineError
+    return kind(f"{plan.name}: {'; '.join(text for _, text in found) or 'TensorRT calls it invalid and does not say why'}")
