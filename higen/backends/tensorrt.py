@@ -190,10 +190,15 @@ class _Engine:
         self._context = self._make_context()
         self._profile: int | None = None
         self._graphs: dict[tuple[Any, ...], Graph | None] = {}
+        self._bound: tuple[Any, ...] = ()
+        self._warm = False
 
     def run(self, profile: int, inputs: Mapping[str, DeviceArray], scratch: tuple[int, int]) -> list[DeviceArray]:
         """Put one execution on the stream; returns the outputs in the stage's order."""
         context, stream = self._context, self._cuda.stream
+        bound = (profile, tuple(array.shape for array in inputs.values()))
+        self._warm = self._warm and bound == self._bound
+        self._bound = bound
         if profile != self._profile:
             self._check(context.set_optimization_profile_async(profile, stream), f"profile {profile}")
             self._profile = profile
@@ -214,6 +219,7 @@ class _Engine:
 
     def forget_graphs(self) -> None:
         """Drop captured graphs: an address in them is gone."""
+        self._cuda.synchronize()
         for graph in self._graphs.values():
             if graph is not None:
                 graph.close()
@@ -227,18 +233,31 @@ class _Engine:
         self._context = self._engine = self._runtime = None
 
     def _execute(self, key: tuple[Any, ...]) -> None:
-        """Run with what is bound: plainly the first time, captured the second time, replayed from then on."""
-        if not self._own_graphs or key not in self._graphs:
-            self._enqueue()
-            if self._own_graphs:
-                if len(self._graphs) >= MAX_GRAPHS:
-                    self.forget_graphs()
-                self._graphs[key] = None
+        """Run with what is bound: plainly the first time, captured the second time, replayed from then on.
+
+        TensorRT wants a plain run after every change of shapes before one may be captured.
+        """
+        graph = self._graphs.get(key)
+        if graph is None and self._own_graphs and self._warm and key in self._graphs:
+            graph = self._graphs[key] = self._capture()
+        if graph is not None:
+            graph.launch()
             return
-        graph = self._graphs[key]
-        if graph is None:
-            graph = self._graphs[key] = self._cuda.capture(self._enqueue)
-        graph.launch()
+        self._enqueue()
+        self._warm = True
+        if self._own_graphs and key not in self._graphs:
+            if len(self._graphs) >= MAX_GRAPHS:
+                self.forget_graphs()
+            self._graphs[key] = None
+
+    def _capture(self) -> Graph | None:
+        """A graph of one execution; None, from then on for all, where this engine cannot be captured."""
+        try:
+            return self._cuda.capture(self._enqueue)
+        except BackendError:  # it waits inside, or has work that depends on its inputs
+            self._own_graphs = False
+            self.forget_graphs()
+            return None
 
     def _enqueue(self) -> None:
         self._check(self._context.execute_async_v3(self._cuda.stream), "execution")
