@@ -14,7 +14,7 @@ import click
 from higen.bundle import PRECISIONS, Bundle
 from higen.errors import MissingExtra
 from higen.stages import STAGES
-from higen.terminal import JSON, reported
+from higen.terminal import JSON, Commands, reported
 from higen.version import __version__
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ __all__ = ["main"]
 MODEL = click.argument("model", type=click.Path(path_type=Path))
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="higen-export")
 def main() -> None:
     """Compile a model directory: graphs for every stage, beside its weights."""

@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from higen.terminal import JSON, reported
+from higen.terminal import JSON, Commands, reported
 from higen.train.cli import cues, train
 from higen.version import __version__
 
@@ -37,7 +37,7 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="higen")
 def main() -> None:
     """Text to video with HiGen: a key frame is drawn, then brought to life."""
@@ -196,13 +196,14 @@ def prompts(model: Path | None, as_json: bool) -> None:
 
 
 @main.command()
+@MODEL
 @JSON
-def doctor(as_json: bool) -> None:
-    """Say what works here, and why the rest does not."""
+def doctor(model: Path | None, as_json: bool) -> None:
+    """Say what works here, what runs each stage of a model, and why the better ways do not."""
     with reported(as_json):
         from higen.doctor import report
 
-        found = report()
+        found = report(model)
         click.echo(json.dumps(found.as_json()) if as_json else found.as_text())
     if not found.healthy:
         sys.exit(1)

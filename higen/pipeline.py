@@ -128,10 +128,7 @@ class Pipeline:
     def report(self) -> str:
         """What runs each stage here, and why the better ways do not; stages that were not needed yet are left out."""
         choices = getattr(self.backend, "choices", {}).values()
-        lines = []
-        for choice in choices:
-            lines.append(f"{choice.stage:<14}{choice.backend}{f' ({choice.details})' if choice.details else ''}")
-            lines += [f"{'':<14}not {name}: {reason}" for name, reason in choice.passed_over.items()]
+        lines = [line for choice in choices for line in choice.as_lines()]
         return "\n".join(lines) or f"every stage: {self.backend.name}"
 
     def close(self) -> None:
@@ -215,19 +212,24 @@ class Pipeline:
         return np.repeat(encoded, batch, axis=0)
 
     def decode(self, latents: Any, on_frame: Callable[[int, int], None] | None = None) -> NDArray[np.uint8]:
-        """Latents [B,C,F,H,W] to uint8 frames [B,F,Y,X,3], a few at a time; `on_frame(done, total)` after each few."""
+        """Latents [B,C,F,H,W] to uint8 frames [B,F,Y,X,3], a few at a time; `on_frame(done, total)` after each few.
+
+        No few are of two samples, for a graph's rounding may depend on how many it is given: so a sample's is its own.
+        """
         z = np.asarray(self.backend.to_numpy(latents), dtype=np.float32)
-        batch, channels, frames, height, width = z.shape
+        batch, _, frames, height, width = z.shape
         factor = self.config.autoencoder.factor
-        decoded = np.empty((batch * frames, height * factor, width * factor, 3), np.uint8)
-        flat = z.transpose(0, 2, 1, 3, 4).reshape(batch * frames, channels, height, width)
-        for start in range(0, len(flat), DECODE_CHUNK):
-            chunk = flat[start : start + DECODE_CHUNK]
-            pixels = self.backend.to_numpy(self.backend.run("vae_decoder", latents=chunk)["pixels"])
-            decoded[start : start + len(chunk)] = to_uint8(pixels)
-            if on_frame is not None:
-                on_frame(start + len(chunk), len(flat))
-        return decoded.reshape(batch, frames, *decoded.shape[1:])
+        decoded = np.empty((batch, frames, height * factor, width * factor, 3), np.uint8)
+        done = 0
+        for sample, target in zip(z.swapaxes(1, 2), decoded, strict=True):
+            for start in range(0, frames, DECODE_CHUNK):
+                chunk = sample[start : start + DECODE_CHUNK]
+                pixels = self.backend.to_numpy(self.backend.run("vae_decoder", latents=chunk)["pixels"])
+                target[start : start + len(chunk)] = to_uint8(pixels)
+                done += len(chunk)
+                if on_frame is not None:
+                    on_frame(done, batch * frames)
+        return decoded
 
     def _metadata(self, request: Request, index: int, seconds: dict[str, float]) -> dict[str, Any]:
         def plain(cue: Any) -> Any:

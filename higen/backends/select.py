@@ -91,6 +91,14 @@ class Choice:
     passed_over: dict[str, str] = field(default_factory=dict)
     details: str = ""
 
+    def as_lines(self) -> list[str]:
+        """For a person: what runs the stage, then a line for each way passed over."""
+        runs = f"{self.backend} ({self.details})" if self.details else self.backend or "nothing"
+        return [
+            f"{self.stage:<14}{runs}",
+            *(f"{'':<14}not {name}: {reason}" for name, reason in self.passed_over.items()),
+        ]
+
 
 class StageRouter:
     """Sends each stage to the best backend that can run it. A stage's backend is chosen when it is first used."""
