@@ -57,7 +57,12 @@ def build_engines(
     Raises before anything is built: RequestError (stage, precision), ModelError (no graph), MissingExtra, NoDriver and
     NoDevice (classic TensorRT without a GPU), OutputError (disk). Raises EngineError where TensorRT fails.
     """
+    for stage in stages:
+        if stage not in STAGES:
+            raise RequestError(f"stage={stage!r}: of {', '.join(STAGES)}")
     resolved = [_on_this_machine(target) for target in targets]
+    for target in resolved:
+        check_precision(precision, target.architectures)
     libraries = {flavour: library(flavour, f"engines for {names}") for flavour, names in _flavours(resolved).items()}
     wanted = [
         [_wanted(bundle, target, stage, precision, profiles, options, libraries[target.flavour]) for stage in stages]
@@ -103,9 +108,6 @@ def _wanted(
     trt: Any,
 ) -> PlanRecord:
     """The record of a plan as it would be if it were built now, without what only the build can tell."""
-    if stage not in STAGES:
-        raise RequestError(f"stage={stage!r}: of {', '.join(STAGES)}")
-    check_precision(precision, target.architectures)
     graph = graph_file(stage, precision)
     if graph not in bundle.files:
         raise ModelError(

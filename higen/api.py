@@ -55,7 +55,11 @@ def load(
         low_memory=low_memory,
     )
     pipeline = Pipeline(bundle, chosen)
-    pipeline.prepare()
+    try:
+        pipeline.prepare()
+    except BaseException:
+        pipeline.close()
+        raise
     return pipeline
 
 

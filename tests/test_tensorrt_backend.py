@@ -143,7 +143,7 @@ def expected(original: Path) -> np.ndarray[Any, Any]:
 
 
 def clip(pipe: Any, **options: Any) -> np.ndarray[Any, Any]:
-    sizes = {**small(pipe.config), "steps": 4, "seed": 3, "progress": False, **options}
+    sizes = {**small(pipe.config), "steps": 2, "seed": 3, "progress": False, **options}
     frames: np.ndarray[Any, Any] = pipe(PROMPT, **sizes).frames
     return frames
 
@@ -176,10 +176,10 @@ def test_every_library_gives_the_video_of_onnx_runtime(machine: Machine, expecte
         pipe = higen.load(machine.model)
     assert {choice.backend for choice in pipe.backend.choices.values()} == {"tensorrt"}  # type: ignore[attr-defined]
     np.testing.assert_array_equal(clip(pipe), expected)
-    launched = machine.driver.calls.get("cuGraphLaunch", 0)
-    # TensorRT for RTX captures by itself; for the others we do, and four steps are enough for a replay.
-    assert launched == 0 if machine.package == "tensorrt_rtx" else launched > 0
     np.testing.assert_array_equal(clip(pipe), expected)
+    launched = machine.driver.calls.get("cuGraphLaunch", 0)
+    # TensorRT for RTX captures by itself; for the others we do.
+    assert launched == 0 if machine.package == "tensorrt_rtx" else launched > 0
     report = pipe.report()
     assert f"tensorrt (cuda, fp32, {machine.target}" in report
     assert "not tensorrt" not in report
@@ -236,8 +236,8 @@ def test_steps_that_a_caller_keeps_are_not_overwritten(classic: Machine) -> None
     classic.build()
     sizes = small(Bundle.open(classic.model).config)
     with higen.load(classic.model) as pipe, higen.load(classic.model, "onnx") as graphs:
-        kept = list(pipe.stream(PROMPT, steps=5, seed=1, **sizes))
-        for step, wanted in zip(kept, graphs.stream(PROMPT, steps=5, seed=1, **sizes), strict=True):
+        kept = list(pipe.stream(PROMPT, steps=4, seed=1, **sizes))
+        for step, wanted in zip(kept, graphs.stream(PROMPT, steps=4, seed=1, **sizes), strict=True):
             ours, theirs = pipe.backend.to_numpy(step.latents), graphs.backend.to_numpy(wanted.latents)
             np.testing.assert_array_equal(ours, theirs)
 
@@ -319,12 +319,11 @@ def test_compiled_kernels_are_kept_beside_the_plan(rtx: Machine) -> None:
     assert [p.name for p in cache.parent.glob(".*.part")] == []
 
 
-@pytest.mark.parametrize(("memory", "budget"), [(2**32, 1000), (6000, 400)])
+@pytest.mark.parametrize(("memory", "budget"), [(2**32, 1000), (5500, 400)])
 def test_weights_stream_where_they_do_not_fit(
-    rtx: Machine, monkeypatch: pytest.MonkeyPatch, memory: int, budget: int
+    rtx: Machine, memory: int, budget: int
 ) -> None:
     rtx.build("vae_decoder", options=Options(weight_streaming=True))
-    monkeypatch.setattr("fake_tensorrt.SCRATCH", 4096)
     rtx.driver.memory = memory
     backend = rtx.backend()
     try:
@@ -376,9 +375,10 @@ def test_another_precision_is_another_engine(rtx: Machine) -> None:
 def test_shapes_outside_the_profile_run_on_the_next_backend(rtx: Machine, expected: np.ndarray[Any, Any]) -> None:
     rtx.build(frames=2)
     with higen.load(rtx.model) as pipe:
-        with pytest.warns(FallbackWarning, match=r"temporal_unet runs on onnx: OutsideProfile: .*small takes") as caught:
+        with pytest.warns(FallbackWarning) as caught:
             np.testing.assert_array_equal(clip(pipe), expected)
-        assert {str(w.message).partition(" ")[0] for w in caught} == {"conditioner", "temporal_unet"}
+        messages = sorted(str(w.message).partition(": rtx-sm89/")[0] for w in caught)
+        assert messages == [f"{stage} runs on onnx: OutsideProfile" for stage in ("conditioner", "temporal_unet")]
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             clip(pipe, frames=2)
@@ -463,18 +463,20 @@ def test_every_breakage_falls_back_to_the_same_video(
     breakage(rtx)
     with pytest.raises(error, match=message):
         rtx.backend().prepare("vae_decoder")
+    assert rtx.driver.clean
     with pytest.warns(FallbackWarning, match=f"runs on onnx: {error.__name__}: ") as caught:
         pipe = higen.load(rtx.model)
     with pipe:
         np.testing.assert_array_equal(clip(pipe), expected)
         report = pipe.report()
+        assert rtx.driver.clean, "a GPU that is not used is not held"
     assert report.count(f"not tensorrt: {error.__name__}: ") == 5
     assert report.count("onnx (cpu, fp32)") == 5
     messages = [str(w.message).partition(": ")[2] for w in caught]
     assert len(set(messages)) == len(messages), "a cause is told once"
     with pytest.raises(error):
         higen.load(rtx.model, "tensorrt")
-    assert rtx.driver.clean or error is MissingExtra
+    assert rtx.driver.clean
 
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")

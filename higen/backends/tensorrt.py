@@ -29,7 +29,7 @@ from higen.backends.plans import (
 )
 from higen.backends.tensorrt_api import SEVERE, engine_tensors, library, make_logger, versions
 from higen.bundle import Bundle, check_precision
-from higen.errors import BackendError, BackendUnavailable, Malformed
+from higen.errors import BackendError, BackendUnavailable, HigenError, Malformed
 from higen.locks import locked
 from higen.stages import STAGES, check_inputs, dimensions
 
@@ -70,10 +70,16 @@ class TensorrtBackend:
 
     def prepare(self, stage: str) -> None:
         """Load a stage's engine. Raises BackendUnavailable (there is none), MissingExtra or an EngineError."""
-        if stage not in self._engines:
+        if stage in self._engines:
+            return
+        try:
             cuda = self._open(stage)
             with cuda.lock:
                 self._resident(cuda, stage)
+        except HigenError:
+            if not self._engines:
+                self.close()  # a GPU that is not used is not held: its context alone takes hundreds of megabytes
+            raise
 
     def run(self, stage: str, /, **tensors: Any) -> Mapping[str, Any]:
         """Run a stage; see `Backend.run`. Tensors are arrays or DeviceArrays; results are DeviceArrays.
