@@ -179,11 +179,14 @@ class StageRouter:
             else:
                 self._warn(stage, name, broken)
                 describe: Callable[[str], str] = getattr(self._made[name], "describe", lambda _: "")
-                return Choice(stage, name, passed_over, describe(stage))
+                # A way that is worse than the chosen one was not passed over, though it may be absent.
+                better = BACKENDS[: BACKENDS.index(name)] if name in BACKENDS else tuple(passed_over)
+                reasons = {other: passed_over[other] for other in better if other in passed_over}
+                return Choice(stage, name, reasons, describe(stage))
         if broken is not None:
             raise broken
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
-        raise BackendUnavailable(f"no backend can run {stage} here: {reasons}")
+        listed = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
+        raise BackendUnavailable(f"no backend can run {stage} here: {listed}")
 
 
     def _warn(self, stage: str, name: str, broken: Exception | None) -> None:
