@@ -13,7 +13,7 @@ from higen.engines.progress import Progress, cancelled_by_ctrl_c, make_monitor
 from higen.errors import EngineError
 from higen.stages import Stage
 
-__all__ = ["BuiltPlan", "Options", "build_plan"]
+__all__ = ["PLAIN", "BuiltPlan", "Options", "build_plan"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,9 @@ class Options:
     def as_json(self) -> dict[str, Any]:
         """For the record."""
         return asdict(self)
+
+
+PLAIN = Options()
 
 
 @dataclass(frozen=True)

@@ -45,7 +45,7 @@ class _Bytes(click.ParamType):
 @click.option(
     "--target",
     required=True,
-    help="rtx-sm89 (or several: rtx-sm89,rtx-sm120), rtx (one portable plan), or tensorrt (for the GPU of this machine).",
+    help="rtx-sm89 (or several: rtx-sm89,rtx-sm120), rtx (one portable plan), or tensorrt (for the GPU here).",
 )
 @click.option("--stage", "stages", multiple=True, type=click.Choice(list(STAGES)), help="Only these.  [every stage]")
 @click.option("--precision", default="fp32", show_default=True, help="Which graphs: what the engines compute in.")

@@ -13,7 +13,7 @@ from higen.backends.cuda import Cuda
 from higen.backends.plans import PlanRecord
 from higen.backends.tensorrt_api import library
 from higen.bundle import Bundle, graph_file
-from higen.engines.build import Options, build_plan
+from higen.engines.build import PLAIN, Options, build_plan
 from higen.engines.progress import Progress
 from higen.engines.shapes import Profile, stage_profiles
 from higen.engines.store import EngineStore, difference
@@ -45,7 +45,7 @@ def build_engines(
     profiles: Sequence[Profile],
     stages: Sequence[str] = tuple(STAGES),
     precision: str = "fp32",
-    options: Options = Options(),
+    options: Options = PLAIN,
     *,
     on_event: Callable[[Event], None] = lambda _: None,
 ) -> list[PlanRecord]:

@@ -58,7 +58,7 @@ def _parse(name: str) -> Target:
 
 def check_precision(precision: str, architectures: tuple[int, ...]) -> None:
     """Raises RequestError if one of the architectures does not compute in a precision."""
-    needed = NEEDED.get(precision)
+    needed = NEEDED.get(precision.partition(".")[0])
     if needed is None:
         raise RequestError(f"precision={precision!r}: of {', '.join(NEEDED)}")
     if lacking := [a for a in architectures if a < needed]:

@@ -29,7 +29,7 @@ from higen.backends.plans import PlanRecord, read_plans, validity_error
 from higen.backends.select import availability
 from higen.backends.tensorrt import TensorrtBackend
 from higen.bundle import Bundle
-from higen.engines.build import Options
+from higen.engines.build import PLAIN, Options
 from higen.engines.model import build_engines
 from higen.engines.shapes import Profile, Range
 from higen.engines.targets import parse_targets
@@ -90,7 +90,7 @@ class Machine:
         patch.setattr(cuda, "_driver", lambda: self.driver)
         self.model = model
 
-    def build(self, *stages: str, options: Options = Options(), frames: int = 3) -> list[PlanRecord]:
+    def build(self, *stages: str, options: Options = PLAIN, frames: int = 3) -> list[PlanRecord]:
         bundle = Bundle.open(self.model)
         profiles = [profile(bundle.config, frames)]
         return build_engines(bundle, parse_targets(self.target), profiles, stages or tuple(STAGES), options=options)
@@ -320,9 +320,7 @@ def test_compiled_kernels_are_kept_beside_the_plan(rtx: Machine) -> None:
 
 
 @pytest.mark.parametrize(("memory", "budget"), [(2**32, 1000), (5500, 400)])
-def test_weights_stream_where_they_do_not_fit(
-    rtx: Machine, memory: int, budget: int
-) -> None:
+def test_weights_stream_where_they_do_not_fit(rtx: Machine, memory: int, budget: int) -> None:
     rtx.build("vae_decoder", options=Options(weight_streaming=True))
     rtx.driver.memory = memory
     backend = rtx.backend()

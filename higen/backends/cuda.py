@@ -200,7 +200,7 @@ class Cuda:
         self._call("cuStreamSynchronize", self._stream)
 
     def capture(self, work: Callable[[], None]) -> Graph:
-        """Record what `work` puts on the stream, without running it. Raises BackendError where it cannot be recorded."""
+        """Record what `work` puts on the stream, without running it. Raises BackendError where that cannot be."""
         graph = ctypes.c_void_p()
         self._call("cuStreamBeginCapture_v2", self._stream, ctypes.c_int(_CAPTURE_THREAD_LOCAL))
         try:

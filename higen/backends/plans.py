@@ -302,4 +302,6 @@ def validity_error(plan: Plan, reasons: int, members: Mapping[str, int]) -> Engi
     """The error for the reasons (a sum of flags; `members` are their values) why TensorRT calls a plan invalid."""
     found = [_INVALID[name] for name in _INVALID if reasons & members.get(name, 0)]
     kind = found[0][0] if found else EngineError
-    return kind(f"{plan.name}: {'; '.join(text for _, text in found) or 'TensorRT calls it invalid and does not say why'}")
+    return kind(
+        f"{plan.name}: {'; '.join(text for _, text in found) or 'TensorRT calls it invalid and does not say why'}"
+    )

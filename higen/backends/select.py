@@ -188,7 +188,6 @@ class StageRouter:
         listed = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
         raise BackendUnavailable(f"no backend can run {stage} here: {listed}")
 
-
     def _warn(self, stage: str, name: str, broken: Exception | None) -> None:
         """One warning for each cause: a machine without a GPU is no news for the second stage."""
         if broken is not None and str(broken) not in self._warned:

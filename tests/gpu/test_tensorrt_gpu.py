@@ -1,6 +1,6 @@
 """TensorRT on a real GPU: not part of a plain test run, and never run so far by those who wrote it.
 
-    python -m pytest -m gpu tests/gpu
+python -m pytest -m gpu tests/gpu
 """
 
 from __future__ import annotations
