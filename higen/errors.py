@@ -9,6 +9,8 @@ HigenError
 │   └── CheckpointError           a released checkpoint does not fit the architecture
 ├── BackendError                  a backend failed
 │   └── BackendUnavailable        a backend cannot run here; the message says why
+├── Cancelled                     a request was cancelled before its end
+├── RetryLater                    a server is full, or stops: the same request may be sent again
 ├── FixtureError                  a fixture directory for `higen parity` is malformed
 ├── TrainingError                 a training run cannot start, continue or save
 │   └── SettingsError             its settings or its data set are wrong
@@ -23,6 +25,7 @@ from __future__ import annotations
 __all__ = [
     "BackendError",
     "BackendUnavailable",
+    "Cancelled",
     "CheckpointError",
     "FallbackWarning",
     "FixtureError",
@@ -34,6 +37,7 @@ __all__ = [
     "OutputError",
     "PromptWarning",
     "RequestError",
+    "RetryLater",
     "SettingsError",
     "TrainingError",
 ]
@@ -73,6 +77,14 @@ class BackendError(HigenError):
 
 class BackendUnavailable(BackendError):
     """A backend cannot run on this machine or for this model."""
+
+
+class Cancelled(HigenError):
+    """A request was cancelled before its end."""
+
+
+class RetryLater(HigenError):
+    """A server is full, or stops: the same request may be sent again."""
 
 
 class FixtureError(HigenError):

@@ -6,6 +6,7 @@ conditioner (motion, appearance) -> temporal_unet x steps, prior z -> vae_decode
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -98,6 +99,12 @@ class Pipeline:
             lines += [f"{'':<14}not {name}: {reason}" for name, reason in choice.passed_over.items()]
         return "\n".join(lines) or f"every stage: {self.backend.name}"
 
+    def on(self, backend: Backend) -> Pipeline:
+        """The same model with its stages run by another backend; nothing is loaded again."""
+        twin = copy.copy(self)
+        twin.backend = backend
+        return twin
+
     def close(self) -> None:
         """Free the model."""
         self.backend.close()
@@ -158,8 +165,15 @@ class Pipeline:
         encoded = self.backend.to_numpy(self.backend.run("vae_encoder", pixels=pixels[None])["latents"])
         return np.repeat(encoded, batch, axis=0)
 
-    def decode(self, latents: Any, on_frame: Callable[[int, int], None] | None = None) -> NDArray[np.uint8]:
-        """Latents [B,C,F,H,W] to uint8 frames [B,F,Y,X,3], a few at a time; `on_frame(done, total)` after each few."""
+    def decode(
+        self,
+        latents: Any,
+        on_frame: Callable[[int, int], None] | None = None,
+        on_chunk: Callable[[int, NDArray[np.uint8]], None] | None = None,
+    ) -> NDArray[np.uint8]:
+        """Latents [B,C,F,H,W] to uint8 frames [B,F,Y,X,3], a few at a time. After each few: `on_frame(done, total)`
+        and `on_chunk(first, frames)`, frames uint8 [n,Y,X,3] and the place of the first one of them among all B F.
+        """
         z = np.asarray(self.backend.to_numpy(latents), dtype=np.float32)
         batch, channels, frames, height, width = z.shape
         factor = self.config.autoencoder.factor
@@ -169,6 +183,8 @@ class Pipeline:
             chunk = flat[start : start + DECODE_CHUNK]
             pixels = self.backend.to_numpy(self.backend.run("vae_decoder", latents=chunk)["pixels"])
             decoded[start : start + len(chunk)] = to_uint8(pixels)
+            if on_chunk is not None:
+                on_chunk(start, decoded[start : start + len(chunk)])
             if on_frame is not None:
                 on_frame(start + len(chunk), len(flat))
         return decoded.reshape(batch, frames, *decoded.shape[1:])
@@ -210,6 +226,8 @@ class Stream:
         self._steps = self._run()
         self.on_frame: Callable[[int, int], None] | None = None
         """Called with (decoded frames, all frames) while the result is decoded."""
+        self.on_chunk: Callable[[int, NDArray[np.uint8]], None] | None = None
+        """Called with the frames themselves while the result is decoded: see `Pipeline.decode`."""
 
     def __iter__(self) -> Iterator[Step]:
         return self
@@ -260,7 +278,7 @@ class Stream:
         if request.frames > 1:
             latents = yield from _timed_steps(seconds, "temporal", pipeline._temporal_steps(request, texts, prior))
         with _timed(seconds, "decode"):
-            frames = pipeline.decode(latents, self.on_frame)
+            frames = pipeline.decode(latents, self.on_frame, self.on_chunk)
         self._videos = [
             Video(frames[i], request.fps, pipeline._metadata(request, i, seconds)) for i in range(len(frames))
         ]
