@@ -9,10 +9,14 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
-from higen.errors import BackendError
+from higen.errors import BackendError, RetryLater
 from higen.stages import STAGES
 
 __all__ = ["TritonBackend"]
+
+
+_STOPPING = ("Server not ready", "has no available versions")
+"""What Triton says of a stage while it stops; the code of these errors is the same as that of a failure."""
 
 
 class TritonBackend:
@@ -24,7 +28,7 @@ class TritonBackend:
         """The server has loaded it."""
 
     def run(self, stage: str, /, **tensors: Any) -> Mapping[str, Any]:
-        """Run a stage on host arrays; raises BackendError with the server's message."""
+        """Run a stage on host arrays; raises BackendError, or RetryLater where the server is stopping, with its message."""
         spec = STAGES[stage]
         request = pb_utils.InferenceRequest(
             model_name=stage,
@@ -33,7 +37,8 @@ class TritonBackend:
         )
         response = request.exec()
         if response.has_error():
-            raise BackendError(f"{stage}: {response.error().message()}")
+            message = response.error().message()
+            raise (RetryLater if any(words in message for words in _STOPPING) else BackendError)(f"{stage}: {message}")
         # Copies: the arrays lie in memory that is shared with the server and ends with the response.
         return {
             out.name: np.array(pb_utils.get_output_tensor_by_name(response, name).as_numpy())

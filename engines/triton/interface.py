@@ -11,7 +11,7 @@ A request's answer is a stream of events. Each has the text `event`, and of the 
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -83,6 +83,7 @@ def read_request(tensors: Mapping[str, NDArray[Any]]) -> tuple[dict[str, Any], D
 
     `tensors` are the inputs by name, texts as bytes. Raises RequestError; what a pipeline checks is left to it.
     """
+    _check_names(tensors)
     values = {name: _value(name, tensor) for name, tensor in tensors.items()}
     if not isinstance(values.get("prompt"), str):
         raise RequestError("prompt: one text is wanted")
@@ -95,6 +96,12 @@ def read_request(tensors: Mapping[str, NDArray[Any]]) -> tuple[dict[str, Any], D
     if type(delivery.return_latents) is not bool:
         raise RequestError(f"return_latents={delivery.return_latents!r}: true or false")
     return values, delivery
+
+
+def _check_names(given: Iterable[str]) -> None:
+    known = [field.name for field in INPUTS]
+    if unknown := sorted(set(given) - set(known)):
+        raise RequestError(f"{', '.join(unknown)}: unknown; a request takes {', '.join(known)}")
 
 
 def _value(name: str, tensor: NDArray[Any]) -> Any:
@@ -123,9 +130,8 @@ def request_tensors(prompt: str, **options: Any) -> dict[str, tuple[str, NDArray
     """
     fields = {field.name: field for field in INPUTS}
     tensors = {}
+    _check_names(options)
     for name, value in {"prompt": prompt, **options}.items():
-        if name not in fields:
-            raise RequestError(f"{name}: unknown; a request takes {', '.join(fields)}")
         kind = fields[name].kind
         if kind == "STRING":
             tensors[name] = ("BYTES", np.array([str(value).encode()], dtype=np.object_))

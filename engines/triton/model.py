@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -41,29 +42,45 @@ class TritonPythonModel:
 
 
 def _inputs(request: Any) -> dict[str, np.ndarray[Any, Any]]:
+    """The inputs that were given; and, to be refused by name, what the HTTP server could not make an input of."""
     found = {field.name: pb_utils.get_input_tensor_by_name(request, field.name) for field in INPUTS}
-    return {name: np.array(tensor.as_numpy()) for name, tensor in found.items() if tensor is not None}
+    strange = [name for name in json.loads(request.parameters() or "{}") if not name.startswith("triton_")]
+    return {name: np.array(tensor.as_numpy()) for name, tensor in found.items() if tensor is not None} | {
+        name: np.array([], dtype=np.object_) for name in strange
+    }
 
 
 class _Reply:
+    """A request's response sender. The server crashes when a sender is used after its final response, also to ask
+    whether the request was cancelled; so each use holds the lock, and there is none after the last.
+    """
+
     def __init__(self, request: Any) -> None:
         self._sender = request.get_response_sender()
+        self._lock = threading.Lock()
+        self._open = True
 
     def send(self, event: Event) -> None:
         tensors = [pb_utils.Tensor(name, array) for name, array in event.items()]
-        self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors))
+        with self._lock:
+            self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors))
 
     def finish(self) -> None:
-        self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+        with self._lock:
+            self._open = False
+            self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
 
     def fail(self, error: HigenError) -> None:
         told = pb_utils.TritonError(f"{type(error).__name__}: {error}", _code(error))
-        self._sender.send(
-            pb_utils.InferenceResponse(error=told), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-        )
+        with self._lock:
+            self._open = False
+            self._sender.send(
+                pb_utils.InferenceResponse(error=told), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+            )
 
     def cancelled(self) -> bool:
-        return bool(self._sender.is_cancelled())
+        with self._lock:
+            return self._open and bool(self._sender.is_cancelled())
 
 
 def _code(error: HigenError) -> Any:
