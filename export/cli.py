@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING
 
 import click
 
-from higen.bundle import Bundle, graph_file
+from higen.bundle import PRECISIONS, Bundle
 from higen.errors import MissingExtra
 from higen.stages import STAGES
-from higen.terminal import JSON, reported
+from higen.terminal import JSON, Commands, reported
 from higen.version import __version__
 
 if TYPE_CHECKING:
-    from higen.export.model import Parity
+    from higen.export.parity import Parity
 
 __all__ = ["main"]
 
 MODEL = click.argument("model", type=click.Path(path_type=Path))
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="higen-export")
 def main() -> None:
     """Compile a model directory: graphs for every stage, beside its weights."""
@@ -34,15 +34,39 @@ def main() -> None:
 @main.command()
 @MODEL
 @click.option("--stage", "stages", multiple=True, type=click.Choice(list(STAGES)), help="Only these.  [every stage]")
-@click.option("--opset", type=click.IntRange(21, 23), default=21, show_default=True)
+@click.option(
+    "--precision",
+    type=click.Choice(PRECISIONS),
+    default="fp32",
+    show_default=True,
+    help="What the graphs compute in; fp16 and bf16 stand beside fp32, with weights of their own.",
+)
+@click.option("--static", help="Fix samples, frames, height and width: 1x32x256x448.  [dynamic]")
+@click.option(
+    "--opset",
+    type=click.IntRange(21, 23),
+    help="21 is portable; 22 and 23 load in newer ONNX Runtimes than 1.20; 23, the newest that TensorRT for RTX "
+    "takes, has attention as one operator.  [21; bf16: 23]",
+)
 @JSON
-def onnx(model: Path, stages: tuple[str, ...], opset: int, as_json: bool) -> None:
+def onnx(
+    model: Path, stages: tuple[str, ...], precision: str, static: str | None, opset: int | None, as_json: bool
+) -> None:
     """Write an ONNX graph for every stage of MODEL, each checked against PyTorch at shapes it was not traced with."""
     with reported(as_json):
         with _export_extra():
+            from higen.export.graphs import static_sizes
             from higen.export.model import export_model
         done: list[Parity] = []
-        bundle = export_model(Bundle.open(model), stages or tuple(STAGES), opset, _listing(done, as_json))
+        bundle = Bundle.open(model)
+        bundle = export_model(
+            bundle,
+            stages or tuple(STAGES),
+            precision=precision,
+            opset=opset,
+            static=None if static is None else static_sizes(bundle, static),
+            on_parity=_listing(done, as_json),
+        )
         if as_json:
             click.echo(json.dumps({"model": str(bundle.path), "parity": [p.as_json() for p in done]}))
 
@@ -66,10 +90,10 @@ def verify(model: Path, report: Path | None, steps: int, as_json: bool) -> None:
             write(found, report)
         if as_json:
             rows = [p.as_json() for p in done]
-            loop = {"latents": found.latents, "pixels": found.pixels}
-            click.echo(json.dumps({"passed": passed, "parity": rows, "loop": loop}))
+            click.echo(json.dumps({"passed": passed, "parity": rows, "loops": [p.as_json() for p in found.loops]}))
         else:
-            click.echo(found.as_markdown().rstrip().rpartition("\n")[2])
+            for loop in found.loops:
+                click.echo(loop.as_line())
     if not passed:
         sys.exit(1)
 
@@ -88,7 +112,7 @@ def _listing(done: list[Parity], as_json: bool) -> Callable[[Parity], None]:
     def show(parity: Parity) -> None:
         done.append(parity)
         if not as_json:
-            click.echo(f"{parity.stage:<14}{parity.shape:<24}{parity.error:9.1e}  {'ok' if parity.passed else 'OVER'}")
+            click.echo(parity.as_line())
 
     return show
 
@@ -100,14 +124,14 @@ def inspect(model: Path, as_json: bool) -> None:
     """Say what MODEL holds: architecture, stages, files."""
     with reported(as_json):
         bundle = Bundle.open(model)
-        found = {name: graph_file(name) in bundle.files for name in STAGES}
+        found = {name: bundle.precisions(name) for name in STAGES}
         sizes = {name: record.size for name, record in bundle.files.items()}
         if as_json:
             click.echo(json.dumps({"name": bundle.config.name, "graphs": found, "files": sizes}))
             return
         click.echo(f"{bundle.config.name} ({bundle.config.licence})")
         for name, stage in STAGES.items():
-            click.echo(f"  {name:<14}{'graph' if found[name] else 'no graph'}")
+            click.echo(f"  {name:<14}{'graph in ' + ', '.join(found[name]) if found[name] else 'no graph'}")
             for arrow, tensors in (("<-", stage.inputs), ("->", stage.outputs)):
                 for t in tensors:
                     click.echo(f"    {arrow} {t.name:<16}{t.dtype:<9}{list(t.shape)}".replace("'", ""))

@@ -10,7 +10,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +18,12 @@ import onnx_ir as ir
 import torch
 from onnxscript.optimizer import optimize_ir
 
-from higen.backends.torch import TorchBackend
-from higen.bundle import Bundle, weights_file
-from higen.errors import BackendError
+from higen.bundle import Bundle
+from higen.errors import BackendError, RequestError
 from higen.export.weights import point_into, stored_tensors
 from higen.stages import STAGES, Stage, dimensions
 
-__all__ = ["OPSET", "example_inputs", "export_stage", "sizes_for"]
-
-OPSET = 21
-"""Portable: ONNX Runtime 1.20 reads it, and GroupNormalization is native from 21. Attention is an operator from 23."""
+__all__ = ["example_inputs", "export_stage", "sizes_for", "static_sizes"]
 
 LARGEST_INLINE = 4096
 """A graph holds no tensor of more bytes than this."""
@@ -39,7 +35,7 @@ TRACED = {"B": 2, "F": 5, "N": 3}
 """Sizes the tracer sees; all differ, so that no two axes are taken for one."""
 
 
-def example_inputs(stage: Stage, sizes: dict[str, int], seed: int = 0) -> dict[str, torch.Tensor]:
+def example_inputs(stage: Stage, sizes: Mapping[str, int], seed: int = 0) -> dict[str, torch.Tensor]:
     """Random inputs of a stage for these sizes: tokens and timesteps as int64 from 0 to 4, all else normal."""
     random = torch.Generator().manual_seed(seed)
     inputs = {}
@@ -52,18 +48,27 @@ def example_inputs(stage: Stage, sizes: dict[str, int], seed: int = 0) -> dict[s
     return inputs
 
 
-def export_stage(bundle: Bundle, backend: TorchBackend, name: str, output: Path, opset: int = OPSET) -> None:
-    """Write the graph of a stage to `output`, a file in the model's own folder.
+def export_stage(
+    bundle: Bundle,
+    module: torch.nn.Module,
+    name: str,
+    output: Path,
+    opset: int,
+    precision: str = "fp32",
+    static: Mapping[str, int] | None = None,
+) -> None:
+    """Write the graph of a stage's module to `output`, a file in the model's own folder.
 
-    Batch, frames, height and width are dynamic. Raises BackendError where tracing fails or a large tensor would end
-    up in the graph.
+    Batch, frames, height and width are dynamic, or those of `static`. Raises BackendError where tracing fails or a
+    large tensor would end up in the graph.
     """
     stage, multiple = STAGES[name], bundle.config.unet.size_multiple
-    sizes = sizes_for(bundle, TRACED | {"H": 2 * multiple, "W": 3 * multiple})
-    model = _trace(stage, backend.module(name), sizes, set(dimensions(bundle.config)), opset)
-    optimize_ir(model, should_fold=lambda _: False)
+    fixed = {**dimensions(bundle.config), **_static_symbols(bundle, name, static)}
+    sizes = sizes_for(bundle, {**TRACED, "H": 2 * multiple, "W": 3 * multiple, **(static or {})})
+    model = _trace(stage, module, sizes, set(fixed), opset)
+    optimize_ir(model, should_fold=_is_bookkeeping)
     _clean(model.graph, stage)
-    stored = stored_tensors(bundle.file(weights_file(name), verify=False))
+    stored = stored_tensors(bundle.file(bundle.weights(name, precision), verify=False))
     weights = {PREFIXES.get(name, "") + key: tensor for key, tensor in stored.items()}
     point_into(model.graph, weights, bundle.path)
     large = [k for k, v in model.graph.initializers.items() if k not in weights and _bytes(v) > LARGEST_INLINE]
@@ -74,7 +79,33 @@ def export_stage(bundle: Bundle, backend: TorchBackend, name: str, output: Path,
     ir.save(model, output)
 
 
-def sizes_for(bundle: Bundle, free: dict[str, int]) -> dict[str, int]:
+def static_sizes(bundle: Bundle, shape: str) -> dict[str, int]:
+    """Sizes of B, F, H and W for "BxFxHxW" with H and W in pixels: "1x32x256x448".
+
+    Raises RequestError for anything else and for sizes that the model cannot have.
+    """
+    factor, step = bundle.config.autoencoder.factor, bundle.config.unet.size_multiple
+    try:
+        batch, frames, height, width = (int(part) for part in shape.split("x"))
+    except ValueError:
+        raise RequestError(f"static={shape!r}: samples, frames, height and width, as in 1x32x256x448") from None
+    if batch < 1 or not 1 <= frames <= bundle.config.max_frames:
+        raise RequestError(f"static={shape!r}: at least 1 sample and 1 to {bundle.config.max_frames} frames")
+    if height < 1 or width < 1 or height % (factor * step) or width % (factor * step):
+        raise RequestError(f"static={shape!r}: height and width are multiples of {factor * step} pixels")
+    return {"B": batch, "F": frames, "H": height // factor, "W": width // factor}
+
+
+def _static_symbols(bundle: Bundle, name: str, static: Mapping[str, int] | None) -> dict[str, int]:
+    """What `static` fixes in a stage. The pipeline itself varies the conditioner's frames (1, then all) and the text
+    encoder's and the conditioner's samples (1 for the empty prompt), as well as the images decoded at a time.
+    """
+    if static is None or name in ("text_encoder", "conditioner"):
+        return {}
+    return {key: n for key, n in sizes_for(bundle, {**TRACED, **static}).items() if key != "N"}
+
+
+def sizes_for(bundle: Bundle, free: Mapping[str, int]) -> dict[str, int]:
     """A size for every symbol of the stage table: those the model fixes, `free`, and the pixels of its H and W."""
     factor = bundle.config.autoencoder.factor
     return {**dimensions(bundle.config), **free, "Y": free["H"] * factor, "X": free["W"] * factor}
@@ -84,7 +115,20 @@ def _bytes(value: ir.Value) -> int:
     return 0 if value.const_value is None else value.const_value.nbytes
 
 
-def _trace(stage: Stage, module: torch.nn.Module, sizes: dict[str, int], fixed: set[str], opset: int) -> ir.Model:
+def _is_bookkeeping(node: ir.Node) -> bool:
+    """Whether a node computes small whole numbers from constants: an axis to reduce, say, which TensorRT wants as an
+    initializer. Weights are never folded: they would move into the graph.
+    """
+    return all(
+        value is not None
+        and value.const_value is not None
+        and value.const_value.dtype == ir.DataType.INT64
+        and value.const_value.size <= 16
+        for value in node.inputs
+    )
+
+
+def _trace(stage: Stage, module: torch.nn.Module, sizes: Mapping[str, int], fixed: set[str], opset: int) -> ir.Model:
     inputs = example_inputs(stage, sizes)
     dynamic = [
         {i: torch.export.Dim.DYNAMIC for i, n in enumerate(t.shape) if isinstance(n, str) and n not in fixed}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-__all__ = ["StoredTensor", "point_into", "stored_tensors"]
+__all__ = ["StoredTensor", "cast_behind", "point_into", "stored_tensors"]
 
 DTYPES = {"F32": ir.DataType.FLOAT, "F16": ir.DataType.FLOAT16, "BF16": ir.DataType.BFLOAT16, "I64": ir.DataType.INT64}
 
@@ -61,13 +61,13 @@ def point_into(graph: ir.Graph, weights: dict[str, StoredTensor], folder: Path) 
             base_dir=folder,
         )
         if computed is not None and computed != stored.dtype:
-            _cast_behind(graph, value, computed)
+            cast_behind(graph, value, computed)
         value.dtype, value.shape = stored.dtype, ir.Shape(stored.shape)
         replaced.add(name)
     return replaced
 
 
-def _cast_behind(graph: ir.Graph, value: ir.Value, computed: ir.DataType) -> None:
+def cast_behind(graph: ir.Graph, value: ir.Value, computed: ir.DataType) -> None:
     cast = ir.node("Cast", [value], {"to": int(computed)}, name=f"{value.name}.cast")
     out = cast.outputs[0]
     out.name, out.dtype, out.shape = f"{value.name}.computed", computed, value.shape

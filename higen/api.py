@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 from higen.backends.select import check_backend, select_backend
 from higen.bundle import Bundle
-from higen.pipeline import Pipeline
+from higen.pipeline import Pipeline, Prompts
+from higen.video import Video
 
 __all__ = ["default_model", "generate", "load"]
 
@@ -26,21 +26,25 @@ def load(
     backend: str = "auto",
     *,
     device: str | None = None,
-    dtype: str | None = None,
+    precision: str | None = None,
+    threads: int | None = None,
     verify: bool = True,
 ) -> Pipeline:
     """Load a model directory; without one, the small model inside the package.
 
-    backend  "auto" (the best that works here) or a backend's name
-    device   where torch runs: "cpu", "cuda", "cuda:1", ...; None: a GPU if there is one
-    dtype    "float32", "float16" or "bfloat16"; None: float32 on a CPU, as stored elsewhere
-    verify   check the sha256 of each file as it is loaded
+    backend    "auto" (the best that works here) or a backend's name
+    device     "cpu", "cuda", and for torch "cuda:1", ...; None: a GPU if there is one that works
+    precision  "fp32", "fp16" or "bf16": what the stages compute in; None: fp32 on a CPU, on a GPU fp16 where the
+               model has such graphs, else what the weights are stored in
+    threads    CPU threads of one stage; None: the library's choice
+    verify     check the sha256 of each file as it is loaded
 
     Raises RequestError, ManifestError, IntegrityError or BackendUnavailable.
     """
     check_backend(backend)
     bundle = Bundle.open(default_model() if model is None else model)
-    pipeline = Pipeline(bundle, select_backend(bundle, backend, device=device, dtype=dtype, verify=verify))
+    chosen = select_backend(bundle, backend, device=device, precision=precision, threads=threads, verify=verify)
+    pipeline = Pipeline(bundle, chosen)
     pipeline.prepare()
     return pipeline
 
@@ -50,7 +54,15 @@ def _default_pipeline(backend: str) -> Pipeline:
     return load(backend=backend)
 
 
-def generate(prompt: str | Sequence[str], *, backend: str = "auto", **options: Any) -> Any:
+@overload
+def generate(prompt: str, *, backend: str = "auto", **options: Any) -> Video: ...
+
+
+@overload
+def generate(prompt: Prompts, *, backend: str = "auto", **options: Any) -> list[Video]: ...
+
+
+def generate(prompt: str | Prompts, *, backend: str = "auto", **options: Any) -> Video | list[Video]:
     """Make a video with the small model inside the package: no download. Options as for `Pipeline.__call__`.
 
         higen.generate("a whale flapping its tail on a blue sky", seed=7).save("whale.mp4")

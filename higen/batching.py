@@ -68,8 +68,9 @@ class Batch:
         for name, tensor in outputs.items():
             if tensor.shape[0] != ends[-1]:
                 raise BackendError(f"{self.stage}.{name}: {tensor.shape[0]} rows came out of {ends[-1]}")
+        # Copies: a caller that keeps its rows should not keep the others'.
         return [
-            {name: tensor[end - call.rows : end] for name, tensor in outputs.items()}
+            {name: tensor[end - call.rows : end].copy() for name, tensor in outputs.items()}
             for call, end in zip(self.calls, ends, strict=True)
         ]
 

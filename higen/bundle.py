@@ -3,6 +3,8 @@
 model/higen.json            architecture, schedule, defaults, licence, and sha256 and size of every file
 model/unet.safetensors      conditioner and U-Net, one copy for the spatial and the temporal network
 model/text_encoder.safetensors   model/vae.safetensors   model/tokenizer.json
+model/<stage>.onnx          graphs over these weights (higen-export onnx), computing in float32
+model/<stage>.fp16.onnx     the same, computing in float16, over unet.fp16.safetensors, ...
 """
 
 from __future__ import annotations
@@ -16,22 +18,26 @@ import stat
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from higen.config import ModelConfig, from_json, to_json
-from higen.errors import IntegrityError, ManifestError, ModelError
+from higen.errors import IntegrityError, ManifestError, ModelError, RequestError
 
 __all__ = [
     "MANIFEST",
+    "PRECISIONS",
     "VERSION",
     "Bundle",
     "FileRecord",
     "add_files",
+    "check_precision",
     "create",
+    "drop_file",
     "file_record",
     "graph_file",
+    "put_file",
     "weights_file",
 ]
 
@@ -47,16 +53,32 @@ UNET, TEXT_ENCODER, AUTOENCODER, TOKENIZER = (
 )
 
 
-def weights_file(stage: str) -> str:
-    """The file that holds a stage's weights."""
+PRECISIONS = ("fp32", "fp16", "bf16")
+"""What a stage's graph computes in. fp32 is the unnamed one; its weights may be stored in fewer bits."""
+
+
+def check_precision(precision: str) -> str:
+    """One of PRECISIONS. Raises RequestError for any other."""
+    if precision not in PRECISIONS:
+        raise RequestError(f"precision={precision!r}: one of {', '.join(map(repr, PRECISIONS))}")
+    return precision
+
+
+def weights_file(stage: str, precision: str = "fp32") -> str:
+    """The file that holds a stage's weights for a precision; see also `Bundle.weights`."""
     if stage == "text_encoder":
-        return TEXT_ENCODER
-    return AUTOENCODER if stage.startswith("vae") else UNET
+        return _variant(TEXT_ENCODER, precision)
+    return _variant(AUTOENCODER if stage.startswith("vae") else UNET, precision)
 
 
-def graph_file(stage: str) -> str:
-    """The file that holds a stage's graph."""
-    return f"{stage}.onnx"
+def graph_file(stage: str, precision: str = "fp32") -> str:
+    """The file that holds a stage's graph in a precision."""
+    return _variant(f"{stage}.onnx", precision)
+
+
+def _variant(name: str, precision: str) -> str:
+    stem, _, suffix = name.partition(".")
+    return name if check_precision(precision) == "fp32" else f"{stem}.{precision}.{suffix}"
 
 
 @dataclass(frozen=True)
@@ -107,6 +129,18 @@ class Bundle:
         if altered:
             raise IntegrityError(f"{path}: its content does not match the sha256 in {MANIFEST}; fetch the file again")
         return path
+
+    def weights(self, stage: str, precision: str = "fp32") -> str:
+        """Name of the file that a stage's graph in `precision` points into.
+
+        A precision has no file of its own where the model's weights are stored in it already.
+        """
+        name = weights_file(stage, precision)
+        return name if name in self.files else weights_file(stage)
+
+    def precisions(self, stage: str) -> tuple[str, ...]:
+        """The precisions in which a stage has a graph."""
+        return tuple(p for p in PRECISIONS if graph_file(stage, p) in self.files)
 
     def _check_size(self, name: str, record: FileRecord) -> Path:
         path = self.path / name
@@ -228,6 +262,35 @@ def add_files(bundle: Bundle, names: Sequence[str]) -> Bundle:
     """Enter files that now lie in the model's folder into its manifest, atomically; returns the bundle with them."""
     _write(bundle.path, bundle.config, {**bundle.files, **{name: file_record(bundle.path / name) for name in names}})
     return Bundle.open(bundle.path)
+
+
+def put_file(bundle: Bundle, aside: Path, name: str) -> Bundle:
+    """Move a finished file of the model's folder to `name` and enter it in the manifest; returns the bundle with it.
+
+    At every moment the directory is whole: it has the old file, none or the new one. The same content changes nothing.
+    """
+    record = file_record(aside)
+    if bundle.files.get(name) == record:
+        aside.unlink()
+        return bundle
+    bundle = _without(bundle, name)
+    aside.replace(bundle.path / name)
+    return add_files(bundle, [name])
+
+
+def drop_file(bundle: Bundle, name: str) -> Bundle:
+    """Take a file out of the manifest, then out of the folder; returns the bundle without it."""
+    bundle = _without(bundle, name)
+    (bundle.path / name).unlink(missing_ok=True)
+    return bundle
+
+
+def _without(bundle: Bundle, name: str) -> Bundle:
+    if name not in bundle.files:
+        return bundle
+    kept = {other: record for other, record in bundle.files.items() if other != name}
+    _write(bundle.path, bundle.config, kept)
+    return replace(bundle, files=kept)
 
 
 def _write(folder: Path, config: ModelConfig, files: Mapping[str, FileRecord]) -> None:

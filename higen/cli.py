@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from higen.terminal import JSON, reported
+from higen.terminal import JSON, Commands, reported
 from higen.train.cli import cues, train
 from higen.version import __version__
 
@@ -37,7 +37,7 @@ def _whole(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="higen")
 def main() -> None:
     """Text to video with HiGen: a key frame is drawn, then brought to life."""
@@ -67,7 +67,9 @@ def main() -> None:
 @click.option("--motion", type=numbers, help="How much moves: one number, or one per pair of frames.")
 @click.option("--appearance", type=numbers, help="How much the look changes: one number (0 still), or one per frame.")
 @BACKEND
-@click.option("--device", help="Where torch runs: cpu, cuda, cuda:1, ...")
+@click.option("--device", help="cpu, cuda, and for torch cuda:1, ...  [a GPU if there is one]")
+@click.option("--precision", help="What the stages compute in: fp32, fp16 or bf16.  [fp32 on a CPU]")
+@click.option("--threads", type=int, help="CPU threads of one stage.  [the library's choice]")
 @JSON
 def generate(
     prompt: str,
@@ -76,6 +78,8 @@ def generate(
     image: Path | None,
     backend: str,
     device: str | None,
+    precision: str | None,
+    threads: int | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -99,7 +103,7 @@ def generate(
         request = make_request(Bundle.open(model or default_model()).config, prompt, **given)
         if image is not None:
             load_image(image, request.width, request.height)
-        with load(model, backend, device=device) as pipeline:
+        with load(model, backend, device=device, precision=precision, threads=threads) as pipeline:
             video = pipeline(prompt, image=image, progress=False if as_json else None, **given)
             written = video.save(output)
         if as_json:
@@ -192,13 +196,14 @@ def prompts(model: Path | None, as_json: bool) -> None:
 
 
 @main.command()
+@MODEL
 @JSON
-def doctor(as_json: bool) -> None:
-    """Say what works here, and why the rest does not."""
+def doctor(model: Path | None, as_json: bool) -> None:
+    """Say what works here, what runs each stage of a model, and why the better ways do not."""
     with reported(as_json):
         from higen.doctor import report
 
-        found = report()
+        found = report(model)
         click.echo(json.dumps(found.as_json()) if as_json else found.as_text())
     if not found.healthy:
         sys.exit(1)

@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -31,13 +31,10 @@ from higen.models import companion_checkpoints as companions
 from higen.models.checkpoint import config_from_reference, from_reference
 from higen.models.companions import autoencoder as build_autoencoder
 from higen.models.companions import text_encoder as build_text_encoder
+from higen.models.weights import DTYPES, write_safetensors
 from higen.tokenizer import build_clip_tokenizer
 
 __all__ = ["DTYPES", "convert", "read_state", "write_safetensors"]
-
-DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-NAMES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
-"""How safetensors spells them."""
 
 Progress = Callable[[str, int, int], None]
 """Called with (file being written, bytes written so far, bytes in all)."""
@@ -126,37 +123,6 @@ def read_state(path: Path) -> dict[str, Tensor]:
     if not state:
         raise CheckpointError(f"{path}: holds no tensors by name, not even under 'state_dict'")
     return state
-
-
-def write_safetensors(
-    path: Path, state: State, dtype: str, on_bytes: Callable[[int], None] = lambda size: None
-) -> None:
-    """Write tensors as safetensors in `dtype`, one at a time (the library's own writer wants all of them at once).
-
-    Raises CheckpointError for a tensor that is not of floats or not finite, OSError.
-    """
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for name, tensor in state.items():
-        start, end = end, end + tensor.numel() * DTYPES[dtype].itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    with path.open("wb") as file:
-        file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for name, tensor in state.items():
-            on_bytes(_write_tensor(file, name, tensor, dtype))
-
-
-def _write_tensor(file: BinaryIO, name: str, tensor: Tensor, dtype: str) -> int:
-    if not tensor.is_floating_point():
-        raise CheckpointError(f"{name} has the type {tensor.dtype}: weights are floating-point numbers")
-    stored = tensor.to(DTYPES[dtype]).contiguous()
-    if not stored.isfinite().all():
-        if tensor.isfinite().all():
-            raise CheckpointError(f"{name} has values too great for {dtype}: convert with dtype 'bf16' or 'fp32'")
-        raise CheckpointError(f"{name} has values that are infinite or not a number: the checkpoint is damaged")
-    return file.write(stored.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

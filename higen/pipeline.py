@@ -11,8 +11,8 @@ import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,6 +24,7 @@ from higen.bundle import Bundle
 from higen.conditioning import appearance_rows, motion_cue
 from higen.errors import RequestError
 from higen.images import Image, load_image
+from higen.recent import Recent
 from higen.request import OPTIONS, Request, make_request
 from higen.sampler import Step, denoise
 from higen.schedule import solver_table
@@ -31,10 +32,24 @@ from higen.tokenizer import PromptTokenizer
 from higen.version import __version__
 from higen.video import Video, to_uint8
 
-__all__ = ["Pipeline", "Stream"]
+__all__ = ["Pipeline", "Prompts", "Stream"]
+
+Prompts: TypeAlias = list[str] | tuple[str, ...]
+"""Several prompts: one batch, a list of results."""
 
 DECODE_CHUNK = 2
 """Frames decoded at a time, as the reference does: memory does not grow with the length of the clip."""
+
+KEPT = 128
+"""Encoded texts, and conditions made of them, that a pipeline keeps: some 70 MB of the released model's at most."""
+
+
+@dataclass(frozen=True)
+class _Text:
+    """A prompt's tokens [L] and what the text encoder made of them, hidden [1,L,Dt]."""
+
+    tokens: bytes
+    hidden: NDArray[np.float32]
 
 
 class Pipeline:
@@ -45,10 +60,23 @@ class Pipeline:
         self.config = bundle.config
         self.backend = backend
         self._tokenizer = PromptTokenizer.from_file(bundle.file(files.TOKENIZER), bundle.config.text)
+        # By prompt: a server sees the same ones again, and the empty one with every request.
+        self._texts: Recent[_Text] = Recent(KEPT)
+        self._conditioned: Recent[dict[str, NDArray[np.float32]]] = Recent(KEPT)
+
+    @overload
+    def __call__(
+        self, prompt: str, *, image: Image | None = None, progress: bool | None = None, **options: Any
+    ) -> Video: ...
+
+    @overload
+    def __call__(
+        self, prompt: Prompts, *, image: Image | None = None, progress: bool | None = None, **options: Any
+    ) -> list[Video]: ...
 
     def __call__(
-        self, prompt: str | Sequence[str], *, image: Image | None = None, progress: bool | None = None, **options: Any
-    ) -> Any:
+        self, prompt: str | Prompts, *, image: Image | None = None, progress: bool | None = None, **options: Any
+    ) -> Video | list[Video]:
         """Make a video of `prompt`; a list of prompts gives a list of videos.
 
         image     a path, PIL image or uint8 array [H,W,3] that replaces the key frame drawn from the text
@@ -65,14 +93,22 @@ class Pipeline:
         _consume(stream, progress)
         return stream.videos if isinstance(prompt, (list, tuple)) else stream.videos[0]
 
-    def image(self, prompt: str | Sequence[str], *, progress: bool | None = None, **options: Any) -> Any:
+    @overload
+    def image(self, prompt: str, *, progress: bool | None = None, **options: Any) -> NDArray[np.uint8]: ...
+
+    @overload
+    def image(self, prompt: Prompts, *, progress: bool | None = None, **options: Any) -> list[NDArray[np.uint8]]: ...
+
+    def image(
+        self, prompt: str | Prompts, *, progress: bool | None = None, **options: Any
+    ) -> NDArray[np.uint8] | list[NDArray[np.uint8]]:
         """Stage one alone: the key frame as uint8 [H,W,3]; a list of prompts gives a list. Options as for a video."""
         stream = Stream(self, replace(self._request(prompt, options), frames=1), None)
         _consume(stream, progress)
         images = [video.frames[0] for video in stream.videos]
         return images if isinstance(prompt, (list, tuple)) else images[0]
 
-    def stream(self, prompt: str | Sequence[str], *, image: Image | None = None, **options: Any) -> Stream:
+    def stream(self, prompt: str | Prompts, *, image: Image | None = None, **options: Any) -> Stream:
         """Every denoising step as it is made; arguments as for a call. The request is checked here, not at the first
         step; the work stops when the caller stops iterating.
         """
@@ -80,7 +116,7 @@ class Pipeline:
         key_frame = None if image is None else load_image(image, request.width, request.height)
         return Stream(self, request, key_frame)
 
-    def _request(self, prompt: str | Sequence[str], options: dict[str, Any]) -> Request:
+    def _request(self, prompt: str | Prompts, options: dict[str, Any]) -> Request:
         if unknown := sorted(set(options) - set(OPTIONS)):
             raise RequestError(f"{', '.join(unknown)}: unknown; a request takes {', '.join(OPTIONS)}")
         return make_request(self.config, prompt, **options)
@@ -93,10 +129,7 @@ class Pipeline:
     def report(self) -> str:
         """What runs each stage here, and why the better ways do not; stages that were not needed yet are left out."""
         choices = getattr(self.backend, "choices", {}).values()
-        lines = []
-        for choice in choices:
-            lines.append(f"{choice.stage:<14}{choice.backend}")
-            lines += [f"{'':<14}not {name}: {reason}" for name, reason in choice.passed_over.items()]
+        lines = [line for choice in choices for line in choice.as_lines()]
         return "\n".join(lines) or f"every stage: {self.backend.name}"
 
     def on(self, backend: Backend) -> Pipeline:
@@ -107,6 +140,8 @@ class Pipeline:
 
     def close(self) -> None:
         """Free the model."""
+        self._texts.clear()
+        self._conditioned.clear()
         self.backend.close()
 
     def __enter__(self) -> Pipeline:
@@ -117,23 +152,41 @@ class Pipeline:
 
     # The parts of a generation, in order.
 
-    def _encode_text(self, request: Request) -> tuple[Any, Any]:
-        """hidden [B,L,Dt] of the prompts, and [1,L,Dt] of the negative prompt."""
-        texts = (request.prompts, (request.negative_prompt,))
-        prompts, empty = (self.backend.run("text_encoder", tokens=self._tokenizer.encode(t))["hidden"] for t in texts)
-        return prompts, empty
+    def _encode_text(self, request: Request) -> tuple[list[_Text], _Text]:
+        """The prompts, and the negative prompt. Each is encoded alone, so that its result is its own, and once."""
+        prompts, (empty,) = (self._tokenizer.encode(t) for t in (request.prompts, (request.negative_prompt,)))
+        return [self._text(tokens) for tokens in prompts], self._text(empty)
+
+    def _text(self, tokens: NDArray[np.int64]) -> _Text:
+        def encode() -> _Text:
+            hidden = self.backend.run("text_encoder", tokens=tokens[None])["hidden"]
+            return _Text(tokens.tobytes(), self.backend.to_numpy(hidden))
+
+        return self._texts.get(tokens.tobytes(), encode)
 
     def _conditions(
-        self, texts: tuple[Any, Any], motion: NDArray[np.float32], appearance: NDArray[np.float32]
+        self, texts: tuple[list[_Text], _Text], motion: NDArray[np.float32], appearance: NDArray[np.float32]
     ) -> dict[str, Any]:
         """The denoising stages' inputs that do not change over the steps; the cues are [B,F,D] and [B,F,R]."""
-        hidden, empty = texts
-        given = self.backend.run("conditioner", hidden=hidden, motion=motion, appearance=appearance)
-        without = self.backend.run("conditioner", hidden=empty, motion=motion[:1], appearance=appearance[:1])
-        empty_context = self.backend.to_numpy(without["context"]).repeat(len(motion), axis=0)
-        return {**given, "empty_context": empty_context}
+        prompts, empty = texts
+        given = [self._condition(*row) for row in zip(prompts, motion, appearance, strict=True)]
+        without = self._condition(empty, motion[0], appearance[0])["context"]
+        return {
+            **{name: np.concatenate([row[name] for row in given]) for name in given[0]},
+            "empty_context": without.repeat(len(given), axis=0),
+        }
 
-    def _spatial_steps(self, request: Request, texts: tuple[Any, Any]) -> Iterator[Step]:
+    def _condition(
+        self, text: _Text, motion: NDArray[np.float32], appearance: NDArray[np.float32]
+    ) -> dict[str, NDArray[np.float32]]:
+        def run() -> dict[str, NDArray[np.float32]]:
+            cues = {"motion": motion[None], "appearance": appearance[None]}
+            made = self.backend.run("conditioner", hidden=text.hidden, **cues)
+            return {name: self.backend.to_numpy(value) for name, value in made.items()}
+
+        return self._conditioned.get((text.tokens, motion.tobytes(), appearance.tobytes()), run)
+
+    def _spatial_steps(self, request: Request, texts: tuple[list[_Text], _Text]) -> Iterator[Step]:
         """Stage one: no prior, motion 0 and appearance 1 for its single frame."""
         unet, batch = self.config.unet, len(request.prompts)
         motion = motion_cue(0.0, 1, unet.base_channels)[None].repeat(batch, axis=0)
@@ -143,7 +196,7 @@ class Pipeline:
         conditions = self._conditions(texts, motion, appearance)
         yield from denoise(self.backend, "spatial_unet", latents, table, request.guidance[0], **conditions)
 
-    def _temporal_steps(self, request: Request, texts: tuple[Any, Any], prior: Any) -> Iterator[Step]:
+    def _temporal_steps(self, request: Request, texts: tuple[list[_Text], _Text], prior: Any) -> Iterator[Step]:
         """Stage two: the key frame's latents [B,C,H,W] are the prior of every frame."""
         unet = self.config.unet
         offset = np.stack([noise.offset_noise(seed, unet.in_channels, request.frames) for seed in request.seeds])
@@ -173,21 +226,25 @@ class Pipeline:
     ) -> NDArray[np.uint8]:
         """Latents [B,C,F,H,W] to uint8 frames [B,F,Y,X,3], a few at a time. After each few: `on_frame(done, total)`
         and `on_chunk(first, frames)`, frames uint8 [n,Y,X,3] and the place of the first one of them among all B F.
+
+        No few are of two samples, for a graph's rounding may depend on how many it is given: so a sample's is its own.
         """
         z = np.asarray(self.backend.to_numpy(latents), dtype=np.float32)
-        batch, channels, frames, height, width = z.shape
+        batch, _, frames, height, width = z.shape
         factor = self.config.autoencoder.factor
-        decoded = np.empty((batch * frames, height * factor, width * factor, 3), np.uint8)
-        flat = z.transpose(0, 2, 1, 3, 4).reshape(batch * frames, channels, height, width)
-        for start in range(0, len(flat), DECODE_CHUNK):
-            chunk = flat[start : start + DECODE_CHUNK]
-            pixels = self.backend.to_numpy(self.backend.run("vae_decoder", latents=chunk)["pixels"])
-            decoded[start : start + len(chunk)] = to_uint8(pixels)
-            if on_chunk is not None:
-                on_chunk(start, decoded[start : start + len(chunk)])
-            if on_frame is not None:
-                on_frame(start + len(chunk), len(flat))
-        return decoded.reshape(batch, frames, *decoded.shape[1:])
+        decoded = np.empty((batch, frames, height * factor, width * factor, 3), np.uint8)
+        done = 0
+        for sample, target in zip(z.swapaxes(1, 2), decoded, strict=True):
+            for start in range(0, frames, DECODE_CHUNK):
+                chunk = sample[start : start + DECODE_CHUNK]
+                pixels = self.backend.to_numpy(self.backend.run("vae_decoder", latents=chunk)["pixels"])
+                target[start : start + len(chunk)] = to_uint8(pixels)
+                if on_chunk is not None:
+                    on_chunk(done, target[start : start + len(chunk)])
+                done += len(chunk)
+                if on_frame is not None:
+                    on_frame(done, batch * frames)
+        return decoded
 
     def _metadata(self, request: Request, index: int, seconds: dict[str, float]) -> dict[str, Any]:
         def plain(cue: Any) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -25,7 +25,7 @@ from higen.errors import (
     SettingsError,
 )
 
-__all__ = ["JSON", "reported"]
+__all__ = ["JSON", "Commands", "reported"]
 
 WRONG_INPUT = (RequestError, OutputError, ModelError, FixtureError, SettingsError)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object, errors too.")
@@ -57,3 +57,19 @@ def reported(as_json: bool) -> Iterator[None]:
                 click.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
     if code:
         sys.exit(code)
+
+
+class Commands(click.Group):
+    """A group of commands whose usage errors (an unknown option, say) are JSON too where --json is given."""
+
+    def main(self, args: Sequence[str] | None = None, *rest: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+        """As click's."""
+        given = sys.argv[1:] if args is None else list(args)
+        if not standalone_mode or "--json" not in given:
+            return super().main(args, *rest, standalone_mode=standalone_mode, **extra)
+        try:
+            code = super().main(given, *rest, standalone_mode=False, **extra)
+        except click.ClickException as error:
+            click.echo(json.dumps({"error": type(error).__name__, "message": error.format_message()}))
+            code = error.exit_code
+        sys.exit(code if isinstance(code, int) else 0)

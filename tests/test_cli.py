@@ -23,6 +23,7 @@ from higen.api import default_model
 from higen.cli import main
 from higen.errors import BackendUnavailable, FixtureError, TrainingError
 from higen.parity import Case
+from higen.stages import STAGES
 from higen.video import Video
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -241,6 +242,16 @@ def test_prompts(tiny_model: Path) -> None:
     assert run("prompts", "--model", tiny_model.parent).exit_code == 2
 
 
+@pytest.mark.parametrize("arguments", [["--sed", "3"], ["--seed", "x"], []])
+def test_a_usage_error_is_json_where_that_is_asked_for(arguments: list[str]) -> None:
+    result = run("generate", *(["a whale", *arguments] if arguments else []), "--json")
+    assert result.exit_code == 2
+    said = json.loads(result.stdout)
+    assert set(said) == {"error", "message"}
+    assert said["error"] in ("NoSuchOption", "BadParameter", "MissingParameter")
+    assert run("doctor", "--json", "--help").output.startswith("Usage:")
+
+
 @pytest.fixture
 def built_in(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The tiny model in the place of the built-in one."""
@@ -262,6 +273,11 @@ def test_doctor(tiny_model: Path) -> None:
     assert said["packages"]["numpy"] == np.__version__
     assert said["packages"]["tensorrt"] is None
     assert said["cpus"] >= 1
+    assert [(s["stage"], s["backend"], s["details"]) for s in said["stages"]] == [
+        (n, "torch", "cpu, fp32") for n in STAGES
+    ]
+    assert all("higen-export onnx" in stage["passed_over"]["onnx"] for stage in said["stages"])
+    assert "  temporal_unet torch (cpu, fp32)\n" in result.output
 
 
 @pytest.mark.usefixtures("built_in")
@@ -276,6 +292,18 @@ def test_doctor_says_why_a_backend_cannot_work(monkeypatch: pytest.MonkeyPatch) 
     assert "no: not installed: torch, diffusers (pip install 'higen[torch]')" in result.output
 
 
+def test_doctor_looks_at_any_model(tiny_model: Path) -> None:
+    result = run("doctor", "--model", str(tiny_model))
+    assert result.exit_code == 0
+    assert result.output.rstrip().rpartition("\n")[2].startswith(f"{tiny_model}: tiny, ")
+
+
+@pytest.mark.usefixtures("built_in")
+def test_doctor_names_two_packages_that_exclude_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "1.0")
+    assert "note: onnxruntime and onnxruntime-gpu are both installed" in run("doctor").output
+
+
 def test_doctor_sees_a_broken_model(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = shutil.copytree(tiny_model, tmp_path / "model")
     weights = (model / "vae.safetensors").read_bytes()
@@ -285,7 +313,8 @@ def test_doctor_sees_a_broken_model(tiny_model: Path, tmp_path: Path, monkeypatc
     assert result.exit_code == 1
     said = json.loads(result.stdout)
     assert said["healthy"] is False
-    assert said["model"].startswith("broken: ")
+    assert said["model"].startswith("built-in model: broken: ")
+    assert said["stages"] == []
     assert "vae.safetensors" in said["model"]
 
 

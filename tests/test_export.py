@@ -15,7 +15,8 @@ from higen.errors import BackendError, RequestError
 from higen.export import model as export
 from higen.export.cli import main
 from higen.export.graphs import LARGEST_INLINE
-from higen.export.model import Parity, check_graph, export_model
+from higen.export.model import export_model
+from higen.export.parity import Parity, check_graph
 from higen.stages import STAGES, dimensions
 
 EXPORTED = ("text_encoder", "conditioner")

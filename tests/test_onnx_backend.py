@@ -124,7 +124,7 @@ def copy(tmp_path: Path) -> Path:
 def test_auto_prefers_graphs(copy: Path) -> None:
     with higen.load(copy) as pipe:
         assert pipe.backend.name == "onnx"
-        assert "temporal_unet onnx" in " ".join(pipe.report().split())
+        assert "temporal_unet onnx (cpu, fp32)" in " ".join(pipe.report().split())
 
 
 def test_a_broken_graph_falls_back_with_one_warning(copy: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_missing_graph_is_passed_over_in_silence(copy: Path) -> None:
     (copy / graph_file("vae_decoder")).unlink()
     files.write_manifest(copy, original.config)
     with higen.load(copy) as pipe:
-        assert "vae_decoder torch not onnx: no vae_decoder.onnx" in " ".join(pipe.report().split())
+        assert "vae_decoder torch (cpu, fp32) not onnx: no vae_decoder.onnx" in " ".join(pipe.report().split())
     with pytest.raises(BackendUnavailable, match="higen-export onnx"):
         higen.load(copy, "onnx")
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from row_backend import RowBackend
 
 from higen.api import default_model
 from higen.backends.onnx import OnnxBackend
@@ -21,7 +22,6 @@ from higen.bundle import Bundle
 from higen.errors import BackendError, Cancelled, HigenError, RetryLater
 from higen.pipeline import Pipeline
 from higen.stages import STAGES
-from row_backend import RowBackend
 
 ROWS = dict.fromkeys(STAGES, 4)
 
@@ -75,10 +75,15 @@ def together(
         return list(threads.map(one, requests))
 
 
+def denoising(pipeline: Pipeline) -> list[int]:
+    """The rows of every denoising batch that the backend has run."""
+    return [shapes["t"][0] for stage, shapes in pipeline.backend.calls if stage.endswith("unet")]
+
+
 @pytest.mark.parametrize("slots", [1, 3, 16])
 def test_each_request_gets_what_it_gets_alone(pipeline: Pipeline, slots: int) -> None:
     alone = [generate(pipeline, arguments) for arguments in REQUESTS]
-    calls = len(pipeline.backend.calls)
+    calls = len(denoising(pipeline))
     pipeline.backend.calls.clear()
     with shared(pipeline, slots) as backend:
         found = together(pipeline, backend, REQUESTS)
@@ -86,8 +91,9 @@ def test_each_request_gets_what_it_gets_alone(pipeline: Pipeline, slots: int) ->
     for (latents, frames), (latents_alone, frames_alone) in zip(found, alone, strict=True):
         np.testing.assert_array_equal(latents, latents_alone)
         np.testing.assert_array_equal(frames, frames_alone)
-    rows = [next(iter(shapes.values()))[0] for _, shapes in pipeline.backend.calls]
+    rows = denoising(pipeline)
     assert max(rows) <= 4
+    assert sum(rows) == calls
     assert len(rows) < calls or slots == 1
 
 
@@ -95,7 +101,9 @@ def test_the_built_in_model_at_different_steps_gives_the_single_results() -> Non
     bundle = Bundle.open(default_model())
     pipeline = Pipeline(bundle, OnnxBackend(bundle, "cpu", threads=1))
     prompts = bundle.config.prompts
-    requests = [{"prompt": prompts[i % len(prompts)], "seed": i, "steps": (2 + i, 4 - i), "frames": 4} for i in range(4)]
+    requests = [
+        {"prompt": prompts[i % len(prompts)], "seed": i, "steps": (2 + i, 4 - i), "frames": 4} for i in range(4)
+    ]
     alone = [generate(pipeline, arguments) for arguments in requests]
     with shared(pipeline) as backend:
         found = together(pipeline, backend, requests)
@@ -240,5 +248,4 @@ def test_requests_keep_step_with_each_other(pipeline: Pipeline) -> None:
 
         with ThreadPoolExecutor(4) as threads:
             list(threads.map(one, range(4)))
-    steps = [shapes["t"] for stage, shapes in pipeline.backend.calls if stage.endswith("unet")]
-    assert steps == [(4,)] * 8
+    assert denoising(pipeline) == [4] * 8

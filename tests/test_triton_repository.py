@@ -154,6 +154,7 @@ def test_engines_are_used_where_they_are(model: Bundle, tmp_path: Path) -> None:
     ("settings", "message"),
     [
         ({"device": "tpu"}, "device='tpu': one of 'cpu', 'gpu'"),
+        ({"precision": "fp8"}, "precision='fp8': one of 'fp32'"),
         ({"max_batch": 0}, "max_batch=0: a whole number from 1"),
         ({"slots": True}, "slots=True"),
         ({"line": -1}, "line=-1: a whole number from 0"),
@@ -176,11 +177,13 @@ def assert_nothing_written(folder: Path, error: type[HigenError], message: str, 
 def test_what_cannot_be_written_leaves_nothing_behind(model: Bundle, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
-    assert_nothing_written(folder, ModelError, "engines='h100': .* has engines for nothing", model, device="gpu", engines="h100")
+    assert_nothing_written(
+        folder, ModelError, "engines='h100': .* has engines for nothing", model, device="gpu", engines="h100"
+    )
     (model.path / "engines" / "h100").mkdir(parents=True)
     assert_nothing_written(folder, ModelError, "no engine of any stage", model, device="gpu", engines="h100")
     without = replace(model, files={k: v for k, v in model.files.items() if k != graph_file("vae_decoder")})
-    assert_nothing_written(folder, IntegrityError, "no graph of vae_decoder: higen-export onnx", without)
+    assert_nothing_written(folder, IntegrityError, "no graph in fp32 of vae_decoder: higen-export onnx", without)
     (model.path / weights_file("vae_encoder")).write_bytes(b"\0" * model.files[weights_file("vae_encoder")].size)
     assert_nothing_written(folder, IntegrityError, "does not match the sha256", model)
 
@@ -228,6 +231,22 @@ def test_the_command(bundle: Bundle, tmp_path: Path) -> None:
 def test_a_model_without_graphs_is_told_how_to_make_them(tiny_model: Path, tmp_path: Path) -> None:
     code, output = run(str(tiny_model), str(tmp_path / "repository"))
     assert (code, "higen-export onnx" in output) == (2, True)
+
+
+def test_another_precision(model: Bundle, tmp_path: Path) -> None:
+    """Its graphs, with the weights that they point into: those of their own, else the model's."""
+    for name in STAGES:
+        shutil.copy(model.path / graph_file(name), model.path / graph_file(name, "fp16"))
+    own = weights_file("spatial_unet", "fp16")
+    shutil.copy(model.path / weights_file("spatial_unet"), model.path / own)
+    model = add_files(model, [own, *(graph_file(name, "fp16") for name in STAGES)])
+    write_repository(model, tmp_path / "repository", Settings(device="gpu", precision="fp16"))
+    for name in STAGES:
+        version = tmp_path / "repository" / name / "1"
+        assert {path.name for path in version.iterdir()} == {"model.onnx", model.weights(name, "fp16")}
+    assert (tmp_path / "repository" / "temporal_unet" / "1" / own).is_file()
+    with pytest.raises(IntegrityError, match="no graph in bf16 of text_encoder.*--precision bf16"):
+        write_repository(model, tmp_path / "other", Settings(precision="bf16"))
 
 
 def test_files_added_later_are_no_part_of_it(model: Bundle, tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+from row_backend import RowBackend
 
 from higen.bundle import Bundle
 from higen.engines.triton.interface import INPUTS, OUTPUTS, read_request, request_tensors
@@ -22,7 +23,6 @@ from higen.errors import BackendError, Cancelled, HigenError, PromptWarning, Req
 from higen.pipeline import Pipeline
 from higen.request import OPTIONS
 from higen.stages import STAGES
-from row_backend import RowBackend
 
 LIMITS = Limits(slots=4, line=8, rows=dict.fromkeys(STAGES, 4))
 
@@ -114,7 +114,12 @@ def test_the_events_of_a_request(service: Service, pipeline: Pipeline) -> None:
 def test_previews_come_when_asked_for(service: Service) -> None:
     client = answered(ask(service, steps=[4, 5], preview_every=2))
     previews = client.of("preview")
-    assert [(e["stage"], e["step"]) for e in previews] == [("spatial", 2), ("spatial", 4), ("temporal", 2), ("temporal", 4)]
+    assert [(e["stage"], e["step"]) for e in previews] == [
+        ("spatial", 2),
+        ("spatial", 4),
+        ("temporal", 2),
+        ("temporal", 4),
+    ]
     assert [e["frames"].shape for e in previews] == [(1, 16, 24, 3)] * 2 + [(4, 16, 24, 3)] * 2
     assert client.of("frames")
 
@@ -181,7 +186,10 @@ def test_a_wrong_request_is_refused_at_once(service: Service, options: dict[str,
         ({}, "prompt: one text is wanted"),
         ({"prompt": np.array([b"a", b"b"], object)}, "prompt: one text is wanted"),
         ({"prompt": np.array([b"\xff"], object)}, "prompt: not valid UTF-8"),
-        ({"prompt": np.array([b"a"], object), "colour": np.array([b"red"], object)}, "colour: unknown; a request takes"),
+        (
+            {"prompt": np.array([b"a"], object), "colour": np.array([b"red"], object)},
+            "colour: unknown; a request takes",
+        ),
     ],
 )
 def test_malformed_inputs_are_refused(tensors: dict[str, np.ndarray], message: str) -> None:

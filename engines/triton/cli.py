@@ -16,6 +16,7 @@ __all__ = ["triton"]
 @click.argument("model", type=click.Path(path_type=Path))
 @click.argument("repository", type=click.Path(path_type=Path))
 @click.option("--device", default="cpu", show_default=True, help="Where the stages run: cpu or gpu.")
+@click.option("--precision", default="fp32", show_default=True, help="Which graphs: fp32, fp16 or bf16.")
 @click.option("--engines", help="Use the TensorRT engines in this folder of MODEL/engines; other stages use graphs.")
 @click.option("--max-batch", default=8, show_default=True, help="Samples in a denoising batch.")
 @click.option("--slots", default=16, show_default=True, help="Requests at work at once.")
@@ -27,6 +28,7 @@ def triton(
     model: Path,
     repository: Path,
     device: str,
+    precision: str,
     engines: str | None,
     max_batch: int,
     slots: int,
@@ -45,6 +47,7 @@ def triton(
 
         settings = Settings(
             device=device,
+            precision=precision,
             max_batch=max_batch,
             slots=slots,
             line=line,

@@ -20,6 +20,7 @@ from higen.pipeline import Pipeline
 
 __all__ = ["TritonPythonModel"]
 
+
 class TritonPythonModel:
     """What Triton's Python backend calls."""
 

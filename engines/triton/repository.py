@@ -19,7 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from higen import bundle as files
-from higen.bundle import Bundle, graph_file, weights_file
+from higen.bundle import Bundle, check_precision, graph_file
 from higen.engines.triton.config import KINDS, orchestrator_config, stage_config
 from higen.engines.triton.service import Limits
 from higen.errors import IntegrityError, ModelError, RequestError
@@ -45,10 +45,12 @@ class Settings:
     line       requests that may wait for a slot; further ones are refused and may be sent again
     instances  copies of each stage on the device
     threads    of a stage on a CPU; None: ONNX Runtime's choice
+    precision  of the graphs: "fp32", "fp16" or "bf16"
     engines    name of the folder in the model's engines/ whose TensorRT engines are used; other stages use graphs
     """
 
     device: str = "cpu"
+    precision: str = "fp32"
     max_batch: int = 8
     slots: int = 16
     line: int = 256
@@ -59,6 +61,7 @@ class Settings:
     def __post_init__(self) -> None:
         if self.device not in KINDS:
             raise RequestError(f"device={self.device!r}: one of {', '.join(map(repr, KINDS))}")
+        check_precision(self.precision)
         for name in ("max_batch", "slots", "instances"):
             _check_whole(name, getattr(self, name), 1)
         _check_whole("line", self.line, 0)
@@ -85,9 +88,13 @@ def write_repository(bundle: Bundle, target: str | os.PathLike[str], settings: S
     IntegrityError (no graph of a stage; a file unlike its sha256).
     """
     engines = _engines(bundle, settings.engines)
-    missing = [stage for stage in STAGES if stage not in engines and graph_file(stage) not in bundle.files]
+    precision = settings.precision
+    missing = [stage for stage in STAGES if stage not in engines and precision not in bundle.precisions(stage)]
     if missing:
-        raise IntegrityError(f"{bundle.path}: no graph of {', '.join(missing)}: higen-export onnx {bundle.path}")
+        raise IntegrityError(
+            f"{bundle.path}: no graph in {precision} of {', '.join(missing)}: "
+            f"higen-export onnx {bundle.path} --precision {precision}"
+        )
     with _aside(Path(target)) as folder:
         link = _Links()
         for name, stage in STAGES.items():
@@ -96,8 +103,9 @@ def write_repository(bundle: Bundle, target: str | os.PathLike[str], settings: S
             if name in engines:
                 link(engines[name], version / "model.plan")
             else:
-                link(bundle.file(graph_file(name)), version / "model.onnx")
-                link(bundle.file(weights_file(name)), version / weights_file(name))
+                weights = bundle.weights(name, precision)
+                link(bundle.file(graph_file(name, precision)), version / "model.onnx")
+                link(bundle.file(weights), version / weights)
             config = stage_config(
                 stage,
                 dimensions(bundle.config),

@@ -118,7 +118,9 @@ def running(
 ) -> Iterator[Server]:
     """A server of the repository, ready; ports 0 are chosen. It is stopped at the end."""
     with tempfile.TemporaryDirectory(prefix="higen-triton-") as work:
-        http_port, grpc_port = (given or free for given, free in zip((http_port, grpc_port), free_ports(2), strict=True))
+        http_port, grpc_port = (
+            given or free for given, free in zip((http_port, grpc_port), free_ports(2), strict=True)
+        )
         backends, log = Path(work, "backends"), Path(work, "log")
         backends.mkdir()
         line = command(repository.resolve(), backends, http_port, grpc_port, exit_timeout)

@@ -70,9 +70,7 @@ class Service:
 
     def __init__(self, pipeline: Pipeline, backend: Backend, limits: Limits) -> None:
         """`pipeline` gives the model and its tokenizer; its stages are run by `backend`."""
-        self.shared = SharedBackend(
-            backend, pipeline.config, Batcher(limits.slots, limits.rows, line=limits.line)
-        )
+        self.shared = SharedBackend(backend, pipeline.config, Batcher(limits.slots, limits.rows, line=limits.line))
         self._pipeline = pipeline
         self._open: dict[RequestBackend, tuple[Reply, threading.Thread]] = {}
         self._lock = threading.Lock()

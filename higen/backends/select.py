@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import threading
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -12,13 +13,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from higen.backends.base import Backend
-from higen.bundle import Bundle
+from higen.bundle import Bundle, check_precision
 from higen.errors import BackendError, BackendUnavailable, FallbackWarning, IntegrityError, MissingExtra, RequestError
 
 __all__ = ["BACKENDS", "Availability", "Choice", "StageRouter", "availability", "check_backend", "select_backend"]
 
 BACKENDS = ("onnx", "torch")
 """Known backends, the preferred one first: a compiled way before the modules themselves."""
+
+MAX_THREADS = 1024
+
+DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""What PyTorch calls the precisions."""
 
 _PACKAGES = {"onnx": ("onnxruntime",), "torch": ("torch", "diffusers", "transformers", "safetensors")}
 
@@ -51,11 +57,20 @@ def check_backend(name: str) -> str:
 
 @dataclass
 class Choice:
-    """What runs a stage, and the reason why each better backend was passed over."""
+    """What runs a stage, and the reason why each better backend was passed over. `details`: device and precision."""
 
     stage: str
     backend: str
     passed_over: dict[str, str] = field(default_factory=dict)
+    details: str = ""
+
+    def as_lines(self) -> list[str]:
+        """For a person: what runs the stage, then a line for each way passed over."""
+        runs = f"{self.backend} ({self.details})" if self.details else self.backend or "nothing"
+        return [
+            f"{self.stage:<14}{runs}",
+            *(f"{'':<14}not {name}: {reason}" for name, reason in self.passed_over.items()),
+        ]
 
 
 class StageRouter:
@@ -68,6 +83,7 @@ class StageRouter:
         self._makers = dict(makers)
         self._absent = dict(absent)
         self._made: dict[str, Backend] = {}
+        self._choosing = threading.Lock()
 
     @property
     def name(self) -> str:
@@ -77,7 +93,9 @@ class StageRouter:
     def prepare(self, stage: str) -> None:
         """Choose a stage's backend. Raises BackendUnavailable or the last way's own error where none works."""
         if stage not in self.choices:
-            self.choices[stage] = self._choose(stage)
+            with self._choosing:
+                if stage not in self.choices:
+                    self.choices[stage] = self._choose(stage)
 
     def run(self, stage: str, /, **tensors: Any) -> Mapping[str, Any]:
         """Run a stage on its backend; tensors of another backend are brought to the host first."""
@@ -115,7 +133,8 @@ class StageRouter:
             else:
                 if broken is not None:
                     warnings.warn(f"{stage} runs on {name}: {broken}", FallbackWarning, stacklevel=2)
-                return Choice(stage, name, passed_over)
+                describe: Callable[[str], str] = getattr(self._made[name], "describe", lambda _: "")
+                return Choice(stage, name, passed_over, describe(stage))
         if broken is not None:
             raise broken
         reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
@@ -123,36 +142,49 @@ class StageRouter:
 
 
 def select_backend(
-    bundle: Bundle, name: str = "auto", *, device: str | None = None, dtype: str | None = None, verify: bool = True
+    bundle: Bundle,
+    name: str = "auto",
+    *,
+    device: str | None = None,
+    precision: str | None = None,
+    threads: int | None = None,
+    verify: bool = True,
 ) -> StageRouter:
     """A router over the named backend, or with "auto" over all that are installed.
 
-    `dtype` is for torch alone: a graph's precision is its own. Raises BackendUnavailable, saying why each is not here,
-    and IntegrityError where a file the chosen way needs is broken and no other way exists.
+    `precision` (bundle.PRECISIONS) is what the stages compute in; a stage without a graph in it is passed on to the
+    next backend. None: each backend's choice for its device. `threads` that a stage may use on a CPU.
+
+    Raises RequestError for an option that no backend takes, BackendUnavailable, saying why each is not here, and
+    IntegrityError where a file the chosen way needs is broken and no other way exists.
     """
     check_backend(name)
+    if precision is not None:
+        check_precision(precision)
+    if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
+        raise RequestError(f"threads={threads!r}: a whole number from 1 to {MAX_THREADS}")
     wanted = [a for a in availability() if name in ("auto", a.backend)]
     absent = {a.backend: a.reason for a in wanted if not a.works}
-    if dtype is not None and name == "auto":
-        wanted = [a for a in wanted if a.backend == "torch"]
     makers: dict[str, Callable[[], Backend]] = {}
     for candidate in wanted:
         if candidate.works:
-            makers[candidate.backend] = _maker(candidate.backend, bundle, device, dtype, verify)
+            makers[candidate.backend] = _maker(candidate.backend, bundle, device, precision, threads, verify)
     if not makers:
         raise BackendUnavailable("; ".join(f"{backend}: {reason}" for backend, reason in absent.items()))
     return StageRouter(bundle, makers, absent)
 
 
-def _maker(backend: str, bundle: Bundle, device: str | None, dtype: str | None, verify: bool) -> Callable[[], Backend]:
+def _maker(
+    backend: str, bundle: Bundle, device: str | None, precision: str | None, threads: int | None, verify: bool
+) -> Callable[[], Backend]:
     def onnx() -> Backend:
         from higen.backends.onnx import OnnxBackend
 
-        return OnnxBackend(bundle, device, verify=verify)
+        return OnnxBackend(bundle, device, precision, threads, verify)
 
     def torch() -> Backend:
         from higen.backends.torch import TorchBackend
 
-        return TorchBackend(bundle, device, dtype, verify)
+        return TorchBackend(bundle, device, DTYPES[precision] if precision else None, verify, threads)
 
     return {"onnx": onnx, "torch": torch}[backend]

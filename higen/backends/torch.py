@@ -29,6 +29,7 @@ from higen.stages import STAGES, check_inputs, dimensions
 __all__ = ["TorchBackend", "load_denoiser"]
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 class TorchBackend:
@@ -37,10 +38,16 @@ class TorchBackend:
     name = "torch"
 
     def __init__(
-        self, bundle: Bundle, device: str | None = None, dtype: str | None = None, verify: bool = True
+        self,
+        bundle: Bundle,
+        device: str | None = None,
+        dtype: str | None = None,
+        verify: bool = True,
+        threads: int | None = None,
     ) -> None:
         """`device`: "cpu", "cuda", "cuda:1", ...; the GPU if there is one. `dtype`: "float32", "float16", "bfloat16";
-        float32 on a CPU, as stored elsewhere. `verify`: check each file's sha256 as it is loaded.
+        float32 on a CPU, as stored elsewhere. `verify`: check each file's sha256 as it is loaded. `threads` of one
+        operator on a CPU, for the whole process (PyTorch has no other way); None: as it is.
         """
         self.bundle = bundle
         self.device = _device(device)
@@ -49,6 +56,8 @@ class TorchBackend:
         self.dtype = DTYPES[dtype] if dtype else (torch.float32 if self.device.type == "cpu" else None)
         self._verify = verify
         self._fixed = dimensions(bundle.config)
+        if threads is not None:
+            torch.set_num_threads(threads)
 
     def prepare(self, stage: str) -> None:
         """Load the network of a stage."""
@@ -76,6 +85,11 @@ class TorchBackend:
     def to_numpy(self, tensor: Any) -> NDArray[Any]:
         """A tensor as a numpy array on the host."""
         return tensor.cpu().numpy() if isinstance(tensor, torch.Tensor) else np.asarray(tensor)
+
+    def describe(self, stage: str) -> str:
+        """Where and in what precision a stage runs: "cpu, fp32"."""
+        dtype = next(self.module(stage).parameters()).dtype
+        return f"{self.device}, {next(name for name, known in PRECISIONS.items() if known == dtype)}"
 
     def close(self) -> None:
         """Drop the networks."""

@@ -1,7 +1,8 @@
 """The stages as modules: `forward` takes a stage's inputs in the order of `higen.stages` and returns its outputs.
 
 The torch backend runs these and the export traces them, so the two agree by construction. Inputs and outputs are
-float32 whatever the weights' precision; the guidance mix and the solver's update are computed in float32.
+float32 whatever the weights' precision; prior preconditioning, the guidance mix and the solver's update are computed
+in float32.
 """
 
 from __future__ import annotations
@@ -27,14 +28,22 @@ def velocity(
 ) -> Tensor:
     """v for latents [B,C,F,H,W]; alpha and sigma [B] are those of t. Undoes prior preconditioning where there is one.
 
+    The network computes in its own precision, that of `context` and `frame_embedding`; all around it, in the latents'.
+
     With a residual r = (z - p) / g against the prior p, g > 0 per frame, the network sees
     x' = c (x - alpha p), c = 1 / sqrt(alpha^2 g^2 + sigma^2), which is again a unit-variance diffusion of r, and its
     output v' is read out as v = g c v' + alpha sigma c (1 - g^2) x' - sigma p. At g = 1 this is v' - sigma p.
     """
+
+    def predict(x: Tensor) -> Tensor:
+        inside = context.dtype
+        v = unet(x.to(inside), t, context, frame_embedding, None if prior is None else prior.to(inside))
+        return v.to(latents.dtype)
+
     if unet.residual_gain is None or prior is None:
-        return unet(latents, t, context, frame_embedding, prior)
+        return predict(latents)
     entered, g, c = precondition(unet.residual_gain, latents, alpha, sigma, frame_embedding, prior)
-    v = unet(entered, t, context, frame_embedding, prior)
+    v = predict(entered)
     a, s = _per_sample(alpha, v), _per_sample(sigma, v)
     return g * c * v + a * s * c * (1 - g**2) * entered - s * prior[:, :, None]
 
@@ -43,7 +52,7 @@ def precondition(
     residual_gain: nn.Module, latents: Tensor, alpha: Tensor, sigma: Tensor, frame_embedding: Tensor, prior: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x' as `velocity` defines it [B,C,F,H,W], with g and c [B,1,F,1,1]; g is predicted from the cues alone."""
-    gain = residual_gain(nn.functional.silu(frame_embedding)).exp()  # [B, F, 1]
+    gain = residual_gain(nn.functional.silu(frame_embedding)).to(latents.dtype).exp()  # [B, F, 1]
     g = gain[:, None, :, :, None]
     a, s = _per_sample(alpha, latents), _per_sample(sigma, latents)
     c = torch.rsqrt(a**2 * g**2 + s**2)
@@ -105,15 +114,15 @@ class DenoisingStage(nn.Module):
         dtype = self.unet.conv_in.weight.dtype
         both = velocity(
             self.unet,
-            _twice(latents.to(dtype)),
+            _twice(latents),
             _twice(t),
-            _twice(alpha.to(dtype)),
-            _twice(sigma.to(dtype)),
+            _twice(alpha),
+            _twice(sigma),
             torch.cat([context, empty_context]).to(dtype),
             _twice(frame_embedding.to(dtype)),
-            None if prior is None else _twice(prior.to(dtype)),
+            None if prior is None else _twice(prior),
         )
-        branches = both.float().unflatten(0, (2, -1))  # not chunked: a chunk exports as a sequence
+        branches = both.unflatten(0, (2, -1))  # not chunked: a chunk exports as a sequence
         v = branches[1] + _per_sample(guidance, latents) * (branches[0] - branches[1])
         x0 = _per_sample(alpha, latents) * latents - _per_sample(sigma, latents) * v
         stepped = _per_sample(A, latents) * latents + _per_sample(B, latents) * v + _per_sample(C, latents) * previous

@@ -1,17 +1,24 @@
-"""Weights from a file into a module, with never a second copy of all of them in memory."""
+"""Weights from a file into a module and back into a file, with never a second copy of all of them in memory."""
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from higen.errors import IntegrityError
+from higen.errors import CheckpointError, IntegrityError
 
-__all__ = ["fill"]
+__all__ = ["DTYPES", "fill", "write_safetensors"]
+
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+NAMES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
+"""How safetensors spells them."""
 
 CHUNK = 256 * 2**20
 """Bytes read between two openings of a file: what was read of a mapped file stays in memory until it is closed."""
@@ -68,3 +75,34 @@ def _check(path: str | os.PathLike[str], given: Mapping[str, list[int]], wanted:
         raise IntegrityError(
             f"{os.fspath(path)}: {len(problems)} tensors do not fit the manifest, the first of them:\n  {listed}"
         )
+
+
+def write_safetensors(
+    path: Path, state: Mapping[str, Tensor], dtype: str, on_bytes: Callable[[int], None] = lambda size: None
+) -> None:
+    """Write tensors as safetensors in `dtype`, one at a time (the library's own writer wants all of them at once).
+
+    Raises CheckpointError for a tensor that is not of floats or not finite, OSError.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, tensor in state.items():
+        start, end = end, end + tensor.numel() * DTYPES[dtype].itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with path.open("wb") as file:
+        file.write(len(encoded).to_bytes(8, "little") + encoded)
+        for name, tensor in state.items():
+            on_bytes(_write_tensor(file, name, tensor, dtype))
+
+
+def _write_tensor(file: BinaryIO, name: str, tensor: Tensor, dtype: str) -> int:
+    if not tensor.is_floating_point():
+        raise CheckpointError(f"{name} has the type {tensor.dtype}: weights are floating-point numbers")
+    stored = tensor.to(DTYPES[dtype]).contiguous()
+    if not stored.isfinite().all():
+        if tensor.isfinite().all():
+            raise CheckpointError(f"{name} has values too great for {dtype}: choose 'bf16' or 'fp32'")
+        raise CheckpointError(f"{name} has values that are infinite or not a number: the checkpoint is damaged")
+    return file.write(stored.reshape(-1).view(torch.uint8).numpy().data)

@@ -1,0 +1,183 @@
+"""The parity gate: a graph on ONNX Runtime's CPU provider against the torch stage, at shapes the tracer did not see."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import torch
+from numpy.typing import NDArray
+
+from higen.backends.torch import TorchBackend
+from higen.bundle import Bundle
+from higen.errors import BackendError
+from higen.export.graphs import example_inputs, sizes_for
+from higen.export.precision import VARIANTS, in_float32, rounded
+from higen.stages import STAGES, dimensions
+
+__all__ = ["Parity", "Reference", "check_graph", "check_rounding", "graph_sizes", "references", "shapes"]
+
+LARGEST_ROUNDED = 100_000_000
+"""Parameters of a network up to which `check_rounding` runs it."""
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Largest difference from the torch stage in float32 at one shape, relative to the largest output.
+
+    `way` says what was run: the "graph" itself, the "graph in float32" (`precision.in_float32`), or the
+    "module" in PyTorch in the graph's precision. An `error` of None: it could not be run here, `note` says why.
+    """
+
+    stage: str
+    shape: str
+    error: float | None
+    precision: str = "fp32"
+    way: str = "graph"
+    tolerance: float = VARIANTS["fp32"].tolerance
+    note: str = ""
+
+    @property
+    def passed(self) -> bool:
+        """Whether the difference is within the tolerance, or could not be measured in this way."""
+        return self.error is None or self.error <= self.tolerance
+
+    def as_json(self) -> dict[str, str | float | None]:
+        """JSON-ready values."""
+        return dict(vars(self))
+
+    def as_line(self) -> str:
+        """A line of the listing for a person."""
+        measured = "not run" if self.error is None else f"{self.error:.1e}"
+        verdict = self.note if self.error is None else "ok" if self.passed else f"OVER {self.tolerance:.0e}"
+        return f"{self.stage:<14}{self.precision:<6}{self.way:<18}{self.shape:<24}{measured:>9}  {verdict}"
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a stage is to give at one shape: outputs in the table's order for `example_inputs(stage, sizes, seed)`."""
+
+    sizes: Mapping[str, int]
+    seed: int
+    outputs: Sequence[NDArray[np.float32]]
+
+
+def shapes(bundle: Bundle) -> Iterator[dict[str, int]]:
+    """Sizes the tracer did not see: B = F (an exporter's favourite mistake), a single sample, the model's own."""
+    multiple, defaults = bundle.config.unet.size_multiple, bundle.config.defaults
+    u = multiple if multiple >= 8 else 2 * multiple
+    yield {"B": 3, "F": 3, "N": 2, "H": u, "W": 2 * u}
+    yield {"B": 1, "F": 8, "N": 1, "H": 2 * u, "W": u}
+    yield {"B": 2, "F": 4, "N": 4, "H": u, "W": 3 * u}
+    factor = bundle.config.autoencoder.factor
+    own = {"H": defaults.height // factor, "W": defaults.width // factor}
+    if own["H"] * own["W"] * defaults.frames <= 4096:  # the released model's takes minutes on a CPU
+        yield {"B": 1, "F": defaults.frames, "N": 2, **own}
+
+
+def references(
+    backend: TorchBackend, name: str, precision: str = "fp32", static: Mapping[str, int] | None = None
+) -> list[Reference]:
+    """Run a torch stage, in float32 with weights rounded to `precision`, at every shape of `shapes`.
+
+    `static`: three times at these sizes instead.
+    """
+    bundle, stage = backend.bundle, STAGES[name]
+    if backend.dtype != torch.float32:
+        raise BackendError("a reference is computed in float32")
+    rounded(backend.module(name), precision)
+    made = []
+    for i, free in enumerate(shapes(bundle) if not static else [{"N": n + 1, **static} for n in range(3)]):
+        sizes = sizes_for(bundle, free)
+        outputs = backend.run(name, **example_inputs(stage, sizes, seed=i + 1))
+        made.append(Reference(sizes, i + 1, [backend.to_numpy(value) for value in outputs.values()]))
+    return made
+
+
+def graph_sizes(name: str, graph: Path) -> dict[str, int]:
+    """Those of B, F, H and W that a stage's graph file fixes: none, unless it was exported with --static."""
+    loaded = ir.load(graph).graph
+    stage, sizes = STAGES[name], dict[str, int]()
+    ends = [*zip(loaded.inputs, stage.inputs, strict=True), *zip(loaded.outputs, stage.outputs, strict=True)]
+    for value, tensor in ends:
+        for symbol, size in zip(tensor.shape, value.shape or (), strict=False):
+            if symbol in ("B", "F", "H", "W") and isinstance(size, int):
+                sizes[str(symbol)] = size
+    return sizes
+
+
+def check_rounding(low: TorchBackend, name: str, reference: Reference, precision: str) -> Parity:
+    """Run a stage's module in the precision, in PyTorch: what rounding costs, and whether an activation overflows.
+
+    ONNX Runtime's CPU provider does not tell: it computes much of a float16 graph in float32. A large network is left
+    out: most CPUs run these types at less than 1 GFLOP/s.
+    """
+    parity = Parity(name, "", None, precision, "module", VARIANTS[precision].tolerance)
+    if sum(p.numel() for p in low.module(name).parameters()) > LARGEST_ROUNDED:
+        return replace(parity, note="left out: it takes PyTorch too long on a CPU")
+    outputs = low.run(name, **example_inputs(STAGES[name], reference.sizes, reference.seed))
+    error = max(_difference(low.to_numpy(a), b) for a, b in zip(outputs.values(), reference.outputs, strict=True))
+    return replace(parity, shape=_shape(low.bundle, name, reference), error=error)
+
+
+def check_graph(
+    bundle: Bundle, name: str, graph: Path, expected: Sequence[Reference], precision: str = "fp32"
+) -> Iterator[Parity]:
+    """Run a graph file of the model's folder at every reference.
+
+    A graph in fewer bits is run twice: a copy of it that computes in float32, which must agree as closely as float32
+    graphs do, and itself, within its precision's tolerance. ONNX Runtime's CPU provider has few kernels for bfloat16;
+    where it cannot run a graph the second says so. Raises BackendError for a graph that breaks ONNX's rules: an
+    operator that does not take a type, say, which a graph that cannot be run would hide.
+    """
+    try:
+        onnx.checker.check_model(str(graph), full_check=True)
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+        raise BackendError(f"{name}: the graph is no valid ONNX: {error}") from error
+    if precision == "fp32":
+        yield from _run(bundle, name, graph, expected, Parity(name, "", None))
+        return
+    copy = graph.with_name(f".{graph.name.strip('.')}.float32")
+    try:
+        in_float32(graph, copy)
+        yield from _run(bundle, name, copy, expected, Parity(name, "", None, precision, "graph in float32"))
+    finally:
+        copy.unlink(missing_ok=True)
+    yield from _run(
+        bundle, name, graph, expected, Parity(name, "", None, precision, tolerance=VARIANTS[precision].tolerance)
+    )
+
+
+def _run(bundle: Bundle, name: str, graph: Path, expected: Sequence[Reference], parity: Parity) -> Iterator[Parity]:
+    stage = STAGES[name]
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    try:
+        session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # ONNX Runtime's errors share no base but Exception
+        if parity.precision == "bf16" and parity.way == "graph" and "NOT_IMPLEMENTED" in str(error):
+            yield replace(parity, note="ONNX Runtime has no CPU kernels for it")
+            return
+        raise BackendError(f"{name}: ONNX Runtime cannot load the graph: {error}") from error
+    for reference in expected:
+        inputs = example_inputs(stage, reference.sizes, reference.seed)
+        ours = session.run(list(stage.graph_outputs), {key: value.numpy() for key, value in inputs.items()})
+        errors = [_difference(a, b) for a, b in zip(ours, reference.outputs, strict=True)]
+        yield replace(parity, shape=_shape(bundle, name, reference), error=max(errors))
+
+
+def _shape(bundle: Bundle, name: str, reference: Reference) -> str:
+    symbols = {symbol for tensor in STAGES[name].inputs for symbol in tensor.shape} - set(dimensions(bundle.config))
+    return " ".join(f"{key}={n}" for key, n in reference.sizes.items() if key in symbols)
+
+
+def _difference(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
+    """Relative to the largest value; infinite for an output that is not finite, which no comparison may let pass."""
+    if not np.isfinite(ours).all():
+        return float("inf")
+    return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-6))
