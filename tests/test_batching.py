@@ -159,7 +159,7 @@ def test_limits_are_checked(slots: int, rows: int, line: int) -> None:
 
 @st.composite
 def traffic(draw: st.DrawFn) -> tuple[int, list[tuple[int, list[tuple[str, int, int]], int | None]]]:
-    """Slots, and requests: when each comes, its calls (stage, width, rows), and before which of them it is cancelled."""
+    """Slots, and requests: when each comes, its calls (stage, width, rows), before which of them it is cancelled."""
     call = st.sampled_from([("spatial_unet", 1, 1), ("spatial_unet", 2, 1), ("temporal_unet", 1, 1),
                             ("temporal_unet", 1, 2), ("vae_decoder", 1, 3)])  # fmt: skip
     requests = draw(
@@ -172,7 +172,7 @@ def traffic(draw: st.DrawFn) -> tuple[int, list[tuple[int, list[tuple[str, int, 
     return draw(st.integers(1, 6)), requests
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(traffic())
 def test_every_request_gets_its_rows_in_order_and_nobody_starves(
     case: tuple[int, list[tuple[int, list[tuple[str, int, int]], int | None]]],

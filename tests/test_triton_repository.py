@@ -189,7 +189,7 @@ def test_what_cannot_be_written_leaves_nothing_behind(model: Bundle, tmp_path: P
 
 
 def test_a_target_that_cannot_be(bundle: Bundle, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="the folder .* does not exist"):
+    with pytest.raises(ModelError, match=r"the folder .* does not exist"):
         write_repository(bundle, tmp_path / "missing" / "repository", Settings())
     (tmp_path / "there").mkdir()
     with pytest.raises(ModelError, match="exists already"):
@@ -245,7 +245,7 @@ def test_another_precision(model: Bundle, tmp_path: Path) -> None:
         version = tmp_path / "repository" / name / "1"
         assert {path.name for path in version.iterdir()} == {"model.onnx", model.weights(name, "fp16")}
     assert (tmp_path / "repository" / "temporal_unet" / "1" / own).is_file()
-    with pytest.raises(IntegrityError, match="no graph in bf16 of text_encoder.*--precision bf16"):
+    with pytest.raises(IntegrityError, match=r"no graph in bf16 of text_encoder.*--precision bf16"):
         write_repository(model, tmp_path / "other", Settings(precision="bf16"))
 
 

@@ -208,10 +208,15 @@ def test_a_request_by_http_streams_its_events(server: Server, pipeline: Pipeline
 def test_eight_at_once_get_their_single_results(server: Server, pipeline: Pipeline) -> None:
     prompts = pipeline.config.prompts or ("a whale",)
     requests = [
-        {"prompt": prompts[i % len(prompts)], "seed": 100 + i, "steps": [2 + i % 4, 5 - i % 3], "guidance": [1.0 + i, 1.0 + i / 4],
-         "solver": ("ddim", "dpm++2m")[i % 2]}
+        {
+            "prompt": prompts[i % len(prompts)],
+            "seed": 100 + i,
+            "steps": [2 + i % 4, 5 - i % 3],
+            "guidance": [1.0 + i, 1.0 + i / 4],
+            "solver": ("ddim", "dpm++2m")[i % 2],
+        }
         for i in range(8)
-    ]  # fmt: skip
+    ]
     start = time.perf_counter()
     single = [ask(server, **arguments) for arguments in requests]
     one_by_one = time.perf_counter() - start

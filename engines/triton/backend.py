@@ -28,7 +28,7 @@ class TritonBackend:
         """The server has loaded it."""
 
     def run(self, stage: str, /, **tensors: Any) -> Mapping[str, Any]:
-        """Run a stage on host arrays. Raises BackendError with the server's message, RetryLater where it is stopping."""
+        """Run a stage on host arrays. Raises BackendError with the server's words, RetryLater where it is stopping."""
         spec = STAGES[stage]
         request = pb_utils.InferenceRequest(
             model_name=stage,

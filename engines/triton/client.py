@@ -34,8 +34,8 @@ def stream(url: str, prompt: str, *, timeout: float | None = None, **options: An
     try:
         import tritonclient.grpc as grpc
         from tritonclient.utils import InferenceServerException
-    except ImportError as error:
-        raise MissingExtra("tritonclient", "triton", "the Triton client") from error
+    except ImportError as missing:
+        raise MissingExtra("tritonclient", "triton", "the Triton client") from missing
 
     inputs = []
     for name, (kind, array) in request_tensors(prompt, **options).items():

@@ -137,7 +137,7 @@ def request_tensors(prompt: str, **options: Any) -> dict[str, tuple[str, NDArray
             tensors[name] = ("BYTES", np.array([str(value).encode()], dtype=np.object_))
             continue
         try:
-            array = np.asarray([] if value is None else value, dtype=_DTYPES[kind])
+            array: NDArray[Any] = np.asarray([] if value is None else value, dtype=_DTYPES[kind])
         except (OverflowError, TypeError, ValueError) as error:
             raise RequestError(f"{name}={value!r}: {kind} is wanted: {error}") from error
         tensors[name] = (kind, array.reshape(-1) if name != "image" else array)

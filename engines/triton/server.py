@@ -118,9 +118,8 @@ def running(
 ) -> Iterator[Server]:
     """A server of the repository, ready; ports 0 are chosen. It is stopped at the end."""
     with tempfile.TemporaryDirectory(prefix="higen-triton-") as work:
-        http_port, grpc_port = (
-            given or free for given, free in zip((http_port, grpc_port), free_ports(2), strict=True)
-        )
+        free_http, free_grpc = free_ports(2)
+        http_port, grpc_port = http_port or free_http, grpc_port or free_grpc
         backends, log = Path(work, "backends"), Path(work, "log")
         backends.mkdir()
         line = command(repository.resolve(), backends, http_port, grpc_port, exit_timeout)

@@ -128,7 +128,11 @@ class Service:
         latents = None
         for step in stream:
             latents = step.latents
-            place = {"stage": step.stage.removesuffix("_unet"), "step": step.index + 1, "total": step.total}
+            place: dict[str, str | int] = {
+                "stage": step.stage.removesuffix("_unet"),
+                "step": step.index + 1,
+                "total": step.total,
+            }
             reply.send(_event("progress", **place))
             if delivery.preview_every and (step.index + 1) % delivery.preview_every == 0:
                 frames = stream.preview()[0]
@@ -155,7 +159,7 @@ class _ThreadWarnings:
     def __init__(self) -> None:
         self._here = threading.local()
         self._show = warnings.showwarning
-        warnings.showwarning = self._collect
+        warnings.showwarning = self._collect  # type: ignore[assignment]
         warnings.simplefilter("always", PromptWarning)
 
     def collected(self) -> _ThreadWarnings:
