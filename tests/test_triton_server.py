@@ -251,6 +251,17 @@ def test_cancelling_frees_the_slot(server: Server) -> None:
     wait_for(lambda: idle(server))
 
 
+def test_an_http_client_that_goes_away_frees_its_slot(server: Server) -> None:
+    before = executed(server, "spatial_unet")[0]
+    body = json.dumps({"prompt": "a whale", **LONG})
+    with closing(http.client.HTTPConnection(server.http, timeout=120)) as connection:
+        connection.request("POST", "/v2/models/higen/generate_stream", body)
+        with connection.getresponse() as answer:
+            assert b'"event":"progress"' in answer.readline()
+    wait_for(lambda: idle(server))
+    assert executed(server, "spatial_unet")[0] < before + LONG["steps"][0]
+
+
 def idle(server: Server) -> bool:
     """Whether no stage runs for half a second."""
     before = [executed(server, stage) for stage in STAGES]

@@ -128,13 +128,10 @@ class Service:
         latents = None
         for step in stream:
             latents = step.latents
-            place: dict[str, str | int] = {
-                "stage": step.stage.removesuffix("_unet"),
-                "step": step.index + 1,
-                "total": step.total,
-            }
+            name, done = step.stage.removesuffix("_unet"), step.index + 1
+            place: dict[str, str | int] = {"stage": name, "step": done, "total": step.total}
             reply.send(_event("progress", **place))
-            if delivery.preview_every and (step.index + 1) % delivery.preview_every == 0:
+            if delivery.preview_every and done % delivery.preview_every == 0:
                 frames = stream.preview()[0]
                 reply.send(_event("preview", first=0, **place) | pictures(frames, delivery.encoding))
         video = stream.videos[0]
