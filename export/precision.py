@@ -14,7 +14,7 @@ import onnx_ir as ir
 from safetensors import safe_open
 from torch import nn
 
-from higen.bundle import Bundle, check_precision, put_file, weights_file
+from higen.bundle import Bundle, put_file, weights_file
 from higen.errors import BackendError, RequestError
 from higen.export.weights import cast_behind, stored_tensors
 from higen.models.weights import DTYPES, write_safetensors
@@ -62,7 +62,9 @@ VARIANTS = {
 
 def check_opset(precision: str, opset: int | None) -> int:
     """The opset to export in; None: the precision's default. Raises RequestError for one that it cannot have."""
-    variant = VARIANTS[check_precision(precision)]
+    if precision not in VARIANTS:
+        raise RequestError(f"precision={precision!r}: one of {', '.join(map(repr, VARIANTS))}")
+    variant = VARIANTS[precision]
     chosen = variant.default_opset if opset is None else opset
     if not variant.smallest_opset <= chosen <= NEWEST_OPSET:
         raise RequestError(f"opset={chosen}: from {variant.smallest_opset} to {NEWEST_OPSET} for {precision}")

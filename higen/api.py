@@ -29,6 +29,7 @@ def load(
     precision: str | None = None,
     threads: int | None = None,
     verify: bool = True,
+    low_memory: bool = False,
 ) -> Pipeline:
     """Load a model directory; without one, the small model inside the package.
 
@@ -38,14 +39,27 @@ def load(
                model has such graphs, else what the weights are stored in
     threads    CPU threads of one stage; None: the library's choice
     verify     check the sha256 of each file as it is loaded
+    low_memory one TensorRT engine on the GPU at a time, for cards that do not hold all
 
-    Raises RequestError, ManifestError, IntegrityError or BackendUnavailable.
+    Raises RequestError, ManifestError, IntegrityError, BackendUnavailable or EngineError.
     """
     check_backend(backend)
     bundle = Bundle.open(default_model() if model is None else model)
-    chosen = select_backend(bundle, backend, device=device, precision=precision, threads=threads, verify=verify)
+    chosen = select_backend(
+        bundle,
+        backend,
+        device=device,
+        precision=precision,
+        threads=threads,
+        verify=verify,
+        low_memory=low_memory,
+    )
     pipeline = Pipeline(bundle, chosen)
-    pipeline.prepare()
+    try:
+        pipeline.prepare()
+    except BaseException:
+        pipeline.close()
+        raise
     return pipeline
 
 

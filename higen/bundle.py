@@ -28,6 +28,7 @@ from higen.errors import IntegrityError, ManifestError, ModelError, RequestError
 __all__ = [
     "MANIFEST",
     "PRECISIONS",
+    "QUANTIZED",
     "VERSION",
     "Bundle",
     "FileRecord",
@@ -57,15 +58,21 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 """What a stage's graph computes in. fp32 is the unnamed one; its weights may be stored in fewer bits."""
 
 
+QUANTIZED = ("int8", "int8.fp16", "fp8.fp16")
+"""Most multiplications in 8 bits, the rest in fp32 or fp16, over the weights of that precision."""
+
+
 def check_precision(precision: str) -> str:
-    """One of PRECISIONS. Raises RequestError for any other."""
-    if precision not in PRECISIONS:
-        raise RequestError(f"precision={precision!r}: one of {', '.join(map(repr, PRECISIONS))}")
+    """One of PRECISIONS or QUANTIZED. Raises RequestError for any other."""
+    if precision not in PRECISIONS + QUANTIZED:
+        raise RequestError(f"precision={precision!r}: one of {', '.join(map(repr, PRECISIONS + QUANTIZED))}")
     return precision
 
 
 def weights_file(stage: str, precision: str = "fp32") -> str:
     """The file that holds a stage's weights for a precision; see also `Bundle.weights`."""
+    if precision in QUANTIZED:
+        precision = precision.partition(".")[2] or "fp32"
     if stage == "text_encoder":
         return _variant(TEXT_ENCODER, precision)
     return _variant(AUTOENCODER if stage.startswith("vae") else UNET, precision)
@@ -140,7 +147,7 @@ class Bundle:
 
     def precisions(self, stage: str) -> tuple[str, ...]:
         """The precisions in which a stage has a graph."""
-        return tuple(p for p in PRECISIONS if graph_file(stage, p) in self.files)
+        return tuple(p for p in PRECISIONS + QUANTIZED if graph_file(stage, p) in self.files)
 
     def _check_size(self, name: str, record: FileRecord) -> Path:
         path = self.path / name

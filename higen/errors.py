@@ -8,7 +8,14 @@ HigenError
 │   ├── IntegrityError            one of its files is missing, truncated or altered
 │   └── CheckpointError           a released checkpoint does not fit the architecture
 ├── BackendError                  a backend failed
-│   └── BackendUnavailable        a backend cannot run here; the message says why
+│   ├── BackendUnavailable        a backend cannot run here; the message says why
+│   └── EngineError               a TensorRT engine cannot be built or used
+│       ├── NoDriver              there is no NVIDIA driver
+│       ├── NoDevice              there is a driver and no GPU
+│       ├── WrongArchitecture     it was built for other GPUs
+│       ├── OutsideProfile        it was built for other shapes
+│       ├── Malformed             its file is no plan that this TensorRT reads
+│       └── Stale                 graph, weights or TensorRT are not those it was built from
 ├── Cancelled                     a request was cancelled before its end
 ├── RetryLater                    a server is full, or stops: the same request may be sent again
 ├── FixtureError                  a fixture directory for `higen parity` is malformed
@@ -27,19 +34,26 @@ __all__ = [
     "BackendUnavailable",
     "Cancelled",
     "CheckpointError",
+    "EngineError",
     "FallbackWarning",
     "FixtureError",
     "HigenError",
     "IntegrityError",
+    "Malformed",
     "ManifestError",
     "MissingExtra",
     "ModelError",
+    "NoDevice",
+    "NoDriver",
     "OutputError",
+    "OutsideProfile",
     "PromptWarning",
     "RequestError",
     "RetryLater",
     "SettingsError",
+    "Stale",
     "TrainingError",
+    "WrongArchitecture",
 ]
 
 
@@ -77,6 +91,34 @@ class BackendError(HigenError):
 
 class BackendUnavailable(BackendError):
     """A backend cannot run on this machine or for this model."""
+
+
+class EngineError(BackendError):
+    """A TensorRT engine cannot be built or used."""
+
+
+class NoDriver(EngineError):
+    """There is no NVIDIA driver on this machine."""
+
+
+class NoDevice(EngineError):
+    """There is an NVIDIA driver, and no GPU that it can use."""
+
+
+class WrongArchitecture(EngineError):
+    """An engine was built for other GPUs than the one here."""
+
+
+class OutsideProfile(EngineError):
+    """An engine was built for other shapes than those asked for."""
+
+
+class Malformed(EngineError):
+    """An engine's file, or the record beside it, is cut, altered or in no format that this TensorRT reads."""
+
+
+class Stale(EngineError):
+    """An engine was built from another graph, from other weights or by another TensorRT than those here."""
 
 
 class Cancelled(HigenError):

@@ -2,21 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
+from higen import bundle as files
+from higen.backends.onnx import OnnxBackend
+from higen.backends.select import select_backend
+from higen.backends.torch import TorchBackend
 from higen.bundle import Bundle, graph_file, weights_file
-from higen.errors import BackendError, RequestError
+from higen.config import ModelConfig, from_json
+from higen.errors import BackendError, BackendUnavailable, CheckpointError, OutputError, RequestError
 from higen.export import model as export
 from higen.export.cli import main
-from higen.export.graphs import LARGEST_INLINE
+from higen.export.graphs import LARGEST_INLINE, example_inputs, sizes_for, static_sizes
 from higen.export.model import export_model
-from higen.export.parity import Parity, check_graph
+from higen.export.parity import Parity, check_graph, graph_sizes, references
+from higen.export.precision import VARIANTS, check_opset, write_weights
 from higen.stages import STAGES, dimensions
 
 EXPORTED = ("text_encoder", "conditioner")
@@ -28,6 +38,33 @@ def exported(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tupl
     copy = shutil.copytree(tiny_model, tmp_path_factory.mktemp("export") / "model")
     parities: list[Parity] = []
     return export_model(Bundle.open(copy), EXPORTED, on_parity=parities.append), parities
+
+
+@pytest.fixture(scope="module", params=["fp16", "bf16"])
+def low(
+    request: pytest.FixtureRequest, exported: tuple[Bundle, list[Parity]], tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Bundle, list[Parity], str]:
+    """The same with the conditioner's graph in fewer bits."""
+    copy = shutil.copytree(exported[0].path, tmp_path_factory.mktemp("low") / "model")
+    parities: list[Parity] = []
+    made = export_model(Bundle.open(copy), ["conditioner"], precision=request.param, on_parity=parities.append)
+    return made, parities, request.param
+
+
+@pytest.fixture
+def copy(tiny_model: Path, tmp_path: Path) -> Path:
+    """A tiny model that a test may change."""
+    return Path(shutil.copytree(tiny_model, tmp_path / "model"))
+
+
+@pytest.fixture
+def traced(exported: tuple[Bundle, list[Parity]], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tracing takes the graphs that were traced before: it costs seconds, and these tests are of what surrounds it."""
+
+    def trace(bundle: Bundle, module: object, name: str, output: Path, *rest: object) -> None:
+        shutil.copy(exported[0].path / graph_file(name), output)
+
+    monkeypatch.setattr(export, "export_stage", trace)
 
 
 def test_each_graph_passed_at_shapes_it_was_not_traced_with(exported: tuple[Bundle, list[Parity]]) -> None:
@@ -59,10 +96,8 @@ def test_a_graph_is_valid_named_by_the_table_and_holds_no_weights(
     assert all(len(t.raw_data) <= LARGEST_INLINE for t in graph.initializer)
 
 
-def test_a_graph_that_differs_is_refused_and_leaves_nothing(
-    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    copy = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+@pytest.mark.usefixtures("traced")
+def test_a_graph_that_differs_is_refused_and_leaves_nothing(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = sorted(path.name for path in copy.iterdir())
 
     def off(*arguments: object) -> Iterator[Parity]:
@@ -75,6 +110,218 @@ def test_a_graph_that_differs_is_refused_and_leaves_nothing(
     assert sorted(path.name for path in copy.iterdir()) == before
 
 
+# Fewer bits
+
+
+def test_a_variant_stands_beside_with_weights_of_its_own(low: tuple[Bundle, list[Parity], str]) -> None:
+    bundle, _, precision = low
+    name, weights = graph_file("conditioner", precision), weights_file("conditioner", precision)
+    assert (name, weights) == (f"conditioner.{precision}.onnx", f"unet.{precision}.safetensors")
+    assert bundle.precisions("conditioner") == ("fp32", precision)
+    assert bundle.precisions("text_encoder") == ("fp32",)
+    own, stored = load_file(bundle.file(files.UNET)), load_file(bundle.file(weights))
+    assert list(own) == list(stored)
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
+    assert all(torch.equal(stored[key], own[key].to(dtype)) for key in own)
+    onnx.checker.check_model(str(bundle.path / name), full_check=True)
+    graph = onnx.load(str(bundle.path / name), load_external_data=False).graph
+    outside = [t for t in graph.initializer if t.external_data]
+    assert {e.value for t in outside for e in t.external_data if e.key == "location"} == {weights}
+    assert {t.data_type for t in outside} == {int(VARIANTS[precision].stored)}
+    # In and out in float32, as the stage table says.
+    assert {v.type.tensor_type.elem_type for v in (*graph.input, *graph.output)} == {onnx.TensorProto.FLOAT}
+    # And computing in fewer bits: no weight is cast up.
+    outer = {t.name for t in outside}
+    assert not [n for n in graph.node if n.op_type == "Cast" and outer & set(n.input)]
+
+
+def test_a_variant_is_judged_in_three_ways(low: tuple[Bundle, list[Parity], str]) -> None:
+    _, parities, precision = low
+    by_way = {way: [p for p in parities if p.way == way] for way in ("graph", "graph in float32", "module")}
+    assert all(p.passed and p.precision == precision for p in parities)
+    assert len(by_way["graph in float32"]) >= 3
+    assert all(p.error is not None and p.error < 2e-5 == p.tolerance for p in by_way["graph in float32"])
+    (module,) = by_way["module"]
+    # Rounding shows in PyTorch: were it nought, something computed in float32.
+    assert module.error is not None
+    assert {"fp16": 2e-5, "bf16": 5e-4}[precision] < module.error < VARIANTS[precision].tolerance
+    if precision == "fp16":
+        assert len(by_way["graph"]) >= 3
+        assert all(p.error is not None and p.error < VARIANTS["fp16"].tolerance for p in by_way["graph"])
+    else:
+        assert [p.note for p in by_way["graph"]] == ["ONNX Runtime has no CPU kernels for it"]
+
+
+def test_the_gate_sees_an_error_that_rounding_would_hide(low: tuple[Bundle, list[Parity], str]) -> None:
+    bundle, _, precision = low
+    path = bundle.path / graph_file("conditioner", precision)
+    wrong = path.with_name("wrong.onnx")
+    graph = onnx.load(str(path), load_external_data=False)
+    for node in graph.graph.node:
+        for attribute in node.attribute:
+            if node.op_type == "LayerNormalization" and attribute.name == "epsilon":
+                attribute.f = 1e-3
+    wrong.write_bytes(graph.SerializeToString())
+    expected = references(TorchBackend(bundle, "cpu", "float32"), "conditioner", precision)
+    try:
+        found = list(check_graph(bundle, "conditioner", wrong, expected, precision))
+    finally:
+        wrong.unlink()
+    in_float32 = [p for p in found if p.way == "graph in float32"]
+    assert any(not p.passed for p in in_float32)
+    assert max(p.error or 0 for p in in_float32) < VARIANTS[precision].tolerance  # the graph itself might have passed
+    assert sorted(path.parent.glob(".*")) == []
+
+
+def test_a_variant_is_run_where_it_is_asked_for(low: tuple[Bundle, list[Parity], str]) -> None:
+    bundle, _, precision = low
+    stage = STAGES["conditioner"]
+    sizes = sizes_for(bundle, {"B": 2, "F": 3, "H": 4, "W": 4})
+    inputs = {name: value.numpy() for name, value in example_inputs(stage, sizes).items()}
+    plain = OnnxBackend(bundle)
+    expected = {name: plain.to_numpy(value) for name, value in plain.run("conditioner", **inputs).items()}
+    assert plain.describe("conditioner") == "cpu, fp32"
+    backend = OnnxBackend(bundle, precision=precision)
+    with pytest.raises(BackendUnavailable, match=rf"no text_encoder\.{precision}\.onnx .*--precision {precision}"):
+        backend.prepare("text_encoder")
+    if precision == "bf16":
+        with pytest.raises(
+            BackendUnavailable, match=r"conditioner\.bf16\.onnx: this ONNX Runtime cannot run it on cpu"
+        ):
+            backend.prepare("conditioner")
+        return
+    for name, value in backend.run("conditioner", **inputs).items():
+        error = np.abs(backend.to_numpy(value) - expected[name]).max() / np.abs(expected[name]).max()
+        assert 1e-5 < error < VARIANTS["fp16"].tolerance
+    assert backend.describe("conditioner") == "cpu, fp16"
+    # A stage without such a graph goes to PyTorch, in the same precision.
+    router = select_backend(bundle, precision="fp16", device="cpu")
+    for name in EXPORTED:
+        router.prepare(name)
+    assert [router.choices[name].backend for name in EXPORTED] == ["torch", "onnx"]
+    assert [router.choices[name].details for name in EXPORTED] == ["cpu, fp16", "cpu, fp16"]
+
+
+def test_weights_stored_in_the_precision_are_not_written_again(copy: Path) -> None:
+    weights = copy / files.UNET
+    save_file({name: tensor.half() for name, tensor in load_file(weights).items()}, weights)
+    files.write_manifest(copy, _config(copy))
+    bundle = Bundle.open(copy)
+    assert write_weights(bundle, "conditioner", "fp16") is bundle
+    assert bundle.weights("conditioner", "fp16") == files.UNET
+    assert write_weights(bundle, "conditioner", "bf16").weights("conditioner", "bf16") == "unet.bf16.safetensors"
+
+
+def test_a_weight_too_great_for_the_precision(copy: Path) -> None:
+    weights = copy / files.UNET
+    state = load_file(weights)
+    state["unet.conv_in.weight"][0, 0, 0, 0] = 1e6
+    save_file(state, weights)
+    files.write_manifest(copy, _config(copy))
+    before = sorted(path.name for path in copy.iterdir())
+    with pytest.raises(CheckpointError, match=r"unet\.conv_in\.weight has values too great for fp16"):
+        export_model(Bundle.open(copy), ["conditioner"], precision="fp16")
+    assert sorted(path.name for path in copy.iterdir()) == before
+
+
+def _config(model: Path) -> ModelConfig:
+    """The configuration of a model whose files were changed."""
+    return from_json(ModelConfig, json.loads((model / files.MANIFEST).read_text())["model"])
+
+
+def test_options_that_no_graph_can_have(tiny_model: Path) -> None:
+    assert [check_opset(precision, None) for precision in files.PRECISIONS] == [21, 21, 23]
+    with pytest.raises(RequestError, match="opset=21: from 22 to 23 for bf16"):
+        check_opset("bf16", 21)
+    with pytest.raises(RequestError, match="precision='int8': one of 'fp32', 'fp16', 'bf16'"):
+        export_model(Bundle.open(tiny_model), precision="int8")
+    with pytest.raises(RequestError, match="precision='half'"):
+        select_backend(Bundle.open(tiny_model), precision="half")
+
+
+# Fixed shapes
+
+
+@pytest.mark.parametrize(
+    "shape", ["", "1x4x16", "axbxcxd", "0x4x16x24", "1x41x16x24", "1x4x18x24", "1x4x16x0", "1x4x-8x8"]
+)
+def test_shapes_that_a_model_cannot_have(tiny_model: Path, shape: str) -> None:
+    with pytest.raises(RequestError, match=f"^static={shape!r}: "):
+        static_sizes(Bundle.open(tiny_model), shape)
+
+
+def test_a_static_graph_takes_one_shape(copy: Path) -> None:
+    bundle = Bundle.open(copy)
+    static = static_sizes(bundle, "2x4x16x24")
+    assert static == {"B": 2, "F": 4, "H": 8, "W": 12}
+    parities: list[Parity] = []
+    bundle = export_model(bundle, ["vae_decoder"], static=static, on_parity=parities.append)
+    assert [p.shape for p in parities] == ["N=1 H=8 W=12", "N=2 H=8 W=12", "N=3 H=8 W=12"]
+    assert graph_sizes("vae_decoder", copy / "vae_decoder.onnx") == {"H": 8, "W": 12}
+    backend = OnnxBackend(bundle)
+    pixels = backend.run("vae_decoder", latents=np.zeros((2, 4, 8, 12), np.float32))["pixels"]
+    assert backend.to_numpy(pixels).shape == (2, 3, 16, 24)
+    with pytest.raises(BackendError, match=r"vae_decoder\.latents: .*\[2, 4, 8, 8\] given, .*'H': 8, 'W': 12"):
+        backend.run("vae_decoder", latents=np.zeros((2, 4, 8, 8), np.float32))
+
+
+# Interrupted, or out of room
+
+
+@pytest.mark.usefixtures("traced")
+def test_an_interrupted_export_leaves_a_model_and_can_be_run_again(copy: Path) -> None:
+    def stop(parity: Parity) -> None:
+        if parity.stage == "conditioner":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        export_model(Bundle.open(copy), EXPORTED, on_parity=stop)
+    left = Bundle.open(copy)
+    assert [graph_file(name) in left.files for name in EXPORTED] == [True, False]
+    assert {path.name for path in copy.iterdir()} == {*left.files, files.MANIFEST}
+    # What a process that was killed leaves is no hindrance.
+    (copy / f".{graph_file('conditioner')}.part").write_bytes(b"half")
+    again = export_model(left, EXPORTED)
+    assert all(again.file(graph_file(name)) for name in EXPORTED)
+    assert {path.name for path in copy.iterdir()} == {*again.files, files.MANIFEST}
+
+
+@pytest.mark.usefixtures("traced")
+def test_a_full_disk_is_one_error_and_leaves_nothing(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> Bundle:
+        raise OSError(28, "No space left on device")
+
+    before = sorted(path.name for path in copy.iterdir())
+    monkeypatch.setattr(export, "put_file", full)
+    with pytest.raises(OutputError, match=r"model: the graphs cannot be written: .*No space left"):
+        export_model(Bundle.open(copy), ("text_encoder",))
+    assert sorted(path.name for path in copy.iterdir()) == before
+
+
+# The command
+
+
+@pytest.mark.parametrize("command", ["onnx", "verify", "inspect"])
+def test_what_is_no_model_directory_is_one_error(tmp_path: Path, command: str) -> None:
+    loop = tmp_path / "loop"
+    loop.symlink_to(loop)
+    for path in (loop, tmp_path, tmp_path / "nothing"):
+        result = CliRunner().invoke(main, [command, str(path), "--json"])
+        assert result.exit_code == 2
+        assert json.loads(result.stdout)["error"] == "ManifestError"
+    assert [path.name for path in tmp_path.iterdir()] == ["loop"]
+
+
+def test_the_command_refuses_what_it_cannot_make(tiny_model: Path) -> None:
+    for arguments in (["--precision", "bf16", "--opset", "21"], ["--static", "1x2x3"]):
+        result = CliRunner().invoke(main, ["onnx", str(tiny_model), *arguments, "--json"])
+        assert result.exit_code == 2
+        assert json.loads(result.stdout)["error"] == "RequestError"
+    result = CliRunner().invoke(main, ["verify", str(tiny_model)])
+    assert result.exit_code == 2
+    assert "no graph of text_encoder" in result.stderr
+
+
 def test_an_unknown_stage_is_refused(tiny_model: Path) -> None:
     with pytest.raises(RequestError, match="upscaler"):
         export_model(Bundle.open(tiny_model), ("upscaler",))
@@ -83,5 +330,5 @@ def test_an_unknown_stage_is_refused(tiny_model: Path) -> None:
 def test_inspect_says_what_a_model_holds(exported: tuple[Bundle, list[Parity]]) -> None:
     result = CliRunner().invoke(main, ["inspect", str(exported[0].path)])
     assert result.exit_code == 0
-    assert "text_encoder  graph" in result.output
+    assert "text_encoder  graph in fp32" in result.output
     assert "temporal_unet no graph" in result.output

@@ -2,29 +2,35 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
 import subprocess
 import sys
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 
 import higen
 from higen import bundle as files
 from higen.api import default_model
 from higen.backends.onnx import OnnxBackend
+from higen.backends.select import select_backend
 from higen.backends.torch import TorchBackend
 from higen.bundle import Bundle, graph_file
-from higen.errors import BackendError, BackendUnavailable, FallbackWarning, HigenError, IntegrityError
+from higen.errors import BackendError, BackendUnavailable, FallbackWarning, HigenError, IntegrityError, RequestError
 from higen.pipeline import Pipeline
 from higen.stages import STAGES, dimensions
 
-PROMPTS = (
-    "a whale flapping its tail on a blue sky",
-    "a red heart beating at night",
-    "a penguin waddling in the snow, fast",
-)
+
+def prompts() -> tuple[str, ...]:
+    """Three that the built-in model knows."""
+    return Bundle.open(default_model()).config.prompts[:3]
 
 
 @pytest.fixture(scope="module")
@@ -55,25 +61,35 @@ def latents_and_frames(pipe: Pipeline, prompt: object, **options: object) -> tup
 @pytest.mark.parametrize(
     "options",
     [
-        {"steps": 10, "guidance": 12.0, "solver": "ddim"},
-        {"steps": 50, "guidance": 12.0, "solver": "ddim", "frames": 4},
+        {"steps": 10, "solver": "ddim"},
+        {"steps": 50, "solver": "ddim", "frames": 4},
         {"steps": 6, "frames": 8, "motion": 150.0, "appearance": 0.7},
         {"steps": 4, "frames": 32},
     ],
     ids=["10 steps", "50 steps", "8 frames", "32 frames"],
 )
 def test_same_video_as_torch(onnx: Pipeline, torch: Pipeline, options: dict[str, object]) -> None:
-    ours, frames = latents_and_frames(onnx, PROMPTS[0], seed=3, **options)
-    theirs, expected = latents_and_frames(torch, PROMPTS[0], seed=3, **options)
+    ours, frames = latents_and_frames(onnx, prompts()[0], seed=3, guidance=12.0, **options)
+    theirs, expected = latents_and_frames(torch, prompts()[0], seed=3, guidance=12.0, **options)
     assert np.abs(ours - theirs).max() < 1e-3
     assert np.abs(frames.astype(int) - expected).max() <= 1
 
 
 def test_three_prompts_in_a_batch(onnx: Pipeline, torch: Pipeline) -> None:
-    ours, frames = latents_and_frames(onnx, list(PROMPTS), seed=[1, 2, 3], steps=5)
-    theirs, expected = latents_and_frames(torch, list(PROMPTS), seed=[1, 2, 3], steps=5)
+    options = {"seed": [1, 2, 3], "steps": 5, "guidance": 12.0}
+    ours, frames = latents_and_frames(onnx, list(prompts()), **options)
+    theirs, expected = latents_and_frames(torch, list(prompts()), **options)
     assert np.abs(ours - theirs).max() < 1e-3
     assert np.abs(frames.astype(int) - expected).max() <= 1
+
+
+def test_a_batch_is_its_prompts_one_by_one(onnx: Pipeline) -> None:
+    """To the byte, though ONNX Runtime is given the whole batch, and with an odd number of frames to decode."""
+    ours, frames = latents_and_frames(onnx, list(prompts()), seed=[1, 2, 3], steps=3, frames=5, guidance=12.0)
+    for i, prompt in enumerate(prompts()):
+        alone, its_frames = latents_and_frames(onnx, prompt, seed=i + 1, steps=3, frames=5, guidance=12.0)
+        np.testing.assert_array_equal(alone[0], ours[i])
+        np.testing.assert_array_equal(its_frames[0], frames[i])
 
 
 def test_two_requests_at_different_steps_share_a_batch(bundle: Bundle, onnx: Pipeline) -> None:
@@ -96,8 +112,8 @@ def test_two_requests_at_different_steps_share_a_batch(bundle: Bundle, onnx: Pip
 
 def test_an_image_comes_to_life_as_in_torch(onnx: Pipeline, torch: Pipeline) -> None:
     picture = np.random.default_rng(1).integers(0, 256, (40, 50, 3), dtype=np.uint8)
-    ours, _ = latents_and_frames(onnx, PROMPTS[1], image=picture, steps=3)
-    theirs, _ = latents_and_frames(torch, PROMPTS[1], image=picture, steps=3)
+    ours, _ = latents_and_frames(onnx, prompts()[1], image=picture, steps=3)
+    theirs, _ = latents_and_frames(torch, prompts()[1], image=picture, steps=3)
     assert np.abs(ours - theirs).max() < 1e-3
 
 
@@ -106,9 +122,9 @@ def test_generates_without_torch(tmp_path: Path) -> None:
 import sys
 for name in ("torch", "diffusers", "transformers", "safetensors", "onnx"):
     sys.modules[name] = None  # an import of it fails
-import higen
-video = higen.generate("a red heart beating at night", steps=2)
-assert video.frames.shape == (16, 128, 128, 3)
+import higen, higen.api
+video = higen.generate(higen.Bundle.open(higen.api.default_model()).config.prompts[0], steps=2)
+assert video.frames.std() > 1
 video.save(sys.argv[1])
 """
     subprocess.run([sys.executable, "-c", code, str(tmp_path / "heart.mp4")], check=True)
@@ -131,10 +147,10 @@ def test_a_broken_graph_falls_back_with_one_warning(copy: Path) -> None:
     graph = copy / graph_file("temporal_unet")
     graph.write_bytes(b"\0" * graph.stat().st_size)
     with pytest.warns(FallbackWarning, match="temporal_unet runs on torch") as caught, higen.load(copy) as pipe:
-        video = pipe(PROMPTS[0], steps=3, progress=False)
+        video = pipe(prompts()[0], steps=3, progress=False)
     assert len(caught) == 1
     with higen.load(copy, "torch") as pipe:
-        expected = pipe(PROMPTS[0], steps=3, progress=False)
+        expected = pipe(prompts()[0], steps=3, progress=False)
     assert np.abs(video.frames.astype(int) - expected.frames).max() <= 1
     with pytest.raises(IntegrityError, match="sha256"):
         higen.load(copy, "onnx")
@@ -167,6 +183,30 @@ def test_weights_of_another_model_are_one_error(copy: Path) -> None:
         higen.load(copy)
 
 
+def test_a_truncated_graph_is_one_error_whatever_the_manifest_says(copy: Path) -> None:
+    graph = copy / graph_file("temporal_unet")
+    graph.write_bytes(graph.read_bytes()[: graph.stat().st_size // 2])
+    with pytest.raises(IntegrityError, match=r"temporal_unet\.onnx"):
+        higen.load(copy, "onnx")
+    files.write_manifest(copy, Bundle.open(default_model()).config)  # as if it had been made so
+    with pytest.raises(IntegrityError, match=r"temporal_unet\.onnx: ONNX Runtime cannot load it"):
+        higen.load(copy, "onnx")
+
+
+def test_a_graph_of_another_stage_is_one_error(copy: Path) -> None:
+    shutil.copy(copy / graph_file("conditioner"), copy / graph_file("text_encoder"))
+    files.write_manifest(copy, Bundle.open(default_model()).config)
+    with pytest.raises(IntegrityError, match="the graph of text_encoder is another stage's or model's"):
+        higen.load(copy, "onnx")
+
+
+def test_a_graph_over_weights_of_another_size_is_one_error(copy: Path) -> None:
+    shutil.copy(copy / files.TEXT_ENCODER, copy / files.UNET)
+    files.write_manifest(copy, Bundle.open(default_model()).config)
+    with pytest.raises(IntegrityError, match=r"conditioner\.onnx: ONNX Runtime cannot load it"):
+        higen.load(copy, "onnx")
+
+
 def test_external_data_cannot_leave_the_directory(copy: Path) -> None:
     onnx_package = pytest.importorskip("onnx")
     path = copy / graph_file("conditioner")
@@ -196,3 +236,59 @@ def test_a_device_that_is_not_here(bundle: Bundle) -> None:
         OnnxBackend(bundle, "tpu")
     with pytest.raises(BackendUnavailable, match="CPUExecutionProvider"):
         OnnxBackend(bundle, "cuda")
+    with pytest.raises(BackendUnavailable, match=r"pip install 'higen\[cuda\]'"):
+        higen.load(default_model(), "onnx", device="cuda")
+
+
+# Many requests
+
+
+def test_sessions_are_made_once_for_many_threads_and_freed(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[object]] = []
+    session = ort.InferenceSession
+
+    def counted(*arguments: object, **options: object) -> object:
+        time.sleep(0.05)  # long enough for the others to come
+        built = session(*arguments, **options)
+        made.append(weakref.ref(built))
+        return built
+
+    monkeypatch.setattr(ort, "InferenceSession", counted)
+    backend = OnnxBackend(bundle)
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(backend.prepare, ["conditioner", "text_encoder"] * 8))
+    assert len(made) == 2
+    backend.close()
+    gc.collect()
+    assert [reference() for reference in made] == [None, None]
+
+
+def test_requests_in_many_threads_do_not_disturb_each_other(onnx: Pipeline) -> None:
+    options = {"steps": 2, "frames": 2, "progress": False}
+    jobs = [(prompt, seed) for prompt in prompts() for seed in (1, 2)]
+    alone = [onnx(prompt, seed=seed, **options).frames for prompt, seed in jobs]
+    fresh = Pipeline(onnx.bundle, OnnxBackend(onnx.bundle))
+    with fresh, ThreadPoolExecutor(6) as pool:
+        together = list(pool.map(lambda job: fresh(job[0], seed=job[1], **options).frames, jobs))
+    for one, other in zip(alone, together, strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_threads_reach_the_session(bundle: Bundle, monkeypatch: pytest.MonkeyPatch, threads: int) -> None:
+    given: list[int] = []
+    session = ort.InferenceSession
+
+    def seen(path: str, options: ort.SessionOptions, **rest: object) -> object:
+        given.append(options.intra_op_num_threads)
+        return session(path, options, **rest)
+
+    monkeypatch.setattr(ort, "InferenceSession", seen)
+    select_backend(bundle, "onnx", threads=threads).prepare("conditioner")
+    assert given == [threads]
+
+
+@pytest.mark.parametrize("threads", [0, -1, 1.5, True, "2", 10_000])
+def test_threads_that_no_one_has(threads: Any) -> None:
+    with pytest.raises(RequestError, match=f"threads={threads!r}: a whole number from 1 to 1024"):
+        higen.load(threads=threads)

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import email
+import importlib.metadata
+import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -12,8 +15,11 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 import higen
+from higen.api import default_model
+from higen.bundle import Bundle
 
 ROOT = Path(__file__).resolve().parents[1]
 SOURCES = {"higen": "higen", "export": "higen/export", "engines": "higen/engines"}
@@ -125,3 +131,79 @@ def test_the_links_in_the_package_lead_to_the_folders() -> None:
         assert link.is_symlink()
         assert str(link.readlink()) == f"../{name}"
         assert link.resolve() == ROOT / name
+
+
+# In an environment of its own
+
+
+def core(wheel: Path) -> dict[str, importlib.metadata.Distribution]:
+    """The distributions that the wheel needs without any extra, as they are installed here, with all that they need."""
+    with zipfile.ZipFile(wheel) as archive:
+        metadata = email.message_from_bytes(archive.read(f"higen-{higen.__version__}.dist-info/METADATA"))
+    wanted, found = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])], {}
+    while wanted:
+        requirement = wanted.pop()
+        if requirement.name not in found and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+            found[requirement.name] = importlib.metadata.distribution(requirement.name)
+            wanted += [Requirement(line) for line in found[requirement.name].requires or []]
+    return found
+
+
+@pytest.fixture(scope="module")
+def environment(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A fresh virtual environment with the wheel and its core dependencies: links to those installed here."""
+    if importlib.util.find_spec("pip") is None:
+        pytest.skip("no pip here to install the wheel with")
+    folder = tmp_path_factory.mktemp("environment")
+    built = build(tree, "wheel", folder)
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder / "venv")], check=True)
+    python = folder / "venv" / "bin" / "python"
+    site = Path(
+        subprocess.check_output(
+            [python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))"], text=True
+        ).strip()
+    )
+    for distribution in core(built).values():
+        for name in {file.parts[0] for file in distribution.files or ()} - {"..", "__pycache__"}:
+            (site / name).symlink_to(Path(str(distribution.locate_file(name))))
+    install = ["-m", "pip", "--python", str(python), "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
+    subprocess.run([sys.executable, *install, str(built)], check=True)
+    return folder / "venv" / "bin"
+
+
+def run(environment: Path, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """A command of the environment, from a folder where no checkout is."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
+    return subprocess.run(
+        [environment / command, *arguments], capture_output=True, text=True, env=kept, cwd=environment, check=False
+    )
+
+
+def test_the_wheel_alone_makes_a_video(environment: Path, tmp_path: Path) -> None:
+    for absent in ("torch", "onnx", "safetensors", "diffusers", "pytest"):
+        assert "No module named" in run(environment, "python", "-c", f"import {absent}").stderr
+    where = run(environment, "python", "-c", "import higen; print(higen.__file__)").stdout
+    assert where.startswith(str(environment.parent))
+    prompt = Bundle.open(default_model()).config.prompts[0]
+    made = run(environment, "higen", "generate", prompt, "--steps", "2", "-o", str(tmp_path / "video.mp4"), "--json")
+    assert made.returncode == 0, made.stderr
+    assert json.loads(made.stdout)["versions"]["backend"] == "onnx"
+    assert (tmp_path / "video.mp4").stat().st_size > 1000
+    doctor = json.loads(run(environment, "higen", "doctor", "--json").stdout)
+    assert {stage["backend"] for stage in doctor["stages"]} == {"onnx"}
+    assert doctor["backends"]["torch"]["works"] is False
+
+
+@pytest.mark.parametrize(
+    ("command", "extra"),
+    [
+        (["higen-export", "onnx"], "export"),
+        (["higen-export", "verify"], "export"),
+        (["higen", "generate", "a dog", "-o", "x.mp4", "--backend", "torch", "--model"], "torch"),
+    ],
+)
+def test_a_missing_extra_names_itself(environment: Path, command: list[str], extra: str) -> None:
+    result = run(environment, *command, str(default_model()))
+    assert result.returncode == 1
+    assert f"pip install 'higen[{extra}]'" in result.stderr
+    assert len(result.stderr.splitlines()) == 1

@@ -58,7 +58,9 @@ class OnnxBackend:
             raise BackendUnavailable(f"device={device!r}: ONNX Runtime is used on {', '.join(map(repr, PROVIDERS))}")
         available = ort.get_available_providers()
         if kind is not None and PROVIDERS[kind] not in available:
-            raise BackendUnavailable(f"device={device!r}: this ONNX Runtime has {', '.join(available)}")
+            raise BackendUnavailable(
+                f"device={device!r}: this ONNX Runtime has {', '.join(available)} (pip install 'higen[cuda]')"
+            )
         self.bundle = bundle
         self._device = kind or ("cuda" if PROVIDERS["cuda"] in available else "cpu")
         self._required = kind is not None

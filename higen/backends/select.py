@@ -13,12 +13,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from higen.backends.base import Backend
+from higen.backends.cuda import probe
 from higen.bundle import Bundle, check_precision
-from higen.errors import BackendError, BackendUnavailable, FallbackWarning, IntegrityError, MissingExtra, RequestError
+from higen.errors import (
+    BackendError,
+    BackendUnavailable,
+    EngineError,
+    FallbackWarning,
+    IntegrityError,
+    MissingExtra,
+    OutsideProfile,
+    RequestError,
+)
 
 __all__ = ["BACKENDS", "Availability", "Choice", "StageRouter", "availability", "check_backend", "select_backend"]
 
-BACKENDS = ("onnx", "torch")
+BACKENDS = ("tensorrt", "onnx", "torch")
 """Known backends, the preferred one first: a compiled way before the modules themselves."""
 
 MAX_THREADS = 1024
@@ -26,7 +36,11 @@ MAX_THREADS = 1024
 DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 """What PyTorch calls the precisions."""
 
-_PACKAGES = {"onnx": ("onnxruntime",), "torch": ("torch", "diffusers", "transformers", "safetensors")}
+_PACKAGES = {
+    "tensorrt": ("tensorrt", "tensorrt_rtx"),
+    "onnx": ("onnxruntime",),
+    "torch": ("torch", "diffusers", "transformers", "safetensors"),
+}
 
 
 @dataclass(frozen=True)
@@ -44,8 +58,21 @@ def availability() -> list[Availability]:
     for backend in BACKENDS:
         missing = [package for package in _PACKAGES[backend] if importlib.util.find_spec(package) is None]
         reason = f"not installed: {', '.join(missing)} (pip install 'higen[{backend}]')" if missing else ""
-        found.append(Availability(backend, not missing, reason))
+        if backend == "tensorrt":
+            reason = _without_tensorrt(missing)
+        found.append(Availability(backend, not reason, reason))
     return found
+
+
+def _without_tensorrt(missing: list[str]) -> str:
+    """Why engines cannot run here: neither of the two libraries, or no GPU."""
+    if len(missing) == len(_PACKAGES["tensorrt"]):
+        return f"not installed: {' or '.join(missing)} (pip install 'higen[rtx]')"
+    try:
+        probe()
+    except EngineError as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def check_backend(name: str) -> str:
@@ -83,6 +110,9 @@ class StageRouter:
         self._makers = dict(makers)
         self._absent = dict(absent)
         self._made: dict[str, Backend] = {}
+        self._outside: dict[str, Choice] = {}
+        self._used: set[str] = set()
+        self._warned: set[str] = set()
         self._choosing = threading.Lock()
 
     @property
@@ -98,17 +128,29 @@ class StageRouter:
                     self.choices[stage] = self._choose(stage)
 
     def run(self, stage: str, /, **tensors: Any) -> Mapping[str, Any]:
-        """Run a stage on its backend; tensors of another backend are brought to the host first."""
+        """Run a stage on its backend; tensors of another backend are brought to the host first.
+
+        Shapes that an engine was not built for go to the next backend that can run the stage.
+        """
         self.prepare(stage)
-        backend = self._made[self.choices[stage].backend]
-        if len(self._made) > 1:
+        try:
+            return self._run_on(self.choices[stage], tensors)
+        except OutsideProfile as error:
+            with self._choosing:
+                if stage not in self._outside:
+                    self._outside[stage] = self._choose(stage, self.choices[stage].backend, error)
+        return self._run_on(self._outside[stage], tensors)
+
+    def _run_on(self, choice: Choice, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
+        self._used.add(choice.backend)
+        if len(self._used) > 1:
             tensors = {name: self.to_numpy(value) for name, value in tensors.items()}
-        return backend.run(stage, **tensors)
+        return self._made[choice.backend].run(choice.stage, **tensors)
 
     def to_numpy(self, tensor: Any) -> NDArray[Any]:
         """A tensor of any of the backends as a numpy array on the host."""
-        for backend in self._made.values():
-            tensor = backend.to_numpy(tensor) if not isinstance(tensor, np.ndarray) else tensor
+        for name in self._used:
+            tensor = self._made[name].to_numpy(tensor) if not isinstance(tensor, np.ndarray) else tensor
         return np.asarray(tensor)
 
     def close(self) -> None:
@@ -116,12 +158,16 @@ class StageRouter:
         for backend in self._made.values():
             backend.close()
         self._made.clear()
+        self._outside.clear()
         self.choices.clear()
 
-    def _choose(self, stage: str) -> Choice:
+    def _choose(self, stage: str, after: str | None = None, why: Exception | None = None) -> Choice:
+        """The best backend for a stage, of those after the one named `after`, which `why` passes over."""
         passed_over = dict(self._absent)
-        broken: Exception | None = None
-        for name, make in self._makers.items():
+        broken = why
+        names = list(self._makers)
+        for name in names if after is None else names[names.index(after) + 1 :]:
+            make = self._makers[name]
             try:
                 if name not in self._made:
                     self._made[name] = make()
@@ -129,16 +175,25 @@ class StageRouter:
             except BackendUnavailable as error:
                 passed_over[name] = str(error)
             except (IntegrityError, BackendError, MissingExtra) as error:
-                passed_over[name], broken = str(error), error
+                passed_over[name], broken = f"{type(error).__name__}: {error}", error
             else:
-                if broken is not None:
-                    warnings.warn(f"{stage} runs on {name}: {broken}", FallbackWarning, stacklevel=2)
+                self._warn(stage, name, broken)
                 describe: Callable[[str], str] = getattr(self._made[name], "describe", lambda _: "")
-                return Choice(stage, name, passed_over, describe(stage))
+                # A way that is worse than the chosen one was not passed over, though it may be absent.
+                better = BACKENDS[: BACKENDS.index(name)] if name in BACKENDS else tuple(passed_over)
+                reasons = {other: passed_over[other] for other in better if other in passed_over}
+                return Choice(stage, name, reasons, describe(stage))
         if broken is not None:
             raise broken
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
-        raise BackendUnavailable(f"no backend can run {stage} here: {reasons}")
+        listed = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
+        raise BackendUnavailable(f"no backend can run {stage} here: {listed}")
+
+    def _warn(self, stage: str, name: str, broken: Exception | None) -> None:
+        """One warning for each cause: a machine without a GPU is no news for the second stage."""
+        if broken is not None and str(broken) not in self._warned:
+            self._warned.add(str(broken))
+            reason = f"{type(broken).__name__}: {broken}"
+            warnings.warn(f"{stage} runs on {name}: {reason}", FallbackWarning, stacklevel=3)
 
 
 def select_backend(
@@ -149,11 +204,13 @@ def select_backend(
     precision: str | None = None,
     threads: int | None = None,
     verify: bool = True,
+    low_memory: bool = False,
 ) -> StageRouter:
     """A router over the named backend, or with "auto" over all that are installed.
 
     `precision` (bundle.PRECISIONS) is what the stages compute in; a stage without a graph in it is passed on to the
-    next backend. None: each backend's choice for its device. `threads` that a stage may use on a CPU.
+    next backend. None: each backend's choice for its device. `threads` that a stage may use on a CPU. `low_memory`:
+    one engine on the GPU at a time.
 
     Raises RequestError for an option that no backend takes, BackendUnavailable, saying why each is not here, and
     IntegrityError where a file the chosen way needs is broken and no other way exists.
@@ -167,16 +224,31 @@ def select_backend(
     absent = {a.backend: a.reason for a in wanted if not a.works}
     makers: dict[str, Callable[[], Backend]] = {}
     for candidate in wanted:
-        if candidate.works:
-            makers[candidate.backend] = _maker(candidate.backend, bundle, device, precision, threads, verify)
+        # TensorRT says for each stage why its engine is not used; there may be none to ask for.
+        if candidate.works or candidate.backend == "tensorrt":
+            absent.pop(candidate.backend, None)
+            makers[candidate.backend] = _maker(
+                candidate.backend, bundle, device, precision, threads, verify, low_memory
+            )
     if not makers:
         raise BackendUnavailable("; ".join(f"{backend}: {reason}" for backend, reason in absent.items()))
     return StageRouter(bundle, makers, absent)
 
 
 def _maker(
-    backend: str, bundle: Bundle, device: str | None, precision: str | None, threads: int | None, verify: bool
+    backend: str,
+    bundle: Bundle,
+    device: str | None,
+    precision: str | None,
+    threads: int | None,
+    verify: bool,
+    low_memory: bool,
 ) -> Callable[[], Backend]:
+    def tensorrt() -> Backend:
+        from higen.backends.tensorrt import TensorrtBackend
+
+        return TensorrtBackend(bundle, device, precision, verify, low_memory)
+
     def onnx() -> Backend:
         from higen.backends.onnx import OnnxBackend
 
@@ -187,4 +259,4 @@ def _maker(
 
         return TorchBackend(bundle, device, DTYPES[precision] if precision else None, verify, threads)
 
-    return {"onnx": onnx, "torch": torch}[backend]
+    return {"tensorrt": tensorrt, "onnx": onnx, "torch": torch}[backend]

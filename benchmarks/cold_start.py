@@ -1,0 +1,103 @@
+"""From a cold process to a saved video: seconds and share of each part, the loop's own overhead, peak memory.
+
+    python benchmarks/cold_start.py [--model DIR] [--backend auto] [--threads N] [--repeats 3]
+
+Each repeat is a fresh process; the parts of the one with the median total are shown. The hardware is named. The loop's
+overhead is what the denoising loops take beyond the stages they run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+
+def child(arguments: dict[str, Any]) -> dict[str, Any]:
+    """What the fresh process does: import, load, generate, save; each part's seconds."""
+    parts, last = {}, arguments["started"]
+
+    def passed(part: str) -> None:
+        nonlocal last
+        now = time.time()
+        parts[part], last = now - last, now
+
+    passed("python")  # from the parent's call
+    import higen
+    from higen.api import default_model
+
+    model = arguments["model"] or default_model()
+    pipe = higen.load(model, arguments["backend"], threads=arguments["threads"])
+    passed("import and load")
+    in_stages: dict[str, float] = {}
+    run = pipe.backend.run
+
+    def timed(stage: str, /, **tensors: Any) -> Any:
+        start = time.perf_counter()
+        try:
+            return run(stage, **tensors)
+        finally:
+            in_stages[stage] = in_stages.get(stage, 0.0) + time.perf_counter() - start
+
+    pipe.backend.run = timed  # type: ignore[method-assign]
+    video = pipe(pipe.config.prompts[0], progress=False)
+    last = time.time()
+    parts |= video.metadata["seconds"]
+    video.save(arguments["output"])
+    passed("save")
+    loops = parts["spatial"] + parts["temporal"]
+    inside = sum(in_stages[stage] for stage in ("spatial_unet", "temporal_unet"))
+    inside += in_stages["conditioner"]
+    peak = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
+    return {
+        "parts": parts,
+        "total": time.time() - arguments["started"],
+        "overhead": (loops - inside) / loops,
+        "peak_mb": int(peak[0].split()[1]) * 1024 / 1e6 if peak else None,
+        "backend": pipe.backend.name,
+        "torch": "torch" in sys.modules,
+    }
+
+
+def hardware() -> str:
+    """The processor's name and how many cores this process may use."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else 'unknown processor'}, {len(os.sched_getaffinity(0))} cores"
+
+
+def main() -> None:
+    """Command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Time a cold start.")
+    parser.add_argument("--model", help="model directory")
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--output", default="cold_start.mp4", help="the video; written anew by each repeat")
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.child is not None:
+        print(json.dumps(child(arguments.child)))
+        return
+    print(hardware())
+    runs = []
+    for _ in range(arguments.repeats):
+        given = {name: getattr(arguments, name) for name in ("model", "backend", "threads", "output")}
+        command = [sys.executable, __file__, "--child", json.dumps({**given, "started": time.time()})]
+        runs.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
+    shown = sorted(runs, key=lambda one: one["total"])[len(runs) // 2]
+    for part, seconds in shown["parts"].items():
+        print(f"{part:<16}{seconds:7.2f} s{100 * seconds / shown['total']:6.0f} %")
+    totals = ", ".join(f"{one['total']:.2f}" for one in runs)
+    print(f"{'total':<16}{shown['total']:7.2f} s   all runs: {totals}")
+    print(f"loop overhead   {100 * shown['overhead']:7.2f} %")
+    print(f"peak memory     {shown['peak_mb']:7.0f} MB   backend {shown['backend']}, torch imported: {shown['torch']}")
+
+
+if __name__ == "__main__":
+    main()

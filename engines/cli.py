@@ -1,0 +1,138 @@
+"""The command `higen-export build-engines`."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from higen.stages import STAGES
+from higen.terminal import JSON, reported
+
+if TYPE_CHECKING:
+    from higen.engines.model import Event
+
+__all__ = ["build_engines"]
+
+UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
+
+
+class _Bytes(click.ParamType):
+    """A number of bytes: 1073741824, 512M or 1.5G."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        """Bytes of a text."""
+        if isinstance(value, int):
+            return value
+        text = str(value).strip().lower().removesuffix("b").removesuffix("i")
+        unit = text[-1:] if text[-1:] in UNITS else ""
+        try:
+            size = float(text.removesuffix(unit)) * UNITS[unit]
+            if not 1 <= size < 2**63:
+                raise ValueError
+        except ValueError:
+            self.fail(f"{value!r}: a size in bytes, as in 512M or 8G", param, ctx)
+        return int(size)
+
+
+@click.command("build-engines")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option(
+    "--target",
+    required=True,
+    help="rtx-sm89 (or several: rtx-sm89,rtx-sm120), rtx (one portable plan), or tensorrt (for the GPU here).",
+)
+@click.option("--stage", "stages", multiple=True, type=click.Choice(list(STAGES)), help="Only these.  [every stage]")
+@click.option("--precision", default="fp32", show_default=True, help="Which graphs: what the engines compute in.")
+@click.option(
+    "--profile",
+    "profiles",
+    multiple=True,
+    default=("default",),
+    show_default=True,
+    help="Shapes to build for: default, interactive, batch, flexible, or a .toml file; several for one engine.",
+)
+@click.option("--workspace", type=_Bytes(), help="Scratch memory a layer may use, as in 2G.  [all there is]")
+@click.option("--weight-streaming", is_flag=True, help="Weights may stay on the host, for GPUs that cannot hold them.")
+@JSON
+def build_engines(
+    model: Path,
+    target: str,
+    stages: tuple[str, ...],
+    precision: str,
+    profiles: tuple[str, ...],
+    workspace: int | None,
+    weight_streaming: bool,
+    as_json: bool,
+) -> None:
+    """Build TensorRT engines from the graphs of MODEL, into MODEL/engines/<target>.
+
+    Engines of TensorRT for RTX (rtx...) are built ahead of time and need no GPU. What fits already is kept; an
+    interrupted build goes on where it stopped.
+    """
+    with reported(as_json):
+        from higen.bundle import Bundle
+        from higen.engines.build import Options
+        from higen.engines.model import build_engines as build
+        from higen.engines.shapes import read_profile
+        from higen.engines.targets import parse_targets
+
+        targets = parse_targets(target)
+        bundle = Bundle.open(model)
+        chosen = [read_profile(name, bundle.config) for name in dict.fromkeys(profiles)]
+        bars = _Bars(shown=not as_json and sys.stderr.isatty(), lines=not as_json)
+        try:
+            records = build(
+                bundle,
+                targets,
+                chosen,
+                stages or tuple(STAGES),
+                precision,
+                Options(workspace, weight_streaming),
+                on_event=bars.show,
+            )
+        finally:
+            bars.close()
+        if as_json:
+            made = [
+                {"target": r.target, "stage": r.stage, "size": r.size, "seconds": r.seconds, "sha256": r.sha256}
+                for r in records
+            ]
+            click.echo(json.dumps({"model": str(bundle.path), "engines": made}))
+
+
+class _Bars:
+    """A bar for the plan being built, and a line for each that is there."""
+
+    def __init__(self, shown: bool, lines: bool) -> None:
+        self._shown = shown
+        self._lines = lines
+        self._bar: Any = None
+
+    def show(self, event: Event) -> None:
+        """Show an event."""
+        from tqdm import tqdm
+
+        name = f"{event.target}/{event.stage}"
+        if event.state == "building":
+            if self._bar is None:
+                form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}"
+                self._bar = tqdm(desc=name, total=1.0, disable=not self._shown, bar_format=form, leave=False)
+            self._bar.update(event.part - self._bar.n if self._shown else 0)
+            return
+        self.close()
+        record = event.record
+        if self._lines and record is not None:
+            did = "is there already" if event.state == "kept" else f"built in {record.seconds:.0f} s ({event.reason})"
+            click.echo(f"{name:<28}{record.precision:<6}{record.size / 1e6:8.1f} MB  {did}")
+
+    def close(self) -> None:
+        """Take the bar away."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None

@@ -1,0 +1,209 @@
+"""A model's graphs to engines for one target after the other; everything is checked before the first is built."""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime
+from typing import Any
+
+from higen.backends.cuda import Cuda
+from higen.backends.plans import PlanRecord
+from higen.backends.tensorrt_api import library
+from higen.bundle import Bundle, graph_file
+from higen.engines.build import PLAIN, Options, build_plan
+from higen.engines.progress import Progress
+from higen.engines.shapes import Profile, stage_profiles
+from higen.engines.store import EngineStore, difference
+from higen.engines.targets import Target, check_precision
+from higen.errors import ModelError, RequestError
+from higen.stages import STAGES
+
+__all__ = ["Event", "build_engines"]
+
+SPACE = 2.5
+"""Times a stage's weights: room for its new plan while the old one is still there."""
+
+
+@dataclass(frozen=True)
+class Event:
+    """News of a build: `state` is "kept" (fits already), "building", "built"; `part` from 0 to 1 while building."""
+
+    target: str
+    stage: str
+    state: str
+    part: float = 0.0
+    reason: str = ""
+    record: PlanRecord | None = None
+
+
+def build_engines(
+    bundle: Bundle,
+    targets: Sequence[Target],
+    profiles: Sequence[Profile],
+    stages: Sequence[str] = tuple(STAGES),
+    precision: str = "fp32",
+    options: Options = PLAIN,
+    *,
+    on_event: Callable[[Event], None] = lambda _: None,
+) -> list[PlanRecord]:
+    """Build the engines of a model that are not there yet, and return the records of all.
+
+    A stage whose plan fits graph, weights, profiles, options and library is kept, so an interrupted build goes on
+    where it stopped. Two builders of one target wait for each other.
+
+    Raises before anything is built: RequestError (stage, precision), ModelError (no graph), MissingExtra, NoDriver and
+    NoDevice (classic TensorRT without a GPU), OutputError (disk). Raises EngineError where TensorRT fails.
+    """
+    for stage in stages:
+        if stage not in STAGES:
+            raise RequestError(f"stage={stage!r}: of {', '.join(STAGES)}")
+    resolved = [_on_this_machine(target) for target in targets]
+    for target in resolved:
+        check_precision(precision, target.architectures)
+    libraries = {flavour: library(flavour, f"engines for {names}") for flavour, names in _flavours(resolved).items()}
+    wanted = [
+        [_wanted(bundle, target, stage, precision, profiles, options, libraries[target.flavour]) for stage in stages]
+        for target in resolved
+    ]
+    for target, records in zip(resolved, wanted, strict=True):
+        store = EngineStore(bundle.path, target.name)
+        store.check_space(sum(_space(bundle, r) for r in records if _reason(store, r) is not None))
+    return [
+        record
+        for target, records in zip(resolved, wanted, strict=True)
+        for record in _build_target(bundle, target, records, options, libraries[target.flavour], on_event)
+    ]
+
+
+def _on_this_machine(target: Target) -> Target:
+    """A target with its architectures. Raises NoDriver or NoDevice where they are those of a GPU that is not here."""
+    if target.architectures:
+        return target
+    cuda = Cuda.open()
+    try:
+        architecture = cuda.architecture
+    finally:
+        cuda.close()
+    return replace(target, name=f"{target.name}-sm{architecture}", architectures=(architecture,))
+
+
+def _flavours(targets: Sequence[Target]) -> dict[str, str]:
+    """Names of the targets by flavour."""
+    found: dict[str, list[str]] = {}
+    for target in targets:
+        found.setdefault(target.flavour, []).append(target.name)
+    return {flavour: ", ".join(names) for flavour, names in found.items()}
+
+
+def _wanted(
+    bundle: Bundle,
+    target: Target,
+    stage: str,
+    precision: str,
+    profiles: Sequence[Profile],
+    options: Options,
+    trt: Any,
+) -> PlanRecord:
+    """The record of a plan as it would be if it were built now, without what only the build can tell."""
+    graph = graph_file(stage, precision)
+    if graph not in bundle.files:
+        raise ModelError(
+            f"{bundle.path}: no {graph} (make it: higen-export onnx {bundle.path} --stage {stage} "
+            f"--precision {precision})"
+        )
+    weights = bundle.weights(stage, precision)
+    return PlanRecord(
+        stage=stage,
+        target=target.name,
+        precision=precision,
+        flavour=target.flavour,
+        library=str(trt.__version__),
+        architectures=target.architectures,
+        graph=graph,
+        graph_sha256=bundle.files[graph].sha256,
+        weights=weights,
+        weights_sha256=bundle.files[weights].sha256,
+        tensors=(),
+        profiles=stage_profiles(stage, profiles, bundle.config),
+        options=options.as_json(),
+        size=0,
+        sha256="",
+        built="",
+        seconds=0.0,
+    )
+
+
+def _reason(store: EngineStore, wanted: PlanRecord) -> str | None:
+    """Why a stage is to be built; None where the stored plan is the wanted one."""
+    stored = store.stored(wanted.stage)
+    return "not built yet" if stored is None else difference(stored, wanted)
+
+
+def _space(bundle: Bundle, wanted: PlanRecord) -> int:
+    return int(SPACE * bundle.files[wanted.weights].size) + 2**24
+
+
+def _build_target(
+    bundle: Bundle,
+    target: Target,
+    wanted: Sequence[PlanRecord],
+    options: Options,
+    trt: Any,
+    on_event: Callable[[Event], None],
+) -> list[PlanRecord]:
+    store = EngineStore(bundle.path, target.name)
+    records = []
+    with store.building():
+        for record in wanted:
+            reason = _reason(store, record)
+            if reason is None:
+                stored = store.stored(record.stage)
+                assert stored is not None
+                records.append(stored)
+                on_event(Event(target.name, record.stage, "kept", 1.0, record=stored))
+                continue
+            # Altered files must not end in an engine that claims to be theirs.
+            for name in (record.graph, record.weights):
+                bundle.file(name)
+            records.append(_build_stage(bundle, store, record, options, trt, reason, on_event))
+    return records
+
+
+def _build_stage(
+    bundle: Bundle,
+    store: EngineStore,
+    wanted: PlanRecord,
+    options: Options,
+    trt: Any,
+    reason: str,
+    on_event: Callable[[Event], None],
+) -> PlanRecord:
+    def part(_: str, done: float) -> None:
+        on_event(Event(wanted.target, wanted.stage, "building", done, reason))
+
+    started = time.perf_counter()
+    part("", 0.0)
+    built = build_plan(
+        trt,
+        bundle.path / wanted.graph,
+        STAGES[wanted.stage],
+        wanted.profiles,
+        wanted.architectures,
+        options,
+        Progress(part),
+    )
+    plan = memoryview(built.data)
+    record = replace(
+        wanted,
+        tensors=built.tensors,
+        size=plan.nbytes,
+        sha256=hashlib.sha256(plan).hexdigest(),
+        built=datetime.now(UTC).isoformat(timespec="seconds"),
+        seconds=round(time.perf_counter() - started, 1),
+    )
+    store.write(plan, record, built.log)
+    on_event(Event(wanted.target, wanted.stage, "built", 1.0, reason, record))
+    return record

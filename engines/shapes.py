@@ -1,0 +1,168 @@
+"""Shapes that engines are built for: a TOML file per use, turned into ranges of every input by the stage table.
+
+about = "one clip at a time"
+batch = 1                    # samples: one number, or [smallest, best, largest]
+frames = "default"           # or the model's own
+height = [256, 256, 512]     # pixels
+width = 448
+images = [1, 2, 2]           # decoded or encoded at a time
+"""
+
+from __future__ import annotations
+
+import math
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+from higen.backends.plans import PlanProfile, Span
+from higen.config import ModelConfig
+from higen.errors import RequestError
+from higen.stages import STAGES, Stage, dimensions
+
+__all__ = ["Profile", "Range", "profile_names", "read_profile", "stage_profiles"]
+
+LARGEST_VOLUME = 2**31 - 1
+"""Elements of one tensor that TensorRT takes."""
+
+WORDS = ("batch", "frames", "height", "width", "images")
+
+
+@dataclass(frozen=True)
+class Range:
+    """Sizes of an axis: smallest, the one an engine is tuned for, largest."""
+
+    smallest: int
+    best: int
+    largest: int
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """All three."""
+        return self.smallest, self.best, self.largest
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A use of a model: ranges of samples, frames, pixels high and wide, and images of the autoencoder at a time."""
+
+    name: str
+    batch: Range
+    frames: Range
+    height: Range
+    width: Range
+    images: Range
+
+
+def profile_names() -> list[str]:
+    """The profiles that come with higen."""
+    folder = files("higen.engines") / "profiles"
+    return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".toml"))
+
+
+def read_profile(name: str, config: ModelConfig) -> Profile:
+    """A profile by its name or as the path of a TOML file, for a model.
+
+    Raises RequestError: unknown name, file that is no profile, min above max, size that the model cannot have.
+    """
+    text, where = _text(name)
+    try:
+        entries = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise RequestError(f"{where}: not valid TOML: {error}") from error
+    if unknown := sorted(set(entries) - {*WORDS, "about"}):
+        raise RequestError(f"{where}: {', '.join(unknown)}: unknown; a profile has about, {', '.join(WORDS)}")
+    if missing := [word for word in WORDS if word not in entries]:
+        raise RequestError(f"{where}: {', '.join(missing)}: missing")
+    profile = Profile(Path(name).stem, **{word: _range(word, entries[word], config, where) for word in WORDS})
+    _check_sizes(profile, config, where)
+    return profile
+
+
+def _text(name: str) -> tuple[str, str]:
+    if name in (known := profile_names()):
+        path = files("higen.engines") / "profiles" / f"{name}.toml"
+        return path.read_text(encoding="utf-8"), f"profile {name}"
+    if not name.endswith(".toml"):
+        raise RequestError(f"profile={name!r}: of {', '.join(known)}, or the path of a .toml file")
+    try:
+        return Path(name).read_text(encoding="utf-8"), name
+    except (OSError, ValueError) as error:
+        raise RequestError(f"profile={name!r}: cannot be read: {error}") from error
+
+
+def _range(word: str, value: Any, config: ModelConfig, where: str) -> Range:
+    defaults = {"frames": config.defaults.frames, "height": config.defaults.height, "width": config.defaults.width}
+    if value == "default" and word in defaults:
+        value = defaults[word]
+    sizes = value if isinstance(value, list) else [value] * 3
+    if len(sizes) != 3 or any(type(n) is not int or n < 1 for n in sizes):
+        allowed = "a whole number from 1, or [smallest, best, largest]" + (', or "default"' if word in defaults else "")
+        raise RequestError(f"{where}: {word}={value!r}: {allowed}")
+    if not sizes[0] <= sizes[1] <= sizes[2]:
+        raise RequestError(f"{where}: {word}={value}: smallest <= best <= largest")
+    return Range(*sizes)
+
+
+def _check_sizes(profile: Profile, config: ModelConfig, where: str) -> None:
+    step = config.autoencoder.factor * config.unet.size_multiple
+    if profile.frames.largest > config.max_frames:
+        raise RequestError(f"{where}: frames={profile.frames.largest}: this model makes 1 to {config.max_frames}")
+    for word, sizes in (("height", profile.height.sizes), ("width", profile.width.sizes)):
+        if any(n % step for n in sizes):
+            raise RequestError(f"{where}: {word}={list(sizes)}: multiples of {step} pixels for this model")
+
+
+def stage_profiles(stage: str, profiles: Iterable[Profile], config: ModelConfig) -> tuple[PlanProfile, ...]:
+    """Profiles as ranges of each input of a stage; those that are alike for this stage are kept once.
+
+    The pipeline itself encodes the empty prompt alone and conditions the key frame as one frame, so the text encoder
+    and the conditioner always take these too. Raises RequestError for tensors larger than TensorRT takes.
+    """
+    made: dict[tuple[Span, ...], PlanProfile] = {}
+    for profile in profiles:
+        symbols = _symbols(stage, profile, config)
+        spans = tuple(_span(STAGES[stage], t.name, t.shape, symbols, profile.name) for t in STAGES[stage].inputs)
+        made.setdefault(spans, PlanProfile(profile.name, spans))
+    return tuple(made.values())
+
+
+def _symbols(stage: str, profile: Profile, config: ModelConfig) -> dict[str, Range]:
+    factor = config.autoencoder.factor
+
+    def latent(pixels: Range) -> Range:
+        return Range(pixels.smallest // factor, pixels.best // factor, pixels.largest // factor)
+
+    batch, frames = profile.batch, profile.frames
+    if stage in ("text_encoder", "conditioner"):
+        batch = Range(1, batch.best, batch.largest)
+        frames = Range(1, frames.best, frames.largest)
+    free = {
+        "B": batch,
+        "F": frames,
+        "N": profile.images,
+        "H": latent(profile.height),
+        "W": latent(profile.width),
+        "Y": profile.height,
+        "X": profile.width,
+    }
+    return {**{symbol: Range(n, n, n) for symbol, n in dimensions(config).items()}, **free}
+
+
+def _span(stage: Stage, name: str, shape: tuple[str | int, ...], symbols: Mapping[str, Range], profile: str) -> Span:
+    ranges = [Range(n, n, n) if isinstance(n, int) else symbols[n] for n in shape]
+    span = Span(
+        name,
+        tuple(r.smallest for r in ranges),
+        tuple(r.best for r in ranges),
+        tuple(r.largest for r in ranges),
+    )
+    if (volume := math.prod(span.largest)) > LARGEST_VOLUME:
+        raise RequestError(
+            f"profile {profile}: {stage.name}.{name} would have {volume} elements {list(span.largest)}; "
+            f"TensorRT takes {LARGEST_VOLUME}"
+        )
+    return span

@@ -1,0 +1,123 @@
+"""The engines of one target in a model's folder: written whole or not at all, by one builder at a time."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any
+
+from higen.backends.plans import ENGINES, PlanRecord, engine_file, log_file, record_file
+from higen.errors import EngineError, OutputError
+from higen.locks import locked
+from higen.stages import STAGES
+
+__all__ = ["EngineStore", "difference"]
+
+LOCK = ".lock"
+
+INGREDIENTS = (
+    "precision",
+    "flavour",
+    "library",
+    "architectures",
+    "graph_sha256",
+    "weights_sha256",
+    "profiles",
+    "options",
+)
+"""What decides whether a plan would be built the same again."""
+
+
+def difference(stored: PlanRecord, wanted: PlanRecord) -> str | None:
+    """Why a stored plan is not the wanted one, in a few words; None if it is."""
+    for name in INGREDIENTS:
+        old, new = getattr(stored, name), getattr(wanted, name)
+        if old != new:
+            values = f" ({old}, now {new})" if name in ("precision", "library", "architectures", "options") else ""
+            return f"another {name.removesuffix('_sha256').replace('_', ' ')}{values}"
+    return None
+
+
+class EngineStore:
+    """The folder model/engines/<target>."""
+
+    def __init__(self, model: Path, target: str) -> None:
+        self.folder = model / ENGINES / target
+
+    @contextmanager
+    def building(self) -> Iterator[None]:
+        """Be the only builder of this target, waiting for another; first finish or take back what a killed one left.
+
+        Raises OutputError where the folder cannot be made.
+        """
+        with ExitStack() as stack:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(locked(self.folder / LOCK))
+                self._recover()
+            except OSError as error:
+                raise OutputError(f"{self.folder}: {error.strerror or error}") from error
+            yield
+
+    def stored(self, stage: str) -> PlanRecord | None:
+        """The record of a stage's plan, None if there is none or it does not fit the file beside it."""
+        path = self.folder / record_file(stage)
+        try:
+            record = PlanRecord.from_text(path.read_text(encoding="utf-8"), str(path))
+            whole = (self.folder / engine_file(stage)).stat().st_size == record.size
+        except (OSError, UnicodeDecodeError, EngineError):
+            return None  # nothing that could be used again: it is built anew
+        return record if whole else None
+
+    def check_space(self, needed: int) -> None:
+        """Raises OutputError if the disk has less than `needed` bytes free."""
+        folder = next(parent for parent in (self.folder, *self.folder.parents) if parent.exists())
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise OutputError(f"{folder}: {free / 1e6:.0f} MB free, the engines need about {needed / 1e6:.0f} MB")
+
+    def write(self, plan: Any, record: PlanRecord, log: str) -> None:
+        """Put a plan (a buffer), its record and its log in place; the old ones stay if that fails.
+
+        Raises OutputError for a full disk and the like.
+        """
+        stage = record.stage
+        contents = {
+            engine_file(stage): plan,
+            log_file(stage): log.encode(),
+            record_file(stage): record.to_text().encode(),
+        }
+        try:
+            for name, content in contents.items():
+                with self._part(name).open("wb") as file:
+                    file.write(content)
+            # The record last: a kill before it leaves a part that `_recover` finishes, and no plan without its record
+            # is ever used.
+            for name in contents:
+                self._part(name).replace(self.folder / name)
+        except OSError as error:
+            for name in contents:
+                self._part(name).unlink(missing_ok=True)
+            what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
+            raise OutputError(f"{self.folder / engine_file(stage)}: cannot be written: {what}") from error
+
+    def _part(self, name: str) -> Path:
+        return self.folder / f".{name}.part"
+
+    def _recover(self) -> None:
+        for stage in STAGES:
+            part, plan = self._part(record_file(stage)), self.folder / engine_file(stage)
+            try:
+                record = PlanRecord.from_text(part.read_text(encoding="utf-8"), str(part))
+                with plan.open("rb") as file:
+                    fits = hashlib.file_digest(file, "sha256").hexdigest() == record.sha256
+            except (OSError, UnicodeDecodeError, EngineError):
+                fits = False
+            if fits:
+                part.replace(self.folder / record_file(stage))
+        for part in self.folder.glob(".*.part"):
+            part.unlink()

@@ -1,0 +1,66 @@
+"""What engines are built for: a flavour of TensorRT and GPU architectures.
+
+rtx-sm89     TensorRT for RTX, ahead of time for one architecture; needs no GPU
+rtx          TensorRT for RTX, one portable plan for SM80, SM86, SM89 and SM120
+tensorrt     classic TensorRT for the GPU of this machine; becomes tensorrt-sm90, say
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from higen.errors import RequestError
+
+__all__ = ["NEEDED", "PORTABLE", "RTX", "Target", "check_precision", "parse_targets"]
+
+RTX = (75, 80, 86, 89, 120, 121)
+"""Architectures that TensorRT for RTX builds for. H100 and H200 (SM90) are not among them."""
+
+PORTABLE = (80, 86, 89, 120)
+"""What one plan of TensorRT for RTX covers unless told otherwise."""
+
+NEEDED = {"fp32": 75, "fp16": 75, "bf16": 80, "int8": 80, "fp8": 89, "nvfp4": 120}
+"""The first architecture that computes in each precision."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """Where engines run: `name` is their folder; no architectures: those of the GPU of this machine."""
+
+    name: str
+    flavour: Literal["rtx", "tensorrt"]
+    architectures: tuple[int, ...]
+
+
+def parse_targets(text: str) -> list[Target]:
+    """Targets separated by commas, each once. Raises RequestError naming what is unknown and what is known."""
+    targets: dict[str, Target] = {}
+    for name in text.split(","):
+        target = _parse(name.strip())
+        targets[target.name] = target
+    return list(targets.values())
+
+
+def _parse(name: str) -> Target:
+    if name == "tensorrt":
+        return Target(name, "tensorrt", ())
+    if name == "rtx":
+        return Target(name, "rtx", PORTABLE)
+    known = {f"rtx-sm{a}": a for a in RTX}
+    if name in known:
+        return Target(name, "rtx", (known[name],))
+    hint = ""
+    if name.startswith(("rtx-sm", "sm")):
+        hint = "; other GPUs (H100 and H200 are SM90) take 'tensorrt', on the machine itself"
+    raise RequestError(f"target={name!r}: of {', '.join(known)}, rtx, tensorrt{hint}")
+
+
+def check_precision(precision: str, architectures: tuple[int, ...]) -> None:
+    """Raises RequestError if one of the architectures does not compute in a precision."""
+    needed = NEEDED.get(precision.partition(".")[0])
+    if needed is None:
+        raise RequestError(f"precision={precision!r}: of {', '.join(NEEDED)}")
+    if lacking := [a for a in architectures if a < needed]:
+        names = ", ".join(f"SM{a}" for a in lacking)
+        raise RequestError(f"precision={precision!r}: {names} cannot compute in it; the first that can is SM{needed}")

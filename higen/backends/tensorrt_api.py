@@ -1,0 +1,87 @@
+"""One door to three libraries: `tensorrt` 10, `tensorrt` 11 and `tensorrt_rtx`.
+
+Their modules have the same names for the same things and differ in which they have; what may be absent is asked for
+with hasattr where it is used, and no version number is ever compared.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Any
+
+from higen.backends.plans import EXTRAS, PlanTensor
+from higen.errors import MissingExtra
+
+__all__ = ["SEVERE", "engine_tensors", "installed", "library", "make_logger", "network_tensors", "versions"]
+
+SEVERE = ("INTERNAL_ERROR", "ERROR")
+"""Severities after which a result is not to be trusted, even if there is one."""
+
+
+def installed(flavour: str) -> bool:
+    """Whether a flavour's package is there; it is not imported."""
+    return importlib.util.find_spec(EXTRAS[flavour][0]) is not None
+
+
+def library(flavour: str, purpose: str) -> Any:
+    """A flavour's module. Raises MissingExtra."""
+    package, extra = EXTRAS[flavour]
+    try:
+        return importlib.import_module(package)
+    except (ImportError, OSError, RuntimeError) as error:  # the stub on PyPI lacks its libraries: any of the three
+        raise MissingExtra(package, extra, purpose) from error
+
+
+def versions(flavours: set[str]) -> dict[str, str | None]:
+    """Version of each flavour, None where it cannot be imported."""
+    found: dict[str, str | None] = {}
+    for flavour in flavours:
+        try:
+            found[flavour] = str(library(flavour, "").__version__)
+        except MissingExtra:
+            found[flavour] = None
+    return found
+
+
+def make_logger(trt: Any, on_line: Callable[[str, str], None]) -> Any:
+    """A TensorRT logger that hands each line on as (severity, text)."""
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            on_line(severity.name, message)
+
+    return Logger()
+
+
+def network_tensors(trt: Any, network: Any) -> tuple[PlanTensor, ...]:
+    """Inputs and outputs of an INetworkDefinition."""
+    inputs = [("input", network.get_input(i)) for i in range(network.num_inputs)]
+    outputs = [("output", network.get_output(i)) for i in range(network.num_outputs)]
+    return tuple(_tensor(trt, kind, t.name, t.dtype, t.shape) for kind, t in [*inputs, *outputs])
+
+
+def engine_tensors(trt: Any, engine: Any) -> tuple[PlanTensor, ...]:
+    """Inputs and outputs of an ICudaEngine."""
+    names = [engine.get_tensor_name(i) for i in range(engine.num_io_tensors)]
+    kinds = {trt.TensorIOMode.INPUT: "input", trt.TensorIOMode.OUTPUT: "output"}
+    return tuple(
+        _tensor(trt, kinds[engine.get_tensor_mode(n)], n, engine.get_tensor_dtype(n), engine.get_tensor_shape(n))
+        for n in names
+    )
+
+
+def _tensor(trt: Any, kind: Any, name: str, dtype: Any, shape: Any) -> PlanTensor:
+    types = {
+        trt.DataType.FLOAT: "float32",
+        trt.DataType.HALF: "float16",
+        trt.DataType.BF16: "bfloat16",
+        trt.DataType.INT32: "int32",
+        trt.DataType.INT64: "int64",
+        trt.DataType.BOOL: "bool",
+    }
+    return PlanTensor(name, kind, types.get(dtype, str(dtype)), tuple(int(n) for n in shape))

@@ -1,0 +1,567 @@
+"""The TensorRT backend on a fake TensorRT and a fake CUDA driver that enforce the real ones' rules.
+
+The fake computes with ONNX Runtime, so a whole video through the state machine must be ONNX Runtime's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.machinery
+import shutil
+import sys
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from fake_cuda import FakeDriver
+from fake_tensorrt import SURFACES, FakeTensorrt
+
+import higen
+from higen.api import default_model
+from higen.backends import cuda
+from higen.backends.onnx import OnnxBackend
+from higen.backends.plans import PlanRecord, read_plans, validity_error
+from higen.backends.select import availability
+from higen.backends.tensorrt import TensorrtBackend
+from higen.bundle import Bundle
+from higen.engines.build import PLAIN, Options
+from higen.engines.model import build_engines
+from higen.engines.shapes import Profile, Range
+from higen.engines.targets import parse_targets
+from higen.errors import (
+    BackendError,
+    BackendUnavailable,
+    EngineError,
+    FallbackWarning,
+    HigenError,
+    Malformed,
+    MissingExtra,
+    NoDevice,
+    NoDriver,
+    OutsideProfile,
+    Stale,
+    WrongArchitecture,
+)
+from higen.stages import STAGES, dimensions
+
+PROMPT = "a red heart"
+LIBRARIES = sorted(SURFACES)
+RTX = next(name for name in LIBRARIES if "rtx" in name)
+
+
+def small(config: Any) -> dict[str, int]:
+    """Sizes of a small clip that the model takes."""
+    step = config.autoencoder.factor * config.unet.size_multiple
+    return {"frames": 3, "width": 2 * step, "height": step}
+
+
+def profile(config: Any, frames: int = 3) -> Profile:
+    """A profile for clips of `small`, of up to so many frames."""
+    sizes = small(config)
+    height, width = sizes["height"], sizes["width"]
+    return Profile(
+        "small",
+        Range(1, 1, 2),
+        Range(2, frames, frames),
+        Range(height, height, height),
+        Range(width, width, width),
+        Range(1, 2, 2),
+    )
+
+
+class Machine:
+    """A machine with a fake GPU and one of the fake libraries; `model` has engines for it."""
+
+    def __init__(self, library: str, model: Path, patch: pytest.MonkeyPatch) -> None:
+        self.patch = patch
+        self.driver = FakeDriver()
+        config = Bundle.open(model).config
+        self.trt = FakeTensorrt(library, self.driver, config.autoencoder.factor)
+        self.package = "tensorrt_rtx" if "rtx" in library else "tensorrt"
+        self.target = "rtx-sm89" if "rtx" in library else "tensorrt"
+        self.trt.__spec__ = importlib.machinery.ModuleSpec(self.package, None)
+        for package in ("tensorrt", "tensorrt_rtx"):
+            patch.setitem(sys.modules, package, self.trt if package == self.package else None)
+        patch.setattr(cuda, "_driver", lambda: self.driver)
+        self.model = model
+
+    def build(self, *stages: str, options: Options = PLAIN, frames: int = 3) -> list[PlanRecord]:
+        bundle = Bundle.open(self.model)
+        profiles = [profile(bundle.config, frames)]
+        return build_engines(bundle, parse_targets(self.target), profiles, stages or tuple(STAGES), options=options)
+
+    def backend(self, **options: Any) -> TensorrtBackend:
+        return TensorrtBackend(Bundle.open(self.model), **options)
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in model without any engine."""
+    return Path(shutil.copytree(default_model(), tmp_path_factory.mktemp("engines") / "model"))
+
+
+@pytest.fixture
+def model(original: Path, tmp_path: Path) -> Path:
+    """A model that a test may change: big files are links."""
+    folder = tmp_path / "model"
+    shutil.copytree(original, folder, copy_function=lambda a, b: Path(b).symlink_to(a))
+    manifest = folder / "higen.json"
+    text = manifest.read_text(encoding="utf-8")
+    manifest.unlink()
+    manifest.write_text(text, encoding="utf-8")
+    return folder
+
+
+@pytest.fixture(params=LIBRARIES)
+def machine(request: pytest.FixtureRequest, model: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """A machine with each of the four libraries in turn."""
+    return Machine(request.param, model, monkeypatch)
+
+
+@pytest.fixture
+def rtx(model: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """A machine with TensorRT for RTX."""
+    return Machine(RTX, model, monkeypatch)
+
+
+@pytest.fixture
+def classic(model: Path, monkeypatch: pytest.MonkeyPatch) -> Machine:
+    """A machine with the newest classic TensorRT."""
+    return Machine(LIBRARIES[-2], model, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def expected(original: Path) -> np.ndarray[Any, Any]:
+    """The small clip on ONNX Runtime."""
+    with higen.load(original, "onnx") as pipe:
+        return clip(pipe)
+
+
+def clip(pipe: Any, **options: Any) -> np.ndarray[Any, Any]:
+    sizes = {**small(pipe.config), "steps": 2, "seed": 3, "progress": False, **options}
+    frames: np.ndarray[Any, Any] = pipe(PROMPT, **sizes).frames
+    return frames
+
+
+def inputs(bundle: Bundle, stage: str, seed: int = 0, **sizes: int) -> dict[str, np.ndarray[Any, Any]]:
+    """Random inputs of a stage."""
+    random, factor = np.random.default_rng(seed), bundle.config.autoencoder.factor
+    multiple = bundle.config.unet.size_multiple
+    known = {"B": 1, "F": 3, "N": 2, "H": multiple, "W": 2 * multiple, **sizes}
+    known |= {"Y": known["H"] * factor, "X": known["W"] * factor, **dimensions(bundle.config)}
+    made = {}
+    for tensor in STAGES[stage].inputs:
+        shape = [known[n] if isinstance(n, str) else n for n in tensor.shape]
+        if tensor.dtype == "int64":
+            made[tensor.name] = random.integers(0, 5, shape)
+        else:
+            made[tensor.name] = random.standard_normal(shape).astype(np.float32)
+    return made
+
+
+def by_graph(bundle: Bundle, stage: str, given: dict[str, Any]) -> dict[str, Any]:
+    backend = OnnxBackend(bundle, "cpu")
+    return {name: backend.to_numpy(value) for name, value in backend.run(stage, **given).items()}
+
+
+def test_every_library_gives_the_video_of_onnx_runtime(machine: Machine, expected: np.ndarray[Any, Any]) -> None:
+    machine.build()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe = higen.load(machine.model)
+    assert {choice.backend for choice in pipe.backend.choices.values()} == {"tensorrt"}  # type: ignore[attr-defined]
+    np.testing.assert_array_equal(clip(pipe), expected)
+    np.testing.assert_array_equal(clip(pipe), expected)
+    launched = machine.driver.calls.get("cuGraphLaunch", 0)
+    # TensorRT for RTX captures by itself; for the others we do.
+    assert launched == 0 if machine.package == "tensorrt_rtx" else launched > 0
+    report = pipe.report()
+    assert f"tensorrt (cuda, fp32, {machine.target}" in report
+    assert "not tensorrt" not in report
+    pipe.close()
+    assert machine.driver.clean
+    assert not machine.trt.engines
+
+
+def test_a_builder_asks_each_library_for_what_it_has(machine: Machine) -> None:
+    (record,) = machine.build("vae_decoder", options=Options(workspace=2**20, weight_streaming=True))
+    assert machine.trt.capabilities == ([89] if machine.package == "tensorrt_rtx" else [])
+    assert record.architectures == (89,)
+    assert record.library == machine.trt.__version__
+    assert record.target == ("rtx-sm89" if machine.package == "tensorrt_rtx" else "tensorrt-sm89")
+    assert [t.name for t in record.tensors] == ["latents", "pixels"]
+    log = (machine.model / "engines" / record.target / "vae_decoder.log").read_text(encoding="utf-8")
+    assert "_gemm_mha_v2" in log
+    assert "Searching for input" not in log
+
+
+def test_a_plan_that_fits_is_kept_and_a_changed_wish_builds_again(rtx: Machine) -> None:
+    first = rtx.build("vae_decoder", "vae_encoder")
+    assert rtx.build("vae_decoder", "vae_encoder") == first
+    again = rtx.build("vae_decoder", frames=2, options=Options(workspace=1))
+    assert again[0].options != first[0].options
+    assert rtx.build("vae_encoder") == first[1:]
+
+
+def test_an_error_line_fails_the_build_whatever_it_returns(rtx: Machine) -> None:
+    rtx.trt.build_errors = ["the setting is wrong", "the setting is wrong"]
+    with pytest.raises(EngineError, match=r"vae_decoder\.onnx: TensorRT could not build it: the setting is wrong$"):
+        rtx.build("vae_decoder")
+    assert [p.name for p in (rtx.model / "engines" / "rtx-sm89").iterdir()] == [".lock"]
+
+
+def test_a_loop_keeps_its_memory_and_replays(classic: Machine) -> None:
+    classic.build("temporal_unet")
+    backend = classic.backend()
+    given = inputs(backend.bundle, "temporal_unet")
+    state = {"latents": given.pop("latents"), "previous": given.pop("previous")}
+    used, allocations = [], []
+    for _ in range(12):
+        state = dict(backend.run("temporal_unet", **state, **given))
+        used.append(classic.driver.used)
+        allocations.append(classic.driver.calls["cuMemAlloc_v2"])
+    assert used[3:] == [used[3]] * 9
+    assert allocations[3:] == [allocations[3]] * 9
+    assert classic.driver.calls["cuStreamBeginCapture_v2"] <= 3
+    assert classic.driver.calls["cuGraphLaunch"] >= 6
+    backend.close()
+
+
+def test_steps_that_a_caller_keeps_are_not_overwritten(classic: Machine) -> None:
+    classic.build()
+    sizes = small(Bundle.open(classic.model).config)
+    with higen.load(classic.model) as pipe, higen.load(classic.model, "onnx") as graphs:
+        kept = list(pipe.stream(PROMPT, steps=4, seed=1, **sizes))
+        for step, wanted in zip(kept, graphs.stream(PROMPT, steps=4, seed=1, **sizes), strict=True):
+            ours, theirs = pipe.backend.to_numpy(step.latents), graphs.backend.to_numpy(wanted.latents)
+            np.testing.assert_array_equal(ours, theirs)
+
+
+def test_shapes_that_alternate_are_captured_by_the_rules(classic: Machine) -> None:
+    classic.build("vae_decoder")
+    backend = classic.backend()
+    for i in range(8):
+        given = inputs(backend.bundle, "vae_decoder", seed=i, N=1 + i % 2)
+        pixels = backend.run("vae_decoder", **given)["pixels"].numpy()
+        np.testing.assert_array_equal(pixels, by_graph(backend.bundle, "vae_decoder", given)["pixels"])
+    backend.close()
+
+
+def test_two_threads_share_an_engine(classic: Machine) -> None:
+    classic.build("vae_decoder")
+    backend = classic.backend()
+    wrong: list[int] = []
+
+    def work(seed: int) -> None:
+        for i in range(5):
+            given = inputs(backend.bundle, "vae_decoder", seed=10 * seed + i)
+            pixels = backend.to_numpy(backend.run("vae_decoder", **given)["pixels"])
+            if not np.array_equal(pixels, by_graph(backend.bundle, "vae_decoder", given)["pixels"]):
+                wrong.append(seed)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    backend.close()
+
+
+def test_low_memory_keeps_one_engine_at_a_time(rtx: Machine, expected: np.ndarray[Any, Any]) -> None:
+    rtx.build()
+    alive: list[int] = []
+    run = TensorrtBackend.run
+
+    def counting(self: TensorrtBackend, stage: str, /, **tensors: Any) -> Any:
+        result = run(self, stage, **tensors)
+        alive.append(len(rtx.trt.engines))
+        return result
+
+    rtx.patch.setattr(TensorrtBackend, "run", counting)
+    with higen.load(rtx.model, low_memory=True) as pipe:
+        np.testing.assert_array_equal(clip(pipe), expected)
+    assert set(alive) == {1}
+    with higen.load(rtx.model) as pipe:
+        clip(pipe)
+    assert max(alive) == 5
+
+
+def test_engines_share_one_block_of_scratch_memory(rtx: Machine) -> None:
+    rtx.build("vae_decoder", "vae_encoder")
+    backend = rtx.backend()
+    backend.prepare("vae_decoder")
+    alone = rtx.driver.used
+    backend.prepare("vae_encoder")
+    assert rtx.driver.used == alone > 0
+    backend.close()
+
+
+def test_compiled_kernels_are_kept_beside_the_plan(rtx: Machine) -> None:
+    rtx.build("vae_decoder")
+    cache = rtx.model / "engines" / "rtx-sm89" / ".vae_decoder-sm89.cache"
+    given = inputs(Bundle.open(rtx.model), "vae_decoder")
+    for _ in range(2):
+        backend = rtx.backend()
+        backend.run("vae_decoder", **given)
+        backend.close()
+        assert cache.read_bytes().startswith(b"kernels:")
+    cache.write_bytes(b"of another driver")
+    backend = rtx.backend()
+    backend.run("vae_decoder", **given)
+    backend.close()
+    assert cache.read_bytes().startswith(b"kernels:")
+    assert [p.name for p in cache.parent.glob(".*.part")] == []
+
+
+@pytest.mark.parametrize(("memory", "budget"), [(2**32, 1000), (5500, 400)])
+def test_weights_stream_where_they_do_not_fit(rtx: Machine, memory: int, budget: int) -> None:
+    rtx.build("vae_decoder", options=Options(weight_streaming=True))
+    rtx.driver.memory = memory
+    backend = rtx.backend()
+    try:
+        backend.prepare("vae_decoder")
+    finally:
+        (engine,) = rtx.trt.engines
+        assert engine.weight_streaming_budget_v2 == budget
+        backend.close()
+
+
+def test_a_full_gpu_is_one_error(rtx: Machine) -> None:
+    rtx.build("vae_decoder")
+    backend = rtx.backend()
+    rtx.driver.memory = 100
+    with pytest.raises(BackendError, match=r"cuMemAlloc_v2: .*memory is full \(low_memory=True\?\)"):
+        backend.prepare("vae_decoder")
+    backend.close()
+    assert rtx.driver.clean
+
+
+def test_wrong_inputs_are_refused(rtx: Machine) -> None:
+    rtx.build("vae_decoder")
+    backend = rtx.backend()
+    with pytest.raises(BackendError, match="missing or unknown inputs"):
+        backend.run("vae_decoder", pixels=np.zeros((1, 3, 8, 8), np.float32))
+    with pytest.raises(BackendError, match=r"vae_decoder\.latents"):
+        backend.run("vae_decoder", latents=np.zeros((1, 1, 8, 8), np.float32))
+    backend.close()
+
+
+def test_a_stage_without_an_engine_is_passed_over_in_silence(rtx: Machine, expected: np.ndarray[Any, Any]) -> None:
+    rtx.build("temporal_unet", "vae_decoder")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe = higen.load(rtx.model)
+        np.testing.assert_array_equal(clip(pipe), expected)
+    report = " ".join(pipe.report().split())
+    assert "conditioner onnx (cpu, fp32) not tensorrt: no engine of conditioner" in report
+    assert "temporal_unet tensorrt" in report
+    pipe.close()
+
+
+def test_another_precision_is_another_engine(rtx: Machine) -> None:
+    rtx.build("vae_decoder")
+    with pytest.raises(BackendUnavailable, match="no engine of vae_decoder in fp16"):
+        rtx.backend(precision="fp16").prepare("vae_decoder")
+
+
+def test_shapes_outside_the_profile_run_on_the_next_backend(rtx: Machine, expected: np.ndarray[Any, Any]) -> None:
+    rtx.build(frames=2)
+    with higen.load(rtx.model) as pipe:
+        with pytest.warns(FallbackWarning) as caught:
+            np.testing.assert_array_equal(clip(pipe), expected)
+        messages = sorted(str(w.message).partition(": rtx-sm89/")[0] for w in caught)
+        assert messages == [f"{stage} runs on onnx: OutsideProfile" for stage in ("conditioner", "temporal_unet")]
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            clip(pipe, frames=2)
+            np.testing.assert_array_equal(clip(pipe), expected)
+    with higen.load(rtx.model, "tensorrt") as pipe, pytest.raises(OutsideProfile, match="conditioner"):
+        clip(pipe)
+
+
+# The chain: engine, graph, weights
+
+
+def cut(machine: Machine) -> None:
+    for stage in STAGES:
+        path = machine.model / "engines" / "rtx-sm89" / f"{stage}.engine"
+        path.write_bytes(path.read_bytes()[:-1])
+
+
+def no_plan(machine: Machine) -> None:
+    """A file that its record describes and TensorRT cannot read."""
+    for stage in STAGES:
+        (plan,), _ = read_plans(machine.model, stage)
+        plan.path.write_bytes(b"garbage")
+        record = replace(plan.record, size=7, sha256=hashlib.sha256(b"garbage").hexdigest())
+        plan.path.with_suffix(".json").write_text(record.to_text(), encoding="utf-8")
+
+
+def no_record(machine: Machine) -> None:
+    for stage in STAGES:
+        (machine.model / "engines" / "rtx-sm89" / f"{stage}.json").write_text("{", encoding="utf-8")
+
+
+def other_gpu(machine: Machine) -> None:
+    machine.driver.architecture = 120
+
+
+def other_weights(machine: Machine) -> None:
+    """As if the engines had been built before the model was trained on."""
+    for stage in STAGES:
+        (plan,), _ = read_plans(machine.model, stage)
+        record = replace(plan.record, weights_sha256="0" * 64)
+        plan.path.with_suffix(".json").write_text(record.to_text(), encoding="utf-8")
+
+
+def no_library(machine: Machine) -> None:
+    machine.patch.setitem(sys.modules, machine.package, None)
+
+
+def other_version(machine: Machine) -> None:
+    machine.trt.__version__ = "9.9.9"
+
+
+def no_gpu(machine: Machine) -> None:
+    machine.driver.devices = 0
+
+
+def invalid(machine: Machine) -> None:
+    machine.trt.validity = ("INVALID", 32)
+
+
+CAUSES = [
+    (cut, Malformed, "is not the plan of the record beside it"),
+    (no_plan, Malformed, "TensorRT cannot load it: magic tag"),
+    (no_record, Malformed, "no record of an engine"),
+    (other_gpu, WrongArchitecture, "built for SM89, this GPU is SM120"),
+    (other_weights, Stale, "has changed since it was built"),
+    (other_version, Stale, r"9\.9\.9 is here"),
+    (no_library, MissingExtra, r"needs the package 'tensorrt_rtx': pip install 'higen\[rtx\]'"),
+    (no_gpu, NoDevice, "finds no GPU"),
+    (invalid, Malformed, "its file is no plan"),
+]
+
+
+@pytest.mark.parametrize(("breakage", "error", "message"), CAUSES, ids=[c[0].__name__ for c in CAUSES])
+def test_every_breakage_falls_back_to_the_same_video(
+    rtx: Machine,
+    expected: np.ndarray[Any, Any],
+    breakage: Callable[[Machine], None],
+    error: type[HigenError],
+    message: str,
+) -> None:
+    rtx.build()
+    breakage(rtx)
+    with pytest.raises(error, match=message):
+        rtx.backend().prepare("vae_decoder")
+    assert rtx.driver.clean
+    with pytest.warns(FallbackWarning, match=f"runs on onnx: {error.__name__}: ") as caught:
+        pipe = higen.load(rtx.model)
+    with pipe:
+        np.testing.assert_array_equal(clip(pipe), expected)
+        report = pipe.report()
+        assert rtx.driver.clean, "a GPU that is not used is not held"
+    assert report.count(f"not tensorrt: {error.__name__}: ") == 5
+    assert report.count("onnx (cpu, fp32)") == 5
+    messages = [str(w.message).partition(": ")[2] for w in caught]
+    assert len(set(messages)) == len(messages), "a cause is told once"
+    with pytest.raises(error):
+        higen.load(rtx.model, "tensorrt")
+    assert rtx.driver.clean
+
+
+@pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
+def test_without_a_driver_each_engine_says_so(rtx: Machine, expected: np.ndarray[Any, Any]) -> None:
+    """Nothing is faked here but the engines: this machine's own driver is asked for."""
+    rtx.build()
+    rtx.patch.undo()
+    with pytest.warns(FallbackWarning, match="text_encoder runs on onnx: NoDriver: no NVIDIA driver") as caught:
+        pipe = higen.load(rtx.model)
+    assert len(caught) == 1
+    with pipe:
+        assert pipe.report().count("not tensorrt: NoDriver: no NVIDIA driver") == 5
+        np.testing.assert_array_equal(clip(pipe), expected)
+
+
+def test_the_runtime_is_never_touched_without_a_driver(rtx: Machine) -> None:
+    rtx.build("vae_decoder")
+
+    def missing() -> Any:
+        raise NoDriver("no NVIDIA driver")
+
+    rtx.patch.setattr(cuda, "_driver", missing)
+    rtx.driver.current = False  # a Runtime made now ends the process
+    with pytest.raises(NoDriver):
+        rtx.backend().prepare("vae_decoder")
+
+
+def test_classic_engines_need_the_gpu_they_are_for(classic: Machine) -> None:
+    classic.driver.devices = 0
+    with pytest.raises(NoDevice):
+        classic.build("vae_decoder")
+
+
+def test_availability_says_what_is_missing(rtx: Machine) -> None:
+    def tensorrt() -> tuple[bool, str]:
+        (found,) = [a for a in availability() if a.backend == "tensorrt"]
+        return found.works, found.reason
+
+    assert tensorrt() == (True, "")
+    rtx.driver.devices = 0
+    assert tensorrt() == (False, "NoDevice: the NVIDIA driver finds no GPU")
+    rtx.patch.setattr("importlib.util.find_spec", lambda name: None)
+    assert tensorrt() == (False, "not installed: tensorrt or tensorrt_rtx (pip install 'higen[rtx]')")
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda:x", "cuda:-1", "tpu"])
+def test_a_device_that_is_no_gpu(rtx: Machine, device: str) -> None:
+    with pytest.raises(BackendUnavailable, match="TensorRT runs on 'cuda'"):
+        rtx.backend(device=device)
+
+
+def test_a_gpu_that_is_not_there(rtx: Machine) -> None:
+    rtx.build("vae_decoder")
+    with pytest.raises(NoDevice, match="device='cuda:1': there are 1 GPUs here"):
+        rtx.backend(device="cuda:1").prepare("vae_decoder")
+
+
+@pytest.mark.parametrize(
+    ("reasons", "error"),
+    [
+        (1, Stale),
+        (2, WrongArchitecture),
+        (3, WrongArchitecture),
+        (4, NoDriver),
+        (8, NoDriver),
+        (16, EngineError),
+        (32, Malformed),
+        (64, NoDevice),
+        (0, EngineError),
+        (1024, EngineError),
+    ],
+)
+def test_what_tensorrt_says_of_an_invalid_plan(rtx: Machine, reasons: int, error: type[EngineError]) -> None:
+    rtx.build("vae_decoder")
+    (plan,), _ = read_plans(rtx.model, "vae_decoder")
+    members = {name: int(value) for name, value in rtx.trt.EngineInvalidityDiagnostics.__members__.items()}
+    assert type(validity_error(plan, reasons, members)) is error
+
+
+def test_plans_of_another_bindings_surface_are_told_apart() -> None:
+    """The fake is only as good as its refusals: what a library lacks is an AttributeError."""
+    old = FakeTensorrt(LIBRARIES[0])
+    assert not hasattr(old.LayerType, "ATTENTION_INPUT")
+    assert not hasattr(old, "EngineValidity")
+    with pytest.raises(AttributeError, match="no attribute 'num_compute_capabilities'"):
+        _ = old.IBuilderConfig().num_compute_capabilities
+    with pytest.raises(AttributeError, match="no attribute 'nonsense'"):
+        old.IBuilderConfig().nonsense = 1
+    with pytest.raises(AssertionError, match="strongly typed"):
+        old.Builder(None).create_network(0)
