@@ -16,11 +16,12 @@ import pytest
 from click.testing import CliRunner
 
 from higen.api import default_model
-from higen.bundle import Bundle, add_files, graph_file, weights_file
+from higen.backends.plans import ENGINES, PlanProfile, PlanRecord, Span
+from higen.bundle import Bundle, add_files, file_record, graph_file, weights_file
 from higen.engines.triton import repository as written
 from higen.engines.triton.config import stage_config
 from higen.engines.triton.repository import Settings, write_repository
-from higen.errors import HigenError, IntegrityError, ModelError, RequestError
+from higen.errors import EngineError, HigenError, IntegrityError, Malformed, ModelError, RequestError, Stale
 from higen.exporter import main
 from higen.stages import STAGES, dimensions
 
@@ -135,19 +136,83 @@ def test_a_stage_s_configuration(bundle: Bundle) -> None:
     )
 
 
+def put_engine(model: Bundle, stage: str = "temporal_unet", **given: Any) -> Path:
+    """An engine in the folder engines/tensorrt-sm90, with the record that a builder would write."""
+    target = given.get("target", "tensorrt-sm90")
+    folder = model.path / ENGINES / target
+    folder.mkdir(parents=True, exist_ok=True)
+    plan = folder / f"{stage}.engine"
+    plan.write_bytes(b"plan")
+    files = (graph_file(stage), weights_file(stage))
+    values: dict[str, Any] = {
+        "stage": stage,
+        "target": target,
+        "precision": "fp32",
+        "flavour": "tensorrt",
+        "library": "10.13.0",
+        "architectures": (90,),
+        **dict(zip(("graph", "weights"), files, strict=True)),
+        **{f"{kind}_sha256": model.files[name].sha256 for kind, name in zip(("graph", "weights"), files, strict=True)},
+        "tensors": (),
+        "profiles": tuple(
+            PlanProfile(name, (Span("latents", (least, 4), (least, 4), (most, 4)),))
+            for name, least, most in (("one", 1, 1), ("many", 1, 8), ("large", 4, 16))
+        ),
+        "options": {},
+        **dict(zip(("size", "sha256"), (file_record(plan).size, file_record(plan).sha256), strict=True)),
+        "built": "2026-11-23T00:00:00Z",
+        "seconds": 1.0,
+    }
+    (folder / f"{stage}.json").write_text(PlanRecord(**values | given).to_text())
+    return plan
+
+
+GPU = {"device": "gpu", "engines": "tensorrt-sm90"}
+
+
 def test_engines_are_used_where_they_are(model: Bundle, tmp_path: Path) -> None:
-    folder = model.path / "engines" / "h100"
-    folder.mkdir(parents=True)
-    (folder / "temporal_unet.engine").write_bytes(b"plan")
-    backends = write_repository(model, tmp_path / "repository", Settings(device="gpu", engines="h100", threads=2))
+    put_engine(model)
+    backends = write_repository(model, tmp_path / "repository", Settings(**GPU, threads=2))
     assert backends["temporal_unet"] == "tensorrt"
     assert {backend for name, backend in backends.items() if name != "temporal_unet"} == {"onnxruntime", "python"}
     text = (tmp_path / "repository" / "temporal_unet" / "config.pbtxt").read_text()
     assert settings_of(text, "backend") == ['"tensorrt"']
+    assert settings_of(text, "profile") == ['["1"]']  # the one that takes batches of 1 to 8
     assert "intra_op_thread_count" not in text
     version = tmp_path / "repository" / "temporal_unet" / "1"
     assert [path.name for path in version.iterdir()] == ["model.plan"]
     assert (version / "model.plan").read_bytes() == b"plan"
+
+
+@pytest.mark.parametrize(
+    ("record", "settings", "error", "message"),
+    [
+        ({"flavour": "rtx"}, {}, EngineError, "TensorRT for RTX, but Triton reads those of classic TensorRT"),
+        ({"graph_sha256": "0" * 64}, {}, Stale, "temporal_unet.onnx has changed"),
+        ({"sha256": "0" * 64}, {}, Malformed, "is not the plan of its record"),
+        ({}, {"max_batch": 9}, RequestError, "1 to 9 samples, but is built for 1 to 1, 1 to 8, 4 to 16"),
+        ({"target": "other"}, {}, ModelError, "engines='tensorrt-sm90': no engine of any stage; .* has other"),
+    ],
+    ids=["rtx", "stale", "altered", "batch", "target"],
+)
+def test_engines_that_do_not_fit_are_refused(
+    model: Bundle,
+    tmp_path: Path,
+    record: dict[str, Any],
+    settings: dict[str, Any],
+    error: type[HigenError],
+    message: str,
+) -> None:
+    put_engine(model, **record)
+    assert_nothing_written(tmp_path, error, message, model, **GPU, **settings)
+
+
+def test_a_broken_engine_is_not_passed_over_in_silence(model: Bundle, tmp_path: Path) -> None:
+    record = put_engine(model).with_suffix(".json")
+    record.write_text("{")
+    assert_nothing_written(tmp_path, Malformed, "no record of an engine", model, **GPU)
+    record.unlink()
+    assert_nothing_written(tmp_path, Malformed, "has no record beside it", model, **GPU)
 
 
 @pytest.mark.parametrize(
@@ -177,11 +242,7 @@ def assert_nothing_written(folder: Path, error: type[HigenError], message: str, 
 def test_what_cannot_be_written_leaves_nothing_behind(model: Bundle, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     folder.mkdir()
-    assert_nothing_written(
-        folder, ModelError, "engines='h100': .* has engines for nothing", model, device="gpu", engines="h100"
-    )
-    (model.path / "engines" / "h100").mkdir(parents=True)
-    assert_nothing_written(folder, ModelError, "no engine of any stage", model, device="gpu", engines="h100")
+    assert_nothing_written(folder, ModelError, "no engine of any stage; .* has nothing", model, **GPU)
     without = replace(model, files={k: v for k, v in model.files.items() if k != graph_file("vae_decoder")})
     assert_nothing_written(folder, IntegrityError, "no graph in fp32 of vae_decoder: higen-export onnx", without)
     (model.path / weights_file("vae_encoder")).write_bytes(b"\0" * model.files[weights_file("vae_encoder")].size)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from higen.engines.triton.interface import INPUTS, OUTPUTS, Field
@@ -31,24 +31,28 @@ def stage_config(
     max_batch: int,
     instances: int,
     threads: int | None,
+    profiles: Sequence[int] = (),
 ) -> str:
     """The configuration of a stage as a Triton model; `fixed` comes from `higen.stages.dimensions`.
 
-    Axes that the model does not fix are -1. Requests of one shape are batched as they come, without delay: a delay
-    would be paid at every denoising step.
+    Axes that the model does not fix are -1. `profiles` of an engine that may be used, by index. Requests of one shape
+    are batched as they come, without delay: a delay would be paid at every denoising step.
     """
     inputs = [_tensor(tensor.name, tensor.dtype, tensor.shape[1:], fixed) for tensor in stage.inputs]
     outputs = [
         _tensor(name, tensor.dtype, tensor.shape[1:], fixed)
         for name, tensor in zip(stage.graph_outputs, stage.outputs, strict=True)
     ]
+    group: dict[str, Any] = {"kind": _Word(KINDS[device]), "count": instances}
+    if profiles:
+        group["profile"] = [str(index) for index in profiles]
     config: dict[str, Any] = {
         "name": stage.name,
         "backend": backend,
         "max_batch_size": max_batch,
         "input": inputs,
         "output": outputs,
-        "instance_group": [{"kind": _Word(KINDS[device]), "count": instances}],
+        "instance_group": [group],
         "dynamic_batching": {"max_queue_delay_microseconds": 0},
     }
     if threads is not None:

@@ -19,10 +19,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from higen import bundle as files
-from higen.bundle import Bundle, check_precision, graph_file
+from higen.backends.plans import ENGINES, Plan, check_plan, engine_file, read_plans, record_file
+from higen.bundle import Bundle, FileRecord, check_precision, file_record, graph_file
 from higen.engines.triton.config import KINDS, orchestrator_config, stage_config
 from higen.engines.triton.service import Limits
-from higen.errors import IntegrityError, ModelError, RequestError
+from higen.errors import EngineError, IntegrityError, Malformed, ModelError, RequestError
 from higen.pipeline import DECODE_CHUNK
 from higen.stages import STAGES, dimensions
 
@@ -84,10 +85,10 @@ def write_repository(bundle: Bundle, target: str | os.PathLike[str], settings: S
     """Write the repository of a model directory to `target`; returns the Triton backend of each model.
 
     It is written aside and moved: nothing appears before everything is there, and nothing stays behind on a failure.
-    Raises RequestError (a setting), ModelError (`target` exists or cannot be written, unknown engines) or
-    IntegrityError (no graph of a stage; a file unlike its sha256).
+    Raises RequestError (a setting), ModelError (`target` exists or cannot be written, no such engines), EngineError
+    (an engine that Triton cannot use) or IntegrityError (no graph of a stage; a file unlike its sha256).
     """
-    engines = _engines(bundle, settings.engines)
+    engines = _engines(bundle, settings)
     precision = settings.precision
     missing = [stage for stage in STAGES if stage not in engines and precision not in bundle.precisions(stage)]
     if missing:
@@ -101,7 +102,7 @@ def write_repository(bundle: Bundle, target: str | os.PathLike[str], settings: S
             version = folder / name / "1"
             version.mkdir(parents=True)
             if name in engines:
-                link(engines[name], version / "model.plan")
+                link(engines[name][0].path, version / "model.plan")
             else:
                 weights = bundle.weights(name, precision)
                 link(bundle.file(graph_file(name, precision)), version / "model.onnx")
@@ -114,6 +115,7 @@ def write_repository(bundle: Bundle, target: str | os.PathLike[str], settings: S
                 max_batch=settings.rows(name),
                 instances=settings.instances,
                 threads=None if name in engines else settings.threads,
+                profiles=engines[name][1] if name in engines else (),
             )
             (folder / name / "config.pbtxt").write_text(config, encoding="utf-8")
         version = folder / "higen" / "1"
@@ -125,19 +127,53 @@ def write_repository(bundle: Bundle, target: str | os.PathLike[str], settings: S
     return {**{name: "tensorrt" if name in engines else "onnxruntime" for name in STAGES}, "higen": "python"}
 
 
-def _engines(bundle: Bundle, name: str | None) -> dict[str, Path]:
-    """The engine of each stage that has one in `name`, a folder of the model's engines/."""
-    if name is None:
+def _engines(bundle: Bundle, settings: Settings) -> dict[str, tuple[Plan, list[int]]]:
+    """The engine of each stage that has one in the folder that is asked for, and the profiles of it that fit."""
+    if settings.engines is None:
         return {}
-    folder = bundle.path / "engines"
-    known = sorted(path.name for path in folder.iterdir() if path.is_dir()) if folder.is_dir() else []
-    if name not in known:
-        raise ModelError(f"engines={name!r}: {bundle.path} has engines for {', '.join(known) or 'nothing'}")
-    found = {stage: folder / name / f"{stage}.engine" for stage in STAGES}
-    found = {stage: path for stage, path in found.items() if path.is_file()}
+    found = {}
+    folder = bundle.path / ENGINES / settings.engines
+    for stage in STAGES:
+        plans, errors = read_plans(bundle.path, stage)
+        for plan in plans:
+            if plan.record.target == settings.engines:
+                found[stage] = plan, _profiles(bundle, plan, settings)
+        if stage not in found and any((folder / name).exists() for name in (engine_file(stage), record_file(stage))):
+            reasons = [error for error in errors if str(folder) in str(error)]
+            raise reasons[0] if reasons else Malformed(f"{folder / engine_file(stage)}: has no record beside it")
     if not found:
-        raise ModelError(f"engines={name!r}: no engine of any stage in {folder / name}")
+        known = sorted(p.name for p in folder.parent.iterdir() if p.is_dir()) if folder.parent.is_dir() else []
+        raise ModelError(
+            f"engines={settings.engines!r}: no engine of any stage; "
+            f"{folder.parent} has {', '.join(known) or 'nothing'} (make them: higen-export build-engines)"
+        )
     return found
+
+
+def _profiles(bundle: Bundle, plan: Plan, settings: Settings) -> list[int]:
+    """Indices of the plan's profiles that take batches from one sample to the limit.
+
+    Raises EngineError for a plan that Triton could not load or that is not of this model, RequestError for the limit.
+    """
+    record = plan.record
+    if record.flavour != "tensorrt":
+        raise EngineError(
+            f"{plan.name}: is an engine of TensorRT for RTX, but Triton reads those of classic TensorRT: "
+            f"higen-export build-engines {bundle.path} --target tensorrt"
+        )
+    hashes = {name: file.sha256 for name, file in bundle.files.items()}
+    check_plan(plan, hashes, record.architectures[0], {record.flavour: record.library})
+    if not plan.path.is_file() or file_record(plan.path) != FileRecord(record.size, record.sha256):
+        raise Malformed(f"{plan.path}: is not the plan of its record; build it again")
+    rows = settings.rows(record.stage)
+    limits = [(min(s.smallest[0] for s in p.spans), max(s.largest[0] for s in p.spans)) for p in record.profiles]
+    fitting = [i for i, (least, most) in enumerate(limits) if least <= 1 and rows <= most]
+    if not fitting:
+        ranges = ", ".join(f"{least} to {most}" for least, most in limits)
+        raise RequestError(
+            f"max_batch={settings.max_batch}: {plan.name} would be given 1 to {rows} samples, but is built for {ranges}"
+        )
+    return fitting
 
 
 def _check_whole(name: str, value: object, least: int) -> None:
