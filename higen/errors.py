@@ -16,6 +16,8 @@ HigenError
 │       ├── OutsideProfile        it was built for other shapes
 │       ├── Malformed             its file is no plan that this TensorRT reads
 │       └── Stale                 graph, weights or TensorRT are not those it was built from
+├── Cancelled                     a request was cancelled before its end
+├── RetryLater                    a server is full, or stops: the same request may be sent again
 ├── FixtureError                  a fixture directory for `higen parity` is malformed
 ├── TrainingError                 a training run cannot start, continue or save
 │   └── SettingsError             its settings or its data set are wrong
@@ -30,6 +32,7 @@ from __future__ import annotations
 __all__ = [
     "BackendError",
     "BackendUnavailable",
+    "Cancelled",
     "CheckpointError",
     "EngineError",
     "FallbackWarning",
@@ -46,6 +49,7 @@ __all__ = [
     "OutsideProfile",
     "PromptWarning",
     "RequestError",
+    "RetryLater",
     "SettingsError",
     "Stale",
     "TrainingError",
@@ -115,6 +119,14 @@ class Malformed(EngineError):
 
 class Stale(EngineError):
     """An engine was built from another graph, from other weights or by another TensorRT than those here."""
+
+
+class Cancelled(HigenError):
+    """A request was cancelled before its end."""
+
+
+class RetryLater(HigenError):
+    """A server is full, or stops: the same request may be sent again."""
 
 
 class FixtureError(HigenError):

@@ -6,6 +6,7 @@ conditioner (motion, appearance) -> temporal_unet x steps, prior z -> vae_decode
 
 from __future__ import annotations
 
+import copy
 import sys
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
@@ -131,6 +132,12 @@ class Pipeline:
         lines = [line for choice in choices for line in choice.as_lines()]
         return "\n".join(lines) or f"every stage: {self.backend.name}"
 
+    def on(self, backend: Backend) -> Pipeline:
+        """The same model with its stages run by another backend; nothing is loaded again."""
+        twin = copy.copy(self)
+        twin.backend = backend
+        return twin
+
     def close(self) -> None:
         """Free the model."""
         self._texts.clear()
@@ -211,8 +218,14 @@ class Pipeline:
         encoded = self.backend.to_numpy(self.backend.run("vae_encoder", pixels=pixels[None])["latents"])
         return np.repeat(encoded, batch, axis=0)
 
-    def decode(self, latents: Any, on_frame: Callable[[int, int], None] | None = None) -> NDArray[np.uint8]:
-        """Latents [B,C,F,H,W] to uint8 frames [B,F,Y,X,3], a few at a time; `on_frame(done, total)` after each few.
+    def decode(
+        self,
+        latents: Any,
+        on_frame: Callable[[int, int], None] | None = None,
+        on_chunk: Callable[[int, NDArray[np.uint8]], None] | None = None,
+    ) -> NDArray[np.uint8]:
+        """Latents [B,C,F,H,W] to uint8 frames [B,F,Y,X,3], a few at a time. After each few: `on_frame(done, total)`
+        and `on_chunk(first, frames)`, frames uint8 [n,Y,X,3] and the place of the first one of them among all B F.
 
         No few are of two samples, for a graph's rounding may depend on how many it is given: so a sample's is its own.
         """
@@ -226,6 +239,8 @@ class Pipeline:
                 chunk = sample[start : start + DECODE_CHUNK]
                 pixels = self.backend.to_numpy(self.backend.run("vae_decoder", latents=chunk)["pixels"])
                 target[start : start + len(chunk)] = to_uint8(pixels)
+                if on_chunk is not None:
+                    on_chunk(done, target[start : start + len(chunk)])
                 done += len(chunk)
                 if on_frame is not None:
                     on_frame(done, batch * frames)
@@ -268,6 +283,8 @@ class Stream:
         self._steps = self._run()
         self.on_frame: Callable[[int, int], None] | None = None
         """Called with (decoded frames, all frames) while the result is decoded."""
+        self.on_chunk: Callable[[int, NDArray[np.uint8]], None] | None = None
+        """Called with the frames themselves while the result is decoded: see `Pipeline.decode`."""
 
     def __iter__(self) -> Iterator[Step]:
         return self
@@ -318,7 +335,7 @@ class Stream:
         if request.frames > 1:
             latents = yield from _timed_steps(seconds, "temporal", pipeline._temporal_steps(request, texts, prior))
         with _timed(seconds, "decode"):
-            frames = pipeline.decode(latents, self.on_frame)
+            frames = pipeline.decode(latents, self.on_frame, self.on_chunk)
         self._videos = [
             Video(frames[i], request.fps, pipeline._metadata(request, i, seconds)) for i in range(len(frames))
         ]

@@ -1,0 +1,91 @@
+"""The Triton model `higen`: a decoupled model of the Python backend around `Service`. Runs inside the server only."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import triton_python_backend_utils as pb_utils
+
+from higen.bundle import Bundle
+from higen.engines.triton.backend import TritonBackend
+from higen.engines.triton.interface import INPUTS
+from higen.engines.triton.service import Event, Limits, Service
+from higen.errors import Cancelled, HigenError, RequestError, RetryLater
+from higen.pipeline import Pipeline
+
+__all__ = ["TritonPythonModel"]
+
+
+class TritonPythonModel:
+    """What Triton's Python backend calls."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Open the model's manifest and tokenizer, which lie beside model.py."""
+        parameters = json.loads(args["model_config"])["parameters"]
+        limits = Limits.from_json(parameters["limits"]["string_value"])
+        folder = Path(args["model_repository"], args["model_version"], "model")
+        backend = TritonBackend()
+        self._service = Service(Pipeline(Bundle.open(folder), backend), backend, limits)
+
+    def execute(self, requests: Sequence[Any]) -> None:
+        """Start the requests; they answer from their own threads."""
+        for request in requests:
+            self._service.accept(_inputs(request), _Reply(request))
+
+    def finalize(self) -> None:
+        """The server unloads the model: open requests end with an error that says to try again."""
+        self._service.close()
+
+
+def _inputs(request: Any) -> dict[str, np.ndarray[Any, Any]]:
+    """The inputs that were given; and, to be refused by name, what the HTTP server could not make an input of."""
+    found = {field.name: pb_utils.get_input_tensor_by_name(request, field.name) for field in INPUTS}
+    strange = [name for name in json.loads(request.parameters() or "{}") if not name.startswith("triton_")]
+    return {name: np.array(tensor.as_numpy()) for name, tensor in found.items() if tensor is not None} | {
+        name: np.array([], dtype=np.object_) for name in strange
+    }
+
+
+class _Reply:
+    """A request's response sender. The server crashes when a sender is used after its final response, also to ask
+    whether the request was cancelled; so each use holds the lock, and there is none after the last.
+    """
+
+    def __init__(self, request: Any) -> None:
+        self._sender = request.get_response_sender()
+        self._lock = threading.Lock()
+        self._open = True
+
+    def send(self, event: Event) -> None:
+        tensors = [pb_utils.Tensor(name, array) for name, array in event.items()]
+        with self._lock:
+            self._sender.send(pb_utils.InferenceResponse(output_tensors=tensors))
+
+    def finish(self) -> None:
+        with self._lock:
+            self._open = False
+            self._sender.send(flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
+
+    def fail(self, error: HigenError) -> None:
+        told = pb_utils.TritonError(f"{type(error).__name__}: {error}", _code(error))
+        with self._lock:
+            self._open = False
+            self._sender.send(
+                pb_utils.InferenceResponse(error=told), flags=pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+            )
+
+    def cancelled(self) -> bool:
+        with self._lock:
+            return self._open and bool(self._sender.is_cancelled())
+
+
+def _code(error: HigenError) -> Any:
+    """Triton's error code; the server adds TritonError to its module only after this one is imported."""
+    codes = pb_utils.TritonError
+    kinds = {RequestError: codes.INVALID_ARG, RetryLater: codes.UNAVAILABLE, Cancelled: codes.CANCELLED}
+    return next((code for kind, code in kinds.items() if isinstance(error, kind)), codes.INTERNAL)

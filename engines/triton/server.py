@@ -1,0 +1,162 @@
+"""Starts the CPU Triton server that `nvidia-pytriton` brings along, with our stand-in for its onnxruntime backend.
+
+    python -m higen.engines.triton.server REPO --http-port 8000 --grpc-port 8001
+
+For machines without NVIDIA's container: development, tests, small models. It listens on 127.0.0.1 only.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from higen.errors import BackendError, BackendUnavailable, MissingExtra
+
+__all__ = ["Server", "command", "free_ports", "running"]
+
+HOST = "127.0.0.1"
+STANDIN = "from higen.engines.triton.standin import TritonPythonModel\n"
+
+
+class Server:
+    """A running server. `stop` lets it end its requests first, `kill` does not."""
+
+    def __init__(self, process: subprocess.Popen[bytes], http_port: int, grpc_port: int, log: Path) -> None:
+        self.process = process
+        self.http = f"{HOST}:{http_port}"
+        self.grpc = f"{HOST}:{grpc_port}"
+        self.log = log
+
+    def wait_until_ready(self, seconds: float) -> None:
+        """Return when every model is loaded. Raises BackendError with the log's end if that does not happen."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and self.process.poll() is None:
+            try:
+                with urllib.request.urlopen(f"http://{self.http}/v2/health/ready", timeout=1) as answer:
+                    if answer.status == 200:
+                        return
+            except (urllib.error.URLError, OSError):
+                time.sleep(0.1)
+        self.kill()
+        raise BackendError(f"tritonserver did not start: {self.log.read_text(errors='replace')[-40000:]}")
+
+    def stop(self, seconds: float = 60) -> None:
+        """Ask it to end, and wait."""
+        self.process.send_signal(signal.SIGTERM)
+        try:
+            self.process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self) -> None:
+        """End it at once, its models' processes too."""
+        with suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+
+def command(repository: Path, backends: Path, http_port: int, grpc_port: int, exit_timeout: int = 30) -> list[str]:
+    """The command line; `backends` is an empty folder, which is filled. Raises MissingExtra or BackendUnavailable."""
+    tritonserver = _bundled()
+    stub = tritonserver / "python_backend_stubs" / f"3.{sys.version_info.minor}" / "triton_python_backend_stub"
+    if not stub.is_file():
+        raise BackendUnavailable(f"nvidia-pytriton has no Python backend for Python 3.{sys.version_info.minor}")
+    shutil.copytree(tritonserver / "backends" / "python", backends / "python")
+    shutil.copy(stub, backends / "python")
+    standin = backends / "onnxruntime"
+    standin.mkdir()
+    (standin / "model.py").write_text(STANDIN, encoding="utf-8")
+    return [
+        str(tritonserver / "bin" / "tritonserver"),
+        f"--model-repository={repository}",
+        f"--backend-directory={backends}",
+        *(f"--{kind}-address={HOST}" for kind in ("http", "grpc", "metrics")),
+        f"--http-port={http_port}",
+        f"--grpc-port={grpc_port}",
+        "--allow-metrics=false",
+        f"--exit-timeout-secs={exit_timeout}",
+        "--disable-auto-complete-config",
+    ]
+
+
+def environment() -> dict[str, str]:
+    """The server's environment: its libraries, and this Python first in PATH, whose packages the models then have."""
+    libraries = _bundled().parents[1] / "nvidia_pytriton.libs"
+    found = [str(libraries), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
+    path = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
+    return {**os.environ, "LD_LIBRARY_PATH": os.pathsep.join(found), "PATH": os.pathsep.join(path)}
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 that are free now."""
+    sockets = [socket.socket() for _ in range(count)]
+    try:
+        for made in sockets:
+            made.bind((HOST, 0))
+        return [made.getsockname()[1] for made in sockets]
+    finally:
+        for made in sockets:
+            made.close()
+
+
+@contextmanager
+def running(
+    repository: Path, http_port: int = 0, grpc_port: int = 0, *, exit_timeout: int = 30, start_timeout: float = 120
+) -> Iterator[Server]:
+    """A server of the repository, ready; ports 0 are chosen. It is stopped at the end."""
+    with tempfile.TemporaryDirectory(prefix="higen-triton-") as work:
+        free_http, free_grpc = free_ports(2)
+        http_port, grpc_port = http_port or free_http, grpc_port or free_grpc
+        backends, log = Path(work, "backends"), Path(work, "log")
+        backends.mkdir()
+        line = command(repository.resolve(), backends, http_port, grpc_port, exit_timeout)
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                line, env=environment(), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+            )
+        server = Server(process, http_port, grpc_port, log)
+        try:
+            server.wait_until_ready(start_timeout)
+            yield server
+        finally:
+            if process.poll() is None:
+                server.stop(exit_timeout + 30)
+
+
+def _bundled() -> Path:
+    found = importlib.util.find_spec("pytriton")
+    if found is None or found.origin is None:
+        raise MissingExtra("nvidia-pytriton", "triton", "the CPU Triton server")
+    return Path(found.origin).parent / "tritonserver"
+
+
+def main() -> None:
+    """Command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Serve a repository on this machine's CPU.")
+    parser.add_argument("repository", type=Path)
+    parser.add_argument("--http-port", type=int, default=8000)
+    parser.add_argument("--grpc-port", type=int, default=8001)
+    arguments = parser.parse_args()
+    with running(arguments.repository, arguments.http_port, arguments.grpc_port) as server:
+        print(f"http {server.http}  grpc {server.grpc}; Ctrl-C ends it", flush=True)
+        try:
+            server.process.wait()
+        except KeyboardInterrupt:
+            print("stopping", flush=True)
+
+
+if __name__ == "__main__":
+    main()

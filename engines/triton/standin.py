@@ -1,0 +1,61 @@
+"""ONNX Runtime as a Python-based Triton backend, for servers that have no onnxruntime backend of their own.
+
+`nvidia-pytriton` brings such a server. This runs the same repository unchanged: the backend's folder holds a model.py
+that imports this class. Runs inside the server only. CPU only; it knows the settings that our repositories use.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime as ort
+import triton_python_backend_utils as pb_utils
+
+__all__ = ["TritonPythonModel"]
+
+
+class TritonPythonModel:
+    """What Triton's Python backend calls: one session for each instance of a model."""
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load the graph."""
+        config = json.loads(args["model_config"])
+        options = ort.SessionOptions()
+        options.log_severity_level = 3
+        threads = config.get("parameters", {}).get("intra_op_thread_count")
+        if threads is not None:
+            options.intra_op_num_threads = int(threads["string_value"])
+        file = config.get("default_model_filename") or "model.onnx"
+        path = Path(args["model_repository"], args["model_version"], file)
+        self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._inputs = [value.name for value in self._session.get_inputs()]
+        self._outputs = [value.name for value in self._session.get_outputs()]
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """Run the requests that the dynamic batcher has put together as one batch."""
+        given = [
+            {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self._inputs}
+            for request in requests
+        ]
+        together = {name: np.concatenate([inputs[name] for inputs in given]) for name in self._inputs}
+        try:
+            outputs = self._session.run(self._outputs, together)
+        except Exception as error:  # ONNX Runtime's errors share no base but Exception
+            failed = pb_utils.TritonError(f"ONNX Runtime: {error}")
+            return [pb_utils.InferenceResponse(error=failed) for _ in requests]
+        ends = np.cumsum([len(next(iter(inputs.values()))) for inputs in given])
+        parts = zip(*(np.split(output, ends[:-1]) for output in outputs), strict=True)
+        return [
+            pb_utils.InferenceResponse(
+                [pb_utils.Tensor(n, np.ascontiguousarray(p)) for n, p in zip(self._outputs, part, strict=True)]
+            )
+            for part in parts
+        ]
+
+    def finalize(self) -> None:
+        """Free the session."""
+        del self._session

@@ -1,0 +1,161 @@
+"""Step-level continuous batching: which requests' stage calls share the next batch.
+
+A request is a sequence of stage calls, one at a time; a denoising step is one call, and its step columns are per
+sample (higen/stages.py). So requests at different steps, with different solvers and guidance, fit into one batch, and
+a request that has just come joins at the next step instead of waiting for the others to end.
+
+The rules, without threads, clocks or a server, so that they can be tested as they are:
+
+- At most `slots` requests are active; others wait in line, first come, first served, and at most `line` of them.
+- The oldest waiting call leads the next batch; calls of the same stage and the same shapes join it, oldest first, up
+  to the stage's limit of rows. So every batch serves whoever has waited longest, and nobody starves.
+- A request that leaves (done, failed, cancelled) takes its call along and gives its slot to the next in line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from higen.errors import BackendError, RetryLater
+
+__all__ = ["Batch", "Batcher", "Call"]
+
+Arrays = Mapping[str, NDArray[Any]]
+
+
+@dataclass(frozen=True, eq=False)
+class Call:
+    """A stage call of one request; the first axis of every tensor is its `rows` samples."""
+
+    request: Hashable
+    stage: str
+    tensors: Arrays
+
+    @property
+    def rows(self) -> int:
+        """Samples in this call."""
+        return int(next(iter(self.tensors.values())).shape[0])
+
+    @property
+    def kind(self) -> Hashable:
+        """Equal for two calls that fit into one batch: stage, names, dtypes and all axes but the first."""
+        return self.stage, *sorted((name, str(t.dtype), t.shape[1:]) for name, t in self.tensors.items())
+
+
+@dataclass(frozen=True, eq=False)
+class Batch:
+    """Calls of one kind that run together."""
+
+    calls: tuple[Call, ...]
+
+    @property
+    def stage(self) -> str:
+        """The stage of every call."""
+        return self.calls[0].stage
+
+    def tensors(self) -> dict[str, NDArray[Any]]:
+        """The stage's inputs: the calls' rows one after the other."""
+        return {name: np.concatenate([call.tensors[name] for call in self.calls]) for name in self.calls[0].tensors}
+
+    def split(self, outputs: Arrays) -> list[dict[str, NDArray[Any]]]:
+        """Each call's rows of the stage's outputs. Raises BackendError where the rows are not as many as went in."""
+        ends = np.cumsum([call.rows for call in self.calls])
+        for name, tensor in outputs.items():
+            if tensor.shape[0] != ends[-1]:
+                raise BackendError(f"{self.stage}.{name}: {tensor.shape[0]} rows came out of {ends[-1]}")
+        # Copies: a caller that keeps its rows should not keep the others'.
+        return [
+            {name: tensor[end - call.rows : end].copy() for name, tensor in outputs.items()}
+            for call, end in zip(self.calls, ends, strict=True)
+        ]
+
+
+class Batcher:
+    """Active requests, their waiting calls, and the next batch. Not thread-safe: its owner holds a lock."""
+
+    def __init__(self, slots: int, rows: Mapping[str, int], line: int = 0) -> None:
+        """`slots` requests are active at once; a batch of a stage has at most `rows[stage]` rows; `line` may wait."""
+        if slots < 1 or line < 0 or any(most < 1 for most in rows.values()):
+            raise BackendError(f"slots={slots}, line={line}, rows={dict(rows)}: at least one slot, and one row a stage")
+        self.slots = slots
+        self.line = line
+        self._rows = dict(rows)
+        self._active: dict[Hashable, bool] = {}  # whether its call waits or runs
+        self._queue: dict[Hashable, None] = {}
+        self._calls: dict[Hashable, Call] = {}  # waiting, oldest first; a request has one at a time
+
+    def enter(self, request: Hashable) -> None:
+        """Take a slot or a place in line. Raises RetryLater where both are full."""
+        if request in self._active or request in self._queue:
+            raise BackendError(f"request {request!r} has entered already")
+        if len(self._active) < self.slots:
+            self._active[request] = False
+        elif len(self._queue) < self.line:
+            self._queue[request] = None
+        else:
+            raise RetryLater(f"{len(self._active)} requests are at work and {len(self._queue)} wait: try again later")
+
+    def leave(self, request: Hashable) -> None:
+        """Done, failed or cancelled. The slot goes to the first in line; leaving twice does nothing."""
+        self._queue.pop(request, None)
+        self._calls.pop(request, None)
+        if self._active.pop(request, None) is not None and self._queue:
+            first = next(iter(self._queue))
+            del self._queue[first]
+            self._active[first] = False
+
+    def active(self, request: Hashable) -> bool:
+        """Whether the request has a slot."""
+        return request in self._active
+
+    @property
+    def load(self) -> tuple[int, int]:
+        """How many requests are active, and how many wait in line."""
+        return len(self._active), len(self._queue)
+
+    @property
+    def waiting(self) -> int:
+        """Calls that wait for a batch."""
+        return len(self._calls)
+
+    @property
+    def thinking(self) -> int:
+        """Active requests between two calls: their next one is about to come, and a batch may be worth the wait."""
+        return sum(not called for called in self._active.values())
+
+    def submit(self, request: Hashable, stage: str, tensors: Arrays) -> Call:
+        """Make an active request's next call. Raises BackendError for what can never run."""
+        if self._active.get(request) is not False:
+            raise BackendError(f"request {request!r} has no slot, or a call already")
+        call = Call(request, stage, tensors)
+        most = self._rows.get(stage)
+        if most is None or not 1 <= call.rows <= most:
+            raise BackendError(f"{stage}: {call.rows} rows, at most {most} run at once")
+        self._active[request] = True
+        self._calls[request] = call
+        return call
+
+    def next_batch(self) -> Batch | None:
+        """Take the next batch out of the waiting calls; None where none waits."""
+        if not self._calls:
+            return None
+        leader = next(iter(self._calls.values()))
+        chosen: list[Call] = []
+        room = self._rows[leader.stage]
+        for call in self._calls.values():
+            if call.kind == leader.kind and call.rows <= room:
+                chosen.append(call)
+                room -= call.rows
+        for call in chosen:
+            del self._calls[call.request]
+        return Batch(tuple(chosen))
+
+    def done(self, call: Call) -> None:
+        """A call has run: its request thinks about its next one."""
+        if call.request in self._active:
+            self._active[call.request] = False

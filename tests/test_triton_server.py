@@ -1,0 +1,373 @@
+"""A real Triton server on the CPU, with real clients. Needs an environment of its own, for nvidia-pytriton pins numpy:
+
+    python -m venv V && V/bin/pip install -e ".[triton]" pytest && V/bin/python -m pytest --noconftest THIS_FILE
+
+The server runs the repository as `higen-export triton` writes it; its onnxruntime backend is our stand-in.
+"""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import importlib.util
+import io
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import PIL.Image
+import pytest
+
+MISSING = [name for name in ("pytriton", "tritonclient", "grpc") if importlib.util.find_spec(name) is None]
+if MISSING:
+    pytest.skip(f"needs {', '.join(MISSING)}: pip install 'higen[triton]'", allow_module_level=True)
+
+from higen.api import default_model  # noqa: E402
+from higen.backends.onnx import OnnxBackend  # noqa: E402
+from higen.bundle import Bundle  # noqa: E402
+from higen.engines.triton.client import stream  # noqa: E402
+from higen.engines.triton.repository import Settings, write_repository  # noqa: E402
+from higen.engines.triton.server import Server, free_ports, running  # noqa: E402
+from higen.errors import Cancelled, RequestError, RetryLater  # noqa: E402
+from higen.pipeline import Pipeline  # noqa: E402
+from higen.stages import STAGES, dimensions  # noqa: E402
+
+SLOTS, LINE = 8, 4
+SMALL: dict[str, Any] = {"frames": 4, "width": 64, "height": 64}
+LONG: dict[str, Any] = {**SMALL, "steps": [900, 900]}
+
+Result = tuple[np.ndarray, np.ndarray]
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = tmp_path_factory.mktemp("triton") / "repository"
+    write_repository(Bundle.open(default_model()), target, Settings(slots=SLOTS, line=LINE, threads=1))
+    return target
+
+
+@pytest.fixture(scope="module")
+def server(repository: Path) -> Iterator[Server]:
+    with running(repository, exit_timeout=1) as made:
+        yield made
+
+
+@pytest.fixture(scope="module")
+def pipeline() -> Pipeline:
+    """The independent truth: the same model without a server."""
+    bundle = Bundle.open(default_model())
+    return Pipeline(bundle, OnnxBackend(bundle, "cpu", threads=1))
+
+
+def ask(server: Server, prompt: str = "a whale", **options: Any) -> Result:
+    """Latents after the last step, and frames, through the server."""
+    events = list(stream(server.grpc, prompt, timeout=120, return_latents=True, **SMALL | options))
+    return events[-1]["latents"], np.concatenate([e["frames"] for e in events if e["event"] == "frames"])
+
+
+def alone(pipeline: Pipeline, prompt: str = "a whale", **options: Any) -> Result:
+    """The same without a server."""
+    steps = pipeline.stream(prompt, **SMALL | options)
+    last = list(steps)[-1]
+    return pipeline.backend.to_numpy(last.latents)[0], steps.videos[0].frames
+
+
+def assert_same(found: Result, expected: Result) -> None:
+    assert np.abs(found[0] - expected[0]).max() < 1e-4
+    assert found[1].shape == expected[1].shape
+    assert np.abs(found[1].astype(int) - expected[1]).max() <= 1
+
+
+def get(server: Server, path: str) -> Any:
+    status, text = http_request(server, "GET", path)
+    assert status == 200
+    return json.loads(text)
+
+
+def http_request(server: Server, method: str, path: str, body: bytes | None = None) -> tuple[int, str]:
+    with closing(http.client.HTTPConnection(server.http, timeout=120)) as connection:
+        connection.request(method, path, body)
+        answer = connection.getresponse()
+        return answer.status, answer.read().decode()
+
+
+def sse(server: Server, body: Any) -> tuple[int, list[dict[str, Any]]]:
+    """Status and events of a request by HTTP and server-sent events."""
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    status, text = http_request(server, "POST", "/v2/models/higen/generate_stream", raw)
+    return status, [json.loads(line.removeprefix("data:")) for line in text.splitlines() if line.strip()]
+
+
+def executed(server: Server, stage: str) -> tuple[int, int]:
+    """Rows and batches that a stage has run."""
+    (found,) = get(server, f"/v2/models/{stage}/stats")["model_stats"]
+    return found["inference_count"], found["execution_count"]
+
+
+def all_at_once(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
+    """Each item in a thread of its own; an error in the place of a result."""
+
+    def one(item: Any) -> Any:
+        try:
+            return work(item)
+        except (RetryLater, RequestError, Cancelled) as error:
+            return error
+
+    with ThreadPoolExecutor(len(items)) as threads:
+        return list(threads.map(one, items))
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    """Return when it holds; fails after a minute."""
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_every_model_is_there_as_the_stage_table_says(server: Server) -> None:
+    fixed = dimensions(Bundle.open(default_model()).config)
+    for name, stage in STAGES.items():
+        config = get(server, f"/v2/models/{name}/config")
+        assert (config["backend"], config["max_batch_size"]) == ("onnxruntime", 8)
+        assert config["dynamic_batching"]["max_queue_delay_microseconds"] == 0
+        for found, tensors, names in (
+            (config["input"], stage.inputs, [tensor.name for tensor in stage.inputs]),
+            (config["output"], stage.outputs, stage.graph_outputs),
+        ):
+            assert [entry["name"] for entry in found] == list(names)
+            for entry, tensor in zip(found, tensors, strict=True):
+                inner = entry["reshape"]["shape"] if "reshape" in entry else entry["dims"]
+                expected = [n if isinstance(n, int) else fixed.get(n, -1) for n in tensor.shape[1:]]
+                assert [int(n) for n in inner] == expected
+                assert entry["data_type"] == {"float32": "TYPE_FP32", "int64": "TYPE_INT64"}[tensor.dtype]
+    assert get(server, "/v2/models/higen/config")["model_transaction_policy"] == {"decoupled": True}
+
+
+def test_a_stage_can_be_called_by_itself(server: Server, pipeline: Pipeline) -> None:
+    import tritonclient.grpc as grpc
+
+    stage, random = STAGES["temporal_unet"], np.random.default_rng(0)
+    sizes = {**dimensions(pipeline.config), "B": 2, "F": 3, "H": 4, "W": 2}
+    tensors = {}
+    for tensor in stage.inputs:
+        shape = [n if isinstance(n, int) else sizes[n] for n in tensor.shape]
+        whole = tensor.dtype == "int64"
+        tensors[tensor.name] = random.integers(1, 999, shape) if whole else random.normal(size=shape).astype(np.float32)
+    inputs = []
+    for tensor in stage.inputs:
+        array = tensors[tensor.name]
+        array = array[:, None] if array.ndim == 1 else array
+        inputs.append(grpc.InferInput(tensor.name, list(array.shape), "INT64" if tensor.dtype == "int64" else "FP32"))
+        inputs[-1].set_data_from_numpy(array)
+    with grpc.InferenceServerClient(server.grpc) as client:
+        answer = client.infer(stage.name, inputs)
+    expected = pipeline.backend.run(stage.name, **tensors)
+    for name, output in zip(stage.graph_outputs, stage.outputs, strict=True):
+        theirs = pipeline.backend.to_numpy(expected[output.name])
+        assert np.abs(answer.as_numpy(name) - theirs).max() < 1e-5 * np.abs(theirs).max()
+
+
+def test_a_request_by_grpc_streams_its_events(server: Server, pipeline: Pipeline) -> None:
+    events = list(stream(server.grpc, "a whale", timeout=120, seed=3, steps=[3, 2], preview_every=2, **SMALL))
+    kinds = [(e["event"], e.get("stage"), e.get("step")) for e in events]
+    assert kinds == [
+        ("progress", "spatial", 1),
+        ("progress", "spatial", 2),
+        ("preview", "spatial", 2),
+        ("progress", "spatial", 3),
+        ("progress", "temporal", 1),
+        ("progress", "temporal", 2),
+        ("preview", "temporal", 2),
+        ("frames", None, None),
+        ("frames", None, None),
+        ("done", None, None),
+    ]
+    assert events[2]["frames"].shape == (1, 64, 64, 3)
+    about = json.loads(events[-1]["metadata"])
+    assert (about["seed"], about["steps"], about["frames"], about["versions"]["backend"]) == (3, [3, 2], 4, "triton")
+    assert_same(ask(server, seed=3, steps=[3, 2]), alone(pipeline, seed=3, steps=[3, 2]))
+
+
+def test_a_request_by_http_streams_its_events(server: Server, pipeline: Pipeline) -> None:
+    status, events = sse(server, {"prompt": "a whale", "seed": 2**64 - 1, "steps": [2, 2], "encoding": "png", **SMALL})
+    assert status == 200
+    assert [e["event"] for e in events] == ["progress"] * 4 + ["frames"] * 2 + ["done"]
+    images = [image for e in events if e["event"] == "frames" for image in e["images"]]
+    frames = np.stack([np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(image)))) for image in images])
+    _, expected = alone(pipeline, seed=2**64 - 1, steps=[2, 2])
+    assert np.abs(frames.astype(int) - expected).max() <= 1
+
+
+def test_eight_at_once_get_their_single_results(server: Server, pipeline: Pipeline) -> None:
+    prompts = pipeline.config.prompts or ("a whale",)
+    requests = [
+        {
+            "prompt": prompts[i % len(prompts)],
+            "seed": 100 + i,
+            "steps": [2 + i % 4, 5 - i % 3],
+            "guidance": [1.0 + i, 1.0 + i / 4],
+            "solver": ("ddim", "dpm++2m")[i % 2],
+        }
+        for i in range(8)
+    ]
+    start = time.perf_counter()
+    single = [ask(server, **arguments) for arguments in requests]
+    one_by_one = time.perf_counter() - start
+    before = executed(server, "temporal_unet")
+    start = time.perf_counter()
+    found = all_at_once(lambda arguments: ask(server, **arguments), requests)
+    at_once = time.perf_counter() - start
+    rows, batches = (now - then for now, then in zip(executed(server, "temporal_unet"), before, strict=True))
+    print(f"\n8 requests: {one_by_one:.2f} s one by one, {at_once:.2f} s at once; {rows} steps in {batches} batches")
+    for together, by_itself in zip(found, single, strict=True):
+        assert_same(together, by_itself)
+    for together, arguments in list(zip(found, requests, strict=True))[::3]:
+        assert_same(together, alone(pipeline, **arguments))
+    assert rows == sum(arguments["steps"][1] for arguments in requests)
+    assert batches < rows  # requests at different steps shared batches
+
+
+def test_cancelling_frees_the_slot(server: Server) -> None:
+    held = [stream(server.grpc, "a whale", timeout=120, seed=i, **LONG) for i in range(SLOTS)]
+    try:
+        for events in held:
+            next(events)
+        with ThreadPoolExecutor(1) as threads:
+            late = threads.submit(ask, server, steps=1)
+            held.pop().close()
+            late.result(120)  # while the others are at work
+        for events in held:
+            assert next(events)["event"] == "progress"
+    finally:
+        for events in held:
+            events.close()
+    wait_for(lambda: idle(server))
+
+
+def test_an_http_client_that_goes_away_frees_its_slot(server: Server) -> None:
+    before = executed(server, "spatial_unet")[0]
+    body = json.dumps({"prompt": "a whale", **LONG})
+    with closing(http.client.HTTPConnection(server.http, timeout=120)) as connection:
+        connection.request("POST", "/v2/models/higen/generate_stream", body)
+        with connection.getresponse() as answer:
+            assert b'"event":"progress"' in answer.readline()
+    wait_for(lambda: idle(server))
+    assert executed(server, "spatial_unet")[0] < before + LONG["steps"][0]
+
+
+def idle(server: Server) -> bool:
+    """Whether no stage runs for half a second."""
+    before = [executed(server, stage) for stage in STAGES]
+    time.sleep(0.5)
+    return before == [executed(server, stage) for stage in STAGES]
+
+
+def test_when_all_slots_and_the_line_are_full_the_client_is_told_to_try_again(server: Server) -> None:
+    held = [stream(server.grpc, "a whale", timeout=120, seed=i, **LONG) for i in range(SLOTS)]
+    with ThreadPoolExecutor(2 * LINE) as threads:
+        try:
+            for events in held:
+                next(events)
+            late = [threads.submit(ask, server, steps=1, seed=i) for i in range(2 * LINE)]
+            # Half of them fit into the line; the others hear at once that they do not.
+            wait_for(lambda: sum(future.done() for future in late) == LINE)
+        finally:
+            for events in held:
+                events.close()
+        errors = [future.exception(120) for future in late]
+    refused = [error for error in errors if error is not None]
+    assert len(refused) == LINE
+    for error in refused:
+        assert isinstance(error, RetryLater)
+        assert f"{SLOTS} requests are at work and {LINE} wait" in str(error)
+    wait_for(lambda: idle(server))
+
+
+WRONG: list[tuple[dict[str, Any], str]] = [
+    ({"steps": 0}, "steps=0: a whole number from 1 to 1000"),
+    ({"steps": [1, 2, 3]}, "one value, or two"),
+    ({"guidance": float("nan")}, "guidance=nan"),
+    ({"width": 65}, "width=65: a multiple of"),
+    ({"frames": 10**6}, "frames=1000000"),
+    ({"motion": [1.0, float("inf")]}, "motion"),
+    ({"solver": "euler"}, "solver='euler'"),
+    ({"prompt": ""}, "prompt=''"),
+]
+
+
+def test_wrong_requests_get_a_clear_error_and_disturb_nobody(server: Server, pipeline: Pipeline) -> None:
+    with ThreadPoolExecutor(1) as threads:
+        good = threads.submit(ask, server, seed=5, steps=[12, 12])
+        for options, message in WRONG:
+            with pytest.raises(RequestError) as caught:
+                ask(server, **options)
+            assert message in str(caught.value)
+        for body, wanted, message in (
+            ({"prompt": "a whale", "steps": 0}, 400, "steps=0: a whole number from 1 to 1000"),
+            ({"prompt": "a whale", "colour": "red"}, 400, "colour: unknown; a request takes prompt"),
+            ({"steps": 2}, 400, "prompt"),
+            ({"prompt": "a whale", "steps": "many"}, 500, "Unable to parse"),  # Triton's own words and codes
+            ({"prompt": 7}, 500, "Unable to parse"),
+            (b"{", 500, "failed to parse"),
+            (b"\xff\x00", 500, "failed to parse"),
+        ):
+            status, (answer,) = sse(server, body)
+            assert (status, message in answer["error"]) == (wanted, True), (body, status, answer)
+        assert_same(good.result(120), alone(pipeline, seed=5, steps=[12, 12]))
+    assert get(server, "/v2/models/higen")["name"] == "higen"
+
+
+def test_a_wrong_type_or_rank_is_refused_by_triton(server: Server) -> None:
+    import tritonclient.grpc as grpc
+    from tritonclient.utils import InferenceServerException
+
+    for name, kind, array in (("seed", "FP32", np.ones(1, np.float32)), ("steps", "INT32", np.ones((1, 1), np.int32))):
+        answers: list[Any] = []
+        with grpc.InferenceServerClient(server.grpc) as client:
+            client.start_stream(lambda result, error, answers=answers: answers.append(error))
+            prompt = grpc.InferInput("prompt", [1], "BYTES")
+            prompt.set_data_from_numpy(np.array([b"a whale"], dtype=np.object_))
+            wrong = grpc.InferInput(name, list(array.shape), kind)
+            wrong.set_data_from_numpy(array)
+            client.async_stream_infer("higen", [prompt, wrong])
+            wait_for(lambda answers=answers: bool(answers))
+        assert isinstance(answers[0], InferenceServerException)
+        assert name in answers[0].message()
+
+
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGKILL])
+def test_a_restart_under_load_loses_no_request_silently(
+    repository: Path, pipeline: Pipeline, how: signal.Signals
+) -> None:
+    http_port, grpc_port = free_ports(2)
+    # Some end before the server does, some do not.
+    requests = [{"seed": i, "steps": [1, 1] if i < 2 else [900, 900]} for i in range(SLOTS + 2)]
+    with running(repository, http_port, grpc_port, exit_timeout=1) as first, ThreadPoolExecutor(1) as threads:
+        answers = threads.submit(all_at_once, lambda arguments: ask(first, **arguments), requests)
+        wait_for(lambda: executed(first, "spatial_unet")[0] > 2 * SLOTS)
+        if how is signal.SIGTERM:
+            first.stop()
+        else:
+            first.kill()
+        found = answers.result(120)
+    assert any(isinstance(answer, RetryLater) for answer in found)
+    retried = [arguments | {"steps": [1, 1]} for arguments in requests]
+    with running(repository, http_port, grpc_port, exit_timeout=1) as second:
+        for answer, arguments in zip(found, retried, strict=True):
+            if isinstance(answer, RetryLater):
+                assert_same(ask(second, **arguments), alone(pipeline, **arguments))
+            else:
+                assert_same(answer, alone(pipeline, **arguments))
+
+
+def test_nobody_there_is_an_error_to_retry_on() -> None:
+    (port,) = free_ports(1)
+    with pytest.raises(RetryLater):
+        list(stream(f"127.0.0.1:{port}", "a whale", timeout=30))
