@@ -122,6 +122,21 @@ def test_only_the_spatial_gradients_are_scaled(tmp_path: Path, model: Path, clip
         assert torch.equal(scaled[name], gradient * (0.5 if name in spatial else 1.0)), name
 
 
+def test_micro_batches_and_recomputed_activations_make_the_same_steps(
+    tmp_path: Path, model: Path, clips: Path, whole_run: Settings
+) -> None:
+    for key, value in {"micro_batches": 2, "recompute": True}.items():
+        settings = make_settings(tmp_path / key, model, clips, **{f"run__{key}": value})
+        train(settings)
+        for ours, whole in zip(losses(settings), losses(whole_run), strict=True):
+            assert ours == pytest.approx(whole, rel=2e-5, abs=1e-6), key
+
+
+def test_micro_batches_that_do_not_divide(tmp_path: Path, model: Path, clips: Path) -> None:
+    with pytest.raises(SettingsError, match=r"run.micro_batches=3: the 2 data.images of a process do not divide by it"):
+        Trainer(make_settings(tmp_path, model, clips, run__micro_batches=3))
+
+
 def test_scaling_leaves_what_has_no_gradient() -> None:
     parameters = [torch.nn.Parameter(torch.ones(2)) for _ in range(2)]
     parameters[0].grad = torch.tensor([2.0, 4.0])

@@ -10,6 +10,7 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from higen.config import UNetConfig
 from higen.models.layers import (
@@ -100,6 +101,7 @@ class UNet(nn.Module):
     def __init__(self, config: UNetConfig, temporal: bool = True) -> None:
         super().__init__()
         self.config = config
+        self.recompute = False  # in training: compute a block's activations again for the gradient, keep none
         base, widths = config.base_channels, config.level_channels
         self.time = nn.Sequential(Sinusoid(base), *embedding_mlp(base, config.embedding_dim))
         self.conv_in = nn.Conv2d(config.in_channels, base, 3, padding=1)
@@ -154,20 +156,28 @@ class UNet(nn.Module):
         skips = [x]
         for level in self.encoder:
             for block in level.blocks:
-                x = block(x, embedding, context, frames)
+                x = self._run(block, x, embedding, context, frames)
                 skips.append(x)
             if level.resample is not None:
                 x = level.resample(x)
                 skips.append(x)
-        x = self.middle(x, embedding, context, frames)
+        x = self._run(self.middle, x, embedding, context, frames)
         x = self.middle_out(x, embedding, frames)
         for level in self.decoder:
             for block in level.blocks:
-                x = block(torch.cat([x, skips.pop()], dim=1), embedding, context, frames)
+                x = self._run(block, torch.cat([x, skips.pop()], dim=1), embedding, context, frames)
             if level.resample is not None:
                 x = level.resample(x)
         v = self.conv_out(nn.functional.silu(self.norm_out(x)))
         out: Tensor = v.unflatten(0, (-1, frames)).transpose(1, 2)
+        return out
+
+    def _run(self, block: Block, x: Tensor, embedding: Tensor, context: Tensor, frames: int) -> Tensor:
+        out: Tensor
+        if self.recompute and torch.is_grad_enabled():
+            out = checkpoint(block, x, embedding, context, frames, use_reentrant=False)
+        else:
+            out = block(x, embedding, context, frames)
         return out
 
     def _embedding(self, t: Tensor, context: Tensor, frame_embedding: Tensor) -> Tensor:

@@ -44,6 +44,11 @@ class Batch:
         """The same on a device."""
         return Batch(*(getattr(self, f.name).to(device) for f in fields(self)))
 
+    def split(self, parts: int) -> list[Batch]:
+        """The samples in `parts` batches of the same size."""
+        columns = (getattr(self, f.name).chunk(parts) for f in fields(self))
+        return [Batch(*rows) for rows in zip(*columns, strict=True)]
+
 
 def generator(seed: int, kind: int, step: int, index: int) -> torch.Generator:
     """The random numbers of one sample."""

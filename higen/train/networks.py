@@ -147,9 +147,10 @@ def spatial_names(config: UNetConfig) -> list[str]:
 class Objective(nn.Module):
     """The losses of a step in one forward, so that one backward (and one average over processes) serves them."""
 
-    def __init__(self, networks: Networks, gain_weight: float) -> None:
+    def __init__(self, networks: Networks, gain_weight: float, recompute: bool = False) -> None:
         super().__init__()
         self.denoiser = networks.denoiser.train()
+        self.denoiser.unet.recompute = recompute
         self.text = networks.text
         self.gain_weight = gain_weight
         self.train_text = any(p.requires_grad for p in networks.text.parameters())
@@ -158,6 +159,7 @@ class Objective(nn.Module):
         self.register_buffer("sigma", (1.0 - abar).sqrt().float(), persistent=False)
         # In a tuple: the same parameters are not to be found twice.
         self._spatial = (networks.denoiser.spatial_unet(),)
+        self._spatial[0].recompute = recompute
 
     alpha: Tensor
     sigma: Tensor

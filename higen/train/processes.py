@@ -39,13 +39,19 @@ def start_processes(unused_parameters: bool) -> Any:
 
 
 def shares(settings: Settings, processes: int, index: int) -> dict[int, range]:
-    """The samples of a step that process `index` makes, of each kind. Raises SettingsError if they do not divide."""
+    """The samples of a step that process `index` makes, of each kind.
+
+    Raises SettingsError if they do not divide by the processes, or a process's by its micro-batches.
+    """
     found = {}
+    parts = settings.run.micro_batches
     for kind, name in ((IMAGE, "images"), (VIDEO, "videos")):
         count = getattr(settings.data, name)
         if count % processes:
             raise SettingsError(f"data.{name}={count}: a multiple of the {processes} processes")
         part = count // processes
+        if part % parts:
+            raise SettingsError(f"run.micro_batches={parts}: the {part} data.{name} of a process do not divide by it")
         found[kind] = range(index * part, (index + 1) * part)
     return found
 

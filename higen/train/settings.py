@@ -178,6 +178,10 @@ class RunSettings:
     steps: int
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
+    micro_batches: int = 1
+    """Parts in which each process takes its samples of a step, one after another: the same step in less memory."""
+    recompute: bool = False
+    """Keep no activations inside the U-Net's blocks and compute them again for the gradient: less memory still."""
     save_every: int = 1000
     keep: int = 3
     log_every: int = 10
@@ -190,7 +194,7 @@ class RunSettings:
     """Precision of the model directory's trained weights."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "steps", "save_every", "keep", "log_every")
+        _at_least(self, 1, "steps", "micro_batches", "save_every", "keep", "log_every")
         _at_least(self, 0, "seed", "sample_every")
         if self.sample_every and not self.sample_prompts:
             raise SettingsError(f"sample_every={self.sample_every}: needs sample_prompts")
@@ -225,10 +229,10 @@ FREE = (
     *PATHS,
     "data.workers",
     *(f"run.{name}" for name in ("save_every", "keep", "log_every", "sample_every", "sample_prompts")),
-    *(f"run.{name}" for name in ("tensorboard", "weights")),
+    *(f"run.{name}" for name in ("tensorboard", "weights", "micro_batches", "recompute")),
 )
-"""Keys that a run may change when it goes on: they do not change what is learned. (What lies at the paths is compared
-by its content.)"""
+"""Keys that a run may change when it goes on: they do not change what is learned. (Dropout draws other numbers when
+micro_batches changes; what lies at the paths is compared by its content.)"""
 
 
 def read_settings(path: str | os.PathLike[str]) -> Settings:

@@ -8,6 +8,7 @@ killed goes on as if it had never stopped, and N processes see the batches that 
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import tempfile
@@ -100,7 +101,7 @@ class Trainer:
         device: torch.device = self.accelerator.device
         self._share = shares(settings, self.accelerator.num_processes, self.accelerator.process_index)
         self.networks.encoder.to(device)
-        self.objective = Objective(self.networks, settings.objective.gain_weight).to(device)
+        self.objective = Objective(self.networks, settings.objective.gain_weight, settings.run.recompute).to(device)
         self.trained = {name: p for name, p in self.objective.named_parameters() if p.requires_grad}
         self.average = {name: p.detach().clone() for name, p in self.trained.items()}
         self.spatial = [self.trained[f"denoiser.{name}"] for name in spatial_names(self.networks.config.unet)]
@@ -166,9 +167,7 @@ class Trainer:
         # Dropout layers are the only ones left that draw from the global generator.
         torch.manual_seed((run.seed * 1_000_003 + step) * 1_009 + self.accelerator.process_index)
         self.optimiser.zero_grad(set_to_none=True)
-        with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
-            loss, image, video = self.parallel(images, videos)
-        self.accelerator.backward(loss)
+        image, video = self._gradients(images, videos)
         if options.spatial_gradient != 1:
             scale_gradients(self.spatial, options.spatial_gradient)
         norm = nn.utils.clip_grad_norm_(self.trained.values(), options.clip or math.inf)
@@ -186,6 +185,21 @@ class Trainer:
         found = {"image": image} if images is not None else {}
         found |= {"video": video} if videos is not None else {}
         return {**found, "gradient": norm, "rate": torch.tensor(rate, dtype=torch.float64)}
+
+    def _gradients(self, images: Batch | None, videos: Batch | None) -> tuple[Tensor, Tensor]:
+        """Add up the gradients of a step's micro-batches; returns the mean losses of pictures and clips."""
+        run, image, video = self.settings.run, torch.zeros(()), torch.zeros(())
+        n = run.micro_batches
+        parts = zip(*(([None] * n if batch is None else batch.split(n)) for batch in (images, videos)), strict=True)
+        for i, (some_images, some_videos) in enumerate(parts):
+            # Processes exchange gradients once a step, with the last part.
+            waiting = contextlib.nullcontext() if i == n - 1 else self.accelerator.no_sync(self.parallel)
+            with waiting:
+                with torch.autocast(self.accelerator.device.type, torch.bfloat16, enabled=run.precision == "bf16"):
+                    loss, of_images, of_videos = self.parallel(some_images, some_videos)
+                self.accelerator.backward(loss / n)
+            image, video = image.to(of_images) + of_images / n, video.to(of_videos) + of_videos / n
+        return image, video
 
     def save(self) -> None:
         """Write a checkpoint, once per step; every process calls it."""
