@@ -33,18 +33,23 @@ def velocity(
     """
     if unet.residual_gain is None or prior is None:
         return unet(latents, t, context, frame_embedding, prior)
-    entered, g, c = precondition(unet.residual_gain, latents, alpha, sigma, frame_embedding, prior)
+    entered, g, c = precondition(unet, latents, alpha, sigma, context, frame_embedding, prior)
     v = unet(entered, t, context, frame_embedding, prior)
     a, s = _per_sample(alpha, v), _per_sample(sigma, v)
     return g * c * v + a * s * c * (1 - g**2) * entered - s * prior[:, :, None]
 
 
 def precondition(
-    residual_gain: nn.Module, latents: Tensor, alpha: Tensor, sigma: Tensor, frame_embedding: Tensor, prior: Tensor
+    unet: UNet,
+    latents: Tensor,
+    alpha: Tensor,
+    sigma: Tensor,
+    context: Tensor,
+    frame_embedding: Tensor,
+    prior: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x' as `velocity` defines it [B,C,F,H,W], with g and c [B,1,F,1,1]; g is predicted from the cues alone."""
-    gain = residual_gain(nn.functional.silu(frame_embedding)).exp()  # [B, F, 1]
-    g = gain[:, None, :, :, None]
+    """x' as `velocity` defines it [B,C,F,H,W], with g and c [B,1,F,1,1]; g is `UNet.log_gain`'s."""
+    g = unet.log_gain(context, frame_embedding).exp()[:, None, :, None, None]
     a, s = _per_sample(alpha, latents), _per_sample(sigma, latents)
     c = torch.rsqrt(a**2 * g**2 + s**2)
     return c * (latents - a * prior[:, :, None]), g, c

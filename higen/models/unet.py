@@ -180,6 +180,19 @@ class UNet(nn.Module):
             out = block(x, embedding, context, frames)
         return out
 
+    def log_gain(self, context: Tensor, frame_embedding: Tensor) -> Tensor:
+        """log g [B,F] of prior preconditioning: how far a frame is expected to be from the prior, by its cues and,
+        with pooled context, by the text ("standing still" needs no cue).
+
+        Raises TypeError for a network without prior preconditioning.
+        """
+        if self.residual_gain is None:
+            raise TypeError("this network has no prior preconditioning")
+        if self.context_pool is not None:
+            frame_embedding = frame_embedding + self.context_pool(context.mean(dim=1))[:, None]
+        gain: Tensor = self.residual_gain(nn.functional.silu(frame_embedding))
+        return gain.squeeze(-1)
+
     def _embedding(self, t: Tensor, context: Tensor, frame_embedding: Tensor) -> Tensor:
         time = self.time[1:](self.time[0](t).to(frame_embedding.dtype))  # [B, E]
         if self.context_pool is not None:

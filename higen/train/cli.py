@@ -65,12 +65,13 @@ def _say(line: str) -> None:
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Model directory to write.")
 @click.option("--steps", type=int, help="Steps of the denoiser.  [the recipe's]")
 @click.option("--codec-minutes", type=float, default=45.0, show_default=True, help="Time for the autoencoder.")
-def from_recipe(work: Path, output: Path, steps: int | None, codec_minutes: float) -> None:
+@click.option("--start", type=click.Path(path_type=Path), help="Model of this recipe to start from.  [random weights]")
+def from_recipe(work: Path, output: Path, steps: int | None, codec_minutes: float, start: Path | None) -> None:
     """Train the built-in model, from the npm packages on."""
     with reported(False):
         from higen.train.recipes.default.run import run
 
-        run(work, output, steps, codec_minutes)
+        run(work, output, steps, codec_minutes, start)
 
 
 @click.command()

@@ -24,7 +24,7 @@ from higen.models.unet import Denoiser, UNet
 from higen.schedule import alphas_cumprod
 from higen.tokenizer import PromptTokenizer, build_word_tokenizer
 from higen.train.batches import Batch
-from higen.train.objective import gain_loss, residual_v_loss, v_loss
+from higen.train.objective import gain_loss, residual_square, residual_v_loss, v_loss
 from higen.train.settings import ModelSettings, Settings
 
 __all__ = ["Networks", "Objective", "build", "spatial_names", "write_model"]
@@ -180,12 +180,12 @@ class Objective(nn.Module):
     def _video_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         context, embedding = self._conditions(batch)
         alpha, sigma, unet = self.alpha[batch.t], self.sigma[batch.t], self.denoiser.unet
-        residual = unet.residual_gain
-        compare = v_loss if residual is None else residual_v_loss
+        preconditioned = unet.config.prior_preconditioning
+        compare = residual_v_loss if preconditioned else v_loss
         loss = compare(unet, batch.x0, batch.noise, batch.t, alpha, sigma, context, embedding, batch.prior).mean()
-        if residual is None:
+        if not preconditioned:
             return loss, loss.new_zeros(())
-        return loss, gain_loss(residual, embedding, batch.x0, batch.prior)
+        return loss, gain_loss(unet, context, embedding, residual_square(batch.x0, batch.prior))
 
     def _conditions(self, batch: Batch) -> tuple[Tensor, Tensor]:
         with torch.set_grad_enabled(self.train_text):

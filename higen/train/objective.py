@@ -6,12 +6,12 @@ x_t = alpha x0 + sigma noise,   v = alpha noise - sigma x0.
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from higen.models.stage_modules import precondition
 from higen.models.unet import UNet
 
-__all__ = ["diffuse", "gain_loss", "residual_v_loss", "v_loss", "v_target"]
+__all__ = ["diffuse", "gain_loss", "residual_square", "residual_v_loss", "v_loss", "v_target"]
 
 
 def diffuse(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
@@ -56,25 +56,27 @@ def residual_v_loss(
     x' = alpha' r + sigma' noise with alpha' = alpha g c and sigma' = sigma c, so v' = alpha' noise - sigma' r: every
     frame counts the same whatever its motion, because r has unit variance. The gain is trained by `gain_loss` alone.
     """
-    if unet.residual_gain is None:
-        raise ValueError("this network has no prior preconditioning: use v_loss")
     with torch.no_grad():
-        entered, g, c = precondition(
-            unet.residual_gain, diffuse(x0, noise, alpha, sigma), alpha, sigma, frame_embedding, prior
-        )
+        x = diffuse(x0, noise, alpha, sigma)
+        entered, g, c = precondition(unet, x, alpha, sigma, context, frame_embedding, prior)
         residual = (x0 - prior[:, :, None]) / g
         target = _column(alpha) * g * c * noise - _column(sigma) * c * residual
     return (unet(entered, t, context, frame_embedding, prior) - target).pow(2).mean(dim=(1, 2, 3, 4))
 
 
-def gain_loss(residual_gain: nn.Module, frame_embedding: Tensor, x0: Tensor, prior: Tensor) -> Tensor:
-    """Gaussian likelihood that makes g^2 the expected mean square of z - p given the cues; a number.
+def gain_loss(unet: UNet, context: Tensor, frame_embedding: Tensor, square: Tensor) -> Tensor:
+    """Gaussian likelihood that makes g^2 the expected mean square of z - p given cues and text; a number.
 
-    The floor keeps g above 0.03 for frames that equal the prior. Cues are not moved by it (detached).
+    `square` [B,F] is what `residual_square` measures. Cues are not moved by this loss (detached); the text is, as
+    nothing else teaches it how much a subject moves.
     """
-    square = (x0 - prior[:, :, None]).pow(2).mean(dim=(1, 3, 4)) + 1e-3  # [B, F]
-    log_gain = residual_gain(nn.functional.silu(frame_embedding.detach())).squeeze(-1)
+    log_gain = unet.log_gain(context, frame_embedding.detach())
     return (log_gain + 0.5 * square * (-2 * log_gain).exp()).mean()
+
+
+def residual_square(x0: Tensor, prior: Tensor) -> Tensor:
+    """Mean square [B,F] of z - p, plus a floor that keeps g above 0.03 for frames that equal the prior."""
+    return (x0 - prior[:, :, None]).pow(2).mean(dim=(1, 3, 4)) + 1e-3
 
 
 def _column(values: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ from diffusers import AutoencoderDC
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from higen.bundle import AUTOENCODER, Bundle
 from higen.train.recipes.default.data import background, fetch, load_loop
 from higen.train.recipes.default.subjects import BACKGROUNDS, SUBJECTS, is_held_out
 
@@ -225,12 +226,19 @@ def run(trainer: Trainer, folder: Path, seconds: float) -> None:
             mark, mark_step, losses = time.monotonic(), trainer.step, [0.0]
 
 
-def train(data: Path, state: Path, seconds: float) -> None:
-    """Train for `seconds` on the loops in `data`, going on from what `state` holds, and write the codec there."""
+def train(data: Path, state: Path, seconds: float, start: Bundle | None = None) -> None:
+    """Train for `seconds` on the loops in `data`, going on from what `state` holds, and write the codec there.
+
+    A new run starts from random weights, or from those of the model `start`.
+    """
     state.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(Pictures(data), TrainConfig())
     if (state / "autoencoder.ckpt").exists():
         trainer.restore(state / "autoencoder.ckpt")
+    elif start is not None:
+        weights = load_file(start.file(AUTOENCODER))
+        trainer.model.load_state_dict(weights)
+        trainer.ema.load_state_dict(weights)
     run(trainer, state, seconds)
     export(trainer, state)
 

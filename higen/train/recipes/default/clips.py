@@ -12,6 +12,7 @@ from torch import Tensor
 from higen.conditioning import appearance_cue, appearance_rows, motion_cue
 from higen.config import UNetConfig
 from higen.train.cues import appearance_factor, appearance_similarity, motion_of
+from higen.train.objective import residual_square
 from higen.train.recipes.default.data import clip_indices
 from higen.train.recipes.default.latents import load_latents
 from higen.train.recipes.default.subjects import (
@@ -35,6 +36,8 @@ LATE_WINDOWS = ((4, 12), (8, 6), (16, 3))
 """The same after the part LATE of the run: as many whole clips."""
 LATE = 0.7
 IMAGES = 12
+TOLD = 32
+"""Captions per step that are told how much their clips move, no more: no network but the text's runs for them."""
 TEXT_DROPOUT = 0.1
 UNSPECIFIED = 0.35
 """Part of the clips whose two cues are both left out, so that the text alone says how fast; each alone: CUE_DROPOUT."""
@@ -60,6 +63,7 @@ class Clips:
         cache = load_latents(latents)
         self.config = config
         self.loops = [cache[f"latents/{subject.name}"] for subject in SUBJECTS]
+        self._squares: dict[tuple[int, int, str], Tensor] = {}
         self.pairs = [(s, b) for s in range(len(SUBJECTS)) for b in range(len(BACKGROUNDS)) if not is_held_out(s, b)]
 
     def clip(self, subject: int, background: int, speed: float) -> Tensor:
@@ -93,6 +97,18 @@ class Clips:
         parts = [self._window(length, random) for _ in range(count)]
         x0, prior, motion, appearance = (torch.stack([p[i] for p in parts]) for i in range(4))  # type: ignore[misc]
         return Batch(x0, prior, motion, appearance, [p[4] for p in parts])
+
+    def told(self, random: torch.Generator) -> tuple[list[str], Tensor]:
+        """Captions of clips without cues, and the mean square [TOLD,F] of their frames' distance from the prior."""
+        captions, squares = [], []
+        for _ in range(TOLD):
+            (s, b), speed = self._pair(random), SPEEDS[_integer(random, len(SPEEDS))]
+            if (s, b, speed.name) not in self._squares:
+                clip = self.clip(s, b, speed.factor)[None]
+                self._squares[s, b, speed.name] = residual_square(clip, clip[:, :, KEY_INDEX])[0]
+            captions.append(self._caption(s, b, speed, random))
+            squares.append(self._squares[s, b, speed.name])
+        return captions, torch.stack(squares)
 
     def _window(self, length: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, str]:
         s, b = self._pair(random)

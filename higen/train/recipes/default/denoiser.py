@@ -1,6 +1,6 @@
 """Trains the default model's text encoder and denoiser on cached latents; resumes exactly where it stopped.
 
-    python -m higen.train.recipes.default.denoiser --state FOLDER --steps 5500
+    python -m higen.train.recipes.default.denoiser --state FOLDER --steps 20000
 
 Each step draws one batch of key frames (the spatial network) and one of windows (the temporal network); both share
 their parameters. Step n uses random numbers of its own (seed, n), so a resumed run goes on as if never stopped.
@@ -21,13 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from higen.bundle import Bundle
+from higen.conditioning import appearance_cue, motion_cue
 from higen.config import ScheduleConfig, TextConfig, UNetConfig
 from higen.models.companions import text_encoder
 from higen.models.unet import Denoiser
 from higen.schedule import alphas_cumprod
 from higen.tokenizer import PromptTokenizer, build_word_tokenizer
-from higen.train.objective import gain_loss, residual_v_loss, v_loss
-from higen.train.recipes.default.clips import Batch, Clips
+from higen.train.objective import gain_loss, residual_square, residual_v_loss, v_loss
+from higen.train.recipes.default.clips import Clips
+from higen.train.recipes.default.start import start_from
 from higen.train.recipes.default.subjects import vocabulary
 from higen.train.record import lock
 
@@ -37,20 +40,22 @@ UNET = UNetConfig(
     in_channels=32,
     out_channels=32,
     base_channels=32,
-    channel_multipliers=(3, 5),
+    channel_multipliers=(3, 4),
     blocks_per_level=1,
     attention_levels=(True, False),
     head_dim=32,
     first_temporal_heads=1,
     text_dim=128,
     context_dim=128,
-    context_tokens=8,
+    context_tokens=12,
     context_depth=1,
     context_heads=4,
     dropout=0.0,
     prior_preconditioning=True,
     pooled_context=True,
 )
+HIGHEST = 0.12
+"""Part of the noise levels at which the text alone says what to draw."""
 WORDS = (*vocabulary(), ",")
 TEXT = TextConfig(
     clip={
@@ -74,17 +79,15 @@ TEXT = TextConfig(
 
 @dataclass(frozen=True)
 class Run:
-    """How long and how fast. Two parts, each ending at a learning rate of zero.
+    """How long and how fast; images and clips count the same.
 
-    In the first, images and clips count the same. In the second, `text_steps` long, each step has three image batches
-    and half of their noise levels are among the highest, where the text alone says what to draw: after the first part
-    the subject is right and the background is not.
+    Part `text_part` of the images have one of the highest noise levels, where the text alone says what to draw: with
+    uniform levels the subject becomes right and the background does not.
     """
 
-    steps: int = 5_500
-    text_steps: int = 600
+    steps: int = 20_000
     learning_rate: float = 1e-3
-    text_learning_rate: float = 5e-4
+    text_part: float = 0.5
     warm_up: int = 200
     decay_part: float = 0.5
     ema: float = 0.998
@@ -92,23 +95,11 @@ class Run:
     seed: int = 0
     save_every_s: float = 120.0
 
-    @property
-    def total(self) -> int:
-        """Steps of both parts."""
-        return self.steps + self.text_steps
-
     def rate(self, step: int) -> float:
-        """Learning rate of a step: linear warm-up, constant, cosine to zero; then a cosine to zero."""
-        if step >= self.steps:
-            return self.text_learning_rate * _cosine((step - self.steps) / max(1, self.text_steps))
+        """Learning rate of a step: linear warm-up, constant, then a cosine to zero at the last step."""
         start = (1 - self.decay_part) * self.steps
-        fall = _cosine(max(0.0, (step - start) / (self.steps - start)))
-        return self.learning_rate * min(1.0, (step + 1) / self.warm_up) * fall
-
-
-def _cosine(part: float) -> float:
-    """1 at 0, 0 at 1."""
-    return 0.5 + 0.5 * math.cos(math.pi * part)
+        fall = max(0.0, (step - start) / (self.steps - start))
+        return self.learning_rate * min(1.0, (step + 1) / self.warm_up) * (0.5 + 0.5 * math.cos(math.pi * fall))
 
 
 class Networks(nn.Module):
@@ -122,11 +113,11 @@ class Networks(nn.Module):
         # The prior starts as a second noisy frame would enter, not as nothing: it is then never ignored.
         self.denoiser.unet.prior.load_state_dict(self.denoiser.unet.conv_in.state_dict())
 
-    def conditions(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """context [B,K,Dc] and frame_embedding [B,F,E] of a batch."""
-        tokens = torch.from_numpy(self.tokenizer.encode(batch.captions))
+    def conditions(self, captions: list[str], motion: Tensor, appearance: Tensor) -> tuple[Tensor, Tensor]:
+        """context [B,K,Dc] and frame_embedding [B,F,E] for captions and the two cues [B,F,D] and [B,F,R]."""
+        tokens = torch.from_numpy(self.tokenizer.encode(captions))
         hidden = self.text(input_ids=tokens).last_hidden_state
-        context, embedding = self.denoiser.conditioner(hidden, batch.motion, batch.appearance)
+        context, embedding = self.denoiser.conditioner(hidden, motion, appearance)
         return context, embedding
 
 
@@ -151,8 +142,9 @@ class Trainer:
         for group in self.optimiser.param_groups:
             group["lr"] = self.run.rate(self.step)
         self.optimiser.zero_grad(set_to_none=True)
-        images = [self.image_loss(random) for _ in range(1 if self.step < self.run.steps else 3)][-1]
+        images = self.image_loss(random)
         windows = self.window_loss(random)
+        self.told_loss(random).backward()
         nn.utils.clip_grad_norm_(self.networks.parameters(), self.run.clip)
         self.optimiser.step()
         self.step += 1
@@ -164,10 +156,10 @@ class Trainer:
     def image_loss(self, random: torch.Generator) -> float:
         """Forward and backward of a batch of key frames through the spatial network."""
         batch = self.clips.images(random)
-        context, embedding = self.networks.conditions(batch)
+        context, embedding = self.networks.conditions(batch.captions, batch.motion, batch.appearance)
         levels = torch.rand(len(batch.x0), generator=random)
-        if self.step >= self.run.steps:
-            levels[::2] = 1 - 0.12 * levels[::2]
+        high = torch.rand(len(levels), generator=random) < self.run.text_part
+        levels = torch.where(high, 1 - HIGHEST * levels, levels)
         noise, t, alpha, sigma = self._noise(batch.x0, levels, random)
         loss = v_loss(self.spatial, batch.x0, noise, t, alpha, sigma, context, embedding, None).mean()
         loss.backward()
@@ -175,17 +167,26 @@ class Trainer:
 
     def window_loss(self, random: torch.Generator) -> float:
         """Forward and backward of a batch of windows through the temporal network."""
-        batch = self.clips.windows(random, self.step / self.run.total)
-        context, embedding = self.networks.conditions(batch)
+        batch = self.clips.windows(random, self.step / self.run.steps)
+        context, embedding = self.networks.conditions(batch.captions, batch.motion, batch.appearance)
         # Noise levels are biased high: that is where the motion is decided.
         levels = torch.rand(len(batch.x0), generator=random).sqrt()
         noise, t, alpha, sigma = self._noise(batch.x0, levels, random)
         unet = self.networks.denoiser.unet
         loss = residual_v_loss(unet, batch.x0, noise, t, alpha, sigma, context, embedding, batch.prior).mean()
-        assert unet.residual_gain is not None  # UNET has prior preconditioning
-        gain = gain_loss(unet.residual_gain, embedding, batch.x0, batch.prior)
+        gain = gain_loss(unet, context, embedding, residual_square(batch.x0, batch.prior))
         (loss + 0.1 * gain).backward()
         return float(loss.detach())
+
+    def told_loss(self, random: torch.Generator) -> Tensor:
+        """The gain's likelihood where the text alone says how fast: the few such windows of a step, among all that
+        the text has to say, never taught it to tell "standing still" from "fast"."""
+        captions, square = self.clips.told(random)
+        config, (count, frames) = self.networks.denoiser.config, square.shape
+        motion = torch.from_numpy(motion_cue(None, frames, config.base_channels)).expand(count, -1, -1)
+        appearance = torch.from_numpy(appearance_cue(None, frames, config.appearance_columns)).expand(count, -1, -1)
+        context, embedding = self.networks.conditions(captions, motion, appearance)
+        return gain_loss(self.networks.denoiser.unet, context, embedding, square)
 
     def _noise(self, x0: Tensor, levels: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         t = (levels * len(self.abar)).long().clamp(max=len(self.abar) - 1)
@@ -209,28 +210,34 @@ class Trainer:
         self.step = state["step"]
 
 
-def train(state: Path, run: Run) -> None:
-    """Train to `run.total` steps, resuming what `state` holds; saves are written aside and moved; Ctrl-C saves."""
+def train(state: Path, run: Run, start: Bundle | None = None) -> None:
+    """Train to `run.steps` steps, resuming what `state` holds; saves are written aside and moved; Ctrl-C saves.
+
+    A new run starts from random weights, or from those of the model `start` as far as they fit.
+    """
     claim = lock(state)
     for number in (signal.SIGINT, signal.SIGTERM):  # a background process ignores SIGINT unless told otherwise
         signal.signal(number, signal.default_int_handler)
     try:
-        _train(state, run)
+        _train(state, run, start)
     finally:
         if claim is not None:
             os.close(claim)
 
 
-def _train(state: Path, run: Run) -> None:
+def _train(state: Path, run: Run, start: Bundle | None) -> None:
     trainer = Trainer(Clips(state / "latents.safetensors", UNET), run)
     checkpoint = state / "denoiser.ckpt"
     if checkpoint.exists():
         trainer.load(torch.load(checkpoint, weights_only=True))
+    elif start is not None:
+        start_from(trainer.networks.text, trainer.networks.denoiser, trainer.networks.tokenizer.tokenizer, start)
+        trainer.average.load_state_dict(trainer.networks.state_dict())
     total = sum(p.numel() for p in trainer.networks.parameters())
-    print(f"{total / 1e6:.2f} M parameters, from step {trainer.step} of {run.total}", flush=True)
+    print(f"{total / 1e6:.2f} M parameters, from step {trainer.step} of {run.steps}", flush=True)
     saved, losses, began, first = time.monotonic(), [0.0, 0.0], time.monotonic(), trainer.step
     try:
-        while trainer.step < run.total:
+        while trainer.step < run.steps:
             losses = [0.98 * a + 0.02 * b if a else b for a, b in zip(losses, trainer.advance(), strict=True)]
             if trainer.step % 50 == 0:
                 pace = (time.monotonic() - began) / (trainer.step - first)
@@ -257,12 +264,14 @@ def main() -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(description="Train the default model's text encoder and denoiser.")
     parser.add_argument("--state", type=Path, required=True, help="folder of the latents cache and the checkpoints")
-    parser.add_argument("--steps", type=int, default=Run.steps, help="steps of the first part")
+    parser.add_argument("--steps", type=int, default=Run.steps, help="steps in all")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--start", type=Path, help="model directory whose weights a new run starts from")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.set_flush_denormal(True)
-    train(arguments.state, Run(steps=arguments.steps))
+    start = None if arguments.start is None else Bundle.open(arguments.start)
+    train(arguments.state, Run(steps=arguments.steps), start)
 
 
 if __name__ == "__main__":

@@ -14,19 +14,24 @@ from higen.train.recipes.default.denoiser import Run, train
 __all__ = ["run"]
 
 
-def run(work: Path, output: Path, steps: int | None = None, codec_minutes: float = 45.0) -> Bundle:
+def run(
+    work: Path, output: Path, steps: int | None = None, codec_minutes: float = 45.0, start: Path | None = None
+) -> Bundle:
     """Fetch the emoji into `work`, train codec and denoiser there, write the model directory `output`.
 
-    What `work` already holds is not made again. Raises TrainingError where a part cannot start.
+    What `work` already holds is not made again. `start`: a model of this recipe whose weights new networks start from
+    as far as they fit, so that more subjects need no training from nothing. Raises ManifestError for no model there
+    and TrainingError where a part cannot start.
     """
+    trained = None if start is None else Bundle.open(start)
     try:
         work.mkdir(parents=True, exist_ok=True)
         fetch(work / "data")
     except (OSError, RuntimeError) as error:
         raise TrainingError(str(error)) from error
     if not (work / "autoencoder.safetensors").exists():
-        autoencoder.train(work / "data", work, 60 * codec_minutes)
+        autoencoder.train(work / "data", work, 60 * codec_minutes, trained)
     if not (work / "latents.safetensors").exists():
         latents.write(work / "data", work)
-    train(work, Run() if steps is None else Run(steps=steps))
+    train(work, Run() if steps is None else Run(steps=steps), trained)
     return assemble(work, output, overwrite=True)
