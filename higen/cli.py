@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from higen.terminal import JSON, Commands, reported
-from higen.train.cli import cues, train
+from higen.train.cli import cues, evaluate, train
 from higen.version import __version__
 
 __all__ = ["main"]
@@ -237,3 +237,4 @@ def parity(directory: Path, only: str | None, as_json: bool) -> None:
 
 main.add_command(train)
 main.add_command(cues)
+main.add_command(evaluate)

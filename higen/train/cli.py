@@ -11,7 +11,7 @@ import click
 
 from higen.terminal import JSON, reported
 
-__all__ = ["cues", "train"]
+__all__ = ["cues", "evaluate", "train"]
 
 
 class _ConfigOrRecipe(click.Group):
@@ -107,3 +107,33 @@ def cues(
         if plot is not None:
             save_plot(curves, plot)
         click.echo(json.dumps(curves.as_json()) if as_json else as_text(curves))
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path), required=False)
+@click.option("--data", type=click.Path(path_type=Path), required=True, help="Folder of the emoji; filled if empty.")
+@click.option(
+    "--output", type=click.Path(path_type=Path), required=True, help="Folder for the measures and contact sheets."
+)
+@click.option("--seeds", type=int, default=8, show_default=True, help="Clips of each held-out prompt.")
+@click.option("--quick", is_flag=True, help="Every fourth subject, one seed.")
+@click.option("--backend", default="auto", show_default=True, help="Where the stages run; see `higen doctor`.")
+@JSON
+def evaluate(
+    model: Path | None, data: Path, output: Path, seeds: int, quick: bool, backend: str, as_json: bool
+) -> None:
+    """Measure MODEL, made by the default recipe, against the real clips.  [the built-in small model]
+
+    What is sampled and what the figures mean: higen/train/recipes/default/evaluate.py.
+    """
+    with reported(as_json):
+        from higen.train.recipes.default.measure import measure
+
+        found, text = measure(
+            model, data, output, seeds=1 if quick else seeds, quick=quick, backend=backend, shown=_watched(as_json)
+        )
+        click.echo(json.dumps(found) if as_json else text)
+
+
+def _watched(as_json: bool) -> bool:
+    return sys.stderr.isatty() and not as_json

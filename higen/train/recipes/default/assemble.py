@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from higen import bundle
-from higen.config import AutoencoderConfig, Defaults, ModelConfig
+from higen.config import AutoencoderConfig, Defaults, ModelConfig, UNetConfig
 from higen.tokenizer import build_word_tokenizer
 from higen.train.recipes.default.denoiser import TEXT, UNET, WORDS
 from higen.train.recipes.default.subjects import BACKGROUNDS, FPS, FRAMES, SPEEDS, SUBJECTS, caption
@@ -53,8 +54,13 @@ def model_config(autoencoder: AutoencoderConfig) -> ModelConfig:
     )
 
 
-def assemble(state: Path, output: Path, overwrite: bool = False) -> bundle.Bundle:
-    """Write the model directory `output` from the averaged weights in `state`."""
+def assemble(
+    state: Path, output: Path, overwrite: bool = False, checkpoint: Path | None = None, unet: UNetConfig = UNET
+) -> bundle.Bundle:
+    """Write the model directory `output` from the codec and the averaged weights in `state`.
+
+    `checkpoint` and `unet`: another denoiser than the recipe's own.
+    """
     statistics = load_file(state / "latents.safetensors")
     autoencoder = AutoencoderConfig(
         kind="AutoencoderDC",
@@ -63,16 +69,17 @@ def assemble(state: Path, output: Path, overwrite: bool = False) -> bundle.Bundl
         shift=tuple(statistics["mean"].tolist()),
         scale=tuple((1 / statistics["std"]).tolist()),
     )
-    average = torch.load(state / "denoiser.ckpt", weights_only=True)["average"]
-    with bundle.create(output, model_config(autoencoder), overwrite) as folder:
-        save_file(_half(average, "denoiser."), folder / bundle.UNET)
-        save_file(_half(average, "text."), folder / bundle.TEXT_ENCODER)
-        save_file(_half(load_file(state / "autoencoder.safetensors"), ""), folder / bundle.AUTOENCODER)
+    average = torch.load(checkpoint or state / "denoiser.ckpt", weights_only=True)["average"]
+    with bundle.create(output, replace(model_config(autoencoder), unet=unet), overwrite) as folder:
+        save_file(half_precision(average, "denoiser."), folder / bundle.UNET)
+        save_file(half_precision(average, "text."), folder / bundle.TEXT_ENCODER)
+        save_file(half_precision(load_file(state / "autoencoder.safetensors"), ""), folder / bundle.AUTOENCODER)
         build_word_tokenizer(WORDS).save(str(folder / bundle.TOKENIZER))
     return bundle.Bundle.open(output)
 
 
-def _half(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+def half_precision(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose name has this prefix, without it, their floating-point ones as float16."""
     chosen = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
     return {name: (t.half() if t.is_floating_point() else t).contiguous() for name, t in chosen.items()}
 

@@ -27,7 +27,7 @@ from higen.train.recipes.default.subjects import (
     is_held_out,
 )
 
-__all__ = ["Batch", "Clips"]
+__all__ = ["Batch", "Clips", "Selection"]
 
 EARLY_WINDOWS = ((4, 12), (4, 12), (4, 12), (16, 3))
 """Lengths of the windows cut out of clips, and how many make a batch of 48 frames: mostly short ones, which show the
@@ -56,15 +56,29 @@ class Batch:
     captions: list[str]
 
 
+@dataclass(frozen=True)
+class Selection:
+    """Which part of the data is used: indices of the subjects, and whether a clip's measured cues are ever given.
+
+    Batches are `smaller` times (1 or 3) as small.
+    """
+
+    subjects: tuple[int, ...] = tuple(range(len(SUBJECTS)))
+    motion: bool = True
+    appearance: bool = True
+    smaller: int = 1
+
+
 class Clips:
     """Clips and key frames over the latents cache; held-out combinations are left out."""
 
-    def __init__(self, latents: Path, config: UNetConfig) -> None:
+    def __init__(self, latents: Path, config: UNetConfig, selection: Selection | None = None) -> None:
         cache = load_latents(latents)
         self.config = config
-        self.loops = [cache[f"latents/{subject.name}"] for subject in SUBJECTS]
+        self.selection = selection or Selection()
+        self.loops = {s: cache[f"latents/{SUBJECTS[s].name}"] for s in self.selection.subjects}
         self._squares: dict[tuple[int, int, str], Tensor] = {}
-        self.pairs = [(s, b) for s in range(len(SUBJECTS)) for b in range(len(BACKGROUNDS)) if not is_held_out(s, b)]
+        self.pairs = [(s, b) for s in self.loops for b in range(len(BACKGROUNDS)) if not is_held_out(s, b)]
 
     def clip(self, subject: int, background: int, speed: float) -> Tensor:
         """Latents of a whole clip, float32 [32, 16, 8, 8]."""
@@ -75,7 +89,8 @@ class Clips:
     def images(self, random: torch.Generator) -> Batch:
         """Key frames with any caption of theirs; motion 0, appearance 1, no prior."""
         x0, captions = [], []
-        for _ in range(IMAGES):
+        count = IMAGES // self.selection.smaller
+        for _ in range(count):
             s, b = self._pair(random)
             x0.append(self.loops[s][b, SUBJECTS[s].key_frame].float()[:, None])
             captions.append(self._caption(s, b, SPEEDS[_integer(random, len(SPEEDS))], random))
@@ -85,8 +100,8 @@ class Clips:
         return Batch(
             batch,
             torch.zeros_like(batch[:, :, 0]),
-            motion.expand(IMAGES, -1, -1),
-            appearance.expand(IMAGES, -1, -1),
+            motion.expand(count, -1, -1),
+            appearance.expand(count, -1, -1),
             captions,
         )
 
@@ -94,7 +109,7 @@ class Clips:
         """Windows of whole clips, with the cues of the clip they are cut from; `progress` is 0 to 1 over the run."""
         choices = LATE_WINDOWS if progress > LATE else EARLY_WINDOWS
         length, count = choices[_integer(random, len(choices))]
-        parts = [self._window(length, random) for _ in range(count)]
+        parts = [self._window(length, random) for _ in range(count // self.selection.smaller)]
         x0, prior, motion, appearance = (torch.stack([p[i] for p in parts]) for i in range(4))  # type: ignore[misc]
         return Batch(x0, prior, motion, appearance, [p[4] for p in parts])
 
@@ -135,13 +150,11 @@ class Clips:
         )
         both = _real(random) < UNSPECIFIED
         drop_motion, drop_appearance = (both or _real(random) < CUE_DROPOUT for _ in range(2))
+        give_motion = self.selection.motion and not (free and drop_motion)
+        give_appearance = self.selection.appearance and not (free and drop_appearance)
         return (
-            torch.from_numpy(
-                motion_cue(None if free and drop_motion else motion.numpy(), FRAMES, self.config.base_channels)
-            ),
-            torch.from_numpy(
-                appearance_cue(None if free and drop_appearance else rows, FRAMES, self.config.appearance_columns)
-            ),
+            torch.from_numpy(motion_cue(motion.numpy() if give_motion else None, FRAMES, self.config.base_channels)),
+            torch.from_numpy(appearance_cue(rows if give_appearance else None, FRAMES, self.config.appearance_columns)),
         )
 
     def _pair(self, random: torch.Generator) -> tuple[int, int]:

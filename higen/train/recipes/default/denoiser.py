@@ -105,11 +105,11 @@ class Run:
 class Networks(nn.Module):
     """Everything that is trained, and the tokenizer."""
 
-    def __init__(self) -> None:
+    def __init__(self, config: UNetConfig = UNET) -> None:
         super().__init__()
         self.tokenizer = PromptTokenizer(build_word_tokenizer(WORDS), TEXT)
         self.text = text_encoder(TEXT)
-        self.denoiser = Denoiser(UNET)
+        self.denoiser = Denoiser(config)
         # The prior starts as a second noisy frame would enter, not as nothing: it is then never ignored.
         self.denoiser.unet.prior.load_state_dict(self.denoiser.unet.conv_in.state_dict())
 
@@ -122,12 +122,15 @@ class Networks(nn.Module):
 
 
 class Trainer:
-    """Networks, their averages, the optimiser and the number of steps made."""
+    """Networks, their averages, the optimiser and the number of steps made.
+
+    A network without prior preconditioning (`clips.config`) is given no prior: it draws clips from the text alone.
+    """
 
     def __init__(self, clips: Clips, run: Run) -> None:
         torch.manual_seed(run.seed)
         self.clips, self.run = clips, run
-        self.networks = Networks().train()
+        self.networks = Networks(clips.config).train()
         self.spatial = self.networks.denoiser.spatial_unet()
         self.average = copy.deepcopy(self.networks).requires_grad_(False)
         self.optimiser = torch.optim.AdamW(
@@ -144,7 +147,8 @@ class Trainer:
         self.optimiser.zero_grad(set_to_none=True)
         images = self.image_loss(random)
         windows = self.window_loss(random)
-        self.told_loss(random).backward()
+        if self.clips.config.prior_preconditioning:
+            self.told_loss(random).backward()
         nn.utils.clip_grad_norm_(self.networks.parameters(), self.run.clip)
         self.optimiser.step()
         self.step += 1
@@ -157,9 +161,7 @@ class Trainer:
         """Forward and backward of a batch of key frames through the spatial network."""
         batch = self.clips.images(random)
         context, embedding = self.networks.conditions(batch.captions, batch.motion, batch.appearance)
-        levels = torch.rand(len(batch.x0), generator=random)
-        high = torch.rand(len(levels), generator=random) < self.run.text_part
-        levels = torch.where(high, 1 - HIGHEST * levels, levels)
+        levels = self._levels_from_text(len(batch.x0), random)
         noise, t, alpha, sigma = self._noise(batch.x0, levels, random)
         loss = v_loss(self.spatial, batch.x0, noise, t, alpha, sigma, context, embedding, None).mean()
         loss.backward()
@@ -169,10 +171,16 @@ class Trainer:
         """Forward and backward of a batch of windows through the temporal network."""
         batch = self.clips.windows(random, self.step / self.run.steps)
         context, embedding = self.networks.conditions(batch.captions, batch.motion, batch.appearance)
+        unet = self.networks.denoiser.unet
+        if not self.clips.config.prior_preconditioning:
+            levels = self._levels_from_text(len(batch.x0), random)
+            noise, t, alpha, sigma = self._noise(batch.x0, levels, random)
+            loss = v_loss(unet, batch.x0, noise, t, alpha, sigma, context, embedding, None).mean()
+            loss.backward()
+            return float(loss.detach())
         # Noise levels are biased high: that is where the motion is decided.
         levels = torch.rand(len(batch.x0), generator=random).sqrt()
         noise, t, alpha, sigma = self._noise(batch.x0, levels, random)
-        unet = self.networks.denoiser.unet
         loss = residual_v_loss(unet, batch.x0, noise, t, alpha, sigma, context, embedding, batch.prior).mean()
         gain = gain_loss(unet, context, embedding, residual_square(batch.x0, batch.prior))
         (loss + 0.1 * gain).backward()
@@ -187,6 +195,11 @@ class Trainer:
         appearance = torch.from_numpy(appearance_cue(None, frames, config.appearance_columns)).expand(count, -1, -1)
         context, embedding = self.networks.conditions(captions, motion, appearance)
         return gain_loss(self.networks.denoiser.unet, context, embedding, square)
+
+    def _levels_from_text(self, count: int, random: torch.Generator) -> Tensor:
+        levels = torch.rand(count, generator=random)
+        high = torch.rand(count, generator=random) < self.run.text_part
+        return torch.where(high, 1 - HIGHEST * levels, levels)
 
     def _noise(self, x0: Tensor, levels: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         t = (levels * len(self.abar)).long().clamp(max=len(self.abar) - 1)
@@ -210,23 +223,24 @@ class Trainer:
         self.step = state["step"]
 
 
-def train(state: Path, run: Run, start: Bundle | None = None) -> None:
+def train(state: Path, run: Run, start: Bundle | None = None, clips: Clips | None = None) -> None:
     """Train to `run.steps` steps, resuming what `state` holds; saves are written aside and moved; Ctrl-C saves.
 
     A new run starts from random weights, or from those of the model `start` as far as they fit.
+    Without `clips`, the recipe's own network is trained on all of the latents cache in `state`.
     """
     claim = lock(state)
     for number in (signal.SIGINT, signal.SIGTERM):  # a background process ignores SIGINT unless told otherwise
         signal.signal(number, signal.default_int_handler)
     try:
-        _train(state, run, start)
+        _train(state, run, start, clips or Clips(state / "latents.safetensors", UNET))
     finally:
         if claim is not None:
             os.close(claim)
 
 
-def _train(state: Path, run: Run, start: Bundle | None) -> None:
-    trainer = Trainer(Clips(state / "latents.safetensors", UNET), run)
+def _train(state: Path, run: Run, start: Bundle | None, clips: Clips) -> None:
+    trainer = Trainer(clips, run)
     checkpoint = state / "denoiser.ckpt"
     if checkpoint.exists():
         trainer.load(torch.load(checkpoint, weights_only=True))

@@ -1,141 +1,482 @@
-"""Measures the default model against the real clips it was trained on.
+"""Measures a model of the default recipe against the real clips it was trained on (`higen evaluate`).
 
-    python -m higen.train.recipes.default.evaluate --data FOLDER --model DIR --output FOLDER
+Poses and backgrounds are fixed, so the real clip of a prompt is known pixel by pixel. What is sampled, with n seeds:
 
-Poses and backgrounds are fixed, so the real clip of a prompt is known pixel by pixel. Measured apart for combinations
-of subject and background that were trained and that were held out:
+held-out   every subject on the background that was kept out of training: each seed at normal speed, and every other
+           one fast or slow in turn
+trained    the same on one background that was trained, with a quarter of the seeds (at least one)
+still      both, "standing still", with a quarter of the seeds
+motion     held-out, seed 0, normal speed in words, and as `motion` 0 and what the real clip has at half, one, one and a
+           half and two times real time
+appearance the same with `appearance`: 0 and the real clip's at half, one and two times
 
-identity, background   the nearest real key frame (mean squared error, all 120) shows the prompt's subject, background
-clip, copy             PSNR against the real clip, of the generated clip and of its own key frame repeated
-beats copy             part of the clips that are closer to the real clip than that repetition
-still                  mean difference of neighbouring frames where the text says "standing still", in levels of 255
-real, codec            the real clip through the codec: the bound on `clip`
+Every figure stands beside what the same function says of the real clips through the autoencoder ("codec": what the
+best denoiser could reach) and of the real clips themselves ("real"):
+
+identity, template, background   what is shown: a classifier trained on real frames; correlation with the subject's real
+           frames (higher than with any other's, and than half way from the best other's to the real clip's)
+psnr, psnr_copy, beats_copy      against the real clip, in dB: the clip, its own key frame repeated, how often the clip
+           is closer. beats_mean: closer than its own mean over time too, which noise in every frame cannot be.
+           psnr_real_copy, beats_real_copy: the real key frame repeated, which no model has
+flicker, speckle, sharpness      see higen/measures/fidelity.py
+motion_ratio, difference         against the real clip's motion as training measures it; mean difference of frames
+frechet    distance of features to real clips drawn at random: the same subjects, any background, the same speeds, up to
+           an eighth of a second earlier or later. The floor is the distance between two such draws, without a clip in
+           common; all have the same number of clips. "real" are the very clips that were asked for
 """
 
 from __future__ import annotations
 
-import argparse
-import json
-from dataclasses import asdict, dataclass
-from pathlib import Path
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
+from tqdm import tqdm
 
-import higen
+from higen.errors import PromptWarning, SettingsError, TrainingError
+from higen.measures import fidelity
+from higen.measures.statistics import frechet_distance, spearman
 from higen.pipeline import Pipeline
-from higen.train.recipes.default.data import background, clip_indices, compose, load_loop, loop_step
+from higen.train.cues import appearance_factor, appearance_similarity, motion_of
+from higen.train.recipes.default.judges import Judges
+from higen.train.recipes.default.real import RealClips
 from higen.train.recipes.default.subjects import (
     BACKGROUNDS,
     KEY_INDEX,
     SPEEDS,
     SUBJECTS,
-    Speed,
     caption,
     is_held_out,
 )
-from higen.video import Video, contact_sheet
 
-__all__ = ["Measures", "evaluate"]
+__all__ = ["GROUPS", "MEANS", "Codec", "Maker", "PipelineMaker", "Result", "Row", "Shot", "evaluate", "known", "plan"]
 
 Frames = NDArray[np.uint8]
+SLOW, NORMAL, FAST, STILL = 0, 1, 2, 3
+GROUPS = ("held-out", "trained")
+MOTION_SPEEDS = (0.0, 0.5, 1.0, 1.5, 2.0)
+APPEARANCE_SPEEDS = (0.0, 0.5, 1.0, 2.0)
+JITTER = 3
+"""Loop frames, 42 ms each, by which a real clip of the Frechet distance's reference may be early or late."""
+CLOSER = 0.01
+"""dB that a clip must be closer by: a repeated frame must not win by rounding."""
+DRAWS = 3
+"""Times that the reference of the Frechet distance is drawn; the distances are means."""
 
 
 @dataclass(frozen=True)
-class Measures:
-    """Means over a set of clips; PSNR in dB."""
+class Shot:
+    """One clip to make. `kind`: text, still, motion or appearance; `requested`: the speed whose cue is asked for."""
 
-    clips: int
-    identity: float
-    background: float
-    clip: float
-    copy: float
-    codec: float
-    beats_copy: float
-    still: float
+    group: str
+    kind: str
+    subject: int
+    background: int
+    speed: int = NORMAL
+    seed: int = 0
+    requested: float | None = None
 
+    @property
+    def prompt(self) -> str:
+        """The caption, as training words it."""
+        return caption(SUBJECTS[self.subject], BACKGROUNDS[self.background], SPEEDS[self.speed])
 
-class RealClips:
-    """The clips of the data set as pixels."""
-
-    def __init__(self, data: Path) -> None:
-        paths = [data / f"{subject.codepoint}.webp" for subject in SUBJECTS]
-        self.loops = [load_loop(path) for path in paths]
-        self.steps = [loop_step(path) for path in paths]
-        self.pictures = [background(b.name) for b in BACKGROUNDS]
-        self.keys = np.stack([self.clip(s, b, SPEEDS[3])[KEY_INDEX] for s, b in self.pairs()]).astype(np.float32)
-
-    def pairs(self) -> list[tuple[int, int]]:
-        """Every (subject, background)."""
-        return [(s, b) for s in range(len(SUBJECTS)) for b in range(len(BACKGROUNDS))]
-
-    def clip(self, s: int, b: int, speed: Speed) -> Frames:
-        """uint8 [16, 128, 128, 3]."""
-        loop = self.loops[s]
-        indices = clip_indices(len(loop), SUBJECTS[s].key_frame, speed.factor, step=self.steps[s])
-        return compose(loop[indices], self.pictures[b])
-
-    def nearest(self, frame: Frames) -> tuple[int, int]:
-        """(subject, background) of the key frame that is nearest to `frame`."""
-        errors = ((self.keys - frame.astype(np.float32)) ** 2).mean(axis=(1, 2, 3))
-        return self.pairs()[int(errors.argmin())]
+    @property
+    def factor(self) -> float:
+        """Speed of the real clip that was asked for."""
+        return SPEEDS[self.speed].factor if self.requested is None else self.requested
 
 
-def psnr(a: Frames, b: Frames) -> float:
-    """Peak signal-to-noise ratio in dB."""
-    return float(10 * np.log10(255**2 / max(1e-6, ((a.astype(np.float32) - b.astype(np.float32)) ** 2).mean())))
+@dataclass(frozen=True)
+class Row:
+    """What was measured on one clip; fields as in the module's docstring."""
+
+    identity: bool
+    template: bool
+    correlation: float
+    background: bool
+    psnr: float
+    psnr_copy: float
+    psnr_real_copy: float
+    beats_copy: bool
+    beats_mean: bool
+    beats_real_copy: bool
+    flicker: float
+    speckle: float
+    sharpness: float
+    difference: float
+    motion: float
+    appearance: float
+
+
+MEANS = tuple(name for name in Row.__dataclass_fields__ if name not in ("motion", "appearance"))
+"""Fields whose mean over a group is reported."""
+
+
+class Maker(Protocol):
+    """Makes clips."""
+
+    def __call__(self, prompt: str, seed: int, motion: float | None, appearance: float | None) -> Frames:
+        """uint8 [16,128,128,3]; None for a cue: as the prompt says."""
+        ...
+
+
+class Codec(Protocol):
+    """An autoencoder, by its two ways."""
+
+    def encode(self, clip: Frames) -> NDArray[np.float32]:
+        """Latents [C,F,h,w] of uint8 [F,H,W,3]."""
+        ...
+
+    def decode(self, latents: NDArray[np.float32]) -> Frames:
+        """The way back."""
+        ...
+
+
+@dataclass(frozen=True)
+class PipelineMaker:
+    """A model as maker and codec."""
+
+    pipeline: Pipeline
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, prompt: str, seed: int, motion: float | None, appearance: float | None) -> Frames:
+        """See Maker; what a cue's None means is the model's default."""
+        cues = {name: cue for name, cue in (("motion", motion), ("appearance", appearance)) if cue is not None}
+        made: Frames = self.pipeline(prompt, seed=seed, progress=False, **{**self.options, **cues}).frames
+        return made
+
+    def encode(self, clip: Frames) -> NDArray[np.float32]:
+        """See Codec."""
+        backend, pixels = self.pipeline.backend, clip.astype(np.float32).transpose(0, 3, 1, 2) / 127.5 - 1.0
+        parts = [
+            backend.to_numpy(backend.run("vae_encoder", pixels=np.ascontiguousarray(pixels[i : i + 4]))["latents"])
+            for i in range(0, len(pixels), 4)
+        ]
+        latents: NDArray[np.float32] = np.concatenate(parts).transpose(1, 0, 2, 3)
+        return latents
+
+    def decode(self, latents: NDArray[np.float32]) -> Frames:
+        """See Codec."""
+        return self.pipeline.decode(latents[None])[0]
+
+
+@dataclass
+class Result:
+    """Everything measured: a row for each shot, the bounds, and the clips to show (seed 0 at normal speed)."""
+
+    shots: list[Shot]
+    rows: list[Row]
+    measures: dict[str, Any]
+    shown: list[tuple[Shot, Frames]]
+
+
+def known(prompts: Iterable[str]) -> tuple[int, ...]:
+    """Indices of the recipe's subjects that a model's prompts name. Raises SettingsError for none."""
+    listed = tuple(prompts)
+    found = tuple(i for i, s in enumerate(SUBJECTS) if any(p.startswith(f"{s.caption} ") for p in listed))
+    if not found:
+        raise SettingsError("the model lists no prompt of the default recipe: only its models can be measured")
+    return found
+
+
+def plan(subjects: Sequence[int], seeds: int, quick: bool = False) -> list[Shot]:
+    """The clips to make, as the module's docstring says, a background at a time; `quick`: every fourth subject, and
+    every eighth one's cues. Raises SettingsError for less than one seed.
+    """
+    if seeds < 1:
+        raise SettingsError(f"seeds={seeds}: a whole number from 1")
+    few = max(1, seeds // 4)
+    shots = []
+    for place, s in enumerate(subjects[:: 4 if quick else 1]):
+        held = next(b for b in range(len(BACKGROUNDS)) if is_held_out(s, b))
+        trained = (held + 5) % len(BACKGROUNDS)
+        for group, b, count in (("held-out", held, seeds), ("trained", trained, few)):
+            for seed in range(count):
+                shots.append(Shot(group, "text", s, b, NORMAL, seed))
+                if seed % 2 == 0:
+                    shots.append(Shot(group, "text", s, b, (FAST, SLOW)[(place + seed // 2) % 2], seed))
+            shots += [Shot(group, "still", s, b, STILL, seed) for seed in range(few)]
+        if place % 2 == 0 or not quick:
+            shots += [Shot("held-out", "motion", s, held, requested=speed) for speed in MOTION_SPEEDS]
+            shots += [Shot("held-out", "appearance", s, held, requested=speed) for speed in APPEARANCE_SPEEDS]
+    return sorted(shots, key=lambda shot: shot.background)
 
 
 def evaluate(
-    pipeline: Pipeline, real: RealClips, pairs: list[tuple[int, int]], seeds: range
-) -> tuple[Measures, list[Video]]:
-    """Generate each pair at normal and fast speed and standing still, for every seed."""
-    rows, still, videos = [], [], []
-    for s, b in pairs:
-        for seed in seeds:
-            for speed in (SPEEDS[1], SPEEDS[2]):
-                video = pipeline(caption(SUBJECTS[s], BACKGROUNDS[b], speed), seed=seed, progress=False)
-                clip, key = real.clip(s, b, speed), video.frames[KEY_INDEX]
-                found = real.nearest(key)
-                score, copy = psnr(video.frames, clip), psnr(np.broadcast_to(key, clip.shape), clip)
-                codec = psnr(_through_codec(pipeline, clip), clip)
-                rows.append((found[0] == s, found[1] == b, score, copy, codec, score > copy))
-                videos.append(video)
-            frames = pipeline(caption(SUBJECTS[s], BACKGROUNDS[b], SPEEDS[3]), seed=seed, progress=False).frames
-            still.append(float(np.abs(np.diff(frames.astype(np.float32), axis=0)).mean()))
-    identity, scene, score, copy, codec, beats = (float(np.mean(column)) for column in zip(*rows, strict=True))
-    return Measures(len(rows), identity, scene, score, copy, codec, beats, float(np.mean(still))), videos
-
-
-def _through_codec(pipeline: Pipeline, clip: Frames) -> Frames:
-    pixels = clip.astype(np.float32).transpose(0, 3, 1, 2) / 127.5 - 1.0
-    encoded = pipeline.backend.run("vae_encoder", pixels=np.ascontiguousarray(pixels))["latents"]
-    latents = pipeline.backend.to_numpy(encoded)
-    return pipeline.decode(latents.transpose(1, 0, 2, 3)[None])[0]
-
-
-def main() -> None:
-    """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(description="Measure the default model.")
-    parser.add_argument("--data", type=Path, required=True, help="folder of the WebP loops")
-    parser.add_argument("--model", type=Path, help="model directory; the built-in one if not given")
-    parser.add_argument("--output", type=Path, required=True, help="folder for measures.json and the contact sheets")
-    parser.add_argument("--seeds", type=int, default=2)
-    arguments = parser.parse_args()
-    arguments.output.mkdir(parents=True, exist_ok=True)
-    real, measures = RealClips(arguments.data), {}
-    groups = {
-        "held-out": [(s, b) for s, b in real.pairs() if is_held_out(s, b)],
-        "trained": [(s, b) for s, b in real.pairs() if (3 * s + b) % 10 == 2],
+    make: Maker, codec: Codec, real: RealClips, judges: Judges, shots: Sequence[Shot], shown: bool = False
+) -> Result:
+    """Make every shot and measure it; `shown`: with a progress bar."""
+    measure = _Measure(codec, real, judges)
+    rows, features, sheet = [], [], []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PromptWarning)
+        for shot in tqdm(shots, desc="clips", disable=not shown):
+            try:
+                clip = make(shot.prompt, shot.seed, *measure.cues(shot))
+            except PromptWarning as warning:
+                raise TrainingError(
+                    f"{shot.prompt!r}: the model does not know what it should draw: {warning}"
+                ) from None
+            rows.append(measure.row(shot, clip))
+            features.append(judges.features([clip])[0])
+            if shot.kind == "text" and shot.seed == 0 and shot.speed == NORMAL:
+                sheet.append((shot, clip))
+    conditions = sorted({(s.subject, s.background, s.factor) for s in shots if s.kind in ("text", "still")})
+    bounds = {}
+    for s, b, factor in tqdm(sorted(conditions, key=lambda c: c[1]), desc="bounds", disable=not shown):
+        bounds[s, b, factor] = measure.bound(s, b, factor)
+    measured = list(zip(shots, rows, strict=True))
+    measures = {
+        "groups": {
+            group: _group(group, shots, rows, np.array(features), bounds, judges)
+            for group in GROUPS
+            if any(shot.group == group for shot in shots)
+        },
+        "control": _control(shots, rows, measure),
+        "subjects": {
+            SUBJECTS[s].name: _subject([(shot, row) for shot, row in measured if shot.subject == s])
+            for s in sorted({shot.subject for shot in shots})
+        },
     }
-    with higen.load(arguments.model) as pipeline:
-        for name, pairs in groups.items():
-            found, videos = evaluate(pipeline, real, pairs, range(arguments.seeds))
-            measures[name] = asdict(found)
-            print(name, json.dumps({k: round(v, 3) for k, v in measures[name].items()}), flush=True)
-            contact_sheet(videos[:: 2 * arguments.seeds]).save(arguments.output / f"{name}.png")
-    (arguments.output / "measures.json").write_text(json.dumps(measures, indent=1) + "\n", encoding="utf-8")
+    return Result(list(shots), rows, measures, sheet)
 
 
-if __name__ == "__main__":
-    main()
+@dataclass(frozen=True)
+class _Bound:
+    """The real clip of a condition through the codec, and as it is."""
+
+    codec: Row
+    real: Row
+    features: dict[str, NDArray[np.float64]]
+
+
+class _Measure:
+    """The measures of a clip; what they need of the real one is kept."""
+
+    def __init__(self, codec: Codec, real: RealClips, judges: Judges) -> None:
+        self.codec, self.real, self.judges = codec, real, judges
+        self._cues: dict[tuple[int, int, float], tuple[float, float]] = {}
+
+    def real_cues(self, s: int, b: int, factor: float) -> tuple[float, float]:
+        """Motion and appearance factor of a real clip."""
+        if (s, b, factor) not in self._cues:
+            self._cues[s, b, factor] = _cues(self.codec.encode(self.real.clip(s, b, factor)))
+        return self._cues[s, b, factor]
+
+    def cues(self, shot: Shot) -> tuple[float | None, float | None]:
+        """What is asked for in numbers."""
+        if shot.requested is None:
+            return None, None
+        motion, appearance = self.real_cues(shot.subject, shot.background, shot.requested)
+        return (motion, None) if shot.kind == "motion" else (None, appearance)
+
+    def row(self, shot: Shot, clip: Frames) -> Row:
+        """Every measure of the clip made for a shot."""
+        return self.measured(shot.subject, shot.background, shot.factor, clip)
+
+    def bound(self, s: int, b: int, factor: float) -> _Bound:
+        """Every measure of the real clip, through the codec and as it is."""
+        clip = self.real.clip(s, b, factor)
+        through = self.codec.decode(self.codec.encode(clip))
+        features = self.judges.features([through, clip])
+        return _Bound(
+            self.measured(s, b, factor, through),
+            self.measured(s, b, factor, clip),
+            {"codec": features[0], "real": features[1]},
+        )
+
+    def measured(self, s: int, b: int, factor: float, clip: Frames) -> Row:
+        """Every measure of a clip that should show a subject on a background at a speed."""
+        wanted = self.real.clip(s, b, factor)
+        match = self.judges.templates(b).match(clip, s)
+        outside = self.real.outside[s]
+        score = fidelity.psnr(clip, wanted)
+        copy = fidelity.psnr(np.broadcast_to(clip[KEY_INDEX], clip.shape), wanted)
+        real_copy = fidelity.psnr(np.broadcast_to(wanted[KEY_INDEX], wanted.shape), wanted)
+        mean = fidelity.psnr(np.broadcast_to(clip.mean(axis=0), clip.shape), wanted)
+        motion, appearance = _cues(self.codec.encode(clip))
+        return Row(
+            identity=self.judges.subject(clip) == s,
+            template=match.winner == s and match.score >= self.judges.threshold(s, b),
+            correlation=match.score,
+            background=fidelity.nearest(clip, self.real.pictures, outside) == b,
+            psnr=score,
+            psnr_copy=copy,
+            psnr_real_copy=real_copy,
+            beats_copy=score > copy + CLOSER,
+            beats_mean=score > mean + CLOSER,
+            beats_real_copy=score > real_copy + CLOSER,
+            flicker=fidelity.flicker(clip, outside),
+            speckle=fidelity.speckle(clip, wanted),
+            sharpness=fidelity.sharpness(clip, wanted),
+            difference=fidelity.difference(clip),
+            motion=motion,
+            appearance=appearance,
+        )
+
+
+def _cues(latents: NDArray[np.float32]) -> tuple[float, float]:
+    """Motion (mean over the pairs of frames) and appearance factor of latents [C,F,h,w], as training measures them."""
+    z = torch.from_numpy(np.ascontiguousarray(latents))
+    similarity = appearance_similarity(z.transpose(0, 1).flatten(1)[None])
+    return float(motion_of(z[None]).double().mean()), float(appearance_factor(similarity))
+
+
+def _means(rows: Sequence[Row]) -> dict[str, float]:
+    return {name: float(np.mean([getattr(row, name) for row in rows])) for name in MEANS}
+
+
+def _group(
+    group: str,
+    shots: Sequence[Shot],
+    rows: Sequence[Row],
+    features: NDArray[np.float64],
+    bounds: Mapping[tuple[int, int, float], _Bound],
+    judges: Judges,
+) -> dict[str, Any]:
+    """Means of a group's clips from text, beside those of the real clips for the same requests."""
+    chosen = [i for i, shot in enumerate(shots) if shot.group == group and shot.kind == "text"]
+    asked = [(shots[i].subject, shots[i].background, shots[i].factor) for i in chosen]
+    made = [rows[i] for i in chosen]
+    columns = {
+        "generated": made,
+        "codec": [bounds[request].codec for request in asked],
+        "real": [bounds[request].real for request in asked],
+    }
+    table = {name: _means(column) for name, column in columns.items()}
+    for name, column in columns.items():
+        table[name]["motion_ratio"] = float(
+            np.median([row.motion / max(bounds[r].real.motion, 1e-6) for row, r in zip(column, asked, strict=True)])
+        )
+        relative = [row.correlation / bounds[r].real.correlation for row, r in zip(column, asked, strict=True)]
+        table[name]["template_relative"] = float(np.mean(relative))
+        table[name]["template_close"] = float(np.mean(np.array(relative) >= 0.85))
+    still = [i for i, shot in enumerate(shots) if shot.group == group and shot.kind == "still"]
+    if still:
+        table["generated"]["still"] = float(np.mean([rows[i].difference for i in still]))
+        for name in ("codec", "real"):
+            kept = [bounds[shots[i].subject, shots[i].background, 0.0] for i in still]
+            table[name]["still"] = float(np.mean([getattr(bound, name).difference for bound in kept]))
+    by_speed = {
+        SPEEDS[speed].name: _means([rows[i] for i in chosen if shots[i].speed == speed]) | {"clips": count}
+        for speed in (SLOW, NORMAL, FAST)
+        if (count := sum(shots[i].speed == speed for i in chosen))
+    }
+    of_bounds = {name: np.array([bounds[r].features[name] for r in asked]) for name in ("codec", "real")}
+    return {
+        "clips": len(chosen),
+        **table,
+        "by_speed": by_speed,
+        "frechet": _frechet(asked, {"generated": features[chosen], **of_bounds}, judges),
+    }
+
+
+def _frechet(
+    asked: Sequence[tuple[int, int, float]], features: Mapping[str, NDArray[np.float64]], judges: Judges
+) -> dict[str, float]:
+    """Frechet distances of each set of features to random draws of real clips; see the module's docstring."""
+    random = np.random.default_rng(0)
+    subjects, speeds = [request[0] for request in asked], [request[2] for request in asked]
+    possible = len(set(subjects)) * len(judges.real.pictures) * len(set(speeds)) * (2 * JITTER + 1)
+    found: dict[str, list[float]] = {name: [] for name in (*features, "floor")}
+    for _ in range(DRAWS):
+        drawn: dict[tuple[int, int, float, int], None] = {}  # a set that keeps its order
+        while len(drawn) < min(2 * len(asked), possible // 2):
+            drawn[
+                int(random.choice(subjects)),
+                int(random.integers(len(judges.real.pictures))),
+                float(random.choice(speeds)),
+                int(random.integers(-JITTER, JITTER + 1)),
+            ] = None
+        reals = judges.real_features(list(drawn))
+        half = len(reals) // 2
+        first, second = reals[:half], reals[half : 2 * half]
+        found["floor"].append(frechet_distance(first, second))
+        for name, rows in features.items():
+            found[name].append(frechet_distance(rows, first))
+    means = {name: float(np.mean(values)) for name, values in found.items()}
+    return means | {"ratio": means["generated"] / max(means["floor"], 1e-12)}
+
+
+def _control(shots: Sequence[Shot], rows: Sequence[Row], measure: _Measure) -> dict[str, Any]:
+    """How the cues that were asked for in numbers are followed."""
+    control: dict[str, Any] = {}
+    for kind in ("motion", "appearance"):
+        chosen = [i for i, shot in enumerate(shots) if shot.kind == kind]
+        if not chosen:
+            continue
+        index = 0 if kind == "motion" else 1
+        wanted = [measure.cues(shots[i])[index] or 0.0 for i in chosen]
+        found = [getattr(rows[i], kind) for i in chosen]
+        through = [_through(measure, shots[i])[index] for i in chosen]
+        subjects = [shots[i].subject for i in chosen]
+        control[kind] = {
+            "clips": len(chosen),
+            "spearman": _within(subjects, wanted, found),
+            "spearman_pooled": spearman(wanted, found),
+            "codec": _within(subjects, wanted, through),
+            "codec_pooled": spearman(wanted, through),
+        }
+    measured = list(zip(shots, rows, strict=True))
+    zero = [row.difference for shot, row in measured if shot.kind == "motion" and shot.requested == 0]
+    if zero:
+        usual = [
+            row.difference
+            for shot, row in measured
+            if shot.kind == "text" and shot.group == "held-out" and shot.speed == NORMAL
+        ]
+        control["motion"] |= {
+            "zero": float(np.median(zero)),
+            "usual": float(np.median(usual)),
+            "zero_part": float(np.median(zero) / np.median(usual)),
+            "zero_part_worst": float(np.max(zero) / np.median(usual)),
+        }
+    return control
+
+
+def _through(measure: _Measure, shot: Shot) -> tuple[float, float]:
+    """Cues of the real clip through the codec: what the measure itself loses."""
+    clip = measure.real.clip(shot.subject, shot.background, shot.factor)
+    return _cues(measure.codec.encode(measure.codec.decode(measure.codec.encode(clip))))
+
+
+def _within(subjects: Sequence[int], wanted: Sequence[float], found: Sequence[float]) -> float:
+    """Mean over the subjects of the rank correlation among their own clips."""
+    each = []
+    for s in sorted(set(subjects)):
+        pairs = [(w, f) for owner, w, f in zip(subjects, wanted, found, strict=True) if owner == s]
+        each.append(spearman(*zip(*pairs, strict=True)))
+    return float(np.mean(each))
+
+
+def _subject(pairs: Sequence[tuple[Shot, Row]]) -> dict[str, Any]:
+    """A subject's own figures over both groups."""
+    text = [row for shot, row in pairs if shot.kind == "text"]
+    found: dict[str, Any] = {"clips": len(text), **_means(text)}
+    for kind in ("motion", "appearance"):
+        chosen = [(shot.requested, getattr(row, kind)) for shot, row in pairs if shot.kind == kind]
+        if chosen:
+            found[f"{kind}_spearman"] = spearman(*zip(*chosen, strict=True))
+    return found
+
+
+def worst(result: Result, count: int = 12) -> list[int]:
+    """Indices of the clips from text that are worst: not recognised first, then least above their repeated key frame;
+    at most two of a subject."""
+    order = sorted(
+        (i for i, shot in enumerate(result.shots) if shot.kind == "text"),
+        key=lambda i: (
+            result.rows[i].identity and result.rows[i].template and result.rows[i].background,
+            result.rows[i].psnr - result.rows[i].psnr_copy,
+        ),
+    )
+    taken: list[int] = []
+    for i in order:
+        if sum(result.shots[j].subject == result.shots[i].subject for j in taken) < 2:
+            taken.append(i)
+    return taken[:count]

@@ -1,0 +1,169 @@
+"""The paper's claims at this scale: the same budget without the spatial prior, without each cue, and with everything.
+
+    python -m higen.train.recipes.default.ablation --data FOLDER --work FOLDER --table benchmarks/ablation.md
+
+Six lively subjects on ten backgrounds; a network smaller than the built-in model's, the same for all, from the same
+random weights; the same batches, drawn from the same random numbers. What differs:
+
+everything      the recipe as it is
+no prior        one stage: the network with temporal layers draws the clip from the text, with both cues. Noise levels
+                of clips are chosen as those of pictures are, and its sampler takes as many steps as the two stages
+                together, all of them guided as the spatial stage is
+no motion       the motion cue is never given; the text alone says how fast
+no appearance   the appearance cue is never given (a frame is still told its place in the clip)
+
+FOLDER of --work is that of `higen train default`, whose codec and latents are used. Every part resumes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from higen.api import load
+from higen.pipeline import Pipeline
+from higen.request import Request
+from higen.sampler import Step
+from higen.train.recipes.default.assemble import DEFAULTS, assemble
+from higen.train.recipes.default.clips import Clips, Selection
+from higen.train.recipes.default.data import fetch
+from higen.train.recipes.default.denoiser import UNET, Run, train
+from higen.train.recipes.default.evaluate import PipelineMaker, evaluate, plan
+from higen.train.recipes.default.judges import Judges
+from higen.train.recipes.default.real import RealClips
+from higen.train.recipes.default.report import as_text, write
+from higen.train.recipes.default.subjects import SUBJECTS
+
+__all__ = ["LIVELY", "VARIANTS", "OneStage", "Variant", "fit", "measure", "table"]
+
+LIVELY = tuple(
+    i
+    for i, subject in enumerate(SUBJECTS)
+    if subject.name in ("whale", "penguin", "monkey", "red heart", "butterfly", "kangaroo")
+)
+NETWORK = replace(UNET, channel_multipliers=(2, 3))
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One way to train: what a network is given beside the text."""
+
+    name: str
+    prior: bool = True
+    motion: bool = True
+    appearance: bool = True
+
+
+VARIANTS = (
+    Variant("everything"),
+    Variant("no prior", prior=False),
+    Variant("no motion", motion=False),
+    Variant("no appearance", appearance=False),
+)
+
+
+def fit(variant: Variant, work: Path, steps: int) -> Path:
+    """Train a variant to `steps` steps, going on where it stopped; returns its model directory."""
+    state = work / "ablation" / variant.name.replace(" ", "-")
+    model = state / "model"
+    if not model.exists():
+        state.mkdir(parents=True, exist_ok=True)
+        network = replace(NETWORK, prior_preconditioning=variant.prior)
+        selection = Selection(LIVELY, variant.motion, variant.appearance, smaller=3)
+        train(state, Run(steps=steps), clips=Clips(work / "latents.safetensors", network, selection))
+        assemble(work, model, checkpoint=state / "denoiser.ckpt", unet=network)
+    return model
+
+
+class OneStage(Pipeline):
+    """A pipeline without a spatial stage: the prior is zero, and the temporal network has been trained without one."""
+
+    def _spatial_steps(self, request: Request, texts: tuple[Any, Any]) -> Iterator[Step]:
+        zeros = torch.zeros(self._noise(request, 0, 1).shape)
+        yield Step("spatial_unet", 0, 1, 0, zeros, zeros)
+
+
+def measure(variant: Variant, model: Path, real: RealClips, judges: Judges, seeds: int) -> dict[str, Any]:
+    """The measures of `higen evaluate` for a trained variant, kept beside the model."""
+    path = model.parent / "measures.json"
+    if not path.exists():
+        with load(model, "torch") as pipeline:
+            make = PipelineMaker(pipeline)
+            if not variant.prior:
+                options = {"steps": (1, sum(DEFAULTS.steps)), "guidance": (1.0, DEFAULTS.guidance[0])}
+                make = PipelineMaker(OneStage(pipeline.bundle, pipeline.backend), options)
+            result = evaluate(make, make, real, judges, plan(LIVELY, seeds), shown=True)
+            write(result, real, make, model.parent)
+        print(variant.name, as_text(result.measures), sep="\n", flush=True)
+    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return found
+
+
+ROWS = (
+    ("identity", "subject right, by a classifier", "{:.0%}"),
+    ("template", "subject right, by its real frames", "{:.0%}"),
+    ("background", "background right", "{:.0%}"),
+    ("psnr", "PSNR, clip, dB", "{:.1f}"),
+    ("psnr_copy", "PSNR, its key frame repeated, dB", "{:.1f}"),
+    ("beats_copy", "closer than its key frame repeated", "{:.0%}"),
+    ("beats_mean", "closer than its mean frame repeated", "{:.0%}"),
+    ("motion_ratio", "motion over the real clip's", "{:.2f}"),
+    ("flicker", "flicker of the background, of 255", "{:.2f}"),
+    ("speckle", "speckle, of 255", "{:.2f}"),
+    ("still", "difference where it stands still, of 255", "{:.2f}"),
+)
+
+
+def table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    """The held-out measures of each variant as a Markdown table; the last column is the real clips' bound."""
+    groups = {name: measures["groups"]["held-out"] for name, measures in found.items()}
+    bound = next(iter(groups.values()))["codec"]
+    lines = [f"| held-out combinations | {' | '.join(groups)} | codec's bound |", "|---" * (len(groups) + 2) + "|"]
+    for key, title, form in ROWS:
+        cells = [form.format(group["generated"][key]) for group in groups.values()]
+        lines.append(f"| {title} | {' | '.join(cells)} | {form.format(bound[key])} |")
+    for kind in ("motion", "appearance"):
+        control = [measures["control"][kind] for measures in found.values()]
+        cells = [f"{c['spearman']:.2f}" for c in control]
+        lines.append(f"| Spearman, {kind} factor | {' | '.join(cells)} | {control[0]['codec']:.2f} |")
+    parts = [measures["control"]["motion"]["zero_part"] for measures in found.values()]
+    lines.append(f"| difference at motion 0, of the median clip's | {' | '.join(f'{x:.0%}' for x in parts)} | |")
+    frechet = [group["frechet"] for group in groups.values()]
+    ratios = [f["ratio"] for f in frechet] + [frechet[0]["codec"] / frechet[0]["floor"]]
+    lines.append(f"| Frechet distance over real against real | {' | '.join(f'{r:.1f}' for r in ratios)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    """Command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Train and measure the ablation's variants.")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the WebP loops; filled if empty")
+    parser.add_argument("--work", type=Path, required=True, help="folder of the recipe's codec and latents")
+    parser.add_argument("--steps", type=int, default=1500, help="of each variant")
+    parser.add_argument("--seeds", type=int, default=4, help="clips of each held-out prompt")
+    parser.add_argument("--threads", type=int, default=os.cpu_count())
+    parser.add_argument("--table", type=Path, help="Markdown file to write the table into")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.set_flush_denormal(True)
+    fetch(arguments.data)
+    models = [(variant, fit(variant, arguments.work, arguments.steps)) for variant in VARIANTS]
+    real = RealClips.read(arguments.data)
+    kept = arguments.work / "ablation" / "judges"
+    kept.mkdir(exist_ok=True)
+    judges = Judges(real, kept, shown=True)
+    found = {v.name: measure(v, model, real, judges, arguments.seeds) for v, model in models}
+    print(table(found))
+    if arguments.table is not None:
+        arguments.table.write_text(table(found) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,67 @@
+"""`higen evaluate` from its arguments to its files."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from higen.api import default_model, load
+from higen.bundle import Bundle
+from higen.errors import OutputError, TrainingError
+from higen.train.recipes.default.data import fetch
+from higen.train.recipes.default.evaluate import PipelineMaker, evaluate, known, plan
+from higen.train.recipes.default.judges import Judges
+from higen.train.recipes.default.real import RealClips
+from higen.train.recipes.default.report import as_text, write
+
+__all__ = ["measure"]
+
+
+def measure(
+    model: Path | None,
+    data: Path,
+    output: Path,
+    *,
+    seeds: int = 8,
+    quick: bool = False,
+    backend: str = "auto",
+    shown: bool = False,
+) -> tuple[dict[str, Any], str]:
+    """Measure a model directory (None: the built-in one) and write the files into `output`; measures and their table.
+
+    The networks that judge are kept in `output` and used again as long as the data is the same. Raises SettingsError
+    (a model of another recipe, less than one seed), OutputError (a folder that cannot be written), TrainingError (data
+    that cannot be had) and what loading a model raises.
+    """
+    bundle = Bundle.open(model or default_model())
+    subjects = known(bundle.config.prompts)
+    shots = plan(subjects, seeds, quick)
+    judged = output / "judges"
+    try:
+        judged.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{output}: no folder can be made there: {error.strerror}") from error
+    if not os.access(judged, os.W_OK | os.X_OK):
+        raise OutputError(f"{output}: no permission to write there")
+    try:
+        fetch(data)
+        real = RealClips.read(data)
+    except (OSError, RuntimeError) as error:
+        raise TrainingError(f"{data}: {error}") from error
+    torch.set_flush_denormal(True)
+    with load(bundle.path, backend) as pipeline:
+        make = PipelineMaker(pipeline)
+        result = evaluate(make, make, real, Judges(real, judged, shown=shown), shots, shown)
+        result.measures["model"] = {
+            "name": bundle.config.name,
+            "files": {name: record.sha256 for name, record in sorted(bundle.files.items())},
+            "subjects": len(subjects),
+            "seeds": seeds,
+            "quick": quick,
+            "backend": pipeline.backend.name,
+        }
+        write(result, real, make, output)
+    return result.measures, as_text(result.measures)

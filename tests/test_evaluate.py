@@ -1,0 +1,372 @@
+"""`higen evaluate` on made-up emoji: an honest model passes every measure, and each cheat fails the one it should."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from click.testing import CliRunner
+from numpy.typing import NDArray
+
+from higen.cli import main
+from higen.errors import PromptWarning, SettingsError, TrainingError
+from higen.measures.statistics import frechet_distance
+from higen.train.recipes.default.data import background
+from higen.train.recipes.default.evaluate import Result, Shot, evaluate, known, plan
+from higen.train.recipes.default.judges import NOTHING, Judges
+from higen.train.recipes.default.real import RealClips
+from higen.train.recipes.default.report import as_text, write
+from higen.train.recipes.default.subjects import BACKGROUNDS, KEY_INDEX, SUBJECTS, is_held_out
+
+Frames = NDArray[np.uint8]
+SIDE, LOOP = 64, 48
+SEEDS = 1
+Change = Callable[[Frames, Shot], Frames]
+
+
+def emoji(index: int) -> Frames:
+    """A loop of a drawn shape: a beating disc, a turning bar, a swinging triangle, a see-saw of two discs."""
+    y, x = (v / SIDE * 2 - 1 for v in np.mgrid[:SIDE, :SIDE].astype(float))
+    frames = []
+    for i in range(LOOP):
+        turn = 2 * np.pi * i / LOOP
+        if index == 0:
+            inside, colour = 0.45 + 0.2 * np.sin(turn) - np.hypot(x, y), (220, 60, 60)
+        elif index == 1:
+            along, across = x * np.cos(turn / 2) + y * np.sin(turn / 2), y * np.cos(turn / 2) - x * np.sin(turn / 2)
+            inside, colour = np.minimum(0.75 - abs(along), 0.2 - abs(across)), (60, 60, 220)
+        elif index == 2:
+            lean = x - 0.4 * np.sin(turn) * (y - 0.6)
+            inside, colour = np.minimum(0.6 - y, (y + 0.7) / 2 - abs(lean)), (240, 200, 40)
+        else:
+            up = 0.35 * np.sin(turn)
+            discs = (np.hypot(x - 0.35, y - up), np.hypot(x + 0.35, y + up))
+            inside, colour = 0.3 - np.minimum(*discs), (120, 220, 120)
+        alpha = np.clip(inside * SIDE / 2 + 0.5, 0, 1)
+        frames.append(np.dstack([*(np.full_like(x, c) for c in colour), 255 * alpha]))
+    return np.rint(np.stack(frames)).astype(np.uint8)
+
+
+class Lossless:
+    """A codec that only rearranges pixels: 8x8 latents."""
+
+    def encode(self, clip: Frames) -> NDArray[np.float32]:
+        blocks = clip.reshape(len(clip), 8, SIDE // 8, 8, SIDE // 8, 3).transpose(2, 4, 5, 0, 1, 3)
+        latents: NDArray[np.float32] = blocks.reshape(-1, len(clip), 8, 8).astype(np.float32) / 127.5 - 1
+        return latents
+
+    def decode(self, latents: NDArray[np.float32]) -> Frames:
+        frames = latents.shape[1]
+        blocks = np.rint((latents + 1) * 127.5).reshape(SIDE // 8, SIDE // 8, 3, frames, 8, 8)
+        clip: Frames = blocks.transpose(3, 4, 0, 5, 1, 2).reshape(frames, SIDE, SIDE, 3).astype(np.uint8)
+        return clip
+
+
+class Model:
+    """Makes the real clip of the next shot, with a decoder's softness, changed as a cheat would."""
+
+    def __init__(self, real: RealClips, shots: list[Shot], change: Change) -> None:
+        self.real, self.shots, self.change = real, list(shots), change
+
+    def __call__(self, prompt: str, seed: int, motion: float | None, appearance: float | None) -> Frames:
+        shot = self.shots.pop(0)
+        assert (prompt, seed) == (shot.prompt, shot.seed)
+        assert (motion is not None) == (shot.kind == "motion")
+        assert (appearance is not None) == (shot.kind == "appearance")
+        clip = self.real.clip(shot.subject, shot.background, shot.factor).astype(float)
+        soft = clip + 1.5 * np.sin(np.arange(SIDE) / 5 + seed)[:, None]
+        return self.change(np.clip(np.rint(soft), 0, 255).astype(np.uint8), shot)
+
+
+@pytest.fixture(scope="module")
+def real() -> RealClips:
+    return RealClips([emoji(i) for i in range(4)], [0, 6, 12, 3], [background(b.name, SIDE) for b in BACKGROUNDS])
+
+
+@pytest.fixture(scope="module")
+def judges(real: RealClips, tmp_path_factory: pytest.TempPathFactory) -> Judges:
+    return Judges(real, tmp_path_factory.mktemp("judges"), steps=(50, 150))
+
+
+@pytest.fixture(scope="module")
+def run(real: RealClips, judges: Judges) -> Callable[..., Result]:
+    def evaluated(change: Change, kinds: tuple[str, ...] = ("text", "still")) -> Result:
+        shots = [shot for shot in plan(range(4), SEEDS) if shot.kind in kinds and shot.group == "held-out"]
+        return evaluate(Model(real, shots, change), Lossless(), real, judges, shots)
+
+    return evaluated
+
+
+@pytest.fixture(scope="module")
+def honest(run: Callable[..., Result]) -> Result:
+    return run(lambda clip, shot: clip, ("text", "still", "motion", "appearance"))
+
+
+def held_out(result: Result, column: str = "generated") -> dict[str, float]:
+    found: dict[str, float] = result.measures["groups"]["held-out"][column]
+    return found
+
+
+def repeated(clip: Frames, shot: Shot) -> Frames:
+    return np.repeat(clip[KEY_INDEX : KEY_INDEX + 1], len(clip), axis=0)
+
+
+def speckled(clip: Frames, shot: Shot) -> Frames:
+    """Coloured blobs over the repeated key frame, as strong as the motion that is asked for."""
+    noise = np.random.default_rng(shot.seed).normal(0, 12 * shot.factor, (len(clip), 16, 16, 3))
+    return np.clip(repeated(clip, shot) + noise.repeat(4, 1).repeat(4, 2), 0, 255).astype(np.uint8)
+
+
+# What is sampled
+
+
+def test_the_plan_is_what_the_docstring_says() -> None:
+    shots = plan(range(len(SUBJECTS)), 8)
+    text = [s for s in shots if s.kind == "text" and s.group == "held-out"]
+    assert len(text) == len(SUBJECTS) * (8 + 4)
+    assert all(len({t.speed for t in text if t.subject == s}) == 3 for s in range(len(SUBJECTS)))
+    assert {s.speed for s in text} == {0, 1, 2}
+    assert all(is_held_out(s.subject, s.background) == (s.group == "held-out") for s in shots)
+    assert {s.subject for s in text} == set(range(len(SUBJECTS)))
+    assert len([s for s in shots if s.kind == "text" and s.group == "trained"]) == len(SUBJECTS) * (2 + 1)
+    assert {s.requested for s in shots if s.kind == "motion"} == {0.0, 0.5, 1.0, 1.5, 2.0}
+    assert [s.background for s in shots] == sorted(s.background for s in shots)
+    assert len(set(shots)) == len(shots)
+    assert len(plan(range(len(SUBJECTS)), 1, quick=True)) < len(shots) / 10
+
+
+@pytest.mark.parametrize("seeds", [0, -3])
+def test_less_than_one_seed_is_refused(seeds: int) -> None:
+    with pytest.raises(SettingsError, match=f"seeds={seeds}: a whole number from 1"):
+        plan([0], seeds)
+
+
+def test_a_models_subjects_are_those_its_prompts_name() -> None:
+    assert known([f"{SUBJECTS[5].caption} on a blue sky", "something else"]) == (5,)
+    with pytest.raises(SettingsError, match="only its models"):
+        known(["a cat on a mat"])
+
+
+# An honest model
+
+
+def test_an_honest_model_passes_everything(honest: Result) -> None:
+    found = held_out(honest)
+    assert found["identity"] >= 0.95
+    assert found["template"] == found["background"] == found["beats_copy"] == found["beats_mean"] == 1
+    assert found["template_relative"] > 0.98
+    assert found["psnr"] > 35 > 30 > found["psnr_copy"]
+    assert found["speckle"] < 1
+    assert found["flicker"] == 0
+    assert found["motion_ratio"] == pytest.approx(1, abs=0.05)
+    assert found["still"] == 0
+    control = honest.measures["control"]
+    assert control["motion"]["spearman"] > 0.95
+    assert control["appearance"]["spearman"] > 0.85
+    assert control["motion"]["zero_part"] == 0
+    frechet = honest.measures["groups"]["held-out"]["frechet"]
+    assert frechet["ratio"] < 3
+    assert frechet["floor"] > 0
+
+
+def test_real_clips_are_the_bound_and_a_lossless_codec_loses_nothing(honest: Result) -> None:
+    assert held_out(honest, "codec") == held_out(honest, "real")
+    found = held_out(honest, "real")
+    assert found["psnr"] == 100
+    assert found["template"] == found["background"] == found["beats_copy"] == found["sharpness"] == 1
+    assert found["speckle"] == found["flicker"] == 0
+    assert found["psnr_copy"] == found["psnr_real_copy"]
+
+
+def test_the_same_seeds_give_the_same_numbers(honest: Result, run: Callable[..., Result]) -> None:
+    again = run(lambda clip, shot: clip)
+    assert again.measures["groups"] == honest.measures["groups"]
+
+
+# Cheats
+
+
+def test_a_repeated_key_frame_is_found_out(run: Callable[..., Result]) -> None:
+    found = held_out(run(repeated))
+    assert found["identity"] >= 0.95  # it shows the right thing
+    assert found["template"] == found["background"] == 1
+    assert found["beats_copy"] == found["beats_mean"] == 0
+    assert found["motion_ratio"] == 0
+
+
+def test_coloured_speckle_follows_the_motion_factor_and_is_found_out(run: Callable[..., Result]) -> None:
+    result = run(speckled, ("text", "motion"))
+    assert result.measures["control"]["motion"]["spearman"] > 0.9  # which is why this measure alone is worth nothing
+    found, bound = held_out(result), held_out(result, "codec")
+    assert found["speckle"] > 3 + bound["speckle"]
+    assert found["flicker"] > 3 + bound["flicker"]
+    assert found["beats_mean"] == 0
+
+
+def test_another_subject_is_found_out(run: Callable[..., Result], real: RealClips) -> None:
+    result = run(lambda clip, shot: real.clip((shot.subject + 1) % 4, shot.background, shot.factor))
+    found = held_out(result)
+    assert found["identity"] <= 0.05
+    assert found["template"] == 0
+    assert found["background"] == 1
+
+
+def test_another_background_is_found_out(run: Callable[..., Result], real: RealClips) -> None:
+    result = run(lambda clip, shot: real.clip(shot.subject, (shot.background + 1) % 10, shot.factor))
+    assert held_out(result)["background"] == 0
+    assert held_out(result)["identity"] >= 0.9
+
+
+def test_no_subject_at_all_is_found_out(run: Callable[..., Result], real: RealClips, judges: Judges) -> None:
+    def empty(clip: Frames, shot: Shot) -> Frames:
+        return np.repeat(real.pictures[shot.background][None], len(clip), axis=0)
+
+    found = held_out(run(empty))
+    assert found["template"] == 0
+    assert found["identity"] < 0.3
+    assert judges.subject(np.repeat(real.pictures[0][None], 16, axis=0)) == NOTHING
+
+
+def test_frames_in_another_order_are_found_out(run: Callable[..., Result]) -> None:
+    order = np.random.default_rng(0).permutation(16)
+    found = held_out(run(lambda clip, shot: clip[order]))
+    assert found["identity"] >= 0.95
+    assert found["beats_mean"] < 0.5
+
+
+@pytest.fixture(scope="module")
+def distance(real: RealClips, judges: Judges) -> Callable[[Change], float]:
+    """Frechet distance of changed real clips from other real clips, over that of the clips as they are."""
+    random = np.random.default_rng(0)
+    shots = [
+        Shot("trained", "motion", s, b, requested=float(random.choice([0.5, 1.0, 2.0])), seed=b)
+        for s in range(4)
+        for b in range(10)
+    ]
+    clips = [real.clip(shot.subject, shot.background, shot.factor, random.integers(-3, 4)) for shot in shots]
+    others = judges.real_features(
+        [
+            (s, b, float(random.choice([0.5, 1.0, 2.0])), int(random.integers(-3, 4)))
+            for s in range(4)
+            for b in range(10)
+        ]
+    )
+    floor = frechet_distance(judges.features(clips), others)
+
+    def over_the_floor(change: Change) -> float:
+        changed = [change(clip, shot) for clip, shot in zip(clips, shots, strict=True)]
+        return frechet_distance(judges.features(changed), others) / floor
+
+    return over_the_floor
+
+
+def test_the_frechet_distance_sees_what_other_measures_miss(distance: Callable[[Change], float]) -> None:
+    order = np.random.default_rng(0).permutation(16)
+    assert distance(lambda clip, shot: clip[order]) > 1.3
+    assert distance(repeated) > 1.3
+    assert distance(speckled) > 2
+    assert distance(lambda clip, shot: clip // 2) > 2
+    assert distance(lambda clip, shot: clip) == 1
+
+
+def test_features_of_real_clips_are_the_same_by_either_way(real: RealClips, judges: Judges) -> None:
+    conditions = [(1, 3, 1.0, 2), (2, 0, 0.5, -1)]
+    one = judges.features([real.clip(*condition) for condition in conditions])
+    np.testing.assert_allclose(one, judges.real_features(conditions), atol=0.05 * np.abs(one).max())
+
+
+def test_one_that_moves_when_it_should_stand_still_is_found_out(run: Callable[..., Result], real: RealClips) -> None:
+    def restless(clip: Frames, shot: Shot) -> Frames:
+        return real.clip(shot.subject, shot.background, 1.0)
+
+    result = run(restless, ("text", "still", "motion"))
+    assert held_out(result)["still"] > 0.5
+    assert result.measures["control"]["motion"]["spearman"] == 0
+    assert result.measures["control"]["motion"]["zero_part"] == pytest.approx(1, abs=0.1)
+
+
+# Where it comes from and where it goes
+
+
+def test_a_word_the_model_does_not_know_stops_it(real: RealClips, judges: Judges) -> None:
+    shots = plan([0], 1)[:1]
+
+    def make(prompt: str, seed: int, motion: float | None, appearance: float | None) -> Frames:
+        import warnings
+
+        warnings.warn("unknown: whale", PromptWarning, stacklevel=1)
+        raise AssertionError
+
+    with pytest.raises(TrainingError, match="does not know it: unknown: whale"):
+        evaluate(make, Lossless(), real, judges, shots)
+
+
+def test_the_judges_are_kept(real: RealClips, judges: Judges, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = Judges(real, tmp_path, steps=(2, 1))
+    monkeypatch.setattr("higen.train.recipes.default.judges.fit", None)  # training would fail
+    again = Judges(real, tmp_path, steps=(2, 1))
+    clips = [real.clip(0, 0, 1.0)]
+    np.testing.assert_array_equal(first.features(clips), again.features(clips))
+    with pytest.raises(TypeError):
+        Judges(RealClips(real.loops[::-1], real.key_frames, real.pictures), tmp_path, steps=(2, 1))
+
+
+def test_it_writes_the_measures_and_the_sheets(honest: Result, real: RealClips, tmp_path: Path) -> None:
+    shots = list(honest.shots)
+    write(honest, real, lambda prompt, *_: real.clip(0, 0, 1.0), tmp_path / "new")
+    assert sorted(p.name for p in (tmp_path / "new").iterdir()) == [
+        "measures.json",
+        "per_subject.json",
+        "sheet.png",
+        "worst.png",
+    ]
+    measures = json.loads((tmp_path / "new" / "measures.json").read_text())
+    assert measures["groups"]["held-out"]["clips"] == 4 * 2
+    per_subject = json.loads((tmp_path / "new" / "per_subject.json").read_text())
+    assert set(per_subject) == {SUBJECTS[i].name for i in range(4)}
+    assert per_subject["whale"]["motion_spearman"] > 0.9
+    text = as_text(honest.measures)
+    assert "held-out combinations, 8 clips" in text
+    assert "Spearman" in text
+    assert shots == honest.shots
+
+
+def cli(*arguments: str | Path) -> Any:
+    return CliRunner().invoke(main, ["evaluate", *map(str, arguments)], catch_exceptions=False)
+
+
+def test_a_model_of_another_kind_is_refused_before_any_work(tiny_model: Path, tmp_path: Path) -> None:
+    result = cli(tiny_model, "--data", tmp_path / "data", "--output", tmp_path / "out", "--json")
+    assert result.exit_code == 2
+    assert json.loads(result.stdout)["error"] == "SettingsError"
+    assert not list(tmp_path.iterdir())
+
+
+def test_wrong_arguments_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    options = ("--data", tmp_path / "data", "--output", tmp_path / "out")
+    result = cli(*options, "--seeds", "0")
+    assert result.exit_code == 2
+    assert "seeds=0: a whole number from 1" in result.stderr
+    result = cli(tmp_path / "nothing", *options)
+    assert result.exit_code == 2
+    (tmp_path / "file").write_text("")
+    result = cli("--data", tmp_path / "data", "--output", tmp_path / "file")
+    assert result.exit_code == 2
+    assert "no folder can be made" in result.stderr
+    monkeypatch.setenv("PATH", "")  # no npm
+    result = cli(*options)
+    assert result.exit_code == 1
+    assert "npm is not installed" in result.stderr
+    assert result.stderr.count("\n") == 1
+
+
+def test_a_shot_knows_its_prompt_and_its_real_clip() -> None:
+    shot = Shot("held-out", "text", 0, 7, speed=2)
+    assert shot.prompt == "a whale flapping its tail in the snow, fast"
+    assert shot.factor == 2
+    assert replace(shot, kind="motion", requested=0.5).factor == 0.5
