@@ -7,6 +7,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import unicodedata
@@ -34,6 +35,7 @@ from higen.models.companions import text_encoder
 from higen.noise import SPATIAL, TEMPORAL, initial_noise
 from higen.pipeline import Pipeline
 from higen.schedule import solver_table
+from higen.stages import STAGES, dimensions
 from higen.tokenizer import PromptTokenizer, build_clip_tokenizer, build_word_tokenizer
 from higen.video import Video
 
@@ -250,6 +252,17 @@ def test_output_formats(built: Path, pipelines: Callable[[Path], Pipeline], tmp_
     assert sorted(p.name for p in tmp_path.iterdir()) == ["clip.npy", "clip.rgb", "clip.y4m"]
 
 
+def test_an_interrupt_leaves_nothing_behind(built: Path, tmp_path: Path) -> None:
+    command = [built / "higen-run", default_model(), "a whale", "-o", tmp_path / "clip.npy", "--steps=1000"]
+    with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE) as process:
+        assert process.stderr is not None
+        assert process.stderr.read(12) == b"\rspatial_une"  # it is in its first loop
+        process.send_signal(signal.SIGINT)
+        assert process.stderr.read().endswith(b"higen-run: stopped\n")
+    assert process.returncode == 130
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
@@ -301,6 +314,16 @@ def test_the_installed_package(
 
 
 Ask = Callable[[Sequence[dict[str, Any]]], list[Any]]
+
+
+def test_the_stage_table_is_pythons(ask: Ask) -> None:
+    for stage, found in zip(STAGES.values(), ask([{"op": "stage", "stage": name} for name in STAGES]), strict=True):
+        inputs = [[t.name, list(t.shape), t.dtype] for t in stage.inputs]
+        outputs = [[name, list(t.shape), t.dtype] for name, t in zip(stage.graph_outputs, stage.outputs, strict=True)]
+        assert found == [inputs, outputs]
+    assert ask([{"op": "dimensions", "path": str(default_model())}]) == [
+        dimensions(Bundle.open(default_model()).config)
+    ]
 
 
 def test_noise(ask: Ask) -> None:

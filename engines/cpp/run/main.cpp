@@ -1,4 +1,5 @@
 // higen-run: a video from a text, on the library's public interface alone.
+#include <csignal>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
@@ -13,7 +14,11 @@
 
 namespace {
 
-constexpr int wrong_usage = 2;
+constexpr int wrong_usage = 2, interrupted = 130;
+
+volatile std::sig_atomic_t stopped = 0;
+
+extern "C" void stop(int) { stopped = 1; }
 
 void check(higen_status status) {
     if (status != HIGEN_OK) throw std::runtime_error(higen_last_error());
@@ -99,17 +104,17 @@ struct Run {
 };
 
 int on_step(void* user, const higen_step* step) {
-    if (static_cast<const Run*>(user)->quiet) return 0;
-    std::fprintf(stderr, "\r%-13s %d/%d%s", step->stage, step->index + 1, step->total,
-                 step->index + 1 == step->total ? "\n" : "");
-    return 0;
+    if (!static_cast<const Run*>(user)->quiet)
+        std::fprintf(stderr, "\r%-13s %d/%d%s", step->stage, step->index + 1, step->total,
+                     step->index + 1 == step->total ? "\n" : "");
+    return stopped;
 }
 
 int on_frames(void* user, const higen_frames* frames) {
     auto& run = *static_cast<Run*>(user);
     try {
         run.writer.write(frames->rgb, frames->count, frames->total, frames->width, frames->height, frames->fps);
-        return 0;
+        return stopped;
     } catch (const std::exception& error) {
         run.error = error.what();
         return 1;
@@ -137,6 +142,8 @@ void generate(const Options& options) {
 }  // namespace
 
 int main(int argc, char** argv) {
+    std::signal(SIGINT, stop);  // the work ends after its step, and no half-written file stays
+    std::signal(SIGTERM, stop);
     try {
         const auto options = parse({argv + 1, argv + argc});
         if (options.help) {
@@ -149,7 +156,7 @@ int main(int argc, char** argv) {
         std::fprintf(stderr, "higen-run: %s\n", error.what());
         return wrong_usage;
     } catch (const std::exception& error) {
-        std::fprintf(stderr, "higen-run: %s\n", error.what());
-        return EXIT_FAILURE;
+        std::fprintf(stderr, "higen-run: %s\n", stopped != 0 ? "stopped" : error.what());
+        return stopped != 0 ? interrupted : EXIT_FAILURE;
     }
 }

@@ -160,7 +160,7 @@ TEST(manifests) {
     };
     model(R"({"nam": 1})", "unknown key");
     model(R"({"name": 1})", "model.name=1");
-    model(R"({"unet": {"base_channels": 33}})", "base_channels");
+    model(R"({"unet": {"base_channels": 40}})", "base_channels");
     model(R"({"unet": {"base_channels": 1.0}})", "model.unet.base_channels=1.0: a whole number");
     model(R"({"unet": {"channel_multipliers": []}})", "levels");
     model(R"({"unet": {"in_channels": 9223372036854775808}})", "a whole number");

@@ -13,6 +13,7 @@
 #include "errors.h"
 #include "noise.h"
 #include "schedule.h"
+#include "stages.h"
 #include "tokenizer.h"
 
 using namespace higen::core;
@@ -55,6 +56,26 @@ Json tokens(const Json& job) {
     return rows;
 }
 
+Json stage_table(const Json& job) {
+    const auto& found = stage(job.at("stage").get<std::string>());
+    const auto list = [&](const std::vector<TensorSpec>& specs, bool outputs) {
+        auto tensors = Json::array();
+        for (const auto& spec : specs) {
+            auto shape = Json::array();
+            for (const auto& axis : spec.shape) {
+                if (axis.symbol.empty())
+                    shape.push_back(axis.size);
+                else
+                    shape.push_back(axis.symbol);
+            }
+            const auto name = outputs ? found.graph_output(spec) : std::string(spec.name);
+            tensors.push_back({name, shape, spec.is_float ? "float32" : "int64"});
+        }
+        return tensors;
+    };
+    return {list(found.inputs, false), list(found.outputs, true)};
+}
+
 Json answer(const Json& job) {
     const auto op = job.at("op").get<std::string>();
     const auto n = [&](const char* key) { return job.at(key).get<std::size_t>(); };
@@ -65,6 +86,11 @@ Json answer(const Json& job) {
     if (op == "motion") return motion_cue(cue(job.at("cue")), n("frames"), n("dim"));
     if (op == "appearance") return appearance_cue(cue(job.at("cue")), n("frames"), n("columns"));
     if (op == "tokens") return tokens(job);
+    if (op == "stage") return stage_table(job);
+    if (op == "dimensions") {
+        const auto path = std::filesystem::u8path(job.at("path").get<std::string>());
+        return dimensions(Bundle(path, false).config());
+    }
     if (op == "bundle") return Bundle(std::filesystem::u8path(job.at("path").get<std::string>()), true).config().name;
     throw Error(HIGEN_ERROR_REQUEST, "op " + op);
 }
