@@ -51,7 +51,7 @@ class Server:
             except (urllib.error.URLError, OSError):
                 time.sleep(0.1)
         self.kill()
-        raise BackendError(f"tritonserver did not start: {self.log.read_text(errors='replace')[-40000:]}")
+        raise BackendError(f"tritonserver did not start: {self.log.read_text(errors="replace")[-40000:]}")
 
     def stop(self, seconds: float = 60) -> None:
         """Ask it to end, and wait."""
