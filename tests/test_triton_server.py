@@ -377,5 +377,5 @@ def test_nobody_there_is_an_error_to_retry_on() -> None:
 def test_a_repository_that_does_not_load_says_why(repository: Path, tmp_path: Path) -> None:
     broken = shutil.copytree(repository, tmp_path / "repository")
     (broken / "text_encoder" / "1" / "model.onnx").write_bytes(b"no graph")
-    with pytest.raises(BackendError, match="did not start(.|\n)*text_encoder"), running(broken, exit_timeout=1):
+    with pytest.raises(BackendError, match=r"did not start(.|\n)*text_encoder"), running(broken, exit_timeout=1):
         pass
