@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import errno
+import importlib.util
 import json
 import os
 import re
 import shutil
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,20 @@ from click.testing import CliRunner
 from higen.api import default_model
 from higen.backends.plans import ENGINES, PlanProfile, PlanRecord, Span
 from higen.bundle import Bundle, add_files, file_record, graph_file, weights_file
+from higen.engines.triton import client, server
 from higen.engines.triton import repository as written
 from higen.engines.triton.config import stage_config
 from higen.engines.triton.repository import Settings, write_repository
-from higen.errors import EngineError, HigenError, IntegrityError, Malformed, ModelError, RequestError, Stale
+from higen.errors import (
+    EngineError,
+    HigenError,
+    IntegrityError,
+    Malformed,
+    MissingExtra,
+    ModelError,
+    RequestError,
+    Stale,
+)
 from higen.exporter import main
 from higen.stages import STAGES, dimensions
 
@@ -314,3 +326,12 @@ def test_files_added_later_are_no_part_of_it(model: Bundle, tmp_path: Path) -> N
     (model.path / "notes.txt").write_text("mine")
     write_repository(add_files(model, ["notes.txt"]), tmp_path / "repository", Settings())
     assert not list((tmp_path / "repository").rglob("notes.txt"))
+
+
+def test_what_is_not_installed_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "tritonclient", None)
+    with pytest.raises(MissingExtra, match=r"tritonclient.*higen\[triton\]"):
+        next(client.stream("127.0.0.1:1", "a whale"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingExtra, match=r"nvidia-pytriton.*higen\[triton\]"):
+        server.command(tmp_path, tmp_path, 1, 2)

@@ -12,6 +12,7 @@ import http.client
 import importlib.util
 import io
 import json
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -34,7 +35,7 @@ from higen.bundle import Bundle  # noqa: E402
 from higen.engines.triton.client import stream  # noqa: E402
 from higen.engines.triton.repository import Settings, write_repository  # noqa: E402
 from higen.engines.triton.server import Server, free_ports, running  # noqa: E402
-from higen.errors import Cancelled, RequestError, RetryLater  # noqa: E402
+from higen.errors import BackendError, Cancelled, RequestError, RetryLater  # noqa: E402
 from higen.pipeline import Pipeline  # noqa: E402
 from higen.stages import STAGES, dimensions  # noqa: E402
 
@@ -371,3 +372,10 @@ def test_nobody_there_is_an_error_to_retry_on() -> None:
     (port,) = free_ports(1)
     with pytest.raises(RetryLater):
         list(stream(f"127.0.0.1:{port}", "a whale", timeout=30))
+
+
+def test_a_repository_that_does_not_load_says_why(repository: Path, tmp_path: Path) -> None:
+    broken = shutil.copytree(repository, tmp_path / "repository")
+    (broken / "text_encoder" / "1" / "model.onnx").write_bytes(b"no graph")
+    with pytest.raises(BackendError, match=r"did not start(.|\n)*text_encoder"), running(broken, exit_timeout=1):
+        pass

@@ -41,7 +41,7 @@ class Server:
         self.log = log
 
     def wait_until_ready(self, seconds: float) -> None:
-        """Return when every model is loaded. Raises BackendError with the log's end if that does not happen."""
+        """Return when every model is loaded. Raises BackendError with what the log says if that does not happen."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.process.poll() is None:
             try:
@@ -51,7 +51,9 @@ class Server:
             except (urllib.error.URLError, OSError):
                 time.sleep(0.1)
         self.kill()
-        raise BackendError(f"tritonserver did not start: {self.log.read_text(errors='replace')[-40000:]}")
+        lines = self.log.read_text(errors="replace").splitlines()
+        told = [line for line in lines if line.startswith("E") or "rror" in line or "nvalid" in line]
+        raise BackendError("tritonserver did not start:\n" + "\n".join(told[-20:] or lines[-20:]))
 
     def stop(self, seconds: float = 60) -> None:
         """Ask it to end, and wait."""
