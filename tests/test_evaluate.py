@@ -90,7 +90,7 @@ def real() -> RealClips:
 
 @pytest.fixture(scope="module")
 def judges(real: RealClips, tmp_path_factory: pytest.TempPathFactory) -> Judges:
-    return Judges(real, tmp_path_factory.mktemp("judges"), steps=(50, 150))
+    return Judges(real, tmp_path_factory.mktemp("judges"), steps=(50, 80))
 
 
 @pytest.fixture(scope="module")
