@@ -20,24 +20,19 @@ __all__ = ["build_engines"]
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
 
 
-class _Bytes(click.ParamType):
+def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
     """A number of bytes: 1073741824, 512M or 1.5G."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Bytes of a text."""
-        if isinstance(value, int):
-            return value
-        text = str(value).strip().lower().removesuffix("b").removesuffix("i")
-        unit = text[-1:] if text[-1:] in UNITS else ""
-        try:
-            size = float(text.removesuffix(unit)) * UNITS[unit]
-            if not 1 <= size < 2**63:
-                raise ValueError
-        except ValueError:
-            self.fail(f"{value!r}: a size in bytes, as in 512M or 8G", param, ctx)
-        return int(size)
+    if value is None:
+        return None
+    text = value.strip().lower().removesuffix("b").removesuffix("i")
+    unit = text[-1:] if text[-1:] in UNITS else ""
+    try:
+        size = float(text.removesuffix(unit)) * UNITS[unit]
+    except ValueError:
+        size = 0.0
+    if not 1 <= size < 2**63:
+        raise click.BadParameter(f"{value!r}: a size in bytes, as in 512M or 8G")
+    return int(size)
 
 
 @click.command("build-engines")
@@ -57,7 +52,7 @@ class _Bytes(click.ParamType):
     show_default=True,
     help="Shapes to build for: default, interactive, batch, flexible, or a .toml file; several for one engine.",
 )
-@click.option("--workspace", type=_Bytes(), help="Scratch memory a layer may use, as in 2G.  [all there is]")
+@click.option("--workspace", callback=_bytes, help="Scratch memory a layer may use, as in 2G.  [all there is]")
 @click.option("--weight-streaming", is_flag=True, help="Weights may stay on the host, for GPUs that cannot hold them.")
 @JSON
 def build_engines(

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,7 +24,7 @@ from higen.stages import STAGES
 
 __all__ = ["KINDS", "Layer", "Report", "insert", "quantizable", "quantize", "record_calls"]
 
-STAGES_WITH_LOOPS = ("spatial_unet", "temporal_unet")
+DENOISING = ("spatial_unet", "temporal_unet")
 
 SENSITIVE = ("unet.conv_in", "unet.conv_out", "unet.time", "unet.context_pool", "embedding", "conditioner")
 """Parts of a weight's name that keep its layer in the graph's own precision."""
@@ -103,7 +102,7 @@ def record_calls(bundle: Bundle, prompts: Sequence[str], steps: int, calls: int,
         for i, prompt in enumerate(prompts):
             for _ in pipeline.stream(prompt, steps=steps, seed=i, **sizes):
                 pass
-    return {stage: _spread(backend.calls[stage], calls) for stage in STAGES_WITH_LOOPS}
+    return {stage: _spread(backend.calls[stage], calls) for stage in DENOISING}
 
 
 def _spread(values: Sequence[Any], count: int) -> list[Any]:
@@ -118,7 +117,7 @@ class _Recorder(OnnxBackend):
 
     def __init__(self, bundle: Bundle) -> None:
         super().__init__(bundle, "cpu", "fp32")
-        self.calls: dict[str, list[dict[str, NDArray[Any]]]] = {stage: [] for stage in STAGES_WITH_LOOPS}
+        self.calls: dict[str, list[dict[str, NDArray[Any]]]] = {stage: [] for stage in DENOISING}
 
     def run(self, stage: str, /, **tensors: Any) -> Mapping[str, Any]:
         """Run a stage."""
@@ -131,7 +130,7 @@ def quantize(
     bundle: Bundle,
     calls: Mapping[str, Calls],
     precision: str = "int8",
-    stages: Sequence[str] = STAGES_WITH_LOOPS,
+    stages: Sequence[str] = DENOISING,
     tolerance: float = 0.05,
     on_report: Callable[[Report], None] = lambda _: None,
 ) -> Bundle:
@@ -145,8 +144,8 @@ def quantize(
     """
     if precision not in QUANTIZED:
         raise RequestError(f"precision={precision!r}: one of {', '.join(map(repr, QUANTIZED))}")
-    if wrong := [stage for stage in stages if stage not in STAGES_WITH_LOOPS]:
-        raise RequestError(f"stages={wrong}: of {', '.join(STAGES_WITH_LOOPS)}")
+    if wrong := [stage for stage in stages if stage not in DENOISING]:
+        raise RequestError(f"stages={wrong}: of {', '.join(DENOISING)}")
     kind, _, rest = precision.partition(".")
     for stage in stages:
         for base in ("fp32", rest or "fp32"):
