@@ -136,7 +136,7 @@ def _compare_stage(
         for tensor in STAGES[stage].outputs
     }
     limits = {name: allowed * peak for name, peak in peaks.items()}
-    judge = comparator.CompareFunc.simple(atol=limits, rtol=0.0, check_error_stat="max")
+    judge = comparator.SimpleCompareFunc(atol=limits, rtol=0.0, check_error_stat="max")
     (result,) = comparator.Comparator.compare_accuracy(results, compare_func=judge)
     ((_, found),) = result.items()
     rows = []

@@ -89,14 +89,14 @@ def quantizable(graph: ir.Graph) -> list[Layer]:
         source = node.inputs[1]
         while source is not None and (maker := source.producer()) is not None:
             source = maker.inputs[0] if maker.op_type in ("Cast", "Transpose", "Reshape") else None
-        if source is None or source.name not in graph.initializers or source.const_value is None:
+        if source is None or source.name is None or source.const_value is None:
             continue
-        if not any(part in source.name for part in SENSITIVE):
+        if source.name in graph.initializers and not any(part in source.name for part in SENSITIVE):
             found.append(Layer(source.name, node, node.inputs[0]))
     return found
 
 
-def record_calls(bundle: Bundle, prompts: Sequence[str], steps: int, calls: int, **sizes: int) -> dict[str, Calls]:
+def record_calls(bundle: Bundle, prompts: Sequence[str], steps: int, calls: int, **sizes: Any) -> dict[str, Calls]:
     """Inputs of `calls` calls of each denoising stage, from all along the loops of videos of `prompts`."""
     backend = CallRecorder(bundle, DENOISING)
     with Pipeline(bundle, backend) as pipeline:
@@ -214,7 +214,9 @@ def _computed(graph: ir.Graph) -> ir.DataType:
 
 
 def _constant(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(
+        name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
     graph.register_initializer(value)
     return value
 
