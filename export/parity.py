@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -47,9 +48,10 @@ class Parity:
         """Whether the difference is within the tolerance, or could not be measured in this way."""
         return self.error is None or self.error <= self.tolerance
 
-    def as_json(self) -> dict[str, str | float | None]:
-        """JSON-ready values."""
-        return dict(vars(self))
+    def as_json(self) -> dict[str, str | float | bool | None]:
+        """JSON-ready values; an error that is not finite is null, as where nothing was run, but has not passed."""
+        error = self.error if self.error is not None and math.isfinite(self.error) else None
+        return {**vars(self), "error": error, "passed": self.passed}
 
     def as_line(self) -> str:
         """A line of the listing for a person."""

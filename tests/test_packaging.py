@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 
 import higen
 from higen.api import default_model
@@ -143,9 +144,10 @@ def core(wheel: Path) -> dict[str, importlib.metadata.Distribution]:
     wanted, found = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])], {}
     while wanted:
         requirement = wanted.pop()
-        if requirement.name not in found and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
-            found[requirement.name] = importlib.metadata.distribution(requirement.name)
-            wanted += [Requirement(line) for line in found[requirement.name].requires or []]
+        name = canonicalize_name(requirement.name)
+        if name not in found and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
+            found[name] = importlib.metadata.distribution(name)
+            wanted += [Requirement(line) for line in found[name].requires or []]
     return found
 
 
