@@ -2,8 +2,8 @@
 
     python benchmarks/full_size_engines.py WORK [--stage spatial_unet] [--target rtx-sm89] [--weight-streaming]
 
-Each step is a process of its own, so that its peak memory is its own. Prints wall time, CPU time and peak memory of each
-and the size of the plans. WORK keeps what is made; the same command goes on where it stopped. Needs 12 GB of disk.
+Each step is a process of its own, so that its peak memory is its own. Prints wall time, CPU time and peak memory of
+each and the size of the plans. WORK keeps what is made; the same command goes on where it stopped. Needs 12 GB of disk.
 """
 
 from __future__ import annotations

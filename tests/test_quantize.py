@@ -9,12 +9,18 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from onnxscript.optimizer import optimize_ir
 
+import higen
 from higen.api import default_model
 from higen.backends.onnx import OnnxBackend
-from higen.bundle import Bundle, graph_file
+from higen.bundle import Bundle, graph_file, put_file
 from higen.engines.compare import compare
+from higen.engines.model import build_engines
+from higen.engines.shapes import read_profile
+from higen.engines.targets import parse_targets
 from higen.errors import BackendError, ModelError, RequestError
+from higen.export.graphs import is_bookkeeping
 from higen.export.model import export_model
 from higen.export.quantize import KINDS, Report, insert, quantizable, quantize, record_calls
 
@@ -95,6 +101,13 @@ def test_weights_stay_in_their_file(quantized: tuple[Bundle, Report]) -> None:
     assert not list(bundle.path.glob(".*part"))
 
 
+def test_stages_that_are_not_quantised_run_as_they_are(quantized: tuple[Bundle, Report]) -> None:
+    with higen.load(quantized[0].path, "onnx", precision="int8") as pipe:
+        report = " ".join(pipe.report().split())
+    assert "spatial_unet onnx (cpu, int8)" in report
+    assert "vae_decoder onnx (cpu, fp32)" in report
+
+
 def test_a_tolerance_that_cannot_hold_is_one_error(model: Path, calls: Any) -> None:
     few = {stage: found[:1] for stage, found in calls.items()}
     with pytest.raises(BackendError, match=r"spatial_unet: a tenth of its layers in 8 bits differs by .*1e-09"):
@@ -112,6 +125,23 @@ def test_wrong_wishes_are_refused(model: Path, calls: Any) -> None:
         quantize(bundle, calls, "int8.fp16", ["spatial_unet"])
     with pytest.raises(RequestError, match="precision='int8': one of 'fp32', 'fp16', 'bf16'"):
         export_model(bundle, precision="int8")
+
+
+def test_an_engine_of_a_quantised_graph(quantized: tuple[Bundle, Report], calls: Any) -> None:
+    """Its graph may need its axes folded first: see test_engine_stages."""
+    pytest.importorskip("tensorrt_rtx")
+    bundle, _ = quantized
+    graph = ir.load(bundle.path / graph_file("spatial_unet", "int8"))
+    optimize_ir(graph, should_fold=is_bookkeeping)
+    aside = bundle.path / ".graph.part"
+    ir.save(graph, aside)
+    bundle = put_file(bundle, aside, graph_file("spatial_unet", "int8"))
+    profile = read_profile("default", bundle.config)
+    (record,) = build_engines(bundle, parse_targets("rtx-sm89"), [profile], ["spatial_unet"], "int8")
+    assert record.precision == "int8"
+    log = bundle.path / "engines" / "rtx-sm89" / "spatial_unet.log"
+    assert "Datatype: Int8" in log.read_text(encoding="utf-8")
+    shutil.rmtree(bundle.path / "engines")
 
 
 def test_polygraphy_tells_the_same_story(quantized: tuple[Bundle, Report]) -> None:
