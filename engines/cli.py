@@ -1,4 +1,4 @@
-"""The command `higen-export build-engines`."""
+"""The commands `higen-export build-engines` and `compare`."""
 
 from __future__ import annotations
 
@@ -15,29 +15,24 @@ from higen.terminal import JSON, reported
 if TYPE_CHECKING:
     from higen.engines.model import Event
 
-__all__ = ["build_engines"]
+__all__ = ["build_engines", "compare"]
 
 UNITS = {"": 1, "k": 2**10, "m": 2**20, "g": 2**30}
 
 
-class _Bytes(click.ParamType):
+def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
     """A number of bytes: 1073741824, 512M or 1.5G."""
-
-    name = "size"
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
-        """Bytes of a text."""
-        if isinstance(value, int):
-            return value
-        text = str(value).strip().lower().removesuffix("b").removesuffix("i")
-        unit = text[-1:] if text[-1:] in UNITS else ""
-        try:
-            size = float(text.removesuffix(unit)) * UNITS[unit]
-            if not 1 <= size < 2**63:
-                raise ValueError
-        except ValueError:
-            self.fail(f"{value!r}: a size in bytes, as in 512M or 8G", param, ctx)
-        return int(size)
+    if value is None:
+        return None
+    text = value.strip().lower().removesuffix("b").removesuffix("i")
+    unit = text[-1:] if text[-1:] in UNITS else ""
+    try:
+        size = float(text.removesuffix(unit)) * UNITS[unit]
+    except ValueError:
+        size = 0.0
+    if not 1 <= size < 2**63:
+        raise click.BadParameter(f"{value!r}: a size in bytes, as in 512M or 8G")
+    return int(size)
 
 
 @click.command("build-engines")
@@ -57,7 +52,7 @@ class _Bytes(click.ParamType):
     show_default=True,
     help="Shapes to build for: default, interactive, batch, flexible, or a .toml file; several for one engine.",
 )
-@click.option("--workspace", type=_Bytes(), help="Scratch memory a layer may use, as in 2G.  [all there is]")
+@click.option("--workspace", callback=_bytes, help="Scratch memory a layer may use, as in 2G.  [all there is]")
 @click.option("--weight-streaming", is_flag=True, help="Weights may stay on the host, for GPUs that cannot hold them.")
 @JSON
 def build_engines(
@@ -136,3 +131,43 @@ class _Bars:
         if self._bar is not None:
             self._bar.close()
             self._bar = None
+
+
+@click.command()
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--with", "other", default="onnx", show_default=True, help="What to compare: onnx, or tensorrt on a GPU.")
+@click.option("--precision", default="fp16", show_default=True, help="What it computes in.")
+@click.option("--stage", "stages", multiple=True, type=click.Choice(list(STAGES)), help="Only these.  [every stage]")
+@click.option("--prompt", help="The video whose stages are compared.  [one that the model knows]")
+@click.option("--steps", type=click.IntRange(1, 1000), default=4, show_default=True, help="Its steps.")
+@click.option("--tolerance", type=click.FloatRange(0, min_open=True), help="Of the largest output.  [by precision]")
+@JSON
+def compare(
+    model: Path,
+    other: str,
+    precision: str,
+    stages: tuple[str, ...],
+    prompt: str | None,
+    steps: int,
+    tolerance: float | None,
+    as_json: bool,
+) -> None:
+    """Compare stages of MODEL with its float32 graphs on ONNX Runtime, over a video. Exit code 1 if one is over."""
+    passed = False
+    with reported(as_json):
+        from higen.bundle import Bundle
+        from higen.engines.compare import compare as run
+
+        rows = run(Bundle.open(model), other, precision, stages or tuple(STAGES), prompt, steps, tolerance)
+        passed = all(row.passed for row in rows)
+        if as_json:
+            click.echo(json.dumps({"passed": passed, "outputs": [row.as_json() for row in rows]}))
+        else:
+            click.echo(f"{'stage':<14}{'output':<18}{'calls':>6}{'largest':>11}{'mean':>11}{'allowed':>11}")
+            for row in rows:
+                click.echo(
+                    f"{row.stage:<14}{row.output:<18}{row.calls:>6}{row.largest:>11.2e}{row.mean:>11.2e}"
+                    f"{row.allowed:>11.2e}  {'ok' if row.passed else 'OVER'}"
+                )
+    if not passed:
+        sys.exit(1)

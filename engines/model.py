@@ -12,7 +12,7 @@ from typing import Any
 from higen.backends.cuda import Cuda
 from higen.backends.plans import PlanRecord
 from higen.backends.tensorrt_api import library
-from higen.bundle import Bundle, graph_file
+from higen.bundle import Bundle, graph_file, stand_ins
 from higen.engines.build import PLAIN, Options, build_plan
 from higen.engines.progress import Progress
 from higen.engines.shapes import Profile, stage_profiles
@@ -108,12 +108,15 @@ def _wanted(
     trt: Any,
 ) -> PlanRecord:
     """The record of a plan as it would be if it were built now, without what only the build can tell."""
-    graph = graph_file(stage, precision)
-    if graph not in bundle.files:
+    there = bundle.precisions(stage)
+    found = next((p for p in stand_ins(precision) if p in there), None)
+    if found is None:
+        plain = stand_ins(precision)[-1]
         raise ModelError(
-            f"{bundle.path}: no {graph} (make it: higen-export onnx {bundle.path} --stage {stage} "
-            f"--precision {precision})"
+            f"{bundle.path}: no {graph_file(stage, plain)} (make it: higen-export onnx {bundle.path} --stage {stage} "
+            f"--precision {plain})"
         )
+    graph, precision = graph_file(stage, found), found
     weights = bundle.weights(stage, precision)
     return PlanRecord(
         stage=stage,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from higen.backends.onnx import OnnxBackend
+from higen.backends.recorder import CallRecorder
 from higen.bundle import QUANTIZED, Bundle, graph_file, put_file
 from higen.errors import BackendError, ModelError, RequestError
 from higen.pipeline import Pipeline
@@ -25,7 +24,7 @@ from higen.stages import STAGES
 
 __all__ = ["KINDS", "Layer", "Report", "insert", "quantizable", "quantize", "record_calls"]
 
-STAGES_WITH_LOOPS = ("spatial_unet", "temporal_unet")
+DENOISING = ("spatial_unet", "temporal_unet")
 
 SENSITIVE = ("unet.conv_in", "unet.conv_out", "unet.time", "unet.context_pool", "embedding", "conditioner")
 """Parts of a weight's name that keep its layer in the graph's own precision."""
@@ -36,13 +35,14 @@ CLIPS = (1.0, 0.8, 0.6, 0.4)
 
 @dataclass(frozen=True)
 class Kind:
-    """A type of 8 bits: the largest magnitude it is scaled to, and its ONNX type."""
+    """A type of 8 bits: the largest magnitude it is scaled to, its ONNX type, and the error it is allowed."""
 
     largest: float
     dtype: ir.DataType
+    tolerance: float
 
 
-KINDS = {"int8": Kind(127.0, ir.DataType.INT8), "fp8": Kind(448.0, ir.DataType.FLOAT8E4M3FN)}
+KINDS = {"int8": Kind(127.0, ir.DataType.INT8, 0.05), "fp8": Kind(448.0, ir.DataType.FLOAT8E4M3FN, 0.15)}
 
 Calls = Sequence[Mapping[str, NDArray[Any]]]
 
@@ -89,21 +89,21 @@ def quantizable(graph: ir.Graph) -> list[Layer]:
         source = node.inputs[1]
         while source is not None and (maker := source.producer()) is not None:
             source = maker.inputs[0] if maker.op_type in ("Cast", "Transpose", "Reshape") else None
-        if source is None or source.name not in graph.initializers or source.const_value is None:
+        if source is None or source.name is None or source.const_value is None:
             continue
-        if not any(part in source.name for part in SENSITIVE):
+        if source.name in graph.initializers and not any(part in source.name for part in SENSITIVE):
             found.append(Layer(source.name, node, node.inputs[0]))
     return found
 
 
-def record_calls(bundle: Bundle, prompts: Sequence[str], steps: int, calls: int, **sizes: int) -> dict[str, Calls]:
+def record_calls(bundle: Bundle, prompts: Sequence[str], steps: int, calls: int, **sizes: Any) -> dict[str, Calls]:
     """Inputs of `calls` calls of each denoising stage, from all along the loops of videos of `prompts`."""
-    backend = _Recorder(bundle)
+    backend = CallRecorder(bundle, DENOISING)
     with Pipeline(bundle, backend) as pipeline:
         for i, prompt in enumerate(prompts):
             for _ in pipeline.stream(prompt, steps=steps, seed=i, **sizes):
                 pass
-    return {stage: _spread(backend.calls[stage], calls) for stage in STAGES_WITH_LOOPS}
+    return {stage: _spread(backend.calls[stage], calls) for stage in DENOISING}
 
 
 def _spread(values: Sequence[Any], count: int) -> list[Any]:
@@ -113,48 +113,35 @@ def _spread(values: Sequence[Any], count: int) -> list[Any]:
     return [values[i] for i in np.linspace(0, len(values) - 1, count).round().astype(int)]
 
 
-class _Recorder(OnnxBackend):
-    """ONNX Runtime in float32 that keeps the inputs of denoising stages."""
-
-    def __init__(self, bundle: Bundle) -> None:
-        super().__init__(bundle, "cpu", "fp32")
-        self.calls: dict[str, list[dict[str, NDArray[Any]]]] = {stage: [] for stage in STAGES_WITH_LOOPS}
-
-    def run(self, stage: str, /, **tensors: Any) -> Mapping[str, Any]:
-        """Run a stage."""
-        if stage in self.calls:
-            self.calls[stage].append({name: np.array(self.to_numpy(value)) for name, value in tensors.items()})
-        return super().run(stage, **tensors)
-
-
 def quantize(
     bundle: Bundle,
     calls: Mapping[str, Calls],
     precision: str = "int8",
-    stages: Sequence[str] = STAGES_WITH_LOOPS,
-    tolerance: float = 0.05,
+    stages: Sequence[str] = DENOISING,
+    tolerance: float | None = None,
     on_report: Callable[[Report], None] = lambda _: None,
 ) -> Bundle:
     """Write the graph of each denoising stage in a quantised precision (bundle.QUANTIZED).
 
     calls      inputs to calibrate and to measure with, from `record_calls`
-    tolerance  largest error (see `Report`) of a step; layers leave, the worst first, until it holds
+    tolerance  largest error (see `Report`) of a step; layers leave, the worst first, until it holds; None: the kind's
 
     Raises RequestError for another precision or stage, ModelError where a graph is missing, BackendError where no layer
     can be quantised within the tolerance.
     """
     if precision not in QUANTIZED:
         raise RequestError(f"precision={precision!r}: one of {', '.join(map(repr, QUANTIZED))}")
-    if wrong := [stage for stage in stages if stage not in STAGES_WITH_LOOPS]:
-        raise RequestError(f"stages={wrong}: of {', '.join(STAGES_WITH_LOOPS)}")
+    if wrong := [stage for stage in stages if stage not in DENOISING]:
+        raise RequestError(f"stages={wrong}: of {', '.join(DENOISING)}")
     kind, _, rest = precision.partition(".")
+    allowed = KINDS[kind].tolerance if tolerance is None else tolerance
     for stage in stages:
         for base in ("fp32", rest or "fp32"):
             if graph_file(stage, base) not in bundle.files:
                 raise ModelError(f"{bundle.path}: no {graph_file(stage, base)} (make it: higen-export onnx)")
     for stage in stages:
         ranges, noise = _calibrate(bundle, stage, calls[stage], KINDS[kind])
-        chosen, error = _choose(bundle, stage, calls[stage], KINDS[kind], ranges, noise, tolerance)
+        chosen, error = _choose(bundle, stage, calls[stage], KINDS[kind], ranges, noise, allowed)
         model = ir.load(bundle.path / graph_file(stage, rest or "fp32"))
         insert(model.graph, chosen, ranges, KINDS[kind])
         aside = bundle.path / f".{graph_file(stage, precision)}.part"
@@ -227,7 +214,9 @@ def _computed(graph: ir.Graph) -> ir.DataType:
 
 
 def _constant(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    value = ir.Value(name=name, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype), const_value=tensor)
+    value = ir.Value(
+        name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
+    )
     graph.register_initializer(value)
     return value
 

@@ -39,6 +39,7 @@ __all__ = [
     "file_record",
     "graph_file",
     "put_file",
+    "stand_ins",
     "weights_file",
 ]
 
@@ -67,6 +68,11 @@ def check_precision(precision: str) -> str:
     if precision not in PRECISIONS + QUANTIZED:
         raise RequestError(f"precision={precision!r}: one of {', '.join(map(repr, PRECISIONS + QUANTIZED))}")
     return precision
+
+
+def stand_ins(precision: str) -> tuple[str, ...]:
+    """The precisions that serve a request for one, the best first: a quantised model has stages that are not."""
+    return (precision,) if precision not in QUANTIZED else (precision, precision.partition(".")[2] or "fp32")
 
 
 def weights_file(stage: str, precision: str = "fp32") -> str:

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from higen.backends.base import Backend
 from higen.backends.cuda import probe
-from higen.bundle import Bundle, check_precision
+from higen.bundle import Bundle, check_precision, stand_ins
 from higen.errors import (
     BackendError,
     BackendUnavailable,
@@ -257,6 +257,8 @@ def _maker(
     def torch() -> Backend:
         from higen.backends.torch import TorchBackend
 
-        return TorchBackend(bundle, device, DTYPES[precision] if precision else None, verify, threads)
+        # A quantised model's other stages: PyTorch has nothing in 8 bits.
+        plain = None if precision is None else stand_ins(precision)[-1]
+        return TorchBackend(bundle, device, DTYPES[plain] if plain else None, verify, threads)
 
     return {"tensorrt": tensorrt, "onnx": onnx, "torch": torch}[backend]

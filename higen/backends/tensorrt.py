@@ -28,7 +28,7 @@ from higen.backends.plans import (
     validity_error,
 )
 from higen.backends.tensorrt_api import SEVERE, engine_tensors, library, make_logger, versions
-from higen.bundle import Bundle, check_precision
+from higen.bundle import Bundle, check_precision, stand_ins
 from higen.errors import BackendError, BackendUnavailable, HigenError, Malformed
 from higen.locks import locked
 from higen.stages import STAGES, check_inputs, dimensions
@@ -128,7 +128,9 @@ class TensorrtBackend:
             return self._cuda
         plans, errors = read_plans(self.bundle.path, stage)
         if self._precision is not None:
-            plans = [plan for plan in plans if plan.record.precision == self._precision]
+            there = {plan.record.precision for plan in plans}
+            wanted = next((p for p in stand_ins(self._precision) if p in there), self._precision)
+            plans = [plan for plan in plans if plan.record.precision == wanted]
         if not plans and not errors:
             what = f" in {self._precision}" if self._precision else ""
             raise BackendUnavailable(f"no engine of {stage}{what} (make one: higen-export build-engines)")

@@ -1,0 +1,108 @@
+"""Export and build the released model's topology at full size (1.48 B parameters, made-up weights) without a GPU.
+
+    python benchmarks/full_size_engines.py WORK [--stage spatial_unet] [--target rtx-sm89] [--weight-streaming]
+
+Each step is a process of its own, so that its peak memory is its own. Prints wall time, CPU time and peak memory of
+each and the size of the plans. WORK keeps what is made; the same command goes on where it stopped. Needs 12 GB of disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+DENOISING = ("spatial_unet", "temporal_unet")
+
+
+def write_model(path: Path) -> None:
+    """A model directory with the full-size denoiser alone, in float16."""
+    import torch
+
+    from higen import bundle
+    from higen.config import ModelConfig, UNetConfig
+    from higen.models.weights import write_safetensors
+    from higen.parity.fixtures import recipe_state
+
+    with bundle.create(path, ModelConfig(name="full size")) as folder:
+        state = {name: tensor.to(torch.float16) for name, tensor in recipe_state(UNetConfig(), 0)}
+        write_safetensors(folder / bundle.UNET, state, "fp16")
+
+
+def export(path: Path, stage: str) -> None:
+    """The graph of a stage, without the parity gate: its float32 passes take most of the time at this size."""
+    from higen.backends.torch import TorchBackend
+    from higen.bundle import Bundle, graph_file, put_file
+    from higen.export.graphs import export_stage
+    from higen.export.precision import check_opset, lowered
+
+    bundle = Bundle.open(path)
+    if graph_file(stage, "fp16") in bundle.files:
+        return
+    module = lowered(TorchBackend(bundle, "cpu", "float16", verify=False).module(stage), "fp16")
+    aside = path / f".{graph_file(stage, 'fp16')}.part"
+    export_stage(bundle, module, stage, aside, check_opset("fp16", None), "fp16")
+    put_file(bundle, aside, graph_file(stage, "fp16"))
+
+
+def build(path: Path, stage: str, target: str, weight_streaming: bool) -> None:
+    """The engine of a stage for 32 frames at 448x256."""
+    from higen.bundle import Bundle
+    from higen.engines.build import Options
+    from higen.engines.model import build_engines
+    from higen.engines.shapes import read_profile
+    from higen.engines.targets import parse_targets
+
+    bundle = Bundle.open(path)
+    profiles = [read_profile("default", bundle.config)]
+    options = Options(weight_streaming=weight_streaming)
+    (record,) = build_engines(bundle, parse_targets(target), profiles, [stage], "fp16", options)
+    print(json.dumps({"plan_mb": round(record.size / 1e6, 1)}), flush=True)
+
+
+def main() -> None:
+    """Every step in its own process."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--stage", action="append", choices=DENOISING)
+    parser.add_argument("--target", default="rtx-sm89")
+    parser.add_argument("--weight-streaming", action="store_true")
+    parser.add_argument("--step", choices=("write", "export", "build"), help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    model, stages = given.work / "full-size", given.stage or list(DENOISING)
+    if given.step == "write":
+        write_model(model)
+    elif given.step == "export":
+        export(model, stages[0])
+    elif given.step == "build":
+        build(model, stages[0], given.target, given.weight_streaming)
+    else:
+        given.work.mkdir(parents=True, exist_ok=True)
+        if not model.exists():
+            measured("write", [])
+        for stage in stages:
+            measured("export", ["--stage", stage])
+            measured("build", ["--stage", stage])
+
+
+def measured(step: str, arguments: list[str]) -> None:
+    """Run a step of this script and print what it took."""
+    start = time.perf_counter()
+    process = subprocess.Popen([sys.executable, *sys.argv, *arguments, "--step", step])
+    _, status, used = os.wait4(process.pid, 0)
+    cpu = used.ru_utime + used.ru_stime
+    print(
+        f"{step:<8}{' '.join(arguments[1:]):<16}{time.perf_counter() - start:8.0f} s wall {cpu:8.0f} s CPU "
+        f"{used.ru_maxrss / 2**20:8.2f} GiB peak",
+        flush=True,
+    )
+    if status:
+        sys.exit(f"{step} failed")
+
+
+if __name__ == "__main__":
+    main()

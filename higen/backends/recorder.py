@@ -1,0 +1,28 @@
+"""ONNX Runtime that keeps what the stages were given: inputs of real runs, to calibrate and to compare with."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from higen.backends.onnx import OnnxBackend
+from higen.bundle import Bundle
+
+__all__ = ["CallRecorder"]
+
+
+class CallRecorder(OnnxBackend):
+    """The float32 graphs on a CPU; `calls` has the inputs of every call of the recorded stages, in order."""
+
+    def __init__(self, bundle: Bundle, stages: Collection[str]) -> None:
+        super().__init__(bundle, "cpu", "fp32")
+        self.calls: dict[str, list[dict[str, NDArray[Any]]]] = {stage: [] for stage in stages}
+
+    def run(self, stage: str, /, **tensors: Any) -> Mapping[str, Any]:
+        """Run a stage, see `Backend.run`."""
+        if stage in self.calls:
+            self.calls[stage].append({name: np.array(self.to_numpy(value)) for name, value in tensors.items()})
+        return super().run(stage, **tensors)
