@@ -54,12 +54,12 @@ by their metadata. Each clip shows the loop at some speed over a drawn backgroun
 pose of the subject. One in ten combinations of subject and background is held out.
 
 **Training** `higen train default --work work --output my-model` trains its like from random weights on two CPU cores:
-some 45 minutes for the autoencoder, then {steps:,} steps of 12 key frames and 48 frames of clips (1.8 s each on one core of
-an AMD EPYC with AVX2). The shipped weights were made in two sittings. 6,100 steps on the first 12 subjects, in a network
-with 160 channels at its lower level. Then the autoencoder went on for 17 minutes with more subjects (48, of which 24 are
-used so far), a fifth of the lower level's channels was left out, four context tokens were added, and 3,000 steps followed:
-new subjects twice as often as old ones for the first 1,860, and from step 1,450 on with 32 captions a step that are told
-how much their clips move. Before that, the text had no say in the speed.
+some 45 minutes for the autoencoder, then {steps:,} steps of 12 key frames and 48 frames of clips (1.8 s each on one
+core of an AMD EPYC with AVX2). The shipped weights were made in two sittings. 6,100 steps on the first 12 subjects,
+in a network with 160 channels at its lower level. Then the autoencoder went on for 17 minutes with more subjects (48,
+of which 24 are used so far), a fifth of the lower level's channels was left out, four context tokens were added, and
+3,000 steps followed: new subjects twice as often as old ones for the first 1,860, and from step 1,450 on with 32
+captions a step that are told how much their clips move. Before that, the text had no say in the speed.
 
 **Measured** with `higen evaluate`, against the real clips ({clips}); the last two columns are the same measures of the
 real clips, through the autoencoder and as they are, for the held-out prompts:
