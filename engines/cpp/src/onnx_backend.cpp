@@ -161,7 +161,7 @@ private:
         std::string passed_over;
         for (const auto& provider : candidates()) {
             Ort::SessionOptions options;
-            options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_ERROR);
+            options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_FATAL);
             if (options_.threads > 0) options.SetIntraOpNumThreads(options_.threads);
             // A provider that cannot load says so here: nothing falls back in silence.
             try {
@@ -256,7 +256,7 @@ private:
     const Bundle& bundle_;
     BackendOptions options_;
     Sizes fixed_;
-    Ort::Env env_{ORT_LOGGING_LEVEL_ERROR, "higen"};
+    Ort::Env env_{ORT_LOGGING_LEVEL_FATAL, "higen"};
     mutable std::mutex mutex_;
     std::map<std::string, Made, std::less<>> sessions_;
 };
