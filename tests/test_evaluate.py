@@ -303,7 +303,7 @@ def test_a_word_the_model_does_not_know_stops_it(real: RealClips, judges: Judges
         warnings.warn("unknown: whale", PromptWarning, stacklevel=1)
         raise AssertionError
 
-    with pytest.raises(TrainingError, match="does not know it: unknown: whale"):
+    with pytest.raises(TrainingError, match="does not know what it should draw: unknown: whale"):
         evaluate(make, Lossless(), real, judges, shots)
 
 
