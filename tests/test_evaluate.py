@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from higen.cli import main
 from higen.errors import PromptWarning, SettingsError, TrainingError
 from higen.measures.statistics import frechet_distance
+from higen.pipeline import Pipeline
 from higen.train.recipes.default.data import background
 from higen.train.recipes.default.evaluate import Result, Shot, evaluate, known, plan
 from higen.train.recipes.default.judges import NOTHING, Judges
@@ -302,7 +303,7 @@ def test_a_word_the_model_does_not_know_stops_it(real: RealClips, judges: Judges
         warnings.warn("unknown: whale", PromptWarning, stacklevel=1)
         raise AssertionError
 
-    with pytest.raises(TrainingError, match="does not know it: unknown: whale"):
+    with pytest.raises(TrainingError, match="does not know what it should draw: unknown: whale"):
         evaluate(make, Lossless(), real, judges, shots)
 
 
@@ -338,6 +339,38 @@ def test_it_writes_the_measures_and_the_sheets(honest: Result, real: RealClips, 
 
 def cli(*arguments: str | Path) -> Any:
     return CliRunner().invoke(main, ["evaluate", *map(str, arguments)], catch_exceptions=False)
+
+
+def test_the_command_prints_and_writes_what_it_measured(
+    real: RealClips, judges: Judges, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The built-in model's place is taken by one that makes the real clips; everything around it is the command's."""
+    shots = [shot for shot in plan([0, 1], 1) if shot.kind in ("text", "motion") and shot.group == "held-out"]
+    again = [shot for shot in shots if shot.kind == "text"]  # at most twelve worst clips, two of a subject
+    made = Model(real, shots, lambda clip, shot: clip)
+
+    class Maker(Lossless):
+        def __init__(self, pipeline: Pipeline) -> None:
+            assert pipeline.config.name
+
+        def __call__(self, *request: Any) -> Frames:
+            return made(*request) if made.shots else real.clip(again[0].subject, 0, 1.0)
+
+    module = "higen.train.recipes.default.measure"
+    monkeypatch.setattr(f"{module}.fetch", lambda folder: None)
+    monkeypatch.setattr(f"{module}.plan", lambda subjects, seeds, quick: shots)
+    monkeypatch.setattr(f"{module}.Judges", lambda *given, **options: judges)
+    monkeypatch.setattr(f"{module}.PipelineMaker", Maker)
+    monkeypatch.setattr(RealClips, "read", lambda folder: real)
+    result = cli("--data", tmp_path, "--output", tmp_path / "out", "--seeds", "1", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["groups"]["held-out"]["generated"]["beats_copy"] == 1
+    assert found["model"]["seeds"] == 1
+    assert "unet.safetensors" in found["model"]["files"]
+    written = json.loads((tmp_path / "out" / "measures.json").read_text())
+    assert written == {key: value for key, value in found.items() if key != "subjects"}
+    assert (tmp_path / "out" / "worst.png").exists()
 
 
 def test_a_model_of_another_kind_is_refused_before_any_work(tiny_model: Path, tmp_path: Path) -> None:
