@@ -139,5 +139,5 @@ def in_float32(graph: Path, to: Path) -> None:
 LOW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 
 
-def _float32(tensor: ir.TensorProtocol) -> ir.Tensor:
+def _float32(tensor: ir.TensorProtocol) -> ir.TensorProtocol:
     return ir.tensor(tensor.numpy().astype(np.float32), name=tensor.name)

@@ -84,7 +84,7 @@ class Verification:
     @property
     def passed(self) -> bool:
         """Whether everything is within its tolerance."""
-        return all(part.passed for part in (*self.parities, *self.loops))
+        return all(parity.passed for parity in self.parities) and all(loop.passed for loop in self.loops)
 
     def as_markdown(self) -> str:
         """The report."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import sys
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,13 +62,14 @@ def reported(as_json: bool) -> Iterator[None]:
 class Commands(click.Group):
     """A group of commands whose usage errors (an unknown option, say) are JSON too where --json is given."""
 
-    def main(self, args: Sequence[str] | None = None, *rest: Any, standalone_mode: bool = True, **extra: Any) -> Any:
+    def main(self, *arguments: Any, **options: Any) -> Any:
         """As click's."""
+        args = arguments[0] if arguments else options.get("args")
         given = sys.argv[1:] if args is None else list(args)
-        if not standalone_mode or "--json" not in given:
-            return super().main(args, *rest, standalone_mode=standalone_mode, **extra)
+        if not options.get("standalone_mode", True) or "--json" not in given:
+            return super().main(*arguments, **options)
         try:
-            code = super().main(given, *rest, standalone_mode=False, **extra)
+            code: Any = super().main(*arguments, **{**options, "standalone_mode": False})
         except click.ClickException as error:
             click.echo(json.dumps({"error": type(error).__name__, "message": error.format_message()}))
             code = error.exit_code

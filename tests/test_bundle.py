@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from higen import bundle
 from higen.bundle import MANIFEST, Bundle
 from higen.config import Defaults, ModelConfig, UNetConfig, to_json
-from higen.errors import IntegrityError, ManifestError, ModelError
+from higen.errors import IntegrityError, ManifestError, ModelError, RequestError
 
 CONFIG = ModelConfig(
     name="made up",
@@ -383,3 +383,67 @@ def test_hidden_files_are_no_part_of_the_model(tmp_path: Path) -> None:
         (folder / ".cache").write_bytes(b"c")
         (folder / "weights").write_bytes(b"w")
     assert list(Bundle.open(tmp_path / "model").files) == ["weights"]
+
+
+# Files that come later
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_a_model_is_whole_at_every_moment_of_a_files_arrival(
+    model: Path, monkeypatch: pytest.MonkeyPatch, at: int
+) -> None:
+    """The power goes at the `at`-th rename: the model opens, with the old file, with none or with the new one."""
+    aside = model / ".graph.part"
+    aside.write_bytes(b"old")
+    bundle.put_file(Bundle.open(model), aside, "graph.onnx")
+    aside.write_bytes(b"newer")
+    renames, replace_path = 0, Path.replace
+
+    def failing(self: Path, target: Path) -> Path:
+        nonlocal renames
+        renames += 1
+        if renames > at:
+            raise KeyboardInterrupt
+        return replace_path(self, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", failing)
+        if at < 3:
+            with pytest.raises(KeyboardInterrupt):
+                bundle.put_file(Bundle.open(model), aside, "graph.onnx")
+        else:
+            bundle.put_file(Bundle.open(model), aside, "graph.onnx")
+    left = Bundle.open(model)
+    assert ("graph.onnx" in left.files) is (at in (0, 3))
+    if "graph.onnx" in left.files:
+        assert left.file("graph.onnx").read_bytes() == (b"newer" if at else b"old")
+    if aside.exists():  # the work done again
+        left = bundle.put_file(left, aside, "graph.onnx")
+        assert left.file("graph.onnx").read_bytes() == b"newer"
+
+
+def test_the_same_file_again_changes_nothing(model: Path) -> None:
+    aside = model / ".graph.part"
+    aside.write_bytes(b"same")
+    first = bundle.put_file(Bundle.open(model), aside, "graph.onnx")
+    written = (model / "graph.onnx").stat().st_mtime_ns
+    aside.write_bytes(b"same")
+    assert bundle.put_file(first, aside, "graph.onnx") is first
+    assert (model / "graph.onnx").stat().st_mtime_ns == written
+    assert not aside.exists()
+    left = bundle.drop_file(first, "graph.onnx")
+    assert "graph.onnx" not in left.files
+    assert Bundle.open(model).files == left.files
+    assert not (model / "graph.onnx").exists()
+
+
+def test_names_of_variants(model: Path) -> None:
+    assert bundle.graph_file("spatial_unet") == bundle.graph_file("spatial_unet", "fp32") == "spatial_unet.onnx"
+    assert bundle.graph_file("spatial_unet", "fp16") == "spatial_unet.fp16.onnx"
+    assert bundle.weights_file("conditioner", "bf16") == "unet.bf16.safetensors"
+    assert bundle.weights_file("vae_encoder", "fp16") == "vae.fp16.safetensors"
+    with pytest.raises(RequestError, match="precision='fp8': one of 'fp32', 'fp16', 'bf16'"):
+        bundle.graph_file("spatial_unet", "fp8")
+    opened = Bundle.open(model)
+    assert opened.precisions("spatial_unet") == ()
+    assert opened.weights("spatial_unet", "fp16") == bundle.weights_file("spatial_unet")

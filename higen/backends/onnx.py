@@ -59,7 +59,8 @@ class OnnxBackend:
         available = ort.get_available_providers()
         if kind is not None and PROVIDERS[kind] not in available:
             raise BackendUnavailable(
-                f"device={device!r}: this ONNX Runtime has {', '.join(available)} (pip install 'higen[cuda]')"
+                f"device={device!r}: this ONNX Runtime has {', '.join(available)} (pip install 'higen[cuda]', "
+                "then take onnxruntime away: see the README)"
             )
         self.bundle = bundle
         self._device = kind or ("cuda" if PROVIDERS["cuda"] in available else "cpu")
