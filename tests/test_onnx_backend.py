@@ -161,7 +161,9 @@ def test_a_missing_graph_is_passed_over_in_silence(copy: Path) -> None:
     (copy / graph_file("vae_decoder")).unlink()
     files.write_manifest(copy, original.config)
     with higen.load(copy) as pipe:
-        assert "vae_decoder torch (cpu, fp32) not onnx: no vae_decoder.onnx" in " ".join(pipe.report().split())
+        report = " ".join(pipe.report().split())
+    assert "vae_decoder torch (cpu, fp32) not tensorrt: no engine of vae_decoder" in report
+    assert "not onnx: no vae_decoder.onnx" in report
     with pytest.raises(BackendUnavailable, match="higen-export onnx"):
         higen.load(copy, "onnx")
 
