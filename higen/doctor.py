@@ -78,9 +78,9 @@ class Report:
     def as_text(self) -> str:
         """The report for a person."""
         lines = [f"higen {__version__}, Python {self.python}, {self.system}, {self.cpus} CPUs", "", "packages"]
-        lines += [f"  {name:<18}{version or '-'}" for name, version in self.packages.items()]
+        lines += [f"  {name:<25}{version or '-'}" for name, version in self.packages.items()]
         lines += ["", "backends, the preferred first"]
-        lines += [f"  {b.backend:<18}{'works' if b.works else 'no: ' + b.reason}" for b in self.backends]
+        lines += [f"  {b.backend:<25}{'works' if b.works else 'no: ' + b.reason}" for b in self.backends]
         if self.stages:
             lines += ["", "stages of the model"]
         for choice in self.stages:
