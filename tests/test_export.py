@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,7 +26,7 @@ from higen.export import model as export
 from higen.export.cli import main
 from higen.export.graphs import LARGEST_INLINE, example_inputs, sizes_for, static_sizes
 from higen.export.model import export_model
-from higen.export.parity import Parity, check_graph, graph_sizes, references
+from higen.export.parity import Parity, check_graph, check_rules, graph_sizes, references
 from higen.export.precision import VARIANTS, check_opset, write_weights
 from higen.stages import STAGES, dimensions
 
@@ -111,6 +112,13 @@ def test_a_graph_that_differs_is_refused_and_leaves_nothing(copy: Path, monkeypa
 
 
 # Fewer bits
+
+
+def test_weights_with_a_second_link_pass_the_gate(exported: tuple[Bundle, list[Parity]], tmp_path: Path) -> None:
+    """As a Triton repository makes them; onnx.checker takes such a file for an attack."""
+    bundle, _ = exported
+    os.link(bundle.file(files.UNET), tmp_path / "again.safetensors")
+    check_rules(bundle.path / graph_file("conditioner"))
 
 
 def test_a_variant_stands_beside_with_weights_of_its_own(low: tuple[Bundle, list[Parity], str]) -> None:
