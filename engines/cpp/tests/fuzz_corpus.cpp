@@ -189,6 +189,8 @@ int main(int argc, char** argv) {
         must_fail(status, "a truncated " + name);
         note(status);
 
+        // The later a stage, the more graphs are loaded before its own: in a short run only the first two go on.
+        if (rounds < 20 && name != graphs[0] && name != graphs[1]) continue;
         Copy exchanged(model, folder);
         const auto& other = graphs[(mutator.below(graphs.size() - 1) + 1 +
                                     static_cast<std::size_t>(std::find(graphs.begin(), graphs.end(), name) - graphs.begin())) %
