@@ -208,6 +208,8 @@ def test_ctrl_c_leaves_nothing_and_exit_code_130(generate: Any, monkeypatch: pyt
     assert here() == []
 
 
+HEARING = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
+"""A shell starts what runs in its background deaf to Ctrl-C, and its children with it."""
 WATCHED = "import sys; sys.stderr.isatty = lambda: True; from higen.cli import main; main()"
 """The command, believing that a person watches: it shows its bars."""
 
@@ -217,7 +219,11 @@ def test_a_real_sigint_stops_a_real_run(tiny_model: Path, tmp_path: Path) -> Non
     command = ["generate", "a whale", "--model", str(tiny_model), "-o", "x.mp4", "--steps", "1000"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     process = subprocess.Popen(
-        [sys.executable, "-c", WATCHED, *command], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment
+        [sys.executable, "-c", HEARING + WATCHED, *command],
+        cwd=tmp_path,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment,
     )
     assert process.stderr is not None
     seen = ""

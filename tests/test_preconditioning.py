@@ -9,7 +9,7 @@ import torch
 from conftest import TINY
 from torch import Tensor, nn
 
-from higen.models.stage_modules import velocity
+from higen.models.stage_modules import DenoisingStage, velocity
 from higen.models.unet import UNet
 from higen.train.objective import diffuse, gain_loss, residual_square, residual_v_loss, v_target
 
@@ -97,3 +97,29 @@ def test_a_plain_network_has_no_gain() -> None:
         plain = UNet(TINY.unet)
     with pytest.raises(TypeError, match="no prior preconditioning"):
         plain.log_gain(torch.zeros(1, 1, 1), torch.zeros(1, 1, 1))
+
+
+@torch.no_grad()
+def test_guidance_sees_one_gain_in_both_branches(parts: dict[str, Tensor]) -> None:
+    """With two gains the branches' difference would hold a multiple of x, and strong guidance would make it grow.
+
+    A network that answers nothing leaves v = alpha sigma c^2 (1 - g^2) (x - alpha p) - sigma p, the same in both
+    branches: no guidance changes it.
+    """
+    torch.manual_seed(0)
+    unet = UNet(CONFIG).eval()
+    assert unet.residual_gain is not None
+    nn.init.normal_(unet.residual_gain.weight, std=0.3)
+    for parameter in unet.conv_out.parameters():
+        nn.init.zeros_(parameter)
+    columns = {name: torch.zeros(B) for name in ("A", "B", "C")}
+    found = [
+        DenoisingStage(unet)(
+            parts["z"], parts["z"], torch.tensor([300, 800]), **columns, alpha=parts["alpha"], sigma=parts["sigma"],
+            guidance=torch.full((B,), guidance), context=parts["context"], empty_context=parts["context"].flip(0),
+            frame_embedding=parts["embedding"], prior=parts["prior"],
+        )[1]
+        for guidance in (0.0, 1.0, 12.0)
+    ]  # fmt: skip
+    torch.testing.assert_close(found[0], found[1])
+    torch.testing.assert_close(found[1], found[2])

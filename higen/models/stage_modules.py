@@ -25,6 +25,7 @@ def velocity(
     context: Tensor,
     frame_embedding: Tensor,
     prior: Tensor | None,
+    gain_context: Tensor | None = None,
 ) -> Tensor:
     """v for latents [B,C,F,H,W]; alpha and sigma [B] are those of t. Undoes prior preconditioning where there is one.
 
@@ -33,6 +34,9 @@ def velocity(
     With a residual r = (z - p) / g against the prior p, g > 0 per frame, the network sees
     x' = c (x - alpha p), c = 1 / sqrt(alpha^2 g^2 + sigma^2), which is again a unit-variance diffusion of r, and its
     output v' is read out as v = g c v' + alpha sigma c (1 - g^2) x' - sigma p. At g = 1 this is v' - sigma p.
+
+    `gain_context` decides g in place of `context`: two branches of guidance need one g, else their difference holds a
+    multiple of x and strong guidance makes x grow without bounds.
     """
 
     def predict(x: Tensor) -> Tensor:
@@ -42,7 +46,9 @@ def velocity(
 
     if unet.residual_gain is None or prior is None:
         return predict(latents)
-    entered, g, c = precondition(unet, latents, alpha, sigma, context, frame_embedding, prior)
+    entered, g, c = precondition(
+        unet, latents, alpha, sigma, context if gain_context is None else gain_context, frame_embedding, prior
+    )
     v = predict(entered)
     a, s = _per_sample(alpha, v), _per_sample(sigma, v)
     return g * c * v + a * s * c * (1 - g**2) * entered - s * prior[:, :, None]
@@ -126,6 +132,7 @@ class DenoisingStage(nn.Module):
             torch.cat([context, empty_context]).to(dtype),
             _twice(frame_embedding.to(dtype)),
             None if prior is None else _twice(prior),
+            _twice(context.to(dtype)),
         )
         branches = both.unflatten(0, (2, -1))  # not chunked: a chunk exports as a sequence
         v = branches[1] + _per_sample(guidance, latents) * (branches[0] - branches[1])
