@@ -133,9 +133,8 @@ def check_rules(graph: Path) -> None:
     network, within its size, is `point_into`'s.) Raises onnx's own errors.
     """
     model = onnx.load(graph, load_external_data=False)
-    inside, outside = [], []
-    for tensor in model.graph.initializer:
-        (outside if tensor.data_location == onnx.TensorProto.EXTERNAL else inside).append(tensor)
+    inside = [t for t in model.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
+    outside = [t for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL]
     del model.graph.initializer[:]
     model.graph.initializer.extend(inside)
     model.graph.input.extend(onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims) for t in outside)
