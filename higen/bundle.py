@@ -39,6 +39,7 @@ __all__ = [
     "file_record",
     "graph_file",
     "put_file",
+    "staged",
     "stand_ins",
     "weights_file",
 ]
@@ -222,6 +223,19 @@ def file_record(path: Path) -> FileRecord:
 def create(path: str | os.PathLike[str], config: ModelConfig, overwrite: bool = False) -> Iterator[Path]:
     """Make a model directory: yields an empty folder to fill; on a clean exit the manifest is added and it is moved.
 
+    Raises what `staged` raises.
+    """
+    with staged(path, overwrite) as staging:
+        yield staging
+        write_manifest(staging, config)
+        for file in staging.iterdir():  # safetensors makes files that only their owner can read
+            file.chmod(0o644)
+
+
+@contextmanager
+def staged(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
+    """Make a folder as a whole: yields an empty one beside `path`, which is moved there on a clean exit.
+
     Nothing appears at `path` before everything is written, and nothing stays behind when writing fails.
     Raises ModelError if `path` exists (with `overwrite`: exists and is no model directory) or its parent does not.
     """
@@ -235,9 +249,6 @@ def create(path: str | os.PathLike[str], config: ModelConfig, overwrite: bool = 
         raise ModelError(f"{target}: cannot write in {target.parent}: {error.strerror}") from error
     try:
         yield staging
-        write_manifest(staging, config)
-        for file in staging.iterdir():  # safetensors makes files that only their owner can read
-            file.chmod(0o644)
         staging.chmod(0o755)
         _check_free(target, overwrite)
         _move(staging, target)

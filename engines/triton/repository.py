@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,7 +19,7 @@ from pathlib import Path
 
 from higen import bundle as files
 from higen.backends.plans import ENGINES, Plan, check_plan, engine_file, read_plans, record_file
-from higen.bundle import Bundle, FileRecord, check_precision, file_record, graph_file
+from higen.bundle import Bundle, FileRecord, check_precision, file_record, graph_file, staged
 from higen.engines.triton.config import KINDS, orchestrator_config, stage_config
 from higen.engines.triton.service import Limits
 from higen.errors import EngineError, IntegrityError, Malformed, ModelError, RequestError
@@ -183,25 +182,12 @@ def _check_whole(name: str, value: object, least: int) -> None:
 
 @contextmanager
 def _aside(target: Path) -> Iterator[Path]:
-    """An empty folder beside `target` that is moved to it on a clean exit, and removed on any other."""
-    if not target.parent.is_dir():
-        raise ModelError(f"{target}: the folder {target.parent} does not exist")
-    if os.path.lexists(target):
-        raise ModelError(f"{target}: exists already")
+    """`staged`, with a ModelError where a file cannot be written."""
     try:
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise ModelError(f"{target}: cannot write in {target.parent}: {error.strerror}") from error
-    try:
-        yield staging
-        staging.chmod(0o755)
-        if os.path.lexists(target):
-            raise ModelError(f"{target}: exists already")
-        staging.rename(target)
+        with staged(target) as folder:
+            yield folder
     except OSError as error:
         raise ModelError(f"{target}: cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
 
 
 class _Links:
