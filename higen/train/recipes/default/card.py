@@ -47,7 +47,7 @@ Draws {subjects} animated emoji on {backgrounds} backgrounds: 16 frames of 128x1
 AutoencoderDC that makes 8x8 latents of 32 channels.
 
 **Prompts** "a whale flapping its tail on a blue sky", then ", slowly" / ", in slow motion", ", fast" / ", quickly",
-or "a whale on a blue sky, standing still". A `motion` number overrides the words; without one they decide.
+or "a whale on a blue sky, standing still". A `motion` number goes with the words, but "standing still" stays still.
 
 **Data** Microsoft's Fluent emoji (MIT) as animated by LobeHub: npm `@lobehub/fluent-emoji-anim-1` to `-4`, 1.0.0, MIT
 by their metadata. Each clip shows the loop at some speed over a drawn background; the middle frame is always the same
