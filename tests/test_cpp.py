@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import unicodedata
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -19,18 +18,24 @@ from typing import Any
 
 import av
 import numpy as np
+import onnx
 import pytest
 import torch
+from onnxruntime.transformers.float16 import convert_float_to_float16
+from random_texts import ORDINARY, random_texts
 from safetensors.torch import save_file
+from test_engine_store import RECORD
 
 from higen import bundle as files
 from higen.api import default_model
 from higen.backends.onnx import OnnxBackend
+from higen.backends.plans import Plan, PlanProfile, Span, best_profile, choose_plan, read_plans
 from higen.bundle import Bundle
 from higen.conditioning import appearance_cue, motion_cue
 from higen.config import ScheduleConfig, TextConfig
-from higen.errors import ModelError, PromptWarning
+from higen.errors import BackendUnavailable, HigenError, ModelError, OutsideProfile, PromptWarning
 from higen.export.model import export_model
+from higen.export.quantize import quantize, record_calls
 from higen.models.companions import text_encoder
 from higen.noise import SPATIAL, TEMPORAL, initial_noise
 from higen.pipeline import Pipeline
@@ -152,9 +157,9 @@ def higen_run(built: Path, *arguments: object, check: bool = True) -> subprocess
 
 
 def test_its_own_tests(built: Path) -> None:
-    """Unit tests, the C header, the public interface on the built-in model, and the seeded fuzzing."""
+    """Unit tests, the C header, the public interface on the built-in model, TensorRT on a fake, and seeded fuzzing."""
     result = done("ctest", "--test-dir", built, "--output-on-failure", "--no-tests=error")
-    for name in ("unit_tests", "c_header", "model_tests", "fuzz_corpus"):
+    for name in ("unit_tests", "c_header", "model_tests", "tensorrt_tests", "fuzz_corpus"):
         assert name in result.stdout
 
 
@@ -403,36 +408,6 @@ def test_cues(ask: Ask) -> None:
 
 
 WORDS = ("a", "Blue", "whale", "swimming", ",", "blue", "it", "'", "s", "日本", "café", "3", "ß", "i\u0307")
-ORDINARY = (
-    *("a", "blue", "Whale", "SWIMMING", "don't", "they'LL", "it\u2019s", "\u201cHi\u201d", "naïve", "l\u2019été"),
-    *("Ελλάδα", "ΟΔΟΣ", "Россия", "日本語", "한국어", "हिन्दी", "العربية", "עברית", "Tiếng", "Việt", "straße"),
-    *("æther", "İstanbul", "¿qué?", "cœur", "Ørsted", "😀", "👍🏽", "3.14", "20°C", "½", "R&B", "AT&T", "50€"),
-    *("rock & roll", "ＦＵＬＬ", "ﬁsh", "\u3000", "x_y", "<b>", "100%", "—", "…", "#1", "(tail)", "!!", "~"),
-)
-"""What people write; none of it is refused."""
-
-
-def random_texts(count: int, words: Sequence[str] | None) -> list[str]:
-    """Texts of `words` and white space, or of anything that Unicode has."""
-    generator = random.Random(11)
-    scraps = (
-        *(*ORDINARY, *WORDS, "'\u017f", "²", "&amp;amp;", "&lt;b&gt;", "&#233;", "&copy", "ΣΑΣ", "ŉ", "x\u200by"),
-        *("a\x1cb", "\x85", "e\u0301", "_", "\x00", "<|endoftext|>", "\u0345", "\u212a", "\U0001d518\U0001d52b"),
-        *("\u2177", "Ã©", "â€™", "\x1b[31m", "\ufeff", "Â ", "œ ", "вЂ", "é\u201d", "'s", "'S", "\u03a3\u0301"),
-        *("\r\n", "\u2028", "①", "ǅ", "ﬀ", "ｶﾞ"),
-    )
-    ranges = ((32, 126), (128, 0x2FF), (0x300, 0x2FFF), (0x3000, 0xFFFF), (0x10000, 0x1FFFF))
-
-    def character() -> str:
-        char = chr(generator.randint(*generator.choice(ranges)))
-        return char if unicodedata.category(char) not in ("Cn", "Cs") else " "  # letters of newer Unicodes differ
-
-    def scrap() -> str:
-        if words is not None:
-            return generator.choice(words) + generator.choice((" ", " ", ", ", "\n", "\t "))
-        return (generator.choice(scraps) if generator.random() < 0.6 else character()) + generator.choice(("", "", " "))
-
-    return ["".join(scrap() for _ in range(generator.randint(0, 14))) for _ in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -464,7 +439,7 @@ def test_token_ids_are_pythons(
     ask: Ask, tokenizers: dict[str, Path], kind: str, clean: bool, ordinary: bool, count: int
 ) -> None:
     """Ten thousand texts in all. With cleaning, texts that only ftfy can repair are refused: never other ids."""
-    texts = random_texts(count, ORDINARY if ordinary else None)
+    texts = random_texts(count, seed=11, words=ORDINARY if ordinary else None, more=WORDS)
     config = TextConfig(context_length=40, pad_id=0, clean=clean)
     tokenizer = PromptTokenizer.from_file(tokenizers[kind], config)
     with warnings.catch_warnings():
@@ -589,3 +564,133 @@ def test_malformed_manifests_are_refused_where_python_refuses_them(ask: Ask, tmp
         both[wanted] += 1
         assert ("refused" if isinstance(found, dict) else "accepted") == wanted, (found, text)
     assert min(both.values()) > 40
+
+
+@pytest.fixture(scope="session")
+def variants(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The built-in model with a quantised key frame, and with every graph in float16 by ONNX Runtime's converter."""
+    path = Path(shutil.copytree(default_model(), tmp_path_factory.mktemp("variants") / "model"))
+    bundle = Bundle.open(path)
+    side = bundle.config.autoencoder.factor * bundle.config.unet.size_multiple
+    calls = record_calls(bundle, ["a red heart"], 4, 3, frames=2, width=side, height=side)
+    bundle = quantize(bundle, calls, "int8", ["spatial_unet"], 0.3)
+    for stage in STAGES:
+        graph = onnx.load(str(path / files.graph_file(stage)))
+        onnx.save(convert_float_to_float16(graph, keep_io_types=True), str(path / files.graph_file(stage, "fp16")))
+    files.add_files(bundle, [files.graph_file(stage, "fp16") for stage in STAGES])
+    return path
+
+
+@pytest.mark.parametrize("precision", ["int8", "fp16"])
+def test_frames_in_another_precision(
+    built: Path, pipelines: Callable[[Path], Pipeline], variants: Path, precision: str, tmp_path: Path
+) -> None:
+    bundle = Bundle.open(variants)
+    pipeline = Pipeline(bundle, OnnxBackend(bundle, "cpu", precision))
+    case = {"prompt": 0, "seed": 7, "steps": 2, "frames": 2}
+    low = compare(built, pipeline, case, tmp_path / "low.npy", f"--precision={precision}").frames
+    height, width = low.shape[1:3]
+    options = {"seed": 7, "steps": 2, "frames": 2, "height": height, "width": width, "progress": False}
+    assert np.any(low != pipelines(variants)(pipeline.config.prompts[0], **options).frames)
+
+
+@pytest.mark.parametrize("precision", ["int8", "int8.fp16"])
+def test_a_stage_without_a_quantised_graph_runs_in_the_precision_of_its_weights(
+    built: Path, variants: Path, precision: str
+) -> None:
+    info = higen_run(built, variants, "--info", "--no-verify", f"--precision={precision}").stdout
+    backend = OnnxBackend(Bundle.open(variants), "cpu", precision)
+    for stage in ("text_encoder", "spatial_unet", "temporal_unet"):
+        assert f"{stage}: onnx, {backend.describe(stage)}" in info
+
+
+def test_a_precision_that_is_not_there(built: Path, variants: Path, tmp_path: Path) -> None:
+    for precision, message in (("bf16", "no text_encoder.bf16.onnx in"), ("int4", "precision='int4': one of 'fp32'")):
+        target = tmp_path / "x.npy"
+        result = higen_run(built, variants, "a", "-o", target, f"--precision={precision}", check=False)
+        assert result.returncode == 1
+        assert message in result.stderr
+
+
+def test_plans_are_chosen_as_python_chooses_them(ask: Ask, tmp_path: Path) -> None:
+    """Up to three engines of a stage, each record changed in one place or none: the same plan, or the same error."""
+    generator = random.Random(4)
+    changes: list[tuple[str, Any]] = [
+        *(("architectures", value) for value in ([86], [86, 89], [], "89")),
+        *(("library", value) for value in ("1.8.0", "10.13.3", 1)),
+        *(("flavour", value) for value in ("tensorrt", "lean", None)),
+        *(("precision", value) for value in ("fp16", "int8")),
+        *((key, "5" * 64) for key in ("graph_sha256", "weights_sha256")),
+        *(("graph", "gone.onnx"), ("stage", "vae_encoder"), ("target", "other"), ("format", 2), ("format", True)),
+        *(("seconds", 2), ("seconds", "2"), ("size", 1.0), ("size", -1), ("options", []), ("colour", "red")),
+        *(("tensors", [{"name": "x"}]), ("profiles", [{"name": "x", "spans": [1]}]), ("tensors", {})),
+    ]
+    here = {RECORD.graph: RECORD.graph_sha256, RECORD.weights: RECORD.weights_sha256}
+    jobs: list[dict[str, Any]] = []
+    for i in range(400):
+        model = tmp_path / str(i)
+        for target in generator.sample(("rtx", "rtx-sm89", "tensorrt-sm89", ".hidden"), generator.randint(0, 3)):
+            classic = {"flavour": "tensorrt", "library": "10.13.3"} if target.startswith("tensorrt") else {}
+            record = json.loads(replace(RECORD, target=target).to_text()) | classic
+            for key, value in generator.sample(changes, generator.choice((0, 1, 1, 2))):
+                record[key] = value
+            if generator.random() < 0.05:
+                del record[generator.choice(list(record))]
+            text = json.dumps(record)
+            folder = model / "engines" / target
+            folder.mkdir(parents=True)
+            (folder / "vae_decoder.json").write_text(text[: generator.choice((len(text), len(text), len(text), 99))])
+        libraries = generator.choice(({"rtx": "1.7.1"}, {"rtx": "1.7.1", "tensorrt": "10.13.3"}, {"rtx": "1.8.0"}))
+        jobs.append(
+            {"op": "plan", "model": str(model), "stage": "vae_decoder", "files": here, "libraries": libraries}
+            | {"architecture": generator.choice((89, 89, 86)), "precision": generator.choice(("", "", "fp16", "int8"))}
+        )
+    outcomes: dict[str, int] = {}
+    for job, found in zip(jobs, ask(jobs), strict=True):
+        plans, errors = read_plans(Path(job["model"]), "vae_decoder")
+        if precision := job["precision"]:
+            there = {plan.record.precision for plan in plans}
+            best = next((p for p in files.stand_ins(precision) if p in there), precision)
+            plans = [plan for plan in plans if plan.record.precision == best]
+        libraries = {"rtx": None, "tensorrt": None} | job["libraries"]
+        wanted: str | HigenError
+        try:
+            wanted = choose_plan("vae_decoder", plans, errors, here, job["architecture"], libraries).record.target
+        except HigenError as error:
+            wanted = error
+        if isinstance(wanted, str):
+            outcome = "chosen"
+            assert found == wanted
+        elif type(wanted) is BackendUnavailable:
+            outcome = "none"
+            assert found["message"] == str(wanted)
+        else:
+            outcome = type(wanted).__name__.replace("MissingExtra", "MissingLibrary")
+            words = str(wanted) if outcome in ("Stale", "WrongArchitecture") else ""  # the others name other things
+            assert found["message"].startswith(f"{outcome}: {words}"), (found, wanted)
+        outcomes[outcome] = outcomes.get(outcome, 0) + 1
+    assert set(outcomes) == {"chosen", "none", "Malformed", "Stale", "WrongArchitecture", "MissingLibrary"}
+    assert min(outcomes.values()) >= 5, outcomes
+
+
+def test_profiles_are_chosen_as_python_chooses_them(ask: Ask) -> None:
+    generator = random.Random(6)
+
+    def span(name: str) -> Span:
+        axes = [sorted(generator.choices((1, 2, 4, 8, 16), k=2)) for _ in range(2)]
+        low, high = (tuple(axis[end] for axis in axes) for end in (0, 1))
+        return Span(name, low, high, high)
+
+    jobs, wanted = [], []
+    for _ in range(300):
+        names = ("latents", "context")[: generator.randint(1, 2)]
+        profiles = [PlanProfile(f"p{i}", tuple(map(span, names))) for i in range(generator.randint(1, 4))]
+        record = replace(RECORD, profiles=tuple(profiles))
+        shapes = {name: tuple(generator.choices((1, 2, 4, 8), k=2)) for name in names}
+        jobs.append({"op": "profile", "record": record.to_text(), "shapes": shapes})
+        try:
+            wanted.append(best_profile(Plan(Path(), record), shapes))
+        except OutsideProfile as error:
+            wanted.append({"error": "HIGEN_ERROR_UNAVAILABLE", "message": f"OutsideProfile: {error}"})
+    assert ask(jobs) == wanted
+    assert {type(found) for found in wanted} == {int, dict}

@@ -31,6 +31,8 @@ using Model = std::unique_ptr<higen_model, Close>;
 
 Model open_model(const Options& options) {
     higen_model_options given = HIGEN_MODEL_OPTIONS_INIT;
+    given.backend = options.backend.c_str();
+    given.precision = options.precision.empty() ? nullptr : options.precision.c_str();
     given.provider = options.provider.c_str();
     given.provider_library = options.provider_library.empty() ? nullptr : options.provider_library.c_str();
     given.threads = static_cast<std::int32_t>(options.threads);

@@ -24,7 +24,9 @@ Make a video from a text with a HiGen model directory.
   --offset-noise X
   --image FILE           a picture instead of the drawn key frame: binary PPM (P6) of the video's size
   --tokens N,N,...       token ids from start to end, instead of the prompt's
-  --provider NAME        auto, cpu, cuda, tensorrt-rtx, or a plugin's provider with --provider-library FILE
+  --backend NAME         auto, tensorrt (the model's engines) or onnx (its graphs)
+  --precision NAME       fp32, fp16, bf16, int8, int8.fp16 or fp8.fp16: which of the model's engines or graphs
+  --provider NAME        of ONNX Runtime: auto, cpu, cuda, tensorrt-rtx, or a plugin's provider with --provider-library FILE
   --threads N            of one stage on a CPU
   --no-verify            do not check the files' sha256
   --info                 what the model is and knows, what runs its stages; then end
@@ -84,6 +86,8 @@ Options parse(const std::vector<std::string>& arguments) {
         {"--output", text(options.output)},
         {"--negative", text(options.negative_prompt)},
         {"--image", text(options.image)},
+        {"--backend", text(options.backend)},
+        {"--precision", text(options.precision)},
         {"--provider", text(options.provider)},
         {"--provider-library", text(options.provider_library)},
         {"--solver", [&](const auto&, const auto& value) { options.solver = value; }},

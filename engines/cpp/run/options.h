@@ -23,6 +23,8 @@ struct Options {
     CueOption motion, appearance;
     std::optional<double> offset_noise;
     std::string image;
+    std::string backend = "auto";
+    std::string precision;
     std::string provider = "auto";
     std::string provider_library;
     std::int64_t threads = 0;

@@ -1,4 +1,5 @@
-// The backend seam: what runs stages. ONNX Runtime is behind it; tests put a fake there.
+// The backend seam: what runs stages. ONNX Runtime and TensorRT are behind it, and the router that chooses between the
+// two; tests put a fake there.
 #pragma once
 
 #include <atomic>
@@ -65,24 +66,29 @@ public:
     // Load what a stage needs. Throws an unavailable or integrity error.
     virtual void prepare(const Stage& stage) = 0;
 
-    // Run a stage, `prepare`d or not. Throws a backend error, also for wrong inputs, or HIGEN_CANCELLED.
+    // Run a stage, `prepare`d or not. Inputs may be host tensors and those of any backend. Throws a backend error, also
+    // for wrong inputs, or HIGEN_CANCELLED.
     [[nodiscard]] virtual Tensors run(const Stage& stage, const Tensors& inputs, Cancellation& cancellation) = 0;
 
-    // Into this backend's hands and back to the host.
-    [[nodiscard]] virtual TensorPtr from_host(Array array) = 0;
-    [[nodiscard]] virtual Array to_host(const Tensor& tensor) = 0;
-
-    // What runs each prepared stage and why a better way does not, one line a stage.
-    [[nodiscard]] virtual std::string report() const = 0;
+    // Where a prepared stage runs, in what precision, and why a better way of this backend's does not: "cpu, fp32".
+    [[nodiscard]] virtual std::string describe(const Stage& stage) const = 0;
 };
 
 struct BackendOptions {
-    std::string provider = "auto";  // "auto", "cpu", "cuda", "tensorrt-rtx", or a plugin's provider
+    std::string backend = "auto";   // "auto", "tensorrt", "onnx"
+    std::string precision;          // one of bundle.h's, "" for each backend's choice on its device
+    std::string provider = "auto";  // of ONNX Runtime: "auto", "cpu", "cuda", "tensorrt-rtx", or a plugin's provider
     std::string provider_library;   // path of a plugin's library, "" for none
     int threads = 0;                // of one stage on a CPU; 0: ONNX Runtime's choice
+    bool verify = true;             // check an engine's sha256; the bundle checks the other files
 };
 
 // The ONNX Runtime backend. `bundle` must outlive it. Throws an unavailable error for a provider that is not here.
 [[nodiscard]] std::unique_ptr<Backend> make_onnx_backend(const Bundle& bundle, const BackendOptions& options);
+
+#ifdef HIGEN_TENSORRT
+// The TensorRT backend: engines that `higen-export build-engines` made. `bundle` must outlive it.
+[[nodiscard]] std::unique_ptr<Backend> make_tensorrt_backend(const Bundle& bundle, const BackendOptions& options);
+#endif
 
 }  // namespace higen::core

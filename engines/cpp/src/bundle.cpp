@@ -1,5 +1,6 @@
 #include "bundle.h"
 
+#include <algorithm>
 #include <fstream>
 #include <iterator>
 #include <system_error>
@@ -11,11 +12,42 @@ namespace higen::core {
 
 namespace fs = std::filesystem;
 
-std::string graph_file(std::string_view stage) { return std::string(stage) + ".onnx"; }
+namespace {
 
-std::string weights_file(std::string_view stage) {
-    if (stage == "text_encoder") return "text_encoder.safetensors";
-    return stage.substr(0, 3) == "vae" ? "vae.safetensors" : "unet.safetensors";
+bool is_quantised(std::string_view precision) { return precision.find("int8") == 0 || precision.find("fp8") == 0; }
+
+// The precision of a quantised graph's weights and of what it does not quantise.
+std::string_view plain(std::string_view precision) {
+    if (!is_quantised(precision)) return precision;
+    const auto dot = precision.find('.');
+    return dot == std::string_view::npos ? "fp32" : precision.substr(dot + 1);
+}
+
+std::string variant(std::string_view stem, std::string_view precision, std::string_view suffix) {
+    return std::string(stem) + (precision == "fp32" ? "" : "." + std::string(precision)) + std::string(suffix);
+}
+
+}  // namespace
+
+void check_precision(std::string_view precision) {
+    if (std::find(precisions.begin(), precisions.end(), precision) != precisions.end()) return;
+    std::string known;
+    for (const auto& name : precisions) known += (known.empty() ? "'" : ", '") + std::string(name) + "'";
+    fail_request("precision='" + std::string(precision) + "': one of " + known);
+}
+
+std::vector<std::string> stand_ins(std::string_view precision) {
+    if (!is_quantised(precision)) return {std::string(precision)};
+    return {std::string(precision), std::string(plain(precision))};
+}
+
+std::string graph_file(std::string_view stage, std::string_view precision) {
+    return variant(stage, precision, ".onnx");
+}
+
+std::string weights_file(std::string_view stage, std::string_view precision) {
+    const auto stem = stage == "text_encoder" ? stage : stage.substr(0, 3) == "vae" ? "vae" : "unet";
+    return variant(stem, plain(precision), ".safetensors");
 }
 
 std::string read_file(const fs::path& path) {
@@ -50,6 +82,11 @@ fs::path Bundle::file(const std::string& name) const {
                        ": its content does not match the sha256 in higen.json; fetch the file again");
     verified_.insert(name);
     return path;
+}
+
+std::string Bundle::weights(std::string_view stage, std::string_view precision) const {
+    auto name = weights_file(stage, precision);
+    return lists(name) ? name : weights_file(stage);
 }
 
 fs::path Bundle::check_size(const std::string& name, const FileRecord& record) const {

@@ -1,6 +1,7 @@
 // The model directory: manifest, files, hashes (higen/bundle.py).
 #pragma once
 
+#include <array>
 #include <cstdint>
 #include <filesystem>
 #include <map>
@@ -8,6 +9,7 @@
 #include <set>
 #include <string>
 #include <string_view>
+#include <vector>
 
 #include "config.h"
 
@@ -26,9 +28,19 @@ struct Manifest {
 // Read a manifest, checking every key and type. `where` names it in messages. Throws a manifest error.
 [[nodiscard]] Manifest parse_manifest(std::string_view json, const std::string& where);
 
-// The files that hold a stage's graph and its weights.
-[[nodiscard]] std::string graph_file(std::string_view stage);
-[[nodiscard]] std::string weights_file(std::string_view stage);
+// What a stage's graph computes in. fp32 is the unnamed one; the last three compute most products in 8 bits, over the
+// weights of the precision after the dot.
+constexpr std::array<std::string_view, 6> precisions = {"fp32", "fp16", "bf16", "int8", "int8.fp16", "fp8.fp16"};
+
+// Throws a request error for a precision that is none.
+void check_precision(std::string_view precision);
+
+// The precisions that serve a request for one, the best first: a quantised model has stages that are not.
+[[nodiscard]] std::vector<std::string> stand_ins(std::string_view precision);
+
+// The files that hold a stage's graph in a precision and the weights for it; see also Bundle::weights.
+[[nodiscard]] std::string graph_file(std::string_view stage, std::string_view precision = "fp32");
+[[nodiscard]] std::string weights_file(std::string_view stage, std::string_view precision = "fp32");
 
 // The content of a file. Throws an integrity error.
 [[nodiscard]] std::string read_file(const std::filesystem::path& path);
@@ -41,7 +53,12 @@ public:
 
     [[nodiscard]] const std::filesystem::path& path() const { return path_; }
     [[nodiscard]] const ModelConfig& config() const { return manifest_.config; }
+    [[nodiscard]] const auto& files() const { return manifest_.files; }
     [[nodiscard]] bool lists(std::string_view name) const { return manifest_.files.count(name) > 0; }
+
+    // Name of the file that a stage's graph in a precision points into. A precision has no file of its own where the
+    // model's weights are stored in it already.
+    [[nodiscard]] std::string weights(std::string_view stage, std::string_view precision) const;
 
     // Path of a file of the model, checked. Throws an integrity error.
     [[nodiscard]] std::filesystem::path file(const std::string& name) const;

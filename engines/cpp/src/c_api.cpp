@@ -5,14 +5,16 @@
 #include <memory>
 #include <mutex>
 #include <new>
+#include <set>
 #include <string>
+#include <vector>
 
-#include "backend.h"
 #include "bundle.h"
 #include "errors.h"
 #include "higen/higen.h"
 #include "pipeline.h"
 #include "request.h"
+#include "router.h"
 #include "tokenizer.h"
 #include "version.h"
 
@@ -21,20 +23,25 @@ namespace core = higen::core;
 struct higen_model {
     core::Bundle bundle;
     core::Tokenizer tokenizer;
-    std::unique_ptr<core::Backend> backend;
+    std::unique_ptr<core::Router> router;
     core::Pipeline pipeline;
-    std::string report;
-    std::mutex mutex;
+    mutable std::mutex mutex;
+    mutable std::set<std::string> reports;  // those handed out
     std::list<core::Cancellation*> running;
 
-    higen_model(const std::filesystem::path& path, const core::BackendOptions& options, bool verify)
-        : bundle(path, verify),
+    higen_model(const std::filesystem::path& path, const core::BackendOptions& options)
+        : bundle(path, options.verify),
           tokenizer(core::read_file(bundle.file("tokenizer.json")), (path / "tokenizer.json").u8string(),
                     bundle.config().text),
-          backend(core::make_onnx_backend(bundle, options)),
-          pipeline(bundle.config(), *backend) {
+          router(core::make_router(bundle, options)),
+          pipeline(bundle.config(), *router) {
         pipeline.prepare();
-        report = backend->report();
+    }
+
+    // What runs each stage by now; the text lives as long as the model.
+    [[nodiscard]] const char* report() const {
+        const std::lock_guard lock(mutex);
+        return reports.insert(router->report()).first->c_str();
     }
 };
 
@@ -128,6 +135,57 @@ int narrow(std::int64_t value) {
     return static_cast<int>(std::clamp<std::int64_t>(value, INT32_MIN, INT32_MAX));
 }
 
+int narrow(std::size_t value) { return narrow(static_cast<std::int64_t>(std::min<std::size_t>(value, INT32_MAX))); }
+
+void warn(const higen_callbacks& calls, const std::string& message) {
+    if (calls.on_warning != nullptr) calls.on_warning(calls.user, message.c_str());
+}
+
+void stop_if(int answer) {
+    if (answer != 0) throw core::Error(HIGEN_CANCELLED, "stopped by a callback");
+}
+
+// A request that has been checked; `prefix` stands before its messages.
+core::Request checked(const higen_model& model, const higen_request* request, const char* name,
+                      const std::string& prefix, const higen_callbacks& calls) {
+    try {
+        return core::make_request(model.bundle.config(), model.tokenizer, sized(request, name, higen_request{}),
+                                  [&](const std::string& message) { warn(calls, prefix + message); });
+    } catch (const core::Error& error) {
+        throw core::Error(error.status(), prefix + error.what());
+    }
+}
+
+// Fallbacks to a worse backend are told to whoever works on the model first.
+void tell_fallbacks(higen_model& model, const higen_callbacks& calls) {
+    for (const auto& message : model.router->take_warnings()) warn(calls, message);
+}
+
+void make_videos(higen_model& model, const std::vector<core::Request>& requests, const higen_callbacks& calls) {
+    Running running(model);
+    const auto& first = requests.front();
+    const int width = narrow(first.width), height = narrow(first.height), videos = narrow(requests.size());
+    const auto on_step = [&](const core::Step& step) {
+        tell_fallbacks(model, calls);
+        if (calls.on_step == nullptr) return;
+        const auto frames = step.previous.shape()[2];
+        const StepState state{model.pipeline, step, running.cancellation(),
+                              requests.size() * static_cast<std::size_t>(frames) * first.width * first.height * 3};
+        const std::string stage(step.stage);
+        const higen_step shown{sizeof(higen_step), stage.c_str(), narrow(step.index), narrow(step.total),
+                               narrow(step.t), narrow(frames), width, height, &state, videos};
+        stop_if(calls.on_step(calls.user, &shown));
+    };
+    const auto on_frames = [&](const core::Frames& frames) {
+        tell_fallbacks(model, calls);
+        if (calls.on_frames == nullptr) return;
+        const higen_frames shown{sizeof(higen_frames), frames.rgb.data(), narrow(frames.first), narrow(frames.count),
+                                 narrow(frames.total), width, height, first.fps, narrow(frames.video)};
+        stop_if(calls.on_frames(calls.user, &shown));
+    };
+    model.pipeline.generate(requests, on_step, on_frames, running.cancellation());
+}
+
 }  // namespace
 
 const char* higen_version(void) { return HIGEN_VERSION; }
@@ -161,7 +219,10 @@ higen_status higen_model_open(const char* path, const higen_model_options* optio
         if (given.provider != nullptr) backend.provider = given.provider;
         if (given.provider_library != nullptr) backend.provider_library = given.provider_library;
         backend.threads = given.threads;
-        *model = new higen_model(std::filesystem::u8path(path), backend, given.skip_verification == 0);
+        backend.verify = given.skip_verification == 0;
+        if (given.backend != nullptr) backend.backend = given.backend;
+        if (given.precision != nullptr) backend.precision = given.precision;
+        *model = new higen_model(std::filesystem::u8path(path), backend);
     });
 }
 
@@ -175,7 +236,7 @@ higen_status higen_model_describe(const higen_model* model, higen_model_info* in
         higen_model_info found = HIGEN_MODEL_INFO_INIT;
         found.name = config.name.c_str();
         found.licence = config.licence.c_str();
-        found.report = model->report.c_str();
+        found.report = model->report();
         found.size_multiple = narrow(config.size_multiple());
         found.max_frames = narrow(config.max_frames);
         found.max_steps = narrow(config.schedule.timesteps);
@@ -231,38 +292,26 @@ higen_status higen_generate(higen_model* model, const higen_request* request, co
     return guarded([&] {
         require(model, "model");
         require(request, "request");
-        const auto given = sized(request, "request", higen_request{});
         const auto calls = sized(callbacks, "callbacks", higen_callbacks HIGEN_CALLBACKS_INIT);
-        const auto checked =
-            core::make_request(model->bundle.config(), model->tokenizer, given, [&](const std::string& message) {
-                if (calls.on_warning != nullptr) calls.on_warning(calls.user, message.c_str());
-            });
-        Running running(*model);
-        const auto stop_if = [](int answer) {
-            if (answer != 0) throw core::Error(HIGEN_CANCELLED, "stopped by a callback");
-        };
-        const int width = narrow(static_cast<std::int64_t>(checked.width)),
-                  height = narrow(static_cast<std::int64_t>(checked.height));
-        const auto on_step = [&](const core::Step& step) {
-            if (calls.on_step == nullptr) return;
-            const auto frames = step.previous.shape()[2];
-            const StepState state{model->pipeline, step, running.cancellation(),
-                                  static_cast<std::size_t>(frames) * checked.width * checked.height * 3};
-            const std::string stage(step.stage);
-            const higen_step shown{sizeof(higen_step), stage.c_str(), narrow(static_cast<std::int64_t>(step.index)),
-                                   narrow(static_cast<std::int64_t>(step.total)), narrow(step.t), narrow(frames), width,
-                                   height, &state};
-            stop_if(calls.on_step(calls.user, &shown));
-        };
-        const auto on_frames = [&](const core::Frames& frames) {
-            if (calls.on_frames == nullptr) return;
-            const higen_frames shown{sizeof(higen_frames), frames.rgb.data(),
-                                     narrow(static_cast<std::int64_t>(frames.first)),
-                                     narrow(static_cast<std::int64_t>(frames.count)),
-                                     narrow(static_cast<std::int64_t>(frames.total)), width, height, checked.fps};
-            stop_if(calls.on_frames(calls.user, &shown));
-        };
-        model->pipeline.generate(checked, on_step, on_frames, running.cancellation());
+        make_videos(*model, {checked(*model, request, "request", "", calls)}, calls);
+    });
+}
+
+higen_status higen_generate_batch(higen_model* model, const higen_request* const* requests, size_t count,
+                                  const higen_callbacks* callbacks) {
+    return guarded([&] {
+        require(model, "model");
+        require(requests, "requests");
+        if (count == 0) core::fail_request("count=0: one request or more");
+        const auto calls = sized(callbacks, "callbacks", higen_callbacks HIGEN_CALLBACKS_INIT);
+        std::vector<core::Request> given;
+        for (std::size_t i = 0; i < count; ++i) {
+            const auto name = "requests[" + std::to_string(i) + "]";
+            require(requests[i], name.c_str());
+            given.push_back(checked(*model, requests[i], name.c_str(), name + ": ", calls));
+        }
+        core::check_batch(given);
+        make_videos(*model, given, calls);
     });
 }
 
@@ -273,12 +322,14 @@ higen_status higen_step_preview(const higen_step* step, uint8_t* rgb, size_t siz
         require(rgb, "rgb");
         const auto& state = *static_cast<const StepState*>(step->state);
         if (size != state.bytes)
-            core::fail_request("size=" + std::to_string(size) + ": frames x height x width x 3 = " +
+            core::fail_request("size=" + std::to_string(size) + ": videos x frames x height x width x 3 = " +
                                std::to_string(state.bytes));
         state.pipeline.decode(
             state.step.previous,
             [&](const core::Frames& frames) {
-                std::copy(frames.rgb.begin(), frames.rgb.end(), rgb + frames.first * (state.bytes / frames.total));
+                const auto frame = frames.rgb.size() / frames.count;
+                const auto place = frames.video * frames.total + frames.first;
+                std::copy(frames.rgb.begin(), frames.rgb.end(), rgb + place * frame);
             },
             state.cancellation);
     });

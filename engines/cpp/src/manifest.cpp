@@ -1,104 +1,12 @@
 #include <algorithm>
-#include <cmath>
-#include <functional>
 #include <initializer_list>
-#include <limits>
-#include <nlohmann/json.hpp>
 
 #include "bundle.h"
 #include "errors.h"
+#include "json_object.h"
 
 namespace higen::core {
 namespace {
-
-using Json = nlohmann::json;
-
-// A value as it is shown in a message: on one line, and not too long of it. What is nested is named by its kind alone,
-// since nlohmann's dump calls itself and a manifest may be as deep as it likes.
-std::string shown(const Json& value) {
-    if (value.is_structured()) return value.type_name();
-    auto text = value.dump(-1, ' ', true, Json::error_handler_t::replace);
-    if (text.size() > 60) text = text.substr(0, 57) + "...";
-    return text;
-}
-
-// Reads the keys of one object; a key that nobody asked for is an error.
-class Object {
-public:
-    Object(const Json& json, std::string where) : json_(json), where_(std::move(where)) {
-        if (!json_.is_object()) fail_manifest(where_ + ": an object is wanted, not " + shown(json_));
-    }
-
-    // Calls `read` with the value, if the key is there.
-    void key(const char* name, const std::function<void(const Json&, const std::string&)>& read) {
-        known_.emplace_back(name);
-        if (const auto found = json_.find(name); found != json_.end()) read(*found, where_ + "." + name);
-    }
-
-    template <typename T>
-    void value(const char* name, T& value) {
-        key(name, [&](const Json& json, const std::string& where) { take(json, where, value); });
-    }
-
-    void finish() const {
-        for (const auto& item : json_.items())
-            if (std::find(known_.begin(), known_.end(), item.key()) == known_.end())
-                fail_manifest(where_ + "." + shown(item.key()) + ": unknown key");
-    }
-
-    static void take(const Json& json, const std::string& where, std::int64_t& value) {
-        const bool fits = json.is_number_integer() &&
-                          (!json.is_number_unsigned() ||
-                           json.get<std::uint64_t>() <= std::uint64_t{std::numeric_limits<std::int64_t>::max()});
-        if (!fits) wrong(json, where, "a whole number is wanted");
-        value = json.get<std::int64_t>();
-    }
-    static void take(const Json& json, const std::string& where, std::uintmax_t& value) {
-        if (!json.is_number_unsigned()) wrong(json, where, "a whole number, 0 or more, is wanted");
-        value = json.get<std::uintmax_t>();
-    }
-    static void take(const Json& json, const std::string& where, double& value) {
-        if (!json.is_number() || !std::isfinite(json.get<double>())) wrong(json, where, "a number is wanted");
-        value = json.get<double>();
-    }
-    static void take(const Json& json, const std::string& where, bool& value) {
-        if (!json.is_boolean()) wrong(json, where, "true or false is wanted");
-        value = json.get<bool>();
-    }
-    static void take(const Json& json, const std::string& where, std::string& value) {
-        if (!json.is_string()) wrong(json, where, "a text is wanted");
-        value = json.get<std::string>();
-    }
-    template <typename T>
-    static void take(const Json& json, const std::string& where, std::optional<T>& value) {
-        value.reset();
-        if (!json.is_null()) take(json, where, value.emplace());
-    }
-    template <typename T>
-    static void take(const Json& json, const std::string& where, std::vector<T>& values) {
-        if (!json.is_array()) wrong(json, where, "a list is wanted");
-        values.clear();
-        for (const auto& item : json) {
-            T value{};
-            take(item, where + "[" + std::to_string(values.size()) + "]", value);
-            values.push_back(value);
-        }
-    }
-    template <typename T>
-    static void take(const Json& json, const std::string& where, std::array<T, 2>& values) {
-        if (!json.is_array() || json.size() != 2) wrong(json, where, "a list of two is wanted");
-        for (std::size_t i = 0; i < 2; ++i) take(json[i], where + "[" + std::to_string(i) + "]", values[i]);
-    }
-
-private:
-    [[noreturn]] static void wrong(const Json& json, const std::string& where, const char* wanted) {
-        fail_manifest(where + "=" + shown(json) + ": " + wanted);
-    }
-
-    const Json& json_;
-    std::string where_;
-    std::vector<std::string> known_;
-};
 
 void check(bool good, const std::string& message) {
     if (!good) fail_manifest(message);

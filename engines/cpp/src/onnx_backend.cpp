@@ -2,10 +2,10 @@
 #include <onnxruntime_cxx_api.h>
 
 #include <algorithm>
+#include <deque>
 #include <filesystem>
 #include <map>
 #include <mutex>
-#include <optional>
 #include <utility>
 
 #include "backend.h"
@@ -13,19 +13,9 @@
 namespace higen::core {
 namespace {
 
-// An array on the host or a result of ONNX Runtime's.
+// A result of ONNX Runtime's, in host memory.
 class OnnxTensor final : public Tensor {
 public:
-    explicit OnnxTensor(Array array) : array_(std::move(array)), shape_(array_->shape) {
-        const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
-        value_ = std::visit(
-            [&](auto& values) {
-                return Ort::Value::CreateTensor(memory, values.data(), values.size(), shape_.data(), shape_.size());
-            },
-            array_->values);
-        is_float_ = array_->is_float();
-    }
-
     explicit OnnxTensor(Ort::Value value) : value_(std::move(value)) {
         const auto info = value_.GetTensorTypeAndShapeInfo();
         shape_ = info.GetShape();
@@ -36,11 +26,46 @@ public:
     [[nodiscard]] bool is_float() const override { return is_float_; }
     [[nodiscard]] const Ort::Value& value() const { return value_; }
 
+    [[nodiscard]] Array to_host() const override {
+        const auto size = count(shape_);
+        if (is_float_) {
+            const auto* data = value_.GetTensorData<float>();
+            return Array::of(shape_, std::vector<float>(data, data + size));
+        }
+        const auto* data = value_.GetTensorData<std::int64_t>();
+        return Array::of(shape_, std::vector<std::int64_t>(data, data + size));
+    }
+
 private:
-    std::optional<Array> array_;  // the memory that value_ looks at, for an array of the host's
     Shape shape_;
     bool is_float_ = true;
-    Ort::Value value_{nullptr};
+    Ort::Value value_;
+};
+
+// The inputs of one run as ONNX Runtime takes them: a look at host memory, a copy of what lies elsewhere.
+class Inputs {
+public:
+    [[nodiscard]] Ort::Value& add(const Tensor& tensor) {
+        if (const auto* host = dynamic_cast<const HostTensor*>(&tensor)) return look_at(host->array());
+        return look_at(copies_.emplace_back(tensor.to_host()));
+    }
+
+private:
+    Ort::Value& look_at(const Array& array) {
+        const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
+        return std::visit(
+            [&](const auto& values) -> Ort::Value& {
+                using Number = typename std::decay_t<decltype(values)>::value_type;
+                // An input is only read, whatever the interface says.
+                return values_.emplace_back(Ort::Value::CreateTensor(memory, const_cast<Number*>(values.data()),
+                                                                     values.size(), array.shape.data(),
+                                                                     array.shape.size()));
+            },
+            array.values);
+    }
+
+    std::deque<Array> copies_;
+    std::deque<Ort::Value> values_;
 };
 
 // An execution provider that a session may run on, in the order of preference.
@@ -95,8 +120,11 @@ public:
         const Cancellation::Interruptible interruptible(cancellation, [&] { run_options.SetTerminate(); });
         try {
             Ort::IoBinding binding(session);
-            for (const auto& [name, tensor] : inputs)
-                binding.BindInput(name.c_str(), static_cast<const OnnxTensor&>(*tensor).value());
+            Inputs given;
+            for (const auto& [name, tensor] : inputs) {
+                const auto* own = dynamic_cast<const OnnxTensor*>(tensor.get());
+                binding.BindInput(name.c_str(), own != nullptr ? own->value() : given.add(*tensor));
+            }
             // Results pass through the host, also on a GPU: a step's are a megabyte, and a step takes far longer.
             const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
             for (const auto& output : stage.outputs) binding.BindOutput(stage.graph_output(output).c_str(), memory);
@@ -112,31 +140,17 @@ public:
         }
     }
 
-    TensorPtr from_host(Array array) override { return std::make_shared<OnnxTensor>(std::move(array)); }
-
-    Array to_host(const Tensor& tensor) override {
-        const auto& value = static_cast<const OnnxTensor&>(tensor).value();
-        const auto size = count(tensor.shape());
-        if (tensor.is_float()) {
-            const auto* data = value.GetTensorData<float>();
-            return Array::of(tensor.shape(), std::vector<float>(data, data + size));
-        }
-        const auto* data = value.GetTensorData<std::int64_t>();
-        return Array::of(tensor.shape(), std::vector<std::int64_t>(data, data + size));
-    }
-
-    std::string report() const override {
+    std::string describe(const Stage& stage) const override {
         const std::lock_guard lock(mutex_);
-        std::string text;
-        for (const auto& [name, made] : sessions_) text += name + ": " + made.provider + made.passed_over + "\n";
-        if (!text.empty()) text.pop_back();
-        return text;
+        const auto& made = sessions_.at(stage.name);
+        return made.provider + ", " + made.precision + made.passed_over;
     }
 
 private:
     struct Made {
         Ort::Session session;
         std::string provider;
+        std::string precision;
         std::string passed_over;
     };
 
@@ -153,13 +167,11 @@ private:
     }
 
     Made make(const Stage& stage) {
-        const auto name = graph_file(stage.name);
-        if (!bundle_.lists(name))
-            fail_unavailable("no " + name + " in " + bundle_.path().u8string() + " (make it: higen-export onnx)");
-        const auto path = bundle_.file(name);
-        (void)bundle_.file(weights_file(stage.name));
         std::string passed_over;
         for (const auto& provider : candidates()) {
+            const auto precision = choose_precision(stage, provider);
+            const auto path = bundle_.file(graph_file(stage.name, precision));
+            (void)bundle_.file(bundle_.weights(stage.name, precision));
             Ort::SessionOptions options;
             options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_FATAL);
             if (options_.threads > 0) options.SetIntraOpNumThreads(options_.threads);
@@ -173,16 +185,34 @@ private:
                 continue;
             }
             try {
-                Made made{Ort::Session(env_, path.c_str(), options), provider, passed_over};
+                Made made{Ort::Session(env_, path.c_str(), options), provider, precision, passed_over};
                 check_graph(stage, made.session, path);
                 return made;
             } catch (const Ort::Exception& error) {
-                if (provider == candidates().back())
+                if (provider == candidates().back()) {
+                    if (error.GetOrtErrorCode() == ORT_NOT_IMPLEMENTED)
+                        fail_unavailable(path.u8string() + ": this ONNX Runtime cannot run it on " + provider + ": " +
+                                         error.what());
                     fail_integrity(path.u8string() + ": ONNX Runtime cannot load it: " + error.what());
+                }
                 passed_over += "; not " + provider + ": " + error.what();
             }
         }
         fail_unavailable("no provider can run " + stage.name + " here" + passed_over);
+    }
+
+    // The precision asked for, or one that stands in for it; else fp16 on a GPU where there is such a graph. A CPU
+    // computes in float32 what a float16 graph says, and casts besides.
+    [[nodiscard]] std::string choose_precision(const Stage& stage, const std::string& provider) const {
+        const bool gpu = provider == "cuda" || provider == "tensorrt-rtx";
+        const auto wanted = !options_.precision.empty() ? stand_ins(options_.precision)
+                            : gpu                       ? std::vector<std::string>{"fp16", "fp32"}
+                                                        : std::vector<std::string>{"fp32"};
+        for (const auto& precision : wanted)
+            if (bundle_.lists(graph_file(stage.name, precision))) return precision;
+        const std::string asked = options_.precision.empty() ? "fp32" : options_.precision;
+        fail_unavailable("no " + graph_file(stage.name, asked) + " in " + bundle_.path().u8string() +
+                         " (make it: higen-export onnx" + (asked == "fp32" ? "" : " --precision " + asked) + ")");
     }
 
     [[nodiscard]] std::vector<std::string> candidates() const {

@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <functional>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 #include "backend.h"
@@ -17,13 +18,13 @@ struct Step {
     std::string_view stage;
     std::size_t index, total;
     std::int64_t t;
-    const Tensor& previous;  // the estimate of the clean latents, [1, C, F, H, W]
+    const Tensor& previous;  // the estimate of the clean latents, [B, C, F, H, W]
 };
 
-// Some decoded frames: `rgb` is [count, height, width, 3].
+// Some decoded frames of one video: `rgb` is [count, height, width, 3].
 struct Frames {
     const std::vector<std::uint8_t>& rgb;
-    std::size_t first, count, total;
+    std::size_t video, first, count, total;
 };
 
 class Pipeline {
@@ -37,21 +38,29 @@ public:
     // Load all that a video from text needs, so that a broken model is found out before any work starts.
     void prepare() const;
 
-    // Make a video; either callback may throw to stop it.
-    void generate(const Request& request, const OnStep& on_step, const OnFrames& on_frames,
+    // Make a video of each request, all in one batch (see check_batch); either callback may throw to stop it.
+    void generate(const std::vector<Request>& requests, const OnStep& on_step, const OnFrames& on_frames,
                   Cancellation& cancellation) const;
 
-    // Latents [1, C, F, H, W] to frames, a few at a time.
+    // Latents [B, C, F, H, W] to frames, a few of one video at a time.
     void decode(const Tensor& latents, const OnFrames& on_frames, Cancellation& cancellation) const;
 
 private:
-    [[nodiscard]] TensorPtr floats(Shape shape, std::vector<float> values) const;
-    [[nodiscard]] TensorPtr encode_text(const std::vector<std::int64_t>& tokens, Cancellation& cancellation) const;
-    [[nodiscard]] Tensors conditions(const TensorPtr& hidden, const TensorPtr& empty, const TensorPtr& motion,
-                                     const TensorPtr& appearance, Cancellation& cancellation) const;
+    struct Text {
+        TensorPtr given, empty;  // [1, L, Dt]
+    };
+    using Cues = std::pair<std::vector<float>, std::vector<float>>;  // motion [F, D] and appearance [F, R]
+
+    [[nodiscard]] std::vector<Text> encode_texts(const std::vector<Request>& requests,
+                                                 Cancellation& cancellation) const;
+    [[nodiscard]] Tensors conditions(const std::vector<Text>& texts, const std::vector<Cues>& cues,
+                                     Cancellation& cancellation) const;
     [[nodiscard]] TensorPtr denoise(std::string_view stage, TensorPtr latents, const std::vector<SolverRow>& table,
-                                    float guidance, Tensors inputs, const OnStep& on_step,
+                                    std::vector<float> guidance, Tensors inputs, const OnStep& on_step,
                                     Cancellation& cancellation) const;
+    [[nodiscard]] Array draw_keys(const std::vector<Request>& requests, const std::vector<Text>& texts,
+                                  const OnStep& on_step, Cancellation& cancellation) const;
+    [[nodiscard]] Array encode_keys(const std::vector<Request>& requests, Cancellation& cancellation) const;
 
     const ModelConfig& config_;
     Backend& backend_;

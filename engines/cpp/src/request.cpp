@@ -112,4 +112,24 @@ Request make_request(const ModelConfig& config, const Tokenizer& tokenizer, cons
     return request;
 }
 
+void check_batch(const std::vector<Request>& requests) {
+    const auto& first = requests.front();
+    for (std::size_t i = 1; i < requests.size(); ++i) {
+        const auto& request = requests[i];
+        const auto same = [&](const char* name, const auto& given, const auto& wanted) {
+            if (given != wanted)
+                fail_request("requests[" + std::to_string(i) + "]: another " + name +
+                             " than requests[0]: a batch has one");
+        };
+        same("frames", request.frames, first.frames);
+        same("width", request.width, first.width);
+        same("height", request.height, first.height);
+        same("fps", request.fps, first.fps);
+        same("steps", request.steps, first.steps);
+        same("solver", request.solver, first.solver);
+        if (request.key_frame.empty() != first.key_frame.empty())
+            fail_request("requests[" + std::to_string(i) + "]: a key frame is for all videos of a batch or for none");
+    }
+}
+
 }  // namespace higen::core

@@ -35,4 +35,8 @@ struct Request {
 [[nodiscard]] Request make_request(const ModelConfig& config, const Tokenizer& tokenizer, const higen_request& given,
                                    const Tokenizer::Warn& warn);
 
+// Check that requests can be made in one batch: the same frames, size, rate, steps and solver, and a key frame for all
+// or for none. Throws a request error.
+void check_batch(const std::vector<Request>& requests);
+
 }  // namespace higen::core

@@ -34,7 +34,7 @@ struct Array {
     [[nodiscard]] const std::vector<float>& floats() const { return std::get<0>(values); }
 };
 
-// A tensor of some backend; it may lie on a device. Only its backend can look inside.
+// A tensor of some backend; it may lie on a device. Only its backend can look inside, others take its copy.
 class Tensor {
 public:
     Tensor() = default;
@@ -44,9 +44,27 @@ public:
 
     [[nodiscard]] virtual const Shape& shape() const = 0;
     [[nodiscard]] virtual bool is_float() const = 0;
+    // A copy in host memory, after all work on it is done. Throws a backend error.
+    [[nodiscard]] virtual Array to_host() const = 0;
+};
+
+// A tensor in host memory, which every backend takes.
+class HostTensor final : public Tensor {
+public:
+    explicit HostTensor(Array array) : array_(std::move(array)) {}
+
+    [[nodiscard]] const Shape& shape() const override { return array_.shape; }
+    [[nodiscard]] bool is_float() const override { return array_.is_float(); }
+    [[nodiscard]] Array to_host() const override { return array_; }
+    [[nodiscard]] const Array& array() const { return array_; }
+
+private:
+    Array array_;
 };
 
 using TensorPtr = std::shared_ptr<const Tensor>;
 using Tensors = std::map<std::string, TensorPtr, std::less<>>;
+
+[[nodiscard]] inline TensorPtr host_tensor(Array array) { return std::make_shared<HostTensor>(std::move(array)); }
 
 }  // namespace higen::core

@@ -17,6 +17,7 @@ int main(void) {
     if (higen_model_open("x", NULL, NULL) != HIGEN_ERROR_REQUEST) return 4;
     if (higen_model_describe(NULL, &info) != HIGEN_ERROR_REQUEST) return 5;
     if (higen_generate(NULL, &request, &callbacks) != HIGEN_ERROR_REQUEST) return 6;
+    if (higen_generate_batch(NULL, NULL, 1, &callbacks) != HIGEN_ERROR_REQUEST) return 14;
     if (higen_request_init(NULL, &request) != HIGEN_ERROR_REQUEST) return 7;
     if (higen_tokenize(NULL, "a", NULL, 0) != HIGEN_ERROR_REQUEST) return 8;
     if (higen_step_preview(NULL, NULL, 0) != HIGEN_ERROR_REQUEST) return 9;

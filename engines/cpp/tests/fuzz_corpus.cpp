@@ -73,6 +73,18 @@ private:
     std::mt19937_64 random_;
 };
 
+// The record of an engine, as `higen-export build-engines` writes it.
+const std::string engine_record = R"({
+ "stage": "vae_decoder", "target": "rtx-sm89", "precision": "fp16", "flavour": "rtx", "library": "1.7.1.116",
+ "architectures": [86, 89], "graph": "vae_decoder.fp16.onnx", "graph_sha256": "11", "weights": "vae.fp16.safetensors",
+ "weights_sha256": "22",
+ "tensors": [{"name": "latents", "kind": "input", "dtype": "float32", "shape": [-1, 4, -1, -1]},
+             {"name": "pixels", "kind": "output", "dtype": "float32", "shape": [-1, 3, -1, -1]}],
+ "profiles": [{"name": "default", "spans": [
+   {"name": "latents", "smallest": [1, 4, 8, 8], "best": [2, 4, 8, 8], "largest": [2, 4, 64, 64]}]}],
+ "options": {"workspace": null, "weight_streaming": false}, "size": 123456, "sha256": "33",
+ "built": "2026-01-01T00:00:00+00:00", "seconds": 1.5, "format": 1})";
+
 void write(const fs::path& path, const std::string& content) {
     fs::remove(path);
     std::ofstream(path, std::ios::binary) << content;
@@ -162,6 +174,9 @@ int main(int argc, char** argv) {
         auto tokens = Json::parse(tokenizer);
         mutator.mutate(tokens);
         for (const auto& text : {mutator.mutate(tokenizer), tokens.dump()}) fuzz::tokenizer(bytes(text), text.size());
+        auto record = Json::parse(engine_record);
+        mutator.mutate(record);
+        for (const auto& text : {mutator.mutate(engine_record), record.dump()}) fuzz::record(bytes(text), text.size());
         const auto text = mutator.mutate(mutator.mutate("A \xe2\x80\x9c" "caf\xc3\xa9\xe2\x80\x9d \xce\xa3\xce\xb1\xcf\x83 \xe6\x97\xa5 don't"));
         fuzz::text(bytes(text), text.size());
     }

@@ -3,9 +3,11 @@
 #include <cstdlib>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "bundle.h"
 #include "errors.h"
+#include "plans.h"
 #include "text.h"
 #include "tokenizer.h"
 
@@ -34,6 +36,24 @@ void manifest(const std::uint8_t* data, std::size_t size) {
     only_typed_errors([&] {
         const auto found = parse_manifest(view(data, size), "fuzz");
         if (found.config.size_multiple() < 1 || found.config.unet.base_channels % 32 != 0) std::abort();
+    });
+}
+
+void record(const std::uint8_t* data, std::size_t size) {
+    only_typed_errors([&] {
+        const Plan plan{"fuzz.engine", parse_record(view(data, size), "fuzz")};
+        const auto& found = plan.record;
+        Files files;
+        for (const auto& [name, sha256] : {std::pair(found.graph, found.graph_sha256),
+                                           std::pair(found.weights, found.weights_sha256)})
+            files[name].sha256 = sha256;
+        only_typed_errors([&] { check_plan(plan, files, 89, {{found.flavour, found.library}}); });
+        only_typed_errors([&] { check_interface(plan, stage("vae_decoder"), found.tensors); });
+        for (const std::int64_t side : {1, 8, 4096})
+            only_typed_errors([&] {
+                const auto i = best_profile(plan, {{"latents", {1, 4, side, side}}});
+                if (!found.profiles.at(i).holds({{"latents", {1, 4, side, side}}})) std::abort();
+            });
     });
 }
 

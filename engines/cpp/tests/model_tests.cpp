@@ -1,6 +1,8 @@
 // The public interface on a real model directory: model_tests MODEL
+#include <algorithm>
 #include <atomic>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <stdexcept>
 #include <string>
@@ -54,6 +56,36 @@ TEST(tokens_stand_for_their_prompt) {
     given->tokens = ids.data();
     given->token_count = ids.size();
     CHECK(model().generate(given).rgb == video.rgb);
+}
+
+TEST(a_batch_gives_the_videos_of_its_requests) {
+    auto first = small(), second = small("a red heart");
+    second->seed = 9;
+    second->guidance[1] = 2;
+    const std::vector<higen::Request> requests = {first, second};
+    const std::vector<higen::Video> alone = {model().generate(first), model().generate(second)};
+    std::vector<std::uint8_t> preview;
+    higen::Callbacks callbacks;
+    callbacks.on_step = [&](const higen_step& step) {
+        preview.resize(static_cast<std::size_t>(step.videos * step.frames * step.width * step.height) * 3);
+        CHECK(step.videos == 2 && higen_step_preview(&step, preview.data(), preview.size()) == HIGEN_OK);
+        return true;
+    };
+    const auto videos = model().generate(requests, callbacks);
+    CHECK(videos.size() == 2 && preview.size() == 2 * alone[0].rgb.size());
+    for (std::size_t i = 0; i < videos.size(); ++i) {
+        CHECK(videos[i].count == 3 && videos[i].rgb.size() == alone[i].rgb.size());
+        int most = 0;  // a larger batch may round in another way
+        for (std::size_t k = 0; k < videos[i].rgb.size(); ++k)
+            most = std::max(most, std::abs(videos[i].rgb[k] - alone[i].rgb[k]));
+        CHECK(most <= 1);
+    }
+    second->frames = 2;
+    const auto wrong = first.get(), other = second.get();
+    const higen_request* const pointers[] = {&wrong, &other};
+    CHECK(higen_generate_batch(model().get(), pointers, 2, nullptr) == HIGEN_ERROR_REQUEST);
+    CHECK(std::string(higen_last_error()).find("requests[1]: another frames") != std::string::npos);
+    CHECK(higen_generate_batch(model().get(), pointers, 0, nullptr) == HIGEN_ERROR_REQUEST);
 }
 
 TEST(steps_preview_and_stop) {
@@ -168,6 +200,17 @@ TEST(models_that_cannot_be_opened) {
     CHECK(status(directory.c_str(), options) == HIGEN_ERROR_REQUEST);
     options.provider = "tensorrt-rtx";  // no build of ONNX Runtime that this suite runs on has it
     CHECK(status(directory.c_str(), options) == HIGEN_ERROR_UNAVAILABLE);
+    options = HIGEN_MODEL_OPTIONS_INIT;
+    options.backend = "torch";
+    CHECK(status(directory.c_str(), options) == HIGEN_ERROR_REQUEST);
+    options.backend = "tensorrt";  // no engines, no GPU, or built without it
+    CHECK(status(directory.c_str(), options) == HIGEN_ERROR_UNAVAILABLE);
+    options = HIGEN_MODEL_OPTIONS_INIT;
+    options.precision = "int4";
+    CHECK(status(directory.c_str(), options) == HIGEN_ERROR_REQUEST);
+    options.precision = "bf16";
+    CHECK(status(directory.c_str(), options) == HIGEN_ERROR_UNAVAILABLE);
+    options = HIGEN_MODEL_OPTIONS_INIT;
     options.provider = "a plugin";
     options.provider_library = "/nonexistent.so";
     CHECK(status(directory.c_str(), options) == HIGEN_ERROR_UNAVAILABLE);

@@ -172,6 +172,17 @@ TEST(manifests) {
     CHECK_FAILS(HIGEN_ERROR_MANIFEST, "not a model directory", Bundle("/nonexistent", true));
 }
 
+TEST(files_of_a_precision) {
+    CHECK(graph_file("spatial_unet") == "spatial_unet.onnx" && weights_file("vae_decoder") == "vae.safetensors");
+    CHECK(graph_file("spatial_unet", "int8.fp16") == "spatial_unet.int8.fp16.onnx");
+    CHECK(weights_file("spatial_unet", "int8.fp16") == "unet.fp16.safetensors");
+    CHECK(weights_file("text_encoder", "int8") == "text_encoder.safetensors");
+    CHECK((stand_ins("fp8.fp16") == std::vector<std::string>{"fp8.fp16", "fp16"}));
+    CHECK((stand_ins("int8") == std::vector<std::string>{"int8", "fp32"}));
+    CHECK(stand_ins("bf16") == std::vector<std::string>{"bf16"});
+    CHECK_FAILS(HIGEN_ERROR_REQUEST, "precision='int4': one of 'fp32', 'fp16'", check_precision("int4"));
+}
+
 TEST(malformed_tokenizers) {
     CHECK_FAILS(HIGEN_ERROR_INTEGRITY, "not a tokenizer", Tokenizer("{}", "t", {}));
     CHECK_FAILS(HIGEN_ERROR_INTEGRITY, "not a tokenizer", Tokenizer("[", "t", {}));
@@ -185,22 +196,12 @@ TEST(malformed_tokenizers) {
 
 namespace {
 
-class FakeTensor final : public Tensor {
-public:
-    explicit FakeTensor(Array given) : array(std::move(given)) {}
-    [[nodiscard]] const Shape& shape() const override { return array.shape; }
-    [[nodiscard]] bool is_float() const override { return array.is_float(); }
-    Array array;
-};
-
 class FakeBackend final : public Backend {
 public:
     explicit FakeBackend(const ModelConfig& config) : config_(config) {}
 
     void prepare(const Stage&) override {}
-    TensorPtr from_host(Array array) override { return std::make_shared<FakeTensor>(std::move(array)); }
-    Array to_host(const Tensor& tensor) override { return static_cast<const FakeTensor&>(tensor).array; }
-    std::string report() const override { return "fake"; }
+    std::string describe(const Stage&) const override { return "fake"; }
 
     Tensors run(const Stage& stage, const Tensors& inputs, Cancellation& cancellation) override {
         check_inputs(stage, inputs, dimensions(config_));
@@ -208,7 +209,7 @@ public:
         if (cancel_at == calls.size()) cancellation.cancel();
         cancellation.check();
         const auto& unet = config_.unet;
-        const auto get = [&](const char* name) { return to_host(*inputs.at(name)); };
+        const auto get = [&](const char* name) { return inputs.at(name)->to_host(); };
         if (stage.name == "text_encoder") return {{"hidden", zeros({1, config_.text.context_length, unet.text_dim})}};
         if (stage.name == "conditioner")
             return {{"context", zeros({1, unet.context_tokens, unet.context_dim})},
@@ -222,7 +223,7 @@ public:
                 const auto* from = latents.floats().data() + n * static_cast<std::size_t>(latents.shape[1]) * plane;
                 values.insert(values.end(), from, from + 3 * plane);
             }
-            return {{"pixels", from_host(std::move(pixels))}};
+            return {{"pixels", host_tensor(std::move(pixels))}};
         }
         auto latents = get("latents"), previous = get("previous");
         const float a = get("A").floats()[0], c = get("C").floats()[0], alpha = get("alpha").floats()[0];
@@ -235,7 +236,7 @@ public:
             before[i] = broken ? std::nanf("") : alpha * now;
         }
         if (wrong_shape) latents = Array::of({1}, std::vector<float>(1));
-        return {{"latents", from_host(std::move(latents))}, {"previous", from_host(std::move(previous))}};
+        return {{"latents", host_tensor(std::move(latents))}, {"previous", host_tensor(std::move(previous))}};
     }
 
     std::vector<std::string> calls;
@@ -246,7 +247,7 @@ public:
 private:
     TensorPtr zeros(Shape shape) {
         const auto size = count(shape);
-        return from_host(Array::of(std::move(shape), std::vector<float>(size)));
+        return host_tensor(Array::of(std::move(shape), std::vector<float>(size)));
     }
 
     const ModelConfig& config_;
@@ -279,7 +280,7 @@ struct Fixture {
 
     void generate() {
         pipeline.generate(
-            request, [&](const Step& step) { steps.push_back(std::string(step.stage) + std::to_string(step.index)); },
+            {request}, [&](const Step& step) { steps.push_back(std::string(step.stage) + std::to_string(step.index)); },
             [&](const Frames& frames) { rgb.insert(rgb.end(), frames.rgb.begin(), frames.rgb.end()); }, cancellation);
     }
 };
@@ -315,6 +316,39 @@ TEST(one_frame_is_the_key_frame) {
     f.generate();
     CHECK(f.rgb.size() == 12 && f.steps.size() == 3);
     CHECK(std::count(f.backend.calls.begin(), f.backend.calls.end(), "temporal_unet") == 0);
+}
+
+TEST(a_batch_is_its_requests) {
+    Fixture one, two, both;
+    two.request.seed = 6;
+    two.request.tokens = {3, 2, 1, 0};
+    two.request.offset_noise = 0;
+    one.generate();
+    two.generate();
+    std::vector<std::vector<std::uint8_t>> rgb(2);
+    std::size_t steps = 0;
+    both.pipeline.generate(
+        {one.request, two.request},
+        [&](const Step& step) { steps += step.previous.shape().front() == 2 ? 1 : 0; },
+        [&](const Frames& frames) {
+            auto& video = rgb.at(frames.video);
+            video.insert(video.end(), frames.rgb.begin(), frames.rgb.end());
+        },
+        both.cancellation);
+    CHECK(rgb[0] == one.rgb && rgb[1] == two.rgb && rgb[0] != rgb[1] && steps == 5);
+    CHECK(std::count(both.backend.calls.begin(), both.backend.calls.end(), "text_encoder") == 2);  // each text once
+
+    check_batch({one.request, two.request});
+    const auto refused = [&](const char* words, const auto& change) {
+        auto other = two.request;
+        change(other);
+        CHECK_FAILS(HIGEN_ERROR_REQUEST, words, check_batch({one.request, two.request, other}));
+    };
+    refused("requests[2]: another frames than requests[0]", [](auto& r) { r.frames = 4; });
+    refused("another steps", [](auto& r) { r.steps[1] = 9; });
+    refused("another solver", [](auto& r) { r.solver = "dpm++2m"; });
+    refused("another height", [](auto& r) { r.height = 4; });
+    refused("a key frame is for all", [](auto& r) { r.key_frame.resize(12); });
 }
 
 TEST(cancelling_stops_wherever_it_comes) {

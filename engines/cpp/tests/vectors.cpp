@@ -12,6 +12,7 @@
 #include "conditioning.h"
 #include "errors.h"
 #include "noise.h"
+#include "plans.h"
 #include "schedule.h"
 #include "stages.h"
 #include "tokenizer.h"
@@ -76,6 +77,18 @@ Json stage_table(const Json& job) {
     return {list(found.inputs, false), list(found.outputs, true)};
 }
 
+// The target of the plan that is chosen for a stage.
+Json chosen_plan(const Json& job) {
+    const auto stage = job.at("stage").get<std::string>();
+    auto [plans, errors] = read_plans(std::filesystem::u8path(job.at("model").get<std::string>()), stage);
+    Files files;
+    for (const auto& item : job.at("files").items()) files[item.key()].sha256 = item.value().get<std::string>();
+    plans = in_precision(std::move(plans), job.at("precision").get<std::string>());
+    return choose_plan(stage, plans, errors, files, job.at("architecture").get<std::int64_t>(),
+                       job.at("libraries").get<Libraries>())
+        .record.target;
+}
+
 Json answer(const Json& job) {
     const auto op = job.at("op").get<std::string>();
     const auto n = [&](const char* key) { return job.at(key).get<std::size_t>(); };
@@ -91,6 +104,10 @@ Json answer(const Json& job) {
         const auto path = std::filesystem::u8path(job.at("path").get<std::string>());
         return dimensions(Bundle(path, false).config());
     }
+    if (op == "plan") return chosen_plan(job);
+    if (op == "profile")
+        return best_profile({"", parse_record(job.at("record").get<std::string>(), "job")},
+                            job.at("shapes").get<Shapes>());
     if (op == "bundle") return Bundle(std::filesystem::u8path(job.at("path").get<std::string>()), true).config().name;
     throw Error(HIGEN_ERROR_REQUEST, "op " + op);
 }

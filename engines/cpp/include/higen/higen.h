@@ -70,16 +70,21 @@ typedef struct higen_model higen_model;
 
 typedef struct higen_model_options {
     size_t struct_size;
-    const char* provider;         /* NULL or "auto", "cpu", "cuda", "tensorrt-rtx", or the name of a plugin's provider */
+    const char* provider;         /* of ONNX Runtime: NULL or "auto", "cpu", "cuda", "tensorrt-rtx", or the name of a plugin's provider */
     const char* provider_library; /* path of a plugin execution provider, NULL for those of ONNX Runtime itself */
     int32_t threads;              /* of one stage on a CPU; 0: ONNX Runtime's choice */
     int32_t skip_verification;    /* 1: trust the files, do not compute their sha256 */
+    const char* backend;          /* NULL or "auto": engines where they fit, else graphs; "tensorrt"; "onnx" */
+    const char* precision;        /* "fp32", "fp16", "bf16", "int8", "int8.fp16", "fp8.fp16"; NULL: the best here */
 } higen_model_options;
 
-#define HIGEN_MODEL_OPTIONS_INIT {sizeof(higen_model_options), NULL, NULL, 0, 0}
+#define HIGEN_MODEL_OPTIONS_INIT {sizeof(higen_model_options), NULL, NULL, 0, 0, NULL, NULL}
 
-/* Open a model directory: its manifest, its tokenizer and the graphs of every stage that a video from text needs.
- * `options` may be NULL. On failure *model is NULL. */
+/* Open a model directory: its manifest, its tokenizer and the graphs or engines of every stage that a video from text
+ * needs. `options` may be NULL. On failure *model is NULL.
+ *
+ * A quantised precision ("int8", ...) has graphs for some stages only; the others run in the precision of its weights.
+ * NULL is fp32 on a CPU; on a GPU an engine of any precision, or fp16 where a stage has such a graph. */
 HIGEN_API higen_status higen_model_open(const char* path, const higen_model_options* options, higen_model** model);
 
 /* Free a model; NULL is fine. */
@@ -89,7 +94,7 @@ typedef struct higen_model_info {
     size_t struct_size;
     const char* name;        /* texts live as long as the model */
     const char* licence;
-    const char* report;      /* what runs each stage, one line a stage, and why a better provider does not */
+    const char* report;      /* what runs each stage, one line a stage, and why a better way does not */
     int32_t size_multiple;   /* width and height are multiples of this */
     int32_t max_frames;
     int32_t max_steps;
@@ -163,6 +168,7 @@ typedef struct higen_step {
     int32_t width;
     int32_t height;
     const void* state; /* for higen_step_preview */
+    int32_t videos;    /* made at once: the requests of higen_generate_batch, else 1 */
 } higen_step;
 
 typedef struct higen_frames {
@@ -174,6 +180,7 @@ typedef struct higen_frames {
     int32_t width;
     int32_t height;
     int32_t fps;
+    int32_t video;      /* the number of its request, from 0 */
 } higen_frames;
 
 typedef struct higen_callbacks {
@@ -181,7 +188,8 @@ typedef struct higen_callbacks {
     void* user;                                              /* the first argument of each callback */
     int (*on_step)(void* user, const higen_step* step);      /* after each denoising step; not 0: stop the work */
     int (*on_frames)(void* user, const higen_frames* frames); /* the result, a few frames at a time; not 0: stop */
-    void (*on_warning)(void* user, const char* message);     /* a prompt was cut, or has words the model does not know */
+    void (*on_warning)(void* user, const char* message);     /* a prompt was cut, has words that the model does not
+                                                                know, or a stage runs on a worse backend */
 } higen_callbacks;
 
 #define HIGEN_CALLBACKS_INIT {sizeof(higen_callbacks), NULL, NULL, NULL, NULL}
@@ -191,7 +199,15 @@ typedef struct higen_callbacks {
 HIGEN_API higen_status higen_generate(higen_model* model, const higen_request* request,
                                       const higen_callbacks* callbacks);
 
-/* Inside on_step: the present estimate of the result, decoded, step->frames x height x width x 3 bytes into `rgb`. */
+/* Make a video of each of `count` requests at once: their denoising steps are one batch, which a GPU does in less time
+ * than one after another. They agree in frames, width, height, fps, steps and solver, and have a key frame all or none;
+ * the rest is each one's own. A video is that of its request alone, but for the rounding of a larger batch.
+ * on_frames gets one video after another. */
+HIGEN_API higen_status higen_generate_batch(higen_model* model, const higen_request* const* requests, size_t count,
+                                            const higen_callbacks* callbacks);
+
+/* Inside on_step: the present estimate of the results, decoded, step->videos x frames x height x width x 3 bytes into
+ * `rgb`. */
 HIGEN_API higen_status higen_step_preview(const higen_step* step, uint8_t* rgb, size_t size);
 
 /* Stop every generation that now runs on this model, from any thread; also one that is inside a step. */

@@ -83,6 +83,9 @@ public:
 
     [[nodiscard]] Video generate(const Request& request, const Callbacks& callbacks = {});
 
+    // A video of each request, made in one batch: see higen_generate_batch.
+    [[nodiscard]] std::vector<Video> generate(const std::vector<Request>& requests, const Callbacks& callbacks = {});
+
     // Stop what runs on this model, from any thread.
     void cancel() { check(higen_cancel(model_.get())); }
 
@@ -117,11 +120,15 @@ private:
 };
 
 inline Video Model::generate(const Request& request, const Callbacks& callbacks) {
+    return std::move(generate(std::vector<Request>{request}, callbacks).front());
+}
+
+inline std::vector<Video> Model::generate(const std::vector<Request>& requests, const Callbacks& callbacks) {
     struct State {
         const Callbacks& callbacks;
-        Video video;
+        std::vector<Video> videos;
         std::exception_ptr thrown;
-    } state{callbacks, {}, nullptr};
+    } state{callbacks, std::vector<Video>(requests.size()), nullptr};
     // An exception must not pass through the C library: it is kept, and thrown again on this side.
     static constexpr auto keep = [](void* user, auto&& work) -> int {
         auto& own = *static_cast<State*>(user);
@@ -141,11 +148,12 @@ inline Video Model::generate(const Request& request, const Callbacks& callbacks)
         return keep(user, [&](State& own) {
             const auto size = static_cast<std::size_t>(frames->count) * static_cast<std::size_t>(frames->width) *
                               static_cast<std::size_t>(frames->height) * 3;
-            own.video.rgb.insert(own.video.rgb.end(), frames->rgb, frames->rgb + size);
-            own.video.count = frames->total;
-            own.video.width = frames->width;
-            own.video.height = frames->height;
-            own.video.fps = frames->fps;
+            auto& video = own.videos[static_cast<std::size_t>(frames->video)];
+            video.rgb.insert(video.rgb.end(), frames->rgb, frames->rgb + size);
+            video.count = frames->total;
+            video.width = frames->width;
+            video.height = frames->height;
+            video.fps = frames->fps;
             return 0;
         });
     };
@@ -155,11 +163,15 @@ inline Video Model::generate(const Request& request, const Callbacks& callbacks)
             return 0;
         });
     };
-    const auto given = request.get();
-    const auto status = higen_generate(model_.get(), &given, &calls);
+    std::vector<higen_request> given;
+    std::vector<const higen_request*> pointers;
+    for (const auto& request : requests) given.push_back(request.get());
+    for (const auto& request : given) pointers.push_back(&request);
+    const auto status = given.size() == 1 ? higen_generate(model_.get(), given.data(), &calls)
+                                          : higen_generate_batch(model_.get(), pointers.data(), given.size(), &calls);
     if (state.thrown) std::rethrow_exception(state.thrown);
     check(status);
-    return std::move(state.video);
+    return std::move(state.videos);
 }
 
 }  // namespace higen

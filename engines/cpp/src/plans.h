@@ -1,0 +1,124 @@
+// TensorRT engines of a model and the records beside them: which plan fits, and why the others do not
+// (higen/backends/plans.py). Decisions on values; no TensorRT, no GPU.
+#pragma once
+
+#include <cstdint>
+#include <filesystem>
+#include <map>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "bundle.h"
+#include "errors.h"
+#include "stages.h"
+#include "tensor.h"
+
+namespace higen::core {
+
+// An input or output of a plan; -1 is an axis whose size the profiles limit.
+struct PlanTensor {
+    std::string name;
+    bool is_input = true;
+    std::string dtype;  // numpy's name: "float32"
+    Shape shape;
+};
+[[nodiscard]] bool operator==(const PlanTensor& a, const PlanTensor& b);
+
+// The shapes that a profile allows an input, and the one it is tuned for.
+struct Span {
+    std::string name;
+    Shape smallest, best, largest;
+
+    [[nodiscard]] bool holds(const Shape& shape) const;
+};
+
+using Shapes = std::map<std::string, Shape, std::less<>>;
+
+// A named set of shapes, one span for each input.
+struct PlanProfile {
+    std::string name;
+    std::vector<Span> spans;
+
+    // Whether every input lies inside.
+    [[nodiscard]] bool holds(const Shapes& shapes) const;
+    // Elements of all inputs at their largest.
+    [[nodiscard]] double volume() const;
+};
+
+// What is known of a plan without opening it: see PlanRecord in higen/backends/plans.py.
+struct PlanRecord {
+    std::string stage, target, precision, flavour, library;
+    std::vector<std::int64_t> architectures;  // compute capabilities, 89 for SM89
+    std::string graph, graph_sha256, weights, weights_sha256;
+    std::vector<PlanTensor> tensors;
+    std::vector<PlanProfile> profiles;
+    bool weight_streaming = false;
+    std::int64_t size = 0;
+    std::string sha256;
+    std::string built;
+    double seconds = 0;
+};
+
+// Read a stored record, checking every key and type. Throws EngineError (malformed).
+[[nodiscard]] PlanRecord parse_record(std::string_view json, const std::string& where);
+
+struct Plan {
+    std::filesystem::path path;
+    PlanRecord record;
+
+    // Target and stage, for messages.
+    [[nodiscard]] std::string name() const { return record.target + "/" + record.stage; }
+};
+
+// The plans of a stage over all targets of a model directory, and what is wrong with records that cannot be read.
+[[nodiscard]] std::pair<std::vector<Plan>, std::vector<EngineError>> read_plans(const std::filesystem::path& model,
+                                                                                 const std::string& stage);
+
+using Files = std::map<std::string, FileRecord, std::less<>>;
+// Version of each flavour of TensorRT ("rtx", "tensorrt") that is here.
+using Libraries = std::map<std::string, std::string, std::less<>>;
+
+// Whether a plan fits the model's files, the GPU and the TensorRT here. Throws EngineError (wrong architecture, stale,
+// missing library).
+void check_plan(const Plan& plan, const Files& files, std::int64_t architecture, const Libraries& libraries);
+
+// The plan to use for a stage: built for this GPU alone before a portable one, classic TensorRT before RTX. `plans` and
+// `errors` come from `read_plans`. Throws an unavailable error where there is no engine at all, else why the likeliest
+// of them does not fit.
+[[nodiscard]] const Plan& choose_plan(const std::string& stage, const std::vector<Plan>& plans,
+                                      const std::vector<EngineError>& errors, const Files& files,
+                                      std::int64_t architecture, const Libraries& libraries);
+
+// The plans in a precision, or in one that stands in for it; all for "".
+[[nodiscard]] std::vector<Plan> in_precision(std::vector<Plan> plans, std::string_view precision);
+
+// Whether a plan's tensors are those of its record and of the stage table, in types that this library knows. Throws
+// EngineError (malformed).
+void check_interface(const Plan& plan, const Stage& stage, const std::vector<PlanTensor>& tensors);
+
+// Index of the narrowest profile that holds all inputs' shapes. Throws EngineError (outside profile) naming what does
+// not fit.
+[[nodiscard]] std::size_t best_profile(const Plan& plan, const Shapes& shapes);
+
+// Bytes of weights to keep on the GPU, of an engine that can stream them: all if they fit beside the activations with a
+// tenth of the memory to spare, else what TensorRT proposes (`automatic`).
+[[nodiscard]] std::int64_t streaming_budget(std::int64_t streamable, std::int64_t activations, std::int64_t free,
+                                            std::int64_t automatic);
+
+// Why TensorRT for RTX calls a plan invalid: the bits of EngineInvalidityDiagnostics.
+enum InvalidityBit : std::uint64_t {
+    version_mismatch = 1,
+    unsupported_architecture = 2,
+    old_cuda_driver = 4,
+    old_cuda_runtime = 8,
+    insufficient_gpu_memory = 16,
+    malformed_engine = 32,
+    cuda_error = 64,
+};
+
+[[nodiscard]] EngineError validity_error(const Plan& plan, std::uint64_t reasons);
+
+}  // namespace higen::core

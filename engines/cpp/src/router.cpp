@@ -1,0 +1,121 @@
+#include "router.h"
+
+#include <exception>
+
+namespace higen::core {
+namespace {
+
+// Whether this error passes a way over, and is no error of the request's or the caller's.
+bool passes_over(const Error& error) {
+    return error.status() == HIGEN_ERROR_UNAVAILABLE || error.status() == HIGEN_ERROR_INTEGRITY ||
+           error.status() == HIGEN_ERROR_BACKEND;
+}
+
+// Whether something is there and does not work; what is simply absent is no news.
+bool is_news(const Error& error) {
+    return error.status() != HIGEN_ERROR_UNAVAILABLE || dynamic_cast<const EngineError*>(&error) != nullptr;
+}
+
+}  // namespace
+
+Tensors Router::run(const Stage& stage, const Tensors& inputs, Cancellation& cancellation) {
+    const auto& chosen = choice(stage);
+    try {
+        return made_[chosen.way]->run(stage, inputs, cancellation);
+    } catch (const EngineError& error) {
+        if (error.kind() != EngineError::Kind::outside_profile) throw;
+        return made_[choice_outside(stage, error).way]->run(stage, inputs, cancellation);
+    }
+}
+
+const Router::Choice& Router::choice(const Stage& stage) {
+    const std::lock_guard lock(mutex_);
+    auto found = choices_.find(stage.name);
+    if (found == choices_.end()) found = choices_.emplace(stage.name, choose(stage, 0, nullptr)).first;
+    return found->second;
+}
+
+const Router::Choice& Router::choice_outside(const Stage& stage, const EngineError& why) {
+    const std::lock_guard lock(mutex_);
+    auto found = outside_.find(stage.name);
+    if (found == outside_.end())
+        found = outside_.emplace(stage.name, choose(stage, choices_.at(stage.name).way + 1, &why)).first;
+    return found->second;
+}
+
+Router::Choice Router::choose(const Stage& stage, std::size_t first, const Error* why) {
+    Choice chosen;
+    std::exception_ptr broken;
+    std::string news;
+    const auto pass_over = [&](const std::string& way, const Error& error) {
+        chosen.passed_over += "; not " + way + ": " + error.what();
+        if (!is_news(error)) return;
+        news = error.what();
+        broken = std::current_exception();
+    };
+    if (why != nullptr) pass_over(ways_[first - 1].name, *why);
+    for (chosen.way = first; chosen.way < ways_.size(); ++chosen.way) {
+        const auto& way = ways_[chosen.way];
+        try {
+            if (!made_[chosen.way]) made_[chosen.way] = way.make();
+            made_[chosen.way]->prepare(stage);
+        } catch (const Error& error) {
+            if (!passes_over(error)) throw;
+            if (ways_.size() == 1) throw;
+            pass_over(way.name, error);
+            continue;
+        }
+        if (!news.empty() && warned_.insert(news).second)
+            warnings_.push_back(stage.name + " runs on " + way.name + ": " + news);
+        return chosen;
+    }
+    if (broken) std::rethrow_exception(broken);
+    fail_unavailable("no backend can run " + stage.name + " here" + chosen.passed_over);
+}
+
+std::string Router::describe(const Stage& stage) const {
+    const std::lock_guard lock(mutex_);
+    return describe(stage, choices_.at(stage.name));
+}
+
+std::string Router::describe(const Stage& stage, const Choice& choice) const {
+    return ways_[choice.way].name + ", " + made_[choice.way]->describe(stage) + choice.passed_over;
+}
+
+std::string Router::report() const {
+    const std::lock_guard lock(mutex_);
+    std::string text;
+    for (const auto& [name, choice] : choices_) {
+        text += (text.empty() ? "" : "\n") + name + ": " + describe(stage(name), choice);
+        if (const auto other = outside_.find(name); other != outside_.end())
+            text += "\n" + name + ", other shapes: " + describe(stage(name), other->second);
+    }
+    return text;
+}
+
+std::vector<std::string> Router::take_warnings() {
+    const std::lock_guard lock(mutex_);
+    return std::exchange(warnings_, {});
+}
+
+std::unique_ptr<Router> make_router(const Bundle& bundle, const BackendOptions& options) {
+    if (options.backend != "auto" && options.backend != "tensorrt" && options.backend != "onnx")
+        fail_request("backend='" + options.backend + "': one of 'auto', 'tensorrt', 'onnx'");
+    if (!options.precision.empty()) check_precision(options.precision);
+    std::vector<Router::Way> ways;
+    // A provider that is asked for by name is one of ONNX Runtime's.
+    if (options.backend == "tensorrt" || (options.backend == "auto" && options.provider == "auto"))
+        ways.push_back({"tensorrt", [&bundle, options]() -> std::unique_ptr<Backend> {
+#ifdef HIGEN_TENSORRT
+                            return make_tensorrt_backend(bundle, options);
+#else
+                            (void)bundle;
+                            fail_unavailable("this library was built without TensorRT (HIGEN_TENSORRT)");
+#endif
+                        }});
+    if (options.backend != "tensorrt")
+        ways.push_back({"onnx", [&bundle, options] { return make_onnx_backend(bundle, options); }});
+    return std::make_unique<Router>(std::move(ways));
+}
+
+}  // namespace higen::core

@@ -1,0 +1,64 @@
+// Which backend runs each stage of a model here, and why the better ones do not (higen/backends/select.py).
+#pragma once
+
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <set>
+#include <string>
+#include <vector>
+
+#include "backend.h"
+
+namespace higen::core {
+
+// Sends each stage to the best backend that can run it, chosen when the stage is first used.
+class Router final : public Backend {
+public:
+    struct Way {
+        std::string name;
+        std::function<std::unique_ptr<Backend>()> make;  // may throw, as `prepare` may
+    };
+
+    // The preferred way first.
+    explicit Router(std::vector<Way> ways) : ways_(std::move(ways)), made_(ways_.size()) {}
+
+    // Throws the last way's own error where none can run the stage.
+    void prepare(const Stage& stage) override { (void)choice(stage); }
+
+    // Shapes that an engine was not built for go to the next way that can run the stage.
+    [[nodiscard]] Tensors run(const Stage& stage, const Tensors& inputs, Cancellation& cancellation) override;
+
+    // "onnx, cpu, fp32; not tensorrt: no engine of ..."
+    [[nodiscard]] std::string describe(const Stage& stage) const override;
+
+    // What runs each stage that was used so far and why a better way does not, one line a stage.
+    [[nodiscard]] std::string report() const;
+
+    // Fallbacks that are news, each cause once: an engine that is stale or broken, shapes that it does not take.
+    [[nodiscard]] std::vector<std::string> take_warnings();
+
+private:
+    struct Choice {
+        std::size_t way = 0;
+        std::string passed_over;
+    };
+
+    const Choice& choice(const Stage& stage);
+    const Choice& choice_outside(const Stage& stage, const EngineError& why);
+    [[nodiscard]] Choice choose(const Stage& stage, std::size_t first, const Error* why);
+    [[nodiscard]] std::string describe(const Stage& stage, const Choice& choice) const;
+
+    std::vector<Way> ways_;
+    std::vector<std::unique_ptr<Backend>> made_;
+    mutable std::mutex mutex_;
+    std::map<std::string, Choice, std::less<>> choices_, outside_;
+    std::set<std::string> warned_;
+    std::vector<std::string> warnings_;
+};
+
+// The router that the options ask for. `bundle` must outlive it. Throws a request error for an option that is wrong.
+[[nodiscard]] std::unique_ptr<Router> make_router(const Bundle& bundle, const BackendOptions& options);
+
+}  // namespace higen::core

@@ -1,0 +1,15 @@
+// TensorRT direct: engines that `higen-export build-engines` made (higen/backends/tensorrt.py).
+#pragma once
+
+#include <memory>
+
+#include "backend.h"
+#include "cuda.h"
+
+namespace higen::core {
+
+// As make_tensorrt_backend, on a driver of the caller's choice: tests have a fake one.
+[[nodiscard]] std::unique_ptr<Backend> make_tensorrt_backend(const Bundle& bundle, const BackendOptions& options,
+                                                             std::function<CudaDriver()> load_driver);
+
+}  // namespace higen::core

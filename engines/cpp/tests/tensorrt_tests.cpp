@@ -1,0 +1,402 @@
+// The TensorRT backend and the router on a fake GPU (fake_tensorrt.h): tensorrt_tests FOLDER
+#include "tensorrt_backend.h"
+
+#include <filesystem>
+#include <fstream>
+#include <numeric>
+
+#include "check.h"
+#include "fake_tensorrt.h"
+#include "router.h"
+#include "sha256.h"
+
+namespace fs = std::filesystem;
+using namespace higen::core;
+using fake::gpu;
+
+namespace {
+
+fs::path folder;
+
+std::string digest(const std::string& text) {
+    Sha256 hash;
+    hash.update(text.data(), text.size());
+    return hash.hex();
+}
+
+void write(const fs::path& path, const std::string& text) {
+    fs::create_directories(path.parent_path());
+    std::ofstream(path, std::ios::binary) << text;
+}
+
+std::string quoted(const std::string& text) { return "\"" + text + "\""; }
+
+const std::string decoder_plan =
+    "fake plan\n"
+    "input latents float32 -1 4 -1 -1\n"
+    "output pixels float32 = latents 8 -1 3 -1 -1\n"
+    "profile latents 1 4 1 1 / 2 4 8 8\n"
+    "profile latents 1 4 4 4 / 1 4 4 4\n"
+    "scratch 4096\n";
+const std::string decoder_tensors =
+    R"([{"name": "latents", "kind": "input", "dtype": "float32", "shape": [-1, 4, -1, -1]},
+        {"name": "pixels", "kind": "output", "dtype": "float32", "shape": [-1, 3, -1, -1]}])";
+const std::string decoder_profiles =
+    R"([{"name": "wide", "spans": [{"name": "latents", "smallest": [1, 4, 1, 1], "best": [1, 4, 8, 8], "largest": [2, 4, 8, 8]}]},
+        {"name": "narrow", "spans": [{"name": "latents", "smallest": [1, 4, 4, 4], "best": [1, 4, 4, 4], "largest": [1, 4, 4, 4]}]}])";
+
+const std::string encoder_plan =
+    "fake plan\n"
+    "input pixels float32 -1 3 -1 -1\n"
+    "output latents float32 = pixels 1 -1 4 -1 -1\n"
+    "profile pixels 1 3 8 8 / 1 3 64 64\n"
+    "scratch 9000\n";
+const std::string encoder_tensors =
+    R"([{"name": "pixels", "kind": "input", "dtype": "float32", "shape": [-1, 3, -1, -1]},
+        {"name": "latents", "kind": "output", "dtype": "float32", "shape": [-1, 4, -1, -1]}])";
+const std::string encoder_profiles =
+    R"([{"name": "one", "spans": [{"name": "pixels", "smallest": [1, 3, 8, 8], "best": [1, 3, 8, 8], "largest": [1, 3, 64, 64]}]}])";
+
+// A model directory with one target of engines; `edit` changes a record's text before it is written.
+struct Model {
+    Model() {
+        fs::remove_all(folder);
+        gpu = {};
+        fake::Runtime::invalid = 0, fake::Runtime::fails = false, fake::Engine::budget = -1;
+        const std::string graph = "graph", weights = "weights";
+        std::string files;
+        for (const auto* name : {"vae_decoder.onnx", "vae_encoder.onnx", "vae.safetensors"}) {
+            const auto& content = std::string(name).find(".onnx") == std::string::npos ? weights : graph;
+            write(folder / name, content);
+            files += (files.empty() ? "" : ", ") + quoted(name) + R"(: {"size": )" + std::to_string(content.size()) +
+                     R"(, "sha256": )" + quoted(digest(content)) + "}";
+        }
+        write(folder / "higen.json", R"({"format": "higen", "version": 1, "model": {}, "files": {)" + files + "}}");
+        add("vae_decoder", decoder_plan, decoder_tensors, decoder_profiles);
+        add("vae_encoder", encoder_plan, encoder_tensors, encoder_profiles);
+    }
+
+    // `changes`: pairs of a text in the record and what stands there instead.
+    void add(const std::string& stage, const std::string& plan, const std::string& tensors, const std::string& profiles,
+             const std::vector<std::pair<std::string, std::string>>& changes = {}) const {
+        std::string record = R"({"stage": )" + quoted(stage) + R"(, "target": "rtx-sm89", "precision": "fp16", )" +
+                             R"("flavour": "rtx", "library": "1.7.1.116", "architectures": [89], "graph": )" +
+                             quoted(stage + ".onnx") + R"(, "graph_sha256": )" + quoted(digest("graph")) +
+                             R"(, "weights": "vae.safetensors", "weights_sha256": )" + quoted(digest("weights")) +
+                             R"(, "tensors": )" + tensors + R"(, "profiles": )" + profiles +
+                             R"(, "options": {"workspace": null, "weight_streaming": false}, "size": )" +
+                             std::to_string(plan.size()) + R"(, "sha256": )" + quoted(digest(plan)) +
+                             R"(, "built": "2026-01-01T00:00:00+00:00", "seconds": 1.5, "format": 1})";
+        for (const auto& [from, to] : changes) {
+            const auto at = record.find(from);
+            CHECK(at != std::string::npos);
+            record.replace(at, from.size(), to);
+        }
+        write(folder / "engines" / "rtx-sm89" / (stage + ".engine"), plan);
+        write(folder / "engines" / "rtx-sm89" / (stage + ".json"), record);
+    }
+
+    void change(const std::string& from, const std::string& to) const {
+        add("vae_decoder", decoder_plan, decoder_tensors, decoder_profiles, {{from, to}});
+    }
+};
+
+// A backend on the model, freed before it is asked whether all rules were kept.
+struct Fixture : Model {
+    std::unique_ptr<Bundle> bundle;
+    std::unique_ptr<Backend> backend;
+    Cancellation cancellation;
+
+    Backend& open(BackendOptions options = {}) {
+        backend.reset();
+        bundle = std::make_unique<Bundle>(folder, true);
+        backend = make_tensorrt_backend(*bundle, options, fake::driver);
+        return *backend;
+    }
+
+    Tensors run(const char* stage_name, const TensorPtr& input) {
+        const auto& one = stage(stage_name);
+        return backend->run(one, {{std::string(one.inputs.front().name), input}}, cancellation);
+    }
+
+    ~Fixture() {
+        backend.reset();
+        CHECK(gpu.clean());
+        for (const auto& rule : gpu.violations) test::report(false, "fake_tensorrt.h", 0, rule);
+    }
+};
+
+TensorPtr numbers(higen::core::Shape shape, float first = 0) {
+    std::vector<float> values(count(shape));
+    for (std::size_t i = 0; i < values.size(); ++i) values[i] = first + static_cast<float>(i % 5);
+    return host_tensor(Array::of(std::move(shape), std::move(values)));
+}
+
+double sum(const Tensor& tensor) {
+    const auto array = tensor.to_host();
+    return std::accumulate(array.floats().begin(), array.floats().end(), 0.0);
+}
+
+void check_output(const Tensor& tensor, const higen::core::Shape& shape, double of_inputs) {
+    CHECK(tensor.shape() == shape);
+    const auto array = tensor.to_host();
+    for (std::size_t i = 0; i < array.floats().size(); ++i)
+        if (array.floats()[i] != fake::expected(of_inputs, 0, i)) return test::report(false, __FILE__, __LINE__, "a value");
+}
+
+}  // namespace
+
+TEST(a_stage_runs_on_its_engine) {
+    Fixture f;
+    f.open().prepare(stage("vae_decoder"));
+    CHECK(f.backend->describe(stage("vae_decoder")) == "cuda, fp16, rtx-sm89");
+    // Each shape takes the narrowest profile that holds it; results live while later ones are made.
+    const auto wide = numbers({2, 4, 8, 8}), narrow = numbers({1, 4, 4, 4}, 3), other = numbers({1, 4, 2, 8}, 7);
+    const auto first = f.run("vae_decoder", wide).at("pixels"), second = f.run("vae_decoder", narrow).at("pixels");
+    const auto third = f.run("vae_decoder", other).at("pixels");
+    check_output(*first, {2, 3, 64, 64}, sum(*wide));
+    check_output(*second, {1, 3, 32, 32}, sum(*narrow));
+    check_output(*third, {1, 3, 16, 64}, sum(*other));
+}
+
+TEST(results_stay_on_the_gpu_between_stages) {
+    Fixture f;
+    f.open();
+    const auto latents = f.run("vae_encoder", numbers({1, 3, 8, 8})).at("latents");
+    const int uploads = gpu.uploads;
+    const auto pixels = f.run("vae_decoder", latents).at("pixels");
+    CHECK(gpu.uploads == uploads);
+    check_output(*pixels, {1, 3, 64, 64}, sum(*latents));
+    // One block of scratch memory, that of the larger engine, and the pool.
+    std::size_t scratch = 0;
+    for (const auto& [address, block] : gpu.blocks) scratch += block.size() == 9000 || block.size() == 4096 ? 1 : 0;
+    CHECK(scratch == 1);
+}
+
+TEST(scratch_memory_grows_with_the_engines) {
+    Fixture f;
+    f.open();
+    const auto first = f.run("vae_decoder", numbers({1, 4, 4, 4})).at("pixels");
+    const auto second = f.run("vae_encoder", numbers({1, 3, 8, 8})).at("latents");
+    const auto third = f.run("vae_decoder", second).at("pixels");
+    check_output(*first, {1, 3, 32, 32}, sum(*numbers({1, 4, 4, 4})));
+    check_output(*third, {1, 3, 64, 64}, sum(*second));
+}
+
+TEST(closing_waits_for_the_work) {
+    Fixture f;
+    f.open();
+    (void)f.run("vae_decoder", numbers({1, 4, 4, 4}));
+    CHECK(!gpu.pending.empty());
+}
+
+TEST(memory_is_used_again) {
+    Fixture f;
+    f.open();
+    const auto input = numbers({2, 4, 8, 8});
+    for (int i = 0; i < 3; ++i) (void)f.run("vae_decoder", input);
+    const auto blocks = gpu.blocks.size();
+    for (int i = 0; i < 20; ++i) check_output(*f.run("vae_decoder", input).at("pixels"), {2, 3, 64, 64}, sum(*input));
+    CHECK(gpu.blocks.size() == blocks);
+    gpu.memory = gpu.used();  // nothing is left: what lies in the pool is freed first
+    (void)f.run("vae_decoder", numbers({1, 4, 8, 8}));
+    gpu.memory = 1;
+    CHECK_FAILS(HIGEN_ERROR_BACKEND, "the GPU's memory is full", f.run("vae_encoder", numbers({1, 3, 64, 64})));
+}
+
+TEST(wrong_inputs_are_refused_before_work_starts) {
+    Fixture f;
+    f.open();
+    CHECK_FAILS(HIGEN_ERROR_BACKEND, "vae_decoder.latents", f.run("vae_decoder", numbers({1, 3, 4, 4})));
+    CHECK_FAILS(HIGEN_ERROR_UNAVAILABLE, "OutsideProfile: rtx-sm89/vae_decoder: wide takes latents from [1, 4, 1, 1]",
+                f.run("vae_decoder", numbers({3, 4, 4, 4})));
+    CHECK_FAILS(HIGEN_ERROR_UNAVAILABLE, "no engine of conditioner", f.backend->prepare(stage("conditioner")));
+    f.cancellation.cancel();
+    CHECK_FAILS(HIGEN_CANCELLED, "", f.run("vae_decoder", numbers({1, 4, 4, 4})));
+}
+
+TEST(tensorrt_is_left_alone_without_a_gpu) {
+    Fixture f;
+    f.bundle = std::make_unique<Bundle>(folder, true);
+    f.backend = make_tensorrt_backend(*f.bundle, {}, []() -> CudaDriver {
+        throw EngineError(EngineError::Kind::no_driver, "no NVIDIA driver: libcuda.so.1 is not here");
+    });
+    CHECK_FAILS(HIGEN_ERROR_UNAVAILABLE, "NoDriver: no NVIDIA driver", f.backend->prepare(stage("vae_decoder")));
+    gpu.devices = 0;
+    CHECK_FAILS(HIGEN_ERROR_UNAVAILABLE, "NoDevice", f.open().prepare(stage("vae_decoder")));
+    gpu.devices = 1, gpu.architecture = 86;
+    CHECK_FAILS(HIGEN_ERROR_UNAVAILABLE, "WrongArchitecture: rtx-sm89/vae_decoder: built for SM89, this GPU is SM86",
+                f.open().prepare(stage("vae_decoder")));
+    CHECK(gpu.runtimes_made == 0 && gpu.contexts == 0);
+}
+
+TEST(engines_that_do_not_fit) {
+    Fixture f;
+    const auto fails = [&](higen_status status, const char* words) {
+        CHECK_FAILS(status, words, f.open().prepare(stage("vae_decoder")));
+        CHECK(gpu.contexts == 0);  // a GPU that is not used is not held
+    };
+    f.change("1.7.1.116", "1.8.0.1");
+    fails(HIGEN_ERROR_UNAVAILABLE, "Stale: rtx-sm89/vae_decoder: built by tensorrt_rtx 1.8.0.1, 1.7.1.116 is here");
+    f.change(digest("weights"), digest("others"));
+    fails(HIGEN_ERROR_UNAVAILABLE, "Stale: rtx-sm89/vae_decoder: vae.safetensors has changed");
+    f.change("\"flavour\": \"rtx\"", "\"flavour\": \"tensorrt\"");
+    fails(HIGEN_ERROR_UNAVAILABLE, "MissingLibrary: the engine rtx-sm89/vae_decoder needs tensorrt");
+    f.change(digest(decoder_plan), digest("others"));
+    fails(HIGEN_ERROR_INTEGRITY, "Malformed: ");
+    BackendOptions trusting;
+    trusting.verify = false;
+    f.open(trusting).prepare(stage("vae_decoder"));
+    f.change("\"seconds\": 1.5", "\"seconds\": true");
+    fails(HIGEN_ERROR_INTEGRITY, "record.seconds=true: a number is wanted");
+    f.change("\"pixels\", \"kind\"", "\"picture\", \"kind\"");
+    fails(HIGEN_ERROR_INTEGRITY, "its tensors are not those of the record beside it");
+    f.add("vae_decoder", encoder_plan, encoder_tensors, encoder_profiles);
+    fails(HIGEN_ERROR_INTEGRITY, "latents, pixels: not those of vae_decoder");
+    auto half = decoder_plan;
+    half.replace(half.find("float32"), 7, "float16");
+    f.add("vae_decoder", half, decoder_tensors, decoder_profiles, {{"float32", "float16"}});
+    fails(HIGEN_ERROR_INTEGRITY, "latents is of float16, this library gives float32");
+    f.add("vae_decoder", "not a plan", decoder_tensors, decoder_profiles);
+    fails(HIGEN_ERROR_INTEGRITY, "Malformed: rtx-sm89/vae_decoder: its file is no plan");
+    f.change("\"vae_decoder\"", "\"vae_decoder\"");  // as it was
+    fake::Runtime::invalid = 2 | 4;
+    fails(HIGEN_ERROR_UNAVAILABLE, "WrongArchitecture: rtx-sm89/vae_decoder: it was not built for this GPU; the NVIDIA");
+    fake::Runtime::invalid = 0, fake::Runtime::fails = true;
+    fails(HIGEN_ERROR_INTEGRITY, "TensorRT cannot load it: the magic tag does not match");
+    fs::remove(folder / "engines" / "rtx-sm89" / "vae_decoder.engine");
+    fails(HIGEN_ERROR_INTEGRITY, "vae_decoder.engine: cannot be read");
+}
+
+TEST(a_precision_that_is_asked_for) {
+    Fixture f;
+    BackendOptions options;
+    options.precision = "fp32";
+    CHECK_FAILS(HIGEN_ERROR_UNAVAILABLE, "no engine of vae_decoder in fp32", f.open(options).prepare(stage("vae_decoder")));
+    options.precision = "int8.fp16";  // whose other stages are fp16
+    f.open(options).prepare(stage("vae_decoder"));
+}
+
+TEST(weights_are_streamed_where_they_do_not_fit) {
+    Fixture f;
+    const auto with = [&](std::size_t memory, const char* streaming) {
+        f.backend.reset();
+        gpu.memory = memory;
+        f.add("vae_decoder", decoder_plan + "streamable 100000\n", decoder_tensors, decoder_profiles,
+              {{"\"weight_streaming\": false", streaming}});
+        f.open().prepare(stage("vae_decoder"));
+        return fake::Engine::budget;
+    };
+    CHECK(with(1 << 24, "\"weight_streaming\": false") == -1);
+    CHECK(with(1 << 24, "\"weight_streaming\": true") == 100000);
+    CHECK(with(110000, "\"weight_streaming\": true") == 50000);
+}
+
+TEST(compiled_kernels_are_kept) {
+    Fixture f;
+    const auto cache = folder / "engines" / "rtx-sm89" / ".vae_decoder-sm89.cache";
+    f.open().prepare(stage("vae_decoder"));
+    f.backend.reset();
+    CHECK(read_file(cache) == fake::cached);
+    const auto written = fs::last_write_time(cache);
+    f.open().prepare(stage("vae_decoder"));
+    f.backend.reset();
+    CHECK(fs::last_write_time(cache) == written);  // nothing new
+    for (const auto& entry : fs::directory_iterator(cache.parent_path())) CHECK(entry.path().extension() != ".part");
+}
+
+// ---- The router: engines first, then a backend that doubles ----
+
+namespace {
+
+class Doubling final : public Backend {
+public:
+    void prepare(const Stage& stage) override {
+        if (stage.name == broken) fail_integrity("its graph is broken");
+        if (stage.name == absent) fail_unavailable("it has no graph");
+    }
+    Tensors run(const Stage& stage, const Tensors& inputs, Cancellation&) override {
+        auto array = inputs.begin()->second->to_host();
+        for (auto& value : std::get<0>(array.values)) value *= 2;
+        return {{std::string(stage.outputs.front().name), host_tensor(std::move(array))}};
+    }
+    std::string describe(const Stage&) const override { return "cpu, fp32"; }
+
+    static inline std::string broken, absent;
+};
+
+struct Routed : Fixture {
+    std::unique_ptr<Router> router;
+
+    Router& route() {
+        Doubling::broken = Doubling::absent = "";
+        bundle = std::make_unique<Bundle>(folder, true);
+        router = std::make_unique<Router>(std::vector<Router::Way>{
+            {"tensorrt", [this] { return make_tensorrt_backend(*bundle, {}, fake::driver); }},
+            {"onnx", [] { return std::make_unique<Doubling>(); }}});
+        return *router;
+    }
+    Tensors routed(const char* name, const TensorPtr& input) {
+        return router->run(stage(name), {{std::string(stage(name).inputs.front().name), input}}, cancellation);
+    }
+    ~Routed() { router.reset(); }
+};
+
+}  // namespace
+
+TEST(stages_fall_back_one_by_one_and_say_why) {
+    Routed f;
+    f.change("[89]", "[120]");
+    auto& router = f.route();
+    router.prepare(stage("vae_decoder"));
+    router.prepare(stage("vae_encoder"));
+    router.prepare(stage("conditioner"));
+    const std::string wrong = "WrongArchitecture: rtx-sm89/vae_decoder: built for SM120, this GPU is SM89";
+    CHECK(router.report() == "conditioner: onnx, cpu, fp32; not tensorrt: no engine of conditioner (make one: "
+                             "higen-export build-engines)\nvae_decoder: onnx, cpu, fp32; not tensorrt: " +
+                                 wrong + "\nvae_encoder: tensorrt, cuda, fp16, rtx-sm89");
+    CHECK(router.take_warnings() == std::vector<std::string>{"vae_decoder runs on onnx: " + wrong});
+    CHECK(router.take_warnings().empty());
+    // From one backend to the other by way of the host.
+    const auto latents = f.routed("vae_encoder", numbers({1, 3, 8, 8})).at("latents");
+    CHECK(sum(*f.routed("vae_decoder", latents).at("pixels")) == 2 * sum(*latents));
+}
+
+TEST(shapes_outside_the_profiles_go_to_the_next) {
+    Routed f;
+    auto& router = f.route();
+    const auto inside = numbers({1, 4, 4, 4}), outside = numbers({1, 4, 16, 16});
+    check_output(*f.routed("vae_decoder", inside).at("pixels"), {1, 3, 32, 32}, sum(*inside));
+    CHECK(router.take_warnings().empty());
+    CHECK(sum(*f.routed("vae_decoder", outside).at("pixels")) == 2 * sum(*outside));
+    CHECK(router.take_warnings().size() == 1);
+    (void)f.routed("vae_decoder", outside);
+    CHECK(router.take_warnings().empty());
+    const auto report = router.report();
+    CHECK(report.find("vae_decoder: tensorrt, cuda, fp16, rtx-sm89\nvae_decoder, other shapes: onnx, cpu, fp32; not "
+                      "tensorrt: OutsideProfile") == 0);
+    check_output(*f.routed("vae_decoder", inside).at("pixels"), {1, 3, 32, 32}, sum(*inside));
+}
+
+TEST(where_nothing_can_run_a_stage) {
+    Routed f;
+    f.change("[89]", "[120]");
+    auto& router = f.route();
+    Doubling::absent = "vae_decoder";
+    CHECK_FAILS(HIGEN_ERROR_UNAVAILABLE, "WrongArchitecture", router.prepare(stage("vae_decoder")));
+    Doubling::absent = "conditioner";
+    CHECK_FAILS(HIGEN_ERROR_UNAVAILABLE,
+                "no backend can run conditioner here; not tensorrt: no engine of conditioner (make one: higen-export "
+                "build-engines); not onnx: it has no graph",
+                router.prepare(stage("conditioner")));
+    Doubling::broken = "vae_decoder";
+    CHECK_FAILS(HIGEN_ERROR_INTEGRITY, "its graph is broken", router.prepare(stage("vae_decoder")));
+}
+
+int main(int argc, char** argv) {
+    if (argc != 2) return 2;
+    folder = argv[1];
+    const int result = test::run_all();
+    fs::remove_all(folder);
+    return result;
+}
