@@ -128,7 +128,7 @@ def _listing(done: list[Parity], as_json: bool) -> Callable[[Parity], None]:
 @click.option(
     "--tolerance",
     type=click.FloatRange(0, min_open=True),
-    help="Largest error of a step, of its own size; layers stay unquantised until it holds.  [int8: 0.05, fp8: 0.15]",
+    help="Largest error of a step, of its own size; layers stay unquantised until it holds.  [0.05]",
 )
 @JSON
 def quantize(
@@ -141,14 +141,14 @@ def quantize(
     tolerance: float | None,
     as_json: bool,
 ) -> None:
-    """Write denoising graphs of MODEL that multiply in 8 bits, calibrated on real runs.
+    """Write denoising graphs of MODEL that multiply in 8 or 4 bits, calibrated on real runs.
 
-    int8.fp16 and fp8.fp16 are for engines, over the float16 graphs; int8 is for ONNX Runtime on a CPU, over the
-    float32 ones.
+    int8.fp16, fp8.fp16 and nvfp4.fp16 are for engines, over the float16 graphs; int8 is for ONNX Runtime on a CPU, over
+    the float32 ones.
     """
     with reported(as_json):
         with _export_extra():
-            from higen.export.quantize import Report, record_calls
+            from higen.export.quantize import TOLERANCE, Report, record_calls
             from higen.export.quantize import quantize as run
         bundle = Bundle.open(model)
         known = bundle.config.prompts or ("a dog runs on the beach", "a red flower opens")
@@ -158,10 +158,11 @@ def quantize(
         def show(report: Report) -> None:
             done.append(report)
             if not as_json:
-                layers = f"{report.chosen} of {report.candidates} layers"
-                click.echo(f"{report.stage:<14}{report.precision:<10}{layers:<24}error {report.error:.3f}")
+                layers = f"{report.chosen} of {report.candidates} layers, {report.work:.0%} of the work"
+                click.echo(f"{report.stage:<14}{report.precision:<12}{layers:<40}error {report.error:.3f}")
 
-        run(bundle, recorded, precision, stages or DENOISING, tolerance, show)
+        allowed = TOLERANCE if tolerance is None else tolerance
+        run(bundle, recorded, precision, stages or DENOISING, allowed, show, not as_json and sys.stderr.isatty())
         if as_json:
             click.echo(json.dumps({"model": str(bundle.path), "stages": [report.as_json() for report in done]}))
 

@@ -23,7 +23,7 @@ from higen.errors import BackendError, RequestError
 from higen.export.weights import point_into, stored_tensors
 from higen.stages import STAGES, Stage, dimensions
 
-__all__ = ["example_inputs", "export_stage", "is_bookkeeping", "sizes_for", "static_sizes"]
+__all__ = ["example_inputs", "export_stage", "sizes_for", "static_sizes"]
 
 LARGEST_INLINE = 4096
 """A graph holds no tensor of more bytes than this."""
@@ -66,7 +66,7 @@ def export_stage(
     fixed = {**dimensions(bundle.config), **_static_symbols(bundle, name, static)}
     sizes = sizes_for(bundle, {**TRACED, "H": 2 * multiple, "W": 3 * multiple, **(static or {})})
     model = _trace(stage, module, sizes, set(fixed), opset)
-    optimize_ir(model, should_fold=is_bookkeeping)
+    optimize_ir(model, should_fold=_is_bookkeeping)
     _clean(model.graph, stage)
     stored = stored_tensors(bundle.file(bundle.weights(name, precision), verify=False))
     weights = {PREFIXES.get(name, "") + key: tensor for key, tensor in stored.items()}
@@ -115,7 +115,7 @@ def _bytes(value: ir.Value) -> int:
     return 0 if value.const_value is None else value.const_value.nbytes
 
 
-def is_bookkeeping(node: ir.Node) -> bool:
+def _is_bookkeeping(node: ir.Node) -> bool:
     """Whether a node computes small whole numbers from constants: an axis to reduce, say, which TensorRT wants as an
     initializer. Weights are never folded: they would move into the graph.
     """

@@ -1,13 +1,14 @@
-"""Denoising graphs to graphs that multiply in 8 bits: quantise and dequantise nodes, over the same weights file.
+"""Denoising graphs to graphs that multiply in 8 or 4 bits, over the same weights files.
 
 Ranges come from real denoising runs: every recorded call holds both guidance branches, and calls are taken from the
-whole length of the loop. Which layers are quantised is decided by measured error, worst first out. What never is: first
-and last convolution, time, cue and context embeddings, attention's own products, norms, guidance and the solver.
+whole length of the loop. Which layers are quantised is decided by measurement: what each alone does to the result of a
+step, the arithmetic it saves, and what all that are chosen do together. What never is: first and last convolution,
+time, cue and context embeddings, attention's own products, norms, guidance and the solver.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,85 +16,68 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 from numpy.typing import NDArray
+from tqdm import tqdm
 
 from higen.backends.recorder import CallRecorder
 from higen.bundle import QUANTIZED, Bundle, graph_file, put_file
 from higen.errors import BackendError, ModelError, RequestError
+from higen.export.rounding import (
+    KINDS,
+    SWITCHES,
+    Kind,
+    Layer,
+    Nodes,
+    insert,
+    insert_switched,
+    quantizable,
+    rounded_once,
+)
 from higen.pipeline import Pipeline
-from higen.stages import STAGES
 
-__all__ = ["KINDS", "Layer", "Report", "insert", "quantizable", "quantize", "record_calls"]
+__all__ = ["TOLERANCE", "Report", "quantize", "record_calls"]
 
 DENOISING = ("spatial_unet", "temporal_unet")
-
-SENSITIVE = ("unet.conv_in", "unet.conv_out", "unet.time", "unet.context_pool", "embedding", "conditioner")
-"""Parts of a weight's name that keep its layer in the graph's own precision."""
 
 CLIPS = (1.0, 0.8, 0.6, 0.4)
 """Parts of the largest magnitude that are tried as the range of an activation; the one with the least error is kept."""
 
+TOLERANCE = 0.05
+"""Error (see `Report`) that is allowed unless told otherwise."""
 
-@dataclass(frozen=True)
-class Kind:
-    """A type of 8 bits: the largest magnitude it is scaled to, its ONNX type, and the error it is allowed."""
+ALONE = 2
+"""Calls, those that all layers together disturb most, on which each layer's own effect is measured."""
 
-    largest: float
-    dtype: ir.DataType
-    tolerance: float
+LEAST = 0.1
+"""Part of the layers that a quantised graph must have in fewer bits to be worth anything."""
 
+RANKS = (2, 3)
+"""Ranks of tensors that TensorRT quantises in blocks as they enter a layer."""
 
-KINDS = {"int8": Kind(127.0, ir.DataType.INT8, 0.05), "fp8": Kind(448.0, ir.DataType.FLOAT8E4M3FN, 0.15)}
+COMPUTED = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
+"""The type of the scales in a graph of a precision."""
 
 Calls = Sequence[Mapping[str, NDArray[Any]]]
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A convolution or a product with a weight: `node` multiplies `activation` with `weight`'s values."""
-
-    weight: str
-    node: ir.Node
-    activation: ir.Value
-
-    @property
-    def axis(self) -> int:
-        """The axis of the output channels in the tensor that enters the node."""
-        return 0 if self.node.op_type == "Conv" else 1
 
 
 @dataclass(frozen=True)
 class Report:
     """What a quantisation did: layers chosen of those that could be, and the error that is left.
 
-    `error` is the root mean square of the difference of a step's estimate of the clean latents, relative to its own.
+    `work` is the chosen layers' part of the candidates' multiplications. `error` is the root mean square of the
+    difference of a step's estimate of the clean latents, relative to its own, at the worst of the calls.
     """
 
     stage: str
     precision: str
     chosen: int
     candidates: int
+    work: float
     error: float
     kept: tuple[str, ...]
 
     def as_json(self) -> dict[str, Any]:
         """JSON-ready values."""
         return {**vars(self), "kept": list(self.kept)}
-
-
-def quantizable(graph: ir.Graph) -> list[Layer]:
-    """The layers of a graph that may be computed in 8 bits, in the graph's order."""
-    found = []
-    for node in graph:
-        if node.op_type not in ("Conv", "MatMul") or node.inputs[0] is None:
-            continue
-        source = node.inputs[1]
-        while source is not None and (maker := source.producer()) is not None:
-            source = maker.inputs[0] if maker.op_type in ("Cast", "Transpose", "Reshape") else None
-        if source is None or source.name is None or source.const_value is None:
-            continue
-        if source.name in graph.initializers and not any(part in source.name for part in SENSITIVE):
-            found.append(Layer(source.name, node, node.inputs[0]))
-    return found
 
 
 def record_calls(bundle: Bundle, prompts: Sequence[str], steps: int, calls: int, **sizes: Any) -> dict[str, Calls]:
@@ -118,13 +102,15 @@ def quantize(
     calls: Mapping[str, Calls],
     precision: str = "int8",
     stages: Sequence[str] = DENOISING,
-    tolerance: float | None = None,
+    tolerance: float = TOLERANCE,
     on_report: Callable[[Report], None] = lambda _: None,
+    shown: bool = False,
 ) -> Bundle:
     """Write the graph of each denoising stage in a quantised precision (bundle.QUANTIZED).
 
     calls      inputs to calibrate and to measure with, from `record_calls`
-    tolerance  largest error (see `Report`) of a step; layers leave, the worst first, until it holds; None: the kind's
+    tolerance  largest error (see `Report`) of a step; layers leave, the worst first, until it holds
+    shown      with a progress bar
 
     Raises RequestError for another precision or stage, ModelError where a graph is missing, BackendError where no layer
     can be quantised within the tolerance.
@@ -133,228 +119,152 @@ def quantize(
         raise RequestError(f"precision={precision!r}: one of {', '.join(map(repr, QUANTIZED))}")
     if wrong := [stage for stage in stages if stage not in DENOISING]:
         raise RequestError(f"stages={wrong}: of {', '.join(DENOISING)}")
-    kind, _, rest = precision.partition(".")
-    allowed = KINDS[kind].tolerance if tolerance is None else tolerance
+    name, _, rest = precision.partition(".")
+    kind, base = KINDS[name], rest or "fp32"
     for stage in stages:
-        for base in ("fp32", rest or "fp32"):
-            if graph_file(stage, base) not in bundle.files:
-                raise ModelError(f"{bundle.path}: no {graph_file(stage, base)} (make it: higen-export onnx)")
+        for needed in ("fp32", base):
+            if graph_file(stage, needed) not in bundle.files:
+                option = "" if needed == "fp32" else f" --precision {needed}"
+                raise ModelError(f"{bundle.path}: no {graph_file(stage, needed)} (make it: higen-export onnx{option})")
     for stage in stages:
-        ranges, noise = _calibrate(bundle, stage, calls[stage], KINDS[kind])
-        chosen, error = _choose(bundle, stage, calls[stage], KINDS[kind], ranges, noise, allowed)
-        model = ir.load(bundle.path / graph_file(stage, rest or "fp32"))
-        insert(model.graph, chosen, ranges, KINDS[kind])
+        trial = _Trial(bundle, stage, calls[stage], kind, base)
+        chosen, error = _choose(trial, tolerance, shown)
+        model = ir.load(bundle.path / graph_file(stage, base))
+        insert(model, chosen, trial.ranges, kind)
         aside = bundle.path / f".{graph_file(stage, precision)}.part"
         try:
             ir.save(model, aside)
             bundle = put_file(bundle, aside, graph_file(stage, precision))
         finally:
             aside.unlink(missing_ok=True)
-        kept = tuple(sorted(set(noise) - set(chosen)))
-        on_report(Report(stage, precision, len(chosen), len(noise), error, kept))
+        work = sum(trial.work[layer] for layer in chosen) / sum(trial.work.values())
+        kept = tuple(sorted(set(trial.work) - set(chosen)))
+        on_report(Report(stage, precision, len(chosen), len(trial.work), work, error, kept))
     return bundle
 
 
-def insert(graph: ir.Graph, chosen: Mapping[str, Any] | Sequence[str], ranges: Mapping[str, float], kind: Kind) -> None:
-    """Put quantise and dequantise nodes before both inputs of the layers whose weights are named in `chosen`.
+class _Trial:
+    """A stage's float32 graph with a switch for each layer: what any choice of layers does to a step.
 
     ranges   largest magnitude of the activation of each weight's layer
+    work     multiplications of each layer in a call
     """
-    wanted = set(chosen)
-    entering: dict[tuple[ir.Value, float], ir.Value] = {}
-    for layer in quantizable(graph):
-        if layer.weight not in wanted:
-            continue
-        high, node = ranges[layer.weight], layer.node
-        key = (layer.activation, high)
-        if key not in entering:
-            scale = np.float32(high / kind.largest)
-            entering[key] = _pair(graph, node, layer.activation, scale, kind, None, f"{layer.weight}.activation")
-        node.replace_input_with(0, entering[key])
-        weight = node.inputs[1]
-        assert weight is not None
-        values = _values(graph, layer)
-        axes = tuple(i for i in range(values.ndim) if i != layer.axis)
-        magnitudes = np.maximum(np.abs(values).max(axes), 1e-12)
-        scales = (magnitudes / kind.largest).astype(np.float32)
-        node.replace_input_with(1, _pair(graph, node, weight, scales, kind, layer.axis, f"{layer.weight}.kernel"))
 
+    def __init__(self, bundle: Bundle, stage: str, calls: Calls, kind: Kind, base: str) -> None:
+        self.stage = stage
+        self._bundle, self._calls = bundle, calls
+        self.ranges, self.work = self._calibrate(kind)
+        model = self._plain()
+        self._names = insert_switched(model.graph, self.ranges, kind, COMPUTED[base])
+        self._session = self._open(model)
+        self._expected = [self._run(call, ()) for call in calls]
 
-def _pair(
-    graph: ir.Graph, before: ir.Node, value: ir.Value, scale: Any, kind: Kind, axis: int | None, name: str
-) -> ir.Value:
-    """`value` quantised and dequantised, in nodes in front of `before`."""
-    dtype = value.dtype or _computed(graph)
-    scales = np.maximum(np.asarray(scale), np.finfo(np.float16).tiny)
-    inputs = [
-        value,
-        _constant(graph, f"{name}.scale", ir.tensor(scales.astype(dtype.numpy()), dtype=dtype)),
-        _constant(graph, f"{name}.zero", ir.tensor(np.zeros(scales.shape, kind.dtype.numpy()), dtype=kind.dtype)),
-    ]
-    attributes = {} if axis is None else {"axis": axis}
-    into = ir.node("QuantizeLinear", inputs, attributes, name=f"{name}.quantize")
-    back = ir.node("DequantizeLinear", [into.outputs[0], *inputs[1:]], attributes, name=f"{name}.dequantize")
-    into.outputs[0].name, back.outputs[0].name = f"{name}.quantized", f"{name}.dequantized"
-    into.outputs[0].dtype, back.outputs[0].dtype = kind.dtype, dtype
-    graph.insert_before(before, [into, back])
-    return back.outputs[0]
+    def errors(self, chosen: Collection[str], calls: Sequence[int] | None = None) -> list[float]:
+        """The error (see `Report`) with these layers quantised, of each of the calls (None: of all)."""
+        numbers = range(len(self._calls)) if calls is None else calls
+        return [_relative(self._run(self._calls[i], chosen), self._expected[i]) for i in numbers]
 
+    def _run(self, call: Mapping[str, NDArray[Any]], chosen: Collection[str]) -> NDArray[np.float32]:
+        """The estimate of the clean latents after a step."""
+        switches = np.array([name in chosen for name in self._names])
+        found: NDArray[np.float32] = self._session.run(None, {**call, SWITCHES: switches})[1]
+        return found
 
-def _computed(graph: ir.Graph) -> ir.DataType:
-    """What a graph computes in: the type of its first convolution's weight as it enters."""
-    conv = next(node for node in graph if node.op_type == "Conv")
-    weight = conv.inputs[1]
-    while weight is not None and (maker := weight.producer()) is not None:
-        if maker.op_type == "Cast":
-            return ir.DataType(maker.attributes["to"].as_int())
-        weight = maker.inputs[0]
-    assert weight is not None
-    assert weight.dtype is not None
-    return weight.dtype
+    def _calibrate(self, kind: Kind) -> tuple[dict[str, float], dict[str, float]]:
+        """Ranges and work. Where a tensor has one scale, the part of the largest magnitude that rounds best."""
+        extents = self._measure(kind, _extent)
+        if kind.in_blocks:
+            extents = {name: found for name, found in extents.items() if found[0, 1] in RANKS}
+        high = {name: max(float(found[:, 0].max()), 1e-6) for name, found in extents.items()}
+        work = {name: float(found[:, 2].mean()) for name, found in extents.items()}
+        if kind.in_blocks:
+            return high, work
 
+        def noise(nodes: Nodes, layer: Layer) -> list[ir.Value]:
+            return [_noise(nodes, layer.activation, clip * high[layer.weight], kind, clip) for clip in CLIPS]
 
-def _constant(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    value = ir.Value(
-        name=name, shape=ir.Shape(tensor.shape.numpy()), type=ir.TensorType(tensor.dtype), const_value=tensor
-    )
-    graph.register_initializer(value)
-    return value
+        noises = self._measure(kind, noise)
+        return {name: high[name] * CLIPS[int(noises[name].mean(0).argmin())] for name in high}, work
 
+    def _measure(self, kind: Kind, probe: Callable[[Nodes, Layer], list[ir.Value]]) -> dict[str, NDArray[np.float64]]:
+        """Scalars that `probe` computes of each layer: [calls, scalars] by its weight."""
+        model = self._plain()
+        probes = {
+            layer.weight: probe(Nodes(model.graph, None, f"{layer.weight}.probe"), layer)
+            for layer in quantizable(model.graph, kind)
+        }
+        first = len(model.graph.outputs)
+        for value in (value for values in probes.values() for value in values):
+            value.shape = ir.Shape([])
+            model.graph.outputs.append(value)
+        if not probes:
+            raise BackendError(f"{self.stage}: has no layer that could be quantised so")
+        session = self._open(model)
+        rows = np.array([[float(x) for x in session.run(None, dict(call))[first:]] for call in self._calls])
+        stops = np.cumsum([len(values) for values in probes.values()])[:-1]
+        return dict(zip(probes, np.split(rows, stops, axis=1), strict=True))
 
-def _values(graph: ir.Graph, layer: Layer) -> NDArray[np.float32]:
-    """A layer's weight as it enters its node: a product's as [inputs, outputs]."""
-    tensor = graph.initializers[layer.weight].const_value
-    assert tensor is not None
-    values = tensor.numpy().astype(np.float32)
-    return values if layer.node.op_type == "Conv" else values.reshape(values.shape[0], -1).T
+    def _plain(self) -> ir.Model:
+        return ir.load(self._bundle.path / graph_file(self.stage))
 
-
-def _calibrate(bundle: Bundle, stage: str, calls: Calls, kind: Kind) -> tuple[dict[str, float], dict[str, float]]:
-    """Range of the activation and noise of the layer (relative power that 8 bits add), by weight."""
-    peaks = _measure(bundle, stage, calls, lambda graph, value: [_peak(graph, value)])
-    high = {name: float(np.max(found)) for name, found in peaks.items()}
-
-    def errors(graph: ir.Graph, value: ir.Value) -> list[ir.Value]:
-        return [_noise(graph, value, clip * high[str(value.name)], kind) for clip in CLIPS]
-
-    found = _measure(bundle, stage, calls, errors)
-    best = {name: int(np.argmin(np.mean(noise, axis=0))) for name, noise in found.items()}
-    model = ir.load(bundle.path / graph_file(stage))
-    ranges, noises = {}, {}
-    for layer in quantizable(model.graph):
-        name = str(layer.activation.name)
-        ranges[layer.weight] = max(high[name] * CLIPS[best[name]], 1e-6)
-        noises[layer.weight] = float(np.mean(found[name], axis=0)[best[name]]) + _weight_noise(model.graph, layer, kind)
-    return ranges, noises
-
-
-def _measure(
-    bundle: Bundle, stage: str, calls: Calls, probe: Callable[[ir.Graph, ir.Value], list[ir.Value]]
-) -> dict[str, NDArray[np.float64]]:
-    """Run a stage's float32 graph with scalars that `probe` adds for each activation: [call, scalar] by its name."""
-    model = ir.load(bundle.path / graph_file(stage))
-    activations = {str(layer.activation.name): layer.activation for layer in quantizable(model.graph)}
-    probes = {name: probe(model.graph, value) for name, value in activations.items()}
-    model.graph.outputs.extend(value for values in probes.values() for value in values)
-    rows = [_run(bundle, model, call) for call in calls]
-    first = len(STAGES[stage].outputs)
-    found, start = {}, first
-    for name, values in probes.items():
-        stop = start + len(values)
-        found[name] = np.array([[float(x) for x in row[start:stop]] for row in rows])
-        start = stop
-    return found
-
-
-def _run(bundle: Bundle, model: ir.Model, call: Mapping[str, NDArray[Any]]) -> list[NDArray[Any]]:
-    session = model.meta.get("session")
-    if session is None:
-        aside = bundle.path / f".{model.graph.name}.calibration.part"
+    def _open(self, model: ir.Model) -> Any:
+        """A session of a graph that is changed for the trial only; to be loaded it lies beside its weights."""
+        aside = self._bundle.path / f".{self.stage}.calibration.part"
         try:
             ir.save(model, aside)
             options = ort.SessionOptions()
             options.log_severity_level = 3
-            session = ort.InferenceSession(str(aside), options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(str(aside), options, providers=["CPUExecutionProvider"])
         finally:
             aside.unlink(missing_ok=True)
-        model.meta["session"] = session
-    outputs: list[NDArray[Any]] = session.run(None, dict(call))
-    return outputs
 
 
-def _add(graph: ir.Graph, op: str, inputs: list[ir.Value], **attributes: Any) -> ir.Value:
-    node = ir.node(op, inputs, attributes)
-    graph.append(node)
-    node.outputs[0].dtype = ir.DataType.FLOAT
-    return node.outputs[0]
+def _extent(nodes: Nodes, layer: Layer) -> list[ir.Value]:
+    """A layer's activation: its largest magnitude and its rank; and the layer's multiplications."""
+    largest = nodes.add("ReduceMax", [nodes.add("Abs", [layer.activation], "size")], "largest", keepdims=0)
+    shape = nodes.add("Shape", [layer.activation], "shape", ir.DataType.INT64)
+    rank = nodes.add("Size", [shape], "rank", ir.DataType.INT64)
+    count = nodes.add("Size", [layer.node.outputs[0]], "count", ir.DataType.INT64)
+    weight = nodes.graph.initializers[layer.weight].shape
+    assert weight is not None
+    each = nodes.constant("each", np.int64(np.prod(weight.numpy()[1:])))
+    return [largest, rank, nodes.add("Mul", [count, each], "work", ir.DataType.INT64)]
 
 
-def _number(graph: ir.Graph, value: float) -> ir.Value:
-    return _constant(graph, f"probe.{len(graph.initializers)}", ir.tensor(np.float32(value)))
+def _noise(nodes: Nodes, value: ir.Value, high: float, kind: Kind, clip: float) -> ir.Value:
+    """Power of what rounding adds to a tensor of this range."""
+    off = nodes.add("Sub", [value, rounded_once(nodes, value, high, kind, f"{clip}")], f"{clip}.off")
+    return nodes.add("ReduceMean", [nodes.add("Mul", [off, off], f"{clip}.power")], f"{clip}.noise", keepdims=0)
 
 
-def _mean(graph: ir.Graph, value: ir.Value) -> ir.Value:
-    return _scalar(_add(graph, "ReduceMean", [value], keepdims=0))
+def _choose(trial: _Trial, tolerance: float, shown: bool) -> tuple[list[str], float]:
+    """The layers, those first that save most arithmetic for their error, with which a step stays within the tolerance;
+    and its error.
+    """
+    names = list(trial.work)
+    together = trial.errors(names)
+    if (error := max(together)) <= tolerance:
+        return names, error
+    worst = np.argsort(together)[-ALONE:].tolist()
+    alone = {}
+    for name in tqdm(names, desc=f"{trial.stage}, layers", disable=not shown):
+        alone[name] = sum(error**2 for error in trial.errors([name], worst))
+    # Layers' errors are nearly independent: their squares add up.
+    ordered = sorted(names, key=lambda name: alone[name] / trial.work[name])
+    fits, over = max(round(LEAST * len(names)), 1), len(names)
+    error = max(trial.errors(ordered[:fits]))
+    if error > tolerance:
+        raise BackendError(
+            f"{trial.stage}: a tenth of its layers in fewer bits differs by {error:.2f}, allowed is {tolerance}"
+        )
+    while over - fits > max(1, len(names) // 50):
+        middle = (fits + over) // 2
+        if (found := max(trial.errors(ordered[:middle]))) <= tolerance:
+            fits, error = middle, found
+        else:
+            over = middle
+    return ordered[:fits], error
 
 
-def _peak(graph: ir.Graph, value: ir.Value) -> ir.Value:
-    return _scalar(_add(graph, "ReduceMax", [_add(graph, "Abs", [value])], keepdims=0))
-
-
-def _scalar(value: ir.Value) -> ir.Value:
-    value.shape = ir.Shape([])
-    return value
-
-
-def _noise(graph: ir.Graph, value: ir.Value, high: float, kind: Kind) -> ir.Value:
-    """Power of what 8 bits add to a tensor of this range, relative to its own."""
-    scale = _number(graph, max(high, 1e-6) / kind.largest)
-    zero = _constant(
-        graph, f"probe.{len(graph.initializers)}", ir.tensor(np.zeros((), kind.dtype.numpy()), dtype=kind.dtype)
-    )
-    quantized = _add(graph, "QuantizeLinear", [value, scale, zero])
-    quantized.dtype = kind.dtype
-    back = _add(graph, "DequantizeLinear", [quantized, scale, zero])
-    off = _add(graph, "Sub", [value, back])
-    own = _add(graph, "Add", [_mean(graph, _add(graph, "Mul", [value, value])), _number(graph, 1e-12)])
-    return _scalar(_add(graph, "Div", [_mean(graph, _add(graph, "Mul", [off, off])), own]))
-
-
-def _weight_noise(graph: ir.Graph, layer: Layer, kind: Kind) -> float:
-    values = _values(graph, layer)
-    axes = tuple(i for i in range(values.ndim) if i != layer.axis)
-    scales = np.maximum(np.abs(values).max(axes, keepdims=True), 1e-12) / kind.largest
-    if kind.dtype == ir.DataType.INT8:
-        back = np.round(values / scales).clip(-128, 127) * scales
-    else:
-        back = (values / scales).astype(kind.dtype.numpy()).astype(np.float32) * scales
-    return float(((values - back) ** 2).mean() / max(float((values**2).mean()), 1e-12))
-
-
-def _choose(
-    bundle: Bundle,
-    stage: str,
-    calls: Calls,
-    kind: Kind,
-    ranges: Mapping[str, float],
-    noise: Mapping[str, float],
-    tolerance: float,
-) -> tuple[list[str], float]:
-    """The most layers, the least noisy first, with which a step's error stays within the tolerance; and that error."""
-    plain = ir.load(bundle.path / graph_file(stage))
-    expected = [_run(bundle, plain, call)[1] for call in calls]
-    ordered = sorted(noise, key=lambda name: noise[name])
-    error = float("inf")
-    for part in (1.0, 0.9, 0.8, 0.65, 0.5, 0.35, 0.2, 0.1):
-        chosen = ordered[: max(round(part * len(ordered)), 1)]
-        model = ir.load(bundle.path / graph_file(stage))
-        insert(model.graph, chosen, ranges, kind)
-        found = [_run(bundle, model, call)[1] for call in calls]
-        error = max(_relative(a, b) for a, b in zip(found, expected, strict=True))
-        if error <= tolerance:
-            return chosen, error
-    raise BackendError(f"{stage}: a tenth of its layers in 8 bits differs by {error:.2f}, allowed is {tolerance}")
-
-
-def _relative(found: NDArray[Any], expected: NDArray[Any]) -> float:
+def _relative(found: NDArray[np.float32], expected: NDArray[np.float32]) -> float:
     return float(np.sqrt(((found - expected) ** 2).mean() / max(float((expected**2).mean()), 1e-12)))

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 from higen import bundle as files
 from higen.backends.onnx import OnnxBackend
-from higen.backends.select import select_backend
+from higen.backends.select import Options, select_backend
 from higen.backends.torch import TorchBackend
 from higen.bundle import Bundle, graph_file, weights_file
 from higen.config import ModelConfig, from_json
@@ -203,7 +203,7 @@ def test_a_variant_is_run_where_it_is_asked_for(low: tuple[Bundle, list[Parity],
         assert 1e-5 < error < VARIANTS["fp16"].tolerance
     assert backend.describe("conditioner") == "cpu, fp16"
     # A stage without such a graph goes to PyTorch, in the same precision.
-    router = select_backend(bundle, precision="fp16", device="cpu")
+    router = select_backend(bundle, options=Options(precision="fp16", device="cpu"))
     for name in EXPORTED:
         router.prepare(name)
     assert [router.choices[name].backend for name in EXPORTED] == ["torch", "onnx"]
@@ -244,7 +244,7 @@ def test_options_that_no_graph_can_have(tiny_model: Path) -> None:
     with pytest.raises(RequestError, match="precision='int8': one of 'fp32', 'fp16', 'bf16'"):
         export_model(Bundle.open(tiny_model), precision="int8")
     with pytest.raises(RequestError, match="precision='half'"):
-        select_backend(Bundle.open(tiny_model), precision="half")
+        select_backend(Bundle.open(tiny_model), options=Options(precision="half"))
 
 
 # Fixed shapes

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
+import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import pytest
-from onnxscript.optimizer import optimize_ir
 
 import higen
 from higen.api import default_model
@@ -19,10 +21,12 @@ from higen.engines.compare import compare
 from higen.engines.model import build_engines
 from higen.engines.shapes import read_profile
 from higen.engines.targets import parse_targets
-from higen.errors import BackendError, ModelError, RequestError
-from higen.export.graphs import is_bookkeeping
+from higen.errors import BackendError, BackendUnavailable, ModelError, RequestError
 from higen.export.model import export_model
-from higen.export.quantize import KINDS, Report, insert, quantizable, quantize, record_calls
+from higen.export.quantize import Report, quantize, record_calls
+from higen.train.recipes.default.report import COLUMNS
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
@@ -67,32 +71,6 @@ def test_the_graph_runs_and_differs_by_what_was_measured(
     assert worst == pytest.approx(report.error, rel=1e-3)
 
 
-def test_sensitive_layers_are_never_candidates(model: Path) -> None:
-    graph = ir.load(model / graph_file("spatial_unet")).graph
-    names = {layer.weight for layer in quantizable(graph)}
-    assert len(names) > 10
-    for part in ("unet.conv_in", "unet.conv_out", "unet.time", "embedding", "norm"):
-        assert not any(part in name.partition(".blocks")[0] for name in names), part
-    assert all(layer.node.op_type in ("Conv", "MatMul") for layer in quantizable(graph))
-
-
-def test_the_nodes_are_what_the_formula_says(model: Path) -> None:
-    """x -> round(x / s) * s with s = range / 127, and a scale for each output channel of the weight."""
-    graph = ir.load(model / graph_file("spatial_unet")).graph
-    conv = next(layer for layer in quantizable(graph) if layer.node.op_type == "Conv")
-    product = next(layer for layer in quantizable(graph) if layer.node.op_type == "MatMul")
-    insert(graph, [conv.weight, product.weight], {conv.weight: 6.35, product.weight: 12.7}, KINDS["int8"])
-    for layer, high in ((conv, 6.35), (product, 12.7)):
-        activation, kernel = (value.producer() for value in layer.node.inputs[:2])
-        assert activation.op_type == kernel.op_type == "DequantizeLinear"
-        assert float(activation.inputs[1].const_value.numpy()) == pytest.approx(high / 127)
-        stored = graph.initializers[layer.weight].const_value.numpy().astype(np.float32)
-        channels = stored.reshape(stored.shape[0], -1)
-        np.testing.assert_allclose(kernel.inputs[1].const_value.numpy(), np.abs(channels).max(1) / 127, rtol=1e-5)
-        assert kernel.attributes["axis"].as_int() == (0 if layer is conv else 1)
-        assert not kernel.inputs[2].const_value.numpy().any()
-
-
 def test_weights_stay_in_their_file(quantized: tuple[Bundle, Report]) -> None:
     bundle, _ = quantized
     assert bundle.weights("spatial_unet", "int8") == bundle.weights("spatial_unet", "fp32")
@@ -110,7 +88,7 @@ def test_stages_that_are_not_quantised_run_as_they_are(quantized: tuple[Bundle, 
 
 def test_a_tolerance_that_cannot_hold_is_one_error(model: Path, calls: Any) -> None:
     few = {stage: found[:1] for stage, found in calls.items()}
-    with pytest.raises(BackendError, match=r"spatial_unet: a tenth of its layers in 8 bits differs by .*1e-09"):
+    with pytest.raises(BackendError, match=r"spatial_unet: a tenth of its layers in fewer bits differs by .*1e-09"):
         quantize(Bundle.open(model), few, "int8", ["spatial_unet"], 1e-9)
     assert not list(model.glob(".*part"))
 
@@ -127,21 +105,81 @@ def test_wrong_wishes_are_refused(model: Path, calls: Any) -> None:
         export_model(bundle, precision="int8")
 
 
-def test_an_engine_of_a_quantised_graph(quantized: tuple[Bundle, Report], calls: Any) -> None:
-    """Its graph may need its axes folded first: see test_engine_stages."""
+def test_the_most_work_within_the_tolerance(model: Path, calls: Any) -> None:
+    """A looser tolerance quantises more; by work and by layers, and never beyond it."""
+    reports: list[Report] = []
+    few = {stage: found[1:2] for stage, found in calls.items()}
+    quantize(Bundle.open(model), few, "int8", ["spatial_unet"], 10.0, reports.append)
+    low, high = 0.4 * reports[0].error, 0.75 * reports[0].error
+    for tolerance in (low, high):
+        quantize(Bundle.open(model), few, "int8", ["spatial_unet"], tolerance, reports.append)
+    all_of_them, strict, loose = reports
+    assert strict.error <= low < loose.error <= high < all_of_them.error
+    assert 0.1 < strict.work < loose.work < all_of_them.work == 1
+    assert strict.chosen < loose.chosen < all_of_them.chosen == all_of_them.candidates
+    assert all_of_them.kept == ()
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """The built-in model; its float32 graph stands in for the float16 one, which takes a minute to export."""
+    model = Path(shutil.copytree(default_model(), tmp_path_factory.mktemp("half") / "model"))
+    bundle = Bundle.open(model)
+    aside = Path(shutil.copy(model / graph_file("spatial_unet"), model / ".graph.part"))
+    return put_file(bundle, aside, graph_file("spatial_unet", "fp16"))
+
+
+@pytest.mark.parametrize(
+    ("precision", "target", "datatype", "lacking"),
+    [
+        ("int8", "rtx-sm89", "Int8", "rtx-sm75"),
+        ("fp8.fp16", "rtx-sm89", "FP8", "rtx-sm86"),
+        ("nvfp4.fp16", "rtx-sm120", "FP4E2M1", "rtx-sm89"),
+    ],
+)
+def test_an_engine_of_a_quantised_graph(
+    half: Bundle, calls: Any, precision: str, target: str, datatype: str, lacking: str
+) -> None:
+    """The list of kernels says that every chosen layer multiplies tensors of the type, and no other does."""
     pytest.importorskip("tensorrt_rtx")
-    bundle, _ = quantized
-    graph = ir.load(bundle.path / graph_file("spatial_unet", "int8"))
-    optimize_ir(graph, should_fold=is_bookkeeping)
-    aside = bundle.path / ".graph.part"
-    ir.save(graph, aside)
-    bundle = put_file(bundle, aside, graph_file("spatial_unet", "int8"))
+    reports: list[Report] = []
+    bundle = quantize(half, calls, precision, ["spatial_unet"], on_report=reports.append)
+    assert reports[0].error <= 0.05
     profile = read_profile("default", bundle.config)
-    (record,) = build_engines(bundle, parse_targets("rtx-sm89"), [profile], ["spatial_unet"], "int8")
-    assert record.precision == "int8"
-    log = bundle.path / "engines" / "rtx-sm89" / "spatial_unet.log"
-    assert "Datatype: Int8" in log.read_text(encoding="utf-8")
+    with pytest.raises(RequestError, match=f"precision='{precision}': {lacking[4:].upper()} cannot compute in it"):
+        build_engines(bundle, parse_targets(f"{target},{lacking}"), [profile], ["spatial_unet"], precision)
+    assert not (bundle.path / "engines").exists()
+    (record,) = build_engines(bundle, parse_targets(target), [profile], ["spatial_unet"], precision)
+    assert record.precision == precision
+    log = (bundle.path / "engines" / target / "spatial_unet.log").read_text(encoding="utf-8")
     shutil.rmtree(bundle.path / "engines")
+    graph = ir.load(bundle.path / graph_file("spatial_unet", precision)).graph
+    layers = [node for node in graph if node.op_type in ("Conv", "MatMul")]
+    chosen = {layer.name for layer in layers if is_quantized(layer)}
+    assert len(chosen) == reports[0].chosen
+    assert products(log, datatype) & {layer.name for layer in layers} == chosen
+
+
+def is_quantized(node: ir.Node) -> bool:
+    makers = [value.producer() for value in node.inputs[:2] if value is not None]
+    return any(maker is not None and maker.op_type == "DequantizeLinear" for maker in makers)
+
+
+def products(log: str, datatype: str) -> set[str]:
+    """Operators whose kernel takes a tensor of a type, by the build log; one kernel may do several."""
+    lines = [line for line in log.splitlines() if re.match(r"Name: .*LayerType: (?:gemm|correlation)", line)]
+    return {
+        name
+        for line in lines
+        if f"Datatype: {datatype}" in line.partition("Constants:")[0]
+        for name in re.findall(r"\[ONNX Layer: ([^\]]+)\]", line)
+    }
+
+
+def test_onnx_runtime_says_that_it_lacks_nvfp4(half: Bundle, calls: Any) -> None:
+    bundle = quantize(half, calls, "nvfp4.fp16", ["spatial_unet"])
+    with pytest.raises(BackendUnavailable, match=r"spatial_unet\.nvfp4\.fp16\.onnx: ONNX Runtime does not compute"):
+        OnnxBackend(bundle, "cpu", "nvfp4.fp16").prepare("spatial_unet")
 
 
 def test_polygraphy_tells_the_same_story(quantized: tuple[Bundle, Report]) -> None:
@@ -157,3 +195,55 @@ def test_polygraphy_tells_the_same_story(quantized: tuple[Bundle, Report]) -> No
         compare(bundle, "onnx", "fp32")
     with pytest.raises(RequestError, match="with='torch'"):
         compare(bundle, "torch", "fp16")
+
+
+def test_the_table_of_precisions(quantized: tuple[Bundle, Report], tmp_path: Path) -> None:
+    """benchmarks/precisions.py, on a tiny clip: its figures, and what it keeps."""
+    precisions = load_benchmark()
+    bundle, report = Bundle.open(quantized[0].path), quantized[1]
+    step = bundle.config.autoencoder.factor * bundle.config.unet.size_multiple
+    options = {"frames": 2, "width": step, "height": step, "steps": 2}
+    prompts = bundle.config.prompts[:2]
+    rows = precisions.compare(bundle, ("fp32", "int8"), prompts, options)
+    videos = {}
+    for name in ("fp32", "int8"):
+        with higen.load(bundle.path, "onnx", precision=name, threads=1) as pipe:
+            videos[name] = [pipe(prompt, seed=i, **options).frames.astype(float) for i, prompt in enumerate(prompts)]
+    off = [((a - b) ** 2).mean() for a, b in zip(videos["fp32"], videos["int8"], strict=True)]
+    assert rows[1].psnr == pytest.approx(np.mean([10 * np.log10(255**2 / x) for x in off]), rel=1e-4)
+    assert rows[1].worst == pytest.approx(10 * np.log10(255**2 / max(off)), rel=1e-4)
+    assert rows[0].worst == float("inf")
+    extra = bundle.files[graph_file("spatial_unet", "int8")].size - bundle.files[graph_file("spatial_unet")].size
+    assert rows[1].size - rows[0].size == extra
+    lines = precisions.table(rows, {"int8": {"spatial_unet": report.as_json()}}, {})
+    assert lines[0] == "|  | fp32 | int8 |"
+    assert f"| spatial_unet: error of a step |  | {report.error:.3f} |" in lines
+    assert f"| the worst of them | the same | {rows[1].worst:.1f} |" in lines
+
+    generated = {key: 0.5 for key, _, _ in COLUMNS}
+    measured = {
+        "groups": {"held-out": {"generated": generated, "frechet": {"ratio": 1.5}}},
+        "control": {"motion": {"spearman": 0.9}},
+    }
+    lines = precisions.table(rows, {}, {"fp32": measured, "int8": measured})
+    assert "| background | 50.0% | 50.0% |" in lines
+    assert "| PSNR, clip | 0.50 dB | 0.50 dB |" in lines
+    assert "| Frechet distance, of real against real | 1.50 x | 1.50 x |" in lines
+    assert lines[-1] == "| motion cue followed, Spearman | 0.90 | 0.90 |"
+
+    assert precisions.prepare(default_model(), tmp_path, ["fp32"])[0].files == Bundle.open(default_model()).files
+    (tmp_path / "measures.fp32.json").write_text("{}")
+    precisions.prepare(default_model(), tmp_path, ["fp32"])
+    assert (tmp_path / "measures.fp32.json").exists()
+    precisions.prepare(bundle.path, tmp_path, ["fp32"])  # another model
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
+
+
+def load_benchmark() -> Any:
+    spec = importlib.util.spec_from_file_location("precisions", ROOT / "benchmarks" / "precisions.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look there
+    spec.loader.exec_module(module)
+    return module

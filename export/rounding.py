@@ -1,0 +1,384 @@
+"""What a quantised layer is: its rounding, as nodes that an engine computes with and as the same arithmetic in float32.
+
+int8, fp8   one scale for a tensor that enters, one for each output channel of a weight; the weight stays in its file
+            and is rounded as a graph is loaded or an engine built
+nvfp4       E2M1 in blocks of 16 along the axis that is summed over, an E4M3 scale for each block, one float32 scale for
+            all: of a weight stored in the graph itself (half a byte and a sixteenth for each value: an engine would
+            keep the 16 bits of a weight that a graph rounds), of a tensor that enters found as it does
+
+Sources: TensorRT's documentation of explicit quantisation and of IDynamicQuantizeLayer; ONNX's E4M3 and E2M1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+from onnx_ir.passes.common import RemoveUnusedNodesPass
+
+__all__ = [
+    "KINDS",
+    "SWITCHES",
+    "Kind",
+    "Layer",
+    "Nodes",
+    "blocks_of",
+    "insert",
+    "insert_switched",
+    "quantizable",
+    "rounded_blocks",
+    "rounded_once",
+]
+
+SENSITIVE = (
+    "unet.conv_in",
+    "unet.conv_out",
+    "unet.time",
+    "unet.context_pool",
+    "unet.residual_gain",
+    "embedding",
+    "conditioner",
+)
+"""Parts of a weight's name that keep its layer in the graph's own precision."""
+
+SWITCHES = "quantized"
+"""Input of a switched graph: bool [layers], which of them are rounded."""
+
+BLOCK = 16
+E4M3 = ir.DataType.FLOAT8E4M3FN
+LARGEST_E4M3 = 448.0
+NEEDED_OPSET, NEEDED_IR = 23, 11  # of a graph with E2M1 in it
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A type to multiply in: the largest magnitude it is scaled to, its ONNX type, and the operators that have it."""
+
+    largest: float
+    dtype: ir.DataType
+    operators: tuple[str, ...] = ("Conv", "MatMul")
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether scales are of blocks, and those of activations found as they enter."""
+        return self.dtype == ir.DataType.FLOAT4E2M1
+
+
+KINDS = {
+    "int8": Kind(127.0, ir.DataType.INT8),
+    "fp8": Kind(LARGEST_E4M3, E4M3),
+    "nvfp4": Kind(6.0, ir.DataType.FLOAT4E2M1, ("MatMul",)),
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or a product with a weight: `node` multiplies `activation` with `weight`'s values."""
+
+    weight: str
+    node: ir.Node
+    activation: ir.Value
+
+    @property
+    def axis(self) -> int:
+        """The axis of the output channels in the tensor that enters the node."""
+        return 0 if self.node.op_type == "Conv" else 1
+
+
+def quantizable(graph: ir.Graph, kind: Kind = KINDS["int8"]) -> list[Layer]:
+    """The layers of a graph that may be computed in a kind, in the graph's order."""
+    found = []
+    for node in graph:
+        if node.op_type not in kind.operators or node.inputs[0] is None:
+            continue
+        source = node.inputs[1]
+        while source is not None and (maker := source.producer()) is not None:
+            source = maker.inputs[0] if maker.op_type in ("Cast", "Transpose", "Reshape") else None
+        if source is None or source.name is None or source.const_value is None:
+            continue
+        if source.name not in graph.initializers or any(part in source.name for part in SENSITIVE):
+            continue
+        layer = Layer(source.name, node, node.inputs[0])
+        if not kind.in_blocks or np.prod(source.const_value.shape.numpy()[1:]) % BLOCK == 0:
+            found.append(layer)
+    return found
+
+
+def values_of(graph: ir.Graph, layer: Layer) -> NDArray[np.float32]:
+    """A layer's weight as it enters its node: a product's as [inputs, outputs]."""
+    tensor = graph.initializers[layer.weight].const_value
+    assert tensor is not None
+    values = tensor.numpy().astype(np.float32)
+    return values if layer.node.op_type == "Conv" else values.reshape(values.shape[0], -1).T
+
+
+def insert(model: ir.Model, chosen: Collection[str], ranges: Mapping[str, float], kind: Kind) -> None:
+    """Put the nodes that an engine computes with before both inputs of the layers whose weights are named in `chosen`.
+
+    ranges   largest magnitude of the activation of each weight's layer
+    """
+    graph = model.graph
+    computed = _computed(graph)
+    entering: dict[tuple[ir.Value, float], ir.Value] = {}
+    for layer in quantizable(graph, kind):
+        if layer.weight not in chosen:
+            continue
+        high, nodes = ranges[layer.weight], Nodes(graph, layer.node, layer.weight)
+        key = (layer.activation, high)
+        if key not in entering:
+            if kind.in_blocks:
+                entering[key] = _entering_blocks(nodes, layer.activation, high, computed)
+            else:
+                scale = np.asarray(high / kind.largest)
+                entering[key] = _pair(nodes, layer.activation, scale, computed, kind, None, "activation")
+        layer.node.replace_input_with(0, entering[key])
+        values, weight = values_of(graph, layer), layer.node.inputs[1]
+        assert weight is not None
+        if kind.in_blocks:
+            kernel = _stored_blocks(nodes, values, computed)
+        else:
+            scales = _channel_scales(values, layer.axis, kind)
+            kernel = _pair(nodes, weight, scales, computed, kind, layer.axis, "kernel")
+        layer.node.replace_input_with(1, kernel)
+    if kind.in_blocks:
+        RemoveUnusedNodesPass()(model)  # weights that are stored in the graph now
+        model.ir_version = max(model.ir_version, NEEDED_IR)
+        model.opset_imports[""] = max(model.opset_imports[""], NEEDED_OPSET)
+        model.opset_imports["trt"] = 1
+
+
+def insert_switched(
+    graph: ir.Graph, ranges: Mapping[str, float], kind: Kind, computed: ir.DataType = ir.DataType.FLOAT
+) -> list[str]:
+    """Round every layer that has a range as `insert` would, but in float32 and where the new input SWITCHES says so.
+
+    computed   what the graph computes in that `insert` is for: its scales are rounded to it
+
+    Returns the weights' names, in the order of the switches.
+    """
+    layers = [layer for layer in quantizable(graph, kind) if layer.weight in ranges]
+    switches = ir.Value(name=SWITCHES, shape=ir.Shape([len(layers)]), type=ir.TensorType(ir.DataType.BOOL))
+    graph.inputs.append(switches)
+    for i, layer in enumerate(layers):
+        kernel = layer.node.inputs[1]
+        assert kernel is not None
+        plain, low = (Nodes(ir.Graph([], [], nodes=[], name="branch"), None, layer.weight) for _ in range(2))
+        plain.graph.outputs.append(plain.add("Identity", [layer.activation], "plain.activation"))
+        plain.graph.outputs.append(plain.add("Identity", [kernel], "plain.kernel"))
+        values = values_of(graph, layer)
+        low.graph.outputs.extend(_in_float32(low, layer, values, ranges[layer.weight], kind, computed))
+        nodes = Nodes(graph, layer.node, layer.weight)
+        switch = nodes.add("Gather", [switches, nodes.constant("index", np.int64(i))], "switch", ir.DataType.BOOL)
+        # A branch that is not taken costs nothing.
+        branches: dict[str, Any] = {"then_branch": low.graph, "else_branch": plain.graph}
+        for place, value in enumerate(nodes.add_all("If", [switch], "chosen", (ir.DataType.FLOAT,) * 2, **branches)):
+            layer.node.replace_input_with(place, value)
+    return [layer.weight for layer in layers]
+
+
+def _in_float32(
+    nodes: Nodes,
+    layer: Layer,
+    values: NDArray[np.float32],
+    high: float,
+    kind: Kind,
+    computed: ir.DataType,
+) -> list[ir.Value]:
+    """What enters a layer, rounded in float32: activation and weight."""
+    weight = layer.node.inputs[1]
+    assert weight is not None
+    if kind.in_blocks:
+        count, largest = values.shape[0], float(np.abs(values).max())
+        activation = rounded_blocks(nodes, layer.activation, count, high, "activation")
+        turned = nodes.add("Transpose", [weight], "kernel.turned", perm=[1, 0])
+        kernel = rounded_blocks(nodes, turned, count, largest, "kernel")
+        return [activation, nodes.add("Transpose", [kernel], "kernel.back", perm=[1, 0])]
+    scale, scales = np.asarray(high / kind.largest), _channel_scales(values, layer.axis, kind)
+    float32 = ir.DataType.FLOAT
+    return [
+        _pair(nodes, layer.activation, scale, computed, kind, None, "activation", float32),
+        _pair(nodes, weight, scales, computed, kind, layer.axis, "kernel", float32),
+    ]
+
+
+@dataclass(frozen=True)
+class Nodes:
+    """Adds nodes and constants of a layer, in front of its own node (None: at the end of the graph)."""
+
+    graph: ir.Graph
+    before: ir.Node | None
+    prefix: str
+
+    def add(
+        self, op: str, inputs: list[ir.Value], name: str, dtype: ir.DataType = ir.DataType.FLOAT, **attributes: Any
+    ) -> ir.Value:
+        """A node of one output, and that output."""
+        return self.add_all(op, inputs, name, (dtype,), **attributes)[0]
+
+    def add_all(
+        self,
+        op: str,
+        inputs: list[ir.Value],
+        name: str,
+        dtypes: Sequence[ir.DataType],
+        domain: str = "",
+        **attributes: Any,
+    ) -> Sequence[ir.Value]:
+        """A node with an output of each type; these outputs."""
+        node = ir.node(op, inputs, attributes, domain=domain, num_outputs=len(dtypes), name=f"{self.prefix}.{name}")
+        for i, (value, dtype) in enumerate(zip(node.outputs, dtypes, strict=True)):
+            value.name, value.dtype = f"{self.prefix}.{name}.{i}", dtype
+        if self.before is None:
+            self.graph.append(node)
+        else:
+            self.graph.insert_before(self.before, node)
+        return node.outputs
+
+    def constant(self, name: str, values: Any, dtype: ir.DataType | None = None) -> ir.Value:
+        """An initializer of a numpy array or number."""
+        tensor = ir.tensor(np.asarray(values), dtype=dtype)
+        value = ir.Value(
+            name=f"{self.prefix}.{name}",
+            shape=ir.Shape(tensor.shape.numpy()),
+            type=ir.TensorType(tensor.dtype),
+            const_value=tensor,
+        )
+        self.graph.register_initializer(value)
+        return value
+
+
+def _pair(
+    nodes: Nodes,
+    value: ir.Value,
+    scale: NDArray[Any],
+    rounded_to: ir.DataType,
+    kind: Kind,
+    axis: int | None,
+    name: str,
+    dtype: ir.DataType | None = None,
+) -> ir.Value:
+    """`value` quantised and dequantised. The scales are rounded to one type, and stored in `dtype` (None: the same)."""
+    dtype = dtype or rounded_to
+    scales = np.maximum(scale, np.finfo(np.float16).tiny).astype(rounded_to.numpy()).astype(dtype.numpy())
+    constants = [
+        nodes.constant(f"{name}.scale", scales, dtype),
+        nodes.constant(f"{name}.zero", np.zeros(scales.shape, kind.dtype.numpy()), kind.dtype),
+    ]
+    attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
+    into = nodes.add("QuantizeLinear", [value, *constants], f"{name}.quantize", kind.dtype, **attributes)
+    return nodes.add("DequantizeLinear", [into, *constants], f"{name}.dequantize", dtype, **attributes)
+
+
+def _channel_scales(values: NDArray[np.float32], axis: int, kind: Kind) -> NDArray[np.float32]:
+    others = tuple(i for i in range(values.ndim) if i != axis)
+    scales: NDArray[np.float32] = np.maximum(np.abs(values).max(others), 1e-12) / np.float32(kind.largest)
+    return scales
+
+
+def _computed(graph: ir.Graph) -> ir.DataType:
+    """What a graph computes in: the type of its first convolution's weight as it enters."""
+    conv = next(node for node in graph if node.op_type == "Conv")
+    weight = conv.inputs[1]
+    while weight is not None and (maker := weight.producer()) is not None:
+        if maker.op_type == "Cast":
+            return ir.DataType(maker.attributes["to"].as_int())
+        weight = maker.inputs[0]
+    assert weight is not None
+    assert weight.dtype is not None
+    return weight.dtype
+
+
+def rounded_once(nodes: Nodes, value: ir.Value, high: float, kind: Kind, name: str) -> ir.Value:
+    """A float32 tensor through one scale and back."""
+    return _pair(nodes, value, np.asarray(high / kind.largest), ir.DataType.FLOAT, kind, None, name)
+
+
+def blocks_of(values: NDArray[np.float32], largest: float) -> tuple[NDArray[Any], NDArray[Any], np.float32]:
+    """NVFP4 of values [..., n], n a multiple of 16: E2M1 [..., n], E4M3 scales [..., n/16], and the scale of all.
+
+    largest   magnitude that the scale of all is for: that of `values`, or of many tensors like them
+    """
+    whole = _whole_scale(largest)
+    blocks = values.reshape(*values.shape[:-1], -1, BLOCK)
+    scales = (np.abs(blocks).max(-1) / np.float32(6) / whole).clip(0, LARGEST_E4M3).astype(E4M3.numpy())
+    steps = np.maximum(scales.astype(np.float32) * whole, np.finfo(np.float32).tiny)
+    scaled = (blocks / steps[..., None]).clip(-6, 6)
+    return scaled.astype(ir.DataType.FLOAT4E2M1.numpy()).reshape(values.shape), scales, whole
+
+
+def _whole_scale(largest: float) -> np.float32:
+    """With it, the block of the largest value has the largest scale there is."""
+    return np.float32(max(largest, 1e-12) / (6 * LARGEST_E4M3))
+
+
+def _stored_blocks(nodes: Nodes, values: NDArray[np.float32], computed: ir.DataType) -> ir.Value:
+    """A product's weight [inputs, outputs] from NVFP4 in the graph."""
+    codes, scales, whole = blocks_of(np.ascontiguousarray(values.T), float(np.abs(values).max()))
+    kernel = _from_blocks(
+        nodes,
+        nodes.constant("kernel.codes", codes, ir.DataType.FLOAT4E2M1),
+        nodes.constant("kernel.scales", scales, E4M3),
+        nodes.constant("kernel.scale", whole),
+        computed,
+        "kernel",
+    )
+    return nodes.add("Transpose", [kernel], "kernel.turned", computed, perm=[1, 0])
+
+
+def _entering_blocks(nodes: Nodes, value: ir.Value, high: float, computed: ir.DataType) -> ir.Value:
+    """A tensor through NVFP4, its blocks' scales found as it enters."""
+    whole = nodes.constant("activation.scale", _whole_scale(high))
+    codes, scales = nodes.add_all(
+        "TRT_FP4DynamicQuantize",
+        [value, whole],
+        "activation.quantize",
+        (ir.DataType.FLOAT4E2M1, E4M3),
+        domain="trt",
+        axis=-1,
+        block_size=BLOCK,
+        scale_type=int(E4M3),
+    )
+    return _from_blocks(nodes, codes, scales, whole, computed, "activation")
+
+
+def _from_blocks(
+    nodes: Nodes, codes: ir.Value, scales: ir.Value, whole: ir.Value, computed: ir.DataType, name: str
+) -> ir.Value:
+    steps = nodes.add("DequantizeLinear", [scales, whole], f"{name}.steps")
+    if computed != ir.DataType.FLOAT:
+        steps = nodes.add("Cast", [steps], f"{name}.steps.cast", computed, to=int(computed))
+    return nodes.add("DequantizeLinear", [codes, steps], f"{name}.dequantize", computed, axis=-1, block_size=BLOCK)
+
+
+def rounded_blocks(nodes: Nodes, value: ir.Value, count: int, high: float, name: str) -> ir.Value:
+    """What `blocks_of` makes of a tensor of `count` in its last axis, in float32 operators that every runtime has."""
+
+    def add(op: str, inputs: list[ir.Value], part: str, **attributes: Any) -> ir.Value:
+        return nodes.add(op, inputs, f"{name}.{part}", **attributes)
+
+    def number(part: str, x: Any) -> ir.Value:
+        return nodes.constant(f"{name}.{part}", np.float32(x))
+
+    shape = nodes.add("Shape", [value], f"{name}.shape", ir.DataType.INT64)
+    form = nodes.constant(f"{name}.form", np.array([-1, count // BLOCK, BLOCK], np.int64))
+    blocks = add("Reshape", [value, form], "blocks")
+    last = nodes.constant(f"{name}.last", np.array([2], np.int64))
+    peaks = add("ReduceMax", [add("Abs", [blocks], "magnitudes"), last], "peaks", keepdims=1)
+    whole = number("whole", _whole_scale(high))
+    zero = nodes.constant(f"{name}.zero", np.zeros((), E4M3.numpy()), E4M3)
+    scales = add("Div", [peaks, number("six", 6)], "scales")
+    scales = nodes.add("QuantizeLinear", [scales, whole, zero], f"{name}.scales.quantize", E4M3)
+    scales = add("DequantizeLinear", [scales, whole, zero], "scales.dequantize")
+    steps = add("Max", [scales, number("tiny", np.finfo(np.float32).tiny)], "steps")
+    scaled = add("Clip", [add("Div", [blocks, steps], "scaled"), number("low", -6), number("high", 6)], "clipped")
+    size = add("Abs", [scaled], "size")
+    grid = number("grid.4", 2)  # E2M1's neighbours are 0.5 apart below 2, then 1, and from 4 on 2
+    for bound, step in ((4, 1.0), (2, 0.5)):
+        below = nodes.add("Less", [size, number(f"bound.{bound}", bound)], f"{name}.below.{bound}", ir.DataType.BOOL)
+        grid = add("Where", [below, number(f"step.{bound}", step), grid], f"grid.below.{bound}")
+    codes = add("Mul", [add("Round", [add("Div", [scaled, grid], "places")], "nearest"), grid], "codes")
+    return add("Reshape", [add("Mul", [codes, scales], "values"), shape], "rounded")
