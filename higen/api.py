@@ -8,7 +8,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any, overload
 
-from higen.backends.select import check_backend, select_backend
+from higen.backends.select import Options, check_backend, select_backend
 from higen.bundle import Bundle
 from higen.pipeline import Pipeline, Prompts
 from higen.video import Video
@@ -35,8 +35,9 @@ def load(
 
     backend    "auto" (the best that works here) or a backend's name
     device     "cpu", "cuda", and for torch "cuda:1", ...; None: a GPU if there is one that works
-    precision  "fp32", "fp16" or "bf16": what the stages compute in; None: fp32 on a CPU, on a GPU fp16 where the
-               model has such graphs, else what the weights are stored in
+    precision  "fp32", "fp16", "bf16", or a quantised one such as "int8", which the denoiser has and the other stages
+               have not: what the stages compute in; None: fp32 on a CPU, on a GPU fp16 where the model has such
+               graphs, else what the weights are stored in
     threads    CPU threads of one stage; None: the library's choice
     verify     check the sha256 of each file as it is loaded
     low_memory one TensorRT engine on the GPU at a time, for cards that do not hold all
@@ -44,16 +45,9 @@ def load(
     Raises RequestError, ManifestError, IntegrityError, BackendUnavailable or EngineError.
     """
     check_backend(backend)
+    options = Options(device, precision, threads, verify, low_memory)
     bundle = Bundle.open(default_model() if model is None else model)
-    chosen = select_backend(
-        bundle,
-        backend,
-        device=device,
-        precision=precision,
-        threads=threads,
-        verify=verify,
-        low_memory=low_memory,
-    )
+    chosen = select_backend(bundle, backend, options)
     pipeline = Pipeline(bundle, chosen)
     try:
         pipeline.prepare()

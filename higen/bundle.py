@@ -26,6 +26,7 @@ from higen.config import ModelConfig, from_json, to_json
 from higen.errors import IntegrityError, ManifestError, ModelError, RequestError
 
 __all__ = [
+    "ENGINES_ONLY",
     "MANIFEST",
     "PRECISIONS",
     "QUANTIZED",
@@ -60,8 +61,12 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 """What a stage's graph computes in. fp32 is the unnamed one; its weights may be stored in fewer bits."""
 
 
-QUANTIZED = ("int8", "int8.fp16", "fp8.fp16")
-"""Most multiplications in 8 bits, the rest in fp32 or fp16, over the weights of that precision."""
+QUANTIZED = ("int8", "int8.fp16", "fp8.fp16", "nvfp4.fp16")
+"""Most multiplications in 8 or 4 bits, the rest in fp32 or fp16, over the weights of that precision."""
+
+
+ENGINES_ONLY = ("nvfp4.fp16",)
+"""Of these, what TensorRT alone computes in."""
 
 
 def check_precision(precision: str) -> str:

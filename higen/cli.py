@@ -68,8 +68,11 @@ def main() -> None:
 @click.option("--appearance", type=numbers, help="How much the look changes: one number (0 still), or one per frame.")
 @BACKEND
 @click.option("--device", help="cpu, cuda, and for torch cuda:1, ...  [a GPU if there is one]")
-@click.option("--precision", help="What the stages compute in: fp32, fp16 or bf16.  [fp32 on a CPU]")
+@click.option("--precision", help="What the stages compute in: fp32, fp16, bf16, int8, ...  [fp32 on a CPU]")
 @click.option("--threads", type=int, help="CPU threads of one stage.  [the library's choice]")
+@click.option(
+    "--low-memory", is_flag=True, help="One TensorRT engine on the GPU at a time, for cards that hold no more."
+)
 @JSON
 def generate(
     prompt: str,
@@ -80,6 +83,7 @@ def generate(
     device: str | None,
     precision: str | None,
     threads: int | None,
+    low_memory: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -103,7 +107,9 @@ def generate(
         request = make_request(Bundle.open(model or default_model()).config, prompt, **given)
         if image is not None:
             load_image(image, request.width, request.height)
-        with load(model, backend, device=device, precision=precision, threads=threads) as pipeline:
+        with load(
+            model, backend, device=device, precision=precision, threads=threads, low_memory=low_memory
+        ) as pipeline:
             video = pipeline(prompt, image=image, progress=False if as_json else None, **given)
             written = video.save(output)
         if as_json:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from higen.api import default_model
-from higen.backends.select import Availability, Choice, availability, select_backend
+from higen.backends.select import Availability, Choice, Options, availability, select_backend
 from higen.bundle import Bundle
 from higen.errors import FallbackWarning, HigenError
 from higen.stages import STAGES
@@ -135,7 +135,7 @@ def _model(path: Path) -> tuple[str, bool]:
 
 def _stages(path: Path) -> Iterator[Choice]:
     try:
-        router = select_backend(Bundle.open(path), verify=False)
+        router = select_backend(Bundle.open(path), options=Options(verify=False))
     except HigenError:
         return  # the list of backends says why
     for stage in STAGES:

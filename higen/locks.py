@@ -7,7 +7,26 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["locked"]
+__all__ = ["hold", "locked"]
+
+
+def hold(path: Path, flags: int, *, wait: bool) -> int | None:
+    """Lock a file or folder, opened with `flags`; the lock is given back as the descriptor that is returned is closed.
+
+    None on a system without such locks. Raises BlockingIOError where another process has it and `wait` is False,
+    OSError where it cannot be opened.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        return None
+    descriptor = os.open(path, flags | os.O_CLOEXEC, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
 
 
 @contextmanager
@@ -16,14 +35,9 @@ def locked(path: Path) -> Iterator[None]:
 
     On a system without such locks nothing is held. Raises OSError where the file cannot be made.
     """
+    descriptor = hold(path, os.O_RDWR | os.O_CREAT, wait=True)
     try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
     finally:
-        os.close(descriptor)
+        if descriptor is not None:
+            os.close(descriptor)

@@ -44,7 +44,9 @@ def test_variants_see_the_same_clips_and_only_their_cue_is_missing(latents: Path
     everything = window(latents)
     for given in ("motion", "appearance"):
         without = window(latents, **{given: False})
-        assert without.captions == everything.captions
+        pairs = zip(without.captions, everything.captions, strict=True)
+        # A motion cue may stand in for the words that name the speed, which are last.
+        assert all(a == b or (given == "motion" and a.startswith(b)) for a, b in pairs)
         for name in ("x0", "prior", *({"motion", "appearance"} - {given})):
             assert torch.equal(getattr(without, name), getattr(everything, name))
         assert not torch.equal(getattr(without, given), getattr(everything, given))
@@ -54,17 +56,9 @@ def test_variants_see_the_same_clips_and_only_their_cue_is_missing(latents: Path
     assert all(any(torch.equal(row, wanted) for wanted in place) for row in rows)
 
 
-def test_batches_three_times_as_small(latents: Path) -> None:
-    whole, small = (Clips(latents, NETWORK, Selection(TWO, smaller=n)) for n in (1, 3))
-    for seed in range(3):
-        batches = [c.windows(torch.Generator().manual_seed(seed), 0.1).x0 for c in (whole, small)]
-        assert [x.shape[0] * x.shape[2] for x in batches] == [48, 16]
-    assert len(small.images(torch.Generator().manual_seed(0)).x0) == 4
-
-
 def test_a_network_without_preconditioning_never_sees_the_prior(latents: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     network = replace(NETWORK, channel_multipliers=(1, 1), prior_preconditioning=False)
-    clips = Clips(latents, network, Selection(TWO, smaller=3))
+    clips = Clips(latents, network, Selection(TWO))
     trainer, windows = Trainer(clips, Run(steps=2)), clips.windows
     poisoned = lambda *given: replace(windows(*given), prior=torch.full_like(windows(*given).prior, torch.nan))  # noqa: E731
     monkeypatch.setattr(clips, "windows", poisoned)

@@ -20,6 +20,8 @@ from conftest import TINY
 
 import higen
 from higen.api import default_model
+from higen.backends.select import Options, StageRouter, select_backend
+from higen.bundle import Bundle
 from higen.cli import main
 from higen.errors import BackendUnavailable, FixtureError, TrainingError
 from higen.parity import Case
@@ -105,6 +107,20 @@ def test_generate_equals_the_library(generate: Any, tiny_model: Path) -> None:
     generate("a star", "-o", "star.npy", "--seed", "3")
     with higen.load(tiny_model) as pipe:
         np.testing.assert_array_equal(np.load("star.npy"), pipe("a star", seed=3).frames)
+
+
+def test_generate_says_how_stages_are_to_run(generate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Options] = []
+
+    def select(bundle: Bundle, name: str, options: Options) -> StageRouter:
+        seen.append(options)
+        return select_backend(bundle, name, options)
+
+    monkeypatch.setattr("higen.api.select_backend", select)
+    chosen = ("--device", "cpu", "--precision", "fp32", "--threads", "1", "--low-memory")
+    assert generate("a star", "-o", "star.gif", *chosen).exit_code == 0
+    assert generate("a star", "-o", "star.gif").exit_code == 0
+    assert seen == [Options("cpu", "fp32", 1, low_memory=True), Options()]
 
 
 def test_generate_from_a_picture(generate: Any) -> None:

@@ -18,11 +18,13 @@ from higen.errors import PromptWarning, SettingsError, TrainingError
 from higen.measures.statistics import frechet_distance
 from higen.pipeline import Pipeline
 from higen.train.recipes.default.data import background
-from higen.train.recipes.default.evaluate import Result, Shot, evaluate, known, plan
+from higen.train.recipes.default.evaluate import Result, evaluate
+from higen.train.recipes.default.journal import Journal
 from higen.train.recipes.default.judges import NOTHING, Judges
 from higen.train.recipes.default.real import RealClips
 from higen.train.recipes.default.report import as_text, write
-from higen.train.recipes.default.subjects import BACKGROUNDS, KEY_INDEX, SUBJECTS, is_held_out
+from higen.train.recipes.default.shots import Shot, plan
+from higen.train.recipes.default.subjects import BACKGROUNDS, KEY_INDEX, SUBJECTS, is_held_out, subjects_named
 
 Frames = NDArray[np.uint8]
 SIDE, LOOP = 64, 48
@@ -148,9 +150,9 @@ def test_less_than_one_seed_is_refused(seeds: int) -> None:
 
 
 def test_a_models_subjects_are_those_its_prompts_name() -> None:
-    assert known([f"{SUBJECTS[5].caption} on a blue sky", "something else"]) == (5,)
+    assert subjects_named([f"{SUBJECTS[5].caption} on a blue sky", "something else"]) == (5,)
     with pytest.raises(SettingsError, match="only its models"):
-        known(["a cat on a mat"])
+        subjects_named(["a cat on a mat"])
 
 
 # An honest model
@@ -307,6 +309,37 @@ def test_a_word_the_model_does_not_know_stops_it(real: RealClips, judges: Judges
         evaluate(make, Lossless(), real, judges, shots)
 
 
+def test_a_run_that_was_stopped_goes_on(real: RealClips, judges: Judges, tmp_path: Path) -> None:
+    shots = [Shot("held-out", "text", s, 0, 2, seed) for s in range(3) for seed in range(2)]
+    made: list[str] = []
+
+    class Stopping(Model):
+        left = 4
+
+        def __call__(self, *request: Any) -> Frames:
+            if not self.left:
+                raise KeyboardInterrupt
+            self.left -= 1
+            made.append(request[0])
+            return super().__call__(*request)
+
+    whole = evaluate(Model(real, shots, repeated), Lossless(), real, judges, shots)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(
+            Stopping(real, shots, repeated), Lossless(), real, judges, shots, journal=Journal(tmp_path / "clips", {})
+        )
+    with (tmp_path / "clips").open("a") as file:
+        file.write('[{"group": "held-')  # a line that a crash cut off
+    rest = shots[4:]
+    journal = Journal(tmp_path / "clips", {})
+    again = evaluate(Model(real, rest, repeated), Lossless(), real, judges, shots, journal=journal)
+    assert again.rows == whole.rows
+    assert again.measures == whole.measures
+    assert len(made) == 4
+    assert all(Journal(tmp_path / "clips", {}).find(shot) is not None for shot in shots)
+    assert all(Journal(tmp_path / "clips", {"model": "another"}).find(shot) is None for shot in shots)
+
+
 def test_the_judges_are_kept(real: RealClips, judges: Judges, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = Judges(real, tmp_path, steps=(2, 1))
     monkeypatch.setattr("higen.train.recipes.default.judges.fit", None)  # training would fail
@@ -362,11 +395,12 @@ def test_the_command_prints_and_writes_what_it_measured(
     monkeypatch.setattr(f"{module}.Judges", lambda *given, **options: judges)
     monkeypatch.setattr(f"{module}.PipelineMaker", Maker)
     monkeypatch.setattr(RealClips, "read", lambda folder: real)
-    result = cli("--data", tmp_path, "--output", tmp_path / "out", "--seeds", "1", "--json")
+    result = cli("--data", tmp_path, "--output", tmp_path / "out", "--seeds", "1", "--precision", "fp32", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert found["groups"]["held-out"]["generated"]["beats_copy"] == 1
     assert found["model"]["seeds"] == 1
+    assert found["model"]["precision"] == "fp32"
     assert "unet.safetensors" in found["model"]["files"]
     written = json.loads((tmp_path / "out" / "measures.json").read_text())
     assert written == {key: value for key, value in found.items() if key != "subjects"}
@@ -382,6 +416,9 @@ def test_a_model_of_another_kind_is_refused_before_any_work(tiny_model: Path, tm
 
 def test_wrong_arguments_are_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     options = ("--data", tmp_path / "data", "--output", tmp_path / "out")
+    result = cli(*options, "--precision", "int9")
+    assert result.exit_code == 2
+    assert "precision='int9': one of 'fp32'" in result.stderr
     result = cli(*options, "--seeds", "0")
     assert result.exit_code == 2
     assert "seeds=0: a whole number from 1" in result.stderr

@@ -20,7 +20,7 @@ import higen
 from higen import bundle as files
 from higen.api import default_model
 from higen.backends.onnx import OnnxBackend
-from higen.backends.select import select_backend
+from higen.backends.select import Options, select_backend
 from higen.backends.torch import TorchBackend
 from higen.bundle import Bundle, graph_file
 from higen.errors import BackendError, BackendUnavailable, FallbackWarning, HigenError, IntegrityError, RequestError
@@ -286,7 +286,7 @@ def test_threads_reach_the_session(bundle: Bundle, monkeypatch: pytest.MonkeyPat
         return session(path, options, **rest)
 
     monkeypatch.setattr(ort, "InferenceSession", seen)
-    select_backend(bundle, "onnx", threads=threads).prepare("conditioner")
+    select_backend(bundle, "onnx", Options(threads=threads)).prepare("conditioner")
     assert given == [threads]
 
 

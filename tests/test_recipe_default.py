@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import math
+import re
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer
 
 from higen import bundle
 from higen.api import default_model
 from higen.bundle import Bundle
 from higen.tokenizer import build_word_tokenizer
+from higen.train.recipes.default.clips import Clips, Selection
 from higen.train.recipes.default.data import background, clip_indices, compose, fetch
-from higen.train.recipes.default.denoiser import Networks, Run
+from higen.train.recipes.default.denoiser import UNET, Networks, Run, Trainer
 from higen.train.recipes.default.start import start_from
 from higen.train.recipes.default.subjects import (
     BACKGROUNDS,
@@ -115,7 +119,7 @@ def test_a_start_from_another_model_takes_its_weights_and_its_words() -> None:
         assert torch.equal(parameter, unet[name].float()), name
     table = networks.text.get_parameter("embeddings.token_embedding.weight")
     theirs = load_file(model.file(bundle.TEXT_ENCODER))["embeddings.token_embedding.weight"].float()
-    known = build_word_tokenizer((*vocabulary(), ",")).get_vocab()
+    known = Tokenizer.from_file(str(model.file(bundle.TOKENIZER))).get_vocab()
     assert torch.equal(table[ids["whale"]], theirs[known["whale"]])
     assert torch.equal(table[ids["novelty"]], torch.cat([own, own[:1]])[ids["novelty"]])
 
@@ -124,3 +128,44 @@ def test_without_npm_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RuntimeError, match=r"npm is not installed: install Node\.js, or put the archive"):
         fetch(tmp_path / "data")
+
+
+def test_new_subjects_are_drawn_twice_as_often_at_first(tmp_path: Path) -> None:
+    loops = {f"latents/{SUBJECTS[s].name}": torch.zeros((10, 72, 32, 8, 8)).half() for s in (0, 1)}
+    save_file(loops, tmp_path / "latents")
+    clips = Clips(tmp_path / "latents", UNET, Selection(subjects=(0, 1), new=(1,)))
+
+    def share(progress: float) -> float:
+        random = torch.Generator().manual_seed(0)
+        captions = [text for _ in range(100) for text in clips.images(random, progress).captions if text]
+        return sum("penguin" in text for text in captions) / len(captions)
+
+    assert share(0.2) == pytest.approx(2 / 3, abs=0.05)
+    assert share(0.8) == pytest.approx(1 / 2, abs=0.05)
+
+
+def test_bfloat16_trains_as_float32_does(tmp_path: Path) -> None:
+    random = torch.Generator().manual_seed(0)
+    loops = {f"latents/{SUBJECTS[s].name}": torch.randn((10, 72, 32, 8, 8), generator=random).half() for s in (0, 1)}
+    save_file(loops, tmp_path / "latents")
+    config = replace(UNET, channel_multipliers=(1, 1))
+    losses = []
+    for bfloat16 in (False, True):
+        clips = Clips(tmp_path / "latents", config, Selection(subjects=(0, 1)))
+        trainer = Trainer(clips, Run(steps=4, bfloat16=bfloat16))
+        losses.append([trainer.advance() for _ in range(3)])
+    assert losses[0] != losses[1]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=2e-3)
+
+
+def test_a_motion_cue_stands_in_for_words_and_nothing_else_does(tmp_path: Path) -> None:
+    random = torch.Generator().manual_seed(0)
+    save_file({f"latents/{SUBJECTS[0].name}": torch.randn((10, 72, 32, 8, 8), generator=random).half()}, tmp_path / "l")
+    clips = Clips(tmp_path / "l", UNET, Selection(subjects=(0,)))
+    batches = [clips.windows(torch.Generator().manual_seed(seed), 0.1) for seed in range(40)]
+    clip = [(m, x, text) for b in batches for m, x, text in zip(b.motion, b.x0, b.captions, strict=True)]
+    moving = re.compile("slow|fast|quick|still")
+    # A window of equal frames stands still; without a cue its words must say so.
+    still = [(bool(m.any()), bool(moving.search(text))) for m, x, text in clip if text and (x == x[:, :1]).all()]
+    assert {said for cue, said in still if not cue} == {True}
+    assert {said for cue, said in still if cue} == {True, False}

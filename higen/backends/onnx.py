@@ -11,7 +11,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from higen.bundle import Bundle, check_precision, graph_file, stand_ins
+from higen.bundle import ENGINES_ONLY, Bundle, check_precision, graph_file, stand_ins
 from higen.errors import BackendError, BackendUnavailable, IntegrityError
 from higen.stages import STAGES, check_inputs, dimensions
 
@@ -146,6 +146,8 @@ class OnnxBackend:
     def _choose(self, stage: str) -> str:
         there = self.bundle.precisions(stage)
         for precision in stand_ins(self._precision) if self._precision else PREFERRED[self._device]:
+            if precision in there and precision in ENGINES_ONLY:
+                raise BackendUnavailable(f"{graph_file(stage, precision)}: ONNX Runtime does not compute in it")
             if precision in there:
                 return precision
         asked = self._precision or "fp32"

@@ -26,7 +26,16 @@ from higen.errors import (
     RequestError,
 )
 
-__all__ = ["BACKENDS", "Availability", "Choice", "StageRouter", "availability", "check_backend", "select_backend"]
+__all__ = [
+    "BACKENDS",
+    "Availability",
+    "Choice",
+    "Options",
+    "StageRouter",
+    "availability",
+    "check_backend",
+    "select_backend",
+]
 
 BACKENDS = ("tensorrt", "onnx", "torch")
 """Known backends, the preferred one first: a compiled way before the modules themselves."""
@@ -196,30 +205,43 @@ class StageRouter:
             warnings.warn(f"{stage} runs on {name}: {reason}", FallbackWarning, stacklevel=3)
 
 
-def select_backend(
-    bundle: Bundle,
-    name: str = "auto",
-    *,
-    device: str | None = None,
-    precision: str | None = None,
-    threads: int | None = None,
-    verify: bool = True,
-    low_memory: bool = False,
-) -> StageRouter:
+@dataclass(frozen=True)
+class Options:
+    """How stages are run, whatever runs them; a backend takes what concerns it.
+
+    device      "cpu", "cuda", and for torch "cuda:1", ...; None: a GPU if there is one that works
+    precision   what the stages compute in (bundle.PRECISIONS and QUANTIZED); a stage without a graph in it is passed on
+                to the next backend. None: each backend's choice for its device
+    threads     CPU threads of one stage; None: the library's choice
+    verify      check the sha256 of each file as it is loaded
+    low_memory  one TensorRT engine on the GPU at a time
+
+    Raises RequestError for a precision or a number of threads that no backend takes.
+    """
+
+    device: str | None = None
+    precision: str | None = None
+    threads: int | None = None
+    verify: bool = True
+    low_memory: bool = False
+
+    def __post_init__(self) -> None:
+        if self.precision is not None:
+            check_precision(self.precision)
+        if self.threads is not None and (type(self.threads) is not int or not 1 <= self.threads <= MAX_THREADS):
+            raise RequestError(f"threads={self.threads!r}: a whole number from 1 to {MAX_THREADS}")
+
+
+PLAIN = Options()
+
+
+def select_backend(bundle: Bundle, name: str = "auto", options: Options = PLAIN) -> StageRouter:
     """A router over the named backend, or with "auto" over all that are installed.
 
-    `precision` (bundle.PRECISIONS) is what the stages compute in; a stage without a graph in it is passed on to the
-    next backend. None: each backend's choice for its device. `threads` that a stage may use on a CPU. `low_memory`:
-    one engine on the GPU at a time.
-
-    Raises RequestError for an option that no backend takes, BackendUnavailable, saying why each is not here, and
-    IntegrityError where a file the chosen way needs is broken and no other way exists.
+    Raises RequestError for a name that is none, BackendUnavailable, saying why each is not here, and IntegrityError
+    where a file the chosen way needs is broken and no other way exists.
     """
     check_backend(name)
-    if precision is not None:
-        check_precision(precision)
-    if threads is not None and (type(threads) is not int or not 1 <= threads <= MAX_THREADS):
-        raise RequestError(f"threads={threads!r}: a whole number from 1 to {MAX_THREADS}")
     wanted = [a for a in availability() if name in ("auto", a.backend)]
     absent = {a.backend: a.reason for a in wanted if not a.works}
     makers: dict[str, Callable[[], Backend]] = {}
@@ -227,38 +249,29 @@ def select_backend(
         # TensorRT says for each stage why its engine is not used; there may be none to ask for.
         if candidate.works or candidate.backend == "tensorrt":
             absent.pop(candidate.backend, None)
-            makers[candidate.backend] = _maker(
-                candidate.backend, bundle, device, precision, threads, verify, low_memory
-            )
+            makers[candidate.backend] = _maker(candidate.backend, bundle, options)
     if not makers:
         raise BackendUnavailable("; ".join(f"{backend}: {reason}" for backend, reason in absent.items()))
     return StageRouter(bundle, makers, absent)
 
 
-def _maker(
-    backend: str,
-    bundle: Bundle,
-    device: str | None,
-    precision: str | None,
-    threads: int | None,
-    verify: bool,
-    low_memory: bool,
-) -> Callable[[], Backend]:
+def _maker(backend: str, bundle: Bundle, options: Options) -> Callable[[], Backend]:
     def tensorrt() -> Backend:
         from higen.backends.tensorrt import TensorrtBackend
 
-        return TensorrtBackend(bundle, device, precision, verify, low_memory)
+        return TensorrtBackend(bundle, options.device, options.precision, options.verify, options.low_memory)
 
     def onnx() -> Backend:
         from higen.backends.onnx import OnnxBackend
 
-        return OnnxBackend(bundle, device, precision, threads, verify)
+        return OnnxBackend(bundle, options.device, options.precision, options.threads, options.verify)
 
     def torch() -> Backend:
         from higen.backends.torch import TorchBackend
 
-        # A quantised model's other stages: PyTorch has nothing in 8 bits.
-        plain = None if precision is None else stand_ins(precision)[-1]
-        return TorchBackend(bundle, device, DTYPES[plain] if plain else None, verify, threads)
+        # A quantised model's other stages: PyTorch has nothing in fewer than 16 bits.
+        plain = None if options.precision is None else stand_ins(options.precision)[-1]
+        dtype = DTYPES[plain] if plain else None
+        return TorchBackend(bundle, options.device, dtype, options.verify, options.threads)
 
     return {"tensorrt": tensorrt, "onnx": onnx, "torch": torch}[backend]

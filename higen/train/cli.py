@@ -63,15 +63,18 @@ def _say(line: str) -> None:
 @train.command("default")
 @click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder for data and state; it resumes.")
 @click.option("--output", type=click.Path(path_type=Path), required=True, help="Model directory to write.")
-@click.option("--steps", type=int, help="Steps of the denoiser.  [the recipe's]")
+@click.option("--steps", type=click.IntRange(1), help="Steps of the denoiser.  [the recipe's]")
 @click.option("--codec-minutes", type=float, default=45.0, show_default=True, help="Time for the autoencoder.")
 @click.option("--start", type=click.Path(path_type=Path), help="Model of this recipe to start from.  [random weights]")
-def from_recipe(work: Path, output: Path, steps: int | None, codec_minutes: float, start: Path | None) -> None:
+@click.option("--bf16", is_flag=True, help="Mixed precision, for processors that have bfloat16 instructions.")
+def from_recipe(
+    work: Path, output: Path, steps: int | None, codec_minutes: float, start: Path | None, bf16: bool
+) -> None:
     """Train the built-in model, from the npm packages on."""
     with reported(False):
         from higen.train.recipes.default.run import run
 
-        run(work, output, steps, codec_minutes, start)
+        run(work, output, steps, codec_minutes, start, bf16)
 
 
 @click.command()
@@ -118,9 +121,17 @@ def cues(
 @click.option("--seeds", type=int, default=8, show_default=True, help="Clips of each held-out prompt.")
 @click.option("--quick", is_flag=True, help="Every fourth subject, one seed.")
 @click.option("--backend", default="auto", show_default=True, help="Where the stages run; see `higen doctor`.")
+@click.option("--precision", help="What the stages compute in: fp32, fp16, bf16, int8, ...  [fp32 on a CPU]")
 @JSON
 def evaluate(
-    model: Path | None, data: Path, output: Path, seeds: int, quick: bool, backend: str, as_json: bool
+    model: Path | None,
+    data: Path,
+    output: Path,
+    seeds: int,
+    quick: bool,
+    backend: str,
+    precision: str | None,
+    as_json: bool,
 ) -> None:
     """Measure MODEL, made by the default recipe, against the real clips.  [the built-in small model]
 
@@ -130,7 +141,14 @@ def evaluate(
         from higen.train.recipes.default.measure import measure
 
         found, text = measure(
-            model, data, output, seeds=1 if quick else seeds, quick=quick, backend=backend, shown=_watched(as_json)
+            model,
+            data,
+            output,
+            seeds=1 if quick else seeds,
+            quick=quick,
+            backend=backend,
+            precision=precision,
+            shown=_watched(as_json),
         )
         click.echo(json.dumps(found) if as_json else text)
 

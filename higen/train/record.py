@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from higen.errors import MissingExtra, TrainingError
+from higen.locks import hold
 
 __all__ = ["Record", "lock", "read_losses"]
 
@@ -25,16 +26,9 @@ def lock(folder: Path) -> int | None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
-        import fcntl
-    except ImportError:  # Windows
-        return None
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return hold(folder, os.O_RDONLY, wait=False)
     except BlockingIOError as error:
-        os.close(descriptor)
         raise TrainingError(f"{folder}: another process is training there") from error
-    return descriptor
 
 
 def read_losses(path: Path) -> list[dict[str, float]]:

@@ -35,10 +35,11 @@ from higen.train.recipes.default.assemble import DEFAULTS, assemble
 from higen.train.recipes.default.clips import Clips, Selection
 from higen.train.recipes.default.data import fetch
 from higen.train.recipes.default.denoiser import UNET, Run, train
-from higen.train.recipes.default.evaluate import PipelineMaker, evaluate, plan
+from higen.train.recipes.default.evaluate import PipelineMaker, evaluate
 from higen.train.recipes.default.judges import Judges
 from higen.train.recipes.default.real import RealClips
 from higen.train.recipes.default.report import as_text, write
+from higen.train.recipes.default.shots import plan
 from higen.train.recipes.default.subjects import SUBJECTS
 
 __all__ = ["LIVELY", "VARIANTS", "OneStage", "Variant", "fit", "measure", "table"]
@@ -69,15 +70,15 @@ VARIANTS = (
 )
 
 
-def fit(variant: Variant, work: Path, steps: int) -> Path:
-    """Train a variant to `steps` steps, going on where it stopped; returns its model directory."""
+def fit(variant: Variant, work: Path, run: Run) -> Path:
+    """Train a variant to `run`'s steps, going on where it stopped; returns its model directory."""
     state = work / "ablation" / variant.name.replace(" ", "-")
     model = state / "model"
     if not model.exists():
         state.mkdir(parents=True, exist_ok=True)
         network = replace(NETWORK, prior_preconditioning=variant.prior)
-        selection = Selection(LIVELY, variant.motion, variant.appearance, smaller=3)
-        train(state, Run(steps=steps), clips=Clips(work / "latents.safetensors", network, selection))
+        selection = Selection(LIVELY, variant.motion, variant.appearance)
+        train(state, run, clips=Clips(work / "latents.safetensors", network, selection))
         assemble(work, model, checkpoint=state / "denoiser.ckpt", unet=network)
     return model
 
@@ -147,6 +148,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the WebP loops; filled if empty")
     parser.add_argument("--work", type=Path, required=True, help="folder of the recipe's codec and latents")
     parser.add_argument("--steps", type=int, default=1500, help="of each variant")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision")
     parser.add_argument("--seeds", type=int, default=4, help="clips of each held-out prompt")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--table", type=Path, help="Markdown file to write the table into")
@@ -154,7 +156,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.set_flush_denormal(True)
     fetch(arguments.data)
-    models = [(variant, fit(variant, arguments.work, arguments.steps)) for variant in VARIANTS]
+    run = Run(steps=arguments.steps, bfloat16=arguments.bf16)
+    models = [(variant, fit(variant, arguments.work, run)) for variant in VARIANTS]
     real = RealClips.read(arguments.data)
     kept = arguments.work / "ablation" / "judges"
     kept.mkdir(exist_ok=True)

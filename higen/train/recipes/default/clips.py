@@ -35,14 +35,17 @@ network more clips a step."""
 LATE_WINDOWS = ((4, 12), (8, 6), (16, 3))
 """The same after the part LATE of the run: as many whole clips."""
 LATE = 0.7
+EARLY = 0.5
 IMAGES = 12
 TOLD = 32
-"""Captions per step that are told how much their clips move, no more: no network but the text's runs for them."""
+"""Captions and cues per step that are told how much their clips move, no more: the U-Net does not run for them."""
 TEXT_DROPOUT = 0.1
 UNSPECIFIED = 0.35
 """Part of the clips whose two cues are both left out, so that the text alone says how fast; each alone: CUE_DROPOUT."""
 CUE_DROPOUT = 0.15
 PRIOR_NOISE = 0.05
+UNSAID = 0.5
+"""Part of the clips with a motion cue whose caption leaves the speed out, so that the number decides it."""
 
 
 @dataclass(frozen=True)
@@ -57,16 +60,27 @@ class Batch:
 
 
 @dataclass(frozen=True)
+class Told:
+    """motion [B,F,D] and appearance [B,F,R] cues, captions, and the mean square [B,F] of the frames' distance from the
+    prior, which is what a denoiser's gain should make of them."""
+
+    motion: Tensor
+    appearance: Tensor
+    square: Tensor
+    captions: list[str]
+
+
+@dataclass(frozen=True)
 class Selection:
     """Which part of the data is used: indices of the subjects, and whether a clip's measured cues are ever given.
 
-    Batches are `smaller` times (1 or 3) as small.
+    Subjects in `new` are drawn twice as often in the run's first half.
     """
 
     subjects: tuple[int, ...] = tuple(range(len(SUBJECTS)))
     motion: bool = True
     appearance: bool = True
-    smaller: int = 1
+    new: tuple[int, ...] = ()
 
 
 class Clips:
@@ -77,8 +91,12 @@ class Clips:
         self.config = config
         self.selection = selection or Selection()
         self.loops = {s: cache[f"latents/{SUBJECTS[s].name}"] for s in self.selection.subjects}
-        self._squares: dict[tuple[int, int, str], Tensor] = {}
+        self._no_cues = (
+            torch.from_numpy(motion_cue(None, FRAMES, config.base_channels)),
+            torch.from_numpy(appearance_cue(None, FRAMES, config.appearance_columns)),
+        )
         self.pairs = [(s, b) for s in self.loops for b in range(len(BACKGROUNDS)) if not is_held_out(s, b)]
+        self._early_pairs = self.pairs + [pair for pair in self.pairs if pair[0] in self.selection.new]
 
     def clip(self, subject: int, background: int, speed: float) -> Tensor:
         """Latents of a whole clip, float32 [32, 16, 8, 8]."""
@@ -86,12 +104,11 @@ class Clips:
         indices = clip_indices(loop.shape[1], SUBJECTS[subject].key_frame, speed)
         return loop[background, torch.from_numpy(indices)].float().transpose(0, 1)
 
-    def images(self, random: torch.Generator) -> Batch:
-        """Key frames with any caption of theirs; motion 0, appearance 1, no prior."""
+    def images(self, random: torch.Generator, progress: float) -> Batch:
+        """Key frames with any caption of theirs: motion 0, appearance 1, no prior. `progress`: 0 to 1 over the run."""
         x0, captions = [], []
-        count = IMAGES // self.selection.smaller
-        for _ in range(count):
-            s, b = self._pair(random)
+        for _ in range(IMAGES):
+            s, b = self._pair(random, progress)
             x0.append(self.loops[s][b, SUBJECTS[s].key_frame].float()[:, None])
             captions.append(self._caption(s, b, SPEEDS[_integer(random, len(SPEEDS))], random))
         motion = torch.from_numpy(motion_cue(0.0, 1, self.config.base_channels))
@@ -100,45 +117,49 @@ class Clips:
         return Batch(
             batch,
             torch.zeros_like(batch[:, :, 0]),
-            motion.expand(count, -1, -1),
-            appearance.expand(count, -1, -1),
+            motion.expand(IMAGES, -1, -1),
+            appearance.expand(IMAGES, -1, -1),
             captions,
         )
 
     def windows(self, random: torch.Generator, progress: float) -> Batch:
-        """Windows of whole clips, with the cues of the clip they are cut from; `progress` is 0 to 1 over the run."""
+        """Windows of whole clips, with the cues of the clip they are cut from."""
         choices = LATE_WINDOWS if progress > LATE else EARLY_WINDOWS
         length, count = choices[_integer(random, len(choices))]
-        parts = [self._window(length, random) for _ in range(count // self.selection.smaller)]
+        parts = [self._window(length, random, progress) for _ in range(count)]
         x0, prior, motion, appearance = (torch.stack([p[i] for p in parts]) for i in range(4))  # type: ignore[misc]
         return Batch(x0, prior, motion, appearance, [p[4] for p in parts])
 
-    def told(self, random: torch.Generator) -> tuple[list[str], Tensor]:
-        """Captions of clips without cues, and the mean square [TOLD,F] of their frames' distance from the prior."""
-        captions, squares = [], []
-        for _ in range(TOLD):
-            (s, b), speed = self._pair(random), SPEEDS[_integer(random, len(SPEEDS))]
-            if (s, b, speed.name) not in self._squares:
-                clip = self.clip(s, b, speed.factor)[None]
-                self._squares[s, b, speed.name] = residual_square(clip, clip[:, :, KEY_INDEX])[0]
-            captions.append(self._caption(s, b, speed, random))
-            squares.append(self._squares[s, b, speed.name])
-        return captions, torch.stack(squares)
+    def told(self, random: torch.Generator, progress: float) -> Told:
+        """Whole clips with their captions; half of them with no cue, as most prompts come, the others as windows."""
+        parts = []
+        for k in range(TOLD):
+            s, b = self._pair(random, progress)
+            speed = self._speed(random) if k % 2 else SPEEDS[_integer(random, len(SPEEDS))]
+            clip = self.clip(s, b, speed.factor)
+            square = residual_square(clip[None], clip[None, :, KEY_INDEX])[0]
+            motion, appearance, said = self._cues(clip, random, speed) if k % 2 else (*self._no_cues, speed)
+            parts.append((motion, appearance, square, self._caption(s, b, said, random)))
+        motion, appearance, square = (torch.stack([p[i] for p in parts]) for i in range(3))  # type: ignore[misc]
+        return Told(motion, appearance, square, [p[3] for p in parts])
 
-    def _window(self, length: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor, str]:
-        s, b = self._pair(random)
+    def _window(
+        self, length: int, random: torch.Generator, progress: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, str]:
+        s, b = self._pair(random, progress)
         speed = self._speed(random)
         clip = self.clip(s, b, speed.factor)  # [32, 16, 8, 8]
-        motion, appearance = self._cues(clip, random, free=speed in SPEEDS)
+        motion, appearance, said = self._cues(clip, random, speed)
         start = _integer(random, FRAMES - length + 1)
         frames = slice(start, start + length)
         prior = clip[:, KEY_INDEX] + PRIOR_NOISE * _real(random) * torch.randn(
             clip[:, KEY_INDEX].shape, generator=random
         )
-        return clip[:, frames], prior, motion[frames], appearance[frames], self._caption(s, b, speed, random)
+        return clip[:, frames], prior, motion[frames], appearance[frames], self._caption(s, b, said, random)
 
-    def _cues(self, clip: Tensor, random: torch.Generator, free: bool) -> tuple[Tensor, Tensor]:
-        """Cues measured from the clip, as a user or as a clip would give them, or left out (only where `free`)."""
+    def _cues(self, clip: Tensor, random: torch.Generator, speed: Speed) -> tuple[Tensor, Tensor, Speed]:
+        """Cues measured from the clip, as a user or as a clip would give them, or left out where the speed has a name;
+        and the speed that the caption should name."""
         motion = motion_of(clip[None])[0].float()
         if _real(random) < 0.5:
             motion = motion.mean().expand_as(motion)
@@ -150,15 +171,19 @@ class Clips:
         )
         both = _real(random) < UNSPECIFIED
         drop_motion, drop_appearance = (both or _real(random) < CUE_DROPOUT for _ in range(2))
-        give_motion = self.selection.motion and not (free and drop_motion)
-        give_appearance = self.selection.appearance and not (free and drop_appearance)
+        named = speed in SPEEDS
+        give_motion = self.selection.motion and not (named and drop_motion)
+        give_appearance = self.selection.appearance and not (named and drop_appearance)
+        unsaid = _real(random) < UNSAID
         return (
             torch.from_numpy(motion_cue(motion.numpy() if give_motion else None, FRAMES, self.config.base_channels)),
             torch.from_numpy(appearance_cue(rows if give_appearance else None, FRAMES, self.config.appearance_columns)),
+            SPEEDS[1] if give_motion and unsaid else speed,
         )
 
-    def _pair(self, random: torch.Generator) -> tuple[int, int]:
-        return self.pairs[_integer(random, len(self.pairs))]
+    def _pair(self, random: torch.Generator, progress: float) -> tuple[int, int]:
+        pairs = self._early_pairs if progress < EARLY else self.pairs
+        return pairs[_integer(random, len(pairs))]
 
     def _speed(self, random: torch.Generator) -> Speed:
         """One of the named speeds or, as often as two of them, any other that the caption calls by the nearest name."""

@@ -22,16 +22,15 @@ import torch
 from torch import Tensor, nn
 
 from higen.bundle import Bundle
-from higen.conditioning import appearance_cue, motion_cue
 from higen.config import ScheduleConfig, TextConfig, UNetConfig
 from higen.models.companions import text_encoder
 from higen.models.unet import Denoiser
 from higen.schedule import alphas_cumprod
 from higen.tokenizer import PromptTokenizer, build_word_tokenizer
 from higen.train.objective import gain_loss, residual_square, residual_v_loss, v_loss
-from higen.train.recipes.default.clips import Clips
+from higen.train.recipes.default.clips import Clips, Selection
 from higen.train.recipes.default.start import start_from
-from higen.train.recipes.default.subjects import vocabulary
+from higen.train.recipes.default.subjects import SUBJECTS, subjects_named, vocabulary
 from higen.train.record import lock
 
 __all__ = ["TEXT", "UNET", "Networks", "Run", "train"]
@@ -82,7 +81,8 @@ class Run:
     """How long and how fast; images and clips count the same.
 
     Part `text_part` of the images have one of the highest noise levels, where the text alone says what to draw: with
-    uniform levels the subject becomes right and the background does not.
+    uniform levels the subject becomes right and the background does not. `bfloat16`: the U-Net's products are taken in
+    it, which is faster where the processor has instructions for it and slower elsewhere.
     """
 
     steps: int = 20_000
@@ -93,6 +93,7 @@ class Run:
     ema: float = 0.998
     clip: float = 1.0
     seed: int = 0
+    bfloat16: bool = False
     save_every_s: float = 120.0
 
     def rate(self, step: int) -> float:
@@ -139,6 +140,11 @@ class Trainer:
         self.step = 0
         self.abar = torch.from_numpy(alphas_cumprod(ScheduleConfig())).float()
 
+    @property
+    def progress(self) -> float:
+        """Part of the run that is done, 0 to 1."""
+        return self.step / self.run.steps
+
     def advance(self) -> tuple[float, float]:
         """Make one step; returns the losses of the images and of the windows."""
         random = torch.Generator().manual_seed(self.run.seed * 1_000_003 + self.step)
@@ -159,42 +165,45 @@ class Trainer:
 
     def image_loss(self, random: torch.Generator) -> float:
         """Forward and backward of a batch of key frames through the spatial network."""
-        batch = self.clips.images(random)
+        batch = self.clips.images(random, self.progress)
         context, embedding = self.networks.conditions(batch.captions, batch.motion, batch.appearance)
         levels = self._levels_from_text(len(batch.x0), random)
         noise, t, alpha, sigma = self._noise(batch.x0, levels, random)
-        loss = v_loss(self.spatial, batch.x0, noise, t, alpha, sigma, context, embedding, None).mean()
+        with self._mixed():
+            loss = v_loss(self.spatial, batch.x0, noise, t, alpha, sigma, context, embedding, None).mean()
         loss.backward()
         return float(loss.detach())
 
     def window_loss(self, random: torch.Generator) -> float:
         """Forward and backward of a batch of windows through the temporal network."""
-        batch = self.clips.windows(random, self.step / self.run.steps)
+        batch = self.clips.windows(random, self.progress)
         context, embedding = self.networks.conditions(batch.captions, batch.motion, batch.appearance)
         unet = self.networks.denoiser.unet
         if not self.clips.config.prior_preconditioning:
             levels = self._levels_from_text(len(batch.x0), random)
             noise, t, alpha, sigma = self._noise(batch.x0, levels, random)
-            loss = v_loss(unet, batch.x0, noise, t, alpha, sigma, context, embedding, None).mean()
+            with self._mixed():
+                loss = v_loss(unet, batch.x0, noise, t, alpha, sigma, context, embedding, None).mean()
             loss.backward()
             return float(loss.detach())
         # Noise levels are biased high: that is where the motion is decided.
         levels = torch.rand(len(batch.x0), generator=random).sqrt()
         noise, t, alpha, sigma = self._noise(batch.x0, levels, random)
-        loss = residual_v_loss(unet, batch.x0, noise, t, alpha, sigma, context, embedding, batch.prior).mean()
+        with self._mixed():
+            loss = residual_v_loss(unet, batch.x0, noise, t, alpha, sigma, context, embedding, batch.prior).mean()
         gain = gain_loss(unet, context, embedding, residual_square(batch.x0, batch.prior))
         (loss + 0.1 * gain).backward()
         return float(loss.detach())
 
     def told_loss(self, random: torch.Generator) -> Tensor:
-        """The gain's likelihood where the text alone says how fast: the few such windows of a step, among all that
-        the text has to say, never taught it to tell "standing still" from "fast"."""
-        captions, square = self.clips.told(random)
-        config, (count, frames) = self.networks.denoiser.config, square.shape
-        motion = torch.from_numpy(motion_cue(None, frames, config.base_channels)).expand(count, -1, -1)
-        appearance = torch.from_numpy(appearance_cue(None, frames, config.appearance_columns)).expand(count, -1, -1)
-        context, embedding = self.networks.conditions(captions, motion, appearance)
-        return gain_loss(self.networks.denoiser.unet, context, embedding, square)
+        """The gain's likelihood on many whole clips: the few windows of a step, among all that text has to say, never
+        taught it to tell "standing still" from "fast"."""
+        told = self.clips.told(random, self.progress)
+        context, embedding = self.networks.conditions(told.captions, told.motion, told.appearance)
+        return gain_loss(self.networks.denoiser.unet, context, embedding, told.square)
+
+    def _mixed(self) -> torch.autocast:
+        return torch.autocast("cpu", torch.bfloat16, enabled=self.run.bfloat16)
 
     def _levels_from_text(self, count: int, random: torch.Generator) -> Tensor:
         levels = torch.rand(count, generator=random)
@@ -233,10 +242,17 @@ def train(state: Path, run: Run, start: Bundle | None = None, clips: Clips | Non
     for number in (signal.SIGINT, signal.SIGTERM):  # a background process ignores SIGINT unless told otherwise
         signal.signal(number, signal.default_int_handler)
     try:
-        _train(state, run, start, clips or Clips(state / "latents.safetensors", UNET))
+        if clips is None:
+            clips = Clips(state / "latents.safetensors", UNET, Selection(new=() if start is None else _new(start)))
+        _train(state, run, start, clips)
     finally:
         if claim is not None:
             os.close(claim)
+
+
+def _new(start: Bundle) -> tuple[int, ...]:
+    known = subjects_named(start.config.prompts)
+    return tuple(i for i in range(len(SUBJECTS)) if i not in known)
 
 
 def _train(state: Path, run: Run, start: Bundle | None, clips: Clips) -> None:
@@ -280,12 +296,13 @@ def main() -> None:
     parser.add_argument("--state", type=Path, required=True, help="folder of the latents cache and the checkpoints")
     parser.add_argument("--steps", type=int, default=Run.steps, help="steps in all")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--bf16", action="store_true", help="mixed precision")
     parser.add_argument("--start", type=Path, help="model directory whose weights a new run starts from")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     torch.set_flush_denormal(True)
     start = None if arguments.start is None else Bundle.open(arguments.start)
-    train(arguments.state, Run(steps=arguments.steps), start)
+    train(arguments.state, Run(steps=arguments.steps, bfloat16=arguments.bf16), start)
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ frechet    distance of features to real clips drawn at random: the same subjects
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -37,80 +37,26 @@ import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from higen.errors import PromptWarning, SettingsError, TrainingError
+from higen.errors import PromptWarning, TrainingError
 from higen.measures import fidelity
 from higen.measures.statistics import frechet_distance, spearman
 from higen.pipeline import Pipeline
 from higen.train.cues import appearance_factor, appearance_similarity, motion_of
+from higen.train.recipes.default.journal import Journal
 from higen.train.recipes.default.judges import Judges
 from higen.train.recipes.default.real import RealClips
-from higen.train.recipes.default.subjects import (
-    BACKGROUNDS,
-    KEY_INDEX,
-    SPEEDS,
-    SUBJECTS,
-    caption,
-    is_held_out,
-)
+from higen.train.recipes.default.shots import FAST, GROUPS, NORMAL, SLOW, Row, Shot
+from higen.train.recipes.default.subjects import KEY_INDEX, SPEEDS, SUBJECTS
 
-__all__ = ["GROUPS", "MEANS", "Codec", "Maker", "PipelineMaker", "Result", "Row", "Shot", "evaluate", "known", "plan"]
+__all__ = ["MEANS", "Codec", "Maker", "PipelineMaker", "Result", "evaluate"]
 
 Frames = NDArray[np.uint8]
-SLOW, NORMAL, FAST, STILL = 0, 1, 2, 3
-GROUPS = ("held-out", "trained")
-MOTION_SPEEDS = (0.0, 0.5, 1.0, 1.5, 2.0)
-APPEARANCE_SPEEDS = (0.0, 0.5, 1.0, 2.0)
 JITTER = 3
 """Loop frames, 42 ms each, by which a real clip of the Frechet distance's reference may be early or late."""
 CLOSER = 0.01
 """dB that a clip must be closer by: a repeated frame must not win by rounding."""
 DRAWS = 3
 """Times that the reference of the Frechet distance is drawn; the distances are means."""
-
-
-@dataclass(frozen=True)
-class Shot:
-    """One clip to make. `kind`: text, still, motion or appearance; `requested`: the speed whose cue is asked for."""
-
-    group: str
-    kind: str
-    subject: int
-    background: int
-    speed: int = NORMAL
-    seed: int = 0
-    requested: float | None = None
-
-    @property
-    def prompt(self) -> str:
-        """The caption, as training words it."""
-        return caption(SUBJECTS[self.subject], BACKGROUNDS[self.background], SPEEDS[self.speed])
-
-    @property
-    def factor(self) -> float:
-        """Speed of the real clip that was asked for."""
-        return SPEEDS[self.speed].factor if self.requested is None else self.requested
-
-
-@dataclass(frozen=True)
-class Row:
-    """What was measured on one clip; fields as in the module's docstring."""
-
-    identity: bool
-    template: bool
-    correlation: float
-    background: bool
-    psnr: float
-    psnr_copy: float
-    psnr_real_copy: float
-    beats_copy: bool
-    beats_mean: bool
-    beats_real_copy: bool
-    flicker: float
-    speckle: float
-    sharpness: float
-    difference: float
-    motion: float
-    appearance: float
 
 
 MEANS = tuple(name for name in Row.__dataclass_fields__ if name not in ("motion", "appearance"))
@@ -175,71 +121,55 @@ class Result:
     shown: list[tuple[Shot, Frames]]
 
 
-def known(prompts: Iterable[str]) -> tuple[int, ...]:
-    """Indices of the recipe's subjects that a model's prompts name. Raises SettingsError for none."""
-    listed = tuple(prompts)
-    found = tuple(i for i, s in enumerate(SUBJECTS) if any(p.startswith(f"{s.caption} ") for p in listed))
-    if not found:
-        raise SettingsError("the model lists no prompt of the default recipe: only its models can be measured")
-    return found
-
-
-def plan(subjects: Sequence[int], seeds: int, quick: bool = False) -> list[Shot]:
-    """The clips to make, as the module's docstring says, a background at a time; `quick`: every fourth subject, and
-    every eighth one's cues. Raises SettingsError for less than one seed.
-    """
-    if seeds < 1:
-        raise SettingsError(f"seeds={seeds}: a whole number from 1")
-    few = max(1, seeds // 4)
-    shots = []
-    for place, s in enumerate(subjects[:: 4 if quick else 1]):
-        held = next(b for b in range(len(BACKGROUNDS)) if is_held_out(s, b))
-        trained = (held + 5) % len(BACKGROUNDS)
-        for group, b, count in (("held-out", held, seeds), ("trained", trained, few)):
-            for seed in range(count):
-                shots.append(Shot(group, "text", s, b, NORMAL, seed))
-                if seed % 2 == 0:
-                    shots.append(Shot(group, "text", s, b, (FAST, SLOW)[(place + seed // 2) % 2], seed))
-            shots += [Shot(group, "still", s, b, STILL, seed) for seed in range(few)]
-        if place % 2 == 0 or not quick:
-            shots += [Shot("held-out", "motion", s, held, requested=speed) for speed in MOTION_SPEEDS]
-            shots += [Shot("held-out", "appearance", s, held, requested=speed) for speed in APPEARANCE_SPEEDS]
-    return sorted(shots, key=lambda shot: shot.background)
-
-
 def evaluate(
-    make: Maker, codec: Codec, real: RealClips, judges: Judges, shots: Sequence[Shot], shown: bool = False
+    make: Maker,
+    codec: Codec,
+    real: RealClips,
+    judges: Judges,
+    shots: Sequence[Shot],
+    shown: bool = False,
+    journal: Journal | None = None,
 ) -> Result:
-    """Make every shot and measure it; `shown`: with a progress bar."""
+    """Make every shot and measure it; `shown`: with a progress bar. What `journal` has of clips is not made again,
+    but for those to be shown."""
     measure = _Measure(codec, real, judges)
-    rows, features, sheet = [], [], []
+    measured: list[tuple[Shot, Row, NDArray[np.float64]]] = []
+    sheet: list[tuple[Shot, Frames]] = []
     with warnings.catch_warnings():
         warnings.simplefilter("error", PromptWarning)
         for shot in tqdm(shots, desc="clips", disable=not shown):
+            is_shown = shot.kind == "text" and shot.seed == 0 and shot.speed == NORMAL
+            kept = None if journal is None else journal.find(shot)
+            if kept is not None and not is_shown:
+                measured.append((shot, *kept))
+                continue
             try:
                 clip = make(shot.prompt, shot.seed, *measure.cues(shot))
             except PromptWarning as warning:
                 raise TrainingError(
                     f"{shot.prompt!r}: the model does not know what it should draw: {warning}"
                 ) from None
-            rows.append(measure.row(shot, clip))
-            features.append(judges.features([clip])[0])
-            if shot.kind == "text" and shot.seed == 0 and shot.speed == NORMAL:
+            if is_shown:
                 sheet.append((shot, clip))
+            if kept is None:
+                kept = measure.row(shot, clip), judges.features([clip])[0]
+                if journal is not None:
+                    journal.add(shot, *kept)
+            measured.append((shot, *kept))
     conditions = sorted({(s.subject, s.background, s.factor) for s in shots if s.kind in ("text", "still")})
     bounds = {}
     for s, b, factor in tqdm(sorted(conditions, key=lambda c: c[1]), desc="bounds", disable=not shown):
         bounds[s, b, factor] = measure.bound(s, b, factor)
-    measured = list(zip(shots, rows, strict=True))
+    rows, features = [row for _, row, _ in measured], np.array([f for *_, f in measured])
     measures = {
         "groups": {
-            group: _group(group, shots, rows, np.array(features), bounds, judges)
+            group: _group(group, shots, rows, features, bounds, judges)
             for group in GROUPS
             if any(shot.group == group for shot in shots)
         },
         "control": _control(shots, rows, measure),
         "subjects": {
-            SUBJECTS[s].name: _subject([(shot, row) for shot, row in measured if shot.subject == s])
+            SUBJECTS[s].name: _subject([(shot, row) for shot, row, _ in measured if shot.subject == s])
             for s in sorted({shot.subject for shot in shots})
         },
     }

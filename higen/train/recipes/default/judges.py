@@ -42,7 +42,7 @@ class Judges:
         self._templates: tuple[int, Templates] | None = None
         self._thresholds: dict[tuple[int, int], float] = {}
         subjects, backgrounds = len(real.loops), len(real.pictures)
-        key = {"version": VERSION, "steps": steps, "data": self._pictures.fingerprint}
+        self.key = key = {"version": VERSION, "steps": steps, "data": self._pictures.fingerprint}
         heads = {
             "subject": subjects,
             "background": backgrounds,

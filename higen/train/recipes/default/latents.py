@@ -15,6 +15,7 @@ from diffusers import AutoencoderDC
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from higen.config import AutoencoderConfig
 from higen.train.recipes.default.autoencoder import Pictures, load
 from higen.train.recipes.default.subjects import BACKGROUNDS, SUBJECTS
 
@@ -53,11 +54,17 @@ def load_latents(path: Path) -> dict[str, Tensor]:
     return load_file(path)
 
 
-def write(data: Path, state: Path) -> None:
-    """Encode the loops in `data` with the codec in `state` and write the cache there, aside and moved."""
+def write(data: Path, state: Path, scaled_as: AutoencoderConfig | None = None) -> None:
+    """Encode the loops in `data` with the codec in `state` and write the cache there, aside and moved.
+
+    Its scale is measured, or that of `scaled_as`, whose network goes on being trained and knows no other.
+    """
     model, pictures = load(state), Pictures(data)
     raw = [encode_subject(model, pictures, index) for index in range(len(SUBJECTS))]
-    mean, std = channel_statistics(raw)
+    if scaled_as is None:
+        mean, std = channel_statistics(raw)
+    else:
+        mean, std = torch.tensor(scaled_as.shift), 1 / torch.tensor(scaled_as.scale)
     tensors = {
         f"latents/{subject.name}": normalise(z, mean, std).half().contiguous()
         for subject, z in zip(SUBJECTS, raw, strict=True)

@@ -9,13 +9,17 @@ from typing import Any
 import torch
 
 from higen.api import default_model, load
-from higen.bundle import Bundle
+from higen.backends.select import check_backend
+from higen.bundle import Bundle, check_precision
 from higen.errors import OutputError, TrainingError
 from higen.train.recipes.default.data import fetch
-from higen.train.recipes.default.evaluate import PipelineMaker, evaluate, known, plan
+from higen.train.recipes.default.evaluate import PipelineMaker, evaluate
+from higen.train.recipes.default.journal import Journal
 from higen.train.recipes.default.judges import Judges
 from higen.train.recipes.default.real import RealClips
 from higen.train.recipes.default.report import as_text, write
+from higen.train.recipes.default.shots import plan
+from higen.train.recipes.default.subjects import subjects_named
 
 __all__ = ["measure"]
 
@@ -28,16 +32,22 @@ def measure(
     seeds: int = 8,
     quick: bool = False,
     backend: str = "auto",
+    precision: str | None = None,
     shown: bool = False,
 ) -> tuple[dict[str, Any], str]:
     """Measure a model directory (None: the built-in one) and write the files into `output`; measures and their table.
 
-    The networks that judge are kept in `output` and used again as long as the data is the same. Raises SettingsError
+    The networks that judge and what was measured of each clip are kept in `output` and used again as long as they are
+    of the same data and model: a run that was stopped goes on. Raises RequestError (backend, precision), SettingsError
     (a model of another recipe, less than one seed), OutputError (a folder that cannot be written), TrainingError (data
     that cannot be had) and what loading a model raises.
     """
+    # Found out before the data is fetched.
+    check_backend(backend)
+    if precision is not None:
+        check_precision(precision)
     bundle = Bundle.open(model or default_model())
-    subjects = known(bundle.config.prompts)
+    subjects = subjects_named(bundle.config.prompts)
     shots = plan(subjects, seeds, quick)
     judged = output / "judges"
     try:
@@ -52,16 +62,16 @@ def measure(
     except (OSError, RuntimeError) as error:
         raise TrainingError(f"{data}: {error}") from error
     torch.set_flush_denormal(True)
-    with load(bundle.path, backend) as pipeline:
-        make = PipelineMaker(pipeline)
-        result = evaluate(make, make, real, Judges(real, judged, shown=shown), shots, shown)
-        result.measures["model"] = {
+    with load(bundle.path, backend, precision=precision) as pipeline:
+        make, judges = PipelineMaker(pipeline), Judges(real, judged, shown=shown)
+        measured = {
             "name": bundle.config.name,
             "files": {name: record.sha256 for name, record in sorted(bundle.files.items())},
-            "subjects": len(subjects),
-            "seeds": seeds,
-            "quick": quick,
             "backend": pipeline.backend.name,
+            "precision": precision or "by the device",
         }
+        journal = Journal(output / "clips.jsonl", measured | {"judges": judges.key})
+        result = evaluate(make, make, real, judges, shots, shown, journal)
+        result.measures["model"] = measured | {"subjects": len(subjects), "seeds": seeds, "quick": quick}
         write(result, real, make, output)
     return result.measures, as_text(result.measures)

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from higen.train.recipes.default.evaluate import Maker, Result, Shot, worst
+from higen.train.recipes.default.evaluate import Maker, Result, worst
 from higen.train.recipes.default.real import RealClips
+from higen.train.recipes.default.shots import Shot
 from higen.train.recipes.default.subjects import FPS
 from higen.video import Video, contact_sheet
 

@@ -10,20 +10,29 @@ from higen.train.recipes.default import autoencoder, latents
 from higen.train.recipes.default.assemble import assemble
 from higen.train.recipes.default.data import fetch
 from higen.train.recipes.default.denoiser import Run, train
+from higen.train.recipes.default.subjects import subjects_named
 
 __all__ = ["run"]
 
 
 def run(
-    work: Path, output: Path, steps: int | None = None, codec_minutes: float = 45.0, start: Path | None = None
+    work: Path,
+    output: Path,
+    steps: int | None = None,
+    codec_minutes: float = 45.0,
+    start: Path | None = None,
+    bf16: bool = False,
 ) -> Bundle:
     """Fetch the emoji into `work`, train codec and denoiser there, write the model directory `output`.
 
     What `work` already holds is not made again. `start`: a model of this recipe whose weights new networks start from
-    as far as they fit, so that more subjects need no training from nothing. Raises ManifestError for no model there
-    and TrainingError where a part cannot start.
+    as far as they fit, so that more subjects need no training from nothing. `bf16`: mixed precision.
+    Raises ManifestError for no model there, SettingsError for one of another recipe and TrainingError where a part
+    cannot start.
     """
     trained = None if start is None else Bundle.open(start)
+    if trained is not None:
+        subjects_named(trained.config.prompts)  # refused before the codec is trained
     try:
         work.mkdir(parents=True, exist_ok=True)
         fetch(work / "data")
@@ -32,6 +41,6 @@ def run(
     if not (work / "autoencoder.safetensors").exists():
         autoencoder.train(work / "data", work, 60 * codec_minutes, trained)
     if not (work / "latents.safetensors").exists():
-        latents.write(work / "data", work)
-    train(work, Run() if steps is None else Run(steps=steps), trained)
+        latents.write(work / "data", work, None if trained is None else trained.config.autoencoder)
+    train(work, Run(steps=steps or Run.steps, bfloat16=bf16), trained)
     return assemble(work, output, overwrite=True)

@@ -1,7 +1,10 @@
 """What the default model can draw: its subjects, backgrounds and speeds, and the captions that name them."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
+
+from higen.errors import SettingsError
 
 FRAMES = 16
 """Frames in a clip."""
@@ -81,6 +84,30 @@ SUBJECTS: tuple[Subject, ...] = (
     Subject("1f680", "rocket", "a rocket flying", 6),
     Subject("1f6f8", "flying saucer", "a flying saucer hovering", 6),
     Subject("1f54a-fe0f", "dove", "a dove flying", 0),
+    Subject("1f300", "blue spiral", "a blue spiral turning", 0),
+    Subject("1f32a-fe0f", "tornado", "a tornado swirling", 0),
+    Subject("1f47e", "purple alien", "a purple alien dancing", 10),
+    Subject("1f98e", "lizard", "a lizard crawling", 0),
+    Subject("1f980", "crab", "a crab raising its claws", 20),
+    Subject("1f99c", "parrot", "a parrot bobbing", 12),
+    Subject("1f99a", "peacock", "a peacock spreading its tail", 18),
+    Subject("1f44d", "thumb", "a thumb going up", 21),
+    Subject("1f440", "pair of eyes", "a pair of eyes looking around", 8),
+    Subject("1f6a9", "red flag", "a red flag waving", 36),
+    Subject("1f6b4", "cyclist", "a cyclist riding", 0),
+    Subject("1f938", "acrobat", "an acrobat doing a cartwheel", 18),
+    Subject("1f423", "chick", "a chick hatching", 24),
+    Subject("1f422", "turtle", "a turtle hiding in its shell", 18),
+    Subject("1f44f", "pair of hands", "a pair of hands clapping", 4),
+    Subject("1f483", "dancer", "a dancer dancing", 0),
+    Subject("1f3ca", "swimmer", "a swimmer swimming", 30),
+    Subject("23f0", "alarm clock", "an alarm clock ringing", 3),
+    Subject("1f31e", "smiling sun", "a smiling sun spinning", 0),
+    Subject("1f991", "squid", "a squid waving its arms", 20),
+    Subject("1f602", "laughing face", "a face laughing", 20),
+    Subject("1f62d", "crying face", "a face crying", 20),
+    Subject("1f6fc", "roller skate", "a roller skate rolling", 24),
+    Subject("1f409", "dragon", "a dragon moving its head", 12),
 )
 
 BACKGROUNDS: tuple[Background, ...] = (
@@ -110,6 +137,15 @@ STYLES: tuple[Style, ...] = (
     Style("no background", action=True, background=False),
     Style("name only", action=False, background=False, synonym=True),
 )
+
+
+def subjects_named(prompts: Iterable[str]) -> tuple[int, ...]:
+    """Indices of the recipe's subjects that a model's prompts name. Raises SettingsError for none."""
+    listed = tuple(prompts)
+    found = tuple(i for i, s in enumerate(SUBJECTS) if any(p.startswith(f"{s.caption} ") for p in listed))
+    if not found:
+        raise SettingsError("the model lists no prompt of the default recipe: only its models are known here")
+    return found
 
 
 def is_held_out(subject_index: int, background_index: int) -> bool:
