@@ -405,6 +405,7 @@ def test_the_command_prints_and_writes_what_it_measured(
     written = json.loads((tmp_path / "out" / "measures.json").read_text())
     assert written == {key: value for key, value in found.items() if key != "subjects"}
     assert (tmp_path / "out" / "worst.png").exists()
+    assert np.float32(1e-40) * np.float32(1.0) > 0, "denormal numbers are flushed inside only"
 
 
 def test_a_model_of_another_kind_is_refused_before_any_work(tiny_model: Path, tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from higen.api import load
 from higen.pipeline import Pipeline
 from higen.request import Request
 from higen.sampler import Step
+from higen.train.denormals import flushed_denormals
 from higen.train.recipes.default.assemble import DEFAULTS, assemble
 from higen.train.recipes.default.clips import Clips, Selection
 from higen.train.recipes.default.data import fetch
@@ -154,15 +155,15 @@ def main() -> None:
     parser.add_argument("--table", type=Path, help="Markdown file to write the table into")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    torch.set_flush_denormal(True)
     fetch(arguments.data)
     run = Run(steps=arguments.steps, bfloat16=arguments.bf16)
     models = [(variant, fit(variant, arguments.work, run)) for variant in VARIANTS]
     real = RealClips.read(arguments.data)
     kept = arguments.work / "ablation" / "judges"
     kept.mkdir(exist_ok=True)
-    judges = Judges(real, kept, shown=True)
-    found = {v.name: measure(v, model, real, judges, arguments.seeds) for v, model in models}
+    with flushed_denormals():
+        judges = Judges(real, kept, shown=True)
+        found = {v.name: measure(v, model, real, judges, arguments.seeds) for v, model in models}
     print(table(found))
     if arguments.table is not None:
         arguments.table.write_text(table(found) + "\n", encoding="utf-8")

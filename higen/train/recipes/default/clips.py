@@ -40,11 +40,11 @@ IMAGES = 12
 TOLD = 32
 """Captions and cues per step that are told how much their clips move, no more: the U-Net does not run for them."""
 TEXT_DROPOUT = 0.1
-UNSPECIFIED = 0.35
+UNSPECIFIED = 0.25
 """Part of the clips whose two cues are both left out, so that the text alone says how fast; each alone: CUE_DROPOUT."""
 CUE_DROPOUT = 0.15
 PRIOR_NOISE = 0.05
-UNSAID = 0.5
+UNSAID = 0.75
 """Part of the clips with a motion cue whose caption leaves the speed out, so that the number decides it."""
 
 

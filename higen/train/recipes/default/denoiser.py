@@ -27,6 +27,7 @@ from higen.models.companions import text_encoder
 from higen.models.unet import Denoiser
 from higen.schedule import alphas_cumprod
 from higen.tokenizer import PromptTokenizer, build_word_tokenizer
+from higen.train.denormals import flushed_denormals
 from higen.train.objective import gain_loss, residual_square, residual_v_loss, v_loss
 from higen.train.recipes.default.clips import Clips, Selection
 from higen.train.recipes.default.start import start_from
@@ -244,7 +245,8 @@ def train(state: Path, run: Run, start: Bundle | None = None, clips: Clips | Non
     try:
         if clips is None:
             clips = Clips(state / "latents.safetensors", UNET, Selection(new=() if start is None else _new(start)))
-        _train(state, run, start, clips)
+        with flushed_denormals():
+            _train(state, run, start, clips)
     finally:
         if claim is not None:
             os.close(claim)
@@ -300,7 +302,6 @@ def main() -> None:
     parser.add_argument("--start", type=Path, help="model directory whose weights a new run starts from")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    torch.set_flush_denormal(True)
     start = None if arguments.start is None else Bundle.open(arguments.start)
     train(arguments.state, Run(steps=arguments.steps, bfloat16=arguments.bf16), start)
 

@@ -6,12 +6,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from higen.api import default_model, load
 from higen.backends.select import check_backend
 from higen.bundle import Bundle, check_precision
 from higen.errors import OutputError, TrainingError
+from higen.train.denormals import flushed_denormals
 from higen.train.recipes.default.data import fetch
 from higen.train.recipes.default.evaluate import PipelineMaker, evaluate
 from higen.train.recipes.default.journal import Journal
@@ -61,8 +60,7 @@ def measure(
         real = RealClips.read(data)
     except (OSError, RuntimeError) as error:
         raise TrainingError(f"{data}: {error}") from error
-    torch.set_flush_denormal(True)
-    with load(bundle.path, backend, precision=precision) as pipeline:
+    with flushed_denormals(), load(bundle.path, backend, precision=precision) as pipeline:
         make, judges = PipelineMaker(pipeline), Judges(real, judged, shown=shown)
         measured = {
             "name": bundle.config.name,
