@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import math
+import os
 import re
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,9 +18,10 @@ from higen import bundle
 from higen.api import default_model
 from higen.bundle import Bundle
 from higen.tokenizer import build_word_tokenizer
+from higen.train.checkpoints import Checkpoints
 from higen.train.recipes.default.clips import Clips, Selection
 from higen.train.recipes.default.data import background, clip_indices, compose, fetch
-from higen.train.recipes.default.denoiser import UNET, Networks, Run, Trainer
+from higen.train.recipes.default.denoiser import UNET, Networks, Run, Trainer, train
 from higen.train.recipes.default.start import start_from
 from higen.train.recipes.default.subjects import (
     BACKGROUNDS,
@@ -95,15 +97,6 @@ def test_composing_is_the_over_operator() -> None:
     assert compose(loop, picture)[0, 0].tolist() == [[200, 100, 0], [50, 50, 50], [80, 60, 40]]
 
 
-def test_the_rate_warms_up_and_ends_at_nothing() -> None:
-    run = Run(steps=1000)
-    assert run.rate(0) == pytest.approx(run.learning_rate / run.warm_up)
-    assert run.rate(499) == run.learning_rate
-    assert run.rate(750) == pytest.approx(run.learning_rate / 2)
-    assert run.rate(1000) == pytest.approx(0, abs=1e-12)
-    assert all(math.isfinite(run.rate(step)) for step in range(1001))
-
-
 def test_a_start_from_another_model_takes_its_weights_and_its_words() -> None:
     torch.manual_seed(1)
     networks, model = Networks(), Bundle.open(default_model())
@@ -156,6 +149,33 @@ def test_bfloat16_trains_as_float32_does(tmp_path: Path) -> None:
         losses.append([trainer.advance() for _ in range(3)])
     assert losses[0] != losses[1]
     np.testing.assert_allclose(losses[1], losses[0], rtol=2e-3)
+
+
+def test_a_run_that_was_stopped_goes_on_as_if_never_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = torch.Generator().manual_seed(0)
+    save_file({f"latents/{SUBJECTS[0].name}": torch.randn((10, 72, 32, 8, 8), generator=random).half()}, tmp_path / "l")
+    clips = Clips(tmp_path / "l", replace(UNET, channel_multipliers=(1, 1)), Selection(subjects=(0,)))
+    advance, run = Trainer.advance, Run(steps=4)
+
+    def interrupted(trainer: Trainer) -> tuple[float, float]:
+        if trainer.optimiser.step == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return advance(trainer)
+
+    for folder in ("whole", "stopped"):
+        (tmp_path / folder).mkdir()
+    train(tmp_path / "whole", run, clips=clips)
+    monkeypatch.setattr(Trainer, "advance", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(tmp_path / "stopped", run, clips=clips)
+    assert [p.name for p in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["step-00000002.pt"]
+    train(tmp_path / "stopped", run, clips=clips)
+    whole, stopped = (Checkpoints(tmp_path / folder / "checkpoints", 2).load() for folder in ("whole", "stopped"))
+    assert whole is not None
+    assert stopped is not None
+    assert whole["step"] == stopped["step"] == 4
+    for part in ("weights", "average"):
+        assert all(torch.equal(tensor, stopped[part][name]) for name, tensor in whole[part].items())
 
 
 def test_a_motion_cue_stands_in_for_words_and_nothing_else_does(tmp_path: Path) -> None:

@@ -34,10 +34,11 @@ from higen.train.checkpoints import Checkpoints
 from higen.train.data import IMAGE, VIDEO
 from higen.train.latents import Encoded
 from higen.train.networks import spatial_names
+from higen.train.optimise import ema_decay, learning_rate
 from higen.train.reader import Sample
 from higen.train.record import Record, lock, read_losses
 from higen.train.settings import CueSettings, ObjectiveSettings, OptimiserSettings, Settings
-from higen.train.trainer import Trainer, ema_decay, export, learning_rate, scale_gradients, train
+from higen.train.trainer import Trainer, export, scale_gradients, train
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +95,7 @@ def test_the_average_is_the_recursion_of_its_decays(tmp_path: Path, model: Path,
         for decay in (2 / 11, 0.25, 0.25):
             made.advance()
             expected = decay * expected + (1 - decay) * parameter.detach().double()
-        torch.testing.assert_close(made.average[name].double(), expected, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(made.optimiser.average[name].double(), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_spatial_parameters_are_those_of_the_still_picture_network(reference: Path) -> None:

@@ -9,7 +9,6 @@ killed goes on as if it had never stopped, and N processes see the batches that 
 from __future__ import annotations
 
 import contextlib
-import math
 import os
 import tempfile
 import threading
@@ -29,27 +28,15 @@ from higen.train.checkpoints import Checkpoints
 from higen.train.data import IMAGE, VIDEO, Listing, list_items, summary
 from higen.train.latents import LatentCache, OpenClip
 from higen.train.networks import Networks, Objective, build, spatial_names, write_model
+from higen.train.optimise import Optimiser
 from higen.train.processes import shares, start_processes, stop_signals
 from higen.train.reader import Frame, Reader
 from higen.train.record import Record, lock
-from higen.train.settings import OptimiserSettings, Settings, difference, flat
+from higen.train.settings import Settings, difference, flat
 
-__all__ = ["Trainer", "ema_decay", "export", "learning_rate", "scale_gradients", "train"]
+__all__ = ["Trainer", "export", "scale_gradients", "train"]
 
 Say = Callable[[str], None]
-
-
-def learning_rate(settings: OptimiserSettings, step: int, steps: int) -> float:
-    """Rate of a step of `steps`: linear warm-up, constant, cosine to zero over the last `decay_part`."""
-    start = (1 - settings.decay_part) * steps
-    along = min(1.0, max(0.0, (step - start) / max(steps - start, 1e-9)))
-    warm = min(1.0, (step + 1) / settings.warm_up) if settings.warm_up else 1.0
-    return settings.learning_rate * warm * (0.5 + 0.5 * math.cos(math.pi * along))
-
-
-def ema_decay(ema: float, step: int) -> float:
-    """Weight of the old average after `step` steps: the first steps are not remembered for ever."""
-    return min(ema, (1 + step) / (10 + step))
 
 
 def train(
@@ -103,22 +90,22 @@ class Trainer:
         self.networks.encoder.to(device)
         self.objective = Objective(self.networks, settings.objective.gain_weight, settings.run.recompute).to(device)
         self.trained = {name: p for name, p in self.objective.named_parameters() if p.requires_grad}
-        self.average = {name: p.detach().clone() for name, p in self.trained.items()}
         self.spatial = [self.trained[f"denoiser.{name}"] for name in spatial_names(self.networks.config.unet)]
-        options = settings.optimiser
-        self.optimiser = torch.optim.AdamW(
-            self.trained.values(), lr=options.learning_rate, betas=options.betas, weight_decay=options.weight_decay
-        )
+        self.optimiser = Optimiser(self.trained, settings.optimiser, settings.run.steps)
         self.parallel: nn.Module = self.accelerator.prepare(self.objective)
         self.reader = _reader(settings, self.networks, self.listing, device)
         self.batches = Batches(
             self.networks.config, self.networks.tokenizer, settings.cues, settings.objective, settings.run.seed
         )
         self.checkpoints = Checkpoints(Path(settings.run.output, "checkpoints"), settings.run.keep)
-        self.step = 0
         self._saved: int | None = None
         self._record: Record | None = None
         self._lock: int | None = None
+
+    @property
+    def step(self) -> int:
+        """Steps made."""
+        return self.optimiser.step
 
     def start(self, resume: bool | None = None) -> None:
         """Load the newest checkpoint, unless told otherwise, and open the logs."""
@@ -159,29 +146,15 @@ class Trainer:
 
     def advance(self) -> dict[str, Tensor]:
         """Make one step; returns its numbers, this process's share of them."""
-        options, run, step = self.settings.optimiser, self.settings.run, self.step
-        rate = learning_rate(options, step, run.steps)
-        for group in self.optimiser.param_groups:
-            group["lr"] = rate
+        run, step, rate = self.settings.run, self.step, self.optimiser.rate
         images, videos = (self._batch(kind, step) for kind in (IMAGE, VIDEO))
         # Dropout layers are the only ones left that draw from the global generator.
         torch.manual_seed((run.seed * 1_000_003 + step) * 1_009 + self.accelerator.process_index)
-        self.optimiser.zero_grad(set_to_none=True)
+        self.optimiser.clear()
         image, video = self._gradients(images, videos)
-        if options.spatial_gradient != 1:
-            scale_gradients(self.spatial, options.spatial_gradient)
-        norm = nn.utils.clip_grad_norm_(self.trained.values(), options.clip or math.inf)
-        if not math.isfinite(norm):
-            raise TrainingError(
-                f"step {step + 1}: the gradient is not finite (losses {float(image):g} and {float(video):g}); "
-                "the last checkpoint is good: a smaller optimiser.learning_rate or precision = 'fp32' may help"
-            )
-        self.optimiser.step()
-        self.step += 1
-        with torch.no_grad():
-            torch._foreach_lerp_(
-                list(self.average.values()), list(self.trained.values()), 1 - ema_decay(options.ema, self.step)
-            )
+        if (factor := self.settings.optimiser.spatial_gradient) != 1:
+            scale_gradients(self.spatial, factor)
+        norm = self.optimiser.advance()
         found = {"image": image} if images is not None else {}
         found |= {"video": video} if videos is not None else {}
         return {**found, "gradient": norm, "rate": torch.tensor(rate, dtype=torch.float64)}
@@ -210,12 +183,9 @@ class Trainer:
             self.checkpoints.save(
                 self.step,
                 {
-                    "step": self.step,
+                    **self.optimiser.state(),
                     "settings": flat(self.settings),
                     "identity": _identity(self.networks, self.listing),
-                    "weights": {name: p.detach() for name, p in self.trained.items()},
-                    "average": self.average,
-                    "optimiser": self.optimiser.state_dict(),
                 },
             )
             if self._record is not None:
@@ -229,7 +199,7 @@ class Trainer:
         output = Path(self.settings.run.output, "model")
         line = summary(self._all_skipped())
         if self.accelerator.is_main_process:
-            write_model(self.networks, self.average, output, self.settings.run.weights, overwrite=True)
+            write_model(self.networks, self.optimiser.average, output, self.settings.run.weights, overwrite=True)
             if line:
                 self._tell(f"{line}; see {Path(self.settings.run.output, 'skipped.jsonl')}")
         self.accelerator.wait_for_everyone()
@@ -253,12 +223,8 @@ class Trainer:
         return self.batches.batch(samples, kind, step, indices).to(self.accelerator.device)
 
     def _load(self, state: Mapping[str, Any]) -> None:
-        with torch.no_grad():
-            for name, parameter in self.trained.items():
-                parameter.copy_(state["weights"][name])
-                self.average[name].copy_(state["average"][name])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.step = self._saved = state["step"]
+        self.optimiser.load(state)
+        self._saved = self.step
 
     def _log(self, values: Mapping[str, Tensor], bar: Any) -> None:
         numbers = {}
@@ -285,7 +251,7 @@ class Trainer:
 
             output = Path(self.settings.run.output)
             with tempfile.TemporaryDirectory(dir=output, prefix=".sample-") as scratch:
-                write_model(self.networks, self.average, Path(scratch, "model"), self.settings.run.weights)
+                write_model(self.networks, self.optimiser.average, Path(scratch, "model"), self.settings.run.weights)
                 with load(Path(scratch, "model"), "torch", device=str(self.accelerator.device), verify=False) as pipe:
                     options = {**vars(self.reader.frame), "seed": self.settings.run.seed}
                     videos = pipe(list(self.settings.run.sample_prompts), progress=False, **options)

@@ -80,7 +80,7 @@ def fit(variant: Variant, work: Path, run: Run) -> Path:
         network = replace(NETWORK, prior_preconditioning=variant.prior)
         selection = Selection(LIVELY, variant.motion, variant.appearance)
         train(state, run, clips=Clips(work / "latents.safetensors", network, selection))
-        assemble(work, model, checkpoint=state / "denoiser.ckpt", unet=network)
+        assemble(work, model, trained=state, unet=network)
     return model
 
 

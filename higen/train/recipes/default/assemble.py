@@ -10,13 +10,14 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from higen import bundle
 from higen.config import AutoencoderConfig, Defaults, ModelConfig, UNetConfig
+from higen.errors import TrainingError
 from higen.tokenizer import build_word_tokenizer
+from higen.train.checkpoints import Checkpoints
 from higen.train.recipes.default.denoiser import TEXT, UNET, WORDS
 from higen.train.recipes.default.subjects import BACKGROUNDS, FPS, FRAMES, SPEEDS, SUBJECTS, caption
 
@@ -55,12 +56,17 @@ def model_config(autoencoder: AutoencoderConfig) -> ModelConfig:
 
 
 def assemble(
-    state: Path, output: Path, overwrite: bool = False, checkpoint: Path | None = None, unet: UNetConfig = UNET
+    state: Path, output: Path, overwrite: bool = False, trained: Path | None = None, unet: UNetConfig = UNET
 ) -> bundle.Bundle:
-    """Write the model directory `output` from the codec and the averaged weights in `state`.
+    """Write the model directory `output` from the codec in `state` and the averaged weights of the newest checkpoint.
 
-    `checkpoint` and `unet`: another denoiser than the recipe's own.
+    `trained` and `unet`: another denoiser than the recipe's own, and the folder it was trained in. Raises
+    TrainingError where there is no checkpoint.
     """
+    made = Checkpoints((trained or state) / "checkpoints", keep=2).load()
+    if made is None:
+        raise TrainingError(f"{trained or state}: no checkpoint; train the denoiser first")
+    average = made["average"]
     statistics = load_file(state / "latents.safetensors")
     autoencoder = AutoencoderConfig(
         kind="AutoencoderDC",
@@ -69,7 +75,6 @@ def assemble(
         shift=tuple(statistics["mean"].tolist()),
         scale=tuple((1 / statistics["std"]).tolist()),
     )
-    average = torch.load(checkpoint or state / "denoiser.ckpt", weights_only=True)["average"]
     with bundle.create(output, replace(model_config(autoencoder), unet=unet), overwrite) as folder:
         save_file(half_precision(average, "denoiser."), folder / bundle.UNET)
         save_file(half_precision(average, "text."), folder / bundle.TEXT_ENCODER)

@@ -9,14 +9,10 @@ their parameters. Step n uses random numbers of its own (seed, n), so a resumed 
 from __future__ import annotations
 
 import argparse
-import copy
-import math
 import os
-import signal
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -27,12 +23,16 @@ from higen.models.companions import text_encoder
 from higen.models.unet import Denoiser
 from higen.schedule import alphas_cumprod
 from higen.tokenizer import PromptTokenizer, build_word_tokenizer
+from higen.train.checkpoints import Checkpoints
 from higen.train.denormals import flushed_denormals
 from higen.train.objective import gain_loss, residual_square, residual_v_loss, v_loss
+from higen.train.optimise import Optimiser
+from higen.train.processes import stop_signals
 from higen.train.recipes.default.clips import Clips, Selection
 from higen.train.recipes.default.start import start_from
 from higen.train.recipes.default.subjects import SUBJECTS, subjects_named, vocabulary
 from higen.train.record import lock
+from higen.train.settings import OptimiserSettings
 
 __all__ = ["TEXT", "UNET", "Networks", "Run", "train"]
 
@@ -77,31 +77,26 @@ TEXT = TextConfig(
 )
 
 
+OPTIMISER = OptimiserSettings(
+    learning_rate=1e-3, betas=(0.9, 0.99), warm_up=200, decay_part=0.5, clip=1.0, ema=0.998, train_text=True
+)
+
+
 @dataclass(frozen=True)
 class Run:
     """How long and how fast; images and clips count the same.
 
     Part `text_part` of the images have one of the highest noise levels, where the text alone says what to draw: with
     uniform levels the subject becomes right and the background does not. `bfloat16`: the U-Net's products are taken in
-    it, which is faster where the processor has instructions for it and slower elsewhere.
+    it, which is faster on some processors and slower on others, also among those with instructions for it.
     """
 
     steps: int = 20_000
-    learning_rate: float = 1e-3
     text_part: float = 0.5
-    warm_up: int = 200
-    decay_part: float = 0.5
-    ema: float = 0.998
-    clip: float = 1.0
     seed: int = 0
     bfloat16: bool = False
     save_every_s: float = 120.0
-
-    def rate(self, step: int) -> float:
-        """Learning rate of a step: linear warm-up, constant, then a cosine to zero at the last step."""
-        start = (1 - self.decay_part) * self.steps
-        fall = max(0.0, (step - start) / (self.steps - start))
-        return self.learning_rate * min(1.0, (step + 1) / self.warm_up) * (0.5 + 0.5 * math.cos(math.pi * fall))
+    optimiser: OptimiserSettings = OPTIMISER
 
 
 class Networks(nn.Module):
@@ -124,7 +119,7 @@ class Networks(nn.Module):
 
 
 class Trainer:
-    """Networks, their averages, the optimiser and the number of steps made.
+    """Networks and their optimiser.
 
     A network without prior preconditioning (`clips.config`) is given no prior: it draws clips from the text alone.
     """
@@ -134,34 +129,23 @@ class Trainer:
         self.clips, self.run = clips, run
         self.networks = Networks(clips.config).train()
         self.spatial = self.networks.denoiser.spatial_unet()
-        self.average = copy.deepcopy(self.networks).requires_grad_(False)
-        self.optimiser = torch.optim.AdamW(
-            self.networks.parameters(), lr=run.learning_rate, betas=(0.9, 0.99), weight_decay=0.0
-        )
-        self.step = 0
+        self.optimiser = Optimiser(dict(self.networks.named_parameters()), run.optimiser, run.steps)
         self.abar = torch.from_numpy(alphas_cumprod(ScheduleConfig())).float()
 
     @property
     def progress(self) -> float:
         """Part of the run that is done, 0 to 1."""
-        return self.step / self.run.steps
+        return self.optimiser.step / self.run.steps
 
     def advance(self) -> tuple[float, float]:
         """Make one step; returns the losses of the images and of the windows."""
-        random = torch.Generator().manual_seed(self.run.seed * 1_000_003 + self.step)
-        for group in self.optimiser.param_groups:
-            group["lr"] = self.run.rate(self.step)
-        self.optimiser.zero_grad(set_to_none=True)
+        random = torch.Generator().manual_seed(self.run.seed * 1_000_003 + self.optimiser.step)
+        self.optimiser.clear()
         images = self.image_loss(random)
         windows = self.window_loss(random)
         if self.clips.config.prior_preconditioning:
             self.told_loss(random).backward()
-        nn.utils.clip_grad_norm_(self.networks.parameters(), self.run.clip)
-        self.optimiser.step()
-        self.step += 1
-        decay = min(self.run.ema, (1 + self.step) / (10 + self.step))
-        with torch.no_grad():
-            torch._foreach_lerp_(list(self.average.parameters()), list(self.networks.parameters()), 1 - decay)
+        self.optimiser.advance()
         return images, windows
 
     def image_loss(self, random: torch.Generator) -> float:
@@ -216,22 +200,6 @@ class Trainer:
         abar = self.abar[t]
         return torch.randn(x0.shape, generator=random), t, abar.sqrt(), (1 - abar).sqrt()
 
-    def state(self) -> dict[str, Any]:
-        """Everything a resumed run needs."""
-        return {
-            "networks": self.networks.state_dict(),
-            "average": self.average.state_dict(),
-            "optimiser": self.optimiser.state_dict(),
-            "step": self.step,
-        }
-
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from `state`."""
-        self.networks.load_state_dict(state["networks"])
-        self.average.load_state_dict(state["average"])
-        self.optimiser.load_state_dict(state["optimiser"])
-        self.step = state["step"]
-
 
 def train(state: Path, run: Run, start: Bundle | None = None, clips: Clips | None = None) -> None:
     """Train to `run.steps` steps, resuming what `state` holds; saves are written aside and moved; Ctrl-C saves.
@@ -240,13 +208,11 @@ def train(state: Path, run: Run, start: Bundle | None = None, clips: Clips | Non
     Without `clips`, the recipe's own network is trained on all of the latents cache in `state`.
     """
     claim = lock(state)
-    for number in (signal.SIGINT, signal.SIGTERM):  # a background process ignores SIGINT unless told otherwise
-        signal.signal(number, signal.default_int_handler)
     try:
         if clips is None:
             clips = Clips(state / "latents.safetensors", UNET, Selection(new=() if start is None else _new(start)))
         with flushed_denormals():
-            _train(state, run, start, clips)
+            _train(Checkpoints(state / "checkpoints", keep=2), Trainer(clips, run), start)
     finally:
         if claim is not None:
             os.close(claim)
@@ -257,39 +223,33 @@ def _new(start: Bundle) -> tuple[int, ...]:
     return tuple(i for i in range(len(SUBJECTS)) if i not in known)
 
 
-def _train(state: Path, run: Run, start: Bundle | None, clips: Clips) -> None:
-    trainer = Trainer(clips, run)
-    checkpoint = state / "denoiser.ckpt"
-    if checkpoint.exists():
-        trainer.load(torch.load(checkpoint, weights_only=True))
+def _train(checkpoints: Checkpoints, trainer: Trainer, start: Bundle | None) -> None:
+    optimiser, networks, run = trainer.optimiser, trainer.networks, trainer.run
+    made = checkpoints.load()
+    if made is not None:
+        optimiser.load(made)
     elif start is not None:
-        start_from(trainer.networks.text, trainer.networks.denoiser, trainer.networks.tokenizer.tokenizer, start)
-        trainer.average.load_state_dict(trainer.networks.state_dict())
-    total = sum(p.numel() for p in trainer.networks.parameters())
-    print(f"{total / 1e6:.2f} M parameters, from step {trainer.step} of {run.steps}", flush=True)
-    saved, losses, began, first = time.monotonic(), [0.0, 0.0], time.monotonic(), trainer.step
-    try:
-        while trainer.step < run.steps:
+        start_from(networks.text, networks.denoiser, networks.tokenizer.tokenizer, start)
+        optimiser.average_anew()
+    total = sum(p.numel() for p in networks.parameters())
+    print(f"{total / 1e6:.2f} M parameters, from step {optimiser.step} of {run.steps}", flush=True)
+    saved, losses, began, first = time.monotonic(), [0.0, 0.0], time.monotonic(), optimiser.step
+    with stop_signals() as stopped:
+        while optimiser.step < run.steps:
+            rate = optimiser.rate
             losses = [0.98 * a + 0.02 * b if a else b for a, b in zip(losses, trainer.advance(), strict=True)]
-            if trainer.step % 50 == 0:
-                pace = (time.monotonic() - began) / (trainer.step - first)
+            if optimiser.step % 50 == 0:
+                pace = (time.monotonic() - began) / (optimiser.step - first)
                 print(
-                    f"{time.strftime('%H:%M:%S')} step {trainer.step} image {losses[0]:.4f} window {losses[1]:.4f} "
-                    f"rate {run.rate(trainer.step):.2e} {pace:.3f} s a step",
+                    f"{time.strftime('%H:%M:%S')} step {optimiser.step} image {losses[0]:.4f} window {losses[1]:.4f} "
+                    f"rate {rate:.2e} {pace:.3f} s a step",
                     flush=True,
                 )
-            if time.monotonic() - saved > run.save_every_s:
-                save(trainer, checkpoint)
+            if stopped.is_set() or optimiser.step == run.steps or time.monotonic() - saved > run.save_every_s:
+                checkpoints.save(optimiser.step, optimiser.state())
                 saved = time.monotonic()
-    finally:
-        save(trainer, checkpoint)
-
-
-def save(trainer: Trainer, checkpoint: Path) -> None:
-    """Write a checkpoint atomically."""
-    temporary = checkpoint.with_suffix(".part")
-    torch.save(trainer.state(), temporary)
-    temporary.replace(checkpoint)
+            if stopped.is_set():
+                raise KeyboardInterrupt
 
 
 def main() -> None:
@@ -298,12 +258,14 @@ def main() -> None:
     parser.add_argument("--state", type=Path, required=True, help="folder of the latents cache and the checkpoints")
     parser.add_argument("--steps", type=int, default=Run.steps, help="steps in all")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--learning-rate", type=float, default=OPTIMISER.learning_rate, help="the largest")
     parser.add_argument("--bf16", action="store_true", help="mixed precision")
     parser.add_argument("--start", type=Path, help="model directory whose weights a new run starts from")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     start = None if arguments.start is None else Bundle.open(arguments.start)
-    train(arguments.state, Run(steps=arguments.steps, bfloat16=arguments.bf16), start)
+    optimiser = replace(OPTIMISER, learning_rate=arguments.learning_rate)
+    train(arguments.state, Run(steps=arguments.steps, bfloat16=arguments.bf16, optimiser=optimiser), start)
 
 
 if __name__ == "__main__":
