@@ -6,11 +6,13 @@ import os
 from functools import lru_cache
 from importlib.resources import files
 from pathlib import Path
-from typing import Any, overload
+from typing import Unpack, overload
 
 from higen.backends.select import Options, check_backend, select_backend
 from higen.bundle import Bundle
+from higen.images import Image
 from higen.pipeline import Pipeline, Prompts
+from higen.request import RequestOptions
 from higen.video import Video
 
 __all__ = ["default_model", "generate", "load"]
@@ -63,18 +65,39 @@ def _default_pipeline(backend: str) -> Pipeline:
 
 
 @overload
-def generate(prompt: str, *, backend: str = "auto", **options: Any) -> Video: ...
+def generate(
+    prompt: str,
+    *,
+    backend: str = "auto",
+    image: Image | None = None,
+    progress: bool | None = None,
+    **options: Unpack[RequestOptions],
+) -> Video: ...
 
 
 @overload
-def generate(prompt: Prompts, *, backend: str = "auto", **options: Any) -> list[Video]: ...
+def generate(
+    prompt: Prompts,
+    *,
+    backend: str = "auto",
+    image: Image | None = None,
+    progress: bool | None = None,
+    **options: Unpack[RequestOptions],
+) -> list[Video]: ...
 
 
-def generate(prompt: str | Prompts, *, backend: str = "auto", **options: Any) -> Video | list[Video]:
+def generate(
+    prompt: str | Prompts,
+    *,
+    backend: str = "auto",
+    image: Image | None = None,
+    progress: bool | None = None,
+    **options: Unpack[RequestOptions],
+) -> Video | list[Video]:
     """Make a video with the small model inside the package: no download. Options as for `Pipeline.__call__`.
 
         higen.generate("a whale flapping its tail on a blue sky", seed=7).save("whale.mp4")
 
     The model is loaded once and kept. A list of prompts gives a list of videos.
     """
-    return _default_pipeline(check_backend(backend))(prompt, **options)
+    return _default_pipeline(check_backend(backend))(prompt, image=image, progress=progress, **options)

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, TypeAlias, overload
+from typing import Any, TypeAlias, Unpack, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,7 +25,7 @@ from higen.conditioning import appearance_rows, motion_cue
 from higen.errors import RequestError
 from higen.images import Image, load_image
 from higen.recent import Recent
-from higen.request import OPTIONS, Request, make_request
+from higen.request import OPTIONS, Request, RequestOptions, make_request
 from higen.sampler import Step, denoise
 from higen.schedule import solver_table
 from higen.tokenizer import PromptTokenizer
@@ -66,16 +66,31 @@ class Pipeline:
 
     @overload
     def __call__(
-        self, prompt: str, *, image: Image | None = None, progress: bool | None = None, **options: Any
+        self,
+        prompt: str,
+        *,
+        image: Image | None = None,
+        progress: bool | None = None,
+        **options: Unpack[RequestOptions],
     ) -> Video: ...
 
     @overload
     def __call__(
-        self, prompt: Prompts, *, image: Image | None = None, progress: bool | None = None, **options: Any
+        self,
+        prompt: Prompts,
+        *,
+        image: Image | None = None,
+        progress: bool | None = None,
+        **options: Unpack[RequestOptions],
     ) -> list[Video]: ...
 
     def __call__(
-        self, prompt: str | Prompts, *, image: Image | None = None, progress: bool | None = None, **options: Any
+        self,
+        prompt: str | Prompts,
+        *,
+        image: Image | None = None,
+        progress: bool | None = None,
+        **options: Unpack[RequestOptions],
     ) -> Video | list[Video]:
         """Make a video of `prompt`; a list of prompts gives a list of videos.
 
@@ -94,13 +109,29 @@ class Pipeline:
         return stream.videos if isinstance(prompt, (list, tuple)) else stream.videos[0]
 
     @overload
-    def image(self, prompt: str, *, progress: bool | None = None, **options: Any) -> NDArray[np.uint8]: ...
+    def image(
+        self,
+        prompt: str,
+        *,
+        progress: bool | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> NDArray[np.uint8]: ...
 
     @overload
-    def image(self, prompt: Prompts, *, progress: bool | None = None, **options: Any) -> list[NDArray[np.uint8]]: ...
+    def image(
+        self,
+        prompt: Prompts,
+        *,
+        progress: bool | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> list[NDArray[np.uint8]]: ...
 
     def image(
-        self, prompt: str | Prompts, *, progress: bool | None = None, **options: Any
+        self,
+        prompt: str | Prompts,
+        *,
+        progress: bool | None = None,
+        **options: Unpack[RequestOptions],
     ) -> NDArray[np.uint8] | list[NDArray[np.uint8]]:
         """Stage one alone: the key frame as uint8 [H,W,3]; a list of prompts gives a list. Options as for a video."""
         stream = Stream(self, replace(self._request(prompt, options), frames=1), None)
@@ -108,7 +139,7 @@ class Pipeline:
         images = [video.frames[0] for video in stream.videos]
         return images if isinstance(prompt, (list, tuple)) else images[0]
 
-    def stream(self, prompt: str | Prompts, *, image: Image | None = None, **options: Any) -> Stream:
+    def stream(self, prompt: str | Prompts, *, image: Image | None = None, **options: Unpack[RequestOptions]) -> Stream:
         """Every denoising step as it is made; arguments as for a call. The request is checked here, not at the first
         step; the work stops when the caller stops iterating.
         """
@@ -116,7 +147,7 @@ class Pipeline:
         key_frame = None if image is None else load_image(image, request.width, request.height)
         return Stream(self, request, key_frame)
 
-    def _request(self, prompt: str | Prompts, options: dict[str, Any]) -> Request:
+    def _request(self, prompt: str | Prompts, options: RequestOptions) -> Request:
         if unknown := sorted(set(options) - set(OPTIONS)):
             raise RequestError(f"{', '.join(unknown)}: unknown; a request takes {', '.join(OPTIONS)}")
         return make_request(self.config, prompt, **options)

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +14,7 @@ from higen.config import ModelConfig
 from higen.errors import RequestError
 from higen.schedule import SOLVERS
 
-__all__ = ["MAX_SEED", "MAX_SIDE", "OPTIONS", "Request", "make_request"]
+__all__ = ["MAX_SEED", "MAX_SIDE", "OPTIONS", "Request", "RequestOptions", "make_request"]
 
 MAX_SEED = 2**64 - 1
 MAX_SIDE = 4096
@@ -51,6 +50,34 @@ class Request:
     def _each(self, cue: NDArray[np.float32]) -> NDArray[np.float32]:
         return np.broadcast_to(cue, (len(self.prompts), *cue.shape)).copy()
 
+
+class RequestOptions(TypedDict, total=False):
+    """What a request takes beside its prompt, all of it optional; what is not given, or None, is the model's default.
+
+    seed         one for every prompt, or one per prompt, from 0 to MAX_SEED; 0
+    steps        of denoising: one number, or two for the spatial and the temporal stage
+    guidance     the same
+    solver       "ddim" or "dpm++2m"
+    motion       one number, one per pair of frames or one per frame; None means "unspecified" to a model that knows it
+    appearance   one number, one per frame, or a matrix; None as for motion
+    """
+
+    negative_prompt: str
+    seed: int | Sequence[int]
+    steps: int | Sequence[int] | None
+    guidance: float | Sequence[float] | None
+    solver: str | None
+    frames: int | None
+    height: int | None
+    width: int | None
+    fps: int | None
+    motion: Motion
+    appearance: Appearance
+    offset_noise: float | None
+
+
+OPTIONS = tuple(RequestOptions.__annotations__)
+"""The names of a request's options."""
 
 UNSET: Any = object()
 """A cue that is not given gets the model's default; None means "unspecified" to a model that was trained for it."""
@@ -104,10 +131,6 @@ def make_request(
     motion_cue(request.motion, frames, 2)
     appearance_cue(request.appearance, frames, config.unet.appearance_columns)
     return request
-
-
-OPTIONS = tuple(inspect.getfullargspec(make_request).kwonlyargs)
-"""The names of a request's options."""
 
 
 def _prompts(prompt: object) -> tuple[str, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from dataclasses import replace
 from typing import Any
@@ -13,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from higen.errors import HigenError, RequestError
-from higen.request import MAX_SEED, Request, make_request
+from higen.request import MAX_SEED, Request, RequestOptions, make_request
 
 FREE = replace(TINY, optional_cues=True)
 """The tiny model (4 frames of 24x16, sizes in multiples of 4), trained without its cues as well."""
@@ -251,3 +252,7 @@ def test_any_request_is_good_or_a_request_error(options: dict[str, Any]) -> None
     assert np.isfinite(made.appearance_input(32)).all()
     assert all(1 <= steps <= 1000 for steps in made.steps)
     assert made.width % 4 == made.height % 4 == 0
+
+
+def test_the_typed_options_are_those_that_are_taken() -> None:
+    assert inspect.getfullargspec(make_request).kwonlyargs == list(RequestOptions.__annotations__)
