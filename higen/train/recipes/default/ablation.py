@@ -133,8 +133,11 @@ def table(found: Mapping[str, Mapping[str, Any]]) -> str:
         lines.append(f"| {title} | {' | '.join(cells)} | {form.format(bound[key])} |")
     for kind in ("motion", "appearance"):
         control = [measures["control"][kind] for measures in found.values()]
-        cells = [f"{c['spearman']:.2f}" for c in control]
-        lines.append(f"| Spearman, {kind} factor | {' | '.join(cells)} | {control[0]['codec']:.2f} |")
+        for key, title in (("", "within a subject"), ("_pooled", "over all clips")):
+            cells = [f"{c[f'spearman{key}']:.2f}" for c in control]
+            lines.append(
+                f"| Spearman, {kind} factor, {title} | {' | '.join(cells)} | {control[0][f'codec{key}']:.2f} |"
+            )
     parts = [measures["control"]["motion"]["zero_part"] for measures in found.values()]
     lines.append(f"| difference at motion 0, of the median clip's | {' | '.join(f'{x:.0%}' for x in parts)} | |")
     frechet = [group["frechet"] for group in groups.values()]
