@@ -25,7 +25,7 @@ SURFACES: dict[str, dict[str, list[str]]] = json.loads(
 )
 
 SCRATCH = 4096
-"""Bytes of scratch memory that every fake engine wants."""
+"""Bytes of scratch memory that a fake engine wants, unless told otherwise."""
 
 VALUES = {  # where a value matters
     "EngineInvalidityDiagnostics": {
@@ -85,6 +85,7 @@ class FakeTensorrt:
         self.engines: weakref.WeakSet[Any] = weakref.WeakSet()
         self.validity: tuple[str, int] | None = None
         self.build_errors: list[str] = []
+        self.scratch = SCRATCH
         self.capabilities: list[int] = []
         self.__version__ = name.rpartition("-")[2]
 
@@ -295,8 +296,6 @@ class _Runtime(Surfaced):
 
 
 class _Engine(Surfaced):
-    device_memory_size_v2 = SCRATCH
-
     def __init__(self, plan: dict[str, Any], runtime: Any) -> None:
         self._plan, self._runtime = plan, runtime
         options = ort.SessionOptions()
@@ -307,6 +306,7 @@ class _Engine(Surfaced):
         self._io |= {value.name: ("OUTPUT", value) for value in graph.output}
         self._streamable = 1000 if plan["streaming"] else 0
         self._budget: int | None = None
+        self.device_memory_size_v2 = self._module.scratch
         self._module.engines.add(self)
 
     @property

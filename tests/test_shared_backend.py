@@ -236,6 +236,31 @@ def test_closing_tells_those_who_wait(pipeline: Pipeline) -> None:
         backend.request().enter()
 
 
+def test_as_many_batches_run_at_once_as_there_are_workers(pipeline: Pipeline) -> None:
+    class Meeting(RowBackend):
+        """Every batch waits for another one beside it."""
+
+        both = threading.Barrier(2)
+
+        def run(self, stage: str, /, **tensors: Any) -> Mapping[str, Any]:
+            self.both.wait(30)
+            return super().run(stage, **tensors)
+
+    lonely = SharedBackend(Meeting(pipeline.config), pipeline.config, Batcher(2, ROWS, 0), workers=2)
+    with lonely.request() as first, lonely.request() as second:
+        one, found = in_thread(lambda: first.run("text_encoder", **tokens()))
+        longer = {"latents": np.zeros((1, 4, 8, 8), np.float32)}
+        assert second.run("vae_decoder", **longer)["pixels"].shape[0] == 1
+        one.join(30)
+        assert found[0]["hidden"].shape[0] == 1
+    lonely.close()
+    alone = [generate(pipeline, arguments) for arguments in REQUESTS]
+    several = SharedBackend(pipeline.backend, pipeline.config, Batcher(16, ROWS, 16), workers=3)
+    for (latents, _), (expected, _) in zip(together(pipeline, several, REQUESTS), alone, strict=True):
+        np.testing.assert_array_equal(latents, expected)
+    several.close()
+
+
 def test_requests_keep_step_with_each_other(pipeline: Pipeline) -> None:
     """With enough patience, equal requests that start together run all their steps together."""
     with shared(pipeline, patience=5.0) as backend:

@@ -302,6 +302,20 @@ def test_engines_share_one_block_of_scratch_memory(rtx: Machine) -> None:
     backend.close()
 
 
+def test_an_engine_that_finds_no_room_takes_none_from_those_that_work(rtx: Machine) -> None:
+    rtx.build("vae_decoder", "vae_encoder")
+    bundle, backend = Bundle.open(rtx.model), rtx.backend()
+    small, large = ((stage, inputs(bundle, stage)) for stage in ("vae_decoder", "vae_encoder"))
+    wanted = backend.to_numpy(backend.run(small[0], **small[1])["pixels"])
+    rtx.driver.memory = rtx.driver.used
+    rtx.trt.scratch = 2**20
+    with pytest.raises(BackendError, match="memory is full"):
+        backend.run(large[0], **large[1])
+    np.testing.assert_array_equal(backend.to_numpy(backend.run(small[0], **small[1])["pixels"]), wanted)
+    backend.close()
+    assert rtx.driver.clean
+
+
 def test_compiled_kernels_are_kept_beside_the_plan(rtx: Machine) -> None:
     rtx.build("vae_decoder")
     cache = rtx.model / "engines" / "rtx-sm89" / ".vae_decoder-sm89.cache"

@@ -13,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
 import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
@@ -304,6 +305,18 @@ def test_the_command(bundle: Bundle, tmp_path: Path) -> None:
 def test_a_model_without_graphs_is_told_how_to_make_them(tiny_model: Path, tmp_path: Path) -> None:
     code, output = run(str(tiny_model), str(tmp_path / "repository"))
     assert (code, "higen-export onnx" in output) == (2, True)
+
+
+def test_a_graph_of_one_shape_is_refused(model: Bundle, tmp_path: Path) -> None:
+    """What `higen-export onnx --static` leaves in the place of a graph."""
+    path = model.path / graph_file("vae_decoder")
+    graph = onnx.load(path, load_external_data=False)
+    graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
+    path.write_bytes(graph.SerializeToString())
+    add_files(model, [path.name])
+    with pytest.raises(IntegrityError, match=r"vae_decoder\.onnx: latents has a fixed batch \(--static\)"):
+        write_repository(Bundle.open(model.path), tmp_path / "repository", Settings())
+    assert not (tmp_path / "repository").exists()
 
 
 def test_another_precision(model: Bundle, tmp_path: Path) -> None:

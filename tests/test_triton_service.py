@@ -158,7 +158,7 @@ def test_unknown_words_are_told_to_their_own_client(service: Service) -> None:
         ({"guidance": float("nan")}, "guidance=nan: a finite number"),
         ({"seed": [1, 2]}, r"seed has 2 entries"),
         ({"frames": [2, 3]}, "frames=.*a whole number"),
-        ({"frames": None}, "frames is empty"),
+        ({"frames": []}, "frames is empty"),
         ({"width": 23}, "width=23: a multiple of 4"),
         ({"motion": [1.0, 2.0]}, "motion has shape"),
         ({"motion": None}, "motion=None: tiny was not trained without this cue"),
@@ -201,10 +201,46 @@ def test_the_table_has_every_option_of_a_request() -> None:
     assert {field.name for field in INPUTS} >= {"prompt", "image", *OPTIONS}
 
 
-@pytest.mark.parametrize("options", [{"steps": "many"}, {"seed": -1}, {"frames": 2**40}, {"colour": "red"}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": "many"},
+        {"steps": 2.7},
+        {"steps": [[1, 2], [3]]},
+        {"seed": -1},
+        {"seed": np.int64(-1)},
+        {"seed": 1.0},
+        {"seed": 2**64},
+        {"frames": 2**40},
+        {"frames": np.int64(2**33 + 5)},
+        {"motion": "fast"},
+        {"motion": True},
+        {"return_latents": "no"},
+        {"return_latents": 1},
+        {"image": np.zeros((16, 24, 3))},
+        {"image": np.full((16, 24, 3), 300)},
+        {"solver": 3},
+        {"colour": "red"},
+    ],
+)
 def test_a_client_cannot_send_what_the_protocol_cannot_hold(options: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=next(iter(options))):
         request_tensors("a whale", **options)
+
+
+def test_a_client_sends_what_it_is_given(service: Service) -> None:
+    given = {"seed": np.uint64(2**64 - 1), "steps": np.array([2, 3]), "guidance": 4, "image": np.full((16, 24, 3), 255)}
+    sent = request_tensors("a whale", solver=None, frames=None, motion=None, return_latents=np.True_, **given)
+    assert sent["prompt"][1].tolist() == [b"a whale"]
+    assert "solver" not in sent
+    assert "frames" not in sent
+    assert sent["motion"][1].size == 0
+    for name, value in given.items():
+        np.testing.assert_array_equal(sent[name][1].reshape(np.shape(value)), value)
+    kinds = {field.name: field.kind for field in INPUTS}
+    assert all(kind == kinds[name] for name, (kind, _) in sent.items() if name != "prompt")
+    with pytest.raises(RequestError, match="prompt"):
+        request_tensors(None)  # type: ignore[arg-type]
 
 
 def test_a_failure_in_the_work_reaches_its_client_alone(service: Service) -> None:

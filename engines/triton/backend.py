@@ -19,6 +19,10 @@ _STOPPING = ("Server not ready", "has no available versions")
 """What Triton says of a stage while it stops; the code of these errors is the same as that of a failure."""
 
 
+_HOST = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0)
+"""Where a stage's outputs are to lie; without a word they stay where it runs, and a GPU's are no numpy arrays."""
+
+
 class TritonBackend:
     """Runs a stage on the model of the same name."""
 
@@ -34,6 +38,7 @@ class TritonBackend:
             model_name=stage,
             requested_output_names=list(spec.graph_outputs),
             inputs=[pb_utils.Tensor(t.name, _with_an_axis(np.ascontiguousarray(tensors[t.name]))) for t in spec.inputs],
+            preferred_memory=_HOST,
         )
         response = request.exec()
         if response.has_error():

@@ -21,7 +21,7 @@ __all__ = ["triton"]
 @click.option("--max-batch", default=8, show_default=True, help="Samples in a denoising batch.")
 @click.option("--slots", default=16, show_default=True, help="Requests at work at once.")
 @click.option("--line", default=256, show_default=True, help="Requests that may wait for a slot.")
-@click.option("--instances", default=1, show_default=True, help="Copies of each stage on the device.")
+@click.option("--instances", default=1, show_default=True, help="Copies of each stage, which run at once.")
 @click.option("--threads", type=int, help="Threads of a stage on a CPU.  [ONNX Runtime's choice]")
 @JSON
 def triton(

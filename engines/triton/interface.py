@@ -67,6 +67,8 @@ OUTPUTS = (
 
 ENCODINGS = ("raw", "png")
 _DTYPES = {"UINT64": np.uint64, "INT32": np.int32, "FP32": np.float32, "UINT8": np.uint8, "BOOL": np.bool_}
+_TAKES = {"UINT64": "iu", "INT32": "iu", "FP32": "iuf", "UINT8": "iu", "BOOL": "b"}
+"""The kinds of numpy's types whose values a data type may hold: nothing is rounded, but to fewer digits."""
 
 
 @dataclass(frozen=True)
@@ -126,22 +128,38 @@ def _text(name: str, item: bytes | str) -> str:
 def request_tensors(prompt: str, **options: Any) -> dict[str, tuple[str, NDArray[Any]]]:
     """For clients: each given input with its data type in Triton's protocol ("BYTES" for texts) and its array.
 
-    Raises RequestError for an unknown option or a value that its data type cannot hold.
+    None is left out: the model's default; for `motion` and `appearance` it is sent, as "unspecified". Raises
+    RequestError for an unknown option or a value that its data type cannot hold.
     """
     fields = {field.name: field for field in INPUTS}
     tensors = {}
     _check_names(options)
     for name, value in {"prompt": prompt, **options}.items():
         kind = fields[name].kind
-        if kind == "STRING":
-            tensors[name] = ("BYTES", np.array([str(value).encode()], dtype=np.object_))
-            continue
-        try:
-            array: NDArray[Any] = np.asarray([] if value is None else value, dtype=_DTYPES[kind])
-        except (OverflowError, TypeError, ValueError) as error:
-            raise RequestError(f"{name}={value!r}: {kind} is wanted: {error}") from error
-        tensors[name] = (kind, array.reshape(-1) if name != "image" else array)
+        if kind == "STRING" and isinstance(value, str):
+            tensors[name] = ("BYTES", np.array([value.encode()], dtype=np.object_))
+        elif value is None and name in ("motion", "appearance"):
+            tensors[name] = (kind, np.zeros(0, np.float32))
+        elif value is not None or name == "prompt":
+            array = _array(name, kind, value)
+            tensors[name] = (kind, array.reshape(-1) if name != "image" else array)
     return tensors
+
+
+def _array(name: str, kind: str, value: Any) -> NDArray[Any]:
+    """The value in its data type, unchanged."""
+    try:
+        array = np.asarray(value)
+    except ValueError as error:  # lists of different lengths
+        raise RequestError(f"{name}={value!r}: {kind} is wanted: {error}") from error
+    if kind == "STRING" or (array.size and array.dtype.kind not in _TAKES[kind]):
+        raise RequestError(f"{name}={value!r}: {kind} is wanted")
+    dtype = np.dtype(_DTYPES[kind])
+    if dtype.kind in "iu" and array.size:
+        low, high = np.iinfo(dtype.name).min, np.iinfo(dtype.name).max
+        if int(array.min()) < low or int(array.max()) > high:
+            raise RequestError(f"{name}={value!r}: {kind} is wanted, from {low} to {high}")
+    return array.astype(dtype)
 
 
 def pictures(frames: NDArray[np.uint8], encoding: str) -> dict[str, NDArray[Any]]:

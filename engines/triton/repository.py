@@ -41,9 +41,9 @@ class Settings:
     """How a repository is to be run.
 
     max_batch  samples in a denoising batch
-    slots      requests at work at once; more than max_batch keep the stages busy while others are decoded
+    slots      requests at work at once; more than max_batch give batches to further instances
     line       requests that may wait for a slot; further ones are refused and may be sent again
-    instances  copies of each stage on the device
+    instances  copies of each stage on the device, and batches that run at once: one may decode while another denoises
     threads    of a stage on a CPU; None: ONNX Runtime's choice
     precision  of the graphs: "fp32", "fp16" or "bf16"
     engines    name of the folder in the model's engines/ whose TensorRT engines are used; other stages use graphs
@@ -77,7 +77,7 @@ class Settings:
     @property
     def limits(self) -> Limits:
         """What `higen` goes by."""
-        return Limits(self.slots, self.line, {stage: self.rows(stage) for stage in STAGES})
+        return Limits(self.slots, self.line, {stage: self.rows(stage) for stage in STAGES}, self.instances)
 
 
 def write_repository(bundle: Bundle, target: str | os.PathLike[str], settings: Settings) -> dict[str, str]:
@@ -95,6 +95,9 @@ def write_repository(bundle: Bundle, target: str | os.PathLike[str], settings: S
             f"{bundle.path}: no graph in {precision} of {', '.join(missing)}: "
             f"higen-export onnx {bundle.path} --precision {precision}"
         )
+    for name in STAGES:
+        if name not in engines:
+            _check_dynamic(bundle, name, precision)
     with _aside(Path(target)) as folder:
         link = _Links()
         for name, stage in STAGES.items():
@@ -173,6 +176,21 @@ def _profiles(bundle: Bundle, plan: Plan, settings: Settings) -> list[int]:
             f"max_batch={settings.max_batch}: {plan.name} would be given 1 to {rows} samples, but is built for {ranges}"
         )
     return fitting
+
+
+def _check_dynamic(bundle: Bundle, stage: str, precision: str) -> None:
+    """Raise IntegrityError for a graph of fixed shapes, into which no batch fits. Without `onnx` Triton finds out."""
+    try:
+        import onnx
+    except ImportError:
+        return
+    path = bundle.file(graph_file(stage, precision))
+    inputs = onnx.load(path, load_external_data=False).graph.input
+    if fixed := [i.name for i in inputs if i.type.tensor_type.shape.dim[0].HasField("dim_value")]:
+        raise IntegrityError(
+            f"{path}: {fixed[0]} has a fixed batch (--static), and batches vary here: "
+            f"higen-export onnx {bundle.path} --precision {precision}"
+        )
 
 
 def _check_whole(name: str, value: object, least: int) -> None:

@@ -51,9 +51,13 @@ class Server:
             except (urllib.error.URLError, OSError):
                 time.sleep(0.1)
         self.kill()
+        raise BackendError(f"tritonserver did not start:\n{self.last_words()}")
+
+    def last_words(self) -> str:
+        """The last errors in its log, or the log's end."""
         lines = self.log.read_text(errors="replace").splitlines()
         told = [line for line in lines if line.startswith("E") or "rror" in line or "nvalid" in line]
-        raise BackendError("tritonserver did not start:\n" + "\n".join(told[-20:] or lines[-20:]))
+        return "\n".join(told[-20:] or lines[-20:])
 
     def stop(self, seconds: float = 60) -> None:
         """Ask it to end, and wait."""
@@ -152,12 +156,15 @@ def main() -> None:
     parser.add_argument("--http-port", type=int, default=8000)
     parser.add_argument("--grpc-port", type=int, default=8001)
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server, in a session of its own, ends with us
     with running(arguments.repository, arguments.http_port, arguments.grpc_port) as server:
         print(f"http {server.http}  grpc {server.grpc}; Ctrl-C ends it", flush=True)
         try:
-            server.process.wait()
+            status = server.process.wait()
         except KeyboardInterrupt:
             print("stopping", flush=True)
+            return
+        raise SystemExit(f"tritonserver ended by itself with status {status}:\n{server.last_words()}")
 
 
 if __name__ == "__main__":

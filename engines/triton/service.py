@@ -29,15 +29,16 @@ CANCELLATION_EVERY = 0.1
 
 @dataclass(frozen=True)
 class Limits:
-    """How much runs at once: active requests, requests in line, and rows of a batch of each stage."""
+    """How much runs at once: active requests, requests in line, rows of a batch of each stage, and batches."""
 
     slots: int
     line: int
     rows: Mapping[str, int]
+    batches: int = 1
 
     def to_json(self) -> str:
         """For the model's configuration."""
-        return json.dumps({"slots": self.slots, "line": self.line, "rows": dict(self.rows)})
+        return json.dumps(vars(self) | {"rows": dict(self.rows)})
 
     @classmethod
     def from_json(cls, text: str) -> Limits:
@@ -70,7 +71,8 @@ class Service:
 
     def __init__(self, pipeline: Pipeline, backend: Backend, limits: Limits) -> None:
         """`pipeline` gives the model and its tokenizer; its stages are run by `backend`."""
-        self.shared = SharedBackend(backend, pipeline.config, Batcher(limits.slots, limits.rows, line=limits.line))
+        batcher = Batcher(limits.slots, limits.rows, line=limits.line)
+        self.shared = SharedBackend(backend, pipeline.config, batcher, workers=limits.batches)
         self._pipeline = pipeline
         self._open: dict[RequestBackend, tuple[Reply, threading.Thread]] = {}
         self._lock = threading.Lock()

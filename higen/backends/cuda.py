@@ -143,11 +143,7 @@ class Cuda:
         with self.lock:
             if blocks := self._pool.get(size):
                 return heapq.heappop(blocks)
-            try:
-                return self.allocate(size)
-            except BackendError:
-                self.trim()
-                return self.allocate(size)
+            return self.allocate(size)
 
     def give(self, address: int, size: int) -> None:
         """Take a block back. Work on the stream may still use it: whoever takes it next comes later on that stream."""
@@ -165,7 +161,14 @@ class Cuda:
             self.release(address)
 
     def allocate(self, size: int) -> int:
-        """The address of new device memory. Raises BackendError."""
+        """The address of new device memory; the pool is freed where there is none left. Raises BackendError."""
+        try:
+            return self._allocate(size)
+        except BackendError:
+            self.trim()
+            return self._allocate(size)
+
+    def _allocate(self, size: int) -> int:
         address = ctypes.c_uint64()
         self._call("cuMemAlloc_v2", ctypes.byref(address), ctypes.c_size_t(size), what=f"{size / 1e6:.0f} MB")
         return address.value

@@ -4,7 +4,8 @@
     with shared.request() as mine:                        # in a thread of its own for each request
         video = pipeline.on(mine)(prompt, seed=7)         # as if alone
 
-The calling threads wait; one thread runs the batches. Waiting is bounded: when some active requests are between two
+The calling threads wait; one thread runs the batches, or several, each a batch of its own, for a backend that can run
+more than one at a time. Waiting is bounded: when some active requests are between two
 steps, a batch is held back for them, for `patience` seconds at most, so that requests keep step with each other.
 """
 
@@ -34,8 +35,12 @@ Results = Future[dict[str, NDArray[Any]]]
 class SharedBackend:
     """Runs the calls of many requests in common batches."""
 
-    def __init__(self, backend: Backend, config: ModelConfig, batcher: Batcher, patience: float = 0.01) -> None:
-        """`patience`: seconds that a batch may wait for requests that are between two steps."""
+    def __init__(
+        self, backend: Backend, config: ModelConfig, batcher: Batcher, patience: float = 0.01, workers: int = 1
+    ) -> None:
+        """`patience`: seconds that a batch may wait for requests that are between two steps; `workers`: batches that
+        run at once.
+        """
         self.backend = backend
         self.patience = patience
         self.batches = 0
@@ -46,8 +51,9 @@ class SharedBackend:
         self._results: dict[Call, Results] = {}
         self._closed = False
         self._free_since = time.monotonic()
-        self._worker = threading.Thread(target=self._work, name="higen batches", daemon=True)
-        self._worker.start()
+        self._workers = [threading.Thread(target=self._work, name="higen batches", daemon=True) for _ in range(workers)]
+        for worker in self._workers:
+            worker.start()
 
     @property
     def load(self) -> tuple[int, int]:
@@ -60,14 +66,15 @@ class SharedBackend:
         return RequestBackend(self)
 
     def close(self) -> None:
-        """Stop: calls that wait get RetryLater; the batch that runs is finished. The backend itself stays open."""
+        """Stop: calls that wait get RetryLater; batches that run are finished. The backend itself stays open."""
         with self._changed:
             self._closed = True
             for result in self._results.values():
                 _fail(result, RetryLater("the server is stopping: try again later"))
             self._results.clear()
             self._changed.notify_all()
-        self._worker.join()
+        for worker in self._workers:
+            worker.join()
 
     # For RequestBackend.
 
@@ -108,7 +115,7 @@ class SharedBackend:
                 _fail(self._results.pop(call), Cancelled("the request was cancelled"))
             self._changed.notify_all()
 
-    # The thread that runs the batches.
+    # The threads that run the batches.
 
     def _work(self) -> None:
         while (batch := self._next_batch()) is not None:
@@ -139,8 +146,9 @@ class SharedBackend:
             else:
                 self._deliver(batch.calls[0], _as_ours(batch.stage, error))
             return
-        self.batches += 1
-        self.rows += sum(call.rows for call in batch.calls)
+        with self._changed:
+            self.batches += 1
+            self.rows += sum(call.rows for call in batch.calls)
         for call, part in zip(batch.calls, parts, strict=True):
             self._deliver(call, part)
 

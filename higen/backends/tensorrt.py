@@ -151,12 +151,21 @@ class TensorrtBackend:
                     self._engines.pop(other).close()
                 cuda.trim()
             engine = _Engine(cuda, self._plans[stage], self._verify)
+            try:
+                self._reserve(cuda, engine.scratch_size)
+            except HigenError:
+                engine.close()
+                raise
             self._engines[stage] = engine
-            self._reserve(cuda, engine.scratch_size)
-        return self._engines[stage]
+        engine = self._engines[stage]
+        self._reserve(cuda, engine.scratch_size)
+        return engine
 
     def _reserve(self, cuda: Cuda, size: int) -> None:
-        """See that the one block of scratch memory, which all engines use in turn, has at least this size."""
+        """See that the one block of scratch memory, which all engines use in turn, has at least this size.
+
+        Where a larger one cannot be had, those that the present one is enough for keep working.
+        """
         address, present = self._scratch
         if size <= present:
             return
@@ -166,7 +175,12 @@ class TensorrtBackend:
                 engine.forget_graphs()
             cuda.release(address)
             self._scratch = (0, 0)
-        self._scratch = (cuda.allocate(size), size)
+        try:
+            self._scratch = (cuda.allocate(size), size)
+        except HigenError:
+            if present:
+                self._scratch = (cuda.allocate(present), present)
+            raise
 
     def _on_device(self, cuda: Cuda, engine: _Engine, name: str, value: Any) -> DeviceArray:
         dtype = engine.dtypes[name]

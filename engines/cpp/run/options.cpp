@@ -25,7 +25,7 @@ Make a video from a text with a HiGen model directory.
   --image FILE           a picture instead of the drawn key frame: binary PPM (P6) of the video's size
   --tokens N,N,...       token ids from start to end, instead of the prompt's
   --backend NAME         auto, tensorrt (the model's engines) or onnx (its graphs)
-  --precision NAME       fp32, fp16, bf16, int8, int8.fp16 or fp8.fp16: which of the model's engines or graphs
+  --precision NAME       fp32, fp16, bf16, int8, int8.fp16, fp8.fp16 or nvfp4.fp16: which of the model's engines or graphs
   --provider NAME        of ONNX Runtime: auto, cpu, cuda, tensorrt-rtx, or a plugin's provider with --provider-library FILE
   --threads N            of one stage on a CPU
   --no-verify            do not check the files' sha256

@@ -14,7 +14,9 @@ namespace fs = std::filesystem;
 
 namespace {
 
-bool is_quantised(std::string_view precision) { return precision.find("int8") == 0 || precision.find("fp8") == 0; }
+bool is_quantised(std::string_view precision) {
+    return precision != "fp32" && precision != "fp16" && precision != "bf16";
+}
 
 // The precision of a quantised graph's weights and of what it does not quantise.
 std::string_view plain(std::string_view precision) {

@@ -28,9 +28,12 @@ struct Manifest {
 // Read a manifest, checking every key and type. `where` names it in messages. Throws a manifest error.
 [[nodiscard]] Manifest parse_manifest(std::string_view json, const std::string& where);
 
-// What a stage's graph computes in. fp32 is the unnamed one; the last three compute most products in 8 bits, over the
-// weights of the precision after the dot.
-constexpr std::array<std::string_view, 6> precisions = {"fp32", "fp16", "bf16", "int8", "int8.fp16", "fp8.fp16"};
+// What a stage's graph computes in. fp32 is the unnamed one; from int8 on most products are computed in 8 or 4 bits, over
+// the weights of the precision after the dot.
+constexpr std::array<std::string_view, 7> precisions = {"fp32",      "fp16",     "bf16",      "int8",
+                                                        "int8.fp16", "fp8.fp16", "nvfp4.fp16"};
+// Of these, what TensorRT alone computes in.
+constexpr std::string_view engines_only = "nvfp4.fp16";
 
 // Throws a request error for a precision that is none.
 void check_precision(std::string_view precision);

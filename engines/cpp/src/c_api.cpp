@@ -161,8 +161,10 @@ void tell_fallbacks(higen_model& model, const higen_callbacks& calls) {
     for (const auto& message : model.router->take_warnings()) warn(calls, message);
 }
 
-void make_videos(higen_model& model, const std::vector<core::Request>& requests, const higen_callbacks& calls) {
-    Running running(model);
+// `running` was there before the requests were checked, so that a cancellation from then on counts.
+void make_videos(higen_model& model, Running& running, const std::vector<core::Request>& requests,
+                 const higen_callbacks& calls) {
+    running.cancellation().check();
     const auto& first = requests.front();
     const int width = narrow(first.width), height = narrow(first.height), videos = narrow(requests.size());
     const auto on_step = [&](const core::Step& step) {
@@ -293,7 +295,8 @@ higen_status higen_generate(higen_model* model, const higen_request* request, co
         require(model, "model");
         require(request, "request");
         const auto calls = sized(callbacks, "callbacks", higen_callbacks HIGEN_CALLBACKS_INIT);
-        make_videos(*model, {checked(*model, request, "request", "", calls)}, calls);
+        Running running(*model);
+        make_videos(*model, running, {checked(*model, request, "request", "", calls)}, calls);
     });
 }
 
@@ -304,6 +307,7 @@ higen_status higen_generate_batch(higen_model* model, const higen_request* const
         require(requests, "requests");
         if (count == 0) core::fail_request("count=0: one request or more");
         const auto calls = sized(callbacks, "callbacks", higen_callbacks HIGEN_CALLBACKS_INIT);
+        Running running(*model);
         std::vector<core::Request> given;
         for (std::size_t i = 0; i < count; ++i) {
             const auto name = "requests[" + std::to_string(i) + "]";
@@ -311,7 +315,7 @@ higen_status higen_generate_batch(higen_model* model, const higen_request* const
             given.push_back(checked(*model, requests[i], name.c_str(), name + ": ", calls));
         }
         core::check_batch(given);
-        make_videos(*model, given, calls);
+        make_videos(*model, running, given, calls);
     });
 }
 

@@ -135,12 +135,7 @@ std::uint64_t Cuda::take(std::size_t size) {
         blocks.pop_back();
         return address;
     }
-    try {
-        return allocate(size);
-    } catch (const Error&) {
-        trim();
-        return allocate(size);
-    }
+    return allocate(size);
 }
 
 void Cuda::give(std::uint64_t address, std::size_t size) noexcept {
@@ -154,6 +149,8 @@ void Cuda::give(std::uint64_t address, std::size_t size) noexcept {
 
 std::uint64_t Cuda::allocate(std::size_t size) {
     std::uint64_t address = 0;
+    if (driver_.allocate(&address, size) == 0) return address;
+    trim();
     check(driver_.allocate(&address, size), "cuMemAlloc");
     return address;
 }

@@ -208,8 +208,12 @@ private:
         const auto wanted = !options_.precision.empty() ? stand_ins(options_.precision)
                             : gpu                       ? std::vector<std::string>{"fp16", "fp32"}
                                                         : std::vector<std::string>{"fp32"};
-        for (const auto& precision : wanted)
-            if (bundle_.lists(graph_file(stage.name, precision))) return precision;
+        for (const auto& precision : wanted) {
+            const auto graph = graph_file(stage.name, precision);
+            if (!bundle_.lists(graph)) continue;
+            if (precision == engines_only) fail_unavailable(graph + ": ONNX Runtime does not compute in it");
+            return precision;
+        }
         const std::string asked = options_.precision.empty() ? "fp32" : options_.precision;
         fail_unavailable("no " + graph_file(stage.name, asked) + " in " + bundle_.path().u8string() +
                          " (make it: higen-export onnx" + (asked == "fp32" ? "" : " --precision " + asked) + ")");
@@ -224,10 +228,13 @@ private:
     }
 
 #if ORT_API_VERSION >= 23
+    // A process has one environment, whoever else asks for it: a library is known in it by its path.
     void register_plugin() {
+        const auto& library = options_.provider_library;
         try {
-            env_.RegisterExecutionProviderLibrary("higen", std::filesystem::u8path(options_.provider_library).native());
+            env_.RegisterExecutionProviderLibrary(library.c_str(), std::filesystem::u8path(library).native());
         } catch (const Ort::Exception& error) {
+            if (std::string_view(error.what()).find("already registered") != std::string_view::npos) return;
             fail_unavailable("provider_library='" + options_.provider_library + "': " + error.what());
         }
     }

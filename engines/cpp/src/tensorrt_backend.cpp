@@ -314,6 +314,7 @@ public:
         const auto profile = best_profile(engine.plan(), shapes);
         const std::lock_guard lock(cuda_->mutex());
         cuda_->enter();
+        reserve(engine.scratch_size());  // what it had may have been lost to an engine that found no room
         Inputs given;
         for (const auto& [name, tensor] : inputs) given.emplace(name, on_device(tensor));
         return engine.run(profile, given, scratch_, scratch_bytes_);
@@ -345,16 +346,26 @@ private:
         return *engines_.emplace(stage.name, std::move(engine)).first->second;
     }
 
-    // See that the one block of scratch memory, which all engines use in turn, has at least this size.
+    // See that the one block of scratch memory, which all engines use in turn, has at least this size. Where a larger
+    // one cannot be had, those that the present one is enough for keep working.
     void reserve(std::int64_t size) {
         if (size <= scratch_bytes_) return;
+        const auto present = scratch_bytes_;
         if (scratch_ != 0) {
             cuda_->synchronize();
             cuda_->release(scratch_);
             scratch_ = 0, scratch_bytes_ = 0;
         }
-        scratch_ = cuda_->allocate(static_cast<std::size_t>(size));
-        scratch_bytes_ = size;
+        const auto take = [&](std::int64_t bytes) {
+            scratch_ = cuda_->allocate(static_cast<std::size_t>(bytes));
+            scratch_bytes_ = bytes;
+        };
+        try {
+            take(size);
+        } catch (const Error&) {
+            if (present != 0) take(present);
+            throw;
+        }
     }
 
     [[nodiscard]] std::shared_ptr<const DeviceTensor> on_device(const TensorPtr& tensor) const {

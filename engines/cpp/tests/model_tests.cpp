@@ -140,6 +140,29 @@ TEST(another_thread_cancels) {
     other.join();
 }
 
+TEST(a_warning_may_stop_the_work) {
+    auto request = small();
+    request->prompt = "a whale and a zeppelin";
+    higen::Callbacks callbacks;
+    int steps = 0;
+    callbacks.on_step = [&](const higen_step&) { return ++steps > 0; };
+    callbacks.on_warning = [](const std::string&) { model().cancel(); };
+    try {
+        (void)model().generate(request, callbacks);
+        CHECK(false);
+    } catch (const higen::Error& error) {
+        CHECK(error.status() == HIGEN_CANCELLED);
+    }
+    callbacks.on_warning = [](const std::string& message) { throw std::runtime_error(message); };
+    try {
+        (void)model().generate(request, callbacks);
+        CHECK(false);
+    } catch (const std::runtime_error& error) {
+        CHECK(std::string(error.what()).find("zeppelin") != std::string::npos);
+    }
+    CHECK(steps == 0);
+}
+
 TEST(two_threads_at_once) {
     auto request = small();
     const auto wanted = model().generate(request);

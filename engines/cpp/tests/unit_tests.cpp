@@ -178,6 +178,7 @@ TEST(files_of_a_precision) {
     CHECK(weights_file("spatial_unet", "int8.fp16") == "unet.fp16.safetensors");
     CHECK(weights_file("text_encoder", "int8") == "text_encoder.safetensors");
     CHECK((stand_ins("fp8.fp16") == std::vector<std::string>{"fp8.fp16", "fp16"}));
+    CHECK((stand_ins("nvfp4.fp16") == std::vector<std::string>{"nvfp4.fp16", "fp16"}));
     CHECK((stand_ins("int8") == std::vector<std::string>{"int8", "fp32"}));
     CHECK(stand_ins("bf16") == std::vector<std::string>{"bf16"});
     CHECK_FAILS(HIGEN_ERROR_REQUEST, "precision='int4': one of 'fp32', 'fp16'", check_precision("int4"));

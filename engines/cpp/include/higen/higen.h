@@ -19,6 +19,7 @@
  * several `higen_generate` at a time; `higen_model_close` must be the last call on it.
  *
  * Structures begin with their size, so that a later version can add fields: initialise each with its function or macro.
+ * Before 1.0 a new minor version may change any of this, and is another library to the loader (libhigen.so.0.1).
  */
 #ifndef HIGEN_HIGEN_H
 #define HIGEN_HIGEN_H
@@ -75,7 +76,7 @@ typedef struct higen_model_options {
     int32_t threads;              /* of one stage on a CPU; 0: ONNX Runtime's choice */
     int32_t skip_verification;    /* 1: trust the files, do not compute their sha256 */
     const char* backend;          /* NULL or "auto": engines where they fit, else graphs; "tensorrt"; "onnx" */
-    const char* precision;        /* "fp32", "fp16", "bf16", "int8", "int8.fp16", "fp8.fp16"; NULL: the best here */
+    const char* precision;        /* "fp32", "fp16", "bf16", "int8", "int8.fp16", "fp8.fp16", "nvfp4.fp16"; NULL: the best here */
 } higen_model_options;
 
 #define HIGEN_MODEL_OPTIONS_INIT {sizeof(higen_model_options), NULL, NULL, 0, 0, NULL, NULL}

@@ -132,6 +132,7 @@ inline std::vector<Video> Model::generate(const std::vector<Request>& requests, 
     // An exception must not pass through the C library: it is kept, and thrown again on this side.
     static constexpr auto keep = [](void* user, auto&& work) -> int {
         auto& own = *static_cast<State*>(user);
+        if (own.thrown) return 1;  // by a warning, which has no answer of its own
         try {
             return work(own);
         } catch (...) {
