@@ -16,7 +16,7 @@ from higen.backends.recorder import CallRecorder
 from higen.backends.tensorrt import TensorrtBackend
 from higen.bundle import QUANTIZED, Bundle
 from higen.errors import MissingExtra, RequestError
-from higen.pipeline import Pipeline
+from higen.pipeline import DECODE_CHUNK, Pipeline
 from higen.stages import STAGES
 
 __all__ = ["Row", "compare", "tolerance_of"]
@@ -57,8 +57,8 @@ def compare(
 ) -> list[Row]:
     """Compare ONNX Runtime's float32 stages with those of backend `other` ("onnx" or "tensorrt") in a precision.
 
-    The inputs are those of a whole video of `prompt`. Raises RequestError, MissingExtra, and what the backends raise
-    where a graph or an engine cannot be used.
+    The inputs are those of a whole video of `prompt`; the encoder's are its first frames. Raises RequestError,
+    MissingExtra, and what the backends raise where a graph or an engine cannot be used.
     """
     if other not in ("onnx", "tensorrt"):
         raise RequestError(f"with={other!r}: 'onnx' or 'tensorrt'")
@@ -77,13 +77,15 @@ def compare(
             second.prepare(stage)
         with Pipeline(bundle, recorder) as pipeline:
             known = bundle.config.prompts[0] if bundle.config.prompts else "a dog runs on the beach"
-            pipeline(prompt or known, steps=steps, progress=False)
-            rows = []
-            for stage in stages:
-                calls = recorder.calls[stage]
-                if calls:  # a video from text encodes no image
-                    rows += _compare_stage(comparator, stage, recorder, second, calls, allowed)
-        return rows
+            video = pipeline(prompt or known, steps=steps, progress=False)
+            if "vae_encoder" in stages:  # a video from text encodes no image
+                pixels = video.frames[:DECODE_CHUNK].astype(np.float32).transpose(0, 3, 1, 2) / 127.5 - 1.0
+                recorder.run("vae_encoder", pixels=np.ascontiguousarray(pixels))
+            return [
+                row
+                for stage in stages
+                for row in _compare_stage(comparator, stage, recorder, second, recorder.calls[stage], allowed)
+            ]
     finally:
         second.close()
 

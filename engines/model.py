@@ -68,9 +68,14 @@ def build_engines(
         [_wanted(bundle, target, stage, precision, profiles, options, libraries[target.flavour]) for stage in stages]
         for target in resolved
     ]
-    for target, records in zip(resolved, wanted, strict=True):
-        store = EngineStore(bundle.path, target.name)
-        store.check_space(sum(_space(bundle, r) for r in records if _reason(store, r) is not None))
+    stores = [EngineStore(bundle.path, target.name) for target in resolved]
+    space = [
+        _space(bundle, record)
+        for store, records in zip(stores, wanted, strict=True)
+        for record in records
+        if _reason(store, record) is not None
+    ]
+    stores[0].check_space(sum(space))  # all lie on one disk
     return [
         record
         for target, records in zip(resolved, wanted, strict=True)

@@ -20,7 +20,7 @@ RTX = (75, 80, 86, 89, 120, 121)
 PORTABLE = (80, 86, 89, 120)
 """What one plan of TensorRT for RTX covers unless told otherwise."""
 
-NEEDED = {"fp32": 75, "fp16": 75, "bf16": 80, "int8": 80, "fp8": 89, "nvfp4": 120}
+NEEDED = {"fp32": 75, "fp16": 75, "bf16": 80, "int8": 80, "fp8": 89, "nvfp4": 100}
 """The first architecture that computes in each precision."""
 
 

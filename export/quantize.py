@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from higen.backends.recorder import CallRecorder
 from higen.bundle import QUANTIZED, Bundle, graph_file, put_file
-from higen.errors import BackendError, ModelError, RequestError
+from higen.errors import BackendError, HigenError, ModelError, OutputError, RequestError
 from higen.export.rounding import (
     KINDS,
     SWITCHES,
@@ -113,33 +113,52 @@ def quantize(
     shown      with a progress bar
 
     Raises RequestError for another precision or stage, ModelError where a graph is missing, BackendError where no layer
-    can be quantised within the tolerance.
+    can be quantised within the tolerance, OutputError where a graph cannot be written.
     """
     if precision not in QUANTIZED:
         raise RequestError(f"precision={precision!r}: one of {', '.join(map(repr, QUANTIZED))}")
     if wrong := [stage for stage in stages if stage not in DENOISING]:
         raise RequestError(f"stages={wrong}: of {', '.join(DENOISING)}")
-    name, _, rest = precision.partition(".")
-    kind, base = KINDS[name], rest or "fp32"
+    base = precision.partition(".")[2] or "fp32"
     for stage in stages:
         for needed in ("fp32", base):
             if graph_file(stage, needed) not in bundle.files:
                 option = "" if needed == "fp32" else f" --precision {needed}"
                 raise ModelError(f"{bundle.path}: no {graph_file(stage, needed)} (make it: higen-export onnx{option})")
-    for stage in stages:
-        trial = _Trial(bundle, stage, calls[stage], kind, base)
-        chosen, error = _choose(trial, tolerance, shown)
-        model = ir.load(bundle.path / graph_file(stage, base))
-        insert(model, chosen, trial.ranges, kind)
-        aside = bundle.path / f".{graph_file(stage, precision)}.part"
-        try:
-            ir.save(model, aside)
-            bundle = put_file(bundle, aside, graph_file(stage, precision))
-        finally:
-            aside.unlink(missing_ok=True)
-        work = sum(trial.work[layer] for layer in chosen) / sum(trial.work.values())
-        kept = tuple(sorted(set(trial.work) - set(chosen)))
-        on_report(Report(stage, precision, len(chosen), len(trial.work), work, error, kept))
+    try:
+        for stage in stages:
+            bundle = _quantize_stage(bundle, stage, calls[stage], precision, tolerance, on_report, shown)
+    except OSError as error:
+        if isinstance(error, HigenError):
+            raise
+        raise OutputError(f"{bundle.path}: the graph cannot be written: {error}") from error
+    return bundle
+
+
+def _quantize_stage(
+    bundle: Bundle,
+    stage: str,
+    calls: Calls,
+    precision: str,
+    tolerance: float,
+    on_report: Callable[[Report], None],
+    shown: bool,
+) -> Bundle:
+    name, _, rest = precision.partition(".")
+    kind, base = KINDS[name], rest or "fp32"
+    trial = _Trial(bundle, stage, calls, kind, base)
+    chosen, error = _choose(trial, tolerance, shown)
+    model = ir.load(bundle.path / graph_file(stage, base))
+    insert(model, chosen, trial.ranges, kind)
+    aside = bundle.path / f".{graph_file(stage, precision)}.part"
+    try:
+        ir.save(model, aside)
+        bundle = put_file(bundle, aside, graph_file(stage, precision))
+    finally:
+        aside.unlink(missing_ok=True)
+    work = sum(trial.work[layer] for layer in chosen) / sum(trial.work.values())
+    kept = tuple(sorted(set(trial.work) - set(chosen)))
+    on_report(Report(stage, precision, len(chosen), len(trial.work), work, error, kept))
     return bundle
 
 

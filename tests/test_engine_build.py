@@ -23,6 +23,7 @@ from higen.bundle import Bundle, graph_file, put_file
 from higen.engines.build import Options
 from higen.engines.model import Event, build_engines
 from higen.engines.shapes import Profile, Range, read_profile
+from higen.engines.store import EngineStore
 from higen.engines.targets import parse_targets
 from higen.errors import EngineError, IntegrityError, NoDriver
 from higen.exporter import main
@@ -206,6 +207,15 @@ def test_a_full_disk_is_found_out_before_the_build(model: Path, monkeypatch: pyt
     assert not (model / "engines").exists()
 
 
+def test_the_disk_must_hold_the_engines_of_all_targets(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+    monkeypatch.setattr(EngineStore, "check_space", lambda store, needed: asked.append(needed))
+    monkeypatch.setattr("higen.engines.model._build_target", lambda *given: [])
+    for targets in ("rtx-sm86", "rtx-sm86,rtx-sm120"):
+        build(model, targets)
+    assert asked == [asked[0], 2 * asked[0]]
+
+
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
 def test_classic_tensorrt_says_that_it_needs_the_gpu(model: Path) -> None:
     with pytest.raises(NoDriver):
@@ -231,6 +241,7 @@ def start(model: Path) -> subprocess.Popen[str]:
 import sys
 from higen.bundle import Bundle
 from higen.engines.model import build_engines
+from higen.engines.store import EngineStore
 from higen.engines.targets import parse_targets
 sys.path[:0] = [sys.argv[2]]
 from test_engine_build import SMALL

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
+import os
 import re
 import shutil
 import sys
@@ -21,7 +23,7 @@ from higen.engines.compare import compare
 from higen.engines.model import build_engines
 from higen.engines.shapes import read_profile
 from higen.engines.targets import parse_targets
-from higen.errors import BackendError, BackendUnavailable, ModelError, RequestError
+from higen.errors import BackendError, BackendUnavailable, ModelError, OutputError, RequestError
 from higen.export.model import export_model
 from higen.export.quantize import Report, quantize, record_calls
 from higen.train.recipes.default.report import COLUMNS
@@ -90,6 +92,17 @@ def test_a_tolerance_that_cannot_hold_is_one_error(model: Path, calls: Any) -> N
     few = {stage: found[:1] for stage, found in calls.items()}
     with pytest.raises(BackendError, match=r"spatial_unet: a tenth of its layers in fewer bits differs by .*1e-09"):
         quantize(Bundle.open(model), few, "int8", ["spatial_unet"], 1e-9)
+    assert not list(model.glob(".*part"))
+
+
+def test_a_full_disk_is_one_error(model: Path, calls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    few = {stage: found[:1] for stage, found in calls.items()}
+    monkeypatch.setattr("higen.export.quantize.put_file", full)
+    with pytest.raises(OutputError, match=r"cannot be written.*No space left"):
+        quantize(Bundle.open(model), few, "int8", ["spatial_unet"], 10.0)
     assert not list(model.glob(".*part"))
 
 
@@ -191,6 +204,8 @@ def test_polygraphy_tells_the_same_story(quantized: tuple[Bundle, Report]) -> No
     strict = compare(bundle, "onnx", "int8", ["spatial_unet"], "a red heart", steps=2, tolerance=1e-9)
     assert not any(row.passed for row in strict)
     assert strict[0].largest == pytest.approx(rows[0].largest)
+    (encoder,) = compare(bundle, "onnx", "int8", ["vae_encoder"], "a red heart", steps=1)  # it is fed the video
+    assert (encoder.output, encoder.calls, encoder.passed) == ("latents", 1, True)
     with pytest.raises(RequestError, match="with itself"):
         compare(bundle, "onnx", "fp32")
     with pytest.raises(RequestError, match="with='torch'"):

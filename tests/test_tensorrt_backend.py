@@ -5,8 +5,10 @@ The fake computes with ONNX Runtime, so a whole video through the state machine 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.machinery
+import os
 import shutil
 import sys
 import threading
@@ -331,6 +333,24 @@ def test_compiled_kernels_are_kept_beside_the_plan(rtx: Machine) -> None:
     backend.close()
     assert cache.read_bytes().startswith(b"kernels:")
     assert [p.name for p in cache.parent.glob(".*.part")] == []
+
+
+def test_a_folder_that_cannot_be_written_costs_nothing_else(rtx: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a read-only file system does, which refuses to remove even what is not there."""
+
+    def refuse(*given: Any, **options: Any) -> Any:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    rtx.build("vae_decoder")
+    given = inputs(Bundle.open(rtx.model), "vae_decoder")
+    cache = rtx.model / "engines" / "rtx-sm89" / ".vae_decoder-sm89.cache"
+    cache.mkdir()  # and what is in the cache's place cannot be read
+    backend = rtx.backend()
+    backend.run("vae_decoder", **given)
+    for name in ("write_bytes", "unlink", "replace"):
+        monkeypatch.setattr(Path, name, refuse)
+    backend.close()
+    assert rtx.driver.clean
 
 
 @pytest.mark.parametrize(("memory", "budget"), [(2**32, 1000), (5500, 400)])

@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import mmap
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -351,7 +352,7 @@ class _Engine:
     def _load_cache(self) -> None:
         """Kernels that an earlier run compiled here; TensorRT itself refuses those of another GPU or version."""
         self._cache_size = 0
-        if self._cache_file.is_file():
+        with suppress(OSError):  # none, or one that cannot be read: kernels are compiled again
             content = self._cache_file.read_bytes()
             if content and self._cache.deserialize(content):
                 self._cache_size = len(content)
@@ -369,4 +370,5 @@ class _Engine:
                 part.write_bytes(content)
                 part.replace(self._cache_file)
         except OSError:  # a folder that cannot be written costs compiling again, nothing else
-            part.unlink(missing_ok=True)
+            with suppress(OSError):  # of a read-only file system even the missing file
+                part.unlink()

@@ -203,7 +203,8 @@ TEST(memory_is_used_again) {
     gpu.memory = gpu.used();
     CHECK_FAILS(HIGEN_ERROR_BACKEND, "the GPU's memory is full", f.run("vae_encoder", numbers({1, 3, 64, 64})));
     // An engine that found no room takes none from those that work.
-    check_output(*f.run("vae_decoder", input).at("pixels"), {2, 3, 64, 64}, sum(*input));
+    const auto small = numbers({1, 4, 8, 8});
+    check_output(*f.run("vae_decoder", small).at("pixels"), {1, 3, 64, 64}, sum(*small));
 }
 
 TEST(lost_scratch_memory_is_taken_again) {
