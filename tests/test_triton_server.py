@@ -12,8 +12,11 @@ import http.client
 import importlib.util
 import io
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -379,3 +382,41 @@ def test_a_repository_that_does_not_load_says_why(repository: Path, tmp_path: Pa
     (broken / "text_encoder" / "1" / "model.onnx").write_bytes(b"no graph")
     with pytest.raises(BackendError, match=r"did not start(.|\n)*text_encoder"), running(broken, exit_timeout=1):
         pass
+
+
+def command(repository: Path) -> tuple[subprocess.Popen[str], int]:
+    """The README's command, as soon as it serves; and the server's process."""
+    line = [sys.executable, "-m", "higen.engines.triton.server", str(repository)]
+    ports = [f"--{name}-port={port}" for name, port in zip(("http", "grpc"), free_ports(2), strict=True)]
+    process = subprocess.Popen([*line, *ports], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert "Ctrl-C" in process.stdout.readline()
+    (child,) = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    return process, int(child)
+
+
+def test_the_command_takes_the_server_along_when_it_is_told_to_end(repository: Path) -> None:
+    process, child = command(repository)
+    process.terminate()
+    output, errors = process.communicate(timeout=60)
+    assert process.returncode == 0, errors
+    assert "stopping" in output
+    assert not Path(f"/proc/{child}").exists()
+
+
+def test_the_command_says_that_the_server_died(repository: Path) -> None:
+    process, child = command(repository)
+    os.kill(child, signal.SIGKILL)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "tritonserver ended by itself with status -9" in errors
+
+
+def test_two_instances_work_side_by_side(tmp_path: Path, pipeline: Pipeline) -> None:
+    target = tmp_path / "repository"
+    write_repository(Bundle.open(default_model()), target, Settings(instances=2, max_batch=2, threads=1))
+    requests = [{"seed": seed, "steps": [2 + seed % 3, 3]} for seed in range(6)]
+    expected = [alone(pipeline, **request) for request in requests]
+    with running(target, exit_timeout=1) as server:
+        for found, wanted in zip(all_at_once(lambda r: ask(server, **r), requests), expected, strict=True):
+            assert_same(found, wanted)

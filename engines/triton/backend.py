@@ -19,14 +19,15 @@ _STOPPING = ("Server not ready", "has no available versions")
 """What Triton says of a stage while it stops; the code of these errors is the same as that of a failure."""
 
 
-_HOST = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0)
-"""Where a stage's outputs are to lie; without a word they stay where it runs, and a GPU's are no numpy arrays."""
-
-
 class TritonBackend:
     """Runs a stage on the model of the same name."""
 
     name = "triton"
+
+    def __init__(self) -> None:
+        # Where outputs are to lie: without a word they stay where a stage runs, and a GPU's are no numpy arrays. The
+        # server adds these names to its module after it has imported the model.
+        self._memory = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0)
 
     def prepare(self, stage: str) -> None:
         """The server has loaded it."""
@@ -38,7 +39,7 @@ class TritonBackend:
             model_name=stage,
             requested_output_names=list(spec.graph_outputs),
             inputs=[pb_utils.Tensor(t.name, _with_an_axis(np.ascontiguousarray(tensors[t.name]))) for t in spec.inputs],
-            preferred_memory=_HOST,
+            preferred_memory=self._memory,
         )
         response = request.exec()
         if response.has_error():
