@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
 from conftest import write_tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
 from training_run import MODEL, moving_square, write_clips
 
@@ -244,13 +248,11 @@ def test_the_cache_gives_back_what_it_was_given_and_survives_a_broken_file(tmp_p
         LatentCache(str(tmp_path / "file"), {}).save(tmp_path / "file" / "x", kept)
 
 
-def reader(folder: Path, encoder: EncoderStage, cache: LatentCache | None = None, workers: int = 0) -> Reader:
+def reader(folder: Path, encoder: EncoderStage, **options: Any) -> Reader:
     listing = list_items(folder)
     per_step = {IMAGE: 2, VIDEO: 2}
     frame = Frame(4, 24, 16, 8)
-    return Reader(
-        listing, frame, encoder, None, seed=5, per_step=per_step, key_frames=True, cache=cache, workers=workers
-    )
+    return Reader(listing, frame, encoder, None, seed=5, per_step=per_step, key_frames=True, **options)
 
 
 def test_samples_depend_on_the_step_alone(tmp_path: Path, encoder: EncoderStage) -> None:
@@ -264,7 +266,7 @@ def test_samples_depend_on_the_step_alone(tmp_path: Path, encoder: EncoderStage)
     ways = [
         [reader(folder, encoder)],
         [reader(folder, encoder, workers=2)],
-        [reader(folder, encoder, cache), reader(folder, encoder, cache)],
+        [reader(folder, encoder, cache=cache), reader(folder, encoder, cache=cache)],
     ]
     for readers in ways:
         for each in readers:
@@ -279,6 +281,67 @@ def test_samples_depend_on_the_step_alone(tmp_path: Path, encoder: EncoderStage)
     key_frame = next(s for s in wanted[IMAGE, 0])
     clips = {s.caption: s for key in steps if key[0] == VIDEO for s in wanted[key]}
     torch.testing.assert_close(key_frame.encoded.mean[:, 0], clips[key_frame.caption].encoded.mean[:, 2])
+
+
+def write_damaged(path: Path, frames: int, intact: int) -> None:
+    """A video whose frames stand alone, nothing but the first `intact` of which can be decoded."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 28, 20, "yuvj420p"
+        pictures = [av.VideoFrame.from_ndarray(picture) for picture in moving_square(200, frames)]
+        for i, packet in enumerate([*(p for f in pictures for p in stream.encode(f)), *stream.encode()]):
+            if i >= intact:
+                junk = av.Packet(bytes(bytes(packet)[:2]) + b"junk" * 30)
+                junk.stream, junk.pts, junk.dts, junk.time_base = stream, packet.pts, packet.dts, packet.time_base
+                packet = junk
+            container.mux(packet)
+
+
+def test_what_was_read_before_changes_no_sample(tmp_path: Path, encoder: EncoderStage) -> None:
+    """A video that is damaged at its end: some of its clips and more of its key frames serve, whatever came before."""
+    folder = write_clips(tmp_path / "clips")
+    write_damaged(folder / "clip9.avi", frames=14, intact=8)
+    (folder / "clip9.txt").write_text("damaged")
+    steps = [(kind, step) for step in range(8) for kind in (IMAGE, VIDEO)]
+    going = reader(folder, encoder, random_start=True)
+    used = dict.fromkeys((IMAGE, VIDEO), 0)
+    for kind, step in steps:
+        found = going.samples(kind, step, range(2))
+        resumed = reader(folder, encoder, random_start=True)
+        for ours, theirs in zip(found, resumed.samples(kind, step, range(2)), strict=True):
+            assert ours.caption == theirs.caption
+            assert torch.equal(ours.encoded.mean, theirs.encoded.mean)
+            used[kind] += ours.caption == "damaged"
+    # Each of the 4 items is due 4 times in 16 samples; 5 of the 11 starts make a whole clip, 6 a key frame.
+    assert list(going.listing.skipped) == ["clip9.avi"]
+    assert 0 < used[VIDEO] < 4
+    assert used[IMAGE] > 0
+
+
+def test_a_file_that_cannot_serve_is_tried_once(
+    tmp_path: Path, encoder: EncoderStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_clips(tmp_path / "clips")
+    (folder / "broken.mp4").write_bytes(b"nothing")
+    write_damaged(folder / "damaged.avi", frames=4, intact=1)
+    for name in ("broken", "damaged"):
+        (folder / f"{name}.txt").write_text(name)
+    tried: Counter[str] = Counter()
+
+    def counted(path: Path, *arguments: Any) -> NDArray[np.uint8]:
+        tried[path.name] += 1
+        return read_video(path, *arguments)
+
+    monkeypatch.setattr("higen.train.reader.read_video", counted)
+    for random_start in (False, True):
+        tried.clear()
+        many = reader(folder, encoder, random_start=random_start)
+        for step in range(10):
+            many.samples(VIDEO, step, range(2))
+        assert tried["broken.mp4"] == 1
+        # With a start of its own for each sample, every start is tried.
+        assert (tried["damaged.avi"] > 1) == random_start
+        assert tried["clip0.webm"] > 2
 
 
 def test_a_data_set_of_unusable_files_is_one_error(tmp_path: Path, encoder: EncoderStage) -> None:
