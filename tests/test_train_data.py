@@ -169,6 +169,26 @@ def test_a_clip_is_cut_out_of_a_video(tmp_path: Path, suffix: str) -> None:
     assert means(5, 4, 1.0, [2]) == near([160], abs=4)
 
 
+@pytest.mark.parametrize("form", ["avi", "mp4", "m4v"])
+def test_every_start_is_found_where_frames_are_reordered(tmp_path: Path, form: str) -> None:
+    """AVI and MPEG-4 part 2 in MP4 are indexed by decoding time, a bare stream not at all."""
+    numbers = np.arange(96)
+    bits = (numbers[:, None] >> np.arange(7)) & 1  # each frame shows its number as seven bars
+    path = tmp_path / f"counted.{form}"
+    with av.open(str(path), "w", format=form) as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 56, 16, "yuv420p", 4_000_000
+        stream.gop_size, stream.max_b_frames = 12, 2
+        for row in bits.astype(np.uint8):
+            bars = np.broadcast_to(np.repeat(20 + 200 * row, 8)[None, :, None], (16, 56, 3))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(bars))))
+        container.mux(stream.encode())
+    for first in range(93):
+        clip = read_video(path, 56, 16, 8, 4, Placement((first + 0.5) / 93))
+        shown = clip.reshape(4, 16, 7, 8, 3).mean(axis=(1, 3, 4)) > 120
+        assert (shown @ (1 << np.arange(7))).tolist() == list(range(first, first + 4))
+
+
 def test_pictures_are_scaled_to_cover_and_cropped_where_asked(tmp_path: Path) -> None:
     wide = np.zeros((20, 60, 3), np.uint8)
     wide[:, :20, 0] = wide[:, 20:40, 1] = wide[:, 40:, 2] = 255

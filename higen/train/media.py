@@ -7,8 +7,9 @@ reference turns such clips into black ones without a caption.)
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,9 @@ IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 SLOWER = 0.9
 """A video whose frames never follow each other at this part of the wanted rate is too slow: frames would be shown
 twice, which the motion cue takes for stillness. (A frame that stays, as animations have it, is stillness.)"""
+
+REORDERED = 16
+"""Decoding order is at most this many frames from the order shown (H.264, A.3.1: MaxDpbFrames)."""
 
 
 class Unusable(Exception):
@@ -149,23 +153,46 @@ def _frame_times(path: Path) -> NDArray[np.float64]:
 
 def _decode(path: Path, times: NDArray[np.float64], chosen: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
     """The chosen frames of a file as uint8 [Y,X,3], in ascending order; fewer where decoding ends early."""
+    waiting = chosen.tolist()
+    for index, frame in _frames_from(path, times, waiting[0]):
+        while waiting and index >= waiting[0]:
+            if index > waiting[0]:  # the frame itself is damaged and was left out
+                raise Damaged("cannot be read: frames are missing")
+            waiting.pop(0)
+            yield _upright(frame)
+        if not waiting:
+            return
+
+
+def _frames_from(path: Path, times: NDArray[np.float64], first: int) -> Iterator[tuple[int, Any]]:
+    """The frames of a file and their indices, from a key frame at or before `first`.
+
+    Some formats are indexed by decoding time (AVI, MPEG-4 part 2 in MP4) or not at all: seeking then leads behind the
+    frame or fails, and a seek further back, or the start of the file, serves.
+    """
     import av
 
-    waiting = chosen.tolist()
+    for start in (first, first - REORDERED):
+        if start > 0:
+            with suppress(av.FFmpegError):
+                frames = _frames(path, times, start)
+                found = next(frames, None)
+                if found is not None and found[0] <= first:
+                    return chain([found], frames)
+    return _frames(path, times, 0)
+
+
+def _frames(path: Path, times: NDArray[np.float64], start: int) -> Iterator[tuple[int, Any]]:
+    """The frames of a file and their indices, from where seeking to frame `start` leads."""
+    import av
+
     with av.open(str(path)) as container:
         stream = _video_stream(container)
         stream.thread_type = "AUTO"
-        if waiting[0]:
-            container.seek(int(times[waiting[0]] / stream.time_base), stream=stream)  # to the key frame before it
+        if start:
+            container.seek(int(times[start] / stream.time_base), stream=stream)
         for count, frame in enumerate(container.decode(stream)):
-            index = count if frame.time is None else int(np.abs(times - frame.time).argmin())
-            while waiting and index >= waiting[0]:
-                if index > waiting[0]:  # the frame itself is damaged and was left out
-                    raise Damaged("cannot be read: frames are missing")
-                waiting.pop(0)
-                yield _upright(frame)
-            if not waiting:
-                return
+            yield count if frame.time is None else int(np.abs(times - frame.time).argmin()), frame
 
 
 def _upright(frame: Any) -> NDArray[np.uint8]:
