@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, write_tiny_model
+from conftest import TINY, full_disk, write_tiny_model
 from PIL import Image
 from safetensors.torch import load_file
 from training_run import CAPTIONS, MODEL, as_toml, make_settings, write_clips
@@ -523,17 +522,6 @@ def test_settings_that_do_not_fit_the_model_are_refused(
         train(make_settings(tmp_path, model, clips, **changes))
 
 
-@contextmanager
-def full_disk(room: int) -> Iterator[None]:
-    """No file of this process grows beyond `room` bytes: the system's own writer fails (EFBIG)."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_a_full_disk_leaves_the_last_good_checkpoint(
     tmp_path: Path, model: Path, clips: Path, whole_run: Settings
 ) -> None:
@@ -560,6 +548,21 @@ def test_a_full_disk_under_the_logs_is_one_error(tmp_path: Path, model: Path, cl
     settings = make_settings(tmp_path, model, clips)
     with full_disk(64), pytest.raises(TrainingError, match="File too large"):
         train(settings)
+
+
+def test_a_full_disk_under_a_model_directory_is_one_error(tmp_path: Path, whole_run: Settings) -> None:
+    """The model at the end, on demand, and for a contact sheet."""
+    output = Path(whole_run.run.output)
+    before, small = Bundle.open(output / "model"), (output / "model" / files.UNET).stat().st_size // 2
+    with full_disk(small), pytest.raises(ModelError, match=r"run/model: cannot be written: .*File too large"):
+        train(whole_run)
+    assert Bundle.open(output / "model") == before
+    with full_disk(small), pytest.raises(ModelError, match=r"exported: cannot be written: .*File too large"):
+        export(whole_run, tmp_path / "exported")
+    assert list(tmp_path.iterdir()) == []
+    with trainer(whole_run) as made, full_disk(small), pytest.raises(ModelError, match="File too large"):
+        made._sample()
+    assert sorted(p.name for p in output.iterdir()) == ["checkpoints", "losses.jsonl", "model"]
 
 
 def test_checkpoints_keep_the_last_and_name_a_broken_one(tmp_path: Path) -> None:

@@ -49,8 +49,8 @@ def train(
     progress  show a bar on stderr
 
     Raises SettingsError (settings, data set, another configuration on resume), TrainingError (a file cannot be
-    written, a loss that is not finite), MissingExtra, what opening the model raises, and KeyboardInterrupt after
-    Ctrl-C, when a checkpoint has been saved.
+    written, a loss that is not finite), ModelError (a model directory cannot be written), MissingExtra, what opening
+    the model raises, and KeyboardInterrupt after Ctrl-C, when a checkpoint has been saved.
     """
     trainer = Trainer(settings, say)
     try:
