@@ -565,6 +565,11 @@ def test_a_full_disk_under_a_model_directory_is_one_error(tmp_path: Path, whole_
     assert sorted(p.name for p in output.iterdir()) == ["checkpoints", "losses.jsonl", "model"]
 
 
+def test_the_largest_seed_serves(tmp_path: Path, model: Path, clips: Path) -> None:
+    with trainer(make_settings(tmp_path, model, clips, run__seed=2**32 - 1)) as made:
+        assert math.isfinite(float(made.advance()["gradient"]))
+
+
 def test_checkpoints_keep_the_last_and_name_a_broken_one(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
     assert checkpoints.load() is None
