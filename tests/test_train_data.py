@@ -16,14 +16,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
-from training_run import MODEL, moving_square, write_clips
+from training_run import MODEL, moving_square, write_clips, write_tower
 
 from higen import bundle as files
 from higen.errors import SettingsError, TrainingError
 from higen.models.companions import load_autoencoder
 from higen.models.stage_modules import EncoderStage
 from higen.train.data import IMAGE, VIDEO, candidates, list_items, summary
-from higen.train.latents import Encoded, LatentCache, OpenClip, encode, to_pixels
+from higen.train.latents import Encoded, LatentCache, OpenClip, encode, to_pixels, tower_sha256
 from higen.train.media import Placement, Unusable, choose_frames, read_image, read_video, video_length
 from higen.train.reader import Frame, Reader
 from higen.video import Video
@@ -376,14 +376,10 @@ def test_a_data_set_of_unusable_files_is_one_error(tmp_path: Path, encoder: Enco
 
 
 def test_openclip_features_come_from_a_transformers_folder(tmp_path: Path) -> None:
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    with pytest.raises(SettingsError, match=r"cues\.openclip=.*: no CLIP picture tower"):
-        OpenClip(str(tmp_path), torch.device("cpu"))
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = CLIPVisionConfig(**sizes, image_size=8, patch_size=4, projection_dim=6)
-    tower = CLIPVisionModelWithProjection(config).eval()
-    tower.save_pretrained(tmp_path / "tower")
+    for read in (tower_sha256, lambda folder: OpenClip(folder, torch.device("cpu"))):
+        with pytest.raises(SettingsError, match=r"cues\.openclip=.*: no CLIP picture tower"):
+            read(str(tmp_path))
+    tower = write_tower(tmp_path / "tower")
     ours = OpenClip(str(tmp_path / "tower"), torch.device("cpu"))
     pixels = torch.rand(3, 3, 16, 40) * 2 - 1
     # The central square of 16, every second pixel of it: nearest-neighbour resizing to 8.
@@ -392,3 +388,24 @@ def test_openclip_features_come_from_a_transformers_folder(tmp_path: Path) -> No
     with torch.no_grad():
         theirs = tower(pixel_values=(square - mean) / std).image_embeds
     torch.testing.assert_close(ours(pixels), theirs)
+
+
+def test_a_tower_is_known_by_its_configuration_and_weights(tmp_path: Path) -> None:
+    first = write_tower(tmp_path / "first")
+    first.save_pretrained(tmp_path / "shards", max_shard_size="4KB")
+    (tmp_path / "shards" / "notes.md").write_text("not read by transformers")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
+    known = {name: tower_sha256(str(tmp_path / name)) for name in ("first", "shards")}
+    write_tower(tmp_path / "twin")
+    assert tower_sha256(str(tmp_path / "twin")) == known["first"]
+    (tmp_path / "shards").rename(tmp_path / "moved")
+    assert tower_sha256(str(tmp_path / "moved")) == known["shards"]
+    (tmp_path / "moved" / "notes.md").unlink()
+    assert tower_sha256(str(tmp_path / "moved")) == known["shards"]
+    last = max((tmp_path / "moved").glob("model-*.safetensors"))
+    last.write_bytes(last.read_bytes()[:-1] + b"!")
+    config = tmp_path / "twin" / "config.json"
+    config.write_text(config.read_text().replace("quick_gelu", "gelu"))
+    write_tower(tmp_path / "other", seed=1)
+    changed = {tower_sha256(str(tmp_path / name)) for name in ("moved", "twin", "other")}
+    assert len(changed | set(known.values())) == 5

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,7 +17,7 @@ import torch
 from conftest import TINY, full_disk, write_tiny_model
 from PIL import Image
 from safetensors.torch import load_file
-from training_run import CAPTIONS, MODEL, as_toml, make_settings, write_clips
+from training_run import CAPTIONS, MODEL, as_toml, make_settings, write_clips, write_tower
 
 import higen
 from higen import bundle as files
@@ -27,7 +28,7 @@ from higen.errors import ModelError, PromptWarning, SettingsError, TrainingError
 from higen.models.checkpoint import reference_names
 from higen.models.unet import Denoiser
 from higen.schedule import alphas_cumprod
-from higen.tokenizer import PromptTokenizer, build_word_tokenizer
+from higen.tokenizer import PromptTokenizer, build_word_tokenizer, write_tokenizer
 from higen.train.batches import Batches
 from higen.train.checkpoints import Checkpoints
 from higen.train.data import IMAGE, VIDEO
@@ -392,6 +393,48 @@ def test_another_configuration_is_refused_by_name(tmp_path: Path, model: Path, c
     assert losses(again()) == kept
     # What does not change what is learned may change.
     train(again(run__keep=1, run__log_every=3, data__workers=1))
+
+
+def test_another_tower_or_tokenizer_is_refused_and_a_moved_one_is_not(tmp_path: Path, model: Path, clips: Path) -> None:
+    def settings(tower: str, output: str = "run", init: Path = model) -> Settings:
+        return make_settings(
+            tmp_path, init, clips, run__steps=1, run__output=tmp_path / output, data__cache=tmp_path / "cache",
+            cues__appearance="openclip", cues__openclip=tmp_path / tower,
+        )  # fmt: skip
+
+    def kept() -> int:
+        return len(list((tmp_path / "cache").rglob("*.safetensors")))
+
+    write_tower(tmp_path / "tower")
+    train(settings("tower"))
+    full = kept()
+    (tmp_path / "tower").rename(tmp_path / "moved")
+    train(settings("moved"))
+    train(settings("moved", "fresh"))
+    assert kept() == full
+    # The manifest of a model with other words, whatever else it shares.
+    shutil.copytree(model, tmp_path / "words")
+    write_tokenizer(build_word_tokenizer(("a", "blue", "whale", "yak")), tmp_path / "words" / files.TOKENIZER)
+    files.write_manifest(tmp_path / "words", Bundle.open(model).config)
+    with pytest.raises(SettingsError, match=r"model \(tokenizer\) is not what it was"):
+        train(settings("moved", init=tmp_path / "words"))
+    # Another tower where the first one was: its features are not those in the cache.
+    write_tower(tmp_path / "tower", seed=1)
+    for again in (train, lambda run: export(run, tmp_path / "exported")):
+        with pytest.raises(SettingsError, match=r"cues\.openclip \(configuration and weights\) is not what it was"):
+            again(settings("tower"))
+    train(settings("tower", "other"))
+    assert kept() == 2 * full
+
+
+def test_a_checkpoint_that_knows_less_goes_on(tmp_path: Path, model: Path, clips: Path) -> None:
+    """As those of an earlier version, which had no hash of the tokenizer."""
+    settings = make_settings(tmp_path, model, clips, run__steps=1)
+    with trainer(settings) as made:
+        made.advance()
+        del made.identity["model (tokenizer)"]
+        made.save()
+    train(settings, resume=True)
 
 
 def test_export_writes_the_averages_on_demand(tmp_path: Path, whole_run: Settings, model: Path, clips: Path) -> None:
