@@ -242,7 +242,8 @@ def staged(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Pa
     """Make a folder as a whole: yields an empty one beside `path`, which is moved there on a clean exit.
 
     Nothing appears at `path` before everything is written, and nothing stays behind when writing fails.
-    Raises ModelError if `path` exists (with `overwrite`: exists and is no model directory) or its parent does not.
+    Raises ModelError if `path` exists (with `overwrite`: exists and is no model directory), its parent does not, or it
+    cannot be written: an OSError inside the block is taken for that.
     """
     target = Path(path)
     if not target.parent.is_dir():
@@ -257,6 +258,8 @@ def staged(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Pa
         staging.chmod(0o755)
         _check_free(target, overwrite)
         _move(staging, target)
+    except OSError as error:
+        raise ModelError(f"{target}: cannot be written: {error}") from error
     finally:
         shutil.rmtree(staging, ignore_errors=True)
 

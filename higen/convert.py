@@ -32,7 +32,7 @@ from higen.models.checkpoint import config_from_reference, from_reference
 from higen.models.companions import autoencoder as build_autoencoder
 from higen.models.companions import text_encoder as build_text_encoder
 from higen.models.weights import DTYPES, write_safetensors
-from higen.tokenizer import build_clip_tokenizer
+from higen.tokenizer import build_clip_tokenizer, write_tokenizer
 
 __all__ = ["DTYPES", "convert", "read_state", "write_safetensors"]
 
@@ -73,7 +73,8 @@ def convert(
                  another size than the released one
 
     Raises CheckpointError (a source is missing, refused, does not fit or has weights that are not finite), OutputError
-    (unknown dtype, no room on the disk) or ModelError (`output` exists). Nothing is left behind when it fails.
+    (unknown dtype, no room on the disk) or ModelError (`output` exists or cannot be written). Nothing is left behind
+    when it fails.
     """
     if dtype not in DTYPES:
         raise OutputError(f"dtype={dtype!r}: one of {', '.join(map(repr, DTYPES))}")
@@ -96,12 +97,9 @@ def convert(
             if progress is not None:
                 progress(name, done, total)
 
-        try:
-            for name, state in parts.items():
-                write_safetensors(folder / name, state, dtype, lambda size, name=name: advance(name, size))  # type: ignore[misc]
-            build_clip_tokenizer().save(str(folder / files.TOKENIZER))
-        except OSError as error:
-            raise OutputError(f"{os.fspath(output)}: cannot be written: {error}") from error
+        for name, state in parts.items():
+            write_safetensors(folder / name, state, dtype, lambda size, name=name: advance(name, size))  # type: ignore[misc]
+        write_tokenizer(build_clip_tokenizer(), folder / files.TOKENIZER)
     return Bundle.open(output)
 
 

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +21,17 @@ from tokenizers import Encoding, Regex, Tokenizer, models, normalizers, pre_toke
 from higen.config import TextConfig
 from higen.errors import IntegrityError, PromptWarning, RequestError
 
-__all__ = ["END", "PAD", "START", "UNKNOWN", "PromptTokenizer", "build_clip_tokenizer", "build_word_tokenizer", "clean"]
+__all__ = [
+    "END",
+    "PAD",
+    "START",
+    "UNKNOWN",
+    "PromptTokenizer",
+    "build_clip_tokenizer",
+    "build_word_tokenizer",
+    "clean",
+    "write_tokenizer",
+]
 
 START, END, PAD, UNKNOWN = "<|startoftext|>", "<|endoftext|>", "[PAD]", "[UNK]"
 
@@ -151,6 +162,11 @@ def _finish(tokenizer: Tokenizer, pieces: str, specials: list[str], *more: pre_t
     frame = [(token, _id(tokenizer, token)) for token in (START, END)]
     tokenizer.post_processor = processors.TemplateProcessing(single=f"{START} $A {END}", special_tokens=frame)
     return tokenizer
+
+
+def write_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
+    """Write a tokenizer.json as the library does, which raises bare Exception on a full disk. Raises OSError."""
+    path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8", newline="\n")
 
 
 def _id(tokenizer: Tokenizer, token: str) -> int:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import full_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -340,6 +341,16 @@ def test_what_exists_is_not_replaced_unasked(tmp_path: Path) -> None:
     make(tmp_path / "model")
     with pytest.raises(ModelError, match=r"exists already$"), bundle.create(tmp_path / "model", CONFIG):
         pytest.fail("the caller must not be asked to fill it")
+
+
+@pytest.mark.parametrize("room", [0, 4])
+def test_a_full_disk_is_one_error_and_keeps_what_was_there(tmp_path: Path, room: int) -> None:
+    """Where the caller writes, and where the manifest does after it."""
+    make(tmp_path / "model", old=b"old")
+    with full_disk(room), pytest.raises(ModelError, match=r"model: cannot be written: .*File too large"):
+        begin(tmp_path / "model")
+    assert left(tmp_path) == ["model"]
+    assert Bundle.open(tmp_path / "model").file("old").read_bytes() == b"old"
 
 
 def test_overwrite_replaces_a_model_whole(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import full_disk
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -356,6 +357,12 @@ def test_parts_must_belong_together(sources: Path, tmp_path: Path) -> None:
 def test_no_room_on_the_disk(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10 * 2**20))
     with pytest.raises(OutputError, match=r"takes 0\.0\d GiB and the disk has 0\.01 GiB free"):
+        make(sources, tmp_path / "model")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_fills_up(sources: Path, tmp_path: Path) -> None:
+    with full_disk(2**16), pytest.raises(ModelError, match=r"model: cannot be written: .*File too large"):
         make(sources, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 

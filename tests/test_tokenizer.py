@@ -18,7 +18,7 @@ from tokenizers import Tokenizer, models
 
 from higen.config import TextConfig
 from higen.errors import IntegrityError, PromptWarning, RequestError
-from higen.tokenizer import PromptTokenizer, build_clip_tokenizer, build_word_tokenizer, clean
+from higen.tokenizer import PromptTokenizer, build_clip_tokenizer, build_word_tokenizer, clean, write_tokenizer
 
 COMPANIONS = Path(__file__).parent / "reference" / "companions" / "companions.json"
 CASES = json.loads(COMPANIONS.read_text(encoding="utf-8"))["tokenizer"]
@@ -36,6 +36,14 @@ def word_tokenizer(tmp_path: Path, **config: object) -> PromptTokenizer:
     path = tmp_path / "tokenizer.json"
     build_word_tokenizer(WORDS).save(str(path))
     return PromptTokenizer.from_file(path, TextConfig(**{"context_length": 8, "clean": False, **config}))  # type: ignore[arg-type]
+
+
+def test_a_tokenizer_is_written_as_the_library_writes_it(tmp_path: Path) -> None:
+    build_clip_tokenizer().save(str(tmp_path / "theirs.json"))
+    write_tokenizer(build_clip_tokenizer(), tmp_path / "ours.json")
+    assert (tmp_path / "ours.json").read_bytes() == (tmp_path / "theirs.json").read_bytes()
+    with pytest.raises(OSError, match="No space left"):
+        write_tokenizer(build_word_tokenizer(WORDS), Path("/dev/full"))
 
 
 @pytest.mark.parametrize("case", CASES, ids=[repr(case["text"][:24]) for case in CASES])

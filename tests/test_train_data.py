@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 from pathlib import Path
+from typing import Any
 
+import av
 import numpy as np
 import pytest
 import torch
 from conftest import write_tiny_model
 from hypothesis import given
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from PIL import Image
-from training_run import MODEL, moving_square, write_clips
+from training_run import MODEL, moving_square, write_clips, write_tower
 
 from higen import bundle as files
 from higen.errors import SettingsError, TrainingError
 from higen.models.companions import load_autoencoder
 from higen.models.stage_modules import EncoderStage
 from higen.train.data import IMAGE, VIDEO, candidates, list_items, summary
-from higen.train.latents import Encoded, LatentCache, OpenClip, encode, to_pixels
+from higen.train.latents import Encoded, LatentCache, OpenClip, encode, to_pixels, tower_sha256
 from higen.train.media import Placement, Unusable, choose_frames, read_image, read_video, video_length
 from higen.train.reader import Frame, Reader
 from higen.video import Video
@@ -165,6 +169,26 @@ def test_a_clip_is_cut_out_of_a_video(tmp_path: Path, suffix: str) -> None:
     assert means(5, 4, 1.0, [2]) == near([160], abs=4)
 
 
+@pytest.mark.parametrize("form", ["avi", "mp4", "m4v"])
+def test_every_start_is_found_where_frames_are_reordered(tmp_path: Path, form: str) -> None:
+    """AVI and MPEG-4 part 2 in MP4 are indexed by decoding time, a bare stream not at all."""
+    numbers = np.arange(96)
+    bits = (numbers[:, None] >> np.arange(7)) & 1  # each frame shows its number as seven bars
+    path = tmp_path / f"counted.{form}"
+    with av.open(str(path), "w", format=form) as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 56, 16, "yuv420p", 4_000_000
+        stream.gop_size, stream.max_b_frames = 12, 2
+        for row in bits.astype(np.uint8):
+            bars = np.broadcast_to(np.repeat(20 + 200 * row, 8)[None, :, None], (16, 56, 3))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(bars))))
+        container.mux(stream.encode())
+    for first in range(93):
+        clip = read_video(path, 56, 16, 8, 4, Placement((first + 0.5) / 93))
+        shown = clip.reshape(4, 16, 7, 8, 3).mean(axis=(1, 3, 4)) > 120
+        assert (shown @ (1 << np.arange(7))).tolist() == list(range(first, first + 4))
+
+
 def test_pictures_are_scaled_to_cover_and_cropped_where_asked(tmp_path: Path) -> None:
     wide = np.zeros((20, 60, 3), np.uint8)
     wide[:, :20, 0] = wide[:, 20:40, 1] = wide[:, 40:, 2] = 255
@@ -244,13 +268,11 @@ def test_the_cache_gives_back_what_it_was_given_and_survives_a_broken_file(tmp_p
         LatentCache(str(tmp_path / "file"), {}).save(tmp_path / "file" / "x", kept)
 
 
-def reader(folder: Path, encoder: EncoderStage, cache: LatentCache | None = None, workers: int = 0) -> Reader:
+def reader(folder: Path, encoder: EncoderStage, **options: Any) -> Reader:
     listing = list_items(folder)
     per_step = {IMAGE: 2, VIDEO: 2}
     frame = Frame(4, 24, 16, 8)
-    return Reader(
-        listing, frame, encoder, None, seed=5, per_step=per_step, key_frames=True, cache=cache, workers=workers
-    )
+    return Reader(listing, frame, encoder, None, seed=5, per_step=per_step, key_frames=True, **options)
 
 
 def test_samples_depend_on_the_step_alone(tmp_path: Path, encoder: EncoderStage) -> None:
@@ -264,7 +286,7 @@ def test_samples_depend_on_the_step_alone(tmp_path: Path, encoder: EncoderStage)
     ways = [
         [reader(folder, encoder)],
         [reader(folder, encoder, workers=2)],
-        [reader(folder, encoder, cache), reader(folder, encoder, cache)],
+        [reader(folder, encoder, cache=cache), reader(folder, encoder, cache=cache)],
     ]
     for readers in ways:
         for each in readers:
@@ -281,6 +303,67 @@ def test_samples_depend_on_the_step_alone(tmp_path: Path, encoder: EncoderStage)
     torch.testing.assert_close(key_frame.encoded.mean[:, 0], clips[key_frame.caption].encoded.mean[:, 2])
 
 
+def write_damaged(path: Path, frames: int, intact: int) -> None:
+    """A video whose frames stand alone, nothing but the first `intact` of which can be decoded."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mjpeg", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 28, 20, "yuvj420p"
+        pictures = [av.VideoFrame.from_ndarray(picture) for picture in moving_square(200, frames)]
+        for i, packet in enumerate([*(p for f in pictures for p in stream.encode(f)), *stream.encode()]):
+            if i >= intact:
+                junk = av.Packet(bytes(bytes(packet)[:2]) + b"junk" * 30)
+                junk.stream, junk.pts, junk.dts, junk.time_base = stream, packet.pts, packet.dts, packet.time_base
+                packet = junk
+            container.mux(packet)
+
+
+def test_what_was_read_before_changes_no_sample(tmp_path: Path, encoder: EncoderStage) -> None:
+    """A video that is damaged at its end: some of its clips and more of its key frames serve, whatever came before."""
+    folder = write_clips(tmp_path / "clips")
+    write_damaged(folder / "clip9.avi", frames=14, intact=8)
+    (folder / "clip9.txt").write_text("damaged")
+    steps = [(kind, step) for step in range(8) for kind in (IMAGE, VIDEO)]
+    going = reader(folder, encoder, random_start=True)
+    used = dict.fromkeys((IMAGE, VIDEO), 0)
+    for kind, step in steps:
+        found = going.samples(kind, step, range(2))
+        resumed = reader(folder, encoder, random_start=True)
+        for ours, theirs in zip(found, resumed.samples(kind, step, range(2)), strict=True):
+            assert ours.caption == theirs.caption
+            assert torch.equal(ours.encoded.mean, theirs.encoded.mean)
+            used[kind] += ours.caption == "damaged"
+    # Each of the 4 items is due 4 times in 16 samples; 5 of the 11 starts make a whole clip, 6 a key frame.
+    assert list(going.listing.skipped) == ["clip9.avi"]
+    assert 0 < used[VIDEO] < 4
+    assert used[IMAGE] > 0
+
+
+def test_a_file_that_cannot_serve_is_tried_once(
+    tmp_path: Path, encoder: EncoderStage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_clips(tmp_path / "clips")
+    (folder / "broken.mp4").write_bytes(b"nothing")
+    write_damaged(folder / "damaged.avi", frames=4, intact=1)
+    for name in ("broken", "damaged"):
+        (folder / f"{name}.txt").write_text(name)
+    tried: Counter[str] = Counter()
+
+    def counted(path: Path, *arguments: Any) -> NDArray[np.uint8]:
+        tried[path.name] += 1
+        return read_video(path, *arguments)
+
+    monkeypatch.setattr("higen.train.reader.read_video", counted)
+    for random_start in (False, True):
+        tried.clear()
+        many = reader(folder, encoder, random_start=random_start)
+        for step in range(10):
+            many.samples(VIDEO, step, range(2))
+        assert tried["broken.mp4"] == 1
+        # With a start of its own for each sample, every start is tried.
+        assert (tried["damaged.avi"] > 1) == random_start
+        assert tried["clip0.webm"] > 2
+
+
 def test_a_data_set_of_unusable_files_is_one_error(tmp_path: Path, encoder: EncoderStage) -> None:
     folder = write_clips(tmp_path / "clips", fps=3)  # slower than the wanted 8
     with pytest.raises(SettingsError, match=r"no usable item for data\.videos: 3 files skipped \(3 slower than 8"):
@@ -293,14 +376,10 @@ def test_a_data_set_of_unusable_files_is_one_error(tmp_path: Path, encoder: Enco
 
 
 def test_openclip_features_come_from_a_transformers_folder(tmp_path: Path) -> None:
-    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
-
-    with pytest.raises(SettingsError, match=r"cues\.openclip=.*: no CLIP picture tower"):
-        OpenClip(str(tmp_path), torch.device("cpu"))
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = CLIPVisionConfig(**sizes, image_size=8, patch_size=4, projection_dim=6)
-    tower = CLIPVisionModelWithProjection(config).eval()
-    tower.save_pretrained(tmp_path / "tower")
+    for read in (tower_sha256, lambda folder: OpenClip(folder, torch.device("cpu"))):
+        with pytest.raises(SettingsError, match=r"cues\.openclip=.*: no CLIP picture tower"):
+            read(str(tmp_path))
+    tower = write_tower(tmp_path / "tower")
     ours = OpenClip(str(tmp_path / "tower"), torch.device("cpu"))
     pixels = torch.rand(3, 3, 16, 40) * 2 - 1
     # The central square of 16, every second pixel of it: nearest-neighbour resizing to 8.
@@ -309,3 +388,24 @@ def test_openclip_features_come_from_a_transformers_folder(tmp_path: Path) -> No
     with torch.no_grad():
         theirs = tower(pixel_values=(square - mean) / std).image_embeds
     torch.testing.assert_close(ours(pixels), theirs)
+
+
+def test_a_tower_is_known_by_its_configuration_and_weights(tmp_path: Path) -> None:
+    first = write_tower(tmp_path / "first")
+    first.save_pretrained(tmp_path / "shards", max_shard_size="4KB")
+    (tmp_path / "shards" / "notes.md").write_text("not read by transformers")
+    assert len(list((tmp_path / "shards").glob("model-*.safetensors"))) > 1
+    known = {name: tower_sha256(str(tmp_path / name)) for name in ("first", "shards")}
+    write_tower(tmp_path / "twin")
+    assert tower_sha256(str(tmp_path / "twin")) == known["first"]
+    (tmp_path / "shards").rename(tmp_path / "moved")
+    assert tower_sha256(str(tmp_path / "moved")) == known["shards"]
+    (tmp_path / "moved" / "notes.md").unlink()
+    assert tower_sha256(str(tmp_path / "moved")) == known["shards"]
+    last = max((tmp_path / "moved").glob("model-*.safetensors"))
+    last.write_bytes(last.read_bytes()[:-1] + b"!")
+    config = tmp_path / "twin" / "config.json"
+    config.write_text(config.read_text().replace("quick_gelu", "gelu"))
+    write_tower(tmp_path / "other", seed=1)
+    changed = {tower_sha256(str(tmp_path / name)) for name in ("moved", "twin", "other")}
+    assert len(changed | set(known.values())) == 5

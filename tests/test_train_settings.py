@@ -35,6 +35,8 @@ def test_a_file_becomes_settings_with_absolute_paths(tmp_path: Path) -> None:
         ({"run__steps": None}, r"run: has .* but needs output, steps"),
         ({"run__precision": "fp8"}, r"run\.precision='fp8': one of 'fp32', 'bf16'"),
         ({"run__keep": 0}, r"run\.keep=0: 1 or more"),
+        ({"run__seed": -1}, r"run\.seed=-1: from 0 to 4294967295"),
+        ({"run__seed": 2**32}, r"run\.seed=4294967296: from 0 to 4294967295"),
         ({"run__sample_every": 5}, r"run\.sample_every=5: needs sample_prompts"),
         ({"data__frames": 1}, r"data\.frames=1: 2 or more"),
         ({"data__images": -1}, r"data\.images=-1: 0 or more"),

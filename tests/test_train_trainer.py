@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import resource
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import TINY, write_tiny_model
+from conftest import TINY, full_disk, write_tiny_model
 from PIL import Image
 from safetensors.torch import load_file
-from training_run import CAPTIONS, MODEL, as_toml, make_settings, write_clips
+from training_run import CAPTIONS, MODEL, as_toml, make_settings, write_clips, write_tower
 
 import higen
 from higen import bundle as files
@@ -28,7 +28,7 @@ from higen.errors import ModelError, PromptWarning, SettingsError, TrainingError
 from higen.models.checkpoint import reference_names
 from higen.models.unet import Denoiser
 from higen.schedule import alphas_cumprod
-from higen.tokenizer import PromptTokenizer, build_word_tokenizer
+from higen.tokenizer import PromptTokenizer, build_word_tokenizer, write_tokenizer
 from higen.train.batches import Batches
 from higen.train.checkpoints import Checkpoints
 from higen.train.data import IMAGE, VIDEO
@@ -395,6 +395,48 @@ def test_another_configuration_is_refused_by_name(tmp_path: Path, model: Path, c
     train(again(run__keep=1, run__log_every=3, data__workers=1))
 
 
+def test_another_tower_or_tokenizer_is_refused_and_a_moved_one_is_not(tmp_path: Path, model: Path, clips: Path) -> None:
+    def settings(tower: str, output: str = "run", init: Path = model) -> Settings:
+        return make_settings(
+            tmp_path, init, clips, run__steps=1, run__output=tmp_path / output, data__cache=tmp_path / "cache",
+            cues__appearance="openclip", cues__openclip=tmp_path / tower,
+        )  # fmt: skip
+
+    def kept() -> int:
+        return len(list((tmp_path / "cache").rglob("*.safetensors")))
+
+    write_tower(tmp_path / "tower")
+    train(settings("tower"))
+    full = kept()
+    (tmp_path / "tower").rename(tmp_path / "moved")
+    train(settings("moved"))
+    train(settings("moved", "fresh"))
+    assert kept() == full
+    # The manifest of a model with other words, whatever else it shares.
+    shutil.copytree(model, tmp_path / "words")
+    write_tokenizer(build_word_tokenizer(("a", "blue", "whale", "yak")), tmp_path / "words" / files.TOKENIZER)
+    files.write_manifest(tmp_path / "words", Bundle.open(model).config)
+    with pytest.raises(SettingsError, match=r"model \(tokenizer\) is not what it was"):
+        train(settings("moved", init=tmp_path / "words"))
+    # Another tower where the first one was: its features are not those in the cache.
+    write_tower(tmp_path / "tower", seed=1)
+    for again in (train, lambda run: export(run, tmp_path / "exported")):
+        with pytest.raises(SettingsError, match=r"cues\.openclip \(configuration and weights\) is not what it was"):
+            again(settings("tower"))
+    train(settings("tower", "other"))
+    assert kept() == 2 * full
+
+
+def test_a_checkpoint_that_knows_less_goes_on(tmp_path: Path, model: Path, clips: Path) -> None:
+    """As those of an earlier version, which had no hash of the tokenizer."""
+    settings = make_settings(tmp_path, model, clips, run__steps=1)
+    with trainer(settings) as made:
+        made.advance()
+        del made.identity["model (tokenizer)"]
+        made.save()
+    train(settings, resume=True)
+
+
 def test_export_writes_the_averages_on_demand(tmp_path: Path, whole_run: Settings, model: Path, clips: Path) -> None:
     half = replace(whole_run, run=replace(whole_run.run, weights="fp16"))
     exported = load_file(export(half, tmp_path / "exported").path / files.UNET)
@@ -523,17 +565,6 @@ def test_settings_that_do_not_fit_the_model_are_refused(
         train(make_settings(tmp_path, model, clips, **changes))
 
 
-@contextmanager
-def full_disk(room: int) -> Iterator[None]:
-    """No file of this process grows beyond `room` bytes: the system's own writer fails (EFBIG)."""
-    before = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, before)
-
-
 def test_a_full_disk_leaves_the_last_good_checkpoint(
     tmp_path: Path, model: Path, clips: Path, whole_run: Settings
 ) -> None:
@@ -560,6 +591,26 @@ def test_a_full_disk_under_the_logs_is_one_error(tmp_path: Path, model: Path, cl
     settings = make_settings(tmp_path, model, clips)
     with full_disk(64), pytest.raises(TrainingError, match="File too large"):
         train(settings)
+
+
+def test_a_full_disk_under_a_model_directory_is_one_error(tmp_path: Path, whole_run: Settings) -> None:
+    """The model at the end, on demand, and for a contact sheet."""
+    output = Path(whole_run.run.output)
+    before, small = Bundle.open(output / "model"), (output / "model" / files.UNET).stat().st_size // 2
+    with full_disk(small), pytest.raises(ModelError, match=r"run/model: cannot be written: .*File too large"):
+        train(whole_run)
+    assert Bundle.open(output / "model") == before
+    with full_disk(small), pytest.raises(ModelError, match=r"exported: cannot be written: .*File too large"):
+        export(whole_run, tmp_path / "exported")
+    assert list(tmp_path.iterdir()) == []
+    with trainer(whole_run) as made, full_disk(small), pytest.raises(ModelError, match="File too large"):
+        made._sample()
+    assert sorted(p.name for p in output.iterdir()) == ["checkpoints", "losses.jsonl", "model"]
+
+
+def test_the_largest_seed_serves(tmp_path: Path, model: Path, clips: Path) -> None:
+    with trainer(make_settings(tmp_path, model, clips, run__seed=2**32 - 1)) as made:
+        assert math.isfinite(float(made.advance()["gradient"]))
 
 
 def test_checkpoints_keep_the_last_and_name_a_broken_one(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from conftest import TINY
 from numpy.typing import NDArray
 
@@ -34,6 +35,17 @@ def write_clips(folder: Path, captions: tuple[str, ...] = CAPTIONS, fps: float =
         Video(moving_square(40 * i), fps).save(folder / f"clip{i}.webm")
         (folder / f"clip{i}.txt").write_text(caption)
     return folder
+
+
+def write_tower(folder: Path, seed: int = 0) -> torch.nn.Module:
+    """A folder with a tiny CLIP picture tower in transformers' format, and the tower."""
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    torch.manual_seed(seed)
+    tower = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, image_size=8, patch_size=4, projection_dim=6))
+    tower.eval().save_pretrained(folder)
+    return tower
 
 
 def as_toml(sections: dict[str, dict[str, Any]]) -> str:

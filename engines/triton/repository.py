@@ -12,8 +12,6 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,7 +96,7 @@ def write_repository(bundle: Bundle, target: str | os.PathLike[str], settings: S
     for name in STAGES:
         if name not in engines:
             _check_dynamic(bundle, name, precision)
-    with _aside(Path(target)) as folder:
+    with staged(target) as folder:
         link = _Links()
         for name, stage in STAGES.items():
             version = folder / name / "1"
@@ -196,16 +194,6 @@ def _check_dynamic(bundle: Bundle, stage: str, precision: str) -> None:
 def _check_whole(name: str, value: object, least: int) -> None:
     if type(value) is not int or value < least:
         raise RequestError(f"{name}={value!r}: a whole number from {least}")
-
-
-@contextmanager
-def _aside(target: Path) -> Iterator[Path]:
-    """`staged`, with a ModelError where a file cannot be written."""
-    try:
-        with staged(target) as folder:
-            yield folder
-    except OSError as error:
-        raise ModelError(f"{target}: cannot be written: {error}") from error
 
 
 class _Links:

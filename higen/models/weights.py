@@ -80,7 +80,8 @@ def _check(path: str | os.PathLike[str], given: Mapping[str, list[int]], wanted:
 def write_safetensors(
     path: Path, state: Mapping[str, Tensor], dtype: str, on_bytes: Callable[[int], None] = lambda size: None
 ) -> None:
-    """Write tensors as safetensors in `dtype`, one at a time (the library's own writer wants all of them at once).
+    """Write tensors, on any device, as safetensors in `dtype`, one at a time (the library's own writer wants all of
+    them at once, and raises an error of its own on a full disk).
 
     Raises CheckpointError for a tensor that is not of floats or not finite, OSError.
     """
@@ -100,7 +101,7 @@ def write_safetensors(
 def _write_tensor(file: BinaryIO, name: str, tensor: Tensor, dtype: str) -> int:
     if not tensor.is_floating_point():
         raise CheckpointError(f"{name} has the type {tensor.dtype}: weights are floating-point numbers")
-    stored = tensor.to(DTYPES[dtype]).contiguous()
+    stored = tensor.detach().to("cpu", DTYPES[dtype]).contiguous()
     if not stored.isfinite().all():
         if tensor.isfinite().all():
             raise CheckpointError(f"{name} has values too great for {dtype}: choose 'bf16' or 'fp32'")

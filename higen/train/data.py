@@ -40,7 +40,9 @@ class Item:
 
 @dataclass
 class Listing:
-    """The items of a data set, and why files were left out (reason by name). The latter grows as files are read."""
+    """The items of a data set, and why files were left out (reason by name). The latter is a report that grows as files
+    are read: a file that is left out of one sample may serve another.
+    """
 
     items: list[Item] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)

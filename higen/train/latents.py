@@ -19,10 +19,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from higen.bundle import sha256
 from higen.errors import MissingExtra, SettingsError, TrainingError
 from higen.models.stage_modules import EncoderStage
 
-__all__ = ["Encoded", "FrameEncoder", "LatentCache", "OpenClip", "encode", "to_pixels"]
+__all__ = ["Encoded", "FrameEncoder", "LatentCache", "OpenClip", "encode", "to_pixels", "tower_sha256"]
 
 CHUNK = 8
 """Frames encoded at a time."""
@@ -84,6 +85,21 @@ class OpenClip:
         mean, std = (torch.tensor(v, device=pixels.device).reshape(1, 3, 1, 1) for v in (self.MEAN, self.STD))
         features: Tensor = self.tower(pixel_values=((square * 0.5 + 0.5) - mean) / std).image_embeds
         return features.float()
+
+
+def tower_sha256(folder: str) -> str:
+    """sha256 of a CLIP tower's configuration and weights, in the files that transformers reads, wherever they lie.
+
+    Raises SettingsError where they cannot be read.
+    """
+    try:
+        weights = sorted(Path(folder).glob("model*.safetensors")) or sorted(Path(folder).glob("pytorch_model*.bin"))
+        if not weights:
+            raise FileNotFoundError("no model.safetensors or pytorch_model.bin in it")
+        found = [sha256(path) for path in (Path(folder, "config.json"), *weights)]
+    except OSError as error:
+        raise SettingsError(f"cues.openclip={folder!r}: no CLIP picture tower can be read: {error}") from error
+    return hashlib.sha256("".join(found).encode()).hexdigest()
 
 
 def to_pixels(frames: NDArray[np.uint8]) -> Tensor:

@@ -7,14 +7,26 @@ reference turns such clips into black ones without a caption.)
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["IMAGES", "VIDEOS", "Placement", "Unusable", "choose_frames", "read_image", "read_video", "video_length"]
+__all__ = [
+    "IMAGES",
+    "VIDEOS",
+    "Damaged",
+    "Placement",
+    "Unusable",
+    "choose_frames",
+    "read_image",
+    "read_video",
+    "video_length",
+]
 
 VIDEOS = (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi", ".gif")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
@@ -23,9 +35,16 @@ SLOWER = 0.9
 """A video whose frames never follow each other at this part of the wanted rate is too slow: frames would be shown
 twice, which the motion cue takes for stillness. (A frame that stays, as animations have it, is stillness.)"""
 
+REORDERED = 16
+"""Decoding order is at most this many frames from the order shown (H.264, A.3.1: MaxDpbFrames)."""
+
 
 class Unusable(Exception):
     """A file cannot serve; the message is the reason, without the file's name."""
+
+
+class Damaged(Unusable):
+    """Frames that were wanted cannot be decoded: other frames of the file may serve."""
 
 
 @dataclass(frozen=True)
@@ -42,15 +61,10 @@ def read_image(path: Path, width: int, height: int, placement: Placement) -> NDA
     import PIL.Image
     import PIL.ImageOps
 
-    try:
-        with PIL.Image.open(path) as file:
-            if getattr(file, "n_frames", 1) > 1:
-                raise Unusable("an animation among the pictures: save it as a video")
-            picture = PIL.ImageOps.exif_transpose(file).convert("RGBA")
-    except Unusable:
-        raise
-    except Exception as error:  # a decoder may raise anything on corrupt data
-        raise Unusable(f"cannot be read: {error}") from error
+    with _reading(Unusable), PIL.Image.open(path) as file:
+        if getattr(file, "n_frames", 1) > 1:
+            raise Unusable("an animation among the pictures: save it as a video")
+        picture = PIL.ImageOps.exif_transpose(file).convert("RGBA")
     picture = PIL.Image.alpha_composite(PIL.Image.new("RGBA", picture.size, "white"), picture).convert("RGB")
     return _cover(np.asarray(picture), width, height, placement)[None]
 
@@ -67,30 +81,24 @@ def read_video(
     """A clip of `frames` frames at `fps` frames a second as uint8 [frames,height,width,3].
 
     For each moment the frame shown then is taken. `wanted` picks some frames of the clip, in ascending order
-    (None: all). Raises Unusable for a file that cannot be read, is shorter than the clip, or slower than `fps`.
+    (None: all). Raises Unusable for a file that cannot be read, is shorter than the clip, or slower than `fps`,
+    wherever the clip lies; Damaged where the frames taken cannot be decoded.
     """
-    try:
+    with _reading(Unusable):
         times = _frame_times(path)
         shown = choose_frames(times, fps, frames, placement.start)
-        chosen = shown if wanted is None else shown[list(wanted)]
+    chosen = shown if wanted is None else shown[list(wanted)]
+    with _reading(Damaged):
         pictures = [_cover(picture, width, height, placement) for picture in _decode(path, times, chosen)]
-    except Unusable:
-        raise
-    except Exception as error:  # as above
-        raise Unusable(f"cannot be read: {error}") from error
     if len(pictures) < len(chosen):
-        raise Unusable(f"cannot be read: {len(pictures)} of {len(chosen)} frames can be decoded")
+        raise Damaged(f"cannot be read: {len(pictures)} of {len(chosen)} frames can be decoded")
     return np.stack(pictures)
 
 
 def video_length(path: Path, fps: float) -> int:
     """Number of frames at `fps` frames a second that a file has. Raises Unusable."""
-    try:
+    with _reading(Unusable):
         return _available(_frame_times(path), fps)
-    except Unusable:
-        raise
-    except Exception as error:  # as above
-        raise Unusable(f"cannot be read: {error}") from error
 
 
 def choose_frames(times: NDArray[np.float64], fps: float, frames: int, start: float) -> NDArray[np.int64]:
@@ -109,6 +117,17 @@ def choose_frames(times: NDArray[np.float64], fps: float, frames: int, start: fl
     moments = times[0] + (first + np.arange(frames)) / fps
     # The frame shown at the moment; half a gap makes it the nearest one where frames follow each other steadily.
     return np.searchsorted(times, moments + 0.5 * min(gap, 1 / fps) - 1e-6, side="right").astype(np.int64) - 1
+
+
+@contextmanager
+def _reading(failure: type[Unusable]) -> Iterator[None]:
+    """What a decoder raises, which may be anything on corrupt data, is a `failure`."""
+    try:
+        yield
+    except Unusable:
+        raise
+    except Exception as error:
+        raise failure(f"cannot be read: {error}") from error
 
 
 def _available(times: NDArray[np.float64], fps: float) -> int:
@@ -134,23 +153,46 @@ def _frame_times(path: Path) -> NDArray[np.float64]:
 
 def _decode(path: Path, times: NDArray[np.float64], chosen: NDArray[np.int64]) -> Iterator[NDArray[np.uint8]]:
     """The chosen frames of a file as uint8 [Y,X,3], in ascending order; fewer where decoding ends early."""
+    waiting = chosen.tolist()
+    for index, frame in _frames_from(path, times, waiting[0]):
+        while waiting and index >= waiting[0]:
+            if index > waiting[0]:  # the frame itself is damaged and was left out
+                raise Damaged("cannot be read: frames are missing")
+            waiting.pop(0)
+            yield _upright(frame)
+        if not waiting:
+            return
+
+
+def _frames_from(path: Path, times: NDArray[np.float64], first: int) -> Iterator[tuple[int, Any]]:
+    """The frames of a file and their indices, from a key frame at or before `first`.
+
+    Some formats are indexed by decoding time (AVI, MPEG-4 part 2 in MP4) or not at all: seeking then leads behind the
+    frame or fails, and a seek further back, or the start of the file, serves.
+    """
     import av
 
-    waiting = chosen.tolist()
+    for start in (first, first - REORDERED):
+        if start > 0:
+            with suppress(av.FFmpegError):
+                frames = _frames(path, times, start)
+                found = next(frames, None)
+                if found is not None and found[0] <= first:
+                    return chain([found], frames)
+    return _frames(path, times, 0)
+
+
+def _frames(path: Path, times: NDArray[np.float64], start: int) -> Iterator[tuple[int, Any]]:
+    """The frames of a file and their indices, from where seeking to frame `start` leads."""
+    import av
+
     with av.open(str(path)) as container:
         stream = _video_stream(container)
         stream.thread_type = "AUTO"
-        if waiting[0]:
-            container.seek(int(times[waiting[0]] / stream.time_base), stream=stream)  # to the key frame before it
+        if start:
+            container.seek(int(times[start] / stream.time_base), stream=stream)
         for count, frame in enumerate(container.decode(stream)):
-            index = count if frame.time is None else int(np.abs(times - frame.time).argmin())
-            while waiting and index >= waiting[0]:
-                if index > waiting[0]:  # the frame itself is damaged and was left out
-                    raise Unusable("cannot be read: frames are missing")
-                waiting.pop(0)
-                yield _upright(frame)
-            if not waiting:
-                return
+            yield count if frame.time is None else int(np.abs(times - frame.time).argmin()), frame
 
 
 def _upright(frame: Any) -> NDArray[np.uint8]:

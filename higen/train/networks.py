@@ -10,7 +10,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from higen import bundle as files
@@ -21,15 +20,15 @@ from higen.errors import ManifestError, SettingsError
 from higen.models.companions import load_autoencoder, load_text_encoder, text_encoder
 from higen.models.stage_modules import EncoderStage
 from higen.models.unet import Denoiser, UNet
+from higen.models.weights import write_safetensors
 from higen.schedule import alphas_cumprod
-from higen.tokenizer import PromptTokenizer, build_word_tokenizer
+from higen.tokenizer import PromptTokenizer, build_word_tokenizer, write_tokenizer
 from higen.train.batches import Batch
 from higen.train.objective import gain_loss, residual_square, residual_v_loss, v_loss
 from higen.train.settings import ModelSettings, Settings
 
 __all__ = ["Networks", "Objective", "build", "spatial_names", "write_model"]
 
-DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _NOT_SPATIAL = ("time.", "prior.", "context_pool.")
 """Parts of the network without temporal layers that a still-picture network does not have, or that learn the cues."""
 
@@ -199,24 +198,20 @@ def write_model(
 ) -> Bundle:
     """Write a model directory. `trained`: weights of `Objective` by name (a run's averages); the others are copied.
 
-    Raises ModelError where it cannot be written.
+    Raises ModelError where it cannot be written, or has weights that are not finite in `dtype`.
     """
     source, config = networks.companions, networks.config
     with files.create(output, config, overwrite) as folder:
-        _save(_under(trained, "denoiser."), folder / files.UNET, dtype)
+        write_safetensors(folder / files.UNET, _under(trained, "denoiser."), dtype)
         text = _under(trained, "text.")
         if text:
-            _save(text, folder / files.TEXT_ENCODER, dtype)
+            write_safetensors(folder / files.TEXT_ENCODER, text, dtype)
         else:
             shutil.copyfile(source.file(files.TEXT_ENCODER, verify=False), folder / files.TEXT_ENCODER)
         shutil.copyfile(source.file(files.AUTOENCODER, verify=False), folder / files.AUTOENCODER)
-        networks.tokenizer.tokenizer.save(str(folder / files.TOKENIZER))
+        write_tokenizer(networks.tokenizer.tokenizer, folder / files.TOKENIZER)
     return Bundle.open(output)
 
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-
-def _save(tensors: Mapping[str, Tensor], path: Path, dtype: str) -> None:
-    save_file({name: t.detach().to("cpu", DTYPES[dtype]).contiguous() for name, t in tensors.items()}, path)

@@ -14,7 +14,7 @@ from higen.errors import SettingsError
 from higen.models.stage_modules import EncoderStage
 from higen.train.data import IMAGE, VIDEO, Item, Listing, candidates, summary
 from higen.train.latents import Encoded, FrameEncoder, LatentCache, encode
-from higen.train.media import Placement, Unusable, read_image, read_video
+from higen.train.media import Damaged, Placement, Unusable, read_image, read_video
 
 __all__ = ["Frame", "Reader", "Sample"]
 
@@ -48,7 +48,9 @@ class _Read:
 
 
 class Reader:
-    """Gives sample `index` of a step, of each kind. What it gives depends on the seed, the data set and the step."""
+    """Gives sample `index` of a step, of each kind. What it gives depends on the seed, the data set and the step, and
+    never on what was read before: `listing.skipped` is a report.
+    """
 
     def __init__(
         self,
@@ -73,6 +75,8 @@ class Reader:
         for kind, name in ((IMAGE, "images"), (VIDEO, "videos")):
             if per_step[kind] and not self.items[kind]:
                 raise SettingsError(f"data.{name}={per_step[kind]}: the data set has no {name}; set it to 0")
+        # (kind, name, start; None: any start) of files that cannot serve, so that they are not decoded again.
+        self._unusable: set[tuple[int, str, float | None]] = set()
         self._pool = ThreadPoolExecutor(workers, "higen-read") if workers else None
         self._coming: dict[tuple[int, int, int], Future[_Read]] = {}
 
@@ -101,11 +105,14 @@ class Reader:
         placement = self._placement(kind, step, index)
         for choice in candidates(self.seed, kind, step * self.per_step[kind] + index, len(items)):
             item = items[choice]
-            if item.name not in self.listing.skipped:
-                try:
-                    return self._read_item(item, kind, placement)
-                except Unusable as error:
-                    self.listing.skipped[item.name] = str(error)
+            anywhere, here = (kind, item.name, None), (kind, item.name, placement.start)
+            if not self._unusable.isdisjoint((anywhere, here)):
+                continue
+            try:
+                return self._read_item(item, kind, placement)
+            except Unusable as error:
+                self._unusable.add(here if isinstance(error, Damaged) else anywhere)
+                self.listing.skipped[item.name] = str(error)
         name = "videos" if kind == VIDEO else "images"
         raise SettingsError(f"data.path: no usable item for data.{name}{summary(dict(self.listing.skipped), ': ')}")
 

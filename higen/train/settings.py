@@ -177,6 +177,7 @@ class RunSettings:
     output: str
     steps: int
     seed: int = 0
+    """From 0 to 2^32 - 1."""
     precision: Literal["fp32", "bf16"] = "fp32"
     micro_batches: int = 1
     """Parts in which each process takes its samples of a step, one after another: the same step in less memory."""
@@ -195,7 +196,9 @@ class RunSettings:
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "steps", "micro_batches", "save_every", "keep", "log_every")
-        _at_least(self, 0, "seed", "sample_every")
+        _at_least(self, 0, "sample_every")
+        if not 0 <= self.seed < 2**32:
+            raise SettingsError(f"seed={self.seed}: from 0 to {2**32 - 1}")
         if self.sample_every and not self.sample_prompts:
             raise SettingsError(f"sample_every={self.sample_every}: needs sample_prompts")
 

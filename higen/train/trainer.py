@@ -26,7 +26,7 @@ from higen.errors import SettingsError, TrainingError
 from higen.train.batches import Batch, Batches
 from higen.train.checkpoints import Checkpoints
 from higen.train.data import IMAGE, VIDEO, Listing, list_items, summary
-from higen.train.latents import LatentCache, OpenClip
+from higen.train.latents import LatentCache, OpenClip, tower_sha256
 from higen.train.networks import Networks, Objective, build, spatial_names, write_model
 from higen.train.optimise import Optimiser
 from higen.train.processes import shares, start_processes, stop_signals
@@ -37,6 +37,7 @@ from higen.train.settings import Settings, difference, flat
 __all__ = ["Trainer", "export", "scale_gradients", "train"]
 
 Say = Callable[[str], None]
+TOWER = "cues.openclip (configuration and weights)"
 
 
 def train(
@@ -49,8 +50,8 @@ def train(
     progress  show a bar on stderr
 
     Raises SettingsError (settings, data set, another configuration on resume), TrainingError (a file cannot be
-    written, a loss that is not finite), MissingExtra, what opening the model raises, and KeyboardInterrupt after
-    Ctrl-C, when a checkpoint has been saved.
+    written, a loss that is not finite), ModelError (a model directory cannot be written), MissingExtra, what opening
+    the model raises, and KeyboardInterrupt after Ctrl-C, when a checkpoint has been saved.
     """
     trainer = Trainer(settings, say)
     try:
@@ -73,7 +74,7 @@ def export(settings: Settings, output: Path, overwrite: bool = False) -> Bundle:
         raise TrainingError(f"{settings.run.output}: no checkpoint to export")
     listing = list_items(settings.data.path)
     networks = build(settings, (item.caption for item in listing.items))
-    _check_same(state, settings, _identity(networks, listing))
+    _check_same(state, settings, _identity(settings, networks, listing))
     return write_model(networks, state["average"], output, settings.run.weights, overwrite)
 
 
@@ -93,7 +94,8 @@ class Trainer:
         self.spatial = [self.trained[f"denoiser.{name}"] for name in spatial_names(self.networks.config.unet)]
         self.optimiser = Optimiser(self.trained, settings.optimiser, settings.run.steps)
         self.parallel: nn.Module = self.accelerator.prepare(self.objective)
-        self.reader = _reader(settings, self.networks, self.listing, device)
+        self.identity = _identity(settings, self.networks, self.listing)
+        self.reader = _reader(settings, self.networks, self.listing, self.identity, device)
         self.batches = Batches(
             self.networks.config, self.networks.tokenizer, settings.cues, settings.objective, settings.run.seed
         )
@@ -116,7 +118,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         state = self.checkpoints.load()
         if state is not None:
-            _check_same(state, self.settings, _identity(self.networks, self.listing))
+            _check_same(state, self.settings, self.identity)
             self._load(state)
             self._tell(f"going on after step {self.step} of {self.settings.run.steps}")
         elif resume:
@@ -185,7 +187,7 @@ class Trainer:
                 {
                     **self.optimiser.state(),
                     "settings": flat(self.settings),
-                    "identity": _identity(self.networks, self.listing),
+                    "identity": self.identity,
                 },
             )
             if self._record is not None:
@@ -283,7 +285,9 @@ def scale_gradients(parameters: list[nn.Parameter], factor: float) -> None:
     torch._foreach_mul_(gradients, factor)
 
 
-def _reader(settings: Settings, networks: Networks, listing: Listing, device: torch.device) -> Reader:
+def _reader(
+    settings: Settings, networks: Networks, listing: Listing, identity: Mapping[str, Any], device: torch.device
+) -> Reader:
     data, model, cues = settings.data, networks.config, settings.cues
     defaults, multiple = model.defaults, model.autoencoder.factor * model.unet.size_multiple
     frame = Frame(*(getattr(data, name) or getattr(defaults, name) for name in ("frames", "width", "height", "fps")))
@@ -297,7 +301,7 @@ def _reader(settings: Settings, networks: Networks, listing: Listing, device: to
         "frame": [frame.frames, frame.width, frame.height, frame.fps],
         "autoencoder": networks.companions.files[files.AUTOENCODER].sha256,
         "scale": to_json(model.autoencoder),
-        "openclip": cues.openclip,
+        "openclip": identity[TOWER],
     }
     return Reader(
         listing,
@@ -314,7 +318,7 @@ def _reader(settings: Settings, networks: Networks, listing: Listing, device: to
     )
 
 
-def _identity(networks: Networks, listing: Listing) -> dict[str, Any]:
+def _identity(settings: Settings, networks: Networks, listing: Listing) -> dict[str, Any]:
     """What lies at the paths of the settings, by content."""
     records = networks.companions.files
     return {
@@ -322,6 +326,8 @@ def _identity(networks: Networks, listing: Listing) -> dict[str, Any]:
         "model (architecture)": to_json(networks.config),
         "model (autoencoder)": records[files.AUTOENCODER].sha256,
         "model (text encoder)": records[files.TEXT_ENCODER].sha256,
+        "model (tokenizer)": records[files.TOKENIZER].sha256,
+        TOWER: None if settings.cues.openclip is None else tower_sha256(settings.cues.openclip),
     }
 
 
@@ -329,7 +335,8 @@ def _check_same(state: Mapping[str, Any], settings: Settings, identity: Mapping[
     """Raise SettingsError naming the first key in which a checkpoint is of another configuration."""
     found = difference(state["settings"], settings)
     for name, value in identity.items():
-        if found is None and state["identity"].get(name) != value:
+        # A checkpoint of an earlier version does not know all of them.
+        if found is None and state["identity"].get(name, value) != value:
             found = f"{name} is not what it was"
     if found is not None:
         raise SettingsError(
