@@ -7,6 +7,8 @@ import re
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -17,8 +19,11 @@ from tokenizers import Tokenizer
 from higen import bundle
 from higen.api import default_model
 from higen.bundle import Bundle
+from higen.errors import TrainingError
 from higen.tokenizer import build_word_tokenizer
 from higen.train.checkpoints import Checkpoints
+from higen.train.recipes.default import autoencoder, denoiser
+from higen.train.recipes.default import run as recipe
 from higen.train.recipes.default.clips import Clips, Selection
 from higen.train.recipes.default.data import background, clip_indices, compose, fetch
 from higen.train.recipes.default.denoiser import UNET, Networks, Run, Trainer, train
@@ -34,6 +39,7 @@ from higen.train.recipes.default.subjects import (
     vocabulary,
     with_article,
 )
+from higen.train.record import claimed
 
 PAIRS = [(s, b) for s in range(len(SUBJECTS)) for b in range(len(BACKGROUNDS))]
 
@@ -189,3 +195,98 @@ def test_a_motion_cue_stands_in_for_words_and_nothing_else_does(tmp_path: Path) 
     still = [(bool(m.any()), bool(moving.search(text))) for m, x, text in clip if text and (x == x[:, :1]).all()]
     assert {said for cue, said in still if not cue} == {True}
     assert {said for cue, said in still if cue} == {True, False}
+
+
+# The codec
+
+
+@pytest.fixture
+def codec(monkeypatch: pytest.MonkeyPatch) -> autoencoder.Trainer:
+    """An untrained codec without pictures."""
+    monkeypatch.setattr(autoencoder, "psnr", lambda *_: 30.0)
+    return autoencoder.Trainer(SimpleNamespace(training=[], validation=[]), autoencoder.TrainConfig())  # type: ignore[arg-type]
+
+
+def test_a_stopped_codec_run_has_the_given_time_in_all(
+    tmp_path: Path, codec: autoencoder.Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock on which a step takes a minute; checkpoints are made every two."""
+    clock, parts = [0.0], list[float]()
+
+    def step(trainer: autoencoder.Trainer, progress: float) -> float:
+        if len(parts) == 5:
+            raise KeyboardInterrupt
+        clock[0] += 60
+        parts.append(progress)
+        return 0.0
+
+    monkeypatch.setattr(autoencoder, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(autoencoder.Trainer, "train_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        autoencoder.run(codec, tmp_path, 600)
+    assert parts == [0.0, 0.1, 0.2, 0.3, 0.4]
+    codec.restore(tmp_path / "autoencoder.ckpt")
+    assert autoencoder.seconds_spent(tmp_path) == 240
+    parts.clear()
+    with pytest.raises(KeyboardInterrupt):
+        autoencoder.run(codec, tmp_path, 600)
+    assert parts == pytest.approx([0.4, 0.5, 0.6, 0.7, 0.8])
+    for left in ([0.8, 0.9], []):
+        codec.restore(tmp_path / "autoencoder.ckpt")
+        parts.clear()
+        autoencoder.run(codec, tmp_path, 600)
+        assert parts == pytest.approx(left)
+
+
+def test_no_seconds_write_the_start_models_codec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Bundle.open(default_model())
+    monkeypatch.setattr(autoencoder, "Pictures", lambda folder: None)
+    autoencoder.train(tmp_path, tmp_path / "state", 0, model)
+    theirs = load_file(model.file(bundle.AUTOENCODER))
+    written = autoencoder.load(tmp_path / "state").state_dict()
+    assert written.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name].float()) for name, tensor in written.items())
+
+
+def test_a_codec_is_there_as_a_whole_or_not_at_all(
+    tmp_path: Path, codec: autoencoder.Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object, **__: object) -> str:
+        raise KeyboardInterrupt
+
+    for name in ("json.dumps", "save_file"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"higen.train.recipes.default.autoencoder.{name}", killed)
+            with pytest.raises(KeyboardInterrupt):
+                autoencoder.export(codec, tmp_path)
+        assert {p.name for p in tmp_path.iterdir()} <= {"autoencoder.json"}  # the recipe looks for the weights
+    autoencoder.export(codec, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"autoencoder.json", "autoencoder.safetensors"}
+
+
+def test_the_recipe_holds_its_folder_from_beginning_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = []
+
+    def part(name: str) -> Any:
+        def held(*_: object, **__: object) -> None:
+            parts.append(name)
+            with pytest.raises(TrainingError, match="another process is training there"), claimed(tmp_path):
+                pass
+
+        return held
+
+    monkeypatch.setattr(denoiser, "Clips", lambda *_: None)
+    monkeypatch.setattr(denoiser, "Trainer", lambda *_: None)
+    for module, name in (
+        (recipe, "fetch"),
+        (recipe.autoencoder, "train"),
+        (recipe.latents, "write"),
+        (denoiser, "_train"),
+        (recipe, "assemble"),
+    ):
+        monkeypatch.setattr(module, name, part(name))
+    with claimed(tmp_path), pytest.raises(TrainingError, match="another process is training there"):
+        recipe.run(tmp_path, tmp_path / "model")
+    assert parts == []
+    recipe.run(tmp_path, tmp_path / "model")
+    assert parts == ["fetch", "train", "write", "_train", "assemble"]

@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 from higen.errors import MissingExtra, TrainingError
 from higen.locks import hold
 
-__all__ = ["Record", "lock", "read_losses"]
+__all__ = ["Record", "claimed", "lock", "read_losses"]
 
 
 def lock(folder: Path) -> int | None:
@@ -29,6 +29,17 @@ def lock(folder: Path) -> int | None:
         return hold(folder, os.O_RDONLY, wait=False)
     except BlockingIOError as error:
         raise TrainingError(f"{folder}: another process is training there") from error
+
+
+@contextmanager
+def claimed(folder: Path) -> Iterator[None]:
+    """`lock` a run's folder for a while; a process cannot claim it twice. Raises TrainingError as `lock` does."""
+    descriptor = lock(folder)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def read_losses(path: Path) -> list[dict[str, float]]:

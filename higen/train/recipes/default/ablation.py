@@ -42,6 +42,7 @@ from higen.train.recipes.default.real import RealClips
 from higen.train.recipes.default.report import as_text, write
 from higen.train.recipes.default.shots import plan
 from higen.train.recipes.default.subjects import SUBJECTS
+from higen.train.record import claimed
 
 __all__ = ["LIVELY", "VARIANTS", "OneStage", "Variant", "fit", "measure", "table"]
 
@@ -76,11 +77,11 @@ def fit(variant: Variant, work: Path, run: Run) -> Path:
     state = work / "ablation" / variant.name.replace(" ", "-")
     model = state / "model"
     if not model.exists():
-        state.mkdir(parents=True, exist_ok=True)
         network = replace(NETWORK, prior_preconditioning=variant.prior)
         selection = Selection(LIVELY, variant.motion, variant.appearance)
-        train(state, run, clips=Clips(work / "latents.safetensors", network, selection))
-        assemble(work, model, trained=state, unet=network)
+        with claimed(state):
+            train(state, run, clips=Clips(work / "latents.safetensors", network, selection))
+            assemble(work, model, trained=state, unet=network)
     return model
 
 

@@ -9,7 +9,6 @@ their parameters. Step n uses random numbers of its own (seed, n), so a resumed 
 from __future__ import annotations
 
 import argparse
-import os
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from higen.train.processes import stop_signals
 from higen.train.recipes.default.clips import Clips, Selection
 from higen.train.recipes.default.start import start_from
 from higen.train.recipes.default.subjects import SUBJECTS, subjects_named, vocabulary
-from higen.train.record import lock
+from higen.train.record import claimed
 from higen.train.settings import OptimiserSettings
 
 __all__ = ["TEXT", "UNET", "Networks", "Run", "train"]
@@ -206,16 +205,12 @@ def train(state: Path, run: Run, start: Bundle | None = None, clips: Clips | Non
 
     A new run starts from random weights, or from those of the model `start` as far as they fit.
     Without `clips`, the recipe's own network is trained on all of the latents cache in `state`.
+    The caller has claimed `state` (higen.train.record).
     """
-    claim = lock(state)
-    try:
-        if clips is None:
-            clips = Clips(state / "latents.safetensors", UNET, Selection(new=() if start is None else _new(start)))
-        with flushed_denormals():
-            _train(Checkpoints(state / "checkpoints", keep=2), Trainer(clips, run), start)
-    finally:
-        if claim is not None:
-            os.close(claim)
+    if clips is None:
+        clips = Clips(state / "latents.safetensors", UNET, Selection(new=() if start is None else _new(start)))
+    with flushed_denormals():
+        _train(Checkpoints(state / "checkpoints", keep=2), Trainer(clips, run), start)
 
 
 def _new(start: Bundle) -> tuple[int, ...]:
@@ -265,7 +260,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     start = None if arguments.start is None else Bundle.open(arguments.start)
     optimiser = replace(OPTIMISER, learning_rate=arguments.learning_rate)
-    train(arguments.state, Run(steps=arguments.steps, bfloat16=arguments.bf16, optimiser=optimiser), start)
+    with claimed(arguments.state):
+        train(arguments.state, Run(steps=arguments.steps, bfloat16=arguments.bf16, optimiser=optimiser), start)
 
 
 if __name__ == "__main__":

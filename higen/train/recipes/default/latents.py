@@ -18,6 +18,7 @@ from torch import Tensor
 from higen.config import AutoencoderConfig
 from higen.train.recipes.default.autoencoder import Pictures, load
 from higen.train.recipes.default.subjects import BACKGROUNDS, SUBJECTS
+from higen.train.record import claimed
 
 CHUNK = 36
 
@@ -83,7 +84,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the WebP loops")
     parser.add_argument("--state", type=Path, required=True, help="folder of the trained codec, and of the cache")
     arguments = parser.parse_args()
-    write(arguments.data, arguments.state)
+    with claimed(arguments.state):
+        write(arguments.data, arguments.state)
 
 
 if __name__ == "__main__":
