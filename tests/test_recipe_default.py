@@ -19,14 +19,15 @@ from tokenizers import Tokenizer
 from higen import bundle
 from higen.api import default_model
 from higen.bundle import Bundle
-from higen.errors import TrainingError
+from higen.config import UNetConfig
+from higen.errors import SettingsError, TrainingError
 from higen.tokenizer import build_word_tokenizer
 from higen.train.checkpoints import Checkpoints
 from higen.train.recipes.default import autoencoder, denoiser
 from higen.train.recipes.default import run as recipe
 from higen.train.recipes.default.clips import Clips, Selection
 from higen.train.recipes.default.data import background, clip_indices, compose, fetch
-from higen.train.recipes.default.denoiser import UNET, Networks, Run, Trainer, train
+from higen.train.recipes.default.denoiser import OPTIMISER, UNET, Networks, Run, Trainer, train
 from higen.train.recipes.default.start import start_from
 from higen.train.recipes.default.subjects import (
     BACKGROUNDS,
@@ -195,6 +196,39 @@ def test_a_motion_cue_stands_in_for_words_and_nothing_else_does(tmp_path: Path) 
     still = [(bool(m.any()), bool(moving.search(text))) for m, x, text in clip if text and (x == x[:, :1]).all()]
     assert {said for cue, said in still if not cue} == {True}
     assert {said for cue, said in still if cue} == {True, False}
+
+
+def test_a_run_goes_on_by_its_own_configuration_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = {f"latents/{SUBJECTS[s].name}": torch.zeros((10, 72, 32, 8, 8)).half() for s in (0, 1)}
+    save_file(cache, tmp_path / "l")
+    config, both = replace(UNET, channel_multipliers=(1, 1)), Selection(subjects=(0, 1))
+    run, state = Run(steps=1), tmp_path / "state"
+
+    def again(run: Run, config: UNetConfig = config, selection: Selection = both) -> None:
+        train(state, run, clips=Clips(tmp_path / "l", config, selection))
+
+    again(run)
+    again(replace(run, save_every_s=1))
+    monkeypatch.setattr(Trainer, "advance", None)  # no step is made
+    for wrong, found in (
+        ((replace(run, steps=2),), "run.steps was 1 and is now 2"),
+        ((replace(run, bfloat16=True),), "run.bfloat16 was False and is now True"),
+        ((replace(run, optimiser=replace(OPTIMISER, ema=0.5)),), "optimiser.ema was 0.998 and is now 0.5"),
+        ((run, replace(config, dropout=0.5)), "unet.dropout was 0.0 and is now 0.5"),
+        ((run, config, replace(both, motion=False)), "selection.motion was True and is now False"),
+        ((run, config, Selection(subjects=(0,))), "subject penguin was {"),
+        ((run, config, replace(both, new=(1,))), "subject penguin was {"),
+    ):
+        with pytest.raises(SettingsError) as caught:
+            again(*wrong)
+        assert f"{state} holds a run of another configuration: {found}" in str(caught.value)
+        assert str(caught.value).endswith(f"; put it back, or remove {state / 'checkpoints'} to start anew")
+
+
+def test_a_cache_without_a_wanted_subject_is_one_error(tmp_path: Path) -> None:
+    save_file({f"latents/{SUBJECTS[0].name}": torch.zeros((10, 72, 32, 8, 8)).half()}, tmp_path / "l")
+    with pytest.raises(TrainingError, match="no latents of penguin, monkey; remove it"):
+        Clips(tmp_path / "l", UNET, Selection(subjects=(0, 1, 2)))
 
 
 # The codec

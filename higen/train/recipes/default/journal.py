@@ -14,9 +14,14 @@ from numpy.typing import NDArray
 
 from higen.train.recipes.default.shots import Row, Shot
 
-__all__ = ["Journal"]
+__all__ = ["Journal", "digest"]
 
 Measured = tuple[Row, NDArray[np.float64]]
+
+
+def digest(key: Mapping[str, Any]) -> str:
+    """Equal for equal keys only."""
+    return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
 
 
 class Journal:
@@ -29,7 +34,7 @@ class Journal:
         """
         self._path = path
         self._found: dict[Shot, Measured] = {}
-        mark = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+        mark = digest(key)
         lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
         whole = lines[:-1]  # what ends in a line feed; "" or half a line comes after the last
         if not whole or whole[0] != mark:
