@@ -39,7 +39,7 @@ from higen.train.recipes.default.clips import Clips, Selection
 from higen.train.recipes.default.data import fetch
 from higen.train.recipes.default.denoiser import UNET, Run, train
 from higen.train.recipes.default.evaluate import PipelineMaker, evaluate
-from higen.train.recipes.default.journal import digest
+from higen.train.recipes.default.journal import digest, meaning
 from higen.train.recipes.default.judges import Judges
 from higen.train.recipes.default.real import RealClips
 from higen.train.recipes.default.report import as_text, write
@@ -104,7 +104,7 @@ def measure(variant: Variant, model: Path, real: RealClips, judges: Judges, seed
     measured = {
         "files": {name: record.sha256 for name, record in sorted(Bundle.open(model).files.items())},
         "seeds": seeds,
-        "judges": digest(judges.key),
+        "measures": digest({**judges.key, **meaning()}),
     }
     if not path.exists() or json.loads(path.read_text(encoding="utf-8")).get("model") != measured:
         with load(model, "torch") as pipeline:
