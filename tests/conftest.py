@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -76,6 +78,19 @@ def write_tiny_model(path: Path, config: ModelConfig = TINY, seed: int = 0) -> B
         save_file(autoencoder(config.autoencoder).state_dict(), folder / bundle.AUTOENCODER)
         build_word_tokenizer(WORDS).save(str(folder / bundle.TOKENIZER))
     return Bundle.open(path)
+
+
+@contextmanager
+def full_disk(room: int) -> Iterator[None]:
+    """No file of this process grows beyond `room` bytes: the system's own writer fails (EFBIG)."""
+    import resource  # Unix only
+
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
 @pytest.fixture(scope="session")

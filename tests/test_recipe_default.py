@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
+import tarfile
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import full_disk
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
@@ -23,7 +26,7 @@ from higen.config import UNetConfig
 from higen.errors import SettingsError, TrainingError
 from higen.tokenizer import build_word_tokenizer
 from higen.train.checkpoints import Checkpoints
-from higen.train.recipes.default import autoencoder, denoiser
+from higen.train.recipes.default import autoencoder, data, denoiser, latents
 from higen.train.recipes.default import run as recipe
 from higen.train.recipes.default.clips import Clips, Selection
 from higen.train.recipes.default.data import background, clip_indices, compose, fetch
@@ -128,6 +131,39 @@ def test_without_npm_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(RuntimeError, match=r"npm is not installed: install Node\.js, or put the archive"):
         fetch(tmp_path / "data")
+
+
+def package(path: Path, files: dict[str, bytes]) -> bytes:
+    """Write an archive as npm packs it; returns its bytes."""
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"package/assets/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5, 0.99])
+def test_a_broken_archive_is_named_and_fetched_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: float
+) -> None:
+    content = {f"{s.codepoint}.webp": np.random.default_rng(i).bytes(2000) for i, s in enumerate(SUBJECTS)}
+    archive = tmp_path / "lobehub-fluent-emoji-anim-1-1.0.0.tgz"
+    whole = package(archive, content)
+    archive.write_bytes(whole[: int(part * len(whole))])
+    with pytest.raises(RuntimeError, match=rf"{re.escape(str(archive))}: broken, so removed: run again"):
+        fetch(tmp_path)
+    monkeypatch.setattr(data, "_npm_pack", lambda package, folder: archive.write_bytes(whole))
+    fetch(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.webp")} == content
+
+
+def test_a_full_disk_leaves_no_half_of_a_loop(tmp_path: Path) -> None:
+    archive = tmp_path / "lobehub-fluent-emoji-anim-1-1.0.0.tgz"
+    package(archive, {f"{SUBJECTS[0].codepoint}.webp": bytes(5000)})
+    with full_disk(1000), pytest.raises(TrainingError, match=r"1f40b\.webp cannot be written: .*File too large"):
+        fetch(tmp_path)
+    assert list(tmp_path.iterdir()) == [archive]
 
 
 def test_new_subjects_are_drawn_twice_as_often_at_first(tmp_path: Path) -> None:
@@ -296,6 +332,34 @@ def test_a_codec_is_there_as_a_whole_or_not_at_all(
         assert {p.name for p in tmp_path.iterdir()} <= {"autoencoder.json"}  # the recipe looks for the weights
     autoencoder.export(codec, tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"autoencoder.json", "autoencoder.safetensors"}
+
+
+def test_a_full_disk_leaves_the_codecs_files_as_they_were(tmp_path: Path, codec: autoencoder.Trainer) -> None:
+    writers = {
+        "autoencoder.ckpt": lambda: codec.save(tmp_path / "autoencoder.ckpt"),
+        "autoencoder.safetensors": lambda: autoencoder.export(codec, tmp_path),
+    }
+    for name, write in writers.items():
+        write()
+        before = (tmp_path / name).read_bytes()
+        with full_disk(len(before) // 2), pytest.raises(TrainingError, match=f"{name} cannot be written: .*too large"):
+            write()
+        assert (tmp_path / name).read_bytes() == before
+    assert {p.name for p in tmp_path.iterdir()} == {*writers, "autoencoder.json"}
+
+
+def test_a_full_disk_leaves_the_earlier_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(latents, "load", lambda folder: None)
+    monkeypatch.setattr(latents, "Pictures", lambda folder: None)
+    monkeypatch.setattr(latents, "encode_subject", lambda *_: torch.randn((2, 3, 32, 8, 8), generator=random))
+    latents.write(tmp_path, tmp_path)
+    path = tmp_path / "latents.safetensors"
+    before = path.read_bytes()
+    with full_disk(len(before) // 2), pytest.raises(TrainingError, match=r"latents\.safetensors cannot be written: .*"):
+        latents.write(tmp_path, tmp_path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_the_recipe_holds_its_folder_from_beginning_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -178,7 +178,7 @@ class Trainer:
         return float(loss.detach())
 
     def save(self, path: Path) -> None:
-        """Write the checkpoint; a crash midway leaves the former one."""
+        """Write the checkpoint. Raises TrainingError where it cannot be written: the former one stays."""
         state: dict[str, Any] = {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
@@ -187,9 +187,8 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
         }
-        temporary = path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        temporary.replace(path)
+        with aside(path) as temporary, temporary.open("wb") as file:
+            torch.save(state, file)
 
     def restore(self, path: Path) -> None:
         """Continue exactly where `save` left off."""
