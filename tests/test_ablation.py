@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +19,9 @@ from safetensors.torch import save_file
 from higen.backends.base import RecordingBackend
 from higen.bundle import Bundle
 from higen.conditioning import appearance_cue
-from higen.train.recipes.default.ablation import LIVELY, NETWORK, VARIANTS, OneStage, table
+from higen.errors import SettingsError
+from higen.train.recipes.default import ablation, autoencoder
+from higen.train.recipes.default.ablation import LIVELY, NETWORK, VARIANTS, OneStage, fit, measure, table
 from higen.train.recipes.default.clips import Batch, Clips, Selection
 from higen.train.recipes.default.denoiser import Run, Trainer
 from higen.train.recipes.default.subjects import FRAMES, SUBJECTS
@@ -75,6 +82,59 @@ def test_one_stage_draws_no_key_frame(preconditioned_model: Path) -> None:
     assert "spatial_unet" not in stages
     height, width = TINY.defaults.height // 2, TINY.defaults.width // 2
     assert dict(backend.calls)["temporal_unet"]["prior"] == (1, 4, height, width)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of the recipe with an untrained codec."""
+    folder, random = tmp_path_factory.mktemp("work"), torch.Generator().manual_seed(0)
+    loops = {f"latents/{SUBJECTS[s].name}": torch.randn((10, 72, 32, 8, 8), generator=random).half() for s in LIVELY}
+    save_file({**loops, "mean": torch.zeros(32), "std": torch.ones(32)}, folder / "latents.safetensors")
+    save_file(autoencoder.build().state_dict(), folder / "autoencoder.safetensors")
+    (folder / "autoencoder.json").write_text(json.dumps(vars(autoencoder.CodecConfig())))
+    return folder
+
+
+def test_a_variant_that_was_trained_another_way_is_refused(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ablation, "NETWORK", replace(NETWORK, channel_multipliers=(1, 1)))
+    model = fit(VARIANTS[0], work, Run(steps=1))
+    one = Bundle.open(model).files
+    assert Bundle.open(fit(VARIANTS[0], work, Run(steps=1))).files == one
+    for other, found in ((Run(steps=2), "run.steps was 1 and is now 2"), (Run(steps=1, bfloat16=True), "run.bfloat16")):
+        with pytest.raises(SettingsError, match=found):
+            fit(VARIANTS[0], work, other)
+    shutil.rmtree(model.parent / "checkpoints")  # as the error says
+    assert Bundle.open(fit(VARIANTS[0], work, Run(steps=2))).files["unet.safetensors"] != one["unet.safetensors"]
+
+
+def test_measures_are_kept_for_the_weights_and_the_seeds(
+    tiny_model: Path, preconditioned_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = []
+
+    def evaluated(*given: Any, **_: Any) -> SimpleNamespace:
+        made.append(len(given[4]))
+        return SimpleNamespace(measures={"count": len(made)})
+
+    monkeypatch.setattr(ablation, "load", lambda *_: nullcontext())
+    monkeypatch.setattr(ablation, "evaluate", evaluated)
+    monkeypatch.setattr(
+        ablation, "write", lambda result, *given: (given[-1] / "measures.json").write_text(json.dumps(result.measures))
+    )
+    monkeypatch.setattr(ablation, "as_text", str)
+    model, judges = tmp_path / "model", SimpleNamespace(key={"version": 1, "steps": (1, 2)})
+
+    def count(seeds: int) -> int:
+        return int(measure(VARIANTS[0], model, None, judges, seeds)["count"])  # type: ignore[arg-type]
+
+    shutil.copytree(tiny_model, model)
+    assert [count(2), count(2), count(4), count(4)] == [1, 1, 2, 2]
+    assert made[0] < made[1]
+    shutil.rmtree(model)
+    shutil.copytree(preconditioned_model, model)
+    assert [count(4), count(4)] == [3, 3]
+    judges.key["version"] = 2
+    assert count(4) == 4
 
 
 def test_the_table_has_a_column_for_each_variant() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import make_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,9 @@ from higen.train.recipes.default.journal import Journal
 from higen.train.recipes.default.judges import NOTHING, Judges
 from higen.train.recipes.default.real import RealClips
 from higen.train.recipes.default.report import as_text, write
-from higen.train.recipes.default.shots import Shot, plan
+from higen.train.recipes.default.shots import Row, Shot, plan
 from higen.train.recipes.default.subjects import BACKGROUNDS, KEY_INDEX, SUBJECTS, is_held_out, subjects_named
+from higen.train.record import claimed
 
 Frames = NDArray[np.uint8]
 SIDE, LOOP = 64, 48
@@ -340,6 +341,24 @@ def test_a_run_that_was_stopped_goes_on(real: RealClips, judges: Judges, tmp_pat
     assert all(Journal(tmp_path / "clips", {"model": "another"}).find(shot) is None for shot in shots)
 
 
+def test_rows_of_other_measures_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shot, path = Shot("held-out", "text", 0, 0), tmp_path / "clips"
+    row = Row(**dict.fromkeys(Row.__dataclass_fields__, 0.0))  # type: ignore[arg-type]
+    fewer = make_dataclass("Row", list(Row.__dataclass_fields__)[1:])
+    with monkeypatch.context() as other:
+        other.setattr("higen.train.recipes.default.journal.Row", fewer)
+        Journal(path, {}).add(shot, fewer(*range(len(fewer.__dataclass_fields__))), np.zeros(2))
+        assert Journal(path, {}).find(shot) is not None
+    journal = Journal(path, {})
+    assert journal.find(shot) is None
+    journal.add(shot, row, np.zeros(2))
+    found = Journal(path, {}).find(shot)
+    assert found is not None
+    assert found[0] == row
+    monkeypatch.setattr("higen.train.recipes.default.journal.MEASURES_VERSION", -1)
+    assert Journal(path, {}).find(shot) is None
+
+
 def test_the_judges_are_kept(real: RealClips, judges: Judges, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = Judges(real, tmp_path, steps=(2, 1))
     monkeypatch.setattr("higen.train.recipes.default.judges.fit", None)  # training would fail
@@ -406,6 +425,14 @@ def test_the_command_prints_and_writes_what_it_measured(
     assert written == {key: value for key, value in found.items() if key != "subjects"}
     assert (tmp_path / "out" / "worst.png").exists()
     assert np.float32(1e-40) * np.float32(1.0) > 0, "denormal numbers are flushed inside only"
+
+
+def test_a_folder_has_one_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("higen.train.recipes.default.measure.fetch", None)  # it never comes to that
+    with claimed(tmp_path / "out"):
+        result = cli("--data", tmp_path / "data", "--output", tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.stderr == f"TrainingError: {tmp_path / 'out'}: another process is evaluating there\n"
 
 
 def test_a_model_of_another_kind_is_refused_before_any_work(tiny_model: Path, tmp_path: Path) -> None:

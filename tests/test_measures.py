@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -255,4 +257,30 @@ def test_a_network_is_kept_for_its_key(tmp_path: Path) -> None:
     assert len(made) == 1
     kept(path, {"data": 2}, nn.Linear(1, 1), make)
     assert len(made) == 2
+    assert [p.name for p in tmp_path.iterdir()] == ["line.pt"]
+
+
+@pytest.mark.parametrize("part", [0, 0.5, 1])
+def test_a_broken_network_is_made_again(tmp_path: Path, part: float) -> None:
+    path = tmp_path / "line.pt"
+    kept(path, {}, nn.Linear(1, 1), lambda network: network)
+    content = path.read_bytes()
+    path.write_bytes(content[: int(part * len(content))] if part < 1 else b"no network")
+    made = nn.Linear(1, 1)
+    assert kept(path, {}, nn.Linear(1, 1), lambda network: made) is made
+    assert torch.equal(kept(path, {}, nn.Linear(1, 1), lambda network: network).weight, made.weight)
+
+
+def test_two_processes_keep_a_network_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, save = tmp_path / "line.pt", torch.save
+
+    def interleaved(*given: Any) -> None:
+        save(*given)
+        with monkeypatch.context() as other:
+            other.setattr(torch, "save", save)
+            other.setattr(os, "getpid", lambda: -1)
+            kept(path, {}, nn.Linear(1, 1), lambda network: network)
+
+    monkeypatch.setattr(torch, "save", interleaved)
+    kept(path, {}, nn.Linear(1, 1), lambda network: network)
     assert [p.name for p in tmp_path.iterdir()] == ["line.pt"]

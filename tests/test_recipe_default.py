@@ -2,26 +2,35 @@
 
 from __future__ import annotations
 
+import io
 import os
 import re
 import signal
+import tarfile
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import full_disk
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
 from higen import bundle
 from higen.api import default_model
 from higen.bundle import Bundle
+from higen.config import UNetConfig
+from higen.errors import SettingsError, TrainingError
 from higen.tokenizer import build_word_tokenizer
 from higen.train.checkpoints import Checkpoints
+from higen.train.recipes.default import autoencoder, data, denoiser, latents
+from higen.train.recipes.default import run as recipe
 from higen.train.recipes.default.clips import Clips, Selection
 from higen.train.recipes.default.data import background, clip_indices, compose, fetch
-from higen.train.recipes.default.denoiser import UNET, Networks, Run, Trainer, train
+from higen.train.recipes.default.denoiser import OPTIMISER, UNET, Networks, Run, Trainer, train
 from higen.train.recipes.default.start import start_from
 from higen.train.recipes.default.subjects import (
     BACKGROUNDS,
@@ -34,6 +43,7 @@ from higen.train.recipes.default.subjects import (
     vocabulary,
     with_article,
 )
+from higen.train.record import claimed
 
 PAIRS = [(s, b) for s in range(len(SUBJECTS)) for b in range(len(BACKGROUNDS))]
 
@@ -123,6 +133,39 @@ def test_without_npm_it_says_what_to_do(tmp_path: Path, monkeypatch: pytest.Monk
         fetch(tmp_path / "data")
 
 
+def package(path: Path, files: dict[str, bytes]) -> bytes:
+    """Write an archive as npm packs it; returns its bytes."""
+    with tarfile.open(path, "w:gz") as tar:
+        for name, content in files.items():
+            member = tarfile.TarInfo(f"package/assets/{name}")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("part", [0.0, 0.5, 0.99])
+def test_a_broken_archive_is_named_and_fetched_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: float
+) -> None:
+    content = {f"{s.codepoint}.webp": np.random.default_rng(i).bytes(2000) for i, s in enumerate(SUBJECTS)}
+    archive = tmp_path / "lobehub-fluent-emoji-anim-1-1.0.0.tgz"
+    whole = package(archive, content)
+    archive.write_bytes(whole[: int(part * len(whole))])
+    with pytest.raises(RuntimeError, match=rf"{re.escape(str(archive))}: broken, so removed: run again"):
+        fetch(tmp_path)
+    monkeypatch.setattr(data, "_npm_pack", lambda package, folder: archive.write_bytes(whole))
+    fetch(tmp_path)
+    assert {path.name: path.read_bytes() for path in tmp_path.glob("*.webp")} == content
+
+
+def test_a_full_disk_leaves_no_half_of_a_loop(tmp_path: Path) -> None:
+    archive = tmp_path / "lobehub-fluent-emoji-anim-1-1.0.0.tgz"
+    package(archive, {f"{SUBJECTS[0].codepoint}.webp": bytes(5000)})
+    with full_disk(1000), pytest.raises(TrainingError, match=r"1f40b\.webp cannot be written: .*File too large"):
+        fetch(tmp_path)
+    assert list(tmp_path.iterdir()) == [archive]
+
+
 def test_new_subjects_are_drawn_twice_as_often_at_first(tmp_path: Path) -> None:
     loops = {f"latents/{SUBJECTS[s].name}": torch.zeros((10, 72, 32, 8, 8)).half() for s in (0, 1)}
     save_file(loops, tmp_path / "latents")
@@ -189,3 +232,159 @@ def test_a_motion_cue_stands_in_for_words_and_nothing_else_does(tmp_path: Path) 
     still = [(bool(m.any()), bool(moving.search(text))) for m, x, text in clip if text and (x == x[:, :1]).all()]
     assert {said for cue, said in still if not cue} == {True}
     assert {said for cue, said in still if cue} == {True, False}
+
+
+def test_a_run_goes_on_by_its_own_configuration_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = {f"latents/{SUBJECTS[s].name}": torch.zeros((10, 72, 32, 8, 8)).half() for s in (0, 1)}
+    save_file(cache, tmp_path / "l")
+    config, both = replace(UNET, channel_multipliers=(1, 1)), Selection(subjects=(0, 1))
+    run, state = Run(steps=1), tmp_path / "state"
+
+    def again(run: Run, config: UNetConfig = config, selection: Selection = both) -> None:
+        train(state, run, clips=Clips(tmp_path / "l", config, selection))
+
+    again(run)
+    again(replace(run, save_every_s=1))
+    monkeypatch.setattr(Trainer, "advance", None)  # no step is made
+    for wrong, found in (
+        ((replace(run, steps=2),), "run.steps was 1 and is now 2"),
+        ((replace(run, bfloat16=True),), "run.bfloat16 was False and is now True"),
+        ((replace(run, optimiser=replace(OPTIMISER, ema=0.5)),), "optimiser.ema was 0.998 and is now 0.5"),
+        ((run, replace(config, dropout=0.5)), "unet.dropout was 0.0 and is now 0.5"),
+        ((run, config, replace(both, motion=False)), "selection.motion was True and is now False"),
+        ((run, config, Selection(subjects=(0,))), "subject penguin was {"),
+        ((run, config, replace(both, new=(1,))), "subject penguin was {"),
+    ):
+        with pytest.raises(SettingsError) as caught:
+            again(*wrong)
+        assert f"{state} holds a run of another configuration: {found}" in str(caught.value)
+        assert str(caught.value).endswith(f"; put it back, or remove {state / 'checkpoints'} to start anew")
+
+
+def test_a_cache_without_a_wanted_subject_is_one_error(tmp_path: Path) -> None:
+    save_file({f"latents/{SUBJECTS[0].name}": torch.zeros((10, 72, 32, 8, 8)).half()}, tmp_path / "l")
+    with pytest.raises(TrainingError, match="no latents of penguin, monkey; remove it"):
+        Clips(tmp_path / "l", UNET, Selection(subjects=(0, 1, 2)))
+
+
+# The codec
+
+
+@pytest.fixture
+def codec(monkeypatch: pytest.MonkeyPatch) -> autoencoder.Trainer:
+    """An untrained codec without pictures."""
+    monkeypatch.setattr(autoencoder, "psnr", lambda *_: 30.0)
+    return autoencoder.Trainer(SimpleNamespace(training=[], validation=[]), autoencoder.TrainConfig())  # type: ignore[arg-type]
+
+
+def test_a_stopped_codec_run_has_the_given_time_in_all(
+    tmp_path: Path, codec: autoencoder.Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a clock on which a step takes a minute; checkpoints are made every two."""
+    clock, parts = [0.0], list[float]()
+
+    def step(trainer: autoencoder.Trainer, progress: float) -> float:
+        if len(parts) == 5:
+            raise KeyboardInterrupt
+        clock[0] += 60
+        parts.append(progress)
+        return 0.0
+
+    monkeypatch.setattr(autoencoder, "time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(autoencoder.Trainer, "train_step", step)
+    with pytest.raises(KeyboardInterrupt):
+        autoencoder.run(codec, tmp_path, 600)
+    assert parts == [0.0, 0.1, 0.2, 0.3, 0.4]
+    codec.restore(tmp_path / "autoencoder.ckpt")
+    assert autoencoder.seconds_spent(tmp_path) == 240
+    parts.clear()
+    with pytest.raises(KeyboardInterrupt):
+        autoencoder.run(codec, tmp_path, 600)
+    assert parts == pytest.approx([0.4, 0.5, 0.6, 0.7, 0.8])
+    for left in ([0.8, 0.9], []):
+        codec.restore(tmp_path / "autoencoder.ckpt")
+        parts.clear()
+        autoencoder.run(codec, tmp_path, 600)
+        assert parts == pytest.approx(left)
+
+
+def test_no_seconds_write_the_start_models_codec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Bundle.open(default_model())
+    monkeypatch.setattr(autoencoder, "Pictures", lambda folder: None)
+    autoencoder.train(tmp_path, tmp_path / "state", 0, model)
+    theirs = load_file(model.file(bundle.AUTOENCODER))
+    written = autoencoder.load(tmp_path / "state").state_dict()
+    assert written.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[name].float()) for name, tensor in written.items())
+
+
+def test_a_codec_is_there_as_a_whole_or_not_at_all(
+    tmp_path: Path, codec: autoencoder.Trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object, **__: object) -> str:
+        raise KeyboardInterrupt
+
+    for name in ("json.dumps", "save_file"):
+        with monkeypatch.context() as patch:
+            patch.setattr(f"higen.train.recipes.default.autoencoder.{name}", killed)
+            with pytest.raises(KeyboardInterrupt):
+                autoencoder.export(codec, tmp_path)
+        assert {p.name for p in tmp_path.iterdir()} <= {"autoencoder.json"}  # the recipe looks for the weights
+    autoencoder.export(codec, tmp_path)
+    assert {p.name for p in tmp_path.iterdir()} == {"autoencoder.json", "autoencoder.safetensors"}
+
+
+def test_a_full_disk_leaves_the_codecs_files_as_they_were(tmp_path: Path, codec: autoencoder.Trainer) -> None:
+    writers = {
+        "autoencoder.ckpt": lambda: codec.save(tmp_path / "autoencoder.ckpt"),
+        "autoencoder.safetensors": lambda: autoencoder.export(codec, tmp_path),
+    }
+    for name, write in writers.items():
+        write()
+        before = (tmp_path / name).read_bytes()
+        with full_disk(len(before) // 2), pytest.raises(TrainingError, match=f"{name} cannot be written: .*too large"):
+            write()
+        assert (tmp_path / name).read_bytes() == before
+    assert {p.name for p in tmp_path.iterdir()} == {*writers, "autoencoder.json"}
+
+
+def test_a_full_disk_leaves_the_earlier_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = torch.Generator().manual_seed(0)
+    monkeypatch.setattr(latents, "load", lambda folder: None)
+    monkeypatch.setattr(latents, "Pictures", lambda folder: None)
+    monkeypatch.setattr(latents, "encode_subject", lambda *_: torch.randn((2, 3, 32, 8, 8), generator=random))
+    latents.write(tmp_path, tmp_path)
+    path = tmp_path / "latents.safetensors"
+    before = path.read_bytes()
+    with full_disk(len(before) // 2), pytest.raises(TrainingError, match=r"latents\.safetensors cannot be written: .*"):
+        latents.write(tmp_path, tmp_path)
+    assert path.read_bytes() == before
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+
+
+def test_the_recipe_holds_its_folder_from_beginning_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    parts = []
+
+    def part(name: str) -> Any:
+        def held(*_: object, **__: object) -> None:
+            parts.append(name)
+            with pytest.raises(TrainingError, match="another process is training there"), claimed(tmp_path):
+                pass
+
+        return held
+
+    monkeypatch.setattr(denoiser, "Clips", lambda *_: None)
+    monkeypatch.setattr(denoiser, "Trainer", lambda *_: None)
+    for module, name in (
+        (recipe, "fetch"),
+        (recipe.autoencoder, "train"),
+        (recipe.latents, "write"),
+        (denoiser, "_train"),
+        (recipe, "assemble"),
+    ):
+        monkeypatch.setattr(module, name, part(name))
+    with claimed(tmp_path), pytest.raises(TrainingError, match="another process is training there"):
+        recipe.run(tmp_path, tmp_path / "model")
+    assert parts == []
+    recipe.run(tmp_path, tmp_path / "model")
+    assert parts == ["fetch", "train", "write", "_train", "assemble"]

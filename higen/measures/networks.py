@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
+import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -98,15 +100,30 @@ def fit(
 
 
 def kept(path: Path, key: Mapping[str, Any], network: Network, make: Callable[[Network], Network]) -> Network:
-    """`network` with the weights in `path` if they were made for this `key`; otherwise made, and kept there."""
+    """`network` with the weights in `path` if they were made for this `key`; otherwise made, and kept there.
+
+    A broken file is made again.
+    """
     mark = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
-    if path.exists():
-        state = torch.load(path, weights_only=True)
-        if state["key"] == mark:
-            network.load_state_dict(state["network"])
-            return network.eval().requires_grad_(False)
+    weights = _read(path, mark)
+    if weights is not None:
+        network.load_state_dict(weights)
+        return network.eval().requires_grad_(False)
     made = make(network)
-    temporary = path.with_suffix(".part")
-    torch.save({"key": mark, "network": made.state_dict()}, temporary)
-    temporary.replace(path)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        torch.save({"key": mark, "network": made.state_dict()}, temporary)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
     return made
+
+
+def _read(path: Path, mark: str) -> dict[str, Tensor] | None:
+    """The weights in `path`; None if they are of another mark, or nothing readable is there."""
+    try:
+        state = torch.load(path, weights_only=True)
+        weights: dict[str, Tensor] = state["network"]
+        return weights if state["key"] == mark else None
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError):
+        return None

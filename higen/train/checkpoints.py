@@ -18,7 +18,7 @@ import torch
 
 from higen.errors import TrainingError
 
-__all__ = ["Checkpoints"]
+__all__ = ["Checkpoints", "reason"]
 
 VERSION = 1
 _NAME = re.compile(r"step-(\d+)\.pt")
@@ -54,7 +54,7 @@ class Checkpoints:
                 temporary.unlink()
             last = next(iter(reversed(self.paths())), None)
             kept = f"the last good checkpoint is {last}" if last else "there is no earlier one"
-            raise TrainingError(f"{path} cannot be written: {_reason(error)}; {kept}") from error
+            raise TrainingError(f"{path} cannot be written: {reason(error)}; {kept}") from error
         for old in self.paths()[: -self.keep]:
             old.unlink()
         return path
@@ -69,7 +69,7 @@ class Checkpoints:
             version = state["version"]
         except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
             before = f"remove it to go on from {paths[-2].name}" if len(paths) > 1 else "it is the only one"
-            raise TrainingError(f"{paths[-1]} cannot be read: {_reason(error)}; {before}") from error
+            raise TrainingError(f"{paths[-1]} cannot be read: {reason(error)}; {before}") from error
         if version != VERSION:
             raise TrainingError(f"{paths[-1]}: version {version}; this higen reads version {VERSION}")
         return state
@@ -84,7 +84,7 @@ def _step(path: Path) -> int:
     return int(path.stem.removeprefix("step-"))
 
 
-def _reason(error: BaseException) -> str:
+def reason(error: BaseException) -> str:
     """The system's reason behind an error of torch's writer."""
     while error.__context__ is not None and not isinstance(error, OSError):
         error = error.__context__

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -35,6 +35,7 @@ __all__ = [
     "RunSettings",
     "Settings",
     "difference",
+    "first_difference",
     "flat",
     "read_settings",
 ]
@@ -294,8 +295,12 @@ def difference(stored: Mapping[str, Any], settings: Settings) -> str | None:
     """The first key, of those that change what is learned, in which a run differs from `stored` (`flat`), with both
     values; None if there is none.
     """
-    now = flat(settings)
-    for key in sorted({*stored, *now} - {*FREE}):
+    return first_difference(stored, flat(settings), FREE)
+
+
+def first_difference(stored: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()) -> str | None:
+    """The first key, but for those that are `free`, whose values differ, with both values; None if there is none."""
+    for key in sorted({*stored, *now} - {*free}):
         if stored.get(key) != now.get(key):
             return f"{key} was {stored.get(key)!r} and is now {now.get(key)!r}"
     return None

@@ -12,7 +12,8 @@ no prior        one stage: the network with temporal layers draws the clip from 
 no motion       the motion cue is never given; the text alone says how fast
 no appearance   the appearance cue is never given (a frame is still told its place in the clip)
 
-FOLDER of --work is that of `higen train default`, whose codec and latents are used. Every part resumes.
+FOLDER of --work is that of `higen train default`, whose codec and latents are used. Every part resumes; a variant that
+was trained another way is refused, and measured anew where its weights or the seeds are others.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from typing import Any
 import torch
 
 from higen.api import load
+from higen.bundle import Bundle
 from higen.pipeline import Pipeline
 from higen.request import Request
 from higen.sampler import Step
@@ -37,11 +39,13 @@ from higen.train.recipes.default.clips import Clips, Selection
 from higen.train.recipes.default.data import fetch
 from higen.train.recipes.default.denoiser import UNET, Run, train
 from higen.train.recipes.default.evaluate import PipelineMaker, evaluate
+from higen.train.recipes.default.journal import digest, meaning
 from higen.train.recipes.default.judges import Judges
 from higen.train.recipes.default.real import RealClips
 from higen.train.recipes.default.report import as_text, write
 from higen.train.recipes.default.shots import plan
 from higen.train.recipes.default.subjects import SUBJECTS
+from higen.train.record import claimed
 
 __all__ = ["LIVELY", "VARIANTS", "OneStage", "Variant", "fit", "measure", "table"]
 
@@ -72,15 +76,17 @@ VARIANTS = (
 
 
 def fit(variant: Variant, work: Path, run: Run) -> Path:
-    """Train a variant to `run`'s steps, going on where it stopped; returns its model directory."""
+    """Train a variant to `run`'s steps, going on where it stopped; returns its model directory.
+
+    Raises SettingsError where the variant was trained by another `run`, and TrainingError.
+    """
     state = work / "ablation" / variant.name.replace(" ", "-")
     model = state / "model"
-    if not model.exists():
-        state.mkdir(parents=True, exist_ok=True)
-        network = replace(NETWORK, prior_preconditioning=variant.prior)
-        selection = Selection(LIVELY, variant.motion, variant.appearance)
+    network = replace(NETWORK, prior_preconditioning=variant.prior)
+    selection = Selection(LIVELY, variant.motion, variant.appearance)
+    with claimed(state):
         train(state, run, clips=Clips(work / "latents.safetensors", network, selection))
-        assemble(work, model, trained=state, unet=network)
+        assemble(work, model, overwrite=True, trained=state, unet=network)
     return model
 
 
@@ -93,15 +99,21 @@ class OneStage(Pipeline):
 
 
 def measure(variant: Variant, model: Path, real: RealClips, judges: Judges, seeds: int) -> dict[str, Any]:
-    """The measures of `higen evaluate` for a trained variant, kept beside the model."""
+    """The measures of `higen evaluate` for a trained variant, kept beside the model for its weights and `seeds`."""
     path = model.parent / "measures.json"
-    if not path.exists():
+    measured = {
+        "files": {name: record.sha256 for name, record in sorted(Bundle.open(model).files.items())},
+        "seeds": seeds,
+        "measures": digest({**judges.key, **meaning()}),
+    }
+    if not path.exists() or json.loads(path.read_text(encoding="utf-8")).get("model") != measured:
         with load(model, "torch") as pipeline:
             make = PipelineMaker(pipeline)
             if not variant.prior:
                 options = {"steps": (1, sum(DEFAULTS.steps)), "guidance": (1.0, DEFAULTS.guidance[0])}
                 make = PipelineMaker(OneStage(pipeline.bundle, pipeline.backend), options)
             result = evaluate(make, make, real, judges, plan(LIVELY, seeds), shown=True)
+            result.measures["model"] = measured
             write(result, real, make, model.parent)
         print(variant.name, as_text(result.measures), sep="\n", flush=True)
     found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))

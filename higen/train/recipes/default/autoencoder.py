@@ -22,8 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from higen.bundle import AUTOENCODER, Bundle
+from higen.train.recipes.default.aside import aside
 from higen.train.recipes.default.data import background, fetch, load_loop
 from higen.train.recipes.default.subjects import BACKGROUNDS, SUBJECTS, is_held_out
+from higen.train.record import claimed
 
 NO_ATTENTION: tuple[tuple[int, ...], ...] = ((),) * 5
 
@@ -176,7 +178,7 @@ class Trainer:
         return float(loss.detach())
 
     def save(self, path: Path) -> None:
-        """Write the checkpoint; a crash midway leaves the former one."""
+        """Write the checkpoint. Raises TrainingError where it cannot be written: the former one stays."""
         state: dict[str, Any] = {
             "model": self.model.state_dict(),
             "ema": self.ema.state_dict(),
@@ -185,9 +187,8 @@ class Trainer:
             "step": self.step,
             "seconds": self.seconds,
         }
-        temporary = path.with_suffix(".tmp")
-        torch.save(state, temporary)
-        temporary.replace(path)
+        with aside(path) as temporary, temporary.open("wb") as file:
+            torch.save(state, file)
 
     def restore(self, path: Path) -> None:
         """Continue exactly where `save` left off."""
@@ -200,8 +201,8 @@ class Trainer:
 
 
 def run(trainer: Trainer, folder: Path, seconds: float) -> None:
-    """Train for `seconds` more of wall-clock time, with a checkpoint and a log line every two minutes."""
-    total = trainer.seconds + seconds
+    """Train to `seconds` of wall-clock time in all, with a checkpoint and a log line every two minutes."""
+    total = max(seconds, trainer.seconds)
     start, before = time.monotonic(), trainer.seconds
     mark, mark_step, losses = start, trainer.step, [0.0]
     with (folder / "autoencoder.log").open("a") as log:
@@ -227,9 +228,9 @@ def run(trainer: Trainer, folder: Path, seconds: float) -> None:
 
 
 def train(data: Path, state: Path, seconds: float, start: Bundle | None = None) -> None:
-    """Train for `seconds` on the loops in `data`, going on from what `state` holds, and write the codec there.
+    """Train for `seconds` in all on the loops in `data`, going on from what `state` holds, and write the codec there.
 
-    A new run starts from random weights, or from those of the model `start`.
+    A new run starts from random weights, or from those of the model `start`, which 0 seconds leave as they are.
     """
     state.mkdir(parents=True, exist_ok=True)
     trainer = Trainer(Pictures(data), TrainConfig())
@@ -244,9 +245,18 @@ def train(data: Path, state: Path, seconds: float, start: Bundle | None = None) 
 
 
 def export(trainer: Trainer, folder: Path) -> None:
-    """Write the EMA weights (`autoencoder.safetensors`) and the constructor's arguments (`autoencoder.json`)."""
-    save_file(trainer.ema.state_dict(), folder / "autoencoder.safetensors")
-    (folder / "autoencoder.json").write_text(json.dumps(asdict(CodecConfig()), indent=2) + "\n")
+    """Write the constructor's arguments (`autoencoder.json`) and the EMA weights (`autoencoder.safetensors`), which
+    come last: where they are, the codec is whole. Raises TrainingError where they cannot be written."""
+    with aside(folder / "autoencoder.json") as path:
+        path.write_text(json.dumps(asdict(CodecConfig()), indent=2) + "\n")
+    with aside(folder / "autoencoder.safetensors") as path:
+        save_file(trainer.ema.state_dict(), path)
+
+
+def seconds_spent(folder: Path) -> float:
+    """Seconds that the checkpoint in `folder` has been trained for; 0 if there is none."""
+    path = folder / "autoencoder.ckpt"
+    return float(torch.load(path, weights_only=True)["seconds"]) if path.exists() else 0.0
 
 
 def seconds_until(clock: str) -> float:
@@ -264,12 +274,15 @@ def main() -> None:
     parser.add_argument("--state", type=Path, required=True, help="folder of the checkpoint, the log and the result")
     when = parser.add_mutually_exclusive_group(required=True)
     when.add_argument("--until", metavar="HH:MM", help="train until this local time")
-    when.add_argument("--minutes", type=float, help="train this long")
+    when.add_argument("--minutes", type=float, help="train this long, earlier runs included")
     arguments = parser.parse_args()
-    fetch(arguments.data)
-    train(
-        arguments.data, arguments.state, seconds_until(arguments.until) if arguments.until else arguments.minutes * 60
-    )
+    with claimed(arguments.state):
+        fetch(arguments.data)
+        if arguments.until:
+            seconds = seconds_spent(arguments.state) + seconds_until(arguments.until)
+        else:
+            seconds = 60 * arguments.minutes
+        train(arguments.data, arguments.state, seconds)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from higen.conditioning import appearance_cue, appearance_rows, motion_cue
 from higen.config import UNetConfig
+from higen.errors import TrainingError
 from higen.train.cues import appearance_factor, appearance_similarity, motion_of
 from higen.train.objective import residual_square
 from higen.train.recipes.default.data import clip_indices
@@ -87,9 +88,15 @@ class Clips:
     """Clips and key frames over the latents cache; held-out combinations are left out."""
 
     def __init__(self, latents: Path, config: UNetConfig, selection: Selection | None = None) -> None:
+        """`latents`: the cache's file. Raises TrainingError where it lacks a subject."""
         cache = load_latents(latents)
         self.config = config
         self.selection = selection or Selection()
+        names = [SUBJECTS[s].name for s in self.selection.subjects]
+        if missing := [name for name in names if f"latents/{name}" not in cache]:
+            raise TrainingError(
+                f"{latents}: no latents of {', '.join(missing)}; remove it, and `higen train default` makes it again"
+            )
         self.loops = {s: cache[f"latents/{SUBJECTS[s].name}"] for s in self.selection.subjects}
         self._no_cues = (
             torch.from_numpy(motion_cue(None, FRAMES, config.base_channels)),

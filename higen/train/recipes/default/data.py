@@ -1,8 +1,10 @@
 """Pictures for the default model: animated emoji loops (npm packages, MIT) over drawn backgrounds."""
 
+import gzip
 import shutil
 import subprocess
 import tarfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +13,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageSequence
 
+from higen.train.checkpoints import reason
+from higen.train.recipes.default.aside import aside
 from higen.train.recipes.default.subjects import FPS, FRAMES, KEY_INDEX, SUBJECTS
 
 PACKAGES: tuple[str, ...] = tuple(f"@lobehub/fluent-emoji-anim-{i}@1.0.0" for i in (1, 2, 3, 4))
@@ -24,7 +28,8 @@ FloatImage = npt.NDArray[np.floating[Any]]
 def fetch(folder: Path) -> None:
     """Put every subject's WebP file into `folder`, downloading the four npm packages there where they are missing.
 
-    Raises RuntimeError when npm is missing or fails, or when the packages lack a subject.
+    Raises RuntimeError when npm is missing or fails, when a package's archive is broken (it is removed: the next call
+    fetches it anew) or when the packages lack a subject; TrainingError and OSError where a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     missing = {f"{subject.codepoint}.webp" for subject in SUBJECTS}
@@ -35,7 +40,11 @@ def fetch(folder: Path) -> None:
         archive = folder / (package.removeprefix("@").replace("/", "-").replace("@", "-") + ".tgz")
         if not archive.exists():
             _npm_pack(package, folder)
-        missing -= _extract(archive, missing, folder)
+        try:
+            missing -= _extract(archive, missing, folder)
+        except (EOFError, tarfile.TarError, gzip.BadGzipFile, zlib.error) as error:
+            archive.unlink()
+            raise RuntimeError(f"{archive}: broken, so removed: run again to fetch it anew: {reason(error)}") from error
     if missing:
         raise RuntimeError(f"{', '.join(sorted(missing))}: not in the packages {', '.join(PACKAGES)}")
 
@@ -57,7 +66,9 @@ def _extract(archive: Path, names: set[str], folder: Path) -> set[str]:
             name = Path(member.name).name
             source = tar.extractfile(member) if name in names else None
             if source is not None:
-                (folder / name).write_bytes(source.read())
+                content = source.read()
+                with aside(folder / name) as path:
+                    path.write_bytes(content)
                 found.add(name)
     return found
 

@@ -9,16 +9,18 @@ their parameters. Step n uses random numbers of its own (seed, n), so a resumed 
 from __future__ import annotations
 
 import argparse
-import os
+import hashlib
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from higen.bundle import Bundle
-from higen.config import ScheduleConfig, TextConfig, UNetConfig
+from higen.config import ScheduleConfig, TextConfig, UNetConfig, to_json
+from higen.errors import SettingsError
 from higen.models.companions import text_encoder
 from higen.models.unet import Denoiser
 from higen.schedule import alphas_cumprod
@@ -31,8 +33,8 @@ from higen.train.processes import stop_signals
 from higen.train.recipes.default.clips import Clips, Selection
 from higen.train.recipes.default.start import start_from
 from higen.train.recipes.default.subjects import SUBJECTS, subjects_named, vocabulary
-from higen.train.record import lock
-from higen.train.settings import OptimiserSettings
+from higen.train.record import claimed
+from higen.train.settings import OptimiserSettings, first_difference
 
 __all__ = ["TEXT", "UNET", "Networks", "Run", "train"]
 
@@ -206,16 +208,14 @@ def train(state: Path, run: Run, start: Bundle | None = None, clips: Clips | Non
 
     A new run starts from random weights, or from those of the model `start` as far as they fit.
     Without `clips`, the recipe's own network is trained on all of the latents cache in `state`.
+    The caller has claimed `state` (higen.train.record).
+    Raises SettingsError where `state` holds a run of another configuration (more steps are another schedule), and
+    TrainingError.
     """
-    claim = lock(state)
-    try:
-        if clips is None:
-            clips = Clips(state / "latents.safetensors", UNET, Selection(new=() if start is None else _new(start)))
-        with flushed_denormals():
-            _train(Checkpoints(state / "checkpoints", keep=2), Trainer(clips, run), start)
-    finally:
-        if claim is not None:
-            os.close(claim)
+    if clips is None:
+        clips = Clips(state / "latents.safetensors", UNET, Selection(new=() if start is None else _new(start)))
+    with flushed_denormals():
+        _train(Checkpoints(state / "checkpoints", keep=2), Trainer(clips, run), start)
 
 
 def _new(start: Bundle) -> tuple[int, ...]:
@@ -223,10 +223,28 @@ def _new(start: Bundle) -> tuple[int, ...]:
     return tuple(i for i in range(len(SUBJECTS)) if i not in known)
 
 
+def described(run: Run, clips: Clips) -> dict[str, Any]:
+    """Everything that changes what a run learns: flat keys, JSON values."""
+    sections = {"run": run, "optimiser": run.optimiser, "unet": clips.config}
+    found = {f"{section}.{name}": value for section, part in sections.items() for name, value in to_json(part).items()}
+    del found["run.optimiser"], found["run.save_every_s"]
+    selection = clips.selection
+    found |= {"selection.motion": selection.motion, "selection.appearance": selection.appearance}
+    for i in selection.subjects:
+        found[f"subject {SUBJECTS[i].name}"] = {**to_json(SUBJECTS[i]), "new": i in selection.new}
+    return found | {"words (sha256)": hashlib.sha256(" ".join(WORDS).encode()).hexdigest()}
+
+
 def _train(checkpoints: Checkpoints, trainer: Trainer, start: Bundle | None) -> None:
     optimiser, networks, run = trainer.optimiser, trainer.networks, trainer.run
-    made = checkpoints.load()
+    settings, made = described(run, trainer.clips), checkpoints.load()
     if made is not None:
+        found = first_difference(made.get("settings", {}), settings)
+        if found is not None:
+            raise SettingsError(
+                f"{checkpoints.folder.parent} holds a run of another configuration: {found}; "
+                f"put it back, or remove {checkpoints.folder} to start anew"
+            )
         optimiser.load(made)
     elif start is not None:
         start_from(networks.text, networks.denoiser, networks.tokenizer.tokenizer, start)
@@ -246,7 +264,7 @@ def _train(checkpoints: Checkpoints, trainer: Trainer, start: Bundle | None) -> 
                     flush=True,
                 )
             if stopped.is_set() or optimiser.step == run.steps or time.monotonic() - saved > run.save_every_s:
-                checkpoints.save(optimiser.step, optimiser.state())
+                checkpoints.save(optimiser.step, {**optimiser.state(), "settings": settings})
                 saved = time.monotonic()
             if stopped.is_set():
                 raise KeyboardInterrupt
@@ -265,7 +283,8 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     start = None if arguments.start is None else Bundle.open(arguments.start)
     optimiser = replace(OPTIMISER, learning_rate=arguments.learning_rate)
-    train(arguments.state, Run(steps=arguments.steps, bfloat16=arguments.bf16, optimiser=optimiser), start)
+    with claimed(arguments.state):
+        train(arguments.state, Run(steps=arguments.steps, bfloat16=arguments.bf16, optimiser=optimiser), start)
 
 
 if __name__ == "__main__":

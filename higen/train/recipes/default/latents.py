@@ -16,8 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from higen.config import AutoencoderConfig
+from higen.train.recipes.default.aside import aside
 from higen.train.recipes.default.autoencoder import Pictures, load
 from higen.train.recipes.default.subjects import BACKGROUNDS, SUBJECTS
+from higen.train.record import claimed
 
 CHUNK = 36
 
@@ -58,6 +60,7 @@ def write(data: Path, state: Path, scaled_as: AutoencoderConfig | None = None) -
     """Encode the loops in `data` with the codec in `state` and write the cache there, aside and moved.
 
     Its scale is measured, or that of `scaled_as`, whose network goes on being trained and knows no other.
+    Raises TrainingError where it cannot be written: an earlier cache stays.
     """
     model, pictures = load(state), Pictures(data)
     raw = [encode_subject(model, pictures, index) for index in range(len(SUBJECTS))]
@@ -69,9 +72,8 @@ def write(data: Path, state: Path, scaled_as: AutoencoderConfig | None = None) -
         f"latents/{subject.name}": normalise(z, mean, std).half().contiguous()
         for subject, z in zip(SUBJECTS, raw, strict=True)
     }
-    temporary = state / "latents.tmp"
-    save_file(tensors | {"mean": mean, "std": std}, temporary)
-    temporary.replace(state / "latents.safetensors")
+    with aside(state / "latents.safetensors") as temporary:
+        save_file(tensors | {"mean": mean, "std": std}, temporary)
     for name, z in tensors.items():
         print(f"{name} {list(z.shape)} largest {float(z.abs().max()):.1f}")
     print(f"std of the channels {float(std.min()):.3f} to {float(std.max()):.3f}")
@@ -83,7 +85,8 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the WebP loops")
     parser.add_argument("--state", type=Path, required=True, help="folder of the trained codec, and of the cache")
     arguments = parser.parse_args()
-    write(arguments.data, arguments.state)
+    with claimed(arguments.state):
+        write(arguments.data, arguments.state)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ from higen.train.recipes.default.real import RealClips
 from higen.train.recipes.default.report import as_text, write
 from higen.train.recipes.default.shots import plan
 from higen.train.recipes.default.subjects import subjects_named
+from higen.train.record import claimed
 
 __all__ = ["measure"]
 
@@ -39,7 +40,7 @@ def measure(
     The networks that judge and what was measured of each clip are kept in `output` and used again as long as they are
     of the same data and model: a run that was stopped goes on. Raises RequestError (backend, precision), SettingsError
     (a model of another recipe, less than one seed), OutputError (a folder that cannot be written), TrainingError (data
-    that cannot be had) and what loading a model raises.
+    that cannot be had, another process that evaluates into `output`) and what loading a model raises.
     """
     # Found out before the data is fetched.
     check_backend(backend)
@@ -55,21 +56,22 @@ def measure(
         raise OutputError(f"{output}: no folder can be made there: {error.strerror}") from error
     if not os.access(judged, os.W_OK | os.X_OK):
         raise OutputError(f"{output}: no permission to write there")
-    try:
-        fetch(data)
-        real = RealClips.read(data)
-    except (OSError, RuntimeError) as error:
-        raise TrainingError(f"{data}: {error}") from error
-    with flushed_denormals(), load(bundle.path, backend, precision=precision) as pipeline:
-        make, judges = PipelineMaker(pipeline), Judges(real, judged, shown=shown)
-        measured = {
-            "name": bundle.config.name,
-            "files": {name: record.sha256 for name, record in sorted(bundle.files.items())},
-            "backend": pipeline.backend.name,
-            "precision": precision or "by the device",
-        }
-        journal = Journal(output / "clips.jsonl", measured | {"judges": judges.key})
-        result = evaluate(make, make, real, judges, shots, shown, journal)
-        result.measures["model"] = measured | {"subjects": len(subjects), "seeds": seeds, "quick": quick}
-        write(result, real, make, output)
+    with claimed(output, "evaluating"):
+        try:
+            fetch(data)
+            real = RealClips.read(data)
+        except (OSError, RuntimeError) as error:
+            raise TrainingError(f"{data}: {error}") from error
+        with flushed_denormals(), load(bundle.path, backend, precision=precision) as pipeline:
+            make, judges = PipelineMaker(pipeline), Judges(real, judged, shown=shown)
+            measured = {
+                "name": bundle.config.name,
+                "files": {name: record.sha256 for name, record in sorted(bundle.files.items())},
+                "backend": pipeline.backend.name,
+                "precision": precision or "by the device",
+            }
+            journal = Journal(output / "clips.jsonl", measured | {"judges": judges.key})
+            result = evaluate(make, make, real, judges, shots, shown, journal)
+            result.measures["model"] = measured | {"subjects": len(subjects), "seeds": seeds, "quick": quick}
+            write(result, real, make, output)
     return result.measures, as_text(result.measures)

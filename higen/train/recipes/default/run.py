@@ -11,6 +11,7 @@ from higen.train.recipes.default.assemble import assemble
 from higen.train.recipes.default.data import fetch
 from higen.train.recipes.default.denoiser import Run, train
 from higen.train.recipes.default.subjects import subjects_named
+from higen.train.record import claimed
 
 __all__ = ["run"]
 
@@ -27,20 +28,25 @@ def run(
 
     What `work` already holds is not made again. `start`: a model of this recipe whose weights new networks start from
     as far as they fit, so that more subjects need no training from nothing. `bf16`: mixed precision.
+    `codec_minutes` counts from the codec's first start, however often it was stopped.
     Raises ManifestError for no model there, SettingsError for one of another recipe and TrainingError where a part
-    cannot start.
+    cannot start or another process is at work.
     """
     trained = None if start is None else Bundle.open(start)
     if trained is not None:
         subjects_named(trained.config.prompts)  # refused before the codec is trained
     try:
         work.mkdir(parents=True, exist_ok=True)
-        fetch(work / "data")
-    except (OSError, RuntimeError) as error:
+    except OSError as error:
         raise TrainingError(str(error)) from error
-    if not (work / "autoencoder.safetensors").exists():
-        autoencoder.train(work / "data", work, 60 * codec_minutes, trained)
-    if not (work / "latents.safetensors").exists():
-        latents.write(work / "data", work, None if trained is None else trained.config.autoencoder)
-    train(work, Run(steps=steps or Run.steps, bfloat16=bf16), trained)
-    return assemble(work, output, overwrite=True)
+    with claimed(work):
+        try:
+            fetch(work / "data")
+        except (OSError, RuntimeError) as error:
+            raise TrainingError(str(error)) from error
+        if not (work / "autoencoder.safetensors").exists():
+            autoencoder.train(work / "data", work, 60 * codec_minutes, trained)
+        if not (work / "latents.safetensors").exists():
+            latents.write(work / "data", work, None if trained is None else trained.config.autoencoder)
+        train(work, Run(steps=steps or Run.steps, bfloat16=bf16), trained)
+        return assemble(work, output, overwrite=True)
