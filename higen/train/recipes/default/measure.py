@@ -9,6 +9,7 @@ from typing import Any
 from higen.api import default_model, load
 from higen.backends.select import check_backend
 from higen.bundle import Bundle, check_precision
+from higen.config import to_json
 from higen.errors import OutputError, TrainingError
 from higen.train.denormals import flushed_denormals
 from higen.train.recipes.default.data import fetch
@@ -66,6 +67,7 @@ def measure(
             make, judges = PipelineMaker(pipeline), Judges(real, judged, shown=shown)
             measured = {
                 "name": bundle.config.name,
+                "defaults": to_json(bundle.config.defaults),
                 "files": {name: record.sha256 for name, record in sorted(bundle.files.items())},
                 "backend": pipeline.backend.name,
                 "precision": precision or "by the device",
