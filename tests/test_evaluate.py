@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 from numpy.typing import NDArray
 
@@ -20,7 +21,7 @@ from higen.pipeline import Pipeline
 from higen.train.recipes.default.data import background
 from higen.train.recipes.default.evaluate import Result, evaluate
 from higen.train.recipes.default.journal import Journal
-from higen.train.recipes.default.judges import NOTHING, Judges
+from higen.train.recipes.default.judges import NOTHING, Judges, _Pictures
 from higen.train.recipes.default.real import RealClips
 from higen.train.recipes.default.report import as_text, write
 from higen.train.recipes.default.shots import Row, Shot, plan
@@ -357,6 +358,18 @@ def test_rows_of_other_measures_are_made_anew(tmp_path: Path, monkeypatch: pytes
     assert found[0] == row
     monkeypatch.setattr("higen.train.recipes.default.journal.MEASURES_VERSION", -1)
     assert Journal(path, {}).find(shot) is None
+
+
+def test_the_judges_are_of_the_data_whatever_the_threads(real: RealClips) -> None:
+    threads, found = torch.get_num_threads(), []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            found.append(_Pictures(real).fingerprint)
+    finally:
+        torch.set_num_threads(threads)
+    assert found[0] == found[1] == found[2]
+    assert all(isinstance(total, int) for total in found[0][:-1])  # exact
 
 
 def test_the_judges_are_kept(real: RealClips, judges: Judges, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

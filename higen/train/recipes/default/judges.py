@@ -133,8 +133,8 @@ class _Pictures:
 
     @property
     def fingerprint(self) -> list[float]:
-        """Numbers that change with the data."""
-        return [float(loop.float().sum()) for loop in self.loops] + [float(self.backgrounds.double().sum())]
+        """Numbers that change with the data, and with nothing else: a sum of floats would with the threads."""
+        return [*(int(loop.sum()) for loop in self.loops), round(float(self.backgrounds.double().sum()), 3)]
 
     def batch(self, count: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
         """RGB [n,3,64,64] in -1 to 1, and the subject's index; one in six shows none (the last index)."""
