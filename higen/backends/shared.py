@@ -5,8 +5,8 @@
         video = pipeline.on(mine)(prompt, seed=7)         # as if alone
 
 The calling threads wait; one thread runs the batches, or several, each a batch of its own, for a backend that can run
-more than one at a time. Waiting is bounded: when some active requests are between two
-steps, a batch is held back for them, for `patience` seconds at most, so that requests keep step with each other.
+more than one at a time. Waiting is bounded: when some active requests are between two steps, a batch is held back for
+them, for `patience` seconds at most, so that requests keep step with each other.
 """
 
 from __future__ import annotations

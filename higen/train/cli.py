@@ -66,7 +66,7 @@ def _say(line: str) -> None:
 @click.option("--steps", type=click.IntRange(1), help="Steps of the denoiser.  [the recipe's]")
 @click.option("--codec-minutes", type=float, default=45.0, show_default=True, help="Time for the autoencoder.")
 @click.option("--start", type=click.Path(path_type=Path), help="Model of this recipe to start from.  [random weights]")
-@click.option("--bf16", is_flag=True, help="Mixed precision, for processors that have bfloat16 instructions.")
+@click.option("--bf16", is_flag=True, help="Mixed precision: faster on some processors, slower on others.")
 def from_recipe(
     work: Path, output: Path, steps: int | None, codec_minutes: float, start: Path | None, bf16: bool
 ) -> None:

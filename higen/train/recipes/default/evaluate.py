@@ -191,12 +191,20 @@ class _Measure:
     def __init__(self, codec: Codec, real: RealClips, judges: Judges) -> None:
         self.codec, self.real, self.judges = codec, real, judges
         self._cues: dict[tuple[int, int, float], tuple[float, float]] = {}
+        self._codec_cues: dict[tuple[int, int, float], tuple[float, float]] = {}
 
     def real_cues(self, s: int, b: int, factor: float) -> tuple[float, float]:
         """Motion and appearance factor of a real clip."""
         if (s, b, factor) not in self._cues:
             self._cues[s, b, factor] = _cues(self.codec.encode(self.real.clip(s, b, factor)))
         return self._cues[s, b, factor]
+
+    def codec_cues(self, s: int, b: int, factor: float) -> tuple[float, float]:
+        """The same of the real clip through the codec: what the measure itself loses."""
+        if (s, b, factor) not in self._codec_cues:
+            encoded = self.codec.encode(self.real.clip(s, b, factor))
+            self._codec_cues[s, b, factor] = _cues(self.codec.encode(self.codec.decode(encoded)))
+        return self._codec_cues[s, b, factor]
 
     def cues(self, shot: Shot) -> tuple[float | None, float | None]:
         """What is asked for in numbers."""
@@ -214,8 +222,10 @@ class _Measure:
         clip = self.real.clip(s, b, factor)
         through = self.codec.decode(self.codec.encode(clip))
         features = self.judges.features([through, clip])
+        codec = self.measured(s, b, factor, through)
+        self._codec_cues[s, b, factor] = codec.motion, codec.appearance
         return _Bound(
-            self.measured(s, b, factor, through),
+            codec,
             self.measured(s, b, factor, clip),
             {"codec": features[0], "real": features[1]},
         )
@@ -343,7 +353,7 @@ def _control(shots: Sequence[Shot], rows: Sequence[Row], measure: _Measure) -> d
         index = 0 if kind == "motion" else 1
         wanted = [measure.cues(shots[i])[index] or 0.0 for i in chosen]
         found = [getattr(rows[i], kind) for i in chosen]
-        through = [_through(measure, shots[i])[index] for i in chosen]
+        through = [measure.codec_cues(shots[i].subject, shots[i].background, shots[i].factor)[index] for i in chosen]
         subjects = [shots[i].subject for i in chosen]
         control[kind] = {
             "clips": len(chosen),
@@ -367,12 +377,6 @@ def _control(shots: Sequence[Shot], rows: Sequence[Row], measure: _Measure) -> d
             "zero_part_worst": float(np.max(zero) / np.median(usual)),
         }
     return control
-
-
-def _through(measure: _Measure, shot: Shot) -> tuple[float, float]:
-    """Cues of the real clip through the codec: what the measure itself loses."""
-    clip = measure.real.clip(shot.subject, shot.background, shot.factor)
-    return _cues(measure.codec.encode(measure.codec.decode(measure.codec.encode(clip))))
 
 
 def _within(subjects: Sequence[int], wanted: Sequence[float], found: Sequence[float]) -> float:
