@@ -188,6 +188,12 @@ def test_real_clips_are_the_bound_and_a_lossless_codec_loses_nothing(honest: Res
     assert found["psnr_copy"] == found["psnr_real_copy"]
 
 
+def test_a_lossless_codec_follows_every_motion_number(honest: Result) -> None:
+    control = honest.measures["control"]["motion"]
+    assert control["codec"] == pytest.approx(1)
+    assert control["codec_pooled"] == pytest.approx(1)
+
+
 def test_the_same_seeds_give_the_same_numbers(honest: Result, run: Callable[..., Result]) -> None:
     again = run(lambda clip, shot: clip)
     assert again.measures["groups"] == honest.measures["groups"]
