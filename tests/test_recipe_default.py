@@ -22,11 +22,13 @@ from tokenizers import Tokenizer
 from higen import bundle
 from higen.api import default_model
 from higen.bundle import Bundle
+from higen.conditioning import appearance_cue
 from higen.config import UNetConfig
 from higen.errors import SettingsError, TrainingError
 from higen.tokenizer import build_word_tokenizer
 from higen.train.checkpoints import Checkpoints
 from higen.train.recipes.default import autoencoder, data, denoiser, latents
+from higen.train.recipes.default import clips as clips_module
 from higen.train.recipes.default import run as recipe
 from higen.train.recipes.default.clips import Clips, Selection
 from higen.train.recipes.default.data import background, clip_indices, compose, fetch
@@ -34,6 +36,7 @@ from higen.train.recipes.default.denoiser import OPTIMISER, UNET, Networks, Run,
 from higen.train.recipes.default.start import start_from
 from higen.train.recipes.default.subjects import (
     BACKGROUNDS,
+    FRAMES,
     KEY_INDEX,
     SPEEDS,
     STYLES,
@@ -221,17 +224,47 @@ def test_a_run_that_was_stopped_goes_on_as_if_never_stopped(tmp_path: Path, monk
         assert all(torch.equal(tensor, stopped[part][name]) for name, tensor in whole[part].items())
 
 
-def test_a_motion_cue_stands_in_for_words_and_nothing_else_does(tmp_path: Path) -> None:
+def test_a_cue_stands_in_for_words_and_nothing_else_does(tmp_path: Path) -> None:
     random = torch.Generator().manual_seed(0)
     save_file({f"latents/{SUBJECTS[0].name}": torch.randn((10, 72, 32, 8, 8), generator=random).half()}, tmp_path / "l")
     clips = Clips(tmp_path / "l", UNET, Selection(subjects=(0,)))
-    batches = [clips.windows(torch.Generator().manual_seed(seed), 0.1) for seed in range(40)]
-    clip = [(m, x, text) for b in batches for m, x, text in zip(b.motion, b.x0, b.captions, strict=True)]
+    batches = [clips.windows(torch.Generator().manual_seed(seed), 0.1) for seed in range(200)]
+    places = torch.from_numpy(appearance_cue(None, FRAMES, UNET.appearance_columns)).tolist()
     moving = re.compile("slow|fast|quick|still")
     # A window of equal frames stands still; without a cue its words must say so.
-    still = [(bool(m.any()), bool(moving.search(text))) for m, x, text in clip if text and (x == x[:, :1]).all()]
-    assert {said for cue, said in still if not cue} == {True}
-    assert {said for cue, said in still if cue} == {True, False}
+    said: dict[tuple[bool, bool], set[bool]] = {}
+    for batch in batches:
+        for motion, rows, x, text in zip(batch.motion, batch.appearance, batch.x0, batch.captions, strict=True):
+            if text and (x == x[:, :1]).all():
+                given = bool(motion.any()), rows[0].tolist() not in places
+                said.setdefault(given, set()).add(bool(moving.search(text)))
+    assert said.pop((False, False)) == {True}
+    assert said == {key: {True, False} for key in ((True, False), (False, True), (True, True))}
+
+
+def test_a_clip_whose_speed_has_no_name_has_a_cue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    random = torch.Generator().manual_seed(0)
+    save_file({f"latents/{SUBJECTS[0].name}": torch.randn((10, 72, 32, 8, 8), generator=random).half()}, tmp_path / "l")
+    clips = Clips(tmp_path / "l", UNET, Selection(subjects=(0,)))
+    monkeypatch.setattr(clips_module, "SPEED_PARTS", (0.0, 0.0, 0.0, 0.0, 1.0))
+    places = torch.from_numpy(appearance_cue(None, FRAMES, UNET.appearance_columns)).tolist()
+    given = {
+        (bool(motion.any()), rows[0].tolist() not in places)
+        for seed in range(20)
+        for batch in [clips.windows(torch.Generator().manual_seed(seed), 0.1)]
+        for motion, rows in zip(batch.motion, batch.appearance, strict=True)
+    }
+    assert given == {(True, False), (False, True), (True, True)}
+
+
+def test_what_is_asked_for_alone_decides_at_the_highest_noise_levels(tmp_path: Path) -> None:
+    save_file({f"latents/{SUBJECTS[0].name}": torch.zeros((10, 72, 32, 8, 8)).half()}, tmp_path / "l")
+    clips = Clips(tmp_path / "l", replace(UNET, channel_multipliers=(1, 1)), Selection(subjects=(0,)))
+    for part, share in ((0.0, 0.3), (0.5, 0.65), (1.0, 1.0)):
+        trainer = Trainer(clips, Run(steps=1, told_part=part))
+        levels = trainer._levels(torch.linspace(0, 1, 10_000), torch.Generator().manual_seed(0))
+        assert float((levels > 0.7).float().mean()) == pytest.approx(share, abs=0.02)
+        assert float(levels.max()) <= 1
 
 
 def test_a_run_goes_on_by_its_own_configuration_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

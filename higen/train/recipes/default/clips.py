@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -33,20 +34,25 @@ __all__ = ["Batch", "Clips", "Selection"]
 EARLY_WINDOWS = ((4, 12), (4, 12), (4, 12), (16, 3))
 """Lengths of the windows cut out of clips, and how many make a batch of 48 frames: mostly short ones, which show the
 network more clips a step."""
-LATE_WINDOWS = ((4, 12), (8, 6), (16, 3))
-"""The same after the part LATE of the run: as many whole clips."""
-LATE = 0.7
+LATE_WINDOWS = ((4, 12), (8, 6), (16, 3), (16, 3))
+"""The same after the part LATE of the run: mostly whole clips."""
+LATE = 0.5
 EARLY = 0.5
 IMAGES = 12
 TOLD = 32
 """Captions and cues per step that are told how much their clips move, no more: the U-Net does not run for them."""
 TEXT_DROPOUT = 0.1
-UNSPECIFIED = 0.25
-"""Part of the clips whose two cues are both left out, so that the text alone says how fast; each alone: CUE_DROPOUT."""
-CUE_DROPOUT = 0.15
+STYLE_PARTS = (0.4, 0.2, 0.15, 0.15, 0.1)
+"""How often a caption has each of STYLES."""
+CUES = ((False, False), (True, False), (False, True), (True, True))
+CUES_PARTS = (0.35, 0.35, 0.15, 0.15)
+"""Which of the two cues (motion, appearance) a clip comes with, and how often: as it is asked for, mostly with none or
+with one. A clip at a speed without a name has at least one, else nothing would say how fast it is."""
 PRIOR_NOISE = 0.05
 UNSAID = 0.75
-"""Part of the clips with a motion cue whose caption leaves the speed out, so that the number decides it."""
+"""Part of the clips with a cue whose caption leaves the speed out, so that the cue decides it."""
+SPEED_PARTS = (0.14, 0.27, 0.27, 0.04, 0.28)
+"""How often a clip has each of SPEEDS, and any other speed: standing still is soon learned, moving fast is not."""
 
 
 @dataclass(frozen=True)
@@ -176,16 +182,17 @@ class Clips:
             FRAMES,
             self.config.appearance_columns,
         )
-        both = _real(random) < UNSPECIFIED
-        drop_motion, drop_appearance = (both or _real(random) < CUE_DROPOUT for _ in range(2))
-        named = speed in SPEEDS
-        give_motion = self.selection.motion and not (named and drop_motion)
-        give_appearance = self.selection.appearance and not (named and drop_appearance)
-        unsaid = _real(random) < UNSAID
+        least = 0 if speed in SPEEDS else 1
+        gives_motion, gives_appearance = CUES[least + _weighted(random, CUES_PARTS[least:])]
+        gives_motion &= self.selection.motion
+        gives_appearance &= self.selection.appearance
+        unsaid = _real(random) < UNSAID and (gives_motion or gives_appearance)
         return (
-            torch.from_numpy(motion_cue(motion.numpy() if give_motion else None, FRAMES, self.config.base_channels)),
-            torch.from_numpy(appearance_cue(rows if give_appearance else None, FRAMES, self.config.appearance_columns)),
-            SPEEDS[1] if give_motion and unsaid else speed,
+            torch.from_numpy(motion_cue(motion.numpy() if gives_motion else None, FRAMES, self.config.base_channels)),
+            torch.from_numpy(
+                appearance_cue(rows if gives_appearance else None, FRAMES, self.config.appearance_columns)
+            ),
+            SPEEDS[1] if unsaid else speed,
         )
 
     def _pair(self, random: torch.Generator, progress: float) -> tuple[int, int]:
@@ -193,8 +200,8 @@ class Clips:
         return pairs[_integer(random, len(pairs))]
 
     def _speed(self, random: torch.Generator) -> Speed:
-        """One of the named speeds or, as often as two of them, any other that the caption calls by the nearest name."""
-        choice = _integer(random, len(SPEEDS) + 2)
+        """One of the named speeds or any other, which the caption calls by the nearest name."""
+        choice = _weighted(random, SPEED_PARTS)
         if choice < len(SPEEDS):
             return SPEEDS[choice]
         factor = 0.4 * (2.2 / 0.4) ** _real(random)
@@ -204,13 +211,16 @@ class Clips:
     def _caption(self, s: int, b: int, speed: Speed, random: torch.Generator) -> str:
         if _real(random) < TEXT_DROPOUT:
             return ""
-        weights = (0.4, 0.2, 0.15, 0.15, 0.1)
-        style = STYLES[int(torch.multinomial(torch.tensor(weights), 1, generator=random))]
-        return caption(SUBJECTS[s], BACKGROUNDS[b], speed, style)
+        return caption(SUBJECTS[s], BACKGROUNDS[b], speed, STYLES[_weighted(random, STYLE_PARTS)])
 
 
 def _integer(random: torch.Generator, below: int) -> int:
     return int(torch.randint(below, (), generator=random))
+
+
+def _weighted(random: torch.Generator, parts: Sequence[float]) -> int:
+    """An index of `parts`, as often as they say."""
+    return int(torch.multinomial(torch.tensor(parts), 1, generator=random))
 
 
 def _real(random: torch.Generator) -> float:

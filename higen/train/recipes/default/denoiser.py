@@ -57,7 +57,7 @@ UNET = UNetConfig(
     pooled_context=True,
 )
 HIGHEST = 0.12
-"""Part of the noise levels at which the text alone says what to draw."""
+"""Part of the noise levels at which nothing of the picture is left: what is drawn is what was asked for."""
 WORDS = (*vocabulary(), ",")
 TEXT = TextConfig(
     clip={
@@ -88,13 +88,14 @@ OPTIMISER = OptimiserSettings(
 class Run:
     """How long and how fast; images and clips count the same.
 
-    Part `text_part` of the images have one of the highest noise levels, where the text alone says what to draw: with
-    uniform levels the subject becomes right and the background does not. `bfloat16`: the U-Net's products are taken in
-    it, which is faster on some processors and slower on others, also among those with instructions for it.
+    Part `told_part` of the images and of the windows have one of the highest noise levels, where prompt, cues and prior
+    alone say what to draw: with uniform levels the subject becomes right and the background does not, and motion, which
+    is decided there, is learned late. `bfloat16`: the U-Net's products are taken in it, which is faster on some
+    processors and slower on others, also among those with instructions for it.
     """
 
     steps: int = 20_000
-    text_part: float = 0.5
+    told_part: float = 0.5
     seed: int = 0
     bfloat16: bool = False
     save_every_s: float = 120.0
@@ -154,7 +155,7 @@ class Trainer:
         """Forward and backward of a batch of key frames through the spatial network."""
         batch = self.clips.images(random, self.progress)
         context, embedding = self.networks.conditions(batch.captions, batch.motion, batch.appearance)
-        levels = self._levels_from_text(len(batch.x0), random)
+        levels = self._levels(torch.rand(len(batch.x0), generator=random), random)
         noise, t, alpha, sigma = self._noise(batch.x0, levels, random)
         with self._mixed():
             loss = v_loss(self.spatial, batch.x0, noise, t, alpha, sigma, context, embedding, None).mean()
@@ -167,14 +168,14 @@ class Trainer:
         context, embedding = self.networks.conditions(batch.captions, batch.motion, batch.appearance)
         unet = self.networks.denoiser.unet
         if not self.clips.config.prior_preconditioning:
-            levels = self._levels_from_text(len(batch.x0), random)
+            levels = self._levels(torch.rand(len(batch.x0), generator=random), random)
             noise, t, alpha, sigma = self._noise(batch.x0, levels, random)
             with self._mixed():
                 loss = v_loss(unet, batch.x0, noise, t, alpha, sigma, context, embedding, None).mean()
             loss.backward()
             return float(loss.detach())
-        # Noise levels are biased high: that is where the motion is decided.
-        levels = torch.rand(len(batch.x0), generator=random).sqrt()
+        # The other noise levels are biased high, too: what is left of the motion is decided there.
+        levels = self._levels(torch.rand(len(batch.x0), generator=random).sqrt(), random)
         noise, t, alpha, sigma = self._noise(batch.x0, levels, random)
         with self._mixed():
             loss = residual_v_loss(unet, batch.x0, noise, t, alpha, sigma, context, embedding, batch.prior).mean()
@@ -192,10 +193,10 @@ class Trainer:
     def _mixed(self) -> torch.autocast:
         return torch.autocast("cpu", torch.bfloat16, enabled=self.run.bfloat16)
 
-    def _levels_from_text(self, count: int, random: torch.Generator) -> Tensor:
-        levels = torch.rand(count, generator=random)
-        high = torch.rand(count, generator=random) < self.run.text_part
-        return torch.where(high, 1 - HIGHEST * levels, levels)
+    def _levels(self, usual: Tensor, random: torch.Generator) -> Tensor:
+        """The `usual` noise levels [B], 0 to 1, or one of the highest for part `told_part` of them."""
+        high = torch.rand(len(usual), generator=random) < self.run.told_part
+        return torch.where(high, 1 - HIGHEST * torch.rand(len(usual), generator=random), usual)
 
     def _noise(self, x0: Tensor, levels: Tensor, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         t = (levels * len(self.abar)).long().clamp(max=len(self.abar) - 1)
