@@ -19,7 +19,7 @@ from higen.errors import PromptWarning, SettingsError, TrainingError
 from higen.measures.statistics import frechet_distance
 from higen.pipeline import Pipeline
 from higen.train.recipes.default.data import background
-from higen.train.recipes.default.evaluate import Result, evaluate
+from higen.train.recipes.default.evaluate import Result, _alike_draws, evaluate
 from higen.train.recipes.default.journal import Journal
 from higen.train.recipes.default.judges import NOTHING, Judges, _Pictures
 from higen.train.recipes.default.real import RealClips
@@ -177,6 +177,20 @@ def test_an_honest_model_passes_everything(honest: Result) -> None:
     frechet = honest.measures["groups"]["held-out"]["frechet"]
     assert frechet["ratio"] < 3
     assert frechet["floor"] > 0
+    assert frechet["alike"]["real"] == pytest.approx(frechet["alike"]["floor"], rel=0.5)
+    assert frechet["asked"]["codec"] == 0
+    assert frechet["asked"]["generated"] < frechet["alike"]["floor"]
+
+
+def test_draws_alike_have_the_make_up_of_what_was_asked_and_no_clip_in_common() -> None:
+    asked = [(0, 7, 1.0)] * 8 + [(0, 7, 2.0)] * 4 + [(1, 4, 1.0)] * 3
+    first, second = _alike_draws(asked, 10, np.random.default_rng(0))
+    assert not set(first) & set(second)
+    for draw in (first, second):
+        assert [(s, speed) for s, _, speed, _ in draw] == [(s, speed) for s, _, speed in asked]
+        assert len({(s, b, speed) for s, b, speed, _ in draw}) == 3  # a background for each subject and speed
+        assert len(set(draw[8:12])) == 4  # early and late ones are not repeated before all were there
+        assert {abs(offset) for *_, offset in draw} <= {0, 1, 2, 3}
 
 
 def test_real_clips_are_the_bound_and_a_lossless_codec_loses_nothing(honest: Result) -> None:

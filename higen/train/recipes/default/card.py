@@ -17,7 +17,7 @@ import numpy as np
 
 import higen
 from higen.train.recipes.default.denoiser import Run
-from higen.train.recipes.default.report import COLUMNS
+from higen.train.recipes.default.report import COLUMNS, frechet_lines
 from higen.train.recipes.default.subjects import BACKGROUNDS, SUBJECTS
 from higen.video import Video, contact_sheet
 
@@ -98,9 +98,10 @@ def table(measures: Mapping[str, Any]) -> str:
         columns = [group["generated"] for group in groups.values()] + [bounds["codec"], bounds["real"]]
         if all(key in column for column in columns):
             lines.append(f"| {title} | {' | '.join(form.format(column[key]) for column in columns)} |")
-    distances = [group["frechet"]["ratio"] for group in groups.values()]
-    distances += [bounds["frechet"][name] / bounds["frechet"]["floor"] for name in ("codec", "real")]
-    lines.append(f"| Frechet distance over real against real | {' | '.join(f'{d:.2f}' for d in distances)} |")
+    for rows in zip(*(frechet_lines(group["frechet"]) for group in groups.values()), strict=True):
+        bound = dict(frechet_lines(bounds["frechet"]))[rows[0][0]]
+        columns = [cells["generated"] for _, cells in rows] + [bound["codec"], bound["real"]]
+        lines.append(f"| {rows[0][0]} | {' | '.join(columns)} |")
     return "\n".join(lines)
 
 

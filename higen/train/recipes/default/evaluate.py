@@ -20,15 +20,19 @@ psnr, psnr_copy, beats_copy      against the real clip, in dB: the clip, its own
            psnr_real_copy, beats_real_copy: the real key frame repeated, which no model has
 flicker, speckle, sharpness      see higen/measures/fidelity.py
 motion_ratio, difference         against the real clip's motion as training measures it; mean difference of frames
-frechet    distance of features to real clips drawn at random: the same subjects, any background, the same speeds, up to
-           an eighth of a second earlier or later. The floor is the distance between two such draws, without a clip in
-           common; all have the same number of clips. "real" are the very clips that were asked for
+frechet    distance of features to as many real clips drawn at random: the same subjects, any background, the same
+           speeds, up to an eighth of a second earlier or later. The floor is the distance between two such draws,
+           without a clip in common. "real" are the very clips that were asked for. They are far above this floor, for
+           a few requests with many seeds each are not as many different clips: "alike" are draws with the make-up of
+           what was asked for, a background for every subject and speed and as many clips of each, and there they are
+           near the floor. "asked": distance to the very clips that were asked for, which has no floor but the codec's
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -316,31 +320,71 @@ def _group(
     }
 
 
-def _frechet(
-    asked: Sequence[tuple[int, int, float]], features: Mapping[str, NDArray[np.float64]], judges: Judges
+Request = tuple[int, int, float]
+Condition = tuple[int, int, float, int]
+
+
+def _frechet(asked: Sequence[Request], features: Mapping[str, NDArray[np.float64]], judges: Judges) -> dict[str, Any]:
+    """Frechet distances of each set of features to draws of real clips; see the module's docstring."""
+    backgrounds = len(judges.real.pictures)
+    exact = features["real"]
+    return {
+        **_over_floor(features, judges, lambda random: _distinct_draws(asked, backgrounds, random)),
+        "alike": _over_floor(features, judges, lambda random: _alike_draws(asked, backgrounds, random)),
+        "asked": {name: frechet_distance(rows, exact) for name, rows in features.items() if rows is not exact},
+    }
+
+
+def _over_floor(
+    features: Mapping[str, NDArray[np.float64]],
+    judges: Judges,
+    draw: Callable[[np.random.Generator], tuple[list[Condition], list[Condition]]],
 ) -> dict[str, float]:
-    """Frechet distances of each set of features to random draws of real clips; see the module's docstring."""
+    """Distances to the first of two draws of real clips, and that of the second ("floor"), means over DRAWS pairs."""
     random = np.random.default_rng(0)
-    subjects, speeds = [request[0] for request in asked], [request[2] for request in asked]
-    possible = len(set(subjects)) * len(judges.real.pictures) * len(set(speeds)) * (2 * JITTER + 1)
     found: dict[str, list[float]] = {name: [] for name in (*features, "floor")}
     for _ in range(DRAWS):
-        drawn: dict[tuple[int, int, float, int], None] = {}  # a set that keeps its order
-        while len(drawn) < min(2 * len(asked), possible // 2):
-            drawn[
-                int(random.choice(subjects)),
-                int(random.integers(len(judges.real.pictures))),
-                float(random.choice(speeds)),
-                int(random.integers(-JITTER, JITTER + 1)),
-            ] = None
-        reals = judges.real_features(list(drawn))
-        half = len(reals) // 2
-        first, second = reals[:half], reals[half : 2 * half]
-        found["floor"].append(frechet_distance(first, second))
+        first, second = draw(random)
+        reals = judges.real_features([*first, *second])
+        first_rows, second_rows = reals[: len(first)], reals[len(first) :]
+        found["floor"].append(frechet_distance(first_rows, second_rows))
         for name, rows in features.items():
-            found[name].append(frechet_distance(rows, first))
+            found[name].append(frechet_distance(rows, first_rows))
     means = {name: float(np.mean(values)) for name, values in found.items()}
     return means | {"ratio": means["generated"] / max(means["floor"], 1e-12)}
+
+
+def _distinct_draws(
+    asked: Sequence[Request], backgrounds: int, random: np.random.Generator
+) -> tuple[list[Condition], list[Condition]]:
+    """Two draws of as many clips as were asked for, all different, of the same subjects and speeds."""
+    subjects, speeds = [request[0] for request in asked], [request[2] for request in asked]
+    possible = len(set(subjects)) * backgrounds * len(set(speeds)) * (2 * JITTER + 1)
+    drawn: dict[Condition, None] = {}  # a set that keeps its order
+    while len(drawn) < min(2 * len(asked), possible // 2):
+        drawn[
+            int(random.choice(subjects)),
+            int(random.integers(backgrounds)),
+            float(random.choice(speeds)),
+            int(random.integers(-JITTER, JITTER + 1)),
+        ] = None
+    half = len(drawn) // 2
+    return list(drawn)[:half], list(drawn)[half : 2 * half]
+
+
+def _alike_draws(
+    asked: Sequence[Request], backgrounds: int, random: np.random.Generator
+) -> tuple[list[Condition], list[Condition]]:
+    """Two draws with the make-up of what was asked for: every request's subject and speed, as often, each on a random
+    background of its own that the other draw does not have."""
+    first: list[Condition] = []
+    second: list[Condition] = []
+    for (s, _, speed), count in Counter(asked).items():
+        pictures = random.choice(backgrounds, 2, replace=False)
+        for draw, picture in zip((first, second), pictures, strict=True):
+            offsets = np.resize(random.permutation(2 * JITTER + 1) - JITTER, count)
+            draw += [(s, int(picture), speed, int(offset)) for offset in offsets]
+    return first, second
 
 
 def _control(shots: Sequence[Shot], rows: Sequence[Row], measure: _Measure) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from higen.train.recipes.default.shots import Shot
 from higen.train.recipes.default.subjects import FPS
 from higen.video import Video, contact_sheet
 
-__all__ = ["COLUMNS", "as_text", "write"]
+__all__ = ["COLUMNS", "as_text", "frechet_lines", "write"]
 
 Frames = NDArray[np.uint8]
 COLUMNS: tuple[tuple[str, str, str], ...] = (
@@ -41,6 +41,19 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
 """Key, title and format of a group's measures."""
 
 
+def frechet_lines(found: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
+    """Titles and cells, by column, of a group's Frechet distances, as `evaluate` gives them."""
+
+    def over_floor(part: Mapping[str, Any]) -> dict[str, str]:
+        return {name: f"{part[name] / max(part['floor'], 1e-12):.2f}" for name in ("generated", "codec", "real")}
+
+    return [
+        ("Frechet distance over real against real", over_floor(found)),
+        ("the same, with sets of the same make-up", over_floor(found["alike"])),
+        ("Frechet distance to the clips asked for", {k: f"{v:.2f}" for k, v in found["asked"].items()} | {"real": "0"}),
+    ]
+
+
 def as_text(measures: Mapping[str, Any]) -> str:
     """The table for a terminal: generated, codec and real for each group; levels are of 255."""
     lines = []
@@ -50,10 +63,9 @@ def as_text(measures: Mapping[str, Any]) -> str:
             if key in group["generated"]:
                 cells = "".join(f"{form.format(group[column][key]):>12}" for column in ("generated", "codec", "real"))
                 lines.append(f"  {title:<40}{cells}")
-        found = group["frechet"]
-        cells = "".join(f"{found[column]:>12.3f}" for column in ("generated", "codec", "real"))
-        lines.append(f"  {'Frechet distance':<40}{cells}")
-        lines.append(f"  {'  real against real ' + format(found['floor'], '.3f'):<40}{found['ratio']:>11.2f}x")
+        for title, cells in frechet_lines(group["frechet"]):
+            row = "".join(f"{cells[column]:>12}" for column in ("generated", "codec", "real"))
+            lines.append(f"  {title:<40}{row}")
         lines.append("")
     for name, found in measures["control"].items():
         lines.append(
