@@ -413,6 +413,8 @@ def test_the_recipe_holds_its_folder_from_beginning_to_end(tmp_path: Path, monke
         (recipe.autoencoder, "train"),
         (recipe.latents, "write"),
         (denoiser, "_train"),
+        (recipe.decoder, "draw"),
+        (recipe.decoder, "train"),
         (recipe, "assemble"),
     ):
         monkeypatch.setattr(module, name, part(name))
@@ -420,4 +422,4 @@ def test_the_recipe_holds_its_folder_from_beginning_to_end(tmp_path: Path, monke
         recipe.run(tmp_path, tmp_path / "model")
     assert parts == []
     recipe.run(tmp_path, tmp_path / "model")
-    assert parts == ["fetch", "train", "write", "_train", "assemble"]
+    assert parts == ["fetch", "train", "write", "_train", "assemble", "draw", "train", "assemble"]

@@ -18,6 +18,7 @@ from higen.config import AutoencoderConfig, Defaults, ModelConfig, UNetConfig
 from higen.errors import TrainingError
 from higen.tokenizer import build_word_tokenizer
 from higen.train.checkpoints import Checkpoints
+from higen.train.recipes.default.decoder import RESULT as DECODER
 from higen.train.recipes.default.denoiser import TEXT, UNET, WORDS
 from higen.train.recipes.default.subjects import BACKGROUNDS, FPS, FRAMES, SPEEDS, SUBJECTS, caption
 
@@ -58,7 +59,8 @@ def model_config(autoencoder: AutoencoderConfig) -> ModelConfig:
 def assemble(
     state: Path, output: Path, overwrite: bool = False, trained: Path | None = None, unet: UNetConfig = UNET
 ) -> bundle.Bundle:
-    """Write the model directory `output` from the codec in `state` and the averaged weights of the newest checkpoint.
+    """Write the model directory `output` from the codec in `state`, with the decoder that was trained on what the
+    denoiser draws where there is one, and the averaged weights of the newest checkpoint.
 
     `trained` and `unet`: another denoiser than the recipe's own, and the folder it was trained in. Raises
     TrainingError where there is no checkpoint.
@@ -78,9 +80,14 @@ def assemble(
     with bundle.create(output, replace(model_config(autoencoder), unet=unet), overwrite) as folder:
         save_file(half_precision(average, "denoiser."), folder / bundle.UNET)
         save_file(half_precision(average, "text."), folder / bundle.TEXT_ENCODER)
-        save_file(half_precision(load_file(state / "autoencoder.safetensors"), ""), folder / bundle.AUTOENCODER)
+        save_file(half_precision(_codec(state), ""), folder / bundle.AUTOENCODER)
         build_word_tokenizer(WORDS).save(str(folder / bundle.TOKENIZER))
     return bundle.Bundle.open(output)
+
+
+def _codec(state: Path) -> dict[str, Tensor]:
+    weights, decoder = load_file(state / "autoencoder.safetensors"), state / DECODER
+    return weights | ({f"decoder.{name}": t for name, t in load_file(decoder).items()} if decoder.exists() else {})
 
 
 def half_precision(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

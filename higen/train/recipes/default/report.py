@@ -63,9 +63,11 @@ def as_text(measures: Mapping[str, Any]) -> str:
             if key in group["generated"]:
                 cells = "".join(f"{form.format(group[column][key]):>12}" for column in ("generated", "codec", "real"))
                 lines.append(f"  {title:<40}{cells}")
-        for title, cells in frechet_lines(group["frechet"]):
-            row = "".join(f"{cells[column]:>12}" for column in ("generated", "codec", "real"))
+        for title, distances in frechet_lines(group["frechet"]):
+            row = "".join(f"{distances[column]:>12}" for column in ("generated", "codec", "real"))
             lines.append(f"  {title:<40}{row}")
+        floors = " and ".join(f"{part['floor']:.2f}" for part in (group["frechet"], group["frechet"]["alike"]))
+        lines.append(f"  (their floors: {floors}; these fall with the number of clips: compare equal numbers only)")
         lines.append("")
     for name, found in measures["control"].items():
         lines.append(

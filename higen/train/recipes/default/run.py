@@ -6,7 +6,7 @@ from pathlib import Path
 
 from higen.bundle import Bundle
 from higen.errors import TrainingError
-from higen.train.recipes.default import autoencoder, latents
+from higen.train.recipes.default import autoencoder, decoder, latents
 from higen.train.recipes.default.assemble import assemble
 from higen.train.recipes.default.data import fetch
 from higen.train.recipes.default.denoiser import Run, train
@@ -24,7 +24,8 @@ def run(
     start: Path | None = None,
     bf16: bool = False,
 ) -> Bundle:
-    """Fetch the emoji into `work`, train codec and denoiser there, write the model directory `output`.
+    """Fetch the emoji into `work`, train codec and denoiser there, then the decoder on what the denoiser draws, and
+    write the model directory `output`.
 
     What `work` already holds is not made again. `start`: a model of this recipe whose weights new networks start from
     as far as they fit, so that more subjects need no training from nothing. `bf16`: mixed precision.
@@ -49,4 +50,7 @@ def run(
         if not (work / "latents.safetensors").exists():
             latents.write(work / "data", work, None if trained is None else trained.config.autoencoder)
         train(work, Run(steps=steps or Run.steps, bfloat16=bf16), trained)
+        if not (work / decoder.RESULT).exists():
+            decoder.draw(assemble(work, work / "model", overwrite=True), work / "drawn")
+            decoder.train(work / "data", work)
         return assemble(work, output, overwrite=True)

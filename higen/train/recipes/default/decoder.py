@@ -1,0 +1,184 @@
+"""Trains the codec's decoder on what the denoiser draws; the encoder and the latents stay as they are.
+
+    python -m higen.train.recipes.default.decoder --data FOLDER --state FOLDER --model DIR
+
+A decoder that has seen nothing but encoded pictures shows a latent between two poses as coloured fringes. The clip that
+was asked for is known pixel by pixel, so the decoder can learn to show such a latent as the soft picture it stands for.
+Clips of trained prompts are drawn once, by a model directory, into `STATE/drawn`; half of every batch are frames of
+theirs, the other half encoded pictures, which must not become worse. The result is `STATE/decoder.safetensors`, which
+`assemble` takes in the place of the codec's own. Run the command again to resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from higen.api import load as load_pipeline
+from higen.bundle import Bundle
+from higen.pipeline import Pipeline
+from higen.train.checkpoints import Checkpoints
+from higen.train.denormals import flushed_denormals
+from higen.train.optimise import Optimiser
+from higen.train.processes import stop_signals
+from higen.train.recipes.default.aside import aside
+from higen.train.recipes.default.autoencoder import Pictures, TrainConfig, load, picture_loss
+from higen.train.recipes.default.data import clip_indices, fetch
+from higen.train.recipes.default.latents import denormalise, load_latents
+from higen.train.recipes.default.subjects import BACKGROUNDS, SPEEDS, SUBJECTS, caption, is_held_out
+from higen.train.record import claimed
+from higen.train.settings import OptimiserSettings
+
+__all__ = ["draw", "train"]
+
+MOVING = tuple(i for i, speed in enumerate(SPEEDS) if speed.factor)
+"""Indices in SPEEDS of what is drawn, one for each trained pair in turn."""
+RESULT = "decoder.safetensors"
+
+
+OPTIMISER = OptimiserSettings(learning_rate=1e-3, betas=(0.9, 0.99), warm_up=100, decay_part=0.7, clip=1.0, ema=0.998)
+
+
+@dataclass(frozen=True)
+class Run:
+    """How long and how fast; half of a batch is drawn."""
+
+    steps: int = 4000
+    batch: int = 16
+    seed: int = 0
+    optimiser: OptimiserSettings = OPTIMISER
+
+
+def draw(model: Bundle, folder: Path, shown: bool = False) -> None:
+    """Draw a clip of every trained pair of subject and background, a file of latents a subject; those there are kept.
+
+    `<name>.safetensors`: latents, float16 [n,32,16,8,8] as the denoiser leaves them, and what was asked for, int64
+    [n,2]: indices of background and speed. Raises TrainingError where a file cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with load_pipeline(model.path, threads=torch.get_num_threads()) as pipeline:
+        for s, subject in enumerate(tqdm(SUBJECTS, desc="drawn", disable=not shown)):
+            path = folder / f"{subject.name}.safetensors"
+            if path.exists():
+                continue
+            asked = [(b, MOVING[(s + b) % len(MOVING)]) for b in range(len(BACKGROUNDS)) if not is_held_out(s, b)]
+            drawn = [
+                _latents(pipeline, caption(subject, BACKGROUNDS[b], SPEEDS[speed]), seed)
+                for seed, (b, speed) in enumerate(asked)
+            ]
+            with aside(path) as temporary:
+                save_file({"latents": torch.cat(drawn).half(), "asked": torch.tensor(asked)}, temporary)
+
+
+def _latents(pipeline: Pipeline, prompt: str, seed: int) -> Tensor:
+    """The clean latents of a clip [1,32,16,8,8], before they are decoded."""
+    stream = pipeline.stream(prompt, seed=seed)
+    last = next(step for step in stream if step.stage == "temporal_unet" and step.index == step.total - 1)
+    stream.close()
+    return torch.from_numpy(pipeline.backend.to_numpy(last.latents))
+
+
+class Drawn:
+    """The clips that were drawn, and the real pictures behind them."""
+
+    def __init__(self, folder: Path, pictures: Pictures, mean: Tensor, std: Tensor) -> None:
+        """`folder` as `draw` leaves it; `mean` and `std` [32] are those of the latents cache."""
+        self.pictures, self.mean, self.std = pictures, mean, std
+        files = [load_file(folder / f"{subject.name}.safetensors") for subject in SUBJECTS]
+        self.clips = [
+            (s, b, speed, latents)
+            for s, file in enumerate(files)
+            for (b, speed), latents in zip(file["asked"].tolist(), file["latents"], strict=True)
+        ]
+
+    def batch(self, size: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents [n,32,8,8] for the decoder, the real pictures [n,3,128,128] and their coverage [n,1,128,128]."""
+        latents, pictures, coverage = [], [], []
+        for clip in torch.randint(len(self.clips), (size,), generator=random).tolist():
+            s, b, speed, drawn = self.clips[clip]
+            frame = int(torch.randint(drawn.shape[1], (), generator=random))
+            places = clip_indices(len(self.pictures.loops[s]), SUBJECTS[s].key_frame, SPEEDS[speed].factor)
+            picture, alpha = self.pictures.compose(s, b, torch.tensor([places[frame]]))
+            latents.append(drawn[:, frame].float())
+            pictures.append(picture)
+            coverage.append(alpha)
+        return denormalise(torch.stack(latents), self.mean, self.std), torch.cat(pictures), torch.cat(coverage)
+
+
+def train(data: Path, state: Path, run: Run | None = None) -> None:
+    """Train to `run.steps` steps, resuming what `state` holds, and write the decoder there.
+
+    Step n uses random numbers of its own (seed, n). Raises TrainingError where a file cannot be written.
+    """
+    run, pictures, cache = run or Run(), Pictures(data), load_latents(state / "latents.safetensors")
+    drawn = Drawn(state / "drawn", pictures, cache["mean"], cache["std"])
+    codec = load(state)
+    codec.encoder.requires_grad_(False)
+    optimiser = Optimiser(dict(codec.decoder.named_parameters()), run.optimiser, run.steps)
+    checkpoints = Checkpoints(state / "decoder", keep=1)
+    made = checkpoints.load()
+    if made is not None:
+        optimiser.load(made)
+    losses = [0.0, 0.0]
+    with flushed_denormals(), stop_signals() as stopped:
+        while optimiser.step < run.steps and not stopped.is_set():
+            random = torch.Generator().manual_seed(run.seed * 1_000_003 + optimiser.step)
+            optimiser.clear()
+            found = _gradients(codec, drawn, run, random)
+            optimiser.advance()
+            losses = [0.98 * a + 0.02 * b if a else b for a, b in zip(losses, found, strict=True)]
+            if optimiser.step % 100 == 0:
+                print(
+                    f"{time.strftime('%H:%M:%S')} step {optimiser.step} of {run.steps} drawn {losses[0]:.4f} "
+                    f"encoded {losses[1]:.4f}",
+                    flush=True,
+                )
+                checkpoints.save(optimiser.step, optimiser.state())
+    if stopped.is_set():
+        checkpoints.save(optimiser.step, optimiser.state())
+        raise KeyboardInterrupt
+    with aside(state / RESULT) as path:
+        save_file({name: tensor.contiguous() for name, tensor in optimiser.average.items()}, path)
+
+
+def _gradients(codec: Any, drawn: Drawn, run: Run, random: torch.Generator) -> tuple[float, float]:
+    """Gradients of one batch; the losses of what was drawn and of what was encoded."""
+    config = TrainConfig()
+    latents, pictures, coverage = drawn.batch(run.batch // 2, random)
+    own = picture_loss(codec.decoder(latents), pictures, coverage, config)
+    pictures, coverage = drawn.pictures.batch(run.batch // 2, random)
+    with torch.no_grad():
+        encoded = codec.encoder(pictures)
+    level = torch.rand((len(encoded), 1, 1, 1), generator=random) * config.noise
+    noisy = encoded + level * torch.randn(encoded.shape, generator=random)
+    others = picture_loss(codec.decoder(noisy), pictures, coverage, config)
+    (own + others).backward()
+    return float(own.detach()), float(others.detach())
+
+
+def main() -> None:
+    """Command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Train the default model's decoder on what the denoiser draws.")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the WebP loops; filled if empty")
+    parser.add_argument("--state", type=Path, required=True, help="folder of the codec and the latents cache")
+    parser.add_argument("--model", type=Path, required=True, help="model directory that draws")
+    parser.add_argument("--steps", type=int, default=Run.steps, help="steps in all")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    fetch(arguments.data)
+    with claimed(arguments.state / "drawn", "drawing"):
+        draw(Bundle.open(arguments.model), arguments.state / "drawn", shown=True)
+        train(arguments.data, arguments.state, Run(steps=arguments.steps))
+
+
+if __name__ == "__main__":
+    main()
