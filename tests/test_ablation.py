@@ -142,10 +142,9 @@ def test_the_table_has_a_column_for_each_variant() -> None:
             "flicker", "speckle", "still")  # fmt: skip
 
     def measures(value: float) -> dict[str, object]:
-        frechet = {"generated": 4 * value, "codec": 2.0, "real": 1.0, "floor": 1.0, "ratio": 4 * value}
         cue = {"spearman": value, "spearman_pooled": value, "codec": 1.0, "codec_pooled": 1.0, "zero_part": 0.05}
         control = dict.fromkeys(("motion", "appearance"), cue)
-        group = {"generated": dict.fromkeys(keys, value), "codec": dict.fromkeys(keys, 1.0), "frechet": frechet}
+        group = {"generated": dict.fromkeys(keys, value), "codec": dict.fromkeys(keys, 1.0)}
         return {"groups": {"held-out": group}, "control": control}
 
     text = table({"everything": measures(0.5), "no prior": measures(0.25)})
@@ -154,4 +153,3 @@ def test_the_table_has_a_column_for_each_variant() -> None:
     assert len({line.count("|") for line in lines}) == 1
     assert "| subject right, by a classifier | 50% | 25% | 100% |" in lines
     assert "| Spearman, motion factor, over all clips | 0.50 | 0.25 | 1.00 |" in lines
-    assert "| Frechet distance over real against real | 2.0 | 1.0 | 2.0 |" in lines
