@@ -172,6 +172,7 @@ def test_an_honest_model_passes_everything(honest: Result) -> None:
     assert found["still"] == 0
     control = honest.measures["control"]
     assert control["motion"]["spearman"] > 0.95
+    assert control["motion"]["spearman_moving"] > 0.9
     assert control["appearance"]["spearman"] > 0.85
     assert control["motion"]["zero_part"] == 0
     frechet = honest.measures["groups"]["held-out"]["frechet"]
@@ -303,6 +304,17 @@ def test_features_of_real_clips_are_the_same_by_either_way(real: RealClips, judg
     conditions = [(1, 3, 1.0, 2), (2, 0, 0.5, -1)]
     one = judges.features([real.clip(*condition) for condition in conditions])
     np.testing.assert_allclose(one, judges.real_features(conditions), atol=0.05 * np.abs(one).max())
+
+
+def test_one_that_only_knows_when_to_stand_still_is_found_out(run: Callable[..., Result], real: RealClips) -> None:
+    order = {0.5: 2.0, 1.0: 1.0, 1.5: 0.5, 2.0: 1.5}  # no order at all: rank correlation 0 or below
+
+    def obeys_zero(clip: Frames, shot: Shot) -> Frames:
+        return real.clip(shot.subject, shot.background, order.get(shot.factor, 0.0))
+
+    motion = run(obeys_zero, ("text", "motion")).measures["control"]["motion"]
+    assert 0.2 < motion["spearman"] < 0.6
+    assert motion["spearman_moving"] < 0.1
 
 
 def test_one_that_moves_when_it_should_stand_still_is_found_out(run: Callable[..., Result], real: RealClips) -> None:

@@ -109,7 +109,8 @@ def control(measures: Mapping[str, Any]) -> str:
     """How far the cues are followed, in a sentence or two."""
     found = measures["control"]
     parts = [
-        f"{kind} factor {value['spearman']:.2f} within a subject, {value['spearman_pooled']:.2f} over all clips"
+        f"{kind} factor {value['spearman']:.2f} within a subject ({value['spearman_moving']:.2f} without the request "
+        f"for 0), {value['spearman_pooled']:.2f} over all clips"
         for kind, value in found.items()
     ]
     bounds = ", ".join(f"{value['codec']:.2f} and {value['codec_pooled']:.2f}" for value in found.values())

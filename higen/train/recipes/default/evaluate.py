@@ -19,6 +19,9 @@ psnr, psnr_copy, beats_copy      against the real clip, in dB: the clip, its own
            is closer. beats_mean: closer than its own mean over time too, which noise in every frame cannot be.
            psnr_real_copy, beats_real_copy: the real key frame repeated, which no model has
 flicker, speckle, sharpness      see higen/measures/fidelity.py
+spearman   rank correlation of the cues that were asked for and measured: within a subject (the mean), within a subject
+           without the request for 0 (to tell 0 from the others and order those at random gives 0.5 with it, 0 without),
+           over all clips
 motion_ratio, difference         against the real clip's motion as training measures it; mean difference of frames
 frechet    distance of features to as many real clips drawn at random: the same subjects, any background, the same
            speeds, up to an eighth of a second earlier or later. The floor is the distance between two such draws,
@@ -399,9 +402,11 @@ def _control(shots: Sequence[Shot], rows: Sequence[Row], measure: _Measure) -> d
         found = [getattr(rows[i], kind) for i in chosen]
         through = [measure.codec_cues(shots[i].subject, shots[i].background, shots[i].factor)[index] for i in chosen]
         subjects = [shots[i].subject for i in chosen]
+        moving = [k for k, i in enumerate(chosen) if shots[i].requested]
         control[kind] = {
             "clips": len(chosen),
             "spearman": _within(subjects, wanted, found),
+            "spearman_moving": _within(*([column[k] for k in moving] for column in (subjects, wanted, found))),
             "spearman_pooled": spearman(wanted, found),
             "codec": _within(subjects, wanted, through),
             "codec_pooled": spearman(wanted, through),

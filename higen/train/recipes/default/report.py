@@ -71,9 +71,9 @@ def as_text(measures: Mapping[str, Any]) -> str:
         lines.append("")
     for name, found in measures["control"].items():
         lines.append(
-            f"{name} factor, {found['clips']} clips: Spearman {found['spearman']:.2f} within a subject, "
-            f"{found['spearman_pooled']:.2f} over all (real clips through the codec {found['codec']:.2f}, "
-            f"{found['codec_pooled']:.2f})"
+            f"{name} factor, {found['clips']} clips: Spearman {found['spearman']:.2f} within a subject "
+            f"({found['spearman_moving']:.2f} without the request for 0), {found['spearman_pooled']:.2f} over all "
+            f"(real clips through the codec {found['codec']:.2f}, {found['codec_pooled']:.2f})"
         )
         if "zero" in found:
             lines.append(
