@@ -49,11 +49,12 @@ OPTIMISER = OptimiserSettings(learning_rate=1e-3, betas=(0.9, 0.99), warm_up=100
 
 @dataclass(frozen=True)
 class Run:
-    """How long and how fast; half of a batch is drawn."""
+    """How long and how fast; half of a batch is drawn. `bfloat16`: mixed precision, as in the denoiser's training."""
 
     steps: int = 4000
     batch: int = 16
     seed: int = 0
+    bfloat16: bool = False
     optimiser: OptimiserSettings = OPTIMISER
 
 
@@ -152,14 +153,16 @@ def train(data: Path, state: Path, run: Run | None = None) -> None:
 def _gradients(codec: Any, drawn: Drawn, run: Run, random: torch.Generator) -> tuple[float, float]:
     """Gradients of one batch; the losses of what was drawn and of what was encoded."""
     config = TrainConfig()
-    latents, pictures, coverage = drawn.batch(run.batch // 2, random)
-    own = picture_loss(codec.decoder(latents), pictures, coverage, config)
+    latents, drawn_pictures, drawn_coverage = drawn.batch(run.batch // 2, random)
     pictures, coverage = drawn.pictures.batch(run.batch // 2, random)
-    with torch.no_grad():
-        encoded = codec.encoder(pictures)
-    level = torch.rand((len(encoded), 1, 1, 1), generator=random) * config.noise
-    noisy = encoded + level * torch.randn(encoded.shape, generator=random)
-    others = picture_loss(codec.decoder(noisy), pictures, coverage, config)
+    with torch.autocast("cpu", torch.bfloat16, enabled=run.bfloat16):
+        with torch.no_grad():
+            encoded = codec.encoder(pictures).float()
+        level = torch.rand((len(encoded), 1, 1, 1), generator=random) * config.noise
+        noisy = encoded + level * torch.randn(encoded.shape, generator=random)
+        decoded = codec.decoder(torch.cat([latents, noisy])).float()
+    own = picture_loss(decoded[: len(latents)], drawn_pictures, drawn_coverage, config)
+    others = picture_loss(decoded[len(latents) :], pictures, coverage, config)
     (own + others).backward()
     return float(own.detach()), float(others.detach())
 
@@ -171,13 +174,14 @@ def main() -> None:
     parser.add_argument("--state", type=Path, required=True, help="folder of the codec and the latents cache")
     parser.add_argument("--model", type=Path, required=True, help="model directory that draws")
     parser.add_argument("--steps", type=int, default=Run.steps, help="steps in all")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     fetch(arguments.data)
     with claimed(arguments.state / "drawn", "drawing"):
         draw(Bundle.open(arguments.model), arguments.state / "drawn", shown=True)
-        train(arguments.data, arguments.state, Run(steps=arguments.steps))
+        train(arguments.data, arguments.state, Run(steps=arguments.steps, bfloat16=arguments.bf16))
 
 
 if __name__ == "__main__":

@@ -52,5 +52,5 @@ def run(
         train(work, Run(steps=steps or Run.steps, bfloat16=bf16), trained)
         if not (work / decoder.RESULT).exists():
             decoder.draw(assemble(work, work / "model", overwrite=True), work / "drawn")
-            decoder.train(work / "data", work)
+            decoder.train(work / "data", work, decoder.Run(bfloat16=bf16))
         return assemble(work, output, overwrite=True)
