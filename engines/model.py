@@ -54,12 +54,15 @@ def build_engines(
     A stage whose plan fits graph, weights, profiles, options and library is kept, so an interrupted build goes on
     where it stopped. Two builders of one target wait for each other.
 
-    Raises before anything is built: RequestError (stage, precision), ModelError (no graph), MissingExtra, NoDriver and
+    Raises before anything is built: RequestError (stage, precision), ModelError (no graph, or none of the denoiser in
+    a quantised precision), MissingExtra, NoDriver and
     NoDevice (classic TensorRT without a GPU), OutputError (disk). Raises EngineError where TensorRT fails.
     """
     for stage in stages:
         if stage not in STAGES:
             raise RequestError(f"stage={stage!r}: of {', '.join(STAGES)}")
+    if missing := bundle.not_quantized(precision):
+        raise ModelError(missing)
     resolved = [_on_this_machine(target) for target in targets]
     for target in resolved:
         check_precision(precision, target.architectures)

@@ -169,6 +169,11 @@ def test_an_altered_graph_is_not_built_from(model: Path) -> None:
         (["--target", "rtx-sm89,rtx-sm75", "--precision", "bf16"], "RequestError", "SM75 cannot compute in it"),
         (["--target", "rtx-sm89", "--precision", "fp16"], "ModelError", "--precision fp16"),
         (["--target", "rtx-sm89", "--stage", "spatial_unet"], "ModelError", "no spatial_unet.onnx (make it: higen-"),
+        (
+            ["--target", "rtx-sm89", "--precision", "int8", "--stage", "vae_decoder"],
+            "ModelError",
+            "no spatial_unet.int8.onnx (make it: higen-export quantize {model} --precision int8)",
+        ),
         (["--target", "rtx-sm89", "--profile", "{min}"], "RequestError", "smallest <= best <= largest"),
         (["--target", "rtx-sm89", "--profile", "{step}"], "RequestError", "multiples of 4 pixels"),
     ],
@@ -185,7 +190,7 @@ def test_a_wrong_wish_is_one_error_before_anything_is_built(
     assert result.exit_code == 2
     answer = json.loads(result.output)
     assert answer["error"] == error
-    assert message in answer["message"]
+    assert message.replace("{model}", str(model)) in answer["message"]
     assert not (model / "engines").exists()
 
 

@@ -238,10 +238,13 @@ PLAIN = Options()
 def select_backend(bundle: Bundle, name: str = "auto", options: Options = PLAIN) -> StageRouter:
     """A router over the named backend, or with "auto" over all that are installed.
 
-    Raises RequestError for a name that is none, BackendUnavailable, saying why each is not here, and IntegrityError
-    where a file the chosen way needs is broken and no other way exists.
+    Raises RequestError for a name that is none, BackendUnavailable, saying why each is not here or that the model was
+    never quantised to the precision, and IntegrityError where a file the chosen way needs is broken and no other way
+    exists.
     """
     check_backend(name)
+    if missing := bundle.not_quantized(options.precision):  # else every stage would stand in for itself
+        raise BackendUnavailable(missing)
     wanted = [a for a in availability() if name in ("auto", a.backend)]
     absent = {a.backend: a.reason for a in wanted if not a.works}
     makers: dict[str, Callable[[], Backend]] = {}
