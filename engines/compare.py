@@ -58,7 +58,8 @@ def compare(
     """Compare ONNX Runtime's float32 stages with those of backend `other` ("onnx" or "tensorrt") in a precision.
 
     The inputs are those of a whole video of `prompt`; the encoder's are its first frames. Raises RequestError,
-    ModelError (a precision that the model was never quantised to), MissingExtra, and what the backends raise where a graph or an engine cannot be used.
+    ModelError (a precision that the model was never quantised to), MissingExtra, and what the backends raise where a
+    graph or an engine cannot be used.
     """
     if other not in ("onnx", "tensorrt"):
         raise RequestError(f"with={other!r}: 'onnx' or 'tensorrt'")

@@ -76,7 +76,7 @@ def build_engines(
         _space(bundle, record)
         for store, records in zip(stores, wanted, strict=True)
         for record in records
-        if _reason(store, record) is not None
+        if _reason(store, store.stored(record.stage, verify=False), record) is not None
     ]
     stores[0].check_space(sum(space))  # all lie on one disk
     return [
@@ -147,10 +147,11 @@ def _wanted(
     )
 
 
-def _reason(store: EngineStore, wanted: PlanRecord) -> str | None:
+def _reason(store: EngineStore, stored: PlanRecord | None, wanted: PlanRecord) -> str | None:
     """Why a stage is to be built; None where the stored plan is the wanted one."""
-    stored = store.stored(wanted.stage)
-    return "not built yet" if stored is None else difference(stored, wanted)
+    if stored is None:
+        return "plan or record is cut or altered" if store.holds(wanted.stage) else "not built yet"
+    return difference(stored, wanted)
 
 
 def _space(bundle: Bundle, wanted: PlanRecord) -> int:
@@ -169,9 +170,9 @@ def _build_target(
     records = []
     with store.building():
         for record in wanted:
-            reason = _reason(store, record)
+            stored = store.stored(record.stage)
+            reason = _reason(store, stored, record)
             if reason is None:
-                stored = store.stored(record.stage)
                 assert stored is not None
                 records.append(stored)
                 on_event(Event(target.name, record.stage, "kept", 1.0, record=stored))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import shutil
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from higen.backends.plans import ENGINES, PlanRecord, engine_file, log_file, record_file
+from higen.bundle import sha256
 from higen.errors import EngineError, OutputError
 from higen.locks import locked
 from higen.stages import STAGES
@@ -63,15 +63,22 @@ class EngineStore:
                 raise OutputError(f"{self.folder}: {error.strerror or error}") from error
             yield
 
-    def stored(self, stage: str) -> PlanRecord | None:
-        """The record of a stage's plan, None if there is none or it does not fit the file beside it."""
-        path = self.folder / record_file(stage)
+    def stored(self, stage: str, verify: bool = True) -> PlanRecord | None:
+        """The record of a stage's plan, None if there is none or it does not fit the file beside it.
+
+        `verify`: by its sha256, else by its size alone.
+        """
+        path, plan = self.folder / record_file(stage), self.folder / engine_file(stage)
         try:
             record = PlanRecord.from_text(path.read_text(encoding="utf-8"), str(path))
-            whole = (self.folder / engine_file(stage)).stat().st_size == record.size
+            whole = plan.stat().st_size == record.size and not (verify and sha256(plan) != record.sha256)
         except (OSError, UnicodeDecodeError, EngineError):
             return None  # nothing that could be used again: it is built anew
         return record if whole else None
+
+    def holds(self, stage: str) -> bool:
+        """Whether there is something of a stage's engine, usable or not."""
+        return any((self.folder / name(stage)).exists() for name in (engine_file, record_file))
 
     def check_space(self, needed: int) -> None:
         """Raises OutputError if the disk has less than `needed` bytes free."""
@@ -113,8 +120,7 @@ class EngineStore:
             part, plan = self._part(record_file(stage)), self.folder / engine_file(stage)
             try:
                 record = PlanRecord.from_text(part.read_text(encoding="utf-8"), str(part))
-                with plan.open("rb") as file:
-                    fits = hashlib.file_digest(file, "sha256").hexdigest() == record.sha256
+                fits = sha256(plan) == record.sha256
             except (OSError, UnicodeDecodeError, EngineError):
                 fits = False
             if fits:

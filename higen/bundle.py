@@ -41,6 +41,7 @@ __all__ = [
     "file_record",
     "graph_file",
     "put_file",
+    "sha256",
     "staged",
     "stand_ins",
     "weights_file",

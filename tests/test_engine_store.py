@@ -96,6 +96,15 @@ def test_a_cut_plan_is_built_again(store: EngineStore) -> None:
     assert store.stored("vae_decoder") is None
 
 
+def test_an_altered_plan_is_built_again(store: EngineStore) -> None:
+    """The backend refuses it by its sha256, so that a builder that looked at its size would never repair it."""
+    (store.folder / "vae_decoder.engine").write_bytes(PLAN[:-1] + b"x")
+    assert store.stored("vae_decoder") is None
+    assert store.stored("vae_decoder", verify=False) == RECORD
+    assert store.holds("vae_decoder")
+    assert not store.holds("vae_encoder")
+
+
 @pytest.mark.parametrize(
     "text",
     ["", "{", "[]", "null", '{"format": 1}', '{"format": 2}', "\0", RECORD.to_text().replace('"rtx"', '"jax"')],

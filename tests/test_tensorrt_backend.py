@@ -210,6 +210,18 @@ def test_a_plan_that_fits_is_kept_and_a_changed_wish_builds_again(rtx: Machine) 
     assert rtx.build("vae_encoder") == first[1:]
 
 
+def test_an_altered_plan_is_repaired_by_the_same_command(rtx: Machine) -> None:
+    (first,) = rtx.build("vae_decoder")
+    plan = rtx.model / "engines" / "rtx-sm89" / "vae_decoder.engine"
+    good = plan.read_bytes()
+    plan.write_bytes(bytes([good[0] ^ 1]) + good[1:])
+    with pytest.raises(Malformed):
+        rtx.backend().prepare("vae_decoder")
+    (second,) = rtx.build("vae_decoder")
+    assert second.sha256 == first.sha256
+    assert plan.read_bytes() == good
+
+
 def test_an_error_line_fails_the_build_whatever_it_returns(rtx: Machine) -> None:
     rtx.trt.build_errors = ["the setting is wrong", "the setting is wrong"]
     with pytest.raises(EngineError, match=r"vae_decoder\.onnx: TensorRT could not build it: the setting is wrong$"):
