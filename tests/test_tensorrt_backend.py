@@ -421,11 +421,21 @@ def test_shapes_outside_the_profile_run_on_the_next_backend(rtx: Machine, expect
     with higen.load(rtx.model) as pipe:
         with pytest.warns(FallbackWarning) as caught:
             np.testing.assert_array_equal(clip(pipe), expected)
-        messages = sorted(str(w.message).partition(": rtx-sm89/")[0] for w in caught)
-        assert messages == [f"{stage} runs on onnx: OutsideProfile" for stage in ("conditioner", "temporal_unet")]
+        messages = [str(w.message).partition(": rtx-sm89/")[0] for w in caught]
+        assert messages == ["conditioner runs on onnx: OutsideProfile"]
+        report = " ".join(pipe.report().split())
+        for stage in ("conditioner", "temporal_unet"):
+            assert (
+                f"{stage} tensorrt (cuda, fp32, rtx-sm89) onnx (cpu, fp32) for other shapes: "
+                f"OutsideProfile: rtx-sm89/{stage}: small takes"
+            ) in report
+        assert report.count("for other shapes") == 2
+        assert pipe.backend.name == "onnx+tensorrt"
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             clip(pipe, frames=2)
+            video = pipe(PROMPT, **small(pipe.config), steps=2, progress=False)
+            assert video.metadata["versions"]["backend"] == "onnx+tensorrt"
             np.testing.assert_array_equal(clip(pipe), expected)
     with higen.load(rtx.model, "tensorrt") as pipe, pytest.raises(OutsideProfile, match="conditioner"):
         clip(pipe)
