@@ -484,6 +484,15 @@ def other_version(machine: Machine) -> None:
     machine.trt.__version__ = "9.9.9"
 
 
+def broken_library(machine: Machine) -> None:
+    """Installed, without a library that it links to."""
+    folder = machine.model.parent / "broken"
+    folder.mkdir()
+    (folder / f"{machine.package}.py").write_text('raise ImportError("libnvinfer.so.11: cannot open")')
+    machine.patch.delitem(sys.modules, machine.package)
+    machine.patch.syspath_prepend(str(folder))
+
+
 def no_gpu(machine: Machine) -> None:
     machine.driver.devices = 0
 
@@ -500,6 +509,7 @@ CAUSES = [
     (other_weights, Stale, "has changed since it was built"),
     (other_version, Stale, r"9\.9\.9 is here"),
     (no_library, MissingExtra, r"needs the package 'tensorrt_rtx': pip install 'higen\[rtx\]'"),
+    (broken_library, EngineError, r"'tensorrt_rtx', which is installed and does not load: ImportError: libnvinfer\.so"),
     (no_gpu, NoDevice, "finds no GPU"),
     (invalid, Malformed, "its file is no plan"),
 ]
@@ -530,6 +540,23 @@ def test_every_breakage_falls_back_to_the_same_video(
     assert len(set(messages)) == len(messages), "a cause is told once"
     with pytest.raises(error):
         higen.load(rtx.model, "tensorrt")
+    assert rtx.driver.clean
+
+
+def test_a_plan_that_does_not_load_does_not_hide_a_good_one(rtx: Machine) -> None:
+    """The portable engine comes after the one for this GPU alone."""
+    rtx.build("vae_decoder")
+    bundle = Bundle.open(rtx.model)
+    build_engines(bundle, parse_targets("rtx"), [profile(bundle.config)], ["vae_decoder"])
+    own = rtx.model / "engines" / "rtx-sm89" / "vae_decoder.engine"
+    own.write_bytes(own.read_bytes()[:-1])
+    backend, given = rtx.backend(low_memory=True), inputs(bundle, "vae_decoder")
+    with pytest.warns(FallbackWarning, match="vae_decoder runs on the engine rtx/vae_decoder: Malformed: ") as caught:
+        pixels = backend.to_numpy(backend.run("vae_decoder", **given)["pixels"])
+    assert len(caught) == 1
+    np.testing.assert_array_equal(pixels, by_graph(bundle, "vae_decoder", given)["pixels"])
+    assert backend.describe("vae_decoder") == "cuda, fp32, rtx"
+    backend.close()
     assert rtx.driver.clean
 
 

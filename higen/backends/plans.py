@@ -23,7 +23,6 @@ from higen.errors import (
     HigenError,
     Malformed,
     ManifestError,
-    MissingExtra,
     NoDevice,
     NoDriver,
     OutsideProfile,
@@ -43,8 +42,8 @@ __all__ = [
     "best_profile",
     "check_interface",
     "check_plan",
-    "choose_plan",
     "engine_file",
+    "fitting_plans",
     "log_file",
     "read_plans",
     "record_file",
@@ -198,13 +197,15 @@ def read_plans(model: Path, stage: str) -> tuple[list[Plan], list[EngineError]]:
     return plans, errors
 
 
-def check_plan(plan: Plan, files: Mapping[str, str], architecture: int, libraries: Mapping[str, str | None]) -> None:
+def check_plan(
+    plan: Plan, files: Mapping[str, str], architecture: int, libraries: Mapping[str, str | HigenError]
+) -> None:
     """Whether a plan fits the model, the GPU and the TensorRT here.
 
     files        sha256 of the model's files by name, as its manifest has them
-    libraries    version of each flavour of TensorRT here, None where it is not installed
+    libraries    version of each flavour of TensorRT here, or why it cannot be used
 
-    Raises WrongArchitecture, Stale or MissingExtra.
+    Raises WrongArchitecture, Stale, or what `libraries` has.
     """
     record = plan.record
     if architecture not in record.architectures:
@@ -214,10 +215,9 @@ def check_plan(plan: Plan, files: Mapping[str, str], architecture: int, librarie
         if files.get(name) != sha256:
             what = "is not in the model any more" if name not in files else "has changed"
             raise Stale(f"{plan.name}: {name} {what} since it was built: higen-export build-engines")
-    version = libraries.get(record.flavour)
-    if version is None:
-        package, extra = EXTRAS[record.flavour]
-        raise MissingExtra(package, extra, f"the engine {plan.name}")
+    version = libraries[record.flavour]
+    if isinstance(version, HigenError):
+        raise version
     if version != record.library:
         raise Stale(
             f"{plan.name}: built by {EXTRAS[record.flavour][0]} {record.library}, {version} is here and reads only its "
@@ -225,27 +225,31 @@ def check_plan(plan: Plan, files: Mapping[str, str], architecture: int, librarie
         )
 
 
-def choose_plan(
+def fitting_plans(
     stage: str,
     plans: Sequence[Plan],
     errors: Sequence[EngineError],
     files: Mapping[str, str],
     architecture: int,
-    libraries: Mapping[str, str | None],
-) -> Plan:
-    """The plan to use for a stage: built for this GPU alone before a portable one, classic TensorRT before RTX.
+    libraries: Mapping[str, str | HigenError],
+) -> list[Plan]:
+    """The plans of a stage that fit, the best first: built for this GPU alone before a portable one, classic TensorRT
+    before RTX.
 
     `plans` and `errors` come from `read_plans`, the rest is as for `check_plan`. Raises BackendUnavailable where there
     is no engine at all, else why the likeliest of them does not fit.
     """
     refused: list[HigenError] = list(errors)
+    fitting: list[Plan] = []
     for plan in sorted(plans, key=lambda p: (len(p.record.architectures), p.record.flavour != "tensorrt")):
         try:
             check_plan(plan, files, architecture, libraries)
         except HigenError as error:
             refused.append(error)
         else:
-            return plan
+            fitting.append(plan)
+    if fitting:
+        return fitting
     if not refused:
         raise BackendUnavailable(f"no engine of {stage} (make one: higen-export build-engines)")
     # An engine made for this very GPU that cannot be used says more than one that was made for another.
@@ -254,13 +258,24 @@ def choose_plan(
 
 
 def check_interface(plan: Plan, stage: Stage, tensors: Sequence[PlanTensor]) -> None:
-    """Whether a plan's tensors are those of its record and of the stage table. Raises Malformed."""
+    """Whether a plan's tensors are those of its record and of the stage table. Raises Malformed.
+
+    The record has the network's shapes. An engine may know more: an axis that its profiles fix has a size there.
+    """
     expected = {t.name: "input" for t in stage.inputs} | dict.fromkeys(stage.graph_outputs, "output")
     found = {tensor.name: tensor.kind for tensor in tensors}
     if found != expected:
         raise Malformed(f"{plan.path}: its tensors are {found}, {stage.name} has {expected}")
-    if {t.name: t for t in tensors} != {t.name: t for t in plan.record.tensors}:
+    recorded = {t.name: t for t in plan.record.tensors}
+    if recorded.keys() != found.keys() or not all(_alike(t, recorded[t.name]) for t in tensors):
         raise Malformed(f"{plan.path}: its tensors are not those of the record beside it")
+
+
+def _alike(a: PlanTensor, b: PlanTensor) -> bool:
+    """Whether two descriptions may be of one tensor: -1 goes with any size."""
+    if (a.kind, a.dtype, len(a.shape)) != (b.kind, b.dtype, len(b.shape)):
+        return False
+    return all(n == m or -1 in (n, m) for n, m in zip(a.shape, b.shape, strict=True))
 
 
 def best_profile(plan: Plan, shapes: Mapping[str, Sequence[int]]) -> int:
