@@ -14,6 +14,7 @@ from higen.backends.plans import PlanRecord
 from higen.backends.tensorrt_api import library
 from higen.bundle import Bundle, graph_file, stand_ins
 from higen.engines.build import PLAIN, Options, build_plan
+from higen.engines.graph import check_fixed, read_graph
 from higen.engines.progress import Progress
 from higen.engines.shapes import Profile, stage_profiles
 from higen.engines.store import EngineStore, difference
@@ -23,8 +24,8 @@ from higen.stages import STAGES
 
 __all__ = ["Event", "build_engines"]
 
-SPACE = 2.5
-"""Times a stage's weights: room for its new plan while the old one is still there."""
+MARGIN = 2**24
+"""Bytes on the disk for a plan's kernels, record and log, beside its weights."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,8 @@ def build_engines(
     A stage whose plan fits graph, weights, profiles, options and library is kept, so an interrupted build goes on
     where it stopped. Two builders of one target wait for each other.
 
-    Raises before anything is built: RequestError (stage, precision), ModelError (no graph, or none of the denoiser in
+    Raises before anything is built: RequestError (stage, precision, a profile that is not of a graph's fixed shape),
+    IntegrityError (an altered graph), ModelError (no graph, or none of the denoiser in
     a quantised precision), MissingExtra, NoDriver and
     NoDevice (classic TensorRT without a GPU), OutputError (disk). Raises EngineError where TensorRT fails.
     """
@@ -72,13 +74,8 @@ def build_engines(
         for target in resolved
     ]
     stores = [EngineStore(bundle.path, target.name) for target in resolved]
-    space = [
-        _space(bundle, record)
-        for store, records in zip(stores, wanted, strict=True)
-        for record in records
-        if _reason(store, store.stored(record.stage, verify=False), record) is not None
-    ]
-    stores[0].check_space(sum(space))  # all lie on one disk
+    plans = [(store, record) for store, records in zip(stores, wanted, strict=True) for record in records]
+    stores[0].check_space(_space(plans))  # all lie on one disk
     return [
         record
         for target, records in zip(resolved, wanted, strict=True)
@@ -115,7 +112,9 @@ def _wanted(
     options: Options,
     trt: Any,
 ) -> PlanRecord:
-    """The record of a plan as it would be if it were built now, without what only the build can tell."""
+    """The record of a plan as it would be if it were built now, without what only the build can tell; its size is about
+    what the plan will have. Raises RequestError where a profile is not of the graph's own, fixed shape.
+    """
     there = bundle.precisions(stage)
     found = next((p for p in stand_ins(precision) if p in there), None)
     if found is None:
@@ -126,6 +125,9 @@ def _wanted(
         )
     graph, precision = graph_file(stage, found), found
     weights = bundle.weights(stage, precision)
+    spans = stage_profiles(stage, profiles, bundle.config)
+    facts = read_graph(bundle.file(graph), precision, target.flavour)
+    check_fixed(stage, graph, facts, spans)
     return PlanRecord(
         stage=stage,
         target=target.name,
@@ -138,9 +140,9 @@ def _wanted(
         weights=weights,
         weights_sha256=bundle.files[weights].sha256,
         tensors=(),
-        profiles=stage_profiles(stage, profiles, bundle.config),
+        profiles=spans,
         options=options.as_json(),
-        size=0,
+        size=facts.size,
         sha256="",
         built="",
         seconds=0.0,
@@ -154,8 +156,21 @@ def _reason(store: EngineStore, stored: PlanRecord | None, wanted: PlanRecord) -
     return difference(stored, wanted)
 
 
-def _space(bundle: Bundle, wanted: PlanRecord) -> int:
-    return int(SPACE * bundle.files[wanted.weights].size) + 2**24
+def _space(plans: Sequence[tuple[EngineStore, PlanRecord]]) -> int:
+    """Bytes that must be free for the plans that are to be built: each new one is written beside the old one, which
+    then goes.
+    """
+    held = most = 0
+    for store, wanted in plans:
+        stored = store.stored(wanted.stage, verify=False)
+        if _reason(store, stored, wanted) is None:
+            continue
+        # The last build knows better than the weights.
+        alike = stored is not None and stored.precision == wanted.precision
+        held += (stored.size if stored is not None and alike else wanted.size) + MARGIN
+        most = max(most, held)
+        held -= store.plan_size(wanted.stage)
+    return most
 
 
 def _build_target(

@@ -80,6 +80,11 @@ class EngineStore:
         """Whether there is something of a stage's engine, usable or not."""
         return any((self.folder / name(stage)).exists() for name in (engine_file, record_file))
 
+    def plan_size(self, stage: str) -> int:
+        """Bytes of a stage's plan, 0 where there is none."""
+        plan = self.folder / engine_file(stage)
+        return plan.stat().st_size if plan.is_file() else 0
+
     def check_space(self, needed: int) -> None:
         """Raises OutputError if the disk has less than `needed` bytes free."""
         folder = next(parent for parent in (self.folder, *self.folder.parents) if parent.exists())

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ from onnx import TensorProto, helper, numpy_helper
 from higen.backends.plans import PlanRecord
 from higen.bundle import Bundle, graph_file, put_file
 from higen.engines.build import Options
+from higen.engines.graph import GraphFacts, read_graph
 from higen.engines.model import Event, build_engines
 from higen.engines.shapes import Profile, Range, read_profile
 from higen.engines.store import EngineStore
 from higen.engines.targets import parse_targets
-from higen.errors import EngineError, IntegrityError, NoDriver
+from higen.errors import EngineError, IntegrityError, NoDriver, RequestError
 from higen.exporter import main
 
 pytest.importorskip("tensorrt_rtx")
@@ -221,6 +223,59 @@ def test_the_disk_must_hold_the_engines_of_all_targets(model: Path, monkeypatch:
     assert asked == [asked[0], 2 * asked[0]]
 
 
+def test_the_disk_need_not_hold_what_is_there_already(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An old plan goes as its successor is there; of what was built before, the size is known."""
+    first, _ = build(model, "rtx-sm86,rtx-sm120")
+    asked = []
+    monkeypatch.setattr("higen.engines.model.MARGIN", 0)
+    monkeypatch.setattr(EngineStore, "check_space", lambda store, needed: asked.append(needed))
+    build(model, "rtx-sm86,rtx-sm120")
+    build(model, "rtx-sm86,rtx-sm120", options=Options(workspace=2**26))
+    nothing, again = asked
+    assert nothing == 0
+    assert first.size <= again < 1.5 * first.size
+
+
+def test_a_graph_knows_how_large_its_weights_are_in_a_plan(tmp_path: Path) -> None:
+    """A stage's own part of a file that several stages share, in the precision that it computes in."""
+    weights = [
+        numpy_helper.from_array(np.zeros((3, 5), np.float32), "a"),
+        numpy_helper.from_array(np.zeros((7,), np.float16), "b"),
+        numpy_helper.from_array(np.zeros((2,), np.int64), "c"),
+        helper.make_tensor("d", TensorProto.FLOAT4E2M1, (4,), np.zeros(2, np.uint8).tobytes(), raw=True),
+    ]
+    weights[0].ClearField("raw_data")
+    weights[0].data_location = TensorProto.EXTERNAL
+    weights[0].external_data.add(key="location", value="is not there")
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 4, None])]
+    graph = helper.make_graph([], "weights", inputs, [], weights)
+    onnx.save(helper.make_model(graph), str(tmp_path / "x.onnx"))
+    assert read_graph(tmp_path / "x.onnx", "fp32", "rtx") == GraphFacts({"x": (None, 4, None)}, 4 * 22 + 16 + 2)
+    assert read_graph(tmp_path / "x.onnx", "nvfp4.fp16", "rtx").size == 2 * 22 + 16 + 2
+    (tmp_path / "x.onnx").write_bytes(b"no graph")
+    with pytest.raises(EngineError, match=r"x\.onnx: is no ONNX graph"):
+        read_graph(tmp_path / "x.onnx", "fp32", "rtx")
+
+
+def test_a_profile_that_a_fixed_graph_cannot_take_is_one_error(model: Path) -> None:
+    graph = onnx.load(str(model / "vae_decoder.onnx"))
+    for axis, size in ((2, 4), (3, 8)):
+        graph.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = size
+    aside = model / ".graph.part"
+    onnx.save(graph, str(aside))
+    put_file(Bundle.open(model), aside, "vae_decoder.onnx")
+    message = (
+        r"profile small: vae_decoder\.latents from \[1, 4, 4, 4\] to \[2, 4, 8, 8\], "
+        r"but vae_decoder\.onnx has a fixed shape there, \['any', 4, 4, 8\].*without --static"
+    )
+    with pytest.raises(RequestError, match=message):
+        build(model)
+    assert not (model / "engines").exists()
+    fixed = replace(SMALL, height=Range(8, 8, 8), width=Range(16, 16, 16))
+    (record,) = build_engines(Bundle.open(model), parse_targets("rtx-sm89"), [fixed], ["vae_decoder"])
+    assert record.tensors[0].shape == (-1, 4, 4, 8)
+
+
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
 def test_classic_tensorrt_says_that_it_needs_the_gpu(model: Path) -> None:
     with pytest.raises(NoDriver):
@@ -245,6 +300,7 @@ def start(model: Path) -> subprocess.Popen[str]:
     script = """
 import sys
 from higen.bundle import Bundle
+from higen.engines.graph import GraphFacts, read_graph
 from higen.engines.model import build_engines
 from higen.engines.store import EngineStore
 from higen.engines.targets import parse_targets
