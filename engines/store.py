@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from higen.backends.plans import ENGINES, PlanRecord, engine_file, log_file, record_file
+from higen.backends.plans import ENGINES, PlanRecord, engine_file, log_file, pending_file, pending_record, record_file
 from higen.bundle import sha256
 from higen.errors import EngineError, OutputError
 from higen.locks import locked
@@ -93,42 +93,39 @@ class EngineStore:
             raise OutputError(f"{folder}: {free / 1e6:.0f} MB free, the engines need about {needed / 1e6:.0f} MB")
 
     def write(self, plan: Any, record: PlanRecord, log: str) -> None:
-        """Put a plan (a buffer), its record and its log in place; the old ones stay if that fails.
+        """Put a plan (a buffer), its record and its log in place; the old ones stay if they cannot be written.
+
+        Two renames, one right after the other, switch plan and record. Where the second does not come (a kill, an
+        error), the new record waits beside the new plan: `read_plans` takes it, the next builder puts it in its place.
+        The C++ library, which reads the record alone, calls such an engine malformed until then.
 
         Raises OutputError for a full disk and the like.
         """
         stage = record.stage
         contents = {
-            engine_file(stage): plan,
             log_file(stage): log.encode(),
+            engine_file(stage): plan,
             record_file(stage): record.to_text().encode(),
         }
         try:
             for name, content in contents.items():
                 with self._part(name).open("wb") as file:
                     file.write(content)
-            # The record last: a kill before it leaves a part that `_recover` finishes, and no plan without its record
-            # is ever used.
             for name in contents:
                 self._part(name).replace(self.folder / name)
         except OSError as error:
-            for name in contents:
-                self._part(name).unlink(missing_ok=True)
+            if self._part(engine_file(stage)).exists() or not self._part(record_file(stage)).exists():
+                for name in contents:
+                    self._part(name).unlink(missing_ok=True)
             what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
             raise OutputError(f"{self.folder / engine_file(stage)}: cannot be written: {what}") from error
 
     def _part(self, name: str) -> Path:
-        return self.folder / f".{name}.part"
+        return self.folder / pending_file(name)
 
     def _recover(self) -> None:
         for stage in STAGES:
-            part, plan = self._part(record_file(stage)), self.folder / engine_file(stage)
-            try:
-                record = PlanRecord.from_text(part.read_text(encoding="utf-8"), str(part))
-                fits = sha256(plan) == record.sha256
-            except (OSError, UnicodeDecodeError, EngineError):
-                fits = False
-            if fits:
-                part.replace(self.folder / record_file(stage))
+            if pending_record(self.folder / record_file(stage)) is not None:
+                self._part(record_file(stage)).replace(self.folder / record_file(stage))
         for part in self.folder.glob(".*.part"):
             part.unlink()

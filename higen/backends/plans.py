@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from higen.bundle import sha256
 from higen.config import from_json, to_json
 from higen.errors import (
     BackendUnavailable,
@@ -45,6 +46,8 @@ __all__ = [
     "engine_file",
     "fitting_plans",
     "log_file",
+    "pending_file",
+    "pending_record",
     "read_plans",
     "record_file",
     "streaming_budget",
@@ -73,6 +76,11 @@ def record_file(stage: str) -> str:
 def log_file(stage: str) -> str:
     """The file name of its build log."""
     return f"{stage}.log"
+
+
+def pending_file(name: str) -> str:
+    """The name under which a file of an engine is written before it takes its place."""
+    return f".{name}.part"
 
 
 @dataclass(frozen=True)
@@ -178,14 +186,18 @@ class Plan:
 
 
 def read_plans(model: Path, stage: str) -> tuple[list[Plan], list[EngineError]]:
-    """The plans of a stage over all targets, and what is wrong with records that cannot be read."""
+    """The plans of a stage over all targets, and what is wrong with records that cannot be read.
+
+    A new plan takes its place right before its record does. In between, and after a kill there, the record that waits
+    is the plan's own, and is taken.
+    """
     plans: list[Plan] = []
     errors: list[EngineError] = []
     for path in sorted(model.glob(f"{ENGINES}/*/{record_file(stage)}")):
         if path.parent.name.startswith("."):
             continue
         try:
-            record = PlanRecord.from_text(path.read_text(encoding="utf-8"), str(path))
+            record = pending_record(path) or PlanRecord.from_text(path.read_text(encoding="utf-8"), str(path))
             if (record.stage, record.target) != (stage, path.parent.name):
                 raise Malformed(f"{path}: is the record of {record.target}/{record.stage}")
         except (OSError, UnicodeDecodeError) as error:
@@ -195,6 +207,18 @@ def read_plans(model: Path, stage: str) -> tuple[list[Plan], list[EngineError]]:
         else:
             plans.append(Plan(path.with_name(engine_file(stage)), record))
     return plans, errors
+
+
+def pending_record(path: Path) -> PlanRecord | None:
+    """The record that waits to take the place of the one at `path`, if it is that of the plan that is there."""
+    part = path.with_name(pending_file(path.name))
+    try:
+        record = PlanRecord.from_text(part.read_text(encoding="utf-8"), str(part))
+        plan = path.with_name(engine_file(record.stage))
+        fits = plan.stat().st_size == record.size and sha256(plan) == record.sha256
+    except (OSError, UnicodeDecodeError, EngineError):
+        return None
+    return record if fits else None
 
 
 def check_plan(
@@ -211,8 +235,8 @@ def check_plan(
     if architecture not in record.architectures:
         built = ", ".join(f"SM{a}" for a in record.architectures)
         raise WrongArchitecture(f"{plan.name}: built for {built}, this GPU is SM{architecture}")
-    for name, sha256 in ((record.graph, record.graph_sha256), (record.weights, record.weights_sha256)):
-        if files.get(name) != sha256:
+    for name, built_from in ((record.graph, record.graph_sha256), (record.weights, record.weights_sha256)):
+        if files.get(name) != built_from:
             what = "is not in the model any more" if name not in files else "has changed"
             raise Stale(f"{plan.name}: {name} {what} since it was built: higen-export build-engines")
     version = libraries[record.flavour]
