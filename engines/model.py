@@ -30,7 +30,9 @@ MARGIN = 2**24
 
 @dataclass(frozen=True)
 class Event:
-    """News of a build: `state` is "kept" (fits already), "building", "built"; `part` from 0 to 1 while building."""
+    """News of a build: `state` is "waiting" (for another builder of the target), "kept" (fits already), "building",
+    "built"; `part` from 0 to 1 while building. `replaced`: the good engine that goes as the new one comes.
+    """
 
     target: str
     stage: str
@@ -38,6 +40,7 @@ class Event:
     part: float = 0.0
     reason: str = ""
     record: PlanRecord | None = None
+    replaced: PlanRecord | None = None
 
 
 def build_engines(
@@ -183,7 +186,7 @@ def _build_target(
 ) -> list[PlanRecord]:
     store = EngineStore(bundle.path, target.name)
     records = []
-    with store.building():
+    with store.building(lambda: on_event(Event(target.name, "", "waiting"))):
         for record in wanted:
             stored = store.stored(record.stage)
             reason = _reason(store, stored, record)
@@ -195,7 +198,7 @@ def _build_target(
             # Altered files must not end in an engine that claims to be theirs.
             for name in (record.graph, record.weights):
                 bundle.file(name)
-            records.append(_build_stage(bundle, store, record, options, trt, reason, on_event))
+            records.append(_build_stage(bundle, store, record, options, trt, reason, stored, on_event))
     return records
 
 
@@ -206,10 +209,11 @@ def _build_stage(
     options: Options,
     trt: Any,
     reason: str,
+    replaced: PlanRecord | None,
     on_event: Callable[[Event], None],
 ) -> PlanRecord:
     def part(_: str, done: float) -> None:
-        on_event(Event(wanted.target, wanted.stage, "building", done, reason))
+        on_event(Event(wanted.target, wanted.stage, "building", done, reason, replaced=replaced))
 
     started = time.perf_counter()
     part("", 0.0)

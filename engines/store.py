@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -38,7 +38,8 @@ def difference(stored: PlanRecord, wanted: PlanRecord) -> str | None:
         old, new = getattr(stored, name), getattr(wanted, name)
         if old != new:
             values = f" ({old}, now {new})" if name in ("precision", "library", "architectures", "options") else ""
-            return f"another {name.removesuffix('_sha256').replace('_', ' ')}{values}"
+            what = name.removesuffix("_sha256")
+            return f"{'other' if what.endswith('s') else 'another'} {what}{values}"
     return None
 
 
@@ -49,15 +50,16 @@ class EngineStore:
         self.folder = model / ENGINES / target
 
     @contextmanager
-    def building(self) -> Iterator[None]:
-        """Be the only builder of this target, waiting for another; first finish or take back what a killed one left.
+    def building(self, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Be the only builder of this target, waiting for another (after `on_wait`); first finish or take back what a
+        killed one left.
 
         Raises OutputError where the folder cannot be made.
         """
         with ExitStack() as stack:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locked(self.folder / LOCK))
+                stack.enter_context(locked(self.folder / LOCK, on_wait))
                 self._recover()
             except OSError as error:
                 raise OutputError(f"{self.folder}: {error.strerror or error}") from error

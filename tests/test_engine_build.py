@@ -9,6 +9,8 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -126,6 +128,34 @@ def test_the_same_again_is_kept_and_new_weights_are_not(model: Path) -> None:
     (second,) = build(model, events=events)
     assert second.graph_sha256 != first.graph_sha256
     assert events[0].reason == "another graph"
+
+
+def test_what_is_replaced_is_said_before_it_goes(model: Path) -> None:
+    """One target holds one engine of each stage: a build for other profiles takes the place of the first."""
+    build(model)
+    arguments = ["build-engines", str(model), "--target", "rtx-sm89", "--stage", "vae_decoder"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    said, done = result.output.splitlines()
+    assert re.fullmatch(r"rtx-sm89/vae_decoder +replaces the fp32 engine for small: other profiles", said)
+    assert done.endswith("s (other profiles)")
+    assert "replaces" not in CliRunner().invoke(main, arguments).output
+
+
+def test_a_builder_that_waits_for_another_says_so(model: Path) -> None:
+    heard: list[Event] = []
+    with ThreadPoolExecutor() as pool, ExitStack() as other:
+        other.enter_context(EngineStore(model, "rtx-sm89").building())
+
+        def hear(event: Event) -> None:
+            heard.append(event)
+            if event.state == "waiting":
+                other.close()
+
+        wish = (Bundle.open(model), parse_targets("rtx-sm89"), [SMALL], ["vae_decoder"])
+        pool.submit(build_engines, *wish, on_event=hear).result(300)
+    assert [event.state for event in heard][:2] == ["waiting", "building"]
+    assert heard[0].target == "rtx-sm89"
 
 
 def test_options_reach_the_builder(model: Path) -> None:

@@ -74,12 +74,12 @@ def test_a_record_is_read_back_as_it_was(store: EngineStore, tmp_path: Path) -> 
     ("change", "reason"),
     [
         ({"graph_sha256": "3" * 64}, "another graph"),
-        ({"weights_sha256": "3" * 64}, "another weights"),
-        ({"architectures": (86,)}, r"another architectures ((89,), now (86,))"),
+        ({"weights_sha256": "3" * 64}, "other weights"),
+        ({"architectures": (86,)}, r"other architectures ((89,), now (86,))"),
         ({"library": "1.8.0"}, "another library (1.7.1, now 1.8.0)"),
         ({"flavour": "tensorrt"}, "another flavour"),
         ({"precision": "fp16"}, "another precision (fp32, now fp16)"),
-        ({"profiles": ()}, "another profiles"),
+        ({"profiles": ()}, "other profiles"),
     ],
 )
 def test_what_makes_a_plan_stale(change: dict[str, Any], reason: str) -> None:
