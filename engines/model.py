@@ -66,11 +66,11 @@ def build_engines(
     for stage in stages:
         if stage not in STAGES:
             raise RequestError(f"stage={stage!r}: of {', '.join(STAGES)}")
-    if missing := bundle.not_quantized(precision):
-        raise ModelError(missing)
     resolved = [_on_this_machine(target) for target in targets]
     for target in resolved:
         check_precision(precision, target.architectures)
+    if missing := bundle.not_quantized(precision):
+        raise ModelError(missing)
     libraries = {flavour: library(flavour, f"engines for {names}") for flavour, names in _flavours(resolved).items()}
     wanted = [
         [_wanted(bundle, target, stage, precision, profiles, options, libraries[target.flavour]) for stage in stages]

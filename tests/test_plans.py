@@ -40,7 +40,7 @@ HERE: dict[str, str | HigenError] = {
 
 def plan(**changes: Any) -> Plan:
     record = replace(RECORD, **changes)
-    return Plan(Path(record.target, "vae_decoder.engine"), record)
+    return Plan(Path("model", "engines", record.target, "vae_decoder.engine"), record)
 
 
 def chosen(
@@ -88,6 +88,16 @@ def test_classic_tensorrt_comes_first_where_it_is_installed() -> None:
 def test_why_no_plan_fits(plans: list[Plan], changes: dict[str, Any], error: type[HigenError], message: str) -> None:
     with pytest.raises(error, match=message):
         chosen(*plans, **changes)
+
+
+def test_the_command_that_repairs_an_engine_can_be_run() -> None:
+    """A target's folder is not always its name on the command line."""
+    model = Path("model")
+    for made, target in ((plan(), "rtx-sm89"), (plan(**PORTABLE), "rtx"), (plan(**CLASSIC), "tensorrt")):
+        command = f"higen-export build-engines {model} --target {target} --stage vae_decoder --precision fp32"
+        assert made.remedy == command
+        with pytest.raises(Stale, match=f"has changed since it was built: {command}$"):
+            fitting_plans("vae_decoder", [made], (), FILES | {RECORD.weights: ""}, 89, HERE | {"tensorrt": "10.13.3"})
 
 
 def test_every_plan_that_fits_is_given_the_best_first() -> None:

@@ -184,6 +184,16 @@ class Plan:
         """Target and stage, for messages."""
         return f"{self.record.target}/{self.record.stage}"
 
+    @property
+    def remedy(self) -> str:
+        """The command that builds it again, for its profiles if they are given too."""
+        record = self.record
+        target = record.target if record.flavour == "rtx" else "tensorrt"  # the folder names the GPU besides
+        return (
+            f"higen-export build-engines {self.path.parents[2]} --target {target} --stage {record.stage} "
+            f"--precision {record.precision}"
+        )
+
 
 def read_plans(model: Path, stage: str) -> tuple[list[Plan], list[EngineError]]:
     """The plans of a stage over all targets, and what is wrong with records that cannot be read.
@@ -238,14 +248,14 @@ def check_plan(
     for name, built_from in ((record.graph, record.graph_sha256), (record.weights, record.weights_sha256)):
         if files.get(name) != built_from:
             what = "is not in the model any more" if name not in files else "has changed"
-            raise Stale(f"{plan.name}: {name} {what} since it was built: higen-export build-engines")
+            raise Stale(f"{plan.name}: {name} {what} since it was built: {plan.remedy}")
     version = libraries[record.flavour]
     if isinstance(version, HigenError):
         raise version
     if version != record.library:
         raise Stale(
             f"{plan.name}: built by {EXTRAS[record.flavour][0]} {record.library}, {version} is here and reads only its "
-            "own: higen-export build-engines"
+            f"own: {plan.remedy}"
         )
 
 
@@ -275,7 +285,7 @@ def fitting_plans(
     if fitting:
         return fitting
     if not refused:
-        raise BackendUnavailable(f"no engine of {stage} (make one: higen-export build-engines)")
+        raise BackendUnavailable(f"no engine of {stage} (make one: higen-export build-engines MODEL --target TARGET)")
     # An engine made for this very GPU that cannot be used says more than one that was made for another.
     own = [error for error in refused if not isinstance(error, WrongArchitecture)] or refused
     raise own[0]

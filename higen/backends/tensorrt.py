@@ -135,7 +135,11 @@ class TensorrtBackend:
             plans = [plan for plan in plans if plan.record.precision == wanted]
         if not plans and not errors:
             what = f" in {self._precision}" if self._precision else ""
-            raise BackendUnavailable(f"no engine of {stage}{what} (make one: higen-export build-engines)")
+            option = f" --precision {self._precision}" if self._precision else ""
+            raise BackendUnavailable(
+                f"no engine of {stage}{what} (make one: higen-export build-engines {self.bundle.path} --target TARGET"
+                f"{option})"
+            )
         if self._cuda is None:
             self._cuda = Cuda.open(self._index)
         files = {name: record.sha256 for name, record in self.bundle.files.items()}
@@ -312,7 +316,7 @@ class _Engine:
         try:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 if len(data) != record.size or (verify and hashlib.sha256(data).hexdigest() != record.sha256):
-                    raise Malformed(f"{path}: is not the plan of the record beside it: higen-export build-engines")
+                    raise Malformed(f"{path}: is not the plan of the record beside it: {self.plan.remedy}")
                 runtime = self._trt.Runtime(self._logger)
                 if hasattr(runtime, "get_engine_validity"):
                     validity, reasons = runtime.get_engine_validity(data)
