@@ -59,9 +59,9 @@ def build_engines(
     where it stopped. Two builders of one target wait for each other.
 
     Raises before anything is built: RequestError (stage, precision, a profile that is not of a graph's fixed shape),
-    IntegrityError (an altered graph), ModelError (no graph, or none of the denoiser in
-    a quantised precision), MissingExtra, NoDriver and
-    NoDevice (classic TensorRT without a GPU), OutputError (disk). Raises EngineError where TensorRT fails.
+    IntegrityError (an altered graph), ModelError (no graph, or none of the denoiser in a quantised precision),
+    MissingExtra, NoDriver and NoDevice (classic TensorRT without a GPU), OutputError (disk). Raises EngineError where
+    TensorRT fails or does not load.
     """
     for stage in stages:
         if stage not in STAGES:
