@@ -69,7 +69,7 @@ def build(path: Path, stage: str, target: str, weight_streaming: bool) -> None:
 
 
 def main() -> None:
-    """Every step in its own process."""
+    """Every step in its own process: this command line again, with the step and its stage behind what a person gave."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--stage", action="append", choices=DENOISING)
@@ -77,13 +77,13 @@ def main() -> None:
     parser.add_argument("--weight-streaming", action="store_true")
     parser.add_argument("--step", choices=("write", "export", "build"), help=argparse.SUPPRESS)
     given = parser.parse_args()
-    model, stages = given.work / "full-size", given.stage or list(DENOISING)
+    model, stages = given.work / "full-size", list(dict.fromkeys(given.stage or DENOISING))
     if given.step == "write":
         write_model(model)
     elif given.step == "export":
-        export(model, stages[0])
+        export(model, given.stage[-1])
     elif given.step == "build":
-        build(model, stages[0], given.target, given.weight_streaming)
+        build(model, given.stage[-1], given.target, given.weight_streaming)
     else:
         given.work.mkdir(parents=True, exist_ok=True)
         if not model.exists():

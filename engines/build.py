@@ -117,7 +117,8 @@ def _parse(trt: Any, builder: Any, logger: Any, graph: Path, log: _Log) -> Any:
         found = [parser.get_error(i) for i in range(parser.num_errors)]
         reasons = "; ".join(f"{e.node_operator() or 'graph'} {e.node_name()}: {e.desc()}" for e in found)
         raise EngineError(
-            f"{graph.name}: TensorRT cannot read it (a graph of an older higen? higen-export onnx): {reasons}"
+            f"{graph.name}: TensorRT cannot read it (a graph of an older higen? higen-export onnx {graph.parent}): "
+            f"{reasons}"
         )
     log.check(f"{graph.name}: TensorRT cannot read it")
     return network

@@ -68,7 +68,8 @@ def build_engines(
     """Build TensorRT engines from the graphs of MODEL, into MODEL/engines/<target>.
 
     Engines of TensorRT for RTX (rtx...) are built ahead of time and need no GPU. What fits already is kept; an
-    interrupted build goes on where it stopped.
+    interrupted build goes on where it stopped. A target holds one engine of each stage: another --precision, other
+    profiles or options replace it.
     """
     with reported(as_json):
         from higen.bundle import Bundle
@@ -114,7 +115,13 @@ class _Bars:
         from tqdm import tqdm
 
         name = f"{event.target}/{event.stage}"
+        if event.state == "waiting":
+            click.echo(f"waiting for another build of {event.target}", err=True)
+            return
         if event.state == "building":
+            if event.replaced is not None and self._bar is None and self._lines:
+                old = f"{event.replaced.precision} engine for {', '.join(p.name for p in event.replaced.profiles)}"
+                click.echo(f"{name:<28}replaces the {old}: {event.reason}")
             if self._bar is None:
                 form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}"
                 self._bar = tqdm(desc=name, total=1.0, disable=not self._shown, bar_format=form, leave=False)

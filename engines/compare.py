@@ -14,8 +14,8 @@ from higen.backends.base import Backend
 from higen.backends.onnx import OnnxBackend
 from higen.backends.recorder import CallRecorder
 from higen.backends.tensorrt import TensorrtBackend
-from higen.bundle import QUANTIZED, Bundle
-from higen.errors import MissingExtra, RequestError
+from higen.bundle import QUANTIZED, Bundle, check_precision
+from higen.errors import MissingExtra, ModelError, RequestError
 from higen.pipeline import DECODE_CHUNK, Pipeline
 from higen.stages import STAGES
 
@@ -58,7 +58,8 @@ def compare(
     """Compare ONNX Runtime's float32 stages with those of backend `other` ("onnx" or "tensorrt") in a precision.
 
     The inputs are those of a whole video of `prompt`; the encoder's are its first frames. Raises RequestError,
-    MissingExtra, and what the backends raise where a graph or an engine cannot be used.
+    ModelError (a precision that the model was never quantised to), MissingExtra, and what the backends raise where a
+    graph or an engine cannot be used.
     """
     if other not in ("onnx", "tensorrt"):
         raise RequestError(f"with={other!r}: 'onnx' or 'tensorrt'")
@@ -66,6 +67,9 @@ def compare(
         raise RequestError(
             "precision='fp32': ONNX Runtime would be compared with itself; fp16, say, or another backend"
         )
+    check_precision(precision)
+    if missing := bundle.not_quantized(precision):
+        raise ModelError(missing)
     allowed = tolerance_of(precision) if tolerance is None else tolerance
     comparator = _polygraphy()
     second: Backend = (

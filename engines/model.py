@@ -14,6 +14,7 @@ from higen.backends.plans import PlanRecord
 from higen.backends.tensorrt_api import library
 from higen.bundle import Bundle, graph_file, stand_ins
 from higen.engines.build import PLAIN, Options, build_plan
+from higen.engines.graph import check_fixed, read_graph
 from higen.engines.progress import Progress
 from higen.engines.shapes import Profile, stage_profiles
 from higen.engines.store import EngineStore, difference
@@ -23,13 +24,15 @@ from higen.stages import STAGES
 
 __all__ = ["Event", "build_engines"]
 
-SPACE = 2.5
-"""Times a stage's weights: room for its new plan while the old one is still there."""
+MARGIN = 2**24
+"""Bytes on the disk for a plan's kernels, record and log, beside its weights."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """News of a build: `state` is "kept" (fits already), "building", "built"; `part` from 0 to 1 while building."""
+    """News of a build: `state` is "waiting" (for another builder of the target), "kept" (fits already), "building",
+    "built"; `part` from 0 to 1 while building. `replaced`: the good engine that goes as the new one comes.
+    """
 
     target: str
     stage: str
@@ -37,6 +40,7 @@ class Event:
     part: float = 0.0
     reason: str = ""
     record: PlanRecord | None = None
+    replaced: PlanRecord | None = None
 
 
 def build_engines(
@@ -54,8 +58,10 @@ def build_engines(
     A stage whose plan fits graph, weights, profiles, options and library is kept, so an interrupted build goes on
     where it stopped. Two builders of one target wait for each other.
 
-    Raises before anything is built: RequestError (stage, precision), ModelError (no graph), MissingExtra, NoDriver and
-    NoDevice (classic TensorRT without a GPU), OutputError (disk). Raises EngineError where TensorRT fails.
+    Raises before anything is built: RequestError (stage, precision, a profile that is not of a graph's fixed shape),
+    IntegrityError (an altered graph), ModelError (no graph, or none of the denoiser in a quantised precision),
+    MissingExtra, NoDriver and NoDevice (classic TensorRT without a GPU), OutputError (disk). Raises EngineError where
+    TensorRT fails or does not load.
     """
     for stage in stages:
         if stage not in STAGES:
@@ -63,19 +69,16 @@ def build_engines(
     resolved = [_on_this_machine(target) for target in targets]
     for target in resolved:
         check_precision(precision, target.architectures)
+    if missing := bundle.not_quantized(precision):
+        raise ModelError(missing)
     libraries = {flavour: library(flavour, f"engines for {names}") for flavour, names in _flavours(resolved).items()}
     wanted = [
         [_wanted(bundle, target, stage, precision, profiles, options, libraries[target.flavour]) for stage in stages]
         for target in resolved
     ]
     stores = [EngineStore(bundle.path, target.name) for target in resolved]
-    space = [
-        _space(bundle, record)
-        for store, records in zip(stores, wanted, strict=True)
-        for record in records
-        if _reason(store, record) is not None
-    ]
-    stores[0].check_space(sum(space))  # all lie on one disk
+    plans = [(store, record) for store, records in zip(stores, wanted, strict=True) for record in records]
+    stores[0].check_space(_space(plans))  # all lie on one disk
     return [
         record
         for target, records in zip(resolved, wanted, strict=True)
@@ -112,7 +115,9 @@ def _wanted(
     options: Options,
     trt: Any,
 ) -> PlanRecord:
-    """The record of a plan as it would be if it were built now, without what only the build can tell."""
+    """The record of a plan as it would be if it were built now, without what only the build can tell; its size is about
+    what the plan will have. Raises RequestError where a profile is not of the graph's own, fixed shape.
+    """
     there = bundle.precisions(stage)
     found = next((p for p in stand_ins(precision) if p in there), None)
     if found is None:
@@ -123,6 +128,9 @@ def _wanted(
         )
     graph, precision = graph_file(stage, found), found
     weights = bundle.weights(stage, precision)
+    spans = stage_profiles(stage, profiles, bundle.config)
+    facts = read_graph(bundle.file(graph), precision, target.flavour)
+    check_fixed(stage, graph, facts, spans)
     return PlanRecord(
         stage=stage,
         target=target.name,
@@ -135,23 +143,37 @@ def _wanted(
         weights=weights,
         weights_sha256=bundle.files[weights].sha256,
         tensors=(),
-        profiles=stage_profiles(stage, profiles, bundle.config),
+        profiles=spans,
         options=options.as_json(),
-        size=0,
+        size=facts.size,
         sha256="",
         built="",
         seconds=0.0,
     )
 
 
-def _reason(store: EngineStore, wanted: PlanRecord) -> str | None:
+def _reason(store: EngineStore, stored: PlanRecord | None, wanted: PlanRecord) -> str | None:
     """Why a stage is to be built; None where the stored plan is the wanted one."""
-    stored = store.stored(wanted.stage)
-    return "not built yet" if stored is None else difference(stored, wanted)
+    if stored is None:
+        return "plan or record is cut or altered" if store.holds(wanted.stage) else "not built yet"
+    return difference(stored, wanted)
 
 
-def _space(bundle: Bundle, wanted: PlanRecord) -> int:
-    return int(SPACE * bundle.files[wanted.weights].size) + 2**24
+def _space(plans: Sequence[tuple[EngineStore, PlanRecord]]) -> int:
+    """Bytes that must be free for the plans that are to be built: each new one is written beside the old one, which
+    then goes.
+    """
+    held = most = 0
+    for store, wanted in plans:
+        stored = store.stored(wanted.stage, verify=False)
+        if _reason(store, stored, wanted) is None:
+            continue
+        # The last build knows better than the weights.
+        alike = stored is not None and stored.precision == wanted.precision
+        held += (stored.size if stored is not None and alike else wanted.size) + MARGIN
+        most = max(most, held)
+        held -= store.plan_size(wanted.stage)
+    return most
 
 
 def _build_target(
@@ -164,11 +186,11 @@ def _build_target(
 ) -> list[PlanRecord]:
     store = EngineStore(bundle.path, target.name)
     records = []
-    with store.building():
+    with store.building(lambda: on_event(Event(target.name, "", "waiting"))):
         for record in wanted:
-            reason = _reason(store, record)
+            stored = store.stored(record.stage)
+            reason = _reason(store, stored, record)
             if reason is None:
-                stored = store.stored(record.stage)
                 assert stored is not None
                 records.append(stored)
                 on_event(Event(target.name, record.stage, "kept", 1.0, record=stored))
@@ -176,7 +198,7 @@ def _build_target(
             # Altered files must not end in an engine that claims to be theirs.
             for name in (record.graph, record.weights):
                 bundle.file(name)
-            records.append(_build_stage(bundle, store, record, options, trt, reason, on_event))
+            records.append(_build_stage(bundle, store, record, options, trt, reason, stored, on_event))
     return records
 
 
@@ -187,10 +209,11 @@ def _build_stage(
     options: Options,
     trt: Any,
     reason: str,
+    replaced: PlanRecord | None,
     on_event: Callable[[Event], None],
 ) -> PlanRecord:
     def part(_: str, done: float) -> None:
-        on_event(Event(wanted.target, wanted.stage, "building", done, reason))
+        on_event(Event(wanted.target, wanted.stage, "building", done, reason, replaced=replaced))
 
     started = time.perf_counter()
     part("", 0.0)

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from higen.backends.plans import ENGINES, PlanRecord, engine_file, log_file, record_file
+from higen.backends.plans import ENGINES, PlanRecord, engine_file, log_file, pending_file, pending_record, record_file
+from higen.bundle import sha256
 from higen.errors import EngineError, OutputError
 from higen.locks import locked
 from higen.stages import STAGES
@@ -38,7 +38,8 @@ def difference(stored: PlanRecord, wanted: PlanRecord) -> str | None:
         old, new = getattr(stored, name), getattr(wanted, name)
         if old != new:
             values = f" ({old}, now {new})" if name in ("precision", "library", "architectures", "options") else ""
-            return f"another {name.removesuffix('_sha256').replace('_', ' ')}{values}"
+            what = name.removesuffix("_sha256")
+            return f"{'other' if what.endswith('s') else 'another'} {what}{values}"
     return None
 
 
@@ -49,29 +50,42 @@ class EngineStore:
         self.folder = model / ENGINES / target
 
     @contextmanager
-    def building(self) -> Iterator[None]:
-        """Be the only builder of this target, waiting for another; first finish or take back what a killed one left.
+    def building(self, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+        """Be the only builder of this target, waiting for another (after `on_wait`); first finish or take back what a
+        killed one left.
 
         Raises OutputError where the folder cannot be made.
         """
         with ExitStack() as stack:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(locked(self.folder / LOCK))
+                stack.enter_context(locked(self.folder / LOCK, on_wait))
                 self._recover()
             except OSError as error:
                 raise OutputError(f"{self.folder}: {error.strerror or error}") from error
             yield
 
-    def stored(self, stage: str) -> PlanRecord | None:
-        """The record of a stage's plan, None if there is none or it does not fit the file beside it."""
-        path = self.folder / record_file(stage)
+    def stored(self, stage: str, verify: bool = True) -> PlanRecord | None:
+        """The record of a stage's plan, None if there is none or it does not fit the file beside it.
+
+        `verify`: by its sha256, else by its size alone.
+        """
+        path, plan = self.folder / record_file(stage), self.folder / engine_file(stage)
         try:
             record = PlanRecord.from_text(path.read_text(encoding="utf-8"), str(path))
-            whole = (self.folder / engine_file(stage)).stat().st_size == record.size
+            whole = plan.stat().st_size == record.size and not (verify and sha256(plan) != record.sha256)
         except (OSError, UnicodeDecodeError, EngineError):
             return None  # nothing that could be used again: it is built anew
         return record if whole else None
+
+    def holds(self, stage: str) -> bool:
+        """Whether there is something of a stage's engine, usable or not."""
+        return any((self.folder / name(stage)).exists() for name in (engine_file, record_file))
+
+    def plan_size(self, stage: str) -> int:
+        """Bytes of a stage's plan, 0 where there is none."""
+        plan = self.folder / engine_file(stage)
+        return plan.stat().st_size if plan.is_file() else 0
 
     def check_space(self, needed: int) -> None:
         """Raises OutputError if the disk has less than `needed` bytes free."""
@@ -81,43 +95,39 @@ class EngineStore:
             raise OutputError(f"{folder}: {free / 1e6:.0f} MB free, the engines need about {needed / 1e6:.0f} MB")
 
     def write(self, plan: Any, record: PlanRecord, log: str) -> None:
-        """Put a plan (a buffer), its record and its log in place; the old ones stay if that fails.
+        """Put a plan (a buffer), its record and its log in place; the old ones stay if they cannot be written.
+
+        Two renames, one right after the other, switch plan and record. Where the second does not come (a kill, an
+        error), the new record waits beside the new plan: `read_plans` takes it, the next builder puts it in its place.
+        The C++ library, which reads the record alone, calls such an engine malformed until then.
 
         Raises OutputError for a full disk and the like.
         """
         stage = record.stage
         contents = {
-            engine_file(stage): plan,
             log_file(stage): log.encode(),
+            engine_file(stage): plan,
             record_file(stage): record.to_text().encode(),
         }
         try:
             for name, content in contents.items():
                 with self._part(name).open("wb") as file:
                     file.write(content)
-            # The record last: a kill before it leaves a part that `_recover` finishes, and no plan without its record
-            # is ever used.
             for name in contents:
                 self._part(name).replace(self.folder / name)
         except OSError as error:
-            for name in contents:
-                self._part(name).unlink(missing_ok=True)
+            if self._part(engine_file(stage)).exists() or not self._part(record_file(stage)).exists():
+                for name in contents:
+                    self._part(name).unlink(missing_ok=True)
             what = "the disk is full" if error.errno == errno.ENOSPC else error.strerror or str(error)
             raise OutputError(f"{self.folder / engine_file(stage)}: cannot be written: {what}") from error
 
     def _part(self, name: str) -> Path:
-        return self.folder / f".{name}.part"
+        return self.folder / pending_file(name)
 
     def _recover(self) -> None:
         for stage in STAGES:
-            part, plan = self._part(record_file(stage)), self.folder / engine_file(stage)
-            try:
-                record = PlanRecord.from_text(part.read_text(encoding="utf-8"), str(part))
-                with plan.open("rb") as file:
-                    fits = hashlib.file_digest(file, "sha256").hexdigest() == record.sha256
-            except (OSError, UnicodeDecodeError, EngineError):
-                fits = False
-            if fits:
-                part.replace(self.folder / record_file(stage))
+            if pending_record(self.folder / record_file(stage)) is not None:
+                self._part(record_file(stage)).replace(self.folder / record_file(stage))
         for part in self.folder.glob(".*.part"):
             part.unlink()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from higen import bundle
 from higen.errors import RequestError
 
 __all__ = ["NEEDED", "PORTABLE", "RTX", "Target", "check_precision", "parse_targets"]
@@ -21,7 +22,7 @@ PORTABLE = (80, 86, 89, 120)
 """What one plan of TensorRT for RTX covers unless told otherwise."""
 
 NEEDED = {"fp32": 75, "fp16": 75, "bf16": 80, "int8": 80, "fp8": 89, "nvfp4": 100}
-"""The first architecture that computes in each precision."""
+"""The first architecture that computes in each precision, by what comes before its dot."""
 
 
 @dataclass(frozen=True)
@@ -57,10 +58,8 @@ def _parse(name: str) -> Target:
 
 
 def check_precision(precision: str, architectures: tuple[int, ...]) -> None:
-    """Raises RequestError if one of the architectures does not compute in a precision."""
-    needed = NEEDED.get(precision.partition(".")[0])
-    if needed is None:
-        raise RequestError(f"precision={precision!r}: of {', '.join(NEEDED)}")
+    """Raises RequestError for no precision, and if one of the architectures does not compute in it."""
+    needed = NEEDED[bundle.check_precision(precision).partition(".")[0]]
     if lacking := [a for a in architectures if a < needed]:
         names = ", ".join(f"SM{a}" for a in lacking)
         raise RequestError(f"precision={precision!r}: {names} cannot compute in it; the first that can is SM{needed}")

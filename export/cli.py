@@ -148,11 +148,13 @@ def quantize(
     """
     with reported(as_json):
         with _export_extra():
-            from higen.export.quantize import TOLERANCE, Report, record_calls
+            from higen.export.quantize import TOLERANCE, Report, check_graphs, record_calls
             from higen.export.quantize import quantize as run
         bundle = Bundle.open(model)
         known = bundle.config.prompts or ("a dog runs on the beach", "a red flower opens")
-        recorded = record_calls(bundle, prompts or known[:: max(len(known) // 3, 1)][:3], steps, calls)
+        check_graphs(bundle, precision, stages or DENOISING)
+        shown = not as_json and sys.stderr.isatty()
+        recorded = record_calls(bundle, prompts or known[:: max(len(known) // 3, 1)][:3], steps, calls, shown)
         done: list[Report] = []
 
         def show(report: Report) -> None:
@@ -162,7 +164,7 @@ def quantize(
                 click.echo(f"{report.stage:<14}{report.precision:<12}{layers:<40}error {report.error:.3f}")
 
         allowed = TOLERANCE if tolerance is None else tolerance
-        run(bundle, recorded, precision, stages or DENOISING, allowed, show, not as_json and sys.stderr.isatty())
+        run(bundle, recorded, precision, stages or DENOISING, allowed, show, shown)
         if as_json:
             click.echo(json.dumps({"model": str(bundle.path), "stages": [report.as_json() for report in done]}))
 

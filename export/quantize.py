@@ -34,7 +34,7 @@ from higen.export.rounding import (
 )
 from higen.pipeline import Pipeline
 
-__all__ = ["TOLERANCE", "Report", "quantize", "record_calls"]
+__all__ = ["TOLERANCE", "Report", "check_graphs", "quantize", "record_calls"]
 
 DENOISING = ("spatial_unet", "temporal_unet")
 
@@ -80,13 +80,18 @@ class Report:
         return {**vars(self), "kept": list(self.kept)}
 
 
-def record_calls(bundle: Bundle, prompts: Sequence[str], steps: int, calls: int, **sizes: Any) -> dict[str, Calls]:
-    """Inputs of `calls` calls of each denoising stage, from all along the loops of videos of `prompts`."""
+def record_calls(
+    bundle: Bundle, prompts: Sequence[str], steps: int, calls: int, shown: bool = False, **sizes: Any
+) -> dict[str, Calls]:
+    """Inputs of `calls` calls of each denoising stage, from all along the loops of videos of `prompts`; `shown`: with a
+    progress bar.
+    """
     backend = CallRecorder(bundle, DENOISING)
-    with Pipeline(bundle, backend) as pipeline:
+    total = len(DENOISING) * steps * len(prompts)
+    with Pipeline(bundle, backend) as pipeline, tqdm(desc="calibration", total=total, disable=not shown) as bar:
         for i, prompt in enumerate(prompts):
             for _ in pipeline.stream(prompt, steps=steps, seed=i, **sizes):
-                pass
+                bar.update()
     return {stage: _spread(backend.calls[stage], calls) for stage in DENOISING}
 
 
@@ -95,6 +100,25 @@ def _spread(values: Sequence[Any], count: int) -> list[Any]:
     if len(values) <= count:
         return list(values)
     return [values[i] for i in np.linspace(0, len(values) - 1, count).round().astype(int)]
+
+
+def check_graphs(bundle: Bundle, precision: str, stages: Sequence[str]) -> None:
+    """Whether the graphs that quantised ones are made from are there, before minutes are spent on recording.
+
+    Raises RequestError for another precision or stage, ModelError where a graph is missing.
+    """
+    if precision not in QUANTIZED:
+        raise RequestError(f"precision={precision!r}: one of {', '.join(map(repr, QUANTIZED))}")
+    if wrong := [stage for stage in stages if stage not in DENOISING]:
+        raise RequestError(f"stages={wrong}: of {', '.join(DENOISING)}")
+    base = precision.partition(".")[2] or "fp32"
+    for stage in stages:
+        for needed in ("fp32", base):
+            if graph_file(stage, needed) not in bundle.files:
+                raise ModelError(
+                    f"{bundle.path}: no {graph_file(stage, needed)} (make it: higen-export onnx {bundle.path} "
+                    f"--stage {stage} --precision {needed})"
+                )
 
 
 def quantize(
@@ -112,19 +136,10 @@ def quantize(
     tolerance  largest error (see `Report`) of a step; layers leave, the worst first, until it holds
     shown      with a progress bar
 
-    Raises RequestError for another precision or stage, ModelError where a graph is missing, BackendError where no layer
-    can be quantised within the tolerance, OutputError where a graph cannot be written.
+    Raises what `check_graphs` raises, BackendError where no layer can be quantised within the tolerance, OutputError
+    where a graph cannot be written.
     """
-    if precision not in QUANTIZED:
-        raise RequestError(f"precision={precision!r}: one of {', '.join(map(repr, QUANTIZED))}")
-    if wrong := [stage for stage in stages if stage not in DENOISING]:
-        raise RequestError(f"stages={wrong}: of {', '.join(DENOISING)}")
-    base = precision.partition(".")[2] or "fp32"
-    for stage in stages:
-        for needed in ("fp32", base):
-            if graph_file(stage, needed) not in bundle.files:
-                option = "" if needed == "fp32" else f" --precision {needed}"
-                raise ModelError(f"{bundle.path}: no {graph_file(stage, needed)} (make it: higen-export onnx{option})")
+    check_graphs(bundle, precision, stages)
     try:
         for stage in stages:
             bundle = _quantize_stage(bundle, stage, calls[stage], precision, tolerance, on_report, shown)

@@ -29,6 +29,7 @@ __all__ = [
     "ENGINES_ONLY",
     "MANIFEST",
     "PRECISIONS",
+    "QUANTIZABLE",
     "QUANTIZED",
     "VERSION",
     "Bundle",
@@ -40,6 +41,7 @@ __all__ = [
     "file_record",
     "graph_file",
     "put_file",
+    "sha256",
     "staged",
     "stand_ins",
     "weights_file",
@@ -63,6 +65,10 @@ PRECISIONS = ("fp32", "fp16", "bf16")
 
 QUANTIZED = ("int8", "int8.fp16", "fp8.fp16", "nvfp4.fp16")
 """Most multiplications in 8 or 4 bits, the rest in fp32 or fp16, over the weights of that precision."""
+
+
+QUANTIZABLE = ("spatial_unet", "temporal_unet")
+"""The stages that `higen-export quantize` writes; the others run as they are in a quantised model."""
 
 
 ENGINES_ONLY = ("nvfp4.fp16",)
@@ -160,6 +166,18 @@ class Bundle:
     def precisions(self, stage: str) -> tuple[str, ...]:
         """The precisions in which a stage has a graph."""
         return tuple(p for p in PRECISIONS + QUANTIZED if graph_file(stage, p) in self.files)
+
+    def not_quantized(self, precision: str | None) -> str | None:
+        """What is wrong with asking for a quantised precision that no stage was ever written in, and how to make it.
+
+        None for any other precision, and where a denoising stage has it: the stages that have not then stand in.
+        """
+        if precision not in QUANTIZED or any(graph_file(stage, precision) in self.files for stage in QUANTIZABLE):
+            return None
+        return (
+            f"{self.path}: no {graph_file(QUANTIZABLE[0], precision)} "
+            f"(make it: higen-export quantize {self.path} --precision {precision})"
+        )
 
     def _check_size(self, name: str, record: FileRecord) -> Path:
         path = self.path / name

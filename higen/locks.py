@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -30,12 +30,16 @@ def hold(path: Path, flags: int, *, wait: bool) -> int | None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path` (made if it is not there), waiting for another process that has it.
+def locked(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold the lock file `path` (made if it is not there), waiting for another process that has it, after `on_wait`.
 
     On a system without such locks nothing is held. Raises OSError where the file cannot be made.
     """
-    descriptor = hold(path, os.O_RDWR | os.O_CREAT, wait=True)
+    try:
+        descriptor = hold(path, os.O_RDWR | os.O_CREAT, wait=False)
+    except BlockingIOError:
+        on_wait()
+        descriptor = hold(path, os.O_RDWR | os.O_CREAT, wait=True)
     try:
         yield
     finally:

@@ -100,6 +100,7 @@ class FakeDriver:
         return 0 if self._started else NOT_INITIALIZED
 
     def cuDevicePrimaryCtxRelease_v2(self, device: Any) -> int:  # noqa: N802
+        assert not self.current, "the context would be destroyed while it is current"
         self._retained -= 1
         return 0
 

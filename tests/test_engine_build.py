@@ -9,6 +9,9 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +24,12 @@ from onnx import TensorProto, helper, numpy_helper
 from higen.backends.plans import PlanRecord
 from higen.bundle import Bundle, graph_file, put_file
 from higen.engines.build import Options
+from higen.engines.graph import GraphFacts, read_graph
 from higen.engines.model import Event, build_engines
 from higen.engines.shapes import Profile, Range, read_profile
 from higen.engines.store import EngineStore
 from higen.engines.targets import parse_targets
-from higen.errors import EngineError, IntegrityError, NoDriver
+from higen.errors import EngineError, IntegrityError, NoDriver, RequestError
 from higen.exporter import main
 
 pytest.importorskip("tensorrt_rtx")
@@ -126,6 +130,34 @@ def test_the_same_again_is_kept_and_new_weights_are_not(model: Path) -> None:
     assert events[0].reason == "another graph"
 
 
+def test_what_is_replaced_is_said_before_it_goes(model: Path) -> None:
+    """One target holds one engine of each stage: a build for other profiles takes the place of the first."""
+    build(model)
+    arguments = ["build-engines", str(model), "--target", "rtx-sm89", "--stage", "vae_decoder"]
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 0, result.output
+    said, done = result.output.splitlines()
+    assert re.fullmatch(r"rtx-sm89/vae_decoder +replaces the fp32 engine for small: other profiles", said)
+    assert done.endswith("s (other profiles)")
+    assert "replaces" not in CliRunner().invoke(main, arguments).output
+
+
+def test_a_builder_that_waits_for_another_says_so(model: Path) -> None:
+    heard: list[Event] = []
+    with ThreadPoolExecutor() as pool, ExitStack() as other:
+        other.enter_context(EngineStore(model, "rtx-sm89").building())
+
+        def hear(event: Event) -> None:
+            heard.append(event)
+            if event.state == "waiting":
+                other.close()
+
+        wish = (Bundle.open(model), parse_targets("rtx-sm89"), [SMALL], ["vae_decoder"])
+        pool.submit(build_engines, *wish, on_event=hear).result(300)
+    assert [event.state for event in heard][:2] == ["waiting", "building"]
+    assert heard[0].target == "rtx-sm89"
+
+
 def test_options_reach_the_builder(model: Path) -> None:
     (plain,) = build(model)
     (streamed,) = build(model, options=Options(workspace=2**26, weight_streaming=True))
@@ -165,10 +197,15 @@ def test_an_altered_graph_is_not_built_from(model: Path) -> None:
     [
         (["--target", "rtx-sm90"], "RequestError", "take 'tensorrt', on the machine itself"),
         (["--target", "rtx-sm89", "--profile", "fast"], "RequestError", "profile='fast': of batch"),
-        (["--target", "rtx-sm86", "--precision", "fp8"], "RequestError", "SM86 cannot compute in it"),
+        (["--target", "rtx-sm86", "--precision", "fp8.fp16"], "RequestError", "SM86 cannot compute in it"),
         (["--target", "rtx-sm89,rtx-sm75", "--precision", "bf16"], "RequestError", "SM75 cannot compute in it"),
         (["--target", "rtx-sm89", "--precision", "fp16"], "ModelError", "--precision fp16"),
         (["--target", "rtx-sm89", "--stage", "spatial_unet"], "ModelError", "no spatial_unet.onnx (make it: higen-"),
+        (
+            ["--target", "rtx-sm89", "--precision", "int8", "--stage", "vae_decoder"],
+            "ModelError",
+            "no spatial_unet.int8.onnx (make it: higen-export quantize {model} --precision int8)",
+        ),
         (["--target", "rtx-sm89", "--profile", "{min}"], "RequestError", "smallest <= best <= largest"),
         (["--target", "rtx-sm89", "--profile", "{step}"], "RequestError", "multiples of 4 pixels"),
     ],
@@ -185,7 +222,7 @@ def test_a_wrong_wish_is_one_error_before_anything_is_built(
     assert result.exit_code == 2
     answer = json.loads(result.output)
     assert answer["error"] == error
-    assert message in answer["message"]
+    assert message.replace("{model}", str(model)) in answer["message"]
     assert not (model / "engines").exists()
 
 
@@ -216,6 +253,59 @@ def test_the_disk_must_hold_the_engines_of_all_targets(model: Path, monkeypatch:
     assert asked == [asked[0], 2 * asked[0]]
 
 
+def test_the_disk_need_not_hold_what_is_there_already(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An old plan goes as its successor is there; of what was built before, the size is known."""
+    first, _ = build(model, "rtx-sm86,rtx-sm120")
+    asked = []
+    monkeypatch.setattr("higen.engines.model.MARGIN", 0)
+    monkeypatch.setattr(EngineStore, "check_space", lambda store, needed: asked.append(needed))
+    build(model, "rtx-sm86,rtx-sm120")
+    build(model, "rtx-sm86,rtx-sm120", options=Options(workspace=2**26))
+    nothing, again = asked
+    assert nothing == 0
+    assert first.size <= again < 1.5 * first.size
+
+
+def test_a_graph_knows_how_large_its_weights_are_in_a_plan(tmp_path: Path) -> None:
+    """A stage's own part of a file that several stages share, in the precision that it computes in."""
+    weights = [
+        numpy_helper.from_array(np.zeros((3, 5), np.float32), "a"),
+        numpy_helper.from_array(np.zeros((7,), np.float16), "b"),
+        numpy_helper.from_array(np.zeros((2,), np.int64), "c"),
+        helper.make_tensor("d", TensorProto.FLOAT4E2M1, (4,), np.zeros(2, np.uint8).tobytes(), raw=True),
+    ]
+    weights[0].ClearField("raw_data")
+    weights[0].data_location = TensorProto.EXTERNAL
+    weights[0].external_data.add(key="location", value="is not there")
+    inputs = [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["N", 4, None])]
+    graph = helper.make_graph([], "weights", inputs, [], weights)
+    onnx.save(helper.make_model(graph), str(tmp_path / "x.onnx"))
+    assert read_graph(tmp_path / "x.onnx", "fp32", "rtx") == GraphFacts({"x": (None, 4, None)}, 4 * 22 + 16 + 2)
+    assert read_graph(tmp_path / "x.onnx", "nvfp4.fp16", "rtx").size == 2 * 22 + 16 + 2
+    (tmp_path / "x.onnx").write_bytes(b"no graph")
+    with pytest.raises(EngineError, match=r"x\.onnx: is no ONNX graph"):
+        read_graph(tmp_path / "x.onnx", "fp32", "rtx")
+
+
+def test_a_profile_that_a_fixed_graph_cannot_take_is_one_error(model: Path) -> None:
+    graph = onnx.load(str(model / "vae_decoder.onnx"))
+    for axis, size in ((2, 4), (3, 8)):
+        graph.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = size
+    aside = model / ".graph.part"
+    onnx.save(graph, str(aside))
+    put_file(Bundle.open(model), aside, "vae_decoder.onnx")
+    message = (
+        r"profile small: vae_decoder\.latents from \[1, 4, 4, 4\] to \[2, 4, 8, 8\], "
+        r"but vae_decoder\.onnx has a fixed shape there, \['any', 4, 4, 8\].*without --static"
+    )
+    with pytest.raises(RequestError, match=message):
+        build(model)
+    assert not (model / "engines").exists()
+    fixed = replace(SMALL, height=Range(8, 8, 8), width=Range(16, 16, 16))
+    (record,) = build_engines(Bundle.open(model), parse_targets("rtx-sm89"), [fixed], ["vae_decoder"])
+    assert record.tensors[0].shape == (-1, 4, 4, 8)
+
+
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
 def test_classic_tensorrt_says_that_it_needs_the_gpu(model: Path) -> None:
     with pytest.raises(NoDriver):
@@ -240,6 +330,7 @@ def start(model: Path) -> subprocess.Popen[str]:
     script = """
 import sys
 from higen.bundle import Bundle
+from higen.engines.graph import GraphFacts, read_graph
 from higen.engines.model import build_engines
 from higen.engines.store import EngineStore
 from higen.engines.targets import parse_targets

@@ -74,12 +74,12 @@ def test_a_record_is_read_back_as_it_was(store: EngineStore, tmp_path: Path) -> 
     ("change", "reason"),
     [
         ({"graph_sha256": "3" * 64}, "another graph"),
-        ({"weights_sha256": "3" * 64}, "another weights"),
-        ({"architectures": (86,)}, r"another architectures ((89,), now (86,))"),
+        ({"weights_sha256": "3" * 64}, "other weights"),
+        ({"architectures": (86,)}, r"other architectures ((89,), now (86,))"),
         ({"library": "1.8.0"}, "another library (1.7.1, now 1.8.0)"),
         ({"flavour": "tensorrt"}, "another flavour"),
         ({"precision": "fp16"}, "another precision (fp32, now fp16)"),
-        ({"profiles": ()}, "another profiles"),
+        ({"profiles": ()}, "other profiles"),
     ],
 )
 def test_what_makes_a_plan_stale(change: dict[str, Any], reason: str) -> None:
@@ -94,6 +94,15 @@ def test_what_does_not() -> None:
 def test_a_cut_plan_is_built_again(store: EngineStore) -> None:
     (store.folder / "vae_decoder.engine").write_bytes(PLAN[:-1])
     assert store.stored("vae_decoder") is None
+
+
+def test_an_altered_plan_is_built_again(store: EngineStore) -> None:
+    """The backend refuses it by its sha256, so that a builder that looked at its size would never repair it."""
+    (store.folder / "vae_decoder.engine").write_bytes(PLAN[:-1] + b"x")
+    assert store.stored("vae_decoder") is None
+    assert store.stored("vae_decoder", verify=False) == RECORD
+    assert store.holds("vae_decoder")
+    assert not store.holds("vae_encoder")
 
 
 @pytest.mark.parametrize(
@@ -161,14 +170,56 @@ def test_what_a_killed_builder_left_is_taken_back(store: EngineStore) -> None:
     assert store.stored("vae_decoder") == RECORD
 
 
-def test_a_builder_killed_between_plan_and_record_is_finished(store: EngineStore) -> None:
-    new = b"a new plan"
+NEW = b"a new plan"
+NEW_RECORD = replace(RECORD, size=len(NEW), sha256=hashlib.sha256(NEW).hexdigest())
+SAME_SIZE = bytes(reversed(PLAN))
+
+
+@pytest.mark.parametrize("new", [NEW, SAME_SIZE])
+def test_a_builder_killed_between_plan_and_record_is_finished(store: EngineStore, tmp_path: Path, new: bytes) -> None:
+    """Until the next builder comes, too, the new plan is read with its own record."""
     record = replace(RECORD, size=len(new), sha256=hashlib.sha256(new).hexdigest())
     (store.folder / "vae_decoder.engine").write_bytes(new)
     (store.folder / ".vae_decoder.json.part").write_text(record.to_text())
     assert store.stored("vae_decoder") is None
+    assert [plan.record for plan in read_plans(tmp_path, "vae_decoder")[0]] == [record]
     with store.building():
         assert store.stored("vae_decoder") == record
+    assert names(store.folder) == WHOLE
+
+
+def test_a_record_that_waits_for_its_plan_is_not_read(store: EngineStore, tmp_path: Path) -> None:
+    (store.folder / ".vae_decoder.json.part").write_text(NEW_RECORD.to_text())
+    assert [plan.record for plan in read_plans(tmp_path, "vae_decoder")[0]] == [RECORD]
+    with store.building():
+        assert store.stored("vae_decoder") == RECORD
+
+
+@pytest.mark.parametrize(("failing", "left"), [(1, RECORD), (2, RECORD), (3, NEW_RECORD)])
+def test_a_switch_that_fails_leaves_one_of_both_engines(
+    store: EngineStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int, left: PlanRecord
+) -> None:
+    """Log, plan, record: the renames are done in this order, and the one numbered `failing` fails."""
+    real, done = Path.replace, []
+
+    def replaced(self: Path, target: Path) -> Path:
+        done.append(target.name)
+        if len(done) == failing:
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return real(self, target)
+
+    with store.building():
+        monkeypatch.setattr(Path, "replace", replaced)
+        with pytest.raises(OutputError, match="cannot be written"):
+            store.write(NEW, NEW_RECORD, "new\n")
+    monkeypatch.undo()
+    (plan,), errors = read_plans(tmp_path, "vae_decoder")
+    assert errors == []
+    assert plan.record == left
+    assert hashlib.sha256(plan.path.read_bytes()).hexdigest() == left.sha256
+    with store.building():
+        assert store.stored("vae_decoder") == left
+    assert names(store.folder) == WHOLE
 
 
 BUILDER = """

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 
+from higen.bundle import PRECISIONS, QUANTIZED
 from higen.engines.targets import NEEDED, RTX, Target, check_precision, parse_targets
 from higen.errors import RequestError
 
@@ -38,8 +41,8 @@ def test_hopper_is_told_where_to_go() -> None:
         ("fp16", RTX),
         ("bf16", (80, 86, 89, 120, 121)),
         ("int8", (80, 86, 89, 120, 121)),
-        ("fp8", (89, 120, 121)),
-        ("nvfp4", (120, 121)),
+        ("fp8.fp16", (89, 120, 121)),
+        ("nvfp4.fp16", (120, 121)),
     ],
 )
 def test_each_architecture_computes_in_what_nvidia_says(precision: str, allowed: tuple[int, ...]) -> None:
@@ -52,10 +55,18 @@ def test_each_architecture_computes_in_what_nvidia_says(precision: str, allowed:
 
 
 def test_a_portable_plan_needs_every_architecture() -> None:
-    with pytest.raises(RequestError, match=r"'fp8': SM80, SM86 cannot compute in it; the first that can is SM89"):
-        check_precision("fp8", parse_targets("rtx")[0].architectures)
+    with pytest.raises(RequestError, match=r"'fp8.fp16': SM80, SM86 cannot compute in it; the first that can is SM89"):
+        check_precision("fp8.fp16", parse_targets("rtx")[0].architectures)
 
 
-def test_an_unknown_precision_is_refused() -> None:
-    with pytest.raises(RequestError, match=f"precision='int3': of {', '.join(NEEDED)}"):
-        check_precision("int3", (89,))
+@pytest.mark.parametrize("precision", ["int3", "FP16", "fp8", "nvfp4"])
+def test_an_unknown_precision_is_refused(precision: str) -> None:
+    """What is listed as allowed is allowed: fp8 alone is none."""
+    with pytest.raises(RequestError, match=f"precision='{precision}': one of ") as caught:
+        check_precision(precision, (120,))
+    for allowed in re.findall("'([^']+)'", str(caught.value).partition(": ")[2]):
+        check_precision(allowed, (120,))
+
+
+def test_every_precision_has_an_architecture() -> None:
+    assert {name.partition(".")[0] for name in PRECISIONS + QUANTIZED} == set(NEEDED)

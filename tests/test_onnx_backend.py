@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import shutil
 import subprocess
 import sys
@@ -167,8 +168,17 @@ def test_a_missing_graph_is_passed_over_in_silence(copy: Path) -> None:
         report = " ".join(pipe.report().split())
     assert "vae_decoder torch (cpu, fp32) not tensorrt: no engine of vae_decoder" in report
     assert "not onnx: no vae_decoder.onnx" in report
-    with pytest.raises(BackendUnavailable, match="higen-export onnx"):
+    with pytest.raises(BackendUnavailable, match=re.escape(f"(make it: higen-export onnx {copy})")):
         higen.load(copy, "onnx")
+
+
+@pytest.mark.parametrize("backend", ["auto", "onnx", "torch"])
+def test_a_precision_that_the_model_was_never_quantised_to_is_refused(backend: str) -> None:
+    """Every stage could stand in for itself, and the video would be float32's without a word."""
+    model = default_model()
+    message = f"no spatial_unet.int8.onnx (make it: higen-export quantize {model} --precision int8)"
+    with pytest.raises(BackendUnavailable, match=re.escape(message)):
+        higen.load(model, backend, precision="int8")
 
 
 @pytest.mark.parametrize("cut", [0, 100, -1])

@@ -16,7 +16,7 @@ from higen.backends.plans import (
     Span,
     best_profile,
     check_interface,
-    choose_plan,
+    fitting_plans,
     streaming_budget,
 )
 from higen.errors import (
@@ -32,12 +32,15 @@ from higen.errors import (
 from higen.stages import STAGES
 
 FILES = {RECORD.graph: RECORD.graph_sha256, RECORD.weights: RECORD.weights_sha256}
-HERE: dict[str, str | None] = {"rtx": "1.7.1", "tensorrt": None}
+HERE: dict[str, str | HigenError] = {
+    "rtx": "1.7.1",
+    "tensorrt": MissingExtra("tensorrt", "tensorrt", "the engine tensorrt-sm89/vae_decoder"),
+}
 
 
 def plan(**changes: Any) -> Plan:
     record = replace(RECORD, **changes)
-    return Plan(Path(record.target, "vae_decoder.engine"), record)
+    return Plan(Path("model", "engines", record.target, "vae_decoder.engine"), record)
 
 
 def chosen(
@@ -45,9 +48,9 @@ def chosen(
     errors: tuple[EngineError, ...] = (),
     files: dict[str, str] = FILES,
     architecture: int = 89,
-    libraries: dict[str, str | None] = HERE,
+    libraries: dict[str, str | HigenError] = HERE,
 ) -> str:
-    return choose_plan("vae_decoder", plans, errors, files, architecture, libraries).record.target
+    return fitting_plans("vae_decoder", plans, errors, files, architecture, libraries)[0].record.target
 
 
 PORTABLE = {"target": "rtx", "architectures": (80, 86, 89, 120)}
@@ -73,7 +76,7 @@ def test_classic_tensorrt_comes_first_where_it_is_installed() -> None:
         ([plan()], {"files": FILES | {RECORD.graph: "5" * 64}}, Stale, "vae_decoder.onnx has changed since"),
         ([plan()], {"files": {RECORD.graph: RECORD.graph_sha256}}, Stale, "vae.safetensors is not in the model any"),
         ([plan()], {"libraries": {"rtx": "1.8.0"}}, Stale, r"built by tensorrt_rtx 1\.7\.1, 1\.8\.0 is here"),
-        ([plan()], {"libraries": {"rtx": None}}, MissingExtra, r"'tensorrt_rtx': pip install 'higen\[rtx\]'"),
+        ([plan()], {"libraries": {"rtx": EngineError("is broken")}}, EngineError, "is broken"),
         ([plan(**CLASSIC)], {}, MissingExtra, r"'tensorrt': pip install 'higen\[tensorrt\]'"),
         ([plan()], {"architecture": 86, "files": {}}, WrongArchitecture, "this GPU is SM86"),
         # Of several, the one for this GPU says why.
@@ -87,6 +90,21 @@ def test_why_no_plan_fits(plans: list[Plan], changes: dict[str, Any], error: typ
         chosen(*plans, **changes)
 
 
+def test_the_command_that_repairs_an_engine_can_be_run() -> None:
+    """A target's folder is not always its name on the command line."""
+    model = Path("model")
+    for made, target in ((plan(), "rtx-sm89"), (plan(**PORTABLE), "rtx"), (plan(**CLASSIC), "tensorrt")):
+        command = f"higen-export build-engines {model} --target {target} --stage vae_decoder --precision fp32"
+        assert made.remedy == command
+        with pytest.raises(Stale, match=f"has changed since it was built: {command}$"):
+            fitting_plans("vae_decoder", [made], (), FILES | {RECORD.weights: ""}, 89, HERE | {"tensorrt": "10.13.3"})
+
+
+def test_every_plan_that_fits_is_given_the_best_first() -> None:
+    found = fitting_plans("vae_decoder", [plan(**PORTABLE), plan(), plan(library="1.6")], (), FILES, 89, HERE)
+    assert [p.record.target for p in found] == ["rtx-sm89", "rtx"]
+
+
 def test_a_broken_record_does_not_hide_a_good_plan() -> None:
     assert chosen(plan(), errors=(Malformed("cut"),)) == "rtx-sm89"
 
@@ -98,8 +116,19 @@ def test_a_plans_tensors_are_the_tables() -> None:
         check_interface(plan(), stage, tensors[:1])
     with pytest.raises(Malformed, match="its tensors are"):
         check_interface(plan(), stage, (replace(tensors[0], kind="output"), tensors[1]))
-    with pytest.raises(Malformed, match="not those of the record"):
-        check_interface(plan(), stage, (tensors[0], PlanTensor("pixels", "output", "float16", (-1, 3, -1, -1))))
+    for changed in (
+        PlanTensor("pixels", "output", "float16", (-1, 3, -1, -1)),
+        PlanTensor("pixels", "output", "float32", (-1, 4, -1, -1)),
+        PlanTensor("pixels", "output", "float32", (-1, 3, -1)),
+    ):
+        with pytest.raises(Malformed, match="not those of the record"):
+            check_interface(plan(), stage, (tensors[0], changed))
+
+
+def test_an_engine_may_know_the_sizes_that_its_profiles_fix() -> None:
+    """A profile whose smallest and largest sizes are the same: the network's axis is free, the engine's may not be."""
+    fixed = (PlanTensor("latents", "input", "float32", (2, 4, 8, 8)), RECORD.tensors[1])
+    check_interface(plan(), STAGES["vae_decoder"], fixed)
 
 
 def profiles(*limits: tuple[str, int, int]) -> Plan:

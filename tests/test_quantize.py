@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from click.testing import CliRunner
 
 import higen
 from higen.api import default_model
@@ -26,6 +27,7 @@ from higen.engines.targets import parse_targets
 from higen.errors import BackendError, BackendUnavailable, ModelError, OutputError, RequestError
 from higen.export.model import export_model
 from higen.export.quantize import Report, quantize, record_calls
+from higen.exporter import main
 from higen.train.recipes.default.report import COLUMNS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -49,6 +51,15 @@ def quantized(model: Path, calls: Any) -> tuple[Bundle, Report]:
     reports: list[Report] = []
     bundle = quantize(Bundle.open(model), calls, "int8", ["spatial_unet"], 0.3, reports.append)
     return bundle, reports[0]
+
+
+def test_recording_shows_how_far_it_is(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bundle = Bundle.open(model)
+    step = bundle.config.autoencoder.factor * bundle.config.unet.size_multiple
+    record_calls(bundle, ["a red heart"], 1, 1, True, frames=2, width=step, height=step)
+    assert "calibration: 100%" in capsys.readouterr().err
+    record_calls(bundle, ["a red heart"], 1, 1, frames=2, width=step, height=step)
+    assert capsys.readouterr().err == ""
 
 
 def test_calls_are_taken_from_the_whole_loop(calls: Any) -> None:
@@ -106,14 +117,17 @@ def test_a_full_disk_is_one_error(model: Path, calls: Any, monkeypatch: pytest.M
     assert not list(model.glob(".*part"))
 
 
-def test_wrong_wishes_are_refused(model: Path, calls: Any) -> None:
+def test_wrong_wishes_are_refused(model: Path, calls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("higen.export.quantize.record_calls", None)  # it takes minutes, and is not to be reached
     bundle = Bundle.open(model)
     with pytest.raises(RequestError, match="precision='int4': one of 'int8'"):
         quantize(bundle, calls, "int4")
     with pytest.raises(RequestError, match=r"stages=\['vae_decoder'\]"):
         quantize(bundle, calls, "int8", ["vae_decoder"])
-    with pytest.raises(ModelError, match=r"no spatial_unet\.fp16\.onnx"):
+    hint = f"(make it: higen-export onnx {model} --stage spatial_unet --precision fp16)"
+    with pytest.raises(ModelError, match=re.escape(hint)):
         quantize(bundle, calls, "int8.fp16", ["spatial_unet"])
+    assert hint in CliRunner().invoke(main, ["quantize", str(model), "--precision", "int8.fp16"]).output
     with pytest.raises(RequestError, match="precision='int8': one of 'fp32', 'fp16', 'bf16'"):
         export_model(bundle, precision="int8")
 

@@ -9,6 +9,7 @@ import errno
 import hashlib
 import importlib.machinery
 import os
+import re
 import shutil
 import sys
 import threading
@@ -210,6 +211,18 @@ def test_a_plan_that_fits_is_kept_and_a_changed_wish_builds_again(rtx: Machine) 
     assert rtx.build("vae_encoder") == first[1:]
 
 
+def test_an_altered_plan_is_repaired_by_the_same_command(rtx: Machine) -> None:
+    (first,) = rtx.build("vae_decoder")
+    plan = rtx.model / "engines" / "rtx-sm89" / "vae_decoder.engine"
+    good = plan.read_bytes()
+    plan.write_bytes(bytes([good[0] ^ 1]) + good[1:])
+    with pytest.raises(Malformed):
+        rtx.backend().prepare("vae_decoder")
+    (second,) = rtx.build("vae_decoder")
+    assert second.sha256 == first.sha256
+    assert plan.read_bytes() == good
+
+
 def test_an_error_line_fails_the_build_whatever_it_returns(rtx: Machine) -> None:
     rtx.trt.build_errors = ["the setting is wrong", "the setting is wrong"]
     with pytest.raises(EngineError, match=r"vae_decoder\.onnx: TensorRT could not build it: the setting is wrong$"):
@@ -400,7 +413,8 @@ def test_a_stage_without_an_engine_is_passed_over_in_silence(rtx: Machine, expec
 
 def test_another_precision_is_another_engine(rtx: Machine) -> None:
     rtx.build("vae_decoder")
-    with pytest.raises(BackendUnavailable, match="no engine of vae_decoder in fp16"):
+    command = re.escape(f"higen-export build-engines {rtx.model} --target TARGET --precision fp16")
+    with pytest.raises(BackendUnavailable, match=f"no engine of vae_decoder in fp16 .make one: {command}"):
         rtx.backend(precision="fp16").prepare("vae_decoder")
 
 
@@ -409,11 +423,21 @@ def test_shapes_outside_the_profile_run_on_the_next_backend(rtx: Machine, expect
     with higen.load(rtx.model) as pipe:
         with pytest.warns(FallbackWarning) as caught:
             np.testing.assert_array_equal(clip(pipe), expected)
-        messages = sorted(str(w.message).partition(": rtx-sm89/")[0] for w in caught)
-        assert messages == [f"{stage} runs on onnx: OutsideProfile" for stage in ("conditioner", "temporal_unet")]
+        messages = [str(w.message).partition(": rtx-sm89/")[0] for w in caught]
+        assert messages == ["conditioner runs on onnx: OutsideProfile"]
+        report = " ".join(pipe.report().split())
+        for stage in ("conditioner", "temporal_unet"):
+            assert (
+                f"{stage} tensorrt (cuda, fp32, rtx-sm89) onnx (cpu, fp32) for other shapes: "
+                f"OutsideProfile: rtx-sm89/{stage}: small takes"
+            ) in report
+        assert report.count("for other shapes") == 2
+        assert pipe.backend.name == "onnx+tensorrt"
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             clip(pipe, frames=2)
+            video = pipe(PROMPT, **small(pipe.config), steps=2, progress=False)
+            assert video.metadata["versions"]["backend"] == "onnx+tensorrt"
             np.testing.assert_array_equal(clip(pipe), expected)
     with higen.load(rtx.model, "tensorrt") as pipe, pytest.raises(OutsideProfile, match="conditioner"):
         clip(pipe)
@@ -462,6 +486,15 @@ def other_version(machine: Machine) -> None:
     machine.trt.__version__ = "9.9.9"
 
 
+def broken_library(machine: Machine) -> None:
+    """Installed, without a library that it links to."""
+    folder = machine.model.parent / "broken"
+    folder.mkdir()
+    (folder / f"{machine.package}.py").write_text('raise ImportError("libnvinfer.so.11: cannot open")')
+    machine.patch.delitem(sys.modules, machine.package)
+    machine.patch.syspath_prepend(str(folder))
+
+
 def no_gpu(machine: Machine) -> None:
     machine.driver.devices = 0
 
@@ -478,6 +511,7 @@ CAUSES = [
     (other_weights, Stale, "has changed since it was built"),
     (other_version, Stale, r"9\.9\.9 is here"),
     (no_library, MissingExtra, r"needs the package 'tensorrt_rtx': pip install 'higen\[rtx\]'"),
+    (broken_library, EngineError, r"'tensorrt_rtx', which is installed and does not load: ImportError: libnvinfer\.so"),
     (no_gpu, NoDevice, "finds no GPU"),
     (invalid, Malformed, "its file is no plan"),
 ]
@@ -508,6 +542,23 @@ def test_every_breakage_falls_back_to_the_same_video(
     assert len(set(messages)) == len(messages), "a cause is told once"
     with pytest.raises(error):
         higen.load(rtx.model, "tensorrt")
+    assert rtx.driver.clean
+
+
+def test_a_plan_that_does_not_load_does_not_hide_a_good_one(rtx: Machine) -> None:
+    """The portable engine comes after the one for this GPU alone."""
+    rtx.build("vae_decoder")
+    bundle = Bundle.open(rtx.model)
+    build_engines(bundle, parse_targets("rtx"), [profile(bundle.config)], ["vae_decoder"])
+    own = rtx.model / "engines" / "rtx-sm89" / "vae_decoder.engine"
+    own.write_bytes(own.read_bytes()[:-1])
+    backend, given = rtx.backend(low_memory=True), inputs(bundle, "vae_decoder")
+    with pytest.warns(FallbackWarning, match="vae_decoder runs on the engine rtx/vae_decoder: Malformed: ") as caught:
+        pixels = backend.to_numpy(backend.run("vae_decoder", **given)["pixels"])
+    assert len(caught) == 1
+    np.testing.assert_array_equal(pixels, by_graph(bundle, "vae_decoder", given)["pixels"])
+    assert backend.describe("vae_decoder") == "cuda, fp32, rtx"
+    backend.close()
     assert rtx.driver.clean
 
 

@@ -145,7 +145,8 @@ def _engines(bundle: Bundle, settings: Settings) -> dict[str, tuple[Plan, list[i
         known = sorted(p.name for p in folder.parent.iterdir() if p.is_dir()) if folder.parent.is_dir() else []
         raise ModelError(
             f"engines={settings.engines!r}: no engine of any stage; "
-            f"{folder.parent} has {', '.join(known) or 'nothing'} (make them: higen-export build-engines)"
+            f"{folder.parent} has {', '.join(known) or 'nothing'} "
+            f"(make them: higen-export build-engines {bundle.path} --target tensorrt)"
         )
     return found
 

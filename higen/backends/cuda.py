@@ -230,6 +230,7 @@ class Cuda:
         self.trim()
         self._open = False
         self._call("cuStreamDestroy_v2", self._stream)
+        self._call("cuCtxSetCurrent", ctypes.c_void_p())  # a context that is destroyed must not be left current
         self._call("cuDevicePrimaryCtxRelease_v2", ctypes.c_int(self._device))
 
     @property

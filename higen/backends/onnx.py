@@ -153,7 +153,8 @@ class OnnxBackend:
         asked = self._precision or "fp32"
         option = "" if asked == "fp32" else f" --precision {asked}"
         raise BackendUnavailable(
-            f"no {graph_file(stage, asked)} in {self.bundle.path} (make it: higen-export onnx{option})"
+            f"no {graph_file(stage, asked)} in {self.bundle.path} "
+            f"(make it: higen-export onnx {self.bundle.path}{option})"
         )
 
     def _fixed(self, stage: str, session: ort.InferenceSession) -> dict[str, int]:

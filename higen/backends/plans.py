@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from higen.bundle import sha256
 from higen.config import from_json, to_json
 from higen.errors import (
     BackendUnavailable,
@@ -23,7 +24,6 @@ from higen.errors import (
     HigenError,
     Malformed,
     ManifestError,
-    MissingExtra,
     NoDevice,
     NoDriver,
     OutsideProfile,
@@ -43,9 +43,11 @@ __all__ = [
     "best_profile",
     "check_interface",
     "check_plan",
-    "choose_plan",
     "engine_file",
+    "fitting_plans",
     "log_file",
+    "pending_file",
+    "pending_record",
     "read_plans",
     "record_file",
     "streaming_budget",
@@ -74,6 +76,11 @@ def record_file(stage: str) -> str:
 def log_file(stage: str) -> str:
     """The file name of its build log."""
     return f"{stage}.log"
+
+
+def pending_file(name: str) -> str:
+    """The name under which a file of an engine is written before it takes its place."""
+    return f".{name}.part"
 
 
 @dataclass(frozen=True)
@@ -177,16 +184,30 @@ class Plan:
         """Target and stage, for messages."""
         return f"{self.record.target}/{self.record.stage}"
 
+    @property
+    def remedy(self) -> str:
+        """The command that builds it again, for its profiles if they are given too."""
+        record = self.record
+        target = record.target if record.flavour == "rtx" else "tensorrt"  # the folder names the GPU besides
+        return (
+            f"higen-export build-engines {self.path.parents[2]} --target {target} --stage {record.stage} "
+            f"--precision {record.precision}"
+        )
+
 
 def read_plans(model: Path, stage: str) -> tuple[list[Plan], list[EngineError]]:
-    """The plans of a stage over all targets, and what is wrong with records that cannot be read."""
+    """The plans of a stage over all targets, and what is wrong with records that cannot be read.
+
+    A new plan takes its place right before its record does. In between, and after a kill there, the record that waits
+    is the plan's own, and is taken.
+    """
     plans: list[Plan] = []
     errors: list[EngineError] = []
     for path in sorted(model.glob(f"{ENGINES}/*/{record_file(stage)}")):
         if path.parent.name.startswith("."):
             continue
         try:
-            record = PlanRecord.from_text(path.read_text(encoding="utf-8"), str(path))
+            record = pending_record(path) or PlanRecord.from_text(path.read_text(encoding="utf-8"), str(path))
             if (record.stage, record.target) != (stage, path.parent.name):
                 raise Malformed(f"{path}: is the record of {record.target}/{record.stage}")
         except (OSError, UnicodeDecodeError) as error:
@@ -198,69 +219,97 @@ def read_plans(model: Path, stage: str) -> tuple[list[Plan], list[EngineError]]:
     return plans, errors
 
 
-def check_plan(plan: Plan, files: Mapping[str, str], architecture: int, libraries: Mapping[str, str | None]) -> None:
+def pending_record(path: Path) -> PlanRecord | None:
+    """The record that waits to take the place of the one at `path`, if it is that of the plan that is there."""
+    part = path.with_name(pending_file(path.name))
+    try:
+        record = PlanRecord.from_text(part.read_text(encoding="utf-8"), str(part))
+        plan = path.with_name(engine_file(record.stage))
+        fits = plan.stat().st_size == record.size and sha256(plan) == record.sha256
+    except (OSError, UnicodeDecodeError, EngineError):
+        return None
+    return record if fits else None
+
+
+def check_plan(
+    plan: Plan, files: Mapping[str, str], architecture: int, libraries: Mapping[str, str | HigenError]
+) -> None:
     """Whether a plan fits the model, the GPU and the TensorRT here.
 
     files        sha256 of the model's files by name, as its manifest has them
-    libraries    version of each flavour of TensorRT here, None where it is not installed
+    libraries    version of each flavour of TensorRT here, or why it cannot be used
 
-    Raises WrongArchitecture, Stale or MissingExtra.
+    Raises WrongArchitecture, Stale, or what `libraries` has.
     """
     record = plan.record
     if architecture not in record.architectures:
         built = ", ".join(f"SM{a}" for a in record.architectures)
         raise WrongArchitecture(f"{plan.name}: built for {built}, this GPU is SM{architecture}")
-    for name, sha256 in ((record.graph, record.graph_sha256), (record.weights, record.weights_sha256)):
-        if files.get(name) != sha256:
+    for name, built_from in ((record.graph, record.graph_sha256), (record.weights, record.weights_sha256)):
+        if files.get(name) != built_from:
             what = "is not in the model any more" if name not in files else "has changed"
-            raise Stale(f"{plan.name}: {name} {what} since it was built: higen-export build-engines")
-    version = libraries.get(record.flavour)
-    if version is None:
-        package, extra = EXTRAS[record.flavour]
-        raise MissingExtra(package, extra, f"the engine {plan.name}")
+            raise Stale(f"{plan.name}: {name} {what} since it was built: {plan.remedy}")
+    version = libraries[record.flavour]
+    if isinstance(version, HigenError):
+        raise version
     if version != record.library:
         raise Stale(
             f"{plan.name}: built by {EXTRAS[record.flavour][0]} {record.library}, {version} is here and reads only its "
-            "own: higen-export build-engines"
+            f"own: {plan.remedy}"
         )
 
 
-def choose_plan(
+def fitting_plans(
     stage: str,
     plans: Sequence[Plan],
     errors: Sequence[EngineError],
     files: Mapping[str, str],
     architecture: int,
-    libraries: Mapping[str, str | None],
-) -> Plan:
-    """The plan to use for a stage: built for this GPU alone before a portable one, classic TensorRT before RTX.
+    libraries: Mapping[str, str | HigenError],
+) -> list[Plan]:
+    """The plans of a stage that fit, the best first: built for this GPU alone before a portable one, classic TensorRT
+    before RTX.
 
     `plans` and `errors` come from `read_plans`, the rest is as for `check_plan`. Raises BackendUnavailable where there
     is no engine at all, else why the likeliest of them does not fit.
     """
     refused: list[HigenError] = list(errors)
+    fitting: list[Plan] = []
     for plan in sorted(plans, key=lambda p: (len(p.record.architectures), p.record.flavour != "tensorrt")):
         try:
             check_plan(plan, files, architecture, libraries)
         except HigenError as error:
             refused.append(error)
         else:
-            return plan
+            fitting.append(plan)
+    if fitting:
+        return fitting
     if not refused:
-        raise BackendUnavailable(f"no engine of {stage} (make one: higen-export build-engines)")
+        raise BackendUnavailable(f"no engine of {stage} (make one: higen-export build-engines MODEL --target TARGET)")
     # An engine made for this very GPU that cannot be used says more than one that was made for another.
     own = [error for error in refused if not isinstance(error, WrongArchitecture)] or refused
     raise own[0]
 
 
 def check_interface(plan: Plan, stage: Stage, tensors: Sequence[PlanTensor]) -> None:
-    """Whether a plan's tensors are those of its record and of the stage table. Raises Malformed."""
+    """Whether a plan's tensors are those of its record and of the stage table. Raises Malformed.
+
+    The record has the network's shapes. An engine may know more: an axis that its profiles fix has a size there.
+    """
     expected = {t.name: "input" for t in stage.inputs} | dict.fromkeys(stage.graph_outputs, "output")
     found = {tensor.name: tensor.kind for tensor in tensors}
     if found != expected:
         raise Malformed(f"{plan.path}: its tensors are {found}, {stage.name} has {expected}")
-    if {t.name: t for t in tensors} != {t.name: t for t in plan.record.tensors}:
+    recorded = {t.name: t for t in plan.record.tensors}
+    if recorded.keys() != found.keys() or not all(_alike(t, recorded[t.name]) for t in tensors):
         raise Malformed(f"{plan.path}: its tensors are not those of the record beside it")
+
+
+def _alike(a: PlanTensor, b: PlanTensor) -> bool:
+    """Whether two descriptions may be of one tensor: -1 goes with any size."""
+    if (a.kind, a.dtype, len(a.shape)) != (b.kind, b.dtype, len(b.shape)):
+        return False
+    return all(n == m or -1 in (n, m) for n, m in zip(a.shape, b.shape, strict=True))
 
 
 def best_profile(plan: Plan, shapes: Mapping[str, Sequence[int]]) -> int:

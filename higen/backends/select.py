@@ -93,20 +93,30 @@ def check_backend(name: str) -> str:
 
 @dataclass
 class Choice:
-    """What runs a stage, and the reason why each better backend was passed over. `details`: device and precision."""
+    """What runs a stage, and the reason why each better backend was passed over. `details`: device and precision.
+
+    `outside`: what ran it for shapes that its engine was not built for, once there were any.
+    """
 
     stage: str
     backend: str
     passed_over: dict[str, str] = field(default_factory=dict)
     details: str = ""
+    outside: Choice | None = None
 
     def as_lines(self) -> list[str]:
-        """For a person: what runs the stage, then a line for each way passed over."""
-        runs = f"{self.backend} ({self.details})" if self.details else self.backend or "nothing"
-        return [
-            f"{self.stage:<14}{runs}",
+        """For a person: what runs the stage, then a line for each way passed over; the same for shapes outside."""
+        lines = [
+            f"{self.stage:<14}{self._runs()}",
             *(f"{'':<14}not {name}: {reason}" for name, reason in self.passed_over.items()),
         ]
+        if self.outside is not None:
+            reason = self.outside.passed_over.get(self.backend, "")
+            lines.append(f"{'':<14}{self.outside._runs()} for other shapes: {reason}")
+        return lines
+
+    def _runs(self) -> str:
+        return f"{self.backend} ({self.details})" if self.details else self.backend or "nothing"
 
 
 class StageRouter:
@@ -119,15 +129,16 @@ class StageRouter:
         self._makers = dict(makers)
         self._absent = dict(absent)
         self._made: dict[str, Backend] = {}
-        self._outside: dict[str, Choice] = {}
         self._used: set[str] = set()
         self._warned: set[str] = set()
         self._choosing = threading.Lock()
 
     @property
     def name(self) -> str:
-        """The backends in use."""
-        return "+".join(sorted({choice.backend for choice in self.choices.values()})) or "auto"
+        """The backends in use, those for shapes outside of an engine's profiles included."""
+        choices = list(self.choices.values())
+        used = [*choices, *(choice.outside for choice in choices if choice.outside is not None)]
+        return "+".join(sorted({choice.backend for choice in used})) or "auto"
 
     def prepare(self, stage: str) -> None:
         """Choose a stage's backend. Raises BackendUnavailable or the last way's own error where none works."""
@@ -142,13 +153,13 @@ class StageRouter:
         Shapes that an engine was not built for go to the next backend that can run the stage.
         """
         self.prepare(stage)
+        choice = self.choices[stage]
         try:
-            return self._run_on(self.choices[stage], tensors)
+            return self._run_on(choice, tensors)
         except OutsideProfile as error:
             with self._choosing:
-                if stage not in self._outside:
-                    self._outside[stage] = self._choose(stage, self.choices[stage].backend, error)
-        return self._run_on(self._outside[stage], tensors)
+                outside = choice.outside = choice.outside or self._choose(stage, choice.backend, error)
+        return self._run_on(outside, tensors)
 
     def _run_on(self, choice: Choice, tensors: Mapping[str, Any]) -> Mapping[str, Any]:
         self._used.add(choice.backend)
@@ -167,12 +178,13 @@ class StageRouter:
         for backend in self._made.values():
             backend.close()
         self._made.clear()
-        self._outside.clear()
         self.choices.clear()
 
     def _choose(self, stage: str, after: str | None = None, why: Exception | None = None) -> Choice:
         """The best backend for a stage, of those after the one named `after`, which `why` passes over."""
         passed_over = dict(self._absent)
+        if after is not None:
+            passed_over[after] = f"{type(why).__name__}: {why}"
         broken = why
         names = list(self._makers)
         for name in names if after is None else names[names.index(after) + 1 :]:
@@ -198,11 +210,18 @@ class StageRouter:
         raise BackendUnavailable(f"no backend can run {stage} here: {listed}")
 
     def _warn(self, stage: str, name: str, broken: Exception | None) -> None:
-        """One warning for each cause: a machine without a GPU is no news for the second stage."""
-        if broken is not None and str(broken) not in self._warned:
-            self._warned.add(str(broken))
+        """One warning for each cause: a machine without a GPU is no news for the second stage, nor is a clip whose
+        shapes are outside of the profiles.
+        """
+        if broken is None:
+            return
+        outside = isinstance(broken, OutsideProfile)
+        cause = OutsideProfile.__name__ if outside else str(broken)
+        if cause not in self._warned:
+            self._warned.add(cause)
             reason = f"{type(broken).__name__}: {broken}"
-            warnings.warn(f"{stage} runs on {name}: {reason}", FallbackWarning, stacklevel=3)
+            hint = " (pipe.report() lists the stages)" if outside else ""
+            warnings.warn(f"{stage} runs on {name}: {reason}{hint}", FallbackWarning, stacklevel=3)
 
 
 @dataclass(frozen=True)
@@ -238,10 +257,13 @@ PLAIN = Options()
 def select_backend(bundle: Bundle, name: str = "auto", options: Options = PLAIN) -> StageRouter:
     """A router over the named backend, or with "auto" over all that are installed.
 
-    Raises RequestError for a name that is none, BackendUnavailable, saying why each is not here, and IntegrityError
-    where a file the chosen way needs is broken and no other way exists.
+    Raises RequestError for a name that is none, BackendUnavailable, saying why each is not here or that the model was
+    never quantised to the precision, and IntegrityError where a file the chosen way needs is broken and no other way
+    exists.
     """
     check_backend(name)
+    if missing := bundle.not_quantized(options.precision):  # else every stage would stand in for itself
+        raise BackendUnavailable(missing)
     wanted = [a for a in availability() if name in ("auto", a.backend)]
     absent = {a.backend: a.reason for a in wanted if not a.works}
     makers: dict[str, Callable[[], Backend]] = {}

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import mmap
+import warnings
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Any
@@ -23,14 +24,14 @@ from higen.backends.plans import (
     Plan,
     best_profile,
     check_interface,
-    choose_plan,
+    fitting_plans,
     read_plans,
     streaming_budget,
     validity_error,
 )
 from higen.backends.tensorrt_api import SEVERE, engine_tensors, library, make_logger, versions
 from higen.bundle import Bundle, check_precision, stand_ins
-from higen.errors import BackendError, BackendUnavailable, HigenError, Malformed
+from higen.errors import BackendError, BackendUnavailable, EngineError, FallbackWarning, HigenError, Malformed
 from higen.locks import locked
 from higen.stages import STAGES, check_inputs, dimensions
 
@@ -65,7 +66,7 @@ class TensorrtBackend:
         self._low_memory = low_memory
         self._fixed = dimensions(bundle.config)
         self._cuda: Cuda | None = None
-        self._plans: dict[str, Plan] = {}
+        self._plans: dict[str, list[Plan]] = {}
         self._engines: dict[str, _Engine] = {}
         self._scratch = (0, 0)
 
@@ -100,7 +101,7 @@ class TensorrtBackend:
 
     def describe(self, stage: str) -> str:
         """Where and in what precision a prepared stage runs: "cuda, fp16, rtx-sm89"."""
-        record = self._plans[stage].record
+        record = self._plans[stage][0].record
         return f"cuda, {record.precision}, {record.target}"
 
     def to_numpy(self, tensor: Any) -> NDArray[Any]:
@@ -124,7 +125,7 @@ class TensorrtBackend:
             self._cuda = None
 
     def _open(self, stage: str) -> Cuda:
-        """The GPU, after it is known which plan of the stage fits it."""
+        """The GPU, after it is known which plans of the stage fit it."""
         if self._cuda is not None and stage in self._plans:
             return self._cuda
         plans, errors = read_plans(self.bundle.path, stage)
@@ -134,12 +135,16 @@ class TensorrtBackend:
             plans = [plan for plan in plans if plan.record.precision == wanted]
         if not plans and not errors:
             what = f" in {self._precision}" if self._precision else ""
-            raise BackendUnavailable(f"no engine of {stage}{what} (make one: higen-export build-engines)")
+            option = f" --precision {self._precision}" if self._precision else ""
+            raise BackendUnavailable(
+                f"no engine of {stage}{what} (make one: higen-export build-engines {self.bundle.path} --target TARGET"
+                f"{option})"
+            )
         if self._cuda is None:
             self._cuda = Cuda.open(self._index)
         files = {name: record.sha256 for name, record in self.bundle.files.items()}
-        found = versions({plan.record.flavour for plan in plans})
-        self._plans[stage] = choose_plan(stage, plans, errors, files, self._cuda.architecture, found)
+        found = versions({plan.record.flavour: f"the engine {plan.name}" for plan in plans})
+        self._plans[stage] = fitting_plans(stage, plans, errors, files, self._cuda.architecture, found)
         return self._cuda
 
     def _resident(self, cuda: Cuda, stage: str) -> _Engine:
@@ -151,7 +156,7 @@ class TensorrtBackend:
                 for other in list(self._engines):
                     self._engines.pop(other).close()
                 cuda.trim()
-            engine = _Engine(cuda, self._plans[stage], self._verify)
+            engine = self._load(cuda, stage)
             try:
                 self._reserve(cuda, engine.scratch_size)
             except HigenError:
@@ -161,6 +166,19 @@ class TensorrtBackend:
         engine = self._engines[stage]
         self._reserve(cuda, engine.scratch_size)
         return engine
+
+    def _load(self, cuda: Cuda, stage: str) -> _Engine:
+        """An engine of the best plan that loads, with a warning for each that does not; raises the last one's error."""
+        plan, *others = self._plans[stage]
+        try:
+            return _Engine(cuda, plan, self._verify)
+        except EngineError as error:
+            if not others:
+                raise
+            reason = f"{type(error).__name__}: {error}"
+        self._plans[stage] = others
+        warnings.warn(f"{stage} runs on the engine {others[0].name}: {reason}", FallbackWarning, stacklevel=2)
+        return self._load(cuda, stage)
 
     def _reserve(self, cuda: Cuda, size: int) -> None:
         """See that the one block of scratch memory, which all engines use in turn, has at least this size.
@@ -298,7 +316,7 @@ class _Engine:
         try:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 if len(data) != record.size or (verify and hashlib.sha256(data).hexdigest() != record.sha256):
-                    raise Malformed(f"{path}: is not the plan of the record beside it: higen-export build-engines")
+                    raise Malformed(f"{path}: is not the plan of the record beside it: {self.plan.remedy}")
                 runtime = self._trt.Runtime(self._logger)
                 if hasattr(runtime, "get_engine_validity"):
                     validity, reasons = runtime.get_engine_validity(data)

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from higen.backends.plans import EXTRAS, PlanTensor
-from higen.errors import MissingExtra
+from higen.errors import EngineError, HigenError, MissingExtra
 
 __all__ = ["SEVERE", "engine_tensors", "installed", "library", "make_logger", "network_tensors", "versions"]
 
@@ -26,22 +26,33 @@ def installed(flavour: str) -> bool:
 
 
 def library(flavour: str, purpose: str) -> Any:
-    """A flavour's module. Raises MissingExtra."""
+    """A flavour's module. Raises MissingExtra where it is not installed, EngineError where it is and does not load."""
     package, extra = EXTRAS[flavour]
     try:
         return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        if error.name == package:
+            raise MissingExtra(package, extra, purpose) from error
+        raise _broken(package, purpose, error) from error
     except (ImportError, OSError, RuntimeError) as error:  # the stub on PyPI lacks its libraries: any of the three
-        raise MissingExtra(package, extra, purpose) from error
+        raise _broken(package, purpose, error) from error
 
 
-def versions(flavours: set[str]) -> dict[str, str | None]:
-    """Version of each flavour, None where it cannot be imported."""
-    found: dict[str, str | None] = {}
-    for flavour in flavours:
+def _broken(package: str, purpose: str, error: Exception) -> EngineError:
+    return EngineError(
+        f"{purpose} needs the package {package!r}, which is installed and does not load: "
+        f"{type(error).__name__}: {error}"
+    )
+
+
+def versions(flavours: Mapping[str, str]) -> dict[str, str | HigenError]:
+    """Version of each flavour, or why it cannot be imported; `flavours` name what needs it."""
+    found: dict[str, str | HigenError] = {}
+    for flavour, purpose in flavours.items():
         try:
-            found[flavour] = str(library(flavour, "").__version__)
-        except MissingExtra:
-            found[flavour] = None
+            found[flavour] = str(library(flavour, purpose).__version__)
+        except (MissingExtra, EngineError) as error:
+            found[flavour] = error
     return found
 
 
