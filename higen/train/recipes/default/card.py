@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 import higen
+from higen.train.recipes.default import decoder
 from higen.train.recipes.default.denoiser import Run
 from higen.train.recipes.default.report import COLUMNS, frechet_lines
 from higen.train.recipes.default.subjects import BACKGROUNDS, SUBJECTS
@@ -54,14 +55,17 @@ by their metadata. Each clip shows the loop at some speed over a drawn backgroun
 pose of the subject. One in ten combinations of subject and background is held out.
 
 **Training** `higen train default --work work --output my-model` trains its like from random weights on two CPU cores:
-some 45 minutes for the autoencoder, then {steps:,} steps of 12 key frames and 48 frames of clips (0.75 s each on one
-core of an AMD EPYC with AVX-512, 0.53 s with `--bf16`). The shipped weights were made in four sittings. 6,100 steps on
-the first 12 subjects, in a network with 160 channels at its lower level. Then the autoencoder went on for 17 minutes
-with all 48 subjects, a fifth of the lower level's channels was left out, four context tokens were added, and 3,000
-steps on 24 subjects followed. Then 13,000 steps with `--start` on 48 subjects, new ones twice as often as old ones for
-the first 5,500, in bfloat16; from step 2,060 on the gain was told about cues as well as about words, and in the last
-2,000 half the captions of clips with a motion cue left the speed out. Last, 5,600 steps from there with a learning rate
-of at most 7e-4, in float32, three quarters of those captions without the speed, as the recipe has it now.
+some 45 minutes for the autoencoder, {steps:,} steps of 12 key frames and 48 frames of clips for the denoiser (0.75 s
+each on one core of an AMD EPYC with AVX-512, 0.5 s with `--bf16`), {decoder_steps:,} steps for the decoder on what the
+denoiser draws (0.5 s each, 0.33 s). That was not run as a whole: the shipped weights grew, by `--start`, as the recipe
+did. 6,100 steps on the first 12 subjects, in a network with 160 channels at its lower level. Then the autoencoder went
+on for 17 minutes with all 48 subjects, a fifth of the lower level's channels was left out, four context tokens were
+added, and 3,000 steps on 24 subjects followed. Then 13,000 steps on 48 subjects, new ones twice as often as old ones
+for the first 5,500, in bfloat16; from step 2,060 on the gain was told about cues as well as about words, and in the
+last 2,000 half the captions of clips with a motion cue left the speed out. Then 5,600 steps with a learning rate of at
+most 7e-4, in float32, three quarters of those captions without the speed. Last, as the recipe has it now, 10,400 steps
+with at most 8e-4, in bfloat16: half the clips at the highest noise levels, fast ones more often, cues mostly one at a
+time. Then the decoder: 2,500 steps on clips that the denoiser drew a third of the way there, 1,200 on those of the last.
 
 **Measured** with `higen evaluate{quick}`, against the real clips ({clips});
 the last two columns are the same measures of the real clips, through the autoencoder and as they are, for the held-out
@@ -145,6 +149,7 @@ def main() -> None:
         megabytes=size / 1e6,
         words=words,
         steps=Run().steps,
+        decoder_steps=decoder.Run().steps,
         quick=" --quick" if measures["model"]["quick"] else "",
         clips=", ".join(f"{name}: {group['clips']} clips" for name, group in measures["groups"].items()),
         table=table(measures),
