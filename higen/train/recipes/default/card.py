@@ -65,7 +65,8 @@ for the first 5,500, in bfloat16; from step 2,060 on the gain was told about cue
 last 2,000 half the captions of clips with a motion cue left the speed out. Then 5,600 steps with a learning rate of at
 most 7e-4, in float32, three quarters of those captions without the speed. Last, as the recipe has it now, 10,400 steps
 with at most 8e-4, in bfloat16: half the clips at the highest noise levels, fast ones more often, cues mostly one at a
-time. Then the decoder: 2,500 steps on clips that the denoiser drew a third of the way there, 1,200 on those of the last.
+time. Then the decoder: 2,500 steps on clips that the denoiser drew a third of the way there, 1,200 on those of the
+last.
 
 **Measured** with `higen evaluate{quick}`, against the real clips ({clips});
 the last two columns are the same measures of the real clips, through the autoencoder and as they are, for the held-out

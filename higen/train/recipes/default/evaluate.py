@@ -406,7 +406,9 @@ def _control(shots: Sequence[Shot], rows: Sequence[Row], measure: _Measure) -> d
         control[kind] = {
             "clips": len(chosen),
             "spearman": _within(subjects, wanted, found),
-            "spearman_moving": _within(*([column[k] for k in moving] for column in (subjects, wanted, found))),
+            "spearman_moving": _within(
+                [subjects[k] for k in moving], [wanted[k] for k in moving], [found[k] for k in moving]
+            ),
             "spearman_pooled": spearman(wanted, found),
             "codec": _within(subjects, wanted, through),
             "codec_pooled": spearman(wanted, through),
