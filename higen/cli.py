@@ -11,7 +11,7 @@ from typing import Any
 
 import click
 
-from higen.terminal import JSON, Commands, reported
+from higen.terminal import JSON, Commands, needs, reported
 from higen.train.cli import cues, evaluate, train
 from higen.version import __version__
 
@@ -160,7 +160,8 @@ def convert(
 ) -> None:
     """Turn the released HiGen files into the model directory OUTPUT."""
     with reported(as_json):
-        from higen.convert import convert as run
+        with needs("torch", "higen convert"):
+            from higen.convert import convert as run
 
         with _bytes_bar(not as_json) as progress:
             bundle = run(
@@ -223,7 +224,8 @@ def parity(directory: Path, only: str | None, as_json: bool) -> None:
     """Compare this installation with the reference's numbers in the fixture DIRECTORY."""
     failed = 0
     with reported(as_json):
-        from higen.parity import HEADER, line, run
+        with needs("torch", "higen parity"):
+            from higen.parity import HEADER, line, run
 
         cases = []
         if not as_json:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -26,6 +27,7 @@ from higen.cli import main
 from higen.errors import BackendUnavailable, FixtureError, TrainingError
 from higen.parity import Case
 from higen.stages import STAGES
+from higen.terminal import OPTIONAL
 from higen.video import Video
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -256,6 +258,26 @@ def test_a_real_sigint_stops_a_real_run(tiny_model: Path, tmp_path: Path) -> Non
 
 
 # The other commands
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "train.toml"], r"higen train needs the package 'torch': pip install 'higen\[train\]'"),
+        (["train", "default", "--work", "w", "--output", "o"], r"higen train needs .*'higen\[train\]'"),
+        (["cues", "video.mp4"], r"higen cues needs .*'higen\[train\]'"),
+        (["evaluate", "--data", "d", "--output", "o"], r"higen evaluate needs .*'higen\[train\]'"),
+        (["parity", "fixtures"], r"higen parity needs .*'higen\[torch\]'"),
+        (["convert", "m", "--denoiser", "d", "--text-encoder", "t", "--autoencoder", "a"], r"higen convert .*torch\]'"),
+    ],
+)
+def test_without_torch_one_line_names_the_extra(tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "train.toml").write_text('[model]\ninit = "m"\n[data]\npath = "d"\n[run]\noutput = "r"\nsteps = 1\n')
+    core = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL})); from higen.cli import main; main({arguments})"
+    made = subprocess.run([sys.executable, "-c", core], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (made.returncode, made.stdout) == (1, "")
+    assert re.fullmatch(f"MissingExtra: {message}\n", made.stderr), made.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["train.toml"]
 
 
 def test_prompts(tiny_model: Path) -> None:

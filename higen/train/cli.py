@@ -9,7 +9,7 @@ from pathlib import Path
 
 import click
 
-from higen.terminal import JSON, reported
+from higen.terminal import JSON, needs, reported
 
 __all__ = ["cues", "evaluate", "train"]
 
@@ -46,7 +46,8 @@ def from_config(config: Path, resume: bool | None, export: Path | None, overwrit
         from higen.train.settings import read_settings
 
         settings = read_settings(config)
-        from higen.train import trainer
+        with needs("train", "higen train"):
+            from higen.train import trainer
 
         if export is None:
             bundle = trainer.train(settings, resume=resume, say=_say, progress=sys.stderr.isatty())
@@ -72,7 +73,8 @@ def from_recipe(
 ) -> None:
     """Train the built-in model, from the npm packages on."""
     with reported(False):
-        from higen.train.recipes.default.run import run
+        with needs("train", "higen train"):
+            from higen.train.recipes.default.run import run
 
         run(work, output, steps, codec_minutes, start, bf16)
 
@@ -98,7 +100,9 @@ def cues(
     with reported(as_json):
         from higen.api import default_model
         from higen.bundle import Bundle
-        from higen.train.curves import as_text, measure, save_plot
+
+        with needs("train", "higen cues"):
+            from higen.train.curves import as_text, measure, save_plot
 
         curves = measure(
             Bundle.open(model or default_model()),
@@ -138,7 +142,8 @@ def evaluate(
     What is sampled and what the figures mean: higen/train/recipes/default/evaluate.py.
     """
     with reported(as_json):
-        from higen.train.recipes.default.measure import measure
+        with needs("train", "higen evaluate"):
+            from higen.train.recipes.default.measure import measure
 
         found, text = measure(
             model,
