@@ -3,7 +3,7 @@
 Step n draws random numbers of its own (seed, n) and its samples are a function of (seed, n) alone, so a run that was
 killed goes on as if it had never stopped, and N processes see the batches that one would.
 
-    torchrun --nproc-per-node 8 -m higen train CONFIG.toml
+    torchrun --nproc-per-node 4 -m higen train CONFIG.toml
 """
 
 from __future__ import annotations
