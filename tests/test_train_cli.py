@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
-from training_run import moving_square, write_clips, write_settings
+from training_run import moving_square, write_clips, write_counted, write_settings
 
 from higen.bundle import Bundle
 from higen.cli import main
@@ -110,3 +110,11 @@ def test_cues_prints_plots_and_refuses(tmp_path: Path, tiny_model: Path, video: 
     assert refused.exit_code == 2
     assert refused.stderr.startswith("RequestError: ")
     assert refused.stderr.count("\n") == 1
+
+
+def test_cues_of_a_trimmed_video_are_those_of_what_it_shows(tmp_path: Path, tiny_model: Path) -> None:
+    options = ["--model", str(tiny_model), "--json"]
+    video = write_counted(tmp_path / "trimmed.mp4", frames=30, cut=17)
+    whole = CliRunner().invoke(main, ["cues", str(video), *options])
+    assert whole.exit_code == 0, whole.output
+    assert len(json.loads(whole.stdout)["appearance"]) == 13

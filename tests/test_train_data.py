@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
-from training_run import MODEL, moving_square, write_clips, write_tower
+from training_run import MODEL, moving_square, numbers_shown, write_clips, write_counted, write_tower
 
 from higen import bundle as files
 from higen.errors import SettingsError, TrainingError
@@ -172,21 +172,26 @@ def test_a_clip_is_cut_out_of_a_video(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize("form", ["avi", "mp4", "m4v"])
 def test_every_start_is_found_where_frames_are_reordered(tmp_path: Path, form: str) -> None:
     """AVI and MPEG-4 part 2 in MP4 are indexed by decoding time, a bare stream not at all."""
-    numbers = np.arange(96)
-    bits = (numbers[:, None] >> np.arange(7)) & 1  # each frame shows its number as seven bars
-    path = tmp_path / f"counted.{form}"
-    with av.open(str(path), "w", format=form) as container:
-        stream = container.add_stream("mpeg4", rate=8)
-        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 56, 16, "yuv420p", 4_000_000
-        stream.gop_size, stream.max_b_frames = 12, 2
-        for row in bits.astype(np.uint8):
-            bars = np.broadcast_to(np.repeat(20 + 200 * row, 8)[None, :, None], (16, 56, 3))
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(bars))))
-        container.mux(stream.encode())
+    path = write_counted(tmp_path / f"counted.{form}")
     for first in range(93):
         clip = read_video(path, 56, 16, 8, 4, Placement((first + 0.5) / 93))
-        shown = clip.reshape(4, 16, 7, 8, 3).mean(axis=(1, 3, 4)) > 120
-        assert (shown @ (1 << np.arange(7))).tolist() == list(range(first, first + 4))
+        assert numbers_shown(clip) == list(range(first, first + 4))
+
+
+@pytest.mark.parametrize("form", ["mp4", "mov"])
+def test_what_was_trimmed_off_is_not_part_of_a_video(tmp_path: Path, form: str) -> None:
+    """An edit list starts at frame 19: those from the key frame before it are in the file, and hidden."""
+    path = write_counted(tmp_path / f"trimmed.{form}", frames=64, cut=19)
+    with av.open(str(path)) as container:
+        assert sum(packet.is_discard for packet in container.demux(video=0)) > 1
+    assert video_length(path, 8) == 45
+    assert numbers_shown(read_video(path, 56, 16, 8, 45, CENTRE)) == list(range(19, 64))
+    assert numbers_shown(read_video(path, 56, 16, 8, 5, CENTRE)) == list(range(39, 44))
+    for first in range(42):
+        clip = read_video(path, 56, 16, 8, 4, Placement((first + 0.5) / 42))
+        assert numbers_shown(clip) == list(range(19 + first, 23 + first))
+    with pytest.raises(Unusable, match="shorter than 46 frames"):
+        read_video(path, 56, 16, 8, 46, CENTRE)
 
 
 def test_pictures_are_scaled_to_cover_and_cropped_where_asked(tmp_path: Path) -> None:
