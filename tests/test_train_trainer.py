@@ -31,7 +31,7 @@ from higen.schedule import alphas_cumprod
 from higen.tokenizer import PromptTokenizer, build_word_tokenizer, write_tokenizer
 from higen.train.batches import Batches
 from higen.train.checkpoints import Checkpoints
-from higen.train.data import IMAGE, VIDEO
+from higen.train.data import IMAGE, VIDEO, candidates
 from higen.train.latents import Encoded
 from higen.train.networks import spatial_names
 from higen.train.optimise import ema_decay, learning_rate
@@ -648,6 +648,34 @@ def test_a_log_takes_back_what_came_after_the_checkpoint(tmp_path: Path) -> None
     record.log(2, {"x": 0.1})
     record.close()
     assert (tmp_path / "losses.jsonl").read_text() == '{"step": 1, "x": 0.5}\n{"step": 2, "x": 0.1}\n'
+
+
+def test_files_skipped_before_a_resume_are_counted(tmp_path: Path, model: Path) -> None:
+    """A process that goes on reads other files: one clip a step of four, the broken one in the first step."""
+    folder = write_clips(tmp_path / "clips")
+    first = next(candidates(3, VIDEO, 0, 4))  # what the seed puts into the first step
+    names = ["clip0.webm", "clip1.webm", "clip2.webm", "clip3.mp4"]
+    (folder / "clip3.mp4").write_bytes((folder / "clip2.webm").read_bytes())
+    (folder / "clip3.txt").write_text("a star")
+    (folder / names[first]).write_bytes(b"nothing")
+
+    def settings(**changes: Any) -> Settings:
+        return make_settings(tmp_path, model, folder, run__steps=2, data__images=0, data__videos=1, **changes)
+
+    with trainer(settings()) as made:
+        made.start()
+        made.advance()
+        made.save()
+    file = tmp_path / "run" / "skipped.jsonl"
+    before = file.read_text()
+    for _ in range(2):  # one that goes on, and one that is at its end
+        said: list[str] = []
+        train(settings(), say=said.append)
+        assert said[-1] == f"1 file skipped (1 cannot be read); see {file}"
+        assert file.read_text() == before
+    (folder / names[first]).write_bytes((folder / names[first - 1]).read_bytes())
+    train(settings(), resume=False)
+    assert not file.exists()
 
 
 def test_a_folder_has_one_trainer(tmp_path: Path, model: Path, clips: Path) -> None:

@@ -199,11 +199,13 @@ class Trainer:
         """Save, write <output>/model, and report the files that were left out."""
         self.save()
         output = Path(self.settings.run.output, "model")
-        line = summary(self._all_skipped())
+        skipped = self._all_skipped()
+        if self._record is not None:
+            skipped = self._record.skipped(skipped)
         if self.accelerator.is_main_process:
             write_model(self.networks, self.optimiser.average, output, self.settings.run.weights, overwrite=True)
-            if line:
-                self._tell(f"{line}; see {Path(self.settings.run.output, 'skipped.jsonl')}")
+            if skipped:
+                self._tell(f"{summary(skipped)}; see {Path(self.settings.run.output, 'skipped.jsonl')}")
         self.accelerator.wait_for_everyone()
         return Bundle.open(output)
 
@@ -270,7 +272,7 @@ class Trainer:
         return bool(self.accelerator.reduce(flag, "sum") > 0)
 
     def _all_skipped(self) -> dict[str, str]:
-        """The files left out, by any process."""
+        """The files left out since the start of these processes, by any of them."""
         from accelerate.utils import gather_object
 
         own = dict(self.listing.skipped)
