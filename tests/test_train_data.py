@@ -78,7 +78,11 @@ def test_a_list_names_paths_and_captions(tmp_path: Path, suffix: str) -> None:
         ("l.csv", "", r"no column 'path' and no column 'caption'; it has none"),
         ("l.csv", "path,caption\na.mp4\n", r"line 2: an object with the texts 'path' and 'caption'"),
         ("l.csv", "path,caption\n", "no usable item$"),
-        ("l.csv", "path,caption\na.xyz,b\n", r"no usable item: 1 file skipped \(1 its suffix '.xyz' is unknown\)"),
+        (
+            "l.csv",
+            "path,caption\na.xyz,b\nb.txt,b\n",
+            r"no usable item: 2 files skipped \(1 its suffix '.xyz' is unknown, .*\); a.xyz: its suffix '.xyz' is",
+        ),
         ("l.jsonl", '{"path": "a.mp4"}\n', r"line 1: an object with the texts 'path' and 'caption'"),
         ("l.jsonl", '{"path": "a.mp4", "caption": 3}\n', "line 1"),
         ("l.jsonl", "[1]\n", "line 1"),
@@ -373,6 +377,9 @@ def test_a_data_set_of_unusable_files_is_one_error(tmp_path: Path, encoder: Enco
     folder = write_clips(tmp_path / "clips", fps=3)  # slower than the wanted 8
     with pytest.raises(SettingsError, match=r"no usable item for data\.videos: 3 files skipped \(3 slower than 8"):
         reader(folder, encoder).samples(VIDEO, 0, range(2))
+    (tmp_path / "absent.csv").write_text("path,caption\na.mp4,x\nb.mp4,x\nc.xyz,x\n")
+    with pytest.raises(SettingsError, match=r"data\.videos: 2 files skipped \(2 cannot .*\); a\.mp4: .*No such file"):
+        reader(tmp_path / "absent.csv", encoder).samples(VIDEO, 0, range(2))
     (tmp_path / "stills").mkdir()
     Image.new("RGB", (30, 20)).save(tmp_path / "stills" / "a.png")
     (tmp_path / "stills" / "a.txt").write_text("a")

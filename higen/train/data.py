@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from higen.errors import SettingsError
 from higen.train.media import IMAGES, VIDEOS
 
-__all__ = ["IMAGE", "VIDEO", "Item", "Listing", "candidates", "list_items", "summary"]
+__all__ = ["IMAGE", "VIDEO", "Item", "Listing", "candidates", "explained", "list_items", "summary"]
 
 IMAGE, VIDEO = 0, 1
 """Kinds of a batch; each has an order of its own."""
@@ -82,7 +82,7 @@ def list_items(path: str | os.PathLike[str]) -> Listing:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise SettingsError(f"data.path={str(source)!r}: cannot be read: {error}") from error
     if not listing.items:
-        raise SettingsError(f"data.path={str(source)!r}: no usable item{summary(listing.skipped, ': ')}")
+        raise SettingsError(f"data.path={str(source)!r}: no usable item{explained(listing.skipped)}")
     return listing
 
 
@@ -146,10 +146,17 @@ def candidates(seed: int, kind: int, position: int, count: int) -> Iterator[int]
         yield int(order[(place + shift) % count])
 
 
-def summary(skipped: Mapping[str, str], before: str = "") -> str:
-    """How many files were left out and why, as one line: "3 files skipped: 2 cannot be read, 1 shorter than ..."."""
+def summary(skipped: Mapping[str, str]) -> str:
+    """How many files were left out and why, as one line: "3 files skipped (2 cannot be read, 1 shorter than ...)"."""
     if not skipped:
         return ""
     reasons = Counter(reason.partition(":")[0] for reason in skipped.values())
     listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-    return f"{before}{len(skipped)} file{'s' if len(skipped) > 1 else ''} skipped ({listed})"
+    return f"{len(skipped)} file{'s' if len(skipped) > 1 else ''} skipped ({listed})"
+
+
+def explained(skipped: Mapping[str, str]) -> str:
+    """The same as the end of an error, with the whole reason of the first file."""
+    for name, reason in skipped.items():
+        return f": {summary(skipped)}; {name}: {reason}"
+    return ""
