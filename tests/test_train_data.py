@@ -76,16 +76,17 @@ def test_a_list_names_paths_and_captions(tmp_path: Path, suffix: str) -> None:
     [
         ("l.csv", "file,caption\na.mp4,x\n", r"no column 'path'; it has 'file', 'caption'"),
         ("l.csv", "", r"no column 'path' and no column 'caption'; it has none"),
-        ("l.csv", "path,caption\na.mp4\n", r"line 2: an object with the texts 'path' and 'caption'"),
+        ("l.csv", "path,caption\na.mp4\n", r"line 2: no 'caption'; it has 'path'$"),
         ("l.csv", "path,caption\n", "no usable item$"),
         (
             "l.csv",
             "path,caption\na.xyz,b\nb.txt,b\n",
             r"no usable item: 2 files skipped \(1 its suffix '.xyz' is unknown, .*\); a.xyz: its suffix '.xyz' is",
         ),
-        ("l.jsonl", '{"path": "a.mp4"}\n', r"line 1: an object with the texts 'path' and 'caption'"),
-        ("l.jsonl", '{"path": "a.mp4", "caption": 3}\n', "line 1"),
-        ("l.jsonl", "[1]\n", "line 1"),
+        ("l.jsonl", '{"path": "a.mp4", "text": "x"}\n', r"line 1: no 'caption'; it has 'path', 'text'$"),
+        ("l.jsonl", '{"path": "a.mp4", "caption": "x"}\n{}\n', r"line 2: no 'path'; it has nothing$"),
+        ("l.jsonl", '{"path": "a.mp4", "caption": 3}\n', r"line 1: caption=3: a text is wanted$"),
+        ("l.jsonl", "[1]\n", r"line 1: \[1\]: an object with the texts 'path' and 'caption' is wanted$"),
         ("l.jsonl", "{\n", "line 1: not JSON"),
         ("l.parquet", "x", r"a folder, or a \.jsonl or \.csv file"),
     ],
@@ -104,6 +105,19 @@ def test_a_folder_without_items_or_no_folder_is_one_error(tmp_path: Path) -> Non
     (tmp_path / "latin.csv").write_bytes(b"path,caption\na.mp4,\xe9\n")
     with pytest.raises(SettingsError, match="cannot be read"):
         list_items(tmp_path / "latin.csv")
+
+
+def test_a_caption_that_is_not_utf_8_costs_its_own_file(tmp_path: Path) -> None:
+    folder = write_clips(tmp_path / "clips")
+    (folder / "clip1.txt").write_bytes("un cœur rouge".encode("utf-16"))
+    (folder / "clip2.txt").unlink()
+    (folder / "clip2.txt").mkdir()
+    listing = list_items(folder)
+    assert [item.name for item in listing.items] == ["clip0.webm"]
+    assert listing.skipped == {
+        "clip1.webm": "its caption is not UTF-8",
+        "clip2.webm": "its caption cannot be read: Is a directory",
+    }
 
 
 def test_the_fingerprint_is_of_names_and_captions(tmp_path: Path) -> None:

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -90,10 +89,14 @@ def _folder_rows(folder: Path, listing: Listing) -> Iterator[tuple[str, str]]:
     for file in sorted(folder.rglob("*")):
         if file.suffix.lower() in (*VIDEOS, *IMAGES) and file.is_file():
             name, text = str(file.relative_to(folder)), file.with_suffix(".txt")
-            if text.is_file():
+            try:
                 yield name, text.read_text(encoding="utf-8").strip()
-            else:
+            except FileNotFoundError:
                 listing.skipped[name] = "no .txt with its caption beside it"
+            except UnicodeDecodeError:
+                listing.skipped[name] = "its caption is not UTF-8"
+            except OSError as error:
+                listing.skipped[name] = f"its caption cannot be read: {error.strerror}"
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[str, str]]:
@@ -119,11 +122,15 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, str]]:
 
 
 def _row(row: object, where: str) -> tuple[str, str]:
+    if not isinstance(row, Mapping):
+        raise SettingsError(f"{where}: {row!r}: an object with the texts 'path' and 'caption' is wanted")
+    there = {name: value for name, value in row.items() if isinstance(name, str) and value is not None}
     for name in ("path", "caption"):
-        if not isinstance(row, Mapping) or not isinstance(row.get(name), str):
-            raise SettingsError(f"{where}: an object with the texts 'path' and 'caption' is wanted")
-    found: Any = row
-    return found["path"], found["caption"].strip()
+        if name not in there:
+            raise SettingsError(f"{where}: no {name!r}; it has {', '.join(map(repr, there)) or 'nothing'}")
+        if not isinstance(there[name], str):
+            raise SettingsError(f"{where}: {name}={there[name]!r}: a text is wanted")
+    return there["path"], there["caption"].strip()
 
 
 _READERS = {".csv": _csv_rows, ".jsonl": _jsonl_rows}
