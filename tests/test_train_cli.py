@@ -22,6 +22,7 @@ from higen.video import Video
 def test_train_takes_a_file_or_a_recipe() -> None:
     shown = CliRunner().invoke(main, ["train", "--help"]).stdout
     assert "CONFIG.toml | RECIPE" in shown
+    assert "Train as the file CONFIG says.\n" in shown
     assert "--work" in CliRunner().invoke(main, ["train", "default", "--help"]).stdout
     assert "--fresh" in CliRunner().invoke(main, ["train", "some.toml", "--help"]).stdout
     assert CliRunner().invoke(main, ["train", "default"]).exit_code == 2  # --work is missing
@@ -55,6 +56,40 @@ def test_a_run_is_trained_and_exported(tmp_path: Path, tiny_model: Path) -> None
     result = CliRunner().invoke(main, ["train", str(config), "--export", str(tmp_path / "out")])
     assert result.exit_code == 0
     assert Bundle.open(tmp_path / "out").files == Bundle.open(tmp_path / "run" / "model").files
+
+
+@pytest.mark.parametrize(
+    ("minutes", "message"),
+    [
+        ("nan", "--codec-minutes=nan: a number of minutes, 0 or more"),
+        ("inf", "--codec-minutes=inf: a number of minutes, 0 or more"),
+        ("-1", "--codec-minutes=-1: a number of minutes, 0 or more"),
+        ("0", "--codec-minutes=0: more than 0, or --start with a model whose codec is to be kept"),
+    ],
+)
+def test_a_codec_that_would_stay_untrained_is_refused_before_any_work(
+    tmp_path: Path, minutes: str, message: str
+) -> None:
+    options = ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "model"), "--codec-minutes", minutes]
+    result = CliRunner().invoke(main, ["train", "default", *options])
+    assert (result.exit_code, result.stderr) == (2, f"SettingsError: {message}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_recipe_takes_no_time_for_a_codec_that_it_starts_from(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[object] = []
+
+    def run(*arguments: object) -> Bundle:
+        given.extend(arguments)
+        return Bundle.open(tiny_model)
+
+    monkeypatch.setattr("higen.train.recipes.default.run.run", run)
+    options = ["--work", "w", "--output", "o", "--codec-minutes", "0", "--start", str(tiny_model)]
+    result = CliRunner().invoke(main, ["train", "default", *options])
+    assert result.stdout == f"{tiny_model}\n", result.output  # where the model went
+    assert given == [Path("w"), Path("o"), None, 0.0, tiny_model, False]
 
 
 @pytest.fixture(scope="module")

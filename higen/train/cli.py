@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
 
 import click
 
+from higen.errors import SettingsError
 from higen.terminal import JSON, needs, reported
 
 __all__ = ["cues", "evaluate", "train"]
@@ -41,7 +43,10 @@ def train() -> None:
 )
 @click.option("--overwrite", is_flag=True, help="Replace the model directory of --export.")
 def from_config(config: Path, resume: bool | None, export: Path | None, overwrite: bool) -> None:
-    """Train as the file CONFIG says (its keys: higen/train/settings.py). May be launched by torchrun."""
+    """Train as the file CONFIG says.
+
+    Its keys: higen/train/settings.py. May be launched by torchrun.
+    """
     with reported(False):
         from higen.train.settings import read_settings
 
@@ -73,10 +78,14 @@ def from_recipe(
 ) -> None:
     """Train the built-in model, from the npm packages on."""
     with reported(False):
+        if not (math.isfinite(codec_minutes) and codec_minutes >= 0):
+            raise SettingsError(f"--codec-minutes={codec_minutes:g}: a number of minutes, 0 or more")
+        if codec_minutes == 0 and start is None:
+            raise SettingsError("--codec-minutes=0: more than 0, or --start with a model whose codec is to be kept")
         with needs("train", "higen train"):
             from higen.train.recipes.default.run import run
 
-        run(work, output, steps, codec_minutes, start, bf16)
+        click.echo(str(run(work, output, steps, codec_minutes, start, bf16).path))
 
 
 @click.command()
