@@ -112,6 +112,8 @@ def test_the_curves_show_where_a_video_moves(tiny_model: Path, video: Path) -> N
     assert len(measure(Bundle.open(tiny_model), video, fps=4, frames=3).appearance) == 3
     with pytest.raises(RequestError, match="shorter than 9 frames"):
         measure(Bundle.open(tiny_model), video, frames=9)
+    with pytest.raises(RequestError, match="fps=0: 1 or more frames a second"):
+        measure(Bundle.open(tiny_model), video, fps=0)
     with pytest.raises(RequestError, match="at least 2 frames"):
         measure(Bundle.open(tiny_model), video, frames=1)
 

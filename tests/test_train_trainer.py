@@ -442,7 +442,7 @@ def test_export_writes_the_averages_on_demand(tmp_path: Path, whole_run: Setting
     exported = load_file(export(half, tmp_path / "exported").path / files.UNET)
     final = load_file(Path(whole_run.run.output, "model", files.UNET))
     assert all(torch.equal(tensor, final[name].half()) for name, tensor in exported.items())
-    with pytest.raises(ModelError, match="exists already"):
+    with pytest.raises(ModelError, match="exists already; --overwrite"):
         export(whole_run, tmp_path / "exported")
     with pytest.raises(TrainingError, match="no checkpoint to export"):
         export(make_settings(tmp_path, model, clips), tmp_path / "again")
@@ -616,9 +616,12 @@ def test_the_largest_seed_serves(tmp_path: Path, model: Path, clips: Path) -> No
 def test_checkpoints_keep_the_last_and_name_a_broken_one(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
     assert checkpoints.load() is None
+    checkpoints.folder.mkdir()
+    (checkpoints.folder / "step-00000004.part").write_bytes(b"of a process that was killed")
     for step in (5, 10, 100):
         checkpoints.save(step, {"step": step, "x": torch.full((3,), float(step))})
     assert [p.name for p in checkpoints.paths()] == ["step-00000010.pt", "step-00000100.pt"]
+    assert sorted(checkpoints.folder.iterdir()) == checkpoints.paths()
     state = checkpoints.load()
     assert state is not None
     assert state["x"].tolist() == [100.0] * 3

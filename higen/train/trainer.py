@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from higen import bundle as files
 from higen.bundle import Bundle
 from higen.config import to_json
-from higen.errors import SettingsError, TrainingError
+from higen.errors import ModelError, SettingsError, TrainingError
 from higen.train.batches import Batch, Batches
 from higen.train.checkpoints import Checkpoints
 from higen.train.data import IMAGE, VIDEO, Listing, list_items, summary
@@ -72,6 +72,8 @@ def export(settings: Settings, output: Path, overwrite: bool = False) -> Bundle:
     state = Checkpoints(Path(settings.run.output, "checkpoints"), settings.run.keep).load()
     if state is None:
         raise TrainingError(f"{settings.run.output}: no checkpoint to export")
+    if os.path.lexists(output) and not overwrite:
+        raise ModelError(f"{output}: exists already; --overwrite replaces a model directory")
     listing = list_items(settings.data.path)
     networks = build(settings, (item.caption for item in listing.items))
     _check_same(state, settings, _identity(settings, networks, listing))
