@@ -103,6 +103,7 @@ def test_the_readme_shows_settings_that_its_commands_take(tmp_path: Path) -> Non
     file.write_text(text.partition("```toml\n")[2].partition("```")[0], encoding="utf-8")
     read = read_settings(file)
     assert read.run.sample_prompts == ("a whale splashing its tail",)
+    assert read.cues.appearance == "openclip"  # it fine-tunes the released model
     (processes,) = map(int, re.findall(r"torchrun --nproc-per-node (\d+) -m higen train train.toml", text))
     made = [shares(read, processes, index) for index in range(processes)]
     for kind, count in ((IMAGE, read.data.images), (VIDEO, read.data.videos)):
