@@ -52,7 +52,7 @@ def test_a_run_is_trained_and_exported(tmp_path: Path, tiny_model: Path) -> None
     assert CliRunner().invoke(main, ["train", str(config), "--resume"]).exit_code == 1
     result = CliRunner().invoke(main, ["train", str(config)])
     assert result.stdout.strip() == str(tmp_path / "run" / "model"), result.output
-    assert result.stderr.startswith("step 1 of 1: image ")
+    assert result.stderr.splitlines()[1].startswith("step 1 of 1: image ")
     result = CliRunner().invoke(main, ["train", str(config), "--export", str(tmp_path / "out")])
     assert result.exit_code == 0
     assert Bundle.open(tmp_path / "out").files == Bundle.open(tmp_path / "run" / "model").files
@@ -136,6 +136,8 @@ def test_cues_prints_plots_and_refuses(tmp_path: Path, tiny_model: Path, video: 
     result = CliRunner().invoke(main, [*options, "--plot", str(tmp_path / "plot.png")])
     assert result.exit_code == 0, result.output
     assert len(result.stdout.splitlines()) == 4 + 8
+    assert result.stderr.startswith("appearance is measured on the latents: if tiny learnt it with OpenCLIP")
+    assert result.stderr.count("\n") == 1
     with Image.open(tmp_path / "plot.png") as plot:
         assert plot.size == (640, 360)
         assert ((np.asarray(plot)[..., 2] > 150) & (np.asarray(plot)[..., 0] < 60)).sum() > 200  # the lines

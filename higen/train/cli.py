@@ -112,14 +112,18 @@ def cues(
 
         with needs("train", "higen cues"):
             from higen.train.curves import as_text, measure, save_plot
+            from higen.train.latents import other_likeness
 
+        opened = Bundle.open(model or default_model())
         curves = measure(
-            Bundle.open(model or default_model()),
+            opened,
             video,
             fps=fps,
             frames=frames,
             openclip=None if openclip is None else str(openclip),
         )
+        if line := other_likeness(opened.config, None if openclip is None else str(openclip)):
+            _say(line)
         if plot is not None:
             save_plot(curves, plot)
         click.echo(json.dumps(curves.as_json()) if as_json else as_text(curves))

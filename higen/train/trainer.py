@@ -26,7 +26,7 @@ from higen.errors import ModelError, SettingsError, TrainingError
 from higen.train.batches import Batch, Batches
 from higen.train.checkpoints import Checkpoints
 from higen.train.data import IMAGE, VIDEO, Listing, list_items, summary
-from higen.train.latents import LatentCache, OpenClip, tower_sha256
+from higen.train.latents import LatentCache, OpenClip, other_likeness, tower_sha256
 from higen.train.networks import Networks, Objective, build, spatial_names, write_model
 from higen.train.optimise import Optimiser
 from higen.train.processes import shares, start_processes, stop_signals
@@ -125,6 +125,8 @@ class Trainer:
             self._tell(f"going on after step {self.step} of {self.settings.run.steps}")
         elif resume:
             raise TrainingError(f"{self.checkpoints.folder}: no checkpoint to go on from")
+        elif self.settings.model.init and (line := other_likeness(self.networks.config, self.settings.cues.openclip)):
+            self._tell(line)
         if self.accelerator.is_main_process:
             self._record = Record(Path(self.settings.run.output), self.step, self.settings.run.tensorboard)
 
