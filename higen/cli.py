@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,7 +13,7 @@ from typing import Any
 
 import click
 
-from higen.terminal import JSON, Commands, reported
+from higen.terminal import JSON, Commands, needs, reported
 from higen.train.cli import cues, evaluate, train
 from higen.version import __version__
 
@@ -160,7 +162,8 @@ def convert(
 ) -> None:
     """Turn the released HiGen files into the model directory OUTPUT."""
     with reported(as_json):
-        from higen.convert import convert as run
+        with needs("torch", "higen convert"):
+            from higen.convert import convert as run
 
         with _bytes_bar(not as_json) as progress:
             bundle = run(
@@ -192,13 +195,30 @@ def _bytes_bar(wanted: bool) -> Iterator[Callable[[str, int, int], None]]:
 @MODEL
 @JSON
 def prompts(model: Path | None, as_json: bool) -> None:
-    """List prompts that a model draws well."""
+    """List prompts that a model draws well, and the words it knows."""
     with reported(as_json):
+        from higen import bundle as files
         from higen.api import default_model
         from higen.bundle import Bundle
+        from higen.tokenizer import PromptTokenizer
 
-        known = Bundle.open(model or default_model()).config.prompts
-        click.echo(json.dumps({"prompts": list(known)}) if as_json else "\n".join(known) or "The model lists none.")
+        opened = Bundle.open(model or default_model())
+        listed = list(opened.config.prompts)
+        words = PromptTokenizer.from_file(opened.file(files.TOKENIZER), opened.config.text).words()
+        if as_json:
+            click.echo(json.dumps({"prompts": listed, "words": words}))
+        else:
+            click.echo("\n".join(listed) or "The model lists none.")
+            click.echo(f"\n{_vocabulary(words)}")
+
+
+def _vocabulary(words: list[str] | None) -> str:
+    """The words, as wide as the terminal."""
+    if words is None:
+        return "It reads any word."
+    width = shutil.get_terminal_size().columns
+    lines = textwrap.wrap("  ".join(words), width, break_long_words=False, break_on_hyphens=False)
+    return "\n".join([f"It knows {len(words)} words, and no others:", *lines])
 
 
 @main.command()
@@ -223,7 +243,8 @@ def parity(directory: Path, only: str | None, as_json: bool) -> None:
     """Compare this installation with the reference's numbers in the fixture DIRECTORY."""
     failed = 0
     with reported(as_json):
-        from higen.parity import HEADER, line, run
+        with needs("torch", "higen parity"):
+            from higen.parity import HEADER, line, run
 
         cases = []
         if not as_json:

@@ -18,6 +18,7 @@ from higen.errors import (
     FallbackWarning,
     FixtureError,
     HigenError,
+    MissingExtra,
     ModelError,
     OutputError,
     PromptWarning,
@@ -25,9 +26,10 @@ from higen.errors import (
     SettingsError,
 )
 
-__all__ = ["JSON", "Commands", "reported"]
+__all__ = ["JSON", "Commands", "needs", "reported"]
 
 WRONG_INPUT = (RequestError, OutputError, ModelError, FixtureError, SettingsError)
+OPTIONAL = ("accelerate", "diffusers", "safetensors", "torch", "transformers")
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object, errors too.")
 
 
@@ -57,6 +59,17 @@ def reported(as_json: bool) -> Iterator[None]:
                 click.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
     if code:
         sys.exit(code)
+
+
+@contextmanager
+def needs(extra: str, command: str) -> Iterator[None]:
+    """Around the late imports of a command: raises MissingExtra where a package of `extra` is not installed."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if error.name not in OPTIONAL:
+            raise
+        raise MissingExtra(error.name, extra, command) from error
 
 
 class Commands(click.Group):

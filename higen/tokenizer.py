@@ -72,6 +72,13 @@ class PromptTokenizer:
         tokenizer.encode_special_tokens = True
         return cls(tokenizer, config)
 
+    def words(self) -> list[str] | None:
+        """Every word that a word-level tokenizer knows, sorted; None for one that reads any word in pieces."""
+        if not isinstance(self.tokenizer.model, models.WordLevel):
+            return None
+        special = {token.content for token in self.tokenizer.get_added_tokens_decoder().values()}
+        return sorted(self.tokenizer.get_vocab().keys() - special)
+
     def encode(self, prompts: Sequence[str]) -> NDArray[np.int64]:
         """Token ids of the prompts, int64 [B, L]: start, text, end, then `pad_id` up to `context_length`.
 
@@ -104,7 +111,7 @@ class PromptTokenizer:
         spans = [span for i, span in zip(encoding.ids, encoding.offsets, strict=True) if i == unknown]
         if spans:
             words = list(dict.fromkeys(text[start:end].lower() for start, end in spans))
-            _warn(f"this model does not know {_named(words)}; `higen prompts` lists prompts that it draws well")
+            _warn(f"this model does not know {_named(words)}; `higen prompts` lists the words it knows")
 
     def _warn_of_lost_words(self, text: str, encoding: Encoding) -> None:
         room = self.config.context_length - 2

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -16,9 +17,10 @@ import numpy as np
 import PIL.Image
 import pytest
 from click.testing import CliRunner, Result
-from conftest import TINY
+from conftest import TINY, WORDS
 
 import higen
+from higen import bundle as files
 from higen.api import default_model
 from higen.backends.select import Options, StageRouter, select_backend
 from higen.bundle import Bundle
@@ -26,6 +28,8 @@ from higen.cli import main
 from higen.errors import BackendUnavailable, FixtureError, TrainingError
 from higen.parity import Case
 from higen.stages import STAGES
+from higen.terminal import OPTIONAL
+from higen.tokenizer import build_clip_tokenizer, write_tokenizer
 from higen.video import Video
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -141,7 +145,7 @@ def test_our_warnings_are_lines_and_the_libraries_are_quiet(generate: Any, monke
     result = generate("a purple star", "-o", "star.gif")
     assert result.exit_code == 0
     assert result.stderr.splitlines() == [
-        "PromptWarning: this model does not know 'purple'; `higen prompts` lists prompts that it draws well"
+        "PromptWarning: this model does not know 'purple'; `higen prompts` lists the words it knows"
     ]
 
 
@@ -258,10 +262,50 @@ def test_a_real_sigint_stops_a_real_run(tiny_model: Path, tmp_path: Path) -> Non
 # The other commands
 
 
-def test_prompts(tiny_model: Path) -> None:
-    assert run("prompts", "--model", tiny_model).output.splitlines() == list(TINY.prompts)
-    assert json.loads(run("prompts", "--model", tiny_model, "--json").stdout) == {"prompts": list(TINY.prompts)}
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["train", "train.toml"], r"higen train needs the package 'torch': pip install 'higen\[train\]'"),
+        (["train", "default", "--work", "w", "--output", "o"], r"higen train needs .*'higen\[train\]'"),
+        (["cues", "video.mp4"], r"higen cues needs .*'higen\[train\]'"),
+        (["evaluate", "--data", "d", "--output", "o"], r"higen evaluate needs .*'higen\[train\]'"),
+        (["parity", "fixtures"], r"higen parity needs .*'higen\[torch\]'"),
+        (["convert", "m", "--denoiser", "d", "--text-encoder", "t", "--autoencoder", "a"], r"higen convert .*torch\]'"),
+    ],
+)
+def test_without_torch_one_line_names_the_extra(tmp_path: Path, arguments: list[str], message: str) -> None:
+    (tmp_path / "train.toml").write_text('[model]\ninit = "m"\n[data]\npath = "d"\n[run]\noutput = "r"\nsteps = 1\n')
+    core = f"import sys; sys.modules.update(dict.fromkeys({OPTIONAL})); from higen.cli import main; main({arguments})"
+    made = subprocess.run([sys.executable, "-c", core], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (made.returncode, made.stdout) == (1, "")
+    assert re.fullmatch(f"MissingExtra: {message}\n", made.stderr), made.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["train.toml"]
+
+
+def test_prompts_and_the_words_they_are_made_of(tiny_model: Path, tmp_path: Path, monkeypatch: Any) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    words = sorted(WORDS)
+    assert run("prompts", "--model", tiny_model).output.splitlines() == [
+        *TINY.prompts,
+        "",
+        "It knows 10 words, and no others:",
+        ",  a  beating  blue  green",
+        "heart  red  star  swimming",
+        "whale",
+    ]
+    found = json.loads(run("prompts", "--model", tiny_model, "--json").stdout)
+    assert found == {"prompts": list(TINY.prompts), "words": words}
     assert run("prompts", "--model", tiny_model.parent).exit_code == 2
+    shutil.copytree(tiny_model, tmp_path / "clip")
+    write_tokenizer(build_clip_tokenizer(), tmp_path / "clip" / files.TOKENIZER)
+    files.write_manifest(tmp_path / "clip", TINY)
+    assert run("prompts", "--model", tmp_path / "clip").output.splitlines() == [*TINY.prompts, "", "It reads any word."]
+    assert json.loads(run("prompts", "--model", tmp_path / "clip", "--json").stdout)["words"] is None
+
+
+def test_the_built_in_model_lists_speeds_and_stillness() -> None:
+    listed = run("prompts").output.split()
+    assert {"slowly", "quickly", "fast", "standing", "still", "whale"} <= set(listed)
 
 
 @pytest.mark.parametrize("arguments", [["--sed", "3"], ["--seed", "x"], []])

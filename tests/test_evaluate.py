@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import full_disk
 from numpy.typing import NDArray
 
 from higen.cli import main
@@ -438,9 +439,8 @@ def cli(*arguments: str | Path) -> Any:
     return CliRunner().invoke(main, ["evaluate", *map(str, arguments)], catch_exceptions=False)
 
 
-def test_the_command_prints_and_writes_what_it_measured(
-    real: RealClips, judges: Judges, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def stand_ins(real: RealClips, judges: Judges, monkeypatch: pytest.MonkeyPatch) -> None:
     """The built-in model's place is taken by one that makes the real clips; everything around it is the command's."""
     shots = [shot for shot in plan([0, 1], 1) if shot.kind in ("text", "motion") and shot.group == "held-out"]
     again = [shot for shot in shots if shot.kind == "text"]  # at most twelve worst clips, two of a subject
@@ -459,6 +459,10 @@ def test_the_command_prints_and_writes_what_it_measured(
     monkeypatch.setattr(f"{module}.Judges", lambda *given, **options: judges)
     monkeypatch.setattr(f"{module}.PipelineMaker", Maker)
     monkeypatch.setattr(RealClips, "read", lambda folder: real)
+
+
+@pytest.mark.usefixtures("stand_ins")
+def test_the_command_prints_and_writes_what_it_measured(tmp_path: Path) -> None:
     result = cli("--data", tmp_path, "--output", tmp_path / "out", "--seeds", "1", "--precision", "fp32", "--json")
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
@@ -470,6 +474,18 @@ def test_the_command_prints_and_writes_what_it_measured(
     assert written == {key: value for key, value in found.items() if key != "subjects"}
     assert (tmp_path / "out" / "worst.png").exists()
     assert np.float32(1e-40) * np.float32(1.0) > 0, "denormal numbers are flushed inside only"
+
+
+@pytest.mark.usefixtures("stand_ins")
+@pytest.mark.parametrize(("room", "there"), [(100, "clips.jsonl"), (40_000, "sheet.png")])
+def test_a_full_disk_is_one_error(tmp_path: Path, room: int, there: str) -> None:
+    """While clips are measured, and when the sheets are drawn."""
+    with full_disk(room):
+        result = cli("--data", tmp_path, "--output", tmp_path / "out", "--seeds", "1")
+    assert (result.exit_code, result.stdout) == (2, "")
+    assert result.stderr == f"OutputError: {tmp_path / 'out'}: cannot be written: File too large\n"
+    assert (tmp_path / "out" / there).exists()
+    assert not (tmp_path / "out" / "worst.png").exists()
 
 
 def test_a_folder_has_one_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from conftest import full_disk
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
@@ -272,15 +273,22 @@ def test_a_broken_network_is_made_again(tmp_path: Path, part: float) -> None:
 
 
 def test_two_processes_keep_a_network_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path, save = tmp_path / "line.pt", torch.save
+    path, write = tmp_path / "line.pt", Path.write_bytes
 
-    def interleaved(*given: Any) -> None:
-        save(*given)
+    def interleaved(*given: Any) -> int:
+        size = write(*given)
         with monkeypatch.context() as other:
-            other.setattr(torch, "save", save)
+            other.setattr(Path, "write_bytes", write)
             other.setattr(os, "getpid", lambda: -1)
             kept(path, {}, nn.Linear(1, 1), lambda network: network)
+        return size
 
-    monkeypatch.setattr(torch, "save", interleaved)
+    monkeypatch.setattr(Path, "write_bytes", interleaved)
     kept(path, {}, nn.Linear(1, 1), lambda network: network)
     assert [p.name for p in tmp_path.iterdir()] == ["line.pt"]
+
+
+def test_a_full_disk_under_a_network_is_the_systems_error(tmp_path: Path) -> None:
+    with full_disk(64), pytest.raises(OSError, match="File too large"):
+        kept(tmp_path / "line.pt", {}, nn.Linear(1, 1), lambda network: network)
+    assert list(tmp_path.iterdir()) == []

@@ -9,7 +9,7 @@ import torch
 from conftest import TINY
 from torch import Tensor, nn
 
-from higen.models.stage_modules import DenoisingStage, velocity
+from higen.models.stage_modules import DenoisingStage, precondition, velocity
 from higen.models.unet import UNet
 from higen.train.objective import diffuse, gain_loss, residual_square, residual_v_loss, v_target
 
@@ -123,3 +123,26 @@ def test_guidance_sees_one_gain_in_both_branches(parts: dict[str, Tensor]) -> No
     ]  # fmt: skip
     torch.testing.assert_close(found[0], found[1])
     torch.testing.assert_close(found[1], found[2])
+
+
+def test_under_autocast_the_gain_is_in_float32_and_still_learns(parts: dict[str, Tensor]) -> None:
+    torch.manual_seed(0)
+    unet, t = UNet(CONFIG), torch.tensor([300, 800])
+    assert unet.residual_gain is not None
+    nn.init.normal_(unet.residual_gain.weight, std=0.1)
+    seen: list[Tensor] = []
+    unet.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
+    context, embedding = parts["context"].bfloat16(), parts["embedding"].bfloat16()  # as autocast gives them
+    x = diffuse(parts["z"], parts["noise"], parts["alpha"], parts["sigma"])
+    with torch.no_grad():
+        wanted, *_ = precondition(
+            unet, x, parts["alpha"], parts["sigma"], context.float(), embedding.float(), parts["prior"]
+        )
+    with torch.autocast("cpu", torch.bfloat16):
+        residual_v_loss(
+            unet, parts["z"], parts["noise"], t, parts["alpha"], parts["sigma"], context, embedding, parts["prior"]
+        )
+        gain_loss(unet, context, embedding, residual_square(parts["z"], parts["prior"])).backward()
+    assert torch.equal(seen[0], wanted)
+    assert unet.residual_gain.weight.grad is not None
+    assert unet.residual_gain.weight.grad.any()

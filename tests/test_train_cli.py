@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from click.testing import CliRunner
 from PIL import Image
-from training_run import moving_square, write_clips, write_settings
+from training_run import moving_square, write_clips, write_counted, write_settings
 
 from higen.bundle import Bundle
 from higen.cli import main
@@ -22,6 +22,7 @@ from higen.video import Video
 def test_train_takes_a_file_or_a_recipe() -> None:
     shown = CliRunner().invoke(main, ["train", "--help"]).stdout
     assert "CONFIG.toml | RECIPE" in shown
+    assert "Train as the file CONFIG says.\n" in shown
     assert "--work" in CliRunner().invoke(main, ["train", "default", "--help"]).stdout
     assert "--fresh" in CliRunner().invoke(main, ["train", "some.toml", "--help"]).stdout
     assert CliRunner().invoke(main, ["train", "default"]).exit_code == 2  # --work is missing
@@ -51,10 +52,44 @@ def test_a_run_is_trained_and_exported(tmp_path: Path, tiny_model: Path) -> None
     assert CliRunner().invoke(main, ["train", str(config), "--resume"]).exit_code == 1
     result = CliRunner().invoke(main, ["train", str(config)])
     assert result.stdout.strip() == str(tmp_path / "run" / "model"), result.output
-    assert result.stderr.startswith("step 1 of 1: image ")
+    assert result.stderr.splitlines()[1].startswith("step 1 of 1: image ")
     result = CliRunner().invoke(main, ["train", str(config), "--export", str(tmp_path / "out")])
     assert result.exit_code == 0
     assert Bundle.open(tmp_path / "out").files == Bundle.open(tmp_path / "run" / "model").files
+
+
+@pytest.mark.parametrize(
+    ("minutes", "message"),
+    [
+        ("nan", "--codec-minutes=nan: a number of minutes, 0 or more"),
+        ("inf", "--codec-minutes=inf: a number of minutes, 0 or more"),
+        ("-1", "--codec-minutes=-1: a number of minutes, 0 or more"),
+        ("0", "--codec-minutes=0: more than 0, or --start with a model whose codec is to be kept"),
+    ],
+)
+def test_a_codec_that_would_stay_untrained_is_refused_before_any_work(
+    tmp_path: Path, minutes: str, message: str
+) -> None:
+    options = ["--work", str(tmp_path / "work"), "--output", str(tmp_path / "model"), "--codec-minutes", minutes]
+    result = CliRunner().invoke(main, ["train", "default", *options])
+    assert (result.exit_code, result.stderr) == (2, f"SettingsError: {message}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_recipe_takes_no_time_for_a_codec_that_it_starts_from(
+    tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[object] = []
+
+    def run(*arguments: object) -> Bundle:
+        given.extend(arguments)
+        return Bundle.open(tiny_model)
+
+    monkeypatch.setattr("higen.train.recipes.default.run.run", run)
+    options = ["--work", "w", "--output", "o", "--codec-minutes", "0", "--start", str(tiny_model)]
+    result = CliRunner().invoke(main, ["train", "default", *options])
+    assert result.stdout == f"{tiny_model}\n", result.output  # where the model went
+    assert given == [Path("w"), Path("o"), None, 0.0, tiny_model, False]
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +112,8 @@ def test_the_curves_show_where_a_video_moves(tiny_model: Path, video: Path) -> N
     assert len(measure(Bundle.open(tiny_model), video, fps=4, frames=3).appearance) == 3
     with pytest.raises(RequestError, match="shorter than 9 frames"):
         measure(Bundle.open(tiny_model), video, frames=9)
+    with pytest.raises(RequestError, match="fps=0: 1 or more frames a second"):
+        measure(Bundle.open(tiny_model), video, fps=0)
     with pytest.raises(RequestError, match="at least 2 frames"):
         measure(Bundle.open(tiny_model), video, frames=1)
 
@@ -99,6 +136,8 @@ def test_cues_prints_plots_and_refuses(tmp_path: Path, tiny_model: Path, video: 
     result = CliRunner().invoke(main, [*options, "--plot", str(tmp_path / "plot.png")])
     assert result.exit_code == 0, result.output
     assert len(result.stdout.splitlines()) == 4 + 8
+    assert result.stderr.startswith("appearance is measured on the latents: if tiny learnt it with OpenCLIP")
+    assert result.stderr.count("\n") == 1
     with Image.open(tmp_path / "plot.png") as plot:
         assert plot.size == (640, 360)
         assert ((np.asarray(plot)[..., 2] > 150) & (np.asarray(plot)[..., 0] < 60)).sum() > 200  # the lines
@@ -110,3 +149,11 @@ def test_cues_prints_plots_and_refuses(tmp_path: Path, tiny_model: Path, video: 
     assert refused.exit_code == 2
     assert refused.stderr.startswith("RequestError: ")
     assert refused.stderr.count("\n") == 1
+
+
+def test_cues_of_a_trimmed_video_are_those_of_what_it_shows(tmp_path: Path, tiny_model: Path) -> None:
+    options = ["--model", str(tiny_model), "--json"]
+    video = write_counted(tmp_path / "trimmed.mp4", frames=30, cut=17)
+    whole = CliRunner().invoke(main, ["cues", str(video), *options])
+    assert whole.exit_code == 0, whole.output
+    assert len(json.loads(whole.stdout)["appearance"]) == 13

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 from PIL import Image
-from training_run import MODEL, moving_square, write_clips, write_tower
+from training_run import MODEL, moving_square, numbers_shown, write_clips, write_counted, write_tower
 
 from higen import bundle as files
 from higen.errors import SettingsError, TrainingError
@@ -76,12 +76,17 @@ def test_a_list_names_paths_and_captions(tmp_path: Path, suffix: str) -> None:
     [
         ("l.csv", "file,caption\na.mp4,x\n", r"no column 'path'; it has 'file', 'caption'"),
         ("l.csv", "", r"no column 'path' and no column 'caption'; it has none"),
-        ("l.csv", "path,caption\na.mp4\n", r"line 2: an object with the texts 'path' and 'caption'"),
+        ("l.csv", "path,caption\na.mp4\n", r"line 2: no 'caption'; it has 'path'$"),
         ("l.csv", "path,caption\n", "no usable item$"),
-        ("l.csv", "path,caption\na.xyz,b\n", r"no usable item: 1 file skipped \(1 its suffix '.xyz' is unknown\)"),
-        ("l.jsonl", '{"path": "a.mp4"}\n', r"line 1: an object with the texts 'path' and 'caption'"),
-        ("l.jsonl", '{"path": "a.mp4", "caption": 3}\n', "line 1"),
-        ("l.jsonl", "[1]\n", "line 1"),
+        (
+            "l.csv",
+            "path,caption\na.xyz,b\nb.txt,b\n",
+            r"no usable item: 2 files skipped \(1 its suffix '.xyz' is unknown, .*\); a.xyz: its suffix '.xyz' is",
+        ),
+        ("l.jsonl", '{"path": "a.mp4", "text": "x"}\n', r"line 1: no 'caption'; it has 'path', 'text'$"),
+        ("l.jsonl", '{"path": "a.mp4", "caption": "x"}\n{}\n', r"line 2: no 'path'; it has nothing$"),
+        ("l.jsonl", '{"path": "a.mp4", "caption": 3}\n', r"line 1: caption=3: a text is wanted$"),
+        ("l.jsonl", "[1]\n", r"line 1: \[1\]: an object with the texts 'path' and 'caption' is wanted$"),
         ("l.jsonl", "{\n", "line 1: not JSON"),
         ("l.parquet", "x", r"a folder, or a \.jsonl or \.csv file"),
     ],
@@ -100,6 +105,19 @@ def test_a_folder_without_items_or_no_folder_is_one_error(tmp_path: Path) -> Non
     (tmp_path / "latin.csv").write_bytes(b"path,caption\na.mp4,\xe9\n")
     with pytest.raises(SettingsError, match="cannot be read"):
         list_items(tmp_path / "latin.csv")
+
+
+def test_a_caption_that_is_not_utf_8_costs_its_own_file(tmp_path: Path) -> None:
+    folder = write_clips(tmp_path / "clips")
+    (folder / "clip1.txt").write_bytes("un cœur rouge".encode("utf-16"))
+    (folder / "clip2.txt").unlink()
+    (folder / "clip2.txt").mkdir()
+    listing = list_items(folder)
+    assert [item.name for item in listing.items] == ["clip0.webm"]
+    assert listing.skipped == {
+        "clip1.webm": "its caption is not UTF-8",
+        "clip2.webm": "its caption cannot be read: Is a directory",
+    }
 
 
 def test_the_fingerprint_is_of_names_and_captions(tmp_path: Path) -> None:
@@ -172,21 +190,26 @@ def test_a_clip_is_cut_out_of_a_video(tmp_path: Path, suffix: str) -> None:
 @pytest.mark.parametrize("form", ["avi", "mp4", "m4v"])
 def test_every_start_is_found_where_frames_are_reordered(tmp_path: Path, form: str) -> None:
     """AVI and MPEG-4 part 2 in MP4 are indexed by decoding time, a bare stream not at all."""
-    numbers = np.arange(96)
-    bits = (numbers[:, None] >> np.arange(7)) & 1  # each frame shows its number as seven bars
-    path = tmp_path / f"counted.{form}"
-    with av.open(str(path), "w", format=form) as container:
-        stream = container.add_stream("mpeg4", rate=8)
-        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 56, 16, "yuv420p", 4_000_000
-        stream.gop_size, stream.max_b_frames = 12, 2
-        for row in bits.astype(np.uint8):
-            bars = np.broadcast_to(np.repeat(20 + 200 * row, 8)[None, :, None], (16, 56, 3))
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(bars))))
-        container.mux(stream.encode())
+    path = write_counted(tmp_path / f"counted.{form}")
     for first in range(93):
         clip = read_video(path, 56, 16, 8, 4, Placement((first + 0.5) / 93))
-        shown = clip.reshape(4, 16, 7, 8, 3).mean(axis=(1, 3, 4)) > 120
-        assert (shown @ (1 << np.arange(7))).tolist() == list(range(first, first + 4))
+        assert numbers_shown(clip) == list(range(first, first + 4))
+
+
+@pytest.mark.parametrize("form", ["mp4", "mov"])
+def test_what_was_trimmed_off_is_not_part_of_a_video(tmp_path: Path, form: str) -> None:
+    """An edit list starts at frame 19: those from the key frame before it are in the file, and hidden."""
+    path = write_counted(tmp_path / f"trimmed.{form}", frames=64, cut=19)
+    with av.open(str(path)) as container:
+        assert sum(packet.is_discard for packet in container.demux(video=0)) > 1
+    assert video_length(path, 8) == 45
+    assert numbers_shown(read_video(path, 56, 16, 8, 45, CENTRE)) == list(range(19, 64))
+    assert numbers_shown(read_video(path, 56, 16, 8, 5, CENTRE)) == list(range(39, 44))
+    for first in range(42):
+        clip = read_video(path, 56, 16, 8, 4, Placement((first + 0.5) / 42))
+        assert numbers_shown(clip) == list(range(19 + first, 23 + first))
+    with pytest.raises(Unusable, match="shorter than 46 frames"):
+        read_video(path, 56, 16, 8, 46, CENTRE)
 
 
 def test_pictures_are_scaled_to_cover_and_cropped_where_asked(tmp_path: Path) -> None:
@@ -368,6 +391,9 @@ def test_a_data_set_of_unusable_files_is_one_error(tmp_path: Path, encoder: Enco
     folder = write_clips(tmp_path / "clips", fps=3)  # slower than the wanted 8
     with pytest.raises(SettingsError, match=r"no usable item for data\.videos: 3 files skipped \(3 slower than 8"):
         reader(folder, encoder).samples(VIDEO, 0, range(2))
+    (tmp_path / "absent.csv").write_text("path,caption\na.mp4,x\nb.mp4,x\nc.xyz,x\n")
+    with pytest.raises(SettingsError, match=r"data\.videos: 2 files skipped \(2 cannot .*\); a\.mp4: .*No such file"):
+        reader(tmp_path / "absent.csv", encoder).samples(VIDEO, 0, range(2))
     (tmp_path / "stills").mkdir()
     Image.new("RGB", (30, 20)).save(tmp_path / "stills" / "a.png")
     (tmp_path / "stills" / "a.txt").write_text("a")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,8 @@ import pytest
 from training_run import as_toml, write_settings
 
 from higen.errors import SettingsError, TrainingError
+from higen.train.data import IMAGE, VIDEO
+from higen.train.processes import shares
 from higen.train.settings import FREE, Settings, difference, flat, read_settings
 
 
@@ -94,8 +97,14 @@ def test_the_difference_is_the_first_key_that_changes_what_is_learned(tmp_path: 
     assert set(FREE) <= set(flat(first))
 
 
-def test_the_readme_shows_settings_that_are_valid(tmp_path: Path) -> None:
+def test_the_readme_shows_settings_that_its_commands_take(tmp_path: Path) -> None:
     text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
     file = tmp_path / "train.toml"
     file.write_text(text.partition("```toml\n")[2].partition("```")[0], encoding="utf-8")
-    assert read_settings(file).run.sample_prompts == ("a whale splashing its tail",)
+    read = read_settings(file)
+    assert read.run.sample_prompts == ("a whale splashing its tail",)
+    assert read.cues.appearance == "openclip"  # it fine-tunes the released model
+    (processes,) = map(int, re.findall(r"torchrun --nproc-per-node (\d+) -m higen train train.toml", text))
+    made = [shares(read, processes, index) for index in range(processes)]
+    for kind, count in ((IMAGE, read.data.images), (VIDEO, read.data.videos)):
+        assert [sample for share in made for sample in share[kind]] == list(range(count))

@@ -31,7 +31,7 @@ from higen.schedule import alphas_cumprod
 from higen.tokenizer import PromptTokenizer, build_word_tokenizer, write_tokenizer
 from higen.train.batches import Batches
 from higen.train.checkpoints import Checkpoints
-from higen.train.data import IMAGE, VIDEO
+from higen.train.data import IMAGE, VIDEO, candidates
 from higen.train.latents import Encoded
 from higen.train.networks import spatial_names
 from higen.train.optimise import ema_decay, learning_rate
@@ -344,7 +344,8 @@ def test_a_run_goes_on_bit_for_bit(tmp_path: Path, model: Path, clips: Path, who
     said: list[str] = []
     train(settings, say=said.append)
     saved = stop // 2 * 2
-    assert said[0].startswith(f"going on after step {saved} of 6" if saved else "step 1 of 6")
+    assert said[not saved].startswith(f"going on after step {saved} of 6" if saved else "step 1 of 6")
+    assert said[0].startswith("appearance is measured on the latents: if tiny learnt it with OpenCLIP") == (not saved)
     assert losses(settings) == losses(whole_run)
     ours, theirs = (Path(s.run.output, "model", files.UNET).read_bytes() for s in (settings, whole_run))
     assert ours == theirs
@@ -367,7 +368,7 @@ def test_fresh_starts_anew_and_resume_demands_a_checkpoint(tmp_path: Path, model
     train(settings, resume=True, say=said.append)
     assert said == ["going on after step 2 of 2"]
     train(settings, resume=False, say=said.append)
-    assert said[1].startswith("step 1 of 2")
+    assert said[2].startswith("step 1 of 2")
     assert [line["step"] for line in losses(settings)] == [1, 2]
 
 
@@ -442,7 +443,7 @@ def test_export_writes_the_averages_on_demand(tmp_path: Path, whole_run: Setting
     exported = load_file(export(half, tmp_path / "exported").path / files.UNET)
     final = load_file(Path(whole_run.run.output, "model", files.UNET))
     assert all(torch.equal(tensor, final[name].half()) for name, tensor in exported.items())
-    with pytest.raises(ModelError, match="exists already"):
+    with pytest.raises(ModelError, match="exists already; --overwrite"):
         export(whole_run, tmp_path / "exported")
     with pytest.raises(TrainingError, match="no checkpoint to export"):
         export(make_settings(tmp_path, model, clips), tmp_path / "again")
@@ -616,9 +617,12 @@ def test_the_largest_seed_serves(tmp_path: Path, model: Path, clips: Path) -> No
 def test_checkpoints_keep_the_last_and_name_a_broken_one(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path / "checkpoints", keep=2)
     assert checkpoints.load() is None
+    checkpoints.folder.mkdir()
+    (checkpoints.folder / "step-00000004.part").write_bytes(b"of a process that was killed")
     for step in (5, 10, 100):
         checkpoints.save(step, {"step": step, "x": torch.full((3,), float(step))})
     assert [p.name for p in checkpoints.paths()] == ["step-00000010.pt", "step-00000100.pt"]
+    assert sorted(checkpoints.folder.iterdir()) == checkpoints.paths()
     state = checkpoints.load()
     assert state is not None
     assert state["x"].tolist() == [100.0] * 3
@@ -648,6 +652,34 @@ def test_a_log_takes_back_what_came_after_the_checkpoint(tmp_path: Path) -> None
     record.log(2, {"x": 0.1})
     record.close()
     assert (tmp_path / "losses.jsonl").read_text() == '{"step": 1, "x": 0.5}\n{"step": 2, "x": 0.1}\n'
+
+
+def test_files_skipped_before_a_resume_are_counted(tmp_path: Path, model: Path) -> None:
+    """A process that goes on reads other files: one clip a step of four, the broken one in the first step."""
+    folder = write_clips(tmp_path / "clips")
+    first = next(candidates(3, VIDEO, 0, 4))  # what the seed puts into the first step
+    names = ["clip0.webm", "clip1.webm", "clip2.webm", "clip3.mp4"]
+    (folder / "clip3.mp4").write_bytes((folder / "clip2.webm").read_bytes())
+    (folder / "clip3.txt").write_text("a star")
+    (folder / names[first]).write_bytes(b"nothing")
+
+    def settings(**changes: Any) -> Settings:
+        return make_settings(tmp_path, model, folder, run__steps=2, data__images=0, data__videos=1, **changes)
+
+    with trainer(settings()) as made:
+        made.start()
+        made.advance()
+        made.save()
+    file = tmp_path / "run" / "skipped.jsonl"
+    before = file.read_text()
+    for _ in range(2):  # one that goes on, and one that is at its end
+        said: list[str] = []
+        train(settings(), say=said.append)
+        assert said[-1] == f"1 file skipped (1 cannot be read); see {file}"
+        assert file.read_text() == before
+    (folder / names[first]).write_bytes((folder / names[first - 1]).read_bytes())
+    train(settings(), resume=False)
+    assert not file.exists()
 
 
 def test_a_folder_has_one_trainer(tmp_path: Path, model: Path, clips: Path) -> None:

@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import av
 import numpy as np
 import torch
 from conftest import TINY
@@ -26,6 +27,34 @@ def moving_square(shade: int, frames: int = 6, height: int = 20, width: int = 28
     for i in range(frames):
         clip[i, 4:12, 2 * i : 2 * i + 8] = (255, 60, 0)
     return clip
+
+
+def write_counted(path: Path, frames: int = 96, cut: int = 0) -> Path:
+    """A video at 8 frames a second whose frames show their number as seven bars, with a key frame every second or so.
+
+    `cut`: the first frames are cut off as `ffmpeg -ss ... -c copy` does; where a key frame comes before, MP4 keeps what
+    it needs and hides it with an edit list.
+    """
+    bits = (np.arange(frames)[:, None] >> np.arange(7)) & 1
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("mpeg4", rate=8)
+        stream.width, stream.height, stream.pix_fmt, stream.bit_rate = 56, 16, "yuv420p", 4_000_000
+        stream.gop_size, stream.max_b_frames = 12, 2
+        packets = []
+        for row in bits.astype(np.uint8):
+            bars = np.broadcast_to(np.repeat(20 + 200 * row, 8)[None, :, None], (16, 56, 3))
+            packets += stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(bars)))
+        for packet in [*packets, *stream.encode()]:
+            shift = round(cut / (8 * packet.time_base))
+            packet.pts, packet.dts = packet.pts - shift, packet.dts - shift
+            container.mux(packet)
+    return path
+
+
+def numbers_shown(clip: NDArray[np.uint8]) -> list[int]:
+    """The numbers of the frames of a clip of `write_counted`, [F,16,56,3]."""
+    shown = clip.reshape(len(clip), 16, 7, 8, 3).mean(axis=(1, 3, 4)) > 120
+    return (shown @ (1 << np.arange(7))).tolist()
 
 
 def write_clips(folder: Path, captions: tuple[str, ...] = CAPTIONS, fps: float = 8) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import math
 import os
@@ -102,7 +103,7 @@ def fit(
 def kept(path: Path, key: Mapping[str, Any], network: Network, make: Callable[[Network], Network]) -> Network:
     """`network` with the weights in `path` if they were made for this `key`; otherwise made, and kept there.
 
-    A broken file is made again.
+    A broken file is made again. Raises OSError where the file cannot be written.
     """
     mark = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
     weights = _read(path, mark)
@@ -111,8 +112,10 @@ def kept(path: Path, key: Mapping[str, Any], network: Network, make: Callable[[N
         return network.eval().requires_grad_(False)
     made = make(network)
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    content = io.BytesIO()  # torch's own writer hides the system's error
+    torch.save({"key": mark, "network": made.state_dict()}, content)
     try:
-        torch.save({"key": mark, "network": made.state_dict()}, temporary)
+        temporary.write_bytes(content.getbuffer())
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

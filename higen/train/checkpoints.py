@@ -57,6 +57,8 @@ class Checkpoints:
             raise TrainingError(f"{path} cannot be written: {reason(error)}; {kept}") from error
         for old in self.paths()[: -self.keep]:
             old.unlink()
+        for killed in self.folder.glob("step-*.part"):  # a process was killed while it wrote
+            killed.unlink()
         return path
 
     def load(self) -> dict[str, Any] | None:

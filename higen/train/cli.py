@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 from pathlib import Path
 
 import click
 
-from higen.terminal import JSON, reported
+from higen.errors import SettingsError
+from higen.terminal import JSON, needs, reported
 
 __all__ = ["cues", "evaluate", "train"]
 
@@ -41,12 +43,16 @@ def train() -> None:
 )
 @click.option("--overwrite", is_flag=True, help="Replace the model directory of --export.")
 def from_config(config: Path, resume: bool | None, export: Path | None, overwrite: bool) -> None:
-    """Train as the file CONFIG says (its keys: higen/train/settings.py). May be launched by torchrun."""
+    """Train as the file CONFIG says.
+
+    Its keys: higen/train/settings.py. May be launched by torchrun.
+    """
     with reported(False):
         from higen.train.settings import read_settings
 
         settings = read_settings(config)
-        from higen.train import trainer
+        with needs("train", "higen train"):
+            from higen.train import trainer
 
         if export is None:
             bundle = trainer.train(settings, resume=resume, say=_say, progress=sys.stderr.isatty())
@@ -72,9 +78,14 @@ def from_recipe(
 ) -> None:
     """Train the built-in model, from the npm packages on."""
     with reported(False):
-        from higen.train.recipes.default.run import run
+        if not (math.isfinite(codec_minutes) and codec_minutes >= 0):
+            raise SettingsError(f"--codec-minutes={codec_minutes:g}: a number of minutes, 0 or more")
+        if codec_minutes == 0 and start is None:
+            raise SettingsError("--codec-minutes=0: more than 0, or --start with a model whose codec is to be kept")
+        with needs("train", "higen train"):
+            from higen.train.recipes.default.run import run
 
-        run(work, output, steps, codec_minutes, start, bf16)
+        click.echo(str(run(work, output, steps, codec_minutes, start, bf16).path))
 
 
 @click.command()
@@ -98,15 +109,21 @@ def cues(
     with reported(as_json):
         from higen.api import default_model
         from higen.bundle import Bundle
-        from higen.train.curves import as_text, measure, save_plot
 
+        with needs("train", "higen cues"):
+            from higen.train.curves import as_text, measure, save_plot
+            from higen.train.latents import other_likeness
+
+        opened = Bundle.open(model or default_model())
         curves = measure(
-            Bundle.open(model or default_model()),
+            opened,
             video,
             fps=fps,
             frames=frames,
             openclip=None if openclip is None else str(openclip),
         )
+        if line := other_likeness(opened.config, None if openclip is None else str(openclip)):
+            _say(line)
         if plot is not None:
             save_plot(curves, plot)
         click.echo(json.dumps(curves.as_json()) if as_json else as_text(curves))
@@ -138,7 +155,8 @@ def evaluate(
     What is sampled and what the figures mean: higen/train/recipes/default/evaluate.py.
     """
     with reported(as_json):
-        from higen.train.recipes.default.measure import measure
+        with needs("train", "higen evaluate"):
+            from higen.train.recipes.default.measure import measure
 
         found, text = measure(
             model,

@@ -54,11 +54,13 @@ def measure(
     Raises RequestError for a video that cannot be read or is too short.
     """
     config = bundle.config
-    rate, size = fps or config.defaults.fps, config.defaults
+    rate, size = config.defaults.fps if fps is None else fps, config.defaults
+    if rate < 1:
+        raise RequestError(f"fps={rate}: 1 or more frames a second")
     try:
         length = min(video_length(video, rate), config.max_frames) if frames is None else frames
-        if length < 2 or rate < 1:
-            raise RequestError(f"{video}: {length} frames at {rate} a second: at least 2 frames, at 1 or more a second")
+        if length < 2:
+            raise RequestError(f"{video}: {length} frames at {rate} a second: at least 2 frames")
         pixels = read_video(video, size.width, size.height, rate, length, Placement())
     except Unusable as error:
         raise RequestError(f"{video}: {error}") from error

@@ -14,7 +14,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +21,7 @@ from numpy.typing import NDArray
 from higen.errors import SettingsError
 from higen.train.media import IMAGES, VIDEOS
 
-__all__ = ["IMAGE", "VIDEO", "Item", "Listing", "candidates", "list_items", "summary"]
+__all__ = ["IMAGE", "VIDEO", "Item", "Listing", "candidates", "explained", "list_items", "summary"]
 
 IMAGE, VIDEO = 0, 1
 """Kinds of a batch; each has an order of its own."""
@@ -82,7 +81,7 @@ def list_items(path: str | os.PathLike[str]) -> Listing:
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise SettingsError(f"data.path={str(source)!r}: cannot be read: {error}") from error
     if not listing.items:
-        raise SettingsError(f"data.path={str(source)!r}: no usable item{summary(listing.skipped, ': ')}")
+        raise SettingsError(f"data.path={str(source)!r}: no usable item{explained(listing.skipped)}")
     return listing
 
 
@@ -90,10 +89,14 @@ def _folder_rows(folder: Path, listing: Listing) -> Iterator[tuple[str, str]]:
     for file in sorted(folder.rglob("*")):
         if file.suffix.lower() in (*VIDEOS, *IMAGES) and file.is_file():
             name, text = str(file.relative_to(folder)), file.with_suffix(".txt")
-            if text.is_file():
+            try:
                 yield name, text.read_text(encoding="utf-8").strip()
-            else:
+            except FileNotFoundError:
                 listing.skipped[name] = "no .txt with its caption beside it"
+            except UnicodeDecodeError:
+                listing.skipped[name] = "its caption is not UTF-8"
+            except OSError as error:
+                listing.skipped[name] = f"its caption cannot be read: {error.strerror}"
 
 
 def _csv_rows(file: Path) -> Iterator[tuple[str, str]]:
@@ -119,11 +122,15 @@ def _jsonl_rows(file: Path) -> Iterator[tuple[str, str]]:
 
 
 def _row(row: object, where: str) -> tuple[str, str]:
+    if not isinstance(row, Mapping):
+        raise SettingsError(f"{where}: {row!r}: an object with the texts 'path' and 'caption' is wanted")
+    there = {name: value for name, value in row.items() if isinstance(name, str) and value is not None}
     for name in ("path", "caption"):
-        if not isinstance(row, Mapping) or not isinstance(row.get(name), str):
-            raise SettingsError(f"{where}: an object with the texts 'path' and 'caption' is wanted")
-    found: Any = row
-    return found["path"], found["caption"].strip()
+        if name not in there:
+            raise SettingsError(f"{where}: no {name!r}; it has {', '.join(map(repr, there)) or 'nothing'}")
+        if not isinstance(there[name], str):
+            raise SettingsError(f"{where}: {name}={there[name]!r}: a text is wanted")
+    return there["path"], there["caption"].strip()
 
 
 _READERS = {".csv": _csv_rows, ".jsonl": _jsonl_rows}
@@ -146,10 +153,17 @@ def candidates(seed: int, kind: int, position: int, count: int) -> Iterator[int]
         yield int(order[(place + shift) % count])
 
 
-def summary(skipped: Mapping[str, str], before: str = "") -> str:
-    """How many files were left out and why, as one line: "3 files skipped: 2 cannot be read, 1 shorter than ..."."""
+def summary(skipped: Mapping[str, str]) -> str:
+    """How many files were left out and why, as one line: "3 files skipped (2 cannot be read, 1 shorter than ...)"."""
     if not skipped:
         return ""
     reasons = Counter(reason.partition(":")[0] for reason in skipped.values())
     listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-    return f"{before}{len(skipped)} file{'s' if len(skipped) > 1 else ''} skipped ({listed})"
+    return f"{len(skipped)} file{'s' if len(skipped) > 1 else ''} skipped ({listed})"
+
+
+def explained(skipped: Mapping[str, str]) -> str:
+    """The same as the end of an error, with the whole reason of the first file."""
+    for name, reason in skipped.items():
+        return f": {summary(skipped)}; {name}: {reason}"
+    return ""

@@ -20,10 +20,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from higen.bundle import sha256
+from higen.config import ModelConfig
 from higen.errors import MissingExtra, SettingsError, TrainingError
 from higen.models.stage_modules import EncoderStage
 
-__all__ = ["Encoded", "FrameEncoder", "LatentCache", "OpenClip", "encode", "to_pixels", "tower_sha256"]
+__all__ = [
+    "Encoded",
+    "FrameEncoder",
+    "LatentCache",
+    "OpenClip",
+    "encode",
+    "other_likeness",
+    "to_pixels",
+    "tower_sha256",
+]
 
 CHUNK = 8
 """Frames encoded at a time."""
@@ -53,6 +63,16 @@ class FrameEncoder(Protocol):
     def __call__(self, pixels: Tensor) -> Tensor:
         """Pixels [F,3,Y,X] in -1 to 1 to features [F,D]."""
         ...
+
+
+def other_likeness(config: ModelConfig, openclip: str | None) -> str | None:
+    """A line for who measures the appearance of a model that has a factor for it by the latents; None: all is well."""
+    if openclip is not None or config.defaults.appearance is None:
+        return None
+    return (
+        f"appearance is measured on the latents: if {config.name} learnt it with OpenCLIP, as the released model did, "
+        "its factor means something else; give the tower's folder as openclip"
+    )
 
 
 class OpenClip:

@@ -140,7 +140,8 @@ def _frame_times(path: Path) -> NDArray[np.float64]:
 
     with av.open(str(path)) as container:
         stream = _video_stream(container)
-        packets = [p for p in container.demux(stream) if p.size]
+        # What an edit list cuts off (a trimmed MP4) is decoded and not shown.
+        packets = [p for p in container.demux(stream) if p.size and not p.is_discard]
         if not packets:
             raise Unusable("cannot be read: no frame in it")
         stamps = [p.pts for p in packets]

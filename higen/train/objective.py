@@ -56,9 +56,11 @@ def residual_v_loss(
     x' = alpha' r + sigma' noise with alpha' = alpha g c and sigma' = sigma c, so v' = alpha' noise - sigma' r: every
     frame counts the same whatever its motion, because r has unit variance. The gain is trained by `gain_loss` alone.
     """
-    with torch.no_grad():
+    # In float32, as at inference. Under autocast, older versions of torch would also keep the gain's weights, cast here
+    # without a gradient, for `gain_loss`, which then trains nothing.
+    with torch.no_grad(), torch.autocast(x0.device.type, enabled=False):
         x = diffuse(x0, noise, alpha, sigma)
-        entered, g, c = precondition(unet, x, alpha, sigma, context, frame_embedding, prior)
+        entered, g, c = precondition(unet, x, alpha, sigma, context.float(), frame_embedding.float(), prior)
         residual = (x0 - prior[:, :, None]) / g
         target = _column(alpha) * g * c * noise - _column(sigma) * c * residual
     return (unet(entered, t, context, frame_embedding, prior) - target).pow(2).mean(dim=(1, 2, 3, 4))

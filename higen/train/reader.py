@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from higen.errors import SettingsError
 from higen.models.stage_modules import EncoderStage
-from higen.train.data import IMAGE, VIDEO, Item, Listing, candidates, summary
+from higen.train.data import IMAGE, VIDEO, Item, Listing, candidates, explained
 from higen.train.latents import Encoded, FrameEncoder, LatentCache, encode
 from higen.train.media import Damaged, Placement, Unusable, read_image, read_video
 
@@ -114,7 +114,8 @@ class Reader:
                 self._unusable.add(here if isinstance(error, Damaged) else anywhere)
                 self.listing.skipped[item.name] = str(error)
         name = "videos" if kind == VIDEO else "images"
-        raise SettingsError(f"data.path: no usable item for data.{name}{summary(dict(self.listing.skipped), ': ')}")
+        skipped = {item.name: self.listing.skipped[item.name] for item in items if item.name in self.listing.skipped}
+        raise SettingsError(f"data.path: no usable item for data.{name}{explained(skipped)}")
 
     def _placement(self, kind: int, step: int, index: int) -> Placement:
         start, x, y = np.random.default_rng([self.seed, kind, step, index]).random(3)

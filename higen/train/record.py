@@ -55,7 +55,7 @@ class Record:
     """The logs of a run in its folder. Raises OSError where they cannot be written."""
 
     def __init__(self, folder: Path, step: int, tensorboard: bool | None) -> None:
-        """Go on at `step`: what was logged after it, before a kill, is taken back.
+        """Go on at `step` (0: a new run): what was logged after it, before a kill, is taken back.
 
         tensorboard: True (MissingExtra if it is not installed), False, None (where it is installed).
         """
@@ -66,6 +66,7 @@ class Record:
         temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         temporary.replace(path)
         self._file = path.open("a", encoding="utf-8")
+        self._skipped = self._skipped_before(step)
         self._board = _summary_writer(folder / "tensorboard", step, tensorboard)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
@@ -76,13 +77,25 @@ class Record:
             for name, value in values.items():
                 self._board.add_scalar(name, value, step)
 
-    def skipped(self, reasons: Mapping[str, str]) -> None:
-        """Write which files were left out, and why, to skipped.jsonl."""
-        if reasons:
-            text = "".join(json.dumps({"file": name, "reason": why}) + "\n" for name, why in sorted(reasons.items()))
+    def skipped(self, reasons: Mapping[str, str]) -> dict[str, str]:
+        """Write which files were left out, and why, to skipped.jsonl; returns all of them, those of before too."""
+        self._skipped |= reasons
+        if self._skipped:
+            rows = ({"file": name, "reason": why} for name, why in sorted(self._skipped.items()))
             temporary = self.folder / "skipped.part"
-            temporary.write_text(text, encoding="utf-8")
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
             temporary.replace(self.folder / "skipped.jsonl")
+        return dict(self._skipped)
+
+    def _skipped_before(self, step: int) -> dict[str, str]:
+        """What skipped.jsonl holds of a run that goes on: a process does not read every file again."""
+        file = self.folder / "skipped.jsonl"
+        if not step:
+            file.unlink(missing_ok=True)
+        if not file.exists():
+            return {}
+        rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+        return {row["file"]: row["reason"] for row in rows}
 
     def close(self) -> None:
         """Close the files."""

@@ -3,7 +3,7 @@
 Step n draws random numbers of its own (seed, n) and its samples are a function of (seed, n) alone, so a run that was
 killed goes on as if it had never stopped, and N processes see the batches that one would.
 
-    torchrun --nproc-per-node 8 -m higen train CONFIG.toml
+    torchrun --nproc-per-node 4 -m higen train CONFIG.toml
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from torch import Tensor, nn
 from higen import bundle as files
 from higen.bundle import Bundle
 from higen.config import to_json
-from higen.errors import SettingsError, TrainingError
+from higen.errors import ModelError, SettingsError, TrainingError
 from higen.train.batches import Batch, Batches
 from higen.train.checkpoints import Checkpoints
 from higen.train.data import IMAGE, VIDEO, Listing, list_items, summary
-from higen.train.latents import LatentCache, OpenClip, tower_sha256
+from higen.train.latents import LatentCache, OpenClip, other_likeness, tower_sha256
 from higen.train.networks import Networks, Objective, build, spatial_names, write_model
 from higen.train.optimise import Optimiser
 from higen.train.processes import shares, start_processes, stop_signals
@@ -72,6 +72,8 @@ def export(settings: Settings, output: Path, overwrite: bool = False) -> Bundle:
     state = Checkpoints(Path(settings.run.output, "checkpoints"), settings.run.keep).load()
     if state is None:
         raise TrainingError(f"{settings.run.output}: no checkpoint to export")
+    if os.path.lexists(output) and not overwrite:
+        raise ModelError(f"{output}: exists already; --overwrite replaces a model directory")
     listing = list_items(settings.data.path)
     networks = build(settings, (item.caption for item in listing.items))
     _check_same(state, settings, _identity(settings, networks, listing))
@@ -123,6 +125,8 @@ class Trainer:
             self._tell(f"going on after step {self.step} of {self.settings.run.steps}")
         elif resume:
             raise TrainingError(f"{self.checkpoints.folder}: no checkpoint to go on from")
+        elif self.settings.model.init and (line := other_likeness(self.networks.config, self.settings.cues.openclip)):
+            self._tell(line)
         if self.accelerator.is_main_process:
             self._record = Record(Path(self.settings.run.output), self.step, self.settings.run.tensorboard)
 
@@ -199,11 +203,13 @@ class Trainer:
         """Save, write <output>/model, and report the files that were left out."""
         self.save()
         output = Path(self.settings.run.output, "model")
-        line = summary(self._all_skipped())
+        skipped = self._all_skipped()
+        if self._record is not None:
+            skipped = self._record.skipped(skipped)
         if self.accelerator.is_main_process:
             write_model(self.networks, self.optimiser.average, output, self.settings.run.weights, overwrite=True)
-            if line:
-                self._tell(f"{line}; see {Path(self.settings.run.output, 'skipped.jsonl')}")
+            if skipped:
+                self._tell(f"{summary(skipped)}; see {Path(self.settings.run.output, 'skipped.jsonl')}")
         self.accelerator.wait_for_everyone()
         return Bundle.open(output)
 
@@ -270,7 +276,7 @@ class Trainer:
         return bool(self.accelerator.reduce(flag, "sum") > 0)
 
     def _all_skipped(self) -> dict[str, str]:
-        """The files left out, by any process."""
+        """The files left out since the start of these processes, by any of them."""
         from accelerate.utils import gather_object
 
         own = dict(self.listing.skipped)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +65,11 @@ def measure(
             real = RealClips.read(data)
         except (OSError, RuntimeError) as error:
             raise TrainingError(f"{data}: {error}") from error
-        with flushed_denormals(), load(bundle.path, backend, precision=precision) as pipeline:
+        with (
+            flushed_denormals(),
+            load(bundle.path, backend, precision=precision) as pipeline,
+            _writing(output),
+        ):
             make, judges = PipelineMaker(pipeline), Judges(real, judged, shown=shown)
             measured = {
                 "name": bundle.config.name,
@@ -77,3 +83,12 @@ def measure(
             result.measures["model"] = measured | {"subjects": len(subjects), "seeds": seeds, "quick": quick}
             write(result, real, make, output)
     return result.measures, as_text(result.measures)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """A full disk is one error. What was measured so far stays: the same command goes on."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written: {error.strerror or error}") from error
