@@ -73,11 +73,12 @@ class PromptTokenizer:
         return cls(tokenizer, config)
 
     def words(self) -> list[str] | None:
-        """Every word that a word-level tokenizer knows, sorted; None for one that reads any word in pieces."""
+        """Every word (no punctuation) that a word-level tokenizer knows, sorted; None for one that reads any word in
+        pieces."""
         if not isinstance(self.tokenizer.model, models.WordLevel):
             return None
         special = {token.content for token in self.tokenizer.get_added_tokens_decoder().values()}
-        return sorted(self.tokenizer.get_vocab().keys() - special)
+        return sorted(word for word in self.tokenizer.get_vocab().keys() - special if any(map(str.isalnum, word)))
 
     def encode(self, prompts: Sequence[str]) -> NDArray[np.int64]:
         """Token ids of the prompts, int64 [B, L]: start, text, end, then `pad_id` up to `context_length`.

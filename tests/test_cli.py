@@ -284,14 +284,13 @@ def test_without_torch_one_line_names_the_extra(tmp_path: Path, arguments: list[
 
 def test_prompts_and_the_words_they_are_made_of(tiny_model: Path, tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.setenv("COLUMNS", "30")
-    words = sorted(WORDS)
+    words = sorted(set(WORDS) - {","})
     assert run("prompts", "--model", tiny_model).output.splitlines() == [
         *TINY.prompts,
         "",
-        "It knows 10 words, and no others:",
-        ",  a  beating  blue  green",
-        "heart  red  star  swimming",
-        "whale",
+        "It knows 9 words, and no others:",
+        "a  beating  blue  green  heart",
+        "red  star  swimming  whale",
     ]
     found = json.loads(run("prompts", "--model", tiny_model, "--json").stdout)
     assert found == {"prompts": list(TINY.prompts), "words": words}
