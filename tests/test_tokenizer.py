@@ -162,7 +162,7 @@ def test_word_tokenizer(tmp_path: Path) -> None:
     tokenizer = word_tokenizer(tmp_path)
     assert tokenizer.encode(["A blue\twhale,swimming"]).tolist() == [[1, 4, 5, 6, 8, 7, 2, 0]]
     assert build_word_tokenizer(WORDS).get_vocab_size() == 4 + 5
-    assert tokenizer.words() == sorted({word.lower() for word in WORDS})
+    assert tokenizer.words() == sorted({word.lower() for word in WORDS} - {","})
 
 
 def test_unknown_words_are_named(tmp_path: Path) -> None:
