@@ -577,7 +577,10 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for stage in STAGES:
         graph = onnx.load(str(path / files.graph_file(stage)))
         onnx.save(convert_float_to_float16(graph, keep_io_types=True), str(path / files.graph_file(stage, "fp16")))
-    files.add_files(bundle, [files.graph_file(stage, "fp16") for stage in STAGES])
+    # The name is what counts in choosing between graphs.
+    shutil.copy(path / files.graph_file("temporal_unet", "fp16"), path / files.graph_file("temporal_unet", "int8.fp16"))
+    made = [files.graph_file(stage, "fp16") for stage in STAGES]
+    files.add_files(bundle, [*made, files.graph_file("temporal_unet", "int8.fp16")])
     return path
 
 
@@ -610,6 +613,14 @@ def test_a_precision_that_is_not_there(built: Path, variants: Path, tmp_path: Pa
         result = higen_run(built, variants, "a", "-o", target, f"--precision={precision}", check=False)
         assert result.returncode == 1
         assert message in result.stderr
+
+
+@pytest.mark.parametrize("precision", files.QUANTIZED)
+def test_a_precision_that_the_model_was_never_quantised_to_is_refused(built: Path, precision: str) -> None:
+    model = default_model()
+    result = higen_run(built, model, "--info", f"--precision={precision}", check=False)
+    assert result.returncode == 1
+    assert str(Bundle.open(model).not_quantized(precision)) in result.stderr
 
 
 def test_plans_are_chosen_as_python_chooses_them(ask: Ask, tmp_path: Path) -> None:

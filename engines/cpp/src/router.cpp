@@ -102,6 +102,8 @@ std::unique_ptr<Router> make_router(const Bundle& bundle, const BackendOptions& 
     if (options.backend != "auto" && options.backend != "tensorrt" && options.backend != "onnx")
         fail_request("backend='" + options.backend + "': one of 'auto', 'tensorrt', 'onnx'");
     if (!options.precision.empty()) check_precision(options.precision);
+    // Every stage would stand in for itself, and the video would be that of the plain precision without a word.
+    if (const auto missing = bundle.not_quantized(options.precision); !missing.empty()) fail_unavailable(missing);
     std::vector<Router::Way> ways;
     // A provider that is asked for by name is one of ONNX Runtime's.
     if (options.backend == "tensorrt" || (options.backend == "auto" && options.provider == "auto"))

@@ -58,7 +58,8 @@ private:
     std::vector<std::string> warnings_;
 };
 
-// The router that the options ask for. `bundle` must outlive it. Throws a request error for an option that is wrong.
+// The router that the options ask for. `bundle` must outlive it. Throws a request error for an option that is wrong, an
+// unavailable error for a precision that the model was never quantised to.
 [[nodiscard]] std::unique_ptr<Router> make_router(const Bundle& bundle, const BackendOptions& options);
 
 }  // namespace higen::core
