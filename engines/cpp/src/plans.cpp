@@ -93,13 +93,16 @@ PlanRecord read_record(const Json& json) {
     return record;
 }
 
+// Whether two descriptions may be of one tensor: -1 goes with any size.
+bool alike(const PlanTensor& a, const PlanTensor& b) {
+    return a.name == b.name && a.is_input == b.is_input && a.dtype == b.dtype &&
+           std::equal(a.shape.begin(), a.shape.end(), b.shape.begin(), b.shape.end(),
+                      [](auto n, auto m) { return n == m || n == -1 || m == -1; });
+}
+
 std::string package(const std::string& flavour) { return flavour == "rtx" ? "tensorrt_rtx" : "tensorrt"; }
 
 }  // namespace
-
-bool operator==(const PlanTensor& a, const PlanTensor& b) {
-    return a.name == b.name && a.is_input == b.is_input && a.dtype == b.dtype && a.shape == b.shape;
-}
 
 bool Span::holds(const Shape& shape) const {
     if (shape.size() != smallest.size() || shape.size() != largest.size()) return false;
@@ -260,7 +263,9 @@ void check_interface(const Plan& plan, const Stage& stage, const std::vector<Pla
         for (const auto& tensor : found) names += (names.empty() ? "" : ", ") + tensor.name;
         fail("its tensors are " + names + ": not those of " + stage.name);
     }
-    if (found != sorted(plan.record.tensors)) fail("its tensors are not those of the record beside it");
+    const auto recorded = sorted(plan.record.tensors);
+    if (!std::equal(found.begin(), found.end(), recorded.begin(), recorded.end(), alike))
+        fail("its tensors are not those of the record beside it");
     for (const auto& tensor : found) {
         const std::string type = wanted.at(tensor.name).second ? "float32" : "int64";
         if (tensor.dtype != type) fail(tensor.name + " is of " + tensor.dtype + ", this library gives " + type);

@@ -25,7 +25,6 @@ struct PlanTensor {
     std::string dtype;  // numpy's name: "float32"
     Shape shape;
 };
-[[nodiscard]] bool operator==(const PlanTensor& a, const PlanTensor& b);
 
 // The shapes that a profile allows an input, and the one it is tuned for.
 struct Span {
@@ -95,8 +94,9 @@ void check_plan(const Plan& plan, const Files& files, std::int64_t architecture,
 // The plans in a precision, or in one that stands in for it; all for "".
 [[nodiscard]] std::vector<Plan> in_precision(std::vector<Plan> plans, std::string_view precision);
 
-// Whether a plan's tensors are those of its record and of the stage table, in types that this library knows. Throws
-// EngineError (malformed).
+// Whether a plan's tensors are those of its record and of the stage table, in types that this library knows. The record
+// has the network's shapes; an engine may know more: an axis that its profiles fix has a size there. Throws EngineError
+// (malformed).
 void check_interface(const Plan& plan, const Stage& stage, const std::vector<PlanTensor>& tensors);
 
 // Index of the narrowest profile that holds all inputs' shapes. Throws EngineError (outside profile) naming what does

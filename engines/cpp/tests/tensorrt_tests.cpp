@@ -290,6 +290,20 @@ TEST(engines_that_do_not_fit) {
     fails(HIGEN_ERROR_INTEGRITY, "vae_decoder.engine: cannot be read");
 }
 
+TEST(an_engine_may_know_the_sizes_that_its_profiles_fix) {
+    Fixture f;
+    const auto with = [&](const std::string& from, const std::string& to) {
+        auto plan = decoder_plan;
+        plan.replace(plan.find(from), from.size(), to);
+        f.add("vae_decoder", plan, decoder_tensors, decoder_profiles);
+        f.open().prepare(stage("vae_decoder"));
+    };
+    with("float32 -1 4 -1 -1", "float32 2 4 8 8");
+    for (const auto* other : {"float32 -1 3 -1 -1", "float32 -1 4 -1", "float16 -1 4 -1 -1"})
+        CHECK_FAILS(HIGEN_ERROR_INTEGRITY, "its tensors are not those of the record beside it",
+                    (with("float32 -1 4 -1 -1", other), 0));
+}
+
 TEST(a_precision_that_is_asked_for) {
     Fixture f;
     BackendOptions options;
