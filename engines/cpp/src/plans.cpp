@@ -16,7 +16,6 @@ namespace {
 using Kind = EngineError::Kind;
 
 constexpr std::int64_t record_format = 1;
-constexpr const char* remedy = ": higen-export build-engines";
 
 // Calls `read` with each item of a list of objects.
 template <typename T>
@@ -103,6 +102,13 @@ bool alike(const PlanTensor& a, const PlanTensor& b) {
 std::string package(const std::string& flavour) { return flavour == "rtx" ? "tensorrt_rtx" : "tensorrt"; }
 
 }  // namespace
+
+std::string Plan::remedy() const {
+    const auto model = path.parent_path().parent_path().parent_path().u8string();
+    const auto target = record.flavour == "rtx" ? record.target : "tensorrt";  // the folder names the GPU besides
+    return "higen-export build-engines " + model + " --target " + target + " --stage " + record.stage +
+           " --precision " + record.precision;
+}
 
 bool Span::holds(const Shape& shape) const {
     if (shape.size() != smallest.size() || shape.size() != largest.size()) return false;
@@ -192,7 +198,7 @@ void check_plan(const Plan& plan, const Files& files, std::int64_t architecture,
         if (file == files.end() || file->second.sha256 != sha256)
             throw EngineError(Kind::stale, plan.name() + ": " + name + " " +
                                                (file == files.end() ? "is not in the model any more" : "has changed") +
-                                               " since it was built" + remedy);
+                                               " since it was built: " + plan.remedy());
     }
     const auto version = libraries.find(record.flavour);
     if (version == libraries.end())
@@ -200,7 +206,8 @@ void check_plan(const Plan& plan, const Files& files, std::int64_t architecture,
                                                      ", which this library was not built with");
     if (version->second != record.library)
         throw EngineError(Kind::stale, plan.name() + ": built by " + package(record.flavour) + " " + record.library +
-                                           ", " + version->second + " is here and reads only its own" + remedy);
+                                           ", " + version->second + " is here and reads only its own: " +
+                                           plan.remedy());
 }
 
 const Plan& choose_plan(const std::string& stage, const std::vector<Plan>& plans,
@@ -223,7 +230,8 @@ const Plan& choose_plan(const std::string& stage, const std::vector<Plan>& plans
             refused.push_back(error);
         }
     }
-    if (refused.empty()) fail_unavailable("no engine of " + stage + " (make one" + remedy + ")");
+    if (refused.empty())
+        fail_unavailable("no engine of " + stage + " (make one: higen-export build-engines MODEL --target TARGET)");
     // An engine made for this very GPU that cannot be used says more than one that was made for another.
     const auto own = std::find_if(refused.begin(), refused.end(),
                                   [](const auto& error) { return error.kind() != Kind::wrong_architecture; });

@@ -70,6 +70,8 @@ struct Plan {
 
     // Target and stage, for messages.
     [[nodiscard]] std::string name() const { return record.target + "/" + record.stage; }
+    // The command that builds it again, for its profiles if they are given too.
+    [[nodiscard]] std::string remedy() const;
 };
 
 // The plans of a stage over all targets of a model directory, and what is wrong with records that cannot be read.

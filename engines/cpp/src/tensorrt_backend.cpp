@@ -169,7 +169,7 @@ private:
         }
         if (!whole)
             throw EngineError(Kind::malformed,
-                              where + ": is not the plan of the record beside it: higen-export build-engines");
+                              where + ": is not the plan of the record beside it: " + plan_.remedy());
         runtime_.reset(nvinfer1::createInferRuntime(logger_));
         if (!runtime_) throw EngineError(Kind::other, "TensorRT does not start: " + logger_.errors());
 #if defined(TRT_MAJOR_RTX)
@@ -332,10 +332,12 @@ private:
         if (const auto found = engines_.find(stage.name); found != engines_.end()) return *found->second;
         auto [plans, errors] = read_plans(bundle_.path(), stage.name);
         plans = in_precision(std::move(plans), options_.precision);
-        if (plans.empty() && errors.empty())
-            fail_unavailable("no engine of " + stage.name +
-                             (options_.precision.empty() ? "" : " in " + options_.precision) +
-                             " (make one: higen-export build-engines)");
+        if (plans.empty() && errors.empty()) {
+            const auto& asked = options_.precision;
+            fail_unavailable("no engine of " + stage.name + (asked.empty() ? "" : " in " + asked) +
+                             " (make one: higen-export build-engines " + bundle_.path().u8string() +
+                             " --target TARGET" + (asked.empty() ? "" : " --precision " + asked) + ")");
+        }
         if (!cuda_) cuda_ = Cuda::open(load_driver_());
         const auto& plan = choose_plan(stage.name, plans, errors, bundle_.files(), cuda_->architecture(),
                                        {{flavour, library_version()}});

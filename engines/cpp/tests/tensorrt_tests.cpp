@@ -254,18 +254,21 @@ TEST(tensorrt_is_left_alone_without_a_gpu) {
 
 TEST(engines_that_do_not_fit) {
     Fixture f;
-    const auto fails = [&](higen_status status, const char* words) {
+    const auto fails = [&](higen_status status, const std::string& words) {
         CHECK_FAILS(status, words, f.open().prepare(stage("vae_decoder")));
         CHECK(gpu.contexts == 0);  // a GPU that is not used is not held
     };
     f.change("1.7.1.116", "1.8.0.1");
     fails(HIGEN_ERROR_UNAVAILABLE, "Stale: rtx-sm89/vae_decoder: built by tensorrt_rtx 1.8.0.1, 1.7.1.116 is here");
     f.change(digest("weights"), digest("others"));
-    fails(HIGEN_ERROR_UNAVAILABLE, "Stale: rtx-sm89/vae_decoder: vae.safetensors has changed");
+    const auto again = "higen-export build-engines " + folder.u8string() +
+                       " --target rtx-sm89 --stage vae_decoder --precision fp16";
+    fails(HIGEN_ERROR_UNAVAILABLE,
+          "Stale: rtx-sm89/vae_decoder: vae.safetensors has changed since it was built: " + again);
     f.change("\"flavour\": \"rtx\"", "\"flavour\": \"tensorrt\"");
     fails(HIGEN_ERROR_UNAVAILABLE, "MissingLibrary: the engine rtx-sm89/vae_decoder needs tensorrt");
     f.change(digest(decoder_plan), digest("others"));
-    fails(HIGEN_ERROR_INTEGRITY, "Malformed: ");
+    fails(HIGEN_ERROR_INTEGRITY, "vae_decoder.engine: is not the plan of the record beside it: " + again);
     BackendOptions trusting;
     trusting.verify = false;
     f.open(trusting).prepare(stage("vae_decoder"));
@@ -308,7 +311,10 @@ TEST(a_precision_that_is_asked_for) {
     Fixture f;
     BackendOptions options;
     options.precision = "fp32";
-    CHECK_FAILS(HIGEN_ERROR_UNAVAILABLE, "no engine of vae_decoder in fp32", f.open(options).prepare(stage("vae_decoder")));
+    CHECK_FAILS(HIGEN_ERROR_UNAVAILABLE,
+                "no engine of vae_decoder in fp32 (make one: higen-export build-engines " + folder.u8string() +
+                    " --target TARGET --precision fp32)",
+                f.open(options).prepare(stage("vae_decoder")));
     options.precision = "int8.fp16";  // whose other stages are fp16
     f.open(options).prepare(stage("vae_decoder"));
 }
@@ -389,8 +395,8 @@ TEST(stages_fall_back_one_by_one_and_say_why) {
     router.prepare(stage("conditioner"));
     const std::string wrong = "WrongArchitecture: rtx-sm89/vae_decoder: built for SM120, this GPU is SM89";
     CHECK(router.report() == "conditioner: onnx, cpu, fp32; not tensorrt: no engine of conditioner (make one: "
-                             "higen-export build-engines)\nvae_decoder: onnx, cpu, fp32; not tensorrt: " +
-                                 wrong + "\nvae_encoder: tensorrt, cuda, fp16, rtx-sm89");
+                             "higen-export build-engines " + folder.u8string() +
+                                 " --target TARGET)\nvae_decoder: onnx, cpu, fp32; not tensorrt: " + wrong + "\nvae_encoder: tensorrt, cuda, fp16, rtx-sm89");
     CHECK(router.take_warnings() == std::vector<std::string>{"vae_decoder runs on onnx: " + wrong});
     CHECK(router.take_warnings().empty());
     // From one backend to the other by way of the host.
@@ -423,7 +429,7 @@ TEST(where_nothing_can_run_a_stage) {
     Doubling::absent = "conditioner";
     CHECK_FAILS(HIGEN_ERROR_UNAVAILABLE,
                 "no backend can run conditioner here; not tensorrt: no engine of conditioner (make one: higen-export "
-                "build-engines); not onnx: it has no graph",
+                "build-engines " + folder.u8string() + " --target TARGET); not onnx: it has no graph",
                 router.prepare(stage("conditioner")));
     Doubling::broken = "vae_decoder";
     CHECK_FAILS(HIGEN_ERROR_INTEGRITY, "its graph is broken", router.prepare(stage("vae_decoder")));
