@@ -210,9 +210,9 @@ void check_plan(const Plan& plan, const Files& files, std::int64_t architecture,
                                            plan.remedy());
 }
 
-const Plan& choose_plan(const std::string& stage, const std::vector<Plan>& plans,
-                        const std::vector<EngineError>& errors, const Files& files, std::int64_t architecture,
-                        const Libraries& libraries) {
+std::vector<Plan> fitting_plans(const std::string& stage, const std::vector<Plan>& plans,
+                                const std::vector<EngineError>& errors, const Files& files, std::int64_t architecture,
+                                const Libraries& libraries) {
     std::vector<const Plan*> order;
     for (const auto& plan : plans) order.push_back(&plan);
     std::stable_sort(order.begin(), order.end(), [](const Plan* a, const Plan* b) {
@@ -221,15 +221,17 @@ const Plan& choose_plan(const std::string& stage, const std::vector<Plan>& plans
         };
         return rank(a) < rank(b);
     });
+    std::vector<Plan> fitting;
     auto refused = errors;
     for (const auto* plan : order) {
         try {
             check_plan(*plan, files, architecture, libraries);
-            return *plan;
+            fitting.push_back(*plan);
         } catch (const EngineError& error) {
             refused.push_back(error);
         }
     }
+    if (!fitting.empty()) return fitting;
     if (refused.empty())
         fail_unavailable("no engine of " + stage + " (make one: higen-export build-engines MODEL --target TARGET)");
     // An engine made for this very GPU that cannot be used says more than one that was made for another.

@@ -86,12 +86,12 @@ using Libraries = std::map<std::string, std::string, std::less<>>;
 // missing library).
 void check_plan(const Plan& plan, const Files& files, std::int64_t architecture, const Libraries& libraries);
 
-// The plan to use for a stage: built for this GPU alone before a portable one, classic TensorRT before RTX. `plans` and
-// `errors` come from `read_plans`. Throws an unavailable error where there is no engine at all, else why the likeliest
-// of them does not fit.
-[[nodiscard]] const Plan& choose_plan(const std::string& stage, const std::vector<Plan>& plans,
-                                      const std::vector<EngineError>& errors, const Files& files,
-                                      std::int64_t architecture, const Libraries& libraries);
+// The plans of a stage that fit, the best first: built for this GPU alone before a portable one, classic TensorRT
+// before RTX. `plans` and `errors` come from `read_plans`. Throws an unavailable error where there is no engine at all,
+// else why the likeliest of them does not fit.
+[[nodiscard]] std::vector<Plan> fitting_plans(const std::string& stage, const std::vector<Plan>& plans,
+                                              const std::vector<EngineError>& errors, const Files& files,
+                                              std::int64_t architecture, const Libraries& libraries);
 
 // The plans in a precision, or in one that stands in for it; all for "".
 [[nodiscard]] std::vector<Plan> in_precision(std::vector<Plan> plans, std::string_view precision);

@@ -58,19 +58,36 @@ Router::Choice Router::choose(const Stage& stage, std::size_t first, const Error
         const auto& way = ways_[chosen.way];
         try {
             if (!made_[chosen.way]) made_[chosen.way] = way.make();
-            made_[chosen.way]->prepare(stage);
+            prepare(*made_[chosen.way], stage);
         } catch (const Error& error) {
             if (!passes_over(error)) throw;
             if (ways_.size() == 1) throw;
             pass_over(way.name, error);
             continue;
         }
-        if (!news.empty() && warned_.insert(news).second)
-            warnings_.push_back(stage.name + " runs on " + way.name + ": " + news);
+        if (!news.empty()) warn(news, stage.name + " runs on " + way.name + ": " + news);
         return chosen;
     }
     if (broken) std::rethrow_exception(broken);
     fail_unavailable("no backend can run " + stage.name + " here" + chosen.passed_over);
+}
+
+// Whether it succeeds or not, what the backend fell back from on the way is told.
+void Router::prepare(Backend& backend, const Stage& stage) {
+    const auto tell = [&] {
+        for (const auto& message : backend.take_warnings()) warn(message, message);
+    };
+    try {
+        backend.prepare(stage);
+    } catch (const Error&) {
+        tell();
+        throw;
+    }
+    tell();
+}
+
+void Router::warn(const std::string& cause, const std::string& message) {
+    if (warned_.insert(cause).second) warnings_.push_back(message);
 }
 
 std::string Router::describe(const Stage& stage) const {

@@ -326,6 +326,11 @@ public:
         return "cuda, " + record.precision + ", " + record.target;
     }
 
+    std::vector<std::string> take_warnings() override {
+        const std::lock_guard lock(mutex_);
+        return std::exchange(warnings_, {});
+    }
+
 private:
     // The stage's engine on the GPU, with scratch memory for the largest of all.
     Engine& resident(const Stage& stage) {
@@ -339,13 +344,25 @@ private:
                              " --target TARGET" + (asked.empty() ? "" : " --precision " + asked) + ")");
         }
         if (!cuda_) cuda_ = Cuda::open(load_driver_());
-        const auto& plan = choose_plan(stage.name, plans, errors, bundle_.files(), cuda_->architecture(),
-                                       {{flavour, library_version()}});
+        plans = fitting_plans(stage.name, plans, errors, bundle_.files(), cuda_->architecture(),
+                              {{flavour, library_version()}});
         const std::lock_guard lock(cuda_->mutex());
         cuda_->enter();
-        auto engine = std::make_unique<Engine>(cuda_, plan, options_.verify);
+        auto engine = load(stage, plans);
         reserve(engine->scratch_size());
         return *engines_.emplace(stage.name, std::move(engine)).first->second;
+    }
+
+    // An engine of the best plan that loads, with a warning for each that does not; throws the last one's error.
+    std::unique_ptr<Engine> load(const Stage& stage, const std::vector<Plan>& plans) {
+        for (std::size_t i = 0;; ++i) {
+            try {
+                return std::make_unique<Engine>(cuda_, plans.at(i), options_.verify);
+            } catch (const EngineError& error) {
+                if (i + 1 == plans.size()) throw;
+                warnings_.push_back(stage.name + " runs on the engine " + plans[i + 1].name() + ": " + error.what());
+            }
+        }
     }
 
     // See that the one block of scratch memory, which all engines use in turn, has at least this size. Where a larger
@@ -389,6 +406,7 @@ private:
     mutable std::mutex mutex_;
     std::shared_ptr<Cuda> cuda_;
     std::map<std::string, std::unique_ptr<Engine>, std::less<>> engines_;
+    std::vector<std::string> warnings_;
     std::uint64_t scratch_ = 0;
     std::int64_t scratch_bytes_ = 0;
 };

@@ -87,13 +87,15 @@ struct Model {
                              R"(, "options": {"workspace": null, "weight_streaming": false}, "size": )" +
                              std::to_string(plan.size()) + R"(, "sha256": )" + quoted(digest(plan)) +
                              R"(, "built": "2026-01-01T00:00:00+00:00", "seconds": 1.5, "format": 1})";
+        std::string target = "rtx-sm89";
         for (const auto& [from, to] : changes) {
             const auto at = record.find(from);
             CHECK(at != std::string::npos);
             record.replace(at, from.size(), to);
+            if (from == "\"rtx-sm89\"") target = to.substr(1, to.size() - 2);
         }
-        write(folder / "engines" / "rtx-sm89" / (stage + ".engine"), plan);
-        write(folder / "engines" / "rtx-sm89" / (stage + ".json"), record);
+        write(folder / "engines" / target / (stage + ".engine"), plan);
+        write(folder / "engines" / target / (stage + ".json"), record);
     }
 
     void change(const std::string& from, const std::string& to) const {
@@ -402,6 +404,32 @@ TEST(stages_fall_back_one_by_one_and_say_why) {
     // From one backend to the other by way of the host.
     const auto latents = f.routed("vae_encoder", numbers({1, 3, 8, 8})).at("latents");
     CHECK(sum(*f.routed("vae_decoder", latents).at("pixels")) == 2 * sum(*latents));
+}
+
+TEST(a_plan_that_does_not_load_does_not_hide_a_good_one) {
+    Routed f;
+    f.add("vae_decoder", decoder_plan, decoder_tensors, decoder_profiles,
+          {{"\"rtx-sm89\"", "\"rtx\""}, {"[89]", "[80, 86, 89, 120]"}});
+    const auto own = folder / "engines" / "rtx-sm89" / "vae_decoder.engine";
+    write(own, decoder_plan.substr(1));
+    auto& router = f.route();
+    const auto input = numbers({1, 4, 4, 4});
+    check_output(*f.routed("vae_decoder", input).at("pixels"), {1, 3, 32, 32}, sum(*input));
+    CHECK(router.describe(stage("vae_decoder")) == "tensorrt, cuda, fp16, rtx");
+    CHECK(router.take_warnings() ==
+          std::vector<std::string>{
+              "vae_decoder runs on the engine rtx/vae_decoder: Malformed: " + own.u8string() +
+              ": is not the plan of the record beside it: higen-export build-engines " + folder.u8string() +
+              " --target rtx-sm89 --stage vae_decoder --precision fp16"});
+    (void)f.routed("vae_decoder", input);
+    CHECK(router.take_warnings().empty());
+    // Where the other does not load either, both are told, and the next backend runs the stage.
+    write(folder / "engines" / "rtx" / "vae_decoder.engine", "");
+    auto& again = f.route();
+    again.prepare(stage("vae_decoder"));
+    const auto warnings = again.take_warnings();
+    CHECK(warnings.size() == 2 && warnings.back().find("vae_decoder runs on onnx: Malformed: ") == 0);
+    CHECK(warnings.back().find("--target rtx --stage") != std::string::npos);
 }
 
 TEST(shapes_outside_the_profiles_go_to_the_next) {
