@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "json_object.h"
+#include "sha256.h"
 
 namespace higen::core {
 
@@ -99,6 +100,24 @@ bool alike(const PlanTensor& a, const PlanTensor& b) {
                       [](auto n, auto m) { return n == m || n == -1 || m == -1; });
 }
 
+// The record that waits to take the place of the one at `path`, if it is that of the plan that is there.
+std::optional<PlanRecord> pending_record(const fs::path& path) {
+    const auto part = path.parent_path() / fs::u8path("." + path.filename().u8string() + ".part");
+    const auto stage = path.stem().u8string();
+    const auto plan = path.parent_path() / fs::u8path(stage + ".engine");
+    std::error_code failed;
+    if (!fs::is_regular_file(part, failed)) return std::nullopt;
+    try {
+        auto record = parse_record(read_file(part), part.u8string());
+        const auto size = fs::file_size(plan, failed);
+        if (!failed && record.stage == stage && size == static_cast<std::uintmax_t>(record.size) &&
+            sha256(plan) == record.sha256)
+            return record;
+    } catch (const Error&) {  // cut, or gone by now
+    }
+    return std::nullopt;
+}
+
 std::string package(const std::string& flavour) { return flavour == "rtx" ? "tensorrt_rtx" : "tensorrt"; }
 
 }  // namespace
@@ -170,7 +189,8 @@ std::pair<std::vector<Plan>, std::vector<EngineError>> read_plans(const fs::path
     for (const auto& path : paths) {
         const auto where = path.u8string();
         try {
-            auto record = parse_record(read_file(path), where);
+            auto pending = pending_record(path);
+            auto record = pending ? std::move(*pending) : parse_record(read_file(path), where);
             if (record.stage != stage || record.target != path.parent_path().filename().u8string())
                 throw EngineError(Kind::malformed, where + ": is the record of " + record.target + "/" + record.stage);
             plans.push_back({path.parent_path() / (stage + ".engine"), std::move(record)});

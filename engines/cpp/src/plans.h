@@ -75,6 +75,9 @@ struct Plan {
 };
 
 // The plans of a stage over all targets of a model directory, and what is wrong with records that cannot be read.
+//
+// A new plan takes its place right before its record does. In between, and after a kill there, the record that waits is
+// the plan's own, and is taken.
 [[nodiscard]] std::pair<std::vector<Plan>, std::vector<EngineError>> read_plans(const std::filesystem::path& model,
                                                                                  const std::string& stage);
 
