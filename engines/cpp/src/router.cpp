@@ -16,6 +16,11 @@ bool is_news(const Error& error) {
     return error.status() != HIGEN_ERROR_UNAVAILABLE || dynamic_cast<const EngineError*>(&error) != nullptr;
 }
 
+bool is_outside(const Error& error) {
+    const auto* of_engine = dynamic_cast<const EngineError*>(&error);
+    return of_engine != nullptr && of_engine->kind() == EngineError::Kind::outside_profile;
+}
+
 }  // namespace
 
 Tensors Router::run(const Stage& stage, const Tensors& inputs, Cancellation& cancellation) {
@@ -23,7 +28,7 @@ Tensors Router::run(const Stage& stage, const Tensors& inputs, Cancellation& can
     try {
         return made_[chosen.way]->run(stage, inputs, cancellation);
     } catch (const EngineError& error) {
-        if (error.kind() != EngineError::Kind::outside_profile) throw;
+        if (!is_outside(error)) throw;
         return made_[choice_outside(stage, error).way]->run(stage, inputs, cancellation);
     }
 }
@@ -46,11 +51,15 @@ const Router::Choice& Router::choice_outside(const Stage& stage, const EngineErr
 Router::Choice Router::choose(const Stage& stage, std::size_t first, const Error* why) {
     Choice chosen;
     std::exception_ptr broken;
-    std::string news;
+    std::string news, cause, hint;
     const auto pass_over = [&](const std::string& way, const Error& error) {
         chosen.passed_over += "; not " + way + ": " + error.what();
         if (!is_news(error)) return;
+        // A clip whose shapes lie outside of one stage's profiles does so for the others.
+        const bool outside = is_outside(error);
         news = error.what();
+        cause = outside ? EngineError::name(EngineError::Kind::outside_profile) : news;
+        hint = outside ? " (the model's report lists the stages)" : "";
         broken = std::current_exception();
     };
     if (why != nullptr) pass_over(ways_[first - 1].name, *why);
@@ -65,7 +74,7 @@ Router::Choice Router::choose(const Stage& stage, std::size_t first, const Error
             pass_over(way.name, error);
             continue;
         }
-        if (!news.empty()) warn(news, stage.name + " runs on " + way.name + ": " + news);
+        if (!news.empty()) warn(cause, stage.name + " runs on " + way.name + ": " + news + hint);
         return chosen;
     }
     if (broken) std::rethrow_exception(broken);

@@ -439,12 +439,16 @@ TEST(shapes_outside_the_profiles_go_to_the_next) {
     check_output(*f.routed("vae_decoder", inside).at("pixels"), {1, 3, 32, 32}, sum(*inside));
     CHECK(router.take_warnings().empty());
     CHECK(sum(*f.routed("vae_decoder", outside).at("pixels")) == 2 * sum(*outside));
-    CHECK(router.take_warnings().size() == 1);
+    const auto warnings = router.take_warnings();
+    CHECK(warnings.size() == 1 && warnings[0].find("vae_decoder runs on onnx: OutsideProfile: ") == 0);
+    CHECK(warnings[0].find("(the model's report lists the stages)") != std::string::npos);
     (void)f.routed("vae_decoder", outside);
-    CHECK(router.take_warnings().empty());
+    (void)f.routed("vae_encoder", numbers({1, 3, 72, 72}));
+    CHECK(router.take_warnings().empty());  // nor are the other stages of the same clip news
     const auto report = router.report();
     CHECK(report.find("vae_decoder: tensorrt, cuda, fp16, rtx-sm89\nvae_decoder, other shapes: onnx, cpu, fp32; not "
                       "tensorrt: OutsideProfile") == 0);
+    CHECK(report.find("vae_encoder, other shapes: onnx") != std::string::npos);
     check_output(*f.routed("vae_decoder", inside).at("pixels"), {1, 3, 32, 32}, sum(*inside));
 }
 
