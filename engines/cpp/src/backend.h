@@ -72,6 +72,9 @@ public:
 
     // Where a prepared stage runs, in what precision, and why a better way of this backend's does not: "cpu, fp32".
     [[nodiscard]] virtual std::string describe(const Stage& stage) const = 0;
+
+    // What it fell back from within itself since it was last asked.
+    [[nodiscard]] virtual std::vector<std::string> take_warnings() { return {}; }
 };
 
 struct BackendOptions {

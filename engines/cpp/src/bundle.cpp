@@ -91,6 +91,15 @@ std::string Bundle::weights(std::string_view stage, std::string_view precision) 
     return lists(name) ? name : weights_file(stage);
 }
 
+std::string Bundle::not_quantized(std::string_view precision) const {
+    if (precision.empty() || !is_quantised(precision)) return "";
+    for (const auto& stage : quantizable)
+        if (lists(graph_file(stage, precision))) return "";
+    const auto where = path_.u8string();
+    return where + ": no " + graph_file(quantizable.front(), precision) + " (make it: higen-export quantize " + where +
+           " --precision " + std::string(precision) + ")";
+}
+
 fs::path Bundle::check_size(const std::string& name, const FileRecord& record) const {
     auto path = path_ / fs::u8path(name);
     std::error_code error;

@@ -32,7 +32,9 @@ struct Manifest {
 // the weights of the precision after the dot.
 constexpr std::array<std::string_view, 7> precisions = {"fp32",      "fp16",     "bf16",      "int8",
                                                         "int8.fp16", "fp8.fp16", "nvfp4.fp16"};
-// Of these, what TensorRT alone computes in.
+// The stages that `higen-export quantize` writes; the others run as they are in a quantised model.
+constexpr std::array<std::string_view, 2> quantizable = {"spatial_unet", "temporal_unet"};
+// Of the precisions, what TensorRT alone computes in.
 constexpr std::string_view engines_only = "nvfp4.fp16";
 
 // Throws a request error for a precision that is none.
@@ -62,6 +64,10 @@ public:
     // Name of the file that a stage's graph in a precision points into. A precision has no file of its own where the
     // model's weights are stored in it already.
     [[nodiscard]] std::string weights(std::string_view stage, std::string_view precision) const;
+
+    // What is wrong with asking for a quantised precision that no stage was ever written in, and how to make it. "" for
+    // any other precision, and where a denoising stage has it: the stages that have not then stand in.
+    [[nodiscard]] std::string not_quantized(std::string_view precision) const;
 
     // Path of a file of the model, checked. Throws an integrity error.
     [[nodiscard]] std::filesystem::path file(const std::string& name) const;

@@ -99,6 +99,7 @@ Cuda::Cuda(const CudaDriver& driver, int index) : driver_(driver) {
         enter();
         check(driver_.create_stream(&stream_, non_blocking), "cuStreamCreate");
     } catch (...) {
+        (void)driver_.set_context(nullptr);
         (void)driver_.release_context(device_);
         throw;
     }
@@ -110,6 +111,7 @@ Cuda::~Cuda() {
     for (const auto& [size, blocks] : pool_)
         for (const auto address : blocks) release(address);
     (void)driver_.destroy_stream(stream_);
+    (void)driver_.set_context(nullptr);  // a context that is destroyed must not be left current
     (void)driver_.release_context(device_);
 }
 

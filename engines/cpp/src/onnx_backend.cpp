@@ -215,8 +215,9 @@ private:
             return precision;
         }
         const std::string asked = options_.precision.empty() ? "fp32" : options_.precision;
-        fail_unavailable("no " + graph_file(stage.name, asked) + " in " + bundle_.path().u8string() +
-                         " (make it: higen-export onnx" + (asked == "fp32" ? "" : " --precision " + asked) + ")");
+        const auto model = bundle_.path().u8string();
+        fail_unavailable("no " + graph_file(stage.name, asked) + " in " + model + " (make it: higen-export onnx " +
+                         model + (asked == "fp32" ? "" : " --precision " + asked) + ")");
     }
 
     [[nodiscard]] std::vector<std::string> candidates() const {

@@ -6,6 +6,7 @@
 #include <tuple>
 
 #include "json_object.h"
+#include "sha256.h"
 
 namespace higen::core {
 
@@ -16,7 +17,6 @@ namespace {
 using Kind = EngineError::Kind;
 
 constexpr std::int64_t record_format = 1;
-constexpr const char* remedy = ": higen-export build-engines";
 
 // Calls `read` with each item of a list of objects.
 template <typename T>
@@ -93,12 +93,40 @@ PlanRecord read_record(const Json& json) {
     return record;
 }
 
+// Whether two descriptions may be of one tensor: -1 goes with any size.
+bool alike(const PlanTensor& a, const PlanTensor& b) {
+    return a.name == b.name && a.is_input == b.is_input && a.dtype == b.dtype &&
+           std::equal(a.shape.begin(), a.shape.end(), b.shape.begin(), b.shape.end(),
+                      [](auto n, auto m) { return n == m || n == -1 || m == -1; });
+}
+
+// The record that waits to take the place of the one at `path`, if it is that of the plan that is there.
+std::optional<PlanRecord> pending_record(const fs::path& path) {
+    const auto part = path.parent_path() / fs::u8path("." + path.filename().u8string() + ".part");
+    const auto stage = path.stem().u8string();
+    const auto plan = path.parent_path() / fs::u8path(stage + ".engine");
+    std::error_code failed;
+    if (!fs::is_regular_file(part, failed)) return std::nullopt;
+    try {
+        auto record = parse_record(read_file(part), part.u8string());
+        const auto size = fs::file_size(plan, failed);
+        if (!failed && record.stage == stage && size == static_cast<std::uintmax_t>(record.size) &&
+            sha256(plan) == record.sha256)
+            return record;
+    } catch (const Error&) {  // cut, or gone by now
+    }
+    return std::nullopt;
+}
+
 std::string package(const std::string& flavour) { return flavour == "rtx" ? "tensorrt_rtx" : "tensorrt"; }
 
 }  // namespace
 
-bool operator==(const PlanTensor& a, const PlanTensor& b) {
-    return a.name == b.name && a.is_input == b.is_input && a.dtype == b.dtype && a.shape == b.shape;
+std::string Plan::remedy() const {
+    const auto model = path.parent_path().parent_path().parent_path().u8string();
+    const auto target = record.flavour == "rtx" ? record.target : "tensorrt";  // the folder names the GPU besides
+    return "higen-export build-engines " + model + " --target " + target + " --stage " + record.stage +
+           " --precision " + record.precision;
 }
 
 bool Span::holds(const Shape& shape) const {
@@ -161,7 +189,8 @@ std::pair<std::vector<Plan>, std::vector<EngineError>> read_plans(const fs::path
     for (const auto& path : paths) {
         const auto where = path.u8string();
         try {
-            auto record = parse_record(read_file(path), where);
+            auto pending = pending_record(path);
+            auto record = pending ? std::move(*pending) : parse_record(read_file(path), where);
             if (record.stage != stage || record.target != path.parent_path().filename().u8string())
                 throw EngineError(Kind::malformed, where + ": is the record of " + record.target + "/" + record.stage);
             plans.push_back({path.parent_path() / (stage + ".engine"), std::move(record)});
@@ -189,7 +218,7 @@ void check_plan(const Plan& plan, const Files& files, std::int64_t architecture,
         if (file == files.end() || file->second.sha256 != sha256)
             throw EngineError(Kind::stale, plan.name() + ": " + name + " " +
                                                (file == files.end() ? "is not in the model any more" : "has changed") +
-                                               " since it was built" + remedy);
+                                               " since it was built: " + plan.remedy());
     }
     const auto version = libraries.find(record.flavour);
     if (version == libraries.end())
@@ -197,12 +226,13 @@ void check_plan(const Plan& plan, const Files& files, std::int64_t architecture,
                                                      ", which this library was not built with");
     if (version->second != record.library)
         throw EngineError(Kind::stale, plan.name() + ": built by " + package(record.flavour) + " " + record.library +
-                                           ", " + version->second + " is here and reads only its own" + remedy);
+                                           ", " + version->second + " is here and reads only its own: " +
+                                           plan.remedy());
 }
 
-const Plan& choose_plan(const std::string& stage, const std::vector<Plan>& plans,
-                        const std::vector<EngineError>& errors, const Files& files, std::int64_t architecture,
-                        const Libraries& libraries) {
+std::vector<Plan> fitting_plans(const std::string& stage, const std::vector<Plan>& plans,
+                                const std::vector<EngineError>& errors, const Files& files, std::int64_t architecture,
+                                const Libraries& libraries) {
     std::vector<const Plan*> order;
     for (const auto& plan : plans) order.push_back(&plan);
     std::stable_sort(order.begin(), order.end(), [](const Plan* a, const Plan* b) {
@@ -211,16 +241,19 @@ const Plan& choose_plan(const std::string& stage, const std::vector<Plan>& plans
         };
         return rank(a) < rank(b);
     });
+    std::vector<Plan> fitting;
     auto refused = errors;
     for (const auto* plan : order) {
         try {
             check_plan(*plan, files, architecture, libraries);
-            return *plan;
+            fitting.push_back(*plan);
         } catch (const EngineError& error) {
             refused.push_back(error);
         }
     }
-    if (refused.empty()) fail_unavailable("no engine of " + stage + " (make one" + remedy + ")");
+    if (!fitting.empty()) return fitting;
+    if (refused.empty())
+        fail_unavailable("no engine of " + stage + " (make one: higen-export build-engines MODEL --target TARGET)");
     // An engine made for this very GPU that cannot be used says more than one that was made for another.
     const auto own = std::find_if(refused.begin(), refused.end(),
                                   [](const auto& error) { return error.kind() != Kind::wrong_architecture; });
@@ -260,7 +293,9 @@ void check_interface(const Plan& plan, const Stage& stage, const std::vector<Pla
         for (const auto& tensor : found) names += (names.empty() ? "" : ", ") + tensor.name;
         fail("its tensors are " + names + ": not those of " + stage.name);
     }
-    if (found != sorted(plan.record.tensors)) fail("its tensors are not those of the record beside it");
+    const auto recorded = sorted(plan.record.tensors);
+    if (!std::equal(found.begin(), found.end(), recorded.begin(), recorded.end(), alike))
+        fail("its tensors are not those of the record beside it");
     for (const auto& tensor : found) {
         const std::string type = wanted.at(tensor.name).second ? "float32" : "int64";
         if (tensor.dtype != type) fail(tensor.name + " is of " + tensor.dtype + ", this library gives " + type);

@@ -25,7 +25,6 @@ struct PlanTensor {
     std::string dtype;  // numpy's name: "float32"
     Shape shape;
 };
-[[nodiscard]] bool operator==(const PlanTensor& a, const PlanTensor& b);
 
 // The shapes that a profile allows an input, and the one it is tuned for.
 struct Span {
@@ -71,9 +70,14 @@ struct Plan {
 
     // Target and stage, for messages.
     [[nodiscard]] std::string name() const { return record.target + "/" + record.stage; }
+    // The command that builds it again, for its profiles if they are given too.
+    [[nodiscard]] std::string remedy() const;
 };
 
 // The plans of a stage over all targets of a model directory, and what is wrong with records that cannot be read.
+//
+// A new plan takes its place right before its record does. In between, and after a kill there, the record that waits is
+// the plan's own, and is taken.
 [[nodiscard]] std::pair<std::vector<Plan>, std::vector<EngineError>> read_plans(const std::filesystem::path& model,
                                                                                  const std::string& stage);
 
@@ -85,18 +89,19 @@ using Libraries = std::map<std::string, std::string, std::less<>>;
 // missing library).
 void check_plan(const Plan& plan, const Files& files, std::int64_t architecture, const Libraries& libraries);
 
-// The plan to use for a stage: built for this GPU alone before a portable one, classic TensorRT before RTX. `plans` and
-// `errors` come from `read_plans`. Throws an unavailable error where there is no engine at all, else why the likeliest
-// of them does not fit.
-[[nodiscard]] const Plan& choose_plan(const std::string& stage, const std::vector<Plan>& plans,
-                                      const std::vector<EngineError>& errors, const Files& files,
-                                      std::int64_t architecture, const Libraries& libraries);
+// The plans of a stage that fit, the best first: built for this GPU alone before a portable one, classic TensorRT
+// before RTX. `plans` and `errors` come from `read_plans`. Throws an unavailable error where there is no engine at all,
+// else why the likeliest of them does not fit.
+[[nodiscard]] std::vector<Plan> fitting_plans(const std::string& stage, const std::vector<Plan>& plans,
+                                              const std::vector<EngineError>& errors, const Files& files,
+                                              std::int64_t architecture, const Libraries& libraries);
 
 // The plans in a precision, or in one that stands in for it; all for "".
 [[nodiscard]] std::vector<Plan> in_precision(std::vector<Plan> plans, std::string_view precision);
 
-// Whether a plan's tensors are those of its record and of the stage table, in types that this library knows. Throws
-// EngineError (malformed).
+// Whether a plan's tensors are those of its record and of the stage table, in types that this library knows. The record
+// has the network's shapes; an engine may know more: an axis that its profiles fix has a size there. Throws EngineError
+// (malformed).
 void check_interface(const Plan& plan, const Stage& stage, const std::vector<PlanTensor>& tensors);
 
 // Index of the narrowest profile that holds all inputs' shapes. Throws EngineError (outside profile) naming what does

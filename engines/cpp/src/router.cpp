@@ -16,6 +16,11 @@ bool is_news(const Error& error) {
     return error.status() != HIGEN_ERROR_UNAVAILABLE || dynamic_cast<const EngineError*>(&error) != nullptr;
 }
 
+bool is_outside(const Error& error) {
+    const auto* of_engine = dynamic_cast<const EngineError*>(&error);
+    return of_engine != nullptr && of_engine->kind() == EngineError::Kind::outside_profile;
+}
+
 }  // namespace
 
 Tensors Router::run(const Stage& stage, const Tensors& inputs, Cancellation& cancellation) {
@@ -23,7 +28,7 @@ Tensors Router::run(const Stage& stage, const Tensors& inputs, Cancellation& can
     try {
         return made_[chosen.way]->run(stage, inputs, cancellation);
     } catch (const EngineError& error) {
-        if (error.kind() != EngineError::Kind::outside_profile) throw;
+        if (!is_outside(error)) throw;
         return made_[choice_outside(stage, error).way]->run(stage, inputs, cancellation);
     }
 }
@@ -46,11 +51,15 @@ const Router::Choice& Router::choice_outside(const Stage& stage, const EngineErr
 Router::Choice Router::choose(const Stage& stage, std::size_t first, const Error* why) {
     Choice chosen;
     std::exception_ptr broken;
-    std::string news;
+    std::string news, cause, hint;
     const auto pass_over = [&](const std::string& way, const Error& error) {
         chosen.passed_over += "; not " + way + ": " + error.what();
         if (!is_news(error)) return;
+        // A clip whose shapes lie outside of one stage's profiles does so for the others.
+        const bool outside = is_outside(error);
         news = error.what();
+        cause = outside ? EngineError::name(EngineError::Kind::outside_profile) : news;
+        hint = outside ? " (the model's report lists the stages)" : "";
         broken = std::current_exception();
     };
     if (why != nullptr) pass_over(ways_[first - 1].name, *why);
@@ -58,19 +67,36 @@ Router::Choice Router::choose(const Stage& stage, std::size_t first, const Error
         const auto& way = ways_[chosen.way];
         try {
             if (!made_[chosen.way]) made_[chosen.way] = way.make();
-            made_[chosen.way]->prepare(stage);
+            prepare(*made_[chosen.way], stage);
         } catch (const Error& error) {
             if (!passes_over(error)) throw;
             if (ways_.size() == 1) throw;
             pass_over(way.name, error);
             continue;
         }
-        if (!news.empty() && warned_.insert(news).second)
-            warnings_.push_back(stage.name + " runs on " + way.name + ": " + news);
+        if (!news.empty()) warn(cause, stage.name + " runs on " + way.name + ": " + news + hint);
         return chosen;
     }
     if (broken) std::rethrow_exception(broken);
     fail_unavailable("no backend can run " + stage.name + " here" + chosen.passed_over);
+}
+
+// Whether it succeeds or not, what the backend fell back from on the way is told.
+void Router::prepare(Backend& backend, const Stage& stage) {
+    const auto tell = [&] {
+        for (const auto& message : backend.take_warnings()) warn(message, message);
+    };
+    try {
+        backend.prepare(stage);
+    } catch (const Error&) {
+        tell();
+        throw;
+    }
+    tell();
+}
+
+void Router::warn(const std::string& cause, const std::string& message) {
+    if (warned_.insert(cause).second) warnings_.push_back(message);
 }
 
 std::string Router::describe(const Stage& stage) const {
@@ -102,6 +128,8 @@ std::unique_ptr<Router> make_router(const Bundle& bundle, const BackendOptions& 
     if (options.backend != "auto" && options.backend != "tensorrt" && options.backend != "onnx")
         fail_request("backend='" + options.backend + "': one of 'auto', 'tensorrt', 'onnx'");
     if (!options.precision.empty()) check_precision(options.precision);
+    // Every stage would stand in for itself, and the video would be that of the plain precision without a word.
+    if (const auto missing = bundle.not_quantized(options.precision); !missing.empty()) fail_unavailable(missing);
     std::vector<Router::Way> ways;
     // A provider that is asked for by name is one of ONNX Runtime's.
     if (options.backend == "tensorrt" || (options.backend == "auto" && options.provider == "auto"))

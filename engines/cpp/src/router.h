@@ -37,7 +37,7 @@ public:
     [[nodiscard]] std::string report() const;
 
     // Fallbacks that are news, each cause once: an engine that is stale or broken, shapes that it does not take.
-    [[nodiscard]] std::vector<std::string> take_warnings();
+    [[nodiscard]] std::vector<std::string> take_warnings() override;
 
 private:
     struct Choice {
@@ -47,6 +47,8 @@ private:
 
     const Choice& choice(const Stage& stage);
     const Choice& choice_outside(const Stage& stage, const EngineError& why);
+    void prepare(Backend& backend, const Stage& stage);
+    void warn(const std::string& cause, const std::string& message);
     [[nodiscard]] Choice choose(const Stage& stage, std::size_t first, const Error* why);
     [[nodiscard]] std::string describe(const Stage& stage, const Choice& choice) const;
 
@@ -58,7 +60,8 @@ private:
     std::vector<std::string> warnings_;
 };
 
-// The router that the options ask for. `bundle` must outlive it. Throws a request error for an option that is wrong.
+// The router that the options ask for. `bundle` must outlive it. Throws a request error for an option that is wrong, an
+// unavailable error for a precision that the model was never quantised to.
 [[nodiscard]] std::unique_ptr<Router> make_router(const Bundle& bundle, const BackendOptions& options);
 
 }  // namespace higen::core

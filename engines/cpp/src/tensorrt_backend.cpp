@@ -169,7 +169,7 @@ private:
         }
         if (!whole)
             throw EngineError(Kind::malformed,
-                              where + ": is not the plan of the record beside it: higen-export build-engines");
+                              where + ": is not the plan of the record beside it: " + plan_.remedy());
         runtime_.reset(nvinfer1::createInferRuntime(logger_));
         if (!runtime_) throw EngineError(Kind::other, "TensorRT does not start: " + logger_.errors());
 #if defined(TRT_MAJOR_RTX)
@@ -326,24 +326,43 @@ public:
         return "cuda, " + record.precision + ", " + record.target;
     }
 
+    std::vector<std::string> take_warnings() override {
+        const std::lock_guard lock(mutex_);
+        return std::exchange(warnings_, {});
+    }
+
 private:
     // The stage's engine on the GPU, with scratch memory for the largest of all.
     Engine& resident(const Stage& stage) {
         if (const auto found = engines_.find(stage.name); found != engines_.end()) return *found->second;
         auto [plans, errors] = read_plans(bundle_.path(), stage.name);
         plans = in_precision(std::move(plans), options_.precision);
-        if (plans.empty() && errors.empty())
-            fail_unavailable("no engine of " + stage.name +
-                             (options_.precision.empty() ? "" : " in " + options_.precision) +
-                             " (make one: higen-export build-engines)");
+        if (plans.empty() && errors.empty()) {
+            const auto& asked = options_.precision;
+            fail_unavailable("no engine of " + stage.name + (asked.empty() ? "" : " in " + asked) +
+                             " (make one: higen-export build-engines " + bundle_.path().u8string() +
+                             " --target TARGET" + (asked.empty() ? "" : " --precision " + asked) + ")");
+        }
         if (!cuda_) cuda_ = Cuda::open(load_driver_());
-        const auto& plan = choose_plan(stage.name, plans, errors, bundle_.files(), cuda_->architecture(),
-                                       {{flavour, library_version()}});
+        plans = fitting_plans(stage.name, plans, errors, bundle_.files(), cuda_->architecture(),
+                              {{flavour, library_version()}});
         const std::lock_guard lock(cuda_->mutex());
         cuda_->enter();
-        auto engine = std::make_unique<Engine>(cuda_, plan, options_.verify);
+        auto engine = load(stage, plans);
         reserve(engine->scratch_size());
         return *engines_.emplace(stage.name, std::move(engine)).first->second;
+    }
+
+    // An engine of the best plan that loads, with a warning for each that does not; throws the last one's error.
+    std::unique_ptr<Engine> load(const Stage& stage, const std::vector<Plan>& plans) {
+        for (std::size_t i = 0;; ++i) {
+            try {
+                return std::make_unique<Engine>(cuda_, plans.at(i), options_.verify);
+            } catch (const EngineError& error) {
+                if (i + 1 == plans.size()) throw;
+                warnings_.push_back(stage.name + " runs on the engine " + plans[i + 1].name() + ": " + error.what());
+            }
+        }
     }
 
     // See that the one block of scratch memory, which all engines use in turn, has at least this size. Where a larger
@@ -387,6 +406,7 @@ private:
     mutable std::mutex mutex_;
     std::shared_ptr<Cuda> cuda_;
     std::map<std::string, std::unique_ptr<Engine>, std::less<>> engines_;
+    std::vector<std::string> warnings_;
     std::uint64_t scratch_ = 0;
     std::int64_t scratch_bytes_ = 0;
 };

@@ -81,7 +81,10 @@ inline higen::core::CudaDriver driver() {
         return *value = which == 75 ? gpu.architecture / 10 : gpu.architecture % 10, 0;
     };
     d.retain_context = [](void** context, int) { return *context = &gpu, ++gpu.contexts, 0; };
-    d.release_context = [](int) { return gpu.current = --gpu.contexts > 0, 0; };
+    d.release_context = [](int) {
+        gpu.expect(--gpu.contexts > 0 || !gpu.current, "a context that is destroyed is left current");
+        return 0;
+    };
     d.set_context = [](void* context) { return gpu.current = context == &gpu, 0; };
     d.create_stream = [](void** stream, unsigned) {
         return *stream = the_stream, ++gpu.streams, gpu.current ? 0 : invalid_context;

@@ -233,6 +233,13 @@ TEST(models_that_cannot_be_opened) {
     CHECK(status(directory.c_str(), options) == HIGEN_ERROR_REQUEST);
     options.precision = "bf16";
     CHECK(status(directory.c_str(), options) == HIGEN_ERROR_UNAVAILABLE);
+    for (const char* backend : {"auto", "onnx", "tensorrt"}) {  // no stage may stand in for all
+        options.backend = backend;
+        options.precision = "int8";
+        CHECK(status(directory.c_str(), options) == HIGEN_ERROR_UNAVAILABLE);
+        CHECK(higen_last_error() == directory + ": no spatial_unet.int8.onnx (make it: higen-export quantize " +
+                                        directory + " --precision int8)");
+    }
     options = HIGEN_MODEL_OPTIONS_INIT;
     options.provider = "a plugin";
     options.provider_library = "/nonexistent.so";

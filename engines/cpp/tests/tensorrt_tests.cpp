@@ -87,13 +87,15 @@ struct Model {
                              R"(, "options": {"workspace": null, "weight_streaming": false}, "size": )" +
                              std::to_string(plan.size()) + R"(, "sha256": )" + quoted(digest(plan)) +
                              R"(, "built": "2026-01-01T00:00:00+00:00", "seconds": 1.5, "format": 1})";
+        std::string target = "rtx-sm89";
         for (const auto& [from, to] : changes) {
             const auto at = record.find(from);
             CHECK(at != std::string::npos);
             record.replace(at, from.size(), to);
+            if (from == "\"rtx-sm89\"") target = to.substr(1, to.size() - 2);
         }
-        write(folder / "engines" / "rtx-sm89" / (stage + ".engine"), plan);
-        write(folder / "engines" / "rtx-sm89" / (stage + ".json"), record);
+        write(folder / "engines" / target / (stage + ".engine"), plan);
+        write(folder / "engines" / target / (stage + ".json"), record);
     }
 
     void change(const std::string& from, const std::string& to) const {
@@ -254,18 +256,21 @@ TEST(tensorrt_is_left_alone_without_a_gpu) {
 
 TEST(engines_that_do_not_fit) {
     Fixture f;
-    const auto fails = [&](higen_status status, const char* words) {
+    const auto fails = [&](higen_status status, const std::string& words) {
         CHECK_FAILS(status, words, f.open().prepare(stage("vae_decoder")));
         CHECK(gpu.contexts == 0);  // a GPU that is not used is not held
     };
     f.change("1.7.1.116", "1.8.0.1");
     fails(HIGEN_ERROR_UNAVAILABLE, "Stale: rtx-sm89/vae_decoder: built by tensorrt_rtx 1.8.0.1, 1.7.1.116 is here");
     f.change(digest("weights"), digest("others"));
-    fails(HIGEN_ERROR_UNAVAILABLE, "Stale: rtx-sm89/vae_decoder: vae.safetensors has changed");
+    const auto again = "higen-export build-engines " + folder.u8string() +
+                       " --target rtx-sm89 --stage vae_decoder --precision fp16";
+    fails(HIGEN_ERROR_UNAVAILABLE,
+          "Stale: rtx-sm89/vae_decoder: vae.safetensors has changed since it was built: " + again);
     f.change("\"flavour\": \"rtx\"", "\"flavour\": \"tensorrt\"");
     fails(HIGEN_ERROR_UNAVAILABLE, "MissingLibrary: the engine rtx-sm89/vae_decoder needs tensorrt");
     f.change(digest(decoder_plan), digest("others"));
-    fails(HIGEN_ERROR_INTEGRITY, "Malformed: ");
+    fails(HIGEN_ERROR_INTEGRITY, "vae_decoder.engine: is not the plan of the record beside it: " + again);
     BackendOptions trusting;
     trusting.verify = false;
     f.open(trusting).prepare(stage("vae_decoder"));
@@ -290,11 +295,28 @@ TEST(engines_that_do_not_fit) {
     fails(HIGEN_ERROR_INTEGRITY, "vae_decoder.engine: cannot be read");
 }
 
+TEST(an_engine_may_know_the_sizes_that_its_profiles_fix) {
+    Fixture f;
+    const auto with = [&](const std::string& from, const std::string& to) {
+        auto plan = decoder_plan;
+        plan.replace(plan.find(from), from.size(), to);
+        f.add("vae_decoder", plan, decoder_tensors, decoder_profiles);
+        f.open().prepare(stage("vae_decoder"));
+    };
+    with("float32 -1 4 -1 -1", "float32 2 4 8 8");
+    for (const auto* other : {"float32 -1 3 -1 -1", "float32 -1 4 -1", "float16 -1 4 -1 -1"})
+        CHECK_FAILS(HIGEN_ERROR_INTEGRITY, "its tensors are not those of the record beside it",
+                    (with("float32 -1 4 -1 -1", other), 0));
+}
+
 TEST(a_precision_that_is_asked_for) {
     Fixture f;
     BackendOptions options;
     options.precision = "fp32";
-    CHECK_FAILS(HIGEN_ERROR_UNAVAILABLE, "no engine of vae_decoder in fp32", f.open(options).prepare(stage("vae_decoder")));
+    CHECK_FAILS(HIGEN_ERROR_UNAVAILABLE,
+                "no engine of vae_decoder in fp32 (make one: higen-export build-engines " + folder.u8string() +
+                    " --target TARGET --precision fp32)",
+                f.open(options).prepare(stage("vae_decoder")));
     options.precision = "int8.fp16";  // whose other stages are fp16
     f.open(options).prepare(stage("vae_decoder"));
 }
@@ -375,13 +397,39 @@ TEST(stages_fall_back_one_by_one_and_say_why) {
     router.prepare(stage("conditioner"));
     const std::string wrong = "WrongArchitecture: rtx-sm89/vae_decoder: built for SM120, this GPU is SM89";
     CHECK(router.report() == "conditioner: onnx, cpu, fp32; not tensorrt: no engine of conditioner (make one: "
-                             "higen-export build-engines)\nvae_decoder: onnx, cpu, fp32; not tensorrt: " +
-                                 wrong + "\nvae_encoder: tensorrt, cuda, fp16, rtx-sm89");
+                             "higen-export build-engines " + folder.u8string() +
+                                 " --target TARGET)\nvae_decoder: onnx, cpu, fp32; not tensorrt: " + wrong + "\nvae_encoder: tensorrt, cuda, fp16, rtx-sm89");
     CHECK(router.take_warnings() == std::vector<std::string>{"vae_decoder runs on onnx: " + wrong});
     CHECK(router.take_warnings().empty());
     // From one backend to the other by way of the host.
     const auto latents = f.routed("vae_encoder", numbers({1, 3, 8, 8})).at("latents");
     CHECK(sum(*f.routed("vae_decoder", latents).at("pixels")) == 2 * sum(*latents));
+}
+
+TEST(a_plan_that_does_not_load_does_not_hide_a_good_one) {
+    Routed f;
+    f.add("vae_decoder", decoder_plan, decoder_tensors, decoder_profiles,
+          {{"\"rtx-sm89\"", "\"rtx\""}, {"[89]", "[80, 86, 89, 120]"}});
+    const auto own = folder / "engines" / "rtx-sm89" / "vae_decoder.engine";
+    write(own, decoder_plan.substr(1));
+    auto& router = f.route();
+    const auto input = numbers({1, 4, 4, 4});
+    check_output(*f.routed("vae_decoder", input).at("pixels"), {1, 3, 32, 32}, sum(*input));
+    CHECK(router.describe(stage("vae_decoder")) == "tensorrt, cuda, fp16, rtx");
+    CHECK(router.take_warnings() ==
+          std::vector<std::string>{
+              "vae_decoder runs on the engine rtx/vae_decoder: Malformed: " + own.u8string() +
+              ": is not the plan of the record beside it: higen-export build-engines " + folder.u8string() +
+              " --target rtx-sm89 --stage vae_decoder --precision fp16"});
+    (void)f.routed("vae_decoder", input);
+    CHECK(router.take_warnings().empty());
+    // Where the other does not load either, both are told, and the next backend runs the stage.
+    write(folder / "engines" / "rtx" / "vae_decoder.engine", "");
+    auto& again = f.route();
+    again.prepare(stage("vae_decoder"));
+    const auto warnings = again.take_warnings();
+    CHECK(warnings.size() == 2 && warnings.back().find("vae_decoder runs on onnx: Malformed: ") == 0);
+    CHECK(warnings.back().find("--target rtx --stage") != std::string::npos);
 }
 
 TEST(shapes_outside_the_profiles_go_to_the_next) {
@@ -391,12 +439,16 @@ TEST(shapes_outside_the_profiles_go_to_the_next) {
     check_output(*f.routed("vae_decoder", inside).at("pixels"), {1, 3, 32, 32}, sum(*inside));
     CHECK(router.take_warnings().empty());
     CHECK(sum(*f.routed("vae_decoder", outside).at("pixels")) == 2 * sum(*outside));
-    CHECK(router.take_warnings().size() == 1);
+    const auto warnings = router.take_warnings();
+    CHECK(warnings.size() == 1 && warnings[0].find("vae_decoder runs on onnx: OutsideProfile: ") == 0);
+    CHECK(warnings[0].find("(the model's report lists the stages)") != std::string::npos);
     (void)f.routed("vae_decoder", outside);
-    CHECK(router.take_warnings().empty());
+    (void)f.routed("vae_encoder", numbers({1, 3, 72, 72}));
+    CHECK(router.take_warnings().empty());  // nor are the other stages of the same clip news
     const auto report = router.report();
     CHECK(report.find("vae_decoder: tensorrt, cuda, fp16, rtx-sm89\nvae_decoder, other shapes: onnx, cpu, fp32; not "
                       "tensorrt: OutsideProfile") == 0);
+    CHECK(report.find("vae_encoder, other shapes: onnx") != std::string::npos);
     check_output(*f.routed("vae_decoder", inside).at("pixels"), {1, 3, 32, 32}, sum(*inside));
 }
 
@@ -409,7 +461,7 @@ TEST(where_nothing_can_run_a_stage) {
     Doubling::absent = "conditioner";
     CHECK_FAILS(HIGEN_ERROR_UNAVAILABLE,
                 "no backend can run conditioner here; not tensorrt: no engine of conditioner (make one: higen-export "
-                "build-engines); not onnx: it has no graph",
+                "build-engines " + folder.u8string() + " --target TARGET); not onnx: it has no graph",
                 router.prepare(stage("conditioner")));
     Doubling::broken = "vae_decoder";
     CHECK_FAILS(HIGEN_ERROR_INTEGRITY, "its graph is broken", router.prepare(stage("vae_decoder")));

@@ -77,16 +77,18 @@ Json stage_table(const Json& job) {
     return {list(found.inputs, false), list(found.outputs, true)};
 }
 
-// The target of the plan that is chosen for a stage.
+// Target and precision of each plan of a stage that fits.
 Json chosen_plan(const Json& job) {
     const auto stage = job.at("stage").get<std::string>();
     auto [plans, errors] = read_plans(std::filesystem::u8path(job.at("model").get<std::string>()), stage);
     Files files;
     for (const auto& item : job.at("files").items()) files[item.key()].sha256 = item.value().get<std::string>();
     plans = in_precision(std::move(plans), job.at("precision").get<std::string>());
-    return choose_plan(stage, plans, errors, files, job.at("architecture").get<std::int64_t>(),
-                       job.at("libraries").get<Libraries>())
-        .record.target;
+    auto found = Json::array();
+    for (const auto& plan : fitting_plans(stage, plans, errors, files, job.at("architecture").get<std::int64_t>(),
+                                          job.at("libraries").get<Libraries>()))
+        found.push_back({plan.record.target, plan.record.precision});
+    return found;
 }
 
 Json answer(const Json& job) {

@@ -85,6 +85,7 @@ typedef struct higen_model_options {
  * needs. `options` may be NULL. On failure *model is NULL.
  *
  * A quantised precision ("int8", ...) has graphs for some stages only; the others run in the precision of its weights.
+ * One that the model was never quantised to is HIGEN_ERROR_UNAVAILABLE; higen_last_error names the command.
  * NULL is fp32 on a CPU; on a GPU an engine of any precision, or fp16 where a stage has such a graph. */
 HIGEN_API higen_status higen_model_open(const char* path, const higen_model_options* options, higen_model** model);
 
