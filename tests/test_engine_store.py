@@ -188,8 +188,9 @@ def test_a_builder_killed_between_plan_and_record_is_finished(store: EngineStore
     assert names(store.folder) == WHOLE
 
 
-def test_a_record_that_waits_for_its_plan_is_not_read(store: EngineStore, tmp_path: Path) -> None:
-    (store.folder / ".vae_decoder.json.part").write_text(NEW_RECORD.to_text())
+@pytest.mark.parametrize("stage", ["vae_decoder", "vae/decoder", ""])
+def test_a_record_that_waits_for_its_plan_is_not_read(store: EngineStore, tmp_path: Path, stage: str) -> None:
+    (store.folder / ".vae_decoder.json.part").write_text(replace(NEW_RECORD, stage=stage).to_text())
     assert [plan.record for plan in read_plans(tmp_path, "vae_decoder")[0]] == [RECORD]
     with store.building():
         assert store.stored("vae_decoder") == RECORD

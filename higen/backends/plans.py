@@ -224,7 +224,7 @@ def pending_record(path: Path) -> PlanRecord | None:
     part = path.with_name(pending_file(path.name))
     try:
         record = PlanRecord.from_text(part.read_text(encoding="utf-8"), str(part))
-        plan = path.with_name(engine_file(record.stage))
+        plan = path.with_name(engine_file(path.stem))
         fits = plan.stat().st_size == record.size and sha256(plan) == record.sha256
     except (OSError, UnicodeDecodeError, EngineError):
         return None

@@ -229,13 +229,15 @@ private:
                ("." + stage_.name + "-sm" + std::to_string(cuda_->architecture()) + suffix);
     }
 
-    // Kernels that an earlier run compiled here; TensorRT itself refuses those of another GPU or version.
-    void load_cache() {
+    // Kernels that an earlier run compiled here; TensorRT itself refuses those of another GPU or version. A file that
+    // cannot be read costs compiling again, nothing else.
+    void load_cache() try {
         std::error_code ignored;
         const auto path = cache_file(".cache");
         if (!std::filesystem::is_regular_file(path, ignored)) return;
         const auto content = read_file(path);
         if (!content.empty() && cache_->deserialize(content.data(), content.size())) cache_size_ = content.size();
+    } catch (const Error&) {
     }
 
     // Write compiled kernels beside the plan if there are new ones. A folder that cannot be written costs compiling
