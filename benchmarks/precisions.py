@@ -222,7 +222,7 @@ def main() -> None:
     parser.add_argument("--precisions", default=",".join(PRECISIONS))
     parser.add_argument("--prompts", type=int, default=12, help="videos that are timed and compared")
     parser.add_argument("--seeds", type=int, default=2, help="clips of each held-out prompt that are measured")
-    parser.add_argument("--quick", action="store_true", help="three videos, and evaluate's quick measures")
+    parser.add_argument("--quick", action="store_true", help="evaluate's quick measures")
     parser.add_argument("--report", type=Path, help="file to write")
     arguments = parser.parse_args()
     about = hardware()
@@ -230,8 +230,7 @@ def main() -> None:
     arguments.work.mkdir(parents=True, exist_ok=True)
     bundle, reports = prepare(arguments.model, arguments.work, precisions)
     known = bundle.config.prompts or ("a dog runs on the beach",)
-    count = 3 if arguments.quick else arguments.prompts
-    prompts = known[:: max(len(known) // count, 1)][:count]
+    prompts = known[:: max(len(known) // arguments.prompts, 1)][: arguments.prompts]
     rows = compare(bundle, precisions, prompts)
     measures = {}
     if arguments.data is not None:
