@@ -60,6 +60,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(repository: Path) -> Iterator[Server]:
     with running(repository, exit_timeout=1) as made:
         yield made
+        assert made.process.poll() is None, made.last_words()  # why it died, if it did
 
 
 @pytest.fixture(scope="module")
@@ -400,7 +401,7 @@ def test_the_command_takes_the_server_along_when_it_is_told_to_end(repository: P
     process.terminate()
     output, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors
-    assert "stopping" in output
+    assert "stopped" in output
     assert not Path(f"/proc/{child}").exists()
 
 

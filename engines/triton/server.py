@@ -157,14 +157,14 @@ def main() -> None:
     parser.add_argument("--grpc-port", type=int, default=8001)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server, in a session of its own, ends with us
-    with running(arguments.repository, arguments.http_port, arguments.grpc_port) as server:
-        print(f"http {server.http}  grpc {server.grpc}; Ctrl-C ends it", flush=True)
-        try:
-            status = server.process.wait()
-        except KeyboardInterrupt:
-            print("stopping", flush=True)
-            return
-        raise SystemExit(f"tritonserver ended by itself with status {status}:\n{server.last_words()}")
+    try:
+        with running(arguments.repository, arguments.http_port, arguments.grpc_port) as server:
+            print(f"http {server.http}  grpc {server.grpc}; Ctrl-C ends it", flush=True)
+            status, words = server.process.wait(), server.last_words()
+    except KeyboardInterrupt:  # at any moment: while it starts, too
+        print("stopped", flush=True)
+        return
+    raise SystemExit(f"tritonserver ended by itself with status {status}:\n{words}")
 
 
 if __name__ == "__main__":
