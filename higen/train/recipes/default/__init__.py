@@ -1,1 +1,1 @@
-"""The default model that ships in the wheel: twelve animated emoji, trained on two CPU cores."""
+"""The default model that ships in the wheel: animated emoji, trained on two CPU cores."""
