@@ -98,8 +98,8 @@ class EngineStore:
         """Put a plan (a buffer), its record and its log in place; the old ones stay if they cannot be written.
 
         Two renames, one right after the other, switch plan and record. Where the second does not come (a kill, an
-        error), the new record waits beside the new plan: `read_plans` takes it, the next builder puts it in its place.
-        The C++ library, which reads the record alone, calls such an engine malformed until then.
+        error), the new record waits beside the new plan: `read_plans` and the C++ library take it, the next builder
+        puts it in its place.
 
         Raises OutputError for a full disk and the like.
         """
