@@ -1,9 +1,10 @@
 """From a cold process to a saved video: seconds and share of each part, the loop's own overhead, peak memory.
 
-    python benchmarks/cold_start.py [--model DIR] [--backend auto] [--threads N] [--repeats 3]
+    python benchmarks/cold_start.py [--model DIR] [--backend auto] [--threads N] [--guidance G] [--repeats 3]
 
 Each repeat is a fresh process; the parts of the one with the median total are shown. The hardware is named. The loop's
-overhead is what the denoising loops take beyond the stages they run.
+overhead is what the denoising loops take beyond the stages they run. Guidance decides which graphs are loaded: at 1 the
+steps with one branch, at others those with both.
 """
 
 from __future__ import annotations
@@ -32,7 +33,9 @@ def child(arguments: dict[str, Any]) -> dict[str, Any]:
     from higen.api import default_model
 
     model = arguments["model"] or default_model()
-    pipe = higen.load(model, arguments["backend"], threads=arguments["threads"])
+    pipe = higen.load(model, arguments["backend"], threads=arguments["threads"], prepare=False)
+    wish = {"prompt": pipe.manifest.prompts[0], "guidance": arguments["guidance"]}
+    pipe.prepare(pipe.request(**wish))
     passed("import and load")
     in_stages: dict[str, float] = {}
     run = pipe.backend.run
@@ -45,14 +48,14 @@ def child(arguments: dict[str, Any]) -> dict[str, Any]:
             in_stages[stage] = in_stages.get(stage, 0.0) + time.perf_counter() - start
 
     pipe.backend.run = timed  # type: ignore[method-assign]
-    video = pipe(pipe.config.prompts[0], progress=False)
+    manifest = pipe.manifest
+    video = pipe(**wish, progress=False)
     last = time.time()
     parts |= video.metadata["seconds"]
     video.save(arguments["output"])
     passed("save")
-    loops = parts["spatial"] + parts["temporal"]
-    inside = sum(in_stages[stage] for stage in ("spatial_unet", "temporal_unet"))
-    inside += in_stages["conditioner"]
+    loops = sum(parts[loop.name] for loop in manifest.loops if loop.name in parts)
+    inside = sum(spent for stage, spent in in_stages.items() if stage != manifest.sizes.decoder)
     peak = [line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM")]
     return {
         "parts": parts,
@@ -61,6 +64,7 @@ def child(arguments: dict[str, Any]) -> dict[str, Any]:
         "peak_mb": int(peak[0].split()[1]) * 1024 / 1e6 if peak else None,
         "backend": pipe.backend.name,
         "torch": "torch" in sys.modules,
+        "stages": list(in_stages),
     }
 
 
@@ -77,6 +81,7 @@ def main() -> None:
     parser.add_argument("--model", help="model directory")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--guidance", type=float, help="of every loop")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", default="cold_start.mp4", help="the video; written anew by each repeat")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
@@ -87,7 +92,7 @@ def main() -> None:
     print(hardware())
     runs = []
     for _ in range(arguments.repeats):
-        given = {name: getattr(arguments, name) for name in ("model", "backend", "threads", "output")}
+        given = {name: getattr(arguments, name) for name in ("model", "backend", "threads", "guidance", "output")}
         command = [sys.executable, __file__, "--child", json.dumps({**given, "started": time.time()})]
         runs.append(json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout))
     shown = sorted(runs, key=lambda one: one["total"])[len(runs) // 2]
@@ -97,6 +102,7 @@ def main() -> None:
     print(f"{'total':<16}{shown['total']:7.2f} s   all runs: {totals}")
     print(f"loop overhead   {100 * shown['overhead']:7.2f} %")
     print(f"peak memory     {shown['peak_mb']:7.0f} MB   backend {shown['backend']}, torch imported: {shown['torch']}")
+    print(f"stages          {', '.join(shown['stages'])}")
 
 
 if __name__ == "__main__":

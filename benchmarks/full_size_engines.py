@@ -19,6 +19,7 @@ import time
 from pathlib import Path
 
 DENOISING = ("spatial_unet", "temporal_unet")
+"""Those with both branches of guidance: the larger ones."""
 
 
 def write_model(path: Path) -> None:
@@ -26,29 +27,31 @@ def write_model(path: Path) -> None:
     import torch
 
     from higen import bundle
-    from higen.config import ModelConfig, UNetConfig
+    from higen.families.higen import spec
     from higen.models.weights import write_safetensors
     from higen.parity.fixtures import recipe_state
 
-    with bundle.create(path, ModelConfig(name="full size")) as folder:
-        state = {name: tensor.to(torch.float16) for name, tensor in recipe_state(UNetConfig(), 0)}
-        write_safetensors(folder / bundle.UNET, state, "fp16")
+    with bundle.create(path, spec.manifest(spec.ModelConfig(name="full size"))) as folder:
+        state = {name: tensor.to(torch.float16) for name, tensor in recipe_state(spec.UNetConfig(), 0)}
+        write_safetensors(folder / spec.UNET, state, "fp16")
 
 
 def export(path: Path, stage: str) -> None:
     """The graph of a stage, without the parity gate: its float32 passes take most of the time at this size."""
+    from higen.backends.options import Options
     from higen.backends.torch import TorchBackend
     from higen.bundle import Bundle, graph_file, put_file
     from higen.export.graphs import export_stage
+    from higen.export.interface import graph_inputs
     from higen.export.precision import check_opset, lowered
 
     bundle = Bundle.open(path)
     if graph_file(stage, "fp16") in bundle.files:
         return
-    module = lowered(TorchBackend(bundle, "cpu", "float16", verify=False).module(stage), "fp16")
+    module = lowered(TorchBackend(bundle, Options(device="cpu", precision="fp16", verify=False)).module(stage), "fp16")
     aside = path / f".{graph_file(stage, 'fp16')}.part"
     export_stage(bundle, module, stage, aside, check_opset("fp16", None), "fp16")
-    put_file(bundle, aside, graph_file(stage, "fp16"))
+    put_file(bundle, aside, graph_file(stage, "fp16"), graph_inputs(aside))
 
 
 def build(path: Path, stage: str, target: str, weight_streaming: bool) -> None:
@@ -60,7 +63,7 @@ def build(path: Path, stage: str, target: str, weight_streaming: bool) -> None:
     from higen.engines.targets import parse_targets
 
     bundle = Bundle.open(path)
-    profiles = [read_profile("default", bundle.config)]
+    profiles = [read_profile("default", bundle.manifest)]
     options = Options(weight_streaming=weight_streaming)
     (record,) = build_engines(bundle, parse_targets(target), profiles, [stage], "fp16", options)
     log = (path / "engines" / record.target / f"{stage}.log").read_text(encoding="utf-8")

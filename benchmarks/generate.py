@@ -61,7 +61,7 @@ def main() -> None:
     imported = median(process("import higen"), arguments.repeats)
     print(f"import higen        {imported - bare:6.3f} s over an empty Python's {bare:.3f} s")
 
-    prompt = Bundle.open(arguments.model).config.prompts[0]
+    prompt = Bundle.open(arguments.model).manifest.prompts[0]
     baseline = None
     for backend in [a.backend for a in reversed(availability()) if a.works]:  # torch first: it is the baseline
         start = time.perf_counter()

@@ -27,13 +27,14 @@ import numpy as np
 
 import higen
 from higen.api import default_model
-from higen.bundle import QUANTIZED, Bundle, graph_file, stand_ins
+from higen.bundle import Bundle, graph_file
 from higen.export.model import export_model
 from higen.export.quantize import quantize, record_calls
 from higen.measures.fidelity import psnr
-from higen.stages import STAGES
+from higen.precision import QUANTIZED, precision_named
 from higen.train.recipes.default.measure import measure
 from higen.train.recipes.default.report import COLUMNS
+from higen.trial import known_prompts
 
 PRECISIONS = ("fp32", "fp16", "int8")
 
@@ -81,13 +82,12 @@ def prepare(model: Path, work: Path, precisions: Sequence[str]) -> tuple[Bundle,
     found: dict[str, dict[str, Any]] = json.loads(reports.read_text(encoding="utf-8")) if reports.exists() else {}
     for precision in precisions:
         if precision not in QUANTIZED:
-            if missing := [stage for stage in STAGES if precision not in bundle.precisions(stage)]:
+            if missing := [stage for stage in bundle.manifest.stage_names if precision not in bundle.precisions(stage)]:
                 print(f"exporting {precision}", flush=True)
                 bundle = export_model(bundle, missing, precision=precision)
         elif precision not in found:
             print(f"quantising {precision}", flush=True)
-            known = bundle.config.prompts
-            calls = record_calls(bundle, known[:: max(len(known) // 3, 1)][:3], 10, 8)
+            calls = record_calls(bundle, known_prompts(bundle.manifest, 3), 10, 8)
             made: dict[str, Any] = {}
             bundle = quantize(
                 bundle, calls, precision, on_report=lambda r, made=made: made.update({r.stage: r.as_json()})
@@ -100,8 +100,8 @@ def prepare(model: Path, work: Path, precisions: Sequence[str]) -> tuple[Bundle,
 def needed(bundle: Bundle, precision: str) -> set[str]:
     """The files that a precision is run with, tokenizer and manifest aside."""
     files = set()
-    for stage in STAGES:
-        chosen = next(p for p in stand_ins(precision) if p in bundle.precisions(stage))
+    for stage in bundle.manifest.stage_names:
+        chosen = next(p for p in precision_named(precision).stand_ins if p in bundle.precisions(stage))
         files |= {graph_file(stage, chosen), bundle.weights(stage, chosen)}
     return files
 
@@ -179,7 +179,7 @@ def table(rows: Sequence[Row], reports: Mapping[str, Any], measures: Mapping[str
         line("CPU seconds for a video", [f"{r.seconds:.2f} ({r.seconds / rows[0].seconds:.2f} x)" for r in rows]),
         line("graphs and weights, MB", [f"{row.size / 1e6:.1f}" for row in rows]),
     ]
-    for stage in ("spatial_unet", "temporal_unet"):
+    for stage in dict.fromkeys(stage for report in reports.values() for stage in report):
         found = [reports.get(row.precision, {}).get(stage) for row in rows]
         cells = ["" if r is None else f"{r['chosen']} of {r['candidates']}, {r['work']:.0%} of the work" for r in found]
         lines.append(line(f"{stage}: layers in 8 bits", cells))
@@ -229,8 +229,7 @@ def main() -> None:
     precisions = arguments.precisions.split(",")
     arguments.work.mkdir(parents=True, exist_ok=True)
     bundle, reports = prepare(arguments.model, arguments.work, precisions)
-    known = bundle.config.prompts or ("a dog runs on the beach",)
-    prompts = known[:: max(len(known) // arguments.prompts, 1)][: arguments.prompts]
+    prompts = known_prompts(bundle.manifest, arguments.prompts)
     rows = compare(bundle, precisions, prompts)
     measures = {}
     if arguments.data is not None:
@@ -240,7 +239,7 @@ def main() -> None:
             )
     clips = [f"{measures[p]['groups']['held-out']['clips']} held-out clips" for p in precisions[:1] if measures]
     lines = [
-        f"{about}; {bundle.config.name}, ONNX Runtime; {', '.join([f'{len(prompts)} videos', *clips])}.",
+        f"{about}; {bundle.manifest.name}, ONNX Runtime; {', '.join([f'{len(prompts)} videos', *clips])}.",
         "",
         *table(rows, reports, measures),
     ]

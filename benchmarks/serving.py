@@ -30,7 +30,7 @@ import tritonclient.grpc.aio as grpc
 
 from higen.api import default_model
 from higen.bundle import Bundle
-from higen.engines.triton.interface import request_tensors
+from higen.engines.triton.client import request_tensors
 from higen.engines.triton.repository import Settings, write_repository
 from higen.engines.triton.server import Server, running
 
@@ -120,13 +120,10 @@ async def load(server: Server, clients: int, seconds: float, prompts: Sequence[s
 
 
 def executed(server: Server) -> tuple[int, int]:
-    """Samples and batches that both denoising stages have run."""
-    rows = batches = 0
-    for stage in ("spatial_unet", "temporal_unet"):
-        with urllib.request.urlopen(f"http://{server.http}/v2/models/{stage}/stats", timeout=60) as answer:
-            (found,) = json.load(answer)["model_stats"]
-        rows, batches = rows + found["inference_count"], batches + found["execution_count"]
-    return rows, batches
+    """Samples and batches that the denoising stages have run, guided and plain."""
+    with urllib.request.urlopen(f"http://{server.http}/v2/models/stats", timeout=60) as answer:
+        found = [model for model in json.load(answer)["model_stats"] if "_unet" in model["name"]]
+    return sum(model["inference_count"] for model in found), sum(model["execution_count"] for model in found)
 
 
 def memory(server: Server) -> float:
@@ -212,7 +209,7 @@ def main() -> None:
         repository = Path(folder, "repository")
         write_repository(bundle, repository, Settings(max_batch=arguments.max_batch, threads=1))
         with running(repository) as server:
-            lines = asyncio.run(measure(server, arguments, bundle.config.prompts or ("a whale",)))
+            lines = asyncio.run(measure(server, arguments, bundle.manifest.prompts or ("a whale",)))
     print("\n".join(lines))
     if arguments.report is not None:
         arguments.report.write_text("\n".join([*about, *lines]) + "\n", encoding="utf-8")

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from higen.stages import STAGES
 from higen.terminal import JSON, reported
 
 if TYPE_CHECKING:
@@ -42,7 +41,7 @@ def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | No
     required=True,
     help="rtx-sm89 (or several: rtx-sm89,rtx-sm120), rtx (one portable plan), or tensorrt (for the GPU here).",
 )
-@click.option("--stage", "stages", multiple=True, type=click.Choice(list(STAGES)), help="Only these.  [every stage]")
+@click.option("--stage", "stages", multiple=True, help="Only these, by name.  [every stage]")
 @click.option("--precision", default="fp32", show_default=True, help="Which graphs: what the engines compute in.")
 @click.option(
     "--profile",
@@ -80,14 +79,14 @@ def build_engines(
 
         targets = parse_targets(target)
         bundle = Bundle.open(model)
-        chosen = [read_profile(name, bundle.config) for name in dict.fromkeys(profiles)]
+        chosen = [read_profile(name, bundle.manifest) for name in dict.fromkeys(profiles)]
         bars = _Bars(shown=not as_json and sys.stderr.isatty(), lines=not as_json)
         try:
             records = build(
                 bundle,
                 targets,
                 chosen,
-                stages or tuple(STAGES),
+                stages or None,
                 precision,
                 Options(workspace, weight_streaming),
                 on_event=bars.show,
@@ -121,7 +120,7 @@ class _Bars:
         if event.state == "building":
             if event.replaced is not None and self._bar is None and self._lines:
                 old = f"{event.replaced.precision} engine for {', '.join(p.name for p in event.replaced.profiles)}"
-                click.echo(f"{name:<28}replaces the {old}: {event.reason}")
+                click.echo(f"{name:<32}replaces the {old}: {event.reason}")
             if self._bar is None:
                 form = "{desc} {percentage:3.0f}%|{bar}| {elapsed}"
                 self._bar = tqdm(desc=name, total=1.0, disable=not self._shown, bar_format=form, leave=False)
@@ -131,7 +130,7 @@ class _Bars:
         record = event.record
         if self._lines and record is not None:
             did = "is there already" if event.state == "kept" else f"built in {record.seconds:.0f} s ({event.reason})"
-            click.echo(f"{name:<28}{record.precision:<6}{record.size / 1e6:8.1f} MB  {did}")
+            click.echo(f"{name:<32}{record.precision:<6}{record.size / 1e6:8.1f} MB  {did}")
 
     def close(self) -> None:
         """Take the bar away."""
@@ -144,7 +143,7 @@ class _Bars:
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option("--with", "other", default="onnx", show_default=True, help="What to compare: onnx, or tensorrt on a GPU.")
 @click.option("--precision", default="fp16", show_default=True, help="What it computes in.")
-@click.option("--stage", "stages", multiple=True, type=click.Choice(list(STAGES)), help="Only these.  [every stage]")
+@click.option("--stage", "stages", multiple=True, help="Only these, by name.  [every stage]")
 @click.option("--prompt", help="The video whose stages are compared.  [one that the model knows]")
 @click.option("--steps", type=click.IntRange(1, 1000), default=4, show_default=True, help="Its steps.")
 @click.option("--tolerance", type=click.FloatRange(0, min_open=True), help="Of the largest output.  [by precision]")
@@ -165,15 +164,15 @@ def compare(
         from higen.bundle import Bundle
         from higen.engines.compare import compare as run
 
-        rows = run(Bundle.open(model), other, precision, stages or tuple(STAGES), prompt, steps, tolerance)
+        rows = run(Bundle.open(model), other, precision, stages or None, prompt, steps, tolerance)
         passed = all(row.passed for row in rows)
         if as_json:
             click.echo(json.dumps({"passed": passed, "outputs": [row.as_json() for row in rows]}))
         else:
-            click.echo(f"{'stage':<14}{'output':<18}{'calls':>6}{'largest':>11}{'mean':>11}{'allowed':>11}")
+            click.echo(f"{'stage':<22}{'output':<18}{'calls':>6}{'largest':>11}{'mean':>11}{'allowed':>11}")
             for row in rows:
                 click.echo(
-                    f"{row.stage:<14}{row.output:<18}{row.calls:>6}{row.largest:>11.2e}{row.mean:>11.2e}"
+                    f"{row.stage:<22}{row.output:<18}{row.calls:>6}{row.largest:>11.2e}{row.mean:>11.2e}"
                     f"{row.allowed:>11.2e}  {'ok' if row.passed else 'OVER'}"
                 )
     if not passed:

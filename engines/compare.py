@@ -12,21 +12,15 @@ import numpy as np
 
 from higen.backends.base import Backend
 from higen.backends.onnx import OnnxBackend
-from higen.backends.recorder import CallRecorder
+from higen.backends.options import Options
 from higen.backends.tensorrt import TensorrtBackend
-from higen.bundle import QUANTIZED, Bundle, check_precision
+from higen.bundle import Bundle, graph_file
 from higen.errors import MissingExtra, ModelError, RequestError
-from higen.pipeline import DECODE_CHUNK, Pipeline
-from higen.stages import STAGES
+from higen.precision import precision_named
+from higen.stages import Stage
+from higen.trial import known_prompts, record
 
-__all__ = ["Row", "compare", "tolerance_of"]
-
-TOLERANCES = {"fp32": 1e-3, "fp16": 2e-2, "bf16": 1e-1}
-
-
-def tolerance_of(precision: str) -> float:
-    """Largest difference that a precision is allowed, relative to the largest output."""
-    return 0.3 if precision in QUANTIZED else TOLERANCES[precision]
+__all__ = ["Row", "compare"]
 
 
 @dataclass(frozen=True)
@@ -50,16 +44,17 @@ def compare(
     bundle: Bundle,
     other: str,
     precision: str,
-    stages: Sequence[str] = tuple(STAGES),
+    stages: Sequence[str] | None = None,
     prompt: str | None = None,
     steps: int = 4,
     tolerance: float | None = None,
 ) -> list[Row]:
     """Compare ONNX Runtime's float32 stages with those of backend `other` ("onnx" or "tensorrt") in a precision.
 
-    The inputs are those of a whole video of `prompt`; the encoder's are its first frames. Raises RequestError,
-    ModelError (a precision that the model was never quantised to), MissingExtra, and what the backends raise where a
-    graph or an engine cannot be used.
+    The inputs are those of a whole video of `prompt`, and of further ones for stages that it leaves idle: with or
+    without guidance, or from a picture. `stages`: None: all that have a float32 graph. Raises RequestError, ModelError
+    (a precision that the model was never quantised to), MissingExtra, and what the backends raise where a graph or an
+    engine cannot be used.
     """
     if other not in ("onnx", "tensorrt"):
         raise RequestError(f"with={other!r}: 'onnx' or 'tensorrt'")
@@ -67,30 +62,32 @@ def compare(
         raise RequestError(
             "precision='fp32': ONNX Runtime would be compared with itself; fp16, say, or another backend"
         )
-    check_precision(precision)
+    row = precision_named(precision)
     if missing := bundle.not_quantized(precision):
         raise ModelError(missing)
-    allowed = tolerance_of(precision) if tolerance is None else tolerance
+    known = bundle.manifest.stage_names
+    names = tuple(stages) if stages is not None else tuple(n for n in known if graph_file(n) in bundle.files) or known
+    if unknown := [name for name in names if name not in known]:
+        raise RequestError(f"stages={unknown}: of {', '.join(known)}")
     comparator = _polygraphy()
-    second: Backend = (
-        TensorrtBackend(bundle, precision=precision) if other == "tensorrt" else OnnxBackend(bundle, "cpu", precision)
-    )
-    recorder = CallRecorder(bundle, stages)
+    if other == "tensorrt":
+        second: Backend = TensorrtBackend(bundle, Options(precision=precision))
+    else:
+        second = OnnxBackend(bundle, Options(device="cpu", precision=precision))
+    first = OnnxBackend(bundle, Options(device="cpu", precision="fp32"))
     try:
-        for stage in stages:  # what is not there is said before the video is made
-            second.prepare(stage)
-        with Pipeline(bundle, recorder) as pipeline:
-            known = bundle.config.prompts[0] if bundle.config.prompts else "a dog runs on the beach"
-            video = pipeline(prompt or known, steps=steps, progress=False)
-            if "vae_encoder" in stages:  # a video from text encodes no image
-                pixels = video.frames[:DECODE_CHUNK].astype(np.float32).transpose(0, 3, 1, 2) / 127.5 - 1.0
-                recorder.run("vae_encoder", pixels=np.ascontiguousarray(pixels))
-            return [
-                row
-                for stage in stages
-                for row in _compare_stage(comparator, stage, recorder, second, recorder.calls[stage], allowed)
-            ]
+        for name in names:  # what is not there is said before the video is made
+            second.prepare(name)
+        calls = record(bundle, names, [prompt] if prompt else known_prompts(bundle.manifest), steps=steps)
+        allowed = row.compared if tolerance is None else tolerance
+        return [
+            made
+            for name in names
+            if calls[name]
+            for made in _compare_stage(comparator, bundle.manifest.stage(name), first, second, calls[name], allowed)
+        ]
     finally:
+        first.close()
         second.close()
 
 
@@ -107,24 +104,24 @@ def _polygraphy() -> Any:
     return polygraphy.comparator
 
 
-def _runner(name: str, stage: str, backend: Backend) -> Any:
+def _runner(name: str, stage: Stage, backend: Backend) -> Any:
     from polygraphy.backend.base import BaseRunner
 
-    outputs = [tensor.name for tensor in STAGES[stage].outputs]
+    outputs = [tensor.name for tensor in stage.outputs]
 
     class StageRunner(BaseRunner):  # type: ignore[misc]
         def get_input_metadata_impl(self) -> Any:
             from polygraphy.common import TensorMetadata
 
             metadata = TensorMetadata()
-            for tensor in STAGES[stage].inputs:
+            for tensor in stage.inputs:
                 shape = [n if isinstance(n, int) else None for n in tensor.shape]
                 metadata.add(tensor.name, np.dtype(tensor.dtype), shape)
             return metadata
 
         def infer_impl(self, feed_dict: Mapping[str, Any]) -> dict[str, Any]:
             start = time.perf_counter()
-            found = backend.run(stage, **feed_dict)
+            found = backend.run(stage.name, **feed_dict)
             arrays = {key: backend.to_numpy(found[key]) for key in outputs}
             self.inference_time = time.perf_counter() - start
             return arrays
@@ -133,13 +130,13 @@ def _runner(name: str, stage: str, backend: Backend) -> Any:
 
 
 def _compare_stage(
-    comparator: Any, stage: str, first: Backend, second: Backend, calls: Sequence[Mapping[str, Any]], allowed: float
+    comparator: Any, stage: Stage, first: Backend, second: Backend, calls: Sequence[Mapping[str, Any]], allowed: float
 ) -> list[Row]:
     runners = [_runner("expected", stage, first), _runner("found", stage, second)]
     results = comparator.Comparator.run(runners, data_loader=[dict(call) for call in calls])
     peaks = {
         tensor.name: max(float(np.abs(result[tensor.name]).max()) for result in results["expected"])
-        for tensor in STAGES[stage].outputs
+        for tensor in stage.outputs
     }
     limits = {name: allowed * peak for name, peak in peaks.items()}
     judge = comparator.SimpleCompareFunc(atol=limits, rtol=0.0, check_error_stat="max")
@@ -150,7 +147,7 @@ def _compare_stage(
         all_of = [call[name] for call in found]
         rows.append(
             Row(
-                stage,
+                stage.name,
                 name,
                 len(all_of),
                 max(float(r.max_absdiff) for r in all_of),

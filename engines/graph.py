@@ -9,6 +9,7 @@ from pathlib import Path
 
 from higen.backends.plans import EXTRAS, PlanProfile
 from higen.errors import EngineError, MissingExtra, RequestError
+from higen.precision import precision_named
 
 __all__ = ["GraphFacts", "check_fixed", "read_graph"]
 
@@ -44,7 +45,7 @@ def read_graph(path: Path, precision: str, flavour: str) -> GraphFacts:
         value.name: tuple(d.dim_value if d.HasField("dim_value") else None for d in value.type.tensor_type.shape.dim)
         for value in graph.input
     }
-    computed = 32 if precision in ("fp32", "int8") else 16
+    computed = 32 if precision_named(precision).base == "fp32" else 16
     bits = 0
     for tensor in graph.initializer:
         kind = onnx.TensorProto.DataType.Name(tensor.data_type)

@@ -12,7 +12,7 @@ from typing import Any
 from higen.backends.cuda import Cuda
 from higen.backends.plans import PlanRecord
 from higen.backends.tensorrt_api import library
-from higen.bundle import Bundle, graph_file, stand_ins
+from higen.bundle import Bundle, graph_file
 from higen.engines.build import PLAIN, Options, build_plan
 from higen.engines.graph import check_fixed, read_graph
 from higen.engines.progress import Progress
@@ -20,7 +20,7 @@ from higen.engines.shapes import Profile, stage_profiles
 from higen.engines.store import EngineStore, difference
 from higen.engines.targets import Target, check_precision
 from higen.errors import ModelError, RequestError
-from higen.stages import STAGES
+from higen.precision import precision_named
 
 __all__ = ["Event", "build_engines"]
 
@@ -47,13 +47,15 @@ def build_engines(
     bundle: Bundle,
     targets: Sequence[Target],
     profiles: Sequence[Profile],
-    stages: Sequence[str] = tuple(STAGES),
+    stages: Sequence[str] | None = None,
     precision: str = "fp32",
     options: Options = PLAIN,
     *,
     on_event: Callable[[Event], None] = lambda _: None,
 ) -> list[PlanRecord]:
     """Build the engines of a model that are not there yet, and return the records of all.
+
+    stages    by name; None: every stage of the model, but for a step with one branch of guidance that has no graph
 
     A stage whose plan fits graph, weights, profiles, options and library is kept, so an interrupted build goes on
     where it stopped. Two builders of one target wait for each other.
@@ -63,9 +65,11 @@ def build_engines(
     MissingExtra, NoDriver and NoDevice (classic TensorRT without a GPU), OutputError (disk). Raises EngineError where
     TensorRT fails or does not load.
     """
-    for stage in stages:
-        if stage not in STAGES:
-            raise RequestError(f"stage={stage!r}: of {', '.join(STAGES)}")
+    known = bundle.manifest.stage_names
+    names = _default_stages(bundle, precision) if stages is None else tuple(stages)
+    for name in names:
+        if name not in known:
+            raise RequestError(f"stage={name!r}: of {', '.join(known)}")
     resolved = [_on_this_machine(target) for target in targets]
     for target in resolved:
         check_precision(precision, target.architectures)
@@ -73,7 +77,7 @@ def build_engines(
         raise ModelError(missing)
     libraries = {flavour: library(flavour, f"engines for {names}") for flavour, names in _flavours(resolved).items()}
     wanted = [
-        [_wanted(bundle, target, stage, precision, profiles, options, libraries[target.flavour]) for stage in stages]
+        [_wanted(bundle, target, stage, precision, profiles, options, libraries[target.flavour]) for stage in names]
         for target in resolved
     ]
     stores = [EngineStore(bundle.path, target.name) for target in resolved]
@@ -84,6 +88,14 @@ def build_engines(
         for target, records in zip(resolved, wanted, strict=True)
         for record in _build_target(bundle, target, records, options, libraries[target.flavour], on_event)
     ]
+
+
+def _default_stages(bundle: Bundle, precision: str) -> tuple[str, ...]:
+    """Every stage; one that only saves work, and that the model has no graph of, is left out: another serves it."""
+    spared = {loop.plain for loop in bundle.manifest.loops if loop.guided is not None}
+    serving = {*precision_named(precision).stand_ins}
+    names = bundle.manifest.stage_names
+    return tuple(name for name in names if name not in spared or serving.intersection(bundle.precisions(name)))
 
 
 def _on_this_machine(target: Target) -> Target:
@@ -118,18 +130,18 @@ def _wanted(
     """The record of a plan as it would be if it were built now, without what only the build can tell; its size is about
     what the plan will have. Raises RequestError where a profile is not of the graph's own, fixed shape.
     """
-    there = bundle.precisions(stage)
-    found = next((p for p in stand_ins(precision) if p in there), None)
+    there, serving = bundle.precisions(stage), precision_named(precision).stand_ins
+    found = next((p for p in serving if p in there), None)
     if found is None:
-        plain = stand_ins(precision)[-1]
+        plain = serving[-1]
         raise ModelError(
             f"{bundle.path}: no {graph_file(stage, plain)} (make it: higen-export onnx {bundle.path} --stage {stage} "
             f"--precision {plain})"
         )
     graph, precision = graph_file(stage, found), found
     weights = bundle.weights(stage, precision)
-    spans = stage_profiles(stage, profiles, bundle.config)
     facts = read_graph(bundle.file(graph), precision, target.flavour)
+    spans = stage_profiles(stage, profiles, bundle.manifest, facts.inputs)
     check_fixed(stage, graph, facts, spans)
     return PlanRecord(
         stage=stage,
@@ -220,7 +232,7 @@ def _build_stage(
     built = build_plan(
         trt,
         bundle.path / wanted.graph,
-        STAGES[wanted.stage],
+        bundle.manifest.stage(wanted.stage),
         wanted.profiles,
         wanted.architectures,
         options,

@@ -5,23 +5,24 @@ batch = 1                    # samples: one number, or [smallest, best, largest]
 frames = "default"           # or the model's own
 height = [256, 256, 512]     # pixels
 width = 448
-images = [1, 2, 2]           # decoded or encoded at a time
+images = "default"           # decoded or encoded at a time; or one number, or [smallest, best, largest]
 """
 
 from __future__ import annotations
 
 import math
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
+from higen.axes import chunk_of, frames_of
 from higen.backends.plans import PlanProfile, Span
-from higen.config import ModelConfig
 from higen.errors import RequestError
-from higen.stages import STAGES, Stage, dimensions
+from higen.manifest import Manifest
+from higen.stages import Stage
 
 __all__ = ["Profile", "Range", "profile_names", "read_profile", "stage_profiles"]
 
@@ -63,7 +64,7 @@ def profile_names() -> list[str]:
     return sorted(Path(entry.name).stem for entry in folder.iterdir() if entry.name.endswith(".toml"))
 
 
-def read_profile(name: str, config: ModelConfig) -> Profile:
+def read_profile(name: str, manifest: Manifest) -> Profile:
     """A profile by its name or as the path of a TOML file, for a model.
 
     Raises RequestError: unknown name, file that is no profile, min above max, size that the model cannot have.
@@ -77,8 +78,8 @@ def read_profile(name: str, config: ModelConfig) -> Profile:
         raise RequestError(f"{where}: {', '.join(unknown)}: unknown; a profile has about, {', '.join(WORDS)}")
     if missing := [word for word in WORDS if word not in entries]:
         raise RequestError(f"{where}: {', '.join(missing)}: missing")
-    profile = Profile(Path(name).stem, **{word: _range(word, entries[word], config, where) for word in WORDS})
-    _check_sizes(profile, config, where)
+    profile = Profile(Path(name).stem, **{word: _range(word, entries[word], manifest, where) for word in WORDS})
+    _check_sizes(profile, manifest, where)
     return profile
 
 
@@ -94,62 +95,85 @@ def _text(name: str) -> tuple[str, str]:
         raise RequestError(f"profile={name!r}: cannot be read: {error}") from error
 
 
-def _range(word: str, value: Any, config: ModelConfig, where: str) -> Range:
-    defaults = {"frames": config.defaults.frames, "height": config.defaults.height, "width": config.defaults.width}
+def _range(word: str, value: Any, manifest: Manifest, where: str) -> Range:
+    sizes = manifest.sizes
+    chunk = chunk_of(manifest, sizes.decoder)
+    defaults = {
+        "frames": [sizes.frames[1]] * 3,
+        "height": [sizes.height] * 3,
+        "width": [sizes.width] * 3,
+        "images": [1, chunk, chunk],
+    }
     if value == "default" and word in defaults:
         value = defaults[word]
-    sizes = value if isinstance(value, list) else [value] * 3
-    if len(sizes) != 3 or any(type(n) is not int or n < 1 for n in sizes):
+    given = value if isinstance(value, list) else [value] * 3
+    if len(given) != 3 or any(type(n) is not int or n < 1 for n in given):
         allowed = "a whole number from 1, or [smallest, best, largest]" + (', or "default"' if word in defaults else "")
         raise RequestError(f"{where}: {word}={value!r}: {allowed}")
-    if not sizes[0] <= sizes[1] <= sizes[2]:
+    if not given[0] <= given[1] <= given[2]:
         raise RequestError(f"{where}: {word}={value}: smallest <= best <= largest")
-    return Range(*sizes)
+    return Range(*given)
 
 
-def _check_sizes(profile: Profile, config: ModelConfig, where: str) -> None:
-    step = config.autoencoder.factor * config.unet.size_multiple
-    if profile.frames.largest > config.max_frames:
-        raise RequestError(f"{where}: frames={profile.frames.largest}: this model makes 1 to {config.max_frames}")
+def _check_sizes(profile: Profile, manifest: Manifest, where: str) -> None:
+    step, (fewest, _, most) = manifest.sizes.multiple, manifest.sizes.frames
+    for frames in (profile.frames.smallest, profile.frames.largest):
+        if not fewest <= frames <= most:
+            raise RequestError(f"{where}: frames={frames}: this model makes {fewest} to {most}")
     for word, sizes in (("height", profile.height.sizes), ("width", profile.width.sizes)):
         if any(n % step for n in sizes):
             raise RequestError(f"{where}: {word}={list(sizes)}: multiples of {step} pixels for this model")
 
 
-def stage_profiles(stage: str, profiles: Iterable[Profile], config: ModelConfig) -> tuple[PlanProfile, ...]:
+def stage_profiles(
+    name: str, profiles: Iterable[Profile], manifest: Manifest, inputs: Mapping[str, Sequence[object]] | None = None
+) -> tuple[PlanProfile, ...]:
     """Profiles as ranges of each input of a stage; those that are alike for this stage are kept once.
 
-    The pipeline itself encodes the empty prompt alone and conditions the key frame as one frame, so the text encoder
-    and the conditioner always take these too. Raises RequestError for tensors larger than TensorRT takes.
+    `inputs`: the graph's own shapes by name, None: the stage's. A graph of manifest version 1 has one axis less in its
+    guidance. Raises RequestError for tensors larger than TensorRT takes.
     """
+    stage = manifest.stage(name)
+    axes = {input_name: len(shape) for input_name, shape in (inputs or {}).items()}
     made: dict[tuple[Span, ...], PlanProfile] = {}
     for profile in profiles:
-        symbols = _symbols(stage, profile, config)
-        spans = tuple(_span(STAGES[stage], t.name, t.shape, symbols, profile.name) for t in STAGES[stage].inputs)
+        symbols = _symbols(stage, profile, manifest)
+        spans = tuple(
+            _span(stage, t.name, t.shape[: axes.get(t.name, len(t.shape))], symbols, profile.name) for t in stage.inputs
+        )
         made.setdefault(spans, PlanProfile(profile.name, spans))
     return tuple(made.values())
 
 
-def _symbols(stage: str, profile: Profile, config: ModelConfig) -> dict[str, Range]:
-    factor = config.autoencoder.factor
+def _symbols(stage: Stage, profile: Profile, manifest: Manifest) -> dict[str, Range]:
+    """The range of each symbol. A denoising stage is run on a batch, and in a loop's windows where it has such. All
+    others are run for one sample, with any frames that a loop asks for, or in chunks as the model's tables say: these
+    are always inside, whatever the profile is.
+    """
+    factor, chunk = manifest.sizes.factor, chunk_of(manifest, stage.name)
+    fewest, most = frames_of(manifest, stage.name)
 
     def latent(pixels: Range) -> Range:
         return Range(pixels.smallest // factor, pixels.best // factor, pixels.largest // factor)
 
-    batch, frames = profile.batch, profile.frames
-    if stage in ("text_encoder", "conditioner"):
-        batch = Range(1, batch.best, batch.largest)
-        frames = Range(1, frames.best, frames.largest)
+    batch, frames = profile.batch, Range(*(min(max(n, fewest), most) for n in profile.frames.sizes))
+    images = Range(1, profile.images.best, max(profile.images.largest, chunk))
+    if stage.name == manifest.sizes.decoder:
+        frames = Range(1, min(images.best, most), most)
+    if not stage.denoises:
+        batch, frames = Range(1, batch.best, batch.largest), Range(fewest, frames.best, frames.largest)
+    if not stage.batch:
+        batch = Range(1, 1, 1)
     free = {
         "B": batch,
         "F": frames,
-        "N": profile.images,
+        "N": images,
         "H": latent(profile.height),
         "W": latent(profile.width),
         "Y": profile.height,
         "X": profile.width,
     }
-    return {**{symbol: Range(n, n, n) for symbol, n in dimensions(config).items()}, **free}
+    return {**{symbol: Range(n, n, n) for symbol, n in manifest.fixed.items()}, **free}
 
 
 def _span(stage: Stage, name: str, shape: tuple[str | int, ...], symbols: Mapping[str, Range], profile: str) -> Span:

@@ -13,7 +13,6 @@ from higen.backends.plans import ENGINES, PlanRecord, engine_file, log_file, pen
 from higen.bundle import sha256
 from higen.errors import EngineError, OutputError
 from higen.locks import locked
-from higen.stages import STAGES
 
 __all__ = ["EngineStore", "difference"]
 
@@ -126,8 +125,9 @@ class EngineStore:
         return self.folder / pending_file(name)
 
     def _recover(self) -> None:
-        for stage in STAGES:
-            if pending_record(self.folder / record_file(stage)) is not None:
-                self._part(record_file(stage)).replace(self.folder / record_file(stage))
+        for part in sorted(self.folder.glob(pending_file(record_file("*")))):
+            record = self.folder / part.name.removeprefix(".").removesuffix(".part")
+            if pending_record(record) is not None:
+                part.replace(record)
         for part in self.folder.glob(".*.part"):
             part.unlink()

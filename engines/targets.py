@@ -10,19 +10,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from higen import bundle
 from higen.errors import RequestError
+from higen.precision import precision_named
 
-__all__ = ["NEEDED", "PORTABLE", "RTX", "Target", "check_precision", "parse_targets"]
+__all__ = ["PORTABLE", "RTX", "Target", "check_precision", "parse_targets"]
 
 RTX = (75, 80, 86, 89, 120, 121)
 """Architectures that TensorRT for RTX builds for. H100 and H200 (SM90) are not among them."""
 
 PORTABLE = (80, 86, 89, 120)
 """What one plan of TensorRT for RTX covers unless told otherwise."""
-
-NEEDED = {"fp32": 75, "fp16": 75, "bf16": 80, "int8": 80, "fp8": 89, "nvfp4": 100}
-"""The first architecture that computes in each precision, by what comes before its dot."""
 
 
 @dataclass(frozen=True)
@@ -59,7 +56,7 @@ def _parse(name: str) -> Target:
 
 def check_precision(precision: str, architectures: tuple[int, ...]) -> None:
     """Raises RequestError for no precision, and if one of the architectures does not compute in it."""
-    needed = NEEDED[bundle.check_precision(precision).partition(".")[0]]
+    needed = precision_named(precision).architecture
     if lacking := [a for a in architectures if a < needed]:
         names = ", ".join(f"SM{a}" for a in lacking)
         raise RequestError(f"precision={precision!r}: {names} cannot compute in it; the first that can is SM{needed}")

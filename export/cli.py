@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING
 
 import click
 
-from higen.bundle import PRECISIONS, QUANTIZED, Bundle
+from higen.bundle import Bundle
 from higen.errors import MissingExtra
-from higen.stages import STAGES
+from higen.precision import PRECISIONS, QUANTIZED
 from higen.terminal import JSON, Commands, reported
 from higen.version import __version__
 
@@ -22,7 +22,6 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-DENOISING = ("spatial_unet", "temporal_unet")
 MODEL = click.argument("model", type=click.Path(path_type=Path))
 
 
@@ -34,10 +33,10 @@ def main() -> None:
 
 @main.command()
 @MODEL
-@click.option("--stage", "stages", multiple=True, type=click.Choice(list(STAGES)), help="Only these.  [every stage]")
+@click.option("--stage", "stages", multiple=True, help="Only these, by name (inspect lists them).  [every stage]")
 @click.option(
     "--precision",
-    type=click.Choice(PRECISIONS),
+    type=click.Choice(list(PRECISIONS)),
     default="fp32",
     show_default=True,
     help="What the graphs compute in; fp16 and bf16 stand beside fp32, with weights of their own.",
@@ -56,17 +55,18 @@ def onnx(
     """Write an ONNX graph for every stage of MODEL, each checked against PyTorch at shapes it was not traced with."""
     with reported(as_json):
         with _export_extra():
-            from higen.export.graphs import static_sizes
             from higen.export.model import export_model
+            from higen.export.shapes import static_sizes
         done: list[Parity] = []
         bundle = Bundle.open(model)
         bundle = export_model(
             bundle,
-            stages or tuple(STAGES),
+            stages or None,
             precision=precision,
             opset=opset,
-            static=None if static is None else static_sizes(bundle, static),
+            static=None if static is None else static_sizes(bundle.manifest, static),
             on_parity=_listing(done, as_json),
+            on_line=_telling(as_json),
         )
         if as_json:
             click.echo(json.dumps({"model": str(bundle.path), "parity": [p.as_json() for p in done]}))
@@ -118,10 +118,15 @@ def _listing(done: list[Parity], as_json: bool) -> Callable[[Parity], None]:
     return show
 
 
+def _telling(as_json: bool) -> Callable[[str], None]:
+    """Prints a line for a person; standard output is the answer alone where that is JSON."""
+    return lambda line: click.echo(line, err=as_json)
+
+
 @main.command()
 @MODEL
-@click.option("--precision", type=click.Choice(QUANTIZED), default="int8.fp16", show_default=True)
-@click.option("--stage", "stages", multiple=True, type=click.Choice(DENOISING), help="Only these.  [both]")
+@click.option("--precision", type=click.Choice(list(QUANTIZED)), default="int8.fp16", show_default=True)
+@click.option("--stage", "stages", multiple=True, help="Only these denoising stages.  [all that have a graph]")
 @click.option("--prompt", "prompts", multiple=True, help="Calibrate on videos of these.  [some the model knows]")
 @click.option("--steps", type=click.IntRange(1, 1000), default=10, show_default=True, help="Steps of these videos.")
 @click.option("--calls", type=click.IntRange(1, 1000), default=8, show_default=True, help="Steps to calibrate on.")
@@ -148,23 +153,24 @@ def quantize(
     """
     with reported(as_json):
         with _export_extra():
+            from higen.export.model import current
             from higen.export.quantize import TOLERANCE, Report, check_graphs, record_calls
             from higen.export.quantize import quantize as run
-        bundle = Bundle.open(model)
-        known = bundle.config.prompts or ("a dog runs on the beach", "a red flower opens")
-        check_graphs(bundle, precision, stages or DENOISING)
+            from higen.trial import known_prompts
+        bundle = current(Bundle.open(model), _telling(as_json))
+        names = check_graphs(bundle, precision, stages or None)
         shown = not as_json and sys.stderr.isatty()
-        recorded = record_calls(bundle, prompts or known[:: max(len(known) // 3, 1)][:3], steps, calls, shown)
+        recorded = record_calls(bundle, prompts or known_prompts(bundle.manifest, 3), steps, calls, names, shown)
         done: list[Report] = []
 
         def show(report: Report) -> None:
             done.append(report)
             if not as_json:
                 layers = f"{report.chosen} of {report.candidates} layers, {report.work:.0%} of the work"
-                click.echo(f"{report.stage:<14}{report.precision:<12}{layers:<40}error {report.error:.3f}")
+                click.echo(f"{report.stage:<22}{report.precision:<12}{layers:<40}error {report.error:.3f}")
 
         allowed = TOLERANCE if tolerance is None else tolerance
-        run(bundle, recorded, precision, stages or DENOISING, allowed, show, shown)
+        run(bundle, recorded, precision, names, allowed, show, shown)
         if as_json:
             click.echo(json.dumps({"model": str(bundle.path), "stages": [report.as_json() for report in done]}))
 
@@ -173,19 +179,28 @@ def quantize(
 @MODEL
 @JSON
 def inspect(model: Path, as_json: bool) -> None:
-    """Say what MODEL holds: architecture, stages, files."""
+    """Say what MODEL holds: stages, loops, controls, files."""
     with reported(as_json):
         bundle = Bundle.open(model)
-        found = {name: bundle.precisions(name) for name in STAGES}
+        manifest = bundle.manifest
+        found = {name: bundle.precisions(name) for name in manifest.stage_names}
         sizes = {name: record.size for name, record in bundle.files.items()}
         if as_json:
-            click.echo(json.dumps({"name": bundle.config.name, "graphs": found, "files": sizes}))
+            click.echo(json.dumps({"name": manifest.name, "graphs": found, "files": sizes}))
             return
-        click.echo(f"{bundle.config.name} ({bundle.config.licence})")
-        for name, stage in STAGES.items():
-            click.echo(f"  {name:<14}{'graph in ' + ', '.join(found[name]) if found[name] else 'no graph'}")
-            for arrow, tensors in (("<-", stage.inputs), ("->", stage.outputs)):
-                for t in tensors:
-                    click.echo(f"    {arrow} {t.name:<16}{t.dtype:<9}{list(t.shape)}".replace("'", ""))
+        click.echo(f"{manifest.name} ({manifest.licence}), family {manifest.family}")
+        for stage in manifest.stages:
+            graphs = found[stage.name]
+            click.echo(f"  {stage.name:<22}{'graph in ' + ', '.join(graphs) if graphs else 'no graph'}")
+            for t in stage.inputs:
+                shape = str(list(t.shape)).replace("'", "")
+                click.echo(f"    <- {t.name:<16}{t.dtype:<9}{shape:<20} {t.source}")
+            for out in stage.outputs:
+                shape = str(list(out.shape)).replace("'", "")
+                click.echo(f"    -> {out.name:<16}{out.dtype:<9}{shape}")
+        for loop in manifest.loops:
+            click.echo(f"  loop {loop.name:<17}{' or '.join(loop.stages)}")
+        for control in manifest.controls:
+            click.echo(f"  control {control.name:<14}{control.kind}: {control.meaning}")
         for name, size in sizes.items():
             click.echo(f"  {name:<28}{size / 1e6:10.2f} MB")

@@ -7,6 +7,7 @@ initializers can point into the safetensors files; the optimiser without folding
 from __future__ import annotations
 
 import contextlib
+import inspect
 import io
 import logging
 import warnings
@@ -15,37 +16,22 @@ from pathlib import Path
 from typing import Any
 
 import onnx_ir as ir
+import onnx_ir.passes.common as passes
 import torch
-from onnxscript.optimizer import optimize_ir
+from onnxscript import rewriter
+from onnxscript.optimizer import fold_constants_ir
+from onnxscript.rewriter.rules.common import slice_split_rule
 
 from higen.bundle import Bundle
-from higen.errors import BackendError, RequestError
+from higen.errors import BackendError
+from higen.export.shapes import example_inputs, fixed_sizes, traced_sizes
 from higen.export.weights import point_into, stored_tensors
-from higen.stages import STAGES, Stage, dimensions
+from higen.stages import Stage
 
-__all__ = ["example_inputs", "export_stage", "sizes_for", "static_sizes"]
+__all__ = ["export_stage"]
 
 LARGEST_INLINE = 4096
 """A graph holds no tensor of more bytes than this."""
-
-PREFIXES = {"text_encoder": "encoder.", "vae_decoder": "autoencoder.", "vae_encoder": "autoencoder."}
-"""What a stage's module puts before the names in its weights file."""
-
-TRACED = {"B": 2, "F": 5, "N": 3}
-"""Sizes the tracer sees; all differ, so that no two axes are taken for one."""
-
-
-def example_inputs(stage: Stage, sizes: Mapping[str, int], seed: int = 0) -> dict[str, torch.Tensor]:
-    """Random inputs of a stage for these sizes: tokens and timesteps as int64 from 0 to 4, all else normal."""
-    random = torch.Generator().manual_seed(seed)
-    inputs = {}
-    for tensor in stage.inputs:
-        shape = [n if isinstance(n, int) else sizes[n] for n in tensor.shape]
-        if tensor.dtype == "int64":
-            inputs[tensor.name] = torch.randint(0, 5, shape, generator=random)
-        else:
-            inputs[tensor.name] = torch.randn(shape, generator=random)
-    return inputs
 
 
 def export_stage(
@@ -59,17 +45,18 @@ def export_stage(
 ) -> None:
     """Write the graph of a stage's module to `output`, a file in the model's own folder.
 
-    Batch, frames, height and width are dynamic, or those of `static`. Raises BackendError where tracing fails or a
+    The stage's free axes are dynamic, but for those that `static` fixes (`shapes.fixed_sizes`). The module's parameters
+    have the names of the weights file, behind its `prefix` if it has one. Raises BackendError where tracing fails or a
     large tensor would end up in the graph.
     """
-    stage, multiple = STAGES[name], bundle.config.unet.size_multiple
-    fixed = {**dimensions(bundle.config), **_static_symbols(bundle, name, static)}
-    sizes = sizes_for(bundle, {**TRACED, "H": 2 * multiple, "W": 3 * multiple, **(static or {})})
-    model = _trace(stage, module, sizes, set(fixed), opset)
-    optimize_ir(model, should_fold=_is_bookkeeping)
+    stage = bundle.manifest.stage(name)
+    fixed = fixed_sizes(bundle.manifest, stage, static)
+    inputs = example_inputs(bundle.manifest, stage, traced_sizes(bundle.manifest, stage, fixed))
+    model = _trace(stage, module, inputs, {*bundle.manifest.fixed, *fixed}, opset)
+    _optimize(model)
     _clean(model.graph, stage)
     stored = stored_tensors(bundle.file(bundle.weights(name, precision), verify=False))
-    weights = {PREFIXES.get(name, "") + key: tensor for key, tensor in stored.items()}
+    weights = {getattr(module, "prefix", "") + key: tensor for key, tensor in stored.items()}
     point_into(model.graph, weights, bundle.path)
     large = [k for k, v in model.graph.initializers.items() if k not in weights and _bytes(v) > LARGEST_INLINE]
     if large:
@@ -77,38 +64,6 @@ def export_stage(
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     ir.save(model, output)
-
-
-def static_sizes(bundle: Bundle, shape: str) -> dict[str, int]:
-    """Sizes of B, F, H and W for "BxFxHxW" with H and W in pixels: "1x32x256x448".
-
-    Raises RequestError for anything else and for sizes that the model cannot have.
-    """
-    factor, step = bundle.config.autoencoder.factor, bundle.config.unet.size_multiple
-    try:
-        batch, frames, height, width = (int(part) for part in shape.split("x"))
-    except ValueError:
-        raise RequestError(f"static={shape!r}: samples, frames, height and width, as in 1x32x256x448") from None
-    if batch < 1 or not 1 <= frames <= bundle.config.max_frames:
-        raise RequestError(f"static={shape!r}: at least 1 sample and 1 to {bundle.config.max_frames} frames")
-    if height < 1 or width < 1 or height % (factor * step) or width % (factor * step):
-        raise RequestError(f"static={shape!r}: height and width are multiples of {factor * step} pixels")
-    return {"B": batch, "F": frames, "H": height // factor, "W": width // factor}
-
-
-def _static_symbols(bundle: Bundle, name: str, static: Mapping[str, int] | None) -> dict[str, int]:
-    """What `static` fixes in a stage. The pipeline itself varies the conditioner's frames (1, then all) and the text
-    encoder's and the conditioner's samples (1 for the empty prompt), as well as the images decoded at a time.
-    """
-    if static is None or name in ("text_encoder", "conditioner"):
-        return {}
-    return {key: n for key, n in sizes_for(bundle, {**TRACED, **static}).items() if key != "N"}
-
-
-def sizes_for(bundle: Bundle, free: Mapping[str, int]) -> dict[str, int]:
-    """A size for every symbol of the stage table: those the model fixes, `free`, and the pixels of its H and W."""
-    factor = bundle.config.autoencoder.factor
-    return {**dimensions(bundle.config), **free, "Y": free["H"] * factor, "X": free["W"] * factor}
 
 
 def _bytes(value: ir.Value) -> int:
@@ -128,8 +83,9 @@ def _is_bookkeeping(node: ir.Node) -> bool:
     )
 
 
-def _trace(stage: Stage, module: torch.nn.Module, sizes: Mapping[str, int], fixed: set[str], opset: int) -> ir.Model:
-    inputs = example_inputs(stage, sizes)
+def _trace(
+    stage: Stage, module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], fixed: set[str], opset: int
+) -> ir.Model:
     dynamic = [
         {i: torch.export.Dim.DYNAMIC for i, n in enumerate(t.shape) if isinstance(n, str) and n not in fixed}
         for t in stage.inputs
@@ -144,7 +100,7 @@ def _trace(stage: Stage, module: torch.nn.Module, sizes: Mapping[str, int], fixe
                 opset_version=opset,
                 input_names=[t.name for t in stage.inputs],
                 output_names=list(stage.graph_outputs),
-                dynamic_shapes=tuple(dynamic),
+                dynamic_shapes=_nested(module, dynamic),
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:
@@ -154,18 +110,48 @@ def _trace(stage: Stage, module: torch.nn.Module, sizes: Mapping[str, int], fixe
     return program.model
 
 
+def _nested(module: torch.nn.Module, dynamic: list[Any]) -> tuple[Any, ...]:
+    """The dynamic axes as `torch.export` wants them: those of a forward's `*rest` are a tuple of their own."""
+    parameters = list(inspect.signature(module.forward).parameters.values())
+    if not parameters or parameters[-1].kind is not inspect.Parameter.VAR_POSITIONAL:
+        return tuple(dynamic)
+    named = len(parameters) - 1
+    return (*dynamic[:named], tuple(dynamic[named:]))
+
+
+RULES = rewriter.RewriteRuleSet([rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule is not slice_split_rule])
+"""The optimiser's own rules without the one that matches two nodes at once. That rule goes through the whole graph for
+every node, which is most of an export's time, and never matches here.
+"""
+
+
+def _optimize(model: ir.Model) -> None:
+    """What `onnxscript.optimizer.optimize_ir` does to a model, with `RULES` and without folding weights."""
+    passes.InlinePass()(model)
+    for _ in range(2):  # a rule's result may let another one match
+        fold_constants_ir(model, onnx_shape_inference=True, should_fold=_is_bookkeeping)
+        RULES.apply_to_model(model)
+        for tidy in (passes.RemoveUnusedNodesPass, passes.RemoveUnusedFunctionsPass, passes.RemoveUnusedOpsetsPass):
+            tidy()(model)
+    passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+    for settle in (
+        passes.LiftSubgraphInitializersToMainGraphPass,
+        passes.DeduplicateInitializersPass,
+        passes.CommonSubexpressionEliminationPass,
+        passes.OutputFixPass,
+        passes.NameFixPass,
+    ):
+        settle()(model)
+
+
 def _clean(graph: ir.Graph, stage: Stage) -> None:
     """Name the axes by the stage table; drop the tracer's inner shapes, which name others, and its notes."""
-    for value, tensor in [
-        *zip(graph.inputs, stage.inputs, strict=True),
-        *zip(graph.outputs, stage.outputs, strict=True),
-    ]:
+    rows = [(t.name, t.shape) for t in stage.inputs] + [(t.name, t.shape) for t in stage.outputs]
+    for value, (name, shape) in zip((*graph.inputs, *graph.outputs), rows, strict=True):
         if value.shape is None:
-            raise BackendError(f"{stage.name}.{tensor.name}: the exported graph does not know its shape")
+            raise BackendError(f"{stage.name}.{name}: the exported graph does not know its shape")
         old = list(value.shape)
-        value.shape = ir.Shape(
-            [n if isinstance(n, int) else symbol for n, symbol in zip(old, tensor.shape, strict=True)]
-        )
+        value.shape = ir.Shape([n if isinstance(n, int) else symbol for n, symbol in zip(old, shape, strict=True)])
     kept = {*graph.inputs, *graph.outputs}
     for node in graph:
         node.metadata_props.clear()  # the tracer's stack of every node: machine paths, and most of the file

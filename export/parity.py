@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
@@ -17,11 +16,11 @@ from numpy.typing import NDArray
 from higen.backends.torch import TorchBackend
 from higen.bundle import Bundle
 from higen.errors import BackendError
-from higen.export.graphs import example_inputs, sizes_for
-from higen.export.precision import VARIANTS, in_float32, rounded
-from higen.stages import STAGES, dimensions
+from higen.export.precision import in_float32, rounded
+from higen.export.shapes import checked_sizes, example_inputs
+from higen.precision import PRECISIONS
 
-__all__ = ["Parity", "Reference", "check_graph", "check_rounding", "graph_sizes", "references", "shapes"]
+__all__ = ["Parity", "Reference", "check_graph", "check_rounding", "references"]
 
 LARGEST_ROUNDED = 100_000_000
 """Parameters of a network up to which `check_rounding` runs it."""
@@ -40,7 +39,7 @@ class Parity:
     error: float | None
     precision: str = "fp32"
     way: str = "graph"
-    tolerance: float = VARIANTS["fp32"].tolerance
+    tolerance: float = PRECISIONS["fp32"].step
     note: str = ""
 
     @property
@@ -57,7 +56,7 @@ class Parity:
         """A line of the listing for a person."""
         measured = "not run" if self.error is None else f"{self.error:.1e}"
         verdict = self.note if self.error is None else "ok" if self.passed else f"OVER {self.tolerance:.0e}"
-        return f"{self.stage:<14}{self.precision:<6}{self.way:<18}{self.shape:<24}{measured:>9}  {verdict}"
+        return f"{self.stage:<22}{self.precision:<6}{self.way:<18}{self.shape:<24}{measured:>9}  {verdict}"
 
 
 @dataclass(frozen=True)
@@ -69,48 +68,21 @@ class Reference:
     outputs: Sequence[NDArray[np.float32]]
 
 
-def shapes(bundle: Bundle) -> Iterator[dict[str, int]]:
-    """Sizes the tracer did not see: B = F (an exporter's favourite mistake), a single sample, the model's own."""
-    multiple, defaults = bundle.config.unet.size_multiple, bundle.config.defaults
-    u = multiple if multiple >= 8 else 2 * multiple
-    yield {"B": 3, "F": 3, "N": 2, "H": u, "W": 2 * u}
-    yield {"B": 1, "F": 8, "N": 1, "H": 2 * u, "W": u}
-    yield {"B": 2, "F": 4, "N": 4, "H": u, "W": 3 * u}
-    factor = bundle.config.autoencoder.factor
-    own = {"H": defaults.height // factor, "W": defaults.width // factor}
-    if own["H"] * own["W"] * defaults.frames <= 4096:  # the released model's takes minutes on a CPU
-        yield {"B": 1, "F": defaults.frames, "N": 2, **own}
-
-
 def references(
     backend: TorchBackend, name: str, precision: str = "fp32", static: Mapping[str, int] | None = None
 ) -> list[Reference]:
-    """Run a torch stage, in float32 with weights rounded to `precision`, at every shape of `shapes`.
-
-    `static`: three times at these sizes instead.
-    """
-    bundle, stage = backend.bundle, STAGES[name]
-    if backend.dtype != torch.float32:
+    """Run a torch stage, in float32 with weights rounded to `precision`, at every shape of `shapes.checked_sizes`."""
+    manifest = backend.bundle.manifest
+    stage = manifest.stage(name)
+    module = backend.module(name)
+    if any(p.dtype != torch.float32 for p in module.parameters() if p.is_floating_point()):
         raise BackendError("a reference is computed in float32")
-    rounded(backend.module(name), precision)
+    rounded(module, precision)
     made = []
-    for i, free in enumerate(shapes(bundle) if not static else [{"N": n + 1, **static} for n in range(3)]):
-        sizes = sizes_for(bundle, free)
-        outputs = backend.run(name, **example_inputs(stage, sizes, seed=i + 1))
-        made.append(Reference(sizes, i + 1, [backend.to_numpy(value) for value in outputs.values()]))
+    for seed, sizes in enumerate(checked_sizes(manifest, stage, static), 1):
+        outputs = backend.run(name, **example_inputs(manifest, stage, sizes, seed))
+        made.append(Reference(sizes, seed, [backend.to_numpy(value) for value in outputs.values()]))
     return made
-
-
-def graph_sizes(name: str, graph: Path) -> dict[str, int]:
-    """Those of B, F, H and W that a stage's graph file fixes: none, unless it was exported with --static."""
-    loaded = ir.load(graph).graph
-    stage, sizes = STAGES[name], dict[str, int]()
-    ends = [*zip(loaded.inputs, stage.inputs, strict=True), *zip(loaded.outputs, stage.outputs, strict=True)]
-    for value, tensor in ends:
-        for symbol, size in zip(tensor.shape, value.shape or (), strict=False):
-            if symbol in ("B", "F", "H", "W") and isinstance(size, int):
-                sizes[str(symbol)] = size
-    return sizes
 
 
 def check_rounding(low: TorchBackend, name: str, reference: Reference, precision: str) -> Parity:
@@ -119,10 +91,11 @@ def check_rounding(low: TorchBackend, name: str, reference: Reference, precision
     ONNX Runtime's CPU provider does not tell: it computes much of a float16 graph in float32. A large network is left
     out: most CPUs run these types at less than 1 GFLOP/s.
     """
-    parity = Parity(name, "", None, precision, "module", VARIANTS[precision].tolerance)
+    parity = Parity(name, "", None, precision, "module", PRECISIONS[precision].step)
     if sum(p.numel() for p in low.module(name).parameters()) > LARGEST_ROUNDED:
         return replace(parity, note="left out: it takes PyTorch too long on a CPU")
-    outputs = low.run(name, **example_inputs(STAGES[name], reference.sizes, reference.seed))
+    manifest = low.bundle.manifest
+    outputs = low.run(name, **example_inputs(manifest, manifest.stage(name), reference.sizes, reference.seed))
     error = max(_difference(low.to_numpy(a), b) for a, b in zip(outputs.values(), reference.outputs, strict=True))
     return replace(parity, shape=_shape(low.bundle, name, reference), error=error)
 
@@ -165,12 +138,12 @@ def check_graph(
     finally:
         copy.unlink(missing_ok=True)
     yield from _run(
-        bundle, name, graph, expected, Parity(name, "", None, precision, tolerance=VARIANTS[precision].tolerance)
+        bundle, name, graph, expected, Parity(name, "", None, precision, tolerance=PRECISIONS[precision].step)
     )
 
 
 def _run(bundle: Bundle, name: str, graph: Path, expected: Sequence[Reference], parity: Parity) -> Iterator[Parity]:
-    stage = STAGES[name]
+    stage = bundle.manifest.stage(name)
     options = ort.SessionOptions()
     options.log_severity_level = 4
     try:
@@ -181,14 +154,14 @@ def _run(bundle: Bundle, name: str, graph: Path, expected: Sequence[Reference], 
             return
         raise BackendError(f"{name}: ONNX Runtime cannot load the graph: {error}") from error
     for reference in expected:
-        inputs = example_inputs(stage, reference.sizes, reference.seed)
+        inputs = example_inputs(bundle.manifest, stage, reference.sizes, reference.seed)
         ours = session.run(list(stage.graph_outputs), {key: value.numpy() for key, value in inputs.items()})
         errors = [_difference(a, b) for a, b in zip(ours, reference.outputs, strict=True)]
         yield replace(parity, shape=_shape(bundle, name, reference), error=max(errors))
 
 
 def _shape(bundle: Bundle, name: str, reference: Reference) -> str:
-    symbols = {symbol for tensor in STAGES[name].inputs for symbol in tensor.shape} - set(dimensions(bundle.config))
+    symbols = bundle.manifest.stage(name).free(bundle.manifest.fixed)
     return " ".join(f"{key}={n}" for key, n in reference.sizes.items() if key in symbols)
 
 

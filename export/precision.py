@@ -1,74 +1,49 @@
-"""What a precision variant is: weights stored and graphs computing in fewer bits (design, section 2).
+"""What a precision variant is: weights stored and graphs computing in fewer bits (higen/precision.py).
 
-Inputs and outputs of a stage stay float32 in every precision, and so do norm statistics, prior preconditioning,
-guidance and the solver's update: see `higen.models.stage_modules`.
+Inputs and outputs of a stage stay float32 in every precision, and so do norm statistics, guidance and the solver's
+update: that is the stage modules' part.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import torch
 from safetensors import safe_open
 from torch import nn
 
-from higen.bundle import Bundle, put_file, weights_file
+from higen.bundle import Bundle, put_file
 from higen.errors import BackendError, RequestError
-from higen.export.weights import cast_behind, stored_tensors
-from higen.models.weights import DTYPES, write_safetensors
+from higen.export.weights import DTYPES, cast_behind, stored_tensors
+from higen.models.weights import write_safetensors
+from higen.precision import NEWEST_OPSET, PRECISIONS
+from higen.stages import Stage
 
-__all__ = [
-    "NEWEST_OPSET",
-    "PORTABLE_OPSET",
-    "VARIANTS",
-    "Variant",
-    "check_opset",
-    "in_float32",
-    "lowered",
-    "rounded",
-    "write_weights",
-]
+__all__ = ["check_opset", "computed_in", "in_float32", "lowered", "rounded", "write_weights"]
 
-PORTABLE_OPSET = 21
-"""ONNX Runtime 1.20 reads it, and GroupNormalization is native from 21."""
-
-NEWEST_OPSET = 23
-"""The newest that TensorRT for RTX takes. Attention is an operator from 23; ONNX Runtime 1.20 refuses it."""
-
-
-@dataclass(frozen=True)
-class Variant:
-    """How a precision is exported and judged.
-
-    `tolerance` is the largest difference from the torch stage computing in float32 with the same (rounded) weights,
-    relative to the largest output: float32's is for the order of summation, the others' for rounding each activation.
-    """
-
-    stored: ir.DataType
-    smallest_opset: int
-    default_opset: int
-    tolerance: float
-
-
-VARIANTS = {
-    "fp32": Variant(ir.DataType.FLOAT, PORTABLE_OPSET, PORTABLE_OPSET, 2e-5),
-    "fp16": Variant(ir.DataType.FLOAT16, PORTABLE_OPSET, PORTABLE_OPSET, 1e-2),
-    # Conv takes bfloat16 from opset 22.
-    "bf16": Variant(ir.DataType.BFLOAT16, 22, NEWEST_OPSET, 8e-2),
-}
+ORDER = ("fp32", "bf16", "fp16")
+"""Precisions, the safest one first: bfloat16 has float32's range."""
 
 
 def check_opset(precision: str, opset: int | None) -> int:
     """The opset to export in; None: the precision's default. Raises RequestError for one that it cannot have."""
-    if precision not in VARIANTS:
-        raise RequestError(f"precision={precision!r}: one of {', '.join(map(repr, VARIANTS))}")
-    variant = VARIANTS[precision]
+    if precision not in PRECISIONS:
+        raise RequestError(f"precision={precision!r}: one of {', '.join(map(repr, PRECISIONS))}")
+    variant = PRECISIONS[precision]
     chosen = variant.default_opset if opset is None else opset
     if not variant.smallest_opset <= chosen <= NEWEST_OPSET:
         raise RequestError(f"opset={chosen}: from {variant.smallest_opset} to {NEWEST_OPSET} for {precision}")
     return chosen
+
+
+def computed_in(stage: Stage, precision: str) -> str:
+    """What a stage's graph of a precision computes in: the precision, or fp32 where the stage may not compute in it.
+
+    Its weights are stored in the precision all the same.
+    """
+    return precision if ORDER.index(precision) <= ORDER.index(stage.lowest) else "fp32"
 
 
 def write_weights(bundle: Bundle, stage: str, precision: str) -> Bundle:
@@ -77,11 +52,11 @@ def write_weights(bundle: Bundle, stage: str, precision: str) -> Bundle:
     They are cast tensor by tensor from the model's own. Nothing is written for fp32, where a graph casts as it loads,
     and where the model's own are stored in `precision`. Raises CheckpointError for a value that the precision lacks.
     """
-    own = bundle.file(weights_file(stage))
-    wanted = VARIANTS[precision].stored
+    own = bundle.file(bundle.weights(stage))
+    wanted = DTYPES[PRECISIONS[precision].stored]
     if precision == "fp32" or all(tensor.dtype == wanted for tensor in stored_tensors(own).values()):
         return bundle
-    name = weights_file(stage, precision)
+    name = bundle.weights_variant(stage, precision)
     aside = bundle.path / f".{name}.part"
     try:
         with safe_open(own, framework="pt") as file:
@@ -95,7 +70,7 @@ def write_weights(bundle: Bundle, stage: str, precision: str) -> Bundle:
 def rounded(module: nn.Module, precision: str) -> None:
     """Round a float32 module's weights, in place, to what the precision stores: the gate's reference computes so."""
     for parameter in module.parameters() if precision != "fp32" else ():
-        parameter.data.copy_(parameter.data.to(DTYPES[precision]))
+        parameter.data.copy_(parameter.data.to(_dtype(precision)))
 
 
 def lowered(module: nn.Module, precision: str) -> nn.Module:
@@ -103,8 +78,13 @@ def lowered(module: nn.Module, precision: str) -> nn.Module:
     for network in module.children():  # what belongs to the stage itself stays in float32
         for tensor in (*network.parameters(), *network.buffers()):
             if tensor.is_floating_point():
-                tensor.data = tensor.data.to(DTYPES[precision])
+                tensor.data = tensor.data.to(_dtype(precision))
     return module
+
+
+def _dtype(precision: str) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, PRECISIONS[precision].dtype)
+    return dtype
 
 
 def in_float32(graph: Path, to: Path) -> None:
@@ -119,7 +99,8 @@ def in_float32(graph: Path, to: Path) -> None:
     for value in list(model.graph.initializers.values()):
         if value.dtype in LOW:
             if isinstance(value.const_value, ir.ExternalTensor):
-                cast_behind(model.graph, value, ir.DataType.FLOAT)
+                if any(user.op_type != "Cast" for user, _ in value.uses()):  # else the graph computes in float32 itself
+                    cast_behind(model.graph, value, ir.DataType.FLOAT)
             else:
                 assert value.const_value is not None
                 value.const_value = _float32(value.const_value)

@@ -2,8 +2,9 @@
 
 Ranges come from real denoising runs: every recorded call holds both guidance branches, and calls are taken from the
 whole length of the loop. Which layers are quantised is decided by measurement: what each alone does to the result of a
-step, the arithmetic it saves, and what all that are chosen do together. What never is: first and last convolution,
-time, cue and context embeddings, attention's own products, norms, guidance and the solver.
+step, the arithmetic it saves, and what all that are chosen do together. What never is: the first and the last layer on
+the latents' way, all that the latents do not pass (embeddings of time and conditions), attention's own products, norms,
+guidance and the solver.
 """
 
 from __future__ import annotations
@@ -18,25 +19,15 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from higen.backends.recorder import CallRecorder
-from higen.bundle import QUANTIZED, Bundle, graph_file, put_file
+from higen.bundle import Bundle, graph_file, put_file
 from higen.errors import BackendError, HigenError, ModelError, OutputError, RequestError
-from higen.export.rounding import (
-    KINDS,
-    SWITCHES,
-    Kind,
-    Layer,
-    Nodes,
-    insert,
-    insert_switched,
-    quantizable,
-    rounded_once,
-)
-from higen.pipeline import Pipeline
+from higen.export.interface import graph_inputs
+from higen.export.layers import KINDS, Kind, Layer, quantizable
+from higen.export.rounding import SWITCHES, Nodes, insert, insert_switched, rounded_once
+from higen.precision import QUANTIZED, precision_named
+from higen.trial import record
 
-__all__ = ["TOLERANCE", "Report", "check_graphs", "quantize", "record_calls"]
-
-DENOISING = ("spatial_unet", "temporal_unet")
+__all__ = ["TOLERANCE", "Report", "check_graphs", "quantize", "record_calls", "with_graphs"]
 
 CLIPS = (1.0, 0.8, 0.6, 0.4)
 """Parts of the largest magnitude that are tried as the range of an activation; the one with the least error is kept."""
@@ -81,18 +72,30 @@ class Report:
 
 
 def record_calls(
-    bundle: Bundle, prompts: Sequence[str], steps: int, calls: int, shown: bool = False, **sizes: Any
+    bundle: Bundle,
+    prompts: Sequence[str],
+    steps: int,
+    calls: int,
+    stages: Sequence[str] | None = None,
+    shown: bool = False,
+    **sizes: int,
 ) -> dict[str, Calls]:
-    """Inputs of `calls` calls of each denoising stage, from all along the loops of videos of `prompts`; `shown`: with a
-    progress bar.
+    """Inputs of `calls` calls of each denoising stage (None: of all that have a graph), from all along the loops of
+    videos of `prompts`, with and without guidance as the stages need it; `shown`: with a progress bar.
+
+    Raises BackendError for a stage that no video runs.
     """
-    backend = CallRecorder(bundle, DENOISING)
-    total = len(DENOISING) * steps * len(prompts)
-    with Pipeline(bundle, backend) as pipeline, tqdm(desc="calibration", total=total, disable=not shown) as bar:
-        for i, prompt in enumerate(prompts):
-            for _ in pipeline.stream(prompt, steps=steps, seed=i, **sizes):
-                bar.update()
-    return {stage: _spread(backend.calls[stage], calls) for stage in DENOISING}
+    names = with_graphs(bundle) if stages is None else stages
+    found = record(bundle, names, prompts, shown, steps=steps, **sizes)
+    if idle := [stage for stage in names if not found[stage]]:
+        raise BackendError(f"{', '.join(idle)}: no video runs it, so there is nothing to calibrate on")
+    return {stage: _spread(made, calls) for stage, made in found.items()}
+
+
+def with_graphs(bundle: Bundle) -> tuple[str, ...]:
+    """The denoising stages that have a float32 graph; all of them where none has one."""
+    names = bundle.manifest.denoising
+    return tuple(name for name in names if graph_file(name) in bundle.files) or names
 
 
 def _spread(values: Sequence[Any], count: int) -> list[Any]:
@@ -102,36 +105,39 @@ def _spread(values: Sequence[Any], count: int) -> list[Any]:
     return [values[i] for i in np.linspace(0, len(values) - 1, count).round().astype(int)]
 
 
-def check_graphs(bundle: Bundle, precision: str, stages: Sequence[str]) -> None:
-    """Whether the graphs that quantised ones are made from are there, before minutes are spent on recording.
+def check_graphs(bundle: Bundle, precision: str, stages: Sequence[str] | None = None) -> tuple[str, ...]:
+    """The stages to quantise (None: all that have a graph), if the graphs that quantised ones are made from are there.
 
-    Raises RequestError for another precision or stage, ModelError where a graph is missing.
+    It is asked before minutes are spent on recording. Raises RequestError for another precision or stage, ModelError
+    where a graph is missing.
     """
     if precision not in QUANTIZED:
         raise RequestError(f"precision={precision!r}: one of {', '.join(map(repr, QUANTIZED))}")
-    if wrong := [stage for stage in stages if stage not in DENOISING]:
-        raise RequestError(f"stages={wrong}: of {', '.join(DENOISING)}")
-    base = precision.partition(".")[2] or "fp32"
-    for stage in stages:
-        for needed in ("fp32", base):
+    names = with_graphs(bundle) if stages is None else tuple(stages)
+    if wrong := [stage for stage in names if stage not in bundle.manifest.denoising]:
+        raise RequestError(f"stages={wrong}: of {', '.join(bundle.manifest.denoising)}")
+    for stage in names:
+        for needed in ("fp32", precision_named(precision).base):
             if graph_file(stage, needed) not in bundle.files:
                 raise ModelError(
                     f"{bundle.path}: no {graph_file(stage, needed)} (make it: higen-export onnx {bundle.path} "
                     f"--stage {stage} --precision {needed})"
                 )
+    return names
 
 
 def quantize(
     bundle: Bundle,
     calls: Mapping[str, Calls],
     precision: str = "int8",
-    stages: Sequence[str] = DENOISING,
+    stages: Sequence[str] | None = None,
     tolerance: float = TOLERANCE,
     on_report: Callable[[Report], None] = lambda _: None,
     shown: bool = False,
 ) -> Bundle:
-    """Write the graph of each denoising stage in a quantised precision (bundle.QUANTIZED).
+    """Write the graph of each denoising stage in a quantised precision (precision.QUANTIZED).
 
+    stages     None: all that have a graph
     calls      inputs to calibrate and to measure with, from `record_calls`
     tolerance  largest error (see `Report`) of a step; layers leave, the worst first, until it holds
     shown      with a progress bar
@@ -139,9 +145,9 @@ def quantize(
     Raises what `check_graphs` raises, BackendError where no layer can be quantised within the tolerance, OutputError
     where a graph cannot be written.
     """
-    check_graphs(bundle, precision, stages)
+    names = check_graphs(bundle, precision, stages)
     try:
-        for stage in stages:
+        for stage in names:
             bundle = _quantize_stage(bundle, stage, calls[stage], precision, tolerance, on_report, shown)
     except OSError as error:
         if isinstance(error, HigenError):
@@ -159,8 +165,7 @@ def _quantize_stage(
     on_report: Callable[[Report], None],
     shown: bool,
 ) -> Bundle:
-    name, _, rest = precision.partition(".")
-    kind, base = KINDS[name], rest or "fp32"
+    kind, base = KINDS[precision.partition(".")[0]], precision_named(precision).base
     trial = _Trial(bundle, stage, calls, kind, base)
     chosen, error = _choose(trial, tolerance, shown)
     model = ir.load(bundle.path / graph_file(stage, base))
@@ -168,7 +173,7 @@ def _quantize_stage(
     aside = bundle.path / f".{graph_file(stage, precision)}.part"
     try:
         ir.save(model, aside)
-        bundle = put_file(bundle, aside, graph_file(stage, precision))
+        bundle = put_file(bundle, aside, graph_file(stage, precision), graph_inputs(aside))
     finally:
         aside.unlink(missing_ok=True)
     work = sum(trial.work[layer] for layer in chosen) / sum(trial.work.values())

@@ -20,100 +20,22 @@ import onnx_ir as ir
 from numpy.typing import NDArray
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 
+from higen.export.layers import BLOCK, E4M3, LARGEST_E4M3, Kind, Layer, quantizable, values_of
+
 __all__ = [
-    "KINDS",
     "SWITCHES",
-    "Kind",
-    "Layer",
     "Nodes",
     "blocks_of",
     "insert",
     "insert_switched",
-    "quantizable",
     "rounded_blocks",
     "rounded_once",
 ]
 
-SENSITIVE = (
-    "unet.conv_in",
-    "unet.conv_out",
-    "unet.time",
-    "unet.context_pool",
-    "unet.residual_gain",
-    "embedding",
-    "conditioner",
-)
-"""Parts of a weight's name that keep its layer in the graph's own precision."""
-
 SWITCHES = "quantized"
 """Input of a switched graph: bool [layers], which of them are rounded."""
 
-BLOCK = 16
-E4M3 = ir.DataType.FLOAT8E4M3FN
-LARGEST_E4M3 = 448.0
 NEEDED_OPSET, NEEDED_IR = 23, 11  # of a graph with E2M1 in it
-
-
-@dataclass(frozen=True)
-class Kind:
-    """A type to multiply in: the largest magnitude it is scaled to, its ONNX type, and the operators that have it."""
-
-    largest: float
-    dtype: ir.DataType
-    operators: tuple[str, ...] = ("Conv", "MatMul")
-
-    @property
-    def in_blocks(self) -> bool:
-        """Whether scales are of blocks, and those of activations found as they enter."""
-        return self.dtype == ir.DataType.FLOAT4E2M1
-
-
-KINDS = {
-    "int8": Kind(127.0, ir.DataType.INT8),
-    "fp8": Kind(LARGEST_E4M3, E4M3),
-    "nvfp4": Kind(6.0, ir.DataType.FLOAT4E2M1, ("MatMul",)),
-}
-
-
-@dataclass(frozen=True)
-class Layer:
-    """A convolution or a product with a weight: `node` multiplies `activation` with `weight`'s values."""
-
-    weight: str
-    node: ir.Node
-    activation: ir.Value
-
-    @property
-    def axis(self) -> int:
-        """The axis of the output channels in the tensor that enters the node."""
-        return 0 if self.node.op_type == "Conv" else 1
-
-
-def quantizable(graph: ir.Graph, kind: Kind = KINDS["int8"]) -> list[Layer]:
-    """The layers of a graph that may be computed in a kind, in the graph's order."""
-    found = []
-    for node in graph:
-        if node.op_type not in kind.operators or node.inputs[0] is None:
-            continue
-        source = node.inputs[1]
-        while source is not None and (maker := source.producer()) is not None:
-            source = maker.inputs[0] if maker.op_type in ("Cast", "Transpose", "Reshape") else None
-        if source is None or source.name is None or source.const_value is None:
-            continue
-        if source.name not in graph.initializers or any(part in source.name for part in SENSITIVE):
-            continue
-        layer = Layer(source.name, node, node.inputs[0])
-        if not kind.in_blocks or np.prod(source.const_value.shape.numpy()[1:]) % BLOCK == 0:
-            found.append(layer)
-    return found
-
-
-def values_of(graph: ir.Graph, layer: Layer) -> NDArray[np.float32]:
-    """A layer's weight as it enters its node: a product's as [inputs, outputs]."""
-    tensor = graph.initializers[layer.weight].const_value
-    assert tensor is not None
-    values = tensor.numpy().astype(np.float32)
-    return values if layer.node.op_type == "Conv" else values.reshape(values.shape[0], -1).T
 
 
 def insert(model: ir.Model, chosen: Collection[str], ranges: Mapping[str, float], kind: Kind) -> None:

@@ -1,4 +1,4 @@
-"""Proves a model directory: hashes, every graph against its torch stage, and the whole two-stage loop on both."""
+"""Proves a model directory: hashes, every graph against its torch stage, and a whole video on both."""
 
 from __future__ import annotations
 
@@ -11,30 +11,27 @@ import numpy as np
 import PIL.Image
 from numpy.typing import NDArray
 
+from higen import families
 from higen.backends.onnx import OnnxBackend
+from higen.backends.options import Options
 from higen.backends.torch import TorchBackend
-from higen.bundle import PRECISIONS, Bundle, graph_file
+from higen.bundle import Bundle, graph_file
 from higen.errors import BackendUnavailable, IntegrityError
-from higen.export.parity import Parity, check_graph, graph_sizes, references
+from higen.export.interface import graph_sizes
+from higen.export.parity import Parity, check_graph, references
+from higen.manifest import Manifest
 from higen.pipeline import Pipeline
-from higen.stages import STAGES
+from higen.precision import PRECISIONS
+from higen.sampler import Step
+from higen.trial import known_prompts, pictures
 from higen.video import Video
 
-__all__ = ["LATENT_TOLERANCE", "PIXEL_TOLERANCE", "Loop", "Verification", "verify", "write"]
-
-LATENT_TOLERANCE = {"fp32": 1e-3, "fp16": 5e-2, "bf16": 0.5}
-"""Largest absolute difference of the final latents after a whole loop, by precision.
-
-float32's is for the order of summation. The others' is no bound on quality: guidance makes rounding visible at edges.
-"""
-
-PIXEL_TOLERANCE = {"fp32": 1.0, "fp16": 0.5, "bf16": 4.0}
-"""Difference of the pixels, of 255: float32's largest, the others' mean."""
+__all__ = ["Loop", "Verification", "verify", "write"]
 
 
 @dataclass(frozen=True)
 class Loop:
-    """The whole two-stage loop on the graphs of one precision against PyTorch in float32.
+    """The whole loop, every one that a video needs, on the graphs of one precision against PyTorch in float32.
 
     `latents` and `pixels` are the largest differences, `mean` the pixels' mean one. `video` is None where the loop
     could not be run here; `note` says why.
@@ -52,7 +49,8 @@ class Loop:
     def passed(self) -> bool:
         """Whether the differences are within their tolerances, or could not be measured."""
         judged = self.pixels if self.precision == "fp32" else self.mean
-        return self.latents <= LATENT_TOLERANCE[self.precision] and judged <= PIXEL_TOLERANCE[self.precision]
+        allowed = PRECISIONS[self.precision]
+        return self.latents <= allowed.latents and judged <= allowed.pixels
 
     def as_line(self) -> str:
         """A sentence."""
@@ -61,8 +59,8 @@ class Loop:
         which = "largest" if self.precision == "fp32" else "mean"
         return (
             f"Whole loop in {self.precision}, graphs against PyTorch in fp32: latents are off by {self.latents:.1e} "
-            f"(allowed {LATENT_TOLERANCE[self.precision]:.0e}), pixels by {self.pixels} of 255 at most and "
-            f"{self.mean:.2f} in the mean (allowed {PIXEL_TOLERANCE[self.precision]:g}, {which})."
+            f"(allowed {PRECISIONS[self.precision].latents:.0e}), pixels by {self.pixels} of 255 at most and "
+            f"{self.mean:.2f} in the mean (allowed {PRECISIONS[self.precision].pixels:g}, {which})."
         )
 
     def as_json(self) -> dict[str, Any]:
@@ -118,46 +116,67 @@ def verify(
     """Compare everything that is there: every graph of every precision, and the loop in each that all stages have.
     Quantised graphs are checked by their hashes alone: their error was measured when they were made.
 
-    Raises IntegrityError for a file unlike its sha256 and for a stage without a graph.
+    Raises IntegrityError for a file unlike its sha256 and for a stage without a graph; UnknownFamily where the code of
+    the networks is not installed, and so nothing is there to compare with.
     """
     for name in bundle.files:
         bundle.file(name)
-    missing = [name for name in STAGES if graph_file(name) not in bundle.files]
-    if missing:
+    needed = _needed(bundle.manifest)
+    if missing := [name for name in needed if graph_file(name) not in bundle.files]:
         raise IntegrityError(f"{bundle.path}: no graph of {', '.join(missing)}: higen-export onnx {bundle.path}")
+    families.network(bundle.manifest.family)
     parities: list[Parity] = []
     for precision in PRECISIONS:
         for parity in _check_graphs(bundle, precision):
             parities.append(parity)
             if on_parity is not None:
                 on_parity(parity)
-    whole = [p for p in PRECISIONS if all(p in bundle.precisions(name) for name in STAGES)]
+    whole = [p for p in PRECISIONS if all(p in bundle.precisions(name) for name in needed)]
     loops = tuple(_loop(bundle, precision, steps, seed) for precision in whole)
-    return Verification(bundle.config.name, tuple(parities), loops)
+    return Verification(bundle.manifest.name, tuple(parities), loops)
+
+
+def _needed(manifest: Manifest) -> tuple[str, ...]:
+    """The stages that a model cannot do without: one that does a step with one branch of guidance saves work alone."""
+    spared = {loop.plain for loop in manifest.loops if loop.guided is not None}
+    return tuple(name for name in manifest.stage_names if name not in spared)
 
 
 def _check_graphs(bundle: Bundle, precision: str) -> Iterator[Parity]:
-    backend = TorchBackend(bundle, "cpu", "float32", verify=False)
-    for name in (name for name in STAGES if precision in bundle.precisions(name)):
+    backend = TorchBackend(bundle, Options(device="cpu", precision="fp32", verify=False))
+    for name in (name for name in bundle.manifest.stage_names if precision in bundle.precisions(name)):
         graph = bundle.path / graph_file(name, precision)
-        expected = references(backend, name, precision, graph_sizes(name, graph))
+        expected = references(backend, name, precision, _static(bundle, name, graph))
         yield from check_graph(bundle, name, graph, expected, precision)
 
 
+def _static(bundle: Bundle, name: str, graph: Path) -> dict[str, int] | None:
+    """The sizes of a graph that was exported with --static, as the exporter takes them; None for any other."""
+    sizes = graph_sizes(bundle.manifest, name, graph)
+    if not {"H", "W"} <= set(sizes):
+        return None
+    return {"B": 1, "F": bundle.manifest.sizes.frames[1], **sizes}
+
+
 def _loop(bundle: Bundle, precision: str, steps: int, seed: int) -> Loop:
-    """Two-stage loop of one prompt, of as many as static graphs take, in the graphs' size."""
-    known = bundle.config.prompts
-    prompts = [known[0] if known else "a dog runs on the beach"]
-    options: dict[str, Any] = {"steps": steps, "seed": seed}
-    if sizes := graph_sizes("temporal_unet", bundle.path / graph_file("temporal_unet", precision)):
-        factor = bundle.config.autoencoder.factor
-        prompts *= sizes["B"]
-        options |= {"frames": sizes["F"], "height": sizes["H"] * factor, "width": sizes["W"] * factor}
-    torch_backend = TorchBackend(bundle, "cpu", "float32", verify=False)
-    theirs, expected = _generate(Pipeline(bundle, torch_backend), prompts, options)
+    """A video of one prompt, of as many as static graphs take, in the graphs' size."""
+    sizes, options = dict[str, int](), dict[str, int]()
+    for loop in bundle.manifest.loops:
+        for name in (name for name in loop.stages if precision in bundle.precisions(name)):
+            found = graph_sizes(bundle.manifest, name, bundle.path / graph_file(name, precision))
+            sizes |= {symbol: size for symbol, size in found.items() if symbol != "F" or loop.frames == "F"}
+    factor = bundle.manifest.sizes.factor
+    if {"H", "W"} <= set(sizes):
+        options |= {"height": sizes["H"] * factor, "width": sizes["W"] * factor}
+    if "F" in sizes:
+        options["frames"] = sizes["F"]
+    prompts = list(known_prompts(bundle.manifest)) * sizes.get("B", 1)
+    given = {"steps": steps, "seed": seed, **options, **pictures(bundle.manifest, options)}
+    torch_backend = TorchBackend(bundle, Options(device="cpu", precision="fp32", verify=False))
+    theirs, expected = _generate(Pipeline(bundle, torch_backend), prompts, given)
     try:
-        backend = OnnxBackend(bundle, "cpu", precision, verify=False)
-        ours, video = _generate(Pipeline(bundle, backend), prompts, options)
+        backend = OnnxBackend(bundle, Options(device="cpu", precision=precision, verify=False))
+        ours, video = _generate(Pipeline(bundle, backend), prompts, given)
     except BackendUnavailable as error:
         return Loop(precision, expected, note=str(error))
     off = np.abs(video.frames.astype(np.int16) - expected.frames)
@@ -166,11 +185,12 @@ def _loop(bundle: Bundle, precision: str, steps: int, seed: int) -> Loop:
 
 
 def _generate(pipeline: Pipeline, prompts: list[str], options: dict[str, Any]) -> tuple[NDArray[np.float32], Video]:
+    """The last latents, and the first video."""
     with pipeline:
         stream = pipeline.stream(prompts, **options)
         latents = None
-        for step in stream:
-            latents = step.latents
+        for event in stream:
+            latents = event.latents if isinstance(event, Step) else latents
         return pipeline.backend.to_numpy(latents), stream.videos[0]
 
 

@@ -10,18 +10,20 @@ if TYPE_CHECKING:
     from higen.api import generate, load
     from higen.bundle import Bundle
     from higen.errors import HigenError
-    from higen.pipeline import Pipeline, Stream
+    from higen.events import Frames, Stream
+    from higen.pipeline import Pipeline
     from higen.sampler import Step
     from higen.video import Video
 
-__all__ = ["Bundle", "HigenError", "Pipeline", "Step", "Stream", "Video", "__version__", "generate", "load"]
+__all__ = ["Bundle", "Frames", "HigenError", "Pipeline", "Step", "Stream", "Video", "__version__", "generate", "load"]
 
 _HOME = {
     "Bundle": "higen.bundle",
+    "Frames": "higen.events",
     "HigenError": "higen.errors",
     "Pipeline": "higen.pipeline",
     "Step": "higen.sampler",
-    "Stream": "higen.pipeline",
+    "Stream": "higen.events",
     "Video": "higen.video",
     "generate": "higen.api",
     "load": "higen.api",

@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import os
 from functools import lru_cache
-from importlib.resources import files
-from pathlib import Path
-from typing import Unpack, overload
+from typing import Any, overload
 
-from higen.backends.select import Options, check_backend, select_backend
-from higen.bundle import Bundle
-from higen.images import Image
+from higen.backends.options import Options
+from higen.backends.select import check_backend, select_backend
+from higen.bundle import Bundle, default_model
 from higen.pipeline import Pipeline, Prompts
-from higen.request import RequestOptions
 from higen.video import Video
 
 __all__ = ["default_model", "generate", "load"]
-
-
-def default_model() -> Path:
-    """The directory of the small model inside the package."""
-    return Path(str(files("higen"))) / "assets" / "default"
 
 
 def load(
@@ -32,6 +24,7 @@ def load(
     threads: int | None = None,
     verify: bool = True,
     low_memory: bool = False,
+    prepare: bool = True,
 ) -> Pipeline:
     """Load a model directory; without one, the small model inside the package.
 
@@ -43,16 +36,17 @@ def load(
     threads    CPU threads of one stage; None: the library's choice
     verify     check the sha256 of each file as it is loaded
     low_memory one TensorRT engine on the GPU at a time, for cards that do not hold all
+    prepare    load now what a default request needs; else each stage is loaded when a request first needs it
 
     Raises RequestError, ManifestError, IntegrityError, BackendUnavailable or EngineError.
     """
     check_backend(backend)
     options = Options(device, precision, threads, verify, low_memory)
     bundle = Bundle.open(default_model() if model is None else model)
-    chosen = select_backend(bundle, backend, options)
-    pipeline = Pipeline(bundle, chosen)
+    pipeline = Pipeline(bundle, select_backend(bundle, backend, options))
     try:
-        pipeline.prepare()
+        if prepare:
+            pipeline.prepare()
     except BaseException:
         pipeline.close()
         raise
@@ -65,34 +59,17 @@ def _default_pipeline(backend: str) -> Pipeline:
 
 
 @overload
-def generate(
-    prompt: str,
-    *,
-    backend: str = "auto",
-    image: Image | None = None,
-    progress: bool | None = None,
-    **options: Unpack[RequestOptions],
-) -> Video: ...
+def generate(prompt: str, *, backend: str = "auto", progress: bool | None = None, **options: Any) -> Video: ...
 
 
 @overload
 def generate(
-    prompt: Prompts,
-    *,
-    backend: str = "auto",
-    image: Image | None = None,
-    progress: bool | None = None,
-    **options: Unpack[RequestOptions],
+    prompt: Prompts, *, backend: str = "auto", progress: bool | None = None, **options: Any
 ) -> list[Video]: ...
 
 
 def generate(
-    prompt: str | Prompts,
-    *,
-    backend: str = "auto",
-    image: Image | None = None,
-    progress: bool | None = None,
-    **options: Unpack[RequestOptions],
+    prompt: str | Prompts, *, backend: str = "auto", progress: bool | None = None, **options: Any
 ) -> Video | list[Video]:
     """Make a video with the small model inside the package: no download. Options as for `Pipeline.__call__`.
 
@@ -100,4 +77,4 @@ def generate(
 
     The model is loaded once and kept. A list of prompts gives a list of videos.
     """
-    return _default_pipeline(check_backend(backend))(prompt, image=image, progress=progress, **options)
+    return _default_pipeline(check_backend(backend))(prompt, progress=progress, **options)

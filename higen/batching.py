@@ -9,6 +9,8 @@ The rules, without threads, clocks or a server, so that they can be tested as th
 - At most `slots` requests are active; others wait in line, first come, first served, and at most `line` of them.
 - The oldest waiting call leads the next batch; calls of the same stage and the same shapes join it, oldest first, up
   to the stage's limit of rows. So every batch serves whoever has waited longest, and nobody starves.
+- A call of a stage whose first axis may not hold several samples (`batch` is false) is a batch of its own. No limit of
+  rows holds for it: its first axis is one like the others.
 - A request that leaves (done, failed, cancelled) takes its call along and gives its slot to the next in line.
 """
 
@@ -30,16 +32,17 @@ Arrays = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A stage call of one request; the first axis of every tensor is its `rows` samples."""
+    """A stage call of one request. Where it `joins` others, the first axis of every tensor is its `rows` samples."""
 
     request: Hashable
     stage: str
     tensors: Arrays
+    joins: bool = True
 
     @property
     def rows(self) -> int:
-        """Samples in this call."""
-        return int(next(iter(self.tensors.values())).shape[0])
+        """Samples in this call; one that joins no other counts as one."""
+        return int(next(iter(self.tensors.values())).shape[0]) if self.joins else 1
 
     @property
     def kind(self) -> Hashable:
@@ -60,10 +63,14 @@ class Batch:
 
     def tensors(self) -> dict[str, NDArray[Any]]:
         """The stage's inputs: the calls' rows one after the other."""
+        if len(self.calls) == 1:
+            return dict(self.calls[0].tensors)
         return {name: np.concatenate([call.tensors[name] for call in self.calls]) for name in self.calls[0].tensors}
 
     def split(self, outputs: Arrays) -> list[dict[str, NDArray[Any]]]:
         """Each call's rows of the stage's outputs. Raises BackendError where the rows are not as many as went in."""
+        if not self.calls[0].joins:
+            return [dict(outputs)]
         ends = np.cumsum([call.rows for call in self.calls])
         for name, tensor in outputs.items():
             if tensor.shape[0] != ends[-1]:
@@ -128,13 +135,16 @@ class Batcher:
         """Active requests between two calls: their next one is about to come, and a batch may be worth the wait."""
         return sum(not called for called in self._active.values())
 
-    def submit(self, request: Hashable, stage: str, tensors: Arrays) -> Call:
-        """Make an active request's next call. Raises BackendError for what can never run."""
+    def submit(self, request: Hashable, stage: str, tensors: Arrays, joins: bool = True) -> Call:
+        """Make an active request's next call; `joins`: others may share its batch.
+
+        Raises BackendError for what can never run.
+        """
         if self._active.get(request) is not False:
             raise BackendError(f"request {request!r} has no slot, or a call already")
-        call = Call(request, stage, tensors)
+        call = Call(request, stage, tensors, joins)
         most = self._rows.get(stage)
-        if most is None or not 1 <= call.rows <= most:
+        if joins and (most is None or not 1 <= call.rows <= most):
             raise BackendError(f"{stage}: {call.rows} rows, at most {most} run at once")
         self._active[request] = True
         self._calls[request] = call
@@ -145,10 +155,10 @@ class Batcher:
         if not self._calls:
             return None
         leader = next(iter(self._calls.values()))
-        chosen: list[Call] = []
-        room = self._rows[leader.stage]
+        chosen: list[Call] = [leader]
+        room = self._rows[leader.stage] - leader.rows if leader.joins else 0
         for call in self._calls.values():
-            if call.kind == leader.kind and call.rows <= room:
+            if call is not leader and call.kind == leader.kind and call.rows <= room:
                 chosen.append(call)
                 room -= call.rows
         for call in chosen:

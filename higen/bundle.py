@@ -1,141 +1,89 @@
 """The model directory: manifest, files, hashes. The only artefact; torch, graphs, engines and C++ share it.
 
-model/higen.json            architecture, schedule, defaults, licence, and sha256 and size of every file
-model/unet.safetensors      conditioner and U-Net, one copy for the spatial and the temporal network
-model/text_encoder.safetensors   model/vae.safetensors   model/tokenizer.json
+model/higen.json            the tables (higen/manifest.py), and sha256 and size of every file
+model/*.safetensors         one copy of the weights per precision; every graph points into it
+model/tokenizer.json
 model/<stage>.onnx          graphs over these weights (higen-export onnx), computing in float32
-model/<stage>.fp16.onnx     the same, computing in float16, over unet.fp16.safetensors, ...
+model/<stage>.fp16.onnx     the same, computing in float16, over <weights>.fp16.safetensors, ...
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import os
-import reprlib
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
-from higen.config import ModelConfig, from_json, to_json
-from higen.errors import IntegrityError, ManifestError, ModelError, RequestError
+from higen.errors import IntegrityError, ModelError
+from higen.manifest import Manifest
+from higen.manifest_file import MANIFEST, FileRecord, GraphInput, Opened, read_manifest, rewrite, write_manifest
+from higen.precision import PRECISIONS, QUANTIZED, precision_named
 
 __all__ = [
-    "ENGINES_ONLY",
     "MANIFEST",
-    "PRECISIONS",
-    "QUANTIZABLE",
-    "QUANTIZED",
-    "VERSION",
     "Bundle",
     "FileRecord",
-    "add_files",
-    "check_precision",
+    "GraphInput",
     "create",
+    "default_model",
     "drop_file",
     "file_record",
     "graph_file",
     "put_file",
+    "rewrite",
     "sha256",
     "staged",
-    "stand_ins",
-    "weights_file",
+    "variant",
 ]
 
-MANIFEST = "higen.json"
-VERSION = 1
-"""Version of the manifest's layout. A reader refuses a newer one."""
 
-UNET, TEXT_ENCODER, AUTOENCODER, TOKENIZER = (
-    "unet.safetensors",
-    "text_encoder.safetensors",
-    "vae.safetensors",
-    "tokenizer.json",
-)
-
-
-PRECISIONS = ("fp32", "fp16", "bf16")
-"""What a stage's graph computes in. fp32 is the unnamed one; its weights may be stored in fewer bits."""
-
-
-QUANTIZED = ("int8", "int8.fp16", "fp8.fp16", "nvfp4.fp16")
-"""Most multiplications in 8 or 4 bits, the rest in fp32 or fp16, over the weights of that precision."""
-
-
-QUANTIZABLE = ("spatial_unet", "temporal_unet")
-"""The stages that `higen-export quantize` writes; the others run as they are in a quantised model."""
-
-
-ENGINES_ONLY = ("nvfp4.fp16",)
-"""Of these, what TensorRT alone computes in."""
-
-
-def check_precision(precision: str) -> str:
-    """One of PRECISIONS or QUANTIZED. Raises RequestError for any other."""
-    if precision not in PRECISIONS + QUANTIZED:
-        raise RequestError(f"precision={precision!r}: one of {', '.join(map(repr, PRECISIONS + QUANTIZED))}")
-    return precision
-
-
-def stand_ins(precision: str) -> tuple[str, ...]:
-    """The precisions that serve a request for one, the best first: a quantised model has stages that are not."""
-    return (precision,) if precision not in QUANTIZED else (precision, precision.partition(".")[2] or "fp32")
-
-
-def weights_file(stage: str, precision: str = "fp32") -> str:
-    """The file that holds a stage's weights for a precision; see also `Bundle.weights`."""
-    if precision in QUANTIZED:
-        precision = precision.partition(".")[2] or "fp32"
-    if stage == "text_encoder":
-        return _variant(TEXT_ENCODER, precision)
-    return _variant(AUTOENCODER if stage.startswith("vae") else UNET, precision)
+def default_model() -> Path:
+    """The directory of the small model inside the package."""
+    return Path(str(files("higen"))) / "assets" / "default"
 
 
 def graph_file(stage: str, precision: str = "fp32") -> str:
     """The file that holds a stage's graph in a precision."""
-    return _variant(f"{stage}.onnx", precision)
+    return variant(f"{stage}.onnx", precision)
 
 
-def _variant(name: str, precision: str) -> str:
-    stem, _, suffix = name.partition(".")
-    return name if check_precision(precision) == "fp32" else f"{stem}.{precision}.{suffix}"
-
-
-@dataclass(frozen=True)
-class FileRecord:
-    """What the manifest knows of a file: its size in bytes and sha256 in hexadecimal."""
-
-    size: int
-    sha256: str
+def variant(name: str, precision: str) -> str:
+    """A file's name in a precision: unet.safetensors and fp16 give unet.fp16.safetensors. Raises RequestError."""
+    stem, _, suffix = name.rpartition(".")
+    return name if precision_named(precision).name == "fp32" else f"{stem}.{precision}.{suffix}"
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened model directory: its manifest has been read and checked, no other file yet."""
+    """An opened model directory: its manifest has been read and checked, no other file yet.
+
+    graphs   what each graph itself takes, by file; a directory of version 1 does not say
+    version  of the manifest as it stands on the disk
+    """
 
     path: Path
-    config: ModelConfig
+    manifest: Manifest
     files: Mapping[str, FileRecord]
+    graphs: Mapping[str, tuple[GraphInput, ...]]
+    version: int = 2
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
         """Read and check the manifest; every file it lists must be there in its full size.
 
-        Raises ManifestError (not a model directory, malformed, newer version) or IntegrityError (file missing or cut).
+        Raises ManifestError (not a model directory, malformed, newer version) or IntegrityError (file missing or cut,
+        tables that were edited).
         """
-        folder = Path(path)
-        manifest = _read_manifest(folder)
-        records = {
-            _plain_name(name): from_json(FileRecord, record, f"files.{name}")
-            for name, record in _object(manifest, "files").items()
-        }
-        bundle = cls(folder, from_json(ModelConfig, _object(manifest, "model"), "model"), records)
-        for name, record in records.items():
+        folder = Path(path).absolute()  # the working directory may change while the model is open
+        opened = read_manifest(folder)
+        bundle = cls(folder, opened.manifest, opened.files, opened.graphs, opened.version)
+        for name, record in bundle.files.items():
             bundle._check_size(name, record)
         return bundle
 
@@ -160,22 +108,27 @@ class Bundle:
 
         A precision has no file of its own where the model's weights are stored in it already.
         """
-        name = weights_file(stage, precision)
-        return name if name in self.files else weights_file(stage)
+        name = self.weights_variant(stage, precision)
+        return name if name in self.files else self.manifest.stage(stage).weights
+
+    def weights_variant(self, stage: str, precision: str) -> str:
+        """The name that a file of a stage's weights in the base of `precision` has, there or not."""
+        return variant(self.manifest.stage(stage).weights, precision_named(precision).base)
 
     def precisions(self, stage: str) -> tuple[str, ...]:
         """The precisions in which a stage has a graph."""
-        return tuple(p for p in PRECISIONS + QUANTIZED if graph_file(stage, p) in self.files)
+        return tuple(p for p in (*PRECISIONS, *QUANTIZED) if graph_file(stage, p) in self.files)
 
     def not_quantized(self, precision: str | None) -> str | None:
         """What is wrong with asking for a quantised precision that no stage was ever written in, and how to make it.
 
         None for any other precision, and where a denoising stage has it: the stages that have not then stand in.
         """
-        if precision not in QUANTIZED or any(graph_file(stage, precision) in self.files for stage in QUANTIZABLE):
+        denoising = self.manifest.denoising
+        if precision not in QUANTIZED or any(graph_file(stage, precision) in self.files for stage in denoising):
             return None
         return (
-            f"{self.path}: no {graph_file(QUANTIZABLE[0], precision)} "
+            f"{self.path}: no {graph_file(denoising[0], precision)} "
             f"(make it: higen-export quantize {self.path} --precision {precision})"
         )
 
@@ -194,43 +147,6 @@ class Bundle:
         return path
 
 
-def _read_manifest(folder: Path) -> dict[str, Any]:
-    path = folder / MANIFEST
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, or a path that no file system takes
-        raise ManifestError(f"{folder}: not a model directory, {MANIFEST} cannot be read: {error}") from error
-    try:
-        manifest = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise ManifestError(f"{path}: not valid JSON: {error}") from error
-    if not isinstance(manifest, dict) or manifest.get("format") != "higen":
-        raise ManifestError(f'{path}: not a higen manifest ("format" is not "higen")')
-    version = manifest.get("version")
-    if type(version) is not int or version < 1:
-        raise ManifestError(f"{path}: version={reprlib.repr(version)}: a whole number from 1 to {VERSION}")
-    if version > VERSION:
-        raise ManifestError(
-            f"{path}: version={version}, but this higen reads up to {VERSION}: pip install --upgrade higen"
-        )
-    return manifest
-
-
-def _object(manifest: Mapping[str, Any], key: str) -> dict[str, Any]:
-    value = manifest.get(key)
-    if not isinstance(value, dict):
-        raise ManifestError(f"{MANIFEST}: {key}={reprlib.repr(value)}: an object is wanted")
-    return value
-
-
-def _plain_name(name: str) -> str:
-    """A file of a model lies in its directory or below: no absolute path, no way out."""
-    parts = name.replace("\\", "/").split("/")
-    if not name or name == MANIFEST or "" in parts or "." in parts or ".." in parts or ":" in name or "\0" in name:
-        raise ManifestError(f"{MANIFEST}: files has the entry {name!r}: a path inside the model directory is wanted")
-    return name
-
-
 def sha256(path: Path) -> str:
     """sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:
@@ -243,14 +159,15 @@ def file_record(path: Path) -> FileRecord:
 
 
 @contextmanager
-def create(path: str | os.PathLike[str], config: ModelConfig, overwrite: bool = False) -> Iterator[Path]:
+def create(path: str | os.PathLike[str], manifest: Manifest, overwrite: bool = False) -> Iterator[Path]:
     """Make a model directory: yields an empty folder to fill; on a clean exit the manifest is added and it is moved.
 
-    Raises what `staged` raises.
+    Graphs are entered by `put_file`, once the directory is there. Raises what `staged` raises.
     """
     with staged(path, overwrite) as staging:
         yield staging
-        write_manifest(staging, config)
+        names = [p.name for p in sorted(staging.iterdir()) if p.is_file() and p.name[0] != "."]
+        write_manifest(staging, manifest, {name: file_record(staging / name) for name in names}, {})
         for file in staging.iterdir():  # safetensors makes files that only their owner can read
             file.chmod(0o644)
 
@@ -302,53 +219,41 @@ def _move(staging: Path, target: Path) -> None:
             raise
 
 
-def write_manifest(folder: Path, config: ModelConfig) -> None:
-    """Write higen.json for what lies in `folder` (hidden files left out), atomically."""
-    names = [p.name for p in sorted(folder.iterdir()) if p.is_file() and p.name != MANIFEST and p.name[0] != "."]
-    _write(folder, config, {name: file_record(folder / name) for name in names})
-
-
-def add_files(bundle: Bundle, names: Sequence[str]) -> Bundle:
-    """Enter files that now lie in the model's folder into its manifest, atomically; returns the bundle with them."""
-    _write(bundle.path, bundle.config, {**bundle.files, **{name: file_record(bundle.path / name) for name in names}})
-    return Bundle.open(bundle.path)
-
-
-def put_file(bundle: Bundle, aside: Path, name: str) -> Bundle:
+def put_file(bundle: Bundle, finished: Path, name: str, inputs: tuple[GraphInput, ...] | None = None) -> Bundle:
     """Move a finished file of the model's folder to `name` and enter it in the manifest; returns the bundle with it.
 
-    At every moment the directory is whole: it has the old file, none or the new one. The same content changes nothing.
+    `inputs`: what a graph takes; None for any other file. At every moment the directory is whole: it has the old file,
+    none or the new one. The same content changes nothing. Raises what `rewrite` raises.
     """
-    record = file_record(aside)
-    if bundle.files.get(name) == record:
-        aside.unlink()
+    if (inputs is None) == name.endswith(".onnx"):
+        raise ModelError(f"{name}: graphs (.onnx), and no other files, are entered with their inputs")
+    record = file_record(finished)
+    if bundle.files.get(name) == record and bundle.graphs.get(name) == inputs:
+        finished.unlink()
         return bundle
-    bundle = _without(bundle, name)
-    aside.replace(bundle.path / name)
-    return add_files(bundle, [name])
+    _change(bundle.path, name, None, None)
+    finished.replace(bundle.path / name)
+    return _change(bundle.path, name, record, inputs)
 
 
 def drop_file(bundle: Bundle, name: str) -> Bundle:
     """Take a file out of the manifest, then out of the folder; returns the bundle without it."""
-    bundle = _without(bundle, name)
+    changed = _change(bundle.path, name, None, None)
     (bundle.path / name).unlink(missing_ok=True)
-    return bundle
+    return changed
 
 
-def _without(bundle: Bundle, name: str) -> Bundle:
-    if name not in bundle.files:
-        return bundle
-    kept = {other: record for other, record in bundle.files.items() if other != name}
-    _write(bundle.path, bundle.config, kept)
-    return replace(bundle, files=kept)
+def _change(folder: Path, name: str, record: FileRecord | None, inputs: tuple[GraphInput, ...] | None) -> Bundle:
+    """Enter a file in the manifest as it now stands on the disk, or take it out."""
 
+    def changed(opened: Opened) -> Opened:
+        files = {key: value for key, value in opened.files.items() if key != name}
+        graphs = {key: value for key, value in opened.graphs.items() if key != name}
+        if record is not None:
+            files[name] = record
+        if record is not None and inputs is not None:
+            graphs[name] = inputs
+        return replace(opened, files=files, graphs=graphs)
 
-def _write(folder: Path, config: ModelConfig, files: Mapping[str, FileRecord]) -> None:
-    records = {name: to_json(files[name]) for name in sorted(files)}
-    manifest = {"format": "higen", "version": VERSION, "model": to_json(config), "files": records}
-    temporary = folder / f".{MANIFEST}.part"
-    try:
-        temporary.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-        temporary.replace(folder / MANIFEST)
-    finally:
-        temporary.unlink(missing_ok=True)
+    rewrite(folder, changed)
+    return Bundle.open(folder)

@@ -1,7 +1,8 @@
-"""Motion and appearance cues as arrays: what the conditioner stage is fed (reference: unet_higen.py, spec section 3).
+"""Encodings: a control's value as the array that a stage is fed (docs/manifest.md, "controls").
 
-The motion cue of a pair of frames is 10 times the L2 distance of their latents; the appearance cue of frame i is its
-similarity to 32 relative positions of the clip (design, section 9).
+A curve is a number per frame, or per pair of frames. `sinusoid` is the reference's embedding of HiGen's motion cue
+(unet_higen.py, spec section 3), `similarity` the wanted similarity of a frame to relative positions of the clip
+(docs/design.md, section 9).
 """
 
 from __future__ import annotations
@@ -15,20 +16,20 @@ from numpy.typing import NDArray
 from higen.errors import RequestError
 
 __all__ = [
-    "Appearance",
-    "Motion",
-    "appearance_cue",
-    "appearance_rows",
+    "Curve",
+    "check_numbers",
+    "curve_rows",
+    "curve_values",
     "frequencies",
-    "motion_cue",
-    "motion_values",
     "resample_in_time",
+    "similarity_rows",
     "sinusoid",
+    "sinusoid_rows",
 ]
 
 Array = NDArray[np.float32]
-Motion: TypeAlias = "float | Sequence[float] | NDArray[np.floating] | None"
-Appearance: TypeAlias = "float | Sequence[float] | Sequence[Sequence[float]] | NDArray[np.floating] | None"
+Curve: TypeAlias = "float | Sequence[float] | Sequence[Sequence[float]] | NDArray[np.floating] | None"
+"""None is "unspecified", to a model that was trained for it."""
 
 
 def sinusoid(values: NDArray[np.generic] | Sequence[float], dim: int) -> Array:
@@ -61,41 +62,51 @@ def resample_in_time(vectors: Array, frames: int) -> Array:
     return resampled.astype(np.float32)
 
 
-def _numbers(name: str, value: Any, allowed: str) -> NDArray[np.float64]:
+def check_numbers(name: str, value: Any, allowed: str) -> NDArray[np.float64]:
     """Numbers as float64, each finite in float32 too; texts and truth values are none. Raises RequestError."""
     try:
         given = np.asarray(value)
-    except ValueError:  # rows of different lengths
+    except (ValueError, TypeError, RuntimeError):  # rows of different lengths; tensors that are on a GPU
         raise RequestError(f"{name}={value!r}: {allowed}") from None
     if given.dtype.kind not in "iuf" or not np.all(np.abs(given) <= np.finfo(np.float32).max):
         raise RequestError(f"{name}={value!r}: {allowed}")
     return given.astype(np.float64)
 
 
-def motion_values(motion: float | Sequence[float] | NDArray[np.floating], frames: int) -> Array:
-    """The motion cue as one number per pair of frames ([frames - 1]) or per frame ([frames]), float32.
+def curve_values(name: str, value: Curve, frames: int, low: float | None = None, high: float | None = None) -> Array:
+    """A curve as one number per pair of frames ([frames - 1]) or per frame ([frames]), float32.
 
-    One number is repeated for every pair. Raises RequestError for another length, negative or non-finite values.
+    One number is repeated for every pair. Raises RequestError for another length, and for values that are not finite
+    or not from `low` to `high`.
     """
-    allowed = f"one number, {frames - 1} (one per pair of frames) or {frames} (one per frame), each finite and >= 0"
-    values = _numbers("motion", motion, allowed).astype(np.float32)
+    limits = "" if low is None else f" and >= {low:g}"
+    limits += "" if high is None else f" and <= {high:g}"
+    allowed = (
+        f"one number, {max(frames - 1, 1)} (one per pair of frames) or {frames} (one per frame), each finite{limits}"
+    )
+    values = check_numbers(name, value, allowed).astype(np.float32)
     if values.ndim == 0:
         values = np.repeat(values, max(frames - 1, 1))
     if values.ndim != 1 or len(values) not in (max(frames - 1, 1), frames):
-        raise RequestError(f"motion has shape {list(values.shape)}: {allowed}")
-    if np.any(values < 0):
-        raise RequestError(f"motion={motion!r}: {allowed}")
+        raise RequestError(f"{name} has shape {list(values.shape)}: {allowed}")
+    if (low is not None and np.any(values < low)) or (high is not None and np.any(values > high)):
+        raise RequestError(f"{name}={value!r}: {allowed}")
     return values
 
 
-def motion_cue(motion: Motion, frames: int, dim: int) -> Array:
-    """The conditioner's motion input, float32 [frames, dim]: sinusoids, resampled in time *after* the sinusoid.
+def curve_rows(values: Array, frames: int) -> Array:
+    """A curve per frame or pair of frames as one number per frame, float32 [frames]."""
+    return resample_in_time(values[:, None], frames)[:, 0]
 
-    None (for models trained with cue dropout) is a row of zeros, which no value of the cue gives.
+
+def sinusoid_rows(values: Array | None, frames: int, dim: int) -> Array:
+    """A curve as sinusoids, float32 [frames, dim], resampled in time *after* the sinusoid.
+
+    None (for models trained with cue dropout) is a row of zeros, which no value of the curve gives.
     """
-    if motion is None:
+    if values is None:
         return np.zeros((frames, dim), dtype=np.float32)
-    return resample_in_time(sinusoid(motion_values(motion, frames), dim), frames)
+    return resample_in_time(sinusoid(values, dim), frames)
 
 
 def _distance(frames: int, columns: int) -> NDArray[np.float64]:
@@ -105,17 +116,19 @@ def _distance(frames: int, columns: int) -> NDArray[np.float64]:
     return np.abs(np.linspace(0, 1, frames)[:, None] - np.linspace(0, 1, columns)[None, :])
 
 
-def appearance_rows(
-    appearance: float | Sequence[float] | Sequence[Sequence[float]] | NDArray[np.floating], frames: int, columns: int
-) -> Array:
-    """The appearance cue as a matrix, float32 [frames, columns]: wanted similarity of frame i to position k.
+def similarity_rows(name: str, value: Curve, frames: int, columns: int) -> Array:
+    """Wanted similarity of frame i to position k of the clip, float32 [frames, columns].
 
     One factor a gives 1 - a |i/(frames-1) - k/(columns-1)| (0: a still appearance, 1: the ends differ wholly); one
     factor per frame gives each row its own. A matrix [frames, columns] is taken as it is; a frame-to-frame matrix
-    [frames, frames] is resampled to the columns. Raises RequestError for other shapes and non-finite values.
+    [frames, frames] is resampled to the columns. None (for models trained with cue dropout) tells each frame its place
+    alone: minus the distance to each column, which differs from every factor by the missing 1 at a frame's own place.
+    Raises RequestError for other shapes and non-finite values.
     """
+    if value is None:
+        return (-_distance(frames, columns)).astype(np.float32)
     allowed = f"one number, {frames} numbers, or a matrix [{frames}, {columns}] or [{frames}, {frames}], each finite"
-    values = _numbers("appearance", appearance, allowed)
+    values = check_numbers(name, value, allowed)
     if values.ndim == 0 or values.shape == (frames,):
         factor = np.broadcast_to(values, (frames,))[:, None]
         return (1.0 - factor * _distance(frames, columns)).astype(np.float32)
@@ -124,15 +137,4 @@ def appearance_rows(
     if values.shape == (frames, frames):
         source, target = np.linspace(0, 1, frames), np.linspace(0, 1, columns)
         return np.stack([np.interp(target, source, row) for row in values]).astype(np.float32)
-    raise RequestError(f"appearance has shape {list(values.shape)}: {allowed}")
-
-
-def appearance_cue(appearance: Appearance, frames: int, columns: int) -> Array:
-    """The conditioner's appearance input, float32 [frames, columns].
-
-    None (for models trained with cue dropout) tells each frame its place alone: minus the distance to each column,
-    which differs from every factor by the missing 1 at a frame's own place.
-    """
-    if appearance is None:
-        return (-_distance(frames, columns)).astype(np.float32)
-    return appearance_rows(appearance, frames, columns)
+    raise RequestError(f"{name} has shape {list(values.shape)}: {allowed}")

@@ -12,10 +12,12 @@ from pathlib import Path
 from typing import Any
 
 from higen.api import default_model
-from higen.backends.select import Availability, Choice, Options, availability, select_backend
+from higen.backends.base import Choice
+from higen.backends.options import Options
+from higen.backends.select import Availability, availability, select_backend
 from higen.bundle import Bundle
 from higen.errors import FallbackWarning, HigenError
-from higen.stages import STAGES
+from higen.tables import Loop
 from higen.version import __version__
 
 __all__ = ["Report", "report"]
@@ -37,11 +39,33 @@ PACKAGES = (
 
 
 @dataclass(frozen=True)
+class LoopGraphs:
+    """The precisions in which a loop's steps have a graph: with both branches of guidance, and with one.
+
+    None: the loop has no such stage.
+    """
+
+    loop: str
+    guided: tuple[str, ...] | None
+    plain: tuple[str, ...] | None
+
+    def as_line(self) -> str:
+        """For a person."""
+        words = [
+            f"{name}: {', '.join(found) or 'no graph'}"
+            for name, found in (("guided", self.guided), ("plain", self.plain))
+            if found is not None
+        ]
+        return f"{self.loop:<20}{'; '.join(words)}"
+
+
+@dataclass(frozen=True)
 class Report:
     """What was found. `packages` maps a name to its version, None where it is not installed.
 
     `stages`: what runs each stage of the model, and why the better ways do not; a stage that nothing can run has the
-    backend "". `notes` say what to repair.
+    backend "". A step with one branch of guidance that has no graph is left out: the one with both does its work.
+    `loops`: their graphs. `notes` say what to repair.
     """
 
     python: str
@@ -52,6 +76,7 @@ class Report:
     model: str
     intact: bool
     stages: list[Choice]
+    loops: list[LoopGraphs]
     notes: list[str]
 
     @property
@@ -72,6 +97,7 @@ class Report:
             "backends": backends,
             "model": self.model,
             "stages": [asdict(choice) for choice in self.stages],
+            "loops": [asdict(loop) for loop in self.loops],
             "notes": self.notes,
         }
 
@@ -85,13 +111,17 @@ class Report:
             lines += ["", "stages of the model"]
         for choice in self.stages:
             lines += [f"  {line}" for line in choice.as_lines()]
+        if self.loops:
+            lines += ["", "graphs of the loops' steps"]
+        lines += [f"  {loop.as_line()}" for loop in self.loops]
         lines += ["", *(f"note: {note}" for note in self.notes), f"{self.model}"]
         return "\n".join(lines)
 
 
 def report(model: Path | None = None) -> Report:
     """Look around, and load every stage of a model (None: the built-in one) to see what runs it."""
-    described, intact = _model(default_model() if model is None else model)
+    path = default_model() if model is None else model
+    described, bundle = _model(path)
     name = "built-in model" if model is None else str(model)
     return Report(
         python=platform.python_version(),
@@ -100,9 +130,10 @@ def report(model: Path | None = None) -> Report:
         packages={name: _version(name) for name in PACKAGES},
         backends=availability(),
         model=f"{name}: {described}",
-        intact=intact,
-        stages=list(_stages(default_model() if model is None else model)) if intact else [],
-        notes=_notes(),
+        intact=bundle is not None,
+        stages=list(_stages(bundle)) if bundle is not None else [],
+        loops=[_graphs(bundle, loop) for loop in bundle.manifest.loops] if bundle is not None else [],
+        notes=[*_notes(), *(_missing(bundle) if bundle is not None else [])],
     )
 
 
@@ -122,23 +153,59 @@ def _notes() -> list[str]:
     return []
 
 
-def _model(path: Path) -> tuple[str, bool]:
+def _model(path: Path) -> tuple[str, Bundle | None]:
+    """What a person reads of a model, and the model, if it is intact."""
     try:
         bundle = Bundle.open(path)
         for name in bundle.files:
             bundle.file(name)
     except HigenError as error:
-        return f"broken: {error}", False
+        return f"broken: {error}", None
     size = sum(record.size for record in bundle.files.values())
-    return f"{bundle.config.name}, {size / 1e6:.1f} MB, intact", True
+    return f"{bundle.manifest.name}, {size / 1e6:.1f} MB, intact", bundle
 
 
-def _stages(path: Path) -> Iterator[Choice]:
+def _graphs(bundle: Bundle, loop: Loop) -> LoopGraphs:
+    found = {name: bundle.precisions(name) for name in loop.stages}
+    return LoopGraphs(
+        loop.name,
+        None if loop.guided is None else found[loop.guided],
+        None if loop.plain is None else found[loop.plain],
+    )
+
+
+def _idle(bundle: Bundle) -> list[str]:
+    """The steps with one branch of guidance that have no graph, though those with both have: these do their work."""
+    return [
+        loop.plain
+        for loop in bundle.manifest.loops
+        if loop.plain is not None
+        and loop.guided is not None
+        and bundle.precisions(loop.guided)
+        and not bundle.precisions(loop.plain)
+    ]
+
+
+def _missing(bundle: Bundle) -> list[str]:
+    """What would save half the work at guidance 1."""
+    if bundle.version == 1:
+        return [f"the manifest is of version 1; version 2 says more of the model: higen upgrade {bundle.path}"]
+    if not (idle := _idle(bundle)):
+        return []
+    options = " ".join(f"--stage {name}" for name in idle)
+    return [
+        f"no graph of {', '.join(idle)}, so a step costs as much at guidance 1 as at any other: "
+        f"higen-export onnx {bundle.path} {options}"
+    ]
+
+
+def _stages(bundle: Bundle) -> Iterator[Choice]:
     try:
-        router = select_backend(Bundle.open(path), options=Options(verify=False))
+        router = select_backend(bundle, options=Options(verify=False))
     except HigenError:
         return  # the list of backends says why
-    for stage in STAGES:
+    idle = _idle(bundle)
+    for stage in (name for name in bundle.manifest.stage_names if name not in idle):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FallbackWarning)  # the choice says it

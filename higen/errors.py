@@ -6,7 +6,8 @@ HigenError
 ├── ModelError                    a model directory cannot be used
 │   ├── ManifestError             its higen.json is missing, malformed or of a newer version
 │   ├── IntegrityError            one of its files is missing, truncated or altered
-│   └── CheckpointError           a released checkpoint does not fit the architecture
+│   ├── CheckpointError           a released checkpoint does not fit the architecture
+│   └── UnknownFamily             the model's family is not installed here
 ├── BackendError                  a backend failed
 │   ├── BackendUnavailable        a backend cannot run here; the message says why
 │   └── EngineError               a TensorRT engine cannot be built or used
@@ -53,6 +54,7 @@ __all__ = [
     "SettingsError",
     "Stale",
     "TrainingError",
+    "UnknownFamily",
     "WrongArchitecture",
 ]
 
@@ -83,6 +85,10 @@ class IntegrityError(ModelError):
 
 class CheckpointError(ModelError):
     """A released checkpoint does not fit the architecture."""
+
+
+class UnknownFamily(ModelError):
+    """The model's family is not installed here: its networks cannot be built, its graphs run all the same."""
 
 
 class BackendError(HigenError):

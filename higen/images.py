@@ -1,47 +1,133 @@
-"""Pictures from the user as the encoder wants them."""
+"""Pictures and clips from the user as stages want them: in the request's size, -1 to 1."""
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from higen.errors import RequestError
+from higen.errors import OutputError, RequestError
+from higen.request import Picture
+from higen.tables import Control
 
 if TYPE_CHECKING:
     import PIL.Image
 
+    from higen.video import Video
+
     Image: TypeAlias = str | os.PathLike[str] | PIL.Image.Image | NDArray[np.uint8]
+    Clip: TypeAlias = str | os.PathLike[str] | Video | NDArray[np.uint8]
 else:
-    Image = object
+    Image = Clip = object
 
-__all__ = ["Image", "load_image"]
+__all__ = ["Clip", "Image", "load_clip", "load_image", "load_picture", "resampling"]
 
 
-def load_image(image: Image, width: int, height: int) -> NDArray[np.float32]:
+def load_picture(control: Control, value: object, frames: int, width: int, height: int) -> Picture:
+    """The value of a picture or clip control: a picture [3,height,width], or a clip [3,frames,height,width].
+
+    Raises RequestError, beginning with the control's name, for what cannot be read.
+    """
+    if control.kind == "clip":
+        pixels = load_clip(cast("Clip", value), frames, width, height, control.name)
+    else:
+        pixels = load_image(cast("Image", value), width, height, control.name)
+    return Picture(pixels, hashlib.blake2b(pixels.tobytes(), digest_size=16).digest())
+
+
+def load_clip(clip: Clip, frames: int, width: int, height: int, name: str = "clip") -> NDArray[np.float32]:
+    """A video's path, a Video or uint8 frames [n,H,W,3] as float32 [3,frames,height,width] in -1 to 1.
+
+    Of more frames the first ones are taken; each is scaled to cover, then cropped. Raises RequestError, beginning with
+    `name`, for fewer.
+    """
+    from higen.video import Video
+
+    if isinstance(clip, (str, os.PathLike)):
+        path = os.fspath(clip)
+        try:
+            clip = Video.open(path)
+        except OutputError as error:
+            raise RequestError(f"{name}={path!r}: cannot be read as a clip: {error}") from error
+    given = clip.frames if isinstance(clip, Video) else clip
+    if not isinstance(given, np.ndarray) or given.dtype != np.uint8 or given.ndim != 4 or given.shape[3] != 3:
+        raise RequestError(f"{name} is a {type(clip).__name__}: a video file, a Video or uint8 frames [n,H,W,3]")
+    if len(given) < frames:
+        raise RequestError(f"{name} has {len(given)} frames: the request has {frames}")
+    fitted = [load_image(frame, width, height, name) for frame in given[:frames]]
+    return np.ascontiguousarray(np.stack(fitted, axis=1))
+
+
+def resampling(size: int, to: int) -> NDArray[np.float64]:
+    """A matrix [to, size] that resamples one axis: a Gaussian against aliasing, then bicubic with corners aligned.
+
+    The Gaussian has sigma max((size/to - 1) / 2, 0.001) and a kernel of max(int(4 sigma), 3) taps, made odd, reflected
+    at the edges; the cubic is Keys' with a = -0.75. That is how Stable Video Diffusion shrinks its picture for CLIP
+    (generative-models, svd sampling; diffusers: _resize_with_antialiasing).
+    """
+    sigma = max((size / to - 1.0) / 2.0, 0.001)
+    taps = int(max(2.0 * 2.0 * sigma, 3.0))
+    taps += 1 - taps % 2
+    offsets = np.arange(taps) - taps // 2
+    kernel = np.exp(-(offsets.astype(np.float64) ** 2) / (2.0 * sigma**2))
+    kernel /= kernel.sum()
+    blur = np.zeros((size, size))
+    for row in range(size):
+        for offset, weight in zip(offsets, kernel, strict=True):
+            blur[row, _reflected(row + int(offset), size)] += weight
+    cubic = np.zeros((to, size))
+    for row in range(to):
+        position = row * (size - 1) / (to - 1) if to > 1 else 0.0
+        first = int(np.floor(position))
+        for tap in range(-1, 3):
+            cubic[row, min(max(first + tap, 0), size - 1)] += _keys(position - first - tap)
+    made: NDArray[np.float64] = cubic @ blur
+    return made
+
+
+def _reflected(index: int, size: int) -> int:
+    """An index mirrored at the edges, which are not repeated."""
+    if size == 1:
+        return 0
+    period = 2 * (size - 1)
+    index %= period
+    return min(index, period - index)
+
+
+def _keys(x: float, a: float = -0.75) -> float:
+    """Keys' cubic convolution kernel."""
+    x = abs(x)
+    if x <= 1:
+        return ((a + 2) * x - (a + 3)) * x * x + 1
+    return ((a * x - 5 * a) * x + 8 * a) * x - 4 * a if x < 2 else 0.0
+
+
+def load_image(image: Image, width: int, height: int, name: str = "image") -> NDArray[np.float32]:
     """A path, PIL image or uint8 array [H,W,3] as float32 [3,height,width] in -1 to 1: scaled to cover, then cropped.
 
-    Transparency is laid over white. Raises RequestError for what is none of these or cannot be read.
+    Transparency is laid over white. Raises RequestError, beginning with `name`, for what is none of these or
+    cannot be read.
     """
     import PIL.Image
     import PIL.ImageOps
 
-    with _opened(image) as picture:
+    with _opened(image, name) as picture:
         try:
             upright = PIL.ImageOps.exif_transpose(picture).convert("RGBA")
         except Exception as error:  # a decoder may raise anything on corrupt data
-            raise RequestError(f"image={image!r}: cannot be read as a picture: {error}") from error
+            raise RequestError(f"{name}={image!r}: cannot be read as a picture: {error}") from error
     opaque = PIL.Image.alpha_composite(PIL.Image.new("RGBA", upright.size, "white"), upright).convert("RGB")
     fitted = PIL.ImageOps.fit(opaque, (width, height), PIL.Image.Resampling.LANCZOS)
     return np.ascontiguousarray(np.asarray(fitted, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1.0)
 
 
 @contextmanager
-def _opened(image: Image) -> Iterator[PIL.Image.Image]:
+def _opened(image: Image, name: str) -> Iterator[PIL.Image.Image]:
     """The picture; a file opened here is closed again. What is in it may be read later only."""
     import PIL.Image
 
@@ -49,16 +135,16 @@ def _opened(image: Image) -> Iterator[PIL.Image.Image]:
         try:
             file = PIL.Image.open(image)
         except Exception as error:  # as above
-            raise RequestError(f"image={os.fspath(image)!r}: cannot be read as a picture: {error}") from error
+            raise RequestError(f"{name}={os.fspath(image)!r}: cannot be read as a picture: {error}") from error
         with file:
             yield file
     elif isinstance(image, np.ndarray):
         if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise RequestError(f"image is {image.dtype} {list(image.shape)}: uint8 [H,W,3] is wanted")
+            raise RequestError(f"{name} is {image.dtype} {list(image.shape)}: uint8 [H,W,3] is wanted")
         yield PIL.Image.fromarray(image)
     elif isinstance(image, PIL.Image.Image):
         if 0 in image.size:
-            raise RequestError(f"image has {image.width}x{image.height} pixels: at least 1x1")
+            raise RequestError(f"{name} has {image.width}x{image.height} pixels: at least 1x1")
         yield image
     else:
-        raise RequestError(f"image is a {type(image).__name__}: a path, a PIL image or a uint8 array [H,W,3]")
+        raise RequestError(f"{name} is a {type(image).__name__}: a path, a PIL image or a uint8 array [H,W,3]")

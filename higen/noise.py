@@ -11,17 +11,17 @@ then rounded to float32. numpy increments the counter before its first block, so
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
+
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["SPATIAL", "TEMPORAL", "TEMPORAL_OFFSET", "initial_noise", "normal", "offset_noise"]
-
-SPATIAL, TEMPORAL, TEMPORAL_OFFSET = 0, 1, 2
-"""Purposes of a stream: key-frame noise, video noise, and the offset added to each frame and channel of it."""
+__all__ = ["frame_noise", "normal", "offset_noise", "row_purpose", "shaped"]
 
 
 def normal(seed: int, purpose: int, count: int) -> NDArray[np.float32]:
-    """`count` standard normal numbers, float32, of the stream (seed, purpose); seed 0 to 2^64 - 1."""
+    """`count` standard normal numbers, float32, of the stream (seed, purpose); both 0 to 2^64 - 1."""
     raw = np.random.Philox(key=np.array([seed, purpose], dtype=np.uint64)).random_raw(count + count % 2)
     a, b = (raw >> np.uint64(11)).reshape(-1, 2).T.astype(np.float64)
     radius = np.sqrt(-2.0 * np.log((a + 1.0) * 2.0**-53))
@@ -30,13 +30,27 @@ def normal(seed: int, purpose: int, count: int) -> NDArray[np.float32]:
     return pairs.reshape(-1)[:count].astype(np.float32)
 
 
-def initial_noise(seed: int, purpose: int, channels: int, frames: int, height: int, width: int) -> NDArray[np.float32]:
+def frame_noise(seed: int, purpose: int, channels: int, frames: int, height: int, width: int) -> NDArray[np.float32]:
     """Noise of one sample, float32 [C, F, H, W]. Drawn frame by frame: a longer clip begins with a shorter one's."""
     flat = normal(seed, purpose, frames * channels * height * width)
     return np.ascontiguousarray(flat.reshape(frames, channels, height, width).transpose(1, 0, 2, 3))
 
 
-def offset_noise(seed: int, channels: int, frames: int) -> NDArray[np.float32]:
-    """Noise that is constant over each frame's pixels, float32 [C, F, 1, 1] (reference recipe: strength 0.1)."""
-    flat = normal(seed, TEMPORAL_OFFSET, frames * channels)
+def offset_noise(seed: int, purpose: int, channels: int, frames: int) -> NDArray[np.float32]:
+    """Noise that is constant over each frame's pixels, float32 [C, F, 1, 1] (HiGen's training: strength 0.1)."""
+    flat = normal(seed, purpose, frames * channels)
     return np.ascontiguousarray(flat.reshape(frames, channels).T)[:, :, None, None]
+
+
+def shaped(seed: int, purpose: int, shape: Sequence[int], frame_axis: int | None = None) -> NDArray[np.float32]:
+    """Noise in any shape, float32, the last axis fastest; with a frame axis it is drawn frame by frame."""
+    order = list(range(len(shape)))
+    if frame_axis is not None:
+        order = [frame_axis, *(axis for axis in order if axis != frame_axis)]
+    drawn = normal(seed, purpose, math.prod(shape)).reshape([shape[axis] for axis in order])
+    return np.ascontiguousarray(drawn.transpose(np.argsort(order)))
+
+
+def row_purpose(purpose: int, row: int) -> int:
+    """The stream of the fresh noise of a solver's row (from 0), in a loop whose initial noise is of `purpose`."""
+    return purpose + ((row + 1) << 32)

@@ -2,201 +2,331 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, TypedDict
+import secrets
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from higen.conditioning import Appearance, Motion, appearance_cue, motion_cue
-from higen.config import ModelConfig
+from higen.conditioning import check_numbers, curve_values, similarity_rows
 from higen.errors import RequestError
-from higen.schedule import SOLVERS
+from higen.manifest import Manifest
+from higen.schedule import max_steps
+from higen.stages import source
+from higen.tables import COMMON, MAX_NUMBER, MAX_SIDE, Control, Loop
 
-__all__ = ["MAX_SEED", "MAX_SIDE", "OPTIONS", "Request", "RequestOptions", "make_request"]
+__all__ = ["MAX_PROMPT", "MAX_SEED", "UNSPECIFIED", "Guidance", "Picture", "Request", "Warn", "make_request"]
 
 MAX_SEED = 2**64 - 1
-MAX_SIDE = 4096
-MAX_NUMBER = float(np.finfo(np.float32).max)
+
+MAX_PROMPT = 100_000
+"""Characters of a prompt: no model reads more than a few hundred, and cleaning a text takes time."""
+
+UNSPECIFIED = "unspecified"
+"""The value of a control that is left to the model, where the model was trained for it."""
+
+Guidance = float | tuple[float, ...]
+"""One number, or one per frame."""
+
+Warn = Callable[[Warning], None]
+"""Called with each warning of a request."""
 
 
-@dataclass(frozen=True)
+def _warn(warning: Warning) -> None:
+    warnings.warn(warning, stacklevel=2)
+
+
+@dataclass(frozen=True, eq=False)
+class Picture:
+    """A picture control's value: float32 pixels [3, Y, X] (a clip: [3, F, Y, X]) in -1 to 1, and a digest of them."""
+
+    pixels: NDArray[np.float32]
+    digest: bytes
+
+
+@dataclass(frozen=True, eq=False)
 class Request:
-    """A checked request. Two numbers in `steps` and `guidance`: spatial stage, temporal stage."""
+    """A checked request.
+
+    steps, guidance, solvers  one per loop of the model
+    controls   by name: a number, a text, numbers as an array, None where it is unspecified; a picture or clip control
+               has one Picture per prompt, or None
+    warn       is told what the model does not know or cannot read of the request
+    """
 
     prompts: tuple[str, ...]
     negative_prompt: str
     seeds: tuple[int, ...]
-    steps: tuple[int, int]
-    guidance: tuple[float, float]
-    solver: str
+    steps: tuple[int, ...]
+    guidance: tuple[Guidance, ...]
+    solvers: tuple[str, ...]
     frames: int
     height: int
     width: int
     fps: int
-    motion: Motion
-    appearance: Appearance
-    offset_noise: float
+    controls: Mapping[str, Any]
+    warn: Warn = _warn
 
-    def motion_input(self, dim: int) -> NDArray[np.float32]:
-        """The conditioner's motion input of every sample, [B, F, dim]."""
-        return self._each(motion_cue(self.motion, self.frames, dim))
+    def frames_of(self, loop: Loop) -> int:
+        """Frames that a loop denoises."""
+        return 1 if loop.frames == 1 else self.frames
 
-    def appearance_input(self, columns: int) -> NDArray[np.float32]:
-        """The conditioner's appearance input of every sample, [B, F, columns]."""
-        return self._each(appearance_cue(self.appearance, self.frames, columns))
+    def runs(self, loop: Loop) -> bool:
+        """Whether a loop is run: the clip is long enough for it, and no picture replaces it."""
+        return not self.replaces(loop) and self.frames >= loop.least_frames
 
-    def _each(self, cue: NDArray[np.float32]) -> NDArray[np.float32]:
-        return np.broadcast_to(cue, (len(self.prompts), *cue.shape)).copy()
+    def replaces(self, loop: Loop) -> bool:
+        """Whether a picture or clip of the request stands for a loop's result."""
+        return loop.replaced is not None and self.controls[loop.replaced.control] is not None
 
+    def begins(self, loop: Loop) -> bool:
+        """Whether a loop begins in the table's tail, from a picture or clip of the request."""
+        return loop.start is not None and self.controls[loop.start.control] is not None
 
-class RequestOptions(TypedDict, total=False):
-    """What a request takes beside its prompt, all of it optional; what is not given, or None, is the model's default.
+    def stand_ins(self, loop: Loop) -> tuple[str, ...]:
+        """The stage or loop whose latents a loop is replaced by, or begins from."""
+        rows = ((loop.replaced, self.replaces(loop)), (loop.start, self.runs(loop) and self.begins(loop)))
+        return tuple(source(row.latents).name for row, given in rows if row is not None and given)
 
-    seed         one for every prompt, or one per prompt, from 0 to MAX_SEED; 0
-    steps        of denoising: one number, or two for the spatial and the temporal stage
-    guidance     the same
-    solver       "ddim" or "dpm++2m"
-    motion       one number, one per pair of frames or one per frame; None means "unspecified" to a model that knows it
-    appearance   one number, one per frame, or a matrix; None as for motion
-    """
+    def cut(self, frames: int) -> Request:
+        """The same request for its first frames alone."""
+        guidance = tuple(scale[:frames] if isinstance(scale, tuple) else scale for scale in self.guidance)
+        return replace(self, frames=frames, guidance=guidance)
 
-    negative_prompt: str
-    seed: int | Sequence[int]
-    steps: int | Sequence[int] | None
-    guidance: float | Sequence[float] | None
-    solver: str | None
-    frames: int | None
-    height: int | None
-    width: int | None
-    fps: int | None
-    motion: Motion
-    appearance: Appearance
-    offset_noise: float | None
-
-
-OPTIONS = tuple(RequestOptions.__annotations__)
-"""The names of a request's options."""
-
-UNSET: Any = object()
-"""A cue that is not given gets the model's default; None means "unspecified" to a model that was trained for it."""
+    def number(self, value: float | str) -> float:
+        """A number of the manifest's: itself, or the control that "control:NAME" names."""
+        return float(self.controls[value.partition(":")[2]] if isinstance(value, str) else value)
 
 
 def make_request(
-    config: ModelConfig,
+    manifest: Manifest,
     prompt: str | Sequence[str],
     *,
-    negative_prompt: str = "",
-    seed: int | Sequence[int] = 0,
+    negative_prompt: str | None = None,
+    seed: int | str | Sequence[int] | None = None,
     steps: int | Sequence[int] | None = None,
-    guidance: float | Sequence[float] | None = None,
-    solver: str | None = None,
+    guidance: Any = None,
+    solver: str | Sequence[str] | None = None,
     frames: int | None = None,
     height: int | None = None,
     width: int | None = None,
     fps: int | None = None,
-    motion: Motion = UNSET,
-    appearance: Appearance = UNSET,
-    offset_noise: float | None = None,
+    controls: Mapping[str, Any],
+    load: Callable[[Control, Any, int, int, int], Picture],
+    warn: Warn | None = None,
+    only: int | None = None,
 ) -> Request:
-    """Check every argument against the model; None is the model's default. Raises RequestError."""
-    defaults = config.defaults
-    prompts = _prompts(prompt)
-    if not isinstance(negative_prompt, str):
-        raise RequestError(f"negative_prompt={negative_prompt!r}: a string")
-    _unicode("negative_prompt", negative_prompt)
-    frames = _integer("frames", defaults.frames if frames is None else frames, 1, config.max_frames)
-    solver = defaults.solver if solver is None else solver
-    if not isinstance(solver, str) or solver not in SOLVERS:
-        raise RequestError(f"solver={solver!r}: one of {', '.join(map(repr, SOLVERS))}")
-    multiple = config.autoencoder.factor * config.unet.size_multiple
-    noise = _number("offset_noise", defaults.offset_noise if offset_noise is None else offset_noise)
+    """Check every argument against the model; None is the model's default.
+
+    `only`: make so many frames, though the values per frame are for all of them.
+
+    `load(control, value, frames, width, height)` reads a picture or clip. Raises RequestError.
+    """
+    sizes, loops = manifest.sizes, manifest.loops
+    known = {control.name: control for control in manifest.controls}
+    if unknown := sorted(set(controls) - set(known)):
+        raise RequestError(f"{', '.join(unknown)}: unknown; a request takes {', '.join((*COMMON, *known))}")
+    prompts = _prompts(prompt, manifest.text is not None)
+    count = _whole("frames", sizes.frames[1] if frames is None else frames, sizes.frames[0], sizes.frames[2])
+    tall = _side("height", sizes.height if height is None else height, sizes.multiple)
+    wide = _side("width", sizes.width if width is None else width, sizes.multiple)
+
+    def checked(control: Control) -> Any:
+        value = controls.get(control.name)
+        if control.kind in ("picture", "clip"):
+            return _pictures(control, value, len(prompts), lambda one: load(control, one, count, wide, tall))
+        return _control(manifest, control, value, count)
+
+    solvers = tuple(
+        _solver(loop, given) for loop, given in _each("solver", solver, loops, lambda loop: loop.solvers[0].name)
+    )
+    most = {loop.name: max_steps(loop.schedule, loop.solver(name)) for loop, name in zip(loops, solvers, strict=True)}
     request = Request(
         prompts=prompts,
-        negative_prompt=negative_prompt,
+        negative_prompt=_text("negative_prompt", "" if negative_prompt is None else negative_prompt),
         seeds=_seeds(seed, len(prompts)),
-        steps=_pair("steps", defaults.steps if steps is None else steps, _steps(config.schedule.timesteps)),
-        guidance=_pair("guidance", defaults.guidance if guidance is None else guidance, _number),
-        solver=solver,
-        frames=frames,
-        height=_side("height", defaults.height if height is None else height, multiple),
-        width=_side("width", defaults.width if width is None else width, multiple),
-        fps=_integer("fps", defaults.fps if fps is None else fps, 1, 240),
-        motion=_cue("motion", motion, defaults.motion, config),
-        appearance=_cue("appearance", appearance, defaults.appearance, config),
-        offset_noise=noise,
+        steps=tuple(
+            _whole("steps", given, 1, most[loop.name])
+            for loop, given in _each("steps", steps, loops, lambda loop: loop.steps)
+        ),
+        guidance=tuple(
+            _guidance(loop, given, 1 if loop.frames == 1 else count)
+            for loop, given in _each("guidance", guidance, loops, lambda loop: loop.guidance)
+        ),
+        solvers=solvers,
+        frames=count,
+        height=tall,
+        width=wide,
+        fps=_whole("fps", sizes.fps if fps is None else fps, 1, 240),
+        controls={name: checked(control) for name, control in known.items()},
+        warn=warn or _warn,
     )
-    # Building the cues checks them.
-    motion_cue(request.motion, frames, 2)
-    appearance_cue(request.appearance, frames, config.unet.appearance_columns)
+    request = request if only is None else request.cut(only)
+    _check_needed(manifest, request)
     return request
 
 
-def _prompts(prompt: object) -> tuple[str, ...]:
+def _each(name: str, value: Any, loops: Sequence[Loop], default: Callable[[Loop], Any]) -> list[tuple[Loop, Any]]:
+    """A value for each loop: the loop's default, one value for all, or one per loop (None among them: its default)."""
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if not isinstance(value, (list, tuple)):
+        value = [value] * len(loops)
+    if len(value) != len(loops):
+        names = ", ".join(loop.name for loop in loops)
+        raise RequestError(f"{name}={value!r}: one value, or {len(loops)} (one per loop: {names})")
+    return [(loop, default(loop) if one is None else one) for loop, one in zip(loops, value, strict=True)]
+
+
+def _guidance(loop: Loop, value: Any, frames: int) -> Guidance:
+    """A loop's guidance: one number, or numbers spread evenly from the first frame to the last."""
+    allowed = f"a finite number, 0 or more, or one per frame ({frames})"
+    scales = check_numbers("guidance", value, allowed)
+    if scales.ndim > 1 or np.any(scales < 0) or isinstance(value, bool):
+        raise RequestError(f"guidance={value!r}: {allowed}")
+    if loop.guided is None and np.any(scales != 1):
+        raise RequestError(f"guidance={value!r}: the loop {loop.name} has no guidance; 1 is allowed")
+    if scales.ndim == 0:
+        return float(scales)
+    if value is not loop.guidance and len(scales) != frames:
+        raise RequestError(f"guidance has {len(scales)} numbers: {allowed}")
+    spread = np.interp(np.linspace(0, 1, frames), np.linspace(0, 1, len(scales)), scales)
+    return tuple(spread.tolist())
+
+
+def _solver(loop: Loop, name: object) -> str:
+    names = [solver.name for solver in loop.solvers]
+    if not isinstance(name, str) or name not in names:
+        raise RequestError(f"solver={name!r}: the loop {loop.name} takes {', '.join(map(repr, names))}")
+    return name
+
+
+def _control(manifest: Manifest, control: Control, value: Any, frames: int) -> Any:
+    """A control that is no picture; a value that is not given is the default."""
+    if isinstance(value, str) and value == UNSPECIFIED and control.kind not in ("text", "choice"):
+        if not control.optional:
+            raise RequestError(
+                f"{control.name}={value!r}: {manifest.name} was not trained without it; "
+                f"its default is {control.default}"
+            )
+        return None
+    value = control.default if value is None else value
+    if value is None:
+        return None
+    if control.kind == "curve":
+        return _curve(manifest, control, value, frames)
+    if control.kind == "text":
+        return _text(control.name, value)
+    if control.kind == "choice":
+        if not isinstance(value, str) or value not in control.choices:
+            raise RequestError(f"{control.name}={value!r}: one of {', '.join(map(repr, control.choices))}")
+        return value
+    number = _number(control, value)
+    return int(number) if control.kind == "whole" else number
+
+
+def _curve(manifest: Manifest, control: Control, value: Any, frames: int) -> Any:
+    """The curve as it was given; building it checks it, for the whole clip. A loop of one frame resamples it."""
+    if control.encoding == "similarity":
+        source = f"control:{control.name}"
+        widths = {t.shape[-1] for stage in manifest.stages for t in stage.inputs if t.source == source}
+        for n in widths or {frames}:  # no stage takes it
+            similarity_rows(control.name, value, frames, manifest.fixed[n] if isinstance(n, str) else n)
+        given = np.asarray(value, dtype=np.float64)
+        if given.size and not (control.allows(float(given.min())) and control.allows(float(given.max()))):
+            raise RequestError(f"{control.name}={value!r}: each {control.range}")
+    else:
+        curve_values(control.name, value, frames, control.low, control.high)
+    return np.asarray(value, dtype=np.float64)
+
+
+def _number(control: Control, value: Any) -> float:
+    numeric = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    whole = control.kind != "whole" or (numeric and value == int(value) if numeric and abs(value) < 1e18 else False)
+    if not numeric or not abs(value) <= MAX_NUMBER or not whole or not control.allows(float(value)):
+        raise RequestError(f"{control.name}={value!r}: {control.range}")
+    return float(value)
+
+
+def _pictures(control: Control, value: Any, count: int, load: Callable[[Any], Picture]) -> tuple[Picture, ...] | None:
+    """One picture for every prompt, or one per prompt."""
+    if value is None:
+        return None
+    if isinstance(value, (list, tuple)) and control.kind == "picture":
+        if len(value) != count:
+            raise RequestError(f"{control.name} has {len(value)} entries: one picture, or one per prompt ({count})")
+        return tuple(load(one) for one in value)
+    return (load(value),) * count
+
+
+def _check_needed(manifest: Manifest, request: Request) -> None:
+    """Raise RequestError where what runs needs a picture that was not given."""
+    given = {name for name, value in request.controls.items() if value is not None}
+    users = {f"the loop {loop.name}": (*_stages(request, loop), *request.stand_ins(loop)) for loop in manifest.loops}
+    for user, stages in {**users, "the decoder": (manifest.sizes.decoder,)}.items():
+        missing = [name for name in manifest.pictures_of(*stages) if name not in given]
+        if missing:
+            raise RequestError(f"{missing[0]}: {user} needs one")
+
+
+def _stages(request: Request, loop: Loop) -> tuple[str, ...]:
+    return loop.stages if request.runs(loop) else ()
+
+
+def _prompts(prompt: object, wanted: bool) -> tuple[str, ...]:
     prompts = (prompt,) if isinstance(prompt, str) else prompt
     if not isinstance(prompts, (list, tuple)) or not prompts:
         raise RequestError(f"prompt={prompt!r}: a string or a list of strings that is not empty")
     for text in prompts:
         if not isinstance(text, str):
             raise RequestError(f"prompt={text!r}: a string")
-        if not text.strip():
+        if wanted and not text.strip():
             raise RequestError(f"prompt={text!r}: a prompt with at least one word")
-        _unicode("prompt", text)
+        _text("prompt", text)
     return tuple(prompts)
 
 
-def _unicode(name: str, text: str) -> None:
+def _text(name: str, text: object) -> str:
+    if not isinstance(text, str):
+        raise RequestError(f"{name}={text!r}: a string")
+    if len(text) > MAX_PROMPT:
+        raise RequestError(f"{name} has {len(text)} characters: at most {MAX_PROMPT}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RequestError(f"{name}={text!r}: not valid Unicode: {error.reason}") from error
+    return text
 
 
 def _seeds(seed: object, count: int) -> tuple[int, ...]:
+    if isinstance(seed, np.ndarray):
+        seed = seed.tolist()
     if isinstance(seed, (list, tuple)):
         if len(seed) != count:
             raise RequestError(f"seed has {len(seed)} entries: one number, or one per prompt ({count})")
-        return tuple(_integer("seed", s, 0, MAX_SEED) for s in seed)
-    return (_integer("seed", seed, 0, MAX_SEED),) * count
+        return tuple(_seed(one) for one in seed)
+    return (_seed(seed),) * count
 
 
-def _integer(name: str, value: object, low: int, high: int) -> int:
+def _seed(seed: object) -> int:
+    """A seed; "random" and -1 draw one, which the video's metadata record."""
+    if (isinstance(seed, str) and seed == "random") or (type(seed) is int and seed == -1):
+        return secrets.randbits(32)
+    return _whole("seed", 0 if seed is None else seed, 0, MAX_SEED)
+
+
+def _whole(name: str, value: object, low: int, high: int) -> int:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
         raise RequestError(f"{name}={value!r}: a whole number from {low} to {high}")
     return int(value)
 
 
-def _number(name: str, value: object) -> float:
-    good = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
-    if not good or not 0 <= value <= MAX_NUMBER:  # type: ignore[operator]
-        raise RequestError(f"{name}={value!r}: a finite number, 0 or more")
-    return float(value)  # type: ignore[arg-type]
-
-
-def _steps(most: int) -> Any:
-    return lambda name, value: _integer(name, value, 1, most)
-
-
-def _pair(name: str, value: object, check: Any) -> Any:
-    if isinstance(value, (list, tuple)):
-        if len(value) != 2:
-            raise RequestError(f"{name}={value!r}: one value, or two (spatial stage, temporal stage)")
-        return check(name, value[0]), check(name, value[1])
-    return check(name, value), check(name, value)
-
-
 def _side(name: str, value: object, multiple: int) -> int:
-    size = _integer(name, value, multiple, MAX_SIDE)
+    size = _whole(name, value, multiple, MAX_SIDE)
     if size % multiple:
         below = size // multiple * multiple
         raise RequestError(f"{name}={size}: a multiple of {multiple}; the nearest are {below} and {below + multiple}")
     return size
-
-
-def _cue(name: str, value: Any, default: float | None, config: ModelConfig) -> Any:
-    if value is UNSET:
-        return default
-    if value is None and not config.optional_cues:
-        raise RequestError(f"{name}=None: {config.name} was not trained without this cue; its default is {default}")
-    return value

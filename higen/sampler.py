@@ -1,19 +1,25 @@
-"""The denoising loop: feed a solver's rows to a denoising stage, feed its outputs back. That is all there is to it."""
+"""The denoising loop: feed a solver's rows to a denoising stage, feed its outputs back (docs/manifest.md, "loops")."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from higen import noise
+from higen.errors import BackendError
 from higen.schedule import SolverTable
+from higen.stages import STATE, Stage
+from higen.tables import Windows
 
-__all__ = ["Runner", "Step", "denoise"]
+__all__ = ["Edit", "Plan", "Runner", "Step", "denoise", "initial_state", "tail", "window_weights"]
 
-COEFFICIENTS = ("A", "B", "C", "alpha", "sigma")
+COEFFICIENTS = ("t", "A", "B", "C", "alpha", "sigma")
+
+Array = NDArray[np.float32]
 
 
 class Runner(Protocol):
@@ -23,40 +29,158 @@ class Runner(Protocol):
         """Run a stage on named tensors."""
         ...
 
+    def to_numpy(self, tensor: Any) -> NDArray[Any]:
+        """A tensor as a numpy array on the host."""
+        ...
+
 
 @dataclass(frozen=True)
 class Step:
     """State after step `index` (from 0) of `total`: `latents` x_t' and `previous`, the estimate of the clean latents.
 
-    Both are [B, C, F, H, W] tensors of the backend's own kind.
+    Both are [B, C, F, H, W] tensors of the backend's own kind. `t` is the row's timestep.
     """
 
+    loop: str
     stage: str
     index: int
     total: int
-    t: int
+    t: float
     latents: Any
     previous: Any
 
 
-def denoise(
-    backend: Runner,
-    stage: str,
-    latents: NDArray[np.float32],
-    table: SolverTable,
-    guidance: float,
-    **conditions: Any,
-) -> Iterator[Step]:
-    """Run every row of `table` on `latents` [B,C,F,H,W] (noise to begin with); yields the state after each step.
+@dataclass(frozen=True)
+class Edit:
+    """Where `mask` is 1, the estimate of the clean latents is `known`.
 
-    `conditions` are the stage's other inputs: context, empty_context, frame_embedding and, for video, prior.
+    known [B,C,F,H,W], mask [B,1,F,h,w], 0 to 1; h and w may be 1.
     """
-    batch = latents.shape[0]
-    x, previous = latents, np.zeros_like(latents)
-    scale = np.full(batch, guidance, dtype=np.float32)
+
+    known: Array
+    mask: Array
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How one loop is run for one request.
+
+    stage      the stage that does a row with this guidance [B, f]
+    conditions the inputs of a stage that are no state, [B, ...] each
+    guidance   [rows, B, f]
+    seeds, purpose   streams of the noise that a stochastic solver adds
+    first      the row to begin with
+    """
+
+    loop: str
+    stage: Callable[[Array], Stage]
+    conditions: Callable[[Stage], Mapping[str, Any]]
+    table: SolverTable
+    guidance: Array
+    seeds: Sequence[int]
+    purpose: int
+    first: int = 0
+    edit: Edit | None = None
+    windows: Windows | None = None
+
+
+def initial_state(
+    table: SolverTable, unit: Array, added: Array | None = None, clean: Array | None = None, first: int = 0
+) -> Array:
+    """The state before row `first`: `initial` times the noise [B,C,f,H,W], plus what is added to it.
+
+    With `clean` latents the loop begins in the table's tail, at the row's own noise level (Meng et al. 2022, SDEdit).
+    """
+    if clean is not None:
+        whole = unit if added is None else unit + added
+        return np.float32(table.start_alpha[first]) * clean + np.float32(table.start_sigma[first]) * whole
+    scaled = unit if table.initial == 1.0 else np.float32(table.initial) * unit
+    return scaled if added is None else scaled + added
+
+
+def tail(rows: int, strength: float) -> int:
+    """The row to begin with so that this part of the rows is run: rounded down, at least one."""
+    return rows - max(1, min(rows, int(rows * strength)))
+
+
+def denoise(backend: Runner, plan: Plan, latents: Array) -> Iterator[Step]:
+    """Run the rows of a plan's table on `latents` [B,C,F,H,W]; yields the state after each step."""
+    batch = len(latents)
+    table = plan.table.tail(plan.first) if plan.first else plan.table
+    x: Any = latents
+    previous: Any = np.zeros_like(latents)
     for i in range(len(table)):
-        t = np.full(batch, table.t[i], np.int64)
+        guidance = plan.guidance[plan.first + i]
+        stage = plan.stage(guidance)
         row = {name: np.full(batch, getattr(table, name)[i], np.float32) for name in COEFFICIENTS}
-        out = backend.run(stage, latents=x, previous=previous, t=t, **row, guidance=scale, **conditions)
+        if stage.guided:
+            row["guidance"] = guidance
+        if table.noise[i]:
+            previous = _fresh(plan, latents.shape, plan.first + i)
+        inputs = {"latents": x, "previous": previous, **row, **plan.conditions(stage)}
+        out = _run(backend, stage, inputs, plan)
         x, previous = out["latents"], out["previous"]
-        yield Step(stage, i, len(table), int(table.t[i]), x, previous)
+        if plan.edit is not None:
+            x, previous = _edited(backend, plan.edit, x, previous, float(table.B[i]), float(table.sigma[i]))
+        yield Step(plan.loop, stage.name, i, len(table), float(table.t[i]), x, previous)
+
+
+def _fresh(plan: Plan, shape: Sequence[int], row: int) -> Array:
+    """Fresh noise of a row, which a stochastic first-order solver takes as `previous`."""
+    purpose = noise.row_purpose(plan.purpose, row)
+    _, channels, frames, height, width = shape
+    return np.stack([noise.frame_noise(seed, purpose, channels, frames, height, width) for seed in plan.seeds])
+
+
+def _edited(backend: Runner, edit: Edit, latents: Any, clean: Any, b: float, sigma: float) -> tuple[Array, Array]:
+    """The state as if the stage had estimated the edited clean latents.
+
+    m enters x0 = alpha x - sigma m and x' = A x + B m + C previous, so x0* in place of x0 moves x' by
+    B / -sigma (x0* - x0).
+    """
+    x0 = backend.to_numpy(clean)
+    wanted = x0 + edit.mask * (edit.known - x0)
+    if sigma == 0.0 and b != 0.0:
+        raise BackendError("an edit needs rows whose estimate depends on the network (sigma is 0)")
+    moved = backend.to_numpy(latents) + np.float32(b / -sigma if sigma else 0.0) * (wanted - x0)
+    return moved.astype(np.float32), wanted.astype(np.float32)
+
+
+def window_weights(frames: int, windows: Windows) -> list[tuple[int, Array]]:
+    """Where each window begins, and the weight of each of its frames, float32; a frame's weights sum to one.
+
+    Windows begin `stride` apart, the last one ends with the clip. Within one, the weight falls towards both ends.
+    """
+    length = windows.length
+    starts = [*range(0, frames - length, windows.stride), frames - length]
+    hill = np.minimum(np.arange(length) + 1, length - np.arange(length)).astype(np.float64)
+    total = np.zeros(frames)
+    for start in starts:
+        total[start : start + length] += hill
+    return [(start, (hill / total[start : start + length]).astype(np.float32)) for start in starts]
+
+
+def _run(backend: Runner, stage: Stage, inputs: Mapping[str, Any], plan: Plan) -> Mapping[str, Any]:
+    """Run a step on the whole clip, or on windows of its frames whose outputs are mixed.
+
+    Mixing the steps equals stepping with the mixed prediction, because a step is linear in it and the weights sum to 1.
+    """
+    windows, frames = plan.windows, plan.guidance.shape[2]
+    if windows is None or frames <= windows.length:
+        return backend.run(stage.name, **inputs)
+    host = {name: backend.to_numpy(value) for name, value in inputs.items()}
+    mixed = {name: np.zeros_like(host["latents"]) for name in STATE}
+    for start, weight in window_weights(frames, windows):
+        part = {name: _cut(stage, name, value, start, windows.length) for name, value in host.items()}
+        for name, value in backend.run(stage.name, **part).items():
+            mixed[name][:, :, start : start + windows.length] += weight[:, None, None] * backend.to_numpy(value)
+    return mixed
+
+
+def _cut(stage: Stage, name: str, value: NDArray[Any], start: int, length: int) -> NDArray[Any]:
+    """An input's frames from `start`, where it has the axis F."""
+    shape = stage.input(name).shape
+    if "F" not in shape:
+        return value
+    where = (*[slice(None)] * shape.index("F"), slice(start, start + length))
+    return np.ascontiguousarray(value[where])

@@ -1,46 +1,121 @@
-"""The contract: each stage is a pure function on named tensors, and this table is the only list of their names.
+"""The contract: a stage is a pure function on named tensors, and the model directory's table lists them.
 
-The torch backend, the ONNX export, the engine profiles, Triton and C++ (through the manifest) all read it.
+Every backend, the ONNX export, the engine profiles, Triton and C++ read that table (docs/manifest.md). This module
+holds its rows, and knows of no model.
 
-Symbols: B samples, N images of a chunk, L text positions, F frames, H x W latent size, Y x X pixel size,
-C latent channels, Dt text width, D sinusoid width, R appearance columns, K context tokens, Dc context width,
-E embedding width.
+Free symbols of a shape: B samples, N images or frames of a chunk, F frames, H x W latent size, Y x X pixel size. All
+others are the model's own, and have one size each.
 
-A denoising stage is one whole solver step: with v-prediction (design, section 3)
+A denoising stage is one whole solver step (docs/manifest.md, "loops"):
 
-    v  = v_empty + guidance * (v_context - v_empty)
-    x0 = alpha * latents - sigma * v
-    latents' = A * latents + B * v + C * previous          previous' = x0
+    m  = m_empty + guidance * (m_given - m_empty)
+    x0 = alpha * latents - sigma * m
+    latents' = A * latents + B * m + C * previous          previous' = x0
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import lru_cache
+from typing import Any, Literal
 
-from higen.config import ModelConfig
-from higen.errors import BackendError
+from higen.errors import BackendError, ManifestError
 
-__all__ = ["STAGES", "STEP_COLUMNS", "Stage", "Tensor", "check_inputs", "dimensions"]
+__all__ = ["EMPTY", "FREE", "STATE", "STEP_COLUMNS", "Output", "Source", "Stage", "Tensor", "check_inputs", "source"]
+
+FREE = ("B", "F", "N", "H", "W", "Y", "X")
+"""Symbols that a request fixes."""
+
+STATE = ("latents", "previous")
+"""The state of a denoising loop: inputs and outputs of its stages."""
+
+STEP_COLUMNS = ("t", "A", "B", "C", "alpha", "sigma", "guidance")
+"""The other `state` inputs of a denoising step: a row of a solver's table [B], then the guidance scale [B, f]."""
+
+EMPTY = "empty_"
+"""`empty_NAME` is what the branch without the prompt sees in place of the input NAME."""
+
+_SOURCE = re.compile(
+    r"(?P<state>state)"
+    r"|control:(?P<control>\w+)"
+    r"|text:(?P<text>prompt|negative)"
+    r"|picture:(?P<picture>\w+)(?P<resampled>:clip)?"
+    r"|clip:(?P<clip>\w+)"
+    r"|noise:(?P<noise>\d{1,9})"
+    r"|(?P<owner>\w+)(?P<negative>@negative)?\.(?P<output>\w+)"
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where an input comes from: `kind` is state, control, text, picture, clip, noise or made; `name` says which.
+
+    `output`: of a stage or loop (`made`). `negative`: made of the negative prompt. `resampled`: a picture in the
+    input's own size.
+    """
+
+    kind: str
+    name: str = ""
+    output: str = ""
+    negative: bool = False
+    resampled: bool = False
+
+
+@lru_cache(maxsize=4096)
+def source(text: str) -> Source:
+    """Read a source (docs/manifest.md, "Sources"). Raises ManifestError."""
+    found = _SOURCE.fullmatch(text)
+    if found is None:
+        raise ManifestError(
+            f"source={text!r}: state, control:NAME, text:prompt, text:negative, picture:NAME, picture:NAME:clip, "
+            "clip:NAME, noise:P, STAGE.OUTPUT, STAGE@negative.OUTPUT or LOOP.latents"
+        )
+    if owner := found["owner"]:
+        return Source("made", owner, found["output"], negative=found["negative"] is not None)
+    kind = next(k for k in ("state", "control", "text", "picture", "clip", "noise") if found[k] is not None)
+    return Source(kind, found[kind], resampled=found["resampled"] is not None)
 
 
 @dataclass(frozen=True)
 class Tensor:
-    """A named tensor of a stage: `shape` has symbols and fixed sizes, `dtype` is numpy's name."""
+    """A named input of a stage: `shape` has symbols and fixed sizes, `source` says where it comes from."""
 
     name: str
-    shape: tuple[str | int, ...]
-    dtype: str = "float32"
+    shape: tuple[int | str, ...]
+    dtype: Literal["float32", "int64"] = "float32"
+    source: str = "state"
+
+
+@dataclass(frozen=True)
+class Output:
+    """A named output of a stage, float32."""
+
+    name: str
+    shape: tuple[int | str, ...]
+
+    @property
+    def dtype(self) -> str:
+        """The outputs of every stage are float32."""
+        return "float32"
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A pure function on named tensors."""
+    """A pure function on named tensors.
+
+    weights  the file that its graph points into
+    lowest   the lowest precision that it may compute in
+    batch    whether the first axis may hold several samples: then calls may be joined along it
+    """
 
     name: str
+    weights: str
     inputs: tuple[Tensor, ...]
-    outputs: tuple[Tensor, ...]
+    outputs: tuple[Output, ...]
+    lowest: Literal["fp32", "bf16", "fp16"] = "fp16"
+    batch: bool = True
 
     @property
     def graph_outputs(self) -> tuple[str, ...]:
@@ -48,60 +123,39 @@ class Stage:
         inputs = {tensor.name for tensor in self.inputs}
         return tuple(f"next_{t.name}" if t.name in inputs else t.name for t in self.outputs)
 
+    @property
+    def denoises(self) -> bool:
+        """Whether the stage is a solver step."""
+        return {t.name for t in self.outputs} == set(STATE)
 
-STEP_COLUMNS = ("t", "A", "B", "C", "alpha", "sigma", "guidance")
-"""Per-sample inputs of a denoising step, in order: a row of a solver's table, then the guidance scale."""
+    @property
+    def guided(self) -> bool:
+        """Whether the stage is a solver step with both branches of guidance."""
+        return self.denoises and any(t.name == "guidance" for t in self.inputs)
 
-_COLUMNS = (Tensor("t", ("B",), "int64"), *(Tensor(name, ("B",)) for name in STEP_COLUMNS[1:]))
-_CONTEXT = (Tensor("context", ("B", "K", "Dc")), Tensor("empty_context", ("B", "K", "Dc")))
+    @property
+    def conditions(self) -> tuple[Tensor, ...]:
+        """The inputs that are no state."""
+        return tuple(t for t in self.inputs if t.source != "state")
 
+    def input(self, name: str) -> Tensor:
+        """The input of that name. Raises KeyError."""
+        return next((t for t in self.inputs if t.name == name), None) or _missing(self.name, name)
 
-def _denoising_stage(name: str, frames: str | int, *extra: Tensor) -> Stage:
-    state = (Tensor("latents", ("B", "C", frames, "H", "W")), Tensor("previous", ("B", "C", frames, "H", "W")))
-    embedding = Tensor("frame_embedding", ("B", frames, "E"))
-    return Stage(name, (*state, *_COLUMNS, *_CONTEXT, embedding, *extra), state)
-
-
-STAGES: dict[str, Stage] = {
-    stage.name: stage
-    for stage in (
-        Stage("text_encoder", (Tensor("tokens", ("B", "L"), "int64"),), (Tensor("hidden", ("B", "L", "Dt")),)),
-        Stage(
-            "conditioner",
-            (
-                Tensor("hidden", ("B", "L", "Dt")),
-                Tensor("motion", ("B", "F", "D")),
-                Tensor("appearance", ("B", "F", "R")),
-            ),
-            (Tensor("context", ("B", "K", "Dc")), Tensor("frame_embedding", ("B", "F", "E"))),
-        ),
-        _denoising_stage("spatial_unet", 1),
-        _denoising_stage("temporal_unet", "F", Tensor("prior", ("B", "C", "H", "W"))),
-        Stage("vae_decoder", (Tensor("latents", ("N", "C", "H", "W")),), (Tensor("pixels", ("N", 3, "Y", "X")),)),
-        Stage("vae_encoder", (Tensor("pixels", ("N", 3, "Y", "X")),), (Tensor("latents", ("N", "C", "H", "W")),)),
-    )
-}
+    def free(self, fixed: Mapping[str, int]) -> tuple[str, ...]:
+        """The symbols of its inputs that `fixed` leaves open, in order."""
+        symbols = dict.fromkeys(n for t in self.inputs for n in t.shape if isinstance(n, str) and n not in fixed)
+        return tuple(symbols)
 
 
-def dimensions(config: ModelConfig) -> dict[str, int]:
-    """The symbols that a model's configuration fixes."""
-    unet = config.unet
-    return {
-        "L": config.text.context_length,
-        "C": unet.in_channels,
-        "Dt": unet.text_dim,
-        "D": unet.base_channels,
-        "R": unet.appearance_columns,
-        "K": unet.context_tokens,
-        "Dc": unet.context_dim,
-        "E": unet.embedding_dim,
-    }
+def _missing(stage: str, name: str) -> Tensor:
+    raise KeyError(f"{stage} has no input {name}")
 
 
 def check_inputs(stage: Stage, tensors: Mapping[str, Any], fixed: Mapping[str, int]) -> dict[str, int]:
     """Check names, dtypes and shapes of a stage's inputs; returns the value of every symbol.
 
-    `tensors` are arrays with `.shape` and `.dtype` (numpy or torch); `fixed` comes from `dimensions`.
+    `tensors` are arrays with `.shape` and `.dtype` (numpy or torch); `fixed` are the model's own symbols.
     Raises BackendError naming the tensor, what it is and what is wanted.
     """
     wanted = {tensor.name for tensor in stage.inputs}

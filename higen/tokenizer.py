@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from higen.config import TextConfig
 from higen.errors import IntegrityError, PromptWarning, RequestError
+from higen.request import Warn
+from higen.tables import TextRules
 
 __all__ = [
     "END",
@@ -42,6 +43,9 @@ _WORD_PIECES = r"\w+|[^\w\s]"
 _NAMED = 12
 """A warning names at most this many words."""
 
+_LONGEST = 40
+"""Letters of a word that a warning quotes."""
+
 
 def clean(text: str) -> str:
     """A prompt as CLIP reads it: ftfy, html unescaped twice, white space collapsed, lower case."""
@@ -55,10 +59,10 @@ class PromptTokenizer:
     """A tokenizer and its model's rules for cleaning, padding and cutting."""
 
     tokenizer: Tokenizer
-    config: TextConfig
+    rules: TextRules
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike[str], config: TextConfig) -> PromptTokenizer:
+    def from_file(cls, path: str | os.PathLike[str], rules: TextRules) -> PromptTokenizer:
         """Read a tokenizer.json. Raises IntegrityError if it is malformed or has no start and end token."""
         try:
             tokenizer = Tokenizer.from_file(os.fspath(path))
@@ -70,7 +74,7 @@ class PromptTokenizer:
         tokenizer.no_padding()
         # A special token spelt out in a prompt is text like any other, as in the reference.
         tokenizer.encode_special_tokens = True
-        return cls(tokenizer, config)
+        return cls(tokenizer, rules)
 
     def words(self) -> list[str] | None:
         """Every word (no punctuation) that a word-level tokenizer knows, sorted; None for one that reads any word in
@@ -80,52 +84,52 @@ class PromptTokenizer:
         special = {token.content for token in self.tokenizer.get_added_tokens_decoder().values()}
         return sorted(word for word in self.tokenizer.get_vocab().keys() - special if any(map(str.isalnum, word)))
 
-    def encode(self, prompts: Sequence[str]) -> NDArray[np.int64]:
-        """Token ids of the prompts, int64 [B, L]: start, text, end, then `pad_id` up to `context_length`.
+    def encode(self, prompts: Sequence[str], warn: Warn | None = None) -> NDArray[np.int64]:
+        """Token ids of the prompts, int64 [B, L]: start, text, end, then `pad_id` up to `length`.
 
         A prompt that is too long is cut, keeping the end token last, with a PromptWarning that names the words lost;
-        so are words that a word-level tokenizer does not know. Raises RequestError for anything but texts.
+        so are words that a word-level tokenizer does not know. `warn` is told; None: warnings.warn. Raises RequestError
+        for anything but texts.
         """
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
             raise RequestError(f"prompts={prompts!r}: a list of texts is wanted")
         start, end = _id(self.tokenizer, START), _id(self.tokenizer, END)
-        room = self.config.context_length
-        ids = np.full((len(prompts), room), self.config.pad_id, dtype=np.int64)
+        room = self.rules.length
+        ids = np.full((len(prompts), room), self.rules.pad_id, dtype=np.int64)
         for row, prompt in zip(ids, prompts, strict=True):
-            tokens = [start, *self._text_ids(prompt)[: room - 2], end]
+            tokens = [start, *self._text_ids(prompt, warn or _warn)[: room - 2], end]
             row[: len(tokens)] = tokens
         return ids
 
-    def _text_ids(self, prompt: str) -> list[int]:
-        text = clean(prompt) if self.config.clean else prompt
+    def _text_ids(self, prompt: str, warn: Warn) -> list[int]:
+        text = clean(prompt) if self.rules.clean else prompt
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(f"prompt {prompt!r}: not valid Unicode: {error.reason}") from error
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        self._warn_of_unknown_words(text, encoding)
-        self._warn_of_lost_words(text, encoding)
+        self._warn_of_unknown_words(text, encoding, warn)
+        self._warn_of_lost_words(text, encoding, warn)
         return encoding.ids
 
-    def _warn_of_unknown_words(self, text: str, encoding: Encoding) -> None:
+    def _warn_of_unknown_words(self, text: str, encoding: Encoding, warn: Warn) -> None:
         unknown = self.tokenizer.token_to_id(UNKNOWN)
         spans = [span for i, span in zip(encoding.ids, encoding.offsets, strict=True) if i == unknown]
         if spans:
             words = list(dict.fromkeys(text[start:end].lower() for start, end in spans))
-            _warn(f"this model does not know {_named(words)}; `higen prompts` lists the words it knows")
+            warn(PromptWarning(f"this model does not know {_named(words)}; `higen prompts` lists the words it knows"))
 
-    def _warn_of_lost_words(self, text: str, encoding: Encoding) -> None:
-        room = self.config.context_length - 2
+    def _warn_of_lost_words(self, text: str, encoding: Encoding, warn: Warn) -> None:
+        room = self.rules.length - 2
         if len(encoding.ids) <= room:
             return
         # A word of which any token is lost counts as lost.
         first = encoding.offsets[room][0]
         while first > 0 and not text[first - 1].isspace():
             first -= 1
-        _warn(
-            f"the prompt has {len(encoding.ids)} tokens and the model reads {room}: cut off is "
-            f"{_named(text[first:].split())}; say it in fewer words"
-        )
+        lost = _named(text[first:].split())
+        message = f"the prompt has {len(encoding.ids)} tokens and the model reads {room}: cut off is {lost}"
+        warn(PromptWarning(f"{message}; say it in fewer words"))
 
 
 def build_clip_tokenizer() -> Tokenizer:
@@ -197,8 +201,10 @@ def _lines(packed: bytes) -> list[str]:
 
 def _named(words: Sequence[str]) -> str:
     rest = len(words) - _NAMED
-    return ", ".join(repr(word) for word in words[:_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+    return ", ".join(repr(word if len(word) <= _LONGEST else f"{word[:_LONGEST]}...") for word in words[:_NAMED]) + (
+        f" and {rest} more" if rest > 0 else ""
+    )
 
 
-def _warn(message: str) -> None:
-    warnings.warn(message, PromptWarning, stacklevel=5)
+def _warn(warning: Warning) -> None:
+    warnings.warn(warning, stacklevel=6)

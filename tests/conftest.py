@@ -13,9 +13,10 @@ from safetensors.torch import save_file
 
 from higen import bundle
 from higen.bundle import Bundle
-from higen.config import AutoencoderConfig, Defaults, ModelConfig, TextConfig, UNetConfig
+from higen.families.higen import spec
+from higen.families.higen.spec import AutoencoderConfig, Defaults, ModelConfig, TextConfig, UNetConfig
+from higen.families.higen.unet import Denoiser
 from higen.models.companions import autoencoder, text_encoder
-from higen.models.unet import Denoiser
 from higen.tokenizer import build_word_tokenizer
 
 WORDS = ("a", "blue", "whale", "red", "heart", "green", "star", "swimming", "beating", ",")
@@ -72,11 +73,13 @@ def write_tiny_model(path: Path, config: ModelConfig = TINY, seed: int = 0) -> B
     for parameter in denoiser.parameters():
         if not parameter.detach().any():
             torch.nn.init.normal_(parameter, std=0.05)
-    with bundle.create(path, config) as folder:
-        save_file(denoiser.state_dict(), folder / bundle.UNET)
-        save_file(text_encoder(config.text).state_dict(), folder / bundle.TEXT_ENCODER)
-        save_file(autoencoder(config.autoencoder).state_dict(), folder / bundle.AUTOENCODER)
-        build_word_tokenizer(WORDS).save(str(folder / bundle.TOKENIZER))
+    with bundle.create(path, spec.manifest(config)) as folder:
+        save_file(denoiser.state_dict(), folder / spec.UNET)
+        save_file(text_encoder(config.text.clip).state_dict(), folder / spec.TEXT_ENCODER)
+        save_file(
+            autoencoder(config.autoencoder.kind, config.autoencoder.arguments).state_dict(), folder / spec.AUTOENCODER
+        )
+        build_word_tokenizer(WORDS).save(str(folder / spec.TOKENIZER))
     return Bundle.open(path)
 
 

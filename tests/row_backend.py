@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from higen.backends.base import RecordingBackend
-from higen.stages import STAGES
 
 
 class RowBackend(RecordingBackend):
@@ -18,9 +17,10 @@ class RowBackend(RecordingBackend):
 
     def run(self, stage: str, /, **tensors: Any) -> Mapping[str, Any]:
         outputs = super().run(stage, **tensors)
-        if self.POISON in tensors.get("guidance", ()):
+        if np.any(np.asarray(tensors.get("guidance", ())) == self.POISON):
             raise ValueError("poisoned")
-        rows = [np.asarray(tensors[t.name], np.float64).reshape(len(tensors[t.name]), -1) for t in STAGES[stage].inputs]
+        inputs = self.manifest.stage(stage).inputs
+        rows = [np.asarray(tensors[t.name], np.float64).reshape(len(tensors[t.name]), -1) for t in inputs]
         mark = np.tanh(sum((i + 1) * row.mean(axis=1) for i, row in enumerate(rows)))
         return {
             name: (zeros + mark.reshape(-1, *[1] * (zeros.ndim - 1)) / (k + 1)).astype(zeros.dtype)

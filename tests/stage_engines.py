@@ -11,23 +11,23 @@ from pathlib import Path
 import onnx
 import pytest
 
+from higen.backends.options import Options
 from higen.backends.torch import TorchBackend
 from higen.bundle import Bundle, graph_file, put_file
-from higen.config import ModelConfig
 from higen.engines.model import build_engines
 from higen.engines.shapes import Profile, Range
 from higen.engines.targets import parse_targets
 from higen.export.graphs import export_stage
-from higen.export.model import TORCH_NAMES
+from higen.export.interface import graph_inputs
 from higen.export.precision import check_opset, lowered, write_weights
-from higen.stages import STAGES
+from higen.manifest import Manifest
 
 pytest.importorskip("tensorrt_rtx")
 
 
-def small_profile(config: ModelConfig) -> Profile:
+def small_profile(manifest: Manifest) -> Profile:
     """A batch and a few frames of two sizes."""
-    step = config.autoencoder.factor * config.unet.size_multiple
+    step = manifest.sizes.multiple
     size = Range(step, step, 2 * step)
     return Profile("small", Range(1, 1, 2), Range(2, 4, 4), size, size, Range(1, 2, 2))
 
@@ -35,14 +35,13 @@ def small_profile(config: ModelConfig) -> Profile:
 def build(model: Path, precision: str) -> Path:
     """Build a portable plan of every stage; returns the folder of the engines."""
     bundle = Bundle.open(model)
-    records = build_engines(bundle, parse_targets("rtx"), [small_profile(bundle.config)], tuple(STAGES), precision)
-    for record, stage in zip(records, STAGES, strict=True):
-        assert (record.stage, record.precision) == (stage, precision)
+    stages = bundle.manifest.stages
+    records = build_engines(bundle, parse_targets("rtx"), [small_profile(bundle.manifest)], None, precision)
+    for record, stage in zip(records, stages, strict=True):
+        assert (record.stage, record.precision) == (stage.name, precision)
         assert record.architectures == (80, 86, 89, 120)
         names = [(t.name, t.kind) for t in record.tensors]
-        assert names == [(t.name, "input") for t in STAGES[stage].inputs] + [
-            (name, "output") for name in STAGES[stage].graph_outputs
-        ]
+        assert names == [(t.name, "input") for t in stage.inputs] + [(name, "output") for name in stage.graph_outputs]
         # A stage's tensors are float32 and int64 in every precision.
         assert {t.dtype for t in record.tensors} <= {"float32", "int64"}
     return model / "engines" / "rtx"
@@ -79,15 +78,15 @@ def fused(log: Path) -> set[str]:
 
 def _export(bundle: Bundle, precision: str) -> None:
     """Export the graphs that are missing, without their parity gate: tests/test_export.py has that."""
-    names = [name for name in STAGES if graph_file(name, precision) not in bundle.files]
+    names = [name for name in bundle.manifest.stage_names if graph_file(name, precision) not in bundle.files]
     for name in names:
         bundle = write_weights(bundle, name, precision)
-    traced = TorchBackend(bundle, "cpu", TORCH_NAMES[precision])
+    traced = TorchBackend(bundle, Options("cpu", precision))
     for name in names:
         aside = bundle.path / f".{name}.part"
         module = lowered(traced.module(name), precision)
         export_stage(bundle, module, name, aside, check_opset(precision, None), precision)
-        bundle = put_file(bundle, aside, graph_file(name, precision))
+        bundle = put_file(bundle, aside, graph_file(name, precision), graph_inputs(aside))
 
 
 def check_every_stage(model: Path, precision: str) -> None:
@@ -99,7 +98,14 @@ def check_every_stage(model: Path, precision: str) -> None:
     folder = build(model, precision)
     if precision == "fp32":
         return
-    for stage, kinds in (("spatial_unet", {"spatial"}), ("temporal_unet", {"spatial", "temporal"})):
+    both = {"spatial", "temporal"}
+    kinds_of = {
+        "spatial_unet": {"spatial"},
+        "spatial_unet_plain": {"spatial"},
+        "temporal_unet": both,
+        "temporal_unet_plain": both,
+    }
+    for stage, kinds in kinds_of.items():
         expected = attention(model / graph_file(stage, precision))
         assert set(expected.values()) == kinds
         found = fused(folder / f"{stage}.log")

@@ -18,8 +18,8 @@ from safetensors.torch import save_file
 
 from higen.backends.base import RecordingBackend
 from higen.bundle import Bundle
-from higen.conditioning import appearance_cue
 from higen.errors import SettingsError
+from higen.families.higen.cues import appearance_cue
 from higen.train.recipes.default import ablation, autoencoder
 from higen.train.recipes.default.ablation import LIVELY, NETWORK, VARIANTS, OneStage, fit, measure, table
 from higen.train.recipes.default.clips import Batch, Clips, Selection
@@ -75,7 +75,7 @@ def test_a_network_without_preconditioning_never_sees_the_prior(latents: Path, m
 
 def test_one_stage_draws_no_key_frame(preconditioned_model: Path) -> None:
     bundle = Bundle.open(preconditioned_model)
-    backend = RecordingBackend(bundle.config)
+    backend = RecordingBackend(bundle.manifest)
     OneStage(bundle, backend)("a blue whale", steps=(1, 5), guidance=(1.0, 4.0), progress=False)
     stages = [stage for stage, _ in backend.calls]
     assert stages.count("temporal_unet") == 5

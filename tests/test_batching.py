@@ -79,6 +79,21 @@ def test_rows_go_in_and_come_out_in_order() -> None:
         batch.split({"pixels": np.zeros((5, 2))})
 
 
+def test_a_call_that_holds_one_sample_is_a_batch_of_its_own() -> None:
+    """Whatever its first axis is: no limit of rows holds, and what comes out may have any shape."""
+    made = batcher(active="abcd")
+    for request in "abc":
+        made.submit(request, "unlimited", tensors(rows=9), joins=False)
+    made.submit("d", "spatial_unet", tensors())
+    assert [members(made.next_batch()) for _ in range(4)] == [["a"], ["b"], ["c"], ["d"]]
+    call = Call("a", "unlimited", {"latents": np.zeros((9, 2), np.float32)}, joins=False)
+    assert call.rows == 1
+    batch = Batch((call,))
+    assert batch.tensors()["latents"].shape == (9, 2)
+    (part,) = batch.split({"pixels": np.zeros((1, 3, 5))})
+    assert part["pixels"].shape == (1, 3, 5)
+
+
 def test_a_new_request_joins_at_the_next_step() -> None:
     made = batcher(active="a")
     for _ in range(3):

@@ -1,8 +1,13 @@
-"""The model directory: what `create` writes `Bundle.open` reads, and whatever is wrong with it is one typed error."""
+"""The model directory: what `create` writes `Bundle.open` reads, and whatever is wrong with it is one typed error.
+
+tests/test_manifest.py has the tables of version 2.
+"""
 
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,11 +16,16 @@ import pytest
 from conftest import full_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from sealing import edit, write
 
 from higen import bundle
-from higen.bundle import MANIFEST, Bundle
-from higen.config import Defaults, ModelConfig, UNetConfig, to_json
+from higen.bundle import MANIFEST, Bundle, GraphInput
 from higen.errors import IntegrityError, ManifestError, ModelError, RequestError
+from higen.families.higen import spec
+from higen.families.higen.spec import Defaults, ModelConfig, UNetConfig
+from higen.manifest import Manifest
+from higen.manifest_file import VERSION
+from higen.typed_json import to_json
 
 CONFIG = ModelConfig(
     name="made up",
@@ -24,10 +34,12 @@ CONFIG = ModelConfig(
     optional_cues=True,
     prompts=("a whale", "ein Wal, größer"),
 )
+TABLES = spec.manifest(CONFIG)
+INPUTS = (GraphInput("x", "float32", ("B", 3)),)
 
 
 def make(path: Path, **contents: bytes) -> Bundle:
-    with bundle.create(path, CONFIG) as folder:
+    with bundle.create(path, TABLES) as folder:
         for name, content in (contents or {"weights": b"0123456789"}).items():
             (folder / name).write_bytes(content)
     return Bundle.open(path)
@@ -38,10 +50,12 @@ def model(tmp_path: Path) -> Path:
     return make(tmp_path / "model").path
 
 
-def edit(model: Path, change: Callable[[dict[str, Any]], object]) -> None:
-    manifest = json.loads((model / MANIFEST).read_text())
-    change(manifest)
-    (model / MANIFEST).write_text(json.dumps(manifest))
+@pytest.fixture
+def old(model: Path) -> Path:
+    """A model directory of version 1, as 86f7997 wrote it."""
+    files = json.loads((model / MANIFEST).read_text())["files"]
+    write(model, {"format": "higen", "version": 1, "model": spec.write_config(CONFIG), "files": files})
+    return model
 
 
 # Round trip
@@ -49,28 +63,55 @@ def edit(model: Path, change: Callable[[dict[str, Any]], object]) -> None:
 
 def test_what_is_created_is_read_back(tmp_path: Path) -> None:
     opened = make(tmp_path / "model", a=b"alpha", b=b"")
-    assert opened.config == CONFIG
+    assert opened.manifest == TABLES
+    assert opened.version == VERSION
     assert {name: record.size for name, record in opened.files.items()} == {"a": 5, "b": 0}
     assert opened.file("a") == tmp_path / "model" / "a"
     assert opened.files["b"].sha256 == "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"
 
 
 def test_the_manifest_is_plain_json_with_every_setting(model: Path) -> None:
-    manifest = json.loads((model / MANIFEST).read_text(encoding="utf-8"))
+    text = (model / MANIFEST).read_text(encoding="utf-8")
+    manifest = json.loads(text)
+    assert text.isascii()
+    assert list(manifest)[:3] == ["format", "version", "seal"]
     assert manifest["format"] == "higen"
-    assert manifest["version"] == bundle.VERSION
-    assert manifest["model"] == to_json(CONFIG)
-    assert manifest["model"]["unet"]["channel_multipliers"] == [1, 2]
+    assert manifest["version"] == VERSION
+    assert {name: manifest[name] for name in to_json(TABLES)} == to_json(TABLES)
+    assert manifest["architecture"]["unet"]["channel_multipliers"] == [1, 2]
+    assert manifest["sizes"]["frames"] == [1, 16, 256]
 
 
-def test_settings_that_a_manifest_leaves_out_have_their_default(model: Path) -> None:
-    edit(model, lambda m: m.update(model={"name": "short"}))
-    assert Bundle.open(model).config == ModelConfig(name="short")
+def test_settings_that_a_manifest_of_version_1_leaves_out_have_their_default(old: Path) -> None:
+    edit(old, lambda m: m.update(model={"name": "short"}))
+    opened = Bundle.open(old)
+    assert opened.version == 1
+    assert opened.manifest == spec.manifest(ModelConfig(name="short"), plain=False)
+
+
+def test_a_manifest_of_version_1_has_the_tables_of_the_family_that_it_was_written_for(old: Path) -> None:
+    opened = Bundle.open(old)
+    assert opened.manifest == spec.manifest(CONFIG, plain=False)
+    assert opened.graphs == {}
+    assert opened.file("weights").read_bytes() == b"0123456789"
+
+
+def test_a_directory_of_version_1_is_not_changed_unasked(old: Path) -> None:
+    before = (old / MANIFEST).read_bytes()
+    (old / ".new").write_bytes(b"new")
+    for change in (
+        lambda: bundle.put_file(Bundle.open(old), old / ".new", "new"),
+        lambda: bundle.drop_file(Bundle.open(old), "weights"),
+    ):
+        with pytest.raises(ManifestError, match=rf"version=1 cannot be changed; first: higen upgrade {old}$"):
+            change()
+    assert (old / MANIFEST).read_bytes() == before
+    assert (old / "weights").exists()
 
 
 def test_a_model_directory_opens_by_a_relative_path(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(model.parent)
-    assert Bundle.open("model").config == CONFIG
+    assert Bundle.open("model").manifest == TABLES
 
 
 # Files that are not what the manifest says
@@ -123,10 +164,12 @@ def test_a_loop_of_links_in_the_place_of_a_file(model: Path) -> None:
 
 
 def test_a_name_that_no_file_system_takes(model: Path) -> None:
-    for name in ("\ud800", "x" * 5000):
-        edit(model, lambda m, name=name: m.update(files={name: {"size": 1, "sha256": ""}}))
-        with pytest.raises(IntegrityError, match="not readable"):
-            Bundle.open(model)
+    edit(model, lambda m: m.update(files={"x" * 5000: {"size": 1, "sha256": ""}}))
+    with pytest.raises(IntegrityError, match="not readable"):
+        Bundle.open(model)
+    edit(model, lambda m: m.update(files={"\ud800": {"size": 1, "sha256": ""}}))
+    with pytest.raises(ManifestError, match=r"not valid JSON: .*surrogates not allowed"):
+        Bundle.open(model)
 
 
 # Manifests that are wrong
@@ -145,7 +188,7 @@ def test_a_manifest_that_is_no_manifest(model: Path, text: str) -> None:
 
 def test_a_manifest_that_is_not_utf8(model: Path) -> None:
     (model / MANIFEST).write_bytes(b"\xff\xfe{}")
-    with pytest.raises(ManifestError, match="cannot be read"):
+    with pytest.raises(ManifestError, match=r"higen\.json: not valid JSON: 'utf-8' codec"):
         Bundle.open(model)
 
 
@@ -158,8 +201,8 @@ def test_places_that_are_no_model_directory(model: Path, tmp_path: Path) -> None
 
 
 def test_a_manifest_of_a_newer_version(model: Path) -> None:
-    edit(model, lambda m: m.update(version=bundle.VERSION + 1))
-    with pytest.raises(ManifestError, match="version=2, but this higen reads up to 1: pip install --upgrade higen"):
+    edit(model, lambda m: m.update(version=VERSION + 1))
+    with pytest.raises(ManifestError, match="version=3, but this higen reads up to 2: pip install --upgrade higen"):
         Bundle.open(model)
 
 
@@ -178,8 +221,11 @@ def test_a_version_that_is_none(model: Path, version: object) -> None:
         (lambda m: m.update(model=[]), r"model=\[\]: an object"),
         (lambda m: m["model"].update(nme="x"), r"model\.nme: unknown key; known are name, "),
         (lambda m: m["model"]["unet"].update(depth=3), r"model\.unet\.depth: unknown key"),
-        (lambda m: m["model"].update(name=3), r"model\.name=3: str is wanted"),
-        (lambda m: m["model"]["unet"].update(base_channels=True), r"model\.unet\.base_channels=True: int is wanted"),
+        (lambda m: m["model"].update(name=3), r"model\.name=3: a text is wanted"),
+        (
+            lambda m: m["model"]["unet"].update(base_channels=True),
+            r"model\.unet\.base_channels=True: a whole number is wanted",
+        ),
         (lambda m: m["model"]["unet"].update(base_channels=48), "48 channels"),
         (lambda m: m["model"]["unet"].update(base_channels=0), "base_channels=0: whole numbers from 1"),
         (lambda m: m["model"]["unet"].update(head_dim=0), "head_dim=0: whole numbers from 1"),
@@ -188,30 +234,30 @@ def test_a_version_that_is_none(model: Path, version: object) -> None:
         (lambda m: m["model"]["unet"].update(attention_levels=[True]), "attention_levels has 1 entries"),
         (lambda m: m["model"]["unet"].update(dropout=1), r"dropout=1\.0"),
         (lambda m: m["model"]["schedule"].update(beta_start=0.5), "beta_start"),
-        (lambda m: m["model"]["schedule"].update(beta_end=10**400), r"beta_end=1000.*: float is wanted"),
-        (lambda m: m["model"]["schedule"].update(beta_end=float("nan")), "beta_end=nan: float is wanted"),
+        (lambda m: m["model"]["schedule"].update(beta_end=10**400), r"beta_end=1000.*: a finite number is wanted"),
+        (lambda m: m["model"]["schedule"].update(beta_end=float("nan")), "not valid JSON: nan is no number of JSON's"),
         (lambda m: m["model"]["autoencoder"].update(factor=0), "factor=0"),
         (lambda m: m["model"]["autoencoder"].update(scale=[0.0]), "no scale 0"),
         (lambda m: m["model"]["text"].update(context_length=2), "context_length=2"),
         (lambda m: m["model"]["defaults"].update(steps=[1]), r"steps=\[1\]"),
-        (lambda m: m["model"]["defaults"].update(steps=[1, None]), r"steps\[1\]=None: int is wanted"),
+        (lambda m: m["model"]["defaults"].update(steps=[1, None]), r"steps\[1\]=None: a whole number is wanted"),
         (lambda m: m["files"].update(weights=10), r"files\.weights: an object is wanted, not 10"),
         (lambda m: m["files"]["weights"].update(md5="x"), r"files\.weights\.md5: unknown key"),
-        (lambda m: m["files"]["weights"].update(size="10"), r"files\.weights\.size='10': int is wanted"),
+        (lambda m: m["files"]["weights"].update(size="10"), r"files\.weights\.size='10': a whole number is wanted"),
     ],
 )
-def test_a_manifest_with_something_wrong_names_it(
-    model: Path, change: Callable[[dict[str, Any]], object], message: str
+def test_a_manifest_of_version_1_with_something_wrong_names_it(
+    old: Path, change: Callable[[dict[str, Any]], object], message: str
 ) -> None:
-    edit(model, change)
+    edit(old, change)
     with pytest.raises(ManifestError, match=message):
-        Bundle.open(model)
+        Bundle.open(old)
 
 
-def test_a_record_that_lacks_its_hash(model: Path) -> None:
-    edit(model, lambda m: m["files"]["weights"].pop("sha256"))
-    with pytest.raises(ManifestError, match=r"files\.weights: has size, but needs size, sha256"):
-        Bundle.open(model)
+def test_a_record_that_lacks_its_hash(old: Path) -> None:
+    edit(old, lambda m: m["files"]["weights"].pop("sha256"))
+    with pytest.raises(ManifestError, match=r"files\.weights: has no sha256"):
+        Bundle.open(old)
 
 
 @pytest.mark.parametrize(
@@ -250,12 +296,12 @@ def keys(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def opens_or_refuses(folder: Path, manifest: object) -> None:
-    (folder / MANIFEST).write_text(json.dumps(manifest))
+    write(folder, manifest)
     try:
         opened = Bundle.open(folder)
     except ModelError:
         return
-    assert isinstance(opened.config, ModelConfig)
+    assert isinstance(opened.manifest, Manifest)
 
 
 SHARED_FOLDER = settings(
@@ -274,7 +320,7 @@ def test_any_json_is_a_model_or_a_typed_error(tmp_path: Path, manifest: object) 
 def test_a_model_with_any_value_changed_is_a_model_or_a_typed_error(
     tmp_path: Path, data: st.DataObject, value: object
 ) -> None:
-    manifest = {"format": "higen", "version": 1, "model": to_json(CONFIG), "files": {}}
+    manifest = {"format": "higen", "version": 1, "model": spec.write_config(CONFIG), "files": {}}
     *path, last = data.draw(st.sampled_from(keys(manifest)[1:]))
     place: Any = manifest
     for key in path:
@@ -292,7 +338,7 @@ def left(folder: Path) -> list[str]:
 
 def begin(path: Path, failure: type[BaseException] | None = None) -> None:
     """Write a model with the file `new` to `path`, or fail in the middle of it."""
-    with bundle.create(path, CONFIG, overwrite=True) as folder:
+    with bundle.create(path, TABLES, overwrite=True) as folder:
         (folder / "new").write_bytes(b"new")
         if failure is not None:
             raise failure
@@ -331,7 +377,7 @@ def test_a_failure_of_the_move_puts_the_old_model_back(tmp_path: Path, monkeypat
 
 
 def test_nothing_appears_before_everything_is_written(tmp_path: Path) -> None:
-    with bundle.create(tmp_path / "model", CONFIG) as folder:
+    with bundle.create(tmp_path / "model", TABLES) as folder:
         (folder / "new").write_bytes(b"new")
         assert not (tmp_path / "model").exists()
     assert Bundle.open(tmp_path / "model").file("new").read_bytes() == b"new"
@@ -339,7 +385,7 @@ def test_nothing_appears_before_everything_is_written(tmp_path: Path) -> None:
 
 def test_what_exists_is_not_replaced_unasked(tmp_path: Path) -> None:
     make(tmp_path / "model")
-    with pytest.raises(ModelError, match=r"exists already$"), bundle.create(tmp_path / "model", CONFIG):
+    with pytest.raises(ModelError, match=r"exists already$"), bundle.create(tmp_path / "model", TABLES):
         pytest.fail("the caller must not be asked to fill it")
 
 
@@ -369,14 +415,14 @@ def test_overwrite_never_replaces_other_things(tmp_path: Path) -> None:
     for name in ("thesis", "file", "dangling"):
         with (
             pytest.raises(ModelError, match="exists already and is no model directory"),
-            bundle.create(tmp_path / name, CONFIG, overwrite=True),
+            bundle.create(tmp_path / name, TABLES, overwrite=True),
         ):
             pytest.fail("the caller must not be asked to fill it")
     assert left(tmp_path) == ["dangling", "file", "thesis"]
 
 
 def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="exists already"), bundle.create(tmp_path / "model", CONFIG):
+    with pytest.raises(ModelError, match="exists already"), bundle.create(tmp_path / "model", TABLES):
         (tmp_path / "model").mkdir()
     assert left(tmp_path) == ["model"]
 
@@ -384,13 +430,13 @@ def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
 def test_a_missing_parent_folder(tmp_path: Path) -> None:
     with (
         pytest.raises(ModelError, match=r"folder .*nowhere does not exist"),
-        bundle.create(tmp_path / "nowhere/m", CONFIG),
+        bundle.create(tmp_path / "nowhere/m", TABLES),
     ):
         pytest.fail("the caller must not be asked to fill it")
 
 
 def test_hidden_files_are_no_part_of_the_model(tmp_path: Path) -> None:
-    with bundle.create(tmp_path / "model", CONFIG) as folder:
+    with bundle.create(tmp_path / "model", TABLES) as folder:
         (folder / ".cache").write_bytes(b"c")
         (folder / "weights").write_bytes(b"w")
     assert list(Bundle.open(tmp_path / "model").files) == ["weights"]
@@ -406,7 +452,7 @@ def test_a_model_is_whole_at_every_moment_of_a_files_arrival(
     """The power goes at the `at`-th rename: the model opens, with the old file, with none or with the new one."""
     aside = model / ".graph.part"
     aside.write_bytes(b"old")
-    bundle.put_file(Bundle.open(model), aside, "graph.onnx")
+    bundle.put_file(Bundle.open(model), aside, "graph.onnx", INPUTS)
     aside.write_bytes(b"newer")
     renames, replace_path = 0, Path.replace
 
@@ -421,25 +467,25 @@ def test_a_model_is_whole_at_every_moment_of_a_files_arrival(
         patch.setattr(Path, "replace", failing)
         if at < 3:
             with pytest.raises(KeyboardInterrupt):
-                bundle.put_file(Bundle.open(model), aside, "graph.onnx")
+                bundle.put_file(Bundle.open(model), aside, "graph.onnx", INPUTS)
         else:
-            bundle.put_file(Bundle.open(model), aside, "graph.onnx")
+            bundle.put_file(Bundle.open(model), aside, "graph.onnx", INPUTS)
     left = Bundle.open(model)
     assert ("graph.onnx" in left.files) is (at in (0, 3))
     if "graph.onnx" in left.files:
         assert left.file("graph.onnx").read_bytes() == (b"newer" if at else b"old")
     if aside.exists():  # the work done again
-        left = bundle.put_file(left, aside, "graph.onnx")
+        left = bundle.put_file(left, aside, "graph.onnx", INPUTS)
         assert left.file("graph.onnx").read_bytes() == b"newer"
 
 
 def test_the_same_file_again_changes_nothing(model: Path) -> None:
     aside = model / ".graph.part"
     aside.write_bytes(b"same")
-    first = bundle.put_file(Bundle.open(model), aside, "graph.onnx")
+    first = bundle.put_file(Bundle.open(model), aside, "graph.onnx", INPUTS)
     written = (model / "graph.onnx").stat().st_mtime_ns
     aside.write_bytes(b"same")
-    assert bundle.put_file(first, aside, "graph.onnx") is first
+    assert bundle.put_file(first, aside, "graph.onnx", INPUTS) is first
     assert (model / "graph.onnx").stat().st_mtime_ns == written
     assert not aside.exists()
     left = bundle.drop_file(first, "graph.onnx")
@@ -451,10 +497,47 @@ def test_the_same_file_again_changes_nothing(model: Path) -> None:
 def test_names_of_variants(model: Path) -> None:
     assert bundle.graph_file("spatial_unet") == bundle.graph_file("spatial_unet", "fp32") == "spatial_unet.onnx"
     assert bundle.graph_file("spatial_unet", "fp16") == "spatial_unet.fp16.onnx"
-    assert bundle.weights_file("conditioner", "bf16") == "unet.bf16.safetensors"
-    assert bundle.weights_file("vae_encoder", "fp16") == "vae.fp16.safetensors"
+    opened = Bundle.open(model)
+    assert opened.weights_variant("conditioner", "bf16") == "unet.bf16.safetensors"
+    assert opened.weights_variant("vae_encoder", "fp16") == "vae.fp16.safetensors"
+    assert opened.weights_variant("temporal_unet_plain", "int8.fp16") == "unet.fp16.safetensors"
     with pytest.raises(RequestError, match="precision='fp8': one of 'fp32', 'fp16', 'bf16'"):
         bundle.graph_file("spatial_unet", "fp8")
-    opened = Bundle.open(model)
     assert opened.precisions("spatial_unet") == ()
-    assert opened.weights("spatial_unet", "fp16") == bundle.weights_file("spatial_unet")
+    assert opened.weights("spatial_unet", "fp16") == "unet.safetensors"
+
+
+def test_a_graph_is_entered_with_what_it_takes(model: Path) -> None:
+    aside = model / ".graph.part"
+    aside.write_bytes(b"graph")
+    made = bundle.put_file(Bundle.open(model), aside, "graph.onnx", INPUTS)
+    assert made.graphs == {"graph.onnx": INPUTS}
+    assert Bundle.open(model).graphs == {"graph.onnx": INPUTS}
+    assert bundle.drop_file(made, "graph.onnx").graphs == {}
+    aside.write_bytes(b"graph")
+    for name, inputs in (("graph.onnx", None), ("notes.txt", INPUTS)):
+        with pytest.raises(ModelError, match=rf"{name}: graphs \(\.onnx\), and no other files, are entered with their"):
+            bundle.put_file(Bundle.open(model), aside, name, inputs)
+    assert aside.read_bytes() == b"graph"
+    assert sorted(Bundle.open(model).files) == ["weights"]
+
+
+ENTER = """
+import sys
+from pathlib import Path
+from higen.bundle import Bundle, GraphInput, put_file
+model, mine = Path(sys.argv[1]), sys.argv[2]
+for i in range(50):
+    (model / f".{mine}.part").write_text(f"{mine} {i}")
+    put_file(Bundle.open(model), model / f".{mine}.part", f"{mine}{i}.onnx", (GraphInput("x", "float32", ("B", 3)),))
+"""
+
+
+def test_two_processes_that_enter_files_at_once_lose_none(model: Path) -> None:
+    writers = [subprocess.Popen([sys.executable, "-c", ENTER, str(model), name]) for name in ("a", "b")]
+    assert [writer.wait(300) for writer in writers] == [0, 0]
+    opened = Bundle.open(model)
+    assert sorted(opened.graphs) == sorted(f"{name}{i}.onnx" for name in "ab" for i in range(50))
+    for name in opened.files:
+        opened.file(name)
+    assert [path.name for path in model.iterdir() if path.name[0] == "."] == []

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,20 @@ import PIL.Image
 import pytest
 from click.testing import CliRunner, Result
 from conftest import TINY, WORDS
+from interpreter_model import MANIFEST as MADE_UP
 
 import higen
 from higen import bundle as files
 from higen.api import default_model
-from higen.backends.select import Options, StageRouter, select_backend
+from higen.backends.options import Options
+from higen.backends.select import StageRouter, select_backend
 from higen.bundle import Bundle
 from higen.cli import main
 from higen.errors import BackendUnavailable, FixtureError, TrainingError
+from higen.families.higen import spec
+from higen.manifest import Manifest
 from higen.parity import Case
-from higen.stages import STAGES
+from higen.tables import Control
 from higen.terminal import OPTIONAL
 from higen.tokenizer import build_clip_tokenizer, write_tokenizer
 from higen.video import Video
@@ -107,6 +112,83 @@ def test_generate_passes_every_option_on(generate: Any) -> None:
     assert sorted(said["seconds"]) == ["decode", "spatial", "temporal", "text"]
 
 
+def test_options_follow_the_model(tmp_path: Path, tiny_model: Path) -> None:
+    """Each control has an option; --help lists those of --model, with range and default."""
+    listed = run("generate", "--help").output
+    assert all(f"--{name} " in listed for name in ("motion", "appearance", "offset-noise", "image"))
+    mood = Control("mood_of_it", "choice", "bright or dark", "number", choices=("bright", "dark"), default="dark")
+    rows = (*spec.manifest(TINY).controls, mood, Control("grain", "whole", "how coarse", "number", low=1.0, default=3))
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    write(model, replace(Bundle.open(tiny_model).manifest, controls=rows))
+    for arguments in (("--model", model, "--help"), (f"--model={model}", "-h"), ("--help", "--model", model)):
+        listed = " ".join(run("generate", *arguments).output.split())
+        assert "--mood-of-it [bright|dark] Bright or dark [dark]" in listed
+        assert "--grain INTEGER How coarse" in listed
+    assert "mood-of-it" not in run("generate", "--help").output
+    refused = run("generate", "a whale", "--mood-of-it", "dark")
+    assert refused.exit_code == 2
+    assert "No such option '--mood-of-it'" in " ".join(refused.stderr.split())
+    made = run(
+        *("generate", "a whale", "--model", model, "--mood-of-it", "bright", "--grain", "7", "--json", "--steps", "1"),
+        *("-o", tmp_path / "x.npy"),
+    )
+    said = json.loads(made.stdout)
+    assert (said["mood_of_it"], said["grain"]) == ("bright", 7)
+    wrong = run("generate", "a whale", "--model", model, "--mood-of-it", "loud")
+    assert wrong.exit_code == 2
+    assert "'loud' is not one of 'bright', 'dark'" in wrong.stderr
+    wrong = run("generate", "a whale", "--model", model, "--grain", "0", "-o", tmp_path / "y.npy")
+    assert wrong.stderr == "RequestError: grain=0: a whole number from 1\n"
+
+
+def write(model: Path, manifest: Manifest) -> None:
+    """Other tables for a model directory."""
+    files.rewrite(model, lambda opened: replace(opened, manifest=manifest))
+
+
+def test_a_control_named_like_an_option_of_the_command_does_not_hide_it(tmp_path: Path, tiny_model: Path) -> None:
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    rows = (*spec.manifest(TINY).controls, Control("output", "number", "how much", "number", default=1.0))
+    write(model, replace(Bundle.open(tiny_model).manifest, controls=rows))
+    made = run("generate", "a whale", "--model", model, "--output", tmp_path / "x.npy", "--steps", "1")
+    assert made.exit_code == 0, made.output
+    assert (tmp_path / "x.npy").exists()
+
+
+def test_help_of_a_model_that_cannot_be_read_still_lists_the_common_options(tmp_path: Path) -> None:
+    result = run("generate", "--model", tmp_path / "nowhere", "--help")
+    assert result.exit_code == 0
+    assert "--guidance" in result.output
+    assert "--motion" not in result.output
+
+
+@pytest.mark.parametrize("word", ["unspecified", "0.5", "10,20,30"])
+def test_a_curve_is_numbers_or_the_word_for_none(tmp_path: Path, preconditioned_model: Path, word: str) -> None:
+    arguments = ("a whale", "--model", preconditioned_model, "--motion", word, "--steps", "1", "--json")
+    said = json.loads(run("generate", *arguments, "-o", tmp_path / "x.npy").stdout)
+    assert said["motion"] == {"unspecified": None, "0.5": 0.5, "10,20,30": [10, 20, 30]}[word]
+
+
+def test_a_drawn_seed_is_printed(generate: Any) -> None:
+    said = json.loads(generate("a star", "-o", "star.npy", "--seed", "-1", "--steps", "1", "--json").stdout)
+    assert 0 <= said["seed"] < 2**32
+
+
+def test_generate_loads_what_the_request_needs_alone(generate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    from higen.backends.torch import TorchBackend
+
+    loaded: list[str] = []
+    module = TorchBackend.module
+
+    def seen(self: TorchBackend, stage: str) -> Any:
+        loaded.append(stage)
+        return module(self, stage)
+
+    monkeypatch.setattr(TorchBackend, "module", seen)
+    assert generate("a star", "-o", "star.npy", "--frames", "1", "--steps", "1", "--guidance", "1").exit_code == 0
+    assert set(loaded) == {"text_encoder", "conditioner", "spatial_unet_plain", "vae_decoder"}
+
+
 def test_generate_equals_the_library(generate: Any, tiny_model: Path) -> None:
     generate("a star", "-o", "star.npy", "--seed", "3")
     with higen.load(tiny_model) as pipe:
@@ -162,7 +244,7 @@ def test_our_warnings_are_lines_and_the_libraries_are_quiet(generate: Any, monke
         (("a", "-o", "x.mp4", "--steps", "1,2,3"), "RequestError", "steps=[1, 2, 3]"),
         (("a", "-o", "x.mp4", "--guidance", "nan"), "RequestError", "guidance=nan"),
         (("a", "-o", "x.mp4", "--guidance", "-1"), "RequestError", "guidance=-1.0"),
-        (("a", "-o", "x.mp4", "--seed", "-1"), "RequestError", "seed=-1"),
+        (("a", "-o", "x.mp4", "--seed", "-2"), "RequestError", "seed=-2"),
         (("a", "-o", "x.mp4", "--frames", "0"), "RequestError", "frames=0"),
         (("a", "-o", "x.mp4", "--frames", "10000"), "RequestError", "frames=10000"),
         (("a", "-o", "x.mp4", "--width", "25"), "RequestError", "width=25"),
@@ -176,7 +258,8 @@ def test_our_warnings_are_lines_and_the_libraries_are_quiet(generate: Any, monke
 def test_wrong_input_is_one_line_and_exit_code_2_before_work(
     generate: Any, monkeypatch: pytest.MonkeyPatch, arguments: tuple[str, ...], error: str, message: str, as_json: bool
 ) -> None:
-    monkeypatch.setattr("higen.api.select_backend", lambda *_, **__: pytest.fail("no weights are to be loaded"))
+    for name in ("choose", "run"):
+        monkeypatch.setattr(StageRouter, name, lambda *_, **__: pytest.fail("no weights are to be loaded"))
     result = generate(*arguments, *(["--json"] if as_json else []))
     assert result.exit_code == 2
     if as_json:
@@ -221,7 +304,7 @@ def test_ctrl_c_leaves_nothing_and_exit_code_130(generate: Any, monkeypatch: pyt
     def interrupt(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("higen.pipeline.Pipeline.decode", interrupt)
+    monkeypatch.setattr("higen.pipeline.Pipeline._decode", interrupt)
     result = generate("a whale", "-o", "x.mp4")
     assert result.exit_code == 130
     assert result.stderr == "stopped\n"
@@ -296,10 +379,22 @@ def test_prompts_and_the_words_they_are_made_of(tiny_model: Path, tmp_path: Path
     assert found == {"prompts": list(TINY.prompts), "words": words}
     assert run("prompts", "--model", tiny_model.parent).exit_code == 2
     shutil.copytree(tiny_model, tmp_path / "clip")
-    write_tokenizer(build_clip_tokenizer(), tmp_path / "clip" / files.TOKENIZER)
-    files.write_manifest(tmp_path / "clip", TINY)
+    clip = Bundle.open(tmp_path / "clip")
+    write_tokenizer(build_clip_tokenizer(), tmp_path / "clip" / ".tokenizer")
+    files.put_file(clip, tmp_path / "clip" / ".tokenizer", spec.TOKENIZER)
     assert run("prompts", "--model", tmp_path / "clip").output.splitlines() == [*TINY.prompts, "", "It reads any word."]
     assert json.loads(run("prompts", "--model", tmp_path / "clip", "--json").stdout)["words"] is None
+
+
+def test_prompts_of_a_model_that_reads_no_text(tmp_path: Path) -> None:
+    reader = MADE_UP.stage("reader")
+    silent = replace(reader, inputs=(replace(reader.inputs[0], source="noise:3", dtype="float32"),))
+    manifest = replace(MADE_UP, text=None, stages=tuple(silent if s.name == "reader" else s for s in MADE_UP.stages))
+    with files.create(tmp_path / "model", manifest):
+        pass
+    assert run("prompts", "--model", tmp_path / "model").output.splitlines() == [
+        *("The model lists none.", "", "It reads no text.")
+    ]
 
 
 def test_the_built_in_model_lists_speeds_and_stillness() -> None:
@@ -313,7 +408,7 @@ def test_a_usage_error_is_json_where_that_is_asked_for(arguments: list[str]) -> 
     assert result.exit_code == 2
     said = json.loads(result.stdout)
     assert set(said) == {"error", "message"}
-    assert said["error"] in ("NoSuchOption", "BadParameter", "MissingParameter")
+    assert said["error"] in ("NoSuchOption", "BadParameter", "RequestError")
     assert run("doctor", "--json", "--help").output.startswith("Usage:")
 
 
@@ -339,10 +434,10 @@ def test_doctor(tiny_model: Path) -> None:
     assert said["packages"]["tensorrt"] is None
     assert said["cpus"] >= 1
     assert [(s["stage"], s["backend"], s["details"]) for s in said["stages"]] == [
-        (n, "torch", "cpu, fp32") for n in STAGES
+        (n, "torch", "cpu, fp32") for n in Bundle.open(tiny_model).manifest.stage_names
     ]
     assert all("higen-export onnx" in stage["passed_over"]["onnx"] for stage in said["stages"])
-    assert "  temporal_unet torch (cpu, fp32)\n" in result.output
+    assert ["temporal_unet", "torch", "(cpu,", "fp32)"] in [line.split() for line in result.output.splitlines()]
 
 
 @pytest.mark.usefixtures("built_in")

@@ -10,21 +10,37 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 from safetensors.numpy import load_file
 
 from higen.conditioning import (
-    appearance_cue,
-    appearance_rows,
+    Curve,
+    curve_rows,
+    curve_values,
     frequencies,
-    motion_cue,
-    motion_values,
     resample_in_time,
+    similarity_rows,
     sinusoid,
+    sinusoid_rows,
 )
 from higen.errors import RequestError
 from higen.models.layers import Sinusoid
 
 MISC = load_file(Path(__file__).parent / "reference" / "fixtures" / "misc.safetensors")
+
+
+def motion_values(value: Curve, frames: int) -> NDArray[np.float32]:
+    """HiGen's motion cue: a curve from 0."""
+    return curve_values("motion", value, frames, low=0.0)
+
+
+def motion_cue(value: Curve, frames: int, dim: int) -> NDArray[np.float32]:
+    return sinusoid_rows(None if value is None else motion_values(value, frames), frames, dim)
+
+
+def appearance_rows(value: Curve, frames: int, columns: int) -> NDArray[np.float32]:
+    """HiGen's appearance cue: similarities."""
+    return similarity_rows("appearance", value, frames, columns)
 
 
 @pytest.mark.parametrize("dim", [32, 64, 320])
@@ -129,7 +145,7 @@ def test_appearance_of_a_longer_clip_is_the_same_in_relative_time() -> None:
 
 def test_one_frame_looks_like_itself() -> None:
     assert appearance_rows(1.0, 1, 32).tolist() == [[1.0] * 32]
-    assert appearance_cue(0.3, 1, 32).tolist() == [[1.0] * 32]
+    assert appearance_rows(0.3, 1, 32).tolist() == [[1.0] * 32]
 
 
 def test_appearance_per_frame() -> None:
@@ -152,7 +168,7 @@ def test_appearance_matrices() -> None:
 
 
 def test_appearance_left_open_tells_the_place_alone() -> None:
-    np.testing.assert_allclose(appearance_cue(None, 5, 32), appearance_rows(1.0, 5, 32) - 1, atol=1e-7)
+    np.testing.assert_allclose(appearance_rows(None, 5, 32), appearance_rows(1.0, 5, 32) - 1, atol=1e-7)
 
 
 @pytest.mark.parametrize(
@@ -162,3 +178,19 @@ def test_appearance_left_open_tells_the_place_alone() -> None:
 def test_wrong_appearance(appearance: object) -> None:
     with pytest.raises(RequestError, match=r"appearance.*one number, 4 numbers, or a matrix \[4, 32\] or \[4, 4\]"):
         appearance_rows(appearance, 4, 32)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [[-3.0, 0, 1], [0, 1, 2.5], 2.5, -2.5])
+def test_a_curve_keeps_to_its_range(value: Curve) -> None:
+    assert curve_values("shake", [-2, 0, 2], 4, -2.0, 2.0).tolist() == [-2, 0, 2]
+    with pytest.raises(RequestError, match=r"^shake=.*each finite and >= -2 and <= 2$"):
+        curve_values("shake", value, 4, -2.0, 2.0)
+    assert curve_values("shake", value, 4).shape == (3,)  # without a range any finite number
+
+
+def test_a_curve_as_rows() -> None:
+    """F - 1 numbers are resampled to F; F numbers are taken as they are."""
+    np.testing.assert_array_equal(curve_rows(curve_values("shake", [1, 2, 4], 3), 3), [1, 2, 4])
+    np.testing.assert_allclose(curve_rows(curve_values("shake", [1, 3], 3), 3), [1, 2, 3], atol=1e-6)
+    np.testing.assert_array_equal(curve_rows(curve_values("shake", 0.5, 7), 7), np.full(7, 0.5, np.float32))
+    assert curve_rows(curve_values("shake", [8], 1), 1).tolist() == [8]

@@ -9,6 +9,7 @@ import sys
 import types
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +21,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from higen.bundle import Bundle
-from higen.config import AutoencoderConfig, TextConfig, UNetConfig
-from higen.convert import convert, read_state, write_safetensors
-from higen.errors import CheckpointError, ModelError, OutputError
-from higen.models.checkpoint import from_reference, reference_names
+from higen.convert import convert, convert_sources, read_state, write_safetensors
+from higen.errors import CheckpointError, ModelError, OutputError, UnknownFamily
+from higen.families.higen import checkpoint, spec
+from higen.families.higen.reference_names import from_reference, reference_names
+from higen.families.higen.spec import AutoencoderConfig, TextConfig, UNetConfig
+from higen.families.higen.unet import Denoiser
 from higen.models.companion_checkpoints import autoencoder_from_ldm, text_from_openclip
 from higen.models.companions import autoencoder, load_autoencoder, load_text_encoder
-from higen.models.unet import Denoiser
 from higen.tokenizer import PromptTokenizer, build_clip_tokenizer
 
 State = dict[str, Tensor]
@@ -138,7 +140,7 @@ def make(sources: Path, output: Path, **changed: Any) -> Bundle:
 
 
 def loaded_denoiser(bundle: Bundle) -> Denoiser:
-    denoiser = Denoiser(bundle.config.unet)
+    denoiser = Denoiser(spec.config(bundle.manifest).unet)
     denoiser.load_state_dict(load_file(bundle.file("unet.safetensors")))
     return denoiser.eval()
 
@@ -161,17 +163,18 @@ def test_a_converted_model_is_whole(sources: Path, tmp_path: Path) -> None:
     bundle = make(sources, tmp_path / "model", dtype="fp32", progress=lambda *report: seen.append(report))
     bundle = Bundle.open(bundle.path)
     assert sorted(bundle.files) == ["text_encoder.safetensors", "tokenizer.json", "unet.safetensors", "vae.safetensors"]
-    assert bundle.config.unet == UNET
-    assert bundle.config.name == "higen"
+    assert spec.config(bundle.manifest).unet == UNET
+    assert bundle.manifest.name == "higen"
     assert seen[-1][0] == "vae.safetensors"
     assert seen[-1][1] == seen[-1][2] == sum(tensor_bytes(bundle.path / name) for name in bundle.files)
-    tokenizer = PromptTokenizer.from_file(bundle.file("tokenizer.json"), bundle.config.text)
+    tokenizer = PromptTokenizer.from_file(bundle.file("tokenizer.json"), bundle.manifest.text)
     assert tokenizer.encode(["a dog"])[0, :4].tolist() == [49406, 320, 1929, 49407]
-    encoder = load_text_encoder(bundle.file("text_encoder.safetensors"), bundle.config.text)
+    encoder = load_text_encoder(bundle.file("text_encoder.safetensors"), spec.text_config(bundle.manifest).clip)
     assert encoder(input_ids=torch.zeros(1, 77, dtype=torch.int64)).last_hidden_state.shape == (1, 77, TEXT_WIDTH)
     wanted = text_from_openclip(text_state())
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in encoder.state_dict().items())
-    vae = load_autoencoder(bundle.file("vae.safetensors"), bundle.config.autoencoder)
+    vae_config = spec.autoencoder_config(bundle.manifest)
+    vae = load_autoencoder(bundle.file("vae.safetensors"), vae_config.kind, vae_config.arguments)
     wanted = autoencoder_from_ldm(ldm_state())
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in vae.state_dict().items())
 
@@ -201,9 +204,10 @@ def test_the_references_weights_give_identical_outputs(
         dtype="fp32",
         arguments=kwargs if suffix == ".pth" else {"head_dim": 16},
     )
-    assert (bundle.config.unet.head_dim, bundle.config.unet.first_temporal_heads) == (16, 3)
-    direct = Denoiser(bundle.config.unet).eval()
-    direct.load_state_dict(from_reference(state, bundle.config.unet))
+    config = spec.unet_config(bundle.manifest)
+    assert (config.head_dim, config.first_temporal_heads) == (16, 3)
+    direct = Denoiser(config).eval()
+    direct.load_state_dict(from_reference(state, config))
     converted = loaded_denoiser(bundle)
     assert all(torch.equal(a, b) for a, b in zip(outputs(converted), outputs(direct), strict=True))
 
@@ -226,10 +230,8 @@ def released_shapes(reference: Path) -> State:
 
 
 def test_the_released_denoiser_is_recognised(reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from higen import convert as module
-
-    monkeypatch.setattr(module, "read_state", lambda path: released_shapes(reference))
-    config, state = module._denoiser(Path("higen.pth"), {})
+    monkeypatch.setattr(checkpoint, "read_state", lambda path: released_shapes(reference))
+    config, state = checkpoint._denoiser(Path("higen.pth"), {})
     assert config == UNetConfig()
     assert sum(tensor.numel() for tensor in state.values()) == 1_483_201_924
 
@@ -419,11 +421,12 @@ def write_json(path: Path, value: object) -> None:
 
 def test_a_diffusers_folder(sources: Path, folder: Path, tmp_path: Path) -> None:
     bundle = make(sources, tmp_path / "model", text=folder, autoencoder=folder, dtype="fp32")
-    assert bundle.config.text.clip["num_hidden_layers"] == 2
-    assert "model_type" not in bundle.config.text.clip
-    assert (bundle.config.autoencoder.factor, bundle.config.autoencoder.scale) == (2, (0.3,))
-    load_text_encoder(bundle.file("text_encoder.safetensors"), bundle.config.text)
-    vae = load_autoencoder(bundle.file("vae.safetensors"), bundle.config.autoencoder)
+    clip, vae_config = spec.text_config(bundle.manifest).clip, spec.autoencoder_config(bundle.manifest)
+    assert clip["num_hidden_layers"] == 2
+    assert "model_type" not in clip
+    assert (vae_config.factor, vae_config.scale) == (2, (0.3,))
+    load_text_encoder(bundle.file("text_encoder.safetensors"), clip)
+    vae = load_autoencoder(bundle.file("vae.safetensors"), vae_config.kind, vae_config.arguments)
     wanted = autoencoder_from_ldm(ldm_state())
     assert all(torch.equal(tensor, wanted[name]) for name, tensor in vae.state_dict().items())
 
@@ -466,9 +469,56 @@ def test_the_written_files_are_plain_safetensors(tmp_path: Path) -> None:
 
 def test_configurations_survive_the_manifest(sources: Path, tmp_path: Path) -> None:
     bundle = make(sources, tmp_path / "model")
-    assert isinstance(bundle.config.text, TextConfig)
-    assert bundle.config.text.clip["num_hidden_layers"] == 2
+    assert isinstance(spec.config(bundle.manifest).text, TextConfig)
+    vae_config = spec.autoencoder_config(bundle.manifest)
+    assert spec.config(bundle.manifest).text.clip["num_hidden_layers"] == 2
     assert (
-        autoencoder(bundle.config.autoencoder).state_dict().keys()
+        autoencoder(vae_config.kind, vae_config.arguments).state_dict().keys()
         == load_file(tmp_path / "model/vae.safetensors").keys()
     )
+
+
+# Whose checkpoints they are
+
+
+@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
+def test_a_denoiser_is_recognised_by_its_names(sources: Path, folder: Path, tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"unnamed{suffix}"
+    torch.save(denoiser_state(), path) if suffix == ".pth" else save_file(denoiser_state(), path)
+    assert checkpoint.recognise(path)
+    for other in (
+        sources / "open_clip.bin",
+        sources / "sd.ckpt",
+        folder,
+        folder / "vae/config.json",
+        tmp_path / "none",
+    ):
+        assert not checkpoint.recognise(other)
+    path.write_bytes(b"PK\x03\x04 this is no checkpoint")
+    assert not checkpoint.recognise(path)
+
+
+def test_the_family_need_not_be_named(sources: Path, tmp_path: Path) -> None:
+    given = [sources / name for name in ("higen.pth", "open_clip.bin", "sd.ckpt")]
+    found, named = convert_sources(given, tmp_path / "found"), make(sources, tmp_path / "named")
+    assert (found.manifest, found.files) == (named.manifest, named.files)
+    with pytest.raises(CheckpointError, match=r"sd\.ckpt: of none of the families .* which are .*higen"):
+        convert_sources(given[1:], tmp_path / "other")
+    with pytest.raises(CheckpointError, match=r"missing\.pth: no such file"):
+        convert_sources([sources / "missing.pth"], tmp_path / "other")
+    with pytest.raises(UnknownFamily, match=r"family='svd': not installed here; installed are .*higen"):
+        convert_sources(given, tmp_path / "other", family="svd")
+    with pytest.raises(CheckpointError, match="three sources are wanted: denoiser, text encoder, autoencoder"):
+        convert_sources(given[:2], tmp_path / "other")
+    with pytest.raises(CheckpointError, match="lora: unknown; higen takes arguments"):
+        convert_sources(given, tmp_path / "other", lora="x")
+    assert not (tmp_path / "other").exists()
+
+
+def test_what_a_person_should_know_is_passed_on(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = checkpoint.convert
+    monkeypatch.setattr(checkpoint, "convert", lambda *given: replace(original(*given), notes=("for study only",)))
+    notes: list[str] = []
+    given = [sources / name for name in ("higen.pth", "open_clip.bin", "sd.ckpt")]
+    convert_sources(given, tmp_path / "model", on_note=notes.append)
+    assert notes == ["for study only"]

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 import higen
-from higen import bundle
 from higen.api import _default_pipeline, default_model
+from higen.backends.options import Options
 from higen.backends.torch import TorchBackend
 from higen.bundle import Bundle
 from higen.errors import PromptWarning
+from higen.families.higen import spec
 from higen.pipeline import Pipeline
 from higen.tokenizer import PromptTokenizer
 from higen.video import Video
@@ -32,7 +33,7 @@ def forget() -> Iterator[None]:
 
 
 def test_every_file_is_what_the_manifest_says(model: Bundle) -> None:
-    needed = {bundle.UNET, bundle.TEXT_ENCODER, bundle.AUTOENCODER, bundle.TOKENIZER}
+    needed = {spec.UNET, spec.TEXT_ENCODER, spec.AUTOENCODER, spec.TOKENIZER}
     assert needed <= set(model.files)
     for name in model.files:
         assert model.file(name).stat().st_size == model.files[name].size
@@ -43,7 +44,7 @@ def test_it_is_small(model: Bundle) -> None:
 
 
 def test_generate_makes_a_video() -> None:
-    prompt = Bundle.open(default_model()).config.prompts[0]
+    prompt = Bundle.open(default_model()).manifest.prompts[0]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         video = higen.generate(prompt, seed=7)
@@ -56,41 +57,42 @@ def test_generate_makes_a_video() -> None:
 
 
 def test_prompts_give_different_pictures_and_seeds_are_kept() -> None:
-    prompts = Bundle.open(default_model()).config.prompts
+    prompts = Bundle.open(default_model()).manifest.prompts
     first, other = prompts[0], prompts[-1]
     assert first != other
-    with Pipeline(Bundle.open(default_model()), TorchBackend(Bundle.open(default_model()), "cpu")) as pipe:
+    bundle = Bundle.open(default_model())
+    with Pipeline(bundle, TorchBackend(bundle, Options(device="cpu"))) as pipe:
         one, two = pipe.image([first, other], seed=3)
         assert np.abs(one.astype(int) - two).mean() > 10
         np.testing.assert_array_equal(one, pipe.image(first, seed=3))
 
 
 def test_a_picture_of_yours_survives_the_autoencoder(model: Bundle) -> None:
-    with Pipeline(model, TorchBackend(model, "cpu")) as pipe:
-        drawn = pipe.image(model.config.prompts[0], seed=3)
-        again = pipe(model.config.prompts[0], image=drawn, frames=1, progress=False).frames[0]
+    with Pipeline(model, TorchBackend(model, Options(device="cpu"))) as pipe:
+        drawn = pipe.image(model.manifest.prompts[0], seed=3)
+        again = pipe(model.manifest.prompts[0], image=drawn, frames=1, progress=False).frames[0]
     error = np.abs(again.astype(int) - drawn).mean()
     assert error < 8  # of 255; a mode of the latents, or a forgotten shift or scale, gives 40 and more
 
 
 def test_every_prompt_it_lists_is_known_whole(model: Bundle) -> None:
-    assert len(model.config.prompts) >= 8
-    assert len(set(model.config.prompts)) == len(model.config.prompts)
-    tokenizer = PromptTokenizer.from_file(model.file(bundle.TOKENIZER), model.config.text)
+    assert len(model.manifest.prompts) >= 8
+    assert len(set(model.manifest.prompts)) == len(model.manifest.prompts)
+    tokenizer = PromptTokenizer.from_file(model.file(spec.TOKENIZER), model.manifest.text)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        ids = tokenizer.encode(model.config.prompts)
-    assert len({tuple(row) for row in ids.tolist()}) == len(model.config.prompts)
+        ids = tokenizer.encode(model.manifest.prompts)
+    assert len({tuple(row) for row in ids.tolist()}) == len(model.manifest.prompts)
 
 
 def test_a_word_it_does_not_know_is_a_warning(model: Bundle) -> None:
-    tokenizer = PromptTokenizer.from_file(model.file(bundle.TOKENIZER), model.config.text)
+    tokenizer = PromptTokenizer.from_file(model.file(spec.TOKENIZER), model.manifest.text)
     with pytest.warns(PromptWarning, match="does not know 'parliament'"):
-        tokenizer.encode([model.config.prompts[0] + " parliament"])
+        tokenizer.encode([model.manifest.prompts[0] + " parliament"])
 
 
 def test_its_licence_and_its_card_are_there(model: Bundle) -> None:
-    assert model.config.licence
+    assert model.manifest.licence
     card = (default_model().parent / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert "MIT" in card  # the emoji it was trained on
     assert "Microsoft" in card

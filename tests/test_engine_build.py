@@ -30,6 +30,7 @@ from higen.engines.shapes import Profile, Range, read_profile
 from higen.engines.store import EngineStore
 from higen.engines.targets import parse_targets
 from higen.errors import EngineError, IntegrityError, NoDriver, RequestError
+from higen.export.interface import graph_inputs
 from higen.exporter import main
 
 pytest.importorskip("tensorrt_rtx")
@@ -72,7 +73,7 @@ def model(tiny_model: Path, tmp_path: Path) -> Path:
 def with_graph(model: Path, **options: Any) -> Bundle:
     aside = model / ".graph.part"
     decoder_graph(aside, **options)
-    return put_file(Bundle.open(model), aside, graph_file("vae_decoder"))
+    return put_file(Bundle.open(model), aside, graph_file("vae_decoder"), graph_inputs(aside))
 
 
 def build(model: Path, target: str = "rtx-sm89", events: list[Event] | None = None, **options: Any) -> list[PlanRecord]:
@@ -178,7 +179,7 @@ def test_a_graph_of_another_interface_is_one_error(model: Path) -> None:
     graph.graph.node[-1].output[0] = "images"
     aside = model / ".graph.part"
     onnx.save(graph, str(aside))
-    put_file(Bundle.open(model), aside, "vae_decoder.onnx")
+    put_file(Bundle.open(model), aside, "vae_decoder.onnx", graph_inputs(aside))
     with pytest.raises(EngineError, match=r"its tensors are .*images.*vae_decoder has .*pixels"):
         build(model)
 
@@ -293,7 +294,7 @@ def test_a_profile_that_a_fixed_graph_cannot_take_is_one_error(model: Path) -> N
         graph.graph.input[0].type.tensor_type.shape.dim[axis].dim_value = size
     aside = model / ".graph.part"
     onnx.save(graph, str(aside))
-    put_file(Bundle.open(model), aside, "vae_decoder.onnx")
+    put_file(Bundle.open(model), aside, "vae_decoder.onnx", graph_inputs(aside))
     message = (
         r"profile small: vae_decoder\.latents from \[1, 4, 4, 4\] to \[2, 4, 8, 8\], "
         r"but vae_decoder\.onnx has a fixed shape there, \['any', 4, 4, 8\].*without --static"
@@ -320,8 +321,8 @@ def test_a_profile_of_the_commands_own_default(model: Path) -> None:
     result = CliRunner().invoke(main, [*arguments, "--json"])
     (engine,) = json.loads(result.output)["engines"]
     assert (engine["target"], engine["stage"]) == ("rtx-sm89", "vae_decoder")
-    config = Bundle.open(model).config
-    assert read_profile("default", config).height.best == config.defaults.height
+    manifest = Bundle.open(model).manifest
+    assert read_profile("default", manifest).height.best == manifest.sizes.height
 
 
 def start(model: Path) -> subprocess.Popen[str]:

@@ -6,15 +6,18 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from conftest import TINY
+from conftest import TINY as TINY_CONFIG
 
-from higen.config import Defaults, ModelConfig
 from higen.engines.shapes import Range, profile_names, read_profile, stage_profiles
 from higen.errors import RequestError
-from higen.stages import STAGES
+from higen.families.higen import spec
+from higen.families.higen.spec import Defaults, ModelConfig
 
-RELEASED = ModelConfig(name="released")
-"""The released model's configuration: 448x256, 32 frames, latents of an eighth."""
+RELEASED_CONFIG = ModelConfig(name="released")
+RELEASED = spec.manifest(RELEASED_CONFIG)
+"""The released model's tables: 448x256, 32 frames, latents of an eighth."""
+
+TINY = spec.manifest(TINY_CONFIG)
 
 GOOD = 'about = "x"\nbatch = [1, 2, 3]\nframes = [2, 4, 8]\nheight = 16\nwidth = [8, 24, 32]\nimages = 2\n'
 
@@ -28,9 +31,9 @@ def written(folder: Path, text: str) -> str:
 @pytest.mark.parametrize("name", profile_names())
 def test_the_profiles_that_come_along_fit_the_released_model(name: str) -> None:
     profile = read_profile(name, RELEASED)
-    for stage in STAGES:
-        (made,) = stage_profiles(stage, [profile], RELEASED)
-        assert [span.name for span in made.spans] == [t.name for t in STAGES[stage].inputs]
+    for stage in RELEASED.stages:
+        (made,) = stage_profiles(stage.name, [profile], RELEASED)
+        assert [span.name for span in made.spans] == [t.name for t in stage.inputs]
         for span in made.spans:
             assert all(0 < a <= b <= c for a, b, c in zip(span.smallest, span.best, span.largest, strict=True))
 
@@ -47,10 +50,13 @@ def test_the_released_models_own_clip_is_in_the_interactive_profile() -> None:
 
 
 def test_the_default_profile_is_the_models_own_size() -> None:
-    config = replace(TINY, defaults=replace(TINY.defaults, frames=6, width=48, height=32))
-    profile = read_profile("default", config)
+    manifest = spec.manifest(
+        replace(TINY_CONFIG, defaults=replace(TINY_CONFIG.defaults, frames=6, width=48, height=32))
+    )
+    profile = read_profile("default", manifest)
     assert profile.frames == Range(6, 6, 6)
-    (made,) = stage_profiles("spatial_unet", [profile], config)
+    assert profile.images == Range(1, 2, 2)
+    (made,) = stage_profiles("spatial_unet", [profile], manifest)
     assert made.spans[0].best == (1, 4, 1, 16, 24)
 
 
@@ -113,6 +119,6 @@ def test_a_wrong_name_lists_the_profiles() -> None:
 
 
 def test_a_model_with_fewer_frames_refuses_the_interactive_profile() -> None:
-    short = replace(RELEASED, max_frames=16, defaults=Defaults(frames=16))
+    short = spec.manifest(replace(RELEASED_CONFIG, max_frames=16, defaults=Defaults(frames=16)))
     with pytest.raises(RequestError, match="profile interactive: frames=32: this model makes 1 to 16"):
         read_profile("interactive", short)

@@ -6,8 +6,7 @@ import re
 
 import pytest
 
-from higen.bundle import PRECISIONS, QUANTIZED
-from higen.engines.targets import NEEDED, RTX, Target, check_precision, parse_targets
+from higen.engines.targets import RTX, Target, check_precision, parse_targets
 from higen.errors import RequestError
 
 
@@ -66,7 +65,3 @@ def test_an_unknown_precision_is_refused(precision: str) -> None:
         check_precision(precision, (120,))
     for allowed in re.findall("'([^']+)'", str(caught.value).partition(": ")[2]):
         check_precision(allowed, (120,))
-
-
-def test_every_precision_has_an_architecture() -> None:
-    assert {name.partition(".")[0] for name in PRECISIONS + QUANTIZED} == set(NEEDED)

@@ -9,7 +9,7 @@ import pytest
 from conftest import TINY, write_tiny_model
 from stage_engines import check_every_stage
 
-from higen.config import UNetConfig
+from higen.families.higen.spec import UNetConfig
 
 TOPOLOGY = replace(
     TINY,

@@ -448,7 +448,7 @@ def stand_ins(real: RealClips, judges: Judges, monkeypatch: pytest.MonkeyPatch) 
 
     class Maker(Lossless):
         def __init__(self, pipeline: Pipeline) -> None:
-            assert pipeline.config.name
+            assert pipeline.manifest.name
 
         def __call__(self, *request: Any) -> Frames:
             return made(*request) if made.shots else real.clip(again[0].subject, 0, 1.0)

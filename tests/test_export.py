@@ -6,39 +6,66 @@ import json
 import os
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 import torch
 from click.testing import CliRunner
+from conftest import TINY
+from onnxscript.optimizer import optimize_ir
 from safetensors.torch import load_file, save_file
+from test_upgrade import write_version_1
 
 from higen import bundle as files
 from higen.backends.onnx import OnnxBackend
-from higen.backends.select import Options, select_backend
+from higen.backends.options import Options
+from higen.backends.select import select_backend
 from higen.backends.torch import TorchBackend
-from higen.bundle import Bundle, graph_file, weights_file
-from higen.config import ModelConfig, from_json
+from higen.bundle import Bundle, GraphInput, file_record, graph_file
 from higen.errors import BackendError, BackendUnavailable, CheckpointError, OutputError, RequestError
+from higen.export import graphs
 from higen.export import model as export
 from higen.export.cli import main
-from higen.export.graphs import LARGEST_INLINE, example_inputs, sizes_for, static_sizes
+from higen.export.graphs import LARGEST_INLINE
+from higen.export.interface import graph_sizes
 from higen.export.model import export_model
-from higen.export.parity import Parity, check_graph, check_rules, graph_sizes, references
-from higen.export.precision import VARIANTS, check_opset, write_weights
-from higen.stages import STAGES, dimensions
+from higen.export.parity import Parity, check_graph, check_rules, references
+from higen.export.precision import check_opset, write_weights
+from higen.export.shapes import example_inputs, sizes_for, static_sizes
+from higen.export.weights import DTYPES
+from higen.families.higen import spec
+from higen.manifest_file import Opened
+from higen.precision import PRECISIONS
 
 EXPORTED = ("text_encoder", "conditioner")
 
 
 @pytest.fixture(scope="module")
-def exported(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, list[Parity]]:
+def unoptimized() -> list[ir.Model]:
+    """Each graph that `exported` traced, before the optimiser."""
+    return []
+
+
+@pytest.fixture(scope="module")
+def exported(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, unoptimized: list[ir.Model]
+) -> tuple[Bundle, list[Parity]]:
     """A copy of the tiny model with graphs, and what the gate measured."""
     copy = shutil.copytree(tiny_model, tmp_path_factory.mktemp("export") / "model")
     parities: list[Parity] = []
-    return export_model(Bundle.open(copy), EXPORTED, on_parity=parities.append), parities
+    optimize = graphs._optimize
+
+    def kept(model: ir.Model) -> None:
+        unoptimized.append(model.clone())
+        optimize(model)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(graphs, "_optimize", kept)
+        return export_model(Bundle.open(copy), EXPORTED, on_parity=parities.append), parities
 
 
 @pytest.fixture(scope="module", params=["fp16", "bf16"])
@@ -81,10 +108,10 @@ def test_a_graph_is_valid_named_by_the_table_and_holds_no_weights(
     exported: tuple[Bundle, list[Parity]], name: str
 ) -> None:
     bundle, _ = exported
-    path, stage = bundle.path / graph_file(name), STAGES[name]
+    path, stage = bundle.path / graph_file(name), bundle.manifest.stage(name)
     onnx.checker.check_model(str(path), full_check=True)
     graph = onnx.load(str(path), load_external_data=False).graph
-    fixed = dimensions(bundle.config)
+    fixed = bundle.manifest.fixed
     for value, tensor in zip(graph.input, stage.inputs, strict=True):
         assert value.name == tensor.name
         sizes = [d.dim_param or d.dim_value for d in value.type.tensor_type.shape.dim]
@@ -93,8 +120,20 @@ def test_a_graph_is_valid_named_by_the_table_and_holds_no_weights(
     outside = [t for t in graph.initializer if t.external_data]
     assert outside
     for tensor in outside:
-        assert {e.key: e.value for e in tensor.external_data}["location"] == weights_file(name)
+        assert {e.key: e.value for e in tensor.external_data}["location"] == stage.weights
     assert all(len(t.raw_data) <= LARGEST_INLINE for t in graph.initializer)
+
+
+@pytest.mark.usefixtures("exported")
+def test_the_optimiser_does_what_onnxscripts_own_does(unoptimized: list[ir.Model]) -> None:
+    """The rule that it leaves out changes nothing, though both graphs have slices that it looks at."""
+    assert len(unoptimized) == len(EXPORTED)
+    for model in unoptimized:
+        ours, theirs = model.clone(), model.clone()
+        graphs._optimize(ours)
+        optimize_ir(theirs, should_fold=graphs._is_bookkeeping)
+        assert ir.to_proto(ours) == ir.to_proto(theirs)
+        assert [node.op_type for node in ours.graph].count("Slice") >= 2
 
 
 @pytest.mark.usefixtures("traced")
@@ -117,17 +156,17 @@ def test_a_graph_that_differs_is_refused_and_leaves_nothing(copy: Path, monkeypa
 def test_weights_with_a_second_link_pass_the_gate(exported: tuple[Bundle, list[Parity]], tmp_path: Path) -> None:
     """As a Triton repository makes them; onnx.checker takes such a file for an attack."""
     bundle, _ = exported
-    os.link(bundle.file(files.UNET), tmp_path / "again.safetensors")
+    os.link(bundle.file(spec.UNET), tmp_path / "again.safetensors")
     check_rules(bundle.path / graph_file("conditioner"))
 
 
 def test_a_variant_stands_beside_with_weights_of_its_own(low: tuple[Bundle, list[Parity], str]) -> None:
     bundle, _, precision = low
-    name, weights = graph_file("conditioner", precision), weights_file("conditioner", precision)
+    name, weights = graph_file("conditioner", precision), bundle.weights_variant("conditioner", precision)
     assert (name, weights) == (f"conditioner.{precision}.onnx", f"unet.{precision}.safetensors")
     assert bundle.precisions("conditioner") == ("fp32", precision)
     assert bundle.precisions("text_encoder") == ("fp32",)
-    own, stored = load_file(bundle.file(files.UNET)), load_file(bundle.file(weights))
+    own, stored = load_file(bundle.file(spec.UNET)), load_file(bundle.file(weights))
     assert list(own) == list(stored)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     assert all(torch.equal(stored[key], own[key].to(dtype)) for key in own)
@@ -135,7 +174,7 @@ def test_a_variant_stands_beside_with_weights_of_its_own(low: tuple[Bundle, list
     graph = onnx.load(str(bundle.path / name), load_external_data=False).graph
     outside = [t for t in graph.initializer if t.external_data]
     assert {e.value for t in outside for e in t.external_data if e.key == "location"} == {weights}
-    assert {t.data_type for t in outside} == {int(VARIANTS[precision].stored)}
+    assert {t.data_type for t in outside} == {int(DTYPES[PRECISIONS[precision].stored])}
     # In and out in float32, as the stage table says.
     assert {v.type.tensor_type.elem_type for v in (*graph.input, *graph.output)} == {onnx.TensorProto.FLOAT}
     # And computing in fewer bits: no weight is cast up.
@@ -152,10 +191,10 @@ def test_a_variant_is_judged_in_three_ways(low: tuple[Bundle, list[Parity], str]
     (module,) = by_way["module"]
     # Rounding shows in PyTorch: were it nought, something computed in float32.
     assert module.error is not None
-    assert {"fp16": 2e-5, "bf16": 5e-4}[precision] < module.error < VARIANTS[precision].tolerance
+    assert {"fp16": 2e-5, "bf16": 5e-4}[precision] < module.error < PRECISIONS[precision].step
     if precision == "fp16":
         assert len(by_way["graph"]) >= 3
-        assert all(p.error is not None and p.error < VARIANTS["fp16"].tolerance for p in by_way["graph"])
+        assert all(p.error is not None and p.error < PRECISIONS["fp16"].step for p in by_way["graph"])
     else:
         assert [p.note for p in by_way["graph"]] == ["ONNX Runtime has no CPU kernels for it"]
 
@@ -170,26 +209,26 @@ def test_the_gate_sees_an_error_that_rounding_would_hide(low: tuple[Bundle, list
             if node.op_type == "LayerNormalization" and attribute.name == "epsilon":
                 attribute.f = 1e-3
     wrong.write_bytes(graph.SerializeToString())
-    expected = references(TorchBackend(bundle, "cpu", "float32"), "conditioner", precision)
+    expected = references(TorchBackend(bundle, Options("cpu", "fp32")), "conditioner", precision)
     try:
         found = list(check_graph(bundle, "conditioner", wrong, expected, precision))
     finally:
         wrong.unlink()
     in_float32 = [p for p in found if p.way == "graph in float32"]
     assert any(not p.passed for p in in_float32)
-    assert max(p.error or 0 for p in in_float32) < VARIANTS[precision].tolerance  # the graph itself might have passed
+    assert max(p.error or 0 for p in in_float32) < PRECISIONS[precision].step  # the graph itself might have passed
     assert sorted(path.parent.glob(".*")) == []
 
 
 def test_a_variant_is_run_where_it_is_asked_for(low: tuple[Bundle, list[Parity], str]) -> None:
     bundle, _, precision = low
-    stage = STAGES["conditioner"]
-    sizes = sizes_for(bundle, {"B": 2, "F": 3, "H": 4, "W": 4})
-    inputs = {name: value.numpy() for name, value in example_inputs(stage, sizes).items()}
+    stage = bundle.manifest.stage("conditioner")
+    sizes = sizes_for(bundle.manifest, {"B": 2, "F": 3, "H": 4, "W": 4})
+    inputs = {name: value.numpy() for name, value in example_inputs(bundle.manifest, stage, sizes).items()}
     plain = OnnxBackend(bundle)
     expected = {name: plain.to_numpy(value) for name, value in plain.run("conditioner", **inputs).items()}
     assert plain.describe("conditioner") == "cpu, fp32"
-    backend = OnnxBackend(bundle, precision=precision)
+    backend = OnnxBackend(bundle, Options(precision=precision))
     with pytest.raises(BackendUnavailable, match=rf"no text_encoder\.{precision}\.onnx .*--precision {precision}"):
         backend.prepare("text_encoder")
     if precision == "bf16":
@@ -200,7 +239,7 @@ def test_a_variant_is_run_where_it_is_asked_for(low: tuple[Bundle, list[Parity],
         return
     for name, value in backend.run("conditioner", **inputs).items():
         error = np.abs(backend.to_numpy(value) - expected[name]).max() / np.abs(expected[name]).max()
-        assert 1e-5 < error < VARIANTS["fp16"].tolerance
+        assert 1e-5 < error < PRECISIONS["fp16"].step
     assert backend.describe("conditioner") == "cpu, fp16"
     # A stage without such a graph goes to PyTorch, in the same precision.
     router = select_backend(bundle, options=Options(precision="fp16", device="cpu"))
@@ -211,34 +250,38 @@ def test_a_variant_is_run_where_it_is_asked_for(low: tuple[Bundle, list[Parity],
 
 
 def test_weights_stored_in_the_precision_are_not_written_again(copy: Path) -> None:
-    weights = copy / files.UNET
+    weights = copy / spec.UNET
     save_file({name: tensor.half() for name, tensor in load_file(weights).items()}, weights)
-    files.write_manifest(copy, _config(copy))
-    bundle = Bundle.open(copy)
+    bundle = rewritten(copy)
     assert write_weights(bundle, "conditioner", "fp16") is bundle
-    assert bundle.weights("conditioner", "fp16") == files.UNET
+    assert bundle.weights("conditioner", "fp16") == spec.UNET
     assert write_weights(bundle, "conditioner", "bf16").weights("conditioner", "bf16") == "unet.bf16.safetensors"
 
 
 def test_a_weight_too_great_for_the_precision(copy: Path) -> None:
-    weights = copy / files.UNET
+    weights = copy / spec.UNET
     state = load_file(weights)
     state["unet.conv_in.weight"][0, 0, 0, 0] = 1e6
     save_file(state, weights)
-    files.write_manifest(copy, _config(copy))
+    rewritten(copy)
     before = sorted(path.name for path in copy.iterdir())
     with pytest.raises(CheckpointError, match=r"unet\.conv_in\.weight has values too great for fp16"):
         export_model(Bundle.open(copy), ["conditioner"], precision="fp16")
     assert sorted(path.name for path in copy.iterdir()) == before
 
 
-def _config(model: Path) -> ModelConfig:
-    """The configuration of a model whose files were changed."""
-    return from_json(ModelConfig, json.loads((model / files.MANIFEST).read_text())["model"])
+def rewritten(model: Path) -> Bundle:
+    """A model whose files were changed: the manifest is made to fit them."""
+
+    def changed(opened: Opened) -> Opened:
+        return replace(opened, files={name: file_record(model / name) for name in opened.files})
+
+    files.rewrite(model, changed)
+    return Bundle.open(model)
 
 
 def test_options_that_no_graph_can_have(tiny_model: Path) -> None:
-    assert [check_opset(precision, None) for precision in files.PRECISIONS] == [21, 21, 23]
+    assert [check_opset(precision, None) for precision in PRECISIONS] == [21, 21, 23]
     with pytest.raises(RequestError, match="opset=21: from 22 to 23 for bf16"):
         check_opset("bf16", 21)
     with pytest.raises(RequestError, match="precision='int8': one of 'fp32', 'fp16', 'bf16'"):
@@ -255,17 +298,17 @@ def test_options_that_no_graph_can_have(tiny_model: Path) -> None:
 )
 def test_shapes_that_a_model_cannot_have(tiny_model: Path, shape: str) -> None:
     with pytest.raises(RequestError, match=f"^static={shape!r}: "):
-        static_sizes(Bundle.open(tiny_model), shape)
+        static_sizes(Bundle.open(tiny_model).manifest, shape)
 
 
 def test_a_static_graph_takes_one_shape(copy: Path) -> None:
     bundle = Bundle.open(copy)
-    static = static_sizes(bundle, "2x4x16x24")
+    static = static_sizes(bundle.manifest, "2x4x16x24")
     assert static == {"B": 2, "F": 4, "H": 8, "W": 12}
     parities: list[Parity] = []
     bundle = export_model(bundle, ["vae_decoder"], static=static, on_parity=parities.append)
     assert [p.shape for p in parities] == ["N=1 H=8 W=12", "N=2 H=8 W=12", "N=3 H=8 W=12"]
-    assert graph_sizes("vae_decoder", copy / "vae_decoder.onnx") == {"H": 8, "W": 12}
+    assert graph_sizes(bundle.manifest, "vae_decoder", copy / "vae_decoder.onnx") == {"H": 8, "W": 12}
     backend = OnnxBackend(bundle)
     pixels = backend.run("vae_decoder", latents=np.zeros((2, 4, 8, 12), np.float32))["pixels"]
     assert backend.to_numpy(pixels).shape == (2, 3, 16, 24)
@@ -330,6 +373,23 @@ def test_the_command_refuses_what_it_cannot_make(tiny_model: Path) -> None:
     assert "no graph of text_encoder" in result.stderr
 
 
+@pytest.mark.usefixtures("traced")
+def test_an_older_directory_is_upgraded_first_and_that_is_said(copy: Path) -> None:
+    """Its manifest knows no plain step: the present one does."""
+    write_version_1(copy, [path.name for path in copy.iterdir() if path.name != files.MANIFEST])
+    before = Bundle.open(copy)
+    assert before.version == 1
+    assert "temporal_unet_plain" not in before.manifest.stage_names
+    said: list[str] = []
+    after = export_model(before, ["text_encoder"], on_line=said.append)
+    assert (after.version, after.manifest) == (2, spec.manifest(TINY))
+    assert after.graphs == {"text_encoder.onnx": (GraphInput("tokens", "int64", ("B", 12)),)}
+    assert said[0].startswith(f"{copy}: manifest rewritten as version 2")
+    said.clear()
+    export_model(after, ["text_encoder"], on_line=said.append)
+    assert said == []
+
+
 def test_an_unknown_stage_is_refused(tiny_model: Path) -> None:
     with pytest.raises(RequestError, match="upscaler"):
         export_model(Bundle.open(tiny_model), ("upscaler",))
@@ -338,5 +398,8 @@ def test_an_unknown_stage_is_refused(tiny_model: Path) -> None:
 def test_inspect_says_what_a_model_holds(exported: tuple[Bundle, list[Parity]]) -> None:
     result = CliRunner().invoke(main, ["inspect", str(exported[0].path)])
     assert result.exit_code == 0
-    assert "text_encoder  graph in fp32" in result.output
-    assert "temporal_unet no graph" in result.output
+    said = " ".join(result.output.split())
+    assert "text_encoder graph in fp32" in said
+    assert "temporal_unet no graph" in said
+    assert "loop temporal temporal_unet or temporal_unet_plain" in said
+    assert "control motion curve: how much moves" in said

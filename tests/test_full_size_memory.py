@@ -14,8 +14,9 @@ import pytest
 import torch
 
 from higen import bundle
-from higen.config import ModelConfig, UNetConfig
-from higen.models.unet import Denoiser
+from higen.families.higen import spec
+from higen.families.higen.spec import ModelConfig, UNetConfig
+from higen.families.higen.unet import Denoiser
 from higen.parity.fixtures import recipe_state
 
 PARAMETERS = 1_483_201_924
@@ -28,7 +29,8 @@ LOAD = """
 import json, sys, time
 from pathlib import Path
 import torch, safetensors.torch
-from higen.backends.torch import load_denoiser
+from higen.families.higen import spec
+from higen.families.higen.network import load_denoiser
 from higen.bundle import Bundle
 
 def memory(which):
@@ -37,7 +39,7 @@ def memory(which):
 
 bundle = Bundle.open(sys.argv[1])
 before, start = memory("VmRSS"), time.perf_counter()
-denoiser = load_denoiser(bundle, torch.device("cpu"), torch.float32, verify=True)
+denoiser = load_denoiser(bundle.file(spec.UNET), spec.unet_config(bundle.manifest), torch.device("cpu"), torch.float32)
 spatial = denoiser.spatial_unet()
 # Every page of both networks is read: a file that is only mapped does not count as loaded.
 total = sum(float(p.sum()) for network in (denoiser, spatial) for p in network.parameters())
@@ -83,8 +85,8 @@ def full_size_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     if available_memory() < MEMORY:
         pytest.skip(f"less than {MEMORY / 1e9:.0f} GB of memory available")
     try:
-        with bundle.create(folder / "model", ModelConfig()) as target:
-            write_weights(target / bundle.UNET, UNetConfig(), salt=0)
+        with bundle.create(folder / "model", spec.manifest(ModelConfig())) as target:
+            write_weights(target / spec.UNET, UNetConfig(), salt=0)
         yield folder / "model"
     finally:
         shutil.rmtree(folder, ignore_errors=True)

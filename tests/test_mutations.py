@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from higen import conditioning, schedule
+from higen import conditioning
+from higen.families.higen import cues, spec
+from higen.families.higen.unet import Conditioner, ContextTokens, Denoiser, UNet
 from higen.models import layers
 from higen.models.layers import Attention, Downsample, ResBlock, TemporalConv, TemporalTransformer, TransformerBlock
-from higen.models.stage_modules import DenoisingStage
-from higen.models.unet import Conditioner, ContextTokens, Denoiser, UNet
+from higen.models.solver_step import SolverStep
 from higen.parity import run
-from higen.stages import STAGES
 
 SUBSET = Path(__file__).parent / "reference" / "fixtures"
 
@@ -181,12 +182,12 @@ def temporal_heads_from_channels_in_init(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("forward/p2/temporal")
 def motion_interp_on_values(patch: pytest.MonkeyPatch) -> None:
-    original = conditioning.motion_values
+    original = cues.motion_values
 
     def values(motion: object, frames: int) -> np.ndarray:
         return conditioning.resample_in_time(original(motion, frames)[:, None], frames)[:, 0]
 
-    patch.setattr(conditioning, "motion_values", values)
+    patch.setattr(cues, "motion_values", values)
 
 
 @mutation("forward/p2/temporal")
@@ -305,23 +306,18 @@ def skip_before_x(patch: pytest.MonkeyPatch) -> None:
 
 @mutation("sample")
 def guidance_the_other_way(patch: pytest.MonkeyPatch) -> None:
-    original = DenoisingStage.forward
-    at = [given.name for given in STAGES["spatial_unet"].inputs].index("context")
+    original = SolverStep.forward
 
-    def forward(self: DenoisingStage, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self: SolverStep, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        at = self.inputs.index("context")
         return original(self, *inputs[:at], inputs[at + 1], inputs[at], *inputs[at + 2 :])
 
-    patch.setattr(DenoisingStage, "forward", forward)
+    patch.setattr(SolverStep, "forward", forward)
 
 
 @mutation("sample")
 def last_step_ends_at_the_clean_latent(patch: pytest.MonkeyPatch) -> None:
-    original = schedule.SOLVERS["ddim"]
-
-    def ddim(abar: np.ndarray, steps: int) -> schedule.SolverTable:
-        return original(np.concatenate([[1.0], abar[1:]]), steps)
-
-    patch.setitem(schedule.SOLVERS, "ddim", ddim)
+    patch.setattr(spec, "DDIM", replace(spec.DDIM, final="zero"))
 
 
 @pytest.mark.parametrize("name", MUTATIONS)

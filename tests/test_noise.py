@@ -9,7 +9,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from higen.noise import SPATIAL, TEMPORAL, TEMPORAL_OFFSET, initial_noise, normal, offset_noise
+from higen.noise import frame_noise, normal, offset_noise, row_purpose, shaped
+
+SPATIAL, TEMPORAL, TEMPORAL_OFFSET = 0, 1, 2
+"""HiGen's streams (higen/families/higen/spec.py)."""
 
 MASK = 2**64 - 1
 
@@ -82,7 +85,7 @@ def test_golden_numbers(purpose: int) -> None:
 
 
 @settings(max_examples=40, deadline=None)
-@given(seed=st.integers(0, MASK), purpose=st.integers(0, 2), count=st.integers(0, 41))
+@given(seed=st.integers(0, MASK), purpose=st.integers(0, 2) | st.integers(0, MASK), count=st.integers(0, 41))
 def test_agrees_with_another_implementation(seed: int, purpose: int, count: int) -> None:
     ours = normal(seed, purpose, count)
     assert ours.dtype == np.float32
@@ -123,21 +126,55 @@ def test_streams_do_not_repeat_each_other() -> None:
 def test_a_longer_clip_begins_with_a_shorter_one(
     seed: int, channels: int, frames: int, more: int, height: int, width: int
 ) -> None:
-    short = initial_noise(seed, TEMPORAL, channels, frames, height, width)
-    long = initial_noise(seed, TEMPORAL, channels, frames + more, height, width)
+    short = frame_noise(seed, TEMPORAL, channels, frames, height, width)
+    long = frame_noise(seed, TEMPORAL, channels, frames + more, height, width)
     assert short.shape == (channels, frames, height, width)
     assert short.dtype == np.float32
     assert short.flags.c_contiguous
     assert np.array_equal(long[:, :frames], short)
-    offset = offset_noise(seed, channels, frames)
+    offset = offset_noise(seed, TEMPORAL_OFFSET, channels, frames)
     assert offset.shape == (channels, frames, 1, 1)
-    assert np.array_equal(offset_noise(seed, channels, frames + more)[:, :frames], offset)
+    assert np.array_equal(offset_noise(seed, TEMPORAL_OFFSET, channels, frames + more)[:, :frames], offset)
 
 
 def test_order_of_the_numbers() -> None:
     flat = normal(5, SPATIAL, 2 * 3 * 4 * 5)
-    noise = initial_noise(5, SPATIAL, channels=3, frames=2, height=4, width=5)
+    noise = frame_noise(5, SPATIAL, channels=3, frames=2, height=4, width=5)
     for frame, channel, y, x in ((0, 0, 0, 0), (0, 0, 0, 1), (0, 2, 3, 4), (1, 0, 0, 0), (1, 1, 2, 3)):
         assert noise[channel, frame, y, x] == flat[((frame * 3 + channel) * 4 + y) * 5 + x]
-    offset, flat = offset_noise(5, channels=3, frames=2), normal(5, TEMPORAL_OFFSET, 6)
+    offset, flat = offset_noise(5, TEMPORAL_OFFSET, channels=3, frames=2), normal(5, TEMPORAL_OFFSET, 6)
     assert [offset[c, f, 0, 0] for f in range(2) for c in range(3)] == flat.tolist()
+
+
+@pytest.mark.parametrize("shape", [(7,), (2, 3), (1, 2, 4, 3, 5)])
+def test_noise_in_any_shape_has_the_last_axis_fastest(shape: tuple[int, ...]) -> None:
+    made = shaped(9, 77, shape)
+    assert made.dtype == np.float32
+    assert made.flags.c_contiguous
+    np.testing.assert_array_equal(made, normal(9, 77, math.prod(shape)).reshape(shape))
+
+
+@pytest.mark.parametrize("axis", [0, 1, 2, 3])
+def test_noise_with_a_frame_axis_is_drawn_frame_by_frame(axis: int) -> None:
+    """So a longer clip begins with a shorter one, wherever the axis stands."""
+    shape = [2, 3, 4, 5]
+    made = shaped(9, 77, shape, axis)
+    rest = [n for i, n in enumerate(shape) if i != axis]
+    frames = normal(9, 77, math.prod(shape)).reshape(shape[axis], *rest)
+    np.testing.assert_array_equal(np.moveaxis(made, axis, 0), frames)
+    longer = shaped(9, 77, [n + 2 if i == axis else n for i, n in enumerate(shape)], axis)
+    np.testing.assert_array_equal(np.take(longer, range(shape[axis]), axis), made)
+    assert axis != 1 or np.array_equal(made, np.stack([*frames], axis=1))
+
+
+def test_a_clips_noise_is_noise_with_a_frame_axis() -> None:
+    np.testing.assert_array_equal(shaped(3, 1, (1, 4, 5, 2, 3), 2)[0], frame_noise(3, 1, 4, 5, 2, 3))
+
+
+def test_a_rows_stream_is_its_own() -> None:
+    """docs/manifest.md: purpose + 2^32 (row + 1); a manifest's own purposes are below 2^31."""
+    assert row_purpose(5, 0) == 5 + 2**32
+    assert row_purpose(5, 9) == 5 + 10 * 2**32
+    made = {row_purpose(purpose, row) for purpose in range(40) for row in range(40)}
+    assert len(made) == 1600
+    assert min(made) > 2**31

@@ -10,28 +10,33 @@ import sys
 import time
 import weakref
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnxruntime as ort
 import pytest
+from older_graph import as_version_1
 
 import higen
 from higen import bundle as files
 from higen.api import default_model
 from higen.backends.onnx import OnnxBackend
-from higen.backends.select import Options, select_backend
+from higen.backends.options import Options
+from higen.backends.select import select_backend
 from higen.backends.torch import TorchBackend
-from higen.bundle import Bundle, graph_file
+from higen.bundle import Bundle, file_record, graph_file
 from higen.errors import BackendError, BackendUnavailable, FallbackWarning, HigenError, IntegrityError, RequestError
+from higen.families.higen import spec
+from higen.manifest_file import Opened
 from higen.pipeline import Pipeline
-from higen.stages import STAGES, dimensions
+from higen.sampler import Step
 
 
 def prompts() -> tuple[str, ...]:
     """Three that the built-in model knows."""
-    return Bundle.open(default_model()).config.prompts[:3]
+    return Bundle.open(default_model()).manifest.prompts[:3]
 
 
 @pytest.fixture(scope="module")
@@ -49,13 +54,13 @@ def onnx(bundle: Bundle) -> Pipeline:
 @pytest.fixture(scope="module")
 def torch(bundle: Bundle) -> Pipeline:
     """On PyTorch."""
-    return Pipeline(bundle, TorchBackend(bundle, "cpu"))
+    return Pipeline(bundle, TorchBackend(bundle, Options("cpu")))
 
 
 def latents_and_frames(pipe: Pipeline, prompt: object, **options: object) -> tuple[np.ndarray, np.ndarray]:
     """Latents after the last step, and decoded frames."""
     stream = pipe.stream(prompt, **options)  # type: ignore[arg-type]
-    last = list(stream)[-1]
+    last = [event for event in stream if isinstance(event, Step)][-1]
     return pipe.backend.to_numpy(last.latents), np.stack([video.frames for video in stream.videos])
 
 
@@ -97,14 +102,13 @@ def test_a_batch_is_its_prompts_one_by_one(onnx: Pipeline) -> None:
 
 
 def test_two_requests_at_different_steps_share_a_batch(bundle: Bundle, onnx: Pipeline) -> None:
-    stage, random = STAGES["temporal_unet"], np.random.default_rng(0)
-    sizes = {**dimensions(bundle.config), "B": 2, "F": 5, "H": 8, "W": 8}
+    stage, random = bundle.manifest.stage("temporal_unet"), np.random.default_rng(0)
+    sizes = {**bundle.manifest.fixed, "B": 2, "F": 5, "H": 8, "W": 8}
     inputs = {
-        t.name: random.integers(0, 999, 2)
-        if t.dtype == "int64"
-        else random.standard_normal([sizes[n] if isinstance(n, str) else n for n in t.shape]).astype(np.float32)
+        t.name: random.standard_normal([sizes[n] if isinstance(n, str) else n for n in t.shape]).astype(np.float32)
         for t in stage.inputs
     }
+    inputs |= {"t": random.integers(0, 999, 2).astype(np.float32)}
     inputs |= {"alpha": np.float32([0.3, 0.9]), "sigma": np.sqrt(1 - np.float32([0.3, 0.9]) ** 2)}
     together = onnx.backend.run("temporal_unet", **inputs)
     for i in range(2):
@@ -127,7 +131,7 @@ import sys
 for name in ("torch", "diffusers", "transformers", "safetensors", "onnx"):
     sys.modules[name] = None  # an import of it fails
 import higen, higen.api
-video = higen.generate(higen.Bundle.open(higen.api.default_model()).config.prompts[0], steps=2)
+video = higen.generate(higen.Bundle.open(higen.api.default_model()).manifest.prompts[0], steps=2)
 assert video.frames.std() > 1
 video.save(sys.argv[1])
 """
@@ -141,16 +145,27 @@ def copy(tmp_path: Path) -> Path:
     return Path(shutil.copytree(default_model(), tmp_path / "model"))
 
 
+def fitted(model: Path) -> None:
+    """Make the manifest that of the files as they are now."""
+
+    def changed(opened: Opened) -> Opened:
+        there = {name: file_record(model / name) for name in opened.files if (model / name).exists()}
+        graphs = {name: inputs for name, inputs in opened.graphs.items() if name in there}
+        return replace(opened, files=there, graphs=graphs)
+
+    files.rewrite(model, changed)
+
+
 def test_auto_prefers_graphs(copy: Path) -> None:
     with higen.load(copy) as pipe:
         assert pipe.backend.name == "onnx"
-        assert "temporal_unet onnx (cpu, fp32)" in " ".join(pipe.report().split())
+        assert "temporal_unet_plain onnx (cpu, fp32)" in " ".join(pipe.report().split())
 
 
 def test_a_broken_graph_falls_back_with_one_warning(copy: Path) -> None:
-    graph = copy / graph_file("temporal_unet")
+    graph = copy / graph_file("temporal_unet_plain")
     graph.write_bytes(b"\0" * graph.stat().st_size)
-    with pytest.warns(FallbackWarning, match="temporal_unet runs on torch") as caught, higen.load(copy) as pipe:
+    with pytest.warns(FallbackWarning, match="temporal_unet_plain runs on torch") as caught, higen.load(copy) as pipe:
         video = pipe(prompts()[0], steps=3, progress=False)
     assert len(caught) == 1
     with higen.load(copy, "torch") as pipe:
@@ -161,9 +176,8 @@ def test_a_broken_graph_falls_back_with_one_warning(copy: Path) -> None:
 
 
 def test_a_missing_graph_is_passed_over_in_silence(copy: Path) -> None:
-    original = Bundle.open(copy)
     (copy / graph_file("vae_decoder")).unlink()
-    files.write_manifest(copy, original.config)
+    fitted(copy)
     with higen.load(copy) as pipe:
         report = " ".join(pipe.report().split())
     assert "vae_decoder torch (cpu, fp32) not tensorrt: no engine of vae_decoder" in report
@@ -183,14 +197,14 @@ def test_a_precision_that_the_model_was_never_quantised_to_is_refused(backend: s
 
 @pytest.mark.parametrize("cut", [0, 100, -1])
 def test_a_truncated_weights_file_is_one_error(copy: Path, cut: int) -> None:
-    weights = copy / files.UNET
+    weights = copy / spec.UNET
     weights.write_bytes(weights.read_bytes()[:cut])
     with pytest.raises(IntegrityError, match=r"unet\.safetensors"):
         higen.load(copy)
 
 
 def test_weights_of_another_model_are_one_error(copy: Path) -> None:
-    weights = copy / files.UNET
+    weights = copy / spec.UNET
     content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
     weights.write_bytes(content)
@@ -199,25 +213,25 @@ def test_weights_of_another_model_are_one_error(copy: Path) -> None:
 
 
 def test_a_truncated_graph_is_one_error_whatever_the_manifest_says(copy: Path) -> None:
-    graph = copy / graph_file("temporal_unet")
+    graph = copy / graph_file("temporal_unet_plain")
     graph.write_bytes(graph.read_bytes()[: graph.stat().st_size // 2])
-    with pytest.raises(IntegrityError, match=r"temporal_unet\.onnx"):
+    with pytest.raises(IntegrityError, match=r"temporal_unet_plain\.onnx"):
         higen.load(copy, "onnx")
-    files.write_manifest(copy, Bundle.open(default_model()).config)  # as if it had been made so
-    with pytest.raises(IntegrityError, match=r"temporal_unet\.onnx: ONNX Runtime cannot load it"):
+    fitted(copy)  # as if it had been made so
+    with pytest.raises(IntegrityError, match=r"temporal_unet_plain\.onnx: ONNX Runtime cannot load it"):
         higen.load(copy, "onnx")
 
 
 def test_a_graph_of_another_stage_is_one_error(copy: Path) -> None:
     shutil.copy(copy / graph_file("conditioner"), copy / graph_file("text_encoder"))
-    files.write_manifest(copy, Bundle.open(default_model()).config)
+    fitted(copy)
     with pytest.raises(IntegrityError, match="the graph of text_encoder is another stage's or model's"):
         higen.load(copy, "onnx")
 
 
 def test_a_graph_over_weights_of_another_size_is_one_error(copy: Path) -> None:
-    shutil.copy(copy / files.TEXT_ENCODER, copy / files.UNET)
-    files.write_manifest(copy, Bundle.open(default_model()).config)
+    shutil.copy(copy / spec.TEXT_ENCODER, copy / spec.UNET)
+    fitted(copy)
     with pytest.raises(IntegrityError, match=r"conditioner\.onnx: ONNX Runtime cannot load it"):
         higen.load(copy, "onnx")
 
@@ -230,9 +244,9 @@ def test_external_data_cannot_leave_the_directory(copy: Path) -> None:
         for entry in tensor.external_data:
             if entry.key == "location":
                 entry.value = "../secret.safetensors"
-    (copy.parent / "secret.safetensors").write_bytes((copy / files.UNET).read_bytes())
+    (copy.parent / "secret.safetensors").write_bytes((copy / spec.UNET).read_bytes())
     path.write_bytes(graph.SerializeToString())
-    files.write_manifest(copy, Bundle.open(default_model()).config)
+    fitted(copy)
     with pytest.raises(IntegrityError, match=r"conditioner\.onnx"):
         higen.load(copy, "onnx")
 
@@ -246,11 +260,35 @@ def test_wrong_inputs_are_refused(onnx: Pipeline) -> None:
         onnx.backend.run("vae_decoder", latents=np.zeros((1, 32, 8, 8), np.int64))
 
 
+# Graphs that were made before manifest version 2: t is int64, guidance has one value a sample
+
+
+def test_an_older_graph_is_fed_what_it_takes(copy: Path, bundle: Bundle) -> None:
+    as_version_1(copy, "temporal_unet")
+    rows = {row.name: (row.dtype, row.shape) for row in Bundle.open(copy).graphs["temporal_unet.onnx"]}
+    assert (rows["t"], rows["guidance"]) == (("int64", ("B",)), ("float32", ("B",)))
+    random, stage = np.random.default_rng(0), bundle.manifest.stage("temporal_unet")
+    sizes = {**bundle.manifest.fixed, "B": 2, "F": 3, "H": 4, "W": 2}
+    given = {
+        t.name: random.standard_normal([sizes[n] if isinstance(n, str) else n for n in t.shape]).astype(np.float32)
+        for t in stage.inputs
+    }
+    given |= {"t": np.float32([7, 900]), "guidance": np.repeat(np.float32([[1.5], [4.0]]), 3, axis=1)}
+    older, newer = OnnxBackend(Bundle.open(copy)), OnnxBackend(bundle)
+    for name, value in newer.run("temporal_unet", **given).items():
+        np.testing.assert_array_equal(older.run("temporal_unet", **given)[name].numpy(), value.numpy())
+    for changed in ({"t": np.float32([7.5, 900])}, {"guidance": np.float32([[1, 2, 3], [1, 1, 1]])}):
+        (name,) = changed
+        message = rf"temporal_unet: its graph was made before {name} could .*higen-export onnx {re.escape(str(copy))}"
+        with pytest.raises(BackendUnavailable, match=message):
+            older.run("temporal_unet", **{**given, **changed})
+
+
 def test_a_device_that_is_not_here(bundle: Bundle) -> None:
     with pytest.raises(BackendUnavailable, match="device='tpu'"):
-        OnnxBackend(bundle, "tpu")
+        OnnxBackend(bundle, Options("tpu"))
     with pytest.raises(BackendUnavailable, match="CPUExecutionProvider"):
-        OnnxBackend(bundle, "cuda")
+        OnnxBackend(bundle, Options("cuda"))
     with pytest.raises(BackendUnavailable, match=r"pip install 'higen\[cuda\]'"):
         higen.load(default_model(), "onnx", device="cuda")
 

@@ -186,7 +186,7 @@ def test_the_wheel_alone_makes_a_video(environment: Path, tmp_path: Path) -> Non
         assert "No module named" in run(environment, "python", "-c", f"import {absent}").stderr
     where = run(environment, "python", "-c", "import higen; print(higen.__file__)").stdout
     assert where.startswith(str(environment.parent))
-    prompt = Bundle.open(default_model()).config.prompts[0]
+    prompt = Bundle.open(default_model()).manifest.prompts[0]
     made = run(environment, "higen", "generate", prompt, "--steps", "2", "-o", str(tmp_path / "video.mp4"), "--json")
     assert made.returncode == 0, made.stderr
     assert json.loads(made.stdout)["versions"]["backend"] == "onnx"

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from higen.errors import FixtureError
-from higen.models.checkpoint import reference_names
+from higen.families.higen.reference_names import reference_names
 from higen.parity import Case, main_table, run
 from higen.parity.compare import compare
 from higen.parity.fixtures import assemble, recipe_salt, recipe_state, recipe_tensor, recorded_config

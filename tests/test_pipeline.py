@@ -5,21 +5,24 @@ from __future__ import annotations
 import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import PIL.Image
 import pytest
-from conftest import TINY
 from numpy.typing import NDArray
 
 import higen
 from higen.backends import RecordingBackend
+from higen.backends.options import Options
 from higen.backends.torch import TorchBackend
 from higen.bundle import Bundle
 from higen.errors import BackendError, PromptWarning, RequestError
-from higen.pipeline import DECODE_CHUNK, Pipeline
+from higen.events import Frames
+from higen.pipeline import Pipeline
+from higen.sampler import Step
 from higen.video import Video
 
 PROMPTS = ["a blue whale swimming", "a red heart beating", "a green star"]
@@ -27,7 +30,7 @@ PROMPTS = ["a blue whale swimming", "a red heart beating", "a green star"]
 
 def torch_pipeline(model: Path) -> Pipeline:
     bundle = Bundle.open(model)
-    return Pipeline(bundle, TorchBackend(bundle, "cpu"))
+    return Pipeline(bundle, TorchBackend(bundle, Options(device="cpu")))
 
 
 @pytest.fixture(scope="module")
@@ -44,14 +47,19 @@ def preconditioned(preconditioned_model: Path) -> Iterator[Pipeline]:
 
 @pytest.fixture
 def recorded(tiny_model: Path) -> tuple[Pipeline, RecordingBackend]:
-    backend = RecordingBackend(TINY)
-    return Pipeline(Bundle.open(tiny_model), backend), backend
+    bundle = Bundle.open(tiny_model)
+    backend = RecordingBackend(bundle.manifest)
+    return Pipeline(bundle, backend), backend
+
+
+def steps_of(pipeline: Pipeline, prompt: str | list[str], **options: Any) -> list[Step]:
+    """Every step of a video; its frames are left out."""
+    return [event for event in pipeline.stream(prompt, **options) if isinstance(event, Step)]
 
 
 def latents(pipeline: Pipeline, prompt: str | list[str], **options: Any) -> NDArray[np.float32]:
     """The latents after the last step, [B, C, F, H, W]."""
-    *_, last = pipeline.stream(prompt, **options)
-    return pipeline.backend.to_numpy(last.latents)
+    return pipeline.backend.to_numpy(steps_of(pipeline, prompt, **options)[-1].latents)
 
 
 # Seeds and batches
@@ -117,8 +125,15 @@ def test_the_stages_of_a_video_in_order(recorded: tuple[Pipeline, RecordingBacke
     pipeline, backend = recorded
     pipeline(PROMPTS, steps=(2, 3), frames=5)
     expected = [
-        *["text_encoder"] * 4,  # three prompts and the empty one, each alone
+        *["text_encoder", "conditioner"] * 4,  # three prompts and the empty one, each alone
+        *["spatial_unet"] * 2,
         *["conditioner"] * 4,
+        *["temporal_unet"] * 3,
+        *["vae_decoder"] * 9,
+    ]
+    expected = [
+        *["text_encoder", "conditioner", "text_encoder", "conditioner"],
+        *["text_encoder", "conditioner"] * 2,
         *["spatial_unet"] * 2,
         *["conditioner"] * 4,
         *["temporal_unet"] * 3,
@@ -152,25 +167,37 @@ def test_decoding_is_in_chunks(recorded: tuple[Pipeline, RecordingBackend]) -> N
     pipeline("a whale", frames=7)
     sizes = [given["latents"][0] for stage, given in backend.calls if stage == "vae_decoder"]
     assert sum(sizes) == 7
-    assert max(sizes) == DECODE_CHUNK
+    assert max(sizes) == pipeline.manifest.sizes.chunk == 2
 
 
-def test_decoding_in_chunks_is_decoding_at_once(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decoding_in_chunks_is_decoding_at_once(pipe: Pipeline) -> None:
     z = np.random.default_rng(0).standard_normal((2, 4, 5, 8, 12)).astype(np.float32)
-    done: list[tuple[int, int]] = []
-    in_chunks = pipe.decode(z, lambda *progress: done.append(progress))
+    request = pipe.request(["a whale", "a star"], frames=5)
+    in_chunks = pipe.decode(z, request)
     assert in_chunks.shape == (2, 5, 16, 24, 3)
-    assert done == [(2, 10), (4, 10), (5, 10), (7, 10), (9, 10), (10, 10)]
-    monkeypatch.setattr("higen.pipeline.DECODE_CHUNK", 100)
-    assert np.abs(in_chunks.astype(int) - pipe.decode(z)).max() <= 1
-    np.testing.assert_array_equal(in_chunks[1], pipe.decode(z[1:])[0])
+    sizes = replace(pipe.manifest.sizes, chunk=100)
+    whole = Pipeline(replace(pipe.bundle, manifest=replace(pipe.manifest, sizes=sizes)), pipe.backend)
+    assert np.abs(in_chunks.astype(int) - whole.decode(z, request)).max() <= 1
+    np.testing.assert_array_equal(in_chunks[1], pipe.decode(z[1:], pipe.request("a star", frames=5))[0])
+
+
+def test_frames_are_told_as_they_are_decoded(pipe: Pipeline) -> None:
+    stream = pipe.stream(["a whale", "a star"], frames=5, steps=1)
+    frames = [event for event in stream if isinstance(event, Frames)]
+    assert [(f.video, f.first, len(f.frames)) for f in frames] == [
+        *((0, 0, 2), (0, 2, 2), (0, 4, 1)),
+        *((1, 0, 2), (1, 2, 2), (1, 4, 1)),
+    ]
+    assert [(f.done, f.total) for f in frames] == [(2, 10), (4, 10), (5, 10), (7, 10), (9, 10), (10, 10)]
+    for i, video in enumerate(stream.videos):
+        np.testing.assert_array_equal(np.concatenate([f.frames for f in frames if f.video == i]), video.frames)
 
 
 class Taps(TorchBackend):
     """The torch backend, keeping what each stage is given."""
 
     def __init__(self, bundle: Bundle) -> None:
-        super().__init__(bundle, "cpu")
+        super().__init__(bundle, Options(device="cpu"))
         self.given: list[tuple[str, dict[str, Any]]] = []
 
     def run(self, stage: str, /, **tensors: Any) -> Mapping[str, Any]:
@@ -190,13 +217,13 @@ def tapped(tiny_model: Path) -> tuple[Pipeline, Taps]:
 
 def test_steps_and_guidance_of_each_stage(tapped: tuple[Pipeline, Taps]) -> None:
     pipeline, backend = tapped
-    steps = list(pipeline.stream("a whale", steps=(2, 3), guidance=(1.5, 0)))
-    assert [(s.stage, s.index, s.total) for s in steps] == [
-        *[("spatial_unet", i, 2) for i in range(2)],
-        *[("temporal_unet", i, 3) for i in range(3)],
+    steps = steps_of(pipeline, "a whale", steps=(2, 3), guidance=(1.5, 0))
+    assert [(s.loop, s.stage, s.index, s.total) for s in steps] == [
+        *[("spatial", "spatial_unet", i, 2) for i in range(2)],
+        *[("temporal", "temporal_unet", i, 3) for i in range(3)],
     ]
-    assert [given["guidance"].tolist() for given in backend.of("spatial_unet")] == [[1.5]] * 2
-    assert [given["guidance"].tolist() for given in backend.of("temporal_unet")] == [[0.0]] * 3
+    assert [given["guidance"].tolist() for given in backend.of("spatial_unet")] == [[[1.5]]] * 2
+    assert [given["guidance"].tolist() for given in backend.of("temporal_unet")] == [[[0.0] * 4]] * 3
 
 
 def test_guidance_one_is_the_prompt_alone(pipe: Pipeline) -> None:
@@ -211,11 +238,11 @@ def test_guidance_one_is_the_prompt_alone(pipe: Pipeline) -> None:
 def test_the_key_frame_is_the_prior_and_the_cues_are_given(tapped: tuple[Pipeline, Taps]) -> None:
     pipeline, backend = tapped
     matrix = np.linspace(-1, 1, 4 * 32).reshape(4, 32)
-    steps = list(pipeline.stream(PROMPTS[:2], motion=[10, 20, 30], appearance=matrix))
+    steps = steps_of(pipeline, PROMPTS[:2], motion=[10, 20, 30], appearance=matrix)
     key_frame = backend.to_numpy(steps[3].latents)[:, :, 0]
     for given in backend.of("temporal_unet"):
         np.testing.assert_array_equal(given["prior"], key_frame)
-    spatial, _, _, temporal, other, _ = backend.of("conditioner")
+    spatial, _, _, temporal, _, other = backend.of("conditioner")
     assert spatial["appearance"].shape == (1, 1, 32)
     assert (spatial["appearance"] == 1).all()
     assert spatial["motion"][0, 0].tolist() == [1.0] * 16 + [0.0] * 16  # cosines and sines of motion 0
@@ -308,7 +335,7 @@ def bad_pictures(folder: Path) -> dict[str, Any]:
         "four channels": np.zeros((16, 24, 4), np.uint8),
         "empty": np.zeros((0, 24, 3), np.uint8),
         "number": 7,
-        "list": [picture()],
+        "list": [picture(), picture()],
         "bytes": b"\x89PNG",
         "no pixels": PIL.Image.new("RGB", (0, 0)),
         "a null": "a\0b.png",
@@ -337,8 +364,12 @@ def test_the_key_frame_alone(pipe: Pipeline) -> None:
     assert one.dtype == np.uint8
     several = pipe.image(PROMPTS, seed=[3, 4, 5], steps=2)
     assert [image.shape for image in several] == [(16, 24, 3)] * 3
-    first = next(iter(pipe.stream("a whale", steps=1, seed=3)))
-    np.testing.assert_array_equal(pipe.image("a whale", seed=3, steps=1), pipe.decode(first.latents)[0, 0])
+    stream = pipe.stream("a whale", steps=1, seed=3)
+    first = next(stream)
+    assert isinstance(first, Step)
+    np.testing.assert_array_equal(
+        pipe.image("a whale", seed=3, steps=1), pipe.decode(first.latents, stream.request)[0, 0]
+    )
 
 
 def test_the_key_frame_takes_a_videos_options_and_checks_them(pipe: Pipeline) -> None:
@@ -350,23 +381,28 @@ def test_the_key_frame_takes_a_videos_options_and_checks_them(pipe: Pipeline) ->
 # Streams
 
 
-def test_a_stream_gives_every_step_then_the_videos(pipe: Pipeline) -> None:
+def test_a_stream_gives_every_step_then_the_frames_then_the_videos(pipe: Pipeline) -> None:
     stream = pipe.stream(PROMPTS[:2], seed=3)
+    assert stream.loops == [("spatial", 4), ("temporal", 4), ("decode", 8)]
     with pytest.raises(RequestError, match="no step has been made"):
         stream.preview()
     with pytest.raises(RequestError, match="not been read to its end"):
         _ = stream.videos
-    shapes = []
-    for step in stream:
+    shapes, kinds = [], []
+    for event in stream:
+        kinds.append(type(event))
         preview = stream.preview()
         assert preview.dtype == np.uint8
-        np.testing.assert_array_equal(preview, pipe.decode(step.previous))
-        shapes.append(preview.shape)
+        if isinstance(event, Step):
+            np.testing.assert_array_equal(preview, pipe.decode(event.previous, stream.request))
+            shapes.append(preview.shape)
+    assert kinds == [Step] * 8 + [Frames] * 4
     assert shapes == [(2, 1, 16, 24, 3)] * 4 + [(2, 4, 16, 24, 3)] * 4
     called = pipe(PROMPTS[:2], seed=3)
     for streamed, made in zip(stream.videos, called, strict=True):
         np.testing.assert_array_equal(streamed.frames, made.frames)
     assert list(stream) == []
+    assert len(stream.videos) == 2
 
 
 def test_looking_does_not_change_the_result(pipe: Pipeline) -> None:
@@ -379,8 +415,8 @@ def test_looking_does_not_change_the_result(pipe: Pipeline) -> None:
 def test_a_stream_left_early_stops_the_work(recorded: tuple[Pipeline, RecordingBackend]) -> None:
     pipeline, backend = recorded
     stream = pipeline.stream("a whale", steps=(10, 10))
-    for step in stream:
-        if step.index == 2:
+    for event in stream:
+        if isinstance(event, Step) and event.index == 2:
             break
     stream.close()
     assert calls(backend).count("spatial_unet") == 3
@@ -415,11 +451,12 @@ class Interrupted(RecordingBackend):
         return super().run(stage, **tensors)
 
 
-@pytest.mark.parametrize("at", [0, 3, 5, 9, 13], ids=["text", "conditioner", "spatial", "temporal", "decode"])
+@pytest.mark.parametrize("at", [0, 3, 5, 10, 14], ids=["text", "conditioner", "spatial", "temporal", "decode"])
 def test_ctrl_c_ends_the_work_and_not_the_pipeline(tiny_model: Path, at: int) -> None:
-    backend = Interrupted(TINY)
+    bundle = Bundle.open(tiny_model)
+    backend = Interrupted(bundle.manifest)
     backend.at = at
-    pipeline = Pipeline(Bundle.open(tiny_model), backend)
+    pipeline = Pipeline(bundle, backend)
     with pytest.raises(KeyboardInterrupt):
         pipeline("a whale")
     assert len(backend.calls) == at
@@ -480,8 +517,9 @@ def test_values_that_are_no_numbers_are_an_error(tiny_model: Path) -> None:
         def run(self, stage: str, /, **tensors: Any) -> Mapping[str, Any]:
             return {name: value + np.nan for name, value in super().run(stage, **tensors).items()}
 
+    bundle = Bundle.open(tiny_model)
     with pytest.raises(BackendError, match="NaN"):
-        Pipeline(Bundle.open(tiny_model), Broken(TINY))("a whale")
+        Pipeline(bundle, Broken(bundle.manifest))("a whale")
 
 
 # Metadata and progress

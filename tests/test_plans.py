@@ -29,7 +29,14 @@ from higen.errors import (
     Stale,
     WrongArchitecture,
 )
-from higen.stages import STAGES
+from higen.stages import Output, Stage, Tensor
+
+DECODER = Stage(
+    "vae_decoder",
+    "vae.safetensors",
+    (Tensor("latents", ("N", "C", "H", "W")),),
+    (Output("pixels", ("N", 3, "Y", "X")),),
+)
 
 FILES = {RECORD.graph: RECORD.graph_sha256, RECORD.weights: RECORD.weights_sha256}
 HERE: dict[str, str | HigenError] = {
@@ -110,7 +117,7 @@ def test_a_broken_record_does_not_hide_a_good_plan() -> None:
 
 
 def test_a_plans_tensors_are_the_tables() -> None:
-    stage, tensors = STAGES["vae_decoder"], RECORD.tensors
+    stage, tensors = DECODER, RECORD.tensors
     check_interface(plan(), stage, tensors)
     with pytest.raises(Malformed, match="its tensors are"):
         check_interface(plan(), stage, tensors[:1])
@@ -128,7 +135,7 @@ def test_a_plans_tensors_are_the_tables() -> None:
 def test_an_engine_may_know_the_sizes_that_its_profiles_fix() -> None:
     """A profile whose smallest and largest sizes are the same: the network's axis is free, the engine's may not be."""
     fixed = (PlanTensor("latents", "input", "float32", (2, 4, 8, 8)), RECORD.tensors[1])
-    check_interface(plan(), STAGES["vae_decoder"], fixed)
+    check_interface(plan(), DECODER, fixed)
 
 
 def profiles(*limits: tuple[str, int, int]) -> Plan:

@@ -9,8 +9,11 @@ import torch
 from conftest import TINY
 from torch import Tensor, nn
 
-from higen.models.stage_modules import DenoisingStage, precondition, velocity
-from higen.models.unet import UNet
+from higen.families.higen import spec
+from higen.families.higen.network import VelocityPredictor
+from higen.families.higen.preconditioning import precondition, velocity
+from higen.families.higen.unet import UNet
+from higen.models.solver_step import SolverStep
 from higen.train.objective import diffuse, gain_loss, residual_square, residual_v_loss, v_target
 
 CONFIG = replace(TINY.unet, prior_preconditioning=True, pooled_context=True)
@@ -112,15 +115,20 @@ def test_guidance_sees_one_gain_in_both_branches(parts: dict[str, Tensor]) -> No
     nn.init.normal_(unet.residual_gain.weight, std=0.3)
     for parameter in unet.conv_out.parameters():
         nn.init.zeros_(parameter)
-    columns = {name: torch.zeros(B) for name in ("A", "B", "C")}
+    step = SolverStep(spec.manifest(replace(TINY, unet=CONFIG)).stage("temporal_unet"), VelocityPredictor(unet))
+    given = {
+        **{name: torch.zeros(B) for name in ("A", "B", "C")},
+        **{name: parts[name] for name in ("alpha", "sigma", "context", "prior")},
+        "latents": parts["z"],
+        "previous": parts["z"],
+        "t": torch.tensor([300.0, 800.0]),
+        "empty_context": parts["context"].flip(0),
+        "frame_embedding": parts["embedding"],
+    }
     found = [
-        DenoisingStage(unet)(
-            parts["z"], parts["z"], torch.tensor([300, 800]), **columns, alpha=parts["alpha"], sigma=parts["sigma"],
-            guidance=torch.full((B,), guidance), context=parts["context"], empty_context=parts["context"].flip(0),
-            frame_embedding=parts["embedding"], prior=parts["prior"],
-        )[1]
+        step(*({**given, "guidance": torch.full((B, F), guidance)}[name] for name in step.inputs))[1]
         for guidance in (0.0, 1.0, 12.0)
-    ]  # fmt: skip
+    ]
     torch.testing.assert_close(found[0], found[1])
     torch.testing.assert_close(found[1], found[2])
 

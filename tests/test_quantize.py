@@ -19,18 +19,22 @@ from click.testing import CliRunner
 import higen
 from higen.api import default_model
 from higen.backends.onnx import OnnxBackend
+from higen.backends.options import Options
 from higen.bundle import Bundle, graph_file, put_file
 from higen.engines.compare import compare
 from higen.engines.model import build_engines
 from higen.engines.shapes import read_profile
 from higen.engines.targets import parse_targets
 from higen.errors import BackendError, BackendUnavailable, ModelError, OutputError, RequestError
+from higen.export.interface import graph_inputs
 from higen.export.model import export_model
 from higen.export.quantize import Report, quantize, record_calls
 from higen.exporter import main
 from higen.train.recipes.default.report import COLUMNS
 
 ROOT = Path(__file__).resolve().parents[1]
+
+GUIDED = ("spatial_unet", "temporal_unet")
 
 
 @pytest.fixture(scope="module")
@@ -42,8 +46,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def calls(model: Path) -> Any:
     """Three steps of a tiny clip."""
     bundle = Bundle.open(model)
-    step = bundle.config.autoencoder.factor * bundle.config.unet.size_multiple
-    return record_calls(bundle, ["a red heart"], 4, 3, frames=2, width=step, height=step)
+    step = bundle.manifest.sizes.multiple
+    return record_calls(bundle, ["a red heart"], 4, 3, GUIDED, frames=2, width=step, height=step)
 
 
 @pytest.fixture(scope="module")
@@ -55,8 +59,8 @@ def quantized(model: Path, calls: Any) -> tuple[Bundle, Report]:
 
 def test_recording_shows_how_far_it_is(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundle = Bundle.open(model)
-    step = bundle.config.autoencoder.factor * bundle.config.unet.size_multiple
-    record_calls(bundle, ["a red heart"], 1, 1, True, frames=2, width=step, height=step)
+    step = bundle.manifest.sizes.multiple
+    record_calls(bundle, ["a red heart"], 1, 1, None, True, frames=2, width=step, height=step)
     assert "calibration: 100%" in capsys.readouterr().err
     record_calls(bundle, ["a red heart"], 1, 1, frames=2, width=step, height=step)
     assert capsys.readouterr().err == ""
@@ -75,7 +79,7 @@ def test_the_graph_runs_and_differs_by_what_was_measured(
     bundle, report = quantized
     assert bundle.precisions("spatial_unet") == ("fp32", "int8")
     assert report.chosen + len(report.kept) == report.candidates
-    plain, low = OnnxBackend(bundle, "cpu", "fp32"), OnnxBackend(bundle, "cpu", "int8")
+    plain, low = (OnnxBackend(bundle, Options("cpu", p)) for p in ("fp32", "int8"))
     worst = 0.0
     for call in calls["spatial_unet"]:
         expected, found = (b.to_numpy(b.run("spatial_unet", **call)["previous"]) for b in (plain, low))
@@ -153,7 +157,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     model = Path(shutil.copytree(default_model(), tmp_path_factory.mktemp("half") / "model"))
     bundle = Bundle.open(model)
     aside = Path(shutil.copy(model / graph_file("spatial_unet"), model / ".graph.part"))
-    return put_file(bundle, aside, graph_file("spatial_unet", "fp16"))
+    return put_file(bundle, aside, graph_file("spatial_unet", "fp16"), graph_inputs(aside))
 
 
 @pytest.mark.parametrize(
@@ -172,7 +176,7 @@ def test_an_engine_of_a_quantised_graph(
     reports: list[Report] = []
     bundle = quantize(half, calls, precision, ["spatial_unet"], on_report=reports.append)
     assert reports[0].error <= 0.05
-    profile = read_profile("default", bundle.config)
+    profile = read_profile("default", bundle.manifest)
     with pytest.raises(RequestError, match=f"precision='{precision}': {lacking[4:].upper()} cannot compute in it"):
         build_engines(bundle, parse_targets(f"{target},{lacking}"), [profile], ["spatial_unet"], precision)
     assert not (bundle.path / "engines").exists()
@@ -206,7 +210,7 @@ def products(log: str, datatype: str) -> set[str]:
 def test_onnx_runtime_says_that_it_lacks_nvfp4(half: Bundle, calls: Any) -> None:
     bundle = quantize(half, calls, "nvfp4.fp16", ["spatial_unet"])
     with pytest.raises(BackendUnavailable, match=r"spatial_unet\.nvfp4\.fp16\.onnx: ONNX Runtime does not compute"):
-        OnnxBackend(bundle, "cpu", "nvfp4.fp16").prepare("spatial_unet")
+        OnnxBackend(bundle, Options("cpu", "nvfp4.fp16")).prepare("spatial_unet")
 
 
 def test_polygraphy_tells_the_same_story(quantized: tuple[Bundle, Report]) -> None:
@@ -230,9 +234,9 @@ def test_the_table_of_precisions(quantized: tuple[Bundle, Report], tmp_path: Pat
     """benchmarks/precisions.py, on a tiny clip: its figures, and what it keeps."""
     precisions = load_benchmark()
     bundle, report = Bundle.open(quantized[0].path), quantized[1]
-    step = bundle.config.autoencoder.factor * bundle.config.unet.size_multiple
+    step = bundle.manifest.sizes.multiple
     options = {"frames": 2, "width": step, "height": step, "steps": 2}
-    prompts = bundle.config.prompts[:2]
+    prompts = bundle.manifest.prompts[:2]
     rows = precisions.compare(bundle, ("fp32", "int8"), prompts, options)
     videos = {}
     for name in ("fp32", "int8"):

@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 from higen.backends.base import RecordingBackend
+from higen.backends.options import Options
+from higen.backends.torch import TorchBackend
 from higen.bundle import Bundle
 from higen.pipeline import KEPT, Pipeline
 from higen.recent import Recent
@@ -51,7 +53,7 @@ def test_threads_do_not_wait_for_each_other() -> None:
 
 def test_a_prompt_is_encoded_once_and_bounded(tiny_model: Path) -> None:
     bundle = Bundle.open(tiny_model)
-    backend = RecordingBackend(bundle.config)
+    backend = RecordingBackend(bundle.manifest)
     pipeline = Pipeline(bundle, backend)
 
     def calls(prompt: str | list[str], **options: float) -> list[str]:
@@ -59,26 +61,25 @@ def test_a_prompt_is_encoded_once_and_bounded(tiny_model: Path) -> None:
         pipeline(prompt, steps=1, frames=2, progress=False, **options)
         return [stage for stage, _ in backend.calls if stage in ("text_encoder", "conditioner")]
 
-    assert calls("a whale") == ["text_encoder"] * 2 + ["conditioner"] * 4
+    one, both = ["text_encoder", "conditioner"], ["conditioner"] * 2
+    assert calls("a whale") == one * 2 + both
     assert calls("a whale", seed=3) == []
-    assert calls(["a whale", "a star", "a star"]) == ["text_encoder"] + ["conditioner"] * 2
-    assert calls("a whale", motion=20) == ["conditioner"] * 2  # other cues, the same text
-    other = Pipeline(bundle, RecordingBackend(bundle.config))
+    assert calls(["a whale", "a star", "a star"]) == [*one, "conditioner"]
+    assert calls("a whale", motion=20) == both  # other cues, the same text
+    other = Pipeline(bundle, RecordingBackend(bundle.manifest))
     other("a whale", steps=1, frames=2)
     assert "text_encoder" in [stage for stage, _ in other.backend.calls]  # type: ignore[attr-defined]
     for seed in range(2):
         for motion in range(KEPT):
             calls("a whale", motion=motion + 1, seed=seed)
-    assert len(pipeline._conditioned) == KEPT
+    assert len(pipeline._kept) == KEPT
     pipeline.close()
-    assert len(pipeline._conditioned) == len(pipeline._texts) == 0
+    assert len(pipeline._kept) == 0
 
 
 def test_what_is_kept_changes_no_video(tiny_model: Path) -> None:
-    from higen.backends.torch import TorchBackend
-
     bundle = Bundle.open(tiny_model)
-    with Pipeline(bundle, TorchBackend(bundle, "cpu")) as pipeline:
+    with Pipeline(bundle, TorchBackend(bundle, Options(device="cpu"))) as pipeline:
         first = pipeline("a whale", seed=1, negative_prompt="a star")
         pipeline(["a star", "a blue heart"], seed=2)
         np.testing.assert_array_equal(pipeline("a whale", seed=1, negative_prompt="a star").frames, first.frames)

@@ -16,6 +16,7 @@ from torch import Tensor
 import higen
 from higen.api import default_model
 from higen.bundle import Bundle
+from higen.families.higen import spec
 from higen.train.recipes.default import assemble, autoencoder, data, decoder, latents
 from higen.train.recipes.default.decoder import Drawn, Run, draw, train
 from higen.train.recipes.default.subjects import BACKGROUNDS, SPEEDS, SUBJECTS, caption
@@ -47,7 +48,8 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(autoencoder, "Pictures", Squares)
     start = Bundle.open(default_model())
     autoencoder.train(tmp_path, tmp_path, 0, start)
-    mean, std = torch.tensor(start.config.autoencoder.shift), 1 / torch.tensor(start.config.autoencoder.scale)
+    codec = spec.autoencoder_config(start.manifest)
+    mean, std = torch.tensor(codec.shift), 1 / torch.tensor(codec.scale)
     save_file({"mean": mean, "std": std}, tmp_path / "latents.safetensors")
     codec, pictures = autoencoder.load(tmp_path), Squares(tmp_path)
     (tmp_path / "drawn").mkdir()
@@ -149,7 +151,7 @@ def test_a_model_draws_the_clips_of_its_prompts_once(tmp_path: Path, monkeypatch
     assert content["asked"].tolist() == [[0, 0], [1, 1]]
     with higen.load(default_model()) as pipeline:
         prompt = caption(SUBJECTS[0], BACKGROUNDS[1], SPEEDS[1])
-        frames = pipeline.decode(content["latents"][1:2].float().numpy())[0]
+        frames = pipeline.decode(content["latents"][1:2].float().numpy(), pipeline.request(prompt))[0]
         np.testing.assert_allclose(frames.astype(int), pipeline(prompt, seed=1, progress=False).frames, atol=3)
     written = path.stat().st_mtime_ns
     monkeypatch.setattr(decoder, "_latents", None)  # nothing is drawn again

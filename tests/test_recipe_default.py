@@ -19,12 +19,12 @@ from conftest import full_disk
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
-from higen import bundle
 from higen.api import default_model
 from higen.bundle import Bundle
-from higen.conditioning import appearance_cue
-from higen.config import UNetConfig
 from higen.errors import SettingsError, TrainingError
+from higen.families.higen import spec
+from higen.families.higen.cues import appearance_cue
+from higen.families.higen.spec import UNetConfig
 from higen.tokenizer import build_word_tokenizer
 from higen.train.checkpoints import Checkpoints
 from higen.train.recipes.default import autoencoder, data, denoiser, latents
@@ -120,12 +120,12 @@ def test_a_start_from_another_model_takes_its_weights_and_its_words() -> None:
         networks.text.embeddings.token_embedding.weight = torch.nn.Parameter(torch.cat([own, own[:1]]))  # type: ignore[assignment, union-attr]
     kept = start_from(networks.text, networks.denoiser, tokenizer, model)
     assert kept == []
-    unet = load_file(model.file(bundle.UNET))
+    unet = load_file(model.file(spec.UNET))
     for name, parameter in networks.denoiser.named_parameters():
         assert torch.equal(parameter, unet[name].float()), name
     table = networks.text.get_parameter("embeddings.token_embedding.weight")
-    theirs = load_file(model.file(bundle.TEXT_ENCODER))["embeddings.token_embedding.weight"].float()
-    known = Tokenizer.from_file(str(model.file(bundle.TOKENIZER))).get_vocab()
+    theirs = load_file(model.file(spec.TEXT_ENCODER))["embeddings.token_embedding.weight"].float()
+    known = Tokenizer.from_file(str(model.file(spec.TOKENIZER))).get_vocab()
     assert torch.equal(table[ids["whale"]], theirs[known["whale"]])
     assert torch.equal(table[ids["novelty"]], torch.cat([own, own[:1]])[ids["novelty"]])
 
@@ -345,7 +345,7 @@ def test_no_seconds_write_the_start_models_codec(tmp_path: Path, monkeypatch: py
     model = Bundle.open(default_model())
     monkeypatch.setattr(autoencoder, "Pictures", lambda folder: None)
     autoencoder.train(tmp_path, tmp_path / "state", 0, model)
-    theirs = load_file(model.file(bundle.AUTOENCODER))
+    theirs = load_file(model.file(spec.AUTOENCODER))
     written = autoencoder.load(tmp_path / "state").state_dict()
     assert written.keys() == theirs.keys()
     assert all(torch.equal(tensor, theirs[name].float()) for name, tensor in written.items())

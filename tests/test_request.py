@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import inspect
 import math
-from dataclasses import replace
+import warnings
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
@@ -12,35 +12,57 @@ import pytest
 from conftest import TINY
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from interpreter_model import MANIFEST, changed
 
+from higen.conditioning import curve_values, similarity_rows
 from higen.errors import HigenError, RequestError
-from higen.request import MAX_SEED, Request, RequestOptions, make_request
+from higen.families.higen import spec
+from higen.images import load_picture
+from higen.manifest import Manifest
+from higen.request import MAX_SEED, Picture, Request, make_request
+from higen.tables import COMMON, Control, Replaced, Start
 
-FREE = replace(TINY, optional_cues=True)
+HIGEN = spec.manifest(TINY)
+FREE = spec.manifest(replace(TINY, optional_cues=True))
 """The tiny model (4 frames of 24x16, sizes in multiples of 4), trained without its cues as well."""
 
 
-def request(prompt: Any = "a whale", **options: Any) -> Request:
-    return make_request(TINY, prompt, **options)
+def request(prompt: Any = "a whale", manifest: Manifest = HIGEN, **options: Any) -> Request:
+    common = {name: options.pop(name) for name in (*COMMON, "warn") if name in options}
+    return make_request(manifest, prompt, **common, controls=options, load=load_picture)
+
+
+def as_dict(made: Request) -> dict[str, Any]:
+    """Its fields, and its controls among them; arrays as lists."""
+    values = {field.name: getattr(made, field.name) for field in fields(made) if field.name not in ("controls", "warn")}
+    return values | {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in made.controls.items()}
 
 
 def test_what_is_not_given_is_the_models_default() -> None:
-    made = request()
-    assert made == Request(
-        prompts=("a whale",),
-        negative_prompt="",
-        seeds=(0,),
-        steps=(4, 4),
-        guidance=(3.0, 3.0),
-        solver="ddim",
-        frames=4,
-        height=16,
-        width=24,
-        fps=8,
-        motion=60.0,
-        appearance=1.0,
-        offset_noise=0.1,
-    )
+    assert as_dict(request()) == {
+        "prompts": ("a whale",),
+        "negative_prompt": "",
+        "seeds": (0,),
+        "steps": (4, 4),
+        "guidance": (3.0, 3.0),
+        "solvers": ("ddim", "ddim"),
+        "frames": 4,
+        "height": 16,
+        "width": 24,
+        "fps": 8,
+        "motion": 60.0,
+        "appearance": 1.0,
+        "offset_noise": 0.1,
+        "image": None,
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["negative_prompt", "seed", "steps", "guidance", "solver", "frames", "width", "height", "fps", *"maoi"]
+)
+def test_none_is_the_default(name: str) -> None:
+    name = {"m": "motion", "a": "appearance", "o": "offset_noise", "i": "image"}.get(name, name)
+    assert as_dict(request(**{name: None})) == as_dict(request())
 
 
 def test_everything_that_is_given_is_taken() -> None:
@@ -64,15 +86,22 @@ def test_everything_that_is_given_is_taken() -> None:
     assert made.seeds == (3, MAX_SEED)
     assert made.steps == (1, 1000)
     assert made.guidance == (0.0, 7.5)
-    assert (made.solver, made.frames, made.height, made.width, made.fps) == ("dpm++2m", 1, 4096, 4, 240)
-    assert (made.motion, made.appearance, made.offset_noise) == (0, -1.0, 0.0)
+    assert (made.solvers, made.frames, made.height, made.width, made.fps) == (("dpm++2m",) * 2, 1, 4096, 4, 240)
+    assert [made.controls[name] for name in ("motion", "appearance", "offset_noise")] == [0, -1.0, 0.0]
 
 
-def test_one_value_serves_both_stages_and_all_prompts() -> None:
+def test_one_value_serves_both_loops_and_all_prompts() -> None:
     made = request(("a whale", "a star"), seed=5, steps=7, guidance=2)
     assert made.seeds == (5, 5)
     assert made.steps == (7, 7)
     assert made.guidance == (2.0, 2.0)
+
+
+def test_a_value_for_each_loop_may_leave_some_at_their_default() -> None:
+    made = request(steps=(None, 9), guidance=[2, None], solver=("dpm++2m", None))
+    assert made.steps == (4, 9)
+    assert made.guidance == (2.0, 3.0)
+    assert made.solvers == ("dpm++2m", "ddim")
 
 
 def test_numbers_of_numpy_become_pythons() -> None:
@@ -80,14 +109,26 @@ def test_numbers_of_numpy_become_pythons() -> None:
         seed=np.uint64(MAX_SEED), steps=np.int32(3), guidance=np.float32(1.5), frames=np.int64(2), width=np.int16(8),
         offset_noise=np.float64(0.5),
     )  # fmt: skip
-    values = (*made.seeds, *made.steps, *made.guidance, made.frames, made.width, made.offset_noise)
+    values = (*made.seeds, *made.steps, *made.guidance, made.frames, made.width, made.controls["offset_noise"])
     assert values == (MAX_SEED, 3, 3, 1.5, 1.5, 2, 8, 0.5)
     assert {type(value) for value in values} == {int, float}
+    assert request(["a", "b"], seed=np.array([1, 2]), steps=np.array([2, 3])).seeds == (1, 2)
 
 
 def test_zero_is_a_value_and_not_a_missing_one() -> None:
     made = request(seed=0, guidance=0, motion=0, appearance=0, offset_noise=0)
-    assert (made.guidance, made.motion, made.appearance, made.offset_noise) == ((0.0, 0.0), 0, 0, 0.0)
+    assert made.guidance == (0.0, 0.0)
+    assert [made.controls[name] for name in ("motion", "appearance", "offset_noise")] == [0, 0, 0.0]
+
+
+@pytest.mark.parametrize("word", ["random", -1])
+def test_a_drawn_seed_is_in_the_request(word: Any) -> None:
+    drawn = {request(seed=word).seeds[0] for _ in range(20)}
+    assert len(drawn) > 15
+    assert all(0 <= seed < 2**32 for seed in drawn)
+    one, two = request(["a", "b"], seed=[word, 3]).seeds
+    assert two == 3
+    assert one != request(["a", "b"], seed=[word, 3]).seeds[0]
 
 
 WRONG = [
@@ -103,16 +144,17 @@ WRONG = [
     ({"prompt": ["a whale", ""]}, r"prompt='': a prompt with at least one word"),
     ({"prompt": ["a whale", ["a star"]]}, r"prompt=\['a star'\]: a string"),
     ({"prompt": "\ud800 whale"}, r"prompt='\\ud800 whale': not valid Unicode"),
-    ({"negative_prompt": None}, r"negative_prompt=None: a string"),
+    ({"negative_prompt": 7}, r"negative_prompt=7: a string"),
     ({"negative_prompt": ["text"]}, r"negative_prompt=\['text'\]: a string"),
     ({"negative_prompt": "\udfff"}, r"negative_prompt='\\udfff': not valid Unicode"),
-    ({"seed": -1}, rf"seed=-1: a whole number from 0 to {MAX_SEED}"),
+    ({"seed": -2}, rf"seed=-2: a whole number from 0 to {MAX_SEED}"),
     ({"seed": MAX_SEED + 1}, rf"seed={MAX_SEED + 1}: a whole number from 0 to"),
     ({"seed": 1.0}, r"seed=1\.0: a whole number"),
     ({"seed": True}, r"seed=True: a whole number"),
     ({"seed": np.True_}, r"seed=np\.True_: a whole number"),
     ({"seed": "1"}, r"seed='1': a whole number"),
-    ({"seed": None}, r"seed=None: a whole number"),
+    ({"seed": [None, 1]}, r"seed has 2 entries"),
+    ({"seed": "Random"}, r"seed='Random': a whole number"),
     ({"seed": [1, 2]}, r"seed has 2 entries: one number, or one per prompt \(1\)"),
     ({"seed": []}, r"seed has 0 entries"),
     ({"seed": [True]}, r"seed=True: a whole number"),
@@ -121,23 +163,24 @@ WRONG = [
     ({"steps": -5}, r"steps=-5: a whole number"),
     ({"steps": 2.0}, r"steps=2\.0: a whole number"),
     ({"steps": True}, r"steps=True: a whole number"),
-    ({"steps": [4]}, r"steps=\[4\]: one value, or two \(spatial stage, temporal stage\)"),
-    ({"steps": [4, 4, 4]}, r"steps=\[4, 4, 4\]: one value, or two"),
+    ({"steps": [4]}, r"steps=\[4\]: one value, or 2 \(one per loop: spatial, temporal\)"),
+    ({"steps": [4, 4, 4]}, r"steps=\[4, 4, 4\]: one value, or 2"),
     ({"steps": [4, 0]}, r"steps=0: a whole number"),
     ({"steps": "4"}, r"steps='4': a whole number"),
     ({"guidance": math.nan}, r"guidance=nan: a finite number, 0 or more"),
     ({"guidance": math.inf}, r"guidance=inf: a finite number"),
-    ({"guidance": -0.5}, r"guidance=-0\.5: a finite number, 0 or more"),
+    ({"guidance": -0.5}, r"guidance=-0\.5: a finite number, 0 or more, or one per frame \(1\)"),
     ({"guidance": 10**400}, r"guidance=1000+: a finite number"),
     ({"guidance": 1e39}, r"guidance=1e\+39: a finite number"),
     ({"guidance": True}, r"guidance=True: a finite number"),
     ({"guidance": "12"}, r"guidance='12': a finite number"),
     ({"guidance": [1.0, math.nan]}, r"guidance=nan: a finite number"),
-    ({"guidance": [1.0, 2.0, 3.0]}, r"guidance=\[1\.0, 2\.0, 3\.0\]: one value, or two"),
-    ({"solver": "euler"}, r"solver='euler': one of 'ddim', 'dpm\+\+2m'"),
-    ({"solver": "DDIM"}, r"solver='DDIM': one of"),
-    ({"solver": 1}, r"solver=1: one of"),
-    ({"solver": ["ddim"]}, r"solver=\['ddim'\]: one of"),
+    ({"guidance": [1.0, 2.0, 3.0]}, r"guidance=\[1\.0, 2\.0, 3\.0\]: one value, or 2"),
+    ({"solver": "euler"}, r"solver='euler': the loop spatial takes 'ddim', 'dpm\+\+2m'"),
+    ({"solver": "DDIM"}, r"solver='DDIM': the loop spatial takes"),
+    ({"solver": 1}, r"solver=1: the loop spatial takes"),
+    ({"solver": ["ddim"]}, r"solver=\['ddim'\]: one value, or 2 \(one per loop"),
+    ({"solver": ["ddim", "heun"]}, r"solver='heun': the loop temporal takes"),
     ({"frames": 0}, r"frames=0: a whole number from 1 to 40"),
     ({"frames": 10_000}, r"frames=10000: a whole number from 1 to 40"),
     ({"frames": 4.0}, r"frames=4\.0: a whole number"),
@@ -165,7 +208,7 @@ WRONG = [
     ({"motion": [60, 60, "x"]}, r"motion=\[60, 60, 'x'\]: one number"),
     ({"motion": [[60, 60], [60]]}, r"motion=\[\[60, 60\], \[60\]\]: one number"),
     ({"motion": np.ones((4, 4))}, r"motion has shape \[4, 4\]: one number"),
-    ({"motion": None}, r"motion=None: tiny was not trained without this cue; its default is 60\.0"),
+    ({"motion": "unspecified"}, r"motion='unspecified': tiny was not trained without it; its default is 60\.0"),
     (
         {"appearance": math.inf},
         r"appearance=inf: one number, 4 numbers, or a matrix \[4, 32\] or \[4, 4\], each finite",
@@ -178,10 +221,16 @@ WRONG = [
     ({"appearance": np.ones((32, 4))}, r"appearance has shape \[32, 4\]: one number"),
     ({"appearance": np.full((4, 32), np.nan)}, r"appearance=array"),
     ({"appearance": np.ones((1, 4, 4))}, r"appearance has shape \[1, 4, 4\]: one number"),
-    ({"appearance": None}, r"appearance=None: tiny was not trained without this cue; its default is 1\.0"),
-    ({"offset_noise": -0.1}, r"offset_noise=-0\.1: a finite number, 0 or more"),
-    ({"offset_noise": math.nan}, r"offset_noise=nan: a finite number"),
-    ({"offset_noise": [0.1]}, r"offset_noise=\[0\.1\]: a finite number"),
+    ({"appearance": "unspecified"}, r"appearance='unspecified': tiny was not trained without it; its default is 1\.0"),
+    ({"offset_noise": -0.1}, r"offset_noise=-0\.1: a number from 0"),
+    ({"offset_noise": math.nan}, r"offset_noise=nan: a number from 0"),
+    ({"offset_noise": [0.1]}, r"offset_noise=\[0\.1\]: a number from 0"),
+    ({"offset_noise": "unspecified"}, r"offset_noise='unspecified': tiny was not trained without it"),
+    ({"guidance": [[1.0], [1.0, 2.0]]}, r"guidance has 2 numbers: a finite number, 0 or more, or one per frame \(4\)"),
+    ({"guidance": [1.0, [1.0, -2.0, 1.0, 1.0]]}, r"guidance=\[1\.0, -2\.0, 1\.0, 1\.0\]: a finite number"),
+    ({"guidance": [1.0, [[1.0]]]}, r"guidance=\[\[1\.0\]\]: a finite number"),
+    ({"motoin": 60}, r"motoin: unknown; a request takes prompt, negative_prompt, seed, .*, fps, motion, appearance,"),
+    ({"steps": "random"}, r"steps='random': a whole number"),
 ]
 
 
@@ -198,36 +247,212 @@ def test_the_error_is_a_value_error_too() -> None:
 
 
 def test_the_length_of_a_cue_follows_the_frames() -> None:
-    assert request(frames=8, motion=[60] * 7).motion == [60] * 7
-    assert request(frames=8, motion=[60] * 8).motion == [60] * 8
+    assert request(frames=8, motion=[60] * 7).controls["motion"].tolist() == [60] * 7
+    assert request(frames=8, motion=[60] * 8).controls["motion"].tolist() == [60] * 8
     with pytest.raises(RequestError, match="one number, 7"):
         request(frames=8, motion=[60] * 3)
 
 
-def test_a_model_trained_without_its_cues_takes_none() -> None:
-    made = make_request(FREE, "a whale", motion=None, appearance=None)
-    assert made.motion is None
-    assert made.appearance is None
-    assert not made.motion_input(32).any()
-    assert made.appearance_input(32).min() == -1.0
-    assert make_request(FREE, "a whale").motion == 60.0
-
-
-def test_cues_are_the_same_for_every_sample() -> None:
-    made = request(["a whale", "a star", "a heart"], motion=[10, 20, 30])
-    motion, appearance = made.motion_input(32), made.appearance_input(32)
-    assert motion.shape == (3, 4, 32)
-    assert appearance.shape == (3, 4, 32)
-    assert motion.dtype == appearance.dtype == np.float32
-    assert (motion == motion[:1]).all()
-    assert motion.flags.writeable
+def test_a_model_trained_without_its_cues_takes_the_word_unspecified() -> None:
+    made = request(manifest=FREE, motion="unspecified", appearance="unspecified")
+    assert made.controls["motion"] is None
+    assert made.controls["appearance"] is None
+    assert request(manifest=FREE).controls["motion"] == 60.0
+    none = spec.manifest(replace(TINY, optional_cues=True, defaults=replace(TINY.defaults, motion=None)))
+    assert request(manifest=none).controls["motion"] is None
 
 
 def test_sizes_are_multiples_of_the_autoencoder_and_the_network_together() -> None:
-    wide = replace(TINY, autoencoder=replace(TINY.autoencoder, factor=8))
-    assert make_request(wide, "a whale", height=16, width=32).width == 32
+    wide = spec.manifest(
+        replace(TINY, autoencoder=replace(TINY.autoencoder, factor=8), defaults=replace(TINY.defaults, width=32))
+    )
+    assert request(manifest=wide, height=16, width=32).width == 32
     with pytest.raises(RequestError, match="width=24: a multiple of 16; the nearest are 16 and 32"):
-        make_request(wide, "a whale", height=16, width=24)
+        request(manifest=wide, height=16, width=24)
+
+
+# Loops
+
+
+def test_guidance_per_frame() -> None:
+    made = request(frames=3, guidance=[2.0, [1.0, 1.5, 4.0]])
+    assert made.guidance == (2.0, (1.0, 1.5, 4.0))
+    assert request(frames=2, guidance=[[1.5], [3, 4]]).guidance == ((1.5,), (3.0, 4.0))
+    assert request(frames=1, guidance=np.array([[3], [4]])).guidance == ((3.0,), (4.0,))
+    with pytest.raises(RequestError, match=r"guidance has 3 numbers: .* one per frame \(5\)"):
+        request(frames=5, guidance=[2.0, [1.0, 1.5, 4.0]])
+
+
+@pytest.mark.parametrize(("frames", "scales"), [(2, [1, 3]), (3, [1, 2, 3]), (5, [1, 1.5, 2, 2.5, 3]), (24, None)])
+def test_a_models_list_of_guidance_is_spread_over_the_frames(frames: int, scales: list[float] | None) -> None:
+    draft, film = request(manifest=MANIFEST, frames=frames).guidance
+    assert draft == 2.0
+    np.testing.assert_allclose(film, np.linspace(1, 3, frames) if scales is None else scales)
+
+
+def test_a_loop_without_guidance_takes_one_alone() -> None:
+    lone = changed(MANIFEST, "draft", guided=None, guidance=1.0)
+    assert request(manifest=lone).guidance[0] == 1.0
+    assert request(manifest=lone, guidance=[1, 2.0]).guidance == (1.0, 2.0)
+    with pytest.raises(RequestError, match=r"guidance=2: the loop draft has no guidance; 1 is allowed"):
+        request(manifest=lone, guidance=2)
+
+
+def test_steps_are_those_that_the_solver_has() -> None:
+    assert request(manifest=MANIFEST, solver="lcm", steps=20).steps == (20, 20)
+    with pytest.raises(RequestError, match="steps=21: a whole number from 1 to 20"):
+        request(manifest=MANIFEST, solver=["ddim", "lcm"], steps=[100, 21])
+    with pytest.raises(RequestError, match="steps=101: a whole number from 1 to 100"):
+        request(manifest=MANIFEST, steps=101)
+
+
+def test_which_loops_run() -> None:
+    draft, film = MANIFEST.loops
+    one, several = request(manifest=MANIFEST, frames=1), request(manifest=MANIFEST, frames=4)
+    assert [one.runs(draft), one.runs(film), several.runs(draft), several.runs(film)] == [True, False, True, True]
+    assert (several.frames_of(draft), several.frames_of(film)) == (1, 4)
+    black = np.zeros((8, 12, 3), np.uint8)
+    drawn = request(manifest=MANIFEST, sketch=black)
+    assert (drawn.replaces(draft), drawn.runs(draft), drawn.stand_ins(draft)) == (True, False, ("look",))
+    begun = request(manifest=MANIFEST, footage=np.stack([black] * 5))
+    assert (begun.begins(film), begun.runs(film), begun.stand_ins(film)) == (True, True, ("watch",))
+    assert (begun.begins(draft), begun.stand_ins(draft)) == (False, ())
+    assert begun.number("control:push") == 0.5
+    assert begun.number(3) == 3.0
+
+
+# Controls
+
+
+WRONG_CONTROLS = [
+    ({"shake": 2.5}, r"shake=2\.5: one number, 4 .* or 5 \(one per frame\), each finite and >= -2 and <= 2"),
+    ({"shake": [0, 0, 0, -3]}, r"shake=\[0, 0, 0, -3\]: one number"),
+    ({"shake": "unspecified"}, r"shake='unspecified': tables alone was not trained without it"),
+    ({"grain": 2.5}, r"grain=2\.5: a whole number from 0 to 9"),
+    ({"grain": 10}, r"grain=10: a whole number from 0 to 9"),
+    ({"grain": True}, r"grain=True: a whole number"),
+    ({"grain": math.nan}, r"grain=nan: a whole number"),
+    ({"grain": 10**400}, r"grain=1000+: a whole number"),
+    ({"grain": "3"}, r"grain='3': a whole number"),
+    ({"glow": -1}, r"glow=-1: a number from 0"),
+    ({"glow": 1e39}, r"glow=1e\+39: a number from 0"),
+    ({"glow": [1.0]}, r"glow=\[1\.0\]: a number from 0"),
+    ({"mood": "Dark"}, r"mood='Dark': one of 'bright', 'dim', 'dark'"),
+    ({"mood": 1}, r"mood=1: one of"),
+    ({"mood": "unspecified"}, r"mood='unspecified': one of"),
+    ({"push": 1.5}, r"push=1\.5: a number from 0 to 1"),
+    ({"sketch": 7}, r"sketch is a int: a path, a PIL image or a uint8 array"),
+    ({"sketch": "nowhere.png"}, r"sketch='nowhere\.png': cannot be read"),
+    (
+        {"sketch": [np.zeros((8, 12, 3), np.uint8)] * 2},
+        r"sketch has 2 entries: one picture, or one per prompt \(1\)",
+    ),
+    ({"footage": np.zeros((8, 12, 3), np.uint8)}, r"footage is .*: a video file, a Video or uint8 frames"),
+    ({"footage": np.zeros((4, 8, 12, 3), np.uint8)}, r"footage has 4 frames: the request has 5"),
+    ({"footage": "nowhere.mp4"}, r"footage.*nowhere\.mp4"),
+    ({"footage": [np.zeros((5, 8, 12, 3), np.uint8)]}, r"footage is a list: a video file"),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), WRONG_CONTROLS, ids=[message[:30] for _, message in WRONG_CONTROLS])
+def test_a_wrong_control_is_named_with_what_is_allowed(options: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=f"^{message}"):
+        request(manifest=MANIFEST, **options)
+
+
+def test_controls_of_every_kind() -> None:
+    made = request(
+        ["a", "b"],
+        manifest=MANIFEST,
+        shake=[1, 0, -1, 0],
+        sway="unspecified",
+        drift=np.eye(5),
+        grain=np.int8(7),
+        glow=2,
+        mood="dark",
+        sketch=[np.full((8, 12, 3), shade, np.uint8) for shade in (0, 255)],
+        footage=np.zeros((6, 16, 24, 3), np.uint8),
+    ).controls
+    assert made["shake"].tolist() == [1, 0, -1, 0]
+    assert made["sway"] is None
+    np.testing.assert_array_equal(made["drift"], np.eye(5))
+    assert (made["grain"], type(made["grain"])) == (7, int)
+    assert (made["glow"], type(made["glow"])) == (2.0, float)
+    assert made["mood"] == "dark"
+    black, white = made["sketch"]
+    assert black.pixels.shape == (3, 8, 12)
+    assert (black.pixels == -1).all()
+    assert (white.pixels == 1).all()
+    assert black.digest != white.digest
+    assert [clip.pixels.shape for clip in made["footage"]] == [(3, 5, 8, 12)] * 2  # of more frames the first ones
+
+
+def test_pictures_are_read_once_per_prompt_at_most() -> None:
+    read: list[Any] = []
+
+    def load(control: Control, value: Any, frames: int, width: int, height: int) -> Picture:
+        read.append((control.name, value, frames, width, height))
+        return Picture(np.zeros((3, height, width), np.float32), b"")
+
+    controls = {"sketch": "a.png"}
+    make_request(MANIFEST, ["a", "b"], controls=controls, load=load, frames=3, width=16, height=20)
+    assert read == [("sketch", "a.png", 3, 16, 20)]
+
+
+# What runs needs its pictures
+
+
+def test_a_picture_that_a_loop_cannot_do_without() -> None:
+    lone = changed(changed(MANIFEST, "draft", replaced=None), "film_two", inputs=MANIFEST.stage("film_two").inputs)
+    mixer = lone.stage("mixer")
+    seeing = changed(lone, "mixer", inputs=(*mixer.inputs, replace(MANIFEST.stage("look").inputs[0], name="seen")))
+    with pytest.raises(RequestError, match=r"^sketch: the loop draft needs one$"):
+        request(manifest=seeing)
+    request(manifest=seeing, sketch=np.zeros((8, 12, 3), np.uint8))
+
+
+def test_a_picture_that_a_stand_in_needs_besides() -> None:
+    """What stands for the loop's result may see more pictures than the one that it is given for."""
+    both = changed(MANIFEST, "film", start=Start("footage", "look.seen", 0.5))
+    clip = np.zeros((5, 8, 12, 3), np.uint8)
+    with pytest.raises(RequestError, match=r"^sketch: the loop film needs one$"):
+        request(manifest=both, footage=clip)
+    request(manifest=both, footage=clip, sketch=clip[0])
+    assert request(manifest=changed(MANIFEST, "film", replaced=Replaced("sketch", "look.seen")), sketch=clip[0])
+
+
+def test_a_picture_that_the_decoder_needs() -> None:
+    paint = MANIFEST.stage("paint")
+    seen = replace(MANIFEST.stage("look").inputs[0], name="seen")
+    with pytest.raises(RequestError, match=r"^sketch: the decoder needs one$"):
+        request(manifest=changed(MANIFEST, "paint", inputs=(*paint.inputs, seen), batch=False))
+
+
+def test_a_model_that_reads_no_text_takes_an_empty_prompt() -> None:
+    words = replace(
+        MANIFEST.stage("reader"),
+        inputs=(replace(MANIFEST.stage("reader").inputs[0], source="noise:3", dtype="float32"),),
+    )
+    silent = replace(MANIFEST, text=None, stages=tuple(words if s.name == "reader" else s for s in MANIFEST.stages))
+    assert request("", manifest=silent).prompts == ("",)
+    with pytest.raises(RequestError, match="at least one word"):
+        request("", manifest=MANIFEST)
+
+
+def test_a_requests_own_warn_is_kept() -> None:
+    told: list[Warning] = []
+    made = request(warn=told.append)
+    made.warn(UserWarning("x"))
+    assert [str(warning) for warning in told] == ["x"]
+    with pytest.warns(UserWarning, match="^y$"):
+        request().warn(UserWarning("y"))
+
+
+@pytest.mark.parametrize("options", [{"prompt": "a heart " + "\ud800" * 10**6}, {"seed": [1] * 10**6}])
+def test_an_error_does_not_repeat_a_megabyte(options: dict[str, Any]) -> None:
+    with pytest.raises(RequestError) as caught:
+        request(**options)
+    assert len(str(caught.value)) < 200
 
 
 ANYTHING = (
@@ -238,21 +463,25 @@ ANYTHING = (
     | st.text(max_size=5)
     | st.lists(st.integers(-5, 50) | st.floats() | st.none() | st.text(max_size=2), max_size=5)
 )
-OPTIONS = [name for name in Request.__annotations__ if name not in ("prompts", "seeds")]
+OPTIONS = sorted({*COMMON, *(c.name for m in (HIGEN, MANIFEST) for c in m.controls)})
 
 
 @settings(deadline=None, max_examples=300, derandomize=True)
-@given(options=st.dictionaries(st.sampled_from(["prompt", "seed", *OPTIONS]), ANYTHING, max_size=3))
-def test_any_request_is_good_or_a_request_error(options: dict[str, Any]) -> None:
-    try:
-        made = request(**options)
-    except RequestError:
-        return
-    assert np.isfinite(made.motion_input(8)).all()
-    assert np.isfinite(made.appearance_input(32)).all()
+@given(
+    options=st.dictionaries(st.sampled_from(OPTIONS), ANYTHING, max_size=3), manifest=st.sampled_from([HIGEN, MANIFEST])
+)
+def test_any_request_is_good_or_a_request_error(options: dict[str, Any], manifest: Manifest) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            made = request(manifest=manifest, **options)
+        except RequestError:
+            return
+    for control in manifest.controls:
+        value = made.controls[control.name]
+        if control.kind == "curve" and control.encoding == "similarity":
+            assert np.isfinite(similarity_rows(control.name, value, made.frames, 32)).all()
+        elif control.kind == "curve" and value is not None:
+            assert np.isfinite(curve_values(control.name, value, made.frames)).all()
     assert all(1 <= steps <= 1000 for steps in made.steps)
     assert made.width % 4 == made.height % 4 == 0
-
-
-def test_the_typed_options_are_those_that_are_taken() -> None:
-    assert inspect.getfullargspec(make_request).kwonlyargs == list(RequestOptions.__annotations__)

@@ -17,16 +17,8 @@ from hypothesis.extra.numpy import arrays
 
 from higen.api import default_model
 from higen.bundle import graph_file
-from higen.export.rounding import (
-    KINDS,
-    SWITCHES,
-    Nodes,
-    blocks_of,
-    insert,
-    insert_switched,
-    quantizable,
-    rounded_blocks,
-)
+from higen.export.layers import KINDS, quantizable
+from higen.export.rounding import SWITCHES, Nodes, blocks_of, insert, insert_switched, rounded_blocks
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 """Its magnitudes; every other one, from 0 on, has an even last bit."""

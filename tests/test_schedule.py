@@ -1,32 +1,55 @@
-"""Solvers as tables: the reference's DDIM step by step, diffusers' DPM-Solver++, and an equation solved exactly."""
+"""Solvers as tables: HiGen's first tables, closed forms, an equation solved exactly, C++'s vectors, refusals.
+
+tests/test_schedule_diffusers.py compares them with diffusers.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from itertools import product
+from typing import Any
 
 import numpy as np
 import pytest
-import torch
-from diffusers import DPMSolverMultistepScheduler
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from make_schedule_vectors import VECTORS, table, vectors
 
-from higen.config import ScheduleConfig
 from higen.errors import ManifestError, RequestError
-from higen.schedule import SOLVERS, SolverTable, alphas_cumprod, solver_table, timesteps_ddim, timesteps_trailing
+from higen.schedule import (
+    SOLVERS,
+    SPACINGS,
+    NoiseSchedule,
+    Solver,
+    SolverTable,
+    alphas_cumprod,
+    check,
+    max_steps,
+    solver_table,
+)
 
-ZERO_SNR, PLAIN = ScheduleConfig(), ScheduleConfig(zero_terminal_snr=False)
+SD, LINEAR, COSINE = (NoiseSchedule(kind) for kind in ("scaled_linear", "linear", "cosine"))
+ZERO_SNR = NoiseSchedule(zero_terminal_snr=True)
+HIGEN_DDIM = Solver("ddim", "leading-floor", offset=1, final="first")
+HIGEN_2M = Solver("dpm++2m", "trailing-ceil")
+OWN = {"ddim": HIGEN_DDIM, "dpm++2m": HIGEN_2M}
 DIVISORS = [n for n in range(1, 1001) if 1000 % n == 0]
-COLUMNS = ("A", "B", "C", "alpha", "sigma")
+COLUMNS = ("t", "A", "B", "C", "alpha", "sigma")
+
+# ---- The noise schedule ----
 
 
 def test_signal_variance_by_the_reference() -> None:
     beta = [(0.00085**0.5 + i / 999 * (0.012**0.5 - 0.00085**0.5)) ** 2 for i in range(1000)]
-    plain, product = [], 1.0
+    plain, value = [], 1.0
     for b in beta:
-        product *= 1.0 - b
-        plain.append(product)
-    np.testing.assert_allclose(alphas_cumprod(PLAIN), plain, rtol=1e-12)
+        value *= 1.0 - b
+        plain.append(value)
+    np.testing.assert_allclose(alphas_cumprod(SD), plain, rtol=1e-12)
     root = [math.sqrt(a) for a in plain]
     shifted = [((r - root[-1]) * root[0] / (root[0] - root[-1])) ** 2 for r in root]
     np.testing.assert_allclose(alphas_cumprod(ZERO_SNR), shifted, rtol=1e-9, atol=1e-16)
@@ -36,160 +59,271 @@ def test_signal_variance_by_the_reference() -> None:
     )
 
 
+def test_cosine_signal_variance_is_nichol_and_dhariwals_until_a_beta_reaches_its_limit() -> None:
+    u = (np.arange(1, 901) / 1000 + 0.008) / 1.008
+    closed = np.cos(u * np.pi / 2) ** 2 / np.cos(0.008 / 1.008 * np.pi / 2) ** 2
+    np.testing.assert_allclose(alphas_cumprod(COSINE)[:900], closed, rtol=1e-11)
+    assert alphas_cumprod(COSINE)[-1] / alphas_cumprod(COSINE)[-2] == pytest.approx(0.001, rel=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["edm", "flow"])
+def test_schedules_without_a_table_of_timesteps(kind: str) -> None:
+    with pytest.raises(ManifestError, match=f"kind='{kind}': one of 'linear', 'scaled_linear', 'cosine'"):
+        alphas_cumprod(NoiseSchedule(kind))
+
+
+# ---- HiGen's first tables, of the commit 86f7997 ----
+
+FIRST_TABLES = {  # sha256 of the float32 columns
+    ("ddim", False): "f723283941fc7a7e005d887f4178f4d714e4ee179711abf957269ced8d3a952c",
+    ("ddim", True): "51d66697bcad9b9b19f850a210e9f147b66838634715ec59291c918653a96f79",
+    ("dpm++2m", False): "645a851a4c8e7947dc82b3bc11d44336dd56ac618e7719c1e2fdd13195418aaa",
+    ("dpm++2m", True): "ff7ead346ecd860a0a9e078d527e99ff32f4f8c1d672aa8509f97ebe47fa46be",
+}
+
+
+@pytest.mark.parametrize(("name", "zero_terminal_snr"), FIRST_TABLES)
+def test_higens_tables_keep_their_bits(name: str, zero_terminal_snr: bool) -> None:
+    digest = hashlib.sha256()
+    for steps in (1, 2, 3, 4, 5, 7, 10, 15, 20, 25, 30, 50, 100, 250, 333, 500, 999, 1000):
+        made = solver_table(NoiseSchedule(zero_terminal_snr=zero_terminal_snr), "v", OWN[name], steps)
+        assert not made.noise.any()
+        assert made.initial == 1.0
+        for column in COLUMNS:
+            digest.update(getattr(made, column).astype("<f4").tobytes())
+    assert digest.hexdigest() == FIRST_TABLES[name, zero_terminal_snr]
+
+
+def test_higens_tables_of_four_steps() -> None:
+    ddim, dpm = (solver_table(ZERO_SNR, "v", solver, 4) for solver in (HIGEN_DDIM, HIGEN_2M))
+    assert ddim.t.tolist() == [751, 501, 251, 1]
+    assert dpm.t.tolist() == [999, 749, 499, 249]
+    np.testing.assert_allclose(ddim.A, [0.94587035, 0.91025252, 0.83080147, 0.999917], rtol=1e-6)
+    np.testing.assert_allclose(ddim.B, [-0.32454473, -0.41405356, -0.55656887, -0.012883529], rtol=1e-6)
+    np.testing.assert_allclose(dpm.A, [0.98327439, 0.94553003, 1.0033605, 0.80881951], rtol=1e-6)
+    np.testing.assert_allclose(dpm.B, [-0.1821304, -0.32553488, -0.57951218, -0.58805696], rtol=1e-6)
+    np.testing.assert_allclose(dpm.C, [-0.0, -0.0, -0.18955701, -0.0], rtol=1e-6)
+
+
 @pytest.mark.parametrize("steps", DIVISORS)
-def test_ddim_grid_is_the_references_where_steps_divide_1000(steps: int) -> None:
+def test_higens_grid_is_the_references_where_steps_divide_1000(steps: int) -> None:
     reference = np.clip(np.arange(0, 1000, 1000 // steps) + 1, 0, 999)[::-1]
-    assert timesteps_ddim(steps).tolist() == reference.tolist()
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
-def test_every_number_of_steps_gives_that_many_finite_rows(solver: str) -> None:
-    for steps in range(1, 1001):
-        table = solver_table(solver, steps, ZERO_SNR)
-        assert len(table) == steps
-        assert table.t.dtype == np.int64
-        assert all(getattr(table, c).shape == (steps,) and getattr(table, c).dtype == np.float64 for c in COLUMNS)
-        assert all(np.isfinite(getattr(table, c)).all() for c in COLUMNS), steps
-        assert table.t[0] <= 999
-        assert table.t[-1] >= 0
-        assert (np.diff(table.t) <= 0).all()
-        np.testing.assert_allclose(table.alpha**2 + table.sigma**2, 1.0, rtol=1e-12)
-
-
-@pytest.mark.parametrize("solver", SOLVERS)
-@pytest.mark.parametrize("config", [ZERO_SNR, PLAIN])
-def test_columns_of_the_network_are_those_of_its_timestep(solver: str, config: ScheduleConfig) -> None:
-    abar, table = alphas_cumprod(config), solver_table(solver, 37, config)
-    np.testing.assert_allclose(table.alpha, np.sqrt(abar[table.t]))
-    np.testing.assert_allclose(table.sigma, np.sqrt(1 - abar[table.t]))
+    assert solver_table(ZERO_SNR, "v", HIGEN_DDIM, steps).t.tolist() == reference.tolist()
 
 
 @pytest.mark.parametrize("steps", [n for n in DIVISORS if n < 500])
 def test_ddim_is_the_references_step_by_step(steps: int) -> None:
     """ddim_sample of the reference, with eps as it writes it: (x / sqrt(abar) - x0) / sqrt(1 / abar - 1)."""
-    abar, table = alphas_cumprod(ZERO_SNR), solver_table("ddim", steps, ZERO_SNR)
+    abar, made = alphas_cumprod(ZERO_SNR), solver_table(ZERO_SNR, "v", HIGEN_DDIM, steps)
     x, v = np.random.default_rng(steps).standard_normal((2, 64))
-    for i, t in enumerate(table.t):
+    for i, t in enumerate(made.t.astype(int)):
         x0 = math.sqrt(abar[t]) * x - math.sqrt(1.0 - abar[t]) * v
         eps = (x / math.sqrt(abar[t]) - x0) / math.sqrt(1.0 / abar[t] - 1.0)
         previous = abar[max(t - 1000 // steps, 0)]
         expected = math.sqrt(previous) * x0 + math.sqrt(1.0 - previous) * eps
-        np.testing.assert_allclose(table.A[i] * x + table.B[i] * v, expected, rtol=1e-9, atol=1e-9)
-        assert table.C[i] == 0.0
+        np.testing.assert_allclose(made.A[i] * x + made.B[i] * v, expected, rtol=1e-9, atol=1e-9)
+        assert made.C[i] == 0.0
         x, v = expected, np.cos(3.0 * expected) + 0.1 * v
 
 
-def test_ddim_ends_at_the_first_timestep_and_not_at_the_clean_latent() -> None:
-    table, abar = solver_table("ddim", 50, ZERO_SNR), alphas_cumprod(ZERO_SNR)
-    x0, eps = 0.7, -1.3
-    x = table.alpha[-1] * x0 + table.sigma[-1] * eps
-    v = table.alpha[-1] * eps - table.sigma[-1] * x0
-    assert table.A[-1] * x + table.B[-1] * v == pytest.approx(math.sqrt(abar[0]) * x0 + math.sqrt(1 - abar[0]) * eps)
+def test_dpm_solver_is_of_first_order_after_zero_snr_and_at_both_ends() -> None:
+    made = solver_table(ZERO_SNR, "v", HIGEN_2M, 20)
+    assert made.t[0] == 999
+    assert made.alpha[0] == 0.0
+    assert made.C[[0, 1, -1]].tolist() == [0.0, 0.0, 0.0]
+    assert (made.C[2:-1] != 0).all()
+    assert (made.A[-1], made.B[-1]) == (pytest.approx(made.alpha[-1]), pytest.approx(-made.sigma[-1]))
 
 
-@settings(max_examples=60, deadline=None)
-@given(solver=st.sampled_from(sorted(SOLVERS)), steps=st.integers(1, 200), seed=st.integers(0, 99))
-def test_a_perfect_prediction_stays_on_its_path(solver: str, steps: int, seed: int) -> None:
-    """With the true x0 and eps at hand, every step of every solver lands on alpha' x0 + sigma' eps."""
-    x0, eps = np.random.default_rng(seed).standard_normal((2, 16))
-    table = solver_table(solver, steps, ZERO_SNR)
-    x, previous = table.alpha[0] * x0 + table.sigma[0] * eps, np.zeros(16)
-    for i in range(steps):
-        v = table.alpha[i] * eps - table.sigma[i] * x0
-        x, previous = table.A[i] * x + table.B[i] * v + table.C[i] * previous, x0
-        if i + 1 < steps:
-            np.testing.assert_allclose(x, table.alpha[i + 1] * x0 + table.sigma[i + 1] * eps, atol=1e-9)
-    last = alphas_cumprod(ZERO_SNR)[0] if solver == "ddim" else 1.0
-    np.testing.assert_allclose(x, math.sqrt(last) * x0 + math.sqrt(1 - last) * eps, atol=1e-9)
+# ---- Tails ----
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
-@pytest.mark.parametrize("steps", [1, 2, 4, 5, 8, 10, 20, 25, 40, 50, 100, 250])
-def test_dpm_solver_is_diffusers(steps: int) -> None:
-    """Without zero terminal SNR, which diffusers replaces by a small one."""
-    scheduler = DPMSolverMultistepScheduler(
-        num_train_timesteps=1000,
-        beta_start=PLAIN.beta_start,
-        beta_end=PLAIN.beta_end,
-        beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
-        timestep_spacing="trailing",
-        algorithm_type="dpmsolver++",
-        solver_order=2,
-        final_sigmas_type="zero",
-    )
-    scheduler.set_timesteps(steps)
-    table = solver_table("dpm++2m", steps, PLAIN)
-    assert table.t.tolist() == scheduler.timesteps.tolist()
-    theirs = torch.randn(256, generator=torch.Generator().manual_seed(steps), dtype=torch.float64)
-    ours, previous = theirs.numpy().copy(), np.zeros(256)
-    for i, t in enumerate(scheduler.timesteps):
-        v = np.sin(2.0 * ours + float(t) / 300.0)
-        theirs = scheduler.step(torch.sin(2.0 * theirs + float(t) / 300.0), t, theirs).prev_sample
-        x0 = table.alpha[i] * ours - table.sigma[i] * v
-        ours, previous = table.A[i] * ours + table.B[i] * v + table.C[i] * previous, x0
-        np.testing.assert_allclose(ours, theirs.numpy(), atol=5e-5)  # its tables are float32
+def test_a_tail_from_the_middle_of_heuns_pair_leaves_its_state_there() -> None:
+    made = solver_table(SD, "epsilon", Solver("heun", "linspace"), 6)
+    rest, x, m = made.tail(3), 0.7, -0.4
+    assert rest.A[0] * x + rest.B[0] * m == pytest.approx(x, rel=1e-12)
+    assert rest.C[0] == 0.0
+    assert made.C[3] != 0.0  # the table itself is as it was
 
 
-def solve_gaussian(table: SolverTable, spread: float) -> float:
+@pytest.mark.parametrize("first", [-1, 4, True, 1.0])
+def test_a_tail_outside_the_table(first: Any) -> None:
+    with pytest.raises(RequestError, match=f"first={first}: a row from 0 to 3"):
+        solver_table(SD, "v", HIGEN_2M, 4).tail(first)
+
+
+# ---- Properties of all tables ----
+
+
+def everything() -> Iterator[tuple[NoiseSchedule, str, Solver]]:
+    """Each solver, spacing, kind and prediction that go together."""
+    kinds = [NoiseSchedule(kind, shift=2.0) for kind in ("linear", "scaled_linear", "cosine", "edm", "flow")]
+    kinds += [replace(schedule, zero_terminal_snr=True) for schedule in (SD, LINEAR, COSINE)]
+    for schedule, prediction, name, spacing in product(kinds, ("v", "epsilon", "sample", "flow"), SOLVERS, SPACINGS):
+        try:
+            solver = Solver(name, spacing, offset=int(spacing.startswith("leading") and name != "lcm"))
+            check(schedule, prediction, solver)
+        except ManifestError:
+            continue
+        yield schedule, prediction, solver
+
+
+EVERYTHING = list(everything())
+
+
+def test_what_goes_together() -> None:
+    """24 grids with 3 predictions of 3 kinds, and 2 at zero SNR; one with each of EDM's 4 solvers; flow's 2 grids."""
+    assert len(EVERYTHING) == (9 + 6) * (5 + 6 + 4 + 4 + 4 + 1) + 4 + 2
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 16, 49, 50, 61, 999, 1000])
+def test_every_table_is_finite_and_has_its_rows(steps: int) -> None:
+    for schedule, prediction, solver in EVERYTHING:
+        if steps > max_steps(schedule, solver):
+            continue
+        made = solver_table(schedule, prediction, solver, steps)
+        assert len(made) == (2 * steps - 1 if solver.name == "heun" else steps)
+        for name in (*COLUMNS, "start_alpha", "start_sigma"):
+            column = getattr(made, name)
+            assert column.dtype == np.float64
+            assert column.shape == (len(made),)
+            assert np.isfinite(column).all(), (schedule, prediction, solver, name)
+        assert made.noise.dtype == np.bool_
+        assert (np.diff(made.t) <= 0).all()
+        if schedule.kind not in ("edm", "flow"):
+            assert 0 <= made.t[-1] <= made.t[0] <= 999
+        if schedule.kind != "flow":
+            np.testing.assert_allclose(made.start_alpha**2 + made.start_sigma**2, 1.0, rtol=1e-12)
+
+
+@settings(max_examples=150, deadline=None)
+@given(choice=st.sampled_from(EVERYTHING), steps=st.integers(1, 50), eta=st.sampled_from([0.0, 0.4, 1.0]))
+def test_a_perfect_prediction_stays_on_its_path(
+    choice: tuple[NoiseSchedule, str, Solver], steps: int, eta: float
+) -> None:
+    """With z and n known, every row finds z, and lands on alpha' z + kept n + C noise with kept^2 + C^2 = sigma'^2.
+
+    A prediction is linear, so z and n are the unit vectors (1, 0) and (0, 1).
+    """
+    schedule, prediction, solver = choice
+    solver = replace(solver, eta=eta) if solver.name == "ddim" else solver
+    made, (z, n) = solver_table(schedule, prediction, solver, steps), np.eye(2)
+    for i in range(len(made)):
+        alpha, sigma = made.start_alpha[i], made.start_sigma[i]
+        x = alpha * z + sigma * n
+        m = {"v": alpha * n - sigma * z, "epsilon": n, "sample": z, "flow": n - z}[prediction]
+        x0, step = made.alpha[i] * x - made.sigma[i] * m, made.A[i] * x + made.B[i] * m
+        if solver.name != "lcm":  # its x0 is c_out z + c_skip x
+            np.testing.assert_allclose(x0, z, atol=1e-9)
+        step = step + (0.0 if made.noise[i] else made.C[i]) * x0
+        fresh = made.C[i] if made.noise[i] else 0.0
+        if i + 1 == len(made):
+            wanted_alpha, wanted_sigma = 1.0, 0.0
+        else:
+            wanted_alpha, wanted_sigma = made.start_alpha[i + 1], made.start_sigma[i + 1]
+        if solver.name == "ddim" and solver.spacing not in ("leading-floor", "trailing-ceil"):
+            target = int(made.t[i]) - 1000 // steps
+            abar = alphas_cumprod(schedule)[target] if target >= 0 else 1.0
+            wanted_alpha, wanted_sigma = math.sqrt(abar), math.sqrt(1.0 - abar)
+        tolerance = 1e-3 if solver.name == "lcm" else 1e-9  # c_skip: 1/400 of t^2
+        assert step[0] == pytest.approx(wanted_alpha, abs=tolerance)
+        assert math.hypot(step[1], fresh) == pytest.approx(wanted_sigma, abs=tolerance)
+
+
+def solve_gaussian(made: SolverTable, spread: float, rows_per_step: int) -> float:
     """Relative error at a quarter of the way to the end when the data are N(0, spread^2).
 
     There the best prediction is linear, x0 = alpha spread^2 x / var with var = alpha^2 spread^2 + sigma^2, and the
     flow's exact solution keeps x / sqrt(var).
     """
-    variance = table.alpha**2 * spread**2 + table.sigma**2
+    alpha, sigma = made.start_alpha, made.start_sigma
+    variance = alpha**2 * spread**2 + sigma**2
     x, previous = math.sqrt(variance[0]), 0.0
-    for i in range(len(table)):
-        if table.t[i] in (249, 251):  # a timestep of both grids for every number of steps that 4 divides
+    for i in range(len(made)):
+        if i % rows_per_step == 0 and made.t[i] in (249, 251):  # of all these grids if 4 divides the steps
             return abs(x / math.sqrt(variance[i]) - 1.0)
-        x0 = table.alpha[i] * spread**2 / variance[i] * x
-        v = (table.alpha[i] * x - x0) / table.sigma[i]
-        x, previous = table.A[i] * x + table.B[i] * v + table.C[i] * previous, x0
-    raise AssertionError(f"{table.t}: no timestep to compare at")
+        x0 = alpha[i] * spread**2 / variance[i] * x
+        v = (alpha[i] * x - x0) / sigma[i]
+        x, previous = made.A[i] * x + made.B[i] * v + made.C[i] * previous, x0
+    raise AssertionError(f"{made.t}: no timestep to compare at")
 
 
-@pytest.mark.parametrize(("solver", "order"), [("ddim", 1), ("dpm++2m", 2)])
-@pytest.mark.parametrize("config", [ZERO_SNR, PLAIN])
+@pytest.mark.parametrize(
+    ("schedule", "solver", "order", "rows_per_step"),
+    [
+        (ZERO_SNR, HIGEN_DDIM, 1, 1),
+        (ZERO_SNR, HIGEN_2M, 2, 1),
+        (SD, HIGEN_DDIM, 1, 1),
+        (SD, HIGEN_2M, 2, 1),
+        (SD, Solver("euler", "trailing"), 1, 1),
+        (SD, Solver("heun", "trailing"), 2, 2),
+    ],
+    ids=str,
+)
 @pytest.mark.parametrize("spread", [0.3, 3.0])
 def test_order_of_convergence_on_an_equation_solved_exactly(
-    solver: str, order: int, config: ScheduleConfig, spread: float
+    schedule: NoiseSchedule, solver: Solver, order: int, rows_per_step: int, spread: float
 ) -> None:
-    errors = [solve_gaussian(solver_table(solver, steps, config), spread) for steps in (40, 100, 200, 500)]
+    tables = [solver_table(schedule, "v", solver, steps) for steps in (40, 100, 200, 500)]
+    errors = [solve_gaussian(made, spread, rows_per_step) for made in tables]
     measured = math.log(errors[0] / errors[-1]) / math.log(500 / 40)
     assert measured == pytest.approx(order, abs=0.3), errors
 
 
-def test_dpm_solver_is_of_first_order_after_zero_snr_and_at_both_ends() -> None:
-    table = solver_table("dpm++2m", 20, ZERO_SNR)
-    assert table.t[0] == 999
-    assert table.alpha[0] == 0.0
-    assert table.C[[0, 1, -1]].tolist() == [0.0, 0.0, 0.0]
-    assert (table.C[2:-1] != 0).all()
-    assert (table.A[-1], table.B[-1]) == (pytest.approx(table.alpha[-1]), pytest.approx(-table.sigma[-1]))
+# ---- The vectors shared with C++, and refusals ----
 
 
-def test_trailing_grid() -> None:
-    assert timesteps_trailing(4).tolist() == [999, 749, 499, 249]
-    assert timesteps_trailing(1).tolist() == [999]
-    assert timesteps_trailing(1000).tolist() == list(range(999, -1, -1))
+def test_the_vectors_of_cpp_are_these_tables() -> None:
+    assert VECTORS.stat().st_size < 200_000
+    stored, made = json.loads(VECTORS.read_text(encoding="utf-8")), vectors()
+    assert stored.keys() == made.keys()
+    for name in made:
+        assert len(stored[name]) == len(made[name])
+        for ours, theirs in zip(made[name], stored[name], strict=True):
+            assert ours.keys() == theirs.keys()
+            for key, value in ours.items():
+                if isinstance(value, (list, float)):
+                    np.testing.assert_allclose(value, theirs[key], rtol=1e-13, err_msg=f"{name} {theirs}")
+                else:
+                    assert value == theirs[key]
 
 
-@pytest.mark.parametrize("steps", [0, -1, 1001, 2.0, True, "4", None])
-def test_wrong_steps(steps: object) -> None:
-    with pytest.raises(RequestError, match="a whole number from 1 to 1000"):
-        solver_table("ddim", steps, ZERO_SNR)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    "refused", json.loads(VECTORS.read_text(encoding="utf-8"))["refused"], ids=lambda r: r["message"]
+)
+def test_refusals(refused: dict[str, Any]) -> None:
+    wanted: type[Exception] = ManifestError if refused["error"] == "manifest" else RequestError
+    with pytest.raises(wanted) as caught:
+        table(refused["schedule"], refused["prediction"], refused["solver"], refused["steps"])
+    assert str(caught.value) == refused["message"]
+
+
+@pytest.mark.parametrize("steps", [-1, 2.0, True, "4", None])
+def test_wrong_steps(steps: Any) -> None:
+    with pytest.raises(RequestError, match=f"steps={steps!r}: a whole number from 1 to 1000"):
+        solver_table(SD, "v", HIGEN_DDIM, steps)
 
 
 def test_numpy_steps() -> None:
-    assert len(solver_table("ddim", np.int64(4), ZERO_SNR)) == 4  # type: ignore[arg-type]
+    assert len(solver_table(SD, "v", HIGEN_DDIM, np.int64(4))) == 4  # type: ignore[arg-type]
 
 
-def test_unknown_solver() -> None:
-    with pytest.raises(RequestError, match=r"solver='euler': one of 'ddim', 'dpm\+\+2m'"):
-        solver_table("euler", 4, ZERO_SNR)
-
-
-@pytest.mark.parametrize("change", [{"timesteps": 1}, {"beta_start": 0.0}, {"beta_start": 0.02}, {"beta_end": 1.0}])
-def test_impossible_schedules(change: dict[str, float]) -> None:
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda: NoiseSchedule(timesteps=2.5),  # type: ignore[arg-type]
+        lambda: NoiseSchedule(beta_end=math.nan),
+        lambda: NoiseSchedule("edm", sigma_max=math.inf),
+        lambda: NoiseSchedule("flow", shift=math.nan),
+        lambda: Solver("ddim", offset=True),
+        lambda: Solver("ddim", eta=math.nan),
+        lambda: Solver("euler", "karras", rho=math.inf),
+    ],
+)
+def test_impossible_values(change: Callable[[], object]) -> None:
     with pytest.raises(ManifestError):
-        ScheduleConfig(**change)  # type: ignore[arg-type]
+        change()
+
+
+def test_a_kind_ignores_the_fields_of_others() -> None:
+    assert alphas_cumprod(NoiseSchedule("cosine", beta_start=2.0, sigma_min=-1.0, shift=0.0))[0] < 1

@@ -12,18 +12,20 @@ from typing import Any
 
 import numpy as np
 import pytest
+from made_up_model import write_made_up_model
 from row_backend import RowBackend
 
 from higen.api import default_model
+from higen.backends.base import Backend
 from higen.backends.onnx import OnnxBackend
+from higen.backends.options import Options
 from higen.backends.shared import SharedBackend
 from higen.batching import Batcher
 from higen.bundle import Bundle
 from higen.errors import BackendError, Cancelled, HigenError, RetryLater
+from higen.manifest import Manifest
 from higen.pipeline import Pipeline
-from higen.stages import STAGES
-
-ROWS = dict.fromkeys(STAGES, 4)
+from higen.sampler import Step
 
 REQUESTS: list[dict[str, Any]] = [
     {"prompt": "a blue whale", "seed": 1, "steps": (2, 3)},
@@ -37,9 +39,14 @@ REQUESTS: list[dict[str, Any]] = [
 ]
 
 
+def rows(pipeline: Pipeline, most: int = 4) -> dict[str, int]:
+    """A limit for every stage."""
+    return dict.fromkeys(pipeline.manifest.stage_names, most)
+
+
 @contextmanager
 def shared(pipeline: Pipeline, slots: int = 16, line: int = 16, patience: float = 0.05) -> Iterator[SharedBackend]:
-    made = SharedBackend(pipeline.backend, pipeline.config, Batcher(slots, ROWS, line), patience)
+    made = SharedBackend(pipeline.backend, pipeline.manifest, Batcher(slots, rows(pipeline), line), patience)
     try:
         yield made
     finally:
@@ -49,13 +56,14 @@ def shared(pipeline: Pipeline, slots: int = 16, line: int = 16, patience: float 
 @pytest.fixture
 def pipeline(tiny_model: Path) -> Pipeline:
     bundle = Bundle.open(tiny_model)
-    return Pipeline(bundle, RowBackend(bundle.config))
+    return Pipeline(bundle, RowBackend(bundle.manifest))
 
 
 def generate(pipeline: Pipeline, arguments: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
     """Last latents, and frames."""
     stream = pipeline.stream(**arguments)
-    latents = np.concatenate([pipeline.backend.to_numpy(step.latents).reshape(-1) for step in stream])
+    steps = [event for event in stream if isinstance(event, Step)]
+    latents = np.concatenate([pipeline.backend.to_numpy(step.latents).reshape(-1) for step in steps])
     return latents, stream.videos[0].frames
 
 
@@ -77,7 +85,7 @@ def together(
 
 def denoising(pipeline: Pipeline) -> list[int]:
     """The rows of every denoising batch that the backend has run."""
-    return [shapes["t"][0] for stage, shapes in pipeline.backend.calls if stage.endswith("unet")]
+    return [shapes["t"][0] for stage, shapes in pipeline.backend.calls if "t" in shapes]
 
 
 @pytest.mark.parametrize("slots", [1, 3, 16])
@@ -91,16 +99,16 @@ def test_each_request_gets_what_it_gets_alone(pipeline: Pipeline, slots: int) ->
     for (latents, frames), (latents_alone, frames_alone) in zip(found, alone, strict=True):
         np.testing.assert_array_equal(latents, latents_alone)
         np.testing.assert_array_equal(frames, frames_alone)
-    rows = denoising(pipeline)
-    assert max(rows) <= 4
-    assert sum(rows) == calls
-    assert len(rows) < calls or slots == 1
+    batches = denoising(pipeline)
+    assert max(batches) <= 4
+    assert sum(batches) == calls
+    assert len(batches) < calls or slots == 1
 
 
 def test_the_built_in_model_at_different_steps_gives_the_single_results() -> None:
     bundle = Bundle.open(default_model())
-    pipeline = Pipeline(bundle, OnnxBackend(bundle, "cpu", threads=1))
-    prompts = bundle.config.prompts
+    pipeline = Pipeline(bundle, OnnxBackend(bundle, Options("cpu", threads=1)))
+    prompts = bundle.manifest.prompts
     requests = [
         {"prompt": prompts[i % len(prompts)], "seed": i, "steps": (2 + i, 4 - i), "frames": 4} for i in range(4)
     ]
@@ -136,8 +144,8 @@ def test_wrong_tensors_are_refused_before_they_reach_a_batch(pipeline: Pipeline)
 class Gate(RowBackend):
     """Holds every batch until it is opened."""
 
-    def __init__(self, config: Any) -> None:
-        super().__init__(config)
+    def __init__(self, manifest: Manifest) -> None:
+        super().__init__(manifest)
         self.reached = threading.Event()
         self.opened = threading.Event()
 
@@ -175,7 +183,7 @@ def tokens() -> dict[str, np.ndarray]:
 
 
 def test_cancelling_frees_the_slot_at_once(pipeline: Pipeline) -> None:
-    gate = Gate(pipeline.config)
+    gate = Gate(pipeline.manifest)
     with shared(pipeline.on(gate), slots=1) as backend:
         first, second = backend.request(), backend.request()
         first.enter()
@@ -217,8 +225,8 @@ def test_a_full_line_says_to_try_again(pipeline: Pipeline) -> None:
 
 
 def test_closing_tells_those_who_wait(pipeline: Pipeline) -> None:
-    gate = Gate(pipeline.config)
-    backend = SharedBackend(gate, pipeline.config, Batcher(2, ROWS, 1))
+    gate = Gate(pipeline.manifest)
+    backend = SharedBackend(gate, pipeline.manifest, Batcher(2, rows(pipeline), 1))
     requests = [backend.request() for _ in range(3)]  # one in a running batch, one behind it, one in line
     threads = []
     for i, request in enumerate(requests):
@@ -246,7 +254,7 @@ def test_as_many_batches_run_at_once_as_there_are_workers(pipeline: Pipeline) ->
             self.both.wait(30)
             return super().run(stage, **tensors)
 
-    lonely = SharedBackend(Meeting(pipeline.config), pipeline.config, Batcher(2, ROWS, 0), workers=2)
+    lonely = SharedBackend(Meeting(pipeline.manifest), pipeline.manifest, Batcher(2, rows(pipeline), 0), workers=2)
     with lonely.request() as first, lonely.request() as second:
         one, found = in_thread(lambda: first.run("text_encoder", **tokens()))
         longer = {"latents": np.zeros((1, 4, 8, 8), np.float32)}
@@ -255,7 +263,7 @@ def test_as_many_batches_run_at_once_as_there_are_workers(pipeline: Pipeline) ->
         assert found[0]["hidden"].shape[0] == 1
     lonely.close()
     alone = [generate(pipeline, arguments) for arguments in REQUESTS]
-    several = SharedBackend(pipeline.backend, pipeline.config, Batcher(16, ROWS, 16), workers=3)
+    several = SharedBackend(pipeline.backend, pipeline.manifest, Batcher(16, rows(pipeline), 16), workers=3)
     for (latents, _), (expected, _) in zip(together(pipeline, several, REQUESTS), alone, strict=True):
         np.testing.assert_array_equal(latents, expected)
     several.close()
@@ -274,3 +282,47 @@ def test_requests_keep_step_with_each_other(pipeline: Pipeline) -> None:
         with ThreadPoolExecutor(4) as threads:
             list(threads.map(one, range(4)))
     assert denoising(pipeline) == [4] * 8
+
+
+def test_a_stage_that_holds_one_sample_is_never_joined(tmp_path: Path) -> None:
+    """Its first axis is one like the others: no limit of rows, and no batch but of one call."""
+    bundle = write_made_up_model(tmp_path / "model")
+    pipeline = Pipeline(bundle, RowBackend(bundle.manifest))
+    limits = dict.fromkeys((s.name for s in bundle.manifest.stages if s.batch), 1)
+    backend = SharedBackend(pipeline.backend, bundle.manifest, Batcher(4, limits), patience=5.0)
+    start = threading.Barrier(3)
+
+    def one(length: int) -> tuple[int, ...]:
+        latents = np.zeros((length, 3, 2, 4, 4), np.float32)
+        with backend.request() as mine:
+            start.wait()
+            return np.asarray(mine.run("unpack", latents=latents)["pixels"]).shape
+
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(one, (2, 2, 3)))
+    assert found == [(n, 3, 2, 8, 8) for n in (2, 2, 3)]
+    assert sorted(shapes["latents"][0] for _, shapes in pipeline.backend.calls) == [2, 2, 3]
+    assert (backend.batches, backend.rows) == (3, 3)
+    backend.close()
+
+
+def test_a_video_decoder_gives_each_request_its_own_frames(tmp_path: Path) -> None:
+    """The frames of a model whose decoder looks at the neighbours, made at once and one by one."""
+    bundle = write_made_up_model(tmp_path / "model")
+    pipeline = Pipeline(bundle, OnnxBackend(bundle, Options("cpu", threads=1)))
+    requests = [{"prompt": "a red kite", "seed": i, "steps": 2, "wobble": i / 4} for i in range(4)]
+    alone = [generate(pipeline, arguments) for arguments in requests]
+    with shared(pipeline) as backend:
+        found = together(pipeline, backend, requests)
+    for (latents, frames), (latents_alone, frames_alone) in zip(found, alone, strict=True):
+        assert np.abs(latents - latents_alone).max() < 1e-4
+        assert np.abs(frames.astype(int) - frames_alone).max() <= 1
+
+
+def test_a_request_s_backend_is_a_backend(pipeline: Pipeline) -> None:
+    with shared(pipeline) as backend, backend.request() as mine:
+        assert isinstance(mine, Backend)
+        assert mine.choose("temporal_unet_plain", "temporal_unet") == "temporal_unet_plain"
+        assert mine.describe("temporal_unet") == pipeline.backend.describe("temporal_unet")
+        mine.run("text_encoder", **tokens())
+        assert list(mine.choices) == ["text_encoder"]

@@ -16,26 +16,27 @@ import pytest
 from random_texts import random_texts
 from tokenizers import Tokenizer, models
 
-from higen.config import TextConfig
 from higen.errors import IntegrityError, PromptWarning, RequestError
+from higen.tables import TextRules
 from higen.tokenizer import PromptTokenizer, build_clip_tokenizer, build_word_tokenizer, clean, write_tokenizer
 
 COMPANIONS = Path(__file__).parent / "reference" / "companions" / "companions.json"
 CASES = json.loads(COMPANIONS.read_text(encoding="utf-8"))["tokenizer"]
 WORDS = ("a", "Blue", "whale", "swimming", ",", "blue")
+RULES = TextRules("tokenizer.json")
 
 
 @pytest.fixture(scope="module")
 def clip(tmp_path_factory: pytest.TempPathFactory) -> PromptTokenizer:
     path = tmp_path_factory.mktemp("clip") / "tokenizer.json"
     build_clip_tokenizer().save(str(path))
-    return PromptTokenizer.from_file(path, TextConfig())
+    return PromptTokenizer.from_file(path, RULES)
 
 
-def word_tokenizer(tmp_path: Path, **config: object) -> PromptTokenizer:
+def word_tokenizer(tmp_path: Path, **rules: object) -> PromptTokenizer:
     path = tmp_path / "tokenizer.json"
     build_word_tokenizer(WORDS).save(str(path))
-    return PromptTokenizer.from_file(path, TextConfig(**{"context_length": 8, "clean": False, **config}))  # type: ignore[arg-type]
+    return PromptTokenizer.from_file(path, TextRules(**{"tokenizer": path.name, "length": 8, "clean": False, **rules}))  # type: ignore[arg-type]
 
 
 def test_a_tokenizer_is_written_as_the_library_writes_it(tmp_path: Path) -> None:
@@ -198,10 +199,27 @@ def test_half_a_surrogate_pair_is_refused_without_cleaning(tmp_path: Path) -> No
 def test_malformed_files(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     with pytest.raises(IntegrityError, match=r"tokenizer\.json"):
-        PromptTokenizer.from_file(path, TextConfig())
+        PromptTokenizer.from_file(path, RULES)
     path.write_text("{}", encoding="utf-8")
     with pytest.raises(IntegrityError, match="not a tokenizer"):
-        PromptTokenizer.from_file(path, TextConfig())
+        PromptTokenizer.from_file(path, RULES)
     Tokenizer(models.WordLevel({"[UNK]": 0}, unk_token="[UNK]")).save(str(path))
     with pytest.raises(IntegrityError, match=r"no token <\|startoftext\|>"):
-        PromptTokenizer.from_file(path, TextConfig())
+        PromptTokenizer.from_file(path, RULES)
+
+
+def test_a_requests_own_warn_is_told(tmp_path: Path) -> None:
+    told: list[Warning] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        word_tokenizer(tmp_path).encode(["a purple whale a a a a a"], told.append)
+    assert [type(warning) for warning in told] == [PromptWarning] * 2
+    assert "'purple'" in str(told[0])
+    assert "cut off is 'a', 'a'" in str(told[1])
+
+
+def test_a_warning_quotes_no_word_of_a_megabyte(tmp_path: Path) -> None:
+    told: list[Warning] = []
+    word_tokenizer(tmp_path).encode(["x" * 10**6], told.append)
+    assert len(str(told[0])) < 200
+    assert f"'{'x' * 40}...'" in str(told[0])

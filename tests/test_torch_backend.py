@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import json
+import gc
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,15 +16,17 @@ import torch
 from conftest import TINY, write_tiny_model
 from safetensors.torch import load_file, save_file
 
-from higen import bundle
 from higen.backends import Backend
-from higen.backends.torch import TorchBackend, load_denoiser
-from higen.bundle import MANIFEST, Bundle, file_record
-from higen.config import to_json
-from higen.errors import BackendError, BackendUnavailable, HigenError, IntegrityError, ManifestError
-from higen.stages import STAGES, dimensions
+from higen.backends.options import Options
+from higen.backends.torch import TorchBackend
+from higen.bundle import Bundle, file_record, rewrite
+from higen.errors import BackendError, BackendUnavailable, IntegrityError, ManifestError, RequestError
+from higen.families.higen import spec
+from higen.families.higen.network import load_denoiser
 
-SIZES = {**dimensions(TINY), "B": 2, "N": 3, "F": 3, "H": 4, "W": 6, "Y": 8, "X": 12}
+TABLES = spec.manifest(TINY)
+STAGES = {stage.name: stage for stage in TABLES.stages}
+SIZES = {**TABLES.fixed, "B": 2, "N": 3, "F": 3, "H": 4, "W": 6, "Y": 8, "X": 12}
 
 
 def inputs(stage: str, dtype: str = "float32") -> dict[str, Any]:
@@ -41,7 +44,7 @@ def inputs(stage: str, dtype: str = "float32") -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def backend(tiny_model: Path) -> TorchBackend:
-    return TorchBackend(Bundle.open(tiny_model), "cpu")
+    return TorchBackend(Bundle.open(tiny_model), Options(device="cpu"))
 
 
 @pytest.fixture
@@ -54,9 +57,7 @@ def alter(model: Path, name: str, change: Callable[[Path], object], record: bool
     """Change a file of a model; with `record` its new hash is in the manifest."""
     change(model / name)
     if record:
-        manifest = json.loads((model / MANIFEST).read_text())
-        manifest["files"][name] = to_json(file_record(model / name))
-        (model / MANIFEST).write_text(json.dumps(manifest))
+        rewrite(model, lambda opened: replace(opened, files={**opened.files, name: file_record(model / name)}))
     return Bundle.open(model)
 
 
@@ -120,8 +121,8 @@ def test_columns_are_per_sample(backend: TorchBackend) -> None:
     given = inputs("temporal_unet")
     changed = {
         **given,
-        "t": np.array([given["t"][0], 900]),
-        "guidance": np.array([given["guidance"][0], 9], np.float32),
+        "t": np.array([given["t"][0], 900], np.float32),
+        "guidance": np.stack([given["guidance"][0], np.full(3, 9, np.float32)]),
     }
     before, after = backend.run("temporal_unet", **given), backend.run("temporal_unet", **changed)
     np.testing.assert_array_equal(before["latents"][0], after["latents"][0])
@@ -162,12 +163,12 @@ def test_guidance_and_update_are_the_stages_arithmetic(backend: TorchBackend) ->
     assert not latents().any()
     np.testing.assert_array_equal(latents(A=ones), given["latents"])
     np.testing.assert_array_equal(latents(C=ones), given["previous"])
-    v0, v1, v5 = (latents(B=ones, guidance=g * ones) for g in (0, 1, 5))
+    v0, v1, v5 = (latents(B=ones, guidance=g * ones[:, None]) for g in (0, 1, 5))
     np.testing.assert_allclose(v5, v0 + 5 * (v1 - v0), atol=1e-5)
-    x0 = backend.run("spatial_unet", **{**given, "guidance": ones})["previous"]
+    x0 = backend.run("spatial_unet", **{**given, "guidance": ones[:, None]})["previous"]
     alpha, sigma = (given[name].reshape(2, 1, 1, 1, 1) for name in ("alpha", "sigma"))
     np.testing.assert_allclose(x0, alpha * given["latents"] - sigma * v1.numpy(), atol=1e-6)
-    same = latents(B=ones, guidance=7 * ones, empty_context=given["context"])
+    same = latents(B=ones, guidance=7 * ones[:, None], empty_context=given["context"])
     np.testing.assert_allclose(same, v1, atol=1e-5)
 
 
@@ -176,16 +177,20 @@ def test_one_frame_of_the_spatial_network_ignores_the_temporal_weights(tiny_mode
         state = load_file(path)
         save_file({n: t + 1 if "temporal" in n else t for n, t in state.items()}, path)
 
-    changed = TorchBackend(alter(copy, bundle.UNET, noise, record=True), "cpu")
-    plain = TorchBackend(Bundle.open(tiny_model), "cpu")
+    changed = TorchBackend(alter(copy, spec.UNET, noise, record=True), Options(device="cpu"))
+    plain = TorchBackend(Bundle.open(tiny_model), Options(device="cpu"))
     for stage, same in (("spatial_unet", True), ("temporal_unet", False)):
         one, two = (b.run(stage, **inputs(stage))["latents"] for b in (plain, changed))
         assert torch.equal(one, two) is same
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("bfloat16", 0.1), ("float16", 0.02)])
-def test_less_precision(backend: TorchBackend, tiny_model: Path, dtype: str, tolerance: float) -> None:
-    less = TorchBackend(Bundle.open(tiny_model), "cpu", dtype)
+@pytest.mark.parametrize(
+    ("precision", "dtype", "tolerance"),
+    [("bf16", "bfloat16", 0.1), ("fp16", "float16", 0.02), ("int8.fp16", "float16", 0.02)],
+)
+def test_less_precision(backend: TorchBackend, tiny_model: Path, precision: str, dtype: str, tolerance: float) -> None:
+    """PyTorch has nothing in fewer than 16 bits: a quantised precision's base stands in."""
+    less = TorchBackend(Bundle.open(tiny_model), Options(device="cpu", precision=precision))
     given = inputs("temporal_unet")
     made, exact = less.run("temporal_unet", **given)["latents"], backend.run("temporal_unet", **given)["latents"]
     assert made.dtype == torch.float32
@@ -194,13 +199,16 @@ def test_less_precision(backend: TorchBackend, tiny_model: Path, dtype: str, tol
 
 
 def test_closing_frees_the_networks(tiny_model: Path) -> None:
-    backend = TorchBackend(Bundle.open(tiny_model), "cpu")
-    before = set(vars(backend))
+    backend = TorchBackend(Bundle.open(tiny_model), Options(device="cpu"))
+    assert backend.choices == {}
     for stage in STAGES:
         backend.prepare(stage)
-    assert set(vars(backend)) > before
+    held = weakref.ref(next(backend.module("temporal_unet").parameters()))
+    assert {name: choice.details for name, choice in backend.choices.items()} == dict.fromkeys(STAGES, "cpu, fp32")
     backend.close()
-    assert set(vars(backend)) == before
+    gc.collect()
+    assert backend.choices == {}
+    assert held() is None
     backend.close()
 
 
@@ -209,7 +217,7 @@ def test_closing_frees_the_networks(tiny_model: Path) -> None:
 
 @pytest.mark.parametrize(
     ("name", "stage"),
-    [(bundle.UNET, "temporal_unet"), (bundle.TEXT_ENCODER, "text_encoder"), (bundle.AUTOENCODER, "vae_decoder")],
+    [(spec.UNET, "temporal_unet"), (spec.TEXT_ENCODER, "text_encoder"), (spec.AUTOENCODER, "vae_decoder")],
 )
 def test_altered_weights(copy: Path, name: str, stage: str) -> None:
     def flip(path: Path) -> None:
@@ -219,13 +227,13 @@ def test_altered_weights(copy: Path, name: str, stage: str) -> None:
 
     opened = alter(copy, name, flip)
     with pytest.raises(IntegrityError, match=rf"{name}: its content does not match the sha256"):
-        TorchBackend(opened, "cpu").prepare(stage)
-    TorchBackend(opened, "cpu", verify=False).prepare(stage)
+        TorchBackend(opened, Options(device="cpu")).prepare(stage)
+    TorchBackend(opened, Options(device="cpu", verify=False)).prepare(stage)
 
 
 @pytest.mark.parametrize(
     ("name", "stage"),
-    [(bundle.UNET, "spatial_unet"), (bundle.TEXT_ENCODER, "text_encoder"), (bundle.AUTOENCODER, "vae_encoder")],
+    [(spec.UNET, "spatial_unet"), (spec.TEXT_ENCODER, "text_encoder"), (spec.AUTOENCODER, "vae_encoder")],
 )
 def test_weights_of_another_architecture(copy: Path, name: str, stage: str) -> None:
     def other(path: Path) -> None:
@@ -236,7 +244,7 @@ def test_weights_of_another_architecture(copy: Path, name: str, stage: str) -> N
         del state[second]
         save_file(state, path)
 
-    backend = TorchBackend(alter(copy, name, other, record=True), "cpu")
+    backend = TorchBackend(alter(copy, name, other, record=True), Options(device="cpu"))
     with pytest.raises(
         IntegrityError, match=r"3 tensors do not fit(.|\n)*missing (.|\n)*extra stranger \[3\](.|\n)*\[5, 7\]"
     ):
@@ -244,26 +252,65 @@ def test_weights_of_another_architecture(copy: Path, name: str, stage: str) -> N
 
 
 def test_a_file_that_is_no_safetensors(copy: Path) -> None:
-    opened = alter(copy, bundle.UNET, lambda path: path.write_bytes(b"PK\x03\x04" * 9), record=True)
+    opened = alter(copy, spec.UNET, lambda path: path.write_bytes(b"PK\x03\x04" * 9), record=True)
     with pytest.raises(IntegrityError, match=r"unet\.safetensors: cannot be read as safetensors"):
-        load_denoiser(opened, torch.device("cpu"))
+        load_denoiser(opened.file(spec.UNET), TINY.unet, torch.device("cpu"))
 
 
 def test_a_companion_that_its_library_refuses(tmp_path: Path) -> None:
     opened = write_tiny_model(tmp_path / "model")
     config = replace(TINY, autoencoder=replace(TINY.autoencoder, arguments={"block_out_channels": "wide"}))
     with pytest.raises(ManifestError, match=r"autoencoder\.arguments=.*diffusers refuses it"):
-        TorchBackend(replace(opened, config=config), "cpu").prepare("vae_decoder")
+        TorchBackend(replace(opened, manifest=spec.manifest(config)), Options(device="cpu")).prepare("vae_decoder")
 
 
 @pytest.mark.parametrize("device", ["gpu", "", "cpu:x", "cuda:99", "mps", "xla", "meta", "vulkan"])
 def test_a_device_that_is_not_there(tiny_model: Path, device: str) -> None:
     with pytest.raises(BackendError, match=f"^device={device!r}"):
-        TorchBackend(Bundle.open(tiny_model), device)
+        TorchBackend(Bundle.open(tiny_model), Options(device=device))
 
 
-@pytest.mark.parametrize("dtype", ["int8", "fp16", "", "float64"])
-def test_a_precision_that_is_unknown(tiny_model: Path, dtype: str) -> None:
-    with pytest.raises(HigenError, match=f"^dtype={dtype!r}: one of 'float32', 'float16', 'bfloat16'") as caught:
-        TorchBackend(Bundle.open(tiny_model), "cpu", dtype)
-    assert isinstance(caught.value, BackendUnavailable)
+@pytest.mark.parametrize("precision", ["int4", "float16", "", "float64"])
+def test_a_precision_that_is_unknown(precision: str) -> None:
+    with pytest.raises(RequestError, match=f"^precision={precision!r}: one of 'fp32', 'fp16', 'bf16'"):
+        Options(device="cpu", precision=precision)
+
+
+def test_a_family_that_is_not_installed(tiny_model: Path) -> None:
+    opened = Bundle.open(tiny_model)
+    stranger = replace(opened, manifest=replace(opened.manifest, family="stranger"))
+    with pytest.raises(BackendUnavailable, match=r"^family='stranger': not installed here; installed are .*higen"):
+        TorchBackend(stranger, Options(device="cpu"))
+
+
+class Whole(torch.nn.Module):
+    """Remembers how many samples it was given at a time."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[int] = []
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        self.seen.append(len(tokens))
+        return torch.zeros(len(tokens), SIZES["L"], SIZES["Dt"])
+
+
+@pytest.mark.parametrize(("batch", "seen"), [(True, [1, 1]), (False, [2])])
+def test_a_stage_that_may_not_be_batched_is_run_as_given(tiny_model: Path, batch: bool, seen: list[int]) -> None:
+    opened = Bundle.open(tiny_model)
+    stages = tuple(replace(s, batch=batch) if s.name == "text_encoder" else s for s in opened.manifest.stages)
+    backend = TorchBackend(replace(opened, manifest=replace(opened.manifest, stages=stages)), Options(device="cpu"))
+    module = backend._modules["text_encoder"] = Whole()
+    backend.run("text_encoder", tokens=np.zeros((2, SIZES["L"]), np.int64))
+    assert module.seen == seen
+
+
+def test_a_step_with_one_branch_is_the_guided_one_at_1(backend: TorchBackend) -> None:
+    for name in ("spatial_unet", "temporal_unet"):
+        given = inputs(name)
+        given["guidance"] = np.ones_like(given["guidance"])
+        guided = backend.run(name, **given)
+        one = {key: value for key, value in given.items() if key not in ("guidance", "empty_context")}
+        plain = backend.run(f"{name}_plain", **one)
+        for key, value in guided.items():
+            assert (plain[key] - value).abs().max() < 2e-6 * value.abs().max()

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from training_run import MODEL, moving_square, numbers_shown, write_clips, write_counted, write_tower
 
-from higen import bundle as files
 from higen.errors import SettingsError, TrainingError
+from higen.families.higen import spec
+from higen.models.companion_stages import EncoderStage
 from higen.models.companions import load_autoencoder
-from higen.models.stage_modules import EncoderStage
 from higen.train.data import IMAGE, VIDEO, candidates, list_items, summary
 from higen.train.latents import Encoded, LatentCache, OpenClip, encode, to_pixels, tower_sha256
 from higen.train.media import Placement, Unusable, choose_frames, read_image, read_video, video_length
@@ -248,8 +248,10 @@ def test_what_cannot_be_read_is_named_and_never_black(tmp_path: Path) -> None:
 @pytest.fixture(scope="module")
 def encoder(tmp_path_factory: pytest.TempPathFactory) -> EncoderStage:
     model = write_tiny_model(tmp_path_factory.mktemp("encoder") / "tiny", MODEL)
-    autoencoder = load_autoencoder(model.file(files.AUTOENCODER), MODEL.autoencoder, torch.float32)
-    return EncoderStage(autoencoder, MODEL.autoencoder).eval()
+    autoencoder = load_autoencoder(
+        model.file(spec.AUTOENCODER), MODEL.autoencoder.kind, MODEL.autoencoder.arguments, torch.float32
+    )
+    return EncoderStage(autoencoder, MODEL.autoencoder.shift, MODEL.autoencoder.scale).eval()
 
 
 def test_latents_are_the_scaled_posterior(encoder: EncoderStage) -> None:

@@ -12,10 +12,11 @@ from conftest import TINY, WORDS
 from torch import Tensor, nn
 
 from higen.bundle import Bundle
-from higen.conditioning import motion_cue
-from higen.config import ModelConfig
-from higen.models.checkpoint import reference_names
-from higen.models.stage_modules import EncoderStage
+from higen.families.higen import spec
+from higen.families.higen.cues import motion_cue
+from higen.families.higen.reference_names import reference_names
+from higen.families.higen.spec import ModelConfig
+from higen.models.companion_stages import EncoderStage
 from higen.parity.fixtures import CaseTensors, assemble, read_json, recipe_salt, recipe_state, recorded_config
 from higen.tokenizer import PromptTokenizer, build_word_tokenizer
 from higen.train.batches import Batch, Batches
@@ -47,15 +48,17 @@ def objective_of(model: str, hidden: Tensor) -> tuple[Objective, ModelConfig]:
     unet = replace(recorded_config(made["kwargs"], model), dropout=0.0)  # the reference's numbers are without
     config = replace(TINY, unet=unet)
     denoiser = assemble(unet, recipe_state(unet, recipe_salt(made["weight_recipe"], model)))
-    tokenizer = PromptTokenizer(build_word_tokenizer(WORDS), config.text)
-    unused = EncoderStage(nn.Identity(), config.autoencoder)
-    networks = Networks(config, denoiser, Told(hidden), unused, tokenizer, Bundle(Path(), config, {}))
+    tokenizer = PromptTokenizer(build_word_tokenizer(WORDS), config.text.rules)
+    unused = EncoderStage(nn.Identity(), config.autoencoder.shift, config.autoencoder.scale)
+    networks = Networks(
+        config, denoiser, Told(hidden), unused, tokenizer, Bundle(Path(), spec.manifest(config), {}, {})
+    )
     return Objective(networks, gain_weight=0.1), config
 
 
 def batch_of(config: ModelConfig, tensors: dict[str, Tensor], kind: int) -> Batch:
     """The case's clean clips as training makes a batch of them, with the case's noise and timesteps."""
-    tokenizer = PromptTokenizer(build_word_tokenizer(WORDS), config.text)
+    tokenizer = PromptTokenizer(build_word_tokenizer(WORDS), config.text.rules)
     batches = Batches(config, tokenizer, CueSettings(), ObjectiveSettings(), seed=0)
     encoded = (
         Encoded(x0, features=features)

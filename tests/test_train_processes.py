@@ -18,11 +18,11 @@ from safetensors.torch import load_file
 from training_run import MODEL, make_settings, write_clips, write_settings
 
 import higen
-from higen import bundle as files
 from higen.bundle import Bundle
 from higen.cli import main
-from higen.config import ModelConfig
 from higen.errors import SettingsError
+from higen.families.higen import spec
+from higen.families.higen.spec import ModelConfig
 from higen.train.processes import shares
 from higen.train.record import read_losses
 from higen.train.settings import read_settings
@@ -85,7 +85,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory, model: Path, clips: Path) ->
 
 def same_run(output: Path, whole: Path) -> None:
     assert (output / "losses.jsonl").read_bytes() == (whole / "losses.jsonl").read_bytes()
-    assert (output / "model" / files.UNET).read_bytes() == (whole / "model" / files.UNET).read_bytes()
+    assert (output / "model" / spec.UNET).read_bytes() == (whole / "model" / spec.UNET).read_bytes()
     assert [p.name for p in sorted((output / "checkpoints").glob("*.pt"))] == [
         f"step-{step:08d}.pt" for step in (2, 4, 6)
     ]
@@ -166,12 +166,12 @@ def test_two_processes_make_the_loss_curve_of_one(tmp_path: Path, preconditioned
         assert ours == pytest.approx(theirs, rel=1e-4)
     # Adam makes whole steps of gradients that are rounding errors, so weights are compared with the way they went.
     folders = (plain, *(Path(s.run.output, "model") for s in (one, two)))
-    start, *ends = (torch.cat([w.flatten() for w in load_file(f / files.UNET).values()]) for f in folders)
+    start, *ends = (torch.cat([w.flatten() for w in load_file(f / spec.UNET).values()]) for f in folders)
     assert float((ends[0] - ends[1]).norm()) < 0.01 * float((ends[0] - start).norm())
 
 
 def _without_dropout(model: Path) -> ModelConfig:
-    config = Bundle.open(model).config
+    config = spec.config(Bundle.open(model).manifest)
     return replace(config, unet=replace(config.unet, dropout=0.0))
 
 

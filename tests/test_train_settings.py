@@ -33,8 +33,8 @@ def test_a_file_becomes_settings_with_absolute_paths(tmp_path: Path) -> None:
     ("changes", "message"),
     [
         ({"optimiser__lr": 1e-3}, r"optimiser\.lr: unknown key; known are learning_rate, betas"),
-        ({"run__steps": "many"}, r"run\.steps='many': int is wanted"),
-        ({"run__steps": True}, r"run\.steps=True: int is wanted"),
+        ({"run__steps": "many"}, r"run\.steps='many': a whole number is wanted"),
+        ({"run__steps": True}, r"run\.steps=True: a whole number is wanted"),
         ({"run__steps": None}, r"run: has .* but needs output, steps"),
         ({"run__precision": "fp8"}, r"run\.precision='fp8': one of 'fp32', 'bf16'"),
         ({"run__keep": 0}, r"run\.keep=0: 1 or more"),

@@ -22,11 +22,12 @@ from training_run import CAPTIONS, MODEL, as_toml, make_settings, write_clips, w
 import higen
 from higen import bundle as files
 from higen.bundle import Bundle
-from higen.conditioning import appearance_cue, motion_cue
-from higen.config import ModelConfig, UNetConfig, to_json
 from higen.errors import ModelError, PromptWarning, SettingsError, TrainingError
-from higen.models.checkpoint import reference_names
-from higen.models.unet import Denoiser
+from higen.families.higen import spec
+from higen.families.higen.cues import appearance_cue, motion_cue
+from higen.families.higen.reference_names import reference_names
+from higen.families.higen.spec import ModelConfig, UNetConfig
+from higen.families.higen.unet import Denoiser
 from higen.schedule import alphas_cumprod
 from higen.tokenizer import PromptTokenizer, build_word_tokenizer, write_tokenizer
 from higen.train.batches import Batches
@@ -39,6 +40,7 @@ from higen.train.reader import Sample
 from higen.train.record import Record, lock, read_losses
 from higen.train.settings import CueSettings, ObjectiveSettings, OptimiserSettings, Settings
 from higen.train.trainer import Trainer, export, scale_gradients, train
+from higen.typed_json import to_json
 
 
 @pytest.fixture(scope="module")
@@ -159,7 +161,7 @@ def test_the_gradient_is_clipped_to_its_norm(tmp_path: Path, model: Path, clips:
 
 def batches(config: ModelConfig = MODEL, cues: CueSettings | None = None, **objective: Any) -> Batches:
     words = " ".join(CAPTIONS).split()
-    tokenizer = PromptTokenizer(build_word_tokenizer(words), config.text)
+    tokenizer = PromptTokenizer(build_word_tokenizer(words), config.text.rules)
     return Batches(config, tokenizer, cues or CueSettings(), ObjectiveSettings(**objective), seed=0)
 
 
@@ -321,12 +323,12 @@ def test_a_run_leaves_a_model_its_losses_and_its_last_checkpoints(whole_run: Set
     ]
     assert sorted(p.name for p in output.iterdir()) == ["checkpoints", "losses.jsonl", "model"]
     average = torch.load(output / "checkpoints" / "step-00000006.pt", weights_only=True)["average"]
-    written = load_file(output / "model" / files.UNET)
+    written = load_file(output / "model" / spec.UNET)
     assert {f"denoiser.{name}" for name in written} == average.keys()
     assert all(torch.equal(written[name.removeprefix("denoiser.")], tensor) for name, tensor in average.items())
     before, after = Bundle.open(model), Bundle.open(output / "model")
-    assert after.config == before.config
-    assert {name for name in before.files if before.files[name] != after.files[name]} == {files.UNET}
+    assert spec.config(after.manifest) == spec.config(before.manifest)
+    assert {name for name in before.files if before.files[name] != after.files[name]} == {spec.UNET}
     with higen.load(output / "model") as pipe:
         assert pipe("a red heart", steps=2).frames.shape == (4, 16, 24, 3)
 
@@ -347,7 +349,7 @@ def test_a_run_goes_on_bit_for_bit(tmp_path: Path, model: Path, clips: Path, who
     assert said[not saved].startswith(f"going on after step {saved} of 6" if saved else "step 1 of 6")
     assert said[0].startswith("appearance is measured on the latents: if tiny learnt it with OpenCLIP") == (not saved)
     assert losses(settings) == losses(whole_run)
-    ours, theirs = (Path(s.run.output, "model", files.UNET).read_bytes() for s in (settings, whole_run))
+    ours, theirs = (Path(s.run.output, "model", spec.UNET).read_bytes() for s in (settings, whole_run))
     assert ours == theirs
 
 
@@ -415,8 +417,13 @@ def test_another_tower_or_tokenizer_is_refused_and_a_moved_one_is_not(tmp_path: 
     assert kept() == full
     # The manifest of a model with other words, whatever else it shares.
     shutil.copytree(model, tmp_path / "words")
-    write_tokenizer(build_word_tokenizer(("a", "blue", "whale", "yak")), tmp_path / "words" / files.TOKENIZER)
-    files.write_manifest(tmp_path / "words", Bundle.open(model).config)
+    write_tokenizer(build_word_tokenizer(("a", "blue", "whale", "yak")), tmp_path / "words" / spec.TOKENIZER)
+    files.rewrite(
+        tmp_path / "words",
+        lambda opened: replace(
+            opened, files={**opened.files, spec.TOKENIZER: files.file_record(tmp_path / "words" / spec.TOKENIZER)}
+        ),
+    )
     with pytest.raises(SettingsError, match=r"model \(tokenizer\) is not what it was"):
         train(settings("moved", init=tmp_path / "words"))
     # Another tower where the first one was: its features are not those in the cache.
@@ -440,8 +447,8 @@ def test_a_checkpoint_that_knows_less_goes_on(tmp_path: Path, model: Path, clips
 
 def test_export_writes_the_averages_on_demand(tmp_path: Path, whole_run: Settings, model: Path, clips: Path) -> None:
     half = replace(whole_run, run=replace(whole_run.run, weights="fp16"))
-    exported = load_file(export(half, tmp_path / "exported").path / files.UNET)
-    final = load_file(Path(whole_run.run.output, "model", files.UNET))
+    exported = load_file(export(half, tmp_path / "exported").path / spec.UNET)
+    final = load_file(Path(whole_run.run.output, "model", spec.UNET))
     assert all(torch.equal(tensor, final[name].half()) for name, tensor in exported.items())
     with pytest.raises(ModelError, match="exists already; --overwrite"):
         export(whole_run, tmp_path / "exported")
@@ -502,10 +509,10 @@ def test_an_architecture_starts_anew_with_words_of_its_own(tmp_path: Path, model
         run__precision="bf16",
     )
     bundle = train(settings)
-    assert (bundle.config.name, bundle.config.licence) == ("new", "CC0")
-    assert bundle.config.unet.blocks_per_level == 2
+    assert (bundle.manifest.name, bundle.manifest.licence) == ("new", "CC0")
+    assert spec.config(bundle.manifest).unet.blocks_per_level == 2
     words = sorted({word for caption in CAPTIONS for word in caption.split()})
-    assert bundle.config.text.clip["vocab_size"] == len(words) + 4
+    assert spec.config(bundle.manifest).text.clip["vocab_size"] == len(words) + 4
     with higen.load(bundle.path) as pipe:
         assert pipe._tokenizer.encode([words[0]])[0, 1] == 4
         pipe("a green whale beating", steps=1)
@@ -597,7 +604,7 @@ def test_a_full_disk_under_the_logs_is_one_error(tmp_path: Path, model: Path, cl
 def test_a_full_disk_under_a_model_directory_is_one_error(tmp_path: Path, whole_run: Settings) -> None:
     """The model at the end, on demand, and for a contact sheet."""
     output = Path(whole_run.run.output)
-    before, small = Bundle.open(output / "model"), (output / "model" / files.UNET).stat().st_size // 2
+    before, small = Bundle.open(output / "model"), (output / "model" / spec.UNET).stat().st_size // 2
     with full_disk(small), pytest.raises(ModelError, match=r"run/model: cannot be written: .*File too large"):
         train(whole_run)
     assert Bundle.open(output / "model") == before

@@ -13,14 +13,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import onnx
 import onnxruntime as ort
 import pytest
 from click.testing import CliRunner
+from made_up_model import MANIFEST, write_made_up_model
 
 from higen.api import default_model
 from higen.backends.plans import ENGINES, PlanProfile, PlanRecord, Span
-from higen.bundle import Bundle, add_files, file_record, graph_file, weights_file
+from higen.bundle import Bundle, GraphInput, file_record, graph_file, put_file
 from higen.engines.triton import client, server
 from higen.engines.triton import repository as written
 from higen.engines.triton.config import stage_config
@@ -30,13 +30,13 @@ from higen.errors import (
     HigenError,
     IntegrityError,
     Malformed,
+    ManifestError,
     MissingExtra,
     ModelError,
     RequestError,
     Stale,
 )
 from higen.exporter import main
-from higen.stages import STAGES, dimensions
 
 
 @pytest.fixture(scope="module")
@@ -57,34 +57,38 @@ def repository(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path
     return target
 
 
+def weights_of(bundle: Bundle, stage: str) -> str:
+    return bundle.manifest.stage(stage).weights
+
+
 def test_the_files_of_a_repository(repository: Path, bundle: Bundle) -> None:
     found = sorted(str(path.relative_to(repository)) for path in repository.rglob("*") if path.is_file())
     stages = [
         name
-        for stage in STAGES
-        for name in (f"{stage}/config.pbtxt", f"{stage}/1/model.onnx", f"{stage}/1/{weights_file(stage)}")
+        for stage in bundle.manifest.stages
+        for name in (f"{stage.name}/config.pbtxt", f"{stage.name}/1/model.onnx", f"{stage.name}/1/{stage.weights}")
     ]
     own = ["config.pbtxt", "1/model.py", "1/model/higen.json", "1/model/tokenizer.json"]
     assert found == sorted([*stages, *(f"higen/{name}" for name in own)])
-    assert Bundle.open(repository / "higen" / "1" / "model").config == bundle.config
+    assert Bundle.open(repository / "higen" / "1" / "model").manifest == bundle.manifest
     assert all(os.access(path, os.R_OK) and path.stat().st_mode & 0o044 for path in repository.rglob("*"))
 
 
 def test_weights_are_there_once_and_every_graph_loads(repository: Path, bundle: Bundle) -> None:
-    weights = [repository / stage / "1" / weights_file(stage) for stage in ("conditioner", "spatial_unet")]
+    weights = [repository / stage / "1" / weights_of(bundle, stage) for stage in ("conditioner", "spatial_unet")]
     linked = len({path.stat().st_ino for path in weights})
     assert linked == 1
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    for name, stage in STAGES.items():
-        graph = repository / name / "1" / "model.onnx"
+    for stage in bundle.manifest.stages:
+        graph = repository / stage.name / "1" / "model.onnx"
         session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
         assert [value.name for value in session.get_inputs()] == [tensor.name for tensor in stage.inputs]
 
 
 def test_why_hard_links(bundle: Bundle, tmp_path: Path) -> None:
     """ONNX Runtime follows no symbolic link out of the graph's folder; should it once, links could be simpler."""
-    for name in (graph_file("text_encoder"), weights_file("text_encoder")):
+    for name in (graph_file("text_encoder"), weights_of(bundle, "text_encoder")):
         (tmp_path / name).symlink_to(bundle.path / name)
     shutil.copy(bundle.path / graph_file("text_encoder"), tmp_path / "copied.onnx")
     with pytest.raises(Exception, match=r"(?i)external data"):
@@ -103,7 +107,7 @@ def test_a_model_on_another_file_system_is_copied_once(
 
     monkeypatch.setattr(os, "link", within)
     write_repository(bundle, tmp_path / "repository", Settings())
-    copies = [tmp_path / "repository" / stage / "1" / weights_file(stage) for stage in STAGES]
+    copies = [tmp_path / "repository" / stage.name / "1" / stage.weights for stage in bundle.manifest.stages]
     for name in {path.name for path in copies}:
         assert len({path.stat().st_ino for path in copies if path.name == name}) == 1
         assert copies[0].stat().st_ino != (bundle.path / name).stat().st_ino
@@ -117,7 +121,7 @@ def settings_of(text: str, name: str) -> list[str]:
 def test_where_the_stages_run(bundle: Bundle, tmp_path: Path, device: str, kind: str) -> None:
     settings = Settings(device=device, max_batch=1, slots=3, line=0, instances=2, threads=4)
     write_repository(bundle, tmp_path / "repository", settings)
-    for name in STAGES:
+    for name in bundle.manifest.stage_names:
         text = (tmp_path / "repository" / name / "config.pbtxt").read_text()
         assert settings_of(text, "kind") == [kind]
         assert settings_of(text, "count") == ["2"]
@@ -125,21 +129,22 @@ def test_where_the_stages_run(bundle: Bundle, tmp_path: Path, device: str, kind:
         assert '"intra_op_thread_count"' in text
     text = (tmp_path / "repository" / "higen" / "config.pbtxt").read_text()
     assert settings_of(text, "kind") == ["KIND_CPU"]
-    (limits,) = [json.loads(json.loads(value)) for value in settings_of(text, "string_value")]
+    limits, stages = (json.loads(json.loads(value)) for value in settings_of(text, "string_value"))
     assert (limits["slots"], limits["line"], limits["rows"]["temporal_unet"]) == (3, 0, 1)
+    assert stages == dict.fromkeys(bundle.manifest.stage_names, "onnxruntime")
 
 
 def test_a_stage_s_configuration(bundle: Bundle) -> None:
     text = stage_config(
-        STAGES["text_encoder"],
-        dimensions(bundle.config),
+        bundle.manifest.stage("text_encoder"),
+        bundle.manifest.fixed,
         backend="onnxruntime",
         device="cpu",
         max_batch=8,
         instances=1,
         threads=None,
     )
-    length, width = bundle.config.text.context_length, bundle.config.unet.text_dim
+    length, width = bundle.manifest.fixed["L"], bundle.manifest.fixed["Dt"]
     assert text == (
         'name: "text_encoder"\nbackend: "onnxruntime"\nmax_batch_size: 8\n'
         f'input {{\n  name: "tokens"\n  data_type: TYPE_INT64\n  dims: [{length}]\n}}\n'
@@ -149,6 +154,77 @@ def test_a_stage_s_configuration(bundle: Bundle) -> None:
     )
 
 
+def test_a_stage_that_holds_one_sample_does_not_batch() -> None:
+    """Its first axis is one like the others, a vector is a vector, and Triton may not put requests together."""
+    given = {"backend": "onnxruntime", "device": "cpu", "max_batch": 8, "instances": 1, "threads": None}
+    assert stage_config(MANIFEST.stage("unpack"), MANIFEST.fixed, **given) == (
+        'name: "unpack"\nbackend: "onnxruntime"\nmax_batch_size: 0\n'
+        'input {\n  name: "latents"\n  data_type: TYPE_FP32\n  dims: [-1, 3, -1, -1, -1]\n}\n'
+        'output {\n  name: "pixels"\n  data_type: TYPE_FP32\n  dims: [-1, 3, -1, -1, -1]\n}\n'
+        "instance_group {\n  kind: KIND_CPU\n  count: 1\n}\n"
+    )
+    mixer = replace(MANIFEST.stage("mixer"), batch=False)
+    assert settings_of(stage_config(mixer, MANIFEST.fixed, **given), "dims") == [
+        "[-1, 5]", "[-1, -1]", "[-1, -1, 8]", "[-1]", "[-1]", "[-1, -1, 5]"
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def made_up(tmp_path: Path) -> Bundle:
+    return write_made_up_model(tmp_path / "made-up")
+
+
+def test_a_model_of_no_family(made_up: Bundle, tmp_path: Path) -> None:
+    backends = write_repository(made_up, tmp_path / "repository", Settings(max_batch=3))
+    assert backends == {**dict.fromkeys(MANIFEST.stage_names, "onnxruntime"), "higen": "python"}
+    sizes = {name: settings_of((tmp_path / "repository" / name / "config.pbtxt").read_text(), "max_batch_size")[0]
+             for name in backends}  # fmt: skip
+    assert sizes == {**dict.fromkeys(MANIFEST.stage_names, "3"), "look": "0", "unpack": "0", "higen": "0"}
+    text = (tmp_path / "repository" / "higen" / "config.pbtxt").read_text()
+    names = [json.loads(name) for name in settings_of(text, "name")]
+    assert {"wobble", "drift", "drift_matrix", "grain", "mood", "sketch", "sketch_file"} <= set(names)
+    assert (text.count("optional: true"), text.index("optional")) == (
+        text.count("input {") - 1,  # all but the prompt
+        text.index("optional", text.index('"negative_prompt"')),
+    )
+    inner = tmp_path / "repository" / "higen" / "1" / "model"
+    assert sorted(path.name for path in inner.iterdir()) == ["higen.json", "words.json"]
+
+
+def test_guided_graphs_alone_are_enough(tmp_path: Path) -> None:
+    """A repository then has no plain stages, and `higen` is told so."""
+    made = write_made_up_model(tmp_path / "made-up", without=("draft_one", "film_one"))
+    backends = write_repository(made, tmp_path / "repository", Settings())
+    assert set(backends) == {*MANIFEST.stage_names, "higen"} - {"draft_one", "film_one"}
+    assert not (tmp_path / "repository" / "film_one").exists()
+    text = (tmp_path / "repository" / "higen" / "config.pbtxt").read_text()
+    assert list(json.loads(json.loads(settings_of(text, "string_value")[1]))) == [n for n in backends if n != "higen"]
+    made = write_made_up_model(tmp_path / "other", without=("draft_two",))
+    with pytest.raises(IntegrityError, match="no graph in fp32 of draft_two: higen-export onnx"):
+        write_repository(made, tmp_path / "refused", Settings())
+
+
+def as_before(inputs: tuple[GraphInput, ...]) -> tuple[GraphInput, ...]:
+    """What a graph of the step contract of version 1 takes."""
+    changed = {"t": GraphInput("t", "int64", ("B",)), "guidance": GraphInput("guidance", "float32", ("B",))}
+    return tuple(changed.get(tensor.name, tensor) for tensor in inputs)
+
+
+def test_a_graph_of_an_older_step_contract_is_refused(made_up: Bundle, tmp_path: Path) -> None:
+    older = {**made_up.graphs, "film_two.onnx": as_before(made_up.graphs["film_two.onnx"])}
+    command = re.escape(f"higen-export onnx {made_up.path} --precision fp32")
+    with pytest.raises(IntegrityError, match=rf"film_two\.onnx: .*takes t as int64 \['B'\].*: {command}"):
+        write_repository(replace(made_up, graphs=older), tmp_path / "repository", Settings())
+    older["film_two.onnx"] = made_up.graphs["film_two.onnx"][1:]
+    with pytest.raises(IntegrityError, match=rf"film_two\.onnx: latents is no input of both: {command}"):
+        write_repository(replace(made_up, graphs=older), tmp_path / "repository", Settings())
+    with pytest.raises(
+        ManifestError, match=f"of version 1, Triton reads 2: higen upgrade {re.escape(str(made_up.path))}"
+    ):
+        write_repository(replace(made_up, version=1, graphs={}), tmp_path / "repository", Settings())
+    assert not (tmp_path / "repository").exists()
+
+
 def put_engine(model: Bundle, stage: str = "temporal_unet", **given: Any) -> Path:
     """An engine in the folder engines/tensorrt-sm90, with the record that a builder would write."""
     target = given.get("target", "tensorrt-sm90")
@@ -156,7 +232,7 @@ def put_engine(model: Bundle, stage: str = "temporal_unet", **given: Any) -> Pat
     folder.mkdir(parents=True, exist_ok=True)
     plan = folder / f"{stage}.engine"
     plan.write_bytes(b"plan")
-    files = (graph_file(stage), weights_file(stage))
+    files = (graph_file(stage), weights_of(model, stage))
     values: dict[str, Any] = {
         "stage": stage,
         "target": target,
@@ -188,6 +264,8 @@ def test_engines_are_used_where_they_are(model: Bundle, tmp_path: Path) -> None:
     backends = write_repository(model, tmp_path / "repository", Settings(**GPU, threads=2))
     assert backends["temporal_unet"] == "tensorrt"
     assert {backend for name, backend in backends.items() if name != "temporal_unet"} == {"onnxruntime", "python"}
+    # Rows of guidance 1 stay with the stage that has an engine.
+    assert set(backends) == {*model.manifest.stage_names, "higen"} - {"temporal_unet_plain"}
     text = (tmp_path / "repository" / "temporal_unet" / "config.pbtxt").read_text()
     assert settings_of(text, "backend") == ['"tensorrt"']
     assert settings_of(text, "profile") == ['["1"]']  # the one that takes batches of 1 to 8
@@ -195,6 +273,30 @@ def test_engines_are_used_where_they_are(model: Bundle, tmp_path: Path) -> None:
     version = tmp_path / "repository" / "temporal_unet" / "1"
     assert [path.name for path in version.iterdir()] == ["model.plan"]
     assert (version / "model.plan").read_bytes() == b"plan"
+
+
+def test_a_plain_stage_is_run_as_the_guided_one_is(made_up: Bundle, tmp_path: Path) -> None:
+    put_engine(made_up, "film_one")
+    backends = write_repository(made_up, tmp_path / "graphs", Settings(**GPU))
+    assert {backends[name] for name in MANIFEST.stage_names} == {"onnxruntime"}
+    put_engine(made_up, "film_two")
+    backends = write_repository(made_up, tmp_path / "engines", Settings(**GPU))
+    assert {name for name, backend in backends.items() if backend == "tensorrt"} == {"film_one", "film_two"}
+
+
+def test_an_engine_of_a_stage_that_does_not_batch_may_use_all_its_profiles(made_up: Bundle, tmp_path: Path) -> None:
+    put_engine(made_up, "unpack")
+    write_repository(made_up, tmp_path / "repository", Settings(**GPU))
+    text = (tmp_path / "repository" / "unpack" / "config.pbtxt").read_text()
+    assert settings_of(text, "profile") == ['["0", "1", "2"]']
+    assert settings_of(text, "max_batch_size") == ["0"]
+
+
+def test_an_engine_of_an_older_step_contract_is_refused(made_up: Bundle, tmp_path: Path) -> None:
+    put_engine(made_up, "film_two")
+    older = {**made_up.graphs, "film_two.onnx": as_before(made_up.graphs["film_two.onnx"])}
+    with pytest.raises(IntegrityError, match=r"film_two\.onnx: an older export.*higen-export onnx"):
+        write_repository(replace(made_up, graphs=older), tmp_path / "repository", Settings(**GPU))
 
 
 @pytest.mark.parametrize(
@@ -258,7 +360,8 @@ def test_what_cannot_be_written_leaves_nothing_behind(model: Bundle, tmp_path: P
     assert_nothing_written(folder, ModelError, "no engine of any stage; .* has nothing", model, **GPU)
     without = replace(model, files={k: v for k, v in model.files.items() if k != graph_file("vae_decoder")})
     assert_nothing_written(folder, IntegrityError, "no graph in fp32 of vae_decoder: higen-export onnx", without)
-    (model.path / weights_file("vae_encoder")).write_bytes(b"\0" * model.files[weights_file("vae_encoder")].size)
+    weights = weights_of(model, "vae_encoder")
+    (model.path / weights).write_bytes(b"\0" * model.files[weights].size)
     assert_nothing_written(folder, IntegrityError, "does not match the sha256", model)
 
 
@@ -292,7 +395,7 @@ def test_the_command(bundle: Bundle, tmp_path: Path) -> None:
     code, output = run(str(bundle.path), str(tmp_path / "repository"), "--device", "gpu", "--json")
     assert code == 0
     backends = json.loads(output)["backends"]
-    assert backends == dict.fromkeys(STAGES, "onnxruntime") | {"higen": "python"}
+    assert backends == dict.fromkeys(bundle.manifest.stage_names, "onnxruntime") | {"higen": "python"}
     code, output = run(str(bundle.path), str(tmp_path / "repository"))
     assert (code, "exists already" in output) == (2, True)
     code, output = run(str(bundle.path), str(tmp_path / "other"), "--device", "tpu", "--json")
@@ -309,25 +412,38 @@ def test_a_model_without_graphs_is_told_how_to_make_them(tiny_model: Path, tmp_p
 
 def test_a_graph_of_one_shape_is_refused(model: Bundle, tmp_path: Path) -> None:
     """What `higen-export onnx --static` leaves in the place of a graph."""
-    path = model.path / graph_file("vae_decoder")
-    graph = onnx.load(path, load_external_data=False)
-    graph.graph.input[0].type.tensor_type.shape.dim[0].dim_value = 1
-    path.write_bytes(graph.SerializeToString())
-    add_files(model, [path.name])
-    with pytest.raises(IntegrityError, match=r"vae_decoder\.onnx: latents has a fixed batch \(--static\)"):
-        write_repository(Bundle.open(model.path), tmp_path / "repository", Settings())
+    name = graph_file("vae_decoder")
+    fixed = tuple(replace(tensor, shape=(1, *tensor.shape[1:])) for tensor in model.graphs[name])
+    changed = replace(model, graphs={**model.graphs, name: fixed})
+    with pytest.raises(IntegrityError, match=r"vae_decoder\.onnx: latents has a fixed size N=1 \(--static\)"):
+        write_repository(changed, tmp_path / "repository", Settings())
     assert not (tmp_path / "repository").exists()
+
+
+def test_an_axis_that_no_request_varies_may_be_fixed(made_up: Bundle, tmp_path: Path) -> None:
+    """A stage that holds one sample is always given one; the configuration then says what the graph says."""
+    (latents,) = made_up.graphs["unpack.onnx"]
+    graphs = {**made_up.graphs, "unpack.onnx": (replace(latents, shape=(1, *latents.shape[1:])),)}
+    write_repository(replace(made_up, graphs=graphs), tmp_path / "repository", Settings())
+    text = (tmp_path / "repository" / "unpack" / "config.pbtxt").read_text()
+    assert settings_of(text, "dims") == ["[1, 3, -1, -1, -1]"] * 2
+
+
+def copied(model: Bundle, name: str, to: str) -> Bundle:
+    """A file of the model under another name, graph or not."""
+    part = model.path / ".part"
+    shutil.copy(model.path / name, part)
+    return put_file(model, part, to, model.graphs.get(name))
 
 
 def test_another_precision(model: Bundle, tmp_path: Path) -> None:
     """Its graphs, with the weights that they point into: those of their own, else the model's."""
-    for name in STAGES:
-        shutil.copy(model.path / graph_file(name), model.path / graph_file(name, "fp16"))
-    own = weights_file("spatial_unet", "fp16")
-    shutil.copy(model.path / weights_file("spatial_unet"), model.path / own)
-    model = add_files(model, [own, *(graph_file(name, "fp16") for name in STAGES)])
+    own = model.weights_variant("spatial_unet", "fp16")
+    model = copied(model, weights_of(model, "spatial_unet"), own)
+    for name in model.manifest.stage_names:
+        model = copied(model, graph_file(name), graph_file(name, "fp16"))
     write_repository(model, tmp_path / "repository", Settings(device="gpu", precision="fp16"))
-    for name in STAGES:
+    for name in model.manifest.stage_names:
         version = tmp_path / "repository" / name / "1"
         assert {path.name for path in version.iterdir()} == {"model.onnx", model.weights(name, "fp16")}
     assert (tmp_path / "repository" / "temporal_unet" / "1" / own).is_file()
@@ -336,8 +452,9 @@ def test_another_precision(model: Bundle, tmp_path: Path) -> None:
 
 
 def test_files_added_later_are_no_part_of_it(model: Bundle, tmp_path: Path) -> None:
-    (model.path / "notes.txt").write_text("mine")
-    write_repository(add_files(model, ["notes.txt"]), tmp_path / "repository", Settings())
+    (model.path / ".part").write_text("mine")
+    model = put_file(model, model.path / ".part", "notes.txt")
+    write_repository(model, tmp_path / "repository", Settings())
     assert not list((tmp_path / "repository").rglob("notes.txt"))
 
 

@@ -1,6 +1,6 @@
 """A real Triton server on the CPU, with real clients. Needs an environment of its own, for nvidia-pytriton pins numpy:
 
-    python -m venv V && V/bin/pip install -e ".[triton]" pytest && V/bin/python -m pytest --noconftest THIS_FILE
+    python -m venv V && V/bin/pip install -e ".[triton]" onnx pytest && V/bin/python -m pytest --noconftest THIS_FILE
 
 The server runs the repository as `higen-export triton` writes it; its onnxruntime backend is our stand-in.
 """
@@ -28,19 +28,23 @@ import numpy as np
 import PIL.Image
 import pytest
 
-MISSING = [name for name in ("pytriton", "tritonclient", "grpc") if importlib.util.find_spec(name) is None]
+MISSING = [name for name in ("pytriton", "tritonclient", "grpc", "onnx") if importlib.util.find_spec(name) is None]
 if MISSING:
-    pytest.skip(f"needs {', '.join(MISSING)}: pip install 'higen[triton]'", allow_module_level=True)
+    pytest.skip(f"needs {', '.join(MISSING)}: pip install 'higen[triton]' onnx", allow_module_level=True)
+
+from made_up_model import MANIFEST, write_made_up_model  # noqa: E402
 
 from higen.api import default_model  # noqa: E402
 from higen.backends.onnx import OnnxBackend  # noqa: E402
+from higen.backends.options import Options  # noqa: E402
 from higen.bundle import Bundle  # noqa: E402
 from higen.engines.triton.client import stream  # noqa: E402
 from higen.engines.triton.repository import Settings, write_repository  # noqa: E402
 from higen.engines.triton.server import Server, free_ports, running  # noqa: E402
 from higen.errors import BackendError, Cancelled, RequestError, RetryLater  # noqa: E402
 from higen.pipeline import Pipeline  # noqa: E402
-from higen.stages import STAGES, dimensions  # noqa: E402
+from higen.request import MAX_PROMPT  # noqa: E402
+from higen.sampler import Step  # noqa: E402
 
 SLOTS, LINE = 8, 4
 SMALL: dict[str, Any] = {"frames": 4, "width": 64, "height": 64}
@@ -67,7 +71,7 @@ def server(repository: Path) -> Iterator[Server]:
 def pipeline() -> Pipeline:
     """The independent truth: the same model without a server."""
     bundle = Bundle.open(default_model())
-    return Pipeline(bundle, OnnxBackend(bundle, "cpu", threads=1))
+    return Pipeline(bundle, OnnxBackend(bundle, Options("cpu", threads=1)))
 
 
 def ask(server: Server, prompt: str = "a whale", **options: Any) -> Result:
@@ -79,7 +83,7 @@ def ask(server: Server, prompt: str = "a whale", **options: Any) -> Result:
 def alone(pipeline: Pipeline, prompt: str = "a whale", **options: Any) -> Result:
     """The same without a server."""
     steps = pipeline.stream(prompt, **SMALL | options)
-    last = list(steps)[-1]
+    last = [event for event in steps if isinstance(event, Step)][-1]
     return pipeline.backend.to_numpy(last.latents)[0], steps.videos[0].frames
 
 
@@ -109,10 +113,14 @@ def sse(server: Server, body: Any) -> tuple[int, list[dict[str, Any]]]:
     return status, [json.loads(line.removeprefix("data:")) for line in text.splitlines() if line.strip()]
 
 
-def executed(server: Server, stage: str) -> tuple[int, int]:
-    """Rows and batches that a stage has run."""
-    (found,) = get(server, f"/v2/models/{stage}/stats")["model_stats"]
-    return found["inference_count"], found["execution_count"]
+TEMPORAL = ("temporal_unet", "temporal_unet_plain")
+"""A request's guidance of 1 is run by the second one."""
+
+
+def executed(server: Server, *stages: str) -> tuple[int, int]:
+    """Rows and batches that some stages have run."""
+    found = [get(server, f"/v2/models/{stage}/stats")["model_stats"][0] for stage in stages]
+    return sum(one["inference_count"] for one in found), sum(one["execution_count"] for one in found)
 
 
 def all_at_once(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
@@ -136,10 +144,10 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-def test_every_model_is_there_as_the_stage_table_says(server: Server) -> None:
-    fixed = dimensions(Bundle.open(default_model()).config)
-    for name, stage in STAGES.items():
-        config = get(server, f"/v2/models/{name}/config")
+def test_every_model_is_there_as_the_stage_table_says(server: Server, pipeline: Pipeline) -> None:
+    fixed = pipeline.manifest.fixed
+    for stage in pipeline.manifest.stages:
+        config = get(server, f"/v2/models/{stage.name}/config")
         assert (config["backend"], config["max_batch_size"]) == ("onnxruntime", 8)
         assert config["dynamic_batching"]["max_queue_delay_microseconds"] == 0
         for found, tensors, names in (
@@ -158,8 +166,8 @@ def test_every_model_is_there_as_the_stage_table_says(server: Server) -> None:
 def test_a_stage_can_be_called_by_itself(server: Server, pipeline: Pipeline) -> None:
     import tritonclient.grpc as grpc
 
-    stage, random = STAGES["temporal_unet"], np.random.default_rng(0)
-    sizes = {**dimensions(pipeline.config), "B": 2, "F": 3, "H": 4, "W": 2}
+    stage, random = pipeline.manifest.stage("temporal_unet"), np.random.default_rng(0)
+    sizes = {**pipeline.manifest.fixed, "B": 2, "F": 3, "H": 4, "W": 2}
     tensors = {}
     for tensor in stage.inputs:
         shape = [n if isinstance(n, int) else sizes[n] for n in tensor.shape]
@@ -181,7 +189,7 @@ def test_a_stage_can_be_called_by_itself(server: Server, pipeline: Pipeline) -> 
 
 def test_a_request_by_grpc_streams_its_events(server: Server, pipeline: Pipeline) -> None:
     events = list(stream(server.grpc, "a whale", timeout=120, seed=3, steps=[3, 2], preview_every=2, **SMALL))
-    kinds = [(e["event"], e.get("stage"), e.get("step")) for e in events]
+    kinds = [(e["event"], e.get("loop"), e.get("step")) for e in events]
     assert kinds == [
         ("progress", "spatial", 1),
         ("progress", "spatial", 2),
@@ -194,6 +202,7 @@ def test_a_request_by_grpc_streams_its_events(server: Server, pipeline: Pipeline
         ("frames", None, None),
         ("done", None, None),
     ]
+    assert [e["stage"] for e in events[:2]] == ["spatial_unet"] * 2
     assert events[2]["frames"].shape == (1, 64, 64, 3)
     about = json.loads(events[-1]["metadata"])
     assert (about["seed"], about["steps"], about["frames"], about["versions"]["backend"]) == (3, [3, 2], 4, "triton")
@@ -211,7 +220,7 @@ def test_a_request_by_http_streams_its_events(server: Server, pipeline: Pipeline
 
 
 def test_eight_at_once_get_their_single_results(server: Server, pipeline: Pipeline) -> None:
-    prompts = pipeline.config.prompts or ("a whale",)
+    prompts = pipeline.manifest.prompts or ("a whale",)
     requests = [
         {
             "prompt": prompts[i % len(prompts)],
@@ -225,11 +234,11 @@ def test_eight_at_once_get_their_single_results(server: Server, pipeline: Pipeli
     start = time.perf_counter()
     single = [ask(server, **arguments) for arguments in requests]
     one_by_one = time.perf_counter() - start
-    before = executed(server, "temporal_unet")
+    before = executed(server, *TEMPORAL)
     start = time.perf_counter()
     found = all_at_once(lambda arguments: ask(server, **arguments), requests)
     at_once = time.perf_counter() - start
-    rows, batches = (now - then for now, then in zip(executed(server, "temporal_unet"), before, strict=True))
+    rows, batches = (now - then for now, then in zip(executed(server, *TEMPORAL), before, strict=True))
     print(f"\n8 requests: {one_by_one:.2f} s one by one, {at_once:.2f} s at once; {rows} steps in {batches} batches")
     for together, by_itself in zip(found, single, strict=True):
         assert_same(together, by_itself)
@@ -269,9 +278,9 @@ def test_an_http_client_that_goes_away_frees_its_slot(server: Server) -> None:
 
 def idle(server: Server) -> bool:
     """Whether no stage runs for half a second."""
-    before = [executed(server, stage) for stage in STAGES]
+    before = get(server, "/v2/models/stats")["model_stats"]
     time.sleep(0.5)
-    return before == [executed(server, stage) for stage in STAGES]
+    return bool(before == get(server, "/v2/models/stats")["model_stats"])
 
 
 def test_when_all_slots_and_the_line_are_full_the_client_is_told_to_try_again(server: Server) -> None:
@@ -297,7 +306,13 @@ def test_when_all_slots_and_the_line_are_full_the_client_is_told_to_try_again(se
 
 WRONG: list[tuple[dict[str, Any], str]] = [
     ({"steps": 0}, "steps=0: a whole number from 1 to 1000"),
-    ({"steps": [1, 2, 3]}, "one value, or two"),
+    ({"steps": [1, 2, 3]}, "one value, or 2 (one per loop: spatial, temporal)"),
+    ({"frames": [1, 2]}, "frames=[1, 2]: a whole number"),
+    ({"seed": []}, "seed is empty: at least one value"),
+    ({"prompt": "x" * 20_000_000}, f"at most {MAX_PROMPT} characters"),
+    ({"colour": "red"}, "unexpected inference input 'colour' for model 'higen'; the model takes prompt BYTES"),
+    ({"motion": "fast"}, "input 'motion' data-type is 'BYTES', but model 'higen' expects 'FP32'"),
+    ({"image": np.zeros((2, 8, 8, 3), np.uint8)}, "unexpected shape for input 'image'"),
     ({"guidance": float("nan")}, "guidance=nan"),
     ({"width": 65}, "width=65: a multiple of"),
     ({"frames": 10**6}, "frames=1000000"),
@@ -421,3 +436,90 @@ def test_two_instances_work_side_by_side(tmp_path: Path, pipeline: Pipeline) -> 
     with running(target, exit_timeout=1) as server:
         for found, wanted in zip(all_at_once(lambda r: ask(server, **r), requests), expected, strict=True):
             assert_same(found, wanted)
+
+
+# A model of no family: tests/made_up_model.py.
+
+
+@pytest.fixture(scope="module")
+def made_up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Pipeline]]:
+    """Its server, and the independent truth."""
+    folder = tmp_path_factory.mktemp("made-up")
+    bundle = write_made_up_model(folder / "model")
+    write_repository(bundle, folder / "repository", Settings(threads=1))
+    with running(folder / "repository", exit_timeout=1) as made:
+        yield made, Pipeline(bundle, OnnxBackend(bundle, Options("cpu", threads=1)))
+        assert made.process.poll() is None, made.last_words()
+
+
+MADE_UP: list[dict[str, Any]] = [
+    {},
+    {"wobble": [1, -1, 0, 0, 2], "grain": 7, "mood": "dark"},
+    {"drift": 0.5, "guidance": [2.0, 1.0], "frames": 9},
+    {"drift": "unspecified", "frames": 3, "steps": [2, 7]},
+    {"drift": np.linspace(0, 1, 48).reshape(6, 8)},
+    {"frames": 1, "guidance": 1.0, "solver": "ddim"},
+    {"solver": ["ddim", "euler_ancestral"], "steps": [1, 5], "negative_prompt": "green", "width": 24},
+    {"sketch": np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)},
+]
+
+
+def made_up_frames(server: Server, **options: Any) -> np.ndarray:
+    events = stream(server.grpc, "a red kite climbs", timeout=120, **options)
+    return np.concatenate([event["frames"] for event in events if event["event"] == "frames"])
+
+
+def test_a_model_of_no_family_gives_the_frames_of_its_pipeline(made_up: tuple[Server, Pipeline]) -> None:
+    server, pipeline = made_up
+    requests = [{"seed": seed, **options} for seed, options in enumerate(MADE_UP)]
+    expected = [pipeline("a red kite climbs", **options).frames.astype(int) for options in requests]
+    for found, frames in zip([made_up_frames(server, **options) for options in requests], expected, strict=True):
+        assert found.shape == frames.shape
+        assert np.abs(found - frames).max() <= 1
+    before = executed(server, "unpack")
+    for found, frames in zip(all_at_once(lambda o: made_up_frames(server, **o), requests), expected, strict=True):
+        assert np.abs(found - frames).max() <= 1
+    rows, batches = (now - then for now, then in zip(executed(server, "unpack"), before, strict=True))
+    assert rows == batches == sum((len(frames) + 1) // 2 for frames in expected)  # a decoder's calls are never joined
+
+
+def test_the_stages_of_a_model_of_no_family(made_up: tuple[Server, Pipeline]) -> None:
+    server, _ = made_up
+    for stage in MANIFEST.stages:
+        assert get(server, f"/v2/models/{stage.name}/config")["max_batch_size"] == (8 if stage.batch else 0)
+    found = {f["name"]: [int(n) for n in f["dims"]] for f in get(server, "/v2/models/higen/config")["input"]}
+    assert (found["drift"], found["drift_matrix"], found["sketch"]) == ([-1], [-1, -1], [-1, -1, 3])
+    events = list(stream(server.grpc, "a red kite", timeout=120, guidance=[1.0, 2.0], steps=1))
+    assert [(e["loop"], e["stage"]) for e in events[:2]] == [("draft", "draft_one"), ("film", "film_two")]
+    assert json.loads(events[-1]["metadata"])["versions"]["backend"] == "triton"
+
+
+def test_a_picture_by_http_is_a_file_in_base64(made_up: tuple[Server, Pipeline]) -> None:
+    server, pipeline = made_up
+    file = io.BytesIO()
+    PIL.Image.fromarray(np.arange(5 * 7 * 3, dtype=np.uint8).reshape(5, 7, 3)).save(file, "png")
+    text = base64.b64encode(file.getvalue()).decode()
+    body = {"prompt": "a red kite", "sketch_file": text, "encoding": "png", "wobble": [0.5, 1.5]}
+    status, events = sse(server, body | {"frames": 2})
+    assert status == 200
+    images = [image for e in events if e["event"] == "frames" for image in e["images"]]
+    frames = np.stack([np.asarray(PIL.Image.open(io.BytesIO(base64.b64decode(image)))) for image in images])
+    expected = pipeline("a red kite", sketch=PIL.Image.open(file), wobble=[0.5, 1.5], frames=2).frames
+    assert np.abs(frames.astype(int) - expected).max() <= 1
+    status, (answer,) = sse(server, body | {"sketch_file": "nothing"})
+    assert (status, "sketch_file: one PNG or JPEG file" in answer["error"]) == (400, True)
+
+
+def test_a_huge_prompt_delays_nobody(made_up: tuple[Server, Pipeline]) -> None:
+    server, _ = made_up
+    made_up_frames(server, steps=1)
+    with ThreadPoolExecutor(1) as threads:
+        huge = threads.submit(lambda: list(stream(server.grpc, "x " * 10_000_000, timeout=120)))
+        slowest = 0.0
+        while not huge.done():
+            start = time.perf_counter()
+            made_up_frames(server, steps=1)
+            slowest = max(slowest, time.perf_counter() - start)
+        with pytest.raises(RequestError, match=f"at most {MAX_PROMPT} characters"):
+            huge.result()
+    assert slowest < 5  # seconds; its tokens alone took longer

@@ -12,11 +12,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from higen.config import UNetConfig
 from higen.errors import CheckpointError, ManifestError
-from higen.models.checkpoint import config_from_reference, from_reference, reference_names
+from higen.families.higen.reference_names import config_from_reference, from_reference, reference_names
+from higen.families.higen.spec import UNetConfig
+from higen.families.higen.unet import Conditioner, Denoiser, UNet
 from higen.models.layers import ResBlock, TemporalConv, TemporalTransformer
-from higen.models.unet import Conditioner, Denoiser, UNet
 from higen.parity.fixtures import assemble, recipe_state
 
 CONFIG = UNetConfig(

@@ -12,7 +12,7 @@ import torch
 from conftest import TINY
 from numpy.typing import NDArray
 
-from higen.config import ModelConfig
+from higen.families.higen.spec import ModelConfig
 from higen.train.settings import Settings, read_settings
 from higen.video import Video
 

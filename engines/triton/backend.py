@@ -9,14 +9,13 @@ import numpy as np
 import triton_python_backend_utils as pb_utils
 from numpy.typing import NDArray
 
-from higen.errors import BackendError, RetryLater
-from higen.stages import STAGES
+from higen.backends.base import Choice
+from higen.engines.triton.interface import STOPPING
+from higen.errors import BackendError, BackendUnavailable, RetryLater
+from higen.manifest import Manifest
+from higen.stages import Stage
 
 __all__ = ["TritonBackend"]
-
-
-_STOPPING = ("Server not ready", "has no available versions")
-"""What Triton says of a stage while it stops; the code of these errors is the same as that of a failure."""
 
 
 class TritonBackend:
@@ -24,41 +23,64 @@ class TritonBackend:
 
     name = "triton"
 
-    def __init__(self) -> None:
+    def __init__(self, manifest: Manifest, stages: Mapping[str, str]) -> None:
+        """`stages`: the Triton backend of each stage that the repository has."""
+        self._rows = {stage.name: stage for stage in manifest.stages if stage.name in stages}
+        self._backends = dict(stages)
         # Where outputs are to lie: without a word they stay where a stage runs, and a GPU's are no numpy arrays. The
         # server adds these names to its module after it has imported the model.
         self._memory = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0)
 
     def prepare(self, stage: str) -> None:
-        """The server has loaded it."""
+        """The server has loaded it. Raises BackendUnavailable for a stage that the repository has not."""
+        self._row(stage)
 
     def run(self, stage: str, /, **tensors: Any) -> Mapping[str, Any]:
         """Run a stage on host arrays. Raises BackendError with the server's words, RetryLater where it is stopping."""
-        spec = STAGES[stage]
+        row = self._row(stage)
         request = pb_utils.InferenceRequest(
             model_name=stage,
-            requested_output_names=list(spec.graph_outputs),
-            inputs=[pb_utils.Tensor(t.name, _with_an_axis(np.ascontiguousarray(tensors[t.name]))) for t in spec.inputs],
+            requested_output_names=list(row.graph_outputs),
+            inputs=[pb_utils.Tensor(t.name, _sent(row, tensors[t.name])) for t in row.inputs],
             preferred_memory=self._memory,
         )
         response = request.exec()
         if response.has_error():
             message = response.error().message()
-            raise (RetryLater if any(words in message for words in _STOPPING) else BackendError)(f"{stage}: {message}")
+            raise (RetryLater if any(words in message for words in STOPPING) else BackendError)(f"{stage}: {message}")
         # Copies: the arrays lie in memory that is shared with the server and ends with the response.
         return {
             out.name: np.array(pb_utils.get_output_tensor_by_name(response, name).as_numpy())
-            for out, name in zip(spec.outputs, spec.graph_outputs, strict=True)
+            for out, name in zip(row.outputs, row.graph_outputs, strict=True)
         }
 
     def to_numpy(self, tensor: Any) -> NDArray[Any]:
         """The array itself."""
         return np.asarray(tensor)
 
+    def describe(self, stage: str) -> str:
+        """Which of Triton's backends runs a stage. Raises BackendUnavailable."""
+        return self._backends[self._row(stage).name]
+
+    @property
+    def choices(self) -> Mapping[str, Choice]:
+        """Every stage of the repository: the server has loaded them all."""
+        return {stage: Choice(stage, self.name, details=backend) for stage, backend in self._backends.items()}
+
+    def choose(self, *stages: str) -> str:
+        """The first of several stages that the repository has. Raises BackendUnavailable."""
+        return next((stage for stage in stages if stage in self._rows), None) or self._row(stages[0]).name
+
     def close(self) -> None:
         """Nothing to free."""
 
+    def _row(self, stage: str) -> Stage:
+        if stage not in self._rows:
+            raise BackendUnavailable(f"{stage}: this repository has {', '.join(self._rows)}; write it again")
+        return self._rows[stage]
 
-def _with_an_axis(array: NDArray[Any]) -> NDArray[Any]:
+
+def _sent(row: Stage, array: Any) -> NDArray[Any]:
     """Triton has no tensors of a batch axis alone: a step column [B] goes as [B, 1] (config.py: reshape)."""
-    return array[:, None] if array.ndim == 1 else array
+    sent = np.ascontiguousarray(array)
+    return sent[..., None] if sent.ndim == int(row.batch) else sent

@@ -59,5 +59,6 @@ def triton(
         if as_json:
             click.echo(json.dumps({"repository": str(repository), "backends": backends}))
         else:
+            width = max(map(len, backends)) + 2
             for name, backend in backends.items():
-                click.echo(f"{name:<14}{backend}")
+                click.echo(f"{name:<{width}}{backend}")

@@ -2,34 +2,53 @@
 
 from __future__ import annotations
 
+import os
 import queue
+import re
+import reprlib
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
-from higen.engines.triton.interface import request_tensors
+from higen.engines.triton.interface import COMMON_INPUTS, STOPPING
 from higen.errors import BackendError, Cancelled, HigenError, MissingExtra, RequestError, RetryLater
+from higen.request import UNSPECIFIED
 
-__all__ = ["stream"]
+__all__ = ["request_tensors", "stream"]
 
-_ERRORS: dict[str, type[HigenError]] = {
+Tensors = dict[str, tuple[str, NDArray[Any]]]
+
+_STATUS: dict[str, type[HigenError]] = {
     "StatusCode.INVALID_ARGUMENT": RequestError,
     "StatusCode.UNAVAILABLE": RetryLater,
     "StatusCode.CANCELLED": Cancelled,
 }
+"""Of a stream that broke."""
+
+_NAMED: dict[str, type[HigenError]] = {kind.__name__: kind for kind in (RequestError, RetryLater, Cancelled)}
+"""Errors of `higen` begin with their name."""
+
+_UNFIT = re.compile(r"\binput '")
+"""Triton's words for an input that the model has not, or in another type or rank."""
+
+_DTYPES = {"UINT64": np.uint64, "INT32": np.int32, "FP32": np.float32, "UINT8": np.uint8, "BOOL": np.bool_}
+_TAKES = {"UINT64": "iu", "INT32": "iu", "FP32": "iuf", "UINT8": "iu", "BOOL": "b"}
+"""The kinds of numpy's types whose values a data type may hold: nothing is rounded, but to fewer digits."""
 
 
 def stream(url: str, prompt: str, *, timeout: float | None = None, **options: Any) -> Iterator[dict[str, Any]]:
     """Events of a request (interface.py) as dictionaries: texts as str, single numbers as int, others as arrays.
 
         for event in stream("127.0.0.1:8001", "a whale", seed=7, preview_every=4):
-            print(event["event"], event.get("step"))
+            print(event["event"], event.get("loop"), event.get("step"))
 
-    `timeout`: seconds until the next event. Closing the iterator cancels the request on the server.
-    Raises RequestError (wrong arguments, checked by the server), RetryLater (full, stopping or not there: the same
-    request may be sent again), Cancelled or BackendError.
+    `options`: see `request_tensors`. `timeout`: seconds until the next event. Closing the iterator cancels the request
+    on the server. Raises RequestError (wrong arguments, checked by the server), RetryLater (full, stopping or not
+    there: the same request may be sent again), Cancelled or BackendError.
     """
     try:
         import tritonclient.grpc as grpc
@@ -43,11 +62,11 @@ def stream(url: str, prompt: str, *, timeout: float | None = None, **options: An
         inputs.append(tensor.set_data_from_numpy(array))
     answers: queue.Queue[tuple[Any, Any]] = queue.Queue()
     client = grpc.InferenceServerClient(url)
+    ended = False
     try:
-        client.start_stream(
-            lambda result, error: answers.put((result, error)),
-            headers={"triton_grpc_error": "true"},  # status codes instead of messages alone
-        )
+        # Without the header triton_grpc_error: with it an error has a status and ends the stream, which now and then
+        # crashes the whole server (Triton 2.51). The message says as much.
+        client.start_stream(lambda result, error: answers.put((result, error)))
         with suppress(InferenceServerException):  # the stream has ended already; why, comes as an answer
             client.async_stream_infer("higen", inputs, enable_empty_final_response=True)
         while True:
@@ -55,19 +74,123 @@ def stream(url: str, prompt: str, *, timeout: float | None = None, **options: An
                 result, error = answers.get(timeout=timeout)
             except queue.Empty:
                 raise RetryLater(f"{url}: no answer within {timeout} s") from None
+            ended = error is not None or result.get_response().parameters["triton_final_response"].bool_param
             if error is not None:
-                raise _ERRORS.get(str(error.status()), BackendError)(f"{url}: {error.message()}")
+                raise _error(client, url, error)
             answer = result.get_response()
             if answer.outputs:
                 yield {out.name: _plain(result.as_numpy(out.name)) for out in answer.outputs}
-            if answer.parameters["triton_final_response"].bool_param:
+            if ended:
                 return
     finally:
-        client.stop_stream(cancel_requests=True)
+        client.stop_stream(cancel_requests=not ended)
         client.close()
 
 
-def _plain(array: np.ndarray[Any, Any]) -> Any:
+def _error(client: Any, url: str, error: Any) -> HigenError:
+    """An answer of Triton's as our error."""
+    message = str(error.message())
+    name, _, text = message.partition(": ")
+    if name in _NAMED:
+        return _NAMED[name](f"{url}: {text}")
+    if str(error.status()) in _STATUS:
+        return _STATUS[str(error.status())](f"{url}: {message}")
+    if any(words in message for words in STOPPING):
+        return RetryLater(f"{url}: {message}")
+    if _UNFIT.search(message):
+        taken = [f"{i.name} {i.datatype} {list(i.shape)}" for i in client.get_model_metadata("higen").inputs]
+        return RequestError(f"{url}: {message}; the model takes {', '.join(taken)}")
+    return BackendError(f"{url}: {message}")
+
+
+def _plain(array: NDArray[Any]) -> Any:
     if array.shape != (1,):
         return array
     return array[0].decode() if array.dtype == np.object_ else array.tolist()[0]
+
+
+def request_tensors(prompt: str, **options: Any) -> Tensors:
+    """Each given input with its data type in Triton's protocol ("BYTES" for texts) and its array.
+
+    Options that every model has are sent in their data type (interface.py: COMMON_INPUTS). All others are controls,
+    which only the server knows; they are sent by the type of the value:
+
+        a number, or a list of them           FP32 [n]
+        a matrix of numbers                   FP32 [rows, columns], to the input NAME_matrix
+        "unspecified"                         FP32 [0]
+        another text                          one text
+        whole numbers [H,W,3] or [F,H,W,3]    UINT8: a picture or a clip
+        bytes, or a path (os.PathLike)        a PNG or JPEG file, to the input NAME_file
+
+    None is left out: the model's default. Raises RequestError for a value that its data type cannot hold.
+    """
+    common = {field.name: field.kind for field in COMMON_INPUTS}
+    tensors: Tensors = {}
+    for name, value in {"prompt": prompt, **options}.items():
+        if value is None and name != "prompt":
+            continue
+        if name not in common:
+            tensors |= _control(name, value)
+        elif common[name] == "STRING":
+            tensors[name] = ("BYTES", _texts(name, value))
+        else:
+            tensors[name] = (common[name], _array(name, common[name], value).reshape(-1))
+    return tensors
+
+
+def _control(name: str, value: Any) -> Tensors:
+    if isinstance(value, str):
+        unspecified = value == UNSPECIFIED
+        return {name: ("FP32", np.zeros(0, np.float32)) if unspecified else ("BYTES", _texts(name, value))}
+    if isinstance(value, (bytes, os.PathLike)):
+        return {f"{name}_file": ("BYTES", np.array([_file(name, value)], dtype=np.object_))}
+    rank = np.asarray(value).ndim if _is_regular(value) else 0
+    if rank > 2 or (rank == 2 and getattr(value, "dtype", None) == np.uint8):
+        pixels = _array(name, "UINT8", value)
+        if rank == 2 or rank > 4 or pixels.shape[-1] != 3:
+            raise RequestError(f"{name} has shape {list(pixels.shape)}: a picture is [H,W,3], a clip [F,H,W,3]")
+        return {name: ("UINT8", pixels)}
+    numbers = _array(name, "FP32", value)
+    return {f"{name}_matrix": ("FP32", numbers)} if rank == 2 else {name: ("FP32", numbers.reshape(-1))}
+
+
+def _file(name: str, value: bytes | os.PathLike[str]) -> bytes:
+    try:
+        return value if isinstance(value, bytes) else Path(value).read_bytes()
+    except OSError as error:
+        raise RequestError(f"{name}={os.fspath(value)!r}: cannot be read: {error}") from error
+
+
+def _texts(name: str, value: Any) -> NDArray[Any]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, (list, tuple)) or not all(isinstance(text, str) for text in texts):
+        raise RequestError(f"{name}={reprlib.repr(value)}: a text is wanted")
+    try:
+        return np.array([text.encode() for text in texts], dtype=np.object_)
+    except UnicodeEncodeError as error:
+        raise RequestError(f"{name}: not valid Unicode: {error.reason}") from error
+
+
+def _is_regular(value: Any) -> bool:
+    """Whether a value is no list of lists of different lengths."""
+    try:
+        np.asarray(value)
+    except ValueError:
+        return False
+    return True
+
+
+def _array(name: str, kind: str, value: Any) -> NDArray[Any]:
+    """The value in its data type, unchanged."""
+    wrong = RequestError(f"{name}={reprlib.repr(value)}: {kind} is wanted")
+    if not _is_regular(value):
+        raise wrong
+    array, dtype = np.asarray(value), np.dtype(_DTYPES[kind])
+    if array.size and array.dtype.kind not in _TAKES[kind]:
+        raise wrong
+    if array.size and array.dtype.kind in "iu":
+        low, high = (-(2**24), 2**24) if dtype.kind == "f" else (np.iinfo(dtype.name).min, np.iinfo(dtype.name).max)
+        if int(array.min()) < low or int(array.max()) > high:
+            raise RequestError(f"{wrong}; of whole numbers it holds those from {low} to {high}")
+    with np.errstate(over="ignore"):  # the server refuses what is not finite
+        return array.astype(dtype)

@@ -6,8 +6,9 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from higen.engines.triton.interface import INPUTS, OUTPUTS, Field
+from higen.engines.triton.interface import OUTPUTS, Field, inputs
 from higen.engines.triton.service import Limits
+from higen.manifest import Manifest
 from higen.stages import Stage
 
 __all__ = ["KINDS", "orchestrator_config", "stage_config"]
@@ -33,14 +34,16 @@ def stage_config(
     threads: int | None,
     profiles: Sequence[int] = (),
 ) -> str:
-    """The configuration of a stage as a Triton model; `fixed` comes from `higen.stages.dimensions`.
+    """The configuration of a stage as a Triton model; `fixed` has the symbols that have one size.
 
-    Axes that the model does not fix are -1. `profiles` of an engine that may be used, by index. Requests of one shape
-    are batched as they come, without delay: a delay would be paid at every denoising step.
+    All other axes are -1. `profiles` of an engine that may be used, by index. Requests of one shape are batched as they
+    come, without delay: a delay would be paid at every denoising step. A stage whose first axis may not hold several
+    samples is no batching model: its first axis is one like the others, and requests are never put together.
     """
-    inputs = [_tensor(tensor.name, tensor.dtype, tensor.shape[1:], fixed) for tensor in stage.inputs]
+    most = max_batch if stage.batch else 0
+    inputs = [_tensor(tensor.name, tensor.dtype, tensor.shape, fixed, most > 0) for tensor in stage.inputs]
     outputs = [
-        _tensor(name, tensor.dtype, tensor.shape[1:], fixed)
+        _tensor(name, tensor.dtype, tensor.shape, fixed, most > 0)
         for name, tensor in zip(stage.graph_outputs, stage.outputs, strict=True)
     ]
     group: dict[str, Any] = {"kind": _Word(KINDS[device]), "count": instances}
@@ -49,38 +52,44 @@ def stage_config(
     config: dict[str, Any] = {
         "name": stage.name,
         "backend": backend,
-        "max_batch_size": max_batch,
+        "max_batch_size": most,
         "input": inputs,
         "output": outputs,
         "instance_group": [group],
-        "dynamic_batching": {"max_queue_delay_microseconds": 0},
     }
+    if most:
+        config["dynamic_batching"] = {"max_queue_delay_microseconds": 0}
     if threads is not None:
         config["parameters"] = [_parameter("intra_op_thread_count", str(threads))]
     return _message(config)
 
 
-def orchestrator_config(limits: Limits) -> str:
-    """The configuration of `higen`: decoupled, so that one request has many answers."""
-    inputs = [_field(field) | {"optional": _Word("true")} for field in INPUTS]
-    del inputs[0]["optional"]  # the prompt
+def orchestrator_config(manifest: Manifest, limits: Limits, stages: Mapping[str, str]) -> str:
+    """The configuration of `higen`: decoupled, so that one request has many answers.
+
+    `stages`: the Triton backend of each stage that the repository has.
+    """
+    optional = {"optional": _Word("true")}
+    needed = ("prompt",) if manifest.text else ()
     return _message(
         {
             "name": "higen",
             "backend": "python",
             "max_batch_size": 0,
-            "input": inputs,
+            "input": [_field(field) | ({} if field.name in needed else optional) for field in inputs(manifest)],
             "output": [_field(field) for field in OUTPUTS],
             "model_transaction_policy": {"decoupled": _Word("true")},
             "instance_group": [{"kind": _Word("KIND_CPU"), "count": 1}],  # batches are formed within one instance
-            "parameters": [_parameter("limits", limits.to_json())],
+            "parameters": [_parameter("limits", limits.to_json()), _parameter("stages", json.dumps(dict(stages)))],
         }
     )
 
 
-def _tensor(name: str, dtype: str, shape: tuple[str | int, ...], fixed: Mapping[str, int]) -> dict[str, Any]:
-    """A tensor without its batch axis. One that has no other axis is [1] outside and [] inside."""
-    dims = [n if isinstance(n, int) else fixed.get(n, -1) for n in shape]
+def _tensor(
+    name: str, dtype: str, shape: tuple[str | int, ...], fixed: Mapping[str, int], batched: bool
+) -> dict[str, Any]:
+    """A tensor, without its first axis where Triton batches. One that has no other axis is [1] outside, [] inside."""
+    dims = [n if isinstance(n, int) else fixed.get(n, -1) for n in shape[batched:]]
     tensor = {"name": name, "data_type": _Word(_TYPES[dtype]), "dims": dims or [1]}
     return tensor if dims else {**tensor, "reshape": {"shape": []}}
 

@@ -1,74 +1,107 @@
 """What the Triton model `higen` takes and gives: one table for its configuration, for reading requests, for clients.
 
+Inputs are those of every model (COMMON_INPUTS) and the controls of the one that the repository was written for. What is
+not given has the model's default. A control is given by inputs of these names:
+
+    kind                     input          data type, shape
+    number, whole            NAME           FP32 [1]
+    curve                    NAME           FP32 [n]: one number, F or F - 1 numbers; n = 0: "unspecified"
+      encoded as similarity  NAME_matrix    FP32 [F, columns], in the place of NAME
+    text, choice             NAME           STRING [1]
+    picture                  NAME           UINT8 [H, W, 3]
+                             NAME_file      STRING [1]: a PNG or JPEG file, or its base64 text, in the place of NAME
+    clip                     NAME           UINT8 [F, H, W, 3]
+
+Triton's HTTP endpoint takes flat lists: a picture goes there as a file, and matrices and clips by gRPC alone.
+
 A request's answer is a stream of events. Each has the text `event`, and of the other outputs those that it needs:
 
-    progress   stage, step (from 1), total                            after each denoising step
-    preview    stage, step, total, first 0, frames or images          every `preview_every` steps
-    frames     first, frames or images                                as the result is decoded, a few at a time
-    done       metadata (JSON), and latents if they were asked for    the last one
+    progress   loop, stage, step (from 1), total                         after each denoising step
+    preview    loop, stage, step, total, first 0, frames or images       every `preview_every` steps
+    frames     first, frames or images                                   as the result is decoded, a chunk at a time
+    done       metadata (JSON), and latents if they were asked for       the last one
 """
 
 from __future__ import annotations
 
+import base64
+import binascii
 import io
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from higen.errors import RequestError
+from higen.errors import ModelError, RequestError
+from higen.manifest import Manifest
+from higen.request import MAX_PROMPT, UNSPECIFIED
+from higen.tables import Control
 
-__all__ = ["INPUTS", "OUTPUTS", "Delivery", "Field", "pictures", "read_request", "request_tensors"]
+if TYPE_CHECKING:
+    import PIL.Image
+
+__all__ = ["COMMON_INPUTS", "OUTPUTS", "STOPPING", "Delivery", "Field", "inputs", "pictures", "read_request"]
 
 
 @dataclass(frozen=True)
 class Field:
-    """An input or output; `kind` is Triton's data type without TYPE_, `dims` has -1 where any size goes."""
+    """An input or output; `kind` is Triton's data type without TYPE_, `dims` has -1 where any size goes.
+
+    argument  the pipeline's argument that an input gives; several inputs may give one in different forms
+    form      values: one or several numbers or texts; curve: likewise, none of them is "unspecified"; matrix; pixels;
+              file: a picture's
+    """
 
     name: str
     kind: str
-    dims: tuple[int, ...] = (1,)
+    dims: tuple[int, ...] = (-1,)
+    argument: str = ""
+    form: Literal["values", "curve", "matrix", "pixels", "file"] = "values"
 
 
-INPUTS = (
+COMMON_INPUTS = (
     Field("prompt", "STRING"),
     Field("negative_prompt", "STRING"),
     Field("seed", "UINT64"),
-    Field("steps", "INT32", (-1,)),  # one, or two: spatial and temporal stage
-    Field("guidance", "FP32", (-1,)),
-    Field("solver", "STRING"),
+    Field("steps", "INT32"),  # one, or one per loop
+    Field("guidance", "FP32"),  # one, or one per loop
+    Field("solver", "STRING"),  # one, or one per loop
     Field("frames", "INT32"),
     Field("width", "INT32"),
     Field("height", "INT32"),
     Field("fps", "INT32"),
-    Field("motion", "FP32", (-1,)),  # one, one per pair of frames, or one per frame
-    Field("appearance", "FP32", (-1,)),  # one, or one per frame
-    Field("offset_noise", "FP32"),
-    Field("image", "UINT8", (-1, -1, 3)),  # a picture [H,W,3] instead of a drawn key frame
     Field("preview_every", "INT32"),  # a preview after every so many steps; 0: none
     Field("encoding", "STRING"),  # of pictures: "raw" (frames) or "png" (images)
     Field("return_latents", "BOOL"),
 )
-"""All but the prompt are optional: what is not given is the model's default."""
+"""Inputs of every model. Their shape is open, so that a wrong number of values is refused here, with the reason."""
 
 OUTPUTS = (
-    Field("event", "STRING"),
-    Field("stage", "STRING"),
-    Field("step", "INT32"),
-    Field("total", "INT32"),
-    Field("first", "INT32"),  # place of the first picture of an event in the video
+    Field("event", "STRING", (1,)),
+    Field("loop", "STRING", (1,)),
+    Field("stage", "STRING", (1,)),
+    Field("step", "INT32", (1,)),
+    Field("total", "INT32", (1,)),
+    Field("first", "INT32", (1,)),  # place of the first picture of an event in the video
     Field("frames", "UINT8", (-1, -1, -1, 3)),  # [n, H, W, 3]
     Field("images", "STRING", (-1,)),  # [n] PNG files in base64
     Field("latents", "FP32", (-1, -1, -1, -1)),  # [C, F, H, W]
-    Field("metadata", "STRING"),
+    Field("metadata", "STRING", (1,)),
 )
 
 ENCODINGS = ("raw", "png")
-_DTYPES = {"UINT64": np.uint64, "INT32": np.int32, "FP32": np.float32, "UINT8": np.uint8, "BOOL": np.bool_}
-_TAKES = {"UINT64": "iu", "INT32": "iu", "FP32": "iuf", "UINT8": "iu", "BOOL": "b"}
-"""The kinds of numpy's types whose values a data type may hold: nothing is rounded, but to fewer digits."""
+
+MAX_PIXELS = 2**26
+"""Pixels of a picture that is sent as a file, which may be much smaller than its pixels."""
+
+_FILES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
+"""The first bytes of a PNG and of a JPEG file."""
+
+
+STOPPING = ("Server not ready", "has no available versions")
+"""What Triton says of a model while it stops; the code of these errors is the same as that of a failure."""
 
 
 @dataclass(frozen=True)
@@ -80,16 +113,50 @@ class Delivery:
     return_latents: bool = False
 
 
-def read_request(tensors: Mapping[str, NDArray[Any]]) -> tuple[dict[str, Any], Delivery]:
-    """The arguments of `Pipeline.stream` (prompt and image included), and how to deliver.
+def inputs(manifest: Manifest) -> tuple[Field, ...]:
+    """The inputs of `higen` for a model. Raises ModelError for a control whose input has another one's name."""
+    fields = (*COMMON_INPUTS, *(field for control in manifest.controls for field in _fields(control)))
+    names = [field.name for field in fields]
+    if twice := sorted({name for name in names if names.count(name) > 1}):
+        raise ModelError(f"controls: {', '.join(twice)} is the name of another input of the Triton model: rename it")
+    return fields
+
+
+def _fields(control: Control) -> tuple[Field, ...]:
+    name = control.name
+    if control.kind == "picture":
+        pixels = Field(name, "UINT8", (-1, -1, 3), name, "pixels")
+        return pixels, Field(f"{name}_file", "STRING", (-1,), name, "file")
+    if control.kind == "clip":
+        return (Field(name, "UINT8", (-1, -1, -1, 3), name, "pixels"),)
+    if control.kind != "curve":
+        return (Field(name, "STRING" if control.kind in ("text", "choice") else "FP32", (-1,), name),)
+    curve = Field(name, "FP32", (-1,), name, "curve")
+    matrix = Field(f"{name}_matrix", "FP32", (-1, -1), name, "matrix")
+    return (curve, matrix) if control.encoding == "similarity" else (curve,)
+
+
+def read_request(manifest: Manifest, tensors: Mapping[str, NDArray[Any]]) -> tuple[dict[str, Any], Delivery]:
+    """The arguments of `Pipeline.stream` (the prompt included), and how to deliver.
 
     `tensors` are the inputs by name, texts as bytes. Raises RequestError; what a pipeline checks is left to it.
     """
-    _check_names(tensors)
-    values = {name: _value(name, tensor) for name, tensor in tensors.items()}
-    if not isinstance(values.get("prompt"), str):
+    fields = {field.name: field for field in inputs(manifest)}
+    _check_names(tensors, fields)
+    values: dict[str, Any] = {}
+    for name, tensor in tensors.items():
+        argument = fields[name].argument or name
+        if argument in values:
+            both = ", ".join(n for n in tensors if (fields[n].argument or n) == argument)
+            raise RequestError(f"{both}: one of them")
+        values[argument] = _value(fields[name], tensor)
+    if not isinstance(values.setdefault("prompt", None if manifest.text else ""), str):
         raise RequestError("prompt: one text is wanted")
     given = {name: values.pop(name) for name in ("preview_every", "encoding", "return_latents") if name in values}
+    return values, _delivery(**given)
+
+
+def _delivery(**given: Any) -> Delivery:
     delivery = Delivery(**given)
     if type(delivery.preview_every) is not int or delivery.preview_every < 0:
         raise RequestError(f"preview_every={delivery.preview_every!r}: a whole number, 0 (none) or more")
@@ -97,69 +164,59 @@ def read_request(tensors: Mapping[str, NDArray[Any]]) -> tuple[dict[str, Any], D
         raise RequestError(f"encoding={delivery.encoding!r}: one of {', '.join(map(repr, ENCODINGS))}")
     if type(delivery.return_latents) is not bool:
         raise RequestError(f"return_latents={delivery.return_latents!r}: true or false")
-    return values, delivery
+    return delivery
 
 
-def _check_names(given: Iterable[str]) -> None:
-    known = [field.name for field in INPUTS]
+def _check_names(given: Iterable[str], known: Iterable[str]) -> None:
     if unknown := sorted(set(given) - set(known)):
         raise RequestError(f"{', '.join(unknown)}: unknown; a request takes {', '.join(known)}")
 
 
-def _value(name: str, tensor: NDArray[Any]) -> Any:
-    """A tensor as an argument: a single number or text as itself, several as a list, an image as it is."""
-    if name == "image":
+def _value(field: Field, tensor: NDArray[Any]) -> Any:
+    """A tensor as an argument: a single number or text as itself, several as a list, a picture as it is."""
+    if field.form in ("pixels", "matrix"):
         return tensor
-    items = [_text(name, item) if isinstance(item, (bytes, str)) else item for item in tensor.reshape(-1).tolist()]
-    if not items:
-        if name in ("motion", "appearance"):  # unspecified, for models that were trained for it
-            return None
-        raise RequestError(f"{name} is empty: at least one value")
-    return items[0] if len(items) == 1 else items
+    flat = tensor.reshape(-1)
+    if field.form == "file":
+        return _picture(field.name, flat)
+    items = [_text(field.name, item) if isinstance(item, (bytes, str)) else item for item in flat.tolist()]
+    if items:
+        return items[0] if len(items) == 1 else items
+    if field.form == "curve":
+        return UNSPECIFIED
+    raise RequestError(f"{field.name} is empty: at least one value")
 
 
 def _text(name: str, item: bytes | str) -> str:
+    if len(item) > 4 * MAX_PROMPT:  # in UTF-8 a character has at most 4 bytes
+        raise RequestError(f"{name} has {len(item)} bytes: at most {MAX_PROMPT} characters")
     try:
         return item if isinstance(item, str) else item.decode("utf-8")
     except UnicodeDecodeError as error:
         raise RequestError(f"{name}: not valid UTF-8: {error.reason}") from error
 
 
-def request_tensors(prompt: str, **options: Any) -> dict[str, tuple[str, NDArray[Any]]]:
-    """For clients: each given input with its data type in Triton's protocol ("BYTES" for texts) and its array.
+def _picture(name: str, files: NDArray[Any]) -> PIL.Image.Image:
+    """A picture from the bytes of a PNG or JPEG file, or from the base64 text of them; its pixels are read later."""
+    import PIL.Image
 
-    None is left out: the model's default; for `motion` and `appearance` it is sent, as "unspecified". Raises
-    RequestError for an unknown option or a value that its data type cannot hold.
-    """
-    fields = {field.name: field for field in INPUTS}
-    tensors = {}
-    _check_names(options)
-    for name, value in {"prompt": prompt, **options}.items():
-        kind = fields[name].kind
-        if kind == "STRING" and isinstance(value, str):
-            tensors[name] = ("BYTES", np.array([value.encode()], dtype=np.object_))
-        elif value is None and name in ("motion", "appearance"):
-            tensors[name] = (kind, np.zeros(0, np.float32))
-        elif value is not None or name == "prompt":
-            array = _array(name, kind, value)
-            tensors[name] = (kind, array.reshape(-1) if name != "image" else array)
-    return tensors
-
-
-def _array(name: str, kind: str, value: Any) -> NDArray[Any]:
-    """The value in its data type, unchanged."""
+    wanted = f"{name}: one PNG or JPEG file, or its base64 text"
+    data = files[0] if len(files) == 1 else b""
+    data = data.encode() if isinstance(data, str) else data
+    if not data.startswith(_FILES):
+        try:
+            data = base64.b64decode(data, validate=True)
+        except binascii.Error as error:
+            raise RequestError(wanted) from error
+    if not data.startswith(_FILES):
+        raise RequestError(wanted)
     try:
-        array = np.asarray(value)
-    except ValueError as error:  # lists of different lengths
-        raise RequestError(f"{name}={value!r}: {kind} is wanted: {error}") from error
-    if kind == "STRING" or (array.size and array.dtype.kind not in _TAKES[kind]):
-        raise RequestError(f"{name}={value!r}: {kind} is wanted")
-    dtype = np.dtype(_DTYPES[kind])
-    if dtype.kind in "iu" and array.size:
-        low, high = np.iinfo(dtype.name).min, np.iinfo(dtype.name).max
-        if int(array.min()) < low or int(array.max()) > high:
-            raise RequestError(f"{name}={value!r}: {kind} is wanted, from {low} to {high}")
-    return array.astype(dtype)
+        picture = PIL.Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
+    except Exception as error:  # a decoder may raise anything on corrupt data
+        raise RequestError(f"{name}: cannot be read as a picture: {error}") from error
+    if picture.width * picture.height > MAX_PIXELS:
+        raise RequestError(f"{name} has {picture.width}x{picture.height} pixels: at most {MAX_PIXELS} in all")
+    return picture
 
 
 def pictures(frames: NDArray[np.uint8], encoding: str) -> dict[str, NDArray[Any]]:
@@ -170,8 +227,6 @@ def pictures(frames: NDArray[np.uint8], encoding: str) -> dict[str, NDArray[Any]
 
 
 def _png(frame: NDArray[np.uint8]) -> bytes:
-    import base64
-
     import PIL.Image
 
     file = io.BytesIO()

@@ -13,7 +13,7 @@ import triton_python_backend_utils as pb_utils
 
 from higen.bundle import Bundle
 from higen.engines.triton.backend import TritonBackend
-from higen.engines.triton.interface import INPUTS
+from higen.engines.triton.interface import Field, inputs
 from higen.engines.triton.service import Event, Limits, Service
 from higen.errors import Cancelled, HigenError, RequestError, RetryLater
 from higen.pipeline import Pipeline
@@ -29,22 +29,24 @@ class TritonPythonModel:
         parameters = json.loads(args["model_config"])["parameters"]
         limits = Limits.from_json(parameters["limits"]["string_value"])
         folder = Path(args["model_repository"], args["model_version"], "model")
-        backend = TritonBackend()
-        self._service = Service(Pipeline(Bundle.open(folder), backend), backend, limits)
+        bundle = Bundle.open(folder)
+        self._fields = inputs(bundle.manifest)
+        backend = TritonBackend(bundle.manifest, json.loads(parameters["stages"]["string_value"]))
+        self._service = Service(Pipeline(bundle, backend), backend, limits)
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Start the requests; they answer from their own threads."""
         for request in requests:
-            self._service.accept(_inputs(request), _Reply(request))
+            self._service.accept(_inputs(request, self._fields), _Reply(request))
 
     def finalize(self) -> None:
         """The server unloads the model: open requests end with an error that says to try again."""
         self._service.close()
 
 
-def _inputs(request: Any) -> dict[str, np.ndarray[Any, Any]]:
+def _inputs(request: Any, fields: Sequence[Field]) -> dict[str, np.ndarray[Any, Any]]:
     """The inputs that were given; and, to be refused by name, what the HTTP server could not make an input of."""
-    found = {field.name: pb_utils.get_input_tensor_by_name(request, field.name) for field in INPUTS}
+    found = {field.name: pb_utils.get_input_tensor_by_name(request, field.name) for field in fields}
     strange = [name for name in json.loads(request.parameters() or "{}") if not name.startswith("triton_")]
     return {name: np.array(tensor.as_numpy()) for name, tensor in found.items() if tensor is not None} | {
         name: np.array([], dtype=np.object_) for name in strange

@@ -3,6 +3,9 @@
     REPO/<stage>/config.pbtxt   1/model.onnx + weights, or 1/model.plan
     REPO/higen/config.pbtxt     1/model.py   1/model/higen.json + tokenizer.json
 
+A loop's plain stage is left out where the model has no such graph, and where another of Triton's backends would run it
+than the guided one: a request's rows are then all run by the guided stage.
+
 ONNX Runtime refuses weights that lie outside the graph's own folder, also behind a symbolic link. So weights are hard
 links: every stage has them beside its graph, and the disk has them once. A model on another file system is copied,
 once. The model's files are replaced, never rewritten (higen/bundle.py), so a repository keeps what it was made of.
@@ -12,17 +15,20 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from higen import bundle as files
+from higen.axes import chunk_of, limits
 from higen.backends.plans import ENGINES, Plan, check_plan, engine_file, read_plans, record_file
-from higen.bundle import Bundle, FileRecord, check_precision, file_record, graph_file, staged
+from higen.bundle import Bundle, FileRecord, file_record, graph_file, staged
 from higen.engines.triton.config import KINDS, orchestrator_config, stage_config
 from higen.engines.triton.service import Limits
-from higen.errors import EngineError, IntegrityError, Malformed, ModelError, RequestError
-from higen.pipeline import DECODE_CHUNK
-from higen.stages import STAGES, dimensions
+from higen.errors import EngineError, IntegrityError, Malformed, ManifestError, ModelError, RequestError
+from higen.manifest import Manifest
+from higen.precision import QUANTIZED, check_precision
+from higen.stages import Stage
 
 __all__ = ["Settings", "write_repository"]
 
@@ -68,79 +74,144 @@ class Settings:
         if self.engines is not None and self.device != "gpu":
             raise RequestError(f"engines={self.engines!r} with device={self.device!r}: TensorRT runs on a GPU")
 
-    def rows(self, stage: str) -> int:
-        """The largest batch of a stage; a decoder is given a few frames of one video at a time."""
-        return max(self.max_batch, DECODE_CHUNK) if stage.startswith("vae") else self.max_batch
+    def rows(self, manifest: Manifest, stage: Stage) -> int:
+        """The largest batch of a stage; one that takes frames one by one is given a chunk of a video at a time."""
+        by_frames = any(tensor.shape[0] == "N" for tensor in stage.inputs)
+        return max(self.max_batch, chunk_of(manifest, stage.name)) if by_frames else self.max_batch
 
-    @property
-    def limits(self) -> Limits:
+    def limits(self, manifest: Manifest) -> Limits:
         """What `higen` goes by."""
-        return Limits(self.slots, self.line, {stage: self.rows(stage) for stage in STAGES}, self.instances)
+        rows = {stage.name: self.rows(manifest, stage) for stage in manifest.stages if stage.batch}
+        return Limits(self.slots, self.line, rows, self.instances)
+
+
+@dataclass(frozen=True)
+class _Model:
+    """A stage as a Triton model: its backend, its files by name, the sizes that it fixes, an engine's profiles."""
+
+    stage: Stage
+    backend: str
+    files: Mapping[str, Path]
+    fixed: Mapping[str, int]
+    profiles: Sequence[int] = ()
 
 
 def write_repository(bundle: Bundle, target: str | os.PathLike[str], settings: Settings) -> dict[str, str]:
     """Write the repository of a model directory to `target`; returns the Triton backend of each model.
 
-    It is written aside and moved: nothing appears before everything is there, and nothing stays behind on a failure.
-    Raises RequestError (a setting), ModelError (`target` exists or cannot be written, no such engines), EngineError
-    (an engine that Triton cannot use) or IntegrityError (no graph of a stage; a file unlike its sha256).
+    It is staged and moved: nothing appears before everything is there, and nothing stays behind on a failure.
+    Raises RequestError (a setting), ManifestError (version 1), ModelError (`target` exists or cannot be written, no
+    such engines), EngineError (an engine that Triton cannot use) or IntegrityError (no graph of a stage, one of an
+    older step contract or of fixed shapes; a file unlike its sha256).
     """
-    engines = _engines(bundle, settings)
-    precision = settings.precision
-    missing = [stage for stage in STAGES if stage not in engines and precision not in bundle.precisions(stage)]
-    if missing:
-        raise IntegrityError(
-            f"{bundle.path}: no graph in {precision} of {', '.join(missing)}: "
-            f"higen-export onnx {bundle.path} --precision {precision}"
-        )
-    for name in STAGES:
-        if name not in engines:
-            _check_dynamic(bundle, name, precision)
+    if bundle.version == 1:
+        raise ManifestError(f"{bundle.path}: its manifest is of version 1, Triton reads 2: higen upgrade {bundle.path}")
+    models = _models(bundle, settings)
+    backends = {name: model.backend for name, model in models.items()}
+    manifest = bundle.manifest
+    config = orchestrator_config(manifest, settings.limits(manifest), backends)
     with staged(target) as folder:
         link = _Links()
-        for name, stage in STAGES.items():
+        for name, model in models.items():
             version = folder / name / "1"
             version.mkdir(parents=True)
-            if name in engines:
-                link(engines[name][0].path, version / "model.plan")
-            else:
-                weights = bundle.weights(name, precision)
-                link(bundle.file(graph_file(name, precision)), version / "model.onnx")
-                link(bundle.file(weights), version / weights)
-            config = stage_config(
-                stage,
-                dimensions(bundle.config),
-                backend="tensorrt" if name in engines else "onnxruntime",
+            for file, source in model.files.items():
+                link(source, version / file)
+            text = stage_config(
+                model.stage,
+                model.fixed,
+                backend=model.backend,
                 device=settings.device,
-                max_batch=settings.rows(name),
+                max_batch=settings.rows(manifest, model.stage),
                 instances=settings.instances,
-                threads=None if name in engines else settings.threads,
-                profiles=engines[name][1] if name in engines else (),
+                threads=settings.threads if model.backend == "onnxruntime" else None,
+                profiles=model.profiles,
             )
-            (folder / name / "config.pbtxt").write_text(config, encoding="utf-8")
+            (folder / name / "config.pbtxt").write_text(text, encoding="utf-8")
         version = folder / "higen" / "1"
         version.mkdir(parents=True)
         (version / "model.py").write_text(MODEL_PY, encoding="utf-8")
-        (folder / "higen" / "config.pbtxt").write_text(orchestrator_config(settings.limits), encoding="utf-8")
-        with files.create(version / "model", bundle.config) as inner:
-            link(bundle.file(files.TOKENIZER), inner / files.TOKENIZER)
-    return {**{name: "tensorrt" if name in engines else "onnxruntime" for name in STAGES}, "higen": "python"}
+        (folder / "higen" / "config.pbtxt").write_text(config, encoding="utf-8")
+        with files.create(version / "model", manifest) as inner:
+            if manifest.text is not None:  # a copy: `create` sets its permissions
+                shutil.copyfile(bundle.file(manifest.text.tokenizer), inner / manifest.text.tokenizer)
+    return {**backends, "higen": "python"}
 
 
-def _engines(bundle: Bundle, settings: Settings) -> dict[str, tuple[Plan, list[int]]]:
-    """The engine of each stage that has one in the folder that is asked for, and the profiles of it that fit."""
+def _models(bundle: Bundle, settings: Settings) -> dict[str, _Model]:
+    """A model for each stage that requests can need, in the table's order."""
+    manifest, precision = bundle.manifest, settings.precision
+    engines = _engines(bundle, settings)
+    graphs = [name for name in manifest.stage_names if precision in bundle.precisions(name)]
+    partners = {loop.plain: loop.guided for loop in manifest.loops if loop.plain and loop.guided}
+    needed = [name for name in manifest.stage_names if name not in partners]
+    if missing := [name for name in needed if name not in engines and name not in graphs]:
+        raise IntegrityError(
+            f"{bundle.path}: no graph in {precision} of {', '.join(missing)}: {_export_command(bundle, precision)}"
+        )
+    models = {}
+    for name in manifest.stage_names:
+        partner = partners.get(name)
+        if name in engines and (partner is None or partner in engines):
+            models[name] = engines[name]
+        elif name in graphs and (partner is None or partner not in engines):
+            models[name] = _graph(bundle, manifest.stage(name), precision)
+    return models
+
+
+def _graph(bundle: Bundle, stage: Stage, precision: str) -> _Model:
+    """A stage that ONNX Runtime runs. Raises IntegrityError."""
+    graph, weights = graph_file(stage.name, precision), bundle.weights(stage.name, precision)
+    fixed = _fixed_sizes(bundle, stage, graph, precision)
+    return _Model(stage, "onnxruntime", {"model.onnx": bundle.file(graph), weights: bundle.file(weights)}, fixed)
+
+
+def _fixed_sizes(bundle: Bundle, stage: Stage, file: str, precision: str) -> dict[str, int]:
+    """The symbols that have one size in a graph: the model's own, and axes that no request varies.
+
+    Raises IntegrityError for a graph of an older step contract, and for one that fixes an axis that requests vary.
+    """
+    fixed, free = dict(bundle.manifest.fixed), limits(bundle.manifest, stage.name)
+    taken = {tensor.name: tensor for tensor in bundle.graphs.get(file, ())}
+    wrong = [f"{name} is no input of both" for name in sorted({t.name for t in stage.inputs} ^ set(taken))]
+    for tensor in stage.inputs if not wrong else ():
+        own = taken[tensor.name]
+        if (own.dtype, len(own.shape)) != (tensor.dtype, len(tensor.shape)):
+            wrong.append(
+                f"an older export, takes {own.name} as {own.dtype} {list(own.shape)}, not {tensor.dtype} "
+                f"{list(tensor.shape)}"
+            )
+            continue
+        for symbol, size in zip(tensor.shape, own.shape, strict=True):
+            if isinstance(symbol, str) and isinstance(size, int):
+                if symbol not in fixed and free.get(symbol) != (size, size):
+                    wrong.append(f"{own.name} has a fixed size {symbol}={size} (--static), which varies here")
+                fixed[symbol] = size
+    if wrong:
+        raise IntegrityError(f"{bundle.path / file}: {wrong[0]}: {_export_command(bundle, precision)}")
+    return fixed
+
+
+def _export_command(bundle: Bundle, precision: str) -> str:
+    kind = "quantize" if precision in QUANTIZED else "onnx"
+    return f"higen-export {kind} {bundle.path} --precision {precision}"
+
+
+def _engines(bundle: Bundle, settings: Settings) -> dict[str, _Model]:
+    """The engine of each stage that has one in the folder that is asked for, with the profiles of it that fit."""
     if settings.engines is None:
         return {}
     found = {}
     folder = bundle.path / ENGINES / settings.engines
-    for stage in STAGES:
-        plans, errors = read_plans(bundle.path, stage)
+    for stage in bundle.manifest.stages:
+        name = stage.name
+        plans, errors = read_plans(bundle.path, name)
         for plan in plans:
             if plan.record.target == settings.engines:
-                found[stage] = plan, _profiles(bundle, plan, settings)
-        if stage not in found and any((folder / name).exists() for name in (engine_file(stage), record_file(stage))):
+                found[name] = _engine(bundle, stage, plan, settings)
+        if name not in found and any((folder / file).exists() for file in (engine_file(name), record_file(name))):
             reasons = [error for error in errors if str(folder) in str(error)]
-            raise reasons[0] if reasons else Malformed(f"{folder / engine_file(stage)}: has no record beside it")
+            raise reasons[0] if reasons else Malformed(f"{folder / engine_file(name)}: has no record beside it")
     if not found:
         known = sorted(p.name for p in folder.parent.iterdir() if p.is_dir()) if folder.parent.is_dir() else []
         raise ModelError(
@@ -151,10 +222,11 @@ def _engines(bundle: Bundle, settings: Settings) -> dict[str, tuple[Plan, list[i
     return found
 
 
-def _profiles(bundle: Bundle, plan: Plan, settings: Settings) -> list[int]:
-    """Indices of the plan's profiles that take batches from one sample to the limit.
+def _engine(bundle: Bundle, stage: Stage, plan: Plan, settings: Settings) -> _Model:
+    """A stage that TensorRT runs.
 
-    Raises EngineError for a plan that Triton could not load or that is not of this model, RequestError for the limit.
+    Raises EngineError for a plan that Triton could not load or that is not of this model, IntegrityError for one whose
+    graph does not fit, RequestError for the limit.
     """
     record = plan.record
     if record.flavour != "tensorrt":
@@ -166,30 +238,27 @@ def _profiles(bundle: Bundle, plan: Plan, settings: Settings) -> list[int]:
     check_plan(plan, hashes, record.architectures[0], {record.flavour: record.library})
     if not plan.path.is_file() or file_record(plan.path) != FileRecord(record.size, record.sha256):
         raise Malformed(f"{plan.path}: is not the plan of its record; build it again")
-    rows = settings.rows(record.stage)
-    limits = [(min(s.smallest[0] for s in p.spans), max(s.largest[0] for s in p.spans)) for p in record.profiles]
-    fitting = [i for i, (least, most) in enumerate(limits) if least <= 1 and rows <= most]
+    fixed = _fixed_sizes(bundle, stage, record.graph, record.precision)
+    return _Model(stage, "tensorrt", {"model.plan": plan.path}, fixed, _profiles(bundle, stage, plan, settings))
+
+
+def _profiles(bundle: Bundle, stage: Stage, plan: Plan, settings: Settings) -> list[int]:
+    """Indices of the plan's profiles that take batches from one sample to the limit; all where nothing is batched.
+
+    Raises RequestError for the limit.
+    """
+    profiles = plan.record.profiles
+    if not stage.batch:
+        return list(range(len(profiles)))
+    rows = settings.rows(bundle.manifest, stage)
+    ranges = [(min(s.smallest[0] for s in p.spans), max(s.largest[0] for s in p.spans)) for p in profiles]
+    fitting = [i for i, (least, most) in enumerate(ranges) if least <= 1 and rows <= most]
     if not fitting:
-        ranges = ", ".join(f"{least} to {most}" for least, most in limits)
+        built = ", ".join(f"{least} to {most}" for least, most in ranges)
         raise RequestError(
-            f"max_batch={settings.max_batch}: {plan.name} would be given 1 to {rows} samples, but is built for {ranges}"
+            f"max_batch={settings.max_batch}: {plan.name} would be given 1 to {rows} samples, but is built for {built}"
         )
     return fitting
-
-
-def _check_dynamic(bundle: Bundle, stage: str, precision: str) -> None:
-    """Raise IntegrityError for a graph of fixed shapes, into which no batch fits. Without `onnx` Triton finds out."""
-    try:
-        import onnx
-    except ImportError:
-        return
-    path = bundle.file(graph_file(stage, precision))
-    inputs = onnx.load(path, load_external_data=False).graph.input
-    if fixed := [i.name for i in inputs if i.type.tensor_type.shape.dim[0].HasField("dim_value")]:
-        raise IntegrityError(
-            f"{path}: {fixed[0]} has a fixed batch (--static), and batches vary here: "
-            f"higen-export onnx {bundle.path} --precision {precision}"
-        )
 
 
 def _check_whole(name: str, value: object, least: int) -> None:

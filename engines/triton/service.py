@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import threading
-import warnings
 from collections.abc import Mapping
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -16,8 +16,10 @@ from higen.backends.base import Backend
 from higen.backends.shared import RequestBackend, SharedBackend
 from higen.batching import Batcher
 from higen.engines.triton.interface import Delivery, pictures, read_request
-from higen.errors import HigenError, PromptWarning
-from higen.pipeline import Pipeline, Stream
+from higen.errors import HigenError
+from higen.events import Frames, Stream
+from higen.pipeline import Pipeline
+from higen.sampler import Step
 
 __all__ = ["Limits", "Reply", "Service"]
 
@@ -29,7 +31,7 @@ CANCELLATION_EVERY = 0.1
 
 @dataclass(frozen=True)
 class Limits:
-    """How much runs at once: active requests, requests in line, rows of a batch of each stage, and batches."""
+    """How much runs at once: active requests, requests in line, rows of a batch of each stage that can, and batches."""
 
     slots: int
     line: int
@@ -72,29 +74,30 @@ class Service:
     def __init__(self, pipeline: Pipeline, backend: Backend, limits: Limits) -> None:
         """`pipeline` gives the model and its tokenizer; its stages are run by `backend`."""
         batcher = Batcher(limits.slots, limits.rows, line=limits.line)
-        self.shared = SharedBackend(backend, pipeline.config, batcher, workers=limits.batches)
+        self.shared = SharedBackend(backend, pipeline.manifest, batcher, workers=limits.batches)
         self._pipeline = pipeline
         self._open: dict[RequestBackend, tuple[Reply, threading.Thread]] = {}
         self._lock = threading.Lock()
         self._stopping = threading.Event()
-        self._warnings = _ThreadWarnings()
         self._watcher = threading.Thread(target=self._watch, name="higen cancellation", daemon=True)
         self._watcher.start()
 
     def accept(self, tensors: Mapping[str, NDArray[Any]], reply: Reply) -> None:
-        """Check a request and start it; returns at once. Whatever is wrong with it goes to `reply.fail`."""
+        """Give a request a slot or a place in line, and start it; returns at once.
+
+        Whatever is wrong with it goes to `reply.fail`. It is read in its own thread: a long text or a large picture
+        delays nobody else.
+        """
+        mine = self.shared.request()
         try:
-            arguments, delivery = read_request(tensors)
-            mine = self.shared.request()
-            stream = self._pipeline.on(mine).stream(**arguments)
             mine.enter()
         except HigenError as error:
             reply.fail(error)
             return
-        thread = threading.Thread(target=self._serve, args=(stream, mine, delivery, reply), daemon=True)
+        thread = threading.Thread(target=self._serve, args=(tensors, mine, reply), daemon=True)
         with self._lock:
             self._open[mine] = reply, thread
-        thread.start()
+            thread.start()
 
     def close(self) -> None:
         """Fail the open requests with RetryLater, and wait until each has been told."""
@@ -105,43 +108,49 @@ class Service:
             thread.join()
         self._stopping.set()
         self._watcher.join()
-        self._warnings.restore()
 
-    def _serve(self, stream: Stream, mine: RequestBackend, delivery: Delivery, reply: Reply) -> None:
+    def _serve(self, tensors: Mapping[str, NDArray[Any]], mine: RequestBackend, reply: Reply) -> None:
+        """Run a request. It leaves its slot before its client hears of the end."""
+        error: HigenError | None = None
         try:
-            with self._warnings.collected() as warned:
-                self._run(stream, delivery, reply, warned)
-            reply.finish()
-        except HigenError as error:
-            reply.fail(error)
-        except Exception as error:  # a mistake of ours: the client hears of it, the others are not disturbed
-            reply.fail(HigenError(f"{type(error).__name__}: {error}"))
+            self._run(tensors, mine, reply)
+        except HigenError as found:
+            error = found
+        except Exception as found:  # a mistake of ours: the client hears of it, the others are not disturbed
+            error = HigenError(f"{type(found).__name__}: {found}")
+        mine.close()
+        try:
+            if error is None:
+                reply.finish()
+            else:
+                reply.fail(error)
         finally:
-            stream.close()
-            mine.close()
             with self._lock:
                 del self._open[mine]
 
-    def _run(self, stream: Stream, delivery: Delivery, reply: Reply, warned: list[str]) -> None:
-        def send_frames(first: int, frames: NDArray[np.uint8]) -> None:
-            reply.send(_event("frames", first=first) | pictures(frames, delivery.encoding))
+    def _run(self, tensors: Mapping[str, NDArray[Any]], mine: RequestBackend, reply: Reply) -> None:
+        arguments, delivery = read_request(self._pipeline.manifest, tensors)
+        warned: list[str] = []
+        stream = self._pipeline.on(mine).stream(**arguments, warn=lambda warning: warned.append(str(warning)))
+        with closing(stream):
+            latents = None
+            for event in stream:
+                if isinstance(event, Frames):
+                    reply.send(_event("frames", first=event.first) | pictures(event.frames, delivery.encoding))
+                else:
+                    latents = event.latents
+                    self._report(stream, event, delivery, reply)
+        reply.send(_done(stream, warned, latents if delivery.return_latents else None))
 
-        stream.on_chunk = send_frames
-        latents = None
-        for step in stream:
-            latents = step.latents
-            name, done = step.stage.removesuffix("_unet"), step.index + 1
-            place: dict[str, str | int] = {"stage": name, "step": done, "total": step.total}
-            reply.send(_event("progress", **place))
-            if delivery.preview_every and done % delivery.preview_every == 0:
-                frames = stream.preview()[0]
-                reply.send(_event("preview", first=0, **place) | pictures(frames, delivery.encoding))
-        video = stream.videos[0]
-        about = {"frames": len(video), "width": video.width, "height": video.height, "fps": video.fps}
-        last = _event("done", metadata=json.dumps({**about, **video.metadata, "warnings": warned}))
-        if delivery.return_latents and latents is not None:
-            last["latents"] = np.ascontiguousarray(latents[0])
-        reply.send(last)
+    @staticmethod
+    def _report(stream: Stream, step: Step, delivery: Delivery, reply: Reply) -> None:
+        """Send a step, and a preview where it is time for one."""
+        done = step.index + 1
+        place: dict[str, str | int] = {"loop": step.loop, "stage": step.stage, "step": done, "total": step.total}
+        reply.send(_event("progress", **place))
+        if delivery.preview_every and done % delivery.preview_every == 0:
+            frames = stream.preview()[0]
+            reply.send(_event("preview", first=0, **place) | pictures(frames, delivery.encoding))
 
     def _watch(self) -> None:
         while not self._stopping.wait(CANCELLATION_EVERY):
@@ -152,36 +161,12 @@ class Service:
                     mine.cancel()
 
 
-class _ThreadWarnings:
-    """Prompt warnings of each request, which Python would print once for the whole process."""
-
-    def __init__(self) -> None:
-        self._here = threading.local()
-        self._show = warnings.showwarning
-        warnings.showwarning = self._collect  # type: ignore[assignment]
-        warnings.simplefilter("always", PromptWarning)
-
-    def collected(self) -> _ThreadWarnings:
-        """`with ...collected() as texts`: what is warned of in this thread."""
-        return self
-
-    def __enter__(self) -> list[str]:
-        self._here.texts = texts = list[str]()
-        return texts
-
-    def __exit__(self, *_: object) -> None:
-        del self._here.texts
-
-    def restore(self) -> None:
-        """Print warnings as before."""
-        warnings.showwarning = self._show
-
-    def _collect(self, message: Warning | str, category: type[Warning], *place: Any) -> None:
-        texts = getattr(self._here, "texts", None)
-        if texts is None:
-            self._show(message, category, *place)
-        else:
-            texts.append(str(message))
+def _done(stream: Stream, warned: list[str], latents: Any) -> Event:
+    """The last event; `latents` [1,C,F,H,W] where they were asked for."""
+    video = stream.videos[0]
+    about = {"frames": len(video), "width": video.width, "height": video.height, "fps": video.fps}
+    last = _event("done", metadata=json.dumps({**about, **video.metadata, "warnings": warned}))
+    return last if latents is None else {**last, "latents": np.ascontiguousarray(latents[0])}
 
 
 def _event(name: str, **outputs: str | int) -> Event:

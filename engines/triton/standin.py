@@ -7,7 +7,7 @@ that imports this class. Runs inside the server only. CPU only; it knows the set
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,23 +32,34 @@ class TritonPythonModel:
         file = config.get("default_model_filename") or "model.onnx"
         path = Path(args["model_repository"], args["model_version"], file)
         self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        self._batched = config["max_batch_size"] > 0
         self._inputs = [value.name for value in self._session.get_inputs()]
         self._outputs = [value.name for value in self._session.get_outputs()]
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Run the requests that the dynamic batcher has put together as one batch."""
+        """Run the requests that the dynamic batcher has put together as one batch; without one, each alone."""
         given = [
             {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self._inputs}
             for request in requests
         ]
-        together = {name: np.concatenate([inputs[name] for inputs in given]) for name in self._inputs}
+        if self._batched:
+            return self._answers(given)
+        return [answer for one in given for answer in self._answers([one])]
+
+    def _answers(self, given: list[dict[str, Any]]) -> list[Any]:
+        """Run the inputs of some requests in one go: their rows one after the other."""
+        together = given[0]
+        if len(given) > 1:
+            together = {name: np.concatenate([inputs[name] for inputs in given]) for name in self._inputs}
         try:
             outputs = self._session.run(self._outputs, together)
         except Exception as error:  # ONNX Runtime's errors share no base but Exception
             failed = pb_utils.TritonError(f"ONNX Runtime: {error}")
-            return [pb_utils.InferenceResponse(error=failed) for _ in requests]
-        ends = np.cumsum([len(next(iter(inputs.values()))) for inputs in given])
-        parts = zip(*(np.split(output, ends[:-1]) for output in outputs), strict=True)
+            return [pb_utils.InferenceResponse(error=failed) for _ in given]
+        parts: Iterable[Sequence[Any]] = [outputs]
+        if len(given) > 1:
+            ends = np.cumsum([len(next(iter(inputs.values()))) for inputs in given])
+            parts = zip(*(np.split(output, ends[:-1]) for output in outputs), strict=True)
         return [
             pb_utils.InferenceResponse(
                 [pb_utils.Tensor(n, np.ascontiguousarray(p)) for n, p in zip(self._outputs, part, strict=True)]

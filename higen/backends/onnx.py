@@ -11,9 +11,13 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
-from higen.bundle import ENGINES_ONLY, Bundle, check_precision, graph_file, stand_ins
+from higen.backends.base import CLOSED, Choice
+from higen.backends.older import as_before, is_older
+from higen.backends.options import PLAIN, Options
+from higen.bundle import Bundle, graph_file
 from higen.errors import BackendError, BackendUnavailable, IntegrityError
-from higen.stages import STAGES, check_inputs, dimensions
+from higen.precision import precision_named
+from higen.stages import check_inputs
 
 __all__ = ["OnnxBackend"]
 
@@ -25,12 +29,16 @@ PREFERRED = {"cpu": ("fp32",), "cuda": ("fp16", "fp32")}
 
 @dataclass(frozen=True)
 class _Session:
-    """A stage's session; `fixed` are the sizes that its graph takes alone: the model's, and those of a static graph."""
+    """A stage's session; `fixed` are the sizes that its graph takes alone: the model's, and those of a static graph.
+
+    `older`: inputs that the graph takes as the step contract of version 1 had them: `t` int64, `guidance` [B].
+    """
 
     session: ort.InferenceSession
     device: str
     precision: str
     fixed: Mapping[str, int]
+    older: frozenset[str]
 
 
 class OnnxBackend:
@@ -38,21 +46,13 @@ class OnnxBackend:
 
     name = "onnx"
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        device: str | None = None,
-        precision: str | None = None,
-        threads: int | None = None,
-        verify: bool = True,
-    ) -> None:
-        """`device`: "cpu" or "cuda"; CUDA where ONNX Runtime has it and it works. `precision` of the graphs; None:
-        fp32 on a CPU, on CUDA fp16 where a stage has such a graph. `threads` of one stage on a CPU; None: ONNX
-        Runtime's choice. `verify`: check each file's sha256 when it is first used.
+    def __init__(self, bundle: Bundle, options: Options = PLAIN) -> None:
+        """`device`: "cpu" or "cuda"; None: CUDA where ONNX Runtime has it and it works. `precision`: None: fp32 on a
+        CPU, on CUDA fp16 where a stage has such a graph. `threads` count on a CPU.
 
-        Raises BackendUnavailable for another device, or one that this build of ONNX Runtime lacks, RequestError for
-        an unknown precision.
+        Raises BackendUnavailable for another device, or one that this build of ONNX Runtime lacks.
         """
+        device = options.device
         kind = device.partition(":")[0] if device else None
         if kind is not None and kind not in PROVIDERS:
             raise BackendUnavailable(f"device={device!r}: ONNX Runtime is used on {', '.join(map(repr, PROVIDERS))}")
@@ -63,24 +63,36 @@ class OnnxBackend:
                 "then take onnxruntime away: see the README)"
             )
         self.bundle = bundle
+        self.options = options
         self._device = kind or ("cuda" if PROVIDERS["cuda"] in available else "cpu")
         self._required = kind is not None
-        self._precision = None if precision is None else check_precision(precision)
-        self._threads = threads
-        self._verify = verify
         self._verified: set[str] = set()
         self._sessions: dict[str, _Session] = {}
         self._making = threading.Lock()
+        self._closed = False
 
     def prepare(self, stage: str) -> None:
         """Make a stage's session. Raises BackendUnavailable (no graph) or IntegrityError (graph or weights broken)."""
         self._get(stage)
 
+    def choose(self, *stages: str) -> str:
+        """See `Backend.choose`: a stage without a graph is passed over."""
+        for stage in stages[:-1]:
+            try:
+                self.prepare(stage)
+            except BackendUnavailable:
+                continue
+            return stage
+        self.prepare(stages[-1])
+        return stages[-1]
+
     def run(self, stage: str, /, **tensors: Any) -> Mapping[str, Any]:
         """Run a stage; see `Backend.run`. Tensors are numpy arrays or OrtValues; results are OrtValues."""
-        spec, made = STAGES[stage], self._get(stage)
+        spec, made = self.bundle.manifest.stage(stage), self._get(stage)
         values = {name: _ort_value(value) for name, value in tensors.items()}
         check_inputs(spec, {name: _Shaped.of(value) for name, value in values.items()}, made.fixed)
+        for name in made.older:
+            values[name] = _ort_value(self._as_declared(stage, name, values[name].numpy()))
         binding = made.session.io_binding()
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
@@ -97,19 +109,31 @@ class OnnxBackend:
         made = self._get(stage)
         return f"{made.device}, {made.precision}"
 
+    @property
+    def choices(self) -> Mapping[str, Choice]:
+        """See `Backend.choices`."""
+        return {
+            stage: Choice(stage, self.name, details=f"{made.device}, {made.precision}")
+            for stage, made in list(self._sessions.items())
+        }
+
     def to_numpy(self, tensor: Any) -> NDArray[Any]:
         """An OrtValue as a numpy array on the host."""
         return tensor.numpy() if isinstance(tensor, ort.OrtValue) else np.asarray(tensor)
 
     def close(self) -> None:
-        """Free the sessions."""
-        self._sessions.clear()
+        """Free the sessions; one that runs is freed when its run has ended."""
+        with self._making:
+            self._closed = True
+            self._sessions.clear()
 
     def _get(self, stage: str) -> _Session:
-        """The stage's session, made once however many requests ask for it."""
+        """The stage's session, made once however many requests ask for it. Raises BackendError after `close`."""
         made = self._sessions.get(stage)
         if made is None:
             with self._making:
+                if self._closed:
+                    raise BackendError(CLOSED)
                 made = self._sessions.get(stage) or self._make(stage)
                 self._sessions[stage] = made
         return made
@@ -118,12 +142,12 @@ class OnnxBackend:
         precision = self._choose(stage)
         name = graph_file(stage, precision)
         for file in (name, self.bundle.weights(stage, precision)):
-            self.bundle.file(file, self._verify and file not in self._verified)
+            self.bundle.file(file, self.options.verify and file not in self._verified)
             self._verified.add(file)
         options = ort.SessionOptions()
         options.log_severity_level = 3
-        if self._threads is not None:
-            options.intra_op_num_threads = self._threads
+        if self.options.threads is not None:
+            options.intra_op_num_threads = self.options.threads
         wanted: Sequence[str] = [PROVIDERS[self._device]]
         if self._device != "cpu":
             wanted = [*wanted, PROVIDERS["cpu"]]
@@ -141,43 +165,57 @@ class OnnxBackend:
                 raise BackendUnavailable(f"device={self._device!r}: ONNX Runtime could not load {wanted[0]} here")
             self._device = "cpu"
             return self._make(stage)
-        return _Session(session, self._device, precision, self._fixed(stage, session))
+        return self._checked(stage, session, precision)
 
     def _choose(self, stage: str) -> str:
-        there = self.bundle.precisions(stage)
-        for precision in stand_ins(self._precision) if self._precision else PREFERRED[self._device]:
-            if precision in there and precision in ENGINES_ONLY:
-                raise BackendUnavailable(f"{graph_file(stage, precision)}: ONNX Runtime does not compute in it")
-            if precision in there:
-                return precision
-        asked = self._precision or "fp32"
-        option = "" if asked == "fp32" else f" --precision {asked}"
+        there, asked = self.bundle.precisions(stage), self.options.precision
+        for name in precision_named(asked).stand_ins if asked else PREFERRED[self._device]:
+            if name in there and precision_named(name).engines_only:
+                raise BackendUnavailable(f"{graph_file(stage, name)}: ONNX Runtime does not compute in it")
+            if name in there:
+                return name
+        option = f" --precision {asked}" if asked not in (None, "fp32") else ""
         raise BackendUnavailable(
-            f"no {graph_file(stage, asked)} in {self.bundle.path} "
+            f"no {graph_file(stage, asked or 'fp32')} in {self.bundle.path} "
             f"(make it: higen-export onnx {self.bundle.path}{option})"
         )
 
-    def _fixed(self, stage: str, session: ort.InferenceSession) -> dict[str, int]:
-        """The sizes that the model fixes, and those of a graph exported with --static.
+    def _checked(self, stage: str, session: ort.InferenceSession, precision: str) -> _Session:
+        """A session whose graph is that of the stage: the sizes that it fixes, and the inputs it has as version 1 did.
 
         Raises IntegrityError for a graph of another stage or model.
         """
-        spec, model = STAGES[stage], dimensions(self.bundle.config)
-        given = {tensor.name: tensor.shape for tensor in session.get_inputs()}
+        spec = self.bundle.manifest.stage(stage)
+        given = {tensor.name: (tensor.type, list(tensor.shape)) for tensor in session.get_inputs()}
         outputs = tuple(tensor.name for tensor in session.get_outputs())
-        fixed = dict(model)
+        fixed, older = dict(self.bundle.manifest.fixed), set[str]()
         fits = set(given) == {tensor.name for tensor in spec.inputs} and outputs == spec.graph_outputs
         for tensor in spec.inputs if fits else ():
-            for symbol, size in zip(tensor.shape, given[tensor.name], strict=True):
+            kind, shape = given[tensor.name]
+            if is_older(tensor, kind.removeprefix("tensor(").removesuffix(")"), len(shape)):
+                older.add(tensor.name)
+            fits &= len(shape) == len(tensor.shape) or tensor.name in older
+            for symbol, size in zip(tensor.shape, shape, strict=False):
                 if isinstance(symbol, str) and isinstance(size, int):
                     fixed.setdefault(symbol, size)
                     fits &= fixed[symbol] == size
         if not fits:
+            shapes = {name: shape for name, (_, shape) in given.items()}
             raise IntegrityError(
                 f"{self.bundle.path}: the graph of {stage} is another stage's or model's: "
-                f"it takes {given} and gives {list(outputs)}, but the model has {model}"
+                f"it takes {shapes} and gives {list(outputs)}, but the model has {self.bundle.manifest.fixed}"
             )
-        return fixed
+        return _Session(session, self._device, precision, fixed, frozenset(older))
+
+    def _as_declared(self, stage: str, name: str, value: NDArray[Any]) -> NDArray[Any]:
+        """An input as a graph of version 1 takes it. Raises BackendUnavailable for what it cannot express."""
+        found = as_before(value)
+        if found is None:
+            raise BackendUnavailable(
+                f"{stage}: its graph was made before {name} could be {value.ravel()[:4].tolist()}... "
+                f"(make it again: higen-export onnx {self.bundle.path} --stage {stage})"
+            )
+        return found
 
 
 @dataclass(frozen=True)

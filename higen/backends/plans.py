@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from higen.bundle import sha256
-from higen.config import from_json, to_json
 from higen.errors import (
     BackendUnavailable,
     EngineError,
@@ -30,7 +29,9 @@ from higen.errors import (
     Stale,
     WrongArchitecture,
 )
+from higen.precision import PRECISIONS
 from higen.stages import Stage
+from higen.typed_json import from_json, to_json
 
 __all__ = [
     "ENGINES",
@@ -192,6 +193,16 @@ class Plan:
         return (
             f"higen-export build-engines {self.path.parents[2]} --target {target} --stage {record.stage} "
             f"--precision {record.precision}"
+        )
+
+    @property
+    def renewal(self) -> str:
+        """The commands that export its graph again and then build it again."""
+        record = self.record
+        export = "onnx" if record.precision in PRECISIONS else "quantize"
+        return (
+            f"higen-export {export} {self.path.parents[2]} --stage {record.stage} --precision {record.precision}, then "
+            f"{self.remedy}"
         )
 
 

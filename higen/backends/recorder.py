@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from higen.backends.onnx import OnnxBackend
+from higen.backends.options import Options
 from higen.bundle import Bundle
 
 __all__ = ["CallRecorder"]
@@ -18,7 +19,7 @@ class CallRecorder(OnnxBackend):
     """The float32 graphs on a CPU; `calls` has the inputs of every call of the recorded stages, in order."""
 
     def __init__(self, bundle: Bundle, stages: Collection[str]) -> None:
-        super().__init__(bundle, "cpu", "fp32")
+        super().__init__(bundle, Options(device="cpu", precision="fp32"))
         self.calls: dict[str, list[dict[str, NDArray[Any]]]] = {stage: [] for stage in stages}
 
     def run(self, stage: str, /, **tensors: Any) -> Mapping[str, Any]:

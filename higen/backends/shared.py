@@ -1,12 +1,13 @@
 """One backend for many requests at a time: their stage calls share batches (higen/batching.py).
 
-    shared = SharedBackend(backend, Batcher(slots=16, rows=...))
+    shared = SharedBackend(backend, manifest, Batcher(slots=16, rows=...))
     with shared.request() as mine:                        # in a thread of its own for each request
         video = pipeline.on(mine)(prompt, seed=7)         # as if alone
 
 The calling threads wait; one thread runs the batches, or several, each a batch of its own, for a backend that can run
 more than one at a time. Waiting is bounded: when some active requests are between two steps, a batch is held back for
-them, for `patience` seconds at most, so that requests keep step with each other.
+them, for `patience` seconds at most, so that requests keep step with each other. A call of a stage that the manifest
+does not let hold several samples is run alone, however many rows it has.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from higen.backends.base import Backend
+from higen.backends.base import Backend, Choice
 from higen.batching import Batch, Batcher, Call
-from higen.config import ModelConfig
 from higen.errors import BackendError, Cancelled, HigenError, RetryLater
-from higen.stages import STAGES, check_inputs, dimensions
+from higen.manifest import Manifest
+from higen.stages import check_inputs
 
 __all__ = ["RequestBackend", "SharedBackend"]
 
@@ -36,7 +37,7 @@ class SharedBackend:
     """Runs the calls of many requests in common batches."""
 
     def __init__(
-        self, backend: Backend, config: ModelConfig, batcher: Batcher, patience: float = 0.01, workers: int = 1
+        self, backend: Backend, manifest: Manifest, batcher: Batcher, patience: float = 0.01, workers: int = 1
     ) -> None:
         """`patience`: seconds that a batch may wait for requests that are between two steps; `workers`: batches that
         run at once.
@@ -45,7 +46,8 @@ class SharedBackend:
         self.patience = patience
         self.batches = 0
         self.rows = 0
-        self._fixed = dimensions(config)
+        self._stages = {stage.name: stage for stage in manifest.stages}
+        self._fixed = manifest.fixed
         self._batcher = batcher
         self._changed = threading.Condition()
         self._results: dict[Call, Results] = {}
@@ -96,14 +98,15 @@ class SharedBackend:
     def call(self, request: RequestBackend, stage: str, tensors: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         """Run a stage within a common batch; the caller waits."""
         arrays = {name: np.asarray(value) for name, value in tensors.items()}
-        check_inputs(STAGES[stage], arrays, self._fixed)
+        row = self._stages[stage]
+        check_inputs(row, arrays, self._fixed)
         self.wait_for_slot(request)
         result: Results = Future()
         with self._changed:
             self._check_open()
             if request.cancelled:
                 raise Cancelled("the request was cancelled")
-            self._results[self._batcher.submit(request, stage, arrays)] = result
+            self._results[self._batcher.submit(request, stage, arrays, row.batch)] = result
             self._changed.notify_all()
         return result.result()
 
@@ -184,6 +187,19 @@ class RequestBackend:
     def prepare(self, stage: str) -> None:
         """Load a stage for all."""
         self._shared.backend.prepare(stage)
+
+    def describe(self, stage: str) -> str:
+        """What runs a stage, see `Backend.describe`."""
+        return self._shared.backend.describe(stage)
+
+    @property
+    def choices(self) -> Mapping[str, Choice]:
+        """What was chosen for each stage, see `Backend.choices`."""
+        return self._shared.backend.choices
+
+    def choose(self, *stages: str) -> str:
+        """Load one of several stages, see `Backend.choose`."""
+        return self._shared.backend.choose(*stages)
 
     def run(self, stage: str, /, **tensors: Any) -> Mapping[str, Any]:
         """Run a stage, see `Backend.run`; waits for a slot first. Raises Cancelled after `cancel`."""

@@ -1,9 +1,9 @@
-"""The torch backend: the modules themselves."""
+"""The torch backend: the modules themselves, as the model's family builds them."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping, Sequence
-from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -11,25 +11,32 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from higen import bundle as files
+from higen import families
+from higen.backends.base import Choice
+from higen.backends.options import PLAIN, Options
 from higen.bundle import Bundle
-from higen.errors import BackendError, BackendUnavailable
-from higen.models.companions import load_autoencoder, load_text_encoder
-from higen.models.stage_modules import (
-    ConditionerStage,
-    DecoderStage,
-    DenoisingStage,
-    EncoderStage,
-    TextEncoderStage,
-)
-from higen.models.unet import Denoiser
-from higen.models.weights import fill
-from higen.stages import STAGES, check_inputs, dimensions
+from higen.errors import BackendError, BackendUnavailable, UnknownFamily
+from higen.models.weights import DTYPES, fill
+from higen.precision import precision_named
+from higen.stages import check_inputs
 
-__all__ = ["TorchBackend", "load_denoiser"]
+__all__ = ["BundleWeights", "TorchBackend"]
 
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-PRECISIONS = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+class BundleWeights:
+    """The weights of a model directory, as a family's networks are filled with them (`families.Weights`)."""
+
+    def __init__(self, bundle: Bundle, device: torch.device, dtype: torch.dtype | None, verify: bool = True) -> None:
+        """`dtype`: what the networks compute in; None: as stored. `verify`: check each file's sha256."""
+        self.bundle = bundle
+        self.device = device
+        self.dtype = dtype
+        self._verify = verify
+
+    def fill(self, module: nn.Module, file: str, dtype: torch.dtype | None = None, strip: str = "") -> None:
+        """See `families.Weights`."""
+        path = self.bundle.file(file, self._verify)
+        fill(module, path, dtype or self.dtype, self.device, lambda name: name.removeprefix(strip))
 
 
 class TorchBackend:
@@ -37,49 +44,57 @@ class TorchBackend:
 
     name = "torch"
 
-    def __init__(
-        self,
-        bundle: Bundle,
-        device: str | None = None,
-        dtype: str | None = None,
-        verify: bool = True,
-        threads: int | None = None,
-    ) -> None:
-        """`device`: "cpu", "cuda", "cuda:1", ...; the GPU if there is one. `dtype`: "float32", "float16", "bfloat16";
-        float32 on a CPU, as stored elsewhere. `verify`: check each file's sha256 as it is loaded. `threads` of one
-        operator on a CPU, for the whole process (PyTorch has no other way); None: as it is.
+    def __init__(self, bundle: Bundle, options: Options = PLAIN) -> None:
+        """`device`: "cpu", "cuda", "cuda:1", ...; None: the GPU if there is one. `precision`: None: fp32 on a CPU, as
+        stored elsewhere; PyTorch computes in no fewer than 16 bits, so in the base of a quantised one. `threads` of one
+        operator on a CPU count for the whole process, for PyTorch has no other way.
+
+        Raises BackendUnavailable for a device that PyTorch cannot use, and where the model's family is not installed.
         """
         self.bundle = bundle
-        self.device = _device(device)
-        if dtype is not None and dtype not in DTYPES:
-            raise BackendUnavailable(f"dtype={dtype!r}: one of {', '.join(map(repr, DTYPES))}")
-        self.dtype = DTYPES[dtype] if dtype else (torch.float32 if self.device.type == "cpu" else None)
-        self._verify = verify
-        self._fixed = dimensions(bundle.config)
-        if threads is not None:
-            torch.set_num_threads(threads)
+        self.device = _device(options.device)
+        self.dtype = torch.float32 if self.device.type == "cpu" else None
+        if options.precision is not None:
+            self.dtype = DTYPES[precision_named(options.precision).base]
+        try:
+            self._family = families.network(bundle.manifest.family)
+        except UnknownFamily as error:
+            raise BackendUnavailable(str(error)) from error
+        except ImportError as error:
+            raise BackendUnavailable(f"family={bundle.manifest.family!r}: cannot be imported: {error}") from error
+        self._weights = BundleWeights(bundle, self.device, self.dtype, options.verify)
+        self._networks: families.Networks | None = None
+        self._modules: dict[str, nn.Module] = {}
+        self._loading = threading.Lock()
+        if options.threads is not None:
+            torch.set_num_threads(options.threads)
 
     def prepare(self, stage: str) -> None:
         """Load the network of a stage."""
         self.module(stage)
 
+    def choose(self, *stages: str) -> str:
+        """See `Backend.choose`: every stage can be run."""
+        self.prepare(stages[0])
+        return stages[0]
+
     def run(self, stage: str, /, **tensors: Any) -> Mapping[str, Any]:
         """Run a stage; see `Backend.run`."""
-        spec = STAGES[stage]
-        check_inputs(spec, tensors, self._fixed)
-        ordered = [torch.as_tensor(tensors[t.name], device=self.device) for t in spec.inputs]
+        row = self.bundle.manifest.stage(stage)
+        check_inputs(row, tensors, self.bundle.manifest.fixed)
+        ordered = [torch.as_tensor(tensors[t.name], device=self.device) for t in row.inputs]
+        run = self._samples if row.batch and self.device.type == "cpu" else _outputs
         with torch.inference_mode():
-            outputs = self._samples(self.module(stage), ordered)
-        return dict(zip((t.name for t in spec.outputs), outputs, strict=True))
+            outputs = run(self.module(stage), ordered)
+        return dict(zip((t.name for t in row.outputs), outputs, strict=True))
 
-    def _samples(self, module: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    @staticmethod
+    def _samples(module: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
         """A CPU takes the samples of a batch one at a time: the libraries' order of summation depends on the batch's
         size, and guidance makes that rounding visible. Only so is a sample's result its own; it costs little there.
         """
-        if self.device.type != "cpu":
-            return _tuple(module(*inputs))
         samples = zip(*(tensor.split(1) for tensor in inputs), strict=True)
-        outputs = [_tuple(module(*sample)) for sample in samples]
+        outputs = [_outputs(module, sample) for sample in samples]
         return [torch.cat(parts) for parts in zip(*outputs, strict=True)]
 
     def to_numpy(self, tensor: Any) -> NDArray[Any]:
@@ -88,80 +103,36 @@ class TorchBackend:
 
     def describe(self, stage: str) -> str:
         """Where and in what precision a stage runs: "cpu, fp32"."""
-        dtype = next(self.module(stage).parameters()).dtype
-        return f"{self.device}, {next(name for name, known in PRECISIONS.items() if known == dtype)}"
+        return self._details(self.module(stage))
+
+    @property
+    def choices(self) -> Mapping[str, Choice]:
+        """See `Backend.choices`."""
+        loaded = list(self._modules.items())
+        return {stage: Choice(stage, self.name, details=self._details(module)) for stage, module in loaded}
+
+    def _details(self, module: nn.Module) -> str:
+        dtype = next((p.dtype for p in module.parameters()), torch.float32)
+        return f"{self.device}, {next((name for name, known in DTYPES.items() if known == dtype), str(dtype))}"
 
     def close(self) -> None:
         """Drop the networks."""
-        for name in ("text_encoder", "_denoiser", "conditioner", "spatial_unet", "temporal_unet", "_autoencoder"):
-            self.__dict__.pop(name, None)
-        self.__dict__.pop("vae_decoder", None)
-        self.__dict__.pop("vae_encoder", None)
+        self._modules.clear()
+        self._networks = None
 
     def module(self, stage: str) -> nn.Module:
         """A stage as a module, loaded when first asked for."""
-        module: nn.Module = getattr(self, stage)
-        return module
-
-    @cached_property
-    def text_encoder(self) -> nn.Module:
-        """The text encoder as a stage."""
-        path = self.bundle.file(files.TEXT_ENCODER, self._verify)
-        encoder = load_text_encoder(path, self.bundle.config.text, self.dtype, self.device)
-        return TextEncoderStage(encoder).eval()
-
-    @cached_property
-    def _denoiser(self) -> Denoiser:
-        return load_denoiser(self.bundle, self.device, self.dtype, self._verify)
-
-    @cached_property
-    def conditioner(self) -> nn.Module:
-        """The conditioner as a stage."""
-        return ConditionerStage(self._denoiser.conditioner).eval()
-
-    @cached_property
-    def spatial_unet(self) -> nn.Module:
-        """The spatial network, over the temporal one's parameters."""
-        return DenoisingStage(self._denoiser.spatial_unet()).eval()
-
-    @cached_property
-    def temporal_unet(self) -> nn.Module:
-        """The temporal network."""
-        return DenoisingStage(self._denoiser.unet).eval()
-
-    @cached_property
-    def _autoencoder(self) -> nn.Module:
-        path = self.bundle.file(files.AUTOENCODER, self._verify)
-        # As the reference, in float32 whatever the rest computes in.
-        return load_autoencoder(path, self.bundle.config.autoencoder, torch.float32, self.device)
-
-    @cached_property
-    def vae_decoder(self) -> nn.Module:
-        """Latents to pixels."""
-        return DecoderStage(self._autoencoder, self.bundle.config.autoencoder).eval().to(self.device)
-
-    @cached_property
-    def vae_encoder(self) -> nn.Module:
-        """Pixels to latents."""
-        return EncoderStage(self._autoencoder, self.bundle.config.autoencoder).eval().to(self.device)
+        with self._loading:
+            if stage not in self._modules:
+                if self._networks is None:
+                    self._networks = self._family.open(self.bundle.manifest, self._weights)
+                self._modules[stage] = self._networks.module(stage)
+            return self._modules[stage]
 
 
-def _tuple(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+def _outputs(module: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    outputs = module(*inputs)
     return outputs if isinstance(outputs, tuple) else (outputs,)
-
-
-def load_denoiser(
-    bundle: Bundle, device: torch.device, dtype: torch.dtype | None = None, verify: bool = True
-) -> Denoiser:
-    """The denoiser of a model directory, in `dtype` (None: as stored); its weights are in memory once.
-
-    Raises IntegrityError for a file that is altered or holds other tensors than the architecture.
-    """
-    path = bundle.file(files.UNET, verify)
-    with torch.device("meta"):
-        denoiser = Denoiser(bundle.config.unet)
-    fill(denoiser, path, dtype, device)
-    return denoiser
 
 
 def _device(device: str | None) -> torch.device:

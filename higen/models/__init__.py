@@ -1,1 +1,1 @@
-"""The networks, in PyTorch. Nothing outside this package, the torch backend, the export and the training imports it."""
+"""Layers and checkpoint readers that model families share, in PyTorch. No module here knows a family."""

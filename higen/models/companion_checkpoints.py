@@ -8,21 +8,21 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from higen.config import AutoencoderConfig, TextConfig
 from higen.errors import CheckpointError
 from higen.models.companions import autoencoder
 
 __all__ = [
-    "autoencoder_config_from_ldm",
+    "autoencoder_arguments_from_ldm",
     "autoencoder_from_diffusers",
     "autoencoder_from_ldm",
     "check_tensors",
     "shapes_of",
-    "text_config_from_openclip",
+    "text_arguments_from_openclip",
     "text_from_openclip",
     "text_from_transformers",
 ]
@@ -70,25 +70,22 @@ def text_from_openclip(state: State) -> dict[str, Tensor]:
     return text
 
 
-def text_config_from_openclip(state: State) -> TextConfig:
-    """The configuration for what `text_from_openclip` makes of the same tensors."""
+def text_arguments_from_openclip(state: State) -> dict[str, Any]:
+    """CLIPTextConfig's arguments for what `text_from_openclip` makes of the same tensors."""
     sizes = _text_sizes(_text_tower(state))
-    return TextConfig(
-        clip={
-            "vocab_size": sizes["vocabulary"],
-            "hidden_size": sizes["width"],
-            "intermediate_size": sizes["inner"],
-            "num_hidden_layers": sizes["blocks"] - 1,
-            "num_attention_heads": max(1, sizes["width"] // _TEXT_HEAD_DIM),
-            "max_position_embeddings": sizes["positions"],
-            "hidden_act": "gelu",
-            "layer_norm_eps": 1e-5,
-            "bos_token_id": sizes["vocabulary"] - 2,
-            "eos_token_id": sizes["vocabulary"] - 1,
-            "pad_token_id": 0,
-        },
-        context_length=sizes["positions"],
-    )
+    return {
+        "vocab_size": sizes["vocabulary"],
+        "hidden_size": sizes["width"],
+        "intermediate_size": sizes["inner"],
+        "num_hidden_layers": sizes["blocks"] - 1,
+        "num_attention_heads": max(1, sizes["width"] // _TEXT_HEAD_DIM),
+        "max_position_embeddings": sizes["positions"],
+        "hidden_act": "gelu",
+        "layer_norm_eps": 1e-5,
+        "bos_token_id": sizes["vocabulary"] - 2,
+        "eos_token_id": sizes["vocabulary"] - 1,
+        "pad_token_id": 0,
+    }
 
 
 def text_from_transformers(state: State) -> dict[str, Tensor]:
@@ -151,9 +148,9 @@ def autoencoder_from_ldm(state: State) -> dict[str, Tensor]:
     Raises CheckpointError listing the first ten missing, extra or wrongly shaped tensors.
     """
     theirs = _autoencoder(state)
-    config = autoencoder_config_from_ldm(state)
-    shapes = shapes_of(lambda: autoencoder(config))
-    names = {_ldm_name(ours, len(config.arguments["block_out_channels"])): ours for ours in shapes}
+    arguments = autoencoder_arguments_from_ldm(state)
+    shapes = shapes_of(lambda: autoencoder("AutoencoderKL", arguments))
+    names = {_ldm_name(ours, len(arguments["block_out_channels"])): ours for ours in shapes}
     wanted = {
         name: shapes[ours] + ((1, 1) if ".attn_1." in name and len(shapes[ours]) == 2 else ())
         for name, ours in names.items()
@@ -162,30 +159,25 @@ def autoencoder_from_ldm(state: State) -> dict[str, Tensor]:
     return {ours: theirs[name].reshape(shapes[ours]) for name, ours in names.items()}
 
 
-def autoencoder_config_from_ldm(state: State) -> AutoencoderConfig:
-    """The configuration for what `autoencoder_from_ldm` makes of the same tensors."""
+def autoencoder_arguments_from_ldm(state: State) -> dict[str, Any]:
+    """AutoencoderKL's arguments for what `autoencoder_from_ldm` makes of the same tensors."""
     theirs, what = _autoencoder(state), "a latent-diffusion autoencoder"
     levels = _count(theirs, r"encoder\.down\.(\d+)\.")
     widths = [_shape(theirs, f"encoder.down.{i}.block.0.conv1.weight", 4, what)[0] for i in range(levels)]
     if not widths:
         raise CheckpointError(f"not {what}: it has no encoder.down.0.block.0.conv1.weight")
-    return AutoencoderConfig(
-        kind="AutoencoderKL",
-        arguments={
-            "in_channels": _shape(theirs, "encoder.conv_in.weight", 4, what)[1],
-            "out_channels": _shape(theirs, "decoder.conv_out.weight", 4, what)[0],
-            "latent_channels": _shape(theirs, "decoder.conv_in.weight", 4, what)[1],
-            "block_out_channels": widths,
-            "layers_per_block": _count(theirs, r"encoder\.down\.0\.block\.(\d+)\."),
-            "down_block_types": ["DownEncoderBlock2D"] * levels,
-            "up_block_types": ["UpDecoderBlock2D"] * levels,
-            "use_quant_conv": "quant_conv.weight" in theirs,
-            "use_post_quant_conv": "post_quant_conv.weight" in theirs,
-            "scaling_factor": _LDM_SCALE,
-        },
-        factor=2 ** (levels - 1),
-        scale=(_LDM_SCALE,),
-    )
+    return {
+        "in_channels": _shape(theirs, "encoder.conv_in.weight", 4, what)[1],
+        "out_channels": _shape(theirs, "decoder.conv_out.weight", 4, what)[0],
+        "latent_channels": _shape(theirs, "decoder.conv_in.weight", 4, what)[1],
+        "block_out_channels": widths,
+        "layers_per_block": _count(theirs, r"encoder\.down\.0\.block\.(\d+)\."),
+        "down_block_types": ["DownEncoderBlock2D"] * levels,
+        "up_block_types": ["UpDecoderBlock2D"] * levels,
+        "use_quant_conv": "quant_conv.weight" in theirs,
+        "use_post_quant_conv": "post_quant_conv.weight" in theirs,
+        "scaling_factor": _LDM_SCALE,
+    }
 
 
 def autoencoder_from_diffusers(state: State) -> dict[str, Tensor]:

@@ -8,29 +8,35 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from higen.config import AutoencoderConfig, TextConfig
 from higen.errors import BackendError, ManifestError, MissingExtra
 from higen.models.weights import fill
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel
 
-__all__ = ["autoencoder", "load_autoencoder", "load_text_encoder", "text_encoder"]
+__all__ = [
+    "TEXT_PREFIX",
+    "autoencoder",
+    "load_autoencoder",
+    "load_text_encoder",
+    "restore_buffers",
+    "text_encoder",
+]
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC")
-_PREFIX = "text_model."
+TEXT_PREFIX = "text_model."
 """transformers before 5 nests the text model under this name, here and in files; it is never looked at."""
 
 
-def text_encoder(config: TextConfig) -> CLIPTextModel:
-    """CLIP's text model with `config.clip` as CLIPTextConfig's arguments, randomly initialised.
+def text_encoder(arguments: Mapping[str, Any]) -> CLIPTextModel:
+    """CLIP's text model with CLIPTextConfig's `arguments`, randomly initialised.
 
     tokens [B,L] int64 -> .last_hidden_state [B,L,Dt], after the final norm. Under `torch.device("meta")` it takes no
     memory. Raises ManifestError for arguments that transformers refuses, MissingExtra without transformers.
@@ -39,74 +45,74 @@ def text_encoder(config: TextConfig) -> CLIPTextModel:
         from transformers import CLIPTextConfig, CLIPTextModel
     with _quiet("transformers"):
         try:
-            return CLIPTextModel(CLIPTextConfig(**config.clip))
+            return CLIPTextModel(CLIPTextConfig(**arguments))
         except Exception as error:  # transformers raises whatever its checks and its arithmetic raise
-            raise ManifestError(f"text.clip={config.clip!r}: transformers refuses it: {error}") from error
+            raise ManifestError(f"clip={dict(arguments)!r}: transformers refuses it: {error}") from error
 
 
-def autoencoder(config: AutoencoderConfig) -> nn.Module:
-    """diffusers' autoencoder `config.kind` with `config.arguments`, randomly initialised.
+def autoencoder(kind: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """diffusers' autoencoder `kind` with its constructor's `arguments`, randomly initialised.
 
     encode(pixels [N,3,Y,X]) and decode(latents [N,C,H,W]) as in diffusers. Raises ManifestError for an unknown kind or
     arguments that diffusers refuses, MissingExtra without diffusers.
     """
-    if config.kind not in AUTOENCODERS:
-        raise ManifestError(f"autoencoder.kind={config.kind!r}: one of {', '.join(AUTOENCODERS)}")
+    if kind not in AUTOENCODERS:
+        raise ManifestError(f"autoencoder.kind={kind!r}: one of {', '.join(AUTOENCODERS)}")
     with _quiet_import("diffusers", "the autoencoder"):
         from diffusers import AutoencoderDC, AutoencoderKL
     kinds: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
     with _quiet("diffusers"):
         try:
-            built: nn.Module = kinds[config.kind](**config.arguments)
+            built: nn.Module = kinds[kind](**arguments)
         except Exception as error:  # as for the text encoder
-            raise ManifestError(f"autoencoder.arguments={config.arguments!r}: diffusers refuses it: {error}") from error
+            raise ManifestError(f"autoencoder.arguments={dict(arguments)!r}: diffusers refuses it: {error}") from error
     return built
 
 
 def load_text_encoder(
     path: str | os.PathLike[str],
-    config: TextConfig,
+    arguments: Mapping[str, Any],
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> CLIPTextModel:
     """The text encoder of a safetensors file, in `dtype` (None: as stored), frozen and in evaluation mode.
 
     Its weights are in memory once. Raises IntegrityError for a file that is no safetensors or holds other tensors than
-    the configuration says (the first ten are listed); else as `text_encoder`.
+    the arguments say (the first ten are listed); else as `text_encoder`.
     """
     with torch.device("meta"):
-        encoder = text_encoder(config)
+        encoder = text_encoder(arguments)
     _load(encoder, path, dtype, torch.device(device))
     return encoder
 
 
 def load_autoencoder(
     path: str | os.PathLike[str],
-    config: AutoencoderConfig,
+    kind: str,
+    arguments: Mapping[str, Any],
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
     """The autoencoder of a safetensors file; as `load_text_encoder`."""
     with torch.device("meta"):
-        built = autoencoder(config)
+        built = autoencoder(kind, arguments)
     _load(built, path, dtype, torch.device(device))
     return built
 
 
 def _load(module: nn.Module, path: str | os.PathLike[str], dtype: torch.dtype | None, device: torch.device) -> None:
-    fill(module, path, dtype, device, lambda name: name.removeprefix(_PREFIX))
-    for name, buffer in list(module.named_buffers()):
-        if buffer.is_meta:
-            _fill_buffer(module, name, buffer, device)
+    fill(module, path, dtype, device, lambda name: name.removeprefix(TEXT_PREFIX))
+    restore_buffers(module, device)
 
 
-def _fill_buffer(module: nn.Module, name: str, buffer: Tensor, device: torch.device) -> None:
+def restore_buffers(module: nn.Module, device: torch.device) -> None:
     """Buffers that no file stores have lost their values on the meta device; CLIP's positions are the only ones."""
-    parent, _, leaf = name.rpartition(".")
-    if leaf != "position_ids":
-        raise BackendError(f"this version of transformers or diffusers computes {name} and higen does not know how")
-    positions = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
-    module.get_submodule(parent).register_buffer(leaf, positions, persistent=False)
+    for name, buffer in [(name, buffer) for name, buffer in module.named_buffers() if buffer.is_meta]:
+        parent, _, leaf = name.rpartition(".")
+        if leaf != "position_ids":
+            raise BackendError(f"this version of transformers or diffusers computes {name} and higen does not know how")
+        positions = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
+        module.get_submodule(parent).register_buffer(leaf, positions, persistent=False)
 
 
 @contextmanager

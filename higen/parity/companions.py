@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
@@ -12,12 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from higen.config import TextConfig
 from higen.errors import FixtureError, HigenError, PromptWarning
+from higen.families.higen.spec import TextConfig
 from higen.models.companion_checkpoints import (
-    autoencoder_config_from_ldm,
+    autoencoder_arguments_from_ldm,
     autoencoder_from_ldm,
-    text_config_from_openclip,
+    text_arguments_from_openclip,
     text_from_openclip,
 )
 from higen.models.companions import autoencoder, text_encoder
@@ -81,9 +80,8 @@ def _text(record: Mapping[str, Any], stored: State, tower: State, where: str) ->
 
 
 def _text_encoder(state: State, heads: int) -> nn.Module:
-    config = text_config_from_openclip(state)
     # A released tower has 64 channels per head; this one says how many heads it has.
-    encoder: nn.Module = text_encoder(dataclasses.replace(config, clip={**config.clip, "num_attention_heads": heads}))
+    encoder: nn.Module = text_encoder({**text_arguments_from_openclip(state), "num_attention_heads": heads})
     encoder.load_state_dict(text_from_openclip(state))
     return encoder.eval()
 
@@ -91,7 +89,7 @@ def _text_encoder(state: State, heads: int) -> nn.Module:
 def _autoencoder(record: Mapping[str, Any], stored: State, weights: State, where: str) -> list[Difference]:
     """Pixels to the posterior's moments, latents (unscaled) to pixels."""
     pixels, latents = take(stored, where, "img", "z")
-    model: Any = autoencoder(autoencoder_config_from_ldm(weights))
+    model: Any = autoencoder("AutoencoderKL", autoencoder_arguments_from_ldm(weights))
     model.load_state_dict(autoencoder_from_ldm(weights))
     model.eval()
     ours = {"moments": model.encode(pixels).latent_dist.parameters, "dec": model.decode(latents).sample}
@@ -101,7 +99,7 @@ def _autoencoder(record: Mapping[str, Any], stored: State, weights: State, where
 
 def _tokenizer(prompts: list[Any], where: str) -> list[Difference]:
     """Prompts to ids, exactly."""
-    tokenizer = PromptTokenizer(build_clip_tokenizer(), TextConfig())
+    tokenizer = PromptTokenizer(build_clip_tokenizer(), TextConfig().rules)
     found = []
     for i, prompt in enumerate(prompts):
         if not isinstance(prompt, dict):

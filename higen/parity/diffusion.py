@@ -11,17 +11,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from higen.conditioning import appearance_cue, appearance_rows, motion_cue, sinusoid
-from higen.config import ScheduleConfig
+from higen.conditioning import sinusoid
 from higen.errors import FixtureError, RequestError
-from higen.models.checkpoint import reference_names
-from higen.models.stage_modules import DenoisingStage
+from higen.families.higen import spec
+from higen.families.higen.cues import appearance_cue, motion_cue
+from higen.families.higen.network import VelocityPredictor
+from higen.families.higen.reference_names import reference_names
+from higen.families.higen.spec import ModelConfig
+from higen.models.solver_step import SolverStep
 from higen.parity.compare import RELATIVE, Difference, compare, largest, refuse_unknown
 from higen.parity.fixtures import entry, take
 from higen.parity.network import Network, motion_input
-from higen.sampler import denoise
-from higen.schedule import alphas_cumprod, solver_table, timesteps_ddim
-from higen.stages import STAGES
+from higen.sampler import Plan, denoise
+from higen.schedule import alphas_cumprod, solver_table
 
 __all__ = ["misc", "sample", "train"]
 
@@ -37,17 +39,20 @@ class _Stages:
     """Runs the denoising stages of `higen.sampler.denoise` without a model directory."""
 
     def __init__(self, network: Network) -> None:
-        self.modules = {
-            "spatial_unet": DenoisingStage(network.spatial),
-            "temporal_unet": DenoisingStage(network.denoiser.unet),
-        }
+        self.stages = {stage.name: stage for stage in spec.stages()}
+        networks = {"spatial_unet": network.spatial, "temporal_unet": network.denoiser.unet}
+        self.modules = {name: SolverStep(self.stages[name], VelocityPredictor(unet)) for name, unet in networks.items()}
 
     def run(self, stage: str, /, **tensors: Any) -> Mapping[str, Any]:
         """Run a stage on numpy arrays or tensors, without gradients."""
-        spec = STAGES[stage]
+        row = self.stages[stage]
         with torch.no_grad():
-            outputs = self.modules[stage](*(torch.as_tensor(tensors[given.name]) for given in spec.inputs))
-        return dict(zip((out.name for out in spec.outputs), outputs, strict=True))
+            outputs = self.modules[stage](*(torch.as_tensor(tensors[given.name]) for given in row.inputs))
+        return dict(zip((out.name for out in row.outputs), outputs, strict=True))
+
+    def to_numpy(self, tensor: Any) -> NDArray[Any]:
+        """A tensor as a numpy array."""
+        return np.asarray(tensor)
 
 
 def sample(network: Network, record: Mapping[str, Any], tensors: dict[str, Tensor], where: str) -> list[Difference]:
@@ -58,7 +63,7 @@ def sample(network: Network, record: Mapping[str, Any], tensors: dict[str, Tenso
         tensors, where, "y", "zero_y", "spat_noise", "temp_noise_raw", "offset_noise", "motion_cond", "appearance_cond"
     )
     try:
-        table = solver_table("ddim", steps, ScheduleConfig())
+        table = solver_table(ModelConfig().schedule, "v", spec.DDIM, steps)
     except RequestError as error:
         raise FixtureError(f"{where}: ddim_timesteps: {error}") from error
     batch, frames, dim = len(y), raw.shape[2], network.config.base_channels
@@ -71,7 +76,16 @@ def sample(network: Network, record: Mapping[str, Any], tensors: dict[str, Tenso
         return {"context": context, "empty_context": empty, "frame_embedding": embedding}
 
     def run(stage: str, noise: Tensor, **given: Tensor) -> list[Tensor]:
-        return [noise, *(step.latents for step in denoise(stages, stage, noise.numpy(), table, guidance, **given))]
+        plan = Plan(
+            loop=stage,
+            stage=lambda _: stages.stages[stage],
+            conditions=lambda _: given,
+            table=table,
+            guidance=np.full((len(table), batch, noise.shape[2]), guidance, np.float32),
+            seeds=(),
+            purpose=0,
+        )
+        return [noise, *(step.latents for step in denoise(stages, plan, noise.numpy()))]
 
     still = torch.from_numpy(motion_cue(0.0, 1, dim)).expand(batch, -1, -1)
     unchanged = torch.from_numpy(appearance_cue(1.0, 1, network.config.appearance_columns)).expand(batch, -1, -1)
@@ -103,7 +117,7 @@ def sample(network: Network, record: Mapping[str, Any], tensors: dict[str, Tenso
     columns = appearance.shape[2]
     factor, given = record.get("appearance_factor"), record.get("motion_factor")
     if isinstance(factor, (int, float)):
-        rows = torch.from_numpy(appearance_rows(factor, frames, columns)).expand(batch, -1, -1)
+        rows = torch.from_numpy(appearance_cue(factor, frames, columns)).expand(batch, -1, -1)
         found.append(compare("appearance_cond", rows, appearance))
     if isinstance(given, (int, float)):
         found.append(compare("motion_cond", torch.full(motion.shape, float(given)), motion, allowed=0.0))
@@ -123,7 +137,7 @@ def train(network: Network, record: Mapping[str, Any], tensors: dict[str, Tensor
         tensors, where, "x0", "noise", "t", "y", "motion_cond", "appearance_cond"
     )
     frames, dim = x0.shape[2], network.config.base_channels
-    abar = torch.from_numpy(alphas_cumprod(ScheduleConfig()))[t]
+    abar = torch.from_numpy(alphas_cumprod(ModelConfig().schedule))[t]
     alpha, sigma = (c.float().reshape(-1, 1, 1, 1, 1) for c in (abar.sqrt(), (1.0 - abar).sqrt()))
     xt, v = alpha * x0 + sigma * noise, alpha * noise - sigma * x0
     prior = x0[:, :, frames // 2] if frames > 1 else torch.zeros_like(x0[:, :, 0])
@@ -209,7 +223,7 @@ def misc(record: Mapping[str, Any], tensors: dict[str, Tensor], where: str) -> I
     Only grids of n steps with n a divisor of 1000 are compared: for other n the reference makes more than n steps, or
     starts at zero SNR and divides by zero; ours always makes n (higen/schedule.py).
     """
-    abar = alphas_cumprod(ScheduleConfig())
+    abar = alphas_cumprod(ModelConfig().schedule)
     with np.errstate(divide="ignore"):
         tables = {
             "alphas_cumprod": abar,
@@ -226,7 +240,7 @@ def misc(record: Mapping[str, Any], tensors: dict[str, Tensor], where: str) -> I
         yield name, compare(name, torch.from_numpy(ours), stored, allowed=allowed)
     for steps, grid in (record.get("timesteps") or {}).items():
         if 1000 % int(steps) == 0:
-            ddim = torch.from_numpy(timesteps_ddim(int(steps)))
+            ddim = torch.from_numpy(solver_table(ModelConfig().schedule, "v", spec.DDIM, int(steps)).t)
             yield f"timesteps_{steps}", compare("timesteps", ddim, torch.tensor(grid), allowed=0.0)
 
 
@@ -237,7 +251,7 @@ def _cue_table(name: str, values: Tensor | None, where: str) -> NDArray[np.float
             return sinusoid(values.numpy(), int(name.removeprefix("sinusoid_dim")))
         if name.startswith("appearance_f"):
             frames, _, factor = name.removeprefix("appearance_f").partition("_a")
-            return appearance_rows(float(factor), int(frames), int(frames))
+            return appearance_cue(float(factor), int(frames), int(frames))
     except ValueError as error:
         raise FixtureError(f"{where}: unknown tensor {name}: {error}") from error
     raise FixtureError(f"{where}: unknown tensor {name}")

@@ -20,10 +20,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from higen.config import UNetConfig
 from higen.errors import FixtureError, HigenError
-from higen.models.checkpoint import config_from_reference, from_reference, reference_names
-from higen.models.unet import Denoiser
+from higen.families.higen.reference_names import config_from_reference, from_reference, reference_names
+from higen.families.higen.spec import UNetConfig
+from higen.families.higen.unet import Denoiser
 
 __all__ = [
     "CaseTensors",

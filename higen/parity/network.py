@@ -16,11 +16,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from higen.conditioning import motion_cue
-from higen.config import UNetConfig
 from higen.errors import FixtureError, RequestError
-from higen.models.checkpoint import module_paths, reference_names
-from higen.models.unet import Denoiser, UNet
+from higen.families.higen.cues import motion_cue
+from higen.families.higen.reference_names import module_paths, reference_names
+from higen.families.higen.spec import UNetConfig
+from higen.families.higen.unet import Denoiser, UNet
 from higen.parity.compare import Difference, compare, refuse_unknown
 from higen.parity.fixtures import entry, take
 

@@ -11,8 +11,8 @@ from typing import Any
 
 from torch import Tensor
 
-from higen.config import UNetConfig
 from higen.errors import FixtureError
+from higen.families.higen.spec import UNetConfig
 from higen.parity import diffusion, network
 from higen.parity.companions import plan_companions
 from higen.parity.compare import Difference

@@ -14,9 +14,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from higen.conditioning import appearance_cue, appearance_rows, motion_cue
-from higen.config import ModelConfig
 from higen.errors import PromptWarning, SettingsError
+from higen.families.higen.cues import appearance_cue, motion_cue
+from higen.families.higen.spec import ModelConfig
 from higen.tokenizer import PromptTokenizer
 from higen.train.cues import appearance_factor, appearance_similarity, motion_of
 from higen.train.data import VIDEO
@@ -96,7 +96,7 @@ class Batches:
             prior = x0[:, x0.shape[1] // 2]
         else:
             motion = motion_cue(0.0, 1, self.config.unet.base_channels)
-            appearance = appearance_rows(0.0, 1, self.config.unet.appearance_columns)
+            appearance = appearance_cue(0.0, 1, self.config.unet.appearance_columns)
             prior = torch.zeros_like(x0[:, 0])
         tokens = self._tokens(caption)
         return (

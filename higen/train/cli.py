@@ -109,6 +109,7 @@ def cues(
     with reported(as_json):
         from higen.api import default_model
         from higen.bundle import Bundle
+        from higen.families.higen import spec
 
         with needs("train", "higen cues"):
             from higen.train.curves import as_text, measure, save_plot
@@ -122,7 +123,7 @@ def cues(
             frames=frames,
             openclip=None if openclip is None else str(openclip),
         )
-        if line := other_likeness(opened.config, None if openclip is None else str(openclip)):
+        if line := other_likeness(spec.config(opened.manifest), None if openclip is None else str(openclip)):
             _say(line)
         if plot is not None:
             save_plot(curves, plot)

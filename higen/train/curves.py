@@ -10,11 +10,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from higen import bundle as files
 from higen.bundle import Bundle
 from higen.errors import OutputError, RequestError
+from higen.families.higen import spec
+from higen.models.companion_stages import EncoderStage
 from higen.models.companions import load_autoencoder
-from higen.models.stage_modules import EncoderStage
 from higen.train.cues import appearance_factor, appearance_similarity, motion_of
 from higen.train.latents import OpenClip, encode
 from higen.train.media import Placement, Unusable, read_video, video_length
@@ -53,7 +53,7 @@ def measure(
 
     Raises RequestError for a video that cannot be read or is too short.
     """
-    config = bundle.config
+    config = spec.config(bundle.manifest)
     rate, size = config.defaults.fps if fps is None else fps, config.defaults
     if rate < 1:
         raise RequestError(f"fps={rate}: 1 or more frames a second")
@@ -64,9 +64,13 @@ def measure(
         pixels = read_video(video, size.width, size.height, rate, length, Placement())
     except Unusable as error:
         raise RequestError(f"{video}: {error}") from error
-    autoencoder = load_autoencoder(bundle.file(files.AUTOENCODER), config.autoencoder, torch.float32)
+    autoencoder = load_autoencoder(
+        bundle.file(spec.AUTOENCODER), config.autoencoder.kind, config.autoencoder.arguments, torch.float32
+    )
     tower = None if openclip is None else OpenClip(openclip, torch.device("cpu"))
-    encoded = encode(EncoderStage(autoencoder, config.autoencoder).eval(), pixels, tower)
+    encoded = encode(
+        EncoderStage(autoencoder, config.autoencoder.shift, config.autoencoder.scale).eval(), pixels, tower
+    )
     latents = encoded.mean  # without the posterior's noise: the same video gives the same curves
     features = latents.transpose(0, 1).flatten(1) if encoded.features is None else encoded.features
     motion, similarity = motion_of(latents[None])[0].double(), appearance_similarity(features[None])

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from higen.bundle import sha256
-from higen.config import ModelConfig
 from higen.errors import MissingExtra, SettingsError, TrainingError
-from higen.models.stage_modules import EncoderStage
+from higen.families.higen.spec import ModelConfig
+from higen.models.companion_stages import EncoderStage
 
 __all__ = [
     "Encoded",

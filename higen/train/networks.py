@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from higen import bundle as files
-from higen.backends.torch import load_denoiser
 from higen.bundle import Bundle
-from higen.config import ModelConfig, TextConfig, UNetConfig, from_json
 from higen.errors import ManifestError, SettingsError
+from higen.families.higen import spec
+from higen.families.higen.network import load_denoiser
+from higen.families.higen.spec import ModelConfig, TextConfig, UNetConfig
+from higen.families.higen.unet import Denoiser, UNet
+from higen.models.companion_stages import EncoderStage
 from higen.models.companions import load_autoencoder, load_text_encoder, text_encoder
-from higen.models.stage_modules import EncoderStage
-from higen.models.unet import Denoiser, UNet
 from higen.models.weights import write_safetensors
 from higen.schedule import alphas_cumprod
 from higen.tokenizer import PromptTokenizer, build_word_tokenizer, write_tokenizer
@@ -52,28 +53,31 @@ def build(settings: Settings, captions: Iterable[str]) -> Networks:
     raises.
     """
     source = Bundle.open(settings.model.init or settings.model.companions or "")
-    config, tokenizer = source.config, None
+    theirs = spec.config(source.manifest)
+    config, tokenizer = theirs, None
     if settings.model.architecture is not None:
-        config = _read_architecture(Path(settings.model.architecture), source.config)
+        config = _read_architecture(Path(settings.model.architecture), theirs)
         if settings.model.tokenizer == "captions":
             words = _words(captions)
             config = replace(config, text=_with_words(config.text, len(words)))
-            tokenizer = PromptTokenizer(build_word_tokenizer(words), config.text)
-        _check_fit(config, source.config, new_text=tokenizer is not None)
+            tokenizer = PromptTokenizer(build_word_tokenizer(words), config.text.rules)
+        _check_fit(config, theirs, new_text=tokenizer is not None)
     config = _named(config, settings.model)
     torch.manual_seed(settings.run.seed)
     if settings.model.init is not None:
-        denoiser = load_denoiser(source, torch.device("cpu"), torch.float32)
+        denoiser = load_denoiser(source.file(spec.UNET), config.unet, torch.device("cpu"), torch.float32)
     else:
         denoiser = _new_denoiser(config.unet)
     if tokenizer is None:
-        text: nn.Module = load_text_encoder(source.file(files.TEXT_ENCODER), config.text, torch.float32)
-        tokenizer = PromptTokenizer.from_file(source.file(files.TOKENIZER), config.text)
+        text: nn.Module = load_text_encoder(source.file(spec.TEXT_ENCODER), config.text.clip, torch.float32)
+        tokenizer = PromptTokenizer.from_file(source.file(spec.TOKENIZER), config.text.rules)
     else:
-        text = text_encoder(config.text)
-    autoencoder = load_autoencoder(source.file(files.AUTOENCODER), config.autoencoder, torch.float32)
+        text = text_encoder(config.text.clip)
+    autoencoder = load_autoencoder(
+        source.file(spec.AUTOENCODER), config.autoencoder.kind, config.autoencoder.arguments, torch.float32
+    )
     text.eval().requires_grad_(settings.optimiser.train_text)
-    encoder = EncoderStage(autoencoder, config.autoencoder).eval()
+    encoder = EncoderStage(autoencoder, config.autoencoder.shift, config.autoencoder.scale).eval()
     return Networks(config, denoiser.requires_grad_(True), text, encoder, tokenizer, source)
 
 
@@ -82,7 +86,7 @@ def _read_architecture(file: Path, companions: ModelConfig) -> ModelConfig:
     try:
         text = file.read_text(encoding="utf-8")
         data = json.loads(text) if file.suffix.lower() == ".json" else tomllib.loads(text)
-        config = from_json(ModelConfig, data, file.name)
+        config = spec.read_config(data, file.name)
     except (OSError, ValueError, ManifestError) as error:
         raise SettingsError(f"model.architecture={str(file)!r}: {error}") from error
     given = {name: getattr(companions, name) for name in ("text", "autoencoder") if name not in data}
@@ -201,15 +205,15 @@ def write_model(
     Raises ModelError where it cannot be written, or has weights that are not finite in `dtype`.
     """
     source, config = networks.companions, networks.config
-    with files.create(output, config, overwrite) as folder:
-        write_safetensors(folder / files.UNET, _under(trained, "denoiser."), dtype)
+    with files.create(output, spec.manifest(config), overwrite) as folder:
+        write_safetensors(folder / spec.UNET, _under(trained, "denoiser."), dtype)
         text = _under(trained, "text.")
         if text:
-            write_safetensors(folder / files.TEXT_ENCODER, text, dtype)
+            write_safetensors(folder / spec.TEXT_ENCODER, text, dtype)
         else:
-            shutil.copyfile(source.file(files.TEXT_ENCODER, verify=False), folder / files.TEXT_ENCODER)
-        shutil.copyfile(source.file(files.AUTOENCODER, verify=False), folder / files.AUTOENCODER)
-        write_tokenizer(networks.tokenizer.tokenizer, folder / files.TOKENIZER)
+            shutil.copyfile(source.file(spec.TEXT_ENCODER, verify=False), folder / spec.TEXT_ENCODER)
+        shutil.copyfile(source.file(spec.AUTOENCODER, verify=False), folder / spec.AUTOENCODER)
+        write_tokenizer(networks.tokenizer.tokenizer, folder / spec.TOKENIZER)
     return Bundle.open(output)
 
 

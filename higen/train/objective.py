@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from higen.models.stage_modules import precondition
-from higen.models.unet import UNet
+from higen.families.higen.preconditioning import precondition
+from higen.families.higen.unet import UNet
 
 __all__ = ["diffuse", "gain_loss", "residual_square", "residual_v_loss", "v_loss", "v_target"]
 
@@ -51,7 +51,7 @@ def residual_v_loss(
     frame_embedding: Tensor,
     prior: Tensor,
 ) -> Tensor:
-    """The same for a network with prior preconditioning: the error of v' (`stage_modules.velocity`), [B].
+    """The same for a network with prior preconditioning: the error of v' (`preconditioning.velocity`), [B].
 
     x' = alpha' r + sigma' noise with alpha' = alpha g c and sigma' = sigma c, so v' = alpha' noise - sigma' r: every
     frame counts the same whatever its motion, because r has unit variance. The gain is trained by `gain_loss` alone.

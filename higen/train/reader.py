@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from higen.errors import SettingsError
-from higen.models.stage_modules import EncoderStage
+from higen.models.companion_stages import EncoderStage
 from higen.train.data import IMAGE, VIDEO, Item, Listing, candidates, explained
 from higen.train.latents import Encoded, FrameEncoder, LatentCache, encode
 from higen.train.media import Damaged, Placement, Unusable, read_image, read_video

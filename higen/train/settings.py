@@ -23,8 +23,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from higen.config import from_json, to_json
 from higen.errors import ManifestError, SettingsError
+from higen.typed_json import from_json, to_json
 
 __all__ = [
     "CueSettings",

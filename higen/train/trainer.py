@@ -19,10 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from higen import bundle as files
 from higen.bundle import Bundle
-from higen.config import to_json
 from higen.errors import ModelError, SettingsError, TrainingError
+from higen.families.higen import spec
 from higen.train.batches import Batch, Batches
 from higen.train.checkpoints import Checkpoints
 from higen.train.data import IMAGE, VIDEO, Listing, list_items, summary
@@ -33,6 +32,7 @@ from higen.train.processes import shares, start_processes, stop_signals
 from higen.train.reader import Frame, Reader
 from higen.train.record import Record, lock
 from higen.train.settings import Settings, difference, flat
+from higen.typed_json import to_json
 
 __all__ = ["Trainer", "export", "scale_gradients", "train"]
 
@@ -305,7 +305,7 @@ def _reader(
     features = OpenClip(cues.openclip, device) if cues.openclip is not None else None
     recipe = {
         "frame": [frame.frames, frame.width, frame.height, frame.fps],
-        "autoencoder": networks.companions.files[files.AUTOENCODER].sha256,
+        "autoencoder": networks.companions.files[spec.AUTOENCODER].sha256,
         "scale": to_json(model.autoencoder),
         "openclip": identity[TOWER],
     }
@@ -329,10 +329,10 @@ def _identity(settings: Settings, networks: Networks, listing: Listing) -> dict[
     records = networks.companions.files
     return {
         "data.path (names and captions)": listing.fingerprint(),
-        "model (architecture)": to_json(networks.config),
-        "model (autoencoder)": records[files.AUTOENCODER].sha256,
-        "model (text encoder)": records[files.TEXT_ENCODER].sha256,
-        "model (tokenizer)": records[files.TOKENIZER].sha256,
+        "model (architecture)": spec.write_config(networks.config),
+        "model (autoencoder)": records[spec.AUTOENCODER].sha256,
+        "model (text encoder)": records[spec.TEXT_ENCODER].sha256,
+        "model (tokenizer)": records[spec.TOKENIZER].sha256,
         TOWER: None if settings.cues.openclip is None else tower_sha256(settings.cues.openclip),
     }
 

@@ -58,7 +58,7 @@ def test_the_video_of_onnx_runtime(cuda: Cuda, tmp_path: Path, flavour: str) -> 
         pytest.skip(f"no {flavour} for SM{cuda.architecture} here")
     model = Path(shutil.copytree(default_model(), tmp_path / "model"))
     bundle = Bundle.open(model)
-    build_engines(bundle, parse_targets(targets[0]), [read_profile("default", bundle.config)])
+    build_engines(bundle, parse_targets(targets[0]), [read_profile("default", bundle.manifest)])
     with higen.load(model, "onnx", device="cpu") as pipe:
         expected = pipe(PROMPT, steps=10, seed=3, progress=False).frames
     with higen.load(model, "tensorrt") as pipe:
@@ -74,7 +74,7 @@ def test_low_memory_gives_the_same_video(cuda: Cuda, tmp_path: Path) -> None:
         pytest.skip(f"no TensorRT for SM{cuda.architecture} here")
     model = Path(shutil.copytree(default_model(), tmp_path / "model"))
     bundle = Bundle.open(model)
-    build_engines(bundle, parse_targets(targets[0]), [read_profile("default", bundle.config)])
+    build_engines(bundle, parse_targets(targets[0]), [read_profile("default", bundle.manifest)])
     frames = []
     for low_memory in (False, True):
         with higen.load(model, "tensorrt", low_memory=low_memory) as pipe:

@@ -16,7 +16,7 @@ bool show(const higen_step& step) {
     std::vector<std::uint8_t> rgb(static_cast<std::size_t>(step.frames * step.width * step.height) * 3);
     higen::check(higen_step_preview(&step, rgb.data(), rgb.size()));
     const auto sum = std::accumulate(rgb.begin(), rgb.end(), std::uint64_t{0});
-    std::cout << step.stage << ' ' << step.index + 1 << '/' << step.total << ": mean " << sum / rgb.size() << '\n';
+    std::cout << step.loop << ' ' << step.index + 1 << '/' << step.total << ": mean " << sum / rgb.size() << '\n';
     return true;  // false stops the work
 }
 
@@ -39,7 +39,7 @@ int main(int argc, char** argv) {
         higen::Model model(argv[1]);
         std::cout << model.info().name << '\n';
         higen::Request request(model, argv[2]);
-        if (argc > 4) request->steps[0] = request->steps[1] = std::atoi(argv[4]);
+        if (argc > 4) request.steps({std::atoi(argv[4])});
         if (argc > 5) request->width = request->height = std::atoi(argv[5]);
         higen::Callbacks callbacks;
         callbacks.on_step = show;

@@ -2,6 +2,7 @@
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <exception>
 #include <memory>
 #include <stdexcept>
@@ -42,19 +43,68 @@ Model open_model(const Options& options) {
     return Model(model);
 }
 
+std::string numbers(const double* values, std::size_t count) {
+    std::string text;
+    for (std::size_t i = 0; i < count; ++i) {
+        char number[32];
+        std::snprintf(number, sizeof number, "%g", values[i]);
+        text += (i > 0 ? ":" : "") + std::string(number);
+    }
+    return text;
+}
+
+void print_loop(const higen_loop_info& loop) {
+    std::string solvers;
+    for (std::size_t i = 0; i < loop.solver_count; ++i) solvers += (i > 0 ? " or " : "") + std::string(loop.solvers[i]);
+    std::printf("loop %s: %s, %d steps of %s (at most %d), guidance %s\n", loop.name,
+                loop.every_frame != 0 ? "all frames" : "one frame", loop.steps, solvers.c_str(), loop.max_steps,
+                numbers(loop.guidance, loop.guidance_count).c_str());
+}
+
 void print_info(const higen_model* model) {
     higen_model_info info = HIGEN_MODEL_INFO_INIT;
     higen_request standard;
     check(higen_model_describe(model, &info));
     check(higen_request_init(model, &standard));
     std::printf("%s (%s)\n", info.name, info.licence);
-    std::printf("default: %d frames of %dx%d at %d a second, %d and %d steps of %s, guidance %g and %g\n",
-                standard.frames, standard.width, standard.height, standard.fps, standard.steps[0], standard.steps[1],
-                standard.solver, standard.guidance[0], standard.guidance[1]);
-    std::printf("at most %d frames; sizes in multiples of %d; texts of %d tokens; motion and appearance %s\n%s\n",
-                info.max_frames, info.size_multiple, info.context_length,
-                info.optional_cues != 0 ? "may be left out" : "are always given", info.report);
+    std::printf("default: %d frames of %dx%d at %d a second\n", standard.frames, standard.width, standard.height,
+                standard.fps);
+    for (std::size_t i = 0; i < info.loop_count; ++i) {
+        higen_loop_info loop = HIGEN_LOOP_INFO_INIT;
+        check(higen_model_loop(model, i, &loop));
+        print_loop(loop);
+    }
+    std::printf("%d to %d frames; sizes in multiples of %d; ", info.min_frames, info.max_frames, info.size_multiple);
+    if (info.context_length > 0)
+        std::printf("texts of %d tokens; ", info.context_length);
+    else
+        std::printf("no texts; ");
+    std::printf("%zu controls (--list-controls)\n%s\n", info.control_count, info.report);
     for (std::size_t i = 0; i < info.prompt_count; ++i) std::printf("  %s\n", higen_model_prompt(model, i));
+}
+
+const char* kind_name(higen_control_kind kind) {
+    constexpr const char* names[] = {"number", "whole number", "curve", "text", "picture", "clip", "choice"};
+    return names[kind];
+}
+
+// "wind             curve, sinusoid, from 0, default 500, may be unspecified: how fast it blows"
+void print_controls(const higen_model* model) {
+    for (std::size_t i = 0; i < higen_controls(model); ++i) {
+        higen_control_info control = HIGEN_CONTROL_INFO_INIT;
+        check(higen_model_control(model, i, &control));
+        std::string text = kind_name(control.kind);
+        if (control.encoding != nullptr) text += std::string(", ") + control.encoding;
+        if (control.has_low != 0) text += ", from " + numbers(&control.low, 1);
+        if (control.has_high != 0) text += (control.has_low != 0 ? " to " : ", to ") + numbers(&control.high, 1);
+        for (std::size_t k = 0; k < control.choice_count; ++k)
+            text += (k > 0 ? "|" : ": ") + std::string(control.choices[k]);
+        if (control.has_default != 0)
+            text += ", default " + (control.default_text != nullptr ? std::string(control.default_text)
+                                                                    : numbers(&control.default_value, 1));
+        if (control.optional != 0) text += ", may be unspecified";
+        std::printf("%-16s %s: %s\n", control.name, text.c_str(), control.meaning);
+    }
 }
 
 std::int32_t narrow(const char* name, std::int64_t value) {
@@ -63,41 +113,89 @@ std::int32_t narrow(const char* name, std::int64_t value) {
     return static_cast<std::int32_t>(value);
 }
 
-higen_cue cue(const CueOption& given) {
-    if (!given) return {HIGEN_CUE_DEFAULT, nullptr, 0, 0};
-    if (given->empty()) return {HIGEN_CUE_UNSPECIFIED, nullptr, 0, 0};
-    return {HIGEN_CUE_GIVEN, given->data(), given->size(), 1};
-}
+// The request of the options, and what it points to.
+class Given {
+public:
+    Given(const higen_model* model, const Options& options) {
+        check(higen_request_init(model, &request_));
+        request_.prompt = options.prompt.c_str();
+        request_.negative_prompt = options.negative_prompt.c_str();
+        if (options.tokens) request_.tokens = options.tokens->data(), request_.token_count = options.tokens->size();
+        request_.seed = options.seed;
+        if (options.frames) request_.frames = narrow("--frames", *options.frames);
+        if (options.width) request_.width = narrow("--width", *options.width);
+        if (options.height) request_.height = narrow("--height", *options.height);
+        if (options.fps) request_.fps = narrow("--fps", *options.fps);
+        take_lists(options);
+        take_controls(model, options);
+        for (const auto& [name, files] : options.pictures) take_picture(name, files);
+        request_.controls = controls_.data(), request_.control_count = controls_.size();
+        request_.pictures = pictures_.data(), request_.picture_count = pictures_.size();
+    }
+    Given(const Given&) = delete;
+    Given& operator=(const Given&) = delete;
 
-// `options` and `key_frame` must outlive the request.
-higen_request make_request(const higen_model* model, const Options& options, const Picture& key_frame) {
-    higen_request request;
-    check(higen_request_init(model, &request));
-    request.prompt = options.prompt.c_str();
-    request.negative_prompt = options.negative_prompt.c_str();
-    if (options.tokens) request.tokens = options.tokens->data(), request.token_count = options.tokens->size();
-    request.seed = options.seed;
-    for (std::size_t i = 0; i < 2; ++i) {
-        if (!options.steps.empty()) request.steps[i] = narrow("--steps", options.steps[i % options.steps.size()]);
-        if (!options.guidance.empty()) request.guidance[i] = options.guidance[i % options.guidance.size()];
+    [[nodiscard]] const higen_request& request() const { return request_; }
+
+private:
+    void take_lists(const Options& options) {
+        for (const auto steps : options.steps) {
+            if (steps < 1) throw std::runtime_error("steps=" + std::to_string(steps) + ": a whole number from 1");
+            steps_.push_back(narrow("--steps", steps));
+        }
+        for (const auto& curve : options.guidance) guidance_.push_back({curve.data(), curve.size()});
+        for (const auto& solver : options.solvers) solvers_.push_back(solver.c_str());
+        if (!steps_.empty()) request_.steps = steps_.data(), request_.step_count = steps_.size();
+        if (!guidance_.empty()) request_.guidance = guidance_.data(), request_.guidance_count = guidance_.size();
+        if (!solvers_.empty()) request_.solvers = solvers_.data(), request_.solver_count = solvers_.size();
     }
-    if (options.solver) request.solver = options.solver->c_str();
-    if (options.frames) request.frames = narrow("--frames", *options.frames);
-    if (options.width) request.width = narrow("--width", *options.width);
-    if (options.height) request.height = narrow("--height", *options.height);
-    if (options.fps) request.fps = narrow("--fps", *options.fps);
-    if (options.offset_noise) request.offset_noise = *options.offset_noise;
-    request.motion = cue(options.motion);
-    request.appearance = cue(options.appearance);
-    if (!key_frame.rgb.empty()) {
-        if (key_frame.width != request.width || key_frame.height != request.height)
-            throw std::invalid_argument("--image is " + std::to_string(key_frame.width) + "x" +
-                                        std::to_string(key_frame.height) + ": the video's size, " +
-                                        std::to_string(request.width) + "x" + std::to_string(request.height));
-        request.key_frame = key_frame.rgb.data();
+
+    // A control's kind says whether its value is a text; of an unknown one the library tells the names.
+    static bool takes_text(const higen_model* model, const std::string& name) {
+        for (std::size_t i = 0; i < higen_controls(model); ++i) {
+            higen_control_info control = HIGEN_CONTROL_INFO_INIT;
+            check(higen_model_control(model, i, &control));
+            if (control.name == name) return control.kind == HIGEN_CONTROL_TEXT || control.kind == HIGEN_CONTROL_CHOICE;
+        }
+        return true;
     }
-    return request;
-}
+
+    void take_controls(const higen_model* model, const Options& options) {
+        for (const auto& [name, value] : options.controls) {
+            higen_control control{name.c_str(), nullptr, 0, 0, nullptr};
+            if (takes_text(model, name)) {
+                control.text = value.c_str();
+            } else if (value != "unspecified") {
+                const auto& own = numbers_.emplace_back(parse_numbers("--control " + name, value));
+                control.values = own.data(), control.rows = own.size(), control.columns = 1;
+            }
+            controls_.push_back(control);
+        }
+    }
+
+    void take_picture(const std::string& name, const std::vector<std::string>& files) {
+        auto& rgb = rgb_.emplace_back();
+        higen_picture picture{name.c_str(), nullptr, static_cast<std::int32_t>(files.size()), 0, 0};
+        for (const auto& file : files) {
+            const auto frame = read_ppm(file);
+            if (!rgb.empty() && (frame.width != picture.width || frame.height != picture.height))
+                throw std::runtime_error(file + ": is of another size than the frames before it");
+            picture.width = frame.width, picture.height = frame.height;
+            rgb.insert(rgb.end(), frame.rgb.begin(), frame.rgb.end());
+        }
+        picture.rgb = rgb.data();
+        pictures_.push_back(picture);
+    }
+
+    higen_request request_{};
+    std::vector<std::int32_t> steps_;
+    std::vector<higen_curve> guidance_;
+    std::vector<const char*> solvers_;
+    std::deque<std::vector<double>> numbers_;
+    std::vector<higen_control> controls_;
+    std::deque<std::vector<std::uint8_t>> rgb_;
+    std::vector<higen_picture> pictures_;
+};
 
 struct Run {
     ClipWriter& writer;
@@ -107,7 +205,7 @@ struct Run {
 
 int on_step(void* user, const higen_step* step) {
     if (!static_cast<const Run*>(user)->quiet)
-        std::fprintf(stderr, "\r%-13s %d/%d%s", step->stage, step->index + 1, step->total,
+        std::fprintf(stderr, "\r%-13s %d/%d%s", step->loop, step->index + 1, step->total,
                      step->index + 1 == step->total ? "\n" : "");
     return stopped;
 }
@@ -129,13 +227,13 @@ void on_warning(void* user, const char* message) {
 
 void generate(const Options& options) {
     const auto model = open_model(options);
+    if (options.list_controls) return print_controls(model.get());
     if (options.info) return print_info(model.get());
-    const auto key_frame = options.image.empty() ? Picture() : read_ppm(options.image);
-    const auto request = make_request(model.get(), options, key_frame);
+    const Given given(model.get(), options);
     ClipWriter writer(options.output);
     Run run{writer, options.quiet, ""};
     const higen_callbacks callbacks = {sizeof(higen_callbacks), &run, on_step, on_frames, on_warning};
-    const auto status = higen_generate(model.get(), &request, &callbacks);
+    const auto status = higen_generate(model.get(), &given.request(), &callbacks);
     if (!run.error.empty()) throw std::runtime_error(run.error);
     check(status);
     writer.finish();

@@ -8,21 +8,21 @@
 
 const char* const usage = R"(Usage: higen-run MODEL "PROMPT" -o OUT [OPTION]...
 
-Make a video from a text with a HiGen model directory.
+Make a video from a text with a model directory.
 
   -o, --output FILE      .y4m (plays anywhere, BT.601), .npy (uint8 [F,H,W,3]), .rgb (the bytes of these frames alone),
                          or - for y4m on the standard output:  higen-run ... -o - | ffmpeg -i - out.mp4
   --seed N               0 to 2^64 - 1 (0)
-  --steps N[,M]          of the spatial and the temporal stage
-  --guidance X[,Y]       likewise
-  --solver NAME          ddim or dpm++2m
-  --frames N             1: the key frame alone
+  --steps N[,M...]       of every loop, or of each; --info names the loops
+  --guidance X[,Y...]    likewise; X:Y:... is one number a frame
+  --solver NAME[,NAME...]  likewise
+  --frames N
   --width N --height N --fps N
   --negative TEXT        what to steer away from
-  --motion CUE           a number, one for each pair of frames or each frame (1,2,3), or none
-  --appearance CUE       a number, one for each frame, or none
-  --offset-noise X
-  --image FILE           a picture instead of the drawn key frame: binary PPM (P6) of the video's size
+  --control NAME=VALUE[,VALUE...]   a control of the model: a number, one a frame, a text, or "unspecified"
+  --picture NAME=FILE[,FILE...]     a picture or the frames of a clip: binary PPM (P6)
+  --image FILE           the same as --picture image=FILE
+  --list-controls        what --control and --picture take for this model; then end
   --tokens N,N,...       token ids from start to end, instead of the prompt's
   --backend NAME         auto, tensorrt (the model's engines) or onnx (its graphs)
   --precision NAME       fp32, fp16, bf16, int8, int8.fp16, fp8.fp16 or nvfp4.fp16: which of the model's engines or graphs
@@ -49,105 +49,145 @@ T parse_number(const std::string& option, const std::string& text) {
     return value;
 }
 
-template <typename T>
-std::vector<T> parse_list(const std::string& option, const std::string& text) {
-    std::vector<T> values;
+// The parts of a text between separators.
+std::vector<std::string> split(const std::string& text, char separator) {
+    std::vector<std::string> parts;
     for (std::size_t start = 0; start <= text.size();) {
-        const auto comma = std::min(text.find(',', start), text.size());
-        values.push_back(parse_number<T>(option, text.substr(start, comma - start)));
-        start = comma + 1;
+        const auto end = std::min(text.find(separator, start), text.size());
+        parts.push_back(text.substr(start, end - start));
+        start = end + 1;
     }
-    return values;
+    return parts;
 }
 
 template <typename T>
-std::vector<T> parse_pair(const std::string& option, const std::string& text) {
-    auto values = parse_list<T>(option, text);
-    if (values.size() > 2)
-        throw std::invalid_argument(option + "=" + text + ": one number, or two (spatial stage, temporal stage)");
+std::vector<T> parse_list(const std::string& option, const std::string& text, char separator = ',') {
+    std::vector<T> values;
+    for (const auto& part : split(text, separator)) values.push_back(parse_number<T>(option, part));
     return values;
+}
+
+// "NAME=VALUE"
+std::pair<std::string, std::string> parse_named(const std::string& option, const std::string& text) {
+    const auto equals = text.find('=');
+    if (equals == std::string::npos || equals == 0)
+        throw std::invalid_argument(option + "=" + text + ": NAME=VALUE is wanted");
+    return {text.substr(0, equals), text.substr(equals + 1)};
+}
+
+using Take = std::function<void(const std::string&, const std::string&)>;
+
+Take to_text(std::string& to) {
+    return [&to](const auto&, const auto& value) { to = value; };
+}
+
+template <typename T>
+Take to_number(T& to) {
+    return [&to](const auto& name, const auto& value) { to = parse_number<T>(name, value); };
+}
+
+Take to_whole(std::optional<std::int64_t>& to) {
+    return [&to](const auto& name, const auto& value) { to = parse_number<std::int64_t>(name, value); };
+}
+
+std::map<std::string, Take> options_with_values(Options& options) {
+    return {
+        {"--output", to_text(options.output)},
+        {"--negative", to_text(options.negative_prompt)},
+        {"--backend", to_text(options.backend)},
+        {"--precision", to_text(options.precision)},
+        {"--provider", to_text(options.provider)},
+        {"--provider-library", to_text(options.provider_library)},
+        {"--seed", to_number(options.seed)},
+        {"--threads", to_number(options.threads)},
+        {"--frames", to_whole(options.frames)},
+        {"--width", to_whole(options.width)},
+        {"--height", to_whole(options.height)},
+        {"--fps", to_whole(options.fps)},
+        {"--solver", [&](const auto&, const auto& value) { options.solvers = split(value, ','); }},
+        {"--steps",
+         [&](const auto& name, const auto& value) { options.steps = parse_list<std::int64_t>(name, value); }},
+        {"--tokens",
+         [&](const auto& name, const auto& value) { options.tokens = parse_list<std::int64_t>(name, value); }},
+        {"--guidance",
+         [&](const auto& name, const auto& value) {
+             options.guidance.clear();
+             for (const auto& part : split(value, ',')) options.guidance.push_back(parse_list<double>(name, part, ':'));
+         }},
+        {"--control",
+         [&](const auto& name, const auto& value) { options.controls.push_back(parse_named(name, value)); }},
+        {"--picture",
+         [&](const auto& name, const auto& value) {
+             const auto [control, files] = parse_named(name, value);
+             options.pictures.emplace_back(control, split(files, ','));
+         }},
+        {"--image",
+         [&](const auto&, const auto& value) {
+             options.pictures.emplace_back("image", std::vector<std::string>{value});
+         }},
+    };
+}
+
+std::map<std::string, bool*> options_without(Options& options) {
+    return {{"--quiet", &options.quiet},
+            {"--info", &options.info},
+            {"--list-controls", &options.list_controls},
+            {"--help", &options.help}};
+}
+
+// Takes an option and its value, which may be the next argument.
+void take_option(Options& options, const std::vector<std::string>& arguments, std::size_t& i) {
+    static const std::map<std::string, std::string> short_names = {
+        {"-o", "--output"}, {"-q", "--quiet"}, {"-h", "--help"}};
+    auto argument = arguments[i];
+    std::optional<std::string> value;
+    if (const auto equals = argument.find('='); equals != std::string::npos && argument.compare(0, 2, "--") == 0) {
+        value = argument.substr(equals + 1);
+        argument.resize(equals);
+    }
+    if (const auto found = short_names.find(argument); found != short_names.end()) argument = found->second;
+    if (argument == "--no-verify" && !value) {
+        options.verify = false;
+        return;
+    }
+    const auto flags = options_without(options);
+    if (const auto flag = flags.find(argument); flag != flags.end() && !value) {
+        *flag->second = true;
+        return;
+    }
+    const auto known = options_with_values(options);
+    const auto option = known.find(argument);
+    if (option == known.end())
+        throw std::invalid_argument(arguments[i] + ": unknown option; higen-run --help lists them");
+    if (!value && i + 1 == arguments.size()) throw std::invalid_argument(argument + ": a value is wanted");
+    option->second(argument, value ? *value : arguments[++i]);
 }
 
 }  // namespace
 
 Options parse(const std::vector<std::string>& arguments) {
     Options options;
-    using Take = std::function<void(const std::string&, const std::string&)>;
-    const auto text = [](std::string& to) -> Take { return [&to](const auto&, const auto& value) { to = value; }; };
-    const auto whole = [](std::optional<std::int64_t>& to) -> Take {
-        return [&to](const auto& name, const auto& value) { to = parse_number<std::int64_t>(name, value); };
-    };
-    const auto cue = [](CueOption& to) -> Take {
-        return [&to](const auto& name, const auto& value) {
-            to = value == "none" ? std::vector<double>() : parse_list<double>(name, value);
-        };
-    };
-    const std::map<std::string, Take> with_value = {
-        {"--output", text(options.output)},
-        {"--negative", text(options.negative_prompt)},
-        {"--image", text(options.image)},
-        {"--backend", text(options.backend)},
-        {"--precision", text(options.precision)},
-        {"--provider", text(options.provider)},
-        {"--provider-library", text(options.provider_library)},
-        {"--solver", [&](const auto&, const auto& value) { options.solver = value; }},
-        {"--seed", [&](const auto& name, const auto& value) { options.seed = parse_number<std::uint64_t>(name, value); }},
-        {"--steps", [&](const auto& name, const auto& value) { options.steps = parse_pair<std::int64_t>(name, value); }},
-        {"--guidance", [&](const auto& name, const auto& value) { options.guidance = parse_pair<double>(name, value); }},
-        {"--tokens", [&](const auto& name, const auto& value) { options.tokens = parse_list<std::int64_t>(name, value); }},
-        {"--threads", [&](const auto& name, const auto& value) { options.threads = parse_number<std::int64_t>(name, value); }},
-        {"--offset-noise", [&](const auto& name, const auto& value) { options.offset_noise = parse_number<double>(name, value); }},
-        {"--frames", whole(options.frames)},
-        {"--width", whole(options.width)},
-        {"--height", whole(options.height)},
-        {"--fps", whole(options.fps)},
-        {"--motion", cue(options.motion)},
-        {"--appearance", cue(options.appearance)},
-    };
-    const std::map<std::string, std::function<void()>> flags = {
-        {"--no-verify", [&] { options.verify = false; }},
-        {"--quiet", [&] { options.quiet = true; }},
-        {"--info", [&] { options.info = true; }},
-        {"--help", [&] { options.help = true; }},
-    };
-    const std::map<std::string, std::string> short_names = {{"-o", "--output"}, {"-q", "--quiet"}, {"-h", "--help"}};
-
     std::vector<std::string> positional;
     bool only_positional = false;
     for (std::size_t i = 0; i < arguments.size(); ++i) {
-        auto argument = arguments[i];
-        if (only_positional || argument.size() < 2 || argument[0] != '-') {
+        const auto& argument = arguments[i];
+        if (only_positional || argument.size() < 2 || argument[0] != '-')
             positional.push_back(argument);
-            continue;
-        }
-        if (argument == "--") {
+        else if (argument == "--")
             only_positional = true;
-            continue;
-        }
-        std::optional<std::string> value;
-        if (const auto equals = argument.find('='); equals != std::string::npos && argument.compare(0, 2, "--") == 0) {
-            value = argument.substr(equals + 1);
-            argument.resize(equals);
-        }
-        if (const auto found = short_names.find(argument); found != short_names.end()) argument = found->second;
-        if (const auto flag = flags.find(argument); flag != flags.end() && !value) {
-            flag->second();
-        } else if (const auto option = with_value.find(argument); option != with_value.end()) {
-            if (!value) {
-                if (i + 1 == arguments.size()) throw std::invalid_argument(argument + ": a value is wanted");
-                value = arguments[++i];
-            }
-            option->second(argument, *value);
-        } else {
-            throw std::invalid_argument(arguments[i] + ": unknown option; higen-run --help lists them");
-        }
+        else
+            take_option(options, arguments, i);
     }
     if (options.help) return options;
-    const std::size_t wanted = options.info || options.tokens ? 1 : 2;
-    if (positional.size() < wanted || positional.size() > 2)
+    const bool only_tells = options.info || options.list_controls;
+    if (positional.empty() || positional.size() > 2)  // a model that reads no text takes no prompt
         throw std::invalid_argument("a model and a prompt are wanted; higen-run --help says more");
     options.model = positional[0];
     if (positional.size() == 2) options.prompt = positional[1];
-    if (!options.info && options.output.empty()) throw std::invalid_argument("--output: a file is wanted");
+    if (!only_tells && options.output.empty()) throw std::invalid_argument("--output: a file is wanted");
     return options;
+}
+
+std::vector<double> parse_numbers(const std::string& option, const std::string& text) {
+    return parse_list<double>(option, text);
 }

@@ -2,12 +2,11 @@
 #pragma once
 
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <string>
+#include <utility>
 #include <vector>
-
-// A cue as it is given: nothing for the model's default, an empty list for "none".
-using CueOption = std::optional<std::vector<double>>;
 
 struct Options {
     std::string model;
@@ -16,13 +15,12 @@ struct Options {
     std::string negative_prompt;
     std::optional<std::vector<std::int64_t>> tokens;
     std::uint64_t seed = 0;
-    std::vector<std::int64_t> steps;  // nothing, one for both stages, or two
-    std::vector<double> guidance;
-    std::optional<std::string> solver;
+    std::vector<std::int64_t> steps;            // nothing, one for every loop, or one a loop
+    std::vector<std::vector<double>> guidance;  // likewise; one number, or one a frame
+    std::vector<std::string> solvers;           // likewise
     std::optional<std::int64_t> frames, width, height, fps;
-    CueOption motion, appearance;
-    std::optional<double> offset_noise;
-    std::string image;
+    std::vector<std::pair<std::string, std::string>> controls;               // name and value, as they were given
+    std::vector<std::pair<std::string, std::vector<std::string>>> pictures;  // name and files
     std::string backend = "auto";
     std::string precision;
     std::string provider = "auto";
@@ -31,6 +29,7 @@ struct Options {
     bool verify = true;
     bool quiet = false;
     bool info = false;
+    bool list_controls = false;
     bool help = false;
 };
 
@@ -38,3 +37,6 @@ extern const char* const usage;
 
 // Throws std::invalid_argument that names the option, its value and what is allowed.
 [[nodiscard]] Options parse(const std::vector<std::string>& arguments);
+
+// Numbers that commas part. Throws std::invalid_argument.
+[[nodiscard]] std::vector<double> parse_numbers(const std::string& option, const std::string& text);

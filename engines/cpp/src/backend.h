@@ -66,6 +66,21 @@ public:
     // Load what a stage needs. Throws an unavailable or integrity error.
     virtual void prepare(const Stage& stage) = 0;
 
+    // Load one of several stages that serve the same purpose, the preferred one first, and return it: the first that
+    // can be run. Throws what `prepare` throws where none can.
+    [[nodiscard]] virtual const Stage& choose(const std::vector<const Stage*>& stages) {
+        for (std::size_t i = 0; i + 1 < stages.size(); ++i) {
+            try {
+                prepare(*stages[i]);
+                return *stages[i];
+            } catch (const Error& error) {
+                if (error.status() != HIGEN_ERROR_UNAVAILABLE) throw;
+            }
+        }
+        prepare(*stages.back());
+        return *stages.back();
+    }
+
     // Run a stage, `prepare`d or not. Inputs may be host tensors and those of any backend. Throws a backend error, also
     // for wrong inputs, or HIGEN_CANCELLED.
     [[nodiscard]] virtual Tensors run(const Stage& stage, const Tensors& inputs, Cancellation& cancellation) = 0;

@@ -25,10 +25,6 @@ std::string_view plain(std::string_view precision) {
     return dot == std::string_view::npos ? "fp32" : precision.substr(dot + 1);
 }
 
-std::string variant(std::string_view stem, std::string_view precision, std::string_view suffix) {
-    return std::string(stem) + (precision == "fp32" ? "" : "." + std::string(precision)) + std::string(suffix);
-}
-
 }  // namespace
 
 void check_precision(std::string_view precision) {
@@ -44,12 +40,14 @@ std::vector<std::string> stand_ins(std::string_view precision) {
 }
 
 std::string graph_file(std::string_view stage, std::string_view precision) {
-    return variant(stage, precision, ".onnx");
+    return std::string(stage) + (precision == "fp32" ? "" : "." + std::string(precision)) + ".onnx";
 }
 
-std::string weights_file(std::string_view stage, std::string_view precision) {
-    const auto stem = stage == "text_encoder" ? stage : stage.substr(0, 3) == "vae" ? "vae" : "unet";
-    return variant(stem, plain(precision), ".safetensors");
+std::string weights_variant(std::string_view name, std::string_view precision) {
+    const auto base = plain(precision);
+    const auto dot = std::min(name.rfind('.'), name.size());
+    return std::string(name.substr(0, dot)) + (base == "fp32" ? "" : "." + std::string(base)) +
+           std::string(name.substr(dot));
 }
 
 std::string read_file(const fs::path& path) {
@@ -80,23 +78,23 @@ fs::path Bundle::file(const std::string& name) const {
     const std::lock_guard lock(mutex_);
     if (!verify_ || verified_.count(name) > 0) return path;
     if (sha256(path) != record->second.sha256)
-        fail_integrity(path.u8string() +
-                       ": its content does not match the sha256 in higen.json; fetch the file again");
+        fail_integrity(path.u8string() + ": its content does not match the sha256 in higen.json; fetch the file again");
     verified_.insert(name);
     return path;
 }
 
-std::string Bundle::weights(std::string_view stage, std::string_view precision) const {
-    auto name = weights_file(stage, precision);
-    return lists(name) ? name : weights_file(stage);
+std::string Bundle::weights(const Stage& stage, std::string_view precision) const {
+    auto name = weights_variant(stage.weights, precision);
+    return lists(name) ? name : stage.weights;
 }
 
 std::string Bundle::not_quantized(std::string_view precision) const {
     if (precision.empty() || !is_quantised(precision)) return "";
-    for (const auto& stage : quantizable)
+    const auto stages = manifest_.denoising();
+    for (const auto& stage : stages)
         if (lists(graph_file(stage, precision))) return "";
     const auto where = path_.u8string();
-    return where + ": no " + graph_file(quantizable.front(), precision) + " (make it: higen-export quantize " + where +
+    return where + ": no " + graph_file(stages.front(), precision) + " (make it: higen-export quantize " + where +
            " --precision " + std::string(precision) + ")";
 }
 

@@ -11,29 +11,14 @@
 #include <string_view>
 #include <vector>
 
-#include "config.h"
+#include "manifest.h"
 
 namespace higen::core {
 
-struct FileRecord {
-    std::uintmax_t size = 0;
-    std::string sha256;
-};
-
-struct Manifest {
-    ModelConfig config;
-    std::map<std::string, FileRecord, std::less<>> files;
-};
-
-// Read a manifest, checking every key and type. `where` names it in messages. Throws a manifest error.
-[[nodiscard]] Manifest parse_manifest(std::string_view json, const std::string& where);
-
-// What a stage's graph computes in. fp32 is the unnamed one; from int8 on most products are computed in 8 or 4 bits, over
-// the weights of the precision after the dot.
+// What a stage's graph computes in. fp32 is the unnamed one; from int8 on most products are computed in 8 or 4 bits,
+// over the weights of the precision after the dot.
 constexpr std::array<std::string_view, 7> precisions = {"fp32",      "fp16",     "bf16",      "int8",
                                                         "int8.fp16", "fp8.fp16", "nvfp4.fp16"};
-// The stages that `higen-export quantize` writes; the others run as they are in a quantised model.
-constexpr std::array<std::string_view, 2> quantizable = {"spatial_unet", "temporal_unet"};
 // Of the precisions, what TensorRT alone computes in.
 constexpr std::string_view engines_only = "nvfp4.fp16";
 
@@ -43,9 +28,12 @@ void check_precision(std::string_view precision);
 // The precisions that serve a request for one, the best first: a quantised model has stages that are not.
 [[nodiscard]] std::vector<std::string> stand_ins(std::string_view precision);
 
-// The files that hold a stage's graph in a precision and the weights for it; see also Bundle::weights.
+// The file that holds a stage's graph in a precision.
 [[nodiscard]] std::string graph_file(std::string_view stage, std::string_view precision = "fp32");
-[[nodiscard]] std::string weights_file(std::string_view stage, std::string_view precision = "fp32");
+
+// A weights file's name in the precision that its weights have there: unet.safetensors, int8.fp16 ->
+// unet.fp16.safetensors.
+[[nodiscard]] std::string weights_variant(std::string_view name, std::string_view precision);
 
 // The content of a file. Throws an integrity error.
 [[nodiscard]] std::string read_file(const std::filesystem::path& path);
@@ -57,13 +45,15 @@ public:
     Bundle(std::filesystem::path path, bool verify);
 
     [[nodiscard]] const std::filesystem::path& path() const { return path_; }
-    [[nodiscard]] const ModelConfig& config() const { return manifest_.config; }
+    [[nodiscard]] const Manifest& manifest() const { return manifest_; }
+    // The sizes that the model's own symbols have.
+    [[nodiscard]] const Sizes& fixed() const { return manifest_.sizes.symbols; }
     [[nodiscard]] const auto& files() const { return manifest_.files; }
     [[nodiscard]] bool lists(std::string_view name) const { return manifest_.files.count(name) > 0; }
 
     // Name of the file that a stage's graph in a precision points into. A precision has no file of its own where the
     // model's weights are stored in it already.
-    [[nodiscard]] std::string weights(std::string_view stage, std::string_view precision) const;
+    [[nodiscard]] std::string weights(const Stage& stage, std::string_view precision) const;
 
     // What is wrong with asking for a quantised precision that no stage was ever written in, and how to make it. "" for
     // any other precision, and where a denoising stage has it: the stages that have not then stand in.

@@ -1,49 +1,11 @@
 // The C interface: no exception passes it.
-#include <algorithm>
-#include <cstring>
-#include <list>
-#include <memory>
-#include <mutex>
-#include <new>
-#include <set>
-#include <string>
-#include <vector>
+#include "c_api.h"
 
-#include "bundle.h"
-#include "errors.h"
-#include "higen/higen.h"
-#include "pipeline.h"
 #include "request.h"
-#include "router.h"
-#include "tokenizer.h"
 #include "version.h"
 
 namespace core = higen::core;
-
-struct higen_model {
-    core::Bundle bundle;
-    core::Tokenizer tokenizer;
-    std::unique_ptr<core::Router> router;
-    core::Pipeline pipeline;
-    mutable std::mutex mutex;
-    mutable std::set<std::string> reports;  // those handed out
-    std::list<core::Cancellation*> running;
-
-    higen_model(const std::filesystem::path& path, const core::BackendOptions& options)
-        : bundle(path, options.verify),
-          tokenizer(core::read_file(bundle.file("tokenizer.json")), (path / "tokenizer.json").u8string(),
-                    bundle.config().text),
-          router(core::make_router(bundle, options)),
-          pipeline(bundle.config(), *router) {
-        pipeline.prepare();
-    }
-
-    // What runs each stage by now; the text lives as long as the model.
-    [[nodiscard]] const char* report() const {
-        const std::lock_guard lock(mutex);
-        return reports.insert(router->report()).first->c_str();
-    }
-};
+using namespace higen::c_api;
 
 namespace {
 
@@ -51,6 +13,7 @@ namespace {
 struct StepState {
     const core::Pipeline& pipeline;
     const core::Step& step;
+    const std::vector<core::Request>& requests;
     core::Cancellation& cancellation;
     std::size_t bytes;
 };
@@ -77,66 +40,6 @@ private:
     std::list<core::Cancellation*>::iterator place_;
 };
 
-std::string& last_error() {
-    thread_local std::string message;
-    return message;
-}
-
-template <typename Work>
-higen_status guarded(const Work& work) noexcept {
-    try {
-        last_error().clear();
-        try {
-            work();
-            return HIGEN_OK;
-        } catch (const core::Error& error) {
-            last_error() = error.what();
-            return error.status();
-        } catch (const std::bad_alloc&) {
-            last_error() = "out of memory";
-            return HIGEN_ERROR_MEMORY;
-        } catch (const std::length_error&) {
-            last_error() = "out of memory: an array would be larger than this machine can address";
-            return HIGEN_ERROR_MEMORY;
-        } catch (const std::exception& error) {
-            last_error() = std::string("an error of this library: ") + error.what();
-            return HIGEN_ERROR_INTERNAL;
-        }
-    } catch (...) {  // no memory for the message either
-        return HIGEN_ERROR_MEMORY;
-    }
-}
-
-void require(const void* pointer, const char* name) {
-    if (pointer == nullptr) core::fail_request(std::string(name) + " is NULL");
-}
-
-// A caller's structure in this version's layout; it may be an older, smaller one.
-template <typename T>
-T sized(const T* given, const char* name, T standard) {
-    if (given == nullptr) return standard;
-    const std::size_t size = given->struct_size;
-    if (size < sizeof(std::size_t) || size > (1U << 20))
-        core::fail_request(std::string(name) + ".struct_size=" + std::to_string(size) +
-                           ": initialise the structure with its macro or function");
-    std::memcpy(&standard, given, std::min(size, sizeof(T)));
-    return standard;
-}
-
-template <typename T>
-void store(const T& value, T* out, const char* name) {
-    const std::size_t size = out->struct_size;
-    if (size < sizeof(std::size_t)) core::fail_request(std::string(name) + ".struct_size is not set");
-    std::memcpy(out, &value, std::min(size, sizeof(T)));
-    out->struct_size = size;
-}
-
-int narrow(std::int64_t value) {
-    return static_cast<int>(std::clamp<std::int64_t>(value, INT32_MIN, INT32_MAX));
-}
-
-int narrow(std::size_t value) { return narrow(static_cast<std::int64_t>(std::min<std::size_t>(value, INT32_MAX))); }
-
 void warn(const higen_callbacks& calls, const std::string& message) {
     if (calls.on_warning != nullptr) calls.on_warning(calls.user, message.c_str());
 }
@@ -149,7 +52,7 @@ void stop_if(int answer) {
 core::Request checked(const higen_model& model, const higen_request* request, const char* name,
                       const std::string& prefix, const higen_callbacks& calls) {
     try {
-        return core::make_request(model.bundle.config(), model.tokenizer, sized(request, name, higen_request{}),
+        return core::make_request(model.manifest(), model.reader(), sized(request, name, higen_request{}),
                                   [&](const std::string& message) { warn(calls, prefix + message); });
     } catch (const core::Error& error) {
         throw core::Error(error.status(), prefix + error.what());
@@ -171,18 +74,36 @@ void make_videos(higen_model& model, Running& running, const std::vector<core::R
         tell_fallbacks(model, calls);
         if (calls.on_step == nullptr) return;
         const auto frames = step.previous.shape()[2];
-        const StepState state{model.pipeline, step, running.cancellation(),
+        const StepState state{model.pipeline, step, requests, running.cancellation(),
                               requests.size() * static_cast<std::size_t>(frames) * first.width * first.height * 3};
-        const std::string stage(step.stage);
-        const higen_step shown{sizeof(higen_step), stage.c_str(), narrow(step.index), narrow(step.total),
-                               narrow(step.t), narrow(frames), width, height, &state, videos};
+        const std::string loop(step.loop), stage(step.stage);
+        higen_step shown{};
+        shown.struct_size = sizeof(higen_step);
+        shown.loop = loop.c_str();
+        shown.stage = stage.c_str();
+        shown.index = narrow(step.index);
+        shown.total = narrow(step.total);
+        shown.t = step.t;
+        shown.frames = narrow(frames);
+        shown.width = width;
+        shown.height = height;
+        shown.state = &state;
+        shown.videos = videos;
         stop_if(calls.on_step(calls.user, &shown));
     };
     const auto on_frames = [&](const core::Frames& frames) {
         tell_fallbacks(model, calls);
         if (calls.on_frames == nullptr) return;
-        const higen_frames shown{sizeof(higen_frames), frames.rgb.data(), narrow(frames.first), narrow(frames.count),
-                                 narrow(frames.total), width, height, first.fps, narrow(frames.video)};
+        higen_frames shown{};
+        shown.struct_size = sizeof(higen_frames);
+        shown.rgb = frames.rgb.data();
+        shown.first = narrow(frames.first);
+        shown.count = narrow(frames.count);
+        shown.total = narrow(frames.total);
+        shown.width = width;
+        shown.height = height;
+        shown.fps = first.fps;
+        shown.video = narrow(frames.video);
         stop_if(calls.on_frames(calls.user, &shown));
     };
     model.pipeline.generate(requests, on_step, on_frames, running.cancellation());
@@ -230,40 +151,15 @@ higen_status higen_model_open(const char* path, const higen_model_options* optio
 
 void higen_model_close(higen_model* model) { delete model; }
 
-higen_status higen_model_describe(const higen_model* model, higen_model_info* info) {
-    return guarded([&] {
-        require(model, "model");
-        require(info, "info");
-        const auto& config = model->bundle.config();
-        higen_model_info found = HIGEN_MODEL_INFO_INIT;
-        found.name = config.name.c_str();
-        found.licence = config.licence.c_str();
-        found.report = model->report();
-        found.size_multiple = narrow(config.size_multiple());
-        found.max_frames = narrow(config.max_frames);
-        found.max_steps = narrow(config.schedule.timesteps);
-        found.context_length = narrow(config.text.context_length);
-        found.pad_id = narrow(config.text.pad_id);
-        found.appearance_columns = narrow(config.unet.appearance_columns);
-        found.optional_cues = config.optional_cues ? 1 : 0;
-        found.prompt_count = config.prompts.size();
-        store(found, info, "info");
-    });
-}
-
-const char* higen_model_prompt(const higen_model* model, size_t index) {
-    if (model == nullptr || index >= model->bundle.config().prompts.size()) return nullptr;
-    return model->bundle.config().prompts[index].c_str();
-}
-
 higen_status higen_tokenize(const higen_model* model, const char* text, int64_t* ids, size_t count) {
     return guarded([&] {
         require(model, "model");
         require(text, "text");
         require(ids, "ids");
-        const auto tokens = model->tokenizer.encode(text);
+        if (!model->tokenizer) core::fail_request(model->manifest().name + " reads no text");
+        const auto tokens = model->tokenizer->encode(text);
         if (count != tokens.size())
-            core::fail_request("count=" + std::to_string(count) + ": the context length, " +
+            core::fail_request("count=" + std::to_string(count) + ": the model's context_length, " +
                                std::to_string(tokens.size()));
         std::copy(tokens.begin(), tokens.end(), ids);
     });
@@ -273,20 +169,13 @@ higen_status higen_request_init(const higen_model* model, higen_request* request
     return guarded([&] {
         require(model, "model");
         require(request, "request");
-        const auto& defaults = model->bundle.config().defaults;
+        const auto& sizes = model->manifest().sizes;
         *request = higen_request{};
         request->struct_size = sizeof(higen_request);
-        request->frames = narrow(defaults.frames);
-        request->width = narrow(defaults.width);
-        request->height = narrow(defaults.height);
-        request->fps = narrow(defaults.fps);
-        request->solver = defaults.solver.c_str();
-        request->offset_noise = defaults.offset_noise;
-        for (int i = 0; i < 2; ++i) {
-            const auto k = static_cast<std::size_t>(i);
-            request->steps[i] = narrow(defaults.steps[k]);
-            request->guidance[i] = defaults.guidance[k];
-        }
+        request->frames = narrow(sizes.frames);
+        request->width = narrow(sizes.width);
+        request->height = narrow(sizes.height);
+        request->fps = narrow(sizes.fps);
     });
 }
 
@@ -314,7 +203,7 @@ higen_status higen_generate_batch(higen_model* model, const higen_request* const
             require(requests[i], name.c_str());
             given.push_back(checked(*model, requests[i], name.c_str(), name + ": ", calls));
         }
-        core::check_batch(given);
+        core::check_batch(model->manifest(), given);
         make_videos(*model, running, given, calls);
     });
 }
@@ -326,10 +215,10 @@ higen_status higen_step_preview(const higen_step* step, uint8_t* rgb, size_t siz
         require(rgb, "rgb");
         const auto& state = *static_cast<const StepState*>(step->state);
         if (size != state.bytes)
-            core::fail_request("size=" + std::to_string(size) + ": videos x frames x height x width x 3 = " +
-                               std::to_string(state.bytes));
+            core::fail_request("size=" + std::to_string(size) +
+                               ": videos x frames x height x width x 3 = " + std::to_string(state.bytes));
         state.pipeline.decode(
-            state.step.previous,
+            state.step.previous, state.requests,
             [&](const core::Frames& frames) {
                 const auto frame = frames.rgb.size() / frames.count;
                 const auto place = frames.video * frames.total + frames.first;

@@ -1,140 +1,56 @@
-#include <algorithm>
-#include <initializer_list>
+#include "manifest.h"
 
-#include "bundle.h"
+#include <algorithm>
+#include <set>
+
 #include "errors.h"
-#include "json_object.h"
+#include "manifest_tables.h"
+#include "sha256.h"
 
 namespace higen::core {
 namespace {
 
-void check(bool good, const std::string& message) {
-    if (!good) fail_manifest(message);
-}
+constexpr std::int64_t manifest_version = 2;
+constexpr std::size_t largest = std::size_t{64} << 20;  // bytes of a manifest; no model comes near
 
-void check_positive(const std::string& where, std::initializer_list<std::int64_t> numbers) {
-    for (const auto number : numbers)
-        check(number >= 1, where + " has the number " + std::to_string(number) + ": whole numbers from 1");
-}
-
-void read(const Json& json, const std::string& where, UNetConfig& unet) {
-    Object object(json, where);
-    object.value("in_channels", unet.in_channels);
-    object.value("out_channels", unet.out_channels);
-    object.value("base_channels", unet.base_channels);
-    object.value("channel_multipliers", unet.channel_multipliers);
-    object.value("blocks_per_level", unet.blocks_per_level);
-    object.value("attention_levels", unet.attention_levels);
-    object.value("head_dim", unet.head_dim);
-    object.value("first_temporal_heads", unet.first_temporal_heads);
-    object.value("text_dim", unet.text_dim);
-    object.value("context_dim", unet.context_dim);
-    object.value("context_tokens", unet.context_tokens);
-    object.value("context_depth", unet.context_depth);
-    object.value("context_heads", unet.context_heads);
-    object.value("appearance_columns", unet.appearance_columns);
-    object.value("dropout", unet.dropout);
-    object.value("prior_preconditioning", unet.prior_preconditioning);
-    object.value("pooled_context", unet.pooled_context);
-    object.finish();
-
-    check_positive(where, {unet.in_channels, unet.out_channels, unet.base_channels, unet.blocks_per_level,
-                           unet.head_dim, unet.first_temporal_heads, unet.text_dim, unet.context_dim,
-                           unet.context_tokens, unet.context_depth, unet.context_heads, unet.appearance_columns});
-    for (const auto multiplier : unet.channel_multipliers) check_positive(where, {multiplier});
-    // Far above any model; products of such numbers fit into 64 bits.
-    constexpr std::int64_t most = 1 << 20;
-    for (const auto number : {unet.in_channels, unet.base_channels, unet.head_dim, unet.text_dim, unet.context_dim,
-                              unet.context_tokens, unet.context_heads, unet.appearance_columns})
-        check(number <= most, where + " has the number " + std::to_string(number) + ": at most " +
-                                  std::to_string(most));
-    check(unet.channel_multipliers.size() <= 16 && !unet.channel_multipliers.empty(),
-          where + ".channel_multipliers: 1 to 16 levels");
-    check(unet.dropout >= 0 && unet.dropout < 1, where + ".dropout: from 0 to below 1");
-    check(unet.embedding_dim() % unet.context_heads == 0, where + ".context_heads does not divide the channels");
-    check(unet.attention_levels.size() == unet.channel_multipliers.size(),
-          where + ".attention_levels: one entry per level");
-    check(unet.base_channels % 32 == 0, where + ".base_channels: a multiple of 32");
-    for (std::size_t i = 0; i < unet.channel_multipliers.size(); ++i) {
-        check(unet.channel_multipliers[i] <= most, where + ".channel_multipliers: at most " + std::to_string(most));
-        const auto width = unet.base_channels * unet.channel_multipliers[i];
-        check(!unet.attention_levels[i] || width % unet.head_dim == 0,
-              where + ".head_dim does not divide the channels of a level");
+// JSON whose objects have each key once: a key that stands there twice would be read one way here and another way
+// elsewhere.
+Json parse_json(std::string_view text, const std::string& where) {
+    std::vector<std::set<std::string>> keys;
+    std::string twice;
+    const auto watch = [&](int, Json::parse_event_t event, Json& value) {
+        if (event == Json::parse_event_t::object_start) keys.emplace_back();
+        if (event == Json::parse_event_t::object_end) keys.pop_back();
+        if (event == Json::parse_event_t::key && !keys.back().insert(value.get<std::string>()).second)
+            twice = value.get<std::string>();
+        return true;
+    };
+    if (text.size() > largest)
+        fail_manifest(where + ": more than " + std::to_string(largest) + " bytes is no manifest");
+    try {
+        auto json = Json::parse(text.begin(), text.end(), watch);
+        if (!twice.empty()) fail_manifest(where + ": not valid JSON: " + shown(twice) + " stands there twice");
+        return json;
+    } catch (const Json::exception& error) {
+        fail_manifest(where + ": not valid JSON: " + error.what());
     }
 }
 
-void read(const Json& json, const std::string& where, ScheduleConfig& schedule) {
-    Object object(json, where);
-    object.value("timesteps", schedule.timesteps);
-    object.value("beta_start", schedule.beta_start);
-    object.value("beta_end", schedule.beta_end);
-    object.value("zero_terminal_snr", schedule.zero_terminal_snr);
-    object.finish();
-    check(schedule.timesteps >= 2 && schedule.timesteps <= 1'000'000 && schedule.beta_start > 0 &&
-              schedule.beta_end > schedule.beta_start && schedule.beta_end < 1,
-          where + ": 2 to 1000000 timesteps and 0 < beta_start < beta_end < 1");
-}
-
-void free_form(const Json& json, const std::string& where) {
-    if (!json.is_object()) fail_manifest(where + "=" + shown(json) + ": an object is wanted");
-}
-
-void read(const Json& json, const std::string& where, TextConfig& text) {
-    Object object(json, where);
-    object.key("clip", free_form);
-    object.value("context_length", text.context_length);
-    object.value("pad_id", text.pad_id);
-    object.value("clean", text.clean);
-    object.finish();
-    check(text.context_length >= 3 && text.context_length <= 1 << 20 && text.pad_id >= 0,
-          where + ": context_length from 3 (start, text and end) to 2^20, pad_id from 0");
-}
-
-void read(const Json& json, const std::string& where, AutoencoderConfig& autoencoder) {
-    Object object(json, where);
-    object.value("kind", autoencoder.kind);
-    object.key("arguments", free_form);
-    object.value("factor", autoencoder.factor);
-    object.value("shift", autoencoder.shift);
-    object.value("scale", autoencoder.scale);
-    object.finish();
-    const auto& scale = autoencoder.scale;
-    check(autoencoder.factor >= 1 && autoencoder.factor <= 4096, where + ".factor: from 1 to 4096");
-    check(!autoencoder.shift.empty() && !scale.empty() && std::find(scale.begin(), scale.end(), 0.0) == scale.end(),
-          where + ": shift and scale are one number or one per channel, no scale 0");
-}
-
-void read(const Json& json, const std::string& where, Defaults& defaults) {
-    Object object(json, where);
-    object.value("frames", defaults.frames);
-    object.value("width", defaults.width);
-    object.value("height", defaults.height);
-    object.value("fps", defaults.fps);
-    object.value("steps", defaults.steps);
-    object.value("guidance", defaults.guidance);
-    object.value("solver", defaults.solver);
-    object.value("motion", defaults.motion);
-    object.value("appearance", defaults.appearance);
-    object.value("offset_noise", defaults.offset_noise);
-    object.finish();
-}
-
-void read(const Json& json, const std::string& where, ModelConfig& config) {
-    Object object(json, where);
-    const auto into = [](auto& part) {
-        return [&part](const Json& value, const std::string& place) { read(value, place, part); };
-    };
-    object.value("name", config.name);
-    object.value("licence", config.licence);
-    object.key("unet", into(config.unet));
-    object.key("schedule", into(config.schedule));
-    object.key("text", into(config.text));
-    object.key("autoencoder", into(config.autoencoder));
-    object.key("defaults", into(config.defaults));
-    object.value("max_frames", config.max_frames);
-    object.value("optional_cues", config.optional_cues);
-    object.value("prompts", config.prompts);
-    object.finish();
+void check_version(const Json& json, const std::string& where) {
+    const auto format = json.is_object() ? json.find("format") : json.end();
+    check_manifest(json.is_object() && format != json.end() && *format == "higen",
+                   where + ": not a higen manifest (\"format\" is not \"higen\")");
+    const auto version = json.find("version");
+    check_manifest(version != json.end() && version->is_number_integer() && *version >= 1,
+                   where + ": version=" + (version == json.end() ? "none" : shown(*version)) +
+                       ": a whole number from 1 to " + std::to_string(manifest_version));
+    check_manifest(*version <= manifest_version, where + ": version=" + shown(*version) +
+                                                     ", but this higen reads version " +
+                                                     std::to_string(manifest_version) + ": a newer is needed");
+    const auto folder = where.substr(0, where.rfind('/') == std::string::npos ? 0 : where.rfind('/'));
+    check_manifest(*version == manifest_version,
+                   where + ": version=" + shown(*version) + ", but this library reads version " +
+                       std::to_string(manifest_version) + ": higen upgrade " + (folder.empty() ? "DIR" : folder));
 }
 
 // A file of a model lies in its directory or below: no absolute path, no way out.
@@ -149,65 +65,175 @@ void check_name(const std::string& name) {
         good = !part.empty() && part != "." && part != "..";
         start = end + 1;
     }
-    check(good, "higen.json: files has the entry " + shown(name) + ": a path inside the model directory is wanted");
+    check_manifest(good, "files has the entry " + shown(name) + ": a path inside the model directory is wanted");
 }
 
-FileRecord read_record(const Json& json, const std::string& where) {
-    FileRecord record;
-    bool has_size = false, has_hash = false;
-    Object object(json, where);
-    object.key("size", [&](const Json& value, const std::string& place) {
-        has_size = true;
+void read_files(const Json& json, const std::string& where, Files& files) {
+    if (!json.is_object()) fail_manifest(where + "=" + shown(json) + ": an object is wanted");
+    for (const auto& item : json.items()) {
+        check_name(item.key());
+        auto& record = files[item.key()];
+        Object object(item.value(), where + "." + item.key());
         // A negative size is no error of the manifest's types, it is one that no file has.
-        std::int64_t size = 0;
-        Object::take(value, place, size);
-        if (size < 0) fail_integrity(place + "=" + std::to_string(size) + ": no file has this size");
-        record.size = static_cast<std::uintmax_t>(size);
+        object.required("size", [&](const Json& value, const std::string& place) {
+            std::int64_t size = 0;
+            Object::take(value, place, size);
+            if (size < 0) fail_integrity(place + "=" + std::to_string(size) + ": no file has this size");
+            record.size = static_cast<std::uintmax_t>(size);
+        });
+        object.required_value("sha256", record.sha256);
+        object.finish();
+    }
+}
+
+// What an exporter wrote of a graph; nothing here depends on it.
+void read_graph_shape(const Json& json, const std::string& where, std::vector<Axis>& shape) {
+    if (!json.is_array()) fail_manifest(where + "=" + shown(json) + ": a list of symbols and sizes is wanted");
+    for (const auto& item : json) {
+        auto& axis = shape.emplace_back();
+        const auto place = where + "[" + std::to_string(shape.size() - 1) + "]";
+        if (item.is_string())
+            axis.symbol = item.get<std::string>();
+        else
+            Object::take(item, place, axis.size);
+    }
+}
+
+void read_graph_input(const Json& json, const std::string& where, GraphInput& input) {
+    Object object(json, where);
+    object.required_value("name", input.name);
+    object.required("dtype", [&](const Json& value, const std::string& place) {
+        constexpr std::pair<const char*, const char*> dtypes[] = {{"float32", "float32"}, {"int64", "int64"}};
+        take_word(value, place, dtypes, input.dtype);
     });
-    object.key("sha256", [&](const Json& value, const std::string& place) {
-        has_hash = true;
-        Object::take(value, place, record.sha256);
-    });
+    object.required("shape",
+                    [&](const auto& value, const auto& place) { read_graph_shape(value, place, input.shape); });
     object.finish();
-    check(has_size && has_hash, where + ": needs size and sha256");
-    return record;
+}
+
+bool is_graph(const std::string& name) {
+    constexpr std::string_view suffix = ".onnx";
+    return name.size() >= suffix.size() && name.compare(name.size() - suffix.size(), suffix.size(), suffix) == 0;
+}
+
+void read_graphs(const Json& json, const std::string& where, Manifest& manifest) {
+    if (!json.is_object()) fail_manifest(where + "=" + shown(json) + ": an object is wanted");
+    for (const auto& item : json.items()) {
+        Object object(item.value(), where + "." + item.key());
+        take_rows(object, "inputs", manifest.graphs[item.key()], read_graph_input);
+        object.finish();
+    }
+    const std::string wanted = ": each .onnx file of files, and no other, has a row";
+    for (const auto& [name, record] : manifest.files)
+        check_manifest(!is_graph(name) || manifest.graphs.count(name) > 0, where + ": " + name + wanted);
+    for (const auto& [name, inputs] : manifest.graphs)
+        check_manifest(is_graph(name) && manifest.files.count(name) > 0, where + ": " + name + wanted);
+}
+
+void check_seal(const Json& json, std::string_view text, const std::string& where) {
+    const auto folder = where.substr(0, where.rfind('/') == std::string::npos ? 0 : where.rfind('/'));
+    const auto remedy = "higen upgrade --reseal " + (folder.empty() ? "DIR" : folder);
+    const auto* seal = json.get_ptr<const std::string*>();
+    const bool good =
+        seal != nullptr && seal->size() == 64 && seal->find_first_not_of("0123456789abcdef") == std::string::npos;
+    check_manifest(good, where + ": seal=" + shown(json) + ": 64 hexadecimal digits (" + remedy + ")");
+    if (seal_of(text, *seal) != *seal)
+        fail_integrity(where +
+                       ": was edited after it was written: its tables do not fit its seal. Fetch the file "
+                       "again, or accept the edit: " +
+                       remedy);
+}
+
+template <typename Row>
+const Row* find_row(const std::vector<Row>& rows, std::string_view name) {
+    const auto found = std::find_if(rows.begin(), rows.end(), [&](const auto& row) { return row.name == name; });
+    return found == rows.end() ? nullptr : &*found;
 }
 
 }  // namespace
 
-Manifest parse_manifest(std::string_view text, const std::string& where) {
-    Json json;
-    try {
-        json = Json::parse(text.begin(), text.end());
-    } catch (const Json::exception& error) {
-        fail_manifest(where + ": not valid JSON: " + error.what());
-    }
-    const auto format = json.is_object() ? json.find("format") : json.end();
-    if (format == json.end() || *format != "higen")
-        fail_manifest(where + ": not a higen manifest (\"format\" is not \"higen\")");
-    const auto version = json.find("version");
-    check(version != json.end() && version->is_number_integer() && *version >= 1,
-          where + ": version: a whole number from 1 to 1");
-    check(*version == 1, where + ": version=" + shown(*version) + ", but this higen reads up to 1: a newer is needed");
+std::vector<std::string> Loop::stages() const {
+    std::vector<std::string> names;
+    for (const auto& one : {guided, plain})
+        if (!one.empty()) names.push_back(one);
+    return names;
+}
 
+const Solver* Loop::solver(std::string_view wanted) const { return find_row(solvers, wanted); }
+
+const Control* Manifest::control(std::string_view wanted) const { return find_row(controls, wanted); }
+
+const Loop* Manifest::loop(std::string_view wanted) const { return find_row(loops, wanted); }
+
+const Stage* Manifest::find_stage(std::string_view wanted) const { return find_row(stages, wanted); }
+
+const Stage& Manifest::stage(std::string_view wanted) const {
+    const auto* found = find_stage(wanted);
+    if (found == nullptr) throw Error(HIGEN_ERROR_INTERNAL, "no stage " + std::string(wanted));
+    return *found;
+}
+
+std::vector<std::string> Manifest::denoising() const {
+    std::vector<std::string> names;
+    for (const auto& loop : loops)
+        for (const auto& one : loop.stages())
+            if (std::find(names.begin(), names.end(), one) == names.end()) names.push_back(one);
+    return names;
+}
+
+std::vector<std::string> Manifest::feeding(const std::vector<std::string>& wanted) const {
+    std::vector<std::string> found;
+    std::set<std::string> seen;
+    std::vector<std::pair<std::string, bool>> open;  // with whether what feeds it has been seen to
+    for (auto one = wanted.rbegin(); one != wanted.rend(); ++one) open.emplace_back(*one, false);
+    while (!open.empty()) {
+        const auto [one, fed] = open.back();
+        open.pop_back();
+        const auto* row = find_stage(one);
+        if (fed) found.push_back(one);
+        if (fed || row == nullptr || !seen.insert(one).second) continue;
+        open.emplace_back(one, true);
+        for (auto tensor = row->inputs.rbegin(); tensor != row->inputs.rend(); ++tensor)
+            if (tensor->source.kind == Source::Kind::made) open.emplace_back(tensor->source.name, false);
+    }
+    return found;
+}
+
+std::string seal_of(std::string_view text, const std::string& seal) {
+    std::string tables(text);
+    for (auto at = tables.find(seal); at != std::string::npos; at = tables.find(seal, at + seal.size()))
+        tables.replace(at, seal.size(), seal.size(), '0');
+    Sha256 hash;
+    hash.update(tables.data(), tables.size());
+    return hash.hex();
+}
+
+Manifest parse_manifest(std::string_view text, const std::string& where) {
+    const auto json = parse_json(text, where);
+    check_version(json, where);
     Manifest manifest;
     Object object(json, where);
-    bool has_model = false, has_files = false;
-    object.key("format", [](const Json&, const std::string&) {});
-    object.key("version", [](const Json&, const std::string&) {});
-    object.key("model", [&](const Json& value, const std::string&) {
-        has_model = true;
-        read(value, "model", manifest.config);
+    const auto free_form = [](const Json&, const std::string&) {};
+    for (const auto* key : {"format", "version", "seal"}) object.required(key, free_form);
+    object.required_value("name", manifest.name);
+    object.required_value("licence", manifest.licence);
+    object.required_value("family", manifest.family);
+    object.required("architecture", [](const Json& value, const std::string& place) {
+        if (!value.is_object()) fail_manifest(place + "=" + shown(value) + ": an object is wanted");
     });
-    object.key("files", [&](const Json& value, const std::string&) {
-        has_files = true;
-        free_form(value, "files");
-        for (const auto& item : value.items()) {
-            check_name(item.key());
-            manifest.files.emplace(item.key(), read_record(item.value(), "files." + item.key()));
-        }
+    object.required_value("prompts", manifest.prompts);
+    object.required("sizes", [&](const auto& value, const auto&) { read_sizes(value, "sizes", manifest.sizes); });
+    object.required("text", [&](const Json& value, const std::string&) {
+        if (!value.is_null()) read_text(value, "text", manifest.text.emplace());
     });
-    check(has_model && has_files, where + ": model and files are wanted");
+    take_rows(object, "controls", manifest.controls, read_control);
+    take_rows(object, "stages", manifest.stages, read_stage);
+    take_rows(object, "loops", manifest.loops, read_loop);
+    object.required("files", [&](const auto& value, const auto&) { read_files(value, "files", manifest.files); });
+    object.required("graphs", [&](const auto& value, const auto&) { read_graphs(value, "graphs", manifest); });
+    object.finish();
+    check_references(manifest);
+    check_seal(json.at("seal"), text, where);
     return manifest;
 }
 

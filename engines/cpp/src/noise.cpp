@@ -32,12 +32,12 @@ std::array<std::uint64_t, 4> philox(std::array<std::uint64_t, 4> c, std::array<s
     return c;
 }
 
-std::vector<float> normal(std::uint64_t seed, Purpose purpose, std::size_t count) {
+std::vector<float> normal(std::uint64_t seed, std::uint64_t purpose, std::size_t count) {
     std::vector<float> numbers;
     numbers.reserve(count + 3);
     // numpy increments the counter before its first block, so the first is that of counter 1.
     for (std::uint64_t block = 1; numbers.size() < count; ++block) {
-        const auto raw = philox({block, 0, 0, 0}, {seed, static_cast<std::uint64_t>(purpose)});
+        const auto raw = philox({block, 0, 0, 0}, {seed, purpose});
         for (std::size_t i = 0; i < 4; i += 2) {
             const auto a = static_cast<double>(raw[i] >> 11), b = static_cast<double>(raw[i + 1] >> 11);
             const double radius = std::sqrt(-2.0 * std::log((a + 1.0) * 0x1p-53));
@@ -50,15 +50,14 @@ std::vector<float> normal(std::uint64_t seed, Purpose purpose, std::size_t count
     return numbers;
 }
 
-std::vector<float> initial_noise(std::uint64_t seed, Purpose purpose, std::size_t channels, std::size_t frames,
-                                 std::size_t height, std::size_t width) {
-    const std::size_t plane = height * width;
-    const auto flat = normal(seed, purpose, frames * channels * plane);
+std::vector<float> frame_noise(std::uint64_t seed, std::uint64_t purpose, std::size_t before, std::size_t frames,
+                               std::size_t after) {
+    const auto flat = normal(seed, purpose, frames * before * after);
     std::vector<float> noise(flat.size());
     for (std::size_t f = 0; f < frames; ++f)
-        for (std::size_t c = 0; c < channels; ++c)
-            for (std::size_t i = 0; i < plane; ++i)
-                noise[(c * frames + f) * plane + i] = flat[(f * channels + c) * plane + i];
+        for (std::size_t c = 0; c < before; ++c)
+            for (std::size_t i = 0; i < after; ++i)
+                noise[(c * frames + f) * after + i] = flat[(f * before + c) * after + i];
     return noise;
 }
 

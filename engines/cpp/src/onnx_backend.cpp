@@ -57,9 +57,8 @@ private:
             [&](const auto& values) -> Ort::Value& {
                 using Number = typename std::decay_t<decltype(values)>::value_type;
                 // An input is only read, whatever the interface says.
-                return values_.emplace_back(Ort::Value::CreateTensor(memory, const_cast<Number*>(values.data()),
-                                                                     values.size(), array.shape.data(),
-                                                                     array.shape.size()));
+                return values_.emplace_back(Ort::Value::CreateTensor(
+                    memory, const_cast<Number*>(values.data()), values.size(), array.shape.data(), array.shape.size()));
             },
             array.values);
     }
@@ -95,8 +94,7 @@ void append(Ort::SessionOptions& options, const std::string& provider) {
 
 class OnnxBackend final : public Backend {
 public:
-    OnnxBackend(const Bundle& bundle, const BackendOptions& options)
-        : bundle_(bundle), options_(options), fixed_(dimensions(bundle.config())) {
+    OnnxBackend(const Bundle& bundle, const BackendOptions& options) : bundle_(bundle), options_(options) {
         if (!options.provider_library.empty()) {
             register_plugin();
         } else if (options.provider != "auto") {
@@ -104,18 +102,20 @@ public:
             const auto wanted = std::find_if(known.begin(), known.end(),
                                              [&](const auto& provider) { return provider.name == options.provider; });
             if (wanted == known.end())
-                fail_request("provider='" + options.provider + "': one of 'auto', 'cpu', 'cuda', 'tensorrt-rtx', "
+                fail_request("provider='" + options.provider +
+                             "': one of 'auto', 'cpu', 'cuda', 'tensorrt-rtx', "
                              "or a plugin's provider together with its library");
             if (!is_built_in(wanted->kind))
                 fail_unavailable("provider='" + options.provider + "': this ONNX Runtime has no " + wanted->kind);
         }
     }
 
-    void prepare(const Stage& stage) override { (void)session(stage); }
+    void prepare(const Stage& stage) override { (void)made(stage); }
 
     Tensors run(const Stage& stage, const Tensors& inputs, Cancellation& cancellation) override {
-        check_inputs(stage, inputs, fixed_);
-        auto& session = this->session(stage);
+        auto& made = this->made(stage);
+        check_inputs(stage, inputs, made.fixed);
+        auto& session = made.session;
         Ort::RunOptions run_options;
         const Cancellation::Interruptible interruptible(cancellation, [&] { run_options.SetTerminate(); });
         try {
@@ -142,13 +142,15 @@ public:
 
     std::string describe(const Stage& stage) const override {
         const std::lock_guard lock(mutex_);
-        const auto& made = sessions_.at(stage.name);
-        return made.provider + ", " + made.precision + made.passed_over;
+        const auto& found = sessions_.at(stage.name);
+        return found.provider + ", " + found.precision + found.passed_over;
     }
 
 private:
+    // A stage's session; `fixed` are the sizes that its graph takes alone: the model's, and those of a static graph.
     struct Made {
         Ort::Session session;
+        Sizes fixed;
         std::string provider;
         std::string precision;
         std::string passed_over;
@@ -159,11 +161,11 @@ private:
         return std::find(available.begin(), available.end(), kind) != available.end();
     }
 
-    Ort::Session& session(const Stage& stage) {
+    Made& made(const Stage& stage) {
         const std::lock_guard lock(mutex_);
         auto found = sessions_.find(stage.name);
         if (found == sessions_.end()) found = sessions_.emplace(stage.name, make(stage)).first;
-        return found->second.session;
+        return found->second;
     }
 
     Made make(const Stage& stage) {
@@ -171,7 +173,7 @@ private:
         for (const auto& provider : candidates()) {
             const auto precision = choose_precision(stage, provider);
             const auto path = bundle_.file(graph_file(stage.name, precision));
-            (void)bundle_.file(bundle_.weights(stage.name, precision));
+            (void)bundle_.file(bundle_.weights(stage, precision));
             Ort::SessionOptions options;
             options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_FATAL);
             if (options_.threads > 0) options.SetIntraOpNumThreads(options_.threads);
@@ -179,14 +181,13 @@ private:
             try {
                 append_to(options, provider);
             } catch (const Ort::Exception& error) {
-                if (options_.provider != "auto")
-                    fail_unavailable("provider='" + provider + "': " + error.what());
+                if (options_.provider != "auto") fail_unavailable("provider='" + provider + "': " + error.what());
                 passed_over += "; not " + provider + ": " + error.what();
                 continue;
             }
             try {
-                Made made{Ort::Session(env_, path.c_str(), options), provider, precision, passed_over};
-                check_graph(stage, made.session, path);
+                Made made{Ort::Session(env_, path.c_str(), options), bundle_.fixed(), provider, precision, passed_over};
+                check_graph(stage, made.session, path, made.fixed);
                 return made;
             } catch (const Ort::Exception& error) {
                 if (provider == candidates().back()) {
@@ -257,43 +258,63 @@ private:
     void append_to(Ort::SessionOptions& options, const std::string& provider) { append(options, provider); }
 #endif
 
-    // A graph takes and gives what the stage table says, in the sizes that the manifest fixes.
-    void check_graph(const Stage& stage, const Ort::Session& session, const std::filesystem::path& path) const {
+    // A graph takes and gives what the stage's row says, in the sizes that the manifest fixes; `fixed` gets those that
+    // the graph fixes besides.
+    void check_graph(const Stage& stage, const Ort::Session& session, const std::filesystem::path& path,
+                     Sizes& fixed) const {
         Ort::AllocatorWithDefaultOptions allocator;
         const auto wrong = [&](const std::string& what) {
             fail_integrity(path.u8string() + ": not a graph of the stage " + stage.name + " of this model: " + what);
         };
         const auto check = [&](const TensorSpec& spec, const std::string& name, const std::string& found,
-                               const Ort::TypeInfo& type) {
+                               const Ort::TypeInfo& type, bool input) {
             if (found != name) wrong("'" + found + "' stands where '" + name + "' is wanted");
             if (type.GetONNXType() != ONNX_TYPE_TENSOR) wrong(name + " is no tensor");
             const auto info = type.GetTensorTypeAndShapeInfo();
-            const auto wanted = spec.is_float ? ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT : ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
-            if (info.GetElementType() != wanted) wrong(name + " has another type of number");
             const auto shape = info.GetShape();
-            bool fits = shape.size() == spec.shape.size();
-            for (std::size_t i = 0; fits && i < shape.size(); ++i) {
-                const auto& axis = spec.shape[i];
-                const auto size = fixed_.find(axis.symbol);
-                const auto known = axis.symbol.empty() ? axis.size : size == fixed_.end() ? -1 : size->second;
-                fits = shape[i] < 0 || known < 0 || shape[i] == known;  // -1 is an axis that may have any size
-            }
-            if (!fits) wrong(name + " has the shape " + to_text(shape));
+            const bool is_float = info.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
+            const bool is_int64 = info.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
+            if (input && is_older(spec, is_int64, shape.size()))
+                fail_unavailable(path.u8string() + ": was made before version 2 of the manifest (" + name +
+                                 " is another there); make it again: higen-export onnx " + bundle_.path().u8string());
+            if (spec.is_float ? !is_float : !is_int64) wrong(name + " has another type of number");
+            if (!fits(spec, shape, fixed)) wrong(name + " has the shape " + to_text(shape));
         };
         if (session.GetInputCount() != stage.inputs.size() || session.GetOutputCount() != stage.outputs.size())
-            wrong(std::to_string(session.GetInputCount()) + " inputs and " +
-                  std::to_string(session.GetOutputCount()) + " outputs");
-        for (std::size_t i = 0; i < stage.inputs.size(); ++i)
-            check(stage.inputs[i], std::string(stage.inputs[i].name), session.GetInputNameAllocated(i, allocator).get(),
-                  session.GetInputTypeInfo(i));
+            wrong(std::to_string(session.GetInputCount()) + " inputs and " + std::to_string(session.GetOutputCount()) +
+                  " outputs");
+        // Inputs are bound by name, in whatever order the graph has them; outputs stand in the order of the row.
+        for (std::size_t i = 0; i < stage.inputs.size(); ++i) {
+            const std::string found = session.GetInputNameAllocated(i, allocator).get();
+            const auto* spec = stage.input(found);
+            if (spec == nullptr) wrong("it takes '" + found + "'");
+            check(*spec, found, found, session.GetInputTypeInfo(i), true);
+        }
         for (std::size_t i = 0; i < stage.outputs.size(); ++i)
             check(stage.outputs[i], stage.graph_output(stage.outputs[i]),
-                  session.GetOutputNameAllocated(i, allocator).get(), session.GetOutputTypeInfo(i));
+                  session.GetOutputNameAllocated(i, allocator).get(), session.GetOutputTypeInfo(i), false);
+    }
+
+    // Whether a graph takes a step column as version 1 did: whole timesteps, one guidance a sample.
+    static bool is_older(const TensorSpec& spec, bool is_int64, std::size_t rank) {
+        if (spec.source.kind != Source::Kind::state) return false;
+        return (spec.name == "t" && is_int64) || (spec.name == "guidance" && rank == 1 && spec.shape.size() == 2);
+    }
+
+    // Whether a graph's shape may be that of the row; -1 is an axis that may have any size.
+    static bool fits(const TensorSpec& spec, const Shape& shape, Sizes& fixed) {
+        if (shape.size() != spec.shape.size()) return false;
+        for (std::size_t i = 0; i < shape.size(); ++i) {
+            const auto& axis = spec.shape[i];
+            if (shape[i] < 0) continue;
+            const auto known = axis.symbol.empty() ? axis.size : fixed.try_emplace(axis.symbol, shape[i]).first->second;
+            if (shape[i] != known) return false;
+        }
+        return true;
     }
 
     const Bundle& bundle_;
     BackendOptions options_;
-    Sizes fixed_;
     Ort::Env env_{ORT_LOGGING_LEVEL_FATAL, "higen"};
     mutable std::mutex mutex_;
     std::map<std::string, Made, std::less<>> sessions_;

@@ -2,232 +2,237 @@
 
 #include <algorithm>
 #include <cmath>
-#include <map>
 
-#include "conditioning.h"
 #include "errors.h"
 #include "noise.h"
 
 namespace higen::core {
 namespace {
 
-// Frames decoded at a time: memory does not grow with the length of the clip.
-constexpr std::size_t decode_chunk = 2;
+std::int64_t signed_size(std::size_t n) { return static_cast<std::int64_t>(n); }
 
-std::int64_t size(std::size_t n) { return static_cast<std::int64_t>(n); }
-
-TensorPtr floats(Shape shape, std::vector<float> values) {
-    return host_tensor(Array::of(std::move(shape), std::move(values)));
+bool is_one(const LoopOptions& options) {
+    return std::all_of(options.guidance.begin(), options.guidance.end(), [](float scale) { return scale == 1.0F; });
 }
 
-// Arrays of floats [1, ...] one after another: [B, ...]. Throws a backend error where their shapes differ.
-Array stacked(std::vector<Array> rows) {
-    auto made = std::move(rows.front());
-    const auto shape = made.shape;
-    auto& values = std::get<0>(made.values);
-    for (std::size_t i = 1; i < rows.size(); ++i) {
-        if (rows[i].shape != shape)
-            fail_backend("a stage gave " + to_text(rows[i].shape) + " for one video and " + to_text(shape) +
-                         " for another");
-        values.insert(values.end(), rows[i].floats().begin(), rows[i].floats().end());
+// Latents in the shape [B, C, f, H, W] of a loop's state; a single frame stands for each.
+std::vector<float> spread_latents(const Array& found, const Shape& shape, const Loop& loop) {
+    if (found.shape == shape) return found.floats();
+    auto single = shape;
+    single[2] = 1;
+    if (found.shape != single)
+        fail_backend("the loop " + loop.name + " is fed latents " + to_text(found.shape) + ", its own are " +
+                     to_text(shape));
+    const auto rows = static_cast<std::size_t>(shape[0] * shape[1]), frames = static_cast<std::size_t>(shape[2]);
+    const auto plane = static_cast<std::size_t>(shape[3] * shape[4]);
+    std::vector<float> spread;
+    for (std::size_t r = 0; r < rows; ++r)
+        for (std::size_t f = 0; f < frames; ++f)
+            spread.insert(spread.end(), found.floats().begin() + static_cast<std::ptrdiff_t>(r * plane),
+                          found.floats().begin() + static_cast<std::ptrdiff_t>((r + 1) * plane));
+    return spread;
+}
+
+// What a loop's rule adds to the unit noise [B, C, f, H, W]; nothing where it adds nothing.
+std::vector<float> added_noise(const NoiseRule& rule, const std::vector<Request>& requests, const Shape& shape,
+                               Sources& sources, const Loop& loop) {
+    std::vector<float> added;
+    const auto channels = static_cast<std::size_t>(shape[1]), frames = static_cast<std::size_t>(shape[2]);
+    const auto plane = static_cast<std::size_t>(shape[3] * shape[4]), one = channels * frames * plane;
+    if (rule.offset) {
+        added.resize(count(shape));
+        for (std::size_t b = 0; b < requests.size(); ++b) {
+            const auto scale = static_cast<float>(requests[b].number(rule.offset->scale));
+            const auto numbers = frame_noise(requests[b].seed, rule.offset->purpose, channels, frames, 1);
+            for (std::size_t i = 0; i < one; ++i) added[b * one + i] = scale * numbers[i / plane];
+        }
     }
-    made.shape.front() = size(rows.size());
-    return made;
+    if (rule.mix) {
+        const Source source{Source::Kind::made, rule.mix->loop, "latents"};
+        const auto mixed = spread_latents(sources.latents(source, loop)->to_host(), shape, loop);
+        added.resize(mixed.size());
+        for (std::size_t i = 0; i < added.size(); ++i)
+            added[i] += static_cast<float>(requests[i / one].number(rule.mix->scale)) * mixed[i];
+    }
+    return added;
+}
+
+// Pixels of a decoder's output, [N, 3, Y, X] or [1, 3, N, Y, X], as bytes of `count` frames from `first` on.
+std::vector<std::uint8_t> to_frames(const Array& pixels, std::size_t first, std::size_t count) {
+    const bool video = pixels.shape.size() == 5;
+    const auto plane = static_cast<std::size_t>(pixels.shape[pixels.shape.size() - 2] * pixels.shape.back());
+    const auto stride = video ? static_cast<std::size_t>(pixels.shape[2]) * plane : plane;
+    std::vector<std::uint8_t> rgb(count * plane * 3);
+    for (std::size_t f = 0; f < count; ++f)
+        to_rgb(pixels.floats().data() + (first + f) * (video ? plane : 3 * plane), plane, stride,
+               rgb.data() + f * 3 * plane);
+    return rgb;
+}
+
+// A decoder's latents: frames [first, end) of one sample of [B, C, f, H, W], as [N, C, H, W] or [1, C, N, H, W].
+Array chunk_of(const Array& sample, std::size_t first, std::size_t end, std::size_t rank) {
+    auto chunk = cut(sample, 2, first, end - first);
+    if (rank == 5) return chunk;
+    // [C, N, H, W] to [N, C, H, W]: the same exchange of axes as the other way round.
+    chunk.shape.erase(chunk.shape.begin());
+    auto frames = as_video(chunk);
+    frames.shape.erase(frames.shape.begin());
+    return frames;
 }
 
 }  // namespace
 
 void Pipeline::prepare() const {
-    for (const auto name : {"text_encoder", "conditioner", "spatial_unet", "temporal_unet", "vae_decoder"})
-        backend_.prepare(stage(name));
-}
-
-std::vector<Pipeline::Text> Pipeline::encode_texts(const std::vector<Request>& requests,
-                                                   Cancellation& cancellation) const {
-    std::map<std::vector<std::int64_t>, TensorPtr> encoded;  // each text once: the negative one is mostly the same
-    const auto encode = [&](const std::vector<std::int64_t>& tokens) {
-        auto& hidden = encoded[tokens];
-        if (!hidden) {
-            const auto ids = host_tensor(Array::of({1, size(tokens.size())}, tokens));
-            hidden = backend_.run(stage("text_encoder"), {{"tokens", ids}}, cancellation).at("hidden");
-        }
-        return hidden;
+    const std::vector<Request> requests = {default_request(manifest_)};
+    const auto prepare_all = [&](std::vector<std::string> names, const std::string& but) {
+        for (const auto& name : names)
+            if (name != but) backend_.prepare(manifest_.stage(name));
     };
-    std::vector<Text> texts;
-    for (const auto& request : requests) texts.push_back({encode(request.tokens), encode(request.negative_tokens)});
-    return texts;
-}
-
-// The denoising stages' inputs that do not change over the steps; each video's are made alone, so that they are its own.
-Tensors Pipeline::conditions(const std::vector<Text>& texts, const std::vector<Cues>& cues,
-                             Cancellation& cancellation) const {
-    std::map<std::string, std::vector<Array>, std::less<>> rows;
-    for (std::size_t i = 0; i < texts.size(); ++i) {
-        const auto& [motion, appearance] = cues[i];
-        const auto rows_of = [](const std::vector<float>& cue, std::int64_t columns) {
-            return floats({1, size(cue.size()) / columns, columns}, cue);
-        };
-        const auto motion_tensor = rows_of(motion, config_.unet.base_channels);
-        const auto appearance_tensor = rows_of(appearance, config_.unet.appearance_columns);
-        const auto run = [&](const TensorPtr& text) {
-            return backend_.run(stage("conditioner"),
-                                {{"hidden", text}, {"motion", motion_tensor}, {"appearance", appearance_tensor}},
-                                cancellation);
-        };
-        for (const auto& [name, tensor] : run(texts[i].given)) rows[name].push_back(tensor->to_host());
-        rows["empty_context"].push_back(run(texts[i].empty).at("context")->to_host());
+    for (std::size_t i = 0; i < manifest_.loops.size(); ++i) {
+        prepare_all(manifest_.feeding(requests.front().stand_ins(manifest_.loops[i])), "");
+        if (!requests.front().runs(manifest_.loops[i])) continue;
+        const auto stages = ways(i, requests);
+        prepare_all(manifest_.feeding({stages.front()->name}), stages.front()->name);
+        (void)backend_.choose(stages);
     }
-    Tensors given;
-    for (auto& [name, arrays] : rows) given.emplace(name, host_tensor(stacked(std::move(arrays))));
-    return given;
+    prepare_all(manifest_.feeding({manifest_.sizes.decoder}), "");
 }
 
-TensorPtr Pipeline::denoise(std::string_view name, TensorPtr latents, const std::vector<SolverRow>& table,
-                            std::vector<float> guidance, Tensors inputs, const OnStep& on_step,
-                            Cancellation& cancellation) const {
-    const auto batch = guidance.size();
-    const Shape each = {size(batch)};
-    const auto column = [&](double value) {
-        return floats(each, std::vector<float>(batch, static_cast<float>(value)));
-    };
-    auto previous = floats(latents->shape(), std::vector<float>(count(latents->shape()), 0.0F));
-    inputs["guidance"] = floats(each, std::move(guidance));
-    for (std::size_t i = 0; i < table.size(); ++i) {
-        cancellation.check();
-        const auto& row = table[i];
-        inputs["latents"] = latents;
-        inputs["previous"] = previous;
-        inputs["t"] = host_tensor(Array::of(each, std::vector<std::int64_t>(batch, row.t)));
-        inputs["A"] = column(row.A);
-        inputs["B"] = column(row.B);
-        inputs["C"] = column(row.C);
-        inputs["alpha"] = column(row.alpha);
-        inputs["sigma"] = column(row.sigma);
-        const auto outputs = backend_.run(stage(name), inputs, cancellation);
-        for (const auto& [output, tensor] : outputs)
-            if (tensor->shape() != latents->shape())
-                fail_backend(std::string(name) + " gave " + output + " of the shape " + to_text(tensor->shape()));
-        latents = outputs.at("latents");
-        previous = outputs.at("previous");
-        on_step({name, i, table.size(), row.t, *previous});
-    }
-    return latents;
+// The stages that can do a loop's steps: where guidance is 1 everywhere the plain one, half the work, if it can.
+std::vector<const Stage*> Pipeline::ways(std::size_t index, const std::vector<Request>& requests) const {
+    const auto& loop = manifest_.loops[index];
+    const bool plain = std::all_of(requests.begin(), requests.end(),
+                                   [&](const auto& request) { return is_one(request.loops[index]); });
+    std::vector<const Stage*> stages;
+    if (plain && !loop.plain.empty()) stages.push_back(&manifest_.stage(loop.plain));
+    if (!loop.guided.empty()) stages.push_back(&manifest_.stage(loop.guided));
+    return stages;
 }
 
-// Key frames drawn from the texts, with no prior, motion 0 and appearance 1: latents [B, C, 1, H, W].
-Array Pipeline::draw_keys(const std::vector<Request>& requests, const std::vector<Text>& texts, const OnStep& on_step,
-                          Cancellation& cancellation) const {
-    const auto& unet = config_.unet;
+std::int64_t Pipeline::channels(const Stage& stage) const {
+    const auto& shape = stage.input("latents")->shape;
+    if (shape.size() != 5) fail_backend(stage.name + ".latents: five axes are wanted, [B, C, f, H, W]");
+    const auto fixed = manifest_.sizes.symbols.find(shape[1].symbol);
+    const auto size = fixed == manifest_.sizes.symbols.end() ? shape[1].size : fixed->second;
+    if (size < 1) fail_backend(stage.name + ".latents: its channels have no fixed size");
+    return size;
+}
+
+TensorPtr Pipeline::run_loop(std::size_t index, const std::vector<Request>& requests, Sources& sources,
+                             const OnStep& on_step, Cancellation& cancellation) const {
+    const auto& loop = manifest_.loops[index];
     const auto& first = requests.front();
-    const auto factor = static_cast<std::size_t>(config_.autoencoder.factor);
-    const auto channels = static_cast<std::size_t>(unet.in_channels);
-    const std::size_t height = first.height / factor, width = first.width / factor;
-    const Cues still = {motion_cue(CueValues::number(0.0), 1, static_cast<std::size_t>(unet.base_channels)),
-                        appearance_cue(CueValues::number(0.0), 1, static_cast<std::size_t>(unet.appearance_columns))};
-    std::vector<Array> noise;
-    std::vector<float> guidance;
+    const auto& options = first.loops[index];
+    const auto& stage = backend_.choose(ways(index, requests));
+    const auto factor = static_cast<std::size_t>(manifest_.sizes.factor), frames = loop.frames_of(first.frames);
+    const Shape shape = {signed_size(requests.size()), channels(stage), signed_size(frames),
+                         signed_size(first.height / factor), signed_size(first.width / factor)};
+
+    LoopRun run{loop.name,
+                stage,
+                sources.batch(stage, loop),
+                solver_table(loop.schedule, loop.prediction, *options.solver, options.steps),
+                Array::of({shape[0], shape[2]}, std::vector<float>()),
+                {},
+                loop.noise.purpose};
+    run.windows = loop.windows;
+    std::vector<float> unit;
     for (const auto& request : requests) {
-        noise.push_back(Array::of({1, size(channels), 1, size(height), size(width)},
-                                  initial_noise(request.seed, Purpose::spatial, channels, 1, height, width)));
-        guidance.push_back(request.guidance[0]);
+        const auto& scales = request.loops[index].guidance;
+        auto& guidance = std::get<0>(run.guidance.values);
+        guidance.insert(guidance.end(), scales.begin(), scales.end());
+        run.seeds.push_back(request.seed);
+        const auto own = frame_noise(request.seed, loop.noise.purpose, static_cast<std::size_t>(shape[1]), frames,
+                                     static_cast<std::size_t>(shape[3] * shape[4]));
+        unit.insert(unit.end(), own.begin(), own.end());
     }
-    return denoise("spatial_unet", host_tensor(stacked(std::move(noise))),
-                   solver_table(first.solver, first.steps[0], config_.schedule), std::move(guidance),
-                   conditions(texts, std::vector<Cues>(texts.size(), still), cancellation), on_step, cancellation)
-        ->to_host();
+    std::vector<float> clean;
+    if (first.begins(loop)) {
+        clean = spread_latents(sources.latents(loop.start->latents, loop)->to_host(), shape, loop);
+        run.first = tail_row(run.table.rows.size(), first.number(loop.start->strength));
+    }
+    const auto added = added_noise(loop.noise, requests, shape, sources, loop);
+    auto state = initial_state(run.table, std::move(unit), added, clean, run.first);
+    return denoise(backend_, run, host_tensor(Array::of(shape, std::move(state))), on_step, cancellation);
 }
 
-// The callers' key frames: latents [B, C, H, W].
-Array Pipeline::encode_keys(const std::vector<Request>& requests, Cancellation& cancellation) const {
-    std::vector<Array> latents;
-    for (const auto& request : requests) {
-        const auto pixels = floats({1, 3, size(request.height), size(request.width)}, request.key_frame);
-        latents.push_back(
-            backend_.run(stage("vae_encoder"), {{"pixels", pixels}}, cancellation).at("latents")->to_host());
-    }
-    return stacked(std::move(latents));
+// A picture's latents stand still in a loop over a clip.
+TensorPtr Pipeline::replaced(const Loop& loop, const std::vector<Request>& requests, Sources& sources) {
+    auto latents = sources.latents(loop.replaced->latents, loop);
+    const auto frames = signed_size(loop.frames_of(requests.front().frames));
+    if (latents->shape()[2] != 1 || frames == 1) return latents;
+    auto shape = latents->shape();
+    shape[2] = frames;
+    return host_tensor(Array::of(shape, spread_latents(latents->to_host(), shape, loop)));
 }
 
 void Pipeline::generate(const std::vector<Request>& requests, const OnStep& on_step, const OnFrames& on_frames,
                         Cancellation& cancellation) const {
     const auto& first = requests.front();
-    const auto factor = static_cast<std::size_t>(config_.autoencoder.factor);
-    const auto channels = static_cast<std::size_t>(config_.unet.in_channels);
-    const std::size_t height = first.height / factor, width = first.width / factor, plane = height * width;
-    const auto latents_of = [&](std::size_t frames) {
-        return Shape{size(requests.size()), size(channels), size(frames), size(height), size(width)};
-    };
-
-    const bool drawn = first.key_frame.empty();
-    if (!drawn) backend_.prepare(stage("vae_encoder"));
-    const auto texts = encode_texts(requests, cancellation);
-    auto key = drawn ? draw_keys(requests, texts, on_step, cancellation) : encode_keys(requests, cancellation);
-    if (!key.is_float() || key.floats().size() != requests.size() * channels * plane)
-        fail_backend("the key frame's latents have the shape " + to_text(key.shape));
-    const auto frames = first.frames;
-    if (frames == 1) {
-        key.shape = latents_of(1);
-        decode(HostTensor(std::move(key)), on_frames, cancellation);
-        return;
+    Sources sources(manifest_, backend_, requests, cancellation);
+    TensorPtr latents;
+    for (std::size_t i = 0; i < manifest_.loops.size(); ++i) {
+        const auto& loop = manifest_.loops[i];
+        if (first.replaces(loop))
+            latents = replaced(loop, requests, sources);
+        else if (first.runs(loop))
+            latents = run_loop(i, requests, sources, on_step, cancellation);
+        else
+            continue;
+        sources.finish(loop, latents);
     }
-
-    // The video: the key frame's latents are the prior of every frame.
-    std::vector<Cues> cues;
-    std::vector<Array> noises;
-    std::vector<float> guidance;
-    for (const auto& request : requests) {
-        cues.emplace_back(request.motion, request.appearance);
-        guidance.push_back(request.guidance[1]);
-        auto noise = initial_noise(request.seed, Purpose::temporal, channels, frames, height, width);
-        const auto offset = normal(request.seed, Purpose::temporal_offset, frames * channels);
-        for (std::size_t c = 0; c < channels; ++c)
-            for (std::size_t f = 0; f < frames; ++f)
-                for (std::size_t i = 0; i < plane; ++i)
-                    noise[(c * frames + f) * plane + i] += request.offset_noise * offset[f * channels + c];
-        noises.push_back(Array::of({1, size(channels), size(frames), size(height), size(width)}, std::move(noise)));
-    }
-    auto given = conditions(texts, cues, cancellation);
-    key.shape = {size(requests.size()), size(channels), size(height), size(width)};
-    given.emplace("prior", host_tensor(std::move(key)));
-    const auto latents = denoise("temporal_unet", host_tensor(stacked(std::move(noises))),
-                                 solver_table(first.solver, first.steps[1], config_.schedule), std::move(guidance),
-                                 std::move(given), on_step, cancellation);
-    decode(*latents, on_frames, cancellation);
+    if (!latents) fail_request("frames=" + std::to_string(first.frames) + ": no loop of this model is for so few");
+    decode(*latents, requests, sources, on_frames, cancellation);
 }
 
-void Pipeline::decode(const Tensor& latents, const OnFrames& on_frames, Cancellation& cancellation) const {
+void Pipeline::decode(const Tensor& latents, const std::vector<Request>& requests, const OnFrames& on_frames,
+                      Cancellation& cancellation) const {
+    Sources sources(manifest_, backend_, requests, cancellation);
+    decode(latents, requests, sources, on_frames, cancellation);
+}
+
+// A chunk never mixes samples, because rounding can depend on the batch size. Frames of context around it are decoded
+// with it and dropped.
+void Pipeline::decode(const Tensor& latents, const std::vector<Request>& requests, Sources& sources,
+                      const OnFrames& on_frames, Cancellation& cancellation) const {
+    const auto& decoder = manifest_.stage(manifest_.sizes.decoder);
+    const auto given = std::find_if(decoder.inputs.begin(), decoder.inputs.end(),
+                                    [](const auto& input) { return input.source.kind == Source::Kind::state; });
+    const auto rank = given->shape.size();
     const auto z = latents.to_host();
-    const auto videos = static_cast<std::size_t>(z.shape[0]), channels = static_cast<std::size_t>(z.shape[1]);
-    const auto frames = static_cast<std::size_t>(z.shape[2]);
-    const auto height = static_cast<std::size_t>(z.shape[3]), width = static_cast<std::size_t>(z.shape[4]);
-    const auto factor = static_cast<std::size_t>(config_.autoencoder.factor);
-    const std::size_t plane = height * width, pixels = plane * factor * factor;
-    // No few are of two videos, for a graph's rounding may depend on how many it is given: so a video's is its own.
-    for (std::size_t video = 0; video < videos; ++video)
-        for (std::size_t first = 0; first < frames; first += decode_chunk) {
+    const auto total = static_cast<std::size_t>(z.shape[2]), step = static_cast<std::size_t>(manifest_.sizes.chunk);
+    const auto overlap = static_cast<std::size_t>(manifest_.sizes.overlap);
+    for (std::size_t video = 0; video < requests.size(); ++video) {
+        const auto sample = cut(z, 0, video, 1);
+        const auto others = sources.inputs(decoder, {video, total, nullptr, false});
+        for (std::size_t first = 0; first < total; first += step) {
             cancellation.check();
-            const auto chunk = std::min(decode_chunk, frames - first);
-            std::vector<float> images(chunk * channels * plane);
-            for (std::size_t f = 0; f < chunk; ++f)
-                for (std::size_t c = 0; c < channels; ++c)
-                    std::copy_n(z.floats().data() + ((video * channels + c) * frames + first + f) * plane, plane,
-                                images.data() + (f * channels + c) * plane);
-            const auto input = floats({size(chunk), size(channels), size(height), size(width)}, std::move(images));
-            const auto decoded =
-                backend_.run(stage("vae_decoder"), {{"latents", input}}, cancellation).at("pixels")->to_host();
-            if (decoded.shape != Shape{size(chunk), 3, size(height * factor), size(width * factor)})
-                fail_backend("vae_decoder gave pixels " + to_text(decoded.shape));
-            std::vector<std::uint8_t> rgb(chunk * pixels * 3);
-            for (std::size_t f = 0; f < chunk; ++f)
-                to_rgb(decoded.floats().data() + f * 3 * pixels, pixels, rgb.data() + f * 3 * pixels);
-            on_frames({rgb, video, first, chunk, frames});
+            const auto last = std::min(first + step, total);
+            const auto begin = first - std::min(first, overlap), end = std::min(last + overlap, total);
+            Tensors inputs;
+            for (const auto& [name, tensor] : others) {
+                const auto& shape = decoder.input(name)->shape;
+                const auto axis = axis_of(shape, "F");
+                inputs.emplace(name, axis == shape.size()
+                                         ? tensor
+                                         : host_tensor(cut(tensor->to_host(), axis, begin, end - begin)));
+            }
+            inputs.emplace(given->name, host_tensor(chunk_of(sample, begin, end, rank)));
+            const auto pixels = backend_.run(decoder, inputs, cancellation).at(decoder.outputs.front().name)->to_host();
+            const auto n = signed_size(end - begin), y = signed_size(requests[video].height),
+                       x = signed_size(requests[video].width);
+            if (pixels.shape != (rank == 4 ? Shape{n, 3, y, x} : Shape{1, 3, n, y, x}))
+                fail_backend(decoder.name + " gave pixels " + to_text(pixels.shape));
+            const auto rgb = to_frames(pixels, first - begin, last - first);
+            on_frames({rgb, video, first, last - first, total});
         }
+    }
 }
 
-void to_rgb(const float* pixels, std::size_t plane, std::uint8_t* rgb) {
+void to_rgb(const float* pixels, std::size_t plane, std::size_t stride, std::uint8_t* rgb) {
     for (std::size_t i = 0; i < plane; ++i)
         for (std::size_t c = 0; c < 3; ++c) {
-            const float x = pixels[c * plane + i];
+            const float x = pixels[c * stride + i];
             if (!std::isfinite(x)) fail_backend("a frame has NaN or infinite pixels; use a wider precision");
             const float unit = std::clamp(x * 0.5F + 0.5F, 0.0F, 1.0F);
             rgb[3 * i + c] = static_cast<std::uint8_t>(unit * 255.0F);

@@ -24,7 +24,10 @@ void take_list(Object& object, const char* key, std::vector<T>& list,
                void (*read)(const Json&, const std::string&, T&)) {
     object.required(key, [&](const Json& value, const std::string& where) {
         if (!value.is_array()) fail_manifest(where + "=" + shown(value) + ": a list is wanted");
-        for (const auto& item : value) read(item, where + "[" + std::to_string(list.size()) + "]", list.emplace_back());
+        for (const auto& item : value) {
+            const auto place = where + "[" + std::to_string(list.size()) + "]";
+            read(item, place, list.emplace_back());
+        }
     });
 }
 
@@ -64,18 +67,18 @@ void read(const Json& json, const std::string& where, PlanProfile& profile) {
 PlanRecord read_record(const Json& json) {
     PlanRecord record;
     Object object(json, "record");
-    for (const auto& [key, text] : std::initializer_list<std::pair<const char*, std::string*>>{
-             {"stage", &record.stage},
-             {"target", &record.target},
-             {"precision", &record.precision},
-             {"flavour", &record.flavour},
-             {"library", &record.library},
-             {"graph", &record.graph},
-             {"graph_sha256", &record.graph_sha256},
-             {"weights", &record.weights},
-             {"weights_sha256", &record.weights_sha256},
-             {"sha256", &record.sha256},
-             {"built", &record.built}})
+    for (const auto& [key, text] :
+         std::initializer_list<std::pair<const char*, std::string*>>{{"stage", &record.stage},
+                                                                     {"target", &record.target},
+                                                                     {"precision", &record.precision},
+                                                                     {"flavour", &record.flavour},
+                                                                     {"library", &record.library},
+                                                                     {"graph", &record.graph},
+                                                                     {"graph_sha256", &record.graph_sha256},
+                                                                     {"weights", &record.weights},
+                                                                     {"weights_sha256", &record.weights_sha256},
+                                                                     {"sha256", &record.sha256},
+                                                                     {"built", &record.built}})
         object.required_value(key, *text);
     object.required_value("architectures", record.architectures);
     object.required_value("size", record.size);
@@ -212,8 +215,8 @@ void check_plan(const Plan& plan, const Files& files, std::int64_t architecture,
         throw EngineError(Kind::wrong_architecture,
                           plan.name() + ": built for " + names + ", this GPU is SM" + std::to_string(architecture));
     }
-    for (const auto& [name, sha256] : {std::pair(record.graph, record.graph_sha256),
-                                       std::pair(record.weights, record.weights_sha256)}) {
+    for (const auto& [name, sha256] :
+         {std::pair(record.graph, record.graph_sha256), std::pair(record.weights, record.weights_sha256)}) {
         const auto file = files.find(name);
         if (file == files.end() || file->second.sha256 != sha256)
             throw EngineError(Kind::stale, plan.name() + ": " + name + " " +
@@ -226,8 +229,8 @@ void check_plan(const Plan& plan, const Files& files, std::int64_t architecture,
                                                      ", which this library was not built with");
     if (version->second != record.library)
         throw EngineError(Kind::stale, plan.name() + ": built by " + package(record.flavour) + " " + record.library +
-                                           ", " + version->second + " is here and reads only its own: " +
-                                           plan.remedy());
+                                           ", " + version->second +
+                                           " is here and reads only its own: " + plan.remedy());
 }
 
 std::vector<Plan> fitting_plans(const std::string& stage, const std::vector<Plan>& plans,
@@ -298,6 +301,15 @@ void check_interface(const Plan& plan, const Stage& stage, const std::vector<Pla
         fail("its tensors are not those of the record beside it");
     for (const auto& tensor : found) {
         const std::string type = wanted.at(tensor.name).second ? "float32" : "int64";
+        // An engine of the step contract of version 1: whole timesteps, one guidance a sample.
+        const auto* column = stage.input(tensor.name);
+        const bool state = column != nullptr && column->source.kind == Source::Kind::state;
+        if (state && ((tensor.name == "t" && tensor.dtype == "int64") ||
+                      (tensor.name == "guidance" && tensor.shape.size() < column->shape.size())))
+            throw EngineError(Kind::stale, plan.name() + ": was built before version 2 of the manifest (" +
+                                               tensor.name + " is another there): higen-export onnx " +
+                                               plan.path.parent_path().parent_path().parent_path().u8string() +
+                                               ", then " + plan.remedy());
         if (tensor.dtype != type) fail(tensor.name + " is of " + tensor.dtype + ", this library gives " + type);
     }
 }

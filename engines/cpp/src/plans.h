@@ -79,9 +79,8 @@ struct Plan {
 // A new plan takes its place right before its record does. In between, and after a kill there, the record that waits is
 // the plan's own, and is taken.
 [[nodiscard]] std::pair<std::vector<Plan>, std::vector<EngineError>> read_plans(const std::filesystem::path& model,
-                                                                                 const std::string& stage);
+                                                                                const std::string& stage);
 
-using Files = std::map<std::string, FileRecord, std::less<>>;
 // Version of each flavour of TensorRT ("rtx", "tensorrt") that is here.
 using Libraries = std::map<std::string, std::string, std::less<>>;
 

@@ -1,28 +1,27 @@
 #include "request.h"
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
+#include <set>
 
+#include "encodings.h"
 #include "errors.h"
-#include "schedule.h"
+#include "pictures.h"
 #include "text.h"
 
 namespace higen::core {
 namespace {
 
-constexpr std::int64_t max_side = 4096;
+// Characters of a prompt: no model reads more than a few hundred, and cleaning a text takes time.
+constexpr std::size_t max_prompt = 100'000;
+constexpr std::size_t max_rows = 1 << 16;  // of a control's matrix
 
 std::int64_t whole(const char* name, std::int64_t value, std::int64_t low, std::int64_t high) {
     if (value < low || value > high)
         fail_request(std::string(name) + "=" + std::to_string(value) + ": a whole number from " + std::to_string(low) +
                      " to " + std::to_string(high));
     return value;
-}
-
-float number(const char* name, double value) {
-    if (!(value >= 0 && value <= std::numeric_limits<float>::max()))
-        fail_request(std::string(name) + "=" + std::to_string(value) + ": a finite number, 0 or more");
-    return static_cast<float>(value);
 }
 
 std::size_t side(const char* name, std::int64_t value, std::int64_t multiple) {
@@ -34,102 +33,281 @@ std::size_t side(const char* name, std::int64_t value, std::int64_t multiple) {
     return static_cast<std::size_t>(size);
 }
 
-Cue cue(const char* name, const higen_cue& given, std::optional<double> standard, const ModelConfig& config) {
-    switch (given.kind) {
-        case HIGEN_CUE_DEFAULT:
-            return standard ? Cue(CueValues::number(*standard)) : std::nullopt;
-        case HIGEN_CUE_UNSPECIFIED:
-            if (!config.optional_cues)
-                fail_request(std::string(name) + " is unspecified: " + config.name + " was not trained without this cue");
-            return std::nullopt;
-        case HIGEN_CUE_GIVEN: {
-            // The largest is a matrix of max_frames by max_frames.
-            constexpr std::size_t most = 1 << 16;
-            if (given.values == nullptr || given.rows == 0 || given.columns == 0 || given.rows > most ||
-                given.columns > most)
-                fail_request(std::string(name) + " has no values, or too many");
-            return CueValues{{given.values, given.values + given.rows * given.columns}, given.rows, given.columns};
-        }
+// A list of the request's: nothing, one for every loop, or one a loop.
+template <typename T>
+const T* for_loop(const char* name, const T* values, std::size_t count, std::size_t loop, std::size_t loops) {
+    if (values == nullptr) return nullptr;
+    if (count != 1 && count != loops)
+        fail_request(std::string(name) + " has " + std::to_string(count) + " entries: one for every loop, or " +
+                     std::to_string(loops) + " (one a loop)");
+    return values + (count == 1 ? 0 : loop);
+}
+
+std::vector<float> guidance_of(const Loop& loop, const higen_curve* given, std::size_t frames) {
+    const bool own = given != nullptr && given->values != nullptr;
+    const auto allowed = ": a finite number, 0 or more, or one per frame (" + std::to_string(frames) + ")";
+    if (own && given->count != 1 && given->count != frames)
+        fail_request("guidance has " + std::to_string(given->count) + " numbers" + allowed);
+    const auto scales = own ? std::vector<double>(given->values, given->values + given->count) : loop.guidance;
+    for (const double scale : scales) {
+        if (!(scale >= 0 && scale <= std::numeric_limits<float>::max()))
+            fail_request("guidance=" + std::to_string(scale) + allowed);
+        if (loop.guided.empty() && scale != 1)
+            fail_request("guidance=" + std::to_string(scale) + ": the loop " + loop.name +
+                         " has no guidance; 1 is allowed");
     }
-    fail_request(std::string(name) + ".kind=" + std::to_string(static_cast<int>(given.kind)) + ": a higen_cue_kind");
+    return spread(scales, frames);
 }
 
-bool is_blank(const char* text) {
-    const auto decoded = decode_utf8(text);
-    if (!decoded) fail_request("the prompt is not valid UTF-8");
-    for (const char32_t c : *decoded)
-        if (!is_python_space(c)) return false;
-    return true;
+const Solver* solver_of(const Loop& loop, const char* name) {
+    if (name == nullptr) return &loop.solvers.front();
+    if (const auto* found = loop.solver(name)) return found;
+    std::string known;
+    for (const auto& solver : loop.solvers) known += (known.empty() ? "'" : ", '") + solver.name + "'";
+    fail_request("solver='" + std::string(name) + "': the loop " + loop.name + " takes " + known);
 }
 
-std::vector<std::int64_t> tokens(const Tokenizer& tokenizer, const higen_request& given, const Tokenizer::Warn& warn) {
-    if (given.tokens != nullptr)
-        return tokenizer.pad("tokens", {given.tokens, given.tokens + given.token_count});
-    if (given.prompt == nullptr || is_blank(given.prompt)) fail_request("prompt: a text with at least one word");
-    return tokenizer.encode(given.prompt, warn);
+std::vector<LoopOptions> loop_options(const Manifest& manifest, const higen_request& given, std::size_t frames) {
+    std::vector<LoopOptions> options;
+    const auto loops = manifest.loops.size();
+    for (std::size_t i = 0; i < loops; ++i) {
+        const auto& loop = manifest.loops[i];
+        const auto* steps = for_loop("steps", given.steps, given.step_count, i, loops);
+        const auto* guidance = for_loop("guidance", given.guidance, given.guidance_count, i, loops);
+        const auto* solver = for_loop("solvers", given.solvers, given.solver_count, i, loops);
+        auto& made = options.emplace_back();
+        made.solver = solver_of(loop, solver == nullptr ? nullptr : *solver);
+        made.steps = whole("steps", steps == nullptr || *steps == 0 ? loop.steps : *steps, 1,
+                           max_steps(loop.schedule, *made.solver));
+        made.guidance = guidance_of(loop, guidance, loop.frames_of(frames));
+    }
+    return options;
 }
 
-std::vector<std::int64_t> negative_tokens(const Tokenizer& tokenizer, const higen_request& given,
-                                          const Tokenizer::Warn& warn) {
-    if (given.negative_tokens != nullptr)
-        return tokenizer.pad("negative_tokens",
-                             {given.negative_tokens, given.negative_tokens + given.negative_token_count});
-    return tokenizer.encode(given.negative_prompt == nullptr ? "" : given.negative_prompt, warn);
+std::string names_of_controls(const Manifest& manifest) {
+    std::string names;
+    for (const auto& control : manifest.controls) names += (names.empty() ? "" : ", ") + control.name;
+    return names.empty() ? "none" : names;
 }
 
-std::vector<float> planes(const std::uint8_t* rgb, std::size_t pixels) {
-    std::vector<float> planes(3 * pixels);
-    for (std::size_t i = 0; i < pixels; ++i)
-        for (std::size_t c = 0; c < 3; ++c)
-            planes[c * pixels + i] = static_cast<float>(rgb[3 * i + c]) / 127.5F - 1.0F;
-    return planes;
+// The control of an entry of the request's; each is named once.
+const Control& control_of(const Manifest& manifest, const char* name, std::set<std::string>& named) {
+    if (name == nullptr) fail_request("a control's name is NULL: one of " + names_of_controls(manifest));
+    const auto* control = manifest.control(name);
+    if (control == nullptr)
+        fail_request("control '" + std::string(name) + "': unknown; this model takes " + names_of_controls(manifest));
+    if (!named.insert(name).second) fail_request("control '" + std::string(name) + "': is given twice");
+    return *control;
+}
+
+MaybeValue value_of(const Manifest& manifest, const Control& control, const higen_control& given, std::size_t frames) {
+    if (control.is_visual())
+        fail_request(control.name + ": a " + to_text(control.kind) + " is given as a higen_picture");
+    const bool numeric = control.is_numeric();
+    if (given.values == nullptr && given.text == nullptr) {
+        if (!control.optional)
+            fail_request(control.name + " is unspecified: " + manifest.name + " was not trained without it");
+        return std::nullopt;
+    }
+    if (numeric && given.values == nullptr) fail_request(control.name + ": numbers are wanted, not a text");
+    if (!numeric && given.text == nullptr) fail_request(control.name + ": a text is wanted, not numbers");
+    ControlValue value;
+    if (numeric) {
+        if (given.rows == 0 || given.columns == 0 || given.rows > max_rows || given.columns > max_rows)
+            fail_request(control.name + " has no values, or too many");
+        value = {{given.values, given.values + given.rows * given.columns}, given.rows, given.columns, ""};
+    } else {
+        if (!decode_utf8(given.text)) fail_request(control.name + " is not valid UTF-8");
+        value = ControlValue::of(given.text);
+    }
+    check_value(control, value, frames);
+    return value;
+}
+
+// A matrix fits the columns of every input that takes it: building it checks it.
+void check_columns(const Manifest& manifest, const Control& control, const MaybeValue& value, std::size_t frames) {
+    if (!value || control.encoding != Control::Encoding::similarity) return;
+    for (const auto& stage : manifest.stages)
+        for (const auto& tensor : stage.inputs) {
+            if (tensor.source.kind != Source::Kind::control || tensor.source.name != control.name) continue;
+            const auto& axis = tensor.shape.back();
+            const auto fixed = manifest.sizes.symbols.find(axis.symbol);
+            const auto columns = fixed == manifest.sizes.symbols.end() ? axis.size : fixed->second;
+            if (columns > 0) (void)encode(control, value, frames, static_cast<std::size_t>(columns));
+        }
+}
+
+std::vector<float> picture_of(const Control& control, const higen_picture& given, const Request& request) {
+    if (!control.is_visual()) fail_request(control.name + ": takes no picture, it is a " + to_text(control.kind));
+    const auto frames = control.kind == Control::Kind::clip ? request.frames : 1;
+    if (given.rgb == nullptr || given.width < 1 || given.width > 2 * max_side || given.height < 1 ||
+        given.height > 2 * max_side || given.frames < static_cast<std::int64_t>(frames) ||
+        (frames == 1 && control.kind == Control::Kind::picture && given.frames != 1))
+        fail_request(control.name + ": " + std::to_string(given.frames) + " frames of " + std::to_string(given.width) +
+                     "x" + std::to_string(given.height) + " given; RGB of " + std::to_string(frames) +
+                     (frames == 1 ? " frame" : " frames") + ", 1 to " + std::to_string(2 * max_side) +
+                     " pixels a side, is wanted");
+    const auto width = static_cast<std::size_t>(given.width), height = static_cast<std::size_t>(given.height);
+    std::vector<std::uint8_t> rgb;
+    for (std::size_t f = 0; f < frames; ++f) {
+        const auto frame = cover(given.rgb + f * width * height * 3, width, height, request.width, request.height);
+        rgb.insert(rgb.end(), frame.begin(), frame.end());
+    }
+    return planes(rgb, frames, request.width * request.height);
+}
+
+void take_controls(const Manifest& manifest, const higen_request& given, Request& request) {
+    std::set<std::string> named;
+    for (const auto& control : manifest.controls)
+        if (!control.is_visual()) request.values[control.name] = control.standard;
+    if (given.control_count > 0 && given.controls == nullptr) fail_request("controls is NULL");
+    if (given.picture_count > 0 && given.pictures == nullptr) fail_request("pictures is NULL");
+    for (std::size_t i = 0; i < given.control_count; ++i) {
+        const auto& control = control_of(manifest, given.controls[i].name, named);
+        auto value = value_of(manifest, control, given.controls[i], request.frames);
+        check_columns(manifest, control, value, request.frames);
+        request.values[control.name] = std::move(value);
+    }
+    for (std::size_t i = 0; i < given.picture_count; ++i) {
+        const auto& control = control_of(manifest, given.pictures[i].name, named);
+        request.pictures[control.name] = picture_of(control, given.pictures[i], request);
+    }
+}
+
+void check_needed(const Manifest& manifest, const Request& request) {
+    const auto check = [&](const std::string& user, const std::vector<std::string>& stages) {
+        for (const auto& name : pictures_of(manifest, stages))
+            if (!request.has_picture(name)) fail_request(name + ": " + user + " needs one");
+    };
+    for (const auto& loop : manifest.loops) {
+        const auto user = "the loop " + loop.name;
+        if (request.runs(loop)) check(user, loop.stages());
+        check(user, request.stand_ins(loop));
+    }
+    check("the decoder", {manifest.sizes.decoder});
+}
+
+std::u32string decoded(const char* name, const char* text) {
+    auto letters = decode_utf8(text);
+    if (!letters) fail_request(std::string("the ") + name + " is not valid UTF-8");
+    if (letters->size() > max_prompt)
+        fail_request(std::string(name) + " has " + std::to_string(letters->size()) + " characters: at most " +
+                     std::to_string(max_prompt));
+    return *letters;
+}
+
+void take_texts(const Tokenizer& tokenizer, const higen_request& given, const Tokenizer::Warn& warn, Request& request) {
+    if (given.tokens != nullptr) {
+        request.tokens = tokenizer.pad("tokens", {given.tokens, given.tokens + given.token_count});
+    } else {
+        const auto letters = decoded("prompt", given.prompt == nullptr ? "" : given.prompt);
+        if (std::all_of(letters.begin(), letters.end(), is_python_space))
+            fail_request("prompt: a text with at least one word");
+        request.tokens = tokenizer.encode(given.prompt, warn);
+    }
+    const char* negative = given.negative_prompt == nullptr ? "" : given.negative_prompt;
+    if (given.negative_tokens != nullptr) {
+        request.negative_tokens = tokenizer.pad(
+            "negative_tokens", {given.negative_tokens, given.negative_tokens + given.negative_token_count});
+    } else {
+        (void)decoded("negative prompt", negative);
+        request.negative_tokens = tokenizer.encode(negative, warn);
+    }
 }
 
 }  // namespace
 
-Request make_request(const ModelConfig& config, const Tokenizer& tokenizer, const higen_request& given,
+double Request::number(const Scale& scale) const {
+    if (scale.control.empty()) return scale.value;
+    const auto& value = values.at(scale.control);
+    return value ? value->numbers.front() : 0.0;
+}
+
+bool Request::runs(const Loop& loop) const {
+    return !replaces(loop) && static_cast<std::int64_t>(frames) >= loop.least_frames;
+}
+
+Request make_request(const Manifest& manifest, const Tokenizer* tokenizer, const higen_request& given,
                      const Tokenizer::Warn& warn) {
+    const auto& sizes = manifest.sizes;
     Request request;
-    request.frames = static_cast<std::size_t>(whole("frames", given.frames, 1, config.max_frames));
-    request.solver = given.solver == nullptr ? config.defaults.solver : given.solver;
-    if (!is_solver(request.solver)) fail_request("solver='" + request.solver + "': one of 'ddim', 'dpm++2m'");
-    request.height = side("height", given.height, config.size_multiple());
-    request.width = side("width", given.width, config.size_multiple());
+    request.frames = static_cast<std::size_t>(whole("frames", given.frames, sizes.fewest_frames, sizes.most_frames));
+    request.height = side("height", given.height, sizes.multiple);
+    request.width = side("width", given.width, sizes.multiple);
     request.fps = static_cast<std::int32_t>(whole("fps", given.fps, 1, 240));
     request.seed = given.seed;
-    for (std::size_t i = 0; i < 2; ++i) {
-        request.steps[i] = whole("steps", given.steps[i], 1, config.schedule.timesteps);
-        request.guidance[i] = number("guidance", given.guidance[i]);
-    }
-    request.offset_noise = number("offset_noise", given.offset_noise);
-    request.motion = motion_cue(cue("motion", given.motion, config.defaults.motion, config), request.frames,
-                                static_cast<std::size_t>(config.unet.base_channels));
-    request.appearance = appearance_cue(cue("appearance", given.appearance, config.defaults.appearance, config),
-                                        request.frames, static_cast<std::size_t>(config.unet.appearance_columns));
-    if (given.key_frame != nullptr) request.key_frame = planes(given.key_frame, request.height * request.width);
-    request.tokens = tokens(tokenizer, given, warn);
-    request.negative_tokens = negative_tokens(tokenizer, given, warn);
+    request.loops = loop_options(manifest, given, request.frames);
+    take_controls(manifest, given, request);
+    check_needed(manifest, request);
+    if (tokenizer != nullptr) take_texts(*tokenizer, given, warn, request);
     return request;
 }
 
-void check_batch(const std::vector<Request>& requests) {
+Request default_request(const Manifest& manifest) {
+    const auto& sizes = manifest.sizes;
+    Request request;
+    request.frames = static_cast<std::size_t>(sizes.frames);
+    request.height = static_cast<std::size_t>(sizes.height);
+    request.width = static_cast<std::size_t>(sizes.width);
+    request.fps = static_cast<std::int32_t>(sizes.fps);
+    request.loops = loop_options(manifest, higen_request{}, request.frames);
+    take_controls(manifest, higen_request{}, request);
+    // A video from text, with the pictures that no loop can do without.
+    const auto need = [&](const std::vector<std::string>& stages) {
+        for (const auto& name : pictures_of(manifest, stages)) request.pictures[name];
+    };
+    need({manifest.sizes.decoder});
+    for (const auto& loop : manifest.loops)
+        if (!loop.replaced) need(loop.stages());
+    for (const auto& loop : manifest.loops)
+        if (loop.replaced && !request.replaces(loop)) need(loop.stages());
+    return request;
+}
+
+void check_batch(const Manifest& manifest, const std::vector<Request>& requests) {
     const auto& first = requests.front();
     for (std::size_t i = 1; i < requests.size(); ++i) {
         const auto& request = requests[i];
-        const auto same = [&](const char* name, const auto& given, const auto& wanted) {
-            if (given != wanted)
+        const auto same = [&](const std::string& name, bool is_same) {
+            if (!is_same)
                 fail_request("requests[" + std::to_string(i) + "]: another " + name +
                              " than requests[0]: a batch has one");
         };
-        same("frames", request.frames, first.frames);
-        same("width", request.width, first.width);
-        same("height", request.height, first.height);
-        same("fps", request.fps, first.fps);
-        same("steps", request.steps, first.steps);
-        same("solver", request.solver, first.solver);
-        if (request.key_frame.empty() != first.key_frame.empty())
-            fail_request("requests[" + std::to_string(i) + "]: a key frame is for all videos of a batch or for none");
+        same("frames", request.frames == first.frames);
+        same("width", request.width == first.width);
+        same("height", request.height == first.height);
+        same("fps", request.fps == first.fps);
+        for (std::size_t k = 0; k < request.loops.size(); ++k) {
+            same("steps", request.loops[k].steps == first.loops[k].steps);
+            same("solver", request.loops[k].solver == first.loops[k].solver);
+            const auto& start = manifest.loops[k].start;
+            if (start && first.has_picture(start->control))
+                same("strength", request.number(start->strength) == first.number(start->strength));
+        }
+        for (const auto& control : manifest.controls)
+            if (request.has_picture(control.name) != first.has_picture(control.name))
+                fail_request("requests[" + std::to_string(i) + "]: " + control.name +
+                             " is for all videos of a batch or for none");
     }
+}
+
+std::vector<std::string> Request::stand_ins(const Loop& loop) const {
+    std::vector<std::string> names;
+    if (replaces(loop)) names.push_back(loop.replaced->latents.name);
+    if (begins(loop)) names.push_back(loop.start->latents.name);
+    return names;
+}
+
+std::vector<std::string> pictures_of(const Manifest& manifest, const std::vector<std::string>& stages) {
+    std::vector<std::string> names;
+    for (const auto& stage : manifest.feeding(stages))
+        for (const auto& tensor : manifest.stage(stage).inputs) {
+            const auto kind = tensor.source.kind;
+            const bool visual = kind == Source::Kind::picture || kind == Source::Kind::clip;
+            if (visual && std::find(names.begin(), names.end(), tensor.source.name) == names.end())
+                names.push_back(tensor.source.name);
+        }
+    return names;
 }
 
 }  // namespace higen::core

@@ -1,42 +1,64 @@
 // A generation request: every argument checked in one place, before any work starts (higen/request.py).
 #pragma once
 
-#include <array>
 #include <cstdint>
+#include <map>
 #include <string>
 #include <vector>
 
-#include "conditioning.h"
-#include "config.h"
 #include "higen/higen.h"
+#include "manifest.h"
 #include "tokenizer.h"
 
 namespace higen::core {
 
-// A checked request. Two numbers in `steps` and `guidance`: spatial stage, temporal stage.
+// What a request sets for one loop.
+struct LoopOptions {
+    std::int64_t steps = 1;
+    std::vector<float> guidance;     // one a frame of the loop
+    const Solver* solver = nullptr;  // a row of the manifest
+};
+
+// A checked request.
 struct Request {
-    std::vector<std::int64_t> tokens;  // context_length ids
-    std::vector<std::int64_t> negative_tokens;
+    std::vector<std::int64_t> tokens, negative_tokens;  // of the model's length; empty where it reads no text
     std::uint64_t seed = 0;
-    std::array<std::int64_t, 2> steps{};
-    std::array<float, 2> guidance{};
-    std::string solver;
+    std::vector<LoopOptions> loops;  // in the manifest's order
     std::size_t frames = 0;
     std::size_t height = 0;
     std::size_t width = 0;
     std::int32_t fps = 0;
-    std::vector<float> motion;      // [frames, base_channels]
-    std::vector<float> appearance;  // [frames, appearance_columns]
-    float offset_noise = 0;
-    std::vector<float> key_frame;  // [3, height, width] in -1 to 1, or nothing
+    std::map<std::string, MaybeValue, std::less<>> values;            // of each control but pictures and clips
+    std::map<std::string, std::vector<float>, std::less<>> pictures;  // those given: [3, f, height, width] in -1 to 1
+
+    [[nodiscard]] bool has_picture(const std::string& control) const { return pictures.count(control) > 0; }
+    // A number of the manifest's: itself, or the value of the control that it names.
+    [[nodiscard]] double number(const Scale& scale) const;
+    // Whether a loop's result is a picture or clip of the request.
+    [[nodiscard]] bool replaces(const Loop& loop) const { return loop.replaced && has_picture(loop.replaced->control); }
+    // Whether a loop is run.
+    [[nodiscard]] bool runs(const Loop& loop) const;
+    // Whether a loop that is run begins in the table's tail, from a picture or clip of the request.
+    [[nodiscard]] bool begins(const Loop& loop) const {
+        return runs(loop) && loop.start && has_picture(loop.start->control);
+    }
+    // The stages whose latents a loop is replaced by, or begins from; loops among them feed themselves.
+    [[nodiscard]] std::vector<std::string> stand_ins(const Loop& loop) const;
 };
 
-// Check every argument against the model. `given` has been filled by higen_request_init and changed since.
-[[nodiscard]] Request make_request(const ModelConfig& config, const Tokenizer& tokenizer, const higen_request& given,
+// Check every argument against the model. `tokenizer`: none for a model that reads no text. `given` has been filled by
+// higen_request_init and changed since.
+[[nodiscard]] Request make_request(const Manifest& manifest, const Tokenizer* tokenizer, const higen_request& given,
                                    const Tokenizer::Warn& warn);
 
-// Check that requests can be made in one batch: the same frames, size, rate, steps and solver, and a key frame for all
-// or for none. Throws a request error.
-void check_batch(const std::vector<Request>& requests);
+// The request that sets nothing, with no tokens: what says which stages a model needs at once.
+[[nodiscard]] Request default_request(const Manifest& manifest);
+
+// Check that requests can be made in one batch: the same frames, size, rate, steps, solvers and pictures' names. Throws
+// a request error.
+void check_batch(const Manifest& manifest, const std::vector<Request>& requests);
+
+// The pictures and clips that stages, and those that feed them, cannot run without; each once.
+[[nodiscard]] std::vector<std::string> pictures_of(const Manifest& manifest, const std::vector<std::string>& stages);
 
 }  // namespace higen::core

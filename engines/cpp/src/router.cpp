@@ -36,7 +36,7 @@ Tensors Router::run(const Stage& stage, const Tensors& inputs, Cancellation& can
 const Router::Choice& Router::choice(const Stage& stage) {
     const std::lock_guard lock(mutex_);
     auto found = choices_.find(stage.name);
-    if (found == choices_.end()) found = choices_.emplace(stage.name, choose(stage, 0, nullptr)).first;
+    if (found == choices_.end()) found = choices_.emplace(stage.name, choose_from({&stage}, 0, nullptr)).first;
     return found->second;
 }
 
@@ -44,11 +44,22 @@ const Router::Choice& Router::choice_outside(const Stage& stage, const EngineErr
     const std::lock_guard lock(mutex_);
     auto found = outside_.find(stage.name);
     if (found == outside_.end())
-        found = outside_.emplace(stage.name, choose(stage, choices_.at(stage.name).way + 1, &why)).first;
+        found = outside_.emplace(stage.name, choose_from({&stage}, choices_.at(stage.name).way + 1, &why)).first;
     return found->second;
 }
 
-Router::Choice Router::choose(const Stage& stage, std::size_t first, const Error* why) {
+const Stage& Router::choose(const Stages& stages) {
+    const std::lock_guard lock(mutex_);
+    auto& served = served_[stages];
+    if (served == nullptr) {
+        auto chosen = choose_from(stages, 0, nullptr);
+        served = chosen.stage;
+        choices_.emplace(chosen.stage->name, std::move(chosen));
+    }
+    return *served;
+}
+
+Router::Choice Router::choose_from(const Stages& stages, std::size_t first, const Error* why) {
     Choice chosen;
     std::exception_ptr broken;
     std::string news, cause, hint;
@@ -67,32 +78,35 @@ Router::Choice Router::choose(const Stage& stage, std::size_t first, const Error
         const auto& way = ways_[chosen.way];
         try {
             if (!made_[chosen.way]) made_[chosen.way] = way.make();
-            prepare(*made_[chosen.way], stage);
+            chosen.stage = &choose_on(*made_[chosen.way], stages);
         } catch (const Error& error) {
             if (!passes_over(error)) throw;
             if (ways_.size() == 1) throw;
             pass_over(way.name, error);
             continue;
         }
-        if (!news.empty()) warn(cause, stage.name + " runs on " + way.name + ": " + news + hint);
+        if (!news.empty()) warn(cause, chosen.stage->name + " runs on " + way.name + ": " + news + hint);
         return chosen;
     }
     if (broken) std::rethrow_exception(broken);
-    fail_unavailable("no backend can run " + stage.name + " here" + chosen.passed_over);
+    std::string names;
+    for (const auto* stage : stages) names += (names.empty() ? "" : " or ") + stage->name;
+    fail_unavailable("no backend can run " + names + " here" + chosen.passed_over);
 }
 
 // Whether it succeeds or not, what the backend fell back from on the way is told.
-void Router::prepare(Backend& backend, const Stage& stage) {
+const Stage& Router::choose_on(Backend& backend, const Stages& stages) {
     const auto tell = [&] {
         for (const auto& message : backend.take_warnings()) warn(message, message);
     };
     try {
-        backend.prepare(stage);
+        const auto& stage = backend.choose(stages);
+        tell();
+        return stage;
     } catch (const Error&) {
         tell();
         throw;
     }
-    tell();
 }
 
 void Router::warn(const std::string& cause, const std::string& message) {
@@ -112,9 +126,10 @@ std::string Router::report() const {
     const std::lock_guard lock(mutex_);
     std::string text;
     for (const auto& [name, choice] : choices_) {
-        text += (text.empty() ? "" : "\n") + name + ": " + describe(stage(name), choice);
+        const auto& row = manifest_.stage(name);
+        text += (text.empty() ? "" : "\n") + name + ": " + describe(row, choice);
         if (const auto other = outside_.find(name); other != outside_.end())
-            text += "\n" + name + ", other shapes: " + describe(stage(name), other->second);
+            text += "\n" + name + ", other shapes: " + describe(row, other->second);
     }
     return text;
 }
@@ -143,7 +158,7 @@ std::unique_ptr<Router> make_router(const Bundle& bundle, const BackendOptions& 
                         }});
     if (options.backend != "tensorrt")
         ways.push_back({"onnx", [&bundle, options] { return make_onnx_backend(bundle, options); }});
-    return std::make_unique<Router>(std::move(ways));
+    return std::make_unique<Router>(bundle.manifest(), std::move(ways));
 }
 
 }  // namespace higen::core

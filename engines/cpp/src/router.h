@@ -21,11 +21,15 @@ public:
         std::function<std::unique_ptr<Backend>()> make;  // may throw, as `prepare` may
     };
 
-    // The preferred way first.
-    explicit Router(std::vector<Way> ways) : ways_(std::move(ways)), made_(ways_.size()) {}
+    // The preferred way first. `manifest` has the stages, and must outlive it.
+    Router(const Manifest& manifest, std::vector<Way> ways)
+        : manifest_(manifest), ways_(std::move(ways)), made_(ways_.size()) {}
 
     // Throws the last way's own error where none can run the stage.
     void prepare(const Stage& stage) override { (void)choice(stage); }
+
+    // A less preferred stage on a better backend goes before a preferred one on a worse backend.
+    [[nodiscard]] const Stage& choose(const std::vector<const Stage*>& stages) override;
 
     // Shapes that an engine was not built for go to the next way that can run the stage.
     [[nodiscard]] Tensors run(const Stage& stage, const Tensors& inputs, Cancellation& cancellation) override;
@@ -40,22 +44,26 @@ public:
     [[nodiscard]] std::vector<std::string> take_warnings() override;
 
 private:
+    using Stages = std::vector<const Stage*>;
     struct Choice {
+        const Stage* stage = nullptr;
         std::size_t way = 0;
         std::string passed_over;
     };
 
     const Choice& choice(const Stage& stage);
     const Choice& choice_outside(const Stage& stage, const EngineError& why);
-    void prepare(Backend& backend, const Stage& stage);
+    [[nodiscard]] const Stage& choose_on(Backend& backend, const Stages& stages);
     void warn(const std::string& cause, const std::string& message);
-    [[nodiscard]] Choice choose(const Stage& stage, std::size_t first, const Error* why);
+    [[nodiscard]] Choice choose_from(const Stages& stages, std::size_t first, const Error* why);
     [[nodiscard]] std::string describe(const Stage& stage, const Choice& choice) const;
 
+    const Manifest& manifest_;
     std::vector<Way> ways_;
     std::vector<std::unique_ptr<Backend>> made_;
     mutable std::mutex mutex_;
     std::map<std::string, Choice, std::less<>> choices_, outside_;
+    std::map<Stages, const Stage*> served_;
     std::set<std::string> warned_;
     std::vector<std::string> warnings_;
 };

@@ -1,28 +1,78 @@
-// Noise schedule and solvers, as tables in float64 (higen/schedule.py).
+// Noise schedules and solvers, as tables in float64: the twin of higen/schedule.py, which has the sources.
+// Depends on the standard library and errors.h alone. Both are held to tests/schedule_vectors.json.
 #pragma once
 
+#include <array>
+#include <cstddef>
 #include <cstdint>
+#include <string>
 #include <string_view>
 #include <vector>
 
-#include "config.h"
-
 namespace higen::core {
 
-// Rows of a solver, first step first: x' = A x + B v + C previous, x0 = alpha x - sigma v.
-struct SolverRow {
-    std::int64_t t;
-    double A, B, C, alpha, sigma;
+inline constexpr std::array<std::string_view, 4> PREDICTIONS{"v", "epsilon", "sample", "flow"};
+inline constexpr std::array<std::string_view, 6> SOLVERS{"ddim", "dpm++2m", "euler", "euler_ancestral", "heun", "lcm"};
+inline constexpr std::array<std::string_view, 6> SPACINGS{"leading", "linspace",      "trailing",
+                                                          "karras",  "leading-floor", "trailing-ceil"};
+
+// How much noise a timestep means. The fields are the manifest's; each kind reads its own.
+struct NoiseSchedule {
+    std::string kind = "scaled_linear";  // "linear", "scaled_linear", "cosine", "edm" or "flow"
+    std::int64_t timesteps = 1000;
+    double beta_start = 0.00085;  // linear, scaled_linear
+    double beta_end = 0.012;
+    bool zero_terminal_snr = false;  // linear, scaled_linear, cosine
+    double sigma_min = 0.002;        // edm: the range of the ratio sigma / alpha; t is ln(ratio) / 4
+    double sigma_max = 700.0;
+    double shift = 1.0;  // flow
 };
 
-// The cumulative signal variance abar, decreasing; with zero terminal SNR rescaled (Lin et al. 2023, algorithm 1).
-[[nodiscard]] std::vector<double> alphas_cumprod(const ScheduleConfig& config);
+// A way from noise to clean latents. The fields are the manifest's, and explained in higen/schedule.py.
+struct Solver {
+    std::string name;
+    std::string spacing = "leading";
+    std::int64_t offset = 0;     // added to the leading grids
+    std::string final = "zero";  // where the last row ends: "zero" or "first"
+    double eta = 0.0;            // ddim
+    double rho = 7.0;            // karras
+    std::int64_t original_steps = 50;  // lcm
+};
 
-// "ddim" and "dpm++2m" are known.
-[[nodiscard]] bool is_solver(std::string_view name);
+// x0 = alpha x - sigma m and x' = A x + B m + C previous; previous' = x0. Where `noise` is true, C multiplies fresh
+// unit Gaussian noise, which the loop hands in as `previous`. The row's state is x = start_alpha z + start_sigma n.
+struct SolverRow {
+    double t, A, B, C, alpha, sigma;
+    bool noise;
+    double start_alpha, start_sigma;
+};
 
-// The rows of a solver for `steps` steps, 1 to config.timesteps. Throws a request error for anything else.
-[[nodiscard]] std::vector<SolverRow> solver_table(std::string_view solver, std::int64_t steps,
-                                                  const ScheduleConfig& config);
+// Rows of a solver, first step first. `initial` times unit Gaussian noise is the state of the first row.
+struct SolverTable {
+    std::vector<SolverRow> rows;
+    double initial;
+};
+
+// Throw a manifest error for values that make no schedule, no solver, or no table.
+void check(const NoiseSchedule& schedule);
+void check(const Solver& solver);
+void check(const NoiseSchedule& schedule, const std::string& prediction, const Solver& solver);
+
+// The cumulative signal variance abar = alpha^2, decreasing, within [0, 1).
+// Throws a manifest error for the kinds edm and flow, which have no such table.
+[[nodiscard]] std::vector<double> alphas_cumprod(const NoiseSchedule& schedule);
+
+// The largest number of steps that the solver has a grid for.
+[[nodiscard]] std::int64_t max_steps(const NoiseSchedule& schedule, const Solver& solver);
+
+// The rows of a solver for `steps` steps: 2 steps - 1 rows for heun, `steps` rows for the others. All are finite.
+// Throws a manifest error where the first three do not fit each other, and a request error for steps outside 1 to
+// max_steps.
+[[nodiscard]] SolverTable solver_table(const NoiseSchedule& schedule, const std::string& prediction,
+                                       const Solver& solver, std::int64_t steps);
+
+// The rows from `first` on, for a state that begins at start_alpha z + start_sigma n of that row (SDEdit). Nothing
+// comes before it, so its `previous` becomes its own x0. Throws a request error for a row outside the table.
+[[nodiscard]] SolverTable tail(const SolverTable& table, std::int64_t first);
 
 }  // namespace higen::core

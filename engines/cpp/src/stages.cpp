@@ -7,43 +7,63 @@
 namespace higen::core {
 namespace {
 
-TensorSpec tensor(std::string_view name, std::vector<std::string_view> symbols, bool is_float = true) {
-    TensorSpec spec{name, {}, is_float};
-    for (const auto symbol : symbols) {
-        if (symbol == "1" || symbol == "3")
-            spec.shape.push_back({"", symbol == "1" ? 1 : 3});
-        else
-            spec.shape.push_back({symbol});
+constexpr const char* kinds_of_sources =
+    "state, control:NAME, text:prompt, text:negative, picture:NAME, picture:NAME:clip, clip:NAME, noise:P, "
+    "STAGE.OUTPUT, STAGE@negative.OUTPUT or LOOP.latents";
+
+bool is_name(std::string_view text) {
+    return !text.empty() && std::all_of(text.begin(), text.end(), [](unsigned char c) {
+        return c == '_' || (c >= '0' && c <= '9') || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || c >= 0x80;
+    });
+}
+
+// What follows `prefix`, if the text begins with it.
+bool follows(std::string_view& text, std::string_view prefix) {
+    if (text.substr(0, prefix.size()) != prefix) return false;
+    text.remove_prefix(prefix.size());
+    return true;
+}
+
+bool cut(std::string_view& text, std::string_view suffix) {
+    if (text.size() < suffix.size() || text.substr(text.size() - suffix.size()) != suffix) return false;
+    text.remove_suffix(suffix.size());
+    return true;
+}
+
+// A source of a fixed kind, "KIND:NAME". Whether it is well formed.
+bool take_kind(std::string_view rest, Source& source) {
+    if (follows(rest, "control:")) {
+        source.kind = Source::Kind::control;
+    } else if (follows(rest, "text:")) {
+        source.kind = Source::Kind::text;
+        if (rest != "prompt" && rest != "negative") return false;
+    } else if (follows(rest, "picture:")) {
+        source.kind = Source::Kind::picture;
+        source.resampled = cut(rest, ":clip");
+    } else if (follows(rest, "clip:")) {
+        source.kind = Source::Kind::clip;
+    } else if (follows(rest, "noise:")) {
+        source.kind = Source::Kind::noise;
+        const bool digits = std::all_of(rest.begin(), rest.end(), [](char c) { return c >= '0' && c <= '9'; });
+        if (!digits || rest.empty() || rest.size() > 9) return false;
+        source.purpose = std::stoull(std::string(rest));
+    } else {
+        return false;
     }
-    return spec;
+    source.name = rest;
+    return is_name(rest);
 }
 
-Stage denoising_stage(std::string name, std::string_view frames) {
-    const std::vector<TensorSpec> state = {tensor("latents", {"B", "C", frames, "H", "W"}),
-                                           tensor("previous", {"B", "C", frames, "H", "W"})};
-    Stage stage{std::move(name), state, state};
-    stage.inputs.push_back(tensor("t", {"B"}, false));
-    for (const auto column : {"A", "B", "C", "alpha", "sigma", "guidance"})
-        stage.inputs.push_back(tensor(column, {"B"}));
-    stage.inputs.push_back(tensor("context", {"B", "K", "Dc"}));
-    stage.inputs.push_back(tensor("empty_context", {"B", "K", "Dc"}));
-    stage.inputs.push_back(tensor("frame_embedding", {"B", frames, "E"}));
-    return stage;
-}
-
-std::vector<Stage> make_stages() {
-    std::vector<Stage> stages = {
-        {"text_encoder", {tensor("tokens", {"B", "L"}, false)}, {tensor("hidden", {"B", "L", "Dt"})}},
-        {"conditioner",
-         {tensor("hidden", {"B", "L", "Dt"}), tensor("motion", {"B", "F", "D"}), tensor("appearance", {"B", "F", "R"})},
-         {tensor("context", {"B", "K", "Dc"}), tensor("frame_embedding", {"B", "F", "E"})}},
-        denoising_stage("spatial_unet", "1"),
-        denoising_stage("temporal_unet", "F"),
-        {"vae_decoder", {tensor("latents", {"N", "C", "H", "W"})}, {tensor("pixels", {"N", "3", "Y", "X"})}},
-        {"vae_encoder", {tensor("pixels", {"N", "3", "Y", "X"})}, {tensor("latents", {"N", "C", "H", "W"})}},
-    };
-    stages[3].inputs.push_back(tensor("prior", {"B", "C", "H", "W"}));
-    return stages;
+// "STAGE.OUTPUT" or "STAGE@negative.OUTPUT". Whether it is well formed.
+bool take_made(std::string_view rest, Source& source) {
+    const auto dot = rest.find('.');
+    if (dot == std::string_view::npos) return false;
+    auto owner = rest.substr(0, dot);
+    source.kind = Source::Kind::made;
+    source.negative = cut(owner, "@negative");
+    source.name = owner;
+    source.output = rest.substr(dot + 1);
+    return is_name(source.name) && is_name(source.output);
 }
 
 std::string describe(const TensorSpec& spec, const Sizes& sizes) {
@@ -73,37 +93,55 @@ bool fits(const TensorSpec& spec, const Tensor& tensor, Sizes& sizes) {
     return true;
 }
 
+const TensorSpec* find(const std::vector<TensorSpec>& specs, std::string_view name) {
+    const auto found = std::find_if(specs.begin(), specs.end(), [&](const auto& spec) { return spec.name == name; });
+    return found == specs.end() ? nullptr : &*found;
+}
+
 }  // namespace
 
+Source parse_source(const std::string& text, const std::string& where) {
+    Source source;
+    if (text == "state") return source;
+    if (take_kind(text, source)) return source;
+    source = {};
+    if (take_made(text, source)) return source;
+    fail_manifest(where + "='" + text.substr(0, 60) + "': " + kinds_of_sources);
+}
+
+std::string to_text(const Source& source) {
+    switch (source.kind) {
+        case Source::Kind::state: return "state";
+        case Source::Kind::control: return "control:" + source.name;
+        case Source::Kind::text: return "text:" + source.name;
+        case Source::Kind::picture: return "picture:" + source.name + (source.resampled ? ":clip" : "");
+        case Source::Kind::clip: return "clip:" + source.name;
+        case Source::Kind::noise: return "noise:" + source.name;
+        case Source::Kind::made: break;
+    }
+    return source.name + (source.negative ? "@negative." : ".") + source.output;
+}
+
 std::string Stage::graph_output(const TensorSpec& output) const {
-    const bool taken =
-        std::any_of(inputs.begin(), inputs.end(), [&](const auto& input) { return input.name == output.name; });
-    return (taken ? "next_" : "") + std::string(output.name);
+    return (input(output.name) != nullptr ? "next_" : "") + output.name;
 }
 
-const Stage& stage(std::string_view name) {
-    static const std::vector<Stage> stages = make_stages();
-    const auto found = std::find_if(stages.begin(), stages.end(), [&](const auto& s) { return s.name == name; });
-    if (found == stages.end()) throw Error(HIGEN_ERROR_INTERNAL, "no stage " + std::string(name));
-    return *found;
+bool Stage::denoises() const {
+    return outputs.size() == 2 && output("latents") != nullptr && output("previous") != nullptr;
 }
 
-Sizes dimensions(const ModelConfig& config) {
-    const auto& unet = config.unet;
-    return {{"L", config.text.context_length}, {"C", unet.in_channels},     {"Dt", unet.text_dim},
-            {"D", unet.base_channels},         {"R", unet.appearance_columns}, {"K", unet.context_tokens},
-            {"Dc", unet.context_dim},          {"E", unet.embedding_dim()}};
-}
+const TensorSpec* Stage::input(std::string_view wanted) const { return find(inputs, wanted); }
+
+const TensorSpec* Stage::output(std::string_view wanted) const { return find(outputs, wanted); }
 
 void check_inputs(const Stage& stage, const Tensors& tensors, const Sizes& fixed) {
     Sizes sizes = fixed;
     for (const auto& spec : stage.inputs) {
         const auto given = tensors.find(spec.name);
-        if (given == tensors.end()) fail_backend(stage.name + ": the input " + std::string(spec.name) + " is missing");
+        if (given == tensors.end()) fail_backend(stage.name + ": the input " + spec.name + " is missing");
         if (!fits(spec, *given->second, sizes))
-            fail_backend(stage.name + "." + std::string(spec.name) + ": " +
-                         (given->second->is_float() ? "float32 " : "int64 ") + to_text(given->second->shape()) +
-                         " given, " + describe(spec, sizes) + " wanted");
+            fail_backend(stage.name + "." + spec.name + ": " + (given->second->is_float() ? "float32 " : "int64 ") +
+                         to_text(given->second->shape()) + " given, " + describe(spec, sizes) + " wanted");
     }
     if (tensors.size() != stage.inputs.size()) fail_backend(stage.name + ": unknown inputs were given");
 }
@@ -112,6 +150,12 @@ std::string to_text(const Shape& shape) {
     std::string text = "[";
     for (std::size_t i = 0; i < shape.size(); ++i) text += (i > 0 ? ", " : "") + std::to_string(shape[i]);
     return text + "]";
+}
+
+std::size_t axis_of(const std::vector<Axis>& shape, std::string_view symbol) {
+    const auto found =
+        std::find_if(shape.begin(), shape.end(), [&](const auto& axis) { return axis.symbol == symbol; });
+    return static_cast<std::size_t>(found - shape.begin());
 }
 
 }  // namespace higen::core

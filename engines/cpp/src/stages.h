@@ -1,4 +1,4 @@
-// The contract: each stage is a pure function on named tensors (higen/stages.py has the same table, and says more).
+// The rows of the manifest's table `stages` (docs/manifest.md): each stage is a pure function on named tensors.
 #pragma once
 
 #include <cstdint>
@@ -7,44 +7,69 @@
 #include <string_view>
 #include <vector>
 
-#include "config.h"
 #include "tensor.h"
 
 namespace higen::core {
 
-// One axis: a symbol of the table, or a fixed size where the symbol is "".
+// One axis: a symbol, or a fixed size where the symbol is "".
 struct Axis {
-    std::string_view symbol;
+    std::string symbol;
     std::int64_t size = 0;
 };
 
+// Where an input comes from. `name` is that of a control, text, stage or loop; `output` is one of a stage or loop.
+struct Source {
+    enum class Kind { state, control, text, picture, clip, noise, made };
+
+    Kind kind = Kind::state;
+    std::string name;
+    std::string output;
+    std::uint64_t purpose = 0;  // of noise
+    bool negative = false;      // made of the negative prompt
+    bool resampled = false;     // a picture in the input's own size
+};
+
+// Reads a source; `where` stands before its messages. Throws a manifest error that lists the kinds of sources.
+[[nodiscard]] Source parse_source(const std::string& text, const std::string& where);
+
+// How the manifest writes a source.
+[[nodiscard]] std::string to_text(const Source& source);
+
 struct TensorSpec {
-    std::string_view name;
+    std::string name;
     std::vector<Axis> shape;
     bool is_float = true;
+    Source source = {};  // of an input
 };
 
 struct Stage {
     std::string name;
     std::vector<TensorSpec> inputs;
     std::vector<TensorSpec> outputs;
+    std::string weights;  // the file that its graph points into
+    std::string lowest = "fp16";
+    bool batch = true;
 
     // Name of an output in the graph, where it cannot be an input's name too: `next_` is put before it.
     [[nodiscard]] std::string graph_output(const TensorSpec& output) const;
+
+    // Whether the stage is a solver step: it gives `latents` and `previous`, and nothing else.
+    [[nodiscard]] bool denoises() const;
+
+    // The input or output of that name; a null pointer if there is none.
+    [[nodiscard]] const TensorSpec* input(std::string_view wanted) const;
+    [[nodiscard]] const TensorSpec* output(std::string_view wanted) const;
 };
 
-using Sizes = std::map<std::string_view, std::int64_t>;
-
-// The stage of that name: text_encoder, conditioner, spatial_unet, temporal_unet, vae_decoder or vae_encoder.
-[[nodiscard]] const Stage& stage(std::string_view name);
-
-// The symbols that a model's configuration fixes.
-[[nodiscard]] Sizes dimensions(const ModelConfig& config);
+using Sizes = std::map<std::string, std::int64_t, std::less<>>;
 
 // Check names, types and shapes of a stage's inputs. Throws a backend error that names the tensor.
 void check_inputs(const Stage& stage, const Tensors& tensors, const Sizes& fixed);
 
 // "[2, 3]"
 [[nodiscard]] std::string to_text(const Shape& shape);
+
+// The index of the axis of that symbol; `shape.size()` if there is none.
+[[nodiscard]] std::size_t axis_of(const std::vector<Axis>& shape, std::string_view symbol);
 
 }  // namespace higen::core

@@ -89,8 +89,8 @@ using Inputs = std::map<std::string, std::shared_ptr<const DeviceTensor>>;
 // A deserialized plan with its context; used while Cuda's mutex is held.
 class Engine {
 public:
-    Engine(std::shared_ptr<Cuda> cuda, Plan plan, bool verify)
-        : plan_(std::move(plan)), stage_(stage(plan_.record.stage)), cuda_(std::move(cuda)) {
+    Engine(std::shared_ptr<Cuda> cuda, const Stage& stage, Plan plan, bool verify)
+        : plan_(std::move(plan)), stage_(stage), cuda_(std::move(cuda)) {
         deserialize(verify);
         check_interface(plan_, stage_, tensors());
         stream_weights();
@@ -168,8 +168,7 @@ private:
             whole = hash.hex() == record.sha256;
         }
         if (!whole)
-            throw EngineError(Kind::malformed,
-                              where + ": is not the plan of the record beside it: " + plan_.remedy());
+            throw EngineError(Kind::malformed, where + ": is not the plan of the record beside it: " + plan_.remedy());
         runtime_.reset(nvinfer1::createInferRuntime(logger_));
         if (!runtime_) throw EngineError(Kind::other, "TensorRT does not start: " + logger_.errors());
 #if defined(TRT_MAJOR_RTX)
@@ -225,8 +224,7 @@ private:
 
 #if defined(TRT_MAJOR_RTX)
     [[nodiscard]] std::filesystem::path cache_file(const std::string& suffix) const {
-        return plan_.path.parent_path() /
-               ("." + stage_.name + "-sm" + std::to_string(cuda_->architecture()) + suffix);
+        return plan_.path.parent_path() / ("." + stage_.name + "-sm" + std::to_string(cuda_->architecture()) + suffix);
     }
 
     // Kernels that an earlier run compiled here; TensorRT itself refuses those of another GPU or version. A file that
@@ -278,10 +276,7 @@ private:
 class TensorrtBackend final : public Backend {
 public:
     TensorrtBackend(const Bundle& bundle, BackendOptions options, std::function<CudaDriver()> load_driver)
-        : bundle_(bundle),
-          options_(std::move(options)),
-          load_driver_(std::move(load_driver)),
-          fixed_(dimensions(bundle.config())) {}
+        : bundle_(bundle), options_(std::move(options)), load_driver_(std::move(load_driver)) {}
 
     ~TensorrtBackend() override {
         if (!cuda_) return;
@@ -307,7 +302,7 @@ public:
     }
 
     Tensors run(const Stage& stage, const Tensors& inputs, Cancellation& cancellation) override {
-        check_inputs(stage, inputs, fixed_);
+        check_inputs(stage, inputs, bundle_.fixed());
         Shapes shapes;
         for (const auto& [name, tensor] : inputs) shapes.emplace(name, tensor->shape());
         cancellation.check();
@@ -359,7 +354,7 @@ private:
     std::unique_ptr<Engine> load(const Stage& stage, const std::vector<Plan>& plans) {
         for (std::size_t i = 0;; ++i) {
             try {
-                return std::make_unique<Engine>(cuda_, plans.at(i), options_.verify);
+                return std::make_unique<Engine>(cuda_, stage, plans.at(i), options_.verify);
             } catch (const EngineError& error) {
                 if (i + 1 == plans.size()) throw;
                 warnings_.push_back(stage.name + " runs on the engine " + plans[i + 1].name() + ": " + error.what());
@@ -404,7 +399,6 @@ private:
     const Bundle& bundle_;
     BackendOptions options_;
     std::function<CudaDriver()> load_driver_;
-    Sizes fixed_;
     mutable std::mutex mutex_;
     std::shared_ptr<Cuda> cuda_;
     std::map<std::string, std::unique_ptr<Engine>, std::less<>> engines_;

@@ -112,7 +112,7 @@ std::vector<std::string> split(std::u32string_view text) {
 
 }  // namespace
 
-Tokenizer::Tokenizer(std::string_view text, const std::string& where, TextConfig config) : config_(std::move(config)) {
+Tokenizer::Tokenizer(std::string_view text, const std::string& where, TextRules rules) : rules_(std::move(rules)) {
     try {
         const auto json = Json::parse(text.begin(), text.end());
         const auto& model = json.at("model");
@@ -175,14 +175,14 @@ void Tokenizer::read_merges(const void* model, const std::string& where) {
 std::vector<std::int64_t> Tokenizer::encode(std::string_view text, const Warn& warn) const {
     const auto decoded = decode_utf8(text);
     if (!decoded) fail_request("the prompt is not valid UTF-8");
-    const auto normal = normalise(config_.clean ? clean(*decoded) : *decoded);
+    const auto normal = normalise(rules_.clean ? clean(*decoded) : *decoded);
     const auto tokens = is_bpe_ ? pieces(normal) : words(normal, warn);
 
-    const auto length = static_cast<std::size_t>(config_.context_length), room = length - 2;
+    const auto length = static_cast<std::size_t>(rules_.length), room = length - 2;
     std::vector<std::int64_t> ids = {start_};
     for (std::size_t i = 0; i < std::min(tokens.size(), room); ++i) ids.push_back(tokens[i].id);
     ids.push_back(end_);
-    ids.resize(length, config_.pad_id);
+    ids.resize(length, rules_.pad_id);
     if (tokens.size() > room && warn) {
         std::size_t first = tokens[room].start;  // a word of which any token is lost counts as lost
         while (first > 0 && !is_space(normal[first - 1])) --first;
@@ -193,14 +193,14 @@ std::vector<std::int64_t> Tokenizer::encode(std::string_view text, const Warn& w
 }
 
 std::vector<std::int64_t> Tokenizer::pad(const char* name, std::vector<std::int64_t> ids) const {
-    const auto length = static_cast<std::size_t>(config_.context_length);
+    const auto length = static_cast<std::size_t>(rules_.length);
     if (ids.empty() || ids.size() > length)
         fail_request(std::string(name) + " has " + std::to_string(ids.size()) + " ids: 1 to " + std::to_string(length));
     for (const auto id : ids)
-        if (id < 0 || id >= std::max(size_, config_.pad_id + 1))
+        if (id < 0 || id >= std::max(size_, rules_.pad_id + 1))
             fail_request(std::string(name) + " has the id " + std::to_string(id) + ": from 0 to below " +
-                         std::to_string(std::max(size_, config_.pad_id + 1)));
-    ids.resize(length, config_.pad_id);
+                         std::to_string(std::max(size_, rules_.pad_id + 1)));
+    ids.resize(length, rules_.pad_id);
     return ids;
 }
 

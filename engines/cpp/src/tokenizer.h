@@ -8,7 +8,7 @@
 #include <unordered_map>
 #include <vector>
 
-#include "config.h"
+#include "manifest.h"
 
 namespace higen::core {
 
@@ -17,9 +17,9 @@ public:
     using Warn = std::function<void(const std::string&)>;
 
     // Reads a tokenizer.json as higen writes it. `where` names it in messages. Throws an integrity error.
-    Tokenizer(std::string_view json, const std::string& where, TextConfig config);
+    Tokenizer(std::string_view json, const std::string& where, TextRules rules);
 
-    // Token ids: start, text, end, then padding up to the context length. A text that is too long is cut, keeping the
+    // Token ids: start, text, end, then padding up to the model's length. A text that is too long is cut, keeping the
     // end; `warn` gets a message then, and one for words that a word tokenizer does not know. Throws a request error
     // for what is not UTF-8 and HIGEN_ERROR_CLEANING for what only Python can clean.
     [[nodiscard]] std::vector<std::int64_t> encode(std::string_view text, const Warn& warn = {}) const;
@@ -27,7 +27,7 @@ public:
     // Ids that were made elsewhere, from start to end, with padding added. Throws a request error.
     [[nodiscard]] std::vector<std::int64_t> pad(const char* name, std::vector<std::int64_t> ids) const;
 
-    [[nodiscard]] const TextConfig& config() const { return config_; }
+    [[nodiscard]] const TextRules& rules() const { return rules_; }
 
 private:
     struct Token {
@@ -44,7 +44,7 @@ private:
     void merge(std::string_view piece, std::size_t start, std::vector<Token>& tokens) const;
     void read_merges(const void* json, const std::string& where);
 
-    TextConfig config_;
+    TextRules rules_;
     bool is_bpe_ = false;
     std::int64_t start_ = 0, end_ = 0, unknown_ = 0, size_ = 0;
     std::unordered_map<std::string, std::int64_t> vocabulary_;

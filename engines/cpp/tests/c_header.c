@@ -8,6 +8,8 @@ int main(void) {
     higen_model_options options = HIGEN_MODEL_OPTIONS_INIT;
     higen_model_info info = HIGEN_MODEL_INFO_INIT;
     higen_callbacks callbacks = HIGEN_CALLBACKS_INIT;
+    higen_loop_info loop = HIGEN_LOOP_INFO_INIT;
+    higen_control_info control = HIGEN_CONTROL_INFO_INIT;
     higen_model* model = NULL;
     higen_request request;
     memset(&request, 0, sizeof request);
@@ -23,6 +25,8 @@ int main(void) {
     if (higen_step_preview(NULL, NULL, 0) != HIGEN_ERROR_REQUEST) return 9;
     if (higen_cancel(NULL) != HIGEN_ERROR_REQUEST) return 10;
     if (higen_model_prompt(NULL, 0) != NULL) return 11;
+    if (higen_model_loop(NULL, 0, &loop) != HIGEN_ERROR_REQUEST) return 15;
+    if (higen_model_control(NULL, 0, &control) != HIGEN_ERROR_REQUEST || higen_controls(NULL) != 0) return 16;
     options.struct_size = 3;
     if (higen_model_open("x", &options, &model) != HIGEN_ERROR_REQUEST) return 12;
     higen_model_close(NULL);

@@ -36,7 +36,7 @@ public:
         static const std::vector<std::string> words = {
             "-1", "0", "1e400", "1e308", "null", "true", "[]", "{}", "\"\"", "9223372036854775807", "18446744073709551616",
             "0.5", "NaN", "\"../x\"", "\\u0000", "\\ud800", "\xff", "\xc3", "\xef\xbb\xbf", "[[[[[[[[", "}", ",", ":",
-            "\"unet\"", "\"size\"", "4096", "1048577", "\xc3\x83\xc2\xa9", "&amp;", "\x1b[3", "\xcc\x81"};
+            "\"stages\"", "\"size\"", "\"F\"", "\"state\"", "\"control:motion\"", "4096", "1048577", "\xc3\x83\xc2\xa9", "&amp;", "\x1b[3", "\xcc\x81"};
         for (std::size_t n = 1 + below(4); n > 0; --n) {
             const auto at = below(text.size() + 1), length = std::min(below(12), text.size() - at);
             switch (below(5)) {
@@ -123,9 +123,10 @@ public:
             higen_model_info info = HIGEN_MODEL_INFO_INIT;
             higen_request request;
             if (higen_model_describe(model, &info) != HIGEN_OK || higen_request_init(model, &request) != HIGEN_OK) std::abort();
+            const std::int32_t steps = 1;
             request.prompt = "a whale";
             request.frames = 2;
-            request.steps[0] = request.steps[1] = 1;
+            request.steps = &steps, request.step_count = 1;
             request.width = request.height = info.size_multiple;
             status = higen_generate(model, &request, nullptr);
         }
@@ -137,7 +138,15 @@ public:
         higen_model_close(model);
         return status;
     }
-    [[nodiscard]] higen_status run() const { return run(manifest_.dump()); }
+    [[nodiscard]] higen_status run() const { return run(sealed(manifest_)); }
+
+    // The text of a manifest with the seal that its tables have.
+    static std::string sealed(Json json) {
+        const std::string none(64, '0');
+        json["seal"] = none;
+        auto text = json.dump();
+        return text.replace(text.find(none), none.size(), higen::core::seal_of(text, none));
+    }
 
 private:
     fs::path folder_;
@@ -166,11 +175,16 @@ int main(int argc, char** argv) {
 
     const auto manifest = higen::core::read_file(model / "higen.json");
     const auto tokenizer = higen::core::read_file(model / "tokenizer.json");
+    const std::vector<std::string> tables = {"stages", "loops", "controls", "sizes", "text", "graphs", "files", "prompts"};
     const auto bytes = [](const std::string& text) { return reinterpret_cast<const std::uint8_t*>(text.data()); };
     for (std::size_t i = 0; i < 100 * rounds; ++i) {
         auto json = Json::parse(manifest);
-        mutator.mutate(json["model"]);
-        for (const auto& text : {mutator.mutate(manifest), json.dump()}) fuzz::manifest(bytes(text), text.size());
+        const auto& table = tables[mutator.below(tables.size())];
+        mutator.mutate(json[table]);
+        for (const auto& text : {mutator.mutate(manifest), json.dump(1)}) {
+            fuzz::manifest(bytes(text), text.size());
+            fuzz::sealed_manifest(bytes(text), text.size());
+        }
         auto tokens = Json::parse(tokenizer);
         mutator.mutate(tokens);
         for (const auto& text : {mutator.mutate(tokenizer), tokens.dump()}) fuzz::tokenizer(bytes(text), text.size());
@@ -190,11 +204,12 @@ int main(int argc, char** argv) {
         Copy copy(model, folder);
         note(copy.run(mutator.mutate(manifest)));
         auto json = Json::parse(manifest);
-        for (const auto* part : {"unet", "text", "autoencoder", "schedule"}) mutator.mutate(json["model"][part]);
-        note(copy.run(json.dump()));
+        mutator.mutate(json[tables[mutator.below(3)]]);
+        note(copy.run(Copy::sealed(json)));
     }
+    // Those that the default request needs, in the order in which they are loaded.
     std::vector<std::string> graphs;
-    for (const auto* stage : {"text_encoder", "conditioner", "spatial_unet", "temporal_unet", "vae_decoder"})
+    for (const auto* stage : {"text_encoder", "conditioner", "spatial_unet", "temporal_unet_plain", "vae_decoder"})
         graphs.push_back(higen::core::graph_file(stage));
     for (const auto& name : graphs) {
         Copy truncated(model, folder);
@@ -229,20 +244,26 @@ int main(int argc, char** argv) {
         must_fail(status, std::string("half of ") + name);
         note(status);
     }
-    for (const auto& [part, key] : std::vector<std::pair<std::string, std::string>>{
-             {"unet", "text_dim"}, {"unet", "context_tokens"}, {"unet", "in_channels"}, {"unet", "appearance_columns"}, {"text", "context_length"}}) {
+    for (const auto* symbol : {"Dt", "K", "C", "R", "L"}) {
         Copy copy(model, folder);
-        auto& value = copy.manifest()["model"][part][key];
+        auto& value = copy.manifest()["sizes"]["symbols"][symbol];
         value = value.get<int>() + 1;
         const auto status = copy.run();
-        must_fail(status, key + " one larger");
+        must_fail(status, std::string(symbol) + " one larger");
         note(status);
     }
     {
         Copy copy(model, folder);  // frames of another size than the decoder makes
-        copy.manifest()["model"]["autoencoder"]["factor"] = 3;
+        copy.manifest()["sizes"]["factor"] = 8;
         const auto status = copy.run();
         must_fail(status, "another factor");
+        note(status);
+    }
+    {
+        Copy copy(model, folder);  // tables that were edited
+        copy.manifest()["sizes"]["fps"] = 9;
+        const auto status = copy.run(copy.manifest().dump());
+        must_fail(status, "a broken seal");
         note(status);
     }
     fs::remove_all(folder);

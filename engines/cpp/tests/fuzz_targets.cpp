@@ -8,6 +8,7 @@
 #include "bundle.h"
 #include "errors.h"
 #include "plans.h"
+#include "request.h"
 #include "text.h"
 #include "tokenizer.h"
 
@@ -32,10 +33,31 @@ void only_typed_errors(const Work& work) {
 
 }  // namespace
 
+// The seal is not to be found by chance: the bytes are read with the one that fits.
+void sealed_manifest(const std::uint8_t* data, std::size_t size) {
+    auto text = std::string(view(data, size));
+    const auto key = text.find("\"seal\": \"");
+    if (key == std::string::npos || key + 9 + 64 > text.size()) return;
+    const auto seal = text.substr(key + 9, 64);
+    const std::string none(64, '0');
+    text.replace(key + 9, 64, none);
+    text.replace(key + 9, 64, seal_of(text, none));
+    manifest(reinterpret_cast<const std::uint8_t*>(text.data()), text.size());
+}
+
 void manifest(const std::uint8_t* data, std::size_t size) {
     only_typed_errors([&] {
         const auto found = parse_manifest(view(data, size), "fuzz");
-        if (found.config.size_multiple() < 1 || found.config.unet.base_channels % 32 != 0) std::abort();
+        const auto& sizes = found.sizes;
+        if (sizes.factor < 1 || sizes.multiple % sizes.factor != 0 || found.loops.empty()) std::abort();
+        if (found.find_stage(sizes.decoder) == nullptr) std::abort();
+        for (const auto& loop : found.loops)
+            for (const auto& name : loop.stages())
+                if (found.find_stage(name) == nullptr || found.feeding({name}).empty()) std::abort();
+        only_typed_errors([&] {
+            const auto request = default_request(found);
+            if (request.loops.size() != found.loops.size()) std::abort();
+        });
     });
 }
 
@@ -48,7 +70,11 @@ void record(const std::uint8_t* data, std::size_t size) {
                                            std::pair(found.weights, found.weights_sha256)})
             files[name].sha256 = sha256;
         only_typed_errors([&] { check_plan(plan, files, 89, {{found.flavour, found.library}}); });
-        only_typed_errors([&] { check_interface(plan, stage("vae_decoder"), found.tensors); });
+        Stage decoder;
+        decoder.name = "vae_decoder";
+        decoder.inputs = {{"latents", std::vector<Axis>(4), true, {}}};
+        decoder.outputs = {{"pixels", std::vector<Axis>(4), true, {}}};
+        only_typed_errors([&] { check_interface(plan, decoder, found.tensors); });
         for (const std::int64_t side : {1, 8, 4096})
             only_typed_errors([&] {
                 const auto i = best_profile(plan, {{"latents", {1, 4, side, side}}});
@@ -59,10 +85,10 @@ void record(const std::uint8_t* data, std::size_t size) {
 
 void tokenizer(const std::uint8_t* data, std::size_t size) {
     only_typed_errors([&] {
-        TextConfig config;
-        config.context_length = 9;
-        config.clean = size % 2 == 0;
-        const Tokenizer made(view(data, size), "fuzz", config);
+        TextRules rules;
+        rules.length = 9;
+        rules.clean = size % 2 == 0;
+        const Tokenizer made(view(data, size), "fuzz", rules);
         for (const char* prompt : {"", "a blue whale's tail, 3.14!", "\xe6\x97\xa5\xe6\x9c\xac \xf0\x9f\x98\x80"})
             if (made.encode(prompt).size() != 9) std::abort();
     });

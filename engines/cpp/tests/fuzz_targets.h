@@ -7,6 +7,7 @@
 namespace fuzz {
 
 void manifest(const std::uint8_t* data, std::size_t size);
+void sealed_manifest(const std::uint8_t* data, std::size_t size);
 void record(const std::uint8_t* data, std::size_t size);
 void tokenizer(const std::uint8_t* data, std::size_t size);
 void text(const std::uint8_t* data, std::size_t size);

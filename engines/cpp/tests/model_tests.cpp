@@ -27,14 +27,11 @@ higen::Request small(const std::string& prompt = "a whale") {
     higen::Request request(model(), prompt);
     request->width = request->height = 2 * multiple;
     request->frames = 3;
-    request->steps[0] = request->steps[1] = 2;
+    request.steps({2});
     return request;
 }
 
-higen_status status_of(const higen::Request& request) {
-    const auto given = request.get();
-    return higen_generate(model().get(), &given, nullptr);
-}
+higen_status status_of(higen::Request& request) { return higen_generate(model().get(), &request.get(), nullptr); }
 
 }  // namespace
 
@@ -61,7 +58,7 @@ TEST(tokens_stand_for_their_prompt) {
 TEST(a_batch_gives_the_videos_of_its_requests) {
     auto first = small(), second = small("a red heart");
     second->seed = 9;
-    second->guidance[1] = 2;
+    second.guidance({{}, {2}}).set("motion", 30).unspecified("appearance");
     const std::vector<higen::Request> requests = {first, second};
     const std::vector<higen::Video> alone = {model().generate(first), model().generate(second)};
     std::vector<std::uint8_t> preview;
@@ -81,8 +78,7 @@ TEST(a_batch_gives_the_videos_of_its_requests) {
         CHECK(most <= 1);
     }
     second->frames = 2;
-    const auto wrong = first.get(), other = second.get();
-    const higen_request* const pointers[] = {&wrong, &other};
+    const higen_request* const pointers[] = {&first.get(), &second.get()};
     CHECK(higen_generate_batch(model().get(), pointers, 2, nullptr) == HIGEN_ERROR_REQUEST);
     CHECK(std::string(higen_last_error()).find("requests[1]: another frames") != std::string::npos);
     CHECK(higen_generate_batch(model().get(), pointers, 0, nullptr) == HIGEN_ERROR_REQUEST);
@@ -94,14 +90,16 @@ TEST(steps_preview_and_stop) {
     std::vector<std::uint8_t> picture;
     higen::Callbacks callbacks;
     callbacks.on_step = [&](const higen_step& step) {
-        stages.emplace_back(step.stage);
+        stages.emplace_back(std::string(step.loop) + " " + step.stage);
+        CHECK(step.t > 0 && step.total == 2);
         picture.resize(static_cast<std::size_t>(step.frames * step.width * step.height) * 3);
         CHECK(higen_step_preview(&step, picture.data(), picture.size()) == HIGEN_OK);
         CHECK(higen_step_preview(&step, picture.data(), picture.size() - 1) == HIGEN_ERROR_REQUEST);
         return true;
     };
     (void)model().generate(request, callbacks);
-    CHECK((stages == std::vector<std::string>{"spatial_unet", "spatial_unet", "temporal_unet", "temporal_unet"}));
+    const std::string first = "spatial spatial_unet", second = "temporal temporal_unet_plain";
+    CHECK((stages == std::vector<std::string>{first, first, second, second}));
 
     callbacks.on_step = [&](const higen_step& step) { return step.index < 0; };
     try {
@@ -123,7 +121,7 @@ TEST(steps_preview_and_stop) {
 TEST(another_thread_cancels) {
     auto request = small();
     request->frames = model().info().max_frames;
-    request->steps[1] = model().info().max_steps;  // would take minutes
+    request.steps({2, model().loops()[1].max_steps});  // would take minutes
     std::atomic<bool> begun = false;
     std::thread other([&] {
         while (!begun) std::this_thread::yield();
@@ -175,11 +173,46 @@ TEST(two_threads_at_once) {
 
 TEST(a_key_frame_of_the_callers) {
     auto request = small();
-    const std::vector<std::uint8_t> grey(static_cast<std::size_t>(request->width * request->height) * 3, 128);
-    request->key_frame = grey.data();
+    const auto side = static_cast<std::size_t>(request->width);
     request->frames = 1;
+    auto large = request;
+    request.picture("image", std::vector<std::uint8_t>(side * side * 3, 128), request->width, request->height);
     const auto video = model().generate(request);
     CHECK(video.count == 1);
+    // In another size it is scaled to cover and cropped.
+    large.picture("image", std::vector<std::uint8_t>(3 * side * side * 3, 128), 3 * request->width, request->height);
+    CHECK(model().generate(large).rgb == video.rgb);
+}
+
+TEST(the_model_says_what_it_takes) {
+    const auto info = model().info();
+    CHECK(info.family == std::string("higen") && info.min_frames == 1 && info.context_length == 24);
+    const auto loops = model().loops();
+    CHECK(loops.size() == 2 && loops[0].name == std::string("spatial") && loops[1].name == std::string("temporal"));
+    CHECK(loops[0].every_frame == 0 && loops[1].every_frame == 1 && loops[1].least_frames == 2 && loops[0].guided == 1);
+    CHECK(loops[0].solver_count == 2 && loops[0].solvers[1] == std::string("ddim") && loops[0].guidance[0] == 1.5);
+    const auto controls = model().controls();
+    CHECK(controls.size() == info.control_count && controls.size() == 4);
+    CHECK(controls[0].name == std::string("motion") && controls[0].kind == HIGEN_CONTROL_CURVE);
+    CHECK(controls[0].encoding == std::string("sinusoid") && controls[0].has_low == 1 && controls[0].low == 0);
+    CHECK(controls[0].optional == 1 && controls[0].has_default == 0 && controls[2].has_default == 1 && controls[2].default_value == 0);
+    CHECK(controls[3].kind == HIGEN_CONTROL_PICTURE && controls[3].encoding == nullptr && *controls[3].meaning != '\0');
+    higen_control_info past = HIGEN_CONTROL_INFO_INIT;
+    CHECK(higen_model_control(model().get(), 4, &past) == HIGEN_ERROR_REQUEST);
+    higen_loop_info none = HIGEN_LOOP_INFO_INIT;
+    CHECK(higen_model_loop(model().get(), 2, &none) == HIGEN_ERROR_REQUEST);
+}
+
+TEST(guidance_of_one_needs_half_the_work) {
+    auto request = small();
+    std::vector<std::string> stages;
+    higen::Callbacks callbacks;
+    callbacks.on_step = [&](const higen_step& step) { return stages.emplace_back(step.stage), true; };
+    (void)model().generate(request.guidance(1), callbacks);
+    CHECK((stages == std::vector<std::string>{"spatial_unet_plain", "spatial_unet_plain", "temporal_unet_plain", "temporal_unet_plain"}));
+    stages.clear();
+    (void)model().generate(request.guidance({{1}, {1, 2, 1}}), callbacks);
+    CHECK((stages == std::vector<std::string>{"spatial_unet_plain", "spatial_unet_plain", "temporal_unet", "temporal_unet"}));
 }
 
 TEST(wrong_requests_are_refused) {
@@ -192,21 +225,23 @@ TEST(wrong_requests_are_refused) {
                      std::string(words) + ": " + higen_status_name(status) + ": " + message);
     };
     const std::int64_t ids[] = {1, 2, 1'000'000};
-    const double cue[] = {1, 2, -3};
-    refused("steps=0", [](auto& r) { r->steps[1] = 0; });
+    refused("steps=1001", [](auto& r) { r.steps({2, 1001}); });
+    refused("steps has 3 entries", [](auto& r) { r.steps({1, 2, 3}); });
     refused("frames=-1", [](auto& r) { r->frames = -1; });
     refused("width=1", [](auto& r) { r->width = 1; });
     refused("the nearest are", [](auto& r) { r->height = 2 * r->height + 1; });
     refused("fps=0", [](auto& r) { r->fps = 0; });
-    refused("guidance", [](auto& r) { r->guidance[0] = -1; });
-    refused("solver='euler'", [](auto& r) { r->solver = "euler"; });
+    refused("guidance", [](auto& r) { r.guidance(-1); });
+    refused("solver='euler'", [](auto& r) { r.solvers({"euler"}); });
     refused("prompt", [](auto& r) { r->prompt = " \n"; });
     refused("not valid UTF-8", [](auto& r) { r->prompt = "\xff"; });
     refused("1000000", [&](auto& r) { r->tokens = ids, r->token_count = 3; });
     refused("tokens has 0 ids", [&](auto& r) { r->tokens = ids, r->token_count = 0; });
-    refused("motion", [&](auto& r) { r->motion = {HIGEN_CUE_GIVEN, cue, 3, 1}; });
-    refused("appearance has shape", [&](auto& r) { r->appearance = {HIGEN_CUE_GIVEN, cue, 1, 3}; });
-    refused("motion", [&](auto& r) { r->motion = {HIGEN_CUE_GIVEN, nullptr, 3, 1}; });
+    refused("motion has the value -3", [&](auto& r) { r.set("motion", {1, 2, -3}); });
+    refused("appearance has shape", [&](auto& r) { r.set("appearance", {1, 2, 3}, 3); });
+    refused("control 'colour': unknown; this model takes motion", [&](auto& r) { r.text("colour", "red"); });
+    refused("offset_noise is unspecified", [&](auto& r) { r.unspecified("offset_noise"); });
+    refused("motion: takes no picture", [&](auto& r) { r.picture("motion", {1, 2, 3}, 1, 1); });
     refused("struct_size=2", [](auto& r) { r->struct_size = 2; });
 }
 

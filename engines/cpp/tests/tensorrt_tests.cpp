@@ -7,6 +7,8 @@
 
 #include "check.h"
 #include "fake_tensorrt.h"
+#include "fixture.h"
+#include "plans.h"
 #include "router.h"
 #include "sha256.h"
 
@@ -57,21 +59,40 @@ const std::string encoder_tensors =
 const std::string encoder_profiles =
     R"([{"name": "one", "spans": [{"name": "pixels", "smallest": [1, 3, 8, 8], "best": [1, 3, 8, 8], "largest": [1, 3, 64, 64]}]}])";
 
-// A model directory with one target of engines; `edit` changes a record's text before it is written.
+// The tables: those of the fixture, with a decoder, an encoder and a conditioner of these engines' names.
+fixture::Json tables() {
+    auto json = fixture::manifest();
+    const fixture::Json latents = {"N", "C", "H", "W"}, pixels = {"N", 3, "Y", "X"};
+    auto& stages = json["stages"];
+    stages.push_back(fixture::stage("vae_decoder", {fixture::input("latents", latents, "state")}, {fixture::output("pixels", pixels)}));
+    stages.push_back(fixture::stage("vae_encoder", {fixture::input("pixels", pixels, "picture:photo")}, {fixture::output("latents", latents)}));
+    stages.push_back(fixture::stage("conditioner", {fixture::input("words", {"B", "L", "T"}, "reader.words")}, {fixture::output("mood", {"B", "K"})}));
+    for (std::size_t i = stages.size() - 3; i < stages.size(); ++i) stages[i]["weights"] = "vae.safetensors";
+    json["sizes"]["decoder"] = "vae_decoder";
+    return json;
+}
+
+const Stage& stage(const std::string& name) {
+    static const Manifest manifest = fixture::parsed(tables());
+    return manifest.stage(name);
+}
+
+// A model directory with one target of engines.
 struct Model {
     Model() {
         fs::remove_all(folder);
         gpu = {};
         fake::Runtime::invalid = 0, fake::Runtime::fails = false, fake::Engine::budget = -1;
         const std::string graph = "graph", weights = "weights";
-        std::string files;
+        auto json = tables();
         for (const auto* name : {"vae_decoder.onnx", "vae_encoder.onnx", "vae.safetensors"}) {
-            const auto& content = std::string(name).find(".onnx") == std::string::npos ? weights : graph;
+            const bool is_graph = std::string(name).find(".onnx") != std::string::npos;
+            const auto& content = is_graph ? graph : weights;
             write(folder / name, content);
-            files += (files.empty() ? "" : ", ") + quoted(name) + R"(: {"size": )" + std::to_string(content.size()) +
-                     R"(, "sha256": )" + quoted(digest(content)) + "}";
+            json["files"][name] = {{"size", content.size()}, {"sha256", digest(content)}};
+            if (is_graph) json["graphs"][name] = {{"inputs", fixture::Json::array()}};
         }
-        write(folder / "higen.json", R"({"format": "higen", "version": 1, "model": {}, "files": {)" + files + "}}");
+        write(folder / "higen.json", fixture::sealed(json));
         add("vae_decoder", decoder_plan, decoder_tensors, decoder_profiles);
         add("vae_encoder", encoder_plan, encoder_tensors, encoder_profiles);
     }
@@ -118,7 +139,7 @@ struct Fixture : Model {
 
     Tensors run(const char* stage_name, const TensorPtr& input) {
         const auto& one = stage(stage_name);
-        return backend->run(one, {{std::string(one.inputs.front().name), input}}, cancellation);
+        return backend->run(one, {{one.inputs.front().name, input}}, cancellation);
     }
 
     ~Fixture() {
@@ -355,14 +376,14 @@ namespace {
 
 class Doubling final : public Backend {
 public:
-    void prepare(const Stage& stage) override {
-        if (stage.name == broken) fail_integrity("its graph is broken");
-        if (stage.name == absent) fail_unavailable("it has no graph");
+    void prepare(const Stage& row) override {
+        if (row.name == broken) fail_integrity("its graph is broken");
+        if (row.name == absent) fail_unavailable("it has no graph");
     }
-    Tensors run(const Stage& stage, const Tensors& inputs, Cancellation&) override {
+    Tensors run(const Stage& row, const Tensors& inputs, Cancellation&) override {
         auto array = inputs.begin()->second->to_host();
         for (auto& value : std::get<0>(array.values)) value *= 2;
-        return {{std::string(stage.outputs.front().name), host_tensor(std::move(array))}};
+        return {{row.outputs.front().name, host_tensor(std::move(array))}};
     }
     std::string describe(const Stage&) const override { return "cpu, fp32"; }
 
@@ -375,13 +396,14 @@ struct Routed : Fixture {
     Router& route() {
         Doubling::broken = Doubling::absent = "";
         bundle = std::make_unique<Bundle>(folder, true);
-        router = std::make_unique<Router>(std::vector<Router::Way>{
-            {"tensorrt", [this] { return make_tensorrt_backend(*bundle, {}, fake::driver); }},
-            {"onnx", [] { return std::make_unique<Doubling>(); }}});
+        router = std::make_unique<Router>(
+            bundle->manifest(), std::vector<Router::Way>{
+                                    {"tensorrt", [this] { return make_tensorrt_backend(*bundle, {}, fake::driver); }},
+                                    {"onnx", [] { return std::make_unique<Doubling>(); }}});
         return *router;
     }
     Tensors routed(const char* name, const TensorPtr& input) {
-        return router->run(stage(name), {{std::string(stage(name).inputs.front().name), input}}, cancellation);
+        return router->run(stage(name), {{stage(name).inputs.front().name, input}}, cancellation);
     }
     ~Routed() { router.reset(); }
 };
@@ -465,6 +487,59 @@ TEST(where_nothing_can_run_a_stage) {
                 router.prepare(stage("conditioner")));
     Doubling::broken = "vae_decoder";
     CHECK_FAILS(HIGEN_ERROR_INTEGRITY, "its graph is broken", router.prepare(stage("vae_decoder")));
+}
+
+TEST(of_two_stages_the_one_on_the_better_backend_is_taken) {
+    Routed f;
+    auto& router = f.route();
+    const auto &encoder = stage("vae_encoder"), &other = stage("conditioner");
+    // The preferred one has no engine, the other one has.
+    CHECK(&router.choose({&other, &encoder}) == &encoder);
+    CHECK(&router.choose({&encoder, &other}) == &encoder);
+    CHECK(&router.choose({&other}) == &other);
+    CHECK(router.report().find("conditioner: onnx, cpu, fp32; not tensorrt: no engine of conditioner") == 0);
+}
+
+TEST(of_two_stages_on_one_backend_the_preferred_one_is_taken) {
+    Routed f;
+    fs::remove_all(folder / "engines");
+    auto& graphs = f.route();
+    const auto &encoder = stage("vae_encoder"), &other = stage("conditioner");
+    CHECK(&graphs.choose({&other, &encoder}) == &other);
+    Doubling::absent = "vae_decoder";
+    CHECK(&graphs.choose({&stage("vae_decoder"), &encoder}) == &encoder);
+    CHECK_FAILS(HIGEN_ERROR_UNAVAILABLE, "no backend can run vae_decoder here", graphs.choose({&stage("vae_decoder")}));
+}
+
+TEST(an_engine_of_the_older_step_contract) {
+    Fixture f;
+    const auto& film = stage("film_plain");
+    std::vector<PlanTensor> tensors;
+    for (const auto& input : film.inputs)
+        tensors.push_back({input.name, true, input.name == "t" ? "int64" : "float32", higen::core::Shape(input.shape.size(), -1)});
+    for (const auto& output : film.outputs)
+        tensors.push_back({film.graph_output(output), false, "float32", higen::core::Shape(output.shape.size(), -1)});
+    Plan plan{folder / "engines" / "rtx" / "film_plain.engine", {}};
+    plan.record.target = "rtx", plan.record.stage = "film_plain", plan.record.tensors = tensors;
+    const auto fails = [&] {
+        CHECK_FAILS(HIGEN_ERROR_UNAVAILABLE, "was built before version 2 of the manifest", (check_interface(plan, film, tensors), 0));
+        CHECK_FAILS(HIGEN_ERROR_UNAVAILABLE, "higen-export onnx " + folder.u8string(), (check_interface(plan, film, tensors), 0));
+    };
+    fails();
+    const auto& guided = stage("film");
+    tensors = plan.record.tensors = [&] {
+        std::vector<PlanTensor> list;
+        for (const auto& input : guided.inputs)
+            list.push_back({input.name, true, "float32", higen::core::Shape(input.name == "guidance" ? 1 : input.shape.size(), -1)});
+        for (const auto& output : guided.outputs)
+            list.push_back({guided.graph_output(output), false, "float32", higen::core::Shape(output.shape.size(), -1)});
+        return list;
+    }();
+    CHECK_FAILS(HIGEN_ERROR_UNAVAILABLE, "(guidance is another there)", (check_interface(plan, guided, tensors), 0));
+    for (auto& tensor : tensors)
+        if (tensor.name == "guidance") tensor.shape = {-1, -1};
+    plan.record.tensors = tensors;
+    check_interface(plan, guided, tensors);
 }
 
 int main(int argc, char** argv) {

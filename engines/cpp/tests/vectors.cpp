@@ -4,16 +4,17 @@
 #include <cstdio>
 #include <cstdlib>
 #include <fstream>
+#include <limits>
 #include <map>
 #include <nlohmann/json.hpp>
 #include <string>
 
 #include "bundle.h"
-#include "conditioning.h"
+#include "encodings.h"
 #include "errors.h"
 #include "noise.h"
+#include "pictures.h"
 #include "plans.h"
-#include "schedule.h"
 #include "stages.h"
 #include "tokenizer.h"
 
@@ -22,29 +23,46 @@ using Json = nlohmann::json;
 
 namespace {
 
-Cue cue(const Json& json) {
-    if (json.is_null()) return std::nullopt;
-    return CueValues{json.at("values").get<std::vector<double>>(), json.at("rows").get<std::size_t>(),
-                     json.at("columns").get<std::size_t>()};
+// A control's value checked and encoded: {"encoding", "low", "value": {"values", "rows", "columns"} or null, "frames",
+// "columns"}.
+Json encoded(const Json& job) {
+    const std::map<std::string, Control::Encoding> encodings = {{"curve", Control::Encoding::curve},
+                                                                {"sinusoid", Control::Encoding::sinusoid},
+                                                                {"similarity", Control::Encoding::similarity}};
+    Control control;
+    control.name = "control";
+    control.kind = Control::Kind::curve;
+    control.encoding = encodings.at(job.at("encoding").get<std::string>());
+    if (!job.at("low").is_null()) control.low = job.at("low").get<double>();
+    const auto frames = job.at("frames").get<std::size_t>();
+    const auto& given = job.at("value");
+    MaybeValue value;
+    if (!given.is_null()) {
+        value = ControlValue{given.at("values").get<std::vector<double>>(), given.at("rows").get<std::size_t>(),
+                             given.at("columns").get<std::size_t>(), ""};
+        check_value(control, *value, frames);
+    }
+    return encode(control, value, frames, job.at("columns").get<std::size_t>());
 }
 
-Json schedule(const Json& job) {
-    ScheduleConfig config;
-    config.timesteps = job.at("timesteps").get<std::int64_t>();
-    config.zero_terminal_snr = job.at("zero_terminal_snr").get<bool>();
-    auto rows = Json::array();
-    for (const auto& row : solver_table(job.at("solver").get<std::string>(), job.at("steps").get<std::int64_t>(), config))
-        rows.push_back({row.t, row.A, row.B, row.C, row.alpha, row.sigma});
-    return rows;
+// A picture scaled to cover a size and cropped; with "small" also that resampled: {"rgb", "width", "height", "new_width",
+// "new_height", "small": [height, width]}.
+Json picture(const Json& job) {
+    const auto n = [&](const char* key) { return job.at(key).get<std::size_t>(); };
+    const auto rgb = job.at("rgb").get<std::vector<std::uint8_t>>();
+    const auto covered = cover(rgb.data(), n("width"), n("height"), n("new_width"), n("new_height"));
+    const auto pixels = planes(covered, 1, n("new_width") * n("new_height"));
+    const auto small = job.at("small").get<std::vector<std::size_t>>();
+    return {covered, resample(pixels, n("new_height"), n("new_width"), small.at(0), small.at(1))};
 }
 
 Json tokens(const Json& job) {
-    TextConfig config;
-    config.context_length = job.at("context_length").get<std::int64_t>();
-    config.pad_id = job.at("pad_id").get<std::int64_t>();
-    config.clean = job.at("clean").get<bool>();
+    TextRules rules;
+    rules.length = job.at("length").get<std::int64_t>();
+    rules.pad_id = job.at("pad_id").get<std::int64_t>();
+    rules.clean = job.at("clean").get<bool>();
     const auto path = std::filesystem::u8path(job.at("tokenizer").get<std::string>());
-    const Tokenizer tokenizer(read_file(path), path.u8string(), config);
+    const Tokenizer tokenizer(read_file(path), path.u8string(), rules);
     auto rows = Json::array();
     for (const auto& text : job.at("texts")) {
         std::vector<std::string> warnings;
@@ -57,24 +75,28 @@ Json tokens(const Json& job) {
     return rows;
 }
 
-Json stage_table(const Json& job) {
-    const auto& found = stage(job.at("stage").get<std::string>());
-    const auto list = [&](const std::vector<TensorSpec>& specs, bool outputs) {
-        auto tensors = Json::array();
-        for (const auto& spec : specs) {
-            auto shape = Json::array();
-            for (const auto& axis : spec.shape) {
-                if (axis.symbol.empty())
-                    shape.push_back(axis.size);
-                else
-                    shape.push_back(axis.symbol);
-            }
-            const auto name = outputs ? found.graph_output(spec) : std::string(spec.name);
-            tensors.push_back({name, shape, spec.is_float ? "float32" : "int64"});
-        }
-        return tensors;
-    };
-    return {list(found.inputs, false), list(found.outputs, true)};
+Json axes(const std::vector<Axis>& shape) {
+    auto list = Json::array();
+    for (const auto& axis : shape) list.push_back(axis.symbol.empty() ? Json(axis.size) : Json(axis.symbol));
+    return list;
+}
+
+// What the reader made of a model's tables.
+Json tables(const Json& job) {
+    const Bundle bundle(std::filesystem::u8path(job.at("path").get<std::string>()), false);
+    const auto& manifest = bundle.manifest();
+    auto stages = Json::object(), loops = Json::object(), controls = Json::object();
+    for (const auto& stage : manifest.stages) {
+        auto inputs = Json::array(), outputs = Json::array();
+        for (const auto& input : stage.inputs)
+            inputs.push_back({input.name, axes(input.shape), input.is_float ? "float32" : "int64", to_text(input.source)});
+        for (const auto& output : stage.outputs) outputs.push_back({stage.graph_output(output), axes(output.shape)});
+        stages[stage.name] = {inputs, outputs, stage.weights, stage.lowest, stage.batch};
+    }
+    for (const auto& loop : manifest.loops)
+        loops[loop.name] = {loop.stages(), loop.steps, loop.guidance, loop.solvers.front().name, loop.least_frames};
+    for (const auto& control : manifest.controls) controls[control.name] = {to_text(control.kind), control.range()};
+    return {{"symbols", manifest.sizes.symbols}, {"stages", stages}, {"loops", loops}, {"controls", controls}};
 }
 
 // Target and precision of each plan of a stage that fits.
@@ -95,22 +117,17 @@ Json answer(const Json& job) {
     const auto op = job.at("op").get<std::string>();
     const auto n = [&](const char* key) { return job.at(key).get<std::size_t>(); };
     if (op == "noise")
-        return initial_noise(job.at("seed").get<std::uint64_t>(), static_cast<Purpose>(job.at("purpose").get<int>()),
-                             n("channels"), n("frames"), n("height"), n("width"));
-    if (op == "schedule") return schedule(job);
-    if (op == "motion") return motion_cue(cue(job.at("cue")), n("frames"), n("dim"));
-    if (op == "appearance") return appearance_cue(cue(job.at("cue")), n("frames"), n("columns"));
+        return frame_noise(job.at("seed").get<std::uint64_t>(), job.at("purpose").get<std::uint64_t>(), n("channels"),
+                           n("frames"), n("height") * n("width"));
+    if (op == "encoded") return encoded(job);
+    if (op == "picture") return picture(job);
     if (op == "tokens") return tokens(job);
-    if (op == "stage") return stage_table(job);
-    if (op == "dimensions") {
-        const auto path = std::filesystem::u8path(job.at("path").get<std::string>());
-        return dimensions(Bundle(path, false).config());
-    }
+    if (op == "tables") return tables(job);
     if (op == "plan") return chosen_plan(job);
     if (op == "profile")
         return best_profile({"", parse_record(job.at("record").get<std::string>(), "job")},
                             job.at("shapes").get<Shapes>());
-    if (op == "bundle") return Bundle(std::filesystem::u8path(job.at("path").get<std::string>()), true).config().name;
+    if (op == "bundle") return Bundle(std::filesystem::u8path(job.at("path").get<std::string>()), true).manifest().name;
     throw Error(HIGEN_ERROR_REQUEST, "op " + op);
 }
 

@@ -1,4 +1,4 @@
-/* higen: text to video with HiGen models, as a C library.
+/* higen: text-to-video models, as a C library.
  *
  * A model directory (higen.json, its graphs and weights) is opened once; `higen_generate` turns a text into frames and
  * hands them to a callback. The same directory and seed give the frames that the Python package gives, to 1/255.
@@ -19,7 +19,7 @@
  * several `higen_generate` at a time; `higen_model_close` must be the last call on it.
  *
  * Structures begin with their size, so that a later version can add fields: initialise each with its function or macro.
- * Before 1.0 a new minor version may change any of this, and is another library to the loader (libhigen.so.0.1).
+ * Before 1.0 a new minor version may change any of this, and is another library to the loader (libhigen.so.0.2).
  */
 #ifndef HIGEN_HIGEN_H
 #define HIGEN_HIGEN_H
@@ -47,8 +47,8 @@ typedef enum higen_status {
     HIGEN_OK = 0,
     HIGEN_ERROR_REQUEST = 1,     /* an argument is wrong; the message names it, its value and what is allowed */
     HIGEN_ERROR_CLEANING = 2,    /* this text needs the Python package's cleaning: plain text or `tokens` instead */
-    HIGEN_ERROR_MANIFEST = 3,    /* higen.json is missing, malformed or of a newer version */
-    HIGEN_ERROR_INTEGRITY = 4,   /* a file of the model is missing, truncated, altered, or not what a stage needs */
+    HIGEN_ERROR_MANIFEST = 3,    /* higen.json is missing, malformed or of another version */
+    HIGEN_ERROR_INTEGRITY = 4,   /* a file is missing, truncated, altered, or not what a stage needs; or tables that were edited */
     HIGEN_ERROR_UNAVAILABLE = 5, /* the asked provider cannot run here, or the model has no graph for a stage */
     HIGEN_ERROR_BACKEND = 6,     /* the backend failed while it ran */
     HIGEN_ERROR_MEMORY = 7,      /* out of memory */
@@ -56,7 +56,7 @@ typedef enum higen_status {
     HIGEN_CANCELLED = 9          /* a callback or `higen_cancel` stopped the work */
 } higen_status;
 
-/* The version of this library, for example "0.1.0". */
+/* The version of this library, for example "0.2.0". */
 HIGEN_API const char* higen_version(void);
 
 /* The name of a status, for example "HIGEN_ERROR_REQUEST". */
@@ -81,8 +81,8 @@ typedef struct higen_model_options {
 
 #define HIGEN_MODEL_OPTIONS_INIT {sizeof(higen_model_options), NULL, NULL, 0, 0, NULL, NULL}
 
-/* Open a model directory: its manifest, its tokenizer and the graphs or engines of every stage that a video from text
- * needs. `options` may be NULL. On failure *model is NULL.
+/* Open a model directory: its manifest, its tokenizer and the graphs or engines of every stage that the default request
+ * needs; other stages are loaded when a request first needs them. `options` may be NULL. On failure *model is NULL.
  *
  * A quantised precision ("int8", ...) has graphs for some stages only; the others run in the precision of its weights.
  * One that the model was never quantised to is HIGEN_ERROR_UNAVAILABLE; higen_last_error names the command.
@@ -96,20 +96,79 @@ typedef struct higen_model_info {
     size_t struct_size;
     const char* name;        /* texts live as long as the model */
     const char* licence;
+    const char* family;
     const char* report;      /* what runs each stage, one line a stage, and why a better way does not */
     int32_t size_multiple;   /* width and height are multiples of this */
+    int32_t min_frames;
     int32_t max_frames;
-    int32_t max_steps;
-    int32_t context_length;  /* token ids of a text, start and end included */
+    int32_t context_length;  /* token ids of a text, start and end included; 0: the model reads no text */
     int32_t pad_id;
-    int32_t appearance_columns;
-    int32_t optional_cues;   /* 1: motion and appearance may be unspecified */
+    size_t loop_count;       /* denoising loops: higen_model_loop */
+    size_t control_count;    /* what a request may set beside the fields of higen_request: higen_model_control */
     size_t prompt_count;     /* prompts the model is known to draw well: higen_model_prompt */
 } higen_model_info;
 
-#define HIGEN_MODEL_INFO_INIT {sizeof(higen_model_info), NULL, NULL, NULL, 0, 0, 0, 0, 0, 0, 0, 0}
+#define HIGEN_MODEL_INFO_INIT {sizeof(higen_model_info), NULL, NULL, NULL, NULL, 0, 0, 0, 0, 0, 0, 0, 0}
 
 HIGEN_API higen_status higen_model_describe(const higen_model* model, higen_model_info* info);
+
+/* A denoising loop; they run in this order, and the last one that runs gives the result. */
+typedef struct higen_loop_info {
+    size_t struct_size;
+    const char* name;
+    int32_t every_frame;             /* 1: it denoises all frames of the request; 0: one frame */
+    int32_t least_frames;            /* it is left out where a request has fewer */
+    int32_t steps;                   /* the default */
+    int32_t max_steps;
+    const double* guidance;          /* the default: guidance_count numbers spread over the frames */
+    size_t guidance_count;
+    int32_t guided;                  /* 0: it has no guidance, and takes 1 alone */
+    const char* const* solvers;      /* solver_count names, the default first */
+    size_t solver_count;
+} higen_loop_info;
+
+#define HIGEN_LOOP_INFO_INIT {sizeof(higen_loop_info), NULL, 0, 0, 0, 0, NULL, 0, 0, NULL, 0}
+
+/* The loop at `index` of info.loop_count. */
+HIGEN_API higen_status higen_model_loop(const higen_model* model, size_t index, higen_loop_info* info);
+
+typedef enum higen_control_kind {
+    HIGEN_CONTROL_NUMBER = 0,
+    HIGEN_CONTROL_WHOLE = 1,   /* a whole number */
+    HIGEN_CONTROL_CURVE = 2,   /* one number, one a frame or, but for similarity, one a pair of frames; see encoding */
+    HIGEN_CONTROL_TEXT = 3,
+    HIGEN_CONTROL_PICTURE = 4, /* higen_picture of one frame */
+    HIGEN_CONTROL_CLIP = 5,    /* higen_picture of as many frames as the request has */
+    HIGEN_CONTROL_CHOICE = 6   /* one of the texts in `choices` */
+} higen_control_kind;
+
+/* What a request may set for this model. */
+typedef struct higen_control_info {
+    size_t struct_size;
+    const char* name;
+    higen_control_kind kind;
+    const char* encoding;         /* "number", "curve", "sinusoid", "similarity" (takes a matrix, too), or NULL */
+    int32_t has_low;              /* 1: `low` is the smallest value */
+    double low;
+    int32_t has_high;
+    double high;
+    int32_t has_default;          /* 0: unspecified, or no picture */
+    double default_value;         /* of a number, whole or curve */
+    const char* default_text;     /* of a text or choice, else NULL */
+    int32_t optional;             /* 1: it may be left unspecified */
+    const char* const* choices;   /* choice_count texts */
+    size_t choice_count;
+    const char* meaning;          /* one line for a person */
+} higen_control_info;
+
+#define HIGEN_CONTROL_INFO_INIT \
+    {sizeof(higen_control_info), NULL, HIGEN_CONTROL_NUMBER, NULL, 0, 0.0, 0, 0.0, 0, 0.0, NULL, 0, NULL, 0, NULL}
+
+/* How many controls a model has; 0 for NULL. */
+HIGEN_API size_t higen_controls(const higen_model* model);
+
+/* The control at `index` of higen_controls(model). */
+HIGEN_API higen_status higen_model_control(const higen_model* model, size_t index, higen_control_info* info);
 
 /* The prompt at `index` of info.prompt_count; NULL past the end. */
 HIGEN_API const char* higen_model_prompt(const higen_model* model, size_t index);
@@ -120,39 +179,55 @@ HIGEN_API higen_status higen_tokenize(const higen_model* model, const char* text
 
 /* ---- Requests ---- */
 
-typedef enum higen_cue_kind {
-    HIGEN_CUE_DEFAULT = 0,     /* the model's default */
-    HIGEN_CUE_UNSPECIFIED = 1, /* left to the model (only where info.optional_cues is 1) */
-    HIGEN_CUE_GIVEN = 2        /* values, rows, columns */
-} higen_cue_kind;
-
-typedef struct higen_cue {
-    higen_cue_kind kind;
-    const double* values; /* rows x columns numbers, row by row; 1 x 1 is one number for all frames */
+/* A value of a control that is no picture and no clip. A control that a request does not list has its default. */
+typedef struct higen_control {
+    const char* name;
+    const double* values; /* rows x columns numbers, row by row; 1 x 1 is one number, n x 1 a list */
     size_t rows;
     size_t columns;
-} higen_cue;
+    const char* text;     /* of a text or choice. values and text NULL: unspecified, where the control is optional */
+} higen_control;
+
+/* Pixels of a picture or clip control. They are scaled to cover the request's size, then cropped to it. */
+typedef struct higen_picture {
+    const char* name;
+    const uint8_t* rgb; /* frames x height x width x 3 bytes */
+    int32_t frames;     /* 1 for a picture, the request's for a clip */
+    int32_t height;
+    int32_t width;
+} higen_picture;
+
+/* One number for all frames of a loop, or one a frame. */
+typedef struct higen_curve {
+    const double* values; /* NULL: the loop's default */
+    size_t count;
+} higen_curve;
 
 typedef struct higen_request {
     size_t struct_size;
-    const char* prompt;
+    const char* prompt;              /* ignored by a model that reads no text */
     const char* negative_prompt;     /* NULL: "" */
     const int64_t* tokens;           /* instead of `prompt`: token_count ids from start to end; padding is added */
     size_t token_count;
     const int64_t* negative_tokens;  /* instead of `negative_prompt` */
     size_t negative_token_count;
     uint64_t seed;
-    int32_t steps[2];                /* spatial stage, temporal stage */
-    double guidance[2];
-    const char* solver;              /* "ddim" or "dpm++2m" */
-    int32_t frames;                  /* 1: the key frame alone */
+    const int32_t* steps;            /* step_count numbers: one for every loop, or one a loop in the order of
+                                        higen_model_loop; 0: that loop's default. NULL: the defaults */
+    size_t step_count;
+    const higen_curve* guidance;     /* guidance_count curves: one for every loop, or one a loop. NULL: the defaults */
+    size_t guidance_count;
+    const char* const* solvers;      /* solver_count names: one for every loop, or one a loop; a NULL among them: that
+                                        loop's default. NULL: the defaults */
+    size_t solver_count;
+    int32_t frames;
     int32_t width;
     int32_t height;
-    int32_t fps;                     /* only handed through */
-    higen_cue motion;                /* 1 number, or `rows` = frames - 1 or frames numbers (columns = 1) */
-    higen_cue appearance;            /* 1 number, `rows` = frames numbers, frames x appearance_columns, frames x frames */
-    double offset_noise;
-    const uint8_t* key_frame;        /* NULL, or RGB of height x width pixels that replaces the drawn key frame */
+    int32_t fps;
+    const higen_control* controls;   /* control_count values, each control at most once */
+    size_t control_count;
+    const higen_picture* pictures;   /* picture_count pictures and clips, each control at most once */
+    size_t picture_count;
 } higen_request;
 
 /* Fill a request with the model's defaults; the prompt is left to you. */
@@ -162,11 +237,12 @@ HIGEN_API higen_status higen_request_init(const higen_model* model, higen_reques
 
 typedef struct higen_step {
     size_t struct_size;
-    const char* stage; /* "spatial_unet" or "temporal_unet" */
+    const char* loop;  /* its name */
+    const char* stage; /* the stage that did the step */
     int32_t index;     /* from 0 */
-    int32_t total;
-    int32_t t;         /* timestep of the model's schedule */
-    int32_t frames;    /* of a preview: 1 in the spatial stage */
+    int32_t total;     /* rows of the solver's table that run; a solver may take more than one a step */
+    double t;          /* timestep of the loop's schedule */
+    int32_t frames;    /* of a preview: those of the loop */
     int32_t width;
     int32_t height;
     const void* state; /* for higen_step_preview */
@@ -202,8 +278,8 @@ HIGEN_API higen_status higen_generate(higen_model* model, const higen_request* r
                                       const higen_callbacks* callbacks);
 
 /* Make a video of each of `count` requests at once: their denoising steps are one batch, which a GPU does in less time
- * than one after another. They agree in frames, width, height, fps, steps and solver, and have a key frame all or none;
- * the rest is each one's own. A video is that of its request alone, but for the rounding of a larger batch.
+ * than one after another. They agree in frames, width, height, fps, steps and solvers, and in which pictures and clips
+ * are given; the rest is each one's own. A video is that of its request alone, but for the rounding of a larger batch.
  * on_frames gets one video after another. */
 HIGEN_API higen_status higen_generate_batch(higen_model* model, const higen_request* const* requests, size_t count,
                                             const higen_callbacks* callbacks);

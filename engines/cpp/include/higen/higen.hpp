@@ -3,6 +3,7 @@
 //     higen::Model model("path/to/model");
 //     higen::Request request(model, "a whale flapping its tail on a blue sky");
 //     request->seed = 7;
+//     request.steps({20}).set("NAME", 0.5);           // a control of the model: see model.controls()
 //     higen::Video video = model.generate(request);   // video.rgb: frames x height x width x 3 bytes
 #pragma once
 
@@ -11,6 +12,7 @@
 #include <exception>
 #include <functional>
 #include <memory>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -75,6 +77,21 @@ public:
         return prompts;
     }
 
+    // The denoising loops, in order.
+    [[nodiscard]] std::vector<higen_loop_info> loops() const {
+        std::vector<higen_loop_info> loops(info().loop_count, higen_loop_info HIGEN_LOOP_INFO_INIT);
+        for (std::size_t i = 0; i < loops.size(); ++i) check(higen_model_loop(model_.get(), i, &loops[i]));
+        return loops;
+    }
+
+    // What a request may set for this model.
+    [[nodiscard]] std::vector<higen_control_info> controls() const {
+        std::vector<higen_control_info> controls(higen_controls(model_.get()),
+                                                 higen_control_info HIGEN_CONTROL_INFO_INIT);
+        for (std::size_t i = 0; i < controls.size(); ++i) check(higen_model_control(model_.get(), i, &controls[i]));
+        return controls;
+    }
+
     [[nodiscard]] std::vector<std::int64_t> tokenize(const std::string& text) const {
         std::vector<std::int64_t> ids(static_cast<std::size_t>(info().context_length));
         check(higen_tokenize(model_.get(), text.c_str(), ids.data(), ids.size()));
@@ -98,7 +115,8 @@ private:
     std::unique_ptr<higen_model, Close> model_;
 };
 
-// A request with the model's defaults; the fields of higen_request are behind `->`. Keep alive what they point to.
+// A request with the model's defaults. The plain fields of higen_request are behind `->`; keep alive what they point
+// to. Lists, controls and pictures are set by the functions below, which keep copies.
 class Request {
 public:
     Request(const Model& model, std::string prompt) : prompt_(std::move(prompt)) {
@@ -107,16 +125,99 @@ public:
 
     higen_request* operator->() { return &request_; }
 
-    // The request as the C interface takes it.
-    [[nodiscard]] higen_request get() const {
-        auto request = request_;
-        if (request.prompt == nullptr && request.tokens == nullptr) request.prompt = prompt_.c_str();
-        return request;
+    // Steps: one number for every loop, or one a loop; 0 is that loop's default.
+    Request& steps(std::vector<std::int32_t> steps) {
+        steps_ = std::move(steps);
+        return *this;
+    }
+
+    // Guidance: one list for every loop, or one a loop. A list has one number, or one a frame; empty is the default.
+    Request& guidance(std::vector<std::vector<double>> guidance) {
+        guidance_ = std::move(guidance);
+        return *this;
+    }
+    Request& guidance(double scale) { return guidance(std::vector<std::vector<double>>{{scale}}); }
+
+    // Solvers: one name for every loop, or one a loop; "" is that loop's default.
+    Request& solvers(std::vector<std::string> names) {
+        solvers_ = std::move(names);
+        return *this;
+    }
+
+    // A control with numbers: one, a list, or a matrix of `columns`.
+    Request& set(const std::string& control, std::vector<double> numbers, std::size_t columns = 1) {
+        return put({control, std::move(numbers), columns, std::nullopt});
+    }
+    Request& set(const std::string& control, double number) { return set(control, std::vector<double>{number}); }
+    // A text or a choice.
+    Request& text(const std::string& control, const std::string& value) { return put({control, {}, 1, value}); }
+    // Leave it to the model, where the control is optional.
+    Request& unspecified(const std::string& control) { return put({control, {}, 1, std::nullopt}); }
+
+    // A picture or clip: RGB of frames x height x width pixels.
+    Request& picture(const std::string& control, std::vector<std::uint8_t> rgb, int width, int height, int frames = 1) {
+        pictures_.push_back({control, std::move(rgb), width, height, frames});
+        return *this;
+    }
+
+    // The request as the C interface takes it; valid until this one is changed or freed.
+    [[nodiscard]] const higen_request& get() {
+        flat_ = {};
+        flat_.request = request_;
+        auto& made = flat_.request;
+        if (made.prompt == nullptr && made.tokens == nullptr) made.prompt = prompt_.c_str();
+        if (!steps_.empty()) made.steps = steps_.data(), made.step_count = steps_.size();
+        for (const auto& curve : guidance_)
+            flat_.guidance.push_back({curve.empty() ? nullptr : curve.data(), curve.size()});
+        if (!guidance_.empty()) made.guidance = flat_.guidance.data(), made.guidance_count = flat_.guidance.size();
+        for (const auto& name : solvers_) flat_.solvers.push_back(name.empty() ? nullptr : name.c_str());
+        if (!solvers_.empty()) made.solvers = flat_.solvers.data(), made.solver_count = flat_.solvers.size();
+        for (const auto& value : values_)
+            flat_.controls.push_back({value.name.c_str(), value.numbers.empty() ? nullptr : value.numbers.data(),
+                                      value.numbers.size() / value.columns, value.columns,
+                                      value.text ? value.text->c_str() : nullptr});
+        if (!values_.empty()) made.controls = flat_.controls.data(), made.control_count = flat_.controls.size();
+        for (const auto& one : pictures_)
+            flat_.pictures.push_back({one.name.c_str(), one.rgb.data(), one.frames, one.height, one.width});
+        if (!pictures_.empty()) made.pictures = flat_.pictures.data(), made.picture_count = flat_.pictures.size();
+        return made;
     }
 
 private:
+    struct Value {
+        std::string name;
+        std::vector<double> numbers;
+        std::size_t columns;
+        std::optional<std::string> text;
+    };
+    struct Pixels {
+        std::string name;
+        std::vector<std::uint8_t> rgb;
+        int width, height, frames;
+    };
+    // What the C structure points to.
+    struct Flat {
+        higen_request request{};
+        std::vector<higen_curve> guidance;
+        std::vector<const char*> solvers;
+        std::vector<higen_control> controls;
+        std::vector<higen_picture> pictures;
+    };
+
+    Request& put(Value value) {
+        if (value.columns == 0) throw Error(HIGEN_ERROR_REQUEST, value.name + ": a matrix of 0 columns");
+        values_.push_back(std::move(value));
+        return *this;
+    }
+
     std::string prompt_;
     higen_request request_{};
+    std::vector<std::int32_t> steps_;
+    std::vector<std::vector<double>> guidance_;
+    std::vector<std::string> solvers_;
+    std::vector<Value> values_;
+    std::vector<Pixels> pictures_;
+    Flat flat_;
 };
 
 inline Video Model::generate(const Request& request, const Callbacks& callbacks) {
@@ -164,11 +265,10 @@ inline std::vector<Video> Model::generate(const std::vector<Request>& requests, 
             return 0;
         });
     };
-    std::vector<higen_request> given;
+    auto given = requests;  // a request of one's own to flatten
     std::vector<const higen_request*> pointers;
-    for (const auto& request : requests) given.push_back(request.get());
-    for (const auto& request : given) pointers.push_back(&request);
-    const auto status = given.size() == 1 ? higen_generate(model_.get(), given.data(), &calls)
+    for (auto& request : given) pointers.push_back(&request.get());
+    const auto status = given.size() == 1 ? higen_generate(model_.get(), pointers.front(), &calls)
                                           : higen_generate_batch(model_.get(), pointers.data(), given.size(), &calls);
     if (state.thrown) std::rethrow_exception(state.thrown);
     check(status);

@@ -26,6 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from higen.api import load
@@ -33,6 +34,8 @@ from higen.bundle import Bundle
 from higen.pipeline import Pipeline
 from higen.request import Request
 from higen.sampler import Step
+from higen.sources import Sources
+from higen.tables import Loop
 from higen.train.denormals import flushed_denormals
 from higen.train.recipes.default.assemble import DEFAULTS, assemble
 from higen.train.recipes.default.clips import Clips, Selection
@@ -93,9 +96,12 @@ def fit(variant: Variant, work: Path, run: Run) -> Path:
 class OneStage(Pipeline):
     """A pipeline without a spatial stage: the prior is zero, and the temporal network has been trained without one."""
 
-    def _spatial_steps(self, request: Request, texts: tuple[Any, Any]) -> Iterator[Step]:
-        zeros = torch.zeros(self._noise(request, 0, 1).shape)
-        yield Step("spatial_unet", 0, 1, 0, zeros, zeros)
+    def _steps(self, request: Request, sources: Sources, loop: Loop, steps: int) -> Iterator[Step]:
+        if loop.name != "spatial":
+            yield from super()._steps(request, sources, loop, steps)
+            return
+        zeros = np.zeros_like(self._noise(request, sources, loop)[0])
+        yield Step(loop.name, loop.stages[0], 0, 1, 0.0, zeros, zeros)
 
 
 def measure(variant: Variant, model: Path, real: RealClips, judges: Judges, seeds: int) -> dict[str, Any]:

@@ -14,8 +14,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from higen import bundle
-from higen.config import AutoencoderConfig, Defaults, ModelConfig, UNetConfig
 from higen.errors import TrainingError
+from higen.families.higen import spec
+from higen.families.higen.spec import AutoencoderConfig, Defaults, ModelConfig, UNetConfig
 from higen.tokenizer import build_word_tokenizer
 from higen.train.checkpoints import Checkpoints
 from higen.train.recipes.default.decoder import RESULT as DECODER
@@ -77,11 +78,11 @@ def assemble(
         shift=tuple(statistics["mean"].tolist()),
         scale=tuple((1 / statistics["std"]).tolist()),
     )
-    with bundle.create(output, replace(model_config(autoencoder), unet=unet), overwrite) as folder:
-        save_file(half_precision(average, "denoiser."), folder / bundle.UNET)
-        save_file(half_precision(average, "text."), folder / bundle.TEXT_ENCODER)
-        save_file(half_precision(_codec(state), ""), folder / bundle.AUTOENCODER)
-        build_word_tokenizer(WORDS).save(str(folder / bundle.TOKENIZER))
+    with bundle.create(output, spec.manifest(replace(model_config(autoencoder), unet=unet)), overwrite) as folder:
+        save_file(half_precision(average, "denoiser."), folder / spec.UNET)
+        save_file(half_precision(average, "text."), folder / spec.TEXT_ENCODER)
+        save_file(half_precision(_codec(state), ""), folder / spec.AUTOENCODER)
+        build_word_tokenizer(WORDS).save(str(folder / spec.TOKENIZER))
     return bundle.Bundle.open(output)
 
 

@@ -21,7 +21,8 @@ from diffusers import AutoencoderDC
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from higen.bundle import AUTOENCODER, Bundle
+from higen.bundle import Bundle
+from higen.families.higen import spec
 from higen.train.recipes.default.aside import aside
 from higen.train.recipes.default.data import background, fetch, load_loop
 from higen.train.recipes.default.subjects import BACKGROUNDS, SUBJECTS, is_held_out
@@ -243,7 +244,7 @@ def train(data: Path, state: Path, seconds: float, start: Bundle | None = None) 
     if (state / "autoencoder.ckpt").exists():
         trainer.restore(state / "autoencoder.ckpt")
     elif start is not None:
-        weights = load_file(start.file(AUTOENCODER))
+        weights = load_file(start.file(spec.AUTOENCODER))
         trainer.model.load_state_dict(weights)
         trainer.ema.load_state_dict(weights)
     run(trainer, state, seconds)

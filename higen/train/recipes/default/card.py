@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 
 import higen
+from higen.families.higen import spec
 from higen.train.recipes.default import decoder
 from higen.train.recipes.default.denoiser import Run
 from higen.train.recipes.default.report import COLUMNS, frechet_lines
@@ -140,7 +141,7 @@ def main() -> None:
     with higen.load(arguments.model) as pipeline:
         videos = pipeline(list(PROMPTS), seed=0, progress=False)
         size = sum(record.size for name, record in pipeline.bundle.files.items() if name.endswith(".safetensors"))
-        words = int(pipeline.config.text.clip["vocab_size"]) - 4
+        words = int(spec.text_config(pipeline.manifest).clip["vocab_size"]) - 4
     contact_sheet(videos).save(arguments.output / "contact_sheet.png")
     samples(videos).save(arguments.output / "samples.gif")
     card = CARD.format(

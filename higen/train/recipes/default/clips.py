@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from higen.conditioning import appearance_cue, appearance_rows, motion_cue
-from higen.config import UNetConfig
 from higen.errors import TrainingError
+from higen.families.higen.cues import appearance_cue, motion_cue
+from higen.families.higen.spec import UNetConfig
 from higen.train.cues import appearance_factor, appearance_similarity, motion_of
 from higen.train.objective import residual_square
 from higen.train.recipes.default.data import clip_indices
@@ -125,7 +125,7 @@ class Clips:
             x0.append(self.loops[s][b, SUBJECTS[s].key_frame].float()[:, None])
             captions.append(self._caption(s, b, SPEEDS[_integer(random, len(SPEEDS))], random))
         motion = torch.from_numpy(motion_cue(0.0, 1, self.config.base_channels))
-        appearance = torch.from_numpy(appearance_rows(0.0, 1, self.config.appearance_columns))
+        appearance = torch.from_numpy(appearance_cue(0.0, 1, self.config.appearance_columns))
         batch = torch.stack(x0)
         return Batch(
             batch,
@@ -177,7 +177,7 @@ class Clips:
         if _real(random) < 0.5:
             motion = motion.mean().expand_as(motion)
         similarity = appearance_similarity(clip.transpose(0, 1).flatten(1)[None])
-        rows = appearance_rows(
+        rows = appearance_cue(
             float(appearance_factor(similarity)) if _real(random) < 0.5 else similarity[0].numpy(),
             FRAMES,
             self.config.appearance_columns,

@@ -25,6 +25,7 @@ from tqdm import tqdm
 from higen.api import load as load_pipeline
 from higen.bundle import Bundle
 from higen.pipeline import Pipeline
+from higen.sampler import Step
 from higen.train.checkpoints import Checkpoints
 from higen.train.denormals import flushed_denormals
 from higen.train.optimise import Optimiser
@@ -82,7 +83,8 @@ def draw(model: Bundle, folder: Path, shown: bool = False) -> None:
 def _latents(pipeline: Pipeline, prompt: str, seed: int) -> Tensor:
     """The clean latents of a clip [1,32,16,8,8], before they are decoded."""
     stream = pipeline.stream(prompt, seed=seed)
-    last = next(step for step in stream if step.stage == "temporal_unet" and step.index == step.total - 1)
+    steps = (event for event in stream if isinstance(event, Step))
+    last = next(step for step in steps if step.loop == "temporal" and step.index == step.total - 1)
     stream.close()
     return torch.from_numpy(pipeline.backend.to_numpy(last.latents))
 

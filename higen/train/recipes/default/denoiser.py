@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from higen.bundle import Bundle
-from higen.config import ScheduleConfig, TextConfig, UNetConfig, to_json
 from higen.errors import SettingsError
+from higen.families.higen.spec import ModelConfig, TextConfig, UNetConfig
+from higen.families.higen.unet import Denoiser
 from higen.models.companions import text_encoder
-from higen.models.unet import Denoiser
 from higen.schedule import alphas_cumprod
 from higen.tokenizer import PromptTokenizer, build_word_tokenizer
 from higen.train.checkpoints import Checkpoints
@@ -35,6 +35,7 @@ from higen.train.recipes.default.start import start_from
 from higen.train.recipes.default.subjects import SUBJECTS, subjects_named, vocabulary
 from higen.train.record import claimed
 from higen.train.settings import OptimiserSettings, first_difference
+from higen.typed_json import to_json
 
 __all__ = ["TEXT", "UNET", "Networks", "Run", "train"]
 
@@ -107,8 +108,8 @@ class Networks(nn.Module):
 
     def __init__(self, config: UNetConfig = UNET) -> None:
         super().__init__()
-        self.tokenizer = PromptTokenizer(build_word_tokenizer(WORDS), TEXT)
-        self.text = text_encoder(TEXT)
+        self.tokenizer = PromptTokenizer(build_word_tokenizer(WORDS), TEXT.rules)
+        self.text = text_encoder(TEXT.clip)
         self.denoiser = Denoiser(config)
         # The prior starts as a second noisy frame would enter, not as nothing: it is then never ignored.
         self.denoiser.unet.prior.load_state_dict(self.denoiser.unet.conv_in.state_dict())
@@ -133,7 +134,7 @@ class Trainer:
         self.networks = Networks(clips.config).train()
         self.spatial = self.networks.denoiser.spatial_unet()
         self.optimiser = Optimiser(dict(self.networks.named_parameters()), run.optimiser, run.steps)
-        self.abar = torch.from_numpy(alphas_cumprod(ScheduleConfig())).float()
+        self.abar = torch.from_numpy(alphas_cumprod(ModelConfig().schedule)).float()
 
     @property
     def progress(self) -> float:
@@ -220,7 +221,7 @@ def train(state: Path, run: Run, start: Bundle | None = None, clips: Clips | Non
 
 
 def _new(start: Bundle) -> tuple[int, ...]:
-    known = subjects_named(start.config.prompts)
+    known = subjects_named(start.manifest.prompts)
     return tuple(i for i in range(len(SUBJECTS)) if i not in known)
 
 

@@ -115,7 +115,7 @@ class PipelineMaker:
 
     def decode(self, latents: NDArray[np.float32]) -> Frames:
         """See Codec."""
-        return self.pipeline.decode(latents[None])[0]
+        return self.pipeline.decode(latents[None], self.pipeline.request("a"))[0]
 
 
 @dataclass

@@ -15,7 +15,7 @@ from diffusers import AutoencoderDC
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from higen.config import AutoencoderConfig
+from higen.families.higen.spec import AutoencoderConfig
 from higen.train.recipes.default.aside import aside
 from higen.train.recipes.default.autoencoder import Pictures, load
 from higen.train.recipes.default.subjects import BACKGROUNDS, SUBJECTS

@@ -10,9 +10,10 @@ from typing import Any
 
 from higen.api import default_model, load
 from higen.backends.select import check_backend
-from higen.bundle import Bundle, check_precision
-from higen.config import to_json
+from higen.bundle import Bundle
 from higen.errors import OutputError, TrainingError
+from higen.families.higen import spec
+from higen.precision import check_precision
 from higen.train.denormals import flushed_denormals
 from higen.train.recipes.default.data import fetch
 from higen.train.recipes.default.evaluate import PipelineMaker, evaluate
@@ -23,6 +24,7 @@ from higen.train.recipes.default.report import as_text, write
 from higen.train.recipes.default.shots import plan
 from higen.train.recipes.default.subjects import subjects_named
 from higen.train.record import claimed
+from higen.typed_json import to_json
 
 __all__ = ["measure"]
 
@@ -50,7 +52,7 @@ def measure(
     if precision is not None:
         check_precision(precision)
     bundle = Bundle.open(model or default_model())
-    subjects = subjects_named(bundle.config.prompts)
+    subjects = subjects_named(bundle.manifest.prompts)
     shots = plan(subjects, seeds, quick)
     judged = output / "judges"
     try:
@@ -72,8 +74,8 @@ def measure(
         ):
             make, judges = PipelineMaker(pipeline), Judges(real, judged, shown=shown)
             measured = {
-                "name": bundle.config.name,
-                "defaults": to_json(bundle.config.defaults),
+                "name": bundle.manifest.name,
+                "defaults": to_json(spec.config(bundle.manifest).defaults),
                 "files": {name: record.sha256 for name, record in sorted(bundle.files.items())},
                 "backend": pipeline.backend.name,
                 "precision": precision or "by the device",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from higen.bundle import Bundle
 from higen.errors import TrainingError
+from higen.families.higen import spec
 from higen.train.recipes.default import autoencoder, decoder, latents
 from higen.train.recipes.default.assemble import assemble
 from higen.train.recipes.default.data import fetch
@@ -35,7 +36,7 @@ def run(
     """
     trained = None if start is None else Bundle.open(start)
     if trained is not None:
-        subjects_named(trained.config.prompts)  # refused before the codec is trained
+        subjects_named(trained.manifest.prompts)  # refused before the codec is trained
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -48,7 +49,7 @@ def run(
         if not (work / "autoencoder.safetensors").exists():
             autoencoder.train(work / "data", work, 60 * codec_minutes, trained)
         if not (work / "latents.safetensors").exists():
-            latents.write(work / "data", work, None if trained is None else trained.config.autoencoder)
+            latents.write(work / "data", work, None if trained is None else spec.autoencoder_config(trained.manifest))
         train(work, Run(steps=steps or Run.steps, bfloat16=bf16), trained)
         if not (work / decoder.RESULT).exists():
             decoder.draw(assemble(work, work / "model", overwrite=True), work / "drawn")

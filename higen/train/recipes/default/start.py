@@ -7,8 +7,8 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from higen import bundle
 from higen.bundle import Bundle
+from higen.families.higen import spec
 
 __all__ = ["start_from"]
 
@@ -21,14 +21,14 @@ def start_from(encoder: nn.Module, denoiser: nn.Module, tokenizer: Tokenizer, mo
 
     Returns the names of the parameters that keep their own values. Raises IntegrityError for a broken model.
     """
-    text = load_file(model.file(bundle.TEXT_ENCODER))
-    theirs = Tokenizer.from_file(str(model.file(bundle.TOKENIZER))).get_vocab()
+    text = load_file(model.file(spec.TEXT_ENCODER))
+    theirs = Tokenizer.from_file(str(model.file(spec.TOKENIZER))).get_vocab()
     ours = tokenizer.get_vocab()
     table = encoder.get_parameter(WORDS)
     if WORDS in text and text[WORDS].shape[1] == table.shape[1]:
         for word in ours.keys() & theirs.keys():
             table[ours[word]] = text[WORDS][theirs[word]].to(table.dtype)
-    kept = _copy(denoiser, load_file(model.file(bundle.UNET)), "denoiser.")
+    kept = _copy(denoiser, load_file(model.file(spec.UNET)), "denoiser.")
     return kept + [name for name in _copy(encoder, text, "text.") if not name.endswith(WORDS)]
 
 

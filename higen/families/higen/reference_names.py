@@ -7,9 +7,9 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor
 
-from higen.config import UNetConfig
 from higen.errors import CheckpointError
-from higen.models.unet import Denoiser
+from higen.families.higen.spec import UNetConfig
+from higen.families.higen.unet import Denoiser
 
 __all__ = ["config_from_reference", "from_reference", "module_paths", "reference_names"]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from higen.config import UNetConfig
+from higen.families.higen.spec import UNetConfig
 from higen.models.layers import (
     GROUPS,
     RESNET_EPS,

@@ -1,35 +1,31 @@
-"""Architecture and recipe of a model, as frozen dataclasses: what the manifest stores and every module reads."""
+"""A HiGen model's configuration: its networks, schedule and defaults, as training writes them and tables are made of.
+
+No PyTorch: the standard library and the tables' own types.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import reprlib
-import sys
-import types
-import typing
-from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+from typing import Any
 
 from higen.errors import ManifestError
+from higen.schedule import NoiseSchedule
+from higen.tables import TextRules
+from higen.typed_json import check_positive, from_json, to_json
 
 __all__ = [
+    "TOKENIZER",
     "AutoencoderConfig",
     "Defaults",
     "ModelConfig",
-    "ScheduleConfig",
     "TextConfig",
     "UNetConfig",
-    "from_json",
-    "to_json",
+    "read_config",
+    "write_config",
 ]
 
-
-def _check_positive(config: object) -> None:
-    """Raise ManifestError for a whole number below 1, alone or in a tuple."""
-    for name, value in vars(config).items():
-        for number in value if isinstance(value, tuple) else (value,):
-            if type(number) is int and number < 1:
-                raise ManifestError(f"{name}={value}: whole numbers from 1")
+TOKENIZER = "tokenizer.json"
 
 
 @dataclass(frozen=True)
@@ -52,12 +48,12 @@ class UNetConfig:
     appearance_columns: int = 32
     dropout: float = 0.1
     prior_preconditioning: bool = False
-    """The temporal network learns the residual against the prior (design: prior preconditioning)."""
+    """The temporal network learns the residual against the prior (`preconditioning.velocity`)."""
     pooled_context: bool = False
     """The mean context token is added to the time embedding."""
 
     def __post_init__(self) -> None:
-        _check_positive(self)
+        check_positive(self)
         if not 0 <= self.dropout < 1:
             raise ManifestError(f"dropout={self.dropout}: from 0 to below 1")
         if self.embedding_dim % self.context_heads:
@@ -91,20 +87,6 @@ class UNetConfig:
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
-    """Noise schedule: SD's scaled-linear betas, rescaled to zero terminal SNR."""
-
-    timesteps: int = 1000
-    beta_start: float = 0.00085
-    beta_end: float = 0.012
-    zero_terminal_snr: bool = True
-
-    def __post_init__(self) -> None:
-        if self.timesteps < 2 or not 0 < self.beta_start < self.beta_end < 1:
-            raise ManifestError(f"{self}: at least 2 timesteps and 0 < beta_start < beta_end < 1")
-
-
-@dataclass(frozen=True)
 class TextConfig:
     """Text encoder: transformers' CLIPTextModel with `clip` as its keyword arguments, and the tokenizer's rules."""
 
@@ -119,6 +101,11 @@ class TextConfig:
             raise ManifestError(
                 f"context_length={self.context_length}, pad_id={self.pad_id}: room for start, text and end, and an id"
             )
+
+    @property
+    def rules(self) -> TextRules:
+        """The rules of the manifest."""
+        return TextRules(TOKENIZER, self.context_length, self.pad_id, self.clean)
 
 
 @dataclass(frozen=True)
@@ -135,14 +122,14 @@ class AutoencoderConfig:
     scale: tuple[float, ...] = (0.18215,)
 
     def __post_init__(self) -> None:
-        _check_positive(self)
+        check_positive(self)
         if not self.shift or not self.scale or 0 in self.scale:
             raise ManifestError(f"shift={self.shift}, scale={self.scale}: one number or one per channel, no scale 0")
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a request that does not say otherwise gets. Two numbers: spatial stage, temporal stage."""
+    """What a request that does not say otherwise gets. Two numbers: spatial loop, temporal loop."""
 
     frames: int = 32
     width: int = 448
@@ -163,7 +150,7 @@ class ModelConfig:
     name: str = "higen"
     licence: str = "Apache-2.0"
     unet: UNetConfig = field(default_factory=UNetConfig)
-    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    schedule: NoiseSchedule = field(default_factory=lambda: NoiseSchedule(zero_terminal_snr=True))
     text: TextConfig = field(default_factory=TextConfig)
     autoencoder: AutoencoderConfig = field(default_factory=AutoencoderConfig)
     defaults: Defaults = field(default_factory=Defaults)
@@ -174,62 +161,31 @@ class ModelConfig:
     """Prompts the model is known to draw well (for a small model: what it knows)."""
 
 
-T = TypeVar("T")
+@dataclass(frozen=True)
+class _Betas:
+    """The noise schedule as a configuration states it: scaled-linear betas, rescaled to zero terminal SNR."""
+
+    timesteps: int = 1000
+    beta_start: float = 0.00085
+    beta_end: float = 0.012
+    zero_terminal_snr: bool = True
+
+    def __post_init__(self) -> None:
+        if self.timesteps < 2 or not 0 < self.beta_start < self.beta_end < 1:
+            raise ManifestError(f"{self}: at least 2 timesteps and 0 < beta_start < beta_end < 1")
 
 
-def to_json(config: object) -> dict[str, Any]:
-    """A dataclass of this module as JSON-ready dictionaries and lists."""
-    return typing.cast("dict[str, Any]", _plain(dataclasses.asdict(config)))  # type: ignore[call-overload]
+def read_config(data: Mapping[str, Any], where: str = "") -> ModelConfig:
+    """A configuration from JSON data, as manifests of version 1 and configuration files of training have it.
 
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_plain(item) for item in value]
-    return value
-
-
-def from_json(kind: type[T], data: object, where: str = "") -> T:
-    """Build the dataclass `kind` from JSON data, checking every key and every type.
-
-    Raises ManifestError naming the key, its value and what is allowed.
+    What is left out has its default. Raises ManifestError naming the key, its value and what is allowed.
     """
-    where = where or kind.__name__
-    if not isinstance(data, dict):
-        raise ManifestError(f"{where}: an object is wanted, not {reprlib.repr(data)}")
-    hints = typing.get_type_hints(kind)
-    names = [f.name for f in dataclasses.fields(kind)]  # type: ignore[arg-type]
-    for key in data:
-        if key not in names:
-            raise ManifestError(f"{where}.{reprlib.repr(key)[1:-1]}: unknown key; known are {', '.join(names)}")
-    values = {key: _typed(hints[key], value, f"{where}.{key}") for key, value in data.items()}
-    try:
-        return kind(**values)
-    except TypeError:  # no default
-        raise ManifestError(f"{where}: has {', '.join(values) or 'nothing'}, but needs {', '.join(names)}") from None
+    betas = from_json(_Betas, data.get("schedule", {}), f"{where or 'ModelConfig'}.schedule")
+    rest = from_json(ModelConfig, {key: value for key, value in data.items() if key != "schedule"}, where)
+    return replace(rest, schedule=NoiseSchedule("scaled_linear", **vars(betas)))
 
 
-def _typed(hint: Any, value: Any, where: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if dataclasses.is_dataclass(hint):
-        return from_json(typing.cast("type[Any]", hint), value, where)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        return _typed(next(a for a in arguments if a is not type(None)), value, where)
-    if origin is typing.Literal:
-        if isinstance(value, str) and value in arguments:
-            return value
-        raise ManifestError(f"{where}={reprlib.repr(value)}: one of {', '.join(map(repr, arguments))}")
-    if origin is tuple and isinstance(value, list):
-        items = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else arguments
-        if len(items) == len(value):
-            return tuple(_typed(item, v, f"{where}[{i}]") for i, (item, v) in enumerate(zip(items, value, strict=True)))
-    elif origin is dict and isinstance(value, dict):
-        return value
-    elif hint is float and type(value) in (int, float) and abs(value) <= sys.float_info.max:
-        return float(value)
-    elif hint in (int, str, bool) and type(value) is hint:
-        return value
-    raise ManifestError(f"{where}={reprlib.repr(value)}: {hint if origin else hint.__name__} is wanted")
+def write_config(config: ModelConfig) -> dict[str, Any]:
+    """The JSON data that `read_config` reads."""
+    betas = {field.name: getattr(config.schedule, field.name) for field in fields(_Betas)}
+    return {**to_json(config), "schedule": betas}

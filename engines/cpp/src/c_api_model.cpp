@@ -1,0 +1,104 @@
+// The part of the C interface that says what a model is and takes.
+#include "c_api.h"
+
+namespace core = higen::core;
+using namespace higen::c_api;
+
+namespace {
+
+void check_index(std::size_t index, std::size_t count, const char* what) {
+    if (index >= count)
+        core::fail_request("index=" + std::to_string(index) + ": this model has " + std::to_string(count) + " " + what);
+}
+
+higen_control_kind kind_of(core::Control::Kind kind) {
+    switch (kind) {
+        case core::Control::Kind::number: return HIGEN_CONTROL_NUMBER;
+        case core::Control::Kind::whole: return HIGEN_CONTROL_WHOLE;
+        case core::Control::Kind::curve: return HIGEN_CONTROL_CURVE;
+        case core::Control::Kind::text: return HIGEN_CONTROL_TEXT;
+        case core::Control::Kind::picture: return HIGEN_CONTROL_PICTURE;
+        case core::Control::Kind::clip: return HIGEN_CONTROL_CLIP;
+        case core::Control::Kind::choice: return HIGEN_CONTROL_CHOICE;
+    }
+    return HIGEN_CONTROL_NUMBER;
+}
+
+}  // namespace
+
+higen_status higen_model_describe(const higen_model* model, higen_model_info* info) {
+    return guarded([&] {
+        require(model, "model");
+        require(info, "info");
+        const auto& manifest = model->manifest();
+        higen_model_info found = HIGEN_MODEL_INFO_INIT;
+        found.name = manifest.name.c_str();
+        found.licence = manifest.licence.c_str();
+        found.family = manifest.family.c_str();
+        found.report = model->report();
+        found.size_multiple = narrow(manifest.sizes.multiple);
+        found.min_frames = narrow(manifest.sizes.fewest_frames);
+        found.max_frames = narrow(manifest.sizes.most_frames);
+        found.context_length = manifest.text ? narrow(manifest.text->length) : 0;
+        found.pad_id = manifest.text ? narrow(manifest.text->pad_id) : 0;
+        found.loop_count = manifest.loops.size();
+        found.control_count = manifest.controls.size();
+        found.prompt_count = manifest.prompts.size();
+        store(found, info, "info");
+    });
+}
+
+const char* higen_model_prompt(const higen_model* model, size_t index) {
+    if (model == nullptr || index >= model->manifest().prompts.size()) return nullptr;
+    return model->manifest().prompts[index].c_str();
+}
+
+higen_status higen_model_loop(const higen_model* model, size_t index, higen_loop_info* info) {
+    return guarded([&] {
+        require(model, "model");
+        require(info, "info");
+        const auto& loops = model->manifest().loops;
+        check_index(index, loops.size(), "loops");
+        const auto& loop = loops[index];
+        higen_loop_info found = HIGEN_LOOP_INFO_INIT;
+        found.name = loop.name.c_str();
+        found.every_frame = loop.every_frame ? 1 : 0;
+        found.least_frames = narrow(loop.least_frames);
+        found.steps = narrow(loop.steps);
+        found.max_steps = narrow(core::max_steps(loop.schedule, loop.solvers.front()));
+        found.guidance = loop.guidance.data();
+        found.guidance_count = loop.guidance.size();
+        found.guided = loop.guided.empty() ? 0 : 1;
+        found.solvers = model->solvers[index].data();
+        found.solver_count = model->solvers[index].size();
+        store(found, info, "info");
+    });
+}
+
+size_t higen_controls(const higen_model* model) { return model == nullptr ? 0 : model->manifest().controls.size(); }
+
+higen_status higen_model_control(const higen_model* model, size_t index, higen_control_info* info) {
+    return guarded([&] {
+        require(model, "model");
+        require(info, "info");
+        const auto& controls = model->manifest().controls;
+        check_index(index, controls.size(), "controls");
+        const auto& control = controls[index];
+        higen_control_info found = HIGEN_CONTROL_INFO_INIT;
+        found.name = control.name.c_str();
+        found.kind = kind_of(control.kind);
+        if (control.encoding != core::Control::Encoding::none) found.encoding = core::to_text(control.encoding);
+        found.has_low = control.low ? 1 : 0;
+        found.low = control.low.value_or(0.0);
+        found.has_high = control.high ? 1 : 0;
+        found.high = control.high.value_or(0.0);
+        found.has_default = control.standard ? 1 : 0;
+        if (control.standard && control.is_numeric()) found.default_value = control.standard->numbers.front();
+        if (control.standard && !control.is_numeric()) found.default_text = control.standard->text.c_str();
+        found.optional = control.optional ? 1 : 0;
+        found.choices = model->choices[index].data();
+        found.choice_count = model->choices[index].size();
+        found.meaning = control.meaning.c_str();
+        store(found, info, "info");
+    });
+}

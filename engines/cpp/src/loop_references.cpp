@@ -1,0 +1,168 @@
+#include <cmath>
+#include <set>
+
+#include "references.h"
+
+namespace higen::core {
+
+using namespace references;
+
+namespace {
+
+void check_scale(const Manifest& manifest, const std::string& where, const Scale& scale, bool is_part) {
+    if (scale.control.empty())
+        return check(!is_part || (scale.value >= 0 && scale.value <= 1), where + ": a number from 0 to 1");
+    const auto numbers = controls_that(manifest, [](const auto& c) { return c.kind == Control::Kind::number; });
+    check(has(numbers, scale.control),
+          where + "='control:" + scale.control + "': a number, or control:NAME of a number: " + joined(numbers));
+}
+
+// The axes of a denoising stage: latents [B, C, f, H, W], columns [B], guidance [B, f], conditions [B, ...].
+void check_step(const Manifest& manifest, const Loop& loop, const Stage& stage, const std::string& where) {
+    const auto& shape = stage.input("latents")->shape;
+    const std::string own = loop.every_frame ? "F" : "1";
+    const bool five = shape.size() == 5;
+    const auto frames = five && is_shape({shape[2]}, {"F"}) ? std::string("F") : own;
+    check(five && is_shape({shape[0], shape[2], shape[3], shape[4]}, {"B", frames, "H", "W"}) &&
+              size_of(manifest, shape[1]) > 0,
+          where + ": latents are [B, C, " + own + ", H, W], C of a fixed size, not " + shown(shape));
+    Names state;
+    for (const auto& axis : shape) state.push_back(axis.symbol.empty() ? std::to_string(axis.size) : axis.symbol);
+    const auto check_state = [&](const TensorSpec& tensor) {
+        const bool is_state = tensor.name == "latents" || tensor.name == "previous";
+        const auto wanted = is_state ? state : tensor.name == "guidance" ? Names{"B", frames} : Names{"B"};
+        check(tensor.is_float && is_shape(tensor.shape, wanted),
+              where + ": " + tensor.name + " is float32 [" + joined(wanted) + "], not " + shown(tensor.shape));
+    };
+    for (const auto& tensor : stage.outputs) check_state(tensor);
+    for (const auto& tensor : stage.inputs) {
+        if (tensor.source.kind == Source::Kind::state)
+            check_state(tensor);
+        else
+            check(tensor.shape.front().symbol == "B", where + ": the first axis of " + tensor.name + " is B");
+    }
+}
+
+void check_loop_stage(const Manifest& manifest, const Loop& loop, const std::string& name, bool guided) {
+    if (name.empty()) return;
+    const auto row = "loops." + loop.name + (guided ? ".guided='" : ".plain='") + name + "'";
+    const auto* stage = manifest.find_stage(name);
+    check(stage != nullptr, row + ": the stages are " + joined(names_of(manifest.stages)));
+    check(stage->denoises(), row + ": gives latents and previous, and nothing else");
+    check(stage->batch, row + ": batch is true: a denoising stage takes several samples");
+    Names wanted = {"A", "B", "C", "alpha"};
+    if (guided) wanted.emplace_back("guidance");
+    for (const auto* other : {"latents", "previous", "sigma", "t"}) wanted.emplace_back(other);
+    Names state;
+    for (const auto& tensor : stage->inputs)
+        if (tensor.source.kind == Source::Kind::state) state.push_back(tensor.name);
+    std::sort(state.begin(), state.end());
+    check(state == wanted, row + ": its state inputs are " + joined(wanted));
+    check_step(manifest, loop, *stage, row);
+}
+
+void check_loop_controls(const Manifest& manifest, const Loop& loop, const std::string& where) {
+    const auto numeric = controls_that(manifest, [](const auto& control) { return control.is_numeric(); });
+    for (const auto& [name, value] : loop.controls) {
+        const auto row = where + ".controls." + name;
+        check(has(numeric, name), row + ": the controls with numbers are " + joined(numeric));
+        const auto& control = *manifest.control(name);
+        check(control.allows(value) && (control.kind != Control::Kind::whole || value == std::floor(value)),
+              row + "=" + std::to_string(value) + ": " + control.range());
+    }
+    const auto visual = controls_that(manifest, [](const auto& control) { return control.is_visual(); });
+    const auto check_given = [&](const std::string& key, const std::string& control, const Source& latents) {
+        check(has(visual, control),
+              where + "." + key + ".control='" + control + "': the pictures and clips are " + joined(visual));
+        check_made(manifest, where + "." + key + ".latents", latents, 5);
+    };
+    if (loop.replaced) check_given("replaced", loop.replaced->control, loop.replaced->latents);
+    if (loop.start) {
+        check_given("start", loop.start->control, loop.start->latents);
+        check_scale(manifest, where + ".start.strength", loop.start->strength, true);
+    }
+    if (loop.noise.offset) check_scale(manifest, where + ".noise.offset.scale", loop.noise.offset->scale, false);
+    if (loop.noise.mix) check_scale(manifest, where + ".noise.mix.scale", loop.noise.mix->scale, false);
+}
+
+void check_loop(const Manifest& manifest, const Loop& loop, const Names& earlier) {
+    const auto where = "loops." + loop.name;
+    check_loop_stage(manifest, loop, loop.guided, true);
+    check_loop_stage(manifest, loop, loop.plain, false);
+    for (const auto& name : loop.stages())
+        for (const auto& tensor : manifest.stage(name).inputs)
+            check(tensor.source.kind != Source::Kind::made || manifest.loop(tensor.source.name) == nullptr ||
+                      has(earlier, tensor.source.name),
+                  where + ": needs the latents of " + tensor.source.name + ", which runs later");
+    if (loop.noise.mix) {
+        const auto& mixed = loop.noise.mix->loop;
+        check(has(earlier, mixed), where + ".noise.mix.loop='" + mixed + "': an earlier loop");
+        check(manifest.loop(mixed)->least_frames <= std::max(loop.least_frames, manifest.sizes.fewest_frames),
+              where + ": its noise is mixed with " + mixed + ", which is left out of shorter clips");
+    }
+    check_loop_controls(manifest, loop, where);
+}
+
+void check_decoder(const Manifest& manifest) {
+    const auto& name = manifest.sizes.decoder;
+    const auto where = "sizes.decoder='" + name + "': ";
+    const auto* decoder = manifest.find_stage(name);
+    check(decoder != nullptr, where + "the stages are " + joined(names_of(manifest.stages)));
+    std::vector<const TensorSpec*> state;
+    for (const auto& tensor : decoder->inputs)
+        if (tensor.source.kind == Source::Kind::state) state.push_back(&tensor);
+    bool fits = state.size() == 1 && decoder->outputs.size() == 1 && state.front()->shape.size() >= 2;
+    if (fits) {
+        auto axes = state.front()->shape;
+        fits = size_of(manifest, axes[1]) > 0;
+        axes.erase(axes.begin() + 1);
+        const auto& pixels = decoder->outputs.front().shape;
+        fits = fits && ((is_shape(axes, {"N", "H", "W"}) && is_shape(pixels, {"N", "3", "Y", "X"})) ||
+                        (is_shape(axes, {"B", "F", "H", "W"}) && is_shape(pixels, {"B", "3", "F", "Y", "X"})));
+    }
+    check(fits, where +
+                    "one input of the source state, [N, C, H, W] and the output [N, 3, Y, X], or [B, C, F, H, W] and "
+                    "[B, 3, F, Y, X], C of a fixed size");
+}
+
+// Whatever the number of frames, the last loop that runs has as many.
+void check_result(const Manifest& manifest) {
+    const auto fewest = manifest.sizes.fewest_frames, most = manifest.sizes.most_frames;
+    std::set<std::int64_t> counts = {fewest, std::min(std::max<std::int64_t>(fewest, 2), most)};
+    for (const auto& loop : manifest.loops)
+        if (loop.least_frames > fewest && loop.least_frames <= most) counts.insert(loop.least_frames);
+    for (const auto frames : counts) {
+        const Loop* last = nullptr;
+        for (const auto& loop : manifest.loops)
+            if (loop.least_frames <= frames) last = &loop;
+        const auto n = std::to_string(frames);
+        check(last != nullptr && (frames == 1 || last->every_frame),
+              "loops: a clip of " + n + " frames needs a last loop with frames 'F' and least_frames <= " + n);
+    }
+}
+
+// What these stages are fed by was not left out of a clip of `frames`.
+void check_fed(const Manifest& manifest, const Names& stages, std::int64_t frames) {
+    for (const auto& stage : manifest.feeding(stages))
+        for (const auto& name : needs(manifest, stage)) {
+            const auto* loop = manifest.loop(name);
+            check(loop == nullptr || loop->least_frames <= frames, "loops." + name + ": left out of clips of " +
+                                                                       std::to_string(frames) + " frames, for which " +
+                                                                       stages.front() + " needs its latents");
+        }
+}
+
+}  // namespace
+
+void references::check_loops(const Manifest& manifest) {
+    const auto loops = names_of(manifest.loops);
+    for (std::size_t i = 0; i < loops.size(); ++i)
+        check_loop(manifest, manifest.loops[i], {loops.begin(), loops.begin() + static_cast<std::ptrdiff_t>(i)});
+    check_decoder(manifest);
+    check_result(manifest);
+    const auto fewest = manifest.sizes.fewest_frames;
+    for (const auto& loop : manifest.loops) check_fed(manifest, loop.stages(), std::max(loop.least_frames, fewest));
+    check_fed(manifest, {manifest.sizes.decoder}, fewest);
+}
+
+}  // namespace higen::core

@@ -1,0 +1,189 @@
+// higen.json, version 2, as plain structures: the program that the library interprets (docs/manifest.md).
+#pragma once
+
+#include <cstdint>
+#include <map>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "schedule.h"
+#include "stages.h"
+
+namespace higen::core {
+
+constexpr std::int64_t max_side = 4096;
+
+struct FileRecord {
+    std::uintmax_t size = 0;
+    std::string sha256;
+};
+
+using Files = std::map<std::string, FileRecord, std::less<>>;
+
+// Sizes that the model fixes, and the limits and defaults of those that a request chooses.
+struct SizeRules {
+    Sizes symbols;
+    std::int64_t factor = 1;    // pixels per latent cell
+    std::int64_t multiple = 1;  // width and height in pixels are multiples of this
+    std::int64_t width = 1, height = 1, fps = 1;
+    std::int64_t fewest_frames = 1, frames = 1, most_frames = 1;
+    std::string decoder;
+    std::int64_t chunk = 1;    // frames decoded at a time
+    std::int64_t overlap = 0;  // frames on each side of a chunk, decoded with it and dropped
+};
+
+// How a text becomes token ids: start, text, end, then padding up to `length`.
+struct TextRules {
+    std::string tokenizer = "tokenizer.json";
+    std::int64_t length = 77;
+    std::int64_t pad_id = 0;
+    bool clean = true;
+};
+
+// A value of a control: numbers row by row (one number is 1 x 1, a list is rows x 1), or a text.
+struct ControlValue {
+    std::vector<double> numbers;
+    std::size_t rows = 0;
+    std::size_t columns = 0;
+    std::string text;
+
+    static ControlValue number(double value) { return {{value}, 1, 1, ""}; }
+    static ControlValue of(std::string text) { return {{}, 0, 0, std::move(text)}; }
+};
+
+// Nothing: unspecified; of a picture or clip: not given.
+using MaybeValue = std::optional<ControlValue>;
+
+// What a request may set for this model.
+struct Control {
+    enum class Kind { number, whole, curve, text, picture, clip, choice };
+    enum class Encoding { none, number, curve, sinusoid, similarity };
+
+    std::string name;
+    Kind kind = Kind::number;
+    Encoding encoding = Encoding::none;
+    std::optional<double> low, high;
+    std::vector<std::string> choices;
+    MaybeValue standard;  // the key `default`
+    bool optional = false;
+    std::string meaning;
+
+    [[nodiscard]] bool is_numeric() const { return kind == Kind::number || kind == Kind::whole || kind == Kind::curve; }
+    [[nodiscard]] bool is_visual() const { return kind == Kind::picture || kind == Kind::clip; }
+    [[nodiscard]] bool allows(double value) const { return (!low || value >= *low) && (!high || value <= *high); }
+    // "a number from 0", "a whole number from 1 to 255"
+    [[nodiscard]] std::string range() const;
+};
+
+// How the manifest writes a kind and an encoding; "" for none.
+[[nodiscard]] const char* to_text(Control::Kind kind);
+[[nodiscard]] const char* to_text(Control::Encoding encoding);
+
+// A number, or the value of the control that is named.
+struct Scale {
+    double value = 0;
+    std::string control;
+};
+
+struct Offset {
+    std::uint64_t purpose = 0;
+    Scale scale;
+};
+
+struct Mix {
+    std::string loop;
+    Scale scale;
+};
+
+// The initial noise of a loop: the stream `purpose`, and what is added to it.
+struct NoiseRule {
+    std::uint64_t purpose = 0;
+    std::optional<Offset> offset;
+    std::optional<Mix> mix;
+};
+
+// Where the picture or clip `control` is given, the source `latents` stands for the loop's result.
+struct Replaced {
+    std::string control;
+    Source latents;
+};
+
+// Where the picture or clip `control` is given, the loop begins in the table's tail, from the source `latents`.
+struct Start {
+    std::string control;
+    Source latents;
+    Scale strength;  // the part of the rows that run
+};
+
+struct Windows {
+    std::int64_t length = 1;
+    std::int64_t stride = 1;
+};
+
+struct Loop {
+    std::string name;
+    std::string guided, plain;  // stages; "": none
+    bool every_frame = false;   // the request's frames; else one
+    std::int64_t least_frames = 1;
+    NoiseSchedule schedule;
+    std::string prediction;
+    std::vector<Solver> solvers;  // the default first
+    std::int64_t steps = 1;
+    std::vector<double> guidance;  // spread evenly from the first frame to the last
+    NoiseRule noise;
+    std::map<std::string, double, std::less<>> controls;  // that hold in this loop in place of the request's
+    std::optional<Replaced> replaced;
+    std::optional<Start> start;
+    std::optional<Windows> windows;
+
+    // The stages that do its steps, the guided one first.
+    [[nodiscard]] std::vector<std::string> stages() const;
+    // The row of a solver; a null pointer if there is none.
+    [[nodiscard]] const Solver* solver(std::string_view wanted) const;
+    // Frames of the loop in a request for `frames`.
+    [[nodiscard]] std::size_t frames_of(std::size_t frames) const { return every_frame ? frames : 1; }
+};
+
+struct GraphInput {
+    std::string name;
+    std::string dtype;
+    std::vector<Axis> shape;
+};
+
+struct Manifest {
+    std::string name, licence, family;
+    std::vector<std::string> prompts;
+    SizeRules sizes;
+    std::optional<TextRules> text;
+    std::vector<Control> controls;
+    std::vector<Stage> stages;
+    std::vector<Loop> loops;
+    std::map<std::string, std::vector<GraphInput>, std::less<>> graphs;  // what each graph itself takes
+    Files files;
+
+    // The row of that name; a null pointer if there is none.
+    [[nodiscard]] const Control* control(std::string_view wanted) const;
+    [[nodiscard]] const Loop* loop(std::string_view wanted) const;
+    [[nodiscard]] const Stage* find_stage(std::string_view wanted) const;
+    // The stage of that name, which must be there. Throws an internal error.
+    [[nodiscard]] const Stage& stage(std::string_view wanted) const;
+    // The stages of the loops, each once, in the order of the loops.
+    [[nodiscard]] std::vector<std::string> denoising() const;
+    // These stages and those that feed them, each once, what feeds before what is fed; loops are left out.
+    [[nodiscard]] std::vector<std::string> feeding(const std::vector<std::string>& wanted) const;
+};
+
+// Read a manifest: JSON, version, keys and types, references between the tables, seal. `where` names the file in
+// messages. Throws a manifest error.
+[[nodiscard]] Manifest parse_manifest(std::string_view json, const std::string& where);
+
+// Check what the rows say of each other: names, sources, circles, loops, decoder. Throws a manifest error.
+void check_references(const Manifest& manifest);
+
+// The seal that the tables in these bytes must have: their sha256 with the digits of `seal` written as zeros.
+[[nodiscard]] std::string seal_of(std::string_view json, const std::string& seal);
+
+}  // namespace higen::core

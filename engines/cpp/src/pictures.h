@@ -1,0 +1,23 @@
+// Pictures of a request as stages are fed them: scaled to cover and cropped, in -1 to 1, and resampled
+// (higen/images.py).
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+namespace higen::core {
+
+// Scale RGB bytes [height, width, 3] to cover a size, and crop what is over on both sides alike: Pillow's
+// ImageOps.fit with Lanczos' filter, to the bytes of Pillow 13.
+[[nodiscard]] std::vector<std::uint8_t> cover(const std::uint8_t* rgb, std::size_t width, std::size_t height,
+                                              std::size_t new_width, std::size_t new_height);
+
+// RGB bytes [frames, height, width, 3] as numbers [3, frames, height, width] in -1 to 1.
+[[nodiscard]] std::vector<float> planes(const std::vector<std::uint8_t>& rgb, std::size_t frames, std::size_t pixels);
+
+// Pixels [3, height, width] in another size: a Gaussian against aliasing, then bicubic, corners aligned.
+[[nodiscard]] std::vector<float> resample(const std::vector<float>& pixels, std::size_t height, std::size_t width,
+                                          std::size_t new_height, std::size_t new_width);
+
+}  // namespace higen::core

@@ -1,0 +1,195 @@
+#include "references.h"
+
+#include <map>
+#include <set>
+
+namespace higen::core {
+
+using namespace references;
+
+namespace {
+
+const std::set<std::string, std::less<>> free_symbols = {"B", "F", "N", "H", "W", "Y", "X"};
+
+constexpr std::size_t most_rows = 100;
+constexpr std::int64_t most_columns = 1 << 16;
+
+void check_shape(const Manifest& manifest, const std::string& where, const std::vector<Axis>& shape) {
+    check(!shape.empty(), where + ": at least one axis");
+    for (const auto& axis : shape)
+        check(
+            axis.symbol.empty() || free_symbols.count(axis.symbol) > 0 || manifest.sizes.symbols.count(axis.symbol) > 0,
+            where + ": '" + axis.symbol + "' is none of B, F, N, H, W, Y, X and not in sizes.symbols");
+}
+
+Names fitting_controls(const Manifest& manifest, Source::Kind kind) {
+    return controls_that(manifest, [&](const Control& control) {
+        if (kind == Source::Kind::picture) return control.kind == Control::Kind::picture;
+        if (kind == Source::Kind::clip) return control.kind == Control::Kind::clip;
+        return control.is_numeric() || control.kind == Control::Kind::choice;
+    });
+}
+
+void check_control_source(const Manifest& manifest, const std::string& where, const TensorSpec& tensor) {
+    const auto& source = tensor.source;
+    if (source.kind == Source::Kind::control && source.name == "fps") return;
+    const auto row = where + ": source " + to_text(source);
+    const auto fitting = fitting_controls(manifest, source.kind);
+    check(has(fitting, source.name), row + ": the controls of this kind are " + joined(fitting));
+    const auto rank = tensor.shape.size();
+    if (source.kind == Source::Kind::picture) return check(rank == 4, row + ": 4 axes, not " + shown(tensor.shape));
+    if (source.kind == Source::Kind::clip)
+        return check(rank == 4 || rank == 5, row + ": 4 or 5 axes, not " + shown(tensor.shape));
+    const auto encoding = manifest.control(source.name)->encoding;
+    const std::size_t wanted = encoding == Control::Encoding::number ? 1 : encoding == Control::Encoding::curve ? 2 : 3;
+    check(encoding != Control::Encoding::none, row + ": it has no encoding");
+    check(rank == wanted, where + ": the encoding " + to_text(encoding) + " gives " + std::to_string(wanted) +
+                              " axes, not " + std::to_string(rank));
+    const auto columns = size_of(manifest, tensor.shape.back());
+    check(wanted < 3 || (columns > 0 && columns <= most_columns), where + ": the encoding " + to_text(encoding) +
+                                                                      " needs a last axis of a fixed size of at most " +
+                                                                      std::to_string(most_columns));
+}
+
+void check_tokens(const Manifest& manifest, const std::string& where, const TensorSpec& tensor) {
+    check(manifest.text.has_value(), where + ": source " + to_text(tensor.source) + ", but text is null");
+    check(!tensor.is_float, where + ": tokens are int64");
+    const auto length = manifest.text->length;
+    check(tensor.shape.size() == 2 && size_of(manifest, tensor.shape[1]) == length,
+          where + ": tokens are [B, " + std::to_string(length) + "], not " + shown(tensor.shape));
+}
+
+void check_source(const Manifest& manifest, const std::string& where, const TensorSpec& tensor) {
+    switch (tensor.source.kind) {
+        case Source::Kind::text: check_tokens(manifest, where, tensor); break;
+        case Source::Kind::control:
+        case Source::Kind::picture:
+        case Source::Kind::clip: check_control_source(manifest, where, tensor); break;
+        case Source::Kind::made: check_made(manifest, where, tensor.source, tensor.shape.size()); break;
+        case Source::Kind::state:
+        case Source::Kind::noise: break;
+    }
+}
+
+// A free axis of an output is one of the inputs', or the pixels or latents beside it.
+void check_output(const Stage& stage, const TensorSpec& output) {
+    const auto given = [&](const std::string& symbol) {
+        return std::any_of(stage.inputs.begin(), stage.inputs.end(),
+                           [&](const TensorSpec& input) { return axis_of(input.shape, symbol) < input.shape.size(); });
+    };
+    const std::map<std::string, std::string> beside = {{"H", "Y"}, {"W", "X"}, {"Y", "H"}, {"X", "W"}};
+    for (const auto& axis : output.shape) {
+        if (free_symbols.count(axis.symbol) == 0) continue;
+        const auto other = beside.find(axis.symbol);
+        check(given(axis.symbol) || (other != beside.end() && given(other->second)),
+              "stages." + stage.name + "." + output.name + ": " + axis.symbol + " is an axis of none of its inputs");
+    }
+}
+
+void check_stage(const Manifest& manifest, const Stage& stage) {
+    const auto where = "stages." + stage.name;
+    check(!stage.inputs.empty() && !stage.outputs.empty(), where + ": at least one input and one output");
+    check_once(where + ".inputs", names_of(stage.inputs));
+    check_once(where + ".outputs", names_of(stage.outputs));
+    std::set<std::string> firsts;
+    for (const auto* row : {&stage.inputs, &stage.outputs})
+        for (const auto& tensor : *row) {
+            check_shape(manifest, where + "." + tensor.name, tensor.shape);
+            firsts.insert(tensor.shape.front().symbol);
+        }
+    for (const auto& output : stage.outputs) check_output(stage, output);
+    check(!stage.batch || firsts == std::set<std::string>{"B"} || firsts == std::set<std::string>{"N"},
+          where + ": batch is true, but the first axes are not all B, or all N");
+    for (const auto& tensor : stage.inputs) check_source(manifest, where + "." + tensor.name, tensor);
+}
+
+// Depth first with a list of one's own: a chain of sources may be as long as the table.
+void check_circles(const Manifest& manifest) {
+    struct Visit {
+        std::string name;
+        Names needed;
+        std::size_t next = 0;
+    };
+    std::set<std::string> done;
+    Names roots = names_of(manifest.stages);
+    for (const auto& loop : manifest.loops) roots.push_back(loop.name);
+    for (const auto& root : roots) {
+        std::vector<Visit> path;
+        const auto enter = [&](const std::string& name) { path.push_back({name, needs(manifest, name), 0}); };
+        if (done.count(root) == 0) enter(root);
+        while (!path.empty()) {
+            auto& visit = path.back();
+            if (visit.next == visit.needed.size()) {
+                done.insert(visit.name);
+                path.pop_back();
+                continue;
+            }
+            const auto needed = visit.needed[visit.next++];
+            if (done.count(needed) > 0) continue;
+            for (auto open = path.begin(); open != path.end(); ++open) {
+                if (open->name != needed) continue;
+                std::string circle;
+                for (auto step = open; step != path.end(); ++step) circle += step->name + " <- ";
+                fail_manifest("stages: the sources form a circle: " + circle + needed);
+            }
+            enter(needed);
+        }
+    }
+}
+
+}  // namespace
+
+void references::check_made(const Manifest& manifest, const std::string& where, const Source& source,
+                            std::size_t rank) {
+    const auto row = where + ": source " + to_text(source);
+    check(source.kind == Source::Kind::made, row + ": STAGE.OUTPUT or LOOP.latents");
+    if (manifest.loop(source.name) != nullptr) {
+        check(source.output == "latents" && !source.negative, row + ": a loop gives latents alone");
+        check(rank == 4 || rank == 5, row + " has 4 or 5 axes, not " + std::to_string(rank));
+        return;
+    }
+    const auto* stage = manifest.find_stage(source.name);
+    check(stage != nullptr, row + ": the stages are " + joined(names_of(manifest.stages)));
+    const auto* output = stage->output(source.output);
+    check(output != nullptr, row + ": " + stage->name + " gives " + joined(names_of(stage->outputs)));
+    check(!stage->denoises(), row + ": a denoising stage is run by its loop; take LOOP.latents");
+    const auto made = output->shape.size();
+    check(rank == made || (made == 4 && rank == 5),
+          row + " has " + std::to_string(made) + " axes, not " + std::to_string(rank));
+}
+
+Names references::needs(const Manifest& manifest, const std::string& name) {
+    Names needed;
+    const auto add = [&](const Source& source) {
+        if (source.kind == Source::Kind::made) needed.push_back(source.name);
+    };
+    const auto add_inputs = [&](const std::string& stage) {
+        if (const auto* found = manifest.find_stage(stage))
+            for (const auto& tensor : found->inputs) add(tensor.source);
+    };
+    if (const auto* loop = manifest.loop(name)) {
+        if (loop->replaced) add(loop->replaced->latents);
+        if (loop->start) add(loop->start->latents);
+        if (loop->noise.mix) needed.push_back(loop->noise.mix->loop);
+        for (const auto& stage : loop->stages()) add_inputs(stage);
+    } else {
+        add_inputs(name);
+    }
+    return needed;
+}
+
+void check_references(const Manifest& manifest) {
+    auto names = names_of(manifest.stages);
+    const auto loops = names_of(manifest.loops);
+    names.insert(names.end(), loops.begin(), loops.end());
+    check_once("stages, loops", names);
+    check_once("controls", names_of(manifest.controls));
+    const auto rows = [&](std::size_t count) { return count >= 1 && count <= most_rows; };
+    check(rows(manifest.stages.size()) && rows(manifest.loops.size()),
+          "stages, loops: from 1 to " + std::to_string(most_rows) + " rows each");
+    for (const auto& stage : manifest.stages) check_stage(manifest, stage);
+    check_circles(manifest);
+    check_loops(manifest);
+}
+
+}  // namespace higen::core

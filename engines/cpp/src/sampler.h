@@ -1,0 +1,67 @@
+// The denoising loop: feed a solver's rows to a stage, feed its outputs back (docs/manifest.md, "loops").
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <functional>
+#include <optional>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "backend.h"
+#include "manifest.h"
+
+namespace higen::core {
+
+// The state after a denoising step. `total` are the rows that run; `previous` is the estimate of the clean latents,
+// [B, C, f, H, W].
+struct Step {
+    std::string_view loop, stage;
+    std::size_t index, total;
+    double t;
+    const Tensor& previous;
+};
+
+using OnStep = std::function<void(const Step&)>;
+
+// Where `mask` [B, 1, f, h, w] (0 to 1; h and w may be 1) is 1, the estimate of the clean latents is `known`
+// [B, C, f, H, W].
+struct Edit {
+    Array known;
+    Array mask;
+};
+
+// How one loop is run for one batch.
+struct LoopRun {
+    std::string_view loop;
+    const Stage& stage;
+    Tensors conditions;  // the stage's inputs that are no state, [B, ...] each
+    SolverTable table;
+    Array guidance;                    // [B, f], the same in every row
+    std::vector<std::uint64_t> seeds;  // one a sample, and
+    std::uint64_t purpose = 0;         // the stream of the noise that a stochastic solver adds
+    std::size_t first = 0;             // the row to begin with
+    std::optional<Edit> edit = {};
+    std::optional<Windows> windows = {};
+};
+
+// Run the rows of a run's table on latents [B, C, f, H, W]; returns the last state. `on_step` may throw to stop it.
+[[nodiscard]] TensorPtr denoise(Backend& backend, const LoopRun& run, TensorPtr latents, const OnStep& on_step,
+                                Cancellation& cancellation);
+
+// The state before row `first`: `initial` times the unit noise, plus what is added to it. With clean latents the loop
+// begins in the table's tail, at the row's own noise level (Meng et al. 2022, SDEdit). `added` and `clean` may be
+// empty.
+[[nodiscard]] std::vector<float> initial_state(const SolverTable& table, std::vector<float> unit,
+                                               const std::vector<float>& added, const std::vector<float>& clean,
+                                               std::size_t first);
+
+// The row to begin with so that this part of the rows is run: rounded down, at least one.
+[[nodiscard]] std::size_t tail_row(std::size_t rows, double strength);
+
+// Where each window of a clip begins, and the weight of each of its frames; a frame's weights sum to one.
+[[nodiscard]] std::vector<std::pair<std::size_t, std::vector<float>>> window_weights(std::size_t frames,
+                                                                                     const Windows& windows);
+
+}  // namespace higen::core

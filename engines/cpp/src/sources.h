@@ -1,0 +1,77 @@
+// Where a stage's inputs come from: each source of the manifest, for one sample (docs/manifest.md, "Sources").
+#pragma once
+
+#include <cstddef>
+#include <map>
+#include <string>
+#include <vector>
+
+#include "backend.h"
+#include "manifest.h"
+#include "request.h"
+
+namespace higen::core {
+
+// Whom an input is for: which sample, in which loop (none: after the last one), on which branch of guidance.
+struct Place {
+    std::size_t sample = 0;
+    std::size_t frames = 1;
+    const Loop* loop = nullptr;
+    bool negative = false;
+};
+
+// Resolves the sources of one batch of requests. A stage is run once per distinct input, for one sample at a time.
+class Sources {
+public:
+    // All must outlive it.
+    Sources(const Manifest& manifest, Backend& backend, const std::vector<Request>& requests,
+            Cancellation& cancellation)
+        : manifest_(manifest), backend_(backend), requests_(requests), cancellation_(cancellation) {}
+
+    // The inputs of a stage that are no state, for one sample.
+    [[nodiscard]] Tensors inputs(const Stage& stage, const Place& place);
+
+    // The inputs of a denoising stage that are no state, for all samples: [B, ...] each.
+    [[nodiscard]] Tensors batch(const Stage& stage, const Loop& loop);
+
+    // A source that stands for latents, for all samples: [B, C, f, H, W].
+    [[nodiscard]] TensorPtr latents(const Source& source, const Loop& loop);
+
+    // Enter the last latents [B, C, f, H, W] of a loop, which later stages may ask for.
+    void finish(const Loop& loop, TensorPtr latents);
+
+private:
+    struct Made {
+        Tensors inputs, outputs;
+    };
+
+    [[nodiscard]] TensorPtr value(const Source& source, const std::vector<Axis>& shape, const Place& place);
+    [[nodiscard]] TensorPtr control(const std::string& name, const std::vector<Axis>& shape, const Place& place) const;
+    [[nodiscard]] TensorPtr picture(const Source& source, const std::vector<Axis>& shape, const Place& place) const;
+    [[nodiscard]] TensorPtr noise(std::uint64_t purpose, const std::vector<Axis>& shape, const Place& place) const;
+    [[nodiscard]] TensorPtr of_loop(const std::string& name, std::size_t rank, const Place& place) const;
+    [[nodiscard]] TensorPtr of_stage(const Source& source, std::size_t rank, const Place& place);
+    [[nodiscard]] const Tensors& run(const Stage& stage, const Place& place);
+    [[nodiscard]] Tensors call(const Stage& stage, const Tensors& inputs) const;
+    [[nodiscard]] std::int64_t size_of(const Axis& axis, const Place& place) const;
+    [[nodiscard]] MaybeValue value_of(const Control& control, const Place& place) const;
+
+    const Manifest& manifest_;
+    Backend& backend_;
+    const std::vector<Request>& requests_;
+    Cancellation& cancellation_;
+    std::map<std::string, std::vector<Made>, std::less<>> made_;  // by stage
+    std::map<std::string, Array, std::less<>> latents_;           // by loop
+};
+
+// Tensors [1, ...] one after another: [B, ...]; a single one as it is. Throws a backend error where their shapes
+// differ.
+[[nodiscard]] TensorPtr stacked(const std::vector<TensorPtr>& rows);
+
+// `count` entries of an axis, from `first` on.
+[[nodiscard]] Array cut(const Array& array, std::size_t axis, std::size_t first, std::size_t count);
+
+// Latents of single frames [N, C, H, W] as those of one clip [1, C, N, H, W].
+[[nodiscard]] Array as_video(const Array& frames);
+
+}  // namespace higen::core

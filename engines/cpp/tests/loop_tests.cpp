@@ -1,0 +1,548 @@
+// Encodings, sources, the sampler and the whole interpreter, on a made-up model (fixture.h) against closed forms.
+#include <cmath>
+#include <limits>
+
+#include "check.h"
+#include "encodings.h"
+#include "fixture.h"
+#include "noise.h"
+#include "pictures.h"
+#include "sampler.h"
+#include "sources.h"
+
+using namespace higen::core;
+using fixture::floats;
+using fixture::Json;
+using fixture::Model;
+
+namespace {
+
+bool near(double a, double b, double tolerance = 1e-12) { return std::abs(a - b) <= tolerance; }
+
+Control curve(Control::Encoding encoding) {
+    Control control;
+    control.name = "wind";
+    control.kind = Control::Kind::curve;
+    control.encoding = encoding;
+    control.low = 0.0;
+    return control;
+}
+
+ControlValue list(std::vector<double> numbers) {
+    const auto n = numbers.size();
+    return {std::move(numbers), n, 1, ""};
+}
+
+// The product of a table's rows on a state, where m = mood - 2 x, as FakeBackend has it.
+double walked(const SolverTable& table, double x, double mood, double empty, double scale, std::size_t first = 0) {
+    double previous = 0;
+    const auto rows = first == 0 ? table.rows : tail(table, static_cast<std::int64_t>(first)).rows;
+    for (const auto& row : rows) {
+        const double m = empty - 2 * x + scale * (mood - empty);
+        const double x0 = row.alpha * x - row.sigma * m;
+        x = row.A * x + row.B * m + row.C * previous;
+        previous = x0;
+    }
+    return x;
+}
+
+// What the prompt's and the negative prompt's tokens of the fixture make: mood[0] of each branch.
+constexpr double mood = 0.30, empty = 0.21;
+
+SolverTable table_of(const Loop& loop, std::int64_t steps) {
+    return solver_table(loop.schedule, loop.prediction, loop.solvers.front(), steps);
+}
+
+double byte(double x) { return std::clamp(x * 0.5 + 0.5, 0.0, 1.0) * 255; }
+
+}  // namespace
+
+// ---- Encodings ----
+
+TEST(sinusoids) {
+    const auto control = curve(Control::Encoding::sinusoid);
+    CHECK(encode(control, std::nullopt, 3, 4) == std::vector<float>(12, 0.0F));
+    CHECK((encode(control, ControlValue::number(0), 2, 4) == std::vector<float>{1, 1, 0, 0, 1, 1, 0, 0}));
+    const auto odd = encode(control, ControlValue::number(2), 1, 5);
+    CHECK(near(odd[0], std::cos(2.0), 1e-6) && near(odd[2], std::sin(2.0), 1e-6) &&
+          near(odd[1], std::cos(0.02), 1e-6) && odd[4] == 0);
+    // Three pairs for four frames: resampled after the sinusoid.
+    const auto pairs = encode(control, list({1, 2, 3}), 4, 2);
+    CHECK(near(pairs[0], std::cos(1.0), 1e-6) && near(pairs[6], std::cos(3.0), 1e-6));
+    CHECK(near(pairs[2], std::cos(1.0) * 0.375 + std::cos(2.0) * 0.625, 1e-6));
+}
+
+TEST(similarities) {
+    auto control = curve(Control::Encoding::similarity);
+    control.low.reset();
+    const auto rows = encode(control, ControlValue::number(1), 3, 3);
+    CHECK((rows == std::vector<float>{1, 0.5F, 0, 0.5F, 1, 0.5F, 0, 0.5F, 1}));
+    const auto absent = encode(control, std::nullopt, 3, 3);
+    for (std::size_t i = 0; i < 9; ++i) CHECK(absent[i] == rows[i] - 1);
+    CHECK((encode(control, list({0, 2}), 2, 3) == std::vector<float>{1, 1, 1, -1, 0, 1}));
+    const ControlValue matrix{{1, 0, 2, 4}, 2, 2, ""};
+    CHECK((encode(control, matrix, 2, 2) == std::vector<float>{1, 0, 2, 4}));
+    CHECK((encode(control, matrix, 2, 3) == std::vector<float>{1, 0.5F, 0, 2, 3, 4}));
+    CHECK_FAILS(HIGEN_ERROR_REQUEST, "a matrix has 3 or 2 columns",
+                encode(control, ControlValue{{1, 2, 3, 4, 5, 6, 7, 8}, 2, 4, ""}, 2, 3));
+    CHECK(encode(control, ControlValue::number(5), 1, 3) == std::vector<float>(3, 1.0F));  // at every place at once
+}
+
+TEST(curves_and_numbers) {
+    const auto control = curve(Control::Encoding::curve);
+    CHECK(encode(control, ControlValue::number(3), 4, 1) == std::vector<float>(4, 3.0F));
+    CHECK((encode(control, list({1, 3}), 3, 1) == std::vector<float>{1, 2, 3}));
+    CHECK((encode(control, list({1, 3, 8}), 3, 1) == std::vector<float>{1, 3, 8}));
+    CHECK((spread({1, 3}, 3) == std::vector<float>{1, 2, 3}) && spread({1, 3}, 1) == std::vector<float>{1});
+    CHECK((spread({1, 2, 3}, 5) == std::vector<float>{1, 1.5F, 2, 2.5F, 3}));
+    Control choice;
+    choice.kind = Control::Kind::choice, choice.encoding = Control::Encoding::number, choice.choices = {"calm", "wild"};
+    CHECK(encode(choice, ControlValue::of("wild"), 4, 1) == std::vector<float>{1});
+}
+
+TEST(values_are_checked) {
+    const auto control = curve(Control::Encoding::sinusoid);
+    for (const auto& value : {list({1, 2}), list({1, 2, 3}), ControlValue::number(0)}) check_value(control, value, 3);
+    CHECK_FAILS(HIGEN_ERROR_REQUEST, "wind has the value -1: one number, 2 (one per pair of frames) or 3",
+                (check_value(control, ControlValue::number(-1), 3), 0));
+    CHECK_FAILS(HIGEN_ERROR_REQUEST, "wind has shape [5, 1]", (check_value(control, list({1, 2, 3, 4, 5}), 3), 0));
+    for (const double wrong : {std::nan(""), std::numeric_limits<double>::infinity(), 1e39})
+        CHECK_FAILS(HIGEN_ERROR_REQUEST, "wind has the value",
+                    (check_value(control, ControlValue::number(wrong), 3), 0));
+    Control number;
+    number.name = "pace", number.kind = Control::Kind::whole, number.high = 9.0;
+    CHECK_FAILS(HIGEN_ERROR_REQUEST, "pace has the value 1.5: a whole number to 9",
+                (check_value(number, ControlValue::number(1.5), 3), 0));
+    CHECK_FAILS(HIGEN_ERROR_REQUEST, "pace has the value 10", (check_value(number, ControlValue::number(10), 3), 0));
+    CHECK_FAILS(HIGEN_ERROR_REQUEST, "pace has shape [2, 1]", (check_value(number, list({1, 2}), 2), 0));
+}
+
+// ---- Pictures ----
+
+TEST(a_picture_of_the_right_size_is_itself) {
+    std::vector<std::uint8_t> rgb(5 * 4 * 3);
+    for (std::size_t i = 0; i < rgb.size(); ++i) rgb[i] = static_cast<std::uint8_t>(7 * i);
+    CHECK(cover(rgb.data(), 5, 4, 5, 4) == rgb);
+    // A grey one stays grey in any size, and what is over is cut off on both sides alike.
+    const std::vector<std::uint8_t> grey(9 * 4 * 3, 77);
+    CHECK(cover(grey.data(), 9, 4, 20, 30) == std::vector<std::uint8_t>(20 * 30 * 3, 77));
+    std::vector<std::uint8_t> striped(6 * 2 * 3, 0);
+    for (std::size_t y = 0; y < 2; ++y)
+        for (std::size_t x = 2; x < 4; ++x)
+            for (std::size_t c = 0; c < 3; ++c) striped[(y * 6 + x) * 3 + c] = 255;
+    CHECK(cover(striped.data(), 6, 2, 2, 2) == std::vector<std::uint8_t>(12, 255));
+    const auto numbers = planes({0, 255, 51, 102, 0, 255}, 1, 2);
+    CHECK(near(numbers[0], -1) && near(numbers[1], -0.2, 1e-6) && near(numbers[2], 1) && near(numbers[4], -0.6, 1e-6));
+}
+
+TEST(resampling_keeps_a_constant) {
+    const std::vector<float> flat(3 * 7 * 9, 0.25F);
+    for (const float value : resample(flat, 7, 9, 3, 4)) CHECK(near(value, 0.25, 1e-6));
+    // Bicubic of a straight line is that line, corners aligned; enlarging blurs by nothing.
+    std::vector<float> line(5);
+    for (std::size_t i = 0; i < 5; ++i) line[i] = static_cast<float>(i);
+    const auto made = resample(line, 1, 5, 1, 9);
+    CHECK(made.size() == 9 && near(made[0], 0, 1e-6) && near(made[8], 4, 1e-6) && near(made[4], 2, 1e-5));
+}
+
+// ---- Sources ----
+
+TEST(a_stage_is_run_once_per_distinct_input) {
+    Model m;
+    m.generate();
+    // The text and the negative one; both in each loop, whose controls differ.
+    CHECK(m.backend.called("reader") == 2 && m.backend.called("mixer") == 4 && m.backend.called("scanner") == 0);
+    CHECK(m.backend.called("sketch") == 3 && m.backend.called("film") == 2 && m.backend.called("painter") == 3);
+    CHECK((m.steps == std::vector<std::string>{"sketching0", "sketching1", "sketching2", "filming0", "filming1"}));
+    Model same;
+    same.request.negative_tokens = same.request.tokens;
+    same.generate();
+    CHECK(same.backend.called("reader") == 1 && same.backend.called("mixer") == 2);
+}
+
+TEST(every_source_has_its_value) {
+    auto json = fixture::manifest();
+    auto& inputs = json["stages"][0]["inputs"];  // of the reader, which ignores them
+    inputs.push_back(fixture::input("gust", {"B"}, "control:gust"));
+    inputs.push_back(fixture::input("pace", {"B", "F"}, "control:pace"));
+    inputs.push_back(fixture::input("choice", {"B"}, "control:mood"));
+    inputs.push_back(fixture::input("rate", {"B"}, "control:fps"));
+    inputs.push_back(fixture::input("rates", {"B", "F"}, "control:fps"));
+    inputs.push_back(fixture::input("clip", {"B", 3, "F", "Y", "X"}, "clip:reel"));
+    inputs.push_back(fixture::input("picture", {"B", 3, "Y", "X"}, "picture:photo"));
+    inputs.push_back(fixture::input("small", {"B", 3, 1, 2}, "picture:photo:clip"));
+    inputs.push_back(fixture::input("noise", {"B", "C", "F", "H", "W"}, "noise:77"));
+    inputs.push_back(fixture::input("still", {"B", "E"}, "noise:78"));
+    json["loops"][1]["controls"] = {{"pace", 6}};
+    Model m(json, false);
+    const std::vector<std::uint8_t> reel(5 * 2 * 3 * 3, 255), photo(2 * 3 * 3, 0);
+    const higen_picture pictures[] = {{"reel", reel.data(), 5, 2, 3}, {"photo", photo.data(), 1, 2, 3}};
+    const higen_control controls[] = {{"gust", nullptr, 0, 0, nullptr}, {"mood", nullptr, 0, 0, "wild"}};
+    m.request = m.asked([&](auto& r) {
+        r.pictures = pictures, r.picture_count = 2;
+        r.controls = controls + 1, r.control_count = 1;
+        r.fps = 12;
+    });
+    m.generate();
+    const auto last = [&](const char* name) { return m.backend.last("reader", name); };
+    CHECK(last("gust").floats() == std::vector<float>{0.5F} && last("choice").floats() == std::vector<float>{1});
+    CHECK(last("pace").floats() == std::vector<float>(5, 6.0F));  // the loop's own value
+    CHECK(last("rate").floats() == std::vector<float>{12} && last("rates").shape == (Shape{1, 5}));
+    CHECK(last("clip").shape == (Shape{1, 3, 5, 2, 3}) && near(last("clip").floats()[0], 1));
+    CHECK(last("picture").floats() == std::vector<float>(18, -1.0F) && last("small").shape == (Shape{1, 3, 1, 2}));
+    CHECK(last("noise").floats() == frame_noise(9, 77, 4, 5, 6) && last("still").floats() == normal(9, 78, 2));
+    CHECK((m.backend.last("mixer", "words").shape == Shape{1, 4, 3}));
+    // The photo stands for the sketch, so that the loop is not run; the reel is scanned two frames at a time.
+    CHECK(m.backend.called("sketch") == 0 && m.backend.called("scanner") == 1 && m.backend.called("scribe") == 3);
+    CHECK(m.backend.last("film", "base").shape == (Shape{1, 4, 2, 3}));
+    CHECK_FAILS(HIGEN_ERROR_REQUEST, "gust is unspecified: kites was not trained without it",
+                m.asked([&](auto& r) { r.controls = controls, r.control_count = 1; }));
+}
+
+// ---- The interpreter ----
+
+TEST(a_video_is_the_solvers_product_of_its_noise) {
+    Model m;
+    m.generate();
+    CHECK(m.rgb[0].size() == 5 * 2 * 3 * 3);
+    const auto& sketching = m.manifest.loops[0];
+    const auto& filming = m.manifest.loops[1];
+    const auto key = frame_noise(9, 4, 4, 1, 6);
+    const auto base = m.backend.last("film", "base");
+    for (std::size_t i = 0; i < key.size(); ++i)
+        CHECK(near(base.floats()[i], walked(table_of(sketching, 3), key[i], mood, empty, 2), 1e-5));
+    const auto noise = frame_noise(9, 5, 4, 5, 6), offset = frame_noise(9, 6, 4, 5, 1);
+    for (std::size_t frame = 0; frame < 5; ++frame)
+        for (std::size_t c = 0; c < 3; ++c)
+            for (std::size_t i = 0; i < 6; ++i) {
+                const auto at = c * 5 + frame;
+                const double x = walked(table_of(filming, 2), noise[at * 6 + i] + 0.5 * offset[at], mood, empty, 2);
+                CHECK(std::abs(m.rgb[0][(frame * 6 + i) * 3 + c] - byte(x)) <= 1.001);
+            }
+    CHECK(near(m.times[3], table_of(filming, 2).rows[0].t));
+}
+
+TEST(a_loop_is_left_out_where_there_are_too_few_frames) {
+    Model m;
+    m.request = m.asked([](auto& r) { r.frames = 1; });
+    m.generate();
+    CHECK(m.rgb[0].size() == 18 && m.steps.size() == 3 && m.backend.called("film") == 0);
+}
+
+TEST(guidance_of_one_runs_the_plain_stage) {
+    const double one[] = {1}, ramp[] = {1, 1.5, 2, 2.5, 3};
+    const higen_curve scales[] = {{one, 1}, {ramp, 5}};
+    const auto with = [&](Model& m, std::size_t count) {
+        m.request = m.asked([&](auto& r) { r.guidance = scales, r.guidance_count = count; });
+        m.generate();
+    };
+    Model plain;
+    with(plain, 1);
+    CHECK(plain.backend.called("sketch_plain") == 3 && plain.backend.called("film_plain") == 2 &&
+          plain.backend.called("sketch") == 0);
+    CHECK(plain.backend.called("reader") == 1);  // nothing asks for the negative prompt
+    Model guided;
+    guided.backend.absent = {"sketch_plain", "film_plain"};
+    with(guided, 1);
+    CHECK(guided.backend.called("sketch") == 3 && guided.backend.called("film") == 2);
+    CHECK(guided.rgb == plain.rgb);
+    // A number a frame: no frame of which is 1 in the second loop alone.
+    Model curves;
+    with(curves, 2);
+    CHECK(curves.backend.called("sketch_plain") == 3 && curves.backend.called("film") == 2);
+    CHECK((curves.backend.last("film", "guidance").floats() == std::vector<float>{1, 1.5F, 2, 2.5F, 3}));
+    CHECK(curves.backend.last("film", "guidance").shape == (Shape{1, 5}));
+    // A list of the manifest's is spread over the frames.
+    auto json = fixture::manifest();
+    json["loops"][1]["guidance"] = {1, 3};
+    Model spread_over(json);
+    spread_over.generate();
+    CHECK((spread_over.backend.last("film", "guidance").floats() == std::vector<float>{1, 1.5F, 2, 2.5F, 3}));
+    // One that has no guided stage takes 1 alone.
+    json = fixture::manifest();
+    json["loops"][0]["guided"] = nullptr, json["loops"][0]["guidance"] = 1;
+    const Model without(json);
+    const higen_curve more{ramp + 1, 1};
+    CHECK_FAILS(HIGEN_ERROR_REQUEST, "guidance=1.500000: the loop sketching has no guidance; 1 is allowed",
+                without.asked([&](auto& r) { r.guidance = &more, r.guidance_count = 1; }));
+}
+
+TEST(opening_prepares_what_the_default_request_needs) {
+    Model m;
+    m.pipeline.prepare();
+    std::sort(m.backend.prepared.begin(), m.backend.prepared.end());
+    CHECK((m.backend.prepared == std::vector<std::string>{"film", "mixer", "painter", "reader", "sketch"}));
+    auto json = fixture::manifest();
+    json["loops"][1]["guidance"] = 1;
+    Model plain(json);
+    plain.pipeline.prepare();
+    const auto& names = plain.backend.prepared;
+    CHECK(std::count(names.begin(), names.end(), "film_plain") == 1 &&
+          std::count(names.begin(), names.end(), "film") == 0);
+    m.backend.absent = {"film"};
+    CHECK_FAILS(HIGEN_ERROR_UNAVAILABLE, "no film", (m.pipeline.prepare(), 0));
+}
+
+TEST(a_clip_begins_in_the_tail_of_the_table) {
+    Model m;
+    std::vector<std::uint8_t> reel(5 * 2 * 3 * 3);
+    for (std::size_t i = 0; i < reel.size(); ++i) reel[i] = static_cast<std::uint8_t>(i * 3);
+    const higen_picture picture{"reel", reel.data(), 5, 2, 3};
+    const std::int32_t steps[] = {3, 5};
+    m.request = m.asked([&](auto& r) {
+        r.pictures = &picture, r.picture_count = 1;
+        r.steps = steps, r.step_count = 2;
+    });
+    m.generate();
+    // Half of five rows, rounded down: the last two.
+    CHECK((m.steps == std::vector<std::string>{"sketching0", "sketching1", "sketching2", "filming0", "filming1"}));
+    const auto table = table_of(m.manifest.loops[1], 5);
+    CHECK(near(m.times[3], table.rows[3].t) && near(m.times[4], table.rows[4].t));
+    const auto noise = frame_noise(9, 5, 4, 5, 6), offset = frame_noise(9, 6, 4, 5, 1);
+    for (std::size_t frame = 0; frame < 5; ++frame)
+        for (std::size_t c = 0; c < 3; ++c)
+            for (std::size_t i = 0; i < 6; ++i) {
+                const auto at = c * 5 + frame;
+                const double clean = reel[(frame * 6 + i) * 3 + c] / 127.5 - 1.0;
+                const double start = table.rows[3].start_alpha * clean +
+                                     table.rows[3].start_sigma * (noise[at * 6 + i] + 0.5 * offset[at]);
+                CHECK(std::abs(m.rgb[0][(frame * 6 + i) * 3 + c] - byte(walked(table, start, mood, empty, 2, 3))) <=
+                      1.001);
+            }
+    CHECK(tail_row(10, 0) == 9 && tail_row(10, 0.35) == 7 && tail_row(10, 1) == 0 && tail_row(1, 0.5) == 0);
+}
+
+TEST(latents_of_an_earlier_loop_are_mixed_into_the_noise) {
+    auto json = fixture::manifest();
+    json["loops"][1]["noise"] = {
+        {"purpose", 5}, {"offset", nullptr}, {"mix", {{"loop", "sketching"}, {"scale", "control:gust"}}}};
+    Model m(json);
+    m.generate();
+    const auto base = m.backend.last("film", "base"), first = [&] {
+        for (std::size_t i = 0; i < m.backend.calls.size(); ++i)
+            if (m.backend.calls[i] == "film") return m.backend.inputs[i].at("latents")->to_host();
+        return Array{};
+    }();
+    const auto noise = frame_noise(9, 5, 4, 5, 6);
+    for (std::size_t c = 0; c < 4; ++c)
+        for (std::size_t f = 0; f < 5; ++f)
+            for (std::size_t i = 0; i < 6; ++i)
+                CHECK(near(first.floats()[(c * 5 + f) * 6 + i],
+                           noise[(c * 5 + f) * 6 + i] + 0.5F * base.floats()[c * 6 + i], 1e-6));
+}
+
+TEST(a_stochastic_solver_is_handed_fresh_noise) {
+    auto json = fixture::manifest();
+    for (auto& loop : json["loops"]) {
+        loop["solvers"] = Json::array({loop["solvers"][0]});
+        loop["solvers"][0]["spacing"] = "leading", loop["solvers"][0]["eta"] = 1.0;
+    }
+    Model m(json);
+    m.generate();
+    const auto table = table_of(m.manifest.loops[1], 2);
+    CHECK(table.rows[0].noise);
+    const auto found = m.backend.last("film", "previous");
+    const auto row = table.rows[1].noise ? frame_noise(9, row_purpose(5, 1), 4, 5, 6) : std::vector<float>();
+    CHECK(!table.rows[1].noise || found.floats() == row);
+    for (std::size_t i = 0; i < m.backend.calls.size(); ++i)
+        if (m.backend.calls[i] == "film") {
+            CHECK(m.backend.inputs[i].at("previous")->to_host().floats() == frame_noise(9, row_purpose(5, 0), 4, 5, 6));
+            break;
+        }
+}
+
+TEST(windows_are_mixed_by_weight) {
+    const Windows windows{4, 2};
+    const auto weighted = window_weights(9, windows);
+    std::vector<double> total(9, 0.0);
+    std::vector<std::size_t> starts;
+    for (const auto& [start, weights] : weighted) {
+        starts.push_back(start);
+        for (std::size_t j = 0; j < weights.size(); ++j) total[start + j] += weights[j];
+    }
+    CHECK((starts == std::vector<std::size_t>{0, 2, 4, 5}));
+    for (const double sum : total) CHECK(near(sum, 1, 1e-6));
+    CHECK(near(weighted[0].second[2], 2.0 / 3.0, 1e-6));  // 2 of 2 + 1
+    CHECK(window_weights(4, windows).size() == 1 && window_weights(5, windows).size() == 2);
+    // A step of this model looks at each frame alone but for the sum of its drift: with drift 0 windows change nothing.
+    auto json = fixture::manifest();
+    json["loops"][1]["windows"] = {{"length", 4}, {"stride", 3}};
+    Model whole, cut_up(json);
+    for (auto* m : {&whole, &cut_up}) {
+        m->request = m->asked([](auto& r) { r.frames = 9; });
+        m->generate();
+    }
+    CHECK(cut_up.backend.called("film") == 3 * whole.backend.called("film"));
+    CHECK(cut_up.backend.last("film", "beat").shape == (Shape{1, 4, 2}) &&
+          cut_up.backend.last("film", "guidance").shape == (Shape{1, 4}));
+    CHECK(cut_up.rgb[0].size() == whole.rgb[0].size());
+    for (std::size_t i = 0; i < whole.rgb[0].size(); ++i) CHECK(std::abs(whole.rgb[0][i] - cut_up.rgb[0][i]) <= 1);
+    Model few(json);
+    few.request = few.asked([](auto& r) { r.frames = 4; });
+    few.generate();
+    CHECK(few.backend.called("film") == 2);
+}
+
+TEST(an_edit_of_the_estimate_is_as_if_the_stage_had_made_it) {
+    Model m;
+    const auto& loop = m.manifest.loops[0];
+    const auto& stage = m.manifest.stage("sketch_plain");
+    const Shape shape = {1, 4, 1, 2, 3};
+    LoopRun run{"sketching", stage, {}, table_of(loop, 4), Array::of({1, 1}, std::vector<float>{1}), {9}, 4};
+    run.conditions = {{"mood", floats({1, 2}, {0.3F, 0.6F})}, {"beat", floats({1, 1, 2}, {0, 0})}};
+    const auto noise = frame_noise(9, 4, 4, 1, 6);
+    std::vector<float> known(24), mask(6, 0.0F);
+    for (std::size_t i = 0; i < known.size(); ++i) known[i] = static_cast<float>(i) / 24;
+    mask[1] = 1, mask[4] = 0.5F;
+    run.edit = Edit{Array::of(shape, known), Array::of({1, 1, 1, 2, 3}, mask)};
+    const auto out = denoise(m.backend, run, floats(shape, noise), [](const Step&) {}, m.cancellation)->to_host();
+    // The other way round: m is what gives the edited x0, and then the row is applied.
+    for (std::size_t i = 0; i < noise.size(); ++i) {
+        double x = noise[i], previous = 0;
+        for (const auto& row : run.table.rows) {
+            const double x0 = row.alpha * x - row.sigma * (0.3 - 2 * x);
+            const double wanted = x0 + mask[i % 6] * (known[i] - x0);
+            x = row.A * x + row.B * (row.alpha * x - wanted) / row.sigma + row.C * previous;
+            previous = wanted;
+        }
+        CHECK(near(out.floats()[i], x, 1e-4));
+    }
+    run.edit->mask = Array::of({1, 1, 1, 1, 1}, std::vector<float>{0});
+    const auto untouched = denoise(m.backend, run, floats(shape, noise), [](const Step&) {}, m.cancellation)->to_host();
+    run.edit.reset();
+    CHECK(denoise(
+              m.backend, run, floats(shape, noise), [](const Step&) {}, m.cancellation)
+              ->to_host()
+              .floats() == untouched.floats());
+    run.edit = Edit{Array::of({1}, std::vector<float>{0}), Array::of({1}, std::vector<float>{0})};
+    CHECK_FAILS(HIGEN_ERROR_BACKEND, "an edit of latents [1, 4, 1, 2, 3] has known [1]",
+                denoise(m.backend, run, floats(shape, noise), [](const Step&) {}, m.cancellation));
+}
+
+TEST(a_decoder_is_given_context_that_is_dropped) {
+    auto json = fixture::manifest();
+    json["sizes"]["overlap"] = 1;
+    Model m(json), plain;
+    m.generate();
+    plain.generate();
+    CHECK(m.rgb == plain.rgb && m.backend.called("painter") == 3);
+    std::vector<std::int64_t> sizes;
+    for (std::size_t i = 0; i < m.backend.calls.size(); ++i)
+        if (m.backend.calls[i] == "painter") sizes.push_back(m.backend.inputs[i].at("latents")->shape()[0]);
+    CHECK((sizes == std::vector<std::int64_t>{3, 4, 2}));
+    // One that decodes clips is given [1, C, F, H, W].
+    auto& painter = json["stages"].back();
+    painter["inputs"][0]["shape"] = {"B", "C", "F", "H", "W"};
+    painter["outputs"][0]["shape"] = {"B", 3, "F", "Y", "X"};
+    Model video(json);
+    video.generate();
+    CHECK(video.rgb == plain.rgb);
+}
+
+TEST(a_batch_is_its_requests) {
+    Model one, two, both;
+    two.request.seed = 6;
+    two.request.tokens = {3, 2, 1, 0};
+    two.request.values["gust"] = ControlValue::number(0);
+    one.generate();
+    two.generate();
+    both.generate({one.request, two.request});
+    CHECK(both.rgb[0] == one.rgb[0] && both.rgb[1] == two.rgb[0] && both.rgb[0] != both.rgb[1]);
+    CHECK(both.backend.called("sketch") == 3 && both.backend.called("reader") == 3);  // each text once
+    CHECK(both.backend.last("film", "latents").shape[0] == 2 &&
+          both.backend.last("film", "base").shape == (Shape{2, 4, 2, 3}));
+
+    const auto same = one.asked([](auto& r) { r.seed = 6; });
+    check_batch(one.manifest, {one.request, same});
+    const auto refused = [&](const char* words, const auto& change) {
+        auto other = same;
+        change(other);
+        CHECK_FAILS(HIGEN_ERROR_REQUEST, words, (check_batch(one.manifest, {one.request, one.request, other}), 0));
+    };
+    refused("requests[2]: another frames than requests[0]", [](auto& r) { r.frames = 4; });
+    refused("another steps", [](auto& r) { r.loops[1].steps = 9; });
+    refused("another solver", [&](auto& r) { r.loops[1].solver = &one.manifest.loops[1].solvers[1]; });
+    refused("another height", [](auto& r) { r.height = 4; });
+    refused("photo is for all videos of a batch or for none", [](auto& r) { r.pictures["photo"].resize(18); });
+}
+
+TEST(cancelling_stops_wherever_it_comes) {
+    Model whole;
+    whole.generate();
+    for (std::size_t at = 1; at <= whole.backend.calls.size(); ++at) {
+        Model m;
+        m.backend.cancel_at = at;
+        CHECK_FAILS(HIGEN_CANCELLED, "", (m.generate(), 0));
+        CHECK(m.backend.calls.size() == at);
+    }
+    Model before;
+    before.cancellation.cancel();
+    CHECK_FAILS(HIGEN_CANCELLED, "", (before.generate(), 0));
+}
+
+TEST(a_graph_that_lies_is_found_out) {
+    Model m;
+    m.backend.wrong_shape = true;
+    CHECK_FAILS(HIGEN_ERROR_BACKEND, "sketch gave latents of the shape [1]", (m.generate(), 0));
+    const float pixels[] = {0.0F, std::nanf(""), 0.0F};
+    std::uint8_t rgb[3];
+    CHECK_FAILS(HIGEN_ERROR_BACKEND, "NaN", (to_rgb(pixels, 1, 1, rgb), 0));
+    Model wrong;
+    wrong.request.tokens = {1};
+    CHECK_FAILS(HIGEN_ERROR_BACKEND, "reader.ids: int64 [1, 1] given, int64 [B=1, L=4] wanted", (wrong.generate(), 0));
+}
+
+// ---- Requests ----
+
+TEST(wrong_requests_are_told_by_name) {
+    Model m;
+    const auto refused = [&](const char* words, const std::function<void(higen_request&)>& change) {
+        CHECK_FAILS(HIGEN_ERROR_REQUEST, words, m.asked(change));
+    };
+    const double numbers[] = {1, 2, -3};
+    const std::int32_t steps[] = {4, 1001};
+    const char* const solvers[] = {"euler"};
+    higen_control control{};
+    higen_picture picture{};
+    const auto with = [&](higen_control one) {
+        control = one;
+        return [&](higen_request& r) { r.controls = &control, r.control_count = 1; };
+    };
+    const auto shown = [&](higen_picture one) {
+        picture = one;
+        return [&](higen_request& r) { r.pictures = &picture, r.picture_count = 1; };
+    };
+    refused("frames=41: a whole number from 1 to 40", [](auto& r) { r.frames = 41; });
+    refused("steps=1001: a whole number from 1 to 1000", [&](auto& r) { r.steps = steps, r.step_count = 2; });
+    refused("steps has 3 entries: one for every loop, or 2 (one a loop)",
+            [&](auto& r) { r.steps = steps, r.step_count = 3; });
+    refused("solver='euler': the loop sketching takes 'ddim', 'dpm++2m'",
+            [&](auto& r) { r.solvers = solvers, r.solver_count = 1; });
+    const higen_curve scale{numbers, 3};
+    refused("guidance has 3 numbers", [&](auto& r) { r.guidance = &scale, r.guidance_count = 1; });
+    refused("control 'rain': unknown; this model takes wind, drift", with({"rain", numbers, 1, 1, nullptr}));
+    refused("a control's name is NULL", with({nullptr, numbers, 1, 1, nullptr}));
+    refused("wind has the value -3", with({"wind", numbers + 2, 1, 1, nullptr}));
+    refused("wind: numbers are wanted", with({"wind", nullptr, 0, 0, "fast"}));
+    refused("mood: a text is wanted", with({"mood", numbers, 1, 1, nullptr}));
+    refused("mood='sad': one of 'calm', 'wild'", with({"mood", nullptr, 0, 0, "sad"}));
+    refused("caption is not valid UTF-8", with({"caption", nullptr, 0, 0, "\xff"}));
+    refused("photo: a picture is given as a higen_picture", with({"photo", numbers, 1, 1, nullptr}));
+    refused("drift has shape [1, 3]", with({"drift", numbers, 1, 3, nullptr}));
+    refused("has no values, or too many", with({"wind", numbers, 0, 1, nullptr}));
+    const std::uint8_t pixels[300] = {};
+    refused("wind: takes no picture", shown({"wind", pixels, 1, 2, 2}));
+    refused("photo: 2 frames of 2x2 given", shown({"photo", pixels, 2, 2, 2}));
+    refused("reel: 1 frames of 2x2 given; RGB of 5 frames", shown({"reel", pixels, 1, 2, 2}));
+    refused("photo: 1 frames of 0x2 given", shown({"photo", pixels, 1, 2, 0}));
+    const higen_control twice[] = {{"wind", numbers, 1, 1, nullptr}, {"wind", numbers, 1, 1, nullptr}};
+    refused("control 'wind': is given twice", [&](auto& r) { r.controls = twice, r.control_count = 2; });
+}
+
+TEST(a_picture_that_a_loop_needs_must_be_given) {
+    auto json = fixture::manifest();
+    json["loops"][0]["replaced"] = nullptr;
+    json["stages"][2]["inputs"].push_back(fixture::input("hint", {"B", "C", "H", "W"}, "scanner.latents"));
+    const Model m(json, false);
+    CHECK_FAILS(HIGEN_ERROR_REQUEST, "photo: the loop sketching needs one", m.asked([](auto&) {}));
+}

@@ -1,0 +1,121 @@
+"""Which layers of a graph may be quantised, by where they stand in it."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+from numpy.typing import NDArray
+
+from higen.stages import STATE
+
+__all__ = ["BLOCK", "E4M3", "KINDS", "LARGEST_E4M3", "Kind", "Layer", "quantizable", "values_of"]
+
+BLOCK = 16
+"""Values that share a scale in NVFP4."""
+
+E4M3 = ir.DataType.FLOAT8E4M3FN
+LARGEST_E4M3 = 448.0
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A type to multiply in: the largest magnitude it is scaled to, its ONNX type, and the operators that have it."""
+
+    largest: float
+    dtype: ir.DataType
+    operators: tuple[str, ...] = ("Conv", "MatMul")
+
+    @property
+    def in_blocks(self) -> bool:
+        """Whether scales are of blocks, and those of activations found as they enter."""
+        return self.dtype == ir.DataType.FLOAT4E2M1
+
+
+KINDS = {
+    "int8": Kind(127.0, ir.DataType.INT8),
+    "fp8": Kind(LARGEST_E4M3, E4M3),
+    "nvfp4": Kind(6.0, ir.DataType.FLOAT4E2M1, ("MatMul",)),
+}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A convolution or a product with a weight: `node` multiplies `activation` with `weight`'s values."""
+
+    weight: str
+    node: ir.Node
+    activation: ir.Value
+
+    @property
+    def axis(self) -> int:
+        """The axis of the output channels in the tensor that enters the node."""
+        return 0 if self.node.op_type == "Conv" else 1
+
+
+def quantizable(graph: ir.Graph, kind: Kind = KINDS["int8"]) -> list[Layer]:
+    """The layers of a graph that may be computed in a kind, in the graph's order.
+
+    They lie on the latents' way, behind the first layer there and before the last one. Both of these are sensitive to
+    rounding, and so are the layers that the latents do not pass: embeddings of the time and of the conditions.
+    """
+    layers = {layer.node: layer for node in graph if (layer := _layer(graph, node)) is not None}
+    passed, ends = _behind_a_layer(graph, layers), _without_a_layer_behind(graph, layers)
+    return [
+        layer
+        for node, layer in layers.items()
+        if node.op_type in kind.operators
+        and layer.activation in passed
+        and not ends.intersection(node.outputs)
+        and (not kind.in_blocks or np.prod(_weight(graph, layer).shape.numpy()[1:]) % BLOCK == 0)
+    ]
+
+
+def _layer(graph: ir.Graph, node: ir.Node) -> Layer | None:
+    """A node as a layer, if it multiplies with a weight of the graph."""
+    if node.op_type not in ("Conv", "MatMul") or node.inputs[0] is None:
+        return None
+    source = node.inputs[1]
+    while source is not None and (maker := source.producer()) is not None:
+        source = maker.inputs[0] if maker.op_type in ("Cast", "Transpose", "Reshape") else None
+    if source is None or source.name is None or source.name not in graph.initializers or source.const_value is None:
+        return None
+    return Layer(source.name, node, node.inputs[0])
+
+
+def _behind_a_layer(graph: ir.Graph, layers: Collection[ir.Node]) -> set[ir.Value]:
+    """What is computed from the latents by at least one layer; from their values, that is, not from their sizes."""
+    entered = {value for value in graph.inputs if value.name == STATE[0]}
+    passed = set[ir.Value]()
+    for node in graph:
+        if node.op_type in ("Shape", "Size"):
+            continue
+        given = {value for value in node.inputs if value is not None}
+        if given & passed or (node in layers and given & entered):
+            passed.update(node.outputs)
+        elif given & entered:
+            entered.update(node.outputs)
+    return passed
+
+
+def _without_a_layer_behind(graph: ir.Graph, layers: Collection[ir.Node]) -> set[ir.Value]:
+    """What the outputs are computed from without a layer in between."""
+    found = set(graph.outputs)
+    for node in reversed(graph):
+        if node not in layers and found.intersection(node.outputs):
+            found.update(value for value in node.inputs if value is not None)
+    return found
+
+
+def _weight(graph: ir.Graph, layer: Layer) -> ir.TensorProtocol:
+    tensor = graph.initializers[layer.weight].const_value
+    assert tensor is not None
+    return tensor
+
+
+def values_of(graph: ir.Graph, layer: Layer) -> NDArray[np.float32]:
+    """A layer's weight as it enters its node: a product's as [inputs, outputs]."""
+    values = _weight(graph, layer).numpy().astype(np.float32)
+    return values if layer.node.op_type == "Conv" else values.reshape(values.shape[0], -1).T

@@ -1,0 +1,162 @@
+"""The sizes that a stage is traced and checked with, and its inputs for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+
+import torch
+
+from higen.axes import limits
+from higen.errors import RequestError
+from higen.manifest import Manifest
+from higen.stages import Stage, Tensor, source
+
+__all__ = ["checked_sizes", "example_inputs", "fixed_sizes", "sizes_for", "static_sizes", "traced_sizes"]
+
+MANY = 8
+"""Samples that a check has at most."""
+
+PIXELS = ("H", "W", "Y", "X")
+
+LARGEST_AREA = 4096
+"""Latent cells of a clip in the model's own size up to which it is checked: the released model's takes minutes."""
+
+
+def example_inputs(
+    manifest: Manifest, stage: Stage, sizes: Mapping[str, int], seed: int = 0
+) -> dict[str, torch.Tensor]:
+    """Random inputs of a stage for these sizes: tokens from 0 to 4, a control within its range, all else normal."""
+    random = torch.Generator().manual_seed(seed)
+    return {
+        tensor.name: _values(manifest, tensor, [n if isinstance(n, int) else sizes[n] for n in tensor.shape], random)
+        for tensor in stage.inputs
+    }
+
+
+def _values(manifest: Manifest, tensor: Tensor, shape: list[int], random: torch.Generator) -> torch.Tensor:
+    if tensor.dtype == "int64":
+        return torch.randint(0, 5, shape, generator=random)
+    normal = torch.randn(shape, generator=random)
+    origin = source(tensor.source)
+    if origin.kind != "control" or origin.name == "fps":
+        return normal
+    control = manifest.control(origin.name)
+    if control.kind == "choice":
+        return torch.randint(0, len(control.choices), shape, generator=random).float()
+    if control.encoding not in ("number", "curve"):
+        return normal
+    low, high = control.low, control.high
+    if low is not None and high is not None:
+        values = low + (high - low) * torch.rand(shape, generator=random)
+    elif low is not None:
+        values = low + normal.abs()
+    else:
+        values = normal if high is None else high - normal.abs()
+    return values.round() if control.kind == "whole" else values
+
+
+def sizes_for(manifest: Manifest, free: Mapping[str, int]) -> dict[str, int]:
+    """A size for every symbol of the stage table: those the model fixes, `free`, and the pixels of its H and W."""
+    factor = manifest.sizes.factor
+    return {**manifest.fixed, **free, "Y": free["H"] * factor, "X": free["W"] * factor}
+
+
+def static_sizes(manifest: Manifest, shape: str) -> dict[str, int]:
+    """Sizes of B, F, H and W for "BxFxHxW" with H and W in pixels: "1x32x256x448".
+
+    Raises RequestError for anything else and for sizes that the model cannot have.
+    """
+    factor, step = manifest.sizes.factor, manifest.sizes.multiple
+    fewest, _, most = manifest.sizes.frames
+    try:
+        batch, frames, height, width = (int(part) for part in shape.split("x"))
+    except ValueError:
+        raise RequestError(f"static={shape!r}: samples, frames, height and width, as in 1x32x256x448") from None
+    if batch < 1 or not fewest <= frames <= most:
+        raise RequestError(f"static={shape!r}: at least 1 sample and {fewest} to {most} frames")
+    if height < 1 or width < 1 or height % step or width % step:
+        raise RequestError(f"static={shape!r}: height and width are multiples of {step} pixels")
+    return {"B": batch, "F": frames, "H": height // factor, "W": width // factor}
+
+
+def fixed_sizes(manifest: Manifest, stage: Stage, static: Mapping[str, int] | None) -> dict[str, int]:
+    """The free symbols of a stage that its graph fixes: those that only ever have one size, and what `static` says.
+
+    The runtimes run all but the denoising stages for one sample at a time, with different frames, so only the height
+    and the width of these can be fixed.
+    """
+    allowed = limits(manifest, stage.name)
+    fixed = {symbol: low for symbol, (low, high) in allowed.items() if low == high}
+    if static is not None:
+        sizes = sizes_for(manifest, static)
+        pixels = {symbol: sizes[symbol] for symbol in PIXELS}
+        batch, frames = min(static["B"], allowed["B"][1]), min(static["F"], allowed["F"][1])
+        fixed |= {"B": batch, "F": frames, **pixels} if stage.denoises else pixels
+    return fixed
+
+
+def traced_sizes(manifest: Manifest, stage: Stage, fixed: Mapping[str, int]) -> dict[str, int]:
+    """Sizes the tracer sees, `fixed` ones as they are; all others differ, so that no two axes are taken for one."""
+    allowed, step = limits(manifest, stage.name), manifest.sizes.multiple // manifest.sizes.factor
+    taken = set[int]()
+
+    def choose(symbol: str, wanted: list[int]) -> int:
+        low, high = allowed.get(symbol, (1, max(wanted)))
+        inside = [n for n in wanted if max(low, 2) <= n <= high]  # an axis of 1 is not free to the tracer
+        free = [n for n in inside if n not in taken]
+        taken.add(chosen := (free or inside)[0])
+        return chosen
+
+    low, high = allowed["F"]
+    nearest = sorted(range(max(low, 2), min(high, max(low, 5) + 8) + 1), key=lambda n: abs(n - 5))
+    wanted = {
+        "F": nearest,
+        "B": [2, 3, 4],
+        "N": [3, 4, 2],
+        "H": [k * step for k in range(2, 9)],
+        "W": [k * step for k in range(3, 9)],
+    }
+    free = {symbol: fixed[symbol] if symbol in fixed else choose(symbol, wanted[symbol]) for symbol in wanted}
+    return sizes_for(manifest, free)
+
+
+def checked_sizes(
+    manifest: Manifest, stage: Stage, static: Mapping[str, int] | None = None
+) -> Iterator[dict[str, int]]:
+    """Sizes the tracer did not see, for the parity gate: B = F (an exporter's favourite mistake), a single sample, a
+    single frame where the stage has such, none square, the model's own. With `static`: three times at its sizes.
+    """
+    fixed = fixed_sizes(manifest, stage, static)
+    known = manifest.sizes
+    step = known.multiple // known.factor
+    u = step if step >= 8 else 2 * step
+    own = {"H": known.height // known.factor, "W": known.width // known.factor}
+    rows = [
+        {"B": 3, "F": 3, "N": 2, "H": u, "W": 2 * u},
+        {"B": 1, "F": 8, "N": 1, "H": 2 * u, "W": u},
+        {"B": 4, "F": 2, "N": 4, "H": u, "W": 3 * u},
+    ]
+    symbols = [n for n in stage.free(manifest.fixed) if n not in fixed]
+    if "F" in symbols and limits(manifest, stage.name)["F"][0] == 1:
+        rows.append({"B": 2, "F": 1, "N": 1, "H": u, "W": 2 * u})
+    if own["H"] * own["W"] * known.frames[1] <= LARGEST_AREA:
+        rows.append({"B": 1, "F": known.frames[1], "N": 2, **own})
+    if static is not None:
+        rows = [{"B": n, "F": n, "N": n, **own} for n in (1, 2, 3)]
+    traced = traced_sizes(manifest, stage, fixed)
+    seen = {tuple(traced[symbol] for symbol in symbols)} if symbols else set()
+    for row in rows:
+        sizes = sizes_for(manifest, {**_inside(manifest, stage, row), **fixed})
+        shape = tuple(sizes[symbol] for symbol in symbols)
+        if static is not None or shape not in seen:
+            seen.add(shape)
+            yield sizes
+
+
+def _inside(manifest: Manifest, stage: Stage, row: dict[str, int]) -> dict[str, int]:
+    """The sizes, B, F and N moved into what the stage may have; where B = F, it stays so for a few frames."""
+    allowed = limits(manifest, stage.name)
+    moved = {**row, **{symbol: min(max(row[symbol], low), high) for symbol, (low, high) in allowed.items()}}
+    if row["B"] == row["F"] and stage.batch and "F" in stage.free(manifest.fixed) and moved["F"] <= MANY:
+        moved["B"] = moved["F"]
+    return moved

@@ -1,0 +1,50 @@
+"""The sizes that a stage's free axes have when it is run: graphs are checked at them, and engines built for them.
+
+A stage that denoises is run on a batch, in a loop's frames or windows. All others are run for one sample at a time,
+with the frames of the loop that asks for them. The decoder, and a stage that takes frames one by one (N), are given a
+chunk at a time.
+"""
+
+from __future__ import annotations
+
+from higen.manifest import Manifest
+from higen.stages import source
+
+__all__ = ["MOST", "chunk_of", "frames_of", "limits"]
+
+MOST = 2**16
+"""The largest size of an axis that nothing else limits."""
+
+
+def limits(manifest: Manifest, name: str) -> dict[str, tuple[int, int]]:
+    """Smallest and largest size of a stage's axes B, F and N; where both are equal, the axis is not free.
+
+    `batch` lets calls be joined along the first axis, so that it has no largest size.
+    """
+    stage = manifest.stage(name)
+    samples, images = (MOST, MOST) if stage.batch else (1, chunk_of(manifest, name))
+    return {"B": (1, samples), "F": frames_of(manifest, name), "N": (1, images)}
+
+
+def chunk_of(manifest: Manifest, name: str) -> int:
+    """Frames at a time that a stage is given at most, where it is not given the whole clip."""
+    sizes = manifest.sizes
+    return sizes.chunk + (2 * sizes.overlap if name == sizes.decoder else 0)
+
+
+def frames_of(manifest: Manifest, name: str) -> tuple[int, int]:
+    """Fewest and most frames F that a stage is run with."""
+    if name == manifest.sizes.decoder:
+        return 1, chunk_of(manifest, name)
+    fewest, _, most = manifest.sizes.frames
+    ranges = [(fewest, most)] if name in manifest.feeding(manifest.sizes.decoder) else []
+    for loop in manifest.loops:
+        stands_in = [source(row.latents).name for row in (loop.replaced, loop.start) if row is not None]
+        roots = [*loop.stages, *(other for other in stands_in if other in manifest.stage_names)]
+        if name not in manifest.feeding(*roots):
+            continue
+        low, high = (1, 1) if loop.frames == 1 else (min(max(fewest, loop.least_frames), most), most)
+        length = loop.windows.length if loop.windows is not None and name in loop.stages else most
+        ranges.append((min(low, length), min(high, length)))
+    ranges = ranges or [(fewest, most)]
+    return min(low for low, _ in ranges), max(high for _, high in ranges)

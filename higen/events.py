@@ -1,0 +1,130 @@
+"""The events of a generation, and the stream that a caller reads them from."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+
+from higen.errors import RequestError
+from higen.request import Request
+from higen.sampler import Step
+from higen.video import Video
+
+__all__ = ["Event", "Frames", "Stream", "timed", "timed_events", "timed_steps"]
+
+
+@dataclass(frozen=True)
+class Frames:
+    """Decoded frames of one video: uint8 `frames` [n, Y, X, 3], of which the first is frame `first`.
+
+    `done` of `total` frames of all videos are decoded by now.
+    """
+
+    video: int
+    first: int
+    frames: NDArray[np.uint8]
+    done: int
+    total: int
+
+
+Event: TypeAlias = Step | Frames
+
+
+class Stream:
+    """The events of one request, one at a time: `for event in stream: ...`, then `stream.videos`.
+
+    `preview()` decodes the current estimate of the clean latents. Stopping early (break, close, Ctrl-C) stops the
+    work; the pipeline can be used again at once.
+    """
+
+    def __init__(
+        self,
+        request: Request,
+        events: Generator[Event, None, list[Video]],
+        loops: Sequence[tuple[str, int]],
+        decode: Callable[[Any], NDArray[np.uint8]],
+    ) -> None:
+        """`loops`: name and length of each part; `decode`: latents to frames, for previews."""
+        self.request = request
+        self.loops = list(loops)
+        """Name and length of each part, in order: steps of the loops, then frames decoded."""
+        self._events = events
+        self._decode = decode
+        self._videos: list[Video] | None = None
+        self._latest: Step | None = None
+        self._closed = threading.Event()
+
+    def __iter__(self) -> Iterator[Event]:
+        return self
+
+    def __next__(self) -> Event:
+        if self._closed.is_set():
+            self._events.close()
+            raise StopIteration
+        try:
+            event = next(self._events)
+        except StopIteration as end:
+            self._videos = end.value if end.value is not None else self._videos
+            raise StopIteration from None
+        if isinstance(event, Step):
+            self._latest = event
+        return event
+
+    def close(self) -> None:
+        """Stop the work; from another thread it stops after the step that is being made."""
+        self._closed.set()
+        with suppress(ValueError):  # another thread makes a step: it sees that the stream is closed
+            self._events.close()
+
+    def preview(self) -> NDArray[np.uint8]:
+        """The current estimate of the result, uint8 [B,f,H,W,3] (f = 1 in a loop over one frame).
+
+        Raises RequestError before the first step.
+        """
+        if self._latest is None:
+            raise RequestError("preview: no step has been made yet")
+        return self._decode(self._latest.previous)
+
+    @property
+    def videos(self) -> list[Video]:
+        """One video per prompt. Raises RequestError before the last event."""
+        if self._videos is None:
+            raise RequestError("videos: the stream has not been read to its end")
+        return self._videos
+
+
+@contextmanager
+def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
+    """Add the seconds that the block takes to `seconds[part]`."""
+    start = time.perf_counter()
+    yield
+    seconds[part] = round(seconds.get(part, 0.0) + time.perf_counter() - start, 4)
+
+
+def timed_events(seconds: dict[str, float], part: str, events: Iterator[Frames]) -> Iterator[Frames]:
+    """Pass events on, counting the time spent making them and not that of their consumer."""
+    while True:
+        with timed(seconds, part):
+            event = next(events, None)
+        if event is None:
+            return
+        yield event
+
+
+def timed_steps(seconds: dict[str, float], part: str, steps: Iterator[Step]) -> Generator[Step, None, Any]:
+    """As `timed_events`; returns the last latents."""
+    latents = None
+    while True:
+        with timed(seconds, part):
+            step = next(steps, None)
+        if step is None:
+            return latents
+        latents = step.latents
+        yield step

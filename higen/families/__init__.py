@@ -1,0 +1,171 @@
+"""Model families: how a checkpoint becomes tables and weights, and how a stage becomes a PyTorch network.
+
+A family is a package with two modules, found through the entry point group `higen.families` (the entry's name is the
+family's, its value the package):
+
+    network      open(manifest, weights) -> Networks      stage name -> torch.nn.Module
+    checkpoint   recognise(path) -> bool                  whether a file or folder is one of this family's sources
+                 convert(sources) -> Converted            tables and weights of a model directory
+
+No runtime needs a family: graphs and engines run from the manifest's tables alone. PyTorch is imported late, with
+these modules. docs/families.md says how to add one.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+from higen.errors import UnknownFamily
+from higen.manifest import Manifest
+from higen.stages import Stage, Tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import nn
+
+__all__ = [
+    "FIRST",
+    "Checkpoint",
+    "Converted",
+    "Network",
+    "Networks",
+    "Weights",
+    "checkpoint",
+    "installed",
+    "network",
+    "read_version_1",
+    "upgraded_version_1",
+    "version_1_inputs",
+]
+
+GROUP = "higen.families"
+
+FIRST = "higen"
+"""The only family that manifests of version 1 describe, and whose files `convert.convert` takes."""
+
+
+@dataclass(frozen=True)
+class Converted:
+    """What a family makes of checkpoints.
+
+    weights    {file of the model directory: {name: tensor}}; they are cast and written one at a time
+    texts      {file: its text}: tokenizer.json
+    notes      what a person should know: licence terms, what was left out
+    """
+
+    manifest: Manifest
+    weights: Mapping[str, Mapping[str, torch.Tensor]]
+    texts: Mapping[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+class Weights(Protocol):
+    """The weights of a model directory, as a family's networks are filled with them."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the networks are to live."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """What the networks are to compute in; None: as stored."""
+        ...
+
+    def fill(self, module: nn.Module, file: str, dtype: torch.dtype | None = None, strip: str = "") -> None:
+        """Give a module on the meta device the tensors of `file`, by name, frozen, each in memory once.
+
+        `dtype` instead of the common one; `strip`: a prefix that is taken off both sides' names.
+        Raises IntegrityError for missing, extra or wrongly shaped tensors.
+        """
+        ...
+
+
+class Networks(Protocol):
+    """The networks of one opened model; what two stages share is loaded once."""
+
+    def module(self, stage: str) -> nn.Module:
+        """A stage as a module: takes its inputs in the table's order, gives its outputs in the table's order.
+
+        Its parameters carry the names of the weights file, behind the module's attribute `prefix` (a text) if it has
+        one. Raises IntegrityError.
+        """
+        ...
+
+
+class Network(Protocol):
+    """A family's module `network`."""
+
+    def open(self, manifest: Manifest, weights: Weights) -> Networks:
+        """The networks of a model; nothing is loaded yet. Raises ManifestError for an architecture it cannot build."""
+        ...
+
+
+class Checkpoint(Protocol):
+    """A family's module `checkpoint`."""
+
+    def recognise(self, path: Path) -> bool:
+        """Whether `path` is a source of this family; looks at names and headers, loads no weights."""
+        ...
+
+    def convert(self, sources: Sequence[Path], **options: Any) -> Converted:
+        """Tables and weights from checkpoints. Raises CheckpointError."""
+        ...
+
+
+@lru_cache(maxsize=1)
+def _packages() -> dict[str, str]:
+    own = {FIRST: f"{__name__}.higen"}  # there too where higen runs from a folder that was never installed
+    return own | {entry.name: entry.value for entry in importlib.metadata.entry_points(group=GROUP)}
+
+
+def installed() -> tuple[str, ...]:
+    """The names of the families that are installed here, sorted."""
+    return tuple(sorted(_packages()))
+
+
+def network(family: str) -> Network:
+    """A family's networks. Raises UnknownFamily, MissingExtra."""
+    return cast("Network", _module(family, "network"))
+
+
+def checkpoint(family: str) -> Checkpoint:
+    """A family's reader of checkpoints. Raises UnknownFamily, MissingExtra."""
+    return cast("Checkpoint", _module(family, "checkpoint"))
+
+
+def _module(family: str, name: str) -> object:
+    package = _packages().get(family)
+    if package is None:
+        raise UnknownFamily(
+            f"family={family!r}: not installed here; installed are {', '.join(installed())}. Graphs and engines of the "
+            "model run without it"
+        )
+    return importlib.import_module(f"{package}.{name}")
+
+
+def read_version_1(model: Mapping[str, Any]) -> Manifest:
+    """The tables of a manifest of version 1, whose table `model` is given. Raises ManifestError."""
+    from higen.families.higen.version_1 import read
+
+    return read(model)
+
+
+def upgraded_version_1(manifest: Manifest) -> Manifest:
+    """What `read_version_1` gave, with the stages that version 1 did not know."""
+    from higen.families.higen.version_1 import upgraded
+
+    return upgraded(manifest)
+
+
+def version_1_inputs(stage: Stage) -> tuple[Tensor, ...]:
+    """What the graph of a stage took before version 2."""
+    from higen.families.higen.version_1 import graph_inputs
+
+    return graph_inputs(stage)

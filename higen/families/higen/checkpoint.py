@@ -1,0 +1,208 @@
+"""HiGen's released checkpoints: its denoiser, OpenCLIP's text tower and Stable Diffusion's autoencoder."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from higen.errors import CheckpointError
+from higen.families import Converted
+from higen.families.higen import spec
+from higen.families.higen.reference_names import config_from_reference, from_reference
+from higen.families.higen.spec import AutoencoderConfig, ModelConfig, TextConfig, UNetConfig
+from higen.models import companion_checkpoints as companions
+from higen.models.checkpoint_files import folder_state, naming, read_json, read_names, read_state
+from higen.models.companions import autoencoder as build_autoencoder
+from higen.models.companions import text_encoder as build_text_encoder
+from higen.tokenizer import build_clip_tokenizer
+
+__all__ = ["convert", "kl_config", "recognise"]
+
+State = Mapping[str, Tensor]
+
+_OWN = {"context_embedding.tokens", "msim_embedding.0.weight"}
+"""Tensors that no other family's denoiser has."""
+
+_CLIP_ARGUMENTS = {
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("max_position_embeddings", "hidden_act", "layer_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id"),
+}
+_KL_ARGUMENTS = {
+    *("in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block"),
+    *("down_block_types", "up_block_types", "act_fn", "norm_num_groups", "scaling_factor", "shift_factor"),
+    *("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"),
+}
+
+
+def recognise(path: Path) -> bool:
+    """Whether `path` is HiGen's denoiser: the companions are other models' too."""
+    return path.is_file() and read_names(path) >= _OWN
+
+
+def convert(sources: Sequence[Path], **options: Any) -> Converted:
+    """Tables and weights from three sources: denoiser, text encoder, autoencoder.
+
+    denoiser     HiGen's .pth or .safetensors, maybe nested under `state_dict`
+    text         open_clip's .bin or .safetensors, a Stable Diffusion 2 .ckpt, or a diffusers folder of it
+    autoencoder  a Stable Diffusion .ckpt or .safetensors (`first_stage_model.*`), or a diffusers folder of it
+    options      `arguments`: the reference constructor's keyword arguments that shapes cannot tell (`head_dim`), for a
+                 denoiser of another size than the released one
+
+    Raises CheckpointError: a source is missing, refused or does not fit.
+    """
+    if unknown := sorted(set(options) - {"arguments"}):
+        raise CheckpointError(f"{', '.join(unknown)}: unknown; {spec.FAMILY} takes arguments")
+    if len(sources) != 3:
+        given = ", ".join(map(os.fspath, sources)) or "nothing"
+        raise CheckpointError(f"{given}: three sources are wanted: denoiser, text encoder, autoencoder")
+    denoiser, text, autoencoder = sources
+    with naming(denoiser):
+        unet_config, unet = _denoiser(denoiser, options.get("arguments") or {})
+    with naming(text):
+        text_config, text_encoder = _text(text)
+    with naming(autoencoder):
+        autoencoder_config, vae = _autoencoder(autoencoder)
+    config = _model_config(denoiser, unet_config, text_config, autoencoder_config)
+    return Converted(
+        manifest=spec.manifest(config),
+        weights={spec.UNET: unet, spec.TEXT_ENCODER: text_encoder, spec.AUTOENCODER: vae},
+        texts={spec.TOKENIZER: build_clip_tokenizer().to_str(pretty=True)},
+    )
+
+
+def _denoiser(path: Path, arguments: Mapping[str, object]) -> tuple[UNetConfig, dict[str, Tensor]]:
+    state = read_state(path)
+    head_dim = arguments.get("head_dim", UNetConfig.head_dim)
+    config = config_from_reference({**_reference_arguments(state, head_dim), **arguments})
+    return config, from_reference(state, config)
+
+
+def _reference_arguments(state: State, head_dim: object) -> dict[str, object]:
+    """The reference constructor's arguments, as far as the tensors' shapes tell them."""
+
+    def size(name: str, axis: int) -> int:
+        if name not in state or state[name].ndim <= axis:
+            raise CheckpointError(f"not a HiGen denoiser: missing {name}, or it has too few axes")
+        return int(state[name].shape[axis])
+
+    if not isinstance(head_dim, int) or head_dim < 1:
+        raise CheckpointError(f"head_dim={head_dim!r}: a whole number from 1")
+    entries: dict[int, set[str]] = {}
+    for name in state:
+        if found := re.match(r"input_blocks\.(\d+)\.(\w+)\.", name):
+            entries.setdefault(int(found[1]), set()).add(found[2])
+    base, inner = size("time_embed.0.weight", 1), size("input_blocks.0.1.proj_in.weight", 0)
+    if inner % head_dim:
+        raise CheckpointError(
+            f"the first temporal transformer is {inner} wide, which head_dim={head_dim} does not divide: "
+            "shapes do not tell the head's size, so give arguments={'head_dim': ...}"
+        )
+    levels: list[list[int]] = [[]]  # the entries of each level
+    for entry in sorted(entries.keys() - {0}):
+        if "op" in entries[entry]:
+            levels.append([])
+        else:
+            levels[-1].append(entry)
+    if not all(levels):
+        raise CheckpointError("not a HiGen denoiser: a level of input_blocks has no residual block")
+    return {
+        "in_dim": size("input_blocks.0.0.weight", 1),
+        "out_dim": size("out.2.weight", 0),
+        "dim": base,
+        "dim_mult": [size(f"input_blocks.{level[0]}.0.out_layers.3.weight", 0) // base for level in levels],
+        "num_res_blocks": len(levels[0]),
+        "attn_scales": [0.5**i for i, level in enumerate(levels) if "1" in entries[level[0]]],
+        "head_dim": head_dim,
+        "num_heads": inner // head_dim,
+        "y_dim": size("context_embedding.input_mapping.weight", 1),
+        "context_dim": size("context_embedding.output_mapping.weight", 0),
+        "num_tokens": size("context_embedding.tokens", 1),
+        "context_embedding_depth": len(
+            {name.split(".")[2] for name in state if name.startswith("context_embedding.context_transformer.")}
+        ),
+    }
+
+
+def _text(path: Path) -> tuple[TextConfig, dict[str, Tensor]]:
+    if path.is_dir():
+        return _text_of_folder(path)
+    state = read_state(path)
+    clip = companions.text_arguments_from_openclip(state)
+    _check_text(clip)
+    return TextConfig(clip, context_length=clip["max_position_embeddings"]), companions.text_from_openclip(state)
+
+
+def _check_text(clip: Mapping[str, Any]) -> None:
+    """The released model's text encoder is 1024 wide and stops before the last of its 24 layers."""
+    layers, activation = clip.get("num_hidden_layers"), clip.get("hidden_act")
+    if activation != "gelu" or (clip.get("hidden_size") == 1024 and layers != 23):
+        raise CheckpointError(
+            f"a text encoder of {layers} layers (the unused last one not counted) and the activation {activation!r}; "
+            "HiGen reads OpenCLIP's ViT-H/14, which Stable Diffusion 2 has too: 23 layers, 'gelu'"
+        )
+
+
+def _text_of_folder(folder: Path) -> tuple[TextConfig, dict[str, Tensor]]:
+    """The text encoder of a diffusers folder: there the unused last block is gone already."""
+    given = read_json(folder / "text_encoder" / "config.json")
+    clip = {name: value for name, value in given.items() if name in _CLIP_ARGUMENTS}
+    _check_text(clip)
+    vocabulary = folder / "tokenizer" / "vocab.json"
+    if vocabulary.is_file() and read_json(vocabulary) != build_clip_tokenizer().get_vocab():
+        raise CheckpointError(f"{vocabulary}: not CLIP's vocabulary, and HiGen knows no other")
+    config = TextConfig(clip=clip, context_length=clip.get("max_position_embeddings", 77))
+    state = companions.text_from_transformers(folder_state(folder / "text_encoder", ("model", "pytorch_model")))
+    shapes = companions.shapes_of(lambda: build_text_encoder(clip))
+    companions.check_tensors(state, shapes, "the text encoder of its config.json")
+    return config, state
+
+
+def _autoencoder(path: Path) -> tuple[AutoencoderConfig, dict[str, Tensor]]:
+    if path.is_dir():
+        return _autoencoder_of_folder(path)
+    state = read_state(path)
+    arguments = companions.autoencoder_arguments_from_ldm(state)
+    return kl_config(arguments), companions.autoencoder_from_ldm(state)
+
+
+def kl_config(arguments: dict[str, Any]) -> AutoencoderConfig:
+    """The configuration of diffusers' AutoencoderKL with these arguments."""
+    return AutoencoderConfig(
+        kind="AutoencoderKL",
+        arguments=arguments,
+        factor=2 ** (len(arguments.get("block_out_channels", ())) - 1),
+        shift=(float(arguments.get("shift_factor") or 0.0),),
+        scale=(float(arguments.get("scaling_factor", 0.18215)),),
+    )
+
+
+def _autoencoder_of_folder(folder: Path) -> tuple[AutoencoderConfig, dict[str, Tensor]]:
+    given = read_json(folder / "vae" / "config.json")
+    if given.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
+        raise CheckpointError(f"its autoencoder is a {given['_class_name']}; an AutoencoderKL is wanted")
+    arguments = {name: value for name, value in given.items() if name in _KL_ARGUMENTS}
+    config = kl_config(arguments)
+    state = companions.autoencoder_from_diffusers(folder_state(folder / "vae", ("diffusion_pytorch_model",)))
+    shapes = companions.shapes_of(lambda: build_autoencoder(config.kind, arguments))
+    companions.check_tensors(state, shapes, "the autoencoder of its config.json")
+    return config, state
+
+
+def _model_config(denoiser: Path, unet: UNetConfig, text: TextConfig, autoencoder: AutoencoderConfig) -> ModelConfig:
+    """The manifest's configuration. Raises CheckpointError for parts that do not belong together."""
+    vocabulary = build_clip_tokenizer().get_vocab_size()
+    for what, given, wanted in (
+        ("text encoder's width", text.clip.get("hidden_size"), unet.text_dim),
+        ("text encoder's vocabulary", text.clip.get("vocab_size"), vocabulary),
+        ("autoencoder's latent channels", autoencoder.arguments.get("latent_channels"), unet.in_channels),
+    ):
+        if given != wanted:
+            raise CheckpointError(f"the {what}: {given}, but this denoiser and CLIP's tokenizer want {wanted}")
+    name = "HiGen (CVPR 2024)" if unet == UNetConfig() else denoiser.stem
+    licence = "as published by ali-vilab/VGen (its code: Apache-2.0)"
+    return ModelConfig(name=name, licence=licence, unet=unet, text=text, autoencoder=autoencoder)

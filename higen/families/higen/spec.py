@@ -1,0 +1,350 @@
+"""HiGen's tables: what a configuration of its networks means for the runtimes (docs/manifest.md).
+
+    text_encoder -> conditioner -> spatial_unet x steps -> the key frame's latents, the prior
+    conditioner (motion, appearance) -> temporal_unet x steps -> vae_decoder
+
+Data alone: no PyTorch. `manifest` makes the tables, `config` reads the configuration back out of them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+from higen.errors import ManifestError
+from higen.families.higen.configuration import (
+    TOKENIZER,
+    AutoencoderConfig,
+    Defaults,
+    ModelConfig,
+    TextConfig,
+    UNetConfig,
+    read_config,
+    write_config,
+)
+from higen.manifest import Manifest
+from higen.schedule import Solver
+from higen.stages import Output, Stage, Tensor
+from higen.tables import Control, Loop, NoiseRule, Offset, Replaced, Sizes
+from higen.typed_json import from_json, to_json
+
+__all__ = [
+    "AUTOENCODER",
+    "DDIM",
+    "DPM",
+    "FAMILY",
+    "TEXT_ENCODER",
+    "TOKENIZER",
+    "UNET",
+    "AutoencoderConfig",
+    "Defaults",
+    "ModelConfig",
+    "TextConfig",
+    "UNetConfig",
+    "autoencoder_config",
+    "config",
+    "manifest",
+    "read_config",
+    "stages",
+    "text_config",
+    "unet_config",
+    "write_config",
+]
+
+FAMILY = "higen"
+UNET, TEXT_ENCODER, AUTOENCODER = "unet.safetensors", "text_encoder.safetensors", "vae.safetensors"
+
+DDIM = Solver("ddim", "leading-floor", offset=1, final="first")
+"""The reference's: it ends at entry 0 of the schedule, which still carries noise (diffusion_ddim.py)."""
+
+DPM = Solver("dpm++2m", "trailing-ceil", final="zero")
+
+PLAIN = "_plain"
+"""Behind the name of a denoising stage: the same step with one branch of guidance."""
+
+
+# The tables.
+
+
+def manifest(config: ModelConfig, plain: bool = True) -> Manifest:
+    """The tables of a model. `plain=False`: without the stages that do a step with one branch of guidance.
+
+    Raises ManifestError for a configuration whose parts do not fit each other.
+    """
+    rows = tuple(s for s in stages() if plain or not s.name.endswith(PLAIN))
+    return Manifest(
+        name=config.name,
+        licence=config.licence,
+        family=FAMILY,
+        architecture=_architecture(config),
+        prompts=config.prompts,
+        sizes=_sizes(config),
+        text=config.text.rules,
+        controls=_controls(config),
+        stages=rows,
+        loops=_loops(config, plain),
+    )
+
+
+def stages() -> tuple[Stage, ...]:
+    """The stages of every HiGen model, the plain ones too."""
+    hidden, embedding = ("B", "L", "Dt"), ("B", "F", "E")
+    latents, pixels = ("N", "C", "H", "W"), ("N", 3, "Y", "X")
+    return (
+        Stage(
+            "text_encoder",
+            TEXT_ENCODER,
+            (Tensor("tokens", ("B", "L"), "int64", "text:prompt"),),
+            (Output("hidden", hidden),),
+        ),
+        Stage(
+            "conditioner",
+            UNET,
+            (
+                Tensor("hidden", hidden, source="text_encoder.hidden"),
+                Tensor("motion", ("B", "F", "D"), source="control:motion"),
+                Tensor("appearance", ("B", "F", "R"), source="control:appearance"),
+            ),
+            (Output("context", ("B", "K", "Dc")), Output("frame_embedding", embedding)),
+        ),
+        *_denoising_stages("spatial_unet", 1),
+        *_denoising_stages("temporal_unet", "F", Tensor("prior", ("B", "C", "H", "W"), source="spatial.latents")),
+        Stage("vae_decoder", AUTOENCODER, (Tensor("latents", latents),), (Output("pixels", pixels),)),
+        Stage(
+            "vae_encoder",
+            AUTOENCODER,
+            (Tensor("pixels", pixels, source="picture:image"),),
+            (Output("latents", latents),),
+        ),
+    )
+
+
+def _denoising_stages(name: str, frames: str | int, *extra: Tensor) -> tuple[Stage, Stage]:
+    """The step with both branches of guidance, and with one."""
+    state = ("B", "C", frames, "H", "W")
+    columns = ("t", "A", "B", "C", "alpha", "sigma")
+    step = (Tensor("latents", state), Tensor("previous", state), *(Tensor(column, ("B",)) for column in columns))
+    context = Tensor("context", ("B", "K", "Dc"), source="conditioner.context")
+    empty = Tensor("empty_context", ("B", "K", "Dc"), source="conditioner@negative.context")
+    embedding = Tensor("frame_embedding", ("B", frames, "E"), source="conditioner.frame_embedding")
+    made = (Output("latents", state), Output("previous", state))
+    guidance = Tensor("guidance", ("B", frames))
+    return (
+        Stage(name, UNET, (*step, guidance, context, empty, embedding, *extra), made),
+        Stage(name + PLAIN, UNET, (*step, context, embedding, *extra), made),
+    )
+
+
+def _sizes(config: ModelConfig) -> Sizes:
+    unet, defaults, factor = config.unet, config.defaults, config.autoencoder.factor
+    return Sizes(
+        symbols={
+            "L": config.text.context_length,
+            "C": unet.in_channels,
+            "Dt": unet.text_dim,
+            "D": unet.base_channels,
+            "R": unet.appearance_columns,
+            "K": unet.context_tokens,
+            "Dc": unet.context_dim,
+            "E": unet.embedding_dim,
+        },
+        factor=factor,
+        multiple=factor * unet.size_multiple,
+        width=defaults.width,
+        height=defaults.height,
+        fps=defaults.fps,
+        frames=(1, defaults.frames, config.max_frames),
+        decoder="vae_decoder",
+        chunk=2,  # as the reference decodes
+        overlap=0,
+    )
+
+
+def _controls(config: ModelConfig) -> tuple[Control, ...]:
+    defaults = config.defaults
+    return (
+        Control(
+            "motion",
+            "curve",
+            "how much moves: 10 times the distance of two neighbouring frames' latents",
+            encoding="sinusoid",
+            low=0.0,
+            default=defaults.motion,
+            optional=config.optional_cues or defaults.motion is None,
+        ),
+        Control(
+            "appearance",
+            "curve",
+            "how much the looks change over the clip: 0 not at all, 1 the ends differ; or a matrix of similarities",
+            encoding="similarity",
+            default=defaults.appearance,
+            optional=config.optional_cues or defaults.appearance is None,
+        ),
+        Control(
+            "offset_noise",
+            "number",
+            "strength of the noise that is the same all over a frame",
+            encoding="number",
+            low=0.0,
+            default=defaults.offset_noise,
+        ),
+        Control("image", "picture", "the key frame, in place of one drawn from the text"),
+    )
+
+
+def _loops(config: ModelConfig, plain: bool) -> tuple[Loop, Loop]:
+    """The key frame, then the clip around it. The key frame's cues are those of a still clip."""
+    defaults, solvers = config.defaults, _solvers(config.defaults.solver)
+    spatial = Loop(
+        name="spatial",
+        guided="spatial_unet",
+        plain="spatial_unet" + PLAIN if plain else None,
+        frames=1,
+        schedule=config.schedule,
+        prediction="v",
+        solvers=solvers,
+        steps=defaults.steps[0],
+        guidance=defaults.guidance[0],
+        noise=NoiseRule(purpose=0),
+        controls={"motion": 0.0, "appearance": 0.0},
+        replaced=Replaced("image", "vae_encoder.latents"),
+    )
+    temporal = replace(
+        spatial,
+        name="temporal",
+        guided="temporal_unet",
+        plain="temporal_unet" + PLAIN if plain else None,
+        frames="F",
+        least_frames=2,
+        steps=defaults.steps[1],
+        guidance=defaults.guidance[1],
+        noise=NoiseRule(purpose=1, offset=Offset(purpose=2, scale="control:offset_noise")),
+        controls={},
+        replaced=None,
+    )
+    return spatial, temporal
+
+
+def _solvers(default: str) -> tuple[Solver, ...]:
+    """The solvers of a loop, the default one first. Raises ManifestError for another name."""
+    rows = {solver.name: solver for solver in (DDIM, DPM)}
+    if default not in rows:
+        raise ManifestError(f"defaults.solver={default!r}: one of {', '.join(map(repr, rows))}")
+    return rows.pop(default), *rows.values()
+
+
+# What the tables say of the networks: `architecture` holds the rest.
+
+_OF_SYMBOLS = {
+    "in_channels": "C",
+    "text_dim": "Dt",
+    "base_channels": "D",
+    "appearance_columns": "R",
+    "context_tokens": "K",
+    "context_dim": "Dc",
+}
+
+
+@dataclass(frozen=True)
+class _Codec:
+    kind: str
+    arguments: dict[str, Any]
+    shift: tuple[float, ...]
+    scale: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class _Architecture:
+    unet: dict[str, Any]
+    clip: dict[str, Any]
+    autoencoder: _Codec
+
+
+def _architecture(config: ModelConfig) -> dict[str, Any]:
+    unet = {name: value for name, value in to_json(config.unet).items() if name not in _OF_SYMBOLS}
+    codec = {f.name: getattr(config.autoencoder, f.name) for f in fields(_Codec)}
+    return to_json(_Architecture(unet, config.text.clip, _Codec(**codec)))
+
+
+def _read_architecture(manifest: Manifest) -> _Architecture:
+    if manifest.family != FAMILY:
+        raise ManifestError(f"family={manifest.family!r}: {FAMILY} is wanted here")
+    return from_json(_Architecture, manifest.architecture, "architecture", whole=True)
+
+
+def unet_config(manifest: Manifest) -> UNetConfig:
+    """The denoiser's configuration. Raises ManifestError where the tables are not those of a HiGen model."""
+    given = _read_architecture(manifest).unet
+    missing = [symbol for symbol in (*_OF_SYMBOLS.values(), "E", "L") if symbol not in manifest.fixed]
+    if missing:
+        raise ManifestError(f"sizes.symbols: has no {', '.join(missing)}")
+    symbols = {name: manifest.fixed[symbol] for name, symbol in _OF_SYMBOLS.items()}
+    if twice := sorted(set(given) & set(symbols)):
+        raise ManifestError(f"architecture.unet.{twice[0]}: stands in sizes.symbols")
+    config = from_json(UNetConfig, {**symbols, **given}, "architecture.unet", whole=True)
+    if manifest.fixed["E"] != config.embedding_dim:
+        raise ManifestError(f"sizes.symbols.E={manifest.fixed['E']}: 4 times D, {config.embedding_dim}")
+    if manifest.sizes.multiple % (manifest.sizes.factor * config.size_multiple):
+        wanted = manifest.sizes.factor * config.size_multiple
+        raise ManifestError(f"sizes.multiple={manifest.sizes.multiple}: a multiple of {wanted}")
+    return config
+
+
+def text_config(manifest: Manifest) -> TextConfig:
+    """The text encoder's configuration. Raises ManifestError, as `unet_config` does."""
+    rules = manifest.text
+    if rules is None:
+        raise ManifestError("text=null: this family reads a prompt")
+    return TextConfig(_read_architecture(manifest).clip, rules.length, rules.pad_id, rules.clean)
+
+
+def autoencoder_config(manifest: Manifest) -> AutoencoderConfig:
+    """The autoencoder's configuration. Raises ManifestError, as `unet_config` does."""
+    codec = _read_architecture(manifest).autoencoder
+    return AutoencoderConfig(codec.kind, codec.arguments, manifest.sizes.factor, codec.shift, codec.scale)
+
+
+def config(manifest: Manifest) -> ModelConfig:
+    """The configuration that `manifest` made the tables of.
+
+    Raises ManifestError where the tables are not those of a HiGen model, or say what no configuration can.
+    """
+    controls = {control.name: control for control in manifest.controls}
+    loops = {loop.name: loop for loop in manifest.loops}
+    wanted = ("motion", "appearance", "offset_noise", "spatial", "temporal")
+    if missing := [name for name in wanted if name not in controls | loops]:
+        raise ManifestError(f"controls, loops: has no {', '.join(missing)}, and family={FAMILY!r}")
+    pair = (loops["spatial"], loops["temporal"])
+    for key in ("schedule", "solvers"):
+        if getattr(pair[0], key) != getattr(pair[1], key):
+            raise ManifestError(f"loops.temporal.{key}: the spatial loop's, for this family has one for both")
+    sizes, motion, appearance = manifest.sizes, controls["motion"], controls["appearance"]
+    return ModelConfig(
+        name=manifest.name,
+        licence=manifest.licence,
+        unet=unet_config(manifest),
+        schedule=pair[0].schedule,
+        text=text_config(manifest),
+        autoencoder=autoencoder_config(manifest),
+        defaults=Defaults(
+            frames=sizes.frames[1],
+            width=sizes.width,
+            height=sizes.height,
+            fps=sizes.fps,
+            steps=(pair[0].steps, pair[1].steps),
+            guidance=(_one_guidance(pair[0]), _one_guidance(pair[1])),
+            solver=pair[0].solvers[0].name,
+            motion=motion.default,
+            appearance=appearance.default,
+            offset_noise=controls["offset_noise"].default,
+        ),
+        max_frames=sizes.frames[2],
+        optional_cues=motion.optional and appearance.optional,
+        prompts=manifest.prompts,
+    )
+
+
+def _one_guidance(loop: Loop) -> float:
+    if isinstance(loop.guidance, tuple):
+        raise ManifestError(f"loops.{loop.name}.guidance={list(loop.guidance)}: one number for this family's training")
+    return loop.guidance

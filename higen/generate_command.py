@@ -1,0 +1,166 @@
+"""The command `higen generate`; its options follow the controls of the model that --model names."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import click
+
+from higen.errors import HigenError
+from higen.tables import Control
+from higen.terminal import JSON, reported
+
+__all__ = ["generate", "numbers"]
+
+
+def numbers(text: str) -> float | list[float]:
+    """One number, or the list of comma-separated numbers."""
+    try:
+        values = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise click.BadParameter(f"{text!r}: a number, or numbers separated by commas") from None
+    return values[0] if len(values) == 1 else values
+
+
+def _curve(text: str) -> Any:
+    """Numbers, or the word for a control that is left to the model."""
+    return text if text == "unspecified" else numbers(text)
+
+
+def _whole(value: Any) -> Any:
+    """Numbers without a fraction as ints, so that `--steps 50` is a whole number; others are refused later."""
+    if isinstance(value, list):
+        return [_whole(v) for v in value]
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+class _FollowsModel(click.Command):
+    """A command that has an option for each control of the model it is given."""
+
+    def make_context(self, info_name: str | None, args: list[str], *more: Any, **extra: Any) -> click.Context:
+        """As click's, after the model's controls were added."""
+        own = [parameter for parameter in self.params if not isinstance(parameter, _ControlOption)]
+        taken = {name for parameter in own for name in (*parameter.opts, parameter.name)}
+        self.params = own + [
+            option for option in _control_options(_model_of(args)) if not taken & {*option.opts, option.name}
+        ]
+        return super().make_context(info_name, args, *more, **extra)
+
+
+class _ControlOption(click.Option):
+    """An option that stands for a control of the model."""
+
+
+def _model_of(args: Sequence[str]) -> Path | None:
+    """The value of --model; None: the built-in one."""
+    for i, word in enumerate(args):
+        if word == "--model" and i + 1 < len(args):
+            return Path(args[i + 1])
+        if word.startswith("--model="):
+            return Path(word.removeprefix("--model="))
+    return None
+
+
+def _control_options(model: Path | None) -> list[_ControlOption]:
+    from higen.bundle import default_model
+    from higen.manifest_file import read_manifest
+
+    try:
+        controls = read_manifest(model or default_model()).manifest.controls
+    except HigenError:  # the command itself says what is wrong with it
+        return []
+    return [_option(control) for control in controls]
+
+
+def _option(control: Control) -> _ControlOption:
+    flag = f"--{control.name.replace('_', '-')}"
+    default = "" if control.default is None else f"  [{control.default}]"
+    if control.optional and control.default is None:
+        default = "  [unspecified]"
+    kinds: Mapping[str, Any] = {
+        "number": float,
+        "whole": int,
+        "curve": _curve,
+        "choice": click.Choice(control.choices),
+        "text": str,
+        "picture": click.Path(path_type=Path),
+        "clip": click.Path(path_type=Path),
+    }
+    meaning = control.meaning[:1].upper() + control.meaning[1:]
+    metavar = "NUMBERS" if control.kind == "curve" else None
+    return _ControlOption([flag, control.name], type=kinds[control.kind], metavar=metavar, help=meaning + default)
+
+
+@click.command(cls=_FollowsModel)
+@click.argument("prompt", default="")
+@click.option(
+    "-o",
+    "--output",
+    type=click.Path(path_type=Path),
+    default=Path("higen.mp4"),
+    show_default=True,
+    help="File to write: .mp4 .webm .gif .webp .png (a sequence) .npy",
+)
+@click.option("--model", type=click.Path(path_type=Path), help="Model directory.  [the built-in small model]")
+@click.option("--negative-prompt", help="What the video should not show.")
+@click.option("--seed", type=int, help="Same seed, same video; -1 draws one.  [0]")
+@click.option("--steps", type=numbers, help="Denoising steps: one number, or one for each loop.")
+@click.option("--guidance", type=numbers, help="Guidance scale: one number, or one for each loop.")
+@click.option("--solver", help="A solver that the model knows: ddim or dpm++2m, say.")
+@click.option("--frames", type=int)
+@click.option("--width", type=int)
+@click.option("--height", type=int)
+@click.option("--fps", type=int)
+@click.option("--backend", default="auto", show_default=True, help="Where the stages run; see `higen doctor`.")
+@click.option("--device", help="cpu, cuda, and for torch cuda:1, ...  [a GPU if there is one]")
+@click.option("--precision", help="What the stages compute in: fp32, fp16, bf16, int8, ...  [fp32 on a CPU]")
+@click.option("--threads", type=int, help="CPU threads of one stage.  [the library's choice]")
+@click.option(
+    "--low-memory", is_flag=True, help="One TensorRT engine on the GPU at a time, for cards that hold no more."
+)
+@JSON
+def generate(
+    prompt: str,
+    output: Path,
+    model: Path | None,
+    backend: str,
+    device: str | None,
+    precision: str | None,
+    threads: int | None,
+    low_memory: bool,
+    as_json: bool,
+    **options: Any,
+) -> None:
+    """Make a video of PROMPT.
+
+    What is not given is the model's default. The last options are the model's own controls; --model DIR --help lists
+    those of another model.
+    """
+    with reported(as_json):
+        from higen.api import load
+        from higen.backends.select import check_backend
+        from higen.video import check_output
+
+        given = {name: value for name, value in options.items() if value is not None}
+        given |= {name: _whole(given[name]) for name in ("steps",) if name in given}
+        # All this is found out before the weights are loaded.
+        check_output(output)
+        check_backend(backend)
+        with load(
+            model, backend, device=device, precision=precision, threads=threads, low_memory=low_memory, prepare=False
+        ) as pipeline:
+            request = pipeline.request(prompt, **given)
+            pipeline.prepare(request)
+            video = pipeline.make(request, progress=False if as_json else None)[0]
+            written = video.save(output)
+        if as_json:
+            shape = {"frames": len(video), "width": video.width, "height": video.height, "fps": video.fps}
+            click.echo(json.dumps({"file": str(written), **shape, **video.metadata}))
+        else:
+            spent = sum(video.metadata["seconds"].values())
+            click.echo(
+                f"{written}: {len(video)} frames, {video.width}x{video.height}, {video.fps:g} fps, {spent:.1f} s"
+            )

@@ -1,0 +1,260 @@
+"""higen.json on the disk: read with every key checked, sealed, and rewritten atomically by one writer at a time."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import reprlib
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from higen.errors import IntegrityError, ManifestError, ModelError
+from higen.locks import hold
+from higen.manifest import Manifest
+from higen.typed_json import from_json, to_json
+
+__all__ = ["MANIFEST", "VERSION", "FileRecord", "GraphInput", "Opened", "read_manifest", "rewrite", "write_manifest"]
+
+MANIFEST = "higen.json"
+VERSION = 2
+"""Version of the manifest's layout. A reader refuses a newer one."""
+
+LARGEST = 64 * 2**20
+"""Bytes of a manifest; no model comes near."""
+
+DEEPEST = 100
+"""Levels of nested lists and objects in a manifest."""
+
+_NO_SEAL = "0" * 64
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What the manifest knows of a file: its size in bytes and sha256 in hexadecimal."""
+
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class GraphInput:
+    """An input of a graph as the graph itself has it: numbers in `shape` are fixed sizes."""
+
+    name: str
+    dtype: Literal["float32", "int64"]
+    shape: tuple[int | str, ...]
+
+
+@dataclass(frozen=True)
+class _Graph:
+    inputs: tuple[GraphInput, ...]
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What a manifest file says."""
+
+    manifest: Manifest
+    files: Mapping[str, FileRecord]
+    graphs: Mapping[str, tuple[GraphInput, ...]]
+    version: int = VERSION
+
+
+def read_manifest(folder: Path, sealed: bool = True) -> Opened:
+    """Read and check `folder`/higen.json. `sealed`: its tables must be those that it was written with.
+
+    Raises ManifestError (not a model directory, malformed, newer version), IntegrityError (tables that were edited).
+    """
+    data = _read(folder)
+    document = _parse(folder / MANIFEST, data)
+    if document["version"] == 1:
+        from higen.families import read_version_1
+
+        manifest = read_version_1(_object(document, "model"))
+        return Opened(manifest, _records(document), {}, version=1)
+    names = [field.name for field in fields(Manifest)]
+    known = ["format", "version", "seal", *names, "graphs", "files"]
+    if wrong := [key for key in document if key not in known]:
+        raise ManifestError(f"{MANIFEST}: {reprlib.repr(wrong[0])}: unknown key; known are {', '.join(known)}")
+    if missing := [key for key in known if key not in document]:
+        raise ManifestError(f"{MANIFEST}: has no {', '.join(missing)}")
+    manifest = from_json(Manifest, {name: document[name] for name in names}, MANIFEST, whole=True)
+    files = _records(document)
+    graphs = {name: _graph(name, row) for name, row in _object(document, "graphs").items()}
+    _check_graphs(files, graphs)
+    if sealed:
+        _check_seal(folder / MANIFEST, data, document["seal"])
+    return Opened(manifest, files, graphs)
+
+
+def write_manifest(
+    folder: Path,
+    manifest: Manifest,
+    files: Mapping[str, FileRecord],
+    graphs: Mapping[str, tuple[GraphInput, ...]],
+) -> None:
+    """Write and seal `folder`/higen.json, atomically.
+
+    Raises OSError, and ManifestError where a graph has no row in `graphs` or a row has no graph.
+    """
+    _check_graphs(files, graphs)
+    document = {
+        "format": "higen",
+        "version": VERSION,
+        "seal": _NO_SEAL,
+        **to_json(manifest),
+        "graphs": {name: to_json(_Graph(graphs[name])) for name in sorted(graphs)},
+        "files": {name: to_json(files[name]) for name in sorted(files)},
+    }
+    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    sealed = text.replace(_NO_SEAL, hashlib.sha256(text.encode()).hexdigest(), 1)
+    descriptor, temporary = tempfile.mkstemp(prefix=f".{MANIFEST}.", dir=folder)
+    try:
+        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
+            file.write(sealed)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(folder / MANIFEST)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+def rewrite(folder: Path, change: Callable[[Opened], Opened], sealed: bool = True) -> None:
+    """Read the manifest, change it and write it, while no other process does.
+
+    `change` makes version 2 of a manifest of version 1, or it is refused: nobody else knows what its graphs take.
+    Raises ModelError where the folder cannot be written, and what `read_manifest` raises.
+    """
+    with _locked(folder):
+        opened = change(read_manifest(folder, sealed))
+        if opened.version < VERSION:
+            raise ManifestError(
+                f"{folder / MANIFEST}: version={opened.version} cannot be changed; first: higen upgrade {folder}"
+            )
+        try:
+            write_manifest(folder, opened.manifest, opened.files, opened.graphs)
+        except OSError as error:
+            raise ModelError(f"{folder / MANIFEST}: cannot be written: {error}") from error
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold the folder itself: no lock file stays behind."""
+    try:
+        descriptor = hold(folder, os.O_RDONLY, wait=True)
+    except OSError as error:
+        raise ModelError(f"{folder}: cannot be locked: {error}") from error
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _read(folder: Path) -> bytes:
+    path = folder / MANIFEST
+    try:
+        if path.exists() and not path.is_file():  # a pipe would wait for ever
+            raise ManifestError(f"{path}: no plain file")
+        with path.open("rb") as file:
+            data = file.read(LARGEST + 1)
+    except (OSError, ValueError) as error:  # ValueError: a path that no file system takes
+        raise ManifestError(f"{folder}: not a model directory, {MANIFEST} cannot be read: {error}") from error
+    if len(data) > LARGEST:
+        raise ManifestError(f"{path}: more than {LARGEST} bytes is no manifest")
+    return data
+
+
+def _parse(path: Path, data: bytes) -> dict[str, Any]:
+    try:
+        document = json.loads(data.decode("utf-8"), object_pairs_hook=_pairs)
+        _check_values(document)
+    except (ValueError, RecursionError) as error:
+        raise ManifestError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(document, dict) or document.get("format") != "higen":
+        raise ManifestError(f'{path}: not a higen manifest ("format" is not "higen")')
+    version = document.get("version")
+    if type(version) is not int or version < 1:
+        raise ManifestError(f"{path}: version={reprlib.repr(version)}: a whole number from 1 to {VERSION}")
+    if version > VERSION:
+        raise ManifestError(
+            f"{path}: version={version}, but this higen reads up to {VERSION}: pip install --upgrade higen"
+        )
+    return document
+
+
+def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """An object; a key that stands there twice would be read one way here and another way elsewhere."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+    return made
+
+
+def _check_values(document: object) -> None:
+    """Raise ValueError for what JSON cannot say or other readers refuse: NaN, half a surrogate pair, deep nesting."""
+    level = [document]
+    for _ in range(DEEPEST):
+        values: list[object] = []
+        for value in level:
+            if isinstance(value, dict):
+                values += [*value.keys(), *value.values()]
+            elif isinstance(value, list):
+                values += value
+            elif isinstance(value, str):
+                value.encode("utf-8")
+            elif isinstance(value, float) and not math.isfinite(value):
+                raise ValueError(f"{value} is no number of JSON's")
+        if not values:
+            return
+        level = values
+    raise ValueError(f"nested deeper than {DEEPEST} levels")
+
+
+def _object(document: Mapping[str, Any], key: str) -> dict[str, Any]:
+    value = document.get(key)
+    if not isinstance(value, dict):
+        raise ManifestError(f"{MANIFEST}: {key}={reprlib.repr(value)}: an object is wanted")
+    return value
+
+
+def _records(document: Mapping[str, Any]) -> dict[str, FileRecord]:
+    return {
+        _plain_name(name): from_json(FileRecord, record, f"files.{name}", whole=True)
+        for name, record in _object(document, "files").items()
+    }
+
+
+def _graph(name: str, row: object) -> tuple[GraphInput, ...]:
+    return from_json(_Graph, row, f"graphs.{name}", whole=True).inputs
+
+
+def _check_graphs(files: Mapping[str, FileRecord], graphs: Mapping[str, tuple[GraphInput, ...]]) -> None:
+    listed = {name for name in files if name.endswith(".onnx")}
+    if wrong := sorted(listed ^ set(graphs)):
+        raise ManifestError(f"{MANIFEST}: graphs: {wrong[0]}: each .onnx file of files, and no other, has a row")
+
+
+def _check_seal(path: Path, data: bytes, seal: object) -> None:
+    if not isinstance(seal, str) or not re.fullmatch("[0-9a-f]{64}", seal):
+        raise ManifestError(f"{path}: seal={reprlib.repr(seal)}: 64 hexadecimal digits (higen upgrade --reseal)")
+    if hashlib.sha256(data.replace(seal.encode(), _NO_SEAL.encode())).hexdigest() != seal:
+        raise IntegrityError(
+            f"{path}: was edited after it was written: its tables do not fit its seal. Fetch the file again, or accept "
+            f"the edit: higen upgrade --reseal {path.parent}"
+        )
+
+
+def _plain_name(name: str) -> str:
+    """A file of a model lies in its directory or below: no absolute path, no way out."""
+    parts = name.replace("\\", "/").split("/")
+    if not name or name == MANIFEST or "" in parts or "." in parts or ".." in parts or ":" in name or "\0" in name:
+        raise ManifestError(f"{MANIFEST}: files has the entry {name!r}: a path inside the model directory is wanted")
+    return name

@@ -1,0 +1,101 @@
+"""What a stage's graph computes in: every fact about a precision, in one row."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from higen.errors import RequestError
+
+__all__ = ["PRECISIONS", "QUANTIZED", "Precision", "check_precision", "precision_named"]
+
+
+@dataclass(frozen=True)
+class Precision:
+    """One precision.
+
+    base            the precision of the weights file, and of all that is not quantised: fp32, bf16 or fp16
+    dtype           numpy's and PyTorch's name of the base
+    stored          safetensors' name of it
+    quantized       most multiplications are in 8 or 4 bits
+    engines_only    TensorRT alone computes in it
+    architecture    the first GPU architecture that computes in it
+    smallest_opset, default_opset    of ONNX, for graphs in it
+    step            largest error of one run of a stage that the parity gate allows, relative to the largest output:
+                    float32's is for the order of summation, the others' for rounding each activation
+    latents         largest absolute difference of the final latents after a whole loop
+    pixels          difference of the pixels after it, of 255: float32's largest, the others' mean
+    compared        largest difference of an engine's output, relative to the largest output
+    """
+
+    name: str
+    base: str
+    dtype: str
+    stored: str
+    architecture: int
+    step: float
+    latents: float
+    pixels: float
+    compared: float
+    quantized: bool = False
+    engines_only: bool = False
+    smallest_opset: int = 21
+    default_opset: int = 21
+
+    @property
+    def stand_ins(self) -> tuple[str, ...]:
+        """The precisions that serve a request for this one, the best first: not all stages are quantised."""
+        return (self.name, self.base) if self.quantized else (self.name,)
+
+
+def _quantized(name: str, base: str, architecture: int, engines_only: bool = False) -> Precision:
+    dtype, stored = ("float32", "F32") if base == "fp32" else ("float16", "F16")
+    inf = float("inf")  # its own measure decides, when it is made (higen/export/quantize.py)
+    return Precision(
+        name, base, dtype, stored, architecture, inf, inf, inf, 0.3, quantized=True, engines_only=engines_only
+    )
+
+
+# Opset 21: ONNX Runtime 1.20 reads it, and GroupNormalization is native from it. Conv takes bfloat16 from opset 22.
+# Opset 23 is the newest that TensorRT for RTX takes.
+_ROWS = (
+    Precision("fp32", "fp32", "float32", "F32", 75, step=2e-5, latents=1e-3, pixels=1.0, compared=1e-3),
+    Precision("fp16", "fp16", "float16", "F16", 75, step=1e-2, latents=5e-2, pixels=0.5, compared=2e-2),
+    Precision(
+        "bf16",
+        "bf16",
+        "bfloat16",
+        "BF16",
+        80,
+        step=8e-2,
+        latents=0.5,
+        pixels=4.0,
+        compared=1e-1,
+        smallest_opset=22,
+        default_opset=23,
+    ),
+    _quantized("int8", "fp32", 80),
+    _quantized("int8.fp16", "fp16", 80),
+    _quantized("fp8.fp16", "fp16", 89),
+    _quantized("nvfp4.fp16", "fp16", 100, engines_only=True),
+)
+
+PRECISIONS: dict[str, Precision] = {row.name: row for row in _ROWS if not row.quantized}
+"""Those that `higen-export onnx` writes. fp32 is the unnamed one; its weights may be stored in fewer bits."""
+
+QUANTIZED: dict[str, Precision] = {row.name: row for row in _ROWS if row.quantized}
+"""Those that `higen-export quantize` writes: 8 or 4 bits over the weights of their base."""
+
+NEWEST_OPSET = 23
+
+
+def precision_named(name: str) -> Precision:
+    """The precision of that name. Raises RequestError for any other."""
+    found = {**PRECISIONS, **QUANTIZED}.get(name)
+    if found is None:
+        raise RequestError(f"precision={name!r}: one of {', '.join(map(repr, (*PRECISIONS, *QUANTIZED)))}")
+    return found
+
+
+def check_precision(name: str) -> str:
+    """The name itself. Raises RequestError for none of PRECISIONS and QUANTIZED."""
+    return precision_named(name).name

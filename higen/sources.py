@@ -1,0 +1,249 @@
+"""Where a stage's inputs come from: each source of the manifest (docs/manifest.md, "Sources"), for one sample.
+
+A value carries a key, and two values with equal keys are equal. So a stage is run once per distinct input within a
+request; what depends on texts and numbers alone is kept for later requests too.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from higen import noise
+from higen.backends.base import Backend
+from higen.conditioning import curve_rows, curve_values, resample_in_time, similarity_rows, sinusoid_rows
+from higen.images import resampling
+from higen.manifest import Manifest
+from higen.recent import Recent
+from higen.request import Picture, Request
+from higen.stages import Source, Stage, Tensor, source
+from higen.tables import Loop
+
+__all__ = ["Kept", "Place", "Sources", "as_video"]
+
+Array = NDArray[Any]
+Kept = Recent[dict[str, NDArray[Any]]]
+"""Outputs of stages that depend on texts and numbers alone, by key, kept from one request to the next."""
+
+
+@dataclass(frozen=True)
+class Place:
+    """Whom an input is for: which sample, in which loop (None: after the last one), and on which branch of guidance."""
+
+    sample: int
+    frames: int
+    loop: Loop | None = None
+    negative: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class _Value:
+    """`key`: a digest, equal where the arrays are; `lasting`: it depends on texts and numbers alone."""
+
+    array: Array
+    key: bytes
+    lasting: bool
+
+
+@dataclass(frozen=True, eq=False)
+class _Made:
+    """A stage's outputs, with a digest of its inputs; `lasting`: as of a value."""
+
+    outputs: Mapping[str, Array]
+    key: bytes
+    lasting: bool
+
+
+def _digest(*parts: object) -> bytes:
+    """16 bytes that tell equal parts from others."""
+    digest = hashlib.blake2b(digest_size=16)
+    for part in parts:
+        data = part if isinstance(part, bytes) else repr(part).encode()
+        digest.update(len(data).to_bytes(8, "little"))
+        digest.update(data)
+    return digest.digest()
+
+
+class Sources:
+    """Resolves the sources of one request. Not for several threads at once."""
+
+    def __init__(
+        self,
+        manifest: Manifest,
+        backend: Backend,
+        request: Request,
+        tokens: Mapping[str, NDArray[np.int64]],
+        kept: Kept,
+    ) -> None:
+        """`tokens`: ids [1, L] of every text of the request."""
+        self._manifest = manifest
+        self._backend = backend
+        self._request = request
+        self._tokens = tokens
+        self._kept = kept
+        self._made: dict[bytes, dict[str, Array]] = {}
+        self._placed: dict[Hashable, _Made] = {}
+        self._encoded: dict[Hashable, _Value] = {}
+        self._latents: dict[str, Array] = {}
+        self._loops = {loop.name for loop in manifest.loops}
+
+    def finish(self, loop: Loop, latents: Array) -> None:
+        """Enter the last latents [B, C, f, H, W] of a loop, which later stages may ask for."""
+        self._latents[loop.name] = latents
+
+    def latents(self, loop: str) -> Array:
+        """The last latents [B, C, f, H, W] of an earlier loop."""
+        return self._latents[loop]
+
+    def batch(self, stage: Stage, loop: Loop) -> dict[str, Array]:
+        """The inputs of a denoising stage that are no state, for all samples: [B, ...] each."""
+        rows = [self.inputs(stage, Place(i, self._request.frames_of(loop), loop)) for i in range(self.samples)]
+        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+    def inputs(self, stage: Stage, place: Place) -> dict[str, Array]:
+        """The inputs of a stage that are no state, for one sample."""
+        return {tensor.name: self._value(tensor, place).array for tensor in stage.conditions}
+
+    def made(self, text: str, loop: Loop) -> Array:
+        """A source that stands for latents, for all samples: [B, C, f, H, W]."""
+        place = Place(0, self._request.frames_of(loop), loop)
+        wanted = Tensor("latents", ("B", "C", "F", "H", "W"), source=text)
+        return np.concatenate([self._value(wanted, replace(place, sample=i)).array for i in range(self.samples)])
+
+    @property
+    def samples(self) -> int:
+        """Samples of the request."""
+        return len(self._request.prompts)
+
+    def _value(self, tensor: Tensor, place: Place) -> _Value:
+        origin = source(tensor.source)
+        if origin.kind == "text":
+            prompt = not (place.negative or origin.name == "negative")
+            text = self._request.prompts[place.sample] if prompt else self._request.negative_prompt
+            ids = self._tokens[text]
+            return _Value(ids, _digest("tokens", ids.tobytes()), lasting=True)
+        if origin.kind == "control":
+            return self._control(origin.name, tensor, place)
+        if origin.kind in ("picture", "clip"):
+            return self._picture(origin, tensor, place)
+        if origin.kind == "noise":
+            return self._noise(int(origin.name), tensor, place)
+        if origin.name in self._loops:
+            latents = self._latents[origin.name][place.sample : place.sample + 1]
+            array = latents[:, :, 0] if len(tensor.shape) == 4 else latents
+            key = _digest("latents", origin.name, place.sample, len(tensor.shape))
+            return _Value(array, key, lasting=False)
+        made = self._stage(
+            self._manifest.stage(origin.name), replace(place, negative=place.negative or origin.negative)
+        )
+        array = made.outputs[origin.output]
+        array = as_video(array) if len(tensor.shape) == 5 and array.ndim == 4 else array
+        return _Value(array, _digest(made.key, origin.output, array.ndim), made.lasting)
+
+    def _stage(self, stage: Stage, place: Place) -> _Made:
+        """A stage's outputs, made once per distinct input."""
+        loop = place.loop.name if place.loop is not None else None
+        at = (stage.name, place.sample, place.frames, loop, place.negative)
+        if at in self._placed:
+            return self._placed[at]
+        values = {tensor.name: self._value(tensor, place) for tensor in stage.conditions}
+        key = _digest(stage.name, *(value.key for value in values.values()))
+        lasting = all(value.lasting for value in values.values())
+        inputs = {name: value.array for name, value in values.items()}
+        if lasting:
+            outputs = self._kept.get(key, lambda: self._run(stage, inputs))
+        elif key in self._made:
+            outputs = self._made[key]
+        else:
+            outputs = self._made[key] = self._run(stage, inputs)
+        self._placed[at] = _Made(outputs, key, lasting)
+        return self._placed[at]
+
+    def _run(self, stage: Stage, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        """Run a stage for one sample; one that takes frames one by one (N) is given a chunk of them at a time."""
+        frames = [name for name in inputs if stage.input(name).shape[0] == "N"]
+        total = max((len(inputs[name]) for name in frames), default=1)
+        chunk = self._manifest.sizes.chunk
+        if total <= chunk:
+            return self._call(stage, inputs)
+        parts = [
+            self._call(stage, {n: v[i : i + chunk] if n in frames else v for n, v in inputs.items()})
+            for i in range(0, total, chunk)
+        ]
+        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+    def _call(self, stage: Stage, inputs: Mapping[str, Array]) -> dict[str, Array]:
+        outputs = self._backend.run(stage.name, **inputs)
+        return {name: self._backend.to_numpy(value) for name, value in outputs.items()}
+
+    def _control(self, name: str, tensor: Tensor, place: Place) -> _Value:
+        """An encoded control, made once for the whole request (a loop may have its own value of it)."""
+        own = place.loop is not None and name in place.loop.controls
+        key = (name, tensor.shape, place.frames, place.loop.name if own and place.loop else "")
+        if key not in self._encoded:
+            array = self._encode(name, tensor, place)
+            self._encoded[key] = _Value(array, _digest(name, array.shape, array.tobytes()), lasting=True)
+        return self._encoded[key]
+
+    def _encode(self, name: str, tensor: Tensor, place: Place) -> NDArray[np.float32]:
+        if name == "fps":
+            return self._numbers(float(self._request.fps), tensor, place.frames)
+        control = self._manifest.control(name)
+        own = place.loop.controls if place.loop is not None else {}
+        value = own.get(name, self._request.controls[name])
+        # Rows of the request's frames are resampled to a loop of one.
+        frames = len(value) if np.ndim(value) and control.kind == "curve" else place.frames
+        if control.encoding in ("sinusoid", "similarity"):
+            last = tensor.shape[-1]
+            width = self._manifest.fixed[last] if isinstance(last, str) else last
+            if control.encoding == "similarity":
+                return resample_in_time(similarity_rows(name, value, frames, width), place.frames)[None]
+            values = None if value is None else curve_values(name, value, frames, control.low, control.high)
+            return sinusoid_rows(values, place.frames, width)[None]
+        if control.kind == "curve":
+            return curve_rows(curve_values(name, value, frames, control.low, control.high), place.frames)[None]
+        number = control.choices.index(value) if control.kind == "choice" else value
+        return self._numbers(float(number), tensor, place.frames)
+
+    @staticmethod
+    def _numbers(value: float, tensor: Tensor, frames: int) -> NDArray[np.float32]:
+        return np.full((1,) if len(tensor.shape) == 1 else (1, frames), value, np.float32)
+
+    def _picture(self, origin: Source, tensor: Tensor, place: Place) -> _Value:
+        pictures: tuple[Picture, ...] = self._request.controls[origin.name]
+        picture = pictures[place.sample]
+        if origin.kind == "clip":
+            pixels = picture.pixels[:, : place.frames]
+            array = pixels[None] if len(tensor.shape) == 5 else pixels.swapaxes(0, 1)
+            key = _digest("clip", picture.digest, place.frames, len(tensor.shape))
+            return _Value(np.ascontiguousarray(array), key, lasting=False)
+        if not origin.resampled:
+            return _Value(picture.pixels[None], _digest("picture", picture.digest), lasting=False)
+        *_, height, width = self._shape(tensor, place)
+        down = resampling(picture.pixels.shape[-2], height)
+        across = resampling(picture.pixels.shape[-1], width)
+        array = (down @ picture.pixels.astype(np.float64) @ across.T).astype(np.float32)
+        return _Value(array[None], _digest("resampled", picture.digest, height, width), lasting=False)
+
+    def _noise(self, purpose: int, tensor: Tensor, place: Place) -> _Value:
+        seed, shape = self._request.seeds[place.sample], self._shape(tensor, place)
+        axis = tensor.shape.index("F") if "F" in tensor.shape else None
+        array = noise.shaped(seed, purpose, shape, axis)
+        return _Value(array, _digest("noise", seed, purpose, shape, axis), lasting=False)
+
+    def _shape(self, tensor: Tensor, place: Place) -> tuple[int, ...]:
+        """The sizes of a tensor's axes for one sample."""
+        factor = self._manifest.sizes.factor
+        sizes = {"B": 1, "N": 1, "F": place.frames, "Y": self._request.height, "X": self._request.width}
+        sizes |= {"H": sizes["Y"] // factor, "W": sizes["X"] // factor, **self._manifest.fixed}
+        return tuple(sizes[n] if isinstance(n, str) else n for n in tensor.shape)
+
+
+def as_video(frames: Array) -> Array:
+    """Latents of single frames [N, C, H, W] as those of one clip [1, C, N, H, W]."""
+    return np.ascontiguousarray(frames.swapaxes(0, 1))[None]

@@ -1,0 +1,276 @@
+"""The rows of a manifest's tables (docs/manifest.md): sizes, text rules, controls and loops. Each row checks itself."""
+
+from __future__ import annotations
+
+import math
+import reprlib
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from higen import noise_schedule as solvers
+from higen.errors import ManifestError
+from higen.noise_schedule import PREDICTIONS, NoiseSchedule, Solver
+from higen.stages import FREE
+
+__all__ = [
+    "COMMON",
+    "NUMERIC",
+    "Control",
+    "Loop",
+    "Mix",
+    "NoiseRule",
+    "Offset",
+    "Replaced",
+    "Sizes",
+    "Start",
+    "TextRules",
+    "Windows",
+    "check",
+    "is_number",
+]
+
+RESERVED = ("progress", "warn")
+COMMON = ("prompt", "negative_prompt", "seed", "steps", "guidance", "solver", "frames", "width", "height", "fps")
+"""What every request may set, whatever the model; no control has such a name."""
+
+CURVES = ("sinusoid", "similarity", "curve")
+"""Encodings of a control as rows, one a frame."""
+
+ENCODINGS: dict[str, tuple[str | None, ...]] = {
+    "curve": CURVES,
+    "number": ("number", "curve"),
+    "whole": ("number", "curve"),
+    "choice": ("number",),
+}
+"""Encodings by kind of control; other kinds have none."""
+
+NUMERIC = ("number", "whole", "curve")
+MAX_SIDE = 4096
+MAX_SIZE = 2**31  # of an axis
+MAX_NUMBER = 3.4028234663852886e38  # float32's
+
+
+def check(good: bool, message: str) -> None:
+    """Raise ManifestError with `message` unless `good`."""
+    if not good:
+        raise ManifestError(message)
+
+
+def is_number(value: object) -> bool:
+    """Whether a value is a number, finite in float32; a truth value is none."""
+    return type(value) in (int, float) and math.isfinite(value) and abs(value) <= MAX_NUMBER  # type: ignore[arg-type]
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes that the model fixes, and the limits and defaults of those that a request chooses.
+
+    factor    pixels per latent cell
+    multiple  width and height in pixels are multiples of this
+    frames    fewest, default, most
+    decoder   the stage that turns latents into pixels; `chunk` frames at a time, with `overlap` frames of context on
+              each side, which are dropped
+    """
+
+    symbols: dict[str, int]
+    factor: int
+    multiple: int
+    width: int
+    height: int
+    fps: int
+    frames: tuple[int, int, int]
+    decoder: str
+    chunk: int = 2
+    overlap: int = 0
+
+    def __post_init__(self) -> None:
+        for name, size in self.symbols.items():
+            check(name.isidentifier() and name not in FREE, f"symbols.{name}: a name that is none of {', '.join(FREE)}")
+            check(1 <= size <= MAX_SIZE, f"symbols.{name}={size}: a whole number from 1")
+        check(1 <= self.factor <= 1024, f"factor={self.factor}: from 1 to 1024 pixels per latent cell")
+        check(
+            1 <= self.multiple <= MAX_SIDE and self.multiple % self.factor == 0,
+            f"multiple={self.multiple}: a multiple of factor={self.factor} of at most {MAX_SIDE}",
+        )
+        for name in ("width", "height"):
+            size = getattr(self, name)
+            good = 1 <= size <= MAX_SIDE and size % self.multiple == 0
+            check(good, f"{name}={size}: a multiple of {self.multiple} of at most {MAX_SIDE}")
+        check(1 <= self.fps <= 240, f"fps={self.fps}: from 1 to 240")
+        low, default, high = self.frames
+        check(1 <= low <= default <= high <= 2**16, f"frames={list(self.frames)}: 1 <= fewest <= default <= most")
+        check(1 <= self.chunk <= 2**16, f"chunk={self.chunk}: a number of frames from 1")
+        check(0 <= self.overlap <= 2**16, f"overlap={self.overlap}: a number of frames from 0")
+
+
+@dataclass(frozen=True)
+class TextRules:
+    """How a text becomes token ids [1, length]: start, text, end, then `pad_id`.
+
+    clean  repair the text as CLIP does
+    """
+
+    tokenizer: str
+    length: int = 77
+    pad_id: int = 0
+    clean: bool = True
+
+    def __post_init__(self) -> None:
+        good = 3 <= self.length <= 2**20 and 0 <= self.pad_id < 2**31
+        check(good, f"length={self.length}, pad_id={self.pad_id}: room for start, text and end, and an id from 0")
+
+
+@dataclass(frozen=True)
+class Control:
+    """What a request may set for this model. A `default` of None is "unspecified", or no picture."""
+
+    name: str
+    kind: Literal["number", "whole", "curve", "text", "picture", "clip", "choice"]
+    meaning: str
+    encoding: Literal["number", "curve", "sinusoid", "similarity"] | None = None
+    low: float | None = None
+    high: float | None = None
+    choices: tuple[str, ...] = ()
+    default: Any = None
+    optional: bool = False
+
+    def __post_init__(self) -> None:
+        check(self.name.isidentifier() and self.name not in COMMON + RESERVED, f"name={self.name!r}: a name of its own")
+        allowed = ENCODINGS.get(self.kind, (None,))
+        check(self.encoding in allowed, f"encoding={self.encoding!r}: of kind {self.kind} one of {allowed}")
+        if self.low is not None and self.high is not None:
+            check(self.low <= self.high, f"low={self.low}, high={self.high}: low is at most high")
+        check(bool(self.choices) == (self.kind == "choice"), f"choices={list(self.choices)}: those of a choice")
+        check(not self.optional or self.encoding in ("sinusoid", "similarity"), "optional: a sinusoid or similarity")
+        self._check_default()
+
+    def _check_default(self) -> None:
+        value = self.default
+        if value is None:
+            good = self.optional or self.kind in ("picture", "clip")
+            check(good, f"default=None: {self.kind} needs one, unless it is optional")
+        elif self.kind in NUMERIC:
+            whole = self.kind != "whole" or type(value) is int
+            good = is_number(value) and whole and self.allows(value)
+            check(good, f"default={reprlib.repr(value)}: {self.range}")
+        elif self.kind == "choice":
+            check(value in self.choices, f"default={reprlib.repr(value)}: one of {', '.join(map(repr, self.choices))}")
+        else:
+            check(self.kind == "text" and isinstance(value, str), f"default={reprlib.repr(value)}: none, or a text")
+
+    def allows(self, value: float) -> bool:
+        """Whether a number lies in the range."""
+        return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+
+    @property
+    def range(self) -> str:
+        """The range in words: "a number from 0", "a whole number from 1 to 255"."""
+        words = "a whole number" if self.kind == "whole" else "a number"
+        low = "" if self.low is None else f" from {self.low:g}"
+        return words + low + ("" if self.high is None else f" to {self.high:g}")
+
+
+@dataclass(frozen=True)
+class Offset:
+    """Noise that is constant over each frame's pixels, times `scale` (a number or "control:NAME")."""
+
+    purpose: int
+    scale: float | str
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The last latents of an earlier loop, added to the noise, times `scale` (a number or "control:NAME")."""
+
+    loop: str
+    scale: float | str
+
+
+@dataclass(frozen=True)
+class NoiseRule:
+    """The initial noise of a loop: the stream `purpose`, and what is added to it."""
+
+    purpose: int
+    offset: Offset | None = None
+    mix: Mix | None = None
+
+    def __post_init__(self) -> None:
+        purposes = [self.purpose, *([self.offset.purpose] if self.offset else [])]
+        check(all(0 <= p < 2**31 for p in purposes), f"purpose={purposes}: whole numbers from 0")
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """Where the picture or clip `control` is given, the loop is not run, and the source `latents` is its result."""
+
+    control: str
+    latents: str
+
+
+@dataclass(frozen=True)
+class Start:
+    """Where the picture or clip `control` is given, the loop begins in the table's tail, from the source `latents`.
+
+    `strength`: the part of the rows that run, 0 to 1 (a number or "control:NAME").
+    """
+
+    control: str
+    latents: str
+    strength: float | str
+
+
+@dataclass(frozen=True)
+class Windows:
+    """A clip of more than `length` frames is denoised in windows that begin `stride` frames apart."""
+
+    length: int
+    stride: int
+
+    def __post_init__(self) -> None:
+        good = 1 <= self.stride <= self.length
+        check(good, f"length={self.length}, stride={self.stride}: a stride from 1 to the length")
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A denoising loop: its stages, how many frames it has, its solvers (the default first) and its initial noise."""
+
+    name: str
+    guided: str | None
+    plain: str | None
+    frames: int | str
+    schedule: NoiseSchedule
+    prediction: str
+    solvers: tuple[Solver, ...]
+    steps: int
+    guidance: float | tuple[float, ...]
+    noise: NoiseRule
+    least_frames: int = 1
+    controls: dict[str, Any] = field(default_factory=dict)
+    replaced: Replaced | None = None
+    start: Start | None = None
+    windows: Windows | None = None
+
+    def __post_init__(self) -> None:
+        check(bool(self.guided or self.plain), "guided, plain: at least one stage")
+        check(self.frames in (1, "F") and not isinstance(self.frames, bool), f"frames={self.frames!r}: 1 or 'F'")
+        check(self.prediction in PREDICTIONS, f"prediction={self.prediction!r}: one of {', '.join(PREDICTIONS)}")
+        names = [solver.name for solver in self.solvers]
+        check(bool(names) and len(set(names)) == len(names), f"solvers={names}: at least one, each once")
+        for solver in self.solvers:
+            solvers.check(self.schedule, self.prediction, solver)
+        most = solvers.max_steps(self.schedule, self.solvers[0])
+        check(1 <= self.steps <= most, f"steps={self.steps}: from 1 to {most}")
+        scales = self.guidance if isinstance(self.guidance, tuple) else (self.guidance,)
+        good = bool(scales) and all(0 <= scale <= MAX_NUMBER for scale in scales)
+        check(good, f"guidance={self.guidance}: a number from 0, or a list of them")
+        check(1 <= self.least_frames <= 2**16, f"least_frames={self.least_frames}: from 1")
+
+    @property
+    def stages(self) -> tuple[str, ...]:
+        """The stages that do its steps, the guided one first."""
+        return tuple(name for name in (self.guided, self.plain) if name is not None)
+
+    def solver(self, name: str) -> Solver:
+        """The row of a solver. Raises KeyError."""
+        return {solver.name: solver for solver in self.solvers}[name]

@@ -1,0 +1,110 @@
+"""Requests that put every stage of any model to work: to calibrate, to compare and to verify with.
+
+A model may need a picture, may read no text, and may have stages that its defaults leave idle: the step with one branch
+of guidance, or the encoder of a picture. What is needed for which stage follows from the tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from higen.backends.recorder import CallRecorder
+from higen.bundle import Bundle, graph_file
+from higen.manifest import Manifest
+from higen.pipeline import Pipeline
+from higen.sampler import Step
+from higen.tables import Loop
+
+__all__ = ["known_prompts", "pictures", "record", "ways"]
+
+SCALE = 3.0
+"""Guidance of a loop whose default is 1, where the stage with both branches is to be run."""
+
+Calls = list[dict[str, NDArray[Any]]]
+
+
+def known_prompts(manifest: Manifest, count: int = 1) -> tuple[str, ...]:
+    """So many texts that the model is known to draw well, evenly from its list; "" where it reads none."""
+    if manifest.text is None:
+        return ("",)
+    known = manifest.prompts or ("a dog runs on the beach", "a red flower opens", "a blue bird flies")
+    return known[:: max(len(known) // count, 1)][:count]
+
+
+def pictures(manifest: Manifest, sizes: Mapping[str, int], every: bool = False) -> dict[str, NDArray[np.uint8]]:
+    """Made-up pictures and clips, uint8 [Y,X,3] and [F,Y,X,3], for the controls that a video cannot do without;
+    `every`: for all of them. `sizes`: frames, height and width of the request, if not the model's own.
+    """
+    known = manifest.sizes
+    frames = sizes.get("frames", known.frames[1])
+    height, width = sizes.get("height", known.height), sizes.get("width", known.width)
+    needed = {name for loop in manifest.loops for name in manifest.pictures_of(*loop.stages)}
+    shades = np.random.default_rng(0).integers(0, 256, (4, 4, 3))
+    small = np.stack([np.roll(shades, shift, axis=1) for shift in range(frames)])
+    rows, columns = np.arange(height) * 4 // height, np.arange(width) * 4 // width
+    clip = small[:, rows][:, :, columns].astype(np.uint8)
+    return {
+        control.name: clip if control.kind == "clip" else clip[0]
+        for control in manifest.controls
+        if control.kind in ("picture", "clip") and (every or control.name in needed)
+    }
+
+
+def ways(manifest: Manifest, sizes: Mapping[str, int]) -> Iterator[dict[str, Any]]:
+    """Options of requests that together run every stage that any request runs: as the model makes a video by default,
+    with both branches of guidance everywhere, with one where a loop can do with one, and from every picture.
+    """
+    given = pictures(manifest, sizes)
+    yield given
+    yield {**given, "guidance": [_above_one(loop) for loop in manifest.loops]}
+    yield {**given, "guidance": [1.0 if loop.plain else _above_one(loop) for loop in manifest.loops]}
+    yield pictures(manifest, sizes, every=True)
+
+
+def _above_one(loop: Loop) -> float | None:
+    """Guidance that needs both branches; None: the loop's default does, or the loop has one alone."""
+    scales = loop.guidance if isinstance(loop.guidance, tuple) else (loop.guidance,)
+    return SCALE if loop.guided is not None and all(scale == 1 for scale in scales) else None
+
+
+def record(
+    bundle: Bundle, stages: Collection[str], prompts: Sequence[str], shown: bool = False, **options: Any
+) -> dict[str, Calls]:
+    """Inputs of each of the stages' calls in videos of `prompts`, on the float32 graphs; `options` of each request.
+
+    Only as many of `ways` are taken as it needs for every stage to be called; a stage that no request runs has no
+    calls. `shown`: with a progress bar. Raises what a request raises.
+    """
+    calls: dict[str, Calls] = {stage: [] for stage in stages}
+    sizes: dict[str, int] = {name: options[name] for name in options.keys() & {"frames", "height", "width"}}
+    recorder = CallRecorder(bundle, ())
+    total = 0
+    with Pipeline(bundle, recorder) as pipeline, tqdm(desc="calibration", total=0, disable=not shown) as bar:
+        for seed, prompt in enumerate(prompts):
+            missing = set(stages)
+            for way in ways(bundle.manifest, sizes):
+                wanted = missing & _called(pipeline, prompt, {**way, **options})
+                if not wanted:
+                    continue
+                recorder.calls = {stage: [] for stage in wanted}
+                stream = pipeline.stream(prompt, seed=seed, **way, **options)
+                total += sum(rows for name, rows in stream.loops if name != "decode")
+                bar.total = total
+                for event in stream:
+                    bar.update(isinstance(event, Step))
+                for stage, made in recorder.calls.items():
+                    calls[stage] += made
+                missing -= wanted
+    return calls
+
+
+def _called(pipeline: Pipeline, prompt: str, options: Mapping[str, Any]) -> set[str]:
+    """The stages that a request would run on the float32 graphs that are there."""
+    bundle = pipeline.bundle
+    alike = pipeline.stages(pipeline.request(prompt, **options))
+    return {next((name for name in names if graph_file(name) in bundle.files), names[0]) for names in alike}

@@ -1,0 +1,41 @@
+"""What `higen doctor` says of a model's stages and of the graphs of its loops; tests/test_cli.py has the command."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+
+from higen.api import default_model
+from higen.bundle import Bundle, drop_file, graph_file
+from higen.doctor import LoopGraphs, report
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Bundle:
+    """The built-in model, without a graph of the clip's step with one branch of guidance."""
+    copy = Bundle.open(shutil.copytree(default_model(), tmp_path / "model"))
+    return drop_file(copy, graph_file("temporal_unet_plain"))
+
+
+def test_graphs_of_both_kinds_of_step_are_listed() -> None:
+    found = report(default_model())
+    assert found.loops == [LoopGraphs(name, ("fp32",), ("fp32",)) for name in ("spatial", "temporal")]
+    assert [choice.stage for choice in found.stages] == list(Bundle.open(default_model()).manifest.stage_names)
+    assert found.notes == []
+    assert "  temporal            guided: fp32; plain: fp32" in found.as_text().splitlines()
+
+
+def test_a_missing_plain_graph_is_a_note_with_its_command_and_no_fault(model: Bundle) -> None:
+    found = report(model.path)
+    assert found.healthy
+    assert found.loops[1] == LoopGraphs("temporal", ("fp32",), ())
+    (note,) = found.notes
+    assert note.startswith("no graph of temporal_unet_plain, so a step costs as much at guidance 1 as at any other: ")
+    assert note.endswith(f"higen-export onnx {model.path} --stage temporal_unet_plain")
+    text = found.as_text()
+    assert "  temporal            guided: fp32; plain: no graph" in text.splitlines()
+    assert f"note: {note}" in text.splitlines()
+    assert "temporal_unet_plain" not in [choice.stage for choice in found.stages]
+    assert found.as_json()["loops"][1] == {"loop": "temporal", "guided": ("fp32",), "plain": ()}

@@ -1,0 +1,137 @@
+"""Pictures and clips from the user: covered and cropped, and resampled as Stable Video Diffusion does for CLIP."""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from pathlib import Path
+
+import numpy as np
+import PIL.Image
+import pytest
+import torch
+from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
+
+from higen.errors import RequestError
+from higen.images import load_clip, load_image, load_picture, resampling
+from higen.tables import Control
+from higen.video import Video
+
+SKETCH, FOOTAGE = Control("sketch", "picture", "a drawing"), Control("footage", "clip", "what it begins with")
+
+
+def picture(height: int, width: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 256, (height, width, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "to_height", "to_width"),
+    [(576, 1024, 224, 224), (64, 40, 24, 32), (33, 31, 16, 8), (20, 17, 33, 40), (24, 24, 24, 24), (9, 12, 1, 2)],
+)
+def test_resampling_is_diffusers(height: int, width: int, to_height: int, to_width: int) -> None:
+    pixels = load_image(picture(height, width), width, height)
+    theirs = _resize_with_antialiasing(torch.from_numpy(pixels)[None], (to_height, to_width))[0].numpy()
+    ours = resampling(height, to_height) @ pixels.astype(np.float64) @ resampling(width, to_width).T
+    assert ours.shape == theirs.shape
+    np.testing.assert_allclose(ours, theirs, atol=5e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("size", "to"), [(1, 1), (1, 5), (2, 7), (3, 1), (50, 7), (7, 50), (1024, 224)])
+def test_resampling_keeps_one_colour(size: int, to: int) -> None:
+    matrix = resampling(size, to)
+    assert matrix.shape == (to, size)
+    np.testing.assert_allclose(matrix.sum(axis=1), 1.0, atol=1e-12)
+
+
+def test_resampling_has_its_corners_aligned() -> None:
+    """Without shrinking the Gaussian is a point: the ends stay, and a straight line stays one between them."""
+    line = np.linspace(-1, 1, 9)
+    np.testing.assert_allclose((resampling(9, 17) @ line)[2:-2], np.linspace(-1, 1, 17)[2:-2], atol=1e-12)
+    np.testing.assert_allclose((resampling(9, 17) @ line)[[0, -1]], [-1, 1], atol=1e-12)
+
+
+def test_a_picture_covers_the_size_and_is_cropped_in_the_middle() -> None:
+    wide = np.zeros((16, 72, 3), np.uint8)
+    wide[:, 24:48] = 255
+    np.testing.assert_array_equal(load_image(wide, 24, 16), np.ones((3, 16, 24), np.float32))
+    tall = np.zeros((48, 12, 3), np.uint8)
+    tall[20:28] = (255, 0, 255)
+    np.testing.assert_array_equal(load_image(tall, 12, 8)[:, 0, 0], [1, -1, 1])
+
+
+def test_the_scale_of_the_pixels() -> None:
+    shades = np.array([0, 1, 127, 128, 255], np.uint8).repeat(3).reshape(1, 5, 3)
+    np.testing.assert_allclose(load_image(shades, 5, 1)[0, 0], np.array([0, 1, 127, 128, 255]) / 127.5 - 1, atol=1e-7)
+    assert load_image(shades, 5, 1).dtype == np.float32
+
+
+def png(width: int, height: int) -> bytes:
+    """A file that says it is so large, and holds one line."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
+
+
+def test_a_file_that_unpacks_to_gigabytes_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "bomb.png").write_bytes(png(60_000, 60_000))
+    with pytest.raises(RequestError, match=r"^sketch='.*bomb\.png': cannot be read as a picture"):
+        load_picture(SKETCH, tmp_path / "bomb.png", 1, 8, 8)
+
+
+def test_the_control_is_named(tmp_path: Path) -> None:
+    for bad in (7, tmp_path / "nowhere.png", np.zeros((2, 2)), PIL.Image.new("RGB", (0, 0))):
+        with pytest.raises(RequestError, match=r"^sketch"):
+            load_picture(SKETCH, bad, 1, 8, 8)
+        with pytest.raises(RequestError, match=r"^footage"):
+            load_picture(FOOTAGE, bad, 1, 8, 8)
+
+
+def test_a_digest_tells_pictures_apart() -> None:
+    one, again, other = (load_picture(SKETCH, p, 1, 8, 8) for p in (picture(8, 8), picture(8, 8), 255 - picture(8, 8)))
+    assert one.digest == again.digest != other.digest
+    assert len(one.digest) == 16
+
+
+# Clips
+
+
+def test_a_clip_is_a_file_or_a_video_or_frames(tmp_path: Path) -> None:
+    frames = np.stack([picture(16, 24) // (i + 1) for i in range(6)])
+    video = Video(frames, 8)
+    video.save(tmp_path / "clip.npy")
+    video.save(tmp_path / "clip.webp")
+    expected = np.stack([load_image(frame, 12, 8) for frame in frames[:4]], axis=1)
+    for form in (frames, video):
+        made = load_clip(form, 4, 12, 8)
+        assert made.shape == (3, 4, 8, 12)
+        assert made.flags.c_contiguous
+        np.testing.assert_array_equal(made, expected)
+    from_file = load_clip(tmp_path / "clip.webp", 4, 12, 8)
+    saved = Video.open(tmp_path / "clip.webp").frames
+    np.testing.assert_array_equal(from_file, np.stack([load_image(frame, 12, 8) for frame in saved[:4]], axis=1))
+    np.testing.assert_array_equal(load_clip(str(tmp_path / "clip.webp"), 4, 12, 8), from_file)
+
+
+def test_a_clip_has_enough_frames() -> None:
+    frames = np.zeros((3, 8, 8, 3), np.uint8)
+    assert load_clip(frames, 3, 8, 8).shape == (3, 3, 8, 8)
+    with pytest.raises(RequestError, match=r"^footage has 3 frames: the request has 4$"):
+        load_picture(FOOTAGE, frames, 4, 8, 8)
+
+
+@pytest.mark.parametrize(
+    "clip", [np.zeros((3, 8, 8), np.uint8), np.zeros((3, 8, 8, 3)), np.zeros((3, 8, 8, 4), np.uint8), None, [1], b"x"]
+)
+def test_what_is_no_clip(clip: object) -> None:
+    with pytest.raises(RequestError, match=r"^footage is a .*: a video file, a Video or uint8 frames \[n,H,W,3\]$"):
+        load_picture(FOOTAGE, clip, 1, 8, 8)
+
+
+def test_a_clip_without_pixels() -> None:
+    with pytest.raises(RequestError, match=r"^footage"):
+        load_picture(FOOTAGE, np.zeros((3, 0, 8, 3), np.uint8), 1, 8, 8)
+    with pytest.raises(RequestError, match=r"^footage has 0 frames"):
+        load_picture(FOOTAGE, np.zeros((0, 8, 8, 3), np.uint8), 1, 8, 8)
