@@ -20,7 +20,8 @@ from higen.errors import PromptWarning, SettingsError, TrainingError
 from higen.measures.statistics import frechet_distance
 from higen.pipeline import Pipeline
 from higen.train.recipes.default.data import background
-from higen.train.recipes.default.evaluate import Result, _alike_draws, evaluate
+from higen.train.recipes.default.evaluate import Result, evaluate
+from higen.train.recipes.default.frechet import alike_draws
 from higen.train.recipes.default.journal import Journal
 from higen.train.recipes.default.judges import NOTHING, Judges, _Pictures
 from higen.train.recipes.default.real import RealClips
@@ -186,7 +187,7 @@ def test_an_honest_model_passes_everything(honest: Result) -> None:
 
 def test_draws_alike_have_the_make_up_of_what_was_asked_and_no_clip_in_common() -> None:
     asked = [(0, 7, 1.0)] * 8 + [(0, 7, 2.0)] * 4 + [(1, 4, 1.0)] * 3
-    first, second = _alike_draws(asked, 10, np.random.default_rng(0))
+    first, second = alike_draws(asked, 10, np.random.default_rng(0))
     assert not set(first) & set(second)
     for draw in (first, second):
         assert [(s, speed) for s, _, speed, _ in draw] == [(s, speed) for s, _, speed in asked]

@@ -34,8 +34,7 @@ frechet    distance of features to as many real clips drawn at random: the same 
 from __future__ import annotations
 
 import warnings
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -46,9 +45,10 @@ from tqdm import tqdm
 
 from higen.errors import PromptWarning, TrainingError
 from higen.measures import fidelity
-from higen.measures.statistics import frechet_distance, spearman
+from higen.measures.statistics import spearman
 from higen.pipeline import Pipeline
 from higen.train.cues import appearance_factor, appearance_similarity, motion_of
+from higen.train.recipes.default.frechet import frechet
 from higen.train.recipes.default.journal import Journal
 from higen.train.recipes.default.judges import Judges
 from higen.train.recipes.default.real import RealClips
@@ -58,12 +58,8 @@ from higen.train.recipes.default.subjects import KEY_INDEX, SPEEDS, SUBJECTS
 __all__ = ["MEANS", "Codec", "Maker", "PipelineMaker", "Result", "evaluate"]
 
 Frames = NDArray[np.uint8]
-JITTER = 3
-"""Loop frames, 42 ms each, by which a real clip of the Frechet distance's reference may be early or late."""
 CLOSER = 0.01
 """dB that a clip must be closer by: a repeated frame must not win by rounding."""
-DRAWS = 3
-"""Times that the reference of the Frechet distance is drawn; the distances are means."""
 
 
 MEANS = tuple(name for name in Row.__dataclass_fields__ if name not in ("motion", "appearance"))
@@ -319,75 +315,8 @@ def _group(
         "clips": len(chosen),
         **table,
         "by_speed": by_speed,
-        "frechet": _frechet(asked, {"generated": features[chosen], **of_bounds}, judges),
+        "frechet": frechet(asked, {"generated": features[chosen], **of_bounds}, judges),
     }
-
-
-Request = tuple[int, int, float]
-Condition = tuple[int, int, float, int]
-
-
-def _frechet(asked: Sequence[Request], features: Mapping[str, NDArray[np.float64]], judges: Judges) -> dict[str, Any]:
-    """Frechet distances of each set of features to draws of real clips; see the module's docstring."""
-    backgrounds = len(judges.real.pictures)
-    exact = features["real"]
-    return {
-        **_over_floor(features, judges, lambda random: _distinct_draws(asked, backgrounds, random)),
-        "alike": _over_floor(features, judges, lambda random: _alike_draws(asked, backgrounds, random)),
-        "asked": {name: frechet_distance(rows, exact) for name, rows in features.items() if rows is not exact},
-    }
-
-
-def _over_floor(
-    features: Mapping[str, NDArray[np.float64]],
-    judges: Judges,
-    draw: Callable[[np.random.Generator], tuple[list[Condition], list[Condition]]],
-) -> dict[str, float]:
-    """Distances to the first of two draws of real clips, and that of the second ("floor"), means over DRAWS pairs."""
-    random = np.random.default_rng(0)
-    found: dict[str, list[float]] = {name: [] for name in (*features, "floor")}
-    for _ in range(DRAWS):
-        first, second = draw(random)
-        reals = judges.real_features([*first, *second])
-        first_rows, second_rows = reals[: len(first)], reals[len(first) :]
-        found["floor"].append(frechet_distance(first_rows, second_rows))
-        for name, rows in features.items():
-            found[name].append(frechet_distance(rows, first_rows))
-    means = {name: float(np.mean(values)) for name, values in found.items()}
-    return means | {"ratio": means["generated"] / max(means["floor"], 1e-12)}
-
-
-def _distinct_draws(
-    asked: Sequence[Request], backgrounds: int, random: np.random.Generator
-) -> tuple[list[Condition], list[Condition]]:
-    """Two draws of as many clips as were asked for, all different, of the same subjects and speeds."""
-    subjects, speeds = [request[0] for request in asked], [request[2] for request in asked]
-    possible = len(set(subjects)) * backgrounds * len(set(speeds)) * (2 * JITTER + 1)
-    drawn: dict[Condition, None] = {}  # a set that keeps its order
-    while len(drawn) < min(2 * len(asked), possible // 2):
-        drawn[
-            int(random.choice(subjects)),
-            int(random.integers(backgrounds)),
-            float(random.choice(speeds)),
-            int(random.integers(-JITTER, JITTER + 1)),
-        ] = None
-    half = len(drawn) // 2
-    return list(drawn)[:half], list(drawn)[half : 2 * half]
-
-
-def _alike_draws(
-    asked: Sequence[Request], backgrounds: int, random: np.random.Generator
-) -> tuple[list[Condition], list[Condition]]:
-    """Two draws with the make-up of what was asked for: every request's subject and speed, as often, each on a random
-    background of its own that the other draw does not have."""
-    first: list[Condition] = []
-    second: list[Condition] = []
-    for (s, _, speed), count in Counter(asked).items():
-        pictures = random.choice(backgrounds, 2, replace=False)
-        for draw, picture in zip((first, second), pictures, strict=True):
-            offsets = np.resize(random.permutation(2 * JITTER + 1) - JITTER, count)
-            draw += [(s, int(picture), speed, int(offset)) for offset in offsets]
-    return first, second
 
 
 def _control(shots: Sequence[Shot], rows: Sequence[Row], measure: _Measure) -> dict[str, Any]:
