@@ -219,7 +219,7 @@ class Pipeline:
                 assert loop.replaced is not None
                 with timed(seconds, loop.replaced.control):
                     latents = _spread(sources.made(loop.replaced.latents, loop), request.frames_of(loop))
-            elif request.frames >= loop.least_frames:
+            elif request.runs(loop):
                 latents = yield from timed_steps(seconds, loop.name, self._steps(request, sources, loop, steps))
             else:
                 continue
