@@ -54,7 +54,7 @@ class Request:
     steps, guidance, solvers  one per loop of the model
     controls   by name: a number, a text, numbers as an array, None where it is unspecified; a picture or clip control
                has one Picture per prompt, or None
-    warn       is told what the model does not know or cannot read of the request
+    warn       is called with each warning: words that the model does not know, a prompt that is cut
     """
 
     prompts: tuple[str, ...]

@@ -88,8 +88,8 @@ class PromptTokenizer:
         """Token ids of the prompts, int64 [B, L]: start, text, end, then `pad_id` up to `length`.
 
         A prompt that is too long is cut, keeping the end token last, with a PromptWarning that names the words lost;
-        so are words that a word-level tokenizer does not know. `warn` is told; None: warnings.warn. Raises RequestError
-        for anything but texts.
+        so are words that a word-level tokenizer does not know. `warn` is called with each warning; None: warnings.warn.
+        Raises RequestError for anything but texts.
         """
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
             raise RequestError(f"prompts={prompts!r}: a list of texts is wanted")

@@ -59,7 +59,7 @@ core::Request checked(const higen_model& model, const higen_request* request, co
     }
 }
 
-// Fallbacks to a worse backend are told to whoever works on the model first.
+// The first call after a fallback to a worse backend gets its warning.
 void tell_fallbacks(higen_model& model, const higen_callbacks& calls) {
     for (const auto& message : model.router->take_warnings()) warn(calls, message);
 }

@@ -94,7 +94,7 @@ Router::Choice Router::choose_from(const Stages& stages, std::size_t first, cons
     fail_unavailable("no backend can run " + names + " here" + chosen.passed_over);
 }
 
-// Whether it succeeds or not, what the backend fell back from on the way is told.
+// The backend's own fallbacks become warnings, whether it succeeds or not.
 const Stage& Router::choose_on(Backend& backend, const Stages& stages) {
     const auto tell = [&] {
         for (const auto& message : backend.take_warnings()) warn(message, message);
