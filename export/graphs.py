@@ -26,6 +26,7 @@ from higen.bundle import Bundle
 from higen.errors import BackendError
 from higen.export.shapes import example_inputs, fixed_sizes, traced_sizes
 from higen.export.weights import point_into, stored_tensors
+from higen.manifest import Manifest
 from higen.stages import Stage
 
 __all__ = ["export_stage"]
@@ -52,7 +53,8 @@ def export_stage(
     stage = bundle.manifest.stage(name)
     fixed = fixed_sizes(bundle.manifest, stage, static)
     inputs = example_inputs(bundle.manifest, stage, traced_sizes(bundle.manifest, stage, fixed))
-    model = _trace(stage, module, inputs, {*bundle.manifest.fixed, *fixed}, opset)
+    axes = _free_axes(bundle.manifest, stage, {*bundle.manifest.fixed, *fixed})
+    model = _trace(stage, module, inputs, axes, opset)
     _optimize(model)
     _clean(model.graph, stage)
     stored = stored_tensors(bundle.file(bundle.weights(name, precision), verify=False))
@@ -83,13 +85,23 @@ def _is_bookkeeping(node: ir.Node) -> bool:
     )
 
 
+def _free_axes(manifest: Manifest, stage: Stage, fixed: set[str]) -> list[dict[int, Any]]:
+    """The dynamic axes of each input, as `torch.export` wants them.
+
+    The tracer is told what the sizes are multiples of. Otherwise it carries a rounded quotient for every halving of
+    the picture, and spends most of its time on comparing them.
+    """
+    multiple = manifest.sizes.multiple
+    step = multiple // manifest.sizes.factor
+    multiples = {"H": step, "W": step, "Y": multiple, "X": multiple}
+    symbols = {n for t in stage.inputs for n in t.shape if isinstance(n, str) and n not in fixed}
+    axes = {n: multiples.get(n, 1) * torch.export.Dim(f"size_{n}") for n in symbols}
+    return [{i: axes[n] for i, n in enumerate(t.shape) if isinstance(n, str) and n in axes} for t in stage.inputs]
+
+
 def _trace(
-    stage: Stage, module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], fixed: set[str], opset: int
+    stage: Stage, module: torch.nn.Module, inputs: Mapping[str, torch.Tensor], axes: list[dict[int, Any]], opset: int
 ) -> ir.Model:
-    dynamic = [
-        {i: torch.export.Dim.DYNAMIC for i, n in enumerate(t.shape) if isinstance(n, str) and n not in fixed}
-        for t in stage.inputs
-    ]
     with _quiet():
         try:
             program = torch.onnx.export(
@@ -100,7 +112,7 @@ def _trace(
                 opset_version=opset,
                 input_names=[t.name for t in stage.inputs],
                 output_names=list(stage.graph_outputs),
-                dynamic_shapes=_nested(module, dynamic),
+                dynamic_shapes=_nested(module, axes),
                 verbose=False,
             )
         except torch.onnx.errors.OnnxExporterError as error:

@@ -50,6 +50,7 @@ def test_a_file_becomes_settings_with_absolute_paths(tmp_path: Path) -> None:
         ({"objective__text_dropout": float("nan")}, r"objective\.text_dropout=nan"),
         ({"optimiser__betas": [0.9]}, r"optimiser\.betas=\[0\.9\]"),
         ({"optimiser__betas": [0.9, 1.0]}, r"optimiser\.betas=\[0\.9, 1\.0\]"),
+        ({"run__sample_prompts": ["a whale", "x" * 100_001]}, r"run\.sample_prompts=.*100001 characters: at most"),
         ({"model__init": None}, r"model\.init, architecture: one of the two"),
         ({"model__architecture": "m.json"}, r"model\.init, architecture: one of the two"),
         ({"model__tokenizer": "captions"}, r"model\.tokenizer='captions': only with architecture"),
@@ -67,6 +68,7 @@ def test_a_wrong_key_is_named(tmp_path: Path, changes: dict[str, Any], message: 
     [
         ("[model\n", "cannot be read as TOML"),
         ("\x00", "cannot be read as TOML"),
+        ('[data]\npath = "a\\u0000b"\n', r"data\.path='a\\x00b': line 1: the character U\+0000"),
         ("[modell]\n", r"section \[model\] is missing"),
         ("model = 3\n", "model: an object is wanted, not 3"),
     ],
@@ -97,8 +99,8 @@ def test_the_difference_is_the_first_key_that_changes_what_is_learned(tmp_path: 
     assert set(FREE) <= set(flat(first))
 
 
-def test_the_readme_shows_settings_that_its_commands_take(tmp_path: Path) -> None:
-    text = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+def test_the_documented_settings_are_what_its_commands_take(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
     file = tmp_path / "train.toml"
     file.write_text(text.partition("```toml\n")[2].partition("```")[0], encoding="utf-8")
     read = read_settings(file)
