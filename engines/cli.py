@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from higen.terminal import JSON, reported
+from higen.progress import is_watched
+from higen.terminal import JSON, PATH, reported, say
 
 if TYPE_CHECKING:
     from higen.engines.model import Event
@@ -35,7 +36,7 @@ def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | No
 
 
 @click.command("build-engines")
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=PATH)
 @click.option(
     "--target",
     required=True,
@@ -80,7 +81,7 @@ def build_engines(
         targets = parse_targets(target)
         bundle = Bundle.open(model)
         chosen = [read_profile(name, bundle.manifest) for name in dict.fromkeys(profiles)]
-        bars = _Bars(shown=not as_json and sys.stderr.isatty(), lines=not as_json)
+        bars = _Bars(shown=not as_json and is_watched(), lines=not as_json)
         try:
             records = build(
                 bundle,
@@ -115,7 +116,7 @@ class _Bars:
 
         name = f"{event.target}/{event.stage}"
         if event.state == "waiting":
-            click.echo(f"waiting for another build of {event.target}", err=True)
+            say(f"waiting for another build of {event.target}")
             return
         if event.state == "building":
             if event.replaced is not None and self._bar is None and self._lines:
@@ -140,7 +141,7 @@ class _Bars:
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
+@click.argument("model", type=PATH)
 @click.option("--with", "other", default="onnx", show_default=True, help="What to compare: onnx, or tensorrt on a GPU.")
 @click.option("--precision", default="fp16", show_default=True, help="What it computes in.")
 @click.option("--stage", "stages", multiple=True, help="Only these, by name.  [every stage]")

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from higen.backends.cuda import Cuda
+from higen.backends.external_data import graph_files
 from higen.backends.plans import PlanRecord
 from higen.backends.tensorrt_api import library
 from higen.bundle import Bundle, graph_file
@@ -19,7 +20,7 @@ from higen.engines.progress import Progress
 from higen.engines.shapes import Profile, stage_profiles
 from higen.engines.store import EngineStore, difference
 from higen.engines.targets import Target, check_precision
-from higen.errors import ModelError, RequestError
+from higen.errors import IntegrityError, ModelError, RequestError
 from higen.precision import precision_named
 
 __all__ = ["Event", "build_engines"]
@@ -208,8 +209,13 @@ def _build_target(
                 on_event(Event(target.name, record.stage, "kept", 1.0, record=stored))
                 continue
             # Altered files must not end in an engine that claims to be theirs.
-            for name in (record.graph, record.weights):
-                bundle.file(name)
+            bundle.file(record.graph)
+            if others := {*graph_files(bundle, record.graph)} - {record.graph, record.weights}:
+                raise IntegrityError(
+                    f"{bundle.path / record.graph}: takes tensors from {', '.join(sorted(others))}, and the weights of "
+                    f"{record.stage} are {record.weights}; export the graph again"
+                )
+            bundle.file(record.weights)
             records.append(_build_stage(bundle, store, record, options, trt, reason, stored, on_event))
     return records
 
@@ -238,6 +244,8 @@ def _build_stage(
         options,
         Progress(part),
     )
+    for name in (wanted.graph, wanted.weights):
+        bundle.file(name, verify=False)  # as they were before the build, or they are checked again
     plan = memoryview(built.data)
     record = replace(
         wanted,

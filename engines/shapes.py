@@ -20,9 +20,11 @@ from typing import Any
 
 from higen.axes import chunk_of, frames_of
 from higen.backends.plans import PlanProfile, Span
-from higen.errors import RequestError
+from higen.errors import RequestError, quoted
 from higen.manifest import Manifest
+from higen.paths import given_path
 from higen.stages import Stage
+from higen.text_files import TextError, read_toml
 
 __all__ = ["Profile", "Range", "profile_names", "read_profile", "stage_profiles"]
 
@@ -69,11 +71,7 @@ def read_profile(name: str, manifest: Manifest) -> Profile:
 
     Raises RequestError: unknown name, file that is no profile, min above max, size that the model cannot have.
     """
-    text, where = _text(name)
-    try:
-        entries = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise RequestError(f"{where}: not valid TOML: {error}") from error
+    entries, where = _entries(name)
     if unknown := sorted(set(entries) - {*WORDS, "about"}):
         raise RequestError(f"{where}: {', '.join(unknown)}: unknown; a profile has about, {', '.join(WORDS)}")
     if missing := [word for word in WORDS if word not in entries]:
@@ -83,16 +81,17 @@ def read_profile(name: str, manifest: Manifest) -> Profile:
     return profile
 
 
-def _text(name: str) -> tuple[str, str]:
+def _entries(name: str) -> tuple[dict[str, Any], str]:
+    """A profile's table, and how it is named."""
     if name in (known := profile_names()):
         path = files("higen.engines") / "profiles" / f"{name}.toml"
-        return path.read_text(encoding="utf-8"), f"profile {name}"
+        return tomllib.loads(path.read_text(encoding="utf-8")), f"profile {name}"
     if not name.endswith(".toml"):
-        raise RequestError(f"profile={name!r}: of {', '.join(known)}, or the path of a .toml file")
+        raise RequestError(f"profile={quoted(name)}: of {', '.join(known)}, or the path of a .toml file")
     try:
-        return Path(name).read_text(encoding="utf-8"), name
-    except (OSError, ValueError) as error:
-        raise RequestError(f"profile={name!r}: cannot be read: {error}") from error
+        return read_toml(given_path(name)), name
+    except (OSError, TextError) as error:
+        raise RequestError(f"profile={quoted(name)}: cannot be read: {error}") from error
 
 
 def _range(word: str, value: Any, manifest: Manifest, where: str) -> Range:

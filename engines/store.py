@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -17,6 +18,9 @@ from higen.locks import locked
 __all__ = ["EngineStore", "difference"]
 
 LOCK = ".lock"
+
+_PART = re.compile(r"\..+\.(engine|json|log|cache\.\d+(\.\d+)?)\.part")
+"""What a killed builder leaves, and a killed program (the C++ library) that kept compiled kernels."""
 
 INGREDIENTS = (
     "precision",
@@ -127,7 +131,20 @@ class EngineStore:
     def _recover(self) -> None:
         for part in sorted(self.folder.glob(pending_file(record_file("*")))):
             record = self.folder / part.name.removeprefix(".").removesuffix(".part")
+            self._finish_plan(record.stem, part)
             if pending_record(record) is not None:
                 part.replace(record)
         for part in self.folder.glob(".*.part"):
-            part.unlink()
+            if _PART.fullmatch(part.name):
+                part.unlink()
+
+    def _finish_plan(self, stage: str, pending: Path) -> None:
+        """Put a plan in its place whose log is there already: all three files were whole before the first was moved."""
+        plan, log = self._part(engine_file(stage)), self._part(log_file(stage))
+        try:
+            record = PlanRecord.from_text(pending.read_text(encoding="utf-8"), str(pending))
+            whole = not log.exists() and plan.stat().st_size == record.size and sha256(plan) == record.sha256
+        except (OSError, UnicodeDecodeError, EngineError):
+            return
+        if whole and record.stage == stage:
+            plan.replace(self.folder / engine_file(stage))

@@ -14,7 +14,8 @@ import click
 from higen.bundle import Bundle
 from higen.errors import MissingExtra
 from higen.precision import PRECISIONS, QUANTIZED
-from higen.terminal import JSON, Commands, reported
+from higen.progress import is_watched
+from higen.terminal import JSON, PATH, Commands, reported
 from higen.version import __version__
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-MODEL = click.argument("model", type=click.Path(path_type=Path))
+MODEL = click.argument("model", type=PATH)
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -74,7 +75,7 @@ def onnx(
 
 @main.command()
 @MODEL
-@click.option("--report", type=click.Path(path_type=Path), help="Folder for report.md and sheet.png.")
+@click.option("--report", type=PATH, help="Folder for report.md and sheet.png.")
 @click.option("--steps", type=int, default=10, show_default=True, help="Steps of each stage of the whole loop.")
 @JSON
 def verify(model: Path, report: Path | None, steps: int, as_json: bool) -> None:
@@ -82,9 +83,11 @@ def verify(model: Path, report: Path | None, steps: int, as_json: bool) -> None:
     passed = False
     with reported(as_json):
         with _export_extra():
+            from higen.export.verify import check_folder, write
             from higen.export.verify import verify as run
-            from higen.export.verify import write
         done: list[Parity] = []
+        if report is not None:
+            check_folder(report)
         found = run(Bundle.open(model), steps, on_parity=_listing(done, as_json))
         passed = found.passed
         if report is not None:
@@ -159,7 +162,7 @@ def quantize(
             from higen.trial import known_prompts
         bundle = current(Bundle.open(model), _telling(as_json))
         names = check_graphs(bundle, precision, stages or None)
-        shown = not as_json and sys.stderr.isatty()
+        shown = not as_json and is_watched()
         recorded = record_calls(bundle, prompts or known_prompts(bundle.manifest, 3), steps, calls, names, shown)
         done: list[Report] = []
 

@@ -13,9 +13,11 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 
+from higen.backends.sessions import session_options
 from higen.backends.torch import TorchBackend
 from higen.bundle import Bundle
 from higen.errors import BackendError
+from higen.export.place import writing
 from higen.export.precision import in_float32, rounded
 from higen.export.shapes import checked_sizes, example_inputs
 from higen.precision import PRECISIONS
@@ -131,12 +133,10 @@ def check_graph(
     if precision == "fp32":
         yield from _run(bundle, name, graph, expected, Parity(name, "", None))
         return
-    copy = graph.with_name(f".{graph.name.strip('.')}.float32")
-    try:
+    with writing(bundle) as place:
+        copy = place.beside(f"{name}.float32")
         in_float32(graph, copy)
         yield from _run(bundle, name, copy, expected, Parity(name, "", None, precision, "graph in float32"))
-    finally:
-        copy.unlink(missing_ok=True)
     yield from _run(
         bundle, name, graph, expected, Parity(name, "", None, precision, tolerance=PRECISIONS[precision].step)
     )
@@ -144,8 +144,7 @@ def check_graph(
 
 def _run(bundle: Bundle, name: str, graph: Path, expected: Sequence[Reference], parity: Parity) -> Iterator[Parity]:
     stage = bundle.manifest.stage(name)
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
+    options = session_options(severity=4)
     try:
         session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # ONNX Runtime's errors share no base but Exception

@@ -20,6 +20,7 @@ from higen.export.weights import DTYPES, cast_behind, stored_tensors
 from higen.models.weights import write_safetensors
 from higen.precision import NEWEST_OPSET, PRECISIONS
 from higen.stages import Stage
+from higen.staging import staging
 
 __all__ = ["check_opset", "computed_in", "in_float32", "lowered", "rounded", "write_weights"]
 
@@ -57,14 +58,12 @@ def write_weights(bundle: Bundle, stage: str, precision: str) -> Bundle:
     if precision == "fp32" or all(tensor.dtype == wanted for tensor in stored_tensors(own).values()):
         return bundle
     name = bundle.weights_variant(stage, precision)
-    aside = bundle.path / f".{name}.part"
-    try:
+    with staging(bundle.path) as place:
+        aside = place.folder / name
         with safe_open(own, framework="pt") as file:
             state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (it is no mapping)
         write_safetensors(aside, state, precision)
         return put_file(bundle, aside, name)
-    finally:
-        aside.unlink(missing_ok=True)
 
 
 def rounded(module: nn.Module, precision: str) -> None:

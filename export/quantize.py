@@ -19,12 +19,15 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from higen.bundle import Bundle, graph_file, put_file
-from higen.errors import BackendError, HigenError, ModelError, OutputError, RequestError
+from higen.backends.sessions import session_options
+from higen.bundle import Bundle, check_place, graph_file, put_file
+from higen.errors import BackendError, ModelError, RequestError
 from higen.export.interface import graph_inputs
 from higen.export.layers import KINDS, Kind, Layer, quantizable
+from higen.export.place import check_writable, writing
 from higen.export.rounding import SWITCHES, Nodes, insert, insert_switched, rounded_once
 from higen.precision import QUANTIZED, precision_named
+from higen.staging import Staging
 from higen.trial import record
 
 __all__ = ["TOLERANCE", "Report", "check_graphs", "quantize", "record_calls", "with_graphs"]
@@ -109,13 +112,16 @@ def check_graphs(bundle: Bundle, precision: str, stages: Sequence[str] | None = 
     """The stages to quantise (None: all that have a graph), if the graphs that quantised ones are made from are there.
 
     It is asked before minutes are spent on recording. Raises RequestError for another precision or stage, ModelError
-    where a graph is missing.
+    where a graph is missing or a file that is not the model's is in its place, OutputError where the folder cannot be
+    written.
     """
+    check_writable(bundle)
     if precision not in QUANTIZED:
         raise RequestError(f"precision={precision!r}: one of {', '.join(map(repr, QUANTIZED))}")
     names = with_graphs(bundle) if stages is None else tuple(stages)
     if wrong := [stage for stage in names if stage not in bundle.manifest.denoising]:
         raise RequestError(f"stages={wrong}: of {', '.join(bundle.manifest.denoising)}")
+    listed = Bundle.open(bundle.path).files  # as they are now
     for stage in names:
         for needed in ("fp32", precision_named(precision).base):
             if graph_file(stage, needed) not in bundle.files:
@@ -123,6 +129,7 @@ def check_graphs(bundle: Bundle, precision: str, stages: Sequence[str] | None = 
                     f"{bundle.path}: no {graph_file(stage, needed)} (make it: higen-export onnx {bundle.path} "
                     f"--stage {stage} --precision {needed})"
                 )
+        check_place(bundle.path, listed, graph_file(stage, precision))
     return names
 
 
@@ -146,18 +153,15 @@ def quantize(
     where a graph cannot be written.
     """
     names = check_graphs(bundle, precision, stages)
-    try:
+    with writing(bundle) as place:
         for stage in names:
-            bundle = _quantize_stage(bundle, stage, calls[stage], precision, tolerance, on_report, shown)
-    except OSError as error:
-        if isinstance(error, HigenError):
-            raise
-        raise OutputError(f"{bundle.path}: the graph cannot be written: {error}") from error
+            bundle = _quantize_stage(bundle, place, stage, calls[stage], precision, tolerance, on_report, shown)
     return bundle
 
 
 def _quantize_stage(
     bundle: Bundle,
+    place: Staging,
     stage: str,
     calls: Calls,
     precision: str,
@@ -166,16 +170,13 @@ def _quantize_stage(
     shown: bool,
 ) -> Bundle:
     kind, base = KINDS[precision.partition(".")[0]], precision_named(precision).base
-    trial = _Trial(bundle, stage, calls, kind, base)
+    trial = _Trial(bundle, place, stage, calls, kind, base)
     chosen, error = _choose(trial, tolerance, shown)
     model = ir.load(bundle.path / graph_file(stage, base))
     insert(model, chosen, trial.ranges, kind)
-    aside = bundle.path / f".{graph_file(stage, precision)}.part"
-    try:
-        ir.save(model, aside)
-        bundle = put_file(bundle, aside, graph_file(stage, precision), graph_inputs(aside))
-    finally:
-        aside.unlink(missing_ok=True)
+    aside = place.beside(graph_file(stage, precision))
+    ir.save(model, aside)
+    bundle = put_file(bundle, aside, graph_file(stage, precision), graph_inputs(aside))
     work = sum(trial.work[layer] for layer in chosen) / sum(trial.work.values())
     kept = tuple(sorted(set(trial.work) - set(chosen)))
     on_report(Report(stage, precision, len(chosen), len(trial.work), work, error, kept))
@@ -189,9 +190,9 @@ class _Trial:
     work     multiplications of each layer in a call
     """
 
-    def __init__(self, bundle: Bundle, stage: str, calls: Calls, kind: Kind, base: str) -> None:
+    def __init__(self, bundle: Bundle, place: Staging, stage: str, calls: Calls, kind: Kind, base: str) -> None:
         self.stage = stage
-        self._bundle, self._calls = bundle, calls
+        self._bundle, self._place, self._calls = bundle, place, calls
         self.ranges, self.work = self._calibrate(kind)
         model = self._plain()
         self._names = insert_switched(model.graph, self.ranges, kind, COMPUTED[base])
@@ -248,12 +249,10 @@ class _Trial:
 
     def _open(self, model: ir.Model) -> Any:
         """A session of a graph that is changed for the trial only; to be loaded it lies beside its weights."""
-        aside = self._bundle.path / f".{self.stage}.calibration.part"
+        aside = self._place.beside(f"{self.stage}.calibration")
         try:
             ir.save(model, aside)
-            options = ort.SessionOptions()
-            options.log_severity_level = 3
-            return ort.InferenceSession(str(aside), options, providers=["CPUExecutionProvider"])
+            return ort.InferenceSession(str(aside), session_options(), providers=["CPUExecutionProvider"])
         finally:
             aside.unlink(missing_ok=True)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,17 +17,21 @@ from higen.backends.onnx import OnnxBackend
 from higen.backends.options import Options
 from higen.backends.torch import TorchBackend
 from higen.bundle import Bundle, graph_file
-from higen.errors import BackendUnavailable, IntegrityError
+from higen.errors import BackendUnavailable, IntegrityError, OutputError
 from higen.export.interface import graph_sizes
 from higen.export.parity import Parity, check_graph, references
 from higen.manifest import Manifest
+from higen.output_file import check_own
 from higen.pipeline import Pipeline
 from higen.precision import PRECISIONS
 from higen.sampler import Step
+from higen.staging import whole_file
 from higen.trial import known_prompts, pictures
 from higen.video import Video
 
-__all__ = ["Loop", "Verification", "verify", "write"]
+__all__ = ["Loop", "Verification", "check_folder", "verify", "write"]
+
+TABLE = "| stage | precision | run | shape | error | allowed |"
 
 
 @dataclass(frozen=True)
@@ -87,7 +92,7 @@ class Verification:
     def as_markdown(self) -> str:
         """The report."""
         lines = [f"# {self.model}: {'verified' if self.passed else 'FAILED'}", ""]
-        lines += ["| stage | precision | run | shape | error | allowed |", "|---|---|---|---|---|---|"]
+        lines += [TABLE, "|---|---|---|---|---|---|"]
         for p in self.parities:
             error = p.note if p.error is None else f"{p.error:.1e}{'' if p.passed else ' OVER'}"
             lines.append(f"| {p.stage} | {p.precision} | {p.way} | {p.shape} | {error} | {p.tolerance:.0e} |")
@@ -194,8 +199,23 @@ def _generate(pipeline: Pipeline, prompts: list[str], options: dict[str, Any]) -
         return pipeline.backend.to_numpy(latents), stream.videos[0]
 
 
+def check_folder(folder: Path) -> None:
+    """Ask before the work. Raises OutputError for a report.md or sheet.png there that is of no earlier report."""
+    check_own(folder, ("report.md", "sheet.png"), re.escape(TABLE))
+
+
 def write(verification: Verification, folder: Path) -> None:
-    """Write report.md and sheet.png into `folder`."""
+    """Write report.md and sheet.png into `folder`. Raises OutputError."""
+    check_folder(folder)
+    try:
+        _write(verification, folder)
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written: {error}") from error
+
+
+def _write(verification: Verification, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.md").write_text(verification.as_markdown(), encoding="utf-8")
-    verification.sheet().save(folder / "sheet.png")
+    with whole_file(folder / "report.md") as temporary:
+        temporary.write_text(verification.as_markdown(), encoding="utf-8")
+    with whole_file(folder / "sheet.png") as temporary:
+        verification.sheet().save(temporary)

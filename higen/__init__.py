@@ -36,7 +36,10 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'higen' has no attribute {name!r}")
     import importlib
 
-    value = getattr(importlib.import_module(_HOME[name]), name)
+    from higen.memory import enough_memory
+
+    with enough_memory("import"):
+        value = getattr(importlib.import_module(_HOME[name]), name)
     globals()[name] = value
     return value
 

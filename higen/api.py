@@ -9,6 +9,7 @@ from typing import Any, overload
 from higen.backends.options import Options
 from higen.backends.select import check_backend, select_backend
 from higen.bundle import Bundle, default_model
+from higen.memory import enough_memory
 from higen.pipeline import Pipeline, Prompts
 from higen.video import Video
 
@@ -17,59 +18,63 @@ __all__ = ["default_model", "generate", "load"]
 
 def load(
     model: str | os.PathLike[str] | None = None,
-    backend: str = "auto",
+    backend: str | None = None,
     *,
-    device: str | None = None,
+    device: Any = None,
     precision: str | None = None,
     threads: int | None = None,
-    verify: bool = True,
-    low_memory: bool = False,
-    prepare: bool = True,
+    verify: bool | None = None,
+    low_memory: bool | None = None,
+    prepare: bool | None = None,
 ) -> Pipeline:
-    """Load a model directory; without one, the small model inside the package.
+    """Load a model directory; without one, the small model inside the package. None is an option's default.
 
-    backend    "auto" (the best that works here) or a backend's name
-    device     "cpu", "cuda", and for torch "cuda:1", ...; None: a GPU if there is one that works
+    backend    "auto" (the best that works here, the default) or a backend's name
+    device     "cpu", "cuda", "cuda:1", ... or a torch.device; None or "auto": a GPU if there is one that works
     precision  "fp32", "fp16", "bf16", or a quantised one such as "int8", which the denoiser has and the other stages
                have not: what the stages compute in; None: fp32 on a CPU, on a GPU fp16 where the model has such
                graphs, else what the weights are stored in
     threads    CPU threads of one stage; None: the library's choice
-    verify     check the sha256 of each file as it is loaded
-    low_memory one TensorRT engine on the GPU at a time, for cards that do not hold all
-    prepare    load now what a default request needs; else each stage is loaded when a request first needs it
+    verify     check the sha256 of each file as it is loaded; True
+    low_memory one TensorRT engine on the GPU at a time, for cards that do not hold all; False
+    prepare    load now what a default request needs; else each stage is loaded when a request first needs it; True
 
-    Raises RequestError, ManifestError, IntegrityError, BackendUnavailable or EngineError.
+    A pipeline can be pickled: it is loaded again, as here, in the process that it is sent to. A process that is forked
+    from this one cannot use it. Raises RequestError, ManifestError, IntegrityError, BackendUnavailable, OutOfMemory or
+    EngineError.
     """
-    check_backend(backend)
-    options = Options(device, precision, threads, verify, low_memory)
-    bundle = Bundle.open(default_model() if model is None else model)
-    pipeline = Pipeline(bundle, select_backend(bundle, backend, options))
-    try:
-        if prepare:
-            pipeline.prepare()
-    except BaseException:
-        pipeline.close()
-        raise
+    backend = check_backend("auto" if backend is None else backend)
+    options = Options(device, precision, threads, verify, low_memory)  # type: ignore[arg-type] # None is the default
+    with enough_memory("load"):
+        bundle = Bundle.open(default_model() if model is None else model)
+        pipeline = Pipeline(bundle, select_backend(bundle, backend, options))
+        try:
+            if prepare is None or prepare:
+                pipeline.prepare()
+        except BaseException:
+            pipeline.close()
+            raise
     return pipeline
 
 
 @lru_cache(maxsize=1)
-def _default_pipeline(backend: str) -> Pipeline:
+def _default_pipeline(backend: str, process: int) -> Pipeline:
+    """The built-in model, loaded once in each process."""
     return load(backend=backend)
 
 
 @overload
-def generate(prompt: str, *, backend: str = "auto", progress: bool | None = None, **options: Any) -> Video: ...
+def generate(prompt: str, *, backend: str | None = None, progress: bool | None = None, **options: Any) -> Video: ...
 
 
 @overload
 def generate(
-    prompt: Prompts, *, backend: str = "auto", progress: bool | None = None, **options: Any
+    prompt: Prompts, *, backend: str | None = None, progress: bool | None = None, **options: Any
 ) -> list[Video]: ...
 
 
 def generate(
-    prompt: str | Prompts, *, backend: str = "auto", progress: bool | None = None, **options: Any
+    prompt: str | Prompts, *, backend: str | None = None, progress: bool | None = None, **options: Any
 ) -> Video | list[Video]:
     """Make a video with the small model inside the package: no download. Options as for `Pipeline.__call__`.
 
@@ -77,4 +82,5 @@ def generate(
 
     The model is loaded once and kept. A list of prompts gives a list of videos.
     """
-    return _default_pipeline(check_backend(backend))(prompt, progress=progress, **options)
+    name = check_backend("auto" if backend is None else backend)
+    return _default_pipeline(name, os.getpid())(prompt, progress=progress, **options)

@@ -11,25 +11,40 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import stat
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from importlib.resources import files
 from pathlib import Path
+from typing import Any
 
-from higen.errors import IntegrityError, ModelError
+from higen.errors import LINE, IntegrityError, ModelError, quoted
 from higen.manifest import Manifest
-from higen.manifest_file import MANIFEST, FileRecord, GraphInput, Opened, read_manifest, rewrite, write_manifest
+from higen.manifest_file import (
+    MANIFEST,
+    FileRecord,
+    GraphInput,
+    Opened,
+    changing,
+    check_version,
+    manifest_text,
+    read_manifest,
+    rewrite,
+    write_manifest,
+    write_text,
+)
+from higen.model_folder import check_free, opened_folder, staged
 from higen.precision import PRECISIONS, QUANTIZED, precision_named
+from higen.staging import staging
 
 __all__ = [
     "MANIFEST",
     "Bundle",
     "FileRecord",
     "GraphInput",
+    "check_free",
+    "check_place",
     "create",
     "default_model",
     "drop_file",
@@ -59,6 +74,14 @@ def variant(name: str, precision: str) -> str:
     return name if precision_named(precision).name == "fp32" else f"{stem}.{precision}.{suffix}"
 
 
+_TRIES = 20
+
+_Mark = tuple[int, int, int, int]
+"""What tells whether a file was replaced or written to: device, inode, size, times of change of contents and of itself.
+The last one alone also changes with a link or a permission: the file is then checked again, and is as it was.
+"""
+
+
 @dataclass(frozen=True)
 class Bundle:
     """An opened model directory: its manifest has been read and checked, no other file yet.
@@ -72,6 +95,7 @@ class Bundle:
     files: Mapping[str, FileRecord]
     graphs: Mapping[str, tuple[GraphInput, ...]]
     version: int = 2
+    _seen: dict[str, _Mark] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
@@ -80,28 +104,56 @@ class Bundle:
         Raises ManifestError (not a model directory, malformed, newer version) or IntegrityError (file missing or cut,
         tables that were edited).
         """
-        folder = Path(path).absolute()  # the working directory may change while the model is open
-        opened = read_manifest(folder)
-        bundle = cls(folder, opened.manifest, opened.files, opened.graphs, opened.version)
-        for name, record in bundle.files.items():
-            bundle._check_size(name, record)
-        return bundle
+        folder = opened_folder(path)
+        for _ in range(_TRIES):
+            before = _mark(folder / MANIFEST)
+            opened = read_manifest(folder)
+            bundle = cls(folder, opened.manifest, opened.files, opened.graphs, opened.version)
+            try:
+                bundle._check_sizes()
+            except IntegrityError:
+                if _mark(folder / MANIFEST) == before:  # else another process writes a file of the model just now
+                    raise
+            else:
+                return bundle
+        raise IntegrityError(f"{folder}: is being changed all the time; try again")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A model is sent to another process as its path; the one inside the package is that of the other process."""
+        return _opened, (None if self.path == default_model() else str(self.path),)
 
     def file(self, name: str, verify: bool = True) -> Path:
         """Path of a file of the model, after its size and (with `verify`) its sha256 were checked.
 
+        A file that has been changed since it was last asked for is checked in any case.
         Raises IntegrityError.
         """
         if name not in self.files:
             raise IntegrityError(f"{self.path}: the manifest lists no {name}; it lists {', '.join(sorted(self.files))}")
         path = self._check_size(name, self.files[name])
-        try:
-            altered = verify and sha256(path) != self.files[name].sha256
-        except OSError as error:
-            raise IntegrityError(f"{path}: cannot be read: {error.strerror}") from error
-        if altered:
-            raise IntegrityError(f"{path}: its content does not match the sha256 in {MANIFEST}; fetch the file again")
+        found = _mark(path)
+        if verify or found != self._seen.get(name, found):
+            try:
+                altered = sha256(path) != self.files[name].sha256 or _mark(path) != found
+            except OSError as error:
+                raise IntegrityError(f"{path}: cannot be read: {error.strerror}") from error
+            if altered and found != self._seen.get(name, found):
+                raise IntegrityError(f"{path}: was replaced while the model was open; load the model again")
+            if altered:
+                raise IntegrityError(
+                    f"{path}: its content does not match the sha256 in {MANIFEST}; fetch the file again"
+                )
+        self._seen[name] = found
         return path
+
+    def check_loaded(self, *names: str) -> None:
+        """See that nobody has written into these files since they were checked: what a backend has loaded may be
+        mapped, and change with them. A file that another has taken the place of is as it was. Raises IntegrityError.
+        """
+        for name in names:
+            seen, found = self._seen.get(name), _mark(self.path / name)
+            if seen is not None and found is not None and found != seen and found[:2] == seen[:2]:
+                self.file(name)
 
     def weights(self, stage: str, precision: str = "fp32") -> str:
         """Name of the file that a stage's graph in `precision` points into.
@@ -132,12 +184,18 @@ class Bundle:
             f"(make it: higen-export quantize {self.path} --precision {precision})"
         )
 
+    def _check_sizes(self) -> None:
+        for name, record in self.files.items():
+            self._check_size(name, record)
+
     def _check_size(self, name: str, record: FileRecord) -> Path:
         path = self.path / name
         try:
             found = path.stat()
         except (OSError, ValueError) as error:  # ValueError: a name that no file system takes
-            raise IntegrityError(f"{path}: listed in {MANIFEST} but not readable: {error}") from error
+            reason = error.strerror if isinstance(error, OSError) else error
+            shown = path if len(name) < LINE else f"{self.path}: {quoted(name)}"
+            raise IntegrityError(f"{shown}: listed in {MANIFEST} but not readable: {reason}") from error
         if not stat.S_ISREG(found.st_mode):
             raise IntegrityError(f"{path}: listed in {MANIFEST} but no plain file")
         if found.st_size != record.size:
@@ -145,6 +203,20 @@ class Bundle:
                 f"{path}: {found.st_size} bytes, but {MANIFEST} says {record.size}; fetch the file again"
             )
         return path
+
+
+def _mark(path: Path) -> _Mark:
+    """Zeros for a file that is not there."""
+    try:
+        found = path.stat()
+    except (OSError, ValueError):
+        return 0, 0, 0, 0
+    # Not st_ctime: a hard link to the file changes it, and a Triton repository's weights are such.
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _opened(path: str | None) -> Bundle:
+    return Bundle.open(default_model() if path is None else path)
 
 
 def sha256(path: Path) -> str:
@@ -164,96 +236,65 @@ def create(path: str | os.PathLike[str], manifest: Manifest, overwrite: bool = F
 
     Graphs are entered by `put_file`, once the directory is there. Raises what `staged` raises.
     """
-    with staged(path, overwrite) as staging:
-        yield staging
-        names = [p.name for p in sorted(staging.iterdir()) if p.is_file() and p.name[0] != "."]
-        write_manifest(staging, manifest, {name: file_record(staging / name) for name in names}, {})
-        for file in staging.iterdir():  # safetensors makes files that only their owner can read
+    with staged(path, overwrite) as folder:
+        yield folder
+        names = [p.name for p in sorted(folder.iterdir()) if p.is_file() and p.name[0] != "."]
+        write_manifest(folder, manifest, {name: file_record(folder / name) for name in names}, {})
+        for file in folder.iterdir():  # safetensors makes files that only their owner can read
             file.chmod(0o644)
-
-
-@contextmanager
-def staged(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """Make a folder as a whole: yields an empty one beside `path`, which is moved there on a clean exit.
-
-    Nothing appears at `path` before everything is written, and nothing stays behind when writing fails.
-    Raises ModelError if `path` exists (with `overwrite`: exists and is no model directory), its parent does not, or it
-    cannot be written: an OSError inside the block is taken for that.
-    """
-    target = Path(path)
-    if not target.parent.is_dir():
-        raise ModelError(f"{target}: the folder {target.parent} does not exist")
-    _check_free(target, overwrite)
-    try:
-        staging = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
-    except OSError as error:
-        raise ModelError(f"{target}: cannot write in {target.parent}: {error.strerror}") from error
-    try:
-        yield staging
-        staging.chmod(0o755)
-        _check_free(target, overwrite)
-        _move(staging, target)
-    except OSError as error:
-        raise ModelError(f"{target}: cannot be written: {error}") from error
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
-
-
-def _check_free(target: Path, overwrite: bool) -> None:
-    if os.path.lexists(target) and not (overwrite and (target / MANIFEST).is_file()):
-        raise ModelError(f"{target}: exists already" + (" and is no model directory" if overwrite else ""))
-
-
-def _move(staging: Path, target: Path) -> None:
-    """Put `staging` in the place of `target`; what was there is put back if that fails."""
-    if not os.path.lexists(target):
-        staging.replace(target)
-        return
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as attic:
-        old = Path(attic, "old")
-        target.replace(old)
-        try:
-            staging.replace(target)
-        except BaseException:
-            old.replace(target)
-            raise
 
 
 def put_file(bundle: Bundle, finished: Path, name: str, inputs: tuple[GraphInput, ...] | None = None) -> Bundle:
     """Move a finished file of the model's folder to `name` and enter it in the manifest; returns the bundle with it.
 
     `inputs`: what a graph takes; None for any other file. At every moment the directory is whole: it has the old file,
-    none or the new one. The same content changes nothing. Raises what `rewrite` raises.
+    none or the new one; where a kill leaves it with none, the next run or opening completes it. The same content
+    changes nothing. Raises what `changing` raises, and ModelError for a file of that name that is not the model's.
     """
     if (inputs is None) == name.endswith(".onnx"):
         raise ModelError(f"{name}: graphs (.onnx), and no other files, are entered with their inputs")
     record = file_record(finished)
-    if bundle.files.get(name) == record and bundle.graphs.get(name) == inputs:
-        finished.unlink()
-        return bundle
-    _change(bundle.path, name, None, None)
-    finished.replace(bundle.path / name)
-    return _change(bundle.path, name, record, inputs)
+    with changing(bundle.path) as opened:
+        check_version(bundle.path, opened)
+        if opened.files.get(name) == record and opened.graphs.get(name) == inputs:
+            finished.unlink()
+            return bundle if bundle.files == opened.files else Bundle.open(bundle.path)
+        check_place(bundle.path, opened.files, name)
+        with staging(bundle.path) as stage:
+            moved = finished.replace(stage.folder / name)
+            before, after = stage.folder / "before", stage.folder / "after"
+            write_text(after, manifest_text(_entered(opened, name, record, inputs)))
+            pairs = [(moved, bundle.path / name), (after, bundle.path / MANIFEST)]
+            if name in opened.files:
+                write_text(before, manifest_text(_entered(opened, name, None, None)))
+                pairs.insert(0, (before, bundle.path / MANIFEST))
+            stage.commit(pairs)
+        return Bundle.open(bundle.path)
+
+
+def check_place(folder: Path, files: Mapping[str, FileRecord], name: str) -> None:
+    """Raises ModelError where a file stands in the place of a file of the model and is not the model's."""
+    if name not in files and os.path.lexists(folder / name):
+        raise ModelError(f"{folder / name}: {MANIFEST} does not list it, so it is not overwritten: move it away")
 
 
 def drop_file(bundle: Bundle, name: str) -> Bundle:
     """Take a file out of the manifest, then out of the folder; returns the bundle without it."""
-    changed = _change(bundle.path, name, None, None)
-    (bundle.path / name).unlink(missing_ok=True)
-    return changed
+    with changing(bundle.path) as opened:
+        check_version(bundle.path, opened)
+        with staging(bundle.path) as stage:
+            after = stage.folder / "after"
+            write_text(after, manifest_text(_entered(opened, name, None, None)))
+            stage.commit([(after, bundle.path / MANIFEST)], [bundle.path / name] if name in opened.files else [])
+        return Bundle.open(bundle.path)
 
 
-def _change(folder: Path, name: str, record: FileRecord | None, inputs: tuple[GraphInput, ...] | None) -> Bundle:
-    """Enter a file in the manifest as it now stands on the disk, or take it out."""
-
-    def changed(opened: Opened) -> Opened:
-        files = {key: value for key, value in opened.files.items() if key != name}
-        graphs = {key: value for key, value in opened.graphs.items() if key != name}
-        if record is not None:
-            files[name] = record
-        if record is not None and inputs is not None:
-            graphs[name] = inputs
-        return replace(opened, files=files, graphs=graphs)
-
-    rewrite(folder, changed)
-    return Bundle.open(folder)
+def _entered(opened: Opened, name: str, record: FileRecord | None, inputs: tuple[GraphInput, ...] | None) -> Opened:
+    """A manifest with a file entered, or (None) without it."""
+    files = {key: value for key, value in opened.files.items() if key != name}
+    graphs = {key: value for key, value in opened.graphs.items() if key != name}
+    if record is not None:
+        files[name] = record
+    if record is not None and inputs is not None:
+        graphs[name] = inputs
+    return replace(opened, files=files, graphs=graphs)

@@ -13,13 +13,14 @@ from pathlib import Path
 import click
 
 from higen.generate_command import generate
-from higen.terminal import JSON, Commands, needs, reported
+from higen.progress import is_watched
+from higen.terminal import JSON, PATH, Commands, needs, reported, say
 from higen.train.cli import cues, evaluate, train
 from higen.version import __version__
 
 __all__ = ["main"]
 
-MODEL = click.option("--model", type=click.Path(path_type=Path), help="Model directory.  [the built-in small model]")
+MODEL = click.option("--model", type=PATH, help="Model directory.  [the built-in small model]")
 
 
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
@@ -29,20 +30,21 @@ def main() -> None:
 
 
 @main.command()
-@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="[SOURCES]... OUTPUT")
+@click.argument("paths", nargs=-1, required=True, type=PATH, metavar="[SOURCES]... OUTPUT")
 @click.option("--family", help="Whose the sources are.  [the family that recognises them]")
-@click.option("--denoiser", type=click.Path(path_type=Path), help="cvpr2024.t2v.e003.non_ema_0725000.pth")
+@click.option("--denoiser", type=PATH, help="cvpr2024.t2v.e003.non_ema_0725000.pth")
 @click.option(
     "--text-encoder",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="open_clip_pytorch_model.bin, or a Stable Diffusion 2.1 folder in diffusers' format",
 )
 @click.option(
     "--autoencoder",
-    type=click.Path(path_type=Path),
+    type=PATH,
     help="v2-1_512-ema-pruned.ckpt, or a Stable Diffusion 2.1 folder in diffusers' format",
 )
 @click.option("--dtype", type=click.Choice(["fp16", "bf16", "fp32"]), default="fp16", show_default=True)
+@click.option("--prediction", type=click.Choice(["epsilon", "v"]), help="What it predicts, where the files do not say.")
 @click.option("--overwrite", is_flag=True, help="Replace a model directory that exists.")
 @JSON
 def convert(
@@ -52,6 +54,7 @@ def convert(
     text_encoder: Path | None,
     autoencoder: Path | None,
     dtype: str,
+    prediction: str | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -77,7 +80,8 @@ def convert(
                 dtype=dtype,
                 overwrite=overwrite,
                 progress=progress,
-                on_note=lambda note: click.echo(note, err=True),
+                on_note=say,
+                **({} if prediction is None else {"prediction": prediction}),
             )
         if as_json:
             click.echo(json.dumps({"model": str(bundle.path), "files": sorted(bundle.files)}))
@@ -91,7 +95,7 @@ def _bytes_bar(wanted: bool) -> Iterator[Callable[[str, int, int], None]]:
     """A bar over all that is written, where a person is watching; yields (file, bytes done, all bytes)."""
     from tqdm import tqdm
 
-    with tqdm(unit="B", unit_scale=True, disable=not (wanted and sys.stderr.isatty())) as bar:
+    with tqdm(unit="B", unit_scale=True, disable=not (wanted and is_watched())) as bar:
 
         def show(name: str, done: int, total: int) -> None:
             bar.total = total
@@ -147,7 +151,7 @@ def doctor(model: Path | None, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("directory", type=PATH)
 @click.option("--only", help="Run the cases whose name contains this.")
 @JSON
 def parity(directory: Path, only: str | None, as_json: bool) -> None:
@@ -174,7 +178,7 @@ def parity(directory: Path, only: str | None, as_json: bool) -> None:
 
 
 @main.command()
-@click.argument("directory", type=click.Path(path_type=Path))
+@click.argument("directory", type=PATH)
 @click.option("--reseal", is_flag=True, help="Accept tables that were edited by hand; they are still checked.")
 @JSON
 def upgrade(directory: Path, reseal: bool, as_json: bool) -> None:

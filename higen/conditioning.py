@@ -13,7 +13,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from higen.errors import RequestError
+from higen.errors import RequestError, quoted
 
 __all__ = [
     "Curve",
@@ -67,10 +67,17 @@ def check_numbers(name: str, value: Any, allowed: str) -> NDArray[np.float64]:
     try:
         given = np.asarray(value)
     except (ValueError, TypeError, RuntimeError):  # rows of different lengths; tensors that are on a GPU
-        raise RequestError(f"{name}={value!r}: {allowed}") from None
-    if given.dtype.kind not in "iuf" or not np.all(np.abs(given) <= np.finfo(np.float32).max):
-        raise RequestError(f"{name}={value!r}: {allowed}")
+        raise RequestError(f"{name}={quoted(value)}: {allowed}") from None
+    if given.dtype.kind not in "iuf" or _has_truth(value) or not np.all(np.abs(given) <= np.finfo(np.float32).max):
+        raise RequestError(f"{name}={quoted(value)}: {allowed}")
     return given.astype(np.float64)
+
+
+def _has_truth(value: Any) -> bool:
+    """Whether a truth value stands among numbers, which numpy would take for 1 or 0."""
+    if isinstance(value, (list, tuple)):
+        return any(map(_has_truth, value))
+    return isinstance(value, (bool, np.bool_))
 
 
 def curve_values(name: str, value: Curve, frames: int, low: float | None = None, high: float | None = None) -> Array:
@@ -90,7 +97,7 @@ def curve_values(name: str, value: Curve, frames: int, low: float | None = None,
     if values.ndim != 1 or len(values) not in (max(frames - 1, 1), frames):
         raise RequestError(f"{name} has shape {list(values.shape)}: {allowed}")
     if (low is not None and np.any(values < low)) or (high is not None and np.any(values > high)):
-        raise RequestError(f"{name}={value!r}: {allowed}")
+        raise RequestError(f"{name}={quoted(value)}: {allowed}")
     return values
 
 

@@ -14,8 +14,9 @@ from typing import Any
 from higen import bundle as files
 from higen import families
 from higen.bundle import Bundle
-from higen.errors import CheckpointError, OutputError
-from higen.models.checkpoint_files import read_state
+from higen.errors import CheckpointError, OutputError, quoted
+from higen.models.checkpoint_files import read_state, seen_names
+from higen.models.nestings import found_in
 from higen.models.weights import DTYPES, write_safetensors
 
 __all__ = ["DTYPES", "convert", "convert_sources", "read_state", "recognised", "write_safetensors"]
@@ -76,7 +77,8 @@ def convert_sources(
     Nothing is left behind when it fails.
     """
     if dtype not in DTYPES:
-        raise OutputError(f"dtype={dtype!r}: one of {', '.join(map(repr, DTYPES))}")
+        raise OutputError(f"dtype={quoted(dtype)}: one of {', '.join(map(repr, DTYPES))}")
+    files.check_free(output, overwrite)  # before gigabytes are read
     paths = [Path(source) for source in sources]
     converted = families.checkpoint(family or recognised(paths)).convert(paths, **options)
     total = sum(t.numel() for state in converted.weights.values() for t in state.values()) * DTYPES[dtype].itemsize
@@ -101,7 +103,11 @@ def convert_sources(
 
 
 def recognised(sources: Sequence[Path]) -> str:
-    """The family that recognises one of the sources. Raises CheckpointError naming those that are installed."""
+    """The family that recognises one of the sources.
+
+    Raises CheckpointError naming the families that are installed and what was found in the sources, or what is wrong
+    with the first of them that cannot be read.
+    """
     for source in sources:
         if not source.exists():
             raise CheckpointError(f"{source}: no such file")
@@ -109,7 +115,8 @@ def recognised(sources: Sequence[Path]) -> str:
         if any(families.checkpoint(family).recognise(source) for source in sources):
             return family
     named, known = ", ".join(map(os.fspath, sources)) or "no sources", ", ".join(families.installed())
-    raise CheckpointError(f"{named}: of none of the families that are installed here, which are {known}")
+    found = "".join(f"; {source.name}: {found_in(seen_names(source))}" for source in sources if source.is_file())
+    raise CheckpointError(f"{named}: of none of the families that are installed here, which are {known}{found}")
 
 
 def _check_space(folder: Path, size: int) -> None:

@@ -16,6 +16,7 @@ from higen.backends.base import Choice
 from higen.backends.options import Options
 from higen.backends.select import Availability, availability, select_backend
 from higen.bundle import Bundle
+from higen.cpu import has_bf16, int8_products
 from higen.errors import FallbackWarning, HigenError
 from higen.tables import Loop
 from higen.version import __version__
@@ -63,6 +64,7 @@ class LoopGraphs:
 class Report:
     """What was found. `packages` maps a name to its version, None where it is not installed.
 
+    `int8`: how int8 graphs are multiplied on this processor; `bf16`: whether it multiplies bfloat16 itself, if known.
     `stages`: what runs each stage of the model, and why the better ways do not; a stage that nothing can run has the
     backend "". A step with one branch of guidance that has no graph is left out: the one with both does its work.
     `loops`: their graphs. `notes` say what to repair.
@@ -71,6 +73,8 @@ class Report:
     python: str
     system: str
     cpus: int
+    int8: str
+    bf16: bool | None
     packages: dict[str, str | None]
     backends: list[Availability]
     model: str
@@ -93,6 +97,8 @@ class Report:
             "python": self.python,
             "system": self.system,
             "cpus": self.cpus,
+            "int8": self.int8,
+            "bf16": self.bf16,
             "packages": self.packages,
             "backends": backends,
             "model": self.model,
@@ -103,7 +109,10 @@ class Report:
 
     def as_text(self) -> str:
         """The report for a person."""
-        lines = [f"higen {__version__}, Python {self.python}, {self.system}, {self.cpus} CPUs", "", "packages"]
+        lines = [f"higen {__version__}, Python {self.python}, {self.system}, {self.cpus} CPUs"]
+        lines += [f"8-bit integers are multiplied {self.int8}"]
+        lines += ["bfloat16 is computed in float32, many times slower"] if self.bf16 is False else []
+        lines += ["", "packages"]
         lines += [f"  {name:<25}{version or '-'}" for name, version in self.packages.items()]
         lines += ["", "backends, the preferred first"]
         lines += [f"  {b.backend:<25}{'works' if b.works else 'no: ' + b.reason}" for b in self.backends]
@@ -127,6 +136,8 @@ def report(model: Path | None = None) -> Report:
         python=platform.python_version(),
         system=f"{platform.system()} {platform.machine()}",
         cpus=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1,
+        int8=int8_products(),
+        bf16=has_bf16(),
         packages={name: _version(name) for name in PACKAGES},
         backends=availability(),
         model=f"{name}: {described}",

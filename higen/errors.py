@@ -9,7 +9,9 @@ HigenError
 │   ├── CheckpointError           a released checkpoint does not fit the architecture
 │   └── UnknownFamily             the model's family is not installed here
 ├── BackendError                  a backend failed
+│   ├── OutOfMemory               there is too little memory; the files are whole
 │   ├── BackendUnavailable        a backend cannot run here; the message says why
+│   │   └── UnknownDevice         what was given is no device's name (a RequestError too)
 │   └── EngineError               a TensorRT engine cannot be built or used
 │       ├── NoDriver              there is no NVIDIA driver
 │       ├── NoDevice              there is a driver and no GPU
@@ -19,6 +21,7 @@ HigenError
 │       └── Stale                 graph, weights or TensorRT are not those it was built from
 ├── Cancelled                     a request was cancelled before its end
 ├── RetryLater                    a server is full, or stops: the same request may be sent again
+├── NotPicklable (PicklingError)  an object cannot be sent to another process; the message says what to do there
 ├── FixtureError                  a fixture directory for `higen parity` is malformed
 ├── TrainingError                 a training run cannot start, continue or save
 │   └── SettingsError             its settings or its data set are wrong
@@ -26,9 +29,16 @@ HigenError
 
 PromptWarning (UserWarning)       a prompt was cut or has words that the model does not know
 FallbackWarning (UserWarning)     a stage runs on a slower backend than the best one present
+
+A message quotes a value by `quoted`, in one line; a message that is too long all the same is cut in its middle.
 """
 
 from __future__ import annotations
+
+import pickle
+import re
+import reprlib
+from typing import Any
 
 __all__ = [
     "BackendError",
@@ -46,6 +56,8 @@ __all__ = [
     "ModelError",
     "NoDevice",
     "NoDriver",
+    "NotPicklable",
+    "OutOfMemory",
     "OutputError",
     "OutsideProfile",
     "PromptWarning",
@@ -54,13 +66,55 @@ __all__ = [
     "SettingsError",
     "Stale",
     "TrainingError",
+    "UnknownDevice",
     "UnknownFamily",
     "WrongArchitecture",
+    "quoted",
 ]
+
+LINE = 120
+"""Characters of a value that a message quotes."""
+
+LONGEST = 2000
+"""Characters of a message."""
+
+
+class _Quotes(reprlib.Repr):
+    """The limits of `quoted`, and numbers that Python refuses to write out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.maxstring = self.maxother = LINE - 20
+        self.maxlong = self.maxlist = self.maxtuple = self.maxdict = self.maxset = 24
+        self.maxlevel = 3
+
+    def repr_int(self, x: int, level: int) -> str:
+        """As reprlib's."""
+        try:
+            return super().repr_int(x, level)
+        except ValueError:
+            return f"<a whole number of {x.bit_length()} bits>"
+
+
+_QUOTES = _Quotes()
+
+
+def quoted(value: object) -> str:
+    """A value as a message quotes it: its repr in one line of at most 120 characters."""
+    return _cut(re.sub(r"\s*\n\s*", " ", _QUOTES.repr(value)), LINE)
+
+
+def _cut(text: str, most: int = LONGEST) -> str:
+    """A text of at most so many characters, without its middle if need be."""
+    half = (most - 5) // 2
+    return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
 
 
 class HigenError(Exception):
     """The root of all errors raised by higen."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*(_cut(a) if isinstance(a, str) else a for a in arguments))
 
 
 class RequestError(HigenError, ValueError):
@@ -95,8 +149,16 @@ class BackendError(HigenError):
     """A backend failed."""
 
 
+class OutOfMemory(BackendError):
+    """There is too little memory for a model or a request."""
+
+
 class BackendUnavailable(BackendError):
     """A backend cannot run on this machine or for this model."""
+
+
+class UnknownDevice(BackendUnavailable, RequestError):
+    """What was given is no device's name."""
 
 
 class EngineError(BackendError):
@@ -135,6 +197,10 @@ class RetryLater(HigenError):
     """A server is full, or stops: the same request may be sent again."""
 
 
+class NotPicklable(HigenError, pickle.PicklingError):
+    """An object cannot be sent to another process."""
+
+
 class FixtureError(HigenError):
     """A fixture directory is malformed."""
 
@@ -154,11 +220,23 @@ class MissingExtra(HigenError, ImportError):
         super().__init__(f"{purpose} needs the package {package!r}: pip install 'higen[{extra}]'")
         self.package = package
         self.extra = extra
+        self.purpose = purpose
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """An error goes from a worker process to its parent as its arguments, which are not its message."""
+        return type(self), (self.package, self.extra, self.purpose)
 
 
-class PromptWarning(UserWarning):
+class _OurWarning(UserWarning):
+    """A warning whose message has a limit, as those of errors have."""
+
+    def __init__(self, *arguments: Any) -> None:
+        super().__init__(*(_cut(a) if isinstance(a, str) else a for a in arguments))
+
+
+class PromptWarning(_OurWarning):
     """A prompt was cut to the context window or has words that the model does not know."""
 
 
-class FallbackWarning(UserWarning):
+class FallbackWarning(_OurWarning):
     """A stage runs on a slower backend than the best one present."""

@@ -12,7 +12,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from higen.errors import RequestError
+from higen.errors import NotPicklable, RequestError
+from higen.forks import Home
+from higen.memory import enough_memory
 from higen.request import Request
 from higen.sampler import Step
 from higen.video import Video
@@ -41,7 +43,7 @@ class Stream:
     """The events of one request, one at a time: `for event in stream: ...`, then `stream.videos`.
 
     `preview()` decodes the current estimate of the clean latents. Stopping early (break, close, Ctrl-C) stops the
-    work; the pipeline can be used again at once.
+    work; the pipeline can be used again at once. Threads may share a stream: each event goes to one of them.
     """
 
     def __init__(
@@ -49,9 +51,9 @@ class Stream:
         request: Request,
         events: Generator[Event, None, list[Video]],
         loops: Sequence[tuple[str, int]],
-        decode: Callable[[Any], NDArray[np.uint8]],
+        decode: Callable[[Step], NDArray[np.uint8]],
     ) -> None:
-        """`loops`: name and length of each part; `decode`: latents to frames, for previews."""
+        """`loops`: name and length of each part; `decode`: a step's estimate as frames, for previews."""
         self.request = request
         self.loops = list(loops)
         """Name and length of each part, in order: steps of the loops, then frames decoded."""
@@ -60,28 +62,41 @@ class Stream:
         self._videos: list[Video] | None = None
         self._latest: Step | None = None
         self._closed = threading.Event()
+        self._working = threading.RLock()
+        self._home = Home()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        raise NotPicklable("a stream stays in its process: call higen.load and pipe.stream in the other one")
 
     def __iter__(self) -> Iterator[Event]:
         return self
 
     def __next__(self) -> Event:
-        if self._closed.is_set():
-            self._events.close()
-            raise StopIteration
-        try:
-            event = next(self._events)
-        except StopIteration as end:
-            self._videos = end.value if end.value is not None else self._videos
-            raise StopIteration from None
-        if isinstance(event, Step):
-            self._latest = event
-        return event
+        self._home.check()
+        with self._working:
+            if self._closed.is_set():
+                self._events.close()
+                raise StopIteration
+            try:
+                with enough_memory("this request"):
+                    event = next(self._events)
+            except StopIteration as end:
+                self._videos = end.value if end.value is not None else self._videos
+                raise StopIteration from None
+            if isinstance(event, Step):
+                self._latest = event
+            return event
 
     def close(self) -> None:
         """Stop the work; from another thread it stops after the step that is being made."""
         self._closed.set()
-        with suppress(ValueError):  # another thread makes a step: it sees that the stream is closed
-            self._events.close()
+        # A thread that makes a step sees that the stream is closed. ValueError: that thread is this one.
+        if self._home.here and self._working.acquire(blocking=False):
+            try:
+                with suppress(ValueError):
+                    self._events.close()
+            finally:
+                self._working.release()
 
     def preview(self) -> NDArray[np.uint8]:
         """The current estimate of the result, uint8 [B,f,H,W,3] (f = 1 in a loop over one frame).
@@ -90,13 +105,15 @@ class Stream:
         """
         if self._latest is None:
             raise RequestError("preview: no step has been made yet")
-        return self._decode(self._latest.previous)
+        with enough_memory("preview"):
+            return self._decode(self._latest)
 
     @property
     def videos(self) -> list[Video]:
         """One video per prompt. Raises RequestError before the last event."""
         if self._videos is None:
-            raise RequestError("videos: the stream has not been read to its end")
+            why = ": it was closed" if self._closed.is_set() else ""
+            raise RequestError(f"videos: the stream has not been read to its end{why}")
         return self._videos
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import click
 
-from higen.errors import HigenError
+from higen.errors import HigenError, quoted
+from higen.paths import given_path
 from higen.tables import Control
-from higen.terminal import JSON, reported
+from higen.terminal import JSON, PATH, reported
 
 __all__ = ["generate", "numbers"]
 
@@ -21,7 +22,7 @@ def numbers(text: str) -> float | list[float]:
     try:
         values = [float(part) for part in text.split(",")]
     except ValueError:
-        raise click.BadParameter(f"{text!r}: a number, or numbers separated by commas") from None
+        raise click.BadParameter(f"{quoted(text)}: a number, or numbers separated by commas") from None
     return values[0] if len(values) == 1 else values
 
 
@@ -58,9 +59,9 @@ def _model_of(args: Sequence[str]) -> Path | None:
     """The value of --model; None: the built-in one."""
     for i, word in enumerate(args):
         if word == "--model" and i + 1 < len(args):
-            return Path(args[i + 1])
+            return given_path(args[i + 1])
         if word.startswith("--model="):
-            return Path(word.removeprefix("--model="))
+            return given_path(word.removeprefix("--model="))
     return None
 
 
@@ -86,8 +87,8 @@ def _option(control: Control) -> _ControlOption:
         "curve": _curve,
         "choice": click.Choice(control.choices),
         "text": str,
-        "picture": click.Path(path_type=Path),
-        "clip": click.Path(path_type=Path),
+        "picture": PATH,
+        "clip": PATH,
     }
     meaning = control.meaning[:1].upper() + control.meaning[1:]
     metavar = "NUMBERS" if control.kind == "curve" else None
@@ -99,12 +100,12 @@ def _option(control: Control) -> _ControlOption:
 @click.option(
     "-o",
     "--output",
-    type=click.Path(path_type=Path),
+    type=PATH,
     default=Path("higen.mp4"),
     show_default=True,
     help="File to write: .mp4 .webm .gif .webp .png (a sequence) .npy",
 )
-@click.option("--model", type=click.Path(path_type=Path), help="Model directory.  [the built-in small model]")
+@click.option("--model", type=PATH, help="Model directory.  [the built-in small model]")
 @click.option("--negative-prompt", help="What the video should not show.")
 @click.option("--seed", type=int, help="Same seed, same video; -1 draws one.  [0]")
 @click.option("--steps", type=numbers, help="Denoising steps: one number, or one for each loop.")
@@ -115,7 +116,7 @@ def _option(control: Control) -> _ControlOption:
 @click.option("--height", type=int)
 @click.option("--fps", type=int)
 @click.option("--backend", default="auto", show_default=True, help="Where the stages run; see `higen doctor`.")
-@click.option("--device", help="cpu, cuda, and for torch cuda:1, ...  [a GPU if there is one]")
+@click.option("--device", help="cpu, cuda, or a GPU by its number: cuda:1, ...  [a GPU if there is one]")
 @click.option("--precision", help="What the stages compute in: fp32, fp16, bf16, int8, ...  [fp32 on a CPU]")
 @click.option("--threads", type=int, help="CPU threads of one stage.  [the library's choice]")
 @click.option(
@@ -153,6 +154,7 @@ def generate(
             model, backend, device=device, precision=precision, threads=threads, low_memory=low_memory, prepare=False
         ) as pipeline:
             request = pipeline.request(prompt, **given)
+            check_output(output, request.frames, request.fps)
             pipeline.prepare(request)
             video = pipeline.make(request, progress=False if as_json else None)[0]
             written = video.save(output)

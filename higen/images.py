@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, TypeAlias, cast
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from higen.errors import OutputError, RequestError
+from higen.errors import OutputError, RequestError, quoted
+from higen.media.files import reason
+from higen.media.pictures import load, upright
+from higen.paths import given_path
 from higen.request import Picture
 from higen.tables import Control
+from higen.video_reader import read
 
 if TYPE_CHECKING:
     import PIL.Image
@@ -24,6 +27,9 @@ if TYPE_CHECKING:
     Clip: TypeAlias = str | os.PathLike[str] | Video | NDArray[np.uint8]
 else:
     Image = Clip = object
+
+ROUNDING = 1e-3
+"""How far a float of a picture may lie outside of 0 to 1: libraries that resize round."""
 
 __all__ = ["Clip", "Image", "load_clip", "load_image", "load_picture", "resampling"]
 
@@ -41,21 +47,25 @@ def load_picture(control: Control, value: object, frames: int, width: int, heigh
 
 
 def load_clip(clip: Clip, frames: int, width: int, height: int, name: str = "clip") -> NDArray[np.float32]:
-    """A video's path, a Video or uint8 frames [n,H,W,3] as float32 [3,frames,height,width] in -1 to 1.
+    """A video's path, a Video or frames [n,H,W,3] as float32 [3,frames,height,width] in -1 to 1.
 
-    Of more frames the first ones are taken; each is scaled to cover, then cropped. Raises RequestError, beginning with
-    `name`, for fewer.
+    Frames are uint8, or floats from 0 to 1, of numpy or another library.
+
+    A file is read as `Video.open` reads it. Of more frames the first ones are taken; each is scaled to cover, then
+    cropped. Raises RequestError, beginning with `name`, for fewer.
     """
     from higen.video import Video
 
+    given: object
     if isinstance(clip, (str, os.PathLike)):
-        path = os.fspath(clip)
+        path = given_path(clip, name)
         try:
-            clip = Video.open(path)
+            given = read(path, most=frames).frames
         except OutputError as error:
-            raise RequestError(f"{name}={path!r}: cannot be read as a clip: {error}") from error
-    given = clip.frames if isinstance(clip, Video) else clip
-    if not isinstance(given, np.ndarray) or given.dtype != np.uint8 or given.ndim != 4 or given.shape[3] != 3:
+            raise RequestError(f"{name}={str(path)!r}: cannot be read as a clip: {error}") from error
+    else:
+        given = clip.frames if isinstance(clip, Video) else _array(clip)
+    if not isinstance(given, np.ndarray) or not _is_shown(given) or given.ndim != 4 or given.shape[3] != 3:
         raise RequestError(f"{name} is a {type(clip).__name__}: a video file, a Video or uint8 frames [n,H,W,3]")
     if len(given) < frames:
         raise RequestError(f"{name} has {len(given)} frames: the request has {frames}")
@@ -108,43 +118,60 @@ def _keys(x: float, a: float = -0.75) -> float:
 
 
 def load_image(image: Image, width: int, height: int, name: str = "image") -> NDArray[np.float32]:
-    """A path, PIL image or uint8 array [H,W,3] as float32 [3,height,width] in -1 to 1: scaled to cover, then cropped.
+    """A path, PIL image or array [H,W,3] as float32 [3,height,width] in -1 to 1: scaled to cover, then cropped.
 
-    Transparency is laid over white. Raises RequestError, beginning with `name`, for what is none of these or
-    cannot be read.
+    An array is uint8, or floats from 0 to 1, of numpy or another library.
+    Transparency is laid over white, and 16-bit grey scaled. Raises RequestError, beginning with `name`, for what is
+    none of these or cannot be read.
     """
     import PIL.Image
     import PIL.ImageOps
 
-    with _opened(image, name) as picture:
-        try:
-            upright = PIL.ImageOps.exif_transpose(picture).convert("RGBA")
-        except Exception as error:  # a decoder may raise anything on corrupt data
-            raise RequestError(f"{name}={image!r}: cannot be read as a picture: {error}") from error
-    opaque = PIL.Image.alpha_composite(PIL.Image.new("RGBA", upright.size, "white"), upright).convert("RGB")
+    opaque = PIL.Image.fromarray(_pixels(image, name))
     fitted = PIL.ImageOps.fit(opaque, (width, height), PIL.Image.Resampling.LANCZOS)
     return np.ascontiguousarray(np.asarray(fitted, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1.0)
 
 
-@contextmanager
-def _opened(image: Image, name: str) -> Iterator[PIL.Image.Image]:
-    """The picture; a file opened here is closed again. What is in it may be read later only."""
+def _pixels(image: Image, name: str) -> NDArray[np.uint8]:
+    """A picture as uint8 [H,W,3]."""
     import PIL.Image
 
-    if isinstance(image, (str, os.PathLike)):
-        try:
-            file = PIL.Image.open(image)
-        except Exception as error:  # as above
-            raise RequestError(f"{name}={os.fspath(image)!r}: cannot be read as a picture: {error}") from error
-        with file:
-            yield file
-    elif isinstance(image, np.ndarray):
-        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
-            raise RequestError(f"{name} is {image.dtype} {list(image.shape)}: uint8 [H,W,3] is wanted")
-        yield PIL.Image.fromarray(image)
-    elif isinstance(image, PIL.Image.Image):
+    array = _array(image)
+    if isinstance(array, np.ndarray):
+        return _from_array(array, name)
+    if isinstance(image, PIL.Image.Image):
         if 0 in image.size:
             raise RequestError(f"{name} has {image.width}x{image.height} pixels: at least 1x1")
-        yield image
-    else:
+    elif not isinstance(image, (str, os.PathLike)):
         raise RequestError(f"{name} is a {type(image).__name__}: a path, a PIL image or a uint8 array [H,W,3]")
+    try:
+        return upright(image) if isinstance(image, PIL.Image.Image) else load(given_path(image, name))[0]
+    except Exception as error:  # a decoder may raise anything on corrupt data
+        given = image if isinstance(image, PIL.Image.Image) else os.fspath(image)
+        raise RequestError(f"{name}={quoted(given)}: cannot be read as a picture: {reason(error)}") from error
+
+
+def _array(value: object) -> object:
+    """An array of numpy's for a tensor of another library on the host; anything else is left as it is."""
+    if isinstance(value, np.ndarray) or not (hasattr(value, "__array__") and hasattr(value, "ndim")):
+        return value
+    with suppress(Exception):  # one on a GPU, or without values
+        return np.asarray(value)
+    return value
+
+
+def _is_shown(array: NDArray[Any]) -> bool:
+    """Whether the numbers of an array can be brightness: bytes or floats."""
+    return array.dtype == np.uint8 or array.dtype.kind == "f"
+
+
+def _from_array(array: NDArray[Any], name: str) -> NDArray[np.uint8]:
+    wanted = "uint8 [H,W,3] is wanted, or floats from 0 to 1"
+    if not _is_shown(array) or array.ndim != 3 or array.shape[2] != 3 or not array.size:
+        raise RequestError(f"{name} is {array.dtype} {list(array.shape)}: {wanted}")
+    if array.dtype == np.uint8:
+        return array
+    low, high = float(array.min()), float(array.max())
+    if not (low >= -ROUNDING and high <= 1 + ROUNDING):
+        raise RequestError(f"{name} has values from {low:g} to {high:g}: {wanted}")
+    return np.rint(np.clip(array.astype(np.float64), 0, 1) * 255).astype(np.uint8)

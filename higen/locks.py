@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,12 +10,15 @@ from pathlib import Path
 
 __all__ = ["hold", "locked"]
 
+_NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.EBADF)
+"""What a file system says that has no such locks (some network file systems)."""
+
 
 def hold(path: Path, flags: int, *, wait: bool) -> int | None:
     """Lock a file or folder, opened with `flags`; the lock is given back as the descriptor that is returned is closed.
 
-    None on a system without such locks. Raises BlockingIOError where another process has it and `wait` is False,
-    OSError where it cannot be opened.
+    None on a system, or a file system, without such locks. Raises BlockingIOError where another process has it and
+    `wait` is False, OSError where it cannot be opened.
     """
     try:
         import fcntl
@@ -23,8 +27,10 @@ def hold(path: Path, flags: int, *, wait: bool) -> int | None:
     descriptor = os.open(path, flags | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BaseException:
+    except BaseException as error:
         os.close(descriptor)
+        if isinstance(error, OSError) and error.errno in _NO_LOCKS:
+            return None
         raise
     return descriptor
 

@@ -255,6 +255,7 @@ def _check_loop(manifest: Manifest, loop: Loop, earlier: tuple[str, ...]) -> Non
     if loop.noise.mix is not None:
         check(loop.noise.mix.loop in earlier, f"{where}.noise.mix.loop={loop.noise.mix.loop!r}: an earlier loop")
         early = {other.name: other.least_frames for other in manifest.loops}[loop.noise.mix.loop]
+        _check_length(manifest, loop, f"{where}.noise.mix.loop", loop.noise.mix.loop)
         check(
             early <= max(loop.least_frames, manifest.sizes.frames[0]),
             f"{where}: its noise is mixed with {loop.noise.mix.loop}, which is left out of shorter clips",
@@ -295,6 +296,12 @@ def _check_result(manifest: Manifest) -> None:
             check(good, f"loops.{name}: left out of clips of {shortest} frames, for which {users[0]} needs its latents")
 
 
+def _check_length(manifest: Manifest, loop: Loop, where: str, name: str) -> None:
+    """A loop of one frame cannot take the latents of one that has the clip's frames for its own."""
+    frames = {other.name: other.frames for other in manifest.loops}.get(name, 1)
+    check(loop.frames != 1 or frames == 1, f"{where}={name!r}: has the clip's frames, and {loop.name} has one")
+
+
 def _check_loop_controls(manifest: Manifest, loop: Loop, where: str) -> None:
     numeric = {control.name: control for control in manifest.controls if control.kind in NUMERIC}
     for name, value in loop.controls.items():
@@ -307,6 +314,7 @@ def _check_loop_controls(manifest: Manifest, loop: Loop, where: str) -> None:
         if row is not None:
             check(row.control in visual, f"{where}.{key}.control={row.control!r}: the pictures and clips are {visual}")
             _check_made(manifest, f"{where}.{key}.latents", row.latents, 5)
+            _check_length(manifest, loop, f"{where}.{key}.latents", source(row.latents).name)
     scales: Mapping[str, float | str] = {
         **({"noise.offset.scale": loop.noise.offset.scale} if loop.noise.offset else {}),
         **({"noise.mix.scale": loop.noise.mix.scale} if loop.noise.mix else {}),

@@ -5,22 +5,34 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import os
 import re
 import reprlib
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from higen.errors import IntegrityError, ManifestError, ModelError
-from higen.locks import hold
+from higen.errors import HigenError, IntegrityError, ManifestError, ModelError
 from higen.manifest import Manifest
+from higen.staging import exclusive, whole_file
+from higen.tables import MAX_SIZE
 from higen.typed_json import from_json, to_json
 
-__all__ = ["MANIFEST", "VERSION", "FileRecord", "GraphInput", "Opened", "read_manifest", "rewrite", "write_manifest"]
+__all__ = [
+    "MANIFEST",
+    "VERSION",
+    "FileRecord",
+    "GraphInput",
+    "Opened",
+    "changing",
+    "check_version",
+    "manifest_text",
+    "read_manifest",
+    "rewrite",
+    "write_manifest",
+    "write_text",
+]
 
 MANIFEST = "higen.json"
 VERSION = 2
@@ -50,6 +62,11 @@ class GraphInput:
     name: str
     dtype: Literal["float32", "int64"]
     shape: tuple[int | str, ...]
+
+    def __post_init__(self) -> None:
+        for n in self.shape:
+            if n == "" or (not isinstance(n, str) and not 1 <= n <= MAX_SIZE):
+                raise ManifestError(f"{self.name}.shape has {n!r}: a symbol or a size from 1")
 
 
 @dataclass(frozen=True)
@@ -94,67 +111,78 @@ def read_manifest(folder: Path, sealed: bool = True) -> Opened:
     return Opened(manifest, files, graphs)
 
 
+def manifest_text(opened: Opened) -> str:
+    """A manifest of version 2 as it is stored, sealed.
+
+    Raises ManifestError where a graph has no row in `graphs` or a row has no graph.
+    """
+    _check_graphs(opened.files, opened.graphs)
+    document = {
+        "format": "higen",
+        "version": VERSION,
+        "seal": _NO_SEAL,
+        **to_json(opened.manifest),
+        "graphs": {name: to_json(_Graph(opened.graphs[name])) for name in sorted(opened.graphs)},
+        "files": {name: to_json(opened.files[name]) for name in sorted(opened.files)},
+    }
+    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
+    return text.replace(_NO_SEAL, hashlib.sha256(text.encode()).hexdigest(), 1)
+
+
 def write_manifest(
     folder: Path,
     manifest: Manifest,
     files: Mapping[str, FileRecord],
     graphs: Mapping[str, tuple[GraphInput, ...]],
 ) -> None:
-    """Write and seal `folder`/higen.json, atomically.
+    """Write and seal `folder`/higen.json, atomically; a link there is replaced, not what it points to.
 
     Raises OSError, and ManifestError where a graph has no row in `graphs` or a row has no graph.
     """
-    _check_graphs(files, graphs)
-    document = {
-        "format": "higen",
-        "version": VERSION,
-        "seal": _NO_SEAL,
-        **to_json(manifest),
-        "graphs": {name: to_json(_Graph(graphs[name])) for name in sorted(graphs)},
-        "files": {name: to_json(files[name]) for name in sorted(files)},
-    }
-    text = json.dumps(document, indent=1, allow_nan=False) + "\n"
-    sealed = text.replace(_NO_SEAL, hashlib.sha256(text.encode()).hexdigest(), 1)
-    descriptor, temporary = tempfile.mkstemp(prefix=f".{MANIFEST}.", dir=folder)
+    text = manifest_text(Opened(manifest, files, graphs))
+    with whole_file(folder / MANIFEST) as temporary:
+        write_text(temporary, text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A text file of a model, which everybody may read. Raises OSError."""
+    path.write_text(text, encoding="utf-8", newline="\n")
+    path.chmod(0o644)
+
+
+@contextmanager
+def changing(folder: Path, sealed: bool = True) -> Iterator[Opened]:
+    """The manifest as it stands on the disk, while no other process changes the folder.
+
+    Raises ModelError where the folder cannot be written, an OSError inside the block included, and what `read_manifest`
+    raises.
+    """
     try:
-        with os.fdopen(descriptor, "w", encoding="utf-8", newline="\n") as file:
-            file.write(sealed)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(folder / MANIFEST)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        with exclusive(folder):
+            yield read_manifest(folder, sealed)
+    except HigenError:
+        raise
+    except OSError as error:
+        raise ModelError(f"{folder / MANIFEST}: cannot be written: {error}") from error
+
+
+def check_version(folder: Path, opened: Opened) -> None:
+    """Raises ManifestError for a manifest of version 1: nobody but an upgrade knows what its graphs take."""
+    if opened.version < VERSION:
+        raise ManifestError(
+            f"{folder / MANIFEST}: version={opened.version} cannot be changed; first: higen upgrade {folder}"
+        )
 
 
 def rewrite(folder: Path, change: Callable[[Opened], Opened], sealed: bool = True) -> None:
     """Read the manifest, change it and write it, while no other process does.
 
-    `change` makes version 2 of a manifest of version 1, or it is refused: nobody else knows what its graphs take.
-    Raises ModelError where the folder cannot be written, and what `read_manifest` raises.
+    `change` makes version 2 of a manifest of version 1, or it is refused. Raises what `changing` raises.
     """
-    with _locked(folder):
-        opened = change(read_manifest(folder, sealed))
-        if opened.version < VERSION:
-            raise ManifestError(
-                f"{folder / MANIFEST}: version={opened.version} cannot be changed; first: higen upgrade {folder}"
-            )
-        try:
-            write_manifest(folder, opened.manifest, opened.files, opened.graphs)
-        except OSError as error:
-            raise ModelError(f"{folder / MANIFEST}: cannot be written: {error}") from error
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Hold the folder itself: no lock file stays behind."""
-    try:
-        descriptor = hold(folder, os.O_RDONLY, wait=True)
-    except OSError as error:
-        raise ModelError(f"{folder}: cannot be locked: {error}") from error
-    try:
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
+    with changing(folder, sealed) as before:
+        opened = change(before)
+        check_version(folder, opened)
+        write_manifest(folder, opened.manifest, opened.files, opened.graphs)
 
 
 def _read(folder: Path) -> bytes:

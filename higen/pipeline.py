@@ -6,7 +6,7 @@ events: a `Step` after each denoising step, then `Frames` as they are decoded.
 
 from __future__ import annotations
 
-import copy
+import pickle
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, TypeAlias, overload
@@ -14,12 +14,14 @@ from typing import Any, TypeAlias, overload
 import numpy as np
 from numpy.typing import NDArray
 
-from higen import noise
-from higen.backends.base import Backend
+from higen.backends.base import CLOSED, Backend
 from higen.bundle import Bundle
-from higen.errors import RequestError
+from higen.errors import BackendError, HigenError, NotPicklable, RequestError
 from higen.events import Event, Frames, Stream, timed, timed_events, timed_steps
+from higen.forks import Home
 from higen.images import load_picture
+from higen.memory import enough_memory
+from higen.plain_values import plain
 from higen.progress import Progress
 from higen.recent import Recent
 from higen.request import Request, Warn, make_request
@@ -52,6 +54,25 @@ class Pipeline:
         self._tokenizer = None if text is None else PromptTokenizer.from_file(bundle.file(text.tokenizer), text)
         # A server sees the same prompts again, and the empty one with every request.
         self._kept: Kept = Recent(KEPT)
+        self._home = Home()
+        self._closed = False
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pipeline is sent to another process as the model's path and how it was loaded. Raises NotPicklable."""
+        try:
+            pickle.dumps(self.backend)
+        except HigenError:
+            raise
+        except Exception as error:  # whatever a backend of somebody else's holds
+            reason = f"its backend {self.backend.name} cannot be sent to another process: call higen.load there"
+            raise NotPicklable(f"{reason} ({error})") from error
+        return type(self), (self.bundle, self.backend)
+
+    def __copy__(self) -> Pipeline:
+        """A twin that shares everything with this one."""
+        twin = object.__new__(type(self))
+        twin.__dict__.update(self.__dict__)
+        return twin
 
     @property
     def controls(self) -> tuple[Control, ...]:
@@ -78,7 +99,7 @@ class Pipeline:
         video does not depend on the other prompts of its batch.
         """
         videos = self.make(self.request(prompt, **options), progress)
-        return videos if isinstance(prompt, (list, tuple)) else videos[0]
+        return videos[0] if isinstance(plain(prompt), str) else videos
 
     @overload
     def image(self, prompt: str = ..., *, progress: bool | None = None, **options: Any) -> NDArray[np.uint8]: ...
@@ -97,7 +118,7 @@ class Pipeline:
             raise RequestError(f"{self.manifest.name} makes {self.manifest.sizes.frames[0]} frames or more, no picture")
         request = self._request(prompt, options, only=1)
         images = [video.frames[0] for video in self.make(request, progress)]
-        return images if isinstance(prompt, (list, tuple)) else images[0]
+        return images[0] if isinstance(plain(prompt), str) else images
 
     def stream(self, prompt: str | Prompts = "", **options: Any) -> Stream:
         """Every event as it happens; arguments as for a call. The request is checked here, not at the first step; the
@@ -106,11 +127,15 @@ class Pipeline:
         return self._stream(self.request(prompt, **options))
 
     def _stream(self, request: Request) -> Stream:
+        self._home.check()
+        finished: dict[str, Any] = {}
         parts = [
             *((loop.name, rows) for loop, rows in self._rows(request)),
             ("decode", len(request.prompts) * request.frames),
         ]
-        return Stream(request, self.events(request), parts, lambda latents: self.decode(latents, request))
+        # A preview shows an estimate of one loop; the decoder may ask for the latents of others.
+        preview = lambda step: self.decode(step.previous, request, {**finished, step.loop: step.previous})  # noqa: E731
+        return Stream(request, self.events(request, finished), parts, preview)
 
     def _rows(self, request: Request) -> Iterator[tuple[Loop, int]]:
         """The loops that are run, and how many rows each takes."""
@@ -137,19 +162,22 @@ class Pipeline:
         negative_prompt  what the other branch of guidance sees; ""
         seed             one for every prompt, or one per prompt, from 0 to 2^64 - 1; "random" or -1 draws one; 0
         steps            of denoising: one number, or one per loop
-        guidance         the same; a loop over frames takes a list of numbers too, one per frame
+        guidance         the same; a loop over frames takes a list of numbers too, one per frame (of several loops,
+                         as its entry: [7, [9, ...]])
         solver           the same, by name
         frames, width, height, fps
         warn             is called with each warning of this request; else warnings.warn
 
-        All other options are controls of the model. Raises RequestError for any that is wrong or unknown.
+        All other options are controls of the model; a picture or clip stands for every prompt, or a list has one per
+        prompt. Arrays and tensors may stand for numbers and lists. Raises RequestError for what is wrong or unknown.
         """
         return self._request(prompt, {**options, "warn": warn})
 
     def _request(self, prompt: str | Prompts, options: Mapping[str, Any], only: int | None = None) -> Request:
         common = {name: value for name, value in options.items() if name in (*_COMMON, "warn")}
         controls = {name: value for name, value in options.items() if name not in common}
-        return make_request(self.manifest, prompt, **common, controls=controls, load=load_picture, only=only)
+        with enough_memory("request"):
+            return make_request(self.manifest, prompt, **common, controls=controls, load=load_picture, only=only)
 
     def stages(self, request: Request) -> list[tuple[str, ...]]:
         """The stages that a request needs, in order; of several in one entry, one is enough, the first is preferred."""
@@ -173,6 +201,7 @@ class Pipeline:
         """Load all that a request needs (None: a video from text, as the model makes it by default), so that a broken
         model is found out before any work starts. Raises BackendUnavailable or IntegrityError.
         """
+        self._check_usable()
         for ways in self._default_stages() if request is None else self.stages(request):
             self.backend.choose(*ways)
 
@@ -191,14 +220,22 @@ class Pipeline:
 
     def on(self, backend: Backend) -> Pipeline:
         """The same model with its stages run by another backend; nothing is loaded again."""
-        twin = copy.copy(self)
+        twin = self.__copy__()
         twin.backend = backend
         return twin
 
     def close(self) -> None:
-        """Free the model."""
-        self._kept.clear()
+        """Free the model; a call that is at work ends with a BackendError. In a forked process nothing is freed."""
+        if self._home.here:
+            self._closed = True
+            self._kept.clear()
         self.backend.close()
+
+    def _check_usable(self) -> None:
+        """Raise BackendError in a forked process and after `close`, whatever backend there is."""
+        self._home.check()
+        if self._closed:
+            raise BackendError(CLOSED)
 
     def __enter__(self) -> Pipeline:
         return self
@@ -208,8 +245,12 @@ class Pipeline:
 
     # The parts of a generation, in order.
 
-    def events(self, request: Request) -> Generator[Event, None, list[Video]]:
-        """Every step of every loop, then the frames; returns the videos."""
+    def events(self, request: Request, finished: dict[str, Any] | None = None) -> Generator[Event, None, list[Video]]:
+        """Every step of every loop, then the frames; returns the videos. `finished` gets the last latents of each loop
+        by its name.
+        """
+        self._check_usable()
+        finished = {} if finished is None else finished
         seconds: dict[str, float] = {}
         with timed(seconds, "text"):
             sources = Sources(self.manifest, self.backend, request, self._tokens(request), self._kept)
@@ -223,7 +264,8 @@ class Pipeline:
                 latents = yield from timed_steps(seconds, loop.name, self._steps(request, sources, loop, steps))
             else:
                 continue
-            sources.finish(loop, self.backend.to_numpy(latents))
+            finished[loop.name] = self.backend.to_numpy(latents)
+            sources.finish(loop, finished[loop.name])
         frames = np.empty((len(request.prompts), request.frames, request.height, request.width, 3), np.uint8)
         for event in timed_events(seconds, "decode", self._decode(latents, sources, request)):
             frames[event.video, event.first : event.first + len(event.frames)] = event.frames
@@ -234,8 +276,10 @@ class Pipeline:
         """Ids [1, L] of every text of a request."""
         if self._tokenizer is None:
             return {}
-        texts = dict.fromkeys((*request.prompts, request.negative_prompt))
-        return {text: self._tokenizer.encode([text], request.warn) for text in texts}
+        count = len(request.prompts)
+        names = {request.negative_prompt: "negative_prompt"}
+        names |= {text: f"prompt {i + 1} of {count}" if count > 1 else "prompt" for i, text in _last_first(request)}
+        return {text: self._tokenizer.encode([text], request.warn, [name]) for text, name in names.items()}
 
     def _steps(self, request: Request, sources: Sources, loop: Loop, steps: int) -> Iterator[Step]:
         index = self.manifest.loops.index(loop)
@@ -260,7 +304,7 @@ class Pipeline:
             windows=loop.windows,
         )
         clean = sources.made(loop.start.latents, loop) if loop.start and request.begins(loop) else None
-        unit, added = self._noise(request, sources, loop)
+        unit, added = sources.initial_noise(loop)
         yield from denoise(self.backend, plan, initial_state(table, unit, added, clean, plan.first))
 
     def _stage(self, loop: Loop, plain: bool) -> Stage:
@@ -272,30 +316,14 @@ class Pipeline:
         """The row that a loop begins with."""
         return tail(rows, request.number(loop.start.strength)) if loop.start and request.begins(loop) else 0
 
-    def _noise(
-        self, request: Request, sources: Sources, loop: Loop
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-        """The initial noise [B,C,f,H,W] of a loop, and what is added to it."""
-        factor, rule = self.manifest.sizes.factor, loop.noise
-        axis = self.manifest.stage(loop.stages[0]).input("latents").shape[1]
-        channels = self.manifest.fixed[axis] if isinstance(axis, str) else axis
-        frames, height, width = request.frames_of(loop), request.height // factor, request.width // factor
-        unit = np.stack(
-            [noise.frame_noise(seed, rule.purpose, channels, frames, height, width) for seed in request.seeds]
-        )
-        added: NDArray[np.float32] | None = None
-        if rule.offset is not None:
-            purpose, scale = rule.offset.purpose, np.float32(request.number(rule.offset.scale))
-            added = scale * np.stack([noise.offset_noise(seed, purpose, channels, frames) for seed in request.seeds])
-        if rule.mix is not None:
-            mixed = np.float32(request.number(rule.mix.scale)) * sources.latents(rule.mix.loop)
-            added = mixed if added is None else added + mixed
-        return unit, added
-
-    def decode(self, latents: Any, request: Request) -> NDArray[np.uint8]:
-        """Latents [B,C,f,H,W] as uint8 frames [B,f,Y,X,3]."""
+    def decode(self, latents: Any, request: Request, others: Mapping[str, Any] | None = None) -> NDArray[np.uint8]:
+        """Latents [B,C,f,H,W] as uint8 frames [B,f,Y,X,3]; `others`: latents of loops, by name, for a decoder that is
+        fed with them. Raises RequestError where it is and they are not there yet.
+        """
         quiet = replace(request, warn=lambda _: None)
         sources = Sources(self.manifest, self.backend, quiet, self._tokens(quiet), self._kept)
+        for name, value in (others or {}).items():
+            sources.finish(self.manifest.loop(name), np.asarray(self.backend.to_numpy(value)))
         events = list(self._decode(latents, sources, request))
         videos = [[e.frames for e in events if e.video == i] for i in range(len(request.prompts))]
         return np.stack([np.concatenate(parts) for parts in videos])
@@ -348,6 +376,11 @@ class Pipeline:
 
 
 _COMMON = tuple(name for name in COMMON if name != "prompt")
+
+
+def _last_first(request: Request) -> list[tuple[int, str]]:
+    """The prompts with their places, so that of equal ones the first counts in a dict."""
+    return list(enumerate(request.prompts))[::-1]
 
 
 def _any_picture(control: Control, value: Any, frames: int, width: int, height: int) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from higen.errors import RequestError
+from higen.errors import RequestError, quoted
 
 __all__ = ["PRECISIONS", "QUANTIZED", "Precision", "check_precision", "precision_named"]
 
@@ -90,9 +90,9 @@ NEWEST_OPSET = 23
 
 def precision_named(name: str) -> Precision:
     """The precision of that name. Raises RequestError for any other."""
-    found = {**PRECISIONS, **QUANTIZED}.get(name)
+    found = {**PRECISIONS, **QUANTIZED}.get(name) if isinstance(name, str) else None
     if found is None:
-        raise RequestError(f"precision={name!r}: one of {', '.join(map(repr, (*PRECISIONS, *QUANTIZED)))}")
+        raise RequestError(f"precision={quoted(name)}: one of {', '.join(map(repr, (*PRECISIONS, *QUANTIZED)))}")
     return found
 
 

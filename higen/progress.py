@@ -4,9 +4,41 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
-__all__ = ["Progress"]
+__all__ = ["Progress", "is_watched"]
+
+
+def is_watched() -> bool:
+    """Whether a person sees what is written to standard error: in a terminal, or in a notebook."""
+    try:
+        return sys.stderr is not None and (sys.stderr.isatty() or _in_notebook())
+    except ValueError:  # it is closed
+        return False
+
+
+def _in_notebook() -> bool:
+    """Whether IPython runs in a kernel, whose front end shows standard error below the cell."""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return getattr(shell, "kernel", None) is not None
+
+
+class _Screen:
+    """Standard error for bars: where it cannot be written, a generation goes on without them."""
+
+    def write(self, text: str) -> None:
+        """Write, or not."""
+        with suppress(OSError, ValueError, AttributeError):  # full or gone; closed; None
+            sys.stderr.write(text)
+
+    def flush(self) -> None:
+        """Flush, or not."""
+        with suppress(OSError, ValueError, AttributeError):
+            sys.stderr.flush()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.stderr, name)
 
 
 class Progress:
@@ -14,9 +46,8 @@ class Progress:
 
     def __init__(self, parts: Sequence[tuple[str, int]], shown: bool | None) -> None:
         """`parts`: name and length of each; `shown`: None is "when a person is watching"."""
-        watching = sys.stderr is not None and sys.stderr.isatty()
         self._parts = iter(parts)
-        self._shown = sys.stderr is not None and (watching if shown is None else shown)
+        self._shown = is_watched() if shown is None else bool(shown) and sys.stderr is not None
         self._done = 0
         self._bar: Any = None
         self._next()
@@ -38,4 +69,5 @@ class Progress:
 
         name, total = next(self._parts, ("", 0))
         self._done = 0
-        self._bar = tqdm(desc=f"{name:<8}", total=total, disable=not (self._shown and name))
+        shown = self._shown and bool(name)
+        self._bar = tqdm(desc=f"{name:<8}", total=total, disable=not shown, file=_Screen(), dynamic_ncols=True)

@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from higen.conditioning import check_numbers, curve_values, similarity_rows
-from higen.errors import RequestError
+from higen.errors import RequestError, quoted
 from higen.manifest import Manifest
+from higen.plain_values import is_whole, plain
 from higen.schedule import max_steps
 from higen.stages import source
 from higen.tables import COMMON, MAX_NUMBER, MAX_SIDE, Control, Loop
@@ -126,10 +127,15 @@ def make_request(
     `load(control, value, frames, width, height)` reads a picture or clip. Raises RequestError.
     """
     sizes, loops = manifest.sizes, manifest.loops
+    negative_prompt, seed, steps, guidance, solver = map(plain, (negative_prompt, seed, steps, guidance, solver))
+    frames, height, width, fps = map(plain, (frames, height, width, fps))
     known = {control.name: control for control in manifest.controls}
     if unknown := sorted(set(controls) - set(known)):
-        raise RequestError(f"{', '.join(unknown)}: unknown; a request takes {', '.join((*COMMON, *known))}")
-    prompts = _prompts(prompt, manifest.text is not None)
+        names = quoted(", ".join(unknown))[1:-1]
+        raise RequestError(f"{names}: unknown; a request takes {', '.join((*COMMON, *known))}")
+    if warn is not None and not callable(warn):
+        raise RequestError(f"warn={quoted(warn)}: a function that is called with each warning")
+    prompts = _prompts(plain(prompt), manifest.text is not None)
     count = _whole("frames", sizes.frames[1] if frames is None else frames, sizes.frames[0], sizes.frames[2])
     tall = _side("height", sizes.height if height is None else height, sizes.multiple)
     wide = _side("width", sizes.width if width is None else width, sizes.multiple)
@@ -138,7 +144,8 @@ def make_request(
         value = controls.get(control.name)
         if control.kind in ("picture", "clip"):
             return _pictures(control, value, len(prompts), lambda one: load(control, one, count, wide, tall))
-        return _control(manifest, control, value, count)
+        curve = control.kind == "curve" and isinstance(value, np.ndarray)
+        return _control(manifest, control, value if curve else plain(value), count)
 
     solvers = tuple(
         _solver(loop, given) for loop, given in _each("solver", solver, loops, lambda loop: loop.solvers[0].name)
@@ -171,13 +178,12 @@ def make_request(
 
 def _each(name: str, value: Any, loops: Sequence[Loop], default: Callable[[Loop], Any]) -> list[tuple[Loop, Any]]:
     """A value for each loop: the loop's default, one value for all, or one per loop (None among them: its default)."""
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    if not isinstance(value, (list, tuple)):
+    # With one loop, several numbers can only be its own, one per frame.
+    if not isinstance(value, (list, tuple)) or (len(loops) == 1 and name == "guidance" and len(value) > 1):
         value = [value] * len(loops)
     if len(value) != len(loops):
         names = ", ".join(loop.name for loop in loops)
-        raise RequestError(f"{name}={value!r}: one value, or {len(loops)} (one per loop: {names})")
+        raise RequestError(f"{name}={quoted(value)}: one value, or {len(loops)} (one per loop: {names})")
     return [(loop, default(loop) if one is None else one) for loop, one in zip(loops, value, strict=True)]
 
 
@@ -185,10 +191,10 @@ def _guidance(loop: Loop, value: Any, frames: int) -> Guidance:
     """A loop's guidance: one number, or numbers spread evenly from the first frame to the last."""
     allowed = f"a finite number, 0 or more, or one per frame ({frames})"
     scales = check_numbers("guidance", value, allowed)
-    if scales.ndim > 1 or np.any(scales < 0) or isinstance(value, bool):
-        raise RequestError(f"guidance={value!r}: {allowed}")
+    if scales.ndim > 1 or np.any(scales < 0):
+        raise RequestError(f"guidance={quoted(value)}: {allowed}")
     if loop.guided is None and np.any(scales != 1):
-        raise RequestError(f"guidance={value!r}: the loop {loop.name} has no guidance; 1 is allowed")
+        raise RequestError(f"guidance={quoted(value)}: the loop {loop.name} has no guidance; 1 is allowed")
     if scales.ndim == 0:
         return float(scales)
     if value is not loop.guidance and len(scales) != frames:
@@ -200,7 +206,7 @@ def _guidance(loop: Loop, value: Any, frames: int) -> Guidance:
 def _solver(loop: Loop, name: object) -> str:
     names = [solver.name for solver in loop.solvers]
     if not isinstance(name, str) or name not in names:
-        raise RequestError(f"solver={name!r}: the loop {loop.name} takes {', '.join(map(repr, names))}")
+        raise RequestError(f"solver={quoted(name)}: the loop {loop.name} takes {', '.join(map(repr, names))}")
     return name
 
 
@@ -209,7 +215,7 @@ def _control(manifest: Manifest, control: Control, value: Any, frames: int) -> A
     if isinstance(value, str) and value == UNSPECIFIED and control.kind not in ("text", "choice"):
         if not control.optional:
             raise RequestError(
-                f"{control.name}={value!r}: {manifest.name} was not trained without it; "
+                f"{control.name}={quoted(value)}: {manifest.name} was not trained without it; "
                 f"its default is {control.default}"
             )
         return None
@@ -222,7 +228,7 @@ def _control(manifest: Manifest, control: Control, value: Any, frames: int) -> A
         return _text(control.name, value)
     if control.kind == "choice":
         if not isinstance(value, str) or value not in control.choices:
-            raise RequestError(f"{control.name}={value!r}: one of {', '.join(map(repr, control.choices))}")
+            raise RequestError(f"{control.name}={quoted(value)}: one of {', '.join(map(repr, control.choices))}")
         return value
     number = _number(control, value)
     return int(number) if control.kind == "whole" else number
@@ -237,25 +243,26 @@ def _curve(manifest: Manifest, control: Control, value: Any, frames: int) -> Any
             similarity_rows(control.name, value, frames, manifest.fixed[n] if isinstance(n, str) else n)
         given = np.asarray(value, dtype=np.float64)
         if given.size and not (control.allows(float(given.min())) and control.allows(float(given.max()))):
-            raise RequestError(f"{control.name}={value!r}: each {control.range}")
+            raise RequestError(f"{control.name}={quoted(value)}: each {control.range}")
     else:
         curve_values(control.name, value, frames, control.low, control.high)
     return np.asarray(value, dtype=np.float64)
 
 
 def _number(control: Control, value: Any) -> float:
-    numeric = isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool)
+    numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
     whole = control.kind != "whole" or (numeric and value == int(value) if numeric and abs(value) < 1e18 else False)
     if not numeric or not abs(value) <= MAX_NUMBER or not whole or not control.allows(float(value)):
-        raise RequestError(f"{control.name}={value!r}: {control.range}")
+        raise RequestError(f"{control.name}={quoted(value)}: {control.range}")
     return float(value)
 
 
 def _pictures(control: Control, value: Any, count: int, load: Callable[[Any], Picture]) -> tuple[Picture, ...] | None:
-    """One picture for every prompt, or one per prompt."""
+    """One picture for every prompt, or one per prompt: a list, or an array [n,H,W,3]."""
     if value is None:
         return None
-    if isinstance(value, (list, tuple)) and control.kind == "picture":
+    several = isinstance(value, (list, tuple)) or getattr(value, "ndim", None) == 4
+    if several and control.kind == "picture":
         if len(value) != count:
             raise RequestError(f"{control.name} has {len(value)} entries: one picture, or one per prompt ({count})")
         return tuple(load(one) for one in value)
@@ -279,31 +286,29 @@ def _stages(request: Request, loop: Loop) -> tuple[str, ...]:
 def _prompts(prompt: object, wanted: bool) -> tuple[str, ...]:
     prompts = (prompt,) if isinstance(prompt, str) else prompt
     if not isinstance(prompts, (list, tuple)) or not prompts:
-        raise RequestError(f"prompt={prompt!r}: a string or a list of strings that is not empty")
+        raise RequestError(f"prompt={quoted(prompt)}: a string or a list of strings that is not empty")
     for text in prompts:
         if not isinstance(text, str):
-            raise RequestError(f"prompt={text!r}: a string")
+            raise RequestError(f"prompt={quoted(text)}: a string")
         if wanted and not text.strip():
-            raise RequestError(f"prompt={text!r}: a prompt with at least one word")
+            raise RequestError(f"prompt={quoted(text)}: a prompt with at least one word")
         _text("prompt", text)
     return tuple(prompts)
 
 
 def _text(name: str, text: object) -> str:
     if not isinstance(text, str):
-        raise RequestError(f"{name}={text!r}: a string")
+        raise RequestError(f"{name}={quoted(text)}: a string")
     if len(text) > MAX_PROMPT:
         raise RequestError(f"{name} has {len(text)} characters: at most {MAX_PROMPT}")
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
-        raise RequestError(f"{name}={text!r}: not valid Unicode: {error.reason}") from error
+        raise RequestError(f"{name}={quoted(text)}: not valid Unicode: {error.reason}") from error
     return text
 
 
 def _seeds(seed: object, count: int) -> tuple[int, ...]:
-    if isinstance(seed, np.ndarray):
-        seed = seed.tolist()
     if isinstance(seed, (list, tuple)):
         if len(seed) != count:
             raise RequestError(f"seed has {len(seed)} entries: one number, or one per prompt ({count})")
@@ -319,8 +324,8 @@ def _seed(seed: object) -> int:
 
 
 def _whole(name: str, value: object, low: int, high: int) -> int:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, np.integer)) or not low <= value <= high:
-        raise RequestError(f"{name}={value!r}: a whole number from {low} to {high}")
+    if not isinstance(value, int) or not is_whole(value, low, high):
+        raise RequestError(f"{name}={quoted(value)}: a whole number from {low} to {high}")
     return int(value)
 
 

@@ -24,7 +24,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from higen.errors import ManifestError, RequestError
+from higen.errors import ManifestError, RequestError, quoted
 from higen.noise_schedule import (
     DISCRETE,
     ON_RATIOS,
@@ -78,7 +78,7 @@ class SolverTable:
         Raises RequestError for a `first` outside the table.
         """
         if not is_whole(first, 0, len(self) - 1):
-            raise RequestError(f"first={first!r}: a row from 0 to {len(self) - 1}")
+            raise RequestError(f"first={quoted(first)}: a row from 0 to {len(self) - 1}")
         rows = {name: column[first:].copy() for name, column in vars(self).items() if name != "initial"}
         if not rows["noise"][0]:
             rows["A"][0] += rows["C"][0] * rows["alpha"][0]
@@ -307,7 +307,7 @@ def solver_table(schedule: NoiseSchedule, prediction: str, solver: Solver, steps
     """
     check(schedule, prediction, solver)
     if not is_whole(steps, 1, max_steps(schedule, solver)):
-        raise RequestError(f"steps={steps!r}: a whole number from 1 to {max_steps(schedule, solver)}")
+        raise RequestError(f"steps={quoted(steps)}: a whole number from 1 to {max_steps(schedule, solver)}")
     with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
         grid = _grid(schedule, solver, int(steps))
         x0, epsilon = _estimates(prediction, grid.alpha, grid.sigma)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from higen import noise
 from higen.backends.base import Backend
 from higen.conditioning import curve_rows, curve_values, resample_in_time, similarity_rows, sinusoid_rows
+from higen.errors import RequestError
 from higen.images import resampling
 from higen.manifest import Manifest
 from higen.recent import Recent
@@ -97,8 +98,29 @@ class Sources:
         self._latents[loop.name] = latents
 
     def latents(self, loop: str) -> Array:
-        """The last latents [B, C, f, H, W] of an earlier loop."""
+        """The last latents [B, C, f, H, W] of an earlier loop. Raises RequestError where there are none yet."""
+        if loop not in self._latents:
+            raise RequestError(f"preview: it needs the latents of the loop {loop}, which has not run yet")
         return self._latents[loop]
+
+    def initial_noise(self, loop: Loop) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """The initial noise [B, C, f, H, W] of a loop, and what is added to it."""
+        request, rule = self._request, loop.noise
+        axis = self._manifest.stage(loop.stages[0]).input("latents").shape[1]
+        channels = self._manifest.fixed[axis] if isinstance(axis, str) else axis
+        factor, frames = self._manifest.sizes.factor, request.frames_of(loop)
+        height, width = request.height // factor, request.width // factor
+        unit = np.stack(
+            [noise.frame_noise(seed, rule.purpose, channels, frames, height, width) for seed in request.seeds]
+        )
+        added: NDArray[np.float32] | None = None
+        if rule.offset is not None:
+            purpose, scale = rule.offset.purpose, np.float32(request.number(rule.offset.scale))
+            added = scale * np.stack([noise.offset_noise(seed, purpose, channels, frames) for seed in request.seeds])
+        if rule.mix is not None:
+            mixed = np.float32(request.number(rule.mix.scale)) * self.latents(rule.mix.loop)
+            added = mixed if added is None else added + mixed
+        return unit, added
 
     def batch(self, stage: Stage, loop: Loop) -> dict[str, Array]:
         """The inputs of a denoising stage that are no state, for all samples: [B, ...] each."""
@@ -134,7 +156,7 @@ class Sources:
         if origin.kind == "noise":
             return self._noise(int(origin.name), tensor, place)
         if origin.name in self._loops:
-            latents = self._latents[origin.name][place.sample : place.sample + 1]
+            latents = self.latents(origin.name)[place.sample : place.sample + 1]
             array = latents[:, :, 0] if len(tensor.shape) == 4 else latents
             key = _digest("latents", origin.name, place.sample, len(tensor.shape))
             return _Value(array, key, lasting=False)

@@ -1,16 +1,20 @@
-"""How the commands talk: errors and warnings as lines or JSON, and exit codes.
+"""How the commands talk: errors and warnings as lines or JSON, and exit codes; the paths that they are given.
 
-0 done, 1 failed (parity, a stage, the environment), 2 wrong input, 130 Ctrl-C.
+0 done, 1 failed (parity, a stage, the environment, a full or closed output), 2 wrong input, 130 Ctrl-C.
 """
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, TextIO
 
 import click
 
@@ -25,11 +29,24 @@ from higen.errors import (
     RequestError,
     SettingsError,
 )
+from higen.memory import enough_memory
+from higen.paths import given_path
 
-__all__ = ["JSON", "Commands", "needs", "reported"]
+__all__ = ["JSON", "PATH", "Commands", "needs", "reported", "say"]
 
 WRONG_INPUT = (RequestError, OutputError, ModelError, FixtureError, SettingsError)
 OPTIONAL = ("accelerate", "diffusers", "safetensors", "torch", "transformers")
+
+
+class _GivenPath(click.Path):
+    """A path; a shell leaves the ~ in --model=~/model alone."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        """As click's, with ~ as a home folder."""
+        return given_path(super().convert(value, param, ctx))
+
+
+PATH = _GivenPath(path_type=Path)
 JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as one JSON object, errors too.")
 
 
@@ -38,7 +55,7 @@ def reported(as_json: bool) -> Iterator[None]:
     """Turn our errors into one line (or JSON) and an exit code, our warnings into a line each; hide the libraries'."""
 
     def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
-        click.secho(f"{category.__name__}: {message}", fg="yellow", err=True)
+        say(f"{category.__name__}: {message}", fg="yellow")
 
     code = 0
     with warnings.catch_warnings():
@@ -47,18 +64,25 @@ def reported(as_json: bool) -> Iterator[None]:
         for ours in (PromptWarning, FallbackWarning):
             warnings.simplefilter("always", ours)
         try:
-            yield
+            with enough_memory("this command"):
+                yield
         except KeyboardInterrupt:
-            click.echo("stopped", err=True)
+            say("stopped")
             code = 130
         except HigenError as error:
             code = 2 if isinstance(error, WRONG_INPUT) else 1
             if as_json:
                 click.echo(json.dumps({"error": type(error).__name__, "message": str(error)}))
             else:
-                click.secho(f"{type(error).__name__}: {error}", fg="red", err=True)
+                say(f"{type(error).__name__}: {error}", fg="red")
     if code:
         sys.exit(code)
+
+
+def say(line: str, **style: Any) -> None:
+    """A line for a person on standard error; where that is full or closed, none: the exit code says it too."""
+    with suppress(OSError, ValueError):
+        click.echo(click.style(line, **style) if style else line, err=True)
 
 
 @contextmanager
@@ -76,7 +100,11 @@ class Commands(click.Group):
     """A group of commands whose usage errors (an unknown option, say) are JSON too where --json is given."""
 
     def main(self, *arguments: Any, **options: Any) -> Any:
-        """As click's."""
+        """As click's; an output that is full or closed ends the command with one line at most."""
+        with _outputs():
+            return self._main(*arguments, **options)
+
+    def _main(self, *arguments: Any, **options: Any) -> Any:
         args = arguments[0] if arguments else options.get("args")
         given = sys.argv[1:] if args is None else list(args)
         if not options.get("standalone_mode", True) or "--json" not in given:
@@ -87,3 +115,51 @@ class Commands(click.Group):
             click.echo(json.dumps({"error": type(error).__name__, "message": error.format_message()}))
             code = error.exit_code
         sys.exit(code if isinstance(code, int) else 0)
+
+
+@contextmanager
+def _outputs() -> Iterator[None]:
+    """Around a command: what its outputs cannot encode is escaped, and one that cannot be written is exit code 1."""
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError, OSError):  # None; not a text stream of Python's; closed
+            stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
+    try:
+        yield
+    except OSError as error:
+        if not _is_of_an_output(error):
+            raise
+        if error.errno != errno.EPIPE:  # whoever closes a pipe early has what he wants
+            say(f"OutputError: standard output cannot be written: {error.strerror}", fg="red")
+        sys.exit(1)
+    finally:
+        for stream in (sys.stdout, sys.stderr):
+            if _is_broken(stream):
+                _silence(stream)
+
+
+def _is_of_an_output(error: OSError) -> bool:
+    """Whether an error comes from writing to a terminal or pipe, and not from a file of ours."""
+    last = None
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        last = frame.f_globals.get("__name__")
+    return last in ("click._compat", "click.utils", "tqdm.std", "tqdm.utils")
+
+
+def _is_broken(stream: TextIO | None) -> bool:
+    """Whether what was written to a stream cannot leave it."""
+    try:
+        if stream is not None:
+            stream.flush()
+    except OSError:
+        return True
+    except ValueError:  # it is closed: Python says nothing of it at its end
+        return False
+    return False
+
+
+def _silence(stream: TextIO) -> None:
+    """Send what is left in a stream nowhere, for Python flushes it once more at its end."""
+    with suppress(OSError, ValueError):  # not a file of the system's
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from tokenizers import Encoding, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from higen.errors import IntegrityError, PromptWarning, RequestError
+from higen.errors import IntegrityError, PromptWarning, RequestError, quoted
 from higen.request import Warn
 from higen.tables import TextRules
 
@@ -84,42 +84,46 @@ class PromptTokenizer:
         special = {token.content for token in self.tokenizer.get_added_tokens_decoder().values()}
         return sorted(word for word in self.tokenizer.get_vocab().keys() - special if any(map(str.isalnum, word)))
 
-    def encode(self, prompts: Sequence[str], warn: Warn | None = None) -> NDArray[np.int64]:
+    def encode(
+        self, prompts: Sequence[str], warn: Warn | None = None, names: Sequence[str] | None = None
+    ) -> NDArray[np.int64]:
         """Token ids of the prompts, int64 [B, L]: start, text, end, then `pad_id` up to `length`.
 
         A prompt that is too long is cut, keeping the end token last, with a PromptWarning that names the words lost;
         so are words that a word-level tokenizer does not know. `warn` is called with each warning; None: warnings.warn.
+        `names`: how warnings and errors call each prompt; None: "prompt".
         Raises RequestError for anything but texts.
         """
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
-            raise RequestError(f"prompts={prompts!r}: a list of texts is wanted")
+            raise RequestError(f"prompts={quoted(prompts)}: a list of texts is wanted")
         start, end = _id(self.tokenizer, START), _id(self.tokenizer, END)
         room = self.rules.length
         ids = np.full((len(prompts), room), self.rules.pad_id, dtype=np.int64)
-        for row, prompt in zip(ids, prompts, strict=True):
-            tokens = [start, *self._text_ids(prompt, warn or _warn)[: room - 2], end]
+        for row, prompt, name in zip(ids, prompts, names or ["prompt"] * len(prompts), strict=True):
+            tokens = [start, *self._text_ids(prompt, name, warn or _warn)[: room - 2], end]
             row[: len(tokens)] = tokens
         return ids
 
-    def _text_ids(self, prompt: str, warn: Warn) -> list[int]:
+    def _text_ids(self, prompt: str, name: str, warn: Warn) -> list[int]:
         text = clean(prompt) if self.rules.clean else prompt
         try:
             text.encode()
         except UnicodeEncodeError as error:
-            raise RequestError(f"prompt {prompt!r}: not valid Unicode: {error.reason}") from error
+            raise RequestError(f"{name} {quoted(prompt)}: not valid Unicode: {error.reason}") from error
         encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        self._warn_of_unknown_words(text, encoding, warn)
-        self._warn_of_lost_words(text, encoding, warn)
+        self._warn_of_unknown_words(text, name, encoding, warn)
+        self._warn_of_lost_words(text, name, encoding, warn)
         return encoding.ids
 
-    def _warn_of_unknown_words(self, text: str, encoding: Encoding, warn: Warn) -> None:
+    def _warn_of_unknown_words(self, text: str, name: str, encoding: Encoding, warn: Warn) -> None:
         unknown = self.tokenizer.token_to_id(UNKNOWN)
         spans = [span for i, span in zip(encoding.ids, encoding.offsets, strict=True) if i == unknown]
         if spans:
             words = list(dict.fromkeys(text[start:end].lower() for start, end in spans))
-            warn(PromptWarning(f"this model does not know {_named(words)}; `higen prompts` lists the words it knows"))
+            known = "`higen prompts` lists the words it knows"
+            warn(PromptWarning(f"{name}: this model does not know {_named(words)}; {known}"))
 
-    def _warn_of_lost_words(self, text: str, encoding: Encoding, warn: Warn) -> None:
+    def _warn_of_lost_words(self, text: str, name: str, encoding: Encoding, warn: Warn) -> None:
         room = self.rules.length - 2
         if len(encoding.ids) <= room:
             return
@@ -128,7 +132,7 @@ class PromptTokenizer:
         while first > 0 and not text[first - 1].isspace():
             first -= 1
         lost = _named(text[first:].split())
-        message = f"the prompt has {len(encoding.ids)} tokens and the model reads {room}: cut off is {lost}"
+        message = f"{name} has {len(encoding.ids)} tokens and the model reads {room}: cut off is {lost}"
         warn(PromptWarning(f"{message}; say it in fewer words"))
 
 
@@ -161,7 +165,7 @@ def build_word_tokenizer(words: Sequence[str]) -> Tokenizer:
     tokenizer = _finish(tokenizer, _WORD_PIECES, specials)
     for word in tokens[len(specials) :]:
         if len(tokenizer.encode(word, add_special_tokens=False).tokens) != 1:
-            raise RequestError(f"word {word!r}: letters and digits, or one punctuation mark, without white space")
+            raise RequestError(f"word {quoted(word)}: letters and digits, or one punctuation mark, without white space")
     return tokenizer
 
 

@@ -18,8 +18,10 @@ from higen.errors import IntegrityError, ModelError
 from higen.families import upgraded_version_1, version_1_inputs
 from higen.manifest import Manifest
 from higen.manifest_file import VERSION, Opened, read_manifest, rewrite
+from higen.paths import given_path
 from higen.precision import PRECISIONS, QUANTIZED
 from higen.stages import Stage
+from higen.staging import sweep
 
 __all__ = ["Export", "Upgrade", "upgrade"]
 
@@ -104,7 +106,8 @@ def upgrade(path: str | os.PathLike[str], reseal: bool = False) -> Upgrade:
     seal's. Raises ManifestError, IntegrityError (a file is cut, altered or missing; an edit without `reseal`),
     ModelError (the folder cannot be written).
     """
-    folder = Path(path)
+    folder = given_path(path, "model")
+    sweep(folder)
     before = read_manifest(folder, sealed=not reseal)
     if before.version < VERSION:
         bundle = Bundle.open(folder)  # every file is there
@@ -166,11 +169,12 @@ def _declared_to_onnxruntime(graph: Path) -> Declared | None:
     """None where ONNX Runtime is not installed, or cannot load the graph here (bfloat16 on a CPU, say)."""
     try:
         import onnxruntime as ort
+
+        from higen.backends.sessions import session_options
     except ImportError:
         return None
-    options = ort.SessionOptions()
+    options = session_options(severity=4)
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4
     try:
         session = ort.InferenceSession(os.fspath(graph), options, providers=["CPUExecutionProvider"])
     except Exception:  # ONNX Runtime's errors share no base but Exception

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import hypothesis
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -18,6 +19,12 @@ from higen.families.higen.spec import AutoencoderConfig, Defaults, ModelConfig, 
 from higen.families.higen.unet import Denoiser
 from higen.models.companions import autoencoder, text_encoder
 from higen.tokenizer import build_word_tokenizer
+
+# The same examples everywhere, and no limit of time: how fast a machine is decides no test.
+hypothesis.settings.register_profile(
+    "higen", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
+)
+hypothesis.settings.load_profile("higen")
 
 WORDS = ("a", "blue", "whale", "red", "heart", "green", "star", "swimming", "beating", ",")
 

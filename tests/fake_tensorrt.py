@@ -20,6 +20,8 @@ import onnx
 import onnxruntime as ort
 from fake_cuda import STREAM, FakeDriver
 
+from higen.backends.sessions import session_options
+
 SURFACES: dict[str, dict[str, list[str]]] = json.loads(
     (Path(__file__).parent / "tensorrt_surface.json").read_text(encoding="utf-8")
 )
@@ -298,9 +300,7 @@ class _Runtime(Surfaced):
 class _Engine(Surfaced):
     def __init__(self, plan: dict[str, Any], runtime: Any) -> None:
         self._plan, self._runtime = plan, runtime
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        self._session = ort.InferenceSession(plan["graph"], options, providers=["CPUExecutionProvider"])
+        self._session = ort.InferenceSession(plan["graph"], session_options(), providers=["CPUExecutionProvider"])
         graph = onnx.load(plan["graph"], load_external_data=False).graph
         self._io = {value.name: ("INPUT", value) for value in graph.input}
         self._io |= {value.name: ("OUTPUT", value) for value in graph.output}

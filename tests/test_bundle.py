@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from sealing import edit, write
 
-from higen import bundle
+from higen import bundle, commit
 from higen.bundle import MANIFEST, Bundle, GraphInput
 from higen.errors import IntegrityError, ManifestError, ModelError, RequestError
 from higen.families.higen import spec
@@ -360,7 +360,11 @@ def test_a_failure_keeps_the_model_that_was_there(tmp_path: Path, failure: type[
     assert Bundle.open(tmp_path / "model").file("old").read_bytes() == b"old"
 
 
-def test_a_failure_of_the_move_puts_the_old_model_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("exchanging", [True, False])
+def test_a_failure_of_the_move_puts_the_old_model_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanging: bool
+) -> None:
+    """On a system that cannot exchange two folders at once, too."""
     make(tmp_path / "model", old=b"old")
     replace = Path.replace
 
@@ -369,7 +373,14 @@ def test_a_failure_of_the_move_puts_the_old_model_back(tmp_path: Path, monkeypat
             raise KeyboardInterrupt
         return replace(self, target)
 
-    monkeypatch.setattr(Path, "replace", fail)
+    def interrupted(*_: Path) -> bool:
+        raise KeyboardInterrupt
+
+    if exchanging:
+        monkeypatch.setattr(commit, "exchange", interrupted)
+    else:
+        monkeypatch.setattr(commit, "exchange", lambda *_: False)
+        monkeypatch.setattr(Path, "replace", fail)
     with pytest.raises(KeyboardInterrupt):
         begin(tmp_path / "model")
     assert left(tmp_path) == ["model"]
@@ -445,11 +456,11 @@ def test_hidden_files_are_no_part_of_the_model(tmp_path: Path) -> None:
 # Files that come later
 
 
-@pytest.mark.parametrize("at", range(4))
+@pytest.mark.parametrize("at", range(6))
 def test_a_model_is_whole_at_every_moment_of_a_files_arrival(
     model: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    """The power goes at the `at`-th rename: the model opens, with the old file, with none or with the new one."""
+    """A writer stops at the `at`-th rename: aside, journal, manifest without the file, file, manifest with it."""
     aside = model / ".graph.part"
     aside.write_bytes(b"old")
     bundle.put_file(Bundle.open(model), aside, "graph.onnx", INPUTS)
@@ -465,15 +476,14 @@ def test_a_model_is_whole_at_every_moment_of_a_files_arrival(
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, "replace", failing)
-        if at < 3:
+        if at < 5:
             with pytest.raises(KeyboardInterrupt):
                 bundle.put_file(Bundle.open(model), aside, "graph.onnx", INPUTS)
         else:
             bundle.put_file(Bundle.open(model), aside, "graph.onnx", INPUTS)
     left = Bundle.open(model)
-    assert ("graph.onnx" in left.files) is (at in (0, 3))
-    if "graph.onnx" in left.files:
-        assert left.file("graph.onnx").read_bytes() == (b"newer" if at else b"old")
+    assert left.file("graph.onnx").read_bytes() == (b"newer" if at > 2 else b"old")
+    assert [path.name for path in model.iterdir() if path.name.startswith(".higen-")] == []
     if aside.exists():  # the work done again
         left = bundle.put_file(left, aside, "graph.onnx", INPUTS)
         assert left.file("graph.onnx").read_bytes() == b"newer"
@@ -541,3 +551,53 @@ def test_two_processes_that_enter_files_at_once_lose_none(model: Path) -> None:
     for name in opened.files:
         opened.file(name)
     assert [path.name for path in model.iterdir() if path.name[0] == "."] == []
+
+
+SAME = """
+import sys
+from pathlib import Path
+from higen.bundle import Bundle, GraphInput, put_file
+model, mine = Path(sys.argv[1]), sys.argv[2]
+for i in range(30):
+    aside = model / f".{mine}.part"
+    aside.write_text(f"{mine} " * (i + 1))
+    put_file(Bundle.open(model), aside, "graph.onnx", (GraphInput("x", "float32", ("B", 3)),))
+"""
+
+
+def test_two_processes_that_enter_one_file_leave_it_with_its_record(model: Path) -> None:
+    """A reader finds a whole model at every moment."""
+    writers = [subprocess.Popen([sys.executable, "-c", SAME, str(model), name]) for name in ("a", "bb")]
+    while any(writer.poll() is None for writer in writers):
+        Bundle.open(model)
+    assert [writer.returncode for writer in writers] == [0, 0]
+    opened = Bundle.open(model)
+    assert opened.file("graph.onnx").read_text() in ("a " * 30, "bb " * 30)
+    assert [path.name for path in model.iterdir() if path.name[0] == "."] == []
+
+
+def test_a_killed_change_is_finished_as_the_model_is_opened(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    code = f"""
+import os, sys
+sys.path[:0] = [{str(Path(__file__).parent)!r}]
+count = 0
+def hook(event, arguments):
+    global count
+    if event == "os.rename":
+        count += 1
+        if count == 4:
+            os.kill(os.getpid(), 9)
+from pathlib import Path
+from higen.bundle import Bundle, GraphInput, put_file
+model = Path(sys.argv[1])
+inputs = (GraphInput("x", "float32", ("B", 3)),)
+for text in ("old", "newer"):
+    (model / ".aside").write_text(text)
+    if text == "newer":
+        sys.addaudithook(hook)
+    put_file(Bundle.open(model), model / ".aside", "graph.onnx", inputs)
+"""
+    assert subprocess.run([sys.executable, "-c", code, str(model)], check=False).returncode == -9
+    left = json.loads((model / MANIFEST).read_text())
+    assert "graph.onnx" not in left["files"]  # what another runtime finds: a whole model without the graph
+    assert Bundle.open(model).file("graph.onnx").read_bytes() == b"newer"

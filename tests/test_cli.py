@@ -227,7 +227,7 @@ def test_our_warnings_are_lines_and_the_libraries_are_quiet(generate: Any, monke
     result = generate("a purple star", "-o", "star.gif")
     assert result.exit_code == 0
     assert result.stderr.splitlines() == [
-        "PromptWarning: this model does not know 'purple'; `higen prompts` lists the words it knows"
+        "PromptWarning: prompt: this model does not know 'purple'; `higen prompts` lists the words it knows"
     ]
 
 

@@ -230,7 +230,7 @@ def released_shapes(reference: Path) -> State:
 
 
 def test_the_released_denoiser_is_recognised(reference: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(checkpoint, "read_state", lambda path: released_shapes(reference))
+    monkeypatch.setattr(checkpoint, "read_state", lambda path, *_: released_shapes(reference))
     config, state = checkpoint._denoiser(Path("higen.pth"), {})
     assert config == UNetConfig()
     assert sum(tensor.numel() for tensor in state.values()) == 1_483_201_924

@@ -135,7 +135,10 @@ def higen_run(built: Path, *arguments: object, check: bool = True) -> subprocess
 def test_its_own_tests(built: Path) -> None:
     """Unit tests, the C header, the public interface on the built-in model, TensorRT on a fake, and seeded fuzzing."""
     result = done("ctest", "--test-dir", built, "--output-on-failure", "--no-tests=error", timeout=1200)
-    for name in ("unit_tests", "schedule_tests", "c_header", "model_tests", "tensorrt_tests", "fuzz_corpus"):
+    for name in (
+        *("unit_tests", "provider_tests", "schedule_tests", "c_header", "model_tests", "lifecycle_tests"),
+        *("tensorrt_tests", "fuzz_corpus"),
+    ):
         assert name in result.stdout
 
 
@@ -328,7 +331,20 @@ def test_an_interrupt_leaves_nothing_behind(built: Path, tmp_path: Path) -> None
         (["{model}", "a whale", "-o", "x.npy", "--control=hue=3"], 1, "'hue': unknown; this model takes motion"),
         (["{model}", "a whale", "-o", "x.npy", "--picture=image=none.ppm"], 1, "none.ppm: No such file"),
         (["{model}", "a whale", "-o", "x.npy", "--provider=tensorrt-rtx"], 1, "provider='tensorrt-rtx'"),
-        (["{model}", "a whale", "-o", "x.mp4"], 1, "the suffix says the format: .y4m, .npy or .rgb"),
+        (["{model}", "a whale", "-o", "x.avi"], 1, "the suffix says the format: .mp4, .webm, .y4m, .npy or .rgb"),
+        *(
+            (["{model}", "a", "-o", "x.npy", f"--provider={name}"], 1, f"provider='{name}': one of 'auto', 'cpu'")
+            for name in ("cuda:banana", "cuda:-1", "cpu:7", "")
+        ),
+        (
+            ["{model}", "a whale", "-o", "x.npy", "--provider=cuda:1"],
+            1,
+            "provider='cuda:1': this ONNX Runtime has no CUDA",
+        ),
+        (["{model}", "a", "-o", "x.npy", "--backend=tensorrt", "--provider=cpu"], 1, "providers are ONNX Runtime's"),
+        (["{model}", "a whale", "-o", "x.npy", "--precision="], 1, "precision='': one of 'fp32'"),
+        (["{model}", "a whale", "-o", "x.npy", "--threads=4294967297"], 2, "--threads=4294967297: too large"),
+        (["{model}", "a whale", "-o", "x.npy", "--threads=2000"], 1, "threads=2000: 0 to 1024"),
         (["{model}", "a whale", "-o", "nowhere/x.npy"], 1, "nowhere/x.npy: cannot be written"),
         (["nowhere", "a whale", "-o", "x.npy"], 1, "nowhere: not a model directory"),
     ],

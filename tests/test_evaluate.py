@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import make_dataclass, replace
 from pathlib import Path
@@ -455,7 +456,7 @@ def stand_ins(real: RealClips, judges: Judges, monkeypatch: pytest.MonkeyPatch) 
             return made(*request) if made.shots else real.clip(again[0].subject, 0, 1.0)
 
     module = "higen.train.recipes.default.measure"
-    monkeypatch.setattr(f"{module}.fetch", lambda folder: None)
+    monkeypatch.setattr(f"{module}.fetch", lambda folder, download: None)
     monkeypatch.setattr(f"{module}.plan", lambda subjects, seeds, quick: shots)
     monkeypatch.setattr(f"{module}.Judges", lambda *given, **options: judges)
     monkeypatch.setattr(f"{module}.PipelineMaker", Maker)
@@ -518,8 +519,12 @@ def test_wrong_arguments_are_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
     result = cli("--data", tmp_path / "data", "--output", tmp_path / "file")
     assert result.exit_code == 2
     assert "no folder can be made" in result.stderr
-    monkeypatch.setenv("PATH", "")  # no npm
     result = cli(*options)
+    assert result.exit_code == 1
+    assert re.fullmatch(r"TrainingError: .*: the emoji are not there, .*4 npm .*700 MB.*--fetch` .*\n", result.stderr)
+    assert not (tmp_path / "data").exists()
+    monkeypatch.setenv("PATH", "")  # no npm
+    result = cli(*options, "--fetch")
     assert result.exit_code == 1
     assert "npm is not installed" in result.stderr
     assert result.stderr.count("\n") == 1

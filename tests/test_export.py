@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -330,8 +332,14 @@ def test_an_interrupted_export_leaves_a_model_and_can_be_run_again(copy: Path) -
     left = Bundle.open(copy)
     assert [graph_file(name) in left.files for name in EXPORTED] == [True, False]
     assert {path.name for path in copy.iterdir()} == {*left.files, files.MANIFEST}
-    # What a process that was killed leaves is no hindrance.
-    (copy / f".{graph_file('conditioner')}.part").write_bytes(b"half")
+    # What a process that was killed leaves is no hindrance, and goes.
+    code = (
+        "import os, sys; from higen.bundle import Bundle; from higen.export.place import writing\n"
+        "with writing(Bundle.open(sys.argv[1])) as place:\n"
+        "    place.beside('conditioner.onnx').write_bytes(b'half'); os.kill(os.getpid(), 9)"
+    )
+    subprocess.run([sys.executable, "-c", code, str(copy)], check=False)
+    assert len([path for path in copy.iterdir() if path.name.startswith(".higen-")]) == 2
     again = export_model(left, EXPORTED)
     assert all(again.file(graph_file(name)) for name in EXPORTED)
     assert {path.name for path in copy.iterdir()} == {*again.files, files.MANIFEST}

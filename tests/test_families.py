@@ -48,21 +48,25 @@ def test_the_first_family_is_always_there() -> None:
     assert families.checkpoint(families.FIRST).recognise is not None
 
 
-def test_this_distribution_declares_its_family() -> None:
+def test_this_distribution_declares_its_families() -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    assert project["entry-points"][families.GROUP] == {"higen": "higen.families.higen"}
+    assert project["entry-points"][families.GROUP] == {
+        name: f"higen.families.{name}" for name in ("higen", "stable_diffusion")
+    }
 
 
 @pytest.mark.usefixtures("installed")
 def test_whoever_installs_an_entry_point_adds_a_family() -> None:
-    assert families.installed() == ("higen", "stranger")
+    assert families.installed() == ("higen", "stable_diffusion", "stranger")
     assert families.network("stranger") is families.network("higen")
 
 
 @pytest.mark.usefixtures("installed")
 @pytest.mark.parametrize("find", [families.network, families.checkpoint])
 def test_an_unknown_family_names_what_is_installed(find: Any) -> None:
-    with pytest.raises(UnknownFamily, match=r"^family='svd': not installed here; installed are higen, stranger"):
+    with pytest.raises(
+        UnknownFamily, match=r"^family='svd': not installed here; installed are higen, stable_diffusion, stranger"
+    ):
         find("svd")
 
 

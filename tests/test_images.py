@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -48,6 +49,24 @@ def test_resampling_has_its_corners_aligned() -> None:
     line = np.linspace(-1, 1, 9)
     np.testing.assert_allclose((resampling(9, 17) @ line)[2:-2], np.linspace(-1, 1, 17)[2:-2], atol=1e-12)
     np.testing.assert_allclose((resampling(9, 17) @ line)[[0, -1]], [-1, 1], atol=1e-12)
+
+
+@pytest.mark.parametrize("wrap", [np.float32, np.float64, torch.tensor, lambda values: torch.tensor(values).double()])
+def test_floats_from_0_to_1_are_the_bytes_of_the_same_picture(wrap: Callable[[np.ndarray], object]) -> None:
+    pixels = picture(16, 24)
+    np.testing.assert_array_equal(load_image(wrap(pixels / np.float32(255)), 24, 16), load_image(pixels, 24, 16))
+    np.testing.assert_array_equal(load_image(torch.from_numpy(pixels), 24, 16), load_image(pixels, 24, 16))
+    clip = np.stack([pixels] * 3)
+    np.testing.assert_array_equal(load_clip(wrap(clip / np.float32(255)), 2, 24, 16), load_clip(clip, 2, 24, 16))
+
+
+@pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, 255.0), (0.0, np.inf), (np.nan, 1.0)])
+def test_floats_of_another_range_are_refused_with_theirs(low: float, high: float) -> None:
+    pixels = np.full((8, 8, 3), low)
+    pixels[0, 0, 0] = high
+    with pytest.raises(RequestError, match=r"^sketch has values from .* to .*: uint8 \[H,W,3\] is wanted, or floats"):
+        load_image(pixels, 8, 8, "sketch")
+    np.testing.assert_array_equal(load_image(np.full((8, 8, 3), 1.0005), 8, 8), np.ones((3, 8, 8), np.float32))
 
 
 def test_a_picture_covers_the_size_and_is_cropped_in_the_middle() -> None:
@@ -123,7 +142,8 @@ def test_a_clip_has_enough_frames() -> None:
 
 
 @pytest.mark.parametrize(
-    "clip", [np.zeros((3, 8, 8), np.uint8), np.zeros((3, 8, 8, 3)), np.zeros((3, 8, 8, 4), np.uint8), None, [1], b"x"]
+    "clip",
+    [np.zeros((3, 8, 8), np.uint8), np.zeros((3, 8, 8, 3), int), np.zeros((3, 8, 8, 4), np.uint8), None, [1], b"x"],
 )
 def test_what_is_no_clip(clip: object) -> None:
     with pytest.raises(RequestError, match=r"^footage is a .*: a video file, a Video or uint8 frames \[n,H,W,3\]$"):

@@ -549,6 +549,57 @@ def test_warnings_go_to_the_request_that_asked(folder: Path) -> None:
     assert len(told) == 2
 
 
+@pytest.mark.parametrize("text", ["a submarine", "a " * 40])
+def test_a_warning_says_which_text_it_means(folder: Path, text: str) -> None:
+    pipeline, _ = pipeline_of(folder)
+
+    def told(prompt: Any, **options: Any) -> list[str]:
+        found: list[Warning] = []
+        pipeline(prompt, warn=found.append, **options)
+        return [str(warning).partition(":")[0].partition(" has ")[0] for warning in found]
+
+    assert told(text) == ["prompt"]
+    assert told("a kite", negative_prompt=text) == ["negative_prompt"]
+    assert told(["a kite", text, "a red kite"]) == ["prompt 2 of 3"]
+    assert told([text, text], negative_prompt=text) == ["prompt 1 of 2"]  # the same text is read once
+
+
+# Previews
+
+
+def painting(origin: str, manifest: Manifest = MANIFEST) -> tuple[Manifest, Mapping[str, Any]]:
+    """Tables whose decoder adds the latents of a loop."""
+    still = Tensor("still", ("B", "C", "H", "W"), source=origin)
+    tables = changed(manifest, "paint", inputs=(*MANIFEST.stage("paint").inputs, still), batch=False)
+    return tables, {"paint": lambda z, still: paint(z=z + still)}
+
+
+def test_a_preview_of_a_decoder_that_is_fed_by_a_loop(folder: Path) -> None:
+    """It shows the estimate: of that loop itself, or with the last latents of one that has run."""
+    tables, formulas = painting("draft.latents")
+    pipeline, _ = pipeline_of(folder, tables, formulas)
+    stream, last = pipeline.stream("a kite", frames=3), np.zeros(0)
+    for event in stream:
+        if isinstance(event, Step):
+            still = event.previous if event.loop == "draft" else last
+            last = event.latents if event.loop == "draft" else last
+            pixels = paint(z=event.previous[0].swapaxes(0, 1) + still[:, :, 0])["pixels"].transpose(0, 2, 3, 1)
+            wanted = np.trunc(255 * np.clip(pixels / 2 + 0.5, 0, 1))
+            np.testing.assert_allclose(stream.preview()[0], wanted, atol=1)
+    np.testing.assert_array_equal(stream.preview().shape, stream.videos[0].frames[None].shape)
+
+
+def test_a_preview_that_needs_a_loop_of_later_says_so(folder: Path) -> None:
+    tables, formulas = painting("film.latents", replace(MANIFEST, sizes=replace(MANIFEST.sizes, frames=(2, 5, 9))))
+    pipeline, _ = pipeline_of(folder, tables, formulas)
+    stream = pipeline.stream("a kite", frames=3)
+    next(stream)
+    with pytest.raises(RequestError, match="preview: it needs the latents of the loop film, which has not run yet"):
+        stream.preview()
+    assert len(list(stream)) > 3
+    assert stream.videos
+
+
 # Bars
 
 
@@ -593,6 +644,58 @@ def test_a_stream_closed_by_another_thread_stops_after_its_step(folder: Path) ->
     with pytest.raises(RequestError, match="not been read to its end"):
         _ = stream.videos
     assert len(pipeline("a kite")) == 5
+
+
+def test_a_stream_may_be_read_by_several_threads(folder: Path) -> None:
+    pipeline, _ = pipeline_of(folder)
+    alone = list(pipeline.stream("a kite", steps=40))
+    stream, seen, failed = pipeline.stream("a kite", steps=40), list[object](), list[Exception]()
+
+    def read() -> None:
+        try:
+            seen.extend(stream)
+        except Exception as error:
+            failed.append(error)
+
+    readers = [threading.Thread(target=read) for _ in range(4)]
+    for reader in readers:
+        reader.start()
+    for reader in readers:
+        reader.join()
+    assert failed == []
+    assert len(seen) == len(alone)
+    assert len(stream.videos[0]) == 5
+
+
+def test_a_stream_closed_from_within_its_own_work_ends(folder: Path) -> None:
+    """A handler of Ctrl-C runs in the thread that makes a step."""
+
+    class Stops(Formulas):
+        def run(self, stage: str, /, **tensors: Any) -> Mapping[str, Any]:
+            if stage == "film_two":
+                stream.close()
+            return super().run(stage, **tensors)
+
+    pipeline = Pipeline(Bundle.open(folder), Stops(MANIFEST))
+    stream = pipeline.stream("a kite", steps=(1, 50))
+    assert [event.index for event in stream if isinstance(event, Step) and event.loop == "film"] == [0]
+
+
+def test_nothing_goes_on_after_close_whatever_the_backend(folder: Path) -> None:
+    pipeline, _ = pipeline_of(folder)
+    request = pipeline.request("a kite")
+    pipeline.close()
+    pipeline.close()
+    for call in (
+        lambda: pipeline("a kite"),
+        lambda: pipeline.image("a kite"),
+        lambda: next(pipeline.stream("a kite")),
+        lambda: pipeline.make(request),
+        lambda: pipeline.prepare(),
+        lambda: pipeline.prepare(request),
+    ):
+        with pytest.raises(BackendError, match=r"^the pipeline was closed: load the model again$"):
+            call()
 
 
 @pytest.mark.parametrize("backend", ["onnx", "torch"])

@@ -134,6 +134,19 @@ def setting(path: str, value: Any) -> Callable[[Document], None]:
     return lambda document: put(document, path, value)
 
 
+def one_frame_after_a_clip(key: str, value: Any) -> Callable[[Document], None]:
+    """The loop over frames runs first, and `key` of the loop of one frame is `value`."""
+
+    def change(document: Document) -> None:
+        for stage in ("film_two", "film_one"):
+            put(document, f"stages.{stage}.inputs.still.source", "look.seen")
+        document["loops"].reverse()
+        put(document, "loops.draft.replaced", None)
+        put(document, f"loops.draft.{key}", value)
+
+    return change
+
+
 def twice(table: str, name: str) -> Callable[[Document], None]:
     return lambda document: document[table].append(row(document, table, name))
 
@@ -204,6 +217,21 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
         "a mix with a later loop",
         setting("loops.draft.noise.mix", {"loop": "film", "scale": 1.0}),
         r"loops\.draft\.noise\.mix\.loop='film': an earlier loop|stages: the sources form a circle",
+    ),
+    (
+        "a clip's latents mixed into a loop of one frame",
+        one_frame_after_a_clip("noise", {"purpose": 3, "offset": None, "mix": {"loop": "film", "scale": 1.0}}),
+        r"loops\.draft\.noise\.mix\.loop='film': has the clip's frames, and draft has one",
+    ),
+    (
+        "a loop of one frame replaced by a clip's latents",
+        one_frame_after_a_clip("replaced", {"control": "sketch", "latents": "film.latents"}),
+        r"loops\.draft\.replaced\.latents='film': has the clip's frames, and draft has one",
+    ),
+    (
+        "a loop of one frame that begins from a clip's latents",
+        one_frame_after_a_clip("start", {"control": "sketch", "latents": "film.latents", "strength": 0.5}),
+        r"loops\.draft\.start\.latents='film': has the clip's frames, and draft has one",
     ),
     (
         "a denoising stage as a source",

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import PIL.Image
 import pytest
+import torch
 from numpy.typing import NDArray
 
 import higen
@@ -329,7 +330,11 @@ def bad_pictures(folder: Path) -> dict[str, Any]:
         "a folder": folder,
         "no picture": folder / "text.png",
         "truncated": str(folder / "cut.png"),
-        "floats": np.zeros((16, 24, 3)),
+        "floats": np.full((16, 24, 3), 127.0),
+        "not a number": np.full((16, 24, 3), np.nan),
+        "whole numbers": np.zeros((16, 24, 3), np.int64),
+        "truth values": np.zeros((16, 24, 3), bool),
+        "channels of a tensor": torch.zeros(3, 16, 24),
         "grey": np.zeros((16, 24), np.uint8),
         "channels": np.zeros((3, 16, 24), np.uint8),
         "four channels": np.zeros((16, 24, 4), np.uint8),

@@ -19,6 +19,7 @@ from conftest import full_disk
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from higen import cpu
 from higen.api import default_model
 from higen.bundle import Bundle
 from higen.errors import SettingsError, TrainingError
@@ -395,7 +396,9 @@ def test_a_full_disk_leaves_the_earlier_latents(tmp_path: Path, monkeypatch: pyt
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
-def test_the_recipe_holds_its_folder_from_beginning_to_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_recipe_holds_its_folder_from_beginning_to_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     parts = []
 
     def part(name: str) -> Any:
@@ -421,5 +424,10 @@ def test_the_recipe_holds_its_folder_from_beginning_to_end(tmp_path: Path, monke
     with claimed(tmp_path), pytest.raises(TrainingError, match="another process is training there"):
         recipe.run(tmp_path, tmp_path / "model")
     assert parts == []
+    monkeypatch.setattr(cpu, "flags", lambda: frozenset({"avx2"}))
+    recipe.run(tmp_path, tmp_path / "model", bf16=True)
+    assert "ten times as long as in float32: leave --bf16 out" in capsys.readouterr().out
     recipe.run(tmp_path, tmp_path / "model")
+    assert capsys.readouterr().out == f"4 npm packages are fetched into {tmp_path / 'data'}, about 700 MB in all four\n"
+    del parts[: len(parts) // 2]
     assert parts == ["fetch", "train", "write", "_train", "assemble", "draw", "train", "assemble"]

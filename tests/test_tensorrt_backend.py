@@ -739,7 +739,8 @@ def test_availability_says_what_is_missing(rtx: Machine) -> None:
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:x", "cuda:-1", "tpu"])
 def test_a_device_that_is_no_gpu(rtx: Machine, device: str) -> None:
-    with pytest.raises(BackendUnavailable, match="TensorRT runs on 'cuda'"):
+    allowed = "TensorRT runs on 'cuda'" if device == "cpu" else "'cuda', or a GPU by its number"
+    with pytest.raises(BackendUnavailable, match=f"^device={device!r}: .*{allowed}"):
         rtx.backend(device=device)
 
 
@@ -747,6 +748,42 @@ def test_a_gpu_that_is_not_there(rtx: Machine) -> None:
     rtx.build("vae_decoder")
     with pytest.raises(NoDevice, match="device='cuda:1': there are 1 GPUs here"):
         rtx.backend(device="cuda:1").prepare("vae_decoder")
+
+
+@pytest.mark.parametrize(
+    ("device", "index", "named"), [("cuda:1", 1, "cuda:1"), ("cuda", 0, "cuda"), (None, 0, "cuda")]
+)
+def test_a_gpus_number_reaches_the_driver(rtx: Machine, device: str | None, index: int, named: str) -> None:
+    rtx.build("vae_decoder")
+    rtx.driver.devices, chosen = 2, list[int]()
+    get = rtx.driver.cuDeviceGet
+    rtx.driver.cuDeviceGet = lambda device, number: (chosen.append(number.value), get(device, number))[1]  # type: ignore[method-assign]
+    backend = rtx.backend(device=device)
+    backend.prepare("vae_decoder")
+    assert chosen == [index]
+    assert backend.describe("vae_decoder").startswith(f"{named}, ")
+    backend.close()
+
+
+def test_nothing_is_loaded_again_after_close(rtx: Machine) -> None:
+    rtx.build("vae_decoder")
+    backend = rtx.backend()
+    backend.prepare("vae_decoder")
+    cuda_ = backend._cuda
+    assert cuda_ is not None
+    array = cuda_.to_device(np.ones(3, np.float32))
+    backend.close()
+    backend.close()
+    for call in (
+        lambda: backend.prepare("vae_decoder"),
+        lambda: backend.choose("vae_decoder"),
+        lambda: backend.run("vae_decoder", latents=np.zeros((1, 32, 4, 6), np.float32)),
+        lambda: array.numpy(),
+    ):
+        with pytest.raises(BackendError, match="the pipeline was closed: load the model again"):
+            call()
+    assert backend.choices == {}
+    assert rtx.driver.current is False
 
 
 @pytest.mark.parametrize(

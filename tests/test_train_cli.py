@@ -52,7 +52,7 @@ def test_a_run_is_trained_and_exported(tmp_path: Path, tiny_model: Path) -> None
     assert CliRunner().invoke(main, ["train", str(config), "--resume"]).exit_code == 1
     result = CliRunner().invoke(main, ["train", str(config)])
     assert result.stdout.strip() == str(tmp_path / "run" / "model"), result.output
-    assert result.stderr.splitlines()[1].startswith("step 1 of 1: image ")
+    assert result.stderr.splitlines()[-1].startswith("step 1 of 1: image ")
     result = CliRunner().invoke(main, ["train", str(config), "--export", str(tmp_path / "out")])
     assert result.exit_code == 0
     assert Bundle.open(tmp_path / "out").files == Bundle.open(tmp_path / "run" / "model").files
@@ -157,3 +157,15 @@ def test_cues_of_a_trimmed_video_are_those_of_what_it_shows(tmp_path: Path, tiny
     whole = CliRunner().invoke(main, ["cues", str(video), *options])
     assert whole.exit_code == 0, whole.output
     assert len(json.loads(whole.stdout)["appearance"]) == 13
+
+
+def test_cues_say_what_the_video_was_sampled_at_and_where_it_is_cut(tmp_path: Path, tiny_model: Path) -> None:
+    shots = [moving_square(shade, 8) for shade in (20, 200)]
+    Video(np.concatenate(shots), 10).save(tmp_path / "a.webm")
+    result = CliRunner().invoke(main, ["cues", str(tmp_path / "a.webm"), "--model", str(tiny_model), "--json"])
+    numbers = json.loads(result.stdout)
+    assert numbers["fps"] == 10
+    assert len(numbers["motion"]) == 15
+    lines = result.stderr.splitlines()
+    assert "the video is sampled at 10 frames a second, in whole strides of its own, not at 8" in lines
+    assert lines == [line for line in lines if "appearance" in line] + numbers["notes"]

@@ -88,6 +88,31 @@ def test_a_list_names_paths_and_captions(tmp_path: Path, suffix: str) -> None:
         ("l.jsonl", '{"path": "a.mp4", "caption": 3}\n', r"line 1: caption=3: a text is wanted$"),
         ("l.jsonl", "[1]\n", r"line 1: \[1\]: an object with the texts 'path' and 'caption' is wanted$"),
         ("l.jsonl", "{\n", "line 1: not JSON"),
+        (
+            "l.jsonl",
+            '{"path": "a.mp4", "caption": "x", "caption": "y"}',
+            "line 1: the key 'caption' stands there twice",
+        ),
+        (
+            "l.jsonl",
+            '{"path": "a.mp4", "caption": "x\\u0000"}',
+            r"line 1: caption='x\\x00': line 1: the character U\+0000",
+        ),
+        ("l.jsonl", '{"path": "a.mp4", "caption": "\\ud800"}', r"line 1: caption=.*U\+D800"),
+        ("l.jsonl", '{"path": "a.mp4", "caption": "' + "x" * 100_001 + '"}', "line 1: .*100001 characters: at most"),
+        ("l.jsonl", "x\n\ny\n" * 4, "line 1: not JSON.*; line 3: not JSON.*; 8 malformed rows in all$"),
+        ("l.csv", "path,caption\na.mp4,a dog, a cat\n", "line 2: 3 values for 2 columns: .* between double quotes$"),
+        ("l.csv", "path,caption\na.mp4,x\nb.mp4,a,b\nc.mp4,d,e\n", "line 3: 3 values .*; line 4: 3 values"),
+        ("l.csv", 'path,caption\na.mp4,"a dog\nb.mp4,a cat\n', "line 2: unexpected end .*a double quote is not closed"),
+        ("l.csv", 'path,caption\na.mp4,"a dog\nb.mp4,a cat"\n', "line 2: a double quote is not closed, and the next"),
+        ("l.csv", 'path,caption\na.mp4,"a" dog\n', "line 2: ',' expected after '\"'"),
+        ("l.csv", 'path,caption\na.mp4, "a dog"\n', "line 2: white space before a double quote"),
+        ("l.csv", 'path,caption\n"a\nb.png",x\n', "line 2: "),
+        ("l.csv", "path;caption\na.mp4;x\n", "it has 'path;caption': its columns are divided by ';', a comma is"),
+        ("l.csv", "path\tcaption\na.mp4\tx\n", r"divided by '\\t', a comma is wanted$"),
+        ("l.csv", "a.mp4,x\nb.mp4,y\n", "it is a row already, and the first line must be path,caption$"),
+        ("l.csv", "Path, Caption\na.mp4,x\n", "write path,caption in lower case and without spaces$"),
+        ("l.csv", "path,caption,caption\na.mp4,x,y\n", "the column 'caption' stands there twice$"),
         ("l.parquet", "x", r"a folder, or a \.jsonl or \.csv file"),
     ],
 )
@@ -95,6 +120,59 @@ def test_a_malformed_list_is_one_error(tmp_path: Path, name: str, text: str, mes
     (tmp_path / name).write_text(text)
     with pytest.raises(SettingsError, match=message):
         list_items(tmp_path / name)
+
+
+def test_a_list_of_a_spreadsheet_loses_nothing(tmp_path: Path) -> None:
+    """Quoted commas, doubled quotes, lines within a caption, empty columns at the end, empty rows."""
+    file = tmp_path / "l.csv"
+    text = 'path,caption,,\r\na.mp4,"a dog, ""Rex""",,\r\n\r\nb.mp4,"two\r\nlines",,\r\n._a.mp4,x,,\r\n'
+    file.write_bytes(text.encode("utf-8-sig"))
+    listing = list_items(file)
+    assert [(item.name, item.caption) for item in listing.items] == [("a.mp4", 'a dog, "Rex"'), ("b.mp4", "two\nlines")]
+    assert listing.skipped == {"._a.mp4": "macOS keeps a file's attributes in it"}
+
+
+def test_hidden_files_are_no_items_and_case_does_not_matter(tmp_path: Path) -> None:
+    folder = tmp_path / ".clips"  # hidden itself
+    files = ("a.mp4", "B.MP4", "c.webm", "._a.mp4", ".trash/d.mp4", "deep/e.mp4", "deep/.f.mp4", "odd.m2v", "alone.txt")
+    for name in files:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(b"\0\5\x16\7\0\2\0\0Mac OS X" if "._" in name else b"x")
+    for name in ("a.txt", "a.caption", "B.TXT", "c.Caption", ".trash/d.txt", "deep/e.txt", "odd.txt"):
+        (folder / name).write_text(name)
+    (folder / "link").symlink_to(folder / "deep", target_is_directory=True)
+    listing = list_items(folder)
+    assert [(item.name, item.caption) for item in listing.items] == [
+        ("B.MP4", "B.TXT"),
+        ("a.mp4", "a.txt"),
+        ("c.webm", "c.Caption"),
+        ("deep/e.mp4", "deep/e.txt"),
+    ]
+    assert listing.skipped == {
+        "alone.txt": "no picture or video of its name beside it",
+        "link": "a link to a folder is not followed",
+        "odd.m2v": "its suffix '.m2v' is unknown",
+    }
+
+
+def test_a_broken_caption_is_found_as_the_data_set_is_listed(tmp_path: Path) -> None:
+    folder = write_clips(tmp_path / "clips", captions=("fine", *"abcd"))
+    for i, text in enumerate((b"caf\xe9", b"a\0b", b"x" * 2**20, b"x" * 100_001), 1):
+        (folder / f"clip{i}.txt").write_bytes(text)
+    listing = list_items(folder)
+    assert [item.caption for item in listing.items] == ["fine"]
+    assert listing.skipped == {
+        f"clip{i}.webm": f"its caption cannot be used: clip{i}.txt: {reason}"
+        for i, reason in enumerate(
+            (
+                "line 1: not UTF-8 (byte 0xe9): save it as UTF-8",
+                "line 1: the character U+0000, which no text has: take it out",
+                "1048576 bytes: at most 400000",
+                "100001 characters: at most 100000",
+            ),
+            1,
+        )
+    }
 
 
 def test_a_folder_without_items_or_no_folder_is_one_error(tmp_path: Path) -> None:
@@ -115,7 +193,7 @@ def test_a_caption_that_is_not_utf_8_costs_its_own_file(tmp_path: Path) -> None:
     listing = list_items(folder)
     assert [item.name for item in listing.items] == ["clip0.webm"]
     assert listing.skipped == {
-        "clip1.webm": "its caption is not UTF-8",
+        "clip1.webm": "its caption cannot be used: clip1.txt: UTF-16: save it as UTF-8",
         "clip2.webm": "its caption cannot be read: Is a directory",
     }
 
@@ -157,7 +235,8 @@ def test_frames_are_those_shown_at_the_wanted_rate() -> None:
     assert choose_frames(source, 8.0, 4, 0.0).tolist() == [0, 3, 6, 9]
     assert choose_frames(source, 8.0, 4, 1.0).tolist() == [18, 21, 24, 27]
     assert choose_frames(source, 24.0, 30, 0.5).tolist() == list(range(30))
-    assert choose_frames(source + 5.0, 10.0, 5, 0.0).tolist() == [0, 2, 5, 7, 10]  # 2.4 4.8 7.2 9.6
+    assert choose_frames(source + 5.0, 10.0, 5, 0.0).tolist() == [0, 2, 4, 6, 8]  # whole strides: 12 a second
+    assert choose_frames(source + 5.0, 7.0, 5, 0.0).tolist() == [0, 3, 7, 10, 14]  # 3.4 6.9 10.3 13.7
     with pytest.raises(Unusable, match="shorter than 11 frames at 8 frames a second"):
         choose_frames(source, 8.0, 11, 0.0)
     with pytest.raises(Unusable, match="slower than 30 frames a second"):
@@ -401,6 +480,16 @@ def test_a_data_set_of_unusable_files_is_one_error(tmp_path: Path, encoder: Enco
     (tmp_path / "stills" / "a.txt").write_text("a")
     with pytest.raises(SettingsError, match=r"data\.videos=2: the data set has no videos; set it to 0"):
         reader(tmp_path / "stills", encoder)
+
+
+def test_what_is_sampled_at_another_rate_is_noted(tmp_path: Path, encoder: EncoderStage) -> None:
+    folder = write_clips(tmp_path / "clips", fps=10)
+    going = reader(folder, encoder)
+    for step in range(3):
+        going.samples(VIDEO, step, range(2))
+    line = "sampled at another rate: every frame, 10 a second for 8"
+    assert going.listing.notes == {f"clip{i}.webm": line for i in range(3)}
+    assert summary(going.listing.notes, "read otherwise") == "3 files read otherwise (3 sampled at another rate)"
 
 
 def test_openclip_features_come_from_a_transformers_folder(tmp_path: Path) -> None:

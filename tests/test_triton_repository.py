@@ -134,6 +134,14 @@ def test_where_the_stages_run(bundle: Bundle, tmp_path: Path, device: str, kind:
     assert stages == dict.fromkeys(bundle.manifest.stage_names, "onnxruntime")
 
 
+@pytest.mark.parametrize(("device", "gpus"), [("gpu:1", [1]), ("cuda:12", [12]), ("cuda", None)])
+def test_stages_on_one_gpu(bundle: Bundle, tmp_path: Path, device: str, gpus: list[int] | None) -> None:
+    write_repository(bundle, tmp_path / "repository", Settings(device=device))
+    text = (tmp_path / "repository" / "text_encoder" / "config.pbtxt").read_text()
+    assert "kind: KIND_GPU" in text
+    assert settings_of(text, "gpus") == ([json.dumps(gpus)] if gpus else [])
+
+
 def test_a_stage_s_configuration(bundle: Bundle) -> None:
     text = stage_config(
         bundle.manifest.stage("text_encoder"),
@@ -334,6 +342,8 @@ def test_a_broken_engine_is_not_passed_over_in_silence(model: Bundle, tmp_path: 
     ("settings", "message"),
     [
         ({"device": "tpu"}, "device='tpu': one of 'cpu', 'gpu'"),
+        *(({"device": name}, "device=.*: one of 'cpu'") for name in ("cuda:banana", "cuda:-1", "gpu:", "cpu:7", "")),
+        *(({"device": name}, "device=.*: one of 'cpu'") for name in ("cuda:01", "GPU", "gpu:1 ", None)),
         ({"precision": "fp8"}, "precision='fp8': one of 'fp32'"),
         ({"max_batch": 0}, "max_batch=0: a whole number from 1"),
         ({"slots": True}, "slots=True"),

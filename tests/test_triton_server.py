@@ -110,7 +110,7 @@ def sse(server: Server, body: Any) -> tuple[int, list[dict[str, Any]]]:
     """Status and events of a request by HTTP and server-sent events."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     status, text = http_request(server, "POST", "/v2/models/higen/generate_stream", raw)
-    return status, [json.loads(line.removeprefix("data:")) for line in text.splitlines() if line.strip()]
+    return status, [json.loads(line.removeprefix("data:")) for line in text.split("\n") if line.strip()]
 
 
 TEMPORAL = ("temporal_unet", "temporal_unet_plain")
@@ -322,6 +322,48 @@ WRONG: list[tuple[dict[str, Any], str]] = [
 ]
 
 
+NO_PNG = base64.b64encode(b"\x89PNG\r\n\x1a\n...").decode()
+WRONG_BODIES: list[tuple[Any, str]] = [
+    ({"prompt": "a whale", "steps": 0}, "steps=0: a whole number from 1 to 1000"),
+    ({"prompt": "a whale", "colour": "red"}, "colour: unknown; a request takes prompt"),
+    ({"prompt": "a whale", "colour": ["red"]}, "'colour': unknown; a request takes prompt"),
+    ({"steps": 2}, "prompt"),
+    ({"prompt": ""}, "prompt=''"),
+    ({"prompt": "x" * 20_000_000}, f"at most {MAX_PROMPT} characters"),
+    ({"prompt": "a whale", "steps": "many"}, "steps='many': a whole number of 32 bits is wanted"),
+    ({"prompt": "a whale", "steps": True}, "steps=True: a whole number"),
+    ({"prompt": "a whale", "steps": 1.5}, "steps=1.5: a whole number"),
+    ({"prompt": "a whale", "frames": 10**6}, "frames=1000000: a whole number from 1 to"),
+    ({"prompt": "a whale", "frames": 2**32 + 5}, "frames=4294967301: a whole number of 32 bits"),
+    ({"prompt": "a whale", "seed": -1}, "seed=-1: a whole number from 0"),
+    ({"prompt": "a whale", "seed": 2**64}, "seed=18446744073709551616: a whole number from 0"),
+    ({"prompt": "a whale", "motion": "fast"}, "motion='fast': a number is wanted"),
+    ({"prompt": "a whale", "motion": None}, "motion=None: a number is wanted"),
+    ({"prompt": "a whale", "motion": [1e39]}, "motion=1e+39: a number is wanted"),
+    ({"prompt": "a whale", "motion": [-1]}, "motion"),
+    (b'{"prompt": "a whale", "motion": NaN}', "motion"),
+    ({"prompt": "a whale", "guidance": [[1.0]]}, "guidance: a flat list is wanted"),
+    ({"prompt": "a whale", "return_latents": "yes"}, "return_latents='yes': true or false is wanted"),
+    ({"prompt": "a whale", "image_file": "nothing"}, "image_file: one PNG or JPEG file"),
+    (
+        {"prompt": "a whale", "image_file": base64.b64encode(b"\x89PNG\r\n\x1a\n...").decode()},
+        "image_file: cannot be read",
+    ),
+    ({"prompt": 7}, "prompt=7: a text is wanted"),
+    ({"prompt": ["a", "b"]}, "prompt: one text is wanted"),
+    ({"prompt": []}, "prompt is empty"),
+    ({"prompt": "a whale", "id": 5}, "id=5: a text is wanted"),
+    (b'{"prompt": "a whale", "prompt": "a dog"}', "'prompt': stands in the body twice"),
+    (b'{"prompt": "\\ud800"}', "a text is wanted"),
+    (b'{"prompt": "\xff\xfe"}', "the body is not valid UTF-8: invalid start byte at byte 12"),
+    (b"{", "the body is no JSON: Expecting property name"),
+    (b"", "the body is no JSON"),
+    (b"[1]", "the body is a JSON object"),
+    (b"[" * 100_000, "the body is no JSON"),
+    (b"\xff\x00", "the body is not valid UTF-8"),
+]
+
+
 def test_wrong_requests_get_a_clear_error_and_disturb_nobody(server: Server, pipeline: Pipeline) -> None:
     with ThreadPoolExecutor(1) as threads:
         good = threads.submit(ask, server, seed=5, steps=[12, 12])
@@ -329,19 +371,52 @@ def test_wrong_requests_get_a_clear_error_and_disturb_nobody(server: Server, pip
             with pytest.raises(RequestError) as caught:
                 ask(server, **options)
             assert message in str(caught.value)
-        for body, wanted, message in (
-            ({"prompt": "a whale", "steps": 0}, 400, "steps=0: a whole number from 1 to 1000"),
-            ({"prompt": "a whale", "colour": "red"}, 400, "colour: unknown; a request takes prompt"),
-            ({"steps": 2}, 400, "prompt"),
-            ({"prompt": "a whale", "steps": "many"}, 500, "Unable to parse"),  # Triton's own words and codes
-            ({"prompt": 7}, 500, "Unable to parse"),
-            (b"{", 500, "failed to parse"),
-            (b"\xff\x00", 500, "failed to parse"),
-        ):
+        for body, message in WRONG_BODIES:
             status, (answer,) = sse(server, body)
-            assert (status, message in answer["error"]) == (wanted, True), (body, status, answer)
+            assert (status, message in answer["error"]) == (400, True), (body, status, answer)
+            assert "\n" not in answer["error"]
+        for endpoint in ("generate", "infer"):
+            status, answer = http_request(server, "POST", f"/v2/models/higen/{endpoint}", b'{"prompt": "a whale"}')
+            assert (status, "POST it to generate_stream" in answer) == (400, True)
         assert_same(good.result(120), alone(pipeline, seed=5, steps=[12, 12]))
     assert get(server, "/v2/models/higen")["name"] == "higen"
+
+
+def metrics(server: Server) -> dict[str, float]:
+    """The server's metrics by name and labels, as Prometheus reads them."""
+    with closing(http.client.HTTPConnection(server.metrics, timeout=120)) as connection:
+        connection.request("GET", "/metrics")
+        lines = connection.getresponse().read().decode().splitlines()
+    return {name: float(value) for name, _, value in (line.rpartition(" ") for line in lines if line[0] != "#")}
+
+
+def test_metrics_count_requests_and_frames(server: Server, pipeline: Pipeline) -> None:
+    labels = f'name="{pipeline.manifest.name}"'
+    before = metrics(server)
+    ask(server, steps=1)
+    ask(server, steps=1)
+    with pytest.raises(RequestError):
+        ask(server, steps=0)
+    with closing(stream(server.grpc, "a whale", timeout=120, **LONG)) as events:
+        next(events)
+        assert metrics(server)[f"higen_requests_active{{{labels}}}"] == 1
+    cancelled = f'higen_requests_total{{{labels},outcome="cancelled"}}'
+    wait_for(lambda: metrics(server)[cancelled] == before[cancelled] + 1)
+    counted = {name: now - before[name] for name, now in metrics(server).items() if name.startswith("higen_")}
+    assert counted[f'higen_requests_total{{{labels},outcome="done"}}'] == 2
+    assert counted[f'higen_requests_total{{{labels},outcome="refused"}}'] == 1
+    assert counted[f"higen_frames_total{{{labels}}}"] == 2 * SMALL["frames"]
+    assert metrics(server)[f"higen_requests_active{{{labels}}}"] == 0
+    assert metrics(server)['nv_inference_count{model="spatial_unet",version="1"}'] > 0
+
+
+def test_a_client_that_sends_its_body_in_chunks_is_served(server: Server) -> None:
+    body = json.dumps({"prompt": "a whale", "steps": [1, 1], **SMALL, "encoding": "png"}).encode()
+    with closing(http.client.HTTPConnection(server.http, timeout=120)) as connection:
+        parts = (body[i : i + 7] for i in range(0, len(body), 7))
+        connection.request("POST", "/v2/models/higen/generate_stream", parts, {"Expect": "100-continue"})
+        answer = connection.getresponse()
+        assert (answer.status, b'"event":"done"' in answer.read()) == (200, True)
 
 
 def test_a_wrong_type_or_rank_is_refused_by_triton(server: Server) -> None:
@@ -403,7 +478,7 @@ def test_a_repository_that_does_not_load_says_why(repository: Path, tmp_path: Pa
 def command(repository: Path) -> tuple[subprocess.Popen[str], int]:
     """The README's command, as soon as it serves; and the server's process."""
     line = [sys.executable, "-m", "higen.engines.triton.server", str(repository)]
-    ports = [f"--{name}-port={port}" for name, port in zip(("http", "grpc"), free_ports(2), strict=True)]
+    ports = [f"--{name}-port={port}" for name, port in zip(("http", "grpc", "metrics"), free_ports(3), strict=True)]
     process = subprocess.Popen([*line, *ports], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert "Ctrl-C" in process.stdout.readline()

@@ -25,7 +25,7 @@ from higen.bundle import Bundle
 from higen.engines.triton.client import request_tensors
 from higen.engines.triton.config import orchestrator_config
 from higen.engines.triton.interface import COMMON_INPUTS, OUTPUTS, inputs, read_request
-from higen.engines.triton.service import Limits, Service
+from higen.engines.triton.service import Limits, Meter, Service
 from higen.errors import BackendError, Cancelled, HigenError, ModelError, PromptWarning, RequestError, RetryLater
 from higen.pipeline import Pipeline
 from higen.request import MAX_PROMPT
@@ -368,6 +368,42 @@ def test_closing_fails_what_is_open_with_an_error_to_retry_on(pipeline: Pipeline
     closing.join(30)
     assert isinstance(answered(client).error, RetryLater)
     assert isinstance(answered(ask(made)).error, RetryLater)
+
+
+class Counted(Meter):
+    """What a meter is told."""
+
+    def __init__(self) -> None:
+        self.outcomes: list[str] = []
+        self.loads: list[tuple[int, int]] = []
+        self.sent = 0
+
+    def ended(self, outcome: str) -> None:
+        self.outcomes.append(outcome)
+
+    def load(self, active: int, waiting: int) -> None:
+        self.loads.append((active, waiting))
+
+    def frames(self, count: int) -> None:
+        self.sent += count
+
+
+def test_a_meter_is_told_of_every_request(pipeline: Pipeline) -> None:
+    meter = Counted()
+    made = Service(pipeline, pipeline.backend, LIMITS, meter)
+    good = answered(ask(made))
+    answered(ask(made, steps=0))
+    answered(ask(made, guidance=RowBackend.POISON))
+    left = Client()
+    left.gone = True
+    made.accept({"prompt": np.array([b"a whale"], object), "steps": np.array([500], np.int32)}, left)
+    answered(left)
+    made.close()
+    answered(ask(made))
+    assert meter.outcomes == ["done", "refused", "failed", "cancelled", "full"]
+    assert meter.sent == sum(len(event["frames"]) for event in good.of("frames"))
+    assert meter.loads[0] == (1, 0)
+    assert meter.loads[-1] == (0, 0)
 
 
 def test_limits_as_text() -> None:

@@ -5,4 +5,5 @@ model       the model `higen`            service    what it does, without Triton
 backend     stages as calls to Triton    interface  the names of what `higen` takes and gives
 standin     ONNX Runtime in Python, where Triton's own onnxruntime backend is not installed
 server      starts the CPU server that nvidia-pytriton brings along
+front       its HTTP front                   json_body  checks the bodies of HTTP requests
 """

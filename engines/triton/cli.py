@@ -7,15 +7,15 @@ from pathlib import Path
 
 import click
 
-from higen.terminal import JSON, reported
+from higen.terminal import JSON, PATH, reported
 
 __all__ = ["triton"]
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path))
-@click.argument("repository", type=click.Path(path_type=Path))
-@click.option("--device", default="cpu", show_default=True, help="Where the stages run: cpu or gpu.")
+@click.argument("model", type=PATH)
+@click.argument("repository", type=PATH)
+@click.option("--device", default="cpu", show_default=True, help="Where the stages run: cpu, gpu (every GPU) or gpu:N.")
 @click.option("--precision", default="fp32", show_default=True, help="Which graphs: fp32, fp16 or bf16.")
 @click.option("--engines", help="Use the TensorRT engines in this folder of MODEL/engines; other stages use graphs.")
 @click.option("--max-batch", default=8, show_default=True, help="Samples in a denoising batch.")

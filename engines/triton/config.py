@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from higen.devices import device_index
 from higen.engines.triton.interface import OUTPUTS, Field, inputs
 from higen.engines.triton.service import Limits
 from higen.manifest import Manifest
@@ -13,8 +14,8 @@ from higen.stages import Stage
 
 __all__ = ["KINDS", "orchestrator_config", "stage_config"]
 
-KINDS = {"cpu": "KIND_CPU", "gpu": "KIND_GPU"}
-"""Devices, and Triton's names for them."""
+KINDS = {"cpu": "KIND_CPU", "gpu": "KIND_GPU", "cuda": "KIND_GPU"}
+"""Devices, and Triton's names for them; on "gpu" and "cuda" Triton uses every GPU, on "gpu:N" and "cuda:N" one."""
 
 _TYPES = {"float32": "TYPE_FP32", "int64": "TYPE_INT64"}
 
@@ -46,7 +47,9 @@ def stage_config(
         _tensor(name, tensor.dtype, tensor.shape, fixed, most > 0)
         for name, tensor in zip(stage.graph_outputs, stage.outputs, strict=True)
     ]
-    group: dict[str, Any] = {"kind": _Word(KINDS[device]), "count": instances}
+    group: dict[str, Any] = {"kind": _Word(KINDS[device.partition(":")[0]]), "count": instances}
+    if ":" in device:
+        group["gpus"] = [device_index(device)]
     if profiles:
         group["profile"] = [str(index) for index in profiles]
     config: dict[str, Any] = {

@@ -14,7 +14,7 @@ import triton_python_backend_utils as pb_utils
 from higen.bundle import Bundle
 from higen.engines.triton.backend import TritonBackend
 from higen.engines.triton.interface import Field, inputs
-from higen.engines.triton.service import Event, Limits, Service
+from higen.engines.triton.service import Event, Limits, Meter, Service
 from higen.errors import Cancelled, HigenError, RequestError, RetryLater
 from higen.pipeline import Pipeline
 
@@ -32,7 +32,7 @@ class TritonPythonModel:
         bundle = Bundle.open(folder)
         self._fields = inputs(bundle.manifest)
         backend = TritonBackend(bundle.manifest, json.loads(parameters["stages"]["string_value"]))
-        self._service = Service(Pipeline(bundle, backend), backend, limits)
+        self._service = Service(Pipeline(bundle, backend), backend, limits, _meter(bundle.manifest.name))
 
     def execute(self, requests: Sequence[Any]) -> None:
         """Start the requests; they answer from their own threads."""
@@ -84,6 +84,55 @@ class _Reply:
     def cancelled(self) -> bool:
         with self._lock:
             return self._open and bool(self._sender.is_cancelled())
+
+
+class _Counters(Meter):
+    """A service's numbers among the server's own, for Prometheus."""
+
+    def __init__(self, model: str) -> None:
+        """Raises pb_utils.TritonModelException where the server keeps no metrics."""
+        self._lock = threading.Lock()
+        self._families: list[Any] = []  # they must outlive their metrics
+        self._model = model
+        self._active = self._gauge("higen_requests_active", "Requests at work now")
+        self._waiting = self._gauge("higen_requests_waiting", "Requests in line for a slot")
+        self._frames = self._family("higen_frames_total", "Frames sent", "COUNTER").Metric(labels={"name": model})
+        self._ended = self._family("higen_requests_total", "Requests that have ended, by outcome", "COUNTER")
+        self._outcomes = {
+            outcome: self._ended.Metric(labels={"name": model, "outcome": outcome})
+            for outcome in ("done", "refused", "full", "cancelled", "failed")
+        }
+
+    def load(self, active: int, waiting: int) -> None:
+        with self._lock:
+            self._active.set(active)
+            self._waiting.set(waiting)
+
+    def ended(self, outcome: str) -> None:
+        with self._lock:
+            self._outcomes[outcome].increment(1)
+
+    def frames(self, count: int) -> None:
+        with self._lock:
+            self._frames.increment(count)
+
+    def _gauge(self, name: str, about: str) -> Any:
+        return self._family(name, about, "GAUGE").Metric(labels={"name": self._model})
+
+    def _family(self, name: str, about: str, kind: str) -> Any:
+        families = pb_utils.MetricFamily
+        family = families(name=name, description=about, kind=getattr(families, kind))
+        self._families.append(family)
+        return family
+
+
+def _meter(model: str) -> Meter:
+    """Counters, or none where the server was started without metrics."""
+    try:
+        return _Counters(model)
+    except Exception as error:  # TritonModelException, which is added to the module later
+        pb_utils.Logger.log_info(f"no metrics of {model}: {error}")
+        return Meter()
 
 
 def _code(error: HigenError) -> Any:

@@ -14,6 +14,7 @@ once. The model's files are replaced, never rewritten (higen/bundle.py), so a re
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,7 +24,7 @@ from higen import bundle as files
 from higen.axes import chunk_of, limits
 from higen.backends.plans import ENGINES, Plan, check_plan, engine_file, read_plans, record_file
 from higen.bundle import Bundle, FileRecord, file_record, graph_file, staged
-from higen.engines.triton.config import KINDS, orchestrator_config, stage_config
+from higen.engines.triton.config import orchestrator_config, stage_config
 from higen.engines.triton.service import Limits
 from higen.errors import EngineError, IntegrityError, Malformed, ManifestError, ModelError, RequestError
 from higen.manifest import Manifest
@@ -40,10 +41,14 @@ __all__ = ["TritonPythonModel"]
 '''
 
 
+_DEVICE = r"cpu|(gpu|cuda)(:(0|[1-9][0-9]{0,2}))?"
+
+
 @dataclass(frozen=True)
 class Settings:
     """How a repository is to be run.
 
+    device     "cpu", "gpu" or "cuda" (every GPU), "gpu:N" or "cuda:N" (that one, from 0)
     max_batch  samples in a denoising batch
     slots      requests at work at once; more than max_batch give batches to further instances
     line       requests that may wait for a slot; further ones are refused and may be sent again
@@ -63,15 +68,18 @@ class Settings:
     engines: str | None = None
 
     def __post_init__(self) -> None:
-        if self.device not in KINDS:
-            raise RequestError(f"device={self.device!r}: one of {', '.join(map(repr, KINDS))}")
+        if not isinstance(self.device, str) or not re.fullmatch(_DEVICE, self.device):
+            raise RequestError(
+                f"device={self.device!r}: one of 'cpu', 'gpu' (every GPU), 'gpu:N' (the one of this number, from 0); "
+                "'cuda' is another name of 'gpu'"
+            )
         check_precision(self.precision)
         for name in ("max_batch", "slots", "instances"):
             _check_whole(name, getattr(self, name), 1)
         _check_whole("line", self.line, 0)
         if self.threads is not None:
             _check_whole("threads", self.threads, 1)
-        if self.engines is not None and self.device != "gpu":
+        if self.engines is not None and self.device == "cpu":
             raise RequestError(f"engines={self.engines!r} with device={self.device!r}: TensorRT runs on a GPU")
 
     def rows(self, manifest: Manifest, stage: Stage) -> int:

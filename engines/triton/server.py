@@ -1,8 +1,9 @@
 """Starts the CPU Triton server that `nvidia-pytriton` brings along, with our stand-in for its onnxruntime backend.
 
-    python -m higen.engines.triton.server REPO --http-port 8000 --grpc-port 8001
+    python -m higen.engines.triton.server REPO --http-port 8000 --grpc-port 8001 --metrics-port 8002
 
-For machines without NVIDIA's container: development, tests, small models. It listens on 127.0.0.1 only.
+For machines without NVIDIA's container: development, tests, small models. It listens on 127.0.0.1 only. HTTP goes
+through our front (front.py); metrics are for Prometheus, at /metrics.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from higen.engines.triton.front import Front
 from higen.errors import BackendError, BackendUnavailable, MissingExtra
 
 __all__ = ["Server", "command", "free_ports", "running"]
@@ -34,10 +36,13 @@ STANDIN = "from higen.engines.triton.standin import TritonPythonModel\n"
 class Server:
     """A running server. `stop` lets it end its requests first, `kill` does not."""
 
-    def __init__(self, process: subprocess.Popen[bytes], http_port: int, grpc_port: int, log: Path) -> None:
+    def __init__(
+        self, process: subprocess.Popen[bytes], http_port: int, grpc_port: int, log: Path, metrics_port: int = 8002
+    ) -> None:
         self.process = process
         self.http = f"{HOST}:{http_port}"
         self.grpc = f"{HOST}:{grpc_port}"
+        self.metrics = f"{HOST}:{metrics_port}"
         self.log = log
 
     def wait_until_ready(self, seconds: float) -> None:
@@ -74,7 +79,9 @@ class Server:
         self.process.wait()
 
 
-def command(repository: Path, backends: Path, http_port: int, grpc_port: int, exit_timeout: int = 30) -> list[str]:
+def command(
+    repository: Path, backends: Path, http_port: int, grpc_port: int, exit_timeout: int = 30, metrics_port: int = 8002
+) -> list[str]:
     """The command line; `backends` is an empty folder, which is filled. Raises MissingExtra or BackendUnavailable."""
     tritonserver = _bundled()
     stub = tritonserver / "python_backend_stubs" / f"3.{sys.version_info.minor}" / "triton_python_backend_stub"
@@ -92,7 +99,8 @@ def command(repository: Path, backends: Path, http_port: int, grpc_port: int, ex
         *(f"--{kind}-address={HOST}" for kind in ("http", "grpc", "metrics")),
         f"--http-port={http_port}",
         f"--grpc-port={grpc_port}",
-        "--allow-metrics=false",
+        f"--metrics-port={metrics_port}",
+        "--allow-gpu-metrics=false",
         f"--exit-timeout-secs={exit_timeout}",
         "--disable-auto-complete-config",
     ]
@@ -120,20 +128,32 @@ def free_ports(count: int) -> list[int]:
 
 @contextmanager
 def running(
-    repository: Path, http_port: int = 0, grpc_port: int = 0, *, exit_timeout: int = 30, start_timeout: float = 120
+    repository: Path,
+    http_port: int = 0,
+    grpc_port: int = 0,
+    metrics_port: int = 0,
+    *,
+    exit_timeout: int = 30,
+    start_timeout: float = 120,
 ) -> Iterator[Server]:
     """A server of the repository, ready; ports 0 are chosen. It is stopped at the end."""
-    with tempfile.TemporaryDirectory(prefix="higen-triton-") as work:
-        free_http, free_grpc = free_ports(2)
-        http_port, grpc_port = http_port or free_http, grpc_port or free_grpc
+    with tempfile.TemporaryDirectory(prefix="higen-triton-") as work, ExitStack() as ending:
+        free_http, free_grpc, free_metrics, inner_port = free_ports(4)
+        http_port, grpc_port, metrics_port = (
+            http_port or free_http,
+            grpc_port or free_grpc,
+            metrics_port or free_metrics,
+        )
         backends, log = Path(work, "backends"), Path(work, "log")
         backends.mkdir()
-        line = command(repository.resolve(), backends, http_port, grpc_port, exit_timeout)
+        line = command(repository.resolve(), backends, inner_port, grpc_port, exit_timeout, metrics_port)
+        front = Front(http_port, inner_port)
+        ending.callback(front.close)
         with log.open("wb") as output:
             process = subprocess.Popen(
                 line, env=environment(), stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
-        server = Server(process, http_port, grpc_port, log)
+        server = Server(process, http_port, grpc_port, log, metrics_port)
         try:
             server.wait_until_ready(start_timeout)
             yield server
@@ -155,11 +175,12 @@ def main() -> None:
     parser.add_argument("repository", type=Path)
     parser.add_argument("--http-port", type=int, default=8000)
     parser.add_argument("--grpc-port", type=int, default=8001)
+    parser.add_argument("--metrics-port", type=int, default=8002)
     arguments = parser.parse_args()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server, in a session of its own, ends with us
     try:
-        with running(arguments.repository, arguments.http_port, arguments.grpc_port) as server:
-            print(f"http {server.http}  grpc {server.grpc}; Ctrl-C ends it", flush=True)
+        with running(arguments.repository, arguments.http_port, arguments.grpc_port, arguments.metrics_port) as server:
+            print(f"http {server.http}  grpc {server.grpc}  metrics {server.metrics}; Ctrl-C ends it", flush=True)
             status, words = server.process.wait(), server.last_words()
     except KeyboardInterrupt:  # at any moment: while it starts, too
         print("stopped", flush=True)

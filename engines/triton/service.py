@@ -16,12 +16,12 @@ from higen.backends.base import Backend
 from higen.backends.shared import RequestBackend, SharedBackend
 from higen.batching import Batcher
 from higen.engines.triton.interface import Delivery, pictures, read_request
-from higen.errors import HigenError
+from higen.errors import Cancelled, HigenError, RequestError, RetryLater
 from higen.events import Frames, Stream
 from higen.pipeline import Pipeline
 from higen.sampler import Step
 
-__all__ = ["Limits", "Reply", "Service"]
+__all__ = ["Limits", "Meter", "Reply", "Service"]
 
 Event = dict[str, NDArray[Any]]
 
@@ -68,11 +68,32 @@ class Reply(Protocol):
         ...
 
 
+class Meter:
+    """Takes what a service counts; this one drops it. Its methods may be called by any thread."""
+
+    def load(self, active: int, waiting: int) -> None:
+        """Requests at work now, and in line."""
+
+    def ended(self, outcome: str) -> None:
+        """A request has ended: "done", "refused" (a mistake of its client's), "full", "cancelled" or "failed"."""
+
+    def frames(self, count: int) -> None:
+        """So many frames were sent."""
+
+
+def _outcome(error: HigenError | None) -> str:
+    kinds = {RequestError: "refused", RetryLater: "full", Cancelled: "cancelled"}
+    if error is None:
+        return "done"
+    return next((name for kind, name in kinds.items() if isinstance(error, kind)), "failed")
+
+
 class Service:
     """Requests to streams of events, each request in a thread of its own, their steps in common batches."""
 
-    def __init__(self, pipeline: Pipeline, backend: Backend, limits: Limits) -> None:
+    def __init__(self, pipeline: Pipeline, backend: Backend, limits: Limits, meter: Meter | None = None) -> None:
         """`pipeline` gives the model and its tokenizer; its stages are run by `backend`."""
+        self._meter = meter or Meter()
         batcher = Batcher(limits.slots, limits.rows, line=limits.line)
         self.shared = SharedBackend(backend, pipeline.manifest, batcher, workers=limits.batches)
         self._pipeline = pipeline
@@ -92,8 +113,10 @@ class Service:
         try:
             mine.enter()
         except HigenError as error:
+            self._meter.ended(_outcome(error))
             reply.fail(error)
             return
+        self._meter.load(*self.shared.load)
         thread = threading.Thread(target=self._serve, args=(tensors, mine, reply), daemon=True)
         with self._lock:
             self._open[mine] = reply, thread
@@ -119,6 +142,8 @@ class Service:
         except Exception as found:  # a mistake of ours: the client hears of it, the others are not disturbed
             error = HigenError(f"{type(found).__name__}: {found}")
         mine.close()
+        self._meter.load(*self.shared.load)
+        self._meter.ended(_outcome(error))
         try:
             if error is None:
                 reply.finish()
@@ -137,6 +162,7 @@ class Service:
             for event in stream:
                 if isinstance(event, Frames):
                     reply.send(_event("frames", first=event.first) | pictures(event.frames, delivery.encoding))
+                    self._meter.frames(len(event.frames))
                 else:
                     latents = event.latents
                     self._report(stream, event, delivery, reply)

@@ -26,6 +26,7 @@ class TritonPythonModel:
         config = json.loads(args["model_config"])
         options = ort.SessionOptions()
         options.log_severity_level = 3
+        options.add_session_config_entry("session.x64quantprecision", "1")  # see higen.backends.sessions
         threads = config.get("parameters", {}).get("intra_op_thread_count")
         if threads is not None:
             options.intra_op_num_threads = int(threads["string_value"])

@@ -16,9 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from higen.errors import BackendError, BackendUnavailable, NoDevice, NoDriver
+from higen.backends.base import CLOSED
+from higen.devices import device_index
+from higen.errors import BackendError, BackendUnavailable, NoDevice, NoDriver, OutOfMemory
 
-__all__ = ["Cuda", "DeviceArray", "device_index", "probe"]
+__all__ = ["Cuda", "DeviceArray", "count", "gpu_index", "probe"]
 
 ALIGNMENT = 256
 """Blocks of device memory are multiples of this many bytes, as TensorRT wants its addresses."""
@@ -31,12 +33,11 @@ _NO_DEVICE = 100
 _OUT_OF_MEMORY = 2
 
 
-def device_index(device: str | None) -> int:
-    """The GPU that a device's name means. Raises BackendUnavailable for what is none."""
-    kind, _, index = (device or "cuda").partition(":")
-    if kind != "cuda" or (index and not index.isdigit()):
+def gpu_index(device: str | None) -> int:
+    """The number of the GPU that a device's name means; None: the first. Raises BackendUnavailable for a CPU."""
+    if device == "cpu":
         raise BackendUnavailable(f"device={device!r}: TensorRT runs on 'cuda', 'cuda:1', ...")
-    return int(index or 0)
+    return device_index(device or "cuda")
 
 
 def _driver() -> Any:
@@ -49,6 +50,16 @@ def _driver() -> Any:
 def probe() -> None:
     """Whether a GPU can be used here; nothing is kept. Raises NoDriver or NoDevice."""
     _start(_driver())
+
+
+def count() -> int | None:
+    """How many GPUs the NVIDIA driver has; None where there is no driver that could say it."""
+    try:
+        return _start(_driver())
+    except NoDevice:
+        return 0
+    except NoDriver:
+        return None
 
 
 def _start(driver: Any) -> int:
@@ -127,7 +138,9 @@ class Cuda:
         return cls(driver, index)
 
     def enter(self) -> None:
-        """Make the GPU current for the calling thread."""
+        """Make the GPU current for the calling thread. Raises BackendError after `close`."""
+        if not self._open:
+            raise BackendError(CLOSED)
         self._call("cuCtxSetCurrent", ctypes.c_void_p(self._context))
 
     @property
@@ -244,8 +257,9 @@ class Cuda:
 
     def _call(self, function: str, *arguments: Any, what: str = "") -> None:
         if code := getattr(self._driver, function)(*arguments):
-            hint = f" for {what}: the GPU's memory is full (low_memory=True?)" if code == _OUT_OF_MEMORY else ""
-            raise BackendError(f"{function}: {_name(self._driver, code)}{hint}")
+            kind = OutOfMemory if code == _OUT_OF_MEMORY else BackendError
+            hint = f" for {what}: the GPU's memory is full (low_memory=True?)" if kind is OutOfMemory else ""
+            raise kind(f"{function}: {_name(self._driver, code)}{hint}")
 
 
 class Graph:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,10 +13,16 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from higen.backends.base import CLOSED, Choice
+from higen.backends.cuda import count
+from higen.backends.external_data import graph_files
 from higen.backends.older import as_before, is_older
 from higen.backends.options import PLAIN, Options
+from higen.backends.sessions import session_options
 from higen.bundle import Bundle, graph_file
+from higen.devices import check_present, device_index
 from higen.errors import BackendError, BackendUnavailable, IntegrityError
+from higen.forks import Home, outlives_forks
+from higen.memory import enough_memory
 from higen.precision import precision_named
 from higen.stages import check_inputs
 
@@ -35,10 +42,17 @@ class _Session:
     """
 
     session: ort.InferenceSession
-    device: str
+    kind: str
+    index: int
     precision: str
     fixed: Mapping[str, int]
     older: frozenset[str]
+    files: tuple[str, ...]
+
+    @property
+    def details(self) -> str:
+        """Where and in what precision it runs: "cpu, fp32"."""
+        return f"{self.kind}:{self.index}, {self.precision}" if self.index else f"{self.kind}, {self.precision}"
 
 
 class OnnxBackend:
@@ -47,15 +61,13 @@ class OnnxBackend:
     name = "onnx"
 
     def __init__(self, bundle: Bundle, options: Options = PLAIN) -> None:
-        """`device`: "cpu" or "cuda"; None: CUDA where ONNX Runtime has it and it works. `precision`: None: fp32 on a
-        CPU, on CUDA fp16 where a stage has such a graph. `threads` count on a CPU.
+        """`device`: "cpu", "cuda" or "cuda:N"; None: CUDA where ONNX Runtime has it and it works. `precision`: None:
+        fp32 on a CPU, on CUDA fp16 where a stage has such a graph. `threads` count on a CPU.
 
-        Raises BackendUnavailable for another device, or one that this build of ONNX Runtime lacks.
+        Raises BackendUnavailable for a device that is not here, or that this build of ONNX Runtime lacks.
         """
         device = options.device
-        kind = device.partition(":")[0] if device else None
-        if kind is not None and kind not in PROVIDERS:
-            raise BackendUnavailable(f"device={device!r}: ONNX Runtime is used on {', '.join(map(repr, PROVIDERS))}")
+        kind = device.partition(":")[0] if device is not None else None
         available = ort.get_available_providers()
         if kind is not None and PROVIDERS[kind] not in available:
             raise BackendUnavailable(
@@ -65,11 +77,19 @@ class OnnxBackend:
         self.bundle = bundle
         self.options = options
         self._device = kind or ("cuda" if PROVIDERS["cuda"] in available else "cpu")
+        self._index = device_index(device) if device is not None else 0
+        if device is not None and self._index and (gpus := count()) is not None:
+            check_present(device, gpus)
         self._required = kind is not None
         self._verified: set[str] = set()
         self._sessions: dict[str, _Session] = {}
         self._making = threading.Lock()
         self._closed = False
+        self._home = Home()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """It is sent to another process as what it was made from."""
+        return type(self), (self.bundle, self.options)
 
     def prepare(self, stage: str) -> None:
         """Make a stage's session. Raises BackendUnavailable (no graph) or IntegrityError (graph or weights broken)."""
@@ -89,6 +109,7 @@ class OnnxBackend:
     def run(self, stage: str, /, **tensors: Any) -> Mapping[str, Any]:
         """Run a stage; see `Backend.run`. Tensors are numpy arrays or OrtValues; results are OrtValues."""
         spec, made = self.bundle.manifest.stage(stage), self._get(stage)
+        self.bundle.check_loaded(*made.files)
         values = {name: _ort_value(value) for name, value in tensors.items()}
         check_inputs(spec, {name: _Shaped.of(value) for name, value in values.items()}, made.fixed)
         for name in made.older:
@@ -97,25 +118,24 @@ class OnnxBackend:
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
         for name in spec.graph_outputs:
-            binding.bind_output(name, made.device)
+            binding.bind_output(name, made.kind, made.index)
         try:
-            made.session.run_with_iobinding(binding)
+            with enough_memory(stage):
+                made.session.run_with_iobinding(binding)
+        except BackendError:
+            raise
         except Exception as error:  # ONNX Runtime's errors share no base but Exception
             raise BackendError(f"{stage}: ONNX Runtime failed: {error}") from error
         return dict(zip((t.name for t in spec.outputs), binding.get_outputs(), strict=True))
 
     def describe(self, stage: str) -> str:
         """Where and in what precision a prepared stage runs: "cpu, fp32"."""
-        made = self._get(stage)
-        return f"{made.device}, {made.precision}"
+        return self._get(stage).details
 
     @property
     def choices(self) -> Mapping[str, Choice]:
         """See `Backend.choices`."""
-        return {
-            stage: Choice(stage, self.name, details=f"{made.device}, {made.precision}")
-            for stage, made in list(self._sessions.items())
-        }
+        return {stage: Choice(stage, self.name, details=made.details) for stage, made in list(self._sessions.items())}
 
     def to_numpy(self, tensor: Any) -> NDArray[Any]:
         """An OrtValue as a numpy array on the host."""
@@ -123,12 +143,17 @@ class OnnxBackend:
 
     def close(self) -> None:
         """Free the sessions; one that runs is freed when its run has ended."""
-        with self._making:
-            self._closed = True
-            self._sessions.clear()
+        if self._home.here:
+            with self._making:
+                self._closed = True
+                self._sessions.clear()
 
     def _get(self, stage: str) -> _Session:
-        """The stage's session, made once however many requests ask for it. Raises BackendError after `close`."""
+        """The stage's session, made once however many requests ask for it.
+
+        Raises BackendError after `close`, and in a forked process.
+        """
+        self._home.check()
         made = self._sessions.get(stage)
         if made is None:
             with self._making:
@@ -141,18 +166,18 @@ class OnnxBackend:
     def _make(self, stage: str) -> _Session:
         precision = self._choose(stage)
         name = graph_file(stage, precision)
-        for file in (name, self.bundle.weights(stage, precision)):
-            self.bundle.file(file, self.options.verify and file not in self._verified)
-            self._verified.add(file)
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        if self.options.threads is not None:
-            options.intra_op_num_threads = self.options.threads
-        wanted: Sequence[str] = [PROVIDERS[self._device]]
+        files = graph_files(self.bundle, self._file(name).name)
+        for file in files[1:]:
+            self._file(file)
+        options = session_options(self.options.threads)
+        wanted: Sequence[Any] = [PROVIDERS["cpu"]]
         if self._device != "cpu":
-            wanted = [*wanted, PROVIDERS["cpu"]]
+            wanted = [(PROVIDERS[self._device], {"device_id": self._index}), *wanted]
         try:
-            session = ort.InferenceSession(str(self.bundle.path / name), options, providers=wanted)
+            with enough_memory(name):
+                session = ort.InferenceSession(str(self.bundle.path / name), options, providers=wanted)
+        except BackendError:
+            raise
         except Exception as error:  # ONNX Runtime's errors share no base but Exception
             if "NOT_IMPLEMENTED" in str(error):
                 raise BackendUnavailable(
@@ -162,10 +187,20 @@ class OnnxBackend:
         # What a session got, not what the build lists: a provider that cannot load is dropped without a word.
         if PROVIDERS[self._device] not in session.get_providers():
             if self._required:
-                raise BackendUnavailable(f"device={self._device!r}: ONNX Runtime could not load {wanted[0]} here")
+                raise BackendUnavailable(
+                    f"device={self.options.device!r}: ONNX Runtime could not load {PROVIDERS[self._device]} here"
+                )
             self._device = "cpu"
             return self._make(stage)
-        return self._checked(stage, session, precision)
+        outlives_forks(session)
+        for file in files:
+            self.bundle.file(file, verify=False)  # as they were before they were loaded, or they are checked again
+        return self._checked(stage, session, precision, files)
+
+    def _file(self, name: str) -> Path:
+        path = self.bundle.file(name, self.options.verify and name not in self._verified)
+        self._verified.add(name)
+        return path
 
     def _choose(self, stage: str) -> str:
         there, asked = self.bundle.precisions(stage), self.options.precision
@@ -180,7 +215,7 @@ class OnnxBackend:
             f"(make it: higen-export onnx {self.bundle.path}{option})"
         )
 
-    def _checked(self, stage: str, session: ort.InferenceSession, precision: str) -> _Session:
+    def _checked(self, stage: str, session: ort.InferenceSession, precision: str, files: tuple[str, ...]) -> _Session:
         """A session whose graph is that of the stage: the sizes that it fixes, and the inputs it has as version 1 did.
 
         Raises IntegrityError for a graph of another stage or model.
@@ -205,7 +240,7 @@ class OnnxBackend:
                 f"{self.bundle.path}: the graph of {stage} is another stage's or model's: "
                 f"it takes {shapes} and gives {list(outputs)}, but the model has {self.bundle.manifest.fixed}"
             )
-        return _Session(session, self._device, precision, fixed, frozenset(older))
+        return _Session(session, self._device, self._index, precision, fixed, frozenset(older), files)
 
     def _as_declared(self, stage: str, name: str, value: NDArray[Any]) -> NDArray[Any]:
         """An input as a graph of version 1 takes it. Raises BackendUnavailable for what it cannot express."""

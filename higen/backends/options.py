@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
+from typing import Any
 
-from higen.errors import RequestError
+import numpy as np
+
+from higen.devices import device_named
+from higen.errors import RequestError, quoted
+from higen.plain_values import is_whole, plain
 from higen.precision import check_precision
 
 __all__ = ["MAX_THREADS", "PLAIN", "Options"]
@@ -14,16 +19,16 @@ MAX_THREADS = 1024
 
 @dataclass(frozen=True)
 class Options:
-    """How stages are run, whatever runs them; a backend takes what concerns it.
+    """How stages are run, whatever runs them; a backend takes what concerns it. None is an option's default.
 
-    device      "cpu", "cuda", and for torch "cuda:1", ...; None: a GPU if there is one that works
+    device      "cpu", "cuda", "cuda:1", ... or a torch.device; None or "auto": a GPU if there is one that works
     precision   what the stages compute in (higen/precision.py); a stage without a graph in it is passed on to the next
                 backend. None: each backend's choice for its device
     threads     CPU threads of one stage; None: the library's choice
     verify      check the sha256 of each file as it is loaded
     low_memory  one TensorRT engine on the GPU at a time
 
-    Raises RequestError for a precision or a number of threads that no backend takes.
+    Raises RequestError for what no backend takes.
     """
 
     device: str | None = None
@@ -33,10 +38,21 @@ class Options:
     low_memory: bool = False
 
     def __post_init__(self) -> None:
+        for field in fields(self):
+            if getattr(self, field.name) is None:
+                self._set(field.name, field.default)
+        self._set("device", device_named(self.device))
         if self.precision is not None:
             check_precision(self.precision)
-        if self.threads is not None and (type(self.threads) is not int or not 1 <= self.threads <= MAX_THREADS):
-            raise RequestError(f"threads={self.threads!r}: a whole number from 1 to {MAX_THREADS}")
+        self._set("threads", plain(self.threads))
+        if self.threads is not None and not is_whole(self.threads, 1, MAX_THREADS):
+            raise RequestError(f"threads={quoted(self.threads)}: a whole number from 1 to {MAX_THREADS}")
+        for name in ("verify", "low_memory"):
+            if not isinstance(getattr(self, name), (bool, np.bool_)):
+                raise RequestError(f"{name}={quoted(getattr(self, name))}: True or False")
+
+    def _set(self, name: str, value: Any) -> None:
+        object.__setattr__(self, name, value)
 
 
 PLAIN = Options()

@@ -28,9 +28,11 @@ from higen.errors import (
     OutsideProfile,
     Stale,
     WrongArchitecture,
+    quoted,
 )
 from higen.precision import PRECISIONS
 from higen.stages import Stage
+from higen.text_files import TextError, read_text
 from higen.typed_json import from_json, to_json
 
 __all__ = [
@@ -167,7 +169,7 @@ class PlanRecord:
         try:
             data = json.loads(text)
             if isinstance(data, dict) and data.get("format") != FORMAT:
-                raise Malformed(f"{where}: format={data.get('format')!r}, this higen reads {FORMAT}")
+                raise Malformed(f"{where}: format={quoted(data.get('format'))}, this higen reads {FORMAT}")
             return from_json(cls, data, "record")
         except (ValueError, RecursionError, ManifestError) as error:
             raise Malformed(f"{where}: no record of an engine: {error}") from error
@@ -218,10 +220,10 @@ def read_plans(model: Path, stage: str) -> tuple[list[Plan], list[EngineError]]:
         if path.parent.name.startswith("."):
             continue
         try:
-            record = pending_record(path) or PlanRecord.from_text(path.read_text(encoding="utf-8"), str(path))
+            record = pending_record(path) or PlanRecord.from_text(read_text(path), str(path))
             if (record.stage, record.target) != (stage, path.parent.name):
                 raise Malformed(f"{path}: is the record of {record.target}/{record.stage}")
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, TextError) as error:
             errors.append(Malformed(f"{path}: cannot be read: {error}"))
         except EngineError as error:
             errors.append(error)
@@ -234,10 +236,10 @@ def pending_record(path: Path) -> PlanRecord | None:
     """The record that waits to take the place of the one at `path`, if it is that of the plan that is there."""
     part = path.with_name(pending_file(path.name))
     try:
-        record = PlanRecord.from_text(part.read_text(encoding="utf-8"), str(part))
+        record = PlanRecord.from_text(read_text(part), str(part))
         plan = path.with_name(engine_file(path.stem))
         fits = plan.stat().st_size == record.size and sha256(plan) == record.sha256
-    except (OSError, UnicodeDecodeError, EngineError):
+    except (OSError, TextError, EngineError):
         return None
     return record if fits else None
 

@@ -23,9 +23,14 @@ from higen.errors import (
     FallbackWarning,
     IntegrityError,
     MissingExtra,
+    NotPicklable,
+    OutOfMemory,
     OutsideProfile,
     RequestError,
+    quoted,
 )
+from higen.forks import Home
+from higen.memory import enough_memory
 
 __all__ = [
     "BACKENDS",
@@ -80,17 +85,26 @@ def _without_tensorrt(missing: list[str]) -> str:
 
 def check_backend(name: str) -> str:
     """A backend's name or "auto". Raises RequestError for any other."""
-    if name != "auto" and name not in BACKENDS:
-        raise RequestError(f"backend={name!r}: one of 'auto', {', '.join(map(repr, BACKENDS))}")
+    if not isinstance(name, str) or name not in ("auto", *BACKENDS):
+        raise RequestError(f"backend={quoted(name)}: one of 'auto', {', '.join(map(repr, BACKENDS))}")
     return name
 
 
 class StageRouter:
     """Sends each stage to the best backend that can run it. A stage's backend is chosen when it is first used."""
 
-    def __init__(self, bundle: Bundle, makers: Mapping[str, Callable[[], Backend]], absent: Mapping[str, str]) -> None:
-        """`makers` make a backend by name, the preferred first; `absent` says why others cannot be made at all."""
+    def __init__(
+        self,
+        bundle: Bundle,
+        makers: Mapping[str, Callable[[], Backend]],
+        absent: Mapping[str, str],
+        asked: tuple[str, Options] | None = None,
+    ) -> None:
+        """`makers` make a backend by name, the preferred first; `absent` says why others cannot be made at all.
+        `asked`: what `select_backend` was asked for, to ask it again in another process.
+        """
         self.bundle = bundle
+        self._asked = asked
         self._choices: dict[str, Choice] = {}
         self._served: dict[tuple[str, ...], str] = {}
         self._makers = dict(makers)
@@ -100,6 +114,15 @@ class StageRouter:
         self._warned: set[str] = set()
         self._choosing = threading.Lock()
         self._closed = False
+        self._home = Home()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """It is sent to another process as what it was made from."""
+        if self._closed:
+            raise BackendError(CLOSED)
+        if self._asked is None:
+            raise NotPicklable("these backends cannot be sent to another process: call higen.load there")
+        return select_backend, (self.bundle, *self._asked)
 
     @property
     def name(self) -> str:
@@ -165,12 +188,15 @@ class StageRouter:
 
     def close(self) -> None:
         """Free every backend; a stage that is being loaded is waited for."""
+        if not self._home.here:  # it is the other process's
+            return
         with self._choosing:
             self._closed = True
         for backend in self._made.values():
             backend.close()
 
     def _check_open(self) -> None:
+        self._home.check()
         if self._closed:
             raise BackendError(CLOSED)
 
@@ -184,8 +210,12 @@ class StageRouter:
         for name in names if after is None else names[names.index(after) + 1 :]:
             try:
                 if name not in self._made:
-                    self._made[name] = self._makers[name]()
+                    self._made[name] = self._make(name)
                 stage = self._made[name].choose(*stages)
+            except OutOfMemory as error:
+                if name != "tensorrt":  # the others want the same memory; an engine's is the GPU's
+                    raise
+                passed_over[name], broken = f"{type(error).__name__}: {error}", error
             except BackendUnavailable as error:
                 passed_over[name] = str(error)
             except (IntegrityError, BackendError, MissingExtra) as error:
@@ -203,6 +233,16 @@ class StageRouter:
             raise broken
         listed = "; ".join(f"{name}: {reason}" for name, reason in passed_over.items())
         raise BackendUnavailable(f"no backend can run {' or '.join(stages)} here: {listed}")
+
+    def _make(self, name: str) -> Backend:
+        """A backend. Raises what it raises, and BackendUnavailable where its library is there and does not load."""
+        try:
+            with enough_memory(name):
+                return self._makers[name]()
+        except MissingExtra:
+            raise
+        except ImportError as error:
+            raise BackendUnavailable(f"{name} is installed and does not load: {error}") from error
 
     def _warn(self, stage: str, name: str, broken: Exception | None) -> None:
         """One warning for each cause: a machine without a GPU is no news for the second stage, nor is a clip whose
@@ -239,7 +279,7 @@ def select_backend(bundle: Bundle, name: str = "auto", options: Options = PLAIN)
             makers[candidate.backend] = _maker(candidate.backend, bundle, options)
     if not makers:
         raise BackendUnavailable("; ".join(f"{backend}: {reason}" for backend, reason in absent.items()))
-    return StageRouter(bundle, makers, absent)
+    return StageRouter(bundle, makers, absent, (name, options))
 
 
 def _maker(backend: str, bundle: Bundle, options: Options) -> Callable[[], Backend]:

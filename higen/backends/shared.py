@@ -24,7 +24,8 @@ from numpy.typing import NDArray
 
 from higen.backends.base import Backend, Choice
 from higen.batching import Batch, Batcher, Call
-from higen.errors import BackendError, Cancelled, HigenError, RetryLater
+from higen.errors import BackendError, Cancelled, HigenError, NotPicklable, RetryLater
+from higen.forks import Home
 from higen.manifest import Manifest
 from higen.stages import check_inputs
 
@@ -52,10 +53,14 @@ class SharedBackend:
         self._changed = threading.Condition()
         self._results: dict[Call, Results] = {}
         self._closed = False
+        self._home = Home()
         self._free_since = time.monotonic()
         self._workers = [threading.Thread(target=self._work, name="higen batches", daemon=True) for _ in range(workers)]
         for worker in self._workers:
             worker.start()
+
+    def __reduce__(self) -> tuple[object, ...]:
+        raise NotPicklable("requests share a batch within one process: call higen.load in the other one")
 
     @property
     def load(self) -> tuple[int, int]:
@@ -69,6 +74,8 @@ class SharedBackend:
 
     def close(self) -> None:
         """Stop: calls that wait get RetryLater; batches that run are finished. The backend itself stays open."""
+        if not self._home.here:
+            return
         with self._changed:
             self._closed = True
             for result in self._results.values():
@@ -82,6 +89,7 @@ class SharedBackend:
 
     def enter(self, request: RequestBackend) -> None:
         """Take a slot or a place in line. Raises RetryLater where both are full."""
+        self._home.check()
         with self._changed:
             self._check_open()
             self._batcher.enter(request)
@@ -97,6 +105,7 @@ class SharedBackend:
 
     def call(self, request: RequestBackend, stage: str, tensors: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
         """Run a stage within a common batch; the caller waits."""
+        self._home.check()
         arrays = {name: np.asarray(value) for name, value in tensors.items()}
         row = self._stages[stage]
         check_inputs(row, arrays, self._fixed)
@@ -112,6 +121,8 @@ class SharedBackend:
 
     def leave(self, request: RequestBackend) -> None:
         """Free the request's slot; a call of it that still waits or runs gets Cancelled."""
+        if not self._home.here:
+            return
         with self._changed:
             self._batcher.leave(request)
             for call in [call for call in self._results if call.request is request]:

@@ -6,6 +6,7 @@ tensorrt_engine.py's. What is left here is which engines are on the GPU, and the
 
 from __future__ import annotations
 
+import threading
 import warnings
 from collections.abc import Mapping
 from typing import Any
@@ -14,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from higen.backends.base import CLOSED, Choice
-from higen.backends.cuda import Cuda, DeviceArray, device_index
+from higen.backends.cuda import Cuda, DeviceArray, gpu_index
 from higen.backends.options import PLAIN, Options
 from higen.backends.plans import (
     Plan,
@@ -26,6 +27,7 @@ from higen.backends.tensorrt_api import versions
 from higen.backends.tensorrt_engine import Engine
 from higen.bundle import Bundle
 from higen.errors import BackendError, BackendUnavailable, EngineError, FallbackWarning, HigenError
+from higen.forks import Home, outlives_forks
 from higen.precision import precision_named
 from higen.stages import check_inputs
 
@@ -45,25 +47,34 @@ class TensorrtBackend:
         """
         self.bundle = bundle
         self.options = options
-        self._index = device_index(options.device)
+        self._index = gpu_index(options.device)
         self._cuda: Cuda | None = None
         self._plans: dict[str, list[Plan]] = {}
         self._engines: dict[str, Engine] = {}
         self._scratch = (0, 0)
         self._closed = False
+        self._home = Home()
+        self._lock = threading.RLock()
+        """Held while engines are loaded, run or freed; taken before the GPU's own lock."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """It is sent to another process as what it was made from."""
+        return type(self), (self.bundle, self.options)
 
     def prepare(self, stage: str) -> None:
         """Load a stage's engine. Raises BackendUnavailable (there is none), MissingExtra or an EngineError."""
-        if stage in self._engines:
-            return
-        try:
-            cuda = self._open(stage)
-            with cuda.lock:
-                self._resident(cuda, stage)
-        except HigenError:
-            if not self._engines:
-                self._release()  # a GPU that is not used is not held: its context alone takes hundreds of megabytes
-            raise
+        self._home.check()
+        with self._lock:
+            if stage in self._engines:
+                return
+            try:
+                cuda = self._open(stage)
+                with cuda.lock:
+                    self._resident(cuda, stage)
+            except HigenError:
+                if not self._engines:
+                    self._release()  # a GPU that is not used is not held: its context takes hundreds of megabytes
+                raise
 
     def choose(self, *stages: str) -> str:
         """See `Backend.choose`: a stage without an engine is passed over in silence, one without a good one is not."""
@@ -87,11 +98,12 @@ class TensorrtBackend:
         """Run a stage; see `Backend.run`. Tensors are arrays or DeviceArrays; results are DeviceArrays.
 
         Raises OutsideProfile for shapes that the engine was not built for, Stale for what an engine of a graph of
-        manifest version 1 cannot be told.
+        manifest version 1 cannot be told, BackendError after `close` and in a forked process.
         """
-        spec, cuda = self.bundle.manifest.stage(stage), self._open(stage)
+        self._home.check()
+        spec = self.bundle.manifest.stage(stage)
         check_inputs(spec, tensors, self.bundle.manifest.fixed)
-        with cuda.lock:
+        with self._lock, (cuda := self._open(stage)).lock:
             cuda.enter()
             engine = self._resident(cuda, stage)
             tensors = engine.as_declared(tensors)
@@ -104,7 +116,8 @@ class TensorrtBackend:
     def describe(self, stage: str) -> str:
         """Where and in what precision a prepared stage runs: "cuda, fp16, rtx-sm89"."""
         record = self._plans[stage][0].record
-        return f"cuda, {record.precision}, {record.target}"
+        device = f"cuda:{self._index}" if self._index else "cuda"
+        return f"{device}, {record.precision}, {record.target}"
 
     @property
     def choices(self) -> Mapping[str, Choice]:
@@ -116,9 +129,11 @@ class TensorrtBackend:
         return tensor.numpy() if isinstance(tensor, DeviceArray) else tensor
 
     def close(self) -> None:
-        """Free engines and device memory."""
-        self._closed = True
-        self._release()
+        """Free engines and device memory, when the run that has the GPU has ended."""
+        if self._home.here:  # a forked process has no GPU to give back
+            with self._lock:
+                self._closed = True
+                self._release()
 
     def _release(self) -> None:
         cuda = self._cuda
@@ -176,6 +191,7 @@ class TensorrtBackend:
             except HigenError:
                 engine.close()
                 raise
+            outlives_forks(engine)
             self._engines[stage] = engine
         engine = self._engines[stage]
         self._reserve(cuda, engine.scratch_size)

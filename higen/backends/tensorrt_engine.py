@@ -22,8 +22,8 @@ from higen.backends.older import as_before, is_older
 from higen.backends.plans import Plan, check_interface, streaming_budget, validity_error
 from higen.backends.tensorrt_api import SEVERE, engine_tensors, library, make_logger
 from higen.errors import BackendError, Malformed, Stale
-from higen.locks import locked
 from higen.stages import Stage
+from higen.staging import whole_file
 
 __all__ = ["Engine"]
 
@@ -151,6 +151,8 @@ class Engine:
 
     def _deserialize(self, verify: bool) -> tuple[Any, Any]:
         path, record = self.plan.path, self.plan.record
+        if path.exists() and not path.is_file():  # a pipe would wait for ever
+            raise Malformed(f"{path}: is no plain file: {self.plan.remedy}")
         try:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 if len(data) != record.size or (verify and hashlib.sha256(data).hexdigest() != record.sha256):
@@ -208,7 +210,7 @@ class Engine:
     def _load_cache(self) -> None:
         """Kernels that an earlier run compiled here; TensorRT itself refuses those of another GPU or version."""
         with suppress(OSError):  # none, or one that cannot be read: kernels are compiled again
-            content = self._cache_file.read_bytes()
+            content = self._cache_file.read_bytes() if self._cache_file.is_file() else b""
             if content and self._cache.deserialize(content):
                 self._cache_size = len(content)
 
@@ -219,11 +221,5 @@ class Engine:
         content = bytes(self._cache.serialize())
         if len(content) == self._cache_size:
             return
-        part = self._cache_file.with_suffix(".part")
-        try:
-            with locked(self.plan.path.with_name(".cache.lock")):
-                part.write_bytes(content)
-                part.replace(self._cache_file)
-        except OSError:  # a folder that cannot be written costs compiling again, nothing else
-            with suppress(OSError):  # of a read-only file system even the missing file
-                part.unlink()
+        with suppress(OSError), whole_file(self._cache_file) as part:  # if not: compiling again, nothing else
+            part.write_bytes(content)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,10 +13,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from higen import families
-from higen.backends.base import Choice
+from higen.backends.base import CLOSED, Choice
 from higen.backends.options import PLAIN, Options
 from higen.bundle import Bundle
-from higen.errors import BackendError, BackendUnavailable, UnknownFamily
+from higen.devices import check_present
+from higen.errors import BackendError, BackendUnavailable, FallbackWarning, UnknownFamily
+from higen.forks import Home, inherited
+from higen.memory import enough_memory
 from higen.models.weights import DTYPES, fill
 from higen.precision import precision_named
 from higen.stages import check_inputs
@@ -32,11 +36,21 @@ class BundleWeights:
         self.device = device
         self.dtype = dtype
         self._verify = verify
+        self._loaded: set[str] = set()
 
     def fill(self, module: nn.Module, file: str, dtype: torch.dtype | None = None, strip: str = "") -> None:
         """See `families.Weights`."""
         path = self.bundle.file(file, self._verify)
         fill(module, path, dtype or self.dtype, self.device, lambda name: name.removeprefix(strip))
+        self.bundle.file(file, verify=False)  # as it was before it was loaded, or it is checked again
+        self._loaded.add(file)
+
+    def check(self) -> None:
+        """See that nobody has written into the files: tensors in the type that they are stored in are mapped.
+
+        Raises IntegrityError.
+        """
+        self.bundle.check_loaded(*self._loaded)
 
 
 class TorchBackend:
@@ -66,8 +80,14 @@ class TorchBackend:
         self._networks: families.Networks | None = None
         self._modules: dict[str, nn.Module] = {}
         self._loading = threading.Lock()
-        if options.threads is not None:
-            torch.set_num_threads(options.threads)
+        self.options = options
+        self._closed = False
+        self._home = Home()
+        _set_threads(options.threads)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """It is sent to another process as what it was made from."""
+        return type(self), (self.bundle, self.options)
 
     def prepare(self, stage: str) -> None:
         """Load the network of a stage."""
@@ -82,9 +102,11 @@ class TorchBackend:
         """Run a stage; see `Backend.run`."""
         row = self.bundle.manifest.stage(stage)
         check_inputs(row, tensors, self.bundle.manifest.fixed)
+        self._home.check()
+        self._weights.check()
         ordered = [torch.as_tensor(tensors[t.name], device=self.device) for t in row.inputs]
         run = self._samples if row.batch and self.device.type == "cpu" else _outputs
-        with torch.inference_mode():
+        with torch.inference_mode(), enough_memory(stage):
             outputs = run(self.module(stage), ordered)
         return dict(zip((t.name for t in row.outputs), outputs, strict=True))
 
@@ -116,13 +138,22 @@ class TorchBackend:
         return f"{self.device}, {next((name for name, known in DTYPES.items() if known == dtype), str(dtype))}"
 
     def close(self) -> None:
-        """Drop the networks."""
-        self._modules.clear()
-        self._networks = None
+        """Drop the networks; one that runs is freed when its run has ended."""
+        if self._home.here:
+            with self._loading:
+                self._closed = True
+                self._modules.clear()
+                self._networks = None
 
     def module(self, stage: str) -> nn.Module:
-        """A stage as a module, loaded when first asked for."""
-        with self._loading:
+        """A stage as a module, loaded when first asked for.
+
+        Raises BackendError after `close` and in a forked process, OutOfMemory.
+        """
+        self._home.check()
+        with self._loading, enough_memory(stage):
+            if self._closed:
+                raise BackendError(CLOSED)
             if stage not in self._modules:
                 if self._networks is None:
                     self._networks = self._family.open(self.bundle.manifest, self._weights)
@@ -138,11 +169,24 @@ def _outputs(module: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> Sequ
 def _device(device: str | None) -> torch.device:
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if device != "cpu" and torch.cuda.is_available():
+        check_present(device, torch.cuda.device_count())
+    chosen = torch.device(device)
     try:
-        chosen = torch.device(device)
         torch.empty(0, device=chosen)
     except (RuntimeError, AssertionError) as error:
         raise BackendUnavailable(f"device={device!r}: PyTorch cannot use it here: {error}") from error
-    if chosen.type == "meta":
-        raise BackendError("device='meta' holds no values")
     return chosen
+
+
+def _set_threads(threads: int | None) -> None:
+    """Set the threads of an operator on a CPU: one in a process forked from one that has PyTorch, whose other threads
+    did not come along; to wait for them would be to wait for ever.
+    """
+    if inherited("torch"):
+        if (torch.get_num_threads() if threads is None else threads) > 1:
+            reason = "PyTorch runs in one thread in a forked process: start processes by 'spawn' for more"
+            warnings.warn(reason, FallbackWarning, stacklevel=2)
+        torch.set_num_threads(1)
+    elif threads is not None:
+        torch.set_num_threads(threads)

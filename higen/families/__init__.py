@@ -121,7 +121,8 @@ class Checkpoint(Protocol):
 
 @lru_cache(maxsize=1)
 def _packages() -> dict[str, str]:
-    own = {FIRST: f"{__name__}.higen"}  # there too where higen runs from a folder that was never installed
+    # There too where higen runs from a folder that was never installed.
+    own = {name: f"{__name__}.{name}" for name in (FIRST, "stable_diffusion")}
     return own | {entry.name: entry.value for entry in importlib.metadata.entry_points(group=GROUP)}
 
 

@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import math
-import os
 import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,6 +14,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
+
+from higen.staging import whole_file
 
 __all__ = ["ClipNetwork", "PictureNetwork", "fit", "kept"]
 
@@ -111,14 +112,10 @@ def kept(path: Path, key: Mapping[str, Any], network: Network, make: Callable[[N
         network.load_state_dict(weights)
         return network.eval().requires_grad_(False)
     made = make(network)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
     content = io.BytesIO()  # torch's own writer hides the system's error
     torch.save({"key": mark, "network": made.state_dict()}, content)
-    try:
+    with whole_file(path) as temporary:
         temporary.write_bytes(content.getbuffer())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
     return made
 
 

@@ -1,17 +1,13 @@
 """Released checkpoints as tensors by name, whatever the model family.
 
 Tensors are mapped from disk where the format allows. Pickles are read with PyTorch's restricted unpickler or not at
-all.
+all. A checkpoint may be one file or several with an index (model.safetensors.index.json).
 """
 
 from __future__ import annotations
 
-import json
 import os
-import pickle
 import re
-import warnings
-import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,82 +18,138 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from higen.errors import CheckpointError, ManifestError
+from higen.errors import CheckpointError, HigenError, ManifestError
+from higen.memory import enough_memory, is_lack_of_memory
+from higen.models.foreign_files import SAFETENSORS, format_of, not_a_checkpoint
+from higen.models.nestings import unwrapped, weights_of
+from higen.models.pickles import read_pickle
+from higen.text_files import TextError
+from higen.text_files import read_json as read_any_json
 
-__all__ = ["PICKLES", "folder_state", "naming", "read_json", "read_names", "read_state"]
+__all__ = ["PICKLES", "Note", "folder_state", "naming", "read_json", "read_names", "read_state", "seen_names"]
 
 PICKLES = (".pth", ".pt", ".ckpt", ".bin")
+WEIGHTS = (".safetensors", *PICKLES)
+INDEX = re.compile(r"\.index\.(?:[\w-]+\.)?json$")
+"""The end of the name of a list of the files that a checkpoint is divided into."""
+
+PART = re.compile(r"-\d{5}-of-(\d{5})\.")
+"""In the name of such a file: which it is, and of how many."""
+
+VARIANTS = ("fp32", "fp16", "bf16")
+"""Variants of the same weights in a diffusers folder, the best first."""
+
+Note = Callable[[str], None]
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """The tensors of a checkpoint file, mapped from disk where its format allows; a nesting `state_dict` is opened.
+def read_state(path: Path, on_note: Note = lambda _: None) -> dict[str, Tensor]:
+    """The tensors of a checkpoint, mapped from disk where its format allows, without wrappers' parts of their names.
+
+    path      a .pth, .pt, .ckpt, .bin or .safetensors file, read as what it is and not as what it is called; or the
+              .index.json of several such files
+    on_note   called with which weights were taken, where there are several (see `nestings.weights_of`)
 
     Raises CheckpointError. A pickle is never allowed to run code: what the restricted unpickler refuses is refused.
     """
-    suffix = path.suffix.lower()
-    if suffix != ".safetensors" and suffix not in PICKLES:
-        raise CheckpointError(f"{path}: a {', '.join(PICKLES)} or .safetensors file is wanted")
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    loaded = _read_safetensors(path) if suffix == ".safetensors" else _read_pickle(path)
-    if isinstance(loaded, Mapping) and isinstance(loaded.get("state_dict"), Mapping):
-        loaded = loaded["state_dict"]
-    entries = loaded.items() if isinstance(loaded, Mapping) else ()
-    state = {name: tensor.detach() for name, tensor in entries if isinstance(tensor, Tensor) and isinstance(name, str)}
-    if not state:
-        raise CheckpointError(f"{path}: holds no tensors by name, not even under 'state_dict'")
+    if INDEX.search(path.name.lower()):
+        return _read_sharded(path, on_note)
+    if (part := PART.search(path.name)) and int(part[1]) > 1:
+        raise CheckpointError(f"{path}: one of {int(part[1])} files of a checkpoint: name the .index.json beside it")
+    return _read_whole(path, on_note)
+
+
+def _read_whole(path: Path, on_note: Note) -> dict[str, Tensor]:
+    loaded = _read_file(path)
+    with naming(path):
+        state, note = weights_of(loaded)
+        _check_dense(state)
+    if note:
+        on_note(f"{path}: {note}")
     return state
 
 
-def read_names(path: Path) -> frozenset[str]:
-    """The names of a checkpoint file's tensors; none where it cannot be read. No weights are loaded."""
+def _read_file(path: Path, checked: bool = True) -> object:
+    if path.is_dir():
+        held = ", ".join(sorted(p.name for p in path.iterdir() if _is_weights(p))[:5])
+        raise CheckpointError(f"{path}: a folder; name the checkpoint in it{f': {held}' if held else ''}")
+    if path.suffix.lower() not in WEIGHTS:
+        raise CheckpointError(f"{path}: a {', '.join(PICKLES)} or .safetensors file is wanted")
+    if not path.is_file():
+        raise CheckpointError(f"{path}: no such file")
     try:
-        if path.suffix.lower() == ".safetensors":
-            with safe_open(path, framework="pt") as file:
-                return frozenset(file.keys())
-        return frozenset(read_state(path))
-    except (CheckpointError, SafetensorError, OSError):
+        if what := not_a_checkpoint(path):
+            raise CheckpointError(f"{path}: {what}")
+        kind = format_of(path)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read: {error.strerror}") from error
+    with enough_memory(os.fspath(path)):
+        return _read_safetensors(path) if kind == SAFETENSORS else read_pickle(path, checked)
+
+
+def _is_weights(path: Path) -> bool:
+    return path.suffix.lower() in WEIGHTS or INDEX.search(path.name) is not None
+
+
+def _check_dense(state: Mapping[str, Tensor]) -> None:
+    for name, tensor in state.items():
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.is_quantized:
+            what = "has no values" if tensor.is_meta else "is sparse or quantised"
+            raise CheckpointError(f"{name} {what}: plain tensors are wanted")
+
+
+def read_names(path: Path) -> frozenset[str]:
+    """The names of a checkpoint's tensors; none where it cannot be read. No weights are loaded."""
+    try:
+        return frozenset(seen_names(path))
+    except (HigenError, OSError):
         return frozenset()
+
+
+def seen_names(path: Path) -> list[str]:
+    """The names of a checkpoint's tensors, in their order. No weights are loaded. Raises as `read_state` does."""
+    if INDEX.search(path.name.lower()):
+        return [unwrapped(name) for name in _weight_map(path)]
+    if path.suffix.lower() in WEIGHTS and path.is_file() and format_of(path) == SAFETENSORS:
+        try:
+            with safe_open(path, framework="pt") as file:
+                return [unwrapped(name) for name in file.keys()]  # noqa: SIM118 (it is no mapping)
+        except SafetensorError:
+            pass  # what is wrong with it is said by the reader
+    state, _ = weights_of(_read_file(path, checked=False))
+    return list(state)
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (SafetensorError, OSError, ValueError) as error:
+        if is_lack_of_memory(error):
+            raise
         raise CheckpointError(f"{path}: cannot be read as safetensors: {error}") from error
 
 
-class _Inert:
-    """Stands for the harmless classes that Stable Diffusion's training left in its checkpoints; does nothing."""
-
-    def __init__(self, *_: object) -> None: ...
-
-    def __setstate__(self, _: object) -> None: ...
-
-
-_INERT: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [
-    (_Inert, name)
-    for name in (
-        "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
-        "numpy.core.multiarray.scalar",
-        "numpy.dtype",
-    )
-]
+def _read_sharded(index: Path, on_note: Note) -> dict[str, Tensor]:
+    """The tensors of all files of an index. Raises CheckpointError naming a file or a tensor that is missing."""
+    files: dict[str, list[str]] = {}
+    for name, file in _weight_map(index).items():
+        files.setdefault(file, []).append(name)
+    state: dict[str, Tensor] = {}
+    for file, names in files.items():
+        part = _read_whole(index.parent / file, on_note)
+        if missing := [name for name in names if unwrapped(name) not in part]:
+            raise CheckpointError(f"{index.parent / file}: has no {missing[0]}, which {index.name} says is there")
+        state |= {unwrapped(name): part[unwrapped(name)] for name in names}
+    return state
 
 
-def _read_pickle(path: Path) -> object:
-    try:
-        with warnings.catch_warnings(), torch.serialization.safe_globals(_INERT):
-            warnings.simplefilter("ignore")
-            return torch.load(path, map_location="cpu", mmap=zipfile.is_zipfile(path), weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = re.search(r"Unsupported[^\n]*", str(error))
-        raise CheckpointError(
-            f"{path}: refused, because it holds more than tensors and reading it could run code"
-            f" ({reason[0] if reason else str(error).splitlines()[0]}); use its .safetensors version if there is one"
-        ) from error
-    except Exception as error:  # a damaged file makes the reader raise almost anything
-        raise CheckpointError(f"{path}: cannot be read as a PyTorch checkpoint: {error}") from error
+def _weight_map(index: Path) -> dict[str, str]:
+    found = read_json(index).get("weight_map")
+    if not isinstance(found, dict) or not found:
+        raise CheckpointError(f"{index}: has no 'weight_map' of tensors and their files")
+    for name, file in found.items():
+        if not isinstance(file, str) or Path(file).name != file or file in ("", ".."):
+            raise CheckpointError(f"{index}: weight_map.{name}={file!r}: the name of a file beside it is wanted")
+    return found
 
 
 @contextmanager
@@ -111,20 +163,51 @@ def naming(source: str | os.PathLike[str]) -> Iterator[None]:
         raise CheckpointError(named) from error
 
 
-def folder_state(folder: Path, stems: tuple[str, ...]) -> dict[str, Tensor]:
-    """The tensors of the first of a diffusers folder's files that is there, safetensors before pickles."""
-    candidates = [folder / f"{stem}{suffix}" for suffix in (".safetensors", ".bin") for stem in stems]
-    for path in candidates:
-        if path.is_file():
-            return read_state(path)
-    raise CheckpointError(f"{folder}: holds none of {', '.join(path.name for path in candidates)}")
+def folder_state(folder: Path, stems: tuple[str, ...], on_note: Note = lambda _: None) -> dict[str, Tensor]:
+    """The tensors of a diffusers folder, whole or in parts, as its libraries write them.
+
+    The plain file is taken before a variant (*.fp16.safetensors), of the variants fp32, fp16, bf16 in this order, and
+    safetensors before pickles. `on_note` is called with the variant that was taken. Raises CheckpointError.
+    """
+    for suffix in (".safetensors", ".bin"):
+        for stem in stems:
+            for path in (folder / f"{stem}{suffix}", folder / f"{stem}{suffix}.index.json"):
+                if path.is_file():
+                    return read_state(path, on_note)
+    for suffix in (".safetensors", ".bin"):
+        for stem in stems:
+            if (variant := _variant(folder, stem, suffix)) is not None:
+                on_note(f"{variant}: these weights are taken, for there are none without a variant")
+                return read_state(variant, on_note)
+    plain = ", ".join(f"{stem}{suffix}" for suffix in (".safetensors", ".bin") for stem in stems)
+    found = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else ""
+    raise CheckpointError(
+        f"{folder}: holds none of {plain}, no variant and no index of theirs; it has {found or 'nothing'}"
+    )
+
+
+def _variant(folder: Path, stem: str, suffix: str) -> Path | None:
+    """The file or index of the best variant, in any of the spellings that the libraries have had."""
+    pattern = re.compile(
+        rf"{re.escape(stem)}(?:\.(?P<a>[\w-]+){re.escape(suffix)}(?:\.index\.json)?"
+        rf"|{re.escape(suffix)}\.index\.(?P<b>[\w-]+)\.json)"
+    )
+    found: dict[str, Path] = {}
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if match := pattern.fullmatch(path.name):
+            found.setdefault(match["a"] or match["b"], path)
+    known = [name for name in VARIANTS if name in found]
+    if not known and len(found) > 1:
+        named = ", ".join(sorted(path.name for path in found.values()))
+        raise CheckpointError(f"{folder}: several variants, {named}, and no rule which is meant: leave one there")
+    return found[known[0]] if known else next(iter(found.values()), None)
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object of a diffusers folder. Raises CheckpointError."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+        value = read_any_json(path)
+    except (OSError, TextError) as error:
         raise CheckpointError(f"{path}: cannot be read, and a diffusers folder has it: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: a JSON object is wanted")

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from higen.errors import CheckpointError
-from higen.models.companions import autoencoder
+from higen.models.companions import autoencoder, text_encoder
+from higen.models.nestings import found_in
 
 __all__ = [
     "autoencoder_arguments_from_ldm",
@@ -22,7 +23,9 @@ __all__ = [
     "autoencoder_from_ldm",
     "check_tensors",
     "shapes_of",
+    "text_arguments_from_ldm",
     "text_arguments_from_openclip",
+    "text_from_ldm",
     "text_from_openclip",
     "text_from_transformers",
 ]
@@ -31,6 +34,7 @@ State = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
 
 _TEXT_PREFIX = "cond_stage_model.model."  # where a Stable Diffusion 2 checkpoint keeps its OpenCLIP
+_LDM_TEXT_PREFIX = "cond_stage_model.transformer."  # where one of version 1 keeps OpenAI's CLIP
 _AUTOENCODER_PREFIX = "first_stage_model."
 _TEXT_HEAD_DIM = 64  # in every OpenCLIP text tower; shapes do not tell
 _LDM_SCALE = 0.18215
@@ -93,6 +97,40 @@ def text_from_transformers(state: State) -> dict[str, Tensor]:
     names = {name: name.removeprefix("text_model.") for name in state}
     unused = ("embeddings.position_ids", "text_projection.weight")
     return {ours: state[name] for name, ours in names.items() if ours not in unused}
+
+
+def text_from_ldm(state: State) -> dict[str, Tensor]:
+    """OpenAI's CLIP text model of a Stable Diffusion 1 checkpoint as a CLIPTextModel. Raises CheckpointError."""
+    arguments = text_arguments_from_ldm(state)
+    text = _ldm_text(state)
+    check_tensors(text, shapes_of(lambda: text_encoder(arguments)), "CLIP's text model")
+    return text
+
+
+def text_arguments_from_ldm(state: State) -> dict[str, Any]:
+    """CLIPTextConfig's arguments for what `text_from_ldm` makes of the same tensors. Raises CheckpointError."""
+    text, what = _ldm_text(state), "CLIP's text model"
+    vocabulary, width = _shape(text, "embeddings.token_embedding.weight", 2, what)
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": _shape(text, "encoder.layers.0.mlp.fc1.weight", 2, what)[0],
+        "num_hidden_layers": _count(text, r"encoder\.layers\.(\d+)\."),
+        "num_attention_heads": max(1, width // _TEXT_HEAD_DIM),
+        "max_position_embeddings": _shape(text, "embeddings.position_embedding.weight", 2, what)[0],
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+        "bos_token_id": vocabulary - 2,
+        "eos_token_id": vocabulary - 1,
+        "pad_token_id": vocabulary - 1,
+    }
+
+
+def _ldm_text(state: State) -> dict[str, Tensor]:
+    found = {name: tensor for name, tensor in state.items() if name.startswith(_LDM_TEXT_PREFIX)}
+    if not found:
+        raise CheckpointError(f"not CLIP's text model: no {_LDM_TEXT_PREFIX}*; {found_in(state)}")
+    return text_from_transformers({name.removeprefix(_LDM_TEXT_PREFIX): tensor for name, tensor in found.items()})
 
 
 def _text_tower(state: State) -> dict[str, Tensor]:
@@ -165,7 +203,7 @@ def autoencoder_arguments_from_ldm(state: State) -> dict[str, Any]:
     levels = _count(theirs, r"encoder\.down\.(\d+)\.")
     widths = [_shape(theirs, f"encoder.down.{i}.block.0.conv1.weight", 4, what)[0] for i in range(levels)]
     if not widths:
-        raise CheckpointError(f"not {what}: it has no encoder.down.0.block.0.conv1.weight")
+        raise CheckpointError(f"not {what}: missing encoder.down.0.block.0.conv1.weight; {found_in(state)}")
     return {
         "in_channels": _shape(theirs, "encoder.conv_in.weight", 4, what)[1],
         "out_channels": _shape(theirs, "decoder.conv_out.weight", 4, what)[0],
@@ -240,7 +278,7 @@ def _count(state: State, pattern: str) -> int:
 
 def _shape(state: State, name: str, axes: int, what: str) -> tuple[int, ...]:
     if name not in state:
-        raise CheckpointError(f"not {what}: missing {name}")
+        raise CheckpointError(f"not {what}: missing {name}; {found_in(state)}")
     if state[name].ndim != axes:
         raise CheckpointError(f"not {what}: {name} is {list(state[name].shape)}, {axes} axes are wanted")
     return tuple(state[name].shape)

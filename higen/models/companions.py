@@ -26,6 +26,8 @@ __all__ = [
     "autoencoder",
     "load_autoencoder",
     "load_text_encoder",
+    "quiet",
+    "quiet_import",
     "restore_buffers",
     "text_encoder",
 ]
@@ -41,9 +43,9 @@ def text_encoder(arguments: Mapping[str, Any]) -> CLIPTextModel:
     tokens [B,L] int64 -> .last_hidden_state [B,L,Dt], after the final norm. Under `torch.device("meta")` it takes no
     memory. Raises ManifestError for arguments that transformers refuses, MissingExtra without transformers.
     """
-    with _quiet_import("transformers", "the text encoder"):
+    with quiet_import("transformers", "the text encoder"):
         from transformers import CLIPTextConfig, CLIPTextModel
-    with _quiet("transformers"):
+    with quiet("transformers"):
         try:
             return CLIPTextModel(CLIPTextConfig(**arguments))
         except Exception as error:  # transformers raises whatever its checks and its arithmetic raise
@@ -58,10 +60,10 @@ def autoencoder(kind: str, arguments: Mapping[str, Any]) -> nn.Module:
     """
     if kind not in AUTOENCODERS:
         raise ManifestError(f"autoencoder.kind={kind!r}: one of {', '.join(AUTOENCODERS)}")
-    with _quiet_import("diffusers", "the autoencoder"):
+    with quiet_import("diffusers", "the autoencoder"):
         from diffusers import AutoencoderDC, AutoencoderKL
     kinds: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
-    with _quiet("diffusers"):
+    with quiet("diffusers"):
         try:
             built: nn.Module = kinds[kind](**arguments)
         except Exception as error:  # as for the text encoder
@@ -116,7 +118,8 @@ def restore_buffers(module: nn.Module, device: torch.device) -> None:
 
 
 @contextmanager
-def _quiet_import(package: str, purpose: str) -> Iterator[None]:
+def quiet_import(package: str, purpose: str) -> Iterator[None]:
+    """Import a library without its warnings. Raises MissingExtra where it is not installed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -126,7 +129,7 @@ def _quiet_import(package: str, purpose: str) -> Iterator[None]:
 
 
 @contextmanager
-def _quiet(library: str) -> Iterator[None]:
+def quiet(library: str) -> Iterator[None]:
     """Silence a library's notes; its logger's level is put back. (Importing a library sets it, so import it before.)"""
     logger = logging.getLogger(library)
     level = logger.level

@@ -23,12 +23,11 @@ class SolverStep(nn.Module):
     it, the others are repeated. `branches`: 2, or 1 for a plain step. m is like x.
     """
 
-    prefix = "predictor."
-    """What the names of the weights have before them here."""
-
     def __init__(self, stage: Stage, predictor: nn.Module) -> None:
         super().__init__()
         self.predictor = predictor
+        self.prefix = f"predictor.{getattr(predictor, 'prefix', '')}"
+        """What the names of the weights have before them here."""
         self.branches = 2 if stage.guided else 1
         self.inputs = tuple(tensor.name for tensor in stage.inputs)
         twins = {EMPTY + name for name in self.inputs}

@@ -5,7 +5,6 @@ Everything that is wrong with a directory is a FixtureError that names the file 
 
 from __future__ import annotations
 
-import json
 import math
 import re
 import zlib
@@ -24,6 +23,8 @@ from higen.errors import FixtureError, HigenError
 from higen.families.higen.reference_names import config_from_reference, from_reference, reference_names
 from higen.families.higen.spec import UNetConfig
 from higen.families.higen.unet import Denoiser
+from higen.text_files import TextError
+from higen.text_files import read_json as read_any_json
 
 __all__ = [
     "CaseTensors",
@@ -48,8 +49,8 @@ CHUNK = 1 << 20
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object. Raises FixtureError where the file is missing, not JSON or not an object."""
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
+        value = read_any_json(path)
+    except (OSError, TextError) as error:
         raise FixtureError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(value, dict):
         raise FixtureError(f"{path}: a JSON object is wanted, here is a {type(value).__name__}")
@@ -131,7 +132,7 @@ def recipe_salt(recipe: str, where: str) -> int:
 
 
 def recipe_tensor(key: str, shape: Iterable[int], salt: int) -> Tensor:
-    """The recipe's weights for the reference's parameter `key`, float32 in `shape` (FIXTURES.md, weight recipe).
+    """The recipe's weights for the reference's parameter `key`, float32 in `shape` (the weight recipe of its fixtures).
 
     u = RandomState(crc32(key) ^ salt).random_sample(n); z = (2u - 1) sqrt 3; a one-dimensional weight is 1 + z/10, a
     bias z/10, tokens z/2, all others z / sqrt(fan_in). fan_in is the product of all axes but the first; axes of

@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from higen.errors import PromptWarning, SettingsError
+from higen.errors import PromptWarning, SettingsError, quoted
 from higen.families.higen.cues import appearance_cue, motion_cue
 from higen.families.higen.spec import ModelConfig
 from higen.tokenizer import PromptTokenizer
@@ -116,7 +116,7 @@ class Batches:
             tokens = self.tokenizer.encode([caption])[0]
         if caught and not self._warned:
             self._warned = True
-            text = f"caption {caption!r}: {caught[0].message}; other captions are not reported"
+            text = f"caption {quoted(caption)}: {caught[0].message}; other captions are not reported"
             warnings.warn(text, PromptWarning, stacklevel=2)
         return tokens
 

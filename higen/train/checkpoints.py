@@ -10,18 +10,20 @@ from __future__ import annotations
 import os
 import pickle
 import re
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from higen.errors import TrainingError
+from higen.models.pickles import plain_reason
+from higen.staging import whole_file
 
 __all__ = ["Checkpoints", "reason"]
 
 VERSION = 1
-_NAME = re.compile(r"step-(\d+)\.pt")
+_NAME = re.compile(r"step-(\d{8,})\.pt")
+_PART = re.compile(r"step-\d{8,}\.part")
 
 
 class Checkpoints:
@@ -41,24 +43,19 @@ class Checkpoints:
         Raises TrainingError where it cannot be written whole (a full disk), naming the last good one.
         """
         path = self.folder / f"step-{step:08d}.pt"
-        temporary = path.with_suffix(".part")
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
-            with temporary.open("wb") as file:
+            with whole_file(path) as temporary, temporary.open("wb") as file:
                 torch.save({"version": VERSION, **state}, file)
                 file.flush()
                 os.fsync(file.fileno())
-            temporary.replace(path)
         except (OSError, RuntimeError) as error:  # RuntimeError: torch's writer
-            with suppress(OSError):
-                temporary.unlink()
             last = next(iter(reversed(self.paths())), None)
             kept = f"the last good checkpoint is {last}" if last else "there is no earlier one"
             raise TrainingError(f"{path} cannot be written: {reason(error)}; {kept}") from error
         for old in self.paths()[: -self.keep]:
             old.unlink()
-        for killed in self.folder.glob("step-*.part"):  # a process was killed while it wrote
-            killed.unlink()
+        self._sweep()
         return path
 
     def load(self) -> dict[str, Any] | None:
@@ -78,8 +75,15 @@ class Checkpoints:
 
     def clear(self) -> None:
         """Remove every checkpoint."""
-        for path in (*self.paths(), *self.folder.glob("step-*.part")):
+        for path in self.paths():
             path.unlink()
+        self._sweep()
+
+    def _sweep(self) -> None:
+        """Take away what earlier versions left when they were killed while they wrote."""
+        for path in self.folder.glob("step-*.part"):
+            if _PART.fullmatch(path.name):
+                path.unlink()
 
 
 def _step(path: Path) -> int:
@@ -87,7 +91,7 @@ def _step(path: Path) -> int:
 
 
 def reason(error: BaseException) -> str:
-    """The system's reason behind an error of torch's writer."""
+    """The system's reason behind an error of torch's reader or writer."""
     while error.__context__ is not None and not isinstance(error, OSError):
         error = error.__context__
-    return str(error).splitlines()[0] if str(error) else type(error).__name__
+    return plain_reason(error)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import sys
 from pathlib import Path
 
 import click
 
 from higen.errors import SettingsError
-from higen.terminal import JSON, needs, reported
+from higen.progress import is_watched
+from higen.terminal import JSON, PATH, needs, reported, say
 
 __all__ = ["cues", "evaluate", "train"]
 
@@ -36,11 +36,9 @@ def train() -> None:
 
 
 @train.command("config")
-@click.argument("config", type=click.Path(path_type=Path))
+@click.argument("config", type=PATH)
 @click.option("--resume/--fresh", default=None, help="Demand a checkpoint, or start anew.  [go on where there is one]")
-@click.option(
-    "--export", type=click.Path(path_type=Path), help="Write the newest checkpoint as a model directory; do not train."
-)
+@click.option("--export", type=PATH, help="Write the newest checkpoint as a model directory; do not train.")
 @click.option("--overwrite", is_flag=True, help="Replace the model directory of --export.")
 def from_config(config: Path, resume: bool | None, export: Path | None, overwrite: bool) -> None:
     """Train as the file CONFIG says.
@@ -55,23 +53,19 @@ def from_config(config: Path, resume: bool | None, export: Path | None, overwrit
             from higen.train import trainer
 
         if export is None:
-            bundle = trainer.train(settings, resume=resume, say=_say, progress=sys.stderr.isatty())
+            bundle = trainer.train(settings, resume=resume, say=say, progress=is_watched())
         else:
             bundle = trainer.export(settings, export, overwrite)
         if os.environ.get("RANK", "0") == "0":  # one of many says it
             click.echo(str(bundle.path))
 
 
-def _say(line: str) -> None:
-    click.echo(line, err=True)
-
-
 @train.command("default")
-@click.option("--work", type=click.Path(path_type=Path), required=True, help="Folder for data and state; it resumes.")
-@click.option("--output", type=click.Path(path_type=Path), required=True, help="Model directory to write.")
+@click.option("--work", type=PATH, required=True, help="Folder for data and state; it resumes.")
+@click.option("--output", type=PATH, required=True, help="Model directory to write.")
 @click.option("--steps", type=click.IntRange(1), help="Steps of the denoiser.  [the recipe's]")
 @click.option("--codec-minutes", type=float, default=45.0, show_default=True, help="Time for the autoencoder.")
-@click.option("--start", type=click.Path(path_type=Path), help="Model of this recipe to start from.  [random weights]")
+@click.option("--start", type=PATH, help="Model of this recipe to start from.  [random weights]")
 @click.option("--bf16", is_flag=True, help="Mixed precision: faster on some processors, slower on others.")
 def from_recipe(
     work: Path, output: Path, steps: int | None, codec_minutes: float, start: Path | None, bf16: bool
@@ -89,12 +83,12 @@ def from_recipe(
 
 
 @click.command()
-@click.argument("video", type=click.Path(path_type=Path))
-@click.option("--model", type=click.Path(path_type=Path), help="Whose latents and rate.  [the built-in small model]")
+@click.argument("video", type=PATH)
+@click.option("--model", type=PATH, help="Whose latents and rate.  [the built-in small model]")
 @click.option("--fps", type=int, help="Frames a second to look at.  [the model's]")
 @click.option("--frames", type=int, help="Frames from the middle of the video.  [all, as far as the model reaches]")
-@click.option("--openclip", type=click.Path(path_type=Path), help="CLIP picture tower, in transformers' format.")
-@click.option("--plot", type=click.Path(path_type=Path), help="Draw both curves into this picture.")
+@click.option("--openclip", type=PATH, help="CLIP picture tower, in transformers' format.")
+@click.option("--plot", type=PATH, help="Draw both curves into this picture.")
 @JSON
 def cues(
     video: Path,
@@ -110,11 +104,14 @@ def cues(
         from higen.api import default_model
         from higen.bundle import Bundle
         from higen.families.higen import spec
+        from higen.output_file import check_file
 
         with needs("train", "higen cues"):
             from higen.train.curves import as_text, measure, save_plot
             from higen.train.latents import other_likeness
 
+        if plot is not None:
+            check_file(plot)
         opened = Bundle.open(model or default_model())
         curves = measure(
             opened,
@@ -124,18 +121,19 @@ def cues(
             openclip=None if openclip is None else str(openclip),
         )
         if line := other_likeness(spec.config(opened.manifest), None if openclip is None else str(openclip)):
-            _say(line)
+            say(line)
+        for line in curves.notes:
+            say(line)
         if plot is not None:
             save_plot(curves, plot)
         click.echo(json.dumps(curves.as_json()) if as_json else as_text(curves))
 
 
 @click.command()
-@click.argument("model", type=click.Path(path_type=Path), required=False)
-@click.option("--data", type=click.Path(path_type=Path), required=True, help="Folder of the emoji; filled if empty.")
-@click.option(
-    "--output", type=click.Path(path_type=Path), required=True, help="Folder for the measures and contact sheets."
-)
+@click.argument("model", type=PATH, required=False)
+@click.option("--data", type=PATH, required=True, help="Folder of the emoji.")
+@click.option("--output", type=PATH, required=True, help="Folder for the measures and contact sheets.")
+@click.option("--fetch", is_flag=True, help="Download the emoji where --data has none: npm packages, about 700 MB.")
 @click.option("--seeds", type=int, default=8, show_default=True, help="Clips of each held-out prompt.")
 @click.option("--quick", is_flag=True, help="Every fourth subject, one seed.")
 @click.option("--backend", default="auto", show_default=True, help="Where the stages run; see `higen doctor`.")
@@ -145,6 +143,7 @@ def evaluate(
     model: Path | None,
     data: Path,
     output: Path,
+    fetch: bool,
     seeds: int,
     quick: bool,
     backend: str,
@@ -167,10 +166,11 @@ def evaluate(
             quick=quick,
             backend=backend,
             precision=precision,
+            download=fetch,
             shown=_watched(as_json),
         )
         click.echo(json.dumps(found) if as_json else text)
 
 
 def _watched(as_json: bool) -> bool:
-    return sys.stderr.isatty() and not as_json
+    return is_watched() and not as_json

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,13 +11,15 @@ import numpy as np
 import torch
 
 from higen.bundle import Bundle
-from higen.errors import OutputError, RequestError
+from higen.errors import HigenError, OutputError, RequestError
 from higen.families.higen import spec
 from higen.models.companion_stages import EncoderStage
 from higen.models.companions import load_autoencoder
+from higen.output_file import output_file
 from higen.train.cues import appearance_factor, appearance_similarity, motion_of
+from higen.train.cuts import find_cuts
 from higen.train.latents import OpenClip, encode
-from higen.train.media import Placement, Unusable, read_video, video_length
+from higen.train.media import Placement, Unusable, read_part, sampled_rate, video_length
 
 __all__ = ["Curves", "as_text", "measure", "save_plot"]
 
@@ -29,6 +31,7 @@ class Curves:
     """motion: one number per pair of frames. appearance: each frame's similarity to the first one, 1 the same.
 
     `motion_factor` and `appearance_factor` are the single numbers closest to them: what `higen generate` takes.
+    fps: what the video was sampled at. notes: what a person should know of the measurement, a line each.
     """
 
     fps: float
@@ -36,10 +39,16 @@ class Curves:
     appearance: tuple[float, ...]
     motion_factor: float
     appearance_factor: float
+    notes: tuple[str, ...] = ()
 
     def as_json(self) -> dict[str, Any]:
         """JSON-ready."""
-        return {**vars(self), "motion": list(self.motion), "appearance": list(self.appearance)}
+        return {
+            **vars(self),
+            "motion": list(self.motion),
+            "appearance": list(self.appearance),
+            "notes": list(self.notes),
+        }
 
 
 def measure(
@@ -47,7 +56,7 @@ def measure(
 ) -> Curves:
     """The cues of a video as a model's training measures them, at the model's size.
 
-    fps       frames a second; None: the model's
+    fps       frames a second; None: the model's. Whole strides of the video's own are taken, where that is near
     frames    length of the part in the middle that is looked at, from 2; None: all, up to the model's max_frames
     openclip  folder of a CLIP picture tower for the appearance; None: the latents
 
@@ -61,7 +70,8 @@ def measure(
         length = min(video_length(video, rate), config.max_frames) if frames is None else frames
         if length < 2:
             raise RequestError(f"{video}: {length} frames at {rate} a second: at least 2 frames")
-        pixels = read_video(video, size.width, size.height, rate, length, Placement())
+        sampled = sampled_rate(video, rate, length)
+        pixels = read_part(video, size.width, size.height, rate, length, Placement())
     except Unusable as error:
         raise RequestError(f"{video}: {error}") from error
     autoencoder = load_autoencoder(
@@ -75,12 +85,21 @@ def measure(
     features = latents.transpose(0, 1).flatten(1) if encoded.features is None else encoded.features
     motion, similarity = motion_of(latents[None])[0].double(), appearance_similarity(features[None])
     return Curves(
-        fps=float(rate),
+        fps=float(f"{sampled:.6g}"),
         motion=tuple(motion.tolist()),
         appearance=tuple(round(value, 4) for value in similarity[0, 0].tolist()),
         motion_factor=round(float(motion.mean()), 1),
         appearance_factor=round(float(appearance_factor(similarity)), 3),
+        notes=tuple(_notes(rate, sampled, find_cuts(pixels))),
     )
+
+
+def _notes(rate: float, sampled: float, cuts: Sequence[int]) -> Iterator[str]:
+    if sampled != rate:
+        yield f"the video is sampled at {sampled:.4g} frames a second, in whole strides of its own, not at {rate:g}"
+    if cuts:
+        seconds = ", ".join(f"{cut / sampled:.2f} s" for cut in cuts)
+        yield f"the picture changes at once at {seconds}: a cut is measured as motion"
 
 
 def as_text(curves: Curves) -> str:
@@ -128,6 +147,9 @@ def save_plot(curves: Curves, path: Path) -> None:
         for px, py in points:
             draw.ellipse((px - 2, py - 2, px + 2, py + 2), "#1f77b4")
     try:
-        picture.save(path)
+        with output_file(path) as temporary:
+            picture.save(temporary)
+    except HigenError:
+        raise
     except (OSError, ValueError) as error:  # ValueError: an unknown suffix
         raise OutputError(f"{path}: cannot be written: {error}") from error

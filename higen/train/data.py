@@ -5,12 +5,11 @@ A data set is a folder (clip.mp4 beside clip.txt, subfolders too) or a .jsonl or
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -19,12 +18,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from higen.errors import SettingsError
-from higen.train.media import IMAGES, VIDEOS
+from higen.request import MAX_PROMPT
+from higen.text_files import TextError, read_text
+from higen.train.list_files import READERS, checked_caption, read_rows
+from higen.train.media import IMAGES, VIDEOS, is_video
 
 __all__ = ["IMAGE", "VIDEO", "Item", "Listing", "candidates", "explained", "list_items", "summary"]
 
 IMAGE, VIDEO = 0, 1
 """Kinds of a batch; each has an order of its own."""
+
+CAPTIONS = (".txt", ".caption")
+"""Suffixes of the files with captions, in any case; the first one that is there is taken."""
+HIDDEN = "."
+RESOURCE = "._"
+"""How the names of hidden files begin, and those of macOS' attributes beside a file."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +47,13 @@ class Item:
 
 @dataclass
 class Listing:
-    """The items of a data set, and why files were left out (reason by name). The latter is a report that grows as files
-    are read: a file that is left out of one sample may serve another.
+    """The items of a data set, why files were left out, and what a person should know of those that were not (by name).
+    The latter two are reports that grow as files are read: a file that is left out of one sample may serve another.
     """
 
     items: list[Item] = field(default_factory=list)
     skipped: dict[str, str] = field(default_factory=dict)
+    notes: dict[str, str] = field(default_factory=dict)
 
     def of(self, kind: int, key_frames: bool) -> list[Item]:
         """What a batch of a kind is made from; with `key_frames`, videos serve as pictures too."""
@@ -59,81 +68,92 @@ class Listing:
 def list_items(path: str | os.PathLike[str]) -> Listing:
     """The items of a data set, in the order of the file (a folder: of the names).
 
-    Raises SettingsError for a missing or malformed data set (missing columns, a line that is no JSON object) or one
-    without a single item; files that do not exist are found out when they are read.
+    A folder's hidden files and folders are no items. A caption is the .txt, or else the .caption, of the same name.
+    Raises SettingsError for a missing or malformed data set (missing columns, a line that is no JSON object, a row
+    that is cut or run together) or one without a single item; files that do not exist are found out when they are
+    read.
     """
     source = Path(path)
     listing = Listing()
     try:
         if source.is_dir():
             rows = _folder_rows(source, listing)
-        elif source.suffix.lower() in _READERS and source.is_file():
-            rows = _READERS[source.suffix.lower()](source)
+        elif source.suffix.lower() in READERS and source.is_file():
+            rows = read_rows(source, (*VIDEOS, *IMAGES))
         else:
             raise SettingsError(f"data.path={str(source)!r}: a folder, or a .jsonl or .csv file that exists")
-        base = source if source.is_dir() else source.parent
-        for name, caption in rows:
-            suffix = Path(name).suffix.lower()
-            if suffix in (*VIDEOS, *IMAGES):
-                listing.items.append(Item(base / name, name, caption, suffix in VIDEOS))
-            else:
-                listing.skipped[name] = f"its suffix {suffix!r} is unknown"
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
+    except (OSError, TextError) as error:
         raise SettingsError(f"data.path={str(source)!r}: cannot be read: {error}") from error
+    base = source if source.is_dir() else source.parent
+    for name, caption in rows:
+        suffix = Path(name).suffix.lower()
+        if Path(name).name.startswith(RESOURCE):
+            listing.skipped[name] = "macOS keeps a file's attributes in it"
+        elif suffix in (*VIDEOS, *IMAGES):
+            listing.items.append(Item(base / name, name, caption, is_video(base / name)))
+        else:
+            listing.skipped[name] = f"its suffix {suffix!r} is unknown"
     if not listing.items:
         raise SettingsError(f"data.path={str(source)!r}: no usable item{explained(listing.skipped)}")
     return listing
 
 
-def _folder_rows(folder: Path, listing: Listing) -> Iterator[tuple[str, str]]:
-    for file in sorted(folder.rglob("*")):
-        if file.suffix.lower() in (*VIDEOS, *IMAGES) and file.is_file():
-            name, text = str(file.relative_to(folder)), file.with_suffix(".txt")
-            try:
-                yield name, text.read_text(encoding="utf-8").strip()
-            except FileNotFoundError:
-                listing.skipped[name] = "no .txt with its caption beside it"
-            except UnicodeDecodeError:
-                listing.skipped[name] = "its caption is not UTF-8"
-            except OSError as error:
-                listing.skipped[name] = f"its caption cannot be read: {error.strerror}"
-
-
-def _csv_rows(file: Path) -> Iterator[tuple[str, str]]:
-    with file.open(encoding="utf-8-sig", newline="") as text:
-        reader = csv.DictReader(text)
-        missing = [name for name in ("path", "caption") if name not in (reader.fieldnames or ())]
-        if missing:
-            found = ", ".join(map(repr, reader.fieldnames or ())) or "none"
-            raise SettingsError(f"{file}: no column {' and no column '.join(map(repr, missing))}; it has {found}")
-        for row in reader:
-            yield _row(row, f"{file}, line {reader.line_num}")
-
-
-def _jsonl_rows(file: Path) -> Iterator[tuple[str, str]]:
-    with file.open(encoding="utf-8-sig") as text:
-        for number, line in enumerate(text, 1):
-            if line.strip():
+def _folder_rows(folder: Path, listing: Listing) -> list[tuple[str, str]]:
+    """Names and captions of a folder; why files that belong to a pair are left out goes to the listing."""
+    rows = []
+    for place, names, folders in _folders(folder, listing):
+        captions = _captions([*names, *folders])
+        alone = {stem: name for stem, name in captions.items() if name in names}
+        for name in map(Path, names):
+            if name.suffix.lower() in CAPTIONS:
+                continue
+            relative, caption = (place / name).as_posix(), captions.get(name.stem)
+            alone.pop(name.stem, None)
+            if name.suffix.lower() not in (*VIDEOS, *IMAGES):
+                if caption is not None:
+                    listing.skipped[relative] = f"its suffix {name.suffix.lower()!r} is unknown"
+            elif caption is None:
+                listing.skipped[relative] = "no .txt with its caption beside it"
+            else:
                 try:
-                    row = json.loads(line)
-                except ValueError as error:
-                    raise SettingsError(f"{file}, line {number}: not JSON: {error}") from error
-                yield _row(row, f"{file}, line {number}")
+                    text = read_text(folder / place / caption, largest=4 * MAX_PROMPT)
+                    rows.append((relative, checked_caption(text)))
+                except TextError as error:
+                    listing.skipped[relative] = f"its caption cannot be used: {(place / caption).as_posix()}: {error}"
+                except OSError as error:
+                    listing.skipped[relative] = f"its caption cannot be read: {error.strerror}"
+        for lonely in alone.values():
+            listing.skipped[(place / lonely).as_posix()] = "no picture or video of its name beside it"
+    return sorted(rows, key=lambda row: row[0].split("/"))
 
 
-def _row(row: object, where: str) -> tuple[str, str]:
-    if not isinstance(row, Mapping):
-        raise SettingsError(f"{where}: {row!r}: an object with the texts 'path' and 'caption' is wanted")
-    there = {name: value for name, value in row.items() if isinstance(name, str) and value is not None}
-    for name in ("path", "caption"):
-        if name not in there:
-            raise SettingsError(f"{where}: no {name!r}; it has {', '.join(map(repr, there)) or 'nothing'}")
-        if not isinstance(there[name], str):
-            raise SettingsError(f"{where}: {name}={there[name]!r}: a text is wanted")
-    return there["path"], there["caption"].strip()
+def _captions(names: Iterable[str]) -> dict[str, str]:
+    """The file of a caption by what its name has before the suffix."""
+
+    def rank(file: Path) -> tuple[int, bool, str]:
+        return CAPTIONS.index(file.suffix.lower()), file.suffix.lower() != file.suffix, file.name
+
+    found = sorted((file for file in map(Path, names) if file.suffix.lower() in CAPTIONS), key=rank, reverse=True)
+    return {file.stem: file.name for file in found}
 
 
-_READERS = {".csv": _csv_rows, ".jsonl": _jsonl_rows}
+def _folders(folder: Path, listing: Listing) -> Iterator[tuple[Path, list[str], list[str]]]:
+    """Each folder below and with `folder`: its path in it, its files and its folders. Those that are hidden are left
+    out, and so are, with their reason, those that cannot be read.
+    """
+
+    def unreadable(error: OSError) -> None:
+        if Path(error.filename) == folder:
+            raise error
+        listing.skipped[Path(error.filename).relative_to(folder).as_posix()] = f"cannot be read: {error.strerror}"
+
+    for here, below, names in os.walk(folder, onerror=unreadable):
+        place = Path(here).relative_to(folder)
+        below[:] = sorted(name for name in below if not name.startswith(HIDDEN))
+        for name in below:
+            if Path(here, name).is_symlink():
+                listing.skipped[(place / name).as_posix()] = "a link to a folder is not followed"
+        yield place, sorted(name for name in names if not name.startswith(HIDDEN)), list(below)
 
 
 @lru_cache(maxsize=4)
@@ -153,13 +173,13 @@ def candidates(seed: int, kind: int, position: int, count: int) -> Iterator[int]
         yield int(order[(place + shift) % count])
 
 
-def summary(skipped: Mapping[str, str]) -> str:
+def summary(skipped: Mapping[str, str], what: str = "skipped") -> str:
     """How many files were left out and why, as one line: "3 files skipped (2 cannot be read, 1 shorter than ...)"."""
     if not skipped:
         return ""
     reasons = Counter(reason.partition(":")[0] for reason in skipped.values())
     listed = ", ".join(f"{count} {reason}" for reason, count in reasons.most_common())
-    return f"{len(skipped)} file{'s' if len(skipped) > 1 else ''} skipped ({listed})"
+    return f"{len(skipped)} file{'s' if len(skipped) > 1 else ''} {what} ({listed})"
 
 
 def explained(skipped: Mapping[str, str]) -> str:

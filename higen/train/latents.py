@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -23,6 +21,7 @@ from higen.bundle import sha256
 from higen.errors import MissingExtra, SettingsError, TrainingError
 from higen.families.higen.spec import ModelConfig
 from higen.models.companion_stages import EncoderStage
+from higen.staging import whole_file
 
 __all__ = [
     "Encoded",
@@ -175,12 +174,9 @@ class LatentCache:
     def save(self, path: Path, encoded: Encoded) -> None:
         """Keep `encoded`. Raises TrainingError where it cannot be written."""
         tensors = {"mean": encoded.mean, "std": encoded.std, "features": encoded.features}
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, temporary)
-            temporary.replace(path)
+            with whole_file(path) as temporary:
+                save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, temporary)
         except (OSError, SafetensorError) as error:
-            with suppress(OSError):
-                temporary.unlink()
             raise TrainingError(f"data.cache: {path} cannot be written: {error}") from error

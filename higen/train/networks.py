@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import shutil
-import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -23,12 +21,16 @@ from higen.models.companion_stages import EncoderStage
 from higen.models.companions import load_autoencoder, load_text_encoder, text_encoder
 from higen.models.weights import write_safetensors
 from higen.schedule import alphas_cumprod
+from higen.text_files import TextError, read_json, read_toml
 from higen.tokenizer import PromptTokenizer, build_word_tokenizer, write_tokenizer
 from higen.train.batches import Batch
 from higen.train.objective import gain_loss, residual_square, residual_v_loss, v_loss
-from higen.train.settings import ModelSettings, Settings
+from higen.train.settings import Settings
 
 __all__ = ["Networks", "Objective", "build", "spatial_names", "write_model"]
+
+PROMPTS, SHORT = 8, 200
+"""Captions that a trained model lists as its prompts, and characters that such a caption has at most."""
 
 _NOT_SPATIAL = ("time.", "prior.", "context_pool.")
 """Parts of the network without temporal layers that a still-picture network does not have, or that learn the cues."""
@@ -36,7 +38,12 @@ _NOT_SPATIAL = ("time.", "prior.", "context_pool.")
 
 @dataclass(frozen=True)
 class Networks:
-    """What a run starts from. `companions`: the model directory that the frozen networks come from."""
+    """What a run starts from.
+
+    config      of the networks; of a fine-tuned model with the name of the one it starts from
+    companions  the model directory that the frozen networks come from
+    own         the configuration as the model that is written calls itself; None: the same
+    """
 
     config: ModelConfig
     denoiser: Denoiser
@@ -44,6 +51,7 @@ class Networks:
     encoder: EncoderStage
     tokenizer: PromptTokenizer
     companions: Bundle
+    own: ModelConfig | None = None
 
 
 def build(settings: Settings, captions: Iterable[str]) -> Networks:
@@ -52,7 +60,7 @@ def build(settings: Settings, captions: Iterable[str]) -> Networks:
     Raises SettingsError (an architecture that does not go with its companions) and what opening a model directory
     raises.
     """
-    source = Bundle.open(settings.model.init or settings.model.companions or "")
+    source, captions = Bundle.open(settings.model.init or settings.model.companions or ""), list(captions)
     theirs = spec.config(source.manifest)
     config, tokenizer = theirs, None
     if settings.model.architecture is not None:
@@ -62,7 +70,9 @@ def build(settings: Settings, captions: Iterable[str]) -> Networks:
             config = replace(config, text=_with_words(config.text, len(words)))
             tokenizer = PromptTokenizer(build_word_tokenizer(words), config.text.rules)
         _check_fit(config, theirs, new_text=tokenizer is not None)
-    config = _named(config, settings.model)
+    own = _named(config, theirs, settings)
+    if settings.model.init is None:
+        config = own
     torch.manual_seed(settings.run.seed)
     if settings.model.init is not None:
         denoiser = load_denoiser(source.file(spec.UNET), config.unet, torch.device("cpu"), torch.float32)
@@ -76,21 +86,27 @@ def build(settings: Settings, captions: Iterable[str]) -> Networks:
     autoencoder = load_autoencoder(
         source.file(spec.AUTOENCODER), config.autoencoder.kind, config.autoencoder.arguments, torch.float32
     )
+    own = replace(own, prompts=own.prompts or settings.run.sample_prompts or _some(captions, tokenizer))
     text.eval().requires_grad_(settings.optimiser.train_text)
     encoder = EncoderStage(autoencoder, config.autoencoder.shift, config.autoencoder.scale).eval()
-    return Networks(config, denoiser.requires_grad_(True), text, encoder, tokenizer, source)
+    return Networks(config, denoiser.requires_grad_(True), text, encoder, tokenizer, source, own)
 
 
 def _read_architecture(file: Path, companions: ModelConfig) -> ModelConfig:
-    """A ModelConfig in JSON or TOML; `text` and `autoencoder` are the companions' where they are left out."""
+    """A ModelConfig in JSON or TOML; `text` and `autoencoder` are the companions' where they are left out, name and
+    licence are empty.
+    """
     try:
-        text = file.read_text(encoding="utf-8")
-        data = json.loads(text) if file.suffix.lower() == ".json" else tomllib.loads(text)
+        data = read_json(file) if file.suffix.lower() == ".json" else read_toml(file)
+        if not isinstance(data, dict):
+            raise ManifestError("an object is wanted")
         config = spec.read_config(data, file.name)
-    except (OSError, ValueError, ManifestError) as error:
+    except (OSError, TextError, ManifestError) as error:
         raise SettingsError(f"model.architecture={str(file)!r}: {error}") from error
     given = {name: getattr(companions, name) for name in ("text", "autoencoder") if name not in data}
-    return replace(config, **given)
+    config = replace(config, **given)
+    name, licence = (getattr(config, key) if key in data else "" for key in ("name", "licence"))
+    return replace(config, name=name, licence=licence)
 
 
 def _words(captions: Iterable[str]) -> list[str]:
@@ -125,8 +141,28 @@ def _check_fit(config: ModelConfig, companions: ModelConfig, new_text: bool) -> 
             raise SettingsError(f"model.architecture: {name} is {ours}, but its companions have {theirs}")
 
 
-def _named(config: ModelConfig, settings: ModelSettings) -> ModelConfig:
-    return replace(config, name=settings.name or config.name, licence=settings.licence or config.licence)
+def _named(config: ModelConfig, source: ModelConfig, settings: Settings) -> ModelConfig:
+    """The configuration as another model's than the one it starts from: a name of its own, a licence that says what
+    it comes from, and no prompts but those that its architecture file lists.
+    """
+    model, run = settings.model, settings.run
+    given = config if model.architecture is not None else replace(config, name="", licence="", prompts=())
+    came = "fine-tuned from" if model.init is not None else "not stated; with text encoder and autoencoder of"
+    return replace(
+        config,
+        name=model.name or given.name or Path(run.output).name,
+        licence=model.licence or given.licence or f"{came} {source.name} ({source.licence})",
+        prompts=given.prompts,
+    )
+
+
+def _some(captions: Sequence[str], tokenizer: PromptTokenizer) -> tuple[str, ...]:
+    """A few short captions, from all over the data set, that the model reads whole."""
+    short = [caption for caption in dict.fromkeys(captions) if 0 < len(caption) <= SHORT and "\n" not in caption]
+    said: dict[str, list[Warning]] = {caption: [] for caption in short[:: max(-(-len(short) // PROMPTS), 1)]}
+    for caption, warned in said.items():
+        tokenizer.encode([caption], warned.append)
+    return tuple(caption for caption, warned in said.items() if not warned)
 
 
 def _new_denoiser(config: UNetConfig) -> Denoiser:
@@ -204,8 +240,8 @@ def write_model(
 
     Raises ModelError where it cannot be written, or has weights that are not finite in `dtype`.
     """
-    source, config = networks.companions, networks.config
-    with files.create(output, spec.manifest(config), overwrite) as folder:
+    source = networks.companions
+    with files.create(output, spec.manifest(networks.own or networks.config), overwrite) as folder:
         write_safetensors(folder / spec.UNET, _under(trained, "denoiser."), dtype)
         text = _under(trained, "text.")
         if text:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -137,7 +138,8 @@ class Reader:
         size = self.frame
         if item.video:
             wanted = [size.frames // 2] if kind == IMAGE else None
-            pixels = read_video(item.path, size.width, size.height, size.fps, size.frames, placement, wanted)
+            note = partial(self.listing.notes.__setitem__, item.name)
+            pixels = read_video(item.path, size.width, size.height, size.fps, size.frames, placement, wanted, note)
         else:
             pixels = read_image(item.path, size.width, size.height, placement)
         return _Read(item, pixels, None, path)

@@ -15,6 +15,7 @@ from typing import Any
 
 from higen.errors import MissingExtra, TrainingError
 from higen.locks import hold
+from higen.staging import whole_file
 
 __all__ = ["Record", "claimed", "lock", "read_losses"]
 
@@ -43,12 +44,18 @@ def claimed(folder: Path, doing: str = "training") -> Iterator[None]:
 
 
 def read_losses(path: Path) -> list[dict[str, float]]:
-    """The whole lines of a losses.jsonl; a line cut short by a kill is left out."""
+    """The whole lines of a losses.jsonl; a line cut short by a kill is left out. Raises TrainingError for others."""
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines]
+    try:
+        found = [json.loads(line) for line in lines]
+        if all(type(row["step"]) is int for row in found):
+            return found
+    except (ValueError, TypeError, KeyError):
+        pass
+    raise TrainingError(f"{path}: is not the log of a run: move it away, or choose another run.output")
 
 
 class Record:
@@ -62,9 +69,8 @@ class Record:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, path = folder, folder / "losses.jsonl"
         kept = [line for line in read_losses(path) if line["step"] <= step]
-        temporary = path.with_suffix(".part")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        temporary.replace(path)
+        with whole_file(path) as temporary:
+            temporary.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
         self._file = path.open("a", encoding="utf-8")
         self._skipped = self._skipped_before(step)
         self._board = _summary_writer(folder / "tensorboard", step, tensorboard)
@@ -82,20 +88,24 @@ class Record:
         self._skipped |= reasons
         if self._skipped:
             rows = ({"file": name, "reason": why} for name, why in sorted(self._skipped.items()))
-            temporary = self.folder / "skipped.part"
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-            temporary.replace(self.folder / "skipped.jsonl")
+            with whole_file(self.folder / "skipped.jsonl") as temporary:
+                temporary.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
         return dict(self._skipped)
 
     def _skipped_before(self, step: int) -> dict[str, str]:
         """What skipped.jsonl holds of a run that goes on: a process does not read every file again."""
         file = self.folder / "skipped.jsonl"
-        if not step:
-            file.unlink(missing_ok=True)
         if not file.exists():
             return {}
-        rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
-        return {row["file"]: row["reason"] for row in rows}
+        try:
+            rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
+            found = {row["file"]: row["reason"] for row in rows}
+        except (ValueError, TypeError, KeyError) as error:
+            raise TrainingError(f"{file}: is not of a run: move it away, or choose another run.output") from error
+        if not step:
+            file.unlink()
+            return {}
+        return found
 
     def close(self) -> None:
         """Close the files."""

@@ -17,13 +17,15 @@ A relative path counts from the folder of the file. What is not given has the de
 from __future__ import annotations
 
 import os
-import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from higen.errors import ManifestError, SettingsError
+from higen.errors import ManifestError, SettingsError, quoted
+from higen.paths import given_path
+from higen.text_files import TextError, read_toml
+from higen.train.list_files import checked_caption
 from higen.typed_json import from_json, to_json
 
 __all__ = [
@@ -246,10 +248,11 @@ def read_settings(path: str | os.PathLike[str]) -> Settings:
     """
     file = Path(path)
     try:
-        table = tomllib.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:  # ValueError: not UTF-8, not TOML
+        table = read_toml(file)
+    except (OSError, TextError) as error:
         raise SettingsError(f"{file}: cannot be read as TOML: {error}") from error
     try:
+        _check_texts(table)
         # One section at a time, so that a range error too names its section.
         for name, kind in _SECTIONS.items():
             if name in table:
@@ -264,6 +267,18 @@ def read_settings(path: str | os.PathLike[str]) -> Settings:
     except (ManifestError, SettingsError) as error:
         raise SettingsError(f"{file}: {str(error).removeprefix('settings.')}") from error
     return _absolute(settings, file.absolute().parent)
+
+
+def _check_texts(table: Mapping[str, Any]) -> None:
+    """Raise SettingsError for a text with a character that no path and no prompt has."""
+    for section, keys in table.items():
+        for name, value in keys.items() if isinstance(keys, dict) else ():
+            for text in value if isinstance(value, list) else (value,):
+                try:
+                    if isinstance(text, str):
+                        checked_caption(text)
+                except TextError as error:
+                    raise SettingsError(f"{section}.{name}={quoted(text)}: {error}") from error
 
 
 _SECTIONS: Mapping[str, type[Any]] = {
@@ -281,7 +296,7 @@ def _absolute(settings: Settings, folder: Path) -> Settings:
         section, name = key.split(".")
         value = getattr(getattr(settings, section), name)
         if value is not None:
-            changed = replace(getattr(settings, section), **{name: str(folder / Path(value).expanduser())})
+            changed = replace(getattr(settings, section), **{name: str(folder / given_path(value, key))})
             settings = replace(settings, **{section: changed})
     return settings
 

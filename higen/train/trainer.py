@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 import threading
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -22,11 +21,15 @@ from torch import Tensor, nn
 from higen.bundle import Bundle
 from higen.errors import ModelError, SettingsError, TrainingError
 from higen.families.higen import spec
+from higen.model_folder import check_free
+from higen.staging import staging, whole_file
 from higen.train.batches import Batch, Batches
 from higen.train.checkpoints import Checkpoints
 from higen.train.data import IMAGE, VIDEO, Listing, list_items, summary
 from higen.train.latents import LatentCache, OpenClip, other_likeness, tower_sha256
+from higen.train.media import READING
 from higen.train.networks import Networks, Objective, build, spatial_names, write_model
+from higen.train.notices import notices
 from higen.train.optimise import Optimiser
 from higen.train.processes import shares, start_processes, stop_signals
 from higen.train.reader import Frame, Reader
@@ -37,6 +40,7 @@ from higen.typed_json import to_json
 __all__ = ["Trainer", "export", "scale_gradients", "train"]
 
 Say = Callable[[str], None]
+ARCHITECTURE = "model (architecture)"
 TOWER = "cues.openclip (configuration and weights)"
 
 
@@ -115,6 +119,7 @@ class Trainer:
         """Load the newest checkpoint, unless told otherwise, and open the logs."""
         if self.accelerator.is_main_process:
             self._lock = lock(Path(self.settings.run.output))
+            check_free(Path(self.settings.run.output, "model"), overwrite=True)  # `finish` writes it
             if resume is False:
                 self.checkpoints.clear()
         self.accelerator.wait_for_everyone()
@@ -128,7 +133,15 @@ class Trainer:
         elif self.settings.model.init and (line := other_likeness(self.networks.config, self.settings.cues.openclip)):
             self._tell(line)
         if self.accelerator.is_main_process:
+            if state is None:
+                self._warn()
             self._record = Record(Path(self.settings.run.output), self.step, self.settings.run.tensorboard)
+
+    def _warn(self) -> None:
+        """Say what is to be known of the run before its first step."""
+        bfloat16 = self.settings.run.precision == "bf16"
+        for line in notices(self.listing, self.reader.frame, self.networks.encoder, self.networks.tokenizer, bfloat16):
+            self.say(line)
 
     def run(self, progress: bool = False) -> None:
         """Make the steps that are left. Ctrl-C or SIGTERM saves after the present step and raises KeyboardInterrupt."""
@@ -210,6 +223,8 @@ class Trainer:
             write_model(self.networks, self.optimiser.average, output, self.settings.run.weights, overwrite=True)
             if skipped:
                 self._tell(f"{summary(skipped)}; see {Path(self.settings.run.output, 'skipped.jsonl')}")
+            if self.listing.notes:
+                self._tell(summary(self.listing.notes, "read otherwise than asked"))
         self.accelerator.wait_for_everyone()
         return Bundle.open(output)
 
@@ -258,14 +273,16 @@ class Trainer:
             from higen.video import contact_sheet
 
             output = Path(self.settings.run.output)
-            with tempfile.TemporaryDirectory(dir=output, prefix=".sample-") as scratch:
-                write_model(self.networks, self.optimiser.average, Path(scratch, "model"), self.settings.run.weights)
-                with load(Path(scratch, "model"), "torch", device=str(self.accelerator.device), verify=False) as pipe:
+            with staging(output) as scratch:
+                made = scratch.folder / "model"
+                write_model(self.networks, self.optimiser.average, made, self.settings.run.weights)
+                with load(made, "torch", device=str(self.accelerator.device), verify=False) as pipe:
                     options = {**vars(self.reader.frame), "seed": self.settings.run.seed}
                     videos = pipe(list(self.settings.run.sample_prompts), progress=False, **options)
             folder = output / "samples"
             folder.mkdir(exist_ok=True)
-            contact_sheet(videos).save(folder / f"step-{self.step:08d}.png")
+            with whole_file(folder / f"step-{self.step:08d}.png") as temporary:
+                contact_sheet(videos).save(temporary)
         self.accelerator.wait_for_everyone()
 
     def _agreed(self, stopped: threading.Event) -> bool:
@@ -304,6 +321,7 @@ def _reader(
         raise SettingsError(f"data.frames={frame.frames}: from 2 to {model.max_frames} for this model")
     features = OpenClip(cues.openclip, device) if cues.openclip is not None else None
     recipe = {
+        "reading": READING,
         "frame": [frame.frames, frame.width, frame.height, frame.fps],
         "autoencoder": networks.companions.files[spec.AUTOENCODER].sha256,
         "scale": to_json(model.autoencoder),
@@ -329,7 +347,7 @@ def _identity(settings: Settings, networks: Networks, listing: Listing) -> dict[
     records = networks.companions.files
     return {
         "data.path (names and captions)": listing.fingerprint(),
-        "model (architecture)": spec.write_config(networks.config),
+        ARCHITECTURE: _unnamed(spec.write_config(networks.config)),
         "model (autoencoder)": records[spec.AUTOENCODER].sha256,
         "model (text encoder)": records[spec.TEXT_ENCODER].sha256,
         "model (tokenizer)": records[spec.TOKENIZER].sha256,
@@ -337,12 +355,20 @@ def _identity(settings: Settings, networks: Networks, listing: Listing) -> dict[
     }
 
 
+def _unnamed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what only says whose model it is, which may change when a run goes on."""
+    return {key: value for key, value in config.items() if key not in ("name", "licence", "prompts")}
+
+
 def _check_same(state: Mapping[str, Any], settings: Settings, identity: Mapping[str, Any]) -> None:
     """Raise SettingsError naming the first key in which a checkpoint is of another configuration."""
     found = difference(state["settings"], settings)
     for name, value in identity.items():
-        # A checkpoint of an earlier version does not know all of them.
-        if found is None and state["identity"].get(name, value) != value:
+        # A checkpoint of an earlier version does not know all of them, and kept the names with the architecture.
+        before = state["identity"].get(name, value)
+        if name == ARCHITECTURE:
+            before = _unnamed(before)
+        if found is None and before != value:
             found = f"{name} is not what it was"
     if found is not None:
         raise SettingsError(

@@ -7,19 +7,26 @@
 find_path(ONNXRuntime_INCLUDE_DIR onnxruntime_cxx_api.h
     HINTS ${ONNXRUNTIME_ROOT} $ENV{ONNXRUNTIME_ROOT}
     PATH_SUFFIXES include include/onnxruntime include/onnxruntime/core/session)
-find_library(ONNXRuntime_LIBRARY onnxruntime
+find_library(ONNXRuntime_LIBRARY NAMES onnxruntime libonnxruntime.so.1
     HINTS ${ONNXRUNTIME_ROOT} $ENV{ONNXRUNTIME_ROOT}
     PATH_SUFFIXES lib lib64)
 
+# A program that links an installed static library of higen's needs no headers.
+set(wanted ONNXRuntime_LIBRARY)
+if(NOT ONNXRuntime_LIBRARY_ALONE)
+    list(APPEND wanted ONNXRuntime_INCLUDE_DIR)
+endif()
 include(FindPackageHandleStandardArgs)
 find_package_handle_standard_args(ONNXRuntime
-    REQUIRED_VARS ONNXRuntime_LIBRARY ONNXRuntime_INCLUDE_DIR
+    REQUIRED_VARS ${wanted}
     REASON_FAILURE_MESSAGE "set ONNXRUNTIME_ROOT to a folder with include/ and lib/ (get_onnxruntime.sh makes one)")
 
 if(ONNXRuntime_FOUND AND NOT TARGET onnxruntime::onnxruntime)
     add_library(onnxruntime::onnxruntime UNKNOWN IMPORTED)
-    set_target_properties(onnxruntime::onnxruntime PROPERTIES
-        IMPORTED_LOCATION "${ONNXRuntime_LIBRARY}"
-        INTERFACE_INCLUDE_DIRECTORIES "${ONNXRuntime_INCLUDE_DIR}")
+    set_target_properties(onnxruntime::onnxruntime PROPERTIES IMPORTED_LOCATION "${ONNXRuntime_LIBRARY}")
+    if(NOT ONNXRuntime_LIBRARY_ALONE)
+        set_target_properties(onnxruntime::onnxruntime PROPERTIES
+            INTERFACE_INCLUDE_DIRECTORIES "${ONNXRuntime_INCLUDE_DIR}")
+    endif()
 endif()
 mark_as_advanced(ONNXRuntime_INCLUDE_DIR ONNXRuntime_LIBRARY)

@@ -1,9 +1,12 @@
-// The C++ interface, with a preview of the first steps: contact_sheet MODEL "PROMPT" SHEET.ppm [STEPS [SIZE]]
+// The C++ interface, with a preview of the steps: contact_sheet MODEL "PROMPT" SHEET.ppm [STEPS [SIZE [SECONDS]]]
 //
-// Writes the frames of a video side by side, and prints how bright the estimate is after each step.
+// Writes the frames of a video side by side, and prints how bright the estimate is after each step. After so many
+// seconds it gives up: a token stops one generation, from any thread.
+#include <chrono>
 #include <cstdlib>
 #include <exception>
 #include <fstream>
+#include <future>
 #include <iostream>
 #include <numeric>
 #include <vector>
@@ -44,7 +47,11 @@ int main(int argc, char** argv) {
         higen::Callbacks callbacks;
         callbacks.on_step = show;
         callbacks.on_warning = [](const std::string& message) { std::cerr << message << '\n'; };
-        save(model.generate(request, callbacks), argv[3]);
+        callbacks.token.emplace();
+        auto video = std::async(std::launch::async, [&] { return model.generate(request, callbacks); });
+        const std::chrono::seconds patience(argc > 6 ? std::atoi(argv[6]) : 3600);
+        if (video.wait_for(patience) == std::future_status::timeout) callbacks.token->cancel();
+        save(video.get(), argv[3]);  // throws where it was cancelled
         return 0;
     } catch (const std::exception& error) {
         std::cerr << error.what() << '\n';

@@ -1,7 +1,9 @@
 // higen-run: a video from a text, on the library's public interface alone.
+#include <cerrno>
 #include <csignal>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <deque>
 #include <exception>
 #include <memory>
@@ -9,7 +11,8 @@
 #include <string>
 #include <vector>
 
-#include "higen/higen.h"
+#include "higen/higen.hpp"
+#include "matrix.h"
 #include "options.h"
 #include "output.h"
 
@@ -25,6 +28,12 @@ void check(higen_status status) {
     if (status != HIGEN_OK) throw std::runtime_error(higen_last_error());
 }
 
+std::int32_t narrow(const char* name, std::int64_t value) {
+    if (value < INT32_MIN || value > INT32_MAX)
+        throw std::invalid_argument(std::string(name) + "=" + std::to_string(value) + ": too large");
+    return static_cast<std::int32_t>(value);
+}
+
 struct Close {
     void operator()(higen_model* model) const { higen_model_close(model); }
 };
@@ -33,10 +42,10 @@ using Model = std::unique_ptr<higen_model, Close>;
 Model open_model(const Options& options) {
     higen_model_options given = HIGEN_MODEL_OPTIONS_INIT;
     given.backend = options.backend.c_str();
-    given.precision = options.precision.empty() ? nullptr : options.precision.c_str();
+    given.precision = options.precision ? options.precision->c_str() : nullptr;
     given.provider = options.provider.c_str();
     given.provider_library = options.provider_library.empty() ? nullptr : options.provider_library.c_str();
-    given.threads = static_cast<std::int32_t>(options.threads);
+    given.threads = narrow("--threads", options.threads);
     given.skip_verification = options.verify ? 0 : 1;
     higen_model* model = nullptr;
     check(higen_model_open(options.model.c_str(), &given, &model));
@@ -107,12 +116,6 @@ void print_controls(const higen_model* model) {
     }
 }
 
-std::int32_t narrow(const char* name, std::int64_t value) {
-    if (value < INT32_MIN || value > INT32_MAX)
-        throw std::invalid_argument(std::string(name) + "=" + std::to_string(value) + ": too large");
-    return static_cast<std::int32_t>(value);
-}
-
 // The request of the options, and what it points to.
 class Given {
 public:
@@ -171,13 +174,17 @@ private:
             }
             controls_.push_back(control);
         }
+        for (const auto& [name, file] : options.matrices) {
+            const auto& own = matrices_.emplace_back(read_matrix(file));
+            controls_.push_back({name.c_str(), own.numbers.data(), own.rows, own.columns, nullptr});
+        }
     }
 
     void take_picture(const std::string& name, const std::vector<std::string>& files) {
         auto& rgb = rgb_.emplace_back();
         higen_picture picture{name.c_str(), nullptr, static_cast<std::int32_t>(files.size()), 0, 0};
         for (const auto& file : files) {
-            const auto frame = read_ppm(file);
+            const higen::Image frame(file);
             if (!rgb.empty() && (frame.width != picture.width || frame.height != picture.height))
                 throw std::runtime_error(file + ": is of another size than the frames before it");
             picture.width = frame.width, picture.height = frame.height;
@@ -192,6 +199,7 @@ private:
     std::vector<higen_curve> guidance_;
     std::vector<const char*> solvers_;
     std::deque<std::vector<double>> numbers_;
+    std::deque<Matrix> matrices_;
     std::vector<higen_control> controls_;
     std::deque<std::vector<std::uint8_t>> rgb_;
     std::vector<higen_picture> pictures_;
@@ -230,9 +238,9 @@ void generate(const Options& options) {
     if (options.list_controls) return print_controls(model.get());
     if (options.info) return print_info(model.get());
     const Given given(model.get(), options);
-    ClipWriter writer(options.output);
+    ClipWriter writer(options.output, {options.prompt, options.seed});
     Run run{writer, options.quiet, ""};
-    const higen_callbacks callbacks = {sizeof(higen_callbacks), &run, on_step, on_frames, on_warning};
+    const higen_callbacks callbacks = {sizeof(higen_callbacks), &run, on_step, on_frames, on_warning, nullptr};
     const auto status = higen_generate(model.get(), &given.request(), &callbacks);
     if (!run.error.empty()) throw std::runtime_error(run.error);
     check(status);
@@ -248,9 +256,10 @@ int main(int argc, char** argv) {
         const auto options = parse({argv + 1, argv + argc});
         if (options.help) {
             std::fputs(usage, stdout);
-            return EXIT_SUCCESS;
+        } else {
+            generate(options);
         }
-        generate(options);
+        if (std::fflush(stdout) != 0) throw std::runtime_error(std::string("standard output: ") + std::strerror(errno));
         return EXIT_SUCCESS;
     } catch (const std::invalid_argument& error) {
         std::fprintf(stderr, "higen-run: %s\n", error.what());

@@ -10,8 +10,8 @@ const char* const usage = R"(Usage: higen-run MODEL "PROMPT" -o OUT [OPTION]...
 
 Make a video from a text with a model directory.
 
-  -o, --output FILE      .y4m (plays anywhere, BT.601), .npy (uint8 [F,H,W,3]), .rgb (the bytes of these frames alone),
-                         or - for y4m on the standard output:  higen-run ... -o - | ffmpeg -i - out.mp4
+  -o, --output FILE      .mp4 (H.264) or .webm (VP9), which need the program ffmpeg; .y4m (plays anywhere, BT.601), .npy
+                         (uint8 [F,H,W,3]), .rgb (the bytes of these frames alone); - is y4m on the standard output
   --seed N               0 to 2^64 - 1 (0)
   --steps N[,M...]       of every loop, or of each; --info names the loops
   --guidance X[,Y...]    likewise; X:Y:... is one number a frame
@@ -20,13 +20,15 @@ Make a video from a text with a model directory.
   --width N --height N --fps N
   --negative TEXT        what to steer away from
   --control NAME=VALUE[,VALUE...]   a control of the model: a number, one a frame, a text, or "unspecified"
-  --picture NAME=FILE[,FILE...]     a picture or the frames of a clip: binary PPM (P6)
+  --matrix NAME=FILE     a control's numbers, a row for each frame: .npy, or text with a row on each line
+  --picture NAME=FILE[,FILE...]     a picture or the frames of a clip: PNG, JPEG or binary PPM (P6) files
   --image FILE           the same as --picture image=FILE
   --list-controls        what --control and --picture take for this model; then end
   --tokens N,N,...       token ids from start to end, instead of the prompt's
   --backend NAME         auto, tensorrt (the model's engines) or onnx (its graphs)
   --precision NAME       fp32, fp16, bf16, int8, int8.fp16, fp8.fp16 or nvfp4.fp16: which of the model's engines or graphs
-  --provider NAME        of ONNX Runtime: auto, cpu, cuda, tensorrt-rtx, or a plugin's provider with --provider-library FILE
+  --provider NAME        of ONNX Runtime: auto, cpu, cuda, cuda:N (a GPU, from 0), tensorrt-rtx, or a plugin's provider with
+                         --provider-library FILE
   --threads N            of one stage on a CPU
   --no-verify            do not check the files' sha256
   --info                 what the model is and knows, what runs its stages; then end
@@ -95,7 +97,7 @@ std::map<std::string, Take> options_with_values(Options& options) {
         {"--output", to_text(options.output)},
         {"--negative", to_text(options.negative_prompt)},
         {"--backend", to_text(options.backend)},
-        {"--precision", to_text(options.precision)},
+        {"--precision", [&](const auto&, const auto& value) { options.precision = value; }},
         {"--provider", to_text(options.provider)},
         {"--provider-library", to_text(options.provider_library)},
         {"--seed", to_number(options.seed)},
@@ -121,6 +123,8 @@ std::map<std::string, Take> options_with_values(Options& options) {
              const auto [control, files] = parse_named(name, value);
              options.pictures.emplace_back(control, split(files, ','));
          }},
+        {"--matrix",
+         [&](const auto& name, const auto& value) { options.matrices.push_back(parse_named(name, value)); }},
         {"--image",
          [&](const auto&, const auto& value) {
              options.pictures.emplace_back("image", std::vector<std::string>{value});

@@ -21,8 +21,9 @@ struct Options {
     std::optional<std::int64_t> frames, width, height, fps;
     std::vector<std::pair<std::string, std::string>> controls;               // name and value, as they were given
     std::vector<std::pair<std::string, std::vector<std::string>>> pictures;  // name and files
+    std::vector<std::pair<std::string, std::string>> matrices;               // name and file
     std::string backend = "auto";
-    std::string precision;
+    std::optional<std::string> precision;
     std::string provider = "auto";
     std::string provider_library;
     std::int64_t threads = 0;

@@ -5,9 +5,13 @@
 #include <cerrno>
 #include <cmath>
 #include <cstring>
-#include <filesystem>
+#include <nlohmann/json.hpp>
 #include <stdexcept>
 #include <system_error>
+
+#ifndef _WIN32
+#include <unistd.h>
+#endif
 
 namespace fs = std::filesystem;
 
@@ -17,46 +21,95 @@ namespace {
 
 std::uint8_t byte(double value) { return static_cast<std::uint8_t>(std::lround(std::clamp(value, 0.0, 255.0))); }
 
+std::string lower_suffix(const std::string& path) {
+    auto suffix = fs::u8path(path).extension().u8string();
+    std::transform(suffix.begin(), suffix.end(), suffix.begin(),
+                   [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
+    return suffix;
+}
+
+// Whether anybody may write a file; to root every file looks writable.
+bool is_writable(const fs::path& path, fs::perms perms) {
+    constexpr auto any = fs::perms::owner_write | fs::perms::group_write | fs::perms::others_write;
+    if ((perms & any) == fs::perms::none) return false;
+#ifndef _WIN32
+    return access(path.c_str(), W_OK) == 0;
+#else
+    (void)path;
+    return true;
+#endif
+}
+
+// The prompt as title, and in JSON what the clip is: higen/video_record.py.
+Tags tags_of(const About& about, int total, int width, int height, int fps) {
+    const nlohmann::json record = {{"fps", fps}, {"frames", total}, {"height", height}, {"width", width}};
+    const nlohmann::json comment = {{"prompt", about.prompt}, {"seed", about.seed}, {"higen.video", record}};
+    return {about.prompt, comment.dump(-1, ' ', true, nlohmann::json::error_handler_t::replace)};
+}
+
 }  // namespace
 
-ClipWriter::ClipWriter(std::string path) : path_(std::move(path)) {
+ClipWriter::ClipWriter(std::string path, About about) : path_(std::move(path)), about_(std::move(about)) {
     if (path_ == "-") {
         file_ = stdout;
         return;
     }
-    auto suffix = fs::u8path(path_).extension().u8string();
-    std::transform(suffix.begin(), suffix.end(), suffix.begin(), [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
+    const auto suffix = lower_suffix(path_);
     if (suffix == ".npy")
         format_ = Format::npy;
     else if (suffix == ".rgb")
         format_ = Format::rgb;
+    else if (Encoder::takes(suffix))
+        format_ = Format::video;
     else if (suffix != ".y4m")
-        fail(path_, "the suffix says the format: .y4m, .npy or .rgb");
-    std::error_code error;
-    if (fs::is_directory(fs::u8path(path_), error)) fail(path_, "is a folder; name a file in it");
-    aside_ = path_ + ".part";
-    file_ = std::fopen(aside_.c_str(), "wb");
+        fail(path_, "the suffix says the format: .mp4, .webm, .y4m, .npy or .rgb");
+    check_target();
+    try {
+        if (format_ == Format::video) Encoder::check(suffix);
+    } catch (const std::runtime_error& error) {
+        fail(path_, error.what());
+    }
+    try {
+        staging_ = std::make_unique<Staging>(target_.parent_path());
+    } catch (const fs::filesystem_error& error) {
+        fail(path_, "cannot be written: " + error.code().message());
+    }
+    finished_ = staging_->folder() / ("clip" + suffix);
+    if (format_ == Format::video) return;
+    file_ = std::fopen(finished_.c_str(), "wb");
     if (file_ == nullptr) fail(path_, std::string("cannot be written: ") + std::strerror(errno));
 }
 
+// A link stays, what it points to is written. A file that its owner protects, and what is no file, is not replaced.
+void ClipWriter::check_target() {
+    std::error_code error;
+    target_ = fs::absolute(fs::u8path(path_));
+    const auto status = fs::status(target_, error);
+    if (fs::is_directory(status)) fail(path_, "is a folder; name a file in it");
+    for (int i = 0; i < 40 && fs::is_symlink(target_, error); ++i)  // as many as Linux follows
+        target_ = target_.parent_path() / fs::read_symlink(target_, error);
+    if (!fs::exists(status)) return;
+    if (!fs::is_regular_file(status)) fail(path_, "is no plain file, but a pipe or a device; choose another name");
+    if (!is_writable(target_, status.permissions()))
+        fail(path_, "is read-only: make it writable, or choose another name");
+}
+
 ClipWriter::~ClipWriter() {
-    if (file_ != nullptr && file_ != stdout) {
-        std::fclose(file_);
-        std::remove(aside_.c_str());
-    }
+    if (file_ != nullptr && file_ != stdout) std::fclose(file_);
 }
 
 void ClipWriter::put(const void* data, std::size_t size) {
     if (std::fwrite(data, 1, size, file_) != size) fail(path_, std::string("cannot be written: ") + std::strerror(errno));
 }
 
-void ClipWriter::write(const std::uint8_t* rgb, int count, int total, int width, int height, int fps) {
-    const auto pixels = static_cast<std::size_t>(width) * static_cast<std::size_t>(height);
-    if (!begun_ && format_ == Format::y4m) {
+void ClipWriter::begin(int total, int width, int height, int fps) {
+    if (format_ == Format::video) {
+        encoder_ = std::make_unique<Encoder>(finished_, width, height, fps, tags_of(about_, total, width, height, fps));
+    } else if (format_ == Format::y4m) {
         const auto header = "YUV4MPEG2 W" + std::to_string(width) + " H" + std::to_string(height) + " F" +
                             std::to_string(fps) + ":1 Ip A1:1 C444 XCOLORRANGE=LIMITED\n";
         put(header.data(), header.size());
-    } else if (!begun_ && format_ == Format::npy) {
+    } else if (format_ == Format::npy) {
         std::string header = "{'descr': '|u1', 'fortran_order': False, 'shape': (" + std::to_string(total) + ", " +
                              std::to_string(height) + ", " + std::to_string(width) + ", 3), }";
         header.resize((10 + header.size() + 1 + 63) / 64 * 64 - 10 - 1, ' ');
@@ -67,8 +120,15 @@ void ClipWriter::write(const std::uint8_t* rgb, int count, int total, int width,
         put(header.data(), size);
     }
     begun_ = true;
+}
+
+void ClipWriter::write(const std::uint8_t* rgb, int count, int total, int width, int height, int fps) {
+    const auto pixels = static_cast<std::size_t>(width) * static_cast<std::size_t>(height);
+    if (!begun_) begin(total, width, height, fps);
     for (int i = 0; i < count; ++i, rgb += 3 * pixels) {
-        if (format_ == Format::y4m)
+        if (format_ == Format::video)
+            encoder_->write(rgb);
+        else if (format_ == Format::y4m)
             put_y4m(rgb, pixels);
         else
             put(rgb, 3 * pixels);
@@ -94,38 +154,12 @@ void ClipWriter::finish() {
         if (std::fflush(stdout) != 0) fail("standard output", std::strerror(errno));
         return;
     }
-    const bool closed = std::fclose(file_) == 0;
+    if (encoder_) encoder_->finish();
+    const bool closed = file_ == nullptr || std::fclose(file_) == 0;
     file_ = nullptr;
+    if (!closed) fail(path_, std::string("cannot be written: ") + std::strerror(errno));
+    check_target();  // it may have come into being since
     std::error_code error;
-    if (closed) fs::rename(fs::u8path(aside_), fs::u8path(path_), error);
-    if (!closed || error) {
-        std::remove(aside_.c_str());
-        fail(path_, "cannot be written" + (error ? ": " + error.message() : std::string()));
-    }
-}
-
-Picture read_ppm(const std::string& path) {
-    const std::unique_ptr<std::FILE, int (*)(std::FILE*)> file(std::fopen(path.c_str(), "rb"), std::fclose);
-    if (!file) fail(path, std::strerror(errno));
-    const auto number = [&] {
-        int c = std::fgetc(file.get());
-        while (std::isspace(c) || c == '#') {
-            if (c == '#')
-                while (c != '\n' && c != EOF) c = std::fgetc(file.get());
-            c = std::fgetc(file.get());
-        }
-        int value = 0, digits = 0;
-        for (; std::isdigit(c) && digits < 6; ++digits, c = std::fgetc(file.get())) value = value * 10 + (c - '0');
-        if (digits == 0 || !std::isspace(c)) fail(path, "not a binary PPM (P6)");
-        return value;
-    };
-    char magic[2] = {};
-    if (std::fread(magic, 1, 2, file.get()) != 2 || magic[0] != 'P' || magic[1] != '6') fail(path, "not a binary PPM (P6)");
-    Picture picture;
-    picture.width = number(), picture.height = number();
-    if (picture.width < 1 || picture.width > 4096 || picture.height < 1 || picture.height > 4096 || number() != 255)
-        fail(path, "a PPM of 1 to 4096 pixels a side with 8 bits is wanted");
-    picture.rgb.resize(3 * static_cast<std::size_t>(picture.width) * static_cast<std::size_t>(picture.height));
-    if (std::fread(picture.rgb.data(), 1, picture.rgb.size(), file.get()) != picture.rgb.size()) fail(path, "is truncated");
-    return picture;
+    fs::rename(finished_, target_, error);
+    if (error) fail(path_, "cannot be written: " + error.message());
 }

@@ -1,24 +1,29 @@
-// Files of frames: y4m, npy and raw RGB.
+// Files of frames: y4m, npy, raw RGB, and through ffmpeg mp4 and webm.
 #pragma once
 
 #include <cstdint>
 #include <cstdio>
+#include <filesystem>
 #include <memory>
 #include <string>
 #include <vector>
 
-struct Picture {
-    std::vector<std::uint8_t> rgb;
-    int width = 0;
-    int height = 0;
+#include "encoder.h"
+#include "staging.h"
+
+// What a video file says of itself.
+struct About {
+    std::string prompt;
+    std::uint64_t seed = 0;
 };
 
-// Writes a clip as its frames come, to a file beside the target that takes its name at the end: a clip that fails leaves
-// nothing behind. Throws std::runtime_error.
+// Writes a clip as its frames come, in a hidden folder beside the target; the finished file takes its name at the end. A
+// clip that fails leaves nothing behind. Throws std::runtime_error.
 class ClipWriter {
 public:
-    // The format is that of the suffix; "-" is y4m on the standard output. Checks that the folder can be written.
-    explicit ClipWriter(std::string path);
+    // The format is that of the suffix; "-" is y4m on the standard output. Checks before any work that the file can be
+    // written and replaced, and that what writes it is here.
+    ClipWriter(std::string path, About about);
     ~ClipWriter();
     ClipWriter(const ClipWriter&) = delete;
     ClipWriter& operator=(const ClipWriter&) = delete;
@@ -28,16 +33,19 @@ public:
     void finish();
 
 private:
-    enum class Format { y4m, npy, rgb };
+    enum class Format { y4m, npy, rgb, video };
 
+    void check_target();
+    void begin(int total, int width, int height, int fps);
     void put(const void* data, std::size_t size);
     void put_y4m(const std::uint8_t* rgb, std::size_t pixels);
 
-    std::string path_, aside_;
+    std::string path_;
+    About about_;
     Format format_ = Format::y4m;
+    std::filesystem::path target_, finished_;
+    std::unique_ptr<Staging> staging_;
+    std::unique_ptr<Encoder> encoder_;
     std::FILE* file_ = nullptr;
     bool begun_ = false;
 };
-
-// A binary PPM (P6, 8 bits). Throws std::runtime_error.
-[[nodiscard]] Picture read_ppm(const std::string& path);

@@ -19,15 +19,17 @@ namespace higen::core {
 // Lets another thread stop a generation, inside a step too where the backend can be interrupted.
 class Cancellation {
 public:
-    void cancel() {
+    // `why` is a literal; the first one counts.
+    void cancel(const char* why = "cancelled") {
         const std::lock_guard lock(mutex_);
-        cancelled_ = true;
+        const char* none = nullptr;
+        why_.compare_exchange_strong(none, why);
         if (interrupt_) interrupt_();
     }
 
     // Throws HIGEN_CANCELLED once `cancel` was called.
     void check() const {
-        if (cancelled_) throw Error(HIGEN_CANCELLED, "cancelled");
+        if (const char* why = why_) throw Error(HIGEN_CANCELLED, why);
     }
 
     // While this lives, `cancel` calls `interrupt`.
@@ -50,7 +52,7 @@ public:
     };
 
 private:
-    std::atomic<bool> cancelled_ = false;
+    std::atomic<const char*> why_ = nullptr;  // it was cancelled
     std::mutex mutex_;
     std::function<void()> interrupt_;
 };

@@ -5,6 +5,10 @@
 #include <iterator>
 #include <system_error>
 
+#ifndef _WIN32
+#include <sys/stat.h>
+#endif
+
 #include "errors.h"
 #include "sha256.h"
 
@@ -62,13 +66,38 @@ Bundle::Bundle(fs::path path, bool verify) : path_(std::move(path)), verify_(ver
     std::error_code error;
     std::string text;
     try {
-        if (!fs::is_regular_file(manifest, error)) fail_integrity("no such file");
+        const auto status = fs::status(manifest, error);
+        if (!fs::exists(status)) fail_integrity(error ? error.message() : "no such file");
+        if (!fs::is_regular_file(status)) fail_integrity("is no plain file");  // a FIFO would be waited for
         text = read_file(manifest);
     } catch (const Error& reason) {
         fail_manifest(path_.u8string() + ": not a model directory, higen.json cannot be read: " + reason.what());
     }
     manifest_ = parse_manifest(text, manifest.u8string());
-    for (const auto& [name, record] : manifest_.files) (void)check_size(name, record);
+    for (const auto& [name, record] : manifest_.files) {
+        const auto file = check_size(name, record);
+        if (!verify_) known_.emplace(name, stamp_of(file));  // the file that is trusted
+    }
+    path_ = fs::absolute(path_);  // the process may change its folder
+}
+
+Bundle::Stamp Bundle::stamp_of(const fs::path& path) {
+#ifdef _WIN32
+    std::error_code error;
+    const auto time = fs::last_write_time(path, error);
+    return {0, 0, static_cast<std::int64_t>(fs::file_size(path, error)), time.time_since_epoch().count(), 0};
+#else
+    struct stat found = {};
+    if (stat(path.c_str(), &found) != 0) return {};
+#ifdef __APPLE__
+    const auto& time = found.st_mtimespec;
+#else
+    const auto& time = found.st_mtim;
+#endif
+    return {static_cast<std::int64_t>(found.st_dev), static_cast<std::int64_t>(found.st_ino),
+            static_cast<std::int64_t>(found.st_size), static_cast<std::int64_t>(time.tv_sec),
+            static_cast<std::int64_t>(time.tv_nsec)};
+#endif
 }
 
 fs::path Bundle::file(const std::string& name) const {
@@ -76,10 +105,17 @@ fs::path Bundle::file(const std::string& name) const {
     if (record == manifest_.files.end()) fail_integrity(path_.u8string() + ": the manifest lists no " + name);
     auto path = check_size(name, record->second);
     const std::lock_guard lock(mutex_);
-    if (!verify_ || verified_.count(name) > 0) return path;
+    const auto stamp = stamp_of(path);
+    const auto known = known_.find(name);
+    if (known != known_.end() && known->second == stamp) return path;
+    const bool replaced = known != known_.end();
+    if (replaced && !verify_)
+        fail_integrity(path.u8string() + ": was replaced after the model was opened; open the model again");
     if (sha256(path) != record->second.sha256)
-        fail_integrity(path.u8string() + ": its content does not match the sha256 in higen.json; fetch the file again");
-    verified_.insert(name);
+        fail_integrity(path.u8string() + (replaced ? ": was replaced after the model was opened; open the model again"
+                                                   : ": its content does not match the sha256 in higen.json; fetch "
+                                                     "the file again"));
+    known_.insert_or_assign(name, stamp);
     return path;
 }
 

@@ -6,7 +6,6 @@
 #include <filesystem>
 #include <map>
 #include <mutex>
-#include <set>
 #include <string>
 #include <string_view>
 #include <vector>
@@ -59,17 +58,22 @@ public:
     // any other precision, and where a denoising stage has it: the stages that have not then stand in.
     [[nodiscard]] std::string not_quantized(std::string_view precision) const;
 
-    // Path of a file of the model, checked. Throws an integrity error.
+    // Path of a file of the model, checked. Throws an integrity error, also for a file that was replaced after the model
+    // was opened: a model is never a mixture of two.
     [[nodiscard]] std::filesystem::path file(const std::string& name) const;
 
 private:
+    // What tells a file from the one that has taken its place: device, inode, size, time of its last change.
+    using Stamp = std::array<std::int64_t, 5>;
+
     [[nodiscard]] std::filesystem::path check_size(const std::string& name, const FileRecord& record) const;
+    [[nodiscard]] static Stamp stamp_of(const std::filesystem::path& path);
 
     std::filesystem::path path_;
     bool verify_;
     Manifest manifest_;
     mutable std::mutex mutex_;
-    mutable std::set<std::string, std::less<>> verified_;
+    mutable std::map<std::string, Stamp, std::less<>> known_;  // of the files that were found good
 };
 
 }  // namespace higen::core

@@ -1,6 +1,9 @@
 // The C interface: no exception passes it.
 #include "c_api.h"
 
+#include <memory>
+#include <optional>
+
 #include "request.h"
 #include "version.h"
 
@@ -8,6 +11,8 @@ namespace core = higen::core;
 using namespace higen::c_api;
 
 namespace {
+
+constexpr std::int32_t most_threads = 1024;  // as in Python
 
 // What on_step's `state` points to.
 struct StepState {
@@ -18,26 +23,22 @@ struct StepState {
     std::size_t bytes;
 };
 
-// Registers a generation with its model, for higen_cancel.
+// A generation that its model and the caller's token, where there is one, can stop.
 class Running {
 public:
-    explicit Running(higen_model& model) : model_(model) {
-        const std::lock_guard lock(model_.mutex);
-        place_ = model_.running.insert(model_.running.end(), &cancellation_);
+    Running(const Call& call, const higen_callbacks& calls)
+        : of_model_(call.running(), cancellation_),
+          token_(calls.token == nullptr ? nullptr : find_token(calls.token)) {
+        if (token_) of_token_.emplace(*token_, cancellation_);
     }
-    ~Running() {
-        const std::lock_guard lock(model_.mutex);
-        model_.running.erase(place_);
-    }
-    Running(const Running&) = delete;
-    Running& operator=(const Running&) = delete;
 
     core::Cancellation& cancellation() { return cancellation_; }
 
 private:
-    higen_model& model_;
     core::Cancellation cancellation_;
-    std::list<core::Cancellation*>::iterator place_;
+    Stoppable::Member of_model_;
+    std::shared_ptr<Stoppable> token_;
+    std::optional<Stoppable::Member> of_token_;
 };
 
 void warn(const higen_callbacks& calls, const std::string& message) {
@@ -49,7 +50,7 @@ void stop_if(int answer) {
 }
 
 // A request that has been checked; `prefix` stands before its messages.
-core::Request checked(const higen_model& model, const higen_request* request, const char* name,
+core::Request checked(const OpenModel& model, const higen_request* request, const char* name,
                       const std::string& prefix, const higen_callbacks& calls) {
     try {
         return core::make_request(model.manifest(), model.reader(), sized(request, name, higen_request{}),
@@ -60,12 +61,12 @@ core::Request checked(const higen_model& model, const higen_request* request, co
 }
 
 // The first call after a fallback to a worse backend gets its warning.
-void tell_fallbacks(higen_model& model, const higen_callbacks& calls) {
+void tell_fallbacks(OpenModel& model, const higen_callbacks& calls) {
     for (const auto& message : model.router->take_warnings()) warn(calls, message);
 }
 
 // `running` was there before the requests were checked, so that a cancellation from then on counts.
-void make_videos(higen_model& model, Running& running, const std::vector<core::Request>& requests,
+void make_videos(OpenModel& model, Running& running, const std::vector<core::Request>& requests,
                  const higen_callbacks& calls) {
     running.cancellation().check();
     const auto& first = requests.front();
@@ -125,6 +126,7 @@ const char* higen_status_name(higen_status status) {
         case HIGEN_ERROR_MEMORY: return "HIGEN_ERROR_MEMORY";
         case HIGEN_ERROR_INTERNAL: return "HIGEN_ERROR_INTERNAL";
         case HIGEN_CANCELLED: return "HIGEN_CANCELLED";
+        case HIGEN_ERROR_CLOSED: return "HIGEN_ERROR_CLOSED";
     }
     return "unknown status";
 }
@@ -137,27 +139,33 @@ higen_status higen_model_open(const char* path, const higen_model_options* optio
         require(path, "path");
         require(model, "model");
         const auto given = sized(options, "options", higen_model_options HIGEN_MODEL_OPTIONS_INIT);
-        if (given.threads < 0) core::fail_request("threads=" + std::to_string(given.threads) + ": 0 or more");
+        if (given.threads < 0 || given.threads > most_threads)
+            core::fail_request("threads=" + std::to_string(given.threads) + ": 0 to " + std::to_string(most_threads));
         core::BackendOptions backend;
         if (given.provider != nullptr) backend.provider = given.provider;
         if (given.provider_library != nullptr) backend.provider_library = given.provider_library;
         backend.threads = given.threads;
         backend.verify = given.skip_verification == 0;
         if (given.backend != nullptr) backend.backend = given.backend;
-        if (given.precision != nullptr) backend.precision = given.precision;
-        *model = new higen_model(std::filesystem::u8path(path), backend);
+        if (given.precision != nullptr) {
+            core::check_precision(given.precision);
+            backend.precision = given.precision;
+        }
+        *model = add_model(std::make_unique<OpenModel>(std::filesystem::u8path(path), backend));
     });
 }
 
-void higen_model_close(higen_model* model) { delete model; }
+void higen_model_close(higen_model* model) {
+    quietly([&] { close_model(model); });
+}
 
 higen_status higen_tokenize(const higen_model* model, const char* text, int64_t* ids, size_t count) {
     return guarded([&] {
-        require(model, "model");
+        const Call call(model);
         require(text, "text");
         require(ids, "ids");
-        if (!model->tokenizer) core::fail_request(model->manifest().name + " reads no text");
-        const auto tokens = model->tokenizer->encode(text);
+        if (!call.model().tokenizer) core::fail_request(call.model().manifest().name + " reads no text");
+        const auto tokens = call.model().tokenizer->encode(text);
         if (count != tokens.size())
             core::fail_request("count=" + std::to_string(count) + ": the model's context_length, " +
                                std::to_string(tokens.size()));
@@ -167,9 +175,9 @@ higen_status higen_tokenize(const higen_model* model, const char* text, int64_t*
 
 higen_status higen_request_init(const higen_model* model, higen_request* request) {
     return guarded([&] {
-        require(model, "model");
+        const Call call(model);
         require(request, "request");
-        const auto& sizes = model->manifest().sizes;
+        const auto& sizes = call.model().manifest().sizes;
         *request = higen_request{};
         request->struct_size = sizeof(higen_request);
         request->frames = narrow(sizes.frames);
@@ -181,30 +189,32 @@ higen_status higen_request_init(const higen_model* model, higen_request* request
 
 higen_status higen_generate(higen_model* model, const higen_request* request, const higen_callbacks* callbacks) {
     return guarded([&] {
-        require(model, "model");
+        const Call call(model);
+        auto& open = call.model();
         require(request, "request");
         const auto calls = sized(callbacks, "callbacks", higen_callbacks HIGEN_CALLBACKS_INIT);
-        Running running(*model);
-        make_videos(*model, running, {checked(*model, request, "request", "", calls)}, calls);
+        Running running(call, calls);
+        make_videos(open, running, {checked(open, request, "request", "", calls)}, calls);
     });
 }
 
 higen_status higen_generate_batch(higen_model* model, const higen_request* const* requests, size_t count,
                                   const higen_callbacks* callbacks) {
     return guarded([&] {
-        require(model, "model");
+        const Call call(model);
+        auto& open = call.model();
         require(requests, "requests");
         if (count == 0) core::fail_request("count=0: one request or more");
         const auto calls = sized(callbacks, "callbacks", higen_callbacks HIGEN_CALLBACKS_INIT);
-        Running running(*model);
+        Running running(call, calls);
         std::vector<core::Request> given;
         for (std::size_t i = 0; i < count; ++i) {
             const auto name = "requests[" + std::to_string(i) + "]";
             require(requests[i], name.c_str());
-            given.push_back(checked(*model, requests[i], name.c_str(), name + ": ", calls));
+            given.push_back(checked(open, requests[i], name.c_str(), name + ": ", calls));
         }
-        core::check_batch(model->manifest(), given);
-        make_videos(*model, running, given, calls);
+        core::check_batch(open.manifest(), given);
+        make_videos(open, running, given, calls);
     });
 }
 
@@ -229,9 +239,21 @@ higen_status higen_step_preview(const higen_step* step, uint8_t* rgb, size_t siz
 }
 
 higen_status higen_cancel(higen_model* model) {
+    return guarded([&] { Call(model).running().stop(); });
+}
+
+higen_status higen_token_create(higen_token** token) {
+    if (token != nullptr) *token = nullptr;
     return guarded([&] {
-        require(model, "model");
-        const std::lock_guard lock(model->mutex);
-        for (auto* cancellation : model->running) cancellation->cancel();
+        require(token, "token");
+        *token = add_token();
     });
+}
+
+higen_status higen_token_cancel(higen_token* token) {
+    return guarded([&] { find_token(token)->stop_for_good("cancelled by its token"); });
+}
+
+void higen_token_free(higen_token* token) {
+    quietly([&] { free_token(token); });
 }

@@ -1,62 +1,15 @@
-// What the parts of the C interface share: the model, and the way from an exception to a status.
+// What the parts of the C interface share: handles, and the way from an exception to a status.
 #pragma once
 
 #include <algorithm>
 #include <cstring>
-#include <list>
-#include <memory>
-#include <mutex>
 #include <new>
-#include <optional>
-#include <set>
 #include <stdexcept>
 #include <string>
-#include <vector>
 
-#include "bundle.h"
 #include "errors.h"
+#include "handles.h"
 #include "higen/higen.h"
-#include "pipeline.h"
-#include "router.h"
-#include "tokenizer.h"
-
-struct higen_model {
-    higen::core::Bundle bundle;
-    std::optional<higen::core::Tokenizer> tokenizer;  // none where the model reads no text
-    std::unique_ptr<higen::core::Router> router;
-    higen::core::Pipeline pipeline;
-    mutable std::mutex mutex;
-    mutable std::set<std::string> reports;  // those handed out
-    std::list<higen::core::Cancellation*> running;
-    std::vector<std::vector<const char*>> solvers, choices;  // of each loop and control, for the C interface
-
-    higen_model(const std::filesystem::path& path, const higen::core::BackendOptions& options)
-        : bundle(path, options.verify),
-          router(higen::core::make_router(bundle, options)),
-          pipeline(bundle.manifest(), *router) {
-        if (const auto& text = manifest().text)
-            tokenizer.emplace(higen::core::read_file(bundle.file(text->tokenizer)),
-                              (path / std::filesystem::u8path(text->tokenizer)).u8string(), *text);
-        for (const auto& loop : manifest().loops) {
-            auto& names = solvers.emplace_back();
-            for (const auto& solver : loop.solvers) names.push_back(solver.name.c_str());
-        }
-        for (const auto& control : manifest().controls) {
-            auto& texts = choices.emplace_back();
-            for (const auto& choice : control.choices) texts.push_back(choice.c_str());
-        }
-        pipeline.prepare();
-    }
-
-    [[nodiscard]] const higen::core::Manifest& manifest() const { return bundle.manifest(); }
-    [[nodiscard]] const higen::core::Tokenizer* reader() const { return tokenizer ? &*tokenizer : nullptr; }
-
-    // What runs each stage by now; the text lives as long as the model.
-    [[nodiscard]] const char* report() const {
-        const std::lock_guard lock(mutex);
-        return reports.insert(router->report()).first->c_str();
-    }
-};
 
 namespace higen::c_api {
 
@@ -87,6 +40,15 @@ higen_status guarded(const Work& work) noexcept {
         }
     } catch (...) {  // no memory for the message either
         return HIGEN_ERROR_MEMORY;
+    }
+}
+
+// For what frees: it may be called by a static object's destructor, when the thread's message is gone already.
+template <typename Work>
+void quietly(const Work& work) noexcept {
+    try {
+        work();
+    } catch (const std::exception&) {  // a lock that cannot be had: nothing is freed
     }
 }
 

@@ -28,14 +28,15 @@ higen_control_kind kind_of(core::Control::Kind kind) {
 
 higen_status higen_model_describe(const higen_model* model, higen_model_info* info) {
     return guarded([&] {
-        require(model, "model");
+        const Call call(model);
+        const auto& open = call.model();
         require(info, "info");
-        const auto& manifest = model->manifest();
+        const auto& manifest = open.manifest();
         higen_model_info found = HIGEN_MODEL_INFO_INIT;
         found.name = manifest.name.c_str();
         found.licence = manifest.licence.c_str();
         found.family = manifest.family.c_str();
-        found.report = model->report();
+        found.report = open.report();
         found.size_multiple = narrow(manifest.sizes.multiple);
         found.min_frames = narrow(manifest.sizes.fewest_frames);
         found.max_frames = narrow(manifest.sizes.most_frames);
@@ -49,15 +50,21 @@ higen_status higen_model_describe(const higen_model* model, higen_model_info* in
 }
 
 const char* higen_model_prompt(const higen_model* model, size_t index) {
-    if (model == nullptr || index >= model->manifest().prompts.size()) return nullptr;
-    return model->manifest().prompts[index].c_str();
+    const char* prompt = nullptr;
+    (void)guarded([&] {
+        const Call call(model);
+        const auto& prompts = call.model().manifest().prompts;
+        if (index < prompts.size()) prompt = prompts[index].c_str();
+    });
+    return prompt;
 }
 
 higen_status higen_model_loop(const higen_model* model, size_t index, higen_loop_info* info) {
     return guarded([&] {
-        require(model, "model");
+        const Call call(model);
+        const auto& open = call.model();
         require(info, "info");
-        const auto& loops = model->manifest().loops;
+        const auto& loops = open.manifest().loops;
         check_index(index, loops.size(), "loops");
         const auto& loop = loops[index];
         higen_loop_info found = HIGEN_LOOP_INFO_INIT;
@@ -69,19 +76,24 @@ higen_status higen_model_loop(const higen_model* model, size_t index, higen_loop
         found.guidance = loop.guidance.data();
         found.guidance_count = loop.guidance.size();
         found.guided = loop.guided.empty() ? 0 : 1;
-        found.solvers = model->solvers[index].data();
-        found.solver_count = model->solvers[index].size();
+        found.solvers = open.solvers[index].data();
+        found.solver_count = open.solvers[index].size();
         store(found, info, "info");
     });
 }
 
-size_t higen_controls(const higen_model* model) { return model == nullptr ? 0 : model->manifest().controls.size(); }
+size_t higen_controls(const higen_model* model) {
+    std::size_t count = 0;
+    (void)guarded([&] { count = Call(model).model().manifest().controls.size(); });
+    return count;
+}
 
 higen_status higen_model_control(const higen_model* model, size_t index, higen_control_info* info) {
     return guarded([&] {
-        require(model, "model");
+        const Call call(model);
+        const auto& open = call.model();
         require(info, "info");
-        const auto& controls = model->manifest().controls;
+        const auto& controls = open.manifest().controls;
         check_index(index, controls.size(), "controls");
         const auto& control = controls[index];
         higen_control_info found = HIGEN_CONTROL_INFO_INIT;
@@ -96,8 +108,8 @@ higen_status higen_model_control(const higen_model* model, size_t index, higen_c
         if (control.standard && control.is_numeric()) found.default_value = control.standard->numbers.front();
         if (control.standard && !control.is_numeric()) found.default_text = control.standard->text.c_str();
         found.optional = control.optional ? 1 : 0;
-        found.choices = model->choices[index].data();
-        found.choice_count = model->choices[index].size();
+        found.choices = open.choices[index].data();
+        found.choice_count = open.choices[index].size();
         found.meaning = control.meaning.c_str();
         store(found, info, "info");
     });

@@ -61,6 +61,13 @@ void check_loop_stage(const Manifest& manifest, const Loop& loop, const std::str
     check_step(manifest, loop, *stage, row);
 }
 
+// A loop of one frame cannot take the latents of one that has the clip's frames for its own.
+void check_length(const Manifest& manifest, const Loop& loop, const std::string& where, const std::string& name) {
+    const auto* other = manifest.loop(name);
+    check(loop.every_frame || other == nullptr || !other->every_frame,
+          where + "='" + name + "': has the clip's frames, and " + loop.name + " has one");
+}
+
 void check_loop_controls(const Manifest& manifest, const Loop& loop, const std::string& where) {
     const auto numeric = controls_that(manifest, [](const auto& control) { return control.is_numeric(); });
     for (const auto& [name, value] : loop.controls) {
@@ -75,6 +82,7 @@ void check_loop_controls(const Manifest& manifest, const Loop& loop, const std::
         check(has(visual, control),
               where + "." + key + ".control='" + control + "': the pictures and clips are " + joined(visual));
         check_made(manifest, where + "." + key + ".latents", latents, 5);
+        check_length(manifest, loop, where + "." + key + ".latents", latents.name);
     };
     if (loop.replaced) check_given("replaced", loop.replaced->control, loop.replaced->latents);
     if (loop.start) {
@@ -97,6 +105,7 @@ void check_loop(const Manifest& manifest, const Loop& loop, const Names& earlier
     if (loop.noise.mix) {
         const auto& mixed = loop.noise.mix->loop;
         check(has(earlier, mixed), where + ".noise.mix.loop='" + mixed + "': an earlier loop");
+        check_length(manifest, loop, where + ".noise.mix.loop", mixed);
         check(manifest.loop(mixed)->least_frames <= std::max(loop.least_frames, manifest.sizes.fewest_frames),
               where + ": its noise is mixed with " + mixed + ", which is left out of shorter clips");
     }

@@ -86,19 +86,6 @@ void read_files(const Json& json, const std::string& where, Files& files) {
     }
 }
 
-// What an exporter wrote of a graph; nothing here depends on it.
-void read_graph_shape(const Json& json, const std::string& where, std::vector<Axis>& shape) {
-    if (!json.is_array()) fail_manifest(where + "=" + shown(json) + ": a list of symbols and sizes is wanted");
-    for (const auto& item : json) {
-        auto& axis = shape.emplace_back();
-        const auto place = where + "[" + std::to_string(shape.size() - 1) + "]";
-        if (item.is_string())
-            axis.symbol = item.get<std::string>();
-        else
-            Object::take(item, place, axis.size);
-    }
-}
-
 void read_graph_input(const Json& json, const std::string& where, GraphInput& input) {
     Object object(json, where);
     object.required_value("name", input.name);
@@ -107,7 +94,7 @@ void read_graph_input(const Json& json, const std::string& where, GraphInput& in
         take_word(value, place, dtypes, input.dtype);
     });
     object.required("shape",
-                    [&](const auto& value, const auto& place) { read_graph_shape(value, place, input.shape); });
+                    [&](const auto& value, const auto& place) { read_shape(value, place, input.shape); });
     object.finish();
 }
 

@@ -1,14 +1,16 @@
 // The ONNX Runtime backend: graphs whose weights lie in the model's safetensors files.
 #include <onnxruntime_cxx_api.h>
 
-#include <algorithm>
 #include <deque>
+#include <exception>
 #include <filesystem>
 #include <map>
 #include <mutex>
 #include <utility>
 
 #include "backend.h"
+#include "graph_files.h"
+#include "onnx_providers.h"
 
 namespace higen::core {
 namespace {
@@ -67,46 +69,37 @@ private:
     std::deque<Ort::Value> values_;
 };
 
-// An execution provider that a session may run on, in the order of preference.
-struct Provider {
-    std::string name;  // as the user says it
-    std::string kind;  // as ONNX Runtime lists it
-};
-
-const std::vector<Provider>& known_providers() {
-    static const std::vector<Provider> providers = {{"tensorrt-rtx", "NvTensorRTRTXExecutionProvider"},
-                                                    {"cuda", "CUDAExecutionProvider"},
-                                                    {"cpu", "CPUExecutionProvider"}};
-    return providers;
+// ONNX Runtime's words, without the newline that some end with.
+std::string words(const Ort::Exception& error) {
+    std::string text = error.what();
+    while (!text.empty() && text.back() == '\n') text.pop_back();
+    return text;
 }
 
-void append(Ort::SessionOptions& options, const std::string& provider) {
-    if (provider == "cuda") {
-        OrtCUDAProviderOptionsV2* cuda = nullptr;
-        Ort::ThrowOnError(Ort::GetApi().CreateCUDAProviderOptions(&cuda));
-        const auto release = [](OrtCUDAProviderOptionsV2* p) { Ort::GetApi().ReleaseCUDAProviderOptions(p); };
-        const std::unique_ptr<OrtCUDAProviderOptionsV2, decltype(release)> owner(cuda, release);
-        options.AppendExecutionProvider_CUDA_V2(*cuda);
-    } else if (provider == "tensorrt-rtx") {
-        options.AppendExecutionProvider("NvTensorRTRTXExecutionProvider", {});
-    }
+// ONNX Runtime failed: for want of memory, or as `fail` says.
+template <typename Fail>
+[[noreturn]] void fail_with(const Ort::Exception& error, const std::string& where, const Fail& fail) {
+    if (is_out_of_memory(error.what())) throw Error(HIGEN_ERROR_MEMORY, where + ": out of memory: " + words(error));
+    fail();
+    std::terminate();  // it throws
 }
 
 class OnnxBackend final : public Backend {
 public:
     OnnxBackend(const Bundle& bundle, const BackendOptions& options) : bundle_(bundle), options_(options) {
         if (!options.provider_library.empty()) {
+            if (options.provider == "auto" || options.provider.empty())
+                fail_request("provider='" + options.provider + "': the name of a provider of provider_library='" +
+                             options.provider_library + "'");
             register_plugin();
+            candidates_ = {{options.provider, "", 0}};
         } else if (options.provider != "auto") {
-            const auto& known = known_providers();
-            const auto wanted = std::find_if(known.begin(), known.end(),
-                                             [&](const auto& provider) { return provider.name == options.provider; });
-            if (wanted == known.end())
-                fail_request("provider='" + options.provider +
-                             "': one of 'auto', 'cpu', 'cuda', 'tensorrt-rtx', "
-                             "or a plugin's provider together with its library");
-            if (!is_built_in(wanted->kind))
-                fail_unavailable("provider='" + options.provider + "': this ONNX Runtime has no " + wanted->kind);
+            candidates_ = {parse_provider(options.provider)};
+            if (!is_built_in(candidates_.front()))
+                fail_unavailable("provider='" + options.provider + "': this ONNX Runtime has no " +
+                                 candidates_.front().kind);
+        } else {
+            candidates_ = built_in_providers();
         }
     }
 
@@ -136,7 +129,7 @@ public:
             return outputs;
         } catch (const Ort::Exception& error) {
             cancellation.check();
-            fail_backend(stage.name + ": ONNX Runtime failed: " + error.what());
+            fail_with(error, stage.name, [&] { fail_backend(stage.name + ": ONNX Runtime failed: " + words(error)); });
         }
     }
 
@@ -156,11 +149,6 @@ private:
         std::string passed_over;
     };
 
-    static bool is_built_in(const std::string& kind) {
-        const auto available = Ort::GetAvailableProviders();
-        return std::find(available.begin(), available.end(), kind) != available.end();
-    }
-
     Made& made(const Stage& stage) {
         const std::lock_guard lock(mutex_);
         auto found = sessions_.find(stage.name);
@@ -170,33 +158,38 @@ private:
 
     Made make(const Stage& stage) {
         std::string passed_over;
-        for (const auto& provider : candidates()) {
+        for (const auto& provider : candidates_) {
             const auto precision = choose_precision(stage, provider);
             const auto path = bundle_.file(graph_file(stage.name, precision));
-            (void)bundle_.file(bundle_.weights(stage, precision));
-            Ort::SessionOptions options;
-            options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_FATAL);
-            if (options_.threads > 0) options.SetIntraOpNumThreads(options_.threads);
+            const auto weights = bundle_.weights(stage, precision);
+            (void)bundle_.file(weights);
+            check_external(path, weights);
+            auto options = session_settings(options_.threads);
             // A provider that cannot load says so here: nothing falls back in silence.
             try {
                 append_to(options, provider);
             } catch (const Ort::Exception& error) {
-                if (options_.provider != "auto") fail_unavailable("provider='" + provider + "': " + error.what());
-                passed_over += "; not " + provider + ": " + error.what();
+                if (options_.provider != "auto") fail_unavailable("provider='" + provider.name + "': " + error.what());
+                passed_over += "; not " + provider.name + ": " + error.what();
                 continue;
             }
             try {
-                Made made{Ort::Session(env_, path.c_str(), options), bundle_.fixed(), provider, precision, passed_over};
+                Made made{Ort::Session(env_, path.c_str(), options), bundle_.fixed(), provider.name, precision,
+                          passed_over};
                 check_graph(stage, made.session, path, made.fixed);
+                (void)bundle_.file(graph_file(stage.name, precision));  // what was checked is what was loaded
+                (void)bundle_.file(weights);
                 return made;
             } catch (const Ort::Exception& error) {
-                if (provider == candidates().back()) {
-                    if (error.GetOrtErrorCode() == ORT_NOT_IMPLEMENTED)
-                        fail_unavailable(path.u8string() + ": this ONNX Runtime cannot run it on " + provider + ": " +
-                                         error.what());
-                    fail_integrity(path.u8string() + ": ONNX Runtime cannot load it: " + error.what());
-                }
-                passed_over += "; not " + provider + ": " + error.what();
+                const auto where = path.u8string();
+                if (&provider == &candidates_.back())
+                    fail_with(error, where, [&] {
+                        if (error.GetOrtErrorCode() == ORT_NOT_IMPLEMENTED)
+                            fail_unavailable(where + ": this ONNX Runtime cannot run it on " + provider.name + ": " +
+                                             words(error));
+                        fail_integrity(where + ": ONNX Runtime cannot load it: " + words(error));
+                    });
+                passed_over += "; not " + provider.name + ": " + error.what();
             }
         }
         fail_unavailable("no provider can run " + stage.name + " here" + passed_over);
@@ -204,11 +197,10 @@ private:
 
     // The precision asked for, or one that stands in for it; else fp16 on a GPU where there is such a graph. A CPU
     // computes in float32 what a float16 graph says, and casts besides.
-    [[nodiscard]] std::string choose_precision(const Stage& stage, const std::string& provider) const {
-        const bool gpu = provider == "cuda" || provider == "tensorrt-rtx";
-        const auto wanted = !options_.precision.empty() ? stand_ins(options_.precision)
-                            : gpu                       ? std::vector<std::string>{"fp16", "fp32"}
-                                                        : std::vector<std::string>{"fp32"};
+    [[nodiscard]] std::string choose_precision(const Stage& stage, const Provider& provider) const {
+        const auto wanted = !options_.precision.empty()             ? stand_ins(options_.precision)
+                            : provider.is_gpu() && !is_a_plugins() ? std::vector<std::string>{"fp16", "fp32"}
+                                                                    : std::vector<std::string>{"fp32"};
         for (const auto& precision : wanted) {
             const auto graph = graph_file(stage.name, precision);
             if (!bundle_.lists(graph)) continue;
@@ -221,13 +213,7 @@ private:
                          model + (asked == "fp32" ? "" : " --precision " + asked) + ")");
     }
 
-    [[nodiscard]] std::vector<std::string> candidates() const {
-        if (options_.provider != "auto" || !options_.provider_library.empty()) return {options_.provider};
-        std::vector<std::string> names;
-        for (const auto& provider : known_providers())
-            if (is_built_in(provider.kind)) names.push_back(provider.name);
-        return names;
-    }
+    [[nodiscard]] bool is_a_plugins() const { return !options_.provider_library.empty(); }
 
 #if ORT_API_VERSION >= 23
     // A process has one environment, whoever else asks for it: a library is known in it by its path.
@@ -241,12 +227,12 @@ private:
         }
     }
 
-    void append_to(Ort::SessionOptions& options, const std::string& provider) {
-        if (options_.provider_library.empty()) return append(options, provider);
+    void append_to(Ort::SessionOptions& options, const Provider& provider) {
+        if (!is_a_plugins()) return append(options, provider);
         std::vector<Ort::ConstEpDevice> devices;
         for (const auto& device : env_.GetEpDevices())
-            if (device.EpName() == provider) devices.push_back(device);
-        if (devices.empty()) fail_unavailable("provider='" + provider + "': the plugin sees no device for it here");
+            if (device.EpName() == provider.name) devices.push_back(device);
+        if (devices.empty()) fail_unavailable("provider='" + provider.name + "': the plugin sees no device for it here");
         options.AppendExecutionProvider_V2(env_, {devices.front()}, Ort::KeyValuePairs());
     }
 #else
@@ -255,8 +241,19 @@ private:
                          "': this library was built with headers older than ONNX Runtime 1.23");
     }
 
-    void append_to(Ort::SessionOptions& options, const std::string& provider) { append(options, provider); }
+    void append_to(Ort::SessionOptions& options, const Provider& provider) { append(options, provider); }
 #endif
+
+    // A graph's weights lie in files that the manifest has a hash of.
+    void check_external(const std::filesystem::path& path, const std::string& weights) const {
+        for (const auto& name : external_files(read_file(path), path.u8string())) {
+            if (name == weights) continue;
+            if (!bundle_.lists(name))
+                fail_integrity(path.u8string() + ": its weights lie in " + name.substr(0, 200) +
+                               ", which higen.json does not list");
+            (void)bundle_.file(name);
+        }
+    }
 
     // A graph takes and gives what the stage's row says, in the sizes that the manifest fixes; `fixed` gets those that
     // the graph fixes besides.
@@ -315,6 +312,7 @@ private:
 
     const Bundle& bundle_;
     BackendOptions options_;
+    std::vector<Provider> candidates_;  // the preferred first
     Ort::Env env_{ORT_LOGGING_LEVEL_FATAL, "higen"};
     mutable std::mutex mutex_;
     std::map<std::string, Made, std::less<>> sessions_;

@@ -7,6 +7,7 @@
 
 #include "encodings.h"
 #include "errors.h"
+#include "picture_file.h"
 #include "pictures.h"
 #include "text.h"
 
@@ -140,12 +141,13 @@ void check_columns(const Manifest& manifest, const Control& control, const Maybe
 std::vector<float> picture_of(const Control& control, const higen_picture& given, const Request& request) {
     if (!control.is_visual()) fail_request(control.name + ": takes no picture, it is a " + to_text(control.kind));
     const auto frames = control.kind == Control::Kind::clip ? request.frames : 1;
-    if (given.rgb == nullptr || given.width < 1 || given.width > 2 * max_side || given.height < 1 ||
-        given.height > 2 * max_side || given.frames < static_cast<std::int64_t>(frames) ||
+    constexpr auto most = static_cast<std::int32_t>(max_picture_side);
+    if (given.rgb == nullptr || given.width < 1 || given.width > most || given.height < 1 ||
+        given.height > most || given.frames < static_cast<std::int64_t>(frames) ||
         (frames == 1 && control.kind == Control::Kind::picture && given.frames != 1))
         fail_request(control.name + ": " + std::to_string(given.frames) + " frames of " + std::to_string(given.width) +
                      "x" + std::to_string(given.height) + " given; RGB of " + std::to_string(frames) +
-                     (frames == 1 ? " frame" : " frames") + ", 1 to " + std::to_string(2 * max_side) +
+                     (frames == 1 ? " frame" : " frames") + ", 1 to " + std::to_string(max_picture_side) +
                      " pixels a side, is wanted");
     const auto width = static_cast<std::size_t>(given.width), height = static_cast<std::size_t>(given.height);
     std::vector<std::uint8_t> rgb;

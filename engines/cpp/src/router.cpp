@@ -142,6 +142,8 @@ std::vector<std::string> Router::take_warnings() {
 std::unique_ptr<Router> make_router(const Bundle& bundle, const BackendOptions& options) {
     if (options.backend != "auto" && options.backend != "tensorrt" && options.backend != "onnx")
         fail_request("backend='" + options.backend + "': one of 'auto', 'tensorrt', 'onnx'");
+    if (options.backend == "tensorrt" && options.provider != "auto")
+        fail_request("provider='" + options.provider + "' with backend='tensorrt': providers are ONNX Runtime's");
     if (!options.precision.empty()) check_precision(options.precision);
     // Every stage would stand in for itself, and the video would be that of the plain precision without a word.
     if (const auto missing = bundle.not_quantized(options.precision); !missing.empty()) fail_unavailable(missing);

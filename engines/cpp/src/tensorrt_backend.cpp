@@ -21,6 +21,10 @@
 #include "sha256.h"
 #include "tensorrt_types.h"
 
+#ifndef _WIN32
+#include <unistd.h>
+#endif
+
 namespace higen::core {
 namespace {
 
@@ -192,14 +196,23 @@ private:
     } catch (const Error&) {
     }
 
+    static long process() {
+#ifndef _WIN32
+        return static_cast<long>(getpid());
+#else
+        return 0;
+#endif
+    }
+
     // Write compiled kernels beside the plan if there are new ones. A folder that cannot be written costs compiling
     // again, nothing else.
     void save_cache() const noexcept try {
         if (!cache_ || !context_) return;
         const std::unique_ptr<nvinfer1::IHostMemory> content(cache_->serialize());
         if (!content || content->size() == cache_size_) return;
-        // A name of its own, since several programs may end at once.
-        const auto part = cache_file(".cache." + std::to_string(reinterpret_cast<std::uintptr_t>(this)) + ".part");
+        // A name of its own, since several programs may end at once; the next build removes what a killed one left.
+        const auto part = cache_file(".cache." + std::to_string(process()) + "." +
+                                     std::to_string(reinterpret_cast<std::uintptr_t>(this)) + ".part");
         std::ofstream file(part, std::ios::binary);
         file.write(static_cast<const char*>(content->data()), static_cast<std::streamsize>(content->size()));
         file.close();

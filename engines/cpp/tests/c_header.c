@@ -11,6 +11,7 @@ int main(void) {
     higen_loop_info loop = HIGEN_LOOP_INFO_INIT;
     higen_control_info control = HIGEN_CONTROL_INFO_INIT;
     higen_model* model = NULL;
+    higen_token* token = NULL;
     higen_request request;
     memset(&request, 0, sizeof request);
     if (higen_model_open("/nonexistent", &options, &model) != HIGEN_ERROR_MANIFEST || model != NULL) return 1;
@@ -30,6 +31,13 @@ int main(void) {
     options.struct_size = 3;
     if (higen_model_open("x", &options, &model) != HIGEN_ERROR_REQUEST) return 12;
     higen_model_close(NULL);
+    if (higen_token_create(&token) != HIGEN_OK || token == NULL) return 17;
+    if (higen_token_cancel(token) != HIGEN_OK) return 18;
+    higen_token_free(token);
+    if (higen_token_cancel(token) != HIGEN_ERROR_CLOSED || higen_token_cancel(NULL) != HIGEN_ERROR_REQUEST) return 19;
+    higen_token_free(token); /* and NULL: nothing happens */
+    higen_token_free(NULL);
+    if (higen_token_create(NULL) != HIGEN_ERROR_REQUEST) return 20;
     if (strcmp(higen_status_name(HIGEN_CANCELLED), "HIGEN_CANCELLED") != 0) return 13;
     printf("higen %s\n", higen_version());
     return 0;

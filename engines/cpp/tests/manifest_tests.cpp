@@ -282,6 +282,11 @@ TEST(files_and_graphs) {
     refused(
         "no file has this size", [](Json& json) { json["files"]["a"] = {{"size", -1}, {"sha256", ""}}; },
         HIGEN_ERROR_INTEGRITY);
+    for (const Json& size : std::vector<Json>{0, -1, "", 1.5, nullptr})
+        refused("graphs.film.onnx.inputs[0].shape[1]", [&](Json& json) {
+            json["files"]["film.onnx"] = record;
+            json["graphs"]["film.onnx"] = {{"inputs", {{{"name", "t"}, {"dtype", "int64"}, {"shape", {"B", size}}}}}};
+        });
     auto json = manifest();
     json["files"]["film.onnx"] = record;
     json["graphs"]["film.onnx"] = {{"inputs", {{{"name", "t"}, {"dtype", "int64"}, {"shape", {"B", 3}}}}}};

@@ -4,6 +4,9 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <filesystem>
+#include <fstream>
+#include <random>
 #include <stdexcept>
 #include <string>
 #include <thread>
@@ -201,6 +204,37 @@ TEST(the_model_says_what_it_takes) {
     CHECK(higen_model_control(model().get(), 4, &past) == HIGEN_ERROR_REQUEST);
     higen_loop_info none = HIGEN_LOOP_INFO_INIT;
     CHECK(higen_model_loop(model().get(), 2, &none) == HIGEN_ERROR_REQUEST);
+}
+
+// The stage that a picture needs is loaded with the first request for it: by then the process may be elsewhere, and the
+// file another one.
+TEST(a_relative_path_and_a_file_that_is_replaced) {
+    namespace fs = std::filesystem;
+    const auto before = fs::current_path();
+    const auto folder = fs::temp_directory_path() / ("higen-model-tests-" + std::to_string(std::random_device()()));
+    fs::create_directories(folder / "elsewhere");
+    for (const char* name : {"first", "second"}) fs::copy(directory, folder / name);
+    fs::current_path(folder);
+    higen::Model first("first"), second("second");
+    fs::current_path(folder / "elsewhere");
+    const auto status = [](higen::Model& opened) {
+        const int side = 2 * opened.info().size_multiple;
+        higen::Request request(opened, "a whale");
+        request->width = request->height = side;
+        request->frames = 1;
+        request.picture("image", std::vector<std::uint8_t>(static_cast<std::size_t>(side * side * 3), 128), side, side);
+        return higen_generate(opened.get(), &request.get(), nullptr);
+    };
+    CHECK(status(first) == HIGEN_OK);
+    {  // of the same size, as another export's might be
+        std::fstream file(folder / "second" / "vae.safetensors", std::ios::in | std::ios::out | std::ios::binary);
+        file.seekp(-4, std::ios::end);
+        file.write("\x01\x02\x03\x04", 4);
+    }
+    CHECK(status(second) == HIGEN_ERROR_INTEGRITY);
+    CHECK(std::string(higen_last_error()).find("was replaced after the model was opened") != std::string::npos);
+    fs::current_path(before);
+    fs::remove_all(folder);
 }
 
 TEST(guidance_of_one_needs_half_the_work) {

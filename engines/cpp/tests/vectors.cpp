@@ -13,6 +13,7 @@
 #include "encodings.h"
 #include "errors.h"
 #include "noise.h"
+#include "picture_file.h"
 #include "pictures.h"
 #include "plans.h"
 #include "stages.h"
@@ -121,6 +122,10 @@ Json answer(const Json& job) {
                            n("frames"), n("height") * n("width"));
     if (op == "encoded") return encoded(job);
     if (op == "picture") return picture(job);
+    if (op == "image") {
+        const auto read = read_picture(job.at("path").get<std::string>());
+        return {{"height", read.height}, {"width", read.width}, {"rgb", read.pixels}};
+    }
     if (op == "tokens") return tokens(job);
     if (op == "tables") return tables(job);
     if (op == "plan") return chosen_plan(job);

@@ -16,9 +16,9 @@ from higen.families.higen import spec
 from higen.families.higen.reference_names import config_from_reference, from_reference
 from higen.families.higen.spec import AutoencoderConfig, ModelConfig, TextConfig, UNetConfig
 from higen.models import companion_checkpoints as companions
-from higen.models.checkpoint_files import folder_state, naming, read_json, read_names, read_state
-from higen.models.companions import autoencoder as build_autoencoder
-from higen.models.companions import text_encoder as build_text_encoder
+from higen.models import hub_folders
+from higen.models.checkpoint_files import Note, naming, read_names, read_state
+from higen.models.nestings import found_in
 from higen.tokenizer import build_clip_tokenizer
 
 __all__ = ["convert", "kl_config", "recognise"]
@@ -27,16 +27,6 @@ State = Mapping[str, Tensor]
 
 _OWN = {"context_embedding.tokens", "msim_embedding.0.weight"}
 """Tensors that no other family's denoiser has."""
-
-_CLIP_ARGUMENTS = {
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("max_position_embeddings", "hidden_act", "layer_norm_eps", "bos_token_id", "eos_token_id", "pad_token_id"),
-}
-_KL_ARGUMENTS = {
-    *("in_channels", "out_channels", "latent_channels", "block_out_channels", "layers_per_block"),
-    *("down_block_types", "up_block_types", "act_fn", "norm_num_groups", "scaling_factor", "shift_factor"),
-    *("use_quant_conv", "use_post_quant_conv", "mid_block_add_attention"),
-}
 
 
 def recognise(path: Path) -> bool:
@@ -61,22 +51,29 @@ def convert(sources: Sequence[Path], **options: Any) -> Converted:
         given = ", ".join(map(os.fspath, sources)) or "nothing"
         raise CheckpointError(f"{given}: three sources are wanted: denoiser, text encoder, autoencoder")
     denoiser, text, autoencoder = sources
+    notes: list[str] = []
     with naming(denoiser):
-        unet_config, unet = _denoiser(denoiser, options.get("arguments") or {})
+        unet_config, unet = _denoiser(denoiser, options.get("arguments") or {}, notes.append)
     with naming(text):
-        text_config, text_encoder = _text(text)
+        text_config, text_encoder = _text(text, notes.append)
     with naming(autoencoder):
-        autoencoder_config, vae = _autoencoder(autoencoder)
+        autoencoder_config, vae = _autoencoder(autoencoder, notes.append)
     config = _model_config(denoiser, unet_config, text_config, autoencoder_config)
     return Converted(
         manifest=spec.manifest(config),
         weights={spec.UNET: unet, spec.TEXT_ENCODER: text_encoder, spec.AUTOENCODER: vae},
         texts={spec.TOKENIZER: build_clip_tokenizer().to_str(pretty=True)},
+        notes=tuple(notes),
     )
 
 
-def _denoiser(path: Path, arguments: Mapping[str, object]) -> tuple[UNetConfig, dict[str, Tensor]]:
-    state = read_state(path)
+def _silent(_: str) -> None: ...
+
+
+def _denoiser(
+    path: Path, arguments: Mapping[str, object], on_note: Note = _silent
+) -> tuple[UNetConfig, dict[str, Tensor]]:
+    state = read_state(path, on_note)
     head_dim = arguments.get("head_dim", UNetConfig.head_dim)
     config = config_from_reference({**_reference_arguments(state, head_dim), **arguments})
     return config, from_reference(state, config)
@@ -87,7 +84,7 @@ def _reference_arguments(state: State, head_dim: object) -> dict[str, object]:
 
     def size(name: str, axis: int) -> int:
         if name not in state or state[name].ndim <= axis:
-            raise CheckpointError(f"not a HiGen denoiser: missing {name}, or it has too few axes")
+            raise CheckpointError(f"not a HiGen denoiser: missing {name}, or it has too few axes; {found_in(state)}")
         return int(state[name].shape[axis])
 
     if not isinstance(head_dim, int) or head_dim < 1:
@@ -128,10 +125,10 @@ def _reference_arguments(state: State, head_dim: object) -> dict[str, object]:
     }
 
 
-def _text(path: Path) -> tuple[TextConfig, dict[str, Tensor]]:
+def _text(path: Path, on_note: Note = _silent) -> tuple[TextConfig, dict[str, Tensor]]:
     if path.is_dir():
-        return _text_of_folder(path)
-    state = read_state(path)
+        return _text_of_folder(path, on_note)
+    state = read_state(path, on_note)
     clip = companions.text_arguments_from_openclip(state)
     _check_text(clip)
     return TextConfig(clip, context_length=clip["max_position_embeddings"]), companions.text_from_openclip(state)
@@ -147,25 +144,19 @@ def _check_text(clip: Mapping[str, Any]) -> None:
         )
 
 
-def _text_of_folder(folder: Path) -> tuple[TextConfig, dict[str, Tensor]]:
+def _text_of_folder(folder: Path, on_note: Note = _silent) -> tuple[TextConfig, dict[str, Tensor]]:
     """The text encoder of a diffusers folder: there the unused last block is gone already."""
-    given = read_json(folder / "text_encoder" / "config.json")
-    clip = {name: value for name, value in given.items() if name in _CLIP_ARGUMENTS}
+    clip = hub_folders.text_arguments(folder)
     _check_text(clip)
-    vocabulary = folder / "tokenizer" / "vocab.json"
-    if vocabulary.is_file() and read_json(vocabulary) != build_clip_tokenizer().get_vocab():
-        raise CheckpointError(f"{vocabulary}: not CLIP's vocabulary, and HiGen knows no other")
+    hub_folders.check_vocabulary(folder)
     config = TextConfig(clip=clip, context_length=clip.get("max_position_embeddings", 77))
-    state = companions.text_from_transformers(folder_state(folder / "text_encoder", ("model", "pytorch_model")))
-    shapes = companions.shapes_of(lambda: build_text_encoder(clip))
-    companions.check_tensors(state, shapes, "the text encoder of its config.json")
-    return config, state
+    return config, hub_folders.text_state(folder, clip, on_note)
 
 
-def _autoencoder(path: Path) -> tuple[AutoencoderConfig, dict[str, Tensor]]:
+def _autoencoder(path: Path, on_note: Note = _silent) -> tuple[AutoencoderConfig, dict[str, Tensor]]:
     if path.is_dir():
-        return _autoencoder_of_folder(path)
-    state = read_state(path)
+        return _autoencoder_of_folder(path, on_note)
+    state = read_state(path, on_note)
     arguments = companions.autoencoder_arguments_from_ldm(state)
     return kl_config(arguments), companions.autoencoder_from_ldm(state)
 
@@ -181,16 +172,9 @@ def kl_config(arguments: dict[str, Any]) -> AutoencoderConfig:
     )
 
 
-def _autoencoder_of_folder(folder: Path) -> tuple[AutoencoderConfig, dict[str, Tensor]]:
-    given = read_json(folder / "vae" / "config.json")
-    if given.get("_class_name", "AutoencoderKL") != "AutoencoderKL":
-        raise CheckpointError(f"its autoencoder is a {given['_class_name']}; an AutoencoderKL is wanted")
-    arguments = {name: value for name, value in given.items() if name in _KL_ARGUMENTS}
-    config = kl_config(arguments)
-    state = companions.autoencoder_from_diffusers(folder_state(folder / "vae", ("diffusion_pytorch_model",)))
-    shapes = companions.shapes_of(lambda: build_autoencoder(config.kind, arguments))
-    companions.check_tensors(state, shapes, "the autoencoder of its config.json")
-    return config, state
+def _autoencoder_of_folder(folder: Path, on_note: Note = _silent) -> tuple[AutoencoderConfig, dict[str, Tensor]]:
+    arguments, state = hub_folders.autoencoder_of(folder, on_note)
+    return kl_config(arguments), state
 
 
 def _model_config(denoiser: Path, unet: UNetConfig, text: TextConfig, autoencoder: AutoencoderConfig) -> ModelConfig:

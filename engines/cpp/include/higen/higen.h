@@ -16,7 +16,8 @@
  *
  * All texts are UTF-8. No function throws, and none ends the process. A function that fails returns a status and leaves
  * a message for the calling thread in `higen_last_error`. A model may be used by several threads at once, also for
- * several `higen_generate` at a time; `higen_model_close` must be the last call on it.
+ * several `higen_generate` at a time. `higen_model_close` may come at any time, from any thread: what runs on the model is
+ * stopped first. A handle that was closed or freed is refused with HIGEN_ERROR_CLOSED; no handle is given twice.
  *
  * Structures begin with their size, so that a later version can add fields: initialise each with its function or macro.
  * Before 1.0 a new minor version may change any of this, and is another library to the loader (libhigen.so.0.2).
@@ -53,7 +54,8 @@ typedef enum higen_status {
     HIGEN_ERROR_BACKEND = 6,     /* the backend failed while it ran */
     HIGEN_ERROR_MEMORY = 7,      /* out of memory */
     HIGEN_ERROR_INTERNAL = 8,    /* an error of this library */
-    HIGEN_CANCELLED = 9          /* a callback or `higen_cancel` stopped the work */
+    HIGEN_CANCELLED = 9,         /* a callback, a token, `higen_cancel` or `higen_model_close` stopped the work */
+    HIGEN_ERROR_CLOSED = 10      /* the model was closed, or the token freed, before this call */
 } higen_status;
 
 /* The version of this library, for example "0.2.0". */
@@ -71,7 +73,8 @@ typedef struct higen_model higen_model;
 
 typedef struct higen_model_options {
     size_t struct_size;
-    const char* provider;         /* of ONNX Runtime: NULL or "auto", "cpu", "cuda", "tensorrt-rtx", or the name of a plugin's provider */
+    const char* provider;         /* of ONNX Runtime: NULL or "auto", "cpu", "cuda", "tensorrt-rtx", with ":N" for another GPU than
+                                     the first ("cuda:1"), or the name of a plugin's provider */
     const char* provider_library; /* path of a plugin execution provider, NULL for those of ONNX Runtime itself */
     int32_t threads;              /* of one stage on a CPU; 0: ONNX Runtime's choice */
     int32_t skip_verification;    /* 1: trust the files, do not compute their sha256 */
@@ -89,7 +92,9 @@ typedef struct higen_model_options {
  * NULL is fp32 on a CPU; on a GPU an engine of any precision, or fp16 where a stage has such a graph. */
 HIGEN_API higen_status higen_model_open(const char* path, const higen_model_options* options, higen_model** model);
 
-/* Free a model; NULL is fine. */
+/* Close a model: its generations are stopped (HIGEN_CANCELLED), this call waits until every call on the model has
+ * returned, then the model is freed. From any thread; NULL and a model that is closed are fine. Inside a callback nothing
+ * is waited for: the model is freed when its last call returns. */
 HIGEN_API void higen_model_close(higen_model* model);
 
 typedef struct higen_model_info {
@@ -197,6 +202,23 @@ typedef struct higen_picture {
     int32_t width;
 } higen_picture;
 
+/* A picture from a file. */
+typedef struct higen_image {
+    size_t struct_size;
+    uint8_t* rgb; /* height x width x 3 bytes */
+    int32_t height;
+    int32_t width;
+} higen_image;
+
+#define HIGEN_IMAGE_INIT {sizeof(higen_image), NULL, 0, 0}
+
+/* Read a PNG, JPEG or binary PPM (P6) file for a higen_picture: turned as its Exif record says, transparency laid over
+ * white, 8 bits. HIGEN_ERROR_UNAVAILABLE: this library was built without libpng or libjpeg. Free it with
+ * higen_image_free. */
+HIGEN_API higen_status higen_image_open(const char* path, higen_image* image);
+
+HIGEN_API void higen_image_free(higen_image* image);
+
 /* One number for all frames of a loop, or one a frame. */
 typedef struct higen_curve {
     const double* values; /* NULL: the loop's default */
@@ -261,6 +283,18 @@ typedef struct higen_frames {
     int32_t video;      /* the number of its request, from 0 */
 } higen_frames;
 
+/* Stops one generation, or all that it is given to; see higen_callbacks. */
+typedef struct higen_token higen_token;
+
+HIGEN_API higen_status higen_token_create(higen_token** token);
+
+/* Stop the generations that have this token, from any thread, also inside a step. One that begins with it later stops at
+ * once: a token is cancelled for good. */
+HIGEN_API higen_status higen_token_cancel(higen_token* token);
+
+/* Free a token, also while a generation has it, which then goes on; NULL is fine. */
+HIGEN_API void higen_token_free(higen_token* token);
+
 typedef struct higen_callbacks {
     size_t struct_size;
     void* user;                                              /* the first argument of each callback */
@@ -268,12 +302,13 @@ typedef struct higen_callbacks {
     int (*on_frames)(void* user, const higen_frames* frames); /* the result, a few frames at a time; not 0: stop */
     void (*on_warning)(void* user, const char* message);     /* a prompt was cut, has words that the model does not
                                                                 know, or a stage runs on a worse backend */
+    higen_token* token;                                      /* stops this generation alone; NULL: none */
 } higen_callbacks;
 
-#define HIGEN_CALLBACKS_INIT {sizeof(higen_callbacks), NULL, NULL, NULL, NULL}
+#define HIGEN_CALLBACKS_INIT {sizeof(higen_callbacks), NULL, NULL, NULL, NULL, NULL}
 
 /* Make a video. The request is checked before any work starts; callbacks run on the calling thread, and must not throw.
- * Returns HIGEN_CANCELLED when a callback or higen_cancel stopped it. */
+ * Returns HIGEN_CANCELLED when a callback, its token, higen_cancel or higen_model_close stopped it. */
 HIGEN_API higen_status higen_generate(higen_model* model, const higen_request* request,
                                       const higen_callbacks* callbacks);
 

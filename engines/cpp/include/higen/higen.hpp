@@ -47,15 +47,53 @@ struct Video {
     int fps = 0;
 };
 
-// What a generation reports. Each may be empty; on_step returns whether to go on. Exceptions pass to the caller.
+// A picture from a PNG, JPEG or binary PPM file; see higen_image_open.
+struct Image {
+    std::vector<std::uint8_t> rgb;
+    int width = 0;
+    int height = 0;
+
+    explicit Image(const std::string& path) {
+        struct Opened {
+            higen_image image = HIGEN_IMAGE_INIT;
+            ~Opened() { higen_image_free(&image); }
+        } opened;
+        check(higen_image_open(path.c_str(), &opened.image));
+        width = opened.image.width;
+        height = opened.image.height;
+        rgb.assign(opened.image.rgb, opened.image.rgb + std::size_t{3} * static_cast<std::size_t>(width) *
+                                                            static_cast<std::size_t>(height));
+    }
+};
+
+// Stops the generations that it is given to, from any thread, for good. Copies are one token.
+class Token {
+public:
+    Token() {
+        higen_token* token = nullptr;
+        check(higen_token_create(&token));
+        token_.reset(token, higen_token_free);
+    }
+
+    void cancel() const { check(higen_token_cancel(token_.get())); }
+
+    [[nodiscard]] higen_token* get() const { return token_.get(); }
+
+private:
+    std::shared_ptr<higen_token> token_;
+};
+
+// What a generation reports, and what stops it. Each may be empty; on_step returns whether to go on. Exceptions pass to
+// the caller.
 struct Callbacks {
     std::function<bool(const higen_step&)> on_step;
     std::function<void(const std::string&)> on_warning;
+    std::optional<Token> token;
 };
 
 class Request;
 
-// An opened model directory.
+// An opened model directory. All functions may be called by several threads at once.
 class Model {
 public:
     explicit Model(const std::string& path, higen_model_options options = HIGEN_MODEL_OPTIONS_INIT) {
@@ -105,6 +143,10 @@ public:
 
     // Stop what runs on this model, from any thread.
     void cancel() { check(higen_cancel(model_.get())); }
+
+    // Stop what runs on this model, wait for it, and free it, from any thread; see higen_model_close. Every later call
+    // throws HIGEN_ERROR_CLOSED.
+    void close() { higen_model_close(model_.get()); }
 
     [[nodiscard]] higen_model* get() const { return model_.get(); }
 
@@ -158,6 +200,9 @@ public:
     Request& picture(const std::string& control, std::vector<std::uint8_t> rgb, int width, int height, int frames = 1) {
         pictures_.push_back({control, std::move(rgb), width, height, frames});
         return *this;
+    }
+    Request& picture(const std::string& control, Image image) {
+        return picture(control, std::move(image.rgb), image.width, image.height);
     }
 
     // The request as the C interface takes it; valid until this one is changed or freed.
@@ -243,6 +288,7 @@ inline std::vector<Video> Model::generate(const std::vector<Request>& requests, 
     };
     higen_callbacks calls = HIGEN_CALLBACKS_INIT;
     calls.user = &state;
+    calls.token = callbacks.token ? callbacks.token->get() : nullptr;
     calls.on_step = [](void* user, const higen_step* step) {
         return keep(user, [&](State& own) { return own.callbacks.on_step && !own.callbacks.on_step(*step) ? 1 : 0; });
     };

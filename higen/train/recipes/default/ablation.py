@@ -31,6 +31,7 @@ import torch
 
 from higen.api import load
 from higen.bundle import Bundle
+from higen.output_file import output_file
 from higen.pipeline import Pipeline
 from higen.request import Request
 from higen.sampler import Step
@@ -100,7 +101,7 @@ class OneStage(Pipeline):
         if loop.name != "spatial":
             yield from super()._steps(request, sources, loop, steps)
             return
-        zeros = np.zeros_like(self._noise(request, sources, loop)[0])
+        zeros = np.zeros_like(sources.initial_noise(loop)[0])
         yield Step(loop.name, loop.stages[0], 0, 1, 0.0, zeros, zeros)
 
 
@@ -187,7 +188,8 @@ def main() -> None:
         found = {v.name: measure(v, model, real, judges, arguments.seeds) for v, model in models}
     print(table(found))
     if arguments.table is not None:
-        arguments.table.write_text(table(found) + "\n", encoding="utf-8")
+        with output_file(arguments.table) as temporary:
+            temporary.write_text(table(found) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from higen.errors import TrainingError
+from higen.staging import whole_file
 from higen.train.checkpoints import reason
 
 __all__ = ["aside"]
@@ -16,15 +17,12 @@ __all__ = ["aside"]
 
 @contextmanager
 def aside(path: Path) -> Iterator[Path]:
-    """Yields a file name beside `path` to write to; it is moved to `path` on a clean exit.
+    """Yields a file name to write to; the file is moved to `path` on a clean exit.
 
     Raises TrainingError where it cannot be written (a full disk): what was at `path` stays.
     """
-    temporary = path.with_name(f".{path.name}.part")
     try:
-        yield temporary
-        temporary.replace(path)
+        with whole_file(path) as temporary:
+            yield temporary
     except (OSError, RuntimeError, SafetensorError) as error:  # RuntimeError: torch's writer
         raise TrainingError(f"{path} cannot be written: {reason(error)}") from error
-    finally:
-        temporary.unlink(missing_ok=True)

@@ -9,6 +9,7 @@ nothing but one thin convolution runs at full resolution. Run the command again 
 import argparse
 import json
 import math
+import pickle
 import time
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
@@ -22,7 +23,9 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from higen.bundle import Bundle
+from higen.errors import TrainingError
 from higen.families.higen import spec
+from higen.train.checkpoints import reason
 from higen.train.recipes.default.aside import aside
 from higen.train.recipes.default.data import background, fetch, load_loop
 from higen.train.recipes.default.subjects import BACKGROUNDS, SUBJECTS, is_held_out
@@ -105,7 +108,7 @@ def build(config: CodecConfig | None = None) -> AutoencoderDC:
 
 def load(folder: Path) -> AutoencoderDC:
     """The trained codec (EMA weights) from `autoencoder.json` and `autoencoder.safetensors` in `folder`."""
-    model = AutoencoderDC(**json.loads((folder / "autoencoder.json").read_text()))
+    model = AutoencoderDC(**json.loads((folder / "autoencoder.json").read_text(encoding="utf-8")))
     model.load_state_dict(load_file(folder / "autoencoder.safetensors"))
     return model.eval()
 
@@ -199,7 +202,7 @@ class Trainer:
 
     def restore(self, path: Path) -> None:
         """Continue exactly where `save` left off."""
-        state = torch.load(path, weights_only=True)
+        state = _read(path)
         self.model.load_state_dict(state["model"])
         self.ema.load_state_dict(state["ema"])
         self.optimizer.load_state_dict(state["optimizer"])
@@ -263,7 +266,16 @@ def export(trainer: Trainer, folder: Path) -> None:
 def seconds_spent(folder: Path) -> float:
     """Seconds that the checkpoint in `folder` has been trained for; 0 if there is none."""
     path = folder / "autoencoder.ckpt"
-    return float(torch.load(path, weights_only=True)["seconds"]) if path.exists() else 0.0
+    return float(_read(path)["seconds"]) if path.exists() else 0.0
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """What `Trainer.save` wrote. Raises TrainingError."""
+    try:
+        state: dict[str, Any] = torch.load(path, weights_only=True)
+        return {name: state[name] for name in ("model", "ema", "optimizer", "generator", "step", "seconds")}
+    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
+        raise TrainingError(f"{path} cannot be read: {reason(error)}; remove it to train the codec anew") from error
 
 
 def seconds_until(clock: str) -> float:

@@ -18,6 +18,7 @@ from higen.train.recipes.default.aside import aside
 from higen.train.recipes.default.subjects import FPS, FRAMES, KEY_INDEX, SUBJECTS
 
 PACKAGES: tuple[str, ...] = tuple(f"@lobehub/fluent-emoji-anim-{i}@1.0.0" for i in (1, 2, 3, 4))
+DOWNLOAD = "about 700 MB in all four"
 FILL = 0.875
 """Side of the emoji's own canvas over the frame's: its drawings fill about 92 % of the canvas, so 80 % of the frame."""
 
@@ -25,19 +26,32 @@ Image8 = npt.NDArray[np.uint8]
 FloatImage = npt.NDArray[np.floating[Any]]
 
 
-def fetch(folder: Path) -> None:
+def to_fetch(folder: Path) -> list[str]:
+    """The npm packages that `fetch` would download into `folder`."""
+    if all((folder / f"{subject.codepoint}.webp").exists() for subject in SUBJECTS):
+        return []
+    return [package for package in PACKAGES if not (folder / _archive(package)).exists()]
+
+
+def fetch(folder: Path, download: bool = True) -> None:
     """Put every subject's WebP file into `folder`, downloading the four npm packages there where they are missing.
 
-    Raises RuntimeError when npm is missing or fails, when a package's archive is broken (it is removed: the next call
+    `download=False`: what would have to be downloaded is a RuntimeError that says how much it is. Raises RuntimeError
+    also when npm is missing or fails, when a package's archive is broken (it is removed: the next call
     fetches it anew) or when the packages lack a subject; TrainingError and OSError where a file cannot be written.
     """
+    if not download and (packages := to_fetch(folder)):
+        raise RuntimeError(
+            f"the emoji are not there, and {len(packages)} npm packages of them, {DOWNLOAD}, would be downloaded: "
+            "`higen evaluate --fetch` does it"
+        )
     folder.mkdir(parents=True, exist_ok=True)
     missing = {f"{subject.codepoint}.webp" for subject in SUBJECTS}
     missing -= {path.name for path in folder.glob("*.webp")}
     for package in PACKAGES:
         if not missing:
             return
-        archive = folder / (package.removeprefix("@").replace("/", "-").replace("@", "-") + ".tgz")
+        archive = folder / _archive(package)
         if not archive.exists():
             _npm_pack(package, folder)
         try:
@@ -49,13 +63,19 @@ def fetch(folder: Path) -> None:
         raise RuntimeError(f"{', '.join(sorted(missing))}: not in the packages {', '.join(PACKAGES)}")
 
 
+def _archive(package: str) -> str:
+    """The name that npm gives a package's archive."""
+    return package.removeprefix("@").replace("/", "-").replace("@", "-") + ".tgz"
+
+
 def _npm_pack(package: str, folder: Path) -> None:
     npm = shutil.which("npm")
     if npm is None:
         raise RuntimeError(f"npm is not installed: install Node.js, or put the archive of {package} into {folder}")
-    result = subprocess.run([npm, "pack", package], cwd=folder, capture_output=True, text=True, check=False)
+    result = subprocess.run([npm, "pack", package], cwd=folder, capture_output=True, check=False)
     if result.returncode != 0:
-        raise RuntimeError(f"npm pack {package} failed with status {result.returncode}: {result.stderr.strip()}")
+        said = result.stderr.decode("utf-8", "replace").strip()  # whatever this process's own encoding is
+        raise RuntimeError(f"npm pack {package} failed with status {result.returncode}: {said}")
 
 
 def _extract(archive: Path, names: set[str], folder: Path) -> set[str]:

@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from higen.measures import MEASURES_VERSION
+from higen.staging import whole_file
 from higen.train.recipes.default.shots import Row, Shot
 
 __all__ = ["Journal", "digest", "meaning"]
@@ -48,9 +49,8 @@ class Journal:
         for line in whole[1:]:
             shot, row, features = json.loads(line)
             self._found[Shot(**shot)] = Row(**row), np.array(features, np.float64)
-        temporary = path.with_suffix(".part")
-        temporary.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
-        temporary.replace(path)
+        with whole_file(path) as temporary:
+            temporary.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
 
     def find(self, shot: Shot) -> Measured | None:
         """What was measured of this clip before, or None."""

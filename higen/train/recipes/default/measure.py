@@ -13,6 +13,7 @@ from higen.backends.select import check_backend
 from higen.bundle import Bundle
 from higen.errors import OutputError, TrainingError
 from higen.families.higen import spec
+from higen.output_file import check_own
 from higen.precision import check_precision
 from higen.train.denormals import flushed_denormals
 from higen.train.recipes.default.data import fetch
@@ -38,14 +39,16 @@ def measure(
     quick: bool = False,
     backend: str = "auto",
     precision: str | None = None,
+    download: bool = False,
     shown: bool = False,
 ) -> tuple[dict[str, Any], str]:
     """Measure a model directory (None: the built-in one) and write the files into `output`; measures and their table.
 
-    The networks that judge and what was measured of each clip are kept in `output` and used again as long as they are
-    of the same data and model: a run that was stopped goes on. Raises RequestError (backend, precision), SettingsError
-    (a model of another recipe, less than one seed), OutputError (a folder that cannot be written), TrainingError (data
-    that cannot be had, another process that evaluates into `output`) and what loading a model raises.
+    `download`: the emoji may be fetched into `data`, about 700 MB. The networks that judge and what was measured of
+    each clip are kept in `output` and used again as long as they are of the same data and model: a run that was stopped
+    goes on. Raises RequestError (backend, precision), SettingsError (a model of another recipe, less than one seed),
+    OutputError (a folder that cannot be written), TrainingError (data that is not there or cannot be had, another
+    process that evaluates into `output`) and what loading a model raises.
     """
     # Found out before the data is fetched.
     check_backend(backend)
@@ -61,9 +64,12 @@ def measure(
         raise OutputError(f"{output}: no folder can be made there: {error.strerror}") from error
     if not os.access(judged, os.W_OK | os.X_OK):
         raise OutputError(f"{output}: no permission to write there")
+    check_own(
+        output, ("clips.jsonl", "measures.json", "per_subject.json", "sheet.png", "worst.png"), r"\A[0-9a-f]{64}\n"
+    )
     with claimed(output, "evaluating"):
         try:
-            fetch(data)
+            fetch(data, download)
             real = RealClips.read(data)
         except (OSError, RuntimeError) as error:
             raise TrainingError(f"{data}: {error}") from error

@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from higen.staging import whole_file
 from higen.train.recipes.default.evaluate import Maker, Result, worst
 from higen.train.recipes.default.real import RealClips
 from higen.train.recipes.default.shots import Shot
@@ -106,12 +107,10 @@ def pairs_sheet(clips: Sequence[tuple[Shot, Frames]], real: RealClips) -> Image.
 
 
 def _write_json(path: Path, content: Any) -> None:
-    temporary = path.with_suffix(".part")
-    temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def _save(sheet: Image.Image, path: Path) -> None:
-    temporary = path.with_name(f".{path.name}")
-    sheet.save(temporary, format="PNG")
-    temporary.replace(path)
+    with whole_file(path) as temporary:
+        sheet.save(temporary, format="PNG")

@@ -7,9 +7,10 @@ from pathlib import Path
 from higen.bundle import Bundle
 from higen.errors import TrainingError
 from higen.families.higen import spec
+from higen.train.notices import slow_bfloat16
 from higen.train.recipes.default import autoencoder, decoder, latents
 from higen.train.recipes.default.assemble import assemble
-from higen.train.recipes.default.data import fetch
+from higen.train.recipes.default.data import DOWNLOAD, fetch, to_fetch
 from higen.train.recipes.default.denoiser import Run, train
 from higen.train.recipes.default.subjects import subjects_named
 from higen.train.record import claimed
@@ -42,6 +43,10 @@ def run(
     except OSError as error:
         raise TrainingError(str(error)) from error
     with claimed(work):
+        if bf16 and (line := slow_bfloat16("leave --bf16 out")):
+            print(line, flush=True)
+        if packages := to_fetch(work / "data"):
+            print(f"{len(packages)} npm packages are fetched into {work / 'data'}, {DOWNLOAD}", flush=True)
         try:
             fetch(work / "data")
         except (OSError, RuntimeError) as error:

@@ -1,0 +1,16 @@
+// Matrices from files, for controls that take one.
+#pragma once
+
+#include <cstddef>
+#include <string>
+#include <vector>
+
+struct Matrix {
+    std::vector<double> numbers;  // row by row
+    std::size_t rows = 0;
+    std::size_t columns = 0;
+};
+
+// A matrix from a file: .npy (float32, float64, int32 or int64, of two axes), or any text with a row on each line, its
+// numbers parted by commas or blanks. Throws std::runtime_error beginning with the path.
+[[nodiscard]] Matrix read_matrix(const std::string& path);

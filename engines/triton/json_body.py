@@ -1,0 +1,83 @@
+"""Checks the JSON of an HTTP request to the model `higen` against the model's inputs, before Triton reads it."""
+
+from __future__ import annotations
+
+import json
+import math
+import reprlib
+from collections.abc import Sequence
+from typing import Any
+
+from higen.errors import RequestError
+
+__all__ = ["check_body"]
+
+_WANTED = {
+    "STRING": "a text",
+    "BOOL": "true or false",
+    "INT32": "a whole number of 32 bits",
+    "UINT64": "a whole number from 0 to 2^64 - 1",
+    "UINT8": "a whole number from 0 to 255",
+    "FP32": "a number",
+}
+_RANGES = {"INT32": (-(2**31), 2**31 - 1), "UINT64": (0, 2**64 - 1), "UINT8": (0, 255)}
+_LARGEST = 3.4028234663852886e38
+"""Of a float32."""
+
+
+def check_body(body: bytes, inputs: Sequence[tuple[str, str]]) -> None:
+    """Raise RequestError for what is no JSON object, and for a value of another type than its input's.
+
+    `inputs`: names and data types ("INT32"). Names that are none of them, and what values mean, are the model's matter.
+    """
+    try:
+        document = json.loads(body.decode("utf-8"), object_pairs_hook=_once)
+    except UnicodeDecodeError as error:
+        raise RequestError(f"the body is not valid UTF-8: {error.reason} at byte {error.start}") from error
+    except RequestError:
+        raise
+    except (ValueError, RecursionError) as error:
+        reason = "too deep" if isinstance(error, RecursionError) else str(error)
+        raise RequestError(f"the body is no JSON: {reason[:200]}") from error
+    if not isinstance(document, dict):
+        raise RequestError("the body is a JSON object: the names of inputs, and their values")
+    if not isinstance(document.get("id", ""), str):
+        raise RequestError(f"id={reprlib.repr(document['id'])}: a text is wanted")
+    kinds = dict(inputs)
+    for name, value in document.items():
+        if name in kinds:
+            _check_value(name, kinds[name], value)
+        elif name != "parameters" and not isinstance(value, (str, bool, int, float)):
+            raise RequestError(f"{_shown(name)}: unknown; a request takes {', '.join(kinds)}")
+
+
+def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    names = [name for name, _ in pairs]
+    if twice := [name for name in names if names.count(name) > 1] if len(names) < 1000 else names[:1]:
+        raise RequestError(f"{_shown(twice[0])}: stands in the body twice, or among too many")
+    return dict(pairs)
+
+
+def _check_value(name: str, kind: str, value: Any) -> None:
+    items = value if isinstance(value, list) else [value]
+    if any(isinstance(item, list) for item in items):
+        raise RequestError(f"{name}: a flat list is wanted; pictures go by HTTP as NAME_file, matrices by gRPC alone")
+    for item in items:
+        if not _fits(kind, item):
+            raise RequestError(f"{name}={_shown(item)}: {_WANTED.get(kind, kind)} is wanted")
+
+
+def _fits(kind: str, item: Any) -> bool:
+    if kind == "STRING":
+        return isinstance(item, str) and not any("\ud800" <= letter <= "\udfff" for letter in item)
+    if kind == "BOOL" or isinstance(item, bool):
+        return isinstance(item, bool) and kind == "BOOL"
+    if kind == "FP32":
+        return isinstance(item, (int, float)) and (abs(item) <= _LARGEST or not math.isfinite(item))
+    low, high = _RANGES.get(kind, (0, -1))
+    return isinstance(item, int) and low <= item <= high
+
+
+def _shown(value: Any) -> str:
+    """A value on one line, and not too long of it."""
+    return ascii(value) if value is None or isinstance(value, (bool, int, float)) else reprlib.repr(value)

@@ -1,0 +1,156 @@
+"""A change of several files of a folder: all of it happens or nothing, whatever kills the process that makes it.
+
+The change is written down first, as the file `journal` of a hidden folder (higen/staging.py): from then on it counts as
+made, and whoever finds the journal finishes it. Each step tells from the files themselves whether it was done. A target
+that somebody else has changed since is left as it is, and so is all that would have come after it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+__all__ = ["begin", "committed", "exchange", "finish", "moves", "swap"]
+
+NEW, OLD, JOURNAL = "new", "old", "journal"
+_NOTHING: dict[str, Any] = {"moves": [], "removals": []}
+
+_Mark = tuple[int, int, int]
+"""What tells a file from another in its place: inode, size and time of change, all of which a rename keeps."""
+
+
+def moves(parent: Path, pairs: Sequence[tuple[Path, Path]], removals: Sequence[Path]) -> dict[str, Any]:
+    """The journal of moving files to names in `parent`, in this order, and then removing files there."""
+    marks = {target: _mark(target) for _, target in pairs} | {path: _mark(path) for path in removals}
+    steps = []
+    for source, target in pairs:
+        new = _mark(source)
+        steps.append([os.path.relpath(source, parent), target.name, new, marks[target]])
+        marks[target] = new
+    return {"moves": steps, "removals": [[path.name, marks[path]] for path in removals]}
+
+
+def swap(target: Path) -> dict[str, Any]:
+    """The journal of putting the folder NEW in the place of the folder `target`, which becomes OLD."""
+    return {"swap": target.name, "inode": target.stat().st_ino}
+
+
+def committed(root: Path) -> bool:
+    """Whether there is a journal in a hidden folder."""
+    return os.path.lexists(root / JOURNAL)
+
+
+def begin(root: Path, journal: Mapping[str, Any]) -> None:
+    """Make a change. Raises OSError: either nothing was changed, or the journal stays and `finish` does the rest."""
+    part = root / f"{JOURNAL}.part"
+    part.write_text(json.dumps(journal), encoding="utf-8")
+    part.replace(root / JOURNAL)
+    try:
+        done = finish(root)
+    except BaseException:
+        if not _forgotten(root):  # an interrupt, most likely: what has begun is finished
+            finish(root)
+        raise
+    if not done:
+        raise OSError(errno.EBUSY, "another program has changed it meanwhile", os.fspath(root.parent))
+
+
+def finish(root: Path) -> bool:
+    """Do what is left of a journal, and take it away. Returns whether all of it could be done. Raises OSError."""
+    try:
+        journal = _checked(json.loads((root / JOURNAL).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return True
+    except (ValueError, TypeError, KeyError):
+        journal = _NOTHING
+    done = _finish_swap(root, journal) if "swap" in journal else _finish_moves(root.parent, journal)
+    (root / JOURNAL).unlink(missing_ok=True)
+    return done
+
+
+def exchange(a: Path, b: Path) -> bool:
+    """Exchange two paths at once; False on a system that cannot. Raises OSError for another failure."""
+    call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
+    if call is None:
+        return False
+    here, both = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    sys.audit("os.rename", os.fspath(a), os.fspath(b), -1, -1)
+    if call(here, os.fsencode(a), here, os.fsencode(b), both) == 0:
+        return True
+    number = ctypes.get_errno()
+    if number in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
+        return False
+    raise OSError(number, os.strerror(number), os.fspath(a), None, os.fspath(b))
+
+
+def _checked(journal: dict[str, Any]) -> dict[str, Any]:
+    """A journal that changes files of its own folder only. Raises ValueError, TypeError, KeyError."""
+    names = [journal["swap"]] if "swap" in journal else [name for _, name, _, _ in journal["moves"]]
+    names += [name for name, _ in journal.get("removals", [])]
+    if wrong := [name for name in names if name != Path(name).name or name in ("", ".", "..")]:
+        raise ValueError(f"{wrong[0]!r}: no file of the folder")
+    return journal
+
+
+def _finish_moves(parent: Path, journal: Mapping[str, Any]) -> bool:
+    made: dict[str, list[_Mark | None]] = {}
+    for _, name, new, _ in journal["moves"]:
+        made.setdefault(name, []).append(_as_mark(new))
+    for place, name, _, old in journal["moves"]:
+        source, target = parent / place, parent / name
+        there = _mark(target)
+        if _mark(source) is None and there in made[name]:
+            continue
+        if _mark(source) is None or there not in (None, _as_mark(old)):
+            return False
+        source.replace(target)
+    for name, old in journal["removals"]:
+        if _mark(parent / name) == _as_mark(old):
+            (parent / name).unlink(missing_ok=True)
+    return True
+
+
+def _finish_swap(root: Path, journal: Mapping[str, Any]) -> bool:
+    new, old, target = root / NEW, root / OLD, root.parent / journal["swap"]
+    if new.is_dir() and not old.exists() and target.is_dir() and target.stat().st_ino == journal["inode"]:
+        target.replace(old)
+    if new.is_dir() and old.exists() and not os.path.lexists(target):
+        try:
+            new.replace(target)
+        except BaseException:
+            old.replace(target)
+            raise
+    return not new.is_dir()
+
+
+def _forgotten(root: Path) -> bool:
+    """Forget a journal of which nothing was done yet; whether that is so."""
+    try:
+        journal = _checked(json.loads((root / JOURNAL).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return True
+    if "swap" in journal:
+        begun = (root / OLD).exists() or not (root / NEW).is_dir()
+    else:
+        begun = any(_mark(root.parent / place) is None for place, *_ in journal["moves"])
+    if not begun:
+        (root / JOURNAL).unlink(missing_ok=True)
+    return not begun
+
+
+def _mark(path: Path) -> _Mark | None:
+    try:
+        found = path.lstat()
+    except FileNotFoundError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _as_mark(stored: Sequence[int] | None) -> _Mark | None:
+    return None if stored is None else (stored[0], stored[1], stored[2])

@@ -1,0 +1,45 @@
+"""What this machine's processor multiplies fast, as its system lists it."""
+
+from __future__ import annotations
+
+import platform
+from functools import cache
+from pathlib import Path
+
+__all__ = ["flags", "has_bf16", "int8_products"]
+
+CPUINFO = Path("/proc/cpuinfo")
+X86 = ("x86_64", "amd64")
+
+
+@cache
+def flags() -> frozenset[str] | None:
+    """The instruction sets of the first processor, in Linux's words; None on a system that does not list them."""
+    try:
+        lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return None
+    named = (line.partition(":") for line in lines)
+    found = next((words for name, _, words in named if name.strip().lower() in ("flags", "features")), None)
+    return None if found is None else frozenset(found.lower().split())
+
+
+def has_bf16() -> bool | None:
+    """Whether it multiplies bfloat16 itself (AMX, AVX512-BF16, Arm's BF16); None: unknown.
+
+    Elsewhere a product in bfloat16 is computed in float32 after conversions, and is many times slower than in float32.
+    """
+    found = flags()
+    return None if found is None else not found.isdisjoint({"amx_bf16", "avx512_bf16", "bf16"})
+
+
+def int8_products() -> str:
+    """How ONNX Runtime multiplies 8-bit integers here, in words (see `higen.backends.sessions`)."""
+    if platform.machine().lower() not in X86:
+        return "signed by signed"
+    found = flags()
+    if found is None:
+        return "unsigned by signed with VNNI, else unsigned by unsigned"
+    if found.isdisjoint({"avx512_vnni", "avx_vnni"}):
+        return "unsigned by unsigned, for it has no VNNI: the same numbers, slower"
+    return "unsigned by signed, with VNNI"

@@ -1,0 +1,40 @@
+"""Names of devices: read whole or refused, the same for every backend."""
+
+from __future__ import annotations
+
+import re
+
+from higen.errors import BackendUnavailable, UnknownDevice, quoted
+
+__all__ = ["check_present", "device_index", "device_named"]
+
+ALLOWED = "'auto', 'cpu', 'cuda', or a GPU by its number from 0: 'cuda:0', 'cuda:1', ..."
+
+
+def device_named(device: object) -> str | None:
+    """A device as a backend is given it: "cpu", "cuda", "cuda:N", or None for "auto" (a GPU if there is one).
+
+    `device`: a text, or a torch.device; None is "auto". Raises UnknownDevice for anything else.
+    """
+    text = device
+    if type(device).__module__ == "torch" and type(device).__name__ == "device":  # torch itself is not imported here
+        text = str(device)
+    if text is None or (isinstance(text, str) and text == "auto"):
+        return None
+    if not isinstance(text, str) or not re.fullmatch("cpu(:0)?|cuda(:(0|[1-9][0-9]{0,2}))?", text):
+        raise UnknownDevice(f"device={quoted(device)}: {ALLOWED}")
+    return "cpu" if text == "cpu:0" else str(text)
+
+
+def device_index(device: str) -> int:
+    """The number of the GPU that "cuda" or "cuda:N" means."""
+    return int(device.partition(":")[2] or 0)
+
+
+def check_present(device: str, count: int) -> None:
+    """Raise BackendUnavailable where "cuda:N" is none of the `count` GPUs here."""
+    if device_index(device) >= count:
+        here = (
+            "is no GPU" if not count else "is 1 GPU, 'cuda:0'" if count == 1 else f"are {count} GPUs, from 'cuda:0' on"
+        )
+        raise BackendUnavailable(f"device={device!r}: there {here}")

@@ -1,0 +1,69 @@
+"""Processes forked from one that has a model: a copy of its memory, and none of its threads."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from typing import Any
+from weakref import WeakSet
+
+from higen.errors import BackendError
+
+__all__ = ["Home", "inherited", "outlives_forks"]
+
+_THREADED: WeakSet[Any] = WeakSet()
+_INHERITED: set[str] = set()
+
+
+class Home:
+    """The process that something was made in. What is used in another one waits for threads that are not there."""
+
+    def __init__(self) -> None:
+        self._process = os.getpid()
+
+    @property
+    def here(self) -> bool:
+        """Whether this is that process."""
+        return os.getpid() == self._process
+
+    def check(self) -> None:
+        """Raise BackendError in any other process. Call it before a lock is taken: its holder may be gone."""
+        if not self.here:
+            raise BackendError(
+                f"the model was loaded in process {self._process}, from which this one ({os.getpid()}) was forked: "
+                "call higen.load here, or start processes by 'spawn'"
+            )
+
+
+def outlives_forks(thing: object) -> None:
+    """Never free a thing in a process that is forked from this one: freeing it would wait for its threads."""
+    _THREADED.add(thing)
+
+
+def inherited(module: str) -> bool:
+    """Whether this process was forked from one that had imported a module: "torch" or "onnxruntime"."""
+    return module in _INHERITED
+
+
+def _after_fork() -> None:
+    for thing in list(_THREADED):
+        ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+    _INHERITED.update({"torch", "onnxruntime"} & sys.modules.keys())
+    if "onnxruntime" in sys.modules:
+        _leave_without_libraries()
+
+
+def _leave_without_libraries() -> None:
+    """End this process as `os._exit` does once Python itself has ended, with the same status.
+
+    ONNX Runtime (1.32 at least) starts a thread when it is imported and waits for it when the process ends: a forked
+    one would never end. The handlers of an exit run in reverse order, so this one comes before the library's.
+    """
+    c = ctypes.CDLL(None)
+    if hasattr(c, "on_exit"):  # of glibc
+        c.on_exit(c._exit, None)
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

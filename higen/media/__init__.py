@@ -1,0 +1,16 @@
+"""Files to pixels: one reader of pictures and clips for `Video.open`, picture and clip controls, cues and training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from higen.media.animations import Animation
+from higen.media.files import head, is_animation
+from higen.media.streams import VideoStream
+
+__all__ = ["open_clip"]
+
+
+def open_clip(path: Path) -> Animation | VideoStream:
+    """The clip in a file, by its contents. Raises OutputError with the reason, OSError, and what decoders raise."""
+    return Animation(path) if is_animation(head(path)) else VideoStream(path)

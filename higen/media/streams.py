@@ -1,0 +1,306 @@
+"""Video streams, read with PyAV: which frames there are, when they are shown, and their pixels."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from itertools import chain, islice, pairwise
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from higen.errors import OutputError
+from higen.media.animations import Each
+from higen.media.files import check_pixels
+from higen.media.geometry import pixel_aspect, shown
+from higen.media.timing import last_gap
+
+__all__ = ["Undecodable", "VideoStream"]
+
+_DEMUXERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,ogg,asf,flv,h264,hevc"
+_INDEXED = ("mov", "matroska")  # their headers say how long they are
+_REORDERED = 16
+"""Decoding order is at most this many frames from the order shown (H.264, A.3.1: MaxDpbFrames)."""
+
+_LOOKED_AT = 16
+"""Frames decoded at least, for time stamps that run backwards to be noticed."""
+
+
+class Undecodable(OutputError):
+    """Frames that were wanted cannot be decoded: other frames of the file may serve."""
+
+
+class _Jumbled(Exception):
+    """The time stamps do not ascend in the order of decoding, which is the one shown."""
+
+
+class VideoStream:
+    """The first video stream of a file, a cover picture aside.
+
+    times      float64 [n], seconds at which each frame begins, ascending; `end` when the last one ends
+    rate       frames a second as the header says; 0: it does not
+    payload    the text in the file's comment
+    complete   whether the file holds all that its header announces
+    """
+
+    timed = True
+
+    def __init__(self, path: Path) -> None:
+        """Reads the packets and decodes nothing. Raises what PyAV raises, and OutputError with the reason."""
+        self.path = path
+        with self._opened() as (container, stream):
+            self._aspect = pixel_aspect(stream)
+            self.rate = float(stream.average_rate or 0)
+            tags = {key.lower(): text for key, text in container.metadata.items()}
+            self.payload = tags.get("comment", "")
+            self._stamped, self.times, self.end = self._scan(container, stream)
+            self.complete = self._is_complete(container, stream)
+            self.size = self._shown_size(stream)
+
+    def pictures(self, chosen: Sequence[int], hold: float, each: Each) -> list[NDArray[np.uint8]]:
+        """Some frames, in ascending order, each uint8 [H,W,3] given to `each` with its place among them. A place may be
+        given again: that stamps are jumbled is found while the frames are read.
+
+        A frame that cannot be decoded is replaced by the one before it (the first: after it) where that is at most
+        `hold` seconds away. Raises Undecodable where none is.
+        """
+        if self._stamped:
+            with suppress(_Jumbled):
+                return self._pictures(chosen, hold, each, self._frames_from(chosen[0]))
+        return self._pictures(chosen, hold, each, self._counted())
+
+    def _pictures(
+        self,
+        chosen: Sequence[int],
+        hold: float,
+        each: Each,
+        frames: Iterator[tuple[int, Any]],
+    ) -> list[NDArray[np.uint8]]:
+        found: list[NDArray[np.uint8]] = []
+        before: tuple[int, Any] | None = None
+        for looked_at, (index, frame) in enumerate(frames, 1):
+            while len(found) < len(chosen) and chosen[len(found)] < index:
+                stand_in = (index, frame) if before is None else before
+                if not self._near(chosen[len(found)], stand_in[0], hold):
+                    _look_on(frames, _LOOKED_AT)
+                    seconds = self.times[chosen[len(found)]] - self.times[0]
+                    raise Undecodable(f"frames are missing at {seconds:.2f} s")
+                found.append(each(len(found), shown(stand_in[1], self._aspect)))
+            while len(found) < len(chosen) and chosen[len(found)] == index:
+                found.append(each(len(found), shown(frame, self._aspect)))
+            if len(found) == len(chosen):
+                _look_on(frames, _LOOKED_AT - looked_at)
+                return found
+            before = (index, frame)
+        while len(found) < len(chosen):
+            if before is None:
+                raise Undecodable("no frame can be decoded")
+            if not self._near(chosen[len(found)], before[0], hold):
+                raise Undecodable(f"{len(found)} of {len(chosen)} frames can be decoded")
+            found.append(each(len(found), shown(before[1], self._aspect)))
+        return found
+
+    def _near(self, wanted: int, index: int, hold: float) -> bool:
+        return bool(abs(self.times[wanted] - self.times[index]) <= hold)
+
+    def _frames_from(self, first: int) -> Iterator[tuple[int, Any]]:
+        """The frames and their indices, from a key frame at or before `first`.
+
+        Some formats are indexed by decoding time (AVI, MPEG-4 part 2 in MP4) or not at all: seeking then leads behind
+        the frame or fails, and a seek further back, or the start of the file, serves.
+        """
+        import av
+
+        for start in (first, first - _REORDERED):
+            if start > 0:
+                with suppress(av.FFmpegError):
+                    frames = self._stamped_frames(start)
+                    found = next(frames, None)
+                    if found is not None and found[0] <= first:
+                        return chain([found], frames)
+        return self._stamped_frames(0)
+
+    def _stamped_frames(self, start: int) -> Iterator[tuple[int, Any]]:
+        """The frames and their indices, from where seeking to frame `start` leads. Raises _Jumbled."""
+        with self._opened() as (container, stream):
+            if start:
+                container.seek(int(self.times[start] / stream.time_base), stream=stream)
+            last = -np.inf
+            for frame in _deinterlaced(_decoded(container, stream), stream):
+                if frame.pts is None:
+                    raise _Jumbled
+                time = float(frame.pts * frame.time_base)
+                if time <= last:
+                    raise _Jumbled
+                last = time
+                yield self._nearest(time), frame
+
+    def _counted(self) -> Iterator[tuple[int, Any]]:
+        """The frames in the order of decoding, from the start, and their numbers."""
+        with self._opened() as (container, stream):
+            last = len(self.times) - 1
+            for index, frame in enumerate(_deinterlaced(_decoded(container, stream), stream)):
+                yield min(index, last), frame
+
+    def _nearest(self, time: float) -> int:
+        after = min(int(np.searchsorted(self.times, time)), len(self.times) - 1)
+        before = max(after - 1, 0)
+        return before if time - self.times[before] < self.times[after] - time else after
+
+    @contextmanager
+    def _opened(self) -> Iterator[tuple[Any, Any]]:
+        import av
+
+        # The listed demuxers and local files alone: a playlist would open what it names.
+        options = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"}
+        try:
+            container = av.open(f"file:{self.path.absolute()}", options=options, metadata_errors="replace")
+        except (av.ArgumentError, av.InvalidDataError) as error:
+            raise OutputError("it is corrupt, or of no video format that is read") from error
+        with container:
+            stream = _video_stream(container)
+            stream.thread_type = "AUTO"
+            yield container, stream
+
+    def _scan(self, container: Any, stream: Any) -> tuple[bool, NDArray[np.float64], float]:
+        """Whether the packets have time stamps, the time of each frame, and when the last one ends."""
+        # What an edit list cuts off (a trimmed MP4) is decoded and not shown.
+        found = [_Packet(p.pts, p.duration, p.is_keyframe, p.is_discard) for p in container.demux(stream) if p.size]
+        self._stored = len(found)
+        packets = [packet for packet in _from_key_frame(found) if not packet.is_hidden]
+        if not packets:
+            raise OutputError("no frame in it")
+        if any(packet.stamp is None for packet in packets):
+            rate = float(stream.average_rate or stream.base_rate or 0)
+            if not rate:
+                raise OutputError("neither time stamps nor a frame rate in it")
+            return False, np.arange(len(packets)) / rate, len(packets) / rate
+        packets.sort(key=lambda packet: packet.stamp or 0)
+        times = np.array([packet.stamp for packet in packets], dtype=np.float64) * float(stream.time_base)
+        last = float((packets[-1].lasting or 0) * stream.time_base) or last_gap(times)
+        return True, times, float(times[-1]) + (last or (1 / self.rate if self.rate else 0.0))
+
+    def _is_complete(self, container: Any, stream: Any) -> bool:
+        """A cut-off MP4 announces more frames, a cut-off Matroska file a longer time."""
+        import av
+
+        if not container.format.name.startswith(_INDEXED):
+            return True
+        if container.format.name.startswith("mov") and stream.frames > self._stored:
+            return False
+        announced = float((container.duration or 0) / av.time_base) if len(container.streams) == 1 else 0.0
+        missing = announced - (self.end - float(self.times[0]))
+        return missing <= 0.9 * (last_gap(self.times) or missing)
+
+    def _shown_size(self, stream: Any) -> tuple[int, int]:
+        context = stream.codec_context
+        width = max(1, round(context.width * self._aspect))
+        check_pixels(width, context.height)
+        return width, context.height
+
+
+class _Packet(NamedTuple):
+    stamp: int | None
+    lasting: int | None
+    is_key: bool
+    is_hidden: bool
+
+
+def _from_key_frame(packets: list[_Packet]) -> list[_Packet]:
+    """Without what stands before the first key frame, as in a recording that was switched on in between: it cannot be
+    decoded. A format without key frames has all.
+    """
+    first = next((at for at, packet in enumerate(packets) if packet.is_key), 0)
+    if not first:
+        return packets
+    start = packets[first].stamp
+    return [p for p in packets[first:] if start is None or p.stamp is None or p.stamp >= start]
+
+
+def _look_on(frames: Iterator[tuple[int, Any]], count: int) -> None:
+    """Take up to so many frames, which need not be whole. Raises _Jumbled."""
+    import av
+
+    with suppress(av.FFmpegError):
+        deque(islice(frames, max(count, 0)), maxlen=0)
+
+
+def _video_stream(container: Any) -> Any:
+    """The first video stream that is no cover picture. Raises OutputError."""
+    from av.stream import Disposition
+
+    still = Disposition.attached_pic | Disposition.timed_thumbnails
+    films = [stream for stream in container.streams.video if not stream.disposition & still]
+    if not films:
+        others = ", ".join(sorted({stream.type for stream in container.streams}))
+        cover = " (a cover picture alone)" if container.streams.video else ""
+        raise OutputError(f"no video in it{cover or (f' ({others} alone)' if others else '')}")
+    stream = next((film for film in films if film.frames != 1), films[0])
+    if stream.codec_context is None:  # PyAV before 18.1 crashes when it decodes such a stream
+        raise OutputError("its codec is unknown")
+    return stream
+
+
+def _decoded(container: Any, stream: Any) -> Iterator[Any]:
+    """The stream's frames in the order shown; VP8 and VP9 with their alpha, which FFmpeg's own decoders leave out."""
+    import av
+
+    name = f"libvpx-{stream.codec_context.name}".replace("libvpx-vp8", "libvpx")
+    has_alpha = {key.lower(): text for key, text in stream.metadata.items()}.get("alpha_mode") == "1"
+    if not (has_alpha and name in ("libvpx", "libvpx-vp9") and name in av.codecs_available):
+        yield from container.decode(stream)
+        return
+    context: Any = av.CodecContext.create(name, "r")
+    for packet in container.demux(stream):
+        if packet.size:
+            yield from context.decode(packet)
+    yield from context.decode(None)
+
+
+def _deinterlaced(frames: Iterable[Any], stream: Any) -> Iterator[Any]:
+    """Interlaced frames as whole ones (FFmpeg's bwdif); others as they are. One frame gives one, in order."""
+    waiting: deque[Any] = deque()
+    graph = None
+    for frame in frames:
+        if graph is None:
+            if not frame.interlaced_frame:
+                yield frame
+                continue
+            graph = _Bwdif(frame, stream)
+        waiting.append(frame)
+        yield from graph.given(frame, waiting)
+    if graph is not None:
+        yield from graph.given(None, waiting)
+
+
+class _Bwdif:
+    """FFmpeg's deinterlacing filter."""
+
+    def __init__(self, frame: Any, stream: Any) -> None:
+        import av
+
+        self.graph = av.filter.Graph()
+        source = self.graph.add_buffer(
+            width=frame.width, height=frame.height, format=frame.format, time_base=stream.time_base
+        )
+        steps = [source, self.graph.add("bwdif", "mode=send_frame:deint=interlaced"), self.graph.add("buffersink")]
+        for one, next_one in pairwise(steps):
+            one.link_to(next_one)
+        self.graph.configure()
+
+    def given(self, frame: Any, waiting: deque[Any]) -> Iterator[Any]:
+        """What can be had once `frame` (None: the end) was given, with the time stamps of the frames that went in."""
+        import av
+
+        self.graph.push(frame)
+        while waiting:
+            try:
+                made = self.graph.pull()
+            except (av.BlockingIOError, av.EOFError):
+                return
+            of = waiting.popleft()
+            made.pts, made.time_base = of.pts, of.time_base
+            yield made

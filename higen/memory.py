@@ -1,0 +1,46 @@
+"""Too little memory: one error, whoever noticed it and however it was said."""
+
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from higen.errors import HigenError, OutOfMemory
+
+__all__ = ["enough_memory", "is_lack_of_memory"]
+
+_WORDS = re.compile(
+    r"bad_?alloc|bad allocation|not enough memory|(can't|cannot|could not|failed to|unable to) allocate|out of memory|"
+    r"failed to map segment",
+    re.IGNORECASE,
+)
+"""How C++, ONNX Runtime, PyTorch, safetensors, CUDA and the dynamic loader say it."""
+
+
+def is_lack_of_memory(error: BaseException) -> bool:
+    """Whether an error, or one that it was raised from, says that there was too little memory."""
+    seen: BaseException | None = error
+    while seen is not None:
+        short = isinstance(seen, MemoryError) or (isinstance(seen, OSError) and seen.errno == errno.ENOMEM)
+        # A message of ours may quote a person's text; what a library said is its cause.
+        if short or (not isinstance(seen, HigenError) and _WORDS.search(str(seen))):
+            return True
+        seen = seen.__cause__
+    return False
+
+
+@contextmanager
+def enough_memory(what: str) -> Iterator[None]:
+    """Around work of a library: an error that is a lack of memory becomes OutOfMemory, beginning with `what`."""
+    try:
+        yield
+    except OutOfMemory:
+        raise
+    except Exception as error:
+        if not is_lack_of_memory(error):
+            raise
+        reason = str(error) or type(error).__name__
+        hint = "a lower precision, fewer frames, a smaller size and fewer prompts need less"
+        raise OutOfMemory(f"{what}: there is too little memory here ({hint}): {reason}") from error

@@ -1,0 +1,88 @@
+"""Where the weights lie in a checkpoint, and their names without the wrappers that training put around the network."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from higen.errors import CheckpointError
+
+__all__ = ["AVERAGES", "PLAIN", "found_in", "unwrapped", "weights_of"]
+
+AVERAGES = ("ema_state_dict", "ema", "model_ema", "params_ema", "shadow")
+PLAIN = ("state_dict", "model_state_dict", "model", "module", "params", "net", "weights")
+"""Names under which training loops keep the weights' averages and the weights; the first that holds tensors counts."""
+
+DEPTH = 3
+_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+"""Parts of a name that are no part of the network: DataParallel's, torch.compile's, FSDP's."""
+SHOWN = 6
+
+
+def weights_of(loaded: object) -> tuple[dict[str, Tensor], str]:
+    """The tensors by name of what a checkpoint holds, and a note where there were several to choose from.
+
+    Averages are taken before weights, if they are there for all of them; both before tensors at the top. Raises
+    CheckpointError, which says what was found, where there are none.
+    """
+    state, note = _weights(loaded, DEPTH)
+    if not state:
+        raise CheckpointError(
+            f"holds no tensors by name, not even under {', '.join(map(repr, (*PLAIN, *AVERAGES)))}; {_seen(loaded)}"
+        )
+    return _renamed(state), note
+
+
+def _weights(loaded: object, depth: int) -> tuple[dict[str, Any], str]:
+    if not isinstance(loaded, Mapping) or not depth:
+        return {}, ""
+    nested = {key: _weights(loaded[key], depth - 1) for key in (*AVERAGES, *PLAIN) if key in loaded}
+    nested = {key: found for key, found in nested.items() if found[0]}
+    averages = next((key for key in AVERAGES if key in nested), None)
+    plain = next((key for key in PLAIN if key in nested), None)
+    if plain is None and averages is None:
+        tensors = {name: tensor for name, tensor in loaded.items() if isinstance(tensor, Tensor)}
+        return {name: tensor.detach() for name, tensor in tensors.items() if isinstance(name, str)}, ""
+    taken = averages if plain is None else plain
+    if plain is not None and averages is not None and _names(nested[plain][0]) <= _names(nested[averages][0]):
+        taken = averages
+    assert taken is not None
+    state, note = nested[taken]
+    if others := [key for key in nested if key != taken]:
+        note = f"the weights are those under {taken!r}; {', '.join(map(repr, others))} is left out"
+    return state, note
+
+
+def _names(state: Iterable[str]) -> set[str]:
+    return {unwrapped(name) for name in state}
+
+
+def unwrapped(name: str) -> str:
+    """A tensor's name without the parts that wrappers of a network add."""
+    *parts, leaf = name.split(".")
+    return ".".join([*(part for part in parts if part not in _WRAPPERS), leaf])
+
+
+def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    renamed: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        if (short := unwrapped(name)) in renamed:
+            raise CheckpointError(f"two tensors are called {short} without {', '.join(_WRAPPERS)} in their names")
+        renamed[short] = tensor
+    return renamed
+
+
+def found_in(state: Iterable[str]) -> str:
+    """The first names of tensors, for a message."""
+    names = list(state)
+    more = ", ..." if len(names) > SHOWN else ""
+    return f"it has {len(names)} tensors: {', '.join(names[:SHOWN])}{more}" if names else "it has no tensors"
+
+
+def _seen(loaded: object) -> str:
+    if isinstance(loaded, Mapping):
+        keys = [f"{key!r} ({type(value).__name__.lstrip('_')})" for key, value in list(loaded.items())[:SHOWN]]
+        return f"it has {', '.join(keys)}{', ...' if len(loaded) > SHOWN else ''}" if keys else "it is empty"
+    return f"it is a {type(loaded).__name__.lstrip('_')}"

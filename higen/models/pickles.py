@@ -1,0 +1,125 @@
+"""PyTorch's pickles, read without running code: tensors come out, and all else stands still."""
+
+from __future__ import annotations
+
+import pickle
+import re
+import warnings
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from higen.errors import CheckpointError, quoted
+from higen.memory import is_lack_of_memory
+from higen.models.foreign_files import ZIP, format_of
+
+__all__ = ["plain_reason", "read_pickle"]
+
+
+class _Inert:
+    """Stands for a class or function that a training loop left beside the weights; it does nothing and has no value."""
+
+    def __init__(self, *_: object, **__: object) -> None: ...
+
+    def __setstate__(self, _: object) -> None: ...
+
+    def __setitem__(self, _: object, __: object) -> None: ...
+
+    def update(self, *_: object) -> None: ...
+
+
+_DTYPES = (
+    *("Bool", "Int8", "Int16", "Int32", "Int64", "UInt8", "UInt16", "UInt32", "UInt64", "Long", "ULong", "LongLong"),
+    *("Float16", "Float32", "Float64", "LongDouble", "Complex64", "Complex128", "Str", "Bytes"),
+)
+_HARMLESS = (
+    "pytorch_lightning.callbacks.model_checkpoint.ModelCheckpoint",
+    *(f"numpy.{core}.multiarray.{name}" for core in ("core", "_core") for name in ("scalar", "_reconstruct")),
+    *(f"numpy.{core}.numeric._frombuffer" for core in ("core", "_core")),
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(f"numpy.dtypes.{name}DType" for name in _DTYPES),
+    "argparse.Namespace",
+    "types.SimpleNamespace",
+    "easydict.EasyDict",
+    *(f"pathlib.{module}{name}" for module in ("", "_local.") for name in ("PosixPath", "WindowsPath")),
+    *(f"pathlib.{module}Pure{name}" for module in ("", "_local.") for name in ("PosixPath", "WindowsPath")),
+    "datetime.datetime",
+    "datetime.timedelta",
+)
+"""What training loops leave beside weights. None of it is imported or called: `_Inert` takes its place."""
+
+_INERT: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [(_Inert, name) for name in _HARMLESS]
+
+CHUNK = 2**20
+"""Bytes that are read at a time."""
+
+_FORBIDDEN = re.compile(
+    r"Unsupported (?:global: GLOBAL|class) (?P<name>[\w.]+)"
+    r"|reduce for unrecognized function (?P<function>.{1,80})"
+    r"|(?:Can only|Trying to) (?:build|create|call|instantiate).*(?:but got|for) (?P<object>.{1,80})"
+)
+_SAFELY = (
+    "use its .safetensors version if there is one; else whoever trusts the file writes one, with "
+    "safetensors.torch.save_file(state_dict, 'weights.safetensors')"
+)
+
+
+def read_pickle(path: Path, checked: bool = True) -> object:
+    """What PyTorch saved in a file, on the CPU, its tensors mapped from disk where the file is a zip archive.
+
+    `checked`: the archive's own checksums are compared, which reads the file once. Raises CheckpointError for a file
+    that names code besides tensors or is damaged, and as it came what says that there is too little memory.
+    """
+    zipped = format_of(path) == ZIP
+    if checked and zipped:
+        _check_sums(path)
+    try:
+        with warnings.catch_warnings(), torch.serialization.safe_globals(_INERT):
+            warnings.simplefilter("ignore")
+            if path.suffix.lower() == ".safetensors":  # PyTorch goes by the name, and maps no open file
+                with path.open("rb") as file:
+                    return torch.load(file, map_location="cpu", weights_only=True)
+            return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
+    except pickle.UnpicklingError as error:
+        if (found := _FORBIDDEN.search(str(error))) is None:
+            raise CheckpointError(f"{path}: cannot be read as a PyTorch checkpoint: it is damaged") from error
+        name = next(group for group in found.groups() if group)
+        raise CheckpointError(
+            f"{path}: refused, because it holds more than tensors and reading it could run code (it names {name}); "
+            f"{_SAFELY}"
+        ) from error
+    except Exception as error:  # a damaged file makes the reader raise almost anything
+        if is_lack_of_memory(error):
+            raise
+        if isinstance(error, EOFError) or "EOF" in str(error):
+            raise CheckpointError(f"{path}: cannot be read as a PyTorch checkpoint: cut off; fetch it again") from error
+        raise CheckpointError(f"{path}: cannot be read as a PyTorch checkpoint: {plain_reason(error)}") from error
+
+
+def _check_sums(path: Path) -> None:
+    """Raise CheckpointError for a record that does not fit its checksum: PyTorch maps the file and compares none."""
+    name = "directory"
+    try:
+        with zipfile.ZipFile(path) as archive:
+            # PyTorch can be told to leave checksums out, and writes 0 then.
+            for record in (record for record in archive.infolist() if record.CRC):
+                name = record.filename
+                with archive.open(record) as file:
+                    while file.read(CHUNK):
+                        pass
+    except Exception as error:  # a damaged directory makes the reader raise almost anything
+        if is_lack_of_memory(error):
+            raise
+        raise CheckpointError(f"{path}: {quoted(name)} is damaged ({plain_reason(error)}): fetch it again") from error
+
+
+def plain_reason(error: BaseException) -> str:
+    """What went wrong, in a line, without PyTorch's advice to read the file in the way that runs its code."""
+    first = (str(error).splitlines() or [""])[0]
+    if any(word in first for word in ("weights_only", "Weights only", "safe_globals")):
+        return "it is damaged, or no checkpoint"
+    return first or type(error).__name__

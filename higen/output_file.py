@@ -1,0 +1,107 @@
+"""A file that a person named: it may be replaced, through a link too, but not where they have protected it."""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from higen.errors import OutputError, quoted
+from higen.paths import given_path
+from higen.staging import whole_file
+
+__all__ = ["check_file", "check_folder", "check_names", "check_own", "lies", "output_file"]
+
+
+def check_file(path: str | os.PathLike[str]) -> Path:
+    """The file to replace: what a link points to, for it stays. Ask before the work.
+
+    Raises OutputError for a name that the file system does not take, a folder, a pipe or a device, a read-only file,
+    and a missing or read-only folder.
+    """
+    path = given_path(path, "output")
+    with check_names(path):
+        if path.is_dir():
+            raise OutputError(f"{path}: is a folder; name a file in it")
+        check_folder(path, path.parent)
+        found = lies(path)
+        target = Path(os.path.realpath(path)) if path.is_symlink() else path
+        if found is not None and not stat.S_ISREG(found.st_mode):
+            raise OutputError(f"{path}: is no plain file, but a pipe or a device; choose another name")
+        if found is not None and (not os.access(path, os.W_OK) or not found.st_mode & 0o222):
+            raise OutputError(f"{path}: is read-only: make it writable, or choose another name")
+        if not target.parent.is_dir():
+            raise OutputError(f"{path}: is a link into the folder {target.parent}, which does not exist")
+        check_folder(path, target.parent, writing=True)
+    return target
+
+
+def check_folder(path: Path, folder: Path, writing: bool = False) -> None:
+    """Whether `folder` is there, and (`writing`) whether files can be made in it for `path`. Raises OutputError."""
+    if not folder.is_dir():
+        raise OutputError(f"{path}: the folder {folder} does not exist; make it first")
+    # The temporary file's name is longer than a short one's.
+    lies(folder / f".higen-{'0' * 20}" / "new" / f"new_00000{path.suffix}")
+    if writing and not os.access(folder, os.W_OK | os.X_OK):
+        raise OutputError(f"{path}: no permission to write in the folder {folder.absolute()}")
+
+
+def check_own(folder: Path, names: Sequence[str], mark: str) -> None:
+    """Whether a report of these files can be written into a folder that a person named. Ask before the work.
+
+    Files of these names may be replaced where they are of an earlier report: the first of them, which is written first,
+    then has `mark` (a regular expression) in its first lines.
+    Raises OutputError naming what stands there, and for a folder that cannot be made or written.
+    """
+    with check_names(folder):
+        lies(folder / names[0])
+        found = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+        if not found.is_dir():
+            raise OutputError(f"{found}: is no folder")
+        if not os.access(found, os.W_OK | os.X_OK):
+            raise OutputError(f"{folder}: no permission to write in the folder {found}")
+    there = [name for name in names if os.path.lexists(folder / name)]
+    if not there:
+        return
+    with suppress(OSError), (folder / names[0]).open("rb") as file:
+        if re.search(mark, file.read(4096).decode("utf-8", "replace")):
+            return
+    raise OutputError(f"{folder / there[0]}: is of no earlier report: move it away, or choose another folder")
+
+
+@contextmanager
+def output_file(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yields a name to write to; the file takes its place at `path`, with the permissions of the one there, on a clean
+    exit. Raises what `check_file` raises, and OSError.
+    """
+    target = check_file(path)
+    with whole_file(target) as temporary:
+        yield temporary
+        if target.exists():
+            temporary.chmod(stat.S_IMODE(target.stat().st_mode))
+
+
+@contextmanager
+def check_names(path: Path) -> Iterator[None]:
+    """Around looking at files whose names come from `path`: raises OutputError for those that cannot be names."""
+    text = os.fspath(path)
+    if "\0" in text:
+        raise OutputError(f"{quoted(text)}: a path has no character NUL")
+    try:
+        yield
+    except OutputError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a name that cannot be encoded
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        raise OutputError(f"{quoted(text)}: the file system does not take this name: {reason}") from error
+
+
+def lies(path: Path) -> os.stat_result | None:
+    """What lies at a path; None for nothing. Raises OSError for a path that the file system does not take."""
+    try:
+        return path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None

@@ -1,0 +1,24 @@
+"""Paths as people give them."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from higen.errors import RequestError, quoted
+
+__all__ = ["given_path"]
+
+
+def given_path(path: object, name: str = "path") -> Path:
+    """A path that a person gave; `~` and `~user` are home folders, as in a shell.
+
+    Raises RequestError, beginning with `name`, for what is no path.
+    """
+    if not isinstance(path, (str, os.PathLike)):
+        raise RequestError(f"{name}={quoted(path)}: a path, as a text or a pathlib.Path")
+    given = Path(os.fsdecode(path))
+    try:
+        return given.expanduser()
+    except RuntimeError:  # there is no such user: a file of that name
+        return given

@@ -1,0 +1,28 @@
+"""Numbers and lists as people have them: arrays, array scalars and tensors become Python's own."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from typing import Any
+
+import numpy as np
+
+__all__ = ["is_whole", "plain"]
+
+
+def plain(value: Any, levels: int = 4) -> Any:
+    """A value without the arrays, array scalars and tensors of numpy and other libraries: what their `tolist` gives.
+
+    What cannot be read, or is nested deeper than any option is, is left as it is and refused where it is checked.
+    """
+    if type(value) in (list, tuple) and levels:
+        return type(value)(plain(one, levels - 1) for one in value)
+    if not isinstance(value, (str, bytes, np.bool_)) and callable(getattr(value, "tolist", None)):
+        with suppress(Exception):  # a library's tensor that holds no values, say
+            return value.tolist()
+    return value
+
+
+def is_whole(value: object, low: int, high: int) -> bool:
+    """Whether a plain value is a whole number in a range; a truth value is none."""
+    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high

@@ -1,0 +1,281 @@
+"""Files and folders that appear whole or not at all, whatever kills the process that writes them.
+
+A writer works in a hidden folder beside its target and renames what is finished into place:
+
+    .higen-<12 digits><8 digits>/           the last eight are a digest of the others: nobody else makes such a name
+        note                                says whose it is
+        new/                                what is being written
+        journal                             only while several files take their places (higen/commit.py)
+    .higen-<12 digits><8 digits>.<name>     a file that must lie beside others while it is written
+
+Its owner holds a lock on the folder for as long as it lives. The next writer in that place takes away what a killed one
+left: a folder of such a name, with the note in it, whose lock is free. Where there is a journal the change is finished
+first, by the next writer or reader. Nothing else is ever touched.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from higen import commit
+from higen.locks import hold
+
+__all__ = ["Staging", "exclusive", "others", "settle", "staging", "sweep", "whole_file"]
+
+PREFIX = ".higen-"
+LOCK = f"{PREFIX}lock"
+NOTE = "note"
+TEXT = "higen writes here. The next run that writes beside this folder removes it if its owner is gone.\n"
+
+_NAME = re.compile(re.escape(PREFIX) + r"([0-9a-f]{12})([0-9a-f]{8})(\..+)?", re.DOTALL)
+_TRIES = 1000
+_NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
+
+
+class Staging:
+    """A locked folder for what is not finished.
+
+    folder   empty, to be filled; in the same file system as the targets, which lie in `parent`
+    """
+
+    def __init__(self, parent: Path) -> None:
+        """Made in `parent`. Raises OSError."""
+        self.parent = parent
+        self.root, self._lock = _make(parent)
+        self.folder = self.root / commit.NEW
+        self._beside: list[Path] = []
+
+    def beside(self, name: str) -> Path:
+        """A name in the targets' own folder, for a file that must lie there while it is written."""
+        path = self.parent / f"{self.root.name}.{name}"
+        self._beside.append(path)
+        return path
+
+    def commit(self, pairs: Sequence[tuple[Path, Path]], removals: Sequence[Path] = ()) -> None:
+        """Move files, of `folder` or beside it, to names in `parent`, then remove files there: all of it or nothing.
+
+        The caller holds `exclusive(parent)` and has seen that these targets may be replaced. Raises OSError: either
+        nothing was changed, or the rest is done by the next writer or reader.
+        """
+        commit.begin(self.root, commit.moves(self.parent, pairs, removals))
+
+    def swap(self, target: Path) -> None:
+        """Put `folder` in the place of the folder `target`, so that a kill never leaves the path empty for good.
+
+        The caller holds `exclusive(parent)`. Raises OSError: then nothing was changed.
+        """
+        if not commit.exchange(self.folder, target):
+            commit.begin(self.root, commit.swap(target))
+
+    def close(self) -> None:
+        """Take the folder away, unless a change that could not be finished is kept in it."""
+        with suppress(OSError):
+            if not commit.committed(self.root):
+                _remove(self.root, self._beside)
+        if self._lock is not None:
+            os.close(self._lock)
+
+
+@contextmanager
+def staging(parent: Path) -> Iterator[Staging]:
+    """A folder for unfinished files in `parent`, where what killed writers left is taken away first. Raises OSError."""
+    parent = parent.absolute()  # the working directory may change
+    sweep(parent)
+    stage = Staging(parent)
+    try:
+        yield stage
+    finally:
+        stage.close()
+
+
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """Yields a name to write to; the file takes its place at `path` on a clean exit. Raises OSError."""
+    path = path.absolute()
+    with staging(path.parent) as stage:
+        temporary = stage.folder / f"new{path.suffix}"
+        yield temporary
+        temporary.replace(path)
+
+
+@contextmanager
+def exclusive(folder: Path) -> Iterator[None]:
+    """Be the only writer that changes several files of `folder`, waiting for another; what a killed one began is
+    finished first.
+
+    The lock file is gone afterwards. On a system without such locks nothing is held. Raises OSError where the folder
+    cannot be written.
+    """
+    path = folder / LOCK
+    for _ in range(_TRIES):
+        descriptor = hold(path, os.O_RDWR | os.O_CREAT | _NOFOLLOW, wait=True)
+        if descriptor is None or _still(path, descriptor):
+            break
+        os.close(descriptor)  # its holder took it away: another may have made it anew
+    else:
+        raise OSError(errno.EAGAIN, "cannot be locked", os.fspath(path))
+    try:
+        _finish_all(folder)
+        yield
+    finally:
+        if descriptor is not None:
+            with suppress(OSError):
+                if os.fstat(descriptor).st_size == 0:  # else somebody else's file has our lock's name
+                    path.unlink()
+            os.close(descriptor)
+
+
+def settle(folder: Path) -> None:
+    """Finish what a killed writer began to change in `folder`; nothing is done where it cannot be written."""
+    with suppress(OSError, ValueError):  # ValueError: a name that no file system takes
+        if any(commit.committed(root) for root in _roots(folder)):
+            with exclusive(folder):
+                pass
+
+
+def others(stage: Staging) -> bool:
+    """Whether another writer is at work in the same place."""
+    for root in _roots(stage.parent):
+        if root != stage.root:
+            claim = _claim(root)
+            if claim is None:
+                return True
+            os.close(claim)
+    return False
+
+
+def _named(token: str) -> str:
+    return f"{PREFIX}{token}{hashlib.sha256(f'{PREFIX}{token}'.encode()).hexdigest()[:8]}"
+
+
+def _make(parent: Path) -> tuple[Path, int | None]:
+    """A new folder of ours and the lock on it."""
+    for _ in range(_TRIES):
+        root = parent / _named(secrets.token_hex(6))
+        try:
+            root.mkdir()
+            lock = hold(root, os.O_RDONLY, wait=True)
+        except (FileExistsError, FileNotFoundError):  # the second: taken for a killed writer's before it was locked
+            if not parent.is_dir():
+                raise
+            continue
+        if lock is not None and not _still(root, lock):
+            os.close(lock)
+            continue
+        try:
+            (root / NOTE).write_text(TEXT, encoding="utf-8")
+            (root / commit.NEW).mkdir()
+        except BaseException:
+            with suppress(OSError):
+                _remove(root, ())
+            if lock is not None:
+                os.close(lock)
+            raise
+        return root, lock
+    raise OSError(errno.EAGAIN, "no folder can be made", os.fspath(parent))
+
+
+def _still(path: Path, descriptor: int) -> bool:
+    """Whether what was locked is still what lies there."""
+    try:
+        return os.path.samestat(path.lstat(), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _owner(name: str) -> str | None:
+    """The folder's name, where `name` is that of a folder of ours or of a file beside it."""
+    found = _NAME.fullmatch(name)
+    whole = _named(found[1]) if found else ""
+    return whole if found and whole.endswith(found[2]) else None
+
+
+def _roots(parent: Path) -> list[Path]:
+    with os.scandir(parent) as entries:
+        found = [e.name for e in entries if e.name.startswith(PREFIX) and e.is_dir(follow_symlinks=False)]
+    return sorted(parent / name for name in found if _owner(name) == name)
+
+
+def _claim(root: Path) -> int | None:
+    """The lock of a folder of ours whose owner is gone; None for any other, and where there are no locks to tell."""
+    try:
+        lock = hold(root, os.O_RDONLY | _NOFOLLOW, wait=False)
+    except OSError:
+        return None
+    if lock is None:
+        return None
+    with suppress(OSError):
+        if _still(root, lock) and _noted(root):
+            return lock
+    os.close(lock)
+    return None
+
+
+def _noted(root: Path) -> bool:
+    """Whether the note is ours, or its writer was killed before it was written."""
+    note = root / NOTE
+    if not os.path.lexists(note):
+        return not any(root.iterdir())
+    return note.is_file() and note.stat().st_size <= len(TEXT) and TEXT.encode().startswith(note.read_bytes())
+
+
+def sweep(parent: Path) -> None:
+    """Take away what killed writers left in `parent`; what cannot be taken away stays."""
+    with suppress(OSError, ValueError):
+        settle(parent)
+        with os.scandir(parent) as entries:
+            names = sorted(e.name for e in entries if e.name.startswith(PREFIX))
+        beside = [parent / name for name in names if _owner(name) not in (None, name)]
+        for name in names:
+            root = parent / name
+            if _owner(name) != name or (lock := _claim(root)) is None:
+                continue
+            with suppress(OSError):
+                if not commit.committed(root):
+                    _remove(root, [path for path in beside if _owner(path.name) == name])
+            os.close(lock)
+        for path in beside:
+            if not os.path.lexists(parent / str(_owner(path.name))):
+                path.unlink(missing_ok=True)
+        if LOCK in names:
+            _unlock(parent / LOCK)
+
+
+def _unlock(path: Path) -> None:
+    """Take away the lock file of a killed holder."""
+    lock = hold(path, os.O_RDWR | _NOFOLLOW, wait=False)
+    if lock is not None:
+        if _still(path, lock) and os.fstat(lock).st_size == 0:
+            path.unlink()
+        os.close(lock)
+
+
+def _remove(root: Path, beside: Sequence[Path]) -> None:
+    """Take away a folder of ours: the note goes last, so that a kill leaves what is known for ours."""
+    for path in beside:
+        path.unlink(missing_ok=True)
+    for entry in sorted(root.iterdir(), key=lambda path: path.name == NOTE):
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        else:
+            entry.unlink(missing_ok=True)
+    root.rmdir()
+
+
+def _finish_all(parent: Path) -> None:
+    """Finish what killed writers began. The caller is alone, so that every journal is one of those."""
+    for root in _roots(parent):
+        if commit.committed(root) and (lock := _claim(root)) is not None:
+            try:
+                commit.finish(root)
+                _remove(root, ())
+            finally:
+                os.close(lock)

@@ -1,0 +1,151 @@
+"""The rows of a data set's list: a .csv or .jsonl file with `path` and `caption`.
+
+A row is read as it stands or is named as a mistake with its line. Nothing is dropped, cut or run together silently.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+
+from higen.errors import SettingsError, quoted
+from higen.request import MAX_PROMPT
+from higen.text_files import TextError, check_text, from_json_text, read_text
+
+__all__ = ["READERS", "checked_caption", "read_rows"]
+
+COLUMNS = ("path", "caption")
+SHOWN = 5
+"""Mistakes that an error names one by one."""
+
+Row = tuple[str, str]
+Mistakes = list[tuple[int, str]]
+
+
+def read_rows(file: Path, suffixes: Collection[str]) -> list[Row]:
+    """(path, caption) of each row of a list, in its order; `suffixes` are those of pictures and videos.
+
+    Raises SettingsError with the line of each malformed row, OSError, and TextError for what is no text.
+    """
+    text, mistakes = read_text(file, largest=None), Mistakes()
+    rows = list(READERS[file.suffix.lower()](text, suffixes, mistakes))
+    if mistakes:
+        named = "; ".join(f"line {line}: {what}" for line, what in mistakes[:SHOWN])
+        rest = f"; {len(mistakes)} malformed rows in all" if len(mistakes) > SHOWN else ""
+        raise SettingsError(f"{file}, {named}{rest}")
+    return rows
+
+
+def checked_caption(text: str) -> str:
+    """A caption without the white space around it. Raises TextError for what a request would not take as a prompt."""
+    check_text(text)
+    if len(text) > MAX_PROMPT:
+        raise TextError(f"{len(text)} characters: at most {MAX_PROMPT}")
+    return text.strip()
+
+
+def _csv_rows(text: str, suffixes: Collection[str], mistakes: Mistakes) -> Iterator[Row]:
+    header: list[str] | None = None
+    for line, row in _csv_lines(text, mistakes):
+        if header is None:
+            header = row
+            if problem := _wrong_header(header, suffixes):
+                mistakes[:] = [(line, problem)]
+                return
+            continue
+        if any(value.strip() for value in row[len(header) :]):
+            what = f"{len(row)} values for {len(header)} columns: a caption with a comma stands between double quotes"
+            mistakes.append((line, what))
+        elif problem := "".join(_run_together(value, suffixes) for value in row):
+            mistakes.append((line, problem))
+        else:
+            yield from _row(dict(zip(header, row, strict=False)), line, mistakes)
+    if header is None:
+        mistakes[:] = [(1, _wrong_header([], suffixes))]
+
+
+def _csv_lines(text: str, mistakes: Mistakes) -> Iterator[tuple[int, list[str]]]:
+    """The line on which each row begins, and the row; rows without anything are passed over."""
+    reader = csv.reader(io.StringIO(text, newline=""), strict=True)
+    while True:
+        line = reader.line_num + 1
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:  # where the next row begins is not known
+            mistakes.append((line, f"{error}: a double quote is not closed, or is not doubled in a quoted text"))
+            return
+        if row:
+            yield line, row
+
+
+def _wrong_header(header: list[str], suffixes: Collection[str]) -> str:
+    """What is wrong with a list's first row; an empty text: nothing."""
+    if twice := sorted({name for name in header if name in COLUMNS and header.count(name) > 1}):
+        return f"the column {twice[0]!r} stands there twice"
+    missing = [name for name in COLUMNS if name not in header]
+    if not missing:
+        return ""
+    found = ", ".join(map(repr, header)) or "none"
+    hint = ""
+    if len(header) == 1 and (divided := next((d for d in ";\t|" if d in header[0]), None)):
+        hint = f": its columns are divided by {divided!r}, a comma is wanted"
+    elif any(Path(value).suffix.lower() in suffixes for value in header):
+        hint = ": it is a row already, and the first line must be path,caption"
+    elif any(name.strip().lower() in COLUMNS for name in header):
+        hint = ": write path,caption in lower case and without spaces"
+    return f"no column {' and no column '.join(map(repr, missing))}; it has {found}{hint}"
+
+
+def _run_together(value: str, suffixes: Collection[str]) -> str:
+    """What is wrong with a text: it swallowed rows after a quote that was not closed, or kept its quotes."""
+    for line in value.split("\n")[1:]:
+        if Path(line.partition(",")[0].strip(' "')).suffix.lower() in suffixes:
+            return f"a double quote is not closed, and the next rows became part of a text ({line[:40]!r})"
+    if value[:1].isspace() and value.lstrip().startswith('"'):
+        return f"white space before a double quote ({value[:40]!r}): take it out"
+    return ""
+
+
+def _jsonl_rows(text: str, suffixes: Collection[str], mistakes: Mistakes) -> Iterator[Row]:
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            try:
+                row = from_json_text(line)
+            except TextError as error:
+                mistakes.append((number, str(error)))
+            else:
+                yield from _row(row, number, mistakes)
+
+
+def _row(row: object, line: int, mistakes: Mistakes) -> Iterator[Row]:
+    """The row's path and caption, unless something is wrong with it."""
+    if not isinstance(row, Mapping):
+        mistakes.append((line, f"{quoted(row)}: an object with the texts 'path' and 'caption' is wanted"))
+        return
+    there = {name: value for name, value in row.items() if value is not None}
+    for name in COLUMNS:
+        if name not in there:
+            mistakes.append((line, f"no {name!r}; it has {', '.join(map(quoted, there)) or 'nothing'}"))
+            return
+        if not isinstance(there[name], str):
+            mistakes.append((line, f"{name}={quoted(there[name])}: a text is wanted"))
+            return
+        try:
+            checked_caption(there[name])
+        except TextError as error:
+            mistakes.append((line, f"{name}={quoted(there[name])}: {error}"))
+            return
+    if "\n" in there["path"]:
+        mistakes.append((line, f"path={quoted(there['path'])}: a path of one line is wanted"))
+        return
+    yield there["path"], checked_caption(there["caption"])
+
+
+READERS: Mapping[str, Callable[[str, Collection[str], Mistakes], Iterator[Row]]] = {
+    ".csv": _csv_rows,
+    ".jsonl": _jsonl_rows,
+}

@@ -1,0 +1,196 @@
+"""Files to clips; see higen/video.py for the formats."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from higen.errors import OutputError
+from higen.media import open_clip
+from higen.media.animations import Animation
+from higen.media.files import ANIMATIONS, STREAMS, check_bytes, head, moves, reason
+from higen.media.pictures import load
+from higen.media.streams import VideoStream
+from higen.media.timing import steady_plan
+from higen.staging import settle
+from higen.video_frames import frame_mark
+from higen.video_record import DEFAULT_FPS, Clip, unpack
+from higen.video_run import Run, find_run
+
+__all__ = ["READABLE", "read"]
+
+READABLE = (*STREAMS, *ANIMATIONS, ".npy")
+"""Suffixes of files that are read. Among these the contents decide, not the suffix: .gif may hold an MP4."""
+
+_HOLD = 0.5
+"""Seconds over which another frame stands in for one that cannot be decoded, in files of other programs."""
+
+_CLOCK = 0.011
+"""Seconds that a duration in a file may be off by rounding: a GIF counts hundredths."""
+
+
+@dataclass(frozen=True)
+class _Record:
+    """What a file of ours says of the clip that was saved."""
+
+    fps: float
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def seconds(self) -> float:
+        return self.frames / self.fps
+
+
+def read(path: Path, most: int | None = None) -> Clip:
+    """The clip in a file, or the first `most` frames of it; see `Video.open`.
+
+    Raises OutputError for a missing, corrupt, truncated or too large file.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in READABLE:
+        raise OutputError(f"{path}: the suffix {path.suffix!r} is unknown; known are {', '.join(READABLE)}")
+    try:
+        if suffix == ".npy":
+            return _read_npy(path, most)
+        if suffix == ".png":
+            settle(path.absolute().parent)  # a save that was killed as its frames took their places
+        if suffix == ".png" and not moves(path):
+            return _read_run(find_run(path), most)
+        return _read_moving(open_clip(path), most)
+    except Exception as error:  # a decoder may raise anything on corrupt data
+        raise OutputError(f"{path}: not a readable {path.suffix} file ({reason(error)})") from error
+
+
+def _read_moving(source: Animation | VideoStream, most: int | None) -> Clip:
+    metadata, record = _unpacked(source.payload)
+    if record and not source.complete:
+        raise OutputError(f"{len(source.times)} of {record.frames} frames are in it: it is truncated")
+    shown, fps = _plan(source, record, most)
+    shown = shown[:most]
+    check_bytes(len(shown), *source.size)
+    wanted, again = np.unique(shown, return_inverse=True)
+    stack = _Stack(len(wanted))
+    source.pictures(wanted.tolist(), 0.0 if record else _HOLD, stack)
+    frames = stack.frames
+    if len(again) != len(wanted):
+        frames = frames[again]
+    return Clip(_cropped(frames, record), fps or DEFAULT_FPS, metadata)
+
+
+def _plan(source: Animation | VideoStream, record: _Record | None, most: int | None) -> tuple[NDArray[np.int64], float]:
+    """Which frames to show (`most` or more, where there are), and the rate.
+
+    Our record says both where the file agrees with it: it may be of another rate or length since.
+    """
+    count, seconds = len(source.times), source.end - float(source.times[0])
+    if record is not None and isinstance(source, Animation):
+        # Encoders merge equal frames into one that lasts longer, or into a still: take them apart.
+        if count == 1 and not source.timed:
+            repeated = record.frames if most is None else min(record.frames, most)
+            check_bytes(repeated, *source.size)
+            return np.zeros(repeated, np.int64), record.fps
+        if abs(seconds - record.seconds) <= _CLOCK:
+            ends = np.rint(np.append(source.times[1:], source.end) * record.fps).astype(np.int64)
+            repeats = np.maximum(np.diff(ends, prepend=0), 1)
+            if repeats.sum() == record.frames:
+                return np.arange(count).repeat(repeats), record.fps
+    shown, fps = steady_plan(source.times, source.end)
+    if len(shown) == count:
+        # Rates that time stamps were rounded from: the clip is as long, to half a frame and a hundredth.
+        for exact in (source.rate, record.fps if record else 0.0):
+            if exact and abs(count - exact * seconds) < min(0.5, 0.01 * count):
+                fps = exact
+    return shown, fps
+
+
+class _Stack:
+    """Frames in one array; a stream that changes its size is scaled to the first one's, as players do."""
+
+    def __init__(self, count: int) -> None:
+        self.count = count
+        self.frames: NDArray[np.uint8] = np.empty((0, 0, 0, 3), np.uint8)
+
+    def __call__(self, place: int, picture: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        if not len(self.frames):
+            self.frames = np.empty((self.count, *picture.shape), np.uint8)
+        height, width = self.frames.shape[1:3]
+        if picture.shape[:2] != (height, width):
+            import PIL.Image
+
+            same = PIL.Image.fromarray(picture).resize((width, height), PIL.Image.Resampling.BICUBIC)
+            picture = np.asarray(same)
+        kept: NDArray[np.uint8] = self.frames[place]
+        kept[:] = picture
+        return kept
+
+
+def _read_run(run: Run, most: int | None) -> Clip:
+    """The pictures of a sequence, checked to be of one clip and one size."""
+    first, info = load(run.files[0])
+    metadata, record = _unpacked(str(info.get("Comment", "")))
+    mark = frame_mark(info) if run.numbered else None
+    whole = len(run.files)  # of another program: up to the last number
+    if mark is not None and record is not None:
+        whole = record.frames
+        if len(run.files) < whole:
+            missing = run.missing or f"{run.files[-1].name} is the last one"
+            raise OutputError(f"{missing}: {len(run.files)} of {whole} frames can be read: it is truncated")
+    outside = run.member and run.member not in {file.name for file in run.files[:whole]}
+    if run.missing and (mark is None or outside):
+        raise OutputError(f"{run.missing}: {whole} of {run.length} frames come before it")
+    height, width, _ = first.shape
+    files = run.files[: whole if most is None else min(whole, most)]
+    check_bytes(len(files), width, height)
+    frames = np.empty((len(files), *first.shape), np.uint8)
+    for index, file in enumerate(files):
+        frame, info = load(file)
+        other = frame_mark(info)
+        if mark is not None and other is not None and other[0] != mark[0]:
+            raise OutputError(f"{file.name} is of another clip than {files[0].name}: two clips are mixed here")
+        if frame.shape != first.shape:
+            size = f"{frame.shape[1]}x{frame.shape[0]}"
+            raise OutputError(f"{file.name} is {size} pixels and {files[0].name} {width}x{height}: one size is wanted")
+        frames[index] = frame
+    return Clip(frames, record.fps if record else DEFAULT_FPS, metadata)
+
+
+def _cropped(frames: NDArray[np.uint8], record: _Record | None) -> NDArray[np.uint8]:
+    """Without the row and column that made an odd size even."""
+    if record is None:
+        return frames
+    padded = (record.height + record.height % 2, record.width + record.width % 2)
+    return frames[:, : record.height, : record.width] if frames.shape[1:3] == padded else frames
+
+
+def _unpacked(payload: str) -> tuple[dict[str, Any], _Record | None]:
+    metadata, record = unpack(payload)
+    numbers = [record.get(name) for name in ("frames", "height", "width")]
+    fps = record.get("fps")
+    fits = isinstance(fps, (int, float)) and math.isfinite(fps) and all(type(number) is int for number in numbers)
+    return metadata, _Record(float(fps), *numbers) if fits else None  # type: ignore[arg-type]
+
+
+def _read_npy(path: Path, most: int | None) -> Clip:
+    head(path)
+    with path.open("rb") as file:
+        try:
+            first = np.lib.format.read_magic(file) == (1, 0)
+            read_header = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
+            shape, _, dtype = read_header(file)
+        except ValueError as error:  # numpy's words are about Python's syntax
+            raise OutputError("it has no header of an array") from error
+        if dtype == np.uint8 and len(shape) == 4:
+            check_bytes(shape[0] if most is None else min(shape[0], most), shape[2], shape[1])
+            if path.stat().st_size - file.tell() < math.prod(shape):
+                raise OutputError("it is truncated")
+        elif not dtype.hasobject:
+            raise OutputError(f"frames {dtype} {list(shape)}: uint8 [F, H, W, 3] with F, H, W >= 1")
+    frames = np.load(path, mmap_mode=None if most is None else "r", allow_pickle=False)
+    return Clip(frames if most is None else np.array(frames[:most]), DEFAULT_FPS)

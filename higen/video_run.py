@@ -1,0 +1,86 @@
+"""Which files make a .png sequence, whatever number it begins with and however many digits it has."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from higen.media.files import head
+from higen.video_frames import frame_mark
+from higen.video_record import numbered
+
+__all__ = ["Run", "find_run"]
+
+_NUMBERED = re.compile(r"(.*?)([0-9]+)", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The files from the first number to the first gap.
+
+    missing    which file makes the gap, in words; "" if there is none
+    length     files from the first to the last number, those missing too
+    numbered   False for a picture alone
+    member     the name that the sequence was asked for by, "" for that of all
+    """
+
+    files: tuple[Path, ...]
+    missing: str = ""
+    length: int = 1
+    numbered: bool = True
+    member: str = ""
+
+
+def find_run(path: Path) -> Run:
+    """The sequence that a path names: as for `save` (out.png for out_0000.png and so on), or by any of its files.
+
+    Where out.png is there too, it is taken unless higen saved the sequence. Raises OutputError, OSError.
+    """
+    named = _run(path.parent, f"{path.stem}_", path.suffix)
+    if named is not None and (not path.is_file() or _saved_by_us(named, path)):
+        return named
+    if not path.is_file():
+        head(path)  # says what it is instead
+    match = _NUMBERED.fullmatch(path.stem)
+    found = _run(path.parent, match[1], path.suffix, match[2]) if match else None
+    return replace(found, member=path.name) if found else Run((path,), numbered=False)
+
+
+def _run(folder: Path, prefix: str, suffix: str, member: str | None = None) -> Run | None:
+    """The files prefix + number + suffix of a folder, of those written with the digits that most of them have."""
+    if not folder.is_dir():
+        return None
+    pattern = re.compile(re.escape(prefix) + r"([0-9]+)" + re.escape(suffix), re.DOTALL)
+    names = [match[1] for file in folder.iterdir() if (match := pattern.fullmatch(file.name)) and file.is_file()]
+    runs = [_of_width(names, width) for width in sorted({len(name) for name in names})]
+    fitting = [run for run in runs if run and (member is None or member in run.values())]
+    if not fitting:
+        return None
+    run = max(fitting, key=len)
+    first, last = min(run), max(run)
+    gap = next(number for number in range(first, last + 2) if number not in run)
+    missing = f"{prefix}{gap:0{len(run[first])}d}{suffix} is missing" if gap < last else ""
+    files = tuple(folder / f"{prefix}{run[number]}{suffix}" for number in range(first, gap))
+    return Run(files, missing, last - first + 1)
+
+
+def _of_width(names: list[str], width: int) -> Mapping[int, str]:
+    """Number to digits, of names as printf's %0{width}d writes them."""
+    return {int(name): name for name in names if name == f"{int(name):0{width}d}"}
+
+
+def _saved_by_us(run: Run, path: Path) -> bool:
+    return run.files[0] == numbered(path, 0) and frame_mark(_info(run.files[0])) is not None
+
+
+def _info(file: Path) -> dict[Any, Any]:
+    from PIL import Image
+
+    try:
+        with Image.open(file) as image:
+            return dict(image.info)
+    except Exception:  # Pillow may raise anything on corrupt data: reading the frames will say it
+        return {}
