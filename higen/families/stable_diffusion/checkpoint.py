@@ -1,0 +1,171 @@
+"""Stable Diffusion's checkpoints: a folder of the hub's layout, or one file as the authors and fine-tuners publish it.
+
+A folder     model_index.json, unet/, text_encoder/, vae/, scheduler/; plain, fp16 variants or in several files
+One file     model.diffusion_model.*, cond_stage_model.*, first_stage_model.*
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from higen.errors import CheckpointError
+from higen.families import Converted
+from higen.families.stable_diffusion import spec
+from higen.families.stable_diffusion.ldm_names import PREFIX, unet_arguments, unet_from_ldm
+from higen.models import companion_checkpoints as companions
+from higen.models import hub_folders
+from higen.models.checkpoint_files import folder_state, naming, read_json, read_names, read_state
+from higen.models.diffusers_schedulers import Schedule, schedule_of
+from higen.models.diffusers_unet import image_unet, image_unet_arguments
+from higen.tokenizer import build_clip_tokenizer
+
+__all__ = ["convert", "recognise"]
+
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
+PREDICTIONS = ("epsilon", "v")
+
+_TEXT_WIDTH_OF_2 = 1024
+"""The text encoder of version 2 and 2.1 is OpenCLIP's ViT-H; that of version 1 is CLIP's ViT-L, 768 wide."""
+
+_LICENCES = {1: "CreativeML OpenRAIL-M", 2: "CreativeML Open RAIL++-M"}
+_SAFETY = "the safety checker is left out: check what is drawn by other means"
+
+_AUTHORS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
+_DDIM = {"_class_name": "DDIMScheduler", "set_alpha_to_one": False, **_AUTHORS}
+"""What a single file was trained and is sampled with."""
+
+
+def recognise(path: Path) -> bool:
+    """Whether a folder or file holds a Stable Diffusion model of version 1 or 2."""
+    if path.is_dir():
+        index = path / "model_index.json"
+        return index.is_file() and read_json(index).get("_class_name") in PIPELINES
+    names = read_names(path)
+    return f"{PREFIX}input_blocks.0.0.weight" in names and not any(".time_stack." in name for name in names)
+
+
+def convert(sources: Sequence[Path], **options: Any) -> Converted:
+    """Tables and weights from one source.
+
+    options  `prediction`: "epsilon" or "v", for a single file of version 2, which does not say it
+
+    Raises CheckpointError for a source that is missing, incomplete or another kind of model, and for a scheduler that
+    the tables lack.
+    """
+    if unknown := sorted(set(options) - {"prediction"}):
+        raise CheckpointError(f"{', '.join(unknown)}: unknown; {spec.FAMILY} takes prediction")
+    prediction = options.get("prediction")
+    if prediction not in (None, *PREDICTIONS):
+        raise CheckpointError(f"prediction={prediction!r}: one of {', '.join(PREDICTIONS)}")
+    if len(sources) != 1:
+        raise CheckpointError(f"{', '.join(map(str, sources)) or 'nothing'}: one folder or file is wanted")
+    (source,) = sources
+    notes: list[str] = []
+    with naming(source):
+        read = _folder if source.is_dir() else _single_file
+        return read(source, prediction, notes)
+
+
+def _folder(folder: Path, prediction: str | None, notes: list[str]) -> Converted:
+    index = read_json(folder / "model_index.json")
+    if index.get("_class_name") not in PIPELINES:
+        raise CheckpointError(f"a {index.get('_class_name')}; one of {', '.join(PIPELINES)} is wanted")
+    config = read_json(folder / "unet" / "config.json")
+    arguments = image_unet_arguments(config)
+    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
+    own = {"v_prediction": "v"}.get(scheduler.get("prediction_type", "epsilon"), scheduler.get("prediction_type"))
+    if prediction is not None and prediction != (own or "epsilon"):
+        raise CheckpointError(f"prediction={prediction!r}: its scheduler says {own or 'epsilon'!r}")
+    schedule = schedule_of(scheduler)
+    hub_folders.check_vocabulary(folder)
+    clip = hub_folders.text_arguments(folder)
+    text = hub_folders.text_state(folder, clip, notes.append)
+    codec, vae = hub_folders.autoencoder_of(folder, notes.append)
+    unet = folder_state(folder / "unet", ("diffusion_pytorch_model",), notes.append)
+    shapes = companions.shapes_of(lambda: image_unet(arguments))
+    companions.check_tensors(unet, shapes, "the U-Net of its config.json")
+    size = int(config.get("sample_size") or 64) * _codec(codec).factor
+    pad = _pad_id(folder, clip)
+    return _converted(
+        folder, spec.Networks(arguments, clip, _codec(codec)), schedule, (unet, text, vae), size, pad, notes
+    )
+
+
+def _pad_id(folder: Path, clip: dict[str, Any]) -> int:
+    """The token behind a prompt: what the folder's tokenizer says, else the end token."""
+    ids = {"!": 0, "<|endoftext|>": 49407}
+    config = folder / "tokenizer" / "tokenizer_config.json"
+    token = read_json(config).get("pad_token") if config.is_file() else None
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is None:
+        return 0 if clip["hidden_size"] == _TEXT_WIDTH_OF_2 else 49407
+    found = ids.get(token, build_clip_tokenizer().token_to_id(token))
+    if found is None:
+        raise CheckpointError(f"{config}: pad_token={token!r} is no token of CLIP's")
+    return int(found)
+
+
+def _single_file(path: Path, prediction: str | None, notes: list[str]) -> Converted:
+    state = read_state(path, notes.append)
+    arguments = unet_arguments(state)
+    if arguments["use_linear_projection"]:
+        if prediction is None:
+            raise CheckpointError(
+                "a file of version 2 does not say what it predicts: give --prediction v (2.1 at 768 pixels) or "
+                "--prediction epsilon (2.1-base at 512 pixels)"
+            )
+        clip, text = companions.text_arguments_from_openclip(state), companions.text_from_openclip(state)
+    else:
+        clip, text = companions.text_arguments_from_ldm(state), companions.text_from_ldm(state)
+    schedule = schedule_of(_DDIM, prediction or "epsilon")
+    codec = _codec(companions.autoencoder_arguments_from_ldm(state))
+    made_of = spec.Networks(arguments, clip, codec)
+    weights = (unet_from_ldm(state, arguments), text, companions.autoencoder_from_ldm(state))
+    size = 768 if prediction == "v" else 512
+    pad = 0 if arguments["use_linear_projection"] else 49407
+    return _converted(path, made_of, schedule, weights, size, pad, notes)
+
+
+def _codec(arguments: dict[str, Any]) -> spec.Codec:
+    shift, scale = arguments.get("shift_factor") or 0.0, arguments.get("scaling_factor", 0.18215)
+    return spec.Codec(arguments, float(shift), float(scale))
+
+
+def _converted(
+    source: Path,
+    made_of: spec.Networks,
+    schedule: Schedule,
+    weights: tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor]],
+    size: int,
+    pad: int,
+    notes: list[str],
+) -> Converted:
+    """The model directory of a source. Raises CheckpointError for parts that do not belong together."""
+    unet, clip, codec = made_of.unet, made_of.clip, made_of.codec
+    for what, given, wanted in (
+        ("text encoder's width", clip.get("hidden_size"), unet.get("cross_attention_dim")),
+        ("text encoder's vocabulary", clip.get("vocab_size"), build_clip_tokenizer().get_vocab_size()),
+        ("autoencoder's latent channels", codec.arguments.get("latent_channels"), unet.get("in_channels")),
+    ):
+        if given != wanted:
+            raise CheckpointError(f"the {what}: {given}, but its U-Net and CLIP's tokenizer want {wanted}")
+    version = 2 if clip["hidden_size"] == _TEXT_WIDTH_OF_2 else 1
+    sampling = spec.Sampling(schedule.schedule, schedule.prediction, schedule.solvers)
+    licence = f"{_LICENCES[version]} where the file's own says nothing else; its use restrictions go along"
+    return Converted(
+        manifest=spec.manifest(
+            made_of,
+            sampling,
+            name=source.name if source.is_dir() else source.stem,
+            licence=licence,
+            size=size,
+            pad_id=pad,
+        ),
+        weights=dict(zip((spec.UNET, spec.TEXT_ENCODER, spec.AUTOENCODER), weights, strict=True)),
+        texts={spec.TOKENIZER: build_clip_tokenizer().to_str(pretty=True)},
+        notes=(*notes, *schedule.notes, _SAFETY, f"licence: {licence}"),
+    )

@@ -1,0 +1,157 @@
+"""Stable Diffusion's tables (docs/manifest.md): data alone, no PyTorch.
+
+text_encoder -> spatial_unet x steps -> vae_decoder
+vae_encoder (image) -> the loop's tail: image to image
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from higen.errors import ManifestError
+from higen.manifest import Manifest
+from higen.schedule import NoiseSchedule, Solver
+from higen.stages import Output, Stage, Tensor
+from higen.tables import Control, Loop, NoiseRule, Sizes, Start, TextRules
+from higen.typed_json import from_json, to_json
+
+__all__ = ["AUTOENCODER", "FAMILY", "TEXT_ENCODER", "TOKENIZER", "UNET", "Codec", "Networks", "Sampling"]
+__all__ += ["manifest", "networks"]
+
+FAMILY = "stable_diffusion"
+UNET, TEXT_ENCODER, AUTOENCODER = "unet.safetensors", "text_encoder.safetensors", "vae.safetensors"
+TOKENIZER = "tokenizer.json"
+
+STRENGTH = 0.8
+"""The part of the steps that a picture is given by default, as diffusers' image-to-image pipeline has it."""
+
+
+@dataclass(frozen=True)
+class Codec:
+    """diffusers' AutoencoderKL: its constructor's arguments; latents = (encoded - shift) * scale."""
+
+    arguments: dict[str, Any]
+    shift: float = 0.0
+    scale: float = 0.18215
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent cell."""
+        return int(2 ** (len(self.arguments["block_out_channels"]) - 1))
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Constructors' arguments of diffusers' UNet2DConditionModel, of transformers' CLIPTextConfig, and the codec."""
+
+    unet: dict[str, Any]
+    clip: dict[str, Any]
+    codec: Codec
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the model is sampled; the default solver stands first."""
+
+    schedule: NoiseSchedule
+    prediction: str
+    solvers: tuple[Solver, ...]
+    steps: int = 50
+    guidance: float = 7.5
+
+
+def manifest(made_of: Networks, sampling: Sampling, *, name: str, licence: str, size: int, pad_id: int) -> Manifest:
+    """The tables of a model. `size`: width and height by default, in pixels; `pad_id`: the token behind a prompt.
+
+    Raises ManifestError for networks that do not fit each other.
+    """
+    unet, factor = made_of.unet, made_of.codec.factor
+    multiple = factor * 2 ** (len(unet["block_out_channels"]) - 1)
+    return Manifest(
+        name=name,
+        licence=licence,
+        family=FAMILY,
+        architecture=to_json(made_of),
+        prompts=("a photograph of an astronaut riding a horse", "a red apple on a wooden table"),
+        sizes=Sizes(
+            symbols={
+                "L": made_of.clip["max_position_embeddings"],
+                "C": unet["in_channels"],
+                "Dc": made_of.clip["hidden_size"],
+            },
+            factor=factor,
+            multiple=multiple,
+            width=max(multiple, size // multiple * multiple),
+            height=max(multiple, size // multiple * multiple),
+            fps=8,
+            frames=(1, 1, 1),
+            decoder="vae_decoder",
+            chunk=1,
+        ),
+        text=TextRules(TOKENIZER, made_of.clip["max_position_embeddings"], pad_id, clean=True),
+        controls=(
+            Control("image", "picture", "a picture to begin from"),
+            Control(
+                "strength",
+                "number",
+                "how much of the picture is drawn anew: near 0 little, 1 all of it",
+                "number",
+                low=0.0,
+                high=1.0,
+                default=STRENGTH,
+            ),
+        ),
+        stages=_stages(),
+        loops=(_loop(sampling),),
+    )
+
+
+def _stages() -> tuple[Stage, ...]:
+    latents, pixels, context = ("N", "C", "H", "W"), ("N", 3, "Y", "X"), ("B", "L", "Dc")
+    state = ("B", "C", 1, "H", "W")
+    columns = ("t", "A", "B", "C", "alpha", "sigma")
+    step = (Tensor("latents", state), Tensor("previous", state), *(Tensor(column, ("B",)) for column in columns))
+    made = (Output("latents", state), Output("previous", state))
+    given = Tensor("context", context, source="text_encoder.hidden")
+    empty = Tensor("empty_context", context, source="text_encoder@negative.hidden")
+    return (
+        Stage(
+            "text_encoder",
+            TEXT_ENCODER,
+            (Tensor("tokens", ("B", "L"), "int64", "text:prompt"),),
+            (Output("hidden", context),),
+        ),
+        Stage("spatial_unet", UNET, (*step, Tensor("guidance", ("B", 1)), given, empty), made),
+        Stage("spatial_unet_plain", UNET, (*step, given), made),
+        Stage("vae_decoder", AUTOENCODER, (Tensor("latents", latents),), (Output("pixels", pixels),)),
+        Stage(
+            "vae_encoder",
+            AUTOENCODER,
+            (Tensor("pixels", pixels, source="picture:image"),),
+            (Output("latents", latents),),
+        ),
+    )
+
+
+def _loop(sampling: Sampling) -> Loop:
+    return Loop(
+        name="spatial",
+        guided="spatial_unet",
+        plain="spatial_unet_plain",
+        frames=1,
+        schedule=sampling.schedule,
+        prediction=sampling.prediction,
+        solvers=sampling.solvers,
+        steps=sampling.steps,
+        guidance=sampling.guidance,
+        noise=NoiseRule(purpose=0),
+        start=Start("image", "vae_encoder.latents", "control:strength"),
+    )
+
+
+def networks(manifest: Manifest) -> Networks:
+    """What a manifest's networks are. Raises ManifestError where it is no model of this family."""
+    if manifest.family != FAMILY:
+        raise ManifestError(f"family={manifest.family!r}: {FAMILY} is wanted here")
+    return from_json(Networks, manifest.architecture, "architecture", whole=True)

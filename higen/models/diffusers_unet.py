@@ -1,0 +1,63 @@
+"""diffusers' U-Nets: which of them these families can run, and how they are built."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from higen.errors import CheckpointError, ManifestError
+from higen.models.companions import quiet, quiet_import
+
+__all__ = ["image_unet", "image_unet_arguments"]
+
+LATENT_CHANNELS = 4
+
+_OTHER = {
+    "addition_embed_type": "it has SDXL's size and crop conditions, and no family here has those",
+    "class_embed_type": "it has a class condition, as the x4 upscaler and unCLIP have; no family here has one",
+    "encoder_hid_dim": "it projects its text, as Kandinsky and IP-Adapter models do; no family here does",
+    "time_cond_proj_dim": "it takes the guidance scale as an input, as LCM's full models do; take the LCM LoRA",
+    "num_class_embeds": "it has a class condition, as the x4 upscaler has; no family here has one",
+}
+"""Arguments that make another model of the same class, and what to say of it."""
+
+
+def image_unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor's arguments in a U-Net's config.json. Raises CheckpointError for a model of another kind."""
+    kind = config.get("_class_name", "UNet2DConditionModel")
+    if kind != "UNet2DConditionModel":
+        raise CheckpointError(f"its U-Net is a {kind}; a UNet2DConditionModel is wanted")
+    for name, why in _OTHER.items():
+        if config.get(name) is not None:
+            raise CheckpointError(f"{name}={config[name]!r}: {why}")
+    check_latent_channels(config.get("in_channels", LATENT_CHANNELS))
+    from diffusers import UNet2DConditionModel
+
+    known = inspect.signature(UNet2DConditionModel.__init__).parameters
+    ignored = {"self", "sample_size"}
+    return {name: value for name, value in config.items() if name in known and name not in ignored}
+
+
+def check_latent_channels(channels: int) -> None:
+    """Raise CheckpointError for the first convolution of an inpainting, depth or upscaling model."""
+    others = {9: "an inpainting model", 5: "a depth model", 7: "the x4 upscaler", 8: "a model that edits pictures"}
+    if channels != LATENT_CHANNELS:
+        what = f" is {others[channels]}," if channels in others else ""
+        raise CheckpointError(
+            f"a U-Net with {channels} input channels{what} and no family here runs it; {LATENT_CHANNELS} are wanted"
+        )
+
+
+def image_unet(arguments: Mapping[str, Any]) -> nn.Module:
+    """diffusers' UNet2DConditionModel, randomly initialised. Raises ManifestError, MissingExtra."""
+    with quiet_import("diffusers", "the U-Net"):
+        from diffusers import UNet2DConditionModel
+    with quiet("diffusers"):
+        try:
+            built: nn.Module = UNet2DConditionModel(**arguments)
+        except Exception as error:  # whatever its checks and its arithmetic raise
+            raise ManifestError(f"architecture.unet: diffusers refuses it: {error}") from error
+    return built
