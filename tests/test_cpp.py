@@ -33,7 +33,7 @@ from safetensors.torch import save_file
 from test_engine_store import PLAN, RECORD
 
 from higen import bundle as files
-from higen.api import default_model
+from higen.api import default_model, load
 from higen.backends.onnx import OnnxBackend
 from higen.backends.options import Options
 from higen.backends.plans import EXTRAS, Plan, PlanProfile, Span, best_profile, fitting_plans, read_plans
@@ -869,3 +869,26 @@ def test_profiles_are_chosen_as_python_chooses_them(ask: Ask) -> None:
             wanted.append({"error": "HIGEN_ERROR_UNAVAILABLE", "message": f"OutsideProfile: {error}"})
     assert ask(jobs) == wanted
     assert {type(found) for found in wanted} == {int, dict}
+
+
+def test_warnings_about_texts_are_pythons(built: Path, tmp_path: Path) -> None:
+    """Which text, which words, each cut: a prompt may be one word of 100,000 letters."""
+    texts = {"prompt": f"a red heart {'x' * 90_000} zebra " + "whale " * 40, "negative_prompt": "blurry"}
+    options = {"steps": 1, "frames": 2, "width": 32, "height": 32}
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        load(threads=1)(**texts, **options, progress=False)
+    wanted = [str(warning.message).split(";")[0] for warning in said if warning.category is PromptWarning]
+    assert len(wanted) == 3
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    run = higen_run(
+        built,
+        default_model(),
+        texts["prompt"],
+        f"--negative={texts['negative_prompt']}",
+        "-o",
+        tmp_path / "a.npy",
+        *flags,
+    )
+    lines = [line.removeprefix("warning: ").split(";")[0] for line in run.stderr.splitlines() if "warning: " in line]
+    assert [line.rpartition("\r")[2].removeprefix("warning: ") for line in lines] == wanted

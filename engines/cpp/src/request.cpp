@@ -213,7 +213,7 @@ void take_texts(const Tokenizer& tokenizer, const higen_request& given, const To
             "negative_tokens", {given.negative_tokens, given.negative_tokens + given.negative_token_count});
     } else {
         (void)decoded("negative prompt", negative);
-        request.negative_tokens = tokenizer.encode(negative, warn);
+        request.negative_tokens = tokenizer.encode(negative, warn, "negative_prompt");
     }
 }
 

@@ -88,10 +88,15 @@ std::size_t clip_piece(std::u32string_view text) {
     return static_cast<std::size_t>(std::find_if_not(text.begin(), text.end(), is_of_run) - text.begin());
 }
 
+// The first words of a warning, each cut to its first letters: a prompt may be one word of 100,000.
 std::string quoted(const std::vector<std::string>& words) {
-    constexpr std::size_t named = 12;
+    constexpr std::size_t named = 12, longest = 40;
     std::string text;
-    for (std::size_t i = 0; i < std::min(words.size(), named); ++i) text += (i > 0 ? ", '" : "'") + words[i] + "'";
+    for (std::size_t i = 0; i < std::min(words.size(), named); ++i) {
+        const auto letters = decode_utf8(words[i]).value_or(U"");
+        const auto shown = letters.size() <= longest ? words[i] : encode_utf8(letters.substr(0, longest)) + "...";
+        text += (i > 0 ? ", '" : "'") + shown + "'";
+    }
     return text + (words.size() > named ? " and " + std::to_string(words.size() - named) + " more" : "");
 }
 
@@ -172,11 +177,11 @@ void Tokenizer::read_merges(const void* model, const std::string& where) {
     }
 }
 
-std::vector<std::int64_t> Tokenizer::encode(std::string_view text, const Warn& warn) const {
+std::vector<std::int64_t> Tokenizer::encode(std::string_view text, const Warn& warn, const std::string& name) const {
     const auto decoded = decode_utf8(text);
-    if (!decoded) fail_request("the prompt is not valid UTF-8");
+    if (!decoded) fail_request(name + ": not valid UTF-8");
     const auto normal = normalise(rules_.clean ? clean(*decoded) : *decoded);
-    const auto tokens = is_bpe_ ? pieces(normal) : words(normal, warn);
+    const auto tokens = is_bpe_ ? pieces(normal) : words(normal, warn, name);
 
     const auto length = static_cast<std::size_t>(rules_.length), room = length - 2;
     std::vector<std::int64_t> ids = {start_};
@@ -186,7 +191,7 @@ std::vector<std::int64_t> Tokenizer::encode(std::string_view text, const Warn& w
     if (tokens.size() > room && warn) {
         std::size_t first = tokens[room].start;  // a word of which any token is lost counts as lost
         while (first > 0 && !is_space(normal[first - 1])) --first;
-        warn("the prompt has " + std::to_string(tokens.size()) + " tokens and the model reads " + std::to_string(room) +
+        warn(name + " has " + std::to_string(tokens.size()) + " tokens and the model reads " + std::to_string(room) +
              ": cut off is " + quoted(split(std::u32string_view(normal).substr(first))) + "; say it in fewer words");
     }
     return ids;
@@ -204,7 +209,8 @@ std::vector<std::int64_t> Tokenizer::pad(const char* name, std::vector<std::int6
     return ids;
 }
 
-std::vector<Tokenizer::Token> Tokenizer::words(std::u32string_view text, const Warn& warn) const {
+std::vector<Tokenizer::Token> Tokenizer::words(std::u32string_view text, const Warn& warn,
+                                               const std::string& name) const {
     std::vector<Token> tokens;
     std::vector<std::string> unknown;
     for (std::size_t i = 0; i < text.size();) {
@@ -221,7 +227,7 @@ std::vector<Tokenizer::Token> Tokenizer::words(std::u32string_view text, const W
         }
         i = end;
     }
-    if (!unknown.empty() && warn) warn("this model does not know " + quoted(unknown));
+    if (!unknown.empty() && warn) warn(name + ": this model does not know " + quoted(unknown));
     return tokens;
 }
 

@@ -20,9 +20,10 @@ public:
     Tokenizer(std::string_view json, const std::string& where, TextRules rules);
 
     // Token ids: start, text, end, then padding up to the model's length. A text that is too long is cut, keeping the
-    // end; `warn` gets a message then, and one for words that a word tokenizer does not know. Throws a request error
-    // for what is not UTF-8 and HIGEN_ERROR_CLEANING for what only Python can clean.
-    [[nodiscard]] std::vector<std::int64_t> encode(std::string_view text, const Warn& warn = {}) const;
+    // end; `warn` gets a message then, and one for words that a word tokenizer does not know. Messages call the text
+    // `name`. Throws a request error for what is not UTF-8 and HIGEN_ERROR_CLEANING for what only Python can clean.
+    [[nodiscard]] std::vector<std::int64_t> encode(std::string_view text, const Warn& warn = {},
+                                                   const std::string& name = "prompt") const;
 
     // Ids that were made elsewhere, from start to end, with padding added. Throws a request error.
     [[nodiscard]] std::vector<std::int64_t> pad(const char* name, std::vector<std::int64_t> ids) const;
@@ -39,7 +40,7 @@ private:
         std::int64_t id;
     };
 
-    [[nodiscard]] std::vector<Token> words(std::u32string_view text, const Warn& warn) const;
+    [[nodiscard]] std::vector<Token> words(std::u32string_view text, const Warn& warn, const std::string& name) const;
     [[nodiscard]] std::vector<Token> pieces(std::u32string_view text) const;
     void merge(std::string_view piece, std::size_t start, std::vector<Token>& tokens) const;
     void read_merges(const void* json, const std::string& where);
