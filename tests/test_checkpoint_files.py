@@ -321,7 +321,11 @@ class Harmful:
         return eval, ("1 + 1",)
 
 
-@pytest.mark.parametrize("content", [{"a": Harmful()}, nn.Linear(2, 2), {"state_dict": STATE, "hook": print}], ids=["object", "module", "function"])
+@pytest.mark.parametrize(
+    "content",
+    [{"a": Harmful()}, nn.Linear(2, 2), {"state_dict": STATE, "hook": print}],
+    ids=["object", "module", "function"],
+)
 def test_what_could_run_code_is_named_and_no_advice_to_run_it_given(tmp_path: Path, content: object) -> None:
     file = saved(tmp_path / "x.pth", content)
     with pytest.raises(CheckpointError, match=r"reading it could run code \(it names [\w.]+\).*save_file") as caught:
