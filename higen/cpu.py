@@ -6,7 +6,9 @@ import platform
 from functools import cache
 from pathlib import Path
 
-__all__ = ["flags", "has_bf16", "int8_products"]
+__all__ = ["SLOW_BF16", "flags", "has_bf16", "int8_products"]
+
+SLOW_BF16 = "this processor has no products in bf16: fp32 is many times faster"
 
 CPUINFO = Path("/proc/cpuinfo")
 X86 = ("x86_64", "amd64")

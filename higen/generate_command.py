@@ -9,10 +9,11 @@ from typing import Any
 
 import click
 
+from higen.cpu import SLOW_BF16
 from higen.errors import HigenError, quoted
 from higen.paths import given_path
 from higen.tables import Control
-from higen.terminal import JSON, PATH, reported
+from higen.terminal import JSON, PATH, reported, say
 
 __all__ = ["generate", "numbers"]
 
@@ -156,6 +157,8 @@ def generate(
             request = pipeline.request(prompt, **given)
             check_output(output, request.frames, request.fps)
             pipeline.prepare(request)
+            if any(SLOW_BF16 in choice.details for choice in pipeline.backend.choices.values()):
+                say(SLOW_BF16)
             video = pipeline.make(request, progress=False if as_json else None)[0]
             written = video.save(output)
         if as_json:

@@ -198,6 +198,16 @@ def test_less_precision(backend: TorchBackend, tiny_model: Path, precision: str,
     assert 0 < (made - exact).abs().max() < tolerance * exact.abs().max()
 
 
+@pytest.mark.parametrize(("native", "said"), [(False, True), (True, False), (None, False)])
+def test_bf16_says_where_it_is_slow(
+    tiny_model: Path, native: bool | None, said: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("higen.backends.torch.has_bf16", lambda: native)
+    slow = TorchBackend(Bundle.open(tiny_model), Options(device="cpu", precision="bf16"))
+    assert ("many times faster" in slow.describe("conditioner")) is said
+    assert TorchBackend(Bundle.open(tiny_model), Options(device="cpu")).describe("conditioner") == "cpu, fp32"
+
+
 def test_closing_frees_the_networks(tiny_model: Path) -> None:
     backend = TorchBackend(Bundle.open(tiny_model), Options(device="cpu"))
     assert backend.choices == {}

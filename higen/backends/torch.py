@@ -16,6 +16,7 @@ from higen import families
 from higen.backends.base import CLOSED, Choice
 from higen.backends.options import PLAIN, Options
 from higen.bundle import Bundle
+from higen.cpu import SLOW_BF16, has_bf16
 from higen.devices import check_present
 from higen.errors import BackendError, BackendUnavailable, FallbackWarning, UnknownFamily
 from higen.forks import Home, inherited
@@ -124,7 +125,7 @@ class TorchBackend:
         return tensor.cpu().numpy() if isinstance(tensor, torch.Tensor) else np.asarray(tensor)
 
     def describe(self, stage: str) -> str:
-        """Where and in what precision a stage runs: "cpu, fp32"."""
+        """Where and in what precision a stage runs: "cpu, fp32"; and whether the processor is slow at it."""
         return self._details(self.module(stage))
 
     @property
@@ -135,7 +136,9 @@ class TorchBackend:
 
     def _details(self, module: nn.Module) -> str:
         dtype = next((p.dtype for p in module.parameters()), torch.float32)
-        return f"{self.device}, {next((name for name, known in DTYPES.items() if known == dtype), str(dtype))}"
+        slow = dtype == torch.bfloat16 and self.device.type == "cpu" and has_bf16() is False
+        name = next((name for name, known in DTYPES.items() if known == dtype), str(dtype))
+        return f"{self.device}, {name}" + (f" ({SLOW_BF16})" if slow else "")
 
     def close(self) -> None:
         """Drop the networks; one that runs is freed when its run has ended."""
