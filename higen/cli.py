@@ -9,6 +9,7 @@ import textwrap
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import click
 
@@ -45,6 +46,7 @@ def main() -> None:
 )
 @click.option("--dtype", type=click.Choice(["fp16", "bf16", "fp32"]), default="fp16", show_default=True)
 @click.option("--prediction", type=click.Choice(["epsilon", "v"]), help="What it predicts, where the files do not say.")
+@click.option("--lora", "loras", multiple=True, metavar="FILE[:SCALE]", help="Add a LoRA to the weights; repeatable.")
 @click.option("--overwrite", is_flag=True, help="Replace a model directory that exists.")
 @JSON
 def convert(
@@ -55,6 +57,7 @@ def convert(
     autoencoder: Path | None,
     dtype: str,
     prediction: str | None,
+    loras: tuple[str, ...],
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -71,7 +74,10 @@ def convert(
         with needs("torch", "higen convert"):
             from higen.convert import convert_sources
             from higen.families import FIRST
+            from higen.models.lora import parse_lora
 
+        of_family: dict[str, Any] = {} if prediction is None else {"prediction": prediction}
+        of_family |= {"loras": [parse_lora(lora) for lora in loras]} if loras else {}
         with _bytes_bar(not as_json) as progress:
             bundle = convert_sources(
                 sources or named,
@@ -81,7 +87,7 @@ def convert(
                 overwrite=overwrite,
                 progress=progress,
                 on_note=say,
-                **({} if prediction is None else {"prediction": prediction}),
+                **of_family,
             )
         if as_json:
             click.echo(json.dumps({"model": str(bundle.path), "files": sorted(bundle.files)}))

@@ -7,6 +7,7 @@ One file     model.diffusion_model.*, cond_stage_model.*, first_stage_model.*
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,10 @@ from higen.families.stable_diffusion.ldm_names import PREFIX, unet_arguments, un
 from higen.models import companion_checkpoints as companions
 from higen.models import hub_folders
 from higen.models.checkpoint_files import folder_state, naming, read_json, read_names, read_state
+from higen.models.companions import TEXT_PREFIX
 from higen.models.diffusers_schedulers import Schedule, schedule_of
 from higen.models.diffusers_unet import image_unet, image_unet_arguments
+from higen.models.lora import Lora, merged
 from higen.tokenizer import build_clip_tokenizer
 
 __all__ = ["convert", "recognise"]
@@ -52,12 +55,13 @@ def convert(sources: Sequence[Path], **options: Any) -> Converted:
     """Tables and weights from one source.
 
     options  `prediction`: "epsilon" or "v", for a single file of version 2, which does not say it
+             `loras`: adapters (`lora.Lora`) that are added to the U-Net and the text encoder
 
-    Raises CheckpointError for a source that is missing, incomplete or another kind of model, and for a scheduler that
-    the tables lack.
+    Raises CheckpointError for a source that is missing, incomplete or another kind of model, for a scheduler that the
+    tables lack, and for an adapter that does not fit.
     """
-    if unknown := sorted(set(options) - {"prediction"}):
-        raise CheckpointError(f"{', '.join(unknown)}: unknown; {spec.FAMILY} takes prediction")
+    if unknown := sorted(set(options) - {"prediction", "loras"}):
+        raise CheckpointError(f"{', '.join(unknown)}: unknown; {spec.FAMILY} takes prediction and loras")
     prediction = options.get("prediction")
     if prediction not in (None, *PREDICTIONS):
         raise CheckpointError(f"prediction={prediction!r}: one of {', '.join(PREDICTIONS)}")
@@ -67,7 +71,18 @@ def convert(sources: Sequence[Path], **options: Any) -> Converted:
     notes: list[str] = []
     with naming(source):
         read = _folder if source.is_dir() else _single_file
-        return read(source, prediction, notes)
+        made = read(source, prediction, notes)
+    return _with_loras(made, options.get("loras") or ())
+
+
+def _with_loras(made: Converted, loras: Sequence[Lora]) -> Converted:
+    if not loras:
+        return made
+    notes: list[str] = []
+    networks = {"unet": made.weights[spec.UNET], "text_encoder": made.weights[spec.TEXT_ENCODER]}
+    changed = merged(networks, loras, notes, nested={"text_encoder": TEXT_PREFIX})
+    weights = {**made.weights, spec.UNET: changed["unet"], spec.TEXT_ENCODER: changed["text_encoder"]}
+    return replace(made, weights=weights, notes=(*notes, *made.notes))
 
 
 def _folder(folder: Path, prediction: str | None, notes: list[str]) -> Converted:

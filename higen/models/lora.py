@@ -1,0 +1,213 @@
+"""Low-rank adapters (Hu et al. 2021) merged into weights: W + scale (alpha / r) up down.
+
+The three spellings of the field:
+
+    kohya       lora_unet_down_blocks_0_..._to_q.lora_down.weight, .lora_up.weight, .alpha; lora_te_text_model_...
+    PEFT        unet.down_blocks.0...to_q.lora_A.weight, .lora_B.weight; text_encoder.text_model...
+    diffusers   unet.down_blocks.0...attn1.processor.to_q_lora.down.weight, .up.weight (before PEFT)
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from higen.errors import CheckpointError
+from higen.models.checkpoint_files import naming, read_state
+
+__all__ = ["Lora", "merged", "parse_lora"]
+
+State = Mapping[str, Tensor]
+
+_PART = re.compile(
+    r"(?P<module>.+?)"
+    r"(?:\.lora_(?P<kohya>down|up)\.weight"
+    r"|\.lora_(?P<peft>[AB])(?:\.default)?\.weight"
+    r"|(?:_lora|\.lora_linear_layer|\.lora)\.(?P<old>down|up)\.weight"
+    r"|\.(?P<alpha>alpha))"
+)
+_DOWN = ("down", "A")
+_OTHER = {
+    "hada_w1_a": "LoHa",
+    "lokr_w1": "LoKr",
+    "lora_mid": "LoCon with a core tensor",
+    "dora_scale": "DoRA",
+    "lora_magnitude_vector": "DoRA",
+    "on_input": "IA3",
+}
+"""Parts of names of other kinds of adapters, whose products are others."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A file and how much of it is added; 0 changes nothing, negative numbers take away. Raises CheckpointError."""
+
+    path: Path
+    scale: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not math.isfinite(self.scale):
+            raise CheckpointError(f"{self.path}: scale={self.scale}: a finite number")
+
+
+@dataclass
+class _Factors:
+    down: Tensor | None = None
+    up: Tensor | None = None
+    alpha: float | None = None
+    names: list[str] = field(default_factory=list)
+
+
+def parse_lora(text: str) -> Lora:
+    """FILE or FILE:SCALE. Raises CheckpointError."""
+    path, colon, scale = text.rpartition(":")
+    try:
+        return Lora(Path(path), float(scale)) if colon else Lora(Path(text))
+    except ValueError:
+        return Lora(Path(text))
+
+
+def merged(
+    states: Mapping[str, State], loras: Sequence[Lora], notes: list[str], nested: Mapping[str, str] | None = None
+) -> dict[str, dict[str, Tensor]]:
+    """The weights with all adapters added, in the order given.
+
+    states  {"unet": tensors by diffusers' names, "text_encoder": tensors by transformers' names}
+    nested  {network: what adapters' names have before ours}: transformers before 5 has "text_model."
+    notes   gets a line for each adapter: how many layers it changes, and which of its tensors are not used
+
+    Raises CheckpointError: a file that is no adapter or another kind of one, that fits none of the networks, whose
+    factors have other shapes than the layer, or whose values are not finite.
+    """
+    found = {network: dict(state) for network, state in states.items()}
+    for lora in loras:
+        with naming(lora.path):
+            notes.append(_merge(found, lora, nested or {}))
+    return found
+
+
+def _merge(states: dict[str, dict[str, Tensor]], lora: Lora, nested: Mapping[str, str]) -> str:
+    given = read_state(lora.path)
+    for word, kind in _OTHER.items():
+        if named := next((name for name in given if word in name), None):
+            raise CheckpointError(f"a {kind} adapter ({named}): LoRA, with one product of two matrices, is read")
+    layers, unused = _layers(given)
+    if not layers:
+        raise CheckpointError(f"no LoRA: none of its names ends as a LoRA's do, such as {next(iter(given), 'none')!r}")
+    alphas = _alphas(lora.path)
+    places = {network: _places(state, nested.get(network, "")) for network, state in states.items()}
+    changed = 0
+    for module, factors in layers.items():
+        target = _target(module, places)
+        if target is None:
+            unused += factors.names
+            continue
+        network, name = target
+        weight = states[network][name]
+        states[network][name] = _added(module, weight, factors, lora.scale, alphas)
+        changed += 1
+    if not changed:
+        raise CheckpointError(f"fits none of the model's layers: its first one is {next(iter(layers))!r}")
+    left = f"; not used: {', '.join(unused[:5])}{f' and {len(unused) - 5} more' if len(unused) > 5 else ''}"
+    return f"{lora.path.name}: {changed} layers changed, scale {lora.scale:g}{left if unused else ''}"
+
+
+def _layers(given: State) -> tuple[dict[str, _Factors], list[str]]:
+    """The factors of each layer by the adapter's name of it, and the names of tensors that are none."""
+    layers: dict[str, _Factors] = {}
+    unused = []
+    for name, tensor in given.items():
+        part = _PART.fullmatch(name)
+        if part is None:
+            unused.append(name)
+            continue
+        factors = layers.setdefault(part["module"].replace(".processor.", "."), _Factors())
+        factors.names.append(name)
+        if part["alpha"]:
+            factors.alpha = float(tensor)
+        elif (part["kohya"] or part["peft"] or part["old"]) in _DOWN:
+            factors.down = tensor
+        else:
+            factors.up = tensor
+    return layers, unused
+
+
+def _alphas(path: Path) -> dict[str, float]:
+    """PEFT's alpha per network ("" for all), which diffusers keeps in the file's metadata."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            stored = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    except (SafetensorError, OSError, ValueError):
+        return {}
+    found = {}
+    for name, value in stored.items() if isinstance(stored, dict) else ():
+        network, _, key = name.rpartition(".")
+        if key == "lora_alpha" and isinstance(value, (int, float)):
+            found[network] = float(value)
+    return found
+
+
+def _places(state: State, nested: str) -> dict[str, str]:
+    """The weight of each layer by the layer's name, with dots and, as kohya writes it, with underscores."""
+    places: dict[str, str] = {}
+    for name, tensor in state.items():
+        if name.endswith(".weight") and tensor.ndim in (2, 4):
+            for module in (name.removesuffix(".weight"), nested + name.removesuffix(".weight")):
+                places[module] = places[module.replace(".", "_")] = name
+    return places
+
+
+_PREFIXES = {
+    "lora_unet_": "unet",
+    "unet.": "unet",
+    "lora_te_": "text_encoder",
+    "lora_te1_": "text_encoder",
+    "text_encoder.": "text_encoder",
+    "base_model.model.": "unet",
+}
+
+
+def _target(module: str, places: Mapping[str, Mapping[str, str]]) -> tuple[str, str] | None:
+    """The network and the weight that a layer of an adapter is added to."""
+    prefix = next((prefix for prefix in _PREFIXES if module.startswith(prefix)), "")
+    network = _PREFIXES.get(prefix, "unet")
+    inner = module.removeprefix(prefix)
+    own = places.get(network, {})
+    # Before PEFT, diffusers called the output projection to_out, and a text encoder's projections to_q, ...
+    renamed = re.sub(r"\bto_([qkv])$", r"\1_proj", inner)
+    renamed = re.sub(r"\bto_out$", "out_proj", renamed)
+    for name in (inner, f"{inner}.0", renamed):
+        if name in own:
+            return network, own[name]
+    return None
+
+
+def _added(module: str, weight: Tensor, factors: _Factors, scale: float, alphas: Mapping[str, float]) -> Tensor:
+    down, up = factors.down, factors.up
+    if down is None or up is None:
+        raise CheckpointError(f"{module}: has one of a LoRA's two factors")
+    rank = down.shape[0]
+    fits = (
+        up.flatten(1).shape == (weight.shape[0], rank)
+        and down.flatten(1).shape[1] == weight[0].numel()
+        and (down.ndim == 2 or weight.ndim == 2 or down.shape[2:] == weight.shape[2:])
+    )
+    if not fits:
+        raise CheckpointError(
+            f"{module}: its factors {list(up.shape)} and {list(down.shape)} are for another layer than the model's, "
+            f"{list(weight.shape)}: an adapter for another model"
+        )
+    if not (down.isfinite().all() and up.isfinite().all()):
+        raise CheckpointError(f"{module}: has values that are infinite or not a number")
+    network = next((name for name in alphas if module.startswith(f"{name}.")), "")
+    alpha = factors.alpha if factors.alpha is not None else alphas.get(network, float(rank))
+    product = (up.float().flatten(1) @ down.float().flatten(1)).reshape(weight.shape)
+    return torch.add(weight.float(), product, alpha=scale * alpha / rank).to(weight.dtype)
