@@ -64,7 +64,7 @@ def begin(root: Path, journal: Mapping[str, Any]) -> None:
 def finish(root: Path) -> bool:
     """Do what is left of a journal, and take it away. Returns whether all of it could be done. Raises OSError."""
     try:
-        journal = _checked(json.loads((root / JOURNAL).read_text(encoding="utf-8")))
+        journal = _checked(root, json.loads((root / JOURNAL).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return True
     except (ValueError, TypeError, KeyError):
@@ -89,8 +89,18 @@ def exchange(a: Path, b: Path) -> bool:
     raise OSError(number, os.strerror(number), os.fspath(a), None, os.fspath(b))
 
 
-def _checked(journal: dict[str, Any]) -> dict[str, Any]:
-    """A journal that changes files of its own folder only. Raises ValueError, TypeError, KeyError."""
+def _checked(root: Path, journal: dict[str, Any]) -> dict[str, Any]:
+    """A journal that moves files of `root`, or beside it, to names of the folder around it.
+
+    Whoever sends a folder may put a journal into it: one with other places is none. Raises ValueError, TypeError,
+    KeyError.
+    """
+    for place in [place for place, *_ in journal.get("moves", [])]:
+        inside, outer = Path(place).parts, (root.name, NEW)
+        staged = len(inside) == 3 and inside[:2] == outer and inside[2] not in ("", ".", "..")
+        beside = len(inside) == 1 and place.startswith(f"{root.name}.")
+        if not staged and not beside:
+            raise ValueError(f"{place!r}: no unfinished file of {root.name}")
     names = [journal["swap"]] if "swap" in journal else [name for _, name, _, _ in journal["moves"]]
     names += [name for name, _ in journal.get("removals", [])]
     if wrong := [name for name in names if name != Path(name).name or name in ("", ".", "..")]:
@@ -102,12 +112,12 @@ def _finish_moves(parent: Path, journal: Mapping[str, Any]) -> bool:
     made: dict[str, list[_Mark | None]] = {}
     for _, name, new, _ in journal["moves"]:
         made.setdefault(name, []).append(_as_mark(new))
-    for place, name, _, old in journal["moves"]:
+    for place, name, new, old in journal["moves"]:
         source, target = parent / place, parent / name
-        there = _mark(target)
-        if _mark(source) is None and there in made[name]:
+        there, found = _mark(target), _mark(source)
+        if found is None and there in made[name]:
             continue
-        if _mark(source) is None or there not in (None, _as_mark(old)):
+        if found is None or found != _as_mark(new) or there not in (None, _as_mark(old)):
             return False
         source.replace(target)
     for name, old in journal["removals"]:
@@ -132,7 +142,7 @@ def _finish_swap(root: Path, journal: Mapping[str, Any]) -> bool:
 def _forgotten(root: Path) -> bool:
     """Forget a journal of which nothing was done yet; whether that is so."""
     try:
-        journal = _checked(json.loads((root / JOURNAL).read_text(encoding="utf-8")))
+        journal = _checked(root, json.loads((root / JOURNAL).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return True
     if "swap" in journal:

@@ -18,6 +18,7 @@ from higen.errors import CheckpointError, OutputError, quoted
 from higen.models.checkpoint_files import read_state, seen_names
 from higen.models.nestings import found_in
 from higen.models.weights import DTYPES, write_safetensors
+from higen.paths import given_path
 
 __all__ = ["DTYPES", "convert", "convert_sources", "read_state", "recognised", "write_safetensors"]
 
@@ -41,7 +42,7 @@ def convert(
     `arguments` are what its files do not tell of a denoiser of another size than the released one. As
     `convert_sources` else.
     """
-    sources = [Path(source) for source in (denoiser, text, autoencoder)]
+    sources = (denoiser, text, autoencoder)
     return convert_sources(
         sources,
         output,
@@ -79,7 +80,7 @@ def convert_sources(
     if dtype not in DTYPES:
         raise OutputError(f"dtype={quoted(dtype)}: one of {', '.join(map(repr, DTYPES))}")
     files.check_free(output, overwrite)  # before gigabytes are read
-    paths = [Path(source) for source in sources]
+    paths = [given_path(source, "source") for source in sources]
     converted = families.checkpoint(family or recognised(paths)).convert(paths, **options)
     total = sum(t.numel() for state in converted.weights.values() for t in state.values()) * DTYPES[dtype].itemsize
     with files.create(output, converted.manifest, overwrite) as folder:

@@ -38,6 +38,7 @@ from __future__ import annotations
 import pickle
 import re
 import reprlib
+import sys
 from typing import Any
 
 __all__ = [
@@ -69,13 +70,16 @@ __all__ = [
     "UnknownDevice",
     "UnknownFamily",
     "WrongArchitecture",
+    "is_of_a_handler",
     "quoted",
 ]
+
+_OURS = ("higen", "av", "PIL", "numpy", "onnxruntime", "torch")
 
 LINE = 120
 """Characters of a value that a message quotes."""
 
-LONGEST = 2000
+LONGEST = 1900
 """Characters of a message."""
 
 
@@ -102,6 +106,21 @@ _QUOTES = _Quotes()
 def quoted(value: object) -> str:
     """A value as a message quotes it: its repr in one line of at most 120 characters."""
     return _cut(re.sub(r"\s*\n\s*", " ", _QUOTES.repr(value)), LINE)
+
+
+def is_of_a_handler(error: BaseException) -> bool:
+    """Whether an error in the middle of a library's work was raised by a person's own code.
+
+    That is a signal handler's: a time limit, say. It is passed on, and never taken for the library's failure.
+    """
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    where = str(trace.tb_frame.f_globals.get("__name__", "")) if trace else ""
+    root = where.partition(".")[0]
+    foreign = bool(where) and root not in _OURS and root not in sys.stdlib_module_names
+    kind = type(error).__module__.partition(".")[0]
+    return foreign and (kind not in ("builtins", *_OURS) or isinstance(error, TimeoutError))
 
 
 def _cut(text: str, most: int = LONGEST) -> str:

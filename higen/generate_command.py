@@ -32,6 +32,14 @@ def _curve(text: str) -> Any:
     return text if text == "unspecified" else numbers(text)
 
 
+def _seed(text: str) -> int | str:
+    """A whole number, or the word for one that is drawn."""
+    try:
+        return text if text == "random" else int(text)
+    except ValueError:
+        raise click.BadParameter(f"{quoted(text)}: a whole number, or random") from None
+
+
 def _whole(value: Any) -> Any:
     """Numbers without a fraction as ints, so that `--steps 50` is a whole number; others are refused later."""
     if isinstance(value, list):
@@ -108,7 +116,7 @@ def _option(control: Control) -> _ControlOption:
 )
 @click.option("--model", type=PATH, help="Model directory.  [the built-in small model]")
 @click.option("--negative-prompt", help="What the video should not show.")
-@click.option("--seed", type=int, help="Same seed, same video; -1 draws one.  [0]")
+@click.option("--seed", type=_seed, metavar="NUMBER", help="Same seed, same video; -1 or random draws one.  [0]")
 @click.option("--steps", type=numbers, help="Denoising steps: one number, or one for each loop.")
 @click.option("--guidance", type=numbers, help="Guidance scale: one number, or one for each loop.")
 @click.option("--solver", help="A solver that the model knows: ddim or dpm++2m, say.")

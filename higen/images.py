@@ -10,10 +10,11 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import numpy as np
 from numpy.typing import NDArray
 
-from higen.errors import OutputError, RequestError, quoted
+from higen.errors import OutputError, RequestError, is_of_a_handler, quoted
 from higen.media.files import reason
 from higen.media.pictures import load, upright
 from higen.paths import given_path
+from higen.plain_values import plain
 from higen.request import Picture
 from higen.tables import Control
 from higen.video_reader import read
@@ -147,16 +148,24 @@ def _pixels(image: Image, name: str) -> NDArray[np.uint8]:
     try:
         return upright(image) if isinstance(image, PIL.Image.Image) else load(given_path(image, name))[0]
     except Exception as error:  # a decoder may raise anything on corrupt data
+        if is_of_a_handler(error):
+            raise
         given = image if isinstance(image, PIL.Image.Image) else os.fspath(image)
         raise RequestError(f"{name}={quoted(given)}: cannot be read as a picture: {reason(error)}") from error
 
 
 def _array(value: object) -> object:
-    """An array of numpy's for a tensor of another library on the host; anything else is left as it is."""
+    """An array of numpy's for another library's tensor; anything else is left as it is."""
     if isinstance(value, np.ndarray) or not (hasattr(value, "__array__") and hasattr(value, "ndim")):
         return value
-    with suppress(Exception):  # one on a GPU, or without values
+    with suppress(Exception):
         return np.asarray(value)
+    # A tensor that has gradients, lies on a GPU or is of a type that numpy has not.
+    numbers = plain(value)
+    if isinstance(numbers, list):
+        with suppress(ValueError):
+            array = np.asarray(numbers)
+            return array.astype(np.uint8) if array.dtype.kind == "i" else array.astype(np.float32)
     return value
 
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from higen.errors import HigenError, ModelError, quoted
+from higen.errors import HigenError, ManifestError, ModelError, quoted
 from higen.manifest_file import MANIFEST, read_manifest
 from higen.paths import given_path
 from higen.staging import PREFIX, exclusive, settle, staging
@@ -75,7 +75,10 @@ def check_free(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
 
 def opened_folder(path: str | os.PathLike[str]) -> Path:
     """The folder of a model that is to be read, after what a killed process began to change there was finished."""
-    folder = given_path(path, "model").absolute()  # the working directory may change while the model is open
+    try:
+        folder = given_path(path, "model").absolute()  # the working directory may change while the model is open
+    except OSError as error:  # or it was removed
+        raise ManifestError(f"{path}: the working directory is gone: {error.strerror}") from error
     settle(folder if os.path.lexists(folder) else folder.parent)
     return folder
 

@@ -78,7 +78,7 @@ def output_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     exit. Raises what `check_file` raises, and OSError.
     """
     target = check_file(path)
-    with whole_file(target) as temporary:
+    with whole_file(target, Path(path).suffix) as temporary:  # a link's target may have another suffix
         yield temporary
         if target.exists():
             temporary.chmod(stat.S_IMODE(target.stat().st_mode))

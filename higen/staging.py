@@ -97,11 +97,14 @@ def staging(parent: Path) -> Iterator[Staging]:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
-    """Yields a name to write to; the file takes its place at `path` on a clean exit. Raises OSError."""
+def whole_file(path: Path, suffix: str | None = None) -> Iterator[Path]:
+    """Yields a name to write to; the file takes its place at `path` on a clean exit. Raises OSError.
+
+    `suffix`: of the name to write to; None: that of `path`.
+    """
     path = path.absolute()
     with staging(path.parent) as stage:
-        temporary = stage.folder / f"new{path.suffix}"
+        temporary = stage.folder / f"new{path.suffix if suffix is None else suffix}"
         yield temporary
         temporary.replace(path)
 
@@ -116,7 +119,10 @@ def exclusive(folder: Path) -> Iterator[None]:
     """
     path = folder / LOCK
     for _ in range(_TRIES):
-        descriptor = hold(path, os.O_RDWR | os.O_CREAT | _NOFOLLOW, wait=True)
+        try:
+            descriptor = hold(path, os.O_RDONLY | _NOFOLLOW, wait=True)  # another user's can be locked too
+        except FileNotFoundError:
+            descriptor = hold(path, os.O_RDONLY | os.O_CREAT | _NOFOLLOW, wait=True)
         if descriptor is None or _still(path, descriptor):
             break
         os.close(descriptor)  # its holder took it away: another may have made it anew
@@ -213,10 +219,15 @@ def _claim(root: Path) -> int | None:
     if lock is None:
         return None
     with suppress(OSError):
-        if _still(root, lock) and _noted(root):
+        if _still(root, lock) and _is_mine(lock) and _noted(root):
             return lock
     os.close(lock)
     return None
+
+
+def _is_mine(descriptor: int) -> bool:
+    """Whether the same person made it: what others leave in a shared folder is not followed."""
+    return not hasattr(os, "geteuid") or os.fstat(descriptor).st_uid == os.geteuid()
 
 
 def _noted(root: Path) -> bool:
@@ -251,7 +262,7 @@ def sweep(parent: Path) -> None:
 
 def _unlock(path: Path) -> None:
     """Take away the lock file of a killed holder."""
-    lock = hold(path, os.O_RDWR | _NOFOLLOW, wait=False)
+    lock = hold(path, os.O_RDONLY | _NOFOLLOW, wait=False)
     if lock is not None:
         if _still(path, lock) and os.fstat(lock).st_size == 0:
             path.unlink()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from higen.errors import OutputError
+from higen.errors import OutputError, is_of_a_handler
 from higen.media import open_clip
 from higen.media.animations import Animation
 from higen.media.files import ANIMATIONS, STREAMS, check_bytes, head, moves, reason
@@ -29,6 +30,9 @@ READABLE = (*STREAMS, *ANIMATIONS, ".npy")
 
 _HOLD = 0.5
 """Seconds over which another frame stands in for one that cannot be decoded, in files of other programs."""
+
+_TRIES = 20
+"""Times that a sequence is read while another process saves it."""
 
 _CLOCK = 0.011
 """Seconds that a duration in a file may be off by rounding: a GIF counts hundredths."""
@@ -62,9 +66,11 @@ def read(path: Path, most: int | None = None) -> Clip:
         if suffix == ".png":
             settle(path.absolute().parent)  # a save that was killed as its frames took their places
         if suffix == ".png" and not moves(path):
-            return _read_run(find_run(path), most)
+            return _read_while_still(path, most)
         return _read_moving(open_clip(path), most)
     except Exception as error:  # a decoder may raise anything on corrupt data
+        if is_of_a_handler(error):
+            raise
         raise OutputError(f"{path}: not a readable {path.suffix} file ({reason(error)})") from error
 
 
@@ -129,6 +135,19 @@ class _Stack:
         kept: NDArray[np.uint8] = self.frames[place]
         kept[:] = picture
         return kept
+
+
+def _read_while_still(path: Path, most: int | None) -> Clip:
+    """A sequence of pictures, which another process may be replacing: then it is read again."""
+    for _ in range(_TRIES):
+        before = path.parent.stat().st_mtime_ns
+        try:
+            return _read_run(find_run(path), most)
+        except (OutputError, OSError):
+            if path.parent.stat().st_mtime_ns == before:
+                raise
+            time.sleep(0.05)
+    return _read_run(find_run(path), most)
 
 
 def _read_run(run: Run, most: int | None) -> Clip:

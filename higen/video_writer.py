@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import stat
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from higen.errors import HigenError, OutputError, quoted
+from higen.errors import HigenError, OutputError, is_of_a_handler, quoted
 from higen.output_file import check_file, check_folder, check_names, lies, output_file
 from higen.paths import given_path
 from higen.staging import exclusive, staging
@@ -40,6 +41,8 @@ def write(clip: Clip, path: str | os.PathLike[str]) -> Path:
     except HigenError:
         raise
     except Exception as error:  # encoders do not keep to OSError
+        if is_of_a_handler(error):
+            raise
         raise OutputError(f"{path}: cannot be written ({error})") from error
 
 
@@ -52,6 +55,9 @@ def _place_sequence(clip: Clip, path: Path, encode: _Encode) -> Path:
         with exclusive(folder):
             beyond = replaced(folder / path.name, count)  # as it is now: another process may have written
             pairs = [(numbered(made, index), numbered(folder / path.name, index)) for index in range(count)]
+            for new, old in pairs:
+                if old.exists():
+                    new.chmod(stat.S_IMODE(old.stat().st_mode))  # as `output_file` keeps it
             stage.commit(pairs, beyond)
     return numbered(path, 0)
 

@@ -6,6 +6,7 @@ import argparse
 import gzip
 import io
 import json
+import os
 import pickle
 import tarfile
 import zipfile
@@ -364,3 +365,31 @@ def test_too_little_memory_is_no_broken_file(tmp_path: Path, monkeypatch: pytest
 def test_tensors_without_plain_values_are_named(tmp_path: Path, content: object) -> None:
     with pytest.raises(CheckpointError, match=r"x\.pth: a (is sparse|has no values)"):
         read_state(saved(tmp_path / "x.pth", content))
+
+
+class Command:
+    """The textbook case."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("true",)
+
+
+@pytest.mark.parametrize("suffix", [".ckpt", ".pth", ".bin", ".safetensors"])
+def test_a_command_in_a_pickle_is_named(tmp_path: Path, suffix: str) -> None:
+    for number, protocol in enumerate((0, 2, 4)):
+        (file := tmp_path / f"{number}{suffix}").write_bytes(pickle.dumps(Command(), protocol))
+        with pytest.raises(CheckpointError, match="could run code"):
+            read_state(file)
+    torch.save({"state_dict": STATE, "x": Command()}, file := tmp_path / f"zip{suffix}")
+    with pytest.raises(CheckpointError, match=r"could run code \(it names (posix|nt)\.system\)"):
+        read_state(file)
+
+
+@pytest.mark.parametrize("key", ["generator", "network", "g_ema"])
+def test_other_names_of_the_weights(tmp_path: Path, key: str) -> None:
+    assert same(read_state(saved(tmp_path / "x.pth", {key: STATE, "epoch": 1})))
+
+
+def test_arrays_in_the_place_of_tensors_are_called_so(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="an array or object, and no tensor"):
+        read_state(saved(tmp_path / "x.pth", {name: tensor.numpy() for name, tensor in STATE.items()}))

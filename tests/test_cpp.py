@@ -890,5 +890,5 @@ def test_warnings_about_texts_are_pythons(built: Path, tmp_path: Path) -> None:
         tmp_path / "a.npy",
         *flags,
     )
-    lines = [line.removeprefix("warning: ").split(";")[0] for line in run.stderr.splitlines() if "warning: " in line]
-    assert [line.rpartition("\r")[2].removeprefix("warning: ") for line in lines] == wanted
+    lines = [line.rpartition("warning: ")[2].split(";")[0] for line in run.stderr.splitlines() if "warning: " in line]
+    assert sorted(lines) == sorted(wanted)

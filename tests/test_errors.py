@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import inspect
+import os
 import pickle
+import signal
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 
+import higen
 from higen import errors
 from higen.errors import FallbackWarning, HigenError, MissingExtra, PromptWarning, RequestError, quoted
 
@@ -70,3 +75,39 @@ def test_the_tree_at_the_top_of_the_file_has_every_error() -> None:
     listed = inspect.getdoc(errors) or ""
     assert [kind.__name__ for kind in CLASSES if kind.__name__ not in listed and kind.__name__[0] != "_"] == []
     assert {kind.__name__ for kind in CLASSES if kind.__name__[0] != "_"} <= set(errors.__all__)
+
+
+class TooLong(Exception):
+    """A time limit of a person's program."""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs signals")
+@pytest.mark.parametrize("kind", [TooLong, TimeoutError])
+def test_a_signal_handlers_error_is_passed_on(
+    kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the middle of a stage, and of an encoder's work, it is nobody's failure but the handler's."""
+
+    def stop(*_: object) -> None:
+        raise kind("too long")
+
+    before = signal.signal(signal.SIGUSR1, stop)
+    try:
+        with higen.load(backend="onnx", threads=1) as pipe:
+            run = onnxruntime.InferenceSession.run_with_iobinding
+
+            def interrupted(*arguments: Any) -> None:
+                run(*arguments)
+                os.kill(os.getpid(), signal.SIGUSR1)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(onnxruntime.InferenceSession, "run_with_iobinding", interrupted)
+                with pytest.raises(kind, match="too long"):
+                    pipe("a heart", steps=1, frames=2, width=32, height=32)
+        clip = higen.Video(np.zeros((2, 8, 8, 3), np.uint8), 8)
+        monkeypatch.setattr("numpy.save", lambda *_: os.kill(os.getpid(), signal.SIGUSR1))
+        with pytest.raises(kind, match="too long"):
+            clip.save(tmp_path / "a.npy")
+        assert list(tmp_path.iterdir()) == []
+    finally:
+        signal.signal(signal.SIGUSR1, before)

@@ -27,8 +27,10 @@ shared = SharedBackend(pipe.backend, pipe.manifest, Batcher(4, dict.fromkeys(pip
 with shared.request() as mine:
     pipe.on(mine)("a heart", **small)
 busy = pipe.stream("a heart", steps=999, frames=2, width=32, height=32)
-worker = threading.Thread(target=lambda: list(busy))
+going = threading.Event()
+worker = threading.Thread(target=lambda: [going.set() for _ in busy])
 worker.start()
+going.wait()  # it needs none of the locks below any more
 pipe._kept._lock.acquire()  # as if another thread held it at the moment of the fork
 waiting._working.acquire()
 
@@ -88,7 +90,7 @@ os._exit(0)
 @pytest.mark.parametrize("backend", ["onnx", "torch"])
 def test_a_forked_process_does_not_hang(backend: str) -> None:
     run = subprocess.run(
-        [sys.executable, "-c", SCRIPT, backend], capture_output=True, text=True, timeout=500, check=False
+        [sys.executable, "-c", SCRIPT, backend], capture_output=True, text=True, timeout=300, check=False
     )
     assert run.returncode == 0, run.stderr
     found = json.loads(run.stdout)

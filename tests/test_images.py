@@ -155,3 +155,33 @@ def test_a_clip_without_pixels() -> None:
         load_picture(FOOTAGE, np.zeros((3, 0, 8, 3), np.uint8), 1, 8, 8)
     with pytest.raises(RequestError, match=r"^footage has 0 frames"):
         load_picture(FOOTAGE, np.zeros((0, 8, 8, 3), np.uint8), 1, 8, 8)
+
+
+@pytest.mark.parametrize("change", ["bfloat16", "requires_grad_", "uint8"])
+def test_a_tensor_of_any_type_is_a_picture(change: str) -> None:
+    picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3), np.uint8)
+    tensor = torch.from_numpy(picture)
+    given = tensor if change == "uint8" else getattr(tensor / 255, change)()
+    assert np.abs(load_image(given, 8, 8) - (picture.transpose(2, 0, 1) / 127.5 - 1)).max() < 0.01
+
+
+def test_a_transparent_colour_of_16_bits(tmp_path: Path) -> None:
+    """Pillow keeps 8 bits of each channel, and the key as it stands in the file."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    for key in ((5, 6, 7), (0x1234, 6, 0x4321)):
+        rows = b"".join(b"\0" + struct.pack(">6H", *key, 0x9999, 0x9999, 0x9999) for _ in range(2))
+        header = struct.pack(">IIBBBBB", 2, 2, 16, 2, 0, 0, 0)
+        content = [
+            (b"IHDR", header),
+            (b"tRNS", struct.pack(">3H", *key)),
+            (b"IDAT", zlib.compress(rows)),
+            (b"IEND", b""),
+        ]
+        file = tmp_path / "deep.png"
+        file.write_bytes(b"\x89PNG\r\n\x1a\n" + b"".join(chunk(*part) for part in content))
+        pixels = load_image(file, 2, 2)
+        assert (pixels[:, :, 0] == 1).all()
+        assert (pixels[:, :, 1] < 0.5).all()

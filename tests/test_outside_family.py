@@ -306,7 +306,9 @@ def test_a_checkpoint_of_no_family_is_refused(tidepool: SimpleNamespace, tmp_pat
         convert_sources([tmp_path / "other.safetensors"], tmp_path / "model")
     with pytest.raises(CheckpointError, match="not a Tidepool checkpoint"):
         convert_sources([tmp_path / "other.safetensors"], tmp_path / "model", family="tidepool")
-    with pytest.raises(UnknownFamily, match="'marsh': not installed here; installed are higen, tidepool"):
+    with pytest.raises(
+        UnknownFamily, match="'marsh': not installed here; installed are higen, stable_diffusion, tidepool"
+    ):
         convert_sources([tmp_path / "other.safetensors"], tmp_path / "model", family="marsh")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["other.safetensors"]
 

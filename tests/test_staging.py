@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from higen import commit
+from higen import staging as staging_module
 from higen.staging import exclusive, others, settle, staging, sweep, whole_file
 
 
@@ -245,10 +247,42 @@ def test_a_folder_that_cannot_be_written_is_read_all_the_same(tmp_path: Path, mo
     real = os.open
 
     def refused(path: str, flags: int, *rest: int, **options: int) -> int:
-        if flags & os.O_CREAT:
+        if os.fspath(path).endswith(".higen-lock"):
             raise PermissionError(13, "Permission denied", path)
         return real(path, flags, *rest, **options)
 
     monkeypatch.setattr(os, "open", refused)
     settle(tmp_path)
     assert contents(tmp_path) == {"a": "new", "b": "old", "c": "old", "d": "old", ".higen-lock": ""}
+
+
+def test_a_journal_of_somebody_else_moves_nothing_of_ours(tmp_path: Path) -> None:
+    """A folder from elsewhere may have one in it: it names files of its own hidden folder, or is none."""
+    (tmp_path / "home").mkdir()
+    secret = tmp_path / "home" / "secret.txt"
+    secret.write_text("mine")
+    status = secret.stat()
+    mark = [status.st_ino, status.st_size, status.st_mtime_ns]
+    for number, place in enumerate(("../home/secret.txt", os.fspath(secret), ".", "{}/new/../../../home/secret.txt")):
+        folder = tmp_path / f"sent{number}"
+        folder.mkdir()
+        root = folder / staging_module._named(f"{number:012x}")
+        (root / "new").mkdir(parents=True)
+        (root / "note").write_text(staging_module.TEXT)
+        steps = [[place.format(root.name), "taken.txt", mark, None]]
+        (root / "journal").write_text(json.dumps({"moves": steps, "removals": []}))
+        settle(folder)
+        with staging(folder):
+            pass
+        assert secret.read_text() == "mine"
+        assert not (folder / "taken.txt").exists()
+
+
+def test_an_unfinished_file_that_was_exchanged_is_not_moved(tmp_path: Path) -> None:
+    prepared(tmp_path)
+    killed(KILL_AT.format(at=1) + CHANGE, tmp_path)
+    for root in tmp_path.glob(".higen-*/new"):
+        for file in root.iterdir():
+            file.write_text("another's")
+    settle(tmp_path)
+    assert "another's" not in contents(tmp_path).values()

@@ -526,3 +526,12 @@ def test_a_tower_is_known_by_its_configuration_and_weights(tmp_path: Path) -> No
     write_tower(tmp_path / "other", seed=1)
     changed = {tower_sha256(str(tmp_path / name)) for name in ("moved", "twin", "other")}
     assert len(changed | set(known.values())) == 5
+
+
+def test_rows_of_commas_are_passed_over_and_a_long_value_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("path,caption\na.png,x\n,\n,,\n")
+    assert [item.name for item in list_items(tmp_path / "a.csv").items] == ["a.png"]
+    assert list_items(tmp_path / "a.csv").skipped == {}
+    (tmp_path / "b.csv").write_text(f"path,caption\na.png,{'x' * 200_000}\n")
+    with pytest.raises(SettingsError, match="line 2: a value of more than"):
+        list_items(tmp_path / "b.csv")

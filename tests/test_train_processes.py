@@ -93,7 +93,7 @@ def same_run(output: Path, whole: Path) -> None:
 
 @pytest.mark.parametrize(
     ("moment", "left"),
-    [("checkpoint", ["step-00000002.pt", "step-00000004.part"]), ("step", ["step-00000002.pt", "step-00000004.pt"])],
+    [("checkpoint", ["step-00000002.pt"]), ("step", ["step-00000002.pt", "step-00000004.pt"])],
 )
 def test_a_killed_run_goes_on_bit_for_bit(
     tmp_path: Path, model: Path, clips: Path, whole: Path, moment: str, left: list[str]
@@ -104,7 +104,8 @@ def test_a_killed_run_goes_on_bit_for_bit(
     )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     output = tmp_path / "run"
-    assert sorted(p.name for p in (output / "checkpoints").iterdir()) == left
+    names = sorted(p.name for p in (output / "checkpoints").iterdir())
+    assert [name for name in names if not name.startswith(".higen-")] == left
     assert [line["step"] for line in read_losses(output / "losses.jsonl")] == [1, 2, 3, 4]
     result = CliRunner().invoke(main, ["train", str(config), "--resume"])
     assert result.exit_code == 0, result.output

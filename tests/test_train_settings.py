@@ -99,6 +99,15 @@ def test_the_difference_is_the_first_key_that_changes_what_is_learned(tmp_path: 
     assert set(FREE) <= set(flat(first))
 
 
+@pytest.mark.parametrize("key", ["data.path", "run.output", "model.init"])
+def test_an_empty_path_is_not_the_files_own_folder(tmp_path: Path, key: str) -> None:
+    values = {"model.init": "m", "data.path": "c", "run.output": "o", key: ""}
+    lines = [f'[{name.split(".")[0]}]\n{name.split(".")[1]} = "{value}"' for name, value in values.items()]
+    (tmp_path / "t.toml").write_text("\n".join(lines) + "\nsteps = 1\n", encoding="utf-8")
+    with pytest.raises(SettingsError, match=f"{key}='': a path is wanted"):
+        read_settings(tmp_path / "t.toml")
+
+
 def test_the_documented_settings_are_what_its_commands_take(tmp_path: Path) -> None:
     text = (Path(__file__).parents[1] / "docs" / "training.md").read_text(encoding="utf-8")
     file = tmp_path / "train.toml"

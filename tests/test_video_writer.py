@@ -254,3 +254,24 @@ def test_a_rate_that_the_format_cannot_have_is_found_before_the_work(tmp_path: P
     check_output(tmp_path / "a.gif", 1, 50)
     with pytest.raises(OutputError, match=r"fps=60: a \.gif file plays 0\.01 to 50 frames a second"):
         check_output(tmp_path / "a.gif", 1, 60)
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".webm", ".gif", ".webp", ".npy"])
+@pytest.mark.parametrize("target", ["blob", "other.gif", "other.MP4"])
+def test_the_name_given_decides_the_format_not_a_links_target(tmp_path: Path, suffix: str, target: str) -> None:
+    (tmp_path / target).write_bytes(b"old")
+    (tmp_path / f"a{suffix}").symlink_to(target)
+    clip = Video(np.full((3, 16, 16, 3), 90, np.uint8), 8)
+    clip.save(tmp_path / f"a{suffix}")
+    assert (tmp_path / f"a{suffix}").is_symlink()
+    clip.save(tmp_path / f"plain{suffix}")
+    assert (tmp_path / target).read_bytes()[:4] == (tmp_path / f"plain{suffix}").read_bytes()[:4]
+    assert len(Video.open(tmp_path / f"a{suffix}")) == 3
+
+
+def test_a_sequence_keeps_its_permissions(tmp_path: Path) -> None:
+    clip = Video(np.zeros((2, 8, 8, 3), np.uint8), 8)
+    first = clip.save(tmp_path / "a.png")
+    first.chmod(0o600)
+    clip.save(tmp_path / "a.png")
+    assert first.stat().st_mode & 0o777 == 0o600

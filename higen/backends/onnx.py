@@ -20,7 +20,7 @@ from higen.backends.options import PLAIN, Options
 from higen.backends.sessions import session_options
 from higen.bundle import Bundle, graph_file
 from higen.devices import check_present, device_index
-from higen.errors import BackendError, BackendUnavailable, IntegrityError
+from higen.errors import BackendError, BackendUnavailable, IntegrityError, is_of_a_handler
 from higen.forks import Home, outlives_forks
 from higen.memory import enough_memory
 from higen.precision import precision_named
@@ -125,6 +125,8 @@ class OnnxBackend:
         except BackendError:
             raise
         except Exception as error:  # ONNX Runtime's errors share no base but Exception
+            if is_of_a_handler(error):
+                raise
             raise BackendError(f"{stage}: ONNX Runtime failed: {error}") from error
         return dict(zip((t.name for t in spec.outputs), binding.get_outputs(), strict=True))
 
@@ -179,6 +181,8 @@ class OnnxBackend:
         except BackendError:
             raise
         except Exception as error:  # ONNX Runtime's errors share no base but Exception
+            if is_of_a_handler(error):
+                raise
             if "NOT_IMPLEMENTED" in str(error):
                 raise BackendUnavailable(
                     f"{name}: this ONNX Runtime cannot run it on {self._device}: {error}"

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 __all__ = ["load", "load_still", "over_white", "upright", "visible"]
 
 _WIDE = 65535
+_DEEP = "higen.16-bit"
+"""In Pillow's `info`: the file has 16 bits a channel."""
+
 _ANIMATED = ("GIF", "PNG", "WEBP")
 
 
@@ -48,6 +51,8 @@ def upright(picture: PIL.Image.Image) -> NDArray[np.uint8]:
     import PIL.ImageOps
 
     check_pixels(*picture.size)
+    if any(";16" in str(part[3]) for part in getattr(picture, "tile", ()) if len(part) > 3):
+        picture.info[_DEEP] = True  # told before the picture is loaded; info goes along
     return visible(PIL.ImageOps.exif_transpose(picture))
 
 
@@ -59,7 +64,7 @@ def visible(picture: PIL.Image.Image) -> NDArray[np.uint8]:
     if picture.mode.startswith("I") or picture.mode == "F":
         return _grey(picture)
     key = picture.info.get("transparency")
-    if isinstance(key, tuple) and max(key) > 255:  # of 16 bits, where Pillow keeps 8
+    if isinstance(key, tuple) and picture.info.get(_DEEP):  # Pillow keeps 8 of 16 bits, and the key as it is
         picture.info["transparency"] = tuple(value >> 8 for value in key)
     if picture.mode in ("RGB", "CMYK", "YCbCr", "HSV", "LAB") and key is None:
         return np.asarray(picture.convert("RGB"))

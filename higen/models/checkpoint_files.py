@@ -115,7 +115,8 @@ def seen_names(path: Path) -> list[str]:
                 return [unwrapped(name) for name in file.keys()]  # noqa: SIM118 (it is no mapping)
         except SafetensorError:
             pass  # what is wrong with it is said by the reader
-    state, _ = weights_of(_read_file(path, checked=False))
+    with naming(path):
+        state, _ = weights_of(_read_file(path, checked=False))
     return list(state)
 
 

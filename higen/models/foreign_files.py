@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import zipfile
 from pathlib import Path
 
@@ -15,6 +16,9 @@ SAFETENSORS, ZIP, PICKLE = "safetensors", "zip", "pickle"
 
 _HEADER = 100 * 2**20
 """Bytes that the header of a safetensors file may have."""
+
+_TEXT_PICKLE = re.compile(rb"\(?(?:[cl]?[a-zA-Z_][\w.]*\n[a-zA-Z_]\w*\n[(p]|d[pl]0\n|lp0\n)")
+"""How a pickle of protocol 0 begins that names a function, or is a dictionary or a list."""
 
 _OTHERS = {
     b"\x1f\x8b": "gzip data: unpack it",
@@ -68,6 +72,8 @@ def not_a_checkpoint(path: Path) -> str | None:
         return f"{size} bytes that begin with zeros: the download was not finished; fetch it again"
     if format_of(path) == PICKLE:
         return None
+    if _TEXT_PICKLE.match(head):
+        return "a pickle of the oldest kind, which could run code: the weights are wanted, as .safetensors"
     if _is_text(head):
         return f"a text file that begins {head[:40].decode(errors='replace')!r}: the weights themselves are wanted"
     return f"{size} bytes that begin {head[:8]!r}: neither safetensors nor a PyTorch checkpoint"

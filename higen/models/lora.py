@@ -22,6 +22,7 @@ from torch import Tensor
 
 from higen.errors import CheckpointError
 from higen.models.checkpoint_files import naming, read_state
+from higen.paths import given_path
 
 __all__ = ["Lora", "merged", "parse_lora"]
 
@@ -54,6 +55,7 @@ class Lora:
     scale: float = 1.0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "path", given_path(self.path, "lora"))
         if not math.isfinite(self.scale):
             raise CheckpointError(f"{self.path}: scale={self.scale}: a finite number")
 

@@ -7,18 +7,30 @@ from typing import Any
 
 from torch import Tensor
 
-from higen.errors import CheckpointError
+from higen.errors import CheckpointError, quoted
 
 __all__ = ["AVERAGES", "PLAIN", "found_in", "unwrapped", "weights_of"]
 
-AVERAGES = ("ema_state_dict", "ema", "model_ema", "params_ema", "shadow")
-PLAIN = ("state_dict", "model_state_dict", "model", "module", "params", "net", "weights")
+AVERAGES = ("ema_state_dict", "ema", "model_ema", "params_ema", "g_ema", "ema_model", "shadow")
+PLAIN = (
+    "state_dict",
+    "model_state_dict",
+    "model",
+    "module",
+    "params",
+    "net",
+    "network",
+    "generator",
+    "weights",
+)
 """Names under which training loops keep the weights' averages and the weights; the first that holds tensors counts."""
 
 DEPTH = 3
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 """Parts of a name that are no part of the network: DataParallel's, torch.compile's, FSDP's."""
 SHOWN = 6
+LONG = 100
+"""Letters of a name that a message shows as it is."""
 
 
 def weights_of(loaded: object) -> tuple[dict[str, Tensor], str]:
@@ -78,11 +90,18 @@ def found_in(state: Iterable[str]) -> str:
     """The first names of tensors, for a message."""
     names = list(state)
     more = ", ..." if len(names) > SHOWN else ""
-    return f"it has {len(names)} tensors: {', '.join(names[:SHOWN])}{more}" if names else "it has no tensors"
+    shown = ", ".join(name if len(name) <= LONG else quoted(name) for name in names[:SHOWN])
+    return f"it has {len(names)} tensors: {shown}{more}" if names else "it has no tensors"
 
 
 def _seen(loaded: object) -> str:
     if isinstance(loaded, Mapping):
-        keys = [f"{key!r} ({type(value).__name__.lstrip('_')})" for key, value in list(loaded.items())[:SHOWN]]
+        keys = [f"{quoted(key)} ({_kind(value)})" for key, value in list(loaded.items())[:SHOWN]]
         return f"it has {', '.join(keys)}{', ...' if len(loaded) > SHOWN else ''}" if keys else "it is empty"
-    return f"it is a {type(loaded).__name__.lstrip('_')}"
+    return f"it is a {_kind(loaded)}"
+
+
+def _kind(value: object) -> str:
+    """What a value is, for a person: what only stands for an object of another library is an array most likely."""
+    name = type(value).__name__
+    return "an array or object, and no tensor" if name == "_Inert" else name

@@ -59,6 +59,8 @@ CHUNK = 2**20
 
 _FORBIDDEN = re.compile(
     r"Unsupported (?:global: GLOBAL|class) (?P<name>[\w.]+)"
+    r"|Unsupported operand (?P<operand>\d+)"
+    r"|unsupported GLOBAL (?P<blocked>[\w.]+) whose module"
     r"|reduce for unrecognized function (?P<function>.{1,80})"
     r"|(?:Can only|Trying to) (?:build|create|call|instantiate).*(?:but got|for) (?P<object>.{1,80})"
 )
@@ -87,7 +89,9 @@ def read_pickle(path: Path, checked: bool = True) -> object:
     except pickle.UnpicklingError as error:
         if (found := _FORBIDDEN.search(str(error))) is None:
             raise CheckpointError(f"{path}: cannot be read as a PyTorch checkpoint: it is damaged") from error
-        name = next(group for group in found.groups() if group)
+        name = (
+            f"the operand {found['operand']}" if found["operand"] else next(group for group in found.groups() if group)
+        )
         raise CheckpointError(
             f"{path}: refused, because it holds more than tensors and reading it could run code (it names {name}); "
             f"{_SAFELY}"

@@ -76,9 +76,14 @@ def _csv_lines(text: str, mistakes: Mistakes) -> Iterator[tuple[int, list[str]]]
         except StopIteration:
             return
         except csv.Error as error:  # where the next row begins is not known
-            mistakes.append((line, f"{error}: a double quote is not closed, or is not doubled in a quoted text"))
+            if "field limit" in str(error):
+                mistakes.append(
+                    (line, f"a value of more than {csv.field_size_limit()} characters: at most {MAX_PROMPT}")
+                )
+            else:
+                mistakes.append((line, f"{error}: a double quote is not closed, or is not doubled in a quoted text"))
             return
-        if row:
+        if any(value.strip() for value in row):  # a spreadsheet leaves rows of commas behind
             yield line, row
 
 
@@ -89,7 +94,8 @@ def _wrong_header(header: list[str], suffixes: Collection[str]) -> str:
     missing = [name for name in COLUMNS if name not in header]
     if not missing:
         return ""
-    found = ", ".join(map(repr, header)) or "none"
+    found = ", ".join(map(quoted, header[:SHOWN])) or "none"
+    found += f" and {len(header) - SHOWN} more" if len(header) > SHOWN else ""
     hint = ""
     if len(header) == 1 and (divided := next((d for d in ";\t|" if d in header[0]), None)):
         hint = f": its columns are divided by {divided!r}, a comma is wanted"
@@ -129,7 +135,7 @@ def _row(row: object, line: int, mistakes: Mistakes) -> Iterator[Row]:
     there = {name: value for name, value in row.items() if value is not None}
     for name in COLUMNS:
         if name not in there:
-            mistakes.append((line, f"no {name!r}; it has {', '.join(map(quoted, there)) or 'nothing'}"))
+            mistakes.append((line, f"no {name!r}; it has {', '.join(map(quoted, [*there][:SHOWN])) or 'nothing'}"))
             return
         if not isinstance(there[name], str):
             mistakes.append((line, f"{name}={quoted(there[name])}: a text is wanted"))

@@ -296,6 +296,8 @@ def _absolute(settings: Settings, folder: Path) -> Settings:
         section, name = key.split(".")
         value = getattr(getattr(settings, section), name)
         if value is not None:
+            if not value.strip():
+                raise SettingsError(f"{key}={value!r}: a path is wanted")
             changed = replace(getattr(settings, section), **{name: str(folder / given_path(value, key))})
             settings = replace(settings, **{section: changed})
     return settings
