@@ -16,12 +16,15 @@ from torch import Tensor, nn
 from higen.errors import CheckpointError
 from higen.models.companions import autoencoder, text_encoder
 from higen.models.nestings import found_in
+from higen.tokenizer import build_clip_tokenizer
 
 __all__ = [
     "autoencoder_arguments_from_ldm",
     "autoencoder_from_diffusers",
     "autoencoder_from_ldm",
+    "check_parts",
     "check_tensors",
+    "kl_numbers",
     "shapes_of",
     "text_arguments_from_ldm",
     "text_arguments_from_openclip",
@@ -231,6 +234,27 @@ def autoencoder_from_diffusers(state: State) -> dict[str, Tensor]:
         today(name): tensor.flatten(1) if tensor.ndim == 4 and ".attentions.0." in name else tensor
         for name, tensor in state.items()
     }
+
+
+def kl_numbers(arguments: Mapping[str, Any]) -> tuple[int, float, float]:
+    """Pixels per latent cell, shift and scale of an AutoencoderKL: latents = (encoded - shift) * scale."""
+    factor = 2 ** (len(arguments.get("block_out_channels", ())) - 1)
+    return factor, float(arguments.get("shift_factor") or 0.0), float(arguments.get("scaling_factor", _LDM_SCALE))
+
+
+def check_parts(
+    network: str, clip: Mapping[str, Any], codec: Mapping[str, Any], text_width: object, channels: object
+) -> None:
+    """Raise CheckpointError where text encoder or autoencoder belong to another model than `network`, a denoiser that
+    reads texts of `text_width` and latents of `channels`.
+    """
+    for what, given, wanted in (
+        ("text encoder's width", clip.get("hidden_size"), text_width),
+        ("text encoder's vocabulary", clip.get("vocab_size"), build_clip_tokenizer().get_vocab_size()),
+        ("autoencoder's latent channels", codec.get("latent_channels"), channels),
+    ):
+        if given != wanted:
+            raise CheckpointError(f"the {what}: {given}, but {network} and CLIP's tokenizer want {wanted}")
 
 
 def _autoencoder(state: State) -> dict[str, Tensor]:

@@ -163,13 +163,8 @@ def _autoencoder(path: Path, on_note: Note = _silent) -> tuple[AutoencoderConfig
 
 def kl_config(arguments: dict[str, Any]) -> AutoencoderConfig:
     """The configuration of diffusers' AutoencoderKL with these arguments."""
-    return AutoencoderConfig(
-        kind="AutoencoderKL",
-        arguments=arguments,
-        factor=2 ** (len(arguments.get("block_out_channels", ())) - 1),
-        shift=(float(arguments.get("shift_factor") or 0.0),),
-        scale=(float(arguments.get("scaling_factor", 0.18215)),),
-    )
+    factor, shift, scale = companions.kl_numbers(arguments)
+    return AutoencoderConfig("AutoencoderKL", arguments, factor, (shift,), (scale,))
 
 
 def _autoencoder_of_folder(folder: Path, on_note: Note = _silent) -> tuple[AutoencoderConfig, dict[str, Tensor]]:
@@ -179,14 +174,7 @@ def _autoencoder_of_folder(folder: Path, on_note: Note = _silent) -> tuple[Autoe
 
 def _model_config(denoiser: Path, unet: UNetConfig, text: TextConfig, autoencoder: AutoencoderConfig) -> ModelConfig:
     """The manifest's configuration. Raises CheckpointError for parts that do not belong together."""
-    vocabulary = build_clip_tokenizer().get_vocab_size()
-    for what, given, wanted in (
-        ("text encoder's width", text.clip.get("hidden_size"), unet.text_dim),
-        ("text encoder's vocabulary", text.clip.get("vocab_size"), vocabulary),
-        ("autoencoder's latent channels", autoencoder.arguments.get("latent_channels"), unet.in_channels),
-    ):
-        if given != wanted:
-            raise CheckpointError(f"the {what}: {given}, but this denoiser and CLIP's tokenizer want {wanted}")
+    companions.check_parts("this denoiser", text.clip, autoencoder.arguments, unet.text_dim, unet.in_channels)
     name = "HiGen (CVPR 2024)" if unet == UNetConfig() else denoiser.stem
     licence = "as published by ali-vilab/VGen (its code: Apache-2.0)"
     return ModelConfig(name=name, licence=licence, unet=unet, text=text, autoencoder=autoencoder)

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 
 from higen.errors import ManifestError
 from higen.families import Weights
+from higen.families.companion_networks import open_autoencoder, open_text_encoder
 from higen.families.higen import spec
 from higen.families.higen.preconditioning import velocity
 from higen.families.higen.unet import Conditioner, Denoiser, UNet
 from higen.manifest import Manifest
-from higen.models.companion_stages import DecoderStage, EncoderStage, TextEncoderStage
-from higen.models.companions import TEXT_PREFIX, autoencoder, restore_buffers, text_encoder
+from higen.models.companion_stages import DecoderStage, EncoderStage
 from higen.models.solver_step import SolverStep
 from higen.models.weights import fill
 
@@ -69,19 +69,10 @@ class HigenNetworks:
     @cached_property
     def _autoencoder(self) -> nn.Module:
         config = spec.autoencoder_config(self._manifest)
-        with torch.device("meta"):
-            built = autoencoder(config.kind, config.arguments)
-        # As the reference, in float32 whatever the rest computes in.
-        self._weights.fill(built, spec.AUTOENCODER, torch.float32)
-        restore_buffers(built, self._weights.device)
-        return built
+        return open_autoencoder(self._weights, spec.AUTOENCODER, config.kind, config.arguments)
 
     def _text_encoder(self) -> nn.Module:
-        with torch.device("meta"):
-            encoder = text_encoder(spec.text_config(self._manifest).clip)
-        self._weights.fill(encoder, spec.TEXT_ENCODER, strip=TEXT_PREFIX)
-        restore_buffers(encoder, self._weights.device)
-        return TextEncoderStage(encoder)
+        return open_text_encoder(self._weights, spec.TEXT_ENCODER, spec.text_config(self._manifest).clip)
 
     def _conditioner(self) -> nn.Module:
         return ConditionerStage(self._denoiser.conditioner)

@@ -22,6 +22,7 @@ from higen.families.higen.configuration import (
     read_config,
     write_config,
 )
+from higen.families.stage_rows import autoencoder_stages, solver_stages, text_encoder_stage
 from higen.manifest import Manifest
 from higen.schedule import Solver
 from higen.stages import Output, Stage, Tensor
@@ -88,15 +89,9 @@ def manifest(config: ModelConfig, plain: bool = True) -> Manifest:
 
 def stages() -> tuple[Stage, ...]:
     """The stages of every HiGen model, the plain ones too."""
-    hidden, embedding = ("B", "L", "Dt"), ("B", "F", "E")
-    latents, pixels = ("N", "C", "H", "W"), ("N", 3, "Y", "X")
+    hidden = ("B", "L", "Dt")
     return (
-        Stage(
-            "text_encoder",
-            TEXT_ENCODER,
-            (Tensor("tokens", ("B", "L"), "int64", "text:prompt"),),
-            (Output("hidden", hidden),),
-        ),
+        text_encoder_stage(TEXT_ENCODER, "Dt"),
         Stage(
             "conditioner",
             UNET,
@@ -105,34 +100,19 @@ def stages() -> tuple[Stage, ...]:
                 Tensor("motion", ("B", "F", "D"), source="control:motion"),
                 Tensor("appearance", ("B", "F", "R"), source="control:appearance"),
             ),
-            (Output("context", ("B", "K", "Dc")), Output("frame_embedding", embedding)),
+            (Output("context", ("B", "K", "Dc")), Output("frame_embedding", ("B", "F", "E"))),
         ),
         *_denoising_stages("spatial_unet", 1),
         *_denoising_stages("temporal_unet", "F", Tensor("prior", ("B", "C", "H", "W"), source="spatial.latents")),
-        Stage("vae_decoder", AUTOENCODER, (Tensor("latents", latents),), (Output("pixels", pixels),)),
-        Stage(
-            "vae_encoder",
-            AUTOENCODER,
-            (Tensor("pixels", pixels, source="picture:image"),),
-            (Output("latents", latents),),
-        ),
+        *autoencoder_stages(AUTOENCODER, "image"),
     )
 
 
 def _denoising_stages(name: str, frames: str | int, *extra: Tensor) -> tuple[Stage, Stage]:
-    """The step with both branches of guidance, and with one."""
-    state = ("B", "C", frames, "H", "W")
-    columns = ("t", "A", "B", "C", "alpha", "sigma")
-    step = (Tensor("latents", state), Tensor("previous", state), *(Tensor(column, ("B",)) for column in columns))
     context = Tensor("context", ("B", "K", "Dc"), source="conditioner.context")
     empty = Tensor("empty_context", ("B", "K", "Dc"), source="conditioner@negative.context")
     embedding = Tensor("frame_embedding", ("B", frames, "E"), source="conditioner.frame_embedding")
-    made = (Output("latents", state), Output("previous", state))
-    guidance = Tensor("guidance", ("B", frames))
-    return (
-        Stage(name, UNET, (*step, guidance, context, empty, embedding, *extra), made),
-        Stage(name + PLAIN, UNET, (*step, context, embedding, *extra), made),
-    )
+    return solver_stages(name, name + PLAIN, UNET, frames, (context, empty, embedding, *extra))
 
 
 def _sizes(config: ModelConfig) -> Sizes:

@@ -92,10 +92,9 @@ def _folder(folder: Path, prediction: str | None, notes: list[str]) -> Converted
     config = read_json(folder / "unet" / "config.json")
     arguments = image_unet_arguments(config)
     scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    own = {"v_prediction": "v"}.get(scheduler.get("prediction_type", "epsilon"), scheduler.get("prediction_type"))
-    if prediction is not None and prediction != (own or "epsilon"):
-        raise CheckpointError(f"prediction={prediction!r}: its scheduler says {own or 'epsilon'!r}")
     schedule = schedule_of(scheduler)
+    if prediction not in (None, schedule.prediction):
+        raise CheckpointError(f"prediction={prediction!r}: its scheduler says {schedule.prediction!r}")
     hub_folders.check_vocabulary(folder)
     clip = hub_folders.text_arguments(folder)
     text = hub_folders.text_state(folder, clip, notes.append)
@@ -103,22 +102,19 @@ def _folder(folder: Path, prediction: str | None, notes: list[str]) -> Converted
     unet = folder_state(folder / "unet", ("diffusion_pytorch_model",), notes.append)
     shapes = companions.shapes_of(lambda: image_unet(arguments))
     companions.check_tensors(unet, shapes, "the U-Net of its config.json")
-    size = int(config.get("sample_size") or 64) * _codec(codec).factor
-    pad = _pad_id(folder, clip)
-    return _converted(
-        folder, spec.Networks(arguments, clip, _codec(codec)), schedule, (unet, text, vae), size, pad, notes
-    )
+    made_of = spec.Networks(arguments, clip, _codec(codec))
+    size = int(config.get("sample_size") or 64) * made_of.codec.factor
+    return _converted(folder, made_of, schedule, (unet, text, vae), size, _pad_id(folder, clip), notes)
 
 
 def _pad_id(folder: Path, clip: dict[str, Any]) -> int:
     """The token behind a prompt: what the folder's tokenizer says, else the end token."""
-    ids = {"!": 0, "<|endoftext|>": 49407}
     config = folder / "tokenizer" / "tokenizer_config.json"
     token = read_json(config).get("pad_token") if config.is_file() else None
     token = token.get("content") if isinstance(token, dict) else token
     if token is None:
         return 0 if clip["hidden_size"] == _TEXT_WIDTH_OF_2 else 49407
-    found = ids.get(token, build_clip_tokenizer().token_to_id(token))
+    found = build_clip_tokenizer().token_to_id(token)
     if found is None:
         raise CheckpointError(f"{config}: pad_token={token!r} is no token of CLIP's")
     return int(found)
@@ -146,8 +142,8 @@ def _single_file(path: Path, prediction: str | None, notes: list[str]) -> Conver
 
 
 def _codec(arguments: dict[str, Any]) -> spec.Codec:
-    shift, scale = arguments.get("shift_factor") or 0.0, arguments.get("scaling_factor", 0.18215)
-    return spec.Codec(arguments, float(shift), float(scale))
+    _, shift, scale = companions.kl_numbers(arguments)
+    return spec.Codec(arguments, shift, scale)
 
 
 def _converted(
@@ -161,13 +157,7 @@ def _converted(
 ) -> Converted:
     """The model directory of a source. Raises CheckpointError for parts that do not belong together."""
     unet, clip, codec = made_of.unet, made_of.clip, made_of.codec
-    for what, given, wanted in (
-        ("text encoder's width", clip.get("hidden_size"), unet.get("cross_attention_dim")),
-        ("text encoder's vocabulary", clip.get("vocab_size"), build_clip_tokenizer().get_vocab_size()),
-        ("autoencoder's latent channels", codec.arguments.get("latent_channels"), unet.get("in_channels")),
-    ):
-        if given != wanted:
-            raise CheckpointError(f"the {what}: {given}, but its U-Net and CLIP's tokenizer want {wanted}")
+    companions.check_parts("its U-Net", clip, codec.arguments, unet.get("cross_attention_dim"), unet.get("in_channels"))
     version = 2 if clip["hidden_size"] == _TEXT_WIDTH_OF_2 else 1
     sampling = spec.Sampling(schedule.schedule, schedule.prediction, schedule.solvers)
     licence = f"{_LICENCES[version]} where the file's own says nothing else; its use restrictions go along"

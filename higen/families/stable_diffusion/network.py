@@ -10,10 +10,11 @@ from torch import Tensor, nn
 
 from higen.errors import ManifestError
 from higen.families import Weights
+from higen.families.companion_networks import open_autoencoder, open_text_encoder
 from higen.families.stable_diffusion import spec
 from higen.manifest import Manifest
-from higen.models.companion_stages import DecoderStage, EncoderStage, TextEncoderStage
-from higen.models.companions import TEXT_PREFIX, autoencoder, restore_buffers, text_encoder
+from higen.models.companion_stages import DecoderStage, EncoderStage
+from higen.models.companions import restore_buffers
 from higen.models.diffusers_unet import image_unet
 from higen.models.solver_step import SolverStep
 
@@ -40,7 +41,7 @@ class StableDiffusionNetworks:
             return SolverStep(row, self._predictor).eval()
         codec = self._networks.codec
         if stage == "text_encoder":
-            return TextEncoderStage(self._text_encoder()).eval()
+            return open_text_encoder(self._weights, spec.TEXT_ENCODER, self._networks.clip).eval()
         kinds = {"vae_decoder": DecoderStage, "vae_encoder": EncoderStage}
         if stage not in kinds:
             raise ManifestError(f"stages.{stage}: {spec.FAMILY} has a loop's steps, text_encoder, {', '.join(kinds)}")
@@ -57,19 +58,7 @@ class StableDiffusionNetworks:
 
     @cached_property
     def _autoencoder(self) -> nn.Module:
-        with torch.device("meta"):
-            built = autoencoder("AutoencoderKL", self._networks.codec.arguments)
-        # In float32 whatever the rest computes in: the published autoencoders overflow in fp16.
-        self._weights.fill(built, spec.AUTOENCODER, torch.float32)
-        restore_buffers(built, self._weights.device)
-        return built
-
-    def _text_encoder(self) -> nn.Module:
-        with torch.device("meta"):
-            encoder = text_encoder(self._networks.clip)
-        self._weights.fill(encoder, spec.TEXT_ENCODER, strip=TEXT_PREFIX)
-        restore_buffers(encoder, self._weights.device)
-        return encoder
+        return open_autoencoder(self._weights, spec.AUTOENCODER, "AutoencoderKL", self._networks.codec.arguments)
 
 
 class ImagePredictor(nn.Module):

@@ -10,9 +10,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from higen.errors import ManifestError
+from higen.families.stage_rows import autoencoder_stages, solver_stages, text_encoder_stage
 from higen.manifest import Manifest
 from higen.schedule import NoiseSchedule, Solver
-from higen.stages import Output, Stage, Tensor
+from higen.stages import Stage, Tensor
 from higen.tables import Control, Loop, NoiseRule, Sizes, Start, TextRules
 from higen.typed_json import from_json, to_json
 
@@ -38,7 +39,7 @@ class Codec:
     @property
     def factor(self) -> int:
         """Pixels per latent cell."""
-        return int(2 ** (len(self.arguments["block_out_channels"]) - 1))
+        return int(2 ** (len(self.arguments["block_out_channels"]) - 1))  # as `kl_numbers`, without PyTorch
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def manifest(made_of: Networks, sampling: Sampling, *, name: str, licence: str, 
     """
     unet, factor = made_of.unet, made_of.codec.factor
     multiple = factor * 2 ** (len(unet["block_out_channels"]) - 1)
+    side = max(multiple, size // multiple * multiple)
     return Manifest(
         name=name,
         licence=licence,
@@ -82,8 +84,8 @@ def manifest(made_of: Networks, sampling: Sampling, *, name: str, licence: str, 
             },
             factor=factor,
             multiple=multiple,
-            width=max(multiple, size // multiple * multiple),
-            height=max(multiple, size // multiple * multiple),
+            width=side,
+            height=side,
             fps=8,
             frames=(1, 1, 1),
             decoder="vae_decoder",
@@ -108,29 +110,13 @@ def manifest(made_of: Networks, sampling: Sampling, *, name: str, licence: str, 
 
 
 def _stages() -> tuple[Stage, ...]:
-    latents, pixels, context = ("N", "C", "H", "W"), ("N", 3, "Y", "X"), ("B", "L", "Dc")
-    state = ("B", "C", 1, "H", "W")
-    columns = ("t", "A", "B", "C", "alpha", "sigma")
-    step = (Tensor("latents", state), Tensor("previous", state), *(Tensor(column, ("B",)) for column in columns))
-    made = (Output("latents", state), Output("previous", state))
+    context = ("B", "L", "Dc")
     given = Tensor("context", context, source="text_encoder.hidden")
     empty = Tensor("empty_context", context, source="text_encoder@negative.hidden")
     return (
-        Stage(
-            "text_encoder",
-            TEXT_ENCODER,
-            (Tensor("tokens", ("B", "L"), "int64", "text:prompt"),),
-            (Output("hidden", context),),
-        ),
-        Stage("spatial_unet", UNET, (*step, Tensor("guidance", ("B", 1)), given, empty), made),
-        Stage("spatial_unet_plain", UNET, (*step, given), made),
-        Stage("vae_decoder", AUTOENCODER, (Tensor("latents", latents),), (Output("pixels", pixels),)),
-        Stage(
-            "vae_encoder",
-            AUTOENCODER,
-            (Tensor("pixels", pixels, source="picture:image"),),
-            (Output("latents", latents),),
-        ),
+        text_encoder_stage(TEXT_ENCODER, "Dc"),
+        *solver_stages("spatial_unet", "spatial_unet_plain", UNET, 1, (given, empty)),
+        *autoencoder_stages(AUTOENCODER, "image"),
     )
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from higen.families.stage_rows import solver_stages
 from higen.manifest import Manifest
 from higen.schedule import NoiseSchedule, Solver
 from higen.stages import Output, Stage, Tensor
@@ -139,18 +140,9 @@ def _readers() -> tuple[Stage, ...]:
 
 
 def _steps(name: str, frames: int | str, *extra: Tensor) -> tuple[Stage, Stage]:
-    """A solver's step with both branches of guidance, and with one."""
-    state = ("B", "C", frames, "H", "W")
-    columns = ("t", "A", "B", "C", "alpha", "sigma")
-    step = (Tensor("latents", state), Tensor("previous", state), *(Tensor(column, ("B",)) for column in columns))
-    made = (Output("latents", state), Output("previous", state))
     bearings = Tensor("bearings", ("B", frames, "E"), source="chart.bearings")
     empty = Tensor("empty_bearings", ("B", frames, "E"), source="chart@negative.bearings")
-    guidance = Tensor("guidance", ("B", frames))
-    return (
-        Stage(f"{name}_pair", "water.safetensors", (*step, guidance, bearings, empty, *extra), made),
-        Stage(f"{name}_single", "water.safetensors", (*step, bearings, *extra), made),
-    )
+    return solver_stages(f"{name}_pair", f"{name}_single", "water.safetensors", frames, (bearings, empty, *extra))
 
 
 def _of_the_clip() -> tuple[Tensor, ...]:

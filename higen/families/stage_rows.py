@@ -1,0 +1,42 @@
+"""Rows of the stage table that families have in common (docs/manifest.md): data alone, no PyTorch."""
+
+from __future__ import annotations
+
+from higen.stages import EMPTY, Output, Stage, Tensor
+
+__all__ = ["autoencoder_stages", "solver_stages", "text_encoder_stage"]
+
+
+def solver_stages(
+    guided: str, plain: str, weights: str, frames: int | str, conditions: tuple[Tensor, ...]
+) -> tuple[Stage, Stage]:
+    """A solver's step with both branches of guidance, and with one, over the same weights.
+
+    frames      1 or "F"
+    conditions  what the network is told; those called `empty_NAME` are the guided step's alone
+    """
+    state = ("B", "C", frames, "H", "W")
+    columns = ("t", "A", "B", "C", "alpha", "sigma")
+    step = (Tensor("latents", state), Tensor("previous", state), *(Tensor(column, ("B",)) for column in columns))
+    made = (Output("latents", state), Output("previous", state))
+    given = tuple(tensor for tensor in conditions if not tensor.name.startswith(EMPTY))
+    return (
+        Stage(guided, weights, (*step, Tensor("guidance", ("B", frames)), *conditions), made),
+        Stage(plain, weights, (*step, *given), made),
+    )
+
+
+def text_encoder_stage(weights: str, width: str) -> Stage:
+    """`text_encoder`: tokens [B,L] -> hidden [B,L,`width`]; `width` is a symbol."""
+    tokens = Tensor("tokens", ("B", "L"), "int64", "text:prompt")
+    return Stage("text_encoder", weights, (tokens,), (Output("hidden", ("B", "L", width)),))
+
+
+def autoencoder_stages(weights: str, control: str) -> tuple[Stage, Stage]:
+    """`vae_decoder`, frame by frame, and `vae_encoder`, which reads the picture `control`."""
+    latents, pixels = ("N", "C", "H", "W"), ("N", 3, "Y", "X")
+    given = Tensor("pixels", pixels, source=f"picture:{control}")
+    return (
+        Stage("vae_decoder", weights, (Tensor("latents", latents),), (Output("pixels", pixels),)),
+        Stage("vae_encoder", weights, (given,), (Output("latents", latents),)),
+    )
