@@ -10,7 +10,16 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from higen.backends.plans import ENGINES, PlanRecord, engine_file, log_file, pending_file, pending_record, record_file
+from higen.backends.plans import (
+    ENGINES,
+    PlanRecord,
+    engine_file,
+    fitting_record,
+    log_file,
+    pending_file,
+    pending_record,
+    record_file,
+)
 from higen.bundle import sha256
 from higen.errors import EngineError, OutputError
 from higen.locks import locked
@@ -140,11 +149,9 @@ class EngineStore:
 
     def _finish_plan(self, stage: str, pending: Path) -> None:
         """Put a plan in its place whose log is there already: all three files were whole before the first was moved."""
-        plan, log = self._part(engine_file(stage)), self._part(log_file(stage))
-        try:
-            record = PlanRecord.from_text(pending.read_text(encoding="utf-8"), str(pending))
-            whole = not log.exists() and plan.stat().st_size == record.size and sha256(plan) == record.sha256
-        except (OSError, UnicodeDecodeError, EngineError):
+        if self._part(log_file(stage)).exists():
             return
-        if whole and record.stage == stage:
+        plan = self._part(engine_file(stage))
+        record = fitting_record(pending, plan)
+        if record is not None and record.stage == stage:
             plan.replace(self.folder / engine_file(stage))

@@ -43,7 +43,7 @@ def load(
     from this one cannot use it. Raises RequestError, ManifestError, IntegrityError, BackendUnavailable, OutOfMemory or
     EngineError.
     """
-    backend = check_backend("auto" if backend is None else backend)
+    backend = check_backend(backend)
     options = Options(device, precision, threads, verify, low_memory)  # type: ignore[arg-type] # None is the default
     with enough_memory("load"):
         bundle = Bundle.open(default_model() if model is None else model)
@@ -82,5 +82,5 @@ def generate(
 
     The model is loaded once and kept. A list of prompts gives a list of videos.
     """
-    name = check_backend("auto" if backend is None else backend)
+    name = check_backend(backend)
     return _default_pipeline(name, os.getpid())(prompt, progress=progress, **options)

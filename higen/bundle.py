@@ -77,9 +77,7 @@ def variant(name: str, precision: str) -> str:
 _TRIES = 20
 
 _Mark = tuple[int, int, int, int]
-"""What tells whether a file was replaced or written to: device, inode, size, times of change of contents and of itself.
-The last one alone also changes with a link or a permission: the file is then checked again, and is as it was.
-"""
+"""What tells whether a file was replaced or written to: device, inode, size, time of change."""
 
 
 @dataclass(frozen=True)
@@ -147,8 +145,8 @@ class Bundle:
         return path
 
     def check_loaded(self, *names: str) -> None:
-        """See that nobody has written into these files since they were checked: what a backend has loaded may be
-        mapped, and change with them. A file that another has taken the place of is as it was. Raises IntegrityError.
+        """Raise IntegrityError where a file was written into since it was checked: a backend may have mapped it, and
+        its tensors change with it. A replaced file (another inode) is no error: the old one stays mapped.
         """
         for name in names:
             seen, found = self._seen.get(name), _mark(self.path / name)
@@ -256,20 +254,29 @@ def put_file(bundle: Bundle, finished: Path, name: str, inputs: tuple[GraphInput
     record = file_record(finished)
     with changing(bundle.path) as opened:
         check_version(bundle.path, opened)
-        if opened.files.get(name) == record and opened.graphs.get(name) == inputs:
+        there = opened.files.get(name) == record and opened.graphs.get(name) == inputs
+        if there:
             finished.unlink()
-            return bundle if bundle.files == opened.files else Bundle.open(bundle.path)
-        check_place(bundle.path, opened.files, name)
-        with staging(bundle.path) as stage:
-            moved = finished.replace(stage.folder / name)
-            before, after = stage.folder / "before", stage.folder / "after"
-            write_text(after, manifest_text(_entered(opened, name, record, inputs)))
-            pairs = [(moved, bundle.path / name), (after, bundle.path / MANIFEST)]
-            if name in opened.files:
-                write_text(before, manifest_text(_entered(opened, name, None, None)))
-                pairs.insert(0, (before, bundle.path / MANIFEST))
-            stage.commit(pairs)
-        return Bundle.open(bundle.path)
+        else:
+            _enter(bundle.path, opened, finished, name, record, inputs)
+    # Not before the lock is given back: opening waits for it where a change is unfinished.
+    return bundle if there and bundle.files == opened.files else Bundle.open(bundle.path)
+
+
+def _enter(
+    folder: Path, opened: Opened, finished: Path, name: str, record: FileRecord, inputs: tuple[GraphInput, ...] | None
+) -> None:
+    """Move a file to its name and the manifest with it into its place. The caller is alone in the folder."""
+    check_place(folder, opened.files, name)
+    with staging(folder) as stage:
+        moved = finished.replace(stage.folder / name)
+        before, after = stage.folder / "before", stage.folder / "after"
+        write_text(after, manifest_text(_entered(opened, name, record, inputs)))
+        pairs = [(moved, folder / name), (after, folder / MANIFEST)]
+        if name in opened.files:
+            write_text(before, manifest_text(_entered(opened, name, None, None)))
+            pairs.insert(0, (before, folder / MANIFEST))
+        stage.commit(pairs)
 
 
 def check_place(folder: Path, files: Mapping[str, FileRecord], name: str) -> None:
@@ -286,7 +293,7 @@ def drop_file(bundle: Bundle, name: str) -> Bundle:
             after = stage.folder / "after"
             write_text(after, manifest_text(_entered(opened, name, None, None)))
             stage.commit([(after, bundle.path / MANIFEST)], [bundle.path / name] if name in opened.files else [])
-        return Bundle.open(bundle.path)
+    return Bundle.open(bundle.path)
 
 
 def _entered(opened: Opened, name: str, record: FileRecord | None, inputs: tuple[GraphInput, ...] | None) -> Opened:

@@ -54,7 +54,7 @@ def begin(root: Path, journal: Mapping[str, Any]) -> None:
     try:
         done = finish(root)
     except BaseException:
-        if not _forgotten(root):  # an interrupt, most likely: what has begun is finished
+        if not _forgotten(root, journal):  # an interrupt, most likely: what has begun is finished
             finish(root)
         raise
     if not done:
@@ -67,7 +67,7 @@ def finish(root: Path) -> bool:
         journal = _checked(root, json.loads((root / JOURNAL).read_text(encoding="utf-8")))
     except FileNotFoundError:
         return True
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
         journal = _NOTHING
     done = _finish_swap(root, journal) if "swap" in journal else _finish_moves(root.parent, journal)
     (root / JOURNAL).unlink(missing_ok=True)
@@ -93,7 +93,7 @@ def _checked(root: Path, journal: dict[str, Any]) -> dict[str, Any]:
     """A journal that moves files of `root`, or beside it, to names of the folder around it.
 
     Whoever sends a folder may put a journal into it: one with other places is none. Raises ValueError, TypeError,
-    KeyError.
+    KeyError, IndexError, AttributeError.
     """
     for place in [place for place, *_ in journal.get("moves", [])]:
         inside, outer = Path(place).parts, (root.name, NEW)
@@ -101,6 +101,11 @@ def _checked(root: Path, journal: dict[str, Any]) -> dict[str, Any]:
         beside = len(inside) == 1 and place.startswith(f"{root.name}.")
         if not staged and not beside:
             raise ValueError(f"{place!r}: no unfinished file of {root.name}")
+    marks = [mark for _, _, new, old in journal.get("moves", []) for mark in (new, old)]
+    for mark in [*marks, *(old for _, old in journal.get("removals", []))]:
+        _as_mark(mark)
+    if "swap" in journal:
+        int(journal["inode"])
     names = [journal["swap"]] if "swap" in journal else [name for _, name, _, _ in journal["moves"]]
     names += [name for name, _ in journal.get("removals", [])]
     if wrong := [name for name in names if name != Path(name).name or name in ("", ".", "..")]:
@@ -139,11 +144,9 @@ def _finish_swap(root: Path, journal: Mapping[str, Any]) -> bool:
     return not new.is_dir()
 
 
-def _forgotten(root: Path) -> bool:
+def _forgotten(root: Path, journal: Mapping[str, Any]) -> bool:
     """Forget a journal of which nothing was done yet; whether that is so."""
-    try:
-        journal = _checked(root, json.loads((root / JOURNAL).read_text(encoding="utf-8")))
-    except FileNotFoundError:
+    if not committed(root):
         return True
     if "swap" in journal:
         begun = (root / OLD).exists() or not (root / NEW).is_dir()

@@ -26,9 +26,9 @@ def device_named(device: object) -> str | None:
     return "cpu" if text == "cpu:0" else str(text)
 
 
-def device_index(device: str) -> int:
-    """The number of the GPU that "cuda" or "cuda:N" means."""
-    return int(device.partition(":")[2] or 0)
+def device_index(device: str | None) -> int:
+    """The number of the GPU that "cuda" or "cuda:N" means; None: the first."""
+    return int((device or "").partition(":")[2] or 0)
 
 
 def check_present(device: str, count: int) -> None:

@@ -72,6 +72,7 @@ __all__ = [
     "WrongArchitecture",
     "is_of_a_handler",
     "quoted",
+    "raised_in",
 ]
 
 _OURS = ("higen", "av", "PIL", "numpy", "onnxruntime", "torch")
@@ -108,15 +109,20 @@ def quoted(value: object) -> str:
     return _cut(re.sub(r"\s*\n\s*", " ", _QUOTES.repr(value)), LINE)
 
 
+def raised_in(error: BaseException) -> str:
+    """The name of the module whose code raised an error; an empty text where that is unknown."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return str(trace.tb_frame.f_globals.get("__name__", "")) if trace else ""
+
+
 def is_of_a_handler(error: BaseException) -> bool:
     """Whether an error in the middle of a library's work was raised by a person's own code.
 
     That is a signal handler's: a time limit, say. It is passed on, and never taken for the library's failure.
     """
-    trace = error.__traceback__
-    while trace is not None and trace.tb_next is not None:
-        trace = trace.tb_next
-    where = str(trace.tb_frame.f_globals.get("__name__", "")) if trace else ""
+    where = raised_in(error)
     root = where.partition(".")[0]
     foreign = bool(where) and root not in _OURS and root not in sys.stdlib_module_names
     kind = type(error).__module__.partition(".")[0]

@@ -37,7 +37,7 @@ class Home:
 
 
 def outlives_forks(thing: object) -> None:
-    """Never free a thing in a process that is forked from this one: freeing it would wait for its threads."""
+    """See that a thing is not freed in processes forked from this one: that would wait for threads they have not."""
     _THREADED.add(thing)
 
 

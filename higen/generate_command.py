@@ -151,14 +151,12 @@ def generate(
     """
     with reported(as_json):
         from higen.api import load
-        from higen.backends.select import check_backend
         from higen.video import check_output
 
         given = {name: value for name, value in options.items() if value is not None}
         given |= {name: _whole(given[name]) for name in ("steps",) if name in given}
         # All this is found out before the weights are loaded.
         check_output(output)
-        check_backend(backend)
         with load(
             model, backend, device=device, precision=precision, threads=threads, low_memory=low_memory, prepare=False
         ) as pipeline:

@@ -17,6 +17,7 @@ from higen.errors import HigenError, IntegrityError, ManifestError, ModelError
 from higen.manifest import Manifest
 from higen.staging import exclusive, whole_file
 from higen.tables import MAX_SIZE
+from higen.text_files import repeated_key
 from higen.typed_json import from_json, to_json
 
 __all__ = [
@@ -218,12 +219,9 @@ def _parse(path: Path, data: bytes) -> dict[str, Any]:
 
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """An object; a key that stands there twice would be read one way here and another way elsewhere."""
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"{next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
-    return made
+    if (twice := repeated_key(pairs)) is not None:
+        raise ValueError(f"{twice!r} stands there twice")
+    return dict(pairs)
 
 
 def _check_values(document: object) -> None:

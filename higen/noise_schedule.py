@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import numbers
 from dataclasses import dataclass
+from typing import TypeGuard
 
 from higen.errors import ManifestError
 
@@ -34,7 +35,7 @@ def _one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
     _require(value in allowed, f"{what}={value!r}: one of {', '.join(map(repr, allowed))}")
 
 
-def is_whole(value: object, low: int, high: int) -> bool:
+def is_whole(value: object, low: int, high: int) -> TypeGuard[int]:
     """Whether a value is a whole number of this range; a truth value is none."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and low <= int(value) <= high
 

@@ -13,7 +13,8 @@ from higen.errors import OutputError, quoted
 from higen.paths import given_path
 from higen.staging import whole_file
 
-__all__ = ["check_file", "check_folder", "check_names", "check_own", "lies", "output_file"]
+__all__ = ["check_file", "check_folder", "check_names", "check_own", "check_writable", "keep_mode"]
+__all__ += ["lies", "output_file"]
 
 
 def check_file(path: str | os.PathLike[str]) -> Path:
@@ -31,8 +32,8 @@ def check_file(path: str | os.PathLike[str]) -> Path:
         target = Path(os.path.realpath(path)) if path.is_symlink() else path
         if found is not None and not stat.S_ISREG(found.st_mode):
             raise OutputError(f"{path}: is no plain file, but a pipe or a device; choose another name")
-        if found is not None and (not os.access(path, os.W_OK) or not found.st_mode & 0o222):
-            raise OutputError(f"{path}: is read-only: make it writable, or choose another name")
+        if found is not None:
+            check_writable(path)
         if not target.parent.is_dir():
             raise OutputError(f"{path}: is a link into the folder {target.parent}, which does not exist")
         check_folder(path, target.parent, writing=True)
@@ -52,8 +53,8 @@ def check_folder(path: Path, folder: Path, writing: bool = False) -> None:
 def check_own(folder: Path, names: Sequence[str], mark: str) -> None:
     """Whether a report of these files can be written into a folder that a person named. Ask before the work.
 
-    Files of these names may be replaced where they are of an earlier report: the first of them, which is written first,
-    then has `mark` (a regular expression) in its first lines.
+    Files of these names may be replaced if an earlier report wrote them. The first one tells: it is written first, and
+    `mark` (a regular expression) is found in its first 4096 bytes.
     Raises OutputError naming what stands there, and for a folder that cannot be made or written.
     """
     with check_names(folder):
@@ -72,6 +73,18 @@ def check_own(folder: Path, names: Sequence[str], mark: str) -> None:
     raise OutputError(f"{folder / there[0]}: is of no earlier report: move it away, or choose another folder")
 
 
+def check_writable(path: Path) -> None:
+    """Raise OutputError for a file that a person has protected, even where its folder lets it be replaced."""
+    if not os.access(path, os.W_OK) or not path.stat().st_mode & 0o222:
+        raise OutputError(f"{path}: is read-only: make it writable, or choose another name")
+
+
+def keep_mode(new: Path, old: Path) -> None:
+    """Give a file the permissions of the one that it replaces, if there is one."""
+    if old.exists():
+        new.chmod(stat.S_IMODE(old.stat().st_mode))
+
+
 @contextmanager
 def output_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yields a name to write to; the file takes its place at `path`, with the permissions of the one there, on a clean
@@ -80,8 +93,7 @@ def output_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     target = check_file(path)
     with whole_file(target, Path(path).suffix) as temporary:  # a link's target may have another suffix
         yield temporary
-        if target.exists():
-            temporary.chmod(stat.S_IMODE(target.stat().st_mode))
+        keep_mode(temporary, target)
 
 
 @contextmanager

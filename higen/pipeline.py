@@ -192,9 +192,9 @@ class Pipeline:
         return list(needed)
 
     @staticmethod
-    def _ways(loop: Loop, plain: bool) -> tuple[str, ...]:
+    def _ways(loop: Loop, unguided: bool) -> tuple[str, ...]:
         """The stages that can do a row, the preferred first: where guidance is 1 everywhere it is the plain one."""
-        names = (loop.plain, loop.guided) if plain else (loop.guided,)
+        names = (loop.plain, loop.guided) if unguided else (loop.guided,)
         return tuple(name for name in names if name is not None)
 
     def prepare(self, request: Request | None = None) -> None:
@@ -277,8 +277,10 @@ class Pipeline:
         if self._tokenizer is None:
             return {}
         count = len(request.prompts)
-        names = {request.negative_prompt: "negative_prompt"}
-        names |= {text: f"prompt {i + 1} of {count}" if count > 1 else "prompt" for i, text in _last_first(request)}
+        names: dict[str, str] = {}
+        for i, text in enumerate(request.prompts):
+            names.setdefault(text, f"prompt {i + 1} of {count}" if count > 1 else "prompt")
+        names.setdefault(request.negative_prompt, "negative_prompt")
         return {text: self._tokenizer.encode([text], request.warn, [name]) for text, name in names.items()}
 
     def _steps(self, request: Request, sources: Sources, loop: Loop, steps: int) -> Iterator[Step]:
@@ -307,9 +309,9 @@ class Pipeline:
         unit, added = sources.initial_noise(loop)
         yield from denoise(self.backend, plan, initial_state(table, unit, added, clean, plan.first))
 
-    def _stage(self, loop: Loop, plain: bool) -> Stage:
+    def _stage(self, loop: Loop, unguided: bool) -> Stage:
         """The stage that does a row, whether its guidance is 1 everywhere or not."""
-        return self.manifest.stage(self.backend.choose(*self._ways(loop, plain)))
+        return self.manifest.stage(self.backend.choose(*self._ways(loop, unguided)))
 
     @staticmethod
     def _first(request: Request, loop: Loop, rows: int) -> int:
@@ -356,9 +358,6 @@ class Pipeline:
                 yield Frames(video, first, to_uint8(pixels[first - start : last - start]), done, batch * total)
 
     def _metadata(self, request: Request, index: int, seconds: Mapping[str, float]) -> dict[str, Any]:
-        def plain(value: Any) -> Any:
-            return value.tolist() if isinstance(value, np.ndarray) else value
-
         shown = [control.name for control in self.manifest.controls if control.kind not in ("picture", "clip")]
         return {
             "prompt": request.prompts[index],
@@ -376,11 +375,6 @@ class Pipeline:
 
 
 _COMMON = tuple(name for name in COMMON if name != "prompt")
-
-
-def _last_first(request: Request) -> list[tuple[int, str]]:
-    """The prompts with their places, so that of equal ones the first counts in a dict."""
-    return list(enumerate(request.prompts))[::-1]
 
 
 def _any_picture(control: Control, value: Any, frames: int, width: int, height: int) -> Any:

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["is_whole", "plain"]
+__all__ = ["plain"]
 
 
 def plain(value: Any, levels: int = 4) -> Any:
@@ -21,8 +21,3 @@ def plain(value: Any, levels: int = 4) -> Any:
         with suppress(Exception):  # a library's tensor that holds no values, say
             return value.tolist()
     return value
-
-
-def is_whole(value: object, low: int, high: int) -> bool:
-    """Whether a plain value is a whole number in a range; a truth value is none."""
-    return isinstance(value, int) and not isinstance(value, bool) and low <= value <= high

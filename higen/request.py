@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from higen.conditioning import check_numbers, curve_values, similarity_rows
 from higen.errors import RequestError, quoted
 from higen.manifest import Manifest
-from higen.plain_values import is_whole, plain
+from higen.noise_schedule import is_whole
+from higen.plain_values import plain
 from higen.schedule import max_steps
 from higen.stages import source
 from higen.tables import COMMON, MAX_NUMBER, MAX_SIDE, Control, Loop
@@ -324,7 +325,7 @@ def _seed(seed: object) -> int:
 
 
 def _whole(name: str, value: object, low: int, high: int) -> int:
-    if not isinstance(value, int) or not is_whole(value, low, high):
+    if not is_whole(value, low, high):
         raise RequestError(f"{name}={quoted(value)}: a whole number from {low} to {high}")
     return int(value)
 

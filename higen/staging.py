@@ -110,19 +110,18 @@ def whole_file(path: Path, suffix: str | None = None) -> Iterator[Path]:
 
 
 @contextmanager
-def exclusive(folder: Path) -> Iterator[None]:
-    """Be the only writer that changes several files of `folder`, waiting for another; what a killed one began is
-    finished first.
+def exclusive(folder: Path, *, wait: bool = True) -> Iterator[None]:
+    """Be the only writer that changes several files of `folder`; what a killed one began is finished first.
 
-    The lock file is gone afterwards. On a system without such locks nothing is held. Raises OSError where the folder
-    cannot be written.
+    `wait`: until another one has ended; else BlockingIOError is raised. The lock file is gone afterwards. On a system
+    without such locks nothing is held. Raises OSError where the folder cannot be written.
     """
     path = folder / LOCK
     for _ in range(_TRIES):
         try:
-            descriptor = hold(path, os.O_RDONLY | _NOFOLLOW, wait=True)  # another user's can be locked too
+            descriptor = hold(path, os.O_RDONLY | _NOFOLLOW, wait=wait)  # another user's can be locked too
         except FileNotFoundError:
-            descriptor = hold(path, os.O_RDONLY | os.O_CREAT | _NOFOLLOW, wait=True)
+            descriptor = hold(path, os.O_RDONLY | os.O_CREAT | _NOFOLLOW, wait=wait)
         if descriptor is None or _still(path, descriptor):
             break
         os.close(descriptor)  # its holder took it away: another may have made it anew
@@ -139,11 +138,14 @@ def exclusive(folder: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def settle(folder: Path) -> None:
-    """Finish what a killed writer began to change in `folder`; nothing is done where it cannot be written."""
+def settle(folder: Path, *, wait: bool = True) -> None:
+    """Finish what a killed writer began to change in `folder`; nothing is done where it cannot be written.
+
+    `wait`: for another writer at work there; it does the same.
+    """
     with suppress(OSError, ValueError):  # ValueError: a name that no file system takes
         if any(commit.committed(root) for root in _roots(folder)):
-            with exclusive(folder):
+            with exclusive(folder, wait=wait):
                 pass
 
 
@@ -241,7 +243,7 @@ def _noted(root: Path) -> bool:
 def sweep(parent: Path) -> None:
     """Take away what killed writers left in `parent`; what cannot be taken away stays."""
     with suppress(OSError, ValueError):
-        settle(parent)
+        settle(parent, wait=False)  # the caller may be the one that has the lock
         with os.scandir(parent) as entries:
             names = sorted(e.name for e in entries if e.name.startswith(PREFIX))
         beside = [parent / name for name in names if _owner(name) not in (None, name)]

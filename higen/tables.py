@@ -14,6 +14,7 @@ from higen.stages import FREE
 
 __all__ = [
     "COMMON",
+    "MAX_NUMBER",
     "NUMERIC",
     "Control",
     "Loop",

@@ -9,7 +9,6 @@ import errno
 import json
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,6 +27,7 @@ from higen.errors import (
     PromptWarning,
     RequestError,
     SettingsError,
+    raised_in,
 )
 from higen.memory import enough_memory
 from higen.paths import given_path
@@ -139,10 +139,7 @@ def _outputs() -> Iterator[None]:
 
 def _is_of_an_output(error: OSError) -> bool:
     """Whether an error comes from writing to a terminal or pipe, and not from a file of ours."""
-    last = None
-    for frame, _ in traceback.walk_tb(error.__traceback__):
-        last = frame.f_globals.get("__name__")
-    return last in ("click._compat", "click.utils", "tqdm.std", "tqdm.utils")
+    return raised_in(error) in ("click._compat", "click.utils", "tqdm.std", "tqdm.utils")
 
 
 def _is_broken(stream: TextIO | None) -> bool:

@@ -11,9 +11,12 @@ import os
 import re
 import stat
 import tomllib
+from collections import Counter
+from collections.abc import Collection
 from typing import Any
 
-__all__ = ["LARGEST", "TextError", "check_text", "from_json_text", "plain_text", "read_json", "read_text", "read_toml"]
+__all__ = ["TextError", "check_text", "from_json_text", "plain_text", "read_json", "read_text", "read_toml"]
+__all__ += ["repeated_key"]
 
 LARGEST = 16 * 2**20
 """Bytes of a file of settings at most."""
@@ -95,12 +98,15 @@ def from_json_text(text: str) -> Any:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    made = dict(pairs)
-    if len(made) < len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
+    if (twice := repeated_key(pairs)) is not None:
         raise TextError(f"the key {twice!r} stands there twice")
-    return made
+    return dict(pairs)
+
+
+def repeated_key(pairs: Collection[tuple[str, Any]]) -> str | None:
+    """The first key of a JSON object that stands there again: one reader would take one value, another the other."""
+    counts = Counter(key for key, _ in pairs)
+    return next((key for key, count in counts.items() if count > 1), None) if len(counts) < len(pairs) else None
 
 
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:

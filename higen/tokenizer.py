@@ -181,7 +181,7 @@ def _finish(tokenizer: Tokenizer, pieces: str, specials: list[str], *more: pre_t
 
 
 def write_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    """Write a tokenizer.json as the library does, which raises bare Exception on a full disk. Raises OSError."""
+    """Write what the library's own `save` writes; that raises a bare Exception on a full disk, this an OSError."""
     path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8", newline="\n")
 
 

@@ -33,8 +33,9 @@ from numpy.typing import NDArray
 
 from higen.errors import BackendError, OutputError, quoted
 from higen.memory import enough_memory
+from higen.noise_schedule import is_whole
 from higen.paths import given_path
-from higen.plain_values import is_whole, plain
+from higen.plain_values import plain
 from higen.video_reader import read
 from higen.video_record import Clip
 from higen.video_writer import check_output, write

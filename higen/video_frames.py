@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from higen.errors import OutputError
+from higen.output_file import check_writable
 from higen.video_record import Clip, numbered, unpack
 
 __all__ = ["FRAME", "clip_id", "frame_mark", "frame_text", "replaced"]
@@ -38,10 +40,10 @@ def frame_text(clip: str, index: int) -> str:
 def frame_mark(info: Mapping[Any, Any]) -> tuple[str, int | None] | None:
     """Clip and frame of a picture of a sequence, from Pillow's `info`; None for another program's.
 
-    Pictures of before this mark have their clip's whole payload for an id, and no number.
+    Pictures of older versions have no mark: their id is their clip's whole payload, their number None.
     """
     payload = str(info.get("Comment", ""))
-    if not unpack(payload)[1]:
+    if unpack(payload)[1] is None:
         return None
     try:
         mark = json.loads(str(info[FRAME]))
@@ -53,7 +55,7 @@ def frame_mark(info: Mapping[Any, Any]) -> tuple[str, int | None] | None:
 
 
 def replaced(path: Path, count: int) -> list[Path]:
-    """The pictures that go as a clip of `count` frames takes the place of the sequence `path`, beyond those `count`.
+    """The pictures past frame `count` that are removed when a clip of `count` frames replaces the sequence `path`.
 
     Raises OutputError naming the first file in the place of a frame that is not that frame of a sequence of ours.
     """
@@ -68,16 +70,16 @@ def replaced(path: Path, count: int) -> list[Path]:
                 f"{file}: is in the place of frame {index} of {path.name}, and higen did not write it as that: move it "
                 "away, or choose another name"
             )
-        _check_writable(file)
+        check_writable(file)
         clips.add(mark[0])
         longest = max(longest, mark[1])
     beyond = [
         file
-        for index in range(count, longest)
-        if (mark := _mark(file := numbered(path, index), index)) is not None and mark[0] in clips
+        for index, file in _numbered_files(path)
+        if count <= index < longest and (mark := _mark(file, index)) is not None and mark[0] in clips
     ]
     for file in beyond:
-        _check_writable(file)
+        check_writable(file)
     return beyond
 
 
@@ -92,12 +94,14 @@ def _mark(file: Path, index: int) -> tuple[str, int] | None:
             info = dict(image.info)
     except Exception:  # Pillow may raise anything on corrupt data
         return None
-    mark = frame_mark(info)
-    if mark is None or mark[1] not in (index, None):
+    mark, record = frame_mark(info), unpack(str(info.get("Comment", "")))[1]
+    if mark is None or record is None or mark[1] not in (index, None):
         return None
-    return mark[0], int(unpack(str(info["Comment"]))[1]["frames"])
+    return mark[0], record.frames
 
 
-def _check_writable(file: Path) -> None:
-    if not os.access(file, os.W_OK) or not file.stat().st_mode & 0o222:
-        raise OutputError(f"{file}: is read-only: make it writable, or choose another name")
+def _numbered_files(path: Path) -> list[tuple[int, Path]]:
+    """The frames' files that are there under a sequence's names, with their numbers, ascending."""
+    pattern = re.compile(re.escape(f"{path.stem}_") + "([0-9]+)" + re.escape(path.suffix), re.DOTALL)
+    found = {int(name[1]) for file in path.parent.iterdir() if (name := pattern.fullmatch(file.name))}
+    return [(index, file) for index in sorted(found) if os.path.lexists(file := numbered(path, index))]

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,7 +18,7 @@ from higen.media.streams import VideoStream
 from higen.media.timing import steady_plan
 from higen.staging import settle
 from higen.video_frames import frame_mark
-from higen.video_record import DEFAULT_FPS, Clip, unpack
+from higen.video_record import DEFAULT_FPS, Clip, Record, unpack
 from higen.video_run import Run, find_run
 
 __all__ = ["READABLE", "read"]
@@ -36,20 +34,6 @@ _TRIES = 20
 
 _CLOCK = 0.011
 """Seconds that a duration in a file may be off by rounding: a GIF counts hundredths."""
-
-
-@dataclass(frozen=True)
-class _Record:
-    """What a file of ours says of the clip that was saved."""
-
-    fps: float
-    frames: int
-    height: int
-    width: int
-
-    @property
-    def seconds(self) -> float:
-        return self.frames / self.fps
 
 
 def read(path: Path, most: int | None = None) -> Clip:
@@ -75,7 +59,7 @@ def read(path: Path, most: int | None = None) -> Clip:
 
 
 def _read_moving(source: Animation | VideoStream, most: int | None) -> Clip:
-    metadata, record = _unpacked(source.payload)
+    metadata, record = unpack(source.payload)
     if record and not source.complete:
         raise OutputError(f"{len(source.times)} of {record.frames} frames are in it: it is truncated")
     shown, fps = _plan(source, record, most)
@@ -90,10 +74,10 @@ def _read_moving(source: Animation | VideoStream, most: int | None) -> Clip:
     return Clip(_cropped(frames, record), fps or DEFAULT_FPS, metadata)
 
 
-def _plan(source: Animation | VideoStream, record: _Record | None, most: int | None) -> tuple[NDArray[np.int64], float]:
+def _plan(source: Animation | VideoStream, record: Record | None, most: int | None) -> tuple[NDArray[np.int64], float]:
     """Which frames to show (`most` or more, where there are), and the rate.
 
-    Our record says both where the file agrees with it: it may be of another rate or length since.
+    Both are our record's where the file agrees with it; another program may have changed the file since.
     """
     count, seconds = len(source.times), source.end - float(source.times[0])
     if record is not None and isinstance(source, Animation):
@@ -153,7 +137,7 @@ def _read_while_still(path: Path, most: int | None) -> Clip:
 def _read_run(run: Run, most: int | None) -> Clip:
     """The pictures of a sequence, checked to be of one clip and one size."""
     first, info = load(run.files[0])
-    metadata, record = _unpacked(str(info.get("Comment", "")))
+    metadata, record = unpack(str(info.get("Comment", "")))
     mark = frame_mark(info) if run.numbered else None
     whole = len(run.files)  # of another program: up to the last number
     if mark is not None and record is not None:
@@ -180,20 +164,12 @@ def _read_run(run: Run, most: int | None) -> Clip:
     return Clip(frames, record.fps if record else DEFAULT_FPS, metadata)
 
 
-def _cropped(frames: NDArray[np.uint8], record: _Record | None) -> NDArray[np.uint8]:
+def _cropped(frames: NDArray[np.uint8], record: Record | None) -> NDArray[np.uint8]:
     """Without the row and column that made an odd size even."""
     if record is None:
         return frames
     padded = (record.height + record.height % 2, record.width + record.width % 2)
     return frames[:, : record.height, : record.width] if frames.shape[1:3] == padded else frames
-
-
-def _unpacked(payload: str) -> tuple[dict[str, Any], _Record | None]:
-    metadata, record = unpack(payload)
-    numbers = [record.get(name) for name in ("frames", "height", "width")]
-    fps = record.get("fps")
-    fits = isinstance(fps, (int, float)) and math.isfinite(fps) and all(type(number) is int for number in numbers)
-    return metadata, _Record(float(fps), *numbers) if fits else None  # type: ignore[arg-type]
 
 
 def _read_npy(path: Path, most: int | None) -> Clip:

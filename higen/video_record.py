@@ -6,6 +6,7 @@ The JSON is the clip's metadata and, as the key `higen.video`, the rate, length 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,11 +15,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DEFAULT_FPS", "RECORD", "SUFFIXES", "Clip", "numbered", "pack", "unpack"]
+__all__ = ["DEFAULT_FPS", "Clip", "Record", "numbered", "pack", "unpack"]
 
 RECORD = "higen.video"
 DEFAULT_FPS = 8.0
-SUFFIXES = (".mp4", ".webm", ".gif", ".webp", ".png", ".npy")
 
 
 @dataclass(frozen=True, eq=False)
@@ -43,14 +43,33 @@ def pack(clip: Clip) -> tuple[str, str]:
     return title, json.dumps({**clip.metadata, RECORD: record})
 
 
-def unpack(payload: str) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Metadata and record of a payload; both are empty for the text of another program."""
+@dataclass(frozen=True)
+class Record:
+    """What a file of ours says of the clip that was saved."""
+
+    fps: float
+    frames: int
+    height: int
+    width: int
+
+    @property
+    def seconds(self) -> float:
+        """Its duration."""
+        return self.frames / self.fps
+
+
+def unpack(payload: str) -> tuple[dict[str, Any], Record | None]:
+    """Metadata and record of a payload; none of both for the text of another program."""
     try:
         metadata = json.loads(payload)
         record = metadata.pop(RECORD)
-        return (metadata, record) if all(record[k] > 0 for k in ("fps", "frames", "height", "width")) else ({}, {})
+        fps, *sizes = (record[name] for name in ("fps", "frames", "height", "width"))
+        if not all(number > 0 for number in (fps, *sizes)):
+            return {}, None
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
-        return {}, {}
+        return {}, None
+    fits = isinstance(fps, (int, float)) and math.isfinite(fps) and all(type(size) is int for size in sizes)
+    return metadata, Record(float(fps), *sizes) if fits else None
 
 
 def numbered(path: Path, index: int) -> Path:

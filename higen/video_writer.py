@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import os
-import stat
 from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
@@ -14,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from higen.errors import HigenError, OutputError, is_of_a_handler, quoted
-from higen.output_file import check_file, check_folder, check_names, lies, output_file
+from higen.output_file import check_file, check_folder, check_names, keep_mode, lies, output_file
 from higen.paths import given_path
 from higen.staging import exclusive, staging
 from higen.video_frames import FRAME, clip_id, frame_text, replaced
-from higen.video_record import SUFFIXES, Clip, numbered, pack
+from higen.video_record import Clip, numbered, pack
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -56,8 +55,7 @@ def _place_sequence(clip: Clip, path: Path, encode: _Encode) -> Path:
             beyond = replaced(folder / path.name, count)  # as it is now: another process may have written
             pairs = [(numbered(made, index), numbered(folder / path.name, index)) for index in range(count)]
             for new, old in pairs:
-                if old.exists():
-                    new.chmod(stat.S_IMODE(old.stat().st_mode))  # as `output_file` keeps it
+                keep_mode(new, old)
             stage.commit(pairs, beyond)
     return numbered(path, 0)
 
@@ -74,7 +72,7 @@ def check_output(path: str | os.PathLike[str], frames: int = 1, fps: float | Non
     with check_names(path):
         if suffix not in _WRITERS:
             text = quoted(os.fspath(path))
-            raise OutputError(f"{text}: the suffix {quoted(path.suffix)} is unknown; known are {', '.join(SUFFIXES)}")
+            raise OutputError(f"{text}: the suffix {quoted(path.suffix)} is unknown; known are {', '.join(_WRITERS)}")
         fastest = _WRITERS[suffix][1]
         if fps is not None and not 0.01 <= fps <= fastest:
             raise OutputError(f"fps={fps:g}: a {path.suffix} file plays 0.01 to {fastest:g} frames a second")

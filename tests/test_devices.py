@@ -133,7 +133,7 @@ def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     Session.made, Binding.places = [], []
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     monkeypatch.setattr(ort, "InferenceSession", Session)
-    monkeypatch.setattr(onnx, "count", lambda: 2)
+    monkeypatch.setattr(onnx, "gpu_count", lambda: 2)
 
 
 @pytest.mark.usefixtures("gpus")
@@ -153,7 +153,7 @@ def test_a_gpus_number_reaches_the_provider_and_the_bindings(device: Any, index:
 def test_a_gpu_that_is_not_there_is_refused_with_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendUnavailable, match="device='cuda:2': there are 2 GPUs"):
         higen.load(backend="onnx", device="cuda:2")
-    monkeypatch.setattr(onnx, "count", lambda: None)  # no driver of NVIDIA's that could say it
+    monkeypatch.setattr(onnx, "gpu_count", lambda: None)  # no driver of NVIDIA's that could say it
     assert OnnxBackend(BUNDLE, Options("cuda:2"))
 
 

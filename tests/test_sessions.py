@@ -33,7 +33,7 @@ def test_the_option_is_set() -> None:
 
 
 def test_nothing_else_makes_options_or_a_session_without_them() -> None:
-    """Python's own sources; the Triton repository's stand-in, which has no higen beside it, sets the option itself."""
+    """Python's own sources, the Triton server's stand-in among them."""
     made: list[str] = []
     for folder in ("higen", "export", "engines", "benchmarks"):
         for file in (ROOT / folder).rglob("*.py"):

@@ -286,3 +286,39 @@ def test_an_unfinished_file_that_was_exchanged_is_not_moved(tmp_path: Path) -> N
             file.write_text("another's")
     settle(tmp_path)
     assert "another's" not in contents(tmp_path).values()
+
+
+def test_a_writer_never_waits_for_its_own_lock(tmp_path: Path) -> None:
+    """A journal that is not followed (its folder has no note) is there for ever: who has the lock looks past it."""
+    root = tmp_path / staging_module._named("0" * 12)
+    (root / "new").mkdir(parents=True)
+    (root / "journal").write_text("{}")
+    with exclusive(tmp_path), staging(tmp_path), whole_file(tmp_path / "a") as file:
+        file.write_text("done")
+    assert (tmp_path / "a").read_text() == "done"
+    assert (root / "journal").exists()
+
+
+@pytest.mark.parametrize(
+    "journal",
+    [
+        "[]",
+        "7",
+        '{"moves": [["{}/new/a", "a", [1], null]], "removals": []}',
+        '{"moves": [["{}/new/a", "a", {}, null]], "removals": []}',
+        '{"moves": [["{}/new/a", "a"]], "removals": []}',
+        '{"moves": [], "removals": [["a", [1]]]}',
+        '{"swap": "a"}',
+        '{"swap": "a", "inode": "x"}',
+        "[" * 100_000,
+    ],
+    ids=range(9),
+)
+def test_a_journal_of_another_shape_is_none(tmp_path: Path, journal: str) -> None:
+    root = tmp_path / staging_module._named("0" * 12)
+    (root / "new").mkdir(parents=True)
+    (root / "note").write_text(staging_module.TEXT)
+    (root / "journal").write_text(journal.replace("{}/", f"{root.name}/"))
+    (tmp_path / "a").write_text("mine")
+    settle(tmp_path)
+    assert contents(tmp_path) == {"a": "mine"}

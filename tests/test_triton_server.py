@@ -346,7 +346,7 @@ WRONG_BODIES: list[tuple[Any, str]] = [
     ({"prompt": "a whale", "return_latents": "yes"}, "return_latents='yes': true or false is wanted"),
     ({"prompt": "a whale", "image_file": "nothing"}, "image_file: one PNG or JPEG file"),
     (
-        {"prompt": "a whale", "image_file": base64.b64encode(b"\x89PNG\r\n\x1a\n...").decode()},
+        {"prompt": "a whale", "image_file": NO_PNG},
         "image_file: cannot be read",
     ),
     ({"prompt": 7}, "prompt=7: a text is wanted"),

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -275,3 +277,24 @@ def test_a_sequence_keeps_its_permissions(tmp_path: Path) -> None:
     first.chmod(0o600)
     clip.save(tmp_path / "a.png")
     assert first.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("frames", [1e999, 2_000_000_000, 2.5, "many", None])
+def test_a_record_of_any_length_costs_nothing(tmp_path: Path, frames: Any) -> None:
+    """What a picture says of itself is looked at where it can be, and believed where it fits."""
+    clip = Video(np.zeros((2, 8, 8, 3), np.uint8), 8)
+    first = clip.save(tmp_path / "o.png")
+    with Image.open(first) as picture:
+        info, pixels = dict(picture.info), picture.copy()
+    payload = json.loads(info["Comment"])
+    payload["higen.video"]["frames"] = frames
+    text = PngImagePlugin.PngInfo()
+    text.add_text("Comment", json.dumps(payload))
+    text.add_text("higen.frame", info["higen.frame"])
+    pixels.save(first, pnginfo=text)
+    if frames == 2_000_000_000:
+        clip.save(tmp_path / "o.png")
+        assert len(Video.open(first)) == 2
+    else:
+        with pytest.raises(OutputError, match="higen did not write it as that"):
+            clip.save(tmp_path / "o.png")

@@ -12,9 +12,9 @@ from higen.engines.triton.service import Limits
 from higen.manifest import Manifest
 from higen.stages import Stage
 
-__all__ = ["KINDS", "orchestrator_config", "stage_config"]
+__all__ = ["orchestrator_config", "stage_config"]
 
-KINDS = {"cpu": "KIND_CPU", "gpu": "KIND_GPU", "cuda": "KIND_GPU"}
+_KINDS = {"cpu": "KIND_CPU", "gpu": "KIND_GPU", "cuda": "KIND_GPU"}
 """Devices, and Triton's names for them; on "gpu" and "cuda" Triton uses every GPU, on "gpu:N" and "cuda:N" one."""
 
 _TYPES = {"float32": "TYPE_FP32", "int64": "TYPE_INT64"}
@@ -47,7 +47,7 @@ def stage_config(
         _tensor(name, tensor.dtype, tensor.shape, fixed, most > 0)
         for name, tensor in zip(stage.graph_outputs, stage.outputs, strict=True)
     ]
-    group: dict[str, Any] = {"kind": _Word(KINDS[device.partition(":")[0]]), "count": instances}
+    group: dict[str, Any] = {"kind": _Word(_KINDS[device.partition(":")[0]]), "count": instances}
     if ":" in device:
         group["gpus"] = [device_index(device)]
     if profiles:

@@ -16,20 +16,19 @@ import urllib.request
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from http import HTTPStatus
 from typing import Any
 
 from higen.engines.triton.json_body import check_body
 from higen.errors import RequestError
 
-__all__ = ["Front"]
+__all__ = ["HOST", "Front"]
 
 HOST = "127.0.0.1"
 MAX_HEAD, MAX_BODY = 2**16, 2**28
 GENERATE = re.compile(r"/v2/models/higen(/versions/\d+)?/(infer|generate|generate_stream)(\?.*)?")
 PARSING = re.compile(rb"failed to parse|Unable to parse|attempt to (access|get)")
 """Triton's words for a body of another endpoint that it cannot read; their status would be 500."""
-
-_REASONS = {400: "Bad Request", 503: "Service Unavailable"}
 
 
 class _Refused(Exception):
@@ -195,15 +194,13 @@ async def _end_of(reader: asyncio.StreamReader) -> None:
 async def _relay(theirs: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Pass on an answer of Triton's as it comes."""
     head = await _Head.read(theirs)
-    status = head.line.split(" ")[1:2]
-    if status == ["500"]:
+    body = b""
+    if head.line.split(" ")[1:2] == ["500"]:
         body = await theirs.read()
         if PARSING.search(body):
             head = _Head("HTTP/1.1 400 Bad Request", head.headers)
-        writer.write(_Head(head.line, {**head.headers, "connection": "close"}).to_bytes() + body)
-        await writer.drain()
-        return
-    writer.write(_Head(head.line, {**head.headers, "connection": "close"}).to_bytes())
+    writer.write(_Head(head.line, {**head.headers, "connection": "close"}).to_bytes() + body)
+    await writer.drain()
     while part := await theirs.read(MAX_HEAD):
         writer.write(part)
         await writer.drain()
@@ -212,5 +209,5 @@ async def _relay(theirs: asyncio.StreamReader, writer: asyncio.StreamWriter) -> 
 async def _answer(writer: asyncio.StreamWriter, status: int, message: str) -> None:
     body = json.dumps({"error": message}).encode()
     headers = {"content-type": "application/json", "content-length": str(len(body)), "connection": "close"}
-    writer.write(_Head(f"HTTP/1.1 {status} {_REASONS[status]}", headers).to_bytes() + body)
+    writer.write(_Head(f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", headers).to_bytes() + body)
     await writer.drain()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import reprlib
 from collections.abc import Sequence
 from typing import Any
 
-from higen.errors import RequestError
+from higen.errors import RequestError, quoted
+from higen.tables import MAX_NUMBER
+from higen.text_files import repeated_key
 
 __all__ = ["check_body"]
 
@@ -21,8 +22,8 @@ _WANTED = {
     "FP32": "a number",
 }
 _RANGES = {"INT32": (-(2**31), 2**31 - 1), "UINT64": (0, 2**64 - 1), "UINT8": (0, 255)}
-_LARGEST = 3.4028234663852886e38
-"""Of a float32."""
+_MOST = 1000
+"""Names that a body has less of."""
 
 
 def check_body(body: bytes, inputs: Sequence[tuple[str, str]]) -> None:
@@ -42,19 +43,20 @@ def check_body(body: bytes, inputs: Sequence[tuple[str, str]]) -> None:
     if not isinstance(document, dict):
         raise RequestError("the body is a JSON object: the names of inputs, and their values")
     if not isinstance(document.get("id", ""), str):
-        raise RequestError(f"id={reprlib.repr(document['id'])}: a text is wanted")
+        raise RequestError(f"id={quoted(document['id'])}: a text is wanted")
     kinds = dict(inputs)
     for name, value in document.items():
         if name in kinds:
             _check_value(name, kinds[name], value)
         elif name != "parameters" and not isinstance(value, (str, bool, int, float)):
-            raise RequestError(f"{_shown(name)}: unknown; a request takes {', '.join(kinds)}")
+            raise RequestError(f"{quoted(name)}: unknown; a request takes {', '.join(kinds)}")
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    names = [name for name, _ in pairs]
-    if twice := [name for name in names if names.count(name) > 1] if len(names) < 1000 else names[:1]:
-        raise RequestError(f"{_shown(twice[0])}: stands in the body twice, or among too many")
+    if len(pairs) >= _MOST:
+        raise RequestError(f"{quoted(pairs[0][0])}: one of {len(pairs)} names; fewer than {_MOST} are wanted")
+    if (name := repeated_key(pairs)) is not None:
+        raise RequestError(f"{quoted(name)}: stands in the body twice")
     return dict(pairs)
 
 
@@ -64,7 +66,7 @@ def _check_value(name: str, kind: str, value: Any) -> None:
         raise RequestError(f"{name}: a flat list is wanted; pictures go by HTTP as NAME_file, matrices by gRPC alone")
     for item in items:
         if not _fits(kind, item):
-            raise RequestError(f"{name}={_shown(item)}: {_WANTED.get(kind, kind)} is wanted")
+            raise RequestError(f"{name}={quoted(item)}: {_WANTED.get(kind, kind)} is wanted")
 
 
 def _fits(kind: str, item: Any) -> bool:
@@ -73,11 +75,6 @@ def _fits(kind: str, item: Any) -> bool:
     if kind == "BOOL" or isinstance(item, bool):
         return isinstance(item, bool) and kind == "BOOL"
     if kind == "FP32":
-        return isinstance(item, (int, float)) and (abs(item) <= _LARGEST or not math.isfinite(item))
+        return isinstance(item, (int, float)) and (abs(item) <= MAX_NUMBER or not math.isfinite(item))
     low, high = _RANGES.get(kind, (0, -1))
     return isinstance(item, int) and low <= item <= high
-
-
-def _shown(value: Any) -> str:
-    """A value on one line, and not too long of it."""
-    return ascii(value) if value is None or isinstance(value, (bool, int, float)) else reprlib.repr(value)

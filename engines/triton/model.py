@@ -97,9 +97,9 @@ class _Counters(Meter):
         self._active = self._gauge("higen_requests_active", "Requests at work now")
         self._waiting = self._gauge("higen_requests_waiting", "Requests in line for a slot")
         self._frames = self._family("higen_frames_total", "Frames sent", "COUNTER").Metric(labels={"name": model})
-        self._ended = self._family("higen_requests_total", "Requests that have ended, by outcome", "COUNTER")
+        ended = self._family("higen_requests_total", "Requests that have ended, by outcome", "COUNTER")
         self._outcomes = {
-            outcome: self._ended.Metric(labels={"name": model, "outcome": outcome})
+            outcome: ended.Metric(labels={"name": model, "outcome": outcome})
             for outcome in ("done", "refused", "full", "cancelled", "failed")
         }
 
@@ -130,7 +130,7 @@ def _meter(model: str) -> Meter:
     """Counters, or none where the server was started without metrics."""
     try:
         return _Counters(model)
-    except Exception as error:  # TritonModelException, which is added to the module later
+    except Exception as error:  # TritonModelException, which the server adds to pb_utils after this module is imported
         pb_utils.Logger.log_info(f"no metrics of {model}: {error}")
         return Meter()
 

@@ -24,12 +24,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
-from higen.engines.triton.front import Front
+from higen.engines.triton.front import HOST, Front
 from higen.errors import BackendError, BackendUnavailable, MissingExtra
 
 __all__ = ["Server", "command", "free_ports", "running"]
 
-HOST = "127.0.0.1"
 STANDIN = "from higen.engines.triton.standin import TritonPythonModel\n"
 
 
@@ -37,7 +36,7 @@ class Server:
     """A running server. `stop` lets it end its requests first, `kill` does not."""
 
     def __init__(
-        self, process: subprocess.Popen[bytes], http_port: int, grpc_port: int, log: Path, metrics_port: int = 8002
+        self, process: subprocess.Popen[bytes], http_port: int, grpc_port: int, log: Path, metrics_port: int
     ) -> None:
         self.process = process
         self.http = f"{HOST}:{http_port}"

@@ -116,11 +116,16 @@ class Service:
             self._meter.ended(_outcome(error))
             reply.fail(error)
             return
-        self._meter.load(*self.shared.load)
+        self._measure()
         thread = threading.Thread(target=self._serve, args=(tensors, mine, reply), daemon=True)
         with self._lock:
             self._open[mine] = reply, thread
             thread.start()
+
+    def _measure(self) -> None:
+        """Tell the meter the load. Read and told under one lock, or an older load might be told last."""
+        with self._lock:
+            self._meter.load(*self.shared.load)
 
     def close(self) -> None:
         """Fail the open requests with RetryLater, and wait until each has been told."""
@@ -142,7 +147,7 @@ class Service:
         except Exception as found:  # a mistake of ours: the client hears of it, the others are not disturbed
             error = HigenError(f"{type(found).__name__}: {found}")
         mine.close()
-        self._meter.load(*self.shared.load)
+        self._measure()
         self._meter.ended(_outcome(error))
         try:
             if error is None:

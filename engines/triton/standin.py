@@ -15,6 +15,8 @@ import numpy as np
 import onnxruntime as ort
 import triton_python_backend_utils as pb_utils
 
+from higen.backends.sessions import session_options
+
 __all__ = ["TritonPythonModel"]
 
 
@@ -24,12 +26,8 @@ class TritonPythonModel:
     def initialize(self, args: dict[str, str]) -> None:
         """Load the graph."""
         config = json.loads(args["model_config"])
-        options = ort.SessionOptions()
-        options.log_severity_level = 3
-        options.add_session_config_entry("session.x64quantprecision", "1")  # see higen.backends.sessions
         threads = config.get("parameters", {}).get("intra_op_thread_count")
-        if threads is not None:
-            options.intra_op_num_threads = int(threads["string_value"])
+        options = session_options(None if threads is None else int(threads["string_value"]))
         file = config.get("default_model_filename") or "model.onnx"
         path = Path(args["model_repository"], args["model_version"], file)
         self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -20,7 +20,7 @@ from higen.backends.base import CLOSED
 from higen.devices import device_index
 from higen.errors import BackendError, BackendUnavailable, NoDevice, NoDriver, OutOfMemory
 
-__all__ = ["Cuda", "DeviceArray", "count", "gpu_index", "probe"]
+__all__ = ["Cuda", "DeviceArray", "gpu_count", "gpu_index", "probe"]
 
 ALIGNMENT = 256
 """Blocks of device memory are multiples of this many bytes, as TensorRT wants its addresses."""
@@ -37,7 +37,7 @@ def gpu_index(device: str | None) -> int:
     """The number of the GPU that a device's name means; None: the first. Raises BackendUnavailable for a CPU."""
     if device == "cpu":
         raise BackendUnavailable(f"device={device!r}: TensorRT runs on 'cuda', 'cuda:1', ...")
-    return device_index(device or "cuda")
+    return device_index(device)
 
 
 def _driver() -> Any:
@@ -52,7 +52,7 @@ def probe() -> None:
     _start(_driver())
 
 
-def count() -> int | None:
+def gpu_count() -> int | None:
     """How many GPUs the NVIDIA driver has; None where there is no driver that could say it."""
     try:
         return _start(_driver())

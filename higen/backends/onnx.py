@@ -13,7 +13,7 @@ import onnxruntime as ort
 from numpy.typing import NDArray
 
 from higen.backends.base import CLOSED, Choice
-from higen.backends.cuda import count
+from higen.backends.cuda import gpu_count
 from higen.backends.external_data import graph_files
 from higen.backends.older import as_before, is_older
 from higen.backends.options import PLAIN, Options
@@ -77,8 +77,8 @@ class OnnxBackend:
         self.bundle = bundle
         self.options = options
         self._device = kind or ("cuda" if PROVIDERS["cuda"] in available else "cpu")
-        self._index = device_index(device) if device is not None else 0
-        if device is not None and self._index and (gpus := count()) is not None:
+        self._index = device_index(device)
+        if device is not None and self._index and (gpus := gpu_count()) is not None:
             check_present(device, gpus)
         self._required = kind is not None
         self._verified: set[str] = set()

@@ -9,10 +9,11 @@ import numpy as np
 
 from higen.devices import device_named
 from higen.errors import RequestError, quoted
-from higen.plain_values import is_whole, plain
+from higen.noise_schedule import is_whole
+from higen.plain_values import plain
 from higen.precision import check_precision
 
-__all__ = ["MAX_THREADS", "PLAIN", "Options"]
+__all__ = ["PLAIN", "Options"]
 
 MAX_THREADS = 1024
 

@@ -48,6 +48,7 @@ __all__ = [
     "check_plan",
     "engine_file",
     "fitting_plans",
+    "fitting_record",
     "log_file",
     "pending_file",
     "pending_record",
@@ -234,10 +235,13 @@ def read_plans(model: Path, stage: str) -> tuple[list[Plan], list[EngineError]]:
 
 def pending_record(path: Path) -> PlanRecord | None:
     """The record that waits to take the place of the one at `path`, if it is that of the plan that is there."""
-    part = path.with_name(pending_file(path.name))
+    return fitting_record(path.with_name(pending_file(path.name)), path.with_name(engine_file(path.stem)))
+
+
+def fitting_record(part: Path, plan: Path) -> PlanRecord | None:
+    """The record in the file `part`, if it is that of the plan at `plan`."""
     try:
         record = PlanRecord.from_text(read_text(part), str(part))
-        plan = path.with_name(engine_file(path.stem))
         fits = plan.stat().st_size == record.size and sha256(plan) == record.sha256
     except (OSError, TextError, EngineError):
         return None

@@ -83,8 +83,9 @@ def _without_tensorrt(missing: list[str]) -> str:
     return ""
 
 
-def check_backend(name: str) -> str:
-    """A backend's name or "auto". Raises RequestError for any other."""
+def check_backend(name: str | None) -> str:
+    """A backend's name or "auto", which None means too. Raises RequestError for any other."""
+    name = "auto" if name is None else name
     if not isinstance(name, str) or name not in ("auto", *BACKENDS):
         raise RequestError(f"backend={quoted(name)}: one of 'auto', {', '.join(map(repr, BACKENDS))}")
     return name

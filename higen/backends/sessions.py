@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnxruntime as ort
 
-__all__ = ["EXACT_INT8", "session_options"]
+__all__ = ["session_options"]
 
 EXACT_INT8 = ("session.x64quantprecision", "1")
 """On an x86 processor without VNNI the product of unsigned by signed 8-bit integers adds pairs in 16 bits, which

@@ -67,7 +67,7 @@ class Animation:
     def pictures(self, chosen: Sequence[int], hold: float, each: Each) -> list[NDArray[np.uint8]]:
         """Some frames, in ascending order, each uint8 [H,W,3] given to `each` with its place among them.
 
-        `hold` is for formats with gaps.
+        `hold` is not used: an animation has no gaps.
         """
         check_bytes(len(chosen), *self.size)
         found: list[NDArray[np.uint8]] = []

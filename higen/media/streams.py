@@ -46,8 +46,6 @@ class VideoStream:
     complete   whether the file holds all that its header announces
     """
 
-    timed = True
-
     def __init__(self, path: Path) -> None:
         """Reads the packets and decodes nothing. Raises what PyAV raises, and OutputError with the reason."""
         self.path = path

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from higen.errors import CheckpointError
 from higen.models.companions import autoencoder, text_encoder
-from higen.models.nestings import found_in
+from higen.models.nestings import below, found_in
 from higen.tokenizer import build_clip_tokenizer
 
 __all__ = [
@@ -130,10 +130,10 @@ def text_arguments_from_ldm(state: State) -> dict[str, Any]:
 
 
 def _ldm_text(state: State) -> dict[str, Tensor]:
-    found = {name: tensor for name, tensor in state.items() if name.startswith(_LDM_TEXT_PREFIX)}
+    found = below(state, _LDM_TEXT_PREFIX)
     if not found:
         raise CheckpointError(f"not CLIP's text model: no {_LDM_TEXT_PREFIX}*; {found_in(state)}")
-    return text_from_transformers({name.removeprefix(_LDM_TEXT_PREFIX): tensor for name, tensor in found.items()})
+    return text_from_transformers(found)
 
 
 def _text_tower(state: State) -> dict[str, Tensor]:
@@ -291,8 +291,7 @@ def _ldm_name(ours: str, levels: int) -> str:
 
 def _under(state: State, prefix: str) -> dict[str, Tensor]:
     """The tensors below `prefix`, without it; all of them if none is."""
-    inner = {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
-    return inner or dict(state)
+    return below(state, prefix) or dict(state)
 
 
 def _count(state: State, pattern: str) -> int:

@@ -115,10 +115,9 @@ def _leading(config: Config, default: str) -> dict[str, Any]:
 
 def _on_ratios(name: str) -> Callable[[Config], Solver]:
     def solver(config: Config) -> Solver:
-        final = config.get("final_sigmas_type", "zero")
-        _only("final_sigmas_type", final, "zero")
-        _only("interpolation_type", config.get("interpolation_type", "linear"), "linear")
-        _only("timestep_type", config.get("timestep_type", "discrete"), "discrete")
+        _only(config, "final_sigmas_type", "zero")
+        _only(config, "interpolation_type", "linear")
+        _only(config, "timestep_type", "discrete")
         if config.get("use_karras_sigmas") and name != "euler_ancestral":
             return Solver(name, "karras")
         return Solver(name, **_leading(config, "linspace"))
@@ -127,11 +126,10 @@ def _on_ratios(name: str) -> Callable[[Config], Solver]:
 
 
 def _dpm(config: Config) -> Solver:
-    _only("algorithm_type", config.get("algorithm_type", "dpmsolver++"), "dpmsolver++")
-    _only("solver_order", config.get("solver_order", 2), 2)
-    _only("solver_type", config.get("solver_type", "midpoint"), "midpoint")
-    final = config.get("final_sigmas_type", "zero")
-    _only("final_sigmas_type", final, "zero")
+    _only(config, "algorithm_type", "dpmsolver++")
+    _only(config, "solver_order", 2)
+    _only(config, "solver_type", "midpoint")
+    _only(config, "final_sigmas_type", "zero")
     if config.get("use_karras_sigmas"):
         return Solver("dpm++2m", "karras")
     return Solver("dpm++2m", **_leading(config, "linspace"))
@@ -146,8 +144,8 @@ def _lcm(config: Config) -> Solver:
     return Solver("lcm", original_steps=config.get("original_inference_steps", 50))
 
 
-def _only(name: str, value: object, allowed: object) -> None:
-    if value != allowed:
+def _only(config: Config, name: str, allowed: object) -> None:
+    if (value := config.get(name, allowed)) != allowed:
         raise ManifestError(f"{name}={value!r}: only {allowed!r} is known")
 
 

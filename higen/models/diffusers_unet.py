@@ -26,7 +26,9 @@ _OTHER = {
 
 
 def image_unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The constructor's arguments in a U-Net's config.json. Raises CheckpointError for a model of another kind."""
+    """The constructor's arguments in a U-Net's config.json. Raises CheckpointError for a model of another kind,
+    MissingExtra.
+    """
     kind = config.get("_class_name", "UNet2DConditionModel")
     if kind != "UNet2DConditionModel":
         raise CheckpointError(f"its U-Net is a {kind}; a UNet2DConditionModel is wanted")
@@ -34,8 +36,8 @@ def image_unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
         if config.get(name) is not None:
             raise CheckpointError(f"{name}={config[name]!r}: {why}")
     check_latent_channels(config.get("in_channels", LATENT_CHANNELS))
-    from diffusers import UNet2DConditionModel
-
+    with quiet_import("diffusers", "the U-Net"):
+        from diffusers import UNet2DConditionModel
     known = inspect.signature(UNet2DConditionModel.__init__).parameters
     ignored = {"self", "sample_size"}
     return {name: value for name, value in config.items() if name in known and name not in ignored}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from higen.errors import quoted
 
-__all__ = ["PICKLE", "SAFETENSORS", "ZIP", "format_of", "not_a_checkpoint"]
+__all__ = ["SAFETENSORS", "ZIP", "format_of", "not_a_checkpoint"]
 
 SAFETENSORS, ZIP, PICKLE = "safetensors", "zip", "pickle"
 """Formats of checkpoints: safetensors, PyTorch's zip archive, and the pickle that it wrote before."""
@@ -51,11 +51,11 @@ def not_a_checkpoint(path: Path) -> str | None:
     """What a file is that is no whole checkpoint, and what to do; None: it may be one. Raises OSError."""
     with path.open("rb") as file:
         head = file.read(512)
-    size = path.stat().st_size
+    size, kind = path.stat().st_size, format_of(path)
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not size:
         return "an empty file: fetch it again"
-    if format_of(path) == SAFETENSORS:  # first, for the length that it begins with may look like any other's mark
+    if kind == SAFETENSORS:  # first, for the length that it begins with may look like any other's mark
         return _cut_safetensors(path, size)
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer in place of the weights: run `git lfs pull` there, or download the file itself"
@@ -66,11 +66,11 @@ def not_a_checkpoint(path: Path) -> str | None:
             return what
     if head[257:262] == b"ustar":
         return "a tar archive: unpack it, and give the checkpoint in it"
-    if format_of(path) == ZIP or head.startswith(b"PK\x05\x06"):
+    if kind == ZIP or head.startswith(b"PK\x05\x06"):
         return _odd_zip(path, size)
     if not any(head):
         return f"{size} bytes that begin with zeros: the download was not finished; fetch it again"
-    if format_of(path) == PICKLE:
+    if kind == PICKLE:
         return None
     if _TEXT_PICKLE.match(head):
         return "a pickle of the oldest kind, which could run code: the weights are wanted, as .safetensors"

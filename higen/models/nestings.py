@@ -9,7 +9,7 @@ from torch import Tensor
 
 from higen.errors import CheckpointError, quoted
 
-__all__ = ["AVERAGES", "PLAIN", "found_in", "unwrapped", "weights_of"]
+__all__ = ["below", "found_in", "unwrapped", "weights_of"]
 
 AVERAGES = ("ema_state_dict", "ema", "model_ema", "params_ema", "g_ema", "ema_model", "shadow")
 PLAIN = (
@@ -86,6 +86,11 @@ def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return renamed
 
 
+def below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors whose names begin with `prefix`, without it."""
+    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+
+
 def found_in(state: Iterable[str]) -> str:
     """The first names of tensors, for a message."""
     names = list(state)
@@ -102,6 +107,6 @@ def _seen(loaded: object) -> str:
 
 
 def _kind(value: object) -> str:
-    """What a value is, for a person: what only stands for an object of another library is an array most likely."""
+    """What a value is, for a person. `pickles._Inert` stands for an object of another library, mostly an array."""
     name = type(value).__name__
     return "an array or object, and no tensor" if name == "_Inert" else name

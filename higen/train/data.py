@@ -20,8 +20,8 @@ from numpy.typing import NDArray
 from higen.errors import SettingsError
 from higen.request import MAX_PROMPT
 from higen.text_files import TextError, read_text
-from higen.train.list_files import READERS, checked_caption, read_rows
-from higen.train.media import IMAGES, VIDEOS, is_video
+from higen.train.list_files import READERS, check_as_prompt, read_rows
+from higen.train.media import SUFFIXES, is_video
 
 __all__ = ["IMAGE", "VIDEO", "Item", "Listing", "candidates", "explained", "list_items", "summary"]
 
@@ -31,8 +31,10 @@ IMAGE, VIDEO = 0, 1
 CAPTIONS = (".txt", ".caption")
 """Suffixes of the files with captions, in any case; the first one that is there is taken."""
 HIDDEN = "."
+"""How the name of a hidden file begins."""
+
 RESOURCE = "._"
-"""How the names of hidden files begin, and those of macOS' attributes beside a file."""
+"""How the name of a file begins that holds macOS' attributes of another one."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +81,7 @@ def list_items(path: str | os.PathLike[str]) -> Listing:
         if source.is_dir():
             rows = _folder_rows(source, listing)
         elif source.suffix.lower() in READERS and source.is_file():
-            rows = read_rows(source, (*VIDEOS, *IMAGES))
+            rows = read_rows(source)
         else:
             raise SettingsError(f"data.path={str(source)!r}: a folder, or a .jsonl or .csv file that exists")
     except (OSError, TextError) as error:
@@ -89,7 +91,7 @@ def list_items(path: str | os.PathLike[str]) -> Listing:
         suffix = Path(name).suffix.lower()
         if Path(name).name.startswith(RESOURCE):
             listing.skipped[name] = "macOS keeps a file's attributes in it"
-        elif suffix in (*VIDEOS, *IMAGES):
+        elif suffix in SUFFIXES:
             listing.items.append(Item(base / name, name, caption, is_video(base / name)))
         else:
             listing.skipped[name] = f"its suffix {suffix!r} is unknown"
@@ -109,7 +111,7 @@ def _folder_rows(folder: Path, listing: Listing) -> list[tuple[str, str]]:
                 continue
             relative, caption = (place / name).as_posix(), captions.get(name.stem)
             alone.pop(name.stem, None)
-            if name.suffix.lower() not in (*VIDEOS, *IMAGES):
+            if name.suffix.lower() not in SUFFIXES:
                 if caption is not None:
                     listing.skipped[relative] = f"its suffix {name.suffix.lower()!r} is unknown"
             elif caption is None:
@@ -117,7 +119,8 @@ def _folder_rows(folder: Path, listing: Listing) -> list[tuple[str, str]]:
             else:
                 try:
                     text = read_text(folder / place / caption, largest=4 * MAX_PROMPT)
-                    rows.append((relative, checked_caption(text)))
+                    check_as_prompt(text)
+                    rows.append((relative, text.strip()))
                 except TextError as error:
                     listing.skipped[relative] = f"its caption cannot be used: {(place / caption).as_posix()}: {error}"
                 except OSError as error:

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from higen.errors import SettingsError, quoted
 from higen.request import MAX_PROMPT
 from higen.text_files import TextError, check_text, from_json_text, read_text
+from higen.train.media import SUFFIXES
 
-__all__ = ["READERS", "checked_caption", "read_rows"]
+__all__ = ["READERS", "check_as_prompt", "read_rows"]
 
 COLUMNS = ("path", "caption")
 SHOWN = 5
@@ -24,13 +25,13 @@ Row = tuple[str, str]
 Mistakes = list[tuple[int, str]]
 
 
-def read_rows(file: Path, suffixes: Collection[str]) -> list[Row]:
-    """(path, caption) of each row of a list, in its order; `suffixes` are those of pictures and videos.
+def read_rows(file: Path) -> list[Row]:
+    """(path, caption) of each row of a list, in its order.
 
     Raises SettingsError with the line of each malformed row, OSError, and TextError for what is no text.
     """
     text, mistakes = read_text(file, largest=None), Mistakes()
-    rows = list(READERS[file.suffix.lower()](text, suffixes, mistakes))
+    rows = list(READERS[file.suffix.lower()](text, mistakes))
     if mistakes:
         named = "; ".join(f"line {line}: {what}" for line, what in mistakes[:SHOWN])
         rest = f"; {len(mistakes)} malformed rows in all" if len(mistakes) > SHOWN else ""
@@ -38,32 +39,31 @@ def read_rows(file: Path, suffixes: Collection[str]) -> list[Row]:
     return rows
 
 
-def checked_caption(text: str) -> str:
-    """A caption without the white space around it. Raises TextError for what a request would not take as a prompt."""
+def check_as_prompt(text: str) -> None:
+    """Raise TextError for a text that a request would not take as a prompt."""
     check_text(text)
     if len(text) > MAX_PROMPT:
         raise TextError(f"{len(text)} characters: at most {MAX_PROMPT}")
-    return text.strip()
 
 
-def _csv_rows(text: str, suffixes: Collection[str], mistakes: Mistakes) -> Iterator[Row]:
+def _csv_rows(text: str, mistakes: Mistakes) -> Iterator[Row]:
     header: list[str] | None = None
     for line, row in _csv_lines(text, mistakes):
         if header is None:
             header = row
-            if problem := _wrong_header(header, suffixes):
+            if problem := _wrong_header(header):
                 mistakes[:] = [(line, problem)]
                 return
             continue
         if any(value.strip() for value in row[len(header) :]):
             what = f"{len(row)} values for {len(header)} columns: a caption with a comma stands between double quotes"
             mistakes.append((line, what))
-        elif problem := "".join(_run_together(value, suffixes) for value in row):
+        elif problem := "".join(_run_together(value) for value in row):
             mistakes.append((line, problem))
         else:
             yield from _row(dict(zip(header, row, strict=False)), line, mistakes)
     if header is None:
-        mistakes[:] = [(1, _wrong_header([], suffixes))]
+        mistakes[:] = [(1, _wrong_header([]))]
 
 
 def _csv_lines(text: str, mistakes: Mistakes) -> Iterator[tuple[int, list[str]]]:
@@ -87,7 +87,7 @@ def _csv_lines(text: str, mistakes: Mistakes) -> Iterator[tuple[int, list[str]]]
             yield line, row
 
 
-def _wrong_header(header: list[str], suffixes: Collection[str]) -> str:
+def _wrong_header(header: list[str]) -> str:
     """What is wrong with a list's first row; an empty text: nothing."""
     if twice := sorted({name for name in header if name in COLUMNS and header.count(name) > 1}):
         return f"the column {twice[0]!r} stands there twice"
@@ -99,24 +99,24 @@ def _wrong_header(header: list[str], suffixes: Collection[str]) -> str:
     hint = ""
     if len(header) == 1 and (divided := next((d for d in ";\t|" if d in header[0]), None)):
         hint = f": its columns are divided by {divided!r}, a comma is wanted"
-    elif any(Path(value).suffix.lower() in suffixes for value in header):
+    elif any(Path(value).suffix.lower() in SUFFIXES for value in header):
         hint = ": it is a row already, and the first line must be path,caption"
     elif any(name.strip().lower() in COLUMNS for name in header):
         hint = ": write path,caption in lower case and without spaces"
     return f"no column {' and no column '.join(map(repr, missing))}; it has {found}{hint}"
 
 
-def _run_together(value: str, suffixes: Collection[str]) -> str:
+def _run_together(value: str) -> str:
     """What is wrong with a text: it swallowed rows after a quote that was not closed, or kept its quotes."""
     for line in value.split("\n")[1:]:
-        if Path(line.partition(",")[0].strip(' "')).suffix.lower() in suffixes:
+        if Path(line.partition(",")[0].strip(' "')).suffix.lower() in SUFFIXES:
             return f"a double quote is not closed, and the next rows became part of a text ({line[:40]!r})"
     if value[:1].isspace() and value.lstrip().startswith('"'):
         return f"white space before a double quote ({value[:40]!r}): take it out"
     return ""
 
 
-def _jsonl_rows(text: str, suffixes: Collection[str], mistakes: Mistakes) -> Iterator[Row]:
+def _jsonl_rows(text: str, mistakes: Mistakes) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
@@ -141,17 +141,17 @@ def _row(row: object, line: int, mistakes: Mistakes) -> Iterator[Row]:
             mistakes.append((line, f"{name}={quoted(there[name])}: a text is wanted"))
             return
         try:
-            checked_caption(there[name])
+            check_as_prompt(there[name])
         except TextError as error:
             mistakes.append((line, f"{name}={quoted(there[name])}: {error}"))
             return
     if "\n" in there["path"]:
         mistakes.append((line, f"path={quoted(there['path'])}: a path of one line is wanted"))
         return
-    yield there["path"], checked_caption(there["caption"])
+    yield there["path"], there["caption"].strip()
 
 
-READERS: Mapping[str, Callable[[str, Collection[str], Mistakes], Iterator[Row]]] = {
+READERS: Mapping[str, Callable[[str, Mistakes], Iterator[Row]]] = {
     ".csv": _csv_rows,
     ".jsonl": _jsonl_rows,
 }

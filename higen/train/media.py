@@ -26,6 +26,7 @@ from higen.train.cuts import find_cuts
 __all__ = [
     "IMAGES",
     "READING",
+    "SUFFIXES",
     "VIDEOS",
     "Damaged",
     "Placement",
@@ -41,6 +42,7 @@ __all__ = [
 
 VIDEOS = (*STREAMS, ".gif", ".apng")
 IMAGES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+SUFFIXES = (*VIDEOS, *IMAGES)
 """A .webp or .png that is an animation is a video."""
 
 READING = 2
@@ -119,12 +121,12 @@ def read_video(
                 note("moved past a cut: its picture changes at once")
             return clip
         due |= {place for place in (at + cuts[-1], at + cuts[0] - frames) if 0 <= place <= available - frames}
-        at = min(due - tried, key=lambda place: abs(place - first), default=-1)
-        if at < 0:
+        to = min(due - tried, key=lambda place: abs(place - first), default=-1)
+        if to < 0:
             break
-        tried.add(at)
-        with suppress(Damaged):
-            clip = _read(source, fps, frames, at, width, height, placement, None)
+        tried.add(to)
+        with suppress(Damaged):  # then both stay: the cuts that are known are those of `clip`, which begins `at`
+            at, clip = to, _read(source, fps, frames, to, width, height, placement, None)
     if any(_EDGE <= cut <= frames - _EDGE for cut in find_cuts(original)):
         raise Damaged("a cut in every clip: split the video where its picture changes at once")
     return original

@@ -19,6 +19,7 @@ from higen.families.higen.spec import ModelConfig, TextConfig, UNetConfig
 from higen.families.higen.unet import Denoiser, UNet
 from higen.models.companion_stages import EncoderStage
 from higen.models.companions import load_autoencoder, load_text_encoder, text_encoder
+from higen.models.nestings import below
 from higen.models.weights import write_safetensors
 from higen.schedule import alphas_cumprod
 from higen.text_files import TextError, read_json, read_toml
@@ -242,8 +243,8 @@ def write_model(
     """
     source = networks.companions
     with files.create(output, spec.manifest(networks.own or networks.config), overwrite) as folder:
-        write_safetensors(folder / spec.UNET, _under(trained, "denoiser."), dtype)
-        text = _under(trained, "text.")
+        write_safetensors(folder / spec.UNET, below(trained, "denoiser."), dtype)
+        text = below(trained, "text.")
         if text:
             write_safetensors(folder / spec.TEXT_ENCODER, text, dtype)
         else:
@@ -251,7 +252,3 @@ def write_model(
         shutil.copyfile(source.file(spec.AUTOENCODER, verify=False), folder / spec.AUTOENCODER)
         write_tokenizer(networks.tokenizer.tokenizer, folder / spec.TOKENIZER)
     return Bundle.open(output)
-
-
-def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}

@@ -25,7 +25,7 @@ from typing import Any, Literal
 from higen.errors import ManifestError, SettingsError, quoted
 from higen.paths import given_path
 from higen.text_files import TextError, read_toml
-from higen.train.list_files import checked_caption
+from higen.train.list_files import check_as_prompt
 from higen.typed_json import from_json, to_json
 
 __all__ = [
@@ -276,7 +276,7 @@ def _check_texts(table: Mapping[str, Any]) -> None:
             for text in value if isinstance(value, list) else (value,):
                 try:
                     if isinstance(text, str):
-                        checked_caption(text)
+                        check_as_prompt(text)
                 except TextError as error:
                     raise SettingsError(f"{section}.{name}={quoted(text)}: {error}") from error
 

@@ -78,6 +78,7 @@ def export(settings: Settings, output: Path, overwrite: bool = False) -> Bundle:
         raise TrainingError(f"{settings.run.output}: no checkpoint to export")
     if os.path.lexists(output) and not overwrite:
         raise ModelError(f"{output}: exists already; --overwrite replaces a model directory")
+    check_free(output, overwrite)
     listing = list_items(settings.data.path)
     networks = build(settings, (item.caption for item in listing.items))
     _check_same(state, settings, _identity(settings, networks, listing))

@@ -15,6 +15,7 @@ from torch import Tensor
 from higen.errors import CheckpointError
 from higen.models.companion_checkpoints import check_tensors, shapes_of
 from higen.models.diffusers_unet import check_latent_channels, image_unet
+from higen.models.nestings import below
 
 __all__ = ["PREFIX", "unet_arguments", "unet_from_ldm"]
 
@@ -45,7 +46,7 @@ _HEAD_CHANNELS = 64
 
 def unet_arguments(state: State) -> dict[str, Any]:
     """UNet2DConditionModel's arguments, as the tensors' shapes tell them. Raises CheckpointError."""
-    unet = _of_unet(state)
+    unet = below(state, PREFIX)
     if "label_emb.0.0.weight" in unet:
         raise CheckpointError("a U-Net with a class condition: SDXL or an upscaler, and no family here runs it")
     entries: dict[int, set[str]] = {}
@@ -82,7 +83,7 @@ def unet_arguments(state: State) -> dict[str, Any]:
 
 def unet_from_ldm(state: State, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
     """The U-Net's tensors under diffusers' names. Raises CheckpointError for what is missing, extra or misshapen."""
-    theirs = _of_unet(state)
+    theirs = below(state, PREFIX)
     shapes = shapes_of(lambda: image_unet(arguments))
     layers = arguments["layers_per_block"]
     levels = [kind.startswith("Cross") for kind in arguments["up_block_types"]]
@@ -112,10 +113,6 @@ def _ldm_name(ours: str, layers: int, up_attends: list[bool]) -> str:
     if part == "upsamplers":
         return f"output_blocks.{level * (layers + 1) + layers}.{2 if up_attends[level] else 1}.{rest}"
     return f"output_blocks.{level * (layers + 1) + index}.{slot[part]}.{rest}"
-
-
-def _of_unet(state: State) -> dict[str, Tensor]:
-    return {name.removeprefix(PREFIX): tensor for name, tensor in state.items() if name.startswith(PREFIX)}
 
 
 def _size(state: State, name: str, axis: int) -> int:

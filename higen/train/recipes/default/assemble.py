@@ -17,6 +17,7 @@ from higen import bundle
 from higen.errors import TrainingError
 from higen.families.higen import spec
 from higen.families.higen.spec import AutoencoderConfig, Defaults, ModelConfig, UNetConfig
+from higen.models.nestings import below
 from higen.tokenizer import build_word_tokenizer
 from higen.train.checkpoints import Checkpoints
 from higen.train.recipes.default.decoder import RESULT as DECODER
@@ -93,7 +94,7 @@ def _codec(state: Path) -> dict[str, Tensor]:
 
 def half_precision(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
     """The tensors whose name has this prefix, without it, their floating-point ones as float16."""
-    chosen = {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+    chosen = below(tensors, prefix)
     return {name: (t.half() if t.is_floating_point() else t).contiguous() for name, t in chosen.items()}
 
 

@@ -57,6 +57,10 @@ def measure(
     bundle = Bundle.open(model or default_model())
     subjects = subjects_named(bundle.manifest.prompts)
     shots = plan(subjects, seeds, quick)
+    if output.is_dir():
+        check_own(
+            output, ("clips.jsonl", "measures.json", "per_subject.json", "sheet.png", "worst.png"), r"\A[0-9a-f]{64}\n"
+        )
     judged = output / "judges"
     try:
         judged.mkdir(parents=True, exist_ok=True)
@@ -64,9 +68,6 @@ def measure(
         raise OutputError(f"{output}: no folder can be made there: {error.strerror}") from error
     if not os.access(judged, os.W_OK | os.X_OK):
         raise OutputError(f"{output}: no permission to write there")
-    check_own(
-        output, ("clips.jsonl", "measures.json", "per_subject.json", "sheet.png", "worst.png"), r"\A[0-9a-f]{64}\n"
-    )
     with claimed(output, "evaluating"):
         try:
             fetch(data, download)
