@@ -1,4 +1,4 @@
-// higen-run: a video from a text, on the library's public interface alone.
+// higen-run: a video from a text, which the library makes through its public interface.
 #include <cerrno>
 #include <csignal>
 #include <cstdio>
@@ -6,7 +6,6 @@
 #include <cstring>
 #include <deque>
 #include <exception>
-#include <memory>
 #include <stdexcept>
 #include <string>
 #include <vector>
@@ -18,15 +17,13 @@
 
 namespace {
 
+using higen::check;
+
 constexpr int wrong_usage = 2, interrupted = 130;
 
 volatile std::sig_atomic_t stopped = 0;
 
 extern "C" void stop(int) { stopped = 1; }
-
-void check(higen_status status) {
-    if (status != HIGEN_OK) throw std::runtime_error(higen_last_error());
-}
 
 std::int32_t narrow(const char* name, std::int64_t value) {
     if (value < INT32_MIN || value > INT32_MAX)
@@ -34,12 +31,7 @@ std::int32_t narrow(const char* name, std::int64_t value) {
     return static_cast<std::int32_t>(value);
 }
 
-struct Close {
-    void operator()(higen_model* model) const { higen_model_close(model); }
-};
-using Model = std::unique_ptr<higen_model, Close>;
-
-Model open_model(const Options& options) {
+higen::Model open_model(const Options& options) {
     higen_model_options given = HIGEN_MODEL_OPTIONS_INIT;
     given.backend = options.backend.c_str();
     given.precision = options.precision ? options.precision->c_str() : nullptr;
@@ -47,9 +39,7 @@ Model open_model(const Options& options) {
     given.provider_library = options.provider_library.empty() ? nullptr : options.provider_library.c_str();
     given.threads = narrow("--threads", options.threads);
     given.skip_verification = options.verify ? 0 : 1;
-    higen_model* model = nullptr;
-    check(higen_model_open(options.model.c_str(), &given, &model));
-    return Model(model);
+    return higen::Model(options.model, given);
 }
 
 std::string numbers(const double* values, std::size_t count) {

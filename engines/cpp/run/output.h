@@ -21,7 +21,7 @@ struct About {
 // clip that fails leaves nothing behind. Throws std::runtime_error.
 class ClipWriter {
 public:
-    // The format is that of the suffix; "-" is y4m on the standard output. Checks before any work that the file can be
+    // The format is that of the suffix; "-" is y4m on the standard output. Checks before any frame is made that the file can be
     // written and replaced, and that what writes it is here.
     ClipWriter(std::string path, About about);
     ~ClipWriter();

@@ -109,12 +109,10 @@ fs::path Bundle::file(const std::string& name) const {
     const auto known = known_.find(name);
     if (known != known_.end() && known->second == stamp) return path;
     const bool replaced = known != known_.end();
-    if (replaced && !verify_)
-        fail_integrity(path.u8string() + ": was replaced after the model was opened; open the model again");
-    if (sha256(path) != record->second.sha256)
-        fail_integrity(path.u8string() + (replaced ? ": was replaced after the model was opened; open the model again"
-                                                   : ": its content does not match the sha256 in higen.json; fetch "
-                                                     "the file again"));
+    if ((replaced && !verify_) || sha256(path) != record->second.sha256)
+        fail_integrity(path.u8string() +
+                       (replaced ? ": was replaced after the model was opened; open the model again"
+                                 : ": its content does not match the sha256 in higen.json; fetch the file again"));
     known_.insert_or_assign(name, stamp);
     return path;
 }

@@ -1,6 +1,8 @@
 // The part of the C interface that reads pictures.
 #include <cstdlib>
 #include <cstring>
+#include <memory>
+#include <new>
 
 #include "c_api.h"
 #include "picture_file.h"
@@ -15,15 +17,13 @@ higen_status higen_image_open(const char* path, higen_image* image) {
         higen_image found = HIGEN_IMAGE_INIT;
         found.height = narrow(read.height);
         found.width = narrow(read.width);
-        found.rgb = static_cast<std::uint8_t*>(std::malloc(read.pixels.size()));
-        if (found.rgb == nullptr) throw std::bad_alloc();
-        std::memcpy(found.rgb, read.pixels.data(), read.pixels.size());
-        try {
-            store(found, image, "image");
-        } catch (...) {
-            std::free(found.rgb);
-            throw;
-        }
+        std::unique_ptr<std::uint8_t, void (*)(void*)> rgb(
+            static_cast<std::uint8_t*>(std::malloc(read.pixels.size())), std::free);
+        if (!rgb) throw std::bad_alloc();
+        std::memcpy(rgb.get(), read.pixels.data(), read.pixels.size());
+        found.rgb = rgb.get();
+        store(found, image, "image");
+        (void)rgb.release();
     });
 }
 

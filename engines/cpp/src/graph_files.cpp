@@ -1,7 +1,7 @@
 #include "graph_files.h"
 
+#include <array>
 #include <cstdint>
-#include <utility>
 
 #include "errors.h"
 
@@ -60,7 +60,7 @@ private:
 
 constexpr int deepest = 64;  // graphs within graphs
 
-// Calls `visit` with the content of each field of these numbers.
+// Calls `visit` with the number and the content of each field that has a content.
 template <typename Visit>
 void each(std::string_view bytes, const std::string& where, const Visit& visit) {
     Message message(bytes, where);
@@ -68,91 +68,52 @@ void each(std::string_view bytes, const std::string& where, const Visit& visit) 
         if (field.has_content) visit(field.number, field.content);
 }
 
-class Finder {
-public:
-    explicit Finder(const std::string& where) : where_(where) {}
+enum class Kind { model, training, graph, function, node, attribute, sparse, tensor };
 
-    // ModelProto: graph = 7, training_info = 20, functions = 25.
-    void model(std::string_view bytes) {
-        each(bytes, where_, [&](std::uint64_t number, std::string_view content) {
-            if (number == 7) graph(content, 0);
-            if (number == 20) training(content);
-            if (number == 25) function(content);
-        });
-    }
-
-    std::set<std::string> found;
-
-private:
-    // TrainingInfoProto: initialization = 1, algorithm = 2.
-    void training(std::string_view bytes) {
-        each(bytes, where_, [&](std::uint64_t number, std::string_view content) {
-            if (number == 1 || number == 2) graph(content, 0);
-        });
-    }
-
-    // GraphProto: node = 1, initializer = 5, sparse_initializer = 15.
-    void graph(std::string_view bytes, int depth) {
-        if (depth > deepest) fail_integrity(where_ + ": graphs within graphs, too deep");
-        each(bytes, where_, [&](std::uint64_t number, std::string_view content) {
-            if (number == 1) node(content, depth);
-            if (number == 5) tensor(content);
-            if (number == 15) sparse(content);
-        });
-    }
-
-    // FunctionProto: node = 7.
-    void function(std::string_view bytes) {
-        each(bytes, where_, [&](std::uint64_t number, std::string_view content) {
-            if (number == 7) node(content, 0);
-        });
-    }
-
-    // NodeProto: attribute = 5.
-    void node(std::string_view bytes, int depth) {
-        each(bytes, where_, [&](std::uint64_t number, std::string_view content) {
-            if (number == 5) attribute(content, depth);
-        });
-    }
-
-    // AttributeProto: t = 5, g = 6, tensors = 10, graphs = 11, sparse_tensor = 22, sparse_tensors = 23.
-    void attribute(std::string_view bytes, int depth) {
-        each(bytes, where_, [&](std::uint64_t number, std::string_view content) {
-            if (number == 5 || number == 10) tensor(content);
-            if (number == 6 || number == 11) graph(content, depth + 1);
-            if (number == 22 || number == 23) sparse(content);
-        });
-    }
-
-    // SparseTensorProto: values = 1, indices = 2.
-    void sparse(std::string_view bytes) {
-        each(bytes, where_, [&](std::uint64_t number, std::string_view content) {
-            if (number == 1 || number == 2) tensor(content);
-        });
-    }
-
-    // TensorProto: external_data = 13, pairs of key = 1 and value = 2.
-    void tensor(std::string_view bytes) {
-        each(bytes, where_, [&](std::uint64_t number, std::string_view content) {
-            if (number != 13) return;
-            std::string_view key, value;
-            each(content, where_, [&](std::uint64_t part, std::string_view text) {
-                if (part == 1) key = text;
-                if (part == 2) value = text;
-            });
-            if (key == "location") found.emplace(value);
-        });
-    }
-
-    const std::string& where_;
+// A field of onnx.proto on the way to a tensor: the message that has it, its number, and the message in it.
+struct Way {
+    Kind of;
+    std::uint64_t number;
+    Kind to;
 };
+
+constexpr std::array<Way, 18> ways = {{
+    {Kind::model, 7, Kind::graph},       {Kind::model, 20, Kind::training},   {Kind::model, 25, Kind::function},
+    {Kind::training, 1, Kind::graph},    {Kind::training, 2, Kind::graph},    {Kind::graph, 1, Kind::node},
+    {Kind::graph, 5, Kind::tensor},      {Kind::graph, 15, Kind::sparse},     {Kind::function, 7, Kind::node},
+    {Kind::node, 5, Kind::attribute},    {Kind::attribute, 5, Kind::tensor},  {Kind::attribute, 10, Kind::tensor},
+    {Kind::attribute, 6, Kind::graph},   {Kind::attribute, 11, Kind::graph},  {Kind::attribute, 22, Kind::sparse},
+    {Kind::attribute, 23, Kind::sparse}, {Kind::sparse, 1, Kind::tensor},     {Kind::sparse, 2, Kind::tensor},
+}};
+
+// An entry of TensorProto.external_data: key = 1, value = 2.
+void take_location(std::string_view entry, const std::string& where, std::set<std::string>& found) {
+    std::string_view key, value;
+    each(entry, where, [&](std::uint64_t number, std::string_view text) {
+        if (number == 1) key = text;
+        if (number == 2) value = text;
+    });
+    if (key == "location") found.emplace(value);
+}
+
+void find(Kind kind, std::string_view bytes, int depth, const std::string& where, std::set<std::string>& found) {
+    if (depth > deepest) fail_integrity(where + ": graphs within graphs, too deep");
+    each(bytes, where, [&](std::uint64_t number, std::string_view content) {
+        if (kind == Kind::tensor && number == 13) take_location(content, where, found);
+        for (const auto& way : ways) {
+            if (way.of != kind || way.number != number) continue;
+            const bool deeper = kind == Kind::attribute && way.to == Kind::graph;
+            find(way.to, content, depth + (deeper ? 1 : 0), where, found);
+        }
+    });
+}
 
 }  // namespace
 
 std::set<std::string> external_files(std::string_view onnx, const std::string& where) {
-    Finder finder(where);
-    finder.model(onnx);
-    return std::move(finder.found);
+    std::set<std::string> found;
+    find(Kind::model, onnx, 0, where, found);
+    return found;
 }
 
 }  // namespace higen::core

@@ -109,15 +109,4 @@ Decoded decode_jpeg(const Bytes& file, const std::string& path) {
 
 }  // namespace higen::core
 
-#else
-
-namespace higen::core {
-
-Decoded decode_jpeg(const Bytes&, const std::string& path) {
-    fail_unavailable(path + ": is a JPEG file, but higen was built without libjpeg: install it (apt-get install " +
-                     "libjpeg-dev) and build higen again, or give a binary PPM (P6)");
-}
-
-}  // namespace higen::core
-
 #endif

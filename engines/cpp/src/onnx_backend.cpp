@@ -2,7 +2,6 @@
 #include <onnxruntime_cxx_api.h>
 
 #include <deque>
-#include <exception>
 #include <filesystem>
 #include <map>
 #include <mutex>
@@ -76,12 +75,9 @@ std::string words(const Ort::Exception& error) {
     return text;
 }
 
-// ONNX Runtime failed: for want of memory, or as `fail` says.
-template <typename Fail>
-[[noreturn]] void fail_with(const Ort::Exception& error, const std::string& where, const Fail& fail) {
+// Throws where ONNX Runtime failed for want of memory.
+void check_memory(const Ort::Exception& error, const std::string& where) {
     if (is_out_of_memory(error.what())) throw Error(HIGEN_ERROR_MEMORY, where + ": out of memory: " + words(error));
-    fail();
-    std::terminate();  // it throws
 }
 
 class OnnxBackend final : public Backend {
@@ -129,7 +125,8 @@ public:
             return outputs;
         } catch (const Ort::Exception& error) {
             cancellation.check();
-            fail_with(error, stage.name, [&] { fail_backend(stage.name + ": ONNX Runtime failed: " + words(error)); });
+            check_memory(error, stage.name);
+            fail_backend(stage.name + ": ONNX Runtime failed: " + words(error));
         }
     }
 
@@ -182,13 +179,13 @@ private:
                 return made;
             } catch (const Ort::Exception& error) {
                 const auto where = path.u8string();
-                if (&provider == &candidates_.back())
-                    fail_with(error, where, [&] {
-                        if (error.GetOrtErrorCode() == ORT_NOT_IMPLEMENTED)
-                            fail_unavailable(where + ": this ONNX Runtime cannot run it on " + provider.name + ": " +
-                                             words(error));
-                        fail_integrity(where + ": ONNX Runtime cannot load it: " + words(error));
-                    });
+                if (&provider == &candidates_.back()) {
+                    check_memory(error, where);
+                    if (error.GetOrtErrorCode() == ORT_NOT_IMPLEMENTED)
+                        fail_unavailable(where + ": this ONNX Runtime cannot run it on " + provider.name + ": " +
+                                         words(error));
+                    fail_integrity(where + ": ONNX Runtime cannot load it: " + words(error));
+                }
                 passed_over += "; not " + provider.name + ": " + error.what();
             }
         }
@@ -199,7 +196,7 @@ private:
     // computes in float32 what a float16 graph says, and casts besides.
     [[nodiscard]] std::string choose_precision(const Stage& stage, const Provider& provider) const {
         const auto wanted = !options_.precision.empty()             ? stand_ins(options_.precision)
-                            : provider.is_gpu() && !is_a_plugins() ? std::vector<std::string>{"fp16", "fp32"}
+                            : provider.is_gpu()                   ? std::vector<std::string>{"fp16", "fp32"}
                                                                     : std::vector<std::string>{"fp32"};
         for (const auto& precision : wanted) {
             const auto graph = graph_file(stage.name, precision);

@@ -17,7 +17,8 @@ struct Provider {
     std::string kind;         // as ONNX Runtime lists it; "" for a plugin's
     std::int32_t device = 0;  // of several GPUs, from 0
 
-    [[nodiscard]] bool is_gpu() const { return kind != "CPUExecutionProvider"; }
+    // A plugin's provider is not known to be one.
+    [[nodiscard]] bool is_gpu() const { return !kind.empty() && kind != "CPUExecutionProvider"; }
 };
 
 // The provider of an option that names one of ONNX Runtime's own. Throws a request error for any other text: an unknown

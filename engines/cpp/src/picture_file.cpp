@@ -22,6 +22,11 @@ constexpr std::uintmax_t largest_file = std::uintmax_t{1} << 30;
 
 [[noreturn]] void fail(const std::string& path, const std::string& what) { fail_request(path + ": " + what); }
 
+[[noreturn, maybe_unused]] void fail_without(const std::string& path, const char* format, const std::string& library) {
+    fail_unavailable(path + ": is a " + format + " file, but higen was built without " + library +
+                     ": install it (apt-get install " + library + "-dev) and build higen again, or give a binary PPM (P6)");
+}
+
 // A plain file alone: a FIFO would be waited for.
 Bytes read_bytes(const std::string& path) {
     const auto place = fs::u8path(path);
@@ -90,6 +95,13 @@ bool begins(const Bytes& file, std::string_view with) {
 }
 
 }  // namespace
+
+#ifndef HIGEN_PNG
+Decoded decode_png(const Bytes&, const std::string& path) { fail_without(path, "PNG", "libpng"); }
+#endif
+#ifndef HIGEN_JPEG
+Decoded decode_jpeg(const Bytes&, const std::string& path) { fail_without(path, "JPEG", "libjpeg"); }
+#endif
 
 void check_picture_size(const std::string& path, std::size_t width, std::size_t height) {
     if (width >= 1 && height >= 1 && width <= max_picture_side && height <= max_picture_side &&

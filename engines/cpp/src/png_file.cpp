@@ -97,15 +97,4 @@ Decoded decode_png(const Bytes& file, const std::string& path) {
 
 }  // namespace higen::core
 
-#else
-
-namespace higen::core {
-
-Decoded decode_png(const Bytes&, const std::string& path) {
-    fail_unavailable(path + ": is a PNG file, but higen was built without libpng: install it (apt-get install " +
-                     "libpng-dev) and build higen again, or give a binary PPM (P6)");
-}
-
-}  // namespace higen::core
-
 #endif

@@ -88,7 +88,7 @@ std::size_t clip_piece(std::u32string_view text) {
     return static_cast<std::size_t>(std::find_if_not(text.begin(), text.end(), is_of_run) - text.begin());
 }
 
-// The first words of a warning, each cut to its first letters: a prompt may be one word of 100,000.
+// The first words of a warning, each cut to its first letters: a prompt may be one word of 100,000 letters.
 std::string quoted(const std::vector<std::string>& words) {
     constexpr std::size_t named = 12, longest = 40;
     std::string text;
