@@ -22,8 +22,8 @@ DENOISING = ("spatial_unet", "temporal_unet")
 """Those with both branches of guidance: the larger ones."""
 
 
-def write_model(path: Path) -> None:
-    """A model directory with the full-size denoiser alone, in float16."""
+def write_model(path: Path, channels: int = 320) -> None:
+    """A model directory with the denoiser alone, in float16; `channels` of its first level: 320 at full size."""
     import torch
 
     from higen import bundle
@@ -31,8 +31,9 @@ def write_model(path: Path) -> None:
     from higen.models.weights import write_safetensors
     from higen.parity.fixtures import recipe_state
 
-    with bundle.create(path, spec.manifest(spec.ModelConfig(name="full size"))) as folder:
-        state = {name: tensor.to(torch.float16) for name, tensor in recipe_state(spec.UNetConfig(), 0)}
+    config = spec.UNetConfig(base_channels=channels)
+    with bundle.create(path, spec.manifest(spec.ModelConfig(name="full size", unet=config))) as folder:
+        state = {name: tensor.to(torch.float16) for name, tensor in recipe_state(config, 0)}
         write_safetensors(folder / spec.UNET, state, "fp16")
 
 
