@@ -20,7 +20,7 @@ from higen import cpu
 from higen.api import default_model
 from higen.backends.onnx import OnnxBackend
 from higen.backends.options import Options
-from higen.backends.sessions import session_options
+from higen.backends.sessions import load_cuda, session_options
 from higen.bundle import Bundle
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -156,3 +156,21 @@ def play(monkeypatch: pytest.MonkeyPatch, folder: Path, listed: str | None) -> N
         (folder / "cpuinfo").write_text(listed)
     monkeypatch.setattr(cpu, "CPUINFO", folder / "cpuinfo")
     monkeypatch.setattr(cpu, "flags", cpu.flags.__wrapped__)
+
+
+def test_what_onnx_runtime_says_of_missing_cuda_libraries_is_kept_not_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    calls: list[int] = []
+
+    def preload_dlls() -> None:
+        calls.append(1)
+        print("Failed to load libcudnn.so.9: no such file")
+
+    monkeypatch.setattr(ort, "preload_dlls", preload_dlls, raising=False)
+    load_cuda.cache_clear()
+    try:
+        assert [load_cuda(), load_cuda()] == ["Failed to load libcudnn.so.9: no such file"] * 2
+    finally:
+        load_cuda.cache_clear()
+    assert (len(calls), capsys.readouterr().out) == (1, "")

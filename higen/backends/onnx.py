@@ -17,7 +17,7 @@ from higen.backends.cuda import gpu_count
 from higen.backends.external_data import graph_files
 from higen.backends.older import as_before, is_older
 from higen.backends.options import PLAIN, Options
-from higen.backends.sessions import session_options
+from higen.backends.sessions import load_cuda, session_options
 from higen.bundle import Bundle, graph_file
 from higen.devices import check_present, device_index
 from higen.errors import BackendError, BackendUnavailable, IntegrityError, is_of_a_handler
@@ -172,9 +172,13 @@ class OnnxBackend:
         for file in files[1:]:
             self._file(file)
         options = session_options(self.options.threads)
+        missing = ""
         wanted: Sequence[Any] = [PROVIDERS["cpu"]]
         if self._device != "cpu":
-            wanted = [(PROVIDERS[self._device], {"device_id": self._index}), *wanted]
+            if gpu_count():
+                missing = load_cuda()
+            # ONNX Runtime warns of every session that names its device; the first is meant where none is named.
+            wanted = [(PROVIDERS[self._device], {"device_id": self._index} if self._index else {}), *wanted]
         try:
             with enough_memory(name):
                 session = ort.InferenceSession(str(self.bundle.path / name), options, providers=wanted)
@@ -191,8 +195,9 @@ class OnnxBackend:
         # What a session got, not what the build lists: a provider that cannot load is dropped without a word.
         if PROVIDERS[self._device] not in session.get_providers():
             if self._required:
+                why = f": {missing.splitlines()[0]}" if missing else ""
                 raise BackendUnavailable(
-                    f"device={self.options.device!r}: ONNX Runtime could not load {PROVIDERS[self._device]} here"
+                    f"device={self.options.device!r}: ONNX Runtime could not load {PROVIDERS[self._device]} here{why}"
                 )
             self._device = "cpu"
             return self._make(stage)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
+from functools import cache
+
 import onnxruntime as ort
 
-__all__ = ["session_options"]
+__all__ = ["load_cuda", "session_options"]
 
 EXACT_INT8 = ("session.x64quantprecision", "1")
 """On an x86 processor without VNNI the product of unsigned by signed 8-bit integers adds pairs in 16 bits, which
@@ -24,3 +28,18 @@ def session_options(threads: int | None = None, severity: int = 3) -> ort.Sessio
     if threads is not None:
         options.intra_op_num_threads = threads
     return options
+
+
+@cache
+def load_cuda() -> str:
+    """Load the libraries of CUDA and cuDNN that pip installed beside onnxruntime-gpu, once a process.
+
+    The loader of the system does not look there, and PyTorch, which loads them too, need not be installed. Returns what
+    ONNX Runtime says of those that it did not find: "" if it has all.
+    """
+    load = getattr(ort, "preload_dlls", None)  # since 1.21
+    said = io.StringIO()
+    if load is not None:
+        with contextlib.redirect_stdout(said):
+            load()
+    return said.getvalue().strip()

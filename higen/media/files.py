@@ -64,7 +64,10 @@ def reason(error: Exception) -> str:
     inside = isinstance(error, (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError))
     if isinstance(error, MemoryError):
         return "there is too little memory for it; cut or shrink it"
-    return f"its data is corrupt ({type(error).__name__})" if inside or not str(error) else str(error)
+    if inside or not str(error):
+        said = f": {error}" if str(error) else ""
+        return f"its data is corrupt ({type(error).__name__}{said})"
+    return str(error)
 
 
 def head(path: Path) -> bytes:

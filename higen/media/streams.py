@@ -155,7 +155,7 @@ class VideoStream:
         # The listed demuxers and local files alone: a playlist would open what it names.
         options = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"}
         try:
-            container = av.open(f"file:{self.path.absolute()}", options=options, metadata_errors="replace")
+            container = av.open(f"file:{self.path.absolute()}", options=options, **_metadata_options())
         except (av.ArgumentError, av.InvalidDataError) as error:
             raise OutputError("it is corrupt, or of no video format that is read") from error
         with container:
@@ -198,6 +198,13 @@ class VideoStream:
         width = max(1, round(context.width * self._aspect))
         check_pixels(width, context.height)
         return width, context.height
+
+
+def _metadata_options() -> dict[str, Any]:
+    """A title in an unknown encoding is no reason to refuse a clip. PyAV before 19 must be told so."""
+    import av
+
+    return {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
 
 
 class _Packet(NamedTuple):

@@ -33,8 +33,11 @@ pytestmark = [
 COMPUTED = ("fp32", "bf16", "fp16")
 """Precisions, the safest first; a stage computes in those up to its lowest."""
 
-ALLOWED = {"fp32": 1e-4, "fp16": 2e-2, "bf16": 1e-1}
-"""Largest difference of a stage's output from the CPU's in float32, relative to its largest value."""
+ALLOWED = {"fp32": 5e-3, "fp16": 2e-2, "bf16": 1e-1}
+"""Largest difference of a stage's output from the CPU's in float32, relative to its largest value.
+
+PyTorch convolves float32 in TF32 on a GPU, which has 10 bits of mantissa, unless it is told otherwise.
+"""
 
 TOPOLOGY = replace(
     TINY,
@@ -59,6 +62,16 @@ def topology(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("precision", list(ALLOWED))
 @pytest.mark.parametrize("model", ["built-in", "topology"])
 def test_every_stage_is_the_cpu_s(model: str, precision: str, topology: Path) -> None:
+    check_stages(model, precision, topology, ALLOWED[precision])
+
+
+@pytest.mark.parametrize("model", ["built-in", "topology"])
+def test_every_stage_is_the_cpu_s_without_tf32(model: str, topology: Path) -> None:
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        check_stages(model, "fp32", topology, 1e-4)
+
+
+def check_stages(model: str, precision: str, topology: Path, allowed: float) -> None:
     bundle = Bundle.open(default_model() if model == "built-in" else topology)
     cpu = TorchBackend(bundle, Options("cpu", "fp32"))
     gpu = TorchBackend(bundle, Options("cuda", precision))
@@ -76,7 +89,7 @@ def test_every_stage_is_the_cpu_s(model: str, precision: str, topology: Path) ->
             assert np.isfinite(found).all(), f"{stage.name}.{name}"
             apart[f"{stage.name}.{name}"] = float(np.abs(found - truth).max() / np.abs(truth).max())
     print({name: f"{value:.1e}" for name, value in apart.items()})
-    assert max(apart.values()) <= ALLOWED[precision], apart
+    assert max(apart.values()) <= allowed, apart
 
 
 def test_float32_is_the_cpu_s_video(expected: Frames) -> None:
