@@ -258,12 +258,13 @@ class Pipeline:
             sources = Sources(self.manifest, self.backend, request, self._tokens(request), self._kept)
         latents: Any = None
         for loop in self.manifest.wanted(request.frames):
+            steps = request.steps[self.manifest.loops.index(loop)]
             if request.replaces(loop):
                 assert loop.replaced is not None
                 with timed(seconds, loop.replaced.control):
                     latents = _spread(sources.made(loop.replaced.latents, loop), request.frames_of(loop))
             elif request.runs(loop):
-                latents = yield from timed_steps(seconds, loop.name, self._steps(request, sources, loop))
+                latents = yield from timed_steps(seconds, loop.name, self._steps(request, sources, loop, steps))
             else:
                 continue
             finished[loop.name] = self.backend.to_numpy(latents)
@@ -285,10 +286,9 @@ class Pipeline:
         names.setdefault(request.negative_prompt, "negative_prompt")
         return {text: self._tokenizer.encode([text], request.warn, [name]) for text, name in names.items()}
 
-    def _steps(self, request: Request, sources: Sources, loop: Loop) -> Iterator[Step]:
+    def _steps(self, request: Request, sources: Sources, loop: Loop, steps: int) -> Iterator[Step]:
         index = self.manifest.loops.index(loop)
-        solver, steps = loop.solver(request.solvers[index]), request.steps[index]
-        table = solver_table(loop.schedule, loop.prediction, solver, steps)
+        table = solver_table(loop.schedule, loop.prediction, loop.solver(request.solvers[index]), steps)
         scale = np.asarray(request.guidance[index], np.float32)
         conditions: dict[str, dict[str, Any]] = {}
 

@@ -65,7 +65,8 @@ def test_whoever_installs_an_entry_point_adds_a_family() -> None:
 @pytest.mark.parametrize("find", [families.network, families.checkpoint])
 def test_an_unknown_family_names_what_is_installed(find: Any) -> None:
     with pytest.raises(
-        UnknownFamily, match=r"^family='svd': not installed here; installed are higen, stable_diffusion, stranger"
+        UnknownFamily,
+        match=r"^family='svd': not installed here; installed are animatediff, higen, stable_diffusion, stranger",
     ):
         find("svd")
 
