@@ -38,7 +38,7 @@ PIPELINES = ("AnimateDiffPipeline", "AnimateDiffVideoToVideoPipeline")
 _CLIP_SCHEDULE: Mapping[str, Any] = {"beta_schedule": "linear", "timestep_spacing": "linspace", "steps_offset": 1}
 """What the motion modules were trained with, where the base has scaled_linear, and the grid that diffusers takes."""
 
-_MOTION_LICENCE = "the motion module's own (AnimateDiff's: Apache-2.0)"
+_MOTION_LICENCE = "the motion module: Apache-2.0 where its own says nothing else"
 
 State = Mapping[str, Tensor]
 
@@ -247,6 +247,6 @@ def _converted(parts: _Parts, loras: Sequence[Lora], notes: list[str]) -> Conver
             f"the motion modules' group norms take their statistics over {over[made_of.group_norm]} "
             f"(--group-norm {other} for the other)",
             f"at most {made_of.most_frames} frames, the positions that the motion modules know",
-            f"licence of the motion modules: {_MOTION_LICENCE}",
+            f"licence of {_MOTION_LICENCE}",
         ),
     )
