@@ -48,6 +48,7 @@ _OUTER = {
     "norm_out": "conv_norm_out",
     "conv_out": "conv_out",
 }
+_MIDDLE = {".resnet": "resnets.0", ".spatial": "attentions.0", "_out": "resnets.1"}
 _WHY = "HiGen predicts v, and both of its loops share these weights"
 
 
@@ -66,22 +67,22 @@ def _diffusers_name(ours: str) -> str:
     module, _, leaf = ours.rpartition(".")
     if module in _OUTER:
         return f"{_OUTER[module]}.{leaf}"
-    found = re.match(r"(encoder|decoder)\.(\d+)\.(?:blocks\.(\d+)\.(\w+)|resample)\.?(.*)", module)
-    if found is None:
-        _, kind, rest = re.split(r"middle(?:_out)?(?:\.(resnet|spatial))?\.", module)
-        part = "attentions.0" if kind == "spatial" else "resnets.0" if kind else "resnets.1"
-        return f"mid_block.{part}.{_inner(kind or 'resnet', rest)}.{leaf}"
+    if middle := re.match(r"middle(_out|\.resnet|\.spatial)\.(.+)", module):
+        part = _MIDDLE[middle[1]]
+        return f"mid_block.{part}.{_inner(part, middle[2])}.{leaf}"
+    found = re.fullmatch(r"(encoder|decoder)\.(\d+)\.(?:blocks\.(\d+)\.(\w+)\.(.+)|resample(?:\.conv)?)", module)
+    assert found is not None, ours
     side, level, block, kind, rest = found.groups()
     place = f"{'down' if side == 'encoder' else 'up'}_blocks.{level}"
     if block is None:
         return f"{place}.{'down' if side == 'encoder' else 'up'}samplers.0.conv.{leaf}"
     part = "attentions" if kind == "spatial" else "resnets"
-    return f"{place}.{part}.{block}.{_inner(kind, rest)}.{leaf}"
+    return f"{place}.{part}.{block}.{_inner(part, rest)}.{leaf}"
 
 
-def _inner(kind: str, rest: str) -> str:
+def _inner(part: str, rest: str) -> str:
     """A layer's name within a residual block or a transformer."""
-    if kind == "resnet":
+    if part.startswith("resnets"):
         return _RESNET[rest]
     block = rest.removeprefix("block.")
     return rest if block == rest else f"transformer_blocks.0.{TRANSFORMER[block]}"
