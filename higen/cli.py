@@ -46,7 +46,10 @@ def main() -> None:
 )
 @click.option("--dtype", type=click.Choice(["fp16", "bf16", "fp32"]), default="fp16", show_default=True)
 @click.option("--prediction", type=click.Choice(["epsilon", "v"]), help="What it predicts, where the files do not say.")
+@click.option("--group-norm", help="What it takes the statistics of group norms over, where the files do not say.")
 @click.option("--lora", "loras", multiple=True, metavar="FILE[:SCALE]", help="Add a LoRA to the weights; repeatable.")
+@click.option("--spatial", type=PATH, help="For HiGen: a personalised Stable Diffusion 2.1, for the spatial layers.")
+@click.option("--base", type=PATH, help="What --spatial was trained on from; the difference of the two is added.")
 @click.option("--overwrite", is_flag=True, help="Replace a model directory that exists.")
 @JSON
 def convert(
@@ -57,7 +60,10 @@ def convert(
     autoencoder: Path | None,
     dtype: str,
     prediction: str | None,
+    group_norm: str | None,
     loras: tuple[str, ...],
+    spatial: Path | None,
+    base: Path | None,
     overwrite: bool,
     as_json: bool,
 ) -> None:
@@ -76,7 +82,8 @@ def convert(
             from higen.families import FIRST
             from higen.models.lora import parse_lora
 
-        of_family: dict[str, Any] = {} if prediction is None else {"prediction": prediction}
+        given = {"prediction": prediction, "group_norm": group_norm, "spatial": spatial, "base": base}
+        of_family: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         of_family |= {"loras": [parse_lora(lora) for lora in loras]} if loras else {}
         with _bytes_bar(not as_json) as progress:
             bundle = convert_sources(

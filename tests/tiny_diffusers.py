@@ -76,6 +76,20 @@ def image_unet(**changes: Any) -> diffusers.UNet2DConditionModel:
     return randomised(diffusers.UNet2DConditionModel(**{**arguments, **changes}), 1)
 
 
+def video_unet(**changes: Any) -> diffusers.UNet3DConditionModel:
+    """A U-Net for video with two levels, of which the finer one attends to the text."""
+    arguments: dict[str, Any] = {
+        "sample_size": 8,
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock3D", "DownBlock3D"),
+        "up_block_types": ("UpBlock3D", "CrossAttnUpBlock3D"),
+        "cross_attention_dim": 32,
+        "attention_head_dim": 16,
+    }
+    return randomised(diffusers.UNet3DConditionModel(**{**arguments, **changes}), 2)
+
+
 def scheduler(kind: str, **settings: Any) -> Any:
     """A scheduler with Stable Diffusion's schedule."""
     made = getattr(diffusers, kind)
@@ -93,6 +107,19 @@ def image_pipeline(sampler: Any, unet: Any = None, text: Any = None) -> diffuser
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def video_pipeline(sampler: Any, unet: Any = None, kind: str = "TextToVideoSDPipeline") -> Any:
+    """A whole ModelScope pipeline; `kind`: its class, for text to video or for video to video."""
+    pipeline = getattr(diffusers, kind)(
+        vae=autoencoder(),
+        text_encoder=text_encoder(32, "gelu"),
+        tokenizer=None,
+        unet=unet if unet is not None else video_unet(),
+        scheduler=sampler,
     )
     pipeline.set_progress_bar_config(disable=True)
     return pipeline

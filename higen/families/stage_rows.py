@@ -32,10 +32,10 @@ def text_encoder_stage(weights: str, width: str) -> Stage:
     return Stage("text_encoder", weights, (tokens,), (Output("hidden", ("B", "L", width)),))
 
 
-def autoencoder_stages(weights: str, control: str) -> tuple[Stage, Stage]:
-    """`vae_decoder`, frame by frame, and `vae_encoder`, which reads the picture `control`."""
+def autoencoder_stages(weights: str, control: str, kind: str = "picture") -> tuple[Stage, Stage]:
+    """`vae_decoder`, frame by frame, and `vae_encoder`, which reads `control`, a "picture" or a "clip"."""
     latents, pixels = ("N", "C", "H", "W"), ("N", 3, "Y", "X")
-    given = Tensor("pixels", pixels, source=f"picture:{control}")
+    given = Tensor("pixels", pixels, source=f"{kind}:{control}")
     return (
         Stage("vae_decoder", weights, (Tensor("latents", latents),), (Output("pixels", pixels),)),
         Stage("vae_encoder", weights, (given,), (Output("latents", latents),)),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ from higen.errors import CheckpointError
 from higen.models import companion_checkpoints as companions
 from higen.models.checkpoint_files import Note, folder_state, read_json
 from higen.models.companions import autoencoder, text_encoder
+from higen.text_files import TextError, read_text
 from higen.tokenizer import build_clip_tokenizer
 
-__all__ = ["autoencoder_of", "check_vocabulary", "text_arguments", "text_state"]
+__all__ = ["autoencoder_of", "card_licence", "check_vocabulary", "text_arguments", "text_state"]
 
 _CLIP_ARGUMENTS = {
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
@@ -51,6 +53,17 @@ def check_vocabulary(folder: Path) -> None:
     vocabulary = folder / "tokenizer" / "vocab.json"
     if vocabulary.is_file() and read_json(vocabulary) != build_clip_tokenizer().get_vocab():
         raise CheckpointError(f"{vocabulary}: not CLIP's vocabulary, and no other is known")
+
+
+def card_licence(folder: Path) -> str | None:
+    """The licence that the folder's model card names in its head (README.md, `license:`); None: it names none."""
+    try:
+        card = read_text(folder / "README.md")
+    except (OSError, TextError):
+        return None
+    head = re.match(r"---\s*\n(.*?)\n---\s*(\n|$)", card, re.DOTALL)
+    found = re.search(r"^license:[ \t]*[\"']?([\w.+-]+)", head[1], re.MULTILINE) if head else None
+    return None if found is None else found[1]
 
 
 def autoencoder_of(folder: Path, on_note: Note) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from torch import Tensor
 from higen.errors import CheckpointError
 from higen.families import Converted
 from higen.families.higen import spec
+from higen.families.higen.personal import with_difference, with_loras
 from higen.families.higen.reference_names import config_from_reference, from_reference
 from higen.families.higen.spec import AutoencoderConfig, ModelConfig, TextConfig, UNetConfig
 from higen.models import companion_checkpoints as companions
 from higen.models import hub_folders
 from higen.models.checkpoint_files import Note, naming, read_names, read_state
+from higen.models.lora import Lora
 from higen.models.nestings import found_in
+from higen.paths import given_path
 from higen.tokenizer import build_clip_tokenizer
 
 __all__ = ["convert", "kl_config", "recognise"]
@@ -42,11 +46,16 @@ def convert(sources: Sequence[Path], **options: Any) -> Converted:
     autoencoder  a Stable Diffusion .ckpt or .safetensors (`first_stage_model.*`), or a diffusers folder of it
     options      `arguments`: the reference constructor's keyword arguments that shapes cannot tell (`head_dim`), for a
                  denoiser of another size than the released one
+                 `spatial`, `base`: paths of a personalised Stable Diffusion 2.1 and of what it was trained on from;
+                 their difference is added to the spatial tensors (`personal`)
+                 `loras`: adapters (`lora.Lora`) of Stable Diffusion 2.1 that are added to the spatial tensors
+                 `prediction`: what these predict, where their files do not say; only "v" is taken
 
     Raises CheckpointError: a source is missing, refused or does not fit.
     """
-    if unknown := sorted(set(options) - {"arguments"}):
-        raise CheckpointError(f"{', '.join(unknown)}: unknown; {spec.FAMILY} takes arguments")
+    if unknown := sorted(set(options) - _OPTIONS):
+        raise CheckpointError(f"{', '.join(unknown)}: unknown; {spec.FAMILY} takes {', '.join(sorted(_OPTIONS))}")
+    personal = _Personal.of(options)
     if len(sources) != 3:
         given = ", ".join(map(os.fspath, sources)) or "nothing"
         raise CheckpointError(f"{given}: three sources are wanted: denoiser, text encoder, autoencoder")
@@ -54,17 +63,61 @@ def convert(sources: Sequence[Path], **options: Any) -> Converted:
     notes: list[str] = []
     with naming(denoiser):
         unet_config, unet = _denoiser(denoiser, options.get("arguments") or {}, notes.append)
+    unet = personal.added(unet, unet_config, notes)
     with naming(text):
         text_config, text_encoder = _text(text, notes.append)
     with naming(autoencoder):
         autoencoder_config, vae = _autoencoder(autoencoder, notes.append)
     config = _model_config(denoiser, unet_config, text_config, autoencoder_config)
+    config = replace(config, licence=config.licence + personal.licence)
     return Converted(
         manifest=spec.manifest(config),
         weights={spec.UNET: unet, spec.TEXT_ENCODER: text_encoder, spec.AUTOENCODER: vae},
         texts={spec.TOKENIZER: build_clip_tokenizer().to_str(pretty=True)},
         notes=tuple(notes),
     )
+
+
+_OPTIONS = frozenset({"arguments", "base", "loras", "prediction", "spatial"})
+
+
+@dataclass(frozen=True)
+class _Personal:
+    """What of Stable Diffusion 2.1 is added to the spatial tensors."""
+
+    spatial: Path | None
+    base: Path | None
+    loras: tuple[Lora, ...]
+    prediction: str | None
+
+    @classmethod
+    def of(cls, options: Mapping[str, Any]) -> _Personal:
+        """Raises CheckpointError for options that do not belong together."""
+        spatial, base = (
+            None if options.get(name) is None else given_path(options[name], name) for name in ("spatial", "base")
+        )
+        made = cls(spatial, base, tuple(options.get("loras") or ()), options.get("prediction"))
+        if (spatial is None) != (base is None):
+            raise CheckpointError(
+                "--spatial FINETUNE --base BASE: both, for the difference of the two is added to the spatial tensors"
+            )
+        if made.prediction is not None and spatial is None and not made.loras:
+            raise CheckpointError(
+                f"prediction={made.prediction!r}: HiGen predicts v; it is said of --spatial or --lora"
+            )
+        return made
+
+    def added(self, state: dict[str, Tensor], config: UNetConfig, notes: list[str]) -> dict[str, Tensor]:
+        """The denoiser with it. Raises CheckpointError."""
+        if self.spatial is not None and self.base is not None:
+            state = with_difference(state, config, self.spatial, self.base, self.prediction, notes)
+        return with_loras(state, config, self.loras, self.prediction, notes) if self.loras else state
+
+    @property
+    def licence(self) -> str:
+        """What it adds to the model's licence."""
+        names = [*([] if self.spatial is None else [self.spatial.name]), *(lora.path.name for lora in self.loras)]
+        return f"; with {', '.join(names)}, under terms of their own" if names else ""
 
 
 def _silent(_: str) -> None: ...

@@ -11,10 +11,10 @@ from higen.errors import CheckpointError
 from higen.families.higen.spec import UNetConfig
 from higen.families.higen.unet import Denoiser
 
-__all__ = ["config_from_reference", "from_reference", "module_paths", "reference_names"]
+__all__ = ["TRANSFORMER", "config_from_reference", "from_reference", "module_paths", "reference_names"]
 
 _ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "out": "to_out.0"}
-_TRANSFORMER = {
+TRANSFORMER = {
     **{f"norm{i}": f"norm{i}" for i in (1, 2, 3)},
     **{f"attention{i}.{ours}": f"attn{i}.{theirs}" for i in (1, 2) for ours, theirs in _ATTENTION.items()},
     "feed_forward.expand": "ff.net.0.proj",
@@ -36,7 +36,7 @@ _RESBLOCK = {
 def _transformer(ours: str, theirs: str) -> Iterator[tuple[str, str]]:
     for name in ("norm", "proj_in", "proj_out"):
         yield f"{ours}.{name}", f"{theirs}.{name}"
-    for name, other in _TRANSFORMER.items():
+    for name, other in TRANSFORMER.items():
         yield f"{ours}.block.{name}", f"{theirs}.transformer_blocks.0.{other}"
 
 
@@ -89,7 +89,7 @@ def _modules(config: UNetConfig) -> Iterator[tuple[str, str]]:
     yield "conditioner.context.text_in", "context_embedding.input_mapping"
     yield "conditioner.context.out", "context_embedding.output_mapping"
     for i in range(config.context_depth):
-        for name, other in _TRANSFORMER.items():
+        for name, other in TRANSFORMER.items():
             yield f"conditioner.context.blocks.{i}.{name}", f"context_embedding.context_transformer.{i}.{other}"
     yield "unet.prior", "img_embedding"
     yield "unet.norm_out", "out.0"

@@ -1,0 +1,182 @@
+"""A personalised Stable Diffusion 2.1 in HiGen's spatial layers (Blattmann et al. 2023, Video LDM: only the temporal
+layers belong to the video model, so the spatial ones can be exchanged).
+
+HiGen's U-Net without its temporal layers has the shape of Stable Diffusion 2.1's. It was trained on from there, so the
+difference of a fine-tune from its own base is added, and the fine-tune itself is not taken.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from higen.errors import CheckpointError
+from higen.families.higen.configuration import UNetConfig
+from higen.families.higen.reference_names import TRANSFORMER
+from higen.families.higen.unet import UNet
+from higen.families.stable_diffusion.unet_source import read_unet
+from higen.models.checkpoint_files import naming
+from higen.models.companion_checkpoints import check_tensors
+from higen.models.lora import Lora, merged
+
+__all__ = ["diffusers_names", "with_difference", "with_loras"]
+
+State = Mapping[str, Tensor]
+
+_PREFIX = "unet."
+_OWN = ("prior.", "context_pool.")
+"""Layers of HiGen's spatial network that Stable Diffusion has not."""
+
+_RESNET = {
+    "norm_in": "norm1",
+    "conv_in": "conv1",
+    "embedding": "time_emb_proj",
+    "norm_out": "norm2",
+    "conv_out": "conv2",
+    "skip": "conv_shortcut",
+}
+_OUTER = {
+    "conv_in": "conv_in",
+    "time.1": "time_embedding.linear_1",
+    "time.3": "time_embedding.linear_2",
+    "norm_out": "conv_norm_out",
+    "conv_out": "conv_out",
+}
+_MIDDLE = {".resnet": "resnets.0", ".spatial": "attentions.0", "_out": "resnets.1"}
+_WHY = "HiGen predicts v, and both of its loops share these weights"
+
+
+def diffusers_names(config: UNetConfig) -> dict[str, str]:
+    """The name in diffusers' UNet2DConditionModel of each tensor of HiGen's spatial network that it has too."""
+    return {_PREFIX + ours: _diffusers_name(ours) for ours in _spatial_shapes(config)}
+
+
+def _spatial_shapes(config: UNetConfig) -> dict[str, tuple[int, ...]]:
+    with torch.device("meta"):
+        spatial = UNet(config, temporal=False).state_dict()
+    return {name: tuple(tensor.shape) for name, tensor in spatial.items() if not name.startswith(_OWN)}
+
+
+def _diffusers_name(ours: str) -> str:
+    module, _, leaf = ours.rpartition(".")
+    if module in _OUTER:
+        return f"{_OUTER[module]}.{leaf}"
+    if middle := re.match(r"middle(_out|\.resnet|\.spatial)\.(.+)", module):
+        part = _MIDDLE[middle[1]]
+        return f"mid_block.{part}.{_inner(part, middle[2])}.{leaf}"
+    found = re.fullmatch(r"(encoder|decoder)\.(\d+)\.(?:blocks\.(\d+)\.(\w+)\.(.+)|resample(?:\.conv)?)", module)
+    assert found is not None, ours
+    side, level, block, kind, rest = found.groups()
+    place = f"{'down' if side == 'encoder' else 'up'}_blocks.{level}"
+    if block is None:
+        return f"{place}.{'down' if side == 'encoder' else 'up'}samplers.0.conv.{leaf}"
+    part = "attentions" if kind == "spatial" else "resnets"
+    return f"{place}.{part}.{block}.{_inner(part, rest)}.{leaf}"
+
+
+def _inner(part: str, rest: str) -> str:
+    """A layer's name within a residual block or a transformer."""
+    if part.startswith("resnets"):
+        return _RESNET[rest]
+    block = rest.removeprefix("block.")
+    return rest if block == rest else f"transformer_blocks.0.{TRANSFORMER[block]}"
+
+
+def with_difference(
+    state: State, config: UNetConfig, finetune: Path, base: Path, prediction: str | None, notes: list[str]
+) -> dict[str, Tensor]:
+    """HiGen's denoiser with finetune - base added to its spatial tensors: float32 sums, in the denoiser's own dtype.
+
+    finetune, base   Stable Diffusion 2.1, each a folder of the hub's layout or a single file
+    prediction       what they predict, for single files, which do not say it
+
+    Raises CheckpointError for a U-Net of another shape, one that predicts epsilon, values that are not finite, and
+    where the two are the same.
+    """
+    names, shapes = diffusers_names(config), _spatial_shapes(config)
+    wanted = {names[_PREFIX + ours]: shape for ours, shape in shapes.items()}
+    fine, plain = (_read(source, prediction, wanted, notes) for source in (finetune, base))
+    types = [" and ".join(sorted({str(t.dtype).removeprefix("torch.") for t in s.values()})) for s in (fine, plain)]
+    if types[0] != types[1]:
+        notes.append(
+            f"{finetune.name} is stored as {types[0]}, {base.name} as {types[1]}: rounding is in the difference"
+        )
+    made, changed = dict(state), list[str]()
+    for ours, theirs in names.items():
+        difference = fine[theirs].float() - plain[theirs].float()
+        if not difference.isfinite().all():
+            raise CheckpointError(f"{finetune}: {theirs} less that of {base} is infinite or not a number")
+        if difference.count_nonzero():
+            made[ours] = (state[ours].float() + difference).to(state[ours].dtype)
+            changed.append(ours)
+    if not changed:
+        raise CheckpointError(f"{finetune}: its U-Net is that of {base}, so it changes nothing")
+    notes.append(f"{finetune.name} less {base.name}: {len(changed)} of {len(names)} spatial tensors {_listed(changed)}")
+    notes.append(f"the text encoder and the autoencoder of {finetune.name} are left out")
+    notes.append(_unverified(config))
+    return made
+
+
+def _read(source: Path, prediction: str | None, wanted: Mapping[str, tuple[int, ...]], notes: list[str]) -> State:
+    with naming(source):
+        state, own = read_unet(source, notes.append)
+        check_tensors(state, wanted, "a Stable Diffusion 2.1 U-Net, whose shape HiGen's spatial layers have")
+        if own is not None and prediction not in (None, own):
+            raise CheckpointError(f"prediction={prediction!r}: its scheduler says {own!r}")
+        if own is None and prediction is None:
+            raise CheckpointError("a single file does not say what it predicts: give --prediction v if it is v")
+        if (own or prediction) != "v":
+            raise CheckpointError(f"it predicts {own or prediction}: {_WHY}")
+    return state
+
+
+def with_loras(
+    state: State, config: UNetConfig, loras: Sequence[Lora], prediction: str | None, notes: list[str]
+) -> dict[str, Tensor]:
+    """HiGen's denoiser with adapters of Stable Diffusion 2.1 added to its spatial tensors.
+
+    Raises CheckpointError for an adapter of another model, and for one of a model that predicts epsilon, where its
+    file or `prediction` says so.
+    """
+    for lora in loras:
+        own = prediction or _prediction_of(lora.path)
+        if own not in (None, "v"):
+            raise CheckpointError(f"{lora.path}: an adapter of a model that predicts {own}: {_WHY}")
+    names = diffusers_names(config)
+    unet = merged({"unet": {theirs: state[ours] for ours, theirs in names.items()}}, loras, notes)["unet"]
+    changed = [ours for ours, theirs in names.items() if unet[theirs] is not state[ours]]
+    notes.append(f"adapters: {len(changed)} of {len(names)} spatial tensors {_listed(changed)}")
+    notes.append(_unverified(config))
+    return {**state, **{ours: unet[names[ours]] for ours in changed}}
+
+
+def _prediction_of(path: Path) -> str | None:
+    """What the model of an adapter predicts, where the adapter's metadata say it (modelspec.prediction_type)."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return (file.metadata() or {}).get("modelspec.prediction_type")
+    except (SafetensorError, OSError, json.JSONDecodeError):
+        return None
+
+
+def _listed(changed: Sequence[str]) -> str:
+    """Which tensors changed: how many of each part of the U-Net."""
+    counts: dict[str, int] = {}
+    for name in changed:
+        found = re.match(r"unet\.((?:encoder|decoder)\.\d+|\w+)", name)
+        part = found[1] if found else name
+        counts[part] = counts.get(part, 0) + 1
+    return "changed: " + ", ".join(f"{part} {count}" for part, count in counts.items())
+
+
+def _unverified(config: UNetConfig) -> str:
+    return (
+        "the quality of what it draws was not verified: HiGen was trained on from Stable Diffusion's weights, and "
+        f"reads {config.context_tokens} learned tokens where Stable Diffusion reads the text"
+    )

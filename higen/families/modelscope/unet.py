@@ -1,0 +1,44 @@
+"""diffusers' UNet3DConditionModel: which configurations this family runs, and how the network is built."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from torch import nn
+
+from higen.errors import CheckpointError, ManifestError
+from higen.models.companions import quiet, quiet_import
+from higen.models.diffusers_unet import check_configuration
+
+__all__ = ["CLASS", "video_unet", "video_unet_arguments"]
+
+CLASS = "UNet3DConditionModel"
+
+
+def video_unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The constructor's arguments in a U-Net's config.json. Raises CheckpointError for a model of another kind,
+    MissingExtra.
+    """
+    check_configuration(config, CLASS)
+    if config.get("num_attention_heads") is not None:
+        heads = config["num_attention_heads"]
+        raise CheckpointError(f"num_attention_heads={heads!r}: diffusers calls a head's channels attention_head_dim")
+    with quiet_import("diffusers", "the U-Net"):
+        from diffusers import UNet3DConditionModel
+    parameters = inspect.signature(UNet3DConditionModel.__init__).parameters
+    known = {name: row.default for name, row in parameters.items() if name not in ("self", "sample_size")}
+    return {name: config.get(name, default) for name, default in known.items()}
+
+
+def video_unet(arguments: Mapping[str, Any]) -> nn.Module:
+    """The network, randomly initialised. Raises ManifestError, MissingExtra."""
+    with quiet_import("diffusers", "the U-Net"):
+        from diffusers import UNet3DConditionModel
+    with quiet("diffusers"):
+        try:
+            built: nn.Module = UNet3DConditionModel(**arguments)
+        except Exception as error:  # whatever its checks and its arithmetic raise
+            raise ManifestError(f"architecture.unet: diffusers refuses it: {error}") from error
+    return built
