@@ -1,0 +1,68 @@
+"""diffusers' U-Nets for video walked block by block, so that a step exports with free batch and frames.
+
+Their own forward repeats each sample's time embedding and text by `repeat_interleave`, and that exports to a graph for
+the example's batch alone. The blocks export as they are, so the forward is rewritten here and the blocks are called.
+UNetMotionModel, UNetSpatioTemporalConditionModel, UNet3DConditionModel and UNet2DConditionModel share the skeleton: a
+first convolution, blocks down, middle, blocks up, a last convolution. Frames lie along the first axis, those of one
+sample behind each other.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["fold", "per_frame", "time_embedding", "unfold", "walk"]
+
+
+def fold(x: Tensor) -> Tensor:
+    """[B,C,F,H,W] -> [B*F,C,H,W]."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def unfold(y: Tensor, batch: int) -> Tensor:
+    """[B*F,C,H,W] -> [B,C,F,H,W]. `batch`: B, a tensor's `shape[0]`, so that it stays free in a graph."""
+    return y.unflatten(0, (batch, -1)).transpose(1, 2)
+
+
+def per_frame(x: Tensor, frames: int) -> Tensor:
+    """[B,...] -> [B*F,...], each sample's row for each of its frames: `repeat_interleave` by a free number."""
+    return x[:, None].expand(-1, frames, *(-1,) * (x.ndim - 1)).flatten(0, 1)
+
+
+def time_embedding(unet: Any, t: Tensor) -> Tensor:
+    """t [B] -> [B,E]: sinusoids, which are computed in float32, and the two layers behind them."""
+    embedding: Tensor = unet.time_embedding(unet.time_proj(t).to(unet.conv_in.weight.dtype))
+    return embedding
+
+
+def walk(unet: Any, x: Tensor, embedding: Tensor, context: Tensor, **frames: Any) -> Tensor:
+    """From behind the first convolution to the prediction: [N,C,H,W] -> [N,C',H,W], N the frames of all samples.
+
+    embedding  [N,E]; context [N,L,Dc], of the blocks that attend to it
+    frames     what tells the blocks how many frames a sample has: `num_frames` or `image_only_indicator`, by the class
+
+    H and W are multiples of what the blocks down divide them by: no block is told the size to upsample to.
+    """
+    skips: tuple[Tensor, ...] = (x,)
+    for block in unet.down_blocks:
+        x, more = block(hidden_states=x, temb=embedding, **_text(block, context), **frames)
+        skips += more
+    if unet.mid_block is not None:
+        # A middle block without temporal layers is that of a U-Net for pictures, which knows of no frames.
+        known = inspect.signature(type(unet.mid_block).forward).parameters
+        told = {name: value for name, value in frames.items() if name in known}
+        x = unet.mid_block(x, embedding, encoder_hidden_states=context, **told)
+    for block in unet.up_blocks:
+        own, skips = skips[-len(block.resnets) :], skips[: -len(block.resnets)]
+        x = block(hidden_states=x, temb=embedding, res_hidden_states_tuple=own, **_text(block, context), **frames)
+    if unet.conv_norm_out is not None:
+        x = unet.conv_act(unet.conv_norm_out(x))
+    predicted: Tensor = unet.conv_out(x)
+    return predicted
+
+
+def _text(block: Any, context: Tensor) -> dict[str, Tensor]:
+    return {"encoder_hidden_states": context} if getattr(block, "has_cross_attention", False) else {}
