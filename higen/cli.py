@@ -112,6 +112,29 @@ def _bytes_bar(wanted: bool) -> Iterator[Callable[[str, int, int], None]]:
 
 
 @main.command()
+@click.argument("first", type=PATH)
+@click.argument("second", type=PATH)
+@click.argument("output", type=PATH)
+@click.option("--overwrite", is_flag=True, help="Replace a model directory that exists.")
+@JSON
+def compose(first: Path, second: Path, output: Path, overwrite: bool, as_json: bool) -> None:
+    """Make one model of two: the picture that FIRST draws is the picture that SECOND makes a clip of.
+
+    OUTPUT has the weights of both, as hard links where the file system allows. Engines are built for it anew.
+    """
+    with reported(as_json):
+        from higen.compose import compose as run
+
+        bundle = run(first, second, output, overwrite=overwrite)
+        say(f"licence: {bundle.manifest.licence}")
+        if as_json:
+            click.echo(json.dumps({"model": str(bundle.path), "files": sorted(bundle.files)}))
+        else:
+            controls = ", ".join(control.name for control in bundle.manifest.controls)
+            click.echo(f"{bundle.path}: {len(bundle.manifest.stages)} stages, controls: {controls}")
+
+
+@main.command()
 @MODEL
 @JSON
 def prompts(model: Path | None, as_json: bool) -> None:
