@@ -10,18 +10,20 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 from higen.errors import ManifestError, ModelError
 from higen.manifest import Manifest
 from higen.stages import Stage, source
-from higen.tables import COMMON, MAX_SIDE, Control, Loop, Mix, Sizes
+from higen.tables import COMMON, MAX_SIDE, Control, Loop, Mix, Replaced, Sizes, Start
 from higen.typed_json import from_json, to_json
 
 __all__ = ["FAMILY", "Architecture", "Part", "architecture", "compose", "part_manifest"]
 
 FAMILY = "composed"
 PREFIX = "second_"
+
+Row = TypeVar("Row", Replaced, Start)
 
 
 @dataclass(frozen=True)
@@ -79,9 +81,9 @@ def compose(first: Manifest, second: Manifest, same_tokenizer: bool) -> Manifest
     """
     _check_fit(first, second, same_tokenizer)
     picture = _taken_picture(second)
-    drawing = _drawing(first)
-    names = _Names(first, drawing, second)
-    clip = names.rows(second, picture, f"picture:{first.decoder.name}.{first.decoder.outputs[0].name}")
+    drawing, filming = _drawing(first), _filming(second, picture)
+    names = _Names(first, drawing, second, filming)
+    clip = names.rows(filming, picture, f"picture:{first.decoder.name}.{first.decoder.outputs[0].name}")
     text = first.text or second.text
     if text is not None and first.text is None:
         text = replace(text, tokenizer=names.files[text.tokenizer])
@@ -96,7 +98,7 @@ def compose(first: Manifest, second: Manifest, same_tokenizer: bool) -> Manifest
         family=FAMILY,
         architecture=to_json(parts),
         prompts=first.prompts,
-        sizes=names.sizes(first, second),
+        sizes=names.sizes(first, second, filming),
         text=text,
         controls=(*drawing.controls, *clip.controls),
         stages=(*drawing.stages, *clip.stages),
@@ -126,24 +128,27 @@ def _check_fit(first: Manifest, second: Manifest, same_tokenizer: bool) -> None:
 
 
 def _taken_picture(second: Manifest) -> str:
-    """The picture control of the second model that the first one's picture takes the place of."""
+    """The picture control of the second model that the first one's picture takes the place of.
+
+    It is one that the second model cannot do without, or else one that stands for a loop's result.
+    """
     needed = second.pictures_of(*second.denoising, second.sizes.decoder)
-    replaced = {
-        row.control: loop.name for loop in second.loops for row in (loop.replaced, loop.start) if row is not None
-    }
     pictures = [name for name in needed if second.control(name).kind == "picture"]
-    if len(pictures) != 1:
-        known = [control.name for control in second.controls if control.kind == "picture"]
-        what = f"needs {len(pictures)} pictures" if pictures else "needs no picture"
-        if not pictures and known:
-            what += f" ({', '.join(known)} may be left out)"
+    standing = [loop.replaced.control for loop in second.loops if loop.replaced is not None]
+    standing = [name for name in dict.fromkeys(standing) if second.control(name).kind == "picture"]
+    found = pictures or standing
+    if len(found) != 1:
+        what = f"takes {len(found)} pictures, {', '.join(found)}" if found else "makes no clip of a picture"
         raise ModelError(f"{second.name}: {what}; the second model is one that makes a clip of one picture")
-    if pictures[0] in replaced:
-        raise ModelError(
-            f"{second.name}: its picture {pictures[0]} also stands for the loop {replaced[pictures[0]]}, which would "
-            f"have no work where there always is a picture"
-        )
-    return pictures[0]
+    for loop in second.loops:
+        if loop.start is not None and loop.start.control == found[0]:
+            raise ModelError(f"{second.name}: its loop {loop.name} begins from {found[0]} and draws the same anew")
+        mixed = loop.noise.mix.loop if loop.noise.mix is not None else None
+        if mixed is not None and (row := second.loop(mixed).replaced) is not None and row.control == found[0]:
+            raise ModelError(
+                f"{second.name}: the noise of {loop.name} is mixed with {mixed}, which {found[0]} replaces"
+            )
+    return found[0]
 
 
 def _drawing(first: Manifest) -> _Rows:
@@ -158,21 +163,54 @@ def _drawing(first: Manifest) -> _Rows:
     fed = [tensor for name in first.feeding(decoder.name) for tensor in first.stage(name).inputs]
     if any("F" in tensor.shape for tensor in fed if tensor.source != "state"):
         raise ModelError(f"{first.name}: its decoder {decoder.name} is told of each frame, and one picture has none")
-    sources = [row.latents for loop in loops for row in (loop.replaced, loop.start) if row is not None]
-    stand_ins = [source(text).name for text in sources]
-    roots = [*(name for loop in loops for name in loop.stages), *stand_ins, decoder.name]
-    kept = set(first.feeding(*roots))
     fed_by_loop = tuple(
         replace(tensor, source=f"{loops[-1].name}.latents") if tensor.source == "state" else tensor
         for tensor in decoder.inputs
     )
-    stages = tuple(
-        replace(stage, inputs=fed_by_loop) if stage.name == decoder.name else stage
-        for stage in first.stages
-        if stage.name in kept
+    stages = [replace(s, inputs=fed_by_loop) if s.name == decoder.name else s for s in first.stages]
+    return _used(first, stages, loops)
+
+
+def _filming(second: Manifest, picture: str) -> _Rows:
+    """The second model's rows for a picture that is always there: a loop that it replaces is left out."""
+    replaced = {
+        f"{loop.name}.latents": loop.replaced.latents
+        for loop in second.loops
+        if loop.replaced is not None and loop.replaced.control == picture
+    }
+    stages = [
+        replace(s, inputs=tuple(replace(t, source=replaced.get(t.source, t.source)) for t in s.inputs))
+        for s in second.stages
+    ]
+    loops = tuple(
+        replace(loop, replaced=_instead(loop.replaced, replaced), start=_instead(loop.start, replaced))
+        for loop in second.loops
+        if f"{loop.name}.latents" not in replaced
     )
-    used = _controls_of(stages, loops)
-    return _Rows(stages, tuple(control for control in first.controls if control.name in used), loops)
+    if not loops:
+        raise ModelError(f"{second.name}: no loop is left to run where {picture} is always there")
+    return _used(second, stages, loops)
+
+
+def _instead(row: Row | None, replaced: Mapping[str, str]) -> Row | None:
+    return None if row is None else replace(row, latents=replaced.get(row.latents, row.latents))
+
+
+def _used(model: Manifest, stages: list[Stage], loops: tuple[Loop, ...]) -> _Rows:
+    """Of these rows, those that the loops and the decoder use."""
+    rows = {stage.name: stage for stage in stages}
+    open_ones = [*(name for loop in loops for name in loop.stages), model.sizes.decoder]
+    open_ones += [source(row.latents).name for loop in loops for row in (loop.replaced, loop.start) if row is not None]
+    kept: set[str] = set()
+    while open_ones:
+        name = open_ones.pop()
+        if name in rows and name not in kept:
+            kept.add(name)
+            found = [source(tensor.source) for tensor in rows[name].inputs]
+            open_ones += [one.name for one in found if one.kind == "made"]
+    used = tuple(stage for stage in stages if stage.name in kept)
+    names = _controls_of(used, loops)
+    return _Rows(used, tuple(control for control in model.controls if control.name in names), loops)
 
 
 def _controls_of(stages: tuple[Stage, ...], loops: tuple[Loop, ...]) -> set[str]:
@@ -190,41 +228,39 @@ def _controls_of(stages: tuple[Stage, ...], loops: tuple[Loop, ...]) -> set[str]
 class _Names:
     """What the second model's rows are called here, so that nothing has the name of one of the first's."""
 
-    def __init__(self, first: Manifest, drawing: _Rows, second: Manifest) -> None:
+    def __init__(self, first: Manifest, drawing: _Rows, second: Manifest, filming: _Rows) -> None:
         taken = {*(stage.name for stage in drawing.stages), *(loop.name for loop in drawing.loops)}
-        self._rows = _free([*second.stage_names, *(loop.name for loop in second.loops)], taken)
-        self.stages = {name: self._rows[name] for name in second.stage_names}
-        self._controls = _free(
-            [control.name for control in second.controls], {control.name for control in drawing.controls}
-        )
+        names = [stage.name for stage in filming.stages]
+        self._rows = _free([*names, *(loop.name for loop in filming.loops)], taken)
+        self.stages = {name: self._rows[name] for name in names}
+        self._controls = _free([row.name for row in filming.controls], {row.name for row in drawing.controls})
         tokenizers = [model.text.tokenizer for model in (first, second) if model.text is not None]
-        self.files = _free(second.weights, {*drawing.weights, *tokenizers})
+        self.files = _free(filming.weights, {*drawing.weights, *tokenizers})
         if second.text is not None:  # both have the same, or the first has none
             self.files[second.text.tokenizer] = tokenizers[0]
         clash = {name for name, size in second.fixed.items() if first.fixed.get(name, size) != size}
         self._symbols = _free([*second.fixed], first.fixed, clash)
-        self._purposes = _free_numbers(_purposes(drawing), _purposes(second))
+        self._purposes = _free_numbers(_purposes(drawing), _purposes(filming))
 
-    def rows(self, second: Manifest, picture: str, shown: str) -> _Rows:
+    def rows(self, filming: _Rows, picture: str, shown: str) -> _Rows:
         """The second model's rows; the source `shown` stands in the place of its control `picture`."""
         return _Rows(
-            tuple(self._stage(stage, picture, shown) for stage in second.stages),
-            tuple(
-                replace(control, name=self._controls[control.name])
-                for control in second.controls
-                if control.name != picture
-            ),
-            tuple(self._loop(loop) for loop in second.loops),
+            tuple(self._stage(stage, picture, shown) for stage in filming.stages),
+            tuple(replace(row, name=self._controls[row.name]) for row in filming.controls if row.name != picture),
+            tuple(self._loop(loop) for loop in filming.loops),
         )
 
-    def sizes(self, first: Manifest, second: Manifest) -> Sizes:
-        """The second model's sizes, its sides multiples of both models'."""
+    def sizes(self, first: Manifest, second: Manifest, filming: _Rows) -> Sizes:
+        """The second model's sizes, its sides multiples of both models', and no fewer frames than a loop runs for."""
+        fewest, default, most = second.sizes.frames
+        fewest = max(fewest, min(loop.least_frames for loop in filming.loops))
         sizes, multiple = second.sizes, math.lcm(first.sizes.multiple, second.sizes.multiple)
         symbols = {self._symbols[name]: size for name, size in second.fixed.items()}
         return replace(
             sizes,
             symbols={**first.fixed, **symbols},
             multiple=multiple,
+            frames=(fewest, max(fewest, default), most),
             width=max(multiple, sizes.width // multiple * multiple),
             height=max(multiple, sizes.height // multiple * multiple),
             decoder=self._rows[sizes.decoder],
@@ -302,7 +338,7 @@ def _free(names: Collection[str], taken: Collection[str], clash: Collection[str]
     return found
 
 
-def _purposes(model: Manifest | _Rows) -> set[int]:
+def _purposes(model: _Rows) -> set[int]:
     """The streams of noise that a model draws from."""
     found = {loop.noise.purpose for loop in model.loops}
     found |= {loop.noise.offset.purpose for loop in model.loops if loop.noise.offset is not None}
