@@ -14,13 +14,16 @@ import cpp_build
 import numpy as np
 import PIL.Image
 import pytest
+import tiny_diffusers as tiny
 import tiny_svd
 import torch
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
 import higen
+from higen.backends.external_data import external_files
 from higen.bundle import Bundle
+from higen.compose import compose
 from higen.convert import convert_sources
 from higen.errors import CheckpointError, RequestError
 from higen.export.model import export_model
@@ -144,9 +147,11 @@ def test_shapes(by_torch: Pipeline, by_graphs: Pipeline, samples: int, frames: i
     """As many samples as frames, one frame, none square, several samples with a seed and a picture each."""
     pictures = [picture(i, width, height) for i in range(samples)]
     seeds = list(range(samples))
-    truth = wanted(pictures, seeds, 3, frames)
+    # Of one frame, the ramp of guidance is its low end alone, 1, which diffusers takes for none and then fails.
+    truth = wanted(pictures, seeds, 3, frames, min_guidance_scale=1.5, max_guidance_scale=2.5)
+    options = {"seed": seeds, "steps": 3, "frames": frames, "guidance": np.linspace(1.5, 2.5, frames).tolist()}
     for pipe in (by_torch, by_graphs):
-        assert apart(last_latents(pipe, pictures, seed=seeds, steps=3, frames=frames), truth) < 1e-4
+        assert apart(last_latents(pipe, pictures, **options), truth) < 1e-4
 
 
 def test_controls_are_those_of_diffusers(by_torch: Pipeline, by_graphs: Pipeline) -> None:
@@ -171,9 +176,10 @@ def test_without_guidance_the_plain_step_runs(by_torch: Pipeline) -> None:
 @pytest.mark.parametrize("frames", [1, 4, 6])
 def test_frames_are_those_of_diffusers(by_torch: Pipeline, by_graphs: Pipeline, frames: int) -> None:
     """Decoded in chunks of the manifest's size, the last of which is shorter."""
-    truth = wanted([picture()], [SEED], 4, frames, output="frames")[0]
+    truth = wanted([picture()], [SEED], 4, frames, output="frames", min_guidance_scale=2.0)[0]
+    scale = np.linspace(2, 3, frames).tolist()
     for pipe in (by_torch, by_graphs):
-        video = pipe(image=picture(), seed=SEED, steps=4, frames=frames, width=WIDTH, height=HEIGHT)
+        video = pipe(image=picture(), seed=SEED, steps=4, frames=frames, width=WIDTH, height=HEIGHT, guidance=scale)
         assert np.abs(video.frames - truth).max() <= 1
 
 
@@ -313,13 +319,77 @@ def test_another_width(tmp_path: Path) -> None:
 def test_cpp_makes_pythons_frames(built: Path, model: Bundle, by_graphs: Pipeline, tmp_path: Path) -> None:
     PIL.Image.fromarray(picture(6, 40, 30)).save(tmp_path / "picture.png")
     options: dict[str, Any] = {"seed": SEED, "steps": 4, "frames": 5, "width": WIDTH, "height": HEIGHT, "fps": 9}
-    options |= {"motion": 60.0, "augmentation": 0.05}
-    video = by_graphs(image=tmp_path / "picture.png", **options)
-    flags = [f"--{name}={value:g}" for name, value in options.items()]
+    controls: dict[str, Any] = {"motion": [60.0, 70.0, 80.0, 90.0, 100.0], "augmentation": 0.05}
+    video = by_graphs(image=tmp_path / "picture.png", **options, **controls)
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    flags += ["--control=motion=60,70,80,90,100", "--control=augmentation=0.05"]
+    flags += [f"--image={tmp_path / 'picture.png'}"]
     output = tmp_path / "clip.npy"
-    image = f"--image={tmp_path / 'picture.png'}"
-    cpp_build.done(built / "higen-run", model.path, "", "-q", "-o", output, image, *flags)
+    cpp_build.done(built / "higen-run", model.path, "", "-q", "-o", output, *flags)
     assert np.abs(np.load(output).astype(int) - video.frames).max() <= 1
+
+
+# Behind a model that draws: text to video.
+
+
+@pytest.fixture(scope="module")
+def drawing(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """A tiny Stable Diffusion with the graphs that text to image needs."""
+    folder = tmp_path_factory.mktemp("drawing")
+    scheduler = tiny.scheduler("DDIMScheduler", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
+    saved = tiny.save(tiny.image_pipeline(scheduler), folder / "hub")
+    bundle = convert_sources([saved], folder / "model", dtype="fp32")
+    return export_model(bundle, ["text_encoder", "spatial_unet", "vae_decoder"])
+
+
+@pytest.fixture(scope="module")
+def composed(drawing: Bundle, model: Bundle) -> Bundle:
+    return compose(drawing.path, model.path, drawing.path.parent / "composed")
+
+
+TEXT = {"seed": SEED, "width": WIDTH, "height": HEIGHT, "steps": 3}
+RAMP = [1.5, 2.0, 2.5]
+
+
+@pytest.mark.parametrize("backend", ["torch", "onnx"])
+def test_a_composed_model_gives_the_frames_of_both(
+    drawing: Bundle, model: Bundle, composed: Bundle, backend: str
+) -> None:
+    """No stream of noise has the same number in both, so that the frames are those of the two models by themselves."""
+    first, second, both = (higen.load(bundle.path, backend=backend) for bundle in (drawing, model, composed))
+    drawn = first.image("a red apple", guidance=4.0, **TEXT)
+    wanted = second(image=drawn, frames=3, guidance=RAMP, **TEXT).frames
+    got = both("a red apple", frames=3, guidance=[4.0, RAMP], **TEXT)
+    assert np.array_equal(got.frames, wanted)
+    assert got.metadata["licence"] == f"{drawing.manifest.licence}; then {model.manifest.licence}"
+
+
+def test_cpp_runs_a_composed_model(built: Path, composed: Bundle, tmp_path: Path) -> None:
+    video = higen.load(composed.path, backend="onnx")("a red apple", frames=3, guidance=2.0, **TEXT)
+    flags = [f"--{name}={value}" for name, value in TEXT.items()]
+    output = tmp_path / "clip.npy"
+    cpp_build.done(
+        built / "higen-run", composed.path, "a red apple", "-q", "-o", output, "--frames=3", "--guidance=2", *flags
+    )
+    assert np.abs(np.load(output).astype(int) - video.frames).max() <= 1
+
+
+def test_graphs_point_to_the_weights_by_their_new_names(drawing: Bundle, model: Bundle, composed: Bundle) -> None:
+    wanted = {
+        "spatial_unet": "unet.safetensors",
+        "vae_decoder": "vae.safetensors",
+        "temporal_unet": "second_unet.safetensors",
+        "conditioner": "second_unet.safetensors",
+        "second_vae_decoder": "second_vae.safetensors",
+        "second_vae_encoder": "second_vae.safetensors",
+        "image_encoder": "image_encoder.safetensors",
+    }
+    for stage, weights in wanted.items():
+        assert external_files(composed.path / f"{stage}.onnx") == {weights}
+        assert composed.manifest.stage(stage).weights == weights
+    for name, file in (("unet", "second_unet"), ("vae", "second_vae")):
+        assert (model.path / f"{name}.safetensors").samefile(composed.path / f"{file}.safetensors")
+    assert (drawing.path / "unet.safetensors").samefile(composed.path / "unet.safetensors")
 
 
 # Bad input.
