@@ -46,6 +46,7 @@ def main() -> None:
 )
 @click.option("--dtype", type=click.Choice(["fp16", "bf16", "fp32"]), default="fp16", show_default=True)
 @click.option("--prediction", type=click.Choice(["epsilon", "v"]), help="What it predicts, where the files do not say.")
+@click.option("--frames", type=int, help="Frames of the clips that it was trained on, where the files do not say.")
 @click.option("--lora", "loras", multiple=True, metavar="FILE[:SCALE]", help="Add a LoRA to the weights; repeatable.")
 @click.option("--overwrite", is_flag=True, help="Replace a model directory that exists.")
 @JSON
@@ -57,6 +58,7 @@ def convert(
     autoencoder: Path | None,
     dtype: str,
     prediction: str | None,
+    frames: int | None,
     loras: tuple[str, ...],
     overwrite: bool,
     as_json: bool,
@@ -77,6 +79,7 @@ def convert(
             from higen.models.lora import parse_lora
 
         of_family: dict[str, Any] = {} if prediction is None else {"prediction": prediction}
+        of_family |= {} if frames is None else {"frames": frames}
         of_family |= {"loras": [parse_lora(lora) for lora in loras]} if loras else {}
         with _bytes_bar(not as_json) as progress:
             bundle = convert_sources(

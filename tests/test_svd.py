@@ -27,7 +27,9 @@ from higen.compose import compose
 from higen.convert import convert_sources
 from higen.errors import CheckpointError, RequestError
 from higen.export.model import export_model
+from higen.families.stable_diffusion import checkpoint as stable_diffusion
 from higen.families.svd.checkpoint import recognise
+from higen.families.svd.ldm_names import codec_ldm_name, unet_ldm_name
 from higen.families.svd.spec import AUGMENTATION, NOISE
 from higen.noise import frame_noise, shaped
 from higen.pipeline import Pipeline
@@ -313,6 +315,99 @@ def test_another_width(tmp_path: Path) -> None:
     assert apart(last_latents(pipe, given, steps=6), truth) < 1e-4
 
 
+def single_file(path: Path, folder: Path) -> Path:
+    """The tiny model of `folder` as the authors publish it, with what they keep beside it."""
+    unet, vision, codec = (
+        load_file(next((folder / part).glob("*.safetensors"))) for part in ("unet", "image_encoder", "vae")
+    )
+    attends = [kind.startswith("Cross") for kind in tiny_svd.unet().config.up_block_types]
+    state = {f"model.diffusion_model.{unet_ldm_name(n, 1, attends)}": tensor for n, tensor in unet.items()}
+    state |= _openclip(vision)
+    for name, tensor in codec.items():
+        where = "first_stage_model." if name.startswith("decoder.") else "conditioner.embedders.3.encoder."
+        old = codec_ldm_name(name, 2)
+        state[where + old] = tensor[:, :, None, None] if ".attn_1." in old and tensor.ndim == 2 else tensor
+    unused = ("conditioner.embedders.0.open_clip.model.logit_scale", "conditioner.embedders.3.encoder.decoder.x.weight")
+    state |= {name: torch.zeros(1) for name in (*unused, "first_stage_model.encoder.conv_in.bias")}
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    return path
+
+
+def _openclip(vision: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers' picture encoder under OpenCLIP's names, written by hand."""
+    names = {
+        "embeddings.class_embedding": "class_embedding",
+        "embeddings.position_embedding.weight": "positional_embedding",
+        "embeddings.patch_embedding.weight": "conv1.weight",
+    }
+    for leaf in ("weight", "bias"):
+        names |= {f"pre_layrnorm.{leaf}": f"ln_pre.{leaf}", f"post_layernorm.{leaf}": f"ln_post.{leaf}"}
+        for i in range(2):
+            ours, theirs = f"encoder.layers.{i}", f"transformer.resblocks.{i}"
+            parts = {"layer_norm1": "ln_1", "layer_norm2": "ln_2", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj"}
+            parts["self_attn.out_proj"] = "attn.out_proj"
+            names |= {f"{ours}.{new}.{leaf}": f"{theirs}.{old}.{leaf}" for new, old in parts.items()}
+    made = {old: vision[f"vision_model.{new}"] for new, old in names.items()}
+    for i in range(2):
+        for leaf in ("weight", "bias"):
+            split = [vision[f"vision_model.encoder.layers.{i}.self_attn.{part}_proj.{leaf}"] for part in "qkv"]
+            made[f"transformer.resblocks.{i}.attn.in_proj_{leaf}"] = torch.cat(split)
+    made["proj"] = vision["visual_projection.weight"].T
+    return {f"conditioner.embedders.0.open_clip.model.visual.{name}": tensor for name, tensor in made.items()}
+
+
+@pytest.fixture(scope="module")
+def of_published_widths(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The hub's folder of a model whose heads are as wide as the published one's: a file does not say how wide."""
+    parts = {
+        "unet": tiny_svd.unet(num_attention_heads=(1, 1)),
+        "image_encoder": tiny_svd.image_encoder(hidden_size=80, num_attention_heads=1),
+        "vae": tiny_svd.autoencoder(layers_per_block=2),
+    }
+    return tiny_svd.save(tiny_svd.pipeline(**parts), tmp_path_factory.mktemp("published") / "hub")
+
+
+def test_a_single_file_is_the_same_model(of_published_widths: Path, tmp_path: Path) -> None:
+    """Both ways: the folder's tensors under the authors' names give the folder's model."""
+    file = single_file(tmp_path / "svd_xt.safetensors", of_published_widths)
+    assert recognise(file)
+    assert not stable_diffusion.recognise(file)
+    wanted = convert_sources([of_published_widths], tmp_path / "folder", dtype="fp32")
+    got = convert_sources([file], tmp_path / "file", dtype="fp32", frames=6)
+    for name in ("unet.safetensors", "image_encoder.safetensors", "vae.safetensors"):
+        ours, theirs = load_file(got.path / name), load_file(wanted.path / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], theirs[key]) for key in theirs)
+    assert got.manifest.loops == wanted.manifest.loops
+    assert got.manifest.stages == wanted.manifest.stages
+    assert got.manifest.sizes.frames == wanted.manifest.sizes.frames
+    assert got.manifest.name == "svd_xt"
+    options = {"steps": 2, "frames": 2, "guidance": 2.0}
+    latents = [last_latents(higen.load(made.path, "torch"), [picture()], **options) for made in (wanted, got)]
+    assert np.array_equal(*latents)
+
+
+def test_a_single_file_that_does_not_fit(of_published_widths: Path, tmp_path: Path) -> None:
+    file = single_file(tmp_path / "svd.safetensors", of_published_widths)
+    with pytest.raises(CheckpointError, match="--frames 14"):
+        convert_sources([file], tmp_path / "model")
+    state = load_file(file)
+    for name in (
+        "model.diffusion_model.input_blocks.1.0.time_mixer.mix_factor",
+        "first_stage_model.decoder.mid.block_2.mix_factor",
+        "conditioner.embedders.3.encoder.quant_conv.weight",
+        "conditioner.embedders.0.open_clip.model.visual.ln_post.bias",
+    ):
+        save_file({key: tensor for key, tensor in state.items() if key != name}, file)
+        with pytest.raises(CheckpointError, match=r"(?s)svd\.safetensors.*missing"):
+            convert_sources([file], tmp_path / "model", frames=14)
+    save_file(state, file)
+    file.write_bytes(file.read_bytes()[:-1000])
+    with pytest.raises(CheckpointError, match=r"svd\.safetensors"):
+        convert_sources([file], tmp_path / "model", frames=14, family="svd")
+    assert not (tmp_path / "model").exists()
+
+
 # C++ makes the same frames.
 
 
@@ -456,7 +551,7 @@ def test_weights_that_are_no_numbers(saved: Path, tmp_path: Path) -> None:
 
 
 def test_options_that_are_unknown(saved: Path, tmp_path: Path) -> None:
-    for options, said in (({"prediction": "v"}, "prediction"), ({"chunk": 0}, "chunk=0")):
+    for options, said in (({"prediction": "v"}, "prediction"), ({"chunk": 0}, "chunk=0"), ({"frames": 9}, "frames=9")):
         with pytest.raises(CheckpointError, match=said):
             convert_sources([saved], tmp_path / "model", **options)
 

@@ -235,7 +235,8 @@ TensorPtr Sources::shown(const Source& source, const std::vector<Axis>& shape, c
     const auto height = static_cast<std::size_t>(made.shape[rank - 2]);
     const auto width = static_cast<std::size_t>(made.shape[rank - 1]), plane = height * width;
     std::vector<std::uint8_t> rgb(3 * plane);
-    to_rgb(made.floats().data(), plane, rank == 5 ? static_cast<std::size_t>(made.shape[2]) * plane : plane, rgb.data());
+    const auto stride = rank == 5 ? static_cast<std::size_t>(made.shape[2]) * plane : plane;
+    to_rgb(made.floats().data(), plane, stride, rgb.data());
     auto pixels = planes(rgb, 1, plane);
     if (source.resampled) return resampled(pixels, height, width, shape, place);
     return floats({1, 3, made.shape[rank - 2], made.shape[rank - 1]}, std::move(pixels));

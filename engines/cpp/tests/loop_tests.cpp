@@ -211,7 +211,7 @@ TEST(pixels_of_a_stage_are_a_picture) {
                                             {fixture::output("pixels", {"B", 3, "F", "Y", "X"})}));
     Model m(json, false);
     m.generate();
-    // As if it had been written into a file: a byte is trunc(255 clamp(x / 2 + 1/2)), and a byte's number b / 127.5 - 1.
+    // As if it had been written into a file: the byte b = trunc(255 clamp(x / 2 + 1/2)), then b / 127.5 - 1.
     const auto as_picture = [](float x) {
         const float unit = std::min(std::max(x * 0.5F + 0.5F, 0.0F), 1.0F);
         return static_cast<float>(static_cast<int>(unit * 255.0F)) / 127.5F - 1.0F;

@@ -1,13 +1,14 @@
-"""Stable Video Diffusion's checkpoints: a folder of the hub's layout.
+"""Stable Video Diffusion's checkpoints: a folder of the hub's layout, or one file as the authors publish it.
 
 A folder     model_index.json, unet/, image_encoder/, vae/, scheduler/, feature_extractor/; plain, fp16 variants or in
              several files
+One file     model.diffusion_model.*, conditioner.embedders.*, first_stage_model.* (ldm_names.py)
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,8 @@ from torch import Tensor
 
 from higen.errors import CheckpointError
 from higen.families import Converted
-from higen.families.svd import parts, spec
-from higen.models.checkpoint_files import naming, read_json, read_names
+from higen.families.svd import ldm_names, parts, spec
+from higen.models.checkpoint_files import naming, read_json, read_names, read_state
 from higen.noise_schedule import NoiseSchedule, Solver, is_whole
 
 __all__ = ["convert", "recognise", "sampling_of"]
@@ -28,6 +29,11 @@ _LICENCE = (
     "else"
 )
 _TERMS = f"licence: {_LICENCE}; 1.0 forbids commercial use, 1.1 restricts it: read the terms before you use the model"
+
+State = Mapping[str, Tensor]
+
+_SIZE = 96
+"""Latent cells of a side of a square with as many pixels as a published model's frame."""
 
 _SINGLE_FILE = re.compile(r"model\.diffusion_model\..+\.time_stack\.")
 
@@ -54,55 +60,98 @@ def recognise(path: Path) -> bool:
 
 
 def convert(sources: Sequence[Path], **options: Any) -> Converted:
-    """Tables and weights from one folder.
+    """Tables and weights from one source.
 
     options  `chunk`: frames that the decoder is given at a time, 14; the result depends on it
+             `frames`: of the clips that it was trained on, for a single file, which does not say it
 
     Raises CheckpointError for a source that is missing, incomplete or another kind of model, and for a scheduler that
     the tables lack.
     """
-    if unknown := sorted(set(options) - {"chunk"}):
-        raise CheckpointError(f"{', '.join(unknown)}: unknown; {spec.FAMILY} takes chunk")
-    chunk = options.get("chunk", spec.CHUNK)
-    if not is_whole(chunk, 1, 2**16):
-        raise CheckpointError(f"chunk={chunk!r}: a number of frames from 1 to {2**16}")
+    if unknown := sorted(set(options) - {"chunk", "frames"}):
+        raise CheckpointError(f"{', '.join(unknown)}: unknown; {spec.FAMILY} takes chunk and frames")
+    for name, most in (("chunk", 2**16), ("frames", 2**14)):
+        if (value := options.get(name)) is not None and not is_whole(value, 1, most):
+            raise CheckpointError(f"{name}={value!r}: a number of frames from 1 to {most}")
     if len(sources) != 1:
-        raise CheckpointError(f"{', '.join(map(str, sources)) or 'nothing'}: one folder is wanted")
+        raise CheckpointError(f"{', '.join(map(str, sources)) or 'nothing'}: one folder or file is wanted")
     (source,) = sources
+    chunk, frames = options.get("chunk") or spec.CHUNK, options.get("frames")
     with naming(source):
-        if not source.is_dir():
-            raise CheckpointError(
-                "one file of Stable Video Diffusion: its layout could not be verified here. Take the folder in "
-                "diffusers' format, which is published beside it"
-            )
-        return _folder(source, chunk)
+        return _folder(source, chunk, frames) if source.is_dir() else _single_file(source, chunk, frames)
 
 
-def _folder(folder: Path, chunk: int) -> Converted:
+def _folder(folder: Path, chunk: int, frames: int | None) -> Converted:
     index = read_json(folder / "model_index.json")
     if index.get("_class_name") != PIPELINE:
         raise CheckpointError(f"a {index.get('_class_name')}; a {PIPELINE} is wanted")
     notes: list[str] = []
     config = read_json(folder / "unet" / "config.json")
     unet, vision, codec = parts.unet_arguments(config), parts.vision_of(folder), parts.codec_arguments(folder)
+    if frames not in (None, unet["num_frames"]):
+        raise CheckpointError(f"frames={frames}: its unet/config.json says {unet['num_frames']}")
     sampling = sampling_of(read_json(folder / "scheduler" / "scheduler_config.json"))
-    made_of = spec.Networks(unet, vision, codec, float(codec.get("scaling_factor", 0.18215)))
-    _check_parts(made_of)
-    weights: dict[str, Mapping[str, Tensor]] = {
-        spec.UNET: parts.unet_state(folder, unet, notes.append),
-        spec.IMAGE_ENCODER: parts.vision_state(folder, vision.arguments, notes.append),
-        spec.AUTOENCODER: parts.codec_state(folder, codec, notes.append),
-    }
     size = config.get("sample_size")
+    return _converted(
+        folder.name,
+        spec.Networks(unet, vision, codec, float(codec.get("scaling_factor", 0.18215))),
+        sampling,
+        lambda: (
+            parts.unet_state(folder, unet, notes.append),
+            parts.vision_state(folder, vision.arguments, notes.append),
+            parts.codec_state(folder, codec, notes.append),
+        ),
+        size if is_whole(size, 1, 2**14) else _SIZE,
+        chunk,
+        notes,
+    )
+
+
+def _single_file(path: Path, chunk: int, frames: int | None) -> Converted:
+    if frames is None:
+        raise CheckpointError(
+            "one file does not say how many frames it was trained on: give --frames 14 (svd) or --frames 25 (svd_xt)"
+        )
+    notes: list[str] = []
+    state = read_state(path, notes.append)
+    unet, codec = ldm_names.unet_arguments(state, frames), ldm_names.codec_arguments(state)
+    vision = spec.Vision(ldm_names.vision_arguments(state))
+    return _converted(
+        path.stem,
+        spec.Networks(unet, vision, codec),
+        spec.Sampling(NoiseSchedule("edm"), (Solver("euler", "karras"), *_OTHERS)),
+        lambda: (
+            ldm_names.unet_from_ldm(state, unet),
+            ldm_names.vision_from_ldm(state, vision.arguments),
+            ldm_names.codec_from_ldm(state, codec),
+        ),
+        _SIZE,
+        chunk,
+        notes,
+    )
+
+
+def _converted(
+    name: str,
+    made_of: spec.Networks,
+    sampling: spec.Sampling,
+    read: Callable[[], tuple[State, State, State]],
+    size: int,
+    chunk: int,
+    notes: list[str],
+) -> Converted:
+    """The model directory of a source, whose tensors `read` gives. `size`: see `spec.manifest`, in latent cells."""
+    _check_parts(made_of)
+    weights = dict(zip((spec.UNET, spec.IMAGE_ENCODER, spec.AUTOENCODER), read(), strict=True))
     manifest = spec.manifest(
         made_of,
         sampling,
-        name=folder.name,
+        name=name,
         licence=_LICENCE,
-        size=(size if is_whole(size, 1, 2**14) else 96) * made_of.factor,
+        size=size * made_of.factor,
         chunk=chunk,
         # Its numbers overflow in fp16 unless the configuration says that they do not.
-        lowest="fp32" if codec.get("force_upcast", True) else "fp16",
+        lowest="fp32" if made_of.codec.get("force_upcast", True) else "fp16",
     )
     return Converted(manifest=manifest, weights=weights, notes=(*notes, _TERMS))
 

@@ -19,8 +19,8 @@ from higen.stages import Output, Stage, Tensor
 from higen.tables import Control, Loop, NoiseRule, Sizes
 from higen.typed_json import from_json, to_json
 
-__all__ = ["AUTOENCODER", "CHUNK", "FAMILY", "IMAGE_ENCODER", "UNET", "Networks", "Sampling", "Vision", "manifest"]
-__all__ += ["networks"]
+__all__ = ["AUTOENCODER", "CHUNK", "FAMILY", "IMAGE_ENCODER", "UNET", "Networks", "Sampling", "Vision", "controls"]
+__all__ += ["manifest", "networks"]
 
 FAMILY = "svd"
 UNET, IMAGE_ENCODER, AUTOENCODER = "unet.safetensors", "image_encoder.safetensors", "vae.safetensors"
@@ -109,7 +109,7 @@ def manifest(
             chunk=chunk,
         ),
         text=None,
-        controls=_controls(),
+        controls=controls(),
         stages=_stages(made_of.vision.arguments["image_size"], "fp16" if lowest == "fp16" else "fp32"),
         loops=(_loop(sampling),),
     )
@@ -119,7 +119,8 @@ def _side(pixels: float, multiple: int) -> int:
     return max(multiple, math.floor(pixels / multiple + 0.5) * multiple)
 
 
-def _controls() -> tuple[Control, ...]:
+def controls() -> tuple[Control, ...]:
+    """What a request may set."""
     return (
         Control(IMAGE, "picture", "the picture that the clip begins with"),
         Control(
