@@ -108,6 +108,7 @@ def _variant(name: str, names: Mapping[str, str]) -> str | None:
 def _put(copy: _Copy, to: Path, names: Mapping[str, str]) -> FileRecord:
     """Put a checked file into its place; a graph whose weights have other names here is written anew."""
     path = copy.bundle.file(copy.name)
+    to.parent.mkdir(parents=True, exist_ok=True)
     if copy.name.endswith(".onnx"):
         pointed = {name: _variant(name, names) or name for name in graph_files(copy.bundle, copy.name)[1:]}
         if any(name != here for name, here in pointed.items()):

@@ -6,6 +6,7 @@ import contextlib
 import json
 import shutil
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,9 @@ from higen.backends.external_data import external_files
 from higen.bundle import Bundle
 from higen.compose import compose
 from higen.convert import convert_sources
-from higen.errors import CheckpointError, RequestError
+from higen.engines.triton.client import request_tensors
+from higen.engines.triton.service import Limits, Service
+from higen.errors import CheckpointError, HigenError, MissingExtra, RequestError
 from higen.export.model import export_model
 from higen.families.stable_diffusion import checkpoint as stable_diffusion
 from higen.families.svd.checkpoint import recognise
@@ -469,6 +472,45 @@ def test_cpp_runs_a_composed_model(built: Path, composed: Bundle, tmp_path: Path
     assert np.abs(np.load(output).astype(int) - video.frames).max() <= 1
 
 
+class Reply:
+    """What Triton's model answers one request with."""
+
+    def __init__(self) -> None:
+        self.frames: list[NDArray[np.uint8]] = []
+        self.error: HigenError | None = None
+        self.ended = threading.Event()
+
+    def send(self, event: dict[str, NDArray[Any]]) -> None:
+        if "frames" in event:
+            self.frames.append(event["frames"])
+
+    def finish(self) -> None:
+        self.ended.set()
+
+    def fail(self, error: HigenError) -> None:
+        self.error = error
+        self.ended.set()
+
+    def cancelled(self) -> bool:
+        return False
+
+
+@pytest.mark.parametrize("which", ["model", "composed"])
+def test_triton_gives_the_same_frames(which: str, request: pytest.FixtureRequest) -> None:
+    """The model `higen` of a Triton repository, without the server."""
+    pipe = higen.load(request.getfixturevalue(which).path, backend="onnx")
+    service = Service(pipe, pipe.backend, Limits(slots=1, line=1, rows=dict.fromkeys(pipe.manifest.stage_names, 1)))
+    prompt = "a red apple" if which == "composed" else ""
+    options: dict[str, Any] = {**TEXT, "frames": 3, "guidance": 2.0, "motion": 60.0}
+    options |= {} if prompt else {"image": picture()}
+    reply = Reply()
+    service.accept({name: array for name, (_, array) in request_tensors(prompt, **options).items()}, reply)
+    assert reply.ended.wait(60)
+    service.close()
+    assert reply.error is None
+    assert np.array_equal(np.concatenate(reply.frames), pipe(prompt, **options).frames)
+
+
 def test_graphs_point_to_the_weights_by_their_new_names(drawing: Bundle, model: Bundle, composed: Bundle) -> None:
     wanted = {
         "spatial_unet": "unet.safetensors",
@@ -485,6 +527,15 @@ def test_graphs_point_to_the_weights_by_their_new_names(drawing: Bundle, model: 
     for name, file in (("unet", "second_unet"), ("vae", "second_vae")):
         assert (model.path / f"{name}.safetensors").samefile(composed.path / f"{file}.safetensors")
     assert (drawing.path / "unet.safetensors").samefile(composed.path / "unet.safetensors")
+
+
+def test_a_graph_that_cannot_be_written_anew(
+    drawing: Bundle, model: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "onnx_ir", None)
+    with pytest.raises(MissingExtra, match="export"):
+        compose(drawing.path, model.path, tmp_path / "both")
+    assert not list(tmp_path.iterdir())
 
 
 # Bad input.
@@ -537,6 +588,19 @@ def test_a_folder_with_a_missing_part(saved: Path, tmp_path: Path, part: str) ->
     with pytest.raises(CheckpointError, match=part):
         convert_sources([tmp_path / "hub"], tmp_path / "model")
     assert not (tmp_path / "model").exists()
+
+
+def test_a_pickle_that_runs_code(saved: Path, tmp_path: Path) -> None:
+    class Code:
+        def __reduce__(self) -> tuple[Any, ...]:
+            return (Path.touch, (tmp_path / "ran",))
+
+    folder = Path(shutil.copytree(saved, tmp_path / "hub"))
+    next((folder / "unet").glob("*.safetensors")).unlink()
+    torch.save({"conv_in.weight": Code()}, folder / "unet" / "diffusion_pytorch_model.bin")
+    with pytest.raises(CheckpointError, match=r"diffusion_pytorch_model\.bin"):
+        convert_sources([folder], tmp_path / "model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["hub"]
 
 
 def test_weights_that_are_no_numbers(saved: Path, tmp_path: Path) -> None:
