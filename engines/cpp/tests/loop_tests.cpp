@@ -210,6 +210,7 @@ TEST(pixels_of_a_stage_are_a_picture) {
     json["stages"].push_back(fixture::stage("reeler", {fixture::input("dots", {"B", 3, "F", "Y", "X"}, "noise:6")},
                                             {fixture::output("pixels", {"B", 3, "F", "Y", "X"})}));
     Model m(json, false);
+    m.request = m.asked([](auto&) {});
     m.generate();
     // As if it had been written into a file: the byte b = trunc(255 clamp(x / 2 + 1/2)), then b / 127.5 - 1.
     const auto as_picture = [](float x) {
