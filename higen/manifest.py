@@ -96,6 +96,23 @@ class Manifest:
             visit(stage)
         return tuple(found)
 
+    def wanted(self, frames: int) -> tuple[Loop, ...]:
+        """The loops that a clip of `frames` frames comes from: the last one that is not left out of it, and those
+        whose latents this one or the decoder takes, directly or through others.
+        """
+        long_enough = [loop.name for loop in self.loops if loop.least_frames <= frames]
+        found: dict[str, None] = {}
+
+        def visit(name: str) -> None:
+            if name not in found:
+                found[name] = None
+                for other in _needs(self, name):
+                    visit(other)
+
+        for name in (*long_enough[-1:], self.sizes.decoder):
+            visit(name)
+        return tuple(loop for loop in self.loops if loop.name in found and loop.name in long_enough)
+
     def pictures_of(self, *stages: str) -> tuple[str, ...]:
         """The picture and clip controls that these stages, and those that feed them, cannot run without."""
         sources = [source(t.source) for name in self.feeding(*stages) for t in self.stage(name).inputs]

@@ -139,8 +139,9 @@ class Pipeline:
 
     def _rows(self, request: Request) -> Iterator[tuple[Loop, int]]:
         """The loops that are run, and how many rows each takes."""
-        for i, loop in enumerate(self.manifest.loops):
+        for loop in self.manifest.wanted(request.frames):
             if request.runs(loop):
+                i = self.manifest.loops.index(loop)
                 table = solver_table(loop.schedule, loop.prediction, loop.solver(request.solvers[i]), request.steps[i])
                 yield loop, len(table) - self._first(request, loop, len(table))
 
@@ -182,7 +183,8 @@ class Pipeline:
     def stages(self, request: Request) -> list[tuple[str, ...]]:
         """The stages that a request needs, in order; of several in one entry, one is enough, the first is preferred."""
         needed: dict[tuple[str, ...], None] = {}
-        for loop, scale in zip(self.manifest.loops, request.guidance, strict=True):
+        for loop in self.manifest.wanted(request.frames):
+            scale = request.guidance[self.manifest.loops.index(loop)]
             needed |= {(name,): None for name in self.manifest.feeding(*request.stand_ins(loop))}
             if request.runs(loop):
                 ways = self._ways(loop, bool(np.all(np.asarray(scale) == 1.0)))
@@ -255,7 +257,8 @@ class Pipeline:
         with timed(seconds, "text"):
             sources = Sources(self.manifest, self.backend, request, self._tokens(request), self._kept)
         latents: Any = None
-        for loop, steps in zip(self.manifest.loops, request.steps, strict=True):
+        for loop in self.manifest.wanted(request.frames):
+            steps = request.steps[self.manifest.loops.index(loop)]
             if request.replaces(loop):
                 assert loop.replaced is not None
                 with timed(seconds, loop.replaced.control):

@@ -273,7 +273,8 @@ def _pictures(control: Control, value: Any, count: int, load: Callable[[Any], Pi
 def _check_needed(manifest: Manifest, request: Request) -> None:
     """Raise RequestError where what runs needs a picture that was not given."""
     given = {name for name, value in request.controls.items() if value is not None}
-    users = {f"the loop {loop.name}": (*_stages(request, loop), *request.stand_ins(loop)) for loop in manifest.loops}
+    loops = manifest.wanted(request.frames)
+    users = {f"the loop {loop.name}": (*_stages(request, loop), *request.stand_ins(loop)) for loop in loops}
     for user, stages in {**users, "the decoder": (manifest.sizes.decoder,)}.items():
         missing = [name for name in manifest.pictures_of(*stages) if name not in given]
         if missing:

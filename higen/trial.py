@@ -57,13 +57,29 @@ def pictures(manifest: Manifest, sizes: Mapping[str, int], every: bool = False) 
 
 def ways(manifest: Manifest, sizes: Mapping[str, int]) -> Iterator[dict[str, Any]]:
     """Options of requests that together run every stage that any request runs: as the model makes a video by default,
-    with both branches of guidance everywhere, with one where a loop can do with one, and from every picture.
+    with both branches of guidance everywhere, with one where a loop can do with one, and from every picture; then the
+    same for other numbers of frames, where these have loops of their own.
     """
-    given = pictures(manifest, sizes)
-    yield given
-    yield {**given, "guidance": [_above_one(loop) for loop in manifest.loops]}
-    yield {**given, "guidance": [1.0 if loop.plain else _above_one(loop) for loop in manifest.loops]}
-    yield pictures(manifest, sizes, every=True)
+    for frames in _lengths(manifest, sizes.get("frames", manifest.sizes.frames[1])):
+        length = {**sizes, **frames}
+        given = pictures(manifest, length) | frames
+        yield given
+        yield {**given, "guidance": [_above_one(loop) for loop in manifest.loops]}
+        yield {**given, "guidance": [1.0 if loop.plain else _above_one(loop) for loop in manifest.loops]}
+        yield pictures(manifest, length, every=True) | frames
+
+
+def _lengths(manifest: Manifest, usual: int) -> Iterator[dict[str, int]]:
+    """The options of as many frames as usual, none, and of a number for each loop that these have not."""
+    seen = {loop.name for loop in manifest.wanted(usual)}
+    yield {}
+    fewest, _, most = manifest.sizes.frames
+    starts = {max(fewest, loop.least_frames) for loop in manifest.loops}
+    for frames in sorted(starts | {fewest}):
+        loops = {loop.name for loop in manifest.wanted(frames)} if frames <= most else set[str]()
+        if loops - seen:
+            seen |= loops
+            yield {"frames": frames}
 
 
 def _above_one(loop: Loop) -> float | None:
@@ -88,11 +104,12 @@ def record(
         for seed, prompt in enumerate(prompts):
             missing = set(stages)
             for way in ways(bundle.manifest, sizes):
-                wanted = missing & _called(pipeline, prompt, {**way, **options})
+                given = {**options, **way}
+                wanted = missing & _called(pipeline, prompt, given)
                 if not wanted:
                     continue
                 recorder.calls = {stage: [] for stage in wanted}
-                stream = pipeline.stream(prompt, seed=seed, **way, **options)
+                stream = pipeline.stream(prompt, seed=seed, **given)
                 total += sum(rows for name, rows in stream.loops if name != "decode")
                 bar.total = total
                 for event in stream:

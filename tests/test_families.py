@@ -51,13 +51,13 @@ def test_the_first_family_is_always_there() -> None:
 def test_this_distribution_declares_its_families() -> None:
     project = tomllib.loads((Path(__file__).parents[1] / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     assert project["entry-points"][families.GROUP] == {
-        name: f"higen.families.{name}" for name in ("composed", "higen", "stable_diffusion", "svd")
+        name: f"higen.families.{name}" for name in ("animatediff", "composed", "higen", "stable_diffusion", "svd")
     }
 
 
 @pytest.mark.usefixtures("installed")
 def test_whoever_installs_an_entry_point_adds_a_family() -> None:
-    assert families.installed() == ("composed", "higen", "stable_diffusion", "stranger", "svd")
+    assert families.installed() == ("animatediff", "composed", "higen", "stable_diffusion", "stranger", "svd")
     assert families.network("stranger") is families.network("higen")
 
 
@@ -65,7 +65,8 @@ def test_whoever_installs_an_entry_point_adds_a_family() -> None:
 @pytest.mark.parametrize("find", [families.network, families.checkpoint])
 def test_an_unknown_family_names_what_is_installed(find: Any) -> None:
     with pytest.raises(
-        UnknownFamily, match=r"^family='marsh': not installed here; installed are composed, higen, .*stranger"
+        UnknownFamily,
+        match=r"^family='marsh': not installed here; installed are animatediff, composed, higen, .*stranger",
     ):
         find("marsh")
 

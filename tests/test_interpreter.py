@@ -251,6 +251,22 @@ def test_one_frame_alone_skips_what_is_for_longer_clips(folder: Path) -> None:
     np.testing.assert_array_equal(pipeline.image("a kite", seed=2), video.frames[0])
 
 
+def test_a_loop_whose_latents_nothing_takes_is_left_out_of_longer_clips(folder: Path) -> None:
+    alone = tuple(t for t in MANIFEST.stage("film_two").inputs if t.name != "still")
+    plain = tuple(t for t in MANIFEST.stage("film_one").inputs if t.name != "still")
+    lone = changed(changed(MANIFEST, "film_two", inputs=alone), "film_one", inputs=plain)
+    assert [loop.name for loop in lone.wanted(1)] == ["draft"]
+    assert [loop.name for loop in lone.wanted(2)] == ["film"]
+    assert [loop.name for loop in MANIFEST.wanted(2)] == ["draft", "film"]
+    mixed = changed(lone, "film", noise=NoiseRule(22, mix=Mix("draft", 1.0)))
+    assert [loop.name for loop in mixed.wanted(2)] == ["draft", "film"]
+    pipeline, _ = pipeline_of(folder, lone)
+    assert [name for name, _ in pipeline.stream("a kite", frames=3).loops] == ["film", "decode"]
+    assert {step.loop for step in steps_of(pipeline, frames=1)} == {"draft"}
+    needed = {name for ways in pipeline.stages(pipeline.request("a kite", frames=3)) for name in ways}
+    assert needed == {"reader", "mixer", "film_two", "paint"}
+
+
 def test_a_picture_of_a_model_whose_only_loop_is_over_frames(folder: Path) -> None:
     """Guidance that the model spreads over a clip: a single frame takes the first."""
     film = replace(MANIFEST.loop("film"), least_frames=1, start=None, guidance=(4.0, 1.0))

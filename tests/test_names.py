@@ -19,7 +19,15 @@ NAMES = ("temporal_unet", "spatial_unet", "conditioner", "motion", "appearance",
 WORD = re.compile(rf"(?<![A-Za-z])({'|'.join(NAMES)})(?:s|es)?(?![A-Za-z])", re.IGNORECASE)
 """One of the names as a word, or as a part of an identifier: motion, motion_cue, MOTION; not promotion."""
 
-KNOWING = ("families/higen", "families/stable_diffusion", "families/svd", "train", "measures", "parity")
+KNOWING = (
+    "families/animatediff",
+    "families/higen",
+    "families/stable_diffusion",
+    "families/svd",
+    "train",
+    "measures",
+    "parity",
+)
 """Folders of the package that know HiGen, or have a stage of the same name."""
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from higen.errors import CheckpointError, ManifestError
 from higen.models.companions import quiet, quiet_import
 
-__all__ = ["image_unet", "image_unet_arguments"]
+__all__ = ["check_configuration", "check_latent_channels", "image_unet", "image_unet_arguments"]
 
 LATENT_CHANNELS = 4
 
@@ -29,18 +29,25 @@ def image_unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     """The constructor's arguments in a U-Net's config.json. Raises CheckpointError for a model of another kind,
     MissingExtra.
     """
-    kind = config.get("_class_name", "UNet2DConditionModel")
-    if kind != "UNet2DConditionModel":
-        raise CheckpointError(f"its U-Net is a {kind}; a UNet2DConditionModel is wanted")
-    for name, why in _OTHER.items():
-        if config.get(name) is not None:
-            raise CheckpointError(f"{name}={config[name]!r}: {why}")
-    check_latent_channels(config.get("in_channels", LATENT_CHANNELS))
+    check_configuration(config, "UNet2DConditionModel")
     with quiet_import("diffusers", "the U-Net"):
         from diffusers import UNet2DConditionModel
     known = inspect.signature(UNet2DConditionModel.__init__).parameters
     ignored = {"self", "sample_size"}
     return {name: value for name, value in config.items() if name in known and name not in ignored}
+
+
+def check_configuration(config: Mapping[str, Any], wanted: str) -> None:
+    """Raise CheckpointError for a config.json of another class than `wanted`, or of a model that takes more than
+    latents, time and text.
+    """
+    kind = config.get("_class_name", wanted)
+    if kind != wanted:
+        raise CheckpointError(f"its U-Net is a {kind}; a {wanted} is wanted")
+    for name, why in _OTHER.items():
+        if config.get(name) is not None:
+            raise CheckpointError(f"{name}={config[name]!r}: {why}")
+    check_latent_channels(config.get("in_channels", LATENT_CHANNELS))
 
 
 def check_latent_channels(channels: int) -> None:

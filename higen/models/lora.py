@@ -5,6 +5,8 @@ The three spellings of the field:
     kohya       lora_unet_down_blocks_0_..._to_q.lora_down.weight, .lora_up.weight, .alpha; lora_te_text_model_...
     PEFT        unet.down_blocks.0...to_q.lora_A.weight, .lora_B.weight; text_encoder.text_model...
     diffusers   unet.down_blocks.0...attn1.processor.to_q_lora.down.weight, .up.weight (before PEFT)
+
+A family whose authors have other names for layers than diffusers says how to translate them.
 """
 
 from __future__ import annotations
@@ -12,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,12 +80,17 @@ def parse_lora(text: str) -> Lora:
 
 
 def merged(
-    states: Mapping[str, State], loras: Sequence[Lora], notes: list[str], nested: Mapping[str, str] | None = None
+    states: Mapping[str, State],
+    loras: Sequence[Lora],
+    notes: list[str],
+    nested: Mapping[str, str] | None = None,
+    renamed: Callable[[str], str] = lambda name: name,
 ) -> dict[str, dict[str, Tensor]]:
     """The weights with all adapters added, in the order given.
 
     states  {"unet": tensors by diffusers' names, "text_encoder": tensors by transformers' names}
     nested  {network: what adapters' names have before ours}: transformers before 5 has "text_model."
+    renamed gives the name that `states` have for a layer, with dots or underscores, of that in an adapter
     notes   gets a line for each adapter: how many layers it changes, and which of its tensors are not used
 
     Raises CheckpointError: a file that is no adapter or another kind of one, that fits none of the networks, whose
@@ -92,11 +99,13 @@ def merged(
     found = {network: dict(state) for network, state in states.items()}
     for lora in loras:
         with naming(lora.path):
-            notes.append(_merge(found, lora, nested or {}))
+            notes.append(_merge(found, lora, nested or {}, renamed))
     return found
 
 
-def _merge(states: dict[str, dict[str, Tensor]], lora: Lora, nested: Mapping[str, str]) -> str:
+def _merge(
+    states: dict[str, dict[str, Tensor]], lora: Lora, nested: Mapping[str, str], renamed: Callable[[str], str]
+) -> str:
     given = read_state(lora.path)
     for word, kind in _OTHER.items():
         if named := next((name for name in given if word in name), None):
@@ -108,7 +117,7 @@ def _merge(states: dict[str, dict[str, Tensor]], lora: Lora, nested: Mapping[str
     places = {network: _places(state, nested.get(network, "")) for network, state in states.items()}
     changed = 0
     for module, factors in layers.items():
-        target = _target(module, places)
+        target = _target(renamed(module), places)
         if target is None:
             unused += factors.names
             continue

@@ -163,6 +163,25 @@ void check_fed(const Manifest& manifest, const Names& stages, std::int64_t frame
 
 }  // namespace
 
+std::vector<const Loop*> Manifest::wanted(std::size_t frames) const {
+    const auto is_left_out = [&](const Loop& loop) { return loop.least_frames > static_cast<std::int64_t>(frames); };
+    Names open = {sizes.decoder};
+    for (const auto& loop : loops)
+        if (!is_left_out(loop)) open.back() = loop.name;
+    open.push_back(sizes.decoder);
+    std::set<std::string, std::less<>> found;
+    while (!open.empty()) {
+        const auto name = open.back();
+        open.pop_back();
+        if (!found.insert(name).second) continue;
+        for (const auto& other : needs(*this, name)) open.push_back(other);
+    }
+    std::vector<const Loop*> running;
+    for (const auto& loop : loops)
+        if (found.count(loop.name) > 0 && !is_left_out(loop)) running.push_back(&loop);
+    return running;
+}
+
 void references::check_loops(const Manifest& manifest) {
     const auto loops = names_of(manifest.loops);
     for (std::size_t i = 0; i < loops.size(); ++i)

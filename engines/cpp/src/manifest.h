@@ -174,6 +174,9 @@ struct Manifest {
     [[nodiscard]] std::vector<std::string> denoising() const;
     // These stages and those that feed them, each once, what feeds before what is fed; loops are left out.
     [[nodiscard]] std::vector<std::string> feeding(const std::vector<std::string>& wanted) const;
+    // The loops that a clip of so many frames comes from: the last one that is not left out of it, and those whose
+    // latents this one or the decoder takes, directly or through others.
+    [[nodiscard]] std::vector<const Loop*> wanted(std::size_t frames) const;
 };
 
 // Read a manifest: JSON, version, keys and types, references between the tables, seal. `where` names the file in

@@ -88,14 +88,18 @@ void Pipeline::prepare() const {
         for (const auto& name : names)
             if (name != but) backend_.prepare(manifest_.stage(name));
     };
-    for (std::size_t i = 0; i < manifest_.loops.size(); ++i) {
-        prepare_all(manifest_.feeding(requests.front().stand_ins(manifest_.loops[i])), "");
-        if (!requests.front().runs(manifest_.loops[i])) continue;
-        const auto stages = ways(i, requests);
+    for (const auto* loop : manifest_.wanted(requests.front().frames)) {
+        prepare_all(manifest_.feeding(requests.front().stand_ins(*loop)), "");
+        if (!requests.front().runs(*loop)) continue;
+        const auto stages = ways(index_of(*loop), requests);
         prepare_all(manifest_.feeding({stages.front()->name}), stages.front()->name);
         (void)backend_.choose(stages);
     }
     prepare_all(manifest_.feeding({manifest_.sizes.decoder}), "");
+}
+
+std::size_t Pipeline::index_of(const Loop& loop) const {
+    return static_cast<std::size_t>(&loop - manifest_.loops.data());
 }
 
 // The stages that can do a loop's steps: where guidance is 1 everywhere the plain one, half the work, if it can.
@@ -171,15 +175,14 @@ void Pipeline::generate(const std::vector<Request>& requests, const OnStep& on_s
     const auto& first = requests.front();
     Sources sources(manifest_, backend_, requests, cancellation);
     TensorPtr latents;
-    for (std::size_t i = 0; i < manifest_.loops.size(); ++i) {
-        const auto& loop = manifest_.loops[i];
-        if (first.replaces(loop))
-            latents = replaced(loop, requests, sources);
-        else if (first.runs(loop))
-            latents = run_loop(i, requests, sources, on_step, cancellation);
+    for (const auto* loop : manifest_.wanted(first.frames)) {
+        if (first.replaces(*loop))
+            latents = replaced(*loop, requests, sources);
+        else if (first.runs(*loop))
+            latents = run_loop(index_of(*loop), requests, sources, on_step, cancellation);
         else
             continue;
-        sources.finish(loop, latents);
+        sources.finish(*loop, latents);
     }
     if (!latents) fail_request("frames=" + std::to_string(first.frames) + ": no loop of this model is for so few");
     decode(*latents, requests, sources, on_frames, cancellation);

@@ -40,6 +40,7 @@ public:
                 Cancellation& cancellation) const;
 
 private:
+    [[nodiscard]] std::size_t index_of(const Loop& loop) const;
     [[nodiscard]] std::vector<const Stage*> ways(std::size_t loop, const std::vector<Request>& requests) const;
     [[nodiscard]] TensorPtr run_loop(std::size_t index, const std::vector<Request>& requests, Sources& sources,
                                      const OnStep& on_step, Cancellation& cancellation) const;

@@ -181,10 +181,10 @@ void check_needed(const Manifest& manifest, const Request& request) {
         for (const auto& name : pictures_of(manifest, stages))
             if (!request.has_picture(name)) fail_request(name + ": " + user + " needs one");
     };
-    for (const auto& loop : manifest.loops) {
-        const auto user = "the loop " + loop.name;
-        if (request.runs(loop)) check(user, loop.stages());
-        check(user, request.stand_ins(loop));
+    for (const auto* loop : manifest.wanted(request.frames)) {
+        const auto user = "the loop " + loop->name;
+        if (request.runs(*loop)) check(user, loop->stages());
+        check(user, request.stand_ins(*loop));
     }
     check("the decoder", {manifest.sizes.decoder});
 }

@@ -56,6 +56,27 @@ TEST(a_model_of_an_unknown_family_is_read) {
     CHECK((feeding == std::vector<std::string>{"film", "mixer", "reader"}));
 }
 
+TEST(a_loop_whose_latents_nothing_takes_is_left_out_of_longer_clips) {
+    const auto names = [](const Json& json, std::size_t frames) {
+        std::vector<std::string> found;
+        const auto read = parsed(json);
+        for (const auto* loop : read.wanted(frames)) found.push_back(loop->name);
+        return found;
+    };
+    auto json = manifest();
+    CHECK((names(json, 1) == std::vector<std::string>{"sketching"}));
+    CHECK((names(json, 2) == std::vector<std::string>{"sketching", "filming"}));
+    for (const auto* stage : {"film", "film_plain"}) {
+        auto& inputs = stage_row(json, stage)["inputs"];
+        inputs.erase(std::remove_if(inputs.begin(), inputs.end(), [](const Json& one) { return one["name"] == "base"; }),
+                     inputs.end());
+    }
+    CHECK((names(json, 1) == std::vector<std::string>{"sketching"}));
+    CHECK((names(json, 2) == std::vector<std::string>{"filming"}));
+    loop_row(json, "filming")["noise"]["mix"] = {{"loop", "sketching"}, {"scale", 1.0}};
+    CHECK((names(json, 2) == std::vector<std::string>{"sketching", "filming"}));
+}
+
 TEST(versions) {
     auto json = manifest();
     json["version"] = 3;

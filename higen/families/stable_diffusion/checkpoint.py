@@ -6,8 +6,8 @@ One file     model.diffusion_model.*, cond_stage_model.*, first_stage_model.*
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,16 +26,16 @@ from higen.models.diffusers_unet import image_unet, image_unet_arguments
 from higen.models.lora import Lora, merged
 from higen.tokenizer import build_clip_tokenizer
 
-__all__ = ["convert", "recognise"]
+__all__ = ["SAFETY", "TEXT_WIDTH_OF_2", "Parts", "convert", "hub_parts", "licence_of", "recognise"]
 
 PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 PREDICTIONS = ("epsilon", "v")
 
-_TEXT_WIDTH_OF_2 = 1024
+TEXT_WIDTH_OF_2 = 1024
 """The text encoder of version 2 and 2.1 is OpenCLIP's ViT-H; that of version 1 is CLIP's ViT-L, 768 wide."""
 
 _LICENCES = {1: "CreativeML OpenRAIL-M", 2: "CreativeML Open RAIL++-M"}
-_SAFETY = "the safety checker is left out: check what is drawn by other means"
+SAFETY = "the safety checker is left out: check what is drawn by other means"
 
 _AUTHORS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 _DDIM = {"_class_name": "DDIMScheduler", "set_alpha_to_one": False, **_AUTHORS}
@@ -91,20 +91,38 @@ def _folder(folder: Path, prediction: str | None, notes: list[str]) -> Converted
         raise CheckpointError(f"a {index.get('_class_name')}; one of {', '.join(PIPELINES)} is wanted")
     config = read_json(folder / "unet" / "config.json")
     arguments = image_unet_arguments(config)
-    scheduler = read_json(folder / "scheduler" / "scheduler_config.json")
-    schedule = schedule_of(scheduler)
+    around = hub_parts(folder, prediction, notes)
+    unet = folder_state(folder / "unet", ("diffusion_pytorch_model",), notes.append)
+    shapes = companions.shapes_of(lambda: image_unet(arguments))
+    companions.check_tensors(unet, shapes, "the U-Net of its config.json")
+    made_of = spec.Networks(arguments, around.clip, around.codec)
+    size = int(config.get("sample_size") or 64) * made_of.codec.factor
+    weights = (unet, around.text_encoder, around.autoencoder)
+    return _converted(folder, made_of, around.schedule, weights, size, around.pad_id, notes)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What lies around the U-Net in a folder of the hub's layout: configurations, and the tensors of two networks."""
+
+    schedule: Schedule
+    clip: dict[str, Any]
+    codec: spec.Codec
+    pad_id: int
+    text_encoder: dict[str, Tensor]
+    autoencoder: dict[str, Tensor]
+
+
+def hub_parts(folder: Path, prediction: str | None, notes: list[str]) -> Parts:
+    """Read scheduler, tokenizer, text encoder and autoencoder. Raises CheckpointError."""
+    schedule = schedule_of(read_json(folder / "scheduler" / "scheduler_config.json"))
     if prediction not in (None, schedule.prediction):
         raise CheckpointError(f"prediction={prediction!r}: its scheduler says {schedule.prediction!r}")
     hub_folders.check_vocabulary(folder)
     clip = hub_folders.text_arguments(folder)
     text = hub_folders.text_state(folder, clip, notes.append)
-    codec, vae = hub_folders.autoencoder_of(folder, notes.append)
-    unet = folder_state(folder / "unet", ("diffusion_pytorch_model",), notes.append)
-    shapes = companions.shapes_of(lambda: image_unet(arguments))
-    companions.check_tensors(unet, shapes, "the U-Net of its config.json")
-    made_of = spec.Networks(arguments, clip, _codec(codec))
-    size = int(config.get("sample_size") or 64) * made_of.codec.factor
-    return _converted(folder, made_of, schedule, (unet, text, vae), size, _pad_id(folder, clip), notes)
+    codec, autoencoder = hub_folders.autoencoder_of(folder, notes.append)
+    return Parts(schedule, clip, _codec(codec), _pad_id(folder, clip), text, autoencoder)
 
 
 def _pad_id(folder: Path, clip: dict[str, Any]) -> int:
@@ -113,7 +131,7 @@ def _pad_id(folder: Path, clip: dict[str, Any]) -> int:
     token = read_json(config).get("pad_token") if config.is_file() else None
     token = token.get("content") if isinstance(token, dict) else token
     if token is None:
-        return 0 if clip["hidden_size"] == _TEXT_WIDTH_OF_2 else 49407
+        return 0 if clip["hidden_size"] == TEXT_WIDTH_OF_2 else 49407
     found = build_clip_tokenizer().token_to_id(token)
     if found is None:
         raise CheckpointError(f"{config}: pad_token={token!r} is no token of CLIP's")
@@ -141,6 +159,12 @@ def _single_file(path: Path, prediction: str | None, notes: list[str]) -> Conver
     return _converted(path, made_of, schedule, weights, size, pad, notes)
 
 
+def licence_of(clip: Mapping[str, Any]) -> str:
+    """The licence of the published weights of the version with this text encoder."""
+    version = 2 if clip["hidden_size"] == TEXT_WIDTH_OF_2 else 1
+    return f"{_LICENCES[version]} where the file's own says nothing else; its use restrictions go along"
+
+
 def _codec(arguments: dict[str, Any]) -> spec.Codec:
     _, shift, scale = companions.kl_numbers(arguments)
     return spec.Codec(arguments, shift, scale)
@@ -158,9 +182,8 @@ def _converted(
     """The model directory of a source. Raises CheckpointError for parts that do not belong together."""
     unet, clip, codec = made_of.unet, made_of.clip, made_of.codec
     companions.check_parts("its U-Net", clip, codec.arguments, unet.get("cross_attention_dim"), unet.get("in_channels"))
-    version = 2 if clip["hidden_size"] == _TEXT_WIDTH_OF_2 else 1
     sampling = spec.Sampling(schedule.schedule, schedule.prediction, schedule.solvers)
-    licence = f"{_LICENCES[version]} where the file's own says nothing else; its use restrictions go along"
+    licence = licence_of(clip)
     return Converted(
         manifest=spec.manifest(
             made_of,
@@ -172,5 +195,5 @@ def _converted(
         ),
         weights=dict(zip((spec.UNET, spec.TEXT_ENCODER, spec.AUTOENCODER), weights, strict=True)),
         texts={spec.TOKENIZER: build_clip_tokenizer().to_str(pretty=True)},
-        notes=(*notes, *schedule.notes, _SAFETY, f"licence: {licence}"),
+        notes=(*notes, *schedule.notes, SAFETY, f"licence: {licence}"),
     )

@@ -1,0 +1,193 @@
+"""Motion modules on disk: a MotionAdapter folder of diffusers, or one file in the authors' or in diffusers' names.
+
+Authors' names: down_blocks.0.motion_modules.0.temporal_transformer.transformer_blocks.0.attention_blocks.0.to_q.weight
+diffusers':     down_blocks.0.motion_modules.0.transformer_blocks.0.attn1.to_q.weight
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from higen.errors import CheckpointError
+from higen.families.animatediff.spec import CLIP, FRAME
+from higen.families.animatediff.unet import MOTION
+from higen.models.checkpoint_files import folder_state, read_json, read_names, read_state
+from higen.models.companions import quiet_import
+from higen.models.nestings import found_in
+
+__all__ = ["ADAPTER", "Motion", "diffusers_name", "is_motion", "read_motion"]
+
+State = Mapping[str, Tensor]
+
+ADAPTER = "MotionAdapter"
+
+_HEADS = 8
+"""Of the authors' motion modules; no tensor tells."""
+
+_POSITIONS = {True: 32, False: 24}
+"""The fewest frames that a published motion module with, or without, a middle block was trained for."""
+
+_PE = "pos_embed.pe"
+
+
+@dataclass(frozen=True)
+class Motion:
+    """Motion modules under diffusers' names.
+
+    widths      of the levels on the way down
+    layers      motion modules of each of these levels
+    arguments   UNetMotionModel's, as far as the motion modules decide them
+    group_norm  what the code that they are made for takes the statistics over, one of `spec.GROUP_NORMS`
+    """
+
+    widths: tuple[int, ...]
+    layers: tuple[int, ...]
+    arguments: dict[str, Any]
+    state: dict[str, Tensor]
+    group_norm: str
+
+
+def is_motion(path: Path) -> bool:
+    """Whether a folder or file holds motion modules, or what is trained on them. Looks at names alone."""
+    if path.is_dir():
+        config = path / "config.json"
+        return config.is_file() and read_json(config).get("_class_name") == ADAPTER
+    return any(f".{MOTION}." in name for name in read_names(path))
+
+
+def read_motion(path: Path, notes: list[str]) -> Motion:
+    """Raises CheckpointError for what is no motion module, or one that more than text goes into."""
+    return _of_folder(path, notes) if path.is_dir() else _of_file(path, notes)
+
+
+def _of_folder(folder: Path, notes: list[str]) -> Motion:
+    given = read_json(folder / "config.json")
+    if given.get("_class_name") != ADAPTER:
+        raise CheckpointError(f"a {given.get('_class_name')}; a {ADAPTER} is wanted")
+    with quiet_import("diffusers", "the motion modules"):
+        from diffusers import MotionAdapter
+    known = inspect.signature(MotionAdapter.__init__).parameters.values()
+    config = {row.name: row.default for row in known if row.name != "self"} | given
+    if config["conv_in_channels"] is not None:
+        raise CheckpointError(f"conv_in_channels={config['conv_in_channels']!r}: {_PIA}")
+    if config["motion_mid_block_layers_per_block"] != 1:
+        many = config["motion_mid_block_layers_per_block"]
+        raise CheckpointError(f"motion_mid_block_layers_per_block={many!r}: 1 is wanted, as published ones have")
+    widths = tuple(config["block_out_channels"])
+    layers = config["motion_layers_per_block"]
+    arguments = {
+        "motion_num_attention_heads": config["motion_num_attention_heads"],
+        "motion_max_seq_length": config["motion_max_seq_length"],
+        "use_motion_mid_block": config["use_motion_mid_block"],
+        "temporal_transformer_layers_per_block": config["motion_transformer_layers_per_block"],
+        "temporal_transformer_layers_per_mid_block": config["motion_transformer_layers_per_mid_block"],
+    }
+    state = folder_state(folder, ("diffusion_pytorch_model",), notes.append)
+    of_levels = (layers,) * len(widths) if isinstance(layers, int) else tuple(layers)
+    return Motion(widths, of_levels, arguments, state, CLIP)
+
+
+_PIA = "its first convolution takes a picture too, as PIA's does, and no family here runs it"
+
+
+def _of_file(path: Path, notes: list[str]) -> Motion:
+    given = read_state(path, notes.append)
+    _refuse_others(given)
+    authors = any(".temporal_transformer." in name or ".attention_blocks." in name for name in given)
+    state = _with_one_table({diffusers_name(name): tensor for name, tensor in given.items()})
+    layers = _counts(state, rf"down_blocks\.(\d+)\.{MOTION}\.(\d+)\.")
+    widths = tuple(_width(state, f"down_blocks.{i}.{MOTION}.0.norm.weight") for i in range(len(layers)))
+    blocks = rf"down_blocks\.(\d+)\.{MOTION}\.\d+\.transformer_blocks\.(\d+)\."
+    depth = max(_counts(state, blocks), default=1)
+    middle = any(name.startswith("mid_block.") for name in state)
+    positions = next((tensor for name, tensor in state.items() if name.endswith(_PE)), None)
+    if positions is not None and positions.ndim != 3:
+        raise CheckpointError(f"its table of positions is {list(positions.shape)}: 3 axes are wanted")
+    frames = _POSITIONS[middle] if positions is None else int(positions.shape[1])
+    if positions is None:
+        state = _with_positions(state, frames)
+        notes.append(f"{path}: has no table of positions; they are computed, and {frames} frames are the most")
+    arguments = {
+        "motion_num_attention_heads": _HEADS,
+        "motion_max_seq_length": frames,
+        "use_motion_mid_block": middle,
+        "temporal_transformer_layers_per_block": depth,
+        "temporal_transformer_layers_per_mid_block": depth,
+    }
+    return Motion(widths, layers, arguments, state, FRAME if authors else CLIP)
+
+
+def _refuse_others(state: State) -> None:
+    """Raise CheckpointError for a file that has motion modules and is another kind of model, or an adapter."""
+    if lora := next((name for name in state if "lora" in name), None):
+        raise CheckpointError(f"a LoRA ({lora}): give it as --lora FILE:SCALE, behind a motion module")
+    if any("controlnet_cond_embedding" in name or "input_hint_block" in name for name in state):
+        raise CheckpointError("a SparseCtrl model, a control network with motion modules: no family here runs it")
+    if any(re.fullmatch(r"(unet\.)?conv_in\.weight", name) for name in state):
+        tensor = next(tensor for name, tensor in state.items() if name.endswith("conv_in.weight"))
+        what = _PIA if tensor.ndim > 1 and tensor.shape[1] != 4 else "it has more of a U-Net than the motion modules"
+        raise CheckpointError(f"conv_in.weight {list(tensor.shape)}: {what}")
+    others = [name for name in state if f".{MOTION}." not in name]
+    if others:
+        raise CheckpointError(f"{others[0]} is no part of a motion module, as {len(others)} of its tensors are none")
+
+
+def diffusers_name(name: str) -> str:
+    """The name that diffusers has for a tensor or layer of a motion module; other names stay as they are.
+
+    The parts of a name are divided by dots, or, as kohya's LoRA have them, by underscores.
+    """
+    if MOTION not in name:
+        return name
+    name = re.sub(r"[._]temporal_transformer(?=[._])", "", name)
+    name = re.sub(r"(?<=[._])attention_blocks[._](\d+)", lambda found: f"attn{int(found[1]) + 1}", name)
+    name = re.sub(r"(?<=[._])norms[._](\d+)", lambda found: f"norm{int(found[1]) + 1}", name)
+    return re.sub(r"(?<=[._])ff_norm(?=[._])", "norm3", name)
+
+
+def _with_one_table(state: State) -> dict[str, Tensor]:
+    """Of the authors' tables of positions, one for each attention, that of each block: diffusers has one for both."""
+    found: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        own = re.sub(r"\.attn\d+\.pos_encoder\.pe$", f".{_PE}", name)
+        if own in found and not (found[own].shape == tensor.shape and found[own].equal(tensor)):
+            raise CheckpointError(f"{name}: another table of positions than in the attention before it; one is wanted")
+        found[own] = tensor
+    return found
+
+
+def _with_positions(state: dict[str, Tensor], frames: int) -> dict[str, Tensor]:
+    with quiet_import("diffusers", "the motion modules"):
+        from diffusers.models.embeddings import SinusoidalPositionalEmbedding
+    found = dict(state)
+    for name, tensor in state.items():
+        if name.endswith(".norm1.weight"):
+            table = SinusoidalPositionalEmbedding(tensor.shape[0], frames).pe
+            assert isinstance(table, torch.Tensor)
+            found[f"{name.removesuffix('norm1.weight')}{_PE}"] = table
+    return found
+
+
+def _counts(names: Collection[str], pattern: str) -> tuple[int, ...]:
+    """How many different second numbers a pattern finds beside each first one: 0, 1, ..."""
+    found: dict[int, int] = {}
+    for name in names:
+        if match := re.match(pattern, name):
+            found[int(match[1])] = max(found.get(int(match[1]), 0), int(match[2]) + 1)
+    if sorted(found) != list(range(len(found))) or not found:
+        raise CheckpointError(f"no motion modules of all levels; {found_in(names)}")
+    return tuple(found[i] for i in range(len(found)))
+
+
+def _width(state: State, name: str) -> int:
+    if name not in state:
+        raise CheckpointError(f"missing {name}, and every motion module has it; {found_in(state)}")
+    return int(state[name].shape[0])

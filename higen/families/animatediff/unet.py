@@ -1,0 +1,76 @@
+"""diffusers' UNetMotionModel as these stages need it: the group norm's statistics, and the U-Net without its motion
+modules.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from higen.errors import ManifestError
+from higen.families.animatediff.spec import FRAME
+from higen.models.companions import quiet, quiet_import
+
+__all__ = ["MOTION", "motion_unet", "still_unet"]
+
+MOTION = "motion_modules"
+"""The part of a name that every tensor of a motion module has, and no other."""
+
+
+def motion_unet(arguments: Mapping[str, Any], group_norm: str) -> nn.Module:
+    """diffusers' UNetMotionModel, randomly initialised; `group_norm` is one of `spec.GROUP_NORMS`.
+
+    Raises ManifestError, MissingExtra.
+    """
+    with quiet_import("diffusers", "the U-Net"):
+        from diffusers import UNetMotionModel
+    with quiet("diffusers"):
+        try:
+            built: nn.Module = UNetMotionModel(**arguments)
+        except Exception as error:  # whatever its checks and its arithmetic raise
+            raise ManifestError(f"architecture.unet: diffusers refuses it: {error}") from error
+    if group_norm == FRAME:
+        for module in _motion_modules(built):
+            theirs = module.norm
+            assert isinstance(theirs, nn.GroupNorm)
+            module.norm = FrameNorm(theirs.num_groups, theirs.num_channels, theirs.eps)
+    return built
+
+
+def still_unet(unet: nn.Module, arguments: Mapping[str, Any]) -> nn.Module:
+    """The U-Net of `arguments` without its motion modules, over the very same parameters: that for pictures."""
+    with torch.device("meta"):
+        still = motion_unet(arguments, FRAME)
+    for _, modules in _motion_lists(still):
+        for i in range(len(modules)):
+            modules[i] = Still()
+    shared = {name: tensor for name, tensor in unet.state_dict(keep_vars=True).items() if f".{MOTION}." not in name}
+    still.load_state_dict(shared, assign=True)
+    return still.eval().requires_grad_(False)
+
+
+def _motion_lists(unet: nn.Module) -> list[tuple[str, nn.ModuleList]]:
+    found = [(name, module) for name, module in unet.named_modules() if name.rpartition(".")[2] == MOTION]
+    return [(name, module) for name, module in found if isinstance(module, nn.ModuleList)]
+
+
+def _motion_modules(unet: nn.Module) -> list[nn.Module]:
+    return [module for _, modules in _motion_lists(unet) for module in modules]
+
+
+class FrameNorm(nn.GroupNorm):
+    """Group norm of each frame alone: [B,C,F,H,W] -> the same."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """As the authors' TemporalTransformer3DModel, which norms before it takes the frames together."""
+        return super().forward(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
+
+
+class Still(nn.Module):
+    """In a motion module's place: what it is given."""
+
+    def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
+        return hidden_states
