@@ -90,8 +90,11 @@ def _copies(bundle: Bundle, part: spec.Part, taken: Mapping[str, FileRecord]) ->
             here = f"{part.stages[stem]}.{rest}" if stem in part.stages else None
         else:
             here = _variant(name, part.weights)
-        if here is not None and taken.get(here) != bundle.files[name]:
-            yield _Copy(bundle, name, here)
+        if here is None or taken.get(here) == bundle.files[name]:
+            continue
+        if here in taken:
+            raise ModelError(f"{bundle.path / name}: is called {here} in the new model, and the first one has that too")
+        yield _Copy(bundle, name, here)
 
 
 def _variant(name: str, names: Mapping[str, str]) -> str | None:

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from interpreter_model import FORMULAS, MANIFEST, Formulas, changed
 from safetensors.numpy import save_file
 
-from higen.bundle import Bundle, create
+from higen.bundle import Bundle, create, put_file
 from higen.cli import main
 from higen.compose import compose as compose_folders
 from higen.errors import IntegrityError, ManifestError, ModelError, RequestError
@@ -250,6 +250,17 @@ def test_a_damaged_file_leaves_nothing_behind(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match=r"p\.safetensors"):
         compose_folders(one.path, two.path, tmp_path / "both")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
+
+
+def test_a_weights_file_with_the_name_of_the_others_variant(tmp_path: Path) -> None:
+    """Names of precisions are no names of weights; where a model has one all the same, nothing is overwritten."""
+    odd = replace(SECOND, stages=tuple(replace(row, weights="w.fp16.safetensors") for row in SECOND.stages))
+    one, two = write(FIRST, tmp_path / "one"), write(odd, tmp_path / "two")
+    save_file({"w": np.zeros(3, np.float16)}, one.path / ".half")
+    put_file(one, one.path / ".half", "w.fp16.safetensors")
+    with pytest.raises(ModelError, match=r"w\.fp16\.safetensors"):
+        compose_folders(one.path, two.path, tmp_path / "both")
+    assert not (tmp_path / "both").exists()
 
 
 def test_what_stands_in_the_way(tmp_path: Path) -> None:
