@@ -67,9 +67,13 @@ def write_weights(bundle: Bundle, stage: str, precision: str) -> Bundle:
 
 
 def rounded(module: nn.Module, precision: str) -> None:
-    """Round a float32 module's weights, in place, to what the precision stores: the gate's reference computes so."""
-    for parameter in module.parameters() if precision != "fp32" else ():
-        parameter.data.copy_(parameter.data.to(_dtype(precision)))
+    """Round a float32 module's weights, in place, to what the precision stores: the gate's reference computes so.
+
+    A table that a network keeps among its weights (a buffer of its state) is stored, and rounded, as they are.
+    """
+    for tensor in module.state_dict().values() if precision != "fp32" else ():
+        if tensor.is_floating_point():
+            tensor.copy_(tensor.to(_dtype(precision)))
 
 
 def lowered(module: nn.Module, precision: str) -> nn.Module:

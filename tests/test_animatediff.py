@@ -22,10 +22,14 @@ from safetensors.torch import load_file, save_file
 from test_stable_diffusion import apart, set_values, single_file, tokens
 
 import higen
+from higen.backends.onnx import OnnxBackend
+from higen.backends.options import Options
+from higen.backends.torch import TorchBackend
 from higen.bundle import Bundle
 from higen.convert import convert_sources, recognised
 from higen.errors import CheckpointError, ManifestError, RequestError
 from higen.export.model import export_model
+from higen.export.precision import rounded
 from higen.families.animatediff.spec import networks
 from higen.noise import frame_noise, row_purpose
 from higen.pipeline import Pipeline
@@ -226,6 +230,13 @@ def test_a_clip_is_drawn_by_its_own_loop_alone(model: Bundle, by_torch: Pipeline
     assert named == [["text_encoder", loop, "vae_decoder"] for loop in ("temporal_unet", "spatial_unet")]
 
 
+def test_both_loops_share_one_copy_of_the_weights(model: Bundle) -> None:
+    backend = TorchBackend(model, Options(device="cpu"))
+    clip, frame = (backend.module(f"{name}_unet").predictor.unet.state_dict() for name in ("temporal", "spatial"))
+    assert 0 < len(frame) < len(clip)
+    assert {clip[name].data_ptr() for name in frame} == {tensor.data_ptr() for tensor in frame.values()}
+
+
 def test_more_frames_than_the_motion_modules_know_are_refused(model: Bundle, by_torch: Pipeline) -> None:
     assert model.manifest.sizes.frames == (1, 16, 24)
     with pytest.raises(RequestError, match="frames=25: a whole number from 1 to 24"):
@@ -267,6 +278,15 @@ def test_group_norm_over_each_frame_is_the_authors(base: Path, module: Path, tmp
     theirs = wanted_latents(other, scheduler, 8, 7.5)
     assert apart(last_latents(higen.load(other.path, backend="torch"), steps=8, guidance=7.5), theirs) < 1e-4
     assert apart(theirs, wanted) > 0.01
+    exported = export_model(authors, ["temporal_unet_plain"])
+    x, t, context = (torch.randn(*shape) for shape in ((3, 4, 3, 4, 8), (3,), (3, 77, 32)))
+    with torch.inference_mode():
+        m = authors_pipeline(scheduler).unet(x, t, context.repeat_interleave(3, dim=0)).sample.numpy()
+    columns = {name: np.full(3, value, np.float32) for name, value in {"A": 0, "B": 1, "C": 0}.items()}
+    given = {"latents": x.numpy(), "previous": x.numpy(), "t": t.numpy(), "context": context.numpy(), **columns}
+    backend = OnnxBackend(exported, Options(device="cpu"))
+    outputs = backend.run("temporal_unet_plain", **given, alpha=columns["A"], sigma=columns["A"])
+    assert apart(backend.to_numpy(outputs["latents"]), m) < 2e-5
 
 
 # Formats.
@@ -485,3 +505,11 @@ def test_a_manifest_that_allows_more_frames_than_are_known(model: Bundle, tmp_pa
     sizes = replace(model.manifest.sizes, frames=(1, 16, 32))
     with pytest.raises(ManifestError, match="positions of 24 frames"):
         networks(replace(model.manifest, sizes=sizes))
+
+
+def test_a_table_among_the_weights_is_rounded_with_them() -> None:
+    """The gate of an fp16 graph compares with the weights as they are stored, tables of positions included."""
+    unet = tiny_motion.pipeline(None).unet
+    rounded(unet, "fp16")
+    table = unet.down_blocks[0].motion_modules[0].transformer_blocks[0].pos_embed.pe
+    assert torch.equal(table, table.half().float())

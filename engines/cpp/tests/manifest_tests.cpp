@@ -68,8 +68,8 @@ TEST(a_loop_whose_latents_nothing_takes_is_left_out_of_longer_clips) {
     CHECK((names(json, 2) == std::vector<std::string>{"sketching", "filming"}));
     for (const auto* stage : {"film", "film_plain"}) {
         auto& inputs = stage_row(json, stage)["inputs"];
-        inputs.erase(std::remove_if(inputs.begin(), inputs.end(), [](const Json& one) { return one["name"] == "base"; }),
-                     inputs.end());
+        const auto is_base = [](const Json& one) { return one["name"] == "base"; };
+        inputs.erase(std::remove_if(inputs.begin(), inputs.end(), is_base), inputs.end());
     }
     CHECK((names(json, 1) == std::vector<std::string>{"sketching"}));
     CHECK((names(json, 2) == std::vector<std::string>{"filming"}));

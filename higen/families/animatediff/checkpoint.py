@@ -149,8 +149,9 @@ def _folder(folder: Path, prediction: str | None, group_norm: str | None, notes:
     unet: State = folder_state(folder / "unet", ("diffusion_pytorch_model",), notes.append)
     if config.get("_class_name") == "UNetMotionModel":
         check_configuration(config, "UNetMotionModel")
-        arguments = {name: value for name, value in config.items() if name in _parameters()}
-        if arguments.get("mid_block_layers", 1) != 1:
+        defaults = _defaults()
+        arguments = defaults | {name: value for name, value in config.items() if name in defaults}
+        if arguments["mid_block_layers"] != 1:
             raise CheckpointError(f"mid_block_layers={arguments['mid_block_layers']!r}: 1 is wanted")
     else:
         motion = read_motion(folder / "motion_adapter", notes)
@@ -173,11 +174,12 @@ def _folder(folder: Path, prediction: str | None, group_norm: str | None, notes:
     )
 
 
-def _parameters() -> frozenset[str]:
-    """What UNetMotionModel is told, without the size that it was trained at."""
+def _defaults() -> dict[str, Any]:
+    """What UNetMotionModel is told, without the size that it was trained at, and what it takes where it is not."""
     with quiet_import("diffusers", "the U-Net"):
         from diffusers import UNetMotionModel
-    return frozenset(inspect.signature(UNetMotionModel.__init__).parameters) - {"self", "sample_size"}
+    known = inspect.signature(UNetMotionModel.__init__).parameters.values()
+    return {row.name: row.default for row in known if row.name not in ("self", "sample_size")}
 
 
 def _arguments(pictures: Mapping[str, Any], motion: Motion) -> dict[str, Any]:
@@ -188,7 +190,8 @@ def _arguments(pictures: Mapping[str, Any], motion: Motion) -> dict[str, Any]:
     with quiet_import("diffusers", "the U-Net"):
         from diffusers import UNet2DConditionModel
     defaults = {row.name: row.default for row in inspect.signature(UNet2DConditionModel.__init__).parameters.values()}
-    given = {**{name: defaults[name] for name in ("block_out_channels", "layers_per_block")}, **pictures}
+    usual = ("block_out_channels", "layers_per_block", "attention_head_dim", "cross_attention_dim")
+    given = {**{name: defaults[name] for name in usual}, **pictures}
     widths, layers = tuple(given["block_out_channels"]), given["layers_per_block"]
     of_levels = (layers,) * len(widths) if isinstance(layers, int) else tuple(layers)
     if (widths, of_levels) != (motion.widths, motion.layers):
@@ -196,15 +199,16 @@ def _arguments(pictures: Mapping[str, Any], motion: Motion) -> dict[str, Any]:
             f"motion modules for a U-Net with {_levels(motion.widths, motion.layers)}: another base than this one, "
             f"which has {_levels(widths, of_levels)}"
         )
-    arguments: dict[str, Any] = {}
+    arguments = _defaults()
     for name, value in given.items():
         if name in ("down_block_types", "up_block_types"):
             arguments[name] = [_with_motion(kind) for kind in value]
-        elif name in _parameters():
+        elif name in arguments:
             arguments[name] = value
-        elif name != "attention_head_dim" and value != defaults.get(name):
+        elif name != "attention_head_dim" and value not in (None, defaults.get(name)):
             raise CheckpointError(f"{name}={value!r}: no U-Net with motion modules has it")
-    heads = given.get("num_attention_heads") or given.get("attention_head_dim") or defaults["attention_head_dim"]
+    # diffusers calls the number of heads of a U-Net for pictures by the name of their size.
+    heads = given.get("num_attention_heads") or given.get("attention_head_dim")
     return {**arguments, "num_attention_heads": heads, **motion.arguments}
 
 
