@@ -46,6 +46,7 @@ def main() -> None:
 )
 @click.option("--dtype", type=click.Choice(["fp16", "bf16", "fp32"]), default="fp16", show_default=True)
 @click.option("--prediction", type=click.Choice(["epsilon", "v"]), help="What it predicts, where the files do not say.")
+@click.option("--frames", type=int, help="Frames of the clips that it was trained on, where the files do not say.")
 @click.option("--group-norm", help="What it takes the statistics of group norms over, where the files do not say.")
 @click.option("--lora", "loras", multiple=True, metavar="FILE[:SCALE]", help="Add a LoRA to the weights; repeatable.")
 @click.option("--spatial", type=PATH, help="For HiGen: a personalised Stable Diffusion 2.1, for the spatial layers.")
@@ -60,6 +61,7 @@ def convert(
     autoencoder: Path | None,
     dtype: str,
     prediction: str | None,
+    frames: int | None,
     group_norm: str | None,
     loras: tuple[str, ...],
     spatial: Path | None,
@@ -82,7 +84,7 @@ def convert(
             from higen.families import FIRST
             from higen.models.lora import parse_lora
 
-        given = {"prediction": prediction, "group_norm": group_norm, "spatial": spatial, "base": base}
+        given = {"prediction": prediction, "frames": frames, "group_norm": group_norm, "spatial": spatial, "base": base}
         of_family: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
         of_family |= {"loras": [parse_lora(lora) for lora in loras]} if loras else {}
         with _bytes_bar(not as_json) as progress:
@@ -116,6 +118,29 @@ def _bytes_bar(wanted: bool) -> Iterator[Callable[[str, int, int], None]]:
             bar.update(done - bar.n)
 
         yield show
+
+
+@main.command()
+@click.argument("first", type=PATH)
+@click.argument("second", type=PATH)
+@click.argument("output", type=PATH)
+@click.option("--overwrite", is_flag=True, help="Replace a model directory that exists.")
+@JSON
+def compose(first: Path, second: Path, output: Path, overwrite: bool, as_json: bool) -> None:
+    """Make one model of two: the picture that FIRST draws is the picture that SECOND makes a clip of.
+
+    OUTPUT has the weights of both, as hard links where the file system allows. Engines are built for it anew.
+    """
+    with reported(as_json):
+        from higen.compose import compose as run
+
+        bundle = run(first, second, output, overwrite=overwrite)
+        say(f"licence: {bundle.manifest.licence}")
+        if as_json:
+            click.echo(json.dumps({"model": str(bundle.path), "files": sorted(bundle.files)}))
+        else:
+            controls = ", ".join(control.name for control in bundle.manifest.controls)
+            click.echo(f"{bundle.path}: {len(bundle.manifest.stages)} stages, controls: {controls}")
 
 
 @main.command()

@@ -182,6 +182,8 @@ def _check_source(manifest: Manifest, where: str, tensor: Tensor) -> None:
         check(good, f"{where}: tokens are [B, {wanted}], not {list(tensor.shape)}")
     elif found.kind in ("control", "picture", "clip"):
         _check_control_source(manifest, where, tensor)
+    elif found.shown:
+        _check_shown(manifest, where, tensor)
     elif found.kind == "made":
         _check_made(manifest, where, tensor.source, len(tensor.shape))
 
@@ -211,9 +213,21 @@ def _check_control_source(manifest: Manifest, where: str, tensor: Tensor) -> Non
     check(good, f"{where}: {encoding} needs a last axis of a fixed size of at most {MOST_COLUMNS}, not {shape[-1]!r}")
 
 
+def _check_shown(manifest: Manifest, where: str, tensor: Tensor) -> None:
+    """Pixels of a stage as a picture."""
+    found = source(tensor.source)
+    check(len(tensor.shape) == 4, f"{where}: source {tensor.source}: 4 axes, not {list(tensor.shape)}")
+    check(found.name in manifest.stage_names, f"{where}: source {tensor.source}: the stages are {manifest.stage_names}")
+    outputs = {made.name: made.shape for made in manifest.stage(found.name).outputs}
+    check(found.output in outputs, f"{where}: source {tensor.source}: {found.name} gives {', '.join(outputs)}")
+    made = outputs[found.output]
+    good = len(made) in (4, 5) and (_size(manifest, made[1]), made[-2:]) == (3, ("Y", "X"))
+    check(good, f"{where}: source {tensor.source}: [N, 3, Y, X] or [B, 3, F, Y, X] is wanted, not {list(made)}")
+
+
 def _check_made(manifest: Manifest, where: str, text: str, rank: int) -> None:
     found = source(text)
-    check(found.kind == "made", f"{where}: source {text}: STAGE.OUTPUT or LOOP.latents")
+    check(found.kind == "made" and not found.shown, f"{where}: source {text}: STAGE.OUTPUT or LOOP.latents")
     if found.name in {loop.name for loop in manifest.loops}:
         check(found.output == "latents" and not found.negative, f"{where}: source {text}: a loop gives latents alone")
         check(rank in (4, 5), f"{where}: source {text} has 4 or 5 axes, not {rank}")

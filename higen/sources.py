@@ -24,6 +24,7 @@ from higen.recent import Recent
 from higen.request import Picture, Request
 from higen.stages import Source, Stage, Tensor, source
 from higen.tables import Loop
+from higen.video import to_uint8
 
 __all__ = ["Kept", "Place", "Sources", "as_video"]
 
@@ -164,6 +165,8 @@ class Sources:
             self._manifest.stage(origin.name), replace(place, negative=place.negative or origin.negative)
         )
         array = made.outputs[origin.output]
+        if origin.shown:
+            return self._shown(array, _digest(made.key, origin.output), origin.resampled, tensor, place)
         array = as_video(array) if len(tensor.shape) == 5 and array.ndim == 4 else array
         return _Value(array, _digest(made.key, origin.output, array.ndim), made.lasting)
 
@@ -246,11 +249,23 @@ class Sources:
             return _Value(np.ascontiguousarray(array), key, lasting=False)
         if not origin.resampled:
             return _Value(picture.pixels[None], _digest("picture", picture.digest), lasting=False)
+        return self._resampled(picture.pixels, picture.digest, tensor, place)
+
+    def _resampled(self, pixels: NDArray[np.float32], digest: bytes, tensor: Tensor, place: Place) -> _Value:
+        """A picture [3, Y, X] in the size of the input's last two axes."""
         *_, height, width = self._shape(tensor, place)
-        down = resampling(picture.pixels.shape[-2], height)
-        across = resampling(picture.pixels.shape[-1], width)
-        array = (down @ picture.pixels.astype(np.float64) @ across.T).astype(np.float32)
-        return _Value(array[None], _digest("resampled", picture.digest, height, width), lasting=False)
+        down, across = resampling(pixels.shape[-2], height), resampling(pixels.shape[-1], width)
+        array = (down @ pixels.astype(np.float64) @ across.T).astype(np.float32)
+        return _Value(array[None], _digest("resampled", digest, height, width), lasting=False)
+
+    def _shown(self, made: Array, key: bytes, resampled: bool, tensor: Tensor, place: Place) -> _Value:
+        """The first frame of pixels that a stage made, as if they had been written into a file and read again."""
+        frame = np.asarray(made[:1] if made.ndim == 4 else made[:1, :, 0], np.float32)
+        pixels = to_uint8(frame)[0].astype(np.float32).transpose(2, 0, 1) / np.float32(127.5) - np.float32(1)
+        digest = _digest("shown", key)
+        if resampled:
+            return self._resampled(pixels, digest, tensor, place)
+        return _Value(np.ascontiguousarray(pixels)[None], digest, lasting=False)
 
     def _noise(self, purpose: int, tensor: Tensor, place: Place) -> _Value:
         seed, shape = self._request.seeds[place.sample], self._shape(tensor, place)

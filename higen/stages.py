@@ -41,7 +41,7 @@ _SOURCE = re.compile(
     r"(?P<state>state)"
     r"|control:(?P<control>\w+)"
     r"|text:(?P<text>prompt|negative)"
-    r"|picture:(?P<picture>\w+)(?P<resampled>:clip)?"
+    r"|picture:(?:(?P<picture>\w+)|(?P<maker>\w+)\.(?P<pixels>\w+))(?P<resampled>:clip)?"
     r"|clip:(?P<clip>\w+)"
     r"|noise:(?P<noise>\d{1,9})"
     r"|(?P<owner>\w+)(?P<negative>@negative)?\.(?P<output>\w+)"
@@ -53,7 +53,7 @@ class Source:
     """Where an input comes from: `kind` is state, control, text, picture, clip, noise or made; `name` says which.
 
     `output`: of a stage or loop (`made`). `negative`: made of the negative prompt. `resampled`: a picture in the
-    input's own size.
+    input's own size. `shown`: pixels that a stage made, taken as a picture.
     """
 
     kind: str
@@ -61,6 +61,7 @@ class Source:
     output: str = ""
     negative: bool = False
     resampled: bool = False
+    shown: bool = False
 
 
 @lru_cache(maxsize=4096)
@@ -70,8 +71,11 @@ def source(text: str) -> Source:
     if found is None:
         raise ManifestError(
             f"source={text!r}: state, control:NAME, text:prompt, text:negative, picture:NAME, picture:NAME:clip, "
-            "clip:NAME, noise:P, STAGE.OUTPUT, STAGE@negative.OUTPUT or LOOP.latents"
+            "picture:STAGE.OUTPUT, picture:STAGE.OUTPUT:clip, clip:NAME, noise:P, STAGE.OUTPUT, STAGE@negative.OUTPUT "
+            "or LOOP.latents"
         )
+    if maker := found["maker"]:
+        return Source("made", maker, found["pixels"], resampled=found["resampled"] is not None, shown=True)
     if owner := found["owner"]:
         return Source("made", owner, found["output"], negative=found["negative"] is not None)
     kind = next(k for k in ("state", "control", "text", "picture", "clip", "noise") if found[k] is not None)

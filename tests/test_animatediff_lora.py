@@ -122,17 +122,18 @@ def test_the_spellings_of_peft_and_kohya(source: Path, factors: State, tmp_path:
 
 
 def test_several_on_the_command_line(source: Path, factors: State, tmp_path: Path) -> None:
-    """A camera move and a domain adapter, of which one tensor fits nowhere."""
+    """A camera move and a domain adapter, of which eight tensors fit nowhere."""
     move, domain = tmp_path / "v2_lora_ZoomIn.ckpt", tmp_path / "v3_sd15_adapter.ckpt"
     torch.save(authors_names(factors, True), move)
-    torch.save({**authors_names(factors, False), "module.nowhere.processor.to_q_lora.up.weight": torch.ones(2)}, domain)
+    strange = [f"nowhere.{i}.processor.to_q_lora.up.weight" for i in range(8)]
+    torch.save({**authors_names(factors, False), **{f"module.{name}": torch.ones(2) for name in strange}}, domain)
     given = ["--lora", f"{move}:0.5", "--lora", str(domain), "--dtype", "fp32", "--group-norm", "frame"]
     result = CliRunner().invoke(main, ["convert", str(source), str(tmp_path / "model"), *given])
     assert result.exit_code == 0, result.output
     for said in (
         "v2_lora_ZoomIn.ckpt:",
         "v3_sd15_adapter.ckpt:",
-        "not used: nowhere.processor.to_q_lora.up.weight",
+        f"not used: {', '.join(strange)}",
         "group norms take their statistics over each frame",
         "Apache-2.0",
         "at most 24 frames",

@@ -12,8 +12,10 @@ import pytest
 from click.testing import CliRunner
 
 from higen.api import default_model, generate
+from higen.bundle import Bundle
 from higen.cli import main as higen
 from higen.exporter import main as exporter
+from higen.families.svd.spec import controls as svd_controls
 
 ROOT = Path(__file__).parents[1]
 PAGES = [
@@ -83,6 +85,9 @@ def test_a_documented_command_has_these_options(page: str, line: str) -> None:
         config = group.get_command(context, "config")
         assert config is not None
         known |= {name for parameter in config.get_params(context) for name in parameter.opts}
+    if "--model" in words:  # the model's controls are options too: here those of the models that the pages name
+        controls = (*Bundle.open(default_model()).manifest.controls, *svd_controls())
+        known |= {f"--{control.name.replace('_', '-')}" for control in controls}
     assert options <= known, page
 
 

@@ -20,8 +20,14 @@ WORD = re.compile(rf"(?<![A-Za-z])({'|'.join(NAMES)})(?:s|es)?(?![A-Za-z])", re.
 """One of the names as a word, or as a part of an identifier: motion, motion_cue, MOTION; not promotion."""
 
 KNOWING = (
-    *("families/animatediff", "families/higen", "families/modelscope", "families/stable_diffusion"),
-    *("train", "measures", "parity"),
+    "families/animatediff",
+    "families/higen",
+    "families/modelscope",
+    "families/stable_diffusion",
+    "families/svd",
+    "train",
+    "measures",
+    "parity",
 )
 """Folders of the package that know HiGen, or have a stage of the same name."""
 

@@ -279,7 +279,8 @@ def apart(a: np.ndarray, b: np.ndarray) -> int:
 
 def test_the_environment_has_its_family_too(outside: Environment) -> None:
     script = "from higen import families; import tidepool; print(families.installed(), tidepool.__file__)"
-    assert outside.run("-c", script).stdout.split(")")[0] == "('higen', 'stable_diffusion', 'tidepool'"
+    found = outside.run("-c", script).stdout.partition(")")[0].strip("(").split(", ")
+    assert {"'higen'", "'tidepool'"} <= set(found)
     assert str(outside.site) in outside.run("-c", script).stdout
 
 

@@ -13,7 +13,7 @@ from interpreter_model import MANIFEST, Formulas, changed, mixer, reader, see
 from numpy.typing import NDArray
 
 from higen.conditioning import resample_in_time, similarity_rows, sinusoid
-from higen.errors import RequestError
+from higen.errors import BackendError, RequestError
 from higen.images import load_picture
 from higen.manifest import Manifest
 from higen.recent import Recent
@@ -21,6 +21,7 @@ from higen.request import Request, make_request
 from higen.sources import Kept, Place, Sources, as_video
 from higen.stages import Output, Stage, Tensor
 from higen.tables import COMMON
+from higen.video import to_uint8
 
 DRAFT, FILM = MANIFEST.loops
 PICTURES = [np.random.default_rng(i).integers(0, 256, (16, 24, 3), np.uint8) for i in range(3)]
@@ -157,6 +158,44 @@ def test_a_picture_may_be_resampled_to_sizes_of_the_request() -> None:
     symbol = replace(MANIFEST, sizes=replace(MANIFEST.sizes, symbols={**MANIFEST.fixed, "S": 7}))
     sources = sources_of(request_of(sketch=PICTURES[0], manifest=symbol), Formulas(symbol))
     assert value(sources, ("B", 3, "S", "S"), "picture:sketch:clip", Place(0, 5)).shape == (1, 3, 7, 7)
+
+
+def test_pixels_of_a_stage_are_a_picture_as_if_they_had_been_saved() -> None:
+    """Bytes, and bytes read again; in the input's own size they are resampled; of a clip the first frame."""
+    noisy = Tensor("dots", ("N", 3, "Y", "X"), source="noise:5")
+    clip = Tensor("dots", ("B", 3, "F", "Y", "X"), source="noise:6")
+    brush = Stage("brush", "w.safetensors", (noisy,), (Output("pixels", noisy.shape),))
+    reel = Stage("reel", "w.safetensors", (clip,), (Output("pixels", clip.shape),))
+    manifest = replace(MANIFEST, stages=(*MANIFEST.stages, brush, reel))
+    backend = Formulas(manifest, {name: lambda dots: {"pixels": dots} for name in ("brush", "reel")})
+    sources = sources_of(request_of(manifest=manifest), backend)
+    place = Place(0, 3, FILM)
+    made = value(sources, ("B", 3, "Y", "X"), "picture:brush.pixels", place)
+    dots = backend.of("brush")[0]["dots"]
+    assert np.abs(dots).max() > 1  # it is clamped
+    saved = to_uint8(dots)[0]
+    wanted = load_picture(MANIFEST.control("sketch"), saved, 1, 12, 8).pixels
+    np.testing.assert_array_equal(made[0], wanted)
+    small = value(sources, ("B", 3, 3, 4), "picture:brush.pixels:clip", place)
+    given = sources_of(request_of(sketch=saved))
+    np.testing.assert_array_equal(small, value(given, ("B", 3, 3, 4), "picture:sketch:clip", Place(0, 1, DRAFT)))
+    first = value(sources, ("B", 3, "Y", "X"), "picture:reel.pixels", place)
+    np.testing.assert_array_equal(
+        first[0],
+        load_picture(MANIFEST.control("sketch"), to_uint8(backend.of("reel")[0]["dots"][:, :, 0])[0], 1, 12, 8).pixels,
+    )
+    assert len(backend.of("brush")) == 1
+
+
+def test_pixels_that_are_no_numbers_are_no_picture() -> None:
+    noisy = Tensor("dots", ("N", 3, "Y", "X"), source="noise:5")
+    brush = Stage("brush", "w.safetensors", (noisy,), (Output("pixels", noisy.shape),))
+    manifest = replace(MANIFEST, stages=(*MANIFEST.stages, brush))
+    backend = Formulas(manifest, {"brush": lambda dots: {"pixels": dots * np.nan}})
+    with pytest.raises(BackendError, match="NaN"):
+        value(
+            sources_of(request_of(manifest=manifest), backend), noisy.shape, "picture:brush.pixels", Place(0, 1, DRAFT)
+        )
 
 
 def test_a_clip_as_a_video_and_as_frames() -> None:

@@ -27,7 +27,7 @@ from higen.convert import convert_sources
 from higen.errors import CheckpointError, PromptWarning
 from higen.export.model import export_model
 from higen.families.stable_diffusion.checkpoint import recognise
-from higen.families.stable_diffusion.ldm_names import PREFIX, _ldm_name
+from higen.families.stable_diffusion.ldm_names import PREFIX, ldm_name
 from higen.noise import frame_noise, row_purpose
 from higen.pipeline import Pipeline
 from higen.tokenizer import PromptTokenizer
@@ -252,7 +252,7 @@ def single_file(path: Path, width: int = 32, text_prefix: str = "cond_stage_mode
     """The tiny model of version 1 as the authors publish it, an unused EMA copy and a schedule's buffer included."""
     unet, vae = tiny.image_unet(), tiny.autoencoder()
     levels = [kind.startswith("Cross") for kind in unet.config.up_block_types]
-    state = {PREFIX + _ldm_name(name, 1, levels): tensor for name, tensor in unet.state_dict().items()}
+    state = {PREFIX + ldm_name(name, 1, levels): tensor for name, tensor in unet.state_dict().items()}
     text = {f"{text_prefix}{name}": tensor for name, tensor in tiny.text_encoder(width).state_dict().items()}
     codec = {f"first_stage_model.{name}": tensor for name, tensor in _ldm_autoencoder(vae).items()}
     more = {"betas": torch.zeros(1000), "model_ema.decay": torch.zeros(())}
@@ -261,7 +261,7 @@ def single_file(path: Path, width: int = 32, text_prefix: str = "cond_stage_mode
 
 
 def _ldm_autoencoder(vae: Any) -> dict[str, torch.Tensor]:
-    from higen.models.companion_checkpoints import _ldm_name as codec_name
+    from higen.models.companion_checkpoints import autoencoder_ldm_name as codec_name
 
     state = {codec_name(name, 2): tensor for name, tensor in vae.state_dict().items()}
     return {n: t[:, :, None, None] if ".attn_1." in n and t.ndim == 2 else t for n, t in state.items()}
@@ -289,7 +289,7 @@ def test_names_of_a_single_file_are_those_that_diffusers_reads(linear: bool) -> 
     changes["up_block_types"] = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
     unet = tiny.image_unet(**changes, use_linear_projection=linear)
     levels = [kind.startswith("Cross") for kind in unet.config.up_block_types]
-    theirs = {PREFIX + _ldm_name(name, 2, levels): tensor for name, tensor in unet.state_dict().items()}
+    theirs = {PREFIX + ldm_name(name, 2, levels): tensor for name, tensor in unet.state_dict().items()}
     back = convert_ldm_unet_checkpoint(theirs, dict(unet.config))
     assert back.keys() == unet.state_dict().keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in unet.state_dict().items())
@@ -367,7 +367,7 @@ def test_a_file_that_is_cut_short(tmp_path: Path) -> None:
 def test_a_file_of_version_2_does_not_say_what_it_predicts(tmp_path: Path) -> None:
     unet = tiny.image_unet(block_out_channels=(64, 128), attention_head_dim=(1, 2), use_linear_projection=True)
     levels = [kind.startswith("Cross") for kind in unet.config.up_block_types]
-    state = {PREFIX + _ldm_name(name, 1, levels): tensor for name, tensor in unet.state_dict().items()}
+    state = {PREFIX + ldm_name(name, 1, levels): tensor for name, tensor in unet.state_dict().items()}
     save_file(state, tmp_path / "v2.safetensors")
     with pytest.raises(CheckpointError, match="--prediction"):
         convert_sources([tmp_path / "v2.safetensors"], tmp_path / "model")

@@ -122,7 +122,8 @@ class Checkpoint(Protocol):
 @lru_cache(maxsize=1)
 def _packages() -> dict[str, str]:
     # There too where higen runs from a folder that was never installed.
-    own = {name: f"{__name__}.{name}" for name in (FIRST, "animatediff", "modelscope", "stable_diffusion")}
+    names = (FIRST, "animatediff", "composed", "modelscope", "stable_diffusion", "svd")
+    own = {name: f"{__name__}.{name}" for name in names}
     return own | {entry.name: entry.value for entry in importlib.metadata.entry_points(group=GROUP)}
 
 

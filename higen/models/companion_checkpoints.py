@@ -22,6 +22,7 @@ __all__ = [
     "autoencoder_arguments_from_ldm",
     "autoencoder_from_diffusers",
     "autoencoder_from_ldm",
+    "autoencoder_ldm_name",
     "check_parts",
     "check_tensors",
     "kl_numbers",
@@ -191,7 +192,7 @@ def autoencoder_from_ldm(state: State) -> dict[str, Tensor]:
     theirs = _autoencoder(state)
     arguments = autoencoder_arguments_from_ldm(state)
     shapes = shapes_of(lambda: autoencoder("AutoencoderKL", arguments))
-    names = {_ldm_name(ours, len(arguments["block_out_channels"])): ours for ours in shapes}
+    names = {autoencoder_ldm_name(ours, len(arguments["block_out_channels"])): ours for ours in shapes}
     wanted = {
         name: shapes[ours] + ((1, 1) if ".attn_1." in name and len(shapes[ours]) == 2 else ())
         for name, ours in names.items()
@@ -268,7 +269,7 @@ def shapes_of(build: Callable[[], nn.Module]) -> Shapes:
         return {name.removeprefix("text_model."): tuple(tensor.shape) for name, tensor in build().state_dict().items()}
 
 
-def _ldm_name(ours: str, levels: int) -> str:
+def autoencoder_ldm_name(ours: str, levels: int) -> str:
     """Latent diffusion's name of a diffusers tensor; its decoder counts the levels from the finest on."""
     module, _, leaf = ours.rpartition(".")
 

@@ -32,7 +32,7 @@ __all__ = [
     "text_encoder",
 ]
 
-AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC")
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC", "AutoencoderKLTemporalDecoder")
 TEXT_PREFIX = "text_model."
 """transformers before 5 nests the text model under this name, here and in files; it is never looked at."""
 
@@ -55,17 +55,19 @@ def text_encoder(arguments: Mapping[str, Any]) -> CLIPTextModel:
 def autoencoder(kind: str, arguments: Mapping[str, Any]) -> nn.Module:
     """diffusers' autoencoder `kind` with its constructor's `arguments`, randomly initialised.
 
-    encode(pixels [N,3,Y,X]) and decode(latents [N,C,H,W]) as in diffusers. Raises ManifestError for an unknown kind or
+    encode(pixels [N,3,Y,X]) and decode(latents [N,C,H,W]) as in diffusers; a temporal decoder is told the number of
+    frames too. Raises ManifestError for an unknown kind or
     arguments that diffusers refuses, MissingExtra without diffusers.
     """
     if kind not in AUTOENCODERS:
         raise ManifestError(f"autoencoder.kind={kind!r}: one of {', '.join(AUTOENCODERS)}")
     with quiet_import("diffusers", "the autoencoder"):
-        from diffusers import AutoencoderDC, AutoencoderKL
-    kinds: dict[str, Any] = {"AutoencoderKL": AutoencoderKL, "AutoencoderDC": AutoencoderDC}
+        import diffusers
+
+        made = getattr(diffusers, kind)
     with quiet("diffusers"):
         try:
-            built: nn.Module = kinds[kind](**arguments)
+            built: nn.Module = made(**arguments)
         except Exception as error:  # as for the text encoder
             raise ManifestError(f"autoencoder.arguments={dict(arguments)!r}: diffusers refuses it: {error}") from error
     return built

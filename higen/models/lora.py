@@ -127,8 +127,8 @@ def _merge(
         changed += 1
     if not changed:
         raise CheckpointError(f"fits none of the model's layers: its first one is {next(iter(layers))!r}")
-    left = f"; not used: {', '.join(unused[:5])}{f' and {len(unused) - 5} more' if len(unused) > 5 else ''}"
-    return f"{lora.path.name}: {changed} layers changed, scale {lora.scale:g}{left if unused else ''}"
+    left = f"; not used: {', '.join(unused)}" if unused else ""
+    return f"{lora.path.name}: {changed} layers changed, scale {lora.scale:g}{left}"
 
 
 def _layers(given: State) -> tuple[dict[str, _Factors], list[str]]:

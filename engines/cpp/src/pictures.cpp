@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "errors.h"
+
 namespace higen::core {
 namespace {
 
@@ -137,6 +139,16 @@ std::vector<std::uint8_t> cover(const std::uint8_t* rgb, std::size_t width, std:
     go_across();
     if (!down_first) go_down();
     return pixels;
+}
+
+void to_rgb(const float* pixels, std::size_t plane, std::size_t stride, std::uint8_t* rgb) {
+    for (std::size_t i = 0; i < plane; ++i)
+        for (std::size_t c = 0; c < 3; ++c) {
+            const float x = pixels[c * stride + i];
+            if (!std::isfinite(x)) fail_backend("a frame has NaN or infinite pixels; use a wider precision");
+            const float unit = std::clamp(x * 0.5F + 0.5F, 0.0F, 1.0F);
+            rgb[3 * i + c] = static_cast<std::uint8_t>(unit * 255.0F);
+        }
 }
 
 std::vector<float> planes(const std::vector<std::uint8_t>& rgb, std::size_t frames, std::size_t pixels) {

@@ -13,6 +13,10 @@ namespace higen::core {
 [[nodiscard]] std::vector<std::uint8_t> cover(const std::uint8_t* rgb, std::size_t width, std::size_t height,
                                               std::size_t new_width, std::size_t new_height);
 
+// Decoded pixels [3, H, W] in -1 to 1 as RGB bytes [H, W, 3]: x * 0.5 + 0.5, clamped to [0, 1], times 255, truncated;
+// channel c lies `stride` numbers after channel c - 1. Throws a backend error for NaN and infinity.
+void to_rgb(const float* pixels, std::size_t plane, std::size_t stride, std::uint8_t* rgb);
+
 // RGB bytes [frames, height, width, 3] as numbers [3, frames, height, width] in -1 to 1.
 [[nodiscard]] std::vector<float> planes(const std::vector<std::uint8_t>& rgb, std::size_t frames, std::size_t pixels);
 

@@ -1,10 +1,10 @@
 #include "pipeline.h"
 
 #include <algorithm>
-#include <cmath>
 
 #include "errors.h"
 #include "noise.h"
+#include "pictures.h"
 
 namespace higen::core {
 namespace {
@@ -230,16 +230,6 @@ void Pipeline::decode(const Tensor& latents, const std::vector<Request>& request
             on_frames({rgb, video, first, last - first, total});
         }
     }
-}
-
-void to_rgb(const float* pixels, std::size_t plane, std::size_t stride, std::uint8_t* rgb) {
-    for (std::size_t i = 0; i < plane; ++i)
-        for (std::size_t c = 0; c < 3; ++c) {
-            const float x = pixels[c * stride + i];
-            if (!std::isfinite(x)) fail_backend("a frame has NaN or infinite pixels; use a wider precision");
-            const float unit = std::clamp(x * 0.5F + 0.5F, 0.0F, 1.0F);
-            rgb[3 * i + c] = static_cast<std::uint8_t>(unit * 255.0F);
-        }
 }
 
 }  // namespace higen::core

@@ -53,8 +53,4 @@ private:
     Backend& backend_;
 };
 
-// Decoded pixels [3, H, W] in -1 to 1 as RGB bytes [H, W, 3]: x * 0.5 + 0.5, clamped to [0, 1], times 255, truncated;
-// channel c lies `stride` numbers after channel c - 1. Throws a backend error for NaN and infinity.
-void to_rgb(const float* pixels, std::size_t plane, std::size_t stride, std::uint8_t* rgb);
-
 }  // namespace higen::core

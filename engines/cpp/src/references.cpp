@@ -59,13 +59,33 @@ void check_tokens(const Manifest& manifest, const std::string& where, const Tens
           where + ": tokens are [B, " + std::to_string(length) + "], not " + shown(tensor.shape));
 }
 
+// Pixels of a stage as a picture.
+void check_shown(const Manifest& manifest, const std::string& where, const TensorSpec& tensor) {
+    const auto row = where + ": source " + to_text(tensor.source);
+    check(tensor.shape.size() == 4, row + ": 4 axes, not " + shown(tensor.shape));
+    const auto* stage = manifest.find_stage(tensor.source.name);
+    check(stage != nullptr, row + ": the stages are " + joined(names_of(manifest.stages)));
+    const auto* output = stage->output(tensor.source.output);
+    check(output != nullptr, row + ": " + stage->name + " gives " + joined(names_of(stage->outputs)));
+    const auto& made = output->shape;
+    const auto rank = made.size();
+    check((rank == 4 || rank == 5) && size_of(manifest, made[1]) == 3 && made[rank - 2].symbol == "Y" &&
+              made[rank - 1].symbol == "X",
+          row + ": [N, 3, Y, X] or [B, 3, F, Y, X] is wanted, not " + shown(made));
+}
+
 void check_source(const Manifest& manifest, const std::string& where, const TensorSpec& tensor) {
     switch (tensor.source.kind) {
         case Source::Kind::text: check_tokens(manifest, where, tensor); break;
         case Source::Kind::control:
         case Source::Kind::picture:
         case Source::Kind::clip: check_control_source(manifest, where, tensor); break;
-        case Source::Kind::made: check_made(manifest, where, tensor.source, tensor.shape.size()); break;
+        case Source::Kind::made:
+            if (tensor.source.shown)
+                check_shown(manifest, where, tensor);
+            else
+                check_made(manifest, where, tensor.source, tensor.shape.size());
+            break;
         case Source::Kind::state:
         case Source::Kind::noise: break;
     }
@@ -142,7 +162,7 @@ void check_circles(const Manifest& manifest) {
 void references::check_made(const Manifest& manifest, const std::string& where, const Source& source,
                             std::size_t rank) {
     const auto row = where + ": source " + to_text(source);
-    check(source.kind == Source::Kind::made, row + ": STAGE.OUTPUT or LOOP.latents");
+    check(source.kind == Source::Kind::made && !source.shown, row + ": STAGE.OUTPUT or LOOP.latents");
     if (manifest.loop(source.name) != nullptr) {
         check(source.output == "latents" && !source.negative, row + ": a loop gives latents alone");
         check(rank == 4 || rank == 5, row + " has 4 or 5 axes, not " + std::to_string(rank));

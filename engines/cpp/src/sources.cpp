@@ -149,6 +149,7 @@ TensorPtr Sources::value(const Source& source, const std::vector<Axis>& shape, c
         case Source::Kind::clip: return picture(source, shape, place);
         case Source::Kind::noise: return noise(source.purpose, shape, place);
         case Source::Kind::made:
+            if (source.shown) return shown(source, shape, place);
             if (manifest_.loop(source.name) != nullptr) return of_loop(source.name, shape.size(), place);
             return of_stage(source, shape.size(), place);
         case Source::Kind::state: break;
@@ -214,9 +215,31 @@ TensorPtr Sources::picture(const Source& source, const std::vector<Axis>& shape,
     }
     if (!source.resampled) return floats(frame, pixels);
     if (shape.size() < 2) fail_backend(to_text(source) + ": the input has no two axes to resample to");
+    return resampled(pixels, height, width, shape, place);
+}
+
+// A picture [3, height, width] in the size of the input's last two axes.
+TensorPtr Sources::resampled(const std::vector<float>& pixels, std::size_t height, std::size_t width,
+                             const std::vector<Axis>& shape, const Place& place) const {
     const auto new_height = size_of(shape[shape.size() - 2], place), new_width = size_of(shape.back(), place);
     return floats({1, 3, new_height, new_width}, resample(pixels, height, width, static_cast<std::size_t>(new_height),
                                                           static_cast<std::size_t>(new_width)));
+}
+
+// The first frame of pixels that a stage made, as if they had been written into a file and read again.
+TensorPtr Sources::shown(const Source& source, const std::vector<Axis>& shape, const Place& place) {
+    const auto made = run(manifest_.stage(source.name), place).at(source.output)->to_host();
+    const auto rank = made.shape.size();
+    if (!made.is_float() || (rank != 4 && rank != 5) || made.shape[1] != 3 || count(made.shape) == 0)
+        fail_backend(to_text(source) + " is " + to_text(made.shape) + ": pixels are wanted");
+    const auto height = static_cast<std::size_t>(made.shape[rank - 2]);
+    const auto width = static_cast<std::size_t>(made.shape[rank - 1]), plane = height * width;
+    std::vector<std::uint8_t> rgb(3 * plane);
+    const auto stride = rank == 5 ? static_cast<std::size_t>(made.shape[2]) * plane : plane;
+    to_rgb(made.floats().data(), plane, stride, rgb.data());
+    auto pixels = planes(rgb, 1, plane);
+    if (source.resampled) return resampled(pixels, height, width, shape, place);
+    return floats({1, 3, made.shape[rank - 2], made.shape[rank - 1]}, std::move(pixels));
 }
 
 TensorPtr Sources::noise(std::uint64_t purpose, const std::vector<Axis>& shape, const Place& place) const {

@@ -51,6 +51,9 @@ private:
     [[nodiscard]] TensorPtr noise(std::uint64_t purpose, const std::vector<Axis>& shape, const Place& place) const;
     [[nodiscard]] TensorPtr of_loop(const std::string& name, std::size_t rank, const Place& place) const;
     [[nodiscard]] TensorPtr of_stage(const Source& source, std::size_t rank, const Place& place);
+    [[nodiscard]] TensorPtr shown(const Source& source, const std::vector<Axis>& shape, const Place& place);
+    [[nodiscard]] TensorPtr resampled(const std::vector<float>& pixels, std::size_t height, std::size_t width,
+                                      const std::vector<Axis>& shape, const Place& place) const;
     [[nodiscard]] const Tensors& run(const Stage& stage, const Place& place);
     [[nodiscard]] Tensors call(const Stage& stage, const Tensors& inputs) const;
     [[nodiscard]] std::int64_t size_of(const Axis& axis, const Place& place) const;

@@ -8,8 +8,8 @@ namespace higen::core {
 namespace {
 
 constexpr const char* kinds_of_sources =
-    "state, control:NAME, text:prompt, text:negative, picture:NAME, picture:NAME:clip, clip:NAME, noise:P, "
-    "STAGE.OUTPUT, STAGE@negative.OUTPUT or LOOP.latents";
+    "state, control:NAME, text:prompt, text:negative, picture:NAME, picture:NAME:clip, picture:STAGE.OUTPUT, "
+    "picture:STAGE.OUTPUT:clip, clip:NAME, noise:P, STAGE.OUTPUT, STAGE@negative.OUTPUT or LOOP.latents";
 
 bool is_name(std::string_view text) {
     return !text.empty() && std::all_of(text.begin(), text.end(), [](unsigned char c) {
@@ -40,6 +40,13 @@ bool take_kind(std::string_view rest, Source& source) {
     } else if (follows(rest, "picture:")) {
         source.kind = Source::Kind::picture;
         source.resampled = cut(rest, ":clip");
+        if (const auto dot = rest.find('.'); dot != std::string_view::npos) {
+            source.kind = Source::Kind::made;
+            source.shown = true;
+            source.output = rest.substr(dot + 1);
+            rest = rest.substr(0, dot);
+            if (!is_name(source.output)) return false;
+        }
     } else if (follows(rest, "clip:")) {
         source.kind = Source::Kind::clip;
     } else if (follows(rest, "noise:")) {
@@ -119,6 +126,7 @@ std::string to_text(const Source& source) {
         case Source::Kind::noise: return "noise:" + source.name;
         case Source::Kind::made: break;
     }
+    if (source.shown) return "picture:" + source.name + "." + source.output + (source.resampled ? ":clip" : "");
     return source.name + (source.negative ? "@negative." : ".") + source.output;
 }
 

@@ -27,6 +27,7 @@ struct Source {
     std::uint64_t purpose = 0;  // of noise
     bool negative = false;      // made of the negative prompt
     bool resampled = false;     // a picture in the input's own size
+    bool shown = false;         // pixels that a stage made, taken as a picture
 };
 
 // Reads a source; `where` stands before its messages. Throws a manifest error that lists the kinds of sources.

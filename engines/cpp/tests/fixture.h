@@ -188,8 +188,8 @@ public:
         if (row.denoises()) return step(tensors);
         const auto& only = row.inputs.front().name;
         const auto pixels = get(only.c_str());
-        return {
-            {row.outputs.front().name, host_tensor(recoloured(pixels, row.name == manifest_.sizes.decoder ? 3 : 4))}};
+        const bool colours = row.outputs.front().shape[1].size == 3;
+        return {{row.outputs.front().name, host_tensor(recoloured(pixels, colours ? 3 : 4))}};
     }
 
     [[nodiscard]] std::ptrdiff_t called(const std::string& name) const {

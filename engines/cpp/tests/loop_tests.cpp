@@ -199,6 +199,38 @@ TEST(every_source_has_its_value) {
                 m.asked([&](auto& r) { r.controls = controls, r.control_count = 1; }));
 }
 
+TEST(pixels_of_a_stage_are_a_picture) {
+    auto json = fixture::manifest();
+    auto& inputs = json["stages"][0]["inputs"];  // of the reader, which ignores them
+    inputs.push_back(fixture::input("shown", {"B", 3, "Y", "X"}, "picture:brush.pixels"));
+    inputs.push_back(fixture::input("small", {"B", 3, 1, 2}, "picture:brush.pixels:clip"));
+    inputs.push_back(fixture::input("frame", {"B", 3, "Y", "X"}, "picture:reeler.pixels"));
+    json["stages"].push_back(fixture::stage("brush", {fixture::input("dots", {"B", 3, "Y", "X"}, "noise:5")},
+                                            {fixture::output("pixels", {"B", 3, "Y", "X"})}));
+    json["stages"].push_back(fixture::stage("reeler", {fixture::input("dots", {"B", 3, "F", "Y", "X"}, "noise:6")},
+                                            {fixture::output("pixels", {"B", 3, "F", "Y", "X"})}));
+    Model m(json, false);
+    m.request = m.asked([](auto&) {});
+    m.generate();
+    // As if it had been written into a file: the byte b = trunc(255 clamp(x / 2 + 1/2)), then b / 127.5 - 1.
+    const auto as_picture = [](float x) {
+        const float unit = std::min(std::max(x * 0.5F + 0.5F, 0.0F), 1.0F);
+        return static_cast<float>(static_cast<int>(unit * 255.0F)) / 127.5F - 1.0F;
+    };
+    const auto pixels = m.backend.last("brush", "dots").floats();
+    const auto shown = m.backend.last("reader", "shown");
+    CHECK((shown.shape == Shape{1, 3, 2, 3}) && pixels.size() == 18);
+    for (std::size_t i = 0; i < 18; ++i) CHECK(shown.floats()[i] == as_picture(pixels[i]));
+    CHECK(m.backend.last("reader", "small").floats() == resample(shown.floats(), 2, 3, 1, 2));
+    // The first frame of a clip.
+    const auto clip = m.backend.last("reeler", "dots");
+    const auto frames = static_cast<std::size_t>(clip.shape[2]);
+    const auto frame = m.backend.last("reader", "frame").floats();
+    for (std::size_t c = 0; c < 3; ++c)
+        for (std::size_t i = 0; i < 6; ++i)
+            CHECK(frame[6 * c + i] == as_picture(clip.floats()[6 * frames * c + i]));
+}
+
 // ---- The interpreter ----
 
 TEST(a_video_is_the_solvers_product_of_its_noise) {

@@ -68,8 +68,8 @@ TEST(a_loop_whose_latents_nothing_takes_is_left_out_of_longer_clips) {
     CHECK((names(json, 2) == std::vector<std::string>{"sketching", "filming"}));
     for (const auto* stage : {"film", "film_plain"}) {
         auto& inputs = stage_row(json, stage)["inputs"];
-        inputs.erase(std::remove_if(inputs.begin(), inputs.end(), [](const Json& one) { return one["name"] == "base"; }),
-                     inputs.end());
+        const auto is_base = [](const Json& one) { return one["name"] == "base"; };
+        inputs.erase(std::remove_if(inputs.begin(), inputs.end(), is_base), inputs.end());
     }
     CHECK((names(json, 1) == std::vector<std::string>{"sketching"}));
     CHECK((names(json, 2) == std::vector<std::string>{"filming"}));
@@ -202,6 +202,14 @@ TEST(references_between_the_tables) {
             [](Json& json) { input_row(json, "mixer", "wind")["source"] = "control:rain"; });
     refused("the controls of this kind are photo",
             [](Json& json) { input_row(json, "scanner", "pixels")["source"] = "picture:reel"; });
+    refused("source picture:brush.pixels: the stages are reader, mixer",
+            [](Json& json) { input_row(json, "scanner", "pixels")["source"] = "picture:brush.pixels"; });
+    refused("source picture:reader.pixels:clip: reader gives words",
+            [](Json& json) { input_row(json, "scanner", "pixels")["source"] = "picture:reader.pixels:clip"; });
+    refused("source picture:reader.words: [N, 3, Y, X] or [B, 3, F, Y, X] is wanted, not",
+            [](Json& json) { input_row(json, "scanner", "pixels")["source"] = "picture:reader.words"; });
+    refused("source='picture:reader@negative.words': state, control:NAME",
+            [](Json& json) { input_row(json, "scanner", "pixels")["source"] = "picture:reader@negative.words"; });
     refused("the encoding sinusoid gives 3 axes, not 2",
             [](Json& json) { input_row(json, "mixer", "wind")["shape"] = {"B", "F"}; });
     refused("stages.mixer.words: 'Q' is none of B, F, N, H, W, Y, X and not in sizes.symbols",

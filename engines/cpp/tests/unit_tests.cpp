@@ -7,6 +7,7 @@
 #include "bundle.h"
 #include "check.h"
 #include "noise.h"
+#include "pictures.h"
 #include "pipeline.h"
 #include "sha256.h"
 #include "text.h"

@@ -17,7 +17,7 @@ from higen.models.companion_checkpoints import check_tensors, shapes_of
 from higen.models.diffusers_unet import check_latent_channels, image_unet
 from higen.models.nestings import below
 
-__all__ = ["PREFIX", "unet_arguments", "unet_from_ldm"]
+__all__ = ["PREFIX", "ldm_name", "unet_arguments", "unet_from_ldm"]
 
 State = Mapping[str, Tensor]
 
@@ -87,13 +87,19 @@ def unet_from_ldm(state: State, arguments: Mapping[str, Any]) -> dict[str, Tenso
     shapes = shapes_of(lambda: image_unet(arguments))
     layers = arguments["layers_per_block"]
     levels = [kind.startswith("Cross") for kind in arguments["up_block_types"]]
-    names = {_ldm_name(ours, layers, levels): ours for ours in shapes}
+    names = {ldm_name(ours, layers, levels): ours for ours in shapes}
     check_tensors(theirs, {name: shapes[ours] for name, ours in names.items()}, "a Stable Diffusion U-Net")
     return {ours: theirs[name] for name, ours in names.items()}
 
 
-def _ldm_name(ours: str, layers: int, up_attends: list[bool]) -> str:
-    """The name of a diffusers tensor in the checkpoint. `up_attends`: of each level on the way up, the first first."""
+def ldm_name(ours: str, layers: int, up_attends: list[bool]) -> str:
+    """The name of a diffusers tensor in the checkpoint, without PREFIX.
+
+    layers      residual blocks of a level on the way down
+    up_attends  whether each level on the way up attends, the first first
+
+    Raises CheckpointError for a tensor that no such checkpoint has.
+    """
     for new, old in _OUTER.items():
         if ours.startswith(f"{new}."):
             return old + ours.removeprefix(new)

@@ -122,7 +122,7 @@ typedef struct higen_loop_info {
     size_t struct_size;
     const char* name;
     int32_t every_frame;             /* 1: it denoises all frames of the request; 0: one frame */
-    int32_t least_frames;            /* it is left out where a request has fewer */
+    int32_t least_frames;            /* it is left out where a request has fewer; and of clips that come from others */
     int32_t steps;                   /* the default */
     int32_t max_steps;
     const double* guidance;          /* the default: guidance_count numbers spread over the frames */

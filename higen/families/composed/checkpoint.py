@@ -1,0 +1,22 @@
+"""A composed model is made of two model directories, by `higen compose`, and of no checkpoint."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from higen.errors import CheckpointError
+from higen.families import Converted
+
+__all__ = ["convert", "recognise"]
+
+
+def recognise(path: Path) -> bool:
+    """No source is one of this family."""
+    return False
+
+
+def convert(sources: Sequence[Path], **options: Any) -> Converted:
+    """Raises CheckpointError."""
+    raise CheckpointError("composed: made of two model directories: higen compose FIRST SECOND OUTPUT")

@@ -1,0 +1,60 @@
+"""A composed model's stages as PyTorch modules: those of the two models that it is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import nn
+
+from higen import families
+from higen.errors import ManifestError
+from higen.families import Networks, Weights
+from higen.families.composed import spec
+from higen.manifest import Manifest
+
+__all__ = ["ComposedNetworks", "open"]
+
+
+def open(manifest: Manifest, weights: Weights) -> ComposedNetworks:  # noqa: A001 (the family protocol's name)
+    """The networks of both models; nothing is loaded yet. Raises ManifestError, UnknownFamily."""
+    return ComposedNetworks(manifest, weights)
+
+
+class ComposedNetworks:
+    """Each stage is built by the family of the model that it comes from, under its own name there."""
+
+    def __init__(self, manifest: Manifest, weights: Weights) -> None:
+        self._stages: dict[str, tuple[Networks, str]] = {}
+        made_of = spec.architecture(manifest)
+        for part in (made_of.first, made_of.second):
+            own = spec.part_manifest(part)
+            networks = families.network(own.family).open(own, _PartWeights(weights, part.weights))
+            self._stages |= {here: (networks, name) for name, here in part.stages.items()}
+
+    def module(self, stage: str) -> nn.Module:
+        """A stage as a module. Raises ManifestError, IntegrityError."""
+        if stage not in self._stages:
+            raise ManifestError(f"stages.{stage}: {spec.FAMILY} has {', '.join(self._stages)}")
+        networks, name = self._stages[stage]
+        return networks.module(name)
+
+
+class _PartWeights:
+    """The weights of one of the two models, by the names that its files had (`families.Weights`)."""
+
+    def __init__(self, weights: Weights, names: Mapping[str, str]) -> None:
+        self._weights = weights
+        self._names = names
+
+    @property
+    def device(self) -> torch.device:
+        return self._weights.device
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        return self._weights.dtype
+
+    def fill(self, module: nn.Module, file: str, dtype: torch.dtype | None = None, strip: str = "") -> None:
+        """See `families.Weights`."""
+        self._weights.fill(module, self._names.get(file, file), dtype, strip)

@@ -1,0 +1,354 @@
+"""The tables of two models as those of one (docs/manifest.md): data alone, no PyTorch.
+
+The first model's loops run for one frame; its decoder becomes a stage, fed with the last of these loops' latents. What
+the second model took from its picture control it takes from that stage, as a picture. All else keeps its rows. Names of
+the second model that the first one has too get a prefix, and its streams of noise numbers of their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from higen.errors import ManifestError, ModelError
+from higen.manifest import Manifest
+from higen.stages import Stage, source
+from higen.tables import COMMON, MAX_SIDE, Control, Loop, Mix, Replaced, Sizes, Start
+from higen.typed_json import from_json, to_json
+
+__all__ = ["FAMILY", "Architecture", "Part", "architecture", "compose", "part_manifest"]
+
+FAMILY = "composed"
+PREFIX = "second_"
+
+Row = TypeVar("Row", Replaced, Start)
+
+
+@dataclass(frozen=True)
+class Part:
+    """One of the two models.
+
+    tables   its own manifest
+    stages   {name of a stage in it: name here}
+    weights  {its weights files and tokenizer: names here}
+    """
+
+    tables: dict[str, Any]
+    stages: dict[str, str]
+    weights: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """Both models, from which the torch backend builds their networks."""
+
+    first: Part
+    second: Part
+
+
+def architecture(manifest: Manifest) -> Architecture:
+    """What a composed manifest is made of. Raises ManifestError where it is none."""
+    if manifest.family != FAMILY:
+        raise ManifestError(f"family={manifest.family!r}: {FAMILY} is wanted here")
+    return from_json(Architecture, manifest.architecture, "architecture", whole=True)
+
+
+def part_manifest(part: Part) -> Manifest:
+    """The manifest of one of the two models, as it was before. Raises ManifestError."""
+    return from_json(Manifest, part.tables, "architecture", whole=True)
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """The rows that a model brings along."""
+
+    stages: tuple[Stage, ...]
+    controls: tuple[Control, ...]
+    loops: tuple[Loop, ...]
+
+    @property
+    def weights(self) -> tuple[str, ...]:
+        """The weights files, each once."""
+        return tuple(dict.fromkeys(stage.weights for stage in self.stages))
+
+
+def compose(first: Manifest, second: Manifest, same_tokenizer: bool) -> Manifest:
+    """The tables of both models, one behind the other. `same_tokenizer`: their files for it are equal.
+
+    Raises ModelError naming the reason where the two do not fit.
+    """
+    _check_fit(first, second, same_tokenizer)
+    picture = _taken_picture(second)
+    drawing, filming = _drawing(first), _filming(second, picture)
+    names = _Names(first, drawing, second, filming)
+    clip = names.rows(filming, picture, f"picture:{first.decoder.name}.{first.decoder.outputs[0].name}")
+    text = first.text or second.text
+    if text is not None and first.text is None:
+        text = replace(text, tokenizer=names.files[text.tokenizer])
+    files = (*drawing.weights, *([first.text.tokenizer] if first.text is not None else []))
+    parts = Architecture(
+        Part(to_json(first), {stage.name: stage.name for stage in drawing.stages}, {name: name for name in files}),
+        Part(to_json(second), names.stages, names.files),
+    )
+    return Manifest(
+        name=f"{first.name} + {second.name}",
+        licence=first.licence if first.licence == second.licence else f"{first.licence}; then {second.licence}",
+        family=FAMILY,
+        architecture=to_json(parts),
+        prompts=first.prompts,
+        sizes=names.sizes(first, second, filming),
+        text=text,
+        controls=(*drawing.controls, *clip.controls),
+        stages=(*drawing.stages, *clip.stages),
+        loops=(*drawing.loops, *clip.loops),
+    )
+
+
+def _check_fit(first: Manifest, second: Manifest, same_tokenizer: bool) -> None:
+    fewest = first.sizes.frames[0]
+    if fewest > 1:
+        raise ModelError(f"{first.name}: makes {fewest} frames or more, and the first model draws one picture")
+    if first.sizes.factor != second.sizes.factor:
+        raise ModelError(
+            f"{first.name} has {first.sizes.factor} pixels per latent cell and {second.name} {second.sizes.factor}: "
+            f"one request has one size of latents, so they must be equal"
+        )
+    multiple = math.lcm(first.sizes.multiple, second.sizes.multiple)
+    if multiple > MAX_SIDE:
+        raise ModelError(
+            f"{first.name} has sides of multiples of {first.sizes.multiple} pixels and {second.name} of "
+            f"{second.sizes.multiple}: no side up to {MAX_SIDE} is one of both"
+        )
+    if first.text is not None and second.text is not None:
+        rules = replace(second.text, tokenizer=first.text.tokenizer)
+        if rules != first.text or not same_tokenizer:
+            raise ModelError(f"{first.name} and {second.name} read texts by other rules: one model has one tokenizer")
+
+
+def _taken_picture(second: Manifest) -> str:
+    """The picture control of the second model that the first one's picture takes the place of.
+
+    It is one that the second model cannot do without, or else one that stands for a loop's result.
+    """
+    needed = second.pictures_of(*second.denoising, second.sizes.decoder)
+    pictures = [name for name in needed if second.control(name).kind == "picture"]
+    standing = [loop.replaced.control for loop in second.loops if loop.replaced is not None]
+    standing = [name for name in dict.fromkeys(standing) if second.control(name).kind == "picture"]
+    found = pictures or standing
+    if len(found) != 1:
+        what = f"takes {len(found)} pictures, {', '.join(found)}" if found else "makes no clip of a picture"
+        raise ModelError(f"{second.name}: {what}; the second model is one that makes a clip of one picture")
+    for loop in second.loops:
+        if loop.start is not None and loop.start.control == found[0]:
+            raise ModelError(f"{second.name}: its loop {loop.name} begins from {found[0]} and draws the same anew")
+        mixed = loop.noise.mix.loop if loop.noise.mix is not None else None
+        if mixed is not None and (row := second.loop(mixed).replaced) is not None and row.control == found[0]:
+            raise ModelError(
+                f"{second.name}: the noise of {loop.name} is mixed with {mixed}, which {found[0]} replaces"
+            )
+    return found[0]
+
+
+def _drawing(first: Manifest) -> _Rows:
+    """The first model's rows for one frame: its decoder becomes a stage that the last of its loops feeds.
+
+    Loops for longer clips and what only they use are left out.
+    """
+    loops = tuple(
+        replace(loop, frames=1, least_frames=1, windows=None) for loop in first.loops if loop.least_frames <= 1
+    )
+    decoder = first.decoder
+    fed = [tensor for name in first.feeding(decoder.name) for tensor in first.stage(name).inputs]
+    if any("F" in tensor.shape for tensor in fed if tensor.source != "state"):
+        raise ModelError(f"{first.name}: its decoder {decoder.name} is told of each frame, and one picture has none")
+    fed_by_loop = tuple(
+        replace(tensor, source=f"{loops[-1].name}.latents") if tensor.source == "state" else tensor
+        for tensor in decoder.inputs
+    )
+    stages = [replace(s, inputs=fed_by_loop) if s.name == decoder.name else s for s in first.stages]
+    return _used(first, stages, loops)
+
+
+def _filming(second: Manifest, picture: str) -> _Rows:
+    """The second model's rows for a picture that is always there: a loop that it replaces is left out."""
+    replaced = {
+        f"{loop.name}.latents": loop.replaced.latents
+        for loop in second.loops
+        if loop.replaced is not None and loop.replaced.control == picture
+    }
+    stages = [
+        replace(s, inputs=tuple(replace(t, source=replaced.get(t.source, t.source)) for t in s.inputs))
+        for s in second.stages
+    ]
+    loops = tuple(
+        replace(loop, replaced=_instead(loop.replaced, replaced), start=_instead(loop.start, replaced))
+        for loop in second.loops
+        if f"{loop.name}.latents" not in replaced
+    )
+    if not loops:
+        raise ModelError(f"{second.name}: no loop is left to run where {picture} is always there")
+    return _used(second, stages, loops)
+
+
+def _instead(row: Row | None, replaced: Mapping[str, str]) -> Row | None:
+    return None if row is None else replace(row, latents=replaced.get(row.latents, row.latents))
+
+
+def _used(model: Manifest, stages: list[Stage], loops: tuple[Loop, ...]) -> _Rows:
+    """Of these rows, those that the loops and the decoder use."""
+    rows = {stage.name: stage for stage in stages}
+    open_ones = [*(name for loop in loops for name in loop.stages), model.sizes.decoder]
+    open_ones += [source(row.latents).name for loop in loops for row in (loop.replaced, loop.start) if row is not None]
+    kept: set[str] = set()
+    while open_ones:
+        name = open_ones.pop()
+        if name in rows and name not in kept:
+            kept.add(name)
+            found = [source(tensor.source) for tensor in rows[name].inputs]
+            open_ones += [one.name for one in found if one.kind == "made"]
+    used = tuple(stage for stage in stages if stage.name in kept)
+    names = _controls_of(used, loops)
+    return _Rows(used, tuple(control for control in model.controls if control.name in names), loops)
+
+
+def _controls_of(stages: tuple[Stage, ...], loops: tuple[Loop, ...]) -> set[str]:
+    """The controls that these rows use."""
+    found = [source(tensor.source) for stage in stages for tensor in stage.inputs]
+    used = {one.name for one in found if one.kind in ("control", "picture", "clip")}
+    for loop in loops:
+        used |= {row.control for row in (loop.replaced, loop.start) if row is not None}
+        scales = [row.scale for row in (loop.noise.offset, loop.noise.mix) if row is not None]
+        scales += [loop.start.strength] if loop.start is not None else []
+        used |= {scale.partition(":")[2] for scale in scales if isinstance(scale, str)}
+    return used
+
+
+class _Names:
+    """What the second model's rows are called here, so that nothing has the name of one of the first's."""
+
+    def __init__(self, first: Manifest, drawing: _Rows, second: Manifest, filming: _Rows) -> None:
+        taken = {*(stage.name for stage in drawing.stages), *(loop.name for loop in drawing.loops)}
+        names = [stage.name for stage in filming.stages]
+        self._rows = _free([*names, *(loop.name for loop in filming.loops)], taken)
+        self.stages = {name: self._rows[name] for name in names}
+        self._controls = _free([row.name for row in filming.controls], {row.name for row in drawing.controls})
+        tokenizers = [model.text.tokenizer for model in (first, second) if model.text is not None]
+        self.files = _free(filming.weights, {*drawing.weights, *tokenizers})
+        if second.text is not None:  # both have the same, or the first has none
+            self.files[second.text.tokenizer] = tokenizers[0]
+        clash = {name for name, size in second.fixed.items() if first.fixed.get(name, size) != size}
+        self._symbols = _free([*second.fixed], first.fixed, clash)
+        self._purposes = _free_numbers(_purposes(drawing), _purposes(filming))
+
+    def rows(self, filming: _Rows, picture: str, shown: str) -> _Rows:
+        """The second model's rows; the source `shown` stands in the place of its control `picture`."""
+        return _Rows(
+            tuple(self._stage(stage, picture, shown) for stage in filming.stages),
+            tuple(replace(row, name=self._controls[row.name]) for row in filming.controls if row.name != picture),
+            tuple(self._loop(loop) for loop in filming.loops),
+        )
+
+    def sizes(self, first: Manifest, second: Manifest, filming: _Rows) -> Sizes:
+        """The second model's sizes, its sides multiples of both models', and no fewer frames than a loop runs for."""
+        fewest, default, most = second.sizes.frames
+        fewest = max(fewest, min(loop.least_frames for loop in filming.loops))
+        sizes, multiple = second.sizes, math.lcm(first.sizes.multiple, second.sizes.multiple)
+        symbols = {self._symbols[name]: size for name, size in second.fixed.items()}
+        return replace(
+            sizes,
+            symbols={**first.fixed, **symbols},
+            multiple=multiple,
+            frames=(fewest, max(fewest, default), most),
+            width=max(multiple, sizes.width // multiple * multiple),
+            height=max(multiple, sizes.height // multiple * multiple),
+            decoder=self._rows[sizes.decoder],
+        )
+
+    def _stage(self, stage: Stage, picture: str, shown: str) -> Stage:
+        def shape(axes: tuple[int | str, ...]) -> tuple[int | str, ...]:
+            return tuple(self._symbols.get(n, n) if isinstance(n, str) else n for n in axes)
+
+        return replace(
+            stage,
+            name=self._rows[stage.name],
+            weights=self.files[stage.weights],
+            inputs=tuple(
+                replace(tensor, shape=shape(tensor.shape), source=self._source(tensor.source, picture, shown))
+                for tensor in stage.inputs
+            ),
+            outputs=tuple(replace(made, shape=shape(made.shape)) for made in stage.outputs),
+        )
+
+    def _source(self, text: str, picture: str = "", shown: str = "") -> str:
+        found = source(text)
+        clip = ":clip" if found.resampled else ""
+        if found.kind == "picture" and found.name == picture:
+            return shown + clip
+        if found.kind == "made":
+            made = f"{self._rows[found.name]}{'@negative' if found.negative else ''}.{found.output}"
+            return f"picture:{made}{clip}" if found.shown else made
+        if found.kind == "noise":
+            return f"noise:{self._purposes[int(found.name)]}"
+        if found.kind in ("control", "picture", "clip") and found.name not in COMMON:
+            return f"{found.kind}:{self._controls[found.name]}{clip}"
+        return text
+
+    def _scale(self, scale: float | str) -> float | str:
+        return f"control:{self._controls[scale.partition(':')[2]]}" if isinstance(scale, str) else scale
+
+    def _loop(self, loop: Loop) -> Loop:
+        noise = replace(loop.noise, purpose=self._purposes[loop.noise.purpose])
+        if noise.offset is not None:
+            purpose = self._purposes[noise.offset.purpose]
+            noise = replace(noise, offset=replace(noise.offset, purpose=purpose, scale=self._scale(noise.offset.scale)))
+        if noise.mix is not None:
+            noise = replace(noise, mix=Mix(self._rows[noise.mix.loop], self._scale(noise.mix.scale)))
+        stands, starts = loop.replaced, loop.start
+        if stands is not None:
+            latents = self._source(stands.latents)
+            stands = replace(stands, control=self._controls[stands.control], latents=latents)
+        if starts is not None:
+            latents, strength = self._source(starts.latents), self._scale(starts.strength)
+            starts = replace(starts, control=self._controls[starts.control], latents=latents, strength=strength)
+        return replace(
+            loop,
+            name=self._rows[loop.name],
+            guided=None if loop.guided is None else self._rows[loop.guided],
+            plain=None if loop.plain is None else self._rows[loop.plain],
+            controls={self._controls[name]: value for name, value in loop.controls.items()},
+            noise=noise,
+            replaced=stands,
+            start=starts,
+        )
+
+
+def _free(names: Collection[str], taken: Collection[str], clash: Collection[str] | None = None) -> dict[str, str]:
+    """{name: itself, or with prefixes where it is taken}; all differ. `clash`: only these are renamed."""
+    used = {*taken, *names}
+    found: dict[str, str] = {}
+    for name in names:
+        free = name
+        if name in (taken if clash is None else clash):
+            while free in used:
+                free = PREFIX + free
+            used.add(free)
+        found[name] = free
+    return found
+
+
+def _purposes(model: _Rows) -> set[int]:
+    """The streams of noise that a model draws from."""
+    found = {loop.noise.purpose for loop in model.loops}
+    found |= {loop.noise.offset.purpose for loop in model.loops if loop.noise.offset is not None}
+    sources = [source(tensor.source) for stage in model.stages for tensor in stage.inputs]
+    return found | {int(one.name) for one in sources if one.kind == "noise"}
+
+
+def _free_numbers(taken: set[int], own: set[int]) -> Mapping[int, int]:
+    """{purpose: itself, or where the first model has it, a number that neither has}."""
+    found, next_one = {n: n for n in own - taken}, max(taken | own, default=0) + 1
+    for n in sorted(own & taken):
+        found[n], next_one = next_one, next_one + 1
+    return found

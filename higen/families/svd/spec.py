@@ -1,0 +1,220 @@
+"""Stable Video Diffusion's tables (docs/manifest.md): data alone, no PyTorch.
+
+image -> image_encoder                    -> context          \
+image, noise, augmentation -> vae_encoder -> prior             > temporal_unet x steps -> vae_decoder, 14 frames at once
+fps, motion, augmentation -> conditioner  -> frame_embedding  /
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from higen.errors import ManifestError
+from higen.families.stage_rows import solver_stages
+from higen.manifest import Manifest
+from higen.schedule import NoiseSchedule, Solver
+from higen.stages import Output, Stage, Tensor
+from higen.tables import Control, Loop, NoiseRule, Sizes
+from higen.typed_json import from_json, to_json
+
+__all__ = ["AUTOENCODER", "CHUNK", "FAMILY", "IMAGE_ENCODER", "UNET", "Networks", "Sampling", "Vision", "controls"]
+__all__ += ["manifest", "networks"]
+
+FAMILY = "svd"
+UNET, IMAGE_ENCODER, AUTOENCODER = "unet.safetensors", "image_encoder.safetensors", "vae.safetensors"
+
+CHUNK = 14
+"""Frames that the decoder is given at a time, as the authors' script has it. The result depends on it."""
+
+NOISE, AUGMENTATION = 4, 5
+"""Purposes of noise: of the initial latents, and of the picture's pixels. The other families have 0 to 3."""
+
+IMAGE = "image"
+
+
+@dataclass(frozen=True)
+class Vision:
+    """transformers' CLIPVisionConfig: its arguments; mean and deviation that the pixels, 0 to 1, are normalised by."""
+
+    arguments: dict[str, Any]
+    mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
+    deviation: tuple[float, float, float] = (0.26862954, 0.26130258, 0.27577711)
+
+
+@dataclass(frozen=True)
+class Networks:
+    """Constructors' arguments of diffusers' UNetSpatioTemporalConditionModel and AutoencoderKLTemporalDecoder, and the
+    picture's encoder.
+
+    scale  latents that are denoised = encoded * scale; those of the picture are not scaled
+    """
+
+    unet: dict[str, Any]
+    vision: Vision
+    codec: dict[str, Any]
+    scale: float = 0.18215
+
+    @property
+    def factor(self) -> int:
+        """Pixels per latent cell."""
+        return int(2 ** (len(self.codec["block_out_channels"]) - 1))
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the model is sampled; the default solver stands first. Guidance grows from the first frame to the last."""
+
+    schedule: NoiseSchedule
+    solvers: tuple[Solver, ...]
+    steps: int = 25
+    guidance: tuple[float, ...] = (1.0, 3.0)
+
+
+def manifest(
+    made_of: Networks, sampling: Sampling, *, name: str, licence: str, size: int, chunk: int, lowest: str
+) -> Manifest:
+    """The tables of a model.
+
+    size    side in pixels of a square with as many pixels as a frame by default, which is 16:9
+    chunk   frames that are decoded at a time
+    lowest  precision of the autoencoder's stages: "fp32", or "fp16" for one that does not overflow
+
+    Raises ManifestError for networks that do not fit each other.
+    """
+    unet, factor = made_of.unet, made_of.factor
+    multiple = factor * 2 ** (len(unet["block_out_channels"]) - 1)
+    frames = unet["num_frames"]
+    return Manifest(
+        name=name,
+        licence=licence,
+        family=FAMILY,
+        architecture=to_json(made_of),
+        prompts=(),
+        sizes=Sizes(
+            symbols={
+                "C": unet["out_channels"],
+                "K": 1,
+                "Dc": made_of.vision.arguments["projection_dim"],
+                "E": 4 * unet["block_out_channels"][0],
+            },
+            factor=factor,
+            multiple=multiple,
+            width=_side(size * 4 / 3, multiple),
+            height=_side(size * 3 / 4, multiple),
+            fps=7,
+            frames=(1, frames, 4 * frames),
+            decoder="vae_decoder",
+            chunk=chunk,
+        ),
+        text=None,
+        controls=controls(),
+        stages=_stages(made_of.vision.arguments["image_size"], "fp16" if lowest == "fp16" else "fp32"),
+        loops=(_loop(sampling),),
+    )
+
+
+def _side(pixels: float, multiple: int) -> int:
+    return max(multiple, math.floor(pixels / multiple + 0.5) * multiple)
+
+
+def controls() -> tuple[Control, ...]:
+    """What a request may set."""
+    return (
+        Control(IMAGE, "picture", "the picture that the clip begins with"),
+        Control(
+            "motion",
+            "curve",
+            "the motion bucket, one number or one per frame: low is still, high moves",
+            "curve",
+            low=0.0,
+            high=255.0,
+            default=127.0,
+        ),
+        Control(
+            "augmentation",
+            "curve",
+            "noise on the picture, one number or one per frame (the picture takes the first): more lets the clip leave "
+            "it",
+            "curve",
+            low=0.0,
+            high=10.0,
+            default=0.02,
+        ),
+    )
+
+
+def _stages(side: int, codec: Literal["fp32", "fp16"]) -> tuple[Stage, ...]:
+    latents, pixels = ("B", "C", "F", "H", "W"), ("B", 3, "Y", "X")
+    curve = Tensor("augmentation", ("B", "F"), source="control:augmentation")
+    return (
+        Stage(
+            "image_encoder",
+            IMAGE_ENCODER,
+            (Tensor("pixels", ("B", 3, side, side), source=f"picture:{IMAGE}:clip"),),
+            (Output("embedding", ("B", "K", "Dc")),),
+        ),
+        Stage(
+            "vae_encoder",
+            AUTOENCODER,
+            (
+                Tensor("pixels", pixels, source=f"picture:{IMAGE}"),
+                Tensor("noise", pixels, source=f"noise:{AUGMENTATION}"),
+                curve,
+            ),
+            (Output("prior", ("B", "C", "H", "W")),),
+            lowest=codec,
+        ),
+        Stage(
+            "conditioner",
+            UNET,
+            (
+                Tensor("fps", ("B",), source="control:fps"),
+                Tensor("motion", ("B", "F"), source="control:motion"),
+                curve,
+            ),
+            (Output("frame_embedding", ("B", "F", "E")),),
+        ),
+        *solver_stages(
+            "temporal_unet",
+            "temporal_unet_plain",
+            UNET,
+            "F",
+            (
+                Tensor("context", ("B", "K", "Dc"), source="image_encoder.embedding"),
+                Tensor("prior", ("B", "C", "H", "W"), source="vae_encoder.prior"),
+                Tensor("frame_embedding", ("B", "F", "E"), source="conditioner.frame_embedding"),
+            ),
+        ),
+        Stage(
+            "vae_decoder",
+            AUTOENCODER,
+            (Tensor("latents", latents),),
+            (Output("pixels", ("B", 3, "F", "Y", "X")),),
+            lowest=codec,
+            batch=False,  # its first axis is one clip
+        ),
+    )
+
+
+def _loop(sampling: Sampling) -> Loop:
+    return Loop(
+        name="temporal",
+        guided="temporal_unet",
+        plain="temporal_unet_plain",
+        frames="F",
+        schedule=sampling.schedule,
+        prediction="v",
+        solvers=sampling.solvers,
+        steps=sampling.steps,
+        guidance=sampling.guidance,
+        noise=NoiseRule(purpose=NOISE),
+    )
+
+
+def networks(manifest: Manifest) -> Networks:
+    """What a manifest's networks are. Raises ManifestError where it is no model of this family."""
+    if manifest.family != FAMILY:
+        raise ManifestError(f"family={manifest.family!r}: {FAMILY} is wanted here")
+    return from_json(Networks, manifest.architecture, "architecture", whole=True)
