@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass, fields
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -23,7 +24,7 @@ from higen.train.data import VIDEO
 from higen.train.reader import Sample
 from higen.train.settings import CueSettings, ObjectiveSettings
 
-__all__ = ["Batch", "Batches", "generator"]
+__all__ = ["Batch", "Batches", "Source", "StepBatches", "generator"]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,37 @@ class Batch:
         """The samples in `parts` batches of the same size."""
         columns = (getattr(self, f.name).chunk(parts) for f in fields(self))
         return [Batch(*rows) for rows in zip(*columns, strict=True)]
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """What a process trains on in a step; None: nothing of the kind."""
+
+    images: Batch | None
+    videos: Batch | None
+
+    def split(self, parts: int) -> list[StepBatches]:
+        """The samples in `parts` batches of the same size."""
+        columns = (None if batch is None else batch.split(parts) for batch in (self.images, self.videos))
+        images, videos = ([None] * parts if column is None else column for column in columns)
+        return [StepBatches(*pair) for pair in zip(images, videos, strict=True)]
+
+    def singly(self) -> list[StepBatches]:
+        """The same, each kind alone."""
+        images = [] if self.images is None else [StepBatches(self.images, None)]
+        return images if self.videos is None else [*images, StepBatches(None, self.videos)]
+
+
+class Source(Protocol):
+    """Yields the batches of a run."""
+
+    def batches(self, step: int) -> StepBatches:
+        """This process's batches of step `step`, on its device: a function of the seed and the step alone."""
+        ...
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        ...
 
 
 def generator(seed: int, kind: int, step: int, index: int) -> torch.Generator:

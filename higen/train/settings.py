@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -159,6 +159,8 @@ class OptimiserSettings:
     warm_up: int = 10
     decay_part: float = 1.0
     """Last part of the steps over which the rate falls."""
+    last_rate: float = 0.0
+    """What the rate falls to, as a part of learning_rate."""
     clip: float = 1.0
     """Largest norm of the gradient; 0: any."""
     ema: float = 0.9999
@@ -168,7 +170,7 @@ class OptimiserSettings:
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "learning_rate", "weight_decay", "warm_up", "clip", "spatial_gradient")
-        _part(self, "decay_part", "ema")
+        _part(self, "decay_part", "last_rate", "ema")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise SettingsError(f"betas={list(self.betas)}: two numbers from 0 to below 1")
 
@@ -186,6 +188,9 @@ class RunSettings:
     """Parts in which each process takes its samples of a step, one after another: the same step in less memory."""
     recompute: bool = False
     """Keep no activations inside the U-Net's blocks and compute them again for the gradient: less memory still."""
+    losses_in_turn: bool = False
+    """Differentiate the losses of pictures and clips one after another: the same gradients, but for rounding, in less
+    memory. For one process."""
     save_every: int = 1000
     keep: int = 3
     log_every: int = 10
@@ -235,7 +240,7 @@ FREE = (
     *PATHS,
     "data.workers",
     *(f"run.{name}" for name in ("save_every", "keep", "log_every", "sample_every", "sample_prompts")),
-    *(f"run.{name}" for name in ("tensorboard", "weights", "micro_batches", "recompute")),
+    *(f"run.{name}" for name in ("tensorboard", "weights", "micro_batches", "recompute", "losses_in_turn")),
 )
 """Keys that a run may change when it goes on: they do not change what is learned. (Dropout draws other numbers when
 micro_batches changes; what lies at the paths is compared by its content.)"""
@@ -310,9 +315,15 @@ def flat(settings: Settings) -> dict[str, Any]:
 
 def difference(stored: Mapping[str, Any], settings: Settings) -> str | None:
     """The first key, of those that change what is learned, in which a run differs from `stored` (`flat`), with both
-    values; None if there is none.
+    values; None if there is none. A key that `stored`, of an earlier version, does not know had its default.
     """
-    return first_difference(stored, flat(settings), FREE)
+    defaults = {
+        f"{section}.{key.name}": list(key.default) if isinstance(key.default, tuple) else key.default
+        for section, kind in _SECTIONS.items()
+        for key in fields(kind)
+        if key.default is not MISSING
+    }
+    return first_difference({**defaults, **stored}, flat(settings), FREE)
 
 
 def first_difference(stored: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()) -> str | None:
