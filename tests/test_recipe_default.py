@@ -28,6 +28,7 @@ from higen.families.higen.cues import appearance_cue
 from higen.families.higen.spec import UNetConfig
 from higen.tokenizer import build_word_tokenizer
 from higen.train.checkpoints import Checkpoints
+from higen.train.loop import Loop
 from higen.train.recipes.default import autoencoder, data, denoiser, latents
 from higen.train.recipes.default import clips as clips_module
 from higen.train.recipes.default import run as recipe
@@ -305,41 +306,76 @@ def test_a_cache_without_a_wanted_subject_is_one_error(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def codec(monkeypatch: pytest.MonkeyPatch) -> autoencoder.Trainer:
-    """An untrained codec without pictures."""
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A codec is trained without pictures."""
     monkeypatch.setattr(autoencoder, "psnr", lambda *_: 30.0)
-    return autoencoder.Trainer(SimpleNamespace(training=[], validation=[]), autoencoder.TrainConfig())  # type: ignore[arg-type]
+    monkeypatch.setattr(autoencoder, "Pictures", lambda *_: SimpleNamespace(training=[], validation=[]))
 
 
-def test_a_stopped_codec_run_has_the_given_time_in_all(
-    tmp_path: Path, codec: autoencoder.Trainer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("no_pictures")
+def test_a_stopped_codec_run_has_the_given_time_in_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock on which a step takes a minute; checkpoints are made every two."""
     clock, parts = [0.0], list[float]()
 
-    def step(trainer: autoencoder.Trainer, progress: float) -> float:
+    def step(loop: Loop) -> dict[str, torch.Tensor]:
         if len(parts) == 5:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt  # killed: nothing is saved
         clock[0] += 60
-        parts.append(progress)
-        return 0.0
+        parts.append(loop.optimiser.seconds / loop.optimiser.time)
+        loop.optimiser.step += 1
+        return {"loss": torch.zeros(()), "rate": torch.zeros(())}
 
-    monkeypatch.setattr(autoencoder, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    monkeypatch.setattr(autoencoder.Trainer, "train_step", step)
+    monkeypatch.setattr("higen.train.loop.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(Loop, "advance", step)
     with pytest.raises(KeyboardInterrupt):
-        autoencoder.run(codec, tmp_path, 600)
+        autoencoder.train(tmp_path, tmp_path, 600)
     assert parts == [0.0, 0.1, 0.2, 0.3, 0.4]
-    codec.restore(tmp_path / "autoencoder.ckpt")
     assert autoencoder.seconds_spent(tmp_path) == 240
     parts.clear()
     with pytest.raises(KeyboardInterrupt):
-        autoencoder.run(codec, tmp_path, 600)
+        autoencoder.train(tmp_path, tmp_path, 600)
     assert parts == pytest.approx([0.4, 0.5, 0.6, 0.7, 0.8])
     for left in ([0.8, 0.9], []):
-        codec.restore(tmp_path / "autoencoder.ckpt")
         parts.clear()
-        autoencoder.run(codec, tmp_path, 600)
+        autoencoder.train(tmp_path, tmp_path, 600)
         assert parts == pytest.approx(left)
+
+
+def test_a_codec_that_was_stopped_goes_on_as_if_never_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a number of steps; by the clock no two runs are alike."""
+    loop = np.zeros((40, 128, 128, 4), np.uint8)
+    loop[:, 30:90, 40:80] = (200, 90, 10, 255)
+
+    class Square(autoencoder.Pictures):
+        def __init__(self, folder: Path) -> None:
+            self.loops = [torch.from_numpy(loop)]
+            self.backgrounds = torch.from_numpy(np.stack([background(b.name) for b in BACKGROUNDS]))
+            self.training = self.validation = [(0, b) for b in range(len(BACKGROUNDS))]
+
+    monkeypatch.setattr(autoencoder, "Pictures", Square)
+    monkeypatch.setattr(autoencoder, "psnr", lambda *_: 30.0)
+    settings = replace(autoencoder.CODEC, steps=3, batch=2)
+    autoencoder.train(tmp_path, tmp_path / "whole", 0, settings=settings)
+    gradients = autoencoder.CodecGradients.__call__
+
+    def interrupted(*given: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return gradients(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(autoencoder.CodecGradients, "__call__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            autoencoder.train(tmp_path, tmp_path / "stopped", 0, settings=settings)
+    assert [p.name for p in (tmp_path / "stopped").iterdir()] == ["autoencoder"]
+    autoencoder.train(tmp_path, tmp_path / "stopped", 0, settings=settings)
+    whole, stopped = (load_file(tmp_path / name / "autoencoder.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(tensor, stopped[name]) for name, tensor in whole.items())
+
+
+def test_an_earlier_versions_codec_checkpoint_is_named(tmp_path: Path) -> None:
+    (tmp_path / "autoencoder.ckpt").touch()
+    with pytest.raises(TrainingError, match=r"autoencoder\.ckpt: a checkpoint of an earlier version; remove it"):
+        autoencoder.train(tmp_path, tmp_path, 60)
 
 
 def test_no_seconds_write_the_start_models_codec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,9 +388,9 @@ def test_no_seconds_write_the_start_models_codec(tmp_path: Path, monkeypatch: py
     assert all(torch.equal(tensor, theirs[name].float()) for name, tensor in written.items())
 
 
-def test_a_codec_is_there_as_a_whole_or_not_at_all(
-    tmp_path: Path, codec: autoencoder.Trainer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_codec_is_there_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = autoencoder.build().state_dict()
+
     def killed(*_: object, **__: object) -> str:
         raise KeyboardInterrupt
 
@@ -368,18 +404,15 @@ def test_a_codec_is_there_as_a_whole_or_not_at_all(
     assert {p.name for p in tmp_path.iterdir()} == {"autoencoder.json", "autoencoder.safetensors"}
 
 
-def test_a_full_disk_leaves_the_codecs_files_as_they_were(tmp_path: Path, codec: autoencoder.Trainer) -> None:
-    writers = {
-        "autoencoder.ckpt": lambda: codec.save(tmp_path / "autoencoder.ckpt"),
-        "autoencoder.safetensors": lambda: autoencoder.export(codec, tmp_path),
-    }
-    for name, write in writers.items():
-        write()
-        before = (tmp_path / name).read_bytes()
-        with full_disk(len(before) // 2), pytest.raises(TrainingError, match=f"{name} cannot be written: .*too large"):
-            write()
-        assert (tmp_path / name).read_bytes() == before
-    assert {p.name for p in tmp_path.iterdir()} == {*writers, "autoencoder.json"}
+def test_a_full_disk_leaves_the_codecs_files_as_they_were(tmp_path: Path) -> None:
+    codec, path = autoencoder.build().state_dict(), tmp_path / "autoencoder.safetensors"
+    autoencoder.export(codec, tmp_path)
+    before = path.read_bytes()
+    message = f"{path.name} cannot be written: .*too large"
+    with full_disk(len(before) // 2), pytest.raises(TrainingError, match=message):
+        autoencoder.export(codec, tmp_path)
+    assert path.read_bytes() == before
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, "autoencoder.json"}
 
 
 def test_a_full_disk_leaves_the_earlier_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -151,7 +151,7 @@ def main() -> None:
         megabytes=size / 1e6,
         words=words,
         steps=Run().steps,
-        decoder_steps=decoder.Run().steps,
+        decoder_steps=decoder.DECODER.steps,
         quick=" --quick" if measures["model"]["quick"] else "",
         clips=", ".join(f"{name}: {group['clips']} clips" for name, group in measures["groups"].items()),
         table=table(measures),

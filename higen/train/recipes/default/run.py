@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from higen.bundle import Bundle
@@ -58,5 +59,5 @@ def run(
         train(work, Run(steps=steps or Run.steps, bfloat16=bf16), trained)
         if not (work / decoder.RESULT).exists():
             decoder.draw(assemble(work, work / "model", overwrite=True), work / "drawn")
-            decoder.train(work / "data", work, decoder.Run(bfloat16=bf16))
+            decoder.train(work / "data", work, replace(decoder.DECODER, precision="bf16" if bf16 else "fp32"))
         return assemble(work, output, overwrite=True)
