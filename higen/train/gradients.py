@@ -57,7 +57,7 @@ class DenoiserGradients:
         for some in part.singly() if self.settings.run.losses_in_turn else [part]:
             bfloat16 = self.settings.run.precision == "bf16"
             with torch.autocast(self.processes.device.type, torch.bfloat16, enabled=bfloat16):
-                loss, image, video = self.parallel(some.images, some.videos)
+                loss, image, video = self.parallel(some.images, some.videos, some.gains)
             self.processes.backward(loss / parts)
             found |= {"image": image / parts} if some.images is not None else {}
             found |= {"video": video / parts} if some.videos is not None else {}

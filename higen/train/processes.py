@@ -16,7 +16,7 @@ from higen.errors import MissingExtra, SettingsError, TrainingError
 from higen.train.data import IMAGE, VIDEO
 from higen.train.settings import Settings
 
-__all__ = ["Alone", "Launched", "Processes", "shares", "start_processes", "stop_signals"]
+__all__ = ["Alone", "Launched", "Processes", "gain_share", "shares", "start_processes", "stop_signals"]
 
 
 class Processes(Protocol):
@@ -182,17 +182,22 @@ def shares(settings: Settings, processes: int, index: int) -> dict[int, range]:
 
     Raises SettingsError if they do not divide by the processes, or a process's by its micro-batches.
     """
-    found = {}
-    parts = settings.run.micro_batches
-    for kind, name in ((IMAGE, "images"), (VIDEO, "videos")):
-        count = getattr(settings.data, name)
-        if count % processes:
-            raise SettingsError(f"data.{name}={count}: a multiple of the {processes} processes")
-        part = count // processes
-        if part % parts:
-            raise SettingsError(f"run.micro_batches={parts}: the {part} data.{name} of a process do not divide by it")
-        found[kind] = range(index * part, (index + 1) * part)
-    return found
+    counts = {IMAGE: ("data.images", settings.data.images), VIDEO: ("data.videos", settings.data.videos)}
+    return {kind: _share(name, count, settings, processes, index) for kind, (name, count) in counts.items()}
+
+
+def gain_share(settings: Settings, processes: int, index: int) -> range:
+    """The same of the clips that teach the gain alone. Raises SettingsError as `shares` does."""
+    return _share("objective.gain_clips", settings.objective.gain_clips, settings, processes, index)
+
+
+def _share(name: str, count: int, settings: Settings, processes: int, index: int) -> range:
+    if count % processes:
+        raise SettingsError(f"{name}={count}: a multiple of the {processes} processes")
+    part, parts = count // processes, settings.run.micro_batches
+    if part % parts:
+        raise SettingsError(f"run.micro_batches={parts}: the {part} {name} of a process do not divide by it")
+    return range(index * part, (index + 1) * part)
 
 
 @contextmanager

@@ -16,6 +16,7 @@ A relative path counts from the folder of the file. What is not given has the de
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import MISSING, dataclass, field, fields, replace
@@ -39,6 +40,7 @@ __all__ = [
     "difference",
     "first_difference",
     "flat",
+    "key_index",
     "read_settings",
 ]
 
@@ -95,7 +97,9 @@ class DataSettings:
     videos: int = 2
     """Clips per step, over all processes."""
     key_frames: bool = True
-    """The middle frame of each clip counts as a picture too."""
+    """The key frame of each clip counts as a picture too."""
+    key_frame: float = 0.5
+    """Where in a clip its key frame is, from 0 to below 1: what a clip is made from, and the picture it counts as."""
     crop: Literal["centre", "random"] = "centre"
     start: Literal["centre", "random"] = "centre"
     """Which part of a video that is longer than a clip."""
@@ -110,6 +114,8 @@ class DataSettings:
         _at_least(self, 2, "frames")
         if not self.images and not self.videos:
             raise SettingsError("images=0, videos=0: at least one of them from 1")
+        if not 0 <= self.key_frame < 1:
+            raise SettingsError(f"key_frame={self.key_frame}: a place in the clip, from 0 to below 1")
         if self.cache is not None and (self.crop, self.start) != ("centre", "centre"):
             raise SettingsError("cache: needs crop = 'centre' and start = 'centre', or no file is ever read twice")
 
@@ -126,9 +132,17 @@ class CueSettings:
     """Part of the clips whose cues are told as one number each, as a person gives them."""
     dropout: float = 0.0
     """Part of the clips of which a cue is left unspecified, each cue by itself; for models with optional_cues."""
+    given: tuple[float, ...] = ()
+    """In the place of dropout: how often a clip comes with neither cue, with motion, with appearance, and with both."""
 
     def __post_init__(self) -> None:
         _part(self, "as_numbers", "dropout")
+        if self.given and not (
+            len(self.given) == 4 and all(part >= 0 for part in self.given) and math.isclose(sum(self.given), 1)
+        ):
+            raise SettingsError(f"given={list(self.given)}: four parts that add up to 1")
+        if self.given and self.dropout:
+            raise SettingsError(f"dropout={self.dropout}: 0 beside given, which says how often each cue is left out")
         if (self.appearance == "openclip") != (self.openclip is not None):
             raise SettingsError("appearance='openclip' and openclip (the tower's folder) go together")
 
@@ -143,10 +157,33 @@ class ObjectiveSettings:
     """Noise that is constant over each frame's pixels, added to the noise."""
     gain_weight: float = 0.1
     """Weight of the gain's likelihood, for models with prior preconditioning."""
+    gain_clips: int = 0
+    """Whole clips per step, over all processes, that teach the gain alone how much text and cues make a clip move. The
+    U-Net does not run for them. For models with prior preconditioning."""
+    high_part: float = 0.0
+    """Part of the pictures and clips that have one of the highest noise levels, where text, cues and prior alone say
+    what to draw."""
+    high_levels: float = 0.12
+    """How much of the noise levels, from the top, are the highest."""
+    clip_levels: Literal["uniform", "high"] = "uniform"
+    """The other noise levels of clips; high: more often high ones (the root of a uniform number), where motion is
+    decided."""
+    prior_noise: float = 0.0
+    """Deviation of the noise that is added to a clip's prior is drawn from 0 to this."""
+    windows: tuple[int, ...] = ()
+    """Lengths of the windows that clips are cut to, one of them for each step; their number makes up the frames of
+    data.videos whole clips. Not given: whole clips."""
+    late_windows: tuple[int, ...] = ()
+    """The same for the second half of the run. Not given: as before."""
 
     def __post_init__(self) -> None:
-        _part(self, "text_dropout")
-        _at_least(self, 0, "offset_noise", "gain_weight")
+        _part(self, "text_dropout", "high_part", "high_levels")
+        _at_least(self, 0, "offset_noise", "gain_weight", "gain_clips", "prior_noise")
+        for name in ("windows", "late_windows"):
+            if any(length < 2 for length in getattr(self, name)):
+                raise SettingsError(f"{name}={list(getattr(self, name))}: each 2 frames or more")
+        if self.late_windows and not self.windows:
+            raise SettingsError(f"late_windows={list(self.late_windows)}: needs windows")
 
 
 @dataclass(frozen=True)
@@ -246,8 +283,8 @@ FREE = (
 micro_batches changes; what lies at the paths is compared by its content.)"""
 
 
-def read_settings(path: str | os.PathLike[str]) -> Settings:
-    """Read and check a TOML file; relative paths come out absolute.
+def read_settings(path: str | os.PathLike[str], without: Collection[str] = ()) -> Settings:
+    """Read and check a TOML file; relative paths come out absolute. `without`: sections that others read.
 
     Raises SettingsError naming the key, its value and what is allowed.
     """
@@ -256,6 +293,7 @@ def read_settings(path: str | os.PathLike[str]) -> Settings:
         table = read_toml(file)
     except (OSError, TextError) as error:
         raise SettingsError(f"{file}: cannot be read as TOML: {error}") from error
+    table = {name: section for name, section in table.items() if name not in without}
     try:
         _check_texts(table)
         # One section at a time, so that a range error too names its section.
@@ -324,6 +362,11 @@ def difference(stored: Mapping[str, Any], settings: Settings) -> str | None:
         if key.default is not MISSING
     }
     return first_difference({**defaults, **stored}, flat(settings), FREE)
+
+
+def key_index(frames: int, key_frame: float) -> int:
+    """Index of the key frame of a clip."""
+    return int(frames * key_frame)
 
 
 def first_difference(stored: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()) -> str | None:

@@ -30,7 +30,7 @@ from higen.train.loop import NOT_LOSSES, Cadence, Follower, Loop, Periodic, Say
 from higen.train.networks import Networks, Objective, build, write_model
 from higen.train.notices import notices
 from higen.train.optimise import Optimiser
-from higen.train.processes import shares, start_processes
+from higen.train.processes import gain_share, shares, start_processes
 from higen.train.record import Record, lock
 from higen.train.settings import Settings, difference, flat
 
@@ -91,12 +91,20 @@ class Trainer(Follower):
         self.processes = start_processes(unused_parameters=settings.data.videos == 0)
         device = self.processes.device
         share = shares(settings, self.processes.count, self.processes.index)
+        gains = gain_share(settings, self.processes.count, self.processes.index)
         self.networks.encoder.to(device)
         self.objective = Objective(self.networks, settings.objective.gain_weight, run.recompute).to(device)
         self.identity = _identity(settings, self.networks, self.listing)
         self.reader = make_reader(settings, self.networks, self.listing, self.identity[TOWER], device)
-        batches = Batches(self.networks.config, self.networks.tokenizer, settings.cues, settings.objective, run.seed)
-        self.source = FileSource(self.reader, batches, share, device)
+        batches = Batches(
+            self.networks.config,
+            self.networks.tokenizer,
+            settings.cues,
+            settings.objective,
+            run.seed,
+            settings.data.key_frame,
+        )
+        self.source = FileSource(self.reader, batches, settings, share, gains, device)
         self.gradients = DenoiserGradients(self.objective, self.source, settings, self.processes)
         self.optimiser = Optimiser(self.gradients.trained, settings.optimiser, run.steps)
         self.checkpoints = Checkpoints(Path(run.output, "checkpoints"), run.keep)

@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
@@ -27,11 +26,11 @@ from higen.train.checkpoints import Checkpoints
 from higen.train.loop import Cadence, Follower, Loop
 from higen.train.optimise import Optimiser
 from higen.train.recipes.default.aside import aside
+from higen.train.recipes.default.configuration import CODEC, CodecSettings
 from higen.train.recipes.default.data import background, fetch, load_loop
 from higen.train.recipes.default.said import say
 from higen.train.recipes.default.subjects import BACKGROUNDS, SUBJECTS, is_held_out
 from higen.train.record import claimed
-from higen.train.settings import OptimiserSettings
 
 FOLDER = "autoencoder"
 """Of the checkpoints."""
@@ -51,33 +50,6 @@ class CodecConfig:
     decoder_layers_per_block: tuple[int, ...] = (0, 2, 2, 1, 1)
     encoder_qkv_multiscales: tuple[tuple[int, ...], ...] = NO_ATTENTION
     decoder_qkv_multiscales: tuple[tuple[int, ...], ...] = NO_ATTENTION
-
-
-@dataclass(frozen=True)
-class CodecSettings:
-    """How a codec, or its decoder alone, is trained; loss weights multiply terms measured on RGB in [-1, 1]."""
-
-    optimiser: OptimiserSettings
-    steps: int | None = None
-    """None: as many as the time that is given allows."""
-    batch: int = 16
-    seed: int = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
-    save_seconds: float = 120.0
-    noise: float = 0.15
-    """Latents are decoded with noise of a standard deviation drawn from 0 to this, as the sampler's are not exact."""
-    mse_weight: float = 0.5
-    edge_weight: float = 0.5
-    subject_weight: float = 2.0
-    """Extra weight of the subject's pixels over the background's, which are few pictures and soon learned."""
-    prior_weight: float = 0.02
-
-
-CODEC = CodecSettings(
-    OptimiserSettings(
-        learning_rate=2e-3, betas=(0.9, 0.99), weight_decay=1e-3, warm_up=100, last_rate=0.01, clip=1.0, ema=0.999
-    )
-)
 
 
 class Pictures:

@@ -31,29 +31,19 @@ from higen.train.denormals import flushed_denormals
 from higen.train.loop import Cadence, Loop
 from higen.train.optimise import Optimiser
 from higen.train.recipes.default.aside import aside
-from higen.train.recipes.default.autoencoder import CODEC, CodecSettings, Pictures, load, picture_loss
+from higen.train.recipes.default.autoencoder import Pictures, load, picture_loss
+from higen.train.recipes.default.configuration import DECODER, CodecSettings
 from higen.train.recipes.default.data import clip_indices, fetch
 from higen.train.recipes.default.latents import denormalise, load_latents
 from higen.train.recipes.default.said import say
 from higen.train.recipes.default.subjects import BACKGROUNDS, SPEEDS, SUBJECTS, caption, is_held_out
 from higen.train.record import claimed
-from higen.train.settings import OptimiserSettings
 
 __all__ = ["draw", "train"]
 
 MOVING = tuple(i for i, speed in enumerate(SPEEDS) if speed.factor)
 """Indices in SPEEDS of what is drawn, one for each trained pair in turn."""
 RESULT = "decoder.safetensors"
-
-
-DECODER = replace(
-    CODEC,
-    steps=4000,
-    optimiser=OptimiserSettings(
-        learning_rate=1e-3, betas=(0.9, 0.99), warm_up=100, decay_part=0.7, clip=1.0, ema=0.998
-    ),
-)
-"""Half of a batch is drawn."""
 
 
 def draw(model: Bundle, folder: Path, shown: bool = False) -> None:
