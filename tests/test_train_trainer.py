@@ -388,7 +388,6 @@ def test_another_configuration_is_refused_by_name(tmp_path: Path, model: Path, c
     other = write_clips(tmp_path / "other", (*CAPTIONS[:2], "a green whale"))
     for changes, key in (
         ({"optimiser__learning_rate": 2e-3}, r"optimiser\.learning_rate was 0\.001 and is now 0\.002"),
-        ({"run__steps": 9}, r"run\.steps was 1 and is now 9"),
         ({"data__path": other}, r"data\.path \(names and captions\) is not what it was"),
         ({"model__init": write_tiny_model(tmp_path / "b", MODEL, seed=1).path}, r"model \(autoencoder\) is not what"),
     ):
@@ -400,6 +399,30 @@ def test_another_configuration_is_refused_by_name(tmp_path: Path, model: Path, c
     assert losses(again()) == kept
     # What does not change what is learned may change.
     train(again(run__keep=1, run__log_every=3, data__workers=1))
+
+
+def test_a_finished_run_may_become_longer_and_no_other(tmp_path: Path, model: Path, clips: Path) -> None:
+    def settings(steps: int, output: str = "run") -> Settings:
+        return make_settings(tmp_path, model, clips, run__steps=steps, run__output=tmp_path / output)
+
+    train(settings(3))
+    first = losses(settings(3))
+    train(settings(6))
+    longer = losses(settings(6))
+    assert longer[:3] == first
+    # It goes on by the rates of a run of that length.
+    rates = [learning_rate(settings(6).optimiser, step, 6) for step in range(3, 6)]
+    assert [line["rate"] for line in longer[3:]] == pytest.approx(rates)
+    train(settings(6))  # it is a run of six steps from now on
+    for steps in (5, 3):
+        with pytest.raises(SettingsError, match=rf"run\.steps was 6 and is now {steps}"):
+            train(settings(steps))
+    with trainer(settings(4, "other")) as made:  # not finished
+        made.start()
+        made.loop.advance()
+        made.loop.save()
+    with pytest.raises(SettingsError, match=r"run\.steps was 4 and is now 8"):
+        train(settings(8, "other"))
 
 
 def test_another_tower_or_tokenizer_is_refused_and_a_moved_one_is_not(tmp_path: Path, model: Path, clips: Path) -> None:

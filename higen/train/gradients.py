@@ -24,14 +24,21 @@ class DenoiserGradients:
     trained  the parameters that are trained, by name
     """
 
-    def __init__(self, objective: Objective, source: Source, settings: Settings, processes: Processes) -> None:
+    def __init__(
+        self,
+        objective: Objective,
+        trained: dict[str, nn.Parameter],
+        source: Source,
+        settings: Settings,
+        processes: Processes,
+    ) -> None:
         """Raises SettingsError for losses in turn with several processes."""
         if settings.run.losses_in_turn and processes.count > 1:
             raise SettingsError("run.losses_in_turn=true: one process; several average the gradients of one loss")
         self.source, self.settings, self.processes = source, settings, processes
-        self.trained = {name: p for name, p in objective.named_parameters() if p.requires_grad}
-        spatial = spatial_names(objective.denoiser.unet.config)
-        self.spatial = [self.trained[f"denoiser.{name}"] for name in spatial]
+        self.trained = trained
+        spatial = (f"denoiser.{name}" for name in spatial_names(objective.denoiser.unet.config))
+        self.spatial = [trained[name] for name in spatial if name in trained]
         self.parallel = processes.prepare(objective)
 
     def __call__(self, step: int, random: torch.Generator) -> Mapping[str, Tensor]:

@@ -235,6 +235,11 @@ class Objective(nn.Module):
     alpha: Tensor
     sigma: Tensor
 
+    @property
+    def unets(self) -> tuple[UNet, UNet]:
+        """The network of clips, and that of still pictures."""
+        return self.denoiser.unet, *self._spatial
+
     def forward(
         self, images: Batch | None, videos: Batch | None, gains: GainBatch | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:

@@ -9,10 +9,12 @@ killed goes on as if it had never stopped, and N processes see the batches that 
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from higen.bundle import Bundle
@@ -25,7 +27,9 @@ from higen.train.checkpoints import Checkpoints
 from higen.train.data import Listing, list_items, summary
 from higen.train.file_source import FileSource, make_reader
 from higen.train.gradients import DenoiserGradients
+from higen.train.held_out import HeldOut
 from higen.train.latents import other_likeness, tower_sha256
+from higen.train.layers import LORA, denoiser_weights, trained_parameters, whole_weights, write_lora
 from higen.train.loop import NOT_LOSSES, Cadence, Follower, Loop, Periodic, Say
 from higen.train.networks import Networks, Objective, build, write_model
 from higen.train.notices import notices
@@ -53,15 +57,27 @@ def train(
     written, a loss that is not finite), ModelError (a model directory cannot be written), MissingExtra, what opening
     the model raises, and KeyboardInterrupt after Ctrl-C, when a checkpoint has been saved.
     """
-    trainer = Trainer(settings, say)
+    with _threads(settings.run.threads):
+        trainer = Trainer(settings, say)
+        try:
+            trainer.start(resume)
+            trainer.loop.run(progress)
+            return trainer.finish()
+        except OSError as error:  # logs, sheets and what else is written on the way
+            raise TrainingError(f"{settings.run.output}: {error}") from error
+        finally:
+            trainer.close()
+
+
+@contextmanager
+def _threads(count: int | None) -> Iterator[None]:
+    """PyTorch takes so many threads for its arithmetic on the host; then as many as before."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
     try:
-        trainer.start(resume)
-        trainer.loop.run(progress)
-        return trainer.finish()
-    except OSError as error:  # logs, sheets and what else is written on the way
-        raise TrainingError(f"{settings.run.output}: {error}") from error
+        yield
     finally:
-        trainer.close()
+        torch.set_num_threads(before)
 
 
 def export(settings: Settings, output: Path, overwrite: bool = False) -> Bundle:
@@ -78,7 +94,8 @@ def export(settings: Settings, output: Path, overwrite: bool = False) -> Bundle:
     listing = list_items(settings.data.path)
     networks = build(settings, (item.caption for item in listing.items))
     _check_same(state, settings, _identity(settings, networks, listing))
-    return write_model(networks, state["average"], output, settings.run.weights, overwrite)
+    weights = whole_weights(denoiser_weights(networks), state["average"], settings)
+    return write_model(networks, weights, output, settings.run.weights, overwrite)
 
 
 class Trainer(Follower):
@@ -105,7 +122,9 @@ class Trainer(Follower):
             settings.data.key_frame,
         )
         self.source = FileSource(self.reader, batches, settings, share, gains, device)
-        self.gradients = DenoiserGradients(self.objective, self.source, settings, self.processes)
+        self._base = denoiser_weights(self.networks)  # before adapters give them other names
+        trained = trained_parameters(self.objective, settings)
+        self.gradients = DenoiserGradients(self.objective, trained, self.source, settings, self.processes)
         self.optimiser = Optimiser(self.gradients.trained, settings.optimiser, run.steps)
         self.checkpoints = Checkpoints(Path(run.output, "checkpoints"), run.keep)
         self.loop = Loop(
@@ -117,9 +136,12 @@ class Trainer(Follower):
             kept={"settings": flat(settings), "identity": self.identity},
             follower=self,
             processes=self.processes,
-            periodic=(Periodic(run.sample_every, self._sample),),
+            periodic=(Periodic(run.held_out_every, self._measure), Periodic(run.sample_every, self._sample)),
             say=say,
         )
+        self._held_out = None
+        if run.held_out_every:
+            self._held_out = HeldOut(settings, self.networks, batches, self.processes, self.identity[TOWER])
         self._record: Record | None = None
         self._lock: int | None = None
 
@@ -172,7 +194,9 @@ class Trainer(Follower):
         if self._record is not None:
             skipped = self._record.skipped(skipped)
         if self.processes.main:
-            write_model(self.networks, self.optimiser.average, output, self.settings.run.weights, overwrite=True)
+            self._write(output, overwrite=True)
+            if self.settings.lora.rank:
+                write_lora(output.with_name(LORA), self.optimiser.average, self.settings.lora)
             if skipped:
                 self._tell(f"{summary(skipped)}; see {Path(self.settings.run.output, 'skipped.jsonl')}")
             if self.listing.notes:
@@ -194,6 +218,18 @@ class Trainer(Follower):
         if self.processes.main:
             self.say(line)
 
+    def _write(self, output: Path, overwrite: bool = False) -> None:
+        weights = whole_weights(self._base, self.optimiser.average, self.settings)
+        write_model(self.networks, weights, output, self.settings.run.weights, overwrite)
+
+    def _measure(self) -> None:
+        """Log the losses on the clips that are held out."""
+        assert self._held_out is not None
+        losses = self._held_out.losses(self.objective, self.optimiser)
+        if self._record is not None:
+            self._record.log(self.loop.step, losses)
+        self._tell(", ".join(f"{name} {value:.4g}" for name, value in losses.items()))
+
     def _sample(self) -> None:
         """A contact sheet of the prompts, made by the pipeline a user has, from a model directory just written."""
         if self.processes.main:
@@ -203,7 +239,7 @@ class Trainer(Follower):
             output = Path(self.settings.run.output)
             with staging(output) as scratch:
                 made = scratch.folder / "model"
-                write_model(self.networks, self.optimiser.average, made, self.settings.run.weights)
+                self._write(made)
                 with load(made, "torch", device=str(self.processes.device), verify=False) as pipe:
                     options = {**vars(self.reader.frame), "seed": self.settings.run.seed}
                     videos = pipe(list(self.settings.run.sample_prompts), progress=False, **options)
@@ -233,8 +269,14 @@ def _unnamed(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check_same(state: Mapping[str, Any], settings: Settings, identity: Mapping[str, Any]) -> None:
-    """Raise SettingsError naming the first key in which a checkpoint is of another configuration."""
-    found = difference(state["settings"], settings)
+    """Raise SettingsError naming the first key in which a checkpoint is of another configuration.
+
+    A finished run may become longer: it goes on by the schedule of a run of that length.
+    """
+    stored = dict(state["settings"])
+    if state.get("step") == stored.get("run.steps") and settings.run.steps > state["step"]:
+        stored["run.steps"] = settings.run.steps
+    found = difference(stored, settings)
     for name, value in identity.items():
         # A checkpoint of an earlier version does not know all of them, and kept the names with the architecture.
         before = state["identity"].get(name, value)

@@ -27,6 +27,7 @@ from higen.tokenizer import PromptTokenizer, build_word_tokenizer
 from higen.train.checkpoints import Checkpoints
 from higen.train.denormals import flushed_denormals
 from higen.train.gradients import DenoiserGradients
+from higen.train.layers import trained_parameters
 from higen.train.loop import Cadence, Loop
 from higen.train.networks import Objective, new_denoiser
 from higen.train.optimise import Optimiser
@@ -68,7 +69,7 @@ def make_loop(networks: Networks, clips: Clips, checkpoints: Checkpoints) -> Loo
     run, processes = settings.run, Alone()
     source = EmojiSource(clips, networks.tokenizer, networks.config.schedule.timesteps)
     objective = Objective(networks, settings.objective.gain_weight, run.recompute)
-    gradients = DenoiserGradients(objective, source, settings, processes)
+    gradients = DenoiserGradients(objective, trained_parameters(objective, settings), source, settings, processes)
     return Loop(
         gradients,
         Optimiser(gradients.trained, settings.optimiser, run.steps),
