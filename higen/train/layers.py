@@ -123,6 +123,7 @@ def write_lora(path: Path, trained: Mapping[str, Tensor], lora: LoraSettings) ->
     known = {"unet.r": lora.rank, "unet.lora_alpha": _scale(lora) * lora.rank}
     try:
         with whole_file(path) as temporary:
-            save_file(tensors, temporary, {"format": "pt", "lora_adapter_metadata": json.dumps(known)})
+            # One entry: safetensors writes several in an order of chance.
+            save_file(tensors, temporary, {"lora_adapter_metadata": json.dumps(known)})
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"{path} cannot be written: {reason(error)}") from error
