@@ -72,7 +72,8 @@ def convert(
     """Turn released checkpoints into the model directory OUTPUT.
 
     For HiGen, --denoiser, --text-encoder and --autoencoder name its three files. Another family's SOURCES stand before
-    OUTPUT; the family that recognises them converts them.
+    OUTPUT; the family that recognises them converts them. A model directory before OUTPUT is made into another one with
+    the adapters of --lora added; its weights keep their precision.
     """
     *sources, output = paths
     named = [path for path in (denoiser, text_encoder, autoencoder) if path is not None]

@@ -13,6 +13,7 @@ from typing import Any
 
 from higen import bundle as files
 from higen import families
+from higen.adapt import adapt, is_model
 from higen.bundle import Bundle
 from higen.errors import CheckpointError, OutputError, quoted
 from higen.models.checkpoint_files import read_state, seen_names
@@ -67,7 +68,8 @@ def convert_sources(
 ) -> Bundle:
     """Make the model directory `output` from checkpoints.
 
-    sources    files and folders, in the family's order
+    sources    files and folders, in the family's order; or a model directory, to which `loras` are added
+               (higen/adapt.py): its weights keep their precision
     family     whose they are; None: the one that recognises one of them
     dtype      "fp16", "bf16" or "fp32": how the weights are stored
     on_note    called with what a person should know: licence terms, what was left out
@@ -81,6 +83,10 @@ def convert_sources(
         raise OutputError(f"dtype={quoted(dtype)}: one of {', '.join(map(repr, DTYPES))}")
     files.check_free(output, overwrite)  # before gigabytes are read
     paths = [given_path(source, "source") for source in sources]
+    if len(paths) == 1 and is_model(paths[0]):
+        if family is not None or set(options) - {"loras"}:
+            raise CheckpointError(f"{paths[0]}: a model directory; it takes adapters (loras) and nothing else")
+        return adapt(paths[0], given_path(output, "output"), options.get("loras", ()), overwrite, on_note)
     converted = families.checkpoint(family or recognised(paths)).convert(paths, **options)
     total = sum(t.numel() for state in converted.weights.values() for t in state.values()) * DTYPES[dtype].itemsize
     with files.create(output, converted.manifest, overwrite) as folder:

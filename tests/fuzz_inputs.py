@@ -29,7 +29,7 @@ from higen.errors import CheckpointError, HigenError, RequestError, SettingsErro
 from higen.families.higen import spec
 from higen.models.checkpoint_files import read_names, read_state
 from higen.train.data import list_items
-from higen.train.networks import _read_architecture
+from higen.train.networks import read_architecture
 from higen.train.settings import flat, read_settings
 
 SECONDS = 20
@@ -133,7 +133,7 @@ def check_profile(file: Path, data: bytes) -> None:
 
 
 def check_architecture(file: Path, data: bytes) -> None:
-    found = _read_architecture(file, CONFIG)
+    found = read_architecture(file, CONFIG)
     given = json.loads(text_of(data)) if file.suffix == ".json" else tomllib.loads(text_of(data))
     assert found.name == given.get("name", "")
     for section in ("unet", "defaults"):

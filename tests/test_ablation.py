@@ -10,7 +10,6 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import TINY
@@ -20,11 +19,14 @@ from higen.backends.base import RecordingBackend
 from higen.bundle import Bundle
 from higen.errors import SettingsError
 from higen.families.higen.cues import appearance_cue
+from higen.train.checkpoints import Checkpoints
 from higen.train.recipes.default import ablation, autoencoder
 from higen.train.recipes.default.ablation import LIVELY, NETWORK, VARIANTS, OneStage, fit, measure, table
-from higen.train.recipes.default.clips import Batch, Clips, Selection
-from higen.train.recipes.default.denoiser import Run, Trainer
+from higen.train.recipes.default.clips import Clips, Pictured, Selection
+from higen.train.recipes.default.configuration import recipe
+from higen.train.recipes.default.denoiser import make_loop, networks_of
 from higen.train.recipes.default.subjects import FRAMES, SUBJECTS
+from higen.train.settings import Settings
 
 TWO = (0, 3)
 
@@ -38,7 +40,12 @@ def latents(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def window(latents: Path, **given: bool) -> Batch:
+def settings(**changes: Any) -> Settings:
+    """The recipe's settings with some of [run] changed."""
+    return replace(recipe(), run=replace(recipe().run, **changes))
+
+
+def window(latents: Path, **given: bool) -> Pictured:
     return Clips(latents, NETWORK, Selection(TWO, **given)).windows(torch.Generator().manual_seed(5), 0.9)
 
 
@@ -63,14 +70,16 @@ def test_variants_see_the_same_clips_and_only_their_cue_is_missing(latents: Path
     assert all(any(torch.equal(row, wanted) for wanted in place) for row in rows)
 
 
-def test_a_network_without_preconditioning_never_sees_the_prior(latents: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_network_without_preconditioning_never_sees_the_prior(
+    latents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     network = replace(NETWORK, channel_multipliers=(1, 1), prior_preconditioning=False)
-    clips = Clips(latents, network, Selection(TWO))
-    trainer, windows = Trainer(clips, Run(steps=2)), clips.windows
+    clips = Clips(latents, network, Selection(TWO), settings(steps=2))
+    loop, windows = make_loop(networks_of(network, 0), clips, Checkpoints(tmp_path, 1)), clips.windows
     poisoned = lambda *given: replace(windows(*given), prior=torch.full_like(windows(*given).prior, torch.nan))  # noqa: E731
     monkeypatch.setattr(clips, "windows", poisoned)
-    assert all(np.isfinite(loss) for loss in trainer.advance())
-    assert all(p.isfinite().all() for p in trainer.networks.parameters())
+    assert all(value.isfinite() for value in loop.advance().values())
+    assert all(p.isfinite().all() for p in loop.optimiser.parameters.values())
 
 
 def test_one_stage_draws_no_key_frame(preconditioned_model: Path) -> None:
@@ -97,14 +106,17 @@ def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_a_variant_that_was_trained_another_way_is_refused(work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ablation, "NETWORK", replace(NETWORK, channel_multipliers=(1, 1)))
-    model = fit(VARIANTS[0], work, Run(steps=1))
+    model = fit(VARIANTS[0], work, settings(steps=1))
     one = Bundle.open(model).files
-    assert Bundle.open(fit(VARIANTS[0], work, Run(steps=1))).files == one
-    for other, found in ((Run(steps=2), "run.steps was 1 and is now 2"), (Run(steps=1, bfloat16=True), "run.bfloat16")):
+    assert Bundle.open(fit(VARIANTS[0], work, settings(steps=1))).files == one
+    for other, found in (
+        (settings(steps=2), "run.steps was 1 and is now 2"),
+        (settings(steps=1, precision="bf16"), "run.precision"),
+    ):
         with pytest.raises(SettingsError, match=found):
             fit(VARIANTS[0], work, other)
     shutil.rmtree(model.parent / "checkpoints")  # as the error says
-    assert Bundle.open(fit(VARIANTS[0], work, Run(steps=2))).files["unet.safetensors"] != one["unet.safetensors"]
+    assert Bundle.open(fit(VARIANTS[0], work, settings(steps=2))).files["unet.safetensors"] != one["unet.safetensors"]
 
 
 def test_measures_are_kept_for_the_weights_and_the_seeds(

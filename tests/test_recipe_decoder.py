@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from higen.api import default_model
 from higen.bundle import Bundle
 from higen.families.higen import spec
 from higen.train.recipes.default import assemble, autoencoder, data, decoder, latents
-from higen.train.recipes.default.decoder import Drawn, Run, draw, train
+from higen.train.recipes.default.decoder import DECODER, Drawn, draw, train
 from higen.train.recipes.default.subjects import BACKGROUNDS, SPEEDS, SUBJECTS, caption
 
 TWO = SUBJECTS[:2]
@@ -86,17 +88,19 @@ def test_what_was_drawn_stands_beside_the_picture_that_was_asked_for(state: Path
 def test_it_goes_on_as_if_never_stopped_and_leaves_the_encoder_alone(
     state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, gradients, codec = Run(steps=3, batch=4), decoder._gradients, (state / "autoencoder.safetensors").read_bytes()
+    run, codec = replace(DECODER, steps=3, batch=4), (state / "autoencoder.safetensors").read_bytes()
+    gradients = decoder.DecoderGradients.__call__
     train(state, state, run)
     whole = load_file(state / decoder.RESULT)
     (state / decoder.RESULT).unlink()
+    shutil.rmtree(state / "decoder")
 
-    def interrupted(*given: Any) -> tuple[float, float]:
+    def interrupted(*given: Any) -> Any:
         os.kill(os.getpid(), signal.SIGINT)
         return gradients(*given)
 
     with monkeypatch.context() as patch:
-        patch.setattr(decoder, "_gradients", interrupted)
+        patch.setattr(decoder.DecoderGradients, "__call__", interrupted)
         with pytest.raises(KeyboardInterrupt):
             train(state, state, run)
     assert [p.name for p in (state / "decoder").iterdir()] == ["step-00000001.pt"]
@@ -127,14 +131,14 @@ def test_a_decoder_learns_what_a_changed_latent_stands_for(state: Path) -> None:
             return float((codec.decoder(batch) - real).square().mean())
 
     before = error(autoencoder.load(state).decoder.state_dict())
-    train(state, state, Run(steps=30, batch=8))
+    train(state, state, replace(DECODER, steps=30, batch=8))
     assert error(load_file(state / decoder.RESULT)) < 0.5 * before
 
 
 def test_the_model_gets_the_decoder_and_keeps_its_encoder(state: Path) -> None:
     codec = load_file(state / "autoencoder.safetensors")
     assert assemble._codec(state).keys() == codec.keys()
-    train(state, state, Run(steps=1, batch=2))
+    train(state, state, replace(DECODER, steps=1, batch=2))
     found = assemble._codec(state)
     assert found.keys() == codec.keys()
     for name, tensor in load_file(state / decoder.RESULT).items():

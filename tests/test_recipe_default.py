@@ -28,12 +28,15 @@ from higen.families.higen.cues import appearance_cue
 from higen.families.higen.spec import UNetConfig
 from higen.tokenizer import build_word_tokenizer
 from higen.train.checkpoints import Checkpoints
+from higen.train.loop import Loop
 from higen.train.recipes.default import autoencoder, data, denoiser, latents
 from higen.train.recipes.default import clips as clips_module
 from higen.train.recipes.default import run as recipe
 from higen.train.recipes.default.clips import Clips, Selection
+from higen.train.recipes.default.configuration import architecture
+from higen.train.recipes.default.configuration import recipe as recipe_settings
 from higen.train.recipes.default.data import background, clip_indices, compose, fetch
-from higen.train.recipes.default.denoiser import OPTIMISER, UNET, Networks, Run, Trainer, train
+from higen.train.recipes.default.denoiser import make_loop, networks_of, train
 from higen.train.recipes.default.start import start_from
 from higen.train.recipes.default.subjects import (
     BACKGROUNDS,
@@ -48,8 +51,15 @@ from higen.train.recipes.default.subjects import (
     with_article,
 )
 from higen.train.record import claimed
+from higen.train.settings import Settings
 
+UNET = architecture().unet
 PAIRS = [(s, b) for s in range(len(SUBJECTS)) for b in range(len(BACKGROUNDS))]
+
+
+def settings(**changes: Any) -> Settings:
+    """The recipe's settings with some of [run] changed."""
+    return replace(recipe_settings(), run=replace(recipe_settings().run, **changes))
 
 
 def test_subjects_are_told_apart() -> None:
@@ -112,8 +122,7 @@ def test_composing_is_the_over_operator() -> None:
 
 
 def test_a_start_from_another_model_takes_its_weights_and_its_words() -> None:
-    torch.manual_seed(1)
-    networks, model = Networks(), Bundle.open(default_model())
+    networks, model = networks_of(UNET, seed=1), Bundle.open(default_model())
     own = networks.text.get_parameter("embeddings.token_embedding.weight").detach().clone()
     tokenizer = build_word_tokenizer(("novelty", *vocabulary(), ","))  # one word more, and every number moved
     ids = tokenizer.get_vocab()
@@ -190,10 +199,13 @@ def test_bfloat16_trains_as_float32_does(tmp_path: Path) -> None:
     save_file(loops, tmp_path / "latents")
     config = replace(UNET, channel_multipliers=(1, 1))
     losses = []
-    for bfloat16 in (False, True):
-        clips = Clips(tmp_path / "latents", config, Selection(subjects=(0, 1)))
-        trainer = Trainer(clips, Run(steps=4, bfloat16=bfloat16))
-        losses.append([trainer.advance() for _ in range(3)])
+    for precision in ("fp32", "bf16"):
+        chosen = settings(steps=4, precision=precision)
+        clips = Clips(tmp_path / "latents", config, Selection(subjects=(0, 1)), chosen)
+        loop = make_loop(networks_of(config, 0), clips, Checkpoints(tmp_path / "c", 1))
+        losses.append(
+            [[float(made[name]) for name in ("image", "video")] for made in (loop.advance() for _ in range(3))]
+        )
     assert losses[0] != losses[1]
     np.testing.assert_allclose(losses[1], losses[0], rtol=2e-3)
 
@@ -201,22 +213,23 @@ def test_bfloat16_trains_as_float32_does(tmp_path: Path) -> None:
 def test_a_run_that_was_stopped_goes_on_as_if_never_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     random = torch.Generator().manual_seed(0)
     save_file({f"latents/{SUBJECTS[0].name}": torch.randn((10, 72, 32, 8, 8), generator=random).half()}, tmp_path / "l")
-    clips = Clips(tmp_path / "l", replace(UNET, channel_multipliers=(1, 1)), Selection(subjects=(0,)))
-    advance, run = Trainer.advance, Run(steps=4)
+    config = replace(UNET, channel_multipliers=(1, 1))
+    clips = Clips(tmp_path / "l", config, Selection(subjects=(0,)), settings(steps=4))
+    advance = Loop.advance
 
-    def interrupted(trainer: Trainer) -> tuple[float, float]:
-        if trainer.optimiser.step == 1:
+    def interrupted(loop: Loop) -> Any:
+        if loop.step == 1:
             os.kill(os.getpid(), signal.SIGINT)
-        return advance(trainer)
+        return advance(loop)
 
     for folder in ("whole", "stopped"):
         (tmp_path / folder).mkdir()
-    train(tmp_path / "whole", run, clips=clips)
-    monkeypatch.setattr(Trainer, "advance", interrupted)
+    train(tmp_path / "whole", clips)
+    monkeypatch.setattr(Loop, "advance", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train(tmp_path / "stopped", run, clips=clips)
+        train(tmp_path / "stopped", clips)
     assert [p.name for p in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["step-00000002.pt"]
-    train(tmp_path / "stopped", run, clips=clips)
+    train(tmp_path / "stopped", clips)
     whole, stopped = (Checkpoints(tmp_path / folder / "checkpoints", 2).load() for folder in ("whole", "stopped"))
     assert whole is not None
     assert stopped is not None
@@ -258,36 +271,27 @@ def test_a_clip_whose_speed_has_no_name_has_a_cue(tmp_path: Path, monkeypatch: p
     assert given == {(True, False), (False, True), (True, True)}
 
 
-def test_what_is_asked_for_alone_decides_at_the_highest_noise_levels(tmp_path: Path) -> None:
-    save_file({f"latents/{SUBJECTS[0].name}": torch.zeros((10, 72, 32, 8, 8)).half()}, tmp_path / "l")
-    clips = Clips(tmp_path / "l", replace(UNET, channel_multipliers=(1, 1)), Selection(subjects=(0,)))
-    for part, share in ((0.0, 0.3), (0.5, 0.65), (1.0, 1.0)):
-        trainer = Trainer(clips, Run(steps=1, told_part=part))
-        levels = trainer._levels(torch.linspace(0, 1, 10_000), torch.Generator().manual_seed(0))
-        assert float((levels > 0.7).float().mean()) == pytest.approx(share, abs=0.02)
-        assert float(levels.max()) <= 1
-
-
 def test_a_run_goes_on_by_its_own_configuration_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = {f"latents/{SUBJECTS[s].name}": torch.zeros((10, 72, 32, 8, 8)).half() for s in (0, 1)}
     save_file(cache, tmp_path / "l")
     config, both = replace(UNET, channel_multipliers=(1, 1)), Selection(subjects=(0, 1))
-    run, state = Run(steps=1), tmp_path / "state"
+    state, one, other = tmp_path / "state", settings(steps=1), recipe_settings()
 
-    def again(run: Run, config: UNetConfig = config, selection: Selection = both) -> None:
-        train(state, run, clips=Clips(tmp_path / "l", config, selection))
+    def again(chosen: Settings = one, config: UNetConfig = config, selection: Selection = both) -> None:
+        train(state, Clips(tmp_path / "l", config, selection, chosen))
 
-    again(run)
-    again(replace(run, save_every_s=1))
-    monkeypatch.setattr(Trainer, "advance", None)  # no step is made
+    again()
+    again(settings(steps=1, save_every=1))
+    monkeypatch.setattr(Loop, "advance", None)  # no step is made
     for wrong, found in (
-        ((replace(run, steps=2),), "run.steps was 1 and is now 2"),
-        ((replace(run, bfloat16=True),), "run.bfloat16 was False and is now True"),
-        ((replace(run, optimiser=replace(OPTIMISER, ema=0.5)),), "optimiser.ema was 0.998 and is now 0.5"),
-        ((run, replace(config, dropout=0.5)), "unet.dropout was 0.0 and is now 0.5"),
-        ((run, config, replace(both, motion=False)), "selection.motion was True and is now False"),
-        ((run, config, Selection(subjects=(0,))), "subject penguin was {"),
-        ((run, config, replace(both, new=(1,))), "subject penguin was {"),
+        ((settings(steps=2),), "run.steps was 1 and is now 2"),
+        ((settings(steps=1, precision="bf16"),), "run.precision was 'fp32' and is now 'bf16'"),
+        ((replace(one, optimiser=replace(other.optimiser, ema=0.5)),), "optimiser.ema was 0.998 and is now 0.5"),
+        ((replace(one, objective=replace(other.objective, prior_noise=0.0)),), "objective.prior_noise was 0.05 and"),
+        ((one, replace(config, dropout=0.5)), "unet.dropout was 0.0 and is now 0.5"),
+        ((one, config, replace(both, motion=False)), "selection.motion was True and is now False"),
+        ((one, config, Selection(subjects=(0,))), "subject penguin was {"),
+        ((one, config, replace(both, new=(1,))), "subject penguin was {"),
     ):
         with pytest.raises(SettingsError) as caught:
             again(*wrong)
@@ -305,41 +309,76 @@ def test_a_cache_without_a_wanted_subject_is_one_error(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def codec(monkeypatch: pytest.MonkeyPatch) -> autoencoder.Trainer:
-    """An untrained codec without pictures."""
+def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A codec is trained without pictures."""
     monkeypatch.setattr(autoencoder, "psnr", lambda *_: 30.0)
-    return autoencoder.Trainer(SimpleNamespace(training=[], validation=[]), autoencoder.TrainConfig())  # type: ignore[arg-type]
+    monkeypatch.setattr(autoencoder, "Pictures", lambda *_: SimpleNamespace(training=[], validation=[]))
 
 
-def test_a_stopped_codec_run_has_the_given_time_in_all(
-    tmp_path: Path, codec: autoencoder.Trainer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("no_pictures")
+def test_a_stopped_codec_run_has_the_given_time_in_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """By a clock on which a step takes a minute; checkpoints are made every two."""
     clock, parts = [0.0], list[float]()
 
-    def step(trainer: autoencoder.Trainer, progress: float) -> float:
+    def step(loop: Loop) -> dict[str, torch.Tensor]:
         if len(parts) == 5:
-            raise KeyboardInterrupt
+            raise KeyboardInterrupt  # killed: nothing is saved
         clock[0] += 60
-        parts.append(progress)
-        return 0.0
+        parts.append(loop.optimiser.seconds / loop.optimiser.time)
+        loop.optimiser.step += 1
+        return {"loss": torch.zeros(()), "rate": torch.zeros(())}
 
-    monkeypatch.setattr(autoencoder, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    monkeypatch.setattr(autoencoder.Trainer, "train_step", step)
+    monkeypatch.setattr("higen.train.loop.time", SimpleNamespace(monotonic=lambda: clock[0]))
+    monkeypatch.setattr(Loop, "advance", step)
     with pytest.raises(KeyboardInterrupt):
-        autoencoder.run(codec, tmp_path, 600)
+        autoencoder.train(tmp_path, tmp_path, 600)
     assert parts == [0.0, 0.1, 0.2, 0.3, 0.4]
-    codec.restore(tmp_path / "autoencoder.ckpt")
     assert autoencoder.seconds_spent(tmp_path) == 240
     parts.clear()
     with pytest.raises(KeyboardInterrupt):
-        autoencoder.run(codec, tmp_path, 600)
+        autoencoder.train(tmp_path, tmp_path, 600)
     assert parts == pytest.approx([0.4, 0.5, 0.6, 0.7, 0.8])
     for left in ([0.8, 0.9], []):
-        codec.restore(tmp_path / "autoencoder.ckpt")
         parts.clear()
-        autoencoder.run(codec, tmp_path, 600)
+        autoencoder.train(tmp_path, tmp_path, 600)
         assert parts == pytest.approx(left)
+
+
+def test_a_codec_that_was_stopped_goes_on_as_if_never_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a number of steps; by the clock no two runs are alike."""
+    loop = np.zeros((40, 128, 128, 4), np.uint8)
+    loop[:, 30:90, 40:80] = (200, 90, 10, 255)
+
+    class Square(autoencoder.Pictures):
+        def __init__(self, folder: Path) -> None:
+            self.loops = [torch.from_numpy(loop)]
+            self.backgrounds = torch.from_numpy(np.stack([background(b.name) for b in BACKGROUNDS]))
+            self.training = self.validation = [(0, b) for b in range(len(BACKGROUNDS))]
+
+    monkeypatch.setattr(autoencoder, "Pictures", Square)
+    monkeypatch.setattr(autoencoder, "psnr", lambda *_: 30.0)
+    settings = replace(autoencoder.CODEC, steps=3, batch=2)
+    autoencoder.train(tmp_path, tmp_path / "whole", 0, settings=settings)
+    gradients = autoencoder.CodecGradients.__call__
+
+    def interrupted(*given: Any) -> Any:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return gradients(*given)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(autoencoder.CodecGradients, "__call__", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            autoencoder.train(tmp_path, tmp_path / "stopped", 0, settings=settings)
+    assert [p.name for p in (tmp_path / "stopped").iterdir()] == ["autoencoder"]
+    autoencoder.train(tmp_path, tmp_path / "stopped", 0, settings=settings)
+    whole, stopped = (load_file(tmp_path / name / "autoencoder.safetensors") for name in ("whole", "stopped"))
+    assert all(torch.equal(tensor, stopped[name]) for name, tensor in whole.items())
+
+
+def test_an_earlier_versions_codec_checkpoint_is_named(tmp_path: Path) -> None:
+    (tmp_path / "autoencoder.ckpt").touch()
+    with pytest.raises(TrainingError, match=r"autoencoder\.ckpt: a checkpoint of an earlier version; remove it"):
+        autoencoder.train(tmp_path, tmp_path, 60)
 
 
 def test_no_seconds_write_the_start_models_codec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -352,9 +391,9 @@ def test_no_seconds_write_the_start_models_codec(tmp_path: Path, monkeypatch: py
     assert all(torch.equal(tensor, theirs[name].float()) for name, tensor in written.items())
 
 
-def test_a_codec_is_there_as_a_whole_or_not_at_all(
-    tmp_path: Path, codec: autoencoder.Trainer, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_codec_is_there_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    codec = autoencoder.build().state_dict()
+
     def killed(*_: object, **__: object) -> str:
         raise KeyboardInterrupt
 
@@ -368,18 +407,15 @@ def test_a_codec_is_there_as_a_whole_or_not_at_all(
     assert {p.name for p in tmp_path.iterdir()} == {"autoencoder.json", "autoencoder.safetensors"}
 
 
-def test_a_full_disk_leaves_the_codecs_files_as_they_were(tmp_path: Path, codec: autoencoder.Trainer) -> None:
-    writers = {
-        "autoencoder.ckpt": lambda: codec.save(tmp_path / "autoencoder.ckpt"),
-        "autoencoder.safetensors": lambda: autoencoder.export(codec, tmp_path),
-    }
-    for name, write in writers.items():
-        write()
-        before = (tmp_path / name).read_bytes()
-        with full_disk(len(before) // 2), pytest.raises(TrainingError, match=f"{name} cannot be written: .*too large"):
-            write()
-        assert (tmp_path / name).read_bytes() == before
-    assert {p.name for p in tmp_path.iterdir()} == {*writers, "autoencoder.json"}
+def test_a_full_disk_leaves_the_codecs_files_as_they_were(tmp_path: Path) -> None:
+    codec, path = autoencoder.build().state_dict(), tmp_path / "autoencoder.safetensors"
+    autoencoder.export(codec, tmp_path)
+    before = path.read_bytes()
+    message = f"{path.name} cannot be written: .*too large"
+    with full_disk(len(before) // 2), pytest.raises(TrainingError, match=message):
+        autoencoder.export(codec, tmp_path)
+    assert path.read_bytes() == before
+    assert {p.name for p in tmp_path.iterdir()} == {path.name, "autoencoder.json"}
 
 
 def test_a_full_disk_leaves_the_earlier_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -410,12 +446,11 @@ def test_the_recipe_holds_its_folder_from_beginning_to_end(
         return held
 
     monkeypatch.setattr(denoiser, "Clips", lambda *_: None)
-    monkeypatch.setattr(denoiser, "Trainer", lambda *_: None)
     for module, name in (
         (recipe, "fetch"),
         (recipe.autoencoder, "train"),
         (recipe.latents, "write"),
-        (denoiser, "_train"),
+        (recipe, "train"),
         (recipe.decoder, "draw"),
         (recipe.decoder, "train"),
         (recipe, "assemble"),
@@ -430,4 +465,4 @@ def test_the_recipe_holds_its_folder_from_beginning_to_end(
     recipe.run(tmp_path, tmp_path / "model")
     assert capsys.readouterr().out == f"4 npm packages are fetched into {tmp_path / 'data'}, about 700 MB in all four\n"
     del parts[: len(parts) // 2]
-    assert parts == ["fetch", "train", "write", "_train", "assemble", "draw", "train", "assemble"]
+    assert parts == ["fetch", "train", "write", "train", "assemble", "draw", "train", "assemble"]

@@ -19,7 +19,7 @@ from higen.families.higen import spec
 from higen.parity import fixtures
 from higen.text_files import TextError, check_text, plain_text, read_json, read_text, read_toml
 from higen.train.data import list_items
-from higen.train.networks import _read_architecture
+from higen.train.networks import read_architecture
 from higen.train.settings import read_settings
 
 MARK = b"\xef\xbb\xbf"
@@ -45,8 +45,8 @@ def test_a_byte_order_mark_is_no_part_of_any_file_that_people_write(tmp_path: Pa
     profile = "batch = 1\nframes = 'default'\nheight = 128\nwidth = 128\nimages = 2\n"
     assert read_profile(str(put("p.toml", profile)), manifest).name == "p"
     config = spec.config(manifest)
-    assert _read_architecture(put("a.json", '{"name": "n"}'), config).name == "n"
-    assert _read_architecture(put("b.toml", 'name = "n"'), config).name == "n"
+    assert read_architecture(put("a.json", '{"name": "n"}'), config).name == "n"
+    assert read_architecture(put("b.toml", 'name = "n"'), config).name == "n"
     assert fixtures.read_json(put("f.json", '{"a": 1}')) == {"a": 1}
 
 

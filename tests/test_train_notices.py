@@ -173,7 +173,7 @@ def test_a_run_that_moves_or_began_before_names_goes_on(tmp_path: Path) -> None:
         file = Path(moved.run.output, "checkpoints", "step-00000002.pt")
         torch.save(state | torch.load(file, weights_only=True) | {"identity": state["identity"]}, file)
         made.start(resume=True)
-        assert made.step == 2
+        assert made.loop.step == 2
     finally:
         made.close()
     assert train(moved).manifest.name == "moved"

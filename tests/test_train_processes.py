@@ -23,10 +23,11 @@ from higen.cli import main
 from higen.errors import SettingsError
 from higen.families.higen import spec
 from higen.families.higen.spec import ModelConfig
+from higen.train.loop import Loop
 from higen.train.processes import shares
 from higen.train.record import read_losses
 from higen.train.settings import read_settings
-from higen.train.trainer import Trainer, train
+from higen.train.trainer import train
 
 ENVIRONMENT = {
     **os.environ,
@@ -119,16 +120,16 @@ def test_ctrl_c_saves_after_the_step_and_exits_with_130(
     tmp_path: Path, model: Path, clips: Path, whole: Path, monkeypatch: pytest.MonkeyPatch, number: int
 ) -> None:
     config = write_settings(tmp_path / "train.toml", model, clips)
-    advance = Trainer.advance
+    advance = Loop.advance
 
-    def interrupted(self: Trainer) -> Any:
+    def interrupted(self: Loop) -> Any:
         if self.step == 2:
             signal.raise_signal(number)
         return advance(self)
 
     before = signal.getsignal(number)
     with monkeypatch.context() as patch:
-        patch.setattr(Trainer, "advance", interrupted)
+        patch.setattr(Loop, "advance", interrupted)
         result = CliRunner().invoke(main, ["train", str(config)])
     assert result.exit_code == 130
     assert "stopped" in result.stderr

@@ -33,13 +33,14 @@ from higen.tokenizer import PromptTokenizer, build_word_tokenizer, write_tokeniz
 from higen.train.batches import Batches
 from higen.train.checkpoints import Checkpoints
 from higen.train.data import IMAGE, VIDEO, candidates
+from higen.train.gradients import scale_gradients
 from higen.train.latents import Encoded
 from higen.train.networks import spatial_names
 from higen.train.optimise import ema_decay, learning_rate
 from higen.train.reader import Sample
 from higen.train.record import Record, lock, read_losses
 from higen.train.settings import CueSettings, ObjectiveSettings, OptimiserSettings, Settings
-from higen.train.trainer import Trainer, export, scale_gradients, train
+from higen.train.trainer import Trainer, export, train
 from higen.typed_json import to_json
 
 
@@ -92,10 +93,10 @@ def test_the_rate_warms_up_stays_and_falls_as_a_cosine() -> None:
 def test_the_average_is_the_recursion_of_its_decays(tmp_path: Path, model: Path, clips: Path) -> None:
     assert [ema_decay(0.9, step) for step in (1, 8, 1000)] == [2 / 11, 0.5, 0.9]
     with trainer(make_settings(tmp_path, model, clips, optimiser__ema=0.25)) as made:
-        name, parameter = next((n, p) for n, p in made.trained.items() if p.dim() > 1)
+        name, parameter = next((n, p) for n, p in made.gradients.trained.items() if p.dim() > 1)
         expected = parameter.detach().double().clone()
         for decay in (2 / 11, 0.25, 0.25):
-            made.advance()
+            made.loop.advance()
             expected = decay * expected + (1 - decay) * parameter.detach().double()
         torch.testing.assert_close(made.optimiser.average[name].double(), expected, rtol=1e-6, atol=1e-6)
 
@@ -114,8 +115,8 @@ def test_only_the_spatial_gradients_are_scaled(tmp_path: Path, model: Path, clip
     def gradients(factor: float) -> dict[str, torch.Tensor]:
         settings = make_settings(tmp_path, model, clips, optimiser__spatial_gradient=factor, optimiser__clip=0.0)
         with trainer(settings) as made:
-            made.advance()
-            return {name: p.grad.clone() for name, p in made.trained.items() if p.grad is not None}
+            made.loop.advance()
+            return {name: p.grad.clone() for name, p in made.gradients.trained.items() if p.grad is not None}
 
     plain, scaled = gradients(1.0), gradients(0.5)
     spatial = {f"denoiser.{name}" for name in spatial_names(MODEL.unet)}
@@ -128,7 +129,7 @@ def test_only_the_spatial_gradients_are_scaled(tmp_path: Path, model: Path, clip
 def test_micro_batches_and_recomputed_activations_make_the_same_steps(
     tmp_path: Path, model: Path, clips: Path, whole_run: Settings
 ) -> None:
-    for key, value in {"micro_batches": 2, "recompute": True}.items():
+    for key, value in {"micro_batches": 2, "recompute": True, "losses_in_turn": True}.items():
         settings = make_settings(tmp_path / key, model, clips, **{f"run__{key}": value})
         train(settings)
         for ours, whole in zip(losses(settings), losses(whole_run), strict=True):
@@ -150,8 +151,8 @@ def test_scaling_leaves_what_has_no_gradient() -> None:
 
 def test_the_gradient_is_clipped_to_its_norm(tmp_path: Path, model: Path, clips: Path) -> None:
     with trainer(make_settings(tmp_path, model, clips, optimiser__clip=0.01)) as made:
-        norm = float(made.advance()["gradient"])
-        clipped = torch.stack([p.grad.norm() for p in made.trained.values() if p.grad is not None]).norm()
+        norm = float(made.loop.advance()["gradient"])
+        clipped = torch.stack([p.grad.norm() for p in made.gradients.trained.values() if p.grad is not None]).norm()
     assert norm > 0.5
     assert float(clipped) == pytest.approx(0.01, rel=1e-3)
 
@@ -261,7 +262,7 @@ def test_the_losses_are_the_mean_squared_errors_of_v(tmp_path: Path, model: Path
     with trainer(make_settings(tmp_path, model, clips)) as made:
         found = []
         for kind in (IMAGE, VIDEO):
-            batch = made._batch(kind, 0)
+            batch = made.source.batch(kind, 0)
             assert batch is not None
             abar = torch.from_numpy(alphas_cumprod(MODEL.schedule))[batch.t].float().reshape(-1, 1, 1, 1, 1)
             noisy = abar.sqrt() * batch.x0 + (1 - abar).sqrt() * batch.noise
@@ -273,7 +274,7 @@ def test_the_losses_are_the_mean_squared_errors_of_v(tmp_path: Path, model: Path
                 unet = made.networks.denoiser.unet if kind == VIDEO else made.networks.denoiser.spatial_unet()
                 v = unet(noisy, batch.t, context, embedding, batch.prior)
             found.append(float((v - target).pow(2).mean()))
-        values = made.advance()
+        values = made.loop.advance()
         assert [float(values["image"]), float(values["video"])] == pytest.approx(found, rel=1e-5)
 
 
@@ -291,11 +292,11 @@ def test_every_part_of_the_denoiser_learns(tmp_path: Path, preconditioned_model:
         run__steps=2,
     )
     with trainer(settings) as made:
-        before = {name: p.detach().clone() for name, p in made.trained.items()}
+        before = {name: p.detach().clone() for name, p in made.gradients.trained.items()}
         for _ in range(2):
-            values = made.advance()
-        assert all(p.dtype == torch.float32 for p in made.trained.values())
-        unchanged = [name for name, p in made.trained.items() if torch.equal(p, before[name])]
+            values = made.loop.advance()
+        assert all(p.dtype == torch.float32 for p in made.gradients.trained.values())
+        unchanged = [name for name, p in made.gradients.trained.items() if torch.equal(p, before[name])]
     assert math.isfinite(float(values["video"]))
     # Biases of keys cancel in the softmax; [PAD]'s neighbours in the vocabulary do not occur.
     assert [name for name in unchanged if "k_proj.bias" not in name] == []
@@ -306,7 +307,7 @@ def test_bf16_is_near_fp32_and_not_it(tmp_path: Path, model: Path, clips: Path) 
     first = []
     for precision in ("fp32", "bf16"):
         with trainer(make_settings(tmp_path, model, clips, run__precision=precision)) as made:
-            first.append({name: float(value) for name, value in made.advance().items()})
+            first.append({name: float(value) for name, value in made.loop.advance().items()})
     for name in ("image", "video"):
         assert first[0][name] == pytest.approx(first[1][name], rel=0.03)
         assert first[0][name] != first[1][name]
@@ -340,10 +341,10 @@ def test_a_run_goes_on_bit_for_bit(tmp_path: Path, model: Path, clips: Path, who
     with trainer(settings) as made:
         made.start()
         for _ in range(stop):
-            values = made.advance()
-            made._record.log(made.step, {name: float(v) for name, v in values.items()})  # type: ignore[union-attr]
-            if made.step % 2 == 0:
-                made.save()
+            values = made.loop.advance()
+            made._record.log(made.loop.step, {name: float(v) for name, v in values.items()})  # type: ignore[union-attr]
+            if made.loop.step % 2 == 0:
+                made.loop.save()
     said: list[str] = []
     train(settings, say=said.append)
     saved = stop // 2 * 2
@@ -387,7 +388,6 @@ def test_another_configuration_is_refused_by_name(tmp_path: Path, model: Path, c
     other = write_clips(tmp_path / "other", (*CAPTIONS[:2], "a green whale"))
     for changes, key in (
         ({"optimiser__learning_rate": 2e-3}, r"optimiser\.learning_rate was 0\.001 and is now 0\.002"),
-        ({"run__steps": 9}, r"run\.steps was 1 and is now 9"),
         ({"data__path": other}, r"data\.path \(names and captions\) is not what it was"),
         ({"model__init": write_tiny_model(tmp_path / "b", MODEL, seed=1).path}, r"model \(autoencoder\) is not what"),
     ):
@@ -399,6 +399,30 @@ def test_another_configuration_is_refused_by_name(tmp_path: Path, model: Path, c
     assert losses(again()) == kept
     # What does not change what is learned may change.
     train(again(run__keep=1, run__log_every=3, data__workers=1))
+
+
+def test_a_finished_run_may_become_longer_and_no_other(tmp_path: Path, model: Path, clips: Path) -> None:
+    def settings(steps: int, output: str = "run") -> Settings:
+        return make_settings(tmp_path, model, clips, run__steps=steps, run__output=tmp_path / output)
+
+    train(settings(3))
+    first = losses(settings(3))
+    train(settings(6))
+    longer = losses(settings(6))
+    assert longer[:3] == first
+    # It goes on by the rates of a run of that length.
+    rates = [learning_rate(settings(6).optimiser, step, 6) for step in range(3, 6)]
+    assert [line["rate"] for line in longer[3:]] == pytest.approx(rates)
+    train(settings(6))  # it is a run of six steps from now on
+    for steps in (5, 3):
+        with pytest.raises(SettingsError, match=rf"run\.steps was 6 and is now {steps}"):
+            train(settings(steps))
+    with trainer(settings(4, "other")) as made:  # not finished
+        made.start()
+        made.loop.advance()
+        made.loop.save()
+    with pytest.raises(SettingsError, match=r"run\.steps was 4 and is now 8"):
+        train(settings(8, "other"))
 
 
 def test_another_tower_or_tokenizer_is_refused_and_a_moved_one_is_not(tmp_path: Path, model: Path, clips: Path) -> None:
@@ -442,9 +466,9 @@ def test_a_checkpoint_that_knows_less_goes_on(tmp_path: Path, model: Path, clips
     """As those of an earlier version, which had no hash of the tokenizer."""
     settings = make_settings(tmp_path, model, clips, run__steps=1)
     with trainer(settings) as made:
-        made.advance()
+        made.loop.advance()
         del made.identity["model (tokenizer)"]
-        made.save()
+        made.loop.save()
     train(settings, resume=True)
 
 
@@ -583,12 +607,12 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(
     with trainer(settings) as made:
         made.start()
         for _ in range(2):
-            made.advance()
-        made.save()
+            made.loop.advance()
+        made.loop.save()
         good = made.checkpoints.paths()[0]
-        made.advance()
+        made.loop.advance()
         with full_disk(good.stat().st_size // 2), pytest.raises(TrainingError) as caught:
-            made.save()
+            made.loop.save()
     assert str(caught.value) == (
         f"{good.with_name('step-00000003.pt')} cannot be written: [Errno 27] File too large; "
         f"the last good checkpoint is {good}"
@@ -621,7 +645,7 @@ def test_a_full_disk_under_a_model_directory_is_one_error(tmp_path: Path, whole_
 
 def test_the_largest_seed_serves(tmp_path: Path, model: Path, clips: Path) -> None:
     with trainer(make_settings(tmp_path, model, clips, run__seed=2**32 - 1)) as made:
-        assert math.isfinite(float(made.advance()["gradient"]))
+        assert math.isfinite(float(made.loop.advance()["gradient"]))
 
 
 def test_checkpoints_keep_the_last_and_name_a_broken_one(tmp_path: Path) -> None:
@@ -655,10 +679,10 @@ def test_checkpoints_keep_the_last_and_name_a_broken_one(tmp_path: Path) -> None
 def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path, model: Path, clips: Path) -> None:
     with trainer(make_settings(tmp_path, model, clips)) as made:
         with torch.no_grad():
-            made.trained["denoiser.unet.conv_in.weight"][0] = math.inf
+            made.gradients.trained["denoiser.unet.conv_in.weight"][0] = math.inf
         with pytest.raises(TrainingError, match="step 1: the gradient is not finite"):
-            made.advance()
-        assert made.step == 0
+            made.loop.advance()
+        assert made.loop.step == 0
 
 
 def test_a_log_takes_back_what_came_after_the_checkpoint(tmp_path: Path) -> None:
@@ -683,8 +707,8 @@ def test_files_skipped_before_a_resume_are_counted(tmp_path: Path, model: Path) 
 
     with trainer(settings()) as made:
         made.start()
-        made.advance()
-        made.save()
+        made.loop.advance()
+        made.loop.save()
     file = tmp_path / "run" / "skipped.jsonl"
     before = file.read_text()
     for _ in range(2):  # one that goes on, and one that is at its end

@@ -7,7 +7,9 @@ of processes nor a restart changes what it draws.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, fields
+from typing import Protocol, Self
 
 import numpy as np
 import torch
@@ -16,38 +18,99 @@ from torch import Tensor
 
 from higen.errors import PromptWarning, SettingsError, quoted
 from higen.families.higen.cues import appearance_cue, motion_cue
-from higen.families.higen.spec import ModelConfig
+from higen.families.higen.spec import ModelConfig, UNetConfig
 from higen.tokenizer import PromptTokenizer
 from higen.train.cues import appearance_factor, appearance_similarity, motion_of
 from higen.train.data import VIDEO
+from higen.train.draws import draw_timesteps, noisy_prior
+from higen.train.objective import residual_square
 from higen.train.reader import Sample
-from higen.train.settings import CueSettings, ObjectiveSettings
+from higen.train.settings import CueSettings, ObjectiveSettings, key_index
 
-__all__ = ["Batch", "Batches", "generator"]
+__all__ = ["GIVEN", "Batch", "Batches", "GainBatch", "Source", "StepBatches", "clip_cues", "generator", "picture_cues"]
+
+GIVEN = ((False, False), (True, False), (False, True), (True, True))
+"""Which of the two cues, motion and appearance, each number of `cues.given` is about."""
+
+
+class _Columns:
+    """Tensors whose first axis is the samples; those that are None are left out."""
+
+    def _with(self, columns: Iterable[Tensor | None]) -> Self:
+        return type(self)(*columns)
+
+    @property
+    def _columns(self) -> list[Tensor | None]:
+        return [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
+
+    def to(self, device: torch.device) -> Self:
+        """The same on a device."""
+        return self._with(None if column is None else column.to(device) for column in self._columns)
+
+    def split(self, parts: int) -> list[Self]:
+        """The samples in `parts` batches of the same size."""
+        chunks = [[None] * parts if column is None else column.chunk(parts) for column in self._columns]
+        return [self._with(rows) for rows in zip(*chunks, strict=True)]
 
 
 @dataclass(frozen=True)
-class Batch:
-    """x0 and noise [B,C,F,H,W], t int64 [B], prior [B,C,H,W] (zeros for pictures), motion [B,F,D],
-    appearance [B,F,R], tokens int64 [B,L].
+class Batch(_Columns):
+    """x0 and noise [B,C,F,H,W], t int64 [B], prior [B,C,H,W] (zeros for pictures; None: clips are drawn without one),
+    motion [B,F,D], appearance [B,F,R], tokens int64 [B,L].
     """
 
     x0: Tensor
     noise: Tensor
     t: Tensor
-    prior: Tensor
+    prior: Tensor | None
     motion: Tensor
     appearance: Tensor
     tokens: Tensor
 
-    def to(self, device: torch.device) -> Batch:
-        """The same on a device."""
-        return Batch(*(getattr(self, f.name).to(device) for f in fields(self)))
 
-    def split(self, parts: int) -> list[Batch]:
+@dataclass(frozen=True)
+class GainBatch(_Columns):
+    """motion [B,F,D] and appearance [B,F,R] of whole clips, the mean square [B,F] of the frames' distance from the
+    prior (`objective.residual_square`), tokens int64 [B,L].
+    """
+
+    motion: Tensor
+    appearance: Tensor
+    square: Tensor
+    tokens: Tensor
+
+
+@dataclass(frozen=True)
+class StepBatches:
+    """What a process trains on in a step: pictures, clips, and clips that teach the gain alone. None: none."""
+
+    images: Batch | None = None
+    videos: Batch | None = None
+    gains: GainBatch | None = None
+
+    def split(self, parts: int) -> list[StepBatches]:
         """The samples in `parts` batches of the same size."""
-        columns = (getattr(self, f.name).chunk(parts) for f in fields(self))
-        return [Batch(*rows) for rows in zip(*columns, strict=True)]
+        kinds = (self.images, self.videos, self.gains)
+        columns = ([None] * parts if batch is None else batch.split(parts) for batch in kinds)
+        return [StepBatches(*rows) for rows in zip(*columns, strict=True)]
+
+    def singly(self) -> list[StepBatches]:
+        """The same, each kind alone."""
+        alone = (StepBatches(images=self.images), StepBatches(videos=self.videos), StepBatches(gains=self.gains))
+        kinds = (self.images, self.videos, self.gains)
+        return [batches for batches, batch in zip(alone, kinds, strict=True) if batch is not None]
+
+
+class Source(Protocol):
+    """Yields the batches of a run."""
+
+    def batches(self, step: int) -> StepBatches:
+        """This process's batches of step `step`, on its device: a function of the seed and the step alone."""
+        ...
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        ...
 
 
 def generator(seed: int, kind: int, step: int, index: int) -> torch.Generator:
@@ -66,48 +129,71 @@ class Batches:
         cues: CueSettings,
         objective: ObjectiveSettings,
         seed: int,
+        key_frame: float = 0.5,
     ) -> None:
-        """Raises SettingsError for cue dropout with a model that does not know unspecified cues."""
-        if cues.dropout and not config.optional_cues:
-            raise SettingsError(
-                f"cues.dropout={cues.dropout}: {config.name} takes no unspecified cues; "
-                "0, or an architecture with optional_cues = true"
-            )
+        """Raises SettingsError for cues that are left out with a model that does not know unspecified cues, and for
+        clips that teach the gain of a model without one.
+        """
+        left_out = {"dropout": cues.dropout, "given": list(cues.given) if any(cues.given[:3]) else 0}
+        for name, value in left_out.items():
+            if value and not config.optional_cues:
+                raise SettingsError(
+                    f"cues.{name}={value}: {config.name} takes no unspecified cues; "
+                    "leave it out, or train an architecture with optional_cues = true"
+                )
+        if objective.gain_clips and not config.unet.prior_preconditioning:
+            raise SettingsError(f"objective.gain_clips={objective.gain_clips}: {config.name} has no gain to teach")
         self.config, self.tokenizer, self.cues, self.objective, self.seed = config, tokenizer, cues, objective, seed
+        self.key_frame = key_frame
         self._warned = False
 
-    def batch(self, samples: list[Sample], kind: int, step: int, indices: range) -> Batch:
-        """The batch of samples `indices` of a step, all of one kind."""
+    def batch(self, samples: list[Sample], kind: int, step: int, indices: range, length: int | None = None) -> Batch:
+        """The batch of samples `indices` of a step, all of one kind; clips are cut to `length` frames."""
         rows = [
-            self._row(sample, kind, generator(self.seed, kind, step, index))
+            self._row(sample, kind, generator(self.seed, kind, step, index), length)
             for sample, index in zip(samples, indices, strict=True)
         ]
         return Batch(*(torch.stack(column) for column in zip(*rows, strict=True)))
 
-    def _row(self, sample: Sample, kind: int, random: torch.Generator) -> tuple[Tensor, ...]:
-        x0 = sample.encoded.sample(random)  # [C, F, H, W]
-        t = torch.randint(self.config.schedule.timesteps, (), generator=random)
+    def gains(self, samples: list[Sample], step: int, indices: range) -> GainBatch:
+        """The clips of a step that teach the gain. Every second one has no cue where the model knows that: most prompts
+        come without.
+        """
+        rows = []
+        for sample, index in zip(samples, indices, strict=True):
+            random = generator(self.seed, VIDEO, step, index)
+            clip = sample.encoded.sample(random)
+            drop_text, *chances = torch.rand(5, generator=random, dtype=torch.float64).tolist()
+            bare = self.config.optional_cues and index % 2 == 0
+            motion, appearance = self._clip_cues(clip, sample.encoded.features, chances, bare)
+            prior = clip[:, key_index(clip.shape[1], self.key_frame)]
+            caption = "" if drop_text < self.objective.text_dropout else sample.caption
+            tokens = torch.from_numpy(self._tokens(caption))
+            rows.append((motion, appearance, residual_square(clip[None], prior[None])[0], tokens))
+        return GainBatch(*(torch.stack(column) for column in zip(*rows, strict=True)))
+
+    def _row(self, sample: Sample, kind: int, random: torch.Generator, length: int | None) -> tuple[Tensor, ...]:
+        clip = sample.encoded.sample(random)  # [C, F, H, W]
+        frames = clip.shape[1]
+        window = slice(0, frames)
+        if kind == VIDEO and length is not None and length < frames:
+            start = int(torch.randint(frames - length + 1, (), generator=random))
+            window = slice(start, start + length)
+        x0 = clip[:, window]
+        (t,) = draw_timesteps(1, kind == VIDEO, self.objective, self.config.schedule.timesteps, random)
         noise = torch.randn(x0.shape, generator=random)
         offset = torch.randn((*x0.shape[:2], 1, 1), generator=random)
         drop_text, *chances = torch.rand(5, generator=random, dtype=torch.float64).tolist()
         caption = "" if drop_text < self.objective.text_dropout else sample.caption
         if kind == VIDEO:
-            motion, appearance = self._clip_cues(x0, sample.encoded.features, chances)
-            prior = x0[:, x0.shape[1] // 2]
+            motion, appearance = self._clip_cues(clip, sample.encoded.features, chances)
+            prior = noisy_prior(clip[:, key_index(frames, self.key_frame)], self.objective, random)
         else:
-            motion = motion_cue(0.0, 1, self.config.unet.base_channels)
-            appearance = appearance_cue(0.0, 1, self.config.unet.appearance_columns)
+            motion, appearance = picture_cues(self.config.unet)
             prior = torch.zeros_like(x0[:, 0])
-        tokens = self._tokens(caption)
-        return (
-            x0,
-            noise + self.objective.offset_noise * offset,
-            t,
-            prior,
-            torch.from_numpy(motion),
-            torch.from_numpy(appearance),
-            torch.from_numpy(tokens),
-        )
+        tokens = torch.from_numpy(self._tokens(caption))
+        noise = noise + self.objective.offset_noise * offset
+        return x0, noise, t, prior, motion[window], appearance[window], tokens
 
     def _tokens(self, caption: str) -> NDArray[np.int64]:
         """A caption's tokens; what the tokenizer has to say against captions is said once."""
@@ -121,23 +207,44 @@ class Batches:
         return tokens
 
     def _clip_cues(
-        self, x0: Tensor, features: Tensor | None, chances: list[float]
-    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """The motion [F,D] and appearance [F,R] input of a clip [C,F,H,W], measured from it."""
-        frames, unet = x0.shape[1], self.config.unet
-        motion = motion_of(x0[None])[0].double().numpy()
-        if features is None:
-            features = x0.transpose(0, 1).flatten(1)
-        similarity = appearance_similarity(features[None])
-        appearance: float | NDArray[np.float32] = similarity[0].numpy()
+        self, clip: Tensor, features: Tensor | None, chances: list[float], bare: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """The motion [F,D] and appearance [F,R] input of a clip [C,F,H,W], drawn by four numbers from 0 to 1."""
         told_motion, told_appearance, without_motion, without_appearance = chances
-        if told_motion < self.cues.as_numbers:
-            motion = np.full_like(motion, motion.mean())
-        if told_appearance < self.cues.as_numbers:
-            appearance = float(appearance_factor(similarity))
-        return (
-            motion_cue(None if without_motion < self.cues.dropout else motion, frames, unet.base_channels),
-            appearance_cue(
-                None if without_appearance < self.cues.dropout else appearance, frames, unet.appearance_columns
-            ),
-        )
+        numbers = told_motion < self.cues.as_numbers, told_appearance < self.cues.as_numbers
+        given = without_motion >= self.cues.dropout, without_appearance >= self.cues.dropout
+        if self.cues.given:
+            place = int(np.searchsorted(np.cumsum(self.cues.given), without_motion, side="right"))
+            given = GIVEN[min(place, len(GIVEN) - 1)]
+        return clip_cues(self.config.unet, clip, features, numbers, (False, False) if bare else given)
+
+
+def clip_cues(
+    config: UNetConfig, clip: Tensor, features: Tensor | None, numbers: tuple[bool, bool], given: tuple[bool, bool]
+) -> tuple[Tensor, Tensor]:
+    """The motion [F,D] and appearance [F,R] input of a clip [C,F,H,W], measured from it.
+
+    features  [F,D], whose cosine measures the appearance; None: the latents
+    numbers   whether motion and appearance are told as one number each, as a person gives them
+    given     whether they are told at all
+    """
+    frames = clip.shape[1]
+    motion = motion_of(clip[None])[0].double().numpy()
+    similarity = appearance_similarity((clip.transpose(0, 1).flatten(1) if features is None else features)[None])
+    appearance: float | NDArray[np.float32] = similarity[0].numpy()
+    if numbers[0]:
+        motion = np.full_like(motion, motion.mean())
+    if numbers[1]:
+        appearance = float(appearance_factor(similarity))
+    return (
+        torch.from_numpy(motion_cue(motion if given[0] else None, frames, config.base_channels)),
+        torch.from_numpy(appearance_cue(appearance if given[1] else None, frames, config.appearance_columns)),
+    )
+
+
+def picture_cues(config: UNetConfig) -> tuple[Tensor, Tensor]:
+    """The motion [1,D] and appearance [1,R] input of a still picture."""
+    return (
+        torch.from_numpy(motion_cue(0.0, 1, config.base_channels)),
+        torch.from_numpy(appearance_cue(0.0, 1, config.appearance_columns)),
+    )

@@ -43,7 +43,7 @@ def train() -> None:
 def from_config(config: Path, resume: bool | None, export: Path | None, overwrite: bool) -> None:
     """Train as the file CONFIG says.
 
-    Its keys: higen/train/settings.py. May be launched by torchrun.
+    Its keys: higen/train/sections.py. May be launched by torchrun.
     """
     with reported(False):
         from higen.train.settings import read_settings

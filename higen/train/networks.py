@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
@@ -24,17 +25,46 @@ from higen.models.weights import write_safetensors
 from higen.schedule import alphas_cumprod
 from higen.text_files import TextError, read_json, read_toml
 from higen.tokenizer import PromptTokenizer, build_word_tokenizer, write_tokenizer
-from higen.train.batches import Batch
+from higen.train.batches import Batch, GainBatch
 from higen.train.objective import gain_loss, residual_square, residual_v_loss, v_loss
 from higen.train.settings import Settings
 
-__all__ = ["Networks", "Objective", "build", "spatial_names", "write_model"]
+__all__ = [
+    "Networks",
+    "Objective",
+    "Trainable",
+    "build",
+    "new_denoiser",
+    "read_architecture",
+    "spatial_names",
+    "with_words",
+]
+__all__ += ["write_model"]
 
 PROMPTS, SHORT = 8, 200
 """Captions that a trained model lists as its prompts, and characters that such a caption has at most."""
 
 _NOT_SPATIAL = ("time.", "prior.", "context_pool.")
 """Parts of the network without temporal layers that a still-picture network does not have, or that learn the cues."""
+
+
+class Trainable(Protocol):
+    """What an objective needs of the networks."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """Of the networks."""
+        ...
+
+    @property
+    def denoiser(self) -> Denoiser:
+        """Both U-Nets and the conditioner."""
+        ...
+
+    @property
+    def text(self) -> nn.Module:
+        """The text encoder."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -65,10 +95,10 @@ def build(settings: Settings, captions: Iterable[str]) -> Networks:
     theirs = spec.config(source.manifest)
     config, tokenizer = theirs, None
     if settings.model.architecture is not None:
-        config = _read_architecture(Path(settings.model.architecture), theirs)
+        config = read_architecture(Path(settings.model.architecture), theirs)
         if settings.model.tokenizer == "captions":
             words = _words(captions)
-            config = replace(config, text=_with_words(config.text, len(words)))
+            config = replace(config, text=with_words(config.text, len(words)))
             tokenizer = PromptTokenizer(build_word_tokenizer(words), config.text.rules)
         _check_fit(config, theirs, new_text=tokenizer is not None)
     own = _named(config, theirs, settings)
@@ -78,7 +108,7 @@ def build(settings: Settings, captions: Iterable[str]) -> Networks:
     if settings.model.init is not None:
         denoiser = load_denoiser(source.file(spec.UNET), config.unet, torch.device("cpu"), torch.float32)
     else:
-        denoiser = _new_denoiser(config.unet)
+        denoiser = new_denoiser(config.unet)
     if tokenizer is None:
         text: nn.Module = load_text_encoder(source.file(spec.TEXT_ENCODER), config.text.clip, torch.float32)
         tokenizer = PromptTokenizer.from_file(source.file(spec.TOKENIZER), config.text.rules)
@@ -93,7 +123,7 @@ def build(settings: Settings, captions: Iterable[str]) -> Networks:
     return Networks(config, denoiser.requires_grad_(True), text, encoder, tokenizer, source, own)
 
 
-def _read_architecture(file: Path, companions: ModelConfig) -> ModelConfig:
+def read_architecture(file: Path, companions: ModelConfig) -> ModelConfig:
     """A ModelConfig in JSON or TOML; `text` and `autoencoder` are the companions' where they are left out, name and
     licence are empty.
     """
@@ -122,7 +152,7 @@ def _words(captions: Iterable[str]) -> list[str]:
     )
 
 
-def _with_words(config: TextConfig, words: int) -> TextConfig:
+def with_words(config: TextConfig, words: int) -> TextConfig:
     """The text encoder for a word tokenizer: [PAD] 0, start 1, end 2, [UNK] 3, then the words."""
     tokens = {"vocab_size": words + 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     return replace(config, clip={**config.clip, **tokens}, pad_id=0, clean=False)
@@ -166,7 +196,8 @@ def _some(captions: Sequence[str], tokenizer: PromptTokenizer) -> tuple[str, ...
     return tuple(caption for caption, warned in said.items() if not warned)
 
 
-def _new_denoiser(config: UNetConfig) -> Denoiser:
+def new_denoiser(config: UNetConfig) -> Denoiser:
+    """A denoiser with random weights, drawn from the global generator."""
     denoiser = Denoiser(config)
     if config.prior_preconditioning:
         # The prior starts as a second noisy frame would enter, not as nothing: it is then never ignored.
@@ -187,7 +218,7 @@ def spatial_names(config: UNetConfig) -> list[str]:
 class Objective(nn.Module):
     """The losses of a step in one forward, so that one backward (and one average over processes) serves them."""
 
-    def __init__(self, networks: Networks, gain_weight: float, recompute: bool = False) -> None:
+    def __init__(self, networks: Trainable, gain_weight: float, recompute: bool = False) -> None:
         super().__init__()
         self.denoiser = networks.denoiser.train()
         self.denoiser.unet.recompute = recompute
@@ -204,12 +235,22 @@ class Objective(nn.Module):
     alpha: Tensor
     sigma: Tensor
 
-    def forward(self, images: Batch | None, videos: Batch | None) -> tuple[Tensor, Tensor, Tensor]:
+    @property
+    def unets(self) -> tuple[UNet, UNet]:
+        """The network of clips, and that of still pictures."""
+        return self.denoiser.unet, *self._spatial
+
+    def forward(
+        self, images: Batch | None, videos: Batch | None, gains: GainBatch | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The loss to minimise, and that of the pictures and of the clips; numbers, means over the batch."""
         zero = self.alpha.new_zeros(())
         image = zero if images is None else self._image_loss(images)
         video, gain = (zero, zero) if videos is None else self._video_loss(videos)
-        return image + video + self.gain_weight * gain, image.detach(), video.detach()
+        loss = image + video + self.gain_weight * gain
+        if gains is not None:
+            loss = loss + gain_loss(self.denoiser.unet, *self._conditions(gains), gains.square)
+        return loss, image.detach(), video.detach()
 
     def _image_loss(self, batch: Batch) -> Tensor:
         context, embedding = self._conditions(batch)
@@ -220,14 +261,14 @@ class Objective(nn.Module):
     def _video_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         context, embedding = self._conditions(batch)
         alpha, sigma, unet = self.alpha[batch.t], self.sigma[batch.t], self.denoiser.unet
-        preconditioned = unet.config.prior_preconditioning
-        compare = residual_v_loss if preconditioned else v_loss
-        loss = compare(unet, batch.x0, batch.noise, batch.t, alpha, sigma, context, embedding, batch.prior).mean()
-        if not preconditioned:
+        given = unet, batch.x0, batch.noise, batch.t, alpha, sigma, context, embedding
+        if batch.prior is None or not unet.config.prior_preconditioning:
+            loss = v_loss(*given, batch.prior).mean()
             return loss, loss.new_zeros(())
+        loss = residual_v_loss(*given, batch.prior).mean()
         return loss, gain_loss(unet, context, embedding, residual_square(batch.x0, batch.prior))
 
-    def _conditions(self, batch: Batch) -> tuple[Tensor, Tensor]:
+    def _conditions(self, batch: Batch | GainBatch) -> tuple[Tensor, Tensor]:
         with torch.set_grad_enabled(self.train_text):
             hidden = self.text(input_ids=batch.tokens).last_hidden_state
         context, embedding = self.denoiser.conditioner(hidden, batch.motion, batch.appearance)

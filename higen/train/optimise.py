@@ -15,12 +15,16 @@ from higen.train.settings import OptimiserSettings
 __all__ = ["Optimiser", "ema_decay", "learning_rate"]
 
 
-def learning_rate(settings: OptimiserSettings, step: int, steps: int) -> float:
-    """Rate of a step of `steps`: linear warm-up, constant, cosine to zero over the last `decay_part`."""
-    start = (1 - settings.decay_part) * steps
-    along = min(1.0, max(0.0, (step - start) / max(steps - start, 1e-9)))
+def learning_rate(settings: OptimiserSettings, step: int, total: float, spent: float | None = None) -> float:
+    """Rate of a step: linear warm-up, constant, cosine to `last_rate` over the last `decay_part`.
+
+    `total` and `spent` say how long the run is and how much of it is over, in one unit; `spent` is `step` if left out.
+    """
+    start = (1 - settings.decay_part) * total
+    along = min(1.0, max(0.0, ((step if spent is None else spent) - start) / max(total - start, 1e-9)))
     warm = min(1.0, (step + 1) / settings.warm_up) if settings.warm_up else 1.0
-    return settings.learning_rate * warm * (0.5 + 0.5 * math.cos(math.pi * along))
+    least = settings.last_rate
+    return settings.learning_rate * warm * (least + (1 - least) * (0.5 + 0.5 * math.cos(math.pi * along)))
 
 
 def ema_decay(ema: float, step: int) -> float:
@@ -29,17 +33,25 @@ def ema_decay(ema: float, step: int) -> float:
 
 
 class Optimiser:
-    """The optimiser of named parameters over a run of `steps` steps.
+    """The optimiser of named parameters over a run, whose length is a number of steps or a time.
 
     parameters  what is trained, by name
     average     the same names: exponential averages, which start as the parameters are now
+    steps       how many there are; None: as many as `time` (seconds) allows
     step        steps made
+    seconds     spent on them; counted by the training loop
     """
 
-    def __init__(self, parameters: Mapping[str, nn.Parameter], settings: OptimiserSettings, steps: int) -> None:
-        self.parameters, self.settings, self.steps = dict(parameters), settings, steps
+    def __init__(
+        self,
+        parameters: Mapping[str, nn.Parameter],
+        settings: OptimiserSettings,
+        steps: int | None = None,
+        time: float = 0.0,
+    ) -> None:
+        self.parameters, self.settings, self.steps, self.time = dict(parameters), settings, steps, time
         self.average = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self.step = 0
+        self.step, self.seconds = 0, 0.0
         self._adamw = torch.optim.AdamW(
             self.parameters.values(),
             lr=settings.learning_rate,
@@ -55,7 +67,21 @@ class Optimiser:
     @property
     def rate(self) -> float:
         """Learning rate of the next step."""
+        if self.steps is None:
+            return learning_rate(self.settings, self.step, self.time, self.seconds)
         return learning_rate(self.settings, self.step, self.steps)
+
+    @property
+    def left(self) -> float:
+        """What is left of the run: steps, or seconds."""
+        return self.time - self.seconds if self.steps is None else self.steps - self.step
+
+    @property
+    def place(self) -> str:
+        """Where the run is, for a person."""
+        if self.steps is None:
+            return f"step {self.step}, {self.seconds / 60:.1f} of {self.time / 60:.1f} minutes"
+        return f"step {self.step} of {self.steps}"
 
     def clear(self) -> None:
         """Forget the gradients."""
@@ -82,8 +108,9 @@ class Optimiser:
         return norm
 
     def state(self) -> dict[str, Any]:
-        """Everything a resumed run needs: step, weights, average, optimiser."""
+        """Everything a resumed run needs: step, weights, average, optimiser, and seconds where they are its length."""
         return {
+            **({"seconds": self.seconds} if self.steps is None else {}),
             "step": self.step,
             "weights": {name: p.detach() for name, p in self.parameters.items()},
             "average": self.average,
@@ -98,3 +125,4 @@ class Optimiser:
                 self.average[name].copy_(state["average"][name])
         self._adamw.load_state_dict(state["optimiser"])
         self.step = state["step"]
+        self.seconds = state.get("seconds", 0.0)

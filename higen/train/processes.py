@@ -6,20 +6,159 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
 
 from higen.errors import MissingExtra, SettingsError, TrainingError
 from higen.train.data import IMAGE, VIDEO
 from higen.train.settings import Settings
 
-__all__ = ["shares", "start_processes", "stop_signals"]
+__all__ = ["Alone", "Launched", "Processes", "gain_share", "shares", "start_processes", "stop_signals"]
 
 
-def start_processes(unused_parameters: bool) -> Any:
-    """accelerate's Accelerator for this process, one of those that torchrun (or accelerate launch) started, or alone.
+class Processes(Protocol):
+    """The processes of a run, as one of them sees them."""
+
+    count: int
+    index: int
+    device: torch.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the files."""
+        ...
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """The module whose gradients are averaged over the processes."""
+        ...
+
+    def backward(self, loss: Tensor) -> None:
+        """Differentiate a loss."""
+        ...
+
+    def waiting(self, module: nn.Module) -> AbstractContextManager[Any]:
+        """A context in which gradients of a prepared module are added up and not yet averaged."""
+        ...
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over the processes."""
+        ...
+
+    def gather(self, found: dict[str, str]) -> dict[str, str]:
+        """What all processes found."""
+        ...
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in one of them."""
+        ...
+
+    def wait(self) -> None:
+        """Wait for the others."""
+        ...
+
+    def end(self) -> None:
+        """The run is over."""
+        ...
+
+
+class Alone:
+    """One process, on the host."""
+
+    count, index, main = 1, 0, True
+    device = torch.device("cpu")
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """The module itself."""
+        return module
+
+    def backward(self, loss: Tensor) -> None:
+        """Differentiate a loss."""
+        loss.backward()
+
+    def waiting(self, module: nn.Module) -> AbstractContextManager[Any]:
+        """Nothing is averaged."""
+        return nullcontext()
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The value."""
+        return value
+
+    def gather(self, found: dict[str, str]) -> dict[str, str]:
+        """What was found."""
+        return found
+
+    def any(self, flag: bool) -> bool:
+        """The flag."""
+        return flag
+
+    def wait(self) -> None:
+        """There are no others."""
+
+    def end(self) -> None:
+        """Nothing is left to do."""
+
+
+class Launched:
+    """Those that torchrun started, or one, on the device that there is: accelerate's Accelerator behind it."""
+
+    def __init__(self, accelerator: Any) -> None:
+        self._accelerator = accelerator
+        self.count, self.index = int(accelerator.num_processes), int(accelerator.process_index)
+        self.device: torch.device = accelerator.device
+
+    @property
+    def main(self) -> bool:
+        """Whether this process writes the files."""
+        return bool(self._accelerator.is_main_process)
+
+    def prepare(self, module: nn.Module) -> nn.Module:
+        """The module on the device, whose gradients are averaged over the processes."""
+        prepared: nn.Module = self._accelerator.prepare(module)
+        return prepared
+
+    def backward(self, loss: Tensor) -> None:
+        """Differentiate a loss."""
+        self._accelerator.backward(loss)
+
+    def waiting(self, module: nn.Module) -> AbstractContextManager[Any]:
+        """A context in which gradients are added up and not yet averaged."""
+        context: AbstractContextManager[Any] = self._accelerator.no_sync(module)
+        return context
+
+    def mean(self, value: Tensor) -> Tensor:
+        """The mean over the processes."""
+        whole: Tensor = self._accelerator.reduce(value, "mean")
+        return whole
+
+    def gather(self, found: dict[str, str]) -> dict[str, str]:
+        """What all processes found."""
+        if self.count == 1:
+            return found
+        from accelerate.utils import gather_object
+
+        return dict(gather_object(list(found.items())))
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is set in one of them."""
+        if self.count == 1:
+            return flag
+        return bool(self._accelerator.reduce(torch.tensor(float(flag), device=self.device), "sum") > 0)
+
+    def wait(self) -> None:
+        """Wait for the others."""
+        self._accelerator.wait_for_everyone()
+
+    def end(self) -> None:
+        """Leave the group of processes."""
+        if self.count > 1:
+            self._accelerator.end_training()
+
+
+def start_processes(unused_parameters: bool) -> Launched:
+    """This process as one of those that torchrun (or accelerate launch) started, or alone.
 
     unused_parameters: a step does not use all parameters. Raises MissingExtra without accelerate, TrainingError where
     the processes do not find each other.
@@ -35,7 +174,7 @@ def start_processes(unused_parameters: bool) -> Any:
     launched = int(os.environ.get("WORLD_SIZE", "1"))
     if accelerator.num_processes != launched:
         raise TrainingError(f"{launched} processes were launched, but accelerate sees {accelerator.num_processes}")
-    return accelerator
+    return Launched(accelerator)
 
 
 def shares(settings: Settings, processes: int, index: int) -> dict[int, range]:
@@ -43,17 +182,22 @@ def shares(settings: Settings, processes: int, index: int) -> dict[int, range]:
 
     Raises SettingsError if they do not divide by the processes, or a process's by its micro-batches.
     """
-    found = {}
-    parts = settings.run.micro_batches
-    for kind, name in ((IMAGE, "images"), (VIDEO, "videos")):
-        count = getattr(settings.data, name)
-        if count % processes:
-            raise SettingsError(f"data.{name}={count}: a multiple of the {processes} processes")
-        part = count // processes
-        if part % parts:
-            raise SettingsError(f"run.micro_batches={parts}: the {part} data.{name} of a process do not divide by it")
-        found[kind] = range(index * part, (index + 1) * part)
-    return found
+    counts = {IMAGE: ("data.images", settings.data.images), VIDEO: ("data.videos", settings.data.videos)}
+    return {kind: _share(name, count, settings, processes, index) for kind, (name, count) in counts.items()}
+
+
+def gain_share(settings: Settings, processes: int, index: int) -> range:
+    """The same of the clips that teach the gain alone. Raises SettingsError as `shares` does."""
+    return _share("objective.gain_clips", settings.objective.gain_clips, settings, processes, index)
+
+
+def _share(name: str, count: int, settings: Settings, processes: int, index: int) -> range:
+    if count % processes:
+        raise SettingsError(f"{name}={count}: a multiple of the {processes} processes")
+    part, parts = count // processes, settings.run.micro_batches
+    if part % parts:
+        raise SettingsError(f"run.micro_batches={parts}: the {part} {name} of a process do not divide by it")
+    return range(index * part, (index + 1) * part)
 
 
 @contextmanager

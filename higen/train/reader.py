@@ -16,6 +16,7 @@ from higen.models.companion_stages import EncoderStage
 from higen.train.data import IMAGE, VIDEO, Item, Listing, candidates, explained
 from higen.train.latents import Encoded, FrameEncoder, LatentCache, encode
 from higen.train.media import Damaged, Placement, Unusable, read_image, read_video
+from higen.train.settings import key_index
 
 __all__ = ["Frame", "Reader", "Sample"]
 
@@ -63,6 +64,7 @@ class Reader:
         seed: int,
         per_step: Mapping[int, int],
         key_frames: bool,
+        key_frame: float = 0.5,
         random_crop: bool = False,
         random_start: bool = False,
         cache: LatentCache | None = None,
@@ -70,7 +72,7 @@ class Reader:
     ) -> None:
         """`per_step`: samples of a kind in a step, over all processes. Raises SettingsError for a kind without any."""
         self.listing, self.frame, self.encoder, self.features = listing, frame, encoder, features
-        self.seed, self.per_step = seed, per_step
+        self.seed, self.per_step, self.key = seed, per_step, key_index(frame.frames, key_frame)
         self.random_crop, self.random_start, self.cache = random_crop, random_start, cache
         self.items = {kind: listing.of(kind, key_frames) for kind in (IMAGE, VIDEO)}
         for kind, name in ((IMAGE, "images"), (VIDEO, "videos")):
@@ -81,15 +83,19 @@ class Reader:
         self._pool = ThreadPoolExecutor(workers, "higen-read") if workers else None
         self._coming: dict[tuple[int, int, int], Future[_Read]] = {}
 
-    def samples(self, kind: int, step: int, indices: range) -> list[Sample]:
-        """Samples `indices` of a step. Raises SettingsError if no file of the data set can be used."""
+    def samples(self, kind: int, step: int, indices: range, following: range | None = None) -> list[Sample]:
+        """Samples `indices` of a step. `following`: those of the next step that are read ahead, if they are others.
+
+        Raises SettingsError if no file of the data set can be used.
+        """
         if self._pool is None:
             read = [self._read(kind, step, index) for index in indices]
         else:
             keys = [(kind, step, i) for i in indices]
             coming = [self._coming.pop(key) if key in self._coming else self._submit(*key) for key in keys]
             read = [future.result() for future in coming]
-            self._coming |= {(kind, step + 1, i): self._submit(kind, step + 1, i) for i in indices}
+            ahead = indices if following is None else following
+            self._coming |= {(kind, step + 1, i): self._submit(kind, step + 1, i) for i in ahead}
         return [Sample(r.item.caption, self._encoded(r)) for r in read]
 
     def close(self) -> None:
@@ -137,7 +143,7 @@ class Reader:
                 return _Read(item, None, encoded, None)
         size = self.frame
         if item.video:
-            wanted = [size.frames // 2] if kind == IMAGE else None
+            wanted = [self.key] if kind == IMAGE else None
             note = partial(self.listing.notes.__setitem__, item.name)
             pixels = read_video(item.path, size.width, size.height, size.fps, size.frames, placement, wanted, note)
         else:

@@ -11,26 +11,37 @@
     appearance = "openclip"                  precision = "bf16"
     openclip = "CLIP-ViT-H-14"               sample_prompts = ["a whale"]
 
-A relative path counts from the folder of the file. What is not given has the default below.
+A relative path counts from the folder of the file. What is not given has the default in higen/train/sections.py.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from higen.errors import ManifestError, SettingsError, quoted
 from higen.paths import given_path
 from higen.text_files import TextError, read_toml
 from higen.train.list_files import check_as_prompt
+from higen.train.sections import (
+    CueSettings,
+    DataSettings,
+    LoraSettings,
+    ModelSettings,
+    ObjectiveSettings,
+    OptimiserSettings,
+    RunSettings,
+    key_index,
+)
 from higen.typed_json import from_json, to_json
 
 __all__ = [
     "CueSettings",
     "DataSettings",
+    "LoraSettings",
     "ModelSettings",
     "ObjectiveSettings",
     "OptimiserSettings",
@@ -39,171 +50,9 @@ __all__ = [
     "difference",
     "first_difference",
     "flat",
+    "key_index",
     "read_settings",
 ]
-
-
-def _at_least(section: object, least: float, *names: str) -> None:
-    for name in names:
-        value = getattr(section, name)
-        if value is not None and value < least:
-            raise SettingsError(f"{name}={value}: {least} or more")
-
-
-def _part(section: object, *names: str) -> None:
-    for name in names:
-        if not 0 <= getattr(section, name) <= 1:
-            raise SettingsError(f"{name}={getattr(section, name)}: a part, from 0 to 1")
-
-
-@dataclass(frozen=True)
-class ModelSettings:
-    """What is trained: a model directory goes on (`init`), or an architecture starts anew with a model's companions."""
-
-    init: str | None = None
-    """Model directory to fine-tune."""
-    architecture: str | None = None
-    """JSON or TOML file with a ModelConfig; `text` and `autoencoder`, left out, are the companions'."""
-    companions: str | None = None
-    """Model directory whose text encoder, autoencoder and tokenizer a new architecture takes."""
-    tokenizer: Literal["companions", "captions"] = "companions"
-    """captions: one token for each word of the data set; the text encoder then starts anew too."""
-    name: str | None = None
-    licence: str | None = None
-
-    def __post_init__(self) -> None:
-        if (self.init is None) == (self.architecture is None):
-            raise SettingsError("init, architecture: one of the two, a model directory to fine-tune or a file")
-        if (self.architecture is None) != (self.companions is None):
-            raise SettingsError("companions: goes with architecture (a model directory for autoencoder and text)")
-        if self.init is not None and self.tokenizer == "captions":
-            raise SettingsError("tokenizer='captions': only with architecture; a fine-tuned model keeps its own words")
-
-
-@dataclass(frozen=True)
-class DataSettings:
-    """Where the clips are and how they are cut. Sizes that are not given are the model's defaults."""
-
-    path: str
-    """Folder (clip.mp4 beside clip.txt), or .jsonl or .csv with `path` and `caption`."""
-    frames: int | None = None
-    width: int | None = None
-    height: int | None = None
-    fps: int | None = None
-    images: int = 4
-    """Pictures per step, over all processes."""
-    videos: int = 2
-    """Clips per step, over all processes."""
-    key_frames: bool = True
-    """The middle frame of each clip counts as a picture too."""
-    crop: Literal["centre", "random"] = "centre"
-    start: Literal["centre", "random"] = "centre"
-    """Which part of a video that is longer than a clip."""
-    cache: str | None = None
-    """Folder that keeps the latents; needs crop and start in the centre."""
-    workers: int = 2
-    """Threads that read the next step's files; 0: none."""
-
-    def __post_init__(self) -> None:
-        _at_least(self, 0, "images", "videos", "workers")
-        _at_least(self, 1, "width", "height", "fps")
-        _at_least(self, 2, "frames")
-        if not self.images and not self.videos:
-            raise SettingsError("images=0, videos=0: at least one of them from 1")
-        if self.cache is not None and (self.crop, self.start) != ("centre", "centre"):
-            raise SettingsError("cache: needs crop = 'centre' and start = 'centre', or no file is ever read twice")
-
-
-@dataclass(frozen=True)
-class CueSettings:
-    """How the cues are measured and told."""
-
-    appearance: Literal["latents", "openclip"] = "latents"
-    """What is compared between frames: the latents, or OpenCLIP's picture embeddings (the reference: ViT-H/14)."""
-    openclip: str | None = None
-    """Folder of a CLIP picture tower in transformers' format."""
-    as_numbers: float = 0.0
-    """Part of the clips whose cues are told as one number each, as a person gives them."""
-    dropout: float = 0.0
-    """Part of the clips of which a cue is left unspecified, each cue by itself; for models with optional_cues."""
-
-    def __post_init__(self) -> None:
-        _part(self, "as_numbers", "dropout")
-        if (self.appearance == "openclip") != (self.openclip is not None):
-            raise SettingsError("appearance='openclip' and openclip (the tower's folder) go together")
-
-
-@dataclass(frozen=True)
-class ObjectiveSettings:
-    """v-prediction; see higen.train.objective."""
-
-    text_dropout: float = 0.1
-    """Part of the captions replaced by the empty prompt, which guidance starts from."""
-    offset_noise: float = 0.1
-    """Noise that is constant over each frame's pixels, added to the noise."""
-    gain_weight: float = 0.1
-    """Weight of the gain's likelihood, for models with prior preconditioning."""
-
-    def __post_init__(self) -> None:
-        _part(self, "text_dropout")
-        _at_least(self, 0, "offset_noise", "gain_weight")
-
-
-@dataclass(frozen=True)
-class OptimiserSettings:
-    """AdamW, linear warm-up, constant, cosine to zero; averaged weights."""
-
-    learning_rate: float = 3e-5
-    betas: tuple[float, float] = (0.9, 0.999)
-    weight_decay: float = 0.0
-    warm_up: int = 10
-    decay_part: float = 1.0
-    """Last part of the steps over which the rate falls."""
-    clip: float = 1.0
-    """Largest norm of the gradient; 0: any."""
-    ema: float = 0.9999
-    spatial_gradient: float = 1.0
-    """Factor on the gradients of the spatial network (the reference: 0.5)."""
-    train_text: bool = False
-
-    def __post_init__(self) -> None:
-        _at_least(self, 0, "learning_rate", "weight_decay", "warm_up", "clip", "spatial_gradient")
-        _part(self, "decay_part", "ema")
-        if not all(0 <= beta < 1 for beta in self.betas):
-            raise SettingsError(f"betas={list(self.betas)}: two numbers from 0 to below 1")
-
-
-@dataclass(frozen=True)
-class RunSettings:
-    """Where the run lives, how long it is, and what it writes on the way."""
-
-    output: str
-    steps: int
-    seed: int = 0
-    """From 0 to 2^32 - 1."""
-    precision: Literal["fp32", "bf16"] = "fp32"
-    micro_batches: int = 1
-    """Parts in which each process takes its samples of a step, one after another: the same step in less memory."""
-    recompute: bool = False
-    """Keep no activations inside the U-Net's blocks and compute them again for the gradient: less memory still."""
-    save_every: int = 1000
-    keep: int = 3
-    log_every: int = 10
-    sample_every: int = 0
-    """Steps between two contact sheets; 0: none."""
-    sample_prompts: tuple[str, ...] = ()
-    tensorboard: bool | None = None
-    """Not given: where TensorBoard is installed."""
-    weights: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Precision of the model directory's trained weights."""
-
-    def __post_init__(self) -> None:
-        _at_least(self, 1, "steps", "micro_batches", "save_every", "keep", "log_every")
-        _at_least(self, 0, "sample_every")
-        if not 0 <= self.seed < 2**32:
-            raise SettingsError(f"seed={self.seed}: from 0 to {2**32 - 1}")
-        if self.sample_every and not self.sample_prompts:
-            raise SettingsError(f"sample_every={self.sample_every}: needs sample_prompts")
 
 
 @dataclass(frozen=True)
@@ -216,10 +65,25 @@ class Settings:
     cues: CueSettings = field(default_factory=CueSettings)
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
+    lora: LoraSettings = field(default_factory=LoraSettings)
 
     def __post_init__(self) -> None:
+        self._check_layers()
+        if bool(self.run.held_out_every) != (self.data.held_out is not None):
+            raise SettingsError("run.held_out_every and data.held_out go together")
         if self.model.tokenizer == "captions" and not self.optimiser.train_text:
             raise SettingsError("model.tokenizer='captions': needs optimiser.train_text = true; its encoder is new")
+
+    def _check_layers(self) -> None:
+        layers, rank = self.optimiser.layers, self.lora.rank
+        if layers == "temporal" and self.data.images:
+            raise SettingsError("optimiser.layers='temporal': needs data.images = 0; pictures do not pass these layers")
+        if self.optimiser.spatial_gradient != 1 and (layers != "all" or rank):
+            raise SettingsError("optimiser.spatial_gradient: only where all layers are trained, and without lora")
+        if rank and self.model.init is None:
+            raise SettingsError(f"lora.rank={rank}: needs model.init; an adapter is one of a trained model")
+        if self.optimiser.train_text and (layers != "all" or rank):
+            raise SettingsError("optimiser.train_text: only where all layers are trained, and without lora")
 
 
 PATHS = (
@@ -227,6 +91,7 @@ PATHS = (
     "model.architecture",
     "model.companions",
     "data.path",
+    "data.held_out",
     "data.cache",
     "cues.openclip",
     "run.output",
@@ -234,15 +99,18 @@ PATHS = (
 FREE = (
     *PATHS,
     "data.workers",
+    "data.held_out_steps",
+    "run.held_out_every",
+    "run.threads",
     *(f"run.{name}" for name in ("save_every", "keep", "log_every", "sample_every", "sample_prompts")),
-    *(f"run.{name}" for name in ("tensorboard", "weights", "micro_batches", "recompute")),
+    *(f"run.{name}" for name in ("tensorboard", "weights", "micro_batches", "recompute", "losses_in_turn")),
 )
 """Keys that a run may change when it goes on: they do not change what is learned. (Dropout draws other numbers when
 micro_batches changes; what lies at the paths is compared by its content.)"""
 
 
-def read_settings(path: str | os.PathLike[str]) -> Settings:
-    """Read and check a TOML file; relative paths come out absolute.
+def read_settings(path: str | os.PathLike[str], without: Collection[str] = ()) -> Settings:
+    """Read and check a TOML file; relative paths come out absolute. `without`: sections that others read.
 
     Raises SettingsError naming the key, its value and what is allowed.
     """
@@ -251,6 +119,7 @@ def read_settings(path: str | os.PathLike[str]) -> Settings:
         table = read_toml(file)
     except (OSError, TextError) as error:
         raise SettingsError(f"{file}: cannot be read as TOML: {error}") from error
+    table = {name: section for name, section in table.items() if name not in without}
     try:
         _check_texts(table)
         # One section at a time, so that a range error too names its section.
@@ -287,6 +156,7 @@ _SECTIONS: Mapping[str, type[Any]] = {
     "cues": CueSettings,
     "objective": ObjectiveSettings,
     "optimiser": OptimiserSettings,
+    "lora": LoraSettings,
     "run": RunSettings,
 }
 
@@ -310,9 +180,15 @@ def flat(settings: Settings) -> dict[str, Any]:
 
 def difference(stored: Mapping[str, Any], settings: Settings) -> str | None:
     """The first key, of those that change what is learned, in which a run differs from `stored` (`flat`), with both
-    values; None if there is none.
+    values; None if there is none. A key that `stored`, of an earlier version, does not know had its default.
     """
-    return first_difference(stored, flat(settings), FREE)
+    defaults = {
+        f"{section}.{key.name}": list(key.default) if isinstance(key.default, tuple) else key.default
+        for section, kind in _SECTIONS.items()
+        for key in fields(kind)
+        if key.default is not MISSING
+    }
+    return first_difference({**defaults, **stored}, flat(settings), FREE)
 
 
 def first_difference(stored: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()) -> str | None:

@@ -24,7 +24,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -38,10 +38,11 @@ from higen.sampler import Step
 from higen.sources import Sources
 from higen.tables import Loop
 from higen.train.denormals import flushed_denormals
-from higen.train.recipes.default.assemble import DEFAULTS, assemble
+from higen.train.recipes.default.assemble import assemble
 from higen.train.recipes.default.clips import Clips, Selection
+from higen.train.recipes.default.configuration import architecture, recipe
 from higen.train.recipes.default.data import fetch
-from higen.train.recipes.default.denoiser import UNET, Run, train
+from higen.train.recipes.default.denoiser import train
 from higen.train.recipes.default.evaluate import PipelineMaker, evaluate
 from higen.train.recipes.default.journal import digest, meaning
 from higen.train.recipes.default.judges import Judges
@@ -50,6 +51,7 @@ from higen.train.recipes.default.report import as_text, write
 from higen.train.recipes.default.shots import plan
 from higen.train.recipes.default.subjects import SUBJECTS
 from higen.train.record import claimed
+from higen.train.settings import Settings
 
 __all__ = ["LIVELY", "VARIANTS", "OneStage", "Variant", "fit", "measure", "table"]
 
@@ -58,7 +60,7 @@ LIVELY = tuple(
     for i, subject in enumerate(SUBJECTS)
     if subject.name in ("whale", "penguin", "monkey", "red heart", "butterfly", "kangaroo")
 )
-NETWORK = replace(UNET, channel_multipliers=(2, 3))
+NETWORK = replace(architecture().unet, channel_multipliers=(2, 3))
 
 
 @dataclass(frozen=True)
@@ -79,17 +81,17 @@ VARIANTS = (
 )
 
 
-def fit(variant: Variant, work: Path, run: Run) -> Path:
-    """Train a variant to `run`'s steps, going on where it stopped; returns its model directory.
+def fit(variant: Variant, work: Path, settings: Settings) -> Path:
+    """Train a variant as the recipe's `settings` say, going on where it stopped; returns its model directory.
 
-    Raises SettingsError where the variant was trained by another `run`, and TrainingError.
+    Raises SettingsError where the variant was trained by other settings, and TrainingError.
     """
     state = work / "ablation" / variant.name.replace(" ", "-")
     model = state / "model"
     network = replace(NETWORK, prior_preconditioning=variant.prior)
     selection = Selection(LIVELY, variant.motion, variant.appearance)
     with claimed(state):
-        train(state, run, clips=Clips(work / "latents.safetensors", network, selection))
+        train(state, Clips(work / "latents.safetensors", network, selection, settings))
         assemble(work, model, overwrite=True, trained=state, unet=network)
     return model
 
@@ -117,7 +119,8 @@ def measure(variant: Variant, model: Path, real: RealClips, judges: Judges, seed
         with load(model, "torch") as pipeline:
             make = PipelineMaker(pipeline)
             if not variant.prior:
-                options = {"steps": (1, sum(DEFAULTS.steps)), "guidance": (1.0, DEFAULTS.guidance[0])}
+                defaults = architecture().defaults
+                options = {"steps": (1, sum(defaults.steps)), "guidance": (1.0, defaults.guidance[0])}
                 make = PipelineMaker(OneStage(pipeline.bundle, pipeline.backend), options)
             result = evaluate(make, make, real, judges, plan(LIVELY, seeds), shown=True)
             result.measures["model"] = measured
@@ -178,8 +181,10 @@ def main() -> None:
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     fetch(arguments.data)
-    run = Run(steps=arguments.steps, bfloat16=arguments.bf16)
-    models = [(variant, fit(variant, arguments.work, run)) for variant in VARIANTS]
+    settings = recipe()
+    precision: Literal["bf16", "fp32"] = "bf16" if arguments.bf16 else "fp32"
+    settings = replace(settings, run=replace(settings.run, steps=arguments.steps, precision=precision))
+    models = [(variant, fit(variant, arguments.work, settings)) for variant in VARIANTS]
     real = RealClips.read(arguments.data)
     kept = arguments.work / "ablation" / "judges"
     kept.mkdir(exist_ok=True)

@@ -16,50 +16,26 @@ from torch import Tensor
 from higen import bundle
 from higen.errors import TrainingError
 from higen.families.higen import spec
-from higen.families.higen.spec import AutoencoderConfig, Defaults, ModelConfig, UNetConfig
+from higen.families.higen.spec import AutoencoderConfig, ModelConfig, UNetConfig
 from higen.models.nestings import below
 from higen.tokenizer import build_word_tokenizer
 from higen.train.checkpoints import Checkpoints
+from higen.train.recipes.default.configuration import WORDS, architecture
 from higen.train.recipes.default.decoder import RESULT as DECODER
-from higen.train.recipes.default.denoiser import TEXT, UNET, WORDS
-from higen.train.recipes.default.subjects import BACKGROUNDS, FPS, FRAMES, SPEEDS, SUBJECTS, caption
+from higen.train.recipes.default.subjects import BACKGROUNDS, SPEEDS, SUBJECTS, caption
 
 __all__ = ["assemble"]
-
-DEFAULTS = Defaults(
-    frames=FRAMES,
-    width=128,
-    height=128,
-    fps=int(FPS),
-    steps=(12, 3),
-    guidance=(1.5, 1.0),
-    solver="dpm++2m",
-    motion=None,
-    appearance=None,
-    offset_noise=0.0,
-)
 
 
 def model_config(autoencoder: AutoencoderConfig) -> ModelConfig:
     """The default model's configuration, whatever its weights."""
     normal = SPEEDS[1]
-    return ModelConfig(
-        name="higen default: animated emoji",
-        licence="Apache-2.0; trained on Microsoft's Fluent emoji (MIT) as animated by LobeHub (MIT)",
-        unet=UNET,
-        text=TEXT,
-        autoencoder=autoencoder,
-        defaults=DEFAULTS,
-        max_frames=64,
-        optional_cues=True,
-        prompts=tuple(
-            caption(subject, BACKGROUNDS[3 * i % len(BACKGROUNDS)], normal) for i, subject in enumerate(SUBJECTS)
-        ),
-    )
+    prompts = (caption(subject, BACKGROUNDS[3 * i % len(BACKGROUNDS)], normal) for i, subject in enumerate(SUBJECTS))
+    return replace(architecture(), autoencoder=autoencoder, prompts=tuple(prompts))
 
 
 def assemble(
-    state: Path, output: Path, overwrite: bool = False, trained: Path | None = None, unet: UNetConfig = UNET
+    state: Path, output: Path, overwrite: bool = False, trained: Path | None = None, unet: UNetConfig | None = None
 ) -> bundle.Bundle:
     """Write the model directory `output` from the codec in `state`, with the decoder that was trained on what the
     denoiser draws where there is one, and the averaged weights of the newest checkpoint.
@@ -79,7 +55,9 @@ def assemble(
         shift=tuple(statistics["mean"].tolist()),
         scale=tuple((1 / statistics["std"]).tolist()),
     )
-    with bundle.create(output, spec.manifest(replace(model_config(autoencoder), unet=unet)), overwrite) as folder:
+    config = model_config(autoencoder)
+    config = config if unet is None else replace(config, unet=unet)
+    with bundle.create(output, spec.manifest(config), overwrite) as folder:
         save_file(half_precision(average, "denoiser."), folder / spec.UNET)
         save_file(half_precision(average, "text."), folder / spec.TEXT_ENCODER)
         save_file(half_precision(_codec(state), ""), folder / spec.AUTOENCODER)

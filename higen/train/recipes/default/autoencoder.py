@@ -8,13 +8,10 @@ nothing but one thin convolution runs at full resolution. Run the command again 
 
 import argparse
 import json
-import math
-import pickle
-import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,12 +22,18 @@ from torch import Tensor
 from higen.bundle import Bundle
 from higen.errors import TrainingError
 from higen.families.higen import spec
-from higen.train.checkpoints import reason
+from higen.train.checkpoints import Checkpoints
+from higen.train.loop import Cadence, Follower, Loop
+from higen.train.optimise import Optimiser
 from higen.train.recipes.default.aside import aside
+from higen.train.recipes.default.configuration import CODEC, CodecSettings
 from higen.train.recipes.default.data import background, fetch, load_loop
+from higen.train.recipes.default.said import say
 from higen.train.recipes.default.subjects import BACKGROUNDS, SUBJECTS, is_held_out
 from higen.train.record import claimed
 
+FOLDER = "autoencoder"
+"""Of the checkpoints."""
 NO_ATTENTION: tuple[tuple[int, ...], ...] = ((),) * 5
 
 
@@ -47,28 +50,6 @@ class CodecConfig:
     decoder_layers_per_block: tuple[int, ...] = (0, 2, 2, 1, 1)
     encoder_qkv_multiscales: tuple[tuple[int, ...], ...] = NO_ATTENTION
     decoder_qkv_multiscales: tuple[tuple[int, ...], ...] = NO_ATTENTION
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """How the codec is trained; loss weights multiply terms measured on RGB in [-1, 1]."""
-
-    batch: int = 16
-    learning_rate: float = 2e-3
-    warm_up_steps: int = 100
-    weight_decay: float = 1e-3
-    betas: tuple[float, float] = (0.9, 0.99)
-    clip_norm: float = 1.0
-    ema_decay: float = 0.999
-    noise: float = 0.15
-    """Latents are decoded with noise of a standard deviation drawn from 0 to this, as the sampler's are not exact."""
-    mse_weight: float = 0.5
-    edge_weight: float = 0.5
-    subject_weight: float = 2.0
-    """Extra weight of the subject's pixels over the background's, which are few pictures and soon learned."""
-    prior_weight: float = 0.02
-    checkpoint_seconds: float = 120.0
-    seed: int = 0
 
 
 class Pictures:
@@ -114,7 +95,7 @@ def load(folder: Path) -> AutoencoderDC:
 
 
 def codec_loss(
-    model: AutoencoderDC, rgb: Tensor, coverage: Tensor, config: TrainConfig, generator: torch.Generator
+    model: AutoencoderDC, rgb: Tensor, coverage: Tensor, config: CodecSettings, generator: torch.Generator
 ) -> Tensor:
     """Scalar loss of a batch as `Pictures.batch` gives it: reconstruction from noisy latents + unit-variance prior."""
     latents = model.encoder(rgb)
@@ -126,7 +107,7 @@ def codec_loss(
     return loss
 
 
-def picture_loss(decoded: Tensor, rgb: Tensor, coverage: Tensor, config: TrainConfig) -> Tensor:
+def picture_loss(decoded: Tensor, rgb: Tensor, coverage: Tensor, config: CodecSettings) -> Tensor:
     """How far decoded pictures are from real ones [n, 3, 128, 128] and their edges: a scalar, weighted by coverage."""
     weight = 0.5 + config.subject_weight * coverage
     error = decoded - rgb
@@ -149,133 +130,76 @@ def psnr(model: AutoencoderDC, pictures: Pictures, pairs: list[tuple[int, int]],
     return sum(values) / len(values)
 
 
-class Trainer:
-    """The codec, its optimiser, its moving average and the random state: all that a checkpoint keeps."""
+class CodecGradients(Follower):
+    """The gradients of a step of the codec, and what is said of its run."""
 
-    def __init__(self, pictures: Pictures, config: TrainConfig) -> None:
-        """Start from random weights given by `config.seed`."""
-        torch.manual_seed(config.seed)
-        self.config, self.pictures = config, pictures
-        self.model, self.ema = build(), build()
-        self.ema.load_state_dict(self.model.state_dict())
-        self.ema.eval().requires_grad_(False)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=config.learning_rate, betas=config.betas, weight_decay=config.weight_decay
-        )
-        self.generator = torch.Generator().manual_seed(config.seed)
-        self.step = 0
-        self.seconds = 0.0
+    def __init__(self, model: AutoencoderDC, pictures: Pictures, settings: CodecSettings) -> None:
+        self.model, self.pictures, self.settings = model, pictures, settings
+        self.optimiser = Optimiser(dict(model.named_parameters()), settings.optimiser, settings.steps)
 
-    def train_step(self, progress: float) -> float:
-        """One update at `progress` (0..1) of the time available; returns the loss."""
-        config = self.config
-        warm_up = min(1.0, (self.step + 1) / config.warm_up_steps)
-        cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-        for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * warm_up * (0.01 + 0.99 * cosine)
-        rgb, coverage = self.pictures.batch(config.batch, self.generator)
-        loss = codec_loss(self.model, rgb, coverage, config, self.generator)
-        self.optimizer.zero_grad(set_to_none=True)
+    def __call__(self, step: int, random: torch.Generator) -> Mapping[str, Tensor]:
+        """Those of a batch of pictures, added up; the loss."""
+        rgb, coverage = self.pictures.batch(self.settings.batch, random)
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.precision == "bf16"):
+            loss = codec_loss(self.model, rgb, coverage, self.settings, random)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.clip_norm)
-        self.optimizer.step()
-        self.step += 1
-        # The ramp lets the average forget the first, bad weights.
-        decay = min(config.ema_decay, (1.0 + self.step) / (10.0 + self.step))
-        with torch.no_grad():
-            for average, value in zip(self.ema.parameters(), self.model.parameters(), strict=True):
-                average.lerp_(value, 1.0 - decay)
-        return float(loss.detach())
+        return {"loss": loss.detach()}
 
-    def save(self, path: Path) -> None:
-        """Write the checkpoint. Raises TrainingError where it cannot be written: the former one stays."""
-        state: dict[str, Any] = {
-            "model": self.model.state_dict(),
-            "ema": self.ema.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "generator": self.generator.get_state(),
-            "step": self.step,
-            "seconds": self.seconds,
-        }
-        with aside(path) as temporary, temporary.open("wb") as file:
-            torch.save(state, file)
-
-    def restore(self, path: Path) -> None:
-        """Continue exactly where `save` left off."""
-        state = _read(path)
-        self.model.load_state_dict(state["model"])
-        self.ema.load_state_dict(state["ema"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.generator.set_state(state["generator"])
-        self.step, self.seconds = state["step"], state["seconds"]
+    def logged(self, step: int, values: Mapping[str, Tensor], smoothed: Mapping[str, float]) -> Mapping[str, float]:
+        """The loss, and the PSNR of the averaged weights on trained and held-out pictures."""
+        averaged = build()
+        averaged.load_state_dict(self.optimiser.average)
+        # Nine pairs a subject: every tenth is another subject on another background.
+        seen = psnr(averaged, self.pictures, self.pictures.training[::10])
+        unseen = psnr(averaged, self.pictures, self.pictures.validation)
+        return {**smoothed, "PSNR": seen, "held-out PSNR": unseen}
 
 
-def run(trainer: Trainer, folder: Path, seconds: float) -> None:
-    """Train to `seconds` of wall-clock time in all, with a checkpoint and a log line every two minutes."""
-    total = max(seconds, trainer.seconds)
-    start, before = time.monotonic(), trainer.seconds
-    mark, mark_step, losses = start, trainer.step, [0.0]
-    with (folder / "autoencoder.log").open("a") as log:
-        while trainer.seconds < total:
-            losses.append(trainer.train_step(trainer.seconds / total))
-            now = time.monotonic()
-            trainer.seconds = before + now - start
-            if now - mark < trainer.config.checkpoint_seconds and trainer.seconds < total:
-                continue
-            rate = (trainer.step - mark_step) * trainer.config.batch / (now - mark)
-            trainer.save(folder / "autoencoder.ckpt")
-            # Nine pairs a subject: every tenth is another subject on another background.
-            seen = psnr(trainer.ema, trainer.pictures, trainer.pictures.training[::10])
-            unseen = psnr(trainer.ema, trainer.pictures, trainer.pictures.validation)
-            line = (
-                f"{datetime.now():%H:%M:%S} step {trainer.step} loss {np.mean(losses[1:]):.4f} "
-                f"psnr train {seen:.2f} held-out {unseen:.2f} dB {rate:.1f} images/s"
-            )
-            print(line, flush=True)
-            log.write(line + "\n")
-            log.flush()
-            mark, mark_step, losses = time.monotonic(), trainer.step, [0.0]
-
-
-def train(data: Path, state: Path, seconds: float, start: Bundle | None = None) -> None:
+def train(
+    data: Path, state: Path, seconds: float, start: Bundle | None = None, settings: CodecSettings = CODEC
+) -> None:
     """Train for `seconds` in all on the loops in `data`, going on from what `state` holds, and write the codec there.
 
     A new run starts from random weights, or from those of the model `start`, which 0 seconds leave as they are.
+    Raises TrainingError where a file cannot be read or written.
     """
     state.mkdir(parents=True, exist_ok=True)
-    trainer = Trainer(Pictures(data), TrainConfig())
-    if (state / "autoencoder.ckpt").exists():
-        trainer.restore(state / "autoencoder.ckpt")
-    elif start is not None:
-        weights = load_file(start.file(spec.AUTOENCODER))
-        trainer.model.load_state_dict(weights)
-        trainer.ema.load_state_dict(weights)
-    run(trainer, state, seconds)
-    export(trainer, state)
+    if (earlier := state / "autoencoder.ckpt").exists():
+        raise TrainingError(f"{earlier}: a checkpoint of an earlier version; remove it to train the codec anew")
+    torch.manual_seed(settings.seed)
+    model = build()
+    gradients = CodecGradients(model, Pictures(data), settings)
+    optimiser = gradients.optimiser
+    loop = Loop(
+        gradients,
+        optimiser,
+        Checkpoints(state / FOLDER, keep=1),
+        Cadence(log_every=0, save_seconds=settings.save_seconds),
+        seed=settings.seed,
+        follower=gradients,
+        say=say,
+    )
+    if not loop.resume(lambda _: None) and start is not None:
+        model.load_state_dict(load_file(start.file(spec.AUTOENCODER)))
+        optimiser.average_anew()
+    optimiser.time = max(seconds, optimiser.seconds)
+    loop.run()
+    export(optimiser.average, state)
 
 
-def export(trainer: Trainer, folder: Path) -> None:
-    """Write the constructor's arguments (`autoencoder.json`) and the EMA weights (`autoencoder.safetensors`), which
-    come last: where they are, the codec is whole. Raises TrainingError where they cannot be written."""
+def export(weights: Mapping[str, Tensor], folder: Path) -> None:
+    """Write the constructor's arguments (`autoencoder.json`) and the weights (`autoencoder.safetensors`), which come
+    last: where they are, the codec is whole. Raises TrainingError where they cannot be written."""
     with aside(folder / "autoencoder.json") as path:
         path.write_text(json.dumps(asdict(CodecConfig()), indent=2) + "\n")
     with aside(folder / "autoencoder.safetensors") as path:
-        save_file(trainer.ema.state_dict(), path)
+        save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path)
 
 
 def seconds_spent(folder: Path) -> float:
-    """Seconds that the checkpoint in `folder` has been trained for; 0 if there is none."""
-    path = folder / "autoencoder.ckpt"
-    return float(_read(path)["seconds"]) if path.exists() else 0.0
-
-
-def _read(path: Path) -> dict[str, Any]:
-    """What `Trainer.save` wrote. Raises TrainingError."""
-    try:
-        state: dict[str, Any] = torch.load(path, weights_only=True)
-        return {name: state[name] for name in ("model", "ema", "optimizer", "generator", "step", "seconds")}
-    except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
-        raise TrainingError(f"{path} cannot be read: {reason(error)}; remove it to train the codec anew") from error
+    """Seconds that the checkpoint in `folder` has been trained for; 0 if there is none. Raises TrainingError."""
+    state = Checkpoints(folder / FOLDER, keep=1).load()
+    return 0.0 if state is None else float(state["seconds"])
 
 
 def seconds_until(clock: str) -> float:
@@ -290,7 +214,7 @@ def main() -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(description="Train the default model's codec.")
     parser.add_argument("--data", type=Path, required=True, help="folder of the WebP loops; filled if empty")
-    parser.add_argument("--state", type=Path, required=True, help="folder of the checkpoint, the log and the result")
+    parser.add_argument("--state", type=Path, required=True, help="folder of the checkpoint and the result")
     when = parser.add_mutually_exclusive_group(required=True)
     when.add_argument("--until", metavar="HH:MM", help="train until this local time")
     when.add_argument("--minutes", type=float, help="train this long, earlier runs included")

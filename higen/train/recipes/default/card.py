@@ -17,8 +17,7 @@ import numpy as np
 
 import higen
 from higen.families.higen import spec
-from higen.train.recipes.default import decoder
-from higen.train.recipes.default.denoiser import Run
+from higen.train.recipes.default.configuration import DECODER, recipe
 from higen.train.recipes.default.report import COLUMNS, frechet_lines
 from higen.train.recipes.default.subjects import BACKGROUNDS, SUBJECTS
 from higen.video import Video, contact_sheet
@@ -150,8 +149,8 @@ def main() -> None:
         parameters=size / 2e6,
         megabytes=size / 1e6,
         words=words,
-        steps=Run().steps,
-        decoder_steps=decoder.Run().steps,
+        steps=recipe().run.steps,
+        decoder_steps=DECODER.steps,
         quick=" --quick" if measures["model"]["quick"] else "",
         clips=", ".join(f"{name}: {group['clips']} clips" for name, group in measures["groups"].items()),
         table=table(measures),

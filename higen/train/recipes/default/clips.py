@@ -4,23 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from higen.errors import TrainingError
-from higen.families.higen.cues import appearance_cue, motion_cue
 from higen.families.higen.spec import UNetConfig
-from higen.train.cues import appearance_factor, appearance_similarity, motion_of
+from higen.tokenizer import PromptTokenizer
+from higen.train.batches import GIVEN, Batch, GainBatch, StepBatches, clip_cues, picture_cues
+from higen.train.draws import draw_timesteps, draw_window, noisy_prior
+from higen.train.loop import step_generator
 from higen.train.objective import residual_square
+from higen.train.recipes.default.configuration import recipe
 from higen.train.recipes.default.data import clip_indices
 from higen.train.recipes.default.latents import load_latents
 from higen.train.recipes.default.subjects import (
     BACKGROUNDS,
     FRAMES,
-    KEY_INDEX,
     SPEEDS,
     STYLES,
     SUBJECTS,
@@ -28,27 +30,17 @@ from higen.train.recipes.default.subjects import (
     caption,
     is_held_out,
 )
+from higen.train.recipes.default.subjects import (
+    KEY_INDEX as KEY,
+)
+from higen.train.settings import Settings
 
-__all__ = ["Batch", "Clips", "Selection"]
+__all__ = ["Clips", "EmojiSource", "Pictured", "Selection"]
 
-EARLY_WINDOWS = ((4, 12), (4, 12), (4, 12), (16, 3))
-"""Lengths of the windows cut out of clips, and how many make a batch of 48 frames: mostly short ones, which show the
-network more clips a step."""
-LATE_WINDOWS = ((4, 12), (8, 6), (16, 3), (16, 3))
-"""The same after the part LATE of the run: mostly whole clips."""
-LATE = 0.5
 EARLY = 0.5
-IMAGES = 12
-TOLD = 32
-"""Captions and cues per step that are told how much their clips move, no more: the U-Net does not run for them."""
-TEXT_DROPOUT = 0.1
+"""Part of the run in which new subjects are drawn more often."""
 STYLE_PARTS = (0.4, 0.2, 0.15, 0.15, 0.1)
 """How often a caption has each of STYLES."""
-CUES = ((False, False), (True, False), (False, True), (True, True))
-CUES_PARTS = (0.35, 0.35, 0.15, 0.15)
-"""Which of the two cues (motion, appearance) a clip comes with, and how often: as it is asked for, mostly with none or
-with one. A clip at a speed without a name has at least one, else nothing would say how fast it is."""
-PRIOR_NOISE = 0.05
 UNSAID = 0.75
 """Part of the clips with a cue whose caption leaves the speed out, so that the cue decides it."""
 SPEED_PARTS = (0.14, 0.27, 0.27, 0.04, 0.28)
@@ -56,7 +48,7 @@ SPEED_PARTS = (0.14, 0.27, 0.27, 0.04, 0.28)
 
 
 @dataclass(frozen=True)
-class Batch:
+class Pictured:
     """x0 [B,32,F,8,8], prior [B,32,8,8] (zeros for images), motion [B,F,D], appearance [B,F,R], captions."""
 
     x0: Tensor
@@ -93,8 +85,15 @@ class Selection:
 class Clips:
     """Clips and key frames over the latents cache; held-out combinations are left out."""
 
-    def __init__(self, latents: Path, config: UNetConfig, selection: Selection | None = None) -> None:
-        """`latents`: the cache's file. Raises TrainingError where it lacks a subject."""
+    def __init__(
+        self,
+        latents: Path,
+        config: UNetConfig,
+        selection: Selection | None = None,
+        settings: Settings | None = None,
+    ) -> None:
+        """`latents`: the cache's file. `settings`: None is the recipe's. Raises TrainingError for a missing subject."""
+        self.settings = settings or recipe()
         cache = load_latents(latents)
         self.config = config
         self.selection = selection or Selection()
@@ -104,10 +103,6 @@ class Clips:
                 f"{latents}: no latents of {', '.join(missing)}; remove it, and `higen train default` makes it again"
             )
         self.loops = {s: cache[f"latents/{SUBJECTS[s].name}"] for s in self.selection.subjects}
-        self._no_cues = (
-            torch.from_numpy(motion_cue(None, FRAMES, config.base_channels)),
-            torch.from_numpy(appearance_cue(None, FRAMES, config.appearance_columns)),
-        )
         self.pairs = [(s, b) for s in self.loops for b in range(len(BACKGROUNDS)) if not is_held_out(s, b)]
         self._early_pairs = self.pairs + [pair for pair in self.pairs if pair[0] in self.selection.new]
 
@@ -117,41 +112,36 @@ class Clips:
         indices = clip_indices(loop.shape[1], SUBJECTS[subject].key_frame, speed)
         return loop[background, torch.from_numpy(indices)].float().transpose(0, 1)
 
-    def images(self, random: torch.Generator, progress: float) -> Batch:
+    def images(self, random: torch.Generator, progress: float) -> Pictured:
         """Key frames with any caption of theirs: motion 0, appearance 1, no prior. `progress`: 0 to 1 over the run."""
         x0, captions = [], []
-        for _ in range(IMAGES):
+        count = self.settings.data.images
+        for _ in range(count):
             s, b = self._pair(random, progress)
             x0.append(self.loops[s][b, SUBJECTS[s].key_frame].float()[:, None])
             captions.append(self._caption(s, b, SPEEDS[_integer(random, len(SPEEDS))], random))
-        motion = torch.from_numpy(motion_cue(0.0, 1, self.config.base_channels))
-        appearance = torch.from_numpy(appearance_cue(0.0, 1, self.config.appearance_columns))
         batch = torch.stack(x0)
-        return Batch(
-            batch,
-            torch.zeros_like(batch[:, :, 0]),
-            motion.expand(IMAGES, -1, -1),
-            appearance.expand(IMAGES, -1, -1),
-            captions,
-        )
+        motion, appearance = (cue.expand(count, -1, -1) for cue in picture_cues(self.config))
+        return Pictured(batch, torch.zeros_like(batch[:, :, 0]), motion, appearance, captions)
 
-    def windows(self, random: torch.Generator, progress: float) -> Batch:
+    def windows(self, random: torch.Generator, progress: float) -> Pictured:
         """Windows of whole clips, with the cues of the clip they are cut from."""
-        choices = LATE_WINDOWS if progress > LATE else EARLY_WINDOWS
-        length, count = choices[_integer(random, len(choices))]
+        length = draw_window(self.settings.objective, FRAMES, progress, random)
+        count = self.settings.data.videos * FRAMES // length
         parts = [self._window(length, random, progress) for _ in range(count)]
         x0, prior, motion, appearance = (torch.stack([p[i] for p in parts]) for i in range(4))  # type: ignore[misc]
-        return Batch(x0, prior, motion, appearance, [p[4] for p in parts])
+        return Pictured(x0, prior, motion, appearance, [p[4] for p in parts])
 
     def told(self, random: torch.Generator, progress: float) -> Told:
         """Whole clips with their captions; half of them with no cue, as most prompts come, the others as windows."""
         parts = []
-        for k in range(TOLD):
+        for k in range(self.settings.objective.gain_clips):
             s, b = self._pair(random, progress)
             speed = self._speed(random) if k % 2 else SPEEDS[_integer(random, len(SPEEDS))]
             clip = self.clip(s, b, speed.factor)
-            square = residual_square(clip[None], clip[None, :, KEY_INDEX])[0]
-            motion, appearance, said = self._cues(clip, random, speed) if k % 2 else (*self._no_cues, speed)
+            square = residual_square(clip[None], clip[None, :, KEY])[0]
+            cues = self._cues(clip, random, speed) if k % 2 else (*self._inputs(clip, given=(False, False)), speed)
+            motion, appearance, said = cues
             parts.append((motion, appearance, square, self._caption(s, b, said, random)))
         motion, appearance, square = (torch.stack([p[i] for p in parts]) for i in range(3))  # type: ignore[misc]
         return Told(motion, appearance, square, [p[3] for p in parts])
@@ -165,35 +155,24 @@ class Clips:
         motion, appearance, said = self._cues(clip, random, speed)
         start = _integer(random, FRAMES - length + 1)
         frames = slice(start, start + length)
-        prior = clip[:, KEY_INDEX] + PRIOR_NOISE * _real(random) * torch.randn(
-            clip[:, KEY_INDEX].shape, generator=random
-        )
+        prior = noisy_prior(clip[:, KEY], self.settings.objective, random)
         return clip[:, frames], prior, motion[frames], appearance[frames], self._caption(s, b, said, random)
 
     def _cues(self, clip: Tensor, random: torch.Generator, speed: Speed) -> tuple[Tensor, Tensor, Speed]:
         """Cues measured from the clip, as a user or as a clip would give them, or left out where the speed has a name;
         and the speed that the caption should name."""
-        motion = motion_of(clip[None])[0].float()
-        if _real(random) < 0.5:
-            motion = motion.mean().expand_as(motion)
-        similarity = appearance_similarity(clip.transpose(0, 1).flatten(1)[None])
-        rows = appearance_cue(
-            float(appearance_factor(similarity)) if _real(random) < 0.5 else similarity[0].numpy(),
-            FRAMES,
-            self.config.appearance_columns,
-        )
+        number = self.settings.cues.as_numbers
+        numbers = _real(random) < number, _real(random) < number
         least = 0 if speed in SPEEDS else 1
-        gives_motion, gives_appearance = CUES[least + _weighted(random, CUES_PARTS[least:])]
-        gives_motion &= self.selection.motion
-        gives_appearance &= self.selection.appearance
-        unsaid = _real(random) < UNSAID and (gives_motion or gives_appearance)
-        return (
-            torch.from_numpy(motion_cue(motion.numpy() if gives_motion else None, FRAMES, self.config.base_channels)),
-            torch.from_numpy(
-                appearance_cue(rows if gives_appearance else None, FRAMES, self.config.appearance_columns)
-            ),
-            SPEEDS[1] if unsaid else speed,
-        )
+        gives_motion, gives_appearance = GIVEN[least + _weighted(random, self.settings.cues.given[least:])]
+        given = gives_motion and self.selection.motion, gives_appearance and self.selection.appearance
+        unsaid = _real(random) < UNSAID and any(given)
+        return (*self._inputs(clip, numbers, given), SPEEDS[1] if unsaid else speed)
+
+    def _inputs(
+        self, clip: Tensor, numbers: tuple[bool, bool] = (False, False), given: tuple[bool, bool] = (True, True)
+    ) -> tuple[Tensor, Tensor]:
+        return clip_cues(self.config, clip, None, numbers, given)
 
     def _pair(self, random: torch.Generator, progress: float) -> tuple[int, int]:
         pairs = self._early_pairs if progress < EARLY else self.pairs
@@ -209,9 +188,45 @@ class Clips:
         return Speed(nearest.name, nearest.phrase, nearest.synonym, factor)
 
     def _caption(self, s: int, b: int, speed: Speed, random: torch.Generator) -> str:
-        if _real(random) < TEXT_DROPOUT:
+        if _real(random) < self.settings.objective.text_dropout:
             return ""
         return caption(SUBJECTS[s], BACKGROUNDS[b], speed, STYLES[_weighted(random, STYLE_PARTS)])
+
+
+class EmojiSource:
+    """The batches of a run over the emoji (`higen.train.batches.Source`).
+
+    Clips have a prior where the network knows what to do with it (prior preconditioning); one without draws them from
+    the text alone, and the noise levels of its clips are chosen as those of pictures are.
+    """
+
+    def __init__(self, clips: Clips, tokenizer: PromptTokenizer, timesteps: int) -> None:
+        self.clips, self.tokenizer, self.timesteps = clips, tokenizer, timesteps
+        self.has_prior = clips.config.prior_preconditioning
+
+    def batches(self, step: int) -> StepBatches:
+        """Those of step `step`."""
+        run = self.clips.settings.run
+        random, progress = step_generator(run.seed, step), step / run.steps
+        images = self._batch(self.clips.images(random, progress), False, random)
+        videos = self._batch(self.clips.windows(random, progress), self.has_prior, random)
+        gains = None
+        if self.has_prior:
+            told = self.clips.told(random, progress)
+            gains = GainBatch(told.motion, told.appearance, told.square, self._tokens(told.captions))
+        return StepBatches(images, videos if self.has_prior else replace(videos, prior=None), gains)
+
+    def _batch(self, drawn: Pictured, levelled: bool, random: torch.Generator) -> Batch:
+        """`levelled`: the noise levels are chosen as those of clips."""
+        t = draw_timesteps(len(drawn.x0), levelled, self.clips.settings.objective, self.timesteps, random)
+        noise = torch.randn(drawn.x0.shape, generator=random)
+        return Batch(drawn.x0, noise, t, drawn.prior, drawn.motion, drawn.appearance, self._tokens(drawn.captions))
+
+    def _tokens(self, captions: list[str]) -> Tensor:
+        return torch.from_numpy(self.tokenizer.encode(captions))
+
+    def close(self) -> None:
+        """Nothing is open."""
 
 
 def _integer(random: torch.Generator, below: int) -> int:

@@ -12,8 +12,8 @@ theirs, the other half encoded pictures, which must not become worse. The result
 from __future__ import annotations
 
 import argparse
-import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,35 +28,22 @@ from higen.pipeline import Pipeline
 from higen.sampler import Step
 from higen.train.checkpoints import Checkpoints
 from higen.train.denormals import flushed_denormals
+from higen.train.loop import Cadence, Loop
 from higen.train.optimise import Optimiser
-from higen.train.processes import stop_signals
 from higen.train.recipes.default.aside import aside
-from higen.train.recipes.default.autoencoder import Pictures, TrainConfig, load, picture_loss
+from higen.train.recipes.default.autoencoder import Pictures, load, picture_loss
+from higen.train.recipes.default.configuration import DECODER, CodecSettings
 from higen.train.recipes.default.data import clip_indices, fetch
 from higen.train.recipes.default.latents import denormalise, load_latents
+from higen.train.recipes.default.said import say
 from higen.train.recipes.default.subjects import BACKGROUNDS, SPEEDS, SUBJECTS, caption, is_held_out
 from higen.train.record import claimed
-from higen.train.settings import OptimiserSettings
 
 __all__ = ["draw", "train"]
 
 MOVING = tuple(i for i, speed in enumerate(SPEEDS) if speed.factor)
 """Indices in SPEEDS of what is drawn, one for each trained pair in turn."""
 RESULT = "decoder.safetensors"
-
-
-OPTIMISER = OptimiserSettings(learning_rate=1e-3, betas=(0.9, 0.99), warm_up=100, decay_part=0.7, clip=1.0, ema=0.998)
-
-
-@dataclass(frozen=True)
-class Run:
-    """How long and how fast; half of a batch is drawn. `bfloat16`: mixed precision, as in the denoiser's training."""
-
-    steps: int = 4000
-    batch: int = 16
-    seed: int = 0
-    bfloat16: bool = False
-    optimiser: OptimiserSettings = OPTIMISER
 
 
 def draw(model: Bundle, folder: Path, shown: bool = False) -> None:
@@ -116,57 +103,52 @@ class Drawn:
         return denormalise(torch.stack(latents), self.mean, self.std), torch.cat(pictures), torch.cat(coverage)
 
 
-def train(data: Path, state: Path, run: Run | None = None) -> None:
-    """Train to `run.steps` steps, resuming what `state` holds, and write the decoder there.
+class DecoderGradients:
+    """The gradients of a step of the decoder (`higen.train.loop.Gradients`)."""
 
-    Step n uses random numbers of its own (seed, n). Raises TrainingError where a file cannot be written.
+    def __init__(self, codec: Any, drawn: Drawn, settings: CodecSettings) -> None:
+        self.codec, self.drawn, self.settings = codec, drawn, settings
+
+    def __call__(self, step: int, random: torch.Generator) -> Mapping[str, Tensor]:
+        """Those of a batch, added up; the losses of what was drawn and of what was encoded."""
+        settings, half = self.settings, self.settings.batch // 2
+        latents, drawn_pictures, drawn_coverage = self.drawn.batch(half, random)
+        pictures, coverage = self.drawn.pictures.batch(half, random)
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
+            with torch.no_grad():
+                encoded = self.codec.encoder(pictures).float()
+            level = torch.rand((len(encoded), 1, 1, 1), generator=random) * settings.noise
+            noisy = encoded + level * torch.randn(encoded.shape, generator=random)
+            decoded = self.codec.decoder(torch.cat([latents, noisy])).float()
+        own = picture_loss(decoded[: len(latents)], drawn_pictures, drawn_coverage, settings)
+        others = picture_loss(decoded[len(latents) :], pictures, coverage, settings)
+        (own + others).backward()
+        return {"drawn": own.detach(), "encoded": others.detach()}
+
+
+def train(data: Path, state: Path, settings: CodecSettings = DECODER) -> None:
+    """Train to `settings.steps` steps, resuming what `state` holds, and write the decoder there.
+
+    Raises TrainingError where a file cannot be written.
     """
-    run, pictures, cache = run or Run(), Pictures(data), load_latents(state / "latents.safetensors")
+    pictures, cache = Pictures(data), load_latents(state / "latents.safetensors")
     drawn = Drawn(state / "drawn", pictures, cache["mean"], cache["std"])
     codec = load(state)
     codec.encoder.requires_grad_(False)
-    optimiser = Optimiser(dict(codec.decoder.named_parameters()), run.optimiser, run.steps)
-    checkpoints = Checkpoints(state / "decoder", keep=1)
-    made = checkpoints.load()
-    if made is not None:
-        optimiser.load(made)
-    losses = [0.0, 0.0]
-    with flushed_denormals(), stop_signals() as stopped:
-        while optimiser.step < run.steps and not stopped.is_set():
-            random = torch.Generator().manual_seed(run.seed * 1_000_003 + optimiser.step)
-            optimiser.clear()
-            found = _gradients(codec, drawn, run, random)
-            optimiser.advance()
-            losses = [0.98 * a + 0.02 * b if a else b for a, b in zip(losses, found, strict=True)]
-            if optimiser.step % 100 == 0:
-                print(
-                    f"{time.strftime('%H:%M:%S')} step {optimiser.step} of {run.steps} drawn {losses[0]:.4f} "
-                    f"encoded {losses[1]:.4f}",
-                    flush=True,
-                )
-                checkpoints.save(optimiser.step, optimiser.state())
-    if stopped.is_set():
-        checkpoints.save(optimiser.step, optimiser.state())
-        raise KeyboardInterrupt
+    optimiser = Optimiser(dict(codec.decoder.named_parameters()), settings.optimiser, settings.steps)
+    loop = Loop(
+        DecoderGradients(codec, drawn, settings),
+        optimiser,
+        Checkpoints(state / "decoder", keep=1),
+        Cadence(log_every=100, save_seconds=settings.save_seconds),
+        seed=settings.seed,
+        say=say,
+    )
+    loop.resume(lambda _: None)
+    with flushed_denormals():
+        loop.run()
     with aside(state / RESULT) as path:
         save_file({name: tensor.contiguous() for name, tensor in optimiser.average.items()}, path)
-
-
-def _gradients(codec: Any, drawn: Drawn, run: Run, random: torch.Generator) -> tuple[float, float]:
-    """Gradients of one batch; the losses of what was drawn and of what was encoded."""
-    config = TrainConfig()
-    latents, drawn_pictures, drawn_coverage = drawn.batch(run.batch // 2, random)
-    pictures, coverage = drawn.pictures.batch(run.batch // 2, random)
-    with torch.autocast("cpu", torch.bfloat16, enabled=run.bfloat16):
-        with torch.no_grad():
-            encoded = codec.encoder(pictures).float()
-        level = torch.rand((len(encoded), 1, 1, 1), generator=random) * config.noise
-        noisy = encoded + level * torch.randn(encoded.shape, generator=random)
-        decoded = codec.decoder(torch.cat([latents, noisy])).float()
-    own = picture_loss(decoded[: len(latents)], drawn_pictures, drawn_coverage, config)
-    others = picture_loss(decoded[len(latents) :], pictures, coverage, config)
-    (own + others).backward()
-    return float(own.detach()), float(others.detach())
 
 
 def main() -> None:
@@ -175,7 +157,7 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the WebP loops; filled if empty")
     parser.add_argument("--state", type=Path, required=True, help="folder of the codec and the latents cache")
     parser.add_argument("--model", type=Path, required=True, help="model directory that draws")
-    parser.add_argument("--steps", type=int, default=Run.steps, help="steps in all")
+    parser.add_argument("--steps", type=int, default=DECODER.steps, help="steps in all")
     parser.add_argument("--bf16", action="store_true", help="mixed precision")
     parser.add_argument("--threads", type=int, default=2)
     arguments = parser.parse_args()
@@ -183,7 +165,8 @@ def main() -> None:
     fetch(arguments.data)
     with claimed(arguments.state / "drawn", "drawing"):
         draw(Bundle.open(arguments.model), arguments.state / "drawn", shown=True)
-        train(arguments.data, arguments.state, Run(steps=arguments.steps, bfloat16=arguments.bf16))
+        settings = replace(DECODER, steps=arguments.steps, precision="bf16" if arguments.bf16 else "fp32")
+        train(arguments.data, arguments.state, settings)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from higen.bundle import Bundle
@@ -10,8 +11,9 @@ from higen.families.higen import spec
 from higen.train.notices import slow_bfloat16
 from higen.train.recipes.default import autoencoder, decoder, latents
 from higen.train.recipes.default.assemble import assemble
+from higen.train.recipes.default.configuration import DECODER
 from higen.train.recipes.default.data import DOWNLOAD, fetch, to_fetch
-from higen.train.recipes.default.denoiser import Run, train
+from higen.train.recipes.default.denoiser import all_clips, train
 from higen.train.recipes.default.subjects import subjects_named
 from higen.train.record import claimed
 
@@ -55,8 +57,8 @@ def run(
             autoencoder.train(work / "data", work, 60 * codec_minutes, trained)
         if not (work / "latents.safetensors").exists():
             latents.write(work / "data", work, None if trained is None else spec.autoencoder_config(trained.manifest))
-        train(work, Run(steps=steps or Run.steps, bfloat16=bf16), trained)
+        train(work, all_clips(work, steps, bf16, trained), trained)
         if not (work / decoder.RESULT).exists():
             decoder.draw(assemble(work, work / "model", overwrite=True), work / "drawn")
-            decoder.train(work / "data", work, decoder.Run(bfloat16=bf16))
+            decoder.train(work / "data", work, replace(DECODER, precision="bf16" if bf16 else "fp32"))
         return assemble(work, output, overwrite=True)

@@ -1,0 +1,77 @@
+"""The gradients of a step of the denoiser: the objective over what a source of batches yields."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from higen.errors import SettingsError
+from higen.train.batches import Source, StepBatches
+from higen.train.loop import step_seed
+from higen.train.networks import Objective, spatial_names
+from higen.train.processes import Processes
+from higen.train.settings import Settings
+
+__all__ = ["DenoiserGradients", "scale_gradients"]
+
+
+class DenoiserGradients:
+    """Adds up the gradients of a step (`higen.train.loop.Gradients`); its losses are "image" and "video".
+
+    trained  the parameters that are trained, by name
+    """
+
+    def __init__(
+        self,
+        objective: Objective,
+        trained: dict[str, nn.Parameter],
+        source: Source,
+        settings: Settings,
+        processes: Processes,
+    ) -> None:
+        """Raises SettingsError for losses in turn with several processes."""
+        if settings.run.losses_in_turn and processes.count > 1:
+            raise SettingsError("run.losses_in_turn=true: one process; several average the gradients of one loss")
+        self.source, self.settings, self.processes = source, settings, processes
+        self.trained = trained
+        spatial = (f"denoiser.{name}" for name in spatial_names(objective.denoiser.unet.config))
+        self.spatial = [trained[name] for name in spatial if name in trained]
+        self.parallel = processes.prepare(objective)
+
+    def __call__(self, step: int, random: torch.Generator) -> Mapping[str, Tensor]:
+        """The losses of a step, means over this process's samples."""
+        batches = self.source.batches(step)
+        # Dropout layers are the only ones left that draw from the global generator.
+        torch.manual_seed(step_seed(self.settings.run.seed, step) * 1_009 + self.processes.index)
+        parts = batches.split(self.settings.run.micro_batches)
+        losses: dict[str, Tensor] = {}
+        for i, part in enumerate(parts):
+            # Processes exchange gradients once a step, with the last part.
+            last = i == len(parts) - 1
+            with contextlib.nullcontext() if last else self.processes.waiting(self.parallel):
+                for name, loss in self._differentiate(part, len(parts)).items():
+                    losses[name] = losses[name] + loss if name in losses else loss
+        if (factor := self.settings.optimiser.spatial_gradient) != 1:
+            scale_gradients(self.spatial, factor)
+        return losses
+
+    def _differentiate(self, part: StepBatches, parts: int) -> Mapping[str, Tensor]:
+        """The gradients of one of the `parts` of a step; its share of the losses."""
+        found: dict[str, Tensor] = {}
+        for some in part.singly() if self.settings.run.losses_in_turn else [part]:
+            bfloat16 = self.settings.run.precision == "bf16"
+            with torch.autocast(self.processes.device.type, torch.bfloat16, enabled=bfloat16):
+                loss, image, video = self.parallel(some.images, some.videos, some.gains)
+            self.processes.backward(loss / parts)
+            found |= {"image": image / parts} if some.images is not None else {}
+            found |= {"video": video / parts} if some.videos is not None else {}
+        return found
+
+
+def scale_gradients(parameters: list[nn.Parameter], factor: float) -> None:
+    """Multiply the gradients that are there."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    torch._foreach_mul_(gradients, factor)

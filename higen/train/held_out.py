@@ -1,0 +1,76 @@
+"""Losses of a run's averaged weights on clips that it is not trained on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from higen.errors import SettingsError
+from higen.train.batches import Batches, StepBatches
+from higen.train.data import list_items
+from higen.train.file_source import FileSource, make_reader
+from higen.train.networks import Networks, Objective
+from higen.train.optimise import Optimiser
+from higen.train.processes import Processes, gain_share, shares
+from higen.train.settings import Settings
+
+__all__ = ["HeldOut"]
+
+
+class HeldOut:
+    """The data set `data.held_out`: the same few batches in every measurement, with the same noise."""
+
+    def __init__(
+        self, settings: Settings, networks: Networks, batches: Batches, processes: Processes, tower: str | None
+    ) -> None:
+        """Raises SettingsError for a data set that cannot be used."""
+        data = settings.data
+        where = replace(data, path=data.held_out or "", cache=None, workers=0, crop="centre", start="centre")
+        self.settings, self.processes = replace(settings, data=where), processes
+        try:
+            reader = make_reader(self.settings, networks, list_items(where.path), tower, processes.device)
+        except SettingsError as error:
+            raise SettingsError(f"data.held_out: {str(error).removeprefix('data.path')}") from error
+        place = processes.count, processes.index
+        share, gains = shares(settings, *place), gain_share(settings, *place)
+        self._source = FileSource(reader, batches, self.settings, share, gains, processes.device)
+        self._batches: list[StepBatches] = []
+
+    def losses(self, objective: Objective, optimiser: Optimiser) -> dict[str, float]:
+        """ "held-out image" and "held-out video": means over all processes. Every process calls it."""
+        if not self._batches:
+            steps = range(self.settings.data.held_out_steps)
+            self._batches = [replace(self._source.batches(step), gains=None) for step in steps]
+        found: dict[str, list[Tensor]] = {}
+        with _averaged(objective, optimiser), torch.no_grad():
+            for batches in self._batches:
+                _, image, video = objective(batches.images, batches.videos)
+                for name, loss, batch in (("image", image, batches.images), ("video", video, batches.videos)):
+                    if batch is not None:
+                        found.setdefault(f"held-out {name}", []).append(loss)
+        return {name: float(self.processes.mean(torch.stack(losses).mean())) for name, losses in found.items()}
+
+
+@contextmanager
+def _averaged(objective: Objective, optimiser: Optimiser) -> Iterator[None]:
+    """The averaged weights are in the networks, which drop nothing; then all is as it was."""
+    training = [module for module in (objective.denoiser, *objective.unets, objective.text) if module.training]
+    _swap(optimiser.parameters, optimiser.average)
+    for module in training:
+        module.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.train()
+        _swap(optimiser.parameters, optimiser.average)
+
+
+def _swap(parameters: Mapping[str, Tensor], average: Mapping[str, Tensor]) -> None:
+    """Exchange the memory of two sets of tensors."""
+    for name, parameter in parameters.items():
+        parameter.data, average[name].data = average[name].data, parameter.data

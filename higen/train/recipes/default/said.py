@@ -1,0 +1,12 @@
+"""What the recipe says of its progress."""
+
+from __future__ import annotations
+
+import time
+
+__all__ = ["say"]
+
+
+def say(line: str) -> None:
+    """Print a line behind the time of day: a run takes hours."""
+    print(time.strftime("%H:%M:%S"), line, flush=True)

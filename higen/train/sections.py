@@ -1,0 +1,258 @@
+"""The sections of a training run's settings, each with the checks of its own keys (`higen.train.settings`)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+from higen.errors import SettingsError
+
+__all__ = [
+    "CueSettings",
+    "DataSettings",
+    "LoraSettings",
+    "ModelSettings",
+    "ObjectiveSettings",
+    "OptimiserSettings",
+    "RunSettings",
+    "key_index",
+]
+
+
+def key_index(frames: int, key_frame: float) -> int:
+    """Index of the key frame of a clip."""
+    return int(frames * key_frame)
+
+
+def _at_least(section: object, least: float, *names: str) -> None:
+    for name in names:
+        value = getattr(section, name)
+        if value is not None and value < least:
+            raise SettingsError(f"{name}={value}: {least} or more")
+
+
+def _part(section: object, *names: str) -> None:
+    for name in names:
+        if not 0 <= getattr(section, name) <= 1:
+            raise SettingsError(f"{name}={getattr(section, name)}: a part, from 0 to 1")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """What is trained: a model directory goes on (`init`), or an architecture starts anew with a model's companions."""
+
+    init: str | None = None
+    """Model directory to fine-tune."""
+    architecture: str | None = None
+    """JSON or TOML file with a ModelConfig; `text` and `autoencoder`, left out, are the companions'."""
+    companions: str | None = None
+    """Model directory whose text encoder, autoencoder and tokenizer a new architecture takes."""
+    tokenizer: Literal["companions", "captions"] = "companions"
+    """captions: one token for each word of the data set; the text encoder then starts anew too."""
+    name: str | None = None
+    licence: str | None = None
+
+    def __post_init__(self) -> None:
+        if (self.init is None) == (self.architecture is None):
+            raise SettingsError("init, architecture: one of the two, a model directory to fine-tune or a file")
+        if (self.architecture is None) != (self.companions is None):
+            raise SettingsError("companions: goes with architecture (a model directory for autoencoder and text)")
+        if self.init is not None and self.tokenizer == "captions":
+            raise SettingsError("tokenizer='captions': only with architecture; a fine-tuned model keeps its own words")
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """Where the clips are and how they are cut. Sizes that are not given are the model's defaults."""
+
+    path: str
+    """Folder (clip.mp4 beside clip.txt), or .jsonl or .csv with `path` and `caption`."""
+    frames: int | None = None
+    width: int | None = None
+    height: int | None = None
+    fps: int | None = None
+    held_out: str | None = None
+    """Another data set, written like `path`, on which the losses of the averaged weights are measured."""
+    held_out_steps: int = 4
+    """Batches of a measurement, always the same, as large as those of a step."""
+    images: int = 4
+    """Pictures per step, over all processes."""
+    videos: int = 2
+    """Clips per step, over all processes."""
+    key_frames: bool = True
+    """The key frame of each clip counts as a picture too."""
+    key_frame: float = 0.5
+    """Where in a clip its key frame is, from 0 to below 1: what a clip is made from, and the picture it counts as."""
+    crop: Literal["centre", "random"] = "centre"
+    start: Literal["centre", "random"] = "centre"
+    """Which part of a video that is longer than a clip."""
+    cache: str | None = None
+    """Folder that keeps the latents; needs crop and start in the centre."""
+    workers: int = 2
+    """Threads that read the next step's files; 0: none."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "images", "videos", "workers")
+        _at_least(self, 1, "width", "height", "fps", "held_out_steps")
+        _at_least(self, 2, "frames")
+        if not self.images and not self.videos:
+            raise SettingsError("images=0, videos=0: at least one of them from 1")
+        if not 0 <= self.key_frame < 1:
+            raise SettingsError(f"key_frame={self.key_frame}: a place in the clip, from 0 to below 1")
+        if self.cache is not None and (self.crop, self.start) != ("centre", "centre"):
+            raise SettingsError("cache: needs crop = 'centre' and start = 'centre', or no file is ever read twice")
+
+
+@dataclass(frozen=True)
+class CueSettings:
+    """How the cues are measured and told."""
+
+    appearance: Literal["latents", "openclip"] = "latents"
+    """What is compared between frames: the latents, or OpenCLIP's picture embeddings (the reference: ViT-H/14)."""
+    openclip: str | None = None
+    """Folder of a CLIP picture tower in transformers' format."""
+    as_numbers: float = 0.0
+    """Part of the clips whose cues are told as one number each, as a person gives them."""
+    dropout: float = 0.0
+    """Part of the clips of which a cue is left unspecified, each cue by itself; for models with optional_cues."""
+    given: tuple[float, ...] = ()
+    """In the place of dropout: how often a clip comes with neither cue, with motion, with appearance, and with both."""
+
+    def __post_init__(self) -> None:
+        _part(self, "as_numbers", "dropout")
+        if self.given and not (
+            len(self.given) == 4 and all(part >= 0 for part in self.given) and math.isclose(sum(self.given), 1)
+        ):
+            raise SettingsError(f"given={list(self.given)}: four parts that add up to 1")
+        if self.given and self.dropout:
+            raise SettingsError(f"dropout={self.dropout}: 0 beside given, which says how often each cue is left out")
+        if (self.appearance == "openclip") != (self.openclip is not None):
+            raise SettingsError("appearance='openclip' and openclip (the tower's folder) go together")
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """v-prediction; see higen.train.objective."""
+
+    text_dropout: float = 0.1
+    """Part of the captions replaced by the empty prompt, which guidance starts from."""
+    offset_noise: float = 0.1
+    """Noise that is constant over each frame's pixels, added to the noise."""
+    gain_weight: float = 0.1
+    """Weight of the gain's likelihood, for models with prior preconditioning."""
+    gain_clips: int = 0
+    """Whole clips per step, over all processes, that teach the gain alone how much text and cues make a clip move. The
+    U-Net does not run for them. For models with prior preconditioning."""
+    high_part: float = 0.0
+    """Part of the pictures and clips that have one of the highest noise levels, where text, cues and prior alone say
+    what to draw."""
+    high_levels: float = 0.12
+    """How much of the noise levels, from the top, are the highest."""
+    clip_levels: Literal["uniform", "high"] = "uniform"
+    """The other noise levels of clips; high: more often high ones (the root of a uniform number), where motion is
+    decided."""
+    prior_noise: float = 0.0
+    """Deviation of the noise that is added to a clip's prior is drawn from 0 to this."""
+    windows: tuple[int, ...] = ()
+    """Lengths of the windows that clips are cut to, one of them for each step; their number makes up the frames of
+    data.videos whole clips. Not given: whole clips."""
+    late_windows: tuple[int, ...] = ()
+    """The same for the second half of the run. Not given: as before."""
+
+    def __post_init__(self) -> None:
+        _part(self, "text_dropout", "high_part", "high_levels")
+        _at_least(self, 0, "offset_noise", "gain_weight", "gain_clips", "prior_noise")
+        for name in ("windows", "late_windows"):
+            if any(length < 2 for length in getattr(self, name)):
+                raise SettingsError(f"{name}={list(getattr(self, name))}: each 2 frames or more")
+        if self.late_windows and not self.windows:
+            raise SettingsError(f"late_windows={list(self.late_windows)}: needs windows")
+
+
+@dataclass(frozen=True)
+class OptimiserSettings:
+    """AdamW, linear warm-up, constant, cosine to zero; averaged weights."""
+
+    learning_rate: float = 3e-5
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = 0.0
+    warm_up: int = 10
+    decay_part: float = 1.0
+    """Last part of the steps over which the rate falls."""
+    last_rate: float = 0.0
+    """What the rate falls to, as a part of learning_rate."""
+    clip: float = 1.0
+    """Largest norm of the gradient; 0: any."""
+    ema: float = 0.9999
+    spatial_gradient: float = 1.0
+    """Factor on the gradients of the spatial network (the reference: 0.5)."""
+    train_text: bool = False
+    layers: Literal["all", "spatial", "temporal"] = "all"
+    """Which of the denoiser's layers are trained. spatial: those of the still-picture network. temporal: those that
+    only clips pass; key frames stay as they are, and data.images is 0."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "learning_rate", "weight_decay", "warm_up", "clip", "spatial_gradient")
+        _part(self, "decay_part", "last_rate", "ema")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise SettingsError(f"betas={list(self.betas)}: two numbers from 0 to below 1")
+
+
+@dataclass(frozen=True)
+class RunSettings:
+    """Where the run lives, how long it is, and what it writes on the way. A finished run may be given more steps."""
+
+    output: str
+    steps: int
+    seed: int = 0
+    """From 0 to 2^32 - 1."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    micro_batches: int = 1
+    """Parts in which each process takes its samples of a step, one after another: the same step in less memory."""
+    recompute: bool = False
+    """Keep no activations inside the U-Net's blocks and compute them again for the gradient: less memory still."""
+    losses_in_turn: bool = False
+    """Differentiate the losses of pictures and clips one after another: the same gradients, but for rounding, in less
+    memory. For one process."""
+    save_every: int = 1000
+    keep: int = 3
+    log_every: int = 10
+    held_out_every: int = 0
+    """Steps between two measurements of data.held_out; 0: none."""
+    sample_every: int = 0
+    """Steps between two contact sheets; 0: none."""
+    sample_prompts: tuple[str, ...] = ()
+    threads: int | None = None
+    """Threads of a process's arithmetic on the host. Not given: as many as PyTorch takes."""
+    tensorboard: bool | None = None
+    """Not given: where TensorBoard is installed."""
+    weights: Literal["fp32", "fp16", "bf16"] = "fp32"
+    """Precision of the model directory's trained weights."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 1, "steps", "micro_batches", "save_every", "keep", "log_every", "threads")
+        _at_least(self, 0, "sample_every", "held_out_every")
+        if not 0 <= self.seed < 2**32:
+            raise SettingsError(f"seed={self.seed}: from 0 to {2**32 - 1}")
+        if self.sample_every and not self.sample_prompts:
+            raise SettingsError(f"sample_every={self.sample_every}: needs sample_prompts")
+
+
+@dataclass(frozen=True)
+class LoraSettings:
+    """Low-rank adapters of the denoiser's linear layers and convolutions are trained in the place of its weights, and
+    written to <output>/lora.safetensors too. optimiser.layers says of which layers.
+    """
+
+    rank: int = 0
+    """0: none."""
+    alpha: float | None = None
+    """An adapter is added with alpha / rank. Not given: the rank."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "rank")
+        if self.alpha is not None and not self.alpha > 0:
+            raise SettingsError(f"alpha={self.alpha}: more than 0")
+        if self.alpha is not None and not self.rank:
+            raise SettingsError(f"alpha={self.alpha}: needs rank")
