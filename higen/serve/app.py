@@ -14,6 +14,7 @@ from fastapi.responses import Response
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from higen.errors import HigenError
@@ -111,6 +112,7 @@ def _application(parts: Parts) -> FastAPI:
     )
     for kind in (HigenError, sqlite3.Error, OSError, Exception):
         app.add_exception_handler(kind, _refused)
+    app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.include_router(video_routes(parts))
@@ -125,6 +127,10 @@ def _answer(refusal: Refusal) -> Response:
 
 def _refused(_: Request, error: Exception) -> Response:
     return _answer(as_refusal(error))
+
+
+def _gone(_: Request, error: Exception) -> Response:
+    return _answer(Refusal(400, "client_gone", "the body ended too early"))
 
 
 def _invalid(_: Request, error: Exception) -> Response:

@@ -10,11 +10,12 @@ import base64
 import binascii
 import json
 import re
+from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException
+from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import Request
 
 from higen.errors import RequestError, quoted
@@ -27,6 +28,7 @@ __all__ = ["Fields", "data_url", "read_fields"]
 _TEXTS = ("prompt", "model", "size", "negative_prompt", "solver", "seconds")
 _NAME = re.compile(r"(?P<name>[A-Za-z_]{1,64})(\[(?P<key>\w{1,128})\])?(?P<many>\[\])?", re.ASCII)
 _MOST_PARTS = 256
+_TAIL = 4096
 _DEPTH = 8
 _SUFFIXES = {
     "image/png": ".png",
@@ -99,15 +101,24 @@ def _check(value: Any, depth: int) -> None:
 
 
 async def _form(request: Request) -> Fields:
+    end = b""
+
+    async def body() -> AsyncGenerator[bytes, None]:
+        nonlocal end
+        async for part in request.stream():
+            end = (end + part)[-_TAIL:]
+            yield part
+
+    parser = MultiPartParser(request.headers, body(), max_files=16, max_fields=_MOST_PARTS, max_part_size=2**20)
     try:
-        form = await request.form(max_files=16, max_fields=_MOST_PARTS, max_part_size=2**20)
-    except (MultiPartException, UnicodeDecodeError, KeyError, ValueError) as error:
+        form = await parser.parse()
+    except (MultiPartException, KeyError, ValueError) as error:
         why = getattr(error, "message", None) or str(error) or type(error).__name__
         raise Refusal(400, "invalid_form", f"the form cannot be read: {why[:200]}") from error
-    except Exception as error:  # starlette's own refusal of a malformed form
-        if getattr(error, "status_code", 500) >= 500:
-            raise
-        raise Refusal(400, "invalid_form", f"the form cannot be read: {getattr(error, 'detail', '')}") from error
+    boundary = re.search(r"boundary=\"?([^\";]+)", request.headers["content-type"], re.IGNORECASE)
+    if boundary is None or f"--{boundary[1].strip()}--".encode() not in end:
+        await form.close()
+        raise Refusal(400, "invalid_form", "the form ends before its last boundary")
     fields = Fields({})
     try:
         for name, value in form.multi_items():

@@ -75,6 +75,16 @@ class Live:
         self._channels: dict[str, _Channel] = {}
         self._lock = threading.Lock()
         self._open = 0
+        self.is_closed = False
+        """Whether the server stops: nobody is to listen any longer."""
+
+    def close(self) -> None:
+        """Wake all who listen, for the last time."""
+        self.is_closed = True
+        with self._lock:
+            waiting = [row for channel in self._channels.values() for row in channel.listeners.values()]
+        for loop, changed, _ in waiting:
+            _wake(loop, changed)
 
     @property
     def listeners(self) -> int:

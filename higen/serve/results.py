@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from higen.errors import HigenError, ServeError
 from higen.video import Video
@@ -65,7 +66,7 @@ class Results:
         part = self._parts / f"video_{secrets.token_hex(16)}"
         part.mkdir()
         try:
-            np.save(part / _FRAMES, video.frames, allow_pickle=False)
+            _write_frames(part / _FRAMES, video.frames)
             video.save(part / "video.mp4")
             size = size_of_folder(part)
             target = self._results / name
@@ -135,6 +136,14 @@ class Results:
             with self._guard:
                 if not lock.locked():
                     self._locks.pop(key, None)
+
+
+def _write_frames(path: Path, frames: NDArray[np.uint8]) -> None:
+    """As np.save, whose error for a full disk does not say that it is one."""
+    array = np.ascontiguousarray(frames)
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)
 
 
 def size_of_folder(folder: Path) -> int:

@@ -271,6 +271,8 @@ class _Jobs:
         """The job when it has ended; cancelled where the client is gone."""
         with self._parts.live.listen(job.id, previews=False) as listener:
             while (now := await self._now(job)).status not in DONE:
+                if self._parts.live.is_closed:
+                    raise Refusal(503, "stopping", f"the server stops; {job.id} is made after its next start", retry=30)
                 if await is_gone():
                     await run_in_threadpool(self.cancel, now)
                 await listener.wait(1.0)
@@ -298,6 +300,8 @@ class _Jobs:
                         return
                     if now.status in DONE:
                         yield _block("done", self.shown(now).model_dump())
+                        return
+                    if self._parts.live.is_closed:
                         return
                     yield b": still here\n\n"
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
+import signal
 import socket
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
@@ -34,7 +36,7 @@ def serve(settings: Settings, on_start: Callable[[str, int], None] = lambda host
 
     Raises ServeError for a port, folder or queue that cannot be used, and what `open_service` raises.
     """
-    with _owned(settings.folder), _bound(settings.host, settings.port) as listening:
+    with _terminated(), _owned(settings.folder), _bound(settings.host, settings.port) as listening:
         service = open_service(settings)
         try:
             config = uvicorn.Config(
@@ -50,23 +52,48 @@ def serve(settings: Settings, on_start: Callable[[str, int], None] = lambda host
                 timeout_graceful_shutdown=STOP_TIME,
                 h11_max_incomplete_event_size=2**16,
             )
-            _Server(config, lambda: on_start(settings.host, listening.getsockname()[1])).run(sockets=[listening])
+            port = listening.getsockname()[1]
+            server = _Server(config, lambda: on_start(settings.host, port), service.parts.live.close)
+            server.run(sockets=[listening])
         finally:
             service.close()
 
 
 class _Server(uvicorn.Server):
-    """Says when it takes requests."""
+    """Says when it takes requests, and when it takes no more."""
 
-    def __init__(self, config: uvicorn.Config, started: Callable[[], None]) -> None:
+    def __init__(self, config: uvicorn.Config, started: Callable[[], None], stopping: Callable[[], None]) -> None:
         super().__init__(config)
         self._started = started
+        self._stopping = stopping
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         """As uvicorn's."""
         await super().startup(sockets)
         if self.started:
             self._started()
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        """As uvicorn's."""
+        self._stopping()
+        await super().shutdown(sockets)
+
+
+@contextmanager
+def _terminated() -> Iterator[None]:
+    """Let SIGTERM end the program with all that is to be closed, and exit code 0."""
+
+    def end(*_: object) -> NoReturn:
+        raise SystemExit(0)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -156,13 +156,15 @@ class Store:
         """Why the queue cannot be opened. A corrupt file is copied, and left as it is."""
         with suppress(AttributeError, sqlite3.Error):
             self._db.close()
-        words = str(error)
+        words = " ".join(str(error).split())
         if is_full(error) or any(said in words for said in ("unable to open", "readonly", "disk I/O", "locked")):
             return ServeError(f"{self._path}: cannot be used: {words}")
         data = self._path.read_bytes()
         kept = self._path.with_name(f"{self._path.name}.corrupt-{hashlib.sha256(data).hexdigest()[:12]}")
         if not kept.exists():
             shutil.copy2(self._path, kept)
+            if (wal := Path(f"{self._path}-wal")).exists():
+                shutil.copy2(wal, f"{kept}-wal")
         return ServeError(
             f"{self._path}: the queue is corrupt ({words}). A copy is {kept.name}. Repair the file with "
             "`sqlite3 FILE .recover`, or move it away to begin with an empty queue"
