@@ -47,12 +47,13 @@ class Campaign:
         self._ended = threading.Event()
         self._server = Server(folder)
 
-    def run(self, kills: int, clients: int, between: tuple[float, float]) -> Found:
-        """So many kills, some seconds between two."""
+    def run(self, kills: int, clients: int, between: tuple[float, float], most: float = 3600) -> Found:
+        """So many kills, some seconds between two; fewer where they take more than `most` seconds."""
+        deadline = time.monotonic() + most
         threads = [threading.Thread(target=self._client, args=(n,), daemon=True) for n in range(clients)]
         for thread in threads:
             thread.start()
-        for _ in range(kills):
+        while self._found.kills < kills and time.monotonic() < deadline:
             time.sleep(self._random.uniform(*between))
             self._server.kill()
             self._found.kills += 1
@@ -142,9 +143,10 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--between", type=float, nargs=2, default=(0.2, 3.0))
+    parser.add_argument("--seconds", type=float, default=3600, help="the longest time to kill for")
     parser.add_argument("--seed", type=int, default=0)
     told = parser.parse_args()
-    print(Campaign(told.folder, told.seed).run(told.kills, told.clients, tuple(told.between)))
+    print(Campaign(told.folder, told.seed).run(told.kills, told.clients, tuple(told.between), told.seconds))
 
 
 if __name__ == "__main__":

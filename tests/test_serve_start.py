@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
+from higen.cli import main as higen
+
 pytest.importorskip("fastapi", reason="higen[serve] is not installed")
 
 from serve_campaign import Campaign
@@ -53,7 +55,7 @@ def test_a_read_only_folder_is_one_line(tmp_path: Path) -> None:
 def test_a_corrupt_queue_is_copied_and_left_alone(tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "data"
     server = Server(folder)
-    for number in range(40):
+    for number in range(20):
         server.create("a whale", seed=number, num_frames=64, num_inference_steps=200)
     server.kill()
     file = folder / "jobs.sqlite"
