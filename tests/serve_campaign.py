@@ -21,6 +21,10 @@ from pathlib import Path
 from serve_process import QUICK, Server
 
 
+OPTIONS = ("--slots", "2", "--max-queue", "32")
+"""Few jobs at work, so that some end between two kills."""
+
+
 @dataclass
 class Found:
     """What a campaign found."""
@@ -45,7 +49,7 @@ class Campaign:
         self._deleted: set[str] = set()
         self._lock = threading.Lock()
         self._ended = threading.Event()
-        self._server = Server(folder)
+        self._server = Server(folder, *OPTIONS)
 
     def run(self, kills: int, clients: int, between: tuple[float, float], most: float = 3600) -> Found:
         """So many kills, some seconds between two; fewer where they take more than `most` seconds."""
@@ -57,7 +61,7 @@ class Campaign:
             time.sleep(self._random.uniform(*between))
             self._server.kill()
             self._found.kills += 1
-            self._server = Server(self._folder)
+            self._server = Server(self._folder, *OPTIONS)
         time.sleep(between[1])
         self._ended.set()
         for thread in threads:
@@ -72,7 +76,7 @@ class Campaign:
         chance = random.Random(number)
         while not self._ended.is_set():
             key = uuid.UUID(int=chance.getrandbits(128)).hex
-            body = {"prompt": "a whale", **QUICK, "seed": chance.randrange(1000), "num_inference_steps": 3}
+            body = {"prompt": "a whale", **QUICK, "seed": chance.randrange(1000)}
             name = self._asked(key, body)
             if name is None:
                 return
