@@ -20,7 +20,6 @@ from pathlib import Path
 
 from serve_process import QUICK, Server
 
-
 OPTIONS = ("--slots", "2", "--max-queue", "32")
 """Few jobs at work, so that some end between two kills."""
 
