@@ -15,6 +15,7 @@ import click
 
 from higen.generate_command import generate
 from higen.progress import is_watched
+from higen.serve_command import serve
 from higen.terminal import JSON, PATH, Commands, needs, reported, say
 from higen.train.cli import cues, evaluate, train
 from higen.version import __version__
@@ -230,6 +231,7 @@ def upgrade(directory: Path, reseal: bool, as_json: bool) -> None:
 
 
 main.add_command(generate)
+main.add_command(serve)
 main.add_command(train)
 main.add_command(cues)
 main.add_command(evaluate)

@@ -21,6 +21,7 @@ HigenError
 │       └── Stale                 graph, weights or TensorRT are not those it was built from
 ├── Cancelled                     a request was cancelled before its end
 ├── RetryLater                    a server is full, or stops: the same request may be sent again
+├── ServeError                    a server cannot start: its port, folder or queue cannot be used
 ├── NotPicklable (PicklingError)  an object cannot be sent to another process; the message says what to do there
 ├── FixtureError                  a fixture directory for `higen parity` is malformed
 ├── TrainingError                 a training run cannot start, continue or save
@@ -64,6 +65,7 @@ __all__ = [
     "PromptWarning",
     "RequestError",
     "RetryLater",
+    "ServeError",
     "SettingsError",
     "Stale",
     "TrainingError",
@@ -220,6 +222,10 @@ class Cancelled(HigenError):
 
 class RetryLater(HigenError):
     """A server is full, or stops: the same request may be sent again."""
+
+
+class ServeError(HigenError):
+    """A server cannot start: its port, folder or queue cannot be used."""
 
 
 class NotPicklable(HigenError, pickle.PicklingError):

@@ -1,0 +1,198 @@
+"""The models of a server: their tables at all times, their weights while they are used.
+
+A model counts with the size of its weights files. Where the next one would not fit into the limit, loaded models that
+nobody uses are freed, the one that was used longest ago first.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from higen.api import load
+from higen.backends.shared import SharedBackend
+from higen.batching import Batcher
+from higen.bundle import Bundle, default_model
+from higen.errors import RequestError, quoted
+from higen.manifest import Manifest
+from higen.paths import given_path
+from higen.pipeline import Pipeline
+from higen.serve.settings import Settings
+
+__all__ = ["Catalog", "Running", "Served", "rows_of"]
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that requests may name."""
+
+    name: str
+    bundle: Bundle
+    created: int
+    size: int
+
+    @property
+    def manifest(self) -> Manifest:
+        """Its tables."""
+        return self.bundle.manifest
+
+
+@dataclass(frozen=True, eq=False)
+class Running:
+    """A loaded model, and the backend that batches its requests."""
+
+    pipeline: Pipeline
+    shared: SharedBackend
+
+    def close(self) -> None:
+        """Free it."""
+        self.shared.close()
+        self.pipeline.close()
+
+
+@dataclass(eq=False)
+class _Place:
+    """A model's share of the memory: taken before it is loaded."""
+
+    users: int = 0
+    used: float = 0.0
+    running: Running | None = None
+    loading: threading.Lock = field(default_factory=threading.Lock)
+
+
+def rows_of(manifest: Manifest, max_batch: int) -> dict[str, int]:
+    """The most rows of a shared batch, of each stage that can be shared; a chunk of frames must fit."""
+    return {
+        stage.name: max(max_batch, manifest.sizes.chunk + 2 * manifest.sizes.overlap)
+        if any(tensor.shape[0] == "N" for tensor in stage.inputs)
+        else max_batch
+        for stage in manifest.stages
+        if stage.batch
+    }
+
+
+class Catalog:
+    """The models by name, the default one first."""
+
+    def __init__(self, settings: Settings) -> None:
+        """Reads every model's tables. Raises ModelError, and RequestError for names that are not unique."""
+        self._settings = settings
+        self.models: Mapping[str, Served] = _served(settings.models)
+        self._places: dict[str, _Place] = {}
+        self._lock = threading.Lock()
+        for model in self.models.values():
+            if settings.memory is not None and model.size > settings.memory:
+                raise RequestError(f"memory={settings.memory}: {model.name} alone has {model.size} bytes of weights")
+
+    @property
+    def default(self) -> Served:
+        """The model of a request that names none."""
+        return next(iter(self.models.values()))
+
+    def warm(self) -> None:
+        """Load models in their order, as long as they fit: a broken one is found before the server starts."""
+        for name, model in self.models.items():
+            if self._settings.memory is not None and self._loaded() + model.size > self._settings.memory:
+                break
+            self.admit(name)
+            with self.use(name):
+                pass
+
+    def admit(self, name: str) -> bool:
+        """Take a share of the memory for one more user of a model; False where it does not fit now.
+
+        Whoever was admitted calls `use`, which gives the share back.
+        """
+        freed: list[Running] = []
+        with self._lock:
+            place = self._places.get(name)
+            if place is None:
+                victims = self._victims(self.models[name].size)
+                if victims is None:
+                    return False
+                freed = [running for victim in victims if (running := self._places.pop(victim).running) is not None]
+                place = self._places[name] = _Place()
+            place.users += 1
+        for running in freed:
+            running.close()
+        return True
+
+    @contextmanager
+    def use(self, name: str) -> Iterator[Running]:
+        """An admitted model, loaded if need be. Raises what `higen.load` raises."""
+        with self._lock:
+            place = self._places[name]
+        try:
+            with place.loading:
+                if place.running is None:
+                    place.running = self._load(self.models[name])
+            yield place.running
+        finally:
+            self.leave(name)
+
+    def leave(self, name: str) -> None:
+        """Give back the share of one user; the model stays loaded until its memory is wanted."""
+        with self._lock:
+            place = self._places[name]
+            place.users -= 1
+            place.used = time.monotonic()
+            if not place.users and place.running is None:  # it could not be loaded
+                del self._places[name]
+
+    def close(self) -> None:
+        """Free all models."""
+        with self._lock:
+            places, self._places = list(self._places.values()), {}
+        for place in places:
+            if place.running is not None:
+                place.running.close()
+
+    def loaded(self) -> dict[str, Running]:
+        """The models that are loaded now."""
+        with self._lock:
+            return {name: place.running for name, place in self._places.items() if place.running is not None}
+
+    def _loaded(self) -> int:
+        with self._lock:
+            return sum(self.models[name].size for name in self._places)
+
+    def _victims(self, size: int) -> list[str] | None:
+        """The models to free for one of that size; None where it does not fit even so."""
+        if self._settings.memory is None:
+            return []
+        total = sum(self.models[name].size for name in self._places) + size
+        idle = sorted((n for n, p in self._places.items() if not p.users), key=lambda n: self._places[n].used)
+        victims = []
+        while total > self._settings.memory:
+            if not idle:
+                return None
+            victims.append(idle.pop(0))
+            total -= self.models[victims[-1]].size
+        return victims
+
+    def _load(self, model: Served) -> Running:
+        told = self._settings
+        pipeline = load(
+            model.bundle.path, told.backend, device=told.device, precision=told.precision, threads=told.threads
+        )
+        batcher = Batcher(told.slots, rows_of(model.manifest, told.max_batch))
+        return Running(pipeline, SharedBackend(pipeline.backend, model.manifest, batcher))
+
+
+def _served(given: Sequence[str]) -> dict[str, Served]:
+    found: dict[str, Served] = {}
+    for entry in given or (str(default_model()),):
+        name, equals, rest = entry.partition("=")
+        named = bool(equals) and not given_path(entry).exists()
+        path = given_path(rest if named else entry, "model")
+        bundle = Bundle.open(path)
+        shown = name if named else ("higen" if path == default_model() else Path(path).resolve().name)
+        if shown in found or not shown.isprintable() or not 1 <= len(shown) <= 64:
+            raise RequestError(f"model={quoted(entry)}: the name {quoted(shown)} is taken or unfit; NAME=DIRECTORY")
+        size = sum(bundle.files[file].size for file in bundle.manifest.weights if file in bundle.files)
+        found[shown] = Served(shown, bundle, int(Path(bundle.path).stat().st_mtime), size)
+    return found

@@ -1,0 +1,164 @@
+"""Finished videos in a folder: the exact frames, the mp4, and other formats as they are asked for.
+
+    FOLDER/results/video_.../frames.npy video.mp4 ...     a result appears whole, by one rename
+    FOLDER/parts/...                                      what is being written; emptied at each start
+
+A folder of results that no completed job has is a killed server's, and is removed at the next start; a name that is
+none of ours is left alone.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import shutil
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from higen.errors import HigenError, ServeError
+from higen.video import Video
+
+__all__ = ["FORMATS", "IDS", "VARIANTS", "Results", "size_of_folder"]
+
+FORMATS = {"mp4": "video/mp4", "webm": "video/webm", "gif": "image/gif", "webp": "image/webp"}
+VARIANTS = {"thumbnail": ("thumbnail.webp", "image/webp"), "spritesheet": ("spritesheet.jpg", "image/jpeg")}
+IDS = re.compile(r"video_[0-9a-f]{32}")
+
+_PARTS = re.compile(r"(video|upload)_[0-9a-f]{32}(\.[a-z0-9]{1,6})?")
+_FRAMES = "frames.npy"
+
+
+class Results:
+    """The folder of finished videos. Any thread may use it."""
+
+    def __init__(self, folder: Path) -> None:
+        """Made where it is not there. Raises ServeError where it cannot be written."""
+        self._results, self._parts = folder / "results", folder / "parts"
+        try:
+            for made in (self._results, self._parts):
+                made.mkdir(parents=True, exist_ok=True)
+            probe = self._parts / f"video_{secrets.token_hex(16)}"
+            probe.mkdir()
+            probe.rmdir()
+        except OSError as error:
+            raise ServeError(f"{folder}: cannot be written: {error.strerror}") from error
+        self._making = threading.Semaphore(2)
+        self._locks: dict[str, threading.Lock] = {}
+        self._guard = threading.Lock()
+
+    def sweep(self, kept: Collection[str]) -> None:
+        """Remove what killed servers left: unfinished files, and results that are none of `kept`."""
+        for path in self._parts.iterdir():
+            if _PARTS.fullmatch(path.name):
+                _remove(path)
+        for path in self._results.iterdir():
+            if IDS.fullmatch(path.name) and path.name not in kept:
+                _remove(path)
+
+    def save(self, name: str, video: Video) -> int:
+        """Write a job's result; returns its bytes. Raises OutputError and OSError: then nothing was written."""
+        part = self._parts / f"video_{secrets.token_hex(16)}"
+        part.mkdir()
+        try:
+            _write_frames(part / _FRAMES, video.frames)
+            video.save(part / "video.mp4")
+            size = size_of_folder(part)
+            target = self._results / name
+            _remove(target)  # of a run that was killed before the queue heard of it
+            part.rename(target)
+        finally:
+            _remove(part)
+        return size
+
+    def file(
+        self, name: str, wanted: str, fps: float, metadata: Mapping[str, Any], grown: Callable[[int], None]
+    ) -> tuple[Path, str]:
+        """The file of a result in a format, or as a variant, and its media type; made where it is not there.
+
+        `grown` is called with the bytes of a new file. Raises FileNotFoundError where the result is gone, OutputError
+        and OSError where the file cannot be made.
+        """
+        file, media = VARIANTS.get(wanted) or (f"video.{wanted}", FORMATS[wanted])
+        folder = self._results / name
+        path = folder / file
+        with self._alone(f"{name}/{file}"):
+            if not path.exists():
+                with self._making:
+                    frames = np.load(folder / _FRAMES, allow_pickle=False)
+                    grown(self._make(path, Video(frames, fps, metadata), wanted))
+        return path, media
+
+    def _make(self, path: Path, video: Video, wanted: str) -> int:
+        part = self._parts / f"video_{secrets.token_hex(16)}{path.suffix}"
+        try:
+            if wanted == "thumbnail":
+                video.contact_sheet(columns=1, frames=1).save(part, quality=90)
+            elif wanted == "spritesheet":
+                video.contact_sheet().save(part, quality=90)
+            else:
+                video.save(part)
+            size = part.stat().st_size
+            part.rename(path)
+        finally:
+            part.unlink(missing_ok=True)
+        return size
+
+    def remove(self, name: str) -> None:
+        """Remove a result; it need not be there."""
+        if IDS.fullmatch(name):
+            _remove(self._results / name)
+
+    @contextmanager
+    def temporary(self, data: bytes, suffix: str) -> Iterator[Path]:
+        """A file with these contents, for a reader that wants a path."""
+        path = self._parts / f"upload_{secrets.token_hex(16)}{suffix}"
+        try:
+            path.write_bytes(data)
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _alone(self, key: str) -> Iterator[None]:
+        """Two requests for the same new file make it once."""
+        with self._guard:
+            lock = self._locks.setdefault(key, threading.Lock())
+        try:
+            with lock:
+                yield
+        finally:
+            with self._guard:
+                if not lock.locked():
+                    self._locks.pop(key, None)
+
+
+def _write_frames(path: Path, frames: NDArray[np.uint8]) -> None:
+    """As np.save, whose error for a full disk does not say that it is one."""
+    array = np.ascontiguousarray(frames)
+    with path.open("wb") as file:
+        np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
+        file.write(array.data)
+
+
+def size_of_folder(folder: Path) -> int:
+    """Bytes of the files in a folder."""
+    return sum(path.stat().st_size for path in folder.iterdir())
+
+
+def _remove(path: Path) -> None:
+    """Remove a folder or file; one that cannot be removed is an error of the server's, not a silent leak."""
+    try:
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        else:
+            path.unlink(missing_ok=True)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise HigenError(f"{path.name}: cannot be removed: {error.strerror}") from error

@@ -1,0 +1,221 @@
+"""The answers' shapes, OpenAI's with our extensions, and the request's for the OpenAPI page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from higen.serve.settings import Limits
+from higen.serve.store import Job
+
+__all__ = [
+    "REFUSALS",
+    "REMIX",
+    "Deleted",
+    "ErrorBody",
+    "ModelObject",
+    "Models",
+    "Page",
+    "VideoObject",
+    "create_body",
+    "video_object",
+]
+
+
+class JobError(BaseModel):
+    """Why a video was not made."""
+
+    code: str
+    message: str
+
+
+class VideoObject(BaseModel):
+    """A job. A cancelled one is answered as failed, with the error's code "cancelled"; `seed`, `num_frames`, `fps` and
+    `metadata` are extensions."""
+
+    id: str
+    object: Literal["video"] = "video"
+    model: str
+    status: Literal["queued", "in_progress", "completed", "failed"]
+    progress: int
+    created_at: int
+    completed_at: int | None = None
+    expires_at: int | None = None
+    error: JobError | None = None
+    prompt: str
+    seconds: str
+    size: str
+    remixed_from_video_id: str | None = None
+    seed: int
+    num_frames: int
+    fps: int
+    metadata: dict[str, Any] | None = None
+
+
+class Page(BaseModel):
+    """A page of a list."""
+
+    object: Literal["list"] = "list"
+    data: list[VideoObject]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class Deleted(BaseModel):
+    """A video that is gone."""
+
+    id: str
+    object: Literal["video.deleted"] = "video.deleted"
+    deleted: bool = True
+
+
+class ModelObject(BaseModel):
+    """A model. `controls` is the JSON schema of that object in a request; it and what follows are extensions."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str = "higen"
+    licence: str
+    controls: dict[str, Any]
+    prompts: list[str]
+    sizes: dict[str, Any]
+    loops: list[dict[str, Any]]
+
+
+class Models(BaseModel):
+    """All models, the default one first."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelObject]
+
+
+class ErrorDetail(BaseModel):
+    """What is wrong."""
+
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class ErrorBody(BaseModel):
+    """Every refusal."""
+
+    error: ErrorDetail
+
+
+_MEANINGS = {
+    400: "The request cannot be parsed",
+    401: "A key is missing or unknown",
+    403: "The page or host may not call this server",
+    404: "No such video, model or address",
+    405: "The address takes another method",
+    408: "The body came too slowly",
+    409: "The video is not finished, or the Idempotency-Key was used for another request",
+    410: "The video has expired",
+    413: "The body is too large",
+    415: "The body is of another kind",
+    422: "A field, value or control is wrong",
+    429: "Too many jobs or streams of this key",
+    500: "The server failed",
+    503: "The server is full or stops",
+    507: "The server's disk is full",
+}
+REFUSALS: dict[int | str, dict[str, Any]] = {
+    status: {"model": ErrorBody, "description": meaning} for status, meaning in _MEANINGS.items()
+}
+
+
+def video_object(job: Job, progress: int) -> VideoObject:
+    """A job as it is answered; `progress` in percent, while it runs."""
+    request = job.request
+    failed = job.status in ("failed", "cancelled")
+    finished = job.finished is not None
+    return VideoObject(
+        id=job.id,
+        model=job.model,
+        status="failed" if failed else job.status,  # type: ignore[arg-type] # the others are those of the queue
+        progress=100 if job.status == "completed" else progress,
+        created_at=int(job.created),
+        completed_at=int(job.finished or 0) if finished else None,
+        expires_at=int(job.expires or 0) if finished else None,
+        error=JobError(code=job.error_code or "", message=job.error_message or "") if failed else None,
+        prompt=request["prompt"],
+        seconds=f"{request['frames'] / request['fps']:g}",
+        size=f"{request['width']}x{request['height']}",
+        remixed_from_video_id=job.remixed,
+        seed=request["seed"],
+        num_frames=request["frames"],
+        fps=request["fps"],
+        metadata=None if job.metadata is None else dict(job.metadata),
+    )
+
+
+_NUMBERS = {"anyOf": [{"type": "number", "minimum": 0}, {"type": "array", "items": {"type": "number", "minimum": 0}}]}
+
+
+def _properties(limits: Limits) -> dict[str, Any]:
+    steps = {"type": "integer", "minimum": 1, "maximum": limits.steps}
+    return {
+        "prompt": {"type": "string", "description": "What the video shows.", "maxLength": 100_000},
+        "model": {"type": "string", "description": "One of /v1/models; the first one without it."},
+        "seconds": {
+            "anyOf": [{"type": "string"}, {"type": "number"}],
+            "description": "Length; num_frames is the exact way to say it.",
+        },
+        "size": {"type": "string", "pattern": "^[1-9][0-9]{0,5}x[1-9][0-9]{0,5}$", "description": "WIDTHxHEIGHT."},
+        "negative_prompt": {"type": "string", "description": "What it should not show."},
+        "num_frames": {"type": "integer", "minimum": 1, "maximum": limits.frames},
+        "fps": {"type": "integer", "minimum": 1, "maximum": 240},
+        "num_inference_steps": {
+            "anyOf": [steps, {"type": "array", "items": steps}],
+            "description": "One number, or one for each loop of the model.",
+        },
+        "guidance_scale": {**_NUMBERS, "description": "One number, or one for each loop."},
+        "solver": {"type": "string", "description": "A solver that the model's loops know."},
+        "seed": {"type": "integer", "minimum": -1, "description": "Same seed, same video; -1 draws one."},
+        "controls": {"type": "object", "description": "The model's own controls: /v1/models has their schema."},
+    }
+
+
+def create_body(limits: Limits) -> dict[str, Any]:
+    """The request body of a new video."""
+    properties = _properties(limits)
+    reference = {
+        "anyOf": [
+            {"type": "string", "description": "A data URL."},
+            {"type": "object", "properties": {"image_url": {"type": "string"}}, "required": ["image_url"]},
+        ]
+    }
+    in_json = {**properties, "input_reference": reference}
+    in_form = {**properties, "input_reference": {"type": "string", "format": "binary"}}
+    return {
+        "required": True,
+        "content": {
+            "application/json": {"schema": _object(in_json, ["prompt"])},
+            "multipart/form-data": {"schema": _object(in_form, ["prompt"])},
+        },
+    }
+
+
+REMIX: dict[str, Any] = {
+    "required": True,
+    "content": {
+        "application/json": {
+            "schema": {
+                "type": "object",
+                "properties": {"prompt": {"type": "string"}},
+                "required": ["prompt"],
+                "additionalProperties": False,
+            }
+        }
+    },
+}
+
+
+def _object(properties: Mapping[str, Any], required: list[str]) -> dict[str, Any]:
+    return {"type": "object", "properties": dict(properties), "required": required, "additionalProperties": False}
