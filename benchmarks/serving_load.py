@@ -1,8 +1,8 @@
 """Load on a server: clients that create, poll, listen, cancel and send broken uploads; latencies and what went wrong.
 
-    python benchmarks/serving_load.py FOLDER --clients 1 4 16 64 --seconds 120 -- --slots 8
+    python benchmarks/serving_load.py FOLDER --clients 1 4 16 64 --seconds 120 --serve "--slots 8"
 
-What follows `--` is given to `higen serve`. A request's latency is that of the HTTP call; a video's from its creation
+`--serve` has options of `higen serve`. A request's latency is that of the HTTP call; a video's from its creation
 to its end. At the end every accepted job is looked at. Linux: memory is read from /proc.
 """
 
@@ -12,6 +12,7 @@ import argparse
 import http.client
 import json
 import random
+import shlex
 import sys
 import threading
 import time
@@ -135,10 +136,10 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 16, 64])
     parser.add_argument("--seconds", type=float, default=120)
-    parser.add_argument("options", nargs="*", help="of `higen serve`, after --")
+    parser.add_argument("--serve", default="", help="options of `higen serve`")
     told = parser.parse_args()
     for clients in told.clients:
-        print(json.dumps(row(told.folder / str(clients), clients, told.seconds, told.options)), flush=True)
+        print(json.dumps(row(told.folder / str(clients), clients, told.seconds, shlex.split(told.serve))), flush=True)
 
 
 if __name__ == "__main__":

@@ -8,9 +8,9 @@ chunk at a time.
 from __future__ import annotations
 
 from higen.manifest import Manifest
-from higen.stages import source
+from higen.stages import Stage, source
 
-__all__ = ["MOST", "chunk_of", "frames_of", "limits"]
+__all__ = ["MOST", "chunk_of", "frames_of", "limits", "most_rows"]
 
 MOST = 2**16
 """The largest size of an axis that nothing else limits."""
@@ -30,6 +30,12 @@ def chunk_of(manifest: Manifest, name: str) -> int:
     """Frames at a time that a stage is given at most, where it is not given the whole clip."""
     sizes = manifest.sizes
     return sizes.chunk + (2 * sizes.overlap if name == sizes.decoder else 0)
+
+
+def most_rows(manifest: Manifest, stage: Stage, max_batch: int) -> int:
+    """The largest batch of a stage; one that takes frames one by one is given a chunk of a video at a time."""
+    by_frames = any(tensor.shape[0] == "N" for tensor in stage.inputs)
+    return max(max_batch, chunk_of(manifest, stage.name)) if by_frames else max_batch
 
 
 def frames_of(manifest: Manifest, name: str) -> tuple[int, int]:

@@ -24,6 +24,7 @@ class Server:
     def __init__(self, folder: Path, *options: str) -> None:
         """Started, and ready. Raises RuntimeError with its words where it ends."""
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+        folder.parent.mkdir(parents=True, exist_ok=True)
         self.log = folder.parent / f"{folder.name}.log"
         with self.log.open("ab") as errors:
             self.process = subprocess.Popen(

@@ -201,6 +201,7 @@ def test_the_wheel_alone_makes_a_video(environment: Path, tmp_path: Path) -> Non
     [
         (["higen-export", "onnx"], "export"),
         (["higen-export", "verify"], "export"),
+        (["higen", "serve"], "serve"),
         (["higen", "generate", "a dog", "-o", "x.mp4", "--backend", "torch", "--model"], "torch"),
     ],
 )

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from higen import bundle as files
-from higen.axes import chunk_of, limits
+from higen.axes import limits, most_rows
 from higen.backends.plans import ENGINES, Plan, check_plan, engine_file, read_plans, record_file
 from higen.bundle import Bundle, FileRecord, file_record, graph_file, staged
 from higen.engines.triton.config import orchestrator_config, stage_config
@@ -83,9 +83,8 @@ class Settings:
             raise RequestError(f"engines={self.engines!r} with device={self.device!r}: TensorRT runs on a GPU")
 
     def rows(self, manifest: Manifest, stage: Stage) -> int:
-        """The largest batch of a stage; one that takes frames one by one is given a chunk of a video at a time."""
-        by_frames = any(tensor.shape[0] == "N" for tensor in stage.inputs)
-        return max(self.max_batch, chunk_of(manifest, stage.name)) if by_frames else self.max_batch
+        """The largest batch of a stage."""
+        return most_rows(manifest, stage, self.max_batch)
 
     def limits(self, manifest: Manifest) -> Limits:
         """What `higen` goes by."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from higen.api import load
+from higen.axes import most_rows
 from higen.backends.shared import SharedBackend
 from higen.batching import Batcher
 from higen.bundle import Bundle, default_model
@@ -23,7 +24,7 @@ from higen.paths import given_path
 from higen.pipeline import Pipeline
 from higen.serve.settings import Settings
 
-__all__ = ["Catalog", "Running", "Served", "rows_of"]
+__all__ = ["Catalog", "Running", "Served"]
 
 
 @dataclass(frozen=True)
@@ -62,17 +63,6 @@ class _Place:
     used: float = 0.0
     running: Running | None = None
     loading: threading.Lock = field(default_factory=threading.Lock)
-
-
-def rows_of(manifest: Manifest, max_batch: int) -> dict[str, int]:
-    """The most rows of a shared batch, of each stage that can be shared; a chunk of frames must fit."""
-    return {
-        stage.name: max(max_batch, manifest.sizes.chunk + 2 * manifest.sizes.overlap)
-        if any(tensor.shape[0] == "N" for tensor in stage.inputs)
-        else max_batch
-        for stage in manifest.stages
-        if stage.batch
-    }
 
 
 class Catalog:
@@ -179,7 +169,8 @@ class Catalog:
         pipeline = load(
             model.bundle.path, told.backend, device=told.device, precision=told.precision, threads=told.threads
         )
-        batcher = Batcher(told.slots, rows_of(model.manifest, told.max_batch))
+        rows = {s.name: most_rows(model.manifest, s, told.max_batch) for s in model.manifest.stages if s.batch}
+        batcher = Batcher(told.slots, rows)
         return Running(pipeline, SharedBackend(pipeline.backend, model.manifest, batcher))
 
 

@@ -28,6 +28,9 @@ LOG = logging.getLogger("higen.serve")
 BODY_PAUSE, BODY_TIME = 15.0, 120.0
 """Seconds between two parts of a body, and for all of it."""
 
+HELD = 16
+"""Bodies of the largest size that are held at once; requests beyond them are asked to come again."""
+
 READER_PAUSE = 60.0
 """Seconds that a client may take to read what was sent."""
 
@@ -43,6 +46,7 @@ class Guard:
         self._settings = settings
         self._keys = keys
         self._metrics = metrics
+        self._held = _Held(HELD * settings.limits.body)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """As ASGI says."""
@@ -52,6 +56,7 @@ class Guard:
         if scope["type"] != "http":
             return
         answer = _Answer(send)
+        body = _Body(receive, self._settings.limits.body, self._held)
         try:
             headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
             preflight = scope["method"] == "OPTIONS" and "access-control-request-method" in headers
@@ -60,7 +65,7 @@ class Guard:
             self._check_place(headers)
             scope.setdefault("state", {})["owner"] = "" if preflight else self._owner(headers)
             self._check_body(headers)
-            await self._app(scope, _Body(receive, self._settings.limits.body), answer)
+            await self._app(scope, body, answer)
         except Exception as error:
             refusal = as_refusal(error)
             if refusal.code == "internal_error":
@@ -69,6 +74,7 @@ class Guard:
                 raise
             await answer.refuse(refusal)
         finally:
+            body.release()
             route = getattr(scope.get("route"), "path", "none")
             self._metrics.requests.labels(_method(scope["method"]), route, str(answer.status)).inc()
 
@@ -114,12 +120,21 @@ def _too_large(most: int) -> Refusal:
     return Refusal(413, "body_too_large", f"the body has more than {most} bytes")
 
 
+class _Held:
+    """Bytes of the bodies of all requests."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.size = 0
+
+
 class _Body:
     """A request's body, counted and timed."""
 
-    def __init__(self, receive: Receive, most: int) -> None:
+    def __init__(self, receive: Receive, most: int, held: _Held) -> None:
         self._receive = receive
         self._most = most
+        self._held = held
         self._size = 0
         self._began = time.monotonic()
         self._ended = False
@@ -134,11 +149,20 @@ class _Body:
                 message = await self._receive()
         except TimeoutError:
             raise Refusal(408, "body_too_slow", "the body came too slowly") from None
-        self._size += len(message.get("body", b""))
+        size = len(message.get("body", b""))
+        self._size += size
+        self._held.size += size
         self._ended = not message.get("more_body", False)
         if self._size > self._most:
             raise _too_large(self._most)
+        if self._held.size > self._held.most:
+            raise Refusal(503, "too_many_bodies", "too many large requests are read at once", retry=5)
         return message
+
+    def release(self) -> None:
+        """The request has ended: its body is not held any longer."""
+        self._held.size -= self._size
+        self._size = 0
 
 
 class _Answer:
