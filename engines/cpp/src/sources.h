@@ -8,6 +8,7 @@
 
 #include "backend.h"
 #include "manifest.h"
+#include "prompt_chunks.h"
 #include "request.h"
 
 namespace higen::core {
@@ -34,6 +35,9 @@ public:
     // The inputs of a denoising stage that are no state, for all samples: [B, ...] each.
     [[nodiscard]] Tensors batch(const Stage& stage, const Loop& loop);
 
+    // Tokens of both texts of each sample, padded to the same number of chunks; none where texts have one chunk.
+    [[nodiscard]] std::vector<std::size_t> tokens() const;
+
     // A source that stands for latents, for all samples: [B, C, f, H, W].
     [[nodiscard]] TensorPtr latents(const Source& source, const Loop& loop);
 
@@ -52,6 +56,9 @@ private:
     [[nodiscard]] TensorPtr of_loop(const std::string& name, std::size_t rank, const Place& place) const;
     [[nodiscard]] TensorPtr of_stage(const Source& source, std::size_t rank, const Place& place);
     [[nodiscard]] const Tensors& run(const Stage& stage, const Place& place);
+    [[nodiscard]] bool has_chunks() const { return manifest_.text && !manifest_.text->plain(); }
+    [[nodiscard]] Reading reading(const Source& source, const Place& place) const;
+    [[nodiscard]] Tensors read(const Stage& stage, const TensorSpec& text, Tensors inputs, const Reading& reading) const;
     [[nodiscard]] Tensors call(const Stage& stage, const Tensors& inputs) const;
     [[nodiscard]] std::int64_t size_of(const Axis& axis, const Place& place) const;
     [[nodiscard]] MaybeValue value_of(const Control& control, const Place& place) const;
