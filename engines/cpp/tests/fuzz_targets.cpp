@@ -8,9 +8,9 @@
 #include "bundle.h"
 #include "errors.h"
 #include "plans.h"
+#include "prompt_weights.h"
 #include "request.h"
 #include "text.h"
-#include "prompt_weights.h"
 #include "tokenizer.h"
 
 using namespace higen::core;
@@ -107,8 +107,7 @@ void text(const std::uint8_t* data, std::size_t size) {
         const auto decoded = decode_utf8(view(data, size));
         if (!decoded) return;
         std::size_t letters = 0;
-        for (const auto& piece : pieces(*decoded, "fuzz"))
-            letters += piece.text ? piece.text->size() : 0;
+        for (const auto& piece : pieces(*decoded, "fuzz")) letters += piece.text ? piece.text->size() : 0;
         if (letters > decoded->size()) std::abort();
     });
 }
