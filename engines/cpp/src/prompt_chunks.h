@@ -41,8 +41,8 @@ private:
     bool closed_ = false;
 };
 
-// Outputs [1, L, D] of a chunk times the weights [L] of its tokens, with the mean that they had before. Throws a request
-// error where the weights leave a mean of 0, which nothing can restore.
+// Outputs [1, L, D] of a chunk times the weights [L] of its tokens, with the mean that they had before. Throws a
+// request error where the weights leave a mean of 0, which nothing can restore.
 void apply_weights(Array& hidden, const float* weights);
 
 }  // namespace higen::core

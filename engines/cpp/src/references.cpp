@@ -123,8 +123,8 @@ void check_chunks(const Manifest& manifest, const std::string& where, const Stag
         const bool fits = is_fed_chunks(manifest, tensor)
                               ? tensor.shape.size() == 3 && count == 1 && tensor.shape[1].symbol == tokens_symbol
                               : count == 0;
-        check(fits, where + "." + tensor.name + ": [B, T, D] where it is fed with a text's chunks, else without T, not " +
-                        shown(tensor.shape));
+        check(fits, where + "." + tensor.name + ": [B, T, D] where it is fed with a text's chunks, else without T, " +
+                        "not " + shown(tensor.shape));
     }
 }
 

@@ -306,7 +306,8 @@ const Tensors& Sources::run(const Stage& stage, const Place& place) {
 }
 
 // Run a stage that reads a text, a chunk of its tokens at a time; its outputs [1, L, D] are joined along the tokens.
-Tensors Sources::read(const Stage& stage, const TensorSpec& text, Tensors inputs, const Reading& reading) const {
+Tensors Sources::read(const Stage& stage, const TensorSpec& text, Tensors inputs,
+                      const Reading& reading) const {
     const auto length = static_cast<std::size_t>(manifest_.text->length);
     std::map<std::string, Array, std::less<>> whole;
     inputs.erase("their weights");
@@ -315,7 +316,8 @@ Tensors Sources::read(const Stage& stage, const TensorSpec& text, Tensors inputs
         inputs[text.name] = host_tensor(cut(ids, 0, first / length, 1));
         for (const auto& [name, tensor] : backend_.run(stage, inputs, cancellation_)) {
             auto part = tensor->to_host();
-            if (part.shape.size() != 3 || part.shape[0] != 1 || part.shape[1] != signed_size(length) || !part.is_float())
+            const bool fits = part.is_float() && part.shape.size() == 3 && part.shape[0] == 1;
+            if (!fits || part.shape[1] != signed_size(length))
                 fail_backend(stage.name + "." + name + ": " + to_text(part.shape) + " given, [1, " +
                              std::to_string(length) + ", D] wanted");
             apply_weights(part, reading.weights.data() + first);

@@ -58,7 +58,8 @@ private:
     [[nodiscard]] const Tensors& run(const Stage& stage, const Place& place);
     [[nodiscard]] bool has_chunks() const { return manifest_.text && !manifest_.text->plain(); }
     [[nodiscard]] Reading reading(const Source& source, const Place& place) const;
-    [[nodiscard]] Tensors read(const Stage& stage, const TensorSpec& text, Tensors inputs, const Reading& reading) const;
+    [[nodiscard]] Tensors read(const Stage& stage, const TensorSpec& text, Tensors inputs,
+                               const Reading& reading) const;
     [[nodiscard]] Tensors call(const Stage& stage, const Tensors& inputs) const;
     [[nodiscard]] std::int64_t size_of(const Axis& axis, const Place& place) const;
     [[nodiscard]] MaybeValue value_of(const Control& control, const Place& place) const;
