@@ -18,12 +18,12 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from higen.axes import chunk_of, frames_of
+from higen.axes import chunk_of, frames_of, limits
 from higen.backends.plans import PlanProfile, Span
 from higen.errors import RequestError, quoted
 from higen.manifest import Manifest
 from higen.paths import given_path
-from higen.stages import Stage
+from higen.stages import TOKENS, Stage
 from higen.text_files import TextError, read_toml
 
 __all__ = ["Profile", "Range", "profile_names", "read_profile", "stage_profiles"]
@@ -172,6 +172,9 @@ def _symbols(stage: Stage, profile: Profile, manifest: Manifest) -> dict[str, Ra
         "Y": profile.height,
         "X": profile.width,
     }
+    if TOKENS in manifest.free:
+        least, largest = limits(manifest, stage.name)[TOKENS]
+        free[TOKENS] = Range(least, least, largest)
     return {**{symbol: Range(n, n, n) for symbol, n in manifest.fixed.items()}, **free}
 
 

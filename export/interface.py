@@ -9,7 +9,7 @@ import onnx_ir as ir
 from higen.bundle import GraphInput
 from higen.errors import BackendError
 from higen.manifest import Manifest
-from higen.stages import FREE, Stage
+from higen.stages import FREE, TOKENS, Stage
 
 __all__ = ["check_interface", "graph_inputs", "graph_sizes"]
 
@@ -56,6 +56,6 @@ def graph_sizes(manifest: Manifest, name: str, graph: Path) -> dict[str, int]:
     ends += [(t.shape, value) for t, value in zip(stage.outputs, content.outputs, strict=True)]
     for shape, value in ends:
         for symbol, size in zip(shape, value.shape or (), strict=False):
-            if symbol in FREE[:5] and isinstance(size, int):
+            if symbol in (*FREE[:5], TOKENS) and symbol not in manifest.fixed and isinstance(size, int):
                 sizes[str(symbol)] = size
     return sizes

@@ -9,7 +9,7 @@ import torch
 from higen.axes import limits
 from higen.errors import RequestError
 from higen.manifest import Manifest
-from higen.stages import Stage, Tensor, source
+from higen.stages import TOKENS, Stage, Tensor, source
 
 __all__ = ["checked_sizes", "example_inputs", "fixed_sizes", "sizes_for", "static_sizes", "traced_sizes"]
 
@@ -115,9 +115,16 @@ def traced_sizes(manifest: Manifest, stage: Stage, fixed: Mapping[str, int]) -> 
         "N": [3, 4, 2],
         "H": [k * step for k in range(2, 9)],
         "W": [k * step for k in range(3, 9)],
+        **_tokens(allowed),
     }
     free = {symbol: fixed[symbol] if symbol in fixed else choose(symbol, wanted[symbol]) for symbol in wanted}
     return sizes_for(manifest, free)
+
+
+def _tokens(allowed: Mapping[str, tuple[int, int]]) -> dict[str, list[int]]:
+    """Numbers of tokens of two chunks and more, where texts have such."""
+    length, most = allowed.get(TOKENS, (1, 0))
+    return {TOKENS: list(range(2 * length, most + 1, length))} if most else {}
 
 
 def checked_sizes(
@@ -129,6 +136,7 @@ def checked_sizes(
     fixed = fixed_sizes(manifest, stage, static)
     known = manifest.sizes
     step = known.multiple // known.factor
+    chunks = _tokens(limits(manifest, stage.name))
     u = step if step >= 8 else 2 * step
     own = {"H": known.height // known.factor, "W": known.width // known.factor}
     rows = [
@@ -143,6 +151,9 @@ def checked_sizes(
         rows.append({"B": 1, "F": known.frames[1], "N": 2, **own})
     if static is not None:
         rows = [{"B": n, "F": n, "N": n, **own} for n in (1, 2, 3)]
+    if chunks:  # as many as a text may have, then one, then two and so on
+        length, most = limits(manifest, stage.name)[TOKENS]
+        rows = [{**row, TOKENS: max(most - i * length, length)} for i, row in enumerate(rows)]
     traced = traced_sizes(manifest, stage, fixed)
     seen = {tuple(traced[symbol] for symbol in symbols)} if symbols else set()
     for row in rows:

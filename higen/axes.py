@@ -8,7 +8,7 @@ chunk at a time.
 from __future__ import annotations
 
 from higen.manifest import Manifest
-from higen.stages import Stage, source
+from higen.stages import TOKENS, Stage, source
 
 __all__ = ["MOST", "chunk_of", "frames_of", "limits", "most_rows"]
 
@@ -17,13 +17,15 @@ MOST = 2**16
 
 
 def limits(manifest: Manifest, name: str) -> dict[str, tuple[int, int]]:
-    """Smallest and largest size of a stage's axes B, F and N; where both are equal, the axis is not free.
+    """Smallest and largest size of a stage's axes B, F, N and T; where both are equal, the axis is not free.
 
-    `batch` lets calls be joined along the first axis, so that it has no largest size.
+    `batch` lets calls be joined along the first axis, so that it has no largest size. T, the tokens of a text's chunks,
+    is left out where a text has one chunk.
     """
-    stage = manifest.stage(name)
+    stage, text = manifest.stage(name), manifest.text
+    tokens = {TOKENS: (text.length, text.length * text.chunks)} if text is not None and text.chunks > 1 else {}
     samples, images = (MOST, MOST) if stage.batch else (1, chunk_of(manifest, name))
-    return {"B": (1, samples), "F": frames_of(manifest, name), "N": (1, images)}
+    return {"B": (1, samples), "F": frames_of(manifest, name), "N": (1, images), **tokens}
 
 
 def chunk_of(manifest: Manifest, name: str) -> int:

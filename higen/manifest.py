@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from higen.errors import ManifestError
-from higen.stages import FREE, STATE, STEP_COLUMNS, Output, Stage, Tensor, source
+from higen.stages import FREE, STATE, STEP_COLUMNS, TOKENS, Output, Stage, Tensor, source
 from higen.tables import MAX_NUMBER, MAX_SIZE, NUMERIC, Control, Loop, Sizes, TextRules, check, is_number
 
 __all__ = ["Manifest"]
@@ -50,6 +50,11 @@ class Manifest:
     def fixed(self) -> dict[str, int]:
         """The symbols that the model fixes."""
         return self.sizes.symbols
+
+    @property
+    def free(self) -> tuple[str, ...]:
+        """The symbols that a request fixes."""
+        return FREE if self.text is None or self.text.chunks == 1 else (*FREE, TOKENS)
 
     def stage(self, name: str) -> Stage:
         """The stage of that name. Raises KeyError."""
@@ -136,6 +141,7 @@ def _check_references(manifest: Manifest) -> None:
         check(not twice, f"{table}: {', '.join(twice)} stands there twice (a loop and a stage share their names)")
     good = 1 <= len(stages) <= MOST_ROWS and 1 <= len(loops) <= MOST_ROWS
     check(good, f"stages, loops: from 1 to {MOST_ROWS} rows each, not {len(stages)} and {len(loops)}")
+    check(TOKENS not in {*manifest.free} & {*manifest.fixed}, f"sizes.symbols.{TOKENS}: text.chunks makes it free")
     for stage in manifest.stages:
         _check_stage(manifest, stage)
     _check_circles(manifest)
@@ -155,18 +161,51 @@ def _check_stage(manifest: Manifest, stage: Stage) -> None:
     for tensor in tensors:
         check(bool(tensor.shape), f"{where}.{tensor.name}: at least one axis")
         for n in tensor.shape:
-            known = 1 <= n <= MAX_SIZE if isinstance(n, int) else n in FREE or n in manifest.fixed
-            check(known, f"{where}.{tensor.name}: {n!r} is no size, none of {', '.join(FREE)} and not in sizes.symbols")
+            free = manifest.free
+            known = 1 <= n <= MAX_SIZE if isinstance(n, int) else n in free or n in manifest.fixed
+            check(known, f"{where}.{tensor.name}: {n!r} is no size, none of {', '.join(free)} and not in sizes.symbols")
     inner = {n for tensor in stage.inputs for n in tensor.shape}
     inner |= {PIXELS_AND_LATENTS[n] for n in inner & PIXELS_AND_LATENTS.keys()}
     for made in stage.outputs:
-        unknown = [n for n in made.shape if n in FREE and n not in inner]
+        unknown = [n for n in made.shape if n in manifest.free and n not in inner]
         check(not unknown, f"{where}.{made.name}: {', '.join(map(str, unknown))} is an axis of none of its inputs")
     firsts = {tensor.shape[0] if tensor.shape else 1 for tensor in tensors}
     joined = firsts in ({"B"}, {"N"})
     check(joined or not stage.batch, f"{where}: batch is true, but the first axes are not all B, or all N")
     for tensor in stage.inputs:
         _check_source(manifest, f"{where}.{tensor.name}", tensor)
+    if manifest.text is not None and not manifest.text.plain:
+        _check_chunks(manifest, stage, manifest.text.length)
+
+
+def _check_chunks(manifest: Manifest, stage: Stage, length: int) -> None:
+    """Where texts have chunks or weights: what reads a text gives [B, L, D], and what takes that, of T tokens, says so.
+
+    T stands for all chunks behind one another, on the second axis of [B, T, D] alone.
+    """
+    where, chunked = f"stages.{stage.name}", TOKENS in manifest.free
+    texts = [tensor.name for tensor in stage.inputs if source(tensor.source).kind == "text"]
+    check(
+        len(texts) < 2, f"{where}: reads {', '.join(texts)}, but text.weights and text.chunks are for one text a stage"
+    )
+    for made in stage.outputs if texts else ():
+        good = len(made.shape) == 3 and _size(manifest, made.shape[1]) == length
+        check(good, f"{where}.{made.name}: with text.weights or text.chunks [B, {length}, D], not {list(made.shape)}")
+    for tensor in stage.inputs if chunked else ():
+        origin = source(tensor.source)
+        of_chunks = origin.kind == "made" and TOKENS in _joined_shape(manifest, origin.name, origin.output)
+        good = (len(tensor.shape) == 3 and tensor.shape[1] == TOKENS) if of_chunks else TOKENS not in tensor.shape
+        shape = "[B, T, D], a text's chunks" if of_chunks else f"without the axis {TOKENS}, it holds no text's chunks"
+        check(good and tensor.shape.count(TOKENS) <= 1, f"{where}.{tensor.name}: {shape}, not {list(tensor.shape)}")
+
+
+def _joined_shape(manifest: Manifest, name: str, output: str) -> tuple[int | str, ...]:
+    """The shape of a stage's output with all chunks of a text; nothing where a loop gives it."""
+    rows = [stage for stage in manifest.stages if stage.name == name]
+    shapes = [made.shape for stage in rows for made in stage.outputs if made.name == output]
+    if rows and shapes and any(source(tensor.source).kind == "text" for tensor in rows[0].inputs):
+        return (shapes[0][0], TOKENS, *shapes[0][2:])
+    return shapes[0] if shapes else ()
 
 
 def _check_source(manifest: Manifest, where: str, tensor: Tensor) -> None:

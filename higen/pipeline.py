@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from higen.backends.base import CLOSED, Backend
 from higen.bundle import Bundle
+from higen.chunk_runner import ChunkRunner
 from higen.errors import BackendError, HigenError, NotPicklable, RequestError
 from higen.events import Event, Frames, Stream, timed, timed_events, timed_steps
 from higen.forks import Home
@@ -255,7 +256,7 @@ class Pipeline:
         finished = {} if finished is None else finished
         seconds: dict[str, float] = {}
         with timed(seconds, "text"):
-            sources = Sources(self.manifest, self.backend, request, self._tokens(request), self._kept)
+            sources = self._sources(request)
         latents: Any = None
         for loop in self.manifest.wanted(request.frames):
             steps = request.steps[self.manifest.loops.index(loop)]
@@ -275,16 +276,14 @@ class Pipeline:
             yield event
         return [Video(frames[i], request.fps, self._metadata(request, i, seconds)) for i in range(len(frames))]
 
-    def _tokens(self, request: Request) -> dict[str, NDArray[np.int64]]:
-        """Ids [1, L] of every text of a request."""
-        if self._tokenizer is None:
-            return {}
-        count = len(request.prompts)
-        names: dict[str, str] = {}
-        for i, text in enumerate(request.prompts):
-            names.setdefault(text, f"prompt {i + 1} of {count}" if count > 1 else "prompt")
-        names.setdefault(request.negative_prompt, "negative_prompt")
-        return {text: self._tokenizer.encode([text], request.warn, [name]) for text, name in names.items()}
+    def _sources(self, request: Request) -> Sources:
+        """The sources of a request, its texts read."""
+        names, tokenizer = request.texts(), self._tokenizer
+        if tokenizer is None or tokenizer.rules.plain:
+            tokens = {text: tokenizer.encode([text], request.warn, [name]) for text, name in names.items() if tokenizer}
+            return Sources(self.manifest, self.backend, request, tokens, self._kept)
+        readings = {text: tokenizer.read(text, request.warn, name) for text, name in names.items()}
+        return Sources(self.manifest, self.backend, request, {}, self._kept, readings)
 
     def _steps(self, request: Request, sources: Sources, loop: Loop, steps: int) -> Iterator[Step]:
         index = self.manifest.loops.index(loop)
@@ -310,7 +309,8 @@ class Pipeline:
         )
         clean = sources.made(loop.start.latents, loop) if loop.start and request.begins(loop) else None
         unit, added = sources.initial_noise(loop)
-        yield from denoise(self.backend, plan, initial_state(table, unit, added, clean, plan.first))
+        runner = ChunkRunner.over(self.backend, self.manifest, [sources.chunks(i) for i in range(sources.samples)])
+        yield from denoise(runner, plan, initial_state(table, unit, added, clean, plan.first))
 
     def _stage(self, loop: Loop, unguided: bool) -> Stage:
         """The stage that does a row, whether its guidance is 1 everywhere or not."""
@@ -326,7 +326,7 @@ class Pipeline:
         fed with them. Raises RequestError where it is and they are not there yet.
         """
         quiet = replace(request, warn=lambda _: None)
-        sources = Sources(self.manifest, self.backend, quiet, self._tokens(quiet), self._kept)
+        sources = self._sources(quiet)
         for name, value in (others or {}).items():
             sources.finish(self.manifest.loop(name), np.asarray(self.backend.to_numpy(value)))
         events = list(self._decode(latents, sources, request))

@@ -16,6 +16,7 @@ from higen.errors import RequestError, quoted
 from higen.manifest import Manifest
 from higen.noise_schedule import is_whole
 from higen.plain_values import plain
+from higen.prompt_weights import pieces
 from higen.schedule import max_steps
 from higen.stages import source
 from higen.tables import COMMON, MAX_NUMBER, MAX_SIDE, Control, Loop
@@ -71,6 +72,15 @@ class Request:
     fps: int
     controls: Mapping[str, Any]
     warn: Warn = _warn
+
+    def texts(self) -> dict[str, str]:
+        """Every text that is read, with its name in messages."""
+        count = len(self.prompts)
+        names: dict[str, str] = {}
+        for i, text in enumerate(self.prompts):
+            names.setdefault(text, f"prompt {i + 1} of {count}" if count > 1 else "prompt")
+        names.setdefault(self.negative_prompt, "negative_prompt")
+        return names
 
     def frames_of(self, loop: Loop) -> int:
         """Frames that a loop denoises."""
@@ -172,6 +182,9 @@ def make_request(
         controls={name: checked(control) for name, control in known.items()},
         warn=warn or _warn,
     )
+    if manifest.text is not None and manifest.text.weights is not None:
+        for text, name in request.texts().items():
+            pieces(text, name)
     request = request if only is None else request.cut(only)
     _check_needed(manifest, request)
     return request

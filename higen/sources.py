@@ -20,9 +20,10 @@ from higen.conditioning import curve_rows, curve_values, resample_in_time, simil
 from higen.errors import RequestError
 from higen.images import resampling
 from higen.manifest import Manifest
+from higen.prompt_chunks import Reading, joined_chunks, weighted
 from higen.recent import Recent
 from higen.request import Picture, Request
-from higen.stages import Source, Stage, Tensor, source
+from higen.stages import TOKENS, Source, Stage, Tensor, source
 from higen.tables import Loop
 from higen.video import to_uint8
 
@@ -81,13 +82,15 @@ class Sources:
         request: Request,
         tokens: Mapping[str, NDArray[np.int64]],
         kept: Kept,
+        readings: Mapping[str, Reading] | None = None,
     ) -> None:
-        """`tokens`: ids [1, L] of every text of the request."""
+        """`tokens`: ids [1, L] of every text of the request; `readings`: where texts have chunks or weights, those."""
         self._manifest = manifest
         self._backend = backend
         self._request = request
         self._tokens = tokens
         self._kept = kept
+        self._readings = readings or {}
         self._made: dict[bytes, dict[str, Array]] = {}
         self._placed: dict[Hashable, _Made] = {}
         self._encoded: dict[Hashable, _Value] = {}
@@ -126,7 +129,24 @@ class Sources:
     def batch(self, stage: Stage, loop: Loop) -> dict[str, Array]:
         """The inputs of a denoising stage that are no state, for all samples: [B, ...] each."""
         rows = [self.inputs(stage, Place(i, self._request.frames_of(loop), loop)) for i in range(self.samples)]
-        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+        ragged = {tensor.name for tensor in stage.inputs if TOKENS in tensor.shape and TOKENS in self._manifest.free}
+        most = max(self.chunks(i) for i in range(self.samples)) * self._length
+
+        def whole(name: str, value: Array) -> Array:
+            """Zeros behind a text of fewer chunks, which `ChunkRunner` cuts off again."""
+            return np.pad(value, ((0, 0), (0, most - value.shape[1]), (0, 0))) if name in ragged else value
+
+        return {name: np.concatenate([whole(name, row[name]) for row in rows]) for name in rows[0]}
+
+    def chunks(self, sample: int) -> int:
+        """Chunks of a sample's prompt and of its negative prompt: the larger number, 1 where texts have none."""
+        request = self._request
+        texts = (request.prompts[sample], request.negative_prompt) if self._readings else ()
+        return max((len(self._readings[text].ids) for text in texts), default=1)
+
+    @property
+    def _length(self) -> int:
+        return self._manifest.text.length if self._manifest.text is not None else 0
 
     def inputs(self, stage: Stage, place: Place) -> dict[str, Array]:
         """The inputs of a stage that are no state, for one sample."""
@@ -146,9 +166,10 @@ class Sources:
     def _value(self, tensor: Tensor, place: Place) -> _Value:
         origin = source(tensor.source)
         if origin.kind == "text":
-            prompt = not (place.negative or origin.name == "negative")
-            text = self._request.prompts[place.sample] if prompt else self._request.negative_prompt
-            ids = self._tokens[text]
+            if self._readings:
+                read = self._reading(origin, place)
+                return _Value(read.ids, _digest("read", read.ids.tobytes(), read.weights.tobytes()), lasting=True)
+            ids = self._tokens[self._text(origin, place)]
             return _Value(ids, _digest("tokens", ids.tobytes()), lasting=True)
         if origin.kind == "control":
             return self._control(origin.name, tensor, place)
@@ -170,6 +191,14 @@ class Sources:
         array = as_video(array) if len(tensor.shape) == 5 and array.ndim == 4 else array
         return _Value(array, _digest(made.key, origin.output, array.ndim), made.lasting)
 
+    def _text(self, origin: Source, place: Place) -> str:
+        prompt = not (place.negative or origin.name == "negative")
+        return self._request.prompts[place.sample] if prompt else self._request.negative_prompt
+
+    def _reading(self, origin: Source, place: Place) -> Reading:
+        """A text in as many chunks as both texts of its sample have."""
+        return self._readings[self._text(origin, place)].padded(self.chunks(place.sample))
+
     def _stage(self, stage: Stage, place: Place) -> _Made:
         """A stage's outputs, made once per distinct input."""
         loop = place.loop.name if place.loop is not None else None
@@ -181,16 +210,25 @@ class Sources:
         lasting = all(value.lasting for value in values.values())
         inputs = {name: value.array for name, value in values.items()}
         if lasting:
-            outputs = self._kept.get(key, lambda: self._run(stage, inputs))
+            outputs = self._kept.get(key, lambda: self._run(stage, inputs, place))
         elif key in self._made:
             outputs = self._made[key]
         else:
-            outputs = self._made[key] = self._run(stage, inputs)
+            outputs = self._made[key] = self._run(stage, inputs, place)
         self._placed[at] = _Made(outputs, key, lasting)
         return self._placed[at]
 
-    def _run(self, stage: Stage, inputs: Mapping[str, Array]) -> dict[str, Array]:
-        """Run a stage for one sample; one that takes frames one by one (N) is given a chunk of them at a time."""
+    def _run(self, stage: Stage, inputs: Mapping[str, Array], place: Place) -> dict[str, Array]:
+        """Run a stage for one sample; one that takes frames one by one (N) is given a chunk of them at a time, and one
+        that reads a text a chunk of its tokens.
+        """
+        for tensor in stage.inputs if self._readings else ():
+            origin = source(tensor.source)
+            if origin.kind == "text":
+                read = self._reading(origin, place)
+                rows = (self._call(stage, {**inputs, tensor.name: ids[None]}) for ids in read.ids)
+                pairs = zip(rows, read.weights, strict=True)
+                return joined_chunks([{n: weighted(v, own) for n, v in row.items()} for row, own in pairs])
         frames = [name for name in inputs if stage.input(name).shape[0] == "N"]
         total = max((len(inputs[name]) for name in frames), default=1)
         chunk = self._manifest.sizes.chunk
@@ -277,6 +315,7 @@ class Sources:
         """The sizes of a tensor's axes for one sample."""
         factor = self._manifest.sizes.factor
         sizes = {"B": 1, "N": 1, "F": place.frames, "Y": self._request.height, "X": self._request.width}
+        sizes |= {TOKENS: self._length * self.chunks(place.sample)}
         sizes |= {"H": sizes["Y"] // factor, "W": sizes["X"] // factor, **self._manifest.fixed}
         return tuple(sizes[n] if isinstance(n, str) else n for n in tensor.shape)
 

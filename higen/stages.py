@@ -3,8 +3,8 @@
 Every backend, the ONNX export, the engine profiles, Triton and C++ read that table (docs/manifest.md). This module
 holds its rows, and knows of no model.
 
-Free symbols of a shape: B samples, N images or frames of a chunk, F frames, H x W latent size, Y x X pixel size. All
-others are the model's own, and have one size each.
+Free symbols of a shape: B samples, N images or frames of a chunk, F frames, H x W latent size, Y x X pixel size; where
+texts are read in chunks, T tokens of all of them. All others are the model's own, and have one size each.
 
 A denoising stage is one whole solver step (docs/manifest.md, "loops"):
 
@@ -23,10 +23,14 @@ from typing import Any, Literal
 
 from higen.errors import BackendError, ManifestError
 
-__all__ = ["EMPTY", "FREE", "STATE", "STEP_COLUMNS", "Output", "Source", "Stage", "Tensor", "check_inputs", "source"]
+__all__ = ["EMPTY", "FREE", "STATE", "STEP_COLUMNS", "TOKENS", "Output", "Source", "Stage", "Tensor"]
+__all__ += ["check_inputs", "source"]
 
 FREE = ("B", "F", "N", "H", "W", "Y", "X")
 """Symbols that a request fixes."""
+
+TOKENS = "T"
+"""The tokens of all chunks of a text: a free symbol where there may be several (`text.chunks`), else a model's own."""
 
 STATE = ("latents", "previous")
 """The state of a denoising loop: inputs and outputs of its stages."""

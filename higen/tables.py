@@ -11,6 +11,7 @@ from higen import noise_schedule as solvers
 from higen.errors import ManifestError
 from higen.noise_schedule import PREDICTIONS, NoiseSchedule, Solver
 from higen.stages import FREE
+from higen.typed_json import LATER
 
 __all__ = [
     "COMMON",
@@ -47,6 +48,7 @@ ENCODINGS: dict[str, tuple[str | None, ...]] = {
 
 NUMERIC = ("number", "whole", "curve")
 MAX_SIDE = 4096
+MOST_CHUNKS = 64  # of a text
 MAX_SIZE = 2**31  # of an axis
 MAX_NUMBER = 3.4028234663852886e38  # float32's
 
@@ -108,15 +110,26 @@ class Sizes:
 class TextRules:
     """How a text becomes token ids [1, length]: start, text, end, then `pad_id`.
 
-    clean  repair the text as CLIP does
+    clean    repair the text as CLIP does
+    weights  "parentheses": words have weights, `(word:1.3)`, and BREAK begins a new chunk; None: a prompt is plain text
+    chunks   so many rows of ids at most; a longer text is cut
     """
 
     tokenizer: str
     length: int = 77
     pad_id: int = 0
     clean: bool = True
+    weights: Literal["parentheses"] | None = field(default=None, metadata=LATER)
+    chunks: int = field(default=1, metadata=LATER)
+
+    @property
+    def plain(self) -> bool:
+        """Whether every text is one row of ids, its words without weights."""
+        return self.weights is None and self.chunks == 1
 
     def __post_init__(self) -> None:
+        check(self.weights in (None, "parentheses"), f"weights={self.weights!r}: null or 'parentheses'")
+        check(1 <= self.chunks <= MOST_CHUNKS, f"chunks={self.chunks}: from 1 to {MOST_CHUNKS}")
         good = 3 <= self.length <= 2**20 and 0 <= self.pad_id < 2**31
         check(good, f"length={self.length}, pad_id={self.pad_id}: room for start, text and end, and an id from 0")
 

@@ -19,6 +19,8 @@ from numpy.typing import NDArray
 from tokenizers import Encoding, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
 from higen.errors import IntegrityError, PromptWarning, RequestError, quoted
+from higen.prompt_chunks import Chunks, Reading
+from higen.prompt_weights import Piece, pieces
 from higen.request import Warn
 from higen.tables import TextRules
 
@@ -87,7 +89,7 @@ class PromptTokenizer:
     def encode(
         self, prompts: Sequence[str], warn: Warn | None = None, names: Sequence[str] | None = None
     ) -> NDArray[np.int64]:
-        """Token ids of the prompts, int64 [B, L]: start, text, end, then `pad_id` up to `length`.
+        """Token ids of the prompts as plain texts, int64 [B, L]: start, text, end, then `pad_id` up to `length`.
 
         A prompt that is too long is cut, keeping the end token last, with a PromptWarning that names the words lost;
         so are words that a word-level tokenizer does not know. `warn` is called with each warning; None: warnings.warn.
@@ -104,16 +106,50 @@ class PromptTokenizer:
             row[: len(tokens)] = tokens
         return ids
 
+    def read(self, prompt: str, warn: Warn | None = None, name: str = "prompt") -> Reading:
+        """A prompt in chunks, its words with their weights, as the rules `weights` and `chunks` say.
+
+        What is beyond the last chunk is cut off, with a PromptWarning. Raises RequestError for weights that are wrong.
+        """
+        start, end = _id(self.tokenizer, START), _id(self.tokenizer, END)
+        if self.rules.plain:
+            ids = self.encode([prompt], warn, [name])
+            blank = self.encode([""])[0]
+            return Reading(ids, np.ones(ids.shape, np.float32), blank)
+        warn, rules = warn or _warn, self.rules
+        chunks = Chunks(rules.length - 2, rules.chunks, self.tokenizer.token_to_id(",</w>"))
+        parts = pieces(prompt, name) if rules.weights else [Piece(prompt)]
+        for i, part in enumerate(parts):
+            if part.text is None:
+                chunks.begin()
+                continue
+            text, encoding = self._encoded(part.text, prompt, name)
+            self._warn_of_unknown_words(text, name, encoding, warn)
+            lost = chunks.add(encoding.ids, part.weight)
+            if lost is not None:
+                rest = [text[_word_start(text, encoding, lost) :], *(other.text or "" for other in parts[i + 1 :])]
+                named = _named(" ".join(rest).split())
+                most = (
+                    f"{rules.length - 2} tokens" if rules.chunks == 1 else f"{rules.chunks} x {rules.length - 2} tokens"
+                )
+                warn(PromptWarning(f"{name}: the model reads {most}: cut off is {named}; say it in fewer words"))
+                break
+        return chunks.reading(start, end, rules.pad_id)
+
     def _text_ids(self, prompt: str, name: str, warn: Warn) -> list[int]:
-        text = clean(prompt) if self.rules.clean else prompt
+        text, encoding = self._encoded(prompt, prompt, name)
+        self._warn_of_unknown_words(text, name, encoding, warn)
+        self._warn_of_lost_words(text, name, encoding, warn)
+        return encoding.ids
+
+    def _encoded(self, part: str, prompt: str, name: str) -> tuple[str, Encoding]:
+        """A part of a prompt, cleaned, and its tokens."""
+        text = clean(part) if self.rules.clean else part
         try:
             text.encode()
         except UnicodeEncodeError as error:
             raise RequestError(f"{name} {quoted(prompt)}: not valid Unicode: {error.reason}") from error
-        encoding = self.tokenizer.encode(text, add_special_tokens=False)
-        self._warn_of_unknown_words(text, name, encoding, warn)
-        self._warn_of_lost_words(text, name, encoding, warn)
-        return encoding.ids
+        return text, self.tokenizer.encode(text, add_special_tokens=False)
 
     def _warn_of_unknown_words(self, text: str, name: str, encoding: Encoding, warn: Warn) -> None:
         unknown = self.tokenizer.token_to_id(UNKNOWN)
@@ -127,11 +163,7 @@ class PromptTokenizer:
         room = self.rules.length - 2
         if len(encoding.ids) <= room:
             return
-        # A word of which any token is lost counts as lost.
-        first = encoding.offsets[room][0]
-        while first > 0 and not text[first - 1].isspace():
-            first -= 1
-        lost = _named(text[first:].split())
+        lost = _named(text[_word_start(text, encoding, room) :].split())
         message = f"{name} has {len(encoding.ids)} tokens and the model reads {room}: cut off is {lost}"
         warn(PromptWarning(f"{message}; say it in fewer words"))
 
@@ -190,6 +222,14 @@ def _id(tokenizer: Tokenizer, token: str) -> int:
     if found is None:
         raise IntegrityError(f"the tokenizer has no token {token}")
     return found
+
+
+def _word_start(text: str, encoding: Encoding, token: int) -> int:
+    """Where the word of a token begins: a word of which any token is lost counts as lost."""
+    first = int(encoding.offsets[token][0])
+    while first > 0 and not text[first - 1].isspace():
+        first -= 1
+    return first
 
 
 def _byte_letters() -> list[str]:

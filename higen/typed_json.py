@@ -12,9 +12,14 @@ from typing import Any, TypeVar
 
 from higen.errors import ManifestError
 
-__all__ = ["check_positive", "from_json", "to_json"]
+__all__ = ["LATER", "check_positive", "from_json", "to_json"]
 
 T = TypeVar("T")
+
+LATER = {"later": True}
+"""Metadata of a field that came after the first files were written: it may be missing, and its default is not written,
+so that older readers take the file.
+"""
 
 
 def check_positive(config: object) -> None:
@@ -27,10 +32,14 @@ def check_positive(config: object) -> None:
 
 def to_json(config: object) -> dict[str, Any]:
     """A dataclass as JSON-ready dictionaries and lists."""
-    return typing.cast("dict[str, Any]", _plain(dataclasses.asdict(config)))  # type: ignore[call-overload]
+    return typing.cast("dict[str, Any]", _plain(config))
 
 
 def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value):
+        found = {field.name: (getattr(value, field.name), field) for field in dataclasses.fields(value)}
+        later = [name for name, (own, field) in found.items() if field.metadata == LATER and own == field.default]
+        return {name: _plain(own) for name, (own, _) in found.items() if name not in later}
     if isinstance(value, dict):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, (list, tuple)):
@@ -41,7 +50,7 @@ def _plain(value: Any) -> Any:
 def from_json(kind: type[T], data: object, where: str = "", whole: bool = False) -> T:
     """Build the dataclass `kind` from JSON data, checking every key and every type.
 
-    `whole`: every field is wanted, at every depth; else fields with a default may be left out.
+    `whole`: every field is wanted, at every depth, but those marked LATER; else fields with a default may be left out.
     Raises ManifestError naming the key, its value and what is allowed.
     """
     where = where or kind.__name__
@@ -52,7 +61,8 @@ def from_json(kind: type[T], data: object, where: str = "", whole: bool = False)
     for key in data:
         if key not in names:
             raise ManifestError(f"{where}.{reprlib.repr(key)[1:-1]}: unknown key; known are {', '.join(names)}")
-    if whole and (missing := [name for name in names if name not in data]):
+    later = [field.name for field in dataclasses.fields(kind) if field.metadata == LATER]  # type: ignore[arg-type]
+    if whole and (missing := [name for name in names if name not in data and name not in later]):
         raise ManifestError(f"{where}: has no {', '.join(missing)}")
     values = {key: _typed(hints[key], value, f"{where}.{key}", whole) for key, value in data.items()}
     try:

@@ -13,7 +13,9 @@ from typing import Any
 import cpp_build
 import diffusers
 import numpy as np
+import prompt_truth as truth
 import pytest
+import sealing
 import tiny_diffusers as tiny
 import torch
 from diffusers import StableDiffusionImg2ImgPipeline
@@ -30,7 +32,7 @@ from higen.families.stable_diffusion.checkpoint import recognise
 from higen.families.stable_diffusion.ldm_names import PREFIX, ldm_name
 from higen.noise import frame_noise, row_purpose
 from higen.pipeline import Pipeline
-from higen.tokenizer import PromptTokenizer
+from higen.tokenizer import PromptTokenizer, build_clip_tokenizer
 
 # diffusers and NumPy 2: an array of a tensor.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -215,6 +217,76 @@ def test_image_to_image_is_that_of_diffusers(
     assert apart(got.swapaxes(0, 1), wanted) < 1e-4
 
 
+# Weighted words and long prompts.
+
+WEIGHTED = "a (red:1.4) [apple], on a ((wooden table:1.2), dark)"
+LONG = "a red apple on a wooden table, " * 12
+TEXTS = [
+    (WEIGHTED, "(blurry:1.3)"),
+    (LONG, "blurry"),
+    ("a cat", f"bad BREAK {LONG}"),
+    ("BREAK (a cat BREAK a dog:0.6)", ""),
+]
+
+
+def wanted_of(model: Bundle, scheduler: Any, prompt: str, negative: str) -> NDArray[np.float32]:
+    """The final latents of diffusers' pipeline for embeddings of the second reading."""
+    pipeline = tiny.image_pipeline(scheduler)
+    given, empty = truth.pair(pipeline.text_encoder, build_clip_tokenizer(), prompt, negative)
+    noise = torch.from_numpy(frame_noise(SEED, 0, 4, 1, HEIGHT // 2, WIDTH // 2)[:, 0])[None]
+    with torch.inference_mode():
+        made = pipeline(
+            prompt_embeds=given,
+            negative_prompt_embeds=empty,
+            num_inference_steps=8,
+            guidance_scale=7.5,
+            latents=noise.clone(),
+            output_type="latent",
+        )
+    return np.asarray(made.images.numpy().swapaxes(0, 1), np.float32)
+
+
+@pytest.mark.parametrize(("prompt", "negative"), TEXTS, ids=range(len(TEXTS)))
+def test_weighted_and_long_prompts(
+    saved: Path, model: Bundle, by_torch: Pipeline, by_graphs: Pipeline, prompt: str, negative: str
+) -> None:
+    wanted = wanted_of(model, sampler(saved, "ddim"), prompt, negative)
+    options = {"seed": SEED, "width": WIDTH, "height": HEIGHT, "steps": 8, "guidance": 7.5}
+    for pipe in (by_torch, by_graphs):
+        *_, last = (e for e in pipe.stream(prompt, negative_prompt=negative, **options) if isinstance(e, higen.Step))
+        assert apart(np.asarray(last.latents)[0], wanted) < 1e-4
+
+
+def test_prompts_of_one_batch_have_chunks_of_their_own(by_torch: Pipeline, by_graphs: Pipeline) -> None:
+    options = {"width": WIDTH, "height": HEIGHT, "steps": 3, "negative_prompt": "blurry"}
+    for pipe in (by_torch, by_graphs):
+        batch = pipe(["a cat", LONG, "a dog", WEIGHTED], seed=[1, 2, 3, 4], **options)
+        alone = [pipe(text, seed=i, **options) for i, text in enumerate(["a cat", LONG, "a dog", WEIGHTED], 1)]
+        for one, other in zip(batch, alone, strict=True):
+            assert np.abs(one.frames.astype(int) - other.frames).max() <= 1
+
+
+def test_a_model_that_was_converted_before_reads_plain_texts(model: Bundle, tmp_path: Path) -> None:
+    """Its tables have no rules for weights, and its context a fixed number of tokens."""
+    folder = Path(shutil.copytree(model.path, tmp_path / "model"))
+    for graph in folder.glob("spatial_unet*.onnx"):
+        graph.unlink()
+    document = json.loads((folder / "higen.json").read_text(encoding="utf-8"))
+    del document["text"]["weights"], document["text"]["chunks"]
+    for name in [name for name in document["graphs"] if name.startswith("spatial_unet")]:
+        del document["graphs"][name], document["files"][name]
+    for row in document["stages"]:
+        for tensor in row["inputs"]:
+            tensor["shape"] = ["L" if n == "T" else n for n in tensor["shape"]]
+    sealing.write(folder, document)
+    old, new = higen.load(folder, backend="torch"), higen.load(model.path, backend="torch")
+    options = {"seed": SEED, "width": WIDTH, "height": HEIGHT, "steps": 2}
+    assert np.array_equal(old(PROMPT, **options).frames, new(PROMPT, **options).frames)
+    assert np.array_equal(old("a (cat:1.3)", **options).frames, new(r"a \(cat\:1.3\)", **options).frames)
+    with pytest.warns(PromptWarning, match="the model reads 75"):
+        old(LONG, **options)
+
+
 # Formats.
 
 
@@ -303,6 +375,18 @@ def test_cpp_makes_pythons_picture(built: Path, model: Bundle, by_graphs: Pipeli
     flags = [f"--seed={SEED}", "--steps=6", f"--width={WIDTH}", f"--height={HEIGHT}", "--guidance=3"]
     output = tmp_path / "picture.npy"
     cpp_build.done(built / "higen-run", model.path, PROMPT, "-q", "-o", output, *flags)
+    assert np.abs(np.load(output).astype(int) - wanted).max() <= 1
+
+
+@pytest.mark.parametrize(("prompt", "negative"), TEXTS, ids=range(len(TEXTS)))
+def test_cpp_reads_weighted_and_long_prompts(
+    built: Path, model: Bundle, by_graphs: Pipeline, tmp_path: Path, prompt: str, negative: str
+) -> None:
+    options: dict[str, Any] = {"seed": SEED, "steps": 4, "width": WIDTH, "height": HEIGHT, "guidance": 3.0}
+    wanted = by_graphs(prompt, negative_prompt=negative, **options).frames
+    flags = [f"--{name}={value}" for name, value in options.items()]
+    output = tmp_path / "picture.npy"
+    cpp_build.done(built / "higen-run", model.path, prompt, "-q", "-o", output, f"--negative={negative}", *flags)
     assert np.abs(np.load(output).astype(int) - wanted).max() <= 1
 
 

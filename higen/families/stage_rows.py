@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from higen.stages import EMPTY, Output, Stage, Tensor
+from higen.stages import EMPTY, TOKENS, Output, Stage, Tensor
+from higen.tables import TextRules
 
-__all__ = ["autoencoder_stages", "solver_stages", "text_encoder_stage"]
+__all__ = ["CHUNKS", "CLIP_CONTEXT", "autoencoder_stages", "clip_text", "solver_stages", "text_encoder_stage"]
+
+
+CHUNKS = 8
+"""Chunks of 75 tokens that a prompt may have: engines are built for as many."""
+
+CLIP_CONTEXT = ("B", TOKENS, "Dc")
+"""The shape of CLIP's outputs for a prompt in chunks, where `clip_text` are the rules."""
+
+
+def clip_text(tokenizer: str, length: int, pad_id: int) -> TextRules:
+    """Rules of CLIP's texts as the field writes them: weighted words, BREAK, and several chunks of tokens."""
+    return TextRules(tokenizer, length, pad_id, clean=True, weights="parentheses", chunks=CHUNKS)
 
 
 def solver_stages(

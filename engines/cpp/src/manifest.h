@@ -41,6 +41,11 @@ struct TextRules {
     std::int64_t length = 77;
     std::int64_t pad_id = 0;
     bool clean = true;
+    bool weights = false;     // words have weights, `(word:1.3)`, and BREAK begins a new chunk
+    std::int64_t chunks = 1;  // so many rows of ids at most
+
+    // Whether every text is one row of ids, its words without weights.
+    [[nodiscard]] bool plain() const { return !weights && chunks == 1; }
 };
 
 // A value of a control: numbers row by row (one number is 1 x 1, a list is rows x 1), or a text.

@@ -225,7 +225,13 @@ void read_text(const Json& json, const std::string& where, TextRules& text) {
     object.required_value("length", text.length);
     object.required_value("pad_id", text.pad_id);
     object.required_value("clean", text.clean);
+    std::optional<std::string> weights;
+    object.value("weights", weights);
+    object.value("chunks", text.chunks);
     object.finish();
+    check_manifest(!weights || *weights == "parentheses", where + ".weights: null or 'parentheses'");
+    check_manifest(text.chunks >= 1 && text.chunks <= 64, where + ".chunks: from 1 to 64");
+    text.weights = weights.has_value();
     check_manifest(
         text.length >= 3 && text.length <= 1 << 20 && text.pad_id >= 0 && text.pad_id < std::int64_t{1} << 31,
         where + ": length=" + std::to_string(text.length) + ", pad_id=" + std::to_string(text.pad_id) +

@@ -11,15 +11,21 @@ namespace {
 
 const std::set<std::string, std::less<>> free_symbols = {"B", "F", "N", "H", "W", "Y", "X"};
 
+// The tokens of all chunks of a text: free where there may be several.
+bool has_chunks(const Manifest& manifest) { return manifest.text && manifest.text->chunks > 1; }
+
 constexpr std::size_t most_rows = 100;
 constexpr std::int64_t most_columns = 1 << 16;
+
+bool is_free(const Manifest& manifest, const std::string& symbol) {
+    return free_symbols.count(symbol) > 0 || (symbol == tokens_symbol && has_chunks(manifest));
+}
 
 void check_shape(const Manifest& manifest, const std::string& where, const std::vector<Axis>& shape) {
     check(!shape.empty(), where + ": at least one axis");
     for (const auto& axis : shape)
-        check(
-            axis.symbol.empty() || free_symbols.count(axis.symbol) > 0 || manifest.sizes.symbols.count(axis.symbol) > 0,
-            where + ": '" + axis.symbol + "' is none of B, F, N, H, W, Y, X and not in sizes.symbols");
+        check(axis.symbol.empty() || is_free(manifest, axis.symbol) || manifest.sizes.symbols.count(axis.symbol) > 0,
+              where + ": '" + axis.symbol + "' is none of B, F, N, H, W, Y, X and not in sizes.symbols");
 }
 
 Names fitting_controls(const Manifest& manifest, Source::Kind kind) {
@@ -92,17 +98,53 @@ void check_source(const Manifest& manifest, const std::string& where, const Tens
 }
 
 // A free axis of an output is one of the inputs', or the pixels or latents beside it.
-void check_output(const Stage& stage, const TensorSpec& output) {
+void check_output(const Manifest& manifest, const Stage& stage, const TensorSpec& output) {
     const auto given = [&](const std::string& symbol) {
         return std::any_of(stage.inputs.begin(), stage.inputs.end(),
                            [&](const TensorSpec& input) { return axis_of(input.shape, symbol) < input.shape.size(); });
     };
     const std::map<std::string, std::string> beside = {{"H", "Y"}, {"W", "X"}, {"Y", "H"}, {"X", "W"}};
     for (const auto& axis : output.shape) {
-        if (free_symbols.count(axis.symbol) == 0) continue;
+        if (!is_free(manifest, axis.symbol)) continue;
         const auto other = beside.find(axis.symbol);
         check(given(axis.symbol) || (other != beside.end() && given(other->second)),
               "stages." + stage.name + "." + output.name + ": " + axis.symbol + " is an axis of none of its inputs");
+    }
+}
+
+bool reads_text(const Stage& stage) {
+    return std::any_of(stage.inputs.begin(), stage.inputs.end(),
+                       [](const auto& tensor) { return tensor.source.kind == Source::Kind::text; });
+}
+
+// Whether an input is fed with all chunks of a text.
+bool is_fed_chunks(const Manifest& manifest, const TensorSpec& tensor) {
+    if (tensor.source.kind != Source::Kind::made) return false;
+    const auto* stage = manifest.find_stage(tensor.source.name);
+    if (stage == nullptr) return false;
+    const auto& axes = stage->output(tensor.source.output)->shape;
+    return reads_text(*stage) || axis_of(axes, tokens_symbol) < axes.size();
+}
+
+// Where texts have chunks or weights: what reads a text gives [B, L, D], and what takes that, of T tokens, says so.
+void check_chunks(const Manifest& manifest, const std::string& where, const Stage& stage) {
+    const auto texts = std::count_if(stage.inputs.begin(), stage.inputs.end(), [](const auto& tensor) {
+        return tensor.source.kind == Source::Kind::text;
+    });
+    check(texts < 2, where + ": reads two texts, but text.weights and text.chunks are for one text a stage");
+    if (texts == 1)
+        for (const auto& made : stage.outputs)
+            check(made.shape.size() == 3 && size_of(manifest, made.shape[1]) == manifest.text->length,
+                  where + "." + made.name + ": with text.weights or text.chunks [B, L, D], not " + shown(made.shape));
+    if (!has_chunks(manifest)) return;
+    for (const auto& tensor : stage.inputs) {
+        const auto count = std::count_if(tensor.shape.begin(), tensor.shape.end(),
+                                         [](const auto& axis) { return axis.symbol == tokens_symbol; });
+        const bool fits = is_fed_chunks(manifest, tensor)
+                              ? tensor.shape.size() == 3 && count == 1 && tensor.shape[1].symbol == tokens_symbol
+                              : count == 0;
+        check(fits, where + "." + tensor.name + ": [B, T, D] where it is fed with a text's chunks, else without T, " +
+                        "not " + shown(tensor.shape));
     }
 }
 
@@ -117,10 +159,11 @@ void check_stage(const Manifest& manifest, const Stage& stage) {
             check_shape(manifest, where + "." + tensor.name, tensor.shape);
             firsts.insert(tensor.shape.front().symbol);
         }
-    for (const auto& output : stage.outputs) check_output(stage, output);
+    for (const auto& output : stage.outputs) check_output(manifest, stage, output);
     check(!stage.batch || firsts == std::set<std::string>{"B"} || firsts == std::set<std::string>{"N"},
           where + ": batch is true, but the first axes are not all B, or all N");
     for (const auto& tensor : stage.inputs) check_source(manifest, where + "." + tensor.name, tensor);
+    if (manifest.text && !manifest.text->plain()) check_chunks(manifest, where, stage);
 }
 
 // Depth first with a list of one's own: a chain of sources may be as long as the table.
@@ -207,6 +250,8 @@ void check_references(const Manifest& manifest) {
     const auto rows = [&](std::size_t count) { return count >= 1 && count <= most_rows; };
     check(rows(manifest.stages.size()) && rows(manifest.loops.size()),
           "stages, loops: from 1 to " + std::to_string(most_rows) + " rows each");
+    check(!has_chunks(manifest) || manifest.sizes.symbols.count(tokens_symbol) == 0,
+          std::string("sizes.symbols.") + tokens_symbol + ": text.chunks makes it free");
     for (const auto& stage : manifest.stages) check_stage(manifest, stage);
     check_circles(manifest);
     check_loops(manifest);

@@ -205,7 +205,8 @@ void take_texts(const Tokenizer& tokenizer, const higen_request& given, const To
         const auto letters = decoded("prompt", given.prompt == nullptr ? "" : given.prompt);
         if (std::all_of(letters.begin(), letters.end(), is_python_space))
             fail_request("prompt: a text with at least one word");
-        request.tokens = tokenizer.encode(given.prompt, warn);
+        auto read = tokenizer.read(given.prompt, warn);
+        request.tokens = std::move(read.ids), request.weights = std::move(read.weights);
     }
     const char* negative = given.negative_prompt == nullptr ? "" : given.negative_prompt;
     if (given.negative_tokens != nullptr) {
@@ -213,8 +214,10 @@ void take_texts(const Tokenizer& tokenizer, const higen_request& given, const To
             "negative_tokens", {given.negative_tokens, given.negative_tokens + given.negative_token_count});
     } else {
         (void)decoded("negative prompt", negative);
-        request.negative_tokens = tokenizer.encode(negative, warn, "negative_prompt");
+        auto read = tokenizer.read(negative, warn, "negative_prompt");
+        request.negative_tokens = std::move(read.ids), request.negative_weights = std::move(read.weights);
     }
+    if (!tokenizer.rules().plain()) request.blank = tokenizer.encode("");
 }
 
 }  // namespace

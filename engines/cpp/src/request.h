@@ -21,7 +21,9 @@ struct LoopOptions {
 
 // A checked request.
 struct Request {
-    std::vector<std::int64_t> tokens, negative_tokens;  // of the model's length; empty where it reads no text
+    std::vector<std::int64_t> tokens, negative_tokens;  // rows of the model's length; empty where it reads no text
+    std::vector<float> weights, negative_weights;       // of the tokens; empty: all 1
+    std::vector<std::int64_t> blank;                    // the row of an empty text, where texts have several
     std::uint64_t seed = 0;
     std::vector<LoopOptions> loops;  // in the manifest's order
     std::size_t frames = 0;

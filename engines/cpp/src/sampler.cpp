@@ -93,6 +93,41 @@ Tensors run_windows(Backend& backend, const LoopRun& run, const Tensors& inputs,
     return outputs;
 }
 
+// A step on a batch whose texts have different numbers of tokens: a prompt's picture does not depend on the other
+// prompts, so samples with as many are run together, and what was put behind a shorter text is cut off.
+Tensors run_groups(const LoopRun& run, const Tensors& inputs, Cancellation& cancellation,
+                   const std::function<Tensors(const Tensors&)>& step) {
+    std::map<std::size_t, std::vector<std::size_t>> groups;
+    for (std::size_t i = 0; i < run.tokens.size(); ++i) groups[run.tokens[i]].push_back(i);
+    if (groups.size() < 2) return step(inputs);
+    std::map<std::string, Array, std::less<>> host;
+    for (const auto& [name, tensor] : inputs) host.emplace(name, tensor->to_host());
+    std::map<std::string, std::vector<TensorPtr>, std::less<>> rows;
+    for (const auto& [tokens, samples] : groups) {
+        cancellation.check();
+        Tensors part;
+        for (const auto& [name, array] : host) {
+            const auto& axes = run.stage.input(name)->shape;
+            std::vector<TensorPtr> own;
+            for (const auto sample : samples) {
+                auto row = cut(array, 0, sample, 1);
+                if (axis_of(axes, tokens_symbol) < axes.size()) row = cut(row, 1, 0, tokens);
+                own.push_back(host_tensor(std::move(row)));
+            }
+            part.emplace(name, stacked(own));
+        }
+        for (const auto& [name, tensor] : step(part)) {
+            const auto made = tensor->to_host();
+            auto& all = rows[name];
+            all.resize(run.tokens.size());
+            for (std::size_t i = 0; i < samples.size(); ++i) all[samples[i]] = host_tensor(cut(made, 0, i, 1));
+        }
+    }
+    Tensors outputs;
+    for (const auto& [name, all] : rows) outputs.emplace(name, stacked(all));
+    return outputs;
+}
+
 // The state as if the stage had estimated the edited clean latents. m enters x0 = alpha x - sigma m and
 // x' = A x + B m + C previous; so x0* in place of x0 moves x' by B/-sigma (x0* - x0).
 void apply_edit(const Edit& edit, const SolverRow& row, TensorPtr& latents, TensorPtr& previous) {
@@ -137,8 +172,10 @@ TensorPtr denoise(Backend& backend, const LoopRun& run, TensorPtr latents, const
         const auto& row = rows[i];
         if (row.noise) previous = fresh_noise(run, shape, run.first + i);
         const auto inputs = inputs_of(run, row, std::move(latents), std::move(previous));
-        const auto outputs =
-            windowed ? run_windows(backend, run, inputs, cancellation) : backend.run(run.stage, inputs, cancellation);
+        const auto outputs = run_groups(run, inputs, cancellation, [&](const Tensors& given) {
+            return windowed ? run_windows(backend, run, given, cancellation)
+                            : backend.run(run.stage, given, cancellation);
+        });
         check_state(run, outputs, shape);
         latents = outputs.at("latents");
         previous = outputs.at("previous");

@@ -62,6 +62,15 @@ Array joined(std::vector<Array> parts) {
     return made;
 }
 
+// A text [1, T, D] with zeros behind it, to have so many tokens; `denoise` cuts them off again.
+TensorPtr lengthened(const TensorPtr& text, std::int64_t tokens) {
+    if (text->shape()[1] >= tokens) return text;
+    auto longer = text->to_host();
+    longer.shape[1] = tokens;
+    std::get<0>(longer.values).resize(count(longer.shape), 0.0F);
+    return host_tensor(std::move(longer));
+}
+
 }  // namespace
 
 TensorPtr stacked(const std::vector<TensorPtr>& rows) {
@@ -117,9 +126,37 @@ Tensors Sources::batch(const Stage& stage, const Loop& loop) {
         const Place place{i, loop.frames_of(requests_[i].frames), &loop, false};
         for (auto& [name, tensor] : inputs(stage, place)) rows[name].push_back(tensor);
     }
+    const auto sizes = tokens();
+    const auto most = sizes.empty() ? 0 : *std::max_element(sizes.begin(), sizes.end());
     Tensors given;
-    for (const auto& [name, tensors] : rows) given.emplace(name, stacked(tensors));
+    for (auto& [name, tensors] : rows) {
+        const auto& axes = stage.input(name)->shape;
+        if (most > 0 && axis_of(axes, tokens_symbol) < axes.size())
+            for (auto& tensor : tensors) tensor = lengthened(tensor, signed_size(most));
+        given.emplace(name, stacked(tensors));
+    }
     return given;
+}
+
+std::vector<std::size_t> Sources::tokens() const {
+    std::vector<std::size_t> sizes;
+    if (has_chunks())
+        for (const auto& request : requests_)
+            sizes.push_back(std::max(request.tokens.size(), request.negative_tokens.size()));
+    return sizes;
+}
+
+// A text, with empty chunks behind it to have as many as the other text of its sample.
+Reading Sources::reading(const Source& source, const Place& place) const {
+    const auto& request = requests_[place.sample];
+    const bool negative = place.negative || source.name == "negative";
+    Reading found{negative ? request.negative_tokens : request.tokens,
+                  negative ? request.negative_weights : request.weights};
+    if (!has_chunks()) return found;
+    const auto wanted = std::max(request.tokens.size(), request.negative_tokens.size());
+    while (found.ids.size() < wanted) found.ids.insert(found.ids.end(), request.blank.begin(), request.blank.end());
+    found.weights.resize(wanted, 1.0F);
+    return found;
 }
 
 TensorPtr Sources::latents(const Source& source, const Loop& loop) {
@@ -137,12 +174,11 @@ TensorPtr Sources::latents(const Source& source, const Loop& loop) {
 void Sources::finish(const Loop& loop, TensorPtr latents) { latents_[loop.name] = latents->to_host(); }
 
 TensorPtr Sources::value(const Source& source, const std::vector<Axis>& shape, const Place& place) {
-    const auto& request = requests_[place.sample];
     switch (source.kind) {
         case Source::Kind::text: {
-            const bool negative = place.negative || source.name == "negative";
-            const auto& ids = negative ? request.negative_tokens : request.tokens;
-            return host_tensor(Array::of({1, signed_size(ids.size())}, ids));
+            auto ids = reading(source, place).ids;
+            const auto total = signed_size(ids.size()), rows = has_chunks() ? total / manifest_.text->length : 1;
+            return host_tensor(Array::of({rows, total / rows}, std::move(ids)));
         }
         case Source::Kind::control: return control(source.name, shape, place);
         case Source::Kind::picture:
@@ -278,12 +314,46 @@ TensorPtr Sources::of_stage(const Source& source, std::size_t rank, const Place&
 
 const Tensors& Sources::run(const Stage& stage, const Place& place) {
     auto given = inputs(stage, place);
+    const auto text = std::find_if(stage.inputs.begin(), stage.inputs.end(),
+                                   [](const auto& tensor) { return tensor.source.kind == Source::Kind::text; });
+    const bool reads = has_chunks() && text != stage.inputs.end();
+    const auto own = reads ? reading(text->source, place) : Reading();
+    // Equal tokens may have other weights; no input has such a name.
+    if (reads) given.emplace("their weights", floats({signed_size(own.weights.size())}, own.weights));
     auto& known = made_[stage.name];
     const auto found =
         std::find_if(known.begin(), known.end(), [&](const auto& one) { return same(one.inputs, given); });
     if (found != known.end()) return found->outputs;
-    auto outputs = call(stage, given);
+    auto outputs = reads ? read(stage, *text, given, own) : call(stage, given);
     return known.emplace_back(Made{std::move(given), std::move(outputs)}).outputs;
+}
+
+// Run a stage that reads a text, a chunk of its tokens at a time; its outputs [1, L, D] are joined along the tokens.
+Tensors Sources::read(const Stage& stage, const TensorSpec& text, Tensors inputs,
+                      const Reading& reading) const {
+    const auto length = static_cast<std::size_t>(manifest_.text->length);
+    std::map<std::string, Array, std::less<>> whole;
+    inputs.erase("their weights");
+    const auto ids = inputs.at(text.name)->to_host();
+    for (std::size_t first = 0; first < reading.ids.size(); first += length) {
+        inputs[text.name] = host_tensor(cut(ids, 0, first / length, 1));
+        for (const auto& [name, tensor] : backend_.run(stage, inputs, cancellation_)) {
+            auto part = tensor->to_host();
+            const bool fits = part.is_float() && part.shape.size() == 3 && part.shape[0] == 1;
+            if (!fits || part.shape[1] != signed_size(length))
+                fail_backend(stage.name + "." + name + ": " + to_text(part.shape) + " given, [1, " +
+                             std::to_string(length) + ", D] wanted");
+            apply_weights(part, reading.weights.data() + first);
+            const auto [found, is_new] = whole.try_emplace(name, part);
+            if (is_new) continue;
+            found->second.shape[1] += part.shape[1];
+            auto& values = std::get<0>(found->second.values);
+            values.insert(values.end(), part.floats().begin(), part.floats().end());
+        }
+    }
+    Tensors outputs;
+    for (auto& [name, array] : whole) outputs.emplace(name, host_tensor(std::move(array)));
+    return outputs;
 }
 
 // Run a stage for one sample; one that takes frames one by one (N) is given a chunk of them at a time.

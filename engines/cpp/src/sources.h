@@ -8,6 +8,7 @@
 
 #include "backend.h"
 #include "manifest.h"
+#include "prompt_chunks.h"
 #include "request.h"
 
 namespace higen::core {
@@ -34,6 +35,9 @@ public:
     // The inputs of a denoising stage that are no state, for all samples: [B, ...] each.
     [[nodiscard]] Tensors batch(const Stage& stage, const Loop& loop);
 
+    // Tokens of both texts of each sample, padded to the same number of chunks; none where texts have one chunk.
+    [[nodiscard]] std::vector<std::size_t> tokens() const;
+
     // A source that stands for latents, for all samples: [B, C, f, H, W].
     [[nodiscard]] TensorPtr latents(const Source& source, const Loop& loop);
 
@@ -55,6 +59,10 @@ private:
     [[nodiscard]] TensorPtr resampled(const std::vector<float>& pixels, std::size_t height, std::size_t width,
                                       const std::vector<Axis>& shape, const Place& place) const;
     [[nodiscard]] const Tensors& run(const Stage& stage, const Place& place);
+    [[nodiscard]] bool has_chunks() const { return manifest_.text && !manifest_.text->plain(); }
+    [[nodiscard]] Reading reading(const Source& source, const Place& place) const;
+    [[nodiscard]] Tensors read(const Stage& stage, const TensorSpec& text, Tensors inputs,
+                               const Reading& reading) const;
     [[nodiscard]] Tensors call(const Stage& stage, const Tensors& inputs) const;
     [[nodiscard]] std::int64_t size_of(const Axis& axis, const Place& place) const;
     [[nodiscard]] MaybeValue value_of(const Control& control, const Place& place) const;

@@ -70,6 +70,9 @@ void check_inputs(const Stage& stage, const Tensors& tensors, const Sizes& fixed
 // "[2, 3]"
 [[nodiscard]] std::string to_text(const Shape& shape);
 
+// The symbol of the tokens of all chunks of a text, which is free where there may be several (`text.chunks`).
+constexpr const char* tokens_symbol = "T";
+
 // The index of the axis of that symbol; `shape.size()` if there is none.
 [[nodiscard]] std::size_t axis_of(const std::vector<Axis>& shape, std::string_view symbol);
 

@@ -7,6 +7,7 @@
 #include <tuple>
 
 #include "errors.h"
+#include "prompt_weights.h"
 #include "text.h"
 
 namespace higen::core {
@@ -100,6 +101,12 @@ std::string quoted(const std::vector<std::string>& words) {
     return text + (words.size() > named ? " and " + std::to_string(words.size() - named) + " more" : "");
 }
 
+// Where the word at `first` begins: a word of which any token is lost counts as lost.
+std::size_t word_start(std::u32string_view text, std::size_t first) {
+    while (first > 0 && !is_space(text[first - 1])) --first;
+    return first;
+}
+
 std::vector<std::string> split(std::u32string_view text) {
     std::vector<std::string> words;
     std::u32string word;
@@ -181,7 +188,7 @@ std::vector<std::int64_t> Tokenizer::encode(std::string_view text, const Warn& w
     const auto decoded = decode_utf8(text);
     if (!decoded) fail_request(name + ": not valid UTF-8");
     const auto normal = normalise(rules_.clean ? clean(*decoded) : *decoded);
-    const auto tokens = is_bpe_ ? pieces(normal) : words(normal, warn, name);
+    const auto tokens = tokens_of(normal, warn, name);
 
     const auto length = static_cast<std::size_t>(rules_.length), room = length - 2;
     std::vector<std::int64_t> ids = {start_};
@@ -189,12 +196,42 @@ std::vector<std::int64_t> Tokenizer::encode(std::string_view text, const Warn& w
     ids.push_back(end_);
     ids.resize(length, rules_.pad_id);
     if (tokens.size() > room && warn) {
-        std::size_t first = tokens[room].start;  // a word of which any token is lost counts as lost
-        while (first > 0 && !is_space(normal[first - 1])) --first;
+        const auto first = word_start(normal, tokens[room].start);
         warn(name + " has " + std::to_string(tokens.size()) + " tokens and the model reads " + std::to_string(room) +
              ": cut off is " + quoted(split(std::u32string_view(normal).substr(first))) + "; say it in fewer words");
     }
     return ids;
+}
+
+Reading Tokenizer::read(std::string_view text, const Warn& warn, const std::string& name) const {
+    if (rules_.plain()) return {encode(text, warn, name), {}};
+    const auto decoded = decode_utf8(text);
+    if (!decoded) fail_request(name + ": not valid UTF-8");
+    const auto room = static_cast<std::size_t>(rules_.length) - 2, most = static_cast<std::size_t>(rules_.chunks);
+    const auto comma = vocabulary_.find(",</w>");
+    Chunks chunks(room, most, comma == vocabulary_.end() ? std::nullopt : std::optional(comma->second));
+    const auto parts = rules_.weights ? core::pieces(*decoded, name) : std::vector{Piece{*decoded, 1.0}};
+    std::u32string lost;
+    for (const auto& part : parts) {
+        if (!lost.empty()) {
+            lost += U' ' + part.text.value_or(U"");
+            continue;
+        }
+        if (!part.text) {
+            chunks.begin();
+            continue;
+        }
+        const auto normal = normalise(rules_.clean ? clean(*part.text) : *part.text);
+        for (const auto& token : tokens_of(normal, warn, name))
+            if (!chunks.add(token.id, part.weight)) {
+                lost = normal.substr(word_start(normal, token.start));
+                break;
+            }
+    }
+    if (!lost.empty() && warn)
+        warn(name + ": the model reads " + (most > 1 ? std::to_string(most) + " x " : "") + std::to_string(room) +
+             " tokens: cut off is " + quoted(split(lost)) + "; say it in fewer words");
+    return chunks.reading(start_, end_, rules_.pad_id);
 }
 
 std::vector<std::int64_t> Tokenizer::pad(const char* name, std::vector<std::int64_t> ids) const {

@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "manifest.h"
+#include "prompt_chunks.h"
 
 namespace higen::core {
 
@@ -25,6 +26,10 @@ public:
     [[nodiscard]] std::vector<std::int64_t> encode(std::string_view text, const Warn& warn = {},
                                                    const std::string& name = "prompt") const;
 
+    // A text in chunks, its words with their weights, as the rules say; encoded as it is where they say nothing. Throws
+    // what `encode` throws, and a request error for weights that are wrong.
+    [[nodiscard]] Reading read(std::string_view text, const Warn& warn = {}, const std::string& name = "prompt") const;
+
     // Ids that were made elsewhere, from start to end, with padding added. Throws a request error.
     [[nodiscard]] std::vector<std::int64_t> pad(const char* name, std::vector<std::int64_t> ids) const;
 
@@ -40,6 +45,10 @@ private:
         std::int64_t id;
     };
 
+    [[nodiscard]] std::vector<Token> tokens_of(std::u32string_view normal, const Warn& warn,
+                                               const std::string& name) const {
+        return is_bpe_ ? pieces(normal) : words(normal, warn, name);
+    }
     [[nodiscard]] std::vector<Token> words(std::u32string_view text, const Warn& warn, const std::string& name) const;
     [[nodiscard]] std::vector<Token> pieces(std::u32string_view text) const;
     void merge(std::string_view piece, std::size_t start, std::vector<Token>& tokens) const;

@@ -8,6 +8,7 @@
 #include "bundle.h"
 #include "errors.h"
 #include "plans.h"
+#include "prompt_weights.h"
 #include "request.h"
 #include "text.h"
 #include "tokenizer.h"
@@ -101,6 +102,13 @@ void text(const std::uint8_t* data, std::size_t size) {
         if (encode_utf8(*decoded) != view(data, size)) std::abort();
         const auto cleaned = clean(*decoded);
         if (clean(cleaned) != cleaned && lower(cleaned) != cleaned) std::abort();
+    });
+    only_typed_errors([&] {
+        const auto decoded = decode_utf8(view(data, size));
+        if (!decoded) return;
+        std::size_t letters = 0;
+        for (const auto& piece : pieces(*decoded, "fuzz")) letters += piece.text ? piece.text->size() : 0;
+        if (letters > decoded->size()) std::abort();
     });
 }
 

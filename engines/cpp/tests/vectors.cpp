@@ -76,6 +76,29 @@ Json tokens(const Json& job) {
     return rows;
 }
 
+// Texts in chunks, their words with weights: ids and weights of each, and the warnings.
+Json readings(const Json& job) {
+    TextRules rules;
+    rules.length = job.at("length").get<std::int64_t>();
+    rules.pad_id = job.at("pad_id").get<std::int64_t>();
+    rules.weights = job.at("weights").get<bool>();
+    rules.chunks = job.at("chunks").get<std::int64_t>();
+    const auto path = std::filesystem::u8path(job.at("tokenizer").get<std::string>());
+    const Tokenizer tokenizer(read_file(path), path.u8string(), rules);
+    auto rows = Json::array();
+    for (const auto& text : job.at("texts")) {
+        std::vector<std::string> warnings;
+        try {
+            const auto read =
+                tokenizer.read(text.get<std::string>(), [&](const auto& w) { warnings.push_back(w); });
+            rows.push_back({read.ids, read.weights, warnings});
+        } catch (const Error& error) {
+            rows.push_back(higen_status_name(error.status()));
+        }
+    }
+    return rows;
+}
+
 Json axes(const std::vector<Axis>& shape) {
     auto list = Json::array();
     for (const auto& axis : shape) list.push_back(axis.symbol.empty() ? Json(axis.size) : Json(axis.symbol));
@@ -127,6 +150,7 @@ Json answer(const Json& job) {
         return {{"height", read.height}, {"width", read.width}, {"rgb", read.pixels}};
     }
     if (op == "tokens") return tokens(job);
+    if (op == "readings") return readings(job);
     if (op == "tables") return tables(job);
     if (op == "plan") return chosen_plan(job);
     if (op == "profile")

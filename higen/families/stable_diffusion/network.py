@@ -62,7 +62,7 @@ class StableDiffusionNetworks:
 
 
 class ImagePredictor(nn.Module):
-    """m of a U-Net for pictures, as `SolverStep` asks for it; its one condition is `context` [B,L,Dc]."""
+    """m of a U-Net for pictures, as `SolverStep` asks for it; its one condition is `context` [B,T,Dc]."""
 
     prefix = "unet."
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from higen.errors import ManifestError
-from higen.families.stage_rows import autoencoder_stages, solver_stages, text_encoder_stage
+from higen.families.stage_rows import CLIP_CONTEXT, autoencoder_stages, clip_text, solver_stages, text_encoder_stage
 from higen.manifest import Manifest
 from higen.schedule import NoiseSchedule, Solver
 from higen.stages import Stage, Tensor
-from higen.tables import Control, Loop, NoiseRule, Sizes, Start, TextRules
+from higen.tables import Control, Loop, NoiseRule, Sizes, Start
 from higen.typed_json import from_json, to_json
 
 __all__ = ["AUTOENCODER", "FAMILY", "TEXT_ENCODER", "TOKENIZER", "UNET", "Codec", "Networks", "Sampling"]
@@ -91,7 +91,7 @@ def manifest(made_of: Networks, sampling: Sampling, *, name: str, licence: str, 
             decoder="vae_decoder",
             chunk=1,
         ),
-        text=TextRules(TOKENIZER, made_of.clip["max_position_embeddings"], pad_id, clean=True),
+        text=clip_text(TOKENIZER, made_of.clip["max_position_embeddings"], pad_id),
         controls=(
             Control("image", "picture", "a picture to begin from"),
             Control(
@@ -110,9 +110,8 @@ def manifest(made_of: Networks, sampling: Sampling, *, name: str, licence: str, 
 
 
 def _stages() -> tuple[Stage, ...]:
-    context = ("B", "L", "Dc")
-    given = Tensor("context", context, source="text_encoder.hidden")
-    empty = Tensor("empty_context", context, source="text_encoder@negative.hidden")
+    given = Tensor("context", CLIP_CONTEXT, source="text_encoder.hidden")
+    empty = Tensor("empty_context", CLIP_CONTEXT, source="text_encoder@negative.hidden")
     return (
         text_encoder_stage(TEXT_ENCODER, "Dc"),
         *solver_stages("spatial_unet", "spatial_unet_plain", UNET, 1, (given, empty)),

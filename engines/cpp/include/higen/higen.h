@@ -179,7 +179,8 @@ HIGEN_API higen_status higen_model_control(const higen_model* model, size_t inde
 HIGEN_API const char* higen_model_prompt(const higen_model* model, size_t index);
 
 /* Token ids of a text as the text encoder takes them: start, text, end, padding. `ids` has room for `count` ids, which
- * must be the model's context_length. A text that is too long is cut; no warning is given here. */
+ * must be the model's context_length. A text that is too long is cut; no warning is given here. Brackets and BREAK are
+ * text here: words with weights and texts of several chunks are read from higen_request.prompt alone. */
 HIGEN_API higen_status higen_tokenize(const higen_model* model, const char* text, int64_t* ids, size_t count);
 
 /* ---- Requests ---- */
