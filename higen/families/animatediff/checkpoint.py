@@ -21,6 +21,7 @@ from higen.families.animatediff.motion_sources import Motion, diffusers_name, is
 from higen.families.animatediff.unet import motion_unet
 from higen.families.stable_diffusion import checkpoint as stable_diffusion
 from higen.families.stable_diffusion import spec as image
+from higen.families.stage_rows import clip_text
 from higen.models import companion_checkpoints as companions
 from higen.models.checkpoint_files import folder_state, naming, read_json
 from higen.models.companions import TEXT_PREFIX, quiet_import
@@ -161,7 +162,7 @@ def _folder(folder: Path, prediction: str | None, group_norm: str | None, notes:
     schedule = around.schedule
     notes += [*schedule.notes, stable_diffusion.SAFETY]
     sampling = spec.Sampling(schedule.schedule, schedule.prediction, schedule.solvers)
-    text = TextRules(spec.TOKENIZER, around.clip["max_position_embeddings"], around.pad_id, clean=True)
+    text = clip_text(spec.TOKENIZER, around.clip["max_position_embeddings"], around.pad_id)
     return _Parts(
         spec.Networks(arguments, around.clip, around.codec, group_norm or spec.CLIP),
         sampling,

@@ -11,7 +11,7 @@ from typing import Any
 
 from higen.errors import ManifestError
 from higen.families.stable_diffusion.spec import Codec
-from higen.families.stage_rows import autoencoder_stages, solver_stages, text_encoder_stage
+from higen.families.stage_rows import CLIP_CONTEXT, autoencoder_stages, solver_stages, text_encoder_stage
 from higen.manifest import Manifest
 from higen.schedule import NoiseSchedule, Solver
 from higen.stages import Stage, Tensor
@@ -104,10 +104,9 @@ def manifest(
 
 
 def _stages() -> tuple[Stage, ...]:
-    context = ("B", "L", "Dc")
     texts = (
-        Tensor("context", context, source="text_encoder.hidden"),
-        Tensor("empty_context", context, source="text_encoder@negative.hidden"),
+        Tensor("context", CLIP_CONTEXT, source="text_encoder.hidden"),
+        Tensor("empty_context", CLIP_CONTEXT, source="text_encoder@negative.hidden"),
     )
     decoder, _ = autoencoder_stages(AUTOENCODER, "none")
     return (

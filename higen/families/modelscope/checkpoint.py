@@ -20,13 +20,13 @@ from higen.families.modelscope.unet import video_unet, video_unet_arguments
 from higen.families.modelscope.vgen_names import MARKS, unet_arguments, unet_from_vgen
 from higen.families.stable_diffusion.checkpoint import hub_parts
 from higen.families.stable_diffusion.spec import Codec, Sampling
+from higen.families.stage_rows import clip_text
 from higen.models import companion_checkpoints as companions
 from higen.models import hub_folders
 from higen.models.checkpoint_files import folder_state, naming, read_json, read_names, read_state
 from higen.models.companions import TEXT_PREFIX
 from higen.models.diffusers_schedulers import Schedule, schedule_of
 from higen.models.lora import Lora, merged
-from higen.tables import TextRules
 from higen.tokenizer import build_clip_tokenizer
 
 __all__ = ["convert", "recognise"]
@@ -194,7 +194,7 @@ def _converted(parts: _Parts, loras: Sequence[Lora], notes: list[str]) -> Conver
             name=parts.name,
             licence=parts.licence,
             size=parts.size,
-            text=TextRules(spec.TOKENIZER, parts.made_of.clip["max_position_embeddings"], parts.pad_id, clean=True),
+            text=clip_text(spec.TOKENIZER, parts.made_of.clip["max_position_embeddings"], parts.pad_id),
         ),
         weights=weights,
         texts={spec.TOKENIZER: build_clip_tokenizer().to_str(pretty=True)},

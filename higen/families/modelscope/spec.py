@@ -11,7 +11,7 @@ from typing import Any
 
 from higen.errors import ManifestError
 from higen.families.stable_diffusion.spec import Codec, Sampling
-from higen.families.stage_rows import autoencoder_stages, solver_stages, text_encoder_stage
+from higen.families.stage_rows import CLIP_CONTEXT, autoencoder_stages, solver_stages, text_encoder_stage
 from higen.manifest import Manifest
 from higen.stages import Stage, Tensor
 from higen.tables import Control, Loop, NoiseRule, Sizes, Start, TextRules
@@ -86,9 +86,8 @@ def manifest(
 
 
 def _stages() -> tuple[Stage, ...]:
-    context = ("B", "L", "Dc")
-    given = Tensor("context", context, source="text_encoder.hidden")
-    empty = Tensor("empty_context", context, source="text_encoder@negative.hidden")
+    given = Tensor("context", CLIP_CONTEXT, source="text_encoder.hidden")
+    empty = Tensor("empty_context", CLIP_CONTEXT, source="text_encoder@negative.hidden")
     return (
         text_encoder_stage(TEXT_ENCODER, "Dc"),
         *solver_stages("temporal_unet", "temporal_unet_plain", UNET, "F", (given, empty)),
