@@ -506,8 +506,8 @@ def test_the_family_need_not_be_named(sources: Path, tmp_path: Path) -> None:
         convert_sources(given[1:], tmp_path / "other")
     with pytest.raises(CheckpointError, match=r"missing\.pth: no such file"):
         convert_sources([sources / "missing.pth"], tmp_path / "other")
-    with pytest.raises(UnknownFamily, match=r"family='svd': not installed here; installed are .*higen"):
-        convert_sources(given, tmp_path / "other", family="svd")
+    with pytest.raises(UnknownFamily, match=r"family='marsh': not installed here; installed are .*higen"):
+        convert_sources(given, tmp_path / "other", family="marsh")
     with pytest.raises(CheckpointError, match="three sources are wanted: denoiser, text encoder, autoencoder"):
         convert_sources(given[:2], tmp_path / "other")
     with pytest.raises(CheckpointError, match="lora: unknown; higen takes arguments"):

@@ -564,7 +564,7 @@ def test_a_directory_without_graphs_needs_the_family(model: Path, flags: list[st
     request = ["generate", PROMPT, "--model", model, "--frames", 1, "-o", "x.npy", *flags]
     said = run(sys.executable, "-m", "higen", *request, check=False, cwd=tmp_path)
     assert said.returncode == 1
-    assert "family='tidepool': not installed here; installed are higen" in said.stderr
+    assert "family='tidepool': not installed here; installed are animatediff, composed, higen," in said.stderr
     assert "Traceback" not in said.stderr
 
 
