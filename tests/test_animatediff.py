@@ -12,6 +12,7 @@ from typing import Any
 import cpp_build
 import diffusers
 import numpy as np
+import prompt_truth
 import pytest
 import tiny_animatediff as tiny_motion
 import tiny_diffusers as tiny
@@ -33,6 +34,7 @@ from higen.export.precision import rounded
 from higen.families.animatediff.spec import networks
 from higen.noise import frame_noise, row_purpose
 from higen.pipeline import Pipeline
+from higen.tokenizer import build_clip_tokenizer
 
 # diffusers and NumPy 2: an array of a tensor.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -83,7 +85,7 @@ def by_graphs(model: Bundle) -> Pipeline:
 def last_latents(pipe: Pipeline, **options: Any) -> NDArray[np.float32]:
     """The final latents [C,F,H,W] of our loop."""
     given = {"seed": SEED, "frames": FRAMES, "negative_prompt": NEGATIVE, **SIZES, **options}
-    *_, last = (event for event in pipe.stream(PROMPT, **given) if isinstance(event, higen.Step))
+    *_, last = (e for e in pipe.stream(given.pop("prompt", PROMPT), **given) if isinstance(e, higen.Step))
     return np.asarray(last.latents, dtype=np.float32)[0]
 
 
@@ -102,8 +104,12 @@ def wanted_latents(
     frames: int = FRAMES,
     height: int = HEIGHT // 2,
     width: int = WIDTH // 2,
+    texts: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> NDArray[np.float32]:
-    """The final latents [C,F,H,W] of diffusers' pipeline on the noise of our seed; height and width in cells."""
+    """The final latents [C,F,H,W] of diffusers' pipeline on the noise of our seed; height and width in cells.
+
+    texts: what the text encoder makes of prompt and negative prompt, where these are not the plain ones
+    """
     pipeline = pipeline or tiny_motion.pipeline(scheduler)
     pipeline.scheduler = scheduler
     noise = torch.from_numpy(frame_noise(SEED, PURPOSE, 4, frames, height, width))[None]
@@ -114,7 +120,9 @@ def wanted_latents(
 
     with torch.inference_mode(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys.modules[type(scheduler).__module__], "randn_tensor", drawn, raising=False)
-        given, empty = (pipeline.text_encoder(tokens(model, text)).last_hidden_state for text in (PROMPT, NEGATIVE))
+        given, empty = texts or (
+            pipeline.text_encoder(tokens(model, text)).last_hidden_state for text in (PROMPT, NEGATIVE)
+        )
         made = pipeline(
             prompt_embeds=given,
             negative_prompt_embeds=empty,
@@ -146,6 +154,17 @@ def test_final_latents_are_those_of_diffusers(
     wanted = wanted_latents(model, sampler(base, SAMPLERS[solver]), steps, 7.5)
     got = last_latents(by_torch, solver=solver, steps=steps, guidance=7.5)
     assert apart(got, wanted) < 1e-4
+
+
+def test_words_have_weights_and_prompts_have_chunks(
+    base: Path, model: Bundle, by_torch: Pipeline, by_graphs: Pipeline
+) -> None:
+    prompt = "a (red:1.3) apple BREAK [on] a table"
+    encoder = tiny_motion.pipeline(None).text_encoder
+    texts = prompt_truth.pair(encoder, build_clip_tokenizer(), prompt, NEGATIVE)
+    wanted = wanted_latents(model, sampler(base, "DDIMScheduler"), 4, 7.5, texts=texts)
+    for pipe in (by_torch, by_graphs):
+        assert apart(last_latents(pipe, prompt=prompt, steps=4, guidance=7.5), wanted) < 1e-4
 
 
 def test_the_first_solver_is_that_of_diffusers_documentation(model: Bundle) -> None:
