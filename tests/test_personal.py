@@ -24,7 +24,7 @@ from higen.families.higen.personal import diffusers_names
 from higen.families.higen.reference_names import from_reference
 from higen.families.higen.spec import UNetConfig
 from higen.families.higen.unet import UNet
-from higen.families.stable_diffusion.ldm_names import PREFIX, _ldm_name
+from higen.families.stable_diffusion.ldm_names import PREFIX, ldm_name
 from higen.models.lora import Lora
 
 State = dict[str, torch.Tensor]
@@ -48,7 +48,7 @@ def pipeline(seed: int, prediction: str = "v_prediction", **changes: Any) -> Any
 def ldm(unet: Any) -> State:
     """A U-Net under the names of a single file, without their prefix."""
     attends = [kind.startswith("Cross") for kind in unet.config.up_block_types]
-    return {_ldm_name(name, 1, attends): tensor for name, tensor in unet.state_dict().items()}
+    return {ldm_name(name, 1, attends): tensor for name, tensor in unet.state_dict().items()}
 
 
 def vgen_name(theirs: str) -> str:
@@ -197,7 +197,7 @@ def test_a_lora_is_added(folder: Path, plain: Bundle, adapter: tuple[Path, State
     got = made(folder, tmp_path / "model", on_note=notes.append, loras=[Lora(file, 0.5)])
     unet = pipeline(11).unet
     attends = [kind.startswith("Cross") for kind in unet.config.up_block_types]
-    truth = expected({_ldm_name(name, 1, attends): tensor for name, tensor in difference.items()})
+    truth = expected({ldm_name(name, 1, attends): tensor for name, tensor in difference.items()})
     state = denoiser(got)
     assert all(torch.allclose(state[name], truth[name], rtol=0, atol=2e-6) for name in truth)
     said = "\n".join(notes)
