@@ -1,35 +1,90 @@
-"""The networks around the denoiser, filled with a model's weights, whatever the family."""
+"""The networks of a model, filled with its weights, as families have them in common."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import cached_property
+from typing import Any, Protocol
 
 import torch
 from torch import nn
 
+from higen.errors import ManifestError
 from higen.families import Weights
-from higen.models.companion_stages import TextEncoderStage
+from higen.manifest import Manifest
+from higen.models.companion_stages import DecoderStage, EncoderStage, TextEncoderStage
 from higen.models.companions import TEXT_PREFIX, autoencoder, restore_buffers, text_encoder
+from higen.models.solver_step import SolverStep
+from higen.stages import Stage
 
-__all__ = ["open_autoencoder", "open_text_encoder"]
+__all__ = ["ClipNetworks", "open_autoencoder", "open_network", "open_text_encoder"]
+
+
+def open_network(
+    weights: Weights, file: str, make: Callable[[], nn.Module], dtype: torch.dtype | None = None, strip: str = ""
+) -> nn.Module:
+    """What `make` builds, with the tensors of `file`; `dtype`, `strip`: see `Weights.fill`. Raises IntegrityError."""
+    with torch.device("meta"):
+        network = make()
+    weights.fill(network, file, dtype, strip)
+    restore_buffers(network, weights.device)
+    return network
 
 
 def open_text_encoder(weights: Weights, file: str, arguments: Mapping[str, Any]) -> nn.Module:
     """The stage of a CLIP text model with CLIPTextConfig's `arguments`. Raises IntegrityError, ManifestError."""
-    with torch.device("meta"):
-        encoder = text_encoder(arguments)
-    weights.fill(encoder, file, strip=TEXT_PREFIX)
-    restore_buffers(encoder, weights.device)
-    return TextEncoderStage(encoder)
+    return TextEncoderStage(open_network(weights, file, lambda: text_encoder(arguments), strip=TEXT_PREFIX))
 
 
 def open_autoencoder(weights: Weights, file: str, kind: str, arguments: Mapping[str, Any]) -> nn.Module:
     """diffusers' autoencoder `kind`, in float32 whatever the rest computes in, as the reference has it: published ones
     overflow in fp16. Raises IntegrityError, ManifestError.
     """
-    with torch.device("meta"):
-        built = autoencoder(kind, arguments)
-    weights.fill(built, file, torch.float32)
-    restore_buffers(built, weights.device)
-    return built
+    return open_network(weights, file, lambda: autoencoder(kind, arguments), torch.float32)
+
+
+class KlCodec(Protocol):
+    """diffusers' AutoencoderKL: its constructor's arguments; latents = (encoded - shift) * scale."""
+
+    @property
+    def arguments(self) -> dict[str, Any]: ...
+    @property
+    def shift(self) -> float: ...
+    @property
+    def scale(self) -> float: ...
+
+
+class ClipNetworks:
+    """The stages of a model with CLIP's text encoder, U-Nets and diffusers' AutoencoderKL (`families.Networks`).
+
+    Each network is loaded when a stage first needs it. A family adds `predictor`.
+    """
+
+    def __init__(self, manifest: Manifest, weights: Weights, clip: Mapping[str, Any], codec: KlCodec) -> None:
+        """`clip`: the arguments of CLIPTextConfig."""
+        self._manifest = manifest
+        self._weights = weights
+        self._clip, self._codec = clip, codec
+
+    def predictor(self, step: Stage) -> nn.Module:
+        """What predicts m in this denoising stage, as `SolverStep` asks for it."""
+        raise NotImplementedError
+
+    def module(self, stage: str) -> nn.Module:
+        """A stage as a module, in evaluation mode. Raises ManifestError for one that the family has not."""
+        row = self._manifest.stage(stage)
+        if row.denoises:
+            return SolverStep(row, self.predictor(row)).eval()
+        if stage == "text_encoder":
+            return open_text_encoder(self._weights, row.weights, self._clip).eval()
+        kinds = {"vae_decoder": DecoderStage, "vae_encoder": EncoderStage}
+        if stage not in kinds:
+            family, known = self._manifest.family, ", ".join(kinds)
+            raise ManifestError(f"stages.{stage}: {family} has the steps of its loops, text_encoder, {known}")
+        made = kinds[stage](self._autoencoder, (self._codec.shift,), (self._codec.scale,))
+        return made.to(self._weights.device).eval()
+
+    @cached_property
+    def _autoencoder(self) -> nn.Module:
+        file = self._manifest.decoder.weights
+        return open_autoencoder(self._weights, file, "AutoencoderKL", self._codec.arguments)

@@ -10,11 +10,12 @@ sample behind each other.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["fold", "per_frame", "time_embedding", "unfold", "walk"]
+__all__ = ["ClipPredictor", "fold", "per_frame", "time_embedding", "unfold", "walk"]
 
 
 def fold(x: Tensor) -> Tensor:
@@ -66,3 +67,28 @@ def walk(unet: Any, x: Tensor, embedding: Tensor, context: Tensor, **frames: Any
 
 def _text(block: Any, context: Tensor) -> dict[str, Tensor]:
     return {"encoder_hidden_states": context} if getattr(block, "has_cross_attention", False) else {}
+
+
+class ClipPredictor(nn.Module):
+    """m of a U-Net for video, as `SolverStep` asks for it; its one condition is `context` [B,T,Dc]."""
+
+    prefix = "unet."
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet: Any = unet
+
+    def enter(self, first: Tensor, frames: int) -> Tensor:
+        """What stands between the first convolution and the blocks: [B*F,C,H,W] -> the same. Here nothing."""
+        return first
+
+    def forward(
+        self, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor], branches: int
+    ) -> Tensor:
+        """x [B,C,F,H,W] -> m, the same."""
+        unet, frames = self.unet, x.shape[2]
+        dtype = unet.conv_in.weight.dtype
+        embedding, context = time_embedding(unet, t), conditions["context"].to(dtype)
+        first = self.enter(unet.conv_in(fold(x.to(dtype))), frames)
+        m = walk(unet, first, per_frame(embedding, frames), per_frame(context, frames), num_frames=frames)
+        return unfold(m, x.shape[0])

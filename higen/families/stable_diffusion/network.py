@@ -5,18 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 
-import torch
 from torch import Tensor, nn
 
-from higen.errors import ManifestError
 from higen.families import Weights
-from higen.families.companion_networks import open_autoencoder, open_text_encoder
+from higen.families.companion_networks import ClipNetworks, open_network
 from higen.families.stable_diffusion import spec
 from higen.manifest import Manifest
-from higen.models.companion_stages import DecoderStage, EncoderStage
-from higen.models.companions import restore_buffers
 from higen.models.diffusers_unet import image_unet
-from higen.models.solver_step import SolverStep
+from higen.stages import Stage
 
 __all__ = ["ImagePredictor", "StableDiffusionNetworks", "open"]
 
@@ -26,39 +22,20 @@ def open(manifest: Manifest, weights: Weights) -> StableDiffusionNetworks:  # no
     return StableDiffusionNetworks(manifest, weights)
 
 
-class StableDiffusionNetworks:
-    """Each network is loaded when a stage first needs it."""
+class StableDiffusionNetworks(ClipNetworks):
+    """One U-Net for pictures."""
 
     def __init__(self, manifest: Manifest, weights: Weights) -> None:
-        self._manifest = manifest
-        self._weights = weights
         self._networks = spec.networks(manifest)
+        super().__init__(manifest, weights, self._networks.clip, self._networks.codec)
 
-    def module(self, stage: str) -> nn.Module:
-        """A stage as a module, in evaluation mode."""
-        row = self._manifest.stage(stage)
-        if row.denoises:
-            return SolverStep(row, self._predictor).eval()
-        codec = self._networks.codec
-        if stage == "text_encoder":
-            return open_text_encoder(self._weights, spec.TEXT_ENCODER, self._networks.clip).eval()
-        kinds = {"vae_decoder": DecoderStage, "vae_encoder": EncoderStage}
-        if stage not in kinds:
-            raise ManifestError(f"stages.{stage}: {spec.FAMILY} has a loop's steps, text_encoder, {', '.join(kinds)}")
-        made = kinds[stage](self._autoencoder, (codec.shift,), (codec.scale,))
-        return made.to(self._weights.device).eval()
+    def predictor(self, step: Stage) -> nn.Module:
+        """The U-Net, in both denoising stages."""
+        return self._predictor
 
     @cached_property
     def _predictor(self) -> ImagePredictor:
-        with torch.device("meta"):
-            unet = image_unet(self._networks.unet)
-        self._weights.fill(unet, spec.UNET)
-        restore_buffers(unet, self._weights.device)
-        return ImagePredictor(unet)
-
-    @cached_property
-    def _autoencoder(self) -> nn.Module:
-        return open_autoencoder(self._weights, spec.AUTOENCODER, "AutoencoderKL", self._networks.codec.arguments)
+        return ImagePredictor(open_network(self._weights, spec.UNET, lambda: image_unet(self._networks.unet)))
 
 
 class ImagePredictor(nn.Module):

@@ -11,11 +11,10 @@ from torch import Tensor, nn
 
 from higen.errors import ManifestError
 from higen.families import Weights
-from higen.families.companion_networks import open_autoencoder
+from higen.families.companion_networks import open_autoencoder, open_network
 from higen.families.svd import spec
 from higen.families.svd.parts import image_encoder, video_unet
 from higen.manifest import Manifest
-from higen.models.companions import restore_buffers
 from higen.models.solver_step import SolverStep
 from higen.models.video_walk import fold, per_frame, time_embedding, unfold, walk
 
@@ -52,11 +51,7 @@ class SvdNetworks:
 
     @cached_property
     def _unet(self) -> nn.Module:
-        with torch.device("meta"):
-            unet = video_unet(self._networks.unet)
-        self._weights.fill(unet, spec.UNET)
-        restore_buffers(unet, self._weights.device)
-        return unet
+        return open_network(self._weights, spec.UNET, lambda: video_unet(self._networks.unet))
 
     @cached_property
     def _autoencoder(self) -> nn.Module:
@@ -64,10 +59,7 @@ class SvdNetworks:
 
     def _image_encoder(self) -> nn.Module:
         vision = self._networks.vision
-        with torch.device("meta"):
-            encoder = image_encoder(vision.arguments)
-        self._weights.fill(encoder, spec.IMAGE_ENCODER)
-        restore_buffers(encoder, self._weights.device)
+        encoder = open_network(self._weights, spec.IMAGE_ENCODER, lambda: image_encoder(vision.arguments))
         return ImageEncoder(encoder, vision).to(self._weights.device)
 
 
