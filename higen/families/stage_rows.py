@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from higen.stages import EMPTY, TOKENS, Output, Stage, Tensor
-from higen.tables import TextRules
+from higen.tables import Control, TextRules
 
-__all__ = ["CHUNKS", "CLIP_CONTEXT", "autoencoder_stages", "clip_text", "solver_stages", "text_encoder_stage"]
+__all__ = ["CHUNKS", "TEXT_CONDITIONS", "autoencoder_stages", "clip_text", "solver_stages", "strength_control"]
+__all__ += ["text_encoder_stage"]
 
 
 CHUNKS = 8
 """Chunks of 75 tokens that a prompt may have: engines are built for as many."""
 
-CLIP_CONTEXT = ("B", TOKENS, "Dc")
-"""The shape of CLIP's outputs for a prompt in chunks, where `clip_text` are the rules."""
+TEXT_CONDITIONS = (
+    Tensor("context", ("B", TOKENS, "Dc"), source="text_encoder.hidden"),
+    Tensor("empty_context", ("B", TOKENS, "Dc"), source="text_encoder@negative.hidden"),
+)
+"""CLIP's outputs for both prompts, each in chunks, where `clip_text` are the rules."""
 
 
 def clip_text(tokenizer: str, length: int, pad_id: int) -> TextRules:
@@ -43,6 +47,12 @@ def text_encoder_stage(weights: str, width: str) -> Stage:
     """`text_encoder`: tokens [B,L] -> hidden [B,L,`width`]; `width` is a symbol."""
     tokens = Tensor("tokens", ("B", "L"), "int64", "text:prompt")
     return Stage("text_encoder", weights, (tokens,), (Output("hidden", ("B", "L", width)),))
+
+
+def strength_control(what: str, default: float) -> Control:
+    """`strength`: how much of `what`, "picture" or "video", is drawn anew when a loop begins from it."""
+    said = f"how much of the {what} is drawn anew: near 0 little, 1 all of it"
+    return Control("strength", "number", said, "number", low=0.0, high=1.0, default=default)
 
 
 def autoencoder_stages(weights: str, control: str, kind: str = "picture") -> tuple[Stage, Stage]:

@@ -11,10 +11,10 @@ from typing import Any
 
 from higen.errors import ManifestError
 from higen.families.stable_diffusion.spec import Codec
-from higen.families.stage_rows import CLIP_CONTEXT, autoencoder_stages, solver_stages, text_encoder_stage
+from higen.families.stage_rows import TEXT_CONDITIONS, autoencoder_stages, solver_stages, text_encoder_stage
 from higen.manifest import Manifest
 from higen.schedule import NoiseSchedule, Solver
-from higen.stages import Stage, Tensor
+from higen.stages import Stage
 from higen.tables import Loop, NoiseRule, Sizes, TextRules
 from higen.typed_json import from_json, to_json
 
@@ -104,15 +104,11 @@ def manifest(
 
 
 def _stages() -> tuple[Stage, ...]:
-    texts = (
-        Tensor("context", CLIP_CONTEXT, source="text_encoder.hidden"),
-        Tensor("empty_context", CLIP_CONTEXT, source="text_encoder@negative.hidden"),
-    )
     decoder, _ = autoencoder_stages(AUTOENCODER, "none")
     return (
         text_encoder_stage(TEXT_ENCODER, "Dc"),
-        *solver_stages("spatial_unet", "spatial_unet_plain", UNET, 1, texts),
-        *solver_stages("temporal_unet", "temporal_unet_plain", UNET, "F", texts),
+        *solver_stages("spatial_unet", "spatial_unet_plain", UNET, 1, TEXT_CONDITIONS),
+        *solver_stages("temporal_unet", "temporal_unet_plain", UNET, "F", TEXT_CONDITIONS),
         decoder,
     )
 

@@ -11,9 +11,15 @@ from typing import Any
 
 from higen.errors import ManifestError
 from higen.families.stable_diffusion.spec import Codec, Sampling
-from higen.families.stage_rows import CLIP_CONTEXT, autoencoder_stages, solver_stages, text_encoder_stage
+from higen.families.stage_rows import (
+    TEXT_CONDITIONS,
+    autoencoder_stages,
+    solver_stages,
+    strength_control,
+    text_encoder_stage,
+)
 from higen.manifest import Manifest
-from higen.stages import Stage, Tensor
+from higen.stages import Stage
 from higen.tables import Control, Loop, NoiseRule, Sizes, Start, TextRules
 from higen.typed_json import from_json, to_json
 
@@ -70,15 +76,7 @@ def manifest(
         text=text,
         controls=(
             Control("video", "clip", "a video to begin from: a second pass over it, at another size if wanted"),
-            Control(
-                "strength",
-                "number",
-                "how much of the video is drawn anew: near 0 little, 1 all of it",
-                "number",
-                low=0.0,
-                high=1.0,
-                default=STRENGTH,
-            ),
+            strength_control("video", STRENGTH),
         ),
         stages=_stages(),
         loops=(_loop(sampling),),
@@ -86,11 +84,9 @@ def manifest(
 
 
 def _stages() -> tuple[Stage, ...]:
-    given = Tensor("context", CLIP_CONTEXT, source="text_encoder.hidden")
-    empty = Tensor("empty_context", CLIP_CONTEXT, source="text_encoder@negative.hidden")
     return (
         text_encoder_stage(TEXT_ENCODER, "Dc"),
-        *solver_stages("temporal_unet", "temporal_unet_plain", UNET, "F", (given, empty)),
+        *solver_stages("temporal_unet", "temporal_unet_plain", UNET, "F", TEXT_CONDITIONS),
         *autoencoder_stages(AUTOENCODER, "video", "clip"),
     )
 

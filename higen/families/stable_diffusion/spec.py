@@ -10,10 +10,17 @@ from dataclasses import dataclass
 from typing import Any
 
 from higen.errors import ManifestError
-from higen.families.stage_rows import CLIP_CONTEXT, autoencoder_stages, clip_text, solver_stages, text_encoder_stage
+from higen.families.stage_rows import (
+    TEXT_CONDITIONS,
+    autoencoder_stages,
+    clip_text,
+    solver_stages,
+    strength_control,
+    text_encoder_stage,
+)
 from higen.manifest import Manifest
 from higen.schedule import NoiseSchedule, Solver
-from higen.stages import Stage, Tensor
+from higen.stages import Stage
 from higen.tables import Control, Loop, NoiseRule, Sizes, Start
 from higen.typed_json import from_json, to_json
 
@@ -94,15 +101,7 @@ def manifest(made_of: Networks, sampling: Sampling, *, name: str, licence: str, 
         text=clip_text(TOKENIZER, made_of.clip["max_position_embeddings"], pad_id),
         controls=(
             Control("image", "picture", "a picture to begin from"),
-            Control(
-                "strength",
-                "number",
-                "how much of the picture is drawn anew: near 0 little, 1 all of it",
-                "number",
-                low=0.0,
-                high=1.0,
-                default=STRENGTH,
-            ),
+            strength_control("picture", STRENGTH),
         ),
         stages=_stages(),
         loops=(_loop(sampling),),
@@ -110,11 +109,9 @@ def manifest(made_of: Networks, sampling: Sampling, *, name: str, licence: str, 
 
 
 def _stages() -> tuple[Stage, ...]:
-    given = Tensor("context", CLIP_CONTEXT, source="text_encoder.hidden")
-    empty = Tensor("empty_context", CLIP_CONTEXT, source="text_encoder@negative.hidden")
     return (
         text_encoder_stage(TEXT_ENCODER, "Dc"),
-        *solver_stages("spatial_unet", "spatial_unet_plain", UNET, 1, (given, empty)),
+        *solver_stages("spatial_unet", "spatial_unet_plain", UNET, 1, TEXT_CONDITIONS),
         *autoencoder_stages(AUTOENCODER, "image"),
     )
 
