@@ -213,7 +213,7 @@ class Pipeline:
         needed = list(self.manifest.pictures_of(self.manifest.sizes.decoder))
         for loop in sorted(self.manifest.loops, key=lambda loop: loop.replaced is not None):
             if loop.replaced is None or loop.replaced.control not in needed:
-                needed += self.manifest.pictures_of(*loop.stages)
+                needed += self.manifest.needed_by(loop)
         return self.stages(make_request(self.manifest, "a", controls=dict.fromkeys(needed, ""), load=_any_picture))
 
     def report(self) -> str:
@@ -306,6 +306,7 @@ class Pipeline:
             purpose=loop.noise.purpose,
             first=self._first(request, loop, len(table)),
             windows=loop.windows,
+            tiles=loop.tiles,
         )
         clean = sources.made(loop.start.latents, loop) if loop.start and request.begins(loop) else None
         unit, added = sources.initial_noise(loop)

@@ -44,6 +44,7 @@ struct LoopRun {
     std::size_t first = 0;             // the row to begin with
     std::optional<Edit> edit = {};
     std::optional<Windows> windows = {};
+    std::optional<Tiles> tiles = {};
     std::vector<std::size_t> tokens = {};  // of each sample's texts, where these have several chunks
 };
 
