@@ -212,8 +212,7 @@ def made(work: Path, family: str, full: bool, precision: str) -> tuple[Any, Path
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     torch.manual_seed(0)
     began = time.perf_counter()
-    with torch.device(DEVICE):
-        pipeline = JOBS[family].build(full)
+    pipeline = JOBS[family].build(full)
     randomise(pipeline, dtype)
     pipeline.set_progress_bar_config(disable=True)
     if not where.exists():
