@@ -35,7 +35,7 @@ from higen.backends.options import Options
 from higen.backends.torch import TorchBackend
 from higen.bundle import Bundle, graph_file
 from higen.errors import HigenError
-from higen.export.model import export_model
+from higen.export.model_graphs import export_model
 from higen.export.shapes import example_inputs, sizes_for
 
 SIDES = (("torch", "fp32"), ("torch", "fp16"), ("torch", "bf16"), ("onnx", "fp32"), ("onnx", "fp16"))
