@@ -33,8 +33,10 @@ function rangeOf(schema) {
   const number = (schema.anyOf ?? []).find((one) => one.type === 'number' || one.type === 'integer') ?? {};
   const plain = typeof schema.default === 'number' ? schema.default : 0;
   const low = number.minimum ?? Math.min(0, -roundUp(Math.abs(Math.min(plain, 0)) || 1e-9));
-  const top = number.maximum ?? Math.max(TOPS[schema['x-encoding']] ?? 1, plain > 0 ? roundUp(2 * plain) : 0);
-  return { low: Math.abs(low) < 1e-6 ? 0 : low, top, free: number.maximum === undefined };
+  const most = number.maximum ?? Infinity;
+  const usual = plain > 0 && plain < most / 20 ? roundUp(5 * plain) : most; // a wide range is begun with small
+  const free = Math.max(TOPS[schema['x-encoding']] ?? 1, plain > 0 ? roundUp(2 * plain) : 0);
+  return { low: Math.abs(low) < 1e-6 ? 0 : low, top: most === Infinity ? free : usual, most, least: number.minimum ?? -Infinity };
 }
 
 /** The editor of a curve; its `value()` is undefined (the model's own), a number, or one a frame. */
@@ -85,7 +87,7 @@ export function curveField(name, schema, frames) {
       make('span', { class: 'chips' }, ...shapes),
       make('span', { class: 'curve-numbers' },
         make('label', { for: level.id }, 'All frames'), level,
-        range.free ? make('label', { for: top.id }, 'Scale to') : null, range.free ? top : null)));
+        make('label', { for: top.id }, 'Scale to'), top)));
 
   const clamp = (value) => Math.min(range.top, Math.max(range.low, value));
   const step = () => (range.top - range.low) / 100;
@@ -139,7 +141,7 @@ export function curveField(name, schema, frames) {
   }
 
   function rescale(wanted) {
-    if (Number.isFinite(wanted) && wanted > range.low) range.top = wanted;
+    if (Number.isFinite(wanted) && wanted > range.low) range.top = Math.min(wanted, range.most);
     top.value = String(range.top);
     values = values.map(clamp);
     show();
@@ -152,10 +154,10 @@ export function curveField(name, schema, frames) {
     changed();
   }
 
-  /** Let the scale reach a value, where the model sets no limit. */
+  /** Let the scale reach a value, as far as the model allows it. */
   function fit(value) {
-    if (range.free && value > range.top) range.top = roundUp(value);
-    if (range.free && value < range.low) range.low = -roundUp(-value);
+    if (value > range.top) range.top = Math.min(range.most, roundUp(value));
+    if (value < range.low && value < 0) range.low = Math.max(range.least, -roundUp(-value));
     top.value = String(range.top);
   }
 

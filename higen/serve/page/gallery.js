@@ -34,7 +34,7 @@ export class Gallery {
     const bar = make('span', { class: 'card-bar', 'aria-hidden': 'true' });
     const button = make('button', { type: 'button', class: 'card', on: { click: () => this.choose(job) } },
       make('span', { class: 'card-view' }, image, canvas, said, bar),
-      make('span', { class: 'card-prompt' }, job.prompt), seed);
+      make('span', { class: 'card-prompt' }, job.prompt || 'No prompt'), seed);
     const item = make('li', {}, button);
     const card = { item, button, image, said, seed, bar, strip: new Strip(canvas), job };
     button.card = card;

@@ -13,7 +13,6 @@ let jobs = [];
 let form = null;
 let stage = null;
 let gallery = null;
-let streams = 0;
 let watching = new AbortController();
 
 function shown(id) {
@@ -76,6 +75,8 @@ function append(page) {
 function choose(job, isAsked = false) {
   stage.show(job);
   gallery.mark(job);
+  const open = jobs.filter((one) => one.stream && one !== job);
+  while (open.length > STREAMS) open.pop().stream.abort();
   if (!isAsked) return;
   const box = byId('stage').getBoundingClientRect();
   if (box.top < 0 || box.top > innerHeight / 2)
@@ -90,33 +91,37 @@ function changed(job) {
   job.isNew = false;
 }
 
-/** Follow a job to its end. */
+/** Follow a job to its end: by its events, as long as streams are free or it is the chosen one; else by polling. */
 async function watch(job) {
   const { signal } = watching;
   try {
-    while (streams >= STREAMS) {
-      await new Promise((done) => { setTimeout(done, 1500); });
-      if (signal.aborted) return;
-      Object.assign(job, await api.retrieve(job.id));
+    while (!signal.aborted) {
+      let last;
+      if (stage.current() === job || jobs.filter((one) => one.stream).length < STREAMS) {
+        job.stream = new AbortController();
+        const mine = job.stream.signal;
+        last = await api.follow(job.id, (name, data) => happened(job, name, data), AbortSignal.any([signal, mine]));
+        job.stream = null;
+        if (mine.aborted) continue; // the chosen one needed the stream
+      } else {
+        await new Promise((done) => { setTimeout(done, 1500); });
+        if (!signal.aborted) last = await api.retrieve(job.id);
+      }
+      if (signal.aborted || !jobs.includes(job)) return;
+      if (!last) return void forget(job);
+      Object.assign(job, last);
       changed(job);
-      if (api.hasEnded(job)) return;
+      if (api.hasEnded(job)) {
+        tell(job.status === 'completed' ? `The video is ready: ${job.prompt}` : `The video was not made: ${job.error?.message}`);
+        return;
+      }
     }
-    streams += 1;
-    let last;
-    try {
-      last = await api.follow(job.id, (name, data) => happened(job, name, data), signal);
-    } finally {
-      streams -= 1;
-    }
-    if (signal.aborted || !jobs.includes(job)) return;
-    if (!last) return void forget(job);
-    Object.assign(job, last);
-    changed(job);
-    tell(job.status === 'completed' ? `The video is ready: ${job.prompt}` : `The video was not made: ${job.error?.message}`);
   } catch (error) {
+    job.stream = null;
     if (error.status === 401) lock('The server does not know this key any more.');
     else if (error.status === 404) forget(job);
-    else complain(error.message);
+    else if (error.status) complain(error.message);
+    else setTimeout(() => { if (!signal.aborted && jobs.includes(job)) watch(job); }, 3000); // the server is away
   }
 }
 
@@ -144,10 +149,6 @@ async function submit() {
   const mine = form;
   const now = Math.floor(Date.now() / 1000);
   const prompt = byId('prompt').value;
-  if (!prompt.trim()) {
-    complain('Write what the video shows.');
-    return mine.mark('prompt');
-  }
   const { sizes } = mine.model;
   const job = {
     id: '', status: 'sending', progress: 0, prompt, model: mine.model.id, seed: '…', created_at: now, controls: {},

@@ -47,7 +47,7 @@ class Vocabulary {
 export function promptField(model, submit) {
   const vocabulary = new Vocabulary(model);
   const area = make('textarea', {
-    id: 'prompt', name: 'prompt', rows: 3, required: true, maxLength: 100000, spellcheck: !model.words,
+    id: 'prompt', name: 'prompt', rows: 3, maxLength: 100000, spellcheck: !model.words,
     autocapitalize: 'none', enterKeyHint: 'go', placeholder: model.prompts[0] ?? 'What the video shows',
     'aria-describedby': 'prompt-words',
   });

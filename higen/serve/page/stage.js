@@ -19,7 +19,7 @@ export function stateOf(job) {
 
 function facts(job) {
   const rows = [
-    ['Seed', String(job.seed)], ['Length', `${job.num_frames} frames, ${short(job.num_frames / job.fps)} s`],
+    ['Seed', String(job.seed)], ['Length', `${job.num_frames} frames, ${Number((job.num_frames / job.fps).toFixed(2))} s`],
     ['Size', job.size.replace('x', ' × ')], ['Model', job.model],
   ];
   const many = (value) => [value].flat(2).map(short).join(', ');
@@ -161,9 +161,9 @@ export function buildStage(root, sizes, actions) {
     const isOver = job.status === 'failed';
     said.textContent = isDone || isOver ? '' : stateOf(job);
     if (isOther || isOver) word.textContent = isOver ? stateOf(job) : '';
-    word.classList.toggle('is-error', isOver);
+    word.classList.toggle('is-error', isOver && job.error?.code !== 'cancelled');
     state.textContent = new Date(job.created_at * 1000).toLocaleString(undefined, { dateStyle: 'medium', timeStyle: 'short' });
-    prompt.textContent = job.prompt;
+    prompt.textContent = job.prompt || 'No prompt';
     prompt.title = job.prompt;
     list.replaceChildren(...facts(job));
     const warnings = job.metadata?.warnings ?? [];
