@@ -102,7 +102,7 @@ class Studio:
         self._readers: dict[str, Callable[[], Any]] = {}
         self.fields: dict[str, Any] = {}
         self.videos = Videos()
-        self.error: HigenError | None = None
+        self.error: Exception | None = None
         w = self._widgets = ipywidgets
         common, more = self._common(), self._settings()
         controls = [self._control(control) for control in pipeline.controls]
@@ -174,7 +174,7 @@ class Studio:
             self.videos += stream.videos
             self._result.value += self.videos[-1]._repr_html_()
             self._said.value = f"seed {self.videos[-1].metadata['seed']}"
-        except HigenError as error:
+        except Exception as error:  # a thread's traceback would be seen nowhere
             self._failed(error)
         finally:
             stream.close()
@@ -184,10 +184,11 @@ class Studio:
     def _warn(self, warning: Warning) -> None:
         self._result.value += f"<p>{html.escape(str(warning))}</p>"
 
-    def _failed(self, error: HigenError) -> None:
+    def _failed(self, error: Exception) -> None:
         self.error = error
         self._said.value = ""
-        self._result.value = f"<p>{html.escape(str(error))}</p>"
+        name = "" if isinstance(error, HigenError) else f"{type(error).__name__}: "
+        self._result.value = f"<p>{html.escape(name + str(error))}</p>"
 
     # The inputs.
 
