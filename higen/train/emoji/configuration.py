@@ -1,0 +1,65 @@
+"""The recipe's settings: recipe.toml and architecture.toml beside this file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal
+
+from higen.families.higen.spec import ModelConfig
+from higen.text_files import read_toml
+from higen.train.emoji.subjects import vocabulary
+from higen.train.networks import read_architecture, with_words
+from higen.train.settings import OptimiserSettings, Settings, read_settings
+from higen.typed_json import from_json
+
+__all__ = ["CODEC", "DECODER", "WORDS", "CodecSettings", "architecture", "recipe"]
+
+FILE = Path(__file__).with_name("recipe.toml")
+OWN = ("codec", "decoder")
+"""Sections of the file that only this recipe has."""
+WORDS = (*vocabulary(), ",")
+
+
+@dataclass(frozen=True)
+class CodecSettings:
+    """How a codec, or its decoder alone, is trained; loss weights multiply terms measured on RGB in [-1, 1]."""
+
+    optimiser: OptimiserSettings
+    steps: int | None = None
+    """None: as many as the time that is given allows."""
+    batch: int = 16
+    seed: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    save_seconds: float = 120.0
+    noise: float = 0.15
+    """Latents are decoded with noise of a standard deviation drawn from 0 to this, as the sampler's are not exact."""
+    mse_weight: float = 0.5
+    edge_weight: float = 0.5
+    subject_weight: float = 2.0
+    """Extra weight of the subject's pixels over the background's, which are few pictures and soon learned."""
+    prior_weight: float = 0.02
+
+
+@cache
+def _file() -> dict[str, Any]:
+    return read_toml(FILE)
+
+
+@cache
+def recipe() -> Settings:
+    """How the denoiser is trained; its paths are placeholders."""
+    return read_settings(FILE, without=OWN)
+
+
+@cache
+def architecture() -> ModelConfig:
+    """The built-in model's configuration but for its autoencoder and its prompts; its words are the captions'."""
+    config = read_architecture(FILE.with_name("architecture.toml"), ModelConfig())
+    # TOML has no null: both cues are left out of a request that gives none.
+    defaults = replace(config.defaults, motion=None, appearance=None)
+    return replace(config, text=with_words(config.text, len(WORDS)), defaults=defaults)
+
+
+CODEC, DECODER = (from_json(CodecSettings, _file()[name], f"{FILE.name}.{name}") for name in OWN)

@@ -1,0 +1,173 @@
+"""Trains the codec's decoder on what the denoiser draws; the encoder and the latents stay as they are.
+
+    python -m higen.train.emoji.decoder --data FOLDER --state FOLDER --model DIR
+
+A decoder that has seen nothing but encoded pictures shows a latent between two poses as coloured fringes. The clip that
+was asked for is known pixel by pixel, so the decoder can learn to show such a latent as the soft picture it stands for.
+Clips of trained prompts are drawn once, by a model directory, into `STATE/drawn`; half of every batch are frames of
+theirs, the other half encoded pictures, which must not become worse. The result is `STATE/decoder.safetensors`, which
+`assemble` takes in the place of the codec's own. Run the command again to resume.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from higen.api import load as load_pipeline
+from higen.bundle import Bundle
+from higen.locks import claimed
+from higen.pipeline import Pipeline
+from higen.sampler import Step
+from higen.train.checkpoints import Checkpoints
+from higen.train.denormals import flushed_denormals
+from higen.train.emoji.autoencoder import Pictures, load, picture_loss
+from higen.train.emoji.configuration import DECODER, CodecSettings
+from higen.train.emoji.latent_cache import denormalise, load_latents
+from higen.train.emoji.packs import clip_indices, fetch
+from higen.train.emoji.progress_lines import say
+from higen.train.emoji.subjects import BACKGROUNDS, SPEEDS, SUBJECTS, caption, is_held_out
+from higen.train.emoji.tensor_files import aside
+from higen.train.loop import Cadence, Loop
+from higen.train.optimise import Optimiser
+
+__all__ = ["draw", "train"]
+
+MOVING = tuple(i for i, speed in enumerate(SPEEDS) if speed.factor)
+"""Indices in SPEEDS of what is drawn, one for each trained pair in turn."""
+RESULT = "decoder.safetensors"
+
+
+def draw(model: Bundle, folder: Path, shown: bool = False) -> None:
+    """Draw a clip of every trained pair of subject and background, a file of latents a subject; those there are kept.
+
+    `<name>.safetensors`: latents, float16 [n,32,16,8,8] as the denoiser leaves them, and what was asked for, int64
+    [n,2]: indices of background and speed. Raises TrainingError where a file cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with load_pipeline(model.path, threads=torch.get_num_threads()) as pipeline:
+        for s, subject in enumerate(tqdm(SUBJECTS, desc="drawn", disable=not shown)):
+            path = folder / f"{subject.name}.safetensors"
+            if path.exists():
+                continue
+            asked = [(b, MOVING[(s + b) % len(MOVING)]) for b in range(len(BACKGROUNDS)) if not is_held_out(s, b)]
+            drawn = [
+                _latents(pipeline, caption(subject, BACKGROUNDS[b], SPEEDS[speed]), seed)
+                for seed, (b, speed) in enumerate(asked)
+            ]
+            with aside(path) as temporary:
+                save_file({"latents": torch.cat(drawn).half(), "asked": torch.tensor(asked)}, temporary)
+
+
+def _latents(pipeline: Pipeline, prompt: str, seed: int) -> Tensor:
+    """The clean latents of a clip [1,32,16,8,8], before they are decoded."""
+    stream = pipeline.stream(prompt, seed=seed)
+    steps = (event for event in stream if isinstance(event, Step))
+    last = next(step for step in steps if step.loop == "temporal" and step.index == step.total - 1)
+    stream.close()
+    return torch.from_numpy(pipeline.backend.to_numpy(last.latents))
+
+
+class Drawn:
+    """The clips that were drawn, and the real pictures behind them."""
+
+    def __init__(self, folder: Path, pictures: Pictures, mean: Tensor, std: Tensor) -> None:
+        """`folder` as `draw` leaves it; `mean` and `std` [32] are those of the latents cache."""
+        self.pictures, self.mean, self.std = pictures, mean, std
+        files = [load_file(folder / f"{subject.name}.safetensors") for subject in SUBJECTS]
+        self.clips = [
+            (s, b, speed, latents)
+            for s, file in enumerate(files)
+            for (b, speed), latents in zip(file["asked"].tolist(), file["latents"], strict=True)
+        ]
+
+    def batch(self, size: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Latents [n,32,8,8] for the decoder, the real pictures [n,3,128,128] and their coverage [n,1,128,128]."""
+        latents, pictures, coverage = [], [], []
+        for clip in torch.randint(len(self.clips), (size,), generator=random).tolist():
+            s, b, speed, drawn = self.clips[clip]
+            frame = int(torch.randint(drawn.shape[1], (), generator=random))
+            places = clip_indices(len(self.pictures.loops[s]), SUBJECTS[s].key_frame, SPEEDS[speed].factor)
+            picture, alpha = self.pictures.compose(s, b, torch.tensor([places[frame]]))
+            latents.append(drawn[:, frame].float())
+            pictures.append(picture)
+            coverage.append(alpha)
+        return denormalise(torch.stack(latents), self.mean, self.std), torch.cat(pictures), torch.cat(coverage)
+
+
+class DecoderGradients:
+    """The gradients of a step of the decoder (`higen.train.loop.Gradients`)."""
+
+    def __init__(self, codec: Any, drawn: Drawn, settings: CodecSettings) -> None:
+        self.codec, self.drawn, self.settings = codec, drawn, settings
+
+    def __call__(self, step: int, random: torch.Generator) -> Mapping[str, Tensor]:
+        """Those of a batch, added up; the losses of what was drawn and of what was encoded."""
+        settings, half = self.settings, self.settings.batch // 2
+        latents, drawn_pictures, drawn_coverage = self.drawn.batch(half, random)
+        pictures, coverage = self.drawn.pictures.batch(half, random)
+        with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
+            with torch.no_grad():
+                encoded = self.codec.encoder(pictures).float()
+            level = torch.rand((len(encoded), 1, 1, 1), generator=random) * settings.noise
+            noisy = encoded + level * torch.randn(encoded.shape, generator=random)
+            decoded = self.codec.decoder(torch.cat([latents, noisy])).float()
+        own = picture_loss(decoded[: len(latents)], drawn_pictures, drawn_coverage, settings)
+        others = picture_loss(decoded[len(latents) :], pictures, coverage, settings)
+        (own + others).backward()
+        return {"drawn": own.detach(), "encoded": others.detach()}
+
+
+def train(data: Path, state: Path, settings: CodecSettings = DECODER) -> None:
+    """Train to `settings.steps` steps, resuming what `state` holds, and write the decoder there.
+
+    Raises TrainingError where a file cannot be written.
+    """
+    pictures, cache = Pictures(data), load_latents(state / "latents.safetensors")
+    drawn = Drawn(state / "drawn", pictures, cache["mean"], cache["std"])
+    codec = load(state)
+    codec.encoder.requires_grad_(False)
+    optimiser = Optimiser(dict(codec.decoder.named_parameters()), settings.optimiser, settings.steps)
+    loop = Loop(
+        DecoderGradients(codec, drawn, settings),
+        optimiser,
+        Checkpoints(state / "decoder", keep=1),
+        Cadence(log_every=100, save_seconds=settings.save_seconds),
+        seed=settings.seed,
+        say=say,
+    )
+    loop.resume(lambda _: None)
+    with flushed_denormals():
+        loop.run()
+    with aside(state / RESULT) as path:
+        save_file({name: tensor.contiguous() for name, tensor in optimiser.average.items()}, path)
+
+
+def main() -> None:
+    """Command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Train the default model's decoder on what the denoiser draws.")
+    parser.add_argument("--data", type=Path, required=True, help="folder of the WebP loops; filled if empty")
+    parser.add_argument("--state", type=Path, required=True, help="folder of the codec and the latents cache")
+    parser.add_argument("--model", type=Path, required=True, help="model directory that draws")
+    parser.add_argument("--steps", type=int, default=DECODER.steps, help="steps in all")
+    parser.add_argument("--bf16", action="store_true", help="mixed precision")
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    fetch(arguments.data)
+    with claimed(arguments.state / "drawn", "drawing"):
+        draw(Bundle.open(arguments.model), arguments.state / "drawn", shown=True)
+        settings = replace(DECODER, steps=arguments.steps, precision="bf16" if arguments.bf16 else "fp32")
+        train(arguments.data, arguments.state, settings)
+
+
+if __name__ == "__main__":
+    main()

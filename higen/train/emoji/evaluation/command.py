@@ -1,0 +1,103 @@
+"""`higen evaluate` from its arguments to its files."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from higen.api import default_model, load
+from higen.backends.select import check_backend
+from higen.bundle import Bundle
+from higen.errors import OutputError, TrainingError
+from higen.families.higen import spec
+from higen.locks import claimed
+from higen.output_file import check_own
+from higen.precision import check_precision
+from higen.train.denormals import flushed_denormals
+from higen.train.emoji.evaluation.evaluate import PipelineMaker, evaluate
+from higen.train.emoji.evaluation.journal import Journal
+from higen.train.emoji.evaluation.judges import Judges
+from higen.train.emoji.evaluation.plan import plan
+from higen.train.emoji.evaluation.real_clips import RealClips
+from higen.train.emoji.evaluation.report import as_text, write
+from higen.train.emoji.packs import fetch
+from higen.train.emoji.subjects import subjects_named
+from higen.typed_json import to_json
+
+__all__ = ["measure"]
+
+
+def measure(
+    model: Path | None,
+    data: Path,
+    output: Path,
+    *,
+    seeds: int = 8,
+    quick: bool = False,
+    backend: str = "auto",
+    precision: str | None = None,
+    download: bool = False,
+    shown: bool = False,
+) -> tuple[dict[str, Any], str]:
+    """Measure a model directory (None: the built-in one) and write the files into `output`; measures and their table.
+
+    `download`: the emoji may be fetched into `data`, about 700 MB. The networks that judge and what was measured of
+    each clip are kept in `output` and used again as long as they are of the same data and model: a run that was stopped
+    goes on. Raises RequestError (backend, precision), SettingsError (a model of another recipe, less than one seed),
+    OutputError (a folder that cannot be written), TrainingError (data that is not there or cannot be had, another
+    process that evaluates into `output`) and what loading a model raises.
+    """
+    # Found out before the data is fetched.
+    check_backend(backend)
+    if precision is not None:
+        check_precision(precision)
+    bundle = Bundle.open(model or default_model())
+    subjects = subjects_named(bundle.manifest.prompts)
+    shots = plan(subjects, seeds, quick)
+    if output.is_dir():
+        check_own(
+            output, ("clips.jsonl", "measures.json", "per_subject.json", "sheet.png", "worst.png"), r"\A[0-9a-f]{64}\n"
+        )
+    judged = output / "judges"
+    try:
+        judged.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OutputError(f"{output}: no folder can be made there: {error.strerror}") from error
+    if not os.access(judged, os.W_OK | os.X_OK):
+        raise OutputError(f"{output}: no permission to write there")
+    with claimed(output, "evaluating"):
+        try:
+            fetch(data, download)
+            real = RealClips.read(data)
+        except (OSError, RuntimeError) as error:
+            raise TrainingError(f"{data}: {error}") from error
+        with (
+            flushed_denormals(),
+            load(bundle.path, backend, precision=precision) as pipeline,
+            _writing(output),
+        ):
+            make, judges = PipelineMaker(pipeline), Judges(real, judged, shown=shown)
+            measured = {
+                "name": bundle.manifest.name,
+                "defaults": to_json(spec.config(bundle.manifest).defaults),
+                "files": {name: record.sha256 for name, record in sorted(bundle.files.items())},
+                "backend": pipeline.backend.name,
+                "precision": precision or "by the device",
+            }
+            journal = Journal(output / "clips.jsonl", measured | {"judges": judges.key})
+            result = evaluate(make, make, real, judges, shots, shown, journal)
+            result.measures["model"] = measured | {"subjects": len(subjects), "seeds": seeds, "quick": quick}
+            write(result, real, make, output)
+    return result.measures, as_text(result.measures)
+
+
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """A full disk is one error. What was measured so far stays: the same command goes on."""
+    try:
+        yield
+    except OSError as error:
+        raise OutputError(f"{folder}: cannot be written: {error.strerror or error}") from error

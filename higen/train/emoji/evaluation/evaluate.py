@@ -1,0 +1,396 @@
+"""Measures a model of the default recipe against the real clips it was trained on (`higen evaluate`).
+
+Poses and backgrounds are fixed, so the real clip of a prompt is known pixel by pixel. What is sampled, with n seeds:
+
+held-out   every subject on the background that was kept out of training: each seed at normal speed, and every other
+           one fast or slow in turn
+trained    the same on one background that was trained, with a quarter of the seeds (at least one)
+still      both, "standing still", with a quarter of the seeds
+motion     held-out, seed 0, normal speed in words, and as `motion` 0 and what the real clip has at half, one, one and a
+           half and two times real time
+appearance the same with `appearance`: 0 and the real clip's at half, one and two times
+
+Every figure stands beside what the same function says of the real clips through the autoencoder ("codec": what the
+best denoiser could reach) and of the real clips themselves ("real"):
+
+identity, template, background   what is shown: a classifier trained on real frames; correlation with the subject's real
+           frames (higher than with any other's, and than half way from the best other's to the real clip's)
+psnr, psnr_copy, beats_copy      against the real clip, in dB: the clip, its own key frame repeated, how often the clip
+           is closer. beats_mean: closer than its own mean over time too, which noise in every frame cannot be.
+           psnr_real_copy, beats_real_copy: the real key frame repeated, which no model has
+flicker, speckle, sharpness      see higen/measures/fidelity.py
+spearman   rank correlation of the cues that were asked for and measured: within a subject (the mean), within a subject
+           without the request for 0 (to tell 0 from the others and order those at random gives 0.5 with it, 0 without),
+           over all clips
+motion_ratio, difference         against the real clip's motion as training measures it; mean difference of frames
+frechet    distance of features to as many real clips drawn at random: the same subjects, any background, the same
+           speeds, up to an eighth of a second earlier or later. The floor is the distance between two such draws,
+           without a clip in common. "real" are the very clips that were asked for. They are far above this floor, for
+           a few requests with many seeds each are not as many different clips: "alike" are draws with the make-up of
+           what was asked for, a background for every subject and speed and as many clips of each, and there they are
+           near the floor. "asked": distance to the very clips that were asked for, which has no floor but the codec's
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from higen.errors import PromptWarning, TrainingError
+from higen.measures import fidelity
+from higen.measures.statistics import spearman
+from higen.pipeline import Pipeline
+from higen.train.cues import appearance_factor, appearance_similarity, motion_of
+from higen.train.emoji.evaluation.frechet import frechet
+from higen.train.emoji.evaluation.journal import Journal
+from higen.train.emoji.evaluation.judges import Judges
+from higen.train.emoji.evaluation.plan import FAST, GROUPS, NORMAL, SLOW, Row, Shot
+from higen.train.emoji.evaluation.real_clips import RealClips
+from higen.train.emoji.subjects import KEY_INDEX, SPEEDS, SUBJECTS
+
+__all__ = ["MEANS", "Codec", "Maker", "PipelineMaker", "Result", "evaluate"]
+
+Frames = NDArray[np.uint8]
+CLOSER = 0.01
+"""dB that a clip must be closer by: a repeated frame must not win by rounding."""
+
+
+MEANS = tuple(name for name in Row.__dataclass_fields__ if name not in ("motion", "appearance"))
+"""Fields whose mean over a group is reported."""
+
+
+class Maker(Protocol):
+    """Makes clips."""
+
+    def __call__(self, prompt: str, seed: int, motion: float | None, appearance: float | None) -> Frames:
+        """uint8 [16,128,128,3]; None for a cue: as the prompt says."""
+        ...
+
+
+class Codec(Protocol):
+    """An autoencoder, by its two ways."""
+
+    def encode(self, clip: Frames) -> NDArray[np.float32]:
+        """Latents [C,F,h,w] of uint8 [F,H,W,3]."""
+        ...
+
+    def decode(self, latents: NDArray[np.float32]) -> Frames:
+        """The way back."""
+        ...
+
+
+@dataclass(frozen=True)
+class PipelineMaker:
+    """A model as maker and codec."""
+
+    pipeline: Pipeline
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, prompt: str, seed: int, motion: float | None, appearance: float | None) -> Frames:
+        """See Maker; what a cue's None means is the model's default."""
+        cues = {name: cue for name, cue in (("motion", motion), ("appearance", appearance)) if cue is not None}
+        made: Frames = self.pipeline(prompt, seed=seed, progress=False, **{**self.options, **cues}).frames
+        return made
+
+    def encode(self, clip: Frames) -> NDArray[np.float32]:
+        """See Codec."""
+        backend, pixels = self.pipeline.backend, clip.astype(np.float32).transpose(0, 3, 1, 2) / 127.5 - 1.0
+        parts = [
+            backend.to_numpy(backend.run("vae_encoder", pixels=np.ascontiguousarray(pixels[i : i + 4]))["latents"])
+            for i in range(0, len(pixels), 4)
+        ]
+        latents: NDArray[np.float32] = np.concatenate(parts).transpose(1, 0, 2, 3)
+        return latents
+
+    def decode(self, latents: NDArray[np.float32]) -> Frames:
+        """See Codec."""
+        return self.pipeline.decode(latents[None], self.pipeline.request("a"))[0]
+
+
+@dataclass
+class Result:
+    """Everything measured: a row for each shot, the bounds, and the clips to show (seed 0 at normal speed)."""
+
+    shots: list[Shot]
+    rows: list[Row]
+    measures: dict[str, Any]
+    shown: list[tuple[Shot, Frames]]
+
+
+def evaluate(
+    make: Maker,
+    codec: Codec,
+    real: RealClips,
+    judges: Judges,
+    shots: Sequence[Shot],
+    shown: bool = False,
+    journal: Journal | None = None,
+) -> Result:
+    """Make every shot and measure it; `shown`: with a progress bar. What `journal` has of clips is not made again,
+    but for those to be shown."""
+    measure = _Measure(codec, real, judges)
+    measured: list[tuple[Shot, Row, NDArray[np.float64]]] = []
+    sheet: list[tuple[Shot, Frames]] = []
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", PromptWarning)
+        for shot in tqdm(shots, desc="clips", disable=not shown):
+            is_shown = shot.kind == "text" and shot.seed == 0 and shot.speed == NORMAL
+            kept = None if journal is None else journal.find(shot)
+            if kept is not None and not is_shown:
+                measured.append((shot, *kept))
+                continue
+            try:
+                clip = make(shot.prompt, shot.seed, *measure.cues(shot))
+            except PromptWarning as warning:
+                raise TrainingError(
+                    f"{shot.prompt!r}: the model does not know what it should draw: {warning}"
+                ) from None
+            if is_shown:
+                sheet.append((shot, clip))
+            if kept is None:
+                kept = measure.row(shot, clip), judges.features([clip])[0]
+                if journal is not None:
+                    journal.add(shot, *kept)
+            measured.append((shot, *kept))
+    conditions = sorted({(s.subject, s.background, s.factor) for s in shots if s.kind in ("text", "still")})
+    bounds = {}
+    for s, b, factor in tqdm(sorted(conditions, key=lambda c: c[1]), desc="bounds", disable=not shown):
+        bounds[s, b, factor] = measure.bound(s, b, factor)
+    rows, features = [row for _, row, _ in measured], np.array([f for *_, f in measured])
+    measures = {
+        "groups": {
+            group: _group(group, shots, rows, features, bounds, judges)
+            for group in GROUPS
+            if any(shot.group == group for shot in shots)
+        },
+        "control": _control(shots, rows, measure),
+        "subjects": {
+            SUBJECTS[s].name: _subject([(shot, row) for shot, row, _ in measured if shot.subject == s])
+            for s in sorted({shot.subject for shot in shots})
+        },
+    }
+    return Result(list(shots), rows, measures, sheet)
+
+
+@dataclass(frozen=True)
+class _Bound:
+    """The real clip of a condition through the codec, and as it is."""
+
+    codec: Row
+    real: Row
+    features: dict[str, NDArray[np.float64]]
+
+
+class _Measure:
+    """The measures of a clip; what they need of the real one is kept."""
+
+    def __init__(self, codec: Codec, real: RealClips, judges: Judges) -> None:
+        self.codec, self.real, self.judges = codec, real, judges
+        self._cues: dict[tuple[int, int, float], tuple[float, float]] = {}
+        self._codec_cues: dict[tuple[int, int, float], tuple[float, float]] = {}
+
+    def real_cues(self, s: int, b: int, factor: float) -> tuple[float, float]:
+        """Motion and appearance factor of a real clip."""
+        if (s, b, factor) not in self._cues:
+            self._cues[s, b, factor] = _cues(self.codec.encode(self.real.clip(s, b, factor)))
+        return self._cues[s, b, factor]
+
+    def codec_cues(self, s: int, b: int, factor: float) -> tuple[float, float]:
+        """The same of the real clip through the codec: what the measure itself loses."""
+        if (s, b, factor) not in self._codec_cues:
+            encoded = self.codec.encode(self.real.clip(s, b, factor))
+            self._codec_cues[s, b, factor] = _cues(self.codec.encode(self.codec.decode(encoded)))
+        return self._codec_cues[s, b, factor]
+
+    def cues(self, shot: Shot) -> tuple[float | None, float | None]:
+        """What is asked for in numbers."""
+        if shot.requested is None:
+            return None, None
+        motion, appearance = self.real_cues(shot.subject, shot.background, shot.requested)
+        return (motion, None) if shot.kind == "motion" else (None, appearance)
+
+    def row(self, shot: Shot, clip: Frames) -> Row:
+        """Every measure of the clip made for a shot."""
+        return self.measured(shot.subject, shot.background, shot.factor, clip)
+
+    def bound(self, s: int, b: int, factor: float) -> _Bound:
+        """Every measure of the real clip, through the codec and as it is."""
+        clip = self.real.clip(s, b, factor)
+        through = self.codec.decode(self.codec.encode(clip))
+        features = self.judges.features([through, clip])
+        codec = self.measured(s, b, factor, through)
+        self._codec_cues[s, b, factor] = codec.motion, codec.appearance
+        return _Bound(
+            codec,
+            self.measured(s, b, factor, clip),
+            {"codec": features[0], "real": features[1]},
+        )
+
+    def measured(self, s: int, b: int, factor: float, clip: Frames) -> Row:
+        """Every measure of a clip that should show a subject on a background at a speed."""
+        wanted = self.real.clip(s, b, factor)
+        match = self.judges.templates(b).match(clip, s)
+        outside = self.real.outside[s]
+        score = fidelity.psnr(clip, wanted)
+        copy = fidelity.psnr(np.broadcast_to(clip[KEY_INDEX], clip.shape), wanted)
+        real_copy = fidelity.psnr(np.broadcast_to(wanted[KEY_INDEX], wanted.shape), wanted)
+        mean = fidelity.psnr(np.broadcast_to(clip.mean(axis=0), clip.shape), wanted)
+        motion, appearance = _cues(self.codec.encode(clip))
+        return Row(
+            identity=self.judges.subject(clip) == s,
+            template=match.winner == s and match.score >= self.judges.threshold(s, b),
+            correlation=match.score,
+            background=fidelity.nearest(clip, self.real.pictures, outside) == b,
+            psnr=score,
+            psnr_copy=copy,
+            psnr_real_copy=real_copy,
+            beats_copy=score > copy + CLOSER,
+            beats_mean=score > mean + CLOSER,
+            beats_real_copy=score > real_copy + CLOSER,
+            flicker=fidelity.flicker(clip, outside),
+            speckle=fidelity.speckle(clip, wanted),
+            sharpness=fidelity.sharpness(clip, wanted),
+            difference=fidelity.difference(clip),
+            motion=motion,
+            appearance=appearance,
+        )
+
+
+def _cues(latents: NDArray[np.float32]) -> tuple[float, float]:
+    """Motion (mean over the pairs of frames) and appearance factor of latents [C,F,h,w], as training measures them."""
+    z = torch.from_numpy(np.ascontiguousarray(latents))
+    similarity = appearance_similarity(z.transpose(0, 1).flatten(1)[None])
+    return float(motion_of(z[None]).double().mean()), float(appearance_factor(similarity))
+
+
+def _means(rows: Sequence[Row]) -> dict[str, float]:
+    return {name: float(np.mean([getattr(row, name) for row in rows])) for name in MEANS}
+
+
+def _group(
+    group: str,
+    shots: Sequence[Shot],
+    rows: Sequence[Row],
+    features: NDArray[np.float64],
+    bounds: Mapping[tuple[int, int, float], _Bound],
+    judges: Judges,
+) -> dict[str, Any]:
+    """Means of a group's clips from text, beside those of the real clips for the same requests."""
+    chosen = [i for i, shot in enumerate(shots) if shot.group == group and shot.kind == "text"]
+    asked = [(shots[i].subject, shots[i].background, shots[i].factor) for i in chosen]
+    made = [rows[i] for i in chosen]
+    columns = {
+        "generated": made,
+        "codec": [bounds[request].codec for request in asked],
+        "real": [bounds[request].real for request in asked],
+    }
+    table = {name: _means(column) for name, column in columns.items()}
+    for name, column in columns.items():
+        table[name]["motion_ratio"] = float(
+            np.median([row.motion / max(bounds[r].real.motion, 1e-6) for row, r in zip(column, asked, strict=True)])
+        )
+        relative = [row.correlation / bounds[r].real.correlation for row, r in zip(column, asked, strict=True)]
+        table[name]["template_relative"] = float(np.mean(relative))
+        table[name]["template_close"] = float(np.mean(np.array(relative) >= 0.85))
+    still = [i for i, shot in enumerate(shots) if shot.group == group and shot.kind == "still"]
+    if still:
+        table["generated"]["still"] = float(np.mean([rows[i].difference for i in still]))
+        for name in ("codec", "real"):
+            kept = [bounds[shots[i].subject, shots[i].background, 0.0] for i in still]
+            table[name]["still"] = float(np.mean([getattr(bound, name).difference for bound in kept]))
+    by_speed = {
+        SPEEDS[speed].name: _means([rows[i] for i in chosen if shots[i].speed == speed]) | {"clips": count}
+        for speed in (SLOW, NORMAL, FAST)
+        if (count := sum(shots[i].speed == speed for i in chosen))
+    }
+    of_bounds = {name: np.array([bounds[r].features[name] for r in asked]) for name in ("codec", "real")}
+    return {
+        "clips": len(chosen),
+        **table,
+        "by_speed": by_speed,
+        "frechet": frechet(asked, {"generated": features[chosen], **of_bounds}, judges),
+    }
+
+
+def _control(shots: Sequence[Shot], rows: Sequence[Row], measure: _Measure) -> dict[str, Any]:
+    """How the cues that were asked for in numbers are followed."""
+    control: dict[str, Any] = {}
+    for kind in ("motion", "appearance"):
+        chosen = [i for i, shot in enumerate(shots) if shot.kind == kind]
+        if not chosen:
+            continue
+        index = 0 if kind == "motion" else 1
+        wanted = [measure.cues(shots[i])[index] or 0.0 for i in chosen]
+        found = [getattr(rows[i], kind) for i in chosen]
+        through = [measure.codec_cues(shots[i].subject, shots[i].background, shots[i].factor)[index] for i in chosen]
+        subjects = [shots[i].subject for i in chosen]
+        moving = [k for k, i in enumerate(chosen) if shots[i].requested]
+        control[kind] = {
+            "clips": len(chosen),
+            "spearman": _within(subjects, wanted, found),
+            "spearman_moving": _within(
+                [subjects[k] for k in moving], [wanted[k] for k in moving], [found[k] for k in moving]
+            ),
+            "spearman_pooled": spearman(wanted, found),
+            "codec": _within(subjects, wanted, through),
+            "codec_pooled": spearman(wanted, through),
+        }
+    measured = list(zip(shots, rows, strict=True))
+    zero = [row.difference for shot, row in measured if shot.kind == "motion" and shot.requested == 0]
+    if zero:
+        usual = [
+            row.difference
+            for shot, row in measured
+            if shot.kind == "text" and shot.group == "held-out" and shot.speed == NORMAL
+        ]
+        control["motion"] |= {
+            "zero": float(np.median(zero)),
+            "usual": float(np.median(usual)),
+            "zero_part": float(np.median(zero) / np.median(usual)),
+            "zero_part_worst": float(np.max(zero) / np.median(usual)),
+        }
+    return control
+
+
+def _within(subjects: Sequence[int], wanted: Sequence[float], found: Sequence[float]) -> float:
+    """Mean over the subjects of the rank correlation among their own clips."""
+    each = []
+    for s in sorted(set(subjects)):
+        pairs = [(w, f) for owner, w, f in zip(subjects, wanted, found, strict=True) if owner == s]
+        each.append(spearman(*zip(*pairs, strict=True)))
+    return float(np.mean(each))
+
+
+def _subject(pairs: Sequence[tuple[Shot, Row]]) -> dict[str, Any]:
+    """A subject's own figures over both groups."""
+    text = [row for shot, row in pairs if shot.kind == "text"]
+    found: dict[str, Any] = {"clips": len(text), **_means(text)}
+    for kind in ("motion", "appearance"):
+        chosen = [(shot.requested, getattr(row, kind)) for shot, row in pairs if shot.kind == kind]
+        if chosen:
+            found[f"{kind}_spearman"] = spearman(*zip(*chosen, strict=True))
+    return found
+
+
+def worst(result: Result, count: int = 12) -> list[int]:
+    """Indices of the clips from text that are worst: not recognised first, then least above their repeated key frame;
+    at most two of a subject."""
+    order = sorted(
+        (i for i, shot in enumerate(result.shots) if shot.kind == "text"),
+        key=lambda i: (
+            result.rows[i].identity and result.rows[i].template and result.rows[i].background,
+            result.rows[i].psnr - result.rows[i].psnr_copy,
+        ),
+    )
+    taken: list[int] = []
+    for i in order:
+        if sum(result.shots[j].subject == result.shots[i].subject for j in taken) < 2:
+            taken.append(i)
+    return taken[:count]

@@ -1,0 +1,86 @@
+"""Frechet distances of generated clips to draws of real ones (see evaluate.py for what they mean)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from higen.measures.statistics import frechet_distance
+from higen.train.emoji.evaluation.judges import Judges
+
+__all__ = ["alike_draws", "frechet"]
+
+JITTER = 3
+"""Loop frames, 42 ms each, by which a real clip of the Frechet distance's reference may be early or late."""
+DRAWS = 3
+"""Times that the reference of the Frechet distance is drawn; the distances are means."""
+
+Request = tuple[int, int, float]
+Condition = tuple[int, int, float, int]
+
+
+def frechet(asked: Sequence[Request], features: Mapping[str, NDArray[np.float64]], judges: Judges) -> dict[str, Any]:
+    """Frechet distances of each set of features to draws of real clips; see evaluate.py."""
+    backgrounds = len(judges.real.pictures)
+    exact = features["real"]
+    return {
+        **_over_floor(features, judges, lambda random: _distinct_draws(asked, backgrounds, random)),
+        "alike": _over_floor(features, judges, lambda random: alike_draws(asked, backgrounds, random)),
+        "asked": {name: frechet_distance(rows, exact) for name, rows in features.items() if rows is not exact},
+    }
+
+
+def _over_floor(
+    features: Mapping[str, NDArray[np.float64]],
+    judges: Judges,
+    draw: Callable[[np.random.Generator], tuple[list[Condition], list[Condition]]],
+) -> dict[str, float]:
+    """Distances to the first of two draws of real clips, and that of the second ("floor"), means over DRAWS pairs."""
+    random = np.random.default_rng(0)
+    found: dict[str, list[float]] = {name: [] for name in (*features, "floor")}
+    for _ in range(DRAWS):
+        first, second = draw(random)
+        reals = judges.real_features([*first, *second])
+        first_rows, second_rows = reals[: len(first)], reals[len(first) :]
+        found["floor"].append(frechet_distance(first_rows, second_rows))
+        for name, rows in features.items():
+            found[name].append(frechet_distance(rows, first_rows))
+    means = {name: float(np.mean(values)) for name, values in found.items()}
+    return means | {"ratio": means["generated"] / max(means["floor"], 1e-12)}
+
+
+def _distinct_draws(
+    asked: Sequence[Request], backgrounds: int, random: np.random.Generator
+) -> tuple[list[Condition], list[Condition]]:
+    """Two draws of as many clips as were asked for, all different, of the same subjects and speeds."""
+    subjects, speeds = [request[0] for request in asked], [request[2] for request in asked]
+    possible = len(set(subjects)) * backgrounds * len(set(speeds)) * (2 * JITTER + 1)
+    drawn: dict[Condition, None] = {}  # a set that keeps its order
+    while len(drawn) < min(2 * len(asked), possible // 2):
+        drawn[
+            int(random.choice(subjects)),
+            int(random.integers(backgrounds)),
+            float(random.choice(speeds)),
+            int(random.integers(-JITTER, JITTER + 1)),
+        ] = None
+    half = len(drawn) // 2
+    return list(drawn)[:half], list(drawn)[half : 2 * half]
+
+
+def alike_draws(
+    asked: Sequence[Request], backgrounds: int, random: np.random.Generator
+) -> tuple[list[Condition], list[Condition]]:
+    """Two draws with the make-up of what was asked for: every request's subject and speed, as often, each on a random
+    background of its own that the other draw does not have."""
+    first: list[Condition] = []
+    second: list[Condition] = []
+    for (s, _, speed), count in Counter(asked).items():
+        pictures = random.choice(backgrounds, 2, replace=False)
+        for draw, picture in zip((first, second), pictures, strict=True):
+            offsets = np.resize(random.permutation(2 * JITTER + 1) - JITTER, count)
+            draw += [(s, int(picture), speed, int(offset)) for offset in offsets]
+    return first, second

@@ -1,0 +1,65 @@
+"""The whole recipe, from the npm packages to a model directory; every part resumes (`higen train default`)."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from higen.bundle import Bundle
+from higen.errors import TrainingError
+from higen.families.higen import spec
+from higen.locks import claimed
+from higen.train.emoji import autoencoder, decoder, latent_cache
+from higen.train.emoji.assemble import assemble
+from higen.train.emoji.configuration import DECODER
+from higen.train.emoji.denoiser import all_clips, train
+from higen.train.emoji.packs import DOWNLOAD, fetch, to_fetch
+from higen.train.emoji.subjects import subjects_named
+from higen.train.notices import slow_bfloat16
+
+__all__ = ["run"]
+
+
+def run(
+    work: Path,
+    output: Path,
+    steps: int | None = None,
+    codec_minutes: float = 45.0,
+    start: Path | None = None,
+    bf16: bool = False,
+) -> Bundle:
+    """Fetch the emoji into `work`, train codec and denoiser there, then the decoder on what the denoiser draws, and
+    write the model directory `output`.
+
+    What `work` already holds is not made again. `start`: a model of this recipe whose weights new networks start from
+    as far as they fit, so that more subjects need no training from nothing. `bf16`: mixed precision.
+    `codec_minutes` counts from the codec's first start, however often it was stopped.
+    Raises ManifestError for no model there, SettingsError for one of another recipe and TrainingError where a part
+    cannot start or another process is at work.
+    """
+    trained = None if start is None else Bundle.open(start)
+    if trained is not None:
+        subjects_named(trained.manifest.prompts)  # refused before the codec is trained
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise TrainingError(str(error)) from error
+    with claimed(work):
+        if bf16 and (line := slow_bfloat16("leave --bf16 out")):
+            print(line, flush=True)
+        if packages := to_fetch(work / "data"):
+            print(f"{len(packages)} npm packages are fetched into {work / 'data'}, {DOWNLOAD}", flush=True)
+        try:
+            fetch(work / "data")
+        except (OSError, RuntimeError) as error:
+            raise TrainingError(str(error)) from error
+        if not (work / "autoencoder.safetensors").exists():
+            autoencoder.train(work / "data", work, 60 * codec_minutes, trained)
+        if not (work / "latents.safetensors").exists():
+            codec = None if trained is None else spec.autoencoder_config(trained.manifest)
+            latent_cache.write(work / "data", work, codec)
+        train(work, all_clips(work, steps, bf16, trained), trained)
+        if not (work / decoder.RESULT).exists():
+            decoder.draw(assemble(work, work / "model", overwrite=True), work / "drawn")
+            decoder.train(work / "data", work, replace(DECODER, precision="bf16" if bf16 else "fp32"))
+        return assemble(work, output, overwrite=True)
