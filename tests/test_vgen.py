@@ -30,7 +30,7 @@ from higen.bundle import Bundle
 from higen.compose import compose
 from higen.convert import convert_sources
 from higen.errors import CheckpointError, ManifestError, ModelError, RequestError
-from higen.export.model import export_model
+from higen.export.model_graphs import export_model
 from higen.families.modelscope.predictors import UpscalingPredictor, weakened
 from higen.manifest_file import read_manifest, write_manifest
 from higen.noise import frame_noise, row_purpose
