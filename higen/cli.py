@@ -13,6 +13,7 @@ from typing import Any
 
 import click
 
+from higen.batch_command import batch
 from higen.generate_command import generate
 from higen.progress import is_watched
 from higen.serve_command import serve
@@ -231,6 +232,7 @@ def upgrade(directory: Path, reseal: bool, as_json: bool) -> None:
 
 
 main.add_command(generate)
+main.add_command(batch)
 main.add_command(serve)
 main.add_command(train)
 main.add_command(cues)
