@@ -22,7 +22,7 @@ from higen.bulk.places import Place
 from higen.bulk.rows import Row
 from higen.errors import MissingExtra, OutputError
 
-__all__ = ["INDEX", "Index", "Journal", "Record", "video_path"]
+__all__ = ["INDEX", "Index", "Journal", "Record", "arrow", "video_path"]
 
 INDEX = "index.parquet"
 _MARK = (b"higen.batch", b"1")
@@ -58,6 +58,16 @@ class Record:
     def from_json(cls, text: str | bytes) -> Record:
         """What `as_json` wrote. Raises ValueError or TypeError for anything else."""
         return cls(**json.loads(text))
+
+
+def arrow() -> Any:
+    """The package pyarrow, with its Parquet. Raises MissingExtra."""
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ModuleNotFoundError as error:
+        raise MissingExtra("pyarrow", "batch", "higen batch") from error
+    return pyarrow
 
 
 def video_path(key: str, suffix: str) -> str:
@@ -126,12 +136,7 @@ class Index:
 
         `rows`: of the present file, whose lines are written beside their records.
         """
-        try:
-            import pyarrow
-            import pyarrow.parquet
-        except ModuleNotFoundError as error:
-            raise MissingExtra("pyarrow", "batch", "higen batch") from error
-        self._arrow: Any = pyarrow
+        self._arrow = arrow()
         self._place = place
         self._journal = Journal(place)
         self._lines = {row.key: row.lines for row in rows}

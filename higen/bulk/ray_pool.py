@@ -6,6 +6,7 @@ holds rows back while the workers are busy, and records while the index is being
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from collections.abc import Callable, Generator
@@ -26,6 +27,8 @@ _STORE = 256 * 2**20
 _BLOCKS = 20_000
 """Blocks at most; Ray keeps account of each."""
 _LONGEST = 1e6
+_QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
+"""Ray reports nothing to anybody, and writes nothing between the lines of the progress bar."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class Pool:
 
 def on_ray(pool: Pool) -> Callable[[Order, list[Row]], Generator[Record, None, None]]:
     """What makes rows on a cluster. Raises MissingExtra."""
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nothing is reported to anybody
+    for name, value in _QUIET.items():
+        os.environ.setdefault(name, value)
     try:
         import ray.data  # noqa: F401
     except ModuleNotFoundError as error:
@@ -80,7 +84,9 @@ def _connected(ray: Any, address: str) -> bool:
     """Join the cluster, unless this process has done so; whether it is ours to leave."""
     if ray.is_initialized():
         return False
-    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR", "configure_logging": False}
+    options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
+    for name in ("ray", "ray.data"):  # what goes wrong with a row is in its record
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         if address == _LOCAL:
             ray.init(address=_LOCAL, include_dashboard=False, object_store_memory=_STORE, **options)

@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from higen.bulk.index import INDEX, Index, Journal, Record, video_path
+from higen.bulk.index import INDEX, Index, Journal, Record, arrow, video_path
 from higen.bulk.maker import Maker, Order
 from higen.bulk.places import open_place
 from higen.bulk.rows import Row, model_digest, read_rows
@@ -92,6 +92,7 @@ def run(
     rows fail one after the other. Whatever ends the run, what is made is kept.
     """
     began = time.monotonic()
+    arrow()
     bundle = Bundle.open(default_model() if settings.model is None else settings.model)
     rows = read_rows(path, bundle, settings.suffix)
     place = open_place(settings.output)
