@@ -9,7 +9,9 @@ from __future__ import annotations
 import logging
 import math
 import os
+import sys
 from collections.abc import Callable, Generator
+from contextlib import redirect_stdout
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,8 +26,10 @@ __all__ = ["Pool", "on_ray"]
 _LOCAL = "local"
 _STORE = 256 * 2**20
 """Bytes of a local cluster's object store: rows and records alone pass through it."""
-_BLOCKS = 20_000
-"""Blocks at most; Ray keeps account of each."""
+_BLOCKS, _EACH, _ROWS = 20_000, 32, 8
+"""Blocks at most, for Ray keeps account of each; blocks of a worker at least, so that all end together, unless there
+are so many rows that blocks have more than 8.
+"""
 _LONGEST = 1e6
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 """Ray reports nothing to anybody, and writes nothing between the lines of the progress bar."""
@@ -70,7 +74,8 @@ def _records(pool: Pool, order: Order, rows: list[Row]) -> Generator[Record, Non
 
     ours = _connected(ray, pool.address)
     try:
-        yield from _streamed(ray, pool, order, rows)
+        with redirect_stdout(sys.stderr):  # Ray writes there when a worker dies
+            yield from _streamed(ray, pool, order, rows)
     except HigenError:
         raise
     except ray.exceptions.RayError as error:
@@ -103,7 +108,7 @@ def _streamed(ray: Any, pool: Pool, order: Order, rows: list[Row]) -> Generator[
         order = replace(order, threads=int(cpus))
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
-    size = max(order.slots, math.ceil(len(rows) / _BLOCKS))
+    size = max(order.slots, min(_ROWS, len(rows) // (_EACH * workers)), math.ceil(len(rows) / _BLOCKS))
     items = [{"key": row.key, "text": row.text} for row in rows]
     data = ray.data.from_items(items, override_num_blocks=math.ceil(len(rows) / size))
     made = data.map_batches(
