@@ -1,6 +1,7 @@
 """A model that makes rows: one in the process, or one in each actor of a cluster.
 
-With several slots, that many rows are at work at once and their steps run in common batches (higen/backends/shared.py).
+With several slots, that many rows are at work at once; their steps run in common batches, as in a server
+(higen/backends/shared_batches.py).
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from typing import Any
 
 from higen.api import load
 from higen.axes import most_rows
-from higen.backends.shared import SharedBackend
-from higen.batching import Batcher
+from higen.backends.batching import Batcher
+from higen.backends.shared_batches import SharedBackend
 from higen.bulk.index import Journal, Record, video_path
 from higen.bulk.places import RUN, open_place
 from higen.bulk.rows import key_of, model_digest
