@@ -158,6 +158,11 @@ class Index:
                 found[record.key] = record.path, record.file_bytes
         return found
 
+    @property
+    def pending(self) -> int:
+        """Records that are in the journal alone."""
+        return len(self._new)
+
     def add(self, record: Record) -> None:
         """Take a record of the journal; the index is written now and then."""
         self._new[record.key] = record

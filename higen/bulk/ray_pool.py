@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import socket
 import sys
 from collections.abc import Callable, Generator
 from contextlib import redirect_stdout
@@ -26,11 +27,13 @@ __all__ = ["Pool", "on_ray"]
 _LOCAL = "local"
 _STORE = 256 * 2**20
 """Bytes of a local cluster's object store: rows and records alone pass through it."""
-_BLOCKS, _EACH, _ROWS = 20_000, 32, 8
-"""Blocks at most, for Ray keeps account of each; blocks of a worker at least, so that all end together, unless there
-are so many rows that blocks have more than 8.
+_BLOCKS = 20_000
+"""Blocks at most, since Ray keeps account of each."""
+_EACH, _ROWS = 32, 8
+"""Blocks of one worker, where there are rows enough: then all workers end at nearly the same time. Rows of a block,
+where that does not make too many blocks: records arrive a block at a time.
 """
-_LONGEST = 1e6
+_LONGEST, _PATIENCE = 1e6, 10.0
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 """Ray reports nothing to anybody, and writes nothing between the lines of the progress bar."""
 
@@ -89,6 +92,7 @@ def _connected(ray: Any, address: str) -> bool:
     """Join the cluster, unless this process has done so; whether it is ours to leave."""
     if ray.is_initialized():
         return False
+    _check_port(address)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
     for name in ("ray", "ray.data"):  # what goes wrong with a row is in its record
         logging.getLogger(name).setLevel(logging.ERROR)
@@ -100,6 +104,16 @@ def _connected(ray: Any, address: str) -> bool:
     except Exception as error:  # Ray's own and Python's: ConnectionError, ValueError, RuntimeError, ...
         raise BackendUnavailable(f"ray={quoted(address)}: no cluster can be joined: {error}") from error
     return True
+
+
+def _check_port(address: str) -> None:
+    """Raise BackendUnavailable where nothing listens at HOST:PORT: Ray itself waits for minutes."""
+    host, _, port = address.rpartition("://")[2].rpartition(":")
+    if host and port.isdigit():
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), _PATIENCE).close()
+        except (OSError, OverflowError) as error:
+            raise BackendUnavailable(f"ray={quoted(address)}: no cluster answers there: {error}") from error
 
 
 def _streamed(ray: Any, pool: Pool, order: Order, rows: list[Row]) -> Generator[Record, None, None]:

@@ -117,7 +117,8 @@ def run(
         except BaseException:
             with suppress(Exception):  # the journal has what the index has not
                 Journal(place).clear()
-                index.write()
+                if index.pending:
+                    index.write()
             raise
         index.write()
     seconds = round(time.monotonic() - began, 3)
