@@ -200,6 +200,13 @@ def test_a_row_that_fails_is_tried_again_and_recorded(tmp_path: Path, monkeypatc
     assert [row["error"] for row in index(tmp_path / "out")] == [None] * 3
 
 
+def test_a_kill_between_record_and_mark_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Journal, "leave", lambda self, key: None)
+    path = lines(tmp_path, {"seed": 0}, {"seed": 1}, prompt="a whale")
+    assert made(path, tmp_path / "out").made == 2
+    assert list((tmp_path / "out" / "journal").iterdir()) == []
+
+
 def test_a_row_that_ends_its_process_is_given_up(tmp_path: Path) -> None:
     path = lines(tmp_path, {"seed": 0}, {"seed": 1}, prompt="a whale")
     rows = read_rows(path, Bundle.open(default_model()), ".npy")

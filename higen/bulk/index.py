@@ -120,8 +120,9 @@ class Journal:
             self.leave(key)
 
     def forget(self, keys: Sequence[str]) -> None:
-        """Remove records, which are in the index now."""
-        self._place.remove([f"journal/{key}.json" for key in keys])
+        """Remove records, which are in the index now, and what a killed writer left beside them."""
+        names = {f"journal/{key}.{kind}" for key in keys for kind in ("json", "begun")}
+        self._place.remove(sorted(names.intersection(self._place.sizes("journal"))))
 
     def _keys(self, kind: str) -> set[str]:
         entries = map(_ENTRY.fullmatch, self._place.sizes("journal"))
