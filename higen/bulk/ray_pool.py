@@ -9,6 +9,8 @@ from __future__ import annotations
 import logging
 import math
 import os
+import pickle
+import re
 import socket
 import sys
 from collections.abc import Callable, Generator
@@ -19,7 +21,7 @@ from typing import Any
 from higen.bulk.index import Record
 from higen.bulk.maker import Maker, Order
 from higen.bulk.rows import Row
-from higen.errors import BackendError, BackendUnavailable, HigenError, MissingExtra, RequestError, quoted
+from higen.errors import BackendError, BackendUnavailable, HigenError, MissingExtra, OutputError, RequestError, quoted
 from higen.noise_schedule import is_whole
 
 __all__ = ["Pool", "on_ray"]
@@ -33,6 +35,7 @@ _EACH, _ROWS = 32, 8
 """Blocks of one worker, where there are rows enough: then all workers end at nearly the same time. Rows of a block,
 where that does not make too many blocks: records arrive a block at a time.
 """
+_ANSI = re.compile("\x1b\\[[0-9;]*m")
 _LONGEST, _PATIENCE = 1e6, 10.0
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
 """Ray reports nothing to anybody, and writes nothing between the lines of the progress bar."""
@@ -75,17 +78,15 @@ def _records(pool: Pool, order: Order, rows: list[Row]) -> Generator[Record, Non
     """Raises BackendUnavailable where there is no cluster, and what a worker raised when it could not go on."""
     import ray
 
-    ours = _connected(ray, pool.address)
-    try:
-        with redirect_stdout(sys.stderr):  # Ray writes there when a worker dies
+    with redirect_stdout(sys.stderr):  # Ray writes there when a worker dies, at its shutdown too
+        ours = _connected(ray, pool.address)
+        try:
             yield from _streamed(ray, pool, order, rows)
-    except HigenError:
-        raise
-    except ray.exceptions.RayError as error:
-        raise _cause(error) from error
-    finally:
-        if ours:
-            ray.shutdown()
+        except ray.exceptions.RayError as error:
+            raise BackendError(f"the cluster could not go on: {_ANSI.sub('', str(error))}") from error
+        finally:
+            if ours:
+                ray.shutdown()
 
 
 def _connected(ray: Any, address: str) -> bool:
@@ -135,6 +136,8 @@ def _streamed(ray: Any, pool: Pool, order: Order, rows: list[Row]) -> Generator[
         num_gpus=gpus,
     )
     for row in made.iter_rows():
+        if row["stop"] is not None:
+            raise pickle.loads(row["stop"])
         yield Record.from_json(row["record"])
 
 
@@ -154,24 +157,31 @@ def _shares(pool: Pool, there: dict[str, float], order: Order) -> tuple[int, flo
 
 
 class _Worker:
-    """An actor: a model that makes the rows of one block after the other."""
+    """An actor: a model that makes the rows of one block after the other.
+
+    What ends the run is handed on in the column `stop`, pickled: Ray would hand on its text alone.
+    """
 
     def __init__(self, order: Order) -> None:
-        self._maker = Maker(order)
+        self._maker: Maker | None = None
+        self._wrong: HigenError | None = None
+        try:
+            self._maker = Maker(order)
+        except HigenError as error:
+            self._wrong = error
 
     def __call__(self, block: Any) -> Any:
         import pyarrow
 
-        rows = zip(block["key"].to_pylist(), block["text"].to_pylist(), strict=True)
-        return pyarrow.table({"record": [record.as_json() for record in self._maker.make(rows)]})
-
-
-def _cause(error: BaseException) -> HigenError:
-    """Our own error that a worker raised, or Ray's as ours."""
-    found: BaseException | None = error
-    while found is not None:
-        if isinstance(found, HigenError):
-            return found
-        inner = getattr(found, "cause", None)
-        found = inner if isinstance(inner, BaseException) else found.__cause__
-    return BackendError(f"the cluster could not go on: {error}")
+        records: list[str] = []
+        if self._maker is not None:
+            rows = zip(block["key"].to_pylist(), block["text"].to_pylist(), strict=True)
+            try:
+                records = [record.as_json() for record in self._maker.make(rows)]
+            except HigenError as error:
+                self._wrong = error
+            except OSError as error:
+                self._wrong = OutputError(f"the output cannot be written: {error}")
+        if self._wrong is not None:
+            return pyarrow.table({"record": [""], "stop": [pickle.dumps(self._wrong)]})
+        return pyarrow.table({"record": records, "stop": pyarrow.array([None] * len(records), pyarrow.binary())})
