@@ -23,6 +23,7 @@ MODEL = click.option("--model", type=PATH, help="Model directory.  [the built-in
 
 
 LATE = {
+    "batch": "higen.batch_command:batch",
     "cues": "higen.train.cli:cues",
     "evaluate": "higen.train.cli:evaluate",
     "generate": "higen.generate_command:generate",
