@@ -19,7 +19,7 @@ from higen.families.higen.network import load_denoiser
 from higen.families.higen.spec import ModelConfig, TextConfig, UNetConfig
 from higen.families.higen.unet import Denoiser, UNet
 from higen.models.companion_stages import EncoderStage
-from higen.models.companions import load_autoencoder, load_text_encoder, text_encoder
+from higen.models.companions import autoencoder, load_autoencoder, load_text_encoder, text_encoder
 from higen.models.nestings import below
 from higen.models.weights import write_safetensors
 from higen.schedule import alphas_cumprod
@@ -100,7 +100,7 @@ def build(settings: Settings, captions: Iterable[str]) -> Networks:
             words = _words(captions)
             config = replace(config, text=with_words(config.text, len(words)))
             tokenizer = PromptTokenizer(build_word_tokenizer(words), config.text.rules)
-        _check_fit(config, theirs, new_text=tokenizer is not None)
+        _check_fit(config, theirs, new_text=tokenizer is not None, new_codec=settings.codec.layers != "none")
     own = _named(config, theirs, settings)
     if settings.model.init is None:
         config = own
@@ -114,12 +114,14 @@ def build(settings: Settings, captions: Iterable[str]) -> Networks:
         tokenizer = PromptTokenizer.from_file(source.file(spec.TOKENIZER), config.text.rules)
     else:
         text = text_encoder(config.text.clip)
-    autoencoder = load_autoencoder(
-        source.file(spec.AUTOENCODER), config.autoencoder.kind, config.autoencoder.arguments, torch.float32
-    )
+    kind, arguments = config.autoencoder.kind, config.autoencoder.arguments
+    if settings.codec.layers != "none" and settings.model.init is None:
+        codec = autoencoder(kind, arguments)
+    else:
+        codec = load_autoencoder(source.file(spec.AUTOENCODER), kind, arguments, torch.float32)
     own = replace(own, prompts=own.prompts or settings.run.sample_prompts or _some(captions, tokenizer))
     text.eval().requires_grad_(settings.optimiser.train_text)
-    encoder = EncoderStage(autoencoder, config.autoencoder.shift, config.autoencoder.scale).eval()
+    encoder = EncoderStage(codec, config.autoencoder.shift, config.autoencoder.scale).eval()
     return Networks(config, denoiser.requires_grad_(True), text, encoder, tokenizer, source, own)
 
 
@@ -158,10 +160,10 @@ def with_words(config: TextConfig, words: int) -> TextConfig:
     return replace(config, clip={**config.clip, **tokens}, pad_id=0, clean=False)
 
 
-def _check_fit(config: ModelConfig, companions: ModelConfig, new_text: bool) -> None:
+def _check_fit(config: ModelConfig, companions: ModelConfig, new_text: bool, new_codec: bool) -> None:
     channels = config.autoencoder.arguments.get("latent_channels", config.unet.in_channels)
     wanted = {
-        "autoencoder": (config.autoencoder, companions.autoencoder),
+        "autoencoder": (config.autoencoder, config.autoencoder if new_codec else companions.autoencoder),
         "text": (config.text, config.text if new_text else companions.text),
         "unet.text_dim": (config.unet.text_dim, config.text.clip.get("hidden_size", config.unet.text_dim)),
         "unet.in_channels": (config.unet.in_channels, channels),

@@ -31,7 +31,7 @@ from higen.train.denormals import flushed_denormals
 from higen.train.loop import Cadence, Loop
 from higen.train.optimise import Optimiser
 from higen.train.recipes.default.aside import aside
-from higen.train.recipes.default.autoencoder import Pictures, load, picture_loss
+from higen.train.recipes.default.autoencoder import Pictures, load, shown_loss
 from higen.train.recipes.default.configuration import DECODER, CodecSettings
 from higen.train.recipes.default.data import clip_indices, fetch
 from higen.train.recipes.default.latents import denormalise, load_latents
@@ -120,8 +120,8 @@ class DecoderGradients:
             level = torch.rand((len(encoded), 1, 1, 1), generator=random) * settings.noise
             noisy = encoded + level * torch.randn(encoded.shape, generator=random)
             decoded = self.codec.decoder(torch.cat([latents, noisy])).float()
-        own = picture_loss(decoded[: len(latents)], drawn_pictures, drawn_coverage, settings)
-        others = picture_loss(decoded[len(latents) :], pictures, coverage, settings)
+        own = shown_loss(decoded[: len(latents)], drawn_pictures, drawn_coverage, settings)
+        others = shown_loss(decoded[len(latents) :], pictures, coverage, settings)
         (own + others).backward()
         return {"drawn": own.detach(), "encoded": others.detach()}
 
