@@ -37,9 +37,9 @@ from torch.nn import functional
 import higen
 from higen.api import default_model
 from higen.measures.statistics import spearman
-from higen.train.recipes.default.data import clip_indices, load_loop, scene
-from higen.train.recipes.default.evaluate import PipelineMaker
-from higen.train.recipes.default.subjects import BACKGROUNDS, FPS, FRAMES, KEY_INDEX, SPEEDS, SUBJECTS, caption
+from higen.train.emoji.evaluation.evaluate import PipelineMaker
+from higen.train.emoji.packs import clip_indices, load_loop, scene
+from higen.train.emoji.subjects import BACKGROUNDS, FPS, FRAMES, KEY_INDEX, SPEEDS, SUBJECTS, caption
 from higen.video import Video, contact_sheet
 
 SIDE = 128

@@ -102,6 +102,7 @@ def write_settings(file: Path, model: Path, clips: Path, **changes: Any) -> Path
         "objective": {},
         "optimiser": {"learning_rate": 1e-3, "warm_up": 2},
         "lora": {},
+        "codec": {},
         "run": {
             "output": file.parent / "run",
             "steps": 6,

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from higen import bundle as files
+from higen.bundle import create_model
 from higen.errors import SettingsError
 from higen.families.higen import spec
 from higen.measures.fidelity import psnr
@@ -265,7 +265,7 @@ class CodecTrainer(Run):
                 shift, scale = self._scale()
             own = replace(own, autoencoder=replace(own.autoencoder, shift=shift, scale=scale))
         source = networks.companions
-        with files.create(output, spec.manifest(own), overwrite) as folder:
+        with create_model(output, spec.manifest(own), overwrite) as folder:
             write_safetensors(folder / spec.AUTOENCODER, {n.partition(".")[2]: t for n, t in average.items()}, weights)
             if self.settings.model.init is not None:
                 shutil.copyfile(source.file(spec.UNET, verify=False), folder / spec.UNET)

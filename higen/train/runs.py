@@ -12,6 +12,7 @@ from torch import Tensor
 from higen.bundle import Bundle
 from higen.errors import SettingsError, TrainingError
 from higen.families.higen import spec
+from higen.locks import claim
 from higen.model_folder import check_free
 from higen.train.checkpoints import Checkpoints
 from higen.train.data import Listing, summary
@@ -19,7 +20,7 @@ from higen.train.latents import tower_sha256
 from higen.train.loop import NOT_LOSSES, Follower, Loop, Say
 from higen.train.networks import Networks
 from higen.train.processes import Processes
-from higen.train.record import Record, lock
+from higen.train.record import Record
 from higen.train.settings import Settings, difference
 
 __all__ = ["ARCHITECTURE", "TOWER", "Run", "check_same", "identity_of"]
@@ -64,7 +65,7 @@ class Run(Follower):
         """Load the newest checkpoint, unless told otherwise, and open the logs."""
         output = Path(self.settings.run.output)
         if self.processes.main:
-            self._lock = lock(output)
+            self._lock = claim(output)
             check_free(output / "model", overwrite=True)  # `finish` writes it
             if resume is False:
                 self.checkpoints.clear()
