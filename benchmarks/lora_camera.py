@@ -97,6 +97,7 @@ def main() -> None:
     parser.add_argument("--camera", choices=CAMERAS, default="pan")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--minutes", type=float, help="in place of --steps: as many as that much training makes")
+    parser.add_argument("--clips", type=int, default=8, help="of a step")
     parser.add_argument("--rate", type=float, default=1e-3, help="learning rate")
     parser.add_argument("--one-sided", action="store_true")
     parser.add_argument("--subjects", type=int, default=24, help="of those trained on, and of those drawn")
@@ -180,7 +181,7 @@ init = "{default_model()}"
 [data]
 path = "clips/clips.jsonl"
 images = 0
-videos = 8
+videos = {options.clips}
 cache = "latents"
 workers = 4
 [cues]
@@ -203,7 +204,7 @@ rank = 8
 [run]
 output = "run"
 steps = {steps}
-save_every = {30 if steps <= 60 else 500}
+save_every = {30 if steps <= 60 else 100}
 log_every = 50
 tensorboard = false
 """

@@ -101,6 +101,7 @@ def main() -> None:
     parser.add_argument("videos", type=Path, nargs="+")
     parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--minutes", type=float, help="in place of --steps: as many as that much training makes")
+    parser.add_argument("--clips", type=int, default=8, help="of a step; four frames of each are taken")
     parser.add_argument("--start", choices=("new", "built-in"), default="new")
     parser.add_argument("--factor", type=int, choices=SHAPES, default=16)
     options = parser.parse_args()
@@ -198,20 +199,20 @@ def write_settings(options: argparse.Namespace, steps: int) -> None:
 path = "clips/clips.jsonl"
 held_out = "held_out/clips.jsonl"
 images = 0
-videos = 8
+videos = {options.clips}
 [codec]
 layers = "all"
 [optimiser]
 learning_rate = 2e-3
 betas = [0.9, 0.99]
 weight_decay = 1e-3
-warm_up = 100
+warm_up = {min(100, steps // 10)}
 last_rate = 0.01
 ema = 0.999
 [run]
 output = "run"
 steps = {steps}
-save_every = {25 if steps <= 50 else 1000}
+save_every = {25 if steps <= 50 else 100}
 held_out_every = {max(steps // 6, 1)}
 log_every = 100
 tensorboard = false

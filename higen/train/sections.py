@@ -50,7 +50,8 @@ class ModelSettings:
     companions: str | None = None
     """Model directory whose text encoder, autoencoder and tokenizer a new architecture takes."""
     tokenizer: Literal["companions", "captions"] = "companions"
-    """captions: one token for each word of the data set; the text encoder then starts anew too."""
+    """captions: one token for each word of the data set. With architecture the text encoder starts anew too; with init
+    it keeps its layers, and the embeddings of the words that it knew."""
     name: str | None = None
     licence: str | None = None
 
@@ -59,8 +60,6 @@ class ModelSettings:
             raise SettingsError("init, architecture: one of the two, a model directory to fine-tune or a file")
         if (self.architecture is None) != (self.companions is None):
             raise SettingsError("companions: goes with architecture (a model directory for autoencoder and text)")
-        if self.init is not None and self.tokenizer == "captions":
-            raise SettingsError("tokenizer='captions': only with architecture; a fine-tuned model keeps its own words")
 
 
 @dataclass(frozen=True)

@@ -154,6 +154,8 @@ class Trainer(Run):
 
     def warn(self) -> None:
         """Say what is to be known of the run before its first step."""
+        for note in self.networks.notes:
+            self.say(note)
         if self.settings.model.init and (line := other_likeness(self.networks.config, self.settings.cues.openclip)):
             self.say(line)
         bfloat16 = self.settings.run.precision == "bf16"
