@@ -9,6 +9,7 @@ from __future__ import annotations
 import pickle
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeAlias, overload
 
 import numpy as np
@@ -21,6 +22,7 @@ from higen.errors import BackendError, HigenError, NotPicklable, RequestError
 from higen.events import Event, Frames, Stream, timed, timed_events, timed_steps
 from higen.forks import Home
 from higen.images import load_picture
+from higen.measured_curves import measured_curve
 from higen.memory import enough_memory
 from higen.plain_values import plain
 from higen.progress import Progress
@@ -179,7 +181,9 @@ class Pipeline:
         common = {name: value for name, value in options.items() if name in (*_COMMON, "warn")}
         controls = {name: value for name, value in options.items() if name not in common}
         with enough_memory("request"):
-            return make_request(self.manifest, prompt, **common, controls=controls, load=load_picture, only=only)
+            measure = partial(measured_curve, self.manifest, self.backend)
+            given: dict[str, Any] = {"controls": controls, "load": load_picture, "only": only, "measure": measure}
+            return make_request(self.manifest, prompt, **common, **given)
 
     def stages(self, request: Request) -> list[tuple[str, ...]]:
         """The stages that a request needs, in order; of several in one entry, one is enough, the first is preferred."""

@@ -13,11 +13,11 @@ import torch
 from higen.bundle import Bundle
 from higen.errors import HigenError, OutputError, RequestError
 from higen.families.higen import spec
+from higen.media.cuts import find_cuts
 from higen.models.companion_stages import EncoderStage
 from higen.models.companions import load_autoencoder
 from higen.output_file import output_file
 from higen.train.cues import appearance_factor, appearance_similarity, motion_of
-from higen.train.cuts import find_cuts
 from higen.train.latents import OpenClip, encode
 from higen.train.media import Placement, Unusable, read_part, sampled_rate, video_length
 

@@ -254,7 +254,10 @@ void read_control(const Json& json, const std::string& where, Control& control) 
     object.required_value("optional", control.optional);
     check_control(control, where);
     object.required("default", [&](const auto& value, const auto& place) { take_default(value, place, control); });
+    std::optional<std::vector<double>> usual;  // for planners and sounds, which this runtime leaves to others
+    object.value("usual", usual);
     object.finish();
+    check_manifest(!usual || usual->size() == 2, where + ".usual: null or two numbers");
 }
 
 void read_stage(const Json& json, const std::string& where, Stage& stage) {
