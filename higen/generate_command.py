@@ -10,8 +10,10 @@ from typing import Any
 import click
 
 from higen.cpu import SLOW_BF16
+from higen.curve_source import curve_from
 from higen.errors import HigenError, quoted
 from higen.paths import given_path
+from higen.request import UNSPECIFIED
 from higen.tables import Control
 from higen.terminal import JSON, PATH, reported, say
 
@@ -28,8 +30,14 @@ def numbers(text: str) -> float | list[float]:
 
 
 def _curve(text: str) -> Any:
-    """Numbers, or the word for a control that is left to the model."""
-    return text if text == "unspecified" else numbers(text)
+    """Numbers, a file that gives a curve, or the word for a control that is left to the model."""
+    try:
+        return numbers(text)
+    except click.BadParameter:
+        given = curve_from("file", text)
+        if text == UNSPECIFIED or (given is not None and given.path is not None and given.path.suffix):
+            return text
+        raise click.BadParameter(f"{quoted(text)}: numbers separated by commas, or a clip or sound file") from None
 
 
 def _seed(text: str) -> int | str:
@@ -100,7 +108,7 @@ def _option(control: Control) -> _ControlOption:
         "clip": PATH,
     }
     meaning = control.meaning[:1].upper() + control.meaning[1:]
-    metavar = "NUMBERS" if control.kind == "curve" else None
+    metavar = "NUMBERS|FILE" if control.kind == "curve" else None
     return _ControlOption([flag, control.name], type=kinds[control.kind], metavar=metavar, help=meaning + default)
 
 
@@ -118,12 +126,13 @@ def _option(control: Control) -> _ControlOption:
 @click.option("--negative-prompt", help="What the video should not show.")
 @click.option("--seed", type=_seed, metavar="NUMBER", help="Same seed, same video; -1 or random draws one.  [0]")
 @click.option("--steps", type=numbers, help="Denoising steps: one number, or one for each loop.")
-@click.option("--guidance", type=numbers, help="Guidance scale: one number, or one for each loop.")
+@click.option("--guidance", type=_curve, help="Guidance scale: one number, one for each loop, or a file: a curve.")
 @click.option("--solver", help="A solver that the model knows: ddim or dpm++2m, say.")
 @click.option("--frames", type=int)
 @click.option("--width", type=int)
 @click.option("--height", type=int)
 @click.option("--fps", type=int)
+@click.option("--audio", type=PATH, help="Sound to write beside the frames of an .mp4 or .webm.")
 @click.option("--backend", default="auto", show_default=True, help="Where the stages run; see `higen doctor`.")
 @click.option("--device", help="cpu, cuda, or a GPU by its number: cuda:1, ...  [a GPU if there is one]")
 @click.option("--precision", help="What the stages compute in: fp32, fp16, bf16, int8, ...  [fp32 on a CPU]")
@@ -141,6 +150,7 @@ def generate(
     precision: str | None,
     threads: int | None,
     low_memory: bool,
+    audio: Path | None,
     as_json: bool,
     **options: Any,
 ) -> None:
@@ -152,6 +162,7 @@ def generate(
     with reported(as_json):
         from higen.api import load
         from higen.video import check_output
+        from higen.video_writer import read_track
 
         given = {name: value for name, value in options.items() if value is not None}
         given |= {name: _whole(given[name]) for name in ("steps",) if name in given}
@@ -162,11 +173,13 @@ def generate(
         ) as pipeline:
             request = pipeline.request(prompt, **given)
             check_output(output, request.frames, request.fps)
+            if audio is not None:
+                read_track(output, audio, request.frames / request.fps)
             pipeline.prepare(request)
             if any(SLOW_BF16 in choice.details for choice in pipeline.backend.choices.values()):
                 say(SLOW_BF16)
             video = pipeline.make(request, progress=False if as_json else None)[0]
-            written = video.save(output)
+            written = video.save(output, audio=audio)
         if as_json:
             shape = {"frames": len(video), "width": video.width, "height": video.height, "fps": video.fps}
             click.echo(json.dumps({"file": str(written), **shape, **video.metadata}))

@@ -23,6 +23,7 @@ import math
 import os
 import sys
 import tempfile
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,14 +32,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from higen.errors import BackendError, OutputError, quoted
+from higen.errors import BackendError, MediaWarning, OutputError, quoted
 from higen.memory import enough_memory
 from higen.noise_schedule import is_whole
 from higen.paths import given_path
 from higen.plain_values import plain
 from higen.video_reader import read
 from higen.video_record import Clip
-from higen.video_writer import check_output, write
+from higen.video_writer import check_output, read_track, write
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -108,16 +109,25 @@ class Video:
         except OutputError as error:
             raise OutputError(f"{path}: not a readable {path.suffix} file ({error})") from error
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def save(self, path: str | os.PathLike[str], *, audio: str | os.PathLike[str] | None = None) -> Path:
         """Write the clip in the format of the path's suffix; returns the file written, for .png the first one.
+
+        `audio`: a sound file, or a video whose sound is taken; written beside the frames of .mp4 (AAC) and .webm
+        (Opus), cut or padded with silence to their length, which a MediaWarning says.
 
         An odd height or width of .mp4 and .webm is padded to even by repeating the last row or column. Everything is
         written to a temporary folder beside the target, then renamed: no failure and no kill harms what was there, and
         the next save takes away what a kill left. A .png sequence replaces the one of that name whole, its frames past
         this clip's end go: those that higen wrote, and no other file.
-        Raises OutputError as `check_output` does, and for a full disk or a failing encoder.
+        Raises OutputError as `check_output` does, for a full disk or a failing encoder, and for a sound that cannot be
+        read, is silent, or has no place in the format.
         """
-        return write(Clip(self.frames, self.fps, self.metadata), path)
+        if audio is None:
+            return write(Clip(self.frames, self.fps, self.metadata), path)
+        sound, said = read_track(check_output(path, len(self), self.fps), audio, self.duration)
+        if said:
+            warnings.warn(MediaWarning(f"{os.fspath(audio)}: {said}"), stacklevel=2)
+        return write(Clip(self.frames, self.fps, self.metadata, sound), path)
 
     def contact_sheet(
         self, columns: int | None = None, frames: int | None = None, *, labels: bool | None = None
