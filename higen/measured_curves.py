@@ -7,14 +7,14 @@ much the picture changes, mapped into its range. Latents are made by the model's
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
 from higen.backends.base import Backend
-from higen.conditioning import resample_in_time
+from higen.conditioning import curve_values, resample_in_time, similarity_rows
 from higen.curve_source import CurveAsked, CurveFrom
 from higen.errors import MediaWarning, OutputError, RequestError, quoted
 from higen.manifest import Manifest
@@ -24,7 +24,17 @@ from higen.media.sound import FEATURES, SOUNDS, read_sound
 from higen.stages import Stage, source
 from higen.video_reader import READABLE, read
 
-__all__ = ["MEASURED", "distances", "encoder_of", "latents_of", "likeness", "measured_curve"]
+__all__ = [
+    "MEASURED",
+    "distances",
+    "encoder_of",
+    "latents_of",
+    "likeness",
+    "measured_cues",
+    "measured_curve",
+    "requested_curves",
+    "sound_curve",
+]
 
 MEASURED = ("sinusoid", "similarity")
 """Encodings whose curves have units that a clip can be measured in."""
@@ -33,8 +43,13 @@ MEASURED = ("sinusoid", "similarity")
 class _Clip(Protocol):
     """What a `Video` is here."""
 
-    frames: NDArray[np.uint8]
-    fps: float
+    @property
+    def frames(self) -> NDArray[np.uint8]: ...
+
+    @property
+    def fps(self) -> float: ...
+
+    def __len__(self) -> int: ...
 
 
 def distances(latents: NDArray[np.floating[Any]]) -> list[float]:
@@ -94,7 +109,7 @@ def measured_curve(
     what = asked.name if given.path is None else f"{asked.name}={quoted(str(given.path))}"
     try:
         if _is_sound(given):
-            return _of_sound(asked, given, lambda line: warn(MediaWarning(f"{what}: {line}")))
+            return sound_curve(asked, given, lambda line: warn(MediaWarning(f"{what}: {line}")))
         return _of_clip(manifest, backend, asked, given, lambda line: warn(MediaWarning(f"{what}: {line}")))
     except RequestError as error:
         raise RequestError(f"{what}: {error}") from error
@@ -125,7 +140,8 @@ def _span(asked: CurveAsked, given: CurveFrom) -> tuple[float, float]:
     return low, high
 
 
-def _of_sound(asked: CurveAsked, given: CurveFrom, note: Callable[[str], None]) -> list[float]:
+def sound_curve(asked: CurveAsked, given: CurveFrom, note: Callable[[str], None]) -> list[float]:
+    """The numbers of a sound file. `note` is told of a sound that ends before the clip. Raises as `measured_curve`."""
     low, high = _span(asked, given)
     assert given.path is not None
     seconds = asked.frames / asked.fps
@@ -183,3 +199,39 @@ def _source(given: CurveFrom) -> Source:
         return opened(path)
     kept = read(path)
     return Held(kept.frames, kept.fps)
+
+
+# A clip's curves beside those asked for.
+
+
+def measured_cues(manifest: Manifest, backend: Backend, clip: _Clip) -> dict[str, NDArray[np.float64]]:
+    """The curves of a clip that have units of their own, by control: one number a pair of frames, or each frame's
+    likeness to the first one. Raises RequestError for a model that measures none, and for a clip of one frame.
+    """
+    controls = [control for control in manifest.controls if control.encoding in MEASURED]
+    if not controls:
+        raise RequestError(f"{manifest.name} has no control that a clip is measured in")
+    if len(clip) < 2:
+        raise RequestError("1 frame: at least 2 are measured")
+    held, sizes = Held(np.asarray(clip.frames), float(clip.fps)), manifest.sizes
+    frames = clip_from(held, float(clip.fps), len(clip), 0, sizes.width, sizes.height)
+    latents = latents_of(manifest, backend, frames)
+    moved, alike = np.array(distances(latents)), likeness(latents)[0]
+    return {control.name: moved if control.encoding == "sinusoid" else alike for control in controls}
+
+
+def requested_curves(manifest: Manifest, metadata: Mapping[str, Any], frames: int) -> dict[str, NDArray[np.float64]]:
+    """The curves that a clip's metadata say were asked for, as `measured_cues` has them; those left open are none."""
+    found = {}
+    for control in manifest.controls:
+        value = metadata.get(control.name)
+        if control.encoding not in MEASURED or value is None:
+            continue
+        try:
+            if control.encoding == "sinusoid":
+                found[control.name] = curve_values(control.name, value, frames).astype(np.float64)
+            else:
+                found[control.name] = similarity_rows(control.name, value, frames, frames)[:, 0].astype(np.float64)
+        except RequestError:  # of another model's clip, or of one that was cut
+            continue
+    return found

@@ -7,6 +7,7 @@ events: a `Step` after each denoising step, then `Frames` as they are decoded.
 from __future__ import annotations
 
 import pickle
+import weakref
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
 from functools import partial
@@ -22,7 +23,7 @@ from higen.errors import BackendError, HigenError, NotPicklable, RequestError
 from higen.events import Event, Frames, Stream, timed, timed_events, timed_steps
 from higen.forks import Home
 from higen.images import load_picture
-from higen.measured_curves import measured_curve
+from higen.measured_curves import measured_cues, measured_curve, requested_curves
 from higen.memory import enough_memory
 from higen.plain_values import plain
 from higen.progress import Progress
@@ -30,7 +31,7 @@ from higen.recent import Recent
 from higen.request import Request, Warn, make_request
 from higen.sampler import Plan, Step, denoise, initial_state, tail
 from higen.schedule import solver_table
-from higen.sources import Kept, Place, Sources
+from higen.sources import Kept, Place, Sources, cut, spread
 from higen.stages import Stage
 from higen.tables import COMMON, Control, Loop
 from higen.tokenizer import PromptTokenizer
@@ -220,6 +221,13 @@ class Pipeline:
                 needed += self.manifest.pictures_of(*loop.stages)
         return self.stages(make_request(self.manifest, "a", controls=dict.fromkeys(needed, ""), load=_any_picture))
 
+    def cues(self, video: Video) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]]]:
+        """A clip's curves by control, measured and requested: [F - 1] a pair of frames, or [F] the likeness of each
+        frame to the first one; those that were left open are not among the requested. Raises RequestError.
+        """
+        measured = measured_cues(self.manifest, self.backend, video)
+        return measured, requested_curves(self.manifest, video.metadata, len(video))
+
     def report(self) -> str:
         """What runs each stage here, and why the better ways do not; stages that were not needed yet are left out."""
         lines = [line for choice in self.backend.choices.values() for line in choice.as_lines()]
@@ -267,7 +275,7 @@ class Pipeline:
             if request.replaces(loop):
                 assert loop.replaced is not None
                 with timed(seconds, loop.replaced.control):
-                    latents = _spread(sources.made(loop.replaced.latents, loop), request.frames_of(loop))
+                    latents = spread(sources.made(loop.replaced.latents, loop), request.frames_of(loop))
             elif request.runs(loop):
                 latents = yield from timed_steps(seconds, loop.name, self._steps(request, sources, loop, steps))
             else:
@@ -278,7 +286,8 @@ class Pipeline:
         for event in timed_events(seconds, "decode", self._decode(latents, sources, request)):
             frames[event.video, event.first : event.first + len(event.frames)] = event.frames
             yield event
-        return [Video(frames[i], request.fps, self._metadata(request, i, seconds)) for i in range(len(frames))]
+        made = [(frames[i], self._metadata(request, i, seconds)) for i in range(len(frames))]
+        return [Video(shown, request.fps, metadata, weakref.ref(self)) for shown, metadata in made]
 
     def _sources(self, request: Request) -> Sources:
         """The sources of a request, its texts read."""
@@ -356,7 +365,7 @@ class Pipeline:
                 chunk = z[video : video + 1, :, start:end]
                 if len(given.shape) == 4:
                     chunk = chunk[0].swapaxes(0, 1)
-                parts = {name: _cut(decoder, name, value, start, end) for name, value in others.items()}
+                parts = {name: cut(decoder, name, value, start, end) for name, value in others.items()}
                 outputs = self.backend.run(decoder.name, **{given.name: chunk}, **parts)
                 pixels = self.backend.to_numpy(outputs[decoder.outputs[0].name])
                 if len(given.shape) == 5:
@@ -387,14 +396,3 @@ _COMMON = tuple(name for name in COMMON if name != "prompt")
 def _any_picture(control: Control, value: Any, frames: int, width: int, height: int) -> Any:
     """Stands for a picture where only the plan of a request is of interest."""
     return value
-
-
-def _spread(latents: NDArray[Any], frames: int) -> NDArray[Any]:
-    """Latents [B,C,1,H,W] of a picture as those of a clip that stands still; a clip's are left as they are."""
-    return latents.repeat(frames, axis=2) if latents.shape[2] == 1 else latents
-
-
-def _cut(stage: Stage, name: str, value: NDArray[Any], start: int, end: int) -> NDArray[Any]:
-    """The frames from `start` to `end` of a decoder's condition, where it has the axis F."""
-    shape = stage.input(name).shape
-    return value[(*[slice(None)] * shape.index("F"), slice(start, end))] if "F" in shape else value

@@ -24,7 +24,7 @@ import os
 import sys
 import tempfile
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +32,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from higen.errors import BackendError, MediaWarning, OutputError, quoted
+from higen.cue_plot import Panel, draw
+from higen.errors import BackendError, MediaWarning, OutputError, RequestError, quoted
 from higen.memory import enough_memory
 from higen.noise_schedule import is_whole
 from higen.paths import given_path
@@ -56,6 +57,7 @@ class Video:
     frames    uint8 [F, H, W, 3], RGB; F, H, W >= 1
     fps       frames per second, finite and > 0
     metadata  what JSON can hold: prompt, seed, cues, model, versions, timings
+    maker     gives the pipeline that made it as long as that is there; not kept in files or copies
 
     Raises OutputError naming the value and what is allowed.
     """
@@ -63,6 +65,7 @@ class Video:
     frames: NDArray[np.uint8]
     fps: float
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    maker: Callable[[], Any] | None = None
 
     def __post_init__(self) -> None:
         frames = np.asarray(self.frames).view()
@@ -152,6 +155,19 @@ class Video:
             if labels:
                 draw.text((x, y + self.height), f"{index / self.fps:.2f} s", "black", font)
         return sheet
+
+    def plot_cues(self, pipe: Any = None) -> Image.Image:
+        """The curves that were asked for beside those of the clip, measured, as a PIL RGB image 640 pixels wide.
+
+        `pipe`: the pipeline whose model measures them; None: the one that made the clip. Raises RequestError where
+        that is gone, and for a model that has no curve with units of its own.
+        """
+        pipe = pipe if pipe is not None else self.maker() if self.maker is not None else None
+        if pipe is None:
+            raise RequestError("plot_cues: the pipeline that made the clip is not here; give one: plot_cues(pipe)")
+        measured, requested = pipe.cues(self)
+        panels = [Panel(name, values, requested.get(name, np.zeros(0))) for name, values in measured.items()]
+        return draw(panels, len(self), self.fps)
 
     @property
     def prompt(self) -> str:

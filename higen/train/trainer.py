@@ -24,11 +24,12 @@ from higen.model_folder import check_free
 from higen.staging import staging, whole_file
 from higen.train.batches import Batches
 from higen.train.checkpoints import Checkpoints
+from higen.train.curves import other_likeness
 from higen.train.data import Listing, list_items, summary
 from higen.train.file_source import FileSource, make_reader
 from higen.train.gradients import DenoiserGradients
 from higen.train.held_out import HeldOut
-from higen.train.latents import other_likeness, tower_sha256
+from higen.train.latents import tower_sha256
 from higen.train.layers import LORA, denoiser_weights, trained_parameters, whole_weights, write_lora
 from higen.train.loop import NOT_LOSSES, Cadence, Follower, Loop, Periodic, Say
 from higen.train.networks import Networks, Objective, build, write_model
