@@ -5,17 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from higen.cpu import SLOW_BF16
 from higen.curve_source import curve_from
-from higen.errors import HigenError, quoted
+from higen.errors import HigenError, RequestError, quoted
 from higen.paths import given_path
 from higen.request import UNSPECIFIED
 from higen.tables import Control
 from higen.terminal import JSON, PATH, reported, say
+
+if TYPE_CHECKING:
+    from higen.pipeline import Pipeline
+    from higen.video import Video
 
 __all__ = ["generate", "numbers"]
 
@@ -140,6 +144,8 @@ def _option(control: Control) -> _ControlOption:
 @click.option(
     "--low-memory", is_flag=True, help="One TensorRT engine on the GPU at a time, for cards that hold no more."
 )
+@click.option("--script", type=PATH, help="A scene script (JSON) in place of PROMPT: several scenes, one video.")
+@click.option("--keep-scenes", is_flag=True, help="With --script: keep the scenes, to change one and make it anew.")
 @JSON
 def generate(
     prompt: str,
@@ -151,13 +157,15 @@ def generate(
     threads: int | None,
     low_memory: bool,
     audio: Path | None,
+    script: Path | None,
+    keep_scenes: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Make a video of PROMPT.
 
-    What is not given is the model's default. The last options are the model's own controls; --model DIR --help lists
-    those of another model.
+    What is not given is the model's default. With --script, a scene script says what is made (docs/planning.md). The
+    last options are the model's own controls; --model DIR --help lists those of another model.
     """
     with reported(as_json):
         from higen.api import load
@@ -166,11 +174,17 @@ def generate(
 
         given = {name: value for name, value in options.items() if value is not None}
         given |= {name: _whole(given[name]) for name in ("steps",) if name in given}
+        if script is not None and (prompt or given):
+            words = ", ".join(["PROMPT"] * bool(prompt) + [f"--{name.replace('_', '-')}" for name in given])
+            raise RequestError(f"{words}: the script says what is made; leave this out, or write it into {script}")
         # All this is found out before the weights are loaded.
         check_output(output)
         with load(
             model, backend, device=device, precision=precision, threads=threads, low_memory=low_memory, prepare=False
         ) as pipeline:
+            if script is not None:
+                _play(pipeline, script, output, audio, keep_scenes, as_json)
+                return
             request = pipeline.request(prompt, **given)
             check_output(output, request.frames, request.fps)
             if audio is not None:
@@ -180,11 +194,45 @@ def generate(
                 say(SLOW_BF16)
             video = pipeline.make(request, progress=False if as_json else None)[0]
             written = video.save(output, audio=audio)
-        if as_json:
-            shape = {"frames": len(video), "width": video.width, "height": video.height, "fps": video.fps}
-            click.echo(json.dumps({"file": str(written), **shape, **video.metadata}))
-        else:
-            spent = sum(video.metadata["seconds"].values())
-            click.echo(
-                f"{written}: {len(video)} frames, {video.width}x{video.height}, {video.fps:g} fps, {spent:.1f} s"
-            )
+        _report(video, written, as_json, f", {sum(video.metadata['seconds'].values()):.1f} s")
+
+
+def _report(video: Video, written: Path, as_json: bool, more: str = "") -> None:
+    if as_json:
+        shape = {"frames": len(video), "width": video.width, "height": video.height, "fps": video.fps}
+        click.echo(json.dumps({"file": str(written), **shape, **video.metadata}))
+    else:
+        click.echo(f"{written}: {len(video)} frames, {video.width}x{video.height}, {video.fps:g} fps{more}")
+
+
+def _play(pipeline: Pipeline, file: Path, output: Path, audio: Path | None, keep: bool, as_json: bool) -> None:
+    """Make the video of a scene script. Finished scenes are kept beside the output until it is there."""
+    from higen.film import KeptScenes, make_film, scene_requests
+    from higen.script import read_script
+    from higen.video_writer import check_output, read_track
+
+    script = read_script(file, pipeline.manifest)
+    audio = script.audio if audio is None else audio
+    check_output(output, script.frames, script.fps)
+    if audio is not None:
+        read_track(output, audio, script.frames / script.fps)
+    requests = scene_requests(pipeline, script)
+    kept = KeptScenes(output.absolute().with_name(f"{output.stem}.scenes"))
+    done = 0
+
+    def ready(place: int, again: bool) -> None:
+        nonlocal done
+        done = place + 1
+        if not as_json:
+            say(f"scene {place + 1} of {len(script.scenes)}{': it was made before' if again else ''}")
+
+    try:
+        video, paths = make_film(pipeline, script, kept, False if as_json else None, ready, requests)
+        written = video.save(output, audio=audio)
+    except BaseException:
+        if done:
+            say(f"{done} of {len(script.scenes)} scenes are kept in {kept.folder}: the same command goes on from there")
+        raise
+    if not keep:
+        kept.remove(paths)
+    _report(video, written, as_json, f", {len(script.scenes)} scenes")
