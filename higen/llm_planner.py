@@ -60,7 +60,9 @@ class Endpoint:
         if not good or re.search(r"[\s\x00-\x1f\x7f]", self.url) or not self.url.isascii():
             raise RequestError(f"llm={quoted(self.url)}: an address such as http://localhost:8000/v1")
         if parts.username or parts.password or parts.query or parts.fragment:
-            raise RequestError("llm: an address without a password, query or fragment; the key is read from HIGEN_LLM_KEY")
+            raise RequestError(
+                "llm: an address without a password, query or fragment; the key is read from HIGEN_LLM_KEY"
+            )
         if not self.model.strip():
             raise RequestError(f"llm_model={quoted(self.model)}: the model's name at the endpoint")
         if self.key is not None and not (self.key.isascii() and self.key.isprintable() and self.key.strip()):
@@ -79,7 +81,11 @@ class Endpoint:
     def answer(self, messages: Sequence[Mapping[str, str]]) -> str:
         """The text that the model answers with. Raises PlanError for every failure of it."""
         body = json.dumps({"model": self.model, "messages": list(messages), "temperature": 0, "stream": False}).encode()
-        headers = {"Content-Type": "application/json", "Accept": "application/json", "User-Agent": f"higen/{__version__}"}
+        headers = {
+            "Content-Type": "application/json",
+            "Accept": "application/json",
+            "User-Agent": f"higen/{__version__}",
+        }
         if self.key is not None:
             headers["Authorization"] = f"Bearer {self.key}"
         request = urllib.request.Request(self.address, body, headers, method="POST")
@@ -129,7 +135,9 @@ def _reason(error: Exception) -> str:
                 said = " ".join(error.read(400).decode("utf-8", "replace").split())
             except (OSError, http.client.HTTPException):
                 said = ""
-        moved = f"; it names another address, {quoted(error.headers.get('Location'))}" if 300 <= error.code < 400 else ""
+        moved = (
+            f"; it names another address, {quoted(error.headers.get('Location'))}" if 300 <= error.code < 400 else ""
+        )
         return f"status {error.code} {error.reason}{moved}{f': {said}' if said and not moved else ''}"
     inner = error.reason if isinstance(error, urllib.error.URLError) else error
     if isinstance(inner, TimeoutError):
@@ -217,7 +225,7 @@ def _instructions(bundle: Bundle) -> str:
     ]
     words = None
     if text is not None:
-        words = PromptTokenizer.from_file(bundle.file(text.tokenizer), text).words
+        words = PromptTokenizer.from_file(bundle.file(text.tokenizer), text).words()
     if words is not None:
         lines.append(f"The video model knows these words and no others: {' '.join(words)}")
     if manifest.prompts:

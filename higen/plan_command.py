@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import click
 
+from higen.errors import OutputError, RequestError
 from higen.terminal import JSON, PATH, reported, say
+from higen.text_files import TextError, plain_text
 
 __all__ = ["plan"]
 
@@ -42,7 +45,6 @@ def plan(
     """
     with reported(as_json):
         from higen.bundle import Bundle, default_model
-        from higen.errors import OutputError, RequestError
         from higen.llm_planner import Endpoint, plan_by_llm, problems_of
         from higen.output_file import check_file, output_file
         from higen.rule_planner import plan_by_rules
@@ -56,7 +58,7 @@ def plan(
         if schema:
             click.echo(json.dumps(script_schema(bundle.manifest), indent=None if as_json else 1))
             return
-        told = click.get_text_stream("stdin").read() if story == "-" else story
+        told = _standard_input() if story == "-" else story
         if llm is not None and llm_model is not None:
             key = next((os.environ[name] for name in KEYS if os.environ.get(name)), None)
             script = plan_by_llm(told, bundle, Endpoint(llm, llm_model, key, llm_timeout), say)
@@ -76,3 +78,11 @@ def plan(
             raise OutputError(f"{output}: cannot be written: {error.strerror}") from error
         done = {"file": str(output), "scenes": len(script["scenes"])}
         click.echo(json.dumps(done) if as_json else f"{output}: {done['scenes']} scenes")
+
+
+def _standard_input() -> str:
+    """What stands there, UTF-8. Raises RequestError."""
+    try:
+        return plain_text(sys.stdin.buffer.read())
+    except TextError as error:
+        raise RequestError(f"standard input: {error}") from error

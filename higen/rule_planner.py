@@ -51,8 +51,8 @@ _LASTING = re.compile(
 _EMPTY = frozenset(
     re.findall(
         r"\w+",
-        """it he she they this that and but or so is are was gets get becomes become moves move moving goes going does do
-        very more again now until till when as while there with also just too even much a an the in at on to of all
+        """it he she they this that and but or so is are was gets get becomes become moves move moving goes going does
+        do very more again now until till when as while there with also just too even much a an the in at on to of all
         everything""",
     )
 )
@@ -61,8 +61,8 @@ _EMPTY = frozenset(
 _PRONOUN = re.compile(r"^(?:it|he|she|they)\b", re.IGNORECASE)
 _DETERMINERS = frozenset((*_NUMBERS, "an", "the", "some", "many", "my", "our", "his", "her"))
 _NO_SUBJECT = re.compile(
-    r"^(?=\w+(?:s|ing|ed)(?:$| (?:over|to|on|in|into|out|off|away|up|down|at|around|across|through|back|a|an|the|its|his|"
-    r"her|their|\w+ly)\b))",
+    r"^(?=\w+(?:s|ing|ed)(?:$| (?:over|to|on|in|into|out|off|away|up|down|at|around|across|through|back|a|an|the|"
+    r"its|his|her|their|\w+ly)\b))",
     re.IGNORECASE,
 )
 """Before "jumps over the fence", which goes on with whom the scene before was about."""
