@@ -198,6 +198,8 @@ def _source(given: CurveFrom) -> Source:
     if suffix in STREAMS or moves(path) or suffix == ".gif":
         return opened(path)
     kept = read(path)
+    if not len(kept.frames):
+        raise RequestError("no frame in it")
     return Held(kept.frames, kept.fps)
 
 
