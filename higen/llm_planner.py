@@ -94,7 +94,11 @@ class Endpoint:
         def ask() -> None:
             try:
                 with urllib.request.build_opener(_NoRedirect).open(request, timeout=self.timeout) as response:
-                    found.append(response.read(_LARGEST + 1))
+                    announced = response.length
+                    body = response.read(_LARGEST + 1)
+                    if announced is not None and len(body) < min(announced, _LARGEST):
+                        raise http.client.IncompleteRead(body)
+                    found.append(body)
             except Exception as error:
                 found.append(error)
 
