@@ -32,7 +32,7 @@ _PACES = (
         r"still|unmoving|without moving)",
         "still",
     ),
-    (r"(?:very|extremely|really) (?:slow(?:ly)?|gentl[ey]|calm(?:ly)?)|in slow motion", "very slow"),
+    (r"(?:very|extremely|really) (?:slow(?:ly)?|gentl[ey]|calm(?:ly)?)|in slow[- ]?mo(?:tion)?", "very slow"),
     (r"slow(?:ly|er)?(?: down)?|slows down|gentl[ey]|calm(?:ly)?|leisurely|lazily|unhurried(?:ly)?", "slow"),
     (r"(?:very|extremely|really) (?:fast|quick(?:ly)?|rapid(?:ly)?)|as fast as (?:it|he|she|they) can", "very fast"),
     (
