@@ -160,6 +160,8 @@ def make_request(
 
     rate = _whole("fps", sizes.fps if fps is None else fps, 1, 240)
 
+    guidance = guidance if measure is None else _of_loops_over_frames(loops, guidance)
+
     def from_file(name: str, encoding: str | None, span: tuple[float, float] | None, value: Any) -> Any:
         given = None if measure is None or value == UNSPECIFIED else curve_from(name, value)
         if measure is None or given is None:
@@ -219,13 +221,19 @@ def _each(name: str, value: Any, loops: Sequence[Loop], default: Callable[[Loop]
 
 
 def _guidance_of(loop: Loop, value: Any, from_file: Callable[..., Any]) -> Any:
-    """A loop's guidance as numbers. A file is mapped from 1 to the default; a loop of one frame keeps its default."""
+    """A loop's guidance as numbers; a file is mapped from 1 to the default."""
     most = max(loop.guidance) if isinstance(loop.guidance, tuple) else loop.guidance
-    if isinstance(value, (int, float, list, tuple)) or value is None:
-        return value
-    if loop.frames == 1 and curve_from("guidance", value) is not None:
-        return loop.guidance
-    return from_file("guidance", None, (1.0, most) if most > 1 else None, value)
+    numbers = isinstance(value, (int, float, list, tuple))
+    return value if numbers else from_file("guidance", None, (1.0, most) if most > 1 else None, value)
+
+
+def _of_loops_over_frames(loops: Sequence[Loop], guidance: Any) -> Any:
+    """A file in place of the guidance of all loops, for those over frames; one frame has no curve."""
+    over_frames = [loop.frames != 1 for loop in loops]
+    numbers = guidance is None or isinstance(guidance, (int, float, list, tuple))
+    if numbers or not any(over_frames) or curve_from("guidance", guidance) is None:
+        return guidance
+    return [guidance if several else None for several in over_frames]
 
 
 def _guidance(loop: Loop, value: Any, frames: int) -> Guidance:

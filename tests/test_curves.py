@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,11 +17,14 @@ import higen
 from higen import CurveFrom, Pipeline, Video
 from higen.bundle import Bundle
 from higen.cli import main
-from higen.errors import MediaWarning, RequestError
+from higen.errors import ManifestError, MediaWarning, RequestError
 from higen.families.higen import spec
+from higen.images import load_picture
 from higen.measured_curves import distances, likeness
 from higen.media.sound import energy, read_sound
 from higen.models.companions import load_autoencoder
+from higen.request import make_request
+from higen.tables import Control
 from higen.train.cues import appearance_similarity, motion_of
 
 
@@ -89,6 +93,29 @@ def test_a_sound_is_mapped_into_the_range(pipe: Pipeline, tmp_path: Path) -> Non
     assert request.guidance[0] == 3.0
     np.testing.assert_allclose(request.guidance[1], 1 + 2 * energy(read_sound(path), 8, 8), rtol=1e-6)
     np.testing.assert_allclose(pipe.request("a whale", frames=8, guidance=[5, path]).guidance[1], request.guidance[1])
+
+
+def test_guidance_from_a_file_is_checked_as_numbers_are(pipe: Pipeline, tmp_path: Path) -> None:
+    path = write_wav(tmp_path / "a.wav", beats(1, (0.0,)))
+    with pytest.raises(RequestError, match=r"guidance has 8 numbers: .* one per frame \(1\)"):
+        pipe.request("a whale", frames=8, guidance=[path, 3])
+    with pytest.raises(RequestError, match="guidance='fast': a number, numbers, or the file"):
+        pipe.request("a whale", guidance="fast")
+    with pytest.raises(RequestError, match=r"guidance='a\.wav': a finite number"):  # a server has no files
+        make_request(pipe.manifest, "a whale", guidance="a.wav", controls={}, load=load_picture)
+
+
+def test_a_range_is_checked_and_has_stand_ins() -> None:
+    curve = Control("gust", "curve", "how it blows", "sinusoid", low=0, default=3, usual=(1, 5))
+    assert curve.span == (1, 5)
+    assert replace(curve, usual=None).span == (0, 6)
+    assert replace(curve, usual=None, high=9).span == (0, 9)
+    assert replace(curve, usual=None, default=None, optional=True).span is None
+    for wrong in ((5, 5), (5, 1), (-1, 5), (0, float("nan"))):
+        with pytest.raises(ManifestError, match=r"usual=.*: of a curve, two numbers in its range"):
+            replace(curve, usual=wrong)
+    with pytest.raises(ManifestError, match="usual="):
+        Control("gust", "number", "how it blows", "number", low=0, default=3, usual=(1, 5))
 
 
 def test_a_sound_that_ends_early_is_said(pipe: Pipeline, tmp_path: Path) -> None:
