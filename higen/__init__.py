@@ -9,16 +9,19 @@ from higen.version import __version__
 if TYPE_CHECKING:
     from higen.api import generate, load
     from higen.bundle import Bundle
+    from higen.curve_source import CurveFrom
     from higen.errors import HigenError
     from higen.events import Frames, Stream
     from higen.pipeline import Pipeline
     from higen.sampler import Step
     from higen.video import Video
 
-__all__ = ["Bundle", "Frames", "HigenError", "Pipeline", "Step", "Stream", "Video", "__version__", "generate", "load"]
+__all__ = ["Bundle", "CurveFrom", "Frames", "HigenError", "Pipeline", "Step", "Stream", "Video", "__version__"]
+__all__ += ["generate", "load"]
 
 _HOME = {
     "Bundle": "higen.bundle",
+    "CurveFrom": "higen.curve_source",
     "Frames": "higen.events",
     "HigenError": "higen.errors",
     "Pipeline": "higen.pipeline",

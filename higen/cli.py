@@ -27,6 +27,7 @@ LATE = {
     "cues": "higen.train.cli:cues",
     "evaluate": "higen.train.cli:evaluate",
     "generate": "higen.generate_command:generate",
+    "plan": "higen.plan_command:plan",
     "serve": "higen.serve_command:serve",
     "train": "higen.train.cli:train",
 }

@@ -19,6 +19,7 @@ HigenError
 │       ├── OutsideProfile        it was built for other shapes
 │       ├── Malformed             its file is no plan that this TensorRT reads
 │       └── Stale                 graph, weights or TensorRT are not those it was built from
+├── PlanError                     a story cannot be planned: the endpoint failed or answers nonsense
 ├── Cancelled                     a request was cancelled before its end
 ├── RetryLater                    a server is full, or stops: the same request may be sent again
 ├── ServeError                    a server cannot start: its port, folder or queue cannot be used
@@ -30,6 +31,7 @@ HigenError
 
 PromptWarning (UserWarning)       a prompt was cut or has words that the model does not know
 FallbackWarning (UserWarning)     a stage runs on a slower backend than the best one present
+MediaWarning (UserWarning)        a sound or clip was cut, padded or sampled otherwise than asked
 
 A message quotes a value by `quoted`, in one line; a message that is too long all the same is cut in its middle.
 """
@@ -54,6 +56,7 @@ __all__ = [
     "IntegrityError",
     "Malformed",
     "ManifestError",
+    "MediaWarning",
     "MissingExtra",
     "ModelError",
     "NoDevice",
@@ -62,6 +65,7 @@ __all__ = [
     "OutOfMemory",
     "OutputError",
     "OutsideProfile",
+    "PlanError",
     "PromptWarning",
     "RequestError",
     "RetryLater",
@@ -216,6 +220,10 @@ class Stale(EngineError):
     """An engine was built from another graph, from other weights or by another TensorRT than those here."""
 
 
+class PlanError(HigenError):
+    """A story cannot be planned: the endpoint failed or answers nonsense."""
+
+
 class Cancelled(HigenError):
     """A request was cancelled before its end."""
 
@@ -271,3 +279,7 @@ class PromptWarning(_OurWarning):
 
 class FallbackWarning(_OurWarning):
     """A stage runs on a slower backend than the best one present."""
+
+
+class MediaWarning(_OurWarning):
+    """A sound or clip was cut, padded or sampled otherwise than asked."""

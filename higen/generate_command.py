@@ -5,15 +5,21 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from higen.cpu import SLOW_BF16
-from higen.errors import HigenError, quoted
+from higen.curve_source import curve_from
+from higen.errors import HigenError, RequestError, quoted
 from higen.paths import given_path
+from higen.request import UNSPECIFIED
 from higen.tables import Control
 from higen.terminal import JSON, PATH, reported, say
+
+if TYPE_CHECKING:
+    from higen.pipeline import Pipeline
+    from higen.video import Video
 
 __all__ = ["generate", "numbers"]
 
@@ -28,8 +34,14 @@ def numbers(text: str) -> float | list[float]:
 
 
 def _curve(text: str) -> Any:
-    """Numbers, or the word for a control that is left to the model."""
-    return text if text == "unspecified" else numbers(text)
+    """Numbers, a file that gives a curve, or the word for a control that is left to the model."""
+    try:
+        return numbers(text)
+    except click.BadParameter:
+        given = curve_from("file", text)
+        if text == UNSPECIFIED or (given is not None and given.path is not None and given.path.suffix):
+            return text
+        raise click.BadParameter(f"{quoted(text)}: numbers separated by commas, or a clip or sound file") from None
 
 
 def _seed(text: str) -> int | str:
@@ -100,7 +112,7 @@ def _option(control: Control) -> _ControlOption:
         "clip": PATH,
     }
     meaning = control.meaning[:1].upper() + control.meaning[1:]
-    metavar = "NUMBERS" if control.kind == "curve" else None
+    metavar = "NUMBERS|FILE" if control.kind == "curve" else None
     return _ControlOption([flag, control.name], type=kinds[control.kind], metavar=metavar, help=meaning + default)
 
 
@@ -118,12 +130,13 @@ def _option(control: Control) -> _ControlOption:
 @click.option("--negative-prompt", help="What the video should not show.")
 @click.option("--seed", type=_seed, metavar="NUMBER", help="Same seed, same video; -1 or random draws one.  [0]")
 @click.option("--steps", type=numbers, help="Denoising steps: one number, or one for each loop.")
-@click.option("--guidance", type=numbers, help="Guidance scale: one number, or one for each loop.")
+@click.option("--guidance", type=_curve, help="Guidance scale: one number, one for each loop, or a file: a curve.")
 @click.option("--solver", help="A solver that the model knows: ddim or dpm++2m, say.")
 @click.option("--frames", type=int)
 @click.option("--width", type=int)
 @click.option("--height", type=int)
 @click.option("--fps", type=int)
+@click.option("--audio", type=PATH, help="Sound to write beside the frames of an .mp4 or .webm.")
 @click.option("--backend", default="auto", show_default=True, help="Where the stages run; see `higen doctor`.")
 @click.option("--device", help="cpu, cuda, or a GPU by its number: cuda:1, ...  [a GPU if there is one]")
 @click.option("--precision", help="What the stages compute in: fp32, fp16, bf16, int8, ...  [fp32 on a CPU]")
@@ -131,6 +144,8 @@ def _option(control: Control) -> _ControlOption:
 @click.option(
     "--low-memory", is_flag=True, help="One TensorRT engine on the GPU at a time, for cards that hold no more."
 )
+@click.option("--script", type=PATH, help="A scene script (JSON) in place of PROMPT: several scenes, one video.")
+@click.option("--keep-scenes", is_flag=True, help="With --script: keep the scenes, to change one and make it anew.")
 @JSON
 def generate(
     prompt: str,
@@ -141,37 +156,83 @@ def generate(
     precision: str | None,
     threads: int | None,
     low_memory: bool,
+    audio: Path | None,
+    script: Path | None,
+    keep_scenes: bool,
     as_json: bool,
     **options: Any,
 ) -> None:
     """Make a video of PROMPT.
 
-    What is not given is the model's default. The last options are the model's own controls; --model DIR --help lists
-    those of another model.
+    What is not given is the model's default. With --script, a scene script says what is made (docs/planning.md). The
+    last options are the model's own controls; --model DIR --help lists those of another model.
     """
     with reported(as_json):
         from higen.api import load
         from higen.video import check_output
+        from higen.video_writer import read_track
 
         given = {name: value for name, value in options.items() if value is not None}
         given |= {name: _whole(given[name]) for name in ("steps",) if name in given}
+        if script is not None and (prompt or given):
+            words = ", ".join(["PROMPT"] * bool(prompt) + [f"--{name.replace('_', '-')}" for name in given])
+            raise RequestError(f"{words}: the script says what is made; leave this out, or write it into {script}")
         # All this is found out before the weights are loaded.
         check_output(output)
         with load(
             model, backend, device=device, precision=precision, threads=threads, low_memory=low_memory, prepare=False
         ) as pipeline:
+            if script is not None:
+                _play(pipeline, script, output, audio, keep_scenes, as_json)
+                return
             request = pipeline.request(prompt, **given)
             check_output(output, request.frames, request.fps)
+            if audio is not None:
+                read_track(output, audio, request.frames / request.fps)
             pipeline.prepare(request)
             if any(SLOW_BF16 in choice.details for choice in pipeline.backend.choices.values()):
                 say(SLOW_BF16)
             video = pipeline.make(request, progress=False if as_json else None)[0]
-            written = video.save(output)
-        if as_json:
-            shape = {"frames": len(video), "width": video.width, "height": video.height, "fps": video.fps}
-            click.echo(json.dumps({"file": str(written), **shape, **video.metadata}))
-        else:
-            spent = sum(video.metadata["seconds"].values())
-            click.echo(
-                f"{written}: {len(video)} frames, {video.width}x{video.height}, {video.fps:g} fps, {spent:.1f} s"
-            )
+            written = video.save(output, audio=audio)
+        _report(video, written, as_json, f", {sum(video.metadata['seconds'].values()):.1f} s")
+
+
+def _report(video: Video, written: Path, as_json: bool, more: str = "") -> None:
+    if as_json:
+        shape = {"frames": len(video), "width": video.width, "height": video.height, "fps": video.fps}
+        click.echo(json.dumps({"file": str(written), **shape, **video.metadata}))
+    else:
+        click.echo(f"{written}: {len(video)} frames, {video.width}x{video.height}, {video.fps:g} fps{more}")
+
+
+def _play(pipeline: Pipeline, file: Path, output: Path, audio: Path | None, keep: bool, as_json: bool) -> None:
+    """Make the video of a scene script. Finished scenes are kept beside the output until it is there."""
+    from higen.film import KeptScenes, make_film, scene_requests
+    from higen.script import read_script
+    from higen.video_writer import check_output, read_track
+
+    script = read_script(file, pipeline.manifest)
+    audio = script.audio if audio is None else audio
+    check_output(output, script.frames, script.fps)
+    if audio is not None:
+        read_track(output, audio, script.frames / script.fps)
+    requests = scene_requests(pipeline, script)
+    kept = KeptScenes(output.absolute().with_name(f"{output.stem}.scenes"))
+    done = 0
+
+    def ready(place: int, again: bool) -> None:
+        nonlocal done
+        done = place + 1
+        if not as_json:
+            say(f"scene {place + 1} of {len(script.scenes)}{': it was made before' if again else ''}")
+
+    try:
+        video, paths = make_film(pipeline, script, kept, False if as_json else None, ready, requests)
+        written = video.save(output, audio=audio)
+    except BaseException:
+        if done:
+            say(f"{done} of {len(script.scenes)} scenes are kept in {kept.folder}: the same command goes on from there")
+        raise
+    if not keep:
+        kept.remove(paths)
+    _report(video, written, as_json, f", {len(script.scenes)} scenes")

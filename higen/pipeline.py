@@ -7,8 +7,10 @@ events: a `Step` after each denoising step, then `Frames` as they are decoded.
 from __future__ import annotations
 
 import pickle
+import weakref
 from collections.abc import Generator, Iterator, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeAlias, overload
 
 import numpy as np
@@ -22,6 +24,7 @@ from higen.errors import BackendError, HigenError, NotPicklable, RequestError
 from higen.events import Event, Frames, Stream, timed, timed_events, timed_steps
 from higen.forks import Home
 from higen.images import load_picture
+from higen.measured_curves import measured_cues, measured_curve, requested_curves
 from higen.memory import enough_memory
 from higen.notebook import Studio, watched
 from higen.plain_values import plain
@@ -29,7 +32,7 @@ from higen.progress import Shown
 from higen.request import Request, Warn, make_request
 from higen.sampler import Plan, Step, denoise, initial_state, tail
 from higen.schedule import solver_table
-from higen.sources import Kept, Place, Sources
+from higen.sources import Kept, Place, Sources, cut, spread
 from higen.stages import Stage
 from higen.tables import COMMON, Control, Loop
 from higen.tokenizer import PromptTokenizer
@@ -174,7 +177,9 @@ class Pipeline:
         common = {name: value for name, value in options.items() if name in (*_COMMON, "warn")}
         controls = {name: value for name, value in options.items() if name not in common}
         with enough_memory("request"):
-            return make_request(self.manifest, prompt, **common, controls=controls, load=load_picture, only=only)
+            measure = partial(measured_curve, self.manifest, self.backend)
+            given: dict[str, Any] = {"controls": controls, "load": load_picture, "only": only, "measure": measure}
+            return make_request(self.manifest, prompt, **common, **given)
 
     def stages(self, request: Request) -> list[tuple[str, ...]]:
         """The stages that a request needs, in order; of several in one entry, one is enough, the first is preferred."""
@@ -210,6 +215,13 @@ class Pipeline:
             if loop.replaced is None or loop.replaced.control not in needed:
                 needed += self.manifest.needed_by(loop)
         return self.stages(make_request(self.manifest, "a", controls=dict.fromkeys(needed, ""), load=_any_picture))
+
+    def cues(self, video: Video) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]]]:
+        """A clip's curves by control, measured and requested: [F - 1] a pair of frames, or [F] the likeness of each
+        frame to the first one; those that were left open are not among the requested. Raises RequestError.
+        """
+        measured = measured_cues(self.manifest, self.backend, video)
+        return measured, requested_curves(self.manifest, video.metadata, len(video))
 
     def report(self) -> str:
         """What runs each stage here, and why the better ways do not; stages that were not needed yet are left out."""
@@ -258,7 +270,7 @@ class Pipeline:
             if request.replaces(loop):
                 assert loop.replaced is not None
                 with timed(seconds, loop.replaced.control):
-                    latents = _spread(sources.made(loop.replaced.latents, loop), request.frames_of(loop))
+                    latents = spread(sources.made(loop.replaced.latents, loop), request.frames_of(loop))
             elif request.runs(loop):
                 latents = yield from timed_steps(seconds, loop.name, self._steps(request, sources, loop, steps))
             else:
@@ -269,7 +281,8 @@ class Pipeline:
         for event in timed_events(seconds, "decode", self._decode(latents, sources, request)):
             frames[event.video, event.first : event.first + len(event.frames)] = event.frames
             yield event
-        return [Video(frames[i], request.fps, self._metadata(request, i, seconds)) for i in range(len(frames))]
+        made = [(frames[i], self._metadata(request, i, seconds)) for i in range(len(frames))]
+        return [Video(shown, request.fps, metadata, weakref.ref(self)) for shown, metadata in made]
 
     def _sources(self, request: Request) -> Sources:
         """The sources of a request, its texts read."""
@@ -348,7 +361,7 @@ class Pipeline:
                 chunk = z[video : video + 1, :, start:end]
                 if len(given.shape) == 4:
                     chunk = chunk[0].swapaxes(0, 1)
-                parts = {name: _cut(decoder, name, value, start, end) for name, value in others.items()}
+                parts = {name: cut(decoder, name, value, start, end) for name, value in others.items()}
                 outputs = self.backend.run(decoder.name, **{given.name: chunk}, **parts)
                 pixels = self.backend.to_numpy(outputs[decoder.outputs[0].name])
                 if len(given.shape) == 5:
@@ -379,14 +392,3 @@ _COMMON = tuple(name for name in COMMON if name != "prompt")
 def _any_picture(control: Control, value: Any, frames: int, width: int, height: int) -> Any:
     """Stands for a picture where only the plan of a request is of interest."""
     return value
-
-
-def _spread(latents: NDArray[Any], frames: int) -> NDArray[Any]:
-    """Latents [B,C,1,H,W] of a picture as those of a clip that stands still; a clip's are left as they are."""
-    return latents.repeat(frames, axis=2) if latents.shape[2] == 1 else latents
-
-
-def _cut(stage: Stage, name: str, value: NDArray[Any], start: int, end: int) -> NDArray[Any]:
-    """The frames from `start` to `end` of a decoder's condition, where it has the axis F."""
-    shape = stage.input(name).shape
-    return value[(*[slice(None)] * shape.index("F"), slice(start, end))] if "F" in shape else value

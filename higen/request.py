@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from higen.conditioning import check_numbers, curve_values, similarity_rows
+from higen.curve_source import CurveAsked, CurveFrom, curve_from
 from higen.errors import RequestError, quoted
 from higen.manifest import Manifest
 from higen.noise_schedule import is_whole
@@ -21,7 +22,7 @@ from higen.schedule import max_steps
 from higen.stages import source
 from higen.tables import COMMON, MAX_NUMBER, MAX_SIDE, Control, Loop
 
-__all__ = ["MAX_PROMPT", "MAX_SEED", "UNSPECIFIED", "Guidance", "Picture", "Request", "Warn", "make_request"]
+__all__ = ["MAX_PROMPT", "MAX_SEED", "UNSPECIFIED", "Guidance", "Measure", "Picture", "Request", "Warn", "make_request"]
 
 MAX_SEED = 2**64 - 1
 
@@ -36,6 +37,10 @@ Guidance = float | tuple[float, ...]
 
 Warn = Callable[[Warning], None]
 """Called with each warning of a request."""
+
+
+Measure = Callable[[CurveAsked, CurveFrom, Warn], Any]
+"""The numbers of a curve that a file gives; it may warn of what was cut or padded."""
 
 
 def _warn(warning: Warning) -> None:
@@ -130,12 +135,14 @@ def make_request(
     load: Callable[[Control, Any, int, int, int], Picture],
     warn: Warn | None = None,
     only: int | None = None,
+    measure: Measure | None = None,
 ) -> Request:
     """Check every argument against the model; None is the model's default.
 
     `only`: make so many frames, though the values per frame are for all of them.
 
-    `load(control, value, frames, width, height)` reads a picture or clip. Raises RequestError.
+    `load(control, value, frames, width, height)` reads a picture or clip; `measure` gives the numbers of a curve in
+    whose place a file is named (None: curves are numbers). Raises RequestError.
     """
     sizes, loops = manifest.sizes, manifest.loops
     negative_prompt, seed, steps, guidance, solver = map(plain, (negative_prompt, seed, steps, guidance, solver))
@@ -151,8 +158,20 @@ def make_request(
     tall = _side("height", sizes.height if height is None else height, sizes.multiple)
     wide = _side("width", sizes.width if width is None else width, sizes.multiple)
 
+    rate = _whole("fps", sizes.fps if fps is None else fps, 1, 240)
+
+    guidance = guidance if measure is None else _of_loops_over_frames(loops, guidance)
+
+    def from_file(name: str, encoding: str | None, span: tuple[float, float] | None, value: Any) -> Any:
+        given = None if measure is None or value == UNSPECIFIED else curve_from(name, value)
+        if measure is None or given is None:
+            return value
+        return measure(CurveAsked(name, encoding, span, count, rate), given, warn or _warn)
+
     def checked(control: Control) -> Any:
         value = controls.get(control.name)
+        if control.kind == "curve" and not isinstance(value, np.ndarray):
+            value = from_file(control.name, control.encoding, control.span, value)
         if control.kind in ("picture", "clip"):
             return _pictures(control, value, len(prompts), lambda one: load(control, one, count, wide, tall))
         curve = control.kind == "curve" and isinstance(value, np.ndarray)
@@ -171,14 +190,14 @@ def make_request(
             for loop, given in _each("steps", steps, loops, lambda loop: loop.steps)
         ),
         guidance=tuple(
-            _guidance(loop, given, 1 if loop.frames == 1 else count)
+            _guidance(loop, _guidance_of(loop, given, from_file), 1 if loop.frames == 1 else count)
             for loop, given in _each("guidance", guidance, loops, lambda loop: loop.guidance)
         ),
         solvers=solvers,
         frames=count,
         height=tall,
         width=wide,
-        fps=_whole("fps", sizes.fps if fps is None else fps, 1, 240),
+        fps=rate,
         controls={name: checked(control) for name, control in known.items()},
         warn=warn or _warn,
     )
@@ -199,6 +218,22 @@ def _each(name: str, value: Any, loops: Sequence[Loop], default: Callable[[Loop]
         names = ", ".join(loop.name for loop in loops)
         raise RequestError(f"{name}={quoted(value)}: one value, or {len(loops)} (one per loop: {names})")
     return [(loop, default(loop) if one is None else one) for loop, one in zip(loops, value, strict=True)]
+
+
+def _guidance_of(loop: Loop, value: Any, from_file: Callable[..., Any]) -> Any:
+    """A loop's guidance as numbers; a file is mapped from 1 to the default."""
+    most = max(loop.guidance) if isinstance(loop.guidance, tuple) else loop.guidance
+    numbers = isinstance(value, (int, float, list, tuple))
+    return value if numbers else from_file("guidance", None, (1.0, most) if most > 1 else None, value)
+
+
+def _of_loops_over_frames(loops: Sequence[Loop], guidance: Any) -> Any:
+    """A file in place of the guidance of all loops, for those over frames; one frame has no curve."""
+    over_frames = [loop.frames != 1 for loop in loops]
+    numbers = guidance is None or isinstance(guidance, (int, float, list, tuple))
+    if numbers or not any(over_frames) or curve_from("guidance", guidance) is None:
+        return guidance
+    return [guidance if several else None for several in over_frames]
 
 
 def _guidance(loop: Loop, value: Any, frames: int) -> Guidance:

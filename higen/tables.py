@@ -137,7 +137,11 @@ class TextRules:
 
 @dataclass(frozen=True)
 class Control:
-    """What a request may set for this model. A `default` of None is "unspecified", or no picture."""
+    """What a request may set for this model. A `default` of None is "unspecified", or no picture.
+
+    `usual`: the low and the high end of what a curve has in ordinary clips, where `low` and `high` do not say it: what
+    a sound, or a word such as "fast", is mapped into.
+    """
 
     name: str
     kind: Literal["number", "whole", "curve", "text", "picture", "clip", "choice"]
@@ -148,6 +152,7 @@ class Control:
     choices: tuple[str, ...] = ()
     default: Any = None
     optional: bool = False
+    usual: tuple[float, float] | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         check(self.name.isidentifier() and self.name not in COMMON + RESERVED, f"name={self.name!r}: a name of its own")
@@ -157,6 +162,12 @@ class Control:
             check(self.low <= self.high, f"low={self.low}, high={self.high}: low is at most high")
         check(bool(self.choices) == (self.kind == "choice"), f"choices={list(self.choices)}: those of a choice")
         check(not self.optional or self.encoding in ("sinusoid", "similarity"), "optional: a sinusoid or similarity")
+        if self.usual is not None:
+            low, high = self.usual
+            good = (
+                self.kind == "curve" and all(is_number(end) and self.allows(end) for end in self.usual) and low < high
+            )
+            check(good, f"usual={list(self.usual)}: of a curve, two numbers in its range, the lower one first")
         self._check_default()
 
     def _check_default(self) -> None:
@@ -176,6 +187,18 @@ class Control:
     def allows(self, value: float) -> bool:
         """Whether a number lies in the range."""
         return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
+
+    @property
+    def span(self) -> tuple[float, float] | None:
+        """What a sound or a word is mapped into: `usual`, else the range, else up to twice the default; or None.
+
+        A likeness that falls by 0 to 1 over the clip is what `similarity` means.
+        """
+        if self.usual is not None or self.encoding == "similarity":
+            return self.usual or (0.0, 1.0)
+        low = 0.0 if self.low is None else self.low
+        high = 2 * self.default if self.high is None and is_number(self.default) else self.high
+        return (low, high) if high is not None and low < high else None
 
     @property
     def range(self) -> str:

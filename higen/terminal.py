@@ -22,6 +22,7 @@ from higen.errors import (
     FallbackWarning,
     FixtureError,
     HigenError,
+    MediaWarning,
     MissingExtra,
     ModelError,
     OutputError,
@@ -62,7 +63,7 @@ def reported(as_json: bool) -> Iterator[None]:
     with warnings.catch_warnings():
         warnings.showwarning = show  # type: ignore[assignment]
         warnings.simplefilter("ignore")
-        for ours in (PromptWarning, FallbackWarning):
+        for ours in (PromptWarning, FallbackWarning, MediaWarning):
             warnings.simplefilter("always", ours)
         try:
             with enough_memory("this command"):

@@ -23,7 +23,8 @@ import math
 import os
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,14 +32,15 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from higen.errors import BackendError, OutputError, quoted
+from higen.cue_plot import Panel, draw
+from higen.errors import BackendError, MediaWarning, OutputError, RequestError, quoted
 from higen.memory import enough_memory
 from higen.noise_schedule import is_whole
 from higen.paths import given_path
 from higen.plain_values import plain
 from higen.video_reader import read
 from higen.video_record import Clip
-from higen.video_writer import check_output, write
+from higen.video_writer import check_output, read_track, write
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -56,6 +58,7 @@ class Video:
     frames    uint8 [F, H, W, 3], RGB; F, H, W >= 1
     fps       frames per second, finite and > 0
     metadata  what JSON can hold: prompt, seed, cues, model, versions, timings
+    maker     gives the pipeline that made it as long as that is there; not kept in files or copies
 
     Raises OutputError naming the value and what is allowed.
     """
@@ -63,6 +66,7 @@ class Video:
     frames: NDArray[np.uint8]
     fps: float
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    maker: Callable[[], Any] | None = None
 
     def __post_init__(self) -> None:
         frames = np.asarray(self.frames).view()
@@ -109,16 +113,25 @@ class Video:
         except OutputError as error:
             raise OutputError(f"{path}: not a readable {path.suffix} file ({error})") from error
 
-    def save(self, path: str | os.PathLike[str]) -> Path:
+    def save(self, path: str | os.PathLike[str], *, audio: str | os.PathLike[str] | None = None) -> Path:
         """Write the clip in the format of the path's suffix; returns the file written, for .png the first one.
+
+        `audio`: a sound file, or a video whose sound is taken; written beside the frames of .mp4 (AAC) and .webm
+        (Opus), cut or padded with silence to their length, which a MediaWarning says.
 
         An odd height or width of .mp4 and .webm is padded to even by repeating the last row or column. Everything is
         written to a temporary folder beside the target, then renamed: no failure and no kill harms what was there, and
         the next save takes away what a kill left. A .png sequence replaces the one of that name whole, its frames past
         this clip's end go: those that higen wrote, and no other file.
-        Raises OutputError as `check_output` does, and for a full disk or a failing encoder.
+        Raises OutputError as `check_output` does, for a full disk or a failing encoder, and for a sound that cannot be
+        read, is silent, or has no place in the format.
         """
-        return write(Clip(self.frames, self.fps, self.metadata), path)
+        if audio is None:
+            return write(Clip(self.frames, self.fps, self.metadata), path)
+        sound, said = read_track(check_output(path, len(self), self.fps), audio, self.duration)
+        if said:
+            warnings.warn(MediaWarning(f"{os.fspath(audio)}: {said}"), stacklevel=2)
+        return write(Clip(self.frames, self.fps, self.metadata, sound), path)
 
     def contact_sheet(
         self, columns: int | None = None, frames: int | None = None, *, labels: bool | None = None
@@ -143,6 +156,19 @@ class Video:
             if labels:
                 draw.text((x, y + self.height), f"{index / self.fps:.2f} s", "black", font)
         return sheet
+
+    def plot_cues(self, pipe: Any = None) -> Image.Image:
+        """The curves that were asked for beside those of the clip, measured, as a PIL RGB image 640 pixels wide.
+
+        `pipe`: the pipeline whose model measures them; None: the one that made the clip. Raises RequestError where
+        that is gone, and for a model that has no curve with units of its own.
+        """
+        pipe = pipe if pipe is not None else self.maker() if self.maker is not None else None
+        if pipe is None:
+            raise RequestError("plot_cues: the pipeline that made the clip is not here; give one: plot_cues(pipe)")
+        measured, requested = pipe.cues(self)
+        panels = [Panel(name, values, requested.get(name, np.zeros(0))) for name, values in measured.items()]
+        return draw(panels, len(self), self.fps)
 
     @property
     def prompt(self) -> str:

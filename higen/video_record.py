@@ -10,10 +10,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from higen.media.sound import Sound
 
 __all__ = ["DEFAULT_FPS", "Clip", "Record", "numbered", "pack", "unpack"]
 
@@ -23,11 +26,15 @@ DEFAULT_FPS = 8.0
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """Frames uint8 [F, H, W, 3], their rate, and metadata in JSON's types: what is written and read."""
+    """Frames uint8 [F, H, W, 3], their rate, and metadata in JSON's types: what is written and read.
+
+    `sound` is written beside the frames; it is not read.
+    """
 
     frames: NDArray[np.uint8]
     fps: float
     metadata: Mapping[str, Any] = field(default_factory=dict)
+    sound: Sound | None = None
 
     @property
     def prompt(self) -> str:

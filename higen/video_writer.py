@@ -13,6 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from higen.errors import HigenError, OutputError, is_of_a_handler, quoted
+from higen.media.sound import Sound, read_sound
+from higen.media.soundtrack import Track, fitted
 from higen.output_file import check_file, check_folder, check_names, keep_mode, lies, output_file
 from higen.paths import given_path
 from higen.staging import exclusive, staging
@@ -22,7 +24,7 @@ from higen.video_record import Clip, numbered, pack
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["check_output", "write"]
+__all__ = ["check_output", "read_track", "write"]
 
 _Encode = Callable[[Clip, Path], None]
 
@@ -87,11 +89,21 @@ def check_output(path: str | os.PathLike[str], frames: int = 1, fps: float | Non
     return path
 
 
+def read_track(path: Path, audio: str | os.PathLike[str], seconds: float) -> tuple[Sound, str]:
+    """The sound to write beside the frames at `path`, as long as they, and what was done to it, in words.
+
+    Raises OutputError for a suffix that has no sound, and for a file that is none, or is silent as long.
+    """
+    if path.suffix.lower() not in _CODECS:
+        raise OutputError(f"{path}: a {path.suffix} file has no sound; {', '.join(_CODECS)} have")
+    return fitted(read_sound(given_path(audio, "audio"), 0.0, seconds), seconds)
+
+
 def _write_stream(clip: Clip, path: Path) -> None:
     import av
     from av.video.reformatter import ColorRange, Colorspace
 
-    container, codec, options, muxer = _CODECS[path.suffix.lower()]
+    container, codec, options, muxer, voice = _CODECS[path.suffix.lower()]
     even = np.pad(
         clip.frames, ((0, 0), (0, clip.frames.shape[1] % 2), (0, clip.frames.shape[2] % 2), (0, 0)), mode="edge"
     )
@@ -103,11 +115,16 @@ def _write_stream(clip: Clip, path: Path) -> None:
         # These tags (1 is BT.709, and the limited range) only declare; the conversion is the reformat below.
         context = stream.codec_context
         context.colorspace = context.color_range = context.color_primaries = context.color_trc = 1
-        for frame in even:
+        track = None if clip.sound is None else Track(output, voice, clip.sound)
+        for index, frame in enumerate(even):
             rgb = av.VideoFrame.from_ndarray(frame, format="rgb24")
             yuv = rgb.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709, dst_color_range=ColorRange.MPEG)
             output.mux(stream.encode(yuv))
+            if track is not None:
+                track.play((index + 1) / clip.fps)
         output.mux(stream.encode(None))
+        if track is not None:
+            track.close()
 
 
 def _quantized(frames: NDArray[np.uint8]) -> list[Image.Image]:
@@ -152,10 +169,18 @@ def _write_npy(clip: Clip, path: Path) -> None:
         np.save(file, clip.frames)
 
 
-# Container, encoder, its options, muxer options. VP9: b=0 is no limit on the bit rate, cpu-used=4 is fast.
-_CODECS: dict[str, tuple[str, str, dict[str, str], dict[str, str]]] = {
-    ".mp4": ("mp4", "libx264", {"crf": "17"}, {"movflags": "+faststart"}),
-    ".webm": ("webm", "libvpx-vp9", {"crf": "24", "b": "0", "deadline": "good", "cpu-used": "4", "row-mt": "1"}, {}),
+# Container, encoder, its options, muxer options, encoder of sound.
+# VP9: b=0 is no limit on the bit rate, cpu-used=4 is fast.
+_VP9 = {"crf": "24", "b": "0", "deadline": "good", "cpu-used": "4", "row-mt": "1"}
+_CODECS: dict[str, tuple[str, str, dict[str, str], dict[str, str], str]] = {
+    ".mp4": ("mp4", "libx264", {"crf": "17"}, {"movflags": "+faststart"}, "aac"),
+    ".webm": (
+        "webm",
+        "libvpx-vp9",
+        {"crf": "24", "b": "0", "deadline": "good", "cpu-used": "4", "row-mt": "1"},
+        {},
+        "libopus",
+    ),
 }
 # Writer, highest rate (browsers play a frame of a .gif of less than 20 ms for 100 ms).
 _WRITERS: dict[str, tuple[_Encode, float]] = {

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from PIL import Image
 from training_run import moving_square, numbers_shown, write_counted
 
+from higen.media.cuts import find_cuts
 from higen.media.timing import effective_rate
-from higen.train.cuts import find_cuts
 from higen.train.data import list_items
 from higen.train.media import (
     IMAGES,

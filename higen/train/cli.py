@@ -83,12 +83,12 @@ def from_recipe(
 
 
 @click.command()
-@click.argument("video", type=PATH)
-@click.option("--model", type=PATH, help="Whose latents and rate.  [the built-in small model]")
+@click.argument("video", type=PATH, metavar="FILE")
+@click.option("--model", type=PATH, help="Whose latents, rate and ranges.  [the built-in small model]")
 @click.option("--fps", type=int, help="Frames a second to look at.  [the model's]")
-@click.option("--frames", type=int, help="Frames from the middle of the video.  [all, as far as the model reaches]")
+@click.option("--frames", type=int, help="Of a video, from its middle; of a sound, from its start.  [all that serve]")
 @click.option("--openclip", type=PATH, help="CLIP picture tower, in transformers' format.")
-@click.option("--plot", type=PATH, help="Draw both curves into this picture.")
+@click.option("--plot", type=PATH, help="Draw the curves into this picture.")
 @JSON
 def cues(
     video: Path,
@@ -99,20 +99,29 @@ def cues(
     plot: Path | None,
     as_json: bool,
 ) -> None:
-    """Measure the motion and appearance cues of VIDEO, as training does."""
+    """Measure the motion and appearance cues of a video, as training does, or the energy and onsets of a sound.
+
+    With --json, what is printed of a sound has its numbers for each control that takes a curve: what the server, C++
+    and Triton take.
+    """
     with reported(as_json):
         from higen.api import default_model
         from higen.bundle import Bundle
         from higen.families.higen import spec
+        from higen.media.sound import SOUNDS
         from higen.output_file import check_file
-
-        with needs("train", "higen cues"):
-            from higen.train.curves import as_text, measure, save_plot
-            from higen.train.latents import other_likeness
+        from higen.train.curves import as_text, measure, other_likeness, save_plot
+        from higen.train.sound_curves import measure_sound
 
         if plot is not None:
             check_file(plot)
         opened = Bundle.open(model or default_model())
+        if video.suffix.lower() in SOUNDS:
+            sound = measure_sound(opened.manifest, video, fps, frames)
+            if plot is not None:
+                sound.save_plot(plot)
+            click.echo(json.dumps(sound.as_json()) if as_json else sound.as_text())
+            return
         curves = measure(
             opened,
             video,

@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from numpy.typing import NDArray
 
+from higen import cue_plot
+from higen.backends.options import Options
+from higen.backends.select import select_backend
 from higen.bundle import Bundle
-from higen.errors import HigenError, OutputError, RequestError
+from higen.errors import HigenError, RequestError
 from higen.families.higen import spec
-from higen.models.companion_stages import EncoderStage
-from higen.models.companions import load_autoencoder
-from higen.output_file import output_file
-from higen.train.cues import appearance_factor, appearance_similarity, motion_of
-from higen.train.cuts import find_cuts
-from higen.train.latents import OpenClip, encode
-from higen.train.media import Placement, Unusable, read_part, sampled_rate, video_length
+from higen.measured_curves import distances, latents_of, likeness, requested_curves
+from higen.media.cuts import find_cuts
+from higen.media.sampling import SAME, Placement, Unusable, read_part, sampled_rate, video_length
+from higen.terminal import needs
+from higen.video_reader import read
 
-__all__ = ["Curves", "as_text", "measure", "save_plot"]
+__all__ = ["Curves", "as_text", "bars", "measure", "other_likeness", "save_plot"]
 
+NONE = np.zeros(0)
 _BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -32,6 +34,7 @@ class Curves:
 
     `motion_factor` and `appearance_factor` are the single numbers closest to them: what `higen generate` takes.
     fps: what the video was sampled at. notes: what a person should know of the measurement, a line each.
+    requested: the curves that the file says were asked for, where it is a whole clip of ours.
     """
 
     fps: float
@@ -40,13 +43,16 @@ class Curves:
     motion_factor: float
     appearance_factor: float
     notes: tuple[str, ...] = ()
+    requested: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
         """JSON-ready."""
         return {
-            **vars(self),
+            "fps": self.fps,
             "motion": list(self.motion),
             "appearance": list(self.appearance),
+            "motion_factor": self.motion_factor,
+            "appearance_factor": self.appearance_factor,
             "notes": list(self.notes),
         }
 
@@ -74,23 +80,58 @@ def measure(
         pixels = read_part(video, size.width, size.height, rate, length, Placement())
     except Unusable as error:
         raise RequestError(f"{video}: {error}") from error
-    autoencoder = load_autoencoder(
-        bundle.file(spec.AUTOENCODER), config.autoencoder.kind, config.autoencoder.arguments, torch.float32
-    )
-    tower = None if openclip is None else OpenClip(openclip, torch.device("cpu"))
-    encoded = encode(
-        EncoderStage(autoencoder, config.autoencoder.shift, config.autoencoder.scale).eval(), pixels, tower
-    )
-    latents = encoded.mean  # without the posterior's noise: the same video gives the same curves
-    features = latents.transpose(0, 1).flatten(1) if encoded.features is None else encoded.features
-    motion, similarity = motion_of(latents[None])[0].double(), appearance_similarity(features[None])
+    backend = select_backend(bundle, options=Options(device="cpu"))
+    try:
+        latents = latents_of(bundle.manifest, backend, pixels)
+    finally:
+        backend.close()
+    motion = distances(latents)
+    similarity = likeness(latents if openclip is None else _features(openclip, pixels))
     return Curves(
         fps=float(f"{sampled:.6g}"),
-        motion=tuple(motion.tolist()),
-        appearance=tuple(round(value, 4) for value in similarity[0, 0].tolist()),
-        motion_factor=round(float(motion.mean()), 1),
-        appearance_factor=round(float(appearance_factor(similarity)), 3),
+        motion=tuple(motion),
+        appearance=tuple(round(value, 4) for value in similarity[0].tolist()),
+        motion_factor=round(float(np.mean(motion)), 1),
+        appearance_factor=round(_factor(similarity), 3),
         notes=tuple(_notes(rate, sampled, find_cuts(pixels))),
+        requested=_requested(bundle, video, length, sampled),
+    )
+
+
+def _requested(bundle: Bundle, video: Path, frames: int, fps: float) -> dict[str, NDArray[np.float64]]:
+    """The curves in the metadata of a clip of ours, where all of it was measured."""
+    try:
+        clip = read(video)
+    except HigenError:
+        return {}
+    whole = len(clip.frames) == frames and abs(clip.fps / fps - 1) < SAME
+    return requested_curves(bundle.manifest, clip.metadata, frames) if whole else {}
+
+
+def _features(openclip: str, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """What a CLIP picture tower sees of frames [F,Y,X,3]; [F,D]."""
+    with needs("train", "the OpenCLIP appearance cue"):
+        import torch
+
+        from higen.train.latents import CHUNK, OpenClip, to_pixels
+    tower = OpenClip(openclip, torch.device("cpu"))
+    return torch.cat([tower(chunk) for chunk in to_pixels(pixels).split(CHUNK)]).numpy()
+
+
+def _factor(similarity: NDArray[np.float64]) -> float:
+    """The factor a whose matrix 1 - a |i-j|/(F-1) is closest to a similarity [F,F] in least squares."""
+    place = np.linspace(0, 1, len(similarity))
+    distance = np.abs(place[:, None] - place[None, :])
+    return float(((1 - similarity) * distance).sum() / (distance**2).sum())
+
+
+def other_likeness(config: spec.ModelConfig, openclip: str | None) -> str | None:
+    """A line for who measures the appearance of a model that has a factor for it by the latents; None: all is well."""
+    if openclip is not None or config.defaults.appearance is None:
+        return None
+    return (
+        f"appearance is measured on the latents: if {config.name} learnt it with OpenCLIP, as the released model did, "
+        "its factor means something else; give the tower's folder as openclip"
     )
 
 
@@ -105,8 +146,8 @@ def _notes(rate: float, sampled: float, cuts: Sequence[int]) -> Iterator[str]:
 def as_text(curves: Curves) -> str:
     """Both curves as bars and as a table."""
     lines = [
-        f"motion      {_bars(curves.motion)}  mean {curves.motion_factor:g}",
-        f"appearance  {_bars(curves.appearance)}  factor {curves.appearance_factor:g}",
+        f"motion      {bars(curves.motion)}  mean {curves.motion_factor:g}",
+        f"appearance  {bars(curves.appearance)}  factor {curves.appearance_factor:g}",
         "",
         "  time s    motion  appearance",
     ]
@@ -116,40 +157,18 @@ def as_text(curves: Curves) -> str:
     return "\n".join(lines)
 
 
-def _bars(values: Sequence[float]) -> str:
+def bars(values: Sequence[float]) -> str:
+    """Numbers as bars of a line of text."""
     low, high = min(0.0, *values), max(values)
     unit = (len(_BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(_BARS[round((value - low) * unit)] for value in values)
 
 
 def save_plot(curves: Curves, path: Path) -> None:
-    """Both curves over time as a picture. Raises OutputError where it cannot be written."""
-    from PIL import Image, ImageDraw, ImageFont
+    """Both curves over time, and those that the file says were asked for, as a picture.
 
-    width, height, margin = 640, 180, 46
-    picture = Image.new("RGB", (width, 2 * height), "white")
-    draw, font = ImageDraw.Draw(picture), ImageFont.load_default(12)
-    panels = (("motion", np.array(curves.motion), 1), ("appearance", np.array(curves.appearance), 0))
-    seconds = (len(curves.appearance) - 1) / curves.fps
-    for row, (name, values, first) in enumerate(panels):
-        top, bottom = row * height + 24, (row + 1) * height - 24
-        low, high = min(0.0, float(values.min())), float(values.max())
-        high = high if high > low else low + 1.0
-        x = margin + (np.arange(len(values)) + first) / curves.fps / seconds * (width - 2 * margin)
-        y = bottom - (values - low) / (high - low) * (bottom - top)
-        draw.text((margin, top - 18), f"{name}, {curves.fps:g} frames a second", "black", font)
-        draw.line([(margin, top), (margin, bottom), (width - margin, bottom)], "gray")
-        for value, place in ((high, top), (low, bottom)):
-            draw.text((4, place - 6), f"{value:.4g}", "gray", font)
-        draw.text((width - margin - 24, bottom + 4), f"{seconds:.2f} s", "gray", font)
-        points = list(zip(x.tolist(), y.tolist(), strict=True))
-        draw.line(points, "#1f77b4", 2)
-        for px, py in points:
-            draw.ellipse((px - 2, py - 2, px + 2, py + 2), "#1f77b4")
-    try:
-        with output_file(path) as temporary:
-            picture.save(temporary)
-    except HigenError:
-        raise
-    except (OSError, ValueError) as error:  # ValueError: an unknown suffix
-        raise OutputError(f"{path}: cannot be written: {error}") from error
+    Raises OutputError where it cannot be written.
+    """
+    found = {"motion": np.array(curves.motion), "appearance": np.array(curves.appearance)}
+    panels = [cue_plot.Panel(name, values, curves.requested.get(name, NONE)) for name, values in found.items()]
+    cue_plot.save(cue_plot.draw(panels, len(curves.appearance), curves.fps), path)

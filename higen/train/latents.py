@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from higen.bundle import sha256
 from higen.errors import MissingExtra, SettingsError, TrainingError
-from higen.families.higen.spec import ModelConfig
 from higen.models.companion_stages import EncoderStage
 from higen.staging import whole_file
 
@@ -29,7 +28,6 @@ __all__ = [
     "LatentCache",
     "OpenClip",
     "encode",
-    "other_likeness",
     "to_pixels",
     "tower_sha256",
 ]
@@ -62,16 +60,6 @@ class FrameEncoder(Protocol):
     def __call__(self, pixels: Tensor) -> Tensor:
         """Pixels [F,3,Y,X] in -1 to 1 to features [F,D]."""
         ...
-
-
-def other_likeness(config: ModelConfig, openclip: str | None) -> str | None:
-    """A line for who measures the appearance of a model that has a factor for it by the latents; None: all is well."""
-    if openclip is not None or config.defaults.appearance is None:
-        return None
-    return (
-        f"appearance is measured on the latents: if {config.name} learnt it with OpenCLIP, as the released model did, "
-        "its factor means something else; give the tower's folder as openclip"
-    )
 
 
 class OpenClip:

@@ -22,11 +22,11 @@ from higen.staging import staging, whole_file
 from higen.train.batches import Batches
 from higen.train.checkpoints import Checkpoints
 from higen.train.codec import CodecTrainer
+from higen.train.curves import other_likeness
 from higen.train.data import list_items
 from higen.train.file_source import FileSource, make_reader
 from higen.train.gradients import DenoiserGradients
 from higen.train.held_out import HeldOut
-from higen.train.latents import other_likeness
 from higen.train.layers import LORA, denoiser_weights, trained_parameters, whole_weights, write_lora
 from higen.train.loop import Cadence, Loop, Periodic, Say
 from higen.train.networks import Objective, build, write_model

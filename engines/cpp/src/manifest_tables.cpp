@@ -254,7 +254,13 @@ void read_control(const Json& json, const std::string& where, Control& control) 
     object.required_value("optional", control.optional);
     check_control(control, where);
     object.required("default", [&](const auto& value, const auto& place) { take_default(value, place, control); });
+    std::optional<std::array<double, 2>> usual;  // for sounds and planners, which this runtime leaves to others
+    object.value("usual", usual);
     object.finish();
+    if (!usual) return;
+    const auto [low, high] = *usual;
+    check_manifest(control.kind == Kind::curve && control.allows(low) && control.allows(high) && low < high,
+                   where + ".usual: of a curve, two numbers in its range, the lower one first");
 }
 
 void read_stage(const Json& json, const std::string& where, Stage& stage) {

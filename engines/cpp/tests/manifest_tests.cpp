@@ -178,6 +178,10 @@ TEST(controls_that_contradict_themselves) {
     refused("low is at most high", [](Json& json) { control_row(json, "wind")["low"] = 2000; });
     refused("needs one, unless it is optional", [](Json& json) { control_row(json, "gust")["default"] = nullptr; });
     refused("a control with the encoding sinusoid", [](Json& json) { control_row(json, "gust")["optional"] = true; });
+    refused("controls[0].usual: of a curve, two numbers",
+            [](Json& json) { control_row(json, "wind")["usual"] = {5, 5}; });
+    refused("controls[0].usual=", [](Json& json) { control_row(json, "wind")["usual"] = {5}; });
+    refused("controls[2].usual: of a curve", [](Json& json) { control_row(json, "gust")["usual"] = {0, 1}; });
     refused("controls[2].name='seed'", [](Json& json) { control_row(json, "gust")["name"] = "seed"; });
     refused("controls[2].name='2nd'", [](Json& json) { control_row(json, "gust")["name"] = "2nd"; });
     refused("controls[0].encoding=number", [](Json& json) { control_row(json, "wind")["encoding"] = "number"; });

@@ -12,7 +12,7 @@ from typing import Any
 from higen.errors import ManifestError
 from higen.schedule import NoiseSchedule
 from higen.tables import TextRules
-from higen.typed_json import check_positive, from_json, to_json
+from higen.typed_json import LATER, check_positive, from_json, to_json
 
 __all__ = [
     "TOKENIZER",
@@ -141,6 +141,8 @@ class Defaults:
     motion: float | None = 500.0
     appearance: float | None = 1.0
     offset_noise: float = 0.1
+    usual_motion: tuple[float, float] | None = field(default=None, metadata=LATER)
+    """What still and fast clips have: a sound and words are mapped into it."""
 
 
 @dataclass(frozen=True)

@@ -151,6 +151,7 @@ def _controls(config: ModelConfig) -> tuple[Control, ...]:
             low=0.0,
             default=defaults.motion,
             optional=config.optional_cues or defaults.motion is None,
+            usual=defaults.usual_motion,
         ),
         Control(
             "appearance",
@@ -317,6 +318,7 @@ def config(manifest: Manifest) -> ModelConfig:
             motion=motion.default,
             appearance=appearance.default,
             offset_noise=controls["offset_noise"].default,
+            usual_motion=motion.usual,
         ),
         max_frames=sizes.frames[2],
         optional_cues=motion.optional and appearance.optional,

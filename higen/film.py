@@ -1,0 +1,168 @@
+"""A scene script as one video: each scene is a single request, and what is finished is kept until all are."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from higen.errors import HigenError, OutputError, RequestError
+from higen.media.files import check_bytes
+from higen.output_file import check_folder
+from higen.pipeline import Pipeline
+from higen.request import Picture, Request
+from higen.script import Script
+from higen.version import __version__
+from higen.video import Video
+
+__all__ = ["KeptScenes", "make_film", "scene_requests"]
+
+
+def scene_requests(pipeline: Pipeline, script: Script) -> list[Request]:
+    """The checked request of each scene. Raises RequestError naming the scene, before any work."""
+    found: list[Request] = []
+    for place, scene in enumerate(script.scenes):
+        if scene.transition == "continue":
+            raise RequestError(
+                f"scenes[{place}]: transition='continue' needs known frames, which this version cannot set; "
+                "use 'cut' or 'crossfade'"
+            )
+        try:
+            found.append(pipeline.request(scene.prompt, **scene.options))
+        except RequestError as error:
+            raise RequestError(f"scenes[{place}]: {error}") from error
+    sizes = {(request.width, request.height) for request in found}
+    if len(sizes) > 1:
+        raise RequestError(f"scenes: sizes {sorted(sizes)}: one size for all")
+    try:
+        check_bytes(script.frames, found[0].width, found[0].height)
+    except OutputError as error:
+        raise RequestError(f"scenes: {error}") from error
+    return found
+
+
+class KeptScenes:
+    """A folder of finished scenes, each named by what it was made from: a changed scene is another file."""
+
+    def __init__(self, folder: Path) -> None:
+        """The folder is made when the first scene is finished. Raises OutputError where it cannot be."""
+        self.folder = folder
+        if folder.exists() and not folder.is_dir():
+            raise OutputError(f"{folder}: is no folder; the finished scenes are kept there")
+        check_folder(folder, folder if folder.is_dir() else folder.parent, writing=True)
+
+    def path(self, place: int, key: str) -> Path:
+        """Where a scene is kept; .webp is lossless and has the metadata."""
+        return self.folder / f"scene_{place + 1:03d}_{key[:24]}.webp"
+
+    def load(self, path: Path, request: Request) -> Video | None:
+        """A finished scene; None where there is none that is whole."""
+        if not path.is_file():
+            return None
+        try:
+            video = Video.open(path)
+        except HigenError:
+            return None
+        whole = video.frames.shape == (request.frames, request.height, request.width, 3)
+        return video if whole else None
+
+    def save(self, path: Path, video: Video) -> None:
+        """Keep a finished scene. Raises OutputError."""
+        try:
+            self.folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"{self.folder}: cannot be made: {error.strerror}") from error
+        video.save(path)
+
+    def remove(self, paths: list[Path]) -> None:
+        """Remove these scenes, and the folder if nothing else is in it."""
+        for path in paths:
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            self.folder.rmdir()
+
+
+def make_film(
+    pipeline: Pipeline,
+    script: Script,
+    kept: KeptScenes | None = None,
+    progress: bool | None = None,
+    on_scene: Callable[[int, bool], None] = lambda place, again: None,
+    requests: list[Request] | None = None,
+) -> tuple[Video, list[Path]]:
+    """The video of a script, and the files that its scenes are kept in.
+
+    kept      where finished scenes are kept and found again; None: nowhere
+    progress  as for `Pipeline.__call__`
+    on_scene  is called as each scene is ready: its number from 0, and whether it was there already
+    requests  of `scene_requests`, where they have been made
+
+    Each scene's frames are those of its single request, but for those of a crossfade. Raises what a request raises.
+    """
+    requests = scene_requests(pipeline, script) if requests is None else requests
+    model = sorted((name, record.sha256) for name, record in pipeline.bundle.files.items())
+    videos: list[Video] = []
+    paths: list[Path] = []
+    for place, request in enumerate(requests):
+        path = None if kept is None else kept.path(place, _key(request, model))
+        found = None if kept is None or path is None else kept.load(path, request)
+        video = pipeline.make(request, progress)[0] if found is None else found
+        if kept is not None and path is not None:
+            if found is None:
+                kept.save(path, video)
+            paths.append(path)
+        videos.append(video)
+        on_scene(place, found is not None)
+    return Video(_joined(script, videos), script.fps, _metadata(script, videos)), paths
+
+
+def _key(request: Request, model: list[tuple[str, str]]) -> str:
+    """A digest of all that a scene's frames depend on, but for the rounding of one backend or another."""
+    controls = {name: _plain(value) for name, value in request.controls.items()}
+    fields = {name: getattr(request, name) for name in _FIELDS}
+    text = json.dumps([__version__, model, fields, controls], sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+_FIELDS = ("prompts", "negative_prompt", "seeds", "steps", "guidance", "solvers", "frames", "height", "width", "fps")
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, Picture):
+        return value.digest.hex()
+    return [_plain(one) for one in value] if isinstance(value, (list, tuple)) else value
+
+
+def _joined(script: Script, videos: list[Video]) -> NDArray[np.uint8]:
+    """All frames; in a crossfade of n frames, frame k is the new scene's by (k + 1) / (n + 1)."""
+    frames = np.empty((script.frames, *videos[0].frames.shape[1:]), np.uint8)
+    end = 0
+    for scene, video in zip(script.scenes, videos, strict=True):
+        first, fade = end - scene.fade, scene.fade
+        if fade:
+            weight = (np.arange(1, fade + 1) / (fade + 1))[:, None, None, None]
+            mixed = (1 - weight) * frames[first:end] + weight * video.frames[:fade]
+            frames[first:end] = np.rint(mixed)
+        end = first + scene.frames
+        frames[first + fade : end] = video.frames[fade:]
+    return frames
+
+
+def _metadata(script: Script, videos: list[Video]) -> dict[str, Any]:
+    """Each scene's metadata with its place: `first` of the video's frames, `frames` of its own."""
+    scenes, first = [], 0
+    for scene, video in zip(script.scenes, videos, strict=True):
+        first -= scene.fade
+        place = {"first": first, "frames": scene.frames, "transition": scene.transition, "fade": scene.fade}
+        scenes.append({**place, **video.metadata})
+        first += scene.frames
+    shared = {name: videos[0].metadata.get(name) for name in ("model", "licence", "versions")}
+    return {"prompt": " / ".join(scene.prompt for scene in script.scenes), **shared, "scenes": scenes}
