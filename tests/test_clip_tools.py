@@ -32,7 +32,7 @@ CLIP = Video(np.random.default_rng(3).integers(0, 256, (7, 8, 12, 3), np.uint8),
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "tools"
-    with files.create(path, MANIFEST) as inside:
+    with files.create_model(path, MANIFEST) as inside:
         write_tokenizer(build_word_tokenizer(("a", "red", "kite", "climbs")), inside / "words.json")
     return path
 

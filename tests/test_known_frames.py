@@ -32,7 +32,7 @@ KEYS: dict[Any, Any] = {0: PICTURES[0], -2: PICTURES[1]}
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "known"
-    with files.create(path, MANIFEST) as inside:
+    with files.create_model(path, MANIFEST) as inside:
         write_tokenizer(build_word_tokenizer(("a", "red", "kite", "climbs")), inside / "words.json")
     return path
 
