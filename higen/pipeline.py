@@ -16,6 +16,7 @@ from typing import Any, TypeAlias, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from higen import clip_tools
 from higen.backends.base import CLOSED, Backend
 from higen.bounded_cache import BoundedCache
 from higen.bundle import Bundle
@@ -23,6 +24,7 @@ from higen.chunk_runner import ChunkRunner
 from higen.errors import BackendError, HigenError, NotPicklable, RequestError
 from higen.events import Event, Frames, Stream, timed, timed_events, timed_steps
 from higen.forks import Home
+from higen.generation_record import generation_record
 from higen.images import load_picture
 from higen.measured_curves import measured_cues, measured_curve, requested_curves
 from higen.memory import enough_memory
@@ -36,7 +38,6 @@ from higen.sources import Kept, Place, Sources, cut, spread
 from higen.stages import Stage
 from higen.tables import COMMON, Control, Loop
 from higen.tokenizer import PromptTokenizer
-from higen.version import __version__
 from higen.video import Video, to_uint8
 
 __all__ = ["Pipeline", "Prompts"]
@@ -122,6 +123,11 @@ class Pipeline:
         request = self._request(prompt, options, only=1)
         images = [video.frames[0] for video in self.make(request, progress)]
         return images[0] if isinstance(plain(prompt), str) else images
+
+    extend = clip_tools.extend
+    interpolate = clip_tools.interpolate
+    loop = clip_tools.loop
+    edit = clip_tools.edit
 
     def stream(self, prompt: str | Prompts = "", **options: Any) -> Stream:
         """Every event as it happens; arguments as for a call. The request is checked here, not at the first step; the
@@ -281,8 +287,8 @@ class Pipeline:
         for event in timed_events(seconds, "decode", self._decode(latents, sources, request)):
             frames[event.video, event.first : event.first + len(event.frames)] = event.frames
             yield event
-        made = [(frames[i], self._metadata(request, i, seconds)) for i in range(len(frames))]
-        return [Video(shown, request.fps, metadata, weakref.ref(self)) for shown, metadata in made]
+        made = [generation_record(self.manifest, request, i, seconds, self.backend.name) for i in range(len(frames))]
+        return [Video(shown, request.fps, row, weakref.ref(self)) for shown, row in zip(frames, made, strict=True)]
 
     def _sources(self, request: Request) -> Sources:
         """The sources of a request, its texts read."""
@@ -315,11 +321,19 @@ class Pipeline:
             first=self._first(request, loop, len(table)),
             windows=loop.windows,
             tiles=loop.tiles,
+            edit=sources.known(loop),
         )
         clean = sources.made(loop.start.latents, loop) if loop.start and request.begins(loop) else None
         unit, added = sources.initial_noise(loop)
         runner = ChunkRunner.over(self.backend, self.manifest, [sources.chunks(i) for i in range(sources.samples)])
         yield from denoise(runner, plan, initial_state(table, unit, added, clean, plan.first))
+
+    def start_latents(self, request: Request, loop: Loop) -> NDArray[np.float32]:
+        """What a loop of a request begins from, [B, C, F, H, W]. Raises RequestError where it begins from noise."""
+        if loop.start is None or not request.begins(loop):
+            raise RequestError(f"{loop.name} begins from noise")
+        self._check_usable()
+        return np.asarray(self._sources(request).made(loop.start.latents, loop), np.float32)
 
     def _stage(self, loop: Loop, unguided: bool) -> Stage:
         """The stage that does a row, whether its guidance is 1 everywhere or not."""
@@ -368,22 +382,6 @@ class Pipeline:
                     pixels = pixels[0].swapaxes(0, 1)
                 done += last - first
                 yield Frames(video, first, to_uint8(pixels[first - start : last - start]), done, batch * total)
-
-    def _metadata(self, request: Request, index: int, seconds: Mapping[str, float]) -> dict[str, Any]:
-        shown = [control.name for control in self.manifest.controls if control.kind not in ("picture", "clip")]
-        return {
-            "prompt": request.prompts[index],
-            "negative_prompt": request.negative_prompt,
-            "seed": request.seeds[index],
-            "steps": list(request.steps),
-            "guidance": list(request.guidance),
-            "solver": request.solvers[0] if len(set(request.solvers)) == 1 else list(request.solvers),
-            **{name: plain(request.controls[name]) for name in shown},
-            "model": self.manifest.name,
-            "licence": self.manifest.licence,
-            "versions": {"higen": __version__, "backend": self.backend.name},
-            "seconds": dict(seconds),
-        }
 
 
 _COMMON = tuple(name for name in COMMON if name != "prompt")

@@ -10,14 +10,16 @@ from typing import Any, Literal
 from higen import noise_schedule as solvers
 from higen.errors import ManifestError
 from higen.noise_schedule import PREDICTIONS, NoiseSchedule, Solver
-from higen.stages import FREE
+from higen.stages import FREE, NEGATIVE
 from higen.typed_json import LATER
 
 __all__ = [
     "COMMON",
     "MAX_NUMBER",
     "NUMERIC",
+    "VISUAL",
     "Control",
+    "Known",
     "Loop",
     "Mix",
     "NoiseRule",
@@ -32,7 +34,7 @@ __all__ = [
     "is_number",
 ]
 
-RESERVED = ("progress", "warn")
+RESERVED = ("progress", "warn", NEGATIVE)
 COMMON = ("prompt", "negative_prompt", "seed", "steps", "guidance", "solver", "frames", "width", "height", "fps")
 """What every request may set, whatever the model; no control has such a name."""
 
@@ -48,6 +50,9 @@ ENCODINGS: dict[str, tuple[str | None, ...]] = {
 """Encodings by kind of control; other kinds have none."""
 
 NUMERIC = ("number", "whole", "curve")
+VISUAL = ("picture", "clip", "frames", "mask")
+"""Kinds of control whose values are pixels: none of them has a default."""
+
 MAX_SIDE = 4096
 MOST_CHUNKS = 64  # of a text
 MAX_SIZE = 2**31  # of an axis
@@ -144,7 +149,7 @@ class Control:
     """
 
     name: str
-    kind: Literal["number", "whole", "curve", "text", "picture", "clip", "choice"]
+    kind: Literal["number", "whole", "curve", "text", "picture", "clip", "choice", "frames", "mask"]
     meaning: str
     encoding: Literal["number", "curve", "sinusoid", "similarity"] | None = None
     low: float | None = None
@@ -153,6 +158,7 @@ class Control:
     default: Any = None
     optional: bool = False
     usual: tuple[float, float] | None = field(default=None, metadata=LATER)
+    measured: Literal["distance", "similarity"] | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         check(self.name.isidentifier() and self.name not in COMMON + RESERVED, f"name={self.name!r}: a name of its own")
@@ -168,12 +174,14 @@ class Control:
                 self.kind == "curve" and all(is_number(end) and self.allows(end) for end in self.usual) and low < high
             )
             check(good, f"usual={list(self.usual)}: of a curve, two numbers in its range, the lower one first")
+        good = self.measured is None or self.kind == "curve"
+        check(good, f"measured={self.measured!r}: null, or of a curve 'distance' or 'similarity'")
         self._check_default()
 
     def _check_default(self) -> None:
         value = self.default
         if value is None:
-            good = self.optional or self.kind in ("picture", "clip")
+            good = self.optional or self.kind in VISUAL
             check(good, f"default=None: {self.kind} needs one, unless it is optional")
         elif self.kind in NUMERIC:
             whole = self.kind != "whole" or type(value) is int
@@ -260,6 +268,17 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Known:
+    """Where `control`, of kind frames, is given, the loop's estimate of the clean latents is the source `latents` at
+    those frames, after each row. `mask`: a control of kind mask; where it is white the frames are drawn anew.
+    """
+
+    control: str
+    latents: str
+    mask: str | None = None
+
+
+@dataclass(frozen=True)
 class Windows:
     """A clip of more than `length` frames is denoised in windows that begin `stride` frames apart."""
 
@@ -305,6 +324,7 @@ class Loop:
     start: Start | None = None
     windows: Windows | None = None
     tiles: Tiles | None = field(default=None, metadata=LATER)
+    known: Known | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         check(bool(self.guided or self.plain), "guided, plain: at least one stage")

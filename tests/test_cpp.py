@@ -38,7 +38,15 @@ from higen.backends.options import Options
 from higen.backends.plans import EXTRAS, Plan, PlanProfile, Span, best_profile, fitting_plans, read_plans
 from higen.bundle import MANIFEST, Bundle, create_model, graph_file, put_file
 from higen.conditioning import curve_rows, curve_values, similarity_rows, sinusoid_rows
-from higen.errors import BackendUnavailable, HigenError, MissingExtra, ModelError, OutsideProfile, PromptWarning
+from higen.errors import (
+    BackendUnavailable,
+    HigenError,
+    MissingExtra,
+    ModelError,
+    OutsideProfile,
+    PictureWarning,
+    PromptWarning,
+)
 from higen.export.model_graphs import export_model
 from higen.export.quantize import quantize, record_calls
 from higen.images import resampling
@@ -189,7 +197,7 @@ def compare(built: Path, pipeline: Pipeline, case: dict[str, Any], target: Path,
     prompts = pipeline.manifest.prompts
     prompt = prompts[prompt % len(prompts)] if isinstance(prompt, int) else prompt
     controls = [control.name for control in pipeline.controls]
-    shown = {name for name, value in options.items() if isinstance(value, np.ndarray)}
+    shown = {name for name, value in options.items() if isinstance(value, (np.ndarray, dict))}
     flags = [text for name, value in options.items() if name not in shown for text in flag(controls, name, value)]
     higen_run(built, pipeline.bundle.path, prompt, "-q", "-o", target, *flags, *more)
     with warnings.catch_warnings():
@@ -226,6 +234,23 @@ def test_frames_of_a_key_frame_of_the_users(
     flag = ("--image", "") if size == (64, 64) else ("--picture", "image=")
     file = ppm(tmp_path / "key.ppm", picture)
     compare(built, pipelines(default_model()), case, tmp_path / "video.npy", flag[0], f"{flag[1]}{file}")
+
+
+def test_frames_that_a_clip_passes_through(built: Path, pipelines: Callable[[Path], Pipeline], tmp_path: Path) -> None:
+    """Known frames, one of another size, and a mask; then a clip that another begins from."""
+    random = np.random.default_rng(2)
+    frames = [random.integers(0, 256, size, dtype=np.uint8) for size in ((64, 64, 3), (50, 97, 3))]
+    files = [ppm(tmp_path / f"{i}.ppm", frame) for i, frame in enumerate(frames)]
+    mask = np.zeros((64, 64, 3), np.uint8)
+    mask[:, 20:] = 255
+    case = {"prompt": 0, "steps": 2, "frames": 3, "keyframes": {0: frames[0], -1: frames[1]}, "mask": mask}
+    more = ["--keyframe", f"0={files[0]}", f"--keyframe=-1={files[1]}", "--picture"]
+    more += [f"mask={ppm(tmp_path / 'm.ppm', mask)}"]
+    pipeline = pipelines(default_model())
+    with pytest.warns(PictureWarning, match=r"^keyframes\[2\] has 97x50 pixels"):
+        compare(built, pipeline, case, tmp_path / "video.npy", *more)
+    case = {"prompt": 0, "steps": 4, "frames": 2, "video": np.stack([frames[0], frames[0]]), "strength": 0.5}
+    compare(built, pipeline, case, tmp_path / "video.npy", "--picture", f"video={files[0]},{files[0]}")
 
 
 MADE_UP: list[dict[str, Any]] = [

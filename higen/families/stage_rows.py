@@ -8,10 +8,10 @@ from typing import Any
 
 from higen.noise_schedule import NoiseSchedule, Solver
 from higen.stages import EMPTY, TOKENS, Output, Stage, Tensor
-from higen.tables import Control, Loop, NoiseRule, Sizes, TextRules
+from higen.tables import Control, Known, Loop, NoiseRule, Sizes, TextRules
 
-__all__ = ["CHUNKS", "TEXT_CONDITIONS", "Sampling", "autoencoder_stages", "clip_text", "denoising_loop"]
-__all__ += ["solver_stages", "strength_control", "text_encoder_stage", "unet_sizes"]
+__all__ = ["CHUNKS", "KNOWN", "TEXT_CONDITIONS", "Sampling", "autoencoder_stages", "clip_text", "denoising_loop"]
+__all__ += ["known_frames_controls", "solver_stages", "strength_control", "text_encoder_stage", "unet_sizes"]
 
 CHUNKS = 8
 """Chunks of 75 tokens that a prompt may have: engines are built for as many."""
@@ -110,6 +110,18 @@ def text_encoder_stage(weights: str, width: str) -> Stage:
     """`text_encoder`: tokens [B,L] -> hidden [B,L,`width`]; `width` is a symbol."""
     tokens = Tensor("tokens", ("B", "L"), "int64", "text:prompt")
     return Stage("text_encoder", weights, (tokens,), (Output("hidden", ("B", "L", width)),))
+
+
+KNOWN = Known("keyframes", "vae_encoder@keyframes.latents", "mask")
+"""A loop that passes through frames of the request, encoded by `vae_encoder`."""
+
+
+def known_frames_controls() -> tuple[Control, Control]:
+    """What `KNOWN` reads."""
+    return (
+        Control("keyframes", "frames", "frames that the clip passes through, by index: 0 is the first, -1 the last"),
+        Control("mask", "mask", "where the known frames are drawn anew: white, and kept: black"),
+    )
 
 
 def strength_control(what: str, default: float) -> Control:

@@ -123,6 +123,14 @@ void read_tiles(const Json& json, const std::string& where, Tiles& tiles) {
                        ", and a stride from 1 to the smaller one");
 }
 
+void read_known(const Json& json, const std::string& where, Known& known) {
+    Object object(json, where);
+    object.required_value("control", known.control);
+    object.required("latents", [&](const auto& value, const auto& place) { read_source(value, place, known.latents); });
+    object.required("mask", [&](const auto& value, const auto& place) { take_name(value, place, known.mask); });
+    object.finish();
+}
+
 void read_windows(const Json& json, const std::string& where, Windows& windows) {
     Object object(json, where);
     object.required_value("length", windows.length);
@@ -201,6 +209,7 @@ void read_loop(const Json& json, const std::string& where, Loop& loop) {
     take_row(object, "start", loop.start, read_start);
     take_row(object, "windows", loop.windows, read_windows);
     take_later_row(object, "tiles", loop.tiles, read_tiles);
+    take_later_row(object, "known", loop.known, read_known);
     object.finish();
     check_loop(loop, where);
 }

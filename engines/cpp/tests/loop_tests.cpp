@@ -437,7 +437,8 @@ TEST(an_edit_of_the_estimate_is_as_if_the_stage_had_made_it) {
             x = row.A * x + row.B * (row.alpha * x - wanted) / row.sigma + row.C * previous;
             previous = wanted;
         }
-        CHECK(near(out.floats()[i], x, 1e-4));
+        // The result is what is known for certain: these rows end at a noise level above 0.
+        CHECK(near(out.floats()[i], mask[i % 6] == 1 ? known[i] : x, 1e-4));
     }
     run.edit->mask = Array::of({1, 1, 1, 1, 1}, std::vector<float>{0});
     const auto untouched = denoise(m.backend, run, floats(shape, noise), [](const Step&) {}, m.cancellation)->to_host();
@@ -449,6 +450,65 @@ TEST(an_edit_of_the_estimate_is_as_if_the_stage_had_made_it) {
     run.edit = Edit{Array::of({1}, std::vector<float>{0}), Array::of({1}, std::vector<float>{0})};
     CHECK_FAILS(HIGEN_ERROR_BACKEND, "an edit of latents [1, 4, 1, 2, 3] has known [1]",
                 denoise(m.backend, run, floats(shape, noise), [](const Step&) {}, m.cancellation));
+}
+
+TEST(a_clip_passes_through_known_frames) {
+    auto json = fixture::manifest();
+    json["controls"].push_back(fixture::control("keys", "frames", nullptr, nullptr));
+    json["controls"].push_back(fixture::control("veil", "mask", nullptr, nullptr));
+    json["loops"][1]["known"] = {{"control", "keys"}, {"latents", "scribe@keys.latents"}, {"mask", "veil"}};
+    for (auto& stage : json["stages"])
+        if (stage["name"] == "film" || stage["name"] == "film_plain") {
+            stage["inputs"].push_back(fixture::input("told", {"B", "C", "F", "H", "W"}, "known:latents"));
+            stage["inputs"].push_back(fixture::input("sure", {"B", 1, "F", "H", "W"}, "known:mask"));
+            stage["inputs"].push_back(fixture::input("whole", {"B", "F"}, "known:mask"));
+        }
+    Model m(json), free(json);
+    std::vector<std::uint8_t> first(18, 255), later(18, 51), veil(18, 0);
+    for (std::size_t i = 0; i < 3; ++i) veil[i] = 255;  // one pixel, which is one latent cell
+    higen_picture pictures[] = {{"keys[-1]", later.data(), 1, 2, 3},
+                                {"keys[1]", first.data(), 1, 2, 3},
+                                {"veil", veil.data(), 1, 2, 3}};
+    m.request = m.asked([&](auto& r) { r.pictures = pictures, r.picture_count = 3; });
+    m.generate();
+    free.generate();
+    // Both frames are encoded at once, in their order in the clip, though the model's own source is another control.
+    const auto seen = m.backend.last("scribe", "pixels");
+    CHECK(seen.shape == (Shape{2, 3, 2, 3}));
+    CHECK(near(seen.floats().front(), 1));
+    CHECK(near(seen.floats().back(), -0.6, 1e-6));
+    const auto told = m.backend.last("film", "told"), sure = m.backend.last("film", "sure"),
+               whole = m.backend.last("film", "whole");
+    CHECK(whole.floats() == (std::vector<float>{0, 0, 0, 0, 0}));  // none of them is wholly known
+    for (std::size_t f = 0; f < 5; ++f)
+        for (std::size_t i = 0; i < 6; ++i) {
+            const bool known = (f == 1 || f == 4) && i > 0;
+            CHECK(sure.floats()[f * 6 + i] == (known ? 1.0F : 0.0F));
+            if (!known)
+                for (std::size_t c = 0; c < 4; ++c) CHECK(told.floats()[(c * 5 + f) * 6 + i] == 0);
+        }
+    // The first channel of what the scribe makes is what the painter shows; other frames are drawn as without.
+    CHECK(m.rgb[0].size() == free.rgb[0].size() && m.rgb != free.rgb);
+    for (std::size_t i = 0; i < 18; ++i) CHECK(m.rgb[0][i] == free.rgb[0][i]);
+    CHECK(free.backend.called("scribe") == 0);
+    const auto nothing = free.backend.last("film", "told");
+    for (const auto value : nothing.floats()) CHECK(value == 0);
+    const auto refused = [&](const char* message, std::vector<higen_picture> given, std::int32_t frames = 5) {
+        CHECK_FAILS(HIGEN_ERROR_REQUEST, message, m.asked([&](auto& r) {
+            r.pictures = given.data(), r.picture_count = given.size(), r.frames = frames;
+        }));
+    };
+    refused("keys: frame 5: the clip has 5 frames: 0 to 4, or -1 to -5 from the end", {{"keys[5]", first.data(), 1, 2, 3}});
+    refused("keys: frame -6: the clip has 5 frames", {{"keys[-6]", first.data(), 1, 2, 3}});
+    refused("keys: frame -1: frame 4 is given twice", {{"keys[4]", first.data(), 1, 2, 3}, pictures[0]});
+    refused("keys: frame 'one': the index of a frame", {{"keys[one]", first.data(), 1, 2, 3}});
+    refused("keys: frame '': the index of a frame", {{"keys", first.data(), 1, 2, 3}});
+    refused("keys[0]: 2 frames given; one picture is wanted", {{"keys[0]", first.data(), 2, 1, 3}});
+    refused("keys[0]: 0x2 given", {{"keys[0]", first.data(), 1, 2, 0}});
+    refused("veil has 2 frames: one picture, or the clip's 5", {pictures[0], {"veil", veil.data(), 2, 1, 3}});
+    refused("veil: no frames are known", {pictures[2]});
+    refused("keys: a request for 1 frames has no use for known frames", {{"keys[0]", first.data(), 1, 2, 3}}, 1);
+    refused("control 'photo[0]': unknown", {{"photo[0]", first.data(), 1, 2, 3}});
 }
 
 TEST(a_decoder_is_given_context_that_is_dropped) {

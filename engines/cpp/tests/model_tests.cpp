@@ -195,13 +195,14 @@ TEST(the_model_says_what_it_takes) {
     CHECK(loops[0].every_frame == 0 && loops[1].every_frame == 1 && loops[1].least_frames == 2 && loops[0].guided == 1);
     CHECK(loops[0].solver_count == 2 && loops[0].solvers[1] == std::string("ddim") && loops[0].guidance[0] == 1.5);
     const auto controls = model().controls();
-    CHECK(controls.size() == info.control_count && controls.size() == 4);
+    CHECK(controls.size() == info.control_count && controls.size() == 8);
     CHECK(controls[0].name == std::string("motion") && controls[0].kind == HIGEN_CONTROL_CURVE);
     CHECK(controls[0].encoding == std::string("sinusoid") && controls[0].has_low == 1 && controls[0].low == 0);
     CHECK(controls[0].optional == 1 && controls[0].has_default == 0 && controls[2].has_default == 1 && controls[2].default_value == 0);
+    CHECK(controls[4].kind == HIGEN_CONTROL_FRAMES && controls[5].kind == HIGEN_CONTROL_MASK);
     CHECK(controls[3].kind == HIGEN_CONTROL_PICTURE && controls[3].encoding == nullptr && *controls[3].meaning != '\0');
     higen_control_info past = HIGEN_CONTROL_INFO_INIT;
-    CHECK(higen_model_control(model().get(), 4, &past) == HIGEN_ERROR_REQUEST);
+    CHECK(higen_model_control(model().get(), 8, &past) == HIGEN_ERROR_REQUEST);
     higen_loop_info none = HIGEN_LOOP_INFO_INIT;
     CHECK(higen_model_loop(model().get(), 2, &none) == HIGEN_ERROR_REQUEST);
 }

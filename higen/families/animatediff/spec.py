@@ -12,17 +12,20 @@ from typing import Any
 from higen.errors import ManifestError
 from higen.families.stable_diffusion.spec import Codec
 from higen.families.stage_rows import (
+    KNOWN,
     TEXT_CONDITIONS,
     Sampling,
     autoencoder_stages,
     denoising_loop,
+    known_frames_controls,
     solver_stages,
+    strength_control,
     text_encoder_stage,
     unet_sizes,
 )
 from higen.manifest import Manifest
 from higen.stages import Stage
-from higen.tables import TextRules
+from higen.tables import Control, Loop, Start, TextRules
 from higen.typed_json import from_json, to_json
 
 __all__ = ["AUTOENCODER", "CLIP", "FAMILY", "FRAME", "GROUP_NORMS", "TEXT_ENCODER", "TOKENIZER", "UNET"]
@@ -37,6 +40,9 @@ GROUP_NORMS = (FRAME, CLIP)
 """What a motion module's group norm takes its statistics over: each frame alone, as in the authors' code, or all frames
 of a clip, as in diffusers.
 """
+
+STRENGTH = 0.6
+"""Of a video to begin from."""
 
 FRAMES = 16
 """The length that the published motion modules were trained at."""
@@ -89,23 +95,29 @@ def manifest(
             (1, min(FRAMES, made_of.most_frames), made_of.most_frames),
         ),
         text=text,
-        controls=(),
+        controls=(
+            Control("video", "clip", "a video to begin from"),
+            strength_control("video", STRENGTH),
+            *known_frames_controls(),
+        ),
         stages=_stages(),
         # No loop takes the latents of the other, so the last one alone is run.
-        loops=(
-            denoising_loop("spatial", "spatial_unet", 1, image),
-            denoising_loop("temporal", "temporal_unet", "F", clip, purpose=1, least_frames=2),
-        ),
+        loops=(denoising_loop("spatial", "spatial_unet", 1, image), _temporal(clip)),
     )
 
 
+def _temporal(sampling: Sampling) -> Loop:
+    start = Start("video", "vae_encoder.latents", "control:strength")
+    more = {"least_frames": 2, "start": start, "known": KNOWN}
+    return denoising_loop("temporal", "temporal_unet", "F", sampling, purpose=1, **more)
+
+
 def _stages() -> tuple[Stage, ...]:
-    decoder, _ = autoencoder_stages(AUTOENCODER, "none")
     return (
         text_encoder_stage(TEXT_ENCODER, "Dc"),
         *solver_stages("spatial_unet", "spatial_unet_plain", UNET, 1, TEXT_CONDITIONS),
         *solver_stages("temporal_unet", "temporal_unet_plain", UNET, "F", TEXT_CONDITIONS),
-        decoder,
+        *autoencoder_stages(AUTOENCODER, "video", "clip"),
     )
 
 

@@ -12,10 +12,12 @@ from typing import Any
 from higen.errors import ManifestError
 from higen.families.stable_diffusion.spec import Codec
 from higen.families.stage_rows import (
+    KNOWN,
     TEXT_CONDITIONS,
     Sampling,
     autoencoder_stages,
     denoising_loop,
+    known_frames_controls,
     solver_stages,
     strength_control,
     text_encoder_stage,
@@ -51,6 +53,7 @@ TILES = Tiles(height=90, width=160, stride=64)
 _CONTROLS = (
     Control("video", "clip", "a video to begin from: a second pass over it, at another size if wanted"),
     strength_control("video", STRENGTH),
+    *known_frames_controls(),
 )
 _UPSCALER_CONTROLS = (
     Control("video", "clip", "the video that is drawn larger"),
@@ -101,7 +104,7 @@ def manifest(
 
 def _loop(sampling: Sampling) -> Loop:
     start = Start("video", "vae_encoder.latents", "control:strength")
-    return denoising_loop("temporal", "temporal_unet", "F", sampling, start=start)
+    return denoising_loop("temporal", "temporal_unet", "F", sampling, start=start, known=KNOWN)
 
 
 def _upscaling(sampling: Sampling) -> Loop:

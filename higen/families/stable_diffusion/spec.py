@@ -11,11 +11,13 @@ from typing import Any
 
 from higen.errors import ManifestError
 from higen.families.stage_rows import (
+    KNOWN,
     TEXT_CONDITIONS,
     Sampling,
     autoencoder_stages,
     clip_text,
     denoising_loop,
+    known_frames_controls,
     solver_stages,
     strength_control,
     text_encoder_stage,
@@ -79,9 +81,10 @@ def manifest(made_of: Networks, sampling: Sampling, *, name: str, licence: str, 
         controls=(
             Control("image", "picture", "a picture to begin from"),
             strength_control("picture", STRENGTH),
+            *known_frames_controls(),
         ),
         stages=_stages(),
-        loops=(denoising_loop("spatial", "spatial_unet", 1, sampling, start=_START),),
+        loops=(denoising_loop("spatial", "spatial_unet", 1, sampling, start=_START, known=KNOWN),),
     )
 
 
