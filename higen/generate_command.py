@@ -120,6 +120,11 @@ def _option(control: Control) -> _ControlOption:
 @click.option("--steps", type=numbers, help="Denoising steps: one number, or one for each loop.")
 @click.option("--guidance", type=numbers, help="Guidance scale: one number, or one for each loop.")
 @click.option("--solver", help="A solver that the model knows: ddim or dpm++2m, say.")
+@click.option("--guidance-interval", type=numbers, help="Part of the steps with guidance: 0.2,0.8; else it is 1.")
+@click.option("--windows", type=numbers, help="Make a long clip in windows: LENGTH,STRIDE in frames; 0: all at once.")
+@click.option("--window-noise", help="Initial noise of such a clip: fresh, shuffled or repeated.")
+@click.option("--free-init", type=numbers, help="FreeInit: ITERATIONS[,SPATIAL,TEMPORAL[,ORDER]].")
+@click.option("--free-init-filter", help="butterworth, gaussian or ideal.")
 @click.option("--frames", type=int)
 @click.option("--width", type=int)
 @click.option("--height", type=int)
@@ -154,7 +159,7 @@ def generate(
         from higen.video import check_output
 
         given = {name: value for name, value in options.items() if value is not None}
-        given |= {name: _whole(given[name]) for name in ("steps",) if name in given}
+        given |= {name: _whole(given[name]) for name in ("steps", "windows") if name in given}
         # All this is found out before the weights are loaded.
         check_output(output)
         with load(
