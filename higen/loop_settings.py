@@ -139,6 +139,8 @@ def _windows(manifest: Manifest, loop: Loop, frames: int, value: Any, noise: str
     least = max(manifest.sizes.frames[0], loop.least_frames)
     most = manifest.sizes.frames[2] if own is None else own.most or own.length
     if value is None:
+        if own is None and noise is not None:
+            raise RequestError(f"window_noise={quoted(noise)}: the loop {loop.name} has no windows; set windows too")
         if own is None or noise is None:
             return own
         return replace(own, noise=noise)  # type: ignore[arg-type]

@@ -123,9 +123,18 @@ struct Start {
     Scale strength;  // the part of the rows that run
 };
 
+// The initial noise of a clip that is made in windows (higen/noise.py, frame_order).
+constexpr const char* window_noises[] = {"fresh", "shuffled", "repeated"};
+
 struct Windows {
     std::int64_t length = 1;
     std::int64_t stride = 1;
+    std::int64_t most = 0;  // frames that the stages take at once; 0: `length`
+    std::string noise = "fresh";
+
+    [[nodiscard]] bool operator==(const Windows& other) const {
+        return length == other.length && stride == other.stride && noise == other.noise;
+    }
 };
 
 struct Loop {
