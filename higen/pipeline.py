@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from higen.backends.base import CLOSED, Backend
+from higen.bounded_cache import BoundedCache
 from higen.bundle import Bundle
 from higen.chunk_runner import ChunkRunner
 from higen.decoding import decoded
@@ -26,7 +27,6 @@ from higen.loop_settings import guidance_rows
 from higen.memory import enough_memory
 from higen.plain_values import plain
 from higen.progress import Progress
-from higen.recent import Recent
 from higen.request import Request, Warn, make_request
 from higen.sampler import Plan, Step, denoise, initial_state, repeated, tail
 from higen.schedule import last_level, solver_table
@@ -56,7 +56,7 @@ class Pipeline:
         text = self.manifest.text
         self._tokenizer = None if text is None else PromptTokenizer.from_file(bundle.file(text.tokenizer), text)
         # A server sees the same prompts again, and the empty one with every request.
-        self._kept: Kept = Recent(KEPT)
+        self._kept: Kept = BoundedCache(KEPT)
         self._home = Home()
         self._closed = False
 
