@@ -15,7 +15,7 @@ from higen.families.stage_rows import TEXT_CONDITIONS, autoencoder_stages, solve
 from higen.manifest import Manifest
 from higen.schedule import NoiseSchedule, Solver
 from higen.stages import Stage
-from higen.tables import Loop, NoiseRule, Sizes, TextRules
+from higen.tables import Loop, NoiseRule, Sizes, TextRules, Windows
 from higen.typed_json import from_json, to_json
 
 __all__ = ["AUTOENCODER", "CLIP", "FAMILY", "FRAME", "GROUP_NORMS", "TEXT_ENCODER", "TOKENIZER", "UNET"]
@@ -32,7 +32,10 @@ of a clip, as in diffusers.
 """
 
 FRAMES = 16
-"""The length that the published motion modules were trained at."""
+"""The length that the published motion modules were trained at: longer clips are made in windows of it."""
+
+LONGEST = 512
+"""Frames of a clip at most, in windows."""
 
 
 @dataclass(frozen=True)
@@ -92,14 +95,14 @@ def manifest(
             width=side,
             height=side,
             fps=8,
-            frames=(1, min(FRAMES, made_of.most_frames), made_of.most_frames),
+            frames=(1, min(FRAMES, made_of.most_frames), LONGEST),
             decoder="vae_decoder",
             chunk=2,
         ),
         text=text,
         controls=(),
         stages=_stages(),
-        loops=_loops(image, clip),
+        loops=_loops(image, clip, made_of.most_frames),
     )
 
 
@@ -113,7 +116,7 @@ def _stages() -> tuple[Stage, ...]:
     )
 
 
-def _loops(image: Sampling, clip: Sampling) -> tuple[Loop, Loop]:
+def _loops(image: Sampling, clip: Sampling, most: int) -> tuple[Loop, Loop]:
     """One frame, or a clip: no loop takes the latents of the other, so the last one alone is run."""
     spatial = Loop(
         name="spatial",
@@ -140,6 +143,7 @@ def _loops(image: Sampling, clip: Sampling) -> tuple[Loop, Loop]:
         steps=clip.steps,
         guidance=clip.guidance,
         noise=NoiseRule(purpose=1),
+        windows=Windows(min(FRAMES, most), max(1, min(FRAMES, most) // 2), most, "shuffled"),
     )
     return spatial, temporal
 
@@ -149,9 +153,10 @@ def networks(manifest: Manifest) -> Networks:
     if manifest.family != FAMILY:
         raise ManifestError(f"family={manifest.family!r}: {FAMILY} is wanted here")
     made_of = from_json(Networks, manifest.architecture, "architecture", whole=True)
-    if manifest.sizes.frames[2] > made_of.most_frames:
-        raise ManifestError(
-            f"sizes.frames={list(manifest.sizes.frames)}: the motion modules know the positions of "
-            f"{made_of.most_frames} frames"
-        )
+    for loop in manifest.loops:
+        windows, known = loop.windows, f"the motion modules know the positions of {made_of.most_frames} frames"
+        if windows is not None and (windows.most or windows.length) > made_of.most_frames:
+            raise ManifestError(f"loops.{loop.name}.windows: {windows.most or windows.length} frames at once: {known}")
+        if windows is None and loop.frames != 1 and manifest.sizes.frames[2] > made_of.most_frames:
+            raise ManifestError(f"sizes.frames={list(manifest.sizes.frames)}: {known}; or give it windows")
     return made_of

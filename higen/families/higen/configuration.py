@@ -141,6 +141,9 @@ class Defaults:
     motion: float | None = 500.0
     appearance: float | None = 1.0
     offset_noise: float = 0.1
+    noise_mix: float = 0.0
+    """How much of the key frame's latents is added to the noise that a clip begins with (MicroCinema's appearance noise
+    prior): as it was trained."""
 
 
 @dataclass(frozen=True)
