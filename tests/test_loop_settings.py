@@ -10,17 +10,19 @@ import diffusers
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from diffusers.models.attention import FreeNoiseTransformerBlock
 from diffusers.pipelines.free_init_utils import FreeInitMixin
 from diffusers.pipelines.free_noise_utils import AnimateDiffFreeNoiseMixin
 from interpreter_model import FORMULAS, LINEAR, MANIFEST, Formulas, changed
 
-from higen import bundle as files
 from higen import noise
 from higen.axes import frames_of
-from higen.bundle import Bundle
+from higen.bundle import Bundle, create_model
+from higen.engines.triton.interface import read_request
 from higen.errors import ManifestError, RequestError
 from higen.free_init import FILTERS, FreeInit, low_pass, renewed
+from higen.generate_command import generate
 from higen.loop_settings import guidance_rows, loop_settings
 from higen.manifest import Manifest
 from higen.pipeline import Pipeline
@@ -36,7 +38,7 @@ WINDOWED = changed(MANIFEST, "film", windows=Windows(4, 2, most=6, noise="shuffl
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("models") / "made-up"
-    with files.create(path, MANIFEST) as inside:
+    with create_model(path, MANIFEST) as inside:
         write_tokenizer(build_word_tokenizer(("a", "red", "kite", "climbs")), inside / "words.json")
     return path
 
@@ -274,6 +276,42 @@ def test_the_noise_mix_is_its_closed_form(folder: Path) -> None:
     np.testing.assert_allclose(steps[-1].latents - without[-1].latents, path, atol=1e-5)
 
 
+# The same by other ways
+
+
+def test_triton_takes_the_settings_and_a_curve_of_guidance() -> None:
+    tensors = {
+        "prompt": np.array([b"a kite"], object),
+        "guidance": np.array([2.0], np.float32),
+        "guidance_curve": np.array([1, 2, 3, 4, 5], np.float32),
+        "guidance_interval": np.array([0.2, 0.7, 0.0, 1.0]),
+        "windows": np.array([4, 2], np.int32),
+        "window_noise": np.array([b"fresh"], object),
+        "free_init": np.array([3.0]),
+    }
+    given, _ = read_request(MANIFEST, tensors)
+    assert given.pop("guidance") == [2.0, [1.0, 2.0, 3.0, 4.0, 5.0]]
+    assert given == {
+        "prompt": "a kite",
+        "guidance_interval": [0.2, 0.7, 0.0, 1.0],
+        "windows": [4, 2],
+        "window_noise": "fresh",
+        "free_init": 3.0,
+    }
+    settings = loop_settings(MANIFEST, 9, lambda _: False, **{name: given[name] for name in given if name != "prompt"})
+    assert settings.intervals == {"draft": (0.2, 0.7), "film": (0.0, 1.0)}
+    assert settings.windows == {"film": Windows(4, 2, 24, "fresh")}
+    with pytest.raises(RequestError, match=r"guidance has 3 numbers: one, or one per loop \(2\)"):
+        read_request(MANIFEST, {**tensors, "guidance": np.ones(3, np.float32)})
+
+
+def test_the_command_line_passes_the_settings_on(tmp_path: Path) -> None:
+    flags = ["--windows=40,8", "--guidance-interval=0.2,0.8", "--window-noise=fresh", f"-o{tmp_path / 'a.npy'}"]
+    result = CliRunner().invoke(generate, ["a whale", "--frames=64", *flags, "--free-init=2"])
+    assert result.exit_code == 2
+    assert "free_init=2.0: the loop temporal begins without any signal" in result.output
+
+
 # Bad input
 
 BAD: list[tuple[dict[str, Any], str]] = [
@@ -298,6 +336,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"free_init": (3, 0.1, 0.1, 0)}, r"iterations from 1"),
     ({"free_init": (3, 0.1, 0.1, 4, 5)}, r"iterations from 1"),
     ({"free_init": "often"}, r"free_init='often': iterations"),
+    ({"window_noise": "fresh"}, r"window_noise='fresh': the loop film has no windows; set windows too"),
     ({"free_init_filter": "gaussian"}, r"free_init_filter='gaussian': free_init is not given"),
     ({"free_init": 3, "free_init_filter": "box"}, r"free_init_filter='box': one of 'butterworth', 'gaussian', 'ideal'"),
 ]
