@@ -1,11 +1,12 @@
 """Times whole loops of other families beside diffusers' pipelines of the same weights, and says how far they are apart.
 
-    python benchmarks/families.py WORK [--family animatediff] [--size full|tiny] [--steps 10] [--precision fp16]
+    python benchmarks/families.py WORK [--family animatediff] [--size full|small|tiny] [--steps 10] [--precision fp16]
         [--make]
 
-The models have the published architectures and random weights: none is zero, so that nothing of a network is hidden.
-WORK keeps them; full size takes 4 to 10 GB each. Both sides run in PyTorch, eagerly, on the GPU if there is one, from
-the same noise, with guidance; each is run twice and the second run is timed. Prints Markdown.
+The models have the published architectures, at full size or with a fifth of the channels (small), and random weights:
+none is zero, so that nothing of a network is hidden. WORK keeps them; full size takes 4 to 10 GB each. Both sides run
+in PyTorch, eagerly, on the GPU if there is one, from the same noise, with guidance; each is run twice and the second
+run is timed. Prints Markdown. `against.py` compares more sides, on a CPU.
 """
 
 from __future__ import annotations
@@ -46,55 +47,109 @@ Latents = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Job:
-    """A family's model: `build` makes diffusers' pipeline of it, `theirs` and `ours` run the loop on the same noise."""
+    """A family's model: `build` makes diffusers' pipeline of it at a size, `theirs` and `options` are the same request.
 
-    build: Callable[[bool], Any]
+    shapes: at each size, the frames, height and width in pixels
+    """
+
+    build: Callable[[str], Any]
     theirs: Callable[[Any, Bundle, int, tuple[int, int, int]], Latents]
     options: Callable[[tuple[int, int, int]], dict[str, Any]]
-    full: tuple[int, int, int]
-    tiny: tuple[int, int, int]
+    shapes: dict[str, tuple[int, int, int]]
 
 
-def text_encoder() -> CLIPTextModel:
-    """Stable Diffusion 1.5's."""
+SMALL = (64, 128, 256, 256)
+"""Channels of a small U-Net's levels; the published ones have five times as many."""
+
+SMALL_TEXT = 128
+
+
+def text_encoder(size: str) -> CLIPTextModel:
+    """Stable Diffusion 1.5's, or a narrow one."""
+    if size == "small":
+        return tiny.text_encoder(SMALL_TEXT)
     config = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
     return CLIPTextModel(config)
 
 
-def autoencoder(kind: Any = diffusers.AutoencoderKL) -> Any:
-    """Stable Diffusion's, or Stable Video Diffusion's with a temporal decoder."""
+def autoencoder(size: str, kind: Any = diffusers.AutoencoderKL) -> Any:
+    """Stable Diffusion's, or Stable Video Diffusion's with a temporal decoder; or a narrow one."""
+    channels = [32, 32, 64, 64] if size == "small" else [128, 256, 512, 512]
     ups = {} if kind is not diffusers.AutoencoderKL else {"up_block_types": ["UpDecoderBlock2D"] * 4}
-    downs = ["DownEncoderBlock2D"] * 4
-    return kind(block_out_channels=[128, 256, 512, 512], down_block_types=downs, layers_per_block=2, **ups)
+    layers = 1 if size == "small" else 2
+    return kind(
+        block_out_channels=channels, down_block_types=["DownEncoderBlock2D"] * 4, layers_per_block=layers, **ups
+    )
 
 
-def build_stable_diffusion(full: bool) -> Any:
+def picture_unet(size: str) -> diffusers.UNet2DConditionModel:
+    """Stable Diffusion 1.5's, or a narrow one."""
+    if size == "small":
+        return diffusers.UNet2DConditionModel(sample_size=32, block_out_channels=SMALL, cross_attention_dim=SMALL_TEXT)
+    return diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
+
+
+def build_stable_diffusion(size: str) -> Any:
     """Stable Diffusion 1.5."""
     sampler = tiny.scheduler("DDIMScheduler", set_alpha_to_one=False, steps_offset=1, clip_sample=False)
-    if not full:
+    if size == "tiny":
         return tiny.image_pipeline(sampler)
-    unet = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-    pipeline = tiny.image_pipeline(sampler, unet, text_encoder())
-    pipeline.vae = autoencoder()
+    pipeline = tiny.image_pipeline(sampler, picture_unet(size), text_encoder(size))
+    pipeline.vae = autoencoder(size)
     return pipeline
 
 
-def build_animatediff(full: bool) -> Any:
+def build_animatediff(size: str) -> Any:
     """Stable Diffusion 1.5 with a motion module of the third version."""
     sampler = tiny.scheduler("DDIMScheduler", **tiny_animatediff.LINEAR)
-    if not full:
+    if size == "tiny":
         return tiny_animatediff.pipeline(sampler)
-    motion = diffusers.MotionAdapter(use_motion_mid_block=False)
-    unet = diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
-    pipeline = tiny_animatediff.pipeline(sampler, motion, unet, text_encoder())
-    pipeline.vae = autoencoder()
+    widths = {"block_out_channels": SMALL} if size == "small" else {}
+    motion = diffusers.MotionAdapter(use_motion_mid_block=False, **widths)
+    pipeline = tiny_animatediff.pipeline(sampler, motion, picture_unet(size), text_encoder(size))
+    pipeline.vae = autoencoder(size)
     return pipeline
 
 
-def build_svd(full: bool) -> Any:
+def build_modelscope(size: str) -> Any:
+    """ModelScope's text to video."""
+    sampler = tiny.scheduler("DDIMScheduler", set_alpha_to_one=False, steps_offset=1, clip_sample=False)
+    if size == "tiny":
+        return tiny.video_pipeline(sampler)
+    if size == "small":
+        unet = tiny.video_unet(
+            block_out_channels=SMALL,
+            layers_per_block=2,
+            down_block_types=("CrossAttnDownBlock3D",) * 3 + ("DownBlock3D",),
+            up_block_types=("UpBlock3D",) + ("CrossAttnUpBlock3D",) * 3,
+            cross_attention_dim=SMALL_TEXT,
+            attention_head_dim=32,
+        )
+        text = tiny.text_encoder(SMALL_TEXT, "gelu")
+    else:
+        unet = diffusers.UNet3DConditionModel(sample_size=32, cross_attention_dim=1024, attention_head_dim=64)
+        width = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16}
+        text = CLIPTextModel(CLIPTextConfig(**width, hidden_act="gelu"))
+    pipeline = tiny.video_pipeline(sampler, unet)
+    pipeline.text_encoder, pipeline.vae = text, autoencoder(size)
+    return pipeline
+
+
+def build_svd(size: str) -> Any:
     """Stable Video Diffusion of 14 frames."""
-    if not full:
+    if size == "tiny":
         return tiny_svd.pipeline()
+    coder = autoencoder(size, diffusers.AutoencoderKLTemporalDecoder)
+    if size == "small":
+        unet = diffusers.UNetSpatioTemporalConditionModel(
+            block_out_channels=SMALL,
+            cross_attention_dim=24,
+            num_attention_heads=(2, 4, 8, 8),
+            addition_time_embed_dim=64,
+            projection_class_embeddings_input_dim=192,
+            num_frames=8,
+        )
+        return tiny_svd.pipeline(unet=unet, image_encoder=tiny_svd.image_encoder(), vae=coder)
     vision = CLIPVisionConfig(
         hidden_size=1280,
         intermediate_size=5120,
@@ -105,7 +160,6 @@ def build_svd(full: bool) -> Any:
         hidden_act="gelu",
     )
     unet = diffusers.UNetSpatioTemporalConditionModel(num_frames=14)
-    coder = autoencoder(diffusers.AutoencoderKLTemporalDecoder)
     return tiny_svd.pipeline(unet=unet, image_encoder=CLIPVisionModelWithProjection(vision), vae=coder)
 
 
@@ -186,10 +240,17 @@ def text_options(size: tuple[int, int, int]) -> dict[str, Any]:
     return {"prompt": PROMPT, "negative_prompt": NEGATIVE, "guidance": 7.5, "frames": size[0]}
 
 
+def shapes(frames: int, height: int, width: int) -> dict[str, tuple[int, int, int]]:
+    """Those of a job, whose full size is given."""
+    clip = frames > 1
+    return {"full": (frames, height, width), "small": (8 if clip else 1, 256, 256), "tiny": (5 if clip else 1, 16, 32)}
+
+
 JOBS = {
-    "stable_diffusion": Job(build_stable_diffusion, of_text, text_options, (1, 512, 512), (1, 16, 32)),
-    "animatediff": Job(build_animatediff, of_text, text_options, (16, 512, 512), (5, 16, 32)),
-    "svd": Job(build_svd, of_picture, lambda s: {"image": picture(s), "frames": s[0]}, (14, 576, 1024), (5, 16, 32)),
+    "stable_diffusion": Job(build_stable_diffusion, of_text, text_options, shapes(1, 512, 512)),
+    "animatediff": Job(build_animatediff, of_text, text_options, shapes(16, 512, 512)),
+    "modelscope": Job(build_modelscope, of_text, text_options, shapes(16, 256, 256)),
+    "svd": Job(build_svd, of_picture, lambda s: {"image": picture(s), "frames": s[0]}, shapes(14, 576, 1024)),
 }
 
 
@@ -206,13 +267,13 @@ def timed(run: Callable[[], Latents]) -> tuple[Latents, float, float]:
     return found, spent, torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else 0.0
 
 
-def made(work: Path, family: str, full: bool, precision: str) -> tuple[Any, Path]:
-    """diffusers' pipeline and our model directory of the same weights."""
-    where = work / f"{family}-{'full' if full else 'tiny'}-{precision}"
+def made(work: Path, family: str, at: str, precision: str) -> tuple[Any, Path]:
+    """diffusers' pipeline and our model directory of the same weights, at a size."""
+    where = work / f"{family}-{at}-{precision}"
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     torch.manual_seed(0)
     began = time.perf_counter()
-    pipeline = JOBS[family].build(full)
+    pipeline = JOBS[family].build(at)
     randomise(pipeline, dtype)
     pipeline.set_progress_bar_config(disable=True)
     if not where.exists():
@@ -222,11 +283,21 @@ def made(work: Path, family: str, full: bool, precision: str) -> tuple[Any, Path
     return pipeline, where
 
 
-def compare(work: Path, family: str, full: bool, steps: int, precision: str) -> None:
+def last_latents(pipe: higen.Pipeline, family: str, at: str, steps: int) -> Latents:
+    """Ours [B,C,F,H,W], before they are decoded."""
+    size = JOBS[family].shapes[at]
+    options = {"seed": SEED, "steps": steps, "height": size[1], "width": size[2], **JOBS[family].options(size)}
+    for event in pipe.stream(**options):
+        if isinstance(event, higen.Step) and event.index + 1 == event.total:
+            return pipe.backend.to_numpy(event.latents)
+    raise AssertionError("a loop has a last step")
+
+
+def compare(work: Path, family: str, at: str, steps: int, precision: str) -> None:
     """Two rows of the table."""
     job = JOBS[family]
-    size = job.full if full else job.tiny
-    pipeline, where = made(work, family, full, precision)
+    size = job.shapes[at]
+    pipeline, where = made(work, family, at, precision)
     model = Bundle.open(where)
     with torch.inference_mode():
         wanted, their_time, their_memory = timed(partial(job.theirs, pipeline, model, steps, size))
@@ -234,15 +305,7 @@ def compare(work: Path, family: str, full: bool, steps: int, precision: str) -> 
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
     with higen.load(where, "torch", device=DEVICE, precision=precision, verify=False) as pipe:
-
-        def ours() -> Latents:
-            options = {"seed": SEED, "steps": steps, "height": size[1], "width": size[2], **job.options(size)}
-            for event in pipe.stream(**options):
-                if isinstance(event, higen.Step) and event.index + 1 == event.total:
-                    return pipe.backend.to_numpy(event.latents)  # before they are decoded
-            raise AssertionError("a loop has a last step")
-
-        found, spent, used = timed(ours)
+        found, spent, used = timed(partial(last_latents, pipe, family, at, steps))
     apart = float(np.sqrt(np.mean((found - wanted) ** 2)) / np.sqrt(np.mean(wanted**2)))
     shape = f"{size[0]} x {size[2]}x{size[1]}"
     print(f"| {family} | {shape} | diffusers | {their_time:.2f} | 1.00 x | {their_memory:.1f} | |")
@@ -255,7 +318,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Time other families beside diffusers.")
     parser.add_argument("work", type=Path)
     parser.add_argument("--family", choices=list(JOBS), action="append")
-    parser.add_argument("--size", choices=("full", "tiny"), default="full")
+    parser.add_argument("--size", choices=("full", "small", "tiny"), default="full")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp16")
     parser.add_argument("--make", action="store_true", help="only make the models: one process a family saves time")
@@ -263,13 +326,13 @@ def main() -> None:
     given.work.mkdir(parents=True, exist_ok=True)
     if given.make:
         for family in given.family or JOBS:
-            made(given.work, family, given.size == "full", given.precision)
+            made(given.work, family, given.size, given.precision)
         return
     print(f"{hardware()}; {given.precision}, {given.steps} steps with guidance\n")
     print("| family | frames and size | side | s | ratio | peak GiB | latents apart (RMS) |")
     print("|---|---|---|---|---|---|---|")
     for family in given.family or JOBS:
-        compare(given.work, family, given.size == "full", given.steps, given.precision)
+        compare(given.work, family, given.size, given.steps, given.precision)
 
 
 if __name__ == "__main__":

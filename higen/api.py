@@ -11,6 +11,7 @@ from higen.backends.select import check_backend, select_backend
 from higen.bundle import Bundle, default_model
 from higen.memory import enough_memory
 from higen.pipeline import Pipeline, Prompts
+from higen.progress import Shown
 from higen.video import Video
 
 __all__ = ["default_model", "generate", "load"]
@@ -64,17 +65,15 @@ def _default_pipeline(backend: str, process: int) -> Pipeline:
 
 
 @overload
-def generate(prompt: str, *, backend: str | None = None, progress: bool | None = None, **options: Any) -> Video: ...
+def generate(prompt: str, *, backend: str | None = None, progress: Shown = None, **options: Any) -> Video: ...
 
 
 @overload
-def generate(
-    prompt: Prompts, *, backend: str | None = None, progress: bool | None = None, **options: Any
-) -> list[Video]: ...
+def generate(prompt: Prompts, *, backend: str | None = None, progress: Shown = None, **options: Any) -> list[Video]: ...
 
 
 def generate(
-    prompt: str | Prompts, *, backend: str | None = None, progress: bool | None = None, **options: Any
+    prompt: str | Prompts, *, backend: str | None = None, progress: Shown = None, **options: Any
 ) -> Video | list[Video]:
     """Make a video with the small model inside the package: no download. Options as for `Pipeline.__call__`.
 

@@ -17,7 +17,7 @@ from higen.forks import Home
 from higen.memory import enough_memory
 from higen.request import Request
 from higen.sampler import Step
-from higen.video import Video
+from higen.video import Video, Videos
 
 __all__ = ["Event", "Frames", "Stream", "timed", "timed_events", "timed_steps"]
 
@@ -59,7 +59,7 @@ class Stream:
         """Name and length of each part, in order: steps of the loops, then frames decoded."""
         self._events = events
         self._decode = decode
-        self._videos: list[Video] | None = None
+        self._videos: Videos | None = None
         self._latest: Step | None = None
         self._closed = threading.Event()
         self._working = threading.RLock()
@@ -81,7 +81,7 @@ class Stream:
                 with enough_memory("this request"):
                     event = next(self._events)
             except StopIteration as end:
-                self._videos = end.value if end.value is not None else self._videos
+                self._videos = self._videos if end.value is None else Videos(end.value)
                 raise StopIteration from None
             if isinstance(event, Step):
                 self._latest = event
@@ -109,7 +109,7 @@ class Stream:
             return self._decode(self._latest)
 
     @property
-    def videos(self) -> list[Video]:
+    def videos(self) -> Videos:
         """One video per prompt. Raises RequestError before the last event."""
         if self._videos is None:
             why = ": it was closed" if self._closed.is_set() else ""

@@ -25,8 +25,9 @@ from higen.forks import Home
 from higen.images import load_picture
 from higen.loop_settings import guidance_rows
 from higen.memory import enough_memory
+from higen.notebook import Studio, watched
 from higen.plain_values import plain
-from higen.progress import Progress
+from higen.progress import Shown
 from higen.request import Request, Warn, make_request
 from higen.sampler import Plan, Step, denoise, initial_state, repeated, tail
 from higen.schedule import last_level, solver_table
@@ -83,17 +84,15 @@ class Pipeline:
         return self.manifest.controls
 
     @overload
-    def __call__(self, prompt: str = ..., *, progress: bool | None = None, **options: Any) -> Video: ...
+    def __call__(self, prompt: str = ..., *, progress: Shown = None, **options: Any) -> Video: ...
 
     @overload
-    def __call__(self, prompt: Prompts, *, progress: bool | None = None, **options: Any) -> list[Video]: ...
+    def __call__(self, prompt: Prompts, *, progress: Shown = None, **options: Any) -> list[Video]: ...
 
-    def __call__(
-        self, prompt: str | Prompts = "", *, progress: bool | None = None, **options: Any
-    ) -> Video | list[Video]:
+    def __call__(self, prompt: str | Prompts = "", *, progress: Shown = None, **options: Any) -> Video | list[Video]:
         """Make a video of `prompt`; a list of prompts gives a list of videos.
 
-        progress  show progress bars; None: when a person is watching
+        progress  show progress bars; None: when a person is watching; "previews": each step in a notebook, too
         options   as for `request`: negative_prompt, seed, steps, guidance, solver, frames, width, height, fps, warn,
                   and the model's controls (`pipe.controls`) by name. What is not given, or None, is the model's
                   default.
@@ -105,13 +104,13 @@ class Pipeline:
         return videos[0] if isinstance(plain(prompt), str) else videos
 
     @overload
-    def image(self, prompt: str = ..., *, progress: bool | None = None, **options: Any) -> NDArray[np.uint8]: ...
+    def image(self, prompt: str = ..., *, progress: Shown = None, **options: Any) -> NDArray[np.uint8]: ...
 
     @overload
-    def image(self, prompt: Prompts, *, progress: bool | None = None, **options: Any) -> list[NDArray[np.uint8]]: ...
+    def image(self, prompt: Prompts, *, progress: Shown = None, **options: Any) -> list[NDArray[np.uint8]]: ...
 
     def image(
-        self, prompt: str | Prompts = "", *, progress: bool | None = None, **options: Any
+        self, prompt: str | Prompts = "", *, progress: Shown = None, **options: Any
     ) -> NDArray[np.uint8] | list[NDArray[np.uint8]]:
         """One frame alone, uint8 [H,W,3]; a list of prompts gives a list. Options as for a video, without `frames`.
 
@@ -149,17 +148,13 @@ class Pipeline:
                 again = request.settings.repeats(loop)
                 yield loop, (len(table) - self._first(request, loop, len(table))) * (again.iterations if again else 1)
 
-    def make(self, request: Request, progress: bool | None = None) -> list[Video]:
+    def make(self, request: Request, progress: Shown = None) -> list[Video]:
         """The videos of a checked request, one per prompt; `progress` as for a call."""
-        stream = self._stream(request)
-        bars = Progress(stream.loops, progress)
-        try:
-            for event in stream:
-                bars.reached(event.index + 1 if isinstance(event, Step) else event.done)
-            return stream.videos
-        finally:
-            stream.close()
-            bars.close()
+        return watched(self._stream(request), progress)
+
+    def widget(self) -> Studio:
+        """A form for a notebook, made of the model's controls. Raises MissingExtra without ipywidgets."""
+        return Studio(self)
 
     def request(self, prompt: str | Prompts = "", *, warn: Warn | None = None, **options: Any) -> Request:
         """A checked request; pictures and clips are read here.

@@ -5,20 +5,25 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from contextlib import suppress
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
-__all__ = ["Progress", "is_watched"]
+from higen.errors import RequestError, quoted
+
+__all__ = ["Progress", "Shown", "in_notebook", "is_watched"]
+
+Shown: TypeAlias = bool | Literal["previews"] | None
+"""Whether progress is shown; None: when a person is watching; "previews": the estimate after each step, too."""
 
 
 def is_watched() -> bool:
     """Whether a person sees what is written to standard error: in a terminal, or in a notebook."""
     try:
-        return sys.stderr is not None and (sys.stderr.isatty() or _in_notebook())
+        return sys.stderr is not None and (sys.stderr.isatty() or in_notebook())
     except ValueError:  # it is closed
         return False
 
 
-def _in_notebook() -> bool:
+def in_notebook() -> bool:
     """Whether IPython runs in a kernel, whose front end shows standard error below the cell."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return getattr(shell, "kernel", None) is not None
@@ -44,8 +49,10 @@ class _Screen:
 class Progress:
     """A bar stands before the first step of its part and is closed after the last one."""
 
-    def __init__(self, parts: Sequence[tuple[str, int]], shown: bool | None) -> None:
-        """`parts`: name and length of each; `shown`: None is "when a person is watching"."""
+    def __init__(self, parts: Sequence[tuple[str, int]], shown: Shown) -> None:
+        """`parts`: name and length of each. Raises RequestError for a `shown` that is another text."""
+        if isinstance(shown, str) and shown != "previews":
+            raise RequestError(f"progress={quoted(shown)}: True, False, None or 'previews'")
         self._parts = iter(parts)
         self._shown = is_watched() if shown is None else bool(shown) and sys.stderr is not None
         self._done = 0

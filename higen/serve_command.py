@@ -122,6 +122,6 @@ def serve(
         def started(host: str, port: int) -> None:
             shown = f"[{host}]" if ":" in host else host
             url = f"http://{shown}:{port}"
-            click.echo(json.dumps({"url": url}) if as_json else f"{url}/v1/videos  (Ctrl-C ends it)")
+            click.echo(json.dumps({"url": url}) if as_json else f"{url}  (the API: {url}/v1; Ctrl-C ends it)")
 
         run(settings, started)

@@ -43,9 +43,10 @@ from higen.video_writer import check_output, write
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["Video", "check_output", "contact_sheet", "to_uint8"]
+__all__ = ["Video", "Videos", "check_output", "contact_sheet", "strip", "to_uint8"]
 
 _GAP = 2  # pixels between the frames of a contact sheet
+_SHOWN = 24  # clips of a list that a notebook shows
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -179,6 +180,17 @@ class Video:
         return f'<figure style="margin:0">{video}<figcaption>{html.escape(self.prompt)}</figcaption></figure>'
 
 
+class Videos(list[Video]):
+    """A list of clips, which a notebook shows as a grid."""
+
+    def _repr_html_(self) -> str:
+        """For notebooks: the first 24 clips side by side."""
+        clips = "".join(video._repr_html_() for video in self[:_SHOWN])
+        more = f"<p>and {len(self) - _SHOWN} more</p>" if len(self) > _SHOWN else ""
+        style = "display:grid;grid-template-columns:repeat(auto-fill,minmax(160px,1fr));gap:12px;align-items:start"
+        return f'<div style="{style}">{clips}</div>{more}'
+
+
 def to_uint8(pixels: NDArray[np.floating]) -> NDArray[np.uint8]:
     """Decoded pixels, float32 [F, 3, H, W] in [-1, 1], as frames, uint8 [F, H, W, 3].
 
@@ -199,6 +211,23 @@ def _count(name: str, value: object) -> int:
     if not is_whole(number, 1, 2**31):
         raise OutputError(f"{name}={quoted(value)}: whole numbers >= 1")
     return int(number)
+
+
+def strip(frames: NDArray[np.uint8], most: int = 8, side: int = 256) -> tuple[Image.Image, int]:
+    """Evenly spaced frames of [f,H,W,3] side by side, as a PIL RGB image, and how many they are: `most` at most, none
+    higher or wider than `side` pixels.
+    """
+    from PIL import Image
+
+    shown = frames[np.linspace(0, len(frames) - 1, min(len(frames), most)).round().astype(int)]
+    height, width = shown.shape[1:3]
+    scale = min(1.0, side / max(height, width))
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    made = Image.new("RGB", (size[0] * len(shown), size[1]))
+    for place, frame in enumerate(shown):
+        picture = Image.fromarray(frame)
+        made.paste(picture if scale == 1.0 else picture.resize(size), (place * size[0], 0))
+    return made, len(shown)
 
 
 def contact_sheet(videos: Sequence[Video], frames_per_video: int | None = None) -> Image.Image:

@@ -318,10 +318,23 @@ def test_keys_queues_and_pages(tmp_path: Path) -> None:
     server = Server(tmp_path / "data", "--api-keys", str(file), "--max-queue", "1", "--slots", "1", "--cors", page)
     one, two = ({"authorization": f"Bearer {key}"} for key in keys)
     try:
-        for path in ("/v1/videos", "/health", "/ready", "/metrics", "/docs", "/openapi.json", "/v1/models", "/x", "/"):
+        for path in (
+            "/v1/videos",
+            "/health",
+            "/ready",
+            "/metrics",
+            "/docs",
+            "/openapi.json",
+            "/v1/models",
+            "/x",
+            "/page/x",
+        ):
             refused(server.call("GET", path), 401)
             refused(server.call("OPTIONS", path), 401)
             refused(server.call("GET", path, headers={"authorization": "Bearer wrong"}), 401)
+        for path in ("/", "/page/main.js"):  # the web page asks for the key
+            assert server.call("GET", path)[0] == 200
+            refused(server.call("POST", path), 401)
         long = {"prompt": "a whale", "num_frames": 64, "num_inference_steps": 200}
         name = server.call("POST", "/v1/videos", long, one)[1]["id"]
         assert refused(server.call("POST", "/v1/videos", long, one), 429)["code"] == "queue_full"

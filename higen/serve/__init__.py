@@ -7,5 +7,6 @@ catalog    models, loaded and freed         worker    runs jobs, their steps in 
 live       progress and previews of jobs    metrics   counts for Prometheus
 keys       API keys, hashed                 guard     limits of every connection, before any route
 schema     the answers' shapes              routes    the endpoints
+webpage    the web page: the files of page/
 app        all of it put together           server    the socket and the process
 """

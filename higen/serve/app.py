@@ -28,8 +28,9 @@ from higen.serve.refusals import Refusal, as_refusal
 from higen.serve.results import Results
 from higen.serve.routes import Parts, video_routes
 from higen.serve.schema import REFUSALS, ModelObject, Models
-from higen.serve.settings import Settings
+from higen.serve.settings import Limits, Settings
 from higen.serve.store import Store
+from higen.serve.webpage import page_routes
 from higen.serve.worker import Worker
 from higen.version import __version__
 
@@ -116,7 +117,8 @@ def _application(parts: Parts) -> FastAPI:
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(HTTPException, _http)
     app.include_router(video_routes(parts))
-    _add_models(app, parts.catalog)
+    app.include_router(page_routes())
+    _add_models(app, parts)
     _add_health(app, parts)
     return app
 
@@ -146,21 +148,23 @@ def _http(_: Request, error: Exception) -> Response:
     return _answer(Refusal(status, _CODES.get(status, "refused"), str(error.detail)))
 
 
-def _add_models(app: FastAPI, catalog: Catalog) -> None:
+def _add_models(app: FastAPI, parts: Parts) -> None:
+    catalog, limits = parts.catalog, parts.settings.limits
+
     @app.get("/v1/models", response_model=Models, tags=["models"])
     def list_models() -> Models:
         """The models, the default one first."""
-        return Models(data=[_model(model) for model in catalog.models.values()])
+        return Models(data=[_model(model, limits) for model in catalog.models.values()])
 
     @app.get("/v1/models/{model}", response_model=ModelObject, tags=["models"])
     def retrieve_model(model: str) -> ModelObject:
         """A model: its sizes, loops, and the JSON schema of its controls."""
         if model not in catalog.models:
             raise Refusal(404, "model_not_found", f"no such model; models are {', '.join(catalog.models)}", "model")
-        return _model(catalog.models[model])
+        return _model(catalog.models[model], limits)
 
 
-def _model(model: Served) -> ModelObject:
+def _model(model: Served, limits: Limits) -> ModelObject:
     manifest, sizes = model.manifest, model.manifest.sizes
     loops: list[dict[str, Any]] = [
         {
@@ -178,12 +182,13 @@ def _model(model: Served) -> ModelObject:
         licence=manifest.licence,
         controls=schema_of(manifest),
         prompts=list(manifest.prompts),
+        words=None if model.words is None else list(model.words),
         sizes={
             "width": sizes.width,
             "height": sizes.height,
             "multiple": sizes.multiple,
             "fps": sizes.fps,
-            "num_frames": {"minimum": fewest, "default": default, "maximum": most},
+            "num_frames": {"minimum": fewest, "default": default, "maximum": min(most, limits.frames)},
         },
         loops=loops,
     )

@@ -275,5 +275,6 @@ def schema_of(manifest: Manifest) -> dict[str, Any]:
         if control.optional:
             row.setdefault("anyOf", []).append({"const": "unspecified"})
         row["x-kind"] = control.kind
+        row |= {} if control.encoding is None else {"x-encoding": control.encoding}
         properties[control.name] = row
     return {"type": "object", "properties": properties, "additionalProperties": False}

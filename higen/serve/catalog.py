@@ -23,6 +23,7 @@ from higen.manifest import Manifest
 from higen.paths import given_path
 from higen.pipeline import Pipeline
 from higen.serve.settings import Settings
+from higen.tokenizer import PromptTokenizer
 
 __all__ = ["Catalog", "Running", "Served"]
 
@@ -35,6 +36,8 @@ class Served:
     bundle: Bundle
     created: int
     size: int
+    words: tuple[str, ...] | None
+    """The words that it knows, where it knows some alone."""
 
     @property
     def manifest(self) -> Manifest:
@@ -185,5 +188,11 @@ def _served(given: Sequence[str]) -> dict[str, Served]:
         if shown in found or not shown.isprintable() or not 1 <= len(shown) <= 64:
             raise RequestError(f"model={quoted(entry)}: the name {quoted(shown)} is taken or unfit; NAME=DIRECTORY")
         size = sum(bundle.files[file].size for file in bundle.manifest.weights if file in bundle.files)
-        found[shown] = Served(shown, bundle, int(Path(bundle.path).stat().st_mtime), size)
+        found[shown] = Served(shown, bundle, int(Path(bundle.path).stat().st_mtime), size, _words(bundle))
     return found
+
+
+def _words(bundle: Bundle) -> tuple[str, ...] | None:
+    text = bundle.manifest.text
+    words = None if text is None else PromptTokenizer.from_file(bundle.file(text.tokenizer), text).words()
+    return None if words is None else tuple(words)

@@ -20,6 +20,7 @@ from higen.serve.keys import digest
 from higen.serve.metrics import Metrics
 from higen.serve.refusals import Refusal, as_refusal
 from higen.serve.settings import Settings
+from higen.serve.webpage import PUBLIC
 
 __all__ = ["Guard"]
 
@@ -63,7 +64,8 @@ class Guard:
             preflight = preflight and headers.get("origin") in self._settings.origins
             answer.page = headers.get("origin", "") if headers.get("origin") in self._settings.origins else ""
             self._check_place(headers)
-            scope.setdefault("state", {})["owner"] = "" if preflight else self._owner(headers)
+            public = preflight or (scope["method"] in ("GET", "HEAD") and scope["path"] in PUBLIC)
+            scope.setdefault("state", {})["owner"] = "" if public else self._owner(headers)
             self._check_body(headers)
             await self._app(scope, body, answer)
         except Exception as error:

@@ -32,6 +32,7 @@ IDS = re.compile(r"video_[0-9a-f]{32}")
 
 _PARTS = re.compile(r"(video|upload)_[0-9a-f]{32}(\.[a-z0-9]{1,6})?")
 _FRAMES = "frames.npy"
+_READING = threading.Lock()
 
 
 class Results:
@@ -90,7 +91,7 @@ class Results:
         with self._alone(f"{name}/{file}"):
             if not path.exists():
                 with self._making:
-                    frames = np.load(folder / _FRAMES, allow_pickle=False)
+                    frames = _read_frames(folder / _FRAMES)
                     grown(self._make(path, Video(frames, fps, metadata), wanted))
         return path, media
 
@@ -136,6 +137,14 @@ class Results:
             with self._guard:
                 if not lock.locked():
                     self._locks.pop(key, None)
+
+
+def _read_frames(path: Path) -> NDArray[np.uint8]:
+    """One file at a time: numpy parses the header as Python's syntax, which now and then fails in two threads at once
+    (python/cpython#106905, in 3.11 and 3.12)."""
+    with _READING:
+        frames: NDArray[np.uint8] = np.load(path, allow_pickle=False)
+    return frames
 
 
 def _write_frames(path: Path, frames: NDArray[np.uint8]) -> None:

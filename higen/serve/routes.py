@@ -55,6 +55,12 @@ MEDIA: dict[int | str, dict[str, Any]] = {
         },
     }
 }
+UPLOAD: dict[int | str, dict[str, Any]] = {
+    200: {
+        "description": "The file.",
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
 EVENTS: dict[int | str, dict[str, Any]] = {
     200: {"description": "Events: status, progress, preview, done.", "content": {"text/event-stream": {}}}
 }
@@ -137,6 +143,15 @@ def video_routes(parts: Parts) -> APIRouter:
         job = await run_in_threadpool(jobs.mine, request, video_id)
         return await jobs.file(job, variant if variant in VARIANTS else format)
 
+    @router.get("/{video_id}/files/{control}", responses=UPLOAD, response_class=Response)
+    def sent_file(request: Request, video_id: str, control: str) -> Response:
+        """A file that was sent with the request, as it came."""
+        found = parts.store.uploads(jobs.mine(request, video_id).id).get(control)
+        if found is None:
+            raise Refusal(404, "file_not_found", "no file was sent for this control", "control")
+        headers = {"content-disposition": "attachment", "x-content-type-options": "nosniff"}
+        return Response(found.data, media_type="application/octet-stream", headers=headers)
+
     @router.post("/{video_id}/remix", openapi_extra={"requestBody": REMIX}, response_model=VideoObject)
     async def remix(request: Request, video_id: str, idempotency_key: IdempotencyKey = None) -> Response:
         """The same request with another prompt."""
@@ -193,7 +208,7 @@ class _Jobs:
 
     def shown(self, job: Job) -> VideoObject:
         """The job as it is answered."""
-        return video_object(job, self._parts.live.progress(job.id))
+        return video_object(job, self._parts.live.progress(job.id), self._parts.store.files(job.id))
 
     def cancel(self, job: Job) -> None:
         """Stop a job that has not ended."""

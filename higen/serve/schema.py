@@ -34,8 +34,9 @@ class JobError(BaseModel):
 
 
 class VideoObject(BaseModel):
-    """A job. A cancelled one is answered as failed, with the error's code "cancelled"; `seed`, `num_frames`, `fps` and
-    `metadata` are extensions."""
+    """A job. A cancelled one is answered as failed, with the error's code "cancelled". From `seed` on the fields are
+    extensions: what was asked for, None where it is the model's default. `files`: the controls that a file was sent
+    for."""
 
     id: str
     object: Literal["video"] = "video"
@@ -53,6 +54,12 @@ class VideoObject(BaseModel):
     seed: int
     num_frames: int
     fps: int
+    negative_prompt: str | None = None
+    num_inference_steps: int | list[Any] | None = None
+    guidance_scale: float | list[Any] | None = None
+    solver: str | list[Any] | None = None
+    controls: dict[str, Any]
+    files: list[str]
     metadata: dict[str, Any] | None = None
 
 
@@ -84,6 +91,7 @@ class ModelObject(BaseModel):
     licence: str
     controls: dict[str, Any]
     prompts: list[str]
+    words: list[str] | None
     sizes: dict[str, Any]
     loops: list[dict[str, Any]]
 
@@ -132,8 +140,8 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 }
 
 
-def video_object(job: Job, progress: int) -> VideoObject:
-    """A job as it is answered; `progress` in percent, while it runs."""
+def video_object(job: Job, progress: int, files: list[str]) -> VideoObject:
+    """A job as it is answered; `progress` in percent, while it runs; `files`: the controls that have a file."""
     request = job.request
     failed = job.status in ("failed", "cancelled")
     finished = job.finished is not None
@@ -153,6 +161,12 @@ def video_object(job: Job, progress: int) -> VideoObject:
         seed=request["seed"],
         num_frames=request["frames"],
         fps=request["fps"],
+        negative_prompt=request.get("negative_prompt"),
+        num_inference_steps=request.get("steps"),
+        guidance_scale=request.get("guidance"),
+        solver=request.get("solver"),
+        controls=request["controls"],
+        files=files,
         metadata=None if job.metadata is None else dict(job.metadata),
     )
 

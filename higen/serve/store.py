@@ -255,6 +255,12 @@ class Store:
             rows = self._db.execute("SELECT name, suffix, data FROM inputs WHERE job = ?", (name,)).fetchall()
         return {row["name"]: Upload(row["suffix"], bytes(row["data"])) for row in rows}
 
+    def files(self, name: str) -> list[str]:
+        """The controls of a job that have a file."""
+        with self._lock:
+            rows = self._db.execute("SELECT name FROM inputs WHERE job = ? ORDER BY name", (name,)).fetchall()
+        return [row["name"] for row in rows]
+
     def cancel(self, name: str, age: float) -> bool:
         """Cancel a job that waits or runs; whether it did."""
         return self._finish(name, "cancelled", ("queued", "in_progress"), age, "cancelled", "the job was cancelled")

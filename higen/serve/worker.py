@@ -31,6 +31,7 @@ from higen.serve.refusals import job_error
 from higen.serve.results import Results
 from higen.serve.settings import Settings
 from higen.serve.store import Job, Store
+from higen.video import strip
 
 __all__ = ["Worker"]
 
@@ -43,7 +44,6 @@ SWEEP = 30.0
 """Seconds between two looks at what is too old."""
 
 _WINDOW = 256
-_PREVIEW_FRAMES, _PREVIEW_SIDE = 8, 256
 
 
 class _Run:
@@ -264,17 +264,8 @@ class Worker:
 
 def _preview(frames: NDArray[np.uint8]) -> Mapping[str, Any]:
     """Frames [f,H,W,3] as one PNG: at most 8, evenly spaced, side by side, none higher or wider than 256 pixels."""
-    from PIL import Image
-
-    shown = frames[np.linspace(0, len(frames) - 1, min(len(frames), _PREVIEW_FRAMES)).round().astype(int)]
-    height, width = shown.shape[1:3]
-    scale = min(1.0, _PREVIEW_SIDE / max(height, width))
-    size = max(1, round(width * scale)), max(1, round(height * scale))
-    strip = Image.new("RGB", (size[0] * len(shown), size[1]))
-    for place, frame in enumerate(shown):
-        picture = Image.fromarray(frame)
-        strip.paste(picture if scale == 1.0 else picture.resize(size), (place * size[0], 0))
+    picture, count = strip(frames)
     file = io.BytesIO()
-    strip.save(file, "PNG")
+    picture.save(file, "PNG")
     image = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode("ascii")
-    return {"frames": len(shown), "width": size[0], "height": size[1], "image": image}
+    return {"frames": count, "width": picture.width // count, "height": picture.height, "image": image}

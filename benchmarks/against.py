@@ -1,0 +1,252 @@
+"""Times the loops of a model on several sides, one process a side, in turns, as ratios to a baseline of the same run.
+
+    python benchmarks/against.py WORK [--family animatediff] [--size small|tiny|full] [--steps 4] [--rounds 3]
+        [--sides diffusers,torch,onnx,diffusers+compile,torch:bf16,onnx:fp16,gemm]
+
+Sides: `diffusers` and `diffusers+compile` (torch.compile of its denoiser), ours as BACKEND[:PRECISION] (torch, onnx,
+tensorrt; cpu or cuda as --device says), and `gemm`, products of large matrices, whose rate is the machine's peak. The
+first side is the baseline. All run the same request on the same weights and noise (see families.py for the models);
+their last latents are compared with the baseline's. A round asks each side once; the order is turned every other
+round. Graphs that a side needs are exported first. Prints Markdown; a side that cannot run here says why.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+GEMM = 4096
+"""Rows and columns of the matrices of `gemm`."""
+
+
+# ---- One side: a process of its own ----
+
+
+def serve(side: str, given: argparse.Namespace) -> None:
+    """Answer each line of standard input with the seconds of one request, as a line of JSON."""
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # what libraries print is no answer
+
+    def answer(**row: Any) -> None:
+        print(json.dumps(row), file=answers, flush=True)
+
+    try:
+        run, flops = gemm() if side == "gemm" else request(side, given)
+        answer(ready=side)
+    except Exception as error:
+        answer(error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
+        return
+    for _ in sys.stdin:
+        cpu, start = time.process_time(), time.perf_counter()
+        latents = run()
+        seconds, used = time.perf_counter() - start, time.process_time() - cpu
+        if latents is not None:
+            np.save(kept(given, side), latents)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        answer(seconds=seconds, cpu=used, memory=peak, flops=flops)
+
+
+def gemm() -> tuple[Callable[[], None], float]:
+    """A product of two large matrices in float32, and its operations."""
+    import torch
+
+    one, other = torch.randn(GEMM, GEMM), torch.randn(GEMM, GEMM)
+
+    def run() -> None:
+        torch.mm(one, other)
+
+    return run, 2.0 * GEMM**3
+
+
+def request(side: str, given: argparse.Namespace) -> tuple[Callable[[], Any], float]:
+    """The request on a side, and the operations of the products in it where PyTorch can count them (else 0)."""
+    import families
+    import torch
+
+    families.DEVICE = given.device
+    backend, _, precision = side.partition(":")
+    where = given.work / f"{given.family}-{given.size}-fp32"
+    if side.startswith("diffusers"):
+        pipeline, where = families.made(given.work, given.family, given.size, "fp32")
+        if side.endswith("+compile"):
+            pipeline.unet = torch.compile(pipeline.unet)
+        model, job = families.Bundle.open(where), families.JOBS[given.family]
+
+        def theirs() -> Any:
+            with torch.inference_mode():
+                return job.theirs(pipeline, model, given.steps, job.shapes[given.size])
+
+        return theirs, 0.0 if side.endswith("+compile") else counted(theirs)
+    pipe = families.higen.load(where, backend, device=given.device, precision=precision or None)
+
+    def ours() -> Any:
+        return families.last_latents(pipe, given.family, given.size, given.steps)
+
+    return ours, counted(ours) if side == "torch" else 0.0
+
+
+def counted(run: Callable[[], Any]) -> float:
+    """Floating-point operations of the products in a run; it warms up, too."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        run()
+    return float(counter.get_total_flops())
+
+
+def kept(given: argparse.Namespace, side: str) -> Path:
+    """Where a side leaves its last latents."""
+    return given.work / f"{given.family}-{given.size}.{side.replace(':', '_')}.npy"
+
+
+# ---- All sides ----
+
+
+@dataclass
+class Side:
+    """A side's process, and what it answered."""
+
+    name: str
+    process: subprocess.Popen[str]
+    rows: list[dict[str, float]] = field(default_factory=list)
+    failed: str = ""
+
+    def ask(self) -> dict[str, Any]:
+        """One request. The process is given up after a failure."""
+        assert self.process.stdin is not None
+        try:
+            self.process.stdin.write("\n")
+            self.process.stdin.flush()
+        except BrokenPipeError:
+            pass
+        return self.answer()
+
+    def answer(self) -> dict[str, Any]:
+        """The next line of its answers."""
+        assert self.process.stdout is not None
+        line = self.process.stdout.readline()
+        row: dict[str, Any] = json.loads(line) if line else {"error": "its process ended"}
+        self.failed = row.get("error", "")
+        return row
+
+    def median(self, what: str) -> float:
+        """Over the rounds."""
+        return statistics.median(row[what] for row in self.rows)
+
+
+def start(side: str) -> Side:
+    """A side that is ready, or one that says why not."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--as", side]
+    made = Side(side, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+    made.answer()
+    return made
+
+
+def prepare(given: argparse.Namespace) -> None:
+    """Make the model and the graphs that the sides need, each in a process of its own."""
+    where = given.work / f"{given.family}-{given.size}-fp32"
+    wanted = f"Path({str(given.work)!r}), {given.family!r}, {given.size!r}, 'fp32'"
+    make = f"import families; from pathlib import Path; families.made({wanted})"
+    here = Path(__file__).parent
+    if not where.exists():
+        subprocess.run([sys.executable, "-c", make], cwd=here, check=True)
+    for side in given.sides:
+        backend, _, precision = side.partition(":")
+        if backend in ("onnx", "tensorrt"):
+            export = (
+                "from higen.bundle import Bundle, graph_file; from higen.export.model_graphs import export_model; "
+                f"model = Bundle.open({str(where)!r}); p = {precision or 'fp32'!r}; "
+                "names = [n for n in model.manifest.stage_names if graph_file(n, p) not in model.files]; "
+                "export_model(model, names, precision=p) if names else None"
+            )
+            subprocess.run([sys.executable, "-c", export], check=True)
+
+
+def report(sides: list[Side], given: argparse.Namespace) -> None:
+    """The table."""
+    ran = [side for side in sides if side.rows and side.name != "gemm"]
+    rate = next(
+        (side.rows[0]["flops"] / side.median("seconds") for side in sides if side.name == "gemm" and side.rows), 0
+    )
+    flops = max((row["flops"] for side in ran for row in side.rows), default=0.0)
+    print("| side | s | range | CPU s | speed | CPU | of the GEMM peak | peak GiB | latents apart (RMS) |")
+    print("|---|---|---|---|---|---|---|---|---|")
+    for side in ran:
+        seconds = [row["seconds"] for row in side.rows]
+        median, used = side.median("seconds"), side.median("cpu")
+        speed, less = ran[0].median("seconds") / median, ran[0].median("cpu") / used
+        peak = f"{100 * flops / median / rate:.0f} %" if rate and flops else ""
+        memory = max(row["memory"] for row in side.rows)
+        print(
+            f"| {side.name} | {median:.2f} | {min(seconds):.2f} to {max(seconds):.2f} | {used:.2f} | {speed:.2f} x | "
+            f"{less:.2f} x | {peak} | {memory:.1f} | {apart(given, ran[0].name, side.name)} |"
+        )
+    for side in sides:
+        if side.failed:
+            print(f"\n{side.name} did not run: {side.failed}")
+
+
+def apart(given: argparse.Namespace, base: str, side: str) -> str:
+    """How far a side's latents are from the baseline's, relative."""
+    if side == base:
+        return ""
+    wanted, found = (np.load(kept(given, name)).astype(np.float64) for name in (base, side))
+    return f"{np.sqrt(np.mean((found - wanted) ** 2) / np.mean(wanted**2)):.1e}"
+
+
+def processor() -> str:
+    """The processor's name, and how many of its cores this process may use."""
+    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+    return f"{name or platform.processor()}, {len(os.sched_getaffinity(0))} cores"
+
+
+def main() -> None:
+    """Command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Time the loops of a model on several sides.")
+    parser.add_argument("work", type=Path)
+    families = ("stable_diffusion", "animatediff", "modelscope", "svd")
+    parser.add_argument("--family", choices=families, default="animatediff")
+    parser.add_argument("--size", choices=("full", "small", "tiny"), default="small")
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--sides", type=lambda text: text.split(","), default=["diffusers", "torch", "onnx", "gemm"])
+    parser.add_argument("--as", dest="side", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.side:
+        serve(given.side, given)
+        return
+    given.work.mkdir(parents=True, exist_ok=True)
+    prepare(given)
+    sides = [start(side) for side in given.sides]
+    for turn in range(given.rounds + 1):  # the first one warms up
+        for side in sides if turn % 2 else reversed(sides):
+            if not side.failed:
+                row = side.ask()
+                if turn and not side.failed:
+                    side.rows.append(row)
+    for side in sides:
+        side.process.communicate()
+    from hardware import hardware
+
+    print(f"{given.family}, {given.size}, {given.steps} steps with guidance; {processor()}; {hardware()}; ", end="")
+    print(f"load {os.getloadavg()[0]:.1f}; median of {given.rounds} rounds after a warm-up\n")
+    report(sides, given)
+
+
+if __name__ == "__main__":
+    main()
