@@ -145,7 +145,7 @@ def _windows(manifest: Manifest, loop: Loop, frames: int, value: Any, noise: str
             return own
         return replace(own, noise=noise)  # type: ignore[arg-type]
     given = list(value) if isinstance(value, (list, tuple)) else [value]
-    if given == [0] and type(given[0]) is int:
+    if len(given) == 1 and type(given[0]) is int and given[0] == 0:
         if frames > most:
             raise RequestError(f"windows=0: the loop {loop.name} takes at most {most} frames at once, not {frames}")
         return None
