@@ -23,6 +23,7 @@ MODEL = click.option("--model", type=PATH, help="Model directory.  [the built-in
 
 
 LATE = {
+    "batch": "higen.batch_command:batch",
     "cues": "higen.train.cli:cues",
     "evaluate": "higen.train.cli:evaluate",
     "generate": "higen.generate_command:generate",
@@ -54,6 +55,7 @@ def main() -> None:
 )
 @click.option("--dtype", type=click.Choice(["fp16", "bf16", "fp32"]), default="fp16", show_default=True)
 @click.option("--prediction", type=click.Choice(["epsilon", "v"]), help="What it predicts, where the files do not say.")
+@click.option("--network", help="Which of several networks with the same tensors it is, where its name does not say.")
 @click.option("--frames", type=int, help="Frames of the clips that it was trained on, where the files do not say.")
 @click.option("--group-norm", help="What it takes the statistics of group norms over, where the files do not say.")
 @click.option("--lora", "loras", multiple=True, metavar="FILE[:SCALE]", help="Add a LoRA to the weights; repeatable.")
@@ -69,6 +71,7 @@ def convert(
     autoencoder: Path | None,
     dtype: str,
     prediction: str | None,
+    network: str | None,
     frames: int | None,
     group_norm: str | None,
     loras: tuple[str, ...],
@@ -93,8 +96,14 @@ def convert(
             from higen.families import FIRST
             from higen.models.lora import parse_lora
 
-        given = {"prediction": prediction, "frames": frames, "group_norm": group_norm, "spatial": spatial, "base": base}
-        of_family: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
+        given: dict[str, Any] = {
+            "prediction": prediction,
+            "network": network,
+            "frames": frames,
+            "group_norm": group_norm,
+        }
+        given |= {"spatial": spatial, "base": base}
+        of_family = {name: value for name, value in given.items() if value is not None}
         of_family |= {"loras": [parse_lora(lora) for lora in loras]} if loras else {}
         with _bytes_bar(not as_json) as progress:
             bundle = convert_sources(

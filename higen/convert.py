@@ -17,7 +17,7 @@ from higen.bundle import Bundle, check_free, create_model
 from higen.errors import CheckpointError, OutputError, quoted
 from higen.models.checkpoint_files import read_state, seen_names
 from higen.models.nestings import found_in
-from higen.models.weights import DTYPES, write_safetensors
+from higen.models.weights import DTYPES, unmade, write_safetensors
 from higen.paths import given_path
 
 __all__ = ["DTYPES", "convert", "convert_sources", "read_state", "recognised", "write_safetensors"]
@@ -87,7 +87,8 @@ def convert_sources(
             raise CheckpointError(f"{paths[0]}: a model directory; it takes adapters (loras) and nothing else")
         return adapt(paths[0], given_path(output, "output"), options.get("loras", ()), overwrite, on_note)
     converted = families.checkpoint(family or recognised(paths)).convert(paths, **options)
-    total = sum(t.numel() for state in converted.weights.values() for t in state.values()) * DTYPES[dtype].itemsize
+    tensors = (t for state in converted.weights.values() for t in unmade(state).values())
+    total = sum(t.numel() for t in tensors) * DTYPES[dtype].itemsize
     with create_model(output, converted.manifest, overwrite) as folder:
         _check_space(folder, total)
         done = 0

@@ -36,7 +36,7 @@ def decoded(latents: Any, manifest: Manifest, backend: Backend, sources: Sources
             chunk = z[video : video + 1, :, start:end]
             if len(given.shape) == 4:
                 chunk = chunk[0].swapaxes(0, 1)
-            parts = {name: cut(decoder, name, value, start, end) for name, value in others.items()}
+            parts = {name: cut(decoder, name, value, "F", start, end) for name, value in others.items()}
             outputs = backend.run(decoder.name, **{given.name: chunk}, **parts)
             pixels = backend.to_numpy(outputs[decoder.outputs[0].name])
             if len(given.shape) == 5:

@@ -10,14 +10,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from higen.references import check_references, needs
-from higen.stages import FREE, TOKENS, Stage, source
+from higen.rows import Rows
+from higen.stages import Stage, source
 from higen.tables import Control, Loop, Sizes, TextRules
 
 __all__ = ["Manifest"]
 
 
 @dataclass(frozen=True)
-class Manifest:
+class Manifest(Rows):
     """Everything about a model but its files. `architecture` is the family's own; nothing else looks into it."""
 
     name: str
@@ -35,33 +36,6 @@ class Manifest:
         check_references(self)
 
     @property
-    def fixed(self) -> dict[str, int]:
-        """The symbols that the model fixes."""
-        return self.sizes.symbols
-
-    @property
-    def free(self) -> tuple[str, ...]:
-        """The symbols that a request fixes."""
-        return FREE if self.text is None or self.text.chunks == 1 else (*FREE, TOKENS)
-
-    def stage(self, name: str) -> Stage:
-        """The stage of that name. Raises KeyError."""
-        return {stage.name: stage for stage in self.stages}[name]
-
-    def loop(self, name: str) -> Loop:
-        """The loop of that name. Raises KeyError."""
-        return {loop.name: loop for loop in self.loops}[name]
-
-    def control(self, name: str) -> Control:
-        """The control of that name. Raises KeyError."""
-        return {control.name: control for control in self.controls}[name]
-
-    @property
-    def stage_names(self) -> tuple[str, ...]:
-        """The names of the stages, in the table's order."""
-        return tuple(stage.name for stage in self.stages)
-
-    @property
     def weights(self) -> tuple[str, ...]:
         """The weights files, each once."""
         return tuple(dict.fromkeys(stage.weights for stage in self.stages))
@@ -70,24 +44,6 @@ class Manifest:
     def denoising(self) -> tuple[str, ...]:
         """The stages of the loops, each once."""
         return tuple(dict.fromkeys(name for loop in self.loops for name in loop.stages))
-
-    def feeding(self, *stages: str) -> tuple[str, ...]:
-        """These stages and those that feed them: each once, before what it feeds. Loops are left out."""
-        found: dict[str, None] = {}
-        rows = {stage.name: stage for stage in self.stages}
-
-        def visit(name: str) -> None:
-            if name in found or name not in rows:
-                return
-            for tensor in rows[name].inputs:
-                origin = source(tensor.source)
-                if origin.kind == "made":
-                    visit(origin.name)
-            found[name] = None
-
-        for stage in stages:
-            visit(stage)
-        return tuple(found)
 
     def wanted(self, frames: int) -> tuple[Loop, ...]:
         """The loops that a clip of `frames` frames comes from: the last one that is not left out of it, and those
@@ -110,6 +66,11 @@ class Manifest:
         """The picture and clip controls that these stages, and those that feed them, cannot run without."""
         sources = [source(t.source) for name in self.feeding(*stages) for t in self.stage(name).inputs]
         return tuple(dict.fromkeys(s.name for s in sources if s.kind in ("picture", "clip")))
+
+    def needed_by(self, loop: Loop) -> tuple[str, ...]:
+        """The picture and clip controls that a loop cannot run without."""
+        begins = [loop.start.control] if loop.start is not None and loop.start.needed else []
+        return tuple(dict.fromkeys([*self.pictures_of(*loop.stages), *begins]))
 
     @property
     def decoder(self) -> Stage:

@@ -215,7 +215,7 @@ class Pipeline:
         needed = list(self.manifest.pictures_of(self.manifest.sizes.decoder))
         for loop in sorted(self.manifest.loops, key=lambda loop: loop.replaced is not None):
             if loop.replaced is None or loop.replaced.control not in needed:
-                needed += self.manifest.pictures_of(*loop.stages)
+                needed += self.manifest.needed_by(loop)
         return self.stages(make_request(self.manifest, "a", controls=dict.fromkeys(needed, ""), load=_any_picture))
 
     def report(self) -> str:
@@ -312,6 +312,7 @@ class Pipeline:
             purpose=loop.noise.purpose,
             first=self._first(request, loop, len(table)),
             windows=request.settings.windows.get(loop.name),
+            tiles=loop.tiles,
         )
         runner = ChunkRunner.over(self.backend, self.manifest, [sources.chunks(i) for i in range(sources.samples)])
         if (again := request.settings.repeats(loop)) is not None:

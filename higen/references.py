@@ -5,14 +5,11 @@ from __future__ import annotations
 import graphlib
 import reprlib
 from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING
 
 from higen.errors import ManifestError
+from higen.rows import Rows
 from higen.stages import STATE, STEP_COLUMNS, TOKENS, Output, Stage, Tensor, source
 from higen.tables import MAX_NUMBER, MAX_SIZE, NUMERIC, Loop, check, is_number
-
-if TYPE_CHECKING:
-    from higen.manifest import Manifest
 
 __all__ = ["check_references", "needs"]
 
@@ -26,7 +23,7 @@ MOST_ROWS = 100
 """Rows of the tables of stages and loops; no model comes near."""
 
 
-def check_references(manifest: Manifest) -> None:
+def check_references(manifest: Rows) -> None:
     """Raise ManifestError for a name that two rows have, and for a reference to what is not there."""
     stages, loops = manifest.stage_names, tuple(loop.name for loop in manifest.loops)
     controls = tuple(control.name for control in manifest.controls)
@@ -45,7 +42,7 @@ def check_references(manifest: Manifest) -> None:
     _check_result(manifest)
 
 
-def _check_stage(manifest: Manifest, stage: Stage) -> None:
+def _check_stage(manifest: Rows, stage: Stage) -> None:
     where = f"stages.{stage.name}"
     check(stage.name.isidentifier() and stage.name.isascii(), f"{where}: letters, digits and _")
     check(bool(stage.inputs) and bool(stage.outputs), f"{where}: at least one input and one output")
@@ -72,7 +69,7 @@ def _check_stage(manifest: Manifest, stage: Stage) -> None:
         _check_chunks(manifest, stage, manifest.text.length)
 
 
-def _check_chunks(manifest: Manifest, stage: Stage, length: int) -> None:
+def _check_chunks(manifest: Rows, stage: Stage, length: int) -> None:
     """Where texts have chunks or weights: what reads a text gives [B, L, D], and what takes that, of T tokens, says so.
 
     T stands for all chunks behind one another, on the second axis of [B, T, D] alone.
@@ -93,7 +90,7 @@ def _check_chunks(manifest: Manifest, stage: Stage, length: int) -> None:
         check(good and tensor.shape.count(TOKENS) <= 1, f"{where}.{tensor.name}: {shape}, not {list(tensor.shape)}")
 
 
-def _joined_shape(manifest: Manifest, name: str, output: str) -> tuple[int | str, ...]:
+def _joined_shape(manifest: Rows, name: str, output: str) -> tuple[int | str, ...]:
     """The shape of a stage's output with all chunks of a text; nothing where a loop gives it."""
     rows = [stage for stage in manifest.stages if stage.name == name]
     shapes = [made.shape for stage in rows for made in stage.outputs if made.name == output]
@@ -102,7 +99,7 @@ def _joined_shape(manifest: Manifest, name: str, output: str) -> tuple[int | str
     return shapes[0] if shapes else ()
 
 
-def _check_source(manifest: Manifest, where: str, tensor: Tensor) -> None:
+def _check_source(manifest: Rows, where: str, tensor: Tensor) -> None:
     try:
         found = source(tensor.source)
     except ManifestError as error:
@@ -121,12 +118,12 @@ def _check_source(manifest: Manifest, where: str, tensor: Tensor) -> None:
         _check_made(manifest, where, tensor.source, len(tensor.shape))
 
 
-def _size(manifest: Manifest, axis: int | str) -> int | None:
+def _size(manifest: Rows, axis: int | str) -> int | None:
     """The size of an axis that the model fixes; None for one that is free."""
     return axis if isinstance(axis, int) else manifest.fixed.get(axis)
 
 
-def _check_control_source(manifest: Manifest, where: str, tensor: Tensor) -> None:
+def _check_control_source(manifest: Rows, where: str, tensor: Tensor) -> None:
     found = source(tensor.source)
     if found.kind == "control" and found.name == "fps":
         return
@@ -146,7 +143,7 @@ def _check_control_source(manifest: Manifest, where: str, tensor: Tensor) -> Non
     check(good, f"{where}: {encoding} needs a last axis of a fixed size of at most {MOST_COLUMNS}, not {shape[-1]!r}")
 
 
-def _check_shown(manifest: Manifest, where: str, tensor: Tensor) -> None:
+def _check_shown(manifest: Rows, where: str, tensor: Tensor) -> None:
     """Pixels of a stage as a picture."""
     found = source(tensor.source)
     check(len(tensor.shape) == 4, f"{where}: source {tensor.source}: 4 axes, not {list(tensor.shape)}")
@@ -158,7 +155,7 @@ def _check_shown(manifest: Manifest, where: str, tensor: Tensor) -> None:
     check(good, f"{where}: source {tensor.source}: [N, 3, Y, X] or [B, 3, F, Y, X] is wanted, not {list(made)}")
 
 
-def _check_made(manifest: Manifest, where: str, text: str, rank: int) -> None:
+def _check_made(manifest: Rows, where: str, text: str, rank: int) -> None:
     found = source(text)
     check(found.kind == "made" and not found.shown, f"{where}: source {text}: STAGE.OUTPUT or LOOP.latents")
     if found.name in {loop.name for loop in manifest.loops}:
@@ -175,7 +172,7 @@ def _check_made(manifest: Manifest, where: str, text: str, rank: int) -> None:
     check(rank == made_rank or (made_rank, rank) == (4, 5), f"{where}: source {text} has {made_rank} axes, not {rank}")
 
 
-def needs(manifest: Manifest, name: str) -> Iterator[str]:
+def needs(manifest: Rows, name: str) -> Iterator[str]:
     """The stages and loops that a stage or loop is fed by."""
     loops = {loop.name: loop for loop in manifest.loops}
     if name in loops:
@@ -191,7 +188,7 @@ def needs(manifest: Manifest, name: str) -> Iterator[str]:
             yield found.name
 
 
-def _check_circles(manifest: Manifest) -> None:
+def _check_circles(manifest: Rows) -> None:
     rows = (*manifest.stage_names, *(loop.name for loop in manifest.loops))
     try:
         graphlib.TopologicalSorter({name: list(needs(manifest, name)) for name in rows}).prepare()
@@ -200,7 +197,7 @@ def _check_circles(manifest: Manifest) -> None:
         raise ManifestError(f"stages: the sources form a circle: {circle}") from None
 
 
-def _check_loop(manifest: Manifest, loop: Loop, earlier: tuple[str, ...]) -> None:
+def _check_loop(manifest: Rows, loop: Loop, earlier: tuple[str, ...]) -> None:
     where = f"loops.{loop.name}"
     for key, name in (("guided", loop.guided), ("plain", loop.plain)):
         if name is None:
@@ -227,7 +224,7 @@ def _check_loop(manifest: Manifest, loop: Loop, earlier: tuple[str, ...]) -> Non
     _check_loop_controls(manifest, loop, where)
 
 
-def _check_step(manifest: Manifest, loop: Loop, stage: Stage, where: str) -> None:
+def _check_step(manifest: Rows, loop: Loop, stage: Stage, where: str) -> None:
     """The axes of a denoising stage: latents [B, C, f, H, W], columns [B], guidance [B, f], conditions [B, ...]."""
     shape = stage.input("latents").shape
     good = len(shape) == 5 and shape[0] == "B" and shape[2] in (loop.frames, "F") and shape[3:] == ("H", "W")
@@ -241,9 +238,11 @@ def _check_step(manifest: Manifest, loop: Loop, stage: Stage, where: str) -> Non
         check(good, f"{where}: {tensor.name} is float32 {list(wanted[tensor.name])}, not {list(tensor.shape)}")
     for tensor in stage.conditions:
         check(tensor.shape[0] == "B", f"{where}: the first axis of {tensor.name} is B, not {tensor.shape[0]!r}")
+        good = loop.tiles is None or not {"Y", "X"} & {*tensor.shape}
+        check(good, f"{where}: {tensor.name} is {list(tensor.shape)}, and a loop in tiles has no input of pixels")
 
 
-def _check_result(manifest: Manifest) -> None:
+def _check_result(manifest: Rows) -> None:
     """Whatever the number of frames, the last loop that runs has as many, and what it needs was not left out."""
     fewest, _, most = manifest.sizes.frames
     least = {loop.name: loop.least_frames for loop in manifest.loops}
@@ -260,13 +259,13 @@ def _check_result(manifest: Manifest) -> None:
             check(good, f"loops.{name}: left out of clips of {shortest} frames, for which {users[0]} needs its latents")
 
 
-def _check_length(manifest: Manifest, loop: Loop, where: str, name: str) -> None:
+def _check_length(manifest: Rows, loop: Loop, where: str, name: str) -> None:
     """A loop of one frame cannot take the latents of one that has the clip's frames for its own."""
     frames = {other.name: other.frames for other in manifest.loops}.get(name, 1)
     check(loop.frames != 1 or frames == 1, f"{where}={name!r}: has the clip's frames, and {loop.name} has one")
 
 
-def _check_loop_controls(manifest: Manifest, loop: Loop, where: str) -> None:
+def _check_loop_controls(manifest: Rows, loop: Loop, where: str) -> None:
     numeric = {control.name: control for control in manifest.controls if control.kind in NUMERIC}
     for name, value in loop.controls.items():
         check(name in numeric, f"{where}.controls.{name}: the controls with numbers are {[*numeric]}")
@@ -291,7 +290,7 @@ def _check_loop_controls(manifest: Manifest, loop: Loop, where: str) -> None:
         check(good, f"{where}.{key}={scale!r}: a number{' from 0 to 1' if high == 1 else ''}, or one of {numbers}")
 
 
-def _check_decoder(manifest: Manifest) -> None:
+def _check_decoder(manifest: Rows) -> None:
     name = manifest.sizes.decoder
     check(name in manifest.stage_names, f"sizes.decoder={name!r}: the stages are {', '.join(manifest.stage_names)}")
     decoder = manifest.stage(name)

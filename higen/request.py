@@ -293,16 +293,17 @@ def _pictures(control: Control, value: Any, count: int, load: Callable[[Any], Pi
 def _check_needed(manifest: Manifest, request: Request) -> None:
     """Raise RequestError where what runs needs a picture that was not given."""
     given = {name for name, value in request.controls.items() if value is not None}
-    loops = manifest.wanted(request.frames)
-    users = {f"the loop {loop.name}": (*_stages(request, loop), *request.stand_ins(loop)) for loop in loops}
-    for user, stages in {**users, "the decoder": (manifest.sizes.decoder,)}.items():
-        missing = [name for name in manifest.pictures_of(*stages) if name not in given]
-        if missing:
+    needed = {
+        f"the loop {loop.name}": (
+            *(manifest.needed_by(loop) if request.runs(loop) else ()),
+            *manifest.pictures_of(*request.stand_ins(loop)),
+        )
+        for loop in manifest.wanted(request.frames)
+    }
+    needed["the decoder"] = manifest.pictures_of(manifest.sizes.decoder)
+    for user, names in needed.items():
+        if missing := [name for name in names if name not in given]:
             raise RequestError(f"{missing[0]}: {user} needs one")
-
-
-def _stages(request: Request, loop: Loop) -> tuple[str, ...]:
-    return loop.stages if request.runs(loop) else ()
 
 
 def _prompts(prompt: object, wanted: bool) -> tuple[str, ...]:

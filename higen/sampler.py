@@ -14,7 +14,7 @@ from higen.errors import BackendError
 from higen.free_init import FreeInit, renewed
 from higen.schedule import SolverTable
 from higen.stages import STATE, Stage
-from higen.tables import Windows
+from higen.tables import Tiles, Windows
 
 __all__ = ["Edit", "Plan", "Runner", "Step", "cut", "denoise", "initial_state", "repeated", "tail"]
 __all__ += ["window_weights"]
@@ -84,6 +84,7 @@ class Plan:
     first: int = 0
     edit: Edit | None = None
     windows: Windows | None = None
+    tiles: Tiles | None = None
 
 
 def initial_state(
@@ -120,7 +121,7 @@ def denoise(backend: Runner, plan: Plan, latents: Array) -> Iterator[Step]:
         if table.noise[i]:
             previous = _fresh(plan, latents.shape, plan.first + i)
         inputs = {"latents": x, "previous": previous, **row, **plan.conditions(stage)}
-        out = _run(backend, stage, inputs, plan)
+        out = _run(backend, stage, inputs, plan, latents.shape[3:])
         x, previous = out["latents"], out["previous"]
         if plan.edit is not None:
             x, previous = _edited(backend, plan.edit, x, previous, float(table.B[i]), float(table.sigma[i]))
@@ -188,26 +189,52 @@ def window_weights(frames: int, windows: Windows) -> list[tuple[int, Array]]:
     return [(start, (hill / total[start : start + length]).astype(np.float32)) for start in starts]
 
 
-def _run(backend: Runner, stage: Stage, inputs: Mapping[str, Any], plan: Plan) -> Mapping[str, Any]:
+def _run(
+    backend: Runner, stage: Stage, inputs: Mapping[str, Any], plan: Plan, size: Sequence[int]
+) -> Mapping[str, Any]:
     """Run a step on the whole clip, or on windows of its frames whose outputs are mixed.
 
     Mixing the steps equals stepping with the mixed prediction, because a step is linear in it and the weights sum to 1.
     """
     windows, frames = plan.windows, plan.guidance.shape[2]
     if windows is None or frames <= windows.length:
-        return backend.run(stage.name, **inputs)
+        return _run_tiles(backend, stage, inputs, plan.tiles, size)
     host = {name: backend.to_numpy(value) for name, value in inputs.items()}
     mixed = {name: np.zeros_like(host["latents"]) for name in STATE}
     for start, weight in window_weights(frames, windows):
-        part = {name: cut(stage, name, value, start, start + windows.length) for name, value in host.items()}
-        for name, value in backend.run(stage.name, **part).items():
+        part = {name: cut(stage, name, value, "F", start, start + windows.length) for name, value in host.items()}
+        for name, value in _run_tiles(backend, stage, part, plan.tiles, size).items():
             mixed[name][:, :, start : start + windows.length] += weight[:, None, None] * backend.to_numpy(value)
     return mixed
 
 
-def cut(stage: Stage, name: str, value: NDArray[Any], start: int, end: int) -> NDArray[Any]:
-    """The frames from `start` to `end` of a stage's input, where it has the axis F; else the input as it is."""
+def _run_tiles(
+    backend: Runner, stage: Stage, inputs: Mapping[str, Any], tiles: Tiles | None, size: Sequence[int]
+) -> Mapping[str, Any]:
+    """Run a step on whole frames, or on tiles of them whose outputs are mixed, as those of windows are."""
+    height, width = size
+    if tiles is None or (height <= tiles.height and width <= tiles.width):
+        return backend.run(stage.name, **inputs)
+    host = {name: backend.to_numpy(value) for name, value in inputs.items()}
+    mixed = {name: np.zeros_like(host["latents"]) for name in STATE}
+    for top, down in _tile_weights(height, tiles.height, tiles.stride):
+        rows = {name: cut(stage, name, value, "H", top, top + len(down)) for name, value in host.items()}
+        for left, across in _tile_weights(width, tiles.width, tiles.stride):
+            part = {name: cut(stage, name, value, "W", left, left + len(across)) for name, value in rows.items()}
+            place = (..., slice(top, top + len(down)), slice(left, left + len(across)))
+            for name, value in backend.run(stage.name, **part).items():
+                mixed[name][place] += down[:, None] * across * backend.to_numpy(value)
+    return mixed
+
+
+def _tile_weights(size: int, length: int, stride: int) -> list[tuple[int, Array]]:
+    """Where the tiles along one axis begin, and the weights of their cells: `window_weights` of a side."""
+    return window_weights(size, Windows(min(size, length), min(size, stride)))
+
+
+def cut(stage: Stage, name: str, value: NDArray[Any], axis: str, start: int, end: int) -> NDArray[Any]:
+    """A stage's input from `start` to `end` of an axis, where it has that; else the input as it is."""
     shape = stage.input(name).shape
-    if "F" not in shape:
+    if axis not in shape:
         return value
-    return np.ascontiguousarray(value[(*[slice(None)] * shape.index("F"), slice(start, end))])
+    return np.ascontiguousarray(value[(*[slice(None)] * shape.index(axis), slice(start, end))])

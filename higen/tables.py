@@ -28,6 +28,7 @@ __all__ = [
     "Sizes",
     "Start",
     "TextRules",
+    "Tiles",
     "Windows",
     "check",
     "is_number",
@@ -235,12 +236,14 @@ class Replaced:
 class Start:
     """Where the picture or clip `control` is given, the loop begins in the table's tail, from the source `latents`.
 
-    `strength`: the part of the rows that run, 0 to 1 (a number or "control:NAME").
+    strength  the part of the rows that run, 0 to 1 (a number or "control:NAME")
+    needed    the loop begins so and in no other way: a request without `control` is refused
     """
 
     control: str
     latents: str
     strength: float | str
+    needed: bool = field(default=False, metadata=LATER)
 
 
 @dataclass(frozen=True)
@@ -264,6 +267,20 @@ class Windows:
 
 
 @dataclass(frozen=True)
+class Tiles:
+    """Frames of more than `height` or `width` latent cells are denoised in tiles that begin `stride` cells apart."""
+
+    height: int
+    width: int
+    stride: int
+
+    def __post_init__(self) -> None:
+        good = 1 <= self.stride <= min(self.height, self.width) and max(self.height, self.width) <= MAX_SIDE
+        message = f"height={self.height}, width={self.width}, stride={self.stride}: sides of at most {MAX_SIDE}, "
+        check(good, message + "and a stride from 1 to the smaller one")
+
+
+@dataclass(frozen=True)
 class Loop:
     """A denoising loop: its stages, how many frames it has, its solvers (the default first) and its initial noise."""
 
@@ -282,6 +299,7 @@ class Loop:
     replaced: Replaced | None = None
     start: Start | None = None
     windows: Windows | None = None
+    tiles: Tiles | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         check(bool(self.guided or self.plain), "guided, plain: at least one stage")

@@ -43,7 +43,7 @@ def pictures(manifest: Manifest, sizes: Mapping[str, int], every: bool = False) 
     known = manifest.sizes
     frames = sizes.get("frames", known.frames[1])
     height, width = sizes.get("height", known.height), sizes.get("width", known.width)
-    needed = {name for loop in manifest.loops for name in manifest.pictures_of(*loop.stages)}
+    needed = {name for loop in manifest.loops for name in manifest.needed_by(loop)}
     shades = np.random.default_rng(0).integers(0, 256, (4, 4, 3))
     small = np.stack([np.roll(shades, shift, axis=1) for shift in range(frames)])
     rows, columns = np.arange(height) * 4 // height, np.arange(width) * 4 // width

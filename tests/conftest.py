@@ -124,3 +124,12 @@ def reference() -> Path:
     if not folder.is_dir():
         pytest.skip("../shared/reference is not here; tests/reference is a subset of it")
     return folder
+
+
+@pytest.fixture
+def single() -> Iterator[None]:
+    """Arithmetic in one thread, as in a forked child."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -20,7 +21,7 @@ import torch
 from diffusers.loaders.single_file_utils import convert_animatediff_checkpoint_to_diffusers
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-from test_stable_diffusion import apart, set_values, single_file, tokens
+from test_stable_diffusion import apart, single_file, tokens
 
 import higen
 from higen.backends.onnx import OnnxBackend
@@ -55,7 +56,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The hub's folder of Stable Diffusion 1.5, whose scheduler is PNDM, as there."""
     pipeline = tiny.image_pipeline(tiny.scheduler("PNDMScheduler", **BASE))
     folder = tiny.save(pipeline, tmp_path_factory.mktemp("hub") / "stable-diffusion-v1-5")
-    return set_values(folder, "scheduler/scheduler_config.json", clip_sample=False)
+    return tiny.set_values(folder, "scheduler/scheduler_config.json", clip_sample=False)
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +69,13 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(base: Path, module: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The model directory of the two, with its graphs."""
+    """The model directory of the two, with its graphs. HIGEN_FAMILY_MODEL names a folder that keeps it for Triton."""
     bundle = convert_sources([base, module], tmp_path_factory.mktemp("converted") / "model", dtype="fp32")
-    return export_model(bundle)
+    exported = export_model(bundle)
+    if kept := os.environ.get("HIGEN_FAMILY_MODEL"):
+        shutil.rmtree(kept, ignore_errors=True)
+        shutil.copytree(exported.path, kept)
+    return exported
 
 
 @pytest.fixture(scope="module")
@@ -549,7 +554,7 @@ def test_a_pipeline_with_a_missing_part(base: Path, tmp_path: Path, part: str) -
 )
 def test_other_pipelines_are_refused(base: Path, tmp_path: Path, file: str, changes: Any, said: str) -> None:
     folder = tiny.save(tiny_motion.pipeline(sampler(base, "DDIMScheduler")), tmp_path / "hub")
-    refused(tmp_path, [set_values(folder, file, **changes)], said, folder)
+    refused(tmp_path, [tiny.set_values(folder, file, **changes)], said, folder)
 
 
 def test_version_2_is_refused(module: Path, tmp_path: Path) -> None:

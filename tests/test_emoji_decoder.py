@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from training_run import killed_after
 
 import higen
 from higen.api import default_model
@@ -86,10 +87,11 @@ def test_what_was_drawn_stands_beside_the_picture_that_was_asked_for(state: Path
     np.testing.assert_allclose(found, wanted, atol=4e-3 * float(wanted.abs().max()))
 
 
+@pytest.mark.usefixtures("single")
 def test_it_goes_on_as_if_never_stopped_and_leaves_the_encoder_alone(
     state: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run, codec = replace(DECODER, steps=3, batch=4), (state / "autoencoder.safetensors").read_bytes()
+    run, codec = replace(DECODER, steps=3, batch=4, save_seconds=0.0), (state / "autoencoder.safetensors").read_bytes()
     gradients = decoder.DecoderGradients.__call__
     train(state, state, run)
     whole = load_file(state / decoder.RESULT)
@@ -110,6 +112,12 @@ def test_it_goes_on_as_if_never_stopped_and_leaves_the_encoder_alone(
     stopped = load_file(state / decoder.RESULT)
     assert stopped.keys() == whole.keys()
     assert all(torch.equal(tensor, whole[name]) for name, tensor in stopped.items())
+    (state / decoder.RESULT).unlink()
+    shutil.rmtree(state / "decoder")
+    killed_after(2, lambda: train(state, state, run))
+    assert [p.name for p in (state / "decoder").iterdir()] == ["step-00000001.pt"]
+    train(state, state, run)
+    assert all(torch.equal(tensor, whole[name]) for name, tensor in load_file(state / decoder.RESULT).items())
     before = autoencoder.load(state).decoder.state_dict()
     assert before.keys() == whole.keys()
     assert any(not torch.equal(before[name], tensor) for name, tensor in whole.items())

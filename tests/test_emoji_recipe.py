@@ -18,6 +18,7 @@ import torch
 from conftest import full_disk
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
+from training_run import killed_after
 
 from higen import cpu
 from higen.api import default_model
@@ -211,11 +212,12 @@ def test_bfloat16_trains_as_float32_does(tmp_path: Path) -> None:
     np.testing.assert_allclose(losses[1], losses[0], rtol=2e-3)
 
 
+@pytest.mark.usefixtures("single")
 def test_a_run_that_was_stopped_goes_on_as_if_never_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     random = torch.Generator().manual_seed(0)
     save_file({f"latents/{SUBJECTS[0].name}": torch.randn((10, 72, 32, 8, 8), generator=random).half()}, tmp_path / "l")
     config = replace(UNET, channel_multipliers=(1, 1))
-    clips = Clips(tmp_path / "l", config, Selection(subjects=(0,)), settings(steps=4))
+    clips = Clips(tmp_path / "l", config, Selection(subjects=(0,)), settings(steps=4, save_every=2))
     advance = Loop.advance
 
     def interrupted(loop: Loop) -> Any:
@@ -223,20 +225,25 @@ def test_a_run_that_was_stopped_goes_on_as_if_never_stopped(tmp_path: Path, monk
             os.kill(os.getpid(), signal.SIGINT)
         return advance(loop)
 
-    for folder in ("whole", "stopped"):
+    for folder in ("whole", "stopped", "killed"):
         (tmp_path / folder).mkdir()
     train(tmp_path / "whole", clips)
+    killed_after(3, lambda: train(tmp_path / "killed", clips))
+    assert [p.name for p in (tmp_path / "killed" / "checkpoints").iterdir()] == ["step-00000002.pt"]
+    train(tmp_path / "killed", clips)
     monkeypatch.setattr(Loop, "advance", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path / "stopped", clips)
     assert [p.name for p in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["step-00000002.pt"]
     train(tmp_path / "stopped", clips)
-    whole, stopped = (Checkpoints(tmp_path / folder / "checkpoints", 2).load() for folder in ("whole", "stopped"))
+    whole = Checkpoints(tmp_path / "whole" / "checkpoints", 2).load()
     assert whole is not None
-    assert stopped is not None
-    assert whole["step"] == stopped["step"] == 4
-    for part in ("weights", "average"):
-        assert all(torch.equal(tensor, stopped[part][name]) for name, tensor in whole[part].items())
+    for folder in ("stopped", "killed"):
+        found = Checkpoints(tmp_path / folder / "checkpoints", 2).load()
+        assert found is not None
+        assert whole["step"] == found["step"] == 4
+        for part in ("weights", "average"):
+            assert all(torch.equal(tensor, found[part][name]) for name, tensor in whole[part].items())
 
 
 def test_a_cue_stands_in_for_words_and_nothing_else_does(tmp_path: Path) -> None:
@@ -345,6 +352,7 @@ def test_a_stopped_codec_run_has_the_given_time_in_all(tmp_path: Path, monkeypat
         assert parts == pytest.approx(left)
 
 
+@pytest.mark.usefixtures("single")
 def test_a_codec_that_was_stopped_goes_on_as_if_never_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a number of steps; by the clock no two runs are alike."""
     loop = np.zeros((40, 128, 128, 4), np.uint8)
@@ -358,7 +366,7 @@ def test_a_codec_that_was_stopped_goes_on_as_if_never_stopped(tmp_path: Path, mo
 
     monkeypatch.setattr(autoencoder, "Pictures", Square)
     monkeypatch.setattr(autoencoder, "psnr", lambda *_: 30.0)
-    settings = replace(autoencoder.CODEC, steps=3, batch=2)
+    settings = replace(autoencoder.CODEC, steps=3, batch=2, save_seconds=0.0)  # each step is saved
     autoencoder.train(tmp_path, tmp_path / "whole", 0, settings=settings)
     gradients = autoencoder.CodecGradients.__call__
 
@@ -374,6 +382,11 @@ def test_a_codec_that_was_stopped_goes_on_as_if_never_stopped(tmp_path: Path, mo
     autoencoder.train(tmp_path, tmp_path / "stopped", 0, settings=settings)
     whole, stopped = (load_file(tmp_path / name / "autoencoder.safetensors") for name in ("whole", "stopped"))
     assert all(torch.equal(tensor, stopped[name]) for name, tensor in whole.items())
+    killed_after(2, lambda: autoencoder.train(tmp_path, tmp_path / "killed", 0, settings=settings))
+    assert [p.name for p in (tmp_path / "killed" / "autoencoder").iterdir()] == ["step-00000001.pt"]
+    autoencoder.train(tmp_path, tmp_path / "killed", 0, settings=settings)
+    killed = load_file(tmp_path / "killed" / "autoencoder.safetensors")
+    assert all(torch.equal(tensor, killed[name]) for name, tensor in whole.items())
 
 
 def test_an_earlier_versions_codec_checkpoint_is_named(tmp_path: Path) -> None:

@@ -393,13 +393,6 @@ def test_cpp_makes_pythons_frames(built: Path, model: Bundle, by_graphs: Pipelin
 # Bad input.
 
 
-def set_values(folder: Path, file: str, **changes: Any) -> Path:
-    """Other values in one of a folder's JSON files."""
-    config = json.loads((folder / file).read_text(encoding="utf-8"))
-    (folder / file).write_text(json.dumps({**config, **changes}), encoding="utf-8")
-    return folder
-
-
 @pytest.mark.parametrize(
     ("file", "changes", "said"),
     [
@@ -416,21 +409,12 @@ def set_values(folder: Path, file: str, **changes: Any) -> Path:
     ids=str,
 )
 def test_other_models_are_refused(saved: Path, tmp_path: Path, file: str, changes: dict[str, Any], said: str) -> None:
-    folder = set_values(Path(shutil.copytree(saved, tmp_path / "hub")), file, **changes)
-    with pytest.raises(CheckpointError) as error:
-        convert_sources([folder], tmp_path / "model")
-    assert said in str(error.value)
-    assert str(folder) in str(error.value)
-    assert not (tmp_path / "model").exists()
+    tiny.assert_refused(saved, tmp_path, said, file, **changes)
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder", "vae", "scheduler"])
 def test_a_folder_with_a_missing_part(saved: Path, tmp_path: Path, part: str) -> None:
-    shutil.copytree(saved, tmp_path / "hub")
-    shutil.rmtree(tmp_path / "hub" / part)
-    with pytest.raises(CheckpointError, match=part):
-        convert_sources([tmp_path / "hub"], tmp_path / "model")
-    assert not (tmp_path / "model").exists()
+    tiny.assert_refused(saved, tmp_path, part)
 
 
 FOREIGN = {
@@ -453,12 +437,13 @@ def test_cousins_of_the_authors_are_refused_by_name(three_files: Path, tmp_path:
 
 
 def test_a_file_of_another_name_does_not_say_what_it_predicts(three_files: Path, tmp_path: Path) -> None:
-    other = Path(shutil.copy(three_files / FILES[0], tmp_path / "sr_step_110000_ema.pth"))
+    other = Path(shutil.copy(three_files / FILES[0], tmp_path / "zs2_576w.pth"))
     sources = [other, *(three_files / name for name in FILES[1:])]
-    with pytest.raises(CheckpointError, match=r"SR600.*--prediction epsilon"):
-        convert_sources(sources, tmp_path / "model")
-    with pytest.raises(CheckpointError, match="SR600"):
-        convert_sources(sources, tmp_path / "model", prediction="v")
+    for options in ({}, {"prediction": "v"}):
+        with pytest.raises(CheckpointError, match=r"give --network, one of modelscope.*SR600"):
+            convert_sources(sources, tmp_path / "model", **options)
+    with pytest.raises(CheckpointError, match="predicts epsilon"):
+        convert_sources(sources, tmp_path / "model", prediction="v", network="modelscope")
     assert not (tmp_path / "model").exists()
     assert convert_sources(sources, tmp_path / "model", prediction="epsilon").manifest.loops[0].prediction == "epsilon"
 

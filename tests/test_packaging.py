@@ -202,6 +202,8 @@ def test_the_wheel_alone_makes_a_video(environment: Path, tmp_path: Path) -> Non
         (["higen-export", "onnx"], "export"),
         (["higen-export", "verify"], "export"),
         (["higen", "serve"], "serve"),
+        (["higen", "batch", "rows.jsonl", "videos", "--model"], "batch"),
+        (["higen", "batch", "rows.jsonl", "videos", "--ray", "local", "--model"], "ray"),
         (["higen", "generate", "a dog", "-o", "x.mp4", "--backend", "torch", "--model"], "torch"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import tiny_diffusers as tiny
 import torch
 from click.testing import CliRunner
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from test_convert import UNET, denoiser_state, ldm_state, text_state
 from test_lora import adapted, of_peft
@@ -20,12 +22,13 @@ from higen.bundle import Bundle
 from higen.cli import main
 from higen.convert import convert_sources
 from higen.errors import CheckpointError
-from higen.families.higen.personal import diffusers_names
+from higen.families.higen.personal import diffusers_names, with_difference, with_loras
 from higen.families.higen.reference_names import from_reference
 from higen.families.higen.spec import UNetConfig
 from higen.families.higen.unet import UNet
 from higen.families.stable_diffusion.ldm_names import PREFIX, ldm_name
 from higen.models.lora import Lora
+from higen.models.weights import let_go, unmade
 
 State = dict[str, torch.Tensor]
 
@@ -283,3 +286,34 @@ def test_an_adapter_of_a_model_that_predicts_epsilon(folder: Path, adapter: tupl
         made(folder, tmp_path / "model", loras=[Lora(tmp_path / "lora.safetensors")])
     with pytest.raises(CheckpointError, match="predicts epsilon"):
         made(folder, tmp_path / "model", loras=[Lora(adapter[0])], prediction="epsilon")
+
+
+def test_sums_are_made_where_they_are_written(folder: Path, tmp_path: Path) -> None:
+    """No second copy of the network is in memory: each tensor is made anew whenever it is asked for."""
+    held = from_reference(denoiser_state(), UNET)
+    options = {"finetune": folder / "fine.safetensors", "base": folder / "base.safetensors", "prediction": "v"}
+    state = with_difference(held, UNET, notes=[], **options)
+    lora = tmp_path / "style.safetensors"
+    save_file(adapted(pipeline(11).unet, ["to_q"], 1), lora)
+    state = with_loras(state, UNET, [Lora(lora, 0.5)], "v", [])
+    assert all(unmade(state)[name] is tensor for name, tensor in held.items())
+    name = "unet.middle.spatial.block.attention2.query.weight"
+    made = state[name]
+    assert made is not state[name]
+    assert made.equal(state[name])
+    fine, base = (load_file(folder / f"{which}.safetensors") for which in ("fine", "base"))
+    theirs = f"{PREFIX}middle_block.1.transformer_blocks.0.attn2.to_q.weight"
+    assert not made.allclose(held[name] + fine[theirs] - base[theirs])  # the adapter is in it too
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux alone is told")
+def test_what_was_read_leaves_memory_and_keeps_its_values(tmp_path: Path) -> None:
+    """Of a mapped file; other memory stays as it is."""
+    values = torch.arange(2**22, dtype=torch.float32)
+    save_file({"a": values}, tmp_path / "a.safetensors")
+    with safe_open(tmp_path / "a.safetensors", framework="pt") as file:
+        mapped = file.get_tensor("a")
+    for tensor in (mapped, mapped[3:1001], torch.ones(3), values):
+        let_go(tensor)
+    assert mapped.equal(values)
+    assert values[-1] == 2**22 - 1

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import cpp_build
@@ -17,16 +18,20 @@ import sealing
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from higen.chunk_runner import ChunkRunner
 from higen.errors import ManifestError, PromptWarning, RequestError
 from higen.families.stable_diffusion import spec
-from higen.families.stage_rows import CHUNKS, clip_text
+from higen.families.stage_rows import CHUNKS, Sampling, clip_text
 from higen.manifest import Manifest
 from higen.manifest_file import Opened, manifest_text, read_manifest
 from higen.noise_schedule import NoiseSchedule, Solver
 from higen.prompt_chunks import weighted
 from higen.prompt_weights import pieces
 from higen.request import make_request
-from higen.tables import TextRules
+from higen.sampler import Plan, denoise
+from higen.schedule import solver_table
+from higen.stages import Output, Stage, Tensor
+from higen.tables import TextRules, Tiles, Windows
 from higen.tokenizer import PromptTokenizer, build_clip_tokenizer, write_tokenizer
 from higen.typed_json import from_json, to_json
 
@@ -217,7 +222,7 @@ def manifest() -> Manifest:
     networks = spec.Networks(
         unet, {"max_position_embeddings": 77, "hidden_size": 32}, spec.Codec({"block_out_channels": [32, 32]})
     )
-    sampling = spec.Sampling(
+    sampling = Sampling(
         NoiseSchedule("scaled_linear", beta_start=0.00085, beta_end=0.012), "epsilon", (Solver("ddim"),)
     )
     return spec.manifest(networks, sampling, name="m", licence="", size=16, pad_id=49407)
@@ -379,3 +384,68 @@ def test_cpp_refuses_the_same_rules(built: Path, tmp_path: Path) -> None:
     for (name, fit), answer in zip(fits.items(), answers, strict=True):
         assert ("error" not in answer) == fit, (name, answer)
         assert fit or answer["error"] == "HIGEN_ERROR_MANIFEST", (name, answer)
+
+
+# Batches of prompts with different numbers of chunks.
+
+STATE = ("B", "C", "F", "H", "W")
+COLUMNS = ("t", "A", "B", "C", "alpha", "sigma")
+STEP = Stage(
+    "step",
+    "",
+    (
+        *(Tensor(name, STATE) for name in ("latents", "previous")),
+        *(Tensor(name, ("B",)) for name in COLUMNS),
+        Tensor("context", ("B", "T", 1), source="reader.hidden"),
+    ),
+    (Output("latents", STATE), Output("previous", STATE)),
+)
+
+
+class Formula:
+    """Its m is the mean of a clip's latents, where it is cut, and that of a text's tokens, plus a tenth of x."""
+
+    def run(self, stage: str, /, **tensors: Any) -> dict[str, Any]:
+        x, text = tensors["latents"], tensors["context"]
+        assert len({len(value) for value in tensors.values()}) == 1
+        a, b, c, alpha, sigma = (tensors[name].reshape(-1, 1, 1, 1, 1) for name in COLUMNS[1:])
+        m = x.mean((1, 2, 3, 4), keepdims=True) + text.mean((1, 2)).reshape(-1, 1, 1, 1, 1) + np.float32(0.1) * x
+        return {"latents": a * x + b * m + c * tensors["previous"], "previous": alpha * x - sigma * m}
+
+    def to_numpy(self, tensor: Any) -> Any:
+        return np.asarray(tensor)
+
+
+@pytest.mark.parametrize(
+    ("windows", "tiles"), [(None, None), (Windows(3, 2), None), (None, Tiles(3, 4, 2)), (Windows(2, 1), Tiles(4, 3, 3))]
+)
+def test_cpp_runs_prompts_with_different_numbers_of_chunks(
+    built: Path, tmp_path: Path, windows: Windows | None, tiles: Tiles | None
+) -> None:
+    """In C++ as in Python, each sample is what it is alone; with windows and tiles around it too."""
+    chunks, length, shape = (2, 1, 3, 2), 2, (4, 2, 5, 5, 7)
+    random = np.random.default_rng(1)
+    latents = random.standard_normal(shape).astype(np.float32)
+    context = random.standard_normal((4, length * max(chunks), 1)).astype(np.float32)
+    table = solver_table(NoiseSchedule(), "v", Solver("dpm++2m", "trailing"), 6)
+    rules: Any = SimpleNamespace(text=SimpleNamespace(length=length), stages=(STEP,))
+
+    def ran(samples: list[int]) -> Any:
+        runner = ChunkRunner.over(Formula(), rules, [chunks[i] for i in samples])
+        most = length * max(chunks[i] for i in samples)
+        text, guidance = context[samples, :most], np.ones((6, len(samples), shape[2]), np.float32)
+        plan = Plan("loop", lambda _: STEP, lambda _: {"context": text}, table, guidance, samples, 0)
+        *_, last = denoise(runner, replace(plan, windows=windows, tiles=tiles), latents[samples])
+        return last.latents
+
+    together = ran([0, 1, 2, 3])
+    for i in range(4):
+        assert np.abs(together[i] - ran([i])[0]).max() < 1e-5
+    job = {"op": "loop", "shape": shape, "steps": 6, "tokens": [length * n for n in chunks]}
+    job |= {"latents": latents.ravel().tolist(), "context": context.ravel().tolist()}
+    job |= {"windows": windows and [windows.length, windows.stride]}
+    job |= {"tiles": tiles and [tiles.height, tiles.width, tiles.stride]}
+    (tmp_path / "job.json").write_text(json.dumps([job]), encoding="utf-8")
+    cpp_build.done(built / "tests" / "vectors", tmp_path / "job.json", tmp_path / "result.json")
+    (got,) = json.loads((tmp_path / "result.json").read_text(encoding="utf-8"))
+    assert np.abs(np.reshape(got, shape) - together).max() < 1e-5

@@ -48,14 +48,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The hub's folder of a tiny model of version 1, whose scheduler is PNDM, as there."""
     scheduler = tiny.scheduler("PNDMScheduler", steps_offset=1, skip_prk_steps=True, set_alpha_to_one=False)
     folder = tiny.save(tiny.image_pipeline(scheduler), tmp_path_factory.mktemp("hub") / "stable-diffusion-v1.5")
-    return set_values(folder, "scheduler/scheduler_config.json", clip_sample=False)
-
-
-def set_values(folder: Path, file: str, **changes: Any) -> Path:
-    """Other values in one of a folder's JSON files."""
-    config = json.loads((folder / file).read_text(encoding="utf-8"))
-    (folder / file).write_text(json.dumps({**config, **changes}), encoding="utf-8")
-    return folder
+    return tiny.set_values(folder, "scheduler/scheduler_config.json", clip_sample=False)
 
 
 @pytest.fixture(scope="module")
@@ -413,21 +406,12 @@ def test_cpp_reads_weighted_and_long_prompts(
     ids=str,
 )
 def test_other_models_are_refused(saved: Path, tmp_path: Path, file: str, changes: dict[str, Any], said: str) -> None:
-    folder = set_values(Path(shutil.copytree(saved, tmp_path / "hub")), file, **changes)
-    with pytest.raises(CheckpointError) as error:
-        convert_sources([folder], tmp_path / "model")
-    assert said in str(error.value)
-    assert str(folder) in str(error.value)
-    assert not (tmp_path / "model").exists()
+    tiny.assert_refused(saved, tmp_path, said, file, **changes)
 
 
 @pytest.mark.parametrize("part", ["unet", "text_encoder", "vae", "scheduler"])
 def test_a_folder_with_a_missing_part(saved: Path, tmp_path: Path, part: str) -> None:
-    shutil.copytree(saved, tmp_path / "hub")
-    shutil.rmtree(tmp_path / "hub" / part)
-    with pytest.raises(CheckpointError, match=part):
-        convert_sources([tmp_path / "hub"], tmp_path / "model")
-    assert not (tmp_path / "model").exists()
+    tiny.assert_refused(saved, tmp_path, part)
 
 
 def test_weights_that_are_no_numbers(saved: Path, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import shutil
 import sys
 import threading
@@ -541,13 +540,6 @@ def test_a_graph_that_cannot_be_written_anew(
 # Bad input.
 
 
-def changed(folder: Path, file: str, **changes: Any) -> Path:
-    """Other values in one of a folder's JSON files."""
-    config = json.loads((folder / file).read_text(encoding="utf-8"))
-    (folder / file).write_text(json.dumps({**config, **changes}), encoding="utf-8")
-    return folder
-
-
 @pytest.mark.parametrize(
     ("file", "changes", "said"),
     [
@@ -573,21 +565,12 @@ def changed(folder: Path, file: str, **changes: Any) -> Path:
     ids=str,
 )
 def test_other_models_are_refused(saved: Path, tmp_path: Path, file: str, changes: dict[str, Any], said: str) -> None:
-    folder = changed(Path(shutil.copytree(saved, tmp_path / "hub")), file, **changes)
-    with pytest.raises(CheckpointError) as error:
-        convert_sources([folder], tmp_path / "model")
-    assert said in str(error.value)
-    assert str(folder) in str(error.value)
-    assert not (tmp_path / "model").exists()
+    tiny.assert_refused(saved, tmp_path, said, file, **changes)
 
 
 @pytest.mark.parametrize("part", ["unet", "image_encoder", "vae", "scheduler"])
 def test_a_folder_with_a_missing_part(saved: Path, tmp_path: Path, part: str) -> None:
-    shutil.copytree(saved, tmp_path / "hub")
-    shutil.rmtree(tmp_path / "hub" / part)
-    with pytest.raises(CheckpointError, match=part):
-        convert_sources([tmp_path / "hub"], tmp_path / "model")
-    assert not (tmp_path / "model").exists()
+    tiny.assert_refused(saved, tmp_path, part)
 
 
 def test_a_pickle_that_runs_code(saved: Path, tmp_path: Path) -> None:

@@ -24,11 +24,12 @@ from higen.errors import CheckpointError, ModelError, SettingsError
 from higen.families.higen import spec
 from higen.families.higen.network import load_denoiser
 from higen.models.lora import Lora
-from higen.train.layers import temporal_names
+from higen.train.data import list_items
+from higen.train.layers import set_strength, temporal_names
 from higen.train.networks import spatial_names
 from higen.train.record import read_losses
 from higen.train.settings import Settings
-from higen.train.trainer import export, train
+from higen.train.trainer import Trainer, export, train
 
 
 @pytest.fixture(scope="module")
@@ -257,3 +258,61 @@ def test_a_held_out_set_that_cannot_be_used_is_one_error(tmp_path: Path, model: 
         )  # fmt: skip
         with pytest.raises(SettingsError, match=r"data\.held_out"):
             train(settings)
+
+
+def test_each_clip_has_adapters_of_its_own_strength(tmp_path: Path, model: Path, clips: Path) -> None:
+    """The gradients of a step over clips at 2 and -1, beside those of models with so much of the adapters added."""
+    rows = [{"path": str(clips / f"clip{i}.webm"), "caption": "a red heart"} for i in range(3)]
+    rows = [{**row, "scale": scale} for row, scale in zip(rows, (2, -1, "0.5"), strict=True)]
+    (tmp_path / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"lora__rank": 2, "lora__scales": True, "data__videos": 3, **TEMPORAL}
+    trainer = Trainer(make_settings(tmp_path, model, tmp_path / "clips.jsonl", **changes))
+    try:
+        with torch.no_grad():
+            for name, parameter in trainer.optimiser.parameters.items():
+                if "lora_B" in name:
+                    parameter.normal_(0, 0.1, generator=torch.Generator().manual_seed(1))
+        (batch,) = (trainer.source.batches(0).videos,)
+        assert batch is not None
+        assert sorted(batch.strength.tolist()) == [-1.0, 0.5, 2.0]
+        losses = trainer.gradients(0, torch.Generator())
+        mixed = {name: p.grad.clone() for name, p in trainer.optimiser.parameters.items() if p.grad is not None}
+        wanted, alone = {name: torch.zeros_like(g) for name, g in mixed.items()}, []
+        for i, strength in enumerate(batch.strength.tolist()):
+            trainer.optimiser.clear()
+            set_strength(trainer.objective, strength)
+            loss, *_ = trainer.objective(None, batch.chosen(torch.tensor([i])))
+            loss.backward()
+            alone.append(float(loss.detach()))
+            for name, gradient in wanted.items():
+                own = trainer.optimiser.parameters[name].grad
+                gradient += 0 if own is None else own / 3
+        for name, gradient in wanted.items():
+            assert torch.allclose(mixed[name], gradient, rtol=1e-4, atol=1e-6), name
+        assert len(set(alone)) == 3
+        assert float(losses["video"]) > 0
+    finally:
+        trainer.close()
+
+
+@pytest.mark.parametrize(
+    ("rows", "said"),
+    [
+        ({"scale": "loud"}, r"line 1: scale='loud': a number from -10 to 10"),
+        ({"scale": 11}, r"line 1: scale=11: a number from -10 to 10"),
+        ({"scale": True}, r"line 1: scale=True: a number from -10 to 10"),
+    ],
+)
+def test_a_scale_that_is_none_is_named(tmp_path: Path, rows: dict[str, Any], said: str) -> None:
+    file = tmp_path / "clips.jsonl"
+    file.write_text(json.dumps({"path": "a.mp4", "caption": "a", **rows}) + "\n")
+    assert list_items(file).items[0].scale == 1  # another one's column, where no adapter is trained
+    with pytest.raises(SettingsError, match=said):
+        list_items(file, scales=True)
+    with pytest.raises(SettingsError, match=r"lora\.scales=true: data\.path=.* is a folder"):
+        list_items(tmp_path, scales=True)
+
+
+def test_scales_need_an_adapter(tmp_path: Path, model: Path, clips: Path) -> None:
+    with pytest.raises(SettingsError, match=r"lora\.scales=true: needs rank"):
+        make_settings(tmp_path, model, clips, lora__scales=True)

@@ -53,7 +53,7 @@ def test_a_file_becomes_settings_with_absolute_paths(tmp_path: Path) -> None:
         ({"run__sample_prompts": ["a whale", "x" * 100_001]}, r"run\.sample_prompts=.*100001 characters: at most"),
         ({"model__init": None}, r"model\.init, architecture: one of the two"),
         ({"model__architecture": "m.json"}, r"model\.init, architecture: one of the two"),
-        ({"model__tokenizer": "captions"}, r"model\.tokenizer='captions': only with architecture"),
+        ({"model__tokenizer": "captions"}, r"model\.tokenizer='captions': needs optimiser\.train_text"),
     ],
 )
 def test_a_wrong_key_is_named(tmp_path: Path, changes: dict[str, Any], message: str) -> None:

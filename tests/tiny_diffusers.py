@@ -6,13 +6,17 @@ Zero-initialised layers would hide half of a network from a comparison, so no pa
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import diffusers
+import pytest
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel
 
+from higen.convert import convert_sources
+from higen.errors import CheckpointError
 from higen.tokenizer import build_clip_tokenizer
 
 SCALED_LINEAR = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -140,3 +144,24 @@ def save(pipeline: Any, folder: Path, pad_token: str = "<|endoftext|>", **how: A
     index = {"_class_name": type(pipeline).__name__, "_diffusers_version": diffusers.__version__}
     (folder / "model_index.json").write_text(json.dumps(index), encoding="utf-8")
     return folder
+
+
+def set_values(folder: Path, file: str, **changes: Any) -> Path:
+    """Other values in one of a folder's JSON files."""
+    config = json.loads((folder / file).read_text(encoding="utf-8"))
+    (folder / file).write_text(json.dumps({**config, **changes}), encoding="utf-8")
+    return folder
+
+
+def assert_refused(saved: Path, into: Path, said: str, file: str = "", **changes: Any) -> None:
+    """A copy of a folder is refused, with other values in `file` or without the part `said`; nothing is written."""
+    folder = Path(shutil.copytree(saved, into / "hub"))
+    if file:
+        set_values(folder, file, **changes)
+    else:
+        shutil.rmtree(folder / said)
+    with pytest.raises(CheckpointError) as error:
+        convert_sources([folder], into / "model")
+    assert said in str(error.value)
+    assert str(folder) in str(error.value)
+    assert not (into / "model").exists()

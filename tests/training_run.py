@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import warnings
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +17,44 @@ from conftest import TINY
 from numpy.typing import NDArray
 
 from higen.families.higen.spec import ModelConfig
+from higen.train.loop import Loop
 from higen.train.settings import Settings, read_settings
 from higen.video import Video
 
 # Dropout layers draw from the global generator, differently in each process.
 MODEL: ModelConfig = replace(TINY, unet=replace(TINY.unet, dropout=0.0))
 CAPTIONS = ("a blue whale swimming", "a red heart beating", "a green star")
+
+
+def killed_after(steps: int, work: Callable[[], object]) -> None:
+    """Train in a forked child that kills itself (SIGKILL) after so many steps, before the last of them is saved.
+
+    It computes in one thread: a fork loses the parent's others. The fixture `single` makes the parent compute alike.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of forking with threads
+        child = os.fork()
+    if not child:
+        code = 1
+        try:
+            torch.set_num_threads(1)  # those of the parent are not in the child
+            signal.alarm(60)
+            advance, made = Loop.advance, 0
+
+            def counted(loop: Loop) -> dict[str, torch.Tensor]:
+                nonlocal made
+                found = advance(loop)
+                made += 1
+                if made == steps:
+                    os.kill(os.getpid(), signal.SIGKILL)
+                return found
+
+            Loop.advance = counted  # type: ignore[method-assign]
+            work()
+            code = 0
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
 def moving_square(shade: int, frames: int = 6, height: int = 20, width: int = 28) -> NDArray[np.uint8]:
@@ -102,6 +138,7 @@ def write_settings(file: Path, model: Path, clips: Path, **changes: Any) -> Path
         "objective": {},
         "optimiser": {"learning_rate": 1e-3, "warm_up": 2},
         "lora": {},
+        "codec": {},
         "run": {
             "output": file.parent / "run",
             "steps": 6,

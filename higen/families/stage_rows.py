@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from higen.noise_schedule import NoiseSchedule, Solver
 from higen.stages import EMPTY, TOKENS, Output, Stage, Tensor
-from higen.tables import Control, TextRules
+from higen.tables import Control, Loop, NoiseRule, Sizes, TextRules
 
-__all__ = ["CHUNKS", "TEXT_CONDITIONS", "autoencoder_stages", "clip_text", "solver_stages", "strength_control"]
-__all__ += ["text_encoder_stage"]
-
+__all__ = ["CHUNKS", "TEXT_CONDITIONS", "Sampling", "autoencoder_stages", "clip_text", "denoising_loop"]
+__all__ += ["solver_stages", "strength_control", "text_encoder_stage", "unet_sizes"]
 
 CHUNKS = 8
 """Chunks of 75 tokens that a prompt may have: engines are built for as many."""
@@ -22,6 +26,65 @@ TEXT_CONDITIONS = (
 def clip_text(tokenizer: str, length: int, pad_id: int) -> TextRules:
     """Rules of CLIP's texts as the field writes them: weighted words, BREAK, and several chunks of tokens."""
     return TextRules(tokenizer, length, pad_id, clean=True, weights="parentheses", chunks=CHUNKS)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a loop is sampled; the default solver stands first."""
+
+    schedule: NoiseSchedule
+    prediction: str
+    solvers: tuple[Solver, ...]
+    steps: int = 50
+    guidance: float | tuple[float, ...] = 7.5
+
+
+def denoising_loop(name: str, stage: str, frames: int | str, sampling: Sampling, purpose: int = 0, **more: Any) -> Loop:
+    """A loop of the stages `stage` and `stage`_plain, from noise of the stream `purpose`; `more`: its other fields."""
+    return Loop(
+        name=name,
+        guided=stage,
+        plain=f"{stage}_plain",
+        frames=frames,
+        schedule=sampling.schedule,
+        prediction=sampling.prediction,
+        solvers=sampling.solvers,
+        steps=sampling.steps,
+        guidance=sampling.guidance,
+        noise=NoiseRule(purpose=purpose),
+        **more,
+    )
+
+
+def unet_sizes(
+    unet: Mapping[str, Any],
+    clip: Mapping[str, Any],
+    factor: int,
+    size: tuple[int, int],
+    frames: tuple[int, int, int],
+    multiple: int | None = None,
+) -> Sizes:
+    """Sizes of a U-Net beside CLIP's text model.
+
+    unet, clip  the arguments of their constructors
+    factor      pixels per latent cell
+    size        width and height by default, in pixels, rounded down to what the networks take
+    frames      fewest, default, most
+    multiple    of the sides in pixels; None: what the U-Net's levels divide them by
+    """
+    multiple = multiple or factor * 2 ** (len(unet["block_out_channels"]) - 1)
+    width, height = (max(multiple, side // multiple * multiple) for side in size)
+    return Sizes(
+        symbols={"L": clip["max_position_embeddings"], "C": unet["in_channels"], "Dc": clip["hidden_size"]},
+        factor=factor,
+        multiple=multiple,
+        width=width,
+        height=height,
+        fps=8,
+        frames=frames,
+        decoder="vae_decoder",
+        chunk=min(2, frames[2]),
+    )
 
 
 def solver_stages(

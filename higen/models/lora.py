@@ -24,6 +24,7 @@ from torch import Tensor
 
 from higen.errors import CheckpointError
 from higen.models.checkpoint_files import naming, read_state
+from higen.models.weights import Made, Maker, unmade
 from higen.paths import given_path
 
 __all__ = ["Lora", "merged", "parse_lora"]
@@ -85,8 +86,8 @@ def merged(
     notes: list[str],
     nested: Mapping[str, str] | None = None,
     renamed: Callable[[str], str] = lambda name: name,
-) -> dict[str, dict[str, Tensor]]:
-    """The weights with all adapters added, in the order given.
+) -> dict[str, Made]:
+    """The weights with all adapters added, in the order given; each is computed when it is asked for.
 
     states  {"unet": tensors by diffusers' names, "text_encoder": tensors by transformers' names}
     nested  {network: what adapters' names have before ours}: transformers before 5 has "text_model."
@@ -96,16 +97,22 @@ def merged(
     Raises CheckpointError: a file that is no adapter or another kind of one, that fits none of the networks, whose
     factors have other shapes than the layer, or whose values are not finite.
     """
-    found = {network: dict(state) for network, state in states.items()}
+    shapes = {network: unmade(state) for network, state in states.items()}
+    makers: dict[str, dict[str, Maker]] = {network: {} for network in states}
     for lora in loras:
         with naming(lora.path):
-            notes.append(_merge(found, lora, nested or {}, renamed))
-    return found
+            notes.append(_merge(shapes, makers, lora, nested or {}, renamed))
+    return {network: Made(state, makers[network]) for network, state in states.items()}
 
 
 def _merge(
-    states: dict[str, dict[str, Tensor]], lora: Lora, nested: Mapping[str, str], renamed: Callable[[str], str]
+    states: Mapping[str, State],
+    makers: Mapping[str, dict[str, Maker]],
+    lora: Lora,
+    nested: Mapping[str, str],
+    renamed: Callable[[str], str],
 ) -> str:
+    """Checks an adapter and puts its sums behind those of the adapters before it. Returns its note."""
     given = read_state(lora.path)
     for word, kind in _OTHER.items():
         if named := next((name for name in given if word in name), None):
@@ -122,8 +129,8 @@ def _merge(
             unused += factors.names
             continue
         network, name = target
-        weight = states[network][name]
-        states[network][name] = _added(module, weight, factors, lora.scale, alphas)
+        product = _product(module, states[network][name].shape, factors, lora.scale, alphas)
+        makers[network][name] = _after(makers[network].get(name), product)
         changed += 1
     if not changed:
         raise CheckpointError(f"fits none of the model's layers: its first one is {next(iter(layers))!r}")
@@ -201,24 +208,33 @@ def _target(module: str, places: Mapping[str, Mapping[str, str]]) -> tuple[str, 
     return None
 
 
-def _added(module: str, weight: Tensor, factors: _Factors, scale: float, alphas: Mapping[str, float]) -> Tensor:
+def _after(before: Maker | None, added: Maker) -> Maker:
+    return added if before is None else lambda weight: added(before(weight))
+
+
+def _product(module: str, shape: torch.Size, factors: _Factors, scale: float, alphas: Mapping[str, float]) -> Maker:
+    """What adds a layer's two factors to its weight: in float32, rounded to the weight's own dtype."""
     down, up = factors.down, factors.up
     if down is None or up is None:
         raise CheckpointError(f"{module}: has one of a LoRA's two factors")
     rank = down.shape[0]
     fits = (
-        up.flatten(1).shape == (weight.shape[0], rank)
-        and down.flatten(1).shape[1] == weight[0].numel()
-        and (down.ndim == 2 or weight.ndim == 2 or down.shape[2:] == weight.shape[2:])
+        up.flatten(1).shape == (shape[0], rank)
+        and down.flatten(1).shape[1] == shape[1:].numel()
+        and (down.ndim == 2 or len(shape) == 2 or down.shape[2:] == shape[2:])
     )
     if not fits:
         raise CheckpointError(
             f"{module}: its factors {list(up.shape)} and {list(down.shape)} are for another layer than the model's, "
-            f"{list(weight.shape)}: an adapter for another model"
+            f"{list(shape)}: an adapter for another model"
         )
     if not (down.isfinite().all() and up.isfinite().all()):
         raise CheckpointError(f"{module}: has values that are infinite or not a number")
     network = next((name for name in alphas if module.startswith(f"{name}.")), "")
     alpha = factors.alpha if factors.alpha is not None else alphas.get(network, float(rank))
-    product = (up.float().flatten(1) @ down.float().flatten(1)).reshape(weight.shape)
-    return torch.add(weight.float(), product, alpha=scale * alpha / rank).to(weight.dtype)
+
+    def added(weight: Tensor) -> Tensor:
+        product = (up.float().flatten(1) @ down.float().flatten(1)).reshape(weight.shape)
+        return torch.add(weight.float(), product, alpha=scale * alpha / rank).to(weight.dtype)
+
+    return added

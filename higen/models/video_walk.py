@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["ClipPredictor", "fold", "per_frame", "time_embedding", "unfold", "walk"]
+__all__ = ["ClipPredictor", "down_and_middle", "ends", "fold", "per_frame", "time_embedding", "unfold", "walk"]
 
 
 def fold(x: Tensor) -> Tensor:
@@ -47,6 +47,17 @@ def walk(unet: Any, x: Tensor, embedding: Tensor, context: Tensor, **frames: Any
 
     H and W are multiples of what the blocks down divide them by: no block is told the size to upsample to.
     """
+    x, skips = down_and_middle(unet, x, embedding, context, **frames)
+    for block in unet.up_blocks:
+        own, skips = skips[-len(block.resnets) :], skips[: -len(block.resnets)]
+        x = block(hidden_states=x, temb=embedding, res_hidden_states_tuple=own, **_text(block, context), **frames)
+    return ends(unet, x)
+
+
+def down_and_middle(
+    unet: Any, x: Tensor, embedding: Tensor, context: Tensor, **frames: Any
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The first half of `walk`: what the middle block makes, and the skip connections, the last one's last."""
     skips: tuple[Tensor, ...] = (x,)
     for block in unet.down_blocks:
         x, more = block(hidden_states=x, temb=embedding, **_text(block, context), **frames)
@@ -56,9 +67,11 @@ def walk(unet: Any, x: Tensor, embedding: Tensor, context: Tensor, **frames: Any
         known = inspect.signature(type(unet.mid_block).forward).parameters
         told = {name: value for name, value in frames.items() if name in known}
         x = unet.mid_block(x, embedding, encoder_hidden_states=context, **told)
-    for block in unet.up_blocks:
-        own, skips = skips[-len(block.resnets) :], skips[: -len(block.resnets)]
-        x = block(hidden_states=x, temb=embedding, res_hidden_states_tuple=own, **_text(block, context), **frames)
+    return x, skips
+
+
+def ends(unet: Any, x: Tensor) -> Tensor:
+    """What stands behind the blocks of a U-Net: [N,C,H,W] -> the prediction [N,C',H,W]."""
     if unet.conv_norm_out is not None:
         x = unet.conv_act(unet.conv_norm_out(x))
     predicted: Tensor = unet.conv_out(x)
@@ -82,6 +95,10 @@ class ClipPredictor(nn.Module):
         """What stands between the first convolution and the blocks: [B*F,C,H,W] -> the same. Here nothing."""
         return first
 
+    def through(self, first: Tensor, embedding: Tensor, context: Tensor, frames: int) -> Tensor:
+        """From behind `enter` to the prediction, [B*F,C',H,W]."""
+        return walk(self.unet, first, embedding, context, num_frames=frames)
+
     def forward(
         self, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor], branches: int
     ) -> Tensor:
@@ -90,5 +107,5 @@ class ClipPredictor(nn.Module):
         dtype = unet.conv_in.weight.dtype
         embedding, context = time_embedding(unet, t), conditions["context"].to(dtype)
         first = self.enter(unet.conv_in(fold(x.to(dtype))), frames)
-        m = walk(unet, first, per_frame(embedding, frames), per_frame(context, frames), num_frames=frames)
+        m = self.through(first, per_frame(embedding, frames), per_frame(context, frames), frames)
         return unfold(m, x.shape[0])

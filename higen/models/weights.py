@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
+import mmap
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,14 +17,60 @@ from torch import Tensor, nn
 
 from higen.errors import CheckpointError, IntegrityError
 
-__all__ = ["DTYPES", "fill", "write_safetensors"]
+__all__ = ["DTYPES", "Made", "Maker", "fill", "let_go", "unmade", "write_safetensors"]
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 NAMES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 """How safetensors spells them."""
 
+Maker = Callable[[Tensor], Tensor]
+
 CHUNK = 256 * 2**20
 """Bytes read between two openings of a file: what was read of a mapped file stays in memory until it is closed."""
+
+
+class Made(Mapping[str, Tensor]):
+    """Tensors of which some are made of others whenever they are asked for, so that there is no second copy of all.
+
+    source  tensors of the names, shapes and dtypes of these
+    makers  {name: what makes the tensor, given that of `source`}
+    """
+
+    def __init__(self, source: Mapping[str, Tensor], makers: Mapping[str, Maker]) -> None:
+        self.source = source
+        self.makers = makers
+
+    def __getitem__(self, name: str) -> Tensor:
+        tensor = self.source[name]
+        return self.makers[name](tensor) if name in self.makers else tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.source)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+
+def let_go(tensor: Tensor) -> None:
+    """Tell Linux that a tensor's memory is not needed soon: what is mapped of a file leaves memory until it is read
+    again, and other memory keeps its values. Without this, a file that is read from end to end stays in memory.
+    """
+    if sys.platform != "linux" or tensor.device.type != "cpu" or tensor.nbytes < mmap.PAGESIZE:
+        return
+    storage = tensor.untyped_storage()
+    start = -(-storage.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (storage.data_ptr() + storage.nbytes() - start) // mmap.PAGESIZE * mmap.PAGESIZE
+    if size > 0:
+        ctypes.CDLL(None).madvise(ctypes.c_void_p(start), ctypes.c_size_t(size), _PAGEOUT)
+
+
+_PAGEOUT = 21
+"""MADV_PAGEOUT, of Linux 5.4; older ones answer with an error, and nothing changes."""
+
+
+def unmade(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """Tensors of the same names, shapes and dtypes, at no cost."""
+    return unmade(state.source) if isinstance(state, Made) else state
 
 
 def fill(
@@ -87,7 +136,7 @@ def write_safetensors(
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0
-    for name, tensor in state.items():
+    for name, tensor in unmade(state).items():
         start, end = end, end + tensor.numel() * DTYPES[dtype].itemsize
         header[name] = {"dtype": NAMES[dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     encoded = json.dumps(header, separators=(",", ":")).encode()
@@ -96,6 +145,7 @@ def write_safetensors(
         file.write(len(encoded).to_bytes(8, "little") + encoded)
         for name, tensor in state.items():
             on_bytes(_write_tensor(file, name, tensor, dtype))
+            let_go(unmade(state)[name])
 
 
 def _write_tensor(file: BinaryIO, name: str, tensor: Tensor, dtype: str) -> int:

@@ -22,7 +22,7 @@ from higen.serve.app import open_service
 from higen.serve.refusals import Refusal
 from higen.serve.settings import Settings
 
-__all__ = ["serve"]
+__all__ = ["owned", "serve"]
 
 HEAD_TIME = 15.0
 """Seconds that a connection may take until its request's headers are there."""
@@ -36,7 +36,7 @@ def serve(settings: Settings, on_start: Callable[[str, int], None] = lambda host
 
     Raises ServeError for a port, folder or queue that cannot be used, and what `open_service` raises.
     """
-    with _terminated(), _owned(settings.folder), _bound(settings.host, settings.port) as listening:
+    with _terminated(), owned(settings.folder), _bound(settings.host, settings.port) as listening:
         service = open_service(settings)
         try:
             config = uvicorn.Config(
@@ -97,7 +97,7 @@ def _terminated() -> Iterator[None]:
 
 
 @contextmanager
-def _owned(folder: Path) -> Iterator[None]:
+def owned(folder: Path) -> Iterator[None]:
     """Hold the lock of a server's folder, made if need be. Raises ServeError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Protocol, Self
 
 import numpy as np
@@ -56,7 +56,8 @@ class _Columns:
 @dataclass(frozen=True)
 class Batch(_Columns):
     """x0 and noise [B,C,F,H,W], t int64 [B], prior [B,C,H,W] (zeros for pictures; None: clips are drawn without one),
-    motion [B,F,D], appearance [B,F,R], tokens int64 [B,L].
+    motion [B,F,D], appearance [B,F,R], tokens int64 [B,L], strength [B]: how strong the adapters are for each sample
+    (None: 1).
     """
 
     x0: Tensor
@@ -66,6 +67,11 @@ class Batch(_Columns):
     motion: Tensor
     appearance: Tensor
     tokens: Tensor
+    strength: Tensor | None = None
+
+    def chosen(self, rows: Tensor) -> Batch:
+        """Those samples alone."""
+        return self._with(None if column is None else column[rows] for column in self._columns)
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,22 @@ class StepBatches:
         kinds = (self.images, self.videos, self.gains)
         columns = ([None] * parts if batch is None else batch.split(parts) for batch in kinds)
         return [StepBatches(*rows) for rows in zip(*columns, strict=True)]
+
+    def evenly(self) -> list[tuple[float, float, StepBatches]]:
+        """Parts whose samples want adapters of one strength each: the strength, and which part of its kind's samples
+        it holds, so that the parts' losses times these add up to the whole's. Clips that teach the gain want 1.
+        """
+        found = []
+        for kind in self.singly():
+            batch = kind.images or kind.videos
+            if batch is None or batch.strength is None:
+                return [(1.0, 1.0, self)]
+            for strength in batch.strength.unique().tolist():
+                rows = (batch.strength == strength).nonzero()[:, 0]
+                some = batch.chosen(rows)
+                part = StepBatches(images=some) if kind.images else StepBatches(videos=some)
+                found.append((strength, len(rows) / len(batch.strength), part))
+        return found
 
     def singly(self) -> list[StepBatches]:
         """The same, each kind alone."""
@@ -130,9 +152,12 @@ class Batches:
         objective: ObjectiveSettings,
         seed: int,
         key_frame: float = 0.5,
+        strengths: bool = False,
     ) -> None:
-        """Raises SettingsError for cues that are left out with a model that does not know unspecified cues, and for
-        clips that teach the gain of a model without one.
+        """`strengths`: batches say how strong the adapters are for each sample.
+
+        Raises SettingsError for cues that are left out with a model that does not know unspecified cues, and for clips
+        that teach the gain of a model without one.
         """
         left_out = {"dropout": cues.dropout, "given": list(cues.given) if any(cues.given[:3]) else 0}
         for name, value in left_out.items():
@@ -144,7 +169,7 @@ class Batches:
         if objective.gain_clips and not config.unet.prior_preconditioning:
             raise SettingsError(f"objective.gain_clips={objective.gain_clips}: {config.name} has no gain to teach")
         self.config, self.tokenizer, self.cues, self.objective, self.seed = config, tokenizer, cues, objective, seed
-        self.key_frame = key_frame
+        self.key_frame, self.strengths = key_frame, strengths
         self.noise_mix = config.defaults.noise_mix if objective.noise_mix is None else objective.noise_mix
         self._warned = False
 
@@ -154,7 +179,8 @@ class Batches:
             self._row(sample, kind, generator(self.seed, kind, step, index), length)
             for sample, index in zip(samples, indices, strict=True)
         ]
-        return Batch(*(torch.stack(column) for column in zip(*rows, strict=True)))
+        strength = torch.tensor([sample.scale for sample in samples]) if self.strengths else None
+        return replace(Batch(*(torch.stack(column) for column in zip(*rows, strict=True))), strength=strength)
 
     def gains(self, samples: list[Sample], step: int, indices: range) -> GainBatch:
         """The clips of a step that teach the gain. Every second one has no cue where the model knows that: most prompts

@@ -131,30 +131,58 @@ def cues(
 
 @click.command()
 @click.argument("model", type=PATH, required=False)
-@click.option("--data", type=PATH, required=True, help="Folder of the emoji.")
+@click.option("--clips", type=PATH, help="Measure against these clips: a data set as `higen train` reads it.")
+@click.option("--limit", type=int, help="With --clips: so many of them, from all over the data set.  [all]")
+@click.option("--data", type=PATH, help="Folder of the emoji, for a model made by the default recipe.")
 @click.option("--output", type=PATH, required=True, help="Folder for the measures and contact sheets.")
 @click.option("--fetch", is_flag=True, help="Download the emoji where --data has none: npm packages, about 700 MB.")
-@click.option("--seeds", type=int, default=8, show_default=True, help="Clips of each held-out prompt.")
+@click.option("--seeds", type=int, help="Clips of each held-out prompt.  [8; with --clips 1]")
 @click.option("--quick", is_flag=True, help="Every fourth subject, one seed.")
 @click.option("--backend", default="auto", show_default=True, help="Where the stages run; see `higen doctor`.")
 @click.option("--precision", help="What the stages compute in: fp32, fp16, bf16, int8, ...  [fp32 on a CPU]")
 @JSON
 def evaluate(
     model: Path | None,
-    data: Path,
+    clips: Path | None,
+    limit: int | None,
+    data: Path | None,
     output: Path,
     fetch: bool,
-    seeds: int,
+    seeds: int | None,
     quick: bool,
     backend: str,
     precision: str | None,
     as_json: bool,
 ) -> None:
-    """Measure MODEL, made by the default recipe, against the real clips.  [the built-in small model]
+    """Measure MODEL against real clips: your own, or those of the default recipe.  [the built-in small model]
 
-    What is sampled and what the figures mean: higen/train/emoji/evaluation/evaluate.py.
+    What is sampled and what the figures mean: higen/train/clip_evaluation.py; for the recipe,
+    higen/train/emoji/evaluation/evaluate.py.
     """
     with reported(as_json):
+        if (clips is None) == (data is None):
+            raise SettingsError("--clips, --data: one of the two, clips of your own or the folder of the emoji")
+        if clips is not None:
+            if fetch or quick:
+                raise SettingsError("--fetch, --quick: only with --data; --limit takes fewer clips")
+            with needs("train", "higen evaluate"):
+                from higen.train.clip_report import measure_clips
+
+            found, text = measure_clips(
+                model,
+                clips,
+                output,
+                seeds=1 if seeds is None else seeds,
+                limit=limit,
+                backend=backend,
+                precision=precision,
+                shown=_watched(as_json),
+            )
+            click.echo(json.dumps(found) if as_json else text)
+            return
+        if limit is not None:
+            raise SettingsError(f"--limit={limit}: only with --clips")
+        assert data is not None
         with needs("train", "higen evaluate"):
             from higen.train.emoji.evaluation.command import measure
 
@@ -162,7 +190,7 @@ def evaluate(
             model,
             data,
             output,
-            seeds=1 if quick else seeds,
+            seeds=1 if quick else 8 if seeds is None else seeds,
             quick=quick,
             backend=backend,
             precision=precision,

@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from higen.errors import SettingsError
 from higen.request import MAX_PROMPT
 from higen.text_files import TextError, read_text
-from higen.train.list_files import READERS, check_as_prompt, read_rows
+from higen.train.list_files import READERS, Row, check_as_prompt, read_rows
 from higen.train.media import SUFFIXES, is_video
 
 __all__ = ["IMAGE", "VIDEO", "Item", "Listing", "candidates", "explained", "list_items", "summary"]
@@ -39,12 +39,15 @@ RESOURCE = "._"
 
 @dataclass(frozen=True)
 class Item:
-    """A file with its caption. `name` is its path as the data set writes it; `video` says how it is to be read."""
+    """A file with its caption. `name` is its path as the data set writes it; `video` says how it is to be read; `scale`
+    is how strong an adapter is that is trained on it.
+    """
 
     path: Path
     name: str
     caption: str
     video: bool
+    scale: float = 1.0
 
 
 @dataclass
@@ -62,37 +65,43 @@ class Listing:
         return [item for item in self.items if item.video == (kind == VIDEO) or (kind == IMAGE and key_frames)]
 
     def fingerprint(self) -> str:
-        """sha256 of names and captions: the same data set has the same order."""
-        text = json.dumps([[item.name, item.caption] for item in self.items])
+        """sha256 of names, captions and scales: the same data set has the same order."""
+        scales = [[item.scale] if item.scale != 1 else [] for item in self.items]
+        text = json.dumps([[item.name, item.caption, *scale] for item, scale in zip(self.items, scales, strict=True)])
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-def list_items(path: str | os.PathLike[str]) -> Listing:
+def list_items(path: str | os.PathLike[str], scales: bool = False) -> Listing:
     """The items of a data set, in the order of the file (a folder: of the names).
 
     A folder's hidden files and folders are no items. A caption is the .txt, or else the .caption, of the same name.
+    `scales`: a list's column `scale` says how strong an adapter is for each item.
+
     Raises SettingsError for a missing or malformed data set (missing columns, a line that is no JSON object, a row
-    that is cut or run together) or one without a single item; files that do not exist are found out when they are
-    read.
+    that is cut or run together), for a folder with `scales`, or for one without a single item; files that do not exist
+    are found out when they are read.
     """
     source = Path(path)
     listing = Listing()
     try:
+        if scales and source.is_dir():
+            raise SettingsError(f"lora.scales=true: data.path={str(source)!r} is a folder; a list has a column 'scale'")
         if source.is_dir():
             rows = _folder_rows(source, listing)
         elif source.suffix.lower() in READERS and source.is_file():
-            rows = read_rows(source)
+            rows = read_rows(source, scales)
         else:
             raise SettingsError(f"data.path={str(source)!r}: a folder, or a .jsonl or .csv file that exists")
     except (OSError, TextError) as error:
         raise SettingsError(f"data.path={str(source)!r}: cannot be read: {error}") from error
     base = source if source.is_dir() else source.parent
-    for name, caption in rows:
+    for row in rows:
+        name = row.path
         suffix = Path(name).suffix.lower()
         if Path(name).name.startswith(RESOURCE):
             listing.skipped[name] = "macOS keeps a file's attributes in it"
         elif suffix in SUFFIXES:
-            listing.items.append(Item(base / name, name, caption, is_video(base / name)))
+            listing.items.append(Item(base / name, name, row.caption, is_video(base / name), row.scale))
         else:
             listing.skipped[name] = f"its suffix {suffix!r} is unknown"
     if not listing.items:
@@ -100,8 +109,8 @@ def list_items(path: str | os.PathLike[str]) -> Listing:
     return listing
 
 
-def _folder_rows(folder: Path, listing: Listing) -> list[tuple[str, str]]:
-    """Names and captions of a folder; why files that belong to a pair are left out goes to the listing."""
+def _folder_rows(folder: Path, listing: Listing) -> list[Row]:
+    """The rows of a folder; why files that belong to a pair are left out goes to the listing."""
     rows = []
     for place, names, folders in _folders(folder, listing):
         captions = _captions([*names, *folders])
@@ -120,14 +129,14 @@ def _folder_rows(folder: Path, listing: Listing) -> list[tuple[str, str]]:
                 try:
                     text = read_text(folder / place / caption, largest=4 * MAX_PROMPT)
                     check_as_prompt(text)
-                    rows.append((relative, text.strip()))
+                    rows.append(Row(relative, text.strip()))
                 except TextError as error:
                     listing.skipped[relative] = f"its caption cannot be used: {(place / caption).as_posix()}: {error}"
                 except OSError as error:
                     listing.skipped[relative] = f"its caption cannot be read: {error.strerror}"
         for lonely in alone.values():
             listing.skipped[(place / lonely).as_posix()] = "no picture or video of its name beside it"
-    return sorted(rows, key=lambda row: row[0].split("/"))
+    return sorted(rows, key=lambda row: row.path.split("/"))
 
 
 def _captions(names: Iterable[str]) -> dict[str, str]:

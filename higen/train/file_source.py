@@ -116,4 +116,5 @@ def make_reader(
         random_start=data.start == "random",
         cache=LatentCache(data.cache, recipe) if data.cache is not None else None,
         workers=data.workers,
+        memory=settings.codec.memory * 1_000_000 if settings.codec.layers != "none" else 0,
     )

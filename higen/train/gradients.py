@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from higen.errors import SettingsError
 from higen.train.batches import Source, StepBatches
+from higen.train.layers import set_strength
 from higen.train.loop import step_seed
 from higen.train.networks import Objective, spatial_names
 from higen.train.processes import Processes
@@ -33,10 +34,14 @@ class DenoiserGradients:
         processes: Processes,
     ) -> None:
         """Raises SettingsError for losses in turn with several processes."""
-        if settings.run.losses_in_turn and processes.count > 1:
-            raise SettingsError("run.losses_in_turn=true: one process; several average the gradients of one loss")
+        for name, value in {
+            "run.losses_in_turn": settings.run.losses_in_turn,
+            "lora.scales": settings.lora.scales,
+        }.items():
+            if value and processes.count > 1:
+                raise SettingsError(f"{name}=true: one process; several average the gradients of one loss")
         self.source, self.settings, self.processes = source, settings, processes
-        self.trained = trained
+        self.trained, self.objective = trained, objective
         spatial = (f"denoiser.{name}" for name in spatial_names(objective.denoiser.unet.config))
         self.spatial = [trained[name] for name in spatial if name in trained]
         self.parallel = processes.prepare(objective)
@@ -61,13 +66,17 @@ class DenoiserGradients:
     def _differentiate(self, part: StepBatches, parts: int) -> Mapping[str, Tensor]:
         """The gradients of one of the `parts` of a step; its share of the losses."""
         found: dict[str, Tensor] = {}
+        bfloat16 = self.settings.run.precision == "bf16"
         for some in part.singly() if self.settings.run.losses_in_turn else [part]:
-            bfloat16 = self.settings.run.precision == "bf16"
-            with torch.autocast(self.processes.device.type, torch.bfloat16, enabled=bfloat16):
-                loss, image, video = self.parallel(some.images, some.videos, some.gains)
-            self.processes.backward(loss / parts)
-            found |= {"image": image / parts} if some.images is not None else {}
-            found |= {"video": video / parts} if some.videos is not None else {}
+            for strength, share, even in some.evenly():
+                set_strength(self.objective, strength)
+                with torch.autocast(self.processes.device.type, torch.bfloat16, enabled=bfloat16):
+                    loss, image, video = self.parallel(even.images, even.videos, even.gains)
+                self.processes.backward(loss / (parts / share))
+                for name, value, batch in (("image", image, even.images), ("video", video, even.videos)):
+                    if batch is not None:
+                        its = value / (parts / share)
+                        found[name] = found[name] + its if name in found else its
         return found
 
 

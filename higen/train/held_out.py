@@ -13,12 +13,14 @@ from higen.errors import SettingsError
 from higen.train.batches import Batches, StepBatches
 from higen.train.data import list_items
 from higen.train.file_source import FileSource, make_reader
+from higen.train.layers import set_strength
 from higen.train.networks import Networks, Objective
 from higen.train.optimise import Optimiser
 from higen.train.processes import Processes, gain_share, shares
+from higen.train.reader import Reader
 from higen.train.settings import Settings
 
-__all__ = ["HeldOut"]
+__all__ = ["HeldOut", "held_out_reader", "swap"]
 
 
 class HeldOut:
@@ -28,13 +30,8 @@ class HeldOut:
         self, settings: Settings, networks: Networks, batches: Batches, processes: Processes, tower: str | None
     ) -> None:
         """Raises SettingsError for a data set that cannot be used."""
-        data = settings.data
-        where = replace(data, path=data.held_out or "", cache=None, workers=0, crop="centre", start="centre")
-        self.settings, self.processes = replace(settings, data=where), processes
-        try:
-            reader = make_reader(self.settings, networks, list_items(where.path), tower, processes.device)
-        except SettingsError as error:
-            raise SettingsError(f"data.held_out: {str(error).removeprefix('data.path')}") from error
+        self.settings, reader = held_out_reader(settings, networks, processes, tower)
+        self.processes = processes
         place = processes.count, processes.index
         share, gains = shares(settings, *place), gain_share(settings, *place)
         self._source = FileSource(reader, batches, self.settings, share, gains, processes.device)
@@ -48,18 +45,42 @@ class HeldOut:
         found: dict[str, list[Tensor]] = {}
         with _averaged(objective, optimiser), torch.no_grad():
             for batches in self._batches:
-                _, image, video = objective(batches.images, batches.videos)
-                for name, loss, batch in (("image", image, batches.images), ("video", video, batches.videos)):
-                    if batch is not None:
-                        found.setdefault(f"held-out {name}", []).append(loss)
+                for name, loss in losses_of(objective, batches).items():
+                    found.setdefault(f"held-out {name}", []).append(loss)
         return {name: float(self.processes.mean(torch.stack(losses).mean())) for name, losses in found.items()}
+
+
+def held_out_reader(
+    settings: Settings, networks: Networks, processes: Processes, tower: str | None
+) -> tuple[Settings, Reader]:
+    """The reader of `data.held_out`, and the settings it reads by. Raises SettingsError for one that cannot be used."""
+    data = settings.data
+    where = replace(data, path=data.held_out or "", cache=None, workers=0, crop="centre", start="centre")
+    theirs = replace(settings, data=where)
+    try:
+        listing = list_items(where.path, settings.lora.scales)
+        return theirs, make_reader(theirs, networks, listing, tower, processes.device)
+    except SettingsError as error:
+        raise SettingsError(f"data.held_out: {str(error).removeprefix('data.path')}") from error
+
+
+def losses_of(objective: Objective, batches: StepBatches) -> dict[str, Tensor]:
+    """ "image" and "video": means over the samples of a step, with the adapters as strong as each of them says."""
+    found: dict[str, Tensor] = {}
+    for strength, share, part in batches.evenly():
+        set_strength(objective, strength)
+        _, image, video = objective(part.images, part.videos)
+        for name, loss, batch in (("image", image, part.images), ("video", video, part.videos)):
+            if batch is not None:
+                found[name] = loss * share + found[name] if name in found else loss * share
+    return found
 
 
 @contextmanager
 def _averaged(objective: Objective, optimiser: Optimiser) -> Iterator[None]:
     """The averaged weights are in the networks, which drop nothing; then all is as it was."""
     training = [module for module in (objective.denoiser, *objective.unets, objective.text) if module.training]
-    _swap(optimiser.parameters, optimiser.average)
+    swap(optimiser.parameters, optimiser.average)
     for module in training:
         module.eval()
     try:
@@ -67,10 +88,10 @@ def _averaged(objective: Objective, optimiser: Optimiser) -> Iterator[None]:
     finally:
         for module in training:
             module.train()
-        _swap(optimiser.parameters, optimiser.average)
+        swap(optimiser.parameters, optimiser.average)
 
 
-def _swap(parameters: Mapping[str, Tensor], average: Mapping[str, Tensor]) -> None:
+def swap(parameters: Mapping[str, Tensor], average: Mapping[str, Tensor]) -> None:
     """Exchange the memory of two sets of tensors."""
     for name, parameter in parameters.items():
         parameter.data, average[name].data = average[name].data, parameter.data

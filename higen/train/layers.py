@@ -26,7 +26,15 @@ from higen.train.checkpoints import reason
 from higen.train.networks import Networks, Objective, spatial_names
 from higen.train.settings import LoraSettings, Settings
 
-__all__ = ["LORA", "denoiser_weights", "temporal_names", "trained_parameters", "whole_weights", "write_lora"]
+__all__ = [
+    "LORA",
+    "denoiser_weights",
+    "set_strength",
+    "temporal_names",
+    "trained_parameters",
+    "whole_weights",
+    "write_lora",
+]
 
 LORA = "lora.safetensors"
 DOWN, UP = "lora_A.weight", "lora_B.weight"
@@ -64,7 +72,7 @@ class _Adapter(nn.Module):
 
     def __init__(self, weight: Tensor, rank: int, scale: float, random: torch.Generator) -> None:
         super().__init__()
-        self.scale = scale
+        self.scale, self.strength = scale, 1.0
         # As PEFT begins: down uniform in +-1 / sqrt(inputs), up zero.
         bound = 1 / math.sqrt(weight[0].numel())
         down = (2 * torch.rand((rank, *weight.shape[1:]), generator=random) - 1) * bound
@@ -73,7 +81,14 @@ class _Adapter(nn.Module):
 
     def forward(self, weight: Tensor) -> Tensor:
         """The weight that the layer computes with."""
-        return weight + _product(self.up, self.down, weight) * self.scale
+        return weight + _product(self.up, self.down, weight) * (self.scale * self.strength)
+
+
+def set_strength(objective: Objective, strength: float) -> None:
+    """The adapters in the networks, if there are any, are added `strength` times."""
+    for module in objective.modules():
+        if isinstance(module, _Adapter):
+            module.strength = strength
 
 
 def _product(up: Tensor, down: Tensor, weight: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from higen.errors import SettingsError, quoted
@@ -18,20 +19,30 @@ from higen.train.media import SUFFIXES
 __all__ = ["READERS", "check_as_prompt", "read_rows"]
 
 COLUMNS = ("path", "caption")
+LARGEST = 10.0
+"""Size of a row's scale."""
 SHOWN = 5
 """Mistakes that an error names one by one."""
 
-Row = tuple[str, str]
 Mistakes = list[tuple[int, str]]
 
 
-def read_rows(file: Path) -> list[Row]:
-    """(path, caption) of each row of a list, in its order.
+@dataclass(frozen=True)
+class Row:
+    """A row of a list; `scale` is how strong an adapter is for it (higen.train.sections.LoraSettings)."""
+
+    path: str
+    caption: str
+    scale: float = 1.0
+
+
+def read_rows(file: Path, scales: bool = False) -> list[Row]:
+    """The rows of a list, in its order. `scales`: their column `scale` is read; else every scale is 1.
 
     Raises SettingsError with the line of each malformed row, OSError, and TextError for what is no text.
     """
     text, mistakes = read_text(file, largest=None), Mistakes()
-    rows = list(READERS[file.suffix.lower()](text, mistakes))
+    rows = list(READERS[file.suffix.lower()](text, mistakes, scales))
     if mistakes:
         named = "; ".join(f"line {line}: {what}" for line, what in mistakes[:SHOWN])
         rest = f"; {len(mistakes)} malformed rows in all" if len(mistakes) > SHOWN else ""
@@ -46,7 +57,7 @@ def check_as_prompt(text: str) -> None:
         raise TextError(f"{len(text)} characters: at most {MAX_PROMPT}")
 
 
-def _csv_rows(text: str, mistakes: Mistakes) -> Iterator[Row]:
+def _csv_rows(text: str, mistakes: Mistakes, scales: bool) -> Iterator[Row]:
     header: list[str] | None = None
     for line, row in _csv_lines(text, mistakes):
         if header is None:
@@ -61,7 +72,7 @@ def _csv_rows(text: str, mistakes: Mistakes) -> Iterator[Row]:
         elif problem := "".join(_run_together(value) for value in row):
             mistakes.append((line, problem))
         else:
-            yield from _row(dict(zip(header, row, strict=False)), line, mistakes)
+            yield from _row(dict(zip(header, row, strict=False)), line, mistakes, scales)
     if header is None:
         mistakes[:] = [(1, _wrong_header([]))]
 
@@ -116,7 +127,7 @@ def _run_together(value: str) -> str:
     return ""
 
 
-def _jsonl_rows(text: str, mistakes: Mistakes) -> Iterator[Row]:
+def _jsonl_rows(text: str, mistakes: Mistakes, scales: bool) -> Iterator[Row]:
     for number, line in enumerate(text.split("\n"), 1):
         if line.strip():
             try:
@@ -124,10 +135,10 @@ def _jsonl_rows(text: str, mistakes: Mistakes) -> Iterator[Row]:
             except TextError as error:
                 mistakes.append((number, str(error)))
             else:
-                yield from _row(row, number, mistakes)
+                yield from _row(row, number, mistakes, scales)
 
 
-def _row(row: object, line: int, mistakes: Mistakes) -> Iterator[Row]:
+def _row(row: object, line: int, mistakes: Mistakes, scales: bool) -> Iterator[Row]:
     """The row's path and caption, unless something is wrong with it."""
     if not isinstance(row, Mapping):
         mistakes.append((line, f"{quoted(row)}: an object with the texts 'path' and 'caption' is wanted"))
@@ -148,10 +159,25 @@ def _row(row: object, line: int, mistakes: Mistakes) -> Iterator[Row]:
     if "\n" in there["path"]:
         mistakes.append((line, f"path={quoted(there['path'])}: a path of one line is wanted"))
         return
-    yield there["path"], there["caption"].strip()
+    try:
+        scale = _scale(there.get("scale", 1.0)) if scales else 1.0
+    except ValueError:
+        what = f"scale={quoted(there['scale'])}: a number from -{LARGEST:g} to {LARGEST:g}, the adapter's strength"
+        mistakes.append((line, what))
+        return
+    yield Row(there["path"], there["caption"].strip(), scale)
 
 
-READERS: Mapping[str, Callable[[str, Mistakes], Iterator[Row]]] = {
+def _scale(value: object) -> float:
+    """A row's `scale`; an empty cell is none. Raises ValueError."""
+    if isinstance(value, str):
+        value = float(value) if value.strip() else 1.0
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:
+        raise ValueError
+    return float(value)
+
+
+READERS: Mapping[str, Callable[[str, Mistakes, bool], Iterator[Row]]] = {
     ".csv": _csv_rows,
     ".jsonl": _jsonl_rows,
 }

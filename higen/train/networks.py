@@ -15,10 +15,10 @@ from higen.bundle import Bundle, create_model
 from higen.errors import ManifestError, SettingsError
 from higen.families.higen import spec
 from higen.families.higen.network import load_denoiser
-from higen.families.higen.spec import ModelConfig, TextConfig, UNetConfig
+from higen.families.higen.spec import ModelConfig, UNetConfig
 from higen.families.higen.unet import Denoiser, UNet
 from higen.models.companion_stages import EncoderStage
-from higen.models.companions import load_autoencoder, load_text_encoder, text_encoder
+from higen.models.companions import autoencoder, load_autoencoder, load_text_encoder, text_encoder
 from higen.models.nestings import below
 from higen.models.weights import write_safetensors
 from higen.schedule import alphas_cumprod
@@ -27,6 +27,7 @@ from higen.tokenizer import PromptTokenizer, build_word_tokenizer, write_tokeniz
 from higen.train.batches import Batch, GainBatch
 from higen.train.objective import gain_loss, residual_square, residual_v_loss, v_loss
 from higen.train.settings import Settings
+from higen.train.words import keep_words, with_words, words_of
 
 __all__ = [
     "Networks",
@@ -36,7 +37,6 @@ __all__ = [
     "new_denoiser",
     "read_architecture",
     "spatial_names",
-    "with_words",
 ]
 __all__ += ["write_model"]
 
@@ -73,6 +73,7 @@ class Networks:
     config      of the networks; of a fine-tuned model with the name of the one it starts from
     companions  the model directory that the frozen networks come from
     own         the configuration as the model that is written calls itself; None: the same
+    notes       what a person should know of them, a line each
     """
 
     config: ModelConfig
@@ -82,6 +83,7 @@ class Networks:
     tokenizer: PromptTokenizer
     companions: Bundle
     own: ModelConfig | None = None
+    notes: tuple[str, ...] = ()
 
 
 def build(settings: Settings, captions: Iterable[str]) -> Networks:
@@ -95,11 +97,12 @@ def build(settings: Settings, captions: Iterable[str]) -> Networks:
     config, tokenizer = theirs, None
     if settings.model.architecture is not None:
         config = read_architecture(Path(settings.model.architecture), theirs)
-        if settings.model.tokenizer == "captions":
-            words = _words(captions)
-            config = replace(config, text=with_words(config.text, len(words)))
-            tokenizer = PromptTokenizer(build_word_tokenizer(words), config.text.rules)
-        _check_fit(config, theirs, new_text=tokenizer is not None)
+    if settings.model.tokenizer == "captions":
+        words = words_of(captions)
+        config = replace(config, text=with_words(config.text, len(words)))
+        tokenizer = PromptTokenizer(build_word_tokenizer(words), config.text.rules)
+    if settings.model.architecture is not None:
+        _check_fit(config, theirs, new_text=tokenizer is not None, new_codec=settings.codec.layers != "none")
     own = _named(config, theirs, settings)
     if settings.model.init is None:
         config = own
@@ -108,18 +111,25 @@ def build(settings: Settings, captions: Iterable[str]) -> Networks:
         denoiser = load_denoiser(source.file(spec.UNET), config.unet, torch.device("cpu"), torch.float32)
     else:
         denoiser = new_denoiser(config.unet)
+    notes: tuple[str, ...] = ()
     if tokenizer is None:
         text: nn.Module = load_text_encoder(source.file(spec.TEXT_ENCODER), config.text.clip, torch.float32)
         tokenizer = PromptTokenizer.from_file(source.file(spec.TOKENIZER), config.text.rules)
     else:
         text = text_encoder(config.text.clip)
-    autoencoder = load_autoencoder(
-        source.file(spec.AUTOENCODER), config.autoencoder.kind, config.autoencoder.arguments, torch.float32
-    )
+        if settings.model.init is not None:
+            given = load_text_encoder(source.file(spec.TEXT_ENCODER), theirs.text.clip, torch.float32)
+            before = PromptTokenizer.from_file(source.file(spec.TOKENIZER), theirs.text.rules).tokenizer
+            notes = (keep_words(text, tokenizer.tokenizer, given, before, theirs.text.pad_id),)
+    kind, arguments = config.autoencoder.kind, config.autoencoder.arguments
+    if settings.codec.layers != "none" and settings.model.init is None:
+        codec = autoencoder(kind, arguments)
+    else:
+        codec = load_autoencoder(source.file(spec.AUTOENCODER), kind, arguments, torch.float32)
     own = replace(own, prompts=own.prompts or settings.run.sample_prompts or _some(captions, tokenizer))
     text.eval().requires_grad_(settings.optimiser.train_text)
-    encoder = EncoderStage(autoencoder, config.autoencoder.shift, config.autoencoder.scale).eval()
-    return Networks(config, denoiser.requires_grad_(True), text, encoder, tokenizer, source, own)
+    encoder = EncoderStage(codec, config.autoencoder.shift, config.autoencoder.scale).eval()
+    return Networks(config, denoiser.requires_grad_(True), text, encoder, tokenizer, source, own, notes)
 
 
 def read_architecture(file: Path, companions: ModelConfig) -> ModelConfig:
@@ -139,28 +149,10 @@ def read_architecture(file: Path, companions: ModelConfig) -> ModelConfig:
     return replace(config, name=name, licence=licence)
 
 
-def _words(captions: Iterable[str]) -> list[str]:
-    """Every word of the captions, split as a word tokenizer splits them."""
-    empty = build_word_tokenizer(())
-    return sorted(
-        {
-            word
-            for caption in captions
-            for word, _ in empty.pre_tokenizer.pre_tokenize_str(empty.normalizer.normalize_str(caption))
-        }
-    )
-
-
-def with_words(config: TextConfig, words: int) -> TextConfig:
-    """The text encoder for a word tokenizer: [PAD] 0, start 1, end 2, [UNK] 3, then the words."""
-    tokens = {"vocab_size": words + 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
-    return replace(config, clip={**config.clip, **tokens}, pad_id=0, clean=False)
-
-
-def _check_fit(config: ModelConfig, companions: ModelConfig, new_text: bool) -> None:
+def _check_fit(config: ModelConfig, companions: ModelConfig, new_text: bool, new_codec: bool) -> None:
     channels = config.autoencoder.arguments.get("latent_channels", config.unet.in_channels)
     wanted = {
-        "autoencoder": (config.autoencoder, companions.autoencoder),
+        "autoencoder": (config.autoencoder, config.autoencoder if new_codec else companions.autoencoder),
         "text": (config.text, config.text if new_text else companions.text),
         "unet.text_dim": (config.unet.text_dim, config.text.clip.get("hidden_size", config.unet.text_dim)),
         "unet.in_channels": (config.unet.in_channels, channels),

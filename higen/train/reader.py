@@ -33,10 +33,11 @@ class Frame:
 
 @dataclass(frozen=True)
 class Sample:
-    """A caption and its latents."""
+    """A caption, its latents, and how strong an adapter is for it."""
 
     caption: str
     encoded: Encoded
+    scale: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -69,8 +70,10 @@ class Reader:
         random_start: bool = False,
         cache: LatentCache | None = None,
         workers: int = 0,
+        memory: int = 0,
     ) -> None:
-        """`per_step`: samples of a kind in a step, over all processes. Raises SettingsError for a kind without any."""
+        """`per_step`: samples of a kind in a step, over all processes. `memory`: bytes of decoded pixels that are kept,
+        of files that are not read elsewhere the next time. Raises SettingsError for a kind without any."""
         self.listing, self.frame, self.encoder, self.features = listing, frame, encoder, features
         self.seed, self.per_step, self.key = seed, per_step, key_index(frame.frames, key_frame)
         self.random_crop, self.random_start, self.cache = random_crop, random_start, cache
@@ -78,6 +81,8 @@ class Reader:
         for kind, name in ((IMAGE, "images"), (VIDEO, "videos")):
             if per_step[kind] and not self.items[kind]:
                 raise SettingsError(f"data.{name}={per_step[kind]}: the data set has no {name}; set it to 0")
+        self._memory = 0 if random_crop or random_start else memory
+        self._held: dict[tuple[int, str], _Read] = {}
         # (kind, name, start; None: any start) of files that cannot serve, so that they are not decoded again.
         self._unusable: set[tuple[int, str, float | None]] = set()
         self._pool = ThreadPoolExecutor(workers, "higen-read") if workers else None
@@ -88,15 +93,22 @@ class Reader:
 
         Raises SettingsError if no file of the data set can be used.
         """
+        read = self._taken(kind, step, indices, following)
+        return [Sample(r.item.caption, self._encoded(r), r.item.scale) for r in read]
+
+    def pixels(self, kind: int, step: int, indices: range, following: range | None = None) -> list[NDArray[np.uint8]]:
+        """The same as they are before they are encoded: uint8 [F,Y,X,3] each, of a reader without a cache."""
+        return [r.pixels for r in self._taken(kind, step, indices, following) if r.pixels is not None]
+
+    def _taken(self, kind: int, step: int, indices: range, following: range | None) -> list[_Read]:
         if self._pool is None:
-            read = [self._read(kind, step, index) for index in indices]
-        else:
-            keys = [(kind, step, i) for i in indices]
-            coming = [self._coming.pop(key) if key in self._coming else self._submit(*key) for key in keys]
-            read = [future.result() for future in coming]
-            ahead = indices if following is None else following
-            self._coming |= {(kind, step + 1, i): self._submit(kind, step + 1, i) for i in ahead}
-        return [Sample(r.item.caption, self._encoded(r)) for r in read]
+            return [self._read(kind, step, index) for index in indices]
+        keys = [(kind, step, i) for i in indices]
+        coming = [self._coming.pop(key) if key in self._coming else self._submit(*key) for key in keys]
+        read = [future.result() for future in coming]
+        ahead = indices if following is None else following
+        self._coming |= {(kind, step + 1, i): self._submit(kind, step + 1, i) for i in ahead}
+        return read
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -141,6 +153,8 @@ class Reader:
             encoded = self.cache.load(path)
             if encoded is not None:
                 return _Read(item, None, encoded, None)
+        if held := self._held.get((kind, item.name)):
+            return held
         size = self.frame
         if item.video:
             wanted = [self.key] if kind == IMAGE else None
@@ -148,7 +162,11 @@ class Reader:
             pixels = read_video(item.path, size.width, size.height, size.fps, size.frames, placement, wanted, note)
         else:
             pixels = read_image(item.path, size.width, size.height, placement)
-        return _Read(item, pixels, None, path)
+        read = _Read(item, pixels, None, path)
+        if pixels.nbytes <= self._memory:
+            self._memory -= pixels.nbytes
+            self._held[kind, item.name] = read
+        return read
 
     def _encoded(self, read: _Read) -> Encoded:
         if read.encoded is not None:

@@ -9,6 +9,7 @@ from typing import Literal
 from higen.errors import SettingsError
 
 __all__ = [
+    "CodecSettings",
     "CueSettings",
     "DataSettings",
     "LoraSettings",
@@ -52,7 +53,8 @@ class ModelSettings:
     companions: str | None = None
     """Model directory whose text encoder, autoencoder and tokenizer a new architecture takes."""
     tokenizer: Literal["companions", "captions"] = "companions"
-    """captions: one token for each word of the data set; the text encoder then starts anew too."""
+    """captions: one token for each word of the data set. With architecture the text encoder starts anew too; with init
+    it keeps its layers, and the embeddings of the words that it knew."""
     name: str | None = None
     licence: str | None = None
 
@@ -61,8 +63,6 @@ class ModelSettings:
             raise SettingsError("init, architecture: one of the two, a model directory to fine-tune or a file")
         if (self.architecture is None) != (self.companions is None):
             raise SettingsError("companions: goes with architecture (a model directory for autoencoder and text)")
-        if self.init is not None and self.tokenizer == "captions":
-            raise SettingsError("tokenizer='captions': only with architecture; a fine-tuned model keeps its own words")
 
 
 @dataclass(frozen=True)
@@ -248,6 +248,33 @@ class RunSettings:
 
 
 @dataclass(frozen=True)
+class CodecSettings:
+    """The autoencoder is trained, in the place of the denoiser, on pictures and on frames of the clips. The model
+    directory that comes out has its weights, and the scale of its latents as it was measured (higen.train.codec).
+    """
+
+    layers: Literal["none", "all", "decoder"] = "none"
+    """none: the denoiser is trained. decoder: the latents stay as they are, and so a denoiser of theirs stays good."""
+    frames: int = 4
+    """Of each clip of a step, drawn at random."""
+    noise: float = 0.15
+    """The latents, scaled to a deviation of 1, are decoded with noise of a deviation drawn from 0 to this, since those
+    that a denoiser draws are not exact either."""
+    mse_weight: float = 0.5
+    """Of the squared error, beside the absolute one; pixels are from -1 to 1."""
+    edge_weight: float = 0.5
+    """Of the absolute error of the differences between neighbouring pixels."""
+    prior_weight: float = 0.02
+    """Of each channel's distance from mean 0 and deviation 1."""
+    memory: int = 1000
+    """Megabytes of decoded clips that are kept, where crop and start are in the centre."""
+
+    def __post_init__(self) -> None:
+        _at_least(self, 0, "noise", "mse_weight", "edge_weight", "prior_weight", "memory")
+        _at_least(self, 1, "frames")
+
+
+@dataclass(frozen=True)
 class LoraSettings:
     """Low-rank adapters of the denoiser's linear layers and convolutions are trained in the place of its weights, and
     written to <output>/lora.safetensors too. optimiser.layers says of which layers.
@@ -257,9 +284,15 @@ class LoraSettings:
     """0: none."""
     alpha: float | None = None
     """An adapter is added with alpha / rank. Not given: the rank."""
+    scales: bool = False
+    """The column `scale` of the data set's list says how strong the adapters are for each item (left out: 1), so that
+    `higen convert --lora FILE:SCALE` makes of one adapter what was shown at that scale: -1 for the opposite, say.
+    """
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "rank")
+        if self.scales and not self.rank:
+            raise SettingsError("scales=true: needs rank")
         if self.alpha is not None and not self.alpha > 0:
             raise SettingsError(f"alpha={self.alpha}: more than 0")
         if self.alpha is not None and not self.rank:

@@ -27,6 +27,7 @@ from higen.paths import given_path
 from higen.text_files import TextError, read_toml
 from higen.train.list_files import check_as_prompt
 from higen.train.sections import (
+    CodecSettings,
     CueSettings,
     DataSettings,
     LoraSettings,
@@ -39,6 +40,7 @@ from higen.train.sections import (
 from higen.typed_json import from_json, to_json
 
 __all__ = [
+    "CodecSettings",
     "CueSettings",
     "DataSettings",
     "LoraSettings",
@@ -66,13 +68,38 @@ class Settings:
     objective: ObjectiveSettings = field(default_factory=ObjectiveSettings)
     optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
+    codec: CodecSettings = field(default_factory=CodecSettings)
 
     def __post_init__(self) -> None:
+        if self.codec.layers != "none":
+            self._check_codec()
         self._check_layers()
         if bool(self.run.held_out_every) != (self.data.held_out is not None):
             raise SettingsError("run.held_out_every and data.held_out go together")
         if self.model.tokenizer == "captions" and not self.optimiser.train_text:
             raise SettingsError("model.tokenizer='captions': needs optimiser.train_text = true; its encoder is new")
+
+    def _check_codec(self) -> None:
+        """Raise SettingsError for what only a denoiser's training has."""
+        if self.codec.layers == "decoder" and self.model.init is None:
+            raise SettingsError("codec.layers='decoder': needs model.init, a model whose encoder stays")
+        others = {
+            "optimiser.layers": (self.optimiser.layers, "all"),
+            "optimiser.spatial_gradient": (self.optimiser.spatial_gradient, 1),
+            "optimiser.train_text": (self.optimiser.train_text, False),
+            "lora.rank": (self.lora.rank, 0),
+            "model.tokenizer": (self.model.tokenizer, "companions"),
+            "data.cache": (self.data.cache, None),
+            "run.sample_every": (self.run.sample_every, 0),
+            "run.recompute": (self.run.recompute, False),
+            "run.losses_in_turn": (self.run.losses_in_turn, False),
+        }
+        for name, (value, wanted) in others.items():
+            if value != wanted:
+                raise SettingsError(
+                    f"{name}={value!r}: codec.layers={self.codec.layers!r} trains the autoencoder alone; leave it out, "
+                    "and train the denoiser in a run of its own"
+                )
 
     def _check_layers(self) -> None:
         layers, rank = self.optimiser.layers, self.lora.rank
@@ -82,6 +109,8 @@ class Settings:
             raise SettingsError("optimiser.spatial_gradient: only where all layers are trained, and without lora")
         if rank and self.model.init is None:
             raise SettingsError(f"lora.rank={rank}: needs model.init; an adapter is one of a trained model")
+        if self.lora.scales and self.objective.gain_clips:
+            raise SettingsError(f"lora.scales=true: needs objective.gain_clips = 0, not {self.objective.gain_clips}")
         if self.optimiser.train_text and (layers != "all" or rank):
             raise SettingsError("optimiser.train_text: only where all layers are trained, and without lora")
 
@@ -99,6 +128,7 @@ PATHS = (
 FREE = (
     *PATHS,
     "data.workers",
+    "codec.memory",
     "data.held_out_steps",
     "run.held_out_every",
     "run.threads",
@@ -157,6 +187,7 @@ _SECTIONS: Mapping[str, type[Any]] = {
     "objective": ObjectiveSettings,
     "optimiser": OptimiserSettings,
     "lora": LoraSettings,
+    "codec": CodecSettings,
     "run": RunSettings,
 }
 

@@ -2,6 +2,7 @@
 #include <set>
 
 #include "references.h"
+#include "stages.h"
 
 namespace higen::core {
 
@@ -97,6 +98,11 @@ void check_loop(const Manifest& manifest, const Loop& loop, const Names& earlier
     const auto where = "loops." + loop.name;
     check_loop_stage(manifest, loop, loop.guided, true);
     check_loop_stage(manifest, loop, loop.plain, false);
+    for (const auto& name : loop.stages())
+        for (const auto& tensor : manifest.stage(name).inputs)
+            check(!loop.tiles || (axis_of(tensor.shape, "Y") == tensor.shape.size() &&
+                                  axis_of(tensor.shape, "X") == tensor.shape.size()),
+                  where + ": " + tensor.name + " of " + name + ": a loop in tiles has no input of pixels");
     for (const auto& name : loop.stages())
         for (const auto& tensor : manifest.stage(name).inputs)
             check(tensor.source.kind != Source::Kind::made || manifest.loop(tensor.source.name) == nullptr ||

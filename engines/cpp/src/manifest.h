@@ -120,7 +120,8 @@ struct Replaced {
 struct Start {
     std::string control;
     Source latents;
-    Scale strength;  // the part of the rows that run
+    Scale strength;       // the part of the rows that run
+    bool needed = false;  // a request without the control is refused
 };
 
 // The initial noise of a clip that is made in windows (higen/noise.py, frame_order).
@@ -135,6 +136,13 @@ struct Windows {
     [[nodiscard]] bool operator==(const Windows& other) const {
         return length == other.length && stride == other.stride && noise == other.noise;
     }
+};
+
+// Frames of more than `height` or `width` latent cells are denoised in tiles that begin `stride` cells apart.
+struct Tiles {
+    std::int64_t height = 1;
+    std::int64_t width = 1;
+    std::int64_t stride = 1;
 };
 
 struct Loop {
@@ -152,6 +160,7 @@ struct Loop {
     std::optional<Replaced> replaced;
     std::optional<Start> start;
     std::optional<Windows> windows;
+    std::optional<Tiles> tiles;
 
     // The stages that do its steps, the guided one first.
     [[nodiscard]] std::vector<std::string> stages() const;

@@ -58,6 +58,16 @@ void take_row(Object& object, const char* key, std::optional<T>& row,
     });
 }
 
+// A row that may be null or, in files written before there was such a row, left out.
+template <typename T>
+void take_later_row(Object& object, const char* key, std::optional<T>& row,
+                    void (*read)(const Json&, const std::string&, T&)) {
+    object.key(key, [&](const Json& json, const std::string& where) {
+        row.reset();
+        if (!json.is_null()) read(json, where, row.emplace());
+    });
+}
+
 void read_offset(const Json& json, const std::string& where, Offset& offset) {
     Object object(json, where);
     object.required("purpose",
@@ -96,7 +106,21 @@ void read_start(const Json& json, const std::string& where, Start& start) {
     object.required("latents", [&](const auto& value, const auto& place) { read_source(value, place, start.latents); });
     object.required("strength",
                     [&](const auto& value, const auto& place) { read_scale(value, place, start.strength); });
+    object.value("needed", start.needed);  // a later key
     object.finish();
+}
+
+void read_tiles(const Json& json, const std::string& where, Tiles& tiles) {
+    Object object(json, where);
+    object.required_value("height", tiles.height);
+    object.required_value("width", tiles.width);
+    object.required_value("stride", tiles.stride);
+    object.finish();
+    check_manifest(tiles.stride >= 1 && tiles.stride <= std::min(tiles.height, tiles.width) &&
+                       std::max(tiles.height, tiles.width) <= max_side,
+                   where + ": height=" + std::to_string(tiles.height) + ", width=" + std::to_string(tiles.width) +
+                       ", stride=" + std::to_string(tiles.stride) + ": sides of at most " + std::to_string(max_side) +
+                       ", and a stride from 1 to the smaller one");
 }
 
 void read_windows(const Json& json, const std::string& where, Windows& windows) {
@@ -186,6 +210,7 @@ void read_loop(const Json& json, const std::string& where, Loop& loop) {
     take_row(object, "replaced", loop.replaced, read_replaced);
     take_row(object, "start", loop.start, read_start);
     take_row(object, "windows", loop.windows, read_windows);
+    take_later_row(object, "tiles", loop.tiles, read_tiles);
     object.finish();
     check_loop(loop, where);
 }

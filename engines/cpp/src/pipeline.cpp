@@ -182,6 +182,7 @@ TensorPtr Pipeline::run_loop(std::size_t index, const std::vector<Request>& requ
                 {},
                 loop.noise.purpose};
     run.windows = options.settings.windows;
+    run.tiles = loop.tiles;
     run.tokens = sources.tokens();
     run.interval = options.settings.interval;
     for (const auto& request : requests) {
@@ -194,7 +195,7 @@ TensorPtr Pipeline::run_loop(std::size_t index, const std::vector<Request>& requ
         const auto& other = backend_.choose(unguided(loop));
         const auto ones = Array::of(run.guidance.shape, std::vector<float>(run.guidance.floats().size(), 1.0F));
         auto outside = LoopRun{loop.name, other, sources.batch(other, loop), {}, ones, {}};
-        outside.windows = run.windows, outside.tokens = run.tokens;
+        outside.windows = run.windows, outside.tiles = run.tiles, outside.tokens = run.tokens;
         run.outside = std::make_shared<const LoopRun>(std::move(outside));
     }
     if (const auto& repeats = options.settings.free_init) {

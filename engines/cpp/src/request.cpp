@@ -185,6 +185,8 @@ void check_needed(const Manifest& manifest, const Request& request) {
         const auto user = "the loop " + loop->name;
         if (request.runs(*loop)) check(user, loop->stages());
         check(user, request.stand_ins(*loop));
+        if (request.runs(*loop) && loop->start && loop->start->needed && !request.has_picture(loop->start->control))
+            fail_request(loop->start->control + ": " + user + " needs one");
     }
     check("the decoder", {manifest.sizes.decoder});
 }
@@ -268,6 +270,8 @@ Request default_request(const Manifest& manifest) {
     need({manifest.sizes.decoder});
     for (const auto& loop : manifest.loops)
         if (!loop.replaced) need(loop.stages());
+    for (const auto& loop : manifest.loops)
+        if (loop.start && loop.start->needed) request.pictures[loop.start->control];
     for (const auto& loop : manifest.loops)
         if (loop.replaced && !request.replaces(loop)) need(loop.stages());
     return request;

@@ -44,7 +44,7 @@ struct Request {
     [[nodiscard]] bool runs(const Loop& loop) const;
     // Whether a loop that is run begins in the table's tail, from a picture or clip of the request.
     [[nodiscard]] bool begins(const Loop& loop) const {
-        return runs(loop) && loop.start && has_picture(loop.start->control);
+        return runs(loop) && loop.start && (loop.start->needed || has_picture(loop.start->control));
     }
     // The stages whose latents a loop is replaced by, or begins from; loops among them feed themselves.
     [[nodiscard]] std::vector<std::string> stand_ins(const Loop& loop) const;

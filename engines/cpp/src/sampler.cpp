@@ -59,39 +59,109 @@ void mix(const Array& window, std::size_t start, const std::vector<float>& weigh
                     weights[f] * window.floats()[(r * weights.size() + f) * plane + i];
 }
 
+// Inputs of a step, apart by whether they have one of the axes that a part of the clip is cut along.
+struct Cuttable {
+    Tensors shared;  // each part's as they are
+    std::map<std::string, Array, std::less<>> clips;
+};
+
+Cuttable cuttable(const LoopRun& run, const Tensors& inputs, const std::vector<const char*>& along) {
+    Cuttable found;
+    for (const auto& [name, tensor] : inputs) {
+        const auto& axes = run.stage.input(name)->shape;
+        const bool has = std::any_of(along.begin(), along.end(),
+                                     [&](const char* symbol) { return axis_of(axes, symbol) < axes.size(); });
+        if (has)
+            found.clips.emplace(name, tensor->to_host());
+        else
+            found.shared.emplace(name, tensor);
+    }
+    return found;
+}
+
+// An input's part along an axis, where it has it.
+Array part_of(const LoopRun& run, std::string_view name, const Array& clip, const char* symbol, std::size_t start,
+              std::size_t length) {
+    const auto& axes = run.stage.input(name)->shape;
+    const auto axis = axis_of(axes, symbol);
+    return axis == axes.size() ? clip : cut(clip, axis, start, length);
+}
+
+Tensors as_tensors(std::map<std::string, std::vector<float>, std::less<>> mixed, const Shape& shape) {
+    Tensors outputs;
+    for (auto& [name, values] : mixed) outputs.emplace(name, floats(shape, std::move(values)));
+    return outputs;
+}
+
+using Weighted = std::vector<std::pair<std::size_t, std::vector<float>>>;
+
+// Where the tiles along one side begin, and the weights of their cells.
+Weighted tile_weights(std::size_t side, std::int64_t length, std::int64_t stride) {
+    const auto whole = static_cast<std::int64_t>(side);
+    return window_weights(side, {std::min(whole, length), std::min(whole, stride)});
+}
+
+// Add a tile to its place in the frames, by weight.
+void mix_tile(const Array& tile, std::size_t top, const std::vector<float>& down, std::size_t left,
+              const std::vector<float>& across, const Shape& shape, std::vector<float>& frames) {
+    const auto planes = size(shape[0] * shape[1] * shape[2]), height = size(shape[3]), width = size(shape[4]);
+    std::size_t at = 0;
+    for (std::size_t p = 0; p < planes; ++p)
+        for (std::size_t y = 0; y < down.size(); ++y)
+            for (std::size_t x = 0; x < across.size(); ++x)
+                frames[(p * height + top + y) * width + left + x] += down[y] * across[x] * tile.floats()[at++];
+}
+
+// A step on whole frames, or on tiles of them whose outputs are mixed, as those of windows are.
+Tensors run_tiles(Backend& backend, const LoopRun& run, const Tensors& inputs, Cancellation& cancellation) {
+    const auto shape = inputs.at("latents")->shape();
+    if (!run.tiles || (shape[3] <= run.tiles->height && shape[4] <= run.tiles->width))
+        return backend.run(run.stage, inputs, cancellation);
+    const auto given = cuttable(run, inputs, {"H", "W"});
+    std::map<std::string, std::vector<float>, std::less<>> mixed;
+    for (const auto& [top, down] : tile_weights(size(shape[3]), run.tiles->height, run.tiles->stride))
+        for (const auto& [left, across] : tile_weights(size(shape[4]), run.tiles->width, run.tiles->stride)) {
+            cancellation.check();
+            auto part = given.shared;
+            for (const auto& [name, clip] : given.clips) {
+                const auto rows = part_of(run, name, clip, "H", top, down.size());
+                part.emplace(name, host_tensor(part_of(run, name, rows, "W", left, across.size())));
+            }
+            auto tile = shape;
+            tile[3] = static_cast<std::int64_t>(down.size());
+            tile[4] = static_cast<std::int64_t>(across.size());
+            const auto outputs = backend.run(run.stage, part, cancellation);
+            check_state(run, outputs, tile);
+            for (const auto& [name, tensor] : outputs) {
+                auto& frames = mixed.try_emplace(name, count(shape), 0.0F).first->second;
+                mix_tile(tensor->to_host(), top, down, left, across, shape, frames);
+            }
+        }
+    return as_tensors(std::move(mixed), shape);
+}
+
 // A step on windows of a clip's frames. Mixing the steps equals stepping with the mixed prediction, because a step is
 // linear in it and a frame's weights sum to one.
 Tensors run_windows(Backend& backend, const LoopRun& run, const Tensors& inputs, Cancellation& cancellation) {
     const auto shape = inputs.at("latents")->shape();
+    if (!run.windows || shape[2] <= run.windows->length) return run_tiles(backend, run, inputs, cancellation);
     const auto length = size(run.windows->length);
-    // What has no axis of frames is each window's as it is.
-    Tensors shared;
-    std::map<std::string, std::pair<std::size_t, Array>, std::less<>> clips;  // with the axis
-    for (const auto& [name, tensor] : inputs) {
-        const auto& axes = run.stage.input(name)->shape;
-        const auto axis = axis_of(axes, "F");
-        if (axis == axes.size())
-            shared.emplace(name, tensor);
-        else
-            clips.emplace(name, std::pair(axis, tensor->to_host()));
-    }
+    const auto given = cuttable(run, inputs, {"F"});
     std::map<std::string, std::vector<float>, std::less<>> mixed;
     for (const auto& [start, weights] : window_weights(size(shape[2]), *run.windows)) {
-        auto part = shared;
-        for (const auto& [name, clip] : clips)
-            part.emplace(name, host_tensor(cut(clip.second, clip.first, start, length)));
+        auto part = given.shared;
+        for (const auto& [name, clip] : given.clips)
+            part.emplace(name, host_tensor(part_of(run, name, clip, "F", start, length)));
         auto window = shape;
         window[2] = run.windows->length;
-        const auto outputs = backend.run(run.stage, part, cancellation);
+        const auto outputs = run_tiles(backend, run, part, cancellation);
         check_state(run, outputs, window);
         for (const auto& [name, tensor] : outputs) {
             auto& clip = mixed.try_emplace(name, count(shape), 0.0F).first->second;
             mix(tensor->to_host(), start, weights, shape, clip);
         }
     }
-    Tensors outputs;
-    for (auto& [name, values] : mixed) outputs.emplace(name, floats(shape, std::move(values)));
-    return outputs;
+    return as_tensors(std::move(mixed), shape);
 }
 
 // A step on a batch whose texts have different numbers of tokens: a prompt's picture does not depend on the other
@@ -166,7 +236,6 @@ TensorPtr denoise(Backend& backend, const LoopRun& run, TensorPtr latents, const
                   Cancellation& cancellation) {
     const auto shape = latents->shape();
     const auto rows = tail(run.table, static_cast<std::int64_t>(run.first)).rows;
-    const bool windowed = run.windows && shape[2] > run.windows->length;
     auto previous = floats(shape, std::vector<float>(count(shape), 0.0F));
     for (std::size_t i = 0; i < rows.size(); ++i) {
         cancellation.check();
@@ -176,8 +245,7 @@ TensorPtr denoise(Backend& backend, const LoopRun& run, TensorPtr latents, const
         const auto& now = guided ? run : *run.outside;
         const auto inputs = inputs_of(now, row, std::move(latents), std::move(previous));
         const auto outputs = run_groups(now, inputs, cancellation, [&](const Tensors& given) {
-            return windowed ? run_windows(backend, now, given, cancellation)
-                            : backend.run(now.stage, given, cancellation);
+            return run_windows(backend, now, given, cancellation);
         });
         check_state(now, outputs, shape);
         latents = outputs.at("latents");

@@ -46,6 +46,7 @@ struct LoopRun {
     std::size_t first = 0;             // the row to begin with
     std::optional<Edit> edit = {};
     std::optional<Windows> windows = {};
+    std::optional<Tiles> tiles = {};
     std::vector<std::size_t> tokens = {};  // of each sample's texts, where these have several chunks
     Interval interval = {};                // the rows of the whole table that have guidance
     // How the other rows are run, with guidance 1: another stage and its conditions. Null: all rows have guidance.

@@ -6,6 +6,7 @@
 #include <fstream>
 #include <limits>
 #include <map>
+#include <numeric>
 #include <nlohmann/json.hpp>
 #include <string>
 
@@ -16,6 +17,7 @@
 #include "picture_file.h"
 #include "pictures.h"
 #include "plans.h"
+#include "sampler.h"
 #include "stages.h"
 #include "tokenizer.h"
 
@@ -123,6 +125,62 @@ Json tables(const Json& job) {
     return {{"symbols", manifest.sizes.symbols}, {"stages", stages}, {"loops", loops}, {"controls", controls}};
 }
 
+// A denoising step whose network is a formula: m is the mean of a clip's latents, where it is cut, and that of a text's
+// tokens, plus a tenth of x.
+class Formula final : public Backend {
+public:
+    void prepare(const Stage&) override {}
+    std::string describe(const Stage&) const override { return "formula"; }
+
+    Tensors run(const Stage&, const Tensors& inputs, Cancellation&) override {
+        const auto host = [&](const char* name) { return inputs.at(name)->to_host(); };
+        const auto x = host("latents"), previous = host("previous"), text = host("context");
+        const auto samples = static_cast<std::size_t>(x.shape[0]);
+        const auto cells = x.floats().size() / samples, words = text.floats().size() / samples;
+        std::vector<float> moved, clean;
+        for (std::size_t i = 0; i < samples; ++i) {
+            const auto column = [&](const char* name) { return host(name).floats()[i]; };
+            const auto mean = [&](const Array& of, std::size_t n) {
+                const auto first = of.floats().begin() + static_cast<std::ptrdiff_t>(i * n);
+                return std::accumulate(first, first + static_cast<std::ptrdiff_t>(n), 0.0F) / static_cast<float>(n);
+            };
+            const float said = mean(x, cells) + mean(text, words);
+            for (std::size_t j = 0; j < cells; ++j) {
+                const float at = x.floats()[i * cells + j], m = said + 0.1F * at;
+                moved.push_back(column("A") * at + column("B") * m + column("C") * previous.floats()[i * cells + j]);
+                clean.push_back(column("alpha") * at - column("sigma") * m);
+            }
+        }
+        return {{"latents", host_tensor(Array::of(x.shape, moved))},
+                {"previous", host_tensor(Array::of(x.shape, clean))}};
+    }
+};
+
+// A whole loop of that network, for a batch of texts with these numbers of tokens, in windows and tiles.
+Json loop(const Json& job) {
+    const auto shape = job.at("shape").get<Shape>();
+    const std::vector<Axis> state = {{"B", 0}, {"C", 0}, {"F", 0}, {"H", 0}, {"W", 0}}, column = {{"B", 0}};
+    Stage stage{"step", {}, {{"latents", state}, {"previous", state}}, ""};
+    for (const auto* name : {"latents", "previous"}) stage.inputs.push_back({name, state});
+    for (const auto* name : {"t", "A", "B", "C", "alpha", "sigma"}) stage.inputs.push_back({name, column});
+    stage.inputs.push_back({"context", {{"B", 0}, {tokens_symbol, 0}, {"", 1}}});
+    const auto text = job.at("context").get<std::vector<float>>();
+    const Shape words = {shape[0], static_cast<std::int64_t>(text.size()) / shape[0], 1};
+    LoopRun run{"loop",
+                stage,
+                {{"context", host_tensor(Array::of(words, text))}},
+                solver_table(NoiseSchedule{}, "v", Solver{"dpm++2m", "trailing"}, job.at("steps").get<std::int64_t>()),
+                Array::of({shape[0], shape[2]}, std::vector<float>(static_cast<std::size_t>(shape[0] * shape[2]), 1.0F)),
+                {}};
+    run.tokens = job.at("tokens").get<std::vector<std::size_t>>();
+    if (const auto& w = job.at("windows"); !w.is_null()) run.windows = Windows{w.at(0), w.at(1)};
+    if (const auto& t = job.at("tiles"); !t.is_null()) run.tiles = Tiles{t.at(0), t.at(1), t.at(2)};
+    Formula network;
+    Cancellation cancellation;
+    const auto start = host_tensor(Array::of(shape, job.at("latents").get<std::vector<float>>()));
+    return denoise(network, run, start, [](const Step&) {}, cancellation)->to_host().floats();
+}
+
 // Target and precision of each plan of a stage that fits.
 Json chosen_plan(const Json& job) {
     const auto stage = job.at("stage").get<std::string>();
@@ -152,6 +210,7 @@ Json answer(const Json& job) {
     if (op == "tokens") return tokens(job);
     if (op == "readings") return readings(job);
     if (op == "tables") return tables(job);
+    if (op == "loop") return loop(job);
     if (op == "plan") return chosen_plan(job);
     if (op == "profile")
         return best_profile({"", parse_record(job.at("record").get<std::string>(), "job")},

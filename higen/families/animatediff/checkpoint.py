@@ -21,7 +21,7 @@ from higen.families.animatediff.motion_sources import Motion, diffusers_name, is
 from higen.families.animatediff.unet import motion_unet
 from higen.families.stable_diffusion import checkpoint as stable_diffusion
 from higen.families.stable_diffusion import spec as image
-from higen.families.stage_rows import clip_text
+from higen.families.stage_rows import Sampling, clip_text
 from higen.models import companion_checkpoints as companions
 from higen.models.checkpoint_files import folder_state, naming, read_json
 from higen.models.companions import TEXT_PREFIX, quiet_import
@@ -49,8 +49,8 @@ class _Parts:
     """A model before its adapters are merged. `weights`: U-Net, text encoder, autoencoder."""
 
     made_of: spec.Networks
-    image: spec.Sampling
-    clip: spec.Sampling
+    image: Sampling
+    clip: Sampling
     weights: tuple[State, State, State]
     text: TextRules
     name: str
@@ -115,7 +115,7 @@ def _two(base: Path, module: Path, prediction: str | None, group_norm: str | Non
     assert pictures.manifest.text is not None
     return _Parts(
         spec.Networks(arguments, made_of.clip, made_of.codec, group_norm or motion.group_norm),
-        spec.Sampling(loop.schedule, loop.prediction, loop.solvers, loop.steps),
+        Sampling(loop.schedule, loop.prediction, loop.solvers, loop.steps),
         _clip_sampling(loop.schedule, loop.prediction, loop.solvers),
         (unet, pictures.weights[image.TEXT_ENCODER], pictures.weights[image.AUTOENCODER]),
         pictures.manifest.text,
@@ -125,7 +125,7 @@ def _two(base: Path, module: Path, prediction: str | None, group_norm: str | Non
     )
 
 
-def _clip_sampling(base: NoiseSchedule, prediction: str, solvers: tuple[Solver, ...]) -> spec.Sampling:
+def _clip_sampling(base: NoiseSchedule, prediction: str, solvers: tuple[Solver, ...]) -> Sampling:
     """How a clip is sampled with a base that is sampled so: DDIM first, and what diffusers makes of its settings."""
     final = next((solver.final for solver in solvers if solver.name == "ddim"), "zero")
     config = {
@@ -137,7 +137,7 @@ def _clip_sampling(base: NoiseSchedule, prediction: str, solvers: tuple[Solver, 
         **_CLIP_SCHEDULE,
     }
     found = schedule_of(config, prediction)
-    return spec.Sampling(found.schedule, found.prediction, found.solvers)
+    return Sampling(found.schedule, found.prediction, found.solvers, spec.STEPS)
 
 
 def _folder(folder: Path, prediction: str | None, group_norm: str | None, notes: list[str]) -> _Parts:
@@ -161,7 +161,7 @@ def _folder(folder: Path, prediction: str | None, group_norm: str | None, notes:
     _check(unet, arguments, "the U-Net of its config.json")
     schedule = around.schedule
     notes += [*schedule.notes, stable_diffusion.SAFETY]
-    sampling = spec.Sampling(schedule.schedule, schedule.prediction, schedule.solvers)
+    sampling = Sampling(schedule.schedule, schedule.prediction, schedule.solvers, spec.STEPS)
     text = clip_text(spec.TOKENIZER, around.clip["max_position_embeddings"], around.pad_id)
     return _Parts(
         spec.Networks(arguments, around.clip, around.codec, group_norm or spec.CLIP),

@@ -6,20 +6,27 @@ text_encoder -> spatial_unet x steps -> vae_decoder        one frame: the same w
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from higen.errors import ManifestError
 from higen.families.stable_diffusion.spec import Codec
-from higen.families.stage_rows import TEXT_CONDITIONS, autoencoder_stages, solver_stages, text_encoder_stage
+from higen.families.stage_rows import (
+    TEXT_CONDITIONS,
+    Sampling,
+    autoencoder_stages,
+    denoising_loop,
+    solver_stages,
+    text_encoder_stage,
+    unet_sizes,
+)
 from higen.manifest import Manifest
-from higen.schedule import NoiseSchedule, Solver
 from higen.stages import Stage
-from higen.tables import Loop, NoiseRule, Sizes, TextRules, Windows
+from higen.tables import TextRules, Windows
 from higen.typed_json import from_json, to_json
 
 __all__ = ["AUTOENCODER", "CLIP", "FAMILY", "FRAME", "GROUP_NORMS", "TEXT_ENCODER", "TOKENIZER", "UNET"]
-__all__ += ["Networks", "Sampling", "manifest", "networks"]
+__all__ += ["STEPS", "Networks", "manifest", "networks"]
 
 FAMILY = "animatediff"
 UNET, TEXT_ENCODER, AUTOENCODER = "unet.safetensors", "text_encoder.safetensors", "vae.safetensors"
@@ -36,6 +43,9 @@ FRAMES = 16
 
 LONGEST = 512
 """Frames of a clip at most, in windows."""
+
+
+STEPS = 25
 
 
 @dataclass(frozen=True)
@@ -60,17 +70,6 @@ class Networks:
         return int(self.unet["motion_max_seq_length"])
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How a loop is sampled; the default solver stands first."""
-
-    schedule: NoiseSchedule
-    prediction: str
-    solvers: tuple[Solver, ...]
-    steps: int = 25
-    guidance: float = 7.5
-
-
 def manifest(
     made_of: Networks, image: Sampling, clip: Sampling, *, name: str, licence: str, size: int, text: TextRules
 ) -> Manifest:
@@ -79,30 +78,29 @@ def manifest(
 
     Raises ManifestError for networks that do not fit each other.
     """
-    unet, factor = made_of.unet, made_of.codec.factor
-    multiple = factor * 2 ** (len(unet["block_out_channels"]) - 1)
-    side = max(multiple, size // multiple * multiple)
+    length = min(FRAMES, made_of.most_frames)
+    windows = Windows(length, max(1, length // 2), made_of.most_frames, "shuffled")
     return Manifest(
         name=name,
         licence=licence,
         family=FAMILY,
         architecture=to_json(made_of),
         prompts=("a photograph of an astronaut riding a horse", "waves breaking on a beach at sunset"),
-        sizes=Sizes(
-            symbols={"L": text.length, "C": unet["in_channels"], "Dc": made_of.clip["hidden_size"]},
-            factor=factor,
-            multiple=multiple,
-            width=side,
-            height=side,
-            fps=8,
-            frames=(1, min(FRAMES, made_of.most_frames), LONGEST),
-            decoder="vae_decoder",
-            chunk=2,
+        sizes=unet_sizes(
+            made_of.unet,
+            made_of.clip,
+            made_of.codec.factor,
+            (size, size),
+            (1, min(FRAMES, made_of.most_frames), LONGEST),
         ),
         text=text,
         controls=(),
         stages=_stages(),
-        loops=_loops(image, clip, made_of.most_frames),
+        # No loop takes the latents of the other, so the last one alone is run.
+        loops=(
+            denoising_loop("spatial", "spatial_unet", 1, image),
+            denoising_loop("temporal", "temporal_unet", "F", clip, purpose=1, least_frames=2, windows=windows),
+        ),
     )
 
 
@@ -114,38 +112,6 @@ def _stages() -> tuple[Stage, ...]:
         *solver_stages("temporal_unet", "temporal_unet_plain", UNET, "F", TEXT_CONDITIONS),
         decoder,
     )
-
-
-def _loops(image: Sampling, clip: Sampling, most: int) -> tuple[Loop, Loop]:
-    """One frame, or a clip: no loop takes the latents of the other, so the last one alone is run."""
-    spatial = Loop(
-        name="spatial",
-        guided="spatial_unet",
-        plain="spatial_unet_plain",
-        frames=1,
-        schedule=image.schedule,
-        prediction=image.prediction,
-        solvers=image.solvers,
-        steps=image.steps,
-        guidance=image.guidance,
-        noise=NoiseRule(purpose=0),
-    )
-    temporal = replace(
-        spatial,
-        name="temporal",
-        guided="temporal_unet",
-        plain="temporal_unet_plain",
-        frames="F",
-        least_frames=2,
-        schedule=clip.schedule,
-        prediction=clip.prediction,
-        solvers=clip.solvers,
-        steps=clip.steps,
-        guidance=clip.guidance,
-        noise=NoiseRule(purpose=1),
-        windows=Windows(min(FRAMES, most), max(1, min(FRAMES, most) // 2), most, "shuffled"),
-    )
-    return spatial, temporal
 
 
 def networks(manifest: Manifest) -> Networks:

@@ -132,6 +132,12 @@ def _taken_picture(second: Manifest) -> str:
 
     It is one that the second model cannot do without, or else one that stands for a loop's result.
     """
+    for loop in second.loops:
+        if loop.start is not None and loop.start.needed:
+            raise ModelError(
+                f"{second.name}: its loop {loop.name} begins from a whole video, which it draws at another size, and a "
+                f"composed model has one size: give it the first model's video as {loop.start.control}, a second pass"
+            )
     needed = second.pictures_of(*second.denoising, second.sizes.decoder)
     pictures = [name for name in needed if second.control(name).kind == "picture"]
     standing = [loop.replaced.control for loop in second.loops if loop.replaced is not None]

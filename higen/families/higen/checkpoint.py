@@ -62,8 +62,8 @@ def convert(sources: Sequence[Path], **options: Any) -> Converted:
     denoiser, text, autoencoder = sources
     notes: list[str] = []
     with naming(denoiser):
-        unet_config, unet = _denoiser(denoiser, options.get("arguments") or {}, notes.append)
-    unet = personal.added(unet, unet_config, notes)
+        unet_config, released = _denoiser(denoiser, options.get("arguments") or {}, notes.append)
+    unet = personal.added(released, unet_config, notes)
     with naming(text):
         text_config, text_encoder = _text(text, notes.append)
     with naming(autoencoder):
@@ -107,7 +107,7 @@ class _Personal:
             )
         return made
 
-    def added(self, state: dict[str, Tensor], config: UNetConfig, notes: list[str]) -> dict[str, Tensor]:
+    def added(self, state: State, config: UNetConfig, notes: list[str]) -> State:
         """The denoiser with it. Raises CheckpointError."""
         if self.spatial is not None and self.base is not None:
             state = with_difference(state, config, self.spatial, self.base, self.prediction, notes)

@@ -24,6 +24,7 @@ from higen.families.stable_diffusion.unet_source import read_unet
 from higen.models.checkpoint_files import naming
 from higen.models.companion_checkpoints import check_tensors
 from higen.models.lora import Lora, merged
+from higen.models.weights import Made, Maker, let_go, unmade
 
 __all__ = ["diffusers_names", "with_difference", "with_loras"]
 
@@ -90,7 +91,7 @@ def _inner(part: str, rest: str) -> str:
 
 def with_difference(
     state: State, config: UNetConfig, finetune: Path, base: Path, prediction: str | None, notes: list[str]
-) -> dict[str, Tensor]:
+) -> State:
     """HiGen's denoiser with finetune - base added to its spatial tensors: float32 sums, in the denoiser's own dtype.
 
     finetune, base   Stable Diffusion 2.1, each a folder of the hub's layout or a single file
@@ -107,20 +108,31 @@ def with_difference(
         notes.append(
             f"{finetune.name} is stored as {types[0]}, {base.name} as {types[1]}: rounding is in the difference"
         )
-    made, changed = dict(state), list[str]()
+
+    def difference(name: str) -> Tensor:
+        made = fine[name].float() - plain[name].float()
+        let_go(fine[name])
+        let_go(plain[name])
+        return made
+
+    def adding(name: str) -> Maker:
+        return lambda tensor: (tensor.float() + difference(name)).to(tensor.dtype)
+
+    makers = dict[str, Maker]()
     for ours, theirs in names.items():
-        difference = fine[theirs].float() - plain[theirs].float()
-        if not difference.isfinite().all():
+        added = difference(theirs)
+        if not added.isfinite().all():
             raise CheckpointError(f"{finetune}: {theirs} less that of {base} is infinite or not a number")
-        if difference.count_nonzero():
-            made[ours] = (state[ours].float() + difference).to(state[ours].dtype)
-            changed.append(ours)
+        if added.count_nonzero():
+            # It is computed anew where it is written: all differences at once are as large as the network.
+            makers[ours] = adding(theirs)
+    changed = list(makers)
     if not changed:
         raise CheckpointError(f"{finetune}: its U-Net is that of {base}, so it changes nothing")
     notes.append(f"{finetune.name} less {base.name}: {len(changed)} of {len(names)} spatial tensors {_listed(changed)}")
     notes.append(f"the text encoder and the autoencoder of {finetune.name} are left out")
     notes.append(_unverified(config))
-    return made
+    return Made(state, makers)
 
 
 def _read(source: Path, prediction: str | None, wanted: Mapping[str, tuple[int, ...]], notes: list[str]) -> State:
@@ -138,7 +150,7 @@ def _read(source: Path, prediction: str | None, wanted: Mapping[str, tuple[int, 
 
 def with_loras(
     state: State, config: UNetConfig, loras: Sequence[Lora], prediction: str | None, notes: list[str]
-) -> dict[str, Tensor]:
+) -> State:
     """HiGen's denoiser with adapters of Stable Diffusion 2.1 added to its spatial tensors.
 
     Raises CheckpointError for an adapter of another model, and for one of a model that predicts epsilon, where its
@@ -149,11 +161,13 @@ def with_loras(
         if own not in (None, "v"):
             raise CheckpointError(f"{lora.path}: an adapter of a model that predicts {own}: {_WHY}")
     names = diffusers_names(config)
-    unet = merged({"unet": {theirs: state[ours] for ours, theirs in names.items()}}, loras, notes)["unet"]
-    changed = [ours for ours, theirs in names.items() if unet[theirs] is not state[ours]]
+    held = unmade(state)
+    unet = merged({"unet": {theirs: held[ours] for ours, theirs in names.items()}}, loras, notes)["unet"]
+    makers = {ours: unet.makers[theirs] for ours, theirs in names.items() if theirs in unet.makers}
+    changed = list(makers)
     notes.append(f"adapters: {len(changed)} of {len(names)} spatial tensors {_listed(changed)}")
     notes.append(_unverified(config))
-    return {**state, **{ours: unet[names[ours]] for ours in changed}}
+    return Made(state, makers)
 
 
 def _prediction_of(path: Path) -> str | None:

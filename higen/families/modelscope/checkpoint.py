@@ -1,7 +1,8 @@
-"""ModelScope's and ZeroScope's checkpoints: a folder of the hub's layout, or the authors' three files.
+"""ModelScope's and ZeroScope's checkpoints: a folder of the hub's layout, or the authors' three files. VGen's too.
 
 A folder     model_index.json, unet/, text_encoder/, vae/, scheduler/; plain, fp16 variants or in several files
 Three files  text2video_pytorch_model.pth, open_clip_pytorch_model.bin, VQGAN_autoencoder.pth, or a folder of them
+VGen's       tft2v_t2v_*.pth, videolcm_t2v_*.pth or sr_step_*.pth as the first of the three
 """
 
 from __future__ import annotations
@@ -13,20 +14,21 @@ from typing import Any
 
 from torch import Tensor
 
-from higen.errors import CheckpointError
+from higen.errors import CheckpointError, quoted
 from higen.families import Converted
 from higen.families.modelscope import spec
 from higen.families.modelscope.unet import video_unet, video_unet_arguments
-from higen.families.modelscope.vgen_names import MARKS, unet_arguments, unet_from_vgen
+from higen.families.modelscope.vgen_kinds import kind_of, without_guides
+from higen.families.modelscope.vgen_names import MARKS, check_others, unet_arguments, unet_from_vgen
 from higen.families.stable_diffusion.checkpoint import hub_parts
-from higen.families.stable_diffusion.spec import Codec, Sampling
-from higen.families.stage_rows import clip_text
+from higen.families.stable_diffusion.spec import Codec
+from higen.families.stage_rows import Sampling, clip_text
 from higen.models import companion_checkpoints as companions
 from higen.models import hub_folders
 from higen.models.checkpoint_files import folder_state, naming, read_json, read_names, read_state
 from higen.models.companions import TEXT_PREFIX
-from higen.models.diffusers_schedulers import Schedule, schedule_of
 from higen.models.lora import Lora, merged
+from higen.models.nestings import found_in
 from higen.tokenizer import build_clip_tokenizer
 
 __all__ = ["convert", "recognise"]
@@ -38,17 +40,8 @@ FILES = ("text2video_pytorch_model.pth", "open_clip_pytorch_model.bin", "VQGAN_a
 """What the authors call the U-Net, the text encoder and the autoencoder."""
 
 LICENCE = "CC-BY-NC-4.0"
+VGEN_LICENCE = "as published by ali-vilab/VGen (its code: Apache-2.0), made of ModelScope's under CC-BY-NC-4.0"
 _NOTE = f"ModelScope's weights, and what is made of them, are under {LICENCE}: no commercial use"
-
-_DDIM = {
-    "_class_name": "DDIMScheduler",
-    "beta_schedule": "scaled_linear",
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "steps_offset": 1,
-    "set_alpha_to_one": False,
-}
-"""What the authors' network was trained and is sampled with (configuration.json: linear_sd)."""
 
 _SIZE = 256
 """Pixels a side that the authors' network was trained on."""
@@ -68,7 +61,7 @@ class _Parts:
     """What one kind of source holds. `weights`: U-Net, text encoder, autoencoder; `size`: width and height, pixels."""
 
     made_of: spec.Networks
-    schedule: Schedule
+    sampling: Sampling
     weights: tuple[State, State, State]
     pad_id: int
     name: str
@@ -79,16 +72,16 @@ class _Parts:
 def convert(sources: Sequence[Path], **options: Any) -> Converted:
     """Tables and weights from a folder, or from the U-Net, the text encoder and the autoencoder as files.
 
-    options  `prediction`: "epsilon", for a U-Net in a file that is not called as the authors call theirs: other
-             models have the same tensors
+    options  `prediction`: "epsilon" for a U-Net in a file that is ModelScope's or made of it, under another name
+             `network`: which network a U-Net in a file is, where its name does not say it (`vgen_kinds.NAMES`)
              `loras`: adapters (`lora.Lora`) that are added to the U-Net and the text encoder
 
     Raises CheckpointError for a source that is missing, incomplete or another kind of model, for a scheduler that the
     tables lack, and for an adapter that does not fit.
     """
-    if unknown := sorted(set(options) - {"prediction", "loras"}):
-        raise CheckpointError(f"{', '.join(unknown)}: unknown; {spec.FAMILY} takes prediction and loras")
-    prediction, notes = options.get("prediction"), list[str]()
+    if unknown := sorted(set(options) - {"prediction", "network", "loras"}):
+        raise CheckpointError(f"{', '.join(unknown)}: unknown; {spec.FAMILY} takes prediction, network and loras")
+    prediction, network, notes = options.get("prediction"), options.get("network"), list[str]()
     if len(sources) == 1 and sources[0].is_dir() and not (sources[0] / "model_index.json").is_file():
         with naming(folder := sources[0]):
             sources = [_inside(folder, name) for name in FILES]
@@ -97,9 +90,11 @@ def convert(sources: Sequence[Path], **options: Any) -> Converted:
         raise CheckpointError(f"{given}: one folder is wanted, or three files: {', '.join(FILES)}, in this order")
     with naming(sources[0]):
         if len(sources) == 1:
+            if network is not None:
+                raise CheckpointError(f"network={quoted(network)}: for a U-Net in a file, and this is a folder")
             parts = _folder(sources[0], prediction, notes)
         else:
-            parts = _three_files(sources, prediction, notes)
+            parts = _three_files(sources, prediction, network, notes)
         unet, clip, codec = parts.made_of.unet, parts.made_of.clip, parts.made_of.codec
         companions.check_parts("its U-Net", clip, codec.arguments, unet["cross_attention_dim"], unet["in_channels"])
     return _converted(parts, options.get("loras") or (), notes)
@@ -122,10 +117,12 @@ def _folder(folder: Path, prediction: str | None, notes: list[str]) -> _Parts:
     companions.check_tensors(unet, companions.shapes_of(lambda: video_unet(arguments)), "the U-Net of its config.json")
     made_of = spec.Networks(arguments, around.clip, around.codec)
     card = hub_folders.card_licence(folder)
+    schedule = around.schedule
+    notes += schedule.notes
     licence = f"{LICENCE} where its model card says nothing else" if card is None else f"{card}, as its model card says"
     return _Parts(
         made_of,
-        around.schedule,
+        Sampling(schedule.schedule, schedule.prediction, schedule.solvers, guidance=spec.GUIDANCE),
         (unet, around.text_encoder, around.autoencoder),
         around.pad_id,
         folder.name,
@@ -141,12 +138,19 @@ def _pixels(sample_size: object, factor: int) -> tuple[int, int]:
     return width, height
 
 
-def _three_files(sources: Sequence[Path], prediction: str | None, notes: list[str]) -> _Parts:
+def _three_files(sources: Sequence[Path], prediction: str | None, network: str | None, notes: list[str]) -> _Parts:
     denoiser, text, autoencoder = sources
-    state = read_state(denoiser, notes.append)
+    state: State = read_state(denoiser, notes.append)
+    check_others(state)
+    if not state.keys() >= MARKS:
+        raise CheckpointError(f"not ModelScope's U-Net, nor one of VGen's with its layers: {found_in(state)}")
+    # ZeroScope's files have names of their own, and --prediction epsilon says whose they are.
+    kind = kind_of(denoiser, network or ("modelscope" if prediction == "epsilon" else None), state)
+    if prediction not in (None, kind.sampling.prediction):
+        raise CheckpointError(f"prediction={prediction!r}: {kind.title} predicts {kind.sampling.prediction}")
+    state = without_guides(state, kind, notes)
     arguments = unet_arguments(state)
     unet = unet_from_vgen(state, arguments)
-    _check_prediction(denoiser, prediction)
     with naming(text):
         tower = read_state(text, notes.append)
         clip, encoder = companions.text_arguments_from_openclip(tower), companions.text_from_openclip(tower)
@@ -154,32 +158,20 @@ def _three_files(sources: Sequence[Path], prediction: str | None, notes: list[st
         held = read_state(autoencoder, notes.append)
         codec, vae = companions.autoencoder_arguments_from_ldm(held), companions.autoencoder_from_ldm(held)
     _, shift, scale = companions.kl_numbers(codec)
+    licence = LICENCE if kind.name == "modelscope" else VGEN_LICENCE
     return _Parts(
-        spec.Networks(arguments, clip, Codec(codec, shift, scale)),
-        schedule_of(_DDIM),
+        spec.Networks(arguments, clip, Codec(codec, shift, scale), kind.upscales),
+        kind.sampling,
         (unet, encoder, vae),
         0,
         denoiser.stem,
-        f"{LICENCE} where the file's own says nothing else",
-        (_SIZE, _SIZE),
+        f"{licence} where the file's own says nothing else",
+        kind.size,
     )
-
-
-def _check_prediction(denoiser: Path, prediction: str | None) -> None:
-    """Raise CheckpointError where neither the file's name nor the option says that the network predicts epsilon."""
-    others = "VGen's SR600 and its own text-to-video network, which predict v, have the same tensors"
-    if prediction not in (None, "epsilon"):
-        raise CheckpointError(f"prediction={prediction!r}: {others}, and no family here runs them")
-    if prediction is None and not denoiser.name.startswith(Path(FILES[0]).stem):
-        raise CheckpointError(
-            f"its tensors are those of ModelScope's {FILES[0]}, but {others}: give --prediction epsilon where it is "
-            "ModelScope's network or made of it, as ZeroScope is"
-        )
 
 
 def _converted(parts: _Parts, loras: Sequence[Lora], notes: list[str]) -> Converted:
     """The model directory, with the adapters merged. Raises CheckpointError for an adapter that does not fit."""
-    schedule = parts.schedule
     names = (spec.UNET, spec.TEXT_ENCODER, spec.AUTOENCODER)
     weights = dict(zip(names, parts.weights, strict=True))
     merging: list[str] = []
@@ -190,7 +182,7 @@ def _converted(parts: _Parts, loras: Sequence[Lora], notes: list[str]) -> Conver
     return Converted(
         manifest=spec.manifest(
             parts.made_of,
-            Sampling(schedule.schedule, schedule.prediction, schedule.solvers, guidance=spec.GUIDANCE),
+            parts.sampling,
             name=parts.name,
             licence=parts.licence,
             size=parts.size,
@@ -198,5 +190,5 @@ def _converted(parts: _Parts, loras: Sequence[Lora], notes: list[str]) -> Conver
         ),
         weights=weights,
         texts={spec.TOKENIZER: build_clip_tokenizer().to_str(pretty=True)},
-        notes=(*merging, *notes, *schedule.notes, f"licence: {parts.licence}", _NOTE),
+        notes=(*merging, *notes, f"licence: {parts.licence}", _NOTE),
     )

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from functools import cached_property
 
-from torch import Tensor, nn
+from torch import nn
 
 from higen.families import Weights
 from higen.families.companion_networks import ClipNetworks, open_network
 from higen.families.modelscope import spec
+from higen.families.modelscope.predictors import UpscalingPredictor, VideoPredictor
 from higen.families.modelscope.unet import video_unet
 from higen.manifest import Manifest
-from higen.models.video_walk import ClipPredictor
 from higen.stages import Stage
 
-__all__ = ["ModelScopeNetworks", "VideoPredictor", "open"]
+__all__ = ["ModelScopeNetworks", "open"]
 
 
 def open(manifest: Manifest, weights: Weights) -> ModelScopeNetworks:  # noqa: A001 (the family protocol's name)
@@ -35,13 +35,5 @@ class ModelScopeNetworks(ClipNetworks):
 
     @cached_property
     def _predictor(self) -> VideoPredictor:
-        return VideoPredictor(open_network(self._weights, spec.UNET, lambda: video_unet(self._networks.unet)))
-
-
-class VideoPredictor(ClipPredictor):
-    """A transformer over the frames stands between the first convolution and the blocks."""
-
-    def enter(self, first: Tensor, frames: int) -> Tensor:
-        """That transformer."""
-        entered: Tensor = self.unet.transformer_in(first, num_frames=frames, return_dict=False)[0]
-        return entered
+        kind = UpscalingPredictor if self._networks.upscales else VideoPredictor
+        return kind(open_network(self._weights, spec.UNET, lambda: video_unet(self._networks.unet)))

@@ -6,24 +6,27 @@ vae_encoder (video) -> the loop's tail: a second pass over a video, at a higher 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from higen.errors import ManifestError
-from higen.families.stable_diffusion.spec import Codec, Sampling
+from higen.families.stable_diffusion.spec import Codec
 from higen.families.stage_rows import (
     TEXT_CONDITIONS,
+    Sampling,
     autoencoder_stages,
+    denoising_loop,
     solver_stages,
     strength_control,
     text_encoder_stage,
+    unet_sizes,
 )
 from higen.manifest import Manifest
-from higen.stages import Stage
-from higen.tables import Control, Loop, NoiseRule, Sizes, Start, TextRules
-from higen.typed_json import from_json, to_json
+from higen.tables import Control, Loop, Start, TextRules, Tiles
+from higen.typed_json import LATER, from_json, to_json
 
-__all__ = ["AUTOENCODER", "FAMILY", "GUIDANCE", "TEXT_ENCODER", "TOKENIZER", "UNET", "Networks", "manifest", "networks"]
+__all__ = ["AUTOENCODER", "FAMILY", "GUIDANCE", "LATENT_CHANNELS", "TEXT_ENCODER", "TOKENIZER", "UNET", "Networks"]
+__all__ += ["manifest", "networks"]
 
 FAMILY = "modelscope"
 UNET, TEXT_ENCODER, AUTOENCODER = "unet.safetensors", "text_encoder.safetensors", "vae.safetensors"
@@ -33,17 +36,39 @@ FRAMES = (1, 16, 256)
 """16 are what ModelScope's network was trained on. It has no table of positions, so no number of frames is its last."""
 
 GUIDANCE = 9.0
+LATENT_CHANNELS = 4
+
 STRENGTH = 0.6
 """The part of the steps that a video is given by default, as diffusers' video-to-video pipeline has it."""
 
 
+NOISE_LEVEL = 0.7
+"""How far SR600 goes back: to the noise level 700 of 1000 (`total_noise_levels` of VGen's sr600_infer.yaml)."""
+
+TILES = Tiles(height=90, width=160, stride=64)
+"""In latent cells: the size that SR600 was made for, 1280 x 720 pixels. It reads a larger video in tiles of it."""
+
+_CONTROLS = (
+    Control("video", "clip", "a video to begin from: a second pass over it, at another size if wanted"),
+    strength_control("video", STRENGTH),
+)
+_UPSCALER_CONTROLS = (
+    Control("video", "clip", "the video that is drawn larger"),
+    strength_control("video", NOISE_LEVEL),
+)
+
+
 @dataclass(frozen=True)
 class Networks:
-    """Constructors' arguments of diffusers' UNet3DConditionModel, of transformers' CLIPTextConfig, and the codec."""
+    """Constructors' arguments of diffusers' UNet3DConditionModel, of transformers' CLIPTextConfig, and the codec.
+
+    upscales   the U-Net is SR600's (higen/families/modelscope/upscaler.py)
+    """
 
     unet: dict[str, Any]
     clip: dict[str, Any]
     codec: Codec
+    upscales: bool = field(default=False, metadata=LATER)
 
 
 def manifest(
@@ -53,58 +78,35 @@ def manifest(
 
     Raises ManifestError for networks that do not fit each other.
     """
-    unet, factor = made_of.unet, made_of.codec.factor
-    multiple = factor * 2 ** (len(unet["block_out_channels"]) - 1)
-    width, height = (max(multiple, side // multiple * multiple) for side in size)
+    factor = made_of.codec.factor
     return Manifest(
         name=name,
         licence=licence,
         family=FAMILY,
         architecture=to_json(made_of),
         prompts=("an astronaut riding a horse", "a panda eating bamboo on a rock"),
-        sizes=Sizes(
-            symbols={"L": text.length, "C": unet["in_channels"], "Dc": made_of.clip["hidden_size"]},
-            factor=factor,
-            multiple=multiple,
-            width=width,
-            height=height,
-            fps=8,
-            frames=FRAMES,
-            decoder="vae_decoder",
-            chunk=2,
+        sizes=unet_sizes(
+            made_of.unet, made_of.clip, factor, size, FRAMES, multiple=factor if made_of.upscales else None
         ),
         text=text,
-        controls=(
-            Control("video", "clip", "a video to begin from: a second pass over it, at another size if wanted"),
-            strength_control("video", STRENGTH),
+        controls=_UPSCALER_CONTROLS if made_of.upscales else _CONTROLS,
+        stages=(
+            text_encoder_stage(TEXT_ENCODER, "Dc"),
+            *solver_stages("temporal_unet", "temporal_unet_plain", UNET, "F", TEXT_CONDITIONS),
+            *autoencoder_stages(AUTOENCODER, "video", "clip"),
         ),
-        stages=_stages(),
-        loops=(_loop(sampling),),
-    )
-
-
-def _stages() -> tuple[Stage, ...]:
-    return (
-        text_encoder_stage(TEXT_ENCODER, "Dc"),
-        *solver_stages("temporal_unet", "temporal_unet_plain", UNET, "F", TEXT_CONDITIONS),
-        *autoencoder_stages(AUTOENCODER, "video", "clip"),
+        loops=(_upscaling(sampling) if made_of.upscales else _loop(sampling),),
     )
 
 
 def _loop(sampling: Sampling) -> Loop:
-    return Loop(
-        name="temporal",
-        guided="temporal_unet",
-        plain="temporal_unet_plain",
-        frames="F",
-        schedule=sampling.schedule,
-        prediction=sampling.prediction,
-        solvers=sampling.solvers,
-        steps=sampling.steps,
-        guidance=sampling.guidance,
-        noise=NoiseRule(purpose=0),
-        start=Start("video", "vae_encoder.latents", "control:strength"),
-    )
+    start = Start("video", "vae_encoder.latents", "control:strength")
+    return denoising_loop("temporal", "temporal_unet", "F", sampling, start=start)
+
+
+def _upscaling(sampling: Sampling) -> Loop:
+    start = Start("video", "vae_encoder.latents", "control:strength", needed=True)
+    return denoising_loop("temporal", "temporal_unet", "F", sampling, start=start, tiles=TILES)
 
 
 def networks(manifest: Manifest) -> Networks:

@@ -19,7 +19,7 @@ from higen.models.companion_checkpoints import check_tensors, shapes_of
 from higen.models.diffusers_unet import check_latent_channels
 from higen.models.nestings import found_in
 
-__all__ = ["MARKS", "unet_arguments", "unet_from_vgen"]
+__all__ = ["MARKS", "check_others", "unet_arguments", "unet_from_vgen"]
 
 State = Mapping[str, Tensor]
 
@@ -29,16 +29,12 @@ MARKS = frozenset({"input_blocks.0.1.proj_in.weight", "input_blocks.1.0.temopral
 _OTHERS = {
     "context_embedding.tokens": "HiGen's denoiser: give it with its text encoder and autoencoder, --family higen",
     "local_image_concat.": "I2VGen-XL",
-    "pre_image_condition.": "TF-T2V",
     "depth_embedding.": "VideoComposer",
     "local_image_embedding.": "VideoComposer",
     "fps_embedding.": "a model that is told the frame rate",
     "to_q_lora.": "InstructVideo, whose LoRA is not merged",
 }
 """Parts of names that no text-to-video model of ModelScope has, and whose they are."""
-
-_WIDER = 12
-"""Channels of the first convolution of VideoLCM and of TF-T2V: eight stand for pictures that guide them."""
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -61,11 +57,17 @@ _FIRST_HEADS = 8
 """Of the transformer behind the first convolution, here and in diffusers."""
 
 
-def unet_arguments(state: State) -> dict[str, Any]:
-    """UNet3DConditionModel's arguments, as the tensors' shapes tell them. Raises CheckpointError."""
+def check_others(state: State) -> None:
+    """Raise CheckpointError for the U-Net of a model that takes more than a text, by its tensors' names."""
     for part, whose in _OTHERS.items():
         if named := next((name for name in state if part in name), None):
-            raise CheckpointError(f"{named}: {whose}; ModelScope's text to video and ZeroScope are read here")
+            raise CheckpointError(
+                f"{named}: {whose}; ModelScope's text to video, ZeroScope, TF-T2V, VideoLCM and SR600 are read here"
+            )
+
+
+def unet_arguments(state: State) -> dict[str, Any]:
+    """UNet3DConditionModel's arguments, as the tensors' shapes tell them. Raises CheckpointError."""
     entries: dict[int, set[str]] = {}
     for name in state:
         if found := re.match(r"input_blocks\.(\d+)\.(\w+)\.", name):
@@ -79,10 +81,6 @@ def unet_arguments(state: State) -> dict[str, Any]:
     if not all(levels) or len({len(level) for level in levels}) != 1:
         raise CheckpointError("not ModelScope's U-Net: its levels have no residual blocks, or not equally many")
     channels = _size(state, "input_blocks.0.0.weight", 1)
-    if channels == _WIDER:
-        raise CheckpointError(
-            f"a U-Net with {channels} input channels is VideoLCM, TF-T2V or VideoComposer, and no family here runs it"
-        )
     check_latent_channels(channels)
     attends = ["1" in entries[level[0]] for level in levels]
     if not any(attends):

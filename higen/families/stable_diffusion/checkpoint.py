@@ -17,6 +17,7 @@ from higen.errors import CheckpointError
 from higen.families import Converted
 from higen.families.stable_diffusion import spec
 from higen.families.stable_diffusion.ldm_names import PREFIX, unet_arguments, unet_from_ldm
+from higen.families.stage_rows import Sampling
 from higen.models import companion_checkpoints as companions
 from higen.models import hub_folders
 from higen.models.checkpoint_files import folder_state, naming, read_json, read_names, read_state
@@ -182,7 +183,7 @@ def _converted(
     """The model directory of a source. Raises CheckpointError for parts that do not belong together."""
     unet, clip, codec = made_of.unet, made_of.clip, made_of.codec
     companions.check_parts("its U-Net", clip, codec.arguments, unet.get("cross_attention_dim"), unet.get("in_channels"))
-    sampling = spec.Sampling(schedule.schedule, schedule.prediction, schedule.solvers)
+    sampling = Sampling(schedule.schedule, schedule.prediction, schedule.solvers)
     licence = licence_of(clip)
     return Converted(
         manifest=spec.manifest(

@@ -12,19 +12,21 @@ from typing import Any
 from higen.errors import ManifestError
 from higen.families.stage_rows import (
     TEXT_CONDITIONS,
+    Sampling,
     autoencoder_stages,
     clip_text,
+    denoising_loop,
     solver_stages,
     strength_control,
     text_encoder_stage,
+    unet_sizes,
 )
 from higen.manifest import Manifest
-from higen.schedule import NoiseSchedule, Solver
 from higen.stages import Stage
-from higen.tables import Control, Loop, NoiseRule, Sizes, Start
+from higen.tables import Control, Start
 from higen.typed_json import from_json, to_json
 
-__all__ = ["AUTOENCODER", "FAMILY", "TEXT_ENCODER", "TOKENIZER", "UNET", "Codec", "Networks", "Sampling"]
+__all__ = ["AUTOENCODER", "FAMILY", "TEXT_ENCODER", "TOKENIZER", "UNET", "Codec", "Networks"]
 __all__ += ["manifest", "networks"]
 
 FAMILY = "stable_diffusion"
@@ -58,15 +60,7 @@ class Networks:
     codec: Codec
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How the model is sampled; the default solver stands first."""
-
-    schedule: NoiseSchedule
-    prediction: str
-    solvers: tuple[Solver, ...]
-    steps: int = 50
-    guidance: float = 7.5
+_START = Start("image", "vae_encoder.latents", "control:strength")
 
 
 def manifest(made_of: Networks, sampling: Sampling, *, name: str, licence: str, size: int, pad_id: int) -> Manifest:
@@ -74,37 +68,20 @@ def manifest(made_of: Networks, sampling: Sampling, *, name: str, licence: str, 
 
     Raises ManifestError for networks that do not fit each other.
     """
-    unet, factor = made_of.unet, made_of.codec.factor
-    multiple = factor * 2 ** (len(unet["block_out_channels"]) - 1)
-    side = max(multiple, size // multiple * multiple)
     return Manifest(
         name=name,
         licence=licence,
         family=FAMILY,
         architecture=to_json(made_of),
         prompts=("a photograph of an astronaut riding a horse", "a red apple on a wooden table"),
-        sizes=Sizes(
-            symbols={
-                "L": made_of.clip["max_position_embeddings"],
-                "C": unet["in_channels"],
-                "Dc": made_of.clip["hidden_size"],
-            },
-            factor=factor,
-            multiple=multiple,
-            width=side,
-            height=side,
-            fps=8,
-            frames=(1, 1, 1),
-            decoder="vae_decoder",
-            chunk=1,
-        ),
+        sizes=unet_sizes(made_of.unet, made_of.clip, made_of.codec.factor, (size, size), (1, 1, 1)),
         text=clip_text(TOKENIZER, made_of.clip["max_position_embeddings"], pad_id),
         controls=(
             Control("image", "picture", "a picture to begin from"),
             strength_control("picture", STRENGTH),
         ),
         stages=_stages(),
-        loops=(_loop(sampling),),
+        loops=(denoising_loop("spatial", "spatial_unet", 1, sampling, start=_START),),
     )
 
 
@@ -113,22 +90,6 @@ def _stages() -> tuple[Stage, ...]:
         text_encoder_stage(TEXT_ENCODER, "Dc"),
         *solver_stages("spatial_unet", "spatial_unet_plain", UNET, 1, TEXT_CONDITIONS),
         *autoencoder_stages(AUTOENCODER, "image"),
-    )
-
-
-def _loop(sampling: Sampling) -> Loop:
-    return Loop(
-        name="spatial",
-        guided="spatial_unet",
-        plain="spatial_unet_plain",
-        frames=1,
-        schedule=sampling.schedule,
-        prediction=sampling.prediction,
-        solvers=sampling.solvers,
-        steps=sampling.steps,
-        guidance=sampling.guidance,
-        noise=NoiseRule(purpose=0),
-        start=Start("image", "vae_encoder.latents", "control:strength"),
     )
 
 

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from higen.errors import CheckpointError
 from higen.families import Converted
+from higen.families.stage_rows import Sampling
 from higen.families.svd import ldm_names, parts, spec
 from higen.models.checkpoint_files import naming, read_json, read_names, read_state
 from higen.noise_schedule import NoiseSchedule, Solver, is_whole
@@ -119,7 +120,7 @@ def _single_file(path: Path, chunk: int, frames: int | None) -> Converted:
     return _converted(
         path.stem,
         spec.Networks(unet, vision, codec),
-        spec.Sampling(NoiseSchedule("edm"), (Solver("euler", "karras"), *_OTHERS)),
+        _sampling(NoiseSchedule("edm")),
         lambda: (
             ldm_names.unet_from_ldm(state, unet),
             ldm_names.vision_from_ldm(state, vision.arguments),
@@ -134,7 +135,7 @@ def _single_file(path: Path, chunk: int, frames: int | None) -> Converted:
 def _converted(
     name: str,
     made_of: spec.Networks,
-    sampling: spec.Sampling,
+    sampling: Sampling,
     read: Callable[[], tuple[State, State, State]],
     size: int,
     chunk: int,
@@ -170,7 +171,7 @@ def _check_parts(made_of: spec.Networks) -> None:
         )
 
 
-def sampling_of(config: Mapping[str, Any]) -> spec.Sampling:
+def sampling_of(config: Mapping[str, Any]) -> Sampling:
     """A scheduler's configuration: Euler's method on Karras' grid of ratios, with a continuous time.
 
     Raises CheckpointError naming the class or the setting that the tables lack, and what works.
@@ -190,4 +191,8 @@ def sampling_of(config: Mapping[str, Any]) -> spec.Sampling:
         if isinstance(value, bool) or not isinstance(value, (int, float)):
             raise CheckpointError(f"scheduler {kind}: {name}={value!r}: a number is wanted")
     schedule = NoiseSchedule("edm", **{name: float(value) for name, value in bounds.items()})  # type: ignore[arg-type]
-    return spec.Sampling(schedule, (Solver("euler", "karras"), *_OTHERS))
+    return _sampling(schedule)
+
+
+def _sampling(schedule: NoiseSchedule) -> Sampling:
+    return Sampling(schedule, "v", (Solver("euler", "karras"), *_OTHERS), spec.STEPS, spec.GUIDANCE)

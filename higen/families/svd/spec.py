@@ -12,18 +12,31 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from higen.errors import ManifestError
-from higen.families.stage_rows import solver_stages
+from higen.families.stage_rows import Sampling, denoising_loop, solver_stages
 from higen.manifest import Manifest
-from higen.schedule import NoiseSchedule, Solver
 from higen.stages import Output, Stage, Tensor
-from higen.tables import Control, Loop, NoiseRule, Sizes
+from higen.tables import Control, Sizes
 from higen.typed_json import from_json, to_json
 
-__all__ = ["AUTOENCODER", "CHUNK", "FAMILY", "IMAGE_ENCODER", "UNET", "Networks", "Sampling", "Vision", "controls"]
+__all__ = [
+    "AUTOENCODER",
+    "CHUNK",
+    "FAMILY",
+    "GUIDANCE",
+    "IMAGE_ENCODER",
+    "STEPS",
+    "UNET",
+    "Networks",
+    "Vision",
+    "controls",
+]
 __all__ += ["manifest", "networks"]
 
 FAMILY = "svd"
 UNET, IMAGE_ENCODER, AUTOENCODER = "unet.safetensors", "image_encoder.safetensors", "vae.safetensors"
+
+STEPS, GUIDANCE = 25, (1.0, 3.0)
+"""Guidance grows from the first frame to the last."""
 
 CHUNK = 14
 """Frames that the decoder is given at a time, as the authors' script has it. The result depends on it."""
@@ -60,16 +73,6 @@ class Networks:
     def factor(self) -> int:
         """Pixels per latent cell."""
         return int(2 ** (len(self.codec["block_out_channels"]) - 1))
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the model is sampled; the default solver stands first. Guidance grows from the first frame to the last."""
-
-    schedule: NoiseSchedule
-    solvers: tuple[Solver, ...]
-    steps: int = 25
-    guidance: tuple[float, ...] = (1.0, 3.0)
 
 
 def manifest(
@@ -111,7 +114,7 @@ def manifest(
         text=None,
         controls=controls(),
         stages=_stages(made_of.vision.arguments["image_size"], "fp16" if lowest == "fp16" else "fp32"),
-        loops=(_loop(sampling),),
+        loops=(denoising_loop("temporal", "temporal_unet", "F", sampling, purpose=NOISE),),
     )
 
 
@@ -195,21 +198,6 @@ def _stages(side: int, codec: Literal["fp32", "fp16"]) -> tuple[Stage, ...]:
             lowest=codec,
             batch=False,  # its first axis is one clip
         ),
-    )
-
-
-def _loop(sampling: Sampling) -> Loop:
-    return Loop(
-        name="temporal",
-        guided="temporal_unet",
-        plain="temporal_unet_plain",
-        frames="F",
-        schedule=sampling.schedule,
-        prediction="v",
-        solvers=sampling.solvers,
-        steps=sampling.steps,
-        guidance=sampling.guidance,
-        noise=NoiseRule(purpose=NOISE),
     )
 
 

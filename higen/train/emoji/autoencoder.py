@@ -24,6 +24,7 @@ from higen.errors import TrainingError
 from higen.families.higen import spec
 from higen.locks import claimed
 from higen.train.checkpoints import Checkpoints
+from higen.train.codec_loss import picture_loss, prior_loss
 from higen.train.emoji.configuration import CODEC, CodecSettings
 from higen.train.emoji.packs import background, fetch, load_loop
 from higen.train.emoji.progress_lines import say
@@ -101,20 +102,14 @@ def codec_loss(
     latents = model.encoder(rgb)
     level = torch.rand((len(rgb), 1, 1, 1), generator=generator) * config.noise
     decoded = model.decoder(latents + level * torch.randn(latents.shape, generator=generator))
-    variance, mean = torch.var_mean(latents, dim=(0, 2, 3))
-    prior = (mean.square() + variance.clamp_min(1e-4).log().square()).mean()
-    loss: Tensor = picture_loss(decoded, rgb, coverage, config) + config.prior_weight * prior
+    loss: Tensor = shown_loss(decoded, rgb, coverage, config) + config.prior_weight * prior_loss(latents)
     return loss
 
 
-def picture_loss(decoded: Tensor, rgb: Tensor, coverage: Tensor, config: CodecSettings) -> Tensor:
+def shown_loss(decoded: Tensor, rgb: Tensor, coverage: Tensor, config: CodecSettings) -> Tensor:
     """How far decoded pictures are from real ones [n, 3, 128, 128] and their edges: a scalar, weighted by coverage."""
     weight = 0.5 + config.subject_weight * coverage
-    error = decoded - rgb
-    pixels = (weight * (error.abs() + config.mse_weight * error.square())).mean()
-    edges = error.diff(dim=-1).abs().mean() + error.diff(dim=-2).abs().mean()
-    loss: Tensor = pixels + config.edge_weight * edges
-    return loss
+    return picture_loss(decoded, rgb, config.mse_weight, config.edge_weight, weight)
 
 
 @torch.no_grad()

@@ -10,8 +10,9 @@ from typing import Any, Literal
 from higen.families.higen.spec import ModelConfig
 from higen.text_files import read_toml
 from higen.train.emoji.subjects import vocabulary
-from higen.train.networks import read_architecture, with_words
+from higen.train.networks import read_architecture
 from higen.train.settings import OptimiserSettings, Settings, read_settings
+from higen.train.words import with_words
 from higen.typed_json import from_json
 
 __all__ = ["CODEC", "DECODER", "WORDS", "CodecSettings", "architecture", "recipe"]

@@ -29,7 +29,7 @@ from higen.pipeline import Pipeline
 from higen.sampler import Step
 from higen.train.checkpoints import Checkpoints
 from higen.train.denormals import flushed_denormals
-from higen.train.emoji.autoencoder import Pictures, load, picture_loss
+from higen.train.emoji.autoencoder import Pictures, load, shown_loss
 from higen.train.emoji.configuration import DECODER, CodecSettings
 from higen.train.emoji.latent_cache import denormalise, load_latents
 from higen.train.emoji.packs import clip_indices, fetch
@@ -120,8 +120,8 @@ class DecoderGradients:
             level = torch.rand((len(encoded), 1, 1, 1), generator=random) * settings.noise
             noisy = encoded + level * torch.randn(encoded.shape, generator=random)
             decoded = self.codec.decoder(torch.cat([latents, noisy])).float()
-        own = picture_loss(decoded[: len(latents)], drawn_pictures, drawn_coverage, settings)
-        others = picture_loss(decoded[len(latents) :], pictures, coverage, settings)
+        own = shown_loss(decoded[: len(latents)], drawn_pictures, drawn_coverage, settings)
+        others = shown_loss(decoded[len(latents) :], pictures, coverage, settings)
         (own + others).backward()
         return {"drawn": own.detach(), "encoded": others.detach()}
 

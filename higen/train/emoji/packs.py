@@ -150,7 +150,16 @@ def background(name: str, size: int = 128) -> Image8:
     if name in _PLAIN:
         return np.broadcast_to(np.array(_PLAIN[name], np.uint8), (size, size, 3)).copy()
     y, x = np.mgrid[0:size, 0:size].astype(np.float32) / np.float32(size)
-    return np.rint(np.clip(_SCENES[name](x, y), 0, 255)).astype(np.uint8)
+    return np.rint(scene(name, x, y)).astype(np.uint8)
+
+
+def scene(name: str, x: FloatImage, y: FloatImage) -> FloatImage:
+    """What a drawn background shows at `x` and `y` [h, w], 0 to 1 within the frame: float32 [h, w, 3] from 0 to 255.
+
+    Raises KeyError for another name, and for a plain background.
+    """
+    found: FloatImage = np.clip(_SCENES[name](x, y), 0, 255)
+    return found
 
 
 Colour = tuple[int, int, int]

@@ -9,10 +9,9 @@ from torch import Tensor, nn
 
 from higen.bundle import Bundle
 from higen.families.higen import spec
+from higen.train.words import EMBEDDINGS, copy_words
 
 __all__ = ["start_from"]
-
-WORDS = "embeddings.token_embedding.weight"
 
 
 @torch.no_grad()
@@ -24,12 +23,11 @@ def start_from(encoder: nn.Module, denoiser: nn.Module, tokenizer: Tokenizer, mo
     text = load_file(model.file(spec.TEXT_ENCODER))
     theirs = Tokenizer.from_file(str(model.file(spec.TOKENIZER))).get_vocab()
     ours = tokenizer.get_vocab()
-    table = encoder.get_parameter(WORDS)
-    if WORDS in text and text[WORDS].shape[1] == table.shape[1]:
-        for word in ours.keys() & theirs.keys():
-            table[ours[word]] = text[WORDS][theirs[word]].to(table.dtype)
+    table = encoder.get_parameter(EMBEDDINGS)
+    if EMBEDDINGS in text and text[EMBEDDINGS].shape[1] == table.shape[1]:
+        copy_words(table, ours, text[EMBEDDINGS], theirs)
     kept = _copy(denoiser, load_file(model.file(spec.UNET)), "denoiser.")
-    return kept + [name for name in _copy(encoder, text, "text.") if not name.endswith(WORDS)]
+    return kept + [name for name in _copy(encoder, text, "text.") if not name.endswith(EMBEDDINGS)]
 
 
 def _copy(module: nn.Module, weights: dict[str, Tensor], prefix: str) -> list[str]:

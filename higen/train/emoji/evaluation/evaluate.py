@@ -35,25 +35,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from tqdm import tqdm
 
 from higen.errors import PromptWarning, TrainingError
 from higen.measures import fidelity
 from higen.measures.statistics import spearman
-from higen.pipeline import Pipeline
-from higen.train.cues import appearance_factor, appearance_similarity, motion_of
 from higen.train.emoji.evaluation.frechet import frechet
 from higen.train.emoji.evaluation.journal import Journal
 from higen.train.emoji.evaluation.judges import Judges
 from higen.train.emoji.evaluation.plan import FAST, GROUPS, NORMAL, SLOW, Row, Shot
 from higen.train.emoji.evaluation.real_clips import RealClips
 from higen.train.emoji.subjects import KEY_INDEX, SPEEDS, SUBJECTS
+from higen.train.pipeline_maker import PipelineMaker, measured_cues
 
 __all__ = ["MEANS", "Codec", "Maker", "PipelineMaker", "Result", "evaluate"]
 
@@ -84,34 +82,6 @@ class Codec(Protocol):
     def decode(self, latents: NDArray[np.float32]) -> Frames:
         """The way back."""
         ...
-
-
-@dataclass(frozen=True)
-class PipelineMaker:
-    """A model as maker and codec."""
-
-    pipeline: Pipeline
-    options: Mapping[str, Any] = field(default_factory=dict)
-
-    def __call__(self, prompt: str, seed: int, motion: float | None, appearance: float | None) -> Frames:
-        """See Maker; what a cue's None means is the model's default."""
-        cues = {name: cue for name, cue in (("motion", motion), ("appearance", appearance)) if cue is not None}
-        made: Frames = self.pipeline(prompt, seed=seed, progress=False, **{**self.options, **cues}).frames
-        return made
-
-    def encode(self, clip: Frames) -> NDArray[np.float32]:
-        """See Codec."""
-        backend, pixels = self.pipeline.backend, clip.astype(np.float32).transpose(0, 3, 1, 2) / 127.5 - 1.0
-        parts = [
-            backend.to_numpy(backend.run("vae_encoder", pixels=np.ascontiguousarray(pixels[i : i + 4]))["latents"])
-            for i in range(0, len(pixels), 4)
-        ]
-        latents: NDArray[np.float32] = np.concatenate(parts).transpose(1, 0, 2, 3)
-        return latents
-
-    def decode(self, latents: NDArray[np.float32]) -> Frames:
-        """See Codec."""
-        return self.pipeline.decode(latents[None], self.pipeline.request("a"))[0]
 
 
 @dataclass
@@ -199,14 +169,14 @@ class _Measure:
     def real_cues(self, s: int, b: int, factor: float) -> tuple[float, float]:
         """Motion and appearance factor of a real clip."""
         if (s, b, factor) not in self._cues:
-            self._cues[s, b, factor] = _cues(self.codec.encode(self.real.clip(s, b, factor)))
+            self._cues[s, b, factor] = measured_cues(self.codec.encode(self.real.clip(s, b, factor)))
         return self._cues[s, b, factor]
 
     def codec_cues(self, s: int, b: int, factor: float) -> tuple[float, float]:
         """The same of the real clip through the codec: what the measure itself loses."""
         if (s, b, factor) not in self._codec_cues:
             encoded = self.codec.encode(self.real.clip(s, b, factor))
-            self._codec_cues[s, b, factor] = _cues(self.codec.encode(self.codec.decode(encoded)))
+            self._codec_cues[s, b, factor] = measured_cues(self.codec.encode(self.codec.decode(encoded)))
         return self._codec_cues[s, b, factor]
 
     def cues(self, shot: Shot) -> tuple[float | None, float | None]:
@@ -242,7 +212,7 @@ class _Measure:
         copy = fidelity.psnr(np.broadcast_to(clip[KEY_INDEX], clip.shape), wanted)
         real_copy = fidelity.psnr(np.broadcast_to(wanted[KEY_INDEX], wanted.shape), wanted)
         mean = fidelity.psnr(np.broadcast_to(clip.mean(axis=0), clip.shape), wanted)
-        motion, appearance = _cues(self.codec.encode(clip))
+        motion, appearance = measured_cues(self.codec.encode(clip))
         return Row(
             identity=self.judges.subject(clip) == s,
             template=match.winner == s and match.score >= self.judges.threshold(s, b),
@@ -261,13 +231,6 @@ class _Measure:
             motion=motion,
             appearance=appearance,
         )
-
-
-def _cues(latents: NDArray[np.float32]) -> tuple[float, float]:
-    """Motion (mean over the pairs of frames) and appearance factor of latents [C,F,h,w], as training measures them."""
-    z = torch.from_numpy(np.ascontiguousarray(latents))
-    similarity = appearance_similarity(z.transpose(0, 1).flatten(1)[None])
-    return float(motion_of(z[None]).double().mean()), float(appearance_factor(similarity))
 
 
 def _means(rows: Sequence[Row]) -> dict[str, float]:

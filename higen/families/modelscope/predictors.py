@@ -1,0 +1,130 @@
+"""m of ModelScope's U-Net, and of SR600's, which has other resampling and weakened skip connections on its way up.
+
+Source of SR600's layout: VGen's unet_sr600.py, whose filter is FreeU's (Si et al. 2023, section 3.2).
+
+down   a convolution of stride 2 pads two rows above and below, one column left and right
+up     pixels doubled, less the first row and what the skip connection has not: any size comes out as it went in
+first and second skip connection on the way up
+       the means and lowest waves are weakened, and the half of the channels that meets it is strengthened
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from higen.models.video_walk import ClipPredictor, down_and_middle, ends
+
+__all__ = ["UpscalingPredictor", "VideoPredictor", "weakened"]
+
+STRONGER, WEAKER = (1.1, 1.2), (0.6, 0.4)
+"""What half of the channels, and the skip connection's lowest frequencies, are multiplied by."""
+
+
+class VideoPredictor(ClipPredictor):
+    """A transformer over the frames stands between the first convolution and the blocks."""
+
+    def enter(self, first: Tensor, frames: int) -> Tensor:
+        """That transformer."""
+        entered: Tensor = self.unet.transformer_in(first, num_frames=frames, return_dict=False)[0]
+        return entered
+
+
+class UpscalingPredictor(VideoPredictor):
+    """m of SR600. Its H and W may have any size."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__(unet)
+        for block in self.unet.down_blocks:
+            for sampler in block.downsamplers or ():
+                sampler.conv.padding = (2, 1)
+        for block in self.unet.up_blocks:
+            if block.upsamplers:
+                block.upsamplers = nn.ModuleList([_Doubled(sampler.conv) for sampler in block.upsamplers])
+
+    def through(self, first: Tensor, embedding: Tensor, context: Tensor, frames: int) -> Tensor:
+        """From behind the first transformer to the prediction."""
+        x, skips = down_and_middle(self.unet, first, embedding, context, num_frames=frames)
+        for level, block in enumerate(self.unet.up_blocks):
+            count = len(block.resnets)
+            own, skips = skips[-count:], skips[:-count]
+            size = tuple(skips[-1].shape[-2:]) if skips else None
+            if level == 0:
+                x = _first_up(block, x, own, embedding, context, frames, size)
+            else:
+                text = {"encoder_hidden_states": context} if getattr(block, "has_cross_attention", False) else {}
+                x = block(
+                    hidden_states=x,
+                    temb=embedding,
+                    res_hidden_states_tuple=own,
+                    upsample_size=size,
+                    num_frames=frames,
+                    **text,
+                )
+        return ends(self.unet, x)
+
+
+class _Doubled(nn.Module):
+    """Doubles each side, leaves out the first row and what goes beyond `size`, and convolves."""
+
+    def __init__(self, conv: nn.Module) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        """[N,C,h,w] -> [N,C',H,W]. `size`: H of at most 2 h - 1, W of at most 2 w."""
+        rows = (torch.arange(size[0], device=x.device) + 1) // 2
+        columns = torch.arange(size[1], device=x.device) // 2
+        made: Tensor = self.conv(x.index_select(2, rows).index_select(3, columns))
+        return made
+
+
+def _first_up(
+    block: Any,
+    x: Tensor,
+    skips: tuple[Tensor, ...],
+    embedding: Tensor,
+    context: Tensor,
+    frames: int,
+    size: tuple[int, ...] | None,
+) -> Tensor:
+    """The lowest block on the way up, whose first two skip connections are weakened."""
+    for i, (resnet, convolution) in enumerate(zip(block.resnets, block.temp_convs, strict=True)):
+        skip = skips[-1 - i]
+        if i < len(WEAKER):
+            half = x.shape[1] // 2
+            x = torch.cat([x[:, :half] * STRONGER[i], x[:, half:]], dim=1)
+            skip = weakened(skip, WEAKER[i])
+        x = convolution(resnet(torch.cat([x, skip], dim=1), embedding), num_frames=frames)
+        if getattr(block, "has_cross_attention", False):
+            x = block.attentions[i](x, encoder_hidden_states=context, return_dict=False)[0]
+            x = block.temp_attentions[i](x, num_frames=frames, return_dict=False)[0]
+    for sampler in block.upsamplers or ():
+        x = sampler(x, size)
+    return x
+
+
+def weakened(x: Tensor, scale: float) -> Tensor:
+    """x [N,C,H,W] with its four lowest frequencies times `scale`; float32 within.
+
+    They are (k, l) with k and l of 0 and -1 waves over H and W, each the real part of its term of the Fourier series:
+    with y and x the angles 2 pi i / H and 2 pi j / W, the products of 1, cos and sin of both. No Fourier transform is
+    needed, so the filter exports, and it has any size.
+    """
+    rows, columns = (_waves(n, x.device) for n in x.shape[-2:])
+    products = rows @ x.float() @ columns.T  # [N,C,3,3]: of 1, cos y, sin y with 1, cos x, sin x
+    # cos(y + x) and sin(y + x) of both products: <cos y cos x> - <sin y sin x>, <sin y cos x> + <cos y sin x>.
+    turn = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]], device=x.device)
+    lowest = rows.T @ (products + turn @ products @ turn) @ columns / (x.shape[-2] * x.shape[-1])
+    return (x.float() + (scale - 1.0) * lowest).to(x.dtype)
+
+
+def _waves(n: int, device: torch.device) -> Tensor:
+    """1, cos and sin of one wave over `n` points, float32 [3,n]. One point has no wave: there cos and sin are 0."""
+    points = torch.arange(n, device=device)
+    angle = points.float() * (2.0 * math.pi / n)
+    some = points[-1:].clamp(max=1).float()
+    return torch.stack([torch.ones_like(angle), some * angle.cos(), some * angle.sin()])

@@ -1,0 +1,63 @@
+"""The rows of a manifest's tables, found by name: what their checks (higen/references.py) and a manifest share."""
+
+from __future__ import annotations
+
+from higen.stages import FREE, TOKENS, Stage, source
+from higen.tables import Control, Loop, Sizes, TextRules
+
+__all__ = ["Rows"]
+
+
+class Rows:
+    """Tables whose rows name each other. Who inherits it holds the tables."""
+
+    sizes: Sizes
+    text: TextRules | None
+    controls: tuple[Control, ...]
+    stages: tuple[Stage, ...]
+    loops: tuple[Loop, ...]
+
+    @property
+    def fixed(self) -> dict[str, int]:
+        """The symbols that the model fixes."""
+        return self.sizes.symbols
+
+    @property
+    def free(self) -> tuple[str, ...]:
+        """The symbols that a request fixes."""
+        return FREE if self.text is None or self.text.chunks == 1 else (*FREE, TOKENS)
+
+    def stage(self, name: str) -> Stage:
+        """The stage of that name. Raises KeyError."""
+        return {stage.name: stage for stage in self.stages}[name]
+
+    def loop(self, name: str) -> Loop:
+        """The loop of that name. Raises KeyError."""
+        return {loop.name: loop for loop in self.loops}[name]
+
+    def control(self, name: str) -> Control:
+        """The control of that name. Raises KeyError."""
+        return {control.name: control for control in self.controls}[name]
+
+    @property
+    def stage_names(self) -> tuple[str, ...]:
+        """The names of the stages, in the table's order."""
+        return tuple(stage.name for stage in self.stages)
+
+    def feeding(self, *stages: str) -> tuple[str, ...]:
+        """These stages and those that feed them: each once, before what it feeds. Loops are left out."""
+        found: dict[str, None] = {}
+        rows = {stage.name: stage for stage in self.stages}
+
+        def visit(name: str) -> None:
+            if name in found or name not in rows:
+                return
+            for tensor in rows[name].inputs:
+                origin = source(tensor.source)
+                if origin.kind == "made":
+                    visit(origin.name)
+            found[name] = None
+
+        for stage in stages:
+            visit(stage)
+        return tuple(found)

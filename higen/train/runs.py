@@ -1,0 +1,170 @@
+"""A run in its folder: the lock, the logs, resuming, and the model directory at the end, whatever is trained."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from higen.bundle import Bundle
+from higen.errors import SettingsError, TrainingError
+from higen.families.higen import spec
+from higen.locks import claim
+from higen.model_folder import check_free
+from higen.train.checkpoints import Checkpoints
+from higen.train.data import Listing, summary
+from higen.train.latents import tower_sha256
+from higen.train.loop import NOT_LOSSES, Follower, Loop, Say
+from higen.train.networks import Networks
+from higen.train.processes import Processes
+from higen.train.record import Record
+from higen.train.settings import Settings, difference
+
+__all__ = ["ARCHITECTURE", "TOWER", "Run", "check_same", "identity_of"]
+
+ARCHITECTURE = "model (architecture)"
+TOWER = "cues.openclip (configuration and weights)"
+
+
+class Source(Protocol):
+    """What a run reads from."""
+
+    def close(self) -> None:
+        """Stop reading ahead."""
+        ...
+
+
+class Run(Follower):
+    """What all runs do around their steps. A subclass makes the loop, says what to `warn` of and how to `write`.
+
+    identity  what lies at the paths of the settings (`identity_of`)
+    """
+
+    settings: Settings
+    say: Say
+    listing: Listing
+    processes: Processes
+    identity: Mapping[str, Any]
+    checkpoints: Checkpoints
+    source: Source
+    loop: Loop
+    record: Record | None = None
+    _lock: int | None = None
+
+    def warn(self) -> None:
+        """Say what is to be known of the run before its first step; the main process alone calls it."""
+
+    def write(self, output: Path, overwrite: bool = False) -> None:
+        """Write the model directory `output` and what belongs to it; the main process alone calls it."""
+        raise NotImplementedError
+
+    def start(self, resume: bool | None = None) -> None:
+        """Load the newest checkpoint, unless told otherwise, and open the logs."""
+        output = Path(self.settings.run.output)
+        if self.processes.main:
+            self._lock = claim(output)
+            check_free(output / "model", overwrite=True)  # `finish` writes it
+            if resume is False:
+                self.checkpoints.clear()
+        self.processes.wait()
+        going_on = self.resume()
+        if going_on:
+            self.tell(f"going on after step {self.loop.step} of {self.settings.run.steps}")
+        elif resume:
+            raise TrainingError(f"{self.checkpoints.folder}: no checkpoint to go on from")
+        if self.processes.main:
+            if not going_on:
+                self.warn()
+            self.record = Record(output, self.loop.step, self.settings.run.tensorboard)
+
+    def resume(self) -> bool:
+        """Load the newest checkpoint; False if there is none. Raises SettingsError for one of another configuration."""
+        return self.loop.resume(lambda state: check_same(state, self.settings, self.identity))
+
+    def logged(self, step: int, values: Mapping[str, Tensor], smoothed: Mapping[str, float]) -> Mapping[str, float]:
+        """Log the numbers of a step, means over the processes."""
+        whole = {name: v if name in NOT_LOSSES else self.processes.mean(v) for name, v in values.items()}
+        numbers = {name: float(value) for name, value in whole.items()}
+        if self.record is not None:
+            self.record.log(step, numbers)
+        return numbers
+
+    def saved(self) -> None:
+        """Write down which files were left out so far."""
+        skipped = self.processes.gather(dict(self.listing.skipped))
+        if self.record is not None:
+            self.record.skipped(skipped)
+
+    def finish(self) -> Bundle:
+        """Save, write <output>/model, and report the files that were left out."""
+        self.loop.save()
+        output = Path(self.settings.run.output, "model")
+        skipped = self.processes.gather(dict(self.listing.skipped))
+        if self.record is not None:
+            skipped = self.record.skipped(skipped)
+        if self.processes.main:
+            self.write(output, overwrite=True)
+            if skipped:
+                self.tell(f"{summary(skipped)}; see {Path(self.settings.run.output, 'skipped.jsonl')}")
+            if self.listing.notes:
+                self.tell(summary(self.listing.notes, "read otherwise than asked"))
+        self.processes.wait()
+        return Bundle.open(output)
+
+    def close(self) -> None:
+        """Stop reading ahead and close the logs."""
+        self.source.close()
+        if self.record is not None:
+            self.record.close()
+        if self._lock is not None:
+            os.close(self._lock)
+        self.processes.end()
+
+    def tell(self, line: str) -> None:
+        """Say a line, once for all processes."""
+        if self.processes.main:
+            self.say(line)
+
+
+def identity_of(settings: Settings, networks: Networks, listing: Listing) -> dict[str, Any]:
+    """What lies at the paths of the settings, by content."""
+    records = networks.companions.files
+    return {
+        "data.path (names and captions)": listing.fingerprint(),
+        ARCHITECTURE: _unnamed(spec.write_config(networks.config)),
+        "model (autoencoder)": records[spec.AUTOENCODER].sha256,
+        "model (text encoder)": records[spec.TEXT_ENCODER].sha256,
+        "model (tokenizer)": records[spec.TOKENIZER].sha256,
+        TOWER: None if settings.cues.openclip is None else tower_sha256(settings.cues.openclip),
+    }
+
+
+def _unnamed(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration without what only says whose model it is, which may change when a run goes on."""
+    return {key: value for key, value in config.items() if key not in ("name", "licence", "prompts")}
+
+
+def check_same(state: Mapping[str, Any], settings: Settings, identity: Mapping[str, Any]) -> None:
+    """Raise SettingsError naming the first key in which a checkpoint is of another configuration.
+
+    A finished run may become longer: it goes on by the schedule of a run of that length.
+    """
+    stored = dict(state["settings"])
+    if state.get("step") == stored.get("run.steps") and settings.run.steps > state["step"]:
+        stored["run.steps"] = settings.run.steps
+    found = difference(stored, settings)
+    for name, value in identity.items():
+        # A checkpoint of an earlier version does not know all of them, and kept the names with the architecture.
+        before = state["identity"].get(name, value)
+        if name == ARCHITECTURE:
+            before = _unnamed(before)
+        if found is None and before != value:
+            found = f"{name} is not what it was"
+    if found is not None:
+        raise SettingsError(
+            f"{settings.run.output} holds a run of another configuration: {found}; "
+            "put it back, choose another run.output, or start anew with --fresh"
+        )
