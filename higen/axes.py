@@ -52,7 +52,8 @@ def frames_of(manifest: Manifest, name: str) -> tuple[int, int]:
         if name not in manifest.feeding(*roots):
             continue
         low, high = (1, 1) if loop.frames == 1 else (min(max(fewest, loop.least_frames), most), most)
-        length = loop.windows.length if loop.windows is not None and name in loop.stages else most
+        windows = loop.windows if name in loop.stages else None
+        length = most if windows is None else windows.most or windows.length
         ranges.append((min(low, length), min(high, length)))
     ranges = ranges or [(fewest, most)]
     return min(low for low, _ in ranges), max(high for _, high in ranges)

@@ -156,6 +156,11 @@ def _option(control: Control) -> _ControlOption:
 @click.option("--steps", type=numbers, help="Denoising steps: one number, or one for each loop.")
 @click.option("--guidance", type=_curve, help="Guidance scale: one number, one for each loop, or a file: a curve.")
 @click.option("--solver", help="A solver that the model knows: ddim or dpm++2m, say.")
+@click.option("--guidance-interval", type=numbers, help="Part of the steps with guidance: 0.2,0.8; else it is 1.")
+@click.option("--windows", type=numbers, help="Make a long clip in windows: LENGTH,STRIDE in frames; 0: all at once.")
+@click.option("--window-noise", help="Initial noise of such a clip: fresh, shuffled or repeated.")
+@click.option("--free-init", type=numbers, help="FreeInit: ITERATIONS[,SPATIAL,TEMPORAL[,ORDER]].")
+@click.option("--free-init-filter", help="butterworth, gaussian or ideal.")
 @click.option("--frames", type=int)
 @click.option("--width", type=int)
 @click.option("--height", type=int)
@@ -197,7 +202,7 @@ def generate(
         from higen.video_writer import read_track
 
         given = {name: _given(name, value) for name, value in options.items() if value not in (None, ())}
-        given |= {name: _whole(given[name]) for name in ("steps",) if name in given}
+        given |= {name: _whole(given[name]) for name in ("steps", "windows") if name in given}
         if script is not None and (prompt or given):
             words = ", ".join(["PROMPT"] * bool(prompt) + [f"--{name.replace('_', '-')}" for name in given])
             raise RequestError(f"{words}: the script says what is made; leave this out, or write it into {script}")

@@ -29,6 +29,7 @@ def generation_record(
         "solver": request.solvers[0] if len(set(request.solvers)) == 1 else list(request.solvers),
         **{name: plain(request.controls[name]) for name in shown},
         **{name: list(request.controls[name][index].places) for name in frames if request.controls[name]},
+        **request.settings.as_metadata(),
         "model": manifest.name,
         "licence": manifest.licence,
         "versions": {"higen": __version__, "backend": backend},

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["frame_noise", "normal", "offset_noise", "row_purpose", "shaped"]
+__all__ = ["again", "frame_noise", "frame_order", "normal", "offset_noise", "row_purpose", "shaped"]
 
 
 def normal(seed: int, purpose: int, count: int) -> NDArray[np.float32]:
@@ -54,3 +54,32 @@ def shaped(seed: int, purpose: int, shape: Sequence[int], frame_axis: int | None
 def row_purpose(purpose: int, row: int) -> int:
     """The stream of the fresh noise of a solver's row (from 0), in a loop whose initial noise is of `purpose`."""
     return purpose + ((row + 1) << 32)
+
+
+def again(purpose: int, iteration: int) -> int:
+    """The stream that takes the place of `purpose` when a loop is run again, for the `iteration`-th time (from 0)."""
+    return purpose + (iteration << 56)
+
+
+def frame_order(
+    seed: int, purpose: int, frames: int, length: int, stride: int, kind: str = "shuffled"
+) -> NDArray[np.int64]:
+    """Which frame's noise each frame of a long clip takes, int64 [frames] (Qiu et al. 2024, FreeNoise, equation 7).
+
+    fresh     its own
+    shuffled  the first `length` frames have their own; each `stride` frames after them take the noise of the frames
+              that lie `length` before them, in an order drawn from the stream (seed, purpose + 2^31)
+    repeated  that of the frame `length` before it
+    """
+    order = np.arange(frames)
+    if kind == "fresh" or frames <= length:
+        return order
+    if kind == "repeated":
+        return order % length
+    starts = range(length, frames, stride)
+    key = np.array([seed, purpose + 2**31], dtype=np.uint64)
+    drawn = np.random.Philox(key=key).random_raw(len(starts) * stride).reshape(-1, stride)
+    for start, numbers in zip(starts, drawn, strict=True):
+        places = start - length + np.argsort(numbers, kind="stable")
+        order[start : start + stride] = order[places][: frames - start]
+    return order

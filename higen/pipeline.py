@@ -21,24 +21,26 @@ from higen.backends.base import CLOSED, Backend
 from higen.bounded_cache import BoundedCache
 from higen.bundle import Bundle
 from higen.chunk_runner import ChunkRunner
+from higen.decoding import decoded
 from higen.errors import BackendError, HigenError, NotPicklable, RequestError
-from higen.events import Event, Frames, Stream, timed, timed_events, timed_steps
+from higen.events import Event, Stream, timed, timed_events, timed_steps
 from higen.forks import Home
 from higen.generation_record import generation_record
 from higen.images import load_picture
+from higen.loop_settings import guidance_rows
 from higen.measured_curves import measured_cues, measured_curve, requested_curves
 from higen.memory import enough_memory
 from higen.notebook import Studio, watched
 from higen.plain_values import plain
 from higen.progress import Shown
 from higen.request import Request, Warn, make_request
-from higen.sampler import Plan, Step, denoise, initial_state, tail
-from higen.schedule import solver_table
-from higen.sources import Kept, Place, Sources, cut, spread
+from higen.sampler import Plan, Step, denoise, initial_state, repeated, tail
+from higen.schedule import last_level, solver_table
+from higen.sources import Kept, Sources, spread
 from higen.stages import Stage
 from higen.tables import COMMON, Control, Loop
 from higen.tokenizer import PromptTokenizer
-from higen.video import Video, to_uint8
+from higen.video import Video
 
 __all__ = ["Pipeline", "Prompts"]
 
@@ -152,7 +154,8 @@ class Pipeline:
             if request.runs(loop):
                 i = self.manifest.loops.index(loop)
                 table = solver_table(loop.schedule, loop.prediction, loop.solver(request.solvers[i]), request.steps[i])
-                yield loop, len(table) - self._first(request, loop, len(table))
+                again = request.settings.repeats(loop)
+                yield loop, (len(table) - self._first(request, loop, len(table))) * (again.iterations if again else 1)
 
     def make(self, request: Request, progress: Shown = None) -> list[Video]:
         """The videos of a checked request, one per prompt; `progress` as for a call."""
@@ -172,6 +175,8 @@ class Pipeline:
                          as its entry: [7, [9, ...]])
         solver           the same, by name
         frames, width, height, fps
+        guidance_interval, windows, window_noise, free_init, free_init_filter
+                         how the loops are run (higen/loop_settings.py)
         warn             is called with each warning of this request; else warnings.warn
 
         All other options are controls of the model; a picture or clip stands for every prompt, or a list has one per
@@ -194,9 +199,11 @@ class Pipeline:
             scale = request.guidance[self.manifest.loops.index(loop)]
             needed |= {(name,): None for name in self.manifest.feeding(*request.stand_ins(loop))}
             if request.runs(loop):
-                ways = self._ways(loop, bool(np.all(np.asarray(scale) == 1.0)))
-                needed |= {(name,): None for name in self.manifest.feeding(ways[0])[:-1]}
-                needed[ways] = None
+                unguided = bool(np.all(np.asarray(scale) == 1.0))
+                both = (False, True) if not unguided and loop.name in request.settings.intervals else (unguided,)
+                for ways in (self._ways(loop, one) for one in both):
+                    needed |= {(name,): None for name in self.manifest.feeding(ways[0])[:-1]}
+                    needed[ways] = None
         needed |= {(name,): None for name in self.manifest.feeding(self.manifest.sizes.decoder)}
         return list(needed)
 
@@ -284,7 +291,7 @@ class Pipeline:
             finished[loop.name] = self.backend.to_numpy(latents)
             sources.finish(loop, finished[loop.name])
         frames = np.empty((len(request.prompts), request.frames, request.height, request.width, 3), np.uint8)
-        for event in timed_events(seconds, "decode", self._decode(latents, sources, request)):
+        for event in timed_events(seconds, "decode", decoded(latents, self.manifest, self.backend, sources)):
             frames[event.video, event.first : event.first + len(event.frames)] = event.frames
             yield event
         made = [generation_record(self.manifest, request, i, seconds, self.backend.name) for i in range(len(frames))]
@@ -315,17 +322,25 @@ class Pipeline:
             stage=lambda guidance: self._stage(loop, bool(np.all(guidance == 1.0))),
             conditions=conditions_of,
             table=table,
-            guidance=np.broadcast_to(scale, (len(table), len(request.prompts), request.frames_of(loop))).copy(),
+            guidance=guidance_rows(
+                scale,
+                (len(table), len(request.prompts), request.frames_of(loop)),
+                request.settings.intervals.get(loop.name),
+            ),
             seeds=request.seeds,
             purpose=loop.noise.purpose,
             first=self._first(request, loop, len(table)),
-            windows=loop.windows,
+            windows=request.settings.windows.get(loop.name),
             tiles=loop.tiles,
             edit=sources.known(loop),
         )
+        runner = ChunkRunner.over(self.backend, self.manifest, [sources.chunks(i) for i in range(sources.samples)])
+        if (again := request.settings.repeats(loop)) is not None:
+            noise_of = lambda k: sources.initial_noise(loop, k)  # noqa: E731
+            yield from repeated(runner, plan, noise_of, last_level(loop.schedule), again)
+            return
         clean = sources.made(loop.start.latents, loop) if loop.start and request.begins(loop) else None
         unit, added = sources.initial_noise(loop)
-        runner = ChunkRunner.over(self.backend, self.manifest, [sources.chunks(i) for i in range(sources.samples)])
         yield from denoise(runner, plan, initial_state(table, unit, added, clean, plan.first))
 
     def start_latents(self, request: Request, loop: Loop) -> NDArray[np.float32]:
@@ -352,36 +367,9 @@ class Pipeline:
         sources = self._sources(quiet)
         for name, value in (others or {}).items():
             sources.finish(self.manifest.loop(name), np.asarray(self.backend.to_numpy(value)))
-        events = list(self._decode(latents, sources, request))
+        events = list(decoded(latents, self.manifest, self.backend, sources))
         videos = [[e.frames for e in events if e.video == i] for i in range(len(request.prompts))]
         return np.stack([np.concatenate(parts) for parts in videos])
-
-    def _decode(self, latents: Any, sources: Sources, request: Request) -> Iterator[Frames]:
-        """Decode a chunk of one sample's frames at a time: memory does not grow with the clip.
-
-        A chunk never mixes samples, because rounding can depend on the batch size. Frames of context around it are
-        decoded with it and dropped.
-        """
-        sizes, decoder = self.manifest.sizes, self.manifest.decoder
-        z = np.asarray(self.backend.to_numpy(latents), dtype=np.float32)
-        (given,) = (tensor for tensor in decoder.inputs if tensor.source == "state")
-        batch, _, total = z.shape[:3]
-        done = 0
-        for video in range(batch):
-            others = sources.inputs(decoder, Place(video, total))
-            for first in range(0, total, sizes.chunk):
-                last = min(first + sizes.chunk, total)
-                start, end = max(first - sizes.overlap, 0), min(last + sizes.overlap, total)
-                chunk = z[video : video + 1, :, start:end]
-                if len(given.shape) == 4:
-                    chunk = chunk[0].swapaxes(0, 1)
-                parts = {name: cut(decoder, name, value, start, end) for name, value in others.items()}
-                outputs = self.backend.run(decoder.name, **{given.name: chunk}, **parts)
-                pixels = self.backend.to_numpy(outputs[decoder.outputs[0].name])
-                if len(given.shape) == 5:
-                    pixels = pixels[0].swapaxes(0, 1)
-                done += last - first
-                yield Frames(video, first, to_uint8(pixels[first - start : last - start]), done, batch * total)
 
 
 _COMMON = tuple(name for name in COMMON if name != "prompt")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from higen.conditioning import check_numbers, curve_values, similarity_rows
 from higen.curve_source import CurveAsked, CurveFrom, curve_from
 from higen.errors import PictureWarning, RequestError, quoted
+from higen.loop_settings import LoopSettings, loop_settings
 from higen.manifest import Manifest
 from higen.noise_schedule import is_whole
 from higen.plain_values import plain
@@ -68,6 +69,7 @@ class Request:
     steps, guidance, solvers  one per loop of the model
     controls   by name: a number, a text, numbers as an array, None where it is unspecified; a picture or clip control
                has one Picture per prompt, or None
+    settings   how the loops are run: windows, intervals of guidance, FreeInit
     warn       is called with each warning: words that the model does not know, a prompt that is cut
     """
 
@@ -83,6 +85,7 @@ class Request:
     fps: int
     controls: Mapping[str, Any]
     warn: Warn = _warn
+    settings: LoopSettings = field(default_factory=LoopSettings)
 
     def texts(self) -> dict[str, str]:
         """Every text that is read, with its name in messages."""
@@ -155,9 +158,11 @@ def make_request(
     warn: Warn | None = None,
     only: int | None = None,
     measure: Measure | None = None,
+    **settings: Any,
 ) -> Request:
     """Check every argument against the model; None is the model's default.
 
+    `settings`: those of `loop_settings`.
     `only`: make so many frames, though the values per frame are for all of them.
 
     `load(control, value, frames, width, height)` reads a picture or clip; `measure` gives the numbers of a curve in
@@ -223,6 +228,8 @@ def make_request(
     if manifest.text is not None and manifest.text.weights is not None:
         for text, name in request.texts().items():
             pieces(text, name)
+    own = {name: plain(value) for name, value in settings.items()}
+    request = replace(request, settings=loop_settings(manifest, count, request.begins, **own))
     request = request if only is None else request.cut(only)
     _check_needed(manifest, request)
     _check_known(manifest, request)

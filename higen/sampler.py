@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import numpy as np
@@ -11,11 +11,13 @@ from numpy.typing import NDArray
 
 from higen import noise
 from higen.errors import BackendError
+from higen.free_init import FreeInit, renewed
 from higen.schedule import SolverTable
 from higen.stages import STATE, Stage
 from higen.tables import Tiles, Windows
 
-__all__ = ["Edit", "Plan", "Runner", "Step", "denoise", "initial_state", "tail", "window_weights"]
+__all__ = ["Edit", "Plan", "Runner", "Step", "cut", "denoise", "initial_state", "repeated", "tail"]
+__all__ += ["window_weights"]
 
 COEFFICIENTS = ("t", "A", "B", "C", "alpha", "sigma")
 
@@ -128,6 +130,32 @@ def denoise(backend: Runner, plan: Plan, latents: Array) -> Iterator[Step]:
         yield Step(plan.loop, stage.name, i, len(table), float(table.t[i]), x, previous)
 
 
+def repeated(
+    backend: Runner,
+    plan: Plan,
+    noise_of: Callable[[int], tuple[Array, Array | None]],
+    level: tuple[float, float],
+    free_init: FreeInit,
+) -> Iterator[Step]:
+    """Run a plan `free_init.iterations` times, each from what the one before left of low frequencies.
+
+    noise_of  the initial noise of an iteration (from 0), and what is added to it
+    level     alpha and sigma of the noisiest state
+    """
+    unit, added = noise_of(0)
+    first = unit if added is None else unit + added
+    latents, rows = initial_state(plan.table, unit, added), len(plan.table)
+    for k in range(free_init.iterations):
+        step = None
+        for step in denoise(backend, replace(plan, purpose=noise.again(plan.purpose, k)), latents):
+            yield replace(step, index=k * rows + step.index, total=free_init.iterations * rows)
+        if k + 1 < free_init.iterations and step is not None:
+            noisy = np.float32(level[0]) * backend.to_numpy(step.latents) + np.float32(level[1]) * first
+            unit, added = noise_of(k + 1)
+            fresh = unit if added is None else unit + added
+            latents = initial_state(plan.table, renewed(noisy, fresh, free_init))
+
+
 def _fresh(plan: Plan, shape: Sequence[int], row: int) -> Array:
     """Fresh noise of a row, which a stochastic first-order solver takes as `previous`."""
     purpose = noise.row_purpose(plan.purpose, row)
@@ -176,7 +204,7 @@ def _run(
     host = {name: backend.to_numpy(value) for name, value in inputs.items()}
     mixed = {name: np.zeros_like(host["latents"]) for name in STATE}
     for start, weight in window_weights(frames, windows):
-        part = {name: _cut(stage, name, value, "F", start, windows.length) for name, value in host.items()}
+        part = {name: cut(stage, name, value, "F", start, start + windows.length) for name, value in host.items()}
         for name, value in _run_tiles(backend, stage, part, plan.tiles, size).items():
             mixed[name][:, :, start : start + windows.length] += weight[:, None, None] * backend.to_numpy(value)
     return mixed
@@ -192,9 +220,9 @@ def _run_tiles(
     host = {name: backend.to_numpy(value) for name, value in inputs.items()}
     mixed = {name: np.zeros_like(host["latents"]) for name in STATE}
     for top, down in _tile_weights(height, tiles.height, tiles.stride):
-        rows = {name: _cut(stage, name, value, "H", top, len(down)) for name, value in host.items()}
+        rows = {name: cut(stage, name, value, "H", top, top + len(down)) for name, value in host.items()}
         for left, across in _tile_weights(width, tiles.width, tiles.stride):
-            part = {name: _cut(stage, name, value, "W", left, len(across)) for name, value in rows.items()}
+            part = {name: cut(stage, name, value, "W", left, left + len(across)) for name, value in rows.items()}
             place = (..., slice(top, top + len(down)), slice(left, left + len(across)))
             for name, value in backend.run(stage.name, **part).items():
                 mixed[name][place] += down[:, None] * across * backend.to_numpy(value)
@@ -206,10 +234,9 @@ def _tile_weights(size: int, length: int, stride: int) -> list[tuple[int, Array]
     return window_weights(size, Windows(min(size, length), min(size, stride)))
 
 
-def _cut(stage: Stage, name: str, value: NDArray[Any], axis: str, start: int, length: int) -> NDArray[Any]:
-    """An input's part from `start` along an axis, where it has it."""
+def cut(stage: Stage, name: str, value: NDArray[Any], axis: str, start: int, end: int) -> NDArray[Any]:
+    """A stage's input from `start` to `end` of an axis, where it has that; else the input as it is."""
     shape = stage.input(name).shape
     if axis not in shape:
         return value
-    where = (*[slice(None)] * shape.index(axis), slice(start, start + length))
-    return np.ascontiguousarray(value[where])
+    return np.ascontiguousarray(value[(*[slice(None)] * shape.index(axis), slice(start, end))])

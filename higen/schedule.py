@@ -40,7 +40,7 @@ from higen.noise_schedule import (
 )
 
 __all__ = ["PREDICTIONS", "SOLVERS", "SPACINGS", "NoiseSchedule", "Solver", "SolverTable"]
-__all__ += ["alphas_cumprod", "check", "max_steps", "solver_table"]
+__all__ += ["alphas_cumprod", "check", "last_level", "max_steps", "solver_table"]
 
 Float = NDArray[np.float64]
 
@@ -111,6 +111,17 @@ def alphas_cumprod(schedule: NoiseSchedule) -> Float:
     root = np.sqrt(abar)
     rescaled: Float = ((root - root[-1]) * root[0] / (root[0] - root[-1])) ** 2
     return rescaled
+
+
+def last_level(schedule: NoiseSchedule) -> tuple[float, float]:
+    """alpha and sigma of the noisiest state of a schedule."""
+    if schedule.kind in DISCRETE:
+        abar = float(alphas_cumprod(schedule)[-1])
+        return math.sqrt(abar), math.sqrt(1.0 - abar)
+    if schedule.kind == "edm":
+        length = math.hypot(1.0, schedule.sigma_max)
+        return 1.0 / length, schedule.sigma_max / length
+    return 0.0, 1.0
 
 
 class _Grid(NamedTuple):

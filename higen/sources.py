@@ -29,7 +29,7 @@ from higen.stages import TOKENS, Source, Stage, Tensor, source
 from higen.tables import Loop
 from higen.video import to_uint8
 
-__all__ = ["Kept", "Place", "Sources", "as_video", "cut", "spread"]
+__all__ = ["Kept", "Place", "Sources", "as_video", "spread"]
 
 Array = NDArray[Any]
 Kept = BoundedCache[dict[str, NDArray[Any]]]
@@ -112,24 +112,36 @@ class Sources:
             raise RequestError(f"preview: it needs the latents of the loop {loop}, which has not run yet")
         return self._latents[loop]
 
-    def initial_noise(self, loop: Loop) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-        """The initial noise [B, C, f, H, W] of a loop, and what is added to it."""
+    def initial_noise(self, loop: Loop, iteration: int = 0) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """The initial noise [B, C, f, H, W] of a loop, and what is added to it; `iteration`: of a loop that is run
+        again.
+        """
         request, rule = self._request, loop.noise
         axis = self._manifest.stage(loop.stages[0]).input("latents").shape[1]
         channels = self._manifest.fixed[axis] if isinstance(axis, str) else axis
         factor, frames = self._manifest.sizes.factor, request.frames_of(loop)
         height, width = request.height // factor, request.width // factor
-        unit = np.stack(
-            [noise.frame_noise(seed, rule.purpose, channels, frames, height, width) for seed in request.seeds]
-        )
+        orders = [self._order(loop, seed, iteration) for seed in request.seeds]
+        drawn = [(seed, order.max() + 1, order) for seed, order in zip(request.seeds, orders, strict=True)]
+        purpose = noise.again(rule.purpose, iteration)
+        unit = np.stack([noise.frame_noise(s, purpose, channels, n, height, width)[:, order] for s, n, order in drawn])
+        assert unit.shape[2] == frames
         added: NDArray[np.float32] | None = None
         if rule.offset is not None:
-            purpose, scale = rule.offset.purpose, np.float32(request.number(rule.offset.scale))
-            added = scale * np.stack([noise.offset_noise(seed, purpose, channels, frames) for seed in request.seeds])
+            purpose, scale = noise.again(rule.offset.purpose, iteration), np.float32(request.number(rule.offset.scale))
+            added = scale * np.stack([noise.offset_noise(s, purpose, channels, n)[:, order] for s, n, order in drawn])
         if rule.mix is not None:
             mixed = np.float32(request.number(rule.mix.scale)) * self.latents(rule.mix.loop)
             added = mixed if added is None else added + mixed
         return unit, added
+
+    def _order(self, loop: Loop, seed: int, iteration: int) -> NDArray[np.int64]:
+        """Which frame's noise each frame of a loop takes."""
+        frames, windows = self._request.frames_of(loop), self._request.settings.windows.get(loop.name)
+        if windows is None:
+            return np.arange(frames)
+        purpose = noise.again(loop.noise.purpose, iteration)
+        return noise.frame_order(seed, purpose, frames, windows.length, windows.stride, windows.noise)
 
     def batch(self, stage: Stage, loop: Loop) -> dict[str, Array]:
         """The inputs of a denoising stage that are no state, for all samples: [B, ...] each."""
@@ -385,9 +397,3 @@ def as_video(frames: Array) -> Array:
 def spread(latents: NDArray[Any], frames: int) -> NDArray[Any]:
     """Latents [B,C,1,H,W] of a picture as those of a clip that stands still; a clip's are left as they are."""
     return latents.repeat(frames, axis=2) if latents.shape[2] == 1 else latents
-
-
-def cut(stage: Stage, name: str, value: NDArray[Any], start: int, end: int) -> NDArray[Any]:
-    """The frames from `start` to `end` of a decoder's condition, where it has the axis F."""
-    shape = stage.input(name).shape
-    return value[(*[slice(None)] * shape.index("F"), slice(start, end))] if "F" in shape else value

@@ -17,7 +17,9 @@ __all__ = [
     "COMMON",
     "MAX_NUMBER",
     "NUMERIC",
+    "SETTINGS",
     "VISUAL",
+    "WINDOW_NOISE",
     "Control",
     "Known",
     "Loop",
@@ -35,7 +37,14 @@ __all__ = [
 ]
 
 RESERVED = ("progress", "warn", NEGATIVE)
-COMMON = ("prompt", "negative_prompt", "seed", "steps", "guidance", "solver", "frames", "width", "height", "fps")
+SETTINGS = ("guidance_interval", "windows", "window_noise", "free_init", "free_init_filter")
+"""The common options that say how the loops are run (higen/loop_settings.py)."""
+
+COMMON = (
+    *("prompt", "negative_prompt", "seed", "steps", "guidance", "solver"),
+    *SETTINGS,
+    *("frames", "width", "height", "fps"),
+)
 """What every request may set, whatever the model; no control has such a name."""
 
 CURVES = ("sinusoid", "similarity", "curve")
@@ -50,6 +59,7 @@ ENCODINGS: dict[str, tuple[str | None, ...]] = {
 """Encodings by kind of control; other kinds have none."""
 
 NUMERIC = ("number", "whole", "curve")
+WINDOW_NOISE = ("fresh", "shuffled", "repeated")
 VISUAL = ("picture", "clip", "frames", "mask")
 """Kinds of control whose values are pixels: none of them has a default."""
 
@@ -280,14 +290,22 @@ class Known:
 
 @dataclass(frozen=True)
 class Windows:
-    """A clip of more than `length` frames is denoised in windows that begin `stride` frames apart."""
+    """A clip of more than `length` frames is denoised in windows that begin `stride` frames apart.
+
+    most   frames that the stages take at once, which a request may ask for; None: `length`
+    noise  initial noise of such a clip (`higen.noise.frame_order`)
+    """
 
     length: int
     stride: int
+    most: int | None = field(default=None, metadata=LATER)
+    noise: Literal["fresh", "shuffled", "repeated"] = field(default="fresh", metadata=LATER)
 
     def __post_init__(self) -> None:
         good = 1 <= self.stride <= self.length
         check(good, f"length={self.length}, stride={self.stride}: a stride from 1 to the length")
+        check(self.most is None or self.length <= self.most <= 2**16, f"most={self.most}: from length={self.length}")
+        check(self.noise in WINDOW_NOISE, f"noise={self.noise!r}: one of {', '.join(map(repr, WINDOW_NOISE))}")
 
 
 @dataclass(frozen=True)

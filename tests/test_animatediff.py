@@ -33,8 +33,9 @@ from higen.errors import CheckpointError, ManifestError, RequestError
 from higen.export.model_graphs import export_model
 from higen.export.precision import rounded
 from higen.families.animatediff.spec import networks
-from higen.noise import frame_noise, row_purpose
+from higen.noise import again, frame_noise, row_purpose
 from higen.pipeline import Pipeline
+from higen.tables import Windows
 from higen.tokenizer import build_clip_tokenizer
 
 # diffusers and NumPy 2: an array of a tensor.
@@ -261,10 +262,35 @@ def test_both_loops_share_one_copy_of_the_weights(model: Bundle) -> None:
     assert {clip[name].data_ptr() for name in frame} == {tensor.data_ptr() for tensor in frame.values()}
 
 
-def test_more_frames_than_the_motion_modules_know_are_refused(model: Bundle, by_torch: Pipeline) -> None:
-    assert model.manifest.sizes.frames == (1, 16, 24)
-    with pytest.raises(RequestError, match="frames=25: a whole number from 1 to 24"):
-        by_torch(PROMPT, frames=25)
+def test_more_frames_than_the_motion_modules_know_are_made_in_windows(model: Bundle, by_torch: Pipeline) -> None:
+    assert model.manifest.sizes.frames == (1, 16, 512)
+    assert model.manifest.loop("temporal").windows == Windows(16, 8, 24, "shuffled")
+    assert by_torch.request(PROMPT, frames=25).settings.windows["temporal"].length == 16
+    assert not by_torch.request(PROMPT, frames=24, windows=0).settings.windows
+    for options, said in (
+        ({"frames": 25, "windows": 0}, "windows=0: the loop temporal takes at most 24 frames at once, not 25"),
+        ({"frames": 30, "windows": 25}, "windows=25: a length from 2 to 24 frames"),
+        ({"frames": 513}, "frames=513: a whole number from 1 to 512"),
+    ):
+        with pytest.raises(RequestError, match=said):
+            by_torch.request(PROMPT, **options)
+
+
+@pytest.mark.parametrize("kind", ["ddim", "dpm++2m"])
+def test_free_init_is_diffusers(model: Bundle, base: Path, by_torch: Pipeline, kind: str) -> None:
+    pipeline, draws = tiny_motion.pipeline(None), iter((1, 2))
+    pipeline.enable_free_init(3, method="gaussian", spatial_stop_frequency=0.3, temporal_stop_frequency=0.2)
+
+    def drawn(**_: Any) -> torch.Tensor:
+        purpose = again(PURPOSE, next(draws))
+        return torch.from_numpy(frame_noise(SEED, purpose, 4, FRAMES, HEIGHT // 2, WIDTH // 2))[None]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("diffusers.pipelines.free_init_utils.randn_tensor", drawn)
+        wanted = wanted_latents(model, sampler(base, SAMPLERS[kind]), 4, 7.5, pipeline)
+    options = {"free_init": (3, 0.3, 0.2), "free_init_filter": "gaussian"}
+    made = last_latents(by_torch, steps=4, guidance=7.5, solver=kind, **options)
+    np.testing.assert_allclose(made, wanted, atol=1e-4 * np.abs(wanted).max())
 
 
 # The group norm's axis.
@@ -336,7 +362,7 @@ def test_the_authors_files(base: Path, tmp_path: Path, version: str, wrapper: st
     motion.load_state_dict(theirs, strict=False)
     got = convert_sources([file, base], tmp_path / "model", dtype="fp32")
     assert_same(unet_of(got), tiny_motion.pipeline(None, motion).unet.state_dict())
-    assert got.manifest.sizes.frames == (1, 16, frames)
+    assert got.manifest.loop("temporal").windows == Windows(16, 8, frames, "shuffled")
     assert got.manifest.name == f"stable-diffusion-v1-5-mm_{version}"
     assert "Apache-2.0" in got.manifest.licence
     assert "OpenRAIL-M" in got.manifest.licence
@@ -360,7 +386,7 @@ def test_one_file_of_an_adapter_and_of_the_base(model: Bundle, tmp_path: Path) -
     save_file({k: t for k, t in state.items() if "pos_embed" not in k}, tmp_path / "bare.safetensors")
     notes: list[str] = []
     got = convert_sources([file, tmp_path / "bare.safetensors"], tmp_path / "bare", dtype="fp32", on_note=notes.append)
-    assert got.manifest.sizes.frames[2] == 32
+    assert got.manifest.loop("temporal").windows == Windows(16, 8, 32, "shuffled")
     assert any("no table of positions" in note for note in notes)
     tables = [tensor for name, tensor in unet_of(got).items() if name.endswith("pos_embed.pe")]
     theirs = [tensor for name, tensor in unet_of(model).items() if name.endswith("pos_embed.pe")]
@@ -410,6 +436,19 @@ def test_cpp_makes_pythons_frames(built: Path, model: Bundle, by_graphs: Pipelin
     flags = [f"--seed={SEED}", "--steps=4", f"--width={WIDTH}", f"--height={HEIGHT}", f"--frames={frames}"]
     output = tmp_path / "clip.npy"
     cpp_build.done(built / "higen-run", model.path, PROMPT, "-q", "-o", output, "--guidance=3", *flags)
+    assert np.abs(np.load(output).astype(int) - wanted).max() <= 1
+
+
+def test_cpp_runs_windows_intervals_and_free_init(
+    built: Path, model: Bundle, by_graphs: Pipeline, tmp_path: Path
+) -> None:
+    settings = {"windows": (3, 2), "guidance_interval": (0.3, 0.7), "free_init": (2, 0.3, 0.2, 3)}
+    options = {"seed": SEED, "steps": 4, "frames": 7, "guidance": 3.0, "free_init_filter": "ideal", **settings}
+    wanted = by_graphs(PROMPT, **options, **SIZES).frames
+    given = {**options, "width": WIDTH, "height": HEIGHT}
+    flags = [f"--{name.replace('_', '-')}={str(value).strip('()').replace(' ', '')}" for name, value in given.items()]
+    output = tmp_path / "clip.npy"
+    cpp_build.done(built / "higen-run", model.path, PROMPT, "-q", "-o", output, *flags)
     assert np.abs(np.load(output).astype(int) - wanted).max() <= 1
 
 
@@ -526,9 +565,10 @@ def test_version_2_is_refused(module: Path, tmp_path: Path) -> None:
 
 
 def test_a_manifest_that_allows_more_frames_than_are_known(model: Bundle, tmp_path: Path) -> None:
-    sizes = replace(model.manifest.sizes, frames=(1, 16, 32))
-    with pytest.raises(ManifestError, match="positions of 24 frames"):
-        networks(replace(model.manifest, sizes=sizes))
+    spatial, temporal = model.manifest.loops
+    for windows in (None, Windows(25, 8), Windows(16, 8, 32)):
+        with pytest.raises(ManifestError, match="positions of 24 frames"):
+            networks(replace(model.manifest, loops=(spatial, replace(temporal, windows=windows))))
 
 
 def test_a_table_among_the_weights_is_rounded_with_them() -> None:

@@ -22,6 +22,7 @@ from higen.conditioning import curve_values, similarity_rows
 from higen.errors import HigenError, RequestError
 from higen.families.higen import spec
 from higen.images import load_picture
+from higen.loop_settings import LoopSettings
 from higen.manifest import Manifest
 from higen.request import MAX_SEED, Picture, Request, make_request
 from higen.stages import Stage
@@ -55,6 +56,7 @@ def test_what_is_not_given_is_the_models_default() -> None:
         "height": 16,
         "width": 24,
         "fps": 8,
+        "settings": LoopSettings(),
         "motion": 60.0,
         "appearance": 1.0,
         "offset_noise": 0.1,

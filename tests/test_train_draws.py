@@ -14,19 +14,29 @@ from conftest import write_tiny_model
 from training_run import CAPTIONS, MODEL, make_settings, write_clips
 
 from higen.errors import SettingsError
+from higen.families.higen import spec
 from higen.families.higen.cues import appearance_cue
 from higen.families.higen.spec import UNetConfig
+from higen.tables import Mix
 from higen.tokenizer import PromptTokenizer, build_word_tokenizer
 from higen.train.batches import Batches, StepBatches
 from higen.train.data import IMAGE, VIDEO
 from higen.train.draws import draw_timesteps, draw_window, noisy_prior
 from higen.train.emoji.configuration import FILE, architecture, recipe
 from higen.train.latents import Encoded
-from higen.train.networks import read_architecture
+from higen.train.networks import _named, read_architecture
 from higen.train.objective import residual_square
 from higen.train.reader import Sample
 from higen.train.record import read_losses
-from higen.train.settings import CueSettings, ObjectiveSettings, Settings, key_index
+from higen.train.settings import (
+    CueSettings,
+    DataSettings,
+    ModelSettings,
+    ObjectiveSettings,
+    RunSettings,
+    Settings,
+    key_index,
+)
 from higen.train.trainer import Trainer, train
 
 OPTIONAL = replace(MODEL, optional_cues=True, unet=replace(MODEL.unet, prior_preconditioning=True))
@@ -42,6 +52,33 @@ def clip(frames: int = 8) -> Sample:
     """A clip whose frames are told apart."""
     latents = torch.randn(4, frames, 4, 6, generator=torch.Generator().manual_seed(1))
     return Sample("a blue whale", Encoded(latents))
+
+
+def test_the_prior_may_be_mixed_into_a_clips_noise() -> None:
+    """MicroCinema's appearance noise prior; what is predicted follows, for target and state take the noise alone."""
+    plain, mixed = (batches(noise_mix=mix).batch([clip()], VIDEO, 0, range(1)) for mix in (None, 0.4))
+    torch.testing.assert_close(mixed.noise, plain.noise + 0.4 * mixed.prior[:, :, None])
+    torch.testing.assert_close(mixed.x0, plain.x0)
+    pictures = [batches(noise_mix=mix).batch([clip(1)], IMAGE, 0, range(1)) for mix in (None, 0.4)]
+    torch.testing.assert_close(pictures[0].noise, pictures[1].noise)
+    for mix in (float("nan"), 1e9):
+        with pytest.raises(SettingsError, match="noise_mix="):
+            ObjectiveSettings(noise_mix=mix)
+
+
+def test_a_model_trained_on_mixed_noise_begins_its_clips_so() -> None:
+    trained = replace(OPTIONAL, defaults=replace(OPTIONAL.defaults, noise_mix=0.4))
+    made = spec.manifest(trained)
+    assert made.loop("temporal").noise.mix == Mix("spatial", 0.4)
+    assert spec.config(made) == trained
+    assert spec.manifest(OPTIONAL).loop("temporal").noise.mix is None
+    settings = Settings(
+        ModelSettings("m"), DataSettings("d"), RunSettings("o", 1), objective=ObjectiveSettings(noise_mix=0.25)
+    )
+    assert _named(OPTIONAL, trained, settings).defaults.noise_mix == 0.25
+    own = Batches(trained, PromptTokenizer(build_word_tokenizer(["a"]), trained.text.rules), CueSettings(),
+                  ObjectiveSettings(), 0)  # fmt: skip
+    assert own.noise_mix == 0.4
 
 
 def random(seed: int = 0) -> torch.Generator:

@@ -35,8 +35,15 @@ _NAMED: dict[str, type[HigenError]] = {kind.__name__: kind for kind in (RequestE
 _UNFIT = re.compile(r"\binput '")
 """Triton's words for an input that the model has not, or in another type or rank."""
 
-_DTYPES = {"UINT64": np.uint64, "INT32": np.int32, "FP32": np.float32, "UINT8": np.uint8, "BOOL": np.bool_}
-_TAKES = {"UINT64": "iu", "INT32": "iu", "FP32": "iuf", "UINT8": "iu", "BOOL": "b"}
+_DTYPES = {
+    "UINT64": np.uint64,
+    "INT32": np.int32,
+    "FP32": np.float32,
+    "FP64": np.float64,
+    "UINT8": np.uint8,
+    "BOOL": np.bool_,
+}
+_TAKES = {"UINT64": "iu", "INT32": "iu", "FP32": "iuf", "FP64": "iuf", "UINT8": "iu", "BOOL": "b"}
 """The kinds of numpy's types whose values a data type may hold: nothing is rounded, but to fewer digits."""
 
 

@@ -75,7 +75,13 @@ COMMON_INPUTS = (
     Field("seed", "UINT64"),
     Field("steps", "INT32"),  # one, or one per loop
     Field("guidance", "FP32"),  # one, or one per loop
+    Field("guidance_curve", "FP32"),  # one per frame, for the loops over frames
     Field("solver", "STRING"),  # one, or one per loop
+    Field("guidance_interval", "FP64"),  # two, or two per loop
+    Field("windows", "INT32"),  # 0, a length, or a length and a stride
+    Field("window_noise", "STRING"),
+    Field("free_init", "FP64"),  # iterations, stop frequencies in space and time, order
+    Field("free_init_filter", "STRING"),
     Field("frames", "INT32"),
     Field("width", "INT32"),
     Field("height", "INT32"),
@@ -164,6 +170,8 @@ def read_request(manifest: Manifest, tensors: Mapping[str, NDArray[Any]]) -> tup
             both = ", ".join(n for n in tensors if (fields[n].argument or n) == argument)
             raise RequestError(f"{both}: one of them")
         values[argument] = _value(fields[name], tensor)
+    if "guidance_curve" in values:
+        values["guidance"] = _guidance(manifest, values.get("guidance"), values.pop("guidance_curve"))
     if not isinstance(values.setdefault("prompt", None if manifest.text else ""), str):
         raise RequestError("prompt: one text is wanted")
     for name in [control.name for control in manifest.controls if control.kind == "frames"]:
@@ -183,6 +191,17 @@ def _by_index(name: str, pictures: Any, indices: Any) -> dict[int, Any]:
     if len(found) < len(indices):
         raise RequestError(f"{name}{_INDEX}={quoted(indices)}: each frame once")
     return found
+
+
+def _guidance(manifest: Manifest, scales: Any, curve: Any) -> list[Any]:
+    """One entry per loop: the curve where it has the clip's frames, else its number of `scales`."""
+    loops = manifest.loops
+    each = scales if isinstance(scales, list) else [scales] * len(loops)
+    if len(each) != len(loops):
+        raise RequestError(f"guidance has {len(each)} numbers: one, or one per loop ({len(loops)})")
+    curve = curve if isinstance(curve, list) else [curve]
+    made = [one if loop.frames == 1 else curve for loop, one in zip(loops, each, strict=True)]
+    return made[0] if len(made) == 1 else made
 
 
 def _delivery(**given: Any) -> Delivery:

@@ -20,6 +20,7 @@ _WANTED = {
     "UINT64": "a whole number from 0 to 2^64 - 1",
     "UINT8": "a whole number from 0 to 255",
     "FP32": "a number",
+    "FP64": "a number",
 }
 _RANGES = {"INT32": (-(2**31), 2**31 - 1), "UINT64": (0, 2**64 - 1), "UINT8": (0, 255)}
 _MOST = 1000
@@ -74,7 +75,7 @@ def _fits(kind: str, item: Any) -> bool:
         return isinstance(item, str) and not any("\ud800" <= letter <= "\udfff" for letter in item)
     if kind == "BOOL" or isinstance(item, bool):
         return isinstance(item, bool) and kind == "BOOL"
-    if kind == "FP32":
+    if kind in ("FP32", "FP64"):
         return isinstance(item, (int, float)) and (abs(item) <= MAX_NUMBER or not math.isfinite(item))
     low, high = _RANGES.get(kind, (0, -1))
     return isinstance(item, int) and low <= item <= high

@@ -27,6 +27,7 @@ from higen.serve.refusals import Refusal
 from higen.serve.results import Results
 from higen.serve.settings import Limits
 from higen.serve.store import Upload
+from higen.tables import SETTINGS
 
 __all__ = ["FIELDS", "Checked", "check", "opened", "schema_of"]
 
@@ -37,6 +38,7 @@ RENAMED = {
     "num_inference_steps": "steps",
     "guidance_scale": "guidance",
     "solver": "solver",
+    **{name: name for name in SETTINGS},
     "num_frames": "frames",
     "fps": "fps",
 }
@@ -185,10 +187,21 @@ def _check_limits(manifest: Manifest, arguments: Mapping[str, Any], limits: Limi
     sides = arguments.get("width", sizes.width), arguments.get("height", sizes.height)
     if sides[0] * sides[1] > limits.pixels:
         raise RequestError(f"size={sides[0]}x{sides[1]}: this server makes frames of at most {limits.pixels} pixels")
-    steps = arguments.get("steps", 1)
+    steps = arguments.get("steps")
     for one in steps if isinstance(steps, list) else [steps]:
         if is_whole(one, 1, 2**60) and one > limits.steps:
             raise RequestError(f"num_inference_steps={one}: this server makes at most {limits.steps} steps")
+    again = arguments.get("free_init", 1)
+    again = again[0] if isinstance(again, list) and again else again
+    if is_whole(again, 1, 2**60) and again * max(_steps_of(manifest, steps)) > limits.steps:
+        raise RequestError(f"free_init={again}: this server makes at most {limits.steps} steps, in all iterations")
+
+
+def _steps_of(manifest: Manifest, steps: Any) -> list[int]:
+    """Steps of each loop over frames, as far as they are numbers."""
+    each = steps if isinstance(steps, list) and len(steps) == len(manifest.loops) else [steps] * len(manifest.loops)
+    pairs = [(loop, one) for loop, one in zip(manifest.loops, each, strict=True) if loop.frames != 1]
+    return [one if is_whole(one, 1, 2**60) else loop.steps for loop, one in pairs] or [1]
 
 
 def _made(

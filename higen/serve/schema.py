@@ -7,8 +7,10 @@ from typing import Any, Literal
 
 from pydantic import BaseModel
 
+from higen.free_init import FILTERS
 from higen.serve.settings import Limits
 from higen.serve.store import Job
+from higen.tables import WINDOW_NOISE
 
 __all__ = [
     "REFUSALS",
@@ -172,6 +174,10 @@ def video_object(job: Job, progress: int, files: list[str]) -> VideoObject:
 _NUMBERS = {"anyOf": [{"type": "number", "minimum": 0}, {"type": "array", "items": {"type": "number", "minimum": 0}}]}
 
 
+def _word(words: tuple[str, ...]) -> dict[str, Any]:
+    return {"type": "string", "enum": list(words)}
+
+
 def _properties(limits: Limits) -> dict[str, Any]:
     steps = {"type": "integer", "minimum": 1, "maximum": limits.steps}
     return {
@@ -189,7 +195,25 @@ def _properties(limits: Limits) -> dict[str, Any]:
             "anyOf": [steps, {"type": "array", "items": steps}],
             "description": "One number, or one for each loop of the model.",
         },
-        "guidance_scale": {**_NUMBERS, "description": "One number, or one for each loop."},
+        "guidance_scale": {
+            "anyOf": [_NUMBERS, {"type": "array", "items": _NUMBERS}],
+            "description": "One number, or one for each loop; a loop over frames takes a list, one per frame.",
+        },
+        "guidance_interval": {
+            "type": "array",
+            "items": {"type": "number", "minimum": 0, "maximum": 1},
+            "description": "The part of the steps with guidance, as 0.2 and 0.8; or two numbers for each loop.",
+        },
+        "windows": {
+            "anyOf": [{"type": "integer", "minimum": 0}, {"type": "array", "items": {"type": "integer", "minimum": 1}}],
+            "description": "A long clip is made in windows: [length, stride] in frames; 0: all frames at once.",
+        },
+        "window_noise": {**_word(WINDOW_NOISE), "description": "The initial noise of such a clip."},
+        "free_init": {
+            **_NUMBERS,
+            "description": "Iterations, stop frequencies (space, time), order of the filter.",
+        },
+        "free_init_filter": {**_word(FILTERS), "description": "The filter of free_init."},
         "solver": {"type": "string", "description": "A solver that the model's loops know."},
         "seed": {"type": "integer", "minimum": -1, "description": "Same seed, same video; -1 draws one."},
         "controls": {"type": "object", "description": "The model's own controls: /v1/models has their schema."},

@@ -170,6 +170,7 @@ class Batches:
             raise SettingsError(f"objective.gain_clips={objective.gain_clips}: {config.name} has no gain to teach")
         self.config, self.tokenizer, self.cues, self.objective, self.seed = config, tokenizer, cues, objective, seed
         self.key_frame, self.strengths = key_frame, strengths
+        self.noise_mix = config.defaults.noise_mix if objective.noise_mix is None else objective.noise_mix
         self._warned = False
 
     def batch(self, samples: list[Sample], kind: int, step: int, indices: range, length: int | None = None) -> Batch:
@@ -219,6 +220,8 @@ class Batches:
             prior = torch.zeros_like(x0[:, 0])
         tokens = torch.from_numpy(self._tokens(caption))
         noise = noise + self.objective.offset_noise * offset
+        if self.noise_mix:
+            noise = noise + self.noise_mix * prior[:, None]
         return x0, noise, t, prior, motion[window], appearance[window], tokens
 
     def _tokens(self, caption: str) -> NDArray[np.int64]:

@@ -169,12 +169,14 @@ def _named(config: ModelConfig, source: ModelConfig, settings: Settings) -> Mode
     """
     model, run = settings.model, settings.run
     given = config if model.architecture is not None else replace(config, name="", licence="", prompts=())
+    mix = settings.objective.noise_mix
     came = "fine-tuned from" if model.init is not None else "not stated; with text encoder and autoencoder of"
     return replace(
         config,
         name=model.name or given.name or Path(run.output).name,
         licence=model.licence or given.licence or f"{came} {source.name} ({source.licence})",
         prompts=given.prompts,
+        defaults=config.defaults if mix is None else replace(config.defaults, noise_mix=mix),
     )
 
 

@@ -20,6 +20,9 @@ __all__ = [
     "key_index",
 ]
 
+MOST_MIX = 1000.0
+"""The largest noise_mix, either way."""
+
 
 def key_index(frames: int, key_frame: float) -> int:
     """Index of the key frame of a clip."""
@@ -139,6 +142,9 @@ class ObjectiveSettings:
     """Part of the captions replaced by the empty prompt, which guidance starts from."""
     offset_noise: float = 0.1
     """Noise that is constant over each frame's pixels, added to the noise."""
+    noise_mix: float | None = None
+    """How much of a clip's prior is added to its noise (MicroCinema's appearance noise prior). The model that is
+    written begins its clips so. Not given: as the model that it starts from."""
     gain_weight: float = 0.1
     """Weight of the gain's likelihood, for models with prior preconditioning."""
     gain_clips: int = 0
@@ -163,6 +169,8 @@ class ObjectiveSettings:
     def __post_init__(self) -> None:
         _part(self, "text_dropout", "high_part", "high_levels")
         _at_least(self, 0, "offset_noise", "gain_weight", "gain_clips", "prior_noise")
+        if self.noise_mix is not None and not abs(self.noise_mix) <= MOST_MIX:
+            raise SettingsError(f"noise_mix={self.noise_mix}: a number from -{MOST_MIX:g} to {MOST_MIX:g}")
         for name in ("windows", "late_windows"):
             if any(length < 2 for length in getattr(self, name)):
                 raise SettingsError(f"{name}={list(getattr(self, name))}: each 2 frames or more")

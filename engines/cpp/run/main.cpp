@@ -121,6 +121,7 @@ public:
         if (options.height) request_.height = narrow("--height", *options.height);
         if (options.fps) request_.fps = narrow("--fps", *options.fps);
         take_lists(options);
+        take_settings(options);
         take_controls(model, options);
         for (const auto& [name, files] : options.pictures) take_picture(name, files);
         for (const auto& [index, file] : options.keyframes)
@@ -144,6 +145,18 @@ private:
         if (!steps_.empty()) request_.steps = steps_.data(), request_.step_count = steps_.size();
         if (!guidance_.empty()) request_.guidance = guidance_.data(), request_.guidance_count = guidance_.size();
         if (!solvers_.empty()) request_.solvers = solvers_.data(), request_.solver_count = solvers_.size();
+    }
+
+    void take_settings(const Options& options) {
+        const auto text = [](const std::string& word) { return word.empty() ? nullptr : word.c_str(); };
+        for (const auto number : options.windows) windows_.push_back(narrow("--windows", number));
+        if (!windows_.empty()) request_.windows = windows_.data(), request_.window_count = windows_.size();
+        request_.window_noise = text(options.window_noise);
+        const auto &interval = options.guidance_interval, &init = options.free_init;
+        if (!interval.empty())
+            request_.guidance_interval = interval.data(), request_.guidance_interval_count = interval.size();
+        if (!init.empty()) request_.free_init = init.data(), request_.free_init_count = init.size();
+        request_.free_init_filter = text(options.free_init_filter);
     }
 
     // A control's kind says whether its value is a text; of an unknown one the library tells the names.
@@ -198,7 +211,7 @@ private:
     }
 
     higen_request request_{};
-    std::vector<std::int32_t> steps_;
+    std::vector<std::int32_t> steps_, windows_;
     std::vector<higen_curve> guidance_;
     std::vector<const char*> solvers_;
     std::deque<std::vector<double>> numbers_;

@@ -16,6 +16,11 @@ Make a video from a text with a model directory.
   --steps N[,M...]       of every loop, or of each; --info names the loops
   --guidance X[,Y...]    likewise; X:Y:... is one number a frame
   --solver NAME[,NAME...]  likewise
+  --guidance-interval A,B[,...]  the part of the steps with guidance, 0 to 1, for all loops or two numbers for each
+  --windows N[,S]        make a longer clip in windows of N frames, S apart; 0: all frames at once
+  --window-noise WORD    initial noise of such a clip: fresh, shuffled or repeated
+  --free-init N[,S,T[,O]]  FreeInit: iterations, stop frequencies in space and time, order of the filter
+  --free-init-filter WORD  butterworth, gaussian or ideal
   --frames N
   --width N --height N --fps N
   --negative TEXT        what to steer away from
@@ -117,6 +122,14 @@ std::map<std::string, Take> options_with_values(Options& options) {
              options.guidance.clear();
              for (const auto& part : split(value, ',')) options.guidance.push_back(parse_list<double>(name, part, ':'));
          }},
+        {"--window-noise", to_text(options.window_noise)},
+        {"--free-init-filter", to_text(options.free_init_filter)},
+        {"--guidance-interval",
+         [&](const auto& name, const auto& value) { options.guidance_interval = parse_list<double>(name, value); }},
+        {"--free-init",
+         [&](const auto& name, const auto& value) { options.free_init = parse_list<double>(name, value); }},
+        {"--windows",
+         [&](const auto& name, const auto& value) { options.windows = parse_list<std::int64_t>(name, value); }},
         {"--control",
          [&](const auto& name, const auto& value) { options.controls.push_back(parse_named(name, value)); }},
         {"--picture",

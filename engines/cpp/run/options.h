@@ -18,6 +18,9 @@ struct Options {
     std::vector<std::int64_t> steps;            // nothing, one for every loop, or one a loop
     std::vector<std::vector<double>> guidance;  // likewise; one number, or one a frame
     std::vector<std::string> solvers;           // likewise
+    std::vector<double> guidance_interval, free_init;
+    std::vector<std::int64_t> windows;
+    std::string window_noise, free_init_filter;  // "": not given
     std::optional<std::int64_t> frames, width, height, fps;
     std::vector<std::pair<std::string, std::string>> controls;               // name and value, as they were given
     std::vector<std::pair<std::string, std::vector<std::string>>> pictures;  // name and files

@@ -135,9 +135,18 @@ struct Known {
     std::string mask;
 };
 
+// The initial noise of a clip that is made in windows (higen/noise.py, frame_order).
+constexpr const char* window_noises[] = {"fresh", "shuffled", "repeated"};
+
 struct Windows {
     std::int64_t length = 1;
     std::int64_t stride = 1;
+    std::int64_t most = 0;  // frames that the stages take at once; 0: `length`
+    std::string noise = "fresh";
+
+    [[nodiscard]] bool operator==(const Windows& other) const {
+        return length == other.length && stride == other.stride && noise == other.noise;
+    }
 };
 
 // Frames of more than `height` or `width` latent cells are denoised in tiles that begin `stride` cells apart.

@@ -135,6 +135,16 @@ void read_windows(const Json& json, const std::string& where, Windows& windows) 
     Object object(json, where);
     object.required_value("length", windows.length);
     object.required_value("stride", windows.stride);
+    object.key("most", [&](const Json& value, const std::string& place) {
+        if (!value.is_null()) Object::take(value, place, windows.most);
+        check_manifest(value.is_null() || (windows.most >= windows.length && windows.most <= max_frames),
+                       place + "=" + shown(value) + ": from length=" + std::to_string(windows.length));
+    });
+    object.key("noise", [&](const Json& value, const std::string& place) {
+        constexpr std::pair<const char*, const char*> known[] = {
+            {"fresh", "fresh"}, {"shuffled", "shuffled"}, {"repeated", "repeated"}};
+        take_word(value, place, known, windows.noise);
+    });
     object.finish();
     check_manifest(windows.stride >= 1 && windows.stride <= windows.length,
                    where + ": length=" + std::to_string(windows.length) + ", stride=" + std::to_string(windows.stride) +

@@ -1,6 +1,8 @@
 #include "noise.h"
 
+#include <algorithm>
 #include <cmath>
+#include <numeric>
 
 namespace higen::core {
 namespace {
@@ -48,6 +50,36 @@ std::vector<float> normal(std::uint64_t seed, std::uint64_t purpose, std::size_t
     }
     numbers.resize(count);
     return numbers;
+}
+
+std::vector<std::size_t> frame_order(std::uint64_t seed, std::uint64_t purpose, std::size_t frames, std::size_t length,
+                                     std::size_t stride, std::string_view kind) {
+    std::vector<std::size_t> order(frames);
+    std::iota(order.begin(), order.end(), std::size_t{0});
+    if (kind == "fresh" || frames <= length) return order;
+    if (kind == "repeated") {
+        for (auto& frame : order) frame %= length;
+        return order;
+    }
+    std::size_t drawn = 0;
+    std::array<std::uint64_t, 4> block{};
+    const auto next = [&] {
+        const auto place = drawn++ % 4;
+        if (place == 0) block = philox({(drawn - 1) / 4 + 1, 0, 0, 0}, {seed, purpose + (std::uint64_t{1} << 31)});
+        return block[place];
+    };
+    for (auto start = length; start < frames; start += stride) {
+        std::vector<std::uint64_t> numbers(stride);
+        for (auto& one : numbers) one = next();
+        std::vector<std::size_t> places(stride);
+        std::iota(places.begin(), places.end(), std::size_t{0});
+        std::stable_sort(places.begin(), places.end(),
+                         [&](std::size_t a, std::size_t b) { return numbers[a] < numbers[b]; });
+        const auto before = order;
+        for (std::size_t j = 0; j < stride && start + j < frames; ++j)
+            order[start + j] = before[start - length + places[j]];
+    }
+    return order;
 }
 
 std::vector<float> frame_noise(std::uint64_t seed, std::uint64_t purpose, std::size_t before, std::size_t frames,

@@ -4,6 +4,7 @@
 #include <array>
 #include <cstddef>
 #include <cstdint>
+#include <string_view>
 #include <vector>
 
 namespace higen::core {
@@ -19,6 +20,15 @@ namespace higen::core {
 // before = channels and after = height x width it is that of one sample's latents [C, F, H, W].
 [[nodiscard]] std::vector<float> frame_noise(std::uint64_t seed, std::uint64_t purpose, std::size_t before,
                                              std::size_t frames, std::size_t after);
+
+// Which frame's noise each frame of a long clip takes: "fresh", "shuffled" or "repeated" (higen/noise.py, frame_order).
+[[nodiscard]] std::vector<std::size_t> frame_order(std::uint64_t seed, std::uint64_t purpose, std::size_t frames,
+                                                   std::size_t length, std::size_t stride, std::string_view kind);
+
+// The stream that takes the place of `purpose` when a loop is run again, for the `iteration`-th time (from 0).
+[[nodiscard]] constexpr std::uint64_t again(std::uint64_t purpose, std::size_t iteration) {
+    return purpose + (static_cast<std::uint64_t>(iteration) << 56);
+}
 
 // The stream that a noisy row of a solver's table draws from, of a loop whose initial noise has `purpose`.
 [[nodiscard]] constexpr std::uint64_t row_purpose(std::uint64_t purpose, std::size_t row) {

@@ -33,9 +33,43 @@ std::vector<float> spread_latents(const Array& found, const Shape& shape, const 
     return spread;
 }
 
+// Noise [C, f, ...] of one sample in an iteration of a loop; a clip in windows takes that of other frames.
+std::vector<float> ordered_noise(const Loop& loop, const Request& request, std::uint64_t purpose, const Shape& shape,
+                                 std::size_t plane, const std::optional<Windows>& windows, std::size_t iteration) {
+    const auto channels = static_cast<std::size_t>(shape[1]), frames = static_cast<std::size_t>(shape[2]);
+    const auto stream = again(purpose, iteration);
+    if (!windows) return frame_noise(request.seed, stream, channels, frames, plane);
+    const auto order = frame_order(request.seed, again(loop.noise.purpose, iteration), frames,
+                                   static_cast<std::size_t>(windows->length),
+                                   static_cast<std::size_t>(windows->stride), windows->noise);
+    const auto drawn = 1 + *std::max_element(order.begin(), order.end());
+    const auto own = frame_noise(request.seed, stream, channels, drawn, plane);
+    std::vector<float> noise;
+    noise.reserve(channels * frames * plane);
+    for (std::size_t c = 0; c < channels; ++c)
+        for (const auto frame : order) {
+            const auto from = own.begin() + static_cast<std::ptrdiff_t>((c * drawn + frame) * plane);
+            noise.insert(noise.end(), from, from + static_cast<std::ptrdiff_t>(plane));
+        }
+    return noise;
+}
+
+// The unit noise [B, C, f, H, W] that a loop begins with.
+std::vector<float> unit_noise(const Loop& loop, const std::vector<Request>& requests, const Shape& shape,
+                              const std::optional<Windows>& windows, std::size_t iteration) {
+    std::vector<float> unit;
+    const auto plane = static_cast<std::size_t>(shape[3] * shape[4]);
+    for (const auto& request : requests) {
+        const auto own = ordered_noise(loop, request, loop.noise.purpose, shape, plane, windows, iteration);
+        unit.insert(unit.end(), own.begin(), own.end());
+    }
+    return unit;
+}
+
 // What a loop's rule adds to the unit noise [B, C, f, H, W]; nothing where it adds nothing.
-std::vector<float> added_noise(const NoiseRule& rule, const std::vector<Request>& requests, const Shape& shape,
-                               Sources& sources, const Loop& loop) {
+std::vector<float> added_noise(const Loop& loop, const std::vector<Request>& requests, const Shape& shape,
+                               Sources& sources, const std::optional<Windows>& windows, std::size_t iteration) {
+    const auto& rule = loop.noise;
     std::vector<float> added;
     const auto channels = static_cast<std::size_t>(shape[1]), frames = static_cast<std::size_t>(shape[2]);
     const auto plane = static_cast<std::size_t>(shape[3] * shape[4]), one = channels * frames * plane;
@@ -43,7 +77,7 @@ std::vector<float> added_noise(const NoiseRule& rule, const std::vector<Request>
         added.resize(count(shape));
         for (std::size_t b = 0; b < requests.size(); ++b) {
             const auto scale = static_cast<float>(requests[b].number(rule.offset->scale));
-            const auto numbers = frame_noise(requests[b].seed, rule.offset->purpose, channels, frames, 1);
+            const auto numbers = ordered_noise(loop, requests[b], rule.offset->purpose, shape, 1, windows, iteration);
             for (std::size_t i = 0; i < one; ++i) added[b * one + i] = scale * numbers[i / plane];
         }
     }
@@ -113,6 +147,14 @@ std::vector<const Stage*> Pipeline::ways(std::size_t index, const std::vector<Re
     return stages;
 }
 
+// The stages that can do a step with one branch of guidance, or with guidance 1; the plain one is half the work.
+std::vector<const Stage*> Pipeline::unguided(const Loop& loop) const {
+    std::vector<const Stage*> stages;
+    for (const auto& name : {loop.plain, loop.guided})
+        if (!name.empty()) stages.push_back(&manifest_.stage(name));
+    return stages;
+}
+
 std::int64_t Pipeline::channels(const Stage& stage) const {
     const auto& shape = stage.input("latents")->shape;
     if (shape.size() != 5) fail_backend(stage.name + ".latents: five axes are wanted, [B, C, f, H, W]");
@@ -139,27 +181,40 @@ TensorPtr Pipeline::run_loop(std::size_t index, const std::vector<Request>& requ
                 Array::of({shape[0], shape[2]}, std::vector<float>()),
                 {},
                 loop.noise.purpose};
-    run.windows = loop.windows;
+    run.windows = options.settings.windows;
     run.tiles = loop.tiles;
     run.edit = sources.known(loop);
     run.tokens = sources.tokens();
-    std::vector<float> unit;
+    run.interval = options.settings.interval;
     for (const auto& request : requests) {
         const auto& scales = request.loops[index].guidance;
         auto& guidance = std::get<0>(run.guidance.values);
         guidance.insert(guidance.end(), scales.begin(), scales.end());
         run.seeds.push_back(request.seed);
-        const auto own = frame_noise(request.seed, loop.noise.purpose, static_cast<std::size_t>(shape[1]), frames,
-                                     static_cast<std::size_t>(shape[3] * shape[4]));
-        unit.insert(unit.end(), own.begin(), own.end());
+    }
+    if (!run.interval.whole() && stage.name != loop.plain) {
+        const auto& other = backend_.choose(unguided(loop));
+        const auto ones = Array::of(run.guidance.shape, std::vector<float>(run.guidance.floats().size(), 1.0F));
+        auto outside = LoopRun{loop.name, other, sources.batch(other, loop), {}, ones, {}};
+        outside.windows = run.windows, outside.tiles = run.tiles, outside.tokens = run.tokens;
+        run.outside = std::make_shared<const LoopRun>(std::move(outside));
+    }
+    if (const auto& repeats = options.settings.free_init) {
+        const NoiseOf noise_of = [&](std::size_t iteration) {
+            return std::pair(unit_noise(loop, requests, shape, run.windows, iteration),
+                             added_noise(loop, requests, shape, sources, run.windows, iteration));
+        };
+        return denoise_again(backend_, run, shape, noise_of, last_level(loop.schedule), *repeats, on_step,
+                             cancellation);
     }
     std::vector<float> clean;
     if (first.begins(loop)) {
         clean = spread_latents(sources.latents(loop.start->latents, loop)->to_host(), shape, loop);
         run.first = tail_row(run.table.rows.size(), first.number(loop.start->strength));
     }
-    const auto added = added_noise(loop.noise, requests, shape, sources, loop);
-    auto state = initial_state(run.table, std::move(unit), added, clean, run.first);
+    const auto added = added_noise(loop, requests, shape, sources, run.windows, 0);
+    auto state =
+        initial_state(run.table, unit_noise(loop, requests, shape, run.windows, 0), added, clean, run.first);
     return denoise(backend_, run, host_tensor(Array::of(shape, std::move(state))), on_step, cancellation);
 }
 

@@ -210,6 +210,10 @@ Request make_request(const Manifest& manifest, const Tokenizer* tokenizer, const
     take_controls(manifest, given, request, warn);
     check_needed(manifest, request);
     check_known(manifest, request);
+    check_settings(manifest, given);
+    for (std::size_t i = 0; i < manifest.loops.size(); ++i)
+        request.loops[i].settings =
+            loop_settings(manifest, i, given, request.frames, request.begins(manifest.loops[i]));
     if (tokenizer != nullptr) take_texts(*tokenizer, given, warn, request);
     return request;
 }
@@ -253,6 +257,10 @@ void check_batch(const Manifest& manifest, const std::vector<Request>& requests)
         for (std::size_t k = 0; k < request.loops.size(); ++k) {
             same("steps", request.loops[k].steps == first.loops[k].steps);
             same("solver", request.loops[k].solver == first.loops[k].solver);
+            const auto &own = request.loops[k].settings, &others = first.loops[k].settings;
+            same("guidance_interval", own.interval.from == others.interval.from && own.interval.to == others.interval.to);
+            same("windows", own.windows == others.windows);
+            same("free_init", own.free_init == others.free_init);
             const auto& start = manifest.loops[k].start;
             if (start && first.has_picture(start->control))
                 same("strength", request.number(start->strength) == first.number(start->strength));

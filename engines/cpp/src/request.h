@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "higen/higen.h"
+#include "loop_settings.h"
 #include "manifest.h"
 #include "tokenizer.h"
 
@@ -17,6 +18,7 @@ struct LoopOptions {
     std::int64_t steps = 1;
     std::vector<float> guidance;     // one a frame of the loop
     const Solver* solver = nullptr;  // a row of the manifest
+    LoopSettings settings;
 };
 
 // A checked request.
@@ -64,7 +66,8 @@ struct Request {
 // The request that sets nothing, with no tokens: what says which stages a model needs at once.
 [[nodiscard]] Request default_request(const Manifest& manifest);
 
-// Check that requests can be made in one batch: the same frames, size, rate, steps, solvers and pictures' names. Throws
+// Check that requests can be made in one batch: the same frames, size, rate, steps, solvers, settings of
+// the loops and pictures' names. Throws
 // a request error.
 void check_batch(const Manifest& manifest, const std::vector<Request>& requests);
 

@@ -1,6 +1,7 @@
 #include "sampler.h"
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <map>
 
@@ -241,17 +242,47 @@ TensorPtr denoise(Backend& backend, const LoopRun& run, TensorPtr latents, const
         cancellation.check();
         const auto& row = rows[i];
         if (row.noise) previous = fresh_noise(run, shape, run.first + i);
-        const auto inputs = inputs_of(run, row, std::move(latents), std::move(previous));
-        const auto outputs = run_groups(run, inputs, cancellation, [&](const Tensors& given) {
-            return run_windows(backend, run, given, cancellation);
+        const bool guided = !run.outside || run.interval.holds(run.first + i, run.table.rows.size());
+        const auto& now = guided ? run : *run.outside;
+        const auto inputs = inputs_of(now, row, std::move(latents), std::move(previous));
+        const auto outputs = run_groups(now, inputs, cancellation, [&](const Tensors& given) {
+            return run_windows(backend, now, given, cancellation);
         });
-        check_state(run, outputs, shape);
+        check_state(now, outputs, shape);
         latents = outputs.at("latents");
         previous = outputs.at("previous");
         if (run.edit) apply_edit(*run.edit, row, i + 1 == rows.size(), latents, previous);
-        on_step({run.loop, run.stage.name, i, rows.size(), row.t, *previous});
+        on_step({run.loop, now.stage.name, i, rows.size(), row.t, *previous});
     }
     return latents;
+}
+
+TensorPtr denoise_again(Backend& backend, LoopRun run, const Shape& shape, const NoiseOf& noise_of,
+                        std::pair<double, double> level, const FreeInit& settings, const OnStep& on_step,
+                        Cancellation& cancellation) {
+    const auto purpose = run.purpose;
+    const auto iterations = size(settings.iterations), rows = run.table.rows.size();
+    const std::array<std::size_t, 3> axes = {size(shape[2]), size(shape[3]), size(shape[4])};
+    const auto whole_noise = [&](std::size_t iteration) {
+        auto [unit, added] = noise_of(iteration);
+        for (std::size_t i = 0; i < added.size(); ++i) unit[i] += added[i];
+        return unit;
+    };
+    auto [unit, added] = noise_of(0);
+    const auto first = whole_noise(0);
+    auto state = initial_state(run.table, std::move(unit), added, {}, 0);
+    for (std::size_t k = 0;; ++k) {
+        run.purpose = again(purpose, k);
+        const auto told = [&](const Step& step) {
+            on_step({step.loop, step.stage, k * rows + step.index, iterations * rows, step.t, step.previous});
+        };
+        auto latents = denoise(backend, run, floats(shape, std::move(state)), told, cancellation);
+        if (k + 1 == iterations) return latents;
+        auto noisy = latents->to_host().floats();
+        for (std::size_t i = 0; i < noisy.size(); ++i)
+            noisy[i] = static_cast<float>(level.first) * noisy[i] + static_cast<float>(level.second) * first[i];
+        state = initial_state(run.table, renewed(noisy, whole_noise(k + 1), axes, settings), {}, {}, 0);
+    }
 }
 
 std::vector<float> initial_state(const SolverTable& table, std::vector<float> unit, const std::vector<float>& added,

@@ -4,12 +4,14 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
+#include <memory>
 #include <optional>
 #include <string_view>
 #include <utility>
 #include <vector>
 
 #include "backend.h"
+#include "loop_settings.h"
 #include "manifest.h"
 
 namespace higen::core {
@@ -38,7 +40,7 @@ struct LoopRun {
     const Stage& stage;
     Tensors conditions;  // the stage's inputs that are no state, [B, ...] each
     SolverTable table;
-    Array guidance;                    // [B, f], the same in every row
+    Array guidance;                    // [B, f], the same in every row that has it
     std::vector<std::uint64_t> seeds;  // one a sample, and
     std::uint64_t purpose = 0;         // the stream of the noise that a stochastic solver adds
     std::size_t first = 0;             // the row to begin with
@@ -46,11 +48,23 @@ struct LoopRun {
     std::optional<Windows> windows = {};
     std::optional<Tiles> tiles = {};
     std::vector<std::size_t> tokens = {};  // of each sample's texts, where these have several chunks
+    Interval interval = {};                // the rows of the whole table that have guidance
+    // How the other rows are run, with guidance 1: another stage and its conditions. Null: all rows have guidance.
+    std::shared_ptr<const LoopRun> outside = nullptr;
 };
+
+// The initial noise of an iteration (from 0) of a loop that is run again, and what is added to it; [B, C, f, H, W].
+using NoiseOf = std::function<std::pair<std::vector<float>, std::vector<float>>(std::size_t iteration)>;
 
 // Run the rows of a run's table on latents [B, C, f, H, W]; returns the last state. `on_step` may throw to stop it.
 [[nodiscard]] TensorPtr denoise(Backend& backend, const LoopRun& run, TensorPtr latents, const OnStep& on_step,
                                 Cancellation& cancellation);
+
+// Run a run's table several times, each from what the one before left of low frequencies (FreeInit). `level`: alpha and
+// sigma of the noisiest state.
+[[nodiscard]] TensorPtr denoise_again(Backend& backend, LoopRun run, const Shape& shape, const NoiseOf& noise_of,
+                                      std::pair<double, double> level, const FreeInit& settings, const OnStep& on_step,
+                                      Cancellation& cancellation);
 
 // The state before row `first`: `initial` times the unit noise, plus what is added to it. With clean latents the loop
 // begins in the table's tail, at the row's own noise level (Meng et al. 2022, SDEdit). `added` and `clean` may be

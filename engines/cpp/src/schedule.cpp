@@ -348,4 +348,14 @@ SolverTable tail(const SolverTable& table, std::int64_t first) {
     return rest;
 }
 
+std::pair<double, double> last_level(const NoiseSchedule& schedule) {
+    if (schedule.kind == "flow") return {0.0, 1.0};
+    if (schedule.kind == "edm") {
+        const double length = std::hypot(1.0, schedule.sigma_max);
+        return {1.0 / length, schedule.sigma_max / length};
+    }
+    const double abar = alphas_cumprod(schedule).back();
+    return {std::sqrt(abar), std::sqrt(1.0 - abar)};
+}
+
 }  // namespace higen::core

@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <utility>
 #include <vector>
 
 namespace higen::core {
@@ -61,6 +62,9 @@ void check(const NoiseSchedule& schedule, const std::string& prediction, const S
 // The cumulative signal variance abar = alpha^2, decreasing, within [0, 1).
 // Throws a manifest error for the kinds edm and flow, which have no such table.
 [[nodiscard]] std::vector<double> alphas_cumprod(const NoiseSchedule& schedule);
+
+// alpha and sigma of the noisiest state.
+[[nodiscard]] std::pair<double, double> last_level(const NoiseSchedule& schedule);
 
 // The largest number of steps that the solver has a grid for.
 [[nodiscard]] std::int64_t max_steps(const NoiseSchedule& schedule, const Solver& solver);

@@ -1,9 +1,11 @@
 // Encodings, sources, the sampler and the whole interpreter, on a made-up model (fixture.h) against closed forms.
+#include <array>
 #include <cmath>
 #include <limits>
 
 #include "check.h"
 #include "encodings.h"
+#include "free_init.h"
 #include "fixture.h"
 #include "noise.h"
 #include "pictures.h"
@@ -413,6 +415,96 @@ TEST(windows_are_mixed_by_weight) {
     few.request = few.asked([](auto& r) { r.frames = 4; });
     few.generate();
     CHECK(few.backend.called("film") == 2);
+}
+
+TEST(the_noise_of_a_long_clip_is_that_of_its_first_frames) {
+    // Of tests/test_loop_settings.py: numpy's Philox says the order.
+    const auto order = frame_order(7, 3, 17, 8, 4, "shuffled");
+    std::vector<std::size_t> first(order.begin(), order.begin() + 8), next(order.begin() + 8, order.begin() + 12);
+    CHECK((first == std::vector<std::size_t>{0, 1, 2, 3, 4, 5, 6, 7}));
+    CHECK((order == std::vector<std::size_t>{0, 1, 2, 3, 4, 5, 6, 7, 2, 3, 0, 1, 6, 7, 4, 5, 3}));
+    CHECK((frame_order(7, 3, 6, 4, 2, "repeated") == std::vector<std::size_t>{0, 1, 2, 3, 0, 1}));
+    CHECK((frame_order(7, 3, 3, 2, 2, "fresh") == std::vector<std::size_t>{0, 1, 2}));
+    const std::int32_t numbers[] = {4, 2};
+    Model m;
+    m.request = m.asked([&](auto& r) { r.frames = 9, r.windows = numbers, r.window_count = 2; });
+    CHECK(m.request.loops[1].settings.windows->noise == "shuffled" && !m.request.loops[0].settings.windows);
+    m.generate();
+    CHECK(m.backend.last("film", "latents").shape[2] == 4 && m.backend.called("film") == 2 * 4);
+    const std::int32_t zero = 0, few = 3, many[] = {41, 1}, wide[] = {4, 5};
+    const auto refused = [&](const char* words, const std::int32_t* windows, std::size_t count, const char* noise) {
+        CHECK_FAILS(HIGEN_ERROR_REQUEST, words, m.asked([&](auto& r) {
+            r.windows = windows, r.window_count = count, r.window_noise = noise;
+        }));
+    };
+    refused("windows=[41, 1]: a length from 2 to 40 frames", many, 2, nullptr);
+    refused("windows=[4, 5]: a length", wide, 2, nullptr);
+    refused("window_noise='old': one of 'fresh', 'shuffled', 'repeated'", &few, 1, "old");
+    refused("window_noise='fresh': the loop filming has no windows", nullptr, 0, "fresh");
+    CHECK(m.asked([&](auto& r) { r.windows = &few, r.window_count = 1; }).loops[1].settings.windows->stride == 1);
+    auto json = fixture::manifest();
+    json["loops"][1]["windows"] = {{"length", 4}, {"stride", 3}, {"most", 6}, {"noise", "repeated"}};
+    const Model own(json);
+    CHECK(own.asked([](auto& r) { r.frames = 9; }).loops[1].settings.windows->noise == "repeated");
+    CHECK(!own.asked([&](auto& r) { r.frames = 6, r.windows = &zero, r.window_count = 1; }).loops[1].settings.windows);
+    CHECK_FAILS(HIGEN_ERROR_REQUEST, "windows=0: the loop filming takes at most 6 frames at once, not 7",
+                own.asked([&](auto& r) { r.frames = 7, r.windows = &zero, r.window_count = 1; }));
+}
+
+TEST(guidance_holds_in_an_interval) {
+    const double part[] = {0.25, 0.7}, none[] = {0.5, 0.5, 0, 1}, wrong[] = {0.7, 0.2};
+    const std::int32_t steps = 10;
+    const auto with = [&](Model& m, const double* numbers, std::size_t count) {
+        m.request = m.asked([&](auto& r) {
+            r.steps = &steps, r.step_count = 1;
+            r.guidance_interval = numbers, r.guidance_interval_count = count;
+        });
+        m.generate();
+    };
+    Model m;
+    with(m, part, 2);
+    CHECK(m.backend.called("film_plain") == 5 && m.backend.called("film") == 5 && m.backend.called("sketch") == 5);
+    Model first;
+    with(first, none, 4);
+    CHECK(first.backend.called("sketch_plain") == 10 && first.backend.called("film") == 10);
+    // Without a plain stage the guided one has guidance 1 there: the same result.
+    Model guided;
+    guided.backend.absent = {"sketch_plain", "film_plain"};
+    with(guided, part, 2);
+    CHECK(guided.backend.called("film") == 10 && guided.rgb == m.rgb);
+    CHECK_FAILS(HIGEN_ERROR_REQUEST, "guidance_interval=[0.7, 0.2]: two numbers", (with(m, wrong, 2), 0));
+    CHECK_FAILS(HIGEN_ERROR_REQUEST, "guidance_interval has 3 numbers: two, or two per loop (4)",
+                (with(m, none, 3), 0));
+}
+
+TEST(a_loop_is_run_again_from_its_low_frequencies) {
+    // A constant is frequency 0, which the filters keep whole; what alternates in time is far above both stops.
+    const FreeInit settings{3, 0.25, 0.25, 4, "butterworth"};
+    const std::array<std::size_t, 3> shape = {4, 2, 2};
+    std::vector<float> noisy(16, 2.0F), fresh(16, 0.0F);
+    for (const float x : renewed(noisy, fresh, shape, settings)) CHECK(near(x, 2.0, 1e-6));
+    for (std::size_t i = 0; i < 16; ++i) noisy[i] = i / 4 % 2 == 0 ? 1.0F : -1.0F;
+    const auto high = renewed(noisy, fresh, shape, settings);
+    CHECK(near(high[0], 1.0 / (1.0 + std::pow(16.0, 4)), 1e-6));
+    CHECK(renewed(noisy, fresh, shape, {3, 0.0, 0.25, 4, "ideal"}) == fresh);
+    const double iterations[] = {2, 0.3, 0.2, 3}, often[] = {2.5}, once[] = {1};
+    auto json = fixture::manifest();
+    json["loops"][1]["schedule"]["zero_terminal_snr"] = false;
+    Model m(json), plain(json), same(json);
+    const auto with = [&](Model& model, const double* numbers, std::size_t count) {
+        model.request = model.asked([&](auto& r) { r.free_init = numbers, r.free_init_count = count; });
+        model.generate();
+    };
+    with(m, iterations, 4), with(same, once, 1);
+    plain.generate();
+    CHECK(m.backend.called("film") == 2 * plain.backend.called("film") && m.steps.back() == "filming3");
+    CHECK(same.rgb == plain.rgb);
+    CHECK_FAILS(HIGEN_ERROR_REQUEST, "free_init=2.5: iterations from 1 to 100", (with(m, often, 1), 0));
+    CHECK_FAILS(HIGEN_ERROR_REQUEST, "free_init_filter='gaussian': free_init is not given",
+                m.asked([](auto& r) { r.free_init_filter = "gaussian"; }));
+    json["loops"][1]["schedule"]["zero_terminal_snr"] = true;
+    Model silent(json);
+    CHECK_FAILS(HIGEN_ERROR_REQUEST, "begins without any signal", (with(silent, iterations, 1), 0));
 }
 
 TEST(an_edit_of_the_estimate_is_as_if_the_stage_had_made_it) {

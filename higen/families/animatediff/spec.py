@@ -25,7 +25,7 @@ from higen.families.stage_rows import (
 )
 from higen.manifest import Manifest
 from higen.stages import Stage
-from higen.tables import Control, Loop, Start, TextRules
+from higen.tables import Control, Loop, Start, TextRules, Windows
 from higen.typed_json import from_json, to_json
 
 __all__ = ["AUTOENCODER", "CLIP", "FAMILY", "FRAME", "GROUP_NORMS", "TEXT_ENCODER", "TOKENIZER", "UNET"]
@@ -45,7 +45,10 @@ STRENGTH = 0.6
 """Of a video to begin from."""
 
 FRAMES = 16
-"""The length that the published motion modules were trained at."""
+"""The length that the published motion modules were trained at: longer clips are made in windows of it."""
+
+LONGEST = 512
+"""Frames of a clip at most, in windows."""
 
 
 STEPS = 25
@@ -81,6 +84,8 @@ def manifest(
 
     Raises ManifestError for networks that do not fit each other.
     """
+    length = min(FRAMES, made_of.most_frames)
+    windows = Windows(length, max(1, length // 2), made_of.most_frames, "shuffled")
     return Manifest(
         name=name,
         licence=licence,
@@ -92,7 +97,7 @@ def manifest(
             made_of.clip,
             made_of.codec.factor,
             (size, size),
-            (1, min(FRAMES, made_of.most_frames), made_of.most_frames),
+            (1, min(FRAMES, made_of.most_frames), LONGEST),
         ),
         text=text,
         controls=(
@@ -102,13 +107,13 @@ def manifest(
         ),
         stages=_stages(),
         # No loop takes the latents of the other, so the last one alone is run.
-        loops=(denoising_loop("spatial", "spatial_unet", 1, image), _temporal(clip)),
+        loops=(denoising_loop("spatial", "spatial_unet", 1, image), _temporal(clip, windows)),
     )
 
 
-def _temporal(sampling: Sampling) -> Loop:
+def _temporal(sampling: Sampling, windows: Windows) -> Loop:
     start = Start("video", "vae_encoder.latents", "control:strength")
-    more = {"least_frames": 2, "start": start, "known": KNOWN}
+    more = {"least_frames": 2, "start": start, "known": KNOWN, "windows": windows}
     return denoising_loop("temporal", "temporal_unet", "F", sampling, purpose=1, **more)
 
 
@@ -126,9 +131,10 @@ def networks(manifest: Manifest) -> Networks:
     if manifest.family != FAMILY:
         raise ManifestError(f"family={manifest.family!r}: {FAMILY} is wanted here")
     made_of = from_json(Networks, manifest.architecture, "architecture", whole=True)
-    if manifest.sizes.frames[2] > made_of.most_frames:
-        raise ManifestError(
-            f"sizes.frames={list(manifest.sizes.frames)}: the motion modules know the positions of "
-            f"{made_of.most_frames} frames"
-        )
+    for loop in manifest.loops:
+        windows, known = loop.windows, f"the motion modules know the positions of {made_of.most_frames} frames"
+        if windows is not None and (windows.most or windows.length) > made_of.most_frames:
+            raise ManifestError(f"loops.{loop.name}.windows: {windows.most or windows.length} frames at once: {known}")
+        if windows is None and loop.frames != 1 and manifest.sizes.frames[2] > made_of.most_frames:
+            raise ManifestError(f"sizes.frames={list(manifest.sizes.frames)}: {known}; or give it windows")
     return made_of

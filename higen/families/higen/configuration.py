@@ -143,6 +143,9 @@ class Defaults:
     offset_noise: float = 0.1
     usual_motion: tuple[float, float] | None = field(default=None, metadata=LATER)
     """What still and fast clips have: a sound and words are mapped into it."""
+    noise_mix: float = 0.0
+    """How much of the key frame's latents is added to the noise that a clip begins with (MicroCinema's appearance noise
+    prior): as it was trained."""
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from higen.families.stage_rows import (
 from higen.manifest import Manifest
 from higen.schedule import Solver
 from higen.stages import Output, Stage, Tensor
-from higen.tables import Control, Loop, NoiseRule, Offset, Replaced, Sizes, Start
+from higen.tables import Control, Loop, Mix, NoiseRule, Offset, Replaced, Sizes, Start
 from higen.typed_json import from_json, to_json
 
 __all__ = [
@@ -214,7 +214,11 @@ def _loops(config: ModelConfig, plain: bool) -> tuple[Loop, Loop]:
         least_frames=2,
         steps=defaults.steps[1],
         guidance=defaults.guidance[1],
-        noise=NoiseRule(purpose=1, offset=Offset(purpose=2, scale="control:offset_noise")),
+        noise=NoiseRule(
+            purpose=1,
+            offset=Offset(purpose=2, scale="control:offset_noise"),
+            mix=Mix("spatial", defaults.noise_mix) if defaults.noise_mix else None,
+        ),
         controls={},
         replaced=None,
         start=Start("video", "vae_encoder@video.latents", "control:strength"),
@@ -336,11 +340,19 @@ def config(manifest: Manifest) -> ModelConfig:
             appearance=appearance.default,
             offset_noise=controls["offset_noise"].default,
             usual_motion=motion.usual,
+            noise_mix=_noise_mix(pair[1]),
         ),
         max_frames=sizes.frames[2],
         optional_cues=motion.optional and appearance.optional,
         prompts=manifest.prompts,
     )
+
+
+def _noise_mix(loop: Loop) -> float:
+    mix = loop.noise.mix
+    if mix is not None and isinstance(mix.scale, str):
+        raise ManifestError(f"loops.{loop.name}.noise.mix.scale={mix.scale!r}: a number for this family's training")
+    return 0.0 if mix is None else float(mix.scale)
 
 
 def _one_guidance(loop: Loop) -> float:

@@ -254,6 +254,18 @@ typedef struct higen_request {
     size_t control_count;
     const higen_picture* pictures;   /* picture_count pictures and clips, each control at most once */
     size_t picture_count;
+    const double* guidance_interval; /* two parts of a loop's rows, 0 to 1: guidance holds from the first to the second,
+                                        elsewhere it is 1; two numbers for every loop, or two a loop. NULL: 0, 1 */
+    size_t guidance_interval_count;
+    const int32_t* windows;          /* of a clip that is longer: their length in frames, and the stride between them, or
+                                        the length alone (stride: half of it); 0: the whole clip at once. NULL: the
+                                        model's */
+    size_t window_count;
+    const char* window_noise;        /* initial noise of such a clip: "fresh", "shuffled", "repeated". NULL: the model's */
+    const double* free_init;         /* FreeInit: iterations, and if wanted stop frequencies in space and time (0.25,
+                                        0.25) and the filter's order (4). NULL: none */
+    size_t free_init_count;
+    const char* free_init_filter;    /* "butterworth", "gaussian", "ideal". NULL: the first */
 } higen_request;
 
 /* Fill a request with the model's defaults; the prompt is left to you. */
@@ -317,8 +329,8 @@ HIGEN_API higen_status higen_generate(higen_model* model, const higen_request* r
                                       const higen_callbacks* callbacks);
 
 /* Make a video of each of `count` requests at once: their denoising steps are one batch, which a GPU does in less time
- * than one after another. They agree in frames, width, height, fps, steps and solvers, and in which pictures and clips
- * are given; the rest is each one's own. A video is that of its request alone, but for the rounding of a larger batch.
+ * than one after another. They agree in frames, width, height, fps, steps, solvers, guidance_interval,
+ * windows, window_noise and free_init, and in which pictures and clips are given; the rest is each one's own. A video is that of its request alone, but for the rounding of a larger batch.
  * on_frames gets one video after another. */
 HIGEN_API higen_status higen_generate_batch(higen_model* model, const higen_request* const* requests, size_t count,
                                             const higen_callbacks* callbacks);

@@ -180,6 +180,26 @@ public:
     }
     Request& guidance(double scale) { return guidance(std::vector<std::vector<double>>{{scale}}); }
 
+    // The part of the steps with guidance, from 0 to 1: two numbers for every loop, or two a loop.
+    Request& guidance_interval(std::vector<double> parts) {
+        interval_ = std::move(parts);
+        return *this;
+    }
+
+    // Windows of a longer clip: length and stride, or the length alone; 0 is the whole clip at once. `noise`: "fresh",
+    // "shuffled" or "repeated"; "" is the model's.
+    Request& windows(std::vector<std::int32_t> numbers, std::string noise = "") {
+        windows_ = std::move(numbers), window_noise_ = std::move(noise);
+        return *this;
+    }
+
+    // FreeInit: iterations, stop frequencies in space and time, order; the last three may be left out. `filter`:
+    // "butterworth" (also ""), "gaussian" or "ideal".
+    Request& free_init(std::vector<double> numbers, std::string filter = "") {
+        free_init_ = std::move(numbers), free_init_filter_ = std::move(filter);
+        return *this;
+    }
+
     // Solvers: one name for every loop, or one a loop; "" is that loop's default.
     Request& solvers(std::vector<std::string> names) {
         solvers_ = std::move(names);
@@ -222,6 +242,11 @@ public:
         if (!guidance_.empty()) made.guidance = flat_.guidance.data(), made.guidance_count = flat_.guidance.size();
         for (const auto& name : solvers_) flat_.solvers.push_back(name.empty() ? nullptr : name.c_str());
         if (!solvers_.empty()) made.solvers = flat_.solvers.data(), made.solver_count = flat_.solvers.size();
+        if (!interval_.empty()) made.guidance_interval = interval_.data(), made.guidance_interval_count = interval_.size();
+        if (!windows_.empty()) made.windows = windows_.data(), made.window_count = windows_.size();
+        if (!window_noise_.empty()) made.window_noise = window_noise_.c_str();
+        if (!free_init_.empty()) made.free_init = free_init_.data(), made.free_init_count = free_init_.size();
+        if (!free_init_filter_.empty()) made.free_init_filter = free_init_filter_.c_str();
         for (const auto& value : values_)
             flat_.controls.push_back({value.name.c_str(), value.numbers.empty() ? nullptr : value.numbers.data(),
                                       value.numbers.size() / value.columns, value.columns,
@@ -265,6 +290,9 @@ private:
     std::vector<std::int32_t> steps_;
     std::vector<std::vector<double>> guidance_;
     std::vector<std::string> solvers_;
+    std::vector<double> interval_, free_init_;
+    std::vector<std::int32_t> windows_;
+    std::string window_noise_, free_init_filter_;
     std::vector<Value> values_;
     std::vector<Pixels> pictures_;
     Flat flat_;

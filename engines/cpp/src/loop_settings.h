@@ -1,0 +1,39 @@
+// How a request has its loops run: the part of the rows with guidance, windows of a long clip, and FreeInit
+// (higen/loop_settings.py).
+#pragma once
+
+#include <cstddef>
+#include <functional>
+#include <optional>
+
+#include "free_init.h"
+#include "higen/higen.h"
+#include "manifest.h"
+
+namespace higen::core {
+
+// The part of a table's rows, from 0 to 1, in which guidance holds; elsewhere it is 1.
+struct Interval {
+    double from = 0.0, to = 1.0;
+
+    [[nodiscard]] bool whole() const { return from <= 0.0 && to >= 1.0; }
+    // Whether a row of `rows` has guidance; both ends are rounded down to rows.
+    [[nodiscard]] bool holds(std::size_t row, std::size_t rows) const;
+};
+
+// Of one loop.
+struct LoopSettings {
+    Interval interval;
+    std::optional<Windows> windows;  // none: the whole clip at once
+    std::optional<FreeInit> free_init;
+};
+
+// The settings of a loop, checked, for a clip of so many frames. `begins`: the loop begins from a picture or clip.
+// Throws a request error.
+[[nodiscard]] LoopSettings loop_settings(const Manifest& manifest, std::size_t loop, const higen_request& given,
+                                         std::size_t frames, bool begins);
+
+// Throws a request error for settings that no loop of the model can have.
+void check_settings(const Manifest& manifest, const higen_request& given);
+
+}  // namespace higen::core

@@ -1,0 +1,45 @@
+"""Latents to frames, a chunk at a time: memory does not grow with the clip."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from higen.backends.base import Backend
+from higen.events import Frames
+from higen.manifest import Manifest
+from higen.sampler import cut
+from higen.sources import Place, Sources
+from higen.video import to_uint8
+
+__all__ = ["decoded"]
+
+
+def decoded(latents: Any, manifest: Manifest, backend: Backend, sources: Sources) -> Iterator[Frames]:
+    """Decode latents [B,C,f,H,W], a chunk of one sample's frames at a time.
+
+    A chunk never mixes samples, because rounding can depend on the batch size. Frames of context around it are
+    decoded with it and dropped.
+    """
+    sizes, decoder = manifest.sizes, manifest.decoder
+    z = np.asarray(backend.to_numpy(latents), dtype=np.float32)
+    (given,) = (tensor for tensor in decoder.inputs if tensor.source == "state")
+    batch, _, total = z.shape[:3]
+    done = 0
+    for video in range(batch):
+        others = sources.inputs(decoder, Place(video, total))
+        for first in range(0, total, sizes.chunk):
+            last = min(first + sizes.chunk, total)
+            start, end = max(first - sizes.overlap, 0), min(last + sizes.overlap, total)
+            chunk = z[video : video + 1, :, start:end]
+            if len(given.shape) == 4:
+                chunk = chunk[0].swapaxes(0, 1)
+            parts = {name: cut(decoder, name, value, "F", start, end) for name, value in others.items()}
+            outputs = backend.run(decoder.name, **{given.name: chunk}, **parts)
+            pixels = backend.to_numpy(outputs[decoder.outputs[0].name])
+            if len(given.shape) == 5:
+                pixels = pixels[0].swapaxes(0, 1)
+            done += last - first
+            yield Frames(video, first, to_uint8(pixels[first - start : last - start]), done, batch * total)

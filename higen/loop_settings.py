@@ -1,0 +1,190 @@
+"""How a request has the loops run: guidance in part of the rows, windows of a long clip, and FreeInit.
+
+Each option is numbers or a word, so that every runtime can take it: the command line, the server, Triton and C++.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from higen.conditioning import check_numbers
+from higen.errors import RequestError, quoted
+from higen.free_init import FILTERS, FreeInit
+from higen.manifest import Manifest
+from higen.noise_schedule import is_whole
+from higen.schedule import last_level
+from higen.tables import WINDOW_NOISE, Loop, Windows
+
+__all__ = ["Interval", "LoopSettings", "guidance_rows", "loop_settings"]
+
+MAX_ITERATIONS, MAX_ORDER = 100, 20
+
+Interval = tuple[float, float]
+"""The part of a table's rows, from 0 to 1, in which guidance holds."""
+
+
+@dataclass(frozen=True)
+class LoopSettings:
+    """Checked settings, by the name of the loop; a loop that is missing has none.
+
+    `free_init`: of the loops over frames.
+    """
+
+    intervals: Mapping[str, Interval] = field(default_factory=dict)
+    windows: Mapping[str, Windows] = field(default_factory=dict)
+    free_init: FreeInit | None = None
+
+    def repeats(self, loop: Loop) -> FreeInit | None:
+        """How a loop is run again and again, or None."""
+        return self.free_init if loop.frames != 1 else None
+
+    def as_metadata(self) -> dict[str, Any]:
+        """What differs from a plain run, for a video's metadata."""
+        windows = {name: [own.length, own.stride, own.noise] for name, own in self.windows.items()}
+        init = self.free_init
+        return {
+            **({"guidance_interval": {n: list(own) for n, own in self.intervals.items()}} if self.intervals else {}),
+            **({"windows": windows} if windows else {}),
+            **({"free_init": dict(vars(init))} if init is not None else {}),
+        }
+
+
+def loop_settings(
+    manifest: Manifest,
+    frames: int,
+    begins: Callable[[Loop], bool],
+    *,
+    guidance_interval: Any = None,
+    windows: Any = None,
+    window_noise: Any = None,
+    free_init: Any = None,
+    free_init_filter: Any = None,
+) -> LoopSettings:
+    """Check a request's settings for a clip of so many frames; None is the model's own, or none.
+
+    guidance_interval  two parts of a loop's rows, 0 to 1: guidance holds from the first to the second, and is 1
+                       elsewhere; or such a pair for each loop, also one after the other
+    windows            the length of windows and the stride between them, in frames; a length alone has a stride of
+                       half of it; 0: the whole clip at once
+    window_noise       one of WINDOW_NOISE
+    free_init          iterations, then the stop frequencies in space and time, and the order of the filter
+    free_init_filter   one of FILTERS
+
+    `begins`: whether a loop begins from a picture or clip. Raises RequestError.
+    """
+    running = [loop for loop in manifest.loops if loop.frames != 1]
+    for name, value in (("windows", windows), ("window_noise", window_noise), ("free_init", free_init)):
+        if value is not None and not running:
+            raise RequestError(f"{name}={quoted(value)}: {manifest.name} has no loop over frames")
+    noise = _word("window_noise", window_noise, WINDOW_NOISE)
+    chosen = {loop.name: _windows(manifest, loop, frames, windows, noise) for loop in running}
+    return LoopSettings(
+        _intervals(manifest, guidance_interval),
+        {name: own for name, own in chosen.items() if own is not None and own.length < frames},
+        _free_init(free_init, _word("free_init_filter", free_init_filter, FILTERS), running, begins),
+    )
+
+
+def guidance_rows(
+    scale: NDArray[np.float32], shape: tuple[int, int, int], interval: Interval | None
+) -> NDArray[np.float32]:
+    """Guidance of each row of a table, float32 [rows, B, f]: 1 outside the interval, whose ends are rounded down to
+    rows (Kynkaanniemi et al. 2024). `scale`: a number, or one per frame.
+    """
+    guidance, rows = np.broadcast_to(scale, shape).copy(), shape[0]
+    if interval is not None:
+        guidance[: int(rows * interval[0])] = 1.0
+        guidance[int(rows * interval[1]) :] = 1.0
+    return guidance
+
+
+def _word(name: str, value: Any, words: tuple[str, ...]) -> str | None:
+    if value is None or (isinstance(value, str) and value in words):
+        return value
+    raise RequestError(f"{name}={quoted(value)}: one of {', '.join(map(repr, words))}")
+
+
+def _intervals(manifest: Manifest, value: Any) -> dict[str, Interval]:
+    if value is None:
+        return {}
+    loops = [loop.name for loop in manifest.loops]
+    allowed = "two numbers, 0 <= from <= to <= 1"
+    if isinstance(value, (list, tuple)) and len(loops) > 1 and len(value) == 2 * len(loops):
+        value = [value[i : i + 2] for i in range(0, len(value), 2)]  # where lists cannot be nested
+    several = isinstance(value, (list, tuple)) and any(isinstance(one, (list, tuple)) or one is None for one in value)
+    if several and len(value) != len(loops):
+        names = ", ".join(loops)
+        raise RequestError(
+            f"guidance_interval={quoted(value)}: {allowed}; or {len(loops)} pairs (one per loop: {names})"
+        )
+    found = {}
+    for name, one in zip(loops, value if several else [value] * len(loops), strict=True):
+        if one is None:
+            continue
+        pair = check_numbers("guidance_interval", one, allowed)
+        if pair.shape != (2,) or not 0 <= pair[0] <= pair[1] <= 1:
+            raise RequestError(f"guidance_interval={quoted(one)}: {allowed}")
+        found[name] = (float(pair[0]), float(pair[1]))
+    return found
+
+
+def _windows(manifest: Manifest, loop: Loop, frames: int, value: Any, noise: str | None) -> Windows | None:
+    """The windows of a loop, or None where its stages take the whole clip at once."""
+    own = loop.windows
+    least = max(manifest.sizes.frames[0], loop.least_frames)
+    most = manifest.sizes.frames[2] if own is None else own.most or own.length
+    if value is None:
+        if own is None and noise is not None:
+            raise RequestError(f"window_noise={quoted(noise)}: the loop {loop.name} has no windows; set windows too")
+        if own is None or noise is None:
+            return own
+        return replace(own, noise=noise)  # type: ignore[arg-type]
+    given = list(value) if isinstance(value, (list, tuple)) else [value]
+    if len(given) == 1 and type(given[0]) is int and given[0] == 0:
+        if frames > most:
+            raise RequestError(f"windows=0: the loop {loop.name} takes at most {most} frames at once, not {frames}")
+        return None
+    length = given[0] if given else None
+    if is_whole(length, least, most):
+        stride = given[1] if len(given) > 1 else max(1, length // 2)
+        if len(given) <= 2 and is_whole(stride, 1, length):
+            kind: Any = noise or ("shuffled" if own is None else own.noise)
+            return Windows(int(length), int(stride), most, kind)
+    raise RequestError(
+        f"windows={quoted(value)}: a length from {least} to {most} frames and a stride from 1 to the length, or 0 for "
+        "the whole clip at once"
+    )
+
+
+def _free_init(value: Any, kind: str | None, loops: list[Loop], begins: Callable[[Loop], bool]) -> FreeInit | None:
+    if value is None:
+        if kind is not None:
+            raise RequestError(f"free_init_filter={quoted(kind)}: free_init is not given")
+        return None
+    allowed = (
+        f"iterations from 1 to {MAX_ITERATIONS}, and if wanted the stop frequencies in space and time (0 to 1) and the "
+        f"order of the filter (1 to {MAX_ORDER})"
+    )
+    given = np.atleast_1d(check_numbers("free_init", value, allowed))
+    good = given.ndim == 1 and 1 <= len(given) <= 4
+    numbers = [*given.tolist(), *(0.25, 0.25, 4.0)[len(given) - 1 :]] if good else []
+    good = good and numbers[0] in range(1, MAX_ITERATIONS + 1) and numbers[3] in range(1, MAX_ORDER + 1)
+    if not good or not (0 <= numbers[1] <= 1 and 0 <= numbers[2] <= 1):
+        raise RequestError(f"free_init={quoted(value)}: {allowed}")
+    settings = FreeInit(int(numbers[0]), numbers[1], numbers[2], int(numbers[3]), kind or FILTERS[0])
+    if settings.iterations == 1:
+        return None
+    for loop in loops:
+        if begins(loop):
+            raise RequestError(f"free_init={quoted(value)}: the loop {loop.name} begins from a picture or clip")
+        if last_level(loop.schedule)[0] == 0.0:
+            raise RequestError(
+                f"free_init={quoted(value)}: the loop {loop.name} begins without any signal (its schedule ends at zero "
+                "SNR), so nothing of a first pass would be left"
+            )
+    return settings
