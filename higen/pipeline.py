@@ -30,9 +30,9 @@ from higen.notebook import Studio, watched
 from higen.plain_values import plain
 from higen.progress import Shown
 from higen.request import Request, Warn, make_request
-from higen.sampler import Plan, Step, denoise, initial_state, tail
+from higen.sampler import Plan, Step, cut, denoise, initial_state, tail
 from higen.schedule import solver_table
-from higen.sources import Kept, Place, Sources, cut, spread
+from higen.sources import Kept, Place, Sources, spread
 from higen.stages import Stage
 from higen.tables import COMMON, Control, Loop
 from higen.tokenizer import PromptTokenizer
@@ -361,7 +361,7 @@ class Pipeline:
                 chunk = z[video : video + 1, :, start:end]
                 if len(given.shape) == 4:
                     chunk = chunk[0].swapaxes(0, 1)
-                parts = {name: cut(decoder, name, value, start, end) for name, value in others.items()}
+                parts = {name: cut(decoder, name, value, "F", start, end) for name, value in others.items()}
                 outputs = self.backend.run(decoder.name, **{given.name: chunk}, **parts)
                 pixels = self.backend.to_numpy(outputs[decoder.outputs[0].name])
                 if len(given.shape) == 5:

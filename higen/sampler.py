@@ -174,7 +174,7 @@ def _run(
     host = {name: backend.to_numpy(value) for name, value in inputs.items()}
     mixed = {name: np.zeros_like(host["latents"]) for name in STATE}
     for start, weight in window_weights(frames, windows):
-        part = {name: _cut(stage, name, value, "F", start, windows.length) for name, value in host.items()}
+        part = {name: cut(stage, name, value, "F", start, start + windows.length) for name, value in host.items()}
         for name, value in _run_tiles(backend, stage, part, plan.tiles, size).items():
             mixed[name][:, :, start : start + windows.length] += weight[:, None, None] * backend.to_numpy(value)
     return mixed
@@ -190,9 +190,9 @@ def _run_tiles(
     host = {name: backend.to_numpy(value) for name, value in inputs.items()}
     mixed = {name: np.zeros_like(host["latents"]) for name in STATE}
     for top, down in _tile_weights(height, tiles.height, tiles.stride):
-        rows = {name: _cut(stage, name, value, "H", top, len(down)) for name, value in host.items()}
+        rows = {name: cut(stage, name, value, "H", top, top + len(down)) for name, value in host.items()}
         for left, across in _tile_weights(width, tiles.width, tiles.stride):
-            part = {name: _cut(stage, name, value, "W", left, len(across)) for name, value in rows.items()}
+            part = {name: cut(stage, name, value, "W", left, left + len(across)) for name, value in rows.items()}
             place = (..., slice(top, top + len(down)), slice(left, left + len(across)))
             for name, value in backend.run(stage.name, **part).items():
                 mixed[name][place] += down[:, None] * across * backend.to_numpy(value)
@@ -204,10 +204,10 @@ def _tile_weights(size: int, length: int, stride: int) -> list[tuple[int, Array]
     return window_weights(size, Windows(min(size, length), min(size, stride)))
 
 
-def _cut(stage: Stage, name: str, value: NDArray[Any], axis: str, start: int, length: int) -> NDArray[Any]:
-    """An input's part from `start` along an axis, where it has it."""
+def cut(stage: Stage, name: str, value: NDArray[Any], axis: str, start: int, end: int) -> NDArray[Any]:
+    """The part of a stage's input from `start` to `end` of an axis, where it has that axis."""
     shape = stage.input(name).shape
     if axis not in shape:
         return value
-    where = (*[slice(None)] * shape.index(axis), slice(start, start + length))
+    where = (*[slice(None)] * shape.index(axis), slice(start, end))
     return np.ascontiguousarray(value[where])

@@ -27,7 +27,7 @@ from higen.stages import TOKENS, Source, Stage, Tensor, source
 from higen.tables import Loop
 from higen.video import to_uint8
 
-__all__ = ["Kept", "Place", "Sources", "as_video", "cut", "spread"]
+__all__ = ["Kept", "Place", "Sources", "as_video", "spread"]
 
 Array = NDArray[Any]
 Kept = BoundedCache[dict[str, NDArray[Any]]]
@@ -328,9 +328,3 @@ def as_video(frames: Array) -> Array:
 def spread(latents: NDArray[Any], frames: int) -> NDArray[Any]:
     """Latents [B,C,1,H,W] of a picture as those of a clip that stands still; a clip's are left as they are."""
     return latents.repeat(frames, axis=2) if latents.shape[2] == 1 else latents
-
-
-def cut(stage: Stage, name: str, value: NDArray[Any], start: int, end: int) -> NDArray[Any]:
-    """The frames from `start` to `end` of a decoder's condition, where it has the axis F."""
-    shape = stage.input(name).shape
-    return value[(*[slice(None)] * shape.index("F"), slice(start, end))] if "F" in shape else value
