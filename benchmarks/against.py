@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import resource
 import statistics
 import subprocess
@@ -207,13 +206,6 @@ def apart(given: argparse.Namespace, base: str, side: str) -> str:
     return f"{np.sqrt(np.mean((found - wanted) ** 2) / np.mean(wanted**2)):.1e}"
 
 
-def processor() -> str:
-    """The processor's name, and how many of its cores this process may use."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    name = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
-    return f"{name or platform.processor()}, {len(os.sched_getaffinity(0))} cores"
-
-
 def main() -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(description="Time the loops of a model on several sides.")
@@ -241,9 +233,9 @@ def main() -> None:
                     side.rows.append(row)
     for side in sides:
         side.process.communicate()
-    from hardware import hardware
+    from hardware import cores, hardware
 
-    print(f"{given.family}, {given.size}, {given.steps} steps with guidance; {processor()}; {hardware()}; ", end="")
+    print(f"{given.family}, {given.size}, {given.steps} steps with guidance; {cores()}; {hardware()}; ", end="")
     print(f"load {os.getloadavg()[0]:.1f}; median of {given.rounds} rounds after a warm-up\n")
     report(sides, given)
 

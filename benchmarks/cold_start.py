@@ -11,12 +11,13 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 from typing import Any
+
+from hardware import cores
 
 
 def child(arguments: dict[str, Any]) -> dict[str, Any]:
@@ -68,13 +69,6 @@ def child(arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def hardware() -> str:
-    """The processor's name and how many cores this process may use."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else 'unknown processor'}, {len(os.sched_getaffinity(0))} cores"
-
-
 def main() -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(description="Time a cold start.")
@@ -89,7 +83,7 @@ def main() -> None:
     if arguments.child is not None:
         print(json.dumps(child(arguments.child)))
         return
-    print(hardware())
+    print(cores())
     runs = []
     for _ in range(arguments.repeats):
         given = {name: getattr(arguments, name) for name in ("model", "backend", "threads", "guidance", "output")}

@@ -8,14 +8,14 @@ The hardware is named in the output. Each figure is the median over the repeats,
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from hardware import cores
 
 import higen
 from higen.api import default_model
@@ -34,16 +34,6 @@ def median(run: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def hardware() -> str:
-    """The processor's name and how many cores this process may use."""
-    names = [
-        line.partition(":")[2].strip()
-        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        if line.startswith("model name")
-    ]
-    return f"{names[0] if names else platform.processor()}, {len(os.sched_getaffinity(0))} cores"
-
-
 def process(code: str) -> Callable[[], object]:
     """A fresh Python that runs `code`."""
     return lambda: subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
@@ -55,7 +45,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, default=default_model(), help="model directory")
     parser.add_argument("--repeats", type=int, default=5)
     arguments = parser.parse_args()
-    print(hardware())
+    print(cores())
 
     bare = median(process("pass"), arguments.repeats)
     imported = median(process("import higen"), arguments.repeats)

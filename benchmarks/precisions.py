@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import shutil
 import statistics
 import time
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from hardware import processor
 
 import higen
 from higen.api import default_model
@@ -200,10 +200,8 @@ def table(rows: Sequence[Row], reports: Mapping[str, Any], measures: Mapping[str
 
 def hardware() -> str:
     """The processor's name, and how busy it is otherwise."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     busy = "/".join(f"{value:.1f}" for value in os.getloadavg())
-    return f"{names[0] if names else platform.processor()}, one thread, load before {busy}"
+    return f"{processor()}, one thread, load before {busy}"
 
 
 def write(path: Path, text: str) -> None:

@@ -15,7 +15,6 @@ import argparse
 import asyncio
 import json
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import tritonclient.grpc.aio as grpc
+from hardware import processor
 
 from higen.api import default_model
 from higen.bundle import Bundle
@@ -153,11 +153,9 @@ async def soak(
 
 def hardware() -> str:
     """The processor's name, how many cores this process may use, and the machine's load without us."""
-    lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
     cores = len(os.sched_getaffinity(0))
     busy = "/".join(f"{value:.1f}" for value in os.getloadavg())
-    return f"{names[0] if names else platform.processor()}, {cores} of {os.cpu_count()} cores, load before {busy}"
+    return f"{processor()}, {cores} of {os.cpu_count()} cores, load before {busy}"
 
 
 async def measure(server: Server, arguments: argparse.Namespace, prompts: Sequence[str]) -> list[str]:

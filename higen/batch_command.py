@@ -60,7 +60,18 @@ def batch(
     with reported(as_json):
         from higen.bulk.run import Settings, run
 
-        settings = Settings(output, model, kind, backend, device, precision, threads, retries, slots, max_failures)
+        settings = Settings(
+            output,
+            model,
+            kind,
+            max_failures,
+            backend=backend,
+            device=device,
+            precision=precision,
+            threads=threads,
+            retries=retries,
+            slots=slots,
+        )
         start = None
         if ray is not None:
             from higen.bulk.ray_pool import Pool, on_ray

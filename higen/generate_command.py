@@ -10,10 +10,8 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from higen.cpu import SLOW_BF16
-from higen.curve_source import curve_from
 from higen.errors import HigenError, RequestError, quoted
 from higen.paths import given_path
-from higen.request import UNSPECIFIED
 from higen.tables import Control
 from higen.terminal import JSON, PATH, reported, say
 
@@ -38,6 +36,9 @@ def _curve(text: str) -> Any:
     try:
         return numbers(text)
     except click.BadParameter:
+        from higen.curve_source import curve_from
+        from higen.request import UNSPECIFIED
+
         given = curve_from("file", text)
         if text == UNSPECIFIED or (given is not None and given.path is not None and given.path.suffix):
             return text

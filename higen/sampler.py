@@ -235,8 +235,9 @@ def _tile_weights(size: int, length: int, stride: int) -> list[tuple[int, Array]
 
 
 def cut(stage: Stage, name: str, value: NDArray[Any], axis: str, start: int, end: int) -> NDArray[Any]:
-    """A stage's input from `start` to `end` of an axis, where it has that; else the input as it is."""
+    """The part of a stage's input from `start` to `end` of an axis, where it has that axis."""
     shape = stage.input(name).shape
     if axis not in shape:
         return value
-    return np.ascontiguousarray(value[(*[slice(None)] * shape.index(axis), slice(start, end))])
+    where = (*[slice(None)] * shape.index(axis), slice(start, end))
+    return np.ascontiguousarray(value[where])

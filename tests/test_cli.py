@@ -218,9 +218,9 @@ def test_generate_from_a_picture(generate: Any) -> None:
 def test_our_warnings_are_lines_and_the_libraries_are_quiet(generate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     save = Video.save
 
-    def noisy(self: Video, path: Path) -> Path:
+    def noisy(self: Video, path: Path, **sound: Any) -> Path:
         warnings.warn("a library's own business", UserWarning, stacklevel=2)
-        return save(self, path)
+        return save(self, path, **sound)
 
     monkeypatch.setattr(Video, "save", noisy)
     result = generate("a purple star", "-o", "star.gif")
@@ -277,7 +277,7 @@ def test_wrong_input_is_one_line_and_exit_code_2_before_work(
 def test_numbers_that_are_none_are_a_usage_error(generate: Any) -> None:
     result = generate("a", "--motion", "1,x")
     assert result.exit_code == 2
-    assert "Invalid value for '--motion': '1,x': a number, or numbers separated by commas" in result.stderr
+    assert "Invalid value for '--motion': '1,x': numbers separated by commas, or a clip or sound file" in result.stderr
     assert run("generate").exit_code == 2
     assert run("generate", "a", "--frobnicate").exit_code == 2
 
@@ -349,7 +349,6 @@ def test_a_real_sigint_stops_a_real_run(tiny_model: Path, tmp_path: Path) -> Non
     [
         (["train", "train.toml"], r"higen train needs the package 'torch': pip install 'higen\[train\]'"),
         (["train", "default", "--work", "w", "--output", "o"], r"higen train needs .*'higen\[train\]'"),
-        (["cues", "video.mp4"], r"higen cues needs .*'higen\[train\]'"),
         (["evaluate", "--data", "d", "--output", "o"], r"higen evaluate needs .*'higen\[train\]'"),
         (["parity", "fixtures"], r"higen parity needs .*'higen\[torch\]'"),
         (["convert", "m", "--denoiser", "d", "--text-encoder", "t", "--autoencoder", "a"], r"higen convert .*torch\]'"),

@@ -218,7 +218,7 @@ def test_what_the_recipe_has_is_for_files_too_and_goes_on_exactly(tmp_path: Path
     made.start()
     for _ in range(4):
         values = made.loop.advance()
-        made._record.log(made.loop.step, {name: float(v) for name, v in values.items()})  # type: ignore[union-attr]
+        made.record.log(made.loop.step, {name: float(v) for name, v in values.items()})  # type: ignore[union-attr]
     sizes = {tuple(made.source.batch(VIDEO, step).x0.shape[::2][:2]) for step in range(6)}  # type: ignore[union-attr]
     assert sizes == {(4, 2), (2, 4)}  # as many frames in short windows as in whole clips
     made.loop.save()

@@ -342,7 +342,7 @@ def test_a_run_goes_on_bit_for_bit(tmp_path: Path, model: Path, clips: Path, who
         made.start()
         for _ in range(stop):
             values = made.loop.advance()
-            made._record.log(made.loop.step, {name: float(v) for name, v in values.items()})  # type: ignore[union-attr]
+            made.record.log(made.loop.step, {name: float(v) for name, v in values.items()})  # type: ignore[union-attr]
             if made.loop.step % 2 == 0:
                 made.loop.save()
     said: list[str] = []

@@ -26,33 +26,42 @@ from higen.bulk.rows import key_of, model_digest
 from higen.errors import BackendError, Cancelled, IntegrityError, OutputError, RequestError, quoted
 from higen.video import Video
 
-__all__ = ["Maker", "Order"]
+__all__ = ["Maker", "Making", "Order"]
 
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 
-@dataclass(frozen=True)
-class Order:
-    """What a process needs to know to make rows.
+@dataclass(frozen=True, kw_only=True)
+class Making:
+    """How rows are made, in whatever process.
 
-    model      its path, or None for the built-in one; digest: which model it must be
-    output     a path or URL, which must show `token` in its file RUN
-    suffix     of the videos
+    backend, device, precision, threads    of `higen.load`
     retries    how often a row that failed is tried again
     slots      rows at work at once
     """
 
-    output: str
-    token: bytes
-    digest: str
-    model: str | None = None
-    suffix: str = ".mp4"
     backend: str | None = None
     device: str | None = None
     precision: str | None = None
     threads: int | None = None
     retries: int = 2
     slots: int = 1
+
+
+@dataclass(frozen=True)
+class Order(Making):
+    """What a process needs to know to make rows.
+
+    output     a path or URL, which must show `token` in its file RUN
+    model      its path, or None for the built-in one; digest: which model it must be
+    suffix     of the videos
+    """
+
+    output: str
+    token: bytes
+    digest: str
+    model: str | None
+    suffix: str
 
 
 class Maker:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from higen.bulk.index import INDEX, Index, Journal, Record, arrow, video_path
-from higen.bulk.maker import Maker, Order
+from higen.bulk.maker import Maker, Making, Order
 from higen.bulk.places import open_place
 from higen.bulk.rows import Row, model_digest, read_rows
 from higen.bundle import Bundle, default_model
@@ -26,22 +26,18 @@ Start = Callable[[Order, list[Row]], Generator[Record, None, None]]
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Making):
     """A run's settings.
 
+    output     a folder or URL
+    model      its path, or None for the built-in one
+    format     of the videos
     failures   rows that may fail one after the other before the run gives up
-    The rest is as for `Order`.
     """
 
     output: str
     model: Path | None = None
     format: str = "mp4"
-    backend: str | None = None
-    device: str | None = None
-    precision: str | None = None
-    threads: int | None = None
-    retries: int = 2
-    slots: int = 1
     failures: int = 100
 
     def __post_init__(self) -> None:
@@ -58,7 +54,7 @@ class Settings:
 
     def order(self, token: bytes, digest: str) -> Order:
         """What a worker needs to know."""
-        own = {name: getattr(self, name) for name in ("backend", "device", "precision", "threads", "retries", "slots")}
+        own = {row.name: getattr(self, row.name) for row in fields(Making)}
         model = None if self.model is None else str(self.model.absolute())
         return Order(self.output, token, digest, model, self.suffix, **own)
 

@@ -25,20 +25,18 @@ from higen.models.companion_stages import EncoderStage
 from higen.models.weights import write_safetensors
 from higen.tokenizer import write_tokenizer
 from higen.train.batches import generator
-from higen.train.checkpoints import Checkpoints
 from higen.train.codec_loss import picture_loss, prior_loss
 from higen.train.data import IMAGE, VIDEO, explained, list_items
 from higen.train.file_source import make_reader
 from higen.train.held_out import held_out_reader, swap
 from higen.train.latents import to_pixels
-from higen.train.loop import Cadence, Loop, Periodic, Say
+from higen.train.loop import Periodic, Say
 from higen.train.networks import Networks, build
 from higen.train.notices import codec_psnr, slow_bfloat16
-from higen.train.optimise import Optimiser
 from higen.train.processes import Processes, shares, start_processes
 from higen.train.reader import Reader
 from higen.train.runs import Run, identity_of
-from higen.train.settings import CodecSettings, CueSettings, ObjectiveSettings, Settings, flat
+from higen.train.settings import CodecSettings, CueSettings, ObjectiveSettings, Settings
 
 __all__ = ["CodecBatch", "CodecObjective", "CodecSource", "CodecTrainer"]
 
@@ -189,21 +187,9 @@ class CodecTrainer(Run):
             trained = {name: p for name, p in trained.items() if not _of_encoder(name)}
         for parameter in trained.values():
             parameter.requires_grad_(True)
-        self.optimiser = Optimiser(trained, settings.optimiser, run.steps)
-        self.checkpoints = Checkpoints(Path(run.output, "checkpoints"), run.keep)
         self._held_out = self._held_out_source() if run.held_out_every else None
-        self.loop = Loop(
-            CodecGradients(self.objective, self.source, settings, self.processes),
-            self.optimiser,
-            self.checkpoints,
-            Cadence(run.log_every, run.save_every),
-            seed=run.seed,
-            kept={"settings": flat(settings), "identity": self.identity},
-            follower=self,
-            processes=self.processes,
-            periodic=(Periodic(run.held_out_every, self._measure),),
-            say=say,
-        )
+        gradients = CodecGradients(self.objective, self.source, settings, self.processes)
+        self.loop = self.make_loop(gradients, trained, Periodic(run.held_out_every, self._measure))
 
     networks: Networks
     source: CodecSource

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from higen.bundle import Bundle
 from higen.errors import SettingsError, TrainingError
@@ -17,11 +17,12 @@ from higen.model_folder import check_free
 from higen.train.checkpoints import Checkpoints
 from higen.train.data import Listing, summary
 from higen.train.latents import tower_sha256
-from higen.train.loop import NOT_LOSSES, Follower, Loop, Say
+from higen.train.loop import NOT_LOSSES, Cadence, Follower, Gradients, Loop, Periodic, Say
 from higen.train.networks import Networks
+from higen.train.optimise import Optimiser
 from higen.train.processes import Processes
 from higen.train.record import Record
-from higen.train.settings import Settings, difference
+from higen.train.settings import Settings, difference, flat
 
 __all__ = ["ARCHITECTURE", "TOWER", "Run", "check_same", "identity_of"]
 
@@ -49,6 +50,7 @@ class Run(Follower):
     processes: Processes
     identity: Mapping[str, Any]
     checkpoints: Checkpoints
+    optimiser: Optimiser
     source: Source
     loop: Loop
     record: Record | None = None
@@ -60,6 +62,24 @@ class Run(Follower):
     def write(self, output: Path, overwrite: bool = False) -> None:
         """Write the model directory `output` and what belongs to it; the main process alone calls it."""
         raise NotImplementedError
+
+    def make_loop(self, gradients: Gradients, trained: Mapping[str, nn.Parameter], *periodic: Periodic) -> Loop:
+        """The loop over these parameters, with its optimiser and the checkpoints of the run's folder."""
+        run = self.settings.run
+        self.optimiser = Optimiser(trained, self.settings.optimiser, run.steps)
+        self.checkpoints = Checkpoints(Path(run.output, "checkpoints"), run.keep)
+        return Loop(
+            gradients,
+            self.optimiser,
+            self.checkpoints,
+            Cadence(run.log_every, run.save_every),
+            seed=run.seed,
+            kept={"settings": flat(self.settings), "identity": self.identity},
+            follower=self,
+            processes=self.processes,
+            periodic=periodic,
+            say=self.say,
+        )
 
     def start(self, resume: bool | None = None) -> None:
         """Load the newest checkpoint, unless told otherwise, and open the logs."""

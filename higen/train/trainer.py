@@ -28,13 +28,12 @@ from higen.train.file_source import FileSource, make_reader
 from higen.train.gradients import DenoiserGradients
 from higen.train.held_out import HeldOut
 from higen.train.layers import LORA, denoiser_weights, trained_parameters, whole_weights, write_lora
-from higen.train.loop import Cadence, Loop, Periodic, Say
+from higen.train.loop import Periodic, Say
 from higen.train.networks import Objective, build, write_model
 from higen.train.notices import notices
-from higen.train.optimise import Optimiser
 from higen.train.processes import gain_share, shares, start_processes
 from higen.train.runs import TOWER, Run, check_same, identity_of
-from higen.train.settings import Settings, flat
+from higen.train.settings import Settings
 
 __all__ = ["Trainer", "export", "train"]
 
@@ -84,7 +83,8 @@ def export(settings: Settings, output: Path, overwrite: bool = False) -> Bundle:
 
     Raises TrainingError where there is no checkpoint, SettingsError where it is of another configuration, ModelError.
     """
-    if Checkpoints(Path(settings.run.output, "checkpoints"), settings.run.keep).load() is None:
+    state = Checkpoints(Path(settings.run.output, "checkpoints"), settings.run.keep).load()
+    if state is None:
         raise TrainingError(f"{settings.run.output}: no checkpoint to export")
     if os.path.lexists(output) and not overwrite:
         raise ModelError(f"{output}: exists already; --overwrite replaces a model directory")
@@ -97,8 +97,6 @@ def export(settings: Settings, output: Path, overwrite: bool = False) -> Bundle:
         finally:
             codec.close()
         return Bundle.open(output)
-    state = Checkpoints(Path(settings.run.output, "checkpoints"), settings.run.keep).load()
-    assert state is not None
     listing = list_items(settings.data.path, settings.lora.scales)
     networks = build(settings, (item.caption for item in listing.items))
     check_same(state, settings, identity_of(settings, networks, listing))
@@ -134,20 +132,8 @@ class Trainer(Run):
         self._base = denoiser_weights(self.networks)  # before adapters give them other names
         trained = trained_parameters(self.objective, settings)
         self.gradients = DenoiserGradients(self.objective, trained, self.source, settings, self.processes)
-        self.optimiser = Optimiser(self.gradients.trained, settings.optimiser, run.steps)
-        self.checkpoints = Checkpoints(Path(run.output, "checkpoints"), run.keep)
-        self.loop = Loop(
-            self.gradients,
-            self.optimiser,
-            self.checkpoints,
-            Cadence(run.log_every, run.save_every),
-            seed=run.seed,
-            kept={"settings": flat(settings), "identity": self.identity},
-            follower=self,
-            processes=self.processes,
-            periodic=(Periodic(run.held_out_every, self._measure), Periodic(run.sample_every, self._sample)),
-            say=say,
-        )
+        measured, drawn = Periodic(run.held_out_every, self._measure), Periodic(run.sample_every, self._sample)
+        self.loop = self.make_loop(self.gradients, self.gradients.trained, measured, drawn)
         self._held_out = None
         if run.held_out_every:
             self._held_out = HeldOut(settings, self.networks, batches, self.processes, self.identity[TOWER])

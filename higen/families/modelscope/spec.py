@@ -65,7 +65,7 @@ _UPSCALER_CONTROLS = (
 class Networks:
     """Constructors' arguments of diffusers' UNet3DConditionModel, of transformers' CLIPTextConfig, and the codec.
 
-    upscales   the U-Net is SR600's (higen/families/modelscope/upscaler.py)
+    upscales   the U-Net is SR600's (higen/families/modelscope/predictors.py)
     """
 
     unet: dict[str, Any]
