@@ -11,30 +11,32 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from higen.conditioning import check_numbers, curve_values, similarity_rows
 from higen.curve_source import CurveAsked, CurveFrom, curve_from
 from higen.errors import PictureWarning, RequestError, quoted
 from higen.loop_settings import LoopSettings, loop_settings
 from higen.manifest import Manifest
-from higen.noise_schedule import is_whole
 from higen.plain_values import plain
 from higen.prompt_weights import pieces
+from higen.request_values import (
+    MAX_PROMPT,
+    UNSPECIFIED,
+    Guidance,
+    checked_text,
+    control_value,
+    each_loop,
+    guidance_numbers,
+    loop_guidance,
+    loop_solver,
+    of_loops_over_frames,
+    whole_number,
+)
 from higen.schedule import max_steps
 from higen.stages import Source, source
-from higen.tables import COMMON, MAX_NUMBER, MAX_SIDE, VISUAL, Control, Loop
+from higen.tables import COMMON, MAX_SIDE, VISUAL, Control, Loop
 
 __all__ = ["MAX_PROMPT", "MAX_SEED", "UNSPECIFIED", "Guidance", "Measure", "Picture", "Request", "Warn", "make_request"]
 
 MAX_SEED = 2**64 - 1
-
-MAX_PROMPT = 100_000
-"""Characters of a prompt: no model reads more than a few hundred, and cleaning a text takes time."""
-
-UNSPECIFIED = "unspecified"
-"""The value of a control that is left to the model, where the model was trained for it."""
-
-Guidance = float | tuple[float, ...]
-"""One number, or one per frame."""
 
 Warn = Callable[[Warning], None]
 """Called with each warning of a request."""
@@ -178,13 +180,13 @@ def make_request(
     if warn is not None and not callable(warn):
         raise RequestError(f"warn={quoted(warn)}: a function that is called with each warning")
     prompts = _prompts(plain(prompt), manifest.text is not None)
-    count = _whole("frames", sizes.frames[1] if frames is None else frames, sizes.frames[0], sizes.frames[2])
+    count = whole_number("frames", sizes.frames[1] if frames is None else frames, sizes.frames[0], sizes.frames[2])
     tall = _side("height", sizes.height if height is None else height, sizes.multiple)
     wide = _side("width", sizes.width if width is None else width, sizes.multiple)
 
-    rate = _whole("fps", sizes.fps if fps is None else fps, 1, 240)
+    rate = whole_number("fps", sizes.fps if fps is None else fps, 1, 240)
 
-    guidance = guidance if measure is None else _of_loops_over_frames(loops, guidance)
+    guidance = guidance if measure is None else of_loops_over_frames(loops, guidance)
 
     def from_file(name: str, encoding: str | None, span: tuple[float, float] | None, value: Any) -> Any:
         given = None if measure is None or value == UNSPECIFIED else curve_from(name, value)
@@ -199,23 +201,24 @@ def make_request(
         if control.kind in VISUAL:
             return _pictures(control, value, len(prompts), lambda one: load(control, one, count, wide, tall))
         curve = control.kind == "curve" and isinstance(value, np.ndarray)
-        return _control(manifest, control, value if curve else plain(value), count)
+        return control_value(manifest, control, value if curve else plain(value), count)
 
     solvers = tuple(
-        _solver(loop, given) for loop, given in _each("solver", solver, loops, lambda loop: loop.solvers[0].name)
+        loop_solver(loop, given)
+        for loop, given in each_loop("solver", solver, loops, lambda loop: loop.solvers[0].name)
     )
     most = {loop.name: max_steps(loop.schedule, loop.solver(name)) for loop, name in zip(loops, solvers, strict=True)}
     request = Request(
         prompts=prompts,
-        negative_prompt=_text("negative_prompt", "" if negative_prompt is None else negative_prompt),
+        negative_prompt=checked_text("negative_prompt", "" if negative_prompt is None else negative_prompt),
         seeds=_seeds(seed, len(prompts)),
         steps=tuple(
-            _whole("steps", given, 1, most[loop.name])
-            for loop, given in _each("steps", steps, loops, lambda loop: loop.steps)
+            whole_number("steps", given, 1, most[loop.name])
+            for loop, given in each_loop("steps", steps, loops, lambda loop: loop.steps)
         ),
         guidance=tuple(
-            _guidance(loop, _guidance_of(loop, given, from_file), 1 if loop.frames == 1 else count)
-            for loop, given in _each("guidance", guidance, loops, lambda loop: loop.guidance)
+            loop_guidance(loop, guidance_numbers(loop, given, from_file), 1 if loop.frames == 1 else count)
+            for loop, given in each_loop("guidance", guidance, loops, lambda loop: loop.guidance)
         ),
         solvers=solvers,
         frames=count,
@@ -236,103 +239,6 @@ def make_request(
     for note in dict.fromkeys(note for control in known.values() for note in _notes(control, request)):
         request.warn(PictureWarning(note))
     return request
-
-
-def _each(name: str, value: Any, loops: Sequence[Loop], default: Callable[[Loop], Any]) -> list[tuple[Loop, Any]]:
-    """A value for each loop: the loop's default, one value for all, or one per loop (None among them: its default)."""
-    # With one loop, several numbers can only be its own, one per frame.
-    if not isinstance(value, (list, tuple)) or (len(loops) == 1 and name == "guidance" and len(value) > 1):
-        value = [value] * len(loops)
-    if len(value) != len(loops):
-        names = ", ".join(loop.name for loop in loops)
-        raise RequestError(f"{name}={quoted(value)}: one value, or {len(loops)} (one per loop: {names})")
-    return [(loop, default(loop) if one is None else one) for loop, one in zip(loops, value, strict=True)]
-
-
-def _guidance_of(loop: Loop, value: Any, from_file: Callable[..., Any]) -> Any:
-    """A loop's guidance as numbers; a file is mapped from 1 to the default."""
-    most = max(loop.guidance) if isinstance(loop.guidance, tuple) else loop.guidance
-    numbers = isinstance(value, (int, float, list, tuple))
-    return value if numbers else from_file("guidance", None, (1.0, most) if most > 1 else None, value)
-
-
-def _of_loops_over_frames(loops: Sequence[Loop], guidance: Any) -> Any:
-    """A file in place of the guidance of all loops, for those over frames; one frame has no curve."""
-    over_frames = [loop.frames != 1 for loop in loops]
-    numbers = guidance is None or isinstance(guidance, (int, float, list, tuple))
-    if numbers or not any(over_frames) or curve_from("guidance", guidance) is None:
-        return guidance
-    return [guidance if several else None for several in over_frames]
-
-
-def _guidance(loop: Loop, value: Any, frames: int) -> Guidance:
-    """A loop's guidance: one number, or numbers spread evenly from the first frame to the last."""
-    allowed = f"a finite number, 0 or more, or one per frame ({frames})"
-    scales = check_numbers("guidance", value, allowed)
-    if scales.ndim > 1 or np.any(scales < 0):
-        raise RequestError(f"guidance={quoted(value)}: {allowed}")
-    if loop.guided is None and np.any(scales != 1):
-        raise RequestError(f"guidance={quoted(value)}: the loop {loop.name} has no guidance; 1 is allowed")
-    if scales.ndim == 0:
-        return float(scales)
-    if value is not loop.guidance and len(scales) != frames:
-        raise RequestError(f"guidance has {len(scales)} numbers: {allowed}")
-    spread = np.interp(np.linspace(0, 1, frames), np.linspace(0, 1, len(scales)), scales)
-    return tuple(spread.tolist())
-
-
-def _solver(loop: Loop, name: object) -> str:
-    names = [solver.name for solver in loop.solvers]
-    if not isinstance(name, str) or name not in names:
-        raise RequestError(f"solver={quoted(name)}: the loop {loop.name} takes {', '.join(map(repr, names))}")
-    return name
-
-
-def _control(manifest: Manifest, control: Control, value: Any, frames: int) -> Any:
-    """A control that is no picture; a value that is not given is the default."""
-    if isinstance(value, str) and value == UNSPECIFIED and control.kind not in ("text", "choice"):
-        if not control.optional:
-            raise RequestError(
-                f"{control.name}={quoted(value)}: {manifest.name} was not trained without it; "
-                f"its default is {control.default}"
-            )
-        return None
-    value = control.default if value is None else value
-    if value is None:
-        return None
-    if control.kind == "curve":
-        return _curve(manifest, control, value, frames)
-    if control.kind == "text":
-        return _text(control.name, value)
-    if control.kind == "choice":
-        if not isinstance(value, str) or value not in control.choices:
-            raise RequestError(f"{control.name}={quoted(value)}: one of {', '.join(map(repr, control.choices))}")
-        return value
-    number = _number(control, value)
-    return int(number) if control.kind == "whole" else number
-
-
-def _curve(manifest: Manifest, control: Control, value: Any, frames: int) -> Any:
-    """The curve as it was given; building it checks it, for the whole clip. A loop of one frame resamples it."""
-    if control.encoding == "similarity":
-        source = f"control:{control.name}"
-        widths = {t.shape[-1] for stage in manifest.stages for t in stage.inputs if t.source == source}
-        for n in widths or {frames}:  # no stage takes it
-            similarity_rows(control.name, value, frames, manifest.fixed[n] if isinstance(n, str) else n)
-        given = np.asarray(value, dtype=np.float64)
-        if given.size and not (control.allows(float(given.min())) and control.allows(float(given.max()))):
-            raise RequestError(f"{control.name}={quoted(value)}: each {control.range}")
-    else:
-        curve_values(control.name, value, frames, control.low, control.high)
-    return np.asarray(value, dtype=np.float64)
-
-
-def _number(control: Control, value: Any) -> float:
-    numeric = isinstance(value, (int, float)) and not isinstance(value, bool)
-    whole = control.kind != "whole" or (numeric and value == int(value) if numeric and abs(value) < 1e18 else False)
-    if not numeric or not abs(value) <= MAX_NUMBER or not whole or not control.allows(float(value)):
-        raise RequestError(f"{control.name}={quoted(value)}: {control.range}")
-    return float(value)
 
 
 def _pictures(control: Control, value: Any, count: int, load: Callable[[Any], Picture]) -> tuple[Picture, ...] | None:
@@ -390,20 +296,8 @@ def _prompts(prompt: object, wanted: bool) -> tuple[str, ...]:
             raise RequestError(f"prompt={quoted(text)}: a string")
         if wanted and not text.strip():
             raise RequestError(f"prompt={quoted(text)}: a prompt with at least one word")
-        _text("prompt", text)
+        checked_text("prompt", text)
     return tuple(prompts)
-
-
-def _text(name: str, text: object) -> str:
-    if not isinstance(text, str):
-        raise RequestError(f"{name}={quoted(text)}: a string")
-    if len(text) > MAX_PROMPT:
-        raise RequestError(f"{name} has {len(text)} characters: at most {MAX_PROMPT}")
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise RequestError(f"{name}={quoted(text)}: not valid Unicode: {error.reason}") from error
-    return text
 
 
 def _seeds(seed: object, count: int) -> tuple[int, ...]:
@@ -418,17 +312,11 @@ def _seed(seed: object) -> int:
     """A seed; "random" and -1 draw one, which the video's metadata record."""
     if (isinstance(seed, str) and seed == "random") or (type(seed) is int and seed == -1):
         return secrets.randbits(32)
-    return _whole("seed", 0 if seed is None else seed, 0, MAX_SEED)
-
-
-def _whole(name: str, value: object, low: int, high: int) -> int:
-    if not is_whole(value, low, high):
-        raise RequestError(f"{name}={quoted(value)}: a whole number from {low} to {high}")
-    return int(value)
+    return whole_number("seed", 0 if seed is None else seed, 0, MAX_SEED)
 
 
 def _side(name: str, value: object, multiple: int) -> int:
-    size = _whole(name, value, multiple, MAX_SIDE)
+    size = whole_number(name, value, multiple, MAX_SIDE)
     if size % multiple:
         below = size // multiple * multiple
         raise RequestError(f"{name}={size}: a multiple of {multiple}; the nearest are {below} and {below + multiple}")
