@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from higen.families.higen.unet import UNet
+from higen.families.higen.unet import Known, UNet
 
-__all__ = ["precondition", "velocity"]
+__all__ = ["enter_known", "precondition", "velocity"]
 
 
 def velocity(
@@ -20,6 +20,7 @@ def velocity(
     frame_embedding: Tensor,
     prior: Tensor | None,
     gain_context: Tensor | None = None,
+    known: Known | None = None,
 ) -> Tensor:
     """v for latents [B,C,F,H,W]; alpha and sigma [B] are those of t. Undoes prior preconditioning where there is one.
 
@@ -31,19 +32,22 @@ def velocity(
 
     `gain_context` decides g in place of `context`: two branches of guidance need one g, else their difference holds a
     multiple of x and strong guidance makes x grow without bounds.
+
+    `known`: frames that are given enter the network in the place of their noisy latents, without noise. What it
+    predicts of them means nothing: the loop puts the given ones into x0.
     """
 
     def predict(x: Tensor) -> Tensor:
         inside = context.dtype
-        v = unet(x.to(inside), t, context, frame_embedding, None if prior is None else prior.to(inside))
+        v = unet(x.to(inside), t, context, frame_embedding, None if prior is None else prior.to(inside), known)
         return v.to(latents.dtype)
 
     if unet.residual_gain is None or prior is None:
-        return predict(latents)
+        return predict(latents if known is None else enter_known(latents, known))
     entered, g, c = precondition(
         unet, latents, alpha, sigma, context if gain_context is None else gain_context, frame_embedding, prior
     )
-    v = predict(entered)
+    v = predict(entered if known is None else enter_known(entered, known, prior, g))
     a, s = _per_sample(alpha, v), _per_sample(sigma, v)
     return g * c * v + a * s * c * (1 - g**2) * entered - s * prior[:, :, None]
 
@@ -62,6 +66,16 @@ def precondition(
     a, s = _per_sample(alpha, latents), _per_sample(sigma, latents)
     c = torch.rsqrt(a**2 * g**2 + s**2)
     return c * (latents - a * prior[:, :, None]), g, c
+
+
+def enter_known(entered: Tensor, known: Known, prior: Tensor | None = None, g: Tensor | None = None) -> Tensor:
+    """What the network sees, with the frames that are known in it without noise; with prior preconditioning their
+    residual (z - p) / g, which is x' where sigma is 0."""
+    given = known.latents.to(entered.dtype)
+    if prior is not None and g is not None:
+        given = (given - prior[:, :, None]) / g
+    wide = known.wide(entered)
+    return wide * given + (1 - wide) * entered
 
 
 def _per_sample(column: Tensor, like: Tensor) -> Tensor:

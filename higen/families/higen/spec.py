@@ -242,6 +242,8 @@ class _Architecture:
 
 def _architecture(config: ModelConfig) -> dict[str, Any]:
     unet = {name: value for name, value in to_json(config.unet).items() if name not in _OF_SYMBOLS}
+    if not config.unet.known_frames:  # a model without them is written as before there were any
+        del unet["known_frames"]
     codec = {f.name: getattr(config.autoencoder, f.name) for f in fields(_Codec)}
     return to_json(_Architecture(unet, config.text.clip, _Codec(**codec)))
 
@@ -254,7 +256,7 @@ def _read_architecture(manifest: Manifest) -> _Architecture:
 
 def unet_config(manifest: Manifest) -> UNetConfig:
     """The denoiser's configuration. Raises ManifestError where the tables are not those of a HiGen model."""
-    given = _read_architecture(manifest).unet
+    given = {"known_frames": False, **_read_architecture(manifest).unet}
     missing = [symbol for symbol in (*_OF_SYMBOLS.values(), "E", "L") if symbol not in manifest.fixed]
     if missing:
         raise ManifestError(f"sizes.symbols: has no {', '.join(missing)}")

@@ -6,7 +6,7 @@ Reference: tools/modules/unet/unet_higen.py; spec sections 2 to 5.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,19 @@ from higen.models.layers import (
     embedding_mlp,
 )
 
-__all__ = ["Conditioner", "Denoiser", "UNet"]
+__all__ = ["Conditioner", "Denoiser", "Known", "UNet"]
+
+
+class Known(NamedTuple):
+    """The frames of a clip that are given: latents [B,C,F,H,W] and mask [B,F], 1 or 0; the others' latents are not
+    looked at."""
+
+    latents: Tensor
+    mask: Tensor
+
+    def wide(self, like: Tensor) -> Tensor:
+        """The mask as [B,1,F,1,1], in the dtype of `like`."""
+        return self.mask.to(like.dtype)[:, None, :, None, None]
 
 
 class ContextTokens(nn.Module):
@@ -106,6 +118,9 @@ class UNet(nn.Module):
         self.time = nn.Sequential(Sinusoid(base), *embedding_mlp(base, config.embedding_dim))
         self.conv_in = nn.Conv2d(config.in_channels, base, 3, padding=1)
         self.prior = nn.Conv2d(config.in_channels, base, 3, padding=1)
+        self.known = None  # without a bias: frames that are not given are left as they are
+        if config.known_frames and temporal:
+            self.known = nn.Conv2d(config.in_channels + 1, base, 3, padding=1, bias=False)
         self.temporal_in = TemporalTransformer(base, config.first_temporal_heads, config.head_dim) if temporal else None
         self.context_pool = nn.Linear(config.context_dim, config.embedding_dim) if config.pooled_context else None
         self.residual_gain = nn.Linear(config.embedding_dim, 1) if config.prior_preconditioning and temporal else None
@@ -138,19 +153,29 @@ class UNet(nn.Module):
 
         self.norm_out = nn.GroupNorm(GROUPS, width_in, RESNET_EPS)
         self.conv_out = nn.Conv2d(width_in, config.out_channels, 3, padding=1)
-        for parameter in (*self.prior.parameters(), self.conv_out.weight):
+        known_weights = () if self.known is None else self.known.parameters()
+        for parameter in (*self.prior.parameters(), *known_weights, self.conv_out.weight):
             nn.init.zeros_(parameter)
 
     def forward(
-        self, latents: Tensor, t: Tensor, context: Tensor, frame_embedding: Tensor, prior: Tensor | None = None
+        self,
+        latents: Tensor,
+        t: Tensor,
+        context: Tensor,
+        frame_embedding: Tensor,
+        prior: Tensor | None = None,
+        known: Known | None = None,
     ) -> Tensor:
         """latents [B,C,F,H,W], t [B], context [B,K,Dc], frame_embedding [B,F,E], prior [B,C,H,W] -> v like latents.
 
-        No prior is a prior of zeros: its convolution's bias still acts.
+        No prior is a prior of zeros: its convolution's bias still acts. Frames that are known have the timestep 0, as
+        `latents` holds them without noise. Raises TypeError where the network takes no known frames.
         """
         frames = latents.shape[2]
+        if known is not None:
+            t = t[:, None] * (1 - known.mask.to(t.dtype))
         embedding = self._embedding(t, context, frame_embedding)  # [B*F, E]
-        x = self._enter(latents, prior)  # [B*F, C0, H, W]
+        x = self._enter(latents, prior, known)  # [B*F, C0, H, W]
         if self.temporal_in is not None:
             x = self.temporal_in(x, frames)
         skips = [x]
@@ -194,18 +219,26 @@ class UNet(nn.Module):
         return gain.squeeze(-1)
 
     def _embedding(self, t: Tensor, context: Tensor, frame_embedding: Tensor) -> Tensor:
-        time = self.time[1:](self.time[0](t).to(frame_embedding.dtype))  # [B, E]
+        time = self.time[1:](self.time[0](t).to(frame_embedding.dtype))  # [B, E], or [B, F, E]
+        time = time[:, None] if t.ndim == 1 else time
         if self.context_pool is not None:
-            time = time + self.context_pool(context.mean(dim=1))
-        return (time[:, None] + frame_embedding).flatten(0, 1)
+            time = time + self.context_pool(context.mean(dim=1))[:, None]
+        return (time + frame_embedding).flatten(0, 1)
 
-    def _enter(self, latents: Tensor, prior: Tensor | None) -> Tensor:
+    def _enter(self, latents: Tensor, prior: Tensor | None, known: Known | None) -> Tensor:
         x = self.conv_in(latents.transpose(1, 2).flatten(0, 1)).unflatten(0, (latents.shape[0], -1))
         if prior is not None:
             x = x + self.prior(prior)[:, None]
         elif self.prior.bias is not None:  # it always is there; the type says Optional
             x = x + self.prior.bias[:, None, None]
-        return x.flatten(0, 1)
+        x = x.flatten(0, 1)
+        if known is None:
+            return x
+        if self.known is None:
+            raise TypeError("this network takes no known frames")
+        given = known.latents.to(x.dtype) * known.wide(x)
+        told = torch.cat([given, known.wide(given).expand(-1, -1, -1, *given.shape[3:])], dim=1)
+        return x + self.known(told.transpose(1, 2).flatten(0, 1))
 
 
 class Denoiser(nn.Module):
