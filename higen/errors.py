@@ -29,6 +29,7 @@ HigenError
 └── MissingExtra (ImportError)    an optional dependency is not installed; the message names the extra
 
 PromptWarning (UserWarning)       a prompt was cut or has words that the model does not know
+PictureWarning (UserWarning)      a picture of another size or length was made to fit
 FallbackWarning (UserWarning)     a stage runs on a slower backend than the best one present
 
 A message quotes a value by `quoted`, in one line; a message that is too long all the same is cut in its middle.
@@ -62,6 +63,7 @@ __all__ = [
     "OutOfMemory",
     "OutputError",
     "OutsideProfile",
+    "PictureWarning",
     "PromptWarning",
     "RequestError",
     "RetryLater",
@@ -267,6 +269,10 @@ class _OurWarning(UserWarning):
 
 class PromptWarning(_OurWarning):
     """A prompt was cut to the context window or has words that the model does not know."""
+
+
+class PictureWarning(_OurWarning):
+    """A picture, a mask or a clip was made to fit the request."""
 
 
 class FallbackWarning(_OurWarning):

@@ -5,14 +5,16 @@ from __future__ import annotations
 import hashlib
 import os
 from contextlib import suppress
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import NDArray
 
 from higen.errors import OutputError, RequestError, is_of_a_handler, quoted
+from higen.known_frames import by_frame
 from higen.media.files import reason
-from higen.media.pictures import load, upright
+from higen.media.pictures import load, load_still, upright
 from higen.paths import given_path
 from higen.plain_values import plain
 from higen.request import Picture
@@ -32,19 +34,89 @@ else:
 ROUNDING = 1e-3
 """How far a float of a picture may lie outside of 0 to 1: libraries that resize round."""
 
-__all__ = ["Clip", "Image", "load_clip", "load_image", "load_picture", "resampling"]
+__all__ = ["Clip", "Image", "load_clip", "load_frames", "load_image", "load_mask", "load_picture", "resampling"]
 
 
 def load_picture(control: Control, value: object, frames: int, width: int, height: int) -> Picture:
-    """The value of a picture or clip control: a picture [3,height,width], or a clip [3,frames,height,width].
+    """The value of a control that has pixels: a picture [3,height,width], a clip [3,frames,height,width], known frames
+    [n,3,height,width], or a mask [1 or frames,height,width].
 
     Raises RequestError, beginning with the control's name, for what cannot be read.
     """
+    if control.kind == "frames":
+        return load_frames(value, frames, width, height, control.name)
+    if control.kind == "mask":
+        return load_mask(value, frames, width, height, control.name)
     if control.kind == "clip":
         pixels = load_clip(cast("Clip", value), frames, width, height, control.name)
     else:
         pixels = load_image(cast("Image", value), width, height, control.name)
-    return Picture(pixels, hashlib.blake2b(pixels.tobytes(), digest_size=16).digest())
+    return Picture(pixels, _digest(pixels))
+
+
+def _digest(*arrays: NDArray[Any]) -> bytes:
+    return hashlib.blake2b(b"".join(array.tobytes() for array in arrays), digest_size=16).digest()
+
+
+def load_frames(value: object, frames: int, width: int, height: int, name: str) -> Picture:
+    """Pictures by frame, {index: picture}, for a clip of `frames`; each is scaled to cover, then cropped.
+
+    Raises RequestError, beginning with `name`, for an index that the clip does not have, two indices of one frame, and
+    what cannot be read.
+    """
+    pictures = by_frame(name, value, frames)
+    raw = {place: _pixels(cast("Image", picture), f"{name}[{place}]") for place, picture in pictures.items()}
+    notes = (_resized(f"{name}[{place}]", pixels, width, height) for place, pixels in raw.items())
+    fitted = np.stack([_fit(pixels, width, height) for pixels in raw.values()])
+    return Picture(fitted, _digest(fitted, np.array([*raw])), tuple(raw), tuple(note for note in notes if note))
+
+
+def load_mask(value: object, frames: int, width: int, height: int, name: str) -> Picture:
+    """A mask's brightness, float32 [1 or frames,height,width] from 0 to 1; white is drawn anew.
+
+    `value`: a picture or a clip, as those of other controls, or an array without colours: truth values, uint8, or
+    floats from 0 to 1, [H,W] or [F,H,W]. Raises RequestError, beginning with `name`, for what is none of these.
+    """
+    from higen.video import Video
+
+    array = _array(value.frames if isinstance(value, Video) else value)
+    if isinstance(value, (str, os.PathLike)):
+        array = _mask_file(given_path(value, name), frames, name)
+    if isinstance(array, np.ndarray):
+        array = array.astype(np.uint8) * np.uint8(255) if array.dtype == bool else array
+        colours = array.ndim == 4 or (array.ndim == 3 and array.shape[2] == 3)
+        array = array if colours else np.repeat(array[..., None], 3, axis=-1)
+        rows = [_from_array(row, name) for row in (array if array.ndim == 4 else array[None])]
+    else:
+        rows = [_pixels(cast("Image", value), name)]
+    if len(rows) not in (1, frames):
+        raise RequestError(f"{name} has {len(rows)} frames: one picture, or the clip's {frames}")
+    bright = np.stack([(_fit(row, width, height).mean(axis=0) + 1) / 2 for row in rows]).astype(np.float32)
+    note = _resized(name, rows[0], width, height)
+    return Picture(bright, _digest(bright), notes=(note,) if note else ())
+
+
+def _mask_file(path: Path, frames: int, name: str) -> NDArray[np.uint8]:
+    """A picture [1,H,W,3], or a clip [F,H,W,3], from a file."""
+    try:
+        return load_still(path)[None]
+    except Exception as error:  # a decoder may raise anything on corrupt data
+        if is_of_a_handler(error):
+            raise
+        refused = reason(error)
+    try:
+        return read(path, most=frames + 1).frames
+    except OutputError as error:
+        said = f"cannot be read as a picture ({refused}) or as a clip ({error})"
+        raise RequestError(f"{name}={quoted(os.fspath(path))}: {said}") from error
+
+
+def _resized(name: str, pixels: NDArray[np.uint8], width: int, height: int) -> str:
+    """What is said of a picture that has another size than the request; "" where it fits."""
+    tall, wide = pixels.shape[:2]
+    if (wide, tall) == (width, height):
+        return ""
+    return f"{name} has {wide}x{tall} pixels: scaled to cover {width}x{height}, and cropped"
 
 
 def load_clip(clip: Clip, frames: int, width: int, height: int, name: str = "clip") -> NDArray[np.float32]:
@@ -125,11 +197,15 @@ def load_image(image: Image, width: int, height: int, name: str = "image") -> ND
     Transparency is laid over white, and 16-bit grey scaled. Raises RequestError, beginning with `name`, for what is
     none of these or cannot be read.
     """
+    return _fit(_pixels(image, name), width, height)
+
+
+def _fit(pixels: NDArray[np.uint8], width: int, height: int) -> NDArray[np.float32]:
+    """uint8 [H,W,3] as float32 [3,height,width] in -1 to 1: scaled to cover, then cropped."""
     import PIL.Image
     import PIL.ImageOps
 
-    opaque = PIL.Image.fromarray(_pixels(image, name))
-    fitted = PIL.ImageOps.fit(opaque, (width, height), PIL.Image.Resampling.LANCZOS)
+    fitted = PIL.ImageOps.fit(PIL.Image.fromarray(pixels), (width, height), PIL.Image.Resampling.LANCZOS)
     return np.ascontiguousarray(np.asarray(fitted, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1.0)
 
 

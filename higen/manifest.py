@@ -108,8 +108,23 @@ class Manifest:
 
     def pictures_of(self, *stages: str) -> tuple[str, ...]:
         """The picture and clip controls that these stages, and those that feed them, cannot run without."""
-        sources = [source(t.source) for name in self.feeding(*stages) for t in self.stage(name).inputs]
-        return tuple(dict.fromkeys(s.name for s in sources if s.kind in ("picture", "clip")))
+        found: dict[str, None] = {}
+        seen: set[tuple[str, str]] = set()
+
+        def visit(name: str, given: str) -> None:
+            if (name, given) in seen or name not in self.stage_names:
+                return
+            seen.add((name, given))
+            for tensor in self.stage(name).inputs:
+                origin = source(tensor.source)
+                if origin.kind in ("picture", "clip"):
+                    found[given or origin.name] = None
+                elif origin.kind == "made":
+                    visit(origin.name, origin.given or given)
+
+        for stage in self.feeding(*stages):
+            visit(stage, "")
+        return tuple(found)
 
     @property
     def decoder(self) -> Stage:

@@ -20,6 +20,7 @@ from higen.chunk_runner import ChunkRunner
 from higen.errors import BackendError, HigenError, NotPicklable, RequestError
 from higen.events import Event, Frames, Stream, timed, timed_events, timed_steps
 from higen.forks import Home
+from higen.generation_record import generation_record
 from higen.images import load_picture
 from higen.memory import enough_memory
 from higen.plain_values import plain
@@ -32,7 +33,6 @@ from higen.sources import Kept, Place, Sources
 from higen.stages import Stage
 from higen.tables import COMMON, Control, Loop
 from higen.tokenizer import PromptTokenizer
-from higen.version import __version__
 from higen.video import Video, to_uint8
 
 __all__ = ["Pipeline", "Prompts"]
@@ -274,7 +274,10 @@ class Pipeline:
         for event in timed_events(seconds, "decode", self._decode(latents, sources, request)):
             frames[event.video, event.first : event.first + len(event.frames)] = event.frames
             yield event
-        return [Video(frames[i], request.fps, self._metadata(request, i, seconds)) for i in range(len(frames))]
+        return [
+            Video(frames[i], request.fps, generation_record(self.manifest, request, i, seconds, self.backend.name))
+            for i in range(len(frames))
+        ]
 
     def _sources(self, request: Request) -> Sources:
         """The sources of a request, its texts read."""
@@ -306,6 +309,7 @@ class Pipeline:
             purpose=loop.noise.purpose,
             first=self._first(request, loop, len(table)),
             windows=loop.windows,
+            edit=sources.known(loop),
         )
         clean = sources.made(loop.start.latents, loop) if loop.start and request.begins(loop) else None
         unit, added = sources.initial_noise(loop)
@@ -359,22 +363,6 @@ class Pipeline:
                     pixels = pixels[0].swapaxes(0, 1)
                 done += last - first
                 yield Frames(video, first, to_uint8(pixels[first - start : last - start]), done, batch * total)
-
-    def _metadata(self, request: Request, index: int, seconds: Mapping[str, float]) -> dict[str, Any]:
-        shown = [control.name for control in self.manifest.controls if control.kind not in ("picture", "clip")]
-        return {
-            "prompt": request.prompts[index],
-            "negative_prompt": request.negative_prompt,
-            "seed": request.seeds[index],
-            "steps": list(request.steps),
-            "guidance": list(request.guidance),
-            "solver": request.solvers[0] if len(set(request.solvers)) == 1 else list(request.solvers),
-            **{name: plain(request.controls[name]) for name in shown},
-            "model": self.manifest.name,
-            "licence": self.manifest.licence,
-            "versions": {"higen": __version__, "backend": self.backend.name},
-            "seconds": dict(seconds),
-        }
 
 
 _COMMON = tuple(name for name in COMMON if name != "prompt")

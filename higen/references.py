@@ -115,6 +115,8 @@ def _check_source(manifest: Manifest, where: str, tensor: Tensor) -> None:
         check(good, f"{where}: tokens are [B, {wanted}], not {list(tensor.shape)}")
     elif found.kind in ("control", "picture", "clip"):
         _check_control_source(manifest, where, tensor)
+    elif found.kind == "known":
+        _check_known_source(where, tensor)
     elif found.shown:
         _check_shown(manifest, where, tensor)
     elif found.kind == "made":
@@ -158,8 +160,31 @@ def _check_shown(manifest: Manifest, where: str, tensor: Tensor) -> None:
     check(good, f"{where}: source {tensor.source}: [N, 3, Y, X] or [B, 3, F, Y, X] is wanted, not {list(made)}")
 
 
+def _check_known_source(where: str, tensor: Tensor) -> None:
+    """Known frames as a condition: the loops that run such a stage say which (`_check_loop`)."""
+    latents = source(tensor.source).name == "latents"
+    good = len(tensor.shape) == 5 and (tensor.shape[0], *tensor.shape[2:]) == ("B", "F", "H", "W")
+    good = good and (latents or tensor.shape[1] == 1)
+    good = good or (not latents and tensor.shape == ("B", "F"))
+    wanted = "[B, C, F, H, W]" if latents else "[B, F] or [B, 1, F, H, W]"
+    check(good and tensor.dtype == "float32", f"{where}: {tensor.source} is float32 {wanted}, not {list(tensor.shape)}")
+
+
+def _check_given(manifest: Manifest, where: str, text: str, kinds: tuple[str, ...]) -> None:
+    """A stage that is given the frames of a control in the place of its picture or clip: they are its axis N."""
+    found = source(text)
+    names = [control.name for control in manifest.controls if control.kind in kinds]
+    check(found.given in names, f"{where}: source {text}: the controls of kind {' or '.join(kinds)} are {names}")
+    inputs = [t for stage in manifest.stages if stage.name == found.name for t in stage.inputs]
+    pixels = [t for t in inputs if source(t.source).kind in ("picture", "clip")]
+    good = len(pixels) == 1 and pixels[0].shape[0] == "N" and pixels[0].shape[-2:] == ("Y", "X")
+    check(good, f"{where}: source {text}: {found.name} takes no pixels [N, 3, Y, X] of a picture or clip")
+
+
 def _check_made(manifest: Manifest, where: str, text: str, rank: int) -> None:
     found = source(text)
+    if found.given:
+        _check_given(manifest, where, text, ("picture", "clip"))
     check(found.kind == "made" and not found.shown, f"{where}: source {text}: STAGE.OUTPUT or LOOP.latents")
     if found.name in {loop.name for loop in manifest.loops}:
         check(found.output == "latents" and not found.negative, f"{where}: source {text}: a loop gives latents alone")
@@ -180,7 +205,7 @@ def needs(manifest: Manifest, name: str) -> Iterator[str]:
     loops = {loop.name: loop for loop in manifest.loops}
     if name in loops:
         loop = loops[name]
-        texts = [row.latents for row in (loop.replaced, loop.start) if row is not None]
+        texts = [row.latents for row in (loop.replaced, loop.start, loop.known) if row is not None]
         tensors = [t for stage in loop.stages if stage in manifest.stage_names for t in manifest.stage(stage).inputs]
         yield from ([loop.noise.mix.loop] if loop.noise.mix else [])
     else:
@@ -216,6 +241,9 @@ def _check_loop(manifest: Manifest, loop: Loop, earlier: tuple[str, ...]) -> Non
     needed = [source(t.source) for s in loop.stages for t in manifest.stage(s).inputs]
     later = {f.name for f in needed if f.kind == "made"} & {other.name for other in manifest.loops} - set(earlier)
     check(not later, f"{where}: needs the latents of {', '.join(sorted(later))}, which runs later")
+    takes = [t.source for s in loop.stages for t in manifest.stage(s).inputs if source(t.source).kind == "known"]
+    check(not takes or loop.known is not None, f"{where}.known=null: a stage of it takes {', '.join(takes)}")
+    _check_known(manifest, loop, f"{where}.known")
     if loop.noise.mix is not None:
         check(loop.noise.mix.loop in earlier, f"{where}.noise.mix.loop={loop.noise.mix.loop!r}: an earlier loop")
         early = {other.name: other.least_frames for other in manifest.loops}[loop.noise.mix.loop]
@@ -225,6 +253,22 @@ def _check_loop(manifest: Manifest, loop: Loop, earlier: tuple[str, ...]) -> Non
             f"{where}: its noise is mixed with {loop.noise.mix.loop}, which is left out of shorter clips",
         )
     _check_loop_controls(manifest, loop, where)
+
+
+def _check_known(manifest: Manifest, loop: Loop, where: str) -> None:
+    """Frames that a loop's result passes through."""
+    row, kinds = loop.known, {control.name: control.kind for control in manifest.controls}
+    if row is None:
+        return
+    good = loop.frames == "F" or manifest.sizes.frames[2] == 1
+    check(good, f"{where}: {loop.name} has one frame, and a clip may have {manifest.sizes.frames[2]}")
+    check(kinds.get(row.control) == "frames", f"{where}.control={row.control!r}: a control of kind frames")
+    good = row.mask is None or kinds.get(row.mask) == "mask"
+    check(good, f"{where}.mask={row.mask!r}: null, or a control of kind mask")
+    found = source(row.latents)
+    check(found.given == row.control, f"{where}.latents={row.latents!r}: STAGE@{row.control}.OUTPUT")
+    _check_given(manifest, f"{where}.latents", row.latents, ("frames",))
+    _check_made(manifest, f"{where}.latents", row.latents.replace(f"@{found.given}", ""), 5)
 
 
 def _check_step(manifest: Manifest, loop: Loop, stage: Stage, where: str) -> None:
@@ -277,6 +321,8 @@ def _check_loop_controls(manifest: Manifest, loop: Loop, where: str) -> None:
     for key, row in (("replaced", loop.replaced), ("start", loop.start)):
         if row is not None:
             check(row.control in visual, f"{where}.{key}.control={row.control!r}: the pictures and clips are {visual}")
+            given = source(row.latents).given
+            check(given in ("", row.control), f"{where}.{key}.latents={row.latents!r}: @{given} is not {row.control}")
             _check_made(manifest, f"{where}.{key}.latents", row.latents, 5)
             _check_length(manifest, loop, f"{where}.{key}.latents", source(row.latents).name)
     scales: Mapping[str, float | str] = {

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,14 +12,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from higen.conditioning import check_numbers, curve_values, similarity_rows
-from higen.errors import RequestError, quoted
+from higen.errors import PictureWarning, RequestError, quoted
 from higen.manifest import Manifest
 from higen.noise_schedule import is_whole
 from higen.plain_values import plain
 from higen.prompt_weights import pieces
 from higen.schedule import max_steps
-from higen.stages import source
-from higen.tables import COMMON, MAX_NUMBER, MAX_SIDE, Control, Loop
+from higen.stages import Source, source
+from higen.tables import COMMON, MAX_NUMBER, MAX_SIDE, VISUAL, Control, Loop
 
 __all__ = ["MAX_PROMPT", "MAX_SEED", "UNSPECIFIED", "Guidance", "Picture", "Request", "Warn", "make_request"]
 
@@ -44,10 +44,16 @@ def _warn(warning: Warning) -> None:
 
 @dataclass(frozen=True, eq=False)
 class Picture:
-    """A picture control's value: float32 pixels [3, Y, X] (a clip: [3, F, Y, X]) in -1 to 1, and a digest of them."""
+    """A picture control's value: float32 pixels [3, Y, X] (a clip: [3, F, Y, X]) in -1 to 1, and a digest of them.
+
+    Known frames are [n, 3, Y, X], at these `places` of the clip; a mask is [1 or F, Y, X], brightness from 0 to 1.
+    `notes`: what was done with it, for a warning.
+    """
 
     pixels: NDArray[np.float32]
     digest: bytes
+    places: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,10 +104,23 @@ class Request:
         """Whether a loop begins in the table's tail, from a picture or clip of the request."""
         return loop.start is not None and self.controls[loop.start.control] is not None
 
+    def passes(self, loop: Loop) -> bool:
+        """Whether a loop's result passes through known frames of the request."""
+        return loop.known is not None and self.controls[loop.known.control] is not None
+
     def stand_ins(self, loop: Loop) -> tuple[str, ...]:
-        """The stage or loop whose latents a loop is replaced by, or begins from."""
-        rows = ((loop.replaced, self.replaces(loop)), (loop.start, self.runs(loop) and self.begins(loop)))
-        return tuple(source(row.latents).name for row, given in rows if row is not None and given)
+        """The stages and loops whose latents a loop is replaced by, begins from, or passes through."""
+        return tuple(origin.name for origin in self.standing(loop))
+
+    def standing(self, loop: Loop) -> tuple[Source, ...]:
+        """The sources of these latents."""
+        runs = self.runs(loop)
+        rows = (
+            (loop.replaced, self.replaces(loop)),
+            (loop.start, runs and self.begins(loop)),
+            (loop.known, runs and self.passes(loop)),
+        )
+        return tuple(source(row.latents) for row, given in rows if row is not None and given)
 
     def cut(self, frames: int) -> Request:
         """The same request for its first frames alone."""
@@ -153,7 +172,7 @@ def make_request(
 
     def checked(control: Control) -> Any:
         value = controls.get(control.name)
-        if control.kind in ("picture", "clip"):
+        if control.kind in VISUAL:
             return _pictures(control, value, len(prompts), lambda one: load(control, one, count, wide, tall))
         curve = control.kind == "curve" and isinstance(value, np.ndarray)
         return _control(manifest, control, value if curve else plain(value), count)
@@ -187,6 +206,9 @@ def make_request(
             pieces(text, name)
     request = request if only is None else request.cut(only)
     _check_needed(manifest, request)
+    _check_known(manifest, request)
+    for note in dict.fromkeys(note for control in known.values() for note in _notes(control, request)):
+        request.warn(PictureWarning(note))
     return request
 
 
@@ -276,7 +298,7 @@ def _pictures(control: Control, value: Any, count: int, load: Callable[[Any], Pi
     if value is None:
         return None
     several = isinstance(value, (list, tuple)) or getattr(value, "ndim", None) == 4
-    if several and control.kind == "picture":
+    if several and control.kind in ("picture", "frames"):
         if len(value) != count:
             raise RequestError(f"{control.name} has {len(value)} entries: one picture, or one per prompt ({count})")
         return tuple(load(one) for one in value)
@@ -287,11 +309,33 @@ def _check_needed(manifest: Manifest, request: Request) -> None:
     """Raise RequestError where what runs needs a picture that was not given."""
     given = {name for name, value in request.controls.items() if value is not None}
     loops = manifest.wanted(request.frames)
-    users = {f"the loop {loop.name}": (*_stages(request, loop), *request.stand_ins(loop)) for loop in loops}
+    # A stand-in that is made of a control's own frames needs no other picture.
+    made = {loop.name: [origin.name for origin in request.standing(loop) if not origin.given] for loop in loops}
+    users = {f"the loop {loop.name}": (*_stages(request, loop), *made[loop.name]) for loop in loops}
     for user, stages in {**users, "the decoder": (manifest.sizes.decoder,)}.items():
         missing = [name for name in manifest.pictures_of(*stages) if name not in given]
         if missing:
             raise RequestError(f"{missing[0]}: {user} needs one")
+
+
+def _check_known(manifest: Manifest, request: Request) -> None:
+    """Raise RequestError for known frames that no loop of the request takes, and for a mask without any."""
+    running = [loop for loop in manifest.wanted(request.frames) if request.runs(loop) and request.passes(loop)]
+    taken = {name for loop in running if loop.known for name in (loop.known.control, loop.known.mask)}
+    for control in manifest.controls:
+        if request.controls[control.name] is None or control.name in taken:
+            continue
+        if control.kind == "frames":
+            raise RequestError(f"{control.name}: a request for {request.frames} frames has no use for known frames")
+        if control.kind == "mask":
+            rows = [loop.known.control for loop in manifest.loops if loop.known and loop.known.mask == control.name]
+            raise RequestError(f"{control.name}: no frames are known: give {' or '.join(dict.fromkeys(rows))} as well")
+
+
+def _notes(control: Control, request: Request) -> Iterator[str]:
+    """What was done with the pictures of a control."""
+    for picture in (request.controls[control.name] or ()) if control.kind in VISUAL else ():
+        yield from getattr(picture, "notes", ())
 
 
 def _stages(request: Request, loop: Loop) -> tuple[str, ...]:

@@ -52,7 +52,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Edit:
-    """Where `mask` is 1, the estimate of the clean latents is `known`.
+    """Where `mask` is 1, the estimate of the clean latents is `known`, and so is the result.
 
     known [B,C,F,H,W], mask [B,1,F,h,w], 0 to 1; h and w may be 1.
     """
@@ -122,6 +122,8 @@ def denoise(backend: Runner, plan: Plan, latents: Array) -> Iterator[Step]:
         x, previous = out["latents"], out["previous"]
         if plan.edit is not None:
             x, previous = _edited(backend, plan.edit, x, previous, float(table.B[i]), float(table.sigma[i]))
+            if i == len(table) - 1:  # a solver may end at a noise level above 0
+                x = np.where(plan.edit.mask == 1, plan.edit.known, x)
         yield Step(plan.loop, stage.name, i, len(table), float(table.t[i]), x, previous)
 
 

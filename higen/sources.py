@@ -19,10 +19,12 @@ from higen.backends.base import Backend
 from higen.conditioning import curve_rows, curve_values, resample_in_time, similarity_rows, sinusoid_rows
 from higen.errors import RequestError
 from higen.images import resampling
+from higen.known_frames import latent_mask
 from higen.manifest import Manifest
 from higen.prompt_chunks import Reading, joined_chunks, weighted
 from higen.recent import Recent
 from higen.request import Picture, Request
+from higen.sampler import Edit
 from higen.stages import TOKENS, Source, Stage, Tensor, source
 from higen.tables import Loop
 from higen.video import to_uint8
@@ -36,12 +38,15 @@ Kept = Recent[dict[str, NDArray[Any]]]
 
 @dataclass(frozen=True)
 class Place:
-    """Whom an input is for: which sample, in which loop (None: after the last one), and on which branch of guidance."""
+    """Whom an input is for: which sample, in which loop (None: after the last one), and on which branch of guidance;
+    `given`: the control whose frames stand in the place of pictures and clips.
+    """
 
     sample: int
     frames: int
     loop: Loop | None = None
     negative: bool = False
+    given: str = ""
 
 
 @dataclass(frozen=True, eq=False)
@@ -158,6 +163,43 @@ class Sources:
         wanted = Tensor("latents", ("B", "C", "F", "H", "W"), source=text)
         return np.concatenate([self._value(wanted, replace(place, sample=i)).array for i in range(self.samples)])
 
+    def known(self, loop: Loop) -> Edit | None:
+        """The frames that a loop's result passes through; None where the request has none.
+
+        known [B, C, f, H, W], 0 at the other frames; mask [B, 1, f, h, w], h and w are 1 where there is no mask.
+        """
+        if not self._request.passes(loop):
+            return None
+        frames = self._request.frames_of(loop)
+        parts = [self._known(loop, Place(i, frames, loop)) for i in range(self.samples)]
+        return Edit(np.concatenate([part.known for part in parts]), np.concatenate([part.mask for part in parts]))
+
+    def _known(self, loop: Loop, place: Place) -> Edit:
+        """The known frames of one sample."""
+        row, request = loop.known, self._request
+        assert row is not None
+        wanted = Tensor("latents", ("B", "C", "F", "H", "W"), source=row.latents)
+        latents = self._value(wanted, place).array
+        places = list(request.controls[row.control][place.sample].places)
+        known = np.zeros((*latents.shape[:2], place.frames, *latents.shape[3:]), np.float32)
+        known[:, :, places] = latents
+        mask = np.zeros((1, 1, place.frames, 1, 1), np.float32)
+        mask[:, :, places] = 1
+        if row.mask is not None and request.controls[row.mask] is not None:
+            anew = latent_mask(request.controls[row.mask][place.sample].pixels, self._manifest.sizes.factor)
+            mask = mask * (1 - anew)[None, None]
+        return Edit(known, mask)
+
+    def _known_input(self, name: str, tensor: Tensor, place: Place) -> _Value:
+        """The latents of known frames, or how far they are known, as a stage is told: zeros where nothing is known."""
+        edit = self._known(place.loop, place) if place.loop and self._request.passes(place.loop) else None
+        array = np.zeros(self._shape(tensor, place), np.float32)
+        if edit is not None and name == "latents":
+            array = np.where(edit.mask > 0, edit.known, np.float32(0))
+        elif edit is not None:
+            array = np.broadcast_to(edit.mask, array.shape).copy() if array.ndim == 5 else edit.mask.min((1, 3, 4))
+        return _Value(array, _digest("known", array.shape, array.tobytes()), lasting=False)
+
     @property
     def samples(self) -> int:
         """Samples of the request."""
@@ -177,13 +219,16 @@ class Sources:
             return self._picture(origin, tensor, place)
         if origin.kind == "noise":
             return self._noise(int(origin.name), tensor, place)
+        if origin.kind == "known":
+            return self._known_input(origin.name, tensor, place)
         if origin.name in self._loops:
             latents = self.latents(origin.name)[place.sample : place.sample + 1]
             array = latents[:, :, 0] if len(tensor.shape) == 4 else latents
             key = _digest("latents", origin.name, place.sample, len(tensor.shape))
             return _Value(array, key, lasting=False)
         made = self._stage(
-            self._manifest.stage(origin.name), replace(place, negative=place.negative or origin.negative)
+            self._manifest.stage(origin.name),
+            replace(place, negative=place.negative or origin.negative, given=origin.given or place.given),
         )
         array = made.outputs[origin.output]
         if origin.shown:
@@ -202,7 +247,7 @@ class Sources:
     def _stage(self, stage: Stage, place: Place) -> _Made:
         """A stage's outputs, made once per distinct input."""
         loop = place.loop.name if place.loop is not None else None
-        at = (stage.name, place.sample, place.frames, loop, place.negative)
+        at = (stage.name, place.sample, place.frames, loop, place.negative, place.given)
         if at in self._placed:
             return self._placed[at]
         values = {tensor.name: self._value(tensor, place) for tensor in stage.conditions}
@@ -278,6 +323,8 @@ class Sources:
         return np.full((1,) if len(tensor.shape) == 1 else (1, frames), value, np.float32)
 
     def _picture(self, origin: Source, tensor: Tensor, place: Place) -> _Value:
+        if place.given:
+            return self._given(place)
         pictures: tuple[Picture, ...] = self._request.controls[origin.name]
         picture = pictures[place.sample]
         if origin.kind == "clip":
@@ -288,6 +335,16 @@ class Sources:
         if not origin.resampled:
             return _Value(picture.pixels[None], _digest("picture", picture.digest), lasting=False)
         return self._resampled(picture.pixels, picture.digest, tensor, place)
+
+    def _given(self, place: Place) -> _Value:
+        """The frames of a picture, a clip or known frames, for a stage that takes them one by one: [n, 3, Y, X]."""
+        picture: Picture = self._request.controls[place.given][place.sample]
+        pixels, kind = picture.pixels, self._manifest.control(place.given).kind
+        if kind == "picture":
+            pixels = pixels[None]
+        elif kind == "clip":
+            pixels = pixels[:, : place.frames].swapaxes(0, 1)
+        return _Value(np.ascontiguousarray(pixels), _digest("given", picture.digest, len(pixels)), lasting=False)
 
     def _resampled(self, pixels: NDArray[np.float32], digest: bytes, tensor: Tensor, place: Place) -> _Value:
         """A picture [3, Y, X] in the size of the input's last two axes."""

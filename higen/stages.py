@@ -41,6 +41,9 @@ STEP_COLUMNS = ("t", "A", "B", "C", "alpha", "sigma", "guidance")
 EMPTY = "empty_"
 """`empty_NAME` is what the branch without the prompt sees in place of the input NAME."""
 
+NEGATIVE = "negative"
+"""`STAGE@negative.OUTPUT` is made of the negative prompt; no control has this name."""
+
 _SOURCE = re.compile(
     r"(?P<state>state)"
     r"|control:(?P<control>\w+)"
@@ -48,16 +51,18 @@ _SOURCE = re.compile(
     r"|picture:(?:(?P<picture>\w+)|(?P<maker>\w+)\.(?P<pixels>\w+))(?P<resampled>:clip)?"
     r"|clip:(?P<clip>\w+)"
     r"|noise:(?P<noise>\d{1,9})"
-    r"|(?P<owner>\w+)(?P<negative>@negative)?\.(?P<output>\w+)"
+    r"|known:(?P<known>latents|mask)"
+    r"|(?P<owner>\w+)(?:@(?P<given>\w+))?\.(?P<output>\w+)"
 )
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where an input comes from: `kind` is state, control, text, picture, clip, noise or made; `name` says which.
+    """Where an input comes from: `kind` (state, control, text, picture, clip, noise, known, made) and `name`.
 
-    `output`: of a stage or loop (`made`). `negative`: made of the negative prompt. `resampled`: a picture in the
-    input's own size. `shown`: pixels that a stage made, taken as a picture.
+    `output`: of a stage or loop (`made`). `negative`: made of the negative prompt. `given`: made of the frames of this
+    control, in the place of a picture or clip. `resampled`: a picture in the input's own size. `shown`: pixels that a
+    stage made, taken as a picture.
     """
 
     kind: str
@@ -66,6 +71,7 @@ class Source:
     negative: bool = False
     resampled: bool = False
     shown: bool = False
+    given: str = ""
 
 
 @lru_cache(maxsize=4096)
@@ -75,14 +81,15 @@ def source(text: str) -> Source:
     if found is None:
         raise ManifestError(
             f"source={text!r}: state, control:NAME, text:prompt, text:negative, picture:NAME, picture:NAME:clip, "
-            "picture:STAGE.OUTPUT, picture:STAGE.OUTPUT:clip, clip:NAME, noise:P, STAGE.OUTPUT, STAGE@negative.OUTPUT "
-            "or LOOP.latents"
+            "picture:STAGE.OUTPUT, picture:STAGE.OUTPUT:clip, clip:NAME, noise:P, known:latents, known:mask, "
+            "STAGE.OUTPUT, STAGE@negative.OUTPUT, STAGE@CONTROL.OUTPUT or LOOP.latents"
         )
     if maker := found["maker"]:
         return Source("made", maker, found["pixels"], resampled=found["resampled"] is not None, shown=True)
     if owner := found["owner"]:
-        return Source("made", owner, found["output"], negative=found["negative"] is not None)
-    kind = next(k for k in ("state", "control", "text", "picture", "clip", "noise") if found[k] is not None)
+        negative, given = found["given"] == NEGATIVE, found["given"] or ""
+        return Source("made", owner, found["output"], negative=negative, given="" if negative else given)
+    kind = next(k for k in ("state", "control", "text", "picture", "clip", "noise", "known") if found[k] is not None)
     return Source(kind, found[kind], resampled=found["resampled"] is not None)
 
 

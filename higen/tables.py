@@ -10,14 +10,16 @@ from typing import Any, Literal
 from higen import noise_schedule as solvers
 from higen.errors import ManifestError
 from higen.noise_schedule import PREDICTIONS, NoiseSchedule, Solver
-from higen.stages import FREE
+from higen.stages import FREE, NEGATIVE
 from higen.typed_json import LATER
 
 __all__ = [
     "COMMON",
     "MAX_NUMBER",
     "NUMERIC",
+    "VISUAL",
     "Control",
+    "Known",
     "Loop",
     "Mix",
     "NoiseRule",
@@ -31,7 +33,7 @@ __all__ = [
     "is_number",
 ]
 
-RESERVED = ("progress", "warn")
+RESERVED = ("progress", "warn", NEGATIVE)
 COMMON = ("prompt", "negative_prompt", "seed", "steps", "guidance", "solver", "frames", "width", "height", "fps")
 """What every request may set, whatever the model; no control has such a name."""
 
@@ -47,6 +49,9 @@ ENCODINGS: dict[str, tuple[str | None, ...]] = {
 """Encodings by kind of control; other kinds have none."""
 
 NUMERIC = ("number", "whole", "curve")
+VISUAL = ("picture", "clip", "frames", "mask")
+"""Kinds of control whose values are pixels: none of them has a default."""
+
 MAX_SIDE = 4096
 MOST_CHUNKS = 64  # of a text
 MAX_SIZE = 2**31  # of an axis
@@ -139,7 +144,7 @@ class Control:
     """What a request may set for this model. A `default` of None is "unspecified", or no picture."""
 
     name: str
-    kind: Literal["number", "whole", "curve", "text", "picture", "clip", "choice"]
+    kind: Literal["number", "whole", "curve", "text", "picture", "clip", "choice", "frames", "mask"]
     meaning: str
     encoding: Literal["number", "curve", "sinusoid", "similarity"] | None = None
     low: float | None = None
@@ -161,7 +166,7 @@ class Control:
     def _check_default(self) -> None:
         value = self.default
         if value is None:
-            good = self.optional or self.kind in ("picture", "clip")
+            good = self.optional or self.kind in VISUAL
             check(good, f"default=None: {self.kind} needs one, unless it is optional")
         elif self.kind in NUMERIC:
             whole = self.kind != "whole" or type(value) is int
@@ -234,6 +239,17 @@ class Start:
 
 
 @dataclass(frozen=True)
+class Known:
+    """Where `control`, of kind frames, is given, the loop's estimate of the clean latents is the source `latents` at
+    those frames, after each row. `mask`: a control of kind mask; where it is white the frames are drawn anew.
+    """
+
+    control: str
+    latents: str
+    mask: str | None = None
+
+
+@dataclass(frozen=True)
 class Windows:
     """A clip of more than `length` frames is denoised in windows that begin `stride` frames apart."""
 
@@ -264,6 +280,7 @@ class Loop:
     replaced: Replaced | None = None
     start: Start | None = None
     windows: Windows | None = None
+    known: Known | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         check(bool(self.guided or self.plain), "guided, plain: at least one stage")

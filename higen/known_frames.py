@@ -1,0 +1,55 @@
+"""Known frames and masks as a request gives them: which frames of the clip, and pixels as brightness."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from higen.errors import RequestError, quoted
+
+__all__ = ["by_frame", "latent_mask"]
+
+_INDEX = re.compile(r"-?\d{1,6}")
+
+
+def by_frame(name: str, value: object, frames: int) -> dict[int, Any]:
+    """Pictures by frame of a clip, in order: keys are 0 to `frames` - 1.
+
+    `value`: pictures by index, a whole number or its digits, from 0, or from -1 for the last frame on. Raises
+    RequestError, beginning with `name`, for what is no such mapping, an index that the clip does not have, and two
+    indices of one frame.
+    """
+    if not isinstance(value, Mapping) or not value:
+        wanted = "a picture for each known frame, by its index: {0: 'first.png', -1: 'last.png'}"
+        raise RequestError(f"{name}={quoted(value)}: {wanted}")
+    found: dict[int, Any] = {}
+    for key, picture in value.items():
+        index = _index(name, key)
+        if not -frames <= index < frames:
+            allowed = f"0 to {frames - 1}, or -1 to {-frames} from the end"
+            raise RequestError(f"{name}: frame {index}: the clip has {frames} frames: {allowed}")
+        place = index % frames
+        if place in found:
+            raise RequestError(f"{name}: frame {index}: frame {place} is given twice; one picture for each frame")
+        found[place] = picture
+    return dict(sorted(found.items()))
+
+
+def _index(name: str, key: object) -> int:
+    if isinstance(key, str) and _INDEX.fullmatch(key):
+        return int(key)
+    if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
+        return int(key)
+    raise RequestError(f"{name}: frame {quoted(key)}: the index of a frame, a whole number")
+
+
+def latent_mask(bright: NDArray[np.float32], factor: int) -> NDArray[np.float32]:
+    """A mask [n, Y, X] as the mean over each latent cell: [n, Y / factor, X / factor]."""
+    n, height, width = bright.shape
+    cells = bright.reshape(n, height // factor, factor, width // factor, factor)
+    means: NDArray[np.float32] = cells.mean(axis=(2, 4), dtype=np.float64).astype(np.float32)
+    return means
