@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from higen.families.higen.preconditioning import precondition
-from higen.families.higen.unet import UNet
+from higen.families.higen.preconditioning import enter_known, precondition
+from higen.families.higen.unet import Known, UNet
 
 __all__ = ["diffuse", "gain_loss", "residual_square", "residual_v_loss", "v_loss", "v_target"]
 
@@ -34,10 +34,18 @@ def v_loss(
     context: Tensor,
     frame_embedding: Tensor,
     prior: Tensor | None,
+    known: Known | None = None,
 ) -> Tensor:
-    """Mean squared error of v, one number per sample [B] (reference: plain MSE, equal weights)."""
-    v = unet(diffuse(x0, noise, alpha, sigma), t, context, frame_embedding, prior)
-    return (v - v_target(x0, noise, alpha, sigma)).pow(2).mean(dim=(1, 2, 3, 4))
+    """Mean squared error of v, one number per sample [B] (reference: plain MSE, equal weights).
+
+    `known`: the network is given these frames, and the error is that of the others.
+    """
+    entered = diffuse(x0, noise, alpha, sigma)
+    if known is None:
+        v = unet(entered, t, context, frame_embedding, prior)
+    else:
+        v = unet(enter_known(entered, known), t, context, frame_embedding, prior, known)
+    return _mean(v - v_target(x0, noise, alpha, sigma), known)
 
 
 def residual_v_loss(
@@ -50,6 +58,7 @@ def residual_v_loss(
     context: Tensor,
     frame_embedding: Tensor,
     prior: Tensor,
+    known: Known | None = None,
 ) -> Tensor:
     """The same for a network with prior preconditioning: the error of v' (`preconditioning.velocity`), [B].
 
@@ -63,7 +72,19 @@ def residual_v_loss(
         entered, g, c = precondition(unet, x, alpha, sigma, context.float(), frame_embedding.float(), prior)
         residual = (x0 - prior[:, :, None]) / g
         target = _column(alpha) * g * c * noise - _column(sigma) * c * residual
-    return (unet(entered, t, context, frame_embedding, prior) - target).pow(2).mean(dim=(1, 2, 3, 4))
+        if known is not None:
+            entered = enter_known(entered, known, prior, g)
+    more = () if known is None else (known,)
+    return _mean(unet(entered, t, context, frame_embedding, prior, *more) - target, known)
+
+
+def _mean(error: Tensor, known: Known | None) -> Tensor:
+    """Mean square of [B,C,F,H,W] over the frames that are not given; [B]."""
+    frames = error.pow(2).mean(dim=(1, 3, 4))
+    if known is None:
+        return frames.mean(dim=1)
+    drawn = 1 - known.mask
+    return (frames * drawn).sum(dim=1) / drawn.sum(dim=1).clamp(min=1)
 
 
 def gain_loss(unet: UNet, context: Tensor, frame_embedding: Tensor, square: Tensor) -> Tensor:

@@ -39,7 +39,8 @@ def velocity(
 
     def predict(x: Tensor) -> Tensor:
         inside = context.dtype
-        v = unet(x.to(inside), t, context, frame_embedding, None if prior is None else prior.to(inside), known)
+        more = () if known is None else (known,)
+        v = unet(x.to(inside), t, context, frame_embedding, None if prior is None else prior.to(inside), *more)
         return v.to(latents.dtype)
 
     if unet.residual_gain is None or prior is None:

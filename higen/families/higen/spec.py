@@ -63,6 +63,12 @@ DPM = Solver("dpm++2m", "trailing-ceil", final="zero")
 PLAIN = "_plain"
 """Behind the name of a denoising stage: the same step with one branch of guidance."""
 
+KNOWN_INPUTS = (
+    Tensor("known", ("B", "C", "F", "H", "W"), source="known:latents"),
+    Tensor("known_mask", ("B", "F"), source="known:mask"),
+)
+"""What the steps of a clip are told of its known frames, where they were trained for it."""
+
 
 # The tables.
 
@@ -72,7 +78,7 @@ def manifest(config: ModelConfig, plain: bool = True) -> Manifest:
 
     Raises ManifestError for a configuration whose parts do not fit each other.
     """
-    rows = tuple(s for s in stages() if plain or not s.name.endswith(PLAIN))
+    rows = tuple(s for s in stages(config.unet.known_frames) if plain or not s.name.endswith(PLAIN))
     return Manifest(
         name=config.name,
         licence=config.licence,
@@ -87,9 +93,10 @@ def manifest(config: ModelConfig, plain: bool = True) -> Manifest:
     )
 
 
-def stages() -> tuple[Stage, ...]:
-    """The stages of every HiGen model, the plain ones too."""
+def stages(known_frames: bool = False) -> tuple[Stage, ...]:
+    """The stages of every HiGen model, the plain ones too. `known_frames`: those of a clip are told what is known."""
     hidden = ("B", "L", "Dt")
+    clip = (Tensor("prior", ("B", "C", "H", "W"), source="spatial.latents"), *(KNOWN_INPUTS if known_frames else ()))
     return (
         text_encoder_stage(TEXT_ENCODER, "Dt"),
         Stage(
@@ -103,7 +110,7 @@ def stages() -> tuple[Stage, ...]:
             (Output("context", ("B", "K", "Dc")), Output("frame_embedding", ("B", "F", "E"))),
         ),
         *_denoising_stages("spatial_unet", 1),
-        *_denoising_stages("temporal_unet", "F", Tensor("prior", ("B", "C", "H", "W"), source="spatial.latents")),
+        *_denoising_stages("temporal_unet", "F", *clip),
         *autoencoder_stages(AUTOENCODER, "image"),
     )
 

@@ -175,7 +175,9 @@ class UNet(nn.Module):
         if known is not None:
             t = t[:, None] * (1 - known.mask.to(t.dtype))
         embedding = self._embedding(t, context, frame_embedding)  # [B*F, E]
-        x = self._enter(latents, prior, known)  # [B*F, C0, H, W]
+        x = self._enter(latents, prior)  # [B*F, C0, H, W]
+        if known is not None:
+            x = x + self._told(known, x)
         if self.temporal_in is not None:
             x = self.temporal_in(x, frames)
         skips = [x]
@@ -225,20 +227,22 @@ class UNet(nn.Module):
             time = time + self.context_pool(context.mean(dim=1))[:, None]
         return (time + frame_embedding).flatten(0, 1)
 
-    def _enter(self, latents: Tensor, prior: Tensor | None, known: Known | None) -> Tensor:
+    def _enter(self, latents: Tensor, prior: Tensor | None) -> Tensor:
         x = self.conv_in(latents.transpose(1, 2).flatten(0, 1)).unflatten(0, (latents.shape[0], -1))
         if prior is not None:
             x = x + self.prior(prior)[:, None]
         elif self.prior.bias is not None:  # it always is there; the type says Optional
             x = x + self.prior.bias[:, None, None]
-        x = x.flatten(0, 1)
-        if known is None:
-            return x
+        return x.flatten(0, 1)
+
+    def _told(self, known: Known, like: Tensor) -> Tensor:
+        """What known frames add to the first convolution's output [B*F, C0, H, W]."""
         if self.known is None:
             raise TypeError("this network takes no known frames")
-        given = known.latents.to(x.dtype) * known.wide(x)
-        told = torch.cat([given, known.wide(given).expand(-1, -1, -1, *given.shape[3:])], dim=1)
-        return x + self.known(told.transpose(1, 2).flatten(0, 1))
+        latents, wide = known.latents.to(like.dtype), known.wide(like)
+        told = torch.cat([latents * wide, wide.expand(-1, -1, -1, *latents.shape[3:])], dim=1)
+        out: Tensor = self.known(told.transpose(1, 2).flatten(0, 1))
+        return out
 
 
 class Denoiser(nn.Module):

@@ -1,0 +1,172 @@
+"""Known frames as a condition: what the network is told, what the loss is of, and what a run draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+import torch
+from conftest import TINY
+from torch import Tensor
+
+from higen.errors import SettingsError
+from higen.families.higen import spec
+from higen.families.higen.network import VelocityPredictor
+from higen.families.higen.preconditioning import enter_known
+from higen.families.higen.unet import Known, UNet
+from higen.models.solver_step import SolverStep
+from higen.train.draws import draw_known, noisy_known
+from higen.train.layers import temporal_names
+from higen.train.objective import residual_v_loss, v_loss
+from higen.train.sections import KNOWN_SETS, ModelSettings, ObjectiveSettings
+
+CONFIG = replace(TINY.unet, prior_preconditioning=True, pooled_context=True, known_frames=True)
+B, F, H, W = 2, 5, 4, 4
+
+
+def random(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=random(seed))
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[UNet, UNet]:
+    """A network that takes known frames, and the same one without; no layer of either ends in zeros."""
+    torch.manual_seed(0)
+    whole, plain = UNet(CONFIG).eval(), UNet(replace(CONFIG, known_frames=False)).eval()
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    weights = whole.state_dict()
+    plain.load_state_dict({name: weights[name] for name in plain.state_dict()})
+    return whole, plain
+
+
+@pytest.fixture(scope="module")
+def given() -> dict[str, Tensor]:
+    return {
+        "x0": normal(B, CONFIG.in_channels, F, H, W),
+        "noise": normal(B, CONFIG.in_channels, F, H, W, seed=1),
+        "t": torch.tensor([900, 300]),
+        "alpha": torch.tensor([0.3, 0.8]),
+        "sigma": torch.tensor([1 - 0.3**2, 1 - 0.8**2]).sqrt(),
+        "context": normal(B, CONFIG.context_tokens, CONFIG.context_dim, seed=2),
+        "frame_embedding": normal(B, F, CONFIG.embedding_dim, seed=3),
+        "prior": normal(B, CONFIG.in_channels, H, W, seed=4),
+    }
+
+
+def mask(*rows: str) -> Tensor:
+    return torch.tensor([[float(c) for c in row] for row in rows])
+
+
+NOTHING = mask("0" * F, "0" * F)
+SOME = mask("10001", "11000")
+
+
+def test_a_new_network_draws_what_the_old_one_drew(pair: tuple[UNet, UNet], given: dict[str, Tensor]) -> None:
+    fresh = UNet(CONFIG)
+    assert fresh.known is not None
+    assert not fresh.known.weight.any()
+    whole, plain = pair
+    rest = given["t"], given["context"], given["frame_embedding"], given["prior"]
+    with torch.no_grad():
+        expected = plain(given["x0"], *rest)
+        told = whole(given["x0"], *rest, Known(given["noise"], NOTHING))  # what is not masked is not looked at
+    torch.testing.assert_close(told, expected)
+    with pytest.raises(TypeError, match="no known frames"):
+        plain(given["x0"], *rest, Known(given["x0"], SOME))
+    assert "unet.known.weight" in temporal_names(CONFIG)
+
+
+def test_known_frames_enter_clean_and_hide_the_noise(pair: tuple[UNet, UNet], given: dict[str, Tensor]) -> None:
+    known = Known(given["x0"], SOME)
+    entered = enter_known(given["noise"], known)
+    assert torch.equal(entered[0, :, 0], given["x0"][0, :, 0])
+    assert torch.equal(entered[0, :, 1], given["noise"][0, :, 1])
+    g = torch.full((B, 1, F, 1, 1), 0.5)
+    residual = enter_known(given["noise"], known, given["prior"], g)
+    torch.testing.assert_close(residual[1, :, 1], (given["x0"][1, :, 1] - given["prior"][1]) / 0.5)
+    # The noise of a known frame changes nothing; that of another one does.
+    stage = SolverStep(spec.stages(known_frames=True)[5], VelocityPredictor(pair[0]).eval())
+    assert stage.inputs[-2:] == ("known", "known_mask")
+    assert stage.branches == 1
+    columns = [given["t"].float(), *(torch.ones(B) for _ in range(3)), given["alpha"], given["sigma"]]
+    x = given["x0"]
+    rest = [given["context"], given["frame_embedding"], given["prior"], given["x0"], SOME]
+    with torch.no_grad():
+        before = stage(x, x, *columns, *rest)[0]
+        other = x.clone()
+        other[0, :, 4] += 1
+        after = stage(other, x, *columns, *rest)[0]
+        changed = x.clone()
+        changed[0, :, 2] += 1
+        moved = stage(changed, x, *columns, *rest)[0]
+    torch.testing.assert_close(after[0, :, 1:4], before[0, :, 1:4])
+    assert float((moved[0, :, 1] - before[0, :, 1]).abs().max()) > 1e-3
+
+
+@pytest.mark.parametrize("loss", [v_loss, residual_v_loss])
+def test_the_loss_is_that_of_the_frames_to_draw(
+    pair: tuple[UNet, UNet], given: dict[str, Tensor], loss: Callable[..., Tensor]
+) -> None:
+    """What was noise in a known frame does not matter, and with nothing known it is the plain loss."""
+    whole, plain = pair
+    other = given["noise"].clone()
+    other[0, :, 0] += 1
+    other[1, :, 1] -= 1
+    elsewhere = given["noise"].clone()
+    elsewhere[:, :, 2] += 1
+    with torch.no_grad():
+        found = loss(whole, **given, known=Known(given["x0"], NOTHING))
+        torch.testing.assert_close(found, loss(plain, **given))
+        found, same, different = (
+            loss(whole, **{**given, "noise": noise}, known=Known(given["x0"], SOME))
+            for noise in (given["noise"], other, elsewhere)
+        )
+    torch.testing.assert_close(found, same)
+    assert (found - different).abs().min() > 1e-3
+
+
+def test_sets_are_drawn_as_often_as_wished() -> None:
+    settings = ObjectiveSettings(known={"none": 0.5, "ends": 0.25, "second": 0.25})
+    drawn = [draw_known(settings, 6, random(seed)).int().tolist() for seed in range(300)]
+    assert {tuple(d) for d in drawn} == {(0,) * 6, (1, 0, 0, 0, 0, 1), (1, 0, 1, 0, 1, 0)}
+    assert drawn.count([0] * 6) / 300 == pytest.approx(0.5, abs=0.1)
+    for name in KNOWN_SETS:
+        for frames in (2, 5):
+            masks = [draw_known(ObjectiveSettings(known={name: 1.0}), frames, random(seed)) for seed in range(40)]
+            assert all(m.shape == (frames,) and not m.all() for m in masks)
+            assert name in ("none", "some") or all(m.any() for m in masks)
+    lengths = {int(draw_known(ObjectiveSettings(known={"prefix": 1.0}), 4, random(seed)).sum()) for seed in range(60)}
+    assert lengths == {1, 2, 3}
+
+
+def test_given_frames_may_be_noisy() -> None:
+    clip = normal(4, 3, 2, 2)
+    assert noisy_known(clip, ObjectiveSettings(), random()) is clip
+    noise = torch.cat([noisy_known(clip, ObjectiveSettings(known_noise=0.3), random(i)) - clip for i in range(50)])
+    assert 0.1 < float(noise.std()) < 0.25
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"known": {"middle": 1.0}}, "known.middle: one of none, first, ends"),
+        ({"known": {"first": 0.5}}, "add up to 1"),
+        ({"known": {"first": 1.5, "none": -0.5}}, "add up to 1"),
+        ({"known_noise": -1.0}, "known_noise"),
+    ],
+)
+def test_wrong_sets_are_refused(wrong: dict[str, object], said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        ObjectiveSettings(**wrong)  # type: ignore[arg-type]
+
+
+def test_only_a_model_that_goes_on_gets_inputs_for_known_frames() -> None:
+    with pytest.raises(SettingsError, match="goes with init"):
+        ModelSettings(architecture="a.toml", companions="m", known_frames=True)
