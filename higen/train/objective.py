@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from higen.families.higen.preconditioning import enter_known, precondition
+from higen.families.higen.preconditioning import known_residual, precondition
 from higen.families.higen.unet import Known, UNet
 
 __all__ = ["diffuse", "gain_loss", "residual_square", "residual_v_loss", "v_loss", "v_target"]
@@ -38,14 +38,10 @@ def v_loss(
 ) -> Tensor:
     """Mean squared error of v, one number per sample [B] (reference: plain MSE, equal weights).
 
-    `known`: the network is given these frames, and the error is that of the others.
+    `known`: where frames of a clip are given, the error of r, in the others (`preconditioning.velocity`).
     """
-    entered = diffuse(x0, noise, alpha, sigma)
-    if known is None:
-        v = unet(entered, t, context, frame_embedding, prior)
-    else:
-        v = unet(enter_known(entered, known), t, context, frame_embedding, prior, known)
-    return _mean(v - v_target(x0, noise, alpha, sigma), known)
+    x, target = diffuse(x0, noise, alpha, sigma), v_target(x0, noise, alpha, sigma)
+    return _error(unet, x, x, target, x0, t, alpha, context, frame_embedding, prior, known)
 
 
 def residual_v_loss(
@@ -72,18 +68,32 @@ def residual_v_loss(
         entered, g, c = precondition(unet, x, alpha, sigma, context.float(), frame_embedding.float(), prior)
         residual = (x0 - prior[:, :, None]) / g
         target = _column(alpha) * g * c * noise - _column(sigma) * c * residual
-        if known is not None:
-            entered = enter_known(entered, known, prior, g)
-    more = () if known is None else (known,)
-    return _mean(unet(entered, t, context, frame_embedding, prior, *more) - target, known)
+    return _error(unet, x, entered, target, x0, t, alpha, context, frame_embedding, prior, known)
 
 
-def _mean(error: Tensor, known: Known | None) -> Tensor:
-    """Mean square of [B,C,F,H,W] over the frames that are not given; [B]."""
-    frames = error.pow(2).mean(dim=(1, 3, 4))
+def _error(
+    unet: UNet,
+    x: Tensor,
+    entered: Tensor,
+    target: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    alpha: Tensor,
+    context: Tensor,
+    frame_embedding: Tensor,
+    prior: Tensor | None,
+    known: Known | None,
+) -> Tensor:
+    """Mean square [B] of what the network makes of `entered` from `target`, or, of the frames that are not given, of
+    what it makes of x and the blend from r."""
     if known is None:
-        return frames.mean(dim=1)
-    drawn = 1 - known.mask
+        return (unet(entered, t, context, frame_embedding, prior) - target).pow(2).mean(dim=(1, 2, 3, 4))
+    with torch.no_grad():
+        blend = known.blend()
+        entered = torch.where(known.given, known_residual(x, _column(alpha), blend, known), entered)
+        target = torch.where(known.given, x0 - blend, target)
+        drawn = 1 - known.mask
+    frames = (unet(entered, t, context, frame_embedding, prior, known) - target).pow(2).mean(dim=(1, 3, 4))
     return (frames * drawn).sum(dim=1) / drawn.sum(dim=1).clamp(min=1)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from higen.families.higen.unet import Known, UNet
 
-__all__ = ["enter_known", "precondition", "velocity"]
+__all__ = ["known_residual", "precondition", "velocity"]
 
 
 def velocity(
@@ -33,8 +33,8 @@ def velocity(
     `gain_context` decides g in place of `context`: two branches of guidance need one g, else their difference holds a
     multiple of x and strong guidance makes x grow without bounds.
 
-    `known`: frames that are given enter the network in the place of their noisy latents, without noise. What it
-    predicts of them means nothing: the loop puts the given ones into x0.
+    `known`: where frames of a clip are given, the prior of each frame is their blend b, g is 1, and the network
+    predicts r = z - b itself: v = (alpha x - b - r) / sigma. One that is not trained yet gives the blend at any step.
     """
 
     def predict(x: Tensor) -> Tensor:
@@ -43,14 +43,30 @@ def velocity(
         v = unet(x.to(inside), t, context, frame_embedding, None if prior is None else prior.to(inside), *more)
         return v.to(latents.dtype)
 
+    a, s = _per_sample(alpha, latents), _per_sample(sigma, latents)
     if unet.residual_gain is None or prior is None:
-        return predict(latents if known is None else enter_known(latents, known))
-    entered, g, c = precondition(
-        unet, latents, alpha, sigma, context if gain_context is None else gain_context, frame_embedding, prior
-    )
-    v = predict(entered if known is None else enter_known(entered, known, prior, g))
-    a, s = _per_sample(alpha, v), _per_sample(sigma, v)
-    return g * c * v + a * s * c * (1 - g**2) * entered - s * prior[:, :, None]
+        entered = latents
+    else:
+        gain = context if gain_context is None else gain_context
+        entered, g, c = precondition(unet, latents, alpha, sigma, gain, frame_embedding, prior)
+    if known is None:
+        out = predict(entered)
+    else:
+        blend = known.blend().to(latents.dtype)
+        out = predict(torch.where(known.given, known_residual(latents, a, blend, known), entered))
+    if unet.residual_gain is None or prior is None:
+        v = out
+    else:
+        v = g * c * out + a * s * c * (1 - g**2) * entered - s * prior[:, :, None]
+    return v if known is None else torch.where(known.given, (a * latents - blend - out) / s, v)
+
+
+def known_residual(latents: Tensor, alpha: Tensor, blend: Tensor, known: Known) -> Tensor:
+    """x - alpha b, which the network sees of a clip of which frames are given; 0 in those: r without noise.
+
+    alpha [B,1,1,1,1].
+    """
+    return (latents - alpha * blend) * (1 - known.wide(latents))
 
 
 def precondition(
