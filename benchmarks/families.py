@@ -1,6 +1,7 @@
 """Times whole loops of other families beside diffusers' pipelines of the same weights, and says how far they are apart.
 
     python benchmarks/families.py WORK [--family animatediff] [--size full|tiny] [--steps 10] [--precision fp16]
+        [--make]
 
 The models have the published architectures and random weights: none is zero, so that nothing of a network is hidden.
 WORK keeps them; full size takes 4 to 10 GB each. Both sides run in PyTorch, eagerly, on the GPU if there is one, from
@@ -22,7 +23,7 @@ import diffusers
 import numpy as np
 import PIL.Image
 import torch
-from gpu import hardware, synchronise
+from hardware import hardware, synchronise
 from numpy.typing import NDArray
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVisionModelWithProjection
 
@@ -205,20 +206,27 @@ def timed(run: Callable[[], Latents]) -> tuple[Latents, float, float]:
     return found, spent, torch.cuda.max_memory_allocated() / 2**30 if DEVICE == "cuda" else 0.0
 
 
-def compare(work: Path, family: str, full: bool, steps: int, precision: str) -> None:
-    """Two rows of the table."""
-    job, where = JOBS[family], work / f"{family}-{'full' if full else 'tiny'}"
-    size = job.full if full else job.tiny
+def made(work: Path, family: str, full: bool, precision: str) -> tuple[Any, Path]:
+    """diffusers' pipeline and our model directory of the same weights."""
+    where = work / f"{family}-{'full' if full else 'tiny'}-{precision}"
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     torch.manual_seed(0)
     began = time.perf_counter()
-    pipeline = job.build(full)
+    pipeline = JOBS[family].build(full)
     randomise(pipeline, dtype)
     pipeline.set_progress_bar_config(disable=True)
     if not where.exists():
         saved = tiny.save(pipeline, work / f"{where.name}-hub")
         convert_sources([saved], where, dtype=precision)
     print(f"{family}: made in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    return pipeline, where
+
+
+def compare(work: Path, family: str, full: bool, steps: int, precision: str) -> None:
+    """Two rows of the table."""
+    job = JOBS[family]
+    size = job.full if full else job.tiny
+    pipeline, where = made(work, family, full, precision)
     model = Bundle.open(where)
     with torch.inference_mode():
         wanted, their_time, their_memory = timed(partial(job.theirs, pipeline, model, steps, size))
@@ -250,9 +258,14 @@ def main() -> None:
     parser.add_argument("--size", choices=("full", "tiny"), default="full")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp16")
+    parser.add_argument("--make", action="store_true", help="only make the models: one process a family saves time")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
-    print(f"{hardware()}; diffusers {diffusers.__version__}; {given.precision}, {given.steps} steps with guidance\n")
+    if given.make:
+        for family in given.family or JOBS:
+            made(given.work, family, given.size == "full", given.precision)
+        return
+    print(f"{hardware()}; {given.precision}, {given.steps} steps with guidance\n")
     print("| family | frames and size | side | s | ratio | peak GiB | latents apart (RMS) |")
     print("|---|---|---|---|---|---|---|")
     for family in given.family or JOBS:

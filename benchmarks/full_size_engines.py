@@ -32,7 +32,7 @@ def write_model(path: Path, channels: int = 320) -> None:
     from higen.parity.fixtures import recipe_state
 
     config = spec.UNetConfig(base_channels=channels)
-    with bundle.create(path, spec.manifest(spec.ModelConfig(name="full size", unet=config))) as folder:
+    with bundle.create_model(path, spec.manifest(spec.ModelConfig(name="full size", unet=config))) as folder:
         state = {name: tensor.to(torch.float16) for name, tensor in recipe_state(config, 0)}
         write_safetensors(folder / spec.UNET, state, "fp16")
 
@@ -59,7 +59,7 @@ def build(path: Path, stage: str, target: str, weight_streaming: bool) -> None:
     """The engine of a stage for 32 frames at 448x256."""
     from higen.bundle import Bundle
     from higen.engines.build import Options
-    from higen.engines.model import build_engines
+    from higen.engines.model_engines import build_engines
     from higen.engines.shapes import read_profile
     from higen.engines.targets import parse_targets
 

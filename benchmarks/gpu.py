@@ -11,7 +11,6 @@ of the same run. Prints Markdown.
 from __future__ import annotations
 
 import argparse
-import platform
 import shutil
 import statistics
 import subprocess
@@ -26,6 +25,7 @@ from typing import Any
 
 import full_size_engines
 import torch
+from hardware import hardware, synchronise
 
 import higen
 from higen.api import default_model
@@ -35,22 +35,12 @@ from higen.backends.options import Options
 from higen.backends.torch import TorchBackend
 from higen.bundle import Bundle, graph_file
 from higen.errors import HigenError
-from higen.export.model import export_model
+from higen.export.model_graphs import export_model
 from higen.export.shapes import example_inputs, sizes_for
 
 SIDES = (("torch", "fp32"), ("torch", "fp16"), ("torch", "bf16"), ("onnx", "fp32"), ("onnx", "fp16"))
 STAGES = full_size_engines.DENOISING
 FRAMES, HEIGHT, WIDTH = 32, 256, 448
-
-
-def hardware() -> str:
-    """The GPU, its driver, and the versions of what runs on it."""
-    import onnxruntime
-
-    query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-    gpu = subprocess.run(query, capture_output=True, text=True).stdout.strip() if shutil.which(query[0]) else ""
-    versions = f"torch {torch.__version__}, onnxruntime {onnxruntime.__version__}"
-    return f"{gpu or 'no GPU'}; Python {platform.python_version()}, {versions}, higen {higen.__version__}"
 
 
 def median(run: Callable[[], object], repeats: int) -> float:
@@ -64,12 +54,6 @@ def median(run: Callable[[], object], repeats: int) -> float:
         if i >= 2:
             times.append(time.perf_counter() - start)
     return statistics.median(times)
-
-
-def synchronise() -> None:
-    """Wait for the GPU, if there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 @contextmanager

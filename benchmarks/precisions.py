@@ -28,12 +28,12 @@ import numpy as np
 import higen
 from higen.api import default_model
 from higen.bundle import Bundle, graph_file
-from higen.export.model import export_model
+from higen.export.model_graphs import export_model
 from higen.export.quantize import quantize, record_calls
 from higen.measures.fidelity import psnr
 from higen.precision import QUANTIZED, precision_named
-from higen.train.recipes.default.measure import measure
-from higen.train.recipes.default.report import COLUMNS
+from higen.train.emoji.evaluation.command import measure
+from higen.train.emoji.evaluation.report import COLUMNS
 from higen.trial import known_prompts
 
 PRECISIONS = ("fp32", "fp16", "int8")
@@ -49,7 +49,7 @@ MEASURED = (
     "sharpness",
     "motion_ratio",
 )
-"""What is shown of the held-out combinations (higen/train/recipes/default/evaluate.py)."""
+"""What is shown of the held-out combinations (higen/train/emoji/evaluation/evaluate.py)."""
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from higen.progress import is_watched
 from higen.terminal import JSON, PATH, reported, say
 
 if TYPE_CHECKING:
-    from higen.engines.model import Event
+    from higen.engines.model_engines import Event
 
 __all__ = ["build_engines", "compare"]
 
@@ -74,7 +74,7 @@ def build_engines(
     with reported(as_json):
         from higen.bundle import Bundle
         from higen.engines.build import Options
-        from higen.engines.model import build_engines as build
+        from higen.engines.model_engines import build_engines as build
         from higen.engines.shapes import read_profile
         from higen.engines.targets import parse_targets
 

@@ -56,7 +56,7 @@ def onnx(
     """Write an ONNX graph for every stage of MODEL, each checked against PyTorch at shapes it was not traced with."""
     with reported(as_json):
         with _export_extra():
-            from higen.export.model import export_model
+            from higen.export.model_graphs import export_model
             from higen.export.shapes import static_sizes
         done: list[Parity] = []
         bundle = Bundle.open(model)
@@ -156,7 +156,7 @@ def quantize(
     """
     with reported(as_json):
         with _export_extra():
-            from higen.export.model import current
+            from higen.export.model_graphs import current
             from higen.export.quantize import TOLERANCE, Report, check_graphs, record_calls
             from higen.export.quantize import quantize as run
             from higen.trial import known_prompts

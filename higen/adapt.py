@@ -13,8 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from higen import bundle as files
-from higen.bundle import Bundle
+from higen.bundle import MANIFEST, Bundle, check_free, create_model
 from higen.errors import CheckpointError, ModelError
 from higen.models.companions import TEXT_PREFIX
 from higen.models.lora import Lora, merged
@@ -27,7 +26,7 @@ ADAPTED = ("unet", "text_encoder")
 
 def is_model(source: Path) -> bool:
     """Whether a source is a model directory."""
-    return (source / files.MANIFEST).is_file()
+    return (source / MANIFEST).is_file()
 
 
 def adapt(
@@ -49,7 +48,7 @@ def adapt(
         raise CheckpointError(f"{model}: a model directory already; --lora FILE[:SCALE] adds an adapter to it")
     if output.resolve() == model.resolve():
         raise ModelError(f"{output}: the model itself; an adapted model is another directory")
-    files.check_free(output, overwrite)
+    check_free(output, overwrite)
     source = Bundle.open(model)
     stored = sorted({stage.weights for stage in source.manifest.stages} & set(source.files))
     states = {Path(name).stem: _read(source, name) for name in stored if Path(name).stem in ADAPTED}
@@ -62,7 +61,7 @@ def adapt(
         manifest = replace(manifest, name=f"{manifest.name} with {named}")
     text = manifest.text
     kept = [*stored, *([] if text is None else [text.tokenizer])]
-    with files.create(output, manifest, overwrite) as folder:
+    with create_model(output, manifest, overwrite) as folder:
         for name in kept:
             network = Path(name).stem
             if name in stored and network in different:

@@ -45,7 +45,7 @@ __all__ = [
     "GraphInput",
     "check_free",
     "check_place",
-    "create",
+    "create_model",
     "default_model",
     "drop_file",
     "file_record",
@@ -229,7 +229,7 @@ def file_record(path: Path) -> FileRecord:
 
 
 @contextmanager
-def create(path: str | os.PathLike[str], manifest: Manifest, overwrite: bool = False) -> Iterator[Path]:
+def create_model(path: str | os.PathLike[str], manifest: Manifest, overwrite: bool = False) -> Iterator[Path]:
     """Make a model directory: yields an empty folder to fill; on a clean exit the manifest is added and it is moved.
 
     Graphs are entered by `put_file`, once the directory is there. Raises what `staged` raises.

@@ -13,11 +13,8 @@ from typing import Any
 
 import click
 
-from higen.generate_command import generate
 from higen.progress import is_watched
-from higen.serve_command import serve
-from higen.terminal import JSON, PATH, Commands, needs, reported, say
-from higen.train.cli import cues, evaluate, train
+from higen.terminal import JSON, PATH, LateCommands, needs, reported, say
 from higen.version import __version__
 
 __all__ = ["main"]
@@ -25,7 +22,17 @@ __all__ = ["main"]
 MODEL = click.option("--model", type=PATH, help="Model directory.  [the built-in small model]")
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+LATE = {
+    "cues": "higen.train.cli:cues",
+    "evaluate": "higen.train.cli:evaluate",
+    "generate": "higen.generate_command:generate",
+    "serve": "higen.serve_command:serve",
+    "train": "higen.train.cli:train",
+}
+"""Commands in modules of their own."""
+
+
+@click.group(cls=LateCommands, late=LATE, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="higen")
 def main() -> None:
     """Text to video: a key frame is drawn, then brought to life."""
@@ -228,10 +235,3 @@ def upgrade(directory: Path, reseal: bool, as_json: bool) -> None:
 
         done = run(directory, reseal=reseal)
         click.echo(json.dumps(done.as_json()) if as_json else "\n".join(done.as_lines()))
-
-
-main.add_command(generate)
-main.add_command(serve)
-main.add_command(train)
-main.add_command(cues)
-main.add_command(evaluate)

@@ -11,10 +11,9 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from higen import bundle as files
 from higen import families
 from higen.adapt import adapt, is_model
-from higen.bundle import Bundle
+from higen.bundle import Bundle, check_free, create_model
 from higen.errors import CheckpointError, OutputError, quoted
 from higen.models.checkpoint_files import read_state, seen_names
 from higen.models.nestings import found_in
@@ -81,7 +80,7 @@ def convert_sources(
     """
     if dtype not in DTYPES:
         raise OutputError(f"dtype={quoted(dtype)}: one of {', '.join(map(repr, DTYPES))}")
-    files.check_free(output, overwrite)  # before gigabytes are read
+    check_free(output, overwrite)  # before gigabytes are read
     paths = [given_path(source, "source") for source in sources]
     if len(paths) == 1 and is_model(paths[0]):
         if family is not None or set(options) - {"loras"}:
@@ -89,7 +88,7 @@ def convert_sources(
         return adapt(paths[0], given_path(output, "output"), options.get("loras", ()), overwrite, on_note)
     converted = families.checkpoint(family or recognised(paths)).convert(paths, **options)
     total = sum(t.numel() for state in converted.weights.values() for t in state.values()) * DTYPES[dtype].itemsize
-    with files.create(output, converted.manifest, overwrite) as folder:
+    with create_model(output, converted.manifest, overwrite) as folder:
         _check_space(folder, total)
         done = 0
 

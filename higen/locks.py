@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["hold", "locked"]
+from higen.errors import TrainingError
+
+__all__ = ["claim", "claimed", "hold", "locked"]
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.EBADF)
 """What a file system says that has no such locks (some network file systems)."""
@@ -46,6 +48,29 @@ def locked(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[N
     except BlockingIOError:
         on_wait()
         descriptor = hold(path, os.O_RDWR | os.O_CREAT, wait=True)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def claim(folder: Path, doing: str = "training") -> int | None:
+    """Claim a run's folder until the descriptor is closed or the process is gone; None on a system without locks.
+
+    Raises TrainingError if another process has it, which is said to be `doing` the same.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        return hold(folder, os.O_RDONLY, wait=False)
+    except BlockingIOError as error:
+        raise TrainingError(f"{folder}: another process is {doing} there") from error
+
+
+@contextmanager
+def claimed(folder: Path, doing: str = "training") -> Iterator[None]:
+    """`claim` a run's folder for a while; a process cannot claim it twice. Raises TrainingError as `claim` does."""
+    descriptor = claim(folder, doing)
     try:
         yield
     finally:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from higen.backends.base import CLOSED, Backend
+from higen.bounded_cache import BoundedCache
 from higen.bundle import Bundle
 from higen.chunk_runner import ChunkRunner
 from higen.errors import BackendError, HigenError, NotPicklable, RequestError
@@ -25,7 +26,6 @@ from higen.images import load_picture
 from higen.memory import enough_memory
 from higen.plain_values import plain
 from higen.progress import Progress
-from higen.recent import Recent
 from higen.request import Request, Warn, make_request
 from higen.sampler import Plan, Step, denoise, initial_state, tail
 from higen.schedule import solver_table
@@ -54,7 +54,7 @@ class Pipeline:
         text = self.manifest.text
         self._tokenizer = None if text is None else PromptTokenizer.from_file(bundle.file(text.tokenizer), text)
         # A server sees the same prompts again, and the empty one with every request.
-        self._kept: Kept = Recent(KEPT)
+        self._kept: Kept = BoundedCache(KEPT)
         self._home = Home()
         self._closed = False
 

@@ -16,13 +16,13 @@ from numpy.typing import NDArray
 
 from higen import noise
 from higen.backends.base import Backend
+from higen.bounded_cache import BoundedCache
 from higen.conditioning import curve_rows, curve_values, resample_in_time, similarity_rows, sinusoid_rows
 from higen.errors import RequestError
 from higen.images import resampling
 from higen.known_frames import latent_mask
 from higen.manifest import Manifest
 from higen.prompt_chunks import Reading, joined_chunks, weighted
-from higen.recent import Recent
 from higen.request import Picture, Request
 from higen.sampler import Edit
 from higen.stages import TOKENS, Source, Stage, Tensor, source
@@ -32,7 +32,7 @@ from higen.video import to_uint8
 __all__ = ["Kept", "Place", "Sources", "as_video"]
 
 Array = NDArray[Any]
-Kept = Recent[dict[str, NDArray[Any]]]
+Kept = BoundedCache[dict[str, NDArray[Any]]]
 """Outputs of stages that depend on texts and numbers alone, by key, kept from one request to the next."""
 
 

@@ -10,8 +10,9 @@ import json
 import os
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
+from importlib import import_module
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -32,7 +33,7 @@ from higen.errors import (
 from higen.memory import enough_memory
 from higen.paths import given_path
 
-__all__ = ["JSON", "PATH", "Commands", "needs", "reported", "say"]
+__all__ = ["JSON", "PATH", "Commands", "LateCommands", "needs", "reported", "say"]
 
 WRONG_INPUT = (RequestError, OutputError, ModelError, FixtureError, SettingsError)
 OPTIONAL = ("accelerate", "diffusers", "safetensors", "torch", "transformers")
@@ -115,6 +116,29 @@ class Commands(click.Group):
             click.echo(json.dumps({"error": type(error).__name__, "message": error.format_message()}))
             code = error.exit_code
         sys.exit(code if isinstance(code, int) else 0)
+
+
+class LateCommands(Commands):
+    """A group with commands whose modules are imported as they are called, or as the help lists them.
+
+    late: name of the command -> "module:attribute"
+    """
+
+    def __init__(self, *arguments: Any, late: Mapping[str, str], **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self._late = dict(late)
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        """As click's."""
+        return sorted({*super().list_commands(context), *self._late})
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        """As click's."""
+        if name not in self._late:
+            return super().get_command(context, name)
+        module, attribute = self._late[name].split(":")
+        command: click.Command = getattr(import_module(module), attribute)
+        return command
 
 
 @contextmanager

@@ -80,7 +80,7 @@ def write_tiny_model(path: Path, config: ModelConfig = TINY, seed: int = 0) -> B
     for parameter in denoiser.parameters():
         if not parameter.detach().any():
             torch.nn.init.normal_(parameter, std=0.05)
-    with bundle.create(path, spec.manifest(config)) as folder:
+    with bundle.create_model(path, spec.manifest(config)) as folder:
         save_file(denoiser.state_dict(), folder / spec.UNET)
         save_file(text_encoder(config.text.clip).state_dict(), folder / spec.TEXT_ENCODER)
         save_file(

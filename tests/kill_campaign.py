@@ -38,14 +38,14 @@ import onnx
 import torch
 
 from higen import commit, families
-from higen.bundle import MANIFEST, Bundle, create, default_model, file_record, graph_file
+from higen.bundle import MANIFEST, Bundle, create_model, default_model, file_record, graph_file
 from higen.convert import convert_sources
-from higen.engines import model as engines
+from higen.engines import model_engines as engines
 from higen.engines.build import BuiltPlan
 from higen.engines.shapes import read_profile
 from higen.engines.targets import parse_targets
 from higen.errors import IntegrityError
-from higen.export import model as exports
+from higen.export import model_graphs as exports
 from higen.export import quantize as quantizing
 from higen.families.higen import spec
 from higen.manifest_file import read_manifest
@@ -157,7 +157,7 @@ def convert_case(name: str, there: bool, exchange: bool) -> Case:
 
     def setup(folder: Path) -> None:
         if there:
-            with create(folder / "model", CONVERTED.manifest) as made:
+            with create_model(folder / "model", CONVERTED.manifest) as made:
                 (made / "old.safetensors").write_bytes(b"old")
 
     def run(folder: Path) -> None:
@@ -313,7 +313,7 @@ def train(folder: Path) -> None:
     cache.save(cache.folder / "ab" / "clip.safetensors", Encoded(torch.zeros(2)))
     Checkpoints(folder / "run" / "checkpoints", keep=2).save(40, {"a": torch.ones(8)})
     record.skipped({"broken.mp4": "no video"})
-    with create(folder / "run" / "model", CONVERTED.manifest, overwrite=True) as made:
+    with create_model(folder / "run" / "model", CONVERTED.manifest, overwrite=True) as made:
         (made / "unet.safetensors").write_bytes(b"40")
 
 
@@ -326,7 +326,7 @@ def train_setup(folder: Path) -> None:
     for step in (10, 20, 25):
         record.log(step, {"image": 0.5})
     record.close()
-    with create(folder / "run" / "model", CONVERTED.manifest) as made:
+    with create_model(folder / "run" / "model", CONVERTED.manifest) as made:
         (made / "unet.safetensors").write_bytes(b"20")
 
 

@@ -245,7 +245,7 @@ unpack (float[B,3,F,H,W] latents) => (float[B,3,F,Y,X] pixels)
 def write_made_up_model(path: Path, without: tuple[str, ...] = ()) -> Bundle:
     """A complete model directory; the stages `without` have no graph. The weights lie in safetensors files."""
     models = {stage: onnx.parser.parse_model(text) for stage, text in GRAPHS.items() if stage not in without}
-    with bundle.create(path, MANIFEST) as folder:
+    with bundle.create_model(path, MANIFEST) as folder:
         for file in MANIFEST.weights:
             graphs = [models[s.name] for s in MANIFEST.stages if s.weights == file and s.name in models]
             _write_weights(folder / file, graphs)

@@ -15,7 +15,7 @@ import pytest
 from higen.backends.options import Options
 from higen.backends.torch import TorchBackend
 from higen.bundle import Bundle, graph_file, put_file
-from higen.engines.model import build_engines
+from higen.engines.model_engines import build_engines
 from higen.engines.shapes import Profile, Range
 from higen.engines.targets import parse_targets
 from higen.export.graphs import export_stage

@@ -20,12 +20,12 @@ from higen.bundle import Bundle
 from higen.errors import SettingsError
 from higen.families.higen.cues import appearance_cue
 from higen.train.checkpoints import Checkpoints
-from higen.train.recipes.default import ablation, autoencoder
-from higen.train.recipes.default.ablation import LIVELY, NETWORK, VARIANTS, OneStage, fit, measure, table
-from higen.train.recipes.default.clips import Clips, Pictured, Selection
-from higen.train.recipes.default.configuration import recipe
-from higen.train.recipes.default.denoiser import make_loop, networks_of
-from higen.train.recipes.default.subjects import FRAMES, SUBJECTS
+from higen.train.emoji import ablation, autoencoder
+from higen.train.emoji.ablation import LIVELY, NETWORK, VARIANTS, OneStage, fit, measure, table
+from higen.train.emoji.clips import Clips, Pictured, Selection
+from higen.train.emoji.configuration import recipe
+from higen.train.emoji.denoiser import make_loop, networks_of
+from higen.train.emoji.subjects import FRAMES, SUBJECTS
 from higen.train.settings import Settings
 
 TWO = (0, 3)

@@ -29,7 +29,7 @@ from higen.backends.torch import TorchBackend
 from higen.bundle import Bundle
 from higen.convert import convert_sources, recognised
 from higen.errors import CheckpointError, ManifestError, RequestError
-from higen.export.model import export_model
+from higen.export.model_graphs import export_model
 from higen.export.precision import rounded
 from higen.families.animatediff.spec import networks
 from higen.noise import frame_noise, row_purpose

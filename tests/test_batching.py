@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from higen.batching import Batch, Batcher, Call
+from higen.backends.batching import Batch, Batcher, Call
 from higen.errors import BackendError, RetryLater
 
 ROWS = {"spatial_unet": 3, "temporal_unet": 2, "vae_decoder": 4}

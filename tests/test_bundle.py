@@ -39,7 +39,7 @@ INPUTS = (GraphInput("x", "float32", ("B", 3)),)
 
 
 def make(path: Path, **contents: bytes) -> Bundle:
-    with bundle.create(path, TABLES) as folder:
+    with bundle.create_model(path, TABLES) as folder:
         for name, content in (contents or {"weights": b"0123456789"}).items():
             (folder / name).write_bytes(content)
     return Bundle.open(path)
@@ -338,7 +338,7 @@ def left(folder: Path) -> list[str]:
 
 def begin(path: Path, failure: type[BaseException] | None = None) -> None:
     """Write a model with the file `new` to `path`, or fail in the middle of it."""
-    with bundle.create(path, TABLES, overwrite=True) as folder:
+    with bundle.create_model(path, TABLES, overwrite=True) as folder:
         (folder / "new").write_bytes(b"new")
         if failure is not None:
             raise failure
@@ -388,7 +388,7 @@ def test_a_failure_of_the_move_puts_the_old_model_back(
 
 
 def test_nothing_appears_before_everything_is_written(tmp_path: Path) -> None:
-    with bundle.create(tmp_path / "model", TABLES) as folder:
+    with bundle.create_model(tmp_path / "model", TABLES) as folder:
         (folder / "new").write_bytes(b"new")
         assert not (tmp_path / "model").exists()
     assert Bundle.open(tmp_path / "model").file("new").read_bytes() == b"new"
@@ -396,7 +396,7 @@ def test_nothing_appears_before_everything_is_written(tmp_path: Path) -> None:
 
 def test_what_exists_is_not_replaced_unasked(tmp_path: Path) -> None:
     make(tmp_path / "model")
-    with pytest.raises(ModelError, match=r"exists already$"), bundle.create(tmp_path / "model", TABLES):
+    with pytest.raises(ModelError, match=r"exists already$"), bundle.create_model(tmp_path / "model", TABLES):
         pytest.fail("the caller must not be asked to fill it")
 
 
@@ -426,14 +426,14 @@ def test_overwrite_never_replaces_other_things(tmp_path: Path) -> None:
     for name in ("thesis", "file", "dangling"):
         with (
             pytest.raises(ModelError, match="exists already and is no model directory"),
-            bundle.create(tmp_path / name, TABLES, overwrite=True),
+            bundle.create_model(tmp_path / name, TABLES, overwrite=True),
         ):
             pytest.fail("the caller must not be asked to fill it")
     assert left(tmp_path) == ["dangling", "file", "thesis"]
 
 
 def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="exists already"), bundle.create(tmp_path / "model", TABLES):
+    with pytest.raises(ModelError, match="exists already"), bundle.create_model(tmp_path / "model", TABLES):
         (tmp_path / "model").mkdir()
     assert left(tmp_path) == ["model"]
 
@@ -441,13 +441,13 @@ def test_what_appears_meanwhile_is_not_replaced(tmp_path: Path) -> None:
 def test_a_missing_parent_folder(tmp_path: Path) -> None:
     with (
         pytest.raises(ModelError, match=r"folder .*nowhere does not exist"),
-        bundle.create(tmp_path / "nowhere/m", TABLES),
+        bundle.create_model(tmp_path / "nowhere/m", TABLES),
     ):
         pytest.fail("the caller must not be asked to fill it")
 
 
 def test_hidden_files_are_no_part_of_the_model(tmp_path: Path) -> None:
-    with bundle.create(tmp_path / "model", TABLES) as folder:
+    with bundle.create_model(tmp_path / "model", TABLES) as folder:
         (folder / ".cache").write_bytes(b"c")
         (folder / "weights").write_bytes(b"w")
     assert list(Bundle.open(tmp_path / "model").files) == ["weights"]

@@ -22,11 +22,10 @@ from conftest import TINY, WORDS
 from interpreter_model import MANIFEST as MADE_UP
 
 import higen
-from higen import bundle as files
 from higen.api import default_model
 from higen.backends.options import Options
 from higen.backends.select import StageRouter, select_backend
-from higen.bundle import Bundle
+from higen.bundle import Bundle, create_model, put_file, rewrite
 from higen.cli import main
 from higen.errors import BackendUnavailable, FixtureError, TrainingError
 from higen.families.higen import spec
@@ -143,7 +142,7 @@ def test_options_follow_the_model(tmp_path: Path, tiny_model: Path) -> None:
 
 def write(model: Path, manifest: Manifest) -> None:
     """Other tables for a model directory."""
-    files.rewrite(model, lambda opened: replace(opened, manifest=manifest))
+    rewrite(model, lambda opened: replace(opened, manifest=manifest))
 
 
 def test_a_control_named_like_an_option_of_the_command_does_not_hide_it(tmp_path: Path, tiny_model: Path) -> None:
@@ -381,7 +380,7 @@ def test_prompts_and_the_words_they_are_made_of(tiny_model: Path, tmp_path: Path
     shutil.copytree(tiny_model, tmp_path / "clip")
     clip = Bundle.open(tmp_path / "clip")
     write_tokenizer(build_clip_tokenizer(), tmp_path / "clip" / ".tokenizer")
-    files.put_file(clip, tmp_path / "clip" / ".tokenizer", spec.TOKENIZER)
+    put_file(clip, tmp_path / "clip" / ".tokenizer", spec.TOKENIZER)
     assert run("prompts", "--model", tmp_path / "clip").output.splitlines() == [*TINY.prompts, "", "It reads any word."]
     assert json.loads(run("prompts", "--model", tmp_path / "clip", "--json").stdout)["words"] is None
 
@@ -390,7 +389,7 @@ def test_prompts_of_a_model_that_reads_no_text(tmp_path: Path) -> None:
     reader = MADE_UP.stage("reader")
     silent = replace(reader, inputs=(replace(reader.inputs[0], source="noise:3", dtype="float32"),))
     manifest = replace(MADE_UP, text=None, stages=tuple(silent if s.name == "reader" else s for s in MADE_UP.stages))
-    with files.create(tmp_path / "model", manifest):
+    with create_model(tmp_path / "model", manifest):
         pass
     assert run("prompts", "--model", tmp_path / "model").output.splitlines() == [
         *("The model lists none.", "", "It reads no text.")
@@ -514,7 +513,7 @@ def test_training_that_cannot_start_is_a_failure(tmp_path: Path, monkeypatch: py
     def refuse(*_: Any, **__: Any) -> None:
         raise TrainingError("npm is not installed")
 
-    monkeypatch.setattr("higen.train.recipes.default.run.run", refuse)
+    monkeypatch.setattr("higen.train.emoji.run.run", refuse)
     result = run("train", "default", "--work", tmp_path / "work", "--output", tmp_path / "model")
     assert result.exit_code == 1
     assert result.stderr == "TrainingError: npm is not installed\n"

@@ -15,7 +15,7 @@ from click.testing import CliRunner
 from interpreter_model import FORMULAS, MANIFEST, Formulas, changed
 from safetensors.numpy import save_file
 
-from higen.bundle import Bundle, create, put_file
+from higen.bundle import Bundle, create_model, put_file
 from higen.cli import main
 from higen.compose import compose as compose_folders
 from higen.errors import IntegrityError, ManifestError, ModelError, RequestError
@@ -48,7 +48,7 @@ SECOND = needing_a_picture()
 
 def write(manifest: Manifest, folder: Path, words: tuple[str, ...] = ("a", "red", "kite")) -> Bundle:
     """A model directory of these tables, its weights made-up."""
-    with create(folder, manifest) as inside:
+    with create_model(folder, manifest) as inside:
         for name in manifest.weights:
             save_file({"w": np.full(3, len(manifest.name), np.float32)}, inside / name)
         if manifest.text is not None:

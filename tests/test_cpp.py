@@ -32,15 +32,14 @@ from random_texts import ORDINARY, random_texts
 from safetensors.torch import save_file
 from test_engine_store import PLAN, RECORD
 
-from higen import bundle as files
 from higen.api import default_model, load
 from higen.backends.onnx import OnnxBackend
 from higen.backends.options import Options
 from higen.backends.plans import EXTRAS, Plan, PlanProfile, Span, best_profile, fitting_plans, read_plans
-from higen.bundle import MANIFEST, Bundle, graph_file
+from higen.bundle import MANIFEST, Bundle, create_model, graph_file, put_file
 from higen.conditioning import curve_rows, curve_values, similarity_rows, sinusoid_rows
 from higen.errors import BackendUnavailable, HigenError, MissingExtra, ModelError, OutsideProfile, PromptWarning
-from higen.export.model import export_model
+from higen.export.model_graphs import export_model
 from higen.export.quantize import quantize, record_calls
 from higen.images import resampling
 from higen.models.companions import text_encoder
@@ -89,7 +88,7 @@ def clip_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     manifest = replace(source.manifest, text=rules, architecture={**source.manifest.architecture, "clip": clip})
     path = tmp_path_factory.mktemp("models") / "clip"
     torch.manual_seed(0)
-    with files.create(path, manifest) as folder:
+    with create_model(path, manifest) as folder:
         for name in source.files:
             if not name.startswith("text_encoder") and name != rules.tokenizer and not name.endswith(".onnx"):
                 shutil.copy(source.path / name, folder)
@@ -99,7 +98,7 @@ def clip_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name, inputs in source.graphs.items():
         if not name.startswith("text_encoder"):
             finished = Path(shutil.copy(source.path / name, path / ".graph"))
-            made = files.put_file(made, finished, name, inputs)
+            made = put_file(made, finished, name, inputs)
     export_model(made, ("text_encoder",))
     return path
 
@@ -708,7 +707,7 @@ def test_graphs_of_the_older_step_contract_are_refused(built: Path, tmp_path: Pa
                     node.input[i] = f"{name}_float"
         finished = made.path / ".graph"
         finished.write_bytes(model.SerializeToString())
-        files.put_file(made, finished, graph_file("film_two"), made.graphs[graph_file("film_two")])
+        put_file(made, finished, graph_file("film_two"), made.graphs[graph_file("film_two")])
         result = higen_run(built, made.path, "--info", check=False)
         assert result.returncode == 1
         assert f"was made before version 2 of the manifest ({name} is another there)" in result.stderr
@@ -732,7 +731,7 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> Path:
     made[graph_file(name, "int8.fp16")] = made[graph_file(name, "fp16")]
     for file, (graph, stage) in made.items():
         onnx.save(graph, str(path / ".graph"))
-        bundle = files.put_file(bundle, path / ".graph", file, bundle.graphs[graph_file(stage)])
+        bundle = put_file(bundle, path / ".graph", file, bundle.graphs[graph_file(stage)])
     return path
 
 

@@ -22,8 +22,7 @@ from made_up_model import write_made_up_model
 from test_cpp import SANITIZERS, ask, compare, higen_run, made_up, pipelines, resealed
 from test_manifest import WRONG, model
 
-from higen import bundle as files
-from higen.bundle import MANIFEST, Bundle, graph_file
+from higen.bundle import MANIFEST, Bundle, graph_file, put_file
 from higen.errors import ManifestError
 from higen.pipeline import Pipeline
 from higen.version import __version__
@@ -79,7 +78,7 @@ def test_weights_in_a_file_that_nobody_checked_are_refused(built: Path, tmp_path
     tensor.external_data.add(key="location", value="other.bin")
     graph.graph.initializer.append(tensor)
     (made.path / ".graph").write_bytes(graph.SerializeToString())
-    files.put_file(made, made.path / ".graph", name, made.graphs[name])
+    put_file(made, made.path / ".graph", name, made.graphs[name])
     result = higen_run(built, made.path, "--info", check=False)
     assert result.returncode == 1
     assert "its weights lie in other.bin, which higen.json does not list" in result.stderr

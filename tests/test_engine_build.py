@@ -24,8 +24,8 @@ from onnx import TensorProto, helper, numpy_helper
 from higen.backends.plans import PlanRecord
 from higen.bundle import Bundle, graph_file, put_file
 from higen.engines.build import Options
-from higen.engines.graph import GraphFacts, read_graph
-from higen.engines.model import Event, build_engines
+from higen.engines.graph_facts import GraphFacts, read_graph
+from higen.engines.model_engines import Event, build_engines
 from higen.engines.shapes import Profile, Range, read_profile
 from higen.engines.store import EngineStore
 from higen.engines.targets import parse_targets
@@ -248,7 +248,7 @@ def test_a_full_disk_is_found_out_before_the_build(model: Path, monkeypatch: pyt
 def test_the_disk_must_hold_the_engines_of_all_targets(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     asked = []
     monkeypatch.setattr(EngineStore, "check_space", lambda store, needed: asked.append(needed))
-    monkeypatch.setattr("higen.engines.model._build_target", lambda *given: [])
+    monkeypatch.setattr("higen.engines.model_engines._build_target", lambda *given: [])
     for targets in ("rtx-sm86", "rtx-sm86,rtx-sm120"):
         build(model, targets)
     assert asked == [asked[0], 2 * asked[0]]
@@ -258,7 +258,7 @@ def test_the_disk_need_not_hold_what_is_there_already(model: Path, monkeypatch: 
     """An old plan goes as its successor is there; of what was built before, the size is known."""
     first, _ = build(model, "rtx-sm86,rtx-sm120")
     asked = []
-    monkeypatch.setattr("higen.engines.model.MARGIN", 0)
+    monkeypatch.setattr("higen.engines.model_engines.MARGIN", 0)
     monkeypatch.setattr(EngineStore, "check_space", lambda store, needed: asked.append(needed))
     build(model, "rtx-sm86,rtx-sm120")
     build(model, "rtx-sm86,rtx-sm120", options=Options(workspace=2**26))
@@ -331,8 +331,8 @@ def start(model: Path) -> subprocess.Popen[str]:
     script = """
 import sys
 from higen.bundle import Bundle
-from higen.engines.graph import GraphFacts, read_graph
-from higen.engines.model import build_engines
+from higen.engines.graph_facts import GraphFacts, read_graph
+from higen.engines.model_engines import build_engines
 from higen.engines.store import EngineStore
 from higen.engines.targets import parse_targets
 sys.path[:0] = [sys.argv[2]]

@@ -18,18 +18,18 @@ from numpy.typing import NDArray
 
 from higen.cli import main
 from higen.errors import PromptWarning, SettingsError, TrainingError
+from higen.locks import claimed
 from higen.measures.statistics import frechet_distance
 from higen.pipeline import Pipeline
-from higen.train.recipes.default.data import background
-from higen.train.recipes.default.evaluate import Result, evaluate
-from higen.train.recipes.default.frechet import alike_draws
-from higen.train.recipes.default.journal import Journal
-from higen.train.recipes.default.judges import NOTHING, Judges, _Pictures
-from higen.train.recipes.default.real import RealClips
-from higen.train.recipes.default.report import as_text, write
-from higen.train.recipes.default.shots import Row, Shot, plan
-from higen.train.recipes.default.subjects import BACKGROUNDS, KEY_INDEX, SUBJECTS, is_held_out, subjects_named
-from higen.train.record import claimed
+from higen.train.emoji.evaluation.evaluate import Result, evaluate
+from higen.train.emoji.evaluation.frechet import alike_draws
+from higen.train.emoji.evaluation.journal import Journal
+from higen.train.emoji.evaluation.judges import NOTHING, Judges, _Pictures
+from higen.train.emoji.evaluation.plan import Row, Shot, plan
+from higen.train.emoji.evaluation.real_clips import RealClips
+from higen.train.emoji.evaluation.report import as_text, write
+from higen.train.emoji.packs import background
+from higen.train.emoji.subjects import BACKGROUNDS, KEY_INDEX, SUBJECTS, is_held_out, subjects_named
 
 Frames = NDArray[np.uint8]
 SIDE, LOOP = 64, 48
@@ -382,7 +382,7 @@ def test_rows_of_other_measures_are_made_anew(tmp_path: Path, monkeypatch: pytes
     row = Row(**dict.fromkeys(Row.__dataclass_fields__, 0.0))  # type: ignore[arg-type]
     fewer = make_dataclass("Row", list(Row.__dataclass_fields__)[1:])
     with monkeypatch.context() as other:
-        other.setattr("higen.train.recipes.default.journal.Row", fewer)
+        other.setattr("higen.train.emoji.evaluation.journal.Row", fewer)
         Journal(path, {}).add(shot, fewer(*range(len(fewer.__dataclass_fields__))), np.zeros(2))
         assert Journal(path, {}).find(shot) is not None
     journal = Journal(path, {})
@@ -391,7 +391,7 @@ def test_rows_of_other_measures_are_made_anew(tmp_path: Path, monkeypatch: pytes
     found = Journal(path, {}).find(shot)
     assert found is not None
     assert found[0] == row
-    monkeypatch.setattr("higen.train.recipes.default.journal.MEASURES_VERSION", -1)
+    monkeypatch.setattr("higen.train.emoji.evaluation.journal.MEASURES_VERSION", -1)
     assert Journal(path, {}).find(shot) is None
 
 
@@ -409,7 +409,7 @@ def test_the_judges_are_of_the_data_whatever_the_threads(real: RealClips) -> Non
 
 def test_the_judges_are_kept(real: RealClips, judges: Judges, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = Judges(real, tmp_path, steps=(2, 1))
-    monkeypatch.setattr("higen.train.recipes.default.judges.fit", None)  # training would fail
+    monkeypatch.setattr("higen.train.emoji.evaluation.judges.fit", None)  # training would fail
     again = Judges(real, tmp_path, steps=(2, 1))
     clips = [real.clip(0, 0, 1.0)]
     np.testing.assert_array_equal(first.features(clips), again.features(clips))
@@ -455,7 +455,7 @@ def stand_ins(real: RealClips, judges: Judges, monkeypatch: pytest.MonkeyPatch) 
         def __call__(self, *request: Any) -> Frames:
             return made(*request) if made.shots else real.clip(again[0].subject, 0, 1.0)
 
-    module = "higen.train.recipes.default.measure"
+    module = "higen.train.emoji.evaluation.command"
     monkeypatch.setattr(f"{module}.fetch", lambda folder, download: None)
     monkeypatch.setattr(f"{module}.plan", lambda subjects, seeds, quick: shots)
     monkeypatch.setattr(f"{module}.Judges", lambda *given, **options: judges)
@@ -491,7 +491,7 @@ def test_a_full_disk_is_one_error(tmp_path: Path, room: int, there: str) -> None
 
 
 def test_a_folder_has_one_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("higen.train.recipes.default.measure.fetch", None)  # it never comes to that
+    monkeypatch.setattr("higen.train.emoji.evaluation.command.fetch", None)  # it never comes to that
     with claimed(tmp_path / "out"):
         result = cli("--data", tmp_path / "data", "--output", tmp_path / "out")
     assert result.exit_code == 1

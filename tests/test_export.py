@@ -22,19 +22,18 @@ from onnxscript.optimizer import optimize_ir
 from safetensors.torch import load_file, save_file
 from test_upgrade import write_version_1
 
-from higen import bundle as files
 from higen.backends.onnx import OnnxBackend
 from higen.backends.options import Options
 from higen.backends.select import select_backend
 from higen.backends.torch import TorchBackend
-from higen.bundle import Bundle, GraphInput, file_record, graph_file
+from higen.bundle import MANIFEST, Bundle, GraphInput, file_record, graph_file, rewrite
 from higen.errors import BackendError, BackendUnavailable, CheckpointError, OutputError, RequestError
 from higen.export import graphs
-from higen.export import model as export
+from higen.export import model_graphs as export
 from higen.export.cli import main
 from higen.export.graphs import LARGEST_INLINE
 from higen.export.interface import graph_sizes
-from higen.export.model import export_model
+from higen.export.model_graphs import export_model
 from higen.export.parity import Parity, check_graph, check_rules, references
 from higen.export.precision import check_opset, write_weights
 from higen.export.shapes import example_inputs, sizes_for, static_sizes
@@ -278,7 +277,7 @@ def rewritten(model: Path) -> Bundle:
     def changed(opened: Opened) -> Opened:
         return replace(opened, files={name: file_record(model / name) for name in opened.files})
 
-    files.rewrite(model, changed)
+    rewrite(model, changed)
     return Bundle.open(model)
 
 
@@ -331,7 +330,7 @@ def test_an_interrupted_export_leaves_a_model_and_can_be_run_again(copy: Path) -
         export_model(Bundle.open(copy), EXPORTED, on_parity=stop)
     left = Bundle.open(copy)
     assert [graph_file(name) in left.files for name in EXPORTED] == [True, False]
-    assert {path.name for path in copy.iterdir()} == {*left.files, files.MANIFEST}
+    assert {path.name for path in copy.iterdir()} == {*left.files, MANIFEST}
     # What a process that was killed leaves is no hindrance, and goes.
     code = (
         "import os, sys; from higen.bundle import Bundle; from higen.export.place import writing\n"
@@ -342,7 +341,7 @@ def test_an_interrupted_export_leaves_a_model_and_can_be_run_again(copy: Path) -
     assert len([path for path in copy.iterdir() if path.name.startswith(".higen-")]) == 2
     again = export_model(left, EXPORTED)
     assert all(again.file(graph_file(name)) for name in EXPORTED)
-    assert {path.name for path in copy.iterdir()} == {*again.files, files.MANIFEST}
+    assert {path.name for path in copy.iterdir()} == {*again.files, MANIFEST}
 
 
 @pytest.mark.usefixtures("traced")
@@ -384,7 +383,7 @@ def test_the_command_refuses_what_it_cannot_make(tiny_model: Path) -> None:
 @pytest.mark.usefixtures("traced")
 def test_an_older_directory_is_upgraded_first_and_that_is_said(copy: Path) -> None:
     """Its manifest knows no plain step: the present one does."""
-    write_version_1(copy, [path.name for path in copy.iterdir() if path.name != files.MANIFEST])
+    write_version_1(copy, [path.name for path in copy.iterdir() if path.name != MANIFEST])
     before = Bundle.open(copy)
     assert before.version == 1
     assert "temporal_unet_plain" not in before.manifest.stage_names

@@ -19,18 +19,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from higen import bundle as files
 from higen import families
 from higen.axes import frames_of, limits
 from higen.backends.onnx import OnnxBackend
 from higen.backends.options import Options
 from higen.backends.torch import BundleWeights, TorchBackend
-from higen.bundle import Bundle, graph_file
-from higen.engines.model import build_engines
+from higen.bundle import Bundle, create_model, drop_file, graph_file
+from higen.engines.model_engines import build_engines
 from higen.engines.shapes import read_profile, stage_profiles
 from higen.engines.targets import parse_targets
 from higen.errors import BackendError, RequestError, UnknownFamily
-from higen.export.model import export_model
+from higen.export.model_graphs import export_model
 from higen.export.parity import Parity
 from higen.export.quantize import quantize, record_calls
 from higen.export.shapes import checked_sizes, example_inputs, fixed_sizes, sizes_for, static_sizes, traced_sizes
@@ -229,7 +228,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> None:
 def write_stub(path: Path, manifest: Manifest = MANIFEST) -> Bundle:
     torch.manual_seed(0)
     made = {name: state_of(make()) for name, make in NETWORKS.items()}
-    with files.create(path, manifest) as folder:
+    with create_model(path, manifest) as folder:
         for file, names in STORED.items():
             save_file({key: value for name in names for key, value in made[name].items()}, folder / file)
     return Bundle.open(path)
@@ -319,7 +318,7 @@ def test_whole_videos_are_verified_without_a_text_and_with_a_made_up_picture(
 
 
 def test_a_graph_of_the_plain_step_may_be_missing(model: Bundle) -> None:
-    bundle = files.drop_file(model, graph_file("one"))
+    bundle = drop_file(model, graph_file("one"))
     assert verify(bundle, steps=1).passed
     calls = record(bundle, ["one", "two", "look"], ["", ""], steps=1)
     assert {stage: len(made) for stage, made in calls.items()} == {"one": 0, "two": 2, "look": 2}

@@ -15,7 +15,7 @@ from higen.api import default_model
 from higen.bundle import MANIFEST, Bundle, drop_file, graph_file, put_file
 from higen.errors import ModelError, OutputError
 from higen.export.interface import graph_inputs
-from higen.export.model import _drop_unused_weights, export_model
+from higen.export.model_graphs import _drop_unused_weights, export_model
 from higen.export.place import writing
 from higen.export.precision import write_weights
 from higen.export.quantize import check_graphs

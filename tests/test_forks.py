@@ -14,8 +14,8 @@ pytestmark = pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has
 SCRIPT = """
 import json, os, signal, sys, threading, warnings
 import higen
-from higen.backends.shared import SharedBackend
-from higen.batching import Batcher
+from higen.backends.shared_batches import SharedBackend
+from higen.backends.batching import Batcher
 
 backend = sys.argv[1]
 small = dict(steps=1, frames=2, width=32, height=32, progress=False)

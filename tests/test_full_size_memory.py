@@ -85,7 +85,7 @@ def full_size_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     if available_memory() < MEMORY:
         pytest.skip(f"less than {MEMORY / 1e9:.0f} GB of memory available")
     try:
-        with bundle.create(folder / "model", spec.manifest(ModelConfig())) as target:
+        with bundle.create_model(folder / "model", spec.manifest(ModelConfig())) as target:
             write_weights(target / spec.UNET, UNetConfig(), salt=0)
         yield folder / "model"
     finally:

@@ -20,13 +20,13 @@ from numpy.typing import NDArray
 from sealing import write
 
 import higen
-from higen import bundle as files
 from higen import noise
 from higen.api import default_model
 from higen.backends.onnx import OnnxBackend
 from higen.backends.options import Options
 from higen.backends.select import StageRouter, select_backend
-from higen.bundle import Bundle
+from higen.bundle import MANIFEST as FILE
+from higen.bundle import Bundle, create_model, drop_file, file_record
 from higen.errors import BackendError, BackendUnavailable, ManifestError, PromptWarning, RequestError
 from higen.families.higen import spec
 from higen.images import load_picture
@@ -46,7 +46,7 @@ CLIP = np.random.default_rng(9).integers(0, 256, (6, 8, 12, 3), np.uint8)
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model directory of the made-up tables; tests put other tables into its bundle."""
     path = tmp_path_factory.mktemp("models") / "made-up"
-    with files.create(path, MANIFEST) as inside:
+    with create_model(path, MANIFEST) as inside:
         write_tokenizer(build_word_tokenizer(("a", "red", "kite", "climbs")), inside / "words.json")
     return path
 
@@ -493,7 +493,7 @@ def test_a_directory_with_the_guided_graphs_alone_serves_guidance_one(copy: Path
         assert {"spatial_unet_plain", "temporal_unet_plain"} <= set(pipe.backend.choices)
     opened = Bundle.open(copy)
     for name in ("spatial_unet_plain.onnx", "temporal_unet_plain.onnx"):
-        opened = files.drop_file(opened, name)
+        opened = drop_file(opened, name)
     with higen.load(copy, "onnx") as pipe:
         whole = pipe("a red heart", guidance=1, **SMALL).frames
         assert set(pipe.backend.choices) == {
@@ -506,10 +506,10 @@ def as_version_1(copy: Path) -> None:
     """The built-in model as 86f7997 wrote it: its weights, graphs of version 1, and the manifest of version 1."""
     opened, names = Bundle.open(copy), ("spatial_unet", "temporal_unet")
     for name in names:
-        opened = files.drop_file(opened, f"{name}_plain.onnx")
+        opened = drop_file(opened, f"{name}_plain.onnx")
     for name in names:
         older_graph.as_version_1(copy, name)
-    records = {p.name: vars(files.file_record(p)) for p in sorted(copy.iterdir()) if p.name != files.MANIFEST}
+    records = {p.name: vars(file_record(p)) for p in sorted(copy.iterdir()) if p.name != FILE}
     model = spec.write_config(spec.config(opened.manifest))
     write(copy, {"format": "higen", "version": 1, "model": model, "files": records})
 

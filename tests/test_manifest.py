@@ -41,7 +41,7 @@ Document = dict[str, Any]
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
     """A directory of the made-up tables, of a family that nobody has installed, with no graphs."""
-    with bundle.create(tmp_path / "model", MADE_UP) as folder:
+    with bundle.create_model(tmp_path / "model", MADE_UP) as folder:
         write_tokenizer(build_word_tokenizer(("a", "kite")), folder / "words.json")
     return tmp_path / "model"
 

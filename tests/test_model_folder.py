@@ -21,7 +21,7 @@ TABLES = spec.manifest(TINY)
 
 
 def make(path: Path, content: bytes = b"old", overwrite: bool = False) -> None:
-    with bundle.create(path, TABLES, overwrite) as folder:
+    with bundle.create_model(path, TABLES, overwrite) as folder:
         (folder / "weights").write_bytes(content)
 
 
@@ -77,7 +77,7 @@ sys.path[:0] = [{str(Path(__file__).parent)!r}]
 from pathlib import Path
 from test_model_folder import TABLES
 from higen import bundle
-with bundle.create(sys.argv[1], TABLES) as folder:
+with bundle.create_model(sys.argv[1], TABLES) as folder:
     (folder / "weights").write_bytes(b"x" * 1_000_000)
     os.kill(os.getpid(), signal.SIGKILL)
 """

@@ -27,7 +27,7 @@ from higen.convert import convert_sources, recognised
 from higen.doctor import report
 from higen.engines.triton.repository import Settings, write_repository
 from higen.errors import CheckpointError, RequestError
-from higen.export.model import export_model
+from higen.export.model_graphs import export_model
 from higen.families.modelscope.checkpoint import FILES, recognise
 from higen.families.modelscope.vgen_names import vgen_name
 from higen.models.lora import Lora

@@ -88,7 +88,7 @@ def test_every_part_is_looked_at() -> None:
         "higen/backends/onnx.py",
         "higen/models/solver_step.py",
         "higen/families/__init__.py",
-        "engines/model.py",
+        "engines/model_engines.py",
         "engines/triton/interface.py",
         "export/graphs.py",
         "engines/cpp/src/pipeline.cpp",

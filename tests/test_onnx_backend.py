@@ -20,13 +20,12 @@ import pytest
 from older_graph import as_version_1
 
 import higen
-from higen import bundle as files
 from higen.api import default_model
 from higen.backends.onnx import OnnxBackend
 from higen.backends.options import Options
 from higen.backends.select import select_backend
 from higen.backends.torch import TorchBackend
-from higen.bundle import Bundle, file_record, graph_file
+from higen.bundle import Bundle, file_record, graph_file, rewrite
 from higen.errors import BackendError, BackendUnavailable, FallbackWarning, HigenError, IntegrityError, RequestError
 from higen.families.higen import spec
 from higen.manifest_file import Opened
@@ -153,7 +152,7 @@ def fitted(model: Path) -> None:
         graphs = {name: inputs for name, inputs in opened.graphs.items() if name in there}
         return replace(opened, files=there, graphs=graphs)
 
-    files.rewrite(model, changed)
+    rewrite(model, changed)
 
 
 def test_auto_prefers_graphs(copy: Path) -> None:

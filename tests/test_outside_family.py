@@ -37,7 +37,7 @@ from higen.backends.torch import TorchBackend
 from higen.bundle import Bundle
 from higen.convert import convert_sources
 from higen.errors import BackendUnavailable, CheckpointError, IntegrityError, RequestError, UnknownFamily
-from higen.export.model import export_model
+from higen.export.model_graphs import export_model
 from higen.manifest_file import read_manifest
 from higen.pipeline import Pipeline
 from higen.sampler import Step

@@ -6,6 +6,7 @@ import os
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+import click
 import numpy as np
 import PIL.Image
 import pytest
@@ -83,8 +84,12 @@ def test_every_command_takes_paths_of_that_kind() -> None:
     """An option that is a path is of the one type that knows ~."""
     from higen.exporter import main as exporter
 
-    for group in (main, exporter, main.commands["train"]):
-        for name, command in group.commands.items():  # type: ignore[attr-defined]
+    context = click.Context(main)
+    for group in (main, exporter, main.get_command(context, "train")):
+        assert isinstance(group, click.Group)
+        for name in group.list_commands(context):
+            command = group.get_command(context, name)
+            assert command is not None
             for parameter in command.params:
                 assert getattr(parameter.type, "name", "") != "path" or parameter.type is PATH, (name, parameter.name)
                 assert type(parameter.type).__name__ != "Path", (name, parameter.name)

@@ -14,13 +14,13 @@ import pytest
 
 import higen
 from higen.backends.base import RecordingBackend
+from higen.backends.batching import Batcher
 from higen.backends.onnx import OnnxBackend
 from higen.backends.options import Options
 from higen.backends.select import StageRouter, select_backend
-from higen.backends.shared import SharedBackend
+from higen.backends.shared_batches import SharedBackend
 from higen.backends.tensorrt import TensorrtBackend
 from higen.backends.torch import TorchBackend
-from higen.batching import Batcher
 from higen.bundle import Bundle
 from higen.errors import BackendError, NotPicklable
 from higen.pipeline import Pipeline

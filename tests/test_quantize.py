@@ -22,15 +22,15 @@ from higen.backends.onnx import OnnxBackend
 from higen.backends.options import Options
 from higen.bundle import Bundle, graph_file, put_file
 from higen.engines.compare import compare
-from higen.engines.model import build_engines
+from higen.engines.model_engines import build_engines
 from higen.engines.shapes import read_profile
 from higen.engines.targets import parse_targets
 from higen.errors import BackendError, BackendUnavailable, ModelError, OutputError, RequestError
 from higen.export.interface import graph_inputs
-from higen.export.model import export_model
+from higen.export.model_graphs import export_model
 from higen.export.quantize import Report, quantize, record_calls
 from higen.exporter import main
-from higen.train.recipes.default.report import COLUMNS
+from higen.train.emoji.evaluation.report import COLUMNS
 
 ROOT = Path(__file__).resolve().parents[1]
 

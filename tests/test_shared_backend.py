@@ -17,10 +17,10 @@ from row_backend import RowBackend
 
 from higen.api import default_model
 from higen.backends.base import Backend
+from higen.backends.batching import Batcher
 from higen.backends.onnx import OnnxBackend
 from higen.backends.options import Options
-from higen.backends.shared import SharedBackend
-from higen.batching import Batcher
+from higen.backends.shared_batches import SharedBackend
 from higen.bundle import Bundle
 from higen.errors import BackendError, Cancelled, HigenError, RetryLater
 from higen.manifest import Manifest

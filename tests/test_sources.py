@@ -12,11 +12,11 @@ from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion 
 from interpreter_model import MANIFEST, Formulas, changed, mixer, reader, see
 from numpy.typing import NDArray
 
+from higen.bounded_cache import BoundedCache
 from higen.conditioning import resample_in_time, similarity_rows, sinusoid
 from higen.errors import BackendError, RequestError
 from higen.images import load_picture
 from higen.manifest import Manifest
-from higen.recent import Recent
 from higen.request import Request, make_request
 from higen.sources import Kept, Place, Sources, as_video
 from higen.stages import Output, Stage, Tensor
@@ -40,7 +40,7 @@ def tokens_of(text: str) -> NDArray[np.int64]:
 def sources_of(request: Request, backend: Formulas | None = None, kept: Kept | None = None) -> Sources:
     backend = backend or Formulas()
     texts = {text: tokens_of(text) for text in (*request.prompts, request.negative_prompt)}
-    return Sources(backend.manifest, backend, request, texts, Recent(8) if kept is None else kept)
+    return Sources(backend.manifest, backend, request, texts, BoundedCache(8) if kept is None else kept)
 
 
 def probe(shape: tuple[int | str, ...], source: str, dtype: Any = "float32") -> Stage:
@@ -340,7 +340,7 @@ def test_a_long_chain_of_stages_that_each_feed_the_next_twice_is_run_once() -> N
 
 
 def test_what_depends_on_texts_and_numbers_alone_is_kept() -> None:
-    backend, kept = Formulas(), Recent[dict[str, Any]](8)
+    backend, kept = Formulas(), BoundedCache[dict[str, Any]](8)
     draft = MANIFEST.stage("draft_two")
     first = sources_of(request_of("a", seed=1), backend, kept).batch(draft, DRAFT)
     again = sources_of(request_of("a", seed=2, fps=3), backend, kept).batch(draft, DRAFT)
@@ -356,7 +356,7 @@ def test_what_depends_on_pictures_or_noise_is_not_kept(source: str) -> None:
     shape = ("N", 3, "Y", "X") if source == "clip:footage" else ("B", 3, "Y", "X")
     extra = Tensor("more", shape, source=source)
     manifest = changed(MANIFEST, "mixer", inputs=(*MANIFEST.stage("mixer").inputs, extra), batch=False)
-    kept: Kept = Recent(8)
+    kept: Kept = BoundedCache(8)
     backend = Formulas(manifest, {"mixer": lambda more, **rest: mixer(**rest)})
     for _ in range(2):
         sources = sources_of(request_of(manifest=manifest, sketch=PICTURES[0], footage=CLIP), backend, kept)

@@ -27,7 +27,7 @@ import higen
 from higen.bundle import Bundle
 from higen.convert import convert_sources
 from higen.errors import CheckpointError, PromptWarning
-from higen.export.model import export_model
+from higen.export.model_graphs import export_model
 from higen.families.stable_diffusion.checkpoint import recognise
 from higen.families.stable_diffusion.ldm_names import PREFIX, ldm_name
 from higen.noise import frame_noise, row_purpose

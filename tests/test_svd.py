@@ -29,7 +29,7 @@ from higen.convert import convert_sources
 from higen.engines.triton.client import request_tensors
 from higen.engines.triton.service import Limits, Service
 from higen.errors import CheckpointError, HigenError, MissingExtra, RequestError
-from higen.export.model import export_model
+from higen.export.model_graphs import export_model
 from higen.families.stable_diffusion import checkpoint as stable_diffusion
 from higen.families.svd.checkpoint import recognise
 from higen.families.svd.ldm_names import codec_ldm_name, unet_ldm_name

@@ -35,7 +35,7 @@ from higen.backends.select import availability
 from higen.backends.tensorrt import TensorrtBackend
 from higen.bundle import Bundle, drop_file
 from higen.engines.build import PLAIN, Options
-from higen.engines.model import build_engines
+from higen.engines.model_engines import build_engines
 from higen.engines.shapes import Profile, Range
 from higen.engines.targets import parse_targets
 from higen.errors import (

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import pytest
 from click.testing import CliRunner
 
@@ -21,7 +22,7 @@ RUN = "import sys; sys.argv[1:] = {!r}; from higen.{} import main; main(prog_nam
 
 def commands() -> list[tuple[str, list[str]]]:
     """The help of every command, and those that can run here at once."""
-    found = [("cli", [name, "--help"]) for name in cli.main.commands]
+    found = [("cli", [name, "--help"]) for name in cli.main.list_commands(click.Context(cli.main))]
     found += [("exporter", [name, "--help"]) for name in exporter.main.commands]
     found += [("cli", ["--version"]), ("cli", ["prompts", "--json"]), ("cli", ["doctor"])]
     found += [("cli", ["upgrade", "nowhere", "--json"]), ("cli", ["parity", "nowhere", "--bad", "--json"])]
@@ -125,6 +126,13 @@ def test_errors_are_lines(error: Exception, code: int, line: str, capsys: pytest
         raise error
     assert caught.value.code == code
     assert capsys.readouterr().err.startswith(line)
+
+
+def test_a_command_is_imported_as_it_is_called() -> None:
+    run = "import sys; from higen.cli import main; main(['prompts', '--json'], standalone_mode=False)"
+    run += "; late = 'higen.generate_command', 'higen.serve_command', 'higen.train.cli'"
+    run += "; sys.exit([name for name in late if name in sys.modules] or 0)"
+    assert subprocess.run([sys.executable, "-c", run], capture_output=True).returncode == 0
 
 
 def test_an_error_of_a_file_of_ours_is_not_taken_for_the_outputs() -> None:

@@ -85,7 +85,7 @@ def test_the_recipe_takes_no_time_for_a_codec_that_it_starts_from(
         given.extend(arguments)
         return Bundle.open(tiny_model)
 
-    monkeypatch.setattr("higen.train.recipes.default.run.run", run)
+    monkeypatch.setattr("higen.train.emoji.run.run", run)
     options = ["--work", "w", "--output", "o", "--codec-minutes", "0", "--start", str(tiny_model)]
     result = CliRunner().invoke(main, ["train", "default", *options])
     assert result.stdout == f"{tiny_model}\n", result.output  # where the model went

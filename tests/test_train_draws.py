@@ -20,11 +20,11 @@ from higen.tokenizer import PromptTokenizer, build_word_tokenizer
 from higen.train.batches import Batches, StepBatches
 from higen.train.data import IMAGE, VIDEO
 from higen.train.draws import draw_timesteps, draw_window, noisy_prior
+from higen.train.emoji.configuration import FILE, architecture, recipe
 from higen.train.latents import Encoded
 from higen.train.networks import read_architecture
 from higen.train.objective import residual_square
 from higen.train.reader import Sample
-from higen.train.recipes.default.configuration import FILE, architecture, recipe
 from higen.train.record import read_losses
 from higen.train.settings import CueSettings, ObjectiveSettings, Settings, key_index
 from higen.train.trainer import Trainer, train

@@ -20,14 +20,14 @@ from safetensors.torch import load_file
 from training_run import CAPTIONS, MODEL, as_toml, make_settings, write_clips, write_tower
 
 import higen
-from higen import bundle as files
-from higen.bundle import Bundle
+from higen.bundle import Bundle, file_record, rewrite
 from higen.errors import ModelError, PromptWarning, SettingsError, TrainingError
 from higen.families.higen import spec
 from higen.families.higen.cues import appearance_cue, motion_cue
 from higen.families.higen.reference_names import reference_names
 from higen.families.higen.spec import ModelConfig, UNetConfig
 from higen.families.higen.unet import Denoiser
+from higen.locks import claim
 from higen.schedule import alphas_cumprod
 from higen.tokenizer import PromptTokenizer, build_word_tokenizer, write_tokenizer
 from higen.train.batches import Batches
@@ -38,7 +38,7 @@ from higen.train.latents import Encoded
 from higen.train.networks import spatial_names
 from higen.train.optimise import ema_decay, learning_rate
 from higen.train.reader import Sample
-from higen.train.record import Record, lock, read_losses
+from higen.train.record import Record, read_losses
 from higen.train.settings import CueSettings, ObjectiveSettings, OptimiserSettings, Settings
 from higen.train.trainer import Trainer, export, train
 from higen.typed_json import to_json
@@ -445,10 +445,10 @@ def test_another_tower_or_tokenizer_is_refused_and_a_moved_one_is_not(tmp_path: 
     # The manifest of a model with other words, whatever else it shares.
     shutil.copytree(model, tmp_path / "words")
     write_tokenizer(build_word_tokenizer(("a", "blue", "whale", "yak")), tmp_path / "words" / spec.TOKENIZER)
-    files.rewrite(
+    rewrite(
         tmp_path / "words",
         lambda opened: replace(
-            opened, files={**opened.files, spec.TOKENIZER: files.file_record(tmp_path / "words" / spec.TOKENIZER)}
+            opened, files={**opened.files, spec.TOKENIZER: file_record(tmp_path / "words" / spec.TOKENIZER)}
         ),
     )
     with pytest.raises(SettingsError, match=r"model \(tokenizer\) is not what it was"):
@@ -723,7 +723,7 @@ def test_files_skipped_before_a_resume_are_counted(tmp_path: Path, model: Path) 
 
 def test_a_folder_has_one_trainer(tmp_path: Path, model: Path, clips: Path) -> None:
     settings = make_settings(tmp_path, model, clips)
-    held = lock(Path(settings.run.output))
+    held = claim(Path(settings.run.output))
     assert held is not None
     with pytest.raises(TrainingError, match="another process is training there"):
         train(settings)

@@ -20,10 +20,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from higen import bundle as files
 from higen.axes import limits, most_rows
 from higen.backends.plans import ENGINES, Plan, check_plan, engine_file, read_plans, record_file
-from higen.bundle import Bundle, FileRecord, file_record, graph_file, staged
+from higen.bundle import Bundle, FileRecord, create_model, file_record, graph_file, staged
 from higen.engines.triton.config import orchestrator_config, stage_config
 from higen.engines.triton.service import Limits
 from higen.errors import EngineError, IntegrityError, Malformed, ManifestError, ModelError, RequestError
@@ -139,7 +138,7 @@ def write_repository(bundle: Bundle, target: str | os.PathLike[str], settings: S
         version.mkdir(parents=True)
         (version / "model.py").write_text(MODEL_PY, encoding="utf-8")
         (folder / "higen" / "config.pbtxt").write_text(config, encoding="utf-8")
-        with files.create(version / "model", manifest) as inner:
+        with create_model(version / "model", manifest) as inner:
             if manifest.text is not None:  # a copy: `create` sets its permissions
                 shutil.copyfile(bundle.file(manifest.text.tokenizer), inner / manifest.text.tokenizer)
     return {**backends, "higen": "python"}

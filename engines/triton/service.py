@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from higen.backends.base import Backend
-from higen.backends.shared import RequestBackend, SharedBackend
-from higen.batching import Batcher
+from higen.backends.batching import Batcher
+from higen.backends.shared_batches import RequestBackend, SharedBackend
 from higen.engines.triton.interface import Delivery, pictures, read_request
 from higen.errors import Cancelled, HigenError, RequestError, RetryLater
 from higen.events import Frames, Stream

@@ -15,8 +15,8 @@ from pathlib import Path
 
 from higen.api import load
 from higen.axes import most_rows
-from higen.backends.shared import SharedBackend
-from higen.batching import Batcher
+from higen.backends.batching import Batcher
+from higen.backends.shared_batches import SharedBackend
 from higen.bundle import Bundle, default_model
 from higen.errors import RequestError, quoted
 from higen.manifest import Manifest

@@ -1,6 +1,6 @@
 """Runs the jobs of the queue: each in a thread of its own, the steps of one model's jobs in common batches.
 
-A job that comes joins the others at their next step (higen/backends/shared.py); one that is cancelled leaves its slot
+A job that comes joins the others at their next step (higen/backends/shared_batches.py); a cancelled one leaves its slot
 at once. A job whose model does not fit beside those in use waits; younger jobs overtake it for a while, then none does,
 so that its model gets its turn.
 """
@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from higen.backends.shared import RequestBackend
+from higen.backends.shared_batches import RequestBackend
 from higen.errors import Cancelled, HigenError
 from higen.events import Frames, Stream
 from higen.sampler import Step

@@ -77,7 +77,7 @@ def from_recipe(
         if codec_minutes == 0 and start is None:
             raise SettingsError("--codec-minutes=0: more than 0, or --start with a model whose codec is to be kept")
         with needs("train", "higen train"):
-            from higen.train.recipes.default.run import run
+            from higen.train.emoji.run import run
 
         click.echo(str(run(work, output, steps, codec_minutes, start, bf16).path))
 
@@ -152,11 +152,11 @@ def evaluate(
 ) -> None:
     """Measure MODEL, made by the default recipe, against the real clips.  [the built-in small model]
 
-    What is sampled and what the figures mean: higen/train/recipes/default/evaluate.py.
+    What is sampled and what the figures mean: higen/train/emoji/evaluation/evaluate.py.
     """
     with reported(as_json):
         with needs("train", "higen evaluate"):
-            from higen.train.recipes.default.measure import measure
+            from higen.train.emoji.evaluation.command import measure
 
         found, text = measure(
             model,

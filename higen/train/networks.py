@@ -11,8 +11,7 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from higen import bundle as files
-from higen.bundle import Bundle
+from higen.bundle import Bundle, create_model
 from higen.errors import ManifestError, SettingsError
 from higen.families.higen import spec
 from higen.families.higen.network import load_denoiser
@@ -295,7 +294,7 @@ def write_model(
     Raises ModelError where it cannot be written, or has weights that are not finite in `dtype`.
     """
     source = networks.companions
-    with files.create(output, spec.manifest(networks.own or networks.config), overwrite) as folder:
+    with create_model(output, spec.manifest(networks.own or networks.config), overwrite) as folder:
         write_safetensors(folder / spec.UNET, below(trained, "denoiser."), dtype)
         text = below(trained, "text.")
         if text:

@@ -7,40 +7,15 @@ on leaves the same file as one that was not.
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from higen.errors import MissingExtra, TrainingError
-from higen.locks import hold
 from higen.staging import whole_file
 
-__all__ = ["Record", "claimed", "lock", "read_losses"]
-
-
-def lock(folder: Path, doing: str = "training") -> int | None:
-    """Claim a run's folder until the descriptor is closed or the process is gone; None on a system without locks.
-
-    Raises TrainingError if another process has it, which is said to be `doing` the same.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        return hold(folder, os.O_RDONLY, wait=False)
-    except BlockingIOError as error:
-        raise TrainingError(f"{folder}: another process is {doing} there") from error
-
-
-@contextmanager
-def claimed(folder: Path, doing: str = "training") -> Iterator[None]:
-    """`lock` a run's folder for a while; a process cannot claim it twice. Raises TrainingError as `lock` does."""
-    descriptor = lock(folder, doing)
-    try:
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
+__all__ = ["Record", "read_losses"]
 
 
 def read_losses(path: Path) -> list[dict[str, float]]:

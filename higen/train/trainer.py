@@ -20,6 +20,7 @@ from torch import Tensor
 from higen.bundle import Bundle
 from higen.errors import ModelError, SettingsError, TrainingError
 from higen.families.higen import spec
+from higen.locks import claim
 from higen.model_folder import check_free
 from higen.staging import staging, whole_file
 from higen.train.batches import Batches
@@ -35,7 +36,7 @@ from higen.train.networks import Networks, Objective, build, write_model
 from higen.train.notices import notices
 from higen.train.optimise import Optimiser
 from higen.train.processes import gain_share, shares, start_processes
-from higen.train.record import Record, lock
+from higen.train.record import Record
 from higen.train.settings import Settings, difference, flat
 
 __all__ = ["Trainer", "export", "train"]
@@ -149,7 +150,7 @@ class Trainer(Follower):
         """Load the newest checkpoint, unless told otherwise, and open the logs."""
         output = Path(self.settings.run.output)
         if self.processes.main:
-            self._lock = lock(output)
+            self._lock = claim(output)
             check_free(output / "model", overwrite=True)  # `finish` writes it
             if resume is False:
                 self.checkpoints.clear()

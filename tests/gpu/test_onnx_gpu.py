@@ -36,7 +36,7 @@ def expected() -> Frames:
 def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The built-in model with float16 graphs too."""
     pytest.importorskip("onnxscript")
-    from higen.export.model import export_model
+    from higen.export.model_graphs import export_model
 
     model = Path(shutil.copytree(default_model(), tmp_path_factory.mktemp("half") / "model"))
     return export_model(Bundle.open(model), precision="fp16").path

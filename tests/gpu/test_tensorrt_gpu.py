@@ -17,7 +17,7 @@ from higen.api import default_model
 from higen.backends.cuda import Cuda, DeviceArray
 from higen.backends.tensorrt_api import installed
 from higen.bundle import Bundle
-from higen.engines.model import build_engines
+from higen.engines.model_engines import build_engines
 from higen.engines.shapes import read_profile
 from higen.engines.targets import RTX, parse_targets
 from higen.errors import NoDevice, NoDriver

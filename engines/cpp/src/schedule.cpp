@@ -255,7 +255,17 @@ Formula denoised(double t, const Formula& x0) {
 
 SolverRow row(const Node& at, const Formula& x0, const Formula& step) {
     const bool noise = step.noise != 0.0;
-    return {at.t, step.x, step.m, noise ? step.noise : step.previous, x0.x, -x0.m, noise, at.alpha, at.sigma};
+    SolverRow found{};
+    found.t = at.t;
+    found.A = step.x;
+    found.B = step.m;
+    found.C = noise ? step.noise : step.previous;
+    found.alpha = x0.x;
+    found.sigma = -x0.m;
+    found.noise = noise;
+    found.start_alpha = at.alpha;
+    found.start_sigma = at.sigma;
+    return found;
 }
 
 }  // namespace

@@ -1,6 +1,6 @@
 """Makes a model directory out of what the recipe trained: half-precision weights, tokenizer, manifest.
 
-python -m higen.train.recipes.default.assemble --state FOLDER --output DIR
+python -m higen.train.emoji.assemble --state FOLDER --output DIR
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from higen.families.higen.spec import AutoencoderConfig, ModelConfig, UNetConfig
 from higen.models.nestings import below
 from higen.tokenizer import build_word_tokenizer
 from higen.train.checkpoints import Checkpoints
-from higen.train.recipes.default.configuration import WORDS, architecture
-from higen.train.recipes.default.decoder import RESULT as DECODER
-from higen.train.recipes.default.subjects import BACKGROUNDS, SPEEDS, SUBJECTS, caption
+from higen.train.emoji.configuration import WORDS, architecture
+from higen.train.emoji.decoder import RESULT as DECODER
+from higen.train.emoji.subjects import BACKGROUNDS, SPEEDS, SUBJECTS, caption
 
 __all__ = ["assemble"]
 
@@ -57,7 +57,7 @@ def assemble(
     )
     config = model_config(autoencoder)
     config = config if unet is None else replace(config, unet=unet)
-    with bundle.create(output, spec.manifest(config), overwrite) as folder:
+    with bundle.create_model(output, spec.manifest(config), overwrite) as folder:
         save_file(half_precision(average, "denoiser."), folder / spec.UNET)
         save_file(half_precision(average, "text."), folder / spec.TEXT_ENCODER)
         save_file(half_precision(_codec(state), ""), folder / spec.AUTOENCODER)

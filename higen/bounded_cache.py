@@ -7,12 +7,12 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable
 from typing import Generic, TypeVar
 
-__all__ = ["Recent"]
+__all__ = ["BoundedCache"]
 
 V = TypeVar("V")
 
 
-class Recent(Generic[V]):
+class BoundedCache(Generic[V]):
     """The last `size` values by key; may be used from many threads. What is kept must not be changed."""
 
     def __init__(self, size: int) -> None:

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from higen.measures.statistics import frechet_distance
-from higen.train.recipes.default.judges import Judges
+from higen.train.emoji.evaluation.judges import Judges
 
 __all__ = ["alike_draws", "frechet"]
 

@@ -12,10 +12,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from higen.staging import whole_file
-from higen.train.recipes.default.evaluate import Maker, Result, worst
-from higen.train.recipes.default.real import RealClips
-from higen.train.recipes.default.shots import Shot
-from higen.train.recipes.default.subjects import FPS
+from higen.train.emoji.evaluation.evaluate import Maker, Result, worst
+from higen.train.emoji.evaluation.plan import Shot
+from higen.train.emoji.evaluation.real_clips import RealClips
+from higen.train.emoji.subjects import FPS
 from higen.video import Video, contact_sheet
 
 __all__ = ["COLUMNS", "as_text", "frechet_lines", "write"]

@@ -19,9 +19,10 @@ import higen
 from higen.api import default_model
 from higen.bundle import Bundle
 from higen.families.higen import spec
-from higen.train.recipes.default import assemble, autoencoder, data, decoder, latents
-from higen.train.recipes.default.decoder import DECODER, Drawn, draw, train
-from higen.train.recipes.default.subjects import BACKGROUNDS, SPEEDS, SUBJECTS, caption
+from higen.train.emoji import assemble, autoencoder, decoder, latent_cache
+from higen.train.emoji import packs as data
+from higen.train.emoji.decoder import DECODER, Drawn, draw, train
+from higen.train.emoji.subjects import BACKGROUNDS, SPEEDS, SUBJECTS, caption
 
 TWO = SUBJECTS[:2]
 
@@ -44,7 +45,7 @@ class Squares(autoencoder.Pictures):
 @pytest.fixture
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The built-in model's codec, its latents' scale, and "drawn" clips that are the real ones."""
-    for module in (decoder, latents):
+    for module in (decoder, latent_cache):
         monkeypatch.setattr(module, "SUBJECTS", TWO)
     monkeypatch.setattr(decoder, "Pictures", Squares)
     monkeypatch.setattr(autoencoder, "Pictures", Squares)
@@ -59,7 +60,7 @@ def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         for s, subject in enumerate(TWO):
             asked = [(0, 1), (4, 2)]
             clips = [_encoded(codec, pictures, s, b, speed) for b, speed in asked]
-            rows = latents.normalise(torch.stack(clips), mean, std).transpose(1, 2)
+            rows = latent_cache.normalise(torch.stack(clips), mean, std).transpose(1, 2)
             save_file(
                 {"latents": rows.half().contiguous(), "asked": torch.tensor(asked)},
                 tmp_path / "drawn" / f"{subject.name}.safetensors",

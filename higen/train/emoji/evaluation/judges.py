@@ -13,9 +13,9 @@ from torch.nn import functional
 
 from higen.measures.networks import ClipNetwork, PictureNetwork, fit, kept
 from higen.measures.templates import Templates
-from higen.train.recipes.default.data import clip_indices
-from higen.train.recipes.default.real import RealClips
-from higen.train.recipes.default.subjects import FRAMES
+from higen.train.emoji.evaluation.real_clips import RealClips
+from higen.train.emoji.packs import clip_indices
+from higen.train.emoji.subjects import FRAMES
 
 __all__ = ["NOTHING", "Judges"]
 

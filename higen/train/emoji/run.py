@@ -8,14 +8,14 @@ from pathlib import Path
 from higen.bundle import Bundle
 from higen.errors import TrainingError
 from higen.families.higen import spec
+from higen.locks import claimed
+from higen.train.emoji import autoencoder, decoder, latent_cache
+from higen.train.emoji.assemble import assemble
+from higen.train.emoji.configuration import DECODER
+from higen.train.emoji.denoiser import all_clips, train
+from higen.train.emoji.packs import DOWNLOAD, fetch, to_fetch
+from higen.train.emoji.subjects import subjects_named
 from higen.train.notices import slow_bfloat16
-from higen.train.recipes.default import autoencoder, decoder, latents
-from higen.train.recipes.default.assemble import assemble
-from higen.train.recipes.default.configuration import DECODER
-from higen.train.recipes.default.data import DOWNLOAD, fetch, to_fetch
-from higen.train.recipes.default.denoiser import all_clips, train
-from higen.train.recipes.default.subjects import subjects_named
-from higen.train.record import claimed
 
 __all__ = ["run"]
 
@@ -56,7 +56,8 @@ def run(
         if not (work / "autoencoder.safetensors").exists():
             autoencoder.train(work / "data", work, 60 * codec_minutes, trained)
         if not (work / "latents.safetensors").exists():
-            latents.write(work / "data", work, None if trained is None else spec.autoencoder_config(trained.manifest))
+            codec = None if trained is None else spec.autoencoder_config(trained.manifest)
+            latent_cache.write(work / "data", work, codec)
         train(work, all_clips(work, steps, bf16, trained), trained)
         if not (work / decoder.RESULT).exists():
             decoder.draw(assemble(work, work / "model", overwrite=True), work / "drawn")

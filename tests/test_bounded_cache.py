@@ -12,13 +12,13 @@ import pytest
 from higen.backends.base import RecordingBackend
 from higen.backends.options import Options
 from higen.backends.torch import TorchBackend
+from higen.bounded_cache import BoundedCache
 from higen.bundle import Bundle
 from higen.pipeline import KEPT, Pipeline
-from higen.recent import Recent
 
 
 def test_the_least_recently_used_goes_first() -> None:
-    recent: Recent[str] = Recent(2)
+    recent: BoundedCache[str] = BoundedCache(2)
     made: list[str] = []
 
     def get(key: str) -> str:
@@ -36,14 +36,14 @@ def test_the_least_recently_used_goes_first() -> None:
 
 
 def test_a_failure_is_not_kept() -> None:
-    recent: Recent[int] = Recent(2)
+    recent: BoundedCache[int] = BoundedCache(2)
     with pytest.raises(ZeroDivisionError):
         recent.get("a", lambda: 1 // 0)
     assert recent.get("a", lambda: 1) == 1
 
 
 def test_threads_do_not_wait_for_each_other() -> None:
-    recent: Recent[int] = Recent(8)
+    recent: BoundedCache[int] = BoundedCache(8)
     both = threading.Barrier(2, timeout=30)  # passed only if two threads make their value at the same time
     with ThreadPoolExecutor(2) as pool:
         made = list(pool.map(lambda key: recent.get(key, lambda: both.wait() and 0), "ab"))

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from higen.errors import SettingsError
-from higen.train.recipes.default.subjects import BACKGROUNDS, SPEEDS, SUBJECTS, caption, is_held_out
+from higen.train.emoji.subjects import BACKGROUNDS, SPEEDS, SUBJECTS, caption, is_held_out
 
 __all__ = [
     "APPEARANCE_SPEEDS",

@@ -9,8 +9,8 @@ from typing import Any, Literal
 
 from higen.families.higen.spec import ModelConfig
 from higen.text_files import read_toml
+from higen.train.emoji.subjects import vocabulary
 from higen.train.networks import read_architecture, with_words
-from higen.train.recipes.default.subjects import vocabulary
 from higen.train.settings import OptimiserSettings, Settings, read_settings
 from higen.typed_json import from_json
 

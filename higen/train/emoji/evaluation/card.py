@@ -1,7 +1,7 @@
 """Writes the default model's card, its contact sheet and the picture of the README, from `higen evaluate`'s measures.
 
 higen evaluate MODEL --data FOLDER --output FOLDER
-python -m higen.train.recipes.default.card --measures FOLDER/measures.json --output higen/assets
+python -m higen.train.emoji.evaluation.card --measures FOLDER/measures.json --output higen/assets
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ import numpy as np
 
 import higen
 from higen.families.higen import spec
-from higen.train.recipes.default.configuration import DECODER, recipe
-from higen.train.recipes.default.report import COLUMNS, frechet_lines
-from higen.train.recipes.default.subjects import BACKGROUNDS, SUBJECTS
+from higen.train.emoji.configuration import DECODER, recipe
+from higen.train.emoji.evaluation.report import COLUMNS, frechet_lines
+from higen.train.emoji.subjects import BACKGROUNDS, SUBJECTS
 from higen.video import Video, contact_sheet
 
 __all__ = ["PROMPTS", "control", "table"]
@@ -76,7 +76,7 @@ prompts:
 
 {control}
 
-What each figure means: `higen/train/recipes/default/evaluate.py`.
+What each figure means: `higen/train/emoji/evaluation/evaluate.py`.
 
 {limits}
 

@@ -15,7 +15,7 @@ from higen.backends.plans import PlanRecord
 from higen.backends.tensorrt_api import library
 from higen.bundle import Bundle, graph_file
 from higen.engines.build import PLAIN, Options, build_plan
-from higen.engines.graph import check_fixed, read_graph
+from higen.engines.graph_facts import check_fixed, read_graph
 from higen.engines.progress import Progress
 from higen.engines.shapes import Profile, stage_profiles
 from higen.engines.store import EngineStore, difference

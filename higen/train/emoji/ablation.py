@@ -1,6 +1,6 @@
 """The paper's claims at this scale: the same budget without the spatial prior, without each cue, and with everything.
 
-    python -m higen.train.recipes.default.ablation --data FOLDER --work FOLDER --table table.md
+    python -m higen.train.emoji.ablation --data FOLDER --work FOLDER --table table.md
 
 Six lively subjects on ten backgrounds; a network smaller than the built-in model's, the same for all, from the same
 random weights; the same batches, drawn from the same random numbers. What differs:
@@ -31,6 +31,7 @@ import torch
 
 from higen.api import load
 from higen.bundle import Bundle
+from higen.locks import claimed
 from higen.output_file import output_file
 from higen.pipeline import Pipeline
 from higen.request import Request
@@ -38,19 +39,18 @@ from higen.sampler import Step
 from higen.sources import Sources
 from higen.tables import Loop
 from higen.train.denormals import flushed_denormals
-from higen.train.recipes.default.assemble import assemble
-from higen.train.recipes.default.clips import Clips, Selection
-from higen.train.recipes.default.configuration import architecture, recipe
-from higen.train.recipes.default.data import fetch
-from higen.train.recipes.default.denoiser import train
-from higen.train.recipes.default.evaluate import PipelineMaker, evaluate
-from higen.train.recipes.default.journal import digest, meaning
-from higen.train.recipes.default.judges import Judges
-from higen.train.recipes.default.real import RealClips
-from higen.train.recipes.default.report import as_text, write
-from higen.train.recipes.default.shots import plan
-from higen.train.recipes.default.subjects import SUBJECTS
-from higen.train.record import claimed
+from higen.train.emoji.assemble import assemble
+from higen.train.emoji.clips import Clips, Selection
+from higen.train.emoji.configuration import architecture, recipe
+from higen.train.emoji.denoiser import train
+from higen.train.emoji.evaluation.evaluate import PipelineMaker, evaluate
+from higen.train.emoji.evaluation.journal import digest, meaning
+from higen.train.emoji.evaluation.judges import Judges
+from higen.train.emoji.evaluation.plan import plan
+from higen.train.emoji.evaluation.real_clips import RealClips
+from higen.train.emoji.evaluation.report import as_text, write
+from higen.train.emoji.packs import fetch
+from higen.train.emoji.subjects import SUBJECTS
 from higen.train.settings import Settings
 
 __all__ = ["LIVELY", "VARIANTS", "OneStage", "Variant", "fit", "measure", "table"]

@@ -1,6 +1,6 @@
 """Encodes every picture of the default model's data once, so that its UNet trains on latents from memory.
 
-    python -m higen.train.recipes.default.latents --data FOLDER --state FOLDER
+    python -m higen.train.emoji.latent_cache --data FOLDER --state FOLDER
 
 `FOLDER/latents.safetensors` holds, for each subject, `latents/<name>`: float16 [backgrounds, loop frames, 32, 8, 8],
 normalised as (z - mean) / std, and `mean` and `std`: float32 [32], per channel over the whole data set. Backgrounds
@@ -16,10 +16,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from higen.families.higen.spec import AutoencoderConfig
-from higen.train.recipes.default.aside import aside
-from higen.train.recipes.default.autoencoder import Pictures, load
-from higen.train.recipes.default.subjects import BACKGROUNDS, SUBJECTS
-from higen.train.record import claimed
+from higen.locks import claimed
+from higen.train.emoji.autoencoder import Pictures, load
+from higen.train.emoji.subjects import BACKGROUNDS, SUBJECTS
+from higen.train.emoji.tensor_files import aside
 
 CHUNK = 36
 

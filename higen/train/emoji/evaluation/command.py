@@ -13,18 +13,18 @@ from higen.backends.select import check_backend
 from higen.bundle import Bundle
 from higen.errors import OutputError, TrainingError
 from higen.families.higen import spec
+from higen.locks import claimed
 from higen.output_file import check_own
 from higen.precision import check_precision
 from higen.train.denormals import flushed_denormals
-from higen.train.recipes.default.data import fetch
-from higen.train.recipes.default.evaluate import PipelineMaker, evaluate
-from higen.train.recipes.default.journal import Journal
-from higen.train.recipes.default.judges import Judges
-from higen.train.recipes.default.real import RealClips
-from higen.train.recipes.default.report import as_text, write
-from higen.train.recipes.default.shots import plan
-from higen.train.recipes.default.subjects import subjects_named
-from higen.train.record import claimed
+from higen.train.emoji.evaluation.evaluate import PipelineMaker, evaluate
+from higen.train.emoji.evaluation.journal import Journal
+from higen.train.emoji.evaluation.judges import Judges
+from higen.train.emoji.evaluation.plan import plan
+from higen.train.emoji.evaluation.real_clips import RealClips
+from higen.train.emoji.evaluation.report import as_text, write
+from higen.train.emoji.packs import fetch
+from higen.train.emoji.subjects import subjects_named
 from higen.typed_json import to_json
 
 __all__ = ["measure"]

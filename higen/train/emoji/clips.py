@@ -15,12 +15,10 @@ from higen.families.higen.spec import UNetConfig
 from higen.tokenizer import PromptTokenizer
 from higen.train.batches import GIVEN, Batch, GainBatch, StepBatches, clip_cues, picture_cues
 from higen.train.draws import draw_known, draw_timesteps, draw_window, noisy_known, noisy_prior
-from higen.train.loop import step_generator
-from higen.train.objective import residual_square
-from higen.train.recipes.default.configuration import recipe
-from higen.train.recipes.default.data import clip_indices
-from higen.train.recipes.default.latents import load_latents
-from higen.train.recipes.default.subjects import (
+from higen.train.emoji.configuration import recipe
+from higen.train.emoji.latent_cache import load_latents
+from higen.train.emoji.packs import clip_indices
+from higen.train.emoji.subjects import (
     BACKGROUNDS,
     FRAMES,
     SPEEDS,
@@ -30,9 +28,11 @@ from higen.train.recipes.default.subjects import (
     caption,
     is_held_out,
 )
-from higen.train.recipes.default.subjects import (
+from higen.train.emoji.subjects import (
     KEY_INDEX as KEY,
 )
+from higen.train.loop import step_generator
+from higen.train.objective import residual_square
 from higen.train.settings import Settings
 
 __all__ = ["Clips", "EmojiSource", "Pictured", "Selection"]

@@ -48,12 +48,12 @@ from higen.measures import fidelity
 from higen.measures.statistics import spearman
 from higen.pipeline import Pipeline
 from higen.train.cues import appearance_factor, appearance_similarity, motion_of
-from higen.train.recipes.default.frechet import frechet
-from higen.train.recipes.default.journal import Journal
-from higen.train.recipes.default.judges import Judges
-from higen.train.recipes.default.real import RealClips
-from higen.train.recipes.default.shots import FAST, GROUPS, NORMAL, SLOW, Row, Shot
-from higen.train.recipes.default.subjects import KEY_INDEX, SPEEDS, SUBJECTS
+from higen.train.emoji.evaluation.frechet import frechet
+from higen.train.emoji.evaluation.journal import Journal
+from higen.train.emoji.evaluation.judges import Judges
+from higen.train.emoji.evaluation.plan import FAST, GROUPS, NORMAL, SLOW, Row, Shot
+from higen.train.emoji.evaluation.real_clips import RealClips
+from higen.train.emoji.subjects import KEY_INDEX, SPEEDS, SUBJECTS
 
 __all__ = ["MEANS", "Codec", "Maker", "PipelineMaker", "Result", "evaluate"]
 

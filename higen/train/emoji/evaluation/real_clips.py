@@ -9,8 +9,8 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
-from higen.train.recipes.default.data import background, clip_indices, compose, load_loop
-from higen.train.recipes.default.subjects import BACKGROUNDS, SUBJECTS
+from higen.train.emoji.packs import background, clip_indices, compose, load_loop
+from higen.train.emoji.subjects import BACKGROUNDS, SUBJECTS
 
 __all__ = ["RealClips"]
 

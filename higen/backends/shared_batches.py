@@ -1,4 +1,4 @@
-"""One backend for many requests at a time: their stage calls share batches (higen/batching.py).
+"""One backend for many requests at a time: their stage calls share batches (higen/backends/batching.py).
 
     shared = SharedBackend(backend, manifest, Batcher(slots=16, rows=...))
     with shared.request() as mine:                        # in a thread of its own for each request
@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from higen.backends.base import Backend, Choice
-from higen.batching import Batch, Batcher, Call
+from higen.backends.batching import Batch, Batcher, Call
 from higen.errors import BackendError, Cancelled, HigenError, NotPicklable, RetryLater
 from higen.forks import Home
 from higen.manifest import Manifest

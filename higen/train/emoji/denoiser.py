@@ -1,6 +1,6 @@
 """Trains the default model's text encoder and denoiser on cached latents; resumes exactly where it stopped.
 
-    python -m higen.train.recipes.default.denoiser --state FOLDER --steps 20000
+    python -m higen.train.emoji.denoiser --state FOLDER --steps 20000
 
 Each step draws one batch of key frames (the spatial network) and one of windows (the temporal network); both share
 their parameters. Step n uses random numbers of its own (seed, n), so a resumed run goes on as if never stopped.
@@ -22,22 +22,22 @@ from higen.bundle import Bundle
 from higen.errors import SettingsError
 from higen.families.higen.spec import ModelConfig, UNetConfig
 from higen.families.higen.unet import Denoiser
+from higen.locks import claimed
 from higen.models.companions import text_encoder
 from higen.tokenizer import PromptTokenizer, build_word_tokenizer
 from higen.train.checkpoints import Checkpoints
 from higen.train.denormals import flushed_denormals
+from higen.train.emoji.clips import Clips, EmojiSource, Selection
+from higen.train.emoji.configuration import WORDS, architecture, recipe
+from higen.train.emoji.progress_lines import say
+from higen.train.emoji.subjects import SUBJECTS, subjects_named
+from higen.train.emoji.warm_start import start_from
 from higen.train.gradients import DenoiserGradients
 from higen.train.layers import trained_parameters
 from higen.train.loop import Cadence, Loop
 from higen.train.networks import Objective, new_denoiser
 from higen.train.optimise import Optimiser
 from higen.train.processes import Alone
-from higen.train.recipes.default.clips import Clips, EmojiSource, Selection
-from higen.train.recipes.default.configuration import WORDS, architecture, recipe
-from higen.train.recipes.default.said import say
-from higen.train.recipes.default.start import start_from
-from higen.train.recipes.default.subjects import SUBJECTS, subjects_named
-from higen.train.record import claimed
 from higen.train.settings import difference, first_difference, flat
 from higen.typed_json import to_json
 

@@ -1,6 +1,6 @@
 """Trains the codec's decoder on what the denoiser draws; the encoder and the latents stay as they are.
 
-    python -m higen.train.recipes.default.decoder --data FOLDER --state FOLDER --model DIR
+    python -m higen.train.emoji.decoder --data FOLDER --state FOLDER --model DIR
 
 A decoder that has seen nothing but encoded pictures shows a latent between two poses as coloured fringes. The clip that
 was asked for is known pixel by pixel, so the decoder can learn to show such a latent as the soft picture it stands for.
@@ -24,20 +24,20 @@ from tqdm import tqdm
 
 from higen.api import load as load_pipeline
 from higen.bundle import Bundle
+from higen.locks import claimed
 from higen.pipeline import Pipeline
 from higen.sampler import Step
 from higen.train.checkpoints import Checkpoints
 from higen.train.denormals import flushed_denormals
+from higen.train.emoji.autoencoder import Pictures, load, picture_loss
+from higen.train.emoji.configuration import DECODER, CodecSettings
+from higen.train.emoji.latent_cache import denormalise, load_latents
+from higen.train.emoji.packs import clip_indices, fetch
+from higen.train.emoji.progress_lines import say
+from higen.train.emoji.subjects import BACKGROUNDS, SPEEDS, SUBJECTS, caption, is_held_out
+from higen.train.emoji.tensor_files import aside
 from higen.train.loop import Cadence, Loop
 from higen.train.optimise import Optimiser
-from higen.train.recipes.default.aside import aside
-from higen.train.recipes.default.autoencoder import Pictures, load, picture_loss
-from higen.train.recipes.default.configuration import DECODER, CodecSettings
-from higen.train.recipes.default.data import clip_indices, fetch
-from higen.train.recipes.default.latents import denormalise, load_latents
-from higen.train.recipes.default.said import say
-from higen.train.recipes.default.subjects import BACKGROUNDS, SPEEDS, SUBJECTS, caption, is_held_out
-from higen.train.record import claimed
 
 __all__ = ["draw", "train"]
 

@@ -26,19 +26,19 @@ from higen.errors import SettingsError, TrainingError
 from higen.families.higen import spec
 from higen.families.higen.cues import appearance_cue
 from higen.families.higen.spec import UNetConfig
+from higen.locks import claimed
 from higen.tokenizer import build_word_tokenizer
 from higen.train.checkpoints import Checkpoints
-from higen.train.loop import Loop
-from higen.train.recipes.default import autoencoder, data, denoiser, latents
-from higen.train.recipes.default import clips as clips_module
-from higen.train.recipes.default import run as recipe
-from higen.train.recipes.default.clips import Clips, Selection
-from higen.train.recipes.default.configuration import architecture
-from higen.train.recipes.default.configuration import recipe as recipe_settings
-from higen.train.recipes.default.data import background, clip_indices, compose, fetch
-from higen.train.recipes.default.denoiser import make_loop, networks_of, train
-from higen.train.recipes.default.start import start_from
-from higen.train.recipes.default.subjects import (
+from higen.train.emoji import autoencoder, denoiser, latent_cache
+from higen.train.emoji import clips as clips_module
+from higen.train.emoji import packs as data
+from higen.train.emoji import run as recipe
+from higen.train.emoji.clips import Clips, Selection
+from higen.train.emoji.configuration import architecture
+from higen.train.emoji.configuration import recipe as recipe_settings
+from higen.train.emoji.denoiser import make_loop, networks_of, train
+from higen.train.emoji.packs import background, clip_indices, compose, fetch
+from higen.train.emoji.subjects import (
     BACKGROUNDS,
     FRAMES,
     KEY_INDEX,
@@ -50,7 +50,8 @@ from higen.train.recipes.default.subjects import (
     vocabulary,
     with_article,
 )
-from higen.train.record import claimed
+from higen.train.emoji.warm_start import start_from
+from higen.train.loop import Loop
 from higen.train.settings import Settings
 
 UNET = architecture().unet
@@ -399,7 +400,7 @@ def test_a_codec_is_there_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: 
 
     for name in ("json.dumps", "save_file"):
         with monkeypatch.context() as patch:
-            patch.setattr(f"higen.train.recipes.default.autoencoder.{name}", killed)
+            patch.setattr(f"higen.train.emoji.autoencoder.{name}", killed)
             with pytest.raises(KeyboardInterrupt):
                 autoencoder.export(codec, tmp_path)
         assert {p.name for p in tmp_path.iterdir()} <= {"autoencoder.json"}  # the recipe looks for the weights
@@ -420,14 +421,14 @@ def test_a_full_disk_leaves_the_codecs_files_as_they_were(tmp_path: Path) -> Non
 
 def test_a_full_disk_leaves_the_earlier_latents(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     random = torch.Generator().manual_seed(0)
-    monkeypatch.setattr(latents, "load", lambda folder: None)
-    monkeypatch.setattr(latents, "Pictures", lambda folder: None)
-    monkeypatch.setattr(latents, "encode_subject", lambda *_: torch.randn((2, 3, 32, 8, 8), generator=random))
-    latents.write(tmp_path, tmp_path)
+    monkeypatch.setattr(latent_cache, "load", lambda folder: None)
+    monkeypatch.setattr(latent_cache, "Pictures", lambda folder: None)
+    monkeypatch.setattr(latent_cache, "encode_subject", lambda *_: torch.randn((2, 3, 32, 8, 8), generator=random))
+    latent_cache.write(tmp_path, tmp_path)
     path = tmp_path / "latents.safetensors"
     before = path.read_bytes()
     with full_disk(len(before) // 2), pytest.raises(TrainingError, match=r"latents\.safetensors cannot be written: .*"):
-        latents.write(tmp_path, tmp_path)
+        latent_cache.write(tmp_path, tmp_path)
     assert path.read_bytes() == before
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
@@ -449,7 +450,7 @@ def test_the_recipe_holds_its_folder_from_beginning_to_end(
     for module, name in (
         (recipe, "fetch"),
         (recipe.autoencoder, "train"),
-        (recipe.latents, "write"),
+        (recipe.latent_cache, "write"),
         (recipe, "train"),
         (recipe.decoder, "draw"),
         (recipe.decoder, "train"),

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from higen.measures import MEASURES_VERSION
 from higen.staging import whole_file
-from higen.train.recipes.default.shots import Row, Shot
+from higen.train.emoji.evaluation.plan import Row, Shot
 
 __all__ = ["Journal", "digest", "meaning"]
 

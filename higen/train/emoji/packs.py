@@ -14,8 +14,8 @@ import numpy.typing as npt
 from PIL import Image, ImageSequence
 
 from higen.train.checkpoints import reason
-from higen.train.recipes.default.aside import aside
-from higen.train.recipes.default.subjects import FPS, FRAMES, KEY_INDEX, SUBJECTS
+from higen.train.emoji.subjects import FPS, FRAMES, KEY_INDEX, SUBJECTS
+from higen.train.emoji.tensor_files import aside
 
 PACKAGES: tuple[str, ...] = tuple(f"@lobehub/fluent-emoji-anim-{i}@1.0.0" for i in (1, 2, 3, 4))
 DOWNLOAD = "about 700 MB in all four"

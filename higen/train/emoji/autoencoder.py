@@ -1,6 +1,6 @@
 """Trains the default model's codec: 128x128 RGB frames to 32x8x8 latents and back, against the clock.
 
-    python -m higen.train.recipes.default.autoencoder --data FOLDER --state FOLDER --until 16:01
+    python -m higen.train.emoji.autoencoder --data FOLDER --state FOLDER --until 16:01
 
 The codec is diffusers' AutoencoderDC with residual blocks only: its first stage is a bare pixel (un)shuffle, so
 nothing but one thin convolution runs at full resolution. Run the command again to resume from the state folder.
@@ -22,15 +22,15 @@ from torch import Tensor
 from higen.bundle import Bundle
 from higen.errors import TrainingError
 from higen.families.higen import spec
+from higen.locks import claimed
 from higen.train.checkpoints import Checkpoints
+from higen.train.emoji.configuration import CODEC, CodecSettings
+from higen.train.emoji.packs import background, fetch, load_loop
+from higen.train.emoji.progress_lines import say
+from higen.train.emoji.subjects import BACKGROUNDS, SUBJECTS, is_held_out
+from higen.train.emoji.tensor_files import aside
 from higen.train.loop import Cadence, Follower, Loop
 from higen.train.optimise import Optimiser
-from higen.train.recipes.default.aside import aside
-from higen.train.recipes.default.configuration import CODEC, CodecSettings
-from higen.train.recipes.default.data import background, fetch, load_loop
-from higen.train.recipes.default.said import say
-from higen.train.recipes.default.subjects import BACKGROUNDS, SUBJECTS, is_held_out
-from higen.train.record import claimed
 
 FOLDER = "autoencoder"
 """Of the checkpoints."""

@@ -1,0 +1,1 @@
+"""Measures a model of the emoji against the real clips (`higen evaluate`)."""

@@ -1,1 +1,0 @@
-"""Complete recipes: each package makes one published model from public data."""
