@@ -21,6 +21,7 @@ __all__ = [
     "curve_rows",
     "curve_values",
     "frequencies",
+    "measured_curve",
     "resample_in_time",
     "similarity_rows",
     "sinusoid",
@@ -145,3 +146,20 @@ def similarity_rows(name: str, value: Curve, frames: int, columns: int) -> Array
         source, target = np.linspace(0, 1, frames), np.linspace(0, 1, columns)
         return np.stack([np.interp(target, source, row) for row in values]).astype(np.float32)
     raise RequestError(f"{name} has shape {list(values.shape)}: {allowed}")
+
+
+def measured_curve(measure: str, latents: NDArray[np.float32]) -> NDArray[np.float64]:
+    """A clip's own value of a curve, from its latents [C, F, H, W].
+
+    distance    10 times the L2 distance of neighbouring frames, without its fraction: [F - 1]
+    similarity  5 cos - 4 of each pair of frames (1: equal, 0 where the cosine is 0.8): [F, F]
+
+    Source: HiGen's cues as its training measures them (higen/train/cues.py).
+    """
+    frames = latents.astype(np.float64).swapaxes(0, 1).reshape(latents.shape[1], -1)
+    if measure == "distance":
+        distances: NDArray[np.float64] = np.floor(10 * np.linalg.norm(np.diff(frames, axis=0), axis=1))
+        return distances
+    unit = frames / np.maximum(np.linalg.norm(frames, axis=1, keepdims=True), 1e-12)
+    similarity: NDArray[np.float64] = 5 * (unit @ unit.T) - 4
+    return similarity

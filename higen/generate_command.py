@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from higen.cpu import SLOW_BF16
-from higen.errors import HigenError, quoted
+from higen.errors import HigenError, RequestError, quoted
 from higen.paths import given_path
 from higen.tables import Control
 from higen.terminal import JSON, PATH, reported, say
@@ -32,12 +32,30 @@ def _curve(text: str) -> Any:
     return text if text == "unspecified" else numbers(text)
 
 
+def _frame(text: str) -> tuple[str, Path]:
+    """A known frame: its index and a picture."""
+    index, equals, file = text.partition("=")
+    if not equals or not file:
+        raise click.BadParameter(f"{quoted(text)}: INDEX=FILE, as 0=first.png")
+    return index, given_path(file)
+
+
 def _seed(text: str) -> int | str:
     """A whole number, or the word for one that is drawn."""
     try:
         return text if text == "random" else int(text)
     except ValueError:
         raise click.BadParameter(f"{quoted(text)}: a whole number, or random") from None
+
+
+def _given(name: str, value: Any) -> Any:
+    """An option's value; of known frames the pictures by index, each index once."""
+    if not isinstance(value, tuple):
+        return value
+    found = dict(value)
+    if len(found) < len(value):
+        raise RequestError(f"{name}: {', '.join(index for index, _ in value)}: each frame once")
+    return found
 
 
 def _whole(value: Any) -> Any:
@@ -98,10 +116,16 @@ def _option(control: Control) -> _ControlOption:
         "text": str,
         "picture": PATH,
         "clip": PATH,
+        "frames": _frame,
+        "mask": PATH,
     }
     meaning = control.meaning[:1].upper() + control.meaning[1:]
-    metavar = "NUMBERS" if control.kind == "curve" else None
-    return _ControlOption([flag, control.name], type=kinds[control.kind], metavar=metavar, help=meaning + default)
+    metavar = {"curve": "NUMBERS", "frames": "INDEX=FILE"}.get(control.kind)
+    many = control.kind == "frames"
+    flags = [flag.removesuffix("s")] if many else [flag]
+    return _ControlOption(
+        [*flags, control.name], type=kinds[control.kind], metavar=metavar, help=meaning + default, multiple=many
+    )
 
 
 @click.command(cls=_FollowsModel)
@@ -153,7 +177,7 @@ def generate(
         from higen.api import load
         from higen.video import check_output
 
-        given = {name: value for name, value in options.items() if value is not None}
+        given = {name: _given(name, value) for name, value in options.items() if value not in (None, ())}
         given |= {name: _whole(given[name]) for name in ("steps",) if name in given}
         # All this is found out before the weights are loaded.
         check_output(output)

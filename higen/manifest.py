@@ -117,7 +117,7 @@ class Manifest:
             seen.add((name, given))
             for tensor in self.stage(name).inputs:
                 origin = source(tensor.source)
-                if origin.kind in ("picture", "clip"):
+                if origin.kind in ("picture", "clip") or (origin.shown and given):
                     found[given or origin.name] = None
                 elif origin.kind == "made":
                     visit(origin.name, origin.given or given)

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias, overload
 import numpy as np
 from numpy.typing import NDArray
 
+from higen import clip_tools
 from higen.backends.base import CLOSED, Backend
 from higen.bounded_cache import BoundedCache
 from higen.bundle import Bundle
@@ -120,6 +121,11 @@ class Pipeline:
         request = self._request(prompt, options, only=1)
         images = [video.frames[0] for video in self.make(request, progress)]
         return images[0] if isinstance(plain(prompt), str) else images
+
+    extend = clip_tools.extend
+    interpolate = clip_tools.interpolate
+    loop = clip_tools.loop
+    edit = clip_tools.edit
 
     def stream(self, prompt: str | Prompts = "", **options: Any) -> Stream:
         """Every event as it happens; arguments as for a call. The request is checked here, not at the first step; the
@@ -315,6 +321,13 @@ class Pipeline:
         unit, added = sources.initial_noise(loop)
         runner = ChunkRunner.over(self.backend, self.manifest, [sources.chunks(i) for i in range(sources.samples)])
         yield from denoise(runner, plan, initial_state(table, unit, added, clean, plan.first))
+
+    def start_latents(self, request: Request, loop: Loop) -> NDArray[np.float32]:
+        """What a loop of a request begins from, [B, C, F, H, W]. Raises RequestError where it begins from noise."""
+        if loop.start is None or not request.begins(loop):
+            raise RequestError(f"{loop.name} begins from noise")
+        self._check_usable()
+        return np.asarray(self._sources(request).made(loop.start.latents, loop), np.float32)
 
     def _stage(self, loop: Loop, unguided: bool) -> Stage:
         """The stage that does a row, whether its guidance is 1 everywhere or not."""

@@ -176,7 +176,7 @@ def _check_given(manifest: Manifest, where: str, text: str, kinds: tuple[str, ..
     names = [control.name for control in manifest.controls if control.kind in kinds]
     check(found.given in names, f"{where}: source {text}: the controls of kind {' or '.join(kinds)} are {names}")
     inputs = [t for stage in manifest.stages if stage.name == found.name for t in stage.inputs]
-    pixels = [t for t in inputs if source(t.source).kind in ("picture", "clip")]
+    pixels = [t for t in inputs if source(t.source).kind in ("picture", "clip") or source(t.source).shown]
     good = len(pixels) == 1 and pixels[0].shape[0] == "N" and pixels[0].shape[-2:] == ("Y", "X")
     check(good, f"{where}: source {text}: {found.name} takes no pixels [N, 3, Y, X] of a picture or clip")
 

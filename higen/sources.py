@@ -215,6 +215,8 @@ class Sources:
             return _Value(ids, _digest("tokens", ids.tobytes()), lasting=True)
         if origin.kind == "control":
             return self._control(origin.name, tensor, place)
+        if place.given and (origin.shown or origin.kind in ("picture", "clip")):
+            return self._given(place)
         if origin.kind in ("picture", "clip"):
             return self._picture(origin, tensor, place)
         if origin.kind == "noise":
@@ -323,8 +325,6 @@ class Sources:
         return np.full((1,) if len(tensor.shape) == 1 else (1, frames), value, np.float32)
 
     def _picture(self, origin: Source, tensor: Tensor, place: Place) -> _Value:
-        if place.given:
-            return self._given(place)
         pictures: tuple[Picture, ...] = self._request.controls[origin.name]
         picture = pictures[place.sample]
         if origin.kind == "clip":

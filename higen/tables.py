@@ -152,6 +152,7 @@ class Control:
     choices: tuple[str, ...] = ()
     default: Any = None
     optional: bool = False
+    measured: Literal["distance", "similarity"] | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         check(self.name.isidentifier() and self.name not in COMMON + RESERVED, f"name={self.name!r}: a name of its own")
@@ -161,6 +162,8 @@ class Control:
             check(self.low <= self.high, f"low={self.low}, high={self.high}: low is at most high")
         check(bool(self.choices) == (self.kind == "choice"), f"choices={list(self.choices)}: those of a choice")
         check(not self.optional or self.encoding in ("sinusoid", "similarity"), "optional: a sinusoid or similarity")
+        good = self.measured is None or self.kind == "curve"
+        check(good, f"measured={self.measured!r}: null, or of a curve 'distance' or 'similarity'")
         self._check_default()
 
     def _check_default(self) -> None:

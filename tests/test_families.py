@@ -180,13 +180,18 @@ def test_loops() -> None:
 
 def test_controls() -> None:
     controls = {control.name: control for control in spec.manifest(TINY).controls}
-    assert list(controls) == ["motion", "appearance", "offset_noise", "image"]
+    more = ["keyframes", "mask", "video", "strength"]
+    assert list(controls) == ["motion", "appearance", "offset_noise", "image", *more]
     kinds = {name: (c.kind, c.encoding, c.low, c.default, c.optional) for name, c in controls.items()}
     assert kinds == {
         "motion": ("curve", "sinusoid", 0.0, 60.0, False),
         "appearance": ("curve", "similarity", None, 1.0, False),
         "offset_noise": ("number", "number", 0.0, 0.1, False),
         "image": ("picture", None, None, None, False),
+        "keyframes": ("frames", None, None, None, False),
+        "mask": ("mask", None, None, None, False),
+        "video": ("clip", None, None, None, False),
+        "strength": ("number", "number", 0.0, 0.6, False),
     }
     optional = spec.manifest(CONFIGS["optional"]).controls
     assert [(c.name, c.default) for c in optional if c.optional] == [("motion", None), ("appearance", None)]

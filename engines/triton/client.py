@@ -6,7 +6,7 @@ import os
 import queue
 import re
 import reprlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -119,7 +119,8 @@ def request_tensors(prompt: str, **options: Any) -> Tensors:
         a matrix of numbers                   FP32 [rows, columns], to the input NAME_matrix
         "unspecified"                         FP32 [0]
         another text                          one text
-        whole numbers [H,W,3] or [F,H,W,3]    UINT8: a picture or a clip
+        whole numbers [H,W,3] or [F,H,W,3]    UINT8: a picture, or a clip or mask
+        {index: picture}                      known frames, to NAME or NAME_file, and NAME_index
         bytes, or a path (os.PathLike)        a PNG or JPEG file, to the input NAME_file
 
     None is left out: the model's default. Raises RequestError for a value that its data type cannot hold.
@@ -142,6 +143,8 @@ def _control(name: str, value: Any) -> Tensors:
     if isinstance(value, str):
         unspecified = value == UNSPECIFIED
         return {name: ("FP32", np.zeros(0, np.float32)) if unspecified else ("BYTES", _texts(name, value))}
+    if isinstance(value, Mapping):
+        return _known_frames(name, value)
     if isinstance(value, (bytes, os.PathLike)):
         return {f"{name}_file": ("BYTES", np.array([_file(name, value)], dtype=np.object_))}
     rank = np.asarray(value).ndim if _is_regular(value) else 0
@@ -152,6 +155,18 @@ def _control(name: str, value: Any) -> Tensors:
         return {name: ("UINT8", pixels)}
     numbers = _array(name, "FP32", value)
     return {f"{name}_matrix": ("FP32", numbers)} if rank == 2 else {name: ("FP32", numbers.reshape(-1))}
+
+
+def _known_frames(name: str, value: Mapping[Any, Any]) -> Tensors:
+    """Pictures by index: files, or arrays of one size."""
+    indices = {f"{name}_index": ("INT32", _array(f"{name}_index", "INT32", [*value]).reshape(-1))}
+    pictures = [*value.values()]
+    if pictures and all(isinstance(one, (bytes, os.PathLike)) for one in pictures):
+        files = np.array([_file(name, one) for one in pictures], dtype=np.object_)
+        return {f"{name}_file": ("BYTES", files), **indices}
+    if not _is_regular(pictures) or np.asarray(pictures).ndim != 4:
+        raise RequestError(f"{name}: a picture for each index: files, or arrays [H,W,3] of one size")
+    return {name: ("UINT8", _array(name, "UINT8", pictures)), **indices}
 
 
 def _file(name: str, value: bytes | os.PathLike[str]) -> bytes:

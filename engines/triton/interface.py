@@ -11,6 +11,11 @@ not given has the model's default. A control is given by inputs of these names:
     picture                  NAME           UINT8 [H, W, 3]
                              NAME_file      STRING [1]: a PNG or JPEG file, or its base64 text, in the place of NAME
     clip                     NAME           UINT8 [F, H, W, 3]
+    mask                     NAME           UINT8 [1 or F, H, W, 3]
+                             NAME_file      STRING [1]: a picture as above, in the place of NAME
+    frames                   NAME           UINT8 [n, H, W, 3], n known frames
+                             NAME_file      STRING [n]: a picture each as above, in the place of NAME
+                             NAME_index     INT32 [n]: which frames they are, from 0, or from -1 for the last one on
 
 Triton's HTTP endpoint takes flat lists: a picture goes there as a file, and matrices and clips by gRPC alone.
 
@@ -34,13 +39,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from higen.errors import ModelError, RequestError
+from higen.errors import ModelError, RequestError, quoted
 from higen.manifest import Manifest
 from higen.request import MAX_PROMPT, UNSPECIFIED
 from higen.tables import Control
 
 if TYPE_CHECKING:
     import PIL.Image
+
+_INDEX = "_index"
+"""Behind the name of a control of kind frames: which frames its pictures are."""
 
 __all__ = ["COMMON_INPUTS", "OUTPUTS", "STOPPING", "Delivery", "Field", "inputs", "pictures", "read_request"]
 
@@ -51,14 +59,14 @@ class Field:
 
     argument  the pipeline's argument that an input gives; several inputs may give one in different forms
     form      values: one or several numbers or texts; curve: likewise, none of them is "unspecified"; matrix; pixels;
-              file: a picture's
+              file: a picture's; files: those of several; list: several numbers
     """
 
     name: str
     kind: str
     dims: tuple[int, ...] = (-1,)
     argument: str = ""
-    form: Literal["values", "curve", "matrix", "pixels", "file"] = "values"
+    form: Literal["values", "curve", "matrix", "pixels", "file", "files", "list"] = "values"
 
 
 COMMON_INPUTS = (
@@ -127,8 +135,14 @@ def _fields(control: Control) -> tuple[Field, ...]:
     if control.kind == "picture":
         pixels = Field(name, "UINT8", (-1, -1, 3), name, "pixels")
         return pixels, Field(f"{name}_file", "STRING", (-1,), name, "file")
+    clip = Field(name, "UINT8", (-1, -1, -1, 3), name, "pixels")
     if control.kind == "clip":
-        return (Field(name, "UINT8", (-1, -1, -1, 3), name, "pixels"),)
+        return (clip,)
+    if control.kind == "mask":
+        return clip, Field(f"{name}_file", "STRING", (-1,), name, "file")
+    if control.kind == "frames":
+        files = Field(f"{name}_file", "STRING", (-1,), name, "files")
+        return clip, files, Field(f"{name}{_INDEX}", "INT32", (-1,), f"{name}{_INDEX}", "list")
     if control.kind != "curve":
         return (Field(name, "STRING" if control.kind in ("text", "choice") else "FP32", (-1,), name),)
     curve = Field(name, "FP32", (-1,), name, "curve")
@@ -152,8 +166,23 @@ def read_request(manifest: Manifest, tensors: Mapping[str, NDArray[Any]]) -> tup
         values[argument] = _value(fields[name], tensor)
     if not isinstance(values.setdefault("prompt", None if manifest.text else ""), str):
         raise RequestError("prompt: one text is wanted")
+    for name in [control.name for control in manifest.controls if control.kind == "frames"]:
+        pictures, indices = values.pop(name, None), values.pop(f"{name}{_INDEX}", None)
+        if pictures is not None or indices is not None:
+            values[name] = _by_index(name, pictures, indices)
     given = {name: values.pop(name) for name in ("preview_every", "encoding", "return_latents") if name in values}
     return values, _delivery(**given)
+
+
+def _by_index(name: str, pictures: Any, indices: Any) -> dict[int, Any]:
+    """Known frames by index."""
+    if pictures is None or indices is None or len(pictures) != len(indices) or not len(indices):
+        counts = f"{0 if pictures is None else len(pictures)} pictures, {len(indices or ())} in {name}{_INDEX}"
+        raise RequestError(f"{name}: one index for each picture is wanted, not {counts}")
+    found = dict(zip(indices, pictures, strict=True))
+    if len(found) < len(indices):
+        raise RequestError(f"{name}{_INDEX}={quoted(indices)}: each frame once")
+    return found
 
 
 def _delivery(**given: Any) -> Delivery:
@@ -179,6 +208,10 @@ def _value(field: Field, tensor: NDArray[Any]) -> Any:
     flat = tensor.reshape(-1)
     if field.form == "file":
         return _picture(field.name, flat)
+    if field.form == "files":
+        return [_picture(f"{field.name}[{i}]", flat[i : i + 1]) for i in range(len(flat))]
+    if field.form == "list":
+        return flat.tolist()
     items = [_text(field.name, item) if isinstance(item, (bytes, str)) else item for item in flat.tolist()]
     if items:
         return items[0] if len(items) == 1 else items

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from higen.stages import EMPTY, TOKENS, Output, Stage, Tensor
-from higen.tables import Control, TextRules
+from higen.tables import Control, Known, TextRules
 
-__all__ = ["CHUNKS", "TEXT_CONDITIONS", "autoencoder_stages", "clip_text", "solver_stages", "strength_control"]
-__all__ += ["text_encoder_stage"]
+__all__ = ["CHUNKS", "KNOWN", "TEXT_CONDITIONS", "autoencoder_stages", "clip_text", "known_frames_controls"]
+__all__ += ["solver_stages", "strength_control", "text_encoder_stage"]
 
 
 CHUNKS = 8
@@ -47,6 +47,18 @@ def text_encoder_stage(weights: str, width: str) -> Stage:
     """`text_encoder`: tokens [B,L] -> hidden [B,L,`width`]; `width` is a symbol."""
     tokens = Tensor("tokens", ("B", "L"), "int64", "text:prompt")
     return Stage("text_encoder", weights, (tokens,), (Output("hidden", ("B", "L", width)),))
+
+
+KNOWN = Known("keyframes", "vae_encoder@keyframes.latents", "mask")
+"""A loop that passes through frames of the request, encoded by `vae_encoder`."""
+
+
+def known_frames_controls() -> tuple[Control, Control]:
+    """What `KNOWN` reads."""
+    return (
+        Control("keyframes", "frames", "frames that the clip passes through, by index: 0 is the first, -1 the last"),
+        Control("mask", "mask", "where the known frames are drawn anew: white, and kept: black"),
+    )
 
 
 def strength_control(what: str, default: float) -> Control:

@@ -44,6 +44,10 @@ RENAMED = {
 
 FIELDS = (*RENAMED, "model", "seconds", "size", "input_reference", "controls")
 
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp")
+"""What a mask's file ends with where it is a picture; else it is a clip."""
+
+_FRAME = re.compile(r"-?\d{1,6}")
 _SIZE = re.compile(r"([1-9]\d{0,5})x([1-9]\d{0,5})")
 _SECONDS = re.compile(r"\d{1,6}(\.\d{1,6})?")
 _CLIP_BYTES = 2**30
@@ -86,7 +90,8 @@ def check(manifest: Manifest, fields: Fields, limits: Limits, results: Results) 
 
 def _uploads(manifest: Manifest, values: dict[str, Any], files: Mapping[str, Upload]) -> dict[str, Upload]:
     """Files by the control that they are for. Takes those out of `values` that are written there as data URLs."""
-    takers = [control.name for kind in ("picture", "clip") for control in manifest.controls if control.kind == kind]
+    kinds = ("picture", "clip", "mask")
+    takers = [control.name for kind in kinds for control in manifest.controls if control.kind == kind]
     found: dict[str, Upload] = {}
     given: dict[str, Upload] = dict(files)
     reference = values.get("input_reference")
@@ -100,6 +105,8 @@ def _uploads(manifest: Manifest, values: dict[str, Any], files: Mapping[str, Upl
     if isinstance(controls, dict):
         for name in [name for name in takers if controls.get(name) is not None]:
             given[f"controls.{name}"] = data_url(f"controls.{name}", controls[name])
+        for name in [control.name for control in manifest.controls if control.kind == "frames"]:
+            found |= _frame_uploads(name, controls[name]) if controls.get(name) is not None else {}
     for field, upload in given.items():
         name = field.partition(".")[2] or (takers[0] if takers else "")
         if field == "input_reference" and not takers:
@@ -115,6 +122,20 @@ def _uploads(manifest: Manifest, values: dict[str, Any], files: Mapping[str, Upl
     return found
 
 
+def _frame_uploads(name: str, pictures: Any) -> dict[str, Upload]:
+    """The pictures of known frames, {index: a data URL}, as files called NAME[INDEX]."""
+    if not isinstance(pictures, dict) or not pictures:
+        wanted = "an object of frames' indices and data URLs"
+        raise RequestError(f"controls.{name}={quoted(pictures)}: {wanted}")
+    for index in pictures:
+        if not _FRAME.fullmatch(index):
+            raise RequestError(f"controls.{name}: frame {quoted(index)}: the index of a frame, a whole number")
+    found = {f"{name}[{index}]": data_url(f"controls.{name}[{index}]", text) for index, text in pictures.items()}
+    if empty := [field for field, upload in found.items() if not upload.data]:
+        raise RequestError(f"controls.{empty[0]}: the file is empty")
+    return found
+
+
 def _controls(manifest: Manifest, given: Any, uploads: Mapping[str, Upload]) -> dict[str, Any]:
     if not isinstance(given, dict):
         raise RequestError(f"controls={quoted(given)}: an object of names and values")
@@ -124,7 +145,8 @@ def _controls(manifest: Manifest, given: Any, uploads: Mapping[str, Upload]) -> 
         raise Refusal(
             422, "unknown_control", f"{quoted(unknown[0])}: unknown; this model's controls: {names}", "controls"
         )
-    return {name: value for name, value in given.items() if value is not None and name not in uploads}
+    files = {field.partition("[")[0] for field in uploads}
+    return {name: value for name, value in given.items() if value is not None and name not in files}
 
 
 def _size(text: Any) -> dict[str, int]:
@@ -202,7 +224,11 @@ def opened(
     with ExitStack() as stack:
         files: dict[str, Any] = {}
         for name, upload in uploads.items():
-            if manifest.control(name).kind == "picture":
+            control, _, index = name.removesuffix("]").partition("[")
+            kind = manifest.control(control).kind
+            if kind == "frames":
+                files.setdefault(control, {})[index] = _picture(name, upload.data, limits.picture)
+            elif kind == "picture" or (kind == "mask" and upload.suffix in _PICTURES):
                 files[name] = _picture(name, upload.data, limits.picture)
             else:
                 path = stack.enter_context(results.temporary(upload.data, upload.suffix))
@@ -255,10 +281,13 @@ def schema_of(manifest: Manifest) -> dict[str, Any]:
             row["anyOf"] = [number]
         elif control.kind == "choice":
             row["enum"] = list(control.choices)
+        elif control.kind == "frames":
+            url = {"type": "string", "format": "data-url", "contentMediaType": "image/*"}
+            row |= {"type": "object", "patternProperties": {r"^-?\d{1,6}$": url}, "additionalProperties": False}
         else:
             row["type"] = "string"
             if control.kind != "text":
-                row |= {"format": "data-url", "contentMediaType": "image/*" if control.kind == "picture" else "video/*"}
+                row |= {"format": "data-url", "contentMediaType": "video/*" if control.kind == "clip" else "image/*"}
         if control.optional:
             row.setdefault("anyOf", []).append({"const": "unspecified"})
         row["x-kind"] = control.kind

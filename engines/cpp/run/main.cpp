@@ -83,7 +83,8 @@ void print_info(const higen_model* model) {
 }
 
 const char* kind_name(higen_control_kind kind) {
-    constexpr const char* names[] = {"number", "whole number", "curve", "text", "picture", "clip", "choice"};
+    constexpr const char* names[] = {"number", "whole number", "curve", "text", "picture", "clip", "choice",
+                                     "known frames", "mask"};
     return names[kind];
 }
 
@@ -122,6 +123,8 @@ public:
         take_lists(options);
         take_controls(model, options);
         for (const auto& [name, files] : options.pictures) take_picture(name, files);
+        for (const auto& [index, file] : options.keyframes)
+            take_picture(names_.emplace_back(frames_control(model) + "[" + index + "]"), {file});
         request_.controls = controls_.data(), request_.control_count = controls_.size();
         request_.pictures = pictures_.data(), request_.picture_count = pictures_.size();
     }
@@ -170,6 +173,16 @@ private:
         }
     }
 
+    // The model's control for known frames.
+    static std::string frames_control(const higen_model* model) {
+        for (std::size_t i = 0; i < higen_controls(model); ++i) {
+            higen_control_info control = HIGEN_CONTROL_INFO_INIT;
+            check(higen_model_control(model, i, &control));
+            if (control.kind == HIGEN_CONTROL_FRAMES) return control.name;
+        }
+        throw std::runtime_error("--keyframe: this model takes no known frames");
+    }
+
     void take_picture(const std::string& name, const std::vector<std::string>& files) {
         auto& rgb = rgb_.emplace_back();
         higen_picture picture{name.c_str(), nullptr, static_cast<std::int32_t>(files.size()), 0, 0};
@@ -191,6 +204,7 @@ private:
     std::deque<std::vector<double>> numbers_;
     std::deque<Matrix> matrices_;
     std::vector<higen_control> controls_;
+    std::deque<std::string> names_;
     std::deque<std::vector<std::uint8_t>> rgb_;
     std::vector<higen_picture> pictures_;
 };

@@ -23,6 +23,7 @@ Make a video from a text with a model directory.
   --matrix NAME=FILE     a control's numbers, a row for each frame: .npy, or text with a row on each line
   --picture NAME=FILE[,FILE...]     a picture or the frames of a clip: PNG, JPEG or binary PPM (P6) files
   --image FILE           the same as --picture image=FILE
+  --keyframe INDEX=FILE  a frame that the clip passes through, from 0, or from -1 for the last one on; again for each
   --list-controls        what --control and --picture take for this model; then end
   --tokens N,N,...       token ids from start to end, instead of the prompt's
   --backend NAME         auto, tensorrt (the model's engines) or onnx (its graphs)
@@ -125,6 +126,8 @@ std::map<std::string, Take> options_with_values(Options& options) {
          }},
         {"--matrix",
          [&](const auto& name, const auto& value) { options.matrices.push_back(parse_named(name, value)); }},
+        {"--keyframe",
+         [&](const auto& name, const auto& value) { options.keyframes.push_back(parse_named(name, value)); }},
         {"--image",
          [&](const auto&, const auto& value) {
              options.pictures.emplace_back("image", std::vector<std::string>{value});

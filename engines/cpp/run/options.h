@@ -21,6 +21,7 @@ struct Options {
     std::optional<std::int64_t> frames, width, height, fps;
     std::vector<std::pair<std::string, std::string>> controls;               // name and value, as they were given
     std::vector<std::pair<std::string, std::vector<std::string>>> pictures;  // name and files
+    std::vector<std::pair<std::string, std::string>> keyframes;              // index and file
     std::vector<std::pair<std::string, std::string>> matrices;               // name and file
     std::string backend = "auto";
     std::optional<std::string> precision;

@@ -20,6 +20,8 @@ higen_control_kind kind_of(core::Control::Kind kind) {
         case core::Control::Kind::picture: return HIGEN_CONTROL_PICTURE;
         case core::Control::Kind::clip: return HIGEN_CONTROL_CLIP;
         case core::Control::Kind::choice: return HIGEN_CONTROL_CHOICE;
+        case core::Control::Kind::frames: return HIGEN_CONTROL_FRAMES;
+        case core::Control::Kind::mask: return HIGEN_CONTROL_MASK;
     }
     return HIGEN_CONTROL_NUMBER;
 }

@@ -77,11 +77,13 @@ void check_loop_controls(const Manifest& manifest, const Loop& loop, const std::
         check(control.allows(value) && (control.kind != Control::Kind::whole || value == std::floor(value)),
               row + "=" + std::to_string(value) + ": " + control.range());
     }
-    const auto visual = controls_that(manifest, [](const auto& control) { return control.is_visual(); });
+    const auto visual = controls_that(manifest, [](const auto& control) { return control.is_picture(); });
     const auto check_given = [&](const std::string& key, const std::string& control, const Source& latents) {
         check(has(visual, control),
               where + "." + key + ".control='" + control + "': the pictures and clips are " + joined(visual));
         check_made(manifest, where + "." + key + ".latents", latents, 5);
+        check(latents.given.empty() || latents.given == control,
+              where + "." + key + ".latents='" + to_text(latents) + "': @" + latents.given + " is not " + control);
         check_length(manifest, loop, where + "." + key + ".latents", latents.name);
     };
     if (loop.replaced) check_given("replaced", loop.replaced->control, loop.replaced->latents);
@@ -91,6 +93,33 @@ void check_loop_controls(const Manifest& manifest, const Loop& loop, const std::
     }
     if (loop.noise.offset) check_scale(manifest, where + ".noise.offset.scale", loop.noise.offset->scale, false);
     if (loop.noise.mix) check_scale(manifest, where + ".noise.mix.scale", loop.noise.mix->scale, false);
+}
+
+// Frames that a loop's result passes through.
+void check_known(const Manifest& manifest, const Loop& loop, const std::string& where) {
+    for (const auto& stage : loop.stages())
+        for (const auto& tensor : manifest.stage(stage).inputs)
+            check(tensor.source.kind != Source::Kind::known || loop.known,
+                  where + "=null: a stage of it takes " + to_text(tensor.source));
+    if (!loop.known) return;
+    const auto& known = *loop.known;
+    const auto is_kind = [&](const std::string& name, Control::Kind kind) {
+        const auto* control = manifest.control(name);
+        return control != nullptr && control->kind == kind;
+    };
+    check(loop.every_frame || manifest.sizes.most_frames == 1,
+          where + ": " + loop.name + " has one frame, and a clip may have " +
+              std::to_string(manifest.sizes.most_frames));
+    check(is_kind(known.control, Control::Kind::frames),
+          where + ".control='" + known.control + "': a control of kind frames");
+    check(known.mask.empty() || is_kind(known.mask, Control::Kind::mask),
+          where + ".mask='" + known.mask + "': null, or a control of kind mask");
+    check(known.latents.given == known.control,
+          where + ".latents='" + to_text(known.latents) + "': STAGE@" + known.control + ".OUTPUT");
+    check_frames_of(manifest, where + ".latents", known.latents);
+    auto plain = known.latents;
+    plain.given.clear();
+    check_made(manifest, where + ".latents", plain, 5);
 }
 
 void check_loop(const Manifest& manifest, const Loop& loop, const Names& earlier) {
@@ -109,6 +138,7 @@ void check_loop(const Manifest& manifest, const Loop& loop, const Names& earlier
         check(manifest.loop(mixed)->least_frames <= std::max(loop.least_frames, manifest.sizes.fewest_frames),
               where + ": its noise is mixed with " + mixed + ", which is left out of shorter clips");
     }
+    check_known(manifest, loop, where + ".known");
     check_loop_controls(manifest, loop, where);
 }
 

@@ -64,7 +64,7 @@ using MaybeValue = std::optional<ControlValue>;
 
 // What a request may set for this model.
 struct Control {
-    enum class Kind { number, whole, curve, text, picture, clip, choice };
+    enum class Kind { number, whole, curve, text, picture, clip, choice, frames, mask };
     enum class Encoding { none, number, curve, sinusoid, similarity };
 
     std::string name;
@@ -77,7 +77,10 @@ struct Control {
     std::string meaning;
 
     [[nodiscard]] bool is_numeric() const { return kind == Kind::number || kind == Kind::whole || kind == Kind::curve; }
-    [[nodiscard]] bool is_visual() const { return kind == Kind::picture || kind == Kind::clip; }
+    // Whether its value is a picture or a clip, which may stand for a loop's latents.
+    [[nodiscard]] bool is_picture() const { return kind == Kind::picture || kind == Kind::clip; }
+    // Whether its value is pixels.
+    [[nodiscard]] bool is_visual() const { return is_picture() || kind == Kind::frames || kind == Kind::mask; }
     [[nodiscard]] bool allows(double value) const { return (!low || value >= *low) && (!high || value <= *high); }
     // "a number from 0", "a whole number from 1 to 255"
     [[nodiscard]] std::string range() const;
@@ -123,6 +126,14 @@ struct Start {
     Scale strength;  // the part of the rows that run
 };
 
+// Where `control`, of kind frames, is given, the loop's result passes through these frames, whose latents are the source
+// `latents`; `mask`: a control of kind mask, or "": where it is white the frames are drawn anew.
+struct Known {
+    std::string control;
+    Source latents;
+    std::string mask;
+};
+
 struct Windows {
     std::int64_t length = 1;
     std::int64_t stride = 1;
@@ -143,6 +154,7 @@ struct Loop {
     std::optional<Replaced> replaced;
     std::optional<Start> start;
     std::optional<Windows> windows;
+    std::optional<Known> known;
 
     // The stages that do its steps, the guided one first.
     [[nodiscard]] std::vector<std::string> stages() const;

@@ -99,6 +99,14 @@ void read_start(const Json& json, const std::string& where, Start& start) {
     object.finish();
 }
 
+void read_known(const Json& json, const std::string& where, Known& known) {
+    Object object(json, where);
+    object.required_value("control", known.control);
+    object.required("latents", [&](const auto& value, const auto& place) { read_source(value, place, known.latents); });
+    object.required("mask", [&](const auto& value, const auto& place) { take_name(value, place, known.mask); });
+    object.finish();
+}
+
 void read_windows(const Json& json, const std::string& where, Windows& windows) {
     Object object(json, where);
     object.required_value("length", windows.length);
@@ -176,6 +184,9 @@ void read_loop(const Json& json, const std::string& where, Loop& loop) {
     take_row(object, "replaced", loop.replaced, read_replaced);
     take_row(object, "start", loop.start, read_start);
     take_row(object, "windows", loop.windows, read_windows);
+    object.key("known", [&](const Json& value, const std::string& place) {
+        if (!value.is_null()) read_known(value, place, loop.known.emplace());
+    });
     object.finish();
     check_loop(loop, where);
 }

@@ -14,7 +14,8 @@ constexpr std::int64_t max_frames = 1 << 16;
 
 // What every request may set, whatever the model, and what a caller gives beside it: no control has such a name.
 constexpr const char* reserved[] = {"prompt", "negative_prompt", "seed",   "steps", "guidance", "solver",
-                                    "frames", "width",           "height", "fps",   "progress", "warn"};
+                                    "frames", "width",           "height", "fps",   "progress", "warn",
+                                    "negative"};
 constexpr const char* free_symbols[] = {"B", "F", "N", "H", "W", "Y", "X"};
 
 using Kind = Control::Kind;
@@ -22,7 +23,8 @@ using Encoding = Control::Encoding;
 
 constexpr std::pair<const char*, Kind> kinds[] = {
     {"number", Kind::number},   {"whole", Kind::whole}, {"curve", Kind::curve},  {"text", Kind::text},
-    {"picture", Kind::picture}, {"clip", Kind::clip},   {"choice", Kind::choice}};
+    {"picture", Kind::picture}, {"clip", Kind::clip},   {"choice", Kind::choice},
+    {"frames", Kind::frames},   {"mask", Kind::mask}};
 constexpr std::pair<const char*, Encoding> encodings[] = {{"number", Encoding::number},
                                                           {"curve", Encoding::curve},
                                                           {"sinusoid", Encoding::sinusoid},
@@ -244,6 +246,10 @@ void read_control(const Json& json, const std::string& where, Control& control) 
     object.required("kind",
                     [&](const auto& value, const auto& place) { take_word(value, place, kinds, control.kind); });
     object.required_value("meaning", control.meaning);
+    std::optional<std::string> measured;  // how a clip's own curve is measured: of the tools that do, none is here
+    object.value("measured", measured);
+    check_manifest(!measured || (control.kind == Kind::curve && (*measured == "distance" || *measured == "similarity")),
+                   where + ".measured: null, or of a curve 'distance' or 'similarity'");
     object.required("encoding", [&](const auto& value, const auto& place) {
         control.encoding = Encoding::none;
         if (!value.is_null()) take_word(value, place, encodings, control.encoding);

@@ -140,6 +140,7 @@ TensorPtr Pipeline::run_loop(std::size_t index, const std::vector<Request>& requ
                 {},
                 loop.noise.purpose};
     run.windows = loop.windows;
+    run.edit = sources.known(loop);
     run.tokens = sources.tokens();
     std::vector<float> unit;
     for (const auto& request : requests) {

@@ -80,6 +80,18 @@ void check_shown(const Manifest& manifest, const std::string& where, const Tenso
           row + ": [N, 3, Y, X] or [B, 3, F, Y, X] is wanted, not " + shown(made));
 }
 
+// Known frames as a condition.
+void check_known_source(const std::string& where, const TensorSpec& tensor) {
+    const bool latents = tensor.source.name == "latents";
+    auto axes = tensor.shape;
+    bool good = axes.size() == 5 && (latents || (axes[1].symbol.empty() && axes[1].size == 1));
+    if (good) axes.erase(axes.begin() + 1);
+    good = good ? is_shape(axes, {"B", "F", "H", "W"}) : !latents && is_shape(axes, {"B", "F"});
+    check(good && tensor.is_float, where + ": " + to_text(tensor.source) + " is float32 " +
+                                       (latents ? "[B, C, F, H, W]" : "[B, F] or [B, 1, F, H, W]") + ", not " +
+                                       shown(tensor.shape));
+}
+
 void check_source(const Manifest& manifest, const std::string& where, const TensorSpec& tensor) {
     switch (tensor.source.kind) {
         case Source::Kind::text: check_tokens(manifest, where, tensor); break;
@@ -92,6 +104,7 @@ void check_source(const Manifest& manifest, const std::string& where, const Tens
             else
                 check_made(manifest, where, tensor.source, tensor.shape.size());
             break;
+        case Source::Kind::known: check_known_source(where, tensor); break;
         case Source::Kind::state:
         case Source::Kind::noise: break;
     }
@@ -202,10 +215,33 @@ void check_circles(const Manifest& manifest) {
 
 }  // namespace
 
+void references::check_frames_of(const Manifest& manifest, const std::string& where, const Source& source) {
+    const auto row = where + ": source " + to_text(source);
+    const auto* stage = manifest.find_stage(source.name);
+    std::vector<const TensorSpec*> pixels;
+    if (stage != nullptr)
+        for (const auto& tensor : stage->inputs)
+            if (tensor.source.kind == Source::Kind::picture || tensor.source.kind == Source::Kind::clip ||
+                tensor.source.shown)
+                pixels.push_back(&tensor);
+    bool good = pixels.size() == 1 && pixels.front()->shape.size() == 4;
+    if (good) {
+        auto axes = pixels.front()->shape;
+        axes.erase(axes.begin() + 1);
+        good = is_shape(axes, {"N", "Y", "X"});
+    }
+    check(good, row + ": " + source.name + " takes no pixels [N, 3, Y, X] of a picture or clip");
+}
+
 void references::check_made(const Manifest& manifest, const std::string& where, const Source& source,
                             std::size_t rank) {
     const auto row = where + ": source " + to_text(source);
     check(source.kind == Source::Kind::made && !source.shown, row + ": STAGE.OUTPUT or LOOP.latents");
+    if (!source.given.empty()) {
+        const auto pictures = controls_that(manifest, [](const auto& control) { return control.is_picture(); });
+        check(has(pictures, source.given), row + ": the controls of kind picture or clip are " + joined(pictures));
+        check_frames_of(manifest, where, source);
+    }
     if (manifest.loop(source.name) != nullptr) {
         check(source.output == "latents" && !source.negative, row + ": a loop gives latents alone");
         check(rank == 4 || rank == 5, row + " has 4 or 5 axes, not " + std::to_string(rank));
@@ -233,6 +269,7 @@ Names references::needs(const Manifest& manifest, const std::string& name) {
     if (const auto* loop = manifest.loop(name)) {
         if (loop->replaced) add(loop->replaced->latents);
         if (loop->start) add(loop->start->latents);
+        if (loop->known) add(loop->known->latents);
         if (loop->noise.mix) needed.push_back(loop->noise.mix->loop);
         for (const auto& stage : loop->stages()) add_inputs(stage);
     } else {

@@ -74,6 +74,9 @@ inline void check_once(const std::string& table, const Names& names) {
 // `rank`: the axes that are wanted of what a stage or loop has made.
 void check_made(const Manifest& manifest, const std::string& where, const Source& source, std::size_t rank);
 
+// That a stage takes the frames of a control, [N, 3, Y, X], in the place of a picture or clip (`Source::given`).
+void check_frames_of(const Manifest& manifest, const std::string& where, const Source& source);
+
 // The stages and loops that a stage or loop is fed by.
 [[nodiscard]] Names needs(const Manifest& manifest, const std::string& name);
 

@@ -7,8 +7,7 @@
 
 #include "encodings.h"
 #include "errors.h"
-#include "picture_file.h"
-#include "pictures.h"
+#include "request_pictures.h"
 #include "text.h"
 
 namespace higen::core {
@@ -85,22 +84,6 @@ std::vector<LoopOptions> loop_options(const Manifest& manifest, const higen_requ
     return options;
 }
 
-std::string names_of_controls(const Manifest& manifest) {
-    std::string names;
-    for (const auto& control : manifest.controls) names += (names.empty() ? "" : ", ") + control.name;
-    return names.empty() ? "none" : names;
-}
-
-// The control of an entry of the request's; each is named once.
-const Control& control_of(const Manifest& manifest, const char* name, std::set<std::string>& named) {
-    if (name == nullptr) fail_request("a control's name is NULL: one of " + names_of_controls(manifest));
-    const auto* control = manifest.control(name);
-    if (control == nullptr)
-        fail_request("control '" + std::string(name) + "': unknown; this model takes " + names_of_controls(manifest));
-    if (!named.insert(name).second) fail_request("control '" + std::string(name) + "': is given twice");
-    return *control;
-}
-
 MaybeValue value_of(const Manifest& manifest, const Control& control, const higen_control& given, std::size_t frames) {
     if (control.is_visual())
         fail_request(control.name + ": a " + to_text(control.kind) + " is given as a higen_picture");
@@ -138,27 +121,8 @@ void check_columns(const Manifest& manifest, const Control& control, const Maybe
         }
 }
 
-std::vector<float> picture_of(const Control& control, const higen_picture& given, const Request& request) {
-    if (!control.is_visual()) fail_request(control.name + ": takes no picture, it is a " + to_text(control.kind));
-    const auto frames = control.kind == Control::Kind::clip ? request.frames : 1;
-    constexpr auto most = static_cast<std::int32_t>(max_picture_side);
-    if (given.rgb == nullptr || given.width < 1 || given.width > most || given.height < 1 ||
-        given.height > most || given.frames < static_cast<std::int64_t>(frames) ||
-        (frames == 1 && control.kind == Control::Kind::picture && given.frames != 1))
-        fail_request(control.name + ": " + std::to_string(given.frames) + " frames of " + std::to_string(given.width) +
-                     "x" + std::to_string(given.height) + " given; RGB of " + std::to_string(frames) +
-                     (frames == 1 ? " frame" : " frames") + ", 1 to " + std::to_string(max_picture_side) +
-                     " pixels a side, is wanted");
-    const auto width = static_cast<std::size_t>(given.width), height = static_cast<std::size_t>(given.height);
-    std::vector<std::uint8_t> rgb;
-    for (std::size_t f = 0; f < frames; ++f) {
-        const auto frame = cover(given.rgb + f * width * height * 3, width, height, request.width, request.height);
-        rgb.insert(rgb.end(), frame.begin(), frame.end());
-    }
-    return planes(rgb, frames, request.width * request.height);
-}
-
-void take_controls(const Manifest& manifest, const higen_request& given, Request& request) {
+void take_controls(const Manifest& manifest, const higen_request& given, Request& request,
+                   const Tokenizer::Warn& warn) {
     std::set<std::string> named;
     for (const auto& control : manifest.controls)
         if (!control.is_visual()) request.values[control.name] = control.standard;
@@ -170,10 +134,7 @@ void take_controls(const Manifest& manifest, const higen_request& given, Request
         check_columns(manifest, control, value, request.frames);
         request.values[control.name] = std::move(value);
     }
-    for (std::size_t i = 0; i < given.picture_count; ++i) {
-        const auto& control = control_of(manifest, given.pictures[i].name, named);
-        request.pictures[control.name] = picture_of(control, given.pictures[i], request);
-    }
+    take_pictures(manifest, given, request, warn, named);
 }
 
 void check_needed(const Manifest& manifest, const Request& request) {
@@ -184,7 +145,9 @@ void check_needed(const Manifest& manifest, const Request& request) {
     for (const auto* loop : manifest.wanted(request.frames)) {
         const auto user = "the loop " + loop->name;
         if (request.runs(*loop)) check(user, loop->stages());
-        check(user, request.stand_ins(*loop));
+        // A stand-in that is made of a control's own frames needs no other picture.
+        for (const auto& source : request.standing(*loop))
+            if (source.given.empty()) check(user, {source.name});
     }
     check("the decoder", {manifest.sizes.decoder});
 }
@@ -242,8 +205,9 @@ Request make_request(const Manifest& manifest, const Tokenizer* tokenizer, const
     request.fps = static_cast<std::int32_t>(whole("fps", given.fps, 1, 240));
     request.seed = given.seed;
     request.loops = loop_options(manifest, given, request.frames);
-    take_controls(manifest, given, request);
+    take_controls(manifest, given, request, warn);
     check_needed(manifest, request);
+    check_known(manifest, request);
     if (tokenizer != nullptr) take_texts(*tokenizer, given, warn, request);
     return request;
 }
@@ -256,7 +220,7 @@ Request default_request(const Manifest& manifest) {
     request.width = static_cast<std::size_t>(sizes.width);
     request.fps = static_cast<std::int32_t>(sizes.fps);
     request.loops = loop_options(manifest, higen_request{}, request.frames);
-    take_controls(manifest, higen_request{}, request);
+    take_controls(manifest, higen_request{}, request, [](const std::string&) {});
     // A video from text, with the pictures that no loop can do without.
     const auto need = [&](const std::vector<std::string>& stages) {
         for (const auto& name : pictures_of(manifest, stages)) request.pictures[name];
@@ -296,22 +260,40 @@ void check_batch(const Manifest& manifest, const std::vector<Request>& requests)
     }
 }
 
+std::vector<Source> Request::standing(const Loop& loop) const {
+    std::vector<Source> sources;
+    if (replaces(loop)) sources.push_back(loop.replaced->latents);
+    if (begins(loop)) sources.push_back(loop.start->latents);
+    if (passes(loop)) sources.push_back(loop.known->latents);
+    return sources;
+}
+
 std::vector<std::string> Request::stand_ins(const Loop& loop) const {
     std::vector<std::string> names;
-    if (replaces(loop)) names.push_back(loop.replaced->latents.name);
-    if (begins(loop)) names.push_back(loop.start->latents.name);
+    for (const auto& source : standing(loop)) names.push_back(source.name);
     return names;
 }
 
 std::vector<std::string> pictures_of(const Manifest& manifest, const std::vector<std::string>& stages) {
     std::vector<std::string> names;
-    for (const auto& stage : manifest.feeding(stages))
-        for (const auto& tensor : manifest.stage(stage).inputs) {
-            const auto kind = tensor.source.kind;
-            const bool visual = kind == Source::Kind::picture || kind == Source::Kind::clip;
-            if (visual && std::find(names.begin(), names.end(), tensor.source.name) == names.end())
-                names.push_back(tensor.source.name);
+    std::vector<std::pair<std::string, std::string>> open, seen;  // a stage, and the control that feeds it instead
+    for (auto stage = stages.rbegin(); stage != stages.rend(); ++stage) open.emplace_back(*stage, "");
+    while (!open.empty()) {
+        const auto at = open.back();
+        open.pop_back();
+        const auto* stage = manifest.find_stage(at.first);
+        if (stage == nullptr || std::find(seen.begin(), seen.end(), at) != seen.end()) continue;
+        seen.push_back(at);
+        for (const auto& tensor : stage->inputs) {
+            const auto& source = tensor.source;
+            const bool replaced = source.shown && !at.second.empty();
+            if (source.kind == Source::Kind::made && !replaced)
+                open.emplace_back(source.name, source.given.empty() ? at.second : source.given);
+            if (source.kind != Source::Kind::picture && source.kind != Source::Kind::clip && !replaced) continue;
+            const auto& name = at.second.empty() ? source.name : at.second;
+            if (std::find(names.begin(), names.end(), name) == names.end()) names.push_back(name);
         }
+    }
     return names;
 }
 

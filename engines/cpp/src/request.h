@@ -31,7 +31,9 @@ struct Request {
     std::size_t width = 0;
     std::int32_t fps = 0;
     std::map<std::string, MaybeValue, std::less<>> values;            // of each control but pictures and clips
-    std::map<std::string, std::vector<float>, std::less<>> pictures;  // those given: [3, f, height, width] in -1 to 1
+    // Those given: [3, f, height, width] in -1 to 1; of a mask [f, height, width], brightness from 0 to 1.
+    std::map<std::string, std::vector<float>, std::less<>> pictures;
+    std::map<std::string, std::vector<std::size_t>, std::less<>> places;  // of known frames in the clip, by control
 
     [[nodiscard]] bool has_picture(const std::string& control) const { return pictures.count(control) > 0; }
     // A number of the manifest's: itself, or the value of the control that it names.
@@ -44,7 +46,13 @@ struct Request {
     [[nodiscard]] bool begins(const Loop& loop) const {
         return runs(loop) && loop.start && has_picture(loop.start->control);
     }
-    // The stages whose latents a loop is replaced by, or begins from; loops among them feed themselves.
+    // Whether the result of a loop that is run passes through known frames of the request.
+    [[nodiscard]] bool passes(const Loop& loop) const {
+        return runs(loop) && loop.known && has_picture(loop.known->control);
+    }
+    // The sources of the latents that a loop is replaced by, begins from or passes through.
+    [[nodiscard]] std::vector<Source> standing(const Loop& loop) const;
+    // The stages and loops that these are of; loops among them feed themselves.
     [[nodiscard]] std::vector<std::string> stand_ins(const Loop& loop) const;
 };
 

@@ -130,7 +130,8 @@ Tensors run_groups(const LoopRun& run, const Tensors& inputs, Cancellation& canc
 
 // The state as if the stage had estimated the edited clean latents. m enters x0 = alpha x - sigma m and
 // x' = A x + B m + C previous; so x0* in place of x0 moves x' by B/-sigma (x0* - x0).
-void apply_edit(const Edit& edit, const SolverRow& row, TensorPtr& latents, TensorPtr& previous) {
+// `is_last`: the result is what is known for certain, for a solver may end at a noise level above 0.
+void apply_edit(const Edit& edit, const SolverRow& row, bool is_last, TensorPtr& latents, TensorPtr& previous) {
     auto x = latents->to_host(), x0 = previous->to_host();
     const auto& shape = x.shape;
     const auto& mask = edit.mask.shape;
@@ -153,7 +154,7 @@ void apply_edit(const Edit& edit, const SolverRow& row, TensorPtr& latents, Tens
             edit.mask.floats()[((sample * frames + frame) * size(mask[3]) + line) * size(mask[4]) + column];
         const float change = weight * (edit.known.floats()[i] - wanted[i]);
         wanted[i] += change;
-        moved[i] += push * change;
+        moved[i] = is_last && weight == 1.0F ? edit.known.floats()[i] : moved[i] + push * change;
     }
     latents = host_tensor(std::move(x));
     previous = host_tensor(std::move(x0));
@@ -179,7 +180,7 @@ TensorPtr denoise(Backend& backend, const LoopRun& run, TensorPtr latents, const
         check_state(run, outputs, shape);
         latents = outputs.at("latents");
         previous = outputs.at("previous");
-        if (run.edit) apply_edit(*run.edit, row, latents, previous);
+        if (run.edit) apply_edit(*run.edit, row, i + 1 == rows.size(), latents, previous);
         on_step({run.loop, run.stage.name, i, rows.size(), row.t, *previous});
     }
     return latents;

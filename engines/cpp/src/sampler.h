@@ -26,7 +26,7 @@ struct Step {
 using OnStep = std::function<void(const Step&)>;
 
 // Where `mask` [B, 1, f, h, w] (0 to 1; h and w may be 1) is 1, the estimate of the clean latents is `known`
-// [B, C, f, H, W].
+// [B, C, f, H, W], and so is the result.
 struct Edit {
     Array known;
     Array mask;

@@ -182,9 +182,12 @@ TensorPtr Sources::value(const Source& source, const std::vector<Axis>& shape, c
         }
         case Source::Kind::control: return control(source.name, shape, place);
         case Source::Kind::picture:
-        case Source::Kind::clip: return picture(source, shape, place);
+        case Source::Kind::clip:
+            return place.given.empty() ? picture(source, shape, place) : frames_of(place.given, place);
+        case Source::Kind::known: return known_input(source.name, shape, place);
         case Source::Kind::noise: return noise(source.purpose, shape, place);
         case Source::Kind::made:
+            if (source.shown && !place.given.empty()) return frames_of(place.given, place);
             if (source.shown) return shown(source, shape, place);
             if (manifest_.loop(source.name) != nullptr) return of_loop(source.name, shape.size(), place);
             return of_stage(source, shape.size(), place);
@@ -306,6 +309,7 @@ TensorPtr Sources::of_loop(const std::string& name, std::size_t rank, const Plac
 TensorPtr Sources::of_stage(const Source& source, std::size_t rank, const Place& place) {
     auto branch = place;
     branch.negative = place.negative || source.negative;
+    if (!source.given.empty()) branch.given = source.given;
     const auto& outputs = run(manifest_.stage(source.name), branch);
     const auto& made = outputs.at(source.output);
     if (rank != 5 || made->shape().size() != 4) return made;

@@ -3,6 +3,7 @@
 
 #include <cstddef>
 #include <map>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -10,6 +11,7 @@
 #include "manifest.h"
 #include "prompt_chunks.h"
 #include "request.h"
+#include "sampler.h"
 
 namespace higen::core {
 
@@ -19,6 +21,7 @@ struct Place {
     std::size_t frames = 1;
     const Loop* loop = nullptr;
     bool negative = false;
+    std::string given = {};  // the control whose frames stand in the place of pictures and clips
 };
 
 // Resolves the sources of one batch of requests. A stage is run once per distinct input, for one sample at a time.
@@ -41,6 +44,9 @@ public:
     // A source that stands for latents, for all samples: [B, C, f, H, W].
     [[nodiscard]] TensorPtr latents(const Source& source, const Loop& loop);
 
+    // The frames that a loop's result passes through; nothing where the requests have none.
+    [[nodiscard]] std::optional<Edit> known(const Loop& loop);
+
     // Enter the last latents [B, C, f, H, W] of a loop, which later stages may ask for.
     void finish(const Loop& loop, TensorPtr latents);
 
@@ -52,6 +58,9 @@ private:
     [[nodiscard]] TensorPtr value(const Source& source, const std::vector<Axis>& shape, const Place& place);
     [[nodiscard]] TensorPtr control(const std::string& name, const std::vector<Axis>& shape, const Place& place) const;
     [[nodiscard]] TensorPtr picture(const Source& source, const std::vector<Axis>& shape, const Place& place) const;
+    [[nodiscard]] TensorPtr frames_of(const std::string& control, const Place& place) const;
+    [[nodiscard]] Edit known(const Place& place);
+    [[nodiscard]] TensorPtr known_input(const std::string& name, const std::vector<Axis>& shape, const Place& place);
     [[nodiscard]] TensorPtr noise(std::uint64_t purpose, const std::vector<Axis>& shape, const Place& place) const;
     [[nodiscard]] TensorPtr of_loop(const std::string& name, std::size_t rank, const Place& place) const;
     [[nodiscard]] TensorPtr of_stage(const Source& source, std::size_t rank, const Place& place);

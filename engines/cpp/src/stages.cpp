@@ -9,7 +9,8 @@ namespace {
 
 constexpr const char* kinds_of_sources =
     "state, control:NAME, text:prompt, text:negative, picture:NAME, picture:NAME:clip, picture:STAGE.OUTPUT, "
-    "picture:STAGE.OUTPUT:clip, clip:NAME, noise:P, STAGE.OUTPUT, STAGE@negative.OUTPUT or LOOP.latents";
+    "picture:STAGE.OUTPUT:clip, clip:NAME, noise:P, known:latents, known:mask, STAGE.OUTPUT, STAGE@negative.OUTPUT, "
+    "STAGE@CONTROL.OUTPUT or LOOP.latents";
 
 bool is_name(std::string_view text) {
     return !text.empty() && std::all_of(text.begin(), text.end(), [](unsigned char c) {
@@ -47,6 +48,9 @@ bool take_kind(std::string_view rest, Source& source) {
             rest = rest.substr(0, dot);
             if (!is_name(source.output)) return false;
         }
+    } else if (follows(rest, "known:")) {
+        source.kind = Source::Kind::known;
+        if (rest != "latents" && rest != "mask") return false;
     } else if (follows(rest, "clip:")) {
         source.kind = Source::Kind::clip;
     } else if (follows(rest, "noise:")) {
@@ -61,13 +65,18 @@ bool take_kind(std::string_view rest, Source& source) {
     return is_name(rest);
 }
 
-// "STAGE.OUTPUT" or "STAGE@negative.OUTPUT". Whether it is well formed.
+// "STAGE.OUTPUT", "STAGE@negative.OUTPUT" or "STAGE@CONTROL.OUTPUT". Whether it is well formed.
 bool take_made(std::string_view rest, Source& source) {
     const auto dot = rest.find('.');
     if (dot == std::string_view::npos) return false;
     auto owner = rest.substr(0, dot);
     source.kind = Source::Kind::made;
     source.negative = cut(owner, "@negative");
+    if (const auto at = owner.find('@'); at != std::string_view::npos && !source.negative) {
+        source.given = owner.substr(at + 1);
+        owner = owner.substr(0, at);
+        if (!is_name(source.given)) return false;
+    }
     source.name = owner;
     source.output = rest.substr(dot + 1);
     return is_name(source.name) && is_name(source.output);
@@ -124,10 +133,12 @@ std::string to_text(const Source& source) {
         case Source::Kind::picture: return "picture:" + source.name + (source.resampled ? ":clip" : "");
         case Source::Kind::clip: return "clip:" + source.name;
         case Source::Kind::noise: return "noise:" + source.name;
+        case Source::Kind::known: return "known:" + source.name;
         case Source::Kind::made: break;
     }
     if (source.shown) return "picture:" + source.name + "." + source.output + (source.resampled ? ":clip" : "");
-    return source.name + (source.negative ? "@negative." : ".") + source.output;
+    const auto replaced = source.given.empty() ? "" : "@" + source.given;
+    return source.name + (source.negative ? "@negative" : replaced) + "." + source.output;
 }
 
 std::string Stage::graph_output(const TensorSpec& output) const {

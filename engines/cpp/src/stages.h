@@ -19,7 +19,7 @@ struct Axis {
 
 // Where an input comes from. `name` is that of a control, text, stage or loop; `output` is one of a stage or loop.
 struct Source {
-    enum class Kind { state, control, text, picture, clip, noise, made };
+    enum class Kind { state, control, text, picture, clip, noise, known, made };
 
     Kind kind = Kind::state;
     std::string name;
@@ -28,6 +28,7 @@ struct Source {
     bool negative = false;      // made of the negative prompt
     bool resampled = false;     // a picture in the input's own size
     bool shown = false;         // pixels that a stage made, taken as a picture
+    std::string given = {};     // made of the frames of this control, in the place of a picture or clip
 };
 
 // Reads a source; `where` stands before its messages. Throws a manifest error that lists the kinds of sources.

@@ -11,11 +11,19 @@ from typing import Any
 
 from higen.errors import ManifestError
 from higen.families.stable_diffusion.spec import Codec
-from higen.families.stage_rows import TEXT_CONDITIONS, autoencoder_stages, solver_stages, text_encoder_stage
+from higen.families.stage_rows import (
+    KNOWN,
+    TEXT_CONDITIONS,
+    autoencoder_stages,
+    known_frames_controls,
+    solver_stages,
+    strength_control,
+    text_encoder_stage,
+)
 from higen.manifest import Manifest
 from higen.schedule import NoiseSchedule, Solver
 from higen.stages import Stage
-from higen.tables import Loop, NoiseRule, Sizes, TextRules
+from higen.tables import Control, Loop, NoiseRule, Sizes, Start, TextRules
 from higen.typed_json import from_json, to_json
 
 __all__ = ["AUTOENCODER", "CLIP", "FAMILY", "FRAME", "GROUP_NORMS", "TEXT_ENCODER", "TOKENIZER", "UNET"]
@@ -30,6 +38,9 @@ GROUP_NORMS = (FRAME, CLIP)
 """What a motion module's group norm takes its statistics over: each frame alone, as in the authors' code, or all frames
 of a clip, as in diffusers.
 """
+
+STRENGTH = 0.6
+"""Of a video to begin from."""
 
 FRAMES = 16
 """The length that the published motion modules were trained at."""
@@ -97,19 +108,22 @@ def manifest(
             chunk=2,
         ),
         text=text,
-        controls=(),
+        controls=(
+            Control("video", "clip", "a video to begin from"),
+            strength_control("video", STRENGTH),
+            *known_frames_controls(),
+        ),
         stages=_stages(),
         loops=_loops(image, clip),
     )
 
 
 def _stages() -> tuple[Stage, ...]:
-    decoder, _ = autoencoder_stages(AUTOENCODER, "none")
     return (
         text_encoder_stage(TEXT_ENCODER, "Dc"),
         *solver_stages("spatial_unet", "spatial_unet_plain", UNET, 1, TEXT_CONDITIONS),
         *solver_stages("temporal_unet", "temporal_unet_plain", UNET, "F", TEXT_CONDITIONS),
-        decoder,
+        *autoencoder_stages(AUTOENCODER, "video", "clip"),
     )
 
 
@@ -140,6 +154,8 @@ def _loops(image: Sampling, clip: Sampling) -> tuple[Loop, Loop]:
         steps=clip.steps,
         guidance=clip.guidance,
         noise=NoiseRule(purpose=1),
+        start=Start("video", "vae_encoder.latents", "control:strength"),
+        known=KNOWN,
     )
     return spatial, temporal
 

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from higen.errors import ManifestError, ModelError
 from higen.manifest import Manifest
 from higen.stages import Stage, source
-from higen.tables import COMMON, MAX_SIDE, Control, Loop, Mix, Replaced, Sizes, Start
+from higen.tables import COMMON, MAX_SIDE, Control, Known, Loop, Mix, Replaced, Sizes, Start
 from higen.typed_json import from_json, to_json
 
 __all__ = ["FAMILY", "Architecture", "Part", "architecture", "compose", "part_manifest"]
@@ -157,7 +157,9 @@ def _drawing(first: Manifest) -> _Rows:
     Loops for longer clips and what only they use are left out.
     """
     loops = tuple(
-        replace(loop, frames=1, least_frames=1, windows=None) for loop in first.loops if loop.least_frames <= 1
+        replace(loop, frames=1, least_frames=1, windows=None, known=None)
+        for loop in first.loops
+        if loop.least_frames <= 1
     )
     decoder = first.decoder
     fed = [tensor for name in first.feeding(decoder.name) for tensor in first.stage(name).inputs]
@@ -200,7 +202,8 @@ def _used(model: Manifest, stages: list[Stage], loops: tuple[Loop, ...]) -> _Row
     """Of these rows, those that the loops and the decoder use."""
     rows = {stage.name: stage for stage in stages}
     open_ones = [*(name for loop in loops for name in loop.stages), model.sizes.decoder]
-    open_ones += [source(row.latents).name for loop in loops for row in (loop.replaced, loop.start) if row is not None]
+    rows_of = [row for loop in loops for row in (loop.replaced, loop.start, loop.known) if row is not None]
+    open_ones += [source(row.latents).name for row in rows_of]
     kept: set[str] = set()
     while open_ones:
         name = open_ones.pop()
@@ -218,7 +221,8 @@ def _controls_of(stages: tuple[Stage, ...], loops: tuple[Loop, ...]) -> set[str]
     found = [source(tensor.source) for stage in stages for tensor in stage.inputs]
     used = {one.name for one in found if one.kind in ("control", "picture", "clip")}
     for loop in loops:
-        used |= {row.control for row in (loop.replaced, loop.start) if row is not None}
+        used |= {row.control for row in (loop.replaced, loop.start, loop.known) if row is not None}
+        used |= {loop.known.mask} if loop.known is not None and loop.known.mask is not None else set()
         scales = [row.scale for row in (loop.noise.offset, loop.noise.mix) if row is not None]
         scales += [loop.start.strength] if loop.start is not None else []
         used |= {scale.partition(":")[2] for scale in scales if isinstance(scale, str)}
@@ -287,7 +291,8 @@ class _Names:
         if found.kind == "picture" and found.name == picture:
             return shown + clip
         if found.kind == "made":
-            made = f"{self._rows[found.name]}{'@negative' if found.negative else ''}.{found.output}"
+            given = f"@{self._controls[found.given]}" if found.given else ""
+            made = f"{self._rows[found.name]}{'@negative' if found.negative else given}.{found.output}"
             return f"picture:{made}{clip}" if found.shown else made
         if found.kind == "noise":
             return f"noise:{self._purposes[int(found.name)]}"
@@ -312,6 +317,10 @@ class _Names:
         if starts is not None:
             latents, strength = self._source(starts.latents), self._scale(starts.strength)
             starts = replace(starts, control=self._controls[starts.control], latents=latents, strength=strength)
+        known = loop.known
+        if known is not None:
+            mask = None if known.mask is None else self._controls[known.mask]
+            known = Known(self._controls[known.control], self._source(known.latents), mask)
         return replace(
             loop,
             name=self._rows[loop.name],
@@ -321,6 +330,7 @@ class _Names:
             noise=noise,
             replaced=stands,
             start=starts,
+            known=known,
         )
 
 

@@ -22,11 +22,18 @@ from higen.families.higen.configuration import (
     read_config,
     write_config,
 )
-from higen.families.stage_rows import autoencoder_stages, solver_stages, text_encoder_stage
+from higen.families.stage_rows import (
+    KNOWN,
+    autoencoder_stages,
+    known_frames_controls,
+    solver_stages,
+    strength_control,
+    text_encoder_stage,
+)
 from higen.manifest import Manifest
 from higen.schedule import Solver
 from higen.stages import Output, Stage, Tensor
-from higen.tables import Control, Loop, NoiseRule, Offset, Replaced, Sizes
+from higen.tables import Control, Loop, NoiseRule, Offset, Replaced, Sizes, Start
 from higen.typed_json import from_json, to_json
 
 __all__ = [
@@ -59,6 +66,9 @@ DDIM = Solver("ddim", "leading-floor", offset=1, final="first")
 """The reference's: it ends at entry 0 of the schedule, which still carries noise (diffusion_ddim.py)."""
 
 DPM = Solver("dpm++2m", "trailing-ceil", final="zero")
+
+STRENGTH = 0.6
+"""Of a video to begin from."""
 
 PLAIN = "_plain"
 """Behind the name of a denoising stage: the same step with one branch of guidance."""
@@ -156,6 +166,7 @@ def _controls(config: ModelConfig) -> tuple[Control, ...]:
             "how much moves: 10 times the distance of two neighbouring frames' latents",
             encoding="sinusoid",
             low=0.0,
+            measured="distance",
             default=defaults.motion,
             optional=config.optional_cues or defaults.motion is None,
         ),
@@ -164,6 +175,7 @@ def _controls(config: ModelConfig) -> tuple[Control, ...]:
             "curve",
             "how much the looks change over the clip: 0 not at all, 1 the ends differ; or a matrix of similarities",
             encoding="similarity",
+            measured="similarity",
             default=defaults.appearance,
             optional=config.optional_cues or defaults.appearance is None,
         ),
@@ -176,6 +188,9 @@ def _controls(config: ModelConfig) -> tuple[Control, ...]:
             default=defaults.offset_noise,
         ),
         Control("image", "picture", "the key frame, in place of one drawn from the text"),
+        *known_frames_controls(),
+        Control("video", "clip", "a video to begin from"),
+        strength_control("video", STRENGTH),
     )
 
 
@@ -208,6 +223,8 @@ def _loops(config: ModelConfig, plain: bool) -> tuple[Loop, Loop]:
         noise=NoiseRule(purpose=1, offset=Offset(purpose=2, scale="control:offset_noise")),
         controls={},
         replaced=None,
+        start=Start("video", "vae_encoder@video.latents", "control:strength"),
+        known=KNOWN,
     )
     return spatial, temporal
 

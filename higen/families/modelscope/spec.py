@@ -12,8 +12,10 @@ from typing import Any
 from higen.errors import ManifestError
 from higen.families.stable_diffusion.spec import Codec, Sampling
 from higen.families.stage_rows import (
+    KNOWN,
     TEXT_CONDITIONS,
     autoencoder_stages,
+    known_frames_controls,
     solver_stages,
     strength_control,
     text_encoder_stage,
@@ -77,6 +79,7 @@ def manifest(
         controls=(
             Control("video", "clip", "a video to begin from: a second pass over it, at another size if wanted"),
             strength_control("video", STRENGTH),
+            *known_frames_controls(),
         ),
         stages=_stages(),
         loops=(_loop(sampling),),
@@ -104,6 +107,7 @@ def _loop(sampling: Sampling) -> Loop:
         guidance=sampling.guidance,
         noise=NoiseRule(purpose=0),
         start=Start("video", "vae_encoder.latents", "control:strength"),
+        known=KNOWN,
     )
 
 

@@ -11,9 +11,11 @@ from typing import Any
 
 from higen.errors import ManifestError
 from higen.families.stage_rows import (
+    KNOWN,
     TEXT_CONDITIONS,
     autoencoder_stages,
     clip_text,
+    known_frames_controls,
     solver_stages,
     strength_control,
     text_encoder_stage,
@@ -102,6 +104,7 @@ def manifest(made_of: Networks, sampling: Sampling, *, name: str, licence: str, 
         controls=(
             Control("image", "picture", "a picture to begin from"),
             strength_control("picture", STRENGTH),
+            *known_frames_controls(),
         ),
         stages=_stages(),
         loops=(_loop(sampling),),
@@ -129,6 +132,7 @@ def _loop(sampling: Sampling) -> Loop:
         guidance=sampling.guidance,
         noise=NoiseRule(purpose=0),
         start=Start("image", "vae_encoder.latents", "control:strength"),
+        known=KNOWN,
     )
 
 

@@ -144,7 +144,9 @@ typedef enum higen_control_kind {
     HIGEN_CONTROL_TEXT = 3,
     HIGEN_CONTROL_PICTURE = 4, /* higen_picture of one frame */
     HIGEN_CONTROL_CLIP = 5,    /* higen_picture of as many frames as the request has */
-    HIGEN_CONTROL_CHOICE = 6   /* one of the texts in `choices` */
+    HIGEN_CONTROL_CHOICE = 6,  /* one of the texts in `choices` */
+    HIGEN_CONTROL_FRAMES = 7,  /* known frames: a higen_picture for each, named NAME[INDEX] */
+    HIGEN_CONTROL_MASK = 8     /* higen_picture of one frame or as many as the request has: white is drawn anew */
 } higen_control_kind;
 
 /* What a request may set for this model. */
@@ -194,11 +196,12 @@ typedef struct higen_control {
     const char* text;     /* of a text or choice. values and text NULL: unspecified, where the control is optional */
 } higen_control;
 
-/* Pixels of a picture or clip control. They are scaled to cover the request's size, then cropped to it. */
+/* Pixels of a control. They are scaled to cover the request's size, then cropped to it. A control of kind frames has one
+ * for each frame that the clip must pass through, whose name says which: "keyframes[0]", "keyframes[-1]" is the last. */
 typedef struct higen_picture {
     const char* name;
     const uint8_t* rgb; /* frames x height x width x 3 bytes */
-    int32_t frames;     /* 1 for a picture, the request's for a clip */
+    int32_t frames;     /* 1 for a picture, the request's for a clip, either for a mask */
     int32_t height;
     int32_t width;
 } higen_picture;

@@ -205,6 +205,11 @@ public:
         return picture(control, std::move(image.rgb), image.width, image.height);
     }
 
+    // A frame that the clip must pass through, of a control of kind frames: from 0, or from -1 for the last one on.
+    Request& keyframe(const std::string& control, std::int64_t index, Image image) {
+        return picture(control + "[" + std::to_string(index) + "]", std::move(image));
+    }
+
     // The request as the C interface takes it; valid until this one is changed or freed.
     [[nodiscard]] const higen_request& get() {
         flat_ = {};

@@ -1,0 +1,285 @@
+"""What is made of a clip by frames that another clip must pass through: longer, slower, endless, and edited.
+
+Each tool is a few requests of a pipeline, whose options it takes; they work for every model that has known frames
+(docs/manifest.md, "Known frames"), or for `edit` one that can begin from a video.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from higen.conditioning import measured_curve
+from higen.errors import OutputError, RequestError, quoted
+from higen.manifest import Manifest
+from higen.noise_schedule import is_whole
+from higen.request import MAX_SEED, Request
+from higen.tables import Loop
+from higen.video import Video
+
+if TYPE_CHECKING:
+    from higen.images import Clip
+
+__all__ = ["SOURCE", "edit", "extend", "interpolate", "loop"]
+
+SOURCE = "source"
+"""The value of a curve that is measured from the clip that is edited."""
+
+MOST_FACTOR = 64
+MOST_FRAMES = 2**16
+
+Frames = NDArray[np.uint8]
+
+
+class Maker(Protocol):
+    """What the tools need of a pipeline."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """The model's tables."""
+        ...
+
+    def request(self, prompt: str = ..., **options: Any) -> Request:
+        """A checked request."""
+        ...
+
+    def make(self, request: Request, progress: bool | None = None) -> list[Video]:
+        """Its videos."""
+        ...
+
+    def start_latents(self, request: Request, loop: Loop) -> NDArray[np.float32]:
+        """What a loop begins from, [B, C, F, H, W]."""
+        ...
+
+
+def extend(
+    pipe: Maker,
+    video: Clip,
+    frames: int,
+    *,
+    prompt: str | None = None,
+    overlap: int | None = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> Video:
+    """The clip with `frames` new frames behind it, made in as many requests as it takes.
+
+    Each request is for a clip of the model's usual length (`length` in options) that passes through the last `overlap`
+    frames there are, by default half of it.
+
+    video    a path, a `Video` or uint8 frames [n, H, W, 3]; frames of the request's size are kept as they are
+    prompt   what happens; by default what the video's metadata say
+    options  as for a call, one for every request: seeds count up from the first one's
+
+    Raises RequestError before work starts, for a clip without frames among others.
+    """
+    given, options = _opened(pipe, video, options)
+    control, _ = _known(pipe.manifest)
+    fewest, usual, most = pipe.manifest.sizes.frames
+    length = options.pop("length", max(fewest, min(usual, most)))
+    if not is_whole(length, max(fewest, 2), most):
+        raise RequestError(f"length={quoted(length)}: a whole number from {max(fewest, 2)} to {most}")
+    if not is_whole(frames, 1, MOST_FRAMES):
+        raise RequestError(f"frames={quoted(frames)}: a whole number of new frames from 1 to {MOST_FRAMES}")
+    overlap = min(length // 2, len(given)) if overlap is None else overlap
+    if not is_whole(overlap, 1, min(length - 1, len(given))):
+        most_known = min(length - 1, len(given))
+        raise RequestError(f"overlap={quoted(overlap)}: a whole number from 1 to {most_known}, the known frames")
+    parts = [given.frames]
+    last, wanted, made = given.frames, frames, given
+    for own in _seeded(options):
+        known = dict(enumerate(last[-overlap:]))
+        request = pipe.request(_prompt(prompt, given), frames=length, **{**own, control: known})
+        made = pipe.make(request, progress)[0]
+        new = made.frames[overlap : overlap + wanted]
+        parts.append(new)
+        last = np.concatenate([last, new])[-length:]
+        wanted -= len(new)
+        if not wanted:
+            break
+    return Video(np.concatenate(parts), given.fps, {**made.metadata, "tool": "extend", "new_frames": frames})
+
+
+def interpolate(
+    pipe: Maker,
+    video: Clip,
+    factor: int = 2,
+    *,
+    prompt: str | None = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> Video:
+    """The clip with new frames between its own: (n - 1) factor + 1 frames at `factor` times the rate.
+
+    Each pass doubles the frames, with every second one known; a longer clip goes through in parts that share a frame.
+
+    factor   2, 4, 8, ... up to 64
+    others   as for `extend`
+
+    Raises RequestError before work starts.
+    """
+    given, options = _opened(pipe, video, options)
+    control, _ = _known(pipe.manifest)
+    if not is_whole(factor, 2, MOST_FACTOR) or factor & (factor - 1):
+        raise RequestError(f"factor={quoted(factor)}: 2, 4, 8, ... up to {MOST_FACTOR}")
+    fewest, usual, most = pipe.manifest.sizes.frames
+    if len(given) < 2:
+        raise RequestError(f"video has {len(given)} frame: two or more are wanted, with new ones between them")
+    if (len(given) - 1) * factor >= MOST_FRAMES:
+        raise RequestError(f"factor={factor}: {len(given)} frames become more than {MOST_FRAMES}")
+    at_once = max((min(max(usual, fewest, 3), most) + 1) // 2, 2)  # known frames of a part: 2 n - 1 in all
+    if 2 * at_once - 1 > most or 2 * min(at_once, len(given)) - 1 < fewest:
+        raise RequestError(
+            f"video has {len(given)} frames: parts of 3 or more are made, and this model makes {fewest} to {most}"
+        )
+    frames, fps, made = given.frames, given.fps, given
+    seeds = _seeded(options)
+    while factor > 1:
+        whole = np.repeat(frames, 2, axis=0)[:-1]  # each frame at twice its place; the odd ones are made
+        for start in _parts(len(frames), at_once):
+            known = frames[start : start + at_once]
+            places = {2 * i: frame for i, frame in enumerate(known)}
+            own = {**next(seeds), control: places}
+            request = pipe.request(_prompt(prompt, given), frames=2 * len(known) - 1, **own)
+            made = pipe.make(request, progress)[0]
+            between = np.arange(1, len(made), 2)
+            whole[2 * start + between] = made.frames[between]
+        frames, fps, factor = whole, 2 * fps, factor // 2
+    return Video(frames, fps, {**made.metadata, "fps": fps, "tool": "interpolate"})
+
+
+def loop(pipe: Maker, prompt: str = "", *, progress: bool | None = None, **options: Any) -> Video:
+    """A clip whose end meets its beginning: played again and again it has no cut.
+
+    A first request draws the first frame; a second one passes through it as frame 0 and behind the last. Options are
+    those of a call. Raises RequestError before work starts.
+    """
+    control, _ = _known(pipe.manifest)
+    fewest, usual, most = pipe.manifest.sizes.frames
+    frames = options.pop("frames", None)
+    frames = min(usual, most - 1) if frames is None else frames
+    if not is_whole(frames, max(fewest - 1, 2), most - 1):
+        allowed = f"a whole number from {max(fewest - 1, 2)} to {most - 1}, for one frame more is made"
+        raise RequestError(f"frames={quoted(frames)}: {allowed}")
+    if options.get(control) is not None:
+        raise RequestError(f"{control}: the frame where a loop closes is drawn; give none")
+    request = pipe.request(prompt, frames=frames + 1, **options)
+    first = pipe.make(request, progress)[0].frames[0]
+    own = {**options, "seed": request.seeds[0], control: {0: first, -1: first}}
+    closed = pipe.request(prompt, frames=frames + 1, **own)
+    made = pipe.make(closed, progress)[0]
+    return Video(made.frames[:-1], made.fps, {**made.metadata, "tool": "loop"})
+
+
+def edit(
+    pipe: Maker,
+    video: Clip,
+    prompt: str,
+    *,
+    strength: float | None = None,
+    mask: Any = None,
+    progress: bool | None = None,
+    **options: Any,
+) -> Video:
+    """The clip drawn anew as `prompt` says, beginning in the tail of the solver's table (Meng et al. 2022, SDEdit).
+
+    strength  the part of the table that runs, from 0 (as it was) to 1 (all new); None: the model's default
+    mask      where it is white the clip is drawn anew, where it is black it is kept: a picture or a clip of as many
+              frames; None: all of it is drawn anew
+    options   as for a call. A curve that can be measured is "source" unless it is given: measured from the clip, so
+              that the motion is kept. "unspecified" leaves it to the model.
+
+    Raises RequestError before work starts: for a model that does not begin from a video, and a clip with more frames
+    than the model makes.
+    """
+    given, options = _opened(pipe, video, options)
+    row = next((one for one in pipe.manifest.loops if one.start is not None and one.frames == "F"), None)
+    if row is None or row.start is None:
+        raise RequestError(f"edit: {pipe.manifest.name} cannot begin from a video")
+    fewest, _, most = pipe.manifest.sizes.frames
+    if not fewest <= len(given) <= most:
+        raise RequestError(f"video has {len(given)} frames: {pipe.manifest.name} edits clips of {fewest} to {most}")
+    options |= {"frames": len(given), row.start.control: given.frames}
+    if strength is not None:
+        if not isinstance(row.start.strength, str):
+            raise RequestError(f"strength: fixed by {pipe.manifest.name}, {row.start.strength:g}")
+        options[row.start.strength.partition(":")[2]] = strength
+    if mask is not None:
+        control, name = _known(pipe.manifest)
+        if name is None:
+            raise RequestError(f"mask: {pipe.manifest.name} takes none")
+        options |= {control: dict(enumerate(given.frames)), name: mask}
+    measured = {
+        one.name: one
+        for one in pipe.manifest.controls
+        if one.measured is not None and options.get(one.name, SOURCE) in (None, SOURCE)
+    }
+    options = {name: value for name, value in options.items() if name not in measured}
+    if measured and len(given) > 1:
+        request = pipe.request(prompt, **options)
+        latents = pipe.start_latents(request, row)[0]
+        options |= {name: measured_curve(str(one.measured), latents) for name, one in measured.items()}
+    made = pipe.make(pipe.request(prompt, **options), progress)[0]
+    return Video(made.frames, given.fps, {**made.metadata, "tool": "edit"})
+
+
+def _opened(pipe: Maker, video: Clip, options: Mapping[str, Any]) -> tuple[Video, dict[str, Any]]:
+    """The clip in the request's size, and the options with that size: the clip's own where the model makes it."""
+    clip = _read(video)
+    sizes, options = pipe.manifest.sizes, dict(options)
+    own = all(side % sizes.multiple == 0 for side in (clip.width, clip.height))
+    for name, side, usual in (("width", clip.width, sizes.width), ("height", clip.height, sizes.height)):
+        if options.get(name) is None:
+            options[name] = side if own else usual
+    if not (is_whole(options["width"], 1, MOST_FRAMES) and is_whole(options["height"], 1, MOST_FRAMES)):
+        pipe.request("a", **{name: options[name] for name in ("width", "height")})  # which says what is allowed
+    if (clip.width, clip.height) != (options["width"], options["height"]):
+        from higen.images import load_clip
+
+        pixels = load_clip(clip, len(clip), options["width"], options["height"], "video")
+        frames = np.rint((pixels.transpose(1, 2, 3, 0) + 1) * 127.5).astype(np.uint8)
+        clip = Video(frames, clip.fps, clip.metadata)
+    return clip, options
+
+
+def _read(video: Clip) -> Video:
+    try:
+        if isinstance(video, (str, os.PathLike)):
+            return Video.open(video)
+        return video if isinstance(video, Video) else Video(np.asarray(video), 8.0)
+    except OutputError as error:
+        raise RequestError(f"video: cannot be read as a clip: {error}") from error
+
+
+def _known(manifest: Manifest) -> tuple[str, str | None]:
+    """The control for known frames, and that for a mask. Raises RequestError."""
+    rows = [one.known for one in manifest.loops if one.known is not None and one.frames == "F"]
+    if not rows:
+        raise RequestError(f"{manifest.name} takes no known frames: its tables have no row `known`")
+    return rows[-1].control, rows[-1].mask
+
+
+def _prompt(prompt: str | None, video: Video) -> str:
+    return str(video.metadata.get("prompt") or "") if prompt is None else prompt
+
+
+def _seeded(options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
+    """The options of one request after another: a seed counts up; one that is drawn is drawn each time."""
+    seed = options.get("seed")
+    for count in itertools.count():
+        if seed is None or is_whole(seed, 0, MAX_SEED):
+            yield {**options, "seed": ((seed or 0) + count) % (MAX_SEED + 1)}
+        else:
+            yield dict(options)
+
+
+def _parts(total: int, length: int) -> Iterator[int]:
+    """Where parts of `length` frames begin that share a frame with the one before; the last one ends with the clip."""
+    step = length - 1
+    for start in range(0, max(total - 1, 1), step):
+        yield max(min(start, total - length), 0)
