@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY
@@ -13,7 +14,6 @@ from torch import Tensor
 from higen.errors import SettingsError
 from higen.families.higen import spec
 from higen.families.higen.network import VelocityPredictor
-from higen.families.higen.preconditioning import enter_known
 from higen.families.higen.unet import Known, UNet
 from higen.models.solver_step import SolverStep
 from higen.train.draws import draw_known, noisy_known
@@ -68,46 +68,59 @@ NOTHING = mask("0" * F, "0" * F)
 SOME = mask("10001", "11000")
 
 
-def test_a_new_network_draws_what_the_old_one_drew(pair: tuple[UNet, UNet], given: dict[str, Tensor]) -> None:
-    fresh = UNet(CONFIG)
-    assert fresh.known is not None
-    assert not fresh.known.weight.any()
+def test_a_clip_of_which_nothing_is_given_is_drawn_as_before(pair: tuple[UNet, UNet], given: dict[str, Tensor]) -> None:
+    """Also in a batch with one of which something is given."""
     whole, plain = pair
     rest = given["t"], given["context"], given["frame_embedding"], given["prior"]
     with torch.no_grad():
         expected = plain(given["x0"], *rest)
-        told = whole(given["x0"], *rest, Known(given["noise"], NOTHING))  # what is not masked is not looked at
-    torch.testing.assert_close(told, expected)
+        told = whole(given["x0"], *rest, Known(given["noise"], mask("00000", "00100")))
+    torch.testing.assert_close(told[0], expected[0])
+    assert (told[1] - expected[1]).abs().max() > 0.01
     with pytest.raises(TypeError, match="no known frames"):
         plain(given["x0"], *rest, Known(given["x0"], SOME))
-    assert "unet.known.weight" in temporal_names(CONFIG)
+    assert {"unet.known.weight", "unet.known_out.weight"} <= set(temporal_names(CONFIG))
 
 
-def test_known_frames_enter_clean_and_hide_the_noise(pair: tuple[UNet, UNet], given: dict[str, Tensor]) -> None:
-    known = Known(given["x0"], SOME)
-    entered = enter_known(given["noise"], known)
-    assert torch.equal(entered[0, :, 0], given["x0"][0, :, 0])
-    assert torch.equal(entered[0, :, 1], given["noise"][0, :, 1])
-    g = torch.full((B, 1, F, 1, 1), 0.5)
-    residual = enter_known(given["noise"], known, given["prior"], g)
-    torch.testing.assert_close(residual[1, :, 1], (given["x0"][1, :, 1] - given["prior"][1]) / 0.5)
-    # The noise of a known frame changes nothing; that of another one does.
-    stage = SolverStep(spec.stages(known_frames=True)[5], VelocityPredictor(pair[0]).eval())
+def test_the_blend_is_linear_between_the_given_frames() -> None:
+    """Against numpy's interpolation."""
+    latents = normal(1, 3, 9, 2, 2)
+    for row in ("100000001", "101010101", "111000000", "000010000", "001000110"):
+        given = [i for i, c in enumerate(row) if c == "1"]
+        found = Known(latents, mask(row)).blend()
+        for channel, y, x in ((0, 0, 1), (2, 1, 0)):
+            values = latents[0, channel, :, y, x].numpy()
+            expected = np.interp(range(9), given, values[given])
+            np.testing.assert_allclose(found[0, channel, :, y, x], expected, atol=1e-6)
+    assert not Known(latents, mask("0" * 9)).blend().any()
+
+
+def test_an_untrained_network_gives_the_blend_at_any_step(given: dict[str, Tensor]) -> None:
+    torch.manual_seed(0)
+    fresh = UNet(CONFIG).eval()
+    stage = SolverStep(spec.stages(known_frames=True)[5], VelocityPredictor(fresh).eval())
     assert stage.inputs[-2:] == ("known", "known_mask")
-    assert stage.branches == 1
     columns = [given["t"].float(), *(torch.ones(B) for _ in range(3)), given["alpha"], given["sigma"]]
-    x = given["x0"]
-    rest = [given["context"], given["frame_embedding"], given["prior"], given["x0"], SOME]
+    known = Known(given["x0"], SOME)
     with torch.no_grad():
-        before = stage(x, x, *columns, *rest)[0]
-        other = x.clone()
-        other[0, :, 4] += 1
-        after = stage(other, x, *columns, *rest)[0]
-        changed = x.clone()
-        changed[0, :, 2] += 1
-        moved = stage(changed, x, *columns, *rest)[0]
-    torch.testing.assert_close(after[0, :, 1:4], before[0, :, 1:4])
-    assert float((moved[0, :, 1] - before[0, :, 1]).abs().max()) > 1e-3
+        _, x0 = stage(
+            given["noise"], given["noise"], *columns, given["context"], given["frame_embedding"], given["prior"], *known
+        )
+    torch.testing.assert_close(x0, known.blend(), atol=1e-5, rtol=1e-5)
+
+
+def test_the_noise_of_a_given_frame_changes_nothing(pair: tuple[UNet, UNet], given: dict[str, Tensor]) -> None:
+    stage = SolverStep(spec.stages(known_frames=True)[5], VelocityPredictor(pair[0]).eval())
+    columns = [given["t"].float(), *(torch.ones(B) for _ in range(3)), given["alpha"], given["sigma"]]
+    rest = [given["context"], given["frame_embedding"], given["prior"], given["x0"], SOME]
+    x = given["noise"]
+    other, elsewhere = x.clone(), x.clone()
+    other[0, :, 4] += 1
+    elsewhere[0, :, 2] += 1
+    with torch.no_grad():
+        (_, before), (_, same), (_, moved) = (stage(noisy, x, *columns, *rest) for noisy in (x, other, elsewhere))
+    torch.testing.assert_close(same, before, atol=1e-5, rtol=1e-5)
+    assert (moved[0, :, 1] - before[0, :, 1]).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("loss", [v_loss, residual_v_loss])
