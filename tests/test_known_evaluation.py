@@ -28,7 +28,8 @@ def loop() -> Frames:
         size = 0.25 + 0.2 * i / LOOP
         alpha = np.clip((size - np.hypot(x, y - 0.4 * np.sin(2 * np.pi * i / LOOP))) * SIDE / 2 + 0.5, 0, 1)
         rows.append(np.dstack([*(np.full_like(x, c) for c in (200, 40, 60)), 255 * alpha]))
-    return np.rint(np.stack(rows)).astype(np.uint8)
+    frames: Frames = np.rint(np.stack(rows)).astype(np.uint8)
+    return frames
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,8 @@ class Interpolates(Maker):
         places = sorted(frames)
         flat = np.stack([frames[i].reshape(-1) for i in places]).astype(float)
         columns = [np.interp(range(FRAMES), places, column) for column in flat.T]
-        return np.rint(np.stack(columns, axis=1)).reshape(FRAMES, SIDE, SIDE, 3).astype(np.uint8)
+        clip: Frames = np.rint(np.stack(columns, axis=1)).reshape(FRAMES, SIDE, SIDE, 3).astype(np.uint8)
+        return clip
 
 
 class Knows(Maker):

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from conftest import TINY
+from safetensors.torch import save_file
 from torch import Tensor
 
 from higen.errors import SettingsError
@@ -16,7 +18,12 @@ from higen.families.higen import spec
 from higen.families.higen.network import VelocityPredictor
 from higen.families.higen.unet import Known, UNet
 from higen.models.solver_step import SolverStep
+from higen.train.checkpoints import Checkpoints
 from higen.train.draws import draw_known, noisy_known
+from higen.train.emoji.clips import Clips, Selection
+from higen.train.emoji.configuration import architecture, recipe
+from higen.train.emoji.denoiser import make_loop, networks_of
+from higen.train.emoji.subjects import SUBJECTS
 from higen.train.layers import temporal_names
 from higen.train.objective import residual_v_loss, v_loss
 from higen.train.sections import KNOWN_SETS, ModelSettings, ObjectiveSettings
@@ -183,3 +190,32 @@ def test_wrong_sets_are_refused(wrong: dict[str, object], said: str) -> None:
 def test_only_a_model_that_goes_on_gets_inputs_for_known_frames() -> None:
     with pytest.raises(SettingsError, match="goes with init"):
         ModelSettings(architecture="a.toml", companions="m", known_frames=True)
+
+
+def test_the_recipe_gives_frames_of_clips_at_any_phase_and_trains_on_them(tmp_path: Path) -> None:
+    """Latents that are the loop frame's number: the clips tell where in the loop they are."""
+    numbers = torch.arange(72.0)[None, :, None, None, None].expand(10, 72, 32, 8, 8) / 72
+    save_file({f"latents/{SUBJECTS[0].name}": numbers.half().contiguous()}, tmp_path / "l")
+    objective = ObjectiveSettings(
+        known={"none": 0.5, "ends": 0.5}, gain_clips=4, windows=(4,), high_part=0.5, clip_levels="high"
+    )
+    chosen = recipe()
+    run = replace(chosen.run, steps=2)
+    data = replace(chosen.data, images=2, videos=2)
+    chosen = replace(chosen, objective=objective, run=run, data=data)
+    config = replace(architecture().unet, channel_multipliers=(1, 1), known_frames=True)
+    clips = Clips(tmp_path / "l", config, Selection(subjects=(0,)), chosen)
+    starts, keys = {True: set[int](), False: set[int]()}, set[int]()
+    for seed in range(12):
+        drawn = clips.known(random(seed), 0.1)
+        assert drawn.mask is not None
+        assert drawn.known is not None
+        assert torch.equal(drawn.known, drawn.x0)
+        for mask_row, x0, prior in zip(drawn.mask, drawn.x0, drawn.prior, strict=True):
+            assert mask_row.tolist() in ([0, 0, 0, 0], [1, 0, 0, 1])
+            starts[bool(mask_row.any())].add(round(float(x0[0, 0, 0, 0]) * 72))
+            keys.add(round(float(prior[0, 0, 0]) * 72))
+    assert keys == {SUBJECTS[0].key_frame}  # the prior is the canonical pose, whatever the phase
+    assert len(starts[True]) > 1.3 * len(starts[False])
+    loop = make_loop(networks_of(config, 0), clips, Checkpoints(tmp_path / "c", 1))
+    assert all(torch.isfinite(value) for value in loop.advance().values())
