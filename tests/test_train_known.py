@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from higen.errors import SettingsError
@@ -25,8 +25,10 @@ from higen.train.emoji.configuration import architecture, recipe
 from higen.train.emoji.denoiser import make_loop, networks_of
 from higen.train.emoji.subjects import SUBJECTS
 from higen.train.layers import temporal_names
+from higen.train.networks import build
 from higen.train.objective import residual_v_loss, v_loss
 from higen.train.sections import KNOWN_SETS, ModelSettings, ObjectiveSettings
+from higen.train.settings import read_settings
 
 CONFIG = replace(TINY.unet, prior_preconditioning=True, pooled_context=True, known_frames=True)
 B, F, H, W = 2, 5, 4, 4
@@ -219,3 +221,23 @@ def test_the_recipe_gives_frames_of_clips_at_any_phase_and_trains_on_them(tmp_pa
     assert len(starts[True]) > 1.3 * len(starts[False])
     loop = make_loop(networks_of(config, 0), clips, Checkpoints(tmp_path / "c", 1))
     assert all(torch.isfinite(value) for value in loop.advance().values())
+
+
+def test_a_model_that_goes_on_with_known_frames_begins_as_it_was(tmp_path: Path, preconditioned_model: Path) -> None:
+    text = '[model]\ninit = "{}"\nknown_frames = true\n[data]\npath = "clips"\n[run]\noutput = "run"\nsteps = 1\n'
+    (tmp_path / "train.toml").write_text(text.format(preconditioned_model.as_posix()), encoding="utf-8")
+    networks = build(read_settings(tmp_path / "train.toml"), ())
+    before = load_file(preconditioned_model / spec.UNET)
+    after = networks.denoiser.state_dict()
+    assert {name: after[name].shape for name in after.keys() - before.keys()}.keys() == {
+        "unet.known.weight",
+        "unet.known_out.weight",
+        "unet.known_out.bias",
+    }
+    assert all(torch.equal(after[name], before[name].float()) for name in before)
+    assert not any(after[name].any() for name in after.keys() - before.keys())
+    assert networks.own is not None
+    manifest = spec.manifest(networks.own)
+    assert spec.config(manifest).unet.known_frames
+    assert manifest.stage("temporal_unet").input("known_mask").source == "known:mask"
+    assert manifest.stage("spatial_unet").inputs == spec.stages()[2].inputs
