@@ -157,8 +157,8 @@ def test_known_frames_masks_and_settings_are_part_of_a_row(tmp_path: Path) -> No
     Image.new("L", (128, 128), 255).save(tmp_path / "m.png")
     bundle = Bundle.open(default_model())
     known = {"keyframes": {"0": "a.png"}}
-    rows = [{}, {"windows": [8, 4]}, known, {"keyframes": {"-1": "a.png"}}, {**known, "mask": "m.png"}]
-    path = lines(tmp_path, *rows, prompt="a whale")
+    rows = [{}, {"windows": [2, 1]}, known, {"keyframes": {"-1": "a.png"}}, {**known, "mask": "m.png"}]
+    path = lines(tmp_path, *rows, prompt="a whale", frames=4)
     listed = read_rows(path, bundle, ".mp4")
     assert len({row.key for row in listed}) == 5
     given = json.loads(listed[-1].text)
@@ -166,7 +166,8 @@ def test_known_frames_masks_and_settings_are_part_of_a_row(tmp_path: Path) -> No
     assert given["mask"] == str(tmp_path / "m.png")
     table = tmp_path / "rows.csv"
     table.write_text('prompt,keyframes,mask\na whale,"{""0"": ""a.png""}",m.png\n', encoding="utf-8")
-    assert read_rows(table, bundle, ".mp4")[0].key == listed[-1].key
+    (cells,) = read_rows(table, bundle, ".mp4")
+    assert all(json.loads(cells.text)[name] == given[name] for name in ("keyframes", "mask"))
     with pytest.raises(RequestError, match=r"line 1: keyframes\[0\]=5: the path of a file"):
         read_rows(lines(tmp_path, {"keyframes": {"0": 5}}, prompt="a"), bundle, ".mp4")
 
