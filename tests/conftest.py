@@ -19,6 +19,7 @@ from higen.families.higen.spec import AutoencoderConfig, Defaults, ModelConfig, 
 from higen.families.higen.unet import Denoiser
 from higen.models.companions import autoencoder, text_encoder
 from higen.tokenizer import build_word_tokenizer
+from higen.train.settings import Settings
 
 # The same examples everywhere, and no limit of time: how fast a machine is decides no test.
 hypothesis.settings.register_profile(
@@ -115,6 +116,34 @@ def preconditioned_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     unet = replace(TINY.unet, prior_preconditioning=True, pooled_context=True)
     config = replace(TINY, unet=unet, optional_cues=True, defaults=replace(TINY.defaults, motion=None, appearance=None))
     return write_tiny_model(tmp_path_factory.mktemp("models") / "preconditioned", config).path
+
+
+@pytest.fixture(scope="session")
+def training_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the tests of training begin with; read it, do not change it."""
+    from training_run import MODEL  # it imports this module
+
+    return write_tiny_model(tmp_path_factory.mktemp("training") / "tiny", MODEL).path
+
+
+@pytest.fixture(scope="session")
+def training_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three clips with captions; read them, do not change them."""
+    from training_run import write_clips
+
+    return write_clips(tmp_path_factory.mktemp("training") / "clips")
+
+
+@pytest.fixture(scope="session")
+def whole_run(tmp_path_factory: pytest.TempPathFactory, training_model: Path, training_clips: Path) -> Settings:
+    """A run of 6 steps over them that was never stopped; read its files, do not change them."""
+    from training_run import make_settings
+
+    from higen.train.trainer import train
+
+    settings = make_settings(tmp_path_factory.mktemp("whole"), training_model, training_clips)
+    train(settings)
+    return settings
 
 
 @pytest.fixture(scope="session")

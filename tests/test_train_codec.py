@@ -14,10 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import write_tiny_model
 from safetensors.torch import load_file
 from torch import nn
-from training_run import MODEL, make_settings, write_clips, write_settings
+from training_run import MODEL, make_settings, write_settings
 
 import higen
 from higen.bundle import Bundle
@@ -52,13 +51,13 @@ DC: dict[str, Any] = {
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny", MODEL).path
+def model(training_model: Path) -> Path:
+    return training_model
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_clips(tmp_path_factory.mktemp("data") / "clips")
+def clips(training_clips: Path) -> Path:
+    return training_clips
 
 
 @pytest.fixture(scope="module")

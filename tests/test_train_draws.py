@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import write_tiny_model
-from training_run import CAPTIONS, MODEL, make_settings, write_clips
+from training_run import CAPTIONS, MODEL, make_settings
 
 from higen.errors import SettingsError
 from higen.families.higen import spec
@@ -187,8 +187,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_clips(tmp_path_factory.mktemp("data") / "clips")
+def clips(training_clips: Path) -> Path:
+    return training_clips
 
 
 RECIPE = {

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
-from conftest import write_tiny_model
 from peft import LoraConfig, inject_adapter_in_model, set_peft_model_state_dict
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -33,13 +32,13 @@ from higen.train.trainer import Trainer, export, train
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny", MODEL).path
+def model(training_model: Path) -> Path:
+    return training_model
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_clips(tmp_path_factory.mktemp("data") / "clips")
+def clips(training_clips: Path) -> Path:
+    return training_clips
 
 
 TEMPORAL = {"optimiser__layers": "temporal", "data__images": 0}

@@ -15,7 +15,7 @@ import torch
 from click.testing import CliRunner
 from conftest import write_tiny_model
 from safetensors.torch import load_file
-from training_run import MODEL, make_settings, write_clips, write_settings
+from training_run import make_settings, write_clips, write_settings
 
 import higen
 from higen.bundle import Bundle
@@ -26,7 +26,7 @@ from higen.families.higen.spec import ModelConfig
 from higen.train.loop import Loop
 from higen.train.processes import shares
 from higen.train.record import read_losses
-from higen.train.settings import read_settings
+from higen.train.settings import Settings, read_settings
 from higen.train.trainer import train
 
 ENVIRONMENT = {
@@ -67,21 +67,19 @@ main(["train", sys.argv[2]])
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny", MODEL).path
+def model(training_model: Path) -> Path:
+    return training_model
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_clips(tmp_path_factory.mktemp("data") / "clips")
+def clips(training_clips: Path) -> Path:
+    return training_clips
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory, model: Path, clips: Path) -> Path:
+def whole(whole_run: Settings) -> Path:
     """The folder of a run of 6 steps that was never stopped."""
-    settings = make_settings(tmp_path_factory.mktemp("whole"), model, clips)
-    train(settings)
-    return Path(settings.run.output)
+    return Path(whole_run.run.output)
 
 
 def same_run(output: Path, whole: Path) -> None:

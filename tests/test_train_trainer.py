@@ -45,21 +45,13 @@ from higen.typed_json import to_json
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny_model(tmp_path_factory.mktemp("model") / "tiny", MODEL).path
+def model(training_model: Path) -> Path:
+    return training_model
 
 
 @pytest.fixture(scope="module")
-def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_clips(tmp_path_factory.mktemp("data") / "clips")
-
-
-@pytest.fixture(scope="module")
-def whole_run(tmp_path_factory: pytest.TempPathFactory, model: Path, clips: Path) -> Settings:
-    """A run of 6 steps that was never stopped."""
-    settings = make_settings(tmp_path_factory.mktemp("whole"), model, clips)
-    train(settings)
-    return settings
+def clips(training_clips: Path) -> Path:
+    return training_clips
 
 
 @contextmanager
