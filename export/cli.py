@@ -49,11 +49,21 @@ def main() -> None:
     help="21 is portable; 22 and 23 load in newer ONNX Runtimes than 1.20; 23, the newest that TensorRT for RTX "
     "takes, has attention as one operator.  [21; bf16: 23]",
 )
+@click.option("--resume", is_flag=True, help="Go on with an interrupted export: its finished graphs are kept.")
 @JSON
 def onnx(
-    model: Path, stages: tuple[str, ...], precision: str, static: str | None, opset: int | None, as_json: bool
+    model: Path,
+    stages: tuple[str, ...],
+    precision: str,
+    static: str | None,
+    opset: int | None,
+    resume: bool,
+    as_json: bool,
 ) -> None:
-    """Write an ONNX graph for every stage of MODEL, each checked against PyTorch at shapes it was not traced with."""
+    """Write an ONNX graph for every stage of MODEL, each checked against PyTorch at shapes it was not traced with.
+
+    A graph is written as soon as it has passed; --resume makes those that are missing after an interruption.
+    """
     with reported(as_json):
         with _export_extra():
             from higen.export.model_graphs import export_model
@@ -66,6 +76,7 @@ def onnx(
             precision=precision,
             opset=opset,
             static=None if static is None else static_sizes(bundle.manifest, static),
+            resume=resume,
             on_parity=_listing(done, as_json),
             on_line=_telling(as_json),
         )

@@ -174,6 +174,7 @@ def _quantize_stage(
     chosen, error = _choose(trial, tolerance, shown)
     model = ir.load(bundle.path / graph_file(stage, base))
     insert(model, chosen, trial.ranges, kind)
+    model.metadata_props.clear()  # what is said there is of the graph that it was made from
     aside = place.beside(graph_file(stage, precision))
     ir.save(model, aside)
     bundle = put_file(bundle, aside, graph_file(stage, precision), graph_inputs(aside))
