@@ -19,10 +19,11 @@ import numpy as np
 
 from higen.curve_source import CurveFrom, curve_from
 from higen.errors import RequestError, quoted
+from higen.free_init import FILTERS
 from higen.manifest import Manifest
 from higen.paths import given_path
 from higen.request import UNSPECIFIED
-from higen.tables import Control
+from higen.tables import SETTINGS, VISUAL, WINDOW_NOISE, Control
 from higen.text_files import TextError, read_json
 
 __all__ = ["TRANSITIONS", "WORDS", "Scene", "Script", "make_script", "read_script", "script_schema"]
@@ -43,9 +44,10 @@ MOST_SCENES = 1000
 FADE = 0.5
 """Seconds of a crossfade."""
 
-_SHARED = ("fps", "width", "height", "negative_prompt", "steps", "guidance", "solver")
+_OPTIONS = ("negative_prompt", "steps", "guidance", "solver", *SETTINGS)
+_SHARED = ("fps", "width", "height", *_OPTIONS)
 _OF_SCRIPT = ("scenes", "audio", *_SHARED)
-_OF_SCENE = ("prompt", "seconds", "seed", "transition", "fade", "negative_prompt", "steps", "guidance", "solver")
+_OF_SCENE = ("prompt", "seconds", "seed", "transition", "fade", *_OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,7 @@ class Scene:
     options     of `Pipeline.request`, without the prompt
     transition  "cut", "crossfade" over the last `fade` frames of the scene before and the first of this one, or
                 "continue": its first frame is the last one of the scene before
+    fade        frames that it has in common with the scene before; of a scene that continues, 1
     """
 
     prompt: str
@@ -74,7 +77,7 @@ class Script:
 
     @property
     def frames(self) -> int:
-        """Frames of the whole video: those of a crossfade count once."""
+        """Frames of the whole video: those that two scenes have in common count once."""
         return sum(scene.frames - scene.fade for scene in self.scenes)
 
 
@@ -160,7 +163,7 @@ def _scene(row: object, manifest: Manifest, shared: Mapping[str, Any], before: S
             f"seed={quoted(seed)}: a whole number from 0 to 2^64 - 1: a script gives the same video again"
         )
     options = {**shared, "frames": frames, "seed": seed}
-    options |= {name: row[name] for name in _OF_SCENE[5:] if row.get(name) is not None}
+    options |= {name: row[name] for name in _OPTIONS if row.get(name) is not None}
     for name, control in controls.items():
         if row.get(name) is not None:
             options[name] = _control(control, row[name], frames, place, fps)
@@ -192,8 +195,12 @@ def _transition(row: Mapping[str, Any], before: Scene | None, frames: int, fps: 
         raise RequestError(f"fade={quoted(fade)}: the seconds of a crossfade, and this is a {name}")
     if before is None and name != "cut":
         raise RequestError(f"transition={name!r}: the first scene has none before it")
+    if name == "continue" and frames < 2:
+        raise RequestError(
+            "transition='continue': a scene of 2 frames or more, for the first one is the scene before's"
+        )
     if name != "crossfade":
-        return name, 0
+        return name, int(name == "continue")
     seconds = FADE if fade is None else fade
     good = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 < seconds < 1e6
     count = max(round(seconds * fps), 1) if good else 0
@@ -210,7 +217,9 @@ def _transition(row: Mapping[str, Any], before: Scene | None, frames: int, fps: 
 def _control(control: Control, value: Any, frames: int, place: _Place, fps: int) -> Any:
     """A control's value of a script as a request takes it."""
     name = control.name
-    if control.kind in ("picture", "clip"):
+    if control.kind == "frames" and isinstance(value, dict):
+        return {index: str(_file(name, picture, place.folder)) for index, picture in value.items()}
+    if control.kind in VISUAL:
         return str(_file(name, value, place.folder))
     if control.kind != "curve" or value == UNSPECIFIED or (isinstance(value, (int, float)) and value is not True):
         return value
@@ -263,6 +272,11 @@ def script_schema(manifest: Manifest, files: bool = True) -> dict[str, Any]:
         "steps": {},
         "guidance": {},
         "solver": {"type": ["string", "array"]},
+        "guidance_interval": {"type": "array", "description": "Guidance holds from one part of the steps to another."},
+        "windows": {"type": ["integer", "array"], "description": "Length and stride of a long scene's windows."},
+        "window_noise": {"enum": list(WINDOW_NOISE)},
+        "free_init": {"type": ["number", "array"], "description": "Iterations of FreeInit."},
+        "free_init_filter": {"enum": list(FILTERS)},
     }
     scene: dict[str, Any] = {
         "prompt": {"type": "string", "minLength": 1, "description": "What the scene shows."},
@@ -277,7 +291,7 @@ def script_schema(manifest: Manifest, files: bool = True) -> dict[str, Any]:
         **shared,
     }
     for control in manifest.controls:
-        if files or control.kind not in ("picture", "clip"):
+        if files or control.kind not in VISUAL:
             scene[control.name] = {**_schema_of(control, files), "description": control.meaning}
     whole = {"type": "integer", "minimum": 1}
     script = {"fps": {**whole, "maximum": 240}, "width": whole, "height": whole, **shared}
@@ -305,4 +319,12 @@ def _schema_of(control: Control, files: bool) -> dict[str, Any]:
         return {"anyOf": [*given, *([{"type": "string"}] if files else [])]}
     if control.kind == "choice":
         return {"enum": list(control.choices)}
+    if control.kind == "frames":
+        index = {"pattern": "^-?[0-9]{1,6}$"}
+        return {
+            "type": "object",
+            "minProperties": 1,
+            "propertyNames": index,
+            "additionalProperties": {"type": "string"},
+        }
     return {"number": number, "whole": {**number, "type": "integer"}}.get(control.kind, {"type": "string"})
