@@ -1,18 +1,27 @@
 """From a cold process to a saved video: seconds and share of each part, the loop's own overhead, peak memory.
 
     python benchmarks/cold_start.py [--model DIR] [--backend auto] [--threads N] [--guidance G] [--repeats 3]
+    python benchmarks/cold_start.py --against CHECKOUT --repeats 7      # the command of another commit, in turn
 
 Each repeat is a fresh process; the parts of the one with the median total are shown. The hardware is named. The loop's
 overhead is what the denoising loops take beyond the stages they run. Guidance decides which graphs are loaded: at 1 the
 steps with one branch, at others those with both.
+
+With `--against` the command `higen generate` is timed from the shell to the file, here, here without the cache of
+optimised graphs, and in the other checkout: wall and CPU time, median and range, after one run of each that is not
+counted. Python's bytecode is kept in a folder of its own.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
+import resource
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -69,6 +78,37 @@ def child(arguments: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+PROMPT = "a whale flapping its tail on a blue sky"
+
+
+def compare(other: str, repeats: int, output: str) -> None:
+    """Time the command here and in another checkout, in turn."""
+    here = str(Path(__file__).resolve().parents[1])
+    with tempfile.TemporaryDirectory() as folder:
+        common = {**os.environ, "PYTHONPYCACHEPREFIX": f"{folder}/bytecode"}
+        common.pop("PYTHONDONTWRITEBYTECODE", None)
+        sides = {
+            "here": {"PYTHONPATH": here, "HIGEN_CACHE": f"{folder}/cache"},
+            "without cache": {"PYTHONPATH": here, "HIGEN_CACHE": "off"},
+            "there": {"PYTHONPATH": other},
+        }
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+        for repeat in range(repeats + 1):
+            for name, variables in sides.items():
+                start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
+                command = [sys.executable, "-m", "higen", "generate", PROMPT, "-o", output]
+                subprocess.run(command, env={**common, **variables}, check=True, capture_output=True)
+                after = resource.getrusage(resource.RUSAGE_CHILDREN)
+                cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+                if repeat:
+                    times[name].append((time.perf_counter() - start, cpu))
+    print(f"{repeats} runs of each, load {os.getloadavg()[0]:.1f}")
+    print("|  | wall, s | CPU, s |\n|---|---|---|")
+    for name, measured in times.items():
+        shown = [f"{statistics.median(v):.2f} ({min(v):.2f} to {max(v):.2f})" for v in zip(*measured, strict=True)]
+        print(f"| {name} | {' | '.join(shown)} |")
+
+
 def main() -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(description="Time a cold start.")
@@ -78,12 +118,16 @@ def main() -> None:
     parser.add_argument("--guidance", type=float, help="of every loop")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", default="cold_start.mp4", help="the video; written anew by each repeat")
+    parser.add_argument("--against", metavar="CHECKOUT", help="a checkout of another commit")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.child is not None:
         print(json.dumps(child(arguments.child)))
         return
     print(cores())
+    if arguments.against is not None:
+        compare(str(Path(arguments.against).resolve()), arguments.repeats, arguments.output)
+        return
     runs = []
     for _ in range(arguments.repeats):
         given = {name: getattr(arguments, name) for name in ("model", "backend", "threads", "guidance", "output")}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from higen.bundle import Bundle
-from higen.errors import MissingExtra
+from higen.errors import MissingExtra, RequestError, quoted
 from higen.precision import PRECISIONS, QUANTIZED
 from higen.progress import is_watched
 from higen.terminal import JSON, PATH, Commands, reported
@@ -49,11 +51,21 @@ def main() -> None:
     help="21 is portable; 22 and 23 load in newer ONNX Runtimes than 1.20; 23, the newest that TensorRT for RTX "
     "takes, has attention as one operator.  [21; bf16: 23]",
 )
+@click.option("--resume", is_flag=True, help="Go on with an interrupted export: its finished graphs are kept.")
 @JSON
 def onnx(
-    model: Path, stages: tuple[str, ...], precision: str, static: str | None, opset: int | None, as_json: bool
+    model: Path,
+    stages: tuple[str, ...],
+    precision: str,
+    static: str | None,
+    opset: int | None,
+    resume: bool,
+    as_json: bool,
 ) -> None:
-    """Write an ONNX graph for every stage of MODEL, each checked against PyTorch at shapes it was not traced with."""
+    """Write an ONNX graph for every stage of MODEL, each checked against PyTorch at shapes it was not traced with.
+
+    A graph is written as soon as it has passed; --resume makes those that are missing after an interruption.
+    """
     with reported(as_json):
         with _export_extra():
             from higen.export.model_graphs import export_model
@@ -66,6 +78,7 @@ def onnx(
             precision=precision,
             opset=opset,
             static=None if static is None else static_sizes(bundle.manifest, static),
+            resume=resume,
             on_parity=_listing(done, as_json),
             on_line=_telling(as_json),
         )
@@ -126,13 +139,29 @@ def _telling(as_json: bool) -> Callable[[str], None]:
     return lambda line: click.echo(line, err=as_json)
 
 
+def _size(text: str) -> dict[str, int]:
+    found = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", text)
+    if found is None:
+        raise RequestError(f"size={quoted(text)}: WIDTHxHEIGHT in pixels, as 256x256")
+    return {"width": int(found[1]), "height": int(found[2])}
+
+
 @main.command()
 @MODEL
 @click.option("--precision", type=click.Choice(list(QUANTIZED)), default="int8.fp16", show_default=True)
 @click.option("--stage", "stages", multiple=True, help="Only these denoising stages.  [all that have a graph]")
 @click.option("--prompt", "prompts", multiple=True, help="Calibrate on videos of these.  [some the model knows]")
 @click.option("--steps", type=click.IntRange(1, 1000), default=10, show_default=True, help="Steps of these videos.")
+@click.option("--frames", type=int, help="Frames of these videos; fewer take less time.  [the model's]")
+@click.option("--size", help="Width and height of these videos: 256x256.  [the model's]")
 @click.option("--calls", type=click.IntRange(1, 1000), default=8, show_default=True, help="Steps to calibrate on.")
+@click.option(
+    "--minutes",
+    type=click.FloatRange(0, min_open=True),
+    default=60,
+    show_default=True,
+    help="For these videos, half of it at most, and for measuring layers; those that are left stay as they are.",
+)
 @click.option(
     "--tolerance",
     type=click.FloatRange(0, min_open=True),
@@ -145,7 +174,10 @@ def quantize(
     stages: tuple[str, ...],
     prompts: tuple[str, ...],
     steps: int,
+    frames: int | None,
+    size: str | None,
     calls: int,
+    minutes: float,
     tolerance: float | None,
     as_json: bool,
 ) -> None:
@@ -160,10 +192,13 @@ def quantize(
             from higen.export.quantize import TOLERANCE, Report, check_graphs, record_calls
             from higen.export.quantize import quantize as run
             from higen.trial import known_prompts
+        until = time.monotonic() + 60 * minutes
+        sizes = ({} if frames is None else {"frames": frames}) | ({} if size is None else _size(size))
         bundle = current(Bundle.open(model), _telling(as_json))
         names = check_graphs(bundle, precision, stages or None)
         shown = not as_json and is_watched()
-        recorded = record_calls(bundle, prompts or known_prompts(bundle.manifest, 3), steps, calls, names, shown)
+        texts = prompts or known_prompts(bundle.manifest, 3)
+        recorded = record_calls(bundle, texts, steps, calls, names, shown, 30 * minutes, **sizes)
         done: list[Report] = []
 
         def show(report: Report) -> None:
@@ -173,7 +208,7 @@ def quantize(
                 click.echo(f"{report.stage:<22}{report.precision:<12}{layers:<40}error {report.error:.3f}")
 
         allowed = TOLERANCE if tolerance is None else tolerance
-        run(bundle, recorded, precision, names, allowed, show, shown)
+        run(bundle, recorded, precision, names, allowed, show, shown, until - time.monotonic())
         if as_json:
             click.echo(json.dumps({"model": str(bundle.path), "stages": [report.as_json() for report in done]}))
 

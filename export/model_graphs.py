@@ -11,6 +11,7 @@ from higen.bundle import Bundle, check_place, drop_file, graph_file, put_file
 from higen.errors import BackendError, RequestError
 from higen.export.graphs import export_stage
 from higen.export.interface import check_interface, graph_inputs
+from higen.export.origin import enter, is_finished, origin
 from higen.export.parity import Parity, check_graph, check_rounding, references
 from higen.export.place import check_writable, writing
 from higen.export.precision import check_opset, computed_in, lowered, rounded, write_weights
@@ -38,22 +39,26 @@ def export_model(
     precision: str = "fp32",
     opset: int | None = None,
     static: Mapping[str, int] | None = None,
+    resume: bool = False,
     on_parity: Callable[[Parity], None] | None = None,
     on_line: Callable[[str], None] = lambda _: None,
 ) -> Bundle:
-    """Write the graph of each stage into the model's folder, each only after it passed the parity gate.
+    """Write the graph of each stage into the model's folder, each as soon as it passed the parity gate.
 
     stages     by name; None: every stage of the model
     precision  what the graphs compute in (precision.PRECISIONS); another than fp32 makes a second weights file, unless
                the model's own are stored in it
     opset      of ONNX; None: the precision's default
     static     sizes of B, F, H and W to fix (`shapes.static_sizes`); None: they stay dynamic
-    on_line    is told where the manifest is of an older version and is upgraded first
+    resume     pass over a stage whose graph is there, whole, and was made from the same weights and tables with the
+               same options by the same versions of the programs
+    on_line    is told where the manifest is of an older version and is upgraded first, and which stages are passed over
 
     Files are written aside and moved; the manifest changes with each, so that at every moment the model can be
-    opened. An interrupted export can be run again. Raises RequestError for an unknown stage or precision or an opset
-    that it cannot have, UnknownFamily where the networks' code is not installed, OutputError where the folder cannot be
-    written, ModelError for a file in the place of a graph that is not the model's, BackendError where the gate fails.
+    opened. An interrupted export keeps the graphs that it has written. Raises RequestError for an unknown stage or
+    precision or an opset that it cannot have, UnknownFamily where the networks' code is not installed, OutputError
+    where the folder cannot be written, ModelError for a file in the place of a graph that is not the model's,
+    BackendError where the gate fails.
     """
     opset = check_opset(precision, opset)
     check_writable(bundle)
@@ -78,7 +83,15 @@ def export_model(
         check_place(bundle.path, listed, graph_file(name, precision))
     with writing(bundle) as place:
         try:
-            return _export(Bundle.open(bundle.path), place, names, precision, opset, static, passes)
+            bundle = Bundle.open(bundle.path)
+            for name in names:
+                bundle = write_weights(bundle, name, precision)
+                digest = origin(bundle, name, precision, opset, static)
+                if resume and is_finished(bundle, name, precision, digest):
+                    on_line(f"{graph_file(name, precision)}: it is there already")
+                else:
+                    bundle = _export(bundle, place, name, precision, opset, static, passes, digest)
+            return bundle
         except BaseException:
             _drop_unused_weights(bundle, place, precision)
             raise
@@ -87,37 +100,33 @@ def export_model(
 def _export(
     bundle: Bundle,
     place: Staging,
-    names: Sequence[str],
+    name: str,
     precision: str,
     opset: int,
     static: Mapping[str, int] | None,
     passes: Callable[[Parity], None],
+    digest: str,
 ) -> Bundle:
-    parts = {name: place.beside(graph_file(name, precision)) for name in names}
+    stage, aside = bundle.manifest.stage(name), place.beside(graph_file(name, precision))
     # One network in memory at a time: the float32 one says what is right, the low one is traced, then ONNX Runtime
-    # loads the graphs.
+    # loads the graph.
     expected = TorchBackend(bundle, Options(device="cpu", precision="fp32"))
-    for name in names:
-        bundle = write_weights(bundle, name, precision)
-    outputs = {name: references(expected, name, precision, static) for name in names}
+    outputs = references(expected, name, precision, static)
     traced = expected
     if precision != "fp32":
         expected.close()
         traced = TorchBackend(bundle, Options(device="cpu", precision=precision, verify=False))
-    for name, aside in parts.items():
-        stage = bundle.manifest.stage(name)
-        module = lowered(traced.module(name), computed_in(stage, precision))
-        rounded(module, precision)  # as they are stored, whatever it computes in
-        export_stage(bundle, module, name, aside, opset, precision, static)
-        check_interface(stage, aside)
-        if precision != "fp32":
-            passes(check_rounding(traced, name, outputs[name][0], precision))
+    module = lowered(traced.module(name), computed_in(stage, precision))
+    rounded(module, precision)  # as they are stored, whatever it computes in
+    export_stage(bundle, module, name, aside, opset, precision, static)
+    check_interface(stage, aside)
+    enter(aside, digest)
+    if precision != "fp32":
+        passes(check_rounding(traced, name, outputs[0], precision))
     traced.close()
-    for name, aside in parts.items():
-        for parity in check_graph(bundle, name, aside, outputs[name], precision):
-            passes(parity)
-        bundle = put_file(bundle, aside, graph_file(name, precision), graph_inputs(aside))
-    return bundle
+    for parity in check_graph(bundle, name, aside, outputs, precision):
+        passes(parity)
+    return put_file(bundle, aside, graph_file(name, precision), graph_inputs(aside))
 
 
 def _drop_unused_weights(bundle: Bundle, place: Staging, precision: str) -> None:

@@ -9,6 +9,7 @@ guidance and the solver.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -81,15 +82,19 @@ def record_calls(
     calls: int,
     stages: Sequence[str] | None = None,
     shown: bool = False,
+    seconds: float | None = None,
     **sizes: int,
 ) -> dict[str, Calls]:
     """Inputs of `calls` calls of each denoising stage (None: of all that have a graph), from all along the loops of
     videos of `prompts`, with and without guidance as the stages need it; `shown`: with a progress bar.
 
+    seconds    it ends after these, at the step at which every stage has a call; None: after the last video
+    sizes      frames, width and height of the videos; the model's own
+
     Raises BackendError for a stage that no video runs.
     """
     names = with_graphs(bundle) if stages is None else stages
-    found = record(bundle, names, prompts, shown, steps=steps, **sizes)
+    found = record(bundle, names, prompts, shown, seconds, steps=steps, **sizes)
     if idle := [stage for stage in names if not found[stage]]:
         raise BackendError(f"{', '.join(idle)}: no video runs it, so there is nothing to calibrate on")
     return {stage: _spread(made, calls) for stage, made in found.items()}
@@ -141,6 +146,7 @@ def quantize(
     tolerance: float = TOLERANCE,
     on_report: Callable[[Report], None] = lambda _: None,
     shown: bool = False,
+    seconds: float | None = None,
 ) -> Bundle:
     """Write the graph of each denoising stage in a quantised precision (precision.QUANTIZED).
 
@@ -148,32 +154,36 @@ def quantize(
     calls      inputs to calibrate and to measure with, from `record_calls`
     tolerance  largest error (see `Report`) of a step; layers leave, the worst first, until it holds
     shown      with a progress bar
+    seconds    for measuring what each layer alone does, in equal parts for the stages; layers that were not measured by
+               then, those with the least arithmetic, stay as they are. None: all are measured
 
     Raises what `check_graphs` raises, BackendError where no layer can be quantised within the tolerance, OutputError
     where a graph cannot be written.
     """
     names = check_graphs(bundle, precision, stages)
+    until = float("inf") if seconds is None else time.monotonic() + seconds
     with writing(bundle) as place:
-        for stage in names:
-            bundle = _quantize_stage(bundle, place, stage, calls[stage], precision, tolerance, on_report, shown)
+        for done, stage in enumerate(names):
+            trial = _Trial(bundle, place, stage, calls[stage], precision)
+            now = time.monotonic()
+            choice = _choose(trial, tolerance, now + (until - now) / (len(names) - done), shown)
+            bundle = _write(bundle, place, trial, precision, *choice, on_report)
     return bundle
 
 
-def _quantize_stage(
+def _write(
     bundle: Bundle,
     place: Staging,
-    stage: str,
-    calls: Calls,
+    trial: _Trial,
     precision: str,
-    tolerance: float,
+    chosen: Sequence[str],
+    error: float,
     on_report: Callable[[Report], None],
-    shown: bool,
 ) -> Bundle:
-    kind, base = KINDS[precision.partition(".")[0]], precision_named(precision).base
-    trial = _Trial(bundle, place, stage, calls, kind, base)
-    chosen, error = _choose(trial, tolerance, shown)
+    stage, base = trial.stage, precision_named(precision).base
     model = ir.load(bundle.path / graph_file(stage, base))
-    insert(model, chosen, trial.ranges, kind)
+    insert(model, chosen, trial.ranges, trial.kind)
+    model.metadata_props.clear()  # what is said there is of the graph that it was made from
     aside = place.beside(graph_file(stage, precision))
     ir.save(model, aside)
     bundle = put_file(bundle, aside, graph_file(stage, precision), graph_inputs(aside))
@@ -190,12 +200,13 @@ class _Trial:
     work     multiplications of each layer in a call
     """
 
-    def __init__(self, bundle: Bundle, place: Staging, stage: str, calls: Calls, kind: Kind, base: str) -> None:
-        self.stage = stage
+    def __init__(self, bundle: Bundle, place: Staging, stage: str, calls: Calls, precision: str) -> None:
+        self.stage, self.kind = stage, KINDS[precision.partition(".")[0]]
         self._bundle, self._place, self._calls = bundle, place, calls
-        self.ranges, self.work = self._calibrate(kind)
+        self.ranges, self.work = self._calibrate(self.kind)
         model = self._plain()
-        self._names = insert_switched(model.graph, self.ranges, kind, COMPUTED[base])
+        scales = COMPUTED[precision_named(precision).base]
+        self._names = insert_switched(model.graph, self.ranges, self.kind, scales)
         self._session = self._open(model)
         self._expected = [self._run(call, ()) for call in calls]
 
@@ -275,21 +286,29 @@ def _noise(nodes: Nodes, value: ir.Value, high: float, kind: Kind, clip: float) 
     return nodes.add("ReduceMean", [nodes.add("Mul", [off, off], f"{clip}.power")], f"{clip}.noise", keepdims=0)
 
 
-def _choose(trial: _Trial, tolerance: float, shown: bool) -> tuple[list[str], float]:
+def _choose(trial: _Trial, tolerance: float, until: float, shown: bool) -> tuple[list[str], float]:
     """The layers, those first that save most arithmetic for their error, with which a step stays within the tolerance;
-    and its error.
+    and its error. `until`: the time on the monotonic clock when no further layer is measured alone.
     """
-    names = list(trial.work)
+    names = sorted(trial.work, key=lambda name: -trial.work[name])
     together = trial.errors(names)
     if (error := max(together)) <= tolerance:
-        return names, error
+        return list(trial.work), error
     worst = np.argsort(together)[-ALONE:].tolist()
-    alone = {}
+    least = max(round(LEAST * len(names)), 1)
+    alone: dict[str, float] = {}
     for name in tqdm(names, desc=f"{trial.stage}, layers", disable=not shown):
+        if time.monotonic() > until:
+            break
         alone[name] = sum(error**2 for error in trial.errors([name], worst))
+    if len(alone) < least:
+        raise BackendError(
+            f"{trial.stage}: there was time to measure {len(alone)} of {len(names)} layers, and {least} are needed: "
+            "allow more minutes, or calibrate on fewer frames or a smaller size"
+        )
     # Layers' errors are nearly independent: their squares add up.
-    ordered = sorted(names, key=lambda name: alone[name] / trial.work[name])
-    fits, over = max(round(LEAST * len(names)), 1), len(names)
+    ordered = sorted(alone, key=lambda name: alone[name] / trial.work[name])
+    fits, over = least, len(names) if len(alone) == len(names) else len(alone) + 1  # all are too many, as was seen
     error = max(trial.errors(ordered[:fits]))
     if error > tolerance:
         raise BackendError(

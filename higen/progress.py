@@ -55,26 +55,31 @@ class Progress:
             raise RequestError(f"progress={quoted(shown)}: True, False, None or 'previews'")
         self._parts = iter(parts)
         self._shown = is_watched() if shown is None else bool(shown) and sys.stderr is not None
-        self._done = 0
+        self._done = self._total = 0
         self._bar: Any = None
         self._next()
 
     def reached(self, done: int) -> None:
         """`done` steps of the present part are made."""
-        self._bar.update(done - self._done)
+        if self._bar is not None:
+            self._bar.update(done - self._done)
         self._done = done
-        if done == self._bar.total:
+        if done == self._total:
             self.close()
             self._next()
 
     def close(self) -> None:
         """Leave the bar as it stands."""
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def _next(self) -> None:
-        from tqdm import tqdm
-
-        name, total = next(self._parts, ("", 0))
+        name, self._total = next(self._parts, ("", 0))
         self._done = 0
-        shown = self._shown and bool(name)
-        self._bar = tqdm(desc=f"{name:<8}", total=total, disable=not shown, file=_Screen(), dynamic_ncols=True)
+        self._bar = _bar(name, self._total) if self._shown and name else None
+
+
+def _bar(name: str, total: int) -> Any:
+    from tqdm import tqdm  # late: most processes show no bar
+
+    return tqdm(desc=f"{name:<8}", total=total, file=_Screen(), dynamic_ncols=True)

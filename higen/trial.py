@@ -6,6 +6,7 @@ of guidance, or the encoder of a picture. What is needed for which stage follows
 
 from __future__ import annotations
 
+import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -89,13 +90,20 @@ def _above_one(loop: Loop) -> float | None:
 
 
 def record(
-    bundle: Bundle, stages: Collection[str], prompts: Sequence[str], shown: bool = False, **options: Any
+    bundle: Bundle,
+    stages: Collection[str],
+    prompts: Sequence[str],
+    shown: bool = False,
+    seconds: float | None = None,
+    **options: Any,
 ) -> dict[str, Calls]:
     """Inputs of each of the stages' calls in videos of `prompts`, on the float32 graphs; `options` of each request.
 
     Only as many of `ways` are taken as it needs for every stage to be called; a stage that no request runs has no
-    calls. `shown`: with a progress bar. Raises what a request raises.
+    calls. `shown`: with a progress bar. After `seconds` it ends with the step at which every stage has a call. Raises
+    what a request raises.
     """
+    until = float("inf") if seconds is None else time.monotonic() + seconds
     calls: dict[str, Calls] = {stage: [] for stage in stages}
     sizes: dict[str, int] = {name: options[name] for name in options.keys() & {"frames", "height", "width"}}
     recorder = CallRecorder(bundle, ())
@@ -112,11 +120,17 @@ def record(
                 stream = pipeline.stream(prompt, seed=seed, **given)
                 total += sum(rows for name, rows in stream.loops if name != "decode")
                 bar.total = total
+                late = False
                 for event in stream:
                     bar.update(isinstance(event, Step))
+                    late = time.monotonic() > until and all(calls[s] or recorder.calls.get(s) for s in stages)
+                    if late:
+                        break
                 for stage, made in recorder.calls.items():
                     calls[stage] += made
                 missing -= wanted
+                if late:
+                    return calls
     return calls
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +21,9 @@ from higen.families.higen.unet import Denoiser
 from higen.models.companions import autoencoder, text_encoder
 from higen.tokenizer import build_word_tokenizer
 from higen.train.settings import Settings
+
+# Nothing is kept from one run of the tests to the next; processes that tests start have it from here.
+os.environ["HIGEN_CACHE"] = "off"
 
 # The same examples everywhere, and no limit of time: how fast a machine is decides no test.
 hypothesis.settings.register_profile(

@@ -7,9 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,7 +29,7 @@ from higen.backends.select import select_backend
 from higen.backends.torch import TorchBackend
 from higen.bundle import MANIFEST, Bundle, GraphInput, file_record, graph_file, rewrite
 from higen.errors import BackendError, BackendUnavailable, CheckpointError, OutputError, RequestError
-from higen.export import graphs
+from higen.export import graphs, origin
 from higen.export import model_graphs as export
 from higen.export.cli import main
 from higen.export.graphs import LARGEST_INLINE
@@ -342,6 +343,30 @@ def test_an_interrupted_export_leaves_a_model_and_can_be_run_again(copy: Path) -
     again = export_model(left, EXPORTED)
     assert all(again.file(graph_file(name)) for name in EXPORTED)
     assert {path.name for path in copy.iterdir()} == {*again.files, MANIFEST}
+
+
+@pytest.mark.usefixtures("traced")
+def test_an_export_is_taken_up_again_with_what_is_finished(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(stages: Sequence[str] = EXPORTED[:1], **options: Any) -> tuple[set[str], list[str]]:
+        """The stages that were exported, and what was said of others."""
+        done: list[Parity] = []
+        said: list[str] = []
+        export_model(Bundle.open(copy), stages, resume=True, on_parity=done.append, on_line=said.append, **options)
+        return {parity.stage for parity in done}, said
+
+    there = "text_encoder.onnx: it is there already"
+    export_model(Bundle.open(copy), EXPORTED[:1])  # as a run leaves it that ends after its first stage
+    assert run(EXPORTED) == ({"conditioner"}, [there])
+    assert run(EXPORTED) == (set(), [there, "conditioner.onnx: it is there already"])
+    assert run(opset=22)[0] == {"text_encoder"}
+    # Damaged, in its size.
+    graph = copy / "text_encoder.onnx"
+    whole = graph.read_bytes()
+    graph.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert run(opset=22)[0] == {"text_encoder"}
+    # Of other versions of the programs.
+    monkeypatch.setattr(origin, "__version__", "0")
+    assert run(opset=22)[0] == {"text_encoder"}
 
 
 @pytest.mark.usefixtures("traced")

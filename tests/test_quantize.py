@@ -6,7 +6,9 @@ import errno
 import os
 import re
 import shutil
+from collections.abc import Collection, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -27,7 +29,7 @@ from higen.engines.targets import parse_targets
 from higen.errors import BackendError, BackendUnavailable, ModelError, OutputError, RequestError
 from higen.export.interface import graph_inputs
 from higen.export.model_graphs import export_model
-from higen.export.quantize import Report, quantize, record_calls
+from higen.export.quantize import Report, _choose, quantize, record_calls
 from higen.exporter import main
 from higen.train.emoji.evaluation.report import COLUMNS
 
@@ -59,7 +61,9 @@ def test_recording_shows_how_far_it_is(model: Path, capsys: pytest.CaptureFixtur
     step = bundle.manifest.sizes.multiple
     record_calls(bundle, ["a red heart"], 1, 1, None, True, frames=2, width=step, height=step)
     assert "calibration: 100%" in capsys.readouterr().err
-    record_calls(bundle, ["a red heart"], 1, 1, frames=2, width=step, height=step)
+    # Without time it ends when each stage was called.
+    found = record_calls(bundle, ["a red heart", "a cat"], 1, 9, seconds=0, frames=2, width=step, height=step)
+    assert {len(calls) for calls in found.values()} == {1}
     assert capsys.readouterr().err == ""
 
 
@@ -105,6 +109,50 @@ def test_a_tolerance_that_cannot_hold_is_one_error(model: Path, calls: Any) -> N
     with pytest.raises(BackendError, match=r"spatial_unet: a tenth of its layers in fewer bits differs by .*1e-09"):
         quantize(Bundle.open(model), few, "int8", ["spatial_unet"], 1e-9)
     assert not list(model.glob(".*part"))
+
+
+@pytest.mark.parametrize(("seconds", "measured"), [(9, 9), (1000, 40)])
+def test_layers_that_there_was_no_time_for_stay_as_they_are(
+    monkeypatch: pytest.MonkeyPatch, seconds: int, measured: int
+) -> None:
+    """40 layers of equal error and growing work; a step stays within the tolerance with 16 of them."""
+    work = {f"layer {i}": float(i + 1) for i in range(40)}
+
+    def errors(chosen: Collection[str], calls: Sequence[int] | None = None) -> list[float]:
+        return [0.01 * len(chosen) ** 0.5] * 2
+
+    trial: Any = SimpleNamespace(stage="step", work=work, errors=errors)
+    ticks = iter(range(1000))
+    monkeypatch.setattr("higen.export.quantize.time", SimpleNamespace(monotonic=lambda: next(ticks)))
+    chosen, error = _choose(trial, 0.04, seconds - 1, False)
+    assert set(chosen) == {f"layer {i}" for i in range(40 - min(measured, 16), 40)}
+    assert error == errors(chosen)[0]
+    with pytest.raises(BackendError, match=r"step: there was time to measure 3 of 40 layers, and 4 are needed"):
+        _choose(trial, 0.04, next(ticks) + 3, False)
+
+
+@pytest.mark.parametrize("size", ["256", "0x64", "64x-64", "64x64x3", "axb"])
+def test_a_size_that_is_none_is_one_error(model: Path, size: str) -> None:
+    done = CliRunner().invoke(main, ["quantize", str(model), "--precision", "int8", "--size", size])
+    assert done.exit_code == 2
+    assert f"size='{size}': WIDTHxHEIGHT in pixels, as 256x256" in done.output
+
+
+def test_the_command_takes_frames_size_and_minutes(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr("higen.export.quantize.record_calls", lambda *a, **sizes: given.extend((a[-1], sizes)))
+    monkeypatch.setattr("higen.export.quantize.quantize", lambda *a: given.append(a[-1]))
+    command = ["quantize", str(model), "--precision", "int8", "--frames", "2", "--size", "32x64", "--minutes", "2"]
+    done = CliRunner().invoke(main, command)
+    assert done.exit_code == 0, done.output
+    assert given[:2] == [60, {"frames": 2, "width": 32, "height": 64}]
+    assert 60 < given[2] <= 120
+
+
+def test_a_size_that_the_model_has_not_is_one_error(model: Path) -> None:
+    done = CliRunner().invoke(main, ["quantize", str(model), "--precision", "int8", "--size", "33x64"])
+    assert done.exit_code == 2
+    assert "width=33" in done.output
 
 
 def test_a_full_disk_is_one_error(model: Path, calls: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -32,6 +32,16 @@ def test_the_option_is_set() -> None:
     assert session_options(threads=3).intra_op_num_threads == 3
 
 
+@pytest.mark.parametrize(("threads", "cores", "sleeps"), [(1, 64, True), (4, 64, True), (5, 2, False), (None, 2, True)])
+def test_few_threads_sleep_while_they_wait(
+    monkeypatch: pytest.MonkeyPatch, threads: int | None, cores: int, sleeps: bool
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    options = session_options(threads)
+    name, value = ("intra_op.allow_spinning", "0") if sleeps else ("force_spinning_stop", "1")
+    assert options.get_session_config_entry(f"session.{name}") == value
+
+
 def test_nothing_else_makes_options_or_a_session_without_them() -> None:
     """Python's own sources, the Triton server's stand-in among them."""
     made: list[str] = []

@@ -27,6 +27,9 @@ _MODEL: _Fields = {7: _GRAPH, 20: _TRAINING, 25: {7: _NODE}}  # ModelProto.graph
 
 _DEEPEST = 200
 
+_LOCATION = b"location"
+"""The key of such an entry. A part of a graph without these bytes has none: most nodes need not be read."""
+
 
 def graph_files(bundle: Bundle, graph: str) -> tuple[str, ...]:
     """A graph's file and those that its tensors lie in, all of which the manifest lists. Raises IntegrityError."""
@@ -55,10 +58,11 @@ def _locations(message: memoryview, fields: _Fields, depth: int) -> Iterator[str
             continue
         inner = fields[number]
         if inner is not None:
-            yield from _locations(content, inner, depth + 1)
+            if _LOCATION in bytes(content):
+                yield from _locations(content, inner, depth + 1)
             continue
         entry = dict(_read(content))  # StringStringEntryProto: 1 is the key, 2 the value
-        if bytes(entry.get(1, b"")) == b"location":
+        if bytes(entry.get(1, b"")) == _LOCATION:
             yield bytes(entry.get(2, b"")).decode("utf-8")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 from higen.backends.base import CLOSED, Choice
 from higen.backends.cuda import gpu_count
 from higen.backends.external_data import graph_files
+from higen.backends.graph_cache import GraphCache
 from higen.backends.older import as_before, is_older
 from higen.backends.options import PLAIN, Options
 from higen.backends.sessions import load_cuda, session_options
@@ -82,6 +84,8 @@ class OnnxBackend:
             check_present(device, gpus)
         self._required = kind is not None
         self._verified: set[str] = set()
+        # An entry's name says what the manifest says of the files: it is theirs only where they were checked.
+        self._cache = GraphCache.of_user() if self.options.verify else None
         self._sessions: dict[str, _Session] = {}
         self._making = threading.Lock()
         self._closed = False
@@ -171,7 +175,6 @@ class OnnxBackend:
         files = graph_files(self.bundle, self._file(name).name)
         for file in files[1:]:
             self._file(file)
-        options = session_options(self.options.threads)
         missing = ""
         wanted: Sequence[Any] = [PROVIDERS["cpu"]]
         if self._device != "cpu":
@@ -181,7 +184,7 @@ class OnnxBackend:
             wanted = [(PROVIDERS[self._device], {"device_id": self._index} if self._index else {}), *wanted]
         try:
             with enough_memory(name):
-                session = ort.InferenceSession(str(self.bundle.path / name), options, providers=wanted)
+                session = self._session(files, wanted)
         except BackendError:
             raise
         except Exception as error:  # ONNX Runtime's errors share no base but Exception
@@ -205,6 +208,13 @@ class OnnxBackend:
         for file in files:
             self.bundle.file(file, verify=False)  # as they were before they were loaded, or they are checked again
         return self._checked(stage, session, precision, files)
+
+    def _session(self, files: tuple[str, ...], providers: Sequence[Any]) -> ort.InferenceSession:
+        """A session of a graph, its file the first; on a CPU from the user's cache, where it is there."""
+        options = partial(session_options, self.options.threads)
+        if self._cache is None or self._device != "cpu":
+            return ort.InferenceSession(str(self.bundle.path / files[0]), options(), providers=providers)
+        return self._cache.session(self.bundle, files, options, providers)
 
     def _file(self, name: str) -> Path:
         path = self.bundle.file(name, self.options.verify and name not in self._verified)

@@ -4,6 +4,7 @@
 #include <array>
 #include <charconv>
 #include <memory>
+#include <thread>
 #include <unordered_map>
 
 #include "errors.h"
@@ -75,6 +76,20 @@ void append(Ort::SessionOptions& options, const Provider& provider) {
     }
 }
 
+namespace {
+
+// As `waiting` in higen/backends/sessions.py: a few threads sleep while they have no work, more of them spin, but only
+// during a run. Each stage has a session, and spinning threads take the processor from the next one.
+void set_waiting(Ort::SessionOptions& options, unsigned threads) {
+    constexpr unsigned few = 4;
+    if (threads <= few)
+        options.AddConfigEntry("session.intra_op.allow_spinning", "0");
+    else
+        options.AddConfigEntry("session.force_spinning_stop", "1");
+}
+
+}  // namespace
+
 Ort::SessionOptions session_settings(int threads) {
     Ort::SessionOptions options;
     options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_FATAL);
@@ -82,6 +97,7 @@ Ort::SessionOptions session_settings(int threads) {
     // Without VNNI an x86 CPU adds pairs of u8 x s8 products in 16 bits, which saturate: another result than the graph
     // says. With this it takes u8 x u8, which do not. On other CPUs it changes nothing.
     options.AddConfigEntry("session.x64quantprecision", "1");
+    set_waiting(options, threads > 0 ? static_cast<unsigned>(threads) : std::thread::hardware_concurrency());
     return options;
 }
 
