@@ -27,9 +27,14 @@ class Rows:
         """The symbols that a request fixes."""
         return FREE if self.text is None or self.text.chunks == 1 else (*FREE, TOKENS)
 
+    @property
+    def all_stages(self) -> tuple[Stage, ...]:
+        """The stages, each with its variants behind it: what a graph may be of."""
+        return tuple(one for stage in self.stages for one in (stage, *stage.variants))
+
     def stage(self, name: str) -> Stage:
-        """The stage of that name. Raises KeyError."""
-        return {stage.name: stage for stage in self.stages}[name]
+        """The stage or variant of that name. Raises KeyError."""
+        return {stage.name: stage for stage in self.all_stages}[name]
 
     def loop(self, name: str) -> Loop:
         """The loop of that name. Raises KeyError."""
@@ -47,7 +52,7 @@ class Rows:
     def feeding(self, *stages: str) -> tuple[str, ...]:
         """These stages and those that feed them: each once, before what it feeds. Loops are left out."""
         found: dict[str, None] = {}
-        rows = {stage.name: stage for stage in self.stages}
+        rows = {stage.name: stage for stage in self.all_stages}
 
         def visit(name: str) -> None:
             if name in found or name not in rows:

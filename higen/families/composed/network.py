@@ -30,7 +30,9 @@ class ComposedNetworks:
         for part in (made_of.first, made_of.second):
             own = spec.part_manifest(part)
             networks = families.network(own.family).open(own, _PartWeights(weights, part.weights))
-            self._stages |= {here: (networks, name) for name, here in part.stages.items()}
+            for name, here in part.stages.items():  # a stage's variants have its name first
+                same = zip(_named(manifest, here), _named(own, name), strict=False)
+                self._stages |= {one: (networks, theirs) for one, theirs in same}
 
     def module(self, stage: str) -> nn.Module:
         """A stage as a module. Raises ManifestError, IntegrityError."""
@@ -38,6 +40,12 @@ class ComposedNetworks:
             raise ManifestError(f"stages.{stage}: {spec.FAMILY} has {', '.join(self._stages)}")
         networks, name = self._stages[stage]
         return networks.module(name)
+
+
+def _named(manifest: Manifest, name: str) -> list[str]:
+    """A stage and its variants."""
+    stage = manifest.stage(name)
+    return [one.name for one in (stage, *stage.variants)]
 
 
 class _PartWeights:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -20,6 +22,7 @@ def velocity(
     frame_embedding: Tensor,
     prior: Tensor | None,
     gain_context: Tensor | None = None,
+    network: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """v for latents [B,C,F,H,W]; alpha and sigma [B] are those of t. Undoes prior preconditioning where there is one.
 
@@ -30,12 +33,12 @@ def velocity(
     output v' is read out as v = g c v' + alpha sigma c (1 - g^2) x' - sigma p. At g = 1 this is v' - sigma p.
 
     `gain_context` decides g in place of `context`: two branches of guidance need one g, else their difference holds a
-    multiple of x and strong guidance makes x grow without bounds.
+    multiple of x and strong guidance makes x grow without bounds. `network` is called in place of `unet`.
     """
 
     def predict(x: Tensor) -> Tensor:
         inside = context.dtype
-        v = unet(x.to(inside), t, context, frame_embedding, None if prior is None else prior.to(inside))
+        v = (network or unet)(x.to(inside), t, context, frame_embedding, None if prior is None else prior.to(inside))
         return v.to(latents.dtype)
 
     if unet.residual_gain is None or prior is None:

@@ -82,7 +82,7 @@ def manifest(config: ModelConfig, plain: bool = True) -> Manifest:
 
     Raises ManifestError for a configuration whose parts do not fit each other.
     """
-    rows = tuple(s for s in stages() if plain or not s.name.endswith(PLAIN))
+    rows = tuple(s for s in stages(config.unet.level_channels[0]) if plain or not s.name.endswith(PLAIN))
     return Manifest(
         name=config.name,
         licence=config.licence,
@@ -97,8 +97,8 @@ def manifest(config: ModelConfig, plain: bool = True) -> Manifest:
     )
 
 
-def stages() -> tuple[Stage, ...]:
-    """The stages of every HiGen model, the plain ones too."""
+def stages(deep: int | None = None) -> tuple[Stage, ...]:
+    """The stages of every HiGen model, the plain ones too. `deep`: channels of the network's deep features."""
     hidden = ("B", "L", "Dt")
     return (
         text_encoder_stage(TEXT_ENCODER, "Dt"),
@@ -112,17 +112,17 @@ def stages() -> tuple[Stage, ...]:
             ),
             (Output("context", ("B", "K", "Dc")), Output("frame_embedding", ("B", "F", "E"))),
         ),
-        *_denoising_stages("spatial_unet", 1),
-        *_denoising_stages("temporal_unet", "F", Tensor("prior", ("B", "C", "H", "W"), source="spatial.latents")),
+        *_denoising_stages("spatial_unet", 1, deep),
+        *_denoising_stages("temporal_unet", "F", deep, Tensor("prior", ("B", "C", "H", "W"), source="spatial.latents")),
         *autoencoder_stages(AUTOENCODER, "image"),
     )
 
 
-def _denoising_stages(name: str, frames: str | int, *extra: Tensor) -> tuple[Stage, Stage]:
+def _denoising_stages(name: str, frames: str | int, deep: int | None, *extra: Tensor) -> tuple[Stage, Stage]:
     context = Tensor("context", ("B", "K", "Dc"), source="conditioner.context")
     empty = Tensor("empty_context", ("B", "K", "Dc"), source="conditioner@negative.context")
     embedding = Tensor("frame_embedding", ("B", frames, "E"), source="conditioner.frame_embedding")
-    return solver_stages(name, name + PLAIN, UNET, frames, (context, empty, embedding, *extra))
+    return solver_stages(name, name + PLAIN, UNET, frames, (context, empty, embedding, *extra), deep)
 
 
 def _sizes(config: ModelConfig) -> Sizes:

@@ -148,12 +148,38 @@ class UNet(nn.Module):
 
         No prior is a prior of zeros: its convolution's bias still acts.
         """
+        return self.with_deep(latents, t, context, frame_embedding, prior)[0]
+
+    def with_deep(
+        self,
+        latents: Tensor,
+        t: Tensor,
+        context: Tensor,
+        frame_embedding: Tensor,
+        prior: Tensor | None = None,
+        deep: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """v, and the features [B*F,C0,H,W] that enter the last block from below.
+
+        With `deep`, those of another step, only the first convolution and temporal layer and the last block are run
+        (Ma et al. 2024, DeepCache).
+        """
         frames = latents.shape[2]
         embedding = self._embedding(t, context, frame_embedding)  # [B*F, E]
-        x = self._enter(latents, prior)  # [B*F, C0, H, W]
+        first = self._enter(latents, prior)  # [B*F, C0, H, W]
         if self.temporal_in is not None:
-            x = self.temporal_in(x, frames)
-        skips = [x]
+            first = self.temporal_in(first, frames)
+        blocks = [block for level in self.decoder for block in level.blocks]
+        if deep is None:
+            deep = self._deep(first, embedding, context, frames)
+        x = self._run(blocks[-1], torch.cat([deep, first], dim=1), embedding, context, frames)
+        v = self.conv_out(nn.functional.silu(self.norm_out(x)))
+        out: Tensor = v.unflatten(0, (-1, frames)).transpose(1, 2)
+        return out, deep
+
+    def _deep(self, first: Tensor, embedding: Tensor, context: Tensor, frames: int) -> Tensor:
+        """All blocks but the last one: [B*F,C0,H,W] -> the same."""
+        x, skips = first, [first]
         for level in self.encoder:
             for block in level.blocks:
                 x = self._run(block, x, embedding, context, frames)
@@ -165,12 +191,12 @@ class UNet(nn.Module):
         x = self.middle_out(x, embedding, frames)
         for level in self.decoder:
             for block in level.blocks:
+                if len(skips) == 1:  # the last block's
+                    return x
                 x = self._run(block, torch.cat([x, skips.pop()], dim=1), embedding, context, frames)
             if level.resample is not None:
                 x = level.resample(x)
-        v = self.conv_out(nn.functional.silu(self.norm_out(x)))
-        out: Tensor = v.unflatten(0, (-1, frames)).transpose(1, 2)
-        return out
+        return x
 
     def _run(self, block: Block, x: Tensor, embedding: Tensor, context: Tensor, frames: int) -> Tensor:
         out: Tensor
