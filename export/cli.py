@@ -42,6 +42,9 @@ def main() -> None:
     show_default=True,
     help="What the graphs compute in; fp16 and bf16 stand beside fp32, with weights of their own.",
 )
+@click.option(
+    "--reuse", is_flag=True, help="Also the steps that keep and reuse deep features, for requests with reuse."
+)
 @click.option("--static", help="Fix samples, frames, height and width: 1x32x256x448.  [dynamic]")
 @click.option(
     "--opset",
@@ -51,7 +54,13 @@ def main() -> None:
 )
 @JSON
 def onnx(
-    model: Path, stages: tuple[str, ...], precision: str, static: str | None, opset: int | None, as_json: bool
+    model: Path,
+    stages: tuple[str, ...],
+    precision: str,
+    reuse: bool,
+    static: str | None,
+    opset: int | None,
+    as_json: bool,
 ) -> None:
     """Write an ONNX graph for every stage of MODEL, each checked against PyTorch at shapes it was not traced with."""
     with reported(as_json):
@@ -68,6 +77,7 @@ def onnx(
             static=None if static is None else static_sizes(bundle.manifest, static),
             on_parity=_listing(done, as_json),
             on_line=_telling(as_json),
+            reuse=reuse,
         )
         if as_json:
             click.echo(json.dumps({"model": str(bundle.path), "parity": [p.as_json() for p in done]}))
@@ -186,14 +196,17 @@ def inspect(model: Path, as_json: bool) -> None:
     with reported(as_json):
         bundle = Bundle.open(model)
         manifest = bundle.manifest
-        found = {name: bundle.precisions(name) for name in manifest.stage_names}
+        rows = (*manifest.stage_names, *(name for name in manifest.variants if bundle.precisions(name)))
+        found = {name: bundle.precisions(name) for name in rows}
         sizes = {name: record.size for name, record in bundle.files.items()}
         if as_json:
             click.echo(json.dumps({"name": manifest.name, "graphs": found, "files": sizes}))
             return
         click.echo(f"{manifest.name} ({manifest.licence}), family {manifest.family}")
-        for stage in manifest.stages:
-            graphs = found[stage.name]
+        for stage in manifest.all_stages:
+            graphs = found.get(stage.name)
+            if graphs is None:
+                continue
             click.echo(f"  {stage.name:<22}{'graph in ' + ', '.join(graphs) if graphs else 'no graph'}")
             for t in stage.inputs:
                 shape = str(list(t.shape)).replace("'", "")

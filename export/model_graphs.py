@@ -9,6 +9,7 @@ from higen.backends.options import Options
 from higen.backends.torch import TorchBackend
 from higen.bundle import Bundle, check_place, drop_file, graph_file, put_file
 from higen.errors import BackendError, RequestError
+from higen.export.deep_features import with_deep_features
 from higen.export.graphs import export_stage
 from higen.export.interface import check_interface, graph_inputs
 from higen.export.parity import Parity, check_graph, check_rounding, references
@@ -40,6 +41,7 @@ def export_model(
     static: Mapping[str, int] | None = None,
     on_parity: Callable[[Parity], None] | None = None,
     on_line: Callable[[str], None] = lambda _: None,
+    reuse: bool = False,
 ) -> Bundle:
     """Write the graph of each stage into the model's folder, each only after it passed the parity gate.
 
@@ -49,6 +51,8 @@ def export_model(
     opset      of ONNX; None: the precision's default
     static     sizes of B, F, H and W to fix (`shapes.static_sizes`); None: they stay dynamic
     on_line    is told where the manifest is of an older version and is upgraded first
+    reuse      also the variants of these stages that keep and reuse deep features (higen/feature_reuse.py); where the
+               manifest does not say yet that they have any, it will
 
     Files are written aside and moved; the manifest changes with each, so that at every moment the model can be
     opened. An interrupted export can be run again. Raises RequestError for an unknown stage or precision or an opset
@@ -59,10 +63,14 @@ def export_model(
     check_writable(bundle)
     bundle = current(bundle, on_line)
     families.network(bundle.manifest.family)
-    known = bundle.manifest.stage_names
-    names = known if stages is None else tuple(stages)
+    known = (*bundle.manifest.stage_names, *bundle.manifest.variants)
+    names = bundle.manifest.stage_names if stages is None else tuple(stages)
     if unknown := [name for name in names if name not in known]:
         raise RequestError(f"stages={unknown}: of {', '.join(known)}")
+    if reuse:
+        bundle = with_deep_features(bundle)
+        variants = [one.name for name in names for one in bundle.manifest.stage(name).variants]
+        names = tuple(dict.fromkeys([*names, *variants]))
 
     def passes(parity: Parity) -> None:
         if on_parity is not None:
@@ -129,10 +137,11 @@ def _drop_unused_weights(bundle: Bundle, place: Staging, precision: str) -> None
         return
     bundle = Bundle.open(bundle.path)
     manifest = bundle.manifest
-    made = {bundle.weights_variant(name, precision) for name in manifest.stage_names}
+    names = [stage.name for stage in manifest.all_stages]
+    made = {bundle.weights_variant(name, precision) for name in names}
     used = {stage.weights for stage in manifest.stages} | {
         bundle.weights(name, p)
-        for name in manifest.stage_names
+        for name in names
         for p in (*PRECISIONS, *QUANTIZED)
         if graph_file(name, p) in bundle.files
     }

@@ -42,6 +42,7 @@ def most_rows(manifest: Manifest, stage: Stage, max_batch: int) -> int:
 
 def frames_of(manifest: Manifest, name: str) -> tuple[int, int]:
     """Fewest and most frames F that a stage is run with."""
+    name = manifest.listed(name)
     if name == manifest.sizes.decoder:
         return 1, chunk_of(manifest, name)
     fewest, _, most = manifest.sizes.frames

@@ -32,6 +32,15 @@ class Rows:
         """The stages, each with its variants behind it: what a graph may be of."""
         return tuple(one for stage in self.stages for one in (stage, *stage.variants))
 
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The names of the stages' variants, which the table does not list."""
+        return tuple(one.name for stage in self.stages for one in stage.variants)
+
+    def listed(self, name: str) -> str:
+        """The stage of the table that a stage is, or is a variant of. Raises KeyError."""
+        return {one.name: stage.name for stage in self.stages for one in (stage, *stage.variants)}[name]
+
     def stage(self, name: str) -> Stage:
         """The stage or variant of that name. Raises KeyError."""
         return {stage.name: stage for stage in self.all_stages}[name]

@@ -120,6 +120,11 @@ class ClipPredictor(nn.Module):
         super().__init__()
         self.unet: Any = unet
 
+    @property
+    def deep_channels(self) -> int | None:
+        """Channels of the deep features; None: it has none."""
+        return int(self.unet.conv_in.out_channels)
+
     def enter(self, first: Tensor, frames: int) -> Tensor:
         """What stands between the first convolution and the blocks: [B*F,C,H,W] -> the same. Here nothing."""
         return first

@@ -108,6 +108,11 @@ class VelocityPredictor(nn.Module):
         super().__init__()
         self.unet = unet
 
+    @property
+    def deep_channels(self) -> int:
+        """Channels of the deep features."""
+        return self.unet.config.level_channels[0]
+
     def forward(self, *told: Any) -> Tensor:
         """x [B,C,F,H,W] and the other arguments of `with_deep` -> v, like x."""
         return self.with_deep(*told)[0]

@@ -45,6 +45,11 @@ class UpscalingPredictor(VideoPredictor):
             if block.upsamplers:
                 block.upsamplers = nn.ModuleList([_Doubled(sampler.conv) for sampler in block.upsamplers])
 
+    @property
+    def deep_channels(self) -> int | None:
+        """None where the lowest block up, which is a special one, is the only one."""
+        return super().deep_channels if len(self.unet.up_blocks) > 1 else None
+
     def through(
         self, first: Tensor, embedding: Tensor, context: Tensor, frames: int, deep: Tensor | None
     ) -> tuple[Tensor, Tensor]:

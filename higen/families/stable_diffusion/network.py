@@ -49,6 +49,12 @@ class ImagePredictor(nn.Module):
         super().__init__()
         self.unet = unet
 
+    @property
+    def deep_channels(self) -> int:
+        """Channels of the deep features."""
+        unet: Any = self.unet
+        return int(unet.conv_in.out_channels)
+
     def forward(
         self, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor], branches: int
     ) -> Tensor:

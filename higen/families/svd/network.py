@@ -76,6 +76,11 @@ class VideoPredictor(nn.Module):
         super().__init__()
         self.unet = unet
 
+    @property
+    def deep_channels(self) -> int:
+        """Channels of the deep features."""
+        return int(self.unet.conv_in.out_channels)
+
     def forward(self, *told: Any) -> Tensor:
         """x [B,C,F,H,W] and the other arguments of `with_deep` -> m, like x."""
         return self.with_deep(*told)[0]
