@@ -20,10 +20,12 @@ from higen.noise_schedule import is_whole
 from higen.schedule import last_level
 from higen.tables import WINDOW_NOISE, Loop, Windows
 
-__all__ = ["Interval", "LoopSettings", "guidance_rows", "loop_settings"]
+__all__ = ["MAX_REUSE", "Interval", "LoopSettings", "guidance_rows", "loop_settings"]
 
 MAX_ITERATIONS, MAX_ORDER = 100, 20
+
 MAX_REUSE = 1000
+"""The largest `reuse`: every so many rows a full step."""
 
 Interval = tuple[float, float]
 """The part of a table's rows, from 0 to 1, in which guidance holds."""
