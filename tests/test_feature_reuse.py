@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,10 +10,15 @@ from typing import Any
 import numpy as np
 import pytest
 from interpreter_model import COLUMNS, FORMULAS, MANIFEST, Formulas, changed
+from made_up_model import write_made_up_model
 from numpy.typing import NDArray
 
+from higen.backends.onnx import OnnxBackend
+from higen.backends.options import Options
 from higen.bundle import Bundle, create_model
-from higen.errors import ManifestError, RequestError
+from higen.engines.triton.interface import read_request
+from higen.engines.triton.repository import Settings, write_repository
+from higen.errors import BackendUnavailable, ManifestError, RequestError
 from higen.manifest import Manifest
 from higen.pipeline import Pipeline
 from higen.sampler import Step
@@ -220,6 +226,27 @@ def test_a_model_without_shallow_steps(folder: Path) -> None:
     pipeline, _ = pipeline_of(folder, changed(REUSING, "film_one", deep=None))
     with pytest.raises(RequestError, match="the loop film of tables alone has no shallow steps"):
         pipeline.request("a kite", reuse=[1, 2])
+
+
+def test_a_model_without_the_graphs_says_the_command(tmp_path: Path) -> None:
+    bundle = write_made_up_model(tmp_path / "model", without=("film_two_shallow",), reuse=True)
+    pipeline = Pipeline(bundle, OnnxBackend(bundle, Options("cpu", threads=1)))
+    command = f"no film_two_shallow.onnx in {bundle.path} (make it: higen-export onnx {bundle.path} --reuse)"
+    with pytest.raises(BackendUnavailable, match=re.escape(command)):
+        pipeline("a kite", reuse=[1, 2])
+    assert len(pipeline("a kite", guidance=1, reuse=[1, 2], frames=3)) == 3  # the plain ones are there
+
+
+def test_triton_takes_an_interval_and_the_stages_that_are_there(tmp_path: Path) -> None:
+    given = {"prompt": np.array([b"a kite"], object), "reuse": np.array([1, 3], np.int32)}
+    assert read_request(REUSING, given)[0]["reuse"] == [1, 3]
+    bundle = write_made_up_model(tmp_path / "model", without=("film_one_shallow",), reuse=True)
+    write_repository(bundle, tmp_path / "repository", Settings())
+    names = {path.name for path in (tmp_path / "repository").iterdir()}
+    assert {"film_two_deep", "film_two_shallow", "film_one_deep"} < names
+    assert "film_one_shallow" not in names
+    config = (tmp_path / "repository" / "film_two_shallow" / "config.pbtxt").read_text()
+    assert 'name: "deep"' in config
 
 
 # The rows of the manifest
