@@ -15,7 +15,7 @@ from higen.families import Weights
 from higen.families.companion_networks import open_autoencoder, open_text_encoder
 from higen.families.higen import spec
 from higen.families.higen.preconditioning import velocity
-from higen.families.higen.unet import Conditioner, Denoiser, UNet
+from higen.families.higen.unet import Conditioner, Denoiser, Known, UNet
 from higen.manifest import Manifest
 from higen.models.companion_stages import DecoderStage, EncoderStage
 from higen.models.solver_step import SolverStep
@@ -102,7 +102,8 @@ class ConditionerStage(nn.Module):
 
 
 class VelocityPredictor(nn.Module):
-    """v of a U-Net as `SolverStep` asks for it: conditions `context`, `frame_embedding` and, for a clip, `prior`."""
+    """v of a U-Net as `SolverStep` asks for it: conditions `context`, `frame_embedding` and, for a clip, `prior`, and
+    `known` and `known_mask` where it was trained for known frames."""
 
     def __init__(self, unet: UNet) -> None:
         super().__init__()
@@ -133,14 +134,23 @@ class VelocityPredictor(nn.Module):
         gain = None  # of both branches: the one with the prompt decides
         if self.unet.residual_gain is not None and branches > 1:
             gain = torch.cat([context.unflatten(0, (branches, -1))[0]] * branches)
+        known = Known(conditions["known"], conditions["known_mask"]) if "known" in conditions else None
         kept = None if deep is None else fold(deep.to(dtype))
 
-        def network(x: Tensor, t: Tensor, context: Tensor, embedding: Tensor, prior: Tensor | None) -> Tensor:
+        def network(
+            x: Tensor,
+            t: Tensor,
+            context: Tensor,
+            embedding: Tensor,
+            prior: Tensor | None,
+            known: Known | None = None,
+        ) -> Tensor:
             nonlocal kept
-            v, kept = self.unet.with_deep(x, t, context, embedding, prior, kept)
+            v, kept = self.unet.with_deep(x, t, context, embedding, prior, known, kept)
             return v
 
-        v = velocity(self.unet, x, t, alpha, sigma, context, embedding, conditions.get("prior"), gain, network)
+        prior = conditions.get("prior")
+        v = velocity(self.unet, x, t, alpha, sigma, context, embedding, prior, gain, known, network)
         assert kept is not None
         return v, unfold(kept, x.shape[0])
 
