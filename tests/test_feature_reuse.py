@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,22 @@ from interpreter_model import COLUMNS, FORMULAS, MANIFEST, Formulas, changed
 from made_up_model import write_made_up_model
 from numpy.typing import NDArray
 
+from higen.axes import limits, tile_of
 from higen.backends.onnx import OnnxBackend
 from higen.backends.options import Options
+from higen.backends.torch import TorchBackend
 from higen.bundle import Bundle, create_model
 from higen.engines.triton.interface import read_request
 from higen.engines.triton.repository import Settings, write_repository
 from higen.errors import BackendUnavailable, ManifestError, RequestError
+from higen.export.deep_features import with_deep_features
 from higen.manifest import Manifest
+from higen.manifest_file import rewrite
 from higen.pipeline import Pipeline
 from higen.sampler import Step
 from higen.schedule import solver_table
 from higen.stages import Output, Stage
-from higen.tables import Tiles
+from higen.tables import Tiles, Windows
 from higen.tokenizer import build_word_tokenizer, write_tokenizer
 from higen.typed_json import from_json, to_json
 
@@ -249,6 +254,23 @@ def test_triton_takes_an_interval_and_the_stages_that_are_there(tmp_path: Path) 
     assert 'name: "deep"' in config
 
 
+def test_an_older_model_gets_the_rows(tiny_model: Path, tmp_path: Path) -> None:
+    """`higen-export onnx --reuse`, before it writes graphs, on a model whose manifest says nothing of deep features."""
+    path = Path(shutil.copytree(tiny_model, tmp_path / "model"))
+    before = Bundle.open(path).manifest
+    stages = tuple(replace(stage, deep=None) for stage in before.stages)
+    rewrite(path, lambda opened: replace(opened, manifest=replace(before, stages=stages)))
+    older = Bundle.open(path)
+    assert older.manifest.variants == ()
+    with pytest.raises(RequestError, match="--reuse` adds them"):
+        Pipeline(older, TorchBackend(older)).request("a whale", reuse=2)
+    made = with_deep_features(older)
+    assert made.manifest == before
+    assert with_deep_features(made) is made
+    video = Pipeline(made, TorchBackend(made))("a whale", steps=3, frames=2, reuse=2, warn=lambda _: None)
+    assert video.metadata["reuse"] == {"spatial": 2, "temporal": 2}
+
+
 # The rows of the manifest
 
 
@@ -269,6 +291,14 @@ def test_the_variants_are_rows_that_no_file_lists() -> None:
     assert "deep" not in to_json(MANIFEST.stage("film_two"))
     assert MANIFEST.stage("film_two").variants == ()
     assert from_json(Manifest, to_json(REUSING), whole=True) == REUSING
+
+
+def test_the_sizes_of_a_variant_are_those_of_its_stage() -> None:
+    windowed = changed(changed(REUSING, "film", windows=Windows(4, 2)), "film", tiles=Tiles(4, 8, 2))
+    for name in ("film_two_deep", "film_one_shallow"):
+        assert limits(windowed, name) == limits(windowed, "film_two")
+        assert tile_of(windowed, name) == (4, 8)
+    assert windowed.listed("film_one_shallow") == "film_one"
 
 
 @pytest.mark.parametrize("wrong", [0, -2, 2**31 + 1])
