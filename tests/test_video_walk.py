@@ -10,6 +10,7 @@ import tiny_diffusers as tiny
 import torch
 from deep_truth import Reused
 
+from higen.families.modelscope.predictors import UpscalingPredictor
 from higen.models.video_walk import fold, per_frame, time_embedding, unfold, walk, walk_with_deep
 
 SIZES: dict[str, Any] = {"sample_size": 8, "layers_per_block": 1, "block_out_channels": (32, 64)}
@@ -121,3 +122,24 @@ def test_reused_features(kind: str) -> None:
     for got, truth in zip((first, second), wanted, strict=True):
         assert torch.allclose(got, truth, atol=1e-6)
     assert not torch.allclose(second, whole(other, t / 2, context), atol=1e-3)
+
+
+@torch.inference_mode()
+def test_reused_features_of_the_upscaler() -> None:
+    """SR600, whose own way up ends in the same last layer; sides of any size."""
+    predictor = UpscalingPredictor(tiny.video_unet(layers_per_block=2))
+    random = torch.Generator().manual_seed(3)
+    x, other, context = (
+        torch.randn(*shape, generator=random) for shape in ((1, 4, 3, 5, 7), (1, 4, 3, 5, 7), (1, 7, 32))
+    )
+    row = torch.ones(1), torch.ones(1), {"context": context}, 1
+    with Reused(predictor.unet, lambda count: count == 0) as reused:
+        reused.count = 0
+        first = predictor(x, 500 * torch.ones(1), *row)
+        reused.count = 1
+        second = predictor(other, 300 * torch.ones(1), *row)
+    m, deep = predictor.with_deep(x, 500 * torch.ones(1), *row)
+    assert torch.equal(m, first)
+    assert deep.shape == (1, predictor.deep_channels, 3, 5, 7)
+    assert torch.allclose(predictor.with_deep(other, 300 * torch.ones(1), *row, deep)[0], second, atol=1e-6)
+    assert not torch.allclose(predictor(other, 300 * torch.ones(1), *row), second, atol=1e-3)
