@@ -65,7 +65,7 @@ def compare(
     row = precision_named(precision)
     if missing := bundle.not_quantized(precision):
         raise ModelError(missing)
-    known = bundle.manifest.stage_names
+    known = (*bundle.manifest.stage_names, *bundle.manifest.variants)
     names = tuple(stages) if stages is not None else tuple(n for n in known if graph_file(n) in bundle.files) or known
     if unknown := [name for name in names if name not in known]:
         raise RequestError(f"stages={unknown}: of {', '.join(known)}")

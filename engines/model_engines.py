@@ -66,7 +66,7 @@ def build_engines(
     MissingExtra, NoDriver and NoDevice (classic TensorRT without a GPU), OutputError (disk). Raises EngineError where
     TensorRT fails or does not load.
     """
-    known = bundle.manifest.stage_names
+    known = (*bundle.manifest.stage_names, *bundle.manifest.variants)
     names = _default_stages(bundle, precision) if stages is None else tuple(stages)
     for name in names:
         if name not in known:
@@ -93,9 +93,10 @@ def build_engines(
 
 def _default_stages(bundle: Bundle, precision: str) -> tuple[str, ...]:
     """Every stage; one that only saves work, and that the model has no graph of, is left out: another serves it."""
-    spared = {loop.plain for loop in bundle.manifest.loops if loop.guided is not None}
+    spared: set[str | None] = {loop.plain for loop in bundle.manifest.loops if loop.guided is not None}
     serving = {*precision_named(precision).stand_ins}
-    names = bundle.manifest.stage_names
+    spared |= {*bundle.manifest.variants}
+    names = (*bundle.manifest.stage_names, *bundle.manifest.variants)
     return tuple(name for name in names if name not in spared or serving.intersection(bundle.precisions(name)))
 
 

@@ -44,6 +44,9 @@ def main() -> None:
     show_default=True,
     help="What the graphs compute in; fp16 and bf16 stand beside fp32, with weights of their own.",
 )
+@click.option(
+    "--reuse", is_flag=True, help="Also the steps that keep and reuse deep features, for requests with reuse."
+)
 @click.option("--static", help="Fix samples, frames, height and width: 1x32x256x448.  [dynamic]")
 @click.option(
     "--opset",
@@ -57,6 +60,7 @@ def onnx(
     model: Path,
     stages: tuple[str, ...],
     precision: str,
+    reuse: bool,
     static: str | None,
     opset: int | None,
     resume: bool,
@@ -81,6 +85,7 @@ def onnx(
             resume=resume,
             on_parity=_listing(done, as_json),
             on_line=_telling(as_json),
+            reuse=reuse,
         )
         if as_json:
             click.echo(json.dumps({"model": str(bundle.path), "parity": [p.as_json() for p in done]}))
@@ -221,14 +226,17 @@ def inspect(model: Path, as_json: bool) -> None:
     with reported(as_json):
         bundle = Bundle.open(model)
         manifest = bundle.manifest
-        found = {name: bundle.precisions(name) for name in manifest.stage_names}
+        rows = (*manifest.stage_names, *(name for name in manifest.variants if bundle.precisions(name)))
+        found = {name: bundle.precisions(name) for name in rows}
         sizes = {name: record.size for name, record in bundle.files.items()}
         if as_json:
             click.echo(json.dumps({"name": manifest.name, "graphs": found, "files": sizes}))
             return
         click.echo(f"{manifest.name} ({manifest.licence}), family {manifest.family}")
-        for stage in manifest.stages:
-            graphs = found[stage.name]
+        for stage in manifest.all_stages:
+            graphs = found.get(stage.name)
+            if graphs is None:
+                continue
             click.echo(f"  {stage.name:<22}{'graph in ' + ', '.join(graphs) if graphs else 'no graph'}")
             for t in stage.inputs:
                 shape = str(list(t.shape)).replace("'", "")

@@ -9,6 +9,7 @@ from higen.backends.options import Options
 from higen.backends.torch import TorchBackend
 from higen.bundle import Bundle, check_place, drop_file, graph_file, put_file
 from higen.errors import BackendError, RequestError
+from higen.export.deep_features import with_deep_features
 from higen.export.graphs import export_stage
 from higen.export.interface import check_interface, graph_inputs
 from higen.export.origin import enter, is_finished, origin
@@ -42,6 +43,7 @@ def export_model(
     resume: bool = False,
     on_parity: Callable[[Parity], None] | None = None,
     on_line: Callable[[str], None] = lambda _: None,
+    reuse: bool = False,
 ) -> Bundle:
     """Write the graph of each stage into the model's folder, each as soon as it passed the parity gate.
 
@@ -53,6 +55,8 @@ def export_model(
     resume     pass over a stage whose graph is there, whole, and was made from the same weights and tables with the
                same options by the same versions of the programs
     on_line    is told where the manifest is of an older version and is upgraded first, and which stages are passed over
+    reuse      also the variants of these stages that keep and reuse deep features (higen/feature_reuse.py); where the
+               manifest does not say yet that they have any, it will
 
     Files are written aside and moved; the manifest changes with each, so that at every moment the model can be
     opened. An interrupted export keeps the graphs that it has written. Raises RequestError for an unknown stage or
@@ -64,10 +68,14 @@ def export_model(
     check_writable(bundle)
     bundle = current(bundle, on_line)
     families.network(bundle.manifest.family)
-    known = bundle.manifest.stage_names
-    names = known if stages is None else tuple(stages)
+    known = (*bundle.manifest.stage_names, *bundle.manifest.variants)
+    names = bundle.manifest.stage_names if stages is None else tuple(stages)
     if unknown := [name for name in names if name not in known]:
         raise RequestError(f"stages={unknown}: of {', '.join(known)}")
+    if reuse:
+        bundle = with_deep_features(bundle)
+        variants = [one.name for name in names for one in bundle.manifest.stage(name).variants]
+        names = tuple(dict.fromkeys([*names, *variants]))
 
     def passes(parity: Parity) -> None:
         if on_parity is not None:
@@ -138,10 +146,11 @@ def _drop_unused_weights(bundle: Bundle, place: Staging, precision: str) -> None
         return
     bundle = Bundle.open(bundle.path)
     manifest = bundle.manifest
-    made = {bundle.weights_variant(name, precision) for name in manifest.stage_names}
+    names = [stage.name for stage in manifest.all_stages]
+    made = {bundle.weights_variant(name, precision) for name in names}
     used = {stage.weights for stage in manifest.stages} | {
         bundle.weights(name, p)
-        for name in manifest.stage_names
+        for name in names
         for p in (*PRECISIONS, *QUANTIZED)
         if graph_file(name, p) in bundle.files
     }

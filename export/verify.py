@@ -149,7 +149,7 @@ def _needed(manifest: Manifest) -> tuple[str, ...]:
 
 def _check_graphs(bundle: Bundle, precision: str) -> Iterator[Parity]:
     backend = TorchBackend(bundle, Options(device="cpu", precision="fp32", verify=False))
-    for name in (name for name in bundle.manifest.stage_names if precision in bundle.precisions(name)):
+    for name in (s.name for s in bundle.manifest.all_stages if precision in bundle.precisions(s.name)):
         graph = bundle.path / graph_file(name, precision)
         expected = references(backend, name, precision, _static(bundle, name, graph))
         yield from check_graph(bundle, name, graph, expected, precision)

@@ -42,6 +42,7 @@ def most_rows(manifest: Manifest, stage: Stage, max_batch: int) -> int:
 
 def frames_of(manifest: Manifest, name: str) -> tuple[int, int]:
     """Fewest and most frames F that a stage is run with."""
+    name = manifest.listed(name)
     if name == manifest.sizes.decoder:
         return 1, chunk_of(manifest, name)
     fewest, _, most = manifest.sizes.frames
@@ -61,7 +62,7 @@ def frames_of(manifest: Manifest, name: str) -> tuple[int, int]:
 
 def tile_of(manifest: Manifest, name: str) -> tuple[int, int] | None:
     """The largest height and width, in latent cells, that tiles leave for a stage; None where nothing limits them."""
-    tiles = [loop.tiles for loop in manifest.loops if name in loop.stages]
+    tiles = [loop.tiles for loop in manifest.loops if manifest.listed(name) in loop.stages]
     given = [one for one in tiles if one is not None]
     if not given or len(given) < len(tiles):
         return None

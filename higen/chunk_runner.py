@@ -25,7 +25,7 @@ class ChunkRunner:
     def __init__(self, backend: Runner, manifest: Manifest, chunks: Sequence[int]) -> None:
         assert manifest.text is not None
         self._backend = backend
-        self._stages = {stage.name: stage for stage in manifest.stages}
+        self._stages = {stage.name: stage for stage in manifest.all_stages}
         self._groups = [(n * manifest.text.length, np.flatnonzero(np.equal(chunks, n))) for n in sorted({*chunks})]
 
     @classmethod

@@ -84,10 +84,14 @@ def _copies(bundle: Bundle, part: spec.Part, taken: Mapping[str, FileRecord]) ->
 
     A file that both models have alike is taken once.
     """
+    variants = bundle.manifest.variants
+    owners = {name: bundle.manifest.listed(name) for name in (*part.stages, *variants)}
+    # A variant has the name of its stage first.
+    stages = {name: part.stages[own] + name[len(own) :] for name, own in owners.items() if own in part.stages}
     for name in bundle.files:
         stem, _, rest = name.partition(".")
         if name.endswith(".onnx"):
-            here = f"{part.stages[stem]}.{rest}" if stem in part.stages else None
+            here = f"{stages[stem]}.{rest}" if stem in stages else None
         else:
             here = _variant(name, part.weights)
         if here is None or taken.get(here) == bundle.files[name]:

@@ -162,6 +162,7 @@ def _option(control: Control) -> _ControlOption:
 @click.option("--window-noise", help="Initial noise of such a clip: fresh, shuffled or repeated.")
 @click.option("--free-init", type=numbers, help="FreeInit: ITERATIONS[,SPATIAL,TEMPORAL[,ORDER]].")
 @click.option("--free-init-filter", help="butterworth, gaussian or ideal.")
+@click.option("--reuse", type=numbers, help="Run the whole network every so many steps; the others reuse its features.")
 @click.option("--frames", type=int)
 @click.option("--width", type=int)
 @click.option("--height", type=int)
@@ -203,7 +204,7 @@ def generate(
         from higen.video_writer import read_track
 
         given = {name: _given(name, value) for name, value in options.items() if value not in (None, ())}
-        given |= {name: _whole(given[name]) for name in ("steps", "windows") if name in given}
+        given |= {name: _whole(given[name]) for name in ("steps", "windows", "reuse") if name in given}
         if script is not None and (prompt or given):
             words = ", ".join(["PROMPT"] * bool(prompt) + [f"--{name.replace('_', '-')}" for name in given])
             raise RequestError(f"{words}: the script says what is made; leave this out, or write it into {script}")

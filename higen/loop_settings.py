@@ -1,4 +1,4 @@
-"""How a request has the loops run: guidance in part of the rows, windows of a long clip, and FreeInit.
+"""How a request has the loops run: guidance in part of the rows, windows of a long clip, FreeInit, reused features.
 
 Each option is numbers or a word, so that every runtime can take it: the command line, the server, Triton and C++.
 """
@@ -20,9 +20,12 @@ from higen.noise_schedule import is_whole
 from higen.schedule import last_level
 from higen.tables import WINDOW_NOISE, Loop, Windows
 
-__all__ = ["Interval", "LoopSettings", "guidance_rows", "loop_settings"]
+__all__ = ["MAX_REUSE", "Interval", "LoopSettings", "guidance_rows", "loop_settings"]
 
 MAX_ITERATIONS, MAX_ORDER = 100, 20
+
+MAX_REUSE = 1000
+"""The largest `reuse`: every so many rows a full step."""
 
 Interval = tuple[float, float]
 """The part of a table's rows, from 0 to 1, in which guidance holds."""
@@ -32,12 +35,13 @@ Interval = tuple[float, float]
 class LoopSettings:
     """Checked settings, by the name of the loop; a loop that is missing has none.
 
-    `free_init`: of the loops over frames.
+    `free_init`: of the loops over frames. `reuse`: every so many rows a full step, above 1.
     """
 
     intervals: Mapping[str, Interval] = field(default_factory=dict)
     windows: Mapping[str, Windows] = field(default_factory=dict)
     free_init: FreeInit | None = None
+    reuse: Mapping[str, int] = field(default_factory=dict)
 
     def repeats(self, loop: Loop) -> FreeInit | None:
         """How a loop is run again and again, or None."""
@@ -51,6 +55,7 @@ class LoopSettings:
             **({"guidance_interval": {n: list(own) for n, own in self.intervals.items()}} if self.intervals else {}),
             **({"windows": windows} if windows else {}),
             **({"free_init": dict(vars(init))} if init is not None else {}),
+            **({"reuse": dict(self.reuse)} if self.reuse else {}),
         }
 
 
@@ -64,6 +69,7 @@ def loop_settings(
     window_noise: Any = None,
     free_init: Any = None,
     free_init_filter: Any = None,
+    reuse: Any = None,
 ) -> LoopSettings:
     """Check a request's settings for a clip of so many frames; None is the model's own, or none.
 
@@ -74,6 +80,8 @@ def loop_settings(
     window_noise       one of WINDOW_NOISE
     free_init          iterations, then the stop frequencies in space and time, and the order of the filter
     free_init_filter   one of FILTERS
+    reuse              every so many rows the whole network is run, and the rows between reuse its deep features
+                       (higen/feature_reuse.py): one number, or one per loop; 1: every row
 
     `begins`: whether a loop begins from a picture or clip. Raises RequestError.
     """
@@ -87,6 +95,7 @@ def loop_settings(
         _intervals(manifest, guidance_interval),
         {name: own for name, own in chosen.items() if own is not None and own.length < frames},
         _free_init(free_init, _word("free_init_filter", free_init_filter, FILTERS), running, begins),
+        _reuse(manifest, reuse),
     )
 
 
@@ -130,6 +139,29 @@ def _intervals(manifest: Manifest, value: Any) -> dict[str, Interval]:
         if pair.shape != (2,) or not 0 <= pair[0] <= pair[1] <= 1:
             raise RequestError(f"guidance_interval={quoted(one)}: {allowed}")
         found[name] = (float(pair[0]), float(pair[1]))
+    return found
+
+
+def _reuse(manifest: Manifest, value: Any) -> dict[str, int]:
+    """The loops that reuse features, and how often they run the whole network."""
+    loops = manifest.loops
+    given = list(value) if isinstance(value, (list, tuple)) else [value] * len(loops)
+    allowed = f"a whole number from 1 to {MAX_REUSE}"
+    if len(given) != len(loops):
+        names = ", ".join(loop.name for loop in loops)
+        raise RequestError(f"reuse={quoted(value)}: {allowed}, or {len(loops)} of them (one per loop: {names})")
+    found = {}
+    for loop, every in zip(loops, given, strict=True):
+        if every is not None and not is_whole(every, 1, MAX_REUSE):
+            raise RequestError(f"reuse={quoted(every)}: {allowed}")
+        if every is None or every == 1:
+            continue
+        if not all(manifest.stage(name).variants for name in loop.stages):
+            raise RequestError(
+                f"reuse={every}: the loop {loop.name} of {manifest.name} has no shallow steps; "
+                "`higen-export onnx MODEL --reuse` adds them to a model"
+            )
+        found[loop.name] = int(every)
     return found
 
 

@@ -175,7 +175,7 @@ class Pipeline:
                          as its entry: [7, [9, ...]])
         solver           the same, by name
         frames, width, height, fps
-        guidance_interval, windows, window_noise, free_init, free_init_filter
+        guidance_interval, windows, window_noise, free_init, free_init_filter, reuse
                          how the loops are run (higen/loop_settings.py)
         warn             is called with each warning of this request; else warnings.warn
 
@@ -201,7 +201,7 @@ class Pipeline:
             if request.runs(loop):
                 unguided = bool(np.all(np.asarray(scale) == 1.0))
                 both = (False, True) if not unguided and loop.name in request.settings.intervals else (unguided,)
-                for ways in (self._ways(loop, one) for one in both):
+                for ways in (ways for one in both for ways in self._steps_by(request, loop, one)):
                     needed |= {(name,): None for name in self.manifest.feeding(ways[0])[:-1]}
                     needed[ways] = None
         needed |= {(name,): None for name in self.manifest.feeding(self.manifest.sizes.decoder)}
@@ -212,6 +212,14 @@ class Pipeline:
         """The stages that can do a row, the preferred first: where guidance is 1 everywhere it is the plain one."""
         names = (loop.plain, loop.guided) if unguided else (loop.guided,)
         return tuple(name for name in names if name is not None)
+
+    def _steps_by(self, request: Request, loop: Loop, unguided: bool) -> list[tuple[str, ...]]:
+        """The stages that do a loop's rows, `_ways` of each kind: full and shallow where features are reused."""
+        ways = self._ways(loop, unguided)
+        if loop.name not in request.settings.reuse:
+            return [ways]
+        kinds = zip(*(self.manifest.stage(name).variants for name in ways), strict=True)
+        return [tuple(stage.name for stage in kind) for kind in kinds]
 
     def prepare(self, request: Request | None = None) -> None:
         """Load all that a request needs (None: a video from text, as the model makes it by default), so that a broken
@@ -273,6 +281,8 @@ class Pipeline:
         by its name.
         """
         self._check_usable()
+        if request.settings.reuse:  # a model may lack some of these graphs: better now than after half of the work
+            self.prepare(request)
         finished = {} if finished is None else finished
         seconds: dict[str, float] = {}
         with timed(seconds, "text"):
@@ -319,7 +329,7 @@ class Pipeline:
 
         plan = Plan(
             loop=loop.name,
-            stage=lambda guidance: self._stage(loop, bool(np.all(guidance == 1.0))),
+            stage=lambda guidance: self._stage(request, loop, bool(np.all(guidance == 1.0))),
             conditions=conditions_of,
             table=table,
             guidance=guidance_rows(
@@ -333,6 +343,7 @@ class Pipeline:
             windows=request.settings.windows.get(loop.name),
             tiles=loop.tiles,
             edit=sources.known(loop),
+            reuse=request.settings.reuse.get(loop.name, 1),
         )
         runner = ChunkRunner.over(self.backend, self.manifest, [sources.chunks(i) for i in range(sources.samples)])
         if (again := request.settings.repeats(loop)) is not None:
@@ -350,9 +361,10 @@ class Pipeline:
         self._check_usable()
         return np.asarray(self._sources(request).made(loop.start.latents, loop), np.float32)
 
-    def _stage(self, loop: Loop, unguided: bool) -> Stage:
+    def _stage(self, request: Request, loop: Loop, unguided: bool) -> Stage:
         """The stage that does a row, whether its guidance is 1 everywhere or not."""
-        return self.manifest.stage(self.backend.choose(*self._ways(loop, unguided)))
+        full, ways = self._steps_by(request, loop, unguided)[0], self._ways(loop, unguided)
+        return self.manifest.stage(ways[full.index(self.backend.choose(*full))])
 
     @staticmethod
     def _first(request: Request, loop: Loop, rows: int) -> int:

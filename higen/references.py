@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from higen.errors import ManifestError
 from higen.rows import Rows
-from higen.stages import STATE, STEP_COLUMNS, TOKENS, Output, Stage, Tensor, source
+from higen.stages import DEEP, STATE, STEP_COLUMNS, TOKENS, Output, Stage, Tensor, source
 from higen.tables import MAX_NUMBER, MAX_SIZE, NUMERIC, Loop, check, is_number
 
 __all__ = ["check_references", "needs"]
@@ -19,6 +19,9 @@ PIXELS_AND_LATENTS: dict[int | str, str] = {"H": "Y", "W": "X", "Y": "H", "X": "
 MOST_COLUMNS = 2**16
 """Columns of an encoded curve."""
 
+MAX_DEEP = 2**16
+"""Channels of deep features."""
+
 MOST_ROWS = 100
 """Rows of the tables of stages and loops; no model comes near."""
 
@@ -27,7 +30,8 @@ def check_references(manifest: Rows) -> None:
     """Raise ManifestError for a name that two rows have, and for a reference to what is not there."""
     stages, loops = manifest.stage_names, tuple(loop.name for loop in manifest.loops)
     controls = tuple(control.name for control in manifest.controls)
-    for table, names in (("stages", (*stages, *loops)), ("controls", controls)):
+    rows = tuple(stage.name for stage in manifest.all_stages)
+    for table, names in (("stages", (*rows, *loops)), ("controls", controls)):
         twice = sorted({name for name in names if names.count(name) > 1})
         check(not twice, f"{table}: {', '.join(twice)} stands there twice (a loop and a stage share their names)")
     good = 1 <= len(stages) <= MOST_ROWS and 1 <= len(loops) <= MOST_ROWS
@@ -63,6 +67,9 @@ def _check_stage(manifest: Rows, stage: Stage) -> None:
     firsts = {tensor.shape[0] if tensor.shape else 1 for tensor in tensors}
     joined = firsts in ({"B"}, {"N"})
     check(joined or not stage.batch, f"{where}: batch is true, but the first axes are not all B, or all N")
+    if stage.deep is not None:
+        check(bool(stage.variants), f"{where}.deep={stage.deep}: of a denoising stage")
+        check(1 <= stage.deep <= MAX_DEEP, f"{where}.deep={stage.deep}: a whole number from 1 to {MAX_DEEP}")
     for tensor in stage.inputs:
         _check_source(manifest, f"{where}.{tensor.name}", tensor)
     if manifest.text is not None and not manifest.text.plain:
@@ -229,7 +236,8 @@ def _check_loop(manifest: Rows, loop: Loop, earlier: tuple[str, ...]) -> None:
             continue
         check(name in manifest.stage_names, f"{where}.{key}={name!r}: the stages are {', '.join(manifest.stage_names)}")
         stage = manifest.stage(name)
-        check(stage.denoises, f"{where}.{key}={name!r}: gives {', '.join(STATE)}, and nothing else")
+        good = stage.denoises and all(made.name != DEEP for made in stage.outputs)
+        check(good, f"{where}.{key}={name!r}: gives {', '.join(STATE)}, and nothing else")
         check(stage.batch, f"{where}.{key}={name!r}: batch is true: a denoising stage takes several samples")
         wanted = {*STATE, *STEP_COLUMNS} if key == "guided" else {*STATE, *STEP_COLUMNS} - {"guidance"}
         state = {t.name for t in stage.inputs if t.source == "state"}

@@ -27,9 +27,23 @@ class Rows:
         """The symbols that a request fixes."""
         return FREE if self.text is None or self.text.chunks == 1 else (*FREE, TOKENS)
 
+    @property
+    def all_stages(self) -> tuple[Stage, ...]:
+        """The stages, each with its variants behind it: what a graph may be of."""
+        return tuple(one for stage in self.stages for one in (stage, *stage.variants))
+
+    @property
+    def variants(self) -> tuple[str, ...]:
+        """The names of the stages' variants, which the table does not list."""
+        return tuple(one.name for stage in self.stages for one in stage.variants)
+
+    def listed(self, name: str) -> str:
+        """The stage of the table that a stage is, or is a variant of. Raises KeyError."""
+        return {one.name: stage.name for stage in self.stages for one in (stage, *stage.variants)}[name]
+
     def stage(self, name: str) -> Stage:
-        """The stage of that name. Raises KeyError."""
-        return {stage.name: stage for stage in self.stages}[name]
+        """The stage or variant of that name. Raises KeyError."""
+        return {stage.name: stage for stage in self.all_stages}[name]
 
     def loop(self, name: str) -> Loop:
         """The loop of that name. Raises KeyError."""
@@ -47,7 +61,7 @@ class Rows:
     def feeding(self, *stages: str) -> tuple[str, ...]:
         """These stages and those that feed them: each once, before what it feeds. Loops are left out."""
         found: dict[str, None] = {}
-        rows = {stage.name: stage for stage in self.stages}
+        rows = {stage.name: stage for stage in self.all_stages}
 
         def visit(name: str) -> None:
             if name in found or name not in rows:

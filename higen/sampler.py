@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from higen import noise
 from higen.errors import BackendError
+from higen.feature_reuse import FeatureReuse, Runner
 from higen.free_init import FreeInit, renewed
 from higen.schedule import SolverTable
 from higen.stages import STATE, Stage
@@ -22,18 +23,6 @@ __all__ += ["window_weights"]
 COEFFICIENTS = ("t", "A", "B", "C", "alpha", "sigma")
 
 Array = NDArray[np.float32]
-
-
-class Runner(Protocol):
-    """What the loop needs of a backend (higen/backends/base.py)."""
-
-    def run(self, stage: str, /, **tensors: Any) -> Mapping[str, Any]:
-        """Run a stage on named tensors."""
-        ...
-
-    def to_numpy(self, tensor: Any) -> NDArray[Any]:
-        """A tensor as a numpy array on the host."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -72,6 +61,8 @@ class Plan:
     guidance   [rows, B, f]
     seeds, purpose   streams of the noise that a stochastic solver adds
     first      the row to begin with
+    reuse      every so many rows the whole network is run, and keeps its deep features for the rows between (Ma et al.
+               2024, DeepCache); 1: it is run in every row
     """
 
     loop: str
@@ -85,6 +76,7 @@ class Plan:
     edit: Edit | None = None
     windows: Windows | None = None
     tiles: Tiles | None = None
+    reuse: int = 1
 
 
 def initial_state(
@@ -112,16 +104,20 @@ def denoise(backend: Runner, plan: Plan, latents: Array) -> Iterator[Step]:
     table = plan.table.tail(plan.first) if plan.first else plan.table
     x: Any = latents
     previous: Any = np.zeros_like(latents)
+    reusing = FeatureReuse(backend, plan.reuse) if plan.reuse > 1 else None
     for i in range(len(table)):
         guidance = plan.guidance[plan.first + i]
         stage = plan.stage(guidance)
+        conditions = plan.conditions(stage)
+        if reusing is not None:
+            stage = reusing.step(stage, i)
         row = {name: np.full(batch, getattr(table, name)[i], np.float32) for name in COEFFICIENTS}
         if stage.guided:
             row["guidance"] = guidance
         if table.noise[i]:
             previous = _fresh(plan, latents.shape, plan.first + i)
-        inputs = {"latents": x, "previous": previous, **row, **plan.conditions(stage)}
-        out = _run(backend, stage, inputs, plan, latents.shape[3:])
+        inputs = {"latents": x, "previous": previous, **row, **conditions}
+        out = _run(reusing or backend, stage, inputs, plan, latents.shape[3:])
         x, previous = out["latents"], out["previous"]
         if plan.edit is not None:
             x, previous = _edited(backend, plan.edit, x, previous, float(table.B[i]), float(table.sigma[i]))

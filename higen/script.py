@@ -277,6 +277,7 @@ def script_schema(manifest: Manifest, files: bool = True) -> dict[str, Any]:
         "window_noise": {"enum": list(WINDOW_NOISE)},
         "free_init": {"type": ["number", "array"], "description": "Iterations of FreeInit."},
         "free_init_filter": {"enum": list(FILTERS)},
+        "reuse": {"type": ["integer", "array"], "description": "The whole network is run every so many steps."},
     }
     scene: dict[str, Any] = {
         "prompt": {"type": "string", "minLength": 1, "description": "What the scene shows."},

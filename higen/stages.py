@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any, Literal
 
 from higen.errors import BackendError, ManifestError
+from higen.typed_json import LATER
 
-__all__ = ["EMPTY", "FREE", "STATE", "STEP_COLUMNS", "TOKENS", "Output", "Source", "Stage", "Tensor"]
+__all__ = ["DEEP", "EMPTY", "FREE", "STATE", "STEP_COLUMNS", "TOKENS", "Output", "Source", "Stage", "Tensor"]
 __all__ += ["check_inputs", "source"]
 
 FREE = ("B", "F", "N", "H", "W", "Y", "X")
@@ -40,6 +41,11 @@ STEP_COLUMNS = ("t", "A", "B", "C", "alpha", "sigma", "guidance")
 
 EMPTY = "empty_"
 """`empty_NAME` is what the branch without the prompt sees in place of the input NAME."""
+
+DEEP = "deep"
+"""The features of a network that enter its last block from below: an output of a full step, which keeps them, and an
+input of a shallow step, which computes the rest of the network alone (`Stage.variants`).
+"""
 
 NEGATIVE = "negative"
 """`STAGE@negative.OUTPUT` is made of the negative prompt; no control has this name."""
@@ -123,6 +129,7 @@ class Stage:
     weights  the file that its graph points into
     lowest   the lowest precision that it may compute in
     batch    whether the first axis may hold several samples: then calls may be joined along it
+    deep     of a denoising stage: channels of its deep features; None: it has no `variants`
     """
 
     name: str
@@ -131,6 +138,24 @@ class Stage:
     outputs: tuple[Output, ...]
     lowest: Literal["fp32", "bf16", "fp16"] = "fp16"
     batch: bool = True
+    deep: int | None = field(default=None, metadata=LATER)
+
+    @property
+    def variants(self) -> tuple[Stage, ...]:
+        """The same step twice: one that also gives its deep features, and the shallow one that takes them.
+
+        `deep` is [B, K, f, H, W]; K are the channels of both branches of guidance, the one with the prompt first, or
+        of one. Empty for a stage without `deep`, and for one that is no solver step.
+        """
+        state = [t.shape for t in self.inputs if t.name == "latents" and len(t.shape) == 5]
+        if self.deep is None or not self.denoises or not state:
+            return ()
+        batch, _, *rest = state[0]
+        shape = (batch, self.deep * (2 if self.guided else 1), *rest)
+        return (
+            replace(self, name=f"{self.name}_deep", outputs=(*self.outputs, Output(DEEP, shape)), deep=None),
+            replace(self, name=f"{self.name}_shallow", inputs=(*self.inputs, Tensor(DEEP, shape)), deep=None),
+        )
 
     @property
     def graph_outputs(self) -> tuple[str, ...]:
@@ -141,7 +166,7 @@ class Stage:
     @property
     def denoises(self) -> bool:
         """Whether the stage is a solver step."""
-        return {t.name for t in self.outputs} == set(STATE)
+        return {t.name for t in self.outputs} - {DEEP} == set(STATE)
 
     @property
     def guided(self) -> bool:

@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 RESERVED = ("progress", "warn", NEGATIVE)
-SETTINGS = ("guidance_interval", "windows", "window_noise", "free_init", "free_init_filter")
+SETTINGS = ("guidance_interval", "windows", "window_noise", "free_init", "free_init_filter", "reuse")
 """The common options that say how the loops are run (higen/loop_settings.py)."""
 
 COMMON = (

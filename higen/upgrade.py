@@ -192,7 +192,7 @@ def _input(graph: Path, stage: Stage | None, name: str, kind: str, sizes: list[i
 
 def _exports(bundle: Bundle) -> Iterable[Export]:
     """The graphs that take other inputs than their stage's row, and those that a loop's other stage has alone."""
-    for stage in bundle.manifest.stages:
+    for stage in bundle.manifest.all_stages:
         for precision in (*PRECISIONS, *QUANTIZED):
             file = graph_file(stage.name, precision)
             if file in bundle.graphs:

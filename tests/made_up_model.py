@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -179,6 +180,39 @@ _GUIDED = (
 )
 
 
+_KEEPS = """
+   {m}_deep = Slice({m}_a, zero, two, one)
+"""
+"""The first two of the three channels of what a branch makes of the latents: its deep features."""
+
+_TAKES = """
+   {m}_all = Mul(latents, own)
+   {m}_rest = Slice({m}_all, two, three, one)
+   {m}_deep = Slice(deep, {begin}, {end}, one)
+   {m}_a = Concat<axis=1>({m}_deep, {m}_rest)
+"""
+"""The same two channels out of the deep features of both branches, or of one."""
+
+
+def _variant(text: str, name: str, frames: int | str, guided: bool) -> str:
+    """A step that keeps its deep features ("deep") or takes them ("shallow"), of an ordinary one."""
+    branches = [("given", "zero", "two"), ("empty", "two", "four")] if guided else [("m", "zero", "two")]
+    state = f"float[B,{2 * len(branches)},{frames},H,W] deep"
+    more = "int64[1] zero = {0}, int64[1] one = {1}, int64[1] three = {3}, int64[1] four = {4}, int64[1] two"
+    text = text.replace("int64[1] two", more)
+    for m, begin, end in branches:
+        made = f"{m}_a = Mul(latents, own)"
+        lines = made + _KEEPS if name == "deep" else _TAKES
+        text = text.replace(made, lines.format(m=m, begin=begin, end=end))
+    if name == "shallow":
+        return text.replace(")\n     => (", f", {state})\n     => (")
+    kept = [f"{m}_deep" for m, *_ in branches]
+    together = f"deep = Concat<axis=1>({', '.join(kept)})" if guided else f"deep = Identity({kept[0]})"
+    return text.replace("next_previous)\n", f"next_previous, {state})\n").replace(
+        "   kept =", f"   {together}\n   kept ="
+    )
+
+
 def _step(frames: int | str, guided: bool, first: bool) -> str:
     inputs = f", float[B,{frames}] guidance" if guided else ""
     inputs += f", float[B,{frames},5] hints" + (f", float[B,{frames},5] empty_hints" if guided else "")
@@ -242,12 +276,26 @@ unpack (float[B,3,F,H,W] latents) => (float[B,3,F,Y,X] pixels)
 """Each stage's graph as text. What is declared without a value is a weight."""
 
 
-def write_made_up_model(path: Path, without: tuple[str, ...] = ()) -> Bundle:
-    """A complete model directory; the stages `without` have no graph. The weights lie in safetensors files."""
-    models = {stage: onnx.parser.parse_model(text) for stage, text in GRAPHS.items() if stage not in without}
-    with bundle.create_model(path, MANIFEST) as folder:
-        for file in MANIFEST.weights:
-            graphs = [models[s.name] for s in MANIFEST.stages if s.weights == file and s.name in models]
+def _reusing() -> tuple[Manifest, dict[str, str]]:
+    """The tables with deep features of the film's steps, and the graphs of their variants."""
+    deep = {"film_two": True, "film_one": False}
+    rows = tuple(replace(stage, deep=2) if stage.name in deep else stage for stage in MANIFEST.stages)
+    kinds = [(name, kind) for name in deep for kind in ("deep", "shallow")]
+    graphs = {f"{name}_{kind}": _variant(GRAPHS[name], kind, "F", deep[name]) for name, kind in kinds}
+    return replace(MANIFEST, stages=rows), graphs
+
+
+def write_made_up_model(path: Path, without: tuple[str, ...] = (), reuse: bool = False) -> Bundle:
+    """A complete model directory; the stages `without` have no graph. The weights lie in safetensors files.
+
+    reuse  the film's steps have deep features
+    """
+    manifest, more = _reusing() if reuse else (MANIFEST, {})
+    texts = GRAPHS | more
+    models = {stage: onnx.parser.parse_model(text) for stage, text in texts.items() if stage not in without}
+    with bundle.create_model(path, manifest) as folder:
+        for file in manifest.weights:
+            graphs = [models[s.name] for s in manifest.all_stages if s.weights == file and s.name in models]
             _write_weights(folder / file, graphs)
         write_tokenizer(build_word_tokenizer(WORDS), folder / "words.json")
     made = Bundle.open(path)

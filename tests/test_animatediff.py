@@ -18,6 +18,7 @@ import pytest
 import tiny_animatediff as tiny_motion
 import tiny_diffusers as tiny
 import torch
+from deep_truth import Reused
 from diffusers.loaders.single_file_utils import convert_animatediff_checkpoint_to_diffusers
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
@@ -160,6 +161,18 @@ def test_final_latents_are_those_of_diffusers(
     wanted = wanted_latents(model, sampler(base, SAMPLERS[solver]), steps, 7.5)
     got = last_latents(by_torch, solver=solver, steps=steps, guidance=7.5)
     assert apart(got, wanted) < 1e-4
+
+
+@pytest.mark.parametrize(("solver", "reuse"), [("dpm++2m", 2), ("euler_ancestral", 3)])
+def test_reused_features_are_those_of_diffusers_with_hooks(
+    base: Path, model: Bundle, by_torch: Pipeline, solver: str, reuse: int
+) -> None:
+    pipeline = tiny_motion.pipeline(None)
+    with Reused(pipeline.unet, lambda count: count % reuse == 0):
+        wanted = wanted_latents(model, sampler(base, SAMPLERS[solver]), 8, 7.5, pipeline)
+    options = {"solver": solver, "steps": 8, "guidance": 7.5}
+    assert apart(last_latents(by_torch, reuse=reuse, **options), wanted) < 1e-4
+    assert apart(last_latents(by_torch, **options), wanted) > 1e-3
 
 
 def test_words_have_weights_and_prompts_have_chunks(

@@ -171,7 +171,7 @@ def flag(controls: Sequence[str], name: str, value: Any) -> list[str]:
     if name in controls:
         return ["--control", f"{name}={','.join(map(str, parts))}"]
     joined = ",".join(":".join(map(str, part)) if isinstance(part, (list, tuple)) else str(part) for part in parts)
-    return [f"--{name.replace('negative_prompt', 'negative')}={joined}"]
+    return [f"--{name.replace('negative_prompt', 'negative').replace('_', '-')}={joined}"]
 
 
 CASES: list[dict[str, Any]] = [
@@ -270,6 +270,35 @@ def test_frames_of_a_model_of_no_family(
     case = {"prompt": "a red kite climbs", "size": (2, 4), **case}
     more = ["--picture", f"sketch={ppm(tmp_path / 's.ppm', case['sketch'])}"] if "sketch" in case else []
     compare(built, pipelines(made_up), case, tmp_path / "video.npy", *more)
+
+
+REUSED: list[dict[str, Any]] = [
+    {"reuse": [1, 2], "seed": 2},
+    {"reuse": [1, 3], "steps": [2, 6], "guidance": [1, 2], "guidance_interval": [0, 1, 0, 0.5], "frames": 3},
+    {"reuse": [1, 2], "frames": 9, "windows": [4, 2], "guidance": 1, "solver": "ddim"},
+]  # fmt: skip
+
+
+def test_reused_features_are_pythons(built: Path, pipelines: Callable[[Path], Pipeline], tmp_path: Path) -> None:
+    model = write_made_up_model(tmp_path / "model", reuse=True).path
+    for case in REUSED:
+        compare(
+            built, pipelines(model), {"prompt": "a red kite climbs", "size": (2, 4), **case}, tmp_path / "video.npy"
+        )
+
+
+def test_a_model_without_the_graphs_of_reuse(built: Path, made_up: Path, tmp_path: Path) -> None:
+    lacking = write_made_up_model(tmp_path / "model", without=("film_two_shallow",), reuse=True).path
+    for model, every, message in (
+        (made_up, "2", "reuse=2: the loop draft of made-up has no shallow steps"),
+        (lacking, "1,2", "no film_two_shallow.onnx in "),
+    ):
+        command = [built / "higen-run", model, "a kite", "-q", "-o", tmp_path / "v.npy", "--reuse", every]
+        found = subprocess.run(command, capture_output=True, text=True)
+        assert found.returncode != 0
+        assert message in found.stderr
+        assert "--reuse" in found.stderr
+        assert not (tmp_path / "v.npy").exists()
 
 
 def test_the_guided_stage_steps_in_where_the_plain_one_has_no_graph(

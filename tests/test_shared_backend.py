@@ -41,7 +41,7 @@ REQUESTS: list[dict[str, Any]] = [
 
 def rows(pipeline: Pipeline, most: int = 4) -> dict[str, int]:
     """A limit for every stage."""
-    return dict.fromkeys(pipeline.manifest.stage_names, most)
+    return dict.fromkeys((stage.name for stage in pipeline.manifest.all_stages), most)
 
 
 @contextmanager
@@ -317,6 +317,23 @@ def test_a_video_decoder_gives_each_request_its_own_frames(tmp_path: Path) -> No
     for (latents, frames), (latents_alone, frames_alone) in zip(found, alone, strict=True):
         assert np.abs(latents - latents_alone).max() < 1e-4
         assert np.abs(frames.astype(int) - frames_alone).max() <= 1
+
+
+def test_requests_that_reuse_features_share_batches(tmp_path: Path) -> None:
+    """Two of them side by side with one that does not: each as if alone, and full and shallow steps are joined."""
+    bundle = write_made_up_model(tmp_path / "model", reuse=True)
+    pipeline = Pipeline(bundle, OnnxBackend(bundle, Options("cpu", threads=1)))
+    requests = [
+        {"prompt": "a kite", "seed": i, "steps": (1, 4), "reuse": [1, every]} for i, every in enumerate((2, 2, 1))
+    ]
+    alone = [generate(pipeline, arguments) for arguments in requests]
+    with shared(pipeline) as backend:
+        found = together(pipeline, backend, requests)
+        calls, rows = backend.batches, backend.rows
+    for (latents, frames), (latents_alone, frames_alone) in zip(found, alone, strict=True):
+        assert np.abs(latents - latents_alone).max() < 1e-4
+        assert np.abs(frames.astype(int) - frames_alone).max() <= 1
+    assert calls < rows
 
 
 def test_a_request_s_backend_is_a_backend(pipeline: Pipeline) -> None:

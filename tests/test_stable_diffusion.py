@@ -18,6 +18,7 @@ import pytest
 import sealing
 import tiny_diffusers as tiny
 import torch
+from deep_truth import Reused
 from diffusers import StableDiffusionImg2ImgPipeline
 from diffusers.loaders.single_file_utils import convert_ldm_unet_checkpoint
 from numpy.typing import NDArray
@@ -146,6 +147,18 @@ def test_final_latents_are_those_of_diffusers(
     wanted = wanted_latents(model, sampler(saved, solver), steps, 7.5)
     got = last_latents(by_torch, solver=solver, steps=steps, guidance=7.5)
     assert apart(got, wanted) < 1e-4
+
+
+@pytest.mark.parametrize(("solver", "guidance", "reuse"), [("dpm++2m", 7.5, 2), ("ddim", 1.0, 3)])
+def test_reused_features_are_those_of_diffusers_with_hooks(
+    saved: Path, model: Bundle, by_torch: Pipeline, solver: str, guidance: float, reuse: int
+) -> None:
+    pipeline = tiny.image_pipeline(None)
+    with Reused(pipeline.unet, lambda count: count % reuse == 0):
+        wanted = wanted_latents(model, sampler(saved, solver), 8, guidance, pipeline)
+    options = {"solver": solver, "steps": 8, "guidance": guidance}
+    assert apart(last_latents(by_torch, reuse=reuse, **options), wanted) < 1e-4
+    assert apart(last_latents(by_torch, **options), wanted) > 1e-3
 
 
 def test_without_guidance_the_plain_step_runs(

@@ -17,6 +17,7 @@ import pytest
 import tiny_diffusers as tiny
 import tiny_svd
 import torch
+from deep_truth import Reused
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 
@@ -156,6 +157,14 @@ def test_shapes(by_torch: Pipeline, by_graphs: Pipeline, samples: int, frames: i
     options = {"seed": seeds, "steps": 3, "frames": frames, "guidance": np.linspace(1.5, 2.5, frames).tolist()}
     for pipe in (by_torch, by_graphs):
         assert apart(last_latents(pipe, pictures, **options), truth) < 1e-4
+
+
+def test_reused_features_are_those_of_diffusers_with_hooks(by_torch: Pipeline) -> None:
+    pipeline = tiny_svd.pipeline()
+    with Reused(pipeline.unet, lambda count: count % 2 == 0):
+        truth = wanted([picture()], [SEED], 6, 4, pipeline=pipeline)
+    assert apart(last_latents(by_torch, [picture()], steps=6, frames=4, reuse=2), truth) < 1e-4
+    assert apart(last_latents(by_torch, [picture()], steps=6, frames=4), truth) > 1e-3
 
 
 def test_controls_are_those_of_diffusers(by_torch: Pipeline, by_graphs: Pipeline) -> None:

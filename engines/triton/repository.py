@@ -87,7 +87,7 @@ class Settings:
 
     def limits(self, manifest: Manifest) -> Limits:
         """What `higen` goes by."""
-        rows = {stage.name: self.rows(manifest, stage) for stage in manifest.stages if stage.batch}
+        rows = {stage.name: self.rows(manifest, stage) for stage in manifest.all_stages if stage.batch}
         return Limits(self.slots, self.line, rows, self.instances)
 
 
@@ -162,6 +162,11 @@ def _models(bundle: Bundle, settings: Settings) -> dict[str, _Model]:
             models[name] = engines[name]
         elif name in graphs and (partner is None or partner not in engines):
             models[name] = _graph(bundle, manifest.stage(name), precision)
+    for name in manifest.variants:  # what `reuse` needs, where there is all of it
+        if name in engines:
+            models[name] = engines[name]
+        elif precision in bundle.precisions(name):
+            models[name] = _graph(bundle, manifest.stage(name), precision)
     return models
 
 
@@ -209,7 +214,7 @@ def _engines(bundle: Bundle, settings: Settings) -> dict[str, _Model]:
         return {}
     found = {}
     folder = bundle.path / ENGINES / settings.engines
-    for stage in bundle.manifest.stages:
+    for stage in bundle.manifest.all_stages:
         name = stage.name
         plans, errors = read_plans(bundle.path, name)
         for plan in plans:

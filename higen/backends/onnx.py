@@ -229,6 +229,7 @@ class OnnxBackend:
             if name in there:
                 return name
         option = f" --precision {asked}" if asked not in (None, "fp32") else ""
+        option += " --reuse" if stage in self.bundle.manifest.variants else ""
         raise BackendUnavailable(
             f"no {graph_file(stage, asked or 'fp32')} in {self.bundle.path} "
             f"(make it: higen-export onnx {self.bundle.path}{option})"

@@ -47,7 +47,7 @@ class SharedBackend:
         self.patience = patience
         self.batches = 0
         self.rows = 0
-        self._stages = {stage.name: stage for stage in manifest.stages}
+        self._stages = {stage.name: stage for stage in manifest.all_stages}
         self._fixed = manifest.fixed
         self._batcher = batcher
         self._changed = threading.Condition()

@@ -87,7 +87,7 @@ class Maker:
                 raise IntegrityError(f"{self._pipeline.bundle.path}: is another model than the one the run was given")
             if order.slots > 1:
                 manifest = self._pipeline.manifest
-                rows = {s.name: most_rows(manifest, s, order.slots) for s in manifest.stages if s.batch}
+                rows = {s.name: most_rows(manifest, s, order.slots) for s in manifest.all_stages if s.batch}
                 self._shared = SharedBackend(self._pipeline.backend, manifest, Batcher(order.slots, rows))
         except BaseException:
             self._pipeline.close()

@@ -88,12 +88,13 @@ def unet_sizes(
 
 
 def solver_stages(
-    guided: str, plain: str, weights: str, frames: int | str, conditions: tuple[Tensor, ...]
+    guided: str, plain: str, weights: str, frames: int | str, conditions: tuple[Tensor, ...], deep: int | None = None
 ) -> tuple[Stage, Stage]:
     """A solver's step with both branches of guidance, and with one, over the same weights.
 
     frames      1 or "F"
     conditions  what the network is told; those called `empty_NAME` are the guided step's alone
+    deep        channels of the network's deep features, of one branch
     """
     state = ("B", "C", frames, "H", "W")
     columns = ("t", "A", "B", "C", "alpha", "sigma")
@@ -101,8 +102,8 @@ def solver_stages(
     made = (Output("latents", state), Output("previous", state))
     given = tuple(tensor for tensor in conditions if not tensor.name.startswith(EMPTY))
     return (
-        Stage(guided, weights, (*step, Tensor("guidance", ("B", frames)), *conditions), made),
-        Stage(plain, weights, (*step, *given), made),
+        Stage(guided, weights, (*step, Tensor("guidance", ("B", frames)), *conditions), made, deep=deep),
+        Stage(plain, weights, (*step, *given), made, deep=deep),
     )
 
 

@@ -9,13 +9,15 @@ sample behind each other.
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["ClipPredictor", "down_and_middle", "ends", "fold", "per_frame", "time_embedding", "unfold", "walk"]
+__all__ = ["ClipPredictor", "down_and_middle", "ends", "fold", "per_frame", "time_embedding", "unfold"]
+__all__ += ["last_layers", "walk", "walk_with_deep"]
 
 
 def fold(x: Tensor) -> Tensor:
@@ -47,11 +49,38 @@ def walk(unet: Any, x: Tensor, embedding: Tensor, context: Tensor, **frames: Any
 
     H and W are multiples of what the blocks down divide them by: no block is told the size to upsample to.
     """
-    x, skips = down_and_middle(unet, x, embedding, context, **frames)
-    for block in unet.up_blocks:
-        own, skips = skips[-len(block.resnets) :], skips[: -len(block.resnets)]
-        x = block(hidden_states=x, temb=embedding, res_hidden_states_tuple=own, **_text(block, context), **frames)
-    return ends(unet, x)
+    return walk_with_deep(unet, x, embedding, context, None, **frames)[0]
+
+
+def walk_with_deep(
+    unet: Any, x: Tensor, embedding: Tensor, context: Tensor, deep: Tensor | None, **frames: Any
+) -> tuple[Tensor, Tensor]:
+    """`walk`, and the features [N,K,H,W] that enter the last layer of the blocks up from below. With `deep`, those of
+    another step, that layer alone is run (higen/feature_reuse.py).
+    """
+    if deep is None:
+        y, skips = down_and_middle(unet, x, embedding, context, **frames)
+        for block in unet.up_blocks[:-1]:
+            own, skips = skips[-len(block.resnets) :], skips[: -len(block.resnets)]
+            y = block(hidden_states=y, temb=embedding, res_hidden_states_tuple=own, **_text(block, context), **frames)
+        deep = last_layers(unet, y, skips[1:], embedding, context, slice(None, -1), **frames)
+    return ends(unet, last_layers(unet, deep, (x,), embedding, context, slice(-1, None), **frames)), deep
+
+
+def last_layers(
+    unet: Any, x: Tensor, skips: tuple[Tensor, ...], embedding: Tensor, context: Tensor, which: slice, **frames: Any
+) -> Tensor:
+    """Some of the layers of the last block up, which has no upsampler: the same modules in a block of fewer."""
+    block = unet.up_blocks[-1]
+    part = copy.copy(block)
+    lists = {
+        name: nn.ModuleList(rows[which]) for name, rows in block.named_children() if isinstance(rows, nn.ModuleList)
+    }
+    part._modules = block._modules | lists
+    made: Tensor = part(
+        hidden_states=x, temb=embedding, res_hidden_states_tuple=skips, **_text(block, context), **frames
+    )
+    return made
 
 
 def down_and_middle(
@@ -91,21 +120,41 @@ class ClipPredictor(nn.Module):
         super().__init__()
         self.unet: Any = unet
 
+    @property
+    def deep_channels(self) -> int | None:
+        """Channels of the deep features; None: it has none."""
+        return int(self.unet.conv_in.out_channels)
+
     def enter(self, first: Tensor, frames: int) -> Tensor:
         """What stands between the first convolution and the blocks: [B*F,C,H,W] -> the same. Here nothing."""
         return first
 
-    def through(self, first: Tensor, embedding: Tensor, context: Tensor, frames: int) -> Tensor:
-        """From behind `enter` to the prediction, [B*F,C',H,W]."""
-        return walk(self.unet, first, embedding, context, num_frames=frames)
+    def through(
+        self, first: Tensor, embedding: Tensor, context: Tensor, frames: int, deep: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """From behind `enter` to the prediction, [B*F,C',H,W], and the deep features, see `walk_with_deep`."""
+        return walk_with_deep(self.unet, first, embedding, context, deep, num_frames=frames)
 
-    def forward(
-        self, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor], branches: int
-    ) -> Tensor:
-        """x [B,C,F,H,W] -> m, the same."""
+    def forward(self, *told: Any) -> Tensor:
+        """x [B,C,F,H,W] and the other arguments of `with_deep` -> m, like x."""
+        return self.with_deep(*told)[0]
+
+    def with_deep(
+        self,
+        x: Tensor,
+        t: Tensor,
+        alpha: Tensor,
+        sigma: Tensor,
+        conditions: Mapping[str, Tensor],
+        branches: int,
+        deep: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """m, like x [B,C,F,H,W], and the deep features [B,K,F,H,W]: `deep`, where they are given."""
         unet, frames = self.unet, x.shape[2]
         dtype = unet.conv_in.weight.dtype
         embedding, context = time_embedding(unet, t), conditions["context"].to(dtype)
         first = self.enter(unet.conv_in(fold(x.to(dtype))), frames)
-        m = self.through(first, per_frame(embedding, frames), per_frame(context, frames), frames)
-        return unfold(m, x.shape[0])
+        given = None if deep is None else fold(deep.to(dtype))
+        told = per_frame(embedding, frames), per_frame(context, frames), frames
+        m, kept = self.through(first, *told, given)
+        return unfold(m, x.shape[0]), unfold(kept, x.shape[0])

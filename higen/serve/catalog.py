@@ -172,7 +172,7 @@ class Catalog:
         pipeline = load(
             model.bundle.path, told.backend, device=told.device, precision=told.precision, threads=told.threads
         )
-        rows = {s.name: most_rows(model.manifest, s, told.max_batch) for s in model.manifest.stages if s.batch}
+        rows = {s.name: most_rows(model.manifest, s, told.max_batch) for s in model.manifest.all_stages if s.batch}
         batcher = Batcher(told.slots, rows)
         return Running(pipeline, SharedBackend(pipeline.backend, model.manifest, batcher))
 

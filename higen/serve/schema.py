@@ -8,6 +8,7 @@ from typing import Any, Literal
 from pydantic import BaseModel
 
 from higen.free_init import FILTERS
+from higen.loop_settings import MAX_REUSE
 from higen.serve.settings import Limits
 from higen.serve.store import Job
 from higen.tables import WINDOW_NOISE
@@ -180,6 +181,7 @@ def _word(words: tuple[str, ...]) -> dict[str, Any]:
 
 def _properties(limits: Limits) -> dict[str, Any]:
     steps = {"type": "integer", "minimum": 1, "maximum": limits.steps}
+    every = {"type": "integer", "minimum": 1, "maximum": MAX_REUSE}
     return {
         "prompt": {"type": "string", "description": "What the video shows.", "maxLength": 100_000},
         "model": {"type": "string", "description": "One of /v1/models; the first one without it."},
@@ -214,6 +216,11 @@ def _properties(limits: Limits) -> dict[str, Any]:
             "description": "Iterations, stop frequencies (space, time), order of the filter.",
         },
         "free_init_filter": {**_word(FILTERS), "description": "The filter of free_init."},
+        "reuse": {
+            "anyOf": [every, {"type": "array", "items": every}],
+            "description": "The whole network is run every so many steps; the others reuse its features. Or one for "
+            "each loop.",
+        },
         "solver": {"type": "string", "description": "A solver that the model's loops know."},
         "seed": {"type": "integer", "minimum": -1, "description": "Same seed, same video; -1 draws one."},
         "controls": {"type": "object", "description": "The model's own controls: /v1/models has their schema."},

@@ -151,6 +151,8 @@ private:
         const auto text = [](const std::string& word) { return word.empty() ? nullptr : word.c_str(); };
         for (const auto number : options.windows) windows_.push_back(narrow("--windows", number));
         if (!windows_.empty()) request_.windows = windows_.data(), request_.window_count = windows_.size();
+        for (const auto number : options.reuse) reuse_.push_back(narrow("--reuse", number));
+        if (!reuse_.empty()) request_.reuse = reuse_.data(), request_.reuse_count = reuse_.size();
         request_.window_noise = text(options.window_noise);
         const auto &interval = options.guidance_interval, &init = options.free_init;
         if (!interval.empty())
@@ -211,7 +213,7 @@ private:
     }
 
     higen_request request_{};
-    std::vector<std::int32_t> steps_, windows_;
+    std::vector<std::int32_t> steps_, windows_, reuse_;
     std::vector<higen_curve> guidance_;
     std::vector<const char*> solvers_;
     std::deque<std::vector<double>> numbers_;

@@ -21,6 +21,7 @@ Make a video from a text with a model directory.
   --window-noise WORD    initial noise of such a clip: fresh, shuffled or repeated
   --free-init N[,S,T[,O]]  FreeInit: iterations, stop frequencies in space and time, order of the filter
   --free-init-filter WORD  butterworth, gaussian or ideal
+  --reuse N[,M...]       every so many steps the whole network is run, and the steps between reuse its deep features
   --frames N
   --width N --height N --fps N
   --negative TEXT        what to steer away from
@@ -130,6 +131,8 @@ std::map<std::string, Take> options_with_values(Options& options) {
          [&](const auto& name, const auto& value) { options.free_init = parse_list<double>(name, value); }},
         {"--windows",
          [&](const auto& name, const auto& value) { options.windows = parse_list<std::int64_t>(name, value); }},
+        {"--reuse",
+         [&](const auto& name, const auto& value) { options.reuse = parse_list<std::int64_t>(name, value); }},
         {"--control",
          [&](const auto& name, const auto& value) { options.controls.push_back(parse_named(name, value)); }},
         {"--picture",

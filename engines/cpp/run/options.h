@@ -19,7 +19,7 @@ struct Options {
     std::vector<std::vector<double>> guidance;  // likewise; one number, or one a frame
     std::vector<std::string> solvers;           // likewise
     std::vector<double> guidance_interval, free_init;
-    std::vector<std::int64_t> windows;
+    std::vector<std::int64_t> windows, reuse;
     std::string window_noise, free_init_filter;  // "": not given
     std::optional<std::int64_t> frames, width, height, fps;
     std::vector<std::pair<std::string, std::string>> controls;               // name and value, as they were given

@@ -49,7 +49,7 @@ void check_loop_stage(const Manifest& manifest, const Loop& loop, const std::str
     const auto row = "loops." + loop.name + (guided ? ".guided='" : ".plain='") + name + "'";
     const auto* stage = manifest.find_stage(name);
     check(stage != nullptr, row + ": the stages are " + joined(names_of(manifest.stages)));
-    check(stage->denoises(), row + ": gives latents and previous, and nothing else");
+    check(stage->denoises() && stage->outputs.size() == 2, row + ": gives latents and previous, and nothing else");
     check(stage->batch, row + ": batch is true: a denoising stage takes several samples");
     Names wanted = {"A", "B", "C", "alpha"};
     if (guided) wanted.emplace_back("guidance");

@@ -10,6 +10,7 @@ namespace higen::core {
 namespace {
 
 constexpr double most_iterations = 100, most_order = 20;
+constexpr std::int32_t most_reuse = 1000;
 
 std::string number(double value) {
     auto text = std::to_string(value);
@@ -112,6 +113,26 @@ std::optional<FreeInit> free_init_of(const Loop& loop, const higen_request& give
                     static_cast<std::int64_t>(numbers[3]), filter};
 }
 
+std::int64_t reuse_of(const Manifest& manifest, std::size_t index, const higen_request& given) {
+    if (given.reuse == nullptr) return 1;
+    const auto count = given.reuse_count, loops = manifest.loops.size();
+    if (count != 1 && count != loops)
+        fail_request("reuse has " + std::to_string(count) + " numbers: one, or one per loop (" + std::to_string(loops) +
+                     ")");
+    const auto every = given.reuse[count == 1 ? 0 : index];
+    const auto said = "reuse=" + std::to_string(every) + ": ";
+    if (every < 1 || every > most_reuse) fail_request(said + "a whole number from 1 to " + std::to_string(most_reuse));
+    const auto& loop = manifest.loops[index];
+    const auto stages = loop.stages();
+    const bool has = std::all_of(stages.begin(), stages.end(), [&](const auto& name) {
+        return !manifest.stage(name).variants().empty();
+    });
+    if (every > 1 && !has)
+        fail_request(said + "the loop " + loop.name + " of " + manifest.name +
+                     " has no shallow steps; `higen-export onnx MODEL --reuse` adds them to a model");
+    return every;
+}
+
 }  // namespace
 
 bool Interval::holds(std::size_t row, std::size_t rows) const {
@@ -124,6 +145,7 @@ LoopSettings loop_settings(const Manifest& manifest, std::size_t loop, const hig
     const auto& row = manifest.loops[loop];
     LoopSettings settings;
     settings.interval = interval_of(given, loop, manifest.loops.size());
+    settings.reuse = reuse_of(manifest, loop, given);
     if (!row.every_frame) return settings;
     settings.windows = windows_of(manifest, row, given, frames);
     settings.free_init = free_init_of(row, given, begins);

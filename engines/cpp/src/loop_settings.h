@@ -1,5 +1,5 @@
-// How a request has its loops run: the part of the rows with guidance, windows of a long clip, and FreeInit
-// (higen/loop_settings.py).
+// How a request has its loops run: the part of the rows with guidance, windows of a long clip, FreeInit, and
+// how often the whole network is run (higen/loop_settings.py).
 #pragma once
 
 #include <cstddef>
@@ -26,6 +26,7 @@ struct LoopSettings {
     Interval interval;
     std::optional<Windows> windows;  // none: the whole clip at once
     std::optional<FreeInit> free_init;
+    std::int64_t reuse = 1;  // every so many rows a full step
 };
 
 // The settings of a loop, checked, for a clip of so many frames. `begins`: the loop begins from a picture or clip.

@@ -152,7 +152,10 @@ const Control* Manifest::control(std::string_view wanted) const { return find_ro
 
 const Loop* Manifest::loop(std::string_view wanted) const { return find_row(loops, wanted); }
 
-const Stage* Manifest::find_stage(std::string_view wanted) const { return find_row(stages, wanted); }
+const Stage* Manifest::find_stage(std::string_view wanted) const {
+    const auto* found = find_row(stages, wanted);
+    return found != nullptr ? found : find_row(variants, wanted);
+}
 
 const Stage& Manifest::stage(std::string_view wanted) const {
     const auto* found = find_stage(wanted);
@@ -215,6 +218,8 @@ Manifest parse_manifest(std::string_view text, const std::string& where) {
     });
     take_rows(object, "controls", manifest.controls, read_control);
     take_rows(object, "stages", manifest.stages, read_stage);
+    for (const auto& stage : manifest.stages)
+        for (auto& variant : stage.variants()) manifest.variants.push_back(std::move(variant));
     take_rows(object, "loops", manifest.loops, read_loop);
     object.required("files", [&](const auto& value, const auto&) { read_files(value, "files", manifest.files); });
     object.required("graphs", [&](const auto& value, const auto&) { read_graphs(value, "graphs", manifest); });

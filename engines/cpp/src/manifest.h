@@ -15,6 +15,7 @@
 namespace higen::core {
 
 constexpr std::int64_t max_side = 4096;
+constexpr std::int64_t max_deep = 65536;  // channels of deep features
 
 struct FileRecord {
     std::uintmax_t size = 0;
@@ -195,6 +196,7 @@ struct Manifest {
     std::optional<TextRules> text;
     std::vector<Control> controls;
     std::vector<Stage> stages;
+    std::vector<Stage> variants;  // of the stages, in their order; no file lists them
     std::vector<Loop> loops;
     std::map<std::string, std::vector<GraphInput>, std::less<>> graphs;  // what each graph itself takes
     Files files;
@@ -202,6 +204,7 @@ struct Manifest {
     // The row of that name; a null pointer if there is none.
     [[nodiscard]] const Control* control(std::string_view wanted) const;
     [[nodiscard]] const Loop* loop(std::string_view wanted) const;
+    // Of a stage or variant.
     [[nodiscard]] const Stage* find_stage(std::string_view wanted) const;
     // The stage of that name, which must be there. Throws an internal error.
     [[nodiscard]] const Stage& stage(std::string_view wanted) const;

@@ -281,7 +281,15 @@ void read_stage(const Json& json, const std::string& where, Stage& stage) {
         take_word(value, place, precisions, stage.lowest);
     });
     object.required_value("batch", stage.batch);
+    std::optional<std::int64_t> deep;
+    object.value("deep", deep);
     object.finish();
+    stage.deep = deep.value_or(0);
+    if (deep) {
+        const auto place = where + ".deep=" + std::to_string(*deep) + ": ";
+        check_manifest(*deep >= 1 && *deep <= max_deep, place + "a whole number from 1 to " + std::to_string(max_deep));
+        check_manifest(!stage.variants().empty(), place + "of a denoising stage");
+    }
     check_manifest(is_ascii(stage.name) && is_identifier(stage.name),
                    where + ".name='" + stage.name + "': letters, digits and _");
 }

@@ -206,8 +206,9 @@ private:
         }
         const std::string asked = options_.precision.empty() ? "fp32" : options_.precision;
         const auto model = bundle_.path().u8string();
+        const bool reuses = stage.output(deep_features) != nullptr || stage.input(deep_features) != nullptr;
         fail_unavailable("no " + graph_file(stage.name, asked) + " in " + model + " (make it: higen-export onnx " +
-                         model + (asked == "fp32" ? "" : " --precision " + asked) + ")");
+                         model + (asked == "fp32" ? "" : " --precision " + asked) + (reuses ? " --reuse" : "") + ")");
     }
 
     [[nodiscard]] bool is_a_plugins() const { return !options_.provider_library.empty(); }

@@ -155,6 +155,30 @@ std::vector<const Stage*> Pipeline::unguided(const Loop& loop) const {
     return stages;
 }
 
+// The stage that does a step, loaded; where features are reused, its variants are, which `reuses` gets.
+const Stage& Pipeline::chosen(const std::vector<const Stage*>& ways, std::int64_t reuse, ReuseStages& reuses) const {
+    if (reuse == 1) return backend_.choose(ways);
+    std::vector<const Stage*> full;
+    for (const auto* way : ways) full.push_back(&manifest_.stage(way->variants().front().name));
+    reuses.full = &backend_.choose(full);
+    const auto& stage = *ways[static_cast<std::size_t>(std::find(full.begin(), full.end(), reuses.full) - full.begin())];
+    reuses.shallow = &manifest_.stage(stage.variants().back().name);
+    backend_.prepare(*reuses.shallow);
+    return stage;
+}
+
+// A model may lack some of the graphs that reuse needs: better now than after half of the work.
+void Pipeline::prepare_reuse(const std::vector<Request>& requests) const {
+    const auto& first = requests.front();
+    for (const auto* loop : manifest_.wanted(first.frames)) {
+        const auto& settings = first.loops[index_of(*loop)].settings;
+        if (settings.reuse == 1 || !first.runs(*loop)) continue;
+        ReuseStages reuses;
+        (void)chosen(ways(index_of(*loop), requests), settings.reuse, reuses);
+        if (!settings.interval.whole()) (void)chosen(unguided(*loop), settings.reuse, reuses);
+    }
+}
+
 std::int64_t Pipeline::channels(const Stage& stage) const {
     const auto& shape = stage.input("latents")->shape;
     if (shape.size() != 5) fail_backend(stage.name + ".latents: five axes are wanted, [B, C, f, H, W]");
@@ -169,7 +193,8 @@ TensorPtr Pipeline::run_loop(std::size_t index, const std::vector<Request>& requ
     const auto& loop = manifest_.loops[index];
     const auto& first = requests.front();
     const auto& options = first.loops[index];
-    const auto& stage = backend_.choose(ways(index, requests));
+    ReuseStages reuses;
+    const auto& stage = chosen(ways(index, requests), options.settings.reuse, reuses);
     const auto factor = static_cast<std::size_t>(manifest_.sizes.factor), frames = loop.frames_of(first.frames);
     const Shape shape = {signed_size(requests.size()), channels(stage), signed_size(frames),
                          signed_size(first.height / factor), signed_size(first.width / factor)};
@@ -186,6 +211,7 @@ TensorPtr Pipeline::run_loop(std::size_t index, const std::vector<Request>& requ
     run.edit = sources.known(loop);
     run.tokens = sources.tokens();
     run.interval = options.settings.interval;
+    run.reuse = options.settings.reuse, run.reuses = reuses;
     for (const auto& request : requests) {
         const auto& scales = request.loops[index].guidance;
         auto& guidance = std::get<0>(run.guidance.values);
@@ -193,9 +219,10 @@ TensorPtr Pipeline::run_loop(std::size_t index, const std::vector<Request>& requ
         run.seeds.push_back(request.seed);
     }
     if (!run.interval.whole() && stage.name != loop.plain) {
-        const auto& other = backend_.choose(unguided(loop));
+        const auto& other = chosen(unguided(loop), run.reuse, reuses);
         const auto ones = Array::of(run.guidance.shape, std::vector<float>(run.guidance.floats().size(), 1.0F));
         auto outside = LoopRun{loop.name, other, sources.batch(other, loop), {}, ones, {}};
+        outside.reuses = reuses;
         outside.windows = run.windows, outside.tiles = run.tiles, outside.tokens = run.tokens;
         run.outside = std::make_shared<const LoopRun>(std::move(outside));
     }
@@ -231,6 +258,7 @@ TensorPtr Pipeline::replaced(const Loop& loop, const std::vector<Request>& reque
 void Pipeline::generate(const std::vector<Request>& requests, const OnStep& on_step, const OnFrames& on_frames,
                         Cancellation& cancellation) const {
     const auto& first = requests.front();
+    prepare_reuse(requests);
     Sources sources(manifest_, backend_, requests, cancellation);
     TensorPtr latents;
     for (const auto* loop : manifest_.wanted(first.frames)) {

@@ -43,6 +43,9 @@ private:
     [[nodiscard]] std::size_t index_of(const Loop& loop) const;
     [[nodiscard]] std::vector<const Stage*> ways(std::size_t loop, const std::vector<Request>& requests) const;
     [[nodiscard]] std::vector<const Stage*> unguided(const Loop& loop) const;
+    [[nodiscard]] const Stage& chosen(const std::vector<const Stage*>& ways, std::int64_t reuse,
+                                      ReuseStages& reuses) const;
+    void prepare_reuse(const std::vector<Request>& requests) const;
     [[nodiscard]] TensorPtr run_loop(std::size_t index, const std::vector<Request>& requests, Sources& sources,
                                      const OnStep& on_step, Cancellation& cancellation) const;
     [[nodiscard]] static TensorPtr replaced(const Loop& loop, const std::vector<Request>& requests, Sources& sources);

@@ -280,7 +280,8 @@ Names references::needs(const Manifest& manifest, const std::string& name) {
 
 void check_references(const Manifest& manifest) {
     auto names = names_of(manifest.stages);
-    const auto loops = names_of(manifest.loops);
+    const auto loops = names_of(manifest.loops), variants = names_of(manifest.variants);
+    names.insert(names.end(), variants.begin(), variants.end());
     names.insert(names.end(), loops.begin(), loops.end());
     check_once("stages, loops", names);
     check_once("controls", names_of(manifest.controls));

@@ -261,6 +261,7 @@ void check_batch(const Manifest& manifest, const std::vector<Request>& requests)
             same("guidance_interval", own.interval.from == others.interval.from && own.interval.to == others.interval.to);
             same("windows", own.windows == others.windows);
             same("free_init", own.free_init == others.free_init);
+            same("reuse", own.reuse == others.reuse);
             const auto& start = manifest.loops[k].start;
             if (start && first.has_picture(start->control))
                 same("strength", request.number(start->strength) == first.number(start->strength));

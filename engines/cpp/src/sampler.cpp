@@ -238,6 +238,7 @@ TensorPtr denoise(Backend& backend, const LoopRun& run, TensorPtr latents, const
     const auto shape = latents->shape();
     const auto rows = tail(run.table, static_cast<std::int64_t>(run.first)).rows;
     auto previous = floats(shape, std::vector<float>(count(shape), 0.0F));
+    FeatureReuse reusing(backend, run.reuse);
     for (std::size_t i = 0; i < rows.size(); ++i) {
         cancellation.check();
         const auto& row = rows[i];
@@ -245,14 +246,16 @@ TensorPtr denoise(Backend& backend, const LoopRun& run, TensorPtr latents, const
         const bool guided = !run.outside || run.interval.holds(run.first + i, run.table.rows.size());
         const auto& now = guided ? run : *run.outside;
         const auto inputs = inputs_of(now, row, std::move(latents), std::move(previous));
+        const auto& stage = run.reuse > 1 ? reusing.step(now.reuses, i) : now.stage;
+        auto& runner = run.reuse > 1 ? reusing : backend;
         const auto outputs = run_groups(now, inputs, cancellation, [&](const Tensors& given) {
-            return run_windows(backend, now, given, cancellation);
+            return run_windows(runner, now, given, cancellation);
         });
         check_state(now, outputs, shape);
         latents = outputs.at("latents");
         previous = outputs.at("previous");
         if (run.edit) apply_edit(*run.edit, row, i + 1 == rows.size(), latents, previous);
-        on_step({run.loop, now.stage.name, i, rows.size(), row.t, *previous});
+        on_step({run.loop, stage.name, i, rows.size(), row.t, *previous});
     }
     return latents;
 }

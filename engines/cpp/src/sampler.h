@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "backend.h"
+#include "feature_reuse.h"
 #include "loop_settings.h"
 #include "manifest.h"
 
@@ -51,6 +52,8 @@ struct LoopRun {
     Interval interval = {};                // the rows of the whole table that have guidance
     // How the other rows are run, with guidance 1: another stage and its conditions. Null: all rows have guidance.
     std::shared_ptr<const LoopRun> outside = nullptr;
+    std::int64_t reuse = 1;      // every so many rows a full step, where it is above 1; then
+    ReuseStages reuses = {};     // these stages do the rows
 };
 
 // The initial noise of an iteration (from 0) of a loop that is run again, and what is added to it; [B, C, f, H, W].

@@ -146,7 +146,21 @@ std::string Stage::graph_output(const TensorSpec& output) const {
 }
 
 bool Stage::denoises() const {
-    return outputs.size() == 2 && output("latents") != nullptr && output("previous") != nullptr;
+    const std::size_t own = output(deep_features) != nullptr ? 3 : 2;
+    return outputs.size() == own && output("latents") != nullptr && output("previous") != nullptr;
+}
+
+std::vector<Stage> Stage::variants() const {
+    const auto* state = input("latents");
+    if (deep == 0 || !denoises() || state == nullptr || state->shape.size() != 5) return {};
+    TensorSpec features{deep_features, state->shape};
+    features.shape[1] = {"", deep * (input("guidance") != nullptr ? 2 : 1)};
+    Stage full = *this, shallow = *this;
+    full.deep = shallow.deep = 0;
+    full.name += "_deep", shallow.name += "_shallow";
+    full.outputs.push_back(features);
+    shallow.inputs.push_back(features);
+    return {full, shallow};
 }
 
 const TensorSpec* Stage::input(std::string_view wanted) const { return find(inputs, wanted); }

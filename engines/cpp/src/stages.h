@@ -51,11 +51,16 @@ struct Stage {
     std::string weights;  // the file that its graph points into
     std::string lowest = "fp16";
     bool batch = true;
+    std::int64_t deep = 0;  // channels of its deep features; 0: it has no variants
+
+    // The same step twice: one that also gives its deep features, and the shallow one that takes them
+    // (higen/feature_reuse.py). Empty for a stage without `deep`, and for one that is no solver step.
+    [[nodiscard]] std::vector<Stage> variants() const;
 
     // Name of an output in the graph, where it cannot be an input's name too: `next_` is put before it.
     [[nodiscard]] std::string graph_output(const TensorSpec& output) const;
 
-    // Whether the stage is a solver step: it gives `latents` and `previous`, and nothing else.
+    // Whether the stage is a solver step: it gives `latents` and `previous`, and nothing else but deep features.
     [[nodiscard]] bool denoises() const;
 
     // The input or output of that name; a null pointer if there is none.
@@ -67,6 +72,9 @@ using Sizes = std::map<std::string, std::int64_t, std::less<>>;
 
 // Check names, types and shapes of a stage's inputs. Throws a backend error that names the tensor.
 void check_inputs(const Stage& stage, const Tensors& tensors, const Sizes& fixed);
+
+// The name of deep features, an output of a full step and an input of a shallow one.
+constexpr const char* deep_features = "deep";
 
 // "[2, 3]"
 [[nodiscard]] std::string to_text(const Shape& shape);

@@ -185,7 +185,16 @@ public:
         const auto get = [&](const char* name) { return tensors.at(name)->to_host(); };
         if (row.name == "reader") return reader(get("ids"));
         if (row.name == "mixer") return mixer(get("words"), get("wind"), get("drift"));
-        if (row.denoises()) return step(tensors);
+        if (row.denoises()) {
+            auto made = step(tensors);
+            // Deep features that tell the call that made them.
+            if (const auto* deep = row.output("deep")) {
+                auto shape = tensors.at("latents")->shape();
+                shape[1] = deep->shape[1].size;
+                made["deep"] = floats(shape, std::vector<float>(count(shape), static_cast<float>(calls.size())));
+            }
+            return made;
+        }
         const auto& only = row.inputs.front().name;
         const auto pixels = get(only.c_str());
         const bool colours = row.outputs.front().shape[1].size == 3;

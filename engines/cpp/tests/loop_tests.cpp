@@ -507,6 +507,76 @@ TEST(a_loop_is_run_again_from_its_low_frequencies) {
     CHECK_FAILS(HIGEN_ERROR_REQUEST, "begins without any signal", (with(silent, iterations, 1), 0));
 }
 
+TEST(rows_between_full_steps_reuse_their_deep_features) {
+    auto json = fixture::manifest();
+    for (auto& row : json["stages"])
+        if (row["name"] == "film" || row["name"] == "film_plain") row["deep"] = 3;
+    const std::int32_t steps = 6, every[] = {1, 3}, twice[] = {1, 2};
+    const auto ask = [&](Model& m, const std::int32_t* reuse, const std::function<void(higen_request&)>& more) {
+        m.request = m.asked([&](auto& r) {
+            r.steps = &steps, r.step_count = 1, r.reuse = reuse, r.reuse_count = 2;
+            more(r);
+        });
+        m.generate();
+    };
+    const auto kinds = [](const Model& m) {
+        std::string text;
+        for (const auto& name : m.backend.calls)
+            if (name.rfind("film", 0) == 0)
+                text += std::string(name.find("plain") == std::string::npos ? "2" : "1") +
+                        (name.find("_deep") != std::string::npos      ? "D "
+                         : name.find("_shallow") != std::string::npos ? "s "
+                                                                      : "o ");
+        return text;
+    };
+    Model m(json), plain(json), one(json);
+    ask(m, every, [](auto&) {});
+    CHECK(kinds(m) == "2D 2s 2s 2D 2s 2s " && m.backend.called("sketch") == 6);
+    CHECK((m.backend.last("film_shallow", "deep").shape == Shape{1, 6, 5, 2, 3}));
+    const std::int32_t ones[] = {1, 1};
+    ask(one, ones, [](auto&) {});
+    CHECK(kinds(one) == "2o 2o 2o 2o 2o 2o ");
+    // A plain step has other features than a guided one.
+    const double part[] = {0, 1, 0.5, 1};
+    ask(plain, twice, [&](auto& r) { r.guidance_interval = part, r.guidance_interval_count = 4; });
+    CHECK(kinds(plain) == "1D 1s 1D 2D 2D 2s ");
+    // Each window has its own: of the full step's calls, in their order.
+    const std::int32_t windows[] = {4, 2};
+    Model wide(json);
+    ask(wide, twice, [&](auto& r) { r.frames = 8, r.windows = windows, r.window_count = 2; });
+    CHECK(kinds(wide).substr(0, 21) == "2D 2D 2D 2s 2s 2s 2D ");
+    std::vector<float> made, taken;
+    for (std::size_t i = 0; i < wide.backend.calls.size(); ++i) {
+        if (wide.backend.calls[i] == "film_deep") made.push_back(static_cast<float>(i + 1));
+        if (wide.backend.calls[i] == "film_shallow")
+            taken.push_back(wide.backend.inputs[i].at("deep")->to_host().floats().front());
+    }
+    CHECK(made == taken && made.size() == 9);
+
+    const auto refused = [&](const Model& model, const char* words, std::vector<std::int32_t> reuse) {
+        CHECK_FAILS(HIGEN_ERROR_REQUEST, words, model.asked([&](auto& r) {
+            r.reuse = reuse.data(), r.reuse_count = reuse.size();
+        }));
+    };
+    refused(m, "reuse=0: a whole number from 1 to 1000", {1, 0});
+    refused(m, "reuse=1001: a whole number", {1, 1001});
+    refused(m, "reuse has 3 numbers: one, or one per loop (2)", {1, 2, 3});
+    refused(m, "reuse=2: the loop sketching of kites has no shallow steps; `higen-export onnx MODEL --reuse`", {2});
+    Model lacking(json);
+    lacking.backend.absent = {"film_shallow"};
+    lacking.request = lacking.asked([&](auto& r) { r.reuse = twice, r.reuse_count = 2; });
+    CHECK_FAILS(HIGEN_ERROR_UNAVAILABLE, "no film_shallow", (lacking.generate(), 0));
+    CHECK(lacking.backend.calls.empty());
+    const auto bad = [&](const char* name, int deep, const char* words) {
+        auto wrong = fixture::manifest();
+        for (auto& row : wrong["stages"])
+            if (row["name"] == name) row["deep"] = deep;
+        CHECK_FAILS(HIGEN_ERROR_MANIFEST, words, fixture::parsed(wrong));
+    };
+    bad("film", 0, "deep=0: a whole number from 1 to 65536");
+    bad("mixer", 4, "deep=4: of a denoising stage");
+}
+
 TEST(an_edit_of_the_estimate_is_as_if_the_stage_had_made_it) {
     Model m;
     const auto& loop = m.manifest.loops[0];

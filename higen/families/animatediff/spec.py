@@ -105,7 +105,7 @@ def manifest(
             strength_control("video", STRENGTH),
             *known_frames_controls(),
         ),
-        stages=_stages(),
+        stages=_stages(made_of.unet["block_out_channels"][0]),
         # No loop takes the latents of the other, so the last one alone is run.
         loops=(denoising_loop("spatial", "spatial_unet", 1, image), _temporal(clip, windows)),
     )
@@ -117,11 +117,11 @@ def _temporal(sampling: Sampling, windows: Windows) -> Loop:
     return denoising_loop("temporal", "temporal_unet", "F", sampling, purpose=1, **more)
 
 
-def _stages() -> tuple[Stage, ...]:
+def _stages(deep: int) -> tuple[Stage, ...]:
     return (
         text_encoder_stage(TEXT_ENCODER, "Dc"),
-        *solver_stages("spatial_unet", "spatial_unet_plain", UNET, 1, TEXT_CONDITIONS),
-        *solver_stages("temporal_unet", "temporal_unet_plain", UNET, "F", TEXT_CONDITIONS),
+        *solver_stages("spatial_unet", "spatial_unet_plain", UNET, 1, TEXT_CONDITIONS, deep),
+        *solver_stages("temporal_unet", "temporal_unet_plain", UNET, "F", TEXT_CONDITIONS, deep),
         *autoencoder_stages(AUTOENCODER, "video", "clip"),
     )
 

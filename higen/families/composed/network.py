@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -28,9 +29,11 @@ class ComposedNetworks:
         self._stages: dict[str, tuple[Networks, str]] = {}
         made_of = spec.architecture(manifest)
         for part in (made_of.first, made_of.second):
-            own = spec.part_manifest(part)
+            own = _as_here(manifest, spec.part_manifest(part), part.stages)
             networks = families.network(own.family).open(own, _PartWeights(weights, part.weights))
-            self._stages |= {here: (networks, name) for name, here in part.stages.items()}
+            for name, here in part.stages.items():  # a stage's variants have its name first
+                same = zip(_named(manifest, here), _named(own, name), strict=True)
+                self._stages |= {one: (networks, theirs) for one, theirs in same}
 
     def module(self, stage: str) -> nn.Module:
         """A stage as a module. Raises ManifestError, IntegrityError."""
@@ -38,6 +41,18 @@ class ComposedNetworks:
             raise ManifestError(f"stages.{stage}: {spec.FAMILY} has {', '.join(self._stages)}")
         networks, name = self._stages[stage]
         return networks.module(name)
+
+
+def _as_here(manifest: Manifest, own: Manifest, names: Mapping[str, str]) -> Manifest:
+    """One of the two models, its stages with the variants that they have in the composed one."""
+    rows = (replace(row, deep=manifest.stage(names[row.name]).deep) if row.name in names else row for row in own.stages)
+    return replace(own, stages=tuple(rows))
+
+
+def _named(manifest: Manifest, name: str) -> list[str]:
+    """A stage and its variants."""
+    stage = manifest.stage(name)
+    return [one.name for one in (stage, *stage.variants)]
 
 
 class _PartWeights:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Mapping
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,7 @@ from higen.families.higen.unet import Conditioner, Denoiser, Known, UNet
 from higen.manifest import Manifest
 from higen.models.companion_stages import DecoderStage, EncoderStage
 from higen.models.solver_step import SolverStep
+from higen.models.video_walk import fold, unfold
 from higen.models.weights import fill
 
 __all__ = ["ConditionerStage", "HigenNetworks", "VelocityPredictor", "load_denoiser", "open"]
@@ -107,16 +109,50 @@ class VelocityPredictor(nn.Module):
         super().__init__()
         self.unet = unet
 
-    def forward(
-        self, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor], branches: int
-    ) -> Tensor:
+    @property
+    def deep_channels(self) -> int:
+        """Channels of the deep features."""
+        return self.unet.config.level_channels[0]
+
+    def forward(self, *told: Any) -> Tensor:
+        """x [B,C,F,H,W] and the other arguments of `with_deep` -> v, like x."""
+        return self.with_deep(*told)[0]
+
+    def with_deep(
+        self,
+        x: Tensor,
+        t: Tensor,
+        alpha: Tensor,
+        sigma: Tensor,
+        conditions: Mapping[str, Tensor],
+        branches: int,
+        deep: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """v, like x [B,C,F,H,W], and the deep features [B,K,F,H,W]: `deep`, where they are given."""
         dtype = self.unet.conv_in.weight.dtype
         context, embedding = conditions["context"].to(dtype), conditions["frame_embedding"].to(dtype)
         gain = None  # of both branches: the one with the prompt decides
         if self.unet.residual_gain is not None and branches > 1:
             gain = torch.cat([context.unflatten(0, (branches, -1))[0]] * branches)
         known = Known(conditions["known"], conditions["known_mask"]) if "known" in conditions else None
-        return velocity(self.unet, x, t, alpha, sigma, context, embedding, conditions.get("prior"), gain, known)
+        kept = None if deep is None else fold(deep.to(dtype))
+
+        def network(
+            x: Tensor,
+            t: Tensor,
+            context: Tensor,
+            embedding: Tensor,
+            prior: Tensor | None,
+            known: Known | None = None,
+        ) -> Tensor:
+            nonlocal kept
+            v, kept = self.unet.with_deep(x, t, context, embedding, prior, known, kept)
+            return v
+
+        prior = conditions.get("prior")
+        v = velocity(self.unet, x, t, alpha, sigma, context, embedding, prior, gain, known, network)
+        assert kept is not None
+        return v, unfold(kept, x.shape[0])
 
 
 def load_denoiser(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,7 @@ def velocity(
     prior: Tensor | None,
     gain_context: Tensor | None = None,
     known: Known | None = None,
+    network: Callable[..., Tensor] | None = None,
 ) -> Tensor:
     """v for latents [B,C,F,H,W]; alpha and sigma [B] are those of t. Undoes prior preconditioning where there is one.
 
@@ -31,7 +34,7 @@ def velocity(
     output v' is read out as v = g c v' + alpha sigma c (1 - g^2) x' - sigma p. At g = 1 this is v' - sigma p.
 
     `gain_context` decides g in place of `context`: two branches of guidance need one g, else their difference holds a
-    multiple of x and strong guidance makes x grow without bounds.
+    multiple of x and strong guidance makes x grow without bounds. `network` is called in place of `unet`.
 
     `known`: where frames of a clip are given, the prior of each frame is their blend b, g is 1, and the network
     predicts r = z - b itself: v = (alpha x - b - r) / sigma. One that is not trained yet gives the blend at any step.
@@ -40,7 +43,8 @@ def velocity(
     def predict(x: Tensor) -> Tensor:
         inside = context.dtype
         more = () if known is None else (known,)
-        v = unet(x.to(inside), t, context, frame_embedding, None if prior is None else prior.to(inside), *more)
+        entering = None if prior is None else prior.to(inside)
+        v = (network or unet)(x.to(inside), t, context, frame_embedding, entering, *more)
         return v.to(latents.dtype)
 
     a, s = _per_sample(alpha, latents), _per_sample(sigma, latents)

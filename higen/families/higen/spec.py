@@ -88,7 +88,8 @@ def manifest(config: ModelConfig, plain: bool = True) -> Manifest:
 
     Raises ManifestError for a configuration whose parts do not fit each other.
     """
-    rows = tuple(s for s in stages(config.unet.known_frames) if plain or not s.name.endswith(PLAIN))
+    every = stages(config.unet.known_frames, config.unet.level_channels[0])
+    rows = tuple(s for s in every if plain or not s.name.endswith(PLAIN))
     return Manifest(
         name=config.name,
         licence=config.licence,
@@ -103,8 +104,12 @@ def manifest(config: ModelConfig, plain: bool = True) -> Manifest:
     )
 
 
-def stages(known_frames: bool = False) -> tuple[Stage, ...]:
-    """The stages of every HiGen model, the plain ones too. `known_frames`: those of a clip are told what is known."""
+def stages(known_frames: bool = False, deep: int | None = None) -> tuple[Stage, ...]:
+    """The stages of every HiGen model, the plain ones too.
+
+    known_frames  those of a clip are told what is known
+    deep          channels of the network's deep features
+    """
     hidden = ("B", "L", "Dt")
     clip = (Tensor("prior", ("B", "C", "H", "W"), source="spatial.latents"), *(KNOWN_INPUTS if known_frames else ()))
     return (
@@ -119,17 +124,17 @@ def stages(known_frames: bool = False) -> tuple[Stage, ...]:
             ),
             (Output("context", ("B", "K", "Dc")), Output("frame_embedding", ("B", "F", "E"))),
         ),
-        *_denoising_stages("spatial_unet", 1),
-        *_denoising_stages("temporal_unet", "F", *clip),
+        *_denoising_stages("spatial_unet", 1, deep),
+        *_denoising_stages("temporal_unet", "F", deep, *clip),
         *autoencoder_stages(AUTOENCODER, "image"),
     )
 
 
-def _denoising_stages(name: str, frames: str | int, *extra: Tensor) -> tuple[Stage, Stage]:
+def _denoising_stages(name: str, frames: str | int, deep: int | None, *extra: Tensor) -> tuple[Stage, Stage]:
     context = Tensor("context", ("B", "K", "Dc"), source="conditioner.context")
     empty = Tensor("empty_context", ("B", "K", "Dc"), source="conditioner@negative.context")
     embedding = Tensor("frame_embedding", ("B", frames, "E"), source="conditioner.frame_embedding")
-    return solver_stages(name, name + PLAIN, UNET, frames, (context, empty, embedding, *extra))
+    return solver_stages(name, name + PLAIN, UNET, frames, (context, empty, embedding, *extra), deep)
 
 
 def _sizes(config: ModelConfig) -> Sizes:

@@ -196,16 +196,45 @@ class UNet(nn.Module):
         their distance from `Known.blend` that is predicted, not v. Raises TypeError where the network takes no known
         frames.
         """
+        return self.with_deep(latents, t, context, frame_embedding, prior, known)[0]
+
+    def with_deep(
+        self,
+        latents: Tensor,
+        t: Tensor,
+        context: Tensor,
+        frame_embedding: Tensor,
+        prior: Tensor | None = None,
+        known: Known | None = None,
+        deep: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """What `forward` gives, and the features [B*F,C0,H,W] that enter the last block from below.
+
+        With `deep`, those of another step, only the first convolution and temporal layer and the last block are run
+        (Ma et al. 2024, DeepCache).
+        """
         frames = latents.shape[2]
         if known is not None:
             t = t[:, None] * (1 - (known.mask >= 1).to(t.dtype))  # a given frame is one without noise
         embedding = self._embedding(t, context, frame_embedding)  # [B*F, E]
-        x = self._enter(latents, prior)  # [B*F, C0, H, W]
+        first = self._enter(latents, prior)  # [B*F, C0, H, W]
         if known is not None:
-            x = x + self._told(known, x)
+            first = first + self._told(known, first)
         if self.temporal_in is not None:
-            x = self.temporal_in(x, frames)
-        skips = [x]
+            first = self.temporal_in(first, frames)
+        blocks = [block for level in self.decoder for block in level.blocks]
+        if deep is None:
+            deep = self._deep(first, embedding, context, frames)
+        x = self._run(blocks[-1], torch.cat([deep, first], dim=1), embedding, context, frames)
+        x = nn.functional.silu(self.norm_out(x))
+        v: Tensor = self.conv_out(x).unflatten(0, (-1, frames)).transpose(1, 2)
+        if known is None or self.known_out is None:
+            return v, deep
+        return torch.where(known.given, self.known_out(x).unflatten(0, (-1, frames)).transpose(1, 2), v), deep
+
+    def _deep(self, first: Tensor, embedding: Tensor, context: Tensor, frames: int) -> Tensor:
+        """All blocks but the last one: [B*F,C0,H,W] -> the same."""
+        x, skips = first, [first]
         for level in self.encoder:
             for block in level.blocks:
                 x = self._run(block, x, embedding, context, frames)
@@ -217,14 +246,12 @@ class UNet(nn.Module):
         x = self.middle_out(x, embedding, frames)
         for level in self.decoder:
             for block in level.blocks:
+                if len(skips) == 1:  # the last block's
+                    return x
                 x = self._run(block, torch.cat([x, skips.pop()], dim=1), embedding, context, frames)
             if level.resample is not None:
                 x = level.resample(x)
-        x = nn.functional.silu(self.norm_out(x))
-        v: Tensor = self.conv_out(x).unflatten(0, (-1, frames)).transpose(1, 2)
-        if known is None or self.known_out is None:
-            return v
-        return torch.where(known.given, self.known_out(x).unflatten(0, (-1, frames)).transpose(1, 2), v)
+        return x
 
     def _run(self, block: Block, x: Tensor, embedding: Tensor, context: Tensor, frames: int) -> Tensor:
         out: Tensor

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from higen.models.video_walk import ClipPredictor, down_and_middle, ends
+from higen.models.video_walk import ClipPredictor, down_and_middle, ends, last_layers
 
 __all__ = ["UpscalingPredictor", "VideoPredictor", "weakened"]
 
@@ -45,10 +45,24 @@ class UpscalingPredictor(VideoPredictor):
             if block.upsamplers:
                 block.upsamplers = nn.ModuleList([_Doubled(sampler.conv) for sampler in block.upsamplers])
 
-    def through(self, first: Tensor, embedding: Tensor, context: Tensor, frames: int) -> Tensor:
+    @property
+    def deep_channels(self) -> int | None:
+        """None where the lowest block up, which is a special one, is the only one."""
+        return super().deep_channels if len(self.unet.up_blocks) > 1 else None
+
+    def through(
+        self, first: Tensor, embedding: Tensor, context: Tensor, frames: int, deep: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
         """From behind the first transformer to the prediction."""
+        if deep is None:
+            deep = self._deep(first, embedding, context, frames)
+        told = embedding, context, slice(-1, None)
+        return ends(self.unet, last_layers(self.unet, deep, (first,), *told, num_frames=frames)), deep
+
+    def _deep(self, first: Tensor, embedding: Tensor, context: Tensor, frames: int) -> Tensor:
+        """What enters the last layer of the blocks up."""
         x, skips = down_and_middle(self.unet, first, embedding, context, num_frames=frames)
-        for level, block in enumerate(self.unet.up_blocks):
+        for level, block in enumerate(self.unet.up_blocks[:-1]):
             count = len(block.resnets)
             own, skips = skips[-count:], skips[:-count]
             size = tuple(skips[-1].shape[-2:]) if skips else None
@@ -64,7 +78,8 @@ class UpscalingPredictor(VideoPredictor):
                     num_frames=frames,
                     **text,
                 )
-        return ends(self.unet, x)
+        told = embedding, context, slice(None, -1)
+        return last_layers(self.unet, x, skips[1:], *told, num_frames=frames)
 
 
 class _Doubled(nn.Module):

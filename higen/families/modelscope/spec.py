@@ -81,7 +81,9 @@ def manifest(
 
     Raises ManifestError for networks that do not fit each other.
     """
-    factor = made_of.codec.factor
+    factor, widths = made_of.codec.factor, made_of.unet["block_out_channels"]
+    # The lowest block up of SR600 is a special one: with no other block it has no deep features.
+    deep = None if made_of.upscales and len(widths) == 1 else widths[0]
     return Manifest(
         name=name,
         licence=licence,
@@ -95,7 +97,7 @@ def manifest(
         controls=_UPSCALER_CONTROLS if made_of.upscales else _CONTROLS,
         stages=(
             text_encoder_stage(TEXT_ENCODER, "Dc"),
-            *solver_stages("temporal_unet", "temporal_unet_plain", UNET, "F", TEXT_CONDITIONS),
+            *solver_stages("temporal_unet", "temporal_unet_plain", UNET, "F", TEXT_CONDITIONS, deep),
             *autoencoder_stages(AUTOENCODER, "video", "clip"),
         ),
         loops=(_upscaling(sampling) if made_of.upscales else _loop(sampling),),

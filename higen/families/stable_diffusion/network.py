@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cached_property
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,6 +13,7 @@ from higen.families.companion_networks import ClipNetworks, open_network
 from higen.families.stable_diffusion import spec
 from higen.manifest import Manifest
 from higen.models.diffusers_unet import image_unet
+from higen.models.video_walk import time_embedding, walk_with_deep
 from higen.stages import Stage
 
 __all__ = ["ImagePredictor", "StableDiffusionNetworks", "open"]
@@ -47,6 +49,12 @@ class ImagePredictor(nn.Module):
         super().__init__()
         self.unet = unet
 
+    @property
+    def deep_channels(self) -> int:
+        """Channels of the deep features."""
+        unet: Any = self.unet
+        return int(unet.conv_in.out_channels)
+
     def forward(
         self, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor], branches: int
     ) -> Tensor:
@@ -56,3 +64,21 @@ class ImagePredictor(nn.Module):
             x.squeeze(2).to(dtype), t, encoder_hidden_states=conditions["context"].to(dtype), return_dict=False
         )[0]
         return predicted[:, :, None]
+
+    def with_deep(
+        self,
+        x: Tensor,
+        t: Tensor,
+        alpha: Tensor,
+        sigma: Tensor,
+        conditions: Mapping[str, Tensor],
+        branches: int,
+        deep: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """m, like x [B,C,1,H,W], and the deep features [B,K,1,H,W]: `deep`, where they are given."""
+        unet: Any = self.unet
+        dtype = unet.conv_in.weight.dtype
+        first = unet.conv_in(x.squeeze(2).to(dtype))
+        given = None if deep is None else deep.squeeze(2).to(dtype)
+        m, kept = walk_with_deep(unet, first, time_embedding(unet, t), conditions["context"].to(dtype), given)
+        return m[:, :, None], kept[:, :, None]

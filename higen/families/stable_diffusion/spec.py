@@ -83,15 +83,15 @@ def manifest(made_of: Networks, sampling: Sampling, *, name: str, licence: str, 
             strength_control("picture", STRENGTH),
             *known_frames_controls(),
         ),
-        stages=_stages(),
+        stages=_stages(made_of.unet["block_out_channels"][0]),
         loops=(denoising_loop("spatial", "spatial_unet", 1, sampling, start=_START, known=KNOWN),),
     )
 
 
-def _stages() -> tuple[Stage, ...]:
+def _stages(deep: int) -> tuple[Stage, ...]:
     return (
         text_encoder_stage(TEXT_ENCODER, "Dc"),
-        *solver_stages("spatial_unet", "spatial_unet_plain", UNET, 1, TEXT_CONDITIONS),
+        *solver_stages("spatial_unet", "spatial_unet_plain", UNET, 1, TEXT_CONDITIONS, deep),
         *autoencoder_stages(AUTOENCODER, "image"),
     )
 

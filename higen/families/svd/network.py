@@ -16,7 +16,7 @@ from higen.families.svd import spec
 from higen.families.svd.parts import image_encoder, video_unet
 from higen.manifest import Manifest
 from higen.models.solver_step import SolverStep
-from higen.models.video_walk import fold, per_frame, time_embedding, unfold, walk
+from higen.models.video_walk import fold, per_frame, time_embedding, unfold, walk_with_deep
 
 __all__ = ["Conditioner", "Decoder", "Encoder", "ImageEncoder", "SvdNetworks", "VideoPredictor", "open"]
 
@@ -76,10 +76,26 @@ class VideoPredictor(nn.Module):
         super().__init__()
         self.unet = unet
 
-    def forward(
-        self, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor], branches: int
-    ) -> Tensor:
-        """x [B,C,F,H,W] -> m, the same."""
+    @property
+    def deep_channels(self) -> int:
+        """Channels of the deep features."""
+        return int(self.unet.conv_in.out_channels)
+
+    def forward(self, *told: Any) -> Tensor:
+        """x [B,C,F,H,W] and the other arguments of `with_deep` -> m, like x."""
+        return self.with_deep(*told)[0]
+
+    def with_deep(
+        self,
+        x: Tensor,
+        t: Tensor,
+        alpha: Tensor,
+        sigma: Tensor,
+        conditions: Mapping[str, Tensor],
+        branches: int,
+        deep: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """m, like x [B,C,F,H,W], and the deep features [B,K,F,H,W]: `deep`, where they are given."""
         unet: Any = self.unet
         frames = x.shape[2]
         dtype = unet.conv_in.weight.dtype
@@ -87,8 +103,10 @@ class VideoPredictor(nn.Module):
         embedding = (time_embedding(unet, t)[:, None] + conditions["frame_embedding"].to(dtype)).flatten(0, 1)
         entered = unet.conv_in(torch.cat([fold(x.to(dtype)), per_frame(prior, frames)], dim=1))
         no_pictures = x.new_zeros(x.shape[0], frames, dtype=dtype)  # every frame is one of a clip
-        m = walk(unet, entered, embedding, per_frame(context, frames), image_only_indicator=no_pictures)
-        return unfold(m, x.shape[0])
+        given = None if deep is None else fold(deep.to(dtype))
+        told = embedding, per_frame(context, frames), given
+        m, kept = walk_with_deep(unet, entered, *told, image_only_indicator=no_pictures)
+        return unfold(m, x.shape[0]), unfold(kept, x.shape[0])
 
 
 def _given(condition: Tensor, branches: int) -> Tensor:

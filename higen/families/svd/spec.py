@@ -113,7 +113,7 @@ def manifest(
         ),
         text=None,
         controls=controls(),
-        stages=_stages(made_of.vision.arguments["image_size"], "fp16" if lowest == "fp16" else "fp32"),
+        stages=_stages(made_of, "fp16" if lowest == "fp16" else "fp32"),
         loops=(denoising_loop("temporal", "temporal_unet", "F", sampling, purpose=NOISE),),
     )
 
@@ -148,7 +148,8 @@ def controls() -> tuple[Control, ...]:
     )
 
 
-def _stages(side: int, codec: Literal["fp32", "fp16"]) -> tuple[Stage, ...]:
+def _stages(made_of: Networks, codec: Literal["fp32", "fp16"]) -> tuple[Stage, ...]:
+    side = made_of.vision.arguments["image_size"]
     latents, pixels = ("B", "C", "F", "H", "W"), ("B", 3, "Y", "X")
     curve = Tensor("augmentation", ("B", "F"), source="control:augmentation")
     return (
@@ -189,6 +190,7 @@ def _stages(side: int, codec: Literal["fp32", "fp16"]) -> tuple[Stage, ...]:
                 Tensor("prior", ("B", "C", "H", "W"), source="vae_encoder.prior"),
                 Tensor("frame_embedding", ("B", "F", "E"), source="conditioner.frame_embedding"),
             ),
+            deep=made_of.unet["block_out_channels"][0],
         ),
         Stage(
             "vae_decoder",

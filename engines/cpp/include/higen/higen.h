@@ -266,6 +266,9 @@ typedef struct higen_request {
                                         0.25) and the filter's order (4). NULL: none */
     size_t free_init_count;
     const char* free_init_filter;    /* "butterworth", "gaussian", "ideal". NULL: the first */
+    const int32_t* reuse;            /* every so many rows of a loop the whole network is run, and the rows between reuse
+                                        its deep features: one number for every loop, or one a loop. NULL: 1 */
+    size_t reuse_count;
 } higen_request;
 
 /* Fill a request with the model's defaults; the prompt is left to you. */
@@ -330,7 +333,7 @@ HIGEN_API higen_status higen_generate(higen_model* model, const higen_request* r
 
 /* Make a video of each of `count` requests at once: their denoising steps are one batch, which a GPU does in less time
  * than one after another. They agree in frames, width, height, fps, steps, solvers, guidance_interval,
- * windows, window_noise and free_init, and in which pictures and clips are given; the rest is each one's own. A video is that of its request alone, but for the rounding of a larger batch.
+ * windows, window_noise, free_init and reuse, and in which pictures and clips are given; the rest is each one's own. A video is that of its request alone, but for the rounding of a larger batch.
  * on_frames gets one video after another. */
 HIGEN_API higen_status higen_generate_batch(higen_model* model, const higen_request* const* requests, size_t count,
                                             const higen_callbacks* callbacks);

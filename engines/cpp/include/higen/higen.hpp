@@ -200,6 +200,13 @@ public:
         return *this;
     }
 
+    // Every so many rows the whole network is run, and the rows between reuse its deep features: one number for every
+    // loop, or one a loop.
+    Request& reuse(std::vector<std::int32_t> every) {
+        reuse_ = std::move(every);
+        return *this;
+    }
+
     // Solvers: one name for every loop, or one a loop; "" is that loop's default.
     Request& solvers(std::vector<std::string> names) {
         solvers_ = std::move(names);
@@ -246,6 +253,7 @@ public:
         if (!windows_.empty()) made.windows = windows_.data(), made.window_count = windows_.size();
         if (!window_noise_.empty()) made.window_noise = window_noise_.c_str();
         if (!free_init_.empty()) made.free_init = free_init_.data(), made.free_init_count = free_init_.size();
+        if (!reuse_.empty()) made.reuse = reuse_.data(), made.reuse_count = reuse_.size();
         if (!free_init_filter_.empty()) made.free_init_filter = free_init_filter_.c_str();
         for (const auto& value : values_)
             flat_.controls.push_back({value.name.c_str(), value.numbers.empty() ? nullptr : value.numbers.data(),
@@ -292,6 +300,7 @@ private:
     std::vector<std::string> solvers_;
     std::vector<double> interval_, free_init_;
     std::vector<std::int32_t> windows_;
+    std::vector<std::int32_t> reuse_;
     std::string window_noise_, free_init_filter_;
     std::vector<Value> values_;
     std::vector<Pixels> pictures_;
