@@ -93,7 +93,7 @@ def build_engines(
 
 def _default_stages(bundle: Bundle, precision: str) -> tuple[str, ...]:
     """Every stage; one that only saves work, and that the model has no graph of, is left out: another serves it."""
-    spared = {loop.plain for loop in bundle.manifest.loops if loop.guided is not None}
+    spared = {plain for loop in bundle.manifest.loops for guided, plain in loop.pairs if guided is not None}
     serving = {*precision_named(precision).stand_ins}
     names = bundle.manifest.stage_names
     return tuple(name for name in names if name not in spared or serving.intersection(bundle.precisions(name)))

@@ -201,16 +201,17 @@ class Pipeline:
             if request.runs(loop):
                 unguided = bool(np.all(np.asarray(scale) == 1.0))
                 both = (False, True) if not unguided and loop.name in request.settings.intervals else (unguided,)
-                for ways in (self._ways(loop, one) for one in both):
+                for ways in (self._ways(request, loop, one) for one in both):
                     needed |= {(name,): None for name in self.manifest.feeding(ways[0])[:-1]}
                     needed[ways] = None
         needed |= {(name,): None for name in self.manifest.feeding(self.manifest.sizes.decoder)}
         return list(needed)
 
     @staticmethod
-    def _ways(loop: Loop, unguided: bool) -> tuple[str, ...]:
+    def _ways(request: Request, loop: Loop, unguided: bool) -> tuple[str, ...]:
         """The stages that can do a row, the preferred first: where guidance is 1 everywhere it is the plain one."""
-        names = (loop.plain, loop.guided) if unguided else (loop.guided,)
+        guided, plain = request.pair(loop)
+        names = (plain, guided) if unguided else (guided,)
         return tuple(name for name in names if name is not None)
 
     def prepare(self, request: Request | None = None) -> None:
@@ -319,7 +320,7 @@ class Pipeline:
 
         plan = Plan(
             loop=loop.name,
-            stage=lambda guidance: self._stage(loop, bool(np.all(guidance == 1.0))),
+            stage=lambda guidance: self._stage(request, loop, bool(np.all(guidance == 1.0))),
             conditions=conditions_of,
             table=table,
             guidance=guidance_rows(
@@ -350,9 +351,9 @@ class Pipeline:
         self._check_usable()
         return np.asarray(self._sources(request).made(loop.start.latents, loop), np.float32)
 
-    def _stage(self, loop: Loop, unguided: bool) -> Stage:
+    def _stage(self, request: Request, loop: Loop, unguided: bool) -> Stage:
         """The stage that does a row, whether its guidance is 1 everywhere or not."""
-        return self.manifest.stage(self.backend.choose(*self._ways(loop, unguided)))
+        return self.manifest.stage(self.backend.choose(*self._ways(request, loop, unguided)))
 
     @staticmethod
     def _first(request: Request, loop: Loop, rows: int) -> int:

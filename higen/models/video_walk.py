@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["ClipPredictor", "down_and_middle", "ends", "fold", "per_frame", "time_embedding", "unfold", "walk"]
+__all__ = ["ClipPredictor", "More", "down_and_middle", "ends", "fold", "per_frame", "time_embedding", "unfold", "walk"]
 
 
 def fold(x: Tensor) -> Tensor:
@@ -39,15 +39,22 @@ def time_embedding(unet: Any, t: Tensor) -> Tensor:
     return embedding
 
 
-def walk(unet: Any, x: Tensor, embedding: Tensor, context: Tensor, **frames: Any) -> Tensor:
+More = tuple[tuple[Tensor, ...], Tensor]
+"""What a control network adds: to the skip connections, in the order of `down_and_middle`, and to the middle."""
+
+
+def walk(unet: Any, x: Tensor, embedding: Tensor, context: Tensor, more: More | None = None, **frames: Any) -> Tensor:
     """From behind the first convolution to the prediction: [N,C,H,W] -> [N,C',H,W], N the frames of all samples.
 
     embedding  [N,E]; context [N,L,Dc], of the blocks that attend to it
+    more       what is added behind the first half
     frames     what tells the blocks how many frames a sample has: `num_frames` or `image_only_indicator`, by the class
 
     H and W are multiples of what the blocks down divide them by: no block is told the size to upsample to.
     """
     x, skips = down_and_middle(unet, x, embedding, context, **frames)
+    if more is not None:
+        skips, x = tuple(skip + one for skip, one in zip(skips, more[0], strict=True)), x + more[1]
     for block in unet.up_blocks:
         own, skips = skips[-len(block.resnets) :], skips[: -len(block.resnets)]
         x = block(hidden_states=x, temb=embedding, res_hidden_states_tuple=own, **_text(block, context), **frames)

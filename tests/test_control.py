@@ -1,0 +1,185 @@
+"""Spatial control: ControlNets in the step's graph, beside diffusers' own pipelines, and edges beside OpenCV's rule."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import PIL.Image
+import pytest
+import test_animatediff as clips
+import test_stable_diffusion as pictures
+import tiny_animatediff as tiny_motion
+import tiny_diffusers as tiny
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from test_stable_diffusion import apart, tokens
+
+import higen
+from higen.bundle import Bundle
+from higen.convert import convert_sources, recognised
+from higen.edges import edges
+from higen.errors import CheckpointError, RequestError
+from higen.noise import frame_noise
+from higen.pipeline import Pipeline
+
+# diffusers and NumPy 2: an array of a tensor.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+Frames = NDArray[np.uint8]
+SCALES = [0.2, 1.0, 0.7]
+
+
+def drawn(frames: int, width: int, height: int, seed: int = 0) -> Frames:
+    """Blocks of random colours, uint8 [frames,height,width,3]."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (frames, height // 4, width // 4, 3), dtype=np.uint8)
+    return blocks.repeat(4, axis=1).repeat(4, axis=2)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The hub's folder of Stable Diffusion 1.5."""
+    folder = tiny.save(
+        tiny.image_pipeline(tiny.scheduler("DDIMScheduler", steps_offset=1, set_alpha_to_one=False, clip_sample=False)),
+        tmp_path_factory.mktemp("hub") / "stable-diffusion-v1-5",
+    )
+    return folder
+
+
+@pytest.fixture(scope="module")
+def control(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The hub's folder of a ControlNet."""
+    folder = tmp_path_factory.mktemp("hub") / "control_v11p_sd15_canny"
+    tiny.control_net().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hub") / "motion-adapter-v1-5-2"
+    tiny_motion.adapter().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def still(base: Path, control: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Stable Diffusion with a ControlNet that is shown edges."""
+    output = tmp_path_factory.mktemp("converted") / "still"
+    return convert_sources([base, control], output, dtype="fp32", control_kind="edges")
+
+
+@pytest.fixture(scope="module")
+def moving(base: Path, module: Path, control: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """AnimateDiff with a ControlNet that is shown maps."""
+    output = tmp_path_factory.mktemp("converted") / "moving"
+    return convert_sources([control, base, module], output, dtype="fp32", control_kind="given")
+
+
+@pytest.fixture(scope="module")
+def still_pipe(still: Bundle) -> Pipeline:
+    return higen.load(still.path, backend="torch")
+
+
+@pytest.fixture(scope="module")
+def moving_pipe(moving: Bundle) -> Pipeline:
+    return higen.load(moving.path, backend="torch")
+
+
+def scheduler(folder: Path, **changes: Any) -> Any:
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    return diffusers.DDIMScheduler.from_config({**config, **changes})
+
+
+def wanted_still(model: Bundle, folder: Path, shown: Frames, scale: float) -> NDArray[np.float32]:
+    """The final latents [C,1,H,W] of diffusers' pipeline, 4 steps, guidance 7.5."""
+    pipeline: Any = diffusers.StableDiffusionControlNetPipeline(
+        vae=tiny.autoencoder(),
+        text_encoder=tiny.text_encoder(32),
+        tokenizer=None,
+        unet=tiny.image_unet(),
+        controlnet=tiny.control_net(),
+        scheduler=scheduler(folder),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    noise = frame_noise(pictures.SEED, 0, 4, 1, pictures.HEIGHT // 2, pictures.WIDTH // 2)
+    with torch.inference_mode():
+        texts = (pictures.PROMPT, pictures.NEGATIVE)
+        given, empty = (pipeline.text_encoder(tokens(model, text)).last_hidden_state for text in texts)
+        made = pipeline(
+            prompt_embeds=given,
+            negative_prompt_embeds=empty,
+            image=PIL.Image.fromarray(shown),
+            controlnet_conditioning_scale=scale,
+            num_inference_steps=4,
+            guidance_scale=7.5,
+            latents=torch.from_numpy(noise[:, 0])[None],
+            output_type="latent",
+        )
+    latents: NDArray[np.float32] = made.images.numpy().swapaxes(0, 1)
+    return latents
+
+
+def test_a_picture_with_the_edges_of_another_one_is_that_of_diffusers(
+    still: Bundle, still_pipe: Pipeline, base: Path
+) -> None:
+    (shown,) = drawn(1, pictures.WIDTH, pictures.HEIGHT)
+    given = {"control": shown, "control_scale": 0.7, "steps": 4, "guidance": 7.5}
+    got = pictures.last_latents(still_pipe, **given)
+    assert apart(got, wanted_still(still, base, edges(shown), 0.7)) < 1e-4
+    assert apart(pictures.last_latents(still_pipe, steps=4, guidance=7.5), got) > 1e-2
+
+
+def per_frame(controlnet: Any, scales: list[float]) -> Any:
+    """diffusers' ControlNet with a scale of its own for each frame of both branches."""
+    forward = controlnet.forward
+
+    def scaled(*arguments: Any, **named: Any) -> Any:
+        down, middle = forward(*arguments, **named)
+        factor = torch.tensor(scales).repeat(len(middle) // len(scales))[:, None, None, None]
+        return [factor * one for one in down], factor * middle
+
+    controlnet.forward = scaled
+    return controlnet
+
+
+def wanted_moving(model: Bundle, folder: Path, shown: Frames, scales: list[float]) -> NDArray[np.float32]:
+    """The final latents [C,F,H,W] of diffusers' pipeline."""
+    pipeline: Any = diffusers.AnimateDiffControlNetPipeline(
+        vae=tiny.autoencoder(),
+        text_encoder=tiny.text_encoder(32),
+        tokenizer=None,
+        unet=tiny.image_unet(),
+        motion_adapter=tiny_motion.adapter(),
+        controlnet=per_frame(tiny.control_net(), scales),
+        scheduler=scheduler(folder, **tiny_motion.LINEAR),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+
+    def call(**named: Any) -> Any:
+        return type(pipeline).__call__(
+            pipeline,
+            conditioning_frames=[PIL.Image.fromarray(frame) for frame in shown],
+            width=clips.WIDTH,
+            height=clips.HEIGHT,
+            **named,
+        )
+
+    call.text_encoder = pipeline.text_encoder  # type: ignore[attr-defined]
+    return clips.wanted_latents(model, pipeline.scheduler, 3, 7.5, call, frames=len(shown))
+
+
+def test_a_clip_with_a_map_for_each_frame_is_that_of_diffusers(
+    moving: Bundle, moving_pipe: Pipeline, base: Path
+) -> None:
+    shown = drawn(clips.FRAMES, clips.WIDTH, clips.HEIGHT)
+    got = clips.last_latents(moving_pipe, control=shown, control_scale=SCALES, steps=3, guidance=7.5)
+    assert apart(got, wanted_moving(moving, base, shown, SCALES)) < 1e-4
