@@ -210,7 +210,7 @@ def _transition(row: Mapping[str, Any], before: Scene | None, frames: int, fps: 
 def _control(control: Control, value: Any, frames: int, place: _Place, fps: int) -> Any:
     """A control's value of a script as a request takes it."""
     name = control.name
-    if control.kind in ("picture", "clip"):
+    if control.kind in ("picture", "clip", "map"):
         return str(_file(name, value, place.folder))
     if control.kind != "curve" or value == UNSPECIFIED or (isinstance(value, (int, float)) and value is not True):
         return value
@@ -277,7 +277,7 @@ def script_schema(manifest: Manifest, files: bool = True) -> dict[str, Any]:
         **shared,
     }
     for control in manifest.controls:
-        if files or control.kind not in ("picture", "clip"):
+        if files or control.kind not in ("picture", "clip", "map"):
             scene[control.name] = {**_schema_of(control, files), "description": control.meaning}
     whole = {"type": "integer", "minimum": 1}
     script = {"fps": {**whole, "maximum": 240}, "width": whole, "height": whole, **shared}

@@ -151,7 +151,7 @@ def _from_cells(names: list[str], cells: list[str], kinds: Mapping[str, str]) ->
 
 def _cell(name: str, cell: str, kinds: Mapping[str, str]) -> Any:
     """A text where a text is wanted; else a JSON value, numbers between commas, or a word."""
-    if name in ("prompt", "negative_prompt") or kinds.get(name) in ("text", "choice", "picture", "clip"):
+    if name in ("prompt", "negative_prompt") or kinds.get(name) in ("text", "choice", "picture", "clip", "map"):
         return cell
     for attempt in (cell, f"[{cell}]"):
         try:
@@ -169,7 +169,7 @@ class _Check:
         self._folder = folder
         self._suffix = suffix
         self._pictures: dict[Any, bytes] = {}
-        self._files = [control.name for control in manifest.controls if control.kind in ("picture", "clip")]
+        self._files = [control.name for control in manifest.controls if control.kind in ("picture", "clip", "map")]
         self._drawn: Counter[str] = Counter()
         self._rates: set[int] = set()
 

@@ -42,7 +42,7 @@ public:
 private:
     [[nodiscard]] std::size_t index_of(const Loop& loop) const;
     [[nodiscard]] std::vector<const Stage*> ways(std::size_t loop, const std::vector<Request>& requests) const;
-    [[nodiscard]] std::vector<const Stage*> unguided(const Loop& loop) const;
+    [[nodiscard]] std::vector<const Stage*> unguided(const StagePair& pair) const;
     [[nodiscard]] TensorPtr run_loop(std::size_t index, const std::vector<Request>& requests, Sources& sources,
                                      const OnStep& on_step, Cancellation& cancellation) const;
     [[nodiscard]] static TensorPtr replaced(const Loop& loop, const std::vector<Request>& requests, Sources& sources);

@@ -144,7 +144,7 @@ void check_needed(const Manifest& manifest, const Request& request) {
     };
     for (const auto* loop : manifest.wanted(request.frames)) {
         const auto user = "the loop " + loop->name;
-        if (request.runs(*loop)) check(user, loop->stages());
+        if (request.runs(*loop)) check(user, request.pair(*loop).names());
         // A stand-in that is made of a control's own frames needs no other picture.
         for (const auto& source : request.standing(*loop))
             if (source.given.empty()) check(user, {source.name});
@@ -233,11 +233,11 @@ Request default_request(const Manifest& manifest) {
     };
     need({manifest.sizes.decoder});
     for (const auto& loop : manifest.loops)
-        if (!loop.replaced) need(loop.stages());
+        if (!loop.replaced) need(loop.own().names());
     for (const auto& loop : manifest.loops)
         if (loop.start && loop.start->needed) request.pictures[loop.start->control];
     for (const auto& loop : manifest.loops)
-        if (loop.replaced && !request.replaces(loop)) need(loop.stages());
+        if (loop.replaced && !request.replaces(loop)) need(loop.own().names());
     return request;
 }
 
