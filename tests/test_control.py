@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +16,12 @@ import tiny_animatediff as tiny_motion
 import tiny_diffusers as tiny
 import torch
 from numpy.typing import NDArray
-from safetensors.torch import load_file, save_file
 from test_stable_diffusion import apart, tokens
 
 import higen
 from higen.bundle import Bundle
-from higen.convert import convert_sources, recognised
+from higen.convert import convert_sources
 from higen.edges import edges
-from higen.errors import CheckpointError, RequestError
 from higen.noise import frame_noise
 from higen.pipeline import Pipeline
 
@@ -45,11 +41,10 @@ def drawn(frames: int, width: int, height: int, seed: int = 0) -> Frames:
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The hub's folder of Stable Diffusion 1.5."""
-    folder = tiny.save(
+    return tiny.save(
         tiny.image_pipeline(tiny.scheduler("DDIMScheduler", steps_offset=1, set_alpha_to_one=False, clip_sample=False)),
         tmp_path_factory.mktemp("hub") / "stable-diffusion-v1-5",
     )
-    return folder
 
 
 @pytest.fixture(scope="module")
