@@ -15,13 +15,17 @@ import test_stable_diffusion as pictures
 import tiny_animatediff as tiny_motion
 import tiny_diffusers as tiny
 import torch
+from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
 from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
 from test_stable_diffusion import apart, tokens
 
 import higen
 from higen.bundle import Bundle
 from higen.convert import convert_sources
 from higen.edges import edges
+from higen.errors import CheckpointError
+from higen.families.stable_diffusion.control_source import _authors_name, is_control, read_control
 from higen.noise import frame_noise
 from higen.pipeline import Pipeline
 
@@ -178,3 +182,93 @@ def test_a_clip_with_a_map_for_each_frame_is_that_of_diffusers(
     shown = drawn(clips.FRAMES, clips.WIDTH, clips.HEIGHT)
     got = clips.last_latents(moving_pipe, control=shown, control_scale=SCALES, steps=3, guidance=7.5)
     assert apart(got, wanted_moving(moving, base, shown, SCALES)) < 1e-4
+
+
+def authors_file(path: Path, network: Any, levels: int, prefix: str = "control_model.") -> Path:
+    """A ControlNet as its authors publish it; `levels` of the network that reads the pictures."""
+    state = {prefix + _authors_name(name, 1, levels): tensor for name, tensor in network.state_dict().items()}
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    return path
+
+
+def test_the_authors_names_are_those_that_diffusers_knows(tmp_path: Path) -> None:
+    network = tiny.control_net(conditioning_embedding_out_channels=(16, 16, 32, 32))
+    file = authors_file(tmp_path / "control_v11p_sd15_canny.safetensors", network, 4)
+    found, wanted = convert_controlnet_checkpoint(load_file(file), {"layers_per_block": 1}), network.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+UNET = dict(tiny.image_unet().config)
+"""The arguments of the base's U-Net; its latents have 2 pixels a cell."""
+
+
+@pytest.mark.parametrize("names", ["authors", "bare", "diffusers"])
+def test_a_single_file_is_the_same_network(tmp_path: Path, names: str) -> None:
+    file, network = tmp_path / "control.safetensors", tiny.control_net()
+    if names == "diffusers":
+        save_file(network.state_dict(), file)
+    else:
+        authors_file(file, network, 2, "control_model." if names == "authors" else "")
+    assert is_control(file)
+    found, wanted = read_control(file, "edges", UNET, 2, []), network.state_dict()
+    assert found.edges
+    assert found.state.keys() == wanted.keys()
+    assert all(torch.equal(found.state[name], wanted[name]) for name in wanted)
+    assert {name: found.arguments[name] for name in ("cross_attention_dim", "attention_head_dim")} == {
+        "cross_attention_dim": 32,
+        "attention_head_dim": 8,
+    }
+
+
+def test_the_other_stages_are_those_without_a_controlnet(base: Path, still: Bundle, tmp_path: Path) -> None:
+    plain = convert_sources([base], tmp_path / "model", dtype="fp32")
+    ours, wanted = load_file(still.path / "unet.safetensors"), load_file(plain.path / "unet.safetensors")
+    assert {name for name in ours if not name.startswith("control.")} == wanted.keys()
+    rows = {stage.name: stage for stage in still.manifest.stages}
+    assert [rows[stage.name] for stage in plain.manifest.stages] == [*plain.manifest.stages]
+
+
+def test_bad_sources(base: Path, module: Path, control: Path, tmp_path: Path) -> None:
+    sparse, output = tmp_path / "sparse", tmp_path / "model"
+    sparse.mkdir()
+    (sparse / "config.json").write_text(json.dumps({"_class_name": "SparseControlNetModel"}))
+    for sources, kind, said in (
+        ([base, control], None, "no file says what a ControlNet is shown: --control-kind edges"),
+        ([base, control], "pose", "control_kind='pose': --control-kind"),
+        ([base], "edges", "control_kind='edges': no ControlNet is among the sources"),
+        ([base, module], "edges", "no ControlNet is among the sources"),
+        ([control], "edges", "nothing: one folder or file is wanted beside the ControlNet"),
+        ([base, control, control], "edges", "2 ControlNets: one is wanted"),
+        ([base, sparse], "given", "a SparseCtrl model .* no family here runs it"),
+        ([base, module, sparse], "given", "a SparseCtrl model"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            convert_sources(sources, output, control_kind=kind)
+        assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("block_out_channels", (32, 32), "a control network for another base than this one, which has"),
+        ("cross_attention_dim", 64, "a control network for another base"),
+        ("conditioning_embedding_out_channels", (16, 16, 32), "for 4 pixels a latent cell, and this model has 2"),
+        ("conditioning_channels", 4, "3 are wanted, those of a picture"),
+        ("class_embed_type", "timestep", "class condition"),
+    ],
+)
+def test_a_controlnet_for_another_base(tmp_path: Path, name: str, value: Any, said: str) -> None:
+    config = {**tiny.control_net().config, "_class_name": "ControlNetModel", name: value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tiny.control_net().state_dict(), tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{name}=.*{said}"):
+        read_control(tmp_path, "given", UNET, 2, [])
+
+
+def test_an_incomplete_file(tmp_path: Path) -> None:
+    file = authors_file(tmp_path / "half.safetensors", tiny.control_net(), 2)
+    state = load_file(file)
+    save_file({name: tensor for name, tensor in state.items() if "zero_convs.1" not in name}, file)
+    with pytest.raises(CheckpointError, match=r"half.*missing zero_convs\.1\.0\."):
+        read_control(file, "given", UNET, 2, [])

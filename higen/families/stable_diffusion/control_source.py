@@ -31,7 +31,7 @@ KINDS = ("edges", "given")
 
 _PREFIX = "control_model."
 _AUTHORS, _DIFFUSERS = "input_hint_block.0.weight", "controlnet_cond_embedding.conv_in.weight"
-_CLASS = "ControlNetModel"
+_CLASS, _SPARSE = "ControlNetModel", "SparseControlNetModel"
 
 _OUTER = {
     "controlnet_mid_block": "middle_block_out.0",
@@ -52,22 +52,33 @@ class ControlSource:
 
 
 def is_control(path: Path) -> bool:
-    """Whether a folder or file holds a ControlNet. Looks at names alone."""
+    """Whether a folder or file holds a control network of any kind. Looks at names alone."""
+    return _kind(path) is not None
+
+
+def _kind(path: Path) -> str | None:
+    """The class of a control network; None for all else."""
     if path.is_dir():
         config = path / "config.json"
-        return config.is_file() and read_json(config).get("_class_name") == _CLASS
+        found = str(read_json(config).get("_class_name")) if config.is_file() else ""
+        return found if "ControlNet" in found else None
     names = read_names(path)
-    own = {name.removeprefix(_PREFIX) for name in names} & {_AUTHORS, _DIFFUSERS}
-    return bool(own) and not any(".motion_modules." in name for name in names)
+    if not any(name.endswith((_AUTHORS, _DIFFUSERS)) for name in names):
+        return None
+    return _SPARSE if any(".motion_modules." in name for name in names) else _CLASS
 
 
 def without_controls(paths: list[Path], kind: object) -> tuple[list[Path], Path | None]:
     """The sources that are no ControlNet, and the one that is.
 
-    Raises CheckpointError for several of them, and for a `kind` that is not one of KINDS where there is one, or that is
-    given where there is none.
+    Raises CheckpointError for a control network of another class, for several of them, and for a `kind` that is not one
+    of KINDS where there is one, or that is given where there is none.
     """
     found = [path for path in paths if is_control(path)]
+    for path in found:
+        if (is_a := _kind(path)) != _CLASS:
+            what = f"a SparseCtrl model ({is_a})" if is_a == _SPARSE else f"a {is_a}"
+            raise CheckpointError(f"{path}: {what}, and no family here runs it; a {_CLASS} is wanted")
     if len(found) > 1:
         raise CheckpointError(f"{', '.join(map(str, found))}: {len(found)} ControlNets: one is wanted")
     wanted = "--control-kind edges (pictures are given, their edges are found) or --control-kind given (maps are given)"
