@@ -26,6 +26,7 @@ from higen.serve.asks import schema_of
 from higen.stages import Tensor
 from higen.tables import Control, Tiles, Variant, Windows
 from higen.tokenizer import build_word_tokenizer, write_tokenizer
+from higen.trial import ways
 from higen.video import Video
 
 SHOWN = np.random.default_rng(3).integers(0, 256, (6, 8, 12, 3), np.uint8)
@@ -219,3 +220,10 @@ def test_servers_take_maps() -> None:
     text = np.array([b"a kite"], dtype=np.object_)
     given, _ = read_request(MANIFEST, {"prompt": text, "plot_file": np.array(pictures, dtype=np.object_)})
     np.testing.assert_array_equal(np.stack([np.asarray(one) for one in given["plot"]]), SHOWN[:2])
+
+
+def test_trial_requests_run_the_variants_stages(folder: Path) -> None:
+    pipeline, _ = pipeline_of(folder)
+    requests = [pipeline.request("a red kite", **way) for way in ways(MANIFEST, {})]
+    called = {ways_of[0] for request in requests for ways_of in pipeline.stages(request)}
+    assert {*MANIFEST.denoising} <= called
