@@ -19,6 +19,7 @@ from higen.edges import edges
 from higen.engines.triton.interface import inputs, read_request
 from higen.errors import ManifestError, PictureWarning, RequestError
 from higen.export.graphs import _free_axes
+from higen.families.composed.spec import compose
 from higen.manifest import Manifest
 from higen.pipeline import Pipeline
 from higen.sampler import Step
@@ -33,13 +34,14 @@ SHOWN = np.random.default_rng(3).integers(0, 256, (6, 8, 12, 3), np.uint8)
 STEPS = ("film_two", "film_one")
 
 
-def mapped(encoding: Any = None) -> Manifest:
-    """`interpreter_model` whose film has other stages for a map."""
+def mapped(encoding: Any = None, loop: str = "film", frames: int | str = "F") -> Manifest:
+    """`interpreter_model` whose film, or another loop, has other stages for a map."""
     more = (
-        Tensor("plot", ("B", 3, "F", "Y", "X"), source="clip:plot"),
-        Tensor("hold", ("B", "F"), source="control:hold"),
+        Tensor("plot", ("B", 3, frames, "Y", "X"), source="clip:plot"),
+        Tensor("hold", ("B", frames), source="control:hold"),
     )
-    rows = [PLAIN.stage(name) for name in STEPS]
+    steps = [f"{loop}_two", f"{loop}_one"]
+    rows = [PLAIN.stage(name) for name in steps]
     controls = (
         Control("plot", "map", "a plot for each frame", encoding),
         Control("hold", "curve", "how far it holds", "curve", low=0.0, default=1.0),
@@ -49,7 +51,7 @@ def mapped(encoding: Any = None) -> Manifest:
         controls=(*PLAIN.controls, *controls),
         stages=(*PLAIN.stages, *(replace(row, name=f"plot_{row.name}", inputs=(*row.inputs, *more)) for row in rows)),
     )
-    return changed(manifest, "film", variant=Variant("plot", *(f"plot_{name}" for name in STEPS)))
+    return changed(manifest, loop, variant=Variant("plot", *(f"plot_{name}" for name in steps)))
 
 
 MANIFEST = mapped()
@@ -227,3 +229,22 @@ def test_trial_requests_run_the_variants_stages(folder: Path) -> None:
     requests = [pipeline.request("a red kite", **way) for way in ways(MANIFEST, {})]
     called = {ways_of[0] for request in requests for ways_of in pipeline.stages(request)}
     assert {*MANIFEST.denoising} <= called
+
+
+def test_both_models_of_a_composed_one_keep_their_maps(folder: Path) -> None:
+    """The first loop, of one frame, is shown the first picture."""
+    both = compose(mapped(loop="draft", frames=1), replace(MANIFEST, name="films"), same_tokenizer=True)
+    assert [loop.variant for loop in both.loops] == [
+        Variant("plot", "plot_draft_two", "plot_draft_one"),
+        Variant("second_plot", "plot_film_two", "plot_film_one"),
+    ]
+    made = {name: FORMULAS.get(name.removeprefix("second_"), plotted) for name in both.stage_names}
+    backend = Formulas(both, made)
+    pipeline = Pipeline(replace(Bundle.open(folder), manifest=both), backend)
+    events = [*pipeline.stream("a red kite", seed=1, frames=5, plot=SHOWN, second_plot=SHOWN[::-1])]
+    assert {e.stage for e in events if isinstance(e, Step)} == {"plot_draft_two", "plot_film_two"}
+    (first,) = backend.of("plot_draft_two")[0]["plot"].transpose(0, 2, 3, 4, 1)
+    np.testing.assert_allclose(first[0], SHOWN[0] / 127.5 - 1, atol=1e-6)
+    np.testing.assert_allclose(
+        backend.of("plot_film_two")[0]["plot"][0].transpose(1, 2, 3, 0), SHOWN[::-1][:5] / 127.5 - 1, atol=1e-6
+    )
