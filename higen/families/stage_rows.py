@@ -136,7 +136,9 @@ def map_controls(edges: bool) -> tuple[Control, Control]:
     meaning = f"{what}: one, or one for each frame"
     return (
         Control(CONTROL_MAP, "map", meaning, "edges" if edges else None),
-        Control(CONTROL_SCALE, "curve", "how far the control holds: 0 not at all", "curve", default=1.0, usual=(0, 1)),
+        Control(
+            CONTROL_SCALE, "curve", "how far the control holds: 0 not at all", "curve", default=1.0, usual=(0.0, 1.0)
+        ),
     )
 
 
