@@ -93,7 +93,7 @@ def build_engines(
 
 def _default_stages(bundle: Bundle, precision: str) -> tuple[str, ...]:
     """Every stage; one that only saves work, and that the model has no graph of, is left out: another serves it."""
-    spared: set[str | None] = {loop.plain for loop in bundle.manifest.loops if loop.guided is not None}
+    spared = {plain for loop in bundle.manifest.loops for guided, plain in loop.pairs if guided is not None}
     serving = {*precision_named(precision).stand_ins}
     spared |= {*bundle.manifest.variants}
     names = (*bundle.manifest.stage_names, *bundle.manifest.variants)

@@ -210,7 +210,7 @@ def quantize(
             done.append(report)
             if not as_json:
                 layers = f"{report.chosen} of {report.candidates} layers, {report.work:.0%} of the work"
-                click.echo(f"{report.stage:<22}{report.precision:<12}{layers:<40}error {report.error:.3f}")
+                click.echo(f"{report.stage:<21} {report.precision:<12}{layers:<40}error {report.error:.3f}")
 
         allowed = TOLERANCE if tolerance is None else tolerance
         run(bundle, recorded, precision, names, allowed, show, shown, until - time.monotonic())

@@ -14,11 +14,12 @@ __all__ = ["with_deep_features"]
 
 
 def with_deep_features(bundle: Bundle) -> Bundle:
-    """The model with `deep` in the rows of its denoising stages; nothing is written where they have it.
+    """The model with `deep` in the rows of its loops' own stages; nothing is written where they have it.
 
     Raises ModelError for a network that its family does not cut in two.
     """
-    missing = [name for name in bundle.manifest.denoising if bundle.manifest.stage(name).deep is None]
+    own = dict.fromkeys(name for loop in bundle.manifest.loops for name in loop.pairs[0] if name is not None)
+    missing = [name for name in own if bundle.manifest.stage(name).deep is None]
     if not missing:
         return bundle
     backend = TorchBackend(bundle, Options(device="cpu", precision="fp32"))

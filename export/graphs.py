@@ -97,7 +97,9 @@ def _free_axes(manifest: Manifest, stage: Stage, fixed: set[str]) -> list[dict[i
     step = multiple // manifest.sizes.factor
     multiples = {"H": step, "W": step, "Y": multiple, "X": multiple}
     symbols = {n for t in stage.inputs for n in t.shape if isinstance(n, str) and n not in fixed}
-    axes = {n: multiples.get(n, 1) * torch.export.Dim(f"size_{n}") for n in symbols}
+    # Where a stage has both, pixels are those of the latent cells.
+    shared = {pixels: cells for pixels, cells in (("Y", "H"), ("X", "W")) if {pixels, cells} <= symbols}
+    axes = {n: multiples.get(n, 1) * torch.export.Dim(f"size_{shared.get(n, n)}") for n in symbols}
     return [{i: axes[n] for i, n in enumerate(t.shape) if isinstance(n, str) and n in axes} for t in stage.inputs]
 
 

@@ -58,7 +58,7 @@ class Parity:
         """A line of the listing for a person."""
         measured = "not run" if self.error is None else f"{self.error:.1e}"
         verdict = self.note if self.error is None else "ok" if self.passed else f"OVER {self.tolerance:.0e}"
-        return f"{self.stage:<22}{self.precision:<6}{self.way:<18}{self.shape:<24}{measured:>9}  {verdict}"
+        return f"{self.stage:<21} {self.precision:<6}{self.way:<18}{self.shape:<24}{measured:>9}  {verdict}"
 
 
 @dataclass(frozen=True)

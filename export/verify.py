@@ -143,7 +143,7 @@ def verify(
 
 def _needed(manifest: Manifest) -> tuple[str, ...]:
     """The stages that a model cannot do without: one that does a step with one branch of guidance saves work alone."""
-    spared = {loop.plain for loop in manifest.loops if loop.guided is not None}
+    spared = {plain for loop in manifest.loops for guided, plain in loop.pairs if guided is not None}
     return tuple(name for name in manifest.stage_names if name not in spared)
 
 

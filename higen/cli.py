@@ -59,6 +59,11 @@ def main() -> None:
 @click.option("--network", help="Which of several networks with the same tensors it is, where its name does not say.")
 @click.option("--frames", type=int, help="Frames of the clips that it was trained on, where the files do not say.")
 @click.option("--group-norm", help="What it takes the statistics of group norms over, where the files do not say.")
+@click.option(
+    "--control-kind",
+    type=click.Choice(["edges", "given"]),
+    help="What a ControlNet among the sources is shown: the edges of pictures, or the maps that are given.",
+)
 @click.option("--lora", "loras", multiple=True, metavar="FILE[:SCALE]", help="Add a LoRA to the weights; repeatable.")
 @click.option("--spatial", type=PATH, help="For HiGen: a personalised Stable Diffusion 2.1, for the spatial layers.")
 @click.option("--base", type=PATH, help="What --spatial was trained on from; the difference of the two is added.")
@@ -75,6 +80,7 @@ def convert(
     network: str | None,
     frames: int | None,
     group_norm: str | None,
+    control_kind: str | None,
     loras: tuple[str, ...],
     spatial: Path | None,
     base: Path | None,
@@ -102,6 +108,7 @@ def convert(
             "network": network,
             "frames": frames,
             "group_norm": group_norm,
+            "control_kind": control_kind,
         }
         given |= {"spatial": spatial, "base": base}
         of_family = {name: value for name, value in given.items() if value is not None}

@@ -188,12 +188,10 @@ def _graphs(bundle: Bundle, loop: Loop) -> LoopGraphs:
 def _idle(bundle: Bundle) -> list[str]:
     """The steps with one branch of guidance that have no graph, though those with both have: these do their work."""
     return [
-        loop.plain
+        plain
         for loop in bundle.manifest.loops
-        if loop.plain is not None
-        and loop.guided is not None
-        and bundle.precisions(loop.guided)
-        and not bundle.precisions(loop.plain)
+        for guided, plain in loop.pairs
+        if plain is not None and guided is not None and bundle.precisions(guided) and not bundle.precisions(plain)
     ]
 
 

@@ -131,6 +131,7 @@ def _option(control: Control) -> _ControlOption:
         "clip": PATH,
         "frames": _frame,
         "mask": PATH,
+        "map": PATH,
     }
     meaning = control.meaning[:1].upper() + control.meaning[1:]
     metavar = {"curve": "NUMBERS|FILE", "frames": "INDEX=FILE"}.get(control.kind)

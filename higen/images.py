@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, cast
 import numpy as np
 from numpy.typing import NDArray
 
+from higen.edges import edges
 from higen.errors import OutputError, RequestError, is_of_a_handler, quoted
 from higen.known_frames import by_frame
 from higen.media.files import reason
@@ -34,12 +36,25 @@ else:
 ROUNDING = 1e-3
 """How far a float of a picture may lie outside of 0 to 1: libraries that resize round."""
 
-__all__ = ["Clip", "Image", "load_clip", "load_frames", "load_image", "load_mask", "load_picture", "resampling"]
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+"""Suffixes of the pictures in a folder."""
+
+__all__ = [
+    "Clip",
+    "Image",
+    "load_clip",
+    "load_frames",
+    "load_image",
+    "load_map",
+    "load_mask",
+    "load_picture",
+    "resampling",
+]
 
 
 def load_picture(control: Control, value: object, frames: int, width: int, height: int) -> Picture:
-    """The value of a control that has pixels: a picture [3,height,width], a clip [3,frames,height,width], known frames
-    [n,3,height,width], or a mask [1 or frames,height,width].
+    """The value of a control that has pixels: a picture [3,height,width], a clip or map [3,frames,height,width], known
+    frames [n,3,height,width], or a mask [1 or frames,height,width].
 
     Raises RequestError, beginning with the control's name, for what cannot be read.
     """
@@ -47,6 +62,8 @@ def load_picture(control: Control, value: object, frames: int, width: int, heigh
         return load_frames(value, frames, width, height, control.name)
     if control.kind == "mask":
         return load_mask(value, frames, width, height, control.name)
+    if control.kind == "map":
+        return load_map(value, frames, width, height, control.name, control.encoding)
     if control.kind == "clip":
         pixels = load_clip(cast("Clip", value), frames, width, height, control.name)
     else:
@@ -77,18 +94,7 @@ def load_mask(value: object, frames: int, width: int, height: int, name: str) ->
     `value`: a picture or a clip, as those of other controls, or an array without colours: truth values, uint8, or
     floats from 0 to 1, [H,W] or [F,H,W]. Raises RequestError, beginning with `name`, for what is none of these.
     """
-    from higen.video import Video
-
-    array = _array(value.frames if isinstance(value, Video) else value)
-    if isinstance(value, (str, os.PathLike)):
-        array = _mask_file(given_path(value, name), frames, name)
-    if isinstance(array, np.ndarray):
-        array = array.astype(np.uint8) * np.uint8(255) if array.dtype == bool else array
-        colours = array.ndim == 4 or (array.ndim == 3 and array.shape[2] == 3)
-        array = array if colours else np.repeat(array[..., None], 3, axis=-1)
-        rows = [_from_array(row, name) for row in (array if array.ndim == 4 else array[None])]
-    else:
-        rows = [_pixels(cast("Image", value), name)]
+    rows = _rows(value, frames + 1, name)
     if len(rows) not in (1, frames):
         raise RequestError(f"{name} has {len(rows)} frames: one picture, or the clip's {frames}")
     bright = np.stack([(_fit(row, width, height).mean(axis=0) + 1) / 2 for row in rows]).astype(np.float32)
@@ -96,8 +102,56 @@ def load_mask(value: object, frames: int, width: int, height: int, name: str) ->
     return Picture(bright, _digest(bright), notes=(note,) if note else ())
 
 
-def _mask_file(path: Path, frames: int, name: str) -> NDArray[np.uint8]:
-    """A picture [1,H,W,3], or a clip [F,H,W,3], from a file."""
+def load_map(value: object, frames: int, width: int, height: int, name: str, encoding: str | None = None) -> Picture:
+    """A control map, float32 [3,frames,height,width] in -1 to 1: a picture for all frames, or a picture for each.
+
+    `value`: as of a mask, or a folder of pictures, which are taken in the order of their names, or a list of pictures.
+    Of more frames the first ones are taken. Each is scaled to cover, then cropped. `encoding` "edges": the edges of
+    what is given stand in its place. Raises RequestError, beginning with `name`, for what is none of these, and for
+    fewer frames.
+    """
+    rows = _rows(value, frames, name)
+    if len(rows) != 1 and len(rows) < frames:
+        raise RequestError(f"{name} has {len(rows)} frames: one picture, or the clip's {frames}")
+    notes = dict.fromkeys(_resized(name, row, width, height) for row in rows[:frames])
+    fitted = [_fitted(row, width, height) for row in rows[:frames]]
+    shown = np.stack([edges(row) if encoding == "edges" else row for row in fitted])
+    pixels = np.ascontiguousarray(shown.transpose(3, 0, 1, 2).astype(np.float32) / 127.5 - 1.0)
+    whole = np.broadcast_to(pixels, (3, frames, height, width))
+    return Picture(whole, _digest(pixels), notes=tuple(note for note in notes if note))
+
+
+def _rows(value: object, most: int, name: str) -> list[NDArray[np.uint8]]:
+    """A picture, or the pictures of a clip, a folder or a list, uint8 [H,W,3] each; of a clip's file at most `most`."""
+    from higen.video import Video
+
+    if isinstance(value, (list, tuple)) and value and not isinstance(value[0], (int, float, list, tuple)):
+        return [_pixels(one, f"{name}[{i}]") for i, one in enumerate(value)]
+    array = _array(value.frames if isinstance(value, Video) else value)
+    if isinstance(value, (str, os.PathLike)):
+        path = given_path(value, name)
+        if path.is_dir():
+            return [_pixels(file, f"{name}={quoted(file.name)}") for file in _pictures_in(path, name)[:most]]
+        array = _file(path, most, name)
+    if not isinstance(array, np.ndarray):
+        return [_pixels(cast("Image", value), name)]
+    array = array.astype(np.uint8) * np.uint8(255) if array.dtype == bool else array
+    colours = array.ndim == 4 or (array.ndim == 3 and array.shape[2] == 3)
+    array = array if colours else np.repeat(array[..., None], 3, axis=-1)
+    return [_from_array(row, name) for row in (array if array.ndim == 4 else array[None])]
+
+
+def _pictures_in(folder: Path, name: str) -> list[Path]:
+    """The pictures of a folder in the order of their names, the numbers in them as numbers: 2 before 10."""
+    found = [path for path in folder.iterdir() if path.suffix.lower() in _PICTURES and not path.name.startswith(".")]
+    if not found:
+        raise RequestError(f"{name}={quoted(os.fspath(folder))}: no pictures in it: {', '.join(_PICTURES)}")
+    parts = {path: re.split(r"(\d+)", path.name) for path in found}
+    return sorted(found, key=lambda path: [(int(p), "") if i % 2 else (0, p) for i, p in enumerate(parts[path])])
+
+
+def _file(path: Path, most: int, name: str) -> NDArray[np.uint8]:
+    """A picture [1,H,W,3], or a clip [F,H,W,3] of at most so many frames, from a file."""
     try:
         return load_still(path)[None]
     except Exception as error:  # a decoder may raise anything on corrupt data
@@ -105,7 +159,7 @@ def _mask_file(path: Path, frames: int, name: str) -> NDArray[np.uint8]:
             raise
         refused = reason(error)
     try:
-        return read(path, most=frames + 1).frames
+        return read(path, most=most).frames
     except OutputError as error:
         said = f"cannot be read as a picture ({refused}) or as a clip ({error})"
         raise RequestError(f"{name}={quoted(os.fspath(path))}: {said}") from error
@@ -202,11 +256,17 @@ def load_image(image: Image, width: int, height: int, name: str = "image") -> ND
 
 def _fit(pixels: NDArray[np.uint8], width: int, height: int) -> NDArray[np.float32]:
     """uint8 [H,W,3] as float32 [3,height,width] in -1 to 1: scaled to cover, then cropped."""
+    fitted = _fitted(pixels, width, height).astype(np.float32)
+    return np.ascontiguousarray(fitted.transpose(2, 0, 1) / 127.5 - 1.0)
+
+
+def _fitted(pixels: NDArray[np.uint8], width: int, height: int) -> NDArray[np.uint8]:
+    """uint8 [H,W,3] as uint8 [height,width,3]: scaled to cover, then cropped."""
     import PIL.Image
     import PIL.ImageOps
 
     fitted = PIL.ImageOps.fit(PIL.Image.fromarray(pixels), (width, height), PIL.Image.Resampling.LANCZOS)
-    return np.ascontiguousarray(np.asarray(fitted, dtype=np.float32).transpose(2, 0, 1) / 127.5 - 1.0)
+    return np.asarray(fitted)
 
 
 def _pixels(image: Image, name: str) -> NDArray[np.uint8]:

@@ -156,7 +156,7 @@ def _reuse(manifest: Manifest, value: Any) -> dict[str, int]:
             raise RequestError(f"reuse={quoted(every)}: {allowed}")
         if every is None or every == 1:
             continue
-        if not all(manifest.stage(name).variants for name in loop.stages):
+        if not all(manifest.stage(name).variants for name in loop.pairs[0] if name is not None):
             raise RequestError(
                 f"reuse={every}: the loop {loop.name} of {manifest.name} has no shallow steps; "
                 "`higen-export onnx MODEL --reuse` adds them to a model"

@@ -82,10 +82,13 @@ class Manifest(Rows):
             visit(stage, "")
         return tuple(found)
 
-    def needed_by(self, loop: Loop) -> tuple[str, ...]:
-        """The picture and clip controls that a loop cannot run without."""
+    def needed_by(self, loop: Loop, pair: tuple[str | None, str | None] | None = None) -> tuple[str, ...]:
+        """The controls with pixels that a loop cannot run without; `pair`: the stages that do its steps, None: those
+        of a request that gives none.
+        """
         begins = [loop.start.control] if loop.start is not None and loop.start.needed else []
-        return tuple(dict.fromkeys([*self.pictures_of(*loop.stages), *begins]))
+        stages = [name for name in pair or loop.pairs[0] if name is not None]
+        return tuple(dict.fromkeys([*self.pictures_of(*stages), *begins]))
 
     @property
     def decoder(self) -> Stage:

@@ -19,7 +19,7 @@ from higen.errors import HigenError, MissingExtra, RequestError, quoted
 from higen.events import Stream
 from higen.progress import Progress, Shown, in_notebook
 from higen.sampler import Step
-from higen.tables import Control
+from higen.tables import VISUAL, Control
 from higen.video import Video, Videos, strip
 
 if TYPE_CHECKING:
@@ -236,7 +236,8 @@ class Studio:
     def _control(self, control: Control) -> Any:
         """The input of a control, by its kind."""
         w, name = self._widgets, control.name
-        label = {"description": titled(name), "tooltip": control.meaning}
+        meaning = f"{control.meaning}; here the first one" if control.kind == "frames" else control.meaning
+        label = {"description": titled(name), "tooltip": meaning}
         if control.kind == "curve":
             shown = "the model's choice" if control.default is None else f"{control.default:g}"
             made = self._add(name, w.Text(placeholder=f"{shown}; or 300; or 0, 300, 100 over time", **label))
@@ -249,17 +250,18 @@ class Studio:
             return self._add(name, w.Dropdown(options=control.choices, value=control.default, **label))
         if control.kind == "text":
             return self._add(name, w.Textarea(value=control.default or "", rows=2, **label))
-        accept = "image/*" if control.kind == "picture" else "video/*,image/*"
+        accept = "image/*" if control.kind in ("picture", "frames") else "video/*,image/*"
         return self._add(name, w.FileUpload(accept=accept, multiple=False, **label))
 
     def _options(self, files: ExitStack) -> dict[str, Any]:
         """What a call takes; uploads as files that are there until `files` is closed."""
         options = {name: read() for name, read in self._readers.items()}
         for control in self._pipeline.controls:
-            if control.kind in ("picture", "clip"):
+            if control.kind in VISUAL:
                 given = options.pop(control.name)
                 if given:
-                    options[control.name] = files.enter_context(_written(given[0]))
+                    path = files.enter_context(_written(given[0]))
+                    options[control.name] = {0: path} if control.kind == "frames" else path
         return {name: value for name, value in options.items() if value is not None}
 
 

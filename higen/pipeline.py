@@ -208,14 +208,15 @@ class Pipeline:
         return list(needed)
 
     @staticmethod
-    def _ways(loop: Loop, unguided: bool) -> tuple[str, ...]:
+    def _ways(request: Request, loop: Loop, unguided: bool) -> tuple[str, ...]:
         """The stages that can do a row, the preferred first: where guidance is 1 everywhere it is the plain one."""
-        names = (loop.plain, loop.guided) if unguided else (loop.guided,)
+        guided, plain = request.pair(loop)
+        names = (plain, guided) if unguided else (guided,)
         return tuple(name for name in names if name is not None)
 
     def _steps_by(self, request: Request, loop: Loop, unguided: bool) -> list[tuple[str, ...]]:
         """The stages that do a loop's rows, `_ways` of each kind: full and shallow where features are reused."""
-        ways = self._ways(loop, unguided)
+        ways = self._ways(request, loop, unguided)
         if loop.name not in request.settings.reuse:
             return [ways]
         kinds = zip(*(self.manifest.stage(name).variants for name in ways), strict=True)
@@ -363,7 +364,7 @@ class Pipeline:
 
     def _stage(self, request: Request, loop: Loop, unguided: bool) -> Stage:
         """The stage that does a row, whether its guidance is 1 everywhere or not."""
-        full, ways = self._steps_by(request, loop, unguided)[0], self._ways(loop, unguided)
+        full, ways = self._steps_by(request, loop, unguided)[0], self._ways(request, loop, unguided)
         return self.manifest.stage(ways[full.index(self.backend.choose(*full))])
 
     @staticmethod

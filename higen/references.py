@@ -136,7 +136,7 @@ def _check_control_source(manifest: Rows, where: str, tensor: Tensor) -> None:
     found = source(tensor.source)
     if found.kind == "control" and found.name == "fps":
         return
-    fitting = {"picture": ("picture",), "clip": ("clip",), "control": (*NUMERIC, "choice")}[found.kind]
+    fitting = {"picture": ("picture",), "clip": ("clip", "map"), "control": (*NUMERIC, "choice")}[found.kind]
     names = [control.name for control in manifest.controls if control.kind in fitting]
     check(found.name in names, f"{where}: source {tensor.source}: the controls of this kind are {names}")
     shape = list(tensor.shape)
@@ -231,7 +231,7 @@ def _check_circles(manifest: Rows) -> None:
 
 def _check_loop(manifest: Rows, loop: Loop, earlier: tuple[str, ...]) -> None:
     where = f"loops.{loop.name}"
-    for key, name in (("guided", loop.guided), ("plain", loop.plain)):
+    for key, name in _keyed_stages(loop):
         if name is None:
             continue
         check(name in manifest.stage_names, f"{where}.{key}={name!r}: the stages are {', '.join(manifest.stage_names)}")
@@ -239,7 +239,7 @@ def _check_loop(manifest: Rows, loop: Loop, earlier: tuple[str, ...]) -> None:
         good = stage.denoises and all(made.name != DEEP for made in stage.outputs)
         check(good, f"{where}.{key}={name!r}: gives {', '.join(STATE)}, and nothing else")
         check(stage.batch, f"{where}.{key}={name!r}: batch is true: a denoising stage takes several samples")
-        wanted = {*STATE, *STEP_COLUMNS} if key == "guided" else {*STATE, *STEP_COLUMNS} - {"guidance"}
+        wanted = {*STATE, *STEP_COLUMNS} if key.endswith("guided") else {*STATE, *STEP_COLUMNS} - {"guidance"}
         state = {t.name for t in stage.inputs if t.source == "state"}
         check(state == wanted, f"{where}.{key}={name!r}: its state inputs are {', '.join(sorted(wanted))}")
         _check_step(manifest, loop, stage, f"{where}.{key}={name!r}")
@@ -249,6 +249,7 @@ def _check_loop(manifest: Rows, loop: Loop, earlier: tuple[str, ...]) -> None:
     takes = [t.source for s in loop.stages for t in manifest.stage(s).inputs if source(t.source).kind == "known"]
     check(not takes or loop.known is not None, f"{where}.known=null: a stage of it takes {', '.join(takes)}")
     _check_known(manifest, loop, f"{where}.known")
+    _check_variant(manifest, loop, f"{where}.variant")
     if loop.noise.mix is not None:
         check(loop.noise.mix.loop in earlier, f"{where}.noise.mix.loop={loop.noise.mix.loop!r}: an earlier loop")
         early = {other.name: other.least_frames for other in manifest.loops}[loop.noise.mix.loop]
@@ -258,6 +259,24 @@ def _check_loop(manifest: Rows, loop: Loop, earlier: tuple[str, ...]) -> None:
             f"{where}: its noise is mixed with {loop.noise.mix.loop}, which is left out of shorter clips",
         )
     _check_loop_controls(manifest, loop, where)
+
+
+def _keyed_stages(loop: Loop) -> Iterator[tuple[str, str | None]]:
+    """The stages that do a loop's steps, by their keys."""
+    for before, pair in zip(("", "variant."), loop.pairs, strict=False):
+        yield from zip((f"{before}guided", f"{before}plain"), pair, strict=True)
+
+
+def _check_variant(manifest: Rows, loop: Loop, where: str) -> None:
+    """Other stages for the steps of a loop."""
+    row = loop.variant
+    if row is None:
+        return
+    maps = [control.name for control in manifest.controls if control.kind == "map"]
+    check(row.control in maps, f"{where}.control={row.control!r}: the controls of kind map are {maps}")
+    for key in ("guided", "plain"):
+        own, other = getattr(loop, key), getattr(row, key)
+        check((own is None) == (other is None), f"{where}.{key}={other!r}: null where the loop's is, and only there")
 
 
 def _check_known(manifest: Rows, loop: Loop, where: str) -> None:
@@ -290,8 +309,6 @@ def _check_step(manifest: Rows, loop: Loop, stage: Stage, where: str) -> None:
         check(good, f"{where}: {tensor.name} is float32 {list(wanted[tensor.name])}, not {list(tensor.shape)}")
     for tensor in stage.conditions:
         check(tensor.shape[0] == "B", f"{where}: the first axis of {tensor.name} is B, not {tensor.shape[0]!r}")
-        good = loop.tiles is None or not {"Y", "X"} & {*tensor.shape}
-        check(good, f"{where}: {tensor.name} is {list(tensor.shape)}, and a loop in tiles has no input of pixels")
 
 
 def _check_result(manifest: Rows) -> None:

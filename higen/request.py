@@ -118,6 +118,11 @@ class Request:
         """Whether a loop's result passes through known frames of the request."""
         return loop.known is not None and self.controls[loop.known.control] is not None
 
+    def pair(self, loop: Loop) -> tuple[str | None, str | None]:
+        """The guided and the plain stage that do a loop's steps: its variant's where the request gives its control."""
+        varied = loop.variant is not None and self.controls[loop.variant.control] is not None
+        return loop.pairs[1 if varied else 0]
+
     def stand_ins(self, loop: Loop) -> tuple[str, ...]:
         """The stages and loops whose latents a loop is replaced by, begins from, or passes through."""
         return tuple(origin.name for origin in self.standing(loop))
@@ -236,6 +241,7 @@ def make_request(
     request = request if only is None else request.cut(only)
     _check_needed(manifest, request)
     _check_known(manifest, request)
+    _check_reuse(manifest, request)
     for note in dict.fromkeys(note for control in known.values() for note in _notes(control, request)):
         request.warn(PictureWarning(note))
     return request
@@ -260,7 +266,7 @@ def _check_needed(manifest: Manifest, request: Request) -> None:
     for loop in manifest.wanted(request.frames):
         # A stand-in that is made of a control's own frames needs no other picture.
         made = [origin.name for origin in request.standing(loop) if not origin.given]
-        running = manifest.needed_by(loop) if request.runs(loop) else ()
+        running = manifest.needed_by(loop, request.pair(loop)) if request.runs(loop) else ()
         needed[f"the loop {loop.name}"] = (*running, *manifest.pictures_of(*made))
     for user, names in needed.items():
         if missing := [name for name in names if name not in given]:
@@ -268,17 +274,30 @@ def _check_needed(manifest: Manifest, request: Request) -> None:
 
 
 def _check_known(manifest: Manifest, request: Request) -> None:
-    """Raise RequestError for known frames that no loop of the request takes, and for a mask without any."""
+    """Raise RequestError for known frames and maps that no loop of the request takes, and for a mask without any."""
     running = [loop for loop in manifest.wanted(request.frames) if request.runs(loop) and request.passes(loop)]
     taken = {name for loop in running if loop.known for name in (loop.known.control, loop.known.mask)}
+    taken |= {loop.variant.control for loop in manifest.wanted(request.frames) if loop.variant and request.runs(loop)}
     for control in manifest.controls:
         if request.controls[control.name] is None or control.name in taken:
             continue
         if control.kind == "frames":
             raise RequestError(f"{control.name}: a request for {request.frames} frames has no use for known frames")
+        if control.kind == "map":
+            raise RequestError(f"{control.name}: no loop of this request takes it")
         if control.kind == "mask":
             rows = [loop.known.control for loop in manifest.loops if loop.known and loop.known.mask == control.name]
             raise RequestError(f"{control.name}: no frames are known: give {' or '.join(dict.fromkeys(rows))} as well")
+
+
+def _check_reuse(manifest: Manifest, request: Request) -> None:
+    """Raise RequestError where features are to be reused by stages of a loop's variant that have none."""
+    for loop in manifest.loops:
+        names = [name for name in request.pair(loop) if name is not None]
+        every = request.settings.reuse.get(loop.name, 1)
+        if loop.variant is not None and every > 1 and not all(manifest.stage(name).variants for name in names):
+            given = f"reuse={every}: the loop {loop.name} of {manifest.name} has no shallow steps with "
+            raise RequestError(f"{given}{loop.variant.control}; leave out one of the two")
 
 
 def _notes(control: Control, request: Request) -> Iterator[str]:

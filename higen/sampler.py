@@ -20,6 +20,8 @@ from higen.tables import Tiles, Windows
 __all__ = ["Edit", "Plan", "Runner", "Step", "cut", "denoise", "initial_state", "repeated", "tail"]
 __all__ += ["window_weights"]
 
+PIXELS = {"H": "Y", "W": "X"}
+
 COEFFICIENTS = ("t", "A", "B", "C", "alpha", "sigma")
 
 Array = NDArray[np.float32]
@@ -216,13 +218,27 @@ def _run_tiles(
     host = {name: backend.to_numpy(value) for name, value in inputs.items()}
     mixed = {name: np.zeros_like(host["latents"]) for name in STATE}
     for top, down in _tile_weights(height, tiles.height, tiles.stride):
-        rows = {name: cut(stage, name, value, "H", top, top + len(down)) for name, value in host.items()}
+        rows = _tile(stage, host, "H", top, top + len(down), height)
         for left, across in _tile_weights(width, tiles.width, tiles.stride):
-            part = {name: cut(stage, name, value, "W", left, left + len(across)) for name, value in rows.items()}
+            part = _tile(stage, rows, "W", left, left + len(across), width)
             place = (..., slice(top, top + len(down)), slice(left, left + len(across)))
             for name, value in backend.run(stage.name, **part).items():
                 mixed[name][place] += down[:, None] * across * backend.to_numpy(value)
     return mixed
+
+
+def _tile(
+    stage: Stage, inputs: Mapping[str, NDArray[Any]], axis: str, start: int, end: int, size: int
+) -> dict[str, NDArray[Any]]:
+    """The part of each input from one latent cell of an axis, H or W of `size` cells, to another; pixels likewise."""
+    found = {name: cut(stage, name, value, axis, start, end) for name, value in inputs.items()}
+    pixels = PIXELS[axis]
+    for name, value in found.items():
+        shape = stage.input(name).shape
+        if pixels in shape:
+            factor = value.shape[shape.index(pixels)] // size
+            found[name] = cut(stage, name, value, pixels, factor * start, factor * end)
+    return found
 
 
 def _tile_weights(size: int, length: int, stride: int) -> list[tuple[int, Array]]:

@@ -31,6 +31,7 @@ __all__ = [
     "Start",
     "TextRules",
     "Tiles",
+    "Variant",
     "Windows",
     "check",
     "is_number",
@@ -55,12 +56,13 @@ ENCODINGS: dict[str, tuple[str | None, ...]] = {
     "number": ("number", "curve"),
     "whole": ("number", "curve"),
     "choice": ("number",),
+    "map": (None, "edges"),
 }
 """Encodings by kind of control; other kinds have none."""
 
 NUMERIC = ("number", "whole", "curve")
 WINDOW_NOISE = ("fresh", "shuffled", "repeated")
-VISUAL = ("picture", "clip", "frames", "mask")
+VISUAL = ("picture", "clip", "frames", "mask", "map")
 """Kinds of control whose values are pixels: none of them has a default."""
 
 MAX_SIDE = 4096
@@ -159,9 +161,9 @@ class Control:
     """
 
     name: str
-    kind: Literal["number", "whole", "curve", "text", "picture", "clip", "choice", "frames", "mask"]
+    kind: Literal["number", "whole", "curve", "text", "picture", "clip", "choice", "frames", "mask", "map"]
     meaning: str
-    encoding: Literal["number", "curve", "sinusoid", "similarity"] | None = None
+    encoding: Literal["number", "curve", "sinusoid", "similarity", "edges"] | None = None
     low: float | None = None
     high: float | None = None
     choices: tuple[str, ...] = ()
@@ -289,6 +291,15 @@ class Known:
 
 
 @dataclass(frozen=True)
+class Variant:
+    """Where `control`, of a kind that has pixels, is given, these stages do the steps; null as the loop's own are."""
+
+    control: str
+    guided: str | None
+    plain: str | None
+
+
+@dataclass(frozen=True)
 class Windows:
     """A clip of more than `length` frames is denoised in windows that begin `stride` frames apart.
 
@@ -343,6 +354,7 @@ class Loop:
     windows: Windows | None = None
     tiles: Tiles | None = field(default=None, metadata=LATER)
     known: Known | None = field(default=None, metadata=LATER)
+    variant: Variant | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         check(bool(self.guided or self.plain), "guided, plain: at least one stage")
@@ -360,9 +372,15 @@ class Loop:
         check(1 <= self.least_frames <= 2**16, f"least_frames={self.least_frames}: from 1")
 
     @property
+    def pairs(self) -> tuple[tuple[str | None, str | None], ...]:
+        """The guided and the plain stage that do its steps; then those of its variant."""
+        variant = [] if self.variant is None else [(self.variant.guided, self.variant.plain)]
+        return ((self.guided, self.plain), *variant)
+
+    @property
     def stages(self) -> tuple[str, ...]:
-        """The stages that do its steps, the guided one first."""
-        return tuple(name for name in (self.guided, self.plain) if name is not None)
+        """All stages that do its steps: the guided one, the plain one, then those of its variant."""
+        return tuple(name for pair in self.pairs for name in pair if name is not None)
 
     def solver(self, name: str) -> Solver:
         """The row of a solver. Raises KeyError."""

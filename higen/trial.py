@@ -68,6 +68,19 @@ def ways(manifest: Manifest, sizes: Mapping[str, int]) -> Iterator[dict[str, Any
         yield {**given, "guidance": [_above_one(loop) for loop in manifest.loops]}
         yield {**given, "guidance": [1.0 if loop.plain else _above_one(loop) for loop in manifest.loops]}
         yield pictures(manifest, length, every=True) | frames
+        if maps := _maps(manifest, length):
+            for guidance in (_above_one, lambda loop: 1.0 if loop.plain else _above_one(loop)):
+                yield {**given, **maps, "guidance": [guidance(loop) for loop in manifest.loops]}
+
+
+def _maps(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, NDArray[np.uint8]]:
+    """A made-up map for each control that chooses other stages in a video of these sizes."""
+    frames = sizes.get("frames", manifest.sizes.frames[1])
+    height, width = sizes.get("height", manifest.sizes.height), sizes.get("width", manifest.sizes.width)
+    taken = {loop.variant.control for loop in manifest.wanted(frames) if loop.variant is not None}
+    shades = np.random.default_rng(1).integers(0, 256, (8, 8, 3), np.uint8)
+    shown = shades[np.arange(height) * 8 // height][:, np.arange(width) * 8 // width]
+    return dict.fromkeys(sorted(taken), shown)
 
 
 def _lengths(manifest: Manifest, usual: int) -> Iterator[dict[str, int]]:

@@ -207,7 +207,8 @@ def _exports(bundle: Bundle) -> Iterable[Export]:
 
 def _guided(manifest: Manifest, plain: str) -> Stage | None:
     """The stage that does with both branches what `plain` does with one."""
-    names = [loop.guided for loop in manifest.loops if loop.plain == plain and loop.guided is not None]
+    pairs = [pair for loop in manifest.loops for pair in loop.pairs]
+    names = [guided for guided, own in pairs if own == plain and guided is not None]
     return manifest.stage(names[0]) if names else None
 
 

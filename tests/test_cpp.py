@@ -30,6 +30,7 @@ from made_up_model import write_made_up_model
 from onnxruntime.transformers.float16 import convert_float_to_float16
 from random_texts import ORDINARY, random_texts
 from safetensors.torch import save_file
+from test_edges import pictures_for_edges
 from test_engine_store import PLAN, RECORD
 
 from higen.api import default_model, load
@@ -38,6 +39,7 @@ from higen.backends.options import Options
 from higen.backends.plans import EXTRAS, Plan, PlanProfile, Span, best_profile, fitting_plans, read_plans
 from higen.bundle import MANIFEST, Bundle, create_model, graph_file, put_file
 from higen.conditioning import curve_rows, curve_values, similarity_rows, sinusoid_rows
+from higen.edges import edges
 from higen.errors import (
     BackendUnavailable,
     HigenError,
@@ -555,6 +557,13 @@ def test_pictures_are_scaled_as_pillow_scales_them(ask: Ask) -> None:
     for (covered, resampled), (fitted, small) in zip(ask(jobs), wanted, strict=True):
         np.testing.assert_array_equal(np.reshape(covered, fitted.shape), fitted)
         np.testing.assert_allclose(np.reshape(resampled, small.shape), small, rtol=0, atol=1e-6)
+
+
+def test_edges_are_pythons(ask: Ask) -> None:
+    shown = pictures_for_edges()
+    jobs = [{"op": "edges", "rgb": p.ravel().tolist(), "width": p.shape[1], "height": p.shape[0]} for p in shown]
+    for found, picture in zip(ask(jobs), shown, strict=True):
+        np.testing.assert_array_equal(np.reshape(found, picture.shape), edges(picture))
 
 
 WORDS = ("a", "Blue", "whale", "swimming", ",", "blue", "it", "'", "s", "日本", "café", "3", "ß", "i\u0307")

@@ -15,6 +15,7 @@ from higen.api import default_model, generate
 from higen.bundle import Bundle
 from higen.cli import main as higen
 from higen.exporter import main as exporter
+from higen.families.stage_rows import map_controls
 from higen.families.svd.spec import controls as svd_controls
 
 ROOT = Path(__file__).parents[1]
@@ -86,7 +87,7 @@ def test_a_documented_command_has_these_options(page: str, line: str) -> None:
         assert config is not None
         known |= {name for parameter in config.get_params(context) for name in parameter.opts}
     if "--model" in words:  # the model's controls are options too: here those of the models that the pages name
-        controls = (*Bundle.open(default_model()).manifest.controls, *svd_controls())
+        controls = (*Bundle.open(default_model()).manifest.controls, *svd_controls(), *map_controls(edges=True))
         known |= {f"--{control.name.replace('_', '-')}" for control in controls}
     assert options <= known, page
 

@@ -61,6 +61,10 @@ def test_what_is_not_given_is_the_models_default() -> None:
         "appearance": 1.0,
         "offset_noise": 0.1,
         "image": None,
+        "keyframes": None,
+        "mask": None,
+        "video": None,
+        "strength": 0.6,
     }
 
 

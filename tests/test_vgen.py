@@ -37,7 +37,7 @@ from higen.noise import frame_noise, row_purpose
 from higen.pipeline import Pipeline
 from higen.sampler import Plan, denoise
 from higen.schedule import solver_table
-from higen.stages import Stage, Tensor
+from higen.stages import Stage
 from higen.tables import Tiles
 from higen.tokenizer import PromptTokenizer
 
@@ -482,13 +482,6 @@ def test_cpp_makes_pythons_frames_in_tiles(built: Path, upscaler: Bundle, tmp_pa
     assert np.abs(np.load(output).astype(int) - wanted).max() <= 1
     with pytest.raises(AssertionError, match="video: the loop temporal needs one"):
         cpp_build.done(*run)
-
-
-def test_a_loop_in_tiles_takes_no_pixels(models: dict[str, Bundle]) -> None:
-    manifest, pixels = models["sr600"].manifest, Tensor("hint", ("B", 3, "Y", "X"), source="clip:video")
-    stages = tuple(replace(s, inputs=(*s.inputs, pixels)) if s.denoises else s for s in manifest.stages)
-    with pytest.raises(ManifestError, match=r"hint is .*, and a loop in tiles has no input of pixels"):
-        replace(manifest, stages=stages)
 
 
 @pytest.mark.parametrize("wrong", [{"stride": 0}, {"stride": 7}, {"height": 0}, {"width": 5000}], ids=str)

@@ -80,6 +80,19 @@ def image_unet(**changes: Any) -> diffusers.UNet2DConditionModel:
     return randomised(diffusers.UNet2DConditionModel(**{**arguments, **changes}), 1)
 
 
+def control_net(**changes: Any) -> diffusers.ControlNetModel:
+    """A control network for `image_unet()` and latents of two pixels a cell."""
+    arguments: dict[str, Any] = {
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+        "cross_attention_dim": 32,
+        "attention_head_dim": 8,
+        "conditioning_embedding_out_channels": (16, 32),
+    }
+    return randomised(diffusers.ControlNetModel(**{**arguments, **changes}), 9)
+
+
 def video_unet(**changes: Any) -> diffusers.UNet3DConditionModel:
     """A U-Net for video with two levels, of which the finer one attends to the text."""
     arguments: dict[str, Any] = {

@@ -13,6 +13,8 @@ not given has the model's default. A control is given by inputs of these names:
     clip                     NAME           UINT8 [F, H, W, 3]
     mask                     NAME           UINT8 [1 or F, H, W, 3]
                              NAME_file      STRING [1]: a picture as above, in the place of NAME
+    map                      NAME           UINT8 [1, F or more, H, W, 3]
+                             NAME_file      STRING [n]: a picture each as above, in the place of NAME
     frames                   NAME           UINT8 [n, H, W, 3], n known frames
                              NAME_file      STRING [n]: a picture each as above, in the place of NAME
                              NAME_index     INT32 [n]: which frames they are, from 0, or from -1 for the last one on
@@ -147,6 +149,8 @@ def _fields(control: Control) -> tuple[Field, ...]:
         return (clip,)
     if control.kind == "mask":
         return clip, Field(f"{name}_file", "STRING", (-1,), name, "file")
+    if control.kind == "map":
+        return clip, Field(f"{name}_file", "STRING", (-1,), name, "files")
     if control.kind == "frames":
         files = Field(f"{name}_file", "STRING", (-1,), name, "files")
         return clip, files, Field(f"{name}{_INDEX}", "INT32", (-1,), f"{name}{_INDEX}", "list")

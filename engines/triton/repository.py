@@ -149,7 +149,7 @@ def _models(bundle: Bundle, settings: Settings) -> dict[str, _Model]:
     manifest, precision = bundle.manifest, settings.precision
     engines = _engines(bundle, settings)
     graphs = [name for name in manifest.stage_names if precision in bundle.precisions(name)]
-    partners = {loop.plain: loop.guided for loop in manifest.loops if loop.plain and loop.guided}
+    partners = {plain: guided for loop in manifest.loops for guided, plain in loop.pairs if plain and guided}
     needed = [name for name in manifest.stage_names if name not in partners]
     if missing := [name for name in needed if name not in engines and name not in graphs]:
         raise IntegrityError(

@@ -34,7 +34,7 @@ class Choice:
     def as_lines(self) -> list[str]:
         """For a person: what runs the stage, then a line for each way passed over; the same for shapes outside."""
         lines = [
-            f"{self.stage:<20}{self._runs()}",
+            f"{self.stage:<19} {self._runs()}",
             *(f"{'':<20}not {name}: {reason}" for name, reason in self.passed_over.items()),
         ]
         if self.outside is not None:

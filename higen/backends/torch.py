@@ -39,10 +39,18 @@ class BundleWeights:
         self._verify = verify
         self._loaded: set[str] = set()
 
-    def fill(self, module: nn.Module, file: str, dtype: torch.dtype | None = None, strip: str = "") -> None:
+    def fill(
+        self,
+        module: nn.Module,
+        file: str,
+        dtype: torch.dtype | None = None,
+        strip: str = "",
+        part: str = "",
+        beside: tuple[str, ...] = (),
+    ) -> None:
         """See `families.Weights`."""
         path = self.bundle.file(file, self._verify)
-        fill(module, path, dtype or self.dtype, self.device, lambda name: name.removeprefix(strip))
+        fill(module, path, dtype or self.dtype, self.device, lambda name: name.removeprefix(strip), part, beside)
         self.bundle.file(file, verify=False)  # as it was before it was loaded, or it is checked again
         self._loaded.add(file)
 

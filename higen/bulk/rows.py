@@ -152,7 +152,7 @@ def _from_cells(names: list[str], cells: list[str], kinds: Mapping[str, str]) ->
 
 def _cell(name: str, cell: str, kinds: Mapping[str, str]) -> Any:
     """A text where a text is wanted; else a JSON value, numbers between commas, or a word."""
-    if name in ("prompt", "negative_prompt") or kinds.get(name) in ("text", "choice", "picture", "clip", "mask"):
+    if name in ("prompt", "negative_prompt") or kinds.get(name) in ("text", "choice", "picture", "clip", "mask", "map"):
         return cell
     for attempt in (cell, f"[{cell}]"):
         try:

@@ -78,10 +78,19 @@ class Weights(Protocol):
         """What the networks are to compute in; None: as stored."""
         ...
 
-    def fill(self, module: nn.Module, file: str, dtype: torch.dtype | None = None, strip: str = "") -> None:
+    def fill(
+        self,
+        module: nn.Module,
+        file: str,
+        dtype: torch.dtype | None = None,
+        strip: str = "",
+        part: str = "",
+        beside: tuple[str, ...] = (),
+    ) -> None:
         """Give a module on the meta device the tensors of `file`, by name, frozen, each in memory once.
 
-        `dtype` instead of the common one; `strip`: a prefix that is taken off both sides' names.
+        `dtype` instead of the common one; `strip`: a prefix that is taken off both sides' names. Where the file holds
+        several networks, this one's names there begin with `part`, and those of the others with one of `beside`.
         Raises IntegrityError for missing, extra or wrongly shaped tensors.
         """
         ...

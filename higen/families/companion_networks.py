@@ -14,19 +14,18 @@ from higen.families import Weights
 from higen.manifest import Manifest
 from higen.models.companion_stages import DecoderStage, EncoderStage, TextEncoderStage
 from higen.models.companions import TEXT_PREFIX, autoencoder, restore_buffers, text_encoder
+from higen.models.control_net import CONTROL, control_net
 from higen.models.solver_step import SolverStep
 from higen.stages import Stage
 
-__all__ = ["ClipNetworks", "open_autoencoder", "open_network", "open_text_encoder"]
+__all__ = ["ClipNetworks", "open_autoencoder", "open_control_net", "open_network", "open_text_encoder"]
 
 
-def open_network(
-    weights: Weights, file: str, make: Callable[[], nn.Module], dtype: torch.dtype | None = None, strip: str = ""
-) -> nn.Module:
-    """What `make` builds, with the tensors of `file`; `dtype`, `strip`: see `Weights.fill`. Raises IntegrityError."""
+def open_network(weights: Weights, file: str, make: Callable[[], nn.Module], **how: Any) -> nn.Module:
+    """What `make` builds, with the tensors of `file`; `how`: see `Weights.fill`. Raises IntegrityError."""
     with torch.device("meta"):
         network = make()
-    weights.fill(network, file, dtype, strip)
+    weights.fill(network, file, **how)
     restore_buffers(network, weights.device)
     return network
 
@@ -40,7 +39,12 @@ def open_autoencoder(weights: Weights, file: str, kind: str, arguments: Mapping[
     """diffusers' autoencoder `kind`, in float32 whatever the rest computes in, as the reference has it: published ones
     overflow in fp16. Raises IntegrityError, ManifestError.
     """
-    return open_network(weights, file, lambda: autoencoder(kind, arguments), torch.float32)
+    return open_network(weights, file, lambda: autoencoder(kind, arguments), dtype=torch.float32)
+
+
+def open_control_net(weights: Weights, file: str, arguments: Mapping[str, Any]) -> nn.Module:
+    """The control network in the file of its U-Net. Raises IntegrityError, ManifestError."""
+    return open_network(weights, file, lambda: control_net(arguments), part=f"{CONTROL}.")
 
 
 class KlCodec(Protocol):

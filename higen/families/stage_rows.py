@@ -8,10 +8,13 @@ from typing import Any
 
 from higen.noise_schedule import NoiseSchedule, Solver
 from higen.stages import EMPTY, TOKENS, Output, Stage, Tensor
-from higen.tables import Control, Known, Loop, NoiseRule, Sizes, TextRules
+from higen.tables import Control, Known, Loop, NoiseRule, Sizes, TextRules, Variant
 
 __all__ = ["CHUNKS", "KNOWN", "TEXT_CONDITIONS", "Sampling", "autoencoder_stages", "clip_text", "denoising_loop"]
+__all__ += ["controlled", "controlled_stages", "map_controls"]
 __all__ += ["known_frames_controls", "solver_stages", "strength_control", "text_encoder_stage", "unet_sizes"]
+
+CONTROL_MAP = "control"
 
 CHUNKS = 8
 """Chunks of 75 tokens that a prompt may have: engines are built for as many."""
@@ -123,6 +126,40 @@ def known_frames_controls() -> tuple[Control, Control]:
         Control("keyframes", "frames", "frames that the clip passes through, by index: 0 is the first, -1 the last"),
         Control("mask", "mask", "where the known frames are drawn anew: white, and kept: black"),
     )
+
+
+CONTROL_SCALE = "control_scale"
+
+
+def map_controls(edges: bool) -> tuple[Control, Control]:
+    """What a control network is told of; `edges`: it is shown the edges of what a request gives."""
+    what = "pictures whose edges the result has" if edges else "maps of what the network was trained on, poses say"
+    meaning = f"{what}: one, or one for each frame"
+    return (
+        Control(CONTROL_MAP, "map", meaning, "edges" if edges else None),
+        Control(
+            CONTROL_SCALE, "curve", "how far the control holds: 0 not at all", "curve", default=1.0, usual=(0.0, 1.0)
+        ),
+    )
+
+
+def map_conditions(frames: int | str) -> tuple[Tensor, Tensor]:
+    """What a step with a control network takes beside the others. `frames`: 1 or "F"."""
+    return (
+        Tensor("control", ("B", 3, frames, "Y", "X"), source=f"clip:{CONTROL_MAP}"),
+        Tensor("control_scale", ("B", frames), source=f"control:{CONTROL_SCALE}"),
+    )
+
+
+def controlled_stages(stage: str, weights: str, frames: int | str) -> tuple[Stage, Stage]:
+    """The steps of `solver_stages` with a control network, whose tensors are in the same file."""
+    conditions = (*TEXT_CONDITIONS, *map_conditions(frames))
+    return solver_stages(f"{stage}_control", f"{stage}_control_plain", weights, frames, conditions)
+
+
+def controlled(stage: str) -> Variant:
+    """These stages, where a request gives the control."""
+    return Variant(CONTROL_MAP, f"{stage}_control", f"{stage}_control_plain")
 
 
 def strength_control(what: str, default: float) -> Control:

@@ -37,13 +37,13 @@ def image_unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name in known and name not in ignored}
 
 
-def check_configuration(config: Mapping[str, Any], wanted: str) -> None:
+def check_configuration(config: Mapping[str, Any], wanted: str, what: str = "U-Net") -> None:
     """Raise CheckpointError for a config.json of another class than `wanted`, or of a model that takes more than
-    latents, time and text.
+    latents, time and text. `what`: what it is called.
     """
     kind = config.get("_class_name", wanted)
     if kind != wanted:
-        raise CheckpointError(f"its U-Net is a {kind}; a {wanted} is wanted")
+        raise CheckpointError(f"its {what} is a {kind}; a {wanted} is wanted")
     for name, why in _OTHER.items():
         if config.get(name) is not None:
             raise CheckpointError(f"{name}={config[name]!r}: {why}")

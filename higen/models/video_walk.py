@@ -16,7 +16,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-__all__ = ["ClipPredictor", "down_and_middle", "ends", "fold", "per_frame", "time_embedding", "unfold"]
+__all__ = ["ClipPredictor", "More", "down_and_middle", "ends", "fold", "per_frame", "time_embedding", "unfold"]
 __all__ += ["last_layers", "walk", "walk_with_deep"]
 
 
@@ -41,25 +41,39 @@ def time_embedding(unet: Any, t: Tensor) -> Tensor:
     return embedding
 
 
-def walk(unet: Any, x: Tensor, embedding: Tensor, context: Tensor, **frames: Any) -> Tensor:
+More = tuple[tuple[Tensor, ...], Tensor]
+"""What a control network adds: to the skip connections, in the order of `down_and_middle`, and to the middle."""
+
+
+def walk(unet: Any, x: Tensor, embedding: Tensor, context: Tensor, more: More | None = None, **frames: Any) -> Tensor:
     """From behind the first convolution to the prediction: [N,C,H,W] -> [N,C',H,W], N the frames of all samples.
 
     embedding  [N,E]; context [N,L,Dc], of the blocks that attend to it
+    more       what is added behind the first half
     frames     what tells the blocks how many frames a sample has: `num_frames` or `image_only_indicator`, by the class
 
     H and W are multiples of what the blocks down divide them by: no block is told the size to upsample to.
     """
-    return walk_with_deep(unet, x, embedding, context, None, **frames)[0]
+    return walk_with_deep(unet, x, embedding, context, None, more, **frames)[0]
 
 
 def walk_with_deep(
-    unet: Any, x: Tensor, embedding: Tensor, context: Tensor, deep: Tensor | None, **frames: Any
+    unet: Any,
+    x: Tensor,
+    embedding: Tensor,
+    context: Tensor,
+    deep: Tensor | None,
+    more: More | None = None,
+    **frames: Any,
 ) -> tuple[Tensor, Tensor]:
     """`walk`, and the features [N,K,H,W] that enter the last layer of the blocks up from below. With `deep`, those of
-    another step, that layer alone is run (higen/feature_reuse.py).
+    another step, that layer alone is run (higen/feature_reuse.py); `more` is not added then.
     """
     if deep is None:
         y, skips = down_and_middle(unet, x, embedding, context, **frames)
+        if more is not None:
+            skips, y = tuple(skip + one for skip, one in zip(skips, more[0], strict=True)), y + more[1]
+            x = skips[0]
         for block in unet.up_blocks[:-1]:
             own, skips = skips[-len(block.resnets) :], skips[: -len(block.resnets)]
             y = block(hidden_states=y, temb=embedding, res_hidden_states_tuple=own, **_text(block, context), **frames)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from higen.errors import CheckpointError, IntegrityError
 
-__all__ = ["DTYPES", "Made", "Maker", "fill", "let_go", "unmade", "write_safetensors"]
+__all__ = ["DTYPES", "Made", "Maker", "fill", "joined", "let_go", "unmade", "write_safetensors"]
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 NAMES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
@@ -51,6 +51,13 @@ class Made(Mapping[str, Tensor]):
         return len(self.source)
 
 
+def joined(state: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+    """The tensors of both, which have different names; those that are made of others still are."""
+    if isinstance(state, Made):
+        return Made(joined(state.source, more), state.makers)
+    return {**state, **more}
+
+
 def let_go(tensor: Tensor) -> None:
     """Tell Linux that a tensor's memory is not needed soon: what is mapped of a file leaves memory until it is read
     again, and other memory keeps its values. Without this, a file that is read from end to end stays in memory.
@@ -79,18 +86,23 @@ def fill(
     dtype: torch.dtype | None,
     device: torch.device,
     rename: Callable[[str], str] = lambda name: name,
+    part: str = "",
+    beside: tuple[str, ...] = (),
 ) -> None:
     """Give a module on the meta device the tensors of a safetensors file, in `dtype` (None: as stored), frozen.
 
-    `rename` is applied to both sides' names before they are compared. Raises IntegrityError for a file that cannot be
-    read, and for missing, extra or wrongly shaped tensors with the first ten of them.
+    `rename` is applied to both sides' names before they are compared. Of the file's, those that begin with `part` are
+    taken, without it, and not those that begin with one of `beside`: it may hold several networks. Raises
+    IntegrityError for a file that cannot be read, and for missing, extra or wrongly shaped tensors with the first ten
+    of them.
     """
     own = {rename(name): name for name in module.state_dict()}
     wanted = {rename(name): list(tensor.shape) for name, tensor in module.state_dict().items()}
     state: dict[str, Tensor] = {}
     try:
         with safe_open(os.fspath(path), framework="pt") as file:
-            stored = {rename(name): name for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            names = [name for name in file.keys() if name.startswith(part)]  # noqa: SIM118 (it is no mapping)
+            stored = {rename(name.removeprefix(part)): name for name in names if not name.startswith(beside)}
             _check(path, {name: list(file.get_slice(theirs).get_shape()) for name, theirs in stored.items()}, wanted)
         for name, tensor in _tensors(path, {stored[name]: name for name in wanted}, device):
             state[own[name]] = tensor.to(dtype or tensor.dtype)

@@ -92,7 +92,7 @@ def check(manifest: Manifest, fields: Fields, limits: Limits, results: Results) 
 
 def _uploads(manifest: Manifest, values: dict[str, Any], files: Mapping[str, Upload]) -> dict[str, Upload]:
     """Files by the control that they are for. Takes those out of `values` that are written there as data URLs."""
-    kinds = ("picture", "clip", "mask")
+    kinds = ("picture", "clip", "mask", "map")
     takers = [control.name for kind in kinds for control in manifest.controls if control.kind == kind]
     found: dict[str, Upload] = {}
     given: dict[str, Upload] = dict(files)
@@ -241,7 +241,7 @@ def opened(
             kind = manifest.control(control).kind
             if kind == "frames":
                 files.setdefault(control, {})[index] = _picture(name, upload.data, limits.picture)
-            elif kind == "picture" or (kind == "mask" and upload.suffix in _PICTURES):
+            elif kind == "picture" or (kind in ("mask", "map") and upload.suffix in _PICTURES):
                 files[name] = _picture(name, upload.data, limits.picture)
             else:
                 path = stack.enter_context(results.temporary(upload.data, upload.suffix))

@@ -84,7 +84,7 @@ void print_info(const higen_model* model) {
 
 const char* kind_name(higen_control_kind kind) {
     constexpr const char* names[] = {"number", "whole number", "curve", "text", "picture", "clip", "choice",
-                                     "known frames", "mask"};
+                                     "known frames", "mask", "map"};
     return names[kind];
 }
 

@@ -22,6 +22,7 @@ higen_control_kind kind_of(core::Control::Kind kind) {
         case core::Control::Kind::choice: return HIGEN_CONTROL_CHOICE;
         case core::Control::Kind::frames: return HIGEN_CONTROL_FRAMES;
         case core::Control::Kind::mask: return HIGEN_CONTROL_MASK;
+        case core::Control::Kind::map: return HIGEN_CONTROL_MAP;
     }
     return HIGEN_CONTROL_NUMBER;
 }

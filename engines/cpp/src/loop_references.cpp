@@ -44,9 +44,10 @@ void check_step(const Manifest& manifest, const Loop& loop, const Stage& stage, 
     }
 }
 
-void check_loop_stage(const Manifest& manifest, const Loop& loop, const std::string& name, bool guided) {
+void check_loop_stage(const Manifest& manifest, const Loop& loop, const std::string& name, bool guided,
+                      const std::string& before = "") {
     if (name.empty()) return;
-    const auto row = "loops." + loop.name + (guided ? ".guided='" : ".plain='") + name + "'";
+    const auto row = "loops." + loop.name + before + (guided ? ".guided='" : ".plain='") + name + "'";
     const auto* stage = manifest.find_stage(name);
     check(stage != nullptr, row + ": the stages are " + joined(names_of(manifest.stages)));
     check(stage->denoises() && stage->outputs.size() == 2, row + ": gives latents and previous, and nothing else");
@@ -123,15 +124,27 @@ void check_known(const Manifest& manifest, const Loop& loop, const std::string& 
     check_made(manifest, where + ".latents", plain, 5);
 }
 
+// Other stages for the steps of a loop.
+void check_variant(const Manifest& manifest, const Loop& loop, const Variant& variant) {
+    const auto where = "loops." + loop.name + ".variant";
+    const auto maps = controls_that(manifest, [](const auto& control) { return control.kind == Control::Kind::map; });
+    check(has(maps, variant.control),
+          where + ".control='" + variant.control + "': the controls of kind map are " + joined(maps));
+    const auto same = [&](const char* key, const std::string& own, const std::string& other) {
+        check(own.empty() == other.empty(),
+              where + "." + key + "='" + other + "': null where the loop's is, and only there");
+    };
+    same("guided", loop.guided, variant.stages.guided);
+    same("plain", loop.plain, variant.stages.plain);
+    check_loop_stage(manifest, loop, variant.stages.guided, true, ".variant");
+    check_loop_stage(manifest, loop, variant.stages.plain, false, ".variant");
+}
+
 void check_loop(const Manifest& manifest, const Loop& loop, const Names& earlier) {
     const auto where = "loops." + loop.name;
     check_loop_stage(manifest, loop, loop.guided, true);
     check_loop_stage(manifest, loop, loop.plain, false);
-    for (const auto& name : loop.stages())
-        for (const auto& tensor : manifest.stage(name).inputs)
-            check(!loop.tiles || (axis_of(tensor.shape, "Y") == tensor.shape.size() &&
-                                  axis_of(tensor.shape, "X") == tensor.shape.size()),
-                  where + ": " + tensor.name + " of " + name + ": a loop in tiles has no input of pixels");
+    if (loop.variant) check_variant(manifest, loop, *loop.variant);
     for (const auto& name : loop.stages())
         for (const auto& tensor : manifest.stage(name).inputs)
             check(tensor.source.kind != Source::Kind::made || manifest.loop(tensor.source.name) == nullptr ||

@@ -123,7 +123,7 @@ std::int64_t reuse_of(const Manifest& manifest, std::size_t index, const higen_r
     const auto said = "reuse=" + std::to_string(every) + ": ";
     if (every < 1 || every > most_reuse) fail_request(said + "a whole number from 1 to " + std::to_string(most_reuse));
     const auto& loop = manifest.loops[index];
-    const auto stages = loop.stages();
+    const auto stages = loop.own().names();
     const bool has = std::all_of(stages.begin(), stages.end(), [&](const auto& name) {
         return !manifest.stage(name).variants().empty();
     });

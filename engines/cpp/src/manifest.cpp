@@ -139,10 +139,17 @@ const Row* find_row(const std::vector<Row>& rows, std::string_view name) {
 
 }  // namespace
 
-std::vector<std::string> Loop::stages() const {
-    std::vector<std::string> names;
+std::vector<std::string> StagePair::names() const {
+    std::vector<std::string> found;
     for (const auto& one : {guided, plain})
-        if (!one.empty()) names.push_back(one);
+        if (!one.empty()) found.push_back(one);
+    return found;
+}
+
+std::vector<std::string> Loop::stages() const {
+    auto names = own().names();
+    if (variant)
+        for (const auto& one : variant->stages.names()) names.push_back(one);
     return names;
 }
 

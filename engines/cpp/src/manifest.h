@@ -65,8 +65,8 @@ using MaybeValue = std::optional<ControlValue>;
 
 // What a request may set for this model.
 struct Control {
-    enum class Kind { number, whole, curve, text, picture, clip, choice, frames, mask };
-    enum class Encoding { none, number, curve, sinusoid, similarity };
+    enum class Kind { number, whole, curve, text, picture, clip, choice, frames, mask, map };
+    enum class Encoding { none, number, curve, sinusoid, similarity, edges };
 
     std::string name;
     Kind kind = Kind::number;
@@ -81,7 +81,9 @@ struct Control {
     // Whether its value is a picture or a clip, which may stand for a loop's latents.
     [[nodiscard]] bool is_picture() const { return kind == Kind::picture || kind == Kind::clip; }
     // Whether its value is pixels.
-    [[nodiscard]] bool is_visual() const { return is_picture() || kind == Kind::frames || kind == Kind::mask; }
+    [[nodiscard]] bool is_visual() const {
+        return is_picture() || kind == Kind::frames || kind == Kind::mask || kind == Kind::map;
+    }
     [[nodiscard]] bool allows(double value) const { return (!low || value >= *low) && (!high || value <= *high); }
     // "a number from 0", "a whole number from 1 to 255"
     [[nodiscard]] std::string range() const;
@@ -136,6 +138,20 @@ struct Known {
     std::string mask;
 };
 
+// The stages that do a loop's steps, with both branches of guidance and with one; "": none.
+struct StagePair {
+    std::string guided, plain;
+
+    // Those that there are, the guided one first.
+    [[nodiscard]] std::vector<std::string> names() const;
+};
+
+// Where `control`, of kind map, is given, these stages do the steps.
+struct Variant {
+    std::string control;
+    StagePair stages;
+};
+
 // The initial noise of a clip that is made in windows (higen/noise.py, frame_order).
 constexpr const char* window_noises[] = {"fresh", "shuffled", "repeated"};
 
@@ -174,8 +190,11 @@ struct Loop {
     std::optional<Windows> windows;
     std::optional<Tiles> tiles;
     std::optional<Known> known;
+    std::optional<Variant> variant;
 
-    // The stages that do its steps, the guided one first.
+    // The stages of a request that gives no map.
+    [[nodiscard]] StagePair own() const { return {guided, plain}; }
+    // All stages that do its steps, the guided one first, those of its variant last.
     [[nodiscard]] std::vector<std::string> stages() const;
     // The row of a solver; a null pointer if there is none.
     [[nodiscard]] const Solver* solver(std::string_view wanted) const;

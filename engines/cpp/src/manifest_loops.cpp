@@ -131,6 +131,15 @@ void read_known(const Json& json, const std::string& where, Known& known) {
     object.finish();
 }
 
+void read_variant(const Json& json, const std::string& where, Variant& variant) {
+    Object object(json, where);
+    object.required_value("control", variant.control);
+    auto& stages = variant.stages;
+    object.required("guided", [&](const auto& value, const auto& place) { take_name(value, place, stages.guided); });
+    object.required("plain", [&](const auto& value, const auto& place) { take_name(value, place, stages.plain); });
+    object.finish();
+}
+
 void read_windows(const Json& json, const std::string& where, Windows& windows) {
     Object object(json, where);
     object.required_value("length", windows.length);
@@ -220,6 +229,7 @@ void read_loop(const Json& json, const std::string& where, Loop& loop) {
     take_row(object, "windows", loop.windows, read_windows);
     take_later_row(object, "tiles", loop.tiles, read_tiles);
     take_later_row(object, "known", loop.known, read_known);
+    take_later_row(object, "variant", loop.variant, read_variant);
     object.finish();
     check_loop(loop, where);
 }

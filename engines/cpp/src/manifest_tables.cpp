@@ -24,11 +24,12 @@ using Encoding = Control::Encoding;
 constexpr std::pair<const char*, Kind> kinds[] = {
     {"number", Kind::number},   {"whole", Kind::whole}, {"curve", Kind::curve},  {"text", Kind::text},
     {"picture", Kind::picture}, {"clip", Kind::clip},   {"choice", Kind::choice},
-    {"frames", Kind::frames},   {"mask", Kind::mask}};
+    {"frames", Kind::frames},   {"mask", Kind::mask},   {"map", Kind::map}};
 constexpr std::pair<const char*, Encoding> encodings[] = {{"number", Encoding::number},
                                                           {"curve", Encoding::curve},
                                                           {"sinusoid", Encoding::sinusoid},
-                                                          {"similarity", Encoding::similarity}};
+                                                          {"similarity", Encoding::similarity},
+                                                          {"edges", Encoding::edges}};
 
 template <typename Names>
 bool is_among(const Names& names, const std::string& name) {
@@ -126,13 +127,15 @@ void check_control(const Control& control, const std::string& where) {
                    where + ".name='" + control.name + "': a name of its own");
     const auto encoding = control.encoding;
     bool fits = encoding == Encoding::none;
-    if (control.kind == Kind::curve) fits = encoding != Encoding::none && encoding != Encoding::number;
+    if (control.kind == Kind::curve)
+        fits = encoding != Encoding::none && encoding != Encoding::number && encoding != Encoding::edges;
+    if (control.kind == Kind::map) fits = fits || encoding == Encoding::edges;
     if (control.kind == Kind::number || control.kind == Kind::whole)
         fits = encoding == Encoding::number || encoding == Encoding::curve;
     if (control.kind == Kind::choice) fits = encoding == Encoding::number;
     check_manifest(fits, where + ".encoding=" + (encoding == Encoding::none ? "null" : to_text(encoding)) +
                              ": of a curve sinusoid, similarity or curve, of a number or whole number or curve, of a "
-                             "choice number, else null; the kind is " +
+                             "choice number, of a map edges or null, else null; the kind is " +
                              to_text(control.kind));
     check_manifest(!control.low || !control.high || *control.low <= *control.high, where + ": low is at most high");
     check_manifest(control.choices.empty() == (control.kind != Kind::choice), where + ".choices: those of a choice");

@@ -138,19 +138,19 @@ std::size_t Pipeline::index_of(const Loop& loop) const {
 
 // The stages that can do a loop's steps: where guidance is 1 everywhere the plain one, half the work, if it can.
 std::vector<const Stage*> Pipeline::ways(std::size_t index, const std::vector<Request>& requests) const {
-    const auto& loop = manifest_.loops[index];
+    const auto pair = requests.front().pair(manifest_.loops[index]);
     const bool plain = std::all_of(requests.begin(), requests.end(),
                                    [&](const auto& request) { return is_one(request.loops[index]); });
     std::vector<const Stage*> stages;
-    if (plain && !loop.plain.empty()) stages.push_back(&manifest_.stage(loop.plain));
-    if (!loop.guided.empty()) stages.push_back(&manifest_.stage(loop.guided));
+    if (plain && !pair.plain.empty()) stages.push_back(&manifest_.stage(pair.plain));
+    if (!pair.guided.empty()) stages.push_back(&manifest_.stage(pair.guided));
     return stages;
 }
 
 // The stages that can do a step with one branch of guidance, or with guidance 1; the plain one is half the work.
-std::vector<const Stage*> Pipeline::unguided(const Loop& loop) const {
+std::vector<const Stage*> Pipeline::unguided(const StagePair& pair) const {
     std::vector<const Stage*> stages;
-    for (const auto& name : {loop.plain, loop.guided})
+    for (const auto& name : {pair.plain, pair.guided})
         if (!name.empty()) stages.push_back(&manifest_.stage(name));
     return stages;
 }
@@ -175,7 +175,7 @@ void Pipeline::prepare_reuse(const std::vector<Request>& requests) const {
         if (settings.reuse == 1 || !first.runs(*loop)) continue;
         ReuseStages reuses;
         (void)chosen(ways(index_of(*loop), requests), settings.reuse, reuses);
-        if (!settings.interval.whole()) (void)chosen(unguided(*loop), settings.reuse, reuses);
+        if (!settings.interval.whole()) (void)chosen(unguided(requests.front().pair(*loop)), settings.reuse, reuses);
     }
 }
 
@@ -218,8 +218,9 @@ TensorPtr Pipeline::run_loop(std::size_t index, const std::vector<Request>& requ
         guidance.insert(guidance.end(), scales.begin(), scales.end());
         run.seeds.push_back(request.seed);
     }
-    if (!run.interval.whole() && stage.name != loop.plain) {
-        const auto& other = chosen(unguided(loop), run.reuse, reuses);
+    const auto pair = first.pair(loop);
+    if (!run.interval.whole() && stage.name != pair.plain) {
+        const auto& other = chosen(unguided(pair), run.reuse, reuses);
         const auto ones = Array::of(run.guidance.shape, std::vector<float>(run.guidance.floats().size(), 1.0F));
         auto outside = LoopRun{loop.name, other, sources.batch(other, loop), {}, ones, {}};
         outside.reuses = reuses;

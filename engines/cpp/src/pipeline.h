@@ -42,7 +42,7 @@ public:
 private:
     [[nodiscard]] std::size_t index_of(const Loop& loop) const;
     [[nodiscard]] std::vector<const Stage*> ways(std::size_t loop, const std::vector<Request>& requests) const;
-    [[nodiscard]] std::vector<const Stage*> unguided(const Loop& loop) const;
+    [[nodiscard]] std::vector<const Stage*> unguided(const StagePair& pair) const;
     [[nodiscard]] const Stage& chosen(const std::vector<const Stage*>& ways, std::int64_t reuse,
                                       ReuseStages& reuses) const;
     void prepare_reuse(const std::vector<Request>& requests) const;

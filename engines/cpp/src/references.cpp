@@ -31,7 +31,8 @@ void check_shape(const Manifest& manifest, const std::string& where, const std::
 Names fitting_controls(const Manifest& manifest, Source::Kind kind) {
     return controls_that(manifest, [&](const Control& control) {
         if (kind == Source::Kind::picture) return control.kind == Control::Kind::picture;
-        if (kind == Source::Kind::clip) return control.kind == Control::Kind::clip;
+        if (kind == Source::Kind::clip)
+            return control.kind == Control::Kind::clip || control.kind == Control::Kind::map;
         return control.is_numeric() || control.kind == Control::Kind::choice;
     });
 }

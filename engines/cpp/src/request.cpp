@@ -144,7 +144,7 @@ void check_needed(const Manifest& manifest, const Request& request) {
     };
     for (const auto* loop : manifest.wanted(request.frames)) {
         const auto user = "the loop " + loop->name;
-        if (request.runs(*loop)) check(user, loop->stages());
+        if (request.runs(*loop)) check(user, request.pair(*loop).names());
         // A stand-in that is made of a control's own frames needs no other picture.
         for (const auto& source : request.standing(*loop))
             if (source.given.empty()) check(user, {source.name});
@@ -185,6 +185,19 @@ void take_texts(const Tokenizer& tokenizer, const higen_request& given, const To
     if (!tokenizer.rules().plain()) request.blank = tokenizer.encode("");
 }
 
+// Features are reused only by stages that have deep features: those of a loop's variant may have none.
+void check_reuse(const Manifest& manifest, std::size_t index, const Request& request) {
+    const auto& loop = manifest.loops[index];
+    const auto every = request.loops[index].settings.reuse;
+    const auto names = request.pair(loop).names();
+    const bool has = std::all_of(names.begin(), names.end(), [&](const auto& name) {
+        return !manifest.stage(name).variants().empty();
+    });
+    if (loop.variant && every > 1 && !has)
+        fail_request("reuse=" + std::to_string(every) + ": the loop " + loop.name + " of " + manifest.name +
+                     " has no shallow steps with " + loop.variant->control + "; leave out one of the two");
+}
+
 }  // namespace
 
 double Request::number(const Scale& scale) const {
@@ -211,9 +224,11 @@ Request make_request(const Manifest& manifest, const Tokenizer* tokenizer, const
     check_needed(manifest, request);
     check_known(manifest, request);
     check_settings(manifest, given);
-    for (std::size_t i = 0; i < manifest.loops.size(); ++i)
+    for (std::size_t i = 0; i < manifest.loops.size(); ++i) {
         request.loops[i].settings =
             loop_settings(manifest, i, given, request.frames, request.begins(manifest.loops[i]));
+        check_reuse(manifest, i, request);
+    }
     if (tokenizer != nullptr) take_texts(*tokenizer, given, warn, request);
     return request;
 }
@@ -233,11 +248,11 @@ Request default_request(const Manifest& manifest) {
     };
     need({manifest.sizes.decoder});
     for (const auto& loop : manifest.loops)
-        if (!loop.replaced) need(loop.stages());
+        if (!loop.replaced) need(loop.own().names());
     for (const auto& loop : manifest.loops)
         if (loop.start && loop.start->needed) request.pictures[loop.start->control];
     for (const auto& loop : manifest.loops)
-        if (loop.replaced && !request.replaces(loop)) need(loop.stages());
+        if (loop.replaced && !request.replaces(loop)) need(loop.own().names());
     return request;
 }
 

@@ -52,6 +52,10 @@ struct Request {
     [[nodiscard]] bool passes(const Loop& loop) const {
         return runs(loop) && loop.known && has_picture(loop.known->control);
     }
+    // The stages that do a loop's steps: its variant's where the request gives the control for them.
+    [[nodiscard]] StagePair pair(const Loop& loop) const {
+        return loop.variant && has_picture(loop.variant->control) ? loop.variant->stages : loop.own();
+    }
     // The sources of the latents that a loop is replaced by, begins from or passes through.
     [[nodiscard]] std::vector<Source> standing(const Loop& loop) const;
     // The stages and loops that these are of; loops among them feed themselves.

@@ -1,10 +1,12 @@
 #include "request_pictures.h"
 
+#include <algorithm>
 #include <charconv>
 #include <map>
 #include <utility>
 #include <vector>
 
+#include "edges.h"
 #include "errors.h"
 #include "picture_file.h"
 #include "pictures.h"
@@ -37,9 +39,9 @@ std::vector<float> picture_of(const Control& control, const higen_picture& given
     return planes(rgb, frames, request.width * request.height);
 }
 
-// RGB bytes of the pictures of a control, each in the request's size; said where they had another.
+// RGB bytes of the first pictures of a control, each in the request's size; said where they had another.
 std::vector<std::uint8_t> fitted(const std::string& name, const higen_picture& given, const Request& request,
-                                 const Tokenizer::Warn& warn) {
+                                 const Tokenizer::Warn& warn, std::size_t most_frames = ~std::size_t{0}) {
     constexpr auto most = static_cast<std::int32_t>(max_picture_side);
     if (given.rgb == nullptr || given.width < 1 || given.width > most || given.height < 1 || given.height > most)
         fail_request(name + ": " + std::to_string(given.width) + "x" + std::to_string(given.height) +
@@ -49,7 +51,7 @@ std::vector<std::uint8_t> fitted(const std::string& name, const higen_picture& g
         warn(name + " has " + std::to_string(width) + "x" + std::to_string(height) + " pixels: scaled to cover " +
              std::to_string(request.width) + "x" + std::to_string(request.height) + ", and cropped");
     std::vector<std::uint8_t> rgb;
-    for (std::size_t f = 0; f < static_cast<std::size_t>(given.frames); ++f) {
+    for (std::size_t f = 0; f < std::min(static_cast<std::size_t>(given.frames), most_frames); ++f) {
         const auto frame = cover(given.rgb + f * width * height * 3, width, height, request.width, request.height);
         rgb.insert(rgb.end(), frame.begin(), frame.end());
     }
@@ -67,6 +69,24 @@ std::vector<float> mask_of(const std::string& name, const higen_picture& given, 
     for (std::size_t i = 0; i < bright.size(); ++i)
         bright[i] = static_cast<float>((rgb[3 * i] + rgb[3 * i + 1] + rgb[3 * i + 2]) / 765.0);
     return bright;
+}
+
+// A map for each frame of the clip, or their edges; one picture is that of all frames.
+std::vector<float> map_of(const Control& control, const higen_picture& given, const Request& request,
+                          const Tokenizer::Warn& warn) {
+    if (given.frames != 1 && given.frames < static_cast<std::int64_t>(request.frames))
+        fail_request(control.name + " has " + std::to_string(given.frames) + " frames: one picture, or the clip's " +
+                     std::to_string(request.frames));
+    const auto pixels = request.width * request.height;
+    const auto shown = fitted(control.name, given, request, warn, request.frames);
+    std::vector<std::uint8_t> rgb;
+    for (std::size_t f = 0; f < request.frames; ++f) {
+        const auto from = shown.begin() + static_cast<std::ptrdiff_t>(given.frames == 1 ? 0 : f * pixels * 3);
+        std::vector<std::uint8_t> frame(from, from + static_cast<std::ptrdiff_t>(pixels * 3));
+        if (control.encoding == Control::Encoding::edges) frame = edges(frame, request.width, request.height);
+        rgb.insert(rgb.end(), frame.begin(), frame.end());
+    }
+    return planes(rgb, request.frames, pixels);
 }
 
 // "keyframes[-1]" as "keyframes" and "-1"; without an index, the whole name and "".
@@ -112,9 +132,13 @@ void take_picture(const Manifest& manifest, const higen_picture& given, Request&
         return take_known(*frames, index, given, request, warn, known[base]);
     const auto& control = control_of(manifest, given.name, named);
     if (!control.is_visual()) fail_request(control.name + ": takes no picture, it is a " + to_text(control.kind));
-    const bool mask = control.kind == Control::Kind::mask;
-    request.pictures[control.name] =
-        mask ? mask_of(control.name, given, request, warn) : picture_of(control, given, request);
+    auto& pixels = request.pictures[control.name];
+    if (control.kind == Control::Kind::map)
+        pixels = map_of(control, given, request, warn);
+    else if (control.kind == Control::Kind::mask)
+        pixels = mask_of(control.name, given, request, warn);
+    else
+        pixels = picture_of(control, given, request);
 }
 
 }  // namespace
@@ -145,13 +169,16 @@ void take_pictures(const Manifest& manifest, const higen_request& given, Request
 
 void check_known(const Manifest& manifest, const Request& request) {
     std::set<std::string> taken;
-    for (const auto* loop : manifest.wanted(request.frames))
+    for (const auto* loop : manifest.wanted(request.frames)) {
         if (request.passes(*loop)) taken.insert({loop->known->control, loop->known->mask});
+        if (request.runs(*loop) && loop->variant) taken.insert(loop->variant->control);
+    }
     for (const auto& control : manifest.controls) {
         if (!request.has_picture(control.name) || taken.count(control.name) > 0) continue;
         if (control.kind == Control::Kind::frames)
             fail_request(control.name + ": a request for " + std::to_string(request.frames) +
                          " frames has no use for known frames");
+        if (control.kind == Control::Kind::map) fail_request(control.name + ": no loop of this request takes it");
         if (control.kind == Control::Kind::mask)
             fail_request(control.name + ": no frames are known: give a control of kind frames as well");
     }

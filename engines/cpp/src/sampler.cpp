@@ -87,6 +87,17 @@ Array part_of(const LoopRun& run, std::string_view name, const Array& clip, cons
     return axis == axes.size() ? clip : cut(clip, axis, start, length);
 }
 
+// An input's part along a side of `cells` latent cells, and along the pixels beside it.
+Array tile_of(const LoopRun& run, std::string_view name, const Array& clip, std::pair<const char*, const char*> side,
+              std::size_t cells, std::size_t start, std::size_t length) {
+    auto part = part_of(run, name, clip, side.first, start, length);
+    const auto& axes = run.stage.input(name)->shape;
+    const auto pixels = axis_of(axes, side.second);
+    if (pixels == axes.size()) return part;
+    const auto factor = size(part.shape[pixels]) / cells;
+    return cut(part, pixels, factor * start, factor * length);
+}
+
 Tensors as_tensors(std::map<std::string, std::vector<float>, std::less<>> mixed, const Shape& shape) {
     Tensors outputs;
     for (auto& [name, values] : mixed) outputs.emplace(name, floats(shape, std::move(values)));
@@ -117,15 +128,16 @@ Tensors run_tiles(Backend& backend, const LoopRun& run, const Tensors& inputs, C
     const auto shape = inputs.at("latents")->shape();
     if (!run.tiles || (shape[3] <= run.tiles->height && shape[4] <= run.tiles->width))
         return backend.run(run.stage, inputs, cancellation);
-    const auto given = cuttable(run, inputs, {"H", "W"});
+    const auto given = cuttable(run, inputs, {"H", "W", "Y", "X"});
     std::map<std::string, std::vector<float>, std::less<>> mixed;
     for (const auto& [top, down] : tile_weights(size(shape[3]), run.tiles->height, run.tiles->stride))
         for (const auto& [left, across] : tile_weights(size(shape[4]), run.tiles->width, run.tiles->stride)) {
             cancellation.check();
             auto part = given.shared;
             for (const auto& [name, clip] : given.clips) {
-                const auto rows = part_of(run, name, clip, "H", top, down.size());
-                part.emplace(name, host_tensor(part_of(run, name, rows, "W", left, across.size())));
+                const auto rows = tile_of(run, name, clip, {"H", "Y"}, size(shape[3]), top, down.size());
+                part.emplace(name,
+                             host_tensor(tile_of(run, name, rows, {"W", "X"}, size(shape[4]), left, across.size())));
             }
             auto tile = shape;
             tile[3] = static_cast<std::int64_t>(down.size());

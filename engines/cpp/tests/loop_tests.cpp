@@ -655,8 +655,8 @@ TEST(a_clip_passes_through_known_frames) {
     CHECK(free.backend.called("scribe") == 0);
     const auto nothing = free.backend.last("film", "told");
     for (const auto value : nothing.floats()) CHECK(value == 0);
-    const auto refused = [&](const char* message, std::vector<higen_picture> given, std::int32_t frames = 5) {
-        CHECK_FAILS(HIGEN_ERROR_REQUEST, message, m.asked([&](auto& r) {
+    const auto refused = [&](const char* said, std::vector<higen_picture> given, std::int32_t frames = 5) {
+        CHECK_FAILS(HIGEN_ERROR_REQUEST, said, m.asked([&](auto& r) {
             r.pictures = given.data(), r.picture_count = given.size(), r.frames = frames;
         }));
     };
@@ -671,6 +671,71 @@ TEST(a_clip_passes_through_known_frames) {
     refused("veil: no frames are known", {pictures[2]});
     refused("keys: a request for 1 frames has no use for known frames", {{"keys[0]", first.data(), 1, 2, 3}}, 1);
     refused("control 'photo[0]': unknown", {{"photo[0]", first.data(), 1, 2, 3}});
+}
+
+TEST(a_map_chooses_the_loops_other_stages) {
+    auto json = fixture::manifest();
+    json["controls"].push_back(fixture::control("plot", "map", nullptr, nullptr));
+    auto mapped = Json::array();
+    for (auto row : json["stages"])
+        if (row["name"] == "film" || row["name"] == "film_plain") {
+            row["name"] = "mapped_" + row["name"].get<std::string>();
+            row["inputs"].push_back(fixture::input("hint", {"B", 3, "F", "Y", "X"}, "clip:plot"));
+            mapped.push_back(row);
+        }
+    for (auto& row : mapped) json["stages"].push_back(row);
+    json["loops"][1]["variant"] = {{"control", "plot"}, {"guided", "mapped_film"}, {"plain", "mapped_film_plain"}};
+    Model m(json), free(json);
+    std::vector<std::uint8_t> plots(6 * 18);
+    for (std::size_t i = 0; i < plots.size(); ++i) plots[i] = static_cast<std::uint8_t>(i);
+    higen_picture one{"plot", plots.data(), 1, 2, 3}, six{"plot", plots.data(), 6, 2, 3};
+    const auto ask = [](Model& model, const higen_picture& plot) {
+        return model.asked([&](auto& r) { r.pictures = &plot, r.picture_count = 1; });
+    };
+    m.request = ask(m, six);
+    m.generate();
+    free.generate();
+    CHECK(m.rgb == free.rgb);  // the made-up network takes no notice
+    CHECK(m.backend.called("film") == 0 && m.backend.called("mapped_film") == free.backend.called("film"));
+    CHECK(free.backend.called("mapped_film") == 0);
+    const auto hint = m.backend.last("mapped_film", "hint");  // of six pictures the first five
+    CHECK(hint.shape == (Shape{1, 3, 5, 2, 3}));
+    for (std::size_t f = 0; f < 5; ++f) CHECK(near(hint.floats()[f * 6], plots[f * 18] / 127.5 - 1, 1e-6));
+    m.request = ask(m, one);
+    m.generate();
+    const auto still = m.backend.last("mapped_film", "hint").floats();  // one picture is that of all frames
+    for (std::size_t f = 0; f < 5; ++f) CHECK(still[f * 6] == still[0]);
+
+    json["loops"][1]["windows"] = {{"length", 3}, {"stride", 2}};
+    json["loops"][1]["tiles"] = {{"height", 2}, {"width", 2}, {"stride", 1}};
+    Model cut(json);
+    cut.request = ask(cut, six);
+    cut.generate();
+    const auto part = cut.backend.last("mapped_film", "hint");  // the last window, the right tile
+    CHECK(part.shape == (Shape{1, 3, 3, 2, 2}));
+    for (std::size_t f = 0; f < 3; ++f) CHECK(part.floats()[f * 4] == hint.floats()[(f + 2) * 6 + 1]);
+
+    auto edged = json;
+    edged["controls"].back()["encoding"] = "edges";
+    Model edges(edged);
+    edges.request = ask(edges, six);
+    for (const auto value : edges.request.pictures.at("plot")) CHECK(value == -1.0F);  // too faint to have any
+    const auto refused = [&](const char* said, const higen_picture& plot, std::int32_t frames = 5) {
+        CHECK_FAILS(HIGEN_ERROR_REQUEST, said, m.asked([&](auto& r) {
+            r.pictures = &plot, r.picture_count = 1, r.frames = frames;
+        }));
+    };
+    refused("plot has 4 frames: one picture, or the clip's 5", {"plot", plots.data(), 4, 2, 3});
+    refused("plot: no loop of this request takes it", one, 1);
+    refused("plot: 3x0 given", {"plot", plots.data(), 1, 0, 3});
+    const auto bad = [&](const char* said, const char* key, Json value) {
+        auto other = json;
+        other["loops"][1]["variant"][key] = std::move(value);
+        CHECK_FAILS(HIGEN_ERROR_MANIFEST, said, fixture::parsed(other));
+    };
+    bad("loops.filming.variant.control='reel': the controls of kind map are plot", "control", "reel");
+    bad("loops.filming.variant.plain='': null where the loop's is, and only there", "plain", nullptr);
+    bad("loops.filming.variant.guided='painter'", "guided", "painter");
 }
 
 TEST(a_decoder_is_given_context_that_is_dropped) {

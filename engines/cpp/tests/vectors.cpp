@@ -11,6 +11,7 @@
 #include <string>
 
 #include "bundle.h"
+#include "edges.h"
 #include "encodings.h"
 #include "errors.h"
 #include "noise.h"
@@ -203,6 +204,7 @@ Json answer(const Json& job) {
                            n("frames"), n("height") * n("width"));
     if (op == "encoded") return encoded(job);
     if (op == "picture") return picture(job);
+    if (op == "edges") return edges(job.at("rgb").get<std::vector<std::uint8_t>>(), n("width"), n("height"));
     if (op == "image") {
         const auto read = read_picture(job.at("path").get<std::string>());
         return {{"height", read.height}, {"width", read.width}, {"rgb", read.pixels}};

@@ -2,13 +2,14 @@
 
 Two sources   a Stable Diffusion folder or single file, and a motion module (see `motion_sources`), in either order
 One source    the folder of an AnimateDiffPipeline
+And a ControlNet, if wanted.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,12 @@ from higen.families.animatediff.motion_sources import Motion, diffusers_name, is
 from higen.families.animatediff.unet import motion_unet
 from higen.families.stable_diffusion import checkpoint as stable_diffusion
 from higen.families.stable_diffusion import spec as image
+from higen.families.stable_diffusion.control_source import (
+    ControlSource,
+    read_control,
+    with_control,
+    without_controls,
+)
 from higen.families.stage_rows import Sampling, clip_text
 from higen.models import companion_checkpoints as companions
 from higen.models.checkpoint_files import folder_state, naming, read_json
@@ -70,22 +77,25 @@ def convert(sources: Sequence[Path], **options: Any) -> Converted:
     """Tables and weights from a Stable Diffusion model and a motion module, or from one folder that has both.
 
     options  `prediction`: "epsilon" or "v"; of Stable Diffusion, whose files say it here
+             `control_kind`: one of `control_source.KINDS`, where a ControlNet is among the sources
              `group_norm`: one of `spec.GROUP_NORMS`; None: as the code that the motion module's file is made for
              `loras`: adapters (`lora.Lora`) that are added to the U-Net, its motion modules and the text encoder
 
     Raises CheckpointError for a source that is missing, incomplete or another kind of model, for parts that do not
     belong together, for a scheduler that the tables lack, and for an adapter that does not fit.
     """
-    if unknown := sorted(set(options) - {"prediction", "group_norm", "loras"}):
-        raise CheckpointError(f"{', '.join(unknown)}: unknown; {spec.FAMILY} takes prediction, group_norm and loras")
+    if unknown := sorted(set(options) - {"prediction", "group_norm", "control_kind", "loras"}):
+        known = "prediction, group_norm, control_kind and loras"
+        raise CheckpointError(f"{', '.join(unknown)}: unknown; {spec.FAMILY} takes {known}")
     group_norm = options.get("group_norm")
     if group_norm not in (None, *spec.GROUP_NORMS):
         raise CheckpointError(f"group_norm={quoted(group_norm)}: one of {', '.join(map(repr, spec.GROUP_NORMS))}")
     prediction, notes = options.get("prediction"), list[str]()
-    motions = [path for path in sources if recognise(path)]
-    bases = [path for path in sources if path not in motions]
+    given, control = without_controls(list(sources), options.get("control_kind"))
+    motions = [path for path in given if recognise(path)]
+    bases = [path for path in given if path not in motions]
     whole = [path for path in motions if (path / "model_index.json").is_file()]
-    if len(sources) == 1 and whole:
+    if len(given) == 1 and whole:
         with naming(whole[0]):
             parts = _folder(whole[0], prediction, group_norm, notes)
     elif len(motions) == len(bases) == 1 and not whole:
@@ -96,7 +106,12 @@ def convert(sources: Sequence[Path], **options: Any) -> Converted:
             f"{named}: a Stable Diffusion 1.5 model and one motion module are wanted, or one folder of a "
             f"{PIPELINES[0]}; of these, motion modules are {', '.join(map(str, motions)) or 'none'}"
         )
-    return _converted(parts, options.get("loras") or (), notes)
+    found = None
+    if control is not None:
+        made_of = parts.made_of
+        found = read_control(control, options["control_kind"], made_of.unet, made_of.codec.factor, notes)
+        parts = replace(parts, made_of=replace(made_of, control=found.arguments), name=f"{parts.name}-{found.name}")
+    return _converted(parts, options.get("loras") or (), notes, found)
 
 
 def _two(base: Path, module: Path, prediction: str | None, group_norm: str | None, notes: list[str]) -> _Parts:
@@ -229,7 +244,7 @@ def _check(unet: State, arguments: Mapping[str, Any], what: str) -> None:
     companions.check_tensors(unet, shapes, what)
 
 
-def _converted(parts: _Parts, loras: Sequence[Lora], notes: list[str]) -> Converted:
+def _converted(parts: _Parts, loras: Sequence[Lora], notes: list[str], control: ControlSource | None) -> Converted:
     """The model directory, with the adapters merged. Raises CheckpointError for parts that do not belong together."""
     made_of, (unet, text, autoencoder) = parts.made_of, parts.weights
     channels, width = made_of.unet.get("in_channels"), made_of.unet.get("cross_attention_dim")
@@ -243,9 +258,16 @@ def _converted(parts: _Parts, loras: Sequence[Lora], notes: list[str]) -> Conver
     other = next(name for name in spec.GROUP_NORMS if name != made_of.group_norm)
     return Converted(
         manifest=spec.manifest(
-            made_of, parts.image, parts.clip, name=parts.name, licence=parts.licence, size=parts.size, text=parts.text
+            made_of,
+            parts.image,
+            parts.clip,
+            name=parts.name,
+            licence=parts.licence,
+            size=parts.size,
+            text=parts.text,
+            edges=control is not None and control.edges,
         ),
-        weights={spec.UNET: unet, spec.TEXT_ENCODER: text, spec.AUTOENCODER: autoencoder},
+        weights={spec.UNET: with_control(unet, control), spec.TEXT_ENCODER: text, spec.AUTOENCODER: autoencoder},
         texts={spec.TOKENIZER: build_clip_tokenizer().to_str(pretty=True)},
         notes=(
             *notes,

@@ -9,8 +9,9 @@ from torch import nn
 from higen.families import Weights
 from higen.families.animatediff import spec
 from higen.families.animatediff.unet import motion_unet, still_unet
-from higen.families.companion_networks import ClipNetworks, open_network
+from higen.families.companion_networks import ClipNetworks, open_control_net, open_network
 from higen.manifest import Manifest
+from higen.models.control_net import CONTROL, ControlledClipPredictor, with_control
 from higen.models.video_walk import ClipPredictor
 from higen.stages import Stage
 
@@ -30,13 +31,21 @@ class AnimateDiffNetworks(ClipNetworks):
         super().__init__(manifest, weights, self._networks.clip, self._networks.codec)
 
     def predictor(self, step: Stage) -> nn.Module:
-        """The U-Net that fits the stage's frames."""
-        return ClipPredictor(self._still if step.input("latents").shape[2] == 1 else self._unet)
+        """The U-Net that fits the stage's frames, with its control network where the stage is shown a map."""
+        unet = self._still if step.input("latents").shape[2] == 1 else self._unet
+        if not any(tensor.name == CONTROL for tensor in step.inputs):
+            return ClipPredictor(unet)
+        return ControlledClipPredictor(with_control(unet, self._control))
+
+    @cached_property
+    def _control(self) -> nn.Module:
+        return open_control_net(self._weights, spec.UNET, self._networks.control or {})
 
     @cached_property
     def _unet(self) -> nn.Module:
         made_of = self._networks
-        return open_network(self._weights, spec.UNET, lambda: motion_unet(made_of.unet, made_of.group_norm))
+        make = lambda: motion_unet(made_of.unet, made_of.group_norm)  # noqa: E731
+        return open_network(self._weights, spec.UNET, make, beside=(f"{CONTROL}.",))
 
     @cached_property
     def _still(self) -> nn.Module:

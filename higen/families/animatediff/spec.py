@@ -6,7 +6,7 @@ text_encoder -> spatial_unet x steps -> vae_decoder        one frame: the same w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from higen.errors import ManifestError
@@ -16,8 +16,11 @@ from higen.families.stage_rows import (
     TEXT_CONDITIONS,
     Sampling,
     autoencoder_stages,
+    controlled,
+    controlled_stages,
     denoising_loop,
     known_frames_controls,
+    map_controls,
     solver_stages,
     strength_control,
     text_encoder_stage,
@@ -25,8 +28,8 @@ from higen.families.stage_rows import (
 )
 from higen.manifest import Manifest
 from higen.stages import Stage
-from higen.tables import Control, Loop, Start, TextRules, Windows
-from higen.typed_json import from_json, to_json
+from higen.tables import Control, Loop, Start, TextRules, Variant, Windows
+from higen.typed_json import LATER, from_json, to_json
 
 __all__ = ["AUTOENCODER", "CLIP", "FAMILY", "FRAME", "GROUP_NORMS", "TEXT_ENCODER", "TOKENIZER", "UNET"]
 __all__ += ["STEPS", "Networks", "manifest", "networks"]
@@ -59,12 +62,14 @@ class Networks:
     """Constructors' arguments of diffusers' UNetMotionModel, of transformers' CLIPTextConfig, and the codec.
 
     group_norm   one of `GROUP_NORMS`
+    control      arguments of diffusers' ControlNetModel, where there is one
     """
 
     unet: dict[str, Any]
     clip: dict[str, Any]
     codec: Codec
     group_norm: str
+    control: dict[str, Any] | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         if self.group_norm not in GROUP_NORMS:
@@ -77,14 +82,22 @@ class Networks:
 
 
 def manifest(
-    made_of: Networks, image: Sampling, clip: Sampling, *, name: str, licence: str, size: int, text: TextRules
+    made_of: Networks,
+    image: Sampling,
+    clip: Sampling,
+    *,
+    name: str,
+    licence: str,
+    size: int,
+    text: TextRules,
+    edges: bool = False,
 ) -> Manifest:
     """The tables of a model. `image`, `clip`: how one frame and a clip are sampled; `size`: width and height by
-    default, in pixels.
+    default, in pixels; `edges`: a control network is shown the edges of pictures.
 
     Raises ManifestError for networks that do not fit each other.
     """
-    length = min(FRAMES, made_of.most_frames)
+    length, control = min(FRAMES, made_of.most_frames), made_of.control is not None
     windows = Windows(length, max(1, length // 2), made_of.most_frames, "shuffled")
     return Manifest(
         name=name,
@@ -104,24 +117,35 @@ def manifest(
             Control("video", "clip", "a video to begin from"),
             strength_control("video", STRENGTH),
             *known_frames_controls(),
+            *(map_controls(edges) if control else ()),
         ),
-        stages=_stages(made_of.unet["block_out_channels"][0]),
+        stages=_stages(made_of.unet["block_out_channels"][0], control),
         # No loop takes the latents of the other, so the last one alone is run.
-        loops=(denoising_loop("spatial", "spatial_unet", 1, image), _temporal(clip, windows)),
+        loops=(
+            denoising_loop("spatial", "spatial_unet", 1, image, variant=_variant("spatial_unet", control)),
+            _temporal(clip, windows, control),
+        ),
     )
 
 
-def _temporal(sampling: Sampling, windows: Windows) -> Loop:
+def _variant(stage: str, control: bool) -> Variant | None:
+    return controlled(stage) if control else None
+
+
+def _temporal(sampling: Sampling, windows: Windows, control: bool) -> Loop:
     start = Start("video", "vae_encoder.latents", "control:strength")
     more = {"least_frames": 2, "start": start, "known": KNOWN, "windows": windows}
-    return denoising_loop("temporal", "temporal_unet", "F", sampling, purpose=1, **more)
+    variant = _variant("temporal_unet", control)
+    return denoising_loop("temporal", "temporal_unet", "F", sampling, purpose=1, variant=variant, **more)
 
 
-def _stages(deep: int) -> tuple[Stage, ...]:
+def _stages(deep: int, control: bool) -> tuple[Stage, ...]:
     return (
         text_encoder_stage(TEXT_ENCODER, "Dc"),
         *solver_stages("spatial_unet", "spatial_unet_plain", UNET, 1, TEXT_CONDITIONS, deep),
+        *(controlled_stages("spatial_unet", UNET, 1) if control else ()),
         *solver_stages("temporal_unet", "temporal_unet_plain", UNET, "F", TEXT_CONDITIONS, deep),
+        *(controlled_stages("temporal_unet", UNET, "F") if control else ()),
         *autoencoder_stages(AUTOENCODER, "video", "clip"),
     )
 

@@ -70,6 +70,14 @@ class _PartWeights:
     def dtype(self) -> torch.dtype | None:
         return self._weights.dtype
 
-    def fill(self, module: nn.Module, file: str, dtype: torch.dtype | None = None, strip: str = "") -> None:
+    def fill(
+        self,
+        module: nn.Module,
+        file: str,
+        dtype: torch.dtype | None = None,
+        strip: str = "",
+        part: str = "",
+        beside: tuple[str, ...] = (),
+    ) -> None:
         """See `families.Weights`."""
-        self._weights.fill(module, self._names.get(file, file), dtype, strip)
+        self._weights.fill(module, self._names.get(file, file), dtype, strip, part, beside)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 from higen.errors import ManifestError, ModelError
 from higen.manifest import Manifest
 from higen.stages import Stage, source
-from higen.tables import COMMON, MAX_SIDE, Control, Known, Loop, Mix, Replaced, Sizes, Start
+from higen.tables import COMMON, MAX_SIDE, Control, Known, Loop, Mix, Replaced, Sizes, Start, Variant
 from higen.typed_json import from_json, to_json
 
 __all__ = ["FAMILY", "Architecture", "Part", "architecture", "compose", "part_manifest"]
@@ -228,6 +228,7 @@ def _controls_of(stages: tuple[Stage, ...], loops: tuple[Loop, ...]) -> set[str]
     used = {one.name for one in found if one.kind in ("control", "picture", "clip")}
     for loop in loops:
         used |= {row.control for row in (loop.replaced, loop.start, loop.known) if row is not None}
+        used |= {loop.variant.control} if loop.variant is not None else set()
         used |= {loop.known.mask} if loop.known is not None and loop.known.mask is not None else set()
         scales = [row.scale for row in (loop.noise.offset, loop.noise.mix) if row is not None]
         scales += [loop.start.strength] if loop.start is not None else []
@@ -327,17 +328,24 @@ class _Names:
         if known is not None:
             mask = None if known.mask is None else self._controls[known.mask]
             known = Known(self._controls[known.control], self._source(known.latents), mask)
+        variant = loop.variant
+        if variant is not None:
+            variant = Variant(self._controls[variant.control], *map(self._row, (variant.guided, variant.plain)))
         return replace(
             loop,
             name=self._rows[loop.name],
-            guided=None if loop.guided is None else self._rows[loop.guided],
-            plain=None if loop.plain is None else self._rows[loop.plain],
+            guided=self._row(loop.guided),
+            plain=self._row(loop.plain),
             controls={self._controls[name]: value for name, value in loop.controls.items()},
             noise=noise,
             replaced=stands,
             start=starts,
             known=known,
+            variant=variant,
         )
+
+    def _row(self, name: str | None) -> str | None:
+        return None if name is None else self._rows[name]
 
 
 def _free(names: Collection[str], taken: Collection[str], clash: Collection[str] | None = None) -> dict[str, str]:

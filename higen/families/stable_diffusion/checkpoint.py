@@ -16,6 +16,7 @@ from torch import Tensor
 from higen.errors import CheckpointError
 from higen.families import Converted
 from higen.families.stable_diffusion import spec
+from higen.families.stable_diffusion.control_source import is_control, read_control, with_control, without_controls
 from higen.families.stable_diffusion.ldm_names import PREFIX, unet_arguments, unet_from_ldm
 from higen.families.stage_rows import Sampling
 from higen.models import companion_checkpoints as companions
@@ -44,7 +45,9 @@ _DDIM = {"_class_name": "DDIMScheduler", "set_alpha_to_one": False, **_AUTHORS}
 
 
 def recognise(path: Path) -> bool:
-    """Whether a folder or file holds a Stable Diffusion model of version 1 or 2."""
+    """Whether a folder or file holds a Stable Diffusion model of version 1 or 2, or a ControlNet."""
+    if is_control(path):
+        return True
     if path.is_dir():
         index = path / "model_index.json"
         return index.is_file() and read_json(index).get("_class_name") in PIPELINES
@@ -53,27 +56,50 @@ def recognise(path: Path) -> bool:
 
 
 def convert(sources: Sequence[Path], **options: Any) -> Converted:
-    """Tables and weights from one source.
+    """Tables and weights from one source, or two of which one is a ControlNet for the other.
 
     options  `prediction`: "epsilon" or "v", for a single file of version 2, which does not say it
+             `control_kind`: one of `control_source.KINDS`, where there is a ControlNet
              `loras`: adapters (`lora.Lora`) that are added to the U-Net and the text encoder
 
     Raises CheckpointError for a source that is missing, incomplete or another kind of model, for a scheduler that the
     tables lack, and for an adapter that does not fit.
     """
-    if unknown := sorted(set(options) - {"prediction", "loras"}):
-        raise CheckpointError(f"{', '.join(unknown)}: unknown; {spec.FAMILY} takes prediction and loras")
+    if unknown := sorted(set(options) - {"prediction", "control_kind", "loras"}):
+        raise CheckpointError(f"{', '.join(unknown)}: unknown; {spec.FAMILY} takes prediction, control_kind and loras")
     prediction = options.get("prediction")
     if prediction not in (None, *PREDICTIONS):
         raise CheckpointError(f"prediction={prediction!r}: one of {', '.join(PREDICTIONS)}")
-    if len(sources) != 1:
-        raise CheckpointError(f"{', '.join(map(str, sources)) or 'nothing'}: one folder or file is wanted")
-    (source,) = sources
+    kind = options.get("control_kind")
+    bases, control = without_controls(list(sources), kind)
+    if len(bases) != 1:
+        besides = "" if control is None else f" beside the ControlNet {control}"
+        raise CheckpointError(f"{', '.join(map(str, bases)) or 'nothing'}: one folder or file is wanted{besides}")
+    (source,) = bases
     notes: list[str] = []
     with naming(source):
         read = _folder if source.is_dir() else _single_file
         made = read(source, prediction, notes)
-    return _with_loras(made, options.get("loras") or ())
+    made = _with_loras(made, options.get("loras") or ())
+    return made if control is None else _with_control(made, control, str(kind))
+
+
+def _with_control(made: Converted, path: Path, kind: str) -> Converted:
+    notes: list[str] = []
+    made_of, own = spec.networks(made.manifest), made.manifest
+    control = read_control(path, kind, made_of.unet, made_of.codec.factor, notes)
+    (loop,) = own.loops
+    manifest = spec.manifest(
+        replace(made_of, control=control.arguments),
+        Sampling(loop.schedule, loop.prediction, loop.solvers, loop.steps, loop.guidance),
+        name=f"{own.name}-{control.name}",
+        licence=own.licence,
+        size=own.sizes.width,
+        pad_id=own.text.pad_id if own.text is not None else 0,
+        edges=control.edges,
+    )
+    weights = {**made.weights, spec.UNET: with_control(made.weights[spec.UNET], control)}
+    return replace(made, manifest=manifest, weights=weights, notes=(*made.notes, *notes))
 
 
 def _with_loras(made: Converted, loras: Sequence[Lora]) -> Converted:

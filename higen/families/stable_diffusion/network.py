@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from higen.families import Weights
-from higen.families.companion_networks import ClipNetworks, open_network
+from higen.families.companion_networks import ClipNetworks, open_control_net, open_network
 from higen.families.stable_diffusion import spec
 from higen.manifest import Manifest
+from higen.models.control_net import CONTROL, added, with_control
 from higen.models.diffusers_unet import image_unet
 from higen.models.video_walk import time_embedding, walk_with_deep
 from higen.stages import Stage
@@ -32,16 +33,25 @@ class StableDiffusionNetworks(ClipNetworks):
         super().__init__(manifest, weights, self._networks.clip, self._networks.codec)
 
     def predictor(self, step: Stage) -> nn.Module:
-        """The U-Net, in both denoising stages."""
-        return self._predictor
+        """The U-Net, with its control network where the stage is shown a map."""
+        return self._controlled if any(tensor.name == CONTROL for tensor in step.inputs) else self._predictor
 
     @cached_property
     def _predictor(self) -> ImagePredictor:
-        return ImagePredictor(open_network(self._weights, spec.UNET, lambda: image_unet(self._networks.unet)))
+        make = lambda: image_unet(self._networks.unet)  # noqa: E731
+        return ImagePredictor(open_network(self._weights, spec.UNET, make, beside=(f"{CONTROL}.",)))
+
+    @cached_property
+    def _controlled(self) -> ImagePredictor:
+        control = open_control_net(self._weights, spec.UNET, self._networks.control or {})
+        return ImagePredictor(with_control(self._predictor.unet, control))
 
 
 class ImagePredictor(nn.Module):
-    """m of a U-Net for pictures, as `SolverStep` asks for it; its one condition is `context` [B,T,Dc]."""
+    """m of a U-Net for pictures, as `SolverStep` asks for it.
+
+    Its conditions are `context` [B,T,Dc], and with a control network `control` [B,3,1,Y,X] and `control_scale` [B,1].
+    """
 
     prefix = "unet."
 
@@ -60,9 +70,12 @@ class ImagePredictor(nn.Module):
     ) -> Tensor:
         """x [B,C,1,H,W] -> m, the same."""
         dtype = next(self.unet.parameters()).dtype
-        predicted: Tensor = self.unet(
-            x.squeeze(2).to(dtype), t, encoder_hidden_states=conditions["context"].to(dtype), return_dict=False
-        )[0]
+        noisy, context = x.squeeze(2).to(dtype), conditions["context"].to(dtype)
+        more: dict[str, Any] = {}
+        if CONTROL in conditions:
+            down, middle = added(self.unet, noisy, t, context, conditions[CONTROL], conditions[f"{CONTROL}_scale"])
+            more = {"down_block_additional_residuals": down, "mid_block_additional_residual": middle}
+        predicted: Tensor = self.unet(noisy, t, encoder_hidden_states=context, return_dict=False, **more)[0]
         return predicted[:, :, None]
 
     def with_deep(

@@ -6,7 +6,7 @@ vae_encoder (image) -> the loop's tail: image to image
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from higen.errors import ManifestError
@@ -16,8 +16,11 @@ from higen.families.stage_rows import (
     Sampling,
     autoencoder_stages,
     clip_text,
+    controlled,
+    controlled_stages,
     denoising_loop,
     known_frames_controls,
+    map_controls,
     solver_stages,
     strength_control,
     text_encoder_stage,
@@ -26,7 +29,7 @@ from higen.families.stage_rows import (
 from higen.manifest import Manifest
 from higen.stages import Stage
 from higen.tables import Control, Start
-from higen.typed_json import from_json, to_json
+from higen.typed_json import LATER, from_json, to_json
 
 __all__ = ["AUTOENCODER", "FAMILY", "TEXT_ENCODER", "TOKENIZER", "UNET", "Codec", "Networks"]
 __all__ += ["manifest", "networks"]
@@ -55,18 +58,25 @@ class Codec:
 
 @dataclass(frozen=True)
 class Networks:
-    """Constructors' arguments of diffusers' UNet2DConditionModel, of transformers' CLIPTextConfig, and the codec."""
+    """Constructors' arguments of diffusers' UNet2DConditionModel, of transformers' CLIPTextConfig, and the codec.
+
+    control  those of diffusers' ControlNetModel, where there is one
+    """
 
     unet: dict[str, Any]
     clip: dict[str, Any]
     codec: Codec
+    control: dict[str, Any] | None = field(default=None, metadata=LATER)
 
 
 _START = Start("image", "vae_encoder.latents", "control:strength")
 
 
-def manifest(made_of: Networks, sampling: Sampling, *, name: str, licence: str, size: int, pad_id: int) -> Manifest:
-    """The tables of a model. `size`: width and height by default, in pixels; `pad_id`: the token behind a prompt.
+def manifest(
+    made_of: Networks, sampling: Sampling, *, name: str, licence: str, size: int, pad_id: int, edges: bool = False
+) -> Manifest:
+    """The tables of a model. `size`: width and height by default, in pixels; `pad_id`: the token behind a prompt;
+    `edges`: a control network is shown the edges of pictures.
 
     Raises ManifestError for networks that do not fit each other.
     """
@@ -82,16 +92,28 @@ def manifest(made_of: Networks, sampling: Sampling, *, name: str, licence: str, 
             Control("image", "picture", "a picture to begin from"),
             strength_control("picture", STRENGTH),
             *known_frames_controls(),
+            *(() if made_of.control is None else map_controls(edges)),
         ),
-        stages=_stages(made_of.unet["block_out_channels"][0]),
-        loops=(denoising_loop("spatial", "spatial_unet", 1, sampling, start=_START, known=KNOWN),),
+        stages=_stages(made_of.unet["block_out_channels"][0], made_of.control is not None),
+        loops=(
+            denoising_loop(
+                "spatial",
+                "spatial_unet",
+                1,
+                sampling,
+                start=_START,
+                known=KNOWN,
+                variant=None if made_of.control is None else controlled("spatial_unet"),
+            ),
+        ),
     )
 
 
-def _stages(deep: int) -> tuple[Stage, ...]:
+def _stages(deep: int, control: bool) -> tuple[Stage, ...]:
     return (
         text_encoder_stage(TEXT_ENCODER, "Dc"),
         *solver_stages("spatial_unet", "spatial_unet_plain", UNET, 1, TEXT_CONDITIONS, deep),
+        *(controlled_stages("spatial_unet", UNET, 1) if control else ()),
         *autoencoder_stages(AUTOENCODER, "image"),
     )
 

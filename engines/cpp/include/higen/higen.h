@@ -146,7 +146,8 @@ typedef enum higen_control_kind {
     HIGEN_CONTROL_CLIP = 5,    /* higen_picture of as many frames as the request has */
     HIGEN_CONTROL_CHOICE = 6,  /* one of the texts in `choices` */
     HIGEN_CONTROL_FRAMES = 7,  /* known frames: a higen_picture for each, named NAME[INDEX] */
-    HIGEN_CONTROL_MASK = 8     /* higen_picture of one frame or as many as the request has: white is drawn anew */
+    HIGEN_CONTROL_MASK = 8,    /* higen_picture of one frame or as many as the request has: white is drawn anew */
+    HIGEN_CONTROL_MAP = 9      /* higen_picture of one frame for all, or of as many as the request has or more */
 } higen_control_kind;
 
 /* What a request may set for this model. */
@@ -201,7 +202,7 @@ typedef struct higen_control {
 typedef struct higen_picture {
     const char* name;
     const uint8_t* rgb; /* frames x height x width x 3 bytes */
-    int32_t frames;     /* 1 for a picture, the request's for a clip, either for a mask */
+    int32_t frames;     /* 1 for a picture, the request's for a clip, either for a mask; of a map one, or as many or more */
     int32_t height;
     int32_t width;
 } higen_picture;

@@ -1,0 +1,282 @@
+"""Spatial control: ControlNets in the step's graph, beside diffusers' own pipelines, and edges beside OpenCV's rule."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import PIL.Image
+import pytest
+import test_animatediff as clips
+import test_stable_diffusion as pictures
+import tiny_animatediff as tiny_motion
+import tiny_diffusers as tiny
+import torch
+from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
+from numpy.typing import NDArray
+from safetensors.torch import load_file, save_file
+from test_stable_diffusion import apart, tokens
+
+import higen
+from higen.bundle import Bundle
+from higen.convert import convert_sources
+from higen.edges import edges
+from higen.errors import CheckpointError, RequestError
+from higen.families.stable_diffusion.control_source import _authors_name, is_control, read_control
+from higen.noise import frame_noise
+from higen.pipeline import Pipeline
+
+# diffusers and NumPy 2: an array of a tensor.
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
+
+Frames = NDArray[np.uint8]
+SCALES = [0.2, 1.0, 0.7]
+
+
+def drawn(frames: int, width: int, height: int, seed: int = 0) -> Frames:
+    """Blocks of random colours, uint8 [frames,height,width,3]."""
+    blocks = np.random.default_rng(seed).integers(0, 256, (frames, height // 4, width // 4, 3), dtype=np.uint8)
+    return blocks.repeat(4, axis=1).repeat(4, axis=2)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The hub's folder of Stable Diffusion 1.5."""
+    return tiny.save(
+        tiny.image_pipeline(tiny.scheduler("DDIMScheduler", steps_offset=1, set_alpha_to_one=False, clip_sample=False)),
+        tmp_path_factory.mktemp("hub") / "stable-diffusion-v1-5",
+    )
+
+
+@pytest.fixture(scope="module")
+def control(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The hub's folder of a ControlNet."""
+    folder = tmp_path_factory.mktemp("hub") / "control_v11p_sd15_canny"
+    tiny.control_net().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def module(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("hub") / "motion-adapter-v1-5-2"
+    tiny_motion.adapter().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def still(base: Path, control: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """Stable Diffusion with a ControlNet that is shown edges."""
+    output = tmp_path_factory.mktemp("converted") / "still"
+    return convert_sources([base, control], output, dtype="fp32", control_kind="edges")
+
+
+@pytest.fixture(scope="module")
+def moving(base: Path, module: Path, control: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    """AnimateDiff with a ControlNet that is shown maps."""
+    output = tmp_path_factory.mktemp("converted") / "moving"
+    return convert_sources([control, base, module], output, dtype="fp32", control_kind="given")
+
+
+@pytest.fixture(scope="module")
+def still_pipe(still: Bundle) -> Pipeline:
+    return higen.load(still.path, backend="torch")
+
+
+@pytest.fixture(scope="module")
+def moving_pipe(moving: Bundle) -> Pipeline:
+    return higen.load(moving.path, backend="torch")
+
+
+def scheduler(folder: Path, **changes: Any) -> Any:
+    config = json.loads((folder / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
+    return diffusers.DDIMScheduler.from_config({**config, **changes})
+
+
+def wanted_still(model: Bundle, folder: Path, shown: Frames, scale: float) -> NDArray[np.float32]:
+    """The final latents [C,1,H,W] of diffusers' pipeline, 4 steps, guidance 7.5."""
+    pipeline: Any = diffusers.StableDiffusionControlNetPipeline(
+        vae=tiny.autoencoder(),
+        text_encoder=tiny.text_encoder(32),
+        tokenizer=None,
+        unet=tiny.image_unet(),
+        controlnet=tiny.control_net(),
+        scheduler=scheduler(folder),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipeline.set_progress_bar_config(disable=True)
+    noise = frame_noise(pictures.SEED, 0, 4, 1, pictures.HEIGHT // 2, pictures.WIDTH // 2)
+    with torch.inference_mode():
+        texts = (pictures.PROMPT, pictures.NEGATIVE)
+        given, empty = (pipeline.text_encoder(tokens(model, text)).last_hidden_state for text in texts)
+        made = pipeline(
+            prompt_embeds=given,
+            negative_prompt_embeds=empty,
+            image=PIL.Image.fromarray(shown),
+            controlnet_conditioning_scale=scale,
+            num_inference_steps=4,
+            guidance_scale=7.5,
+            latents=torch.from_numpy(noise[:, 0])[None],
+            output_type="latent",
+        )
+    latents: NDArray[np.float32] = made.images.numpy().swapaxes(0, 1)
+    return latents
+
+
+def test_a_picture_with_the_edges_of_another_one_is_that_of_diffusers(
+    still: Bundle, still_pipe: Pipeline, base: Path
+) -> None:
+    (shown,) = drawn(1, pictures.WIDTH, pictures.HEIGHT)
+    given = {"control": shown, "control_scale": 0.7, "steps": 4, "guidance": 7.5}
+    got = pictures.last_latents(still_pipe, **given)
+    assert apart(got, wanted_still(still, base, edges(shown), 0.7)) < 1e-4
+    assert apart(pictures.last_latents(still_pipe, steps=4, guidance=7.5), got) > 1e-2
+
+
+def test_features_are_reused_without_a_control_alone(still_pipe: Pipeline) -> None:
+    (shown,) = drawn(1, pictures.WIDTH, pictures.HEIGHT)
+    with pytest.raises(RequestError, match=r"reuse=2: the loop spatial of .* no shallow steps with control; leave out"):
+        still_pipe.request("a fox", control=shown, reuse=2)
+    whole, reused = (pictures.last_latents(still_pipe, steps=4, reuse=every) for every in (1, 2))
+    assert 0 < apart(reused, whole) < 1
+
+
+def per_frame(controlnet: Any, scales: list[float]) -> Any:
+    """diffusers' ControlNet with a scale of its own for each frame of both branches."""
+    forward = controlnet.forward
+
+    def scaled(*arguments: Any, **named: Any) -> Any:
+        down, middle = forward(*arguments, **named)
+        factor = torch.tensor(scales).repeat(len(middle) // len(scales))[:, None, None, None]
+        return [factor * one for one in down], factor * middle
+
+    controlnet.forward = scaled
+    return controlnet
+
+
+def wanted_moving(model: Bundle, folder: Path, shown: Frames, scales: list[float]) -> NDArray[np.float32]:
+    """The final latents [C,F,H,W] of diffusers' pipeline."""
+    pipeline: Any = diffusers.AnimateDiffControlNetPipeline(
+        vae=tiny.autoencoder(),
+        text_encoder=tiny.text_encoder(32),
+        tokenizer=None,
+        unet=tiny.image_unet(),
+        motion_adapter=tiny_motion.adapter(),
+        controlnet=per_frame(tiny.control_net(), scales),
+        scheduler=scheduler(folder, **tiny_motion.LINEAR),
+    )
+    pipeline.set_progress_bar_config(disable=True)
+
+    def call(**named: Any) -> Any:
+        return type(pipeline).__call__(
+            pipeline,
+            conditioning_frames=[PIL.Image.fromarray(frame) for frame in shown],
+            width=clips.WIDTH,
+            height=clips.HEIGHT,
+            **named,
+        )
+
+    call.text_encoder = pipeline.text_encoder  # type: ignore[attr-defined]
+    return clips.wanted_latents(model, pipeline.scheduler, 3, 7.5, call, frames=len(shown))
+
+
+def test_a_clip_with_a_map_for_each_frame_is_that_of_diffusers(
+    moving: Bundle, moving_pipe: Pipeline, base: Path
+) -> None:
+    shown = drawn(clips.FRAMES, clips.WIDTH, clips.HEIGHT)
+    got = clips.last_latents(moving_pipe, control=shown, control_scale=SCALES, steps=3, guidance=7.5)
+    assert apart(got, wanted_moving(moving, base, shown, SCALES)) < 1e-4
+
+
+def authors_file(path: Path, network: Any, levels: int, prefix: str = "control_model.") -> Path:
+    """A ControlNet as its authors publish it; `levels` of the network that reads the pictures."""
+    state = {prefix + _authors_name(name, 1, levels): tensor for name, tensor in network.state_dict().items()}
+    save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
+    return path
+
+
+def test_the_authors_names_are_those_that_diffusers_knows(tmp_path: Path) -> None:
+    network = tiny.control_net(conditioning_embedding_out_channels=(16, 16, 32, 32))
+    file = authors_file(tmp_path / "control_v11p_sd15_canny.safetensors", network, 4)
+    found, wanted = convert_controlnet_checkpoint(load_file(file), {"layers_per_block": 1}), network.state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+UNET = dict(tiny.image_unet().config)
+"""The arguments of the base's U-Net; its latents have 2 pixels a cell."""
+
+
+@pytest.mark.parametrize("names", ["authors", "bare", "diffusers"])
+def test_a_single_file_is_the_same_network(tmp_path: Path, names: str) -> None:
+    file, network = tmp_path / "control.safetensors", tiny.control_net()
+    if names == "diffusers":
+        save_file(network.state_dict(), file)
+    else:
+        authors_file(file, network, 2, "control_model." if names == "authors" else "")
+    assert is_control(file)
+    found, wanted = read_control(file, "edges", UNET, 2, []), network.state_dict()
+    assert found.edges
+    assert found.state.keys() == wanted.keys()
+    assert all(torch.equal(found.state[name], wanted[name]) for name in wanted)
+    assert {name: found.arguments[name] for name in ("cross_attention_dim", "attention_head_dim")} == {
+        "cross_attention_dim": 32,
+        "attention_head_dim": 8,
+    }
+
+
+def test_the_other_stages_are_those_without_a_controlnet(base: Path, still: Bundle, tmp_path: Path) -> None:
+    plain = convert_sources([base], tmp_path / "model", dtype="fp32")
+    ours, wanted = load_file(still.path / "unet.safetensors"), load_file(plain.path / "unet.safetensors")
+    assert {name for name in ours if not name.startswith("control.")} == wanted.keys()
+    rows = {stage.name: stage for stage in still.manifest.stages}
+    assert [rows[stage.name] for stage in plain.manifest.stages] == [*plain.manifest.stages]
+
+
+def test_bad_sources(base: Path, module: Path, control: Path, tmp_path: Path) -> None:
+    sparse, output = tmp_path / "sparse", tmp_path / "model"
+    sparse.mkdir()
+    (sparse / "config.json").write_text(json.dumps({"_class_name": "SparseControlNetModel"}))
+    for sources, kind, said in (
+        ([base, control], None, "no file says what a ControlNet is shown: --control-kind edges"),
+        ([base, control], "pose", "control_kind='pose': --control-kind"),
+        ([base], "edges", "control_kind='edges': no ControlNet is among the sources"),
+        ([base, module], "edges", "no ControlNet is among the sources"),
+        ([control], "edges", "nothing: one folder or file is wanted beside the ControlNet"),
+        ([base, control, control], "edges", "2 ControlNets: one is wanted"),
+        ([base, sparse], "given", "a SparseCtrl model .* no family here runs it"),
+        ([base, module, sparse], "given", "a SparseCtrl model"),
+    ):
+        with pytest.raises(CheckpointError, match=said):
+            convert_sources(sources, output, control_kind=kind)
+        assert not output.exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("block_out_channels", (32, 32), "a control network for another base than this one, which has"),
+        ("cross_attention_dim", 64, "a control network for another base"),
+        ("conditioning_embedding_out_channels", (16, 16, 32), "for 4 pixels a latent cell, and this model has 2"),
+        ("conditioning_channels", 4, "3 are wanted, those of a picture"),
+        ("class_embed_type", "timestep", "class condition"),
+    ],
+)
+def test_a_controlnet_for_another_base(tmp_path: Path, name: str, value: Any, said: str) -> None:
+    config = {**tiny.control_net().config, "_class_name": "ControlNetModel", name: value}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    save_file(tiny.control_net().state_dict(), tmp_path / "diffusion_pytorch_model.safetensors")
+    with pytest.raises(CheckpointError, match=f"{name}=.*{said}"):
+        read_control(tmp_path, "given", UNET, 2, [])
+
+
+def test_an_incomplete_file(tmp_path: Path) -> None:
+    file = authors_file(tmp_path / "half.safetensors", tiny.control_net(), 2)
+    state = load_file(file)
+    save_file({name: tensor for name, tensor in state.items() if "zero_convs.1" not in name}, file)
+    with pytest.raises(CheckpointError, match=r"half.*missing zero_convs\.1\.0\."):
+        read_control(file, "given", UNET, 2, [])
