@@ -12,6 +12,7 @@ import click
 from higen.errors import SettingsError
 from higen.progress import is_watched
 from higen.terminal import JSON, PATH, needs, reported, say
+from higen.typed_json import to_json
 
 __all__ = ["cues", "evaluate", "train"]
 
@@ -195,7 +196,7 @@ def evaluate(
         with needs("train", "higen evaluate"):
             from higen.train.emoji.evaluation.command import measure
 
-        found, text = measure(
+        measures, text = measure(
             model,
             data,
             output,
@@ -206,7 +207,7 @@ def evaluate(
             download=fetch,
             shown=_watched(as_json),
         )
-        click.echo(json.dumps(found) if as_json else text)
+        click.echo(json.dumps(to_json(measures)) if as_json else text)
 
 
 def _watched(as_json: bool) -> bool:

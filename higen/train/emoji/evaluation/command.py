@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from higen.api import default_model, load
 from higen.backends.select import check_backend
@@ -18,6 +18,7 @@ from higen.output_file import check_own
 from higen.precision import check_precision
 from higen.train.denormals import flushed_denormals
 from higen.train.emoji.evaluation.evaluate import PipelineMaker, evaluate
+from higen.train.emoji.evaluation.figures import Measures
 from higen.train.emoji.evaluation.journal import Journal
 from higen.train.emoji.evaluation.judges import Judges
 from higen.train.emoji.evaluation.plan import plan
@@ -41,7 +42,7 @@ def measure(
     precision: str | None = None,
     download: bool = False,
     shown: bool = False,
-) -> tuple[dict[str, Any], str]:
+) -> tuple[Measures, str]:
     """Measure a model directory (None: the built-in one) and write the files into `output`; measures and their table.
 
     `download`: the emoji may be fetched into `data`, about 700 MB. The networks that judge and what was measured of
@@ -89,7 +90,8 @@ def measure(
             }
             journal = Journal(output / "clips.jsonl", measured | {"judges": judges.key})
             result = evaluate(make, make, real, judges, shots, shown, journal)
-            result.measures["model"] = measured | {"subjects": len(subjects), "seeds": seeds, "quick": quick}
+            about = measured | {"subjects": len(subjects), "seeds": seeds, "quick": quick}
+            result = replace(result, measures=replace(result.measures, model=about))
             write(result, real, make, output)
     return result.measures, as_text(result.measures)
 
