@@ -2,33 +2,33 @@
 
 Poses and backgrounds are fixed, so the real clip of a prompt is known pixel by pixel. What is sampled, with n seeds:
 
-held-out   every subject on the background that was kept out of training: each seed at normal speed, and every other
-           one fast or slow in turn
-trained    the same on one background that was trained, with a quarter of the seeds (at least one)
-still      both, "standing still", with a quarter of the seeds
-motion     held-out, seed 0, normal speed in words, and as `motion` 0 and what the real clip has at half, one, one and a
-           half and two times real time
-appearance the same with `appearance`: 0 and the real clip's at half, one and two times
+held-out   every subject on the background that was kept out of training: every seed at normal speed, and every second
+           seed also fast or slow, by turns
+trained    the same on one background of the training, with a quarter of the seeds (at least one)
+still      both of these with the words "standing still", with a quarter of the seeds
+motion     the held-out prompts at normal speed, seed 0, with a `motion` number: that of the real clip at 0, 0.5, 1, 1.5
+           and 2 times real time
+appearance the same with an `appearance` number: that of the real clip at 0, 0.5, 1 and 2 times real time
 
-Every figure stands beside what the same function says of the real clips through the autoencoder ("codec": what the
-best denoiser could reach) and of the real clips themselves ("real"):
+Each figure is reported beside the same measure of the real clips through the autoencoder ("codec", which the best
+denoiser could reach) and of the real clips as they are ("real"):
 
 identity, template, background   what is shown: a classifier trained on real frames; correlation with the subject's real
            frames (higher than with any other's, and than half way from the best other's to the real clip's)
-psnr, psnr_copy, beats_copy      against the real clip, in dB: the clip, its own key frame repeated, how often the clip
-           is closer. beats_mean: closer than its own mean over time too, which noise in every frame cannot be.
-           psnr_real_copy, beats_real_copy: the real key frame repeated, which no model has
+psnr, psnr_copy, beats_copy      PSNR against the real clip in dB of the clip and of its own key frame repeated, and how
+           often the clip is closer. beats_mean: how often the clip is closer than its own mean frame repeated, which a
+           clip with noise in every frame is not. psnr_real_copy, beats_real_copy: the same with the real key frame
 flicker, speckle, sharpness      see higen/measures/fidelity.py
-spearman   rank correlation of the cues that were asked for and measured: within a subject (the mean), within a subject
-           without the request for 0 (to tell 0 from the others and order those at random gives 0.5 with it, 0 without),
-           over all clips
+spearman   rank correlation of requested and measured cues: within a subject (the mean), within a subject without the
+           request for 0, and over all clips. A model that obeys 0 and orders the other requests at random reaches 0.5
+           with the request for 0 and 0 without it
 motion_ratio, difference         against the real clip's motion as training measures it; mean difference of frames
-frechet    distance of features to as many real clips drawn at random: the same subjects, any background, the same
-           speeds, up to an eighth of a second earlier or later. The floor is the distance between two such draws,
-           without a clip in common. "real" are the very clips that were asked for. They are far above this floor, for
-           a few requests with many seeds each are not as many different clips: "alike" are draws with the make-up of
-           what was asked for, a background for every subject and speed and as many clips of each, and there they are
-           near the floor. "asked": distance to the very clips that were asked for, which has no floor but the codec's
+frechet    distance of features to a random draw of as many real clips: the same subjects and speeds, any background,
+           up to an eighth of a second earlier or later. The floor is the distance between two such draws that share no
+           clip. "real" are the real clips of the requests. They lie far above this floor, because a few requests with
+           many seeds each make fewer different clips. "alike" are draws with the same make-up as the requests: as many
+           clips of each subject and speed, on one background. There the real clips lie near the floor. "asked" is the
+           distance to the real clips of the requests; its lower bound is the codec's distance
 """
 
 from __future__ import annotations
@@ -90,7 +90,7 @@ class Codec(Protocol):
 
 @dataclass
 class Result:
-    """Everything measured: a row for each shot, the bounds, and the clips to show (seed 0 at normal speed)."""
+    """Everything that was measured: a row for each shot, the figures, and the clips to show (seed 0, normal speed)."""
 
     shots: list[Shot]
     rows: list[Row]
@@ -107,8 +107,9 @@ def evaluate(
     shown: bool = False,
     journal: Journal | None = None,
 ) -> Result:
-    """Make every shot and measure it; `shown`: with a progress bar. What `journal` has of clips is not made again,
-    but for those to be shown."""
+    """Make and measure every shot; `shown`: with a progress bar. Clips that `journal` has are not made again, except
+    those to be shown.
+    """
     measure = _Measure(codec, real, judges)
     measured: list[tuple[Shot, Row, NDArray[np.float64]]] = []
     sheet: list[tuple[Shot, Frames]] = []
@@ -168,7 +169,7 @@ class _Bound:
 
 
 class _Measure:
-    """The measures of a clip; what they need of the real one is kept."""
+    """Measures clips; keeps what it measured of the real clips."""
 
     def __init__(self, codec: Codec, real: RealClips, judges: Judges) -> None:
         self.codec, self.real, self.judges = codec, real, judges
@@ -189,7 +190,7 @@ class _Measure:
         return self._codec_cues[s, b, factor]
 
     def cues(self, shot: Shot) -> tuple[float | None, float | None]:
-        """What is asked for in numbers."""
+        """Requested motion and appearance; None for a cue that is left to the prompt."""
         if shot.requested is None:
             return None, None
         motion, appearance = self.real_cues(shot.subject, shot.background, shot.requested)

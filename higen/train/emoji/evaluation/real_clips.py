@@ -16,7 +16,7 @@ __all__ = ["RealClips"]
 
 Frames = NDArray[np.uint8]
 EDGE = 3
-"""Pixels around a subject that are neither it nor background."""
+"""Width in pixels of the border around a subject, which counts neither as subject nor as background."""
 
 
 class RealClips:
@@ -29,12 +29,14 @@ class RealClips:
 
     @classmethod
     def read(cls, folder: Path) -> RealClips:
-        """Those of the recipe, from its folder of WebP loops."""
+        """The recipe's clips, from its folder of WebP loops."""
         loops = [load_loop(folder / f"{subject.codepoint}.webp") for subject in SUBJECTS]
         return cls(loops, [subject.key_frame for subject in SUBJECTS], [background(b.name) for b in BACKGROUNDS])
 
     def clip(self, s: int, b: int, speed: float, offset: int = 0) -> Frames:
-        """uint8 [16,H,W,3] at a speed (0: the key frame); `offset` loop frames later than the recipe's clip."""
+        """A clip uint8 [16,H,W,3] at a speed (0: the key frame repeated). It starts `offset` loop frames later than the
+        recipe's clip.
+        """
         loop = self.loops[s]
         return compose(loop[clip_indices(len(loop), self.key_frames[s] + offset, speed)], self.pictures[b])
 
