@@ -31,7 +31,7 @@ class GraphFacts:
 def read_graph(path: Path, precision: str, flavour: str) -> GraphFacts:
     """Read a graph that computes in a precision; its external weights stay where they are.
 
-    Raises MissingExtra (the flavour's own, which has onnx), EngineError for a file that is no graph.
+    Raises MissingExtra (the flavour's own, which has onnx), EngineError for a file that is not a graph.
     """
     try:
         import onnx

@@ -69,7 +69,7 @@ def profile_names() -> list[str]:
 def read_profile(name: str, manifest: Manifest) -> Profile:
     """A profile by its name or as the path of a TOML file, for a model.
 
-    Raises RequestError: unknown name, file that is no profile, min above max, size that the model cannot have.
+    Raises RequestError: unknown name, file that is not a profile, min above max, size that the model cannot have.
     """
     entries, where = _entries(name)
     if unknown := sorted(set(entries) - {*WORDS, "about"}):

@@ -207,7 +207,7 @@ def _source(given: CurveFrom) -> Source:
 
 
 def measured_cues(manifest: Manifest, backend: Backend, clip: _Clip) -> dict[str, NDArray[np.float64]]:
-    """The curves of a clip that have units of their own, by control: one number a pair of frames, or each frame's
+    """The curves of a clip that have units of their own, by control: one number per pair of frames, or each frame's
     likeness to the first one. Raises RequestError for a model that measures none, and for a clip of one frame.
     """
     controls = [control for control in manifest.controls if control.encoding in MEASURED]

@@ -79,7 +79,7 @@ class _Draft:
 
 
 def pace_control(manifest: Manifest) -> Control | None:
-    """The control that words of pace set: the first curve with a range that is no likeness; None: there is none."""
+    """The control that words of pace set: the first curve with a range that is not a likeness; None: there is none."""
     curves = [control for control in manifest.controls if control.kind == "curve" and control.span is not None]
     return next((control for control in curves if control.encoding != "similarity"), None)
 

@@ -150,7 +150,7 @@ class Stage:
 
     @property
     def conditions(self) -> tuple[Tensor, ...]:
-        """The inputs that are no state."""
+        """The inputs other than the state."""
         return tuple(t for t in self.inputs if t.source != "state")
 
     def input(self, name: str) -> Tensor:

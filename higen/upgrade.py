@@ -81,7 +81,7 @@ class Upgrade:
         if stale:
             lines.append(
                 "Python runs these graphs as they are; C++, Triton and new engines need them exported again, because "
-                f"the inputs of a step have changed (t is float32, guidance has one value a frame): {', '.join(stale)}"
+                f"the inputs of a step have changed (t is float32, guidance is per frame): {', '.join(stale)}"
             )
         if missing:
             lines.append(f"No graph yet of steps with one branch, half the work at guidance 1: {', '.join(missing)}")

@@ -4,7 +4,7 @@
 .webm   VP9, yuv420p, BT.709; the same tags
 .gif    one 256-colour palette for the clip, dithered; JSON in the comment; at most 50 frames a second
 .webp   animated and lossless; JSON in EXIF ImageDescription
-.png    lossless, one file a frame: out.png stands for out_0000.png, out_0001.png, ...; JSON in the text `Comment`
+.png    lossless, one file per frame: out.png stands for out_0000.png, out_0001.png, ...; JSON in the text `Comment`
         and in `higen.frame` which frame of which clip it is
 .npy    the array of frames and nothing else: no rate, no metadata
 

@@ -190,7 +190,7 @@ def vectors() -> dict[str, list[dict[str, Any]]]:
 
 
 def text() -> str:
-    """The file's text: one entry a line; floats as Python writes them, which reads back to the same bits."""
+    """The file's text: one entry per line; floats as Python writes them, which reads back to the same bits."""
     parts = (
         f'"{name}": [\n' + ",\n".join(json.dumps(entry, allow_nan=False) for entry in entries) + "\n]"
         for name, entries in vectors().items()

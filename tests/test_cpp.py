@@ -166,7 +166,7 @@ def test_the_version_is_pythons(built: Path) -> None:
 
 
 def flag(controls: Sequence[str], name: str, value: Any) -> list[str]:
-    """A request's option as the command line takes it; a list within a list is one number a frame."""
+    """A request's option as the command line takes it; a list within a list is one number per frame."""
     parts = value if isinstance(value, (list, tuple)) else [value]
     if name in controls:
         return ["--control", f"{name}={','.join(map(str, parts))}"]

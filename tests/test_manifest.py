@@ -309,7 +309,7 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
         r"stages\.reader\.words: at least one",
     ),
     ("a symbol of ours", setting("sizes.symbols.H", 3), r"sizes: symbols\.H: a name that is none of B, F, N,"),
-    ("a symbol that is no name", setting("sizes.symbols", {"a b": 3}), r"sizes: symbols\.a b: a name"),
+    ("a symbol that is not a name", setting("sizes.symbols", {"a b": 3}), r"sizes: symbols\.a b: a name"),
     ("a symbol of zero", setting("sizes.symbols.K", 0), r"sizes: symbols\.K=0: a whole number from 1"),
     (
         "an encoding for another rank",
@@ -398,7 +398,7 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
         r"loops\.film\.plain='film': the stages are",
     ),
     (
-        "a loop's stage that is no step",
+        "a loop's stage that is not a step",
         setting("loops.film.plain", "mixer"),
         r"loops\.film\.plain='mixer': gives latents, prev",
     ),
@@ -567,7 +567,7 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
         r"controls\[4\]: name='seed': a name of its own",
     ),
     (
-        "a control that is no name",
+        "a control that is not a name",
         setting("controls.glow.name", "a-b"),
         r"controls\[4\]: name='a-b': a name of its own",
     ),
@@ -625,7 +625,7 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
     ),
     ("a seal that is none", setting("seal", 7), r"seal=7: 64 hexadecimal digits \(higen upgrade --reseal\)"),
     (
-        "a graph that is no file",
+        "a graph that is not a file",
         setting("graphs", {"a.onnx": {"inputs": []}}),
         r"graphs: a\.onnx: each \.onnx file of files",
     ),

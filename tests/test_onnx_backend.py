@@ -259,7 +259,7 @@ def test_wrong_inputs_are_refused(onnx: Pipeline) -> None:
         onnx.backend.run("vae_decoder", latents=np.zeros((1, 32, 8, 8), np.int64))
 
 
-# Graphs that were made before manifest version 2: t is int64, guidance has one value a sample
+# Graphs that were made before manifest version 2: t is int64, guidance has one value per sample
 
 
 def test_an_older_graph_is_fed_what_it_takes(copy: Path, bundle: Bundle) -> None:

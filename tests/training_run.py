@@ -27,7 +27,7 @@ CAPTIONS = ("a blue whale swimming", "a red heart beating", "a green star")
 
 
 def killed_after(steps: int, work: Callable[[], object]) -> None:
-    """Train in a forked child that kills itself (SIGKILL) after so many steps, before the last of them is saved.
+    """Train in a forked child that kills itself (SIGKILL) after this many steps, before the last of them is saved.
 
     It computes in one thread: a fork loses the parent's others. The fixture `single` makes the parent compute alike.
     """

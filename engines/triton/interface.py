@@ -86,7 +86,7 @@ COMMON_INPUTS = (
     Field("width", "INT32"),
     Field("height", "INT32"),
     Field("fps", "INT32"),
-    Field("preview_every", "INT32"),  # a preview after every so many steps; 0: none
+    Field("preview_every", "INT32"),  # a preview after this many steps; 0: none
     Field("encoding", "STRING"),  # of pictures: "raw" (frames) or "png" (images)
     Field("return_latents", "BOOL"),
 )

@@ -13,7 +13,7 @@ __all__ = ["as_before", "is_older"]
 
 
 def is_older(tensor: Tensor, dtype: str, axes: int) -> bool:
-    """Whether a graph that has this input of a denoising stage in `dtype`, with so many axes, was made so."""
+    """Whether a graph that has this input of a denoising stage in `dtype`, with this many axes, was made so."""
     if tensor.source != "state":
         return False
     return (tensor.name == "t" and dtype == "int64") or (tensor.name == "guidance" and axes == 1)

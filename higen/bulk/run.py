@@ -130,7 +130,7 @@ def _here(order: Order, rows: list[Row]) -> Generator[Record, None, None]:
 
 
 def _watched(records: Iterator[Record], failures: int) -> Iterator[Record]:
-    """The records, as long as not so many in a row are failures. Raises BackendError."""
+    """The records, as long as fewer than this many in a row are failures. Raises BackendError."""
     failing = 0
     for record in records:
         yield record

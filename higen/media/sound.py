@@ -71,7 +71,7 @@ def read_sound(path: Path, start: float = 0.0, seconds: float | None = None) -> 
         if not len(sound.samples):
             raise OutputError("there is no sound in it" if not start else f"it ends before {start:g} s")
         if not np.isfinite(sound.samples).all():
-            raise OutputError("it has samples that are no numbers")
+            raise OutputError("it has samples that are not numbers")
         if float(np.abs(sound.samples).max()) < _SILENT:
             raise OutputError(
                 "it is silent" if seconds is None else f"its {seconds:g} s from {start:g} s on are silent"

@@ -81,8 +81,8 @@ def load_text_encoder(
 ) -> CLIPTextModel:
     """The text encoder of a safetensors file, in `dtype` (None: as stored), frozen and in evaluation mode.
 
-    Its weights are in memory once. Raises IntegrityError for a file that is no safetensors or holds other tensors than
-    the arguments say (the first ten are listed); else as `text_encoder`.
+    Its weights are in memory once. Raises IntegrityError for a file that is not safetensors, or that holds other
+    tensors than the arguments say (the first ten are listed); else as `text_encoder`.
     """
     with torch.device("meta"):
         encoder = text_encoder(arguments)

@@ -27,7 +27,7 @@ PLAIN = (
 
 DEPTH = 3
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Parts of a name that are no part of the network: DataParallel's, torch.compile's, FSDP's."""
+"""Parts of a name that do not belong to the network: DataParallel's, torch.compile's, FSDP's."""
 SHOWN = 6
 LONG = 100
 """Letters of a name that a message shows as it is."""

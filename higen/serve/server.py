@@ -136,7 +136,7 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def _protocol(most: int) -> type[asyncio.Protocol]:
-    """HTTP/1.1 with at most so many connections, none of which may wait with its headers for long."""
+    """HTTP/1.1 with at most this many connections, none of which may wait with its headers for long."""
 
     class Guarded(H11Protocol):
         _waiting: asyncio.TimerHandle | None = None

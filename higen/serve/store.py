@@ -330,7 +330,7 @@ class Store:
     # The keeper of the folder.
 
     def grow(self, name: str, size: int) -> None:
-        """A result takes so many bytes more."""
+        """A result takes this many bytes more."""
         with self._change() as db:
             db.execute("UPDATE jobs SET bytes = bytes + ? WHERE id = ? AND expired = 0", (size, name))
 

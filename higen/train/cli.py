@@ -142,7 +142,7 @@ def cues(
 @click.command()
 @click.argument("model", type=PATH, required=False)
 @click.option("--clips", type=PATH, help="Measure against these clips: a data set as `higen train` reads it.")
-@click.option("--limit", type=int, help="With --clips: so many of them, from all over the data set.  [all]")
+@click.option("--limit", type=int, help="With --clips: this many of them, from all over the data set.  [all]")
 @click.option("--data", type=PATH, help="Folder of the emoji, for a model made by the default recipe.")
 @click.option("--output", type=PATH, required=True, help="Folder for the measures and contact sheets.")
 @click.option("--fetch", is_flag=True, help="Download the emoji where --data has none: npm packages, about 700 MB.")

@@ -39,7 +39,7 @@ class Row:
 def read_rows(file: Path, scales: bool = False) -> list[Row]:
     """The rows of a list, in its order. `scales`: their column `scale` is read; else every scale is 1.
 
-    Raises SettingsError with the line of each malformed row, OSError, and TextError for what is no text.
+    Raises SettingsError with the line of each malformed row, OSError, and TextError for anything that is not a text.
     """
     text, mistakes = read_text(file, largest=None), Mistakes()
     rows = list(READERS[file.suffix.lower()](text, mistakes, scales))

@@ -65,7 +65,7 @@ def train(
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """PyTorch takes so many threads for its arithmetic on the host; then as many as before."""
+    """PyTorch takes this many threads for its arithmetic on the host; then as many as before."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

@@ -15,8 +15,8 @@ struct Options {
     std::string negative_prompt;
     std::optional<std::vector<std::int64_t>> tokens;
     std::uint64_t seed = 0;
-    std::vector<std::int64_t> steps;            // nothing, one for every loop, or one a loop
-    std::vector<std::vector<double>> guidance;  // likewise; one number, or one a frame
+    std::vector<std::int64_t> steps;            // nothing, one for every loop, or one per loop
+    std::vector<std::vector<double>> guidance;  // likewise; one number, or one per frame
     std::vector<std::string> solvers;           // likewise
     std::vector<double> guidance_interval, free_init;
     std::vector<std::int64_t> windows;

@@ -280,7 +280,7 @@ TEST(guidance_of_one_runs_the_plain_stage) {
     with(guided, 1);
     CHECK(guided.backend.called("sketch") == 3 && guided.backend.called("film") == 2);
     CHECK(guided.rgb == plain.rgb);
-    // A number a frame: no frame of which is 1 in the second loop alone.
+    // A number per frame: no frame of which is 1 in the second loop alone.
     Model curves;
     with(curves, 2);
     CHECK(curves.backend.called("sketch_plain") == 3 && curves.backend.called("film") == 2);
@@ -698,7 +698,7 @@ TEST(wrong_requests_are_told_by_name) {
     };
     refused("frames=41: a whole number from 1 to 40", [](auto& r) { r.frames = 41; });
     refused("steps=1001: a whole number from 1 to 1000", [&](auto& r) { r.steps = steps, r.step_count = 2; });
-    refused("steps has 3 entries: one for every loop, or 2 (one a loop)",
+    refused("steps has 3 entries: one for every loop, or 2 (one per loop)",
             [&](auto& r) { r.steps = steps, r.step_count = 3; });
     refused("solver='euler': the loop sketching takes 'ddim', 'dpm++2m'",
             [&](auto& r) { r.solvers = solvers, r.solver_count = 1; });

@@ -64,7 +64,7 @@ def is_motion(path: Path) -> bool:
 
 
 def read_motion(path: Path, notes: list[str]) -> Motion:
-    """Raises CheckpointError for what is no motion module, or one that more than text goes into."""
+    """Raises CheckpointError for a file that is not a motion module, or for one with other inputs than text."""
     return _of_folder(path, notes) if path.is_dir() else _of_file(path, notes)
 
 

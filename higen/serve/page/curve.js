@@ -39,7 +39,7 @@ function rangeOf(schema) {
   return { low: Math.abs(low) < 1e-6 ? 0 : low, top: most === Infinity ? free : usual, most, least: number.minimum ?? -Infinity };
 }
 
-/** The editor of a curve; its `value()` is undefined (the model's own), a number, or one a frame. */
+/** The editor of a curve; its `value()` is undefined (the model's own), a number, or one per frame. */
 export function curveField(name, schema, frames) {
   const range = rangeOf(schema);
   const isOptional = schema.default === null;
