@@ -1,5 +1,4 @@
-"""Tools that use known frames: the requests that they make, the frames that they keep, and the input that they refuse.
-"""
+"""Tools that use known frames: the requests that they make, the frames that they keep, the input that they refuse."""
 
 from __future__ import annotations
 

@@ -92,7 +92,7 @@ def test_three_prompts_in_a_batch(onnx: Pipeline, torch: Pipeline) -> None:
 
 
 def test_a_batch_is_its_prompts_one_by_one(onnx: Pipeline) -> None:
-    """To the byte, though ONNX Runtime is given the whole batch, and with an odd number of frames to decode."""
+    """The bytes are equal, although ONNX Runtime gets the whole batch and an odd number of frames to decode."""
     ours, frames = latents_and_frames(onnx, list(prompts()), seed=[1, 2, 3], steps=3, frames=5, guidance=12.0)
     for i, prompt in enumerate(prompts()):
         alone, its_frames = latents_and_frames(onnx, prompt, seed=i + 1, steps=3, frames=5, guidance=12.0)
@@ -187,7 +187,7 @@ def test_a_missing_graph_is_passed_over_in_silence(copy: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "onnx", "torch"])
 def test_a_precision_that_the_model_was_never_quantised_to_is_refused(backend: str) -> None:
-    """Every stage could stand in for itself, and the video would be float32's without a word."""
+    """Otherwise every stage could replace its own missing graph, and the video would silently be that of float32."""
     model = default_model()
     message = f"no spatial_unet.int8.onnx (make it: higen-export quantize {model} --precision int8)"
     with pytest.raises(BackendUnavailable, match=re.escape(message)):
@@ -300,7 +300,7 @@ def test_sessions_are_made_once_for_many_threads_and_freed(bundle: Bundle, monke
     session = ort.InferenceSession
 
     def counted(*arguments: object, **options: object) -> object:
-        time.sleep(0.05)  # long enough for the others to come
+        time.sleep(0.05)  # long enough for the other requests to arrive
         built = session(*arguments, **options)
         made.append(weakref.ref(built))
         return built

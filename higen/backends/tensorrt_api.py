@@ -26,8 +26,7 @@ def installed(flavour: str) -> bool:
 
 
 def library(flavour: str, purpose: str) -> Any:
-    """A flavour's module. Raises MissingExtra if it is not installed, EngineError if it is installed and does not load.
-    """
+    """A flavour's module. Raises MissingExtra if it is not installed, EngineError if it does not load."""
     package, extra = EXTRAS[flavour]
     try:
         return importlib.import_module(package)
