@@ -25,7 +25,8 @@ LARGEST_AREA = 4096
 def example_inputs(
     manifest: Manifest, stage: Stage, sizes: Mapping[str, int], seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Random inputs of a stage for these sizes: tokens from 0 to 4, a control within its range, all else normal."""
+    """Random inputs of a stage for these sizes: tokens from 0 to 4, a control within its range, a mask of
+    0 and 1, all else normal."""
     random = torch.Generator().manual_seed(seed)
     return {
         tensor.name: _values(manifest, tensor, [n if isinstance(n, int) else sizes[n] for n in tensor.shape], random)
@@ -38,6 +39,8 @@ def _values(manifest: Manifest, tensor: Tensor, shape: list[int], random: torch.
         return torch.randint(0, 5, shape, generator=random)
     normal = torch.randn(shape, generator=random)
     origin = source(tensor.source)
+    if (origin.kind, origin.name) == ("known", "mask"):
+        return (normal > 0.5).float()
     if origin.kind != "control" or origin.name == "fps":
         return normal
     control = manifest.control(origin.name)

@@ -25,7 +25,7 @@ from higen.video import Video
 if TYPE_CHECKING:
     from higen.images import Clip
 
-__all__ = ["SOURCE", "edit", "extend", "interpolate", "loop"]
+__all__ = ["SOURCE", "edit", "extend", "interpolate", "known_controls", "loop"]
 
 SOURCE = "source"
 """The value of a curve that is measured from the clip that is edited."""
@@ -79,7 +79,7 @@ def extend(
     Raises RequestError before work starts, for a clip without frames among others.
     """
     given, options = _opened(pipe, video, options)
-    control, _ = _known(pipe.manifest)
+    control, _ = known_controls(pipe.manifest)
     fewest, usual, most = pipe.manifest.sizes.frames
     length = options.pop("length", max(fewest, min(usual, most)))
     if not is_whole(length, max(fewest, 2), most):
@@ -124,7 +124,7 @@ def interpolate(
     Raises RequestError before work starts.
     """
     given, options = _opened(pipe, video, options)
-    control, _ = _known(pipe.manifest)
+    control, _ = known_controls(pipe.manifest)
     if not is_whole(factor, 2, MOST_FACTOR) or factor & (factor - 1):
         raise RequestError(f"factor={quoted(factor)}: 2, 4, 8, ... up to {MOST_FACTOR}")
     fewest, usual, most = pipe.manifest.sizes.frames
@@ -159,7 +159,7 @@ def loop(pipe: Maker, prompt: str = "", *, progress: bool | None = None, **optio
     A first request draws the first frame; a second one passes through it as frame 0 and behind the last. Options are
     those of a call. Raises RequestError before work starts.
     """
-    control, _ = _known(pipe.manifest)
+    control, _ = known_controls(pipe.manifest)
     fewest, usual, most = pipe.manifest.sizes.frames
     frames = options.pop("frames", None)
     frames = min(usual, most - 1) if frames is None else frames
@@ -210,7 +210,7 @@ def edit(
             raise RequestError(f"strength: fixed by {pipe.manifest.name}, {row.start.strength:g}")
         options[row.start.strength.partition(":")[2]] = strength
     if mask is not None:
-        control, name = _known(pipe.manifest)
+        control, name = known_controls(pipe.manifest)
         if name is None:
             raise RequestError(f"mask: {pipe.manifest.name} takes none")
         options |= {control: dict(enumerate(given.frames)), name: mask}
@@ -256,7 +256,7 @@ def _read(video: Clip) -> Video:
         raise RequestError(f"video: cannot be read as a clip: {error}") from error
 
 
-def _known(manifest: Manifest) -> tuple[str, str | None]:
+def known_controls(manifest: Manifest) -> tuple[str, str | None]:
     """The control for known frames, and that for a mask. Raises RequestError."""
     rows = [one.known for one in manifest.loops if one.known is not None and one.frames == "F"]
     if not rows:

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from higen.clip_tools import known_controls
 from higen.errors import HigenError, OutputError, RequestError
+from higen.known_frames import by_frame
 from higen.media.files import check_bytes
 from higen.output_file import check_folder
 from higen.pipeline import Pipeline
 from higen.request import Picture, Request
-from higen.script import Script
+from higen.script import Scene, Script
 from higen.version import __version__
 from higen.video import Video
 
@@ -25,16 +27,18 @@ __all__ = ["KeptScenes", "make_film", "scene_requests"]
 
 
 def scene_requests(pipeline: Pipeline, script: Script) -> list[Request]:
-    """The checked request of each scene. Raises RequestError naming the scene, before any work."""
+    """The checked request of each scene; one that continues the scene before has a blank picture for its first frame.
+
+    Raises RequestError naming the scene, before any work.
+    """
     found: list[Request] = []
     for place, scene in enumerate(script.scenes):
-        if scene.transition == "continue":
-            raise RequestError(
-                f"scenes[{place}]: transition='continue' needs known frames, which this version cannot set; "
-                "use 'cut' or 'crossfade'"
-            )
         try:
-            found.append(pipeline.request(scene.prompt, **scene.options))
+            request = pipeline.request(scene.prompt, **scene.options)
+            if scene.transition == "continue":  # any picture: the real one is not there yet
+                blank = np.zeros((request.height, request.width, 3), np.uint8)
+                request = _continued(pipeline, scene, blank)
+            found.append(request)
         except RequestError as error:
             raise RequestError(f"scenes[{place}]: {error}") from error
     sizes = {(request.width, request.height) for request in found}
@@ -45,6 +49,16 @@ def scene_requests(pipeline: Pipeline, script: Script) -> list[Request]:
     except OutputError as error:
         raise RequestError(f"scenes: {error}") from error
     return found
+
+
+def _continued(pipeline: Pipeline, scene: Scene, first: NDArray[np.uint8]) -> Request:
+    """The request of a scene whose first frame is the last one of the scene before."""
+    control, _ = known_controls(pipeline.manifest)
+    given = scene.options.get(control) or {}
+    if given and 0 in by_frame(control, given, scene.frames):
+        raise RequestError(f"{control}: frame 0: transition='continue' gives it")
+    options = {**scene.options, control: {**given, 0: first}}
+    return pipeline.request(scene.prompt, warn=lambda warning: None, **options)
 
 
 class KeptScenes:
@@ -103,13 +117,16 @@ def make_film(
     on_scene  is called as each scene is ready: its number from 0, and whether it was there already
     requests  of `scene_requests`, where they have been made
 
-    Each scene's frames are those of its single request, but for those of a crossfade. Raises what a request raises.
+    Each scene's frames are those of its single request, but for those it has in common with the scene before.
+    Raises what a request raises.
     """
     requests = scene_requests(pipeline, script) if requests is None else requests
     model = sorted((name, record.sha256) for name, record in pipeline.bundle.files.items())
     videos: list[Video] = []
     paths: list[Path] = []
-    for place, request in enumerate(requests):
+    for place, (scene, request) in enumerate(zip(script.scenes, requests, strict=True)):
+        if scene.transition == "continue":
+            request = _continued(pipeline, scene, videos[-1].frames[-1])
         path = None if kept is None else kept.path(place, _key(request, model))
         found = None if kept is None or path is None else kept.load(path, request)
         video = pipeline.make(request, progress)[0] if found is None else found
@@ -126,7 +143,7 @@ def _key(request: Request, model: list[tuple[str, str]]) -> str:
     """A digest of all that a scene's frames depend on, but for the rounding of one backend or another."""
     controls = {name: _plain(value) for name, value in request.controls.items()}
     fields = {name: getattr(request, name) for name in _FIELDS}
-    text = json.dumps([__version__, model, fields, controls], sort_keys=True)
+    text = json.dumps([__version__, model, fields, controls, request.settings.as_metadata()], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -142,12 +159,15 @@ def _plain(value: Any) -> Any:
 
 
 def _joined(script: Script, videos: list[Video]) -> NDArray[np.uint8]:
-    """All frames; in a crossfade of n frames, frame k is the new scene's by (k + 1) / (n + 1)."""
+    """All frames; in a crossfade of n frames, frame k is the new scene's by (k + 1) / (n + 1).
+
+    The frame that a continued scene has in common with the scene before is that scene's.
+    """
     frames = np.empty((script.frames, *videos[0].frames.shape[1:]), np.uint8)
     end = 0
     for scene, video in zip(script.scenes, videos, strict=True):
         first, fade = end - scene.fade, scene.fade
-        if fade:
+        if scene.transition == "crossfade":
             weight = (np.arange(1, fade + 1) / (fade + 1))[:, None, None, None]
             mixed = (1 - weight) * frames[first:end] + weight * video.frames[:fade]
             frames[first:end] = np.rint(mixed)

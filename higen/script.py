@@ -22,7 +22,7 @@ from higen.errors import RequestError, quoted
 from higen.manifest import Manifest
 from higen.paths import given_path
 from higen.request import UNSPECIFIED
-from higen.tables import Control
+from higen.tables import VISUAL, Control
 from higen.text_files import TextError, read_json
 
 __all__ = ["TRANSITIONS", "WORDS", "Scene", "Script", "make_script", "read_script", "script_schema"]
@@ -55,6 +55,7 @@ class Scene:
     options     of `Pipeline.request`, without the prompt
     transition  "cut", "crossfade" over the last `fade` frames of the scene before and the first of this one, or
                 "continue": its first frame is the last one of the scene before
+    fade        frames that it has in common with the scene before; of a scene that continues, 1
     """
 
     prompt: str
@@ -74,7 +75,7 @@ class Script:
 
     @property
     def frames(self) -> int:
-        """Frames of the whole video: those of a crossfade count once."""
+        """Frames of the whole video: those that two scenes have in common count once."""
         return sum(scene.frames - scene.fade for scene in self.scenes)
 
 
@@ -192,8 +193,12 @@ def _transition(row: Mapping[str, Any], before: Scene | None, frames: int, fps: 
         raise RequestError(f"fade={quoted(fade)}: the seconds of a crossfade, and this is a {name}")
     if before is None and name != "cut":
         raise RequestError(f"transition={name!r}: the first scene has none before it")
+    if name == "continue" and frames < 2:
+        raise RequestError(
+            "transition='continue': a scene of 2 frames or more, for the first one is the scene before's"
+        )
     if name != "crossfade":
-        return name, 0
+        return name, int(name == "continue")
     seconds = FADE if fade is None else fade
     good = isinstance(seconds, (int, float)) and not isinstance(seconds, bool) and 0 < seconds < 1e6
     count = max(round(seconds * fps), 1) if good else 0
@@ -210,7 +215,9 @@ def _transition(row: Mapping[str, Any], before: Scene | None, frames: int, fps: 
 def _control(control: Control, value: Any, frames: int, place: _Place, fps: int) -> Any:
     """A control's value of a script as a request takes it."""
     name = control.name
-    if control.kind in ("picture", "clip"):
+    if control.kind == "frames" and isinstance(value, dict):
+        return {index: str(_file(name, picture, place.folder)) for index, picture in value.items()}
+    if control.kind in VISUAL:
         return str(_file(name, value, place.folder))
     if control.kind != "curve" or value == UNSPECIFIED or (isinstance(value, (int, float)) and value is not True):
         return value
@@ -277,7 +284,7 @@ def script_schema(manifest: Manifest, files: bool = True) -> dict[str, Any]:
         **shared,
     }
     for control in manifest.controls:
-        if files or control.kind not in ("picture", "clip"):
+        if files or control.kind not in VISUAL:
             scene[control.name] = {**_schema_of(control, files), "description": control.meaning}
     whole = {"type": "integer", "minimum": 1}
     script = {"fps": {**whole, "maximum": 240}, "width": whole, "height": whole, **shared}
@@ -305,4 +312,12 @@ def _schema_of(control: Control, files: bool) -> dict[str, Any]:
         return {"anyOf": [*given, *([{"type": "string"}] if files else [])]}
     if control.kind == "choice":
         return {"enum": list(control.choices)}
+    if control.kind == "frames":
+        index = {"pattern": "^-?[0-9]{1,6}$"}
+        return {
+            "type": "object",
+            "minProperties": 1,
+            "propertyNames": index,
+            "additionalProperties": {"type": "string"},
+        }
     return {"number": number, "whole": {**number, "type": "integer"}}.get(control.kind, {"type": "string"})

@@ -303,7 +303,7 @@ def test_ctrl_c_leaves_nothing_and_exit_code_130(generate: Any, monkeypatch: pyt
     def interrupt(*_: Any, **__: Any) -> Any:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("higen.pipeline.Pipeline._decode", interrupt)
+    monkeypatch.setattr("higen.pipeline.decoded", interrupt)
     result = generate("a whale", "-o", "x.mp4")
     assert result.exit_code == 130
     assert result.stderr == "stopped\n"

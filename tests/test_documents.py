@@ -80,7 +80,7 @@ def test_a_documented_command_has_these_options(page: str, line: str) -> None:
     while isinstance(group, click.Group) and words and (found := group.get_command(context, words[0])) is not None:
         group, words = found, words[1:]
     known = {name for parameter in group.get_params(context) for name in parameter.opts}
-    options = {word for word in words if word.startswith("-") and word != "-"}
+    options = {word for word in words if re.match(r"--?[a-zA-Z]", word)}
     if isinstance(group, click.Group):  # `higen train FILE ...` leads to its own command
         config = group.get_command(context, "config")
         assert config is not None

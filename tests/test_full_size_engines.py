@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -10,36 +9,30 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import full_size_engines
 import pytest
-
-SCRIPT = Path(__file__).resolve().parents[1] / "benchmarks" / "full_size_engines.py"
 
 
 @pytest.mark.parametrize(
     "given", [[], ["--stage", "spatial_unet", "--stage", "temporal_unet"], ["--stage", "temporal_unet"]]
 )
 def test_each_step_is_for_its_own_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, given: list[str]) -> None:
-    spec = importlib.util.spec_from_file_location("full_size_engines", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module: Any = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
     done: list[tuple[str, str]] = []
-    monkeypatch.setattr(module, "write_model", lambda path: done.append(("write", "")))
-    monkeypatch.setattr(module, "export", lambda path, stage: done.append(("export", stage)))
-    monkeypatch.setattr(module, "build", lambda path, stage, *_: done.append(("build", stage)))
+    monkeypatch.setattr(full_size_engines, "write_model", lambda path: done.append(("write", "")))
+    monkeypatch.setattr(full_size_engines, "export", lambda path, stage: done.append(("export", stage)))
+    monkeypatch.setattr(full_size_engines, "build", lambda path, stage, *_: done.append(("build", stage)))
 
     def run(command: list[str]) -> Any:
         """What a process with this command line does."""
         with monkeypatch.context() as inner:
             inner.setattr(sys, "argv", command[1:])
-            module.main()
+            full_size_engines.main()
         return SimpleNamespace(pid=0)
 
     used = SimpleNamespace(ru_utime=0.0, ru_stime=0.0, ru_maxrss=0)
     monkeypatch.setattr(subprocess, "Popen", run)
     monkeypatch.setattr(os, "wait4", lambda pid, options: (pid, 0, used))
-    monkeypatch.setattr(sys, "argv", [str(SCRIPT), str(tmp_path), *given])
-    module.main()
+    monkeypatch.setattr(sys, "argv", ["full_size_engines.py", str(tmp_path), *given])
+    full_size_engines.main()
     stages = [name for name in given if name != "--stage"] or ["spatial_unet", "temporal_unet"]
     assert done == [("write", ""), *((step, stage) for stage in stages for step in ("export", "build"))]

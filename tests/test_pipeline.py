@@ -539,6 +539,7 @@ def test_the_metadata_says_how_a_video_was_made(pipe: Pipeline) -> None:
         "motion": [1.0, 2.0, 3.0],
         "appearance": np.ones((4, 32)).tolist(),
         "offset_noise": 0.0,
+        "strength": 0.5,
     }
     video = pipe("a whale", seed=9, **options)
     metadata = json.loads(json.dumps(dict(video.metadata), allow_nan=False))

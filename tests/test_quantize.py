@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import errno
-import importlib.util
 import os
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import precisions
 import pytest
 from click.testing import CliRunner
 
@@ -31,8 +30,6 @@ from higen.export.model_graphs import export_model
 from higen.export.quantize import Report, quantize, record_calls
 from higen.exporter import main
 from higen.train.emoji.evaluation.report import COLUMNS
-
-ROOT = Path(__file__).resolve().parents[1]
 
 GUIDED = ("spatial_unet", "temporal_unet")
 
@@ -232,7 +229,6 @@ def test_polygraphy_tells_the_same_story(quantized: tuple[Bundle, Report]) -> No
 
 def test_the_table_of_precisions(quantized: tuple[Bundle, Report], tmp_path: Path) -> None:
     """benchmarks/precisions.py, on a tiny clip: its figures, and what it keeps."""
-    precisions = load_benchmark()
     bundle, report = Bundle.open(quantized[0].path), quantized[1]
     step = bundle.manifest.sizes.multiple
     options = {"frames": 2, "width": step, "height": step, "steps": 2}
@@ -270,13 +266,3 @@ def test_the_table_of_precisions(quantized: tuple[Bundle, Report], tmp_path: Pat
     assert (tmp_path / "measures.fp32.json").exists()
     precisions.prepare(bundle.path, tmp_path, ["fp32"])  # another model
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model"]
-
-
-def load_benchmark() -> Any:
-    spec = importlib.util.spec_from_file_location("precisions", ROOT / "benchmarks" / "precisions.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look there
-    spec.loader.exec_module(module)
-    return module

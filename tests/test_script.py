@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 from sounds import beats, write_wav
 
 import higen
@@ -54,6 +55,21 @@ def test_each_scene_equals_its_single_request(pipe: Pipeline) -> None:
     assert places == [(0, 4, SCENES[0]["prompt"]), (2, 6, SCENES[1]["prompt"]), (8, 4, SCENES[2]["prompt"])]
 
 
+def test_a_scene_continues_from_the_last_frame_of_the_one_before(pipe: Pipeline, tmp_path: Path) -> None:
+    Image.fromarray(pipe("a green star", frames=1, steps=1).frames[0]).save(tmp_path / "end.png")
+    rows = ({"transition": "continue"}, {"transition": "continue", "keyframes": {"-1": "end.png"}, "seed": 4})
+    scenes = [SCENES[0], *({"prompt": "a red heart", "seconds": 0.5, **row} for row in rows)]
+    made = make_script(script(*scenes), pipe.manifest, tmp_path)
+    video, _ = make_film(pipe, made)
+    first = pipe(SCENES[0]["prompt"], frames=4, steps=2, seed=3, motion=[36, 96, 0])
+    second = pipe("a red heart", frames=4, steps=2, keyframes={0: first.frames[-1]})
+    ends = {0: second.frames[-1], -1: tmp_path / "end.png"}
+    third = pipe("a red heart", frames=4, steps=2, seed=4, keyframes=ends)
+    assert len(video) == made.frames == 10
+    np.testing.assert_array_equal(video.frames, np.concatenate([first.frames, second.frames[1:], third.frames[1:]]))
+    assert [scene["first"] for scene in video.metadata["scenes"]] == [0, 3, 6]
+
+
 def test_curves_in_words_and_numbers_spread_over_the_scene(pipe: Pipeline) -> None:
     rows: list[Any] = ["very fast", ["still", "fast"], [0, 60], [5, 5, 5, 5, 5, 5, 5], "medium", 7]
     made = make_script(script(*({"prompt": "a", "seconds": 1, "motion": row} for row in rows)), pipe.manifest)
@@ -85,6 +101,10 @@ def test_curves_in_words_and_numbers_spread_over_the_scene(pipe: Pipeline) -> No
         (script({"prompt": "a", "transition": "crossfade"}), "the first scene has none before it"),
         (script({"prompt": "a", "fade": 1}), "the seconds of a crossfade, and this is a cut"),
         (
+            script({"prompt": "a"}, {"prompt": "a", "transition": "continue", "seconds": 0.1}),
+            r"scenes\[1\]: transition='continue': a scene of 2 frames or more",
+        ),
+        (
             script({"prompt": "a"}, {"prompt": "a", "transition": "crossfade", "fade": 9}),
             "fade=9: seconds, at most 0.5",
         ),
@@ -111,14 +131,18 @@ def test_a_wrong_script_names_its_key_and_what_is_allowed(pipe: Pipeline, data: 
         ({"prompt": " "}, r"scenes\[1\]: prompt=' ': a prompt with at least one word"),
         ({"prompt": "a", "motion": -1}, r"scenes\[1\]: motion=-1"),
         ({"prompt": "a", "steps": 0}, r"scenes\[1\]: steps=0"),
-        ({"prompt": "a", "transition": "continue"}, r"scenes\[1\]: transition='continue' needs known frames"),
+        (
+            {"prompt": "a", "transition": "continue", "keyframes": {"-4": "a.png"}, "seconds": 0.5},
+            r"scenes\[1\]: keyframes: frame 0: transition='continue' gives it",
+        ),
     ],
 )
 def test_what_a_request_refuses_is_refused_before_the_first_scene(
-    pipe: Pipeline, scene: dict[str, Any], reason: str
+    pipe: Pipeline, tmp_path: Path, scene: dict[str, Any], reason: str
 ) -> None:
+    Image.new("RGB", (24, 16)).save(tmp_path / "a.png")
     with pytest.raises(RequestError, match=reason):
-        scene_requests(pipe, make_script(script(SCENES[0], scene), pipe.manifest))
+        scene_requests(pipe, make_script(script(SCENES[0], scene), pipe.manifest, tmp_path))
 
 
 def test_finished_scenes_are_kept_and_not_made_again(

@@ -22,7 +22,7 @@ from higen.families.higen.spec import ModelConfig, UNetConfig
 from higen.tokenizer import PromptTokenizer
 from higen.train.cues import appearance_factor, appearance_similarity, motion_of
 from higen.train.data import VIDEO
-from higen.train.draws import draw_timesteps, noisy_prior
+from higen.train.draws import draw_known, draw_timesteps, noisy_known, noisy_prior
 from higen.train.objective import residual_square
 from higen.train.reader import Sample
 from higen.train.settings import CueSettings, ObjectiveSettings, key_index
@@ -56,8 +56,9 @@ class _Columns:
 @dataclass(frozen=True)
 class Batch(_Columns):
     """x0 and noise [B,C,F,H,W], t int64 [B], prior [B,C,H,W] (zeros for pictures; None: clips are drawn without one),
-    motion [B,F,D], appearance [B,F,R], tokens int64 [B,L], strength [B]: how strong the adapters are for each sample
-    (None: 1).
+    motion [B,F,D], appearance [B,F,R], tokens int64 [B,L]. Where frames are given: known [B,C,F,H,W], all frames as the
+    network would be given them, and mask [B,F], 1 where one is. strength [B]: how strong the adapters are for each
+    sample (None: 1).
     """
 
     x0: Tensor
@@ -67,6 +68,8 @@ class Batch(_Columns):
     motion: Tensor
     appearance: Tensor
     tokens: Tensor
+    known: Tensor | None = None
+    mask: Tensor | None = None
     strength: Tensor | None = None
 
     def chosen(self, rows: Tensor) -> Batch:
@@ -156,8 +159,8 @@ class Batches:
     ) -> None:
         """`strengths`: batches say how strong the adapters are for each sample.
 
-        Raises SettingsError for cues that are left out with a model that does not know unspecified cues, and for clips
-        that teach the gain of a model without one.
+        Raises SettingsError for cues that are left out with a model that does not know unspecified cues, for clips
+        that teach the gain of a model without one, and for known frames of a model that takes none.
         """
         left_out = {"dropout": cues.dropout, "given": list(cues.given) if any(cues.given[:3]) else 0}
         for name, value in left_out.items():
@@ -166,6 +169,11 @@ class Batches:
                     f"cues.{name}={value}: {config.name} takes no unspecified cues; "
                     "leave it out, or train an architecture with optional_cues = true"
                 )
+        if objective.known and not config.unet.known_frames:
+            raise SettingsError(
+                f"objective.known={objective.known}: {config.name} takes no known frames; "
+                "model.known_frames = true gives it inputs for them"
+            )
         if objective.gain_clips and not config.unet.prior_preconditioning:
             raise SettingsError(f"objective.gain_clips={objective.gain_clips}: {config.name} has no gain to teach")
         self.config, self.tokenizer, self.cues, self.objective, self.seed = config, tokenizer, cues, objective, seed
@@ -222,7 +230,11 @@ class Batches:
         noise = noise + self.objective.offset_noise * offset
         if self.noise_mix:
             noise = noise + self.noise_mix * prior[:, None]
-        return x0, noise, t, prior, motion[window], appearance[window], tokens
+        row = x0, noise, t, prior, motion[window], appearance[window], tokens
+        if kind != VIDEO or not self.objective.known:
+            return row
+        mask = draw_known(self.objective, x0.shape[1], random)
+        return *row, noisy_known(x0, self.objective, random), mask
 
     def _tokens(self, caption: str) -> NDArray[np.int64]:
         """A caption's tokens; what the tokenizer has to say against captions is said once."""

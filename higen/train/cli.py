@@ -148,6 +148,7 @@ def cues(
 @click.option("--fetch", is_flag=True, help="Download the emoji where --data has none: npm packages, about 700 MB.")
 @click.option("--seeds", type=int, help="Clips of each held-out prompt.  [8; with --clips 1]")
 @click.option("--quick", is_flag=True, help="Every fourth subject, one seed.")
+@click.option("--known", is_flag=True, help="Measure known frames too: first and last, every second, the first half.")
 @click.option("--backend", default="auto", show_default=True, help="Where the stages run; see `higen doctor`.")
 @click.option("--precision", help="What the stages compute in: fp32, fp16, bf16, int8, ...  [fp32 on a CPU]")
 @JSON
@@ -160,6 +161,7 @@ def evaluate(
     fetch: bool,
     seeds: int | None,
     quick: bool,
+    known: bool,
     backend: str,
     precision: str | None,
     as_json: bool,
@@ -202,6 +204,7 @@ def evaluate(
             output,
             seeds=1 if quick else 8 if seeds is None else seeds,
             quick=quick,
+            known=known,
             backend=backend,
             precision=precision,
             download=fetch,

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from higen.train.settings import ObjectiveSettings
+from higen.train.sections import KNOWN_SETS, ObjectiveSettings
 
-__all__ = ["LATE", "draw_timesteps", "draw_window", "noisy_prior"]
+__all__ = ["LATE", "draw_known", "draw_timesteps", "draw_window", "noisy_known", "noisy_prior"]
 
 LATE = 0.5
 """Part of a run after which `late_windows` are taken."""
@@ -39,3 +39,34 @@ def noisy_prior(prior: Tensor, settings: ObjectiveSettings, random: torch.Genera
         return prior
     deviation = settings.prior_noise * float(torch.rand((), generator=random))
     return prior + deviation * torch.randn(prior.shape, generator=random)
+
+
+def draw_known(settings: ObjectiveSettings, frames: int, random: torch.Generator) -> Tensor:
+    """Which frames of a clip are given, as the settings say: float32 [frames], 1 or 0; one at least is not.
+
+    The longest run of first frames that is given, and every place of a single one, are equally likely.
+    """
+    parts = torch.tensor([settings.known.get(name, 0.0) for name in KNOWN_SETS])
+    name = KNOWN_SETS[int(torch.multinomial(parts, 1, generator=random))]
+    place, number = torch.arange(frames), int(torch.randint(frames, (), generator=random))
+    chance, drawn = torch.rand((), generator=random), torch.rand(frames, generator=random)
+    mask = {
+        "none": place < 0,
+        "first": place == 0,
+        "ends": (place == 0) | (place == frames - 1),
+        "second": place % 2 == 0,
+        "prefix": place < max(number, 1),
+        "one": place == number,
+        "some": drawn < chance,
+    }[name]
+    if mask.all():
+        mask[number] = False
+    return mask.float()
+
+
+def noisy_known(clip: Tensor, settings: ObjectiveSettings, random: torch.Generator) -> Tensor:
+    """The frames of a clip [C,F,H,W] as the network is given them: those of a drawn clip are not exact either."""
+    if not settings.known_noise:
+        return clip
+    deviation = settings.known_noise * float(torch.rand((), generator=random))
+    return clip + deviation * torch.randn(clip.shape, generator=random)

@@ -16,7 +16,7 @@ from higen.errors import ManifestError, SettingsError
 from higen.families.higen import spec
 from higen.families.higen.network import load_denoiser
 from higen.families.higen.spec import ModelConfig, UNetConfig
-from higen.families.higen.unet import Denoiser, UNet
+from higen.families.higen.unet import Denoiser, Known, UNet
 from higen.models.companion_stages import EncoderStage
 from higen.models.companions import autoencoder, load_autoencoder, load_text_encoder, text_encoder
 from higen.models.nestings import below
@@ -105,12 +105,16 @@ def build(settings: Settings, captions: Iterable[str]) -> Networks:
         tokenizer = PromptTokenizer(build_word_tokenizer(words), config.text.rules)
     if settings.model.architecture is not None:
         _check_fit(config, theirs, new_text=tokenizer is not None, new_codec=settings.codec.layers != "none")
+    if settings.model.known_frames:
+        config = replace(config, unet=replace(config.unet, known_frames=True))
     own = _named(config, theirs, settings)
     if settings.model.init is None:
         config = own
     torch.manual_seed(settings.run.seed)
     if settings.model.init is not None:
-        denoiser = load_denoiser(source.file(spec.UNET), config.unet, torch.device("cpu"), torch.float32)
+        denoiser = load_denoiser(source.file(spec.UNET), theirs.unet, torch.device("cpu"), torch.float32)
+        if config.unet != theirs.unet:
+            denoiser = _with_known_frames(denoiser, config.unet)
     else:
         denoiser = new_denoiser(config.unet)
     notes: tuple[str, ...] = ()
@@ -200,6 +204,13 @@ def new_denoiser(config: UNetConfig) -> Denoiser:
     return denoiser
 
 
+def _with_known_frames(denoiser: Denoiser, config: UNetConfig) -> Denoiser:
+    """The same with inputs for known frames, which are 0: it draws what it drew."""
+    wider = Denoiser(config)
+    wider.load_state_dict({**wider.state_dict(), **denoiser.state_dict()})
+    return wider
+
+
 def spatial_names(config: UNetConfig) -> list[str]:
     """Parameters of `Denoiser` that make the still-picture network: 2-D residual blocks, spatial transformers,
     down and up, the first and the last convolution, and not the embeddings of time, cues, prior and context
@@ -257,10 +268,11 @@ class Objective(nn.Module):
         context, embedding = self._conditions(batch)
         alpha, sigma, unet = self.alpha[batch.t], self.sigma[batch.t], self.denoiser.unet
         given = unet, batch.x0, batch.noise, batch.t, alpha, sigma, context, embedding
+        known = None if batch.known is None or batch.mask is None else Known(batch.known, batch.mask)
         if batch.prior is None or not unet.config.prior_preconditioning:
-            loss = v_loss(*given, batch.prior).mean()
+            loss = v_loss(*given, batch.prior, known).mean()
             return loss, loss.new_zeros(())
-        loss = residual_v_loss(*given, batch.prior).mean()
+        loss = residual_v_loss(*given, batch.prior, known).mean()
         return loss, gain_loss(unet, context, embedding, residual_square(batch.x0, batch.prior))
 
     def _conditions(self, batch: Batch | GainBatch) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from higen.families.higen.preconditioning import precondition
-from higen.families.higen.unet import UNet
+from higen.families.higen.preconditioning import known_residual, precondition
+from higen.families.higen.unet import Known, UNet
 
 __all__ = ["diffuse", "gain_loss", "residual_square", "residual_v_loss", "v_loss", "v_target"]
 
@@ -34,10 +34,14 @@ def v_loss(
     context: Tensor,
     frame_embedding: Tensor,
     prior: Tensor | None,
+    known: Known | None = None,
 ) -> Tensor:
-    """Mean squared error of v, one number per sample [B] (reference: plain MSE, equal weights)."""
-    v = unet(diffuse(x0, noise, alpha, sigma), t, context, frame_embedding, prior)
-    return (v - v_target(x0, noise, alpha, sigma)).pow(2).mean(dim=(1, 2, 3, 4))
+    """Mean squared error of v, one number per sample [B] (reference: plain MSE, equal weights).
+
+    `known`: where frames of a clip are given, the error of r, in the others (`preconditioning.velocity`).
+    """
+    x, target = diffuse(x0, noise, alpha, sigma), v_target(x0, noise, alpha, sigma)
+    return _error(unet, x, x, target, x0, t, alpha, context, frame_embedding, prior, known)
 
 
 def residual_v_loss(
@@ -50,6 +54,7 @@ def residual_v_loss(
     context: Tensor,
     frame_embedding: Tensor,
     prior: Tensor,
+    known: Known | None = None,
 ) -> Tensor:
     """The same for a network with prior preconditioning: the error of v' (`preconditioning.velocity`), [B].
 
@@ -63,7 +68,33 @@ def residual_v_loss(
         entered, g, c = precondition(unet, x, alpha, sigma, context.float(), frame_embedding.float(), prior)
         residual = (x0 - prior[:, :, None]) / g
         target = _column(alpha) * g * c * noise - _column(sigma) * c * residual
-    return (unet(entered, t, context, frame_embedding, prior) - target).pow(2).mean(dim=(1, 2, 3, 4))
+    return _error(unet, x, entered, target, x0, t, alpha, context, frame_embedding, prior, known)
+
+
+def _error(
+    unet: UNet,
+    x: Tensor,
+    entered: Tensor,
+    target: Tensor,
+    x0: Tensor,
+    t: Tensor,
+    alpha: Tensor,
+    context: Tensor,
+    frame_embedding: Tensor,
+    prior: Tensor | None,
+    known: Known | None,
+) -> Tensor:
+    """Mean square [B] of what the network makes of `entered` from `target`, or, of the frames that are not given, of
+    what it makes of x and the blend from r."""
+    if known is None:
+        return (unet(entered, t, context, frame_embedding, prior) - target).pow(2).mean(dim=(1, 2, 3, 4))
+    with torch.no_grad():
+        blend = known.blend()
+        entered = torch.where(known.given, known_residual(x, _column(alpha), blend, known), entered)
+        target = torch.where(known.given, x0 - blend, target)
+        drawn = 1 - known.mask
+    frames = (unet(entered, t, context, frame_embedding, prior, known) - target).pow(2).mean(dim=(1, 3, 4))
+    return (frames * drawn).sum(dim=1) / drawn.sum(dim=1).clamp(min=1)
 
 
 def gain_loss(unet: UNet, context: Tensor, frame_embedding: Tensor, square: Tensor) -> Tensor:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 from higen.errors import SettingsError
 
 __all__ = [
+    "KNOWN_SETS",
     "CodecSettings",
     "CueSettings",
     "DataSettings",
@@ -57,8 +58,12 @@ class ModelSettings:
     it keeps its layers, and the embeddings of the words that it knew."""
     name: str | None = None
     licence: str | None = None
+    known_frames: bool = False
+    """Give a model inputs for known frames, which start at zero: it begins as it was (objective.known)."""
 
     def __post_init__(self) -> None:
+        if self.known_frames and self.init is None:
+            raise SettingsError("known_frames: goes with init; an architecture file has unet.known_frames")
         if (self.init is None) == (self.architecture is None):
             raise SettingsError("init, architecture: one of the two, a model directory to fine-tune or a file")
         if (self.architecture is None) != (self.companions is None):
@@ -134,6 +139,10 @@ class CueSettings:
             raise SettingsError("appearance='openclip' and openclip (the tower's folder) go together")
 
 
+KNOWN_SETS = ("none", "first", "ends", "second", "prefix", "one", "some")
+"""Which frames of a clip are given (`draws.draw_known`)."""
+
+
 @dataclass(frozen=True)
 class ObjectiveSettings:
     """v-prediction; see higen.train.objective."""
@@ -165,10 +174,16 @@ class ObjectiveSettings:
     data.videos whole clips. Not given: whole clips."""
     late_windows: tuple[int, ...] = ()
     """The same for the second half of the run. Not given: as before."""
+    known: dict[str, float] = field(default_factory=dict)
+    """How often which frames of a clip are given, parts that add up to 1, for models with known_frames: none; first;
+    ends (first and last); second (every second one); prefix (some of the first); one (any); some (each by chance).
+    Not given: none ever."""
+    known_noise: float = 0.0
+    """Deviation of the noise that is added to given frames is drawn from 0 to this."""
 
     def __post_init__(self) -> None:
         _part(self, "text_dropout", "high_part", "high_levels")
-        _at_least(self, 0, "offset_noise", "gain_weight", "gain_clips", "prior_noise")
+        _at_least(self, 0, "offset_noise", "gain_weight", "gain_clips", "prior_noise", "known_noise")
         if self.noise_mix is not None and not abs(self.noise_mix) <= MOST_MIX:
             raise SettingsError(f"noise_mix={self.noise_mix}: a number from -{MOST_MIX:g} to {MOST_MIX:g}")
         for name in ("windows", "late_windows"):
@@ -176,6 +191,14 @@ class ObjectiveSettings:
                 raise SettingsError(f"{name}={list(getattr(self, name))}: each 2 frames or more")
         if self.late_windows and not self.windows:
             raise SettingsError(f"late_windows={list(self.late_windows)}: needs windows")
+        if self.known:
+            self._check_known()
+
+    def _check_known(self) -> None:
+        if unknown := sorted(set(self.known) - set(KNOWN_SETS)):
+            raise SettingsError(f"known.{unknown[0]}: one of {', '.join(KNOWN_SETS)}")
+        if any(part < 0 for part in self.known.values()) or not math.isclose(sum(self.known.values()), 1):
+            raise SettingsError(f"known={self.known}: parts that add up to 1")
 
 
 @dataclass(frozen=True)

@@ -214,10 +214,10 @@ def difference(stored: Mapping[str, Any], settings: Settings) -> str | None:
     values; None if there is none. A key that `stored`, of an earlier version, does not know had its default.
     """
     defaults = {
-        f"{section}.{key.name}": list(key.default) if isinstance(key.default, tuple) else key.default
+        f"{section}.{key.name}": list(default) if isinstance(default, tuple) else default
         for section, kind in _SECTIONS.items()
         for key in fields(kind)
-        if key.default is not MISSING
+        if (default := key.default if key.default_factory is MISSING else key.default_factory()) is not MISSING
     }
     return first_difference({**defaults, **stored}, flat(settings), FREE)
 

@@ -51,6 +51,8 @@ class UNetConfig:
     """The temporal network learns the residual against the prior (`preconditioning.velocity`)."""
     pooled_context: bool = False
     """The mean context token is added to the time embedding."""
+    known_frames: bool = False
+    """The temporal network is told which frames of the clip are given (`preconditioning.velocity`)."""
 
     def __post_init__(self) -> None:
         check_positive(self)

@@ -14,7 +14,7 @@ from higen.families import Weights
 from higen.families.companion_networks import open_autoencoder, open_text_encoder
 from higen.families.higen import spec
 from higen.families.higen.preconditioning import velocity
-from higen.families.higen.unet import Conditioner, Denoiser, UNet
+from higen.families.higen.unet import Conditioner, Denoiser, Known, UNet
 from higen.manifest import Manifest
 from higen.models.companion_stages import DecoderStage, EncoderStage
 from higen.models.solver_step import SolverStep
@@ -100,7 +100,8 @@ class ConditionerStage(nn.Module):
 
 
 class VelocityPredictor(nn.Module):
-    """v of a U-Net as `SolverStep` asks for it: conditions `context`, `frame_embedding` and, for a clip, `prior`."""
+    """v of a U-Net as `SolverStep` asks for it: conditions `context`, `frame_embedding` and, for a clip, `prior`, and
+    `known` and `known_mask` where it was trained for known frames."""
 
     def __init__(self, unet: UNet) -> None:
         super().__init__()
@@ -114,7 +115,8 @@ class VelocityPredictor(nn.Module):
         gain = None  # of both branches: the one with the prompt decides
         if self.unet.residual_gain is not None and branches > 1:
             gain = torch.cat([context.unflatten(0, (branches, -1))[0]] * branches)
-        return velocity(self.unet, x, t, alpha, sigma, context, embedding, conditions.get("prior"), gain)
+        known = Known(conditions["known"], conditions["known_mask"]) if "known" in conditions else None
+        return velocity(self.unet, x, t, alpha, sigma, context, embedding, conditions.get("prior"), gain, known)
 
 
 def load_denoiser(

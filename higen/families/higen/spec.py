@@ -73,6 +73,12 @@ STRENGTH = 0.6
 PLAIN = "_plain"
 """Behind the name of a denoising stage: the same step with one branch of guidance."""
 
+KNOWN_INPUTS = (
+    Tensor("known", ("B", "C", "F", "H", "W"), source="known:latents"),
+    Tensor("known_mask", ("B", "F"), source="known:mask"),
+)
+"""What the steps of a clip are told of its known frames, where they were trained for it."""
+
 
 # The tables.
 
@@ -82,7 +88,7 @@ def manifest(config: ModelConfig, plain: bool = True) -> Manifest:
 
     Raises ManifestError for a configuration whose parts do not fit each other.
     """
-    rows = tuple(s for s in stages() if plain or not s.name.endswith(PLAIN))
+    rows = tuple(s for s in stages(config.unet.known_frames) if plain or not s.name.endswith(PLAIN))
     return Manifest(
         name=config.name,
         licence=config.licence,
@@ -97,9 +103,10 @@ def manifest(config: ModelConfig, plain: bool = True) -> Manifest:
     )
 
 
-def stages() -> tuple[Stage, ...]:
-    """The stages of every HiGen model, the plain ones too."""
+def stages(known_frames: bool = False) -> tuple[Stage, ...]:
+    """The stages of every HiGen model, the plain ones too. `known_frames`: those of a clip are told what is known."""
     hidden = ("B", "L", "Dt")
+    clip = (Tensor("prior", ("B", "C", "H", "W"), source="spatial.latents"), *(KNOWN_INPUTS if known_frames else ()))
     return (
         text_encoder_stage(TEXT_ENCODER, "Dt"),
         Stage(
@@ -113,7 +120,7 @@ def stages() -> tuple[Stage, ...]:
             (Output("context", ("B", "K", "Dc")), Output("frame_embedding", ("B", "F", "E"))),
         ),
         *_denoising_stages("spatial_unet", 1),
-        *_denoising_stages("temporal_unet", "F", Tensor("prior", ("B", "C", "H", "W"), source="spatial.latents")),
+        *_denoising_stages("temporal_unet", "F", *clip),
         *autoencoder_stages(AUTOENCODER, "image"),
     )
 
@@ -264,6 +271,8 @@ class _Architecture:
 
 def _architecture(config: ModelConfig) -> dict[str, Any]:
     unet = {name: value for name, value in to_json(config.unet).items() if name not in _OF_SYMBOLS}
+    if not config.unet.known_frames:  # a model without them is written as before there were any
+        del unet["known_frames"]
     codec = {f.name: getattr(config.autoencoder, f.name) for f in fields(_Codec)}
     return to_json(_Architecture(unet, config.text.clip, _Codec(**codec)))
 
@@ -276,7 +285,7 @@ def _read_architecture(manifest: Manifest) -> _Architecture:
 
 def unet_config(manifest: Manifest) -> UNetConfig:
     """The denoiser's configuration. Raises ManifestError where the tables are not those of a HiGen model."""
-    given = _read_architecture(manifest).unet
+    given = {"known_frames": False, **_read_architecture(manifest).unet}
     missing = [symbol for symbol in (*_OF_SYMBOLS.values(), "E", "L") if symbol not in manifest.fixed]
     if missing:
         raise ManifestError(f"sizes.symbols: has no {', '.join(missing)}")

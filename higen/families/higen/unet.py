@@ -6,7 +6,7 @@ Reference: tools/modules/unet/unet_higen.py; spec sections 2 to 5.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,40 @@ from higen.models.layers import (
     embedding_mlp,
 )
 
-__all__ = ["Conditioner", "Denoiser", "UNet"]
+__all__ = ["Conditioner", "Denoiser", "Known", "UNet"]
+
+
+class Known(NamedTuple):
+    """The frames of a clip that are given: latents [B,C,F,H,W] and mask [B,F], 1 or 0; the others' latents are not
+    looked at."""
+
+    latents: Tensor
+    mask: Tensor
+
+    @property
+    def given(self) -> Tensor:
+        """Whether any frame of a clip is given: bool [B,1,1,1,1]."""
+        return (self.mask.amax(dim=1) >= 1)[:, None, None, None, None]
+
+    def blend(self) -> Tensor:
+        """Each frame between the nearest given ones, by its distance from them in time; before the first and behind the
+        last one, that one. [B,C,F,H,W], 0 where nothing is given."""
+        frames = self.mask.shape[1]
+        place = torch.arange(frames, device=self.mask.device)
+        back = place[:, None] - place  # [F,F]: how far before frame i frame j is
+        held = (self.mask >= 1)[:, None]  # [B,1,F]
+        before = torch.where(held & (back >= 0), place, -1).amax(dim=-1, keepdim=True)  # [B,F,1]
+        after = torch.where(held & (back <= 0), place, frames).amin(dim=-1, keepdim=True)
+        first, last = before < 0, after >= frames
+        span = (after - before).clamp(min=1).to(self.latents.dtype)
+        later = (place[:, None] - before) / span  # the weight of the one after
+        later = torch.where(last, torch.zeros_like(later), torch.where(first, torch.ones_like(later), later))
+        weights = (place == before) * (1 - later) + (place == after) * later  # [B,F,F]
+        return torch.einsum("bij,bcjhw->bcihw", weights.to(self.latents.dtype), self.latents)
+
+    def wide(self, like: Tensor) -> Tensor:
+        """The mask as [B,1,F,1,1], in the dtype of `like`."""
+        return (self.mask >= 1).to(like.dtype)[:, None, :, None, None]
 
 
 class ContextTokens(nn.Module):
@@ -106,6 +139,9 @@ class UNet(nn.Module):
         self.time = nn.Sequential(Sinusoid(base), *embedding_mlp(base, config.embedding_dim))
         self.conv_in = nn.Conv2d(config.in_channels, base, 3, padding=1)
         self.prior = nn.Conv2d(config.in_channels, base, 3, padding=1)
+        takes_known = config.known_frames and temporal
+        # Without a bias: a clip of which nothing is given is left as it is.
+        self.known = nn.Conv2d(config.in_channels + 1, base, 3, padding=1, bias=False) if takes_known else None
         self.temporal_in = TemporalTransformer(base, config.first_temporal_heads, config.head_dim) if temporal else None
         self.context_pool = nn.Linear(config.context_dim, config.embedding_dim) if config.pooled_context else None
         self.residual_gain = nn.Linear(config.embedding_dim, 1) if config.prior_preconditioning and temporal else None
@@ -138,19 +174,35 @@ class UNet(nn.Module):
 
         self.norm_out = nn.GroupNorm(GROUPS, width_in, RESNET_EPS)
         self.conv_out = nn.Conv2d(width_in, config.out_channels, 3, padding=1)
+        self.known_out = nn.Conv2d(width_in, config.out_channels, 3, padding=1) if takes_known else None
         for parameter in (*self.prior.parameters(), self.conv_out.weight):
             nn.init.zeros_(parameter)
+        for layer in (self.known, self.known_out):  # so it begins with the blend
+            for parameter in () if layer is None else layer.parameters():
+                nn.init.zeros_(parameter)
 
     def forward(
-        self, latents: Tensor, t: Tensor, context: Tensor, frame_embedding: Tensor, prior: Tensor | None = None
+        self,
+        latents: Tensor,
+        t: Tensor,
+        context: Tensor,
+        frame_embedding: Tensor,
+        prior: Tensor | None = None,
+        known: Known | None = None,
     ) -> Tensor:
         """latents [B,C,F,H,W], t [B], context [B,K,Dc], frame_embedding [B,F,E], prior [B,C,H,W] -> v like latents.
 
-        No prior is a prior of zeros: its convolution's bias still acts.
+        No prior is a prior of zeros: its convolution's bias still acts. For clips of which frames are given, it is
+        their distance from `Known.blend` that is predicted, not v. Raises TypeError where the network takes no known
+        frames.
         """
         frames = latents.shape[2]
+        if known is not None:
+            t = t[:, None] * (1 - (known.mask >= 1).to(t.dtype))  # a given frame is one without noise
         embedding = self._embedding(t, context, frame_embedding)  # [B*F, E]
         x = self._enter(latents, prior)  # [B*F, C0, H, W]
+        if known is not None:
+            x = x + self._told(known, x)
         if self.temporal_in is not None:
             x = self.temporal_in(x, frames)
         skips = [x]
@@ -168,9 +220,11 @@ class UNet(nn.Module):
                 x = self._run(block, torch.cat([x, skips.pop()], dim=1), embedding, context, frames)
             if level.resample is not None:
                 x = level.resample(x)
-        v = self.conv_out(nn.functional.silu(self.norm_out(x)))
-        out: Tensor = v.unflatten(0, (-1, frames)).transpose(1, 2)
-        return out
+        x = nn.functional.silu(self.norm_out(x))
+        v: Tensor = self.conv_out(x).unflatten(0, (-1, frames)).transpose(1, 2)
+        if known is None or self.known_out is None:
+            return v
+        return torch.where(known.given, self.known_out(x).unflatten(0, (-1, frames)).transpose(1, 2), v)
 
     def _run(self, block: Block, x: Tensor, embedding: Tensor, context: Tensor, frames: int) -> Tensor:
         out: Tensor
@@ -194,10 +248,11 @@ class UNet(nn.Module):
         return gain.squeeze(-1)
 
     def _embedding(self, t: Tensor, context: Tensor, frame_embedding: Tensor) -> Tensor:
-        time = self.time[1:](self.time[0](t).to(frame_embedding.dtype))  # [B, E]
+        time = self.time[1:](self.time[0](t).to(frame_embedding.dtype))  # [B, E], or [B, F, E]
+        time = time[:, None] if t.ndim == 1 else time
         if self.context_pool is not None:
-            time = time + self.context_pool(context.mean(dim=1))
-        return (time[:, None] + frame_embedding).flatten(0, 1)
+            time = time + self.context_pool(context.mean(dim=1))[:, None]
+        return (time + frame_embedding).flatten(0, 1)
 
     def _enter(self, latents: Tensor, prior: Tensor | None) -> Tensor:
         x = self.conv_in(latents.transpose(1, 2).flatten(0, 1)).unflatten(0, (latents.shape[0], -1))
@@ -206,6 +261,15 @@ class UNet(nn.Module):
         elif self.prior.bias is not None:  # it always is there; the type says Optional
             x = x + self.prior.bias[:, None, None]
         return x.flatten(0, 1)
+
+    def _told(self, known: Known, like: Tensor) -> Tensor:
+        """What known frames add to the first convolution's output [B*F, C0, H, W]."""
+        if self.known is None:
+            raise TypeError("this network takes no known frames")
+        latents, wide = known.blend().to(like.dtype), known.wide(like)
+        told = torch.cat([latents, wide.expand(-1, -1, -1, *latents.shape[3:])], dim=1)
+        out: Tensor = self.known(told.transpose(1, 2).flatten(0, 1))
+        return out
 
 
 class Denoiser(nn.Module):

@@ -14,7 +14,7 @@ from higen.errors import TrainingError
 from higen.families.higen.spec import UNetConfig
 from higen.tokenizer import PromptTokenizer
 from higen.train.batches import GIVEN, Batch, GainBatch, StepBatches, clip_cues, picture_cues
-from higen.train.draws import draw_timesteps, draw_window, noisy_prior
+from higen.train.draws import draw_known, draw_timesteps, draw_window, noisy_known, noisy_prior
 from higen.train.emoji.configuration import recipe
 from higen.train.emoji.latent_cache import load_latents
 from higen.train.emoji.packs import clip_indices
@@ -49,13 +49,16 @@ SPEED_PARTS = (0.14, 0.27, 0.27, 0.04, 0.28)
 
 @dataclass(frozen=True)
 class Pictured:
-    """x0 [B,32,F,8,8], prior [B,32,8,8] (zeros for images), motion [B,F,D], appearance [B,F,R], captions."""
+    """x0 [B,32,F,8,8], prior [B,32,8,8] (zeros for images), motion [B,F,D], appearance [B,F,R], captions; where frames
+    are given, known [B,32,F,8,8] and mask [B,F]."""
 
     x0: Tensor
     prior: Tensor
     motion: Tensor
     appearance: Tensor
     captions: list[str]
+    known: Tensor | None = None
+    mask: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -106,10 +109,14 @@ class Clips:
         self.pairs = [(s, b) for s in self.loops for b in range(len(BACKGROUNDS)) if not is_held_out(s, b)]
         self._early_pairs = self.pairs + [pair for pair in self.pairs if pair[0] in self.selection.new]
 
-    def clip(self, subject: int, background: int, speed: float) -> Tensor:
-        """Latents of a whole clip, float32 [32, 16, 8, 8]."""
+    def clip(
+        self, subject: int, background: int, speed: float, later: int = 0, warp: float = 0.0, turn: float = 0.0
+    ) -> Tensor:
+        """Latents of a whole clip, float32 [32, 16, 8, 8]; `later` loop frames than the recipe's, and warped in time
+        as `clip_indices` has it."""
         loop = self.loops[subject]
-        indices = clip_indices(loop.shape[1], SUBJECTS[subject].key_frame, speed)
+        key = SUBJECTS[subject].key_frame + later
+        indices = clip_indices(loop.shape[1], key, speed, warp=warp, turn=turn)
         return loop[background, torch.from_numpy(indices)].float().transpose(0, 1)
 
     def images(self, random: torch.Generator, progress: float) -> Pictured:
@@ -132,6 +139,18 @@ class Clips:
         x0, prior, motion, appearance = (torch.stack([p[i] for p in parts]) for i in range(4))  # type: ignore[misc]
         return Pictured(x0, prior, motion, appearance, [p[4] for p in parts])
 
+    def known(self, random: torch.Generator, progress: float) -> Pictured:
+        """As many windows, of clips of which frames are given. Where one is, the clip is at any phase of its loop and
+        half of them change their speed: the given frames say where in the loop it is, which no text does."""
+        objective = self.settings.objective
+        length = draw_window(objective, FRAMES, progress, random)
+        count = self.settings.data.videos * FRAMES // length
+        masks = [draw_known(objective, length, random) for _ in range(count)]
+        parts = [self._window(length, random, progress, other=bool(mask.any())) for mask in masks]
+        known = torch.stack([noisy_known(part[0], objective, random) for part in parts])
+        x0, prior, motion, appearance = (torch.stack([p[i] for p in parts]) for i in range(4))  # type: ignore[misc]
+        return Pictured(x0, prior, motion, appearance, [p[4] for p in parts], known, torch.stack(masks))
+
     def told(self, random: torch.Generator, progress: float) -> Told:
         """Whole clips with their captions; half of them with no cue, as most prompts come, the others as windows."""
         parts = []
@@ -147,15 +166,20 @@ class Clips:
         return Told(motion, appearance, square, [p[3] for p in parts])
 
     def _window(
-        self, length: int, random: torch.Generator, progress: float
+        self, length: int, random: torch.Generator, progress: float, other: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, str]:
+        """`other`: of a clip at another phase than the recipe's; its prior is the canonical pose all the same."""
         s, b = self._pair(random, progress)
         speed = self._speed(random)
-        clip = self.clip(s, b, speed.factor)  # [32, 16, 8, 8]
+        clip = key = self.clip(s, b, speed.factor)  # [32, 16, 8, 8]
+        if other:
+            later, warped, turn = (_real(random) for _ in range(3))
+            warp = max(0.0, 2 * warped - 1)
+            clip = self.clip(s, b, speed.factor, int(later * self.loops[s].shape[1]), warp, turn)
         motion, appearance, said = self._cues(clip, random, speed)
         start = _integer(random, FRAMES - length + 1)
         frames = slice(start, start + length)
-        prior = noisy_prior(clip[:, KEY], self.settings.objective, random)
+        prior = noisy_prior(key[:, KEY], self.settings.objective, random)
         return clip[:, frames], prior, motion[frames], appearance[frames], self._caption(s, b, said, random)
 
     def _cues(self, clip: Tensor, random: torch.Generator, speed: Speed) -> tuple[Tensor, Tensor, Speed]:
@@ -209,7 +233,8 @@ class EmojiSource:
         run = self.clips.settings.run
         random, progress = step_generator(run.seed, step), step / run.steps
         images = self._batch(self.clips.images(random, progress), False, random)
-        videos = self._batch(self.clips.windows(random, progress), self.has_prior, random)
+        drawn = self.clips.known if self.clips.settings.objective.known else self.clips.windows
+        videos = self._batch(drawn(random, progress), self.has_prior, random)
         gains = None
         if self.has_prior:
             told = self.clips.told(random, progress)
@@ -220,7 +245,8 @@ class EmojiSource:
         """`levelled`: the noise levels are chosen as those of clips."""
         t = draw_timesteps(len(drawn.x0), levelled, self.clips.settings.objective, self.timesteps, random)
         noise = torch.randn(drawn.x0.shape, generator=random)
-        return Batch(drawn.x0, noise, t, drawn.prior, drawn.motion, drawn.appearance, self._tokens(drawn.captions))
+        tokens, given = self._tokens(drawn.captions), (drawn.known, drawn.mask)
+        return Batch(drawn.x0, noise, t, drawn.prior, drawn.motion, drawn.appearance, tokens, *given)
 
     def _tokens(self, captions: list[str]) -> Tensor:
         return torch.from_numpy(self.tokenizer.encode(captions))

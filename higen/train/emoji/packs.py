@@ -124,13 +124,25 @@ def loop_step(path: Path) -> int:
 
 
 def clip_indices(
-    n_frames: int, key_frame: int, speed: float, frames: int = FRAMES, step: int = 3
+    n_frames: int,
+    key_frame: int,
+    speed: float,
+    frames: int = FRAMES,
+    step: int = 3,
+    warp: float = 0.0,
+    turn: float = 0.0,
 ) -> npt.NDArray[np.int64]:
     """Loop frames shown by a clip: int64 [frames], each in 0..n_frames-1; clip frame 8 is always `key_frame`.
 
-    Halves are rounded up, so that half speed alternates one and two loop frames evenly.
+    Halves are rounded up, so that half speed alternates one and two loop frames evenly. With `warp`, the speed goes up
+    and down once in the clip, by up to e to the power of it, from `turn` (0 to 1) of that course on; its mean stays.
     """
-    offsets = speed * step * (np.arange(frames) - KEY_INDEX)
+    places = np.arange(frames) - float(KEY_INDEX)
+    if warp:
+        steps = np.exp(warp * np.sin(2 * np.pi * ((np.arange(frames - 1) + 0.5) / (frames - 1) + turn)))
+        places = np.concatenate([[0.0], np.cumsum(steps / steps.mean())])
+        places -= places[min(KEY_INDEX, frames - 1)]
+    offsets = speed * step * places
     indices: npt.NDArray[np.int64] = (key_frame + np.floor(offsets + 0.5).astype(np.int64)) % n_frames
     return indices
 

@@ -11,13 +11,14 @@ from pathlib import Path
 from higen.api import default_model, load
 from higen.backends.select import check_backend
 from higen.bundle import Bundle
-from higen.errors import OutputError, TrainingError
+from higen.errors import OutputError, SettingsError, TrainingError
 from higen.families.higen import spec
 from higen.locks import claimed
 from higen.output_file import check_own
 from higen.precision import check_precision
 from higen.train.denormals import flushed_denormals
-from higen.train.emoji.evaluation.evaluate import PipelineMaker, evaluate
+from higen.train.emoji.evaluation import known as known_measures
+from higen.train.emoji.evaluation.evaluate import evaluate
 from higen.train.emoji.evaluation.figures import Measures
 from higen.train.emoji.evaluation.journal import Journal
 from higen.train.emoji.evaluation.judges import Judges
@@ -38,6 +39,7 @@ def measure(
     *,
     seeds: int = 8,
     quick: bool = False,
+    known: bool = False,
     backend: str = "auto",
     precision: str | None = None,
     download: bool = False,
@@ -47,7 +49,9 @@ def measure(
 
     `download`: the emoji may be fetched into `data`, about 700 MB. The networks that judge and what was measured of
     each clip are kept in `output` and used again as long as they are of the same data and model: a run that was stopped
-    goes on. Raises RequestError (backend, precision), SettingsError (a model of another recipe, less than one seed),
+    goes on. `known`: what known frames do is measured too, anew each time.
+
+    Raises RequestError (backend, precision), SettingsError (a model of another recipe, less than one seed),
     OutputError (a folder that cannot be written), TrainingError (data that is not there or cannot be had, another
     process that evaluates into `output`) and what loading a model raises.
     """
@@ -58,6 +62,8 @@ def measure(
     bundle = Bundle.open(model or default_model())
     subjects = subjects_named(bundle.manifest.prompts)
     shots = plan(subjects, seeds, quick)
+    if known and all(loop.known is None for loop in bundle.manifest.loops):
+        raise SettingsError(f"known: {bundle.manifest.name} takes no known frames")
     if output.is_dir():
         check_own(
             output, ("clips.jsonl", "measures.json", "per_subject.json", "sheet.png", "worst.png"), r"\A[0-9a-f]{64}\n"
@@ -80,7 +86,7 @@ def measure(
             load(bundle.path, backend, precision=precision) as pipeline,
             _writing(output),
         ):
-            make, judges = PipelineMaker(pipeline), Judges(real, judged, shown=shown)
+            make, judges = known_measures.PipelineThrough(pipeline), Judges(real, judged, shown=shown)
             measured = {
                 "name": bundle.manifest.name,
                 "defaults": to_json(spec.config(bundle.manifest).defaults),
@@ -90,10 +96,15 @@ def measure(
             }
             journal = Journal(output / "clips.jsonl", measured | {"judges": judges.key})
             result = evaluate(make, make, real, judges, shots, shown, journal)
+            if known:
+                chosen = subjects[::4] if quick else subjects
+                frames = known_measures.known_frames(make, real, chosen, shown=shown)
+                result = replace(result, measures=replace(result.measures, known=frames))
             about = measured | {"subjects": len(subjects), "seeds": seeds, "quick": quick}
             result = replace(result, measures=replace(result.measures, model=about))
             write(result, real, make, output)
-    return result.measures, as_text(result.measures)
+    text, frames = as_text(result.measures), result.measures.known
+    return result.measures, text if frames is None else f"{text}\n{known_measures.as_text(frames)}"
 
 
 @contextmanager

@@ -21,6 +21,8 @@ __all__ = [
     "Distances",
     "FrechetFigures",
     "GroupFigures",
+    "KnownCase",
+    "KnownFigures",
     "Means",
     "Measures",
     "SpeedFigures",
@@ -156,10 +158,44 @@ class CueFigures:
 
 
 @dataclass(frozen=True, kw_only=True)
+class KnownCase:
+    """The clips of one case and situation of known frames, as known.py says. `psnr` and `inside` have "model", the
+    names of the baselines, and "codec".
+    """
+
+    clips: int
+    psnr: dict[str, float]
+    inside: dict[str, float]
+    gain: float
+    inside_gain: float
+    given: float
+    given_codec: float
+    motion: float
+    seam: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownFigures:
+    """What known frames do: each case by the name of the situation, the swapped last frame, and how many subjects."""
+
+    ends: dict[str, KnownCase]
+    second: dict[str, KnownCase]
+    prefix: dict[str, KnownCase]
+    end: float
+    subjects: int
+
+    def case(self, name: str) -> dict[str, KnownCase]:
+        """The situations of a case by its name."""
+        found: dict[str, KnownCase] = getattr(self, name)
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
 class Measures:
     """Everything measured, by group, cue and subject. `model`: which model was measured, and how."""
 
     groups: dict[str, GroupFigures]
     control: dict[str, CueFigures]
     subjects: dict[str, SubjectFigures] = field(default_factory=dict)
+    known: KnownFigures | None = field(default=None, metadata=LATER)
     model: dict[str, Any] = field(default_factory=dict)

@@ -33,12 +33,20 @@ class RealClips:
         loops = [load_loop(folder / f"{subject.codepoint}.webp") for subject in SUBJECTS]
         return cls(loops, [subject.key_frame for subject in SUBJECTS], [background(b.name) for b in BACKGROUNDS])
 
-    def clip(self, s: int, b: int, speed: float, offset: int = 0) -> Frames:
+    def clip(self, s: int, b: int, speed: float, offset: int = 0, warp: float = 0.0) -> Frames:
         """A clip uint8 [16,H,W,3] at a speed (0: the key frame repeated). It starts `offset` loop frames later than the
-        recipe's clip.
+        recipe's clip; `warp` as in `clip_indices`.
         """
         loop = self.loops[s]
-        return compose(loop[clip_indices(len(loop), self.key_frames[s] + offset, speed)], self.pictures[b])
+        return compose(loop[self._indices(s, speed, offset, warp)], self.pictures[b])
+
+    def coverage(self, s: int, speed: float, offset: int = 0, warp: float = 0.0) -> NDArray[np.float32]:
+        """How far the subject covers each pixel of that clip: float32 [16,H,W], 0 to 1."""
+        alpha = self.loops[s][self._indices(s, speed, offset, warp), ..., 3]
+        return np.divide(alpha, 255, dtype=np.float32)
+
+    def _indices(self, s: int, speed: float, offset: int, warp: float) -> NDArray[np.int64]:
+        return clip_indices(len(self.loops[s]), self.key_frames[s] + offset, speed, warp=warp)
 
 
 def _outside(loop: Frames) -> NDArray[np.bool_]:

@@ -1,0 +1,243 @@
+"""Known frames as a condition: what the network is told, what the loss is of, and what a run draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from higen.errors import SettingsError
+from higen.families.higen import spec
+from higen.families.higen.network import VelocityPredictor
+from higen.families.higen.unet import Known, UNet
+from higen.models.solver_step import SolverStep
+from higen.train.checkpoints import Checkpoints
+from higen.train.draws import draw_known, noisy_known
+from higen.train.emoji.clips import Clips, Selection
+from higen.train.emoji.configuration import architecture, recipe
+from higen.train.emoji.denoiser import make_loop, networks_of
+from higen.train.emoji.subjects import SUBJECTS
+from higen.train.layers import temporal_names
+from higen.train.networks import build
+from higen.train.objective import residual_v_loss, v_loss
+from higen.train.sections import KNOWN_SETS, ModelSettings, ObjectiveSettings
+from higen.train.settings import read_settings
+
+CONFIG = replace(TINY.unet, prior_preconditioning=True, pooled_context=True, known_frames=True)
+B, F, H, W = 2, 5, 4, 4
+
+
+def random(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def normal(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=random(seed))
+
+
+@pytest.fixture(scope="module")
+def pair() -> tuple[UNet, UNet]:
+    """A network that takes known frames, and the same one without; no layer of either ends in zeros."""
+    torch.manual_seed(0)
+    whole, plain = UNet(CONFIG).eval(), UNet(replace(CONFIG, known_frames=False)).eval()
+    with torch.no_grad():
+        for parameter in whole.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    weights = whole.state_dict()
+    plain.load_state_dict({name: weights[name] for name in plain.state_dict()})
+    return whole, plain
+
+
+@pytest.fixture(scope="module")
+def given() -> dict[str, Tensor]:
+    return {
+        "x0": normal(B, CONFIG.in_channels, F, H, W),
+        "noise": normal(B, CONFIG.in_channels, F, H, W, seed=1),
+        "t": torch.tensor([900, 300]),
+        "alpha": torch.tensor([0.3, 0.8]),
+        "sigma": torch.tensor([1 - 0.3**2, 1 - 0.8**2]).sqrt(),
+        "context": normal(B, CONFIG.context_tokens, CONFIG.context_dim, seed=2),
+        "frame_embedding": normal(B, F, CONFIG.embedding_dim, seed=3),
+        "prior": normal(B, CONFIG.in_channels, H, W, seed=4),
+    }
+
+
+def mask(*rows: str) -> Tensor:
+    return torch.tensor([[float(c) for c in row] for row in rows])
+
+
+NOTHING = mask("0" * F, "0" * F)
+SOME = mask("10001", "11000")
+
+
+def test_a_clip_of_which_nothing_is_given_is_drawn_as_before(pair: tuple[UNet, UNet], given: dict[str, Tensor]) -> None:
+    """Also in a batch with one of which something is given."""
+    whole, plain = pair
+    rest = given["t"], given["context"], given["frame_embedding"], given["prior"]
+    with torch.no_grad():
+        expected = plain(given["x0"], *rest)
+        told = whole(given["x0"], *rest, Known(given["noise"], mask("00000", "00100")))
+    torch.testing.assert_close(told[0], expected[0])
+    assert (told[1] - expected[1]).abs().max() > 0.01
+    with pytest.raises(TypeError, match="no known frames"):
+        plain(given["x0"], *rest, Known(given["x0"], SOME))
+    assert {"unet.known.weight", "unet.known_out.weight"} <= set(temporal_names(CONFIG))
+
+
+def test_the_blend_is_linear_between_the_given_frames() -> None:
+    """Against numpy's interpolation."""
+    latents = normal(1, 3, 9, 2, 2)
+    for row in ("100000001", "101010101", "111000000", "000010000", "001000110"):
+        given = [i for i, c in enumerate(row) if c == "1"]
+        found = Known(latents, mask(row)).blend()
+        for channel, y, x in ((0, 0, 1), (2, 1, 0)):
+            values = latents[0, channel, :, y, x].numpy()
+            expected = np.interp(range(9), given, values[given])
+            np.testing.assert_allclose(found[0, channel, :, y, x], expected, atol=1e-6)
+    assert not Known(latents, mask("0" * 9)).blend().any()
+
+
+def test_an_untrained_network_gives_the_blend_at_any_step(given: dict[str, Tensor]) -> None:
+    torch.manual_seed(0)
+    fresh = UNet(CONFIG).eval()
+    stage = SolverStep(spec.stages(known_frames=True)[5], VelocityPredictor(fresh).eval())
+    assert stage.inputs[-2:] == ("known", "known_mask")
+    columns = [given["t"].float(), *(torch.ones(B) for _ in range(3)), given["alpha"], given["sigma"]]
+    known = Known(given["x0"], SOME)
+    with torch.no_grad():
+        _, x0 = stage(
+            given["noise"], given["noise"], *columns, given["context"], given["frame_embedding"], given["prior"], *known
+        )
+    torch.testing.assert_close(x0, known.blend(), atol=1e-5, rtol=1e-5)
+
+
+def test_the_noise_of_a_given_frame_changes_nothing(pair: tuple[UNet, UNet], given: dict[str, Tensor]) -> None:
+    stage = SolverStep(spec.stages(known_frames=True)[5], VelocityPredictor(pair[0]).eval())
+    columns = [given["t"].float(), *(torch.ones(B) for _ in range(3)), given["alpha"], given["sigma"]]
+    rest = [given["context"], given["frame_embedding"], given["prior"], given["x0"], SOME]
+    x = given["noise"]
+    other, elsewhere = x.clone(), x.clone()
+    other[0, :, 4] += 1
+    elsewhere[0, :, 2] += 1
+    with torch.no_grad():
+        (_, before), (_, same), (_, moved) = (stage(noisy, x, *columns, *rest) for noisy in (x, other, elsewhere))
+    torch.testing.assert_close(same, before, atol=1e-5, rtol=1e-5)
+    assert (moved[0, :, 1] - before[0, :, 1]).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("loss", [v_loss, residual_v_loss])
+def test_the_loss_is_that_of_the_frames_to_draw(
+    pair: tuple[UNet, UNet], given: dict[str, Tensor], loss: Callable[..., Tensor]
+) -> None:
+    """What was noise in a known frame does not matter, and with nothing known it is the plain loss."""
+    whole, plain = pair
+    other = given["noise"].clone()
+    other[0, :, 0] += 1
+    other[1, :, 1] -= 1
+    elsewhere = given["noise"].clone()
+    elsewhere[:, :, 2] += 1
+    with torch.no_grad():
+        found = loss(whole, **given, known=Known(given["x0"], NOTHING))
+        torch.testing.assert_close(found, loss(plain, **given))
+        found, same, different = (
+            loss(whole, **{**given, "noise": noise}, known=Known(given["x0"], SOME))
+            for noise in (given["noise"], other, elsewhere)
+        )
+    torch.testing.assert_close(found, same)
+    assert (found - different).abs().min() > 1e-3
+
+
+def test_sets_are_drawn_as_often_as_wished() -> None:
+    settings = ObjectiveSettings(known={"none": 0.5, "ends": 0.25, "second": 0.25})
+    drawn = [draw_known(settings, 6, random(seed)).int().tolist() for seed in range(300)]
+    assert {tuple(d) for d in drawn} == {(0,) * 6, (1, 0, 0, 0, 0, 1), (1, 0, 1, 0, 1, 0)}
+    assert drawn.count([0] * 6) / 300 == pytest.approx(0.5, abs=0.1)
+    for name in KNOWN_SETS:
+        for frames in (2, 5):
+            masks = [draw_known(ObjectiveSettings(known={name: 1.0}), frames, random(seed)) for seed in range(40)]
+            assert all(m.shape == (frames,) and not m.all() for m in masks)
+            assert name in ("none", "some") or all(m.any() for m in masks)
+    lengths = {int(draw_known(ObjectiveSettings(known={"prefix": 1.0}), 4, random(seed)).sum()) for seed in range(60)}
+    assert lengths == {1, 2, 3}
+
+
+def test_given_frames_may_be_noisy() -> None:
+    clip = normal(4, 3, 2, 2)
+    assert noisy_known(clip, ObjectiveSettings(), random()) is clip
+    noise = torch.cat([noisy_known(clip, ObjectiveSettings(known_noise=0.3), random(i)) - clip for i in range(50)])
+    assert 0.1 < float(noise.std()) < 0.25
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"known": {"middle": 1.0}}, "known.middle: one of none, first, ends"),
+        ({"known": {"first": 0.5}}, "add up to 1"),
+        ({"known": {"first": 1.5, "none": -0.5}}, "add up to 1"),
+        ({"known_noise": -1.0}, "known_noise"),
+    ],
+)
+def test_wrong_sets_are_refused(wrong: dict[str, object], said: str) -> None:
+    with pytest.raises(SettingsError, match=said):
+        ObjectiveSettings(**wrong)  # type: ignore[arg-type]
+
+
+def test_only_a_model_that_goes_on_gets_inputs_for_known_frames() -> None:
+    with pytest.raises(SettingsError, match="goes with init"):
+        ModelSettings(architecture="a.toml", companions="m", known_frames=True)
+
+
+def test_the_recipe_gives_frames_of_clips_at_any_phase_and_trains_on_them(tmp_path: Path) -> None:
+    """Latents that are the loop frame's number: the clips tell where in the loop they are."""
+    numbers = torch.arange(72.0)[None, :, None, None, None].expand(10, 72, 32, 8, 8) / 72
+    save_file({f"latents/{SUBJECTS[0].name}": numbers.half().contiguous()}, tmp_path / "l")
+    objective = ObjectiveSettings(
+        known={"none": 0.5, "ends": 0.5}, gain_clips=4, windows=(4,), high_part=0.5, clip_levels="high"
+    )
+    chosen = recipe()
+    run = replace(chosen.run, steps=2)
+    data = replace(chosen.data, images=2, videos=2)
+    chosen = replace(chosen, objective=objective, run=run, data=data)
+    config = replace(architecture().unet, channel_multipliers=(1, 1), known_frames=True)
+    clips = Clips(tmp_path / "l", config, Selection(subjects=(0,)), chosen)
+    starts, keys = {True: set[int](), False: set[int]()}, set[int]()
+    for seed in range(12):
+        drawn = clips.known(random(seed), 0.1)
+        assert drawn.mask is not None
+        assert drawn.known is not None
+        assert torch.equal(drawn.known, drawn.x0)
+        for mask_row, x0, prior in zip(drawn.mask, drawn.x0, drawn.prior, strict=True):
+            assert mask_row.tolist() in ([0, 0, 0, 0], [1, 0, 0, 1])
+            starts[bool(mask_row.any())].add(round(float(x0[0, 0, 0, 0]) * 72))
+            keys.add(round(float(prior[0, 0, 0]) * 72))
+    assert keys == {SUBJECTS[0].key_frame}  # the prior is the canonical pose, whatever the phase
+    assert len(starts[True]) > 1.3 * len(starts[False])
+    loop = make_loop(networks_of(config, 0), clips, Checkpoints(tmp_path / "c", 1))
+    assert all(torch.isfinite(value) for value in loop.advance().values())
+
+
+def test_a_model_that_goes_on_with_known_frames_begins_as_it_was(tmp_path: Path, preconditioned_model: Path) -> None:
+    text = '[model]\ninit = "{}"\nknown_frames = true\n[data]\npath = "clips"\n[run]\noutput = "run"\nsteps = 1\n'
+    (tmp_path / "train.toml").write_text(text.format(preconditioned_model.as_posix()), encoding="utf-8")
+    networks = build(read_settings(tmp_path / "train.toml"), ())
+    before = load_file(preconditioned_model / spec.UNET)
+    after = networks.denoiser.state_dict()
+    assert {name: after[name].shape for name in after.keys() - before.keys()}.keys() == {
+        "unet.known.weight",
+        "unet.known_out.weight",
+        "unet.known_out.bias",
+    }
+    assert all(torch.equal(after[name], before[name].float()) for name in before)
+    assert not any(after[name].any() for name in after.keys() - before.keys())
+    assert networks.own is not None
+    manifest = spec.manifest(networks.own)
+    assert spec.config(manifest).unet.known_frames
+    assert manifest.stage("temporal_unet").input("known_mask").source == "known:mask"
+    assert manifest.stage("spatial_unet").inputs == spec.stages()[2].inputs
