@@ -98,8 +98,8 @@ def measure(
             result = evaluate(make, make, real, judges, shots, shown, journal)
             if known:
                 chosen = subjects[::4] if quick else subjects
-                frames = known_measures.known_frames(make, real, chosen, shown=shown)
-                result = replace(result, measures=replace(result.measures, known=frames))
+                figures = known_measures.known_frames(make, real, chosen, shown=shown)
+                result = replace(result, measures=replace(result.measures, known=figures))
             about = measured | {"subjects": len(subjects), "seeds": seeds, "quick": quick}
             result = replace(result, measures=replace(result.measures, model=about))
             write(result, real, make, output)

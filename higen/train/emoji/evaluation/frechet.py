@@ -16,9 +16,9 @@ from higen.train.emoji.evaluation.judges import Judges
 __all__ = ["Features", "Request", "alike_draws", "frechet"]
 
 JITTER = 3
-"""Loop frames, 42 ms each, by which a real clip of the Frechet distance's reference may be early or late."""
+"""Loop frames, 42 ms each, by which a real clip of a draw may begin earlier or later than the recipe's clip."""
 DRAWS = 3
-"""Times that the reference of the Frechet distance is drawn; the distances are means."""
+"""Number of draws; the distances are means over them."""
 
 Request = tuple[int, int, float]
 """Subject, background and speed of a real clip."""
@@ -72,7 +72,7 @@ def _over_floor(
 def _distinct_draws(
     asked: Sequence[Request], backgrounds: int, random: np.random.Generator
 ) -> tuple[list[Condition], list[Condition]]:
-    """Two draws of as many clips as were asked for, all different, of the same subjects and speeds."""
+    """Two draws, each with one clip per request, all different, of the same subjects and speeds."""
     subjects, speeds = [request[0] for request in asked], [request[2] for request in asked]
     possible = len(set(subjects)) * backgrounds * len(set(speeds)) * (2 * JITTER + 1)
     drawn: dict[Condition, None] = {}  # a set that keeps its order
@@ -90,8 +90,9 @@ def _distinct_draws(
 def alike_draws(
     asked: Sequence[Request], backgrounds: int, random: np.random.Generator
 ) -> tuple[list[Condition], list[Condition]]:
-    """Two draws with the make-up of what was asked for: every request's subject and speed, as often, each on a random
-    background of its own that the other draw does not have."""
+    """Two draws with the same make-up as the requests: each has every subject and speed as often as they have, on one
+    random background, which is another one in the other draw.
+    """
     first: list[Condition] = []
     second: list[Condition] = []
     for (s, _, speed), count in Counter(asked).items():
