@@ -56,7 +56,7 @@ def build_engines(
 ) -> list[PlanRecord]:
     """Build the engines of a model that are not there yet, and return the records of all.
 
-    stages    by name; None: every stage of the model, but for a step with one branch of guidance that has no graph
+    stages    by name; None: every stage of the model, except for a step with one branch of guidance that has no graph
 
     A stage whose plan fits graph, weights, profiles, options and library is kept, so an interrupted build goes on
     where it stopped. Two builders of one target wait for each other.

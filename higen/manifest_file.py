@@ -189,7 +189,7 @@ def rewrite(folder: Path, change: Callable[[Opened], Opened], sealed: bool = Tru
 def _read(folder: Path) -> bytes:
     path = folder / MANIFEST
     try:
-        if path.exists() and not path.is_file():  # a pipe would wait for ever
+        if path.exists() and not path.is_file():  # a pipe would wait forever
             raise ManifestError(f"{path}: no plain file")
         with path.open("rb") as file:
             data = file.read(LARGEST + 1)
@@ -220,7 +220,7 @@ def _parse(path: Path, data: bytes) -> dict[str, Any]:
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if (twice := repeated_key(pairs)) is not None:
-        raise ValueError(f"{twice!r} stands there twice")
+        raise ValueError(f"{twice!r} appears twice")
     return dict(pairs)
 
 

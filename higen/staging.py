@@ -8,7 +8,7 @@ A writer works in a hidden folder beside its target and renames what is finished
         journal                             only while several files take their places (higen/commit.py)
     .higen-<12 digits><8 digits>.<name>     a file that must lie beside others while it is written
 
-Its owner holds a lock on the folder for as long as it lives. The next writer in that place takes away what a killed one
+Its owner holds a lock on the folder for as long as it lives. The next writer in that place removes what a killed one
 left: a folder of such a name, with the note in it, whose lock is free. Where there is a journal the change is finished
 first, by the next writer or reader. Nothing else is ever touched.
 """
@@ -86,7 +86,7 @@ class Staging:
 
 @contextmanager
 def staging(parent: Path) -> Iterator[Staging]:
-    """A folder for unfinished files in `parent`, where what killed writers left is taken away first. Raises OSError."""
+    """A folder for unfinished files in `parent`, where what killed writers left is removed first. Raises OSError."""
     parent = parent.absolute()  # the working directory may change
     sweep(parent)
     stage = Staging(parent)
@@ -241,7 +241,7 @@ def _noted(root: Path) -> bool:
 
 
 def sweep(parent: Path) -> None:
-    """Take away what killed writers left in `parent`; what cannot be taken away stays."""
+    """Remove what killed writers left in `parent`; what cannot be removed stays."""
     with suppress(OSError, ValueError):
         settle(parent, wait=False)  # the caller may be the one that has the lock
         with os.scandir(parent) as entries:

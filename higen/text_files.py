@@ -101,7 +101,7 @@ def from_json_text(text: str) -> Any:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if (twice := repeated_key(pairs)) is not None:
-        raise TextError(f"the key {twice!r} stands there twice")
+        raise TextError(f"the key {twice!r} appears twice")
     return dict(pairs)
 
 

@@ -153,7 +153,7 @@ def convert(folder: Path, overwrite: bool) -> None:
 
 
 def convert_case(name: str, there: bool, exchange: bool) -> Case:
-    """A new model directory, or one in the place of another: by one exchange, or where the system has none."""
+    """A new model directory, or one in place of another: by one exchange, or where the system has none."""
 
     def setup(folder: Path) -> None:
         if there:

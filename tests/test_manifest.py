@@ -280,10 +280,10 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
         ),
         r"stages\.mixer\.grain: source control:note: the controls of this kind",
     ),
-    ("two stages of one name", twice("stages", "reader"), r"stages: reader stands there twice"),
-    ("two loops of one name", twice("loops", "film"), r"stages: film stands there twice"),
-    ("a loop of a stage's name", setting("loops.draft.name", "reader"), r"stages: reader stands there twice"),
-    ("two controls of one name", twice("controls", "glow"), r"controls: glow stands there twice"),
+    ("two stages of one name", twice("stages", "reader"), r"stages: reader appears twice"),
+    ("two loops of one name", twice("loops", "film"), r"stages: film appears twice"),
+    ("a loop of a stage's name", setting("loops.draft.name", "reader"), r"stages: reader appears twice"),
+    ("two controls of one name", twice("controls", "glow"), r"controls: glow appears twice"),
     (
         "two inputs of one name",
         lambda d: row(d, "stages", "reader")["inputs"].append(tensor(d, "reader", "tokens")),
@@ -657,7 +657,7 @@ def test_a_key_that_stands_there_twice_is_refused(model: Path, key: str) -> None
     text = (model / MANIFEST).read_text()
     i = text.index(f'"{key}":')
     (model / MANIFEST).write_text(f'{text[:i]}"{key}": 1, {text[i:]}')
-    with pytest.raises(ManifestError, match=f"not valid JSON: '{key}' stands there twice"):
+    with pytest.raises(ManifestError, match=f"not valid JSON: '{key}' appears twice"):
         Bundle.open(model)
 
 

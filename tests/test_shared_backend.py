@@ -70,7 +70,7 @@ def generate(pipeline: Pipeline, arguments: dict[str, Any]) -> tuple[np.ndarray,
 def together(
     pipeline: Pipeline, backend: SharedBackend, requests: list[dict[str, Any]]
 ) -> list[tuple[np.ndarray, np.ndarray] | HigenError]:
-    """All requests at the same time, each in its thread; an error in the place of a result."""
+    """All requests at the same time, each in its thread; an error in place of a result."""
 
     def one(arguments: dict[str, Any]) -> tuple[np.ndarray, np.ndarray] | HigenError:
         try:

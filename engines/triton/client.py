@@ -27,7 +27,7 @@ _STATUS: dict[str, type[HigenError]] = {
     "StatusCode.UNAVAILABLE": RetryLater,
     "StatusCode.CANCELLED": Cancelled,
 }
-"""Of a stream that broke."""
+"""Errors by the status of a stream that broke off."""
 
 _NAMED: dict[str, type[HigenError]] = {kind.__name__: kind for kind in (RequestError, RetryLater, Cancelled)}
 """Errors of `higen` begin with their name."""

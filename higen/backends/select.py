@@ -127,7 +127,7 @@ class StageRouter:
 
     @property
     def name(self) -> str:
-        """The backends in use, those for shapes outside of an engine's profiles included."""
+        """The backends in use, those for shapes outside an engine's profiles included."""
         choices = list(self.choices.values())
         used = [*choices, *(choice.outside for choice in choices if choice.outside is not None)]
         return "+".join(sorted({choice.backend for choice in used})) or "auto"
@@ -247,7 +247,7 @@ class StageRouter:
 
     def _warn(self, stage: str, name: str, broken: Exception | None) -> None:
         """One warning for each cause: a machine without a GPU is no news for the second stage, nor is a clip whose
-        shapes are outside of the profiles.
+        shapes are outside the profiles.
         """
         if broken is None:
             return

@@ -135,7 +135,7 @@ def _csv(text: str, kinds: Mapping[str, str]) -> _Parsed:
         if names is None:
             names = [cell.strip() for cell in cells]
             if (twice := repeated_key([(name, None) for name in names])) is not None:
-                raise TextError(f"line {line}: the column {twice!r} stands there twice")
+                raise TextError(f"line {line}: the column {twice!r} appears twice")
             if unknown := [name for name in names if name not in (*COMMON, *kinds)]:
                 known = ", ".join((*COMMON, *kinds))
                 raise TextError(f"line {line}: the column {quoted(unknown[0])} is unknown; known are {known}")

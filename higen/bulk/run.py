@@ -49,7 +49,7 @@ class Settings(Making):
 
     @property
     def suffix(self) -> str:
-        """Of the videos."""
+        """Suffix of the videos' files."""
         return f".{self.format}"
 
     def order(self, token: bytes, digest: str) -> Order:

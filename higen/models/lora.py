@@ -52,7 +52,7 @@ _OTHER = {
 
 @dataclass(frozen=True)
 class Lora:
-    """A file and how much of it is added; 0 changes nothing, negative numbers take away. Raises CheckpointError."""
+    """A file and how much of it is added; 0 changes nothing, negative numbers subtract it. Raises CheckpointError."""
 
     path: Path
     scale: float = 1.0

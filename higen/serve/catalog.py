@@ -116,7 +116,7 @@ class Catalog:
 
     @contextmanager
     def use(self, name: str) -> Iterator[Running]:
-        """An admitted model, loaded if need be. Raises what `higen.load` raises."""
+        """An admitted model, loaded if necessary. Raises what `higen.load` raises."""
         with self._lock:
             place = self._places[name]
         try:

@@ -98,7 +98,7 @@ def _terminated() -> Iterator[None]:
 
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Hold the lock of a server's folder, made if need be. Raises ServeError."""
+    """Hold the lock of a server's folder, made if necessary. Raises ServeError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = hold(folder / "lock", os.O_RDWR | os.O_CREAT, wait=False)

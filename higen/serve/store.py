@@ -273,7 +273,7 @@ class Store:
     # The worker.
 
     def recover(self, age: float) -> None:
-        """After a start: what ran when the process ended waits again, but for jobs that it died with too often."""
+        """After a start: what ran when the process ended waits again, except for jobs that it died with too often."""
         message = f"the server ended {ATTEMPTS} times while it ran this job"
         for job in self._rows("SELECT * FROM jobs WHERE status = 'in_progress'"):
             if job.attempts >= ATTEMPTS:

@@ -80,7 +80,7 @@ class Checkpoints:
         self._sweep()
 
     def _sweep(self) -> None:
-        """Take away what earlier versions left when they were killed while they wrote."""
+        """Remove what earlier versions left when they were killed while they wrote."""
         for path in self.folder.glob("step-*.part"):
             if _PART.fullmatch(path.name):
                 path.unlink()

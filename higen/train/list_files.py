@@ -101,7 +101,7 @@ def _csv_lines(text: str, mistakes: Mistakes) -> Iterator[tuple[int, list[str]]]
 def _wrong_header(header: list[str]) -> str:
     """What is wrong with a list's first row; an empty text: nothing."""
     if twice := sorted({name for name in header if name in COLUMNS and header.count(name) > 1}):
-        return f"the column {twice[0]!r} stands there twice"
+        return f"the column {twice[0]!r} appears twice"
     missing = [name for name in COLUMNS if name not in header]
     if not missing:
         return ""

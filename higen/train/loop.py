@@ -143,7 +143,7 @@ class Loop:
         self._saved = self.step
 
     def run(self, progress: bool = False) -> None:
-        """Make the steps that are left; the last is saved too. `progress`: a bar on stderr in the place of log lines.
+        """Make the steps that are left; the last is saved too. `progress`: a bar on stderr in place of log lines.
 
         Ctrl-C or SIGTERM saves after the present step and raises KeyboardInterrupt.
         """

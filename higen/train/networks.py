@@ -54,7 +54,7 @@ class Trainable(Protocol):
 
     @property
     def config(self) -> ModelConfig:
-        """Of the networks."""
+        """The configuration of the networks."""
         ...
 
     @property

@@ -95,7 +95,7 @@ void sweep(const fs::path& parent) {
         if (lock < 0) continue;
         try {
             if (has_note(entry.path()) && !fs::exists(entry.path() / "journal")) fs::remove_all(entry.path());
-        } catch (const fs::filesystem_error&) {  // what cannot be taken away stays
+        } catch (const fs::filesystem_error&) {  // what cannot be removed stays
         }
         let_go(lock);
     }

@@ -1,12 +1,12 @@
 // A folder for a file that is not finished, by the rules of higen/staging.py: killed writers' folders are known by their
-// name, note and free lock, and are taken away by the next writer in the same place, this one or Python's.
+// name, note and free lock, and are removed by the next writer in the same place, this one or Python's.
 #pragma once
 
 #include <filesystem>
 
 class Staging {
 public:
-    // Made in `parent`, where what killed writers left is taken away. Throws std::filesystem::filesystem_error.
+    // Made in `parent`, where what killed writers left is removed. Throws std::filesystem::filesystem_error.
     explicit Staging(const std::filesystem::path& parent);
     ~Staging();
     Staging(const Staging&) = delete;

@@ -47,7 +47,7 @@ inline void check_once(const std::string& table, const Names& names) {
     for (std::size_t i = 0; i < names.size(); ++i)
         check(std::find(names.begin(), names.begin() + static_cast<std::ptrdiff_t>(i), names[i]) ==
                   names.begin() + static_cast<std::ptrdiff_t>(i),
-              table + ": " + names[i] + " stands there twice (a loop and a stage share their names)");
+              table + ": " + names[i] + " appears twice (a loop and a stage share their names)");
 }
 
 // The size of an axis that the model fixes; 0 for one that is free.
@@ -74,7 +74,7 @@ inline void check_once(const std::string& table, const Names& names) {
 // `rank`: the axes that are wanted of what a stage or loop has made.
 void check_made(const Manifest& manifest, const std::string& where, const Source& source, std::size_t rank);
 
-// That a stage takes the frames of a control, [N, 3, Y, X], in the place of a picture or clip (`Source::given`).
+// That a stage takes the frames of a control, [N, 3, Y, X], in place of a picture or clip (`Source::given`).
 void check_frames_of(const Manifest& manifest, const std::string& where, const Source& source);
 
 // The stages and loops that a stage or loop is fed by.

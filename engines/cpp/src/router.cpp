@@ -66,7 +66,7 @@ Router::Choice Router::choose_from(const Stages& stages, std::size_t first, cons
     const auto pass_over = [&](const std::string& way, const Error& error) {
         chosen.passed_over += "; not " + way + ": " + error.what();
         if (!is_news(error)) return;
-        // A clip whose shapes lie outside of one stage's profiles does so for the others.
+        // A clip whose shapes lie outside one stage's profiles does so for the others.
         const bool outside = is_outside(error);
         news = error.what();
         cause = outside ? EngineError::name(EngineError::Kind::outside_profile) : news;

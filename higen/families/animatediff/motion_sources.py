@@ -30,7 +30,7 @@ State = Mapping[str, Tensor]
 ADAPTER = "MotionAdapter"
 
 _HEADS = 8
-"""Of the authors' motion modules; no tensor tells."""
+"""Heads of the authors' motion modules. The tensors' shapes do not show their number."""
 
 _POSITIONS = {True: 32, False: 24}
 """The fewest frames that a published motion module with, or without, a middle block was trained for."""

@@ -56,7 +56,7 @@ def recipe() -> Settings:
 
 @cache
 def architecture() -> ModelConfig:
-    """The built-in model's configuration but for its autoencoder and its prompts; its words are the captions'."""
+    """The built-in model's configuration except for its autoencoder and its prompts; its words are the captions'."""
     config = read_architecture(FILE.with_name("architecture.toml"), ModelConfig())
     # TOML has no null: both cues are left out of a request that gives none.
     defaults = replace(config.defaults, motion=None, appearance=None)

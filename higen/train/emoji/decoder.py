@@ -6,7 +6,7 @@ A decoder that has seen nothing but encoded pictures shows a latent between two 
 was asked for is known pixel by pixel, so the decoder can learn to show such a latent as the soft picture it stands for.
 Clips of trained prompts are drawn once, by a model directory, into `STATE/drawn`; half of every batch are frames of
 theirs, the other half encoded pictures, which must not become worse. The result is `STATE/decoder.safetensors`, which
-`assemble` takes in the place of the codec's own. Run the command again to resume.
+`assemble` takes in place of the codec's own. Run the command again to resume.
 """
 
 from __future__ import annotations
