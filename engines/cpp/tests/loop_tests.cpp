@@ -398,7 +398,7 @@ TEST(windows_are_mixed_by_weight) {
     for (const double sum : total) CHECK(near(sum, 1, 1e-6));
     CHECK(near(weighted[0].second[2], 2.0 / 3.0, 1e-6));  // 2 of 2 + 1
     CHECK(window_weights(4, windows).size() == 1 && window_weights(5, windows).size() == 2);
-    // A step of this model looks at each frame alone except for the sum of its drift: with drift 0 windows change nothing.
+    // Only the sum of the drift makes a step of this model look at other frames: with drift 0 windows change nothing.
     auto json = fixture::manifest();
     json["loops"][1]["windows"] = {{"length", 4}, {"stride", 3}};
     Model whole, cut_up(json);

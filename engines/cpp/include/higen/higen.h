@@ -140,7 +140,7 @@ HIGEN_API higen_status higen_model_loop(const higen_model* model, size_t index, 
 typedef enum higen_control_kind {
     HIGEN_CONTROL_NUMBER = 0,
     HIGEN_CONTROL_WHOLE = 1,   /* a whole number */
-    HIGEN_CONTROL_CURVE = 2,   /* one number, one per frame or, except for similarity, one per pair of frames; see encoding */
+    HIGEN_CONTROL_CURVE = 2,   /* one number, one per frame, or one per pair of frames (not for similarity) */
     HIGEN_CONTROL_TEXT = 3,
     HIGEN_CONTROL_PICTURE = 4, /* higen_picture of one frame */
     HIGEN_CONTROL_CLIP = 5,    /* higen_picture of as many frames as the request has */
@@ -330,8 +330,8 @@ HIGEN_API higen_status higen_generate(higen_model* model, const higen_request* r
 
 /* Make a video of each of `count` requests at once: their denoising steps are one batch, which a GPU does in less time
  * than one after another. They agree in frames, width, height, fps, steps, solvers, guidance_interval,
- * windows, window_noise and free_init, and in which pictures and clips are given; the rest is each one's own. A video is that of its request alone, except for the rounding of a larger batch.
- * on_frames gets one video after another. */
+ * windows, window_noise and free_init, and in which pictures and clips are given; everything else may differ. Each video
+ * is that of its request alone, except for the rounding of a larger batch. on_frames gets one video after another. */
 HIGEN_API higen_status higen_generate_batch(higen_model* model, const higen_request* const* requests, size_t count,
                                             const higen_callbacks* callbacks);
 
