@@ -1,4 +1,4 @@
-"""Trains an autoencoder on videos of one's own, and compares it with the built-in model's on parts it has not seen.
+"""Trains an autoencoder on videos of one's own, and compares it with the built-in model's on held-out parts.
 
     python benchmarks/own_codec.py WORK VIDEO... [--steps 6000] [--start new|built-in] [--factor 16|8]
 

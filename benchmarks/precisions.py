@@ -1,4 +1,4 @@
-"""One table of a model's precisions on a CPU: time, size, distance from float32's videos, and what `evaluate` measures.
+"""Writes a table of a model's precisions on a CPU: time, size, distance from float32's videos, `evaluate`'s measures.
 
     python benchmarks/precisions.py WORK --data DATA --report benchmarks/precisions.md     # --quick: some minutes
 

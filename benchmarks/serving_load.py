@@ -1,4 +1,4 @@
-"""Load on a server: clients that create, poll, listen, cancel and send broken uploads; latencies and what went wrong.
+"""Load-tests a server with clients that create, poll, listen, cancel and send broken uploads: latencies and errors.
 
     python benchmarks/serving_load.py FOLDER --clients 1 4 16 64 --seconds 120 --serve "--slots 8"
 

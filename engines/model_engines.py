@@ -1,4 +1,4 @@
-"""A model's graphs to engines for one target after the other; everything is checked before the first is built."""
+"""Builds the engines of a model for one target after the other; checks everything before it builds the first."""
 
 from __future__ import annotations
 

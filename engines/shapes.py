@@ -1,4 +1,4 @@
-"""Shapes that engines are built for: a TOML file per use, turned into ranges of every input by the stage table.
+"""Shapes for which engines are built: a TOML file per use; the stage table turns it into ranges of each input.
 
 about = "one clip at a time"
 batch = 1                    # samples: one number, or [smallest, best, largest]

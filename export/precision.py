@@ -1,4 +1,4 @@
-"""What a precision variant is: weights stored and graphs computing in fewer bits (higen/precision.py).
+"""Variants of a model in another precision: stored weights and graphs with fewer bits (higen/precision.py).
 
 Inputs and outputs of a stage stay float32 in every precision, and so do norm statistics, guidance and the solver's
 update: that is the stage modules' part.

@@ -1,4 +1,4 @@
-"""A scene script as one video: each scene is a single request, and what is finished is kept until all are."""
+"""Makes one video of a scene script: each scene is a single request, and finished scenes are kept until all are."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a request has the loops run: guidance in part of the rows, windows of a long clip, and FreeInit.
+"""Settings of the loops in a request: guidance in a part of the rows, windows of a long clip, and FreeInit.
 
 Each option is numbers or a word, so that every runtime can take it: the command line, the server, Triton and C++.
 """

@@ -1,4 +1,4 @@
-"""A model's folder as a whole: it appears finished, and replaces another only where all in that one is the model's."""
+"""A model's folder appears finished. It replaces another folder only if that one has no files but a model's."""
 
 from __future__ import annotations
 

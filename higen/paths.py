@@ -1,4 +1,4 @@
-"""Paths as people give them."""
+"""Paths that a user gives."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files and folders that appear whole or not at all, whatever kills the process that writes them.
+"""Files and folders that appear whole or not at all, even if their process is killed.
 
 A writer works in a hidden folder beside its target and renames what is finished into place:
 

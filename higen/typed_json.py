@@ -1,4 +1,4 @@
-"""Frozen dataclasses to JSON and back, every key and every type checked: what the manifest's tables are read with."""
+"""Turns frozen dataclasses into JSON and back, and checks every key and type. It reads the manifest's tables."""
 
 from __future__ import annotations
 

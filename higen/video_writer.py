@@ -1,4 +1,4 @@
-"""Clips to files, by suffix; see higen/video.py for the formats."""
+"""Writes clips to files; the suffix decides the format (see higen/video.py)."""
 
 from __future__ import annotations
 

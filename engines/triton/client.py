@@ -1,4 +1,4 @@
-"""A client of the Triton model `higen` over gRPC: one request, its events as they come."""
+"""A client of the Triton model `higen` over gRPC: it sends one request and yields its events."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the Triton model `higen` takes and gives: one table for its configuration, for reading requests, for clients.
+"""Inputs and outputs of the Triton model `higen`: one table for its configuration, for reading requests, for clients.
 
 Inputs are those of every model (COMMON_INPUTS) and the controls of the one that the repository was written for. What is
 not given has the model's default. A control is given by inputs of these names:

@@ -1,4 +1,4 @@
-"""Inputs of graphs and engines that were made before manifest version 2: whole timesteps, and one guidance a sample."""
+"""Inputs of graphs and engines from before manifest version 2: whole timesteps, and one guidance per sample."""
 
 from __future__ import annotations
 

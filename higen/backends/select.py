@@ -1,4 +1,4 @@
-"""Which backend runs each stage of a model here, and why the better ones do not (design, section 5)."""
+"""Chooses the backend of each stage, and records why better ones cannot run it here (design, section 6)."""
 
 from __future__ import annotations
 

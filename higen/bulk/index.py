@@ -1,4 +1,4 @@
-"""What has been made: a Parquet index, and a journal of what is not in it yet.
+"""The record of finished videos: a Parquet index, and a journal of those that are not in it yet.
 
     OUTPUT/index.parquet          one row per request: path, seed, metadata, seconds, error, ...
     OUTPUT/journal/KEY.json       a record that is not in the index yet, written after its video

@@ -1,4 +1,4 @@
-"""The file of requests: JSON Lines or CSV, one row one request, every row checked before any work starts.
+"""The file of requests: JSON Lines or CSV with one request per row. Every row is checked before any work starts.
 
 A row has the names of a request (prompt, seed, steps, ...) and of the model's controls. Equal requests of the same
 model, whatever they look like in the file, have the same key, and so the same result.

@@ -1,4 +1,4 @@
-"""One run: the file is checked, what is not made yet is made, and the index is written."""
+"""One run: checks the file, makes the videos that are missing, and writes the index."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What kind of file it is: by suffix, then by its first bytes; and the sizes that are read at all.
+"""Finds the kind of a file by its suffix and its first bytes; limits on sizes.
 
 Everything here and in its siblings raises OutputError with the reason alone: the caller names the file.
 """

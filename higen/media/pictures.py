@@ -1,4 +1,4 @@
-"""Pillow's pictures as people see them: upright, over white, 8 bits a channel."""
+"""Turns Pillow's pictures into what people see: upright, over white, 8 bits per channel."""
 
 from __future__ import annotations
 

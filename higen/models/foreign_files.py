@@ -1,4 +1,4 @@
-"""What lies where a checkpoint is wanted, when it is none: a web page, a pointer, half a download."""
+"""Recognises files that are not the expected checkpoint: a web page, a pointer, half a download."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PyTorch's pickles, read without running code: tensors come out, and all else stands still."""
+"""Reads PyTorch's pickles without running code: tensors are read, other objects are not made."""
 
 from __future__ import annotations
 

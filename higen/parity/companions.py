@@ -1,4 +1,4 @@
-"""Text encoder, autoencoder and tokenizer against the reference, at tiny sizes with stored weights."""
+"""Compares text encoder, autoencoder and tokenizer with the reference, at tiny sizes with stored weights."""
 
 from __future__ import annotations
 

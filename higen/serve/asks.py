@@ -1,4 +1,4 @@
-"""A request's fields against a model: OpenAI's names, ours, and the model's controls become a pipeline's arguments.
+"""Turns the fields of a request (OpenAI's, higen's and the model's controls) into a pipeline's arguments.
 
 Everything is checked here, pictures too, before the request is accepted.
 """

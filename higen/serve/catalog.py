@@ -1,4 +1,4 @@
-"""The models of a server: their tables at all times, their weights while they are used.
+"""The models of a server: it always holds their tables, and their weights while they are used.
 
 A model counts with the size of its weights files. Where the next one would not fit into the limit, loaded models that
 nobody uses are freed, the one that was used longest ago first.

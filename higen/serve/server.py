@@ -1,4 +1,4 @@
-"""The process: the folder's lock, the socket, and connections that cannot be kept open for nothing."""
+"""The server process: the lock of its folder, its socket, and limits on idle connections."""
 
 from __future__ import annotations
 

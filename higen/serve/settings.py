@@ -1,4 +1,4 @@
-"""What a server was told: checked once, before anything is opened."""
+"""Settings of a server, checked once before anything is opened."""
 
 from __future__ import annotations
 

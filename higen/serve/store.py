@@ -1,4 +1,4 @@
-"""The queue: jobs in SQLite (WAL), so that what was accepted outlives the process.
+"""The queue: jobs are in SQLite (WAL), so that accepted jobs outlive the process.
 
 queued -> in_progress -> completed | failed | cancelled. Each change of state is one transaction that names the state
 it leaves, so no job is run twice or finished twice. A finished job is kept until it expires; its row stays for the same

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written aside and moved, the last few kept.
+"""Checkpoints of a run: written to a temporary file and moved; the last few are kept.
 
     <run>/checkpoints/step-00001000.pt     weights, their averages, optimiser, step, settings
 

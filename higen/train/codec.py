@@ -1,4 +1,4 @@
-"""Training an autoencoder as a TOML file says (section [codec]), and the model directory it ends in.
+"""Trains an autoencoder as a TOML file says (section [codec]), and writes a model directory.
 
 A step decodes noisy latents of pictures and of frames of clips; see `codec_loss` for what is minimised. The model
 directory that is written holds the autoencoder, the scale of its latents measured on the data set, and the other

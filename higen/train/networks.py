@@ -1,4 +1,4 @@
-"""The networks of a training run: loaded or made new, the objective over them, and the model directory they end in."""
+"""The networks of a training run: loads or makes them, computes the objective, and writes the model directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One step of training with the gradients that are there: AdamW by a schedule, and the weights' running averages."""
+"""One step of training from given gradients: AdamW with a schedule, and running averages of the weights."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run writes while it goes: losses.jsonl, TensorBoard scalars, skipped.jsonl.
+"""Files that a run writes while it runs: losses.jsonl, TensorBoard scalars, skipped.jsonl.
 
 losses.jsonl has one line for each logged step and nothing that depends on the clock: a run that was killed and went
 on leaves the same file as one that was not.

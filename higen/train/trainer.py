@@ -1,4 +1,4 @@
-"""Training as a TOML file says (`higen train CONFIG.toml`): any size, one process or many, exact resume.
+"""Trains as a TOML file says (`higen train CONFIG.toml`): any size, one process or many, exact resume.
 
 Step n draws random numbers of its own (seed, n) and its samples are a function of (seed, n) alone, so a run that was
 killed goes on as if it had never stopped, and N processes see the batches that one would.

@@ -1,4 +1,4 @@
-"""The tables of two models as those of one (docs/manifest.md): data alone, no PyTorch.
+"""Joins the tables of two models to those of one (docs/manifest.md): data alone, no PyTorch.
 
 The first model's loops run for one frame; its decoder becomes a stage, fed with the last of these loops' latents. What
 the second model took from its picture control it takes from that stage, as a picture. All else keeps its rows. Names of

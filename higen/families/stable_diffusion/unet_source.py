@@ -1,4 +1,4 @@
-"""The U-Net alone of a Stable Diffusion checkpoint, in whichever form: for a family that takes its weights."""
+"""Reads the U-Net alone of a Stable Diffusion checkpoint of any form, for a family that uses its weights."""
 
 from __future__ import annotations
 

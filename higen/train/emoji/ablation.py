@@ -1,4 +1,4 @@
-"""The paper's claims at this scale: the same budget without the spatial prior, without each cue, and with everything.
+"""Tests the paper's claims at this scale: trains with the same budget without the prior, without a cue, and with all.
 
     python -m higen.train.emoji.ablation --data FOLDER --work FOLDER --table table.md
 

@@ -1,4 +1,4 @@
-"""Trains the codec's decoder on what the denoiser draws; the encoder and the latents stay as they are.
+"""Trains the codec's decoder on latents that the denoiser draws; the encoder and the data's latents do not change.
 
     python -m higen.train.emoji.decoder --data FOLDER --state FOLDER --model DIR
 

@@ -1,4 +1,4 @@
-"""What the recipe says of its progress."""
+"""Lines that the recipe prints about its progress."""
 
 from __future__ import annotations
 
