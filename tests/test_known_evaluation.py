@@ -1,4 +1,4 @@
-"""The measures of known frames, on makers whose answer is known."""
+"""The measures of known frames, on made-up models with known results."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Maker:
 
 
 class Interpolates(Maker):
-    """Goes from each given frame to the next in a straight line, and holds the last one."""
+    """Interpolates linearly from each given frame to the next, and holds the last one."""
 
     def through(self, prompt: str, seed: int, frames: Mapping[int, Frames]) -> Frames:
         places = sorted(frames)
