@@ -69,7 +69,7 @@ def latents_and_frames(pipe: Pipeline, prompt: object, **options: object) -> tup
         {"steps": 10, "solver": "ddim", "frames": 16},
         {"steps": 50, "solver": "ddim", "frames": 8},
         {"steps": 10, "frames": 8},
-        # Away from the cues it was trained with, guidance 12 takes a rounding error of this model to 2e-3.
+        # With cues unlike those of its training, guidance 12 magnifies a rounding error of this model to 2e-3.
         {"steps": 10, "frames": 8, "motion": 150.0, "appearance": 0.7, "guidance": 4.0},
         {"steps": 10, "frames": 32},
     ],
@@ -145,7 +145,7 @@ def copy(tmp_path: Path) -> Path:
 
 
 def fitted(model: Path) -> None:
-    """Make the manifest that of the files as they are now."""
+    """Write the present files' sizes and hashes into the manifest."""
 
     def changed(opened: Opened) -> Opened:
         there = {name: file_record(model / name) for name in opened.files if (model / name).exists()}
