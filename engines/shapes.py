@@ -18,7 +18,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from higen.axes import chunk_of, frames_of, limits
+from higen.axes import MOST, chunk_of, frames_of, limits, tile_of
 from higen.backends.plans import PlanProfile, Span
 from higen.errors import RequestError, quoted
 from higen.manifest import Manifest
@@ -145,15 +145,18 @@ def stage_profiles(
 
 
 def _symbols(stage: Stage, profile: Profile, manifest: Manifest) -> dict[str, Range]:
-    """The range of each symbol. A denoising stage is run on a batch, and in a loop's windows where it has such. All
-    others are run for one sample, with any frames that a loop asks for, or in chunks as the model's tables say: these
-    are always inside, whatever the profile is.
+    """The range of each symbol. A denoising stage is run on a batch, in a loop's windows and tiles where it has some.
+
+    All others are run for one sample, with any frames that a loop asks for, or in chunks as the model's tables say:
+    these are always inside, whatever the profile is.
     """
     factor, chunk = manifest.sizes.factor, chunk_of(manifest, stage.name)
     fewest, most = frames_of(manifest, stage.name)
 
-    def latent(pixels: Range) -> Range:
-        return Range(pixels.smallest // factor, pixels.best // factor, pixels.largest // factor)
+    tall, wide = tile_of(manifest, stage.name) or (MOST, MOST)
+
+    def latent(pixels: Range, most_cells: int) -> Range:
+        return Range(*(min(n // factor, most_cells) for n in pixels.sizes))
 
     batch, frames = profile.batch, Range(*(min(max(n, fewest), most) for n in profile.frames.sizes))
     images = Range(1, profile.images.best, max(profile.images.largest, chunk))
@@ -167,8 +170,8 @@ def _symbols(stage: Stage, profile: Profile, manifest: Manifest) -> dict[str, Ra
         "B": batch,
         "F": frames,
         "N": images,
-        "H": latent(profile.height),
-        "W": latent(profile.width),
+        "H": latent(profile.height, tall),
+        "W": latent(profile.width, wide),
         "Y": profile.height,
         "X": profile.width,
     }

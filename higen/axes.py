@@ -10,7 +10,7 @@ from __future__ import annotations
 from higen.manifest import Manifest
 from higen.stages import TOKENS, Stage, source
 
-__all__ = ["MOST", "chunk_of", "frames_of", "limits", "most_rows"]
+__all__ = ["MOST", "chunk_of", "frames_of", "limits", "most_rows", "tile_of"]
 
 MOST = 2**16
 """The largest size of an axis that nothing else limits."""
@@ -47,7 +47,7 @@ def frames_of(manifest: Manifest, name: str) -> tuple[int, int]:
     fewest, _, most = manifest.sizes.frames
     ranges = [(fewest, most)] if name in manifest.feeding(manifest.sizes.decoder) else []
     for loop in manifest.loops:
-        stands_in = [source(row.latents).name for row in (loop.replaced, loop.start) if row is not None]
+        stands_in = [source(row.latents).name for row in (loop.replaced, loop.start, loop.known) if row is not None]
         roots = [*loop.stages, *(other for other in stands_in if other in manifest.stage_names)]
         if name not in manifest.feeding(*roots):
             continue
@@ -57,3 +57,12 @@ def frames_of(manifest: Manifest, name: str) -> tuple[int, int]:
         ranges.append((min(low, length), min(high, length)))
     ranges = ranges or [(fewest, most)]
     return min(low for low, _ in ranges), max(high for _, high in ranges)
+
+
+def tile_of(manifest: Manifest, name: str) -> tuple[int, int] | None:
+    """The largest height and width, in latent cells, that tiles leave for a stage; None where nothing limits them."""
+    tiles = [loop.tiles for loop in manifest.loops if name in loop.stages]
+    given = [one for one in tiles if one is not None]
+    if not given or len(given) < len(tiles):
+        return None
+    return max(one.height for one in given), max(one.width for one in given)

@@ -217,7 +217,7 @@ def edit(
     measured = {
         one.name: one
         for one in pipe.manifest.controls
-        if one.measured is not None and options.get(one.name, SOURCE) in (None, SOURCE)
+        if one.measured is not None and _from_source(options.get(one.name))
     }
     options = {name: value for name, value in options.items() if name not in measured}
     if measured and len(given) > 1:
@@ -262,6 +262,10 @@ def known_controls(manifest: Manifest) -> tuple[str, str | None]:
     if not rows:
         raise RequestError(f"{manifest.name} takes no known frames: its tables have no row `known`")
     return rows[-1].control, rows[-1].mask
+
+
+def _from_source(value: object) -> bool:
+    return value is None or (isinstance(value, str) and value == SOURCE)
 
 
 def _prompt(prompt: str | None, video: Video) -> str:

@@ -12,6 +12,7 @@ from higen.engines.shapes import Range, profile_names, read_profile, stage_profi
 from higen.errors import RequestError
 from higen.families.higen import spec
 from higen.families.higen.spec import Defaults, ModelConfig
+from higen.tables import Tiles
 
 RELEASED_CONFIG = ModelConfig(name="released")
 RELEASED = spec.manifest(RELEASED_CONFIG)
@@ -78,6 +79,21 @@ def test_pixels_and_latents_agree(tmp_path: Path) -> None:
     (decoder,) = stage_profiles("vae_decoder", [profile], TINY)
     assert encoder.spans[0].largest == (2, 3, 16, 32)
     assert decoder.spans[0].largest == (2, 4, 8, 16)
+
+
+def test_a_stage_in_tiles_is_built_for_a_tile(tmp_path: Path) -> None:
+    profile = read_profile(written(tmp_path, GOOD), TINY)
+    whole = {t.name: t for t in stage_profiles("temporal_unet", [profile], TINY)[0].spans}["latents"]
+    _, height, width = whole.largest[-3:]
+    tiles = Tiles(height=height - 2, width=width + 2, stride=1)
+    loops = tuple(replace(loop, tiles=tiles if "temporal_unet" in loop.stages else None) for loop in TINY.loops)
+    manifest = replace(TINY, loops=loops)
+    (made,) = stage_profiles("temporal_unet", [profile], manifest)
+    latents = {span.name: span for span in made.spans}["latents"]
+    assert latents.largest == (*whole.largest[:-2], height - 2, width)
+    assert all(a <= b <= c for a, b, c in zip(latents.smallest, latents.best, latents.largest, strict=True))
+    other = ("spatial_unet", [profile])
+    assert stage_profiles(*other, manifest) == stage_profiles(*other, TINY)
 
 
 def test_profiles_that_are_alike_for_a_stage_are_kept_once(tmp_path: Path) -> None:
