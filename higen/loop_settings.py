@@ -65,7 +65,7 @@ def loop_settings(
     free_init: Any = None,
     free_init_filter: Any = None,
 ) -> LoopSettings:
-    """Check a request's settings for a clip of so many frames; None is the model's own, or none.
+    """Check a request's settings for a clip of this many frames; None is the model's own, or none.
 
     guidance_interval  two parts of a loop's rows, 0 to 1: guidance holds from the first to the second, and is 1
                        elsewhere; or such a pair for each loop, also one after the other
