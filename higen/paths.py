@@ -11,7 +11,7 @@ __all__ = ["given_path"]
 
 
 def given_path(path: object, name: str = "path") -> Path:
-    """A path that a person gave; `~` and `~user` are home folders, as in a shell.
+    """A path that a user gave; `~` and `~user` are home folders, as in a shell.
 
     Raises RequestError, beginning with `name`, for anything that is not a path.
     """

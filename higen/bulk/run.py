@@ -53,7 +53,7 @@ class Settings(Making):
         return f".{self.format}"
 
     def order(self, token: bytes, digest: str) -> Order:
-        """What a worker needs to know."""
+        """The settings that a worker needs."""
         own = {row.name: getattr(self, row.name) for row in fields(Making)}
         model = None if self.model is None else str(self.model.absolute())
         return Order(self.output, token, digest, model, self.suffix, **own)
@@ -61,7 +61,9 @@ class Settings(Making):
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did: different requests in the file, those made, there before, and failed; seconds of the run."""
+    """The result of a run: numbers of different requests in the file, of videos made, of videos that existed, and of
+    failures; seconds of the run.
+    """
 
     index: str
     rows: int
@@ -85,7 +87,7 @@ def run(
 
     `start`: where rows are made; None: in this process. `on_progress` is called with the rows done and all rows.
     Raises RequestError, ModelError, OutputError or MissingExtra before anything is made; BackendError where too many
-    rows fail one after the other. Whatever ends the run, what is made is kept.
+    rows fail one after the other. Finished videos are kept, whatever ends the run.
     """
     began = time.monotonic()
     arrow()
