@@ -115,7 +115,7 @@ class Cuda:
         self._driver = driver
         self._pool: dict[int, list[int]] = {}
         self.lock = threading.RLock()
-        """Held while the stream is used: nobody may wait for it while it is captured."""
+        """A lock for the use of the stream. No thread may wait for the stream while it is captured."""
         self._open = False
         device, context, stream = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(index))
@@ -195,7 +195,7 @@ class Cuda:
         """A copy of an array on the GPU."""
         array = np.ascontiguousarray(array)
         made = DeviceArray(self, array.shape, str(array.dtype))
-        # The driver has read pageable memory before it returns, so the array need not live on.
+        # The driver copies pageable memory before it returns, so the array may be freed then.
         source = ctypes.c_void_p(array.ctypes.data)
         self._call(
             "cuMemcpyHtoDAsync_v2", ctypes.c_uint64(made.address), source, ctypes.c_size_t(array.nbytes), self._stream
