@@ -105,7 +105,7 @@ def test_the_built_in_models_manifest_is_of_version_2() -> None:
         opened.file(name)
 
 
-# What is wrong
+# Wrong manifests
 
 
 def row(document: Document, table: str, name: str) -> Document:

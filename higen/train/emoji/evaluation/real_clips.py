@@ -41,7 +41,7 @@ class RealClips:
         return compose(loop[self._indices(s, speed, offset, warp)], self.pictures[b])
 
     def coverage(self, s: int, speed: float, offset: int = 0, warp: float = 0.0) -> NDArray[np.float32]:
-        """How far the subject covers each pixel of that clip: float32 [16,H,W], 0 to 1."""
+        """The subject's opacity in each pixel of that clip: float32 [16,H,W], 0 to 1."""
         alpha = self.loops[s][self._indices(s, speed, offset, warp), ..., 3]
         return np.divide(alpha, 255, dtype=np.float32)
 
