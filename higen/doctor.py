@@ -62,7 +62,7 @@ class LoopGraphs:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found. `packages` maps a name to its version, None where it is not installed.
+    """The result of the check. `packages` maps a name to its version, None where it is not installed.
 
     `int8`: how int8 graphs are multiplied on this processor; `bf16`: whether it multiplies bfloat16 itself, if known.
     `stages`: what runs each stage of the model, and why a better way does not; a stage that nothing can run has the

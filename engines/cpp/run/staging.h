@@ -6,7 +6,7 @@
 
 class Staging {
 public:
-    // Makes the folder in `parent`, and removes what killed writers left there. Throws std::filesystem::filesystem_error.
+    // Makes the folder in `parent` and removes what killed writers left there. Throws std::filesystem::filesystem_error.
     explicit Staging(const std::filesystem::path& parent);
     ~Staging();
     Staging(const Staging&) = delete;
