@@ -19,10 +19,11 @@ import numpy as np
 
 from higen.curve_source import CurveFrom, curve_from
 from higen.errors import RequestError, quoted
+from higen.free_init import FILTERS
 from higen.manifest import Manifest
 from higen.paths import given_path
 from higen.request import UNSPECIFIED
-from higen.tables import VISUAL, Control
+from higen.tables import SETTINGS, VISUAL, WINDOW_NOISE, Control
 from higen.text_files import TextError, read_json
 
 __all__ = ["TRANSITIONS", "WORDS", "Scene", "Script", "make_script", "read_script", "script_schema"]
@@ -43,9 +44,10 @@ MOST_SCENES = 1000
 FADE = 0.5
 """Seconds of a crossfade."""
 
-_SHARED = ("fps", "width", "height", "negative_prompt", "steps", "guidance", "solver")
+_OPTIONS = ("negative_prompt", "steps", "guidance", "solver", *SETTINGS)
+_SHARED = ("fps", "width", "height", *_OPTIONS)
 _OF_SCRIPT = ("scenes", "audio", *_SHARED)
-_OF_SCENE = ("prompt", "seconds", "seed", "transition", "fade", "negative_prompt", "steps", "guidance", "solver")
+_OF_SCENE = ("prompt", "seconds", "seed", "transition", "fade", *_OPTIONS)
 
 
 @dataclass(frozen=True)
@@ -161,7 +163,7 @@ def _scene(row: object, manifest: Manifest, shared: Mapping[str, Any], before: S
             f"seed={quoted(seed)}: a whole number from 0 to 2^64 - 1: a script gives the same video again"
         )
     options = {**shared, "frames": frames, "seed": seed}
-    options |= {name: row[name] for name in _OF_SCENE[5:] if row.get(name) is not None}
+    options |= {name: row[name] for name in _OPTIONS if row.get(name) is not None}
     for name, control in controls.items():
         if row.get(name) is not None:
             options[name] = _control(control, row[name], frames, place, fps)
@@ -270,6 +272,11 @@ def script_schema(manifest: Manifest, files: bool = True) -> dict[str, Any]:
         "steps": {},
         "guidance": {},
         "solver": {"type": ["string", "array"]},
+        "guidance_interval": {"type": "array", "description": "Guidance holds from one part of the steps to another."},
+        "windows": {"type": ["integer", "array"], "description": "Length and stride of a long scene's windows."},
+        "window_noise": {"enum": list(WINDOW_NOISE)},
+        "free_init": {"type": ["number", "array"], "description": "Iterations of FreeInit."},
+        "free_init_filter": {"enum": list(FILTERS)},
     }
     scene: dict[str, Any] = {
         "prompt": {"type": "string", "minLength": 1, "description": "What the scene shows."},

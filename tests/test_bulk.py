@@ -17,6 +17,7 @@ import numpy as np
 import PIL.Image
 import pytest
 from click.testing import CliRunner
+from PIL import Image
 
 import higen
 from higen.api import default_model
@@ -149,6 +150,26 @@ def test_a_random_seed_stays_what_it_was_drawn_as(tmp_path: Path) -> None:
     assert rows == read_rows(path, bundle, ".mp4")
     assert all(0 <= json.loads(row.text)["seed"] < 2**32 for row in rows)
     assert {row.key for row in rows}.isdisjoint({row.key for row in read_rows(path, bundle, ".gif")})
+
+
+def test_known_frames_masks_and_settings_are_part_of_a_row(tmp_path: Path) -> None:
+    Image.new("RGB", (128, 128), "red").save(tmp_path / "a.png")
+    Image.new("L", (128, 128), 255).save(tmp_path / "m.png")
+    bundle = Bundle.open(default_model())
+    known = {"keyframes": {"0": "a.png"}}
+    rows = [{}, {"windows": [2, 1]}, known, {"keyframes": {"-1": "a.png"}}, {**known, "mask": "m.png"}]
+    path = lines(tmp_path, *rows, prompt="a whale", frames=4)
+    listed = read_rows(path, bundle, ".mp4")
+    assert len({row.key for row in listed}) == 5
+    given = json.loads(listed[-1].text)
+    assert given["keyframes"] == {"0": str(tmp_path / "a.png")}
+    assert given["mask"] == str(tmp_path / "m.png")
+    table = tmp_path / "rows.csv"
+    table.write_text('prompt,keyframes,mask\na whale,"{""0"": ""a.png""}",m.png\n', encoding="utf-8")
+    (cells,) = read_rows(table, bundle, ".mp4")
+    assert all(json.loads(cells.text)[name] == given[name] for name in ("keyframes", "mask"))
+    with pytest.raises(RequestError, match=r"line 1: keyframes\[0\]=5: the path of a file"):
+        read_rows(lines(tmp_path, {"keyframes": {"0": 5}}, prompt="a"), bundle, ".mp4")
 
 
 def test_csv_says_the_same_as_json(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from higen.script import make_script, read_script
 SCENES: list[dict[str, Any]] = [
     {"prompt": "a blue whale swimming", "seconds": 0.5, "motion": ["slow", "fast", "still"], "seed": 3},
     {"prompt": "a red heart beating", "seconds": 0.75, "transition": "crossfade", "fade": 0.25, "appearance": 0.5},
-    {"prompt": "a green star", "seconds": 0.5, "motion": 20, "steps": 1},
+    {"prompt": "a green star", "seconds": 0.5, "motion": 20, "steps": 1, "windows": [2, 1]},
 ]
 
 
@@ -43,7 +43,7 @@ def test_each_scene_equals_its_single_request(pipe: Pipeline) -> None:
     video, paths = make_film(pipe, made)
     first = pipe("a blue whale swimming", frames=4, steps=2, seed=3, motion=[36, 96, 0])  # of 0 to 120
     second = pipe("a red heart beating", frames=6, steps=2, appearance=0.5)
-    third = pipe("a green star", frames=4, steps=1, motion=20)
+    third = pipe("a green star", frames=4, steps=1, motion=20, windows=(2, 1))
     assert (len(video), made.frames, video.fps, paths) == (12, 12, 8, [])
     np.testing.assert_array_equal(video.frames[:2], first.frames[:2])
     np.testing.assert_array_equal(video.frames[4:8], second.frames[2:])

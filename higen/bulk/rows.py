@@ -26,7 +26,7 @@ from higen.images import load_picture
 from higen.manifest import Manifest
 from higen.paths import given_path
 from higen.request import Picture, Request, make_request
-from higen.tables import COMMON, Control
+from higen.tables import COMMON, VISUAL, Control
 from higen.text_files import TextError, from_json_text, read_text, repeated_key
 from higen.typed_json import to_json
 from higen.video import check_output
@@ -59,6 +59,7 @@ def model_digest(bundle: Bundle) -> str:
 def key_of(request: Request, model: str, suffix: str) -> str:
     """32 hexadecimal digits that are equal for equal requests of one model and one format."""
     facts = {field.name: getattr(request, field.name) for field in fields(request) if field.name != "warn"}
+    facts["settings"] = request.settings.as_metadata()
     facts["controls"] = {name: _fact(value) for name, value in request.controls.items()}
     return _digest([1, model, suffix, facts])[:32]
 
@@ -151,7 +152,7 @@ def _from_cells(names: list[str], cells: list[str], kinds: Mapping[str, str]) ->
 
 def _cell(name: str, cell: str, kinds: Mapping[str, str]) -> Any:
     """The value of a cell: a text for an option that takes one; otherwise JSON, numbers between commas, or a word."""
-    if name in ("prompt", "negative_prompt") or kinds.get(name) in ("text", "choice", "picture", "clip"):
+    if name in ("prompt", "negative_prompt") or kinds.get(name) in ("text", "choice", "picture", "clip", "mask"):
         return cell
     for attempt in (cell, f"[{cell}]"):
         try:
@@ -169,7 +170,7 @@ class _Check:
         self._folder = folder
         self._suffix = suffix
         self._pictures: dict[Any, bytes] = {}
-        self._files = [control.name for control in manifest.controls if control.kind in ("picture", "clip")]
+        self._kinds = {control.name: control.kind for control in manifest.controls if control.kind in VISUAL}
         self._drawn: Counter[str] = Counter()
         self._rates: set[int] = set()
 
@@ -180,17 +181,23 @@ class _Check:
         options = dict(row)
         if not isinstance(options.setdefault("prompt", ""), str):
             raise RequestError(f"prompt={quoted(options['prompt'])}: a string; a row is one request")
-        for name in self._files:
-            if options.get(name) is not None:
-                if not isinstance(options[name], str):
-                    raise RequestError(f"{name}={quoted(options[name])}: the path of a file")
-                options[name] = str(self._folder / given_path(options[name], name))
+        for name, kind in self._kinds.items():
+            value = options.get(name)
+            if kind == "frames" and isinstance(value, dict):
+                options[name] = {index: self._path(f"{name}[{index}]", path) for index, path in value.items()}
+            elif value is not None and kind != "frames":
+                options[name] = self._path(name, value)
         if options.get("seed") in _RANDOM and not isinstance(options["seed"], bool):
             content = json.dumps({**options, "seed": "random"}, sort_keys=True)
             self._drawn[content] += 1
             drawn = hashlib.sha256(f"{self._drawn[content]} {content}".encode()).digest()
             options["seed"] = int.from_bytes(drawn[:4], "big")
         return options
+
+    def _path(self, name: str, value: Any) -> str:
+        if not isinstance(value, str):
+            raise RequestError(f"{name}={quoted(value)}: the path of a file")
+        return str(self._folder / given_path(value, name))
 
     def request(self, options: Mapping[str, Any]) -> Request:
         """The checked request. Raises RequestError, and OutputError for a rate that the format cannot have."""
