@@ -1,13 +1,13 @@
-"""Times the loops of a model on several sides, one process a side, in turns, as ratios to a baseline of the same run.
+"""Times the loops of a model on several sides, each in a process of its own, as ratios to a baseline of the same run.
 
     python benchmarks/against.py WORK [--family animatediff] [--size small|tiny|full] [--steps 4] [--rounds 3]
         [--sides diffusers,torch,onnx,diffusers+compile,torch:bf16,onnx:fp16,gemm]
 
 Sides: `diffusers` and `diffusers+compile` (torch.compile of its denoiser), ours as BACKEND[:PRECISION] (torch, onnx,
 tensorrt; cpu or cuda as --device says), and `gemm`, products of large matrices, whose rate is the machine's peak. The
-first side is the baseline. All run the same request on the same weights and noise (see families.py for the models);
-their last latents are compared with the baseline's. A round asks each side once; the order is turned every other
-round. Graphs that a side needs are exported first. Prints Markdown; a side that cannot run here says why.
+first side is the baseline. All run the same request on the same weights and noise (see families.py for the models), and
+their last latents are compared with the baseline's. Each round runs every side once; every second round has the reverse
+order. Graphs that a side needs are exported first. Prints Markdown; a side that cannot run here says why.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ GEMM = 4096
 def serve(side: str, given: argparse.Namespace) -> None:
     """Answer each line of standard input with the seconds of one request, as a line of JSON."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print is no answer
+    os.dup2(2, 1)  # libraries' own output must not mix with the answers
 
     def answer(**row: Any) -> None:
         print(json.dumps(row), file=answers, flush=True)
@@ -98,7 +98,7 @@ def request(side: str, given: argparse.Namespace) -> tuple[Callable[[], Any], fl
 
 
 def counted(run: Callable[[], Any]) -> float:
-    """Floating-point operations of the products in a run; it warms up, too."""
+    """Floating-point operations of the products in a run, which also serves as warm-up."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
@@ -107,7 +107,7 @@ def counted(run: Callable[[], Any]) -> float:
 
 
 def kept(given: argparse.Namespace, side: str) -> Path:
-    """Where a side leaves its last latents."""
+    """The file of a side's last latents."""
     return given.work / f"{given.family}-{given.size}.{side.replace(':', '_')}.npy"
 
 
@@ -124,7 +124,7 @@ class Side:
     failed: str = ""
 
     def ask(self) -> dict[str, Any]:
-        """One request. The process is given up after a failure."""
+        """Run one request. After a failure, the process is not used any more."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write("\n")
@@ -199,7 +199,7 @@ def report(sides: list[Side], given: argparse.Namespace) -> None:
 
 
 def apart(given: argparse.Namespace, base: str, side: str) -> str:
-    """How far a side's latents are from the baseline's, relative."""
+    """The relative distance of a side's latents from the baseline's."""
     if side == base:
         return ""
     wanted, found = (np.load(kept(given, name)).astype(np.float64) for name in (base, side))

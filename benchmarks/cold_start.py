@@ -1,4 +1,4 @@
-"""From a cold process to a saved video: seconds and share of each part, the loop's own overhead, peak memory.
+"""Times a cold process up to a saved video: seconds and share of each part, the loop's own overhead, peak memory.
 
     python benchmarks/cold_start.py [--model DIR] [--backend auto] [--threads N] [--guidance G] [--repeats 3]
     python benchmarks/cold_start.py --against CHECKOUT --repeats 7      # the command of another commit, in turn

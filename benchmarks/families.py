@@ -1,4 +1,4 @@
-"""Times whole loops of other families beside diffusers' pipelines of the same weights, and says how far they are apart.
+"""Times whole loops of other families beside diffusers' pipelines with the same weights, and compares their results.
 
     python benchmarks/families.py WORK [--family animatediff] [--size full|small|tiny] [--steps 10] [--precision fp16]
         [--make]

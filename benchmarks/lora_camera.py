@@ -46,7 +46,7 @@ SIDE = 128
 SCALES = (-1.0, -0.5, 0.0, 0.5, 1.0)
 DRAWN = tuple(b for b in BACKGROUNDS if not b.name.startswith("plain"))
 SHOWN = tuple(b for b in DRAWN if b.name not in ("grass", "desert"))
-"""Backgrounds that show a pan beside the subject: the others are flat there but for one line."""
+"""Backgrounds that show a pan beside the subject: the others are flat there except for one line."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 Frames = NDArray[np.uint8]

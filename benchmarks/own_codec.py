@@ -1,10 +1,10 @@
-"""Trains an autoencoder on videos of one's own, and compares it with the built-in model's on parts it has not seen.
+"""Trains an autoencoder on videos of one's own, and compares it with the built-in model's on held-out parts.
 
     python benchmarks/own_codec.py WORK VIDEO... [--steps 6000] [--start new|built-in] [--factor 16|8]
 
-Each video is cut into clips of 16 frames at 8 frames a second: the whole picture, and four parts of half its size. The
-last quarter of each video's time is held out. `higen train` trains as WORK/train.toml says: from random weights, or
-from the built-in model's. --factor 8 takes latents of 16 channels and twice the size. Prints Markdown.
+Each video is cut into clips of 16 frames at 8 frames per second: the whole picture, and four parts of half its size.
+The last quarter of each video is held out. `higen train` trains as WORK/train.toml says, from random weights or from
+those of the built-in model. With --factor 8, latents have 16 channels and twice the width and height. Prints Markdown.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One table of a model's precisions on a CPU: time, size, distance from float32's videos, and what `evaluate` measures.
+"""Writes a table of a model's precisions on a CPU: time, size, distance from float32's videos, `evaluate`'s measures.
 
     python benchmarks/precisions.py WORK --data DATA --report benchmarks/precisions.md     # --quick: some minutes
 
@@ -35,6 +35,7 @@ from higen.precision import QUANTIZED, precision_named
 from higen.train.emoji.evaluation.command import measure
 from higen.train.emoji.evaluation.report import COLUMNS
 from higen.trial import known_prompts
+from higen.typed_json import to_json
 
 PRECISIONS = ("fp32", "fp16", "int8")
 
@@ -160,7 +161,7 @@ def evaluated(bundle: Bundle, work: Path, data: Path, precision: str, quick: boo
             precision=precision,
             shown=True,
         )
-        write(kept, json.dumps(found, indent=1))
+        write(kept, json.dumps(to_json(found), indent=1))
     content: dict[str, Any] = json.loads(kept.read_text(encoding="utf-8"))
     return content
 

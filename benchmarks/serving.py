@@ -88,7 +88,7 @@ async def request(client: grpc.InferenceServerClient, prompt: str, options: dict
 
 
 async def load(server: Server, clients: int, seconds: float, prompts: Sequence[str], options: dict[str, Any]) -> Load:
-    """`clients` at a time for so many seconds; what is unfinished then is cancelled and not counted."""
+    """`clients` at a time for this many seconds; what is unfinished then is cancelled and not counted."""
     found, before = Load(clients), executed(server)
     spatial, temporal = options["steps"]
 

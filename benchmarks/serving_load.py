@@ -1,9 +1,9 @@
-"""Load on a server: clients that create, poll, listen, cancel and send broken uploads; latencies and what went wrong.
+"""Load-tests a server with clients that create, poll, listen, cancel and send broken uploads: latencies and errors.
 
     python benchmarks/serving_load.py FOLDER --clients 1 4 16 64 --seconds 120 --serve "--slots 8"
 
-`--serve` has options of `higen serve`. A request's latency is that of the HTTP call; a video's from its creation
-to its end. At the end every accepted job is looked at. Linux: memory is read from /proc.
+`--serve` has options of `higen serve`. The latency of a request is that of the HTTP call; that of a video is the time
+from its creation to its end. At the end every accepted job is checked. Linux only: memory is read from /proc.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Load:
         self.broken: list[str] = []
 
     def run(self, clients: int, seconds: float) -> None:
-        """So many clients at once."""
+        """Several clients at the same time."""
         threads = [threading.Thread(target=self._client, args=(number,)) for number in range(clients)]
         for thread in threads:
             thread.start()
@@ -100,7 +100,7 @@ def memory(process: int) -> float:
 
 
 def row(folder: Path, clients: int, seconds: float, options: list[str]) -> dict[str, Any]:
-    """One run: a server, its clients, and what became of the jobs."""
+    """One run: a server, its clients, and the results of the jobs."""
     server = Server(folder, *options)
     try:
         load = Load(server)

@@ -1,1 +1,1 @@
-"""ONNX graphs to TensorRT engines (imported as `higen.engines`)."""
+"""Builds TensorRT engines from ONNX graphs (imported as `higen.engines`)."""

@@ -1,4 +1,4 @@
-"""A graph to a plan, by any of the TensorRT libraries (higen/backends/tensorrt_api.py)."""
+"""Builds a plan from a graph with any of the TensorRT libraries (higen/backends/tensorrt_api.py)."""
 
 from __future__ import annotations
 

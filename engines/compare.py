@@ -1,4 +1,4 @@
-"""Stages of one backend against those of another, through Polygraphy's comparator, on inputs of a real run."""
+"""Compares the stages of two backends with Polygraphy, on the inputs of a real run."""
 
 from __future__ import annotations
 

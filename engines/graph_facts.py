@@ -1,4 +1,4 @@
-"""What a graph's file says without its weights: the shapes it takes, and about how large a plan of it will be."""
+"""Facts about a graph that are read without its weights: the shapes that it takes, and the likely size of a plan."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from higen.precision import precision_named
 __all__ = ["GraphFacts", "check_fixed", "read_graph"]
 
 FLOATS = ("FLOAT", "FLOAT16", "BFLOAT16")
-"""The types whose values a plan holds in the precision that it computes in, however they are stored."""
+"""Types whose values a plan holds in the precision in which it computes, whatever precision stores them."""
 
 OTHERS = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT32": 32, "INT64": 64}
-"""Bits of the other types that graphs have; 8 for the rest."""
+"""Bits of a value of other types; types that are not listed have 8."""
 
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """`inputs`: each input's sizes, None on an axis that is free; `size`: bytes of its weights as a plan holds them."""
+    """`inputs`: the sizes of each input, None for a free axis; `size`: bytes of the weights as a plan holds them."""
 
     inputs: Mapping[str, tuple[int | None, ...]]
     size: int
 
 
 def read_graph(path: Path, precision: str, flavour: str) -> GraphFacts:
-    """Read a graph that computes in a precision; its external weights stay where they are.
+    """Read a graph that computes in a precision. Its external weights are not read.
 
-    Raises MissingExtra (the flavour's own, which has onnx), EngineError for a file that is no graph.
+    Raises MissingExtra without onnx (it names the extra of the flavour, which installs onnx), EngineError for a file
+    that is not a graph.
     """
     try:
         import onnx
@@ -54,7 +55,7 @@ def read_graph(path: Path, precision: str, flavour: str) -> GraphFacts:
 
 
 def check_fixed(stage: str, graph: str, facts: GraphFacts, profiles: Sequence[PlanProfile]) -> None:
-    """Whether profiles keep to the sizes that a graph fixes. Raises RequestError naming what does not."""
+    """Raise RequestError for a profile with other sizes than those that the graph fixes; the message names them."""
     for profile in profiles:
         for span in profile.spans:
             shape = facts.inputs.get(span.name, ())

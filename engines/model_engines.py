@@ -1,4 +1,4 @@
-"""A model's graphs to engines for one target after the other; everything is checked before the first is built."""
+"""Builds the engines of a model for one target after the other; checks everything before it builds the first."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def build_engines(
 ) -> list[PlanRecord]:
     """Build the engines of a model that are not there yet, and return the records of all.
 
-    stages    by name; None: every stage of the model, but for a step with one branch of guidance that has no graph
+    stages    by name; None: every stage of the model, except for a step with one branch of guidance that has no graph
 
     A stage whose plan fits graph, weights, profiles, options and library is kept, so an interrupted build goes on
     where it stopped. Two builders of one target wait for each other.

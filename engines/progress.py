@@ -1,4 +1,4 @@
-"""How far a build is: TensorRT's nested phases as one number."""
+"""The progress of a build: TensorRT's nested phases as one number."""
 
 from __future__ import annotations
 
@@ -26,17 +26,19 @@ class _Phase:
 
 
 class Progress:
-    """Turns phases and steps into a part of the whole, from 0 to 1, that never falls; and says when to stop."""
+    """Turns phases and steps into the part of the build that is done, from 0 to 1, which never falls. Also tells
+    TensorRT when to stop.
+    """
 
     def __init__(self, on_part: Callable[[str, float], None] | None = None) -> None:
-        """`on_part(phase, part)` after each change that can be seen (a thousandth)."""
+        """`on_part(phase, part)` is called after each change of at least a thousandth."""
         self.part = 0.0
         self.cancelled = False
         self._phases: list[_Phase] = []
         self._on_part = on_part
 
     def phase_start(self, name: str, parent: str | None, steps: int) -> None:
-        """A phase begins, within the present step of its parent."""
+        """A phase begins, inside the current step of its parent."""
         while self._phases and parent is not None and self._phases[-1].name != parent:
             self._phases.pop()
         if parent is None:
@@ -58,7 +60,7 @@ class Progress:
         return not self.cancelled
 
     def phase_finish(self, name: str) -> None:
-        """A phase and all inside it are done."""
+        """A phase is done, and every phase inside it."""
         for i, phase in enumerate(self._phases):
             if phase.name == name:
                 self._reached(name, phase.start + phase.width)
@@ -96,7 +98,7 @@ def make_monitor(trt: Any, progress: Progress) -> Any:
 def cancelled_by_ctrl_c(progress: Progress) -> Iterator[None]:
     """Ctrl-C stops the build at its next step instead of raising through TensorRT, which would end the process.
 
-    Outside of the main thread nothing is changed. Raises KeyboardInterrupt at the end if it was pressed.
+    In other threads than the main one this has no effect. Raises KeyboardInterrupt at the end if Ctrl-C was pressed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""Shapes that engines are built for: a TOML file per use, turned into ranges of every input by the stage table.
+"""Shapes for which engines are built: a TOML file per use; the stage table turns it into ranges of each input.
 
 about = "one clip at a time"
 batch = 1                    # samples: one number, or [smallest, best, largest]
@@ -69,7 +69,7 @@ def profile_names() -> list[str]:
 def read_profile(name: str, manifest: Manifest) -> Profile:
     """A profile by its name or as the path of a TOML file, for a model.
 
-    Raises RequestError: unknown name, file that is no profile, min above max, size that the model cannot have.
+    Raises RequestError: unknown name, file that is not a profile, min above max, size that the model cannot have.
     """
     entries, where = _entries(name)
     if unknown := sorted(set(entries) - {*WORDS, "about"}):

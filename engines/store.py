@@ -29,7 +29,7 @@ __all__ = ["EngineStore", "difference"]
 LOCK = ".lock"
 
 _PART = re.compile(r"\..+\.(engine|json|log|cache\.\d+(\.\d+)?)\.part")
-"""What a killed builder leaves, and a killed program (the C++ library) that kept compiled kernels."""
+"""Files that a killed builder leaves, or a killed program (the C++ library) that was saving compiled kernels."""
 
 INGREDIENTS = (
     "precision",
@@ -41,11 +41,11 @@ INGREDIENTS = (
     "profiles",
     "options",
 )
-"""What decides whether a plan would be built the same again."""
+"""A plan is built again if one of these fields has changed."""
 
 
 def difference(stored: PlanRecord, wanted: PlanRecord) -> str | None:
-    """Why a stored plan is not the wanted one, in a few words; None if it is."""
+    """Why a stored plan is not the wanted one, in a few words; None if it is the wanted one."""
     for name in INGREDIENTS:
         old, new = getattr(stored, name), getattr(wanted, name)
         if old != new:
@@ -63,8 +63,8 @@ class EngineStore:
 
     @contextmanager
     def building(self, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Be the only builder of this target, waiting for another (after `on_wait`); first finish or take back what a
-        killed one left.
+        """Be the only builder of this target. If there is another one, call `on_wait` and wait for its end. Then finish
+        or undo what a killed builder left.
 
         Raises OutputError where the folder cannot be made.
         """
@@ -87,11 +87,11 @@ class EngineStore:
             record = PlanRecord.from_text(path.read_text(encoding="utf-8"), str(path))
             whole = plan.stat().st_size == record.size and not (verify and sha256(plan) != record.sha256)
         except (OSError, UnicodeDecodeError, EngineError):
-            return None  # nothing that could be used again: it is built anew
+            return None  # it cannot be used: the plan is built anew
         return record if whole else None
 
     def holds(self, stage: str) -> bool:
-        """Whether there is something of a stage's engine, usable or not."""
+        """Whether there is a file of a stage's engine, usable or not."""
         return any((self.folder / name(stage)).exists() for name in (engine_file, record_file))
 
     def plan_size(self, stage: str) -> int:
@@ -109,9 +109,9 @@ class EngineStore:
     def write(self, plan: Any, record: PlanRecord, log: str) -> None:
         """Put a plan (a buffer), its record and its log in place; the old ones stay if they cannot be written.
 
-        Two renames, one right after the other, switch plan and record. Where the second does not come (a kill, an
-        error), the new record waits beside the new plan: `read_plans` and the C++ library take it, the next builder
-        puts it in its place.
+        Two renames, one right after the other, switch plan and record. If the second one fails or the process is
+        killed, the new record stays beside the new plan: `read_plans` and the C++ library use it there, and the next
+        builder moves it to its place.
 
         Raises OutputError for a full disk and the like.
         """

@@ -1,4 +1,4 @@
-"""What engines are built for: a flavour of TensorRT and GPU architectures.
+"""Targets of engines: a flavour of TensorRT, and GPU architectures.
 
 rtx-sm89     TensorRT for RTX, ahead of time for one architecture; needs no GPU
 rtx          TensorRT for RTX, one portable plan for SM80, SM86, SM89 and SM120

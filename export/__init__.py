@@ -1,1 +1,1 @@
-"""Model directory to ONNX graphs (imported as `higen.export`)."""
+"""Exports a model directory to ONNX graphs (imported as `higen.export`)."""

@@ -1,4 +1,4 @@
-"""The command `higen-export`. Exit codes as those of `higen`."""
+"""The command `higen-export`. Its exit codes are those of `higen`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A stage to an ONNX graph: traced from the torch module that runs it, named by the stage table.
+"""Exports a stage to an ONNX graph: traces the torch module that runs it, with the names of the stage table.
 
 Exporter facts that this relies on (torch 2.13, onnxscript 0.7): `optimize=False` keeps the parameters' names, so that
 initializers can point into the safetensors files; the optimiser without folding then removes what tracing left.

@@ -1,4 +1,4 @@
-"""What a finished graph file takes and gives, read from the file itself."""
+"""Inputs and outputs of a finished graph file, read from the file itself."""
 
 from __future__ import annotations
 

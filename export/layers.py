@@ -1,4 +1,4 @@
-"""Which layers of a graph may be quantised, by where they stand in it."""
+"""Which layers of a graph may be quantised: their place in the graph decides."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from higen.stages import STATE
 __all__ = ["BLOCK", "E4M3", "KINDS", "LARGEST_E4M3", "Kind", "Layer", "quantizable", "values_of"]
 
 BLOCK = 16
-"""Values that share a scale in NVFP4."""
+"""Number of values that share a scale in NVFP4."""
 
 E4M3 = ir.DataType.FLOAT8E4M3FN
 LARGEST_E4M3 = 448.0
@@ -22,7 +22,7 @@ LARGEST_E4M3 = 448.0
 
 @dataclass(frozen=True)
 class Kind:
-    """A type to multiply in: the largest magnitude it is scaled to, its ONNX type, and the operators that have it."""
+    """A type in which layers multiply: its largest magnitude after scaling, its ONNX type, and the operators for it."""
 
     largest: float
     dtype: ir.DataType
@@ -30,7 +30,7 @@ class Kind:
 
     @property
     def in_blocks(self) -> bool:
-        """Whether scales are of blocks, and those of activations found as they enter."""
+        """Whether each block of values has its own scale, and the scales of activations are computed at run time."""
         return self.dtype == ir.DataType.FLOAT4E2M1
 
 
@@ -58,7 +58,7 @@ class Layer:
 def quantizable(graph: ir.Graph, kind: Kind = KINDS["int8"]) -> list[Layer]:
     """The layers of a graph that may be computed in a kind, in the graph's order.
 
-    They lie on the latents' way, behind the first layer there and before the last one. Both of these are sensitive to
+    They are the layers that the latents pass, without the first and the last of them. Those two are sensitive to
     rounding, and so are the layers that the latents do not pass: embeddings of the time and of the conditions.
     """
     layers = {layer.node: layer for node in graph if (layer := _layer(graph, node)) is not None}
@@ -86,7 +86,7 @@ def _layer(graph: ir.Graph, node: ir.Node) -> Layer | None:
 
 
 def _behind_a_layer(graph: ir.Graph, layers: Collection[ir.Node]) -> set[ir.Value]:
-    """What is computed from the latents by at least one layer; from their values, that is, not from their sizes."""
+    """Tensors that depend on the latents through at least one layer: on their values, not only on their sizes."""
     entered = {value for value in graph.inputs if value.name == STATE[0]}
     passed = set[ir.Value]()
     for node in graph:
@@ -101,7 +101,7 @@ def _behind_a_layer(graph: ir.Graph, layers: Collection[ir.Node]) -> set[ir.Valu
 
 
 def _without_a_layer_behind(graph: ir.Graph, layers: Collection[ir.Node]) -> set[ir.Value]:
-    """What the outputs are computed from without a layer in between."""
+    """Tensors from which the outputs are computed without a layer in between."""
     found = set(graph.outputs)
     for node in reversed(graph):
         if node not in layers and found.intersection(node.outputs):

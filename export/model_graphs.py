@@ -1,4 +1,4 @@
-"""A model directory to a model directory with graphs: weights, export, parity gate, manifest."""
+"""Adds graphs to a model directory: weights, export, parity gate, manifest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where graphs are written: beside the weights that they point into, hidden until they are finished."""
+"""Where graphs are written: beside the weights that they refer to, under hidden names until they are finished."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""What a precision variant is: weights stored and graphs computing in fewer bits (higen/precision.py).
+"""Variants of a model in another precision: stored weights and graphs with fewer bits (higen/precision.py).
 
 Inputs and outputs of a stage stay float32 in every precision, and so do norm statistics, guidance and the solver's
-update: that is the stage modules' part.
+update. The stage modules ensure that.
 """
 
 from __future__ import annotations
@@ -40,18 +40,19 @@ def check_opset(precision: str, opset: int | None) -> int:
 
 
 def computed_in(stage: Stage, precision: str) -> str:
-    """What a stage's graph of a precision computes in: the precision, or fp32 where the stage may not compute in it.
+    """The precision in which a stage's graph computes: `precision`, or fp32 if the stage must not compute in it.
 
-    Its weights are stored in the precision all the same.
+    Its weights are stored in `precision` in both cases.
     """
     return precision if ORDER.index(precision) <= ORDER.index(stage.lowest) else "fp32"
 
 
 def write_weights(bundle: Bundle, stage: str, precision: str) -> Bundle:
-    """See that the model has a stage's weights in `precision`; returns the bundle with them.
+    """Make sure that the model has a stage's weights in `precision`; returns the bundle with them.
 
-    They are cast tensor by tensor from the model's own. Nothing is written for fp32, where a graph casts as it loads,
-    and where the model's own are stored in `precision`. Raises CheckpointError for a value that the precision lacks.
+    They are cast tensor by tensor from the model's own. Nothing is written for fp32, whose graphs cast the weights as
+    they load them, nor where the model's own weights have that precision. Raises CheckpointError for a value that the
+    precision cannot represent.
     """
     own = bundle.file(bundle.weights(stage))
     wanted = DTYPES[PRECISIONS[precision].stored]
@@ -67,9 +68,9 @@ def write_weights(bundle: Bundle, stage: str, precision: str) -> Bundle:
 
 
 def rounded(module: nn.Module, precision: str) -> None:
-    """Round a float32 module's weights, in place, to what the precision stores: the gate's reference computes so.
+    """Round a float32 module's weights, in place, to the values that the precision stores, for the gate's reference.
 
-    A table that a network keeps among its weights (a buffer of its state) is stored, and rounded, as they are.
+    A table that a network keeps among its weights (a buffer of its state) is stored and rounded in the same way.
     """
     for tensor in module.state_dict().values() if precision != "fp32" else ():
         if tensor.is_floating_point():
@@ -77,7 +78,7 @@ def rounded(module: nn.Module, precision: str) -> None:
 
 
 def lowered(module: nn.Module, precision: str) -> nn.Module:
-    """A stage's module with its network in `precision`: what is traced, and what rounding costs in PyTorch."""
+    """A stage's module with its network in `precision`. It is traced, and shows the effect of rounding in PyTorch."""
     for network in module.children():  # what belongs to the stage itself stays in float32
         for tensor in (*network.parameters(), *network.buffers()):
             if tensor.is_floating_point():
@@ -93,8 +94,8 @@ def _dtype(precision: str) -> torch.dtype:
 def in_float32(graph: Path, to: Path) -> None:
     """Write a copy of a graph, in the same folder, that computes in float32 what the graph computes in fewer bits.
 
-    It reads the same weights. ONNX Runtime's CPU provider can run it whatever the graph's own precision, so it shows
-    every error of structure, at float32's tolerance: rounding hides none.
+    It reads the same weights. ONNX Runtime's CPU provider can run the copy of a graph of any precision. So errors of
+    structure are found with float32's tolerance, and rounding does not hide them.
     """
     model = ir.load(graph)
     if model.functions:

@@ -1,4 +1,4 @@
-"""Denoising graphs to graphs that multiply in 8 or 4 bits, over the same weights files.
+"""Quantises denoising graphs: they multiply in 8 or 4 bits and use the same weights files.
 
 Ranges come from real denoising runs: every recorded call holds both guidance branches, and calls are taken from the
 whole length of the loop. Which layers are quantised is decided by measurement: what each alone does to the result of a

@@ -1,4 +1,4 @@
-"""What a quantised layer is: its rounding, as nodes that an engine computes with and as the same arithmetic in float32.
+"""The rounding of a quantised layer: as nodes for an engine, and as the same arithmetic in float32.
 
 int8, fp8   one scale for a tensor that enters, one for each output channel of a weight; the weight stays in its file
             and is rounded as a graph is loaded or an engine built

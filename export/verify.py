@@ -1,4 +1,4 @@
-"""Proves a model directory: hashes, every graph against its torch stage, and a whole video on both."""
+"""Verifies a model directory: hashes, every graph against its torch stage, and a whole video on both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Graphs hold no large tensor: their initializers point into the model's safetensors files."""
+"""Graphs without large tensors: their initializers refer to the model's safetensors files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Adapters (LoRA) added to the weights of a model directory; the result is another one."""
+"""Adds adapters (LoRA) to the weights of a model directory; the result is a new model directory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sizes that a stage's free axes have when it is run: graphs are checked at them, and engines built for them.
+"""The sizes of a stage's free axes at run time, with which graphs are checked and for which engines are built.
 
 A stage that denoises is run on a batch, in a loop's frames or windows. All others are run for one sample at a time,
 with the frames of the loop that asks for them. The decoder, and a stage that takes frames one by one (N), are given a

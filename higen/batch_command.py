@@ -20,14 +20,16 @@ __all__ = ["batch"]
 @click.argument("rows", type=PATH)
 @click.argument("output")
 @click.option("--model", type=PATH, help="Model directory.  [the built-in small model]")
-@click.option("--format", "kind", default="mp4", show_default=True, help="Of the videos: mp4 webm gif webp npy.")
+@click.option("--format", "kind", default="mp4", show_default=True, help="Format of the videos: mp4 webm gif webp npy.")
 @click.option("--backend", help="Where the stages run; see `higen doctor`.  [auto]")
 @click.option("--device", help="cpu, cuda, cuda:1, ...  [a GPU if there is one]")
 @click.option("--precision", help="What the stages compute in.  [fp32 on a CPU]")
 @click.option("--threads", type=int, help="CPU threads of one stage.  [the library's choice; on Ray, --cpus]")
 @click.option("--slots", default=1, show_default=True, help="Rows that one model makes at once, in common batches.")
 @click.option("--retries", default=2, show_default=True, help="How often a row that failed is tried again.")
-@click.option("--max-failures", default=100, show_default=True, help="Failed rows in a row that end the run.")
+@click.option(
+    "--max-failures", default=100, show_default=True, help="End the run after this many failed rows in succession."
+)
 @click.option("--ray", metavar="ADDRESS", help="Run on this Ray cluster: HOST:PORT, auto; local: one on this machine.")
 @click.option("--workers", type=int, help="On Ray: models that are loaded.  [as many as the cluster has room for]")
 @click.option("--cpus", type=float, help="On Ray: CPUs of one worker.  [1]")
@@ -53,7 +55,7 @@ def batch(
 ) -> None:
     """Make a video of each row of the file ROWS (JSON Lines or CSV), into OUTPUT, a folder or URL.
 
-    A row has a prompt, and whatever else a request takes. Run again after a stop, the command goes on: docs/bulk.md.
+    A row has a prompt and other options of a request. The same command continues a stopped run: docs/bulk.md.
     """
     if ray is None and not (workers is cpus is gpus is None):
         raise click.UsageError("--workers, --cpus and --gpus want --ray ADDRESS")
@@ -90,7 +92,7 @@ def batch(
 
 @contextmanager
 def _bar(wanted: bool) -> Iterator[Callable[[int, int], None]]:
-    """A bar over the rows, where a person is watching."""
+    """A progress bar over the rows, in a terminal or notebook."""
     from tqdm import tqdm
 
     with tqdm(unit="video", disable=not (wanted and is_watched()), dynamic_ncols=True) as bar:

@@ -1,4 +1,4 @@
-"""A bounded store of what was computed lately: least recently used goes first."""
+"""A bounded cache of computed values: the least recently used one is removed first."""
 
 from __future__ import annotations
 

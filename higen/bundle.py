@@ -1,4 +1,4 @@
-"""The model directory: manifest, files, hashes. The only artefact; torch, graphs, engines and C++ share it.
+"""The model directory: manifest, files, hashes. torch, graphs, engines and C++ all read this one artefact.
 
 model/higen.json            the tables (higen/manifest.py), and sha256 and size of every file
 model/*.safetensors         one copy of the weights per precision; every graph points into it

@@ -1,4 +1,4 @@
-"""What is made of a clip by frames that another clip must pass through: longer, slower, endless, and edited.
+"""Makes a clip longer, slower, endless or edited. The new clip must pass through known frames of the old one.
 
 Each tool is a few requests of a pipeline, whose options it takes; they work for every model that has known frames
 (docs/manifest.md, "Known frames"), or for `edit` one that can begin from a video.

@@ -1,4 +1,4 @@
-"""A change of several files of a folder: all of it happens or nothing, whatever kills the process that makes it.
+"""A change of several files of a folder: it happens completely or not at all, even if its process is killed.
 
 The change is written down first, as the file `journal` of a hidden folder (higen/staging.py): from then on it counts as
 made, and whoever finds the journal finishes it. Each step tells from the files themselves whether it was done. A target

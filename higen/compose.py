@@ -1,4 +1,4 @@
-"""Two model directories as one: the first draws a picture, the second makes a clip of it.
+"""Joins two model directories to one: the first model draws a picture, the second one makes a clip of it.
 
 Weights are hard links where the file system allows, copies where it does not. Graphs are taken along; where a weights
 file has another name here, they point to it by that. Engines are not taken along.

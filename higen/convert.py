@@ -1,4 +1,4 @@
-"""Released checkpoints to a model directory. The family that they belong to says what is in them.
+"""Converts released checkpoints to a model directory. The family that they belong to reads them.
 
 Tensors are cast and written one at a time: a conversion needs about as much memory as its largest tensor.
 """

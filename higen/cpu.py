@@ -1,4 +1,4 @@
-"""What this machine's processor multiplies fast, as its system lists it."""
+"""Number formats that this machine's processor multiplies fast, from the system's list of its features."""
 
 from __future__ import annotations
 

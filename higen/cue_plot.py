@@ -1,4 +1,4 @@
-"""A picture of curves over time: what was measured, and what was asked for beside it."""
+"""Draws curves over time: the measured values, and the requested ones beside them."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ MEASURED, REQUESTED = "#1f77b4", "#ff7f0e"
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """A curve: one number a frame, or one a pair of frames, at the later one of the two.
+    """A curve: one number per frame, or one per pair of frames, which is drawn at the later frame.
 
-    requested   the curve that was asked for, likewise; empty: none was
+    requested   the requested curve, in the same form; empty where there is none
     """
 
     name: str
@@ -35,7 +35,7 @@ class Panel:
 
 
 def draw(panels: Sequence[Panel], frames: int, fps: float) -> Image.Image:
-    """The panels of a clip of so many frames, one below the other, as a PIL RGB image 640 pixels wide."""
+    """The panels of a clip, one below the other, as a PIL RGB image 640 pixels wide."""
     from PIL import Image, ImageDraw, ImageFont
 
     picture = Image.new("RGB", (_WIDTH, len(panels) * _HEIGHT), "white")

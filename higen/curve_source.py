@@ -1,4 +1,4 @@
-"""A curve that a clip or a sound file gives: what is named in place of a control's numbers."""
+"""A curve that is measured from a clip or a sound file, which is named in place of a control's numbers."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ _OPTION = re.compile(r":(feature|low|high|start)=([^:]*)\Z")
 
 @dataclass(frozen=True)
 class CurveAsked:
-    """What a curve is for.
+    """The control and the request for which a curve is measured.
 
-    name      the control's, for messages
-    encoding  the control's; None: it has none
-    span      what a sound is mapped into; None: the model does not say
-    frames    of the request, at `fps` frames a second
+    name      of the control, for messages
+    encoding  of the control; None: it has none
+    span      range that a sound is mapped into; None: the model gives none
+    frames    of the request, at `fps` frames per second
     """
 
     name: str
@@ -42,10 +42,10 @@ class CurveFrom:
     """A curve measured from a file.
 
     source    a path of a video or of a sound, or a Video
-    feature   of a sound: "energy", how loud it is, or "onsets", how strongly sounds begin; None: "energy". A video
-              with a feature is taken for its sound
-    low, high what silence, and what the loudest frame becomes; None: the control's range
-    start     second of the file that the clip begins at
+    feature   of a sound: "energy", how loud it is, or "onsets", how strongly sounds begin; None: "energy". With a
+              feature, the sound of a video is measured
+    low, high the values for silence and for the loudest frame; None: the control's range
+    start     second of the file at which the clip begins
 
     Raises RequestError.
     """
@@ -74,7 +74,7 @@ class CurveFrom:
 
 
 def curve_from(name: str, value: object) -> CurveFrom | None:
-    """A value as the file or clip that it names; None for numbers, and for what stands for none.
+    """The file or clip that a value names; None for numbers, and for a value that means "no curve".
 
     A text is FILE or FILE:feature=onsets:low=0:high=300:start=1.5, its options in any order.
     Raises RequestError, beginning with `name`.

@@ -1,4 +1,4 @@
-"""Latents to frames, a chunk at a time: memory does not grow with the clip."""
+"""Decodes latents to frames, a chunk at a time, so that memory does not grow with the clip."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Names of devices: read whole or refused, the same for every backend."""
+"""Names of devices, checked in the same way for every backend."""
 
 from __future__ import annotations
 

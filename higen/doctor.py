@@ -1,4 +1,4 @@
-"""What works here: python, packages, backends, a model, and what runs each of its stages."""
+"""Checks an installation: Python, packages, backends, a model, and what runs each of its stages."""
 
 from __future__ import annotations
 
@@ -62,12 +62,12 @@ class LoopGraphs:
 
 @dataclass(frozen=True)
 class Report:
-    """What was found. `packages` maps a name to its version, None where it is not installed.
+    """The result of the check. `packages` maps a name to its version, None where it is not installed.
 
     `int8`: how int8 graphs are multiplied on this processor; `bf16`: whether it multiplies bfloat16 itself, if known.
-    `stages`: what runs each stage of the model, and why the better ways do not; a stage that nothing can run has the
-    backend "". A step with one branch of guidance that has no graph is left out: the one with both does its work.
-    `loops`: their graphs. `notes` say what to repair.
+    `stages`: what runs each stage of the model, and why a better way does not; a stage that nothing can run has the
+    backend "". A step with one branch of guidance is left out if it has no graph, because the step with both branches
+    replaces it. `loops`: the graphs of each loop. `notes`: what to repair.
     """
 
     python: str
@@ -128,7 +128,7 @@ class Report:
 
 
 def report(model: Path | None = None) -> Report:
-    """Look around, and load every stage of a model (None: the built-in one) to see what runs it."""
+    """Check the installation, and load every stage of a model (None: the built-in one) to see what runs it."""
     path = default_model() if model is None else model
     described, bundle = _model(path)
     name = "built-in model" if model is None else str(model)
@@ -165,7 +165,7 @@ def _notes() -> list[str]:
 
 
 def _model(path: Path) -> tuple[str, Bundle | None]:
-    """What a person reads of a model, and the model, if it is intact."""
+    """A line about a model for the user, and the model, if it is intact."""
     try:
         bundle = Bundle.open(path)
         for name in bundle.files:
@@ -186,7 +186,9 @@ def _graphs(bundle: Bundle, loop: Loop) -> LoopGraphs:
 
 
 def _idle(bundle: Bundle) -> list[str]:
-    """The steps with one branch of guidance that have no graph, though those with both have: these do their work."""
+    """The steps with one branch of guidance that have no graph, while the step with both branches has one and replaces
+    them.
+    """
     return [
         plain
         for loop in bundle.manifest.loops
@@ -196,7 +198,7 @@ def _idle(bundle: Bundle) -> list[str]:
 
 
 def _missing(bundle: Bundle) -> list[str]:
-    """What would save half the work at guidance 1."""
+    """Notes on what would save half the work at guidance 1."""
     if bundle.version == 1:
         return [f"the manifest is of version 1; version 2 says more of the model: higen upgrade {bundle.path}"]
     if not (idle := _idle(bundle)):

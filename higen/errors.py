@@ -138,7 +138,7 @@ def is_of_a_handler(error: BaseException) -> bool:
 
 
 def _cut(text: str, most: int = LONGEST) -> str:
-    """A text of at most so many characters, without its middle if need be."""
+    """A text of at most this many characters, without its middle if necessary."""
     half = (most - 5) // 2
     return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
 

@@ -1,4 +1,4 @@
-"""A scene script as one video: each scene is a single request, and what is finished is kept until all are."""
+"""Makes one video of a scene script: each scene is a single request, and finished scenes are kept until all are."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def make_film(
     on_scene  is called as each scene is ready: its number from 0, and whether it was there already
     requests  of `scene_requests`, where they have been made
 
-    Each scene's frames are those of its single request, but for those it has in common with the scene before.
+    Each scene's frames are those of its single request, except for those it has in common with the scene before.
     Raises what a request raises.
     """
     requests = scene_requests(pipeline, script) if requests is None else requests
@@ -140,7 +140,7 @@ def make_film(
 
 
 def _key(request: Request, model: list[tuple[str, str]]) -> str:
-    """A digest of all that a scene's frames depend on, but for the rounding of one backend or another."""
+    """A digest of all that a scene's frames depend on, except for the rounding of one backend or another."""
     controls = {name: _plain(value) for name, value in request.controls.items()}
     fields = {name: getattr(request, name) for name in _FIELDS}
     text = json.dumps([__version__, model, fields, controls, request.settings.as_metadata()], sort_keys=True)

@@ -1,4 +1,4 @@
-"""Processes forked from one that has a model: a copy of its memory, and none of its threads."""
+"""Processes that were forked from one with a model: they have a copy of its memory, but none of its threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a video's metadata say of how it was made."""
+"""The record in a video's metadata of how it was made."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures and clips from the user as stages want them: in the request's size, -1 to 1."""
+"""Turns pictures and clips of the user into inputs of stages: in the request's size, with values from -1 to 1."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Known frames and masks as a request gives them: which frames of the clip, and pixels as brightness."""
+"""Known frames and masks of a request: the indices of the frames, and the brightness of a mask's pixels."""
 
 from __future__ import annotations
 

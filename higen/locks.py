@@ -1,4 +1,4 @@
-"""A lock between processes, held through a file and given back by the system when its holder is gone."""
+"""A lock between processes, held on a file. The system releases it when its holder ends."""
 
 from __future__ import annotations
 

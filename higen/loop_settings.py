@@ -1,4 +1,4 @@
-"""How a request has the loops run: guidance in part of the rows, windows of a long clip, FreeInit, reused features.
+"""Settings of the loops in a request: guidance in a part of the rows, windows of a long clip, FreeInit, feature reuse.
 
 Each option is numbers or a word, so that every runtime can take it: the command line, the server, Triton and C++.
 """
@@ -71,7 +71,7 @@ def loop_settings(
     free_init_filter: Any = None,
     reuse: Any = None,
 ) -> LoopSettings:
-    """Check a request's settings for a clip of so many frames; None is the model's own, or none.
+    """Check a request's settings for a clip of this many frames; None is the model's own, or none.
 
     guidance_interval  two parts of a loop's rows, 0 to 1: guidance holds from the first to the second, and is 1
                        elsewhere; or such a pair for each loop, also one after the other

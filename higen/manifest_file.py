@@ -1,4 +1,4 @@
-"""higen.json on the disk: read with every key checked, sealed, and rewritten atomically by one writer at a time."""
+"""Reads higen.json and checks every key and the seal; rewrites it atomically, one writer at a time."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ VERSION = 2
 """Version of the manifest's layout. A reader refuses a newer one."""
 
 LARGEST = 64 * 2**20
-"""Bytes of a manifest; no model comes near."""
+"""Largest size of a manifest in bytes; real ones are far smaller."""
 
 DEEPEST = 100
 """Levels of nested lists and objects in a manifest."""
@@ -77,7 +77,7 @@ class _Graph:
 
 @dataclass(frozen=True)
 class Opened:
-    """What a manifest file says."""
+    """The contents of a manifest file."""
 
     manifest: Manifest
     files: Mapping[str, FileRecord]
@@ -153,7 +153,7 @@ def write_text(path: Path, text: str) -> None:
 
 @contextmanager
 def changing(folder: Path, sealed: bool = True) -> Iterator[Opened]:
-    """The manifest as it stands on the disk, while no other process changes the folder.
+    """Yields the manifest as it is on the disk; no other process changes the folder inside the block.
 
     Raises ModelError where the folder cannot be written, an OSError inside the block included, and what `read_manifest`
     raises.
@@ -178,7 +178,7 @@ def check_version(folder: Path, opened: Opened) -> None:
 def rewrite(folder: Path, change: Callable[[Opened], Opened], sealed: bool = True) -> None:
     """Read the manifest, change it and write it, while no other process does.
 
-    `change` makes version 2 of a manifest of version 1, or it is refused. Raises what `changing` raises.
+    A manifest of version 1 is refused unless `change` turns it into version 2. Raises what `changing` raises.
     """
     with changing(folder, sealed) as before:
         opened = change(before)
@@ -189,7 +189,7 @@ def rewrite(folder: Path, change: Callable[[Opened], Opened], sealed: bool = Tru
 def _read(folder: Path) -> bytes:
     path = folder / MANIFEST
     try:
-        if path.exists() and not path.is_file():  # a pipe would wait for ever
+        if path.exists() and not path.is_file():  # a pipe would wait forever
             raise ManifestError(f"{path}: no plain file")
         with path.open("rb") as file:
             data = file.read(LARGEST + 1)
@@ -220,12 +220,12 @@ def _parse(path: Path, data: bytes) -> dict[str, Any]:
 
 def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if (twice := repeated_key(pairs)) is not None:
-        raise ValueError(f"{twice!r} stands there twice")
+        raise ValueError(f"{twice!r} appears twice")
     return dict(pairs)
 
 
 def _check_values(document: object) -> None:
-    """Raise ValueError for what JSON cannot say or other readers refuse: NaN, half a surrogate pair, deep nesting."""
+    """Raise ValueError for values that JSON or other readers refuse: NaN, half a surrogate pair, deep nesting."""
     level = [document]
     for _ in range(DEEPEST):
         values: list[object] = []
@@ -279,7 +279,7 @@ def _check_seal(path: Path, data: bytes, seal: object) -> None:
 
 
 def _plain_name(name: str) -> str:
-    """A file of a model lies in its directory or below: no absolute path, no way out."""
+    """Check that a file of a model lies inside its directory: an absolute path and ".." are refused."""
     parts = name.replace("\\", "/").split("/")
     if not name or name == MANIFEST or "" in parts or "." in parts or ".." in parts or ":" in name or "\0" in name:
         raise ManifestError(f"{MANIFEST}: files has the entry {name!r}: a path inside the model directory is wanted")

@@ -37,7 +37,7 @@ __all__ = [
 ]
 
 MEASURED = ("sinusoid", "similarity")
-"""Encodings whose curves have units that a clip can be measured in."""
+"""Encodings whose curves have units of their own, in which a clip can be measured."""
 
 
 class _Clip(Protocol):
@@ -132,7 +132,7 @@ def _is_sound(given: CurveFrom) -> bool:
 
 
 def _span(asked: CurveAsked, given: CurveFrom) -> tuple[float, float]:
-    """What the curve is mapped into. Raises RequestError."""
+    """The range that the curve is mapped into. Raises RequestError."""
     low, high = asked.span if asked.span is not None else (0.0, None)
     low, high = given.low if given.low is not None else low, given.high if given.high is not None else high
     if high is None:
@@ -141,7 +141,7 @@ def _span(asked: CurveAsked, given: CurveFrom) -> tuple[float, float]:
 
 
 def sound_curve(asked: CurveAsked, given: CurveFrom, note: Callable[[str], None]) -> list[float]:
-    """The numbers of a sound file. `note` is told of a sound that ends before the clip. Raises as `measured_curve`."""
+    """The numbers of a sound file. `note` gets a line if the sound ends before the clip. Raises as `measured_curve`."""
     low, high = _span(asked, given)
     assert given.path is not None
     seconds = asked.frames / asked.fps
@@ -149,7 +149,7 @@ def sound_curve(asked: CurveAsked, given: CurveFrom, note: Callable[[str], None]
     if sound.seconds < seconds - 0.5 / asked.fps:
         note(f"{sound.seconds:.2f} s from {given.start:g} s on, for a clip of {seconds:.2f} s: the rest is silence")
     feature = given.feature or "energy"
-    # Between two frames there is the sound of the first one.
+    # The value between two frames is that of the sound while the first one is shown.
     count = max(asked.frames - 1, 1) if asked.encoding == "sinusoid" else asked.frames
     values = FEATURES[feature](sound, count, asked.fps)
     if not values.any():
@@ -180,7 +180,7 @@ def _of_clip(
 
 
 def _frames(manifest: Manifest, asked: CurveAsked, given: CurveFrom, note: Callable[[str], None]) -> NDArray[np.uint8]:
-    """The frames of a request's moments, in the model's own size: there its units were learnt."""
+    """The frames at the times of the requested frames, in the model's own size, for which its units were learnt."""
     found = _source(given)
     rate = rate_of(found.times, found.end, asked.fps, asked.frames)
     if abs(rate / asked.fps - 1) >= SAME:
@@ -203,11 +203,11 @@ def _source(given: CurveFrom) -> Source:
     return Held(kept.frames, kept.fps)
 
 
-# A clip's curves beside those asked for.
+# The curves of a clip, measured and requested.
 
 
 def measured_cues(manifest: Manifest, backend: Backend, clip: _Clip) -> dict[str, NDArray[np.float64]]:
-    """The curves of a clip that have units of their own, by control: one number a pair of frames, or each frame's
+    """The curves of a clip that have units of their own, by control: one number per pair of frames, or each frame's
     likeness to the first one. Raises RequestError for a model that measures none, and for a clip of one frame.
     """
     controls = [control for control in manifest.controls if control.encoding in MEASURED]
@@ -223,7 +223,7 @@ def measured_cues(manifest: Manifest, backend: Backend, clip: _Clip) -> dict[str
 
 
 def requested_curves(manifest: Manifest, metadata: Mapping[str, Any], frames: int) -> dict[str, NDArray[np.float64]]:
-    """The curves that a clip's metadata say were asked for, as `measured_cues` has them; those left open are none."""
+    """The requested curves in a clip's metadata, in the form of `measured_cues`; without those that were left open."""
     found = {}
     for control in manifest.controls:
         value = metadata.get(control.name)

@@ -1,4 +1,4 @@
-"""Too little memory: one error, whoever noticed it and however it was said."""
+"""Too little memory: one error for all libraries that report it, each in its own way."""
 
 from __future__ import annotations
 

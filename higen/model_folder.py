@@ -1,4 +1,4 @@
-"""A model's folder as a whole: it appears finished, and replaces another only where all in that one is the model's."""
+"""A model's folder appears finished. It replaces another folder only if that one has no files but a model's."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def staged(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Pa
     """Make a folder as a whole: yields an empty one beside `path`, which is moved there on a clean exit.
 
     Nothing appears at `path` before everything is written, and nothing stays behind when writing fails; what a killed
-    process left is taken away. A link at `path` stays, and the folder it points to is replaced.
+    process left is removed. A link at `path` stays, and the folder it points to is replaced.
     Raises what `check_free` raises, and ModelError if it cannot be written: an OSError inside the block is taken for
     that.
     """

@@ -1,4 +1,4 @@
-"""Noise schedules and the names of solvers, with what each may be: what a manifest's loop says of them.
+"""Noise schedules and names of solvers in a manifest's loops, and the values that they may have.
 
 A state is x = alpha z + sigma n: clean latents z and unit Gaussian noise n, with alpha^2 + sigma^2 = 1 (kind "flow":
 alpha + sigma = 1). higen/schedule.py makes a solver's table of the two.

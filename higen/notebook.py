@@ -1,4 +1,4 @@
-"""A generation in a notebook: previews while it runs, and a form made of a model's controls (extra `notebook`)."""
+"""A generation in a notebook: previews while it runs, and a form with a model's controls (extra `notebook`)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A file that a person named: it may be replaced, through a link too, but not where they have protected it."""
+"""A file that a person named as output. It is replaced, through a link too, unless it is write-protected."""
 
 from __future__ import annotations
 

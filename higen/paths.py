@@ -1,4 +1,4 @@
-"""Paths as people give them."""
+"""Paths that a user gives."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["given_path"]
 
 
 def given_path(path: object, name: str = "path") -> Path:
-    """A path that a person gave; `~` and `~user` are home folders, as in a shell.
+    """A path that a user gave; `~` and `~user` are home folders, as in a shell.
 
-    Raises RequestError, beginning with `name`, for what is no path.
+    Raises RequestError, beginning with `name`, for anything that is not a path.
     """
     if not isinstance(path, (str, os.PathLike)):
         raise RequestError(f"{name}={quoted(path)}: a path, as a text or a pathlib.Path")

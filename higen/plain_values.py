@@ -1,4 +1,4 @@
-"""Numbers and lists as people have them: arrays, array scalars and tensors become Python's own."""
+"""Turns arrays, array scalars and tensors of a user into Python's numbers and lists."""
 
 from __future__ import annotations
 

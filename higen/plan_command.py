@@ -16,7 +16,7 @@ from higen.text_files import TextError, plain_text
 __all__ = ["plan"]
 
 KEYS = ("HIGEN_LLM_KEY", "OPENAI_API_KEY")
-"""Environment variables that an endpoint's key is read from, the first that is set."""
+"""Environment variables for an endpoint's key: the first one that is set is read."""
 
 
 @click.command()
@@ -24,7 +24,7 @@ KEYS = ("HIGEN_LLM_KEY", "OPENAI_API_KEY")
 @click.option("-o", "--output", type=PATH, help="File to write the script to.  [standard output]")
 @click.option("--model", type=PATH, help="Model directory that will draw it.  [the built-in small model]")
 @click.option("--llm", metavar="URL", help="Endpoint with OpenAI's chat completions.  [none: rules]")
-@click.option("--llm-model", metavar="NAME", help="The language model's name there.")
+@click.option("--llm-model", metavar="NAME", help="Name of the language model at the endpoint.")
 @click.option("--llm-timeout", type=float, default=120.0, show_default=True, help="Seconds that one answer may take.")
 @click.option("--schema", is_flag=True, help="Print the JSON schema of the model's scripts, and plan nothing.")
 @JSON
@@ -40,8 +40,8 @@ def plan(
 ) -> None:
     """Turn STORY (- is standard input) into a scene script for `higen generate --script`.
 
-    Without --llm, rules read its words of order, pace and stillness. The key of an endpoint is read from the
-    environment variable HIGEN_LLM_KEY, or OPENAI_API_KEY.
+    Without --llm, rules look for words of order, pace and stillness. The endpoint's key is read from the environment
+    variable HIGEN_LLM_KEY or OPENAI_API_KEY.
     """
     with reported(as_json):
         from higen.bundle import Bundle, default_model
@@ -81,7 +81,7 @@ def plan(
 
 
 def _standard_input() -> str:
-    """What stands there, UTF-8. Raises RequestError."""
+    """The text of a file or of standard input, UTF-8. Raises RequestError."""
     try:
         return plain_text(sys.stdin.buffer.read())
     except TextError as error:

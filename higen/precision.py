@@ -1,4 +1,4 @@
-"""What a stage's graph computes in: every fact about a precision, in one row."""
+"""The precisions in which a stage's graph computes: one row has every fact about a precision."""
 
 from __future__ import annotations
 

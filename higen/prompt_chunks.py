@@ -18,7 +18,7 @@ from higen.errors import RequestError
 __all__ = ["NEAR", "Chunks", "Reading", "joined_chunks", "weighted"]
 
 NEAR = 20
-"""A chunk that is full ends at its last comma where that is at most so many tokens back."""
+"""A chunk that is full ends at its last comma where that is at most this many tokens back."""
 
 
 @dataclass(frozen=True, eq=False)

@@ -68,7 +68,7 @@ class _Reader:
 def pieces(prompt: str, name: str = "prompt") -> list[Piece]:
     r"""The parts of a prompt with their weights, neighbours of equal weight joined.
 
-    Raises RequestError, which calls the prompt `name`: a weight that is no plain decimal number, or beyond 100; more
+    Raises RequestError, which calls the prompt `name`: a weight that is not a plain decimal number, or beyond 100; more
     than 32 open brackets; `[a:b:0.5]` and `[a|b]`, the web UI's prompt editing, which is not supported.
     """
     reader = _Reader(prompt, name)

@@ -33,7 +33,7 @@ def check_references(manifest: Rows) -> None:
     rows = tuple(stage.name for stage in manifest.all_stages)
     for table, names in (("stages", (*rows, *loops)), ("controls", controls)):
         twice = sorted({name for name in names if names.count(name) > 1})
-        check(not twice, f"{table}: {', '.join(twice)} stands there twice (a loop and a stage share their names)")
+        check(not twice, f"{table}: {', '.join(twice)} appears twice (a loop and a stage share their names)")
     good = 1 <= len(stages) <= MOST_ROWS and 1 <= len(loops) <= MOST_ROWS
     check(good, f"stages, loops: from 1 to {MOST_ROWS} rows each, not {len(stages)} and {len(loops)}")
     check(TOKENS not in {*manifest.free} & {*manifest.fixed}, f"sizes.symbols.{TOKENS}: text.chunks makes it free")
@@ -175,7 +175,7 @@ def _check_known_source(where: str, tensor: Tensor) -> None:
 
 
 def _check_given(manifest: Rows, where: str, text: str, kinds: tuple[str, ...]) -> None:
-    """A stage that is given the frames of a control in the place of its picture or clip: they are its axis N."""
+    """A stage that is given the frames of a control in place of its picture or clip: they are its axis N."""
     found = source(text)
     names = [control.name for control in manifest.controls if control.kind in kinds]
     check(found.given in names, f"{where}: source {text}: the controls of kind {' or '.join(kinds)} are {names}")

@@ -170,7 +170,7 @@ def make_request(
     """Check every argument against the model; None is the model's default.
 
     `settings`: those of `loop_settings`.
-    `only`: make so many frames, though the values per frame are for all of them.
+    `only`: make this many frames, though the values per frame are for all of them.
 
     `load(control, value, frames, width, height)` reads a picture or clip; `measure` gives the numbers of a curve in
     whose place a file is named (None: curves are numbers). Raises RequestError.

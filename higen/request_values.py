@@ -1,4 +1,4 @@
-"""The values of a request, each checked by itself: one per loop, guidance, solvers, controls that are no pictures."""
+"""The values of a request, each checked by itself: one per loop, guidance, solvers, controls other than pictures."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def loop_solver(loop: Loop, name: object) -> str:
 
 
 def control_value(manifest: Manifest, control: Control, value: Any, frames: int) -> Any:
-    """A control that is no picture; a value that is not given is the default."""
+    """A control that is not a picture; a value that is not given is the default."""
     if isinstance(value, str) and value == UNSPECIFIED and control.kind not in ("text", "choice"):
         if not control.optional:
             raise RequestError(

@@ -1,4 +1,4 @@
-"""The rows of a manifest's tables, found by name: what their checks (higen/references.py) and a manifest share."""
+"""Finds rows of a manifest's tables by name, for their checks (higen/references.py) and for a manifest."""
 
 from __future__ import annotations
 

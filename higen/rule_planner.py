@@ -1,7 +1,7 @@
 """A scene script from a story by rules: words of order, of pace and of stillness, in English. No model, no network.
 
 "a whale flaps its tail, first slowly, then fast, then it stops. Then a cat waves" has two scenes; the first one's pace
-is ["slow", "fast", "still"]. What else the words mean, the rules do not see.
+is ["slow", "fast", "still"]. The rules ignore the rest of the words' meaning.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ _EMPTY = frozenset(
         everything""",
     )
 )
-"""Words that alone are no scene: what is left of "and then it moves"."""
+"""Words that do not make a scene alone, as in "and then it moves"."""
 
 _PRONOUN = re.compile(r"^(?:it|he|she|they)\b", re.IGNORECASE)
 _DETERMINERS = frozenset((*_NUMBERS, "an", "the", "some", "many", "my", "our", "his", "her"))
@@ -65,7 +65,7 @@ _NO_SUBJECT = re.compile(
     r"its|his|her|their|\w+ly)\b))",
     re.IGNORECASE,
 )
-"""Before "jumps over the fence", which goes on with whom the scene before was about."""
+"""The beginning of a part such as "jumps over the fence", which continues with the subject of the scene before."""
 
 _VERB = re.compile(r"(?:ing|s|ed)$", re.IGNORECASE)
 
@@ -79,7 +79,7 @@ class _Draft:
 
 
 def pace_control(manifest: Manifest) -> Control | None:
-    """The control that words of pace set: the first curve with a range that is no likeness; None: there is none."""
+    """The control that words of pace set: the first curve with a range that is not a likeness; None: there is none."""
     curves = [control for control in manifest.controls if control.kind == "curve" and control.span is not None]
     return next((control for control in curves if control.encoding != "similarity"), None)
 
@@ -98,8 +98,8 @@ def plan_by_rules(story: str, manifest: Manifest) -> dict[str, Any]:
 
 
 def _pieces(story: str) -> list[tuple[str, str]]:
-    """The parts between boundaries, each with what it begins with: "sentence", "order", "fade", or "comma" for what
-    may be more of the same.
+    """The parts between boundaries, each with the kind of its beginning: "sentence", "order", "fade", or "comma" for a
+    part that may continue the one before.
     """
     found: list[tuple[str, str]] = []
     begins, start = "sentence", 0
@@ -118,7 +118,7 @@ def _pieces(story: str) -> list[tuple[str, str]]:
 
 
 def _add(drafts: list[_Draft], begins: str, text: str, paced: bool) -> None:
-    """Enter a part of the story: a scene of its own, more of the last one, or a change of its pace."""
+    """Enter a part of the story: a new scene, an addition to the last one, or a change of its pace."""
     last = drafts[-1] if drafts else None
     lasting = _LASTING.search(text)
     seconds = None
@@ -158,7 +158,7 @@ def _tidy(text: str) -> str:
 
 
 def _subject(text: str) -> str:
-    """Whom a scene is about: its first words, up to the first that looks like a verb."""
+    """The subject of a scene: its first words, up to the first one that looks like a verb."""
     words = text.split(",")[0].split()
     least = 2 if words and words[0].lower() in _DETERMINERS else 1
     end = next((i for i, word in enumerate(words) if i >= least and _VERB.search(word)), least)
@@ -169,7 +169,7 @@ def _scene(draft: _Draft, place: int, manifest: Manifest, pace: Control | None) 
     low, default, high = manifest.sizes.frames
     fps = manifest.sizes.fps
     scene: dict[str, Any] = {"prompt": draft.text}
-    # Half a usual clip for each change of pace beyond the second, as far as the model reaches.
+    # Each change of pace after the second adds half a usual clip, up to the model's longest clip.
     frames = min(max(default, default * len(draft.paces) // 2, low), high)
     scene["seconds"] = frames / fps if draft.seconds is None else draft.seconds
     if pace is not None and draft.paces:

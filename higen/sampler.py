@@ -59,7 +59,7 @@ class Plan:
     """How one loop is run for one request.
 
     stage      the stage that does a row with this guidance [B, f]
-    conditions the inputs of a stage that are no state, [B, ...] each
+    conditions inputs of a stage other than its state, [B, ...] each
     guidance   [rows, B, f]
     seeds, purpose   streams of the noise that a stochastic solver adds
     first      the row to begin with

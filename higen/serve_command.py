@@ -15,7 +15,7 @@ __all__ = ["serve"]
 
 @click.command()
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0 is every one.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0: all of them.")
 @click.option("--port", default=8000, show_default=True, help="0: any free port.")
 @click.option(
     "--data", type=PATH, default=Path("higen-serve"), show_default=True, help="Folder of the queue and the videos."
@@ -25,20 +25,26 @@ __all__ = ["serve"]
 @click.option("--precision", help="What the stages compute in.  [fp32 on a CPU]")
 @click.option("--threads", type=int, help="CPU threads of one stage.  [the library's choice]")
 @click.option("--memory", help="Bytes of weights loaded at once: 8GB.  [no limit]")
-@click.option("--slots", default=8, show_default=True, help="Jobs at work at once.")
+@click.option("--slots", default=8, show_default=True, help="Jobs that run at the same time.")
 @click.option("--max-batch", default=8, show_default=True, help="Samples in a shared batch.")
-@click.option("--quota", default="20GB", show_default=True, help="Bytes of results; the oldest go first.")
+@click.option(
+    "--quota", default="20GB", show_default=True, help="Bytes of results that are kept; the oldest are removed first."
+)
 @click.option("--max-age", default="7d", show_default=True, help="How long a finished video is kept.")
-@click.option("--api-keys", type=PATH, help="File of hashed keys: only who has one is answered.")
+@click.option("--api-keys", type=PATH, help="File of hashed keys: only requests with one of these keys are answered.")
 @click.option("--new-key", metavar="NAME", help="Add a key to the file --api-keys, print it, and end.")
 @click.option("--cors", "origins", multiple=True, metavar="ORIGIN", help="A page that may call the API; repeatable.")
 @click.option("--allow-host", "hosts", multiple=True, help="A name of this server besides localhost; repeatable.")
-@click.option("--max-body", default="32MB", show_default=True, help="Bytes of a request.")
+@click.option("--max-body", default="32MB", show_default=True, help="Largest size of a request in bytes.")
 @click.option("--max-frames", default=256, show_default=True)
-@click.option("--max-pixels", default=2**21, show_default=True, help="Of a frame: width times height.")
-@click.option("--max-steps", default=200, show_default=True, help="Denoising steps of each loop.")
-@click.option("--max-queue", default=64, show_default=True, help="Jobs of one key that wait or run.")
-@click.option("--max-streams", default=256, show_default=True, help="Event streams and waiting calls.")
+@click.option(
+    "--max-pixels", default=2**21, show_default=True, help="Largest number of pixels of a frame, width times height."
+)
+@click.option("--max-steps", default=200, show_default=True, help="Most denoising steps of each loop.")
+@click.option("--max-queue", default=64, show_default=True, help="Most jobs of one key that wait or run.")
+@click.option(
+    "--max-streams", default=256, show_default=True, help="Most event streams and waiting calls at the same time."
+)
 @click.option("--max-connections", default=768, show_default=True)
 @JSON
 def serve(

@@ -144,7 +144,7 @@ class Sources:
         return noise.frame_order(seed, purpose, frames, windows.length, windows.stride, windows.noise)
 
     def batch(self, stage: Stage, loop: Loop) -> dict[str, Array]:
-        """The inputs of a denoising stage that are no state, for all samples: [B, ...] each."""
+        """The inputs of a denoising stage other than its state, for all samples: [B, ...] each."""
         rows = [self.inputs(stage, Place(i, self._request.frames_of(loop), loop)) for i in range(self.samples)]
         ragged = {tensor.name for tensor in stage.inputs if TOKENS in tensor.shape and TOKENS in self._manifest.free}
         most = max(self.chunks(i) for i in range(self.samples)) * self._length
@@ -166,7 +166,7 @@ class Sources:
         return self._manifest.text.length if self._manifest.text is not None else 0
 
     def inputs(self, stage: Stage, place: Place) -> dict[str, Array]:
-        """The inputs of a stage that are no state, for one sample."""
+        """The inputs of a stage other than its state, for one sample."""
         return {tensor.name: self._value(tensor, place).array for tensor in stage.conditions}
 
     def made(self, text: str, loop: Loop) -> Array:

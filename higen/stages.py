@@ -67,7 +67,7 @@ class Source:
     """Where an input comes from: `kind` (state, control, text, picture, clip, noise, known, made) and `name`.
 
     `output`: of a stage or loop (`made`). `negative`: made of the negative prompt. `given`: made of the frames of this
-    control, in the place of a picture or clip. `resampled`: a picture in the input's own size. `shown`: pixels that a
+    control, in place of a picture or clip. `resampled`: a picture in the input's own size. `shown`: pixels that a
     stage made, taken as a picture.
     """
 
@@ -175,7 +175,7 @@ class Stage:
 
     @property
     def conditions(self) -> tuple[Tensor, ...]:
-        """The inputs that are no state."""
+        """The inputs other than the state."""
         return tuple(t for t in self.inputs if t.source != "state")
 
     def input(self, name: str) -> Tensor:

@@ -1,16 +1,16 @@
-"""Files and folders that appear whole or not at all, whatever kills the process that writes them.
+"""Files and folders that appear whole or not at all, even if their process is killed.
 
 A writer works in a hidden folder beside its target and renames what is finished into place:
 
-    .higen-<12 digits><8 digits>/           the last eight are a digest of the others: nobody else makes such a name
-        note                                says whose it is
-        new/                                what is being written
-        journal                             only while several files take their places (higen/commit.py)
+    .higen-<12 digits><8 digits>/           the last eight are a digest of the others, so that higen knows its own names
+        note                                says that higen made the folder
+        new/                                the unfinished files
+        journal                             only while several files are moved to their places (higen/commit.py)
     .higen-<12 digits><8 digits>.<name>     a file that must lie beside others while it is written
 
-Its owner holds a lock on the folder for as long as it lives. The next writer in that place takes away what a killed one
-left: a folder of such a name, with the note in it, whose lock is free. Where there is a journal the change is finished
-first, by the next writer or reader. Nothing else is ever touched.
+The writer holds a lock on the folder as long as it runs. The next writer in the same place removes what a killed one
+left: a folder with such a name and the note, whose lock is free. If there is a journal, the next writer or reader first
+finishes the change. Nothing else is removed.
 """
 
 from __future__ import annotations
@@ -41,13 +41,13 @@ _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 
 
 class Staging:
-    """A locked folder for what is not finished.
+    """A locked folder for unfinished files.
 
     folder   empty, to be filled; in the same file system as the targets, which lie in `parent`
     """
 
     def __init__(self, parent: Path) -> None:
-        """Made in `parent`. Raises OSError."""
+        """Make the folder in `parent`. Raises OSError."""
         self.parent = parent
         self.root, self._lock = _make(parent)
         self.folder = self.root / commit.NEW
@@ -62,13 +62,13 @@ class Staging:
     def commit(self, pairs: Sequence[tuple[Path, Path]], removals: Sequence[Path] = ()) -> None:
         """Move files, of `folder` or beside it, to names in `parent`, then remove files there: all of it or nothing.
 
-        The caller holds `exclusive(parent)` and has seen that these targets may be replaced. Raises OSError: either
-        nothing was changed, or the rest is done by the next writer or reader.
+        The caller holds `exclusive(parent)` and has checked that these targets may be replaced. After an OSError,
+        either nothing has changed, or the next writer or reader does the rest.
         """
         commit.begin(self.root, commit.moves(self.parent, pairs, removals))
 
     def swap(self, target: Path) -> None:
-        """Put `folder` in the place of the folder `target`, so that a kill never leaves the path empty for good.
+        """Replace the folder `target` by `folder`. A kill never leaves the path empty permanently.
 
         The caller holds `exclusive(parent)`. Raises OSError: then nothing was changed.
         """
@@ -76,7 +76,7 @@ class Staging:
             commit.begin(self.root, commit.swap(target))
 
     def close(self) -> None:
-        """Take the folder away, unless a change that could not be finished is kept in it."""
+        """Remove the folder, unless it holds a change that could not be finished."""
         with suppress(OSError):
             if not commit.committed(self.root):
                 _remove(self.root, self._beside)
@@ -86,7 +86,7 @@ class Staging:
 
 @contextmanager
 def staging(parent: Path) -> Iterator[Staging]:
-    """A folder for unfinished files in `parent`, where what killed writers left is taken away first. Raises OSError."""
+    """A folder for unfinished files in `parent`, where what killed writers left is removed first. Raises OSError."""
     parent = parent.absolute()  # the working directory may change
     sweep(parent)
     stage = Staging(parent)
@@ -111,10 +111,10 @@ def whole_file(path: Path, suffix: str | None = None) -> Iterator[Path]:
 
 @contextmanager
 def exclusive(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """Be the only writer that changes several files of `folder`; what a killed one began is finished first.
+    """Be the only writer that changes several files of `folder`. A change that a killed one began is finished first.
 
-    `wait`: until another one has ended; else BlockingIOError is raised. The lock file is gone afterwards. On a system
-    without such locks nothing is held. Raises OSError where the folder cannot be written.
+    `wait`: wait for the end of another writer; otherwise BlockingIOError is raised. The lock file is removed after use.
+    On a system without such locks nothing is held. Raises OSError where the folder cannot be written.
     """
     path = folder / LOCK
     for _ in range(_TRIES):
@@ -124,7 +124,7 @@ def exclusive(folder: Path, *, wait: bool = True) -> Iterator[None]:
             descriptor = hold(path, os.O_RDONLY | os.O_CREAT | _NOFOLLOW, wait=wait)
         if descriptor is None or _still(path, descriptor):
             break
-        os.close(descriptor)  # its holder took it away: another may have made it anew
+        os.close(descriptor)  # its holder removed it, and another writer may have made a new one
     else:
         raise OSError(errno.EAGAIN, "cannot be locked", os.fspath(path))
     try:
@@ -133,15 +133,15 @@ def exclusive(folder: Path, *, wait: bool = True) -> Iterator[None]:
     finally:
         if descriptor is not None:
             with suppress(OSError):
-                if os.fstat(descriptor).st_size == 0:  # else somebody else's file has our lock's name
+                if os.fstat(descriptor).st_size == 0:  # otherwise another program's file has the lock's name
                     path.unlink()
             os.close(descriptor)
 
 
 def settle(folder: Path, *, wait: bool = True) -> None:
-    """Finish what a killed writer began to change in `folder`; nothing is done where it cannot be written.
+    """Finish the change that a killed writer began in `folder`. Nothing is done in a folder that cannot be written.
 
-    `wait`: for another writer at work there; it does the same.
+    `wait`: wait for another writer there, which finishes the change itself.
     """
     with suppress(OSError, ValueError):  # ValueError: a name that no file system takes
         if any(commit.committed(root) for root in _roots(folder)):
@@ -150,7 +150,7 @@ def settle(folder: Path, *, wait: bool = True) -> None:
 
 
 def others(stage: Staging) -> bool:
-    """Whether another writer is at work in the same place."""
+    """Whether another writer works in the same place."""
     for root in _roots(stage.parent):
         if root != stage.root:
             claim = _claim(root)
@@ -165,7 +165,7 @@ def _named(token: str) -> str:
 
 
 def _make(parent: Path) -> tuple[Path, int | None]:
-    """A new folder of ours and the lock on it."""
+    """A new folder with higen's name, and the lock on it."""
     for _ in range(_TRIES):
         root = parent / _named(secrets.token_hex(6))
         try:
@@ -192,7 +192,7 @@ def _make(parent: Path) -> tuple[Path, int | None]:
 
 
 def _still(path: Path, descriptor: int) -> bool:
-    """Whether what was locked is still what lies there."""
+    """Whether the path still leads to the locked file."""
     try:
         return os.path.samestat(path.lstat(), os.fstat(descriptor))
     except FileNotFoundError:
@@ -200,7 +200,7 @@ def _still(path: Path, descriptor: int) -> bool:
 
 
 def _owner(name: str) -> str | None:
-    """The folder's name, where `name` is that of a folder of ours or of a file beside it."""
+    """The folder's name, if `name` is that of a folder of higen's or of a file beside it."""
     found = _NAME.fullmatch(name)
     whole = _named(found[1]) if found else ""
     return whole if found and whole.endswith(found[2]) else None
@@ -213,7 +213,7 @@ def _roots(parent: Path) -> list[Path]:
 
 
 def _claim(root: Path) -> int | None:
-    """The lock of a folder of ours whose owner is gone; None for any other, and where there are no locks to tell."""
+    """The lock of a folder of higen's whose owner has ended; None for other folders, and on systems without locks."""
     try:
         lock = hold(root, os.O_RDONLY | _NOFOLLOW, wait=False)
     except OSError:
@@ -228,12 +228,12 @@ def _claim(root: Path) -> int | None:
 
 
 def _is_mine(descriptor: int) -> bool:
-    """Whether the same person made it: what others leave in a shared folder is not followed."""
+    """Whether the same user made it. Journals of other users in a shared folder are not followed."""
     return not hasattr(os, "geteuid") or os.fstat(descriptor).st_uid == os.geteuid()
 
 
 def _noted(root: Path) -> bool:
-    """Whether the note is ours, or its writer was killed before it was written."""
+    """Whether the note is higen's, or is missing because its writer was killed."""
     note = root / NOTE
     if not os.path.lexists(note):
         return not any(root.iterdir())
@@ -241,7 +241,7 @@ def _noted(root: Path) -> bool:
 
 
 def sweep(parent: Path) -> None:
-    """Take away what killed writers left in `parent`; what cannot be taken away stays."""
+    """Remove what killed writers left in `parent`; what cannot be removed stays."""
     with suppress(OSError, ValueError):
         settle(parent, wait=False)  # the caller may be the one that has the lock
         with os.scandir(parent) as entries:
@@ -263,7 +263,7 @@ def sweep(parent: Path) -> None:
 
 
 def _unlock(path: Path) -> None:
-    """Take away the lock file of a killed holder."""
+    """Remove the lock file of a killed holder."""
     lock = hold(path, os.O_RDONLY | _NOFOLLOW, wait=False)
     if lock is not None:
         if _still(path, lock) and os.fstat(lock).st_size == 0:
@@ -272,7 +272,7 @@ def _unlock(path: Path) -> None:
 
 
 def _remove(root: Path, beside: Sequence[Path]) -> None:
-    """Take away a folder of ours: the note goes last, so that a kill leaves what is known for ours."""
+    """Remove a folder of higen's, the note last, so that the folder is still recognised after a kill."""
     for path in beside:
         path.unlink(missing_ok=True)
     for entry in sorted(root.iterdir(), key=lambda path: path.name == NOTE):
@@ -284,7 +284,7 @@ def _remove(root: Path, beside: Sequence[Path]) -> None:
 
 
 def _finish_all(parent: Path) -> None:
-    """Finish what killed writers began. The caller is alone, so that every journal is one of those."""
+    """Finish the changes of killed writers. The caller is the only writer, so every journal is of a killed one."""
     for root in _roots(parent):
         if commit.committed(root) and (lock := _claim(root)) is not None:
             try:

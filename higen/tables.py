@@ -49,7 +49,7 @@ COMMON = (
 """What every request may set, whatever the model; no control has such a name."""
 
 CURVES = ("sinusoid", "similarity", "curve")
-"""Encodings of a control as rows, one a frame."""
+"""Encodings of a control as rows, one per frame."""
 
 ENCODINGS: dict[str, tuple[str | None, ...]] = {
     "curve": CURVES,
@@ -130,7 +130,7 @@ class TextRules:
 
     clean    repair the text as CLIP does
     weights  "parentheses": words have weights, `(word:1.3)`, and BREAK begins a new chunk; None: a prompt is plain text
-    chunks   so many rows of ids at most; a longer text is cut
+    chunks   this many rows of ids at most; a longer text is cut
     """
 
     tokenizer: str

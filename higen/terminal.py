@@ -1,4 +1,4 @@
-"""How the commands talk: errors and warnings as lines or JSON, and exit codes; the paths that they are given.
+"""What all commands share: errors and warnings as lines or JSON, exit codes, and types of paths.
 
 0 done, 1 failed (parity, a stage, the environment, a full or closed output), 2 wrong input, 130 Ctrl-C.
 """

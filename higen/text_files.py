@@ -1,7 +1,7 @@
-"""The reader of the text files that people make: captions, lists, settings, profiles, architectures.
+"""Reads the text files that people write: captions, lists, settings, profiles, architectures.
 
-Editors and spreadsheets leave marks that change what a file says. What can be read in one way only is read so (a
-UTF-8 byte order mark, the ends of lines); all else is refused with its line and with what to do.
+Editors and spreadsheets add marks. Where a mark has only one meaning (a UTF-8 byte order mark, the kind of line ends),
+it is removed. Every other one is refused with its line and with what to do.
 """
 
 from __future__ import annotations
@@ -19,23 +19,25 @@ __all__ = ["TextError", "check_text", "from_json_text", "plain_text", "read_json
 __all__ += ["repeated_key"]
 
 LARGEST = 16 * 2**20
-"""Bytes of a file of settings at most."""
+"""Largest size of a file of settings, in bytes."""
 
 _WRONG = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\ufeff\ud800-\udfff]")
-"""Characters that no person writes: controls (a form feed counts as space), a byte order mark, half a pair."""
+"""Characters that no person writes: control characters (a form feed counts as white space), a byte order mark, half a
+surrogate pair.
+"""
 
 
 class TextError(ValueError):
-    """A file is no text that can be read in one way; the message is the reason, without the file's name."""
+    """A file is not an unambiguous text; the message is the reason, without the file's name."""
 
 
 def read_text(path: str | os.PathLike[str], largest: int | None = LARGEST) -> str:
-    """A UTF-8 text file, without a byte order mark, its lines ended by newlines alone.
+    """The text of a UTF-8 file, without a byte order mark; every line ends with a newline alone.
 
-    largest   bytes that are allowed; None: any number
+    largest   the largest size that is allowed, in bytes; None: any size
 
-    Raises OSError where it cannot be opened, and TextError for another encoding, characters that no text has, more
-    bytes, or what is no regular file (a pipe would wait for its writer).
+    Raises OSError where the file cannot be opened, and TextError for another encoding, for characters that no person
+    writes, for a larger file, and for anything but a regular file (a pipe would wait for its writer).
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with os.fdopen(descriptor, "rb") as file:
@@ -50,7 +52,7 @@ def read_text(path: str | os.PathLike[str], largest: int | None = LARGEST) -> st
 
 
 def plain_text(data: bytes) -> str:
-    """Bytes of a text file as its text. Raises TextError."""
+    """The text in the bytes of a text file. Raises TextError."""
     if data.startswith((b"\xff\xfe", b"\xfe\xff")) or _looks_utf_16(data):
         raise TextError("UTF-16: save it as UTF-8")
     while data.startswith(b"\xef\xbb\xbf"):
@@ -77,7 +79,7 @@ def check_text(text: str) -> None:
 
 
 def _looks_utf_16(data: bytes) -> bool:
-    """Whether every other byte of the beginning is zero, as Latin letters have it in UTF-16 without a mark."""
+    """Whether every second byte of the beginning is zero, as in UTF-16 without a mark for Latin letters."""
     start = data[: len(data) // 2 * 2][:64]
     return len(start) >= 4 and (not any(start[1::2]) or not any(start[::2])) and any(start)
 
@@ -88,7 +90,7 @@ def read_json(path: str | os.PathLike[str], largest: int | None = LARGEST) -> An
 
 
 def from_json_text(text: str) -> Any:
-    """The value of a JSON text. Raises TextError for what is no JSON, or has a key twice."""
+    """The value of a JSON text. Raises TextError for a text that is not JSON or has a key twice."""
     try:
         return json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
@@ -99,18 +101,18 @@ def from_json_text(text: str) -> Any:
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if (twice := repeated_key(pairs)) is not None:
-        raise TextError(f"the key {twice!r} stands there twice")
+        raise TextError(f"the key {twice!r} appears twice")
     return dict(pairs)
 
 
 def repeated_key(pairs: Collection[tuple[str, Any]]) -> str | None:
-    """The first key of a JSON object that stands there again: one reader would take one value, another the other."""
+    """The first key that a JSON object has twice: readers differ in which of its values they take."""
     counts = Counter(key for key, _ in pairs)
     return next((key for key, count in counts.items() if count > 1), None) if len(counts) < len(pairs) else None
 
 
 def read_toml(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The table of a TOML file. Raises OSError, and TextError as `read_text` does and for what is no TOML."""
+    """The table of a TOML file. Raises OSError, TextError as `read_text` does, and TextError for invalid TOML."""
     text = read_text(path)
     try:
         return tomllib.loads(text)

@@ -1,4 +1,4 @@
-"""Prompts to token ids: CLIP's byte-pair tokenizer, and a plain word tokenizer for small models.
+"""Turns prompts into token ids: CLIP's byte-pair tokenizer, and a plain word tokenizer for small models.
 
 Reference: open_clip's tokenizer.py as VGen uses it (pad 0, truncation keeps the end token); spec section 7, Text.
 """

@@ -1,4 +1,4 @@
-"""Frozen dataclasses to JSON and back, every key and every type checked: what the manifest's tables are read with."""
+"""Turns frozen dataclasses into JSON and back, and checks every key and type. It reads the manifest's tables."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def _plain(value: Any) -> Any:
 def from_json(kind: type[T], data: object, where: str = "", whole: bool = False) -> T:
     """Build the dataclass `kind` from JSON data, checking every key and every type.
 
-    `whole`: every field is wanted, at every depth, but those marked LATER; else fields with a default may be left out.
+    `whole`: every field except those marked LATER must be there, at every depth; otherwise fields with a default may be
+    left out.
     Raises ManifestError naming the key, its value and what is allowed.
     """
     where = where or kind.__name__
@@ -76,7 +77,7 @@ def from_json(kind: type[T], data: object, where: str = "", whole: bool = False)
 
 @functools.cache
 def _hints(kind: type[Any]) -> dict[str, Any]:
-    """The type of each field of a dataclass, in order; evaluating them takes a while, and a manifest has many rows."""
+    """The type of each field of a dataclass, in order. They are cached, because evaluating them is slow."""
     found = typing.get_type_hints(kind)
     return {field.name: found[field.name] for field in dataclasses.fields(kind)}
 

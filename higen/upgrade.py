@@ -1,4 +1,4 @@
-"""A model directory of manifest version 1 to version 2, and a deliberate edit of its tables to a valid seal.
+"""Upgrades a model directory from manifest version 1 to 2, and gives deliberately edited tables a valid seal.
 
 Weights and graphs are left as they are. A graph made before version 2 takes other inputs than its stage's row: Python
 feeds it what it takes, the other runtimes and new engines need a new export; the report says which, and how.
@@ -81,7 +81,7 @@ class Upgrade:
         if stale:
             lines.append(
                 "Python runs these graphs as they are; C++, Triton and new engines need them exported again, because "
-                f"the inputs of a step have changed (t is float32, guidance has one value a frame): {', '.join(stale)}"
+                f"the inputs of a step have changed (t is float32, guidance is per frame): {', '.join(stale)}"
             )
         if missing:
             lines.append(f"No graph yet of steps with one branch, half the work at guidance 1: {', '.join(missing)}")

@@ -4,7 +4,7 @@
 .webm   VP9, yuv420p, BT.709; the same tags
 .gif    one 256-colour palette for the clip, dithered; JSON in the comment; at most 50 frames a second
 .webp   animated and lossless; JSON in EXIF ImageDescription
-.png    lossless, one file a frame: out.png stands for out_0000.png, out_0001.png, ...; JSON in the text `Comment`
+.png    lossless, one file per frame: out.png stands for out_0000.png, out_0001.png, ...; JSON in the text `Comment`
         and in `higen.frame` which frame of which clip it is
 .npy    the array of frames and nothing else: no rate, no metadata
 
@@ -121,7 +121,7 @@ class Video:
 
         An odd height or width of .mp4 and .webm is padded to even by repeating the last row or column. Everything is
         written to a temporary folder beside the target, then renamed: no failure and no kill harms what was there, and
-        the next save takes away what a kill left. A .png sequence replaces the one of that name whole, its frames past
+        the next save removes what a kill left. A .png sequence replaces the one of that name whole, its frames past
         this clip's end go: those that higen wrote, and no other file.
         Raises OutputError as `check_output` does, for a full disk or a failing encoder, and for a sound that cannot be
         read, is silent, or has no place in the format.

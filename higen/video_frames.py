@@ -1,4 +1,4 @@
-"""The .png sequence: one picture a frame, of which each says what frame of what clip it is.
+"""The .png sequence: one picture per frame; each says which frame of which clip it is.
 
 Only pictures that say so are replaced or removed: another program's file of the same name is never touched.
 """

@@ -1,4 +1,4 @@
-"""Files to clips; see higen/video.py for the formats."""
+"""Reads clips from files; see higen/video.py for the formats."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from higen.video_run import Run, find_run
 __all__ = ["READABLE", "read"]
 
 READABLE = (*STREAMS, *ANIMATIONS, ".npy")
-"""Suffixes of files that are read. Among these the contents decide, not the suffix: .gif may hold an MP4."""
+"""Suffixes of files that are read. The contents decide the format: a file named .gif may hold an MP4."""
 
 _HOLD = 0.5
-"""Seconds over which another frame stands in for one that cannot be decoded, in files of other programs."""
+"""In files of other programs, a neighbouring frame replaces frames that cannot be decoded, for this many seconds."""
 
 _TRIES = 20
-"""Times that a sequence is read while another process saves it."""
+"""How often a sequence is read again while another process saves it."""
 
 _CLOCK = 0.011
 """Seconds that a duration in a file may be off by rounding: a GIF counts hundredths."""
@@ -75,13 +75,13 @@ def _read_moving(source: Animation | VideoStream, most: int | None) -> Clip:
 
 
 def _plan(source: Animation | VideoStream, record: Record | None, most: int | None) -> tuple[NDArray[np.int64], float]:
-    """Which frames to show (`most` or more, where there are), and the rate.
+    """Indices of the frames to show, at least `most` of them if there are as many, and the frame rate.
 
-    Both are our record's where the file agrees with it; another program may have changed the file since.
+    Both come from higen's own record where the file agrees with it: another program may have changed the file.
     """
     count, seconds = len(source.times), source.end - float(source.times[0])
     if record is not None and isinstance(source, Animation):
-        # Encoders merge equal frames into one that lasts longer, or into a still: take them apart.
+        # Encoders merge equal frames into one that lasts longer, or into a still: this repeats it.
         if count == 1 and not source.timed:
             repeated = record.frames if most is None else min(record.frames, most)
             check_bytes(repeated, *source.size)
@@ -93,7 +93,7 @@ def _plan(source: Animation | VideoStream, record: Record | None, most: int | No
                 return np.arange(count).repeat(repeats), record.fps
     shown, fps = steady_plan(source.times, source.end)
     if len(shown) == count:
-        # Rates that time stamps were rounded from: the clip is as long, to half a frame and a hundredth.
+        # Time stamps are rounded. An exact rate is taken if its duration agrees to half a frame and to one per cent.
         for exact in (source.rate, record.fps if record else 0.0):
             if exact and abs(count - exact * seconds) < min(0.5, 0.01 * count):
                 fps = exact
@@ -101,7 +101,7 @@ def _plan(source: Animation | VideoStream, record: Record | None, most: int | No
 
 
 class _Stack:
-    """Frames in one array; a stream that changes its size is scaled to the first one's, as players do."""
+    """Collects frames in one array. Frames of another size are scaled to the first one's, as players do."""
 
     def __init__(self, count: int) -> None:
         self.count = count
@@ -122,7 +122,7 @@ class _Stack:
 
 
 def _read_while_still(path: Path, most: int | None) -> Clip:
-    """A sequence of pictures, which another process may be replacing: then it is read again."""
+    """A sequence of pictures. It is read again if another process replaces it meanwhile."""
     for _ in range(_TRIES):
         before = path.parent.stat().st_mtime_ns
         try:

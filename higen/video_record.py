@@ -1,4 +1,4 @@
-"""What a file says of the clip in it: the JSON that every format carries, and the names of a .png sequence.
+"""The record of a clip in its file: the JSON that every format contains, and the names of a .png sequence.
 
 The JSON is the clip's metadata and, as the key `higen.video`, the rate, length and size of what was saved.
 """

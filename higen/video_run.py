@@ -1,4 +1,4 @@
-"""Which files make a .png sequence, whatever number it begins with and however many digits it has."""
+"""Finds the files of a .png sequence. It may begin with any number and have any number of digits."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _NUMBERED = re.compile(r"(.*?)([0-9]+)", re.DOTALL)
 class Run:
     """The files from the first number to the first gap.
 
-    missing    which file makes the gap, in words; "" if there is none
-    length     files from the first to the last number, those missing too
-    numbered   False for a picture alone
-    member     the name that the sequence was asked for by, "" for that of all
+    missing    text that names the first missing file; "" if there is none
+    length     number of files from the first to the last number, with the missing ones
+    numbered   False for a single picture without a number
+    member     the file by whose name the sequence was opened; "" for the name of the whole sequence
     """
 
     files: tuple[Path, ...]
@@ -35,9 +35,10 @@ class Run:
 
 
 def find_run(path: Path) -> Run:
-    """The sequence that a path names: as for `save` (out.png for out_0000.png and so on), or by any of its files.
+    """The sequence that a path names: by the name given to `save` (out.png for out_0000.png and so on), or by the name
+    of any of its files.
 
-    Where out.png is there too, it is taken unless higen saved the sequence. Raises OutputError, OSError.
+    If the file out.png exists too, it is read alone, unless higen saved the sequence. Raises OutputError, OSError.
     """
     named = _run(path.parent, f"{path.stem}_", path.suffix)
     if named is not None and (not path.is_file() or _saved_by_us(named, path)):
@@ -50,7 +51,7 @@ def find_run(path: Path) -> Run:
 
 
 def _run(folder: Path, prefix: str, suffix: str, member: str | None = None) -> Run | None:
-    """The files prefix + number + suffix of a folder, of those written with the digits that most of them have."""
+    """The files prefix + number + suffix of a folder that have the most frequent number of digits."""
     if not folder.is_dir():
         return None
     pattern = re.compile(re.escape(prefix) + r"([0-9]+)" + re.escape(suffix), re.DOTALL)
@@ -68,7 +69,7 @@ def _run(folder: Path, prefix: str, suffix: str, member: str | None = None) -> R
 
 
 def _of_width(names: list[str], width: int) -> Mapping[int, str]:
-    """Number to digits, of names as printf's %0{width}d writes them."""
+    """Digits by number, for the names that printf's %0{width}d writes."""
     return {int(name): name for name in names if name == f"{int(name):0{width}d}"}
 
 
@@ -82,5 +83,5 @@ def _info(file: Path) -> dict[Any, Any]:
     try:
         with Image.open(file) as image:
             return dict(image.info)
-    except Exception:  # Pillow may raise anything on corrupt data: reading the frames will say it
+    except Exception:  # Pillow may raise anything on corrupt data: reading the frames will report it
         return {}

@@ -1,4 +1,4 @@
-"""Clips to files, by suffix; see higen/video.py for the formats."""
+"""Writes clips to files; the suffix decides the format (see higen/video.py)."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def _place_sequence(clip: Clip, path: Path, encode: _Encode) -> Path:
 
 
 def check_output(path: str | os.PathLike[str], frames: int = 1, fps: float | None = None) -> Path:
-    """The path, if `Video.save` can write a clip of so many frames there; call it before the work of making it.
+    """The path, if `Video.save` can write a clip of this many frames there; call it before the work of making it.
 
     A file is replaced, through a link too. Raises OutputError for an unknown suffix, a name that the file system does
     not take, a read-only file, what is no plain file, a missing or read-only folder, and for .png a file in the place

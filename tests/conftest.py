@@ -1,4 +1,4 @@
-"""Shared fixtures: where the reference lies, and a tiny model directory with random weights."""
+"""Shared fixtures: the folder of the reference, and a tiny model directory with random weights."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from higen.train.settings import Settings
 # Nothing is kept from one run of the tests to the next; processes that tests start have it from here.
 os.environ["HIGEN_CACHE"] = "off"
 
-# The same examples everywhere, and no limit of time: how fast a machine is decides no test.
+# The same examples everywhere, and no time limit: a test's result must not depend on the machine's speed.
 hypothesis.settings.register_profile(
     "higen", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
@@ -79,7 +79,7 @@ TINY = ModelConfig(
 
 
 def write_tiny_model(path: Path, config: ModelConfig = TINY, seed: int = 0) -> Bundle:
-    """A model directory with random weights, every zero-initialised branch included."""
+    """A model directory with random weights, also in the branches that training initialises with zeros."""
     torch.manual_seed(seed)
     denoiser = Denoiser(config.unet)
     for parameter in denoiser.parameters():
@@ -97,7 +97,7 @@ def write_tiny_model(path: Path, config: ModelConfig = TINY, seed: int = 0) -> B
 
 @contextmanager
 def full_disk(room: int) -> Iterator[None]:
-    """No file of this process grows beyond `room` bytes: the system's own writer fails (EFBIG)."""
+    """Inside the block, no file of this process can grow beyond `room` bytes: writing fails with EFBIG."""
     import resource  # Unix only
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -152,7 +152,7 @@ def whole_run(tmp_path_factory: pytest.TempPathFactory, training_model: Path, tr
 
 @pytest.fixture(scope="session")
 def reference() -> Path:
-    """The whole public reference; tests that need it are skipped where only the repository is there."""
+    """The whole public reference. Tests that need it are skipped if the folder does not exist."""
     folder = Path(__file__).resolve().parents[2] / "shared" / "reference"
     if not folder.is_dir():
         pytest.skip("../shared/reference is not here; tests/reference is a subset of it")

@@ -1,7 +1,8 @@
-"""The CUDA driver API as cuda.py calls it, on host memory, with the rules of the real one.
+"""The part of the CUDA driver API that cuda.py calls, on host memory, with the rules of the real one.
 
-Work on the stream waits until somebody synchronizes, so that memory which is used too early or given away too soon
-shows; graphs record and replay; whatever the real driver refuses is an error code here, and what would crash asserts.
+Work on the stream waits for a synchronisation, so that memory which is used too early or freed too soon makes a test
+fail. Graphs record and replay. A call that the real driver refuses gives an error code, and one that would crash it
+fails an assertion.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ STREAM = 4711
 
 
 class FakeDriver:
-    """What `ctypes.CDLL("libcuda.so.1")` would be. `calls` counts functions by name."""
+    """A replacement for `ctypes.CDLL("libcuda.so.1")`. `calls` counts functions by name."""
 
     def __init__(self, architecture: int = 89, devices: int = 1, memory: int = 2**32) -> None:
         self.architecture = architecture
@@ -38,7 +39,7 @@ class FakeDriver:
             calls[name] = calls.get(name, 0) + 1
         return object.__getattribute__(self, name)
 
-    # What tests and the fake TensorRT ask
+    # Functions for tests and the fake TensorRT
 
     @property
     def capturing(self) -> bool:
@@ -50,7 +51,7 @@ class FakeDriver:
 
     @property
     def clean(self) -> bool:
-        """Whether everything was given back."""
+        """Whether all memory and objects were freed."""
         return not (self.blocks or self._graphs or self._stream or self._retained)
 
     def view(self, address: int, size: int) -> np.ndarray[Any, Any]:
@@ -65,7 +66,7 @@ class FakeDriver:
         (self._pending if self._recording is None else self._recording).append(work)
 
     def drain(self) -> None:
-        """Do what waits on the stream."""
+        """Do the waiting work of the stream."""
         pending, self._pending = self._pending, []
         for work in pending:
             work()

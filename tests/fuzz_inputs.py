@@ -274,7 +274,7 @@ def run(kind: Kind, data: bytes, folder: Path) -> str:
 
 
 def campaign(count: int, seed: int = 0, folder: Path | None = None) -> tuple[Counter[tuple[str, str]], list[str]]:
-    """(kind, outcome) counted over so many files, and the failures."""
+    """(kind, outcome) counted over this many files, and the failures."""
     draw, found, failures = random.Random(seed), Counter[tuple[str, str]](), list[str]()
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         for number in range(count):

@@ -1,17 +1,18 @@
-"""Kills a command with SIGKILL at each of its file operations, and sees what is left: the old state or the new one.
+"""Kills a command with SIGKILL at each of its file operations, and checks what is left: the old state or the new one.
 
     python tests/kill_campaign.py                     every command, every operation (some minutes on one core)
     python tests/kill_campaign.py --stride 7 export   each seventh operation of the cases named "export..."
 
-All that a case does is done in forked children: the parent starts no threads, which a fork would lose. Python's audit
-events count the operations that change files (open for writing, rename, remove, mkdir, rmdir, link, chmod, truncate);
-at number n the child kills itself before the operation is done. Then:
+Each case runs in forked children; the parent starts no threads, because a fork would lose them. Python's audit events
+count the operations that change files (open for writing, rename, remove, mkdir, rmdir, link, chmod, truncate). The
+child kills itself before operation number n. Then:
 
-- what a reader that repairs nothing (the C++ library) finds fits together: each file that is listed has its hash;
-- opened by higen, there is the old state or the new one, whole;
+- a reader that repairs nothing (the C++ library) finds consistent files: each listed file has its hash;
+- higen opens the complete old state or the complete new one;
 - the same command, run again, succeeds, and leaves the new state and no hidden file.
 
-What takes long (tracing, calibration, TensorRT) is replaced by what was made before; what writes is the product's own.
+Slow parts (tracing, calibration, TensorRT) are replaced by results that were made before. The code that writes files is
+higen's own.
 """
 
 from __future__ import annotations
@@ -67,7 +68,9 @@ STAGE = "text_encoder"  # the cheapest one with weights of its own
 class Case:
     """A command on a folder.
 
-    setup   makes the old state; run: makes the new one of it; state: "old" or "new", after everything was checked
+    setup   makes the old state
+    run     turns it into the new state
+    state   checks everything and returns "old" or "new"
     """
 
     name: str
@@ -78,7 +81,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """Kills of a case, after how many there was the old state and the new one, and what was wrong."""
+    """The kills of a case: how many left the old state and how many the new one, and the problems."""
 
     name: str
     kills: int
@@ -94,7 +97,7 @@ NEW_CLIP = Video(np.full((4, 16, 16, 3), 200, np.uint8), 8, {"prompt": "new"})
 
 
 def save_case(name: str, suffix: str, old: Video | None = OLD_CLIP, new: Video = NEW_CLIP) -> Case:
-    """A clip takes the place of another, or (None) of none."""
+    """The clip `new` replaces `old`, if there is one."""
 
     def setup(folder: Path) -> None:
         if old is not None:
@@ -116,12 +119,12 @@ def save_case(name: str, suffix: str, old: Video | None = OLD_CLIP, new: Video =
 
 
 def model_in(folder: Path) -> Path:
-    """A copy of the built-in model, by hard links: nobody writes into a file."""
+    """A copy of the built-in model, by hard links, because no command writes into an existing file."""
     return Path(shutil.copytree(default_model(), folder / "model", copy_function=os.link))
 
 
 def fits_together(model: Path) -> None:
-    """What a reader that repairs nothing finds: every file that the manifest lists, with its hash."""
+    """Check as a reader that repairs nothing: every file that the manifest lists has its hash."""
     for name, record in read_manifest(model, sealed=False).files.items():
         assert file_record(model / name) == record, name
 
@@ -146,14 +149,14 @@ CONVERTED = SimpleNamespace(
 
 
 def convert(folder: Path, overwrite: bool) -> None:
-    """A conversion whose checkpoint is read already."""
+    """A conversion whose checkpoint was read before."""
     reader = SimpleNamespace(recognise=lambda _: True, convert=lambda *_, **__: CONVERTED)
     with mock.patch.object(families, "checkpoint", return_value=reader):
         convert_sources([], folder / "model", family="higen", dtype="fp32", overwrite=overwrite)
 
 
 def convert_case(name: str, there: bool, exchange: bool) -> Case:
-    """A new model directory, or one in the place of another: by one exchange, or where the system has none."""
+    """A new model directory, or one that replaces another: by one exchange, or on a system without the exchange."""
 
     def setup(folder: Path) -> None:
         if there:
@@ -175,7 +178,7 @@ def convert_case(name: str, there: bool, exchange: bool) -> Case:
 
 
 def export(folder: Path, precision: str) -> None:
-    """An export whose graph is traced and compared already; it differs from the one that is there by its name."""
+    """An export whose graph was traced and compared before. It differs from the existing graph by its name."""
 
     def traced(bundle: Bundle, _: object, name: str, output: Path, *__: object) -> None:
         graph = onnx.load(str(bundle.path / graph_file(name)), load_external_data=False)
@@ -207,7 +210,7 @@ def export(folder: Path, precision: str) -> None:
 
 
 def export_case(precision: str) -> Case:
-    """A graph takes the place of another, or it is the first of its precision and brings weights."""
+    """A graph replaces another one, or it is the first of its precision and comes with weights."""
 
     def state(folder: Path) -> str:
         bundle, name = opened(folder / "model"), graph_file(STAGE, precision)
@@ -246,7 +249,7 @@ def cache_case(precision: str) -> Case:
 
 
 def quantize(folder: Path) -> None:
-    """A quantisation whose layers are chosen already."""
+    """A quantisation whose layers were chosen before."""
     trial = SimpleNamespace(work={"a": 1.0}, ranges={"a": 1.0})
     stage = Bundle.open(folder / "model").manifest.denoising[0]
     with mock.patch.multiple(
@@ -256,7 +259,7 @@ def quantize(folder: Path) -> None:
 
 
 def quantized_state(folder: Path) -> str:
-    """Whether there is the graph."""
+    """Whether the graph exists."""
     bundle = opened(folder / "model")
     return "new" if graph_file(bundle.manifest.denoising[0], "int8") in bundle.files else "old"
 
@@ -282,7 +285,7 @@ def build_setup(folder: Path) -> None:
 
 
 def build_state(folder: Path) -> str:
-    """Each stage's plan has a record of its own; the command is done where all are new."""
+    """Each stage's plan has a record of its own; the state is new where all plans are."""
     from higen.backends.plans import read_plans
 
     found = []
@@ -304,7 +307,7 @@ def build_state(folder: Path) -> str:
 
 
 def train(folder: Path) -> None:
-    """What a run writes as it saves: its log, a clip's latents, a checkpoint, files left out, the model."""
+    """Save a training run: its log, a clip's latents, a checkpoint, the list of skipped files, the model."""
     record = Record(folder / "run", 20, tensorboard=False)
     for step in (30, 40):
         record.log(step, {"image": 0.5})
@@ -331,7 +334,7 @@ def train_setup(folder: Path) -> None:
 
 
 def train_state(folder: Path) -> str:
-    """Every file is whole; the command is done where the model, which comes last, is new."""
+    """Every file is whole; the state is new where the model is, which is written last."""
     steps = [int(row["step"]) for row in read_losses(folder / "run" / "losses.jsonl")]
     assert steps in ([10, 20, 25], [10, 20], [10, 20, 30], [10, 20, 30, 40]), steps
     checkpoints = Checkpoints(folder / "run" / "checkpoints", keep=2)
@@ -483,14 +486,14 @@ def failed(what: str, ended: tuple[int, str]) -> str:
 
 
 def untouched(folder: Path) -> None:
-    """What was killed, as a reader finds it that repairs nothing."""
+    """Check the files after a kill as a reader that repairs nothing."""
     model = folder / "model"
     if (model / MANIFEST).exists():
         fits_together(model)
 
 
 def campaign(case: Case, stride: int = 1, first: int = 1) -> Result:
-    """Kill a case at every operation (`stride`: at each so-manieth, from `first`)."""
+    """Kill a case at every operation, or with `stride` n at every n-th one from `first`."""
     states, wrong, number = [], [], first
     while True:
         state, problem = killed(case, number)
@@ -506,7 +509,7 @@ def campaign(case: Case, stride: int = 1, first: int = 1) -> Result:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--stride", type=int, default=1, help="kill at each so-manieth operation  [1]")
+    parser.add_argument("--stride", type=int, default=1, help="kill at every n-th operation  [1]")
     parser.add_argument("names", nargs="*", help="cases that have one of these words in their names  [all]")
     given = parser.parse_args(arguments)
     torch.set_num_threads(1)

@@ -2,8 +2,8 @@
 
     python tests/make_reference_subset.py ../shared/reference
 
-Both models' weights follow the recipe exactly (checked here), so none are stored. `higen parity tests/reference` runs
-the result.
+The weights of both models can be made again by the recipe, bit for bit (this is checked here), so they are not stored.
+`higen parity tests/reference` runs the result.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from higen.parity.fixtures import recipe_salt, recipe_tensor
 REFERENCE = Path(__file__).parent / "reference"
 TARGET = REFERENCE / "fixtures"
 LIMIT = 3_500_000
-"""Bytes of the whole folder."""
+"""Largest size of the whole folder in bytes."""
 
 KEPT = {
     "forward": [
@@ -76,7 +76,7 @@ def fixtures(source: Path) -> None:
 
 
 def check_recipe(path: Path, salt: int) -> None:
-    """Refuse to drop stored weights that the recipe does not give bit for bit."""
+    """Raise an error if the recipe does not give the stored weights bit for bit: they would be lost."""
     for key, tensor in load_file(path).items():
         if not torch.equal(recipe_tensor(key, tensor.shape, salt), tensor):
             raise SystemExit(f"{path}: {key} is not what the recipe with salt {salt} gives")

@@ -99,7 +99,7 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any], int]] = [
     (SHIFTED, "flow", solver("euler", "trailing"), 1),
 ]
 
-# Timesteps alone, which have to be rounded as numpy rounds them: ties, and the steps where numpy.arange gives too many.
+# Timesteps alone, which C++ must round as numpy does: ties, and numbers of steps for which numpy.arange gives too many.
 GRIDS = [
     (SD, "v", solver(name, spacing), steps)
     for name in ("ddim", "dpm++2m")
@@ -174,7 +174,7 @@ def case(schedule: dict[str, Any], prediction: str, fields: dict[str, Any], step
 
 
 def vectors() -> dict[str, list[dict[str, Any]]]:
-    """Everything that the file holds."""
+    """The contents of the file."""
     betas = [SD, zero_snr(SD), LINEAR, zero_snr(LINEAR), COSINE, zero_snr(COSINE), {**LINEAR, "timesteps": 7}]
     return {
         "defaults": [{"schedule": asdict(NoiseSchedule()), "solver": asdict(Solver("ddim"))}],
@@ -190,7 +190,7 @@ def vectors() -> dict[str, list[dict[str, Any]]]:
 
 
 def text() -> str:
-    """The file's text: one entry a line; floats as Python writes them, which reads back to the same bits."""
+    """The file's text: one entry per line; floats as Python writes them, which reads back to the same bits."""
     parts = (
         f'"{name}": [\n' + ",\n".join(json.dumps(entry, allow_nan=False) for entry in entries) + "\n]"
         for name, entries in vectors().items()

@@ -1,4 +1,4 @@
-"""A second reading of weighted and long prompts, written from the rules in docs/manifest.md: the truth of the tests.
+"""A second implementation of weighted and long prompts, written from the rules in docs/manifest.md for the tests.
 
 It parses by recursion where higen keeps stacks, splits a flat list of tokens, and encodes with transformers.
 """
@@ -97,5 +97,5 @@ def pair(model: Any, tokenizer: Tokenizer, prompt: str, negative: str) -> tuple[
 
 
 def apart(got: Any, wanted: Any) -> float:
-    """The largest difference, of the largest value wanted."""
+    """The largest difference, as a part of the largest expected value."""
     return float(np.abs(np.asarray(got) - np.asarray(wanted)).max() / np.abs(np.asarray(wanted)).max())

@@ -1,4 +1,4 @@
-"""Manifests edited by hand in tests: written with a seal that fits."""
+"""Writes manifests that tests have edited, with a seal that fits."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["edit", "write"]
 
 
 def write(model: Path, document: object) -> None:
-    """Write higen.json; where it has a seal that is a text, a fitting one (docs/manifest.md, "The seal")."""
+    """Write higen.json. A seal that is a text is replaced by one that fits (docs/manifest.md, "The seal")."""
     if isinstance(document, dict) and isinstance(document.get("seal"), str):
         document = {**document, "seal": "0" * 64}
         text = json.dumps(document)

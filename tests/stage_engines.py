@@ -27,7 +27,7 @@ pytest.importorskip("tensorrt_rtx")
 
 
 def small_profile(manifest: Manifest) -> Profile:
-    """A batch and a few frames of two sizes."""
+    """The profiles: a batch, and a few frames of two sizes."""
     step = manifest.sizes.multiple
     size = Range(step, step, 2 * step)
     return Profile("small", Range(1, 1, 2), Range(2, 4, 4), size, size, Range(1, 2, 2))
@@ -49,7 +49,7 @@ def build(model: Path, precision: str, names: Sequence[str]) -> Path:
 
 
 def attention(graph: Path) -> dict[str, str]:
-    """Each attention of a graph by the name of its operator (its softmax where it is written out), and what it is:
+    """The attentions of a graph: for each operator (the softmax, where attention is several operators), its name and
     "spatial", "temporal" or the name of the first weight that feeds it.
     """
     content = onnx.load(str(graph), load_external_data=False).graph
@@ -72,13 +72,13 @@ def attention(graph: Path) -> dict[str, str]:
 
 
 def fused(log: Path) -> set[str]:
-    """Operators that went into a fused attention kernel, by the build log."""
+    """Operators that the build log lists as part of a fused attention kernel."""
     lines = re.findall(r"^Name: \S*mha\S*.*$", log.read_text(encoding="utf-8"), re.MULTILINE)
     return {name for line in lines for name in re.findall(r"\[ONNX Layer: ([^\]]+)\]", line)}
 
 
 def _export(bundle: Bundle, precision: str, stages: Sequence[str]) -> None:
-    """Export the graphs that are missing, without their parity gate: tests/test_export.py has that."""
+    """Export the missing graphs without their parity gate, which tests/test_export.py tests."""
     names = [name for name in stages if graph_file(name, precision) not in bundle.files]
     for name in names:
         bundle = write_weights(bundle, name, precision)
@@ -91,10 +91,10 @@ def _export(bundle: Bundle, precision: str, stages: Sequence[str]) -> None:
 
 
 def check_stages(model: Path, precision: str, plain: bool = True) -> None:
-    """Export what graphs the model lacks and build every stage; in 16 bits, attention of each kind is fused.
+    """Export the missing graphs and build every stage; in 16 bits, at least one attention of each kind must be fused.
 
-    `plain`: the steps with one branch of guidance too. Not each single attention is fused: TensorRT leaves some of
-    those with one head alone, which the narrow networks here have.
+    `plain`: build the steps with one branch of guidance too. TensorRT does not fuse some attentions with one head,
+    which these narrow networks have.
     """
     bundle = Bundle.open(model)
     left_out = {loop.plain for loop in bundle.manifest.loops if not plain}

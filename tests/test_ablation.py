@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,8 +25,11 @@ from higen.train.emoji.ablation import LIVELY, NETWORK, VARIANTS, OneStage, fit,
 from higen.train.emoji.clips import Clips, Pictured, Selection
 from higen.train.emoji.configuration import recipe
 from higen.train.emoji.denoiser import make_loop, networks_of
+from higen.train.emoji.evaluation.evaluate import Result
+from higen.train.emoji.evaluation.figures import ColumnFigures, CueFigures, FrechetFigures, GroupFigures, Measures
 from higen.train.emoji.subjects import FRAMES, SUBJECTS
 from higen.train.settings import Settings
+from higen.typed_json import to_json
 
 TWO = (0, 3)
 
@@ -124,20 +127,24 @@ def test_measures_are_kept_for_the_weights_and_the_seeds(
 ) -> None:
     made = []
 
-    def evaluated(*given: Any, **_: Any) -> SimpleNamespace:
+    def evaluated(*given: Any, **_: Any) -> Result:
         made.append(len(given[4]))
-        return SimpleNamespace(measures={"count": len(made)})
+        return Result([], [], Measures(groups={}, control={}), [])
 
     monkeypatch.setattr(ablation, "load", lambda *_: nullcontext())
     monkeypatch.setattr(ablation, "evaluate", evaluated)
     monkeypatch.setattr(
-        ablation, "write", lambda result, *given: (given[-1] / "measures.json").write_text(json.dumps(result.measures))
+        ablation,
+        "write",
+        lambda result, *given: (given[-1] / "measures.json").write_text(json.dumps(to_json(result.measures))),
     )
     monkeypatch.setattr(ablation, "as_text", str)
     model, judges = tmp_path / "model", SimpleNamespace(key={"version": 1, "steps": (1, 2)})
 
     def count(seeds: int) -> int:
-        return int(measure(VARIANTS[0], model, None, judges, seeds)["count"])  # type: ignore[arg-type]
+        found = measure(VARIANTS[0], model, None, judges, seeds)  # type: ignore[arg-type]
+        assert found.model["seeds"] == seeds
+        return len(made)
 
     shutil.copytree(tiny_model, model)
     assert [count(2), count(2), count(4), count(4)] == [1, 1, 2, 2]
@@ -150,14 +157,20 @@ def test_measures_are_kept_for_the_weights_and_the_seeds(
 
 
 def test_the_table_has_a_column_for_each_variant() -> None:
-    keys = ("identity", "template", "background", "psnr", "psnr_copy", "beats_copy", "beats_mean", "motion_ratio",
-            "flicker", "speckle", "still")  # fmt: skip
+    def all_fields(kind: type[Any], value: float, **others: Any) -> Any:
+        return kind(**{field.name: value for field in fields(kind)} | others)
 
-    def measures(value: float) -> dict[str, object]:
-        cue = {"spearman": value, "spearman_pooled": value, "codec": 1.0, "codec_pooled": 1.0, "zero_part": 0.05}
-        control = dict.fromkeys(("motion", "appearance"), cue)
-        group = {"generated": dict.fromkeys(keys, value), "codec": dict.fromkeys(keys, 1.0)}
-        return {"groups": {"held-out": group}, "control": control}
+    def measures(value: float) -> Measures:
+        cue = all_fields(CueFigures, value, codec=1.0, codec_pooled=1.0, zero_part=0.05)
+        group = GroupFigures(
+            clips=1,
+            generated=all_fields(ColumnFigures, value),
+            codec=all_fields(ColumnFigures, 1.0),
+            real=all_fields(ColumnFigures, 1.0),
+            by_speed={},
+            frechet=all_fields(FrechetFigures, 0.0),
+        )
+        return Measures(groups={"held-out": group}, control={"motion": cue, "appearance": cue})
 
     text = table({"everything": measures(0.5), "no prior": measures(0.25)})
     lines = text.splitlines()

@@ -201,7 +201,7 @@ def test_graphs_give_the_same(base: Path, model: Bundle, by_graphs: Pipeline, st
 
 
 def test_without_guidance_the_plain_step_runs(model: Bundle, base: Path, by_graphs: Pipeline) -> None:
-    """LCM, as AnimateLCM is sampled: each row but the last takes fresh noise in the place of `previous`."""
+    """LCM, as AnimateLCM is sampled: each row but the last takes fresh noise in place of `previous`."""
     options = {"solver": "lcm", "steps": 4, "guidance": 1.0, "frames": FRAMES, **SIZES}
     steps = [event for event in by_graphs.stream(PROMPT, **options) if isinstance(event, higen.Step)]
     assert {event.stage for event in steps} == {"temporal_unet_plain"}

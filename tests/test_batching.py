@@ -64,7 +64,7 @@ def test_a_call_of_several_rows_counts_as_several() -> None:
     made.submit("a", "vae_decoder", tensors(rows=2))
     made.submit("b", "vae_decoder", tensors(rows=3))
     made.submit("c", "vae_decoder", tensors(rows=2))
-    assert members(made.next_batch()) == ["a", "c"]  # b does not fit beside a, and leads the next one
+    assert members(made.next_batch()) == ["a", "c"]  # b does not fit beside a: it leads the next batch
     assert members(made.next_batch()) == ["b"]
 
 
@@ -80,7 +80,7 @@ def test_rows_go_in_and_come_out_in_order() -> None:
 
 
 def test_a_call_that_holds_one_sample_is_a_batch_of_its_own() -> None:
-    """Whatever its first axis is: no limit of rows holds, and what comes out may have any shape."""
+    """Its first axis may have any length: the limit of rows does not apply, and the outputs may have any shape."""
     made = batcher(active="abcd")
     for request in "abc":
         made.submit(request, "unlimited", tensors(rows=9), joins=False)
@@ -174,7 +174,9 @@ def test_limits_are_checked(slots: int, rows: int, line: int) -> None:
 
 @st.composite
 def traffic(draw: st.DrawFn) -> tuple[int, list[tuple[int, list[tuple[str, int, int]], int | None]]]:
-    """Slots, and requests: when each comes, its calls (stage, width, rows), before which of them it is cancelled."""
+    """The number of slots, and a tuple for each request: the tick at which it enters, its calls (stage, width, rows),
+    and the index of the call before which it is cancelled (None: never).
+    """
     call = st.sampled_from([("spatial_unet", 1, 1), ("spatial_unet", 2, 1), ("temporal_unet", 1, 1),
                             ("temporal_unet", 1, 2), ("vae_decoder", 1, 3)])  # fmt: skip
     requests = draw(
@@ -230,7 +232,7 @@ def test_every_request_gets_its_rows_in_order_and_nobody_starves(
             made.done(call)
         for i in waited:
             waited[i] += 1
-            # The oldest call leads every batch, so those made before mine are all that I wait for.
+            # The oldest call leads every batch, so a call waits only for calls that were made before it.
             assert waited[i] < slots
     assert ended == set(came)
     for i, (_, calls, cancel) in enumerate(requests):

@@ -299,7 +299,7 @@ WRONG: dict[str, tuple[str, str]] = {
     "prompts": ('{"prompt": ["a whale"]}', "line 1: prompt=['a whale']: a string; a row is one request"),
     "empty": ('{"seed": 1}', "line 1: prompt='': a prompt with at least one word"),
     "unknown": ('\n{"prompt": "a", "speed": 1}', "line 2: speed: unknown; a request takes prompt, negative_prompt"),
-    "twice": ('{"prompt": "a", "prompt": "b"}', "line 1: the key 'prompt' stands there twice"),
+    "twice": ('{"prompt": "a", "prompt": "b"}', "line 1: the key 'prompt' appears twice"),
     "value": ('{"prompt": "a", "steps": 0}', "line 1: steps=0: a whole number from 1"),
     "seed": ('{"prompt": "a", "seed": true}', "line 1: seed=True: a whole number"),
     "picture": ('{"prompt": "a", "image": "none.png"}', "none.png'"),
@@ -325,7 +325,7 @@ def test_a_wrong_row_is_named_before_work_starts(tmp_path: Path, case: str) -> N
     ("text", "message"),
     [
         ("prompt,speed\na,1\n", "line 1: the column 'speed' is unknown"),
-        ("prompt,prompt\na,b\n", "line 1: the column 'prompt' stands there twice"),
+        ("prompt,prompt\na,b\n", "line 1: the column 'prompt' appears twice"),
         ('prompt\n"a\n', "line 2: not CSV"),
         ("prompt,seed\na,1\na,1,2\n", "1 of 2 rows are wrong: line 3: 3 cells, and 2 columns"),
         ("prompt,seed\na,x\n", "line 2: seed='x': a whole number"),

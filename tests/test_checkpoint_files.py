@@ -270,7 +270,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\
         (bytes(4096), "4096 bytes that begin with zeros"),
         (gzip.compress(b"weights"), "gzip data: unpack it"),
         (tarred(), "a tar archive: unpack it"),
-        (zipped(unet_dot_safetensors=b"x"), r"a zip archive that is no checkpoint \(it holds 'unet\.safetensors'\)"),
+        (zipped(unet_dot_safetensors=b"x"), r"a zip archive that is not a checkpoint \(it holds 'unet\.safetensors'\)"),
         (zipped(archive__constants_dot_pkl=b"x", archive__data_dot_pkl=b"x"), "a TorchScript program, which is code"),
         (as_saved(STATE)[:-40], r"cut off after \d+ bytes \(a zip archive without its end\)"),
         (as_saved(STATE, legacy=True)[:-20], "cut off"),

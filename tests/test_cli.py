@@ -412,7 +412,7 @@ def test_a_usage_error_is_json_where_that_is_asked_for(arguments: list[str]) -> 
 
 @pytest.fixture
 def built_in(tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The tiny model in the place of the built-in one."""
+    """The tiny model in place of the built-in one."""
     monkeypatch.setattr("higen.doctor.default_model", lambda: tiny_model)
 
 

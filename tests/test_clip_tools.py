@@ -1,4 +1,4 @@
-"""Tools that work through known frames: what they ask of a model, what they keep, and what they refuse."""
+"""Tools that use known frames: the requests that they make, the frames that they keep, the input that they refuse."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pipeline_of(folder: Path, manifest: Manifest = MANIFEST) -> tuple[Pipeline, list[dict[str, Any]]]:
-    """A pipeline, and the options of each request that is made of it."""
+    """A pipeline, and the options of each request that it gets."""
     pipeline = Pipeline(replace(Bundle.open(folder), manifest=manifest), Formulas(manifest, FORMULAS))
     asked: list[dict[str, Any]] = []
     request = pipeline.request

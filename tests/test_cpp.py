@@ -1,4 +1,4 @@
-"""The C++ runtime (engines/cpp): built here with sanitizers, its own tests, and its results beside Python's."""
+"""The C++ runtime (engines/cpp) is built with sanitizers, runs its own tests, and is compared with Python."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ SANITIZERS = "-fsanitize=address,undefined"
 
 @pytest.fixture(scope="session")
 def ask(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Sequence[dict[str, Any]]], list[Any]]:
-    """Put questions to tests/vectors.cpp; see there."""
+    """Ask tests/vectors.cpp for results; it lists the questions."""
     folder = tmp_path_factory.mktemp("vectors")
 
     def answers(jobs: Sequence[dict[str, Any]]) -> list[Any]:
@@ -168,7 +168,7 @@ def test_the_version_is_pythons(built: Path) -> None:
 
 
 def flag(controls: Sequence[str], name: str, value: Any) -> list[str]:
-    """A request's option as the command line takes it; a list within a list is one number a frame."""
+    """A request's option as the command line takes it; a list within a list is one number per frame."""
     parts = value if isinstance(value, (list, tuple)) else [value]
     if name in controls:
         return ["--control", f"{name}={','.join(map(str, parts))}"]
@@ -239,7 +239,7 @@ def test_frames_of_a_key_frame_of_the_users(
 
 
 def test_frames_that_a_clip_passes_through(built: Path, pipelines: Callable[[Path], Pipeline], tmp_path: Path) -> None:
-    """Known frames, one of another size, and a mask; then a clip that another begins from."""
+    """Known frames, of which one has another size, and a mask; then a clip from which a second one begins."""
     random = np.random.default_rng(2)
     frames = [random.integers(0, 256, size, dtype=np.uint8) for size in ((64, 64, 3), (50, 97, 3))]
     files = [ppm(tmp_path / f"{i}.ppm", frame) for i, frame in enumerate(frames)]
@@ -533,7 +533,9 @@ def test_encodings(ask: Ask) -> None:
 
 
 def test_pictures_are_scaled_as_pillow_scales_them(ask: Ask) -> None:
-    """To the same bytes; and resampled by the same matrices. Before Pillow 13 tall pictures went across first."""
+    """Both give the same bytes and use the same matrices. Before version 13, Pillow resized the width of tall pictures
+    first.
+    """
     generator = np.random.default_rng(1)
     sizes = [(40, 30), (64, 64), (200, 30), (30, 200), (7, 9), (1, 1), (129, 97), (640, 360), (97, 129), (70, 400)]
     targets = [(64, 64), (32, 96), (96, 64), (128, 32)]
@@ -621,7 +623,7 @@ def test_token_ids_are_pythons(
 def test_every_pair_of_suspicious_characters_is_cleaned_as_python_does_or_refused(
     ask: Ask, tokenizers: dict[str, Path]
 ) -> None:
-    """ftfy's rules are about neighbours: one character of each of its kinds beside each other, in four surroundings."""
+    """ftfy's rules depend on neighbours: characters of each two of its kinds, side by side, in four contexts."""
     from ftfy.badness import BADNESS_RE, MOJIBAKE_CATEGORIES
 
     generator = random.Random(5)
@@ -670,7 +672,7 @@ def resealed(document: Any) -> str:
 
 
 def places(node: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-    """Where the values of a JSON document stand."""
+    """The places of the values in a JSON document."""
     items = node.items() if isinstance(node, dict) else enumerate(node) if isinstance(node, list) else ()
     return [path, *(place for key, child in items for place in places(child, (*path, key)))]
 
@@ -685,7 +687,7 @@ VALUES: list[Any] = [
 def test_malformed_manifests_are_refused_where_python_refuses_them(
     ask: Ask, made_up: Path, model: str, tmp_path: Path
 ) -> None:
-    """One value at a time exchanged for another, and sealed again: both accept, or both refuse."""
+    """One value at a time is replaced and the manifest is sealed again: both runtimes accept it, or both refuse it."""
     source = Bundle.open(default_model() if model == "built-in" else made_up)
     manifest = json.loads((source.path / MANIFEST).read_text(encoding="utf-8"))
     generator = random.Random(2)
@@ -749,7 +751,7 @@ def test_an_edited_manifest_and_an_older_one(built: Path, tmp_path: Path) -> Non
 
 
 def test_graphs_of_the_older_step_contract_are_refused(built: Path, tmp_path: Path) -> None:
-    """`t` in whole numbers, or one guidance a sample: such graphs are made again."""
+    """Graphs with `t` in whole numbers or with one guidance per sample must be exported again."""
     for name, change in (("t", "int64"), ("guidance", "[B]")):
         made = write_made_up_model(tmp_path / name)
         path = made.path / graph_file("film_two")
@@ -789,7 +791,7 @@ def variants(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for stage in bundle.manifest.stage_names:
         graph = onnx.load(str(path / graph_file(stage)))
         made[graph_file(stage, "fp16")] = convert_float_to_float16(graph, keep_io_types=True), stage
-    # The name is what counts in choosing between graphs.
+    # Graphs are chosen by their names.
     name = "temporal_unet_plain"
     made[graph_file(name, "int8.fp16")] = made[graph_file(name, "fp16")]
     for file, (graph, stage) in made.items():
@@ -840,7 +842,7 @@ def test_a_precision_that_the_model_was_never_quantised_to_is_refused(built: Pat
 
 
 def test_plans_are_chosen_as_python_chooses_them(ask: Ask, tmp_path: Path) -> None:
-    """Up to three engines of a stage, each record changed in one place or none: the same plans, or the same error."""
+    """Up to three engines of a stage, each record with at most one change: both give the same plans or error."""
     generator = random.Random(4)
     changes: list[tuple[str, Any]] = [
         *(("architectures", value) for value in ([86], [86, 89], [], "89")),

@@ -268,7 +268,7 @@ def test_what_a_killed_run_left_is_taken_away_by_the_next(built: Path, made_up: 
 
 
 def fake_ffmpeg(folder: Path, script: str) -> dict[str, str]:
-    """An environment whose ffmpeg is a script: the only program in PATH, but for a shell's own."""
+    """An environment whose ffmpeg is a script: the only program in PATH, except for a shell's own."""
     folder.mkdir()
     (folder / "ffmpeg").write_text(f"#!/bin/sh\n{script}\n")
     (folder / "ffmpeg").chmod(0o755)

@@ -1,4 +1,4 @@
-"""Curves from elsewhere: the file of a clip or a sound in the place of a curve's numbers, and the picture of both."""
+"""Curves from elsewhere: the file of a clip or a sound in place of a curve's numbers, and the picture of both."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `higen doctor` says of a model's stages and of the graphs of its loops; tests/test_cli.py has the command."""
+"""What `higen doctor` prints about a model's stages and its loops' graphs; tests/test_cli.py tests the command."""
 
 from __future__ import annotations
 

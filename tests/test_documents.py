@@ -86,9 +86,10 @@ def test_a_documented_command_has_these_options(page: str, line: str) -> None:
         config = group.get_command(context, "config")
         assert config is not None
         known |= {name for parameter in config.get_params(context) for name in parameter.opts}
-    if "--model" in words:  # the model's controls are options too: here those of the models that the pages name
+    if "--model" in words or group.name == "generate":  # the controls of the models that the pages name are options too
         controls = (*Bundle.open(default_model()).manifest.controls, *svd_controls(), *map_controls(edges=True))
         known |= {f"--{control.name.replace('_', '-')}" for control in controls}
+        known |= {f"--{control.name.removesuffix('s')}" for control in controls if control.kind == "frames"}
     assert options <= known, page
 
 

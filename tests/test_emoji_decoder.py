@@ -29,7 +29,7 @@ TWO = SUBJECTS[:2]
 
 
 class Squares(autoencoder.Pictures):
-    """A square that moves a pixel a frame, in a colour of its own, in the place of each emoji."""
+    """A square that moves a pixel a frame, in a colour of its own, in place of each emoji."""
 
     def __init__(self, folder: Path) -> None:
         self.loops = []

@@ -39,7 +39,7 @@ SMALL = Profile("small", Range(1, 1, 2), Range(2, 3, 4), Range(8, 8, 16), Range(
 
 
 def decoder_graph(path: Path, latents: int = 4, factor: int = 2, layers: int = 1, broken: bool = False) -> None:
-    """A decoder that upsamples and convolves, and knows nothing of the model: what matters is its interface."""
+    """A decoder that upsamples and convolves. It has the interface of the model's decoder, and none of its weights."""
     random = np.random.default_rng(0)
     nodes, tensors, last, width = [], [], "latents", latents
     for i in range(layers):
@@ -132,7 +132,7 @@ def test_the_same_again_is_kept_and_new_weights_are_not(model: Path) -> None:
 
 
 def test_what_is_replaced_is_said_before_it_goes(model: Path) -> None:
-    """One target holds one engine of each stage: a build for other profiles takes the place of the first."""
+    """A target holds one engine per stage: a build for other profiles replaces the first."""
     build(model)
     arguments = ["build-engines", str(model), "--target", "rtx-sm89", "--stage", "vae_decoder"]
     result = CliRunner().invoke(main, arguments)
@@ -255,7 +255,7 @@ def test_the_disk_must_hold_the_engines_of_all_targets(model: Path, monkeypatch:
 
 
 def test_the_disk_need_not_hold_what_is_there_already(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An old plan goes as its successor is there; of what was built before, the size is known."""
+    """An old plan is removed when its successor exists. The size of a plan that was built before is known."""
     first, _ = build(model, "rtx-sm86,rtx-sm120")
     asked = []
     monkeypatch.setattr("higen.engines.model_engines.MARGIN", 0)
@@ -268,7 +268,7 @@ def test_the_disk_need_not_hold_what_is_there_already(model: Path, monkeypatch: 
 
 
 def test_a_graph_knows_how_large_its_weights_are_in_a_plan(tmp_path: Path) -> None:
-    """A stage's own part of a file that several stages share, in the precision that it computes in."""
+    """Only the stage's own part of a file that several stages share counts, in the precision in which it computes."""
     weights = [
         numpy_helper.from_array(np.zeros((3, 5), np.float32), "a"),
         numpy_helper.from_array(np.zeros((7,), np.float16), "b"),
@@ -326,7 +326,7 @@ def test_a_profile_of_the_commands_own_default(model: Path) -> None:
 
 
 def start(model: Path) -> subprocess.Popen[str]:
-    """A build that takes long, in a process of its own; returns when it is inside."""
+    """Start a long build in a process of its own; return when TensorRT is building."""
     with_graph(model, layers=300)
     script = """
 import sys

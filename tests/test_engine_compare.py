@@ -1,4 +1,4 @@
-"""What `higen-export compare` refuses, before a graph is loaded; tests/test_quantize.py has what it finds."""
+"""Arguments that `higen-export compare` refuses before it loads a graph; tests/test_quantize.py tests its results."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from dataclasses import make_dataclass, replace
+from dataclasses import fields, make_dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from higen.locks import claimed
 from higen.measures.statistics import frechet_distance
 from higen.pipeline import Pipeline
 from higen.train.emoji.evaluation.evaluate import Result, evaluate
+from higen.train.emoji.evaluation.figures import ColumnFigures, CueFigures, Measures
 from higen.train.emoji.evaluation.frechet import alike_draws
 from higen.train.emoji.evaluation.journal import Journal
 from higen.train.emoji.evaluation.judges import NOTHING, Judges, _Pictures
@@ -30,6 +31,7 @@ from higen.train.emoji.evaluation.real_clips import RealClips
 from higen.train.emoji.evaluation.report import as_text, write
 from higen.train.emoji.packs import background
 from higen.train.emoji.subjects import BACKGROUNDS, KEY_INDEX, SUBJECTS, is_held_out, subjects_named
+from higen.typed_json import from_json
 
 Frames = NDArray[np.uint8]
 SIDE, LOOP = 64, 48
@@ -115,8 +117,8 @@ def honest(run: Callable[..., Result]) -> Result:
     return run(lambda clip, shot: clip, ("text", "still", "motion", "appearance"))
 
 
-def held_out(result: Result, column: str = "generated") -> dict[str, float]:
-    found: dict[str, float] = result.measures["groups"]["held-out"][column]
+def held_out(result: Result, column: str = "generated") -> ColumnFigures:
+    found: ColumnFigures = getattr(result.measures.groups["held-out"], column)
     return found
 
 
@@ -165,25 +167,25 @@ def test_a_models_subjects_are_those_its_prompts_name() -> None:
 
 def test_an_honest_model_passes_everything(honest: Result) -> None:
     found = held_out(honest)
-    assert found["identity"] >= 0.95
-    assert found["template"] == found["background"] == found["beats_copy"] == found["beats_mean"] == 1
-    assert found["template_relative"] > 0.98
-    assert found["psnr"] > 35 > 30 > found["psnr_copy"]
-    assert found["speckle"] < 1
-    assert found["flicker"] == 0
-    assert found["motion_ratio"] == pytest.approx(1, abs=0.05)
-    assert found["still"] == 0
-    control = honest.measures["control"]
-    assert control["motion"]["spearman"] > 0.95
-    assert control["motion"]["spearman_moving"] > 0.9
-    assert control["appearance"]["spearman"] > 0.85
-    assert control["motion"]["zero_part"] == 0
-    frechet = honest.measures["groups"]["held-out"]["frechet"]
-    assert frechet["ratio"] < 3
-    assert frechet["floor"] > 0
-    assert frechet["alike"]["real"] == pytest.approx(frechet["alike"]["floor"], rel=0.5)
-    assert frechet["asked"]["codec"] == 0
-    assert frechet["asked"]["generated"] < frechet["alike"]["floor"]
+    assert found.identity >= 0.95
+    assert found.template == found.background == found.beats_copy == found.beats_mean == 1
+    assert found.template_relative > 0.98
+    assert found.psnr > 35 > 30 > found.psnr_copy
+    assert found.speckle < 1
+    assert found.flicker == 0
+    assert found.motion_ratio == pytest.approx(1, abs=0.05)
+    assert found.still == 0
+    control = honest.measures.control
+    assert control["motion"].spearman > 0.95
+    assert control["motion"].spearman_moving > 0.9
+    assert control["appearance"].spearman > 0.85
+    assert control["motion"].zero_part == 0
+    frechet = honest.measures.groups["held-out"].frechet
+    assert frechet.ratio < 3
+    assert frechet.floor > 0
+    assert frechet.alike.real == pytest.approx(frechet.alike.floor, rel=0.5)
+    assert frechet.asked.codec == 0
+    assert frechet.asked.generated < frechet.alike.floor
 
 
 def test_draws_alike_have_the_make_up_of_what_was_asked_and_no_clip_in_common() -> None:
@@ -200,21 +202,21 @@ def test_draws_alike_have_the_make_up_of_what_was_asked_and_no_clip_in_common() 
 def test_real_clips_are_the_bound_and_a_lossless_codec_loses_nothing(honest: Result) -> None:
     assert held_out(honest, "codec") == held_out(honest, "real")
     found = held_out(honest, "real")
-    assert found["psnr"] == 100
-    assert found["template"] == found["background"] == found["beats_copy"] == found["sharpness"] == 1
-    assert found["speckle"] == found["flicker"] == 0
-    assert found["psnr_copy"] == found["psnr_real_copy"]
+    assert found.psnr == 100
+    assert found.template == found.background == found.beats_copy == found.sharpness == 1
+    assert found.speckle == found.flicker == 0
+    assert found.psnr_copy == found.psnr_real_copy
 
 
 def test_a_lossless_codec_follows_every_motion_number(honest: Result) -> None:
-    control = honest.measures["control"]["motion"]
-    assert control["codec"] == pytest.approx(1)
-    assert control["codec_pooled"] == pytest.approx(1)
+    control = honest.measures.control["motion"]
+    assert control.codec == pytest.approx(1)
+    assert control.codec_pooled == pytest.approx(1)
 
 
 def test_the_same_seeds_give_the_same_numbers(honest: Result, run: Callable[..., Result]) -> None:
     again = run(lambda clip, shot: clip)
-    assert again.measures["groups"] == honest.measures["groups"]
+    assert again.measures.groups == honest.measures.groups
 
 
 # Cheats
@@ -222,33 +224,33 @@ def test_the_same_seeds_give_the_same_numbers(honest: Result, run: Callable[...,
 
 def test_a_repeated_key_frame_is_found_out(run: Callable[..., Result]) -> None:
     found = held_out(run(repeated))
-    assert found["identity"] >= 0.95  # it shows the right thing
-    assert found["template"] == found["background"] == 1
-    assert found["beats_copy"] == found["beats_mean"] == 0
-    assert found["motion_ratio"] == 0
+    assert found.identity >= 0.95  # it shows the right thing
+    assert found.template == found.background == 1
+    assert found.beats_copy == found.beats_mean == 0
+    assert found.motion_ratio == 0
 
 
 def test_coloured_speckle_follows_the_motion_factor_and_is_found_out(run: Callable[..., Result]) -> None:
     result = run(speckled, ("text", "motion"))
-    assert result.measures["control"]["motion"]["spearman"] > 0.9  # which is why this measure alone is worth nothing
+    assert result.measures.control["motion"].spearman > 0.9  # which is why this measure alone is worth nothing
     found, bound = held_out(result), held_out(result, "codec")
-    assert found["speckle"] > 3 + bound["speckle"]
-    assert found["flicker"] > 3 + bound["flicker"]
-    assert found["beats_mean"] == 0
+    assert found.speckle > 3 + bound.speckle
+    assert found.flicker > 3 + bound.flicker
+    assert found.beats_mean == 0
 
 
 def test_another_subject_is_found_out(run: Callable[..., Result], real: RealClips) -> None:
     result = run(lambda clip, shot: real.clip((shot.subject + 1) % 4, shot.background, shot.factor))
     found = held_out(result)
-    assert found["identity"] <= 0.05
-    assert found["template"] == 0
-    assert found["background"] == 1
+    assert found.identity <= 0.05
+    assert found.template == 0
+    assert found.background == 1
 
 
 def test_another_background_is_found_out(run: Callable[..., Result], real: RealClips) -> None:
     result = run(lambda clip, shot: real.clip(shot.subject, (shot.background + 1) % 10, shot.factor))
-    assert held_out(result)["background"] == 0
-    assert held_out(result)["identity"] >= 0.9
+    assert held_out(result).background == 0
+    assert held_out(result).identity >= 0.9
 
 
 def test_no_subject_at_all_is_found_out(run: Callable[..., Result], real: RealClips, judges: Judges) -> None:
@@ -256,16 +258,16 @@ def test_no_subject_at_all_is_found_out(run: Callable[..., Result], real: RealCl
         return np.repeat(real.pictures[shot.background][None], len(clip), axis=0)
 
     found = held_out(run(empty))
-    assert found["template"] == 0
-    assert found["identity"] < 0.3
+    assert found.template == 0
+    assert found.identity < 0.3
     assert judges.subject(np.repeat(real.pictures[0][None], 16, axis=0)) == NOTHING
 
 
 def test_frames_in_another_order_are_found_out(run: Callable[..., Result]) -> None:
     order = np.random.default_rng(0).permutation(16)
     found = held_out(run(lambda clip, shot: clip[order]))
-    assert found["identity"] >= 0.95
-    assert found["beats_mean"] < 0.5
+    assert found.identity >= 0.95
+    assert found.beats_mean < 0.5
 
 
 @pytest.fixture(scope="module")
@@ -315,9 +317,9 @@ def test_one_that_only_knows_when_to_stand_still_is_found_out(run: Callable[...,
     def obeys_zero(clip: Frames, shot: Shot) -> Frames:
         return real.clip(shot.subject, shot.background, order.get(shot.factor, 0.0))
 
-    motion = run(obeys_zero, ("text", "motion")).measures["control"]["motion"]
-    assert 0.2 < motion["spearman"] < 0.6
-    assert motion["spearman_moving"] < 0.1
+    motion = run(obeys_zero, ("text", "motion")).measures.control["motion"]
+    assert 0.2 < motion.spearman < 0.6
+    assert motion.spearman_moving < 0.1
 
 
 def test_one_that_moves_when_it_should_stand_still_is_found_out(run: Callable[..., Result], real: RealClips) -> None:
@@ -325,9 +327,9 @@ def test_one_that_moves_when_it_should_stand_still_is_found_out(run: Callable[..
         return real.clip(shot.subject, shot.background, 1.0)
 
     result = run(restless, ("text", "still", "motion"))
-    assert held_out(result)["still"] > 0.5
-    assert result.measures["control"]["motion"]["spearman"] == 0
-    assert result.measures["control"]["motion"]["zero_part"] == pytest.approx(1, abs=0.1)
+    assert held_out(result).still > 0.5
+    assert result.measures.control["motion"].spearman == 0
+    assert result.measures.control["motion"].zero_part == pytest.approx(1, abs=0.1)
 
 
 # Where it comes from and where it goes
@@ -428,6 +430,9 @@ def test_it_writes_the_measures_and_the_sheets(honest: Result, real: RealClips, 
     ]
     measures = json.loads((tmp_path / "new" / "measures.json").read_text())
     assert measures["groups"]["held-out"]["clips"] == 4 * 2
+    assert set(measures["control"]["motion"]) == {field.name for field in fields(CueFigures)}
+    assert "zero" not in measures["control"]["appearance"]
+    assert from_json(Measures, measures) == replace(honest.measures, subjects={})
     per_subject = json.loads((tmp_path / "new" / "per_subject.json").read_text())
     assert set(per_subject) == {SUBJECTS[i].name for i in range(4)}
     assert per_subject["whale"]["motion_spearman"] > 0.9

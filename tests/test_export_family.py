@@ -1,7 +1,7 @@
-"""Export, gate, verification, quantisation and engines of a family that is not HiGen: the tables say all.
+"""Export, gate, verification, quantisation and engines of a family other than HiGen, from its tables alone.
 
-Its video decoder mixes frames, so that its first axis holds one sample; a picture is needed, no text is read, a choice
-picks a row of a table, and one stage may not compute in fewer than 32 bits.
+Its video decoder mixes frames, so its first axis holds one sample. It needs a picture and reads no text. A choice picks
+a row of a table, and one stage must compute in 32 bits.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ class Predictor(nn.Module):
 
 
 class Mix(nn.Module):
-    """Takes its inputs as `*rest`: these are nested otherwise when they are traced."""
+    """Takes its inputs as `*rest`, which tracing nests in another way."""
 
     prefix = "inner."
 

@@ -113,7 +113,7 @@ def test_symbols_are_the_sizes_of_the_released_model() -> None:
 
 
 def test_nothing_stands_twice() -> None:
-    """What the symbols say is not in `architecture`."""
+    """A number that is in `sizes.symbols` is not in `architecture` too."""
     tables = spec.manifest(TINY)
     assert set(tables.architecture) == {"unet", "clip", "autoencoder"}
     names = set(vars(TINY.unet)) - set(tables.architecture["unet"])
@@ -287,7 +287,7 @@ F, H, W = 3, 2, 5
 
 
 class Affine(nn.Module):
-    """m from every argument, so that one that is left out, or of the other branch, is noticed."""
+    """An m that depends on every argument: a missing one, or one of the other branch, changes the result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -391,6 +391,6 @@ def test_the_mix_is_in_float32_whatever_the_network_computes_in() -> None:
 
     stage = step_stage(guided=True)
     values = arguments(stage, 1, 1)
-    values["guidance"] = np.full_like(values["guidance"], 1e5)  # too great for float16
+    values["guidance"] = np.full_like(values["guidance"], 1e5)  # too large for float16
     made = SolverStep(stage, Half())(*(torch.from_numpy(values[t.name]) for t in stage.inputs))
     assert all(tensor.dtype == torch.float32 and tensor.isfinite().all() for tensor in made)

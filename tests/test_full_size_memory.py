@@ -1,4 +1,4 @@
-"""The released architecture at its full size is in memory once: both networks over one copy of the weights."""
+"""The released architecture at its full size: both networks share one copy of the weights in memory."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ print(json.dumps({
 
 
 def available_memory() -> int:
-    """Bytes that can be had without swapping; 0 where the system does not say."""
+    """Bytes of memory that are available without swapping; 0 if the system does not report them."""
     info = Path("/proc/meminfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), 0)
@@ -78,7 +78,7 @@ def write_weights(path: Path, config: UNetConfig, salt: int) -> None:
 
 @pytest.fixture(scope="module")
 def full_size_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A model directory with the full-size denoiser only; removed at once, for it takes 5.9 GB."""
+    """A model directory with the full-size denoiser only. It is removed after its test, because it takes 5.9 GB."""
     folder = tmp_path_factory.mktemp("full")
     if shutil.disk_usage(folder).free < DISK:
         pytest.skip(f"less than {DISK / 1e9:.0f} GB of disk free at {folder}")

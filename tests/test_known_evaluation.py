@@ -1,4 +1,4 @@
-"""The measures of known frames, on makers whose answer is known."""
+"""The measures of known frames, on made-up models with known results."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ class Maker:
 
 
 class Interpolates(Maker):
-    """Goes from each given frame to the next in a straight line, and holds the last one."""
+    """Interpolates linearly from each given frame to the next, and holds the last one."""
 
     def through(self, prompt: str, seed: int, frames: Mapping[int, Frames]) -> Frames:
         places = sorted(frames)
@@ -76,27 +76,27 @@ class Knows(Maker):
 def test_a_model_that_interpolates_is_no_better_than_the_baselines(real: RealClips) -> None:
     found = known_frames(Interpolates(), real, [0], SITUATIONS)
     for case in CASES:
-        assert set(found[case]) == {"normal", "warped"}
-        for row in found[case].values():
-            assert row["gain"] == pytest.approx(0, abs=0.1) or (case == "prefix" and row["gain"] < 0)
-            assert row["given"] == row["given_codec"] == BEST
-            assert row["psnr"]["text"] < row["psnr"]["model"] < BEST
-            assert row["inside"]["model"] < row["psnr"]["model"]
-    assert found["prefix"]["normal"]["seam"] == pytest.approx(0)
-    assert found["prefix"]["normal"]["motion"] < 0.6
-    assert found["end"] > 0.9
+        assert set(found.case(case)) == {"normal", "warped"}
+        for row in found.case(case).values():
+            assert row.gain == pytest.approx(0, abs=0.1) or (case == "prefix" and row.gain < 0)
+            assert row.given == row.given_codec == BEST
+            assert row.psnr["text"] < row.psnr["model"] < BEST
+            assert row.inside["model"] < row.psnr["model"]
+    assert found.prefix["normal"].seam == pytest.approx(0)
+    assert found.prefix["normal"].motion < 0.6
+    assert found.end > 0.9
     assert "a swapped last frame: Spearman" in as_text(found)
 
 
 def test_a_model_that_knows_is_at_the_codecs_bound(real: RealClips) -> None:
     found = known_frames(Knows(real), real, [0], SITUATIONS)
     for case in CASES:
-        for row in found[case].values():
-            assert row["psnr"]["model"] == row["psnr"]["codec"] == BEST
-            assert row["gain"] > 10
-            assert row["inside_gain"] > 10
-            assert row["motion"] == pytest.approx(1)
-    assert found["prefix"]["normal"]["seam"] == pytest.approx(1, abs=0.8)
+        for row in found.case(case).values():
+            assert row.psnr["model"] == row.psnr["codec"] == BEST
+            assert row.gain > 10
+            assert row.inside_gain > 10
+            assert row.motion == pytest.approx(1)
+    assert found.prefix["normal"].seam == pytest.approx(1, abs=0.8)
 
 
 def test_a_warped_clip_changes_its_speed_and_keeps_its_mean() -> None:

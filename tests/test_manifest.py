@@ -105,7 +105,7 @@ def test_the_built_in_models_manifest_is_of_version_2() -> None:
         opened.file(name)
 
 
-# What is wrong
+# Wrong manifests
 
 
 def row(document: Document, table: str, name: str) -> Document:
@@ -280,10 +280,10 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
         ),
         r"stages\.mixer\.grain: source control:note: the controls of this kind",
     ),
-    ("two stages of one name", twice("stages", "reader"), r"stages: reader stands there twice"),
-    ("two loops of one name", twice("loops", "film"), r"stages: film stands there twice"),
-    ("a loop of a stage's name", setting("loops.draft.name", "reader"), r"stages: reader stands there twice"),
-    ("two controls of one name", twice("controls", "glow"), r"controls: glow stands there twice"),
+    ("two stages of one name", twice("stages", "reader"), r"stages: reader appears twice"),
+    ("two loops of one name", twice("loops", "film"), r"stages: film appears twice"),
+    ("a loop of a stage's name", setting("loops.draft.name", "reader"), r"stages: reader appears twice"),
+    ("two controls of one name", twice("controls", "glow"), r"controls: glow appears twice"),
     (
         "two inputs of one name",
         lambda d: row(d, "stages", "reader")["inputs"].append(tensor(d, "reader", "tokens")),
@@ -309,7 +309,7 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
         r"stages\.reader\.words: at least one",
     ),
     ("a symbol of ours", setting("sizes.symbols.H", 3), r"sizes: symbols\.H: a name that is none of B, F, N,"),
-    ("a symbol that is no name", setting("sizes.symbols", {"a b": 3}), r"sizes: symbols\.a b: a name"),
+    ("a symbol that is not a name", setting("sizes.symbols", {"a b": 3}), r"sizes: symbols\.a b: a name"),
     ("a symbol of zero", setting("sizes.symbols.K", 0), r"sizes: symbols\.K=0: a whole number from 1"),
     (
         "an encoding for another rank",
@@ -398,7 +398,7 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
         r"loops\.film\.plain='film': the stages are",
     ),
     (
-        "a loop's stage that is no step",
+        "a loop's stage that is not a step",
         setting("loops.film.plain", "mixer"),
         r"loops\.film\.plain='mixer': gives latents, prev",
     ),
@@ -567,7 +567,7 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
         r"controls\[4\]: name='seed': a name of its own",
     ),
     (
-        "a control that is no name",
+        "a control that is not a name",
         setting("controls.glow.name", "a-b"),
         r"controls\[4\]: name='a-b': a name of its own",
     ),
@@ -625,7 +625,7 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
     ),
     ("a seal that is none", setting("seal", 7), r"seal=7: 64 hexadecimal digits \(higen upgrade --reseal\)"),
     (
-        "a graph that is no file",
+        "a graph that is not a file",
         setting("graphs", {"a.onnx": {"inputs": []}}),
         r"graphs: a\.onnx: each \.onnx file of files",
     ),
@@ -657,7 +657,7 @@ def test_a_key_that_stands_there_twice_is_refused(model: Path, key: str) -> None
     text = (model / MANIFEST).read_text()
     i = text.index(f'"{key}":')
     (model / MANIFEST).write_text(f'{text[:i]}"{key}": 1, {text[i:]}')
-    with pytest.raises(ManifestError, match=f"not valid JSON: '{key}' stands there twice"):
+    with pytest.raises(ManifestError, match=f"not valid JSON: '{key}' appears twice"):
         Bundle.open(model)
 
 

@@ -43,7 +43,7 @@ def over(loop: Frames, picture: Frames) -> Frames:
 
 
 def noisy(clip: Frames, deviation: float, blocks: int = 1, same: bool = False) -> Frames:
-    """Coloured noise in blocks of so many pixels, anew in each frame or `same` in all."""
+    """Coloured noise in blocks of this many pixels, anew in each frame or `same` in all."""
     shape = (1 if same else len(clip), 64 // blocks, 64 // blocks, 3)
     noise = np.random.default_rng(1).normal(0, deviation, shape)
     return np.clip(np.rint(clip + noise.repeat(blocks, 1).repeat(blocks, 2)), 0, 255).astype(np.uint8)

@@ -137,7 +137,7 @@ def test_a_real_kernel_shows_bars_previews_a_grid_and_the_form(tmp_path: Path) -
     seen: list[dict[str, Any]] = []
 
     class Client(nbclient.NotebookClient):  # type: ignore[misc,name-defined]
-        """Remembers every picture: an update replaces the one before in the notebook."""
+        """Records every picture; in a notebook, each update replaces the previous one."""
 
         def process_message(self, message: dict[str, Any], *where: Any) -> Any:
             seen.append(message)

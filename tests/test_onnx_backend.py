@@ -69,7 +69,7 @@ def latents_and_frames(pipe: Pipeline, prompt: object, **options: object) -> tup
         {"steps": 10, "solver": "ddim", "frames": 16},
         {"steps": 50, "solver": "ddim", "frames": 8},
         {"steps": 10, "frames": 8},
-        # Away from the cues it was trained with, guidance 12 takes a rounding error of this model to 2e-3.
+        # With cues unlike those of its training, guidance 12 magnifies a rounding error of this model to 2e-3.
         {"steps": 10, "frames": 8, "motion": 150.0, "appearance": 0.7, "guidance": 4.0},
         {"steps": 10, "frames": 32},
     ],
@@ -92,7 +92,7 @@ def test_three_prompts_in_a_batch(onnx: Pipeline, torch: Pipeline) -> None:
 
 
 def test_a_batch_is_its_prompts_one_by_one(onnx: Pipeline) -> None:
-    """To the byte, though ONNX Runtime is given the whole batch, and with an odd number of frames to decode."""
+    """The bytes are equal, although ONNX Runtime gets the whole batch and an odd number of frames to decode."""
     ours, frames = latents_and_frames(onnx, list(prompts()), seed=[1, 2, 3], steps=3, frames=5, guidance=12.0)
     for i, prompt in enumerate(prompts()):
         alone, its_frames = latents_and_frames(onnx, prompt, seed=i + 1, steps=3, frames=5, guidance=12.0)
@@ -145,7 +145,7 @@ def copy(tmp_path: Path) -> Path:
 
 
 def fitted(model: Path) -> None:
-    """Make the manifest that of the files as they are now."""
+    """Write the present files' sizes and hashes into the manifest."""
 
     def changed(opened: Opened) -> Opened:
         there = {name: file_record(model / name) for name in opened.files if (model / name).exists()}
@@ -187,7 +187,7 @@ def test_a_missing_graph_is_passed_over_in_silence(copy: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "onnx", "torch"])
 def test_a_precision_that_the_model_was_never_quantised_to_is_refused(backend: str) -> None:
-    """Every stage could stand in for itself, and the video would be float32's without a word."""
+    """Otherwise every stage could replace its own missing graph, and the video would silently be that of float32."""
     model = default_model()
     message = f"no spatial_unet.int8.onnx (make it: higen-export quantize {model} --precision int8)"
     with pytest.raises(BackendUnavailable, match=re.escape(message)):
@@ -259,7 +259,7 @@ def test_wrong_inputs_are_refused(onnx: Pipeline) -> None:
         onnx.backend.run("vae_decoder", latents=np.zeros((1, 32, 8, 8), np.int64))
 
 
-# Graphs that were made before manifest version 2: t is int64, guidance has one value a sample
+# Graphs that were made before manifest version 2: t is int64, guidance has one value per sample
 
 
 def test_an_older_graph_is_fed_what_it_takes(copy: Path, bundle: Bundle) -> None:
@@ -300,7 +300,7 @@ def test_sessions_are_made_once_for_many_threads_and_freed(bundle: Bundle, monke
     session = ort.InferenceSession
 
     def counted(*arguments: object, **options: object) -> object:
-        time.sleep(0.05)  # long enough for the others to come
+        time.sleep(0.05)  # long enough for the other requests to arrive
         built = session(*arguments, **options)
         made.append(weakref.ref(built))
         return built

@@ -221,7 +221,7 @@ MALFORMED: dict[str, tuple[str, Callable[[Path], object]]] = {
     "an unknown kind": ("unknown kind of case", lambda f: edit_json(f, lambda r: r.update(dreams={"p1/a": {}}))),
     "an unknown file": ("p1.dreams", lambda f: shutil.copy(f / "p1.units.safetensors", f / "p1.dreams.safetensors")),
     "an unknown model": ("not listed", lambda f: edit_json(f, lambda r: r["forward"].update({"p9/a": {}}))),
-    "a kind that is no object": ("forward", lambda f: edit_json(f, lambda r: r.update(forward=[1]))),
+    "a kind that is not an object": ("forward", lambda f: edit_json(f, lambda r: r.update(forward=[1]))),
     "no salt": ("salt", lambda f: edit_json(f, lambda r: r["models"]["p1"].update(weight_recipe="by hand"))),
     "a missing argument": ("kwargs", lambda f: edit_json(f, lambda r: r["models"]["p1"]["kwargs"].pop("dim_mult"))),
     "a wrong argument": ("kwargs", lambda f: edit_json(f, lambda r: r["models"]["p1"]["kwargs"].update(dim=33))),

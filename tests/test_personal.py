@@ -38,7 +38,7 @@ ARGUMENTS: dict[str, Any] = {
     "use_linear_projection": True,
     "cross_attention_dim": 32,
 }
-"""Of a U-Net in the shape of the tiny HiGen's spatial layers, with heads of 64 channels, as version 2.1 has them."""
+"""Arguments of a U-Net like the tiny HiGen's spatial layers, with heads of 64 channels as in version 2.1."""
 
 
 def pipeline(seed: int, prediction: str = "v_prediction", **changes: Any) -> Any:
@@ -55,7 +55,7 @@ def ldm(unet: Any) -> State:
 
 
 def vgen_name(theirs: str) -> str:
-    """HiGen's authors' name of a tensor of a single file: there are temporal layers in between."""
+    """The name in HiGen's own files of a tensor of a single file: its temporal layers change the numbers in between."""
     renamed = re.sub(r"^middle_block\.2\.", "middle_block.3.", theirs)
     renamed = re.sub(r"^(input_blocks\.\d+)\.0\.op\.", r"\1.op.", renamed)
     return re.sub(r"^(output_blocks\.\d+)\.2\.conv\.", r"\1.3.conv.", renamed)
@@ -308,7 +308,7 @@ def test_sums_are_made_where_they_are_written(folder: Path, tmp_path: Path) -> N
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone is told")
 def test_what_was_read_leaves_memory_and_keeps_its_values(tmp_path: Path) -> None:
-    """Of a mapped file; other memory stays as it is."""
+    """The pages of a mapped file are released; other memory stays."""
     values = torch.arange(2**22, dtype=torch.float32)
     save_file({"a": values}, tmp_path / "a.safetensors")
     with safe_open(tmp_path / "a.safetensors", framework="pt") as file:

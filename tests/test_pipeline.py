@@ -1,4 +1,4 @@
-"""From prompts to videos on the tiny model: the same seed, the same bytes; a batch is its samples one by one."""
+"""From prompts to videos on the tiny model: the same seed gives the same bytes, a batch equals its samples alone."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_batch_is_its_prompts_one_by_one(name: str, options: dict[str, Any], r
 
 
 def test_high_guidance_and_few_steps_do_not_break_that(pipe: Pipeline) -> None:
-    """Both magnify rounding: had the kernels seen the whole batch, the difference would be 4e-5 here."""
+    """Both magnify rounding: if the kernels computed the whole batch at once, the difference would be 4e-5."""
     batch = latents(pipe, PROMPTS, guidance=12.0)
     for i, prompt in enumerate(PROMPTS):
         assert np.abs(batch[i] - latents(pipe, prompt, guidance=12.0)[0]).max() <= 1e-5
@@ -115,7 +115,7 @@ def test_a_list_of_prompts_gives_a_list_of_videos(pipe: Pipeline) -> None:
     np.testing.assert_array_equal(videos[1].frames, pipe(PROMPTS[1], seed=2).frames)
 
 
-# What the request asks for reaches the stages
+# The request's values reach the stages
 
 
 def calls(backend: RecordingBackend) -> list[str]:
@@ -195,7 +195,7 @@ def test_frames_are_told_as_they_are_decoded(pipe: Pipeline) -> None:
 
 
 class Taps(TorchBackend):
-    """The torch backend, keeping what each stage is given."""
+    """The torch backend, which records the inputs of each stage."""
 
     def __init__(self, bundle: Bundle) -> None:
         super().__init__(bundle, Options(device="cpu"))

@@ -1,4 +1,4 @@
-"""Which plan is used: decisions on records, no TensorRT."""
+"""The choice of a plan from the records alone, without TensorRT."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_classic_tensorrt_comes_first_where_it_is_installed() -> None:
         ([plan()], {"libraries": {"rtx": EngineError("is broken")}}, EngineError, "is broken"),
         ([plan(**CLASSIC)], {}, MissingExtra, r"'tensorrt': pip install 'higen\[tensorrt\]'"),
         ([plan()], {"architecture": 86, "files": {}}, WrongArchitecture, "this GPU is SM86"),
-        # Of several, the one for this GPU says why.
+        # Of several plans, the reason of the one for this GPU is given.
         ([plan(target="rtx-sm86", architectures=(86,)), plan()], {"files": {}}, Stale, "rtx-sm89/vae_decoder"),
         ([plan()], {"architecture": 86, "errors": (Malformed("cut"),)}, Malformed, "cut"),
     ],
@@ -133,7 +133,7 @@ def test_a_plans_tensors_are_the_tables() -> None:
 
 
 def test_an_engine_may_know_the_sizes_that_its_profiles_fix() -> None:
-    """A profile whose smallest and largest sizes are the same: the network's axis is free, the engine's may not be."""
+    """With equal smallest and largest sizes, an axis is free in the network and may be fixed in the engine."""
     fixed = (PlanTensor("latents", "input", "float32", (2, 4, 8, 8)), RECORD.tensors[1])
     check_interface(plan(), DECODER, fixed)
 

@@ -1,4 +1,4 @@
-"""Bars: shown where a person watches, and never the end of a generation."""
+"""Progress bars: they are shown in terminals and notebooks, and a bar that cannot be written stops no generation."""
 
 from __future__ import annotations
 

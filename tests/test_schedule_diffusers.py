@@ -154,7 +154,7 @@ def theirs_of(solver: str) -> Iterator[Solver]:
 
 @pytest.mark.parametrize("solver", [s for name in SOLVERS for s in theirs_of(name)], ids=str)
 def test_every_table_is_diffusers_in_double(solver: Solver) -> None:
-    """diffusers' own code with float64 in the place of float32: what differs is a formula, not a rounding."""
+    """diffusers' own code with float64 in place of float32: what differs is a formula, not a rounding."""
     for schedule, zero_terminal_snr, prediction in product((SD, LINEAR, COSINE), (False, True), TYPES):
         unknown = solver.name == "heun" or prediction == "epsilon" if zero_terminal_snr else False
         if unknown or (solver.name == "euler_ancestral" and prediction == "sample"):  # of one of the two

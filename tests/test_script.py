@@ -1,4 +1,4 @@
-"""Scene scripts: checked before any work, each scene its single request, finished scenes kept."""
+"""Scene scripts: they are checked before any work, each scene equals a single request, finished scenes are kept."""
 
 from __future__ import annotations
 

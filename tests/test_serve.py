@@ -67,7 +67,7 @@ def test_the_openai_client_makes_polls_downloads_lists_and_deletes(client: Any, 
     extra = {"num_frames": 4, "num_inference_steps": 2, "seed": 7, "controls": {"motion": 300}}
     made = client.videos.create(prompt="a whale", size="64x64", extra_body=extra)
     assert isinstance(made, Video)
-    Video.model_validate({**made.to_dict(), "size": "720x1280"})  # strict, but for the size, which is an extension
+    Video.model_validate({**made.to_dict(), "size": "720x1280"})  # strict, except for the size, which is an extension
     done = client.videos.poll(made.id, poll_interval_ms=50)
     assert (done.status, done.progress, done.error, done.seconds) == ("completed", 100, None, "0.5")
     path = tmp_path / "video.mp4"

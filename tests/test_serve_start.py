@@ -1,4 +1,4 @@
-"""What a server finds when it starts: another server, a taken port, a corrupt queue, a full disk; and after kill -9."""
+"""The start of a server: beside another server, with a used port, a corrupt queue, a full disk, and after kill -9."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from serve_process import Server
 
 
 def failed(folder: Path, *options: str) -> str:
-    """The one line of a server that cannot start."""
+    """The one line that a server prints if it cannot start."""
     done = CliRunner().invoke(higen, ["serve", "--port", "0", "--data", str(folder), *options])
     assert done.exit_code in (1, 2), done.output
     assert len(done.stderr.splitlines()) == 1, done.stderr
@@ -83,7 +83,9 @@ def test_a_queue_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
 
 
 def test_jobs_outlive_the_process(tmp_path: Path) -> None:
-    """After kill -9 finished ones are there, half-done ones run again, waiting ones run; files of others stay."""
+    """After kill -9, finished jobs are still there, unfinished jobs run again, waiting jobs run, and files that the
+    server did not write stay.
+    """
     folder = tmp_path / "data"
     server = Server(folder, "--slots", "1")
     done = server.create("a heart")
@@ -110,7 +112,7 @@ def test_jobs_outlive_the_process(tmp_path: Path) -> None:
         while server.call("GET", f"/v1/videos/{second}")[1]["progress"] < 3:
             time.sleep(0.01)
     finally:
-        assert server.stop() == 0  # at once: what runs waits for the next start
+        assert server.stop() == 0  # the server ends at once: its running jobs run at the next start
     server = Server(folder, "--slots", "1")
     try:
         assert server.call("GET", f"/v1/videos/{second}")[1]["status"] in ("queued", "in_progress")
@@ -140,7 +142,7 @@ def test_quota_and_age(tmp_path: Path) -> None:
         name = server.create("a whale")
         server.wait(name)
         time.sleep(1.1)
-        server.wait(server.create("a heart"))  # whoever finishes a job looks at the others' age
+        server.wait(server.create("a heart"))  # each finished job makes the server look for old results
         status: Any = server.call("GET", f"/v1/videos/{name}/content")[0]
         assert status in (404, 410)
     finally:

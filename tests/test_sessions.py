@@ -97,7 +97,7 @@ def layer() -> tuple[bytes, NDArray[np.float32], NDArray[np.float64]]:
 
 
 def error_of_a_layer() -> float:
-    """What the fused integer kernels of this processor make of it, relative to the largest value."""
+    """The error of this processor's fused integer kernels for that layer, relative to the largest value."""
     model, x, exact = layer()
     session = ort.InferenceSession(model, session_options(threads=1), providers=["CPUExecutionProvider"])
     return float(np.abs(session.run(None, {"x": x})[0] - exact).max() / np.abs(exact).max())
@@ -123,7 +123,7 @@ def test_products_in_8_bits_are_exact_without_vnni() -> None:
     assert float(ran.stdout) < 1e-6
 
 
-# What is said of a processor.
+# How a processor's products are described.
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_bfloat16_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, list
 
 
 def play(monkeypatch: pytest.MonkeyPatch, folder: Path, listed: str | None) -> None:
-    """Let the system list this of its processors; None: nothing."""
+    """Replace the system's list of processors by `listed`; None: there is no list."""
     if listed is not None:
         (folder / "cpuinfo").write_text(listed)
     monkeypatch.setattr(cpu, "CPUINFO", folder / "cpuinfo")

@@ -1,4 +1,4 @@
-"""Many requests at a time on one backend: each as if alone."""
+"""Many requests at a time on one backend: each gets the result that it gets alone."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def generate(pipeline: Pipeline, arguments: dict[str, Any]) -> tuple[np.ndarray,
 def together(
     pipeline: Pipeline, backend: SharedBackend, requests: list[dict[str, Any]]
 ) -> list[tuple[np.ndarray, np.ndarray] | HigenError]:
-    """All requests at the same time, each in its thread; an error in the place of a result."""
+    """All requests at the same time, each in its thread; an error in place of a result."""
 
     def one(arguments: dict[str, Any]) -> tuple[np.ndarray, np.ndarray] | HigenError:
         try:
@@ -171,7 +171,7 @@ def in_thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    """Return when it holds; fails after 30 seconds."""
+    """Return when the condition holds; fails after 30 seconds."""
     end = time.monotonic() + 30
     while not condition():
         assert time.monotonic() < end
@@ -285,7 +285,7 @@ def test_requests_keep_step_with_each_other(pipeline: Pipeline) -> None:
 
 
 def test_a_stage_that_holds_one_sample_is_never_joined(tmp_path: Path) -> None:
-    """Its first axis is one like the others: no limit of rows, and no batch but of one call."""
+    """Its first axis does not count samples: the limit of rows does not apply, and each batch has one call."""
     bundle = write_made_up_model(tmp_path / "model")
     pipeline = Pipeline(bundle, RowBackend(bundle.manifest))
     limits = dict.fromkeys((s.name for s in bundle.manifest.stages if s.batch), 1)
@@ -307,7 +307,7 @@ def test_a_stage_that_holds_one_sample_is_never_joined(tmp_path: Path) -> None:
 
 
 def test_a_video_decoder_gives_each_request_its_own_frames(tmp_path: Path) -> None:
-    """The frames of a model whose decoder looks at the neighbours, made at once and one by one."""
+    """The frames of a model whose decoder uses neighbouring frames, from concurrent requests and from single ones."""
     bundle = write_made_up_model(tmp_path / "model")
     pipeline = Pipeline(bundle, OnnxBackend(bundle, Options("cpu", threads=1)))
     requests = [{"prompt": "a red kite", "seed": i, "steps": 2, "wobble": i / 4} for i in range(4)]

@@ -1,4 +1,4 @@
-"""Sounds: files to samples, their two curves, and the sound beside a clip's frames."""
+"""Sounds: reading files, their two curves, and the sound of a video file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is written appears whole or not at all; what killed writers left goes, and nothing else."""
+"""Files appear whole or not at all. What killed writers left is removed, and nothing else is."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_what_a_killed_writer_left_goes_with_the_next(tmp_path: Path) -> None:
 
 
 def test_what_is_not_ours_stays(tmp_path: Path) -> None:
-    """Names like ours, a folder of our very name with other contents, a lock file with contents, links."""
+    """Names like higen's, a folder with exactly higen's name and other contents, a lock file with contents, links."""
     with staging(tmp_path) as place:
         own = place.root.name
     for foreign in (own, ".higen-notes", ".higen-0123456789ab01234567", f"{own}x"):
@@ -150,7 +150,7 @@ sys.addaudithook(hook)
 OLD, NEW = dict.fromkeys("abcd", "old"), dict.fromkeys("abc", "new")
 
 
-@pytest.mark.parametrize("at", range(1, 7))  # journal, three files, what goes, journal
+@pytest.mark.parametrize("at", range(1, 7))  # journal, three new files, the removed file, journal
 @pytest.mark.parametrize("finish", [settle, sweep], ids=["reader", "writer"])
 def test_a_change_of_several_files_is_made_whole_or_not_at_all(
     tmp_path: Path, at: int, finish: Callable[[Path], None]
@@ -257,7 +257,7 @@ def test_a_folder_that_cannot_be_written_is_read_all_the_same(tmp_path: Path, mo
 
 
 def test_a_journal_of_somebody_else_moves_nothing_of_ours(tmp_path: Path) -> None:
-    """A folder from elsewhere may have one in it: it names files of its own hidden folder, or is none."""
+    """A copied folder may contain a journal. It is followed only if it names files of its own hidden folder."""
     (tmp_path / "home").mkdir()
     secret = tmp_path / "home" / "secret.txt"
     secret.write_text("mine")
@@ -289,7 +289,7 @@ def test_an_unfinished_file_that_was_exchanged_is_not_moved(tmp_path: Path) -> N
 
 
 def test_a_writer_never_waits_for_its_own_lock(tmp_path: Path) -> None:
-    """A journal that is not followed (its folder has no note) is there for ever: who has the lock looks past it."""
+    """A journal that is not followed (its folder has no note) stays: the owner of the lock ignores it."""
     root = tmp_path / staging_module._named("0" * 12)
     (root / "new").mkdir(parents=True)
     (root / "journal").write_text("{}")

@@ -259,7 +259,7 @@ def test_the_step_is_that_of_diffusers(model: Bundle, by_graphs: Pipeline) -> No
 
 
 def test_tables(model: Bundle, saved: Path) -> None:
-    """What the published model's manifest says, but for its sizes."""
+    """What the published model's manifest says, except for its sizes."""
     manifest = model.manifest
     assert manifest.family == "svd"
     assert manifest.name == saved.name

@@ -31,7 +31,7 @@ def commands() -> list[tuple[str, list[str]]]:
 
 @pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
 def test_a_full_output_is_one_line_and_an_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process, for so many commands; real processes are below."""
+    """In this process, for this many commands; real processes are below."""
     for module, arguments in commands():
         said: list[str] = []
         with FULL.open("w", encoding="utf-8") as full, monkeypatch.context() as patch:

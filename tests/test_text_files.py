@@ -119,7 +119,7 @@ def test_a_limit_and_other_things_than_files(tmp_path: Path) -> None:
     [
         ("{", "not JSON"),
         ("[" * 100_000, "not JSON"),
-        ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' stands there twice"),
+        ('{"a": 1, "b": {"c": 1, "c": 2}}', "the key 'c' appears twice"),
         ("9" * 5000, "not JSON"),
     ],
 )

@@ -117,7 +117,7 @@ def test_a_sample_does_not_depend_on_its_batch(backend: TorchBackend, stage: str
 
 
 def test_columns_are_per_sample(backend: TorchBackend) -> None:
-    """A server may batch requests that stand at different steps."""
+    """A server may batch requests that are at different steps."""
     given = inputs("temporal_unet")
     changed = {
         **given,
@@ -189,7 +189,7 @@ def test_one_frame_of_the_spatial_network_ignores_the_temporal_weights(tiny_mode
     [("bf16", "bfloat16", 0.1), ("fp16", "float16", 0.02), ("int8.fp16", "float16", 0.02)],
 )
 def test_less_precision(backend: TorchBackend, tiny_model: Path, precision: str, dtype: str, tolerance: float) -> None:
-    """PyTorch has nothing in fewer than 16 bits: a quantised precision's base stands in."""
+    """PyTorch computes in 16 bits or more: the base of a quantised precision is used."""
     less = TorchBackend(Bundle.open(tiny_model), Options(device="cpu", precision=precision))
     given = inputs("temporal_unet")
     made, exact = less.run("temporal_unet", **given)["latents"], backend.run("temporal_unet", **given)["latents"]
@@ -222,7 +222,7 @@ def test_closing_frees_the_networks(tiny_model: Path) -> None:
     backend.close()
 
 
-# What is wrong with files, devices and precisions
+# Wrong files, devices and precisions
 
 
 @pytest.mark.parametrize(
@@ -294,7 +294,7 @@ def test_a_family_that_is_not_installed(tiny_model: Path) -> None:
 
 
 class Whole(torch.nn.Module):
-    """Remembers how many samples it was given at a time."""
+    """Records how many samples each call had."""
 
     def __init__(self) -> None:
         super().__init__()

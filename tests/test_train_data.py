@@ -91,7 +91,7 @@ def test_a_list_names_paths_and_captions(tmp_path: Path, suffix: str) -> None:
         (
             "l.jsonl",
             '{"path": "a.mp4", "caption": "x", "caption": "y"}',
-            "line 1: the key 'caption' stands there twice",
+            "line 1: the key 'caption' appears twice",
         ),
         (
             "l.jsonl",
@@ -112,7 +112,7 @@ def test_a_list_names_paths_and_captions(tmp_path: Path, suffix: str) -> None:
         ("l.csv", "path\tcaption\na.mp4\tx\n", r"divided by '\\t', a comma is wanted$"),
         ("l.csv", "a.mp4,x\nb.mp4,y\n", "it is a row already, and the first line must be path,caption$"),
         ("l.csv", "Path, Caption\na.mp4,x\n", "write path,caption in lower case and without spaces$"),
-        ("l.csv", "path,caption,caption\na.mp4,x,y\n", "the column 'caption' stands there twice$"),
+        ("l.csv", "path,caption,caption\na.mp4,x,y\n", "the column 'caption' appears twice$"),
         ("l.parquet", "x", r"a folder, or a \.jsonl or \.csv file"),
     ],
 )

@@ -225,7 +225,7 @@ def test_what_the_recipe_has_is_for_files_too_and_goes_on_exactly(tmp_path: Path
     made.close()
     train(stopped)
     assert recorded(stopped) == recorded(whole)
-    # One backward of all losses gives the same but for rounding.
+    # One backward of all losses gives the same except for rounding.
     together = make_settings(tmp_path / "together", model, clips, **{**RECIPE, "run__losses_in_turn": False})
     train(together)
     for ours, theirs in zip(recorded(together), recorded(whole), strict=True):

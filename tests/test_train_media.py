@@ -191,7 +191,7 @@ def test_what_moves_is_a_video(tmp_path: Path) -> None:
         frames[0].save(tmp_path / name, form, save_all=True, append_images=frames[1:], duration=125, lossless=True)
     for name in ("e.webp", "f.png", "g.tiff", "h.jpg"):
         frames[0].save(tmp_path / name)
-    # Phones keep a second picture in a JPEG file: that is no animation.
+    # Phones keep a second picture in a JPEG file: that is not an animation.
     frames[0].save(tmp_path / "i.jpg", "MPO", save_all=True, append_images=frames[1:2])
     for file in list(tmp_path.iterdir()):
         file.with_suffix(".txt").write_text(file.name)

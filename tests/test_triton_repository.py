@@ -1,4 +1,4 @@
-"""The repository as files: configurations by the stage table, weights linked, nothing left behind on a failure."""
+"""The files of a repository: configurations follow the stage table, weights are linked, a failure leaves nothing."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_weights_are_there_once_and_every_graph_loads(repository: Path, bundle: 
 
 
 def test_why_hard_links(bundle: Bundle, tmp_path: Path) -> None:
-    """ONNX Runtime follows no symbolic link out of the graph's folder; should it once, links could be simpler."""
+    """ONNX Runtime follows no symbolic link out of the graph's folder. If a version does, symbolic links suffice."""
     for name in (graph_file("text_encoder"), weights_of(bundle, "text_encoder")):
         (tmp_path / name).symlink_to(bundle.path / name)
     shutil.copy(bundle.path / graph_file("text_encoder"), tmp_path / "copied.onnx")
@@ -163,7 +163,7 @@ def test_a_stage_s_configuration(bundle: Bundle) -> None:
 
 
 def test_a_stage_that_holds_one_sample_does_not_batch() -> None:
-    """Its first axis is one like the others, a vector is a vector, and Triton may not put requests together."""
+    """Its first axis does not count samples, a vector stays a vector, and Triton must not batch its requests."""
     given = {"backend": "onnxruntime", "device": "cpu", "max_batch": 8, "instances": 1, "threads": None}
     assert stage_config(MANIFEST.stage("unpack"), MANIFEST.fixed, **given) == (
         'name: "unpack"\nbackend: "onnxruntime"\nmax_batch_size: 0\n'
@@ -200,7 +200,7 @@ def test_a_model_of_no_family(made_up: Bundle, tmp_path: Path) -> None:
 
 
 def test_guided_graphs_alone_are_enough(tmp_path: Path) -> None:
-    """A repository then has no plain stages, and `higen` is told so."""
+    """A repository then has no plain stages, and the configuration of `higen` says so."""
     made = write_made_up_model(tmp_path / "made-up", without=("draft_one", "film_one"))
     backends = write_repository(made, tmp_path / "repository", Settings())
     assert set(backends) == {*MANIFEST.stage_names, "higen"} - {"draft_one", "film_one"}
@@ -213,7 +213,7 @@ def test_guided_graphs_alone_are_enough(tmp_path: Path) -> None:
 
 
 def as_before(inputs: tuple[GraphInput, ...]) -> tuple[GraphInput, ...]:
-    """What a graph of the step contract of version 1 takes."""
+    """Change a graph's inputs to those of the step contract of version 1."""
     changed = {"t": GraphInput("t", "int64", ("B",)), "guidance": GraphInput("guidance", "float32", ("B",))}
     return tuple(changed.get(tensor.name, tensor) for tensor in inputs)
 
@@ -431,7 +431,7 @@ def test_a_graph_of_one_shape_is_refused(model: Bundle, tmp_path: Path) -> None:
 
 
 def test_an_axis_that_no_request_varies_may_be_fixed(made_up: Bundle, tmp_path: Path) -> None:
-    """A stage that holds one sample is always given one; the configuration then says what the graph says."""
+    """A stage that holds one sample always gets one. Its configuration then has the graph's fixed size."""
     (latents,) = made_up.graphs["unpack.onnx"]
     graphs = {**made_up.graphs, "unpack.onnx": (replace(latents, shape=(1, *latents.shape[1:])),)}
     write_repository(replace(made_up, graphs=graphs), tmp_path / "repository", Settings())
@@ -447,7 +447,7 @@ def copied(model: Bundle, name: str, to: str) -> Bundle:
 
 
 def test_another_precision(model: Bundle, tmp_path: Path) -> None:
-    """Its graphs, with the weights that they point into: those of their own, else the model's."""
+    """Its graphs with the weights that they refer to: those of the precision, otherwise the model's."""
     own = model.weights_variant("spatial_unet", "fp16")
     model = copied(model, weights_of(model, "spatial_unet"), own)
     for name in model.manifest.stage_names:

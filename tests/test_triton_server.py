@@ -124,7 +124,7 @@ def executed(server: Server, *stages: str) -> tuple[int, int]:
 
 
 def all_at_once(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-    """Each item in a thread of its own; an error in the place of a result."""
+    """Each item in a thread of its own; an error in place of a result."""
 
     def one(item: Any) -> Any:
         try:

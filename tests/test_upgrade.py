@@ -250,7 +250,7 @@ def test_an_edit_wants_a_new_seal(model: Path) -> None:
     ("old", "new", "match"),
     [
         ('"text_encoder.hidden"', '"text_decoder.hidden"', "text_decoder"),
-        ('"temporal"', '"spatial"', "stands there twice"),
+        ('"temporal"', '"spatial"', "appears twice"),
         ('"steps": 4', '"steps": 0', "steps=0"),
         ('"version": 2', '"version": 3', "pip install --upgrade higen"),
         ('"kind": "scaled_linear"', '"kind": "square"', "kind='square'"),

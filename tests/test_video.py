@@ -1,4 +1,4 @@
-"""Video files against other decoders (PyAV and PIL called directly), and what is left on disk when saving fails."""
+"""Video files, compared with other decoders (PyAV and PIL called directly); files on disk after a failed save."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
 
 
 def blurred(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Means of 4 x 4 pixels, as the eye sees dither."""
+    """Means of 4 x 4 pixels, which remove the dither."""
     f, h, w, _ = frames.shape
     return frames.reshape(f, h // 4, 4, w // 4, 4, 3).mean(axis=(2, 4)).round().astype(np.uint8)
 
@@ -87,7 +87,7 @@ def test_lossless_formats_are_exact(tmp_path: Path, suffix: str) -> None:
 
 @pytest.mark.parametrize(("suffix", "bound"), [(".mp4", 36.0), (".webm", 36.0), (".gif", 23.0)])
 def test_lossy_formats_are_close(tmp_path: Path, suffix: str, bound: float) -> None:
-    """For these colours half-size chroma alone, without an encoder, leaves 39 dB."""
+    """For these colours, halving the chroma's size without an encoder gives 39 dB."""
     frames = smooth()
     path = Video(frames, 8).save(tmp_path / f"clip{suffix}")
     assert psnr(decoded(path), frames) > bound

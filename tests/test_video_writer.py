@@ -1,4 +1,4 @@
-"""Where a clip may be written: nothing that is not ours is replaced or removed, whatever stands in the way."""
+"""Where a clip may be written: only files that higen wrote are replaced or removed."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def foreign_link(path: Path) -> None:
 
 
 def another_frame(path: Path) -> None:
-    """A frame of ours that somebody has given another number: it is theirs now."""
+    """A frame that higen wrote and a person renamed: it belongs to that person."""
     clip(4, 90).save(path.parent / "other.png")
     (path.parent / "other_0003.png").rename(path)
 
@@ -281,7 +281,7 @@ def test_a_sequence_keeps_its_permissions(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("frames", [1e999, 2_000_000_000, 2.5, "many", None])
 def test_a_record_of_any_length_costs_nothing(tmp_path: Path, frames: Any) -> None:
-    """What a picture says of itself is looked at where it can be, and believed where it fits."""
+    """The record in a picture is read only if it is short enough, and used only if it fits the picture."""
     clip = Video(np.zeros((2, 8, 8, 3), np.uint8), 8)
     first = clip.save(tmp_path / "o.png")
     with Image.open(first) as picture:

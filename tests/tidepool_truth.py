@@ -205,7 +205,7 @@ def _bearings(nets: Networks, wish: Wish, ids: Sequence[int], frames: int, swell
         angles = torch.tensor(wish.current, dtype=torch.float32)[:, None] * frequencies
         current = _resampled(torch.cat([angles.cos(), angles.sin()], 1).T, frames)
     numbers = _resampled(torch.tensor([list(swell)], dtype=torch.float32), frames)[:, 0]
-    # One number for the clip is meant for the loop's frames; a number a frame for the request's.
+    # One number for the clip is meant for the loop's frames; a number per frame for the request's.
     rows = frames if wish.drift is None or len(wish.drift) == 1 else wish.frames
     places = torch.linspace(0, 1, 5)
     distance = (torch.linspace(0, 1, rows)[:, None] - places).abs() if rows > 1 else torch.zeros(1, 5)

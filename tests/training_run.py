@@ -27,9 +27,10 @@ CAPTIONS = ("a blue whale swimming", "a red heart beating", "a green star")
 
 
 def killed_after(steps: int, work: Callable[[], object]) -> None:
-    """Train in a forked child that kills itself (SIGKILL) after so many steps, before the last of them is saved.
+    """Train in a forked child that kills itself (SIGKILL) after this many steps, before the last of them is saved.
 
-    It computes in one thread: a fork loses the parent's others. The fixture `single` makes the parent compute alike.
+    The child computes in one thread, because a fork loses the parent's other threads. The fixture `single` makes the
+    parent compute in one thread too.
     """
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of forking with threads
@@ -37,7 +38,7 @@ def killed_after(steps: int, work: Callable[[], object]) -> None:
     if not child:
         code = 1
         try:
-            torch.set_num_threads(1)  # those of the parent are not in the child
+            torch.set_num_threads(1)  # the parent's threads do not exist in the child
             signal.alarm(60)
             advance, made = Loop.advance, 0
 
@@ -66,10 +67,10 @@ def moving_square(shade: int, frames: int = 6, height: int = 20, width: int = 28
 
 
 def write_counted(path: Path, frames: int = 96, cut: int = 0) -> Path:
-    """A video at 8 frames a second whose frames show their number as seven bars, with a key frame every second or so.
+    """A video at 8 frames per second whose frames show their number as seven bars, with a key frame every second or so.
 
-    `cut`: the first frames are cut off as `ffmpeg -ss ... -c copy` does; where a key frame comes before, MP4 keeps what
-    it needs and hides it with an edit list.
+    `cut`: the first frames are cut off as by `ffmpeg -ss ... -c copy`. MP4 then keeps the frames since the last key
+    frame and hides them with an edit list.
     """
     bits = (np.arange(frames)[:, None] >> np.arange(7)) & 1
     with av.open(str(path), "w") as container:
@@ -160,5 +161,5 @@ def write_settings(file: Path, model: Path, clips: Path, **changes: Any) -> Path
 
 
 def make_settings(folder: Path, model: Path, clips: Path, **changes: Any) -> Settings:
-    """The same, read."""
+    """The settings that such a file gives."""
     return read_settings(write_settings(folder / "train.toml", model, clips, **changes))

@@ -27,7 +27,7 @@ class TritonBackend:
         """`stages`: the Triton backend of each stage that the repository has."""
         self._rows = {stage.name: stage for stage in manifest.all_stages if stage.name in stages}
         self._backends = dict(stages)
-        # Where outputs are to lie: without a word they stay where a stage runs, and a GPU's are no numpy arrays. The
+        # Where outputs are to lie: otherwise they stay where a stage runs, and a GPU's are no numpy arrays. The
         # server adds these names to its module after it has imported the model.
         self._memory = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0)
 

@@ -1,4 +1,4 @@
-"""A client of the Triton model `higen` over gRPC: one request, its events as they come."""
+"""A client of the Triton model `higen` over gRPC: it sends one request and yields its events."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _STATUS: dict[str, type[HigenError]] = {
     "StatusCode.UNAVAILABLE": RetryLater,
     "StatusCode.CANCELLED": Cancelled,
 }
-"""Of a stream that broke."""
+"""Errors by the status of a stream that broke off."""
 
 _NAMED: dict[str, type[HigenError]] = {kind.__name__: kind for kind in (RequestError, RetryLater, Cancelled)}
 """Errors of `higen` begin with their name."""

@@ -1,4 +1,4 @@
-"""config.pbtxt of every model of a repository: those of the stages from the stage table alone."""
+"""config.pbtxt of every model of a repository: for the stages, it follows from the stage table alone."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""An HTTP front of the bundled Triton server: every mistake of a client's is a 400 with one clear line.
+"""An HTTP front of the bundled Triton server: every client error is answered with status 400 and one clear line.
 
-Triton answers a body that it cannot parse with 500 and names no input, cuts whole numbers to 32 bits, and runs a
-request whose answer it then cannot give. So the bodies of requests to the model `higen` are checked here by the
-model's own table of inputs; all else passes through, and a client that goes away is gone for Triton, too. Each
-connection serves one request.
+Triton answers a body that it cannot parse with status 500 and does not name the input. It cuts whole numbers to 32
+bits, and it runs requests whose answer it cannot send. So this front checks the body of each request to the model
+`higen` against the model's table of inputs. All other requests pass through. When a client disconnects, its connection
+to Triton is closed too. Each connection serves one request.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ HOST = "127.0.0.1"
 MAX_HEAD, MAX_BODY = 2**16, 2**28
 GENERATE = re.compile(r"/v2/models/higen(/versions/\d+)?/(infer|generate|generate_stream)(\?.*)?")
 PARSING = re.compile(rb"failed to parse|Unable to parse|attempt to (access|get)")
-"""Triton's words for a body of another endpoint that it cannot read; their status would be 500."""
+"""What Triton says of an unreadable body at the endpoints that are not checked here; it would answer with 500."""
 
 
 class _Refused(Exception):
-    """A request that goes no further."""
+    """A request that is not passed on to Triton."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -48,7 +48,7 @@ class _Head:
 
     @classmethod
     async def read(cls, reader: asyncio.StreamReader) -> _Head:
-        """Raises asyncio.IncompleteReadError at the end, _Refused for what is no HTTP."""
+        """Raises asyncio.IncompleteReadError at the end of the stream, _Refused for bytes that are not HTTP."""
         try:
             raw = await reader.readuntil(b"\r\n\r\n")
         except asyncio.LimitOverrunError as error:
@@ -100,7 +100,7 @@ class Front:
         except _Refused as error:
             with suppress(OSError):
                 await _answer(writer, error.status, str(error))
-        except (asyncio.IncompleteReadError, OSError):  # one of the two is gone
+        except (asyncio.IncompleteReadError, OSError):  # the client or Triton has closed its connection
             pass
         finally:
             writer.close()
@@ -132,14 +132,14 @@ class Front:
         if endpoint != "generate_stream":
             raise _Refused(400, "RequestError: a request has many answers: POST it to generate_stream, or use gRPC")
         if head.headers.get("content-encoding", "identity") != "identity":
-            return  # Triton refuses it
+            return  # Triton itself refuses other encodings
         try:
             if self._inputs is None:
                 self._inputs = await asyncio.to_thread(self._table)
         except OSError:
-            return  # not there yet: Triton says so
+            return  # the model is not loaded yet: Triton's own answer says so
         try:
-            await asyncio.to_thread(check_body, body, self._inputs)  # a large one delays nobody else
+            await asyncio.to_thread(check_body, body, self._inputs)  # a large body delays no other request
         except RequestError as error:
             raise _Refused(400, f"RequestError: {error}") from error
 

@@ -1,4 +1,4 @@
-"""What the Triton model `higen` takes and gives: one table for its configuration, for reading requests, for clients.
+"""Inputs and outputs of the Triton model `higen`: one table for its configuration, for reading requests, for clients.
 
 Inputs are those of every model (COMMON_INPUTS) and the controls of the one that the repository was written for. What is
 not given has the model's default. A control is given by inputs of these names:
@@ -6,17 +6,17 @@ not given has the model's default. A control is given by inputs of these names:
     kind                     input          data type, shape
     number, whole            NAME           FP32 [1]
     curve                    NAME           FP32 [n]: one number, F or F - 1 numbers; n = 0: "unspecified"
-      encoded as similarity  NAME_matrix    FP32 [F, columns], in the place of NAME
+      encoded as similarity  NAME_matrix    FP32 [F, columns], in place of NAME
     text, choice             NAME           STRING [1]
     picture                  NAME           UINT8 [H, W, 3]
-                             NAME_file      STRING [1]: a PNG or JPEG file, or its base64 text, in the place of NAME
+                             NAME_file      STRING [1]: a PNG or JPEG file, or its base64 text, in place of NAME
     clip                     NAME           UINT8 [F, H, W, 3]
     mask                     NAME           UINT8 [1 or F, H, W, 3]
-                             NAME_file      STRING [1]: a picture as above, in the place of NAME
+                             NAME_file      STRING [1]: a picture as above, in place of NAME
     map                      NAME           UINT8 [1, F or more, H, W, 3]
-                             NAME_file      STRING [n]: a picture each as above, in the place of NAME
+                             NAME_file      STRING [n]: a picture each as above, in place of NAME
     frames                   NAME           UINT8 [n, H, W, 3], n known frames
-                             NAME_file      STRING [n]: a picture each as above, in the place of NAME
+                             NAME_file      STRING [n]: a picture each as above, in place of NAME
                              NAME_index     INT32 [n]: which frames they are, from 0, or from -1 for the last one on
 
 Triton's HTTP endpoint takes flat lists: a picture goes there as a file, and matrices and clips by gRPC alone.
@@ -89,7 +89,7 @@ COMMON_INPUTS = (
     Field("width", "INT32"),
     Field("height", "INT32"),
     Field("fps", "INT32"),
-    Field("preview_every", "INT32"),  # a preview after every so many steps; 0: none
+    Field("preview_every", "INT32"),  # a preview after this many steps; 0: none
     Field("encoding", "STRING"),  # of pictures: "raw" (frames) or "png" (images)
     Field("return_latents", "BOOL"),
 )

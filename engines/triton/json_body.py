@@ -24,13 +24,13 @@ _WANTED = {
 }
 _RANGES = {"INT32": (-(2**31), 2**31 - 1), "UINT64": (0, 2**64 - 1), "UINT8": (0, 255)}
 _MOST = 1000
-"""Names that a body has less of."""
+"""A body must have fewer names than this."""
 
 
 def check_body(body: bytes, inputs: Sequence[tuple[str, str]]) -> None:
-    """Raise RequestError for what is no JSON object, and for a value of another type than its input's.
+    """Raise RequestError for a body that is not a JSON object, and for a value of another type than its input's.
 
-    `inputs`: names and data types ("INT32"). Names that are none of them, and what values mean, are the model's matter.
+    `inputs`: names and data types ("INT32"). The model itself checks the meaning of the values.
     """
     try:
         document = json.loads(body.decode("utf-8"), object_pairs_hook=_once)

@@ -1,9 +1,9 @@
-"""Starts the CPU Triton server that `nvidia-pytriton` brings along, with our stand-in for its onnxruntime backend.
+"""Starts the CPU Triton server of the package `nvidia-pytriton`, with higen's replacement for the onnxruntime backend.
 
     python -m higen.engines.triton.server REPO --http-port 8000 --grpc-port 8001 --metrics-port 8002
 
-For machines without NVIDIA's container: development, tests, small models. It listens on 127.0.0.1 only. HTTP goes
-through our front (front.py); metrics are for Prometheus, at /metrics.
+It is meant for machines without NVIDIA's container: development, tests, small models. It listens on 127.0.0.1 only.
+HTTP requests pass higen's front (front.py). Metrics for Prometheus are at /metrics.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STANDIN = "from higen.engines.triton.standin import TritonPythonModel\n"
 
 
 class Server:
-    """A running server. `stop` lets it end its requests first, `kill` does not."""
+    """A running server. `stop` waits for the end of its requests, `kill` does not."""
 
     def __init__(
         self, process: subprocess.Popen[bytes], http_port: int, grpc_port: int, log: Path, metrics_port: int
@@ -45,7 +45,7 @@ class Server:
         self.log = log
 
     def wait_until_ready(self, seconds: float) -> None:
-        """Return when every model is loaded. Raises BackendError with what the log says if that does not happen."""
+        """Return when every model is loaded. Otherwise raises BackendError with the last lines of the log."""
         end = time.monotonic() + seconds
         while time.monotonic() < end and self.process.poll() is None:
             try:
@@ -58,13 +58,13 @@ class Server:
         raise BackendError(f"tritonserver did not start:\n{self.last_words()}")
 
     def last_words(self) -> str:
-        """The last errors in its log, or the log's end."""
+        """The last errors in its log, or the last lines if it has no error."""
         lines = self.log.read_text(errors="replace").splitlines()
         told = [line for line in lines if line.startswith("E") or "rror" in line or "nvalid" in line]
         return "\n".join(told[-20:] or lines[-20:])
 
     def stop(self, seconds: float = 60) -> None:
-        """Ask it to end, and wait."""
+        """Ask the server to end, and wait until it has."""
         self.process.send_signal(signal.SIGTERM)
         try:
             self.process.wait(seconds)
@@ -72,7 +72,7 @@ class Server:
             self.kill()
 
     def kill(self) -> None:
-        """End it at once, its models' processes too."""
+        """End the server and its models' processes at once."""
         with suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
@@ -81,7 +81,7 @@ class Server:
 def command(
     repository: Path, backends: Path, http_port: int, grpc_port: int, exit_timeout: int = 30, metrics_port: int = 8002
 ) -> list[str]:
-    """The command line; `backends` is an empty folder, which is filled. Raises MissingExtra or BackendUnavailable."""
+    """The server's command line; fills the empty folder `backends`. Raises MissingExtra or BackendUnavailable."""
     tritonserver = _bundled()
     stub = tritonserver / "python_backend_stubs" / f"3.{sys.version_info.minor}" / "triton_python_backend_stub"
     if not stub.is_file():
@@ -106,7 +106,7 @@ def command(
 
 
 def environment() -> dict[str, str]:
-    """The server's environment: its libraries, and this Python first in PATH, whose packages the models then have."""
+    """The server's environment: its libraries, and this Python first in PATH, so that the models use its packages."""
     libraries = _bundled().parents[1] / "nvidia_pytriton.libs"
     found = [str(libraries), *filter(None, [os.environ.get("LD_LIBRARY_PATH")])]
     path = [str(Path(sys.executable).parent), os.environ.get("PATH", os.defpath)]
@@ -135,7 +135,7 @@ def running(
     exit_timeout: int = 30,
     start_timeout: float = 120,
 ) -> Iterator[Server]:
-    """A server of the repository, ready; ports 0 are chosen. It is stopped at the end."""
+    """Yields a ready server of the repository and stops it at the end. A port 0 is replaced by a free port."""
     with tempfile.TemporaryDirectory(prefix="higen-triton-") as work, ExitStack() as ending:
         free_http, free_grpc, free_metrics, inner_port = free_ports(4)
         http_port, grpc_port, metrics_port = (

@@ -1,4 +1,4 @@
-"""Backends run stages. One seam: `Backend.run(stage, **tensors)`."""
+"""Backends run stages. They share one interface: `Backend.run(stage, **tensors)`."""
 
 from higen.backends.base import Backend, RecordingBackend
 

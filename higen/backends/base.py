@@ -1,4 +1,4 @@
-"""The backend seam, and a fake for tests."""
+"""The interface of backends, and a fake backend for tests."""
 
 from __future__ import annotations
 

@@ -1,6 +1,7 @@
-"""The little of the CUDA driver that engines need, through ctypes: device, memory, one stream, graphs.
+"""The part of the CUDA driver that engines need, through ctypes: device, memory, one stream, graphs.
 
-TensorRT must not be touched before `Cuda.open` has succeeded: without a driver its runtime can end the process.
+No function of TensorRT may be called before `Cuda.open` has succeeded: without a driver its runtime can end the
+process.
 """
 
 from __future__ import annotations
@@ -53,7 +54,7 @@ def probe() -> None:
 
 
 def gpu_count() -> int | None:
-    """How many GPUs the NVIDIA driver has; None where there is no driver that could say it."""
+    """How many GPUs the NVIDIA driver has; None without a driver."""
     try:
         return _start(_driver())
     except NoDevice:
@@ -94,7 +95,7 @@ class DeviceArray:
         return self._cuda.to_host(self)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
-        """What numpy asks for."""
+        """The array on the host, for numpy."""
         return np.asarray(self.numpy(), dtype)
 
     def __del__(self) -> None:
@@ -105,8 +106,8 @@ class DeviceArray:
 class Cuda:
     """A GPU with one stream, on which everything here runs in order, and a pool of memory.
 
-    The pool always gives the lowest free address of a size, so a loop that frees as much as it takes meets the same
-    addresses again, and graphs that were captured with them can be replayed.
+    The pool always gives the lowest free address of a size. A loop that frees all that it takes therefore gets the same
+    addresses in each round, and graphs that were captured with them can be replayed.
     """
 
     def __init__(self, driver: Any, index: int) -> None:
@@ -114,7 +115,7 @@ class Cuda:
         self._driver = driver
         self._pool: dict[int, list[int]] = {}
         self.lock = threading.RLock()
-        """Held while the stream is used: nobody may wait for it while it is captured."""
+        """A lock for the use of the stream. No thread may wait for the stream while it is captured."""
         self._open = False
         device, context, stream = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(index))
@@ -159,7 +160,7 @@ class Cuda:
             return self.allocate(size)
 
     def give(self, address: int, size: int) -> None:
-        """Take a block back. Work on the stream may still use it: whoever takes it next comes later on that stream."""
+        """Take a block back. Earlier work on the stream may still use it: its next owner's work comes later there."""
         with self.lock:
             if self._open:
                 heapq.heappush(self._pool.setdefault(_rounded(size), []), address)
@@ -194,7 +195,7 @@ class Cuda:
         """A copy of an array on the GPU."""
         array = np.ascontiguousarray(array)
         made = DeviceArray(self, array.shape, str(array.dtype))
-        # The driver has read pageable memory before it returns, so the array need not live on.
+        # The driver copies pageable memory before it returns, so the array may be freed then.
         source = ctypes.c_void_p(array.ctypes.data)
         self._call(
             "cuMemcpyHtoDAsync_v2", ctypes.c_uint64(made.address), source, ctypes.c_size_t(array.nbytes), self._stream
@@ -216,7 +217,7 @@ class Cuda:
         self._call("cuStreamSynchronize", self._stream)
 
     def capture(self, work: Callable[[], None]) -> Graph:
-        """Record what `work` puts on the stream, without running it. Raises BackendError where that cannot be."""
+        """Record the work that `work` puts on the stream, without running it. Raises BackendError if that fails."""
         graph = ctypes.c_void_p()
         self._call("cuStreamBeginCapture_v2", self._stream, ctypes.c_int(_CAPTURE_THREAD_LOCAL))
         try:
@@ -243,7 +244,7 @@ class Cuda:
         self.trim()
         self._open = False
         self._call("cuStreamDestroy_v2", self._stream)
-        self._call("cuCtxSetCurrent", ctypes.c_void_p())  # a context that is destroyed must not be left current
+        self._call("cuCtxSetCurrent", ctypes.c_void_p())  # a destroyed context must not stay current
         self._call("cuDevicePrimaryCtxRelease_v2", ctypes.c_int(self._device))
 
     @property

@@ -195,7 +195,7 @@ class OnnxBackend:
                     f"{name}: this ONNX Runtime cannot run it on {self._device}: {error}"
                 ) from error
             raise IntegrityError(f"{self.bundle.path / name}: ONNX Runtime cannot load it: {error}") from error
-        # What a session got, not what the build lists: a provider that cannot load is dropped without a word.
+        # What a session got, not what the build lists: a provider that cannot load is dropped silently.
         if PROVIDERS[self._device] not in session.get_providers():
             if self._required:
                 why = f": {missing.splitlines()[0]}" if missing else ""

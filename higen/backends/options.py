@@ -1,4 +1,4 @@
-"""How stages are run, whatever runs them."""
+"""Options of a run that all backends take."""
 
 from __future__ import annotations
 

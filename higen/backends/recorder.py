@@ -1,4 +1,4 @@
-"""ONNX Runtime that keeps what the stages were given: inputs of real runs, to calibrate and to compare with."""
+"""A backend on ONNX Runtime that keeps the inputs of its stages, for calibration and comparison."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which backend runs each stage of a model here, and why the better ones do not (design, section 5)."""
+"""Chooses the backend of each stage, and records why better ones cannot run it here (design, section 6)."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class StageRouter:
 
     @property
     def name(self) -> str:
-        """The backends in use, those for shapes outside of an engine's profiles included."""
+        """The backends in use, those for shapes outside an engine's profiles included."""
         choices = list(self.choices.values())
         used = [*choices, *(choice.outside for choice in choices if choice.outside is not None)]
         return "+".join(sorted({choice.backend for choice in used})) or "auto"
@@ -247,7 +247,7 @@ class StageRouter:
 
     def _warn(self, stage: str, name: str, broken: Exception | None) -> None:
         """One warning for each cause: a machine without a GPU is no news for the second stage, nor is a clip whose
-        shapes are outside of the profiles.
+        shapes are outside the profiles.
         """
         if broken is None:
             return

@@ -1,4 +1,4 @@
-"""The options that every ONNX Runtime session of ours is made with."""
+"""The options of every ONNX Runtime session."""
 
 from __future__ import annotations
 

@@ -4,10 +4,10 @@
     with shared.request() as mine:                        # in a thread of its own for each request
         video = pipeline.on(mine)(prompt, seed=7)         # as if alone
 
-The calling threads wait; one thread runs the batches, or several, each a batch of its own, for a backend that can run
-more than one at a time. Waiting is bounded: when some active requests are between two steps, a batch is held back for
-them, for `patience` seconds at most, so that requests keep step with each other. A call of a stage that the manifest
-does not let hold several samples is run alone, however many rows it has.
+The calling threads wait. One thread runs the batches; for a backend that can run several at the same time, several
+threads run one batch each. If some active requests are between two steps, a batch waits for them, so that requests keep
+step with each other, but at most `patience` seconds. The calls of a stage that cannot hold several samples, as the
+manifest says, run alone, however many rows they have.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ class SharedBackend:
         return RequestBackend(self)
 
     def close(self) -> None:
-        """Stop: calls that wait get RetryLater; batches that run are finished. The backend itself stays open."""
+        """Stop: waiting calls get RetryLater, running batches are finished. The backend itself stays open."""
         if not self._home.here:
             return
         with self._changed:
@@ -120,7 +120,7 @@ class SharedBackend:
         return result.result()
 
     def leave(self, request: RequestBackend) -> None:
-        """Free the request's slot; a call of it that still waits or runs gets Cancelled."""
+        """Free the request's slot; a waiting or running call of this request gets Cancelled."""
         if not self._home.here:
             return
         with self._changed:
@@ -149,7 +149,7 @@ class SharedBackend:
         return None
 
     def _run(self, batch: Batch) -> None:
-        """Run a batch; where it fails, each of its calls alone, so that a request's failure is its own."""
+        """Run a batch. If it fails, run each of its calls alone, so that a failure stays with its request."""
         try:
             outputs = self.backend.run(batch.stage, **batch.tensors())
             parts = batch.split({name: self.backend.to_numpy(value) for name, value in outputs.items()})
@@ -225,7 +225,7 @@ class RequestBackend:
         self._shared.enter(self)
 
     def cancel(self) -> None:
-        """From any thread: whatever the request waits for ends with Cancelled, and its slot is free at once."""
+        """Cancel the request from any thread: its waiting call ends with Cancelled, and its slot is free at once."""
         self.cancelled = True
         self._shared.leave(self)
 

@@ -1,7 +1,7 @@
-"""One door to three libraries: `tensorrt` 10, `tensorrt` 11 and `tensorrt_rtx`.
+"""One interface to three libraries: `tensorrt` 10, `tensorrt` 11 and `tensorrt_rtx`.
 
-Their modules have the same names for the same things and differ in which they have; what may be absent is asked for
-with hasattr where it is used, and no version number is ever compared.
+Their modules use the same names, but not every module has every name. Code that uses a name which may be absent checks
+it with hasattr; version numbers are never compared.
 """
 
 from __future__ import annotations
@@ -17,16 +17,16 @@ from higen.errors import EngineError, HigenError, MissingExtra
 __all__ = ["SEVERE", "engine_tensors", "installed", "library", "make_logger", "network_tensors", "versions"]
 
 SEVERE = ("INTERNAL_ERROR", "ERROR")
-"""Severities after which a result is not to be trusted, even if there is one."""
+"""Severities of messages after which a result is not used."""
 
 
 def installed(flavour: str) -> bool:
-    """Whether a flavour's package is there; it is not imported."""
+    """Whether a flavour's package is installed. It is not imported."""
     return importlib.util.find_spec(EXTRAS[flavour][0]) is not None
 
 
 def library(flavour: str, purpose: str) -> Any:
-    """A flavour's module. Raises MissingExtra where it is not installed, EngineError where it is and does not load."""
+    """A flavour's module. Raises MissingExtra if it is not installed, EngineError if it does not load."""
     package, extra = EXTRAS[flavour]
     try:
         return importlib.import_module(package)
@@ -34,7 +34,7 @@ def library(flavour: str, purpose: str) -> Any:
         if error.name == package:
             raise MissingExtra(package, extra, purpose) from error
         raise _broken(package, purpose, error) from error
-    except (ImportError, OSError, RuntimeError) as error:  # the stub on PyPI lacks its libraries: any of the three
+    except (ImportError, OSError, RuntimeError) as error:  # PyPI's stub, without its libraries, raises any of these
         raise _broken(package, purpose, error) from error
 
 

@@ -151,7 +151,7 @@ class Engine:
 
     def _deserialize(self, verify: bool) -> tuple[Any, Any]:
         path, record = self.plan.path, self.plan.record
-        if path.exists() and not path.is_file():  # a pipe would wait for ever
+        if path.exists() and not path.is_file():  # a pipe would wait forever
             raise Malformed(f"{path}: is no plain file: {self.plan.remedy}")
         try:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:

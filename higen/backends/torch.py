@@ -192,7 +192,7 @@ def _device(device: str | None) -> torch.device:
 
 def _set_threads(threads: int | None) -> None:
     """Set the threads of an operator on a CPU: one in a process forked from one that has PyTorch, whose other threads
-    did not come along; to wait for them would be to wait for ever.
+    did not come along; to wait for them would be to wait forever.
     """
     if inherited("torch"):
         if (torch.get_num_threads() if threads is None else threads) > 1:

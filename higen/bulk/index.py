@@ -1,6 +1,6 @@
-"""What has been made: a Parquet index, and a journal of what is not in it yet.
+"""The record of finished videos: a Parquet index, and a journal of those that are not in it yet.
 
-    OUTPUT/index.parquet          one row a request: path, seed, metadata, seconds, error, ...
+    OUTPUT/index.parquet          one row per request: path, seed, metadata, seconds, error, ...
     OUTPUT/journal/KEY.json       a record that is not in the index yet, written after its video
     OUTPUT/journal/KEY.begun      how many processes have begun a row that is not done; what counts those it has ended
     OUTPUT/videos/ab/KEY.mp4      a video, in the folder of its key's first two digits
@@ -28,7 +28,7 @@ INDEX = "index.parquet"
 _MARK = (b"higen.batch", b"1")
 _ENTRY = re.compile(r"journal/([0-9a-f]{32})\.(json|begun)")
 _LEAST, _SHARE = 60.0, 20.0
-"""The index is written after so many seconds, and after so many times the seconds that it last took."""
+"""The index is written after this many seconds, and after this many times the seconds that it last took."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A model that makes rows: one in the process, or one in each actor of a cluster.
+"""A model that makes the videos of rows, in this process or in an actor of a cluster.
 
 With several slots, that many rows are at work at once; their steps run in common batches, as in a server
 (higen/backends/shared_batches.py).

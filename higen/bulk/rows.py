@@ -1,7 +1,7 @@
-"""The file of requests: JSON Lines or CSV, one row one request, every row checked before any work starts.
+"""The file of requests: JSON Lines or CSV with one request per row. Every row is checked before any work starts.
 
 A row has the names of a request (prompt, seed, steps, ...) and of the model's controls. Equal requests of the same
-model, whatever they look like in the file, have the same key, and so the same result.
+model have the same key and so the same result, however they are written in the file.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from higen.video import check_output
 __all__ = ["Row", "key_of", "model_digest", "read_rows"]
 
 _SHOWN = 5
-"""Wrong rows that a message names."""
+"""Number of wrong rows that a message names."""
 
 _RANDOM = ("random", -1)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A request, as JSON in `text`, and the lines where it stands. Seeds are drawn, and paths absolute."""
+    """A request as JSON in `text`, with drawn seeds and absolute paths, and the numbers of its lines."""
 
     key: str
     text: str
@@ -49,7 +49,7 @@ class Row:
 
 
 def model_digest(bundle: Bundle) -> str:
-    """What makes a model the same model: its tables, weights and tokenizer; not its graphs and engines."""
+    """The identity of a model: its tables, weights and tokenizer, without graphs and engines."""
     manifest = bundle.manifest
     names = [*manifest.weights, *(() if manifest.text is None else (manifest.text.tokenizer,))]
     facts = [to_json(manifest), {name: bundle.files[name].sha256 for name in names if name in bundle.files}]
@@ -75,10 +75,10 @@ def _digest(facts: Any) -> str:
 
 
 def read_rows(path: Path, bundle: Bundle, suffix: str) -> list[Row]:
-    """Every request of the file, once; pictures are read too. A path in a row counts from the file's folder.
+    """Every request of the file, once; pictures are read too. A relative path starts at the file's folder.
 
-    A row whose seed is -1 or "random" has a seed that follows from its content and its number among equal rows, so
-    that it is the same whenever the file is read. Raises RequestError, naming the first lines that are wrong.
+    A row whose seed is -1 or "random" gets a seed that depends on its content and its number among equal rows, so each
+    reading of the file gives the same seed. Raises RequestError that names the first wrong lines.
     """
     manifest, model = bundle.manifest, model_digest(bundle)
     kinds = {control.name: control.kind for control in manifest.controls}
@@ -120,7 +120,7 @@ def _json_lines(text: str) -> _Parsed:
 
 
 def _csv(text: str, kinds: Mapping[str, str]) -> _Parsed:
-    """Rows of a CSV file whose first row has the names; an empty cell is not given."""
+    """Rows of a CSV file whose first row has the names; an empty cell leaves a value out."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     names: list[str] | None = None
     while True:
@@ -136,7 +136,7 @@ def _csv(text: str, kinds: Mapping[str, str]) -> _Parsed:
         if names is None:
             names = [cell.strip() for cell in cells]
             if (twice := repeated_key([(name, None) for name in names])) is not None:
-                raise TextError(f"line {line}: the column {twice!r} stands there twice")
+                raise TextError(f"line {line}: the column {twice!r} appears twice")
             if unknown := [name for name in names if name not in (*COMMON, *kinds)]:
                 known = ", ".join((*COMMON, *kinds))
                 raise TextError(f"line {line}: the column {quoted(unknown[0])} is unknown; known are {known}")
@@ -151,7 +151,7 @@ def _from_cells(names: list[str], cells: list[str], kinds: Mapping[str, str]) ->
 
 
 def _cell(name: str, cell: str, kinds: Mapping[str, str]) -> Any:
-    """A text where a text is wanted; else a JSON value, numbers between commas, or a word."""
+    """The value of a cell: a text for an option that takes one; otherwise JSON, numbers between commas, or a word."""
     if name in ("prompt", "negative_prompt") or kinds.get(name) in ("text", "choice", "picture", "clip", "mask", "map"):
         return cell
     for attempt in (cell, f"[{cell}]"):
@@ -210,7 +210,7 @@ class _Check:
         return made
 
     def _picture(self, control: Control, value: Any, frames: int, width: int, height: int) -> Picture:
-        """A picture's digest alone: many rows have the same file."""
+        """A picture's digest without the picture: many rows may have the same file."""
         place = (control.name, str(value), frames, width, height)
         if place not in self._pictures:
             self._pictures[place] = load_picture(control, value, frames, width, height).digest

@@ -1,4 +1,4 @@
-"""One run: the file is checked, what is not made yet is made, and the index is written."""
+"""One run: checks the file, makes the videos that are missing, and writes the index."""
 
 from __future__ import annotations
 
@@ -49,11 +49,11 @@ class Settings(Making):
 
     @property
     def suffix(self) -> str:
-        """Of the videos."""
+        """Suffix of the videos' files."""
         return f".{self.format}"
 
     def order(self, token: bytes, digest: str) -> Order:
-        """What a worker needs to know."""
+        """The settings that a worker needs."""
         own = {row.name: getattr(self, row.name) for row in fields(Making)}
         model = None if self.model is None else str(self.model.absolute())
         return Order(self.output, token, digest, model, self.suffix, **own)
@@ -61,7 +61,9 @@ class Settings(Making):
 
 @dataclass(frozen=True)
 class Summary:
-    """What a run did: different requests in the file, those made, there before, and failed; seconds of the run."""
+    """The result of a run: numbers of different requests in the file, of videos made, of videos that existed, and of
+    failures; seconds of the run.
+    """
 
     index: str
     rows: int
@@ -85,7 +87,7 @@ def run(
 
     `start`: where rows are made; None: in this process. `on_progress` is called with the rows done and all rows.
     Raises RequestError, ModelError, OutputError or MissingExtra before anything is made; BackendError where too many
-    rows fail one after the other. Whatever ends the run, what is made is kept.
+    rows fail one after the other. Finished videos are kept, whatever ends the run.
     """
     began = time.monotonic()
     arrow()
@@ -130,7 +132,7 @@ def _here(order: Order, rows: list[Row]) -> Generator[Record, None, None]:
 
 
 def _watched(records: Iterator[Record], failures: int) -> Iterator[Record]:
-    """The records, as long as not so many in a row are failures. Raises BackendError."""
+    """The records, as long as fewer than this many in a row are failures. Raises BackendError."""
     failing = 0
     for record in records:
         yield record

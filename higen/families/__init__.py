@@ -52,11 +52,11 @@ FIRST = "higen"
 
 @dataclass(frozen=True)
 class Converted:
-    """What a family makes of checkpoints.
+    """A model that a family has read from checkpoints.
 
     weights    {file of the model directory: {name: tensor}}; they are cast and written one at a time
     texts      {file: its text}: tokenizer.json
-    notes      what a person should know: licence terms, what was left out
+    notes      lines for the user: licence terms, and what was left out
     """
 
     manifest: Manifest
@@ -66,16 +66,16 @@ class Converted:
 
 
 class Weights(Protocol):
-    """The weights of a model directory, as a family's networks are filled with them."""
+    """The weights of a model directory, from which a family fills its networks."""
 
     @property
     def device(self) -> torch.device:
-        """Where the networks are to live."""
+        """The device of the networks."""
         ...
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """What the networks are to compute in; None: as stored."""
+        """The dtype in which the networks compute; None: as stored."""
         ...
 
     def fill(
@@ -87,10 +87,10 @@ class Weights(Protocol):
         part: str = "",
         beside: tuple[str, ...] = (),
     ) -> None:
-        """Give a module on the meta device the tensors of `file`, by name, frozen, each in memory once.
+        """Fill a module on the meta device with the tensors of `file` of the same names, frozen, each in memory once.
 
-        `dtype` instead of the common one; `strip`: a prefix that is taken off both sides' names. Where the file holds
-        several networks, this one's names there begin with `part`, and those of the others with one of `beside`.
+        `dtype` replaces the common one; `strip` is a prefix that is removed from the names of both. Where the file
+        holds several networks, this one's names there begin with `part`, and those of the others with one of `beside`.
         Raises IntegrityError for missing, extra or wrongly shaped tensors.
         """
         ...
@@ -102,8 +102,8 @@ class Networks(Protocol):
     def module(self, stage: str) -> nn.Module:
         """A stage as a module: takes its inputs in the table's order, gives its outputs in the table's order.
 
-        Its parameters carry the names of the weights file, behind the module's attribute `prefix` (a text) if it has
-        one. Raises IntegrityError.
+        The names of its parameters are those of the weights file; if the module has the attribute `prefix` (a text),
+        the file's names begin with it. Raises IntegrityError.
         """
         ...
 

@@ -1,4 +1,4 @@
-"""The networks of a model, filled with its weights, as families have them in common."""
+"""Networks that several families share, filled with a model's weights."""
 
 from __future__ import annotations
 

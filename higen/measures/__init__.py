@@ -1,4 +1,4 @@
-"""Measures of clips against real ones: what is shown, how it moves, how clean it is. None knows a recipe or a model."""
+"""Measures of clips against real ones: what they show, how they move, how clean they are. No recipe is needed."""
 
 MEASURES_VERSION = 1
-"""Raise it when a measure says something else of the same clip: what was kept of clips is then measured anew."""
+"""Raise this number when a measure changes its result for the same clip: stored measures are then made anew."""

@@ -1,4 +1,4 @@
-"""Numbers of a clip that no network has learnt, for the Frechet distance between sets of clips of any kind."""
+"""Features of a clip without a trained network, for the Frechet distance between sets of clips of any kind."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.nn import functional
 __all__ = ["FEATURES", "clip_features"]
 
 SCALES = (1, 2, 4)
-"""Pixels that are taken as one."""
+"""Scales of the features: sides, in pixels, of the squares that are averaged."""
 FLOOR = 0.25
-"""Mean square, in levels of 255, below which nothing is told apart: what rounding to whole levels leaves."""
+"""Smallest mean square, in levels of 255: rounding to whole levels leaves this much."""
 FEATURES = (
     *(f"mean of {channel}" for channel in ("red", "green", "blue")),
     *(f"deviation of {channel}" for channel in ("red", "green", "blue")),

@@ -1,4 +1,4 @@
-"""Small networks that judge pictures and clips, trained on real ones in a minute or two of one core, and kept."""
+"""Small networks that judge pictures and clips. They are trained on real ones in a minute or two on one core."""
 
 from __future__ import annotations
 
@@ -44,8 +44,8 @@ class PictureNetwork(nn.Module):
 class ClipNetwork(nn.Module):
     """Features of a clip by three-dimensional convolutions: RGB [n,3,F,64,64] in -1 to 1 -> [n, 32].
 
-    It sees the frames and, four times as strong, what changes between them: order is learned soon, as pictures are.
-    `heads` names what the features are to tell apart, and how many classes each question has.
+    Its inputs are the frames and, multiplied by four, their differences: without this factor it learns the order of
+    frames later than their contents. `heads`: the questions to the features, and their numbers of classes.
     """
 
     def __init__(self, heads: Mapping[str, int]) -> None:
@@ -102,7 +102,7 @@ def fit(
 
 
 def kept(path: Path, key: Mapping[str, Any], network: Network, make: Callable[[Network], Network]) -> Network:
-    """`network` with the weights in `path` if they were made for this `key`; otherwise made, and kept there.
+    """`network` with the weights in `path` if they were made for this `key`; otherwise it is trained and saved there.
 
     A broken file is made again. Raises OSError where the file cannot be written.
     """
@@ -120,7 +120,7 @@ def kept(path: Path, key: Mapping[str, Any], network: Network, make: Callable[[N
 
 
 def _read(path: Path, mark: str) -> dict[str, Tensor] | None:
-    """The weights in `path`; None if they are of another mark, or nothing readable is there."""
+    """The weights in `path`; None if they have another mark or the file cannot be read."""
     try:
         state = torch.load(path, weights_only=True)
         weights: dict[str, Tensor] = state["network"]

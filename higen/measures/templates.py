@@ -1,4 +1,4 @@
-"""Which of several known subjects a picture shows, by correlation with pictures of them."""
+"""Finds which of several known subjects a picture shows, by correlation with pictures of them."""
 
 from __future__ import annotations
 
@@ -28,13 +28,14 @@ class Match:
 class Templates:
     """Pictures of every subject over one background, at 64x64 pixels.
 
-    A template is compared within its own mask and a ring of two pixels around it, all channels as one vector, by
-    normalised correlation: -1 to 1, blind to brightness and contrast and not to colour.
+    A template is compared inside its own mask and a ring of two pixels around it, all channels as one vector, by
+    normalised correlation from -1 to 1. Brightness and contrast do not change the correlation; colour does.
     """
 
     def __init__(self, loops: Sequence[NDArray[np.uint8]], picture: NDArray[np.uint8], stride: int = 2) -> None:
         """`loops`: each subject's frames, RGBA [n,H,W,4] (not premultiplied), of which every `stride`-th is taken;
-        `picture` [H,W,3] is behind them. H and W are multiples of 64."""
+        `picture`: their background [H,W,3]. H and W are multiples of 64.
+        """
         weights, templates = list[Tensor](), list[Tensor]()
         behind = _reduced(torch.from_numpy(picture.astype(np.float32)).permute(2, 0, 1)[None])
         for loop in loops:

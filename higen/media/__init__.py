@@ -1,4 +1,4 @@
-"""Files to pixels: one reader of pictures and clips for `Video.open`, picture and clip controls, cues and training."""
+"""Reads pictures and clips from files, for `Video.open`, picture and clip controls, cues and training."""
 
 from __future__ import annotations
 
@@ -12,5 +12,7 @@ __all__ = ["open_clip"]
 
 
 def open_clip(path: Path) -> Animation | VideoStream:
-    """The clip in a file, by its contents. Raises OutputError with the reason, OSError, and what decoders raise."""
+    """The clip in a file; the contents decide the format. Raises OutputError with the reason, OSError, and whatever
+    decoders raise.
+    """
     return Animation(path) if is_animation(head(path)) else VideoStream(path)

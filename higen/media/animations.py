@@ -49,7 +49,7 @@ class Animation:
             for index in range(*self._range(image)):
                 image.seek(index)
                 if image.width * image.height > 2 * self.size[0] * self.size[1]:  # Pillow makes the picture larger
-                    raise OutputError(f"frame {index} lies outside of its {self.size[0]}x{self.size[1]} pixels")
+                    raise OutputError(f"frame {index} lies outside its {self.size[0]}x{self.size[1]} pixels")
                 if image.format == "WEBP":  # Pillow learns a frame's duration when it decodes it
                     image.load()
                 lasting.append(float(image.info.get("duration") or 0))

@@ -1,4 +1,4 @@
-"""Cuts within a clip: where one shot ends and another begins, which the motion cue would take for motion."""
+"""Finds cuts in a clip, which the motion cue would take for motion."""
 
 from __future__ import annotations
 

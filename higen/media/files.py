@@ -1,4 +1,4 @@
-"""What kind of file it is: by suffix, then by its first bytes; and the sizes that are read at all.
+"""Finds the kind of a file by its suffix and its first bytes; limits on sizes.
 
 Everything here and in its siblings raises OutputError with the reason alone: the caller names the file.
 """
@@ -34,10 +34,10 @@ ANIMATIONS = (".gif", ".webp", ".apng", ".png")
 """Formats of pictures that may move."""
 
 MAX_PIXELS = 178_956_970
-"""Of one picture: Pillow's own limit."""
+"""Largest number of pixels of one picture: Pillow's own limit."""
 
 MAX_BYTES = 2**33
-"""Of all frames of a clip in memory."""
+"""Largest size in bytes of all frames of a clip in memory."""
 
 _HEAD = 512
 _PNG = b"\x89PNG\r\n\x1a\n"

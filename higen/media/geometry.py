@@ -1,4 +1,4 @@
-"""A decoded frame as players show it: pixel aspect, turn and mirror, alpha over white."""
+"""Turns a decoded frame into what players show: pixel aspect, rotation and mirroring, alpha over white."""
 
 from __future__ import annotations
 

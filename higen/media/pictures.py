@@ -1,4 +1,4 @@
-"""Pillow's pictures as people see them: upright, over white, 8 bits a channel."""
+"""Turns Pillow's pictures into what people see: upright, over white, 8 bits per channel."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["load", "load_still", "over_white", "upright", "visible"]
 
 _WIDE = 65535
 _DEEP = "higen.16-bit"
-"""In Pillow's `info`: the file has 16 bits a channel."""
+"""Key in Pillow's `info` that marks a file with 16 bits per channel."""
 
 _ANIMATED = ("GIF", "PNG", "WEBP")
 
@@ -52,14 +52,14 @@ def upright(picture: PIL.Image.Image) -> NDArray[np.uint8]:
 
     check_pixels(*picture.size)
     if any(";16" in str(part[3]) for part in getattr(picture, "tile", ()) if len(part) > 3):
-        picture.info[_DEEP] = True  # told before the picture is loaded; info goes along
+        picture.info[_DEEP] = True  # set before the picture is loaded; `info` is kept
     return visible(PIL.ImageOps.exif_transpose(picture))
 
 
 def visible(picture: PIL.Image.Image) -> NDArray[np.uint8]:
     """A picture of any mode as uint8 [H,W,3]: transparency over white, 16-bit grey scaled to 8 bits.
 
-    Raises OutputError for samples whose range nobody can know, and what Pillow raises on corrupt data.
+    Raises OutputError for samples of an unknown range, and what Pillow raises on corrupt data.
     """
     if picture.mode.startswith("I") or picture.mode == "F":
         return _grey(picture)

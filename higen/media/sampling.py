@@ -1,4 +1,4 @@
-"""Clips at a wanted rate, scaled to cover and cropped: what training, cues and curves look at.
+"""Clips at a requested frame rate, scaled to cover and cropped, for training, cues and curves.
 
 Nothing is made up: a file that cannot be read, is too short or too slow raises `Unusable` with the reason. What a file
 shows is read as `Video.open` reads it.

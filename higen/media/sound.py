@@ -1,4 +1,4 @@
-"""Sound files to samples, and two curves of a sound at a clip's rate: its energy and its onsets.
+"""Reads sound files, and computes two curves of a sound at a clip's frame rate: its energy and its onsets.
 
 A WAV file of whole numbers is read by the standard library; other formats by FFmpeg (PyAV).
 """
@@ -29,7 +29,7 @@ _DEMUXERS = "wav,w64,mp3,flac,ogg,mov,matroska,webm,aac,aiff,caf,asf,au,ac3,amr,
 _MAX_SAMPLES = 2**28
 _MAX_RATE = 384_000
 _SILENT = 1e-5
-"""Amplitude below which nothing is heard: the last bits of 16."""
+"""Amplitude below which a sound counts as silent: the last bits of 16-bit samples."""
 
 _HOP = 0.01  # seconds between spectra
 _WINDOW = 0.023  # seconds of one spectrum at least
@@ -42,7 +42,7 @@ class Sound:
 
     samples  float32 [n, channels], about -1 to 1; one channel or two
     rate     samples per second
-    more     whether the file goes on behind the part
+    more     whether the file goes on after the part
     """
 
     samples: NDArray[np.float32]
@@ -71,7 +71,7 @@ def read_sound(path: Path, start: float = 0.0, seconds: float | None = None) -> 
         if not len(sound.samples):
             raise OutputError("there is no sound in it" if not start else f"it ends before {start:g} s")
         if not np.isfinite(sound.samples).all():
-            raise OutputError("it has samples that are no numbers")
+            raise OutputError("it has samples that are not numbers")
         if float(np.abs(sound.samples).max()) < _SILENT:
             raise OutputError(
                 "it is silent" if seconds is None else f"its {seconds:g} s from {start:g} s on are silent"
@@ -94,7 +94,7 @@ def _read(path: Path, start: float, seconds: float | None) -> Sound:
 
 
 def _part(rate: int, start: float, seconds: float | None) -> tuple[int, int]:
-    """The first sample of a part, and how many there are at most. Raises OutputError."""
+    """The first sample of a part, and the largest number of its samples. Raises OutputError."""
     if not 1 <= rate <= _MAX_RATE:
         raise OutputError(f"it has {rate} samples a second: 1 to {_MAX_RATE}")
     count = _MAX_SAMPLES if seconds is None else round(seconds * rate)
@@ -125,7 +125,7 @@ def _read_wave(path: Path, start: float, seconds: float | None) -> Sound:
 
 
 def _one_or_two(samples: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Of more than two channels the first two, as they are left and right in every layout."""
+    """At most two channels: the first two are left and right in every layout."""
     return np.ascontiguousarray(samples[:, :2])
 
 
@@ -162,7 +162,7 @@ def _read_stream(path: Path, start: float, seconds: float | None) -> Sound:
 
 
 def _decoded(container: Any, stream: Any) -> Iterator[Any]:
-    """The frames of a sound, without time stamps of their own, then None: what is left in the resampler."""
+    """The frames of a sound without their time stamps, then None, which makes the resampler give its rest."""
     for frame in container.decode(stream):
         frame.pts = None
         yield frame
@@ -182,10 +182,11 @@ def energy(sound: Sound, frames: int, fps: float) -> NDArray[np.float64]:
 
 
 def onsets(sound: Sound, frames: int, fps: float) -> NDArray[np.float64]:
-    """How strongly sounds begin while each frame is shown, float64 [frames], 1 the strongest; 0 all over: none begins.
+    """The strength of the onsets while each frame is shown, float64 [frames]; 1 is the strongest, and all values are 0
+    for a sound without an onset.
 
-    Spectral flux: what log(1 + 100 |spectrum|) gains from one hundredth of a second to the next, summed over the
-    frequencies, less its median; the largest within each frame (Dixon, "Onset detection revisited", DAFx 2006).
+    Spectral flux: the increase of log(1 + 100 |spectrum|) from one hundredth of a second to the next, summed over the
+    frequencies, minus its median; the largest in each frame (Dixon, "Onset detection revisited", DAFx 2006).
     """
     hop = max(round(_HOP * sound.rate), 1)
     size = 1 << max(round(_WINDOW * sound.rate) - 1, 1).bit_length()
@@ -199,7 +200,7 @@ def onsets(sound: Sound, frames: int, fps: float) -> NDArray[np.float64]:
         flux[place] = np.maximum(heard - before, 0.0).sum()
         before = heard
     flux = np.maximum(flux - np.median(flux), 0.0)
-    # A block ends `hop` samples after its place: there its newest sound is.
+    # A block ends `hop` samples after its place: its newest samples are there.
     at = np.minimum((np.arange(len(flux)) * hop / sound.rate * fps).astype(np.int64), frames)
     found = np.zeros(frames + 1)
     np.maximum.at(found, at, flux)

@@ -1,4 +1,4 @@
-"""A sound beside the pictures of a video file: cut or padded to the clip, encoded, and handed to the muxer in step."""
+"""The sound of a video file: cut or padded to the clip, encoded, and muxed in step with the pictures."""
 
 from __future__ import annotations
 

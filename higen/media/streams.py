@@ -226,7 +226,7 @@ def _from_key_frame(packets: list[_Packet]) -> list[_Packet]:
 
 
 def _look_on(frames: Iterator[tuple[int, Any]], count: int) -> None:
-    """Take up to so many frames, which need not be whole. Raises _Jumbled."""
+    """Take up to this many frames, which need not be whole. Raises _Jumbled."""
     import av
 
     with suppress(av.FFmpegError):
@@ -234,7 +234,7 @@ def _look_on(frames: Iterator[tuple[int, Any]], count: int) -> None:
 
 
 def _video_stream(container: Any) -> Any:
-    """The first video stream that is no cover picture. Raises OutputError."""
+    """The first video stream that is not a cover picture. Raises OutputError."""
     from av.stream import Disposition
 
     still = Disposition.attached_pic | Disposition.timed_thumbnails

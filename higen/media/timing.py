@@ -1,4 +1,4 @@
-"""When frames are shown: steady rates out of uneven times, and whole strides out of rates that do not divide."""
+"""Times of frames: a steady rate for uneven times, and whole strides for rates that do not divide each other."""
 
 from __future__ import annotations
 

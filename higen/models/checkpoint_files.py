@@ -1,4 +1,4 @@
-"""Released checkpoints as tensors by name, whatever the model family.
+"""Reads released checkpoints of any family as tensors by name.
 
 Tensors are mapped from disk where the format allows. Pickles are read with PyTorch's restricted unpickler or not at
 all. A checkpoint may be one file or several with an index (model.safetensors.index.json).

@@ -1,7 +1,7 @@
-"""The one place that knows the released companions' names: OpenCLIP's text tower and Stable Diffusion's autoencoder.
+"""Reads the released companions by their own names: OpenCLIP's text tower and Stable Diffusion's autoencoder.
 
-Configurations are read off the tensors' shapes, so that a tiny model and the released one take the same path. Nothing
-is copied: every result is a view of its source.
+Configurations follow from the tensors' shapes, so that a tiny model and the released one are read by the same code.
+Nothing is copied: every result is a view of its source. No other module knows these names.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 _TEXT_PREFIX = "cond_stage_model.model."  # where a Stable Diffusion 2 checkpoint keeps its OpenCLIP
 _LDM_TEXT_PREFIX = "cond_stage_model.transformer."  # where one of version 1 keeps OpenAI's CLIP
 _AUTOENCODER_PREFIX = "first_stage_model."
-_TEXT_HEAD_DIM = 64  # in every OpenCLIP text tower; shapes do not tell
+_TEXT_HEAD_DIM = 64  # in every OpenCLIP text tower; the shapes do not show it
 _LDM_SCALE = 0.18215
 
 _TEXT_BLOCK = {
@@ -54,9 +54,9 @@ _TEXT_UNUSED = re.compile(r"visual\.|logit_scale$|logit_bias$|text_projection$|a
 
 
 def text_from_openclip(state: State) -> dict[str, Tensor]:
-    """OpenCLIP's text tower as a CLIPTextModel without its last block: HiGen reads the penultimate tokens.
+    """OpenCLIP's text tower as a CLIPTextModel without its last block, because HiGen reads the penultimate tokens.
 
-    The visual tower, the projection and the logit scale are left out; a Stable Diffusion 2 checkpoint is taken too.
+    The visual tower, the projection and the logit scale are left out. A Stable Diffusion 2 checkpoint may be given too.
     Raises CheckpointError listing the first ten missing, extra or wrongly shaped tensors.
     """
     tower = _text_tower(state)
@@ -79,7 +79,7 @@ def text_from_openclip(state: State) -> dict[str, Tensor]:
 
 
 def text_arguments_from_openclip(state: State) -> dict[str, Any]:
-    """CLIPTextConfig's arguments for what `text_from_openclip` makes of the same tensors."""
+    """CLIPTextConfig's arguments for the result of `text_from_openclip` on the same tensors."""
     sizes = _text_sizes(_text_tower(state))
     return {
         "vocab_size": sizes["vocabulary"],
@@ -112,7 +112,7 @@ def text_from_ldm(state: State) -> dict[str, Tensor]:
 
 
 def text_arguments_from_ldm(state: State) -> dict[str, Any]:
-    """CLIPTextConfig's arguments for what `text_from_ldm` makes of the same tensors. Raises CheckpointError."""
+    """CLIPTextConfig's arguments for the result of `text_from_ldm` on the same tensors. Raises CheckpointError."""
     text, what = _ldm_text(state), "CLIP's text model"
     vocabulary, width = _shape(text, "embeddings.token_embedding.weight", 2, what)
     return {
@@ -202,7 +202,7 @@ def autoencoder_from_ldm(state: State) -> dict[str, Tensor]:
 
 
 def autoencoder_arguments_from_ldm(state: State) -> dict[str, Any]:
-    """AutoencoderKL's arguments for what `autoencoder_from_ldm` makes of the same tensors."""
+    """AutoencoderKL's arguments for the result of `autoencoder_from_ldm` on the same tensors."""
     theirs, what = _autoencoder(state), "a latent-diffusion autoencoder"
     levels = _count(theirs, r"encoder\.down\.(\d+)\.")
     widths = [_shape(theirs, f"encoder.down.{i}.block.0.conv1.weight", 4, what)[0] for i in range(levels)]
@@ -223,7 +223,7 @@ def autoencoder_arguments_from_ldm(state: State) -> dict[str, Any]:
 
 
 def autoencoder_from_diffusers(state: State) -> dict[str, Tensor]:
-    """An AutoencoderKL of any diffusers version under today's names (its attention once had others)."""
+    """An AutoencoderKL of any diffusers version under its present names; its attention had other names before."""
 
     def today(name: str) -> str:
         head, _, rest = name.partition(".attentions.0.")
@@ -246,8 +246,8 @@ def kl_numbers(arguments: Mapping[str, Any]) -> tuple[int, float, float]:
 def check_parts(
     network: str, clip: Mapping[str, Any], codec: Mapping[str, Any], text_width: object, channels: object
 ) -> None:
-    """Raise CheckpointError where text encoder or autoencoder belong to another model than `network`, a denoiser that
-    reads texts of `text_width` and latents of `channels`.
+    """Raise CheckpointError where the text encoder or the autoencoder does not fit `network`, a denoiser that reads
+    texts of `text_width` and latents of `channels`.
     """
     for what, given, wanted in (
         ("text encoder's width", clip.get("hidden_size"), text_width),
@@ -264,7 +264,7 @@ def _autoencoder(state: State) -> dict[str, Tensor]:
 
 
 def shapes_of(build: Callable[[], nn.Module]) -> Shapes:
-    """The shapes of a network's tensors by our names, without making the network: `build` runs on the meta device."""
+    """The shapes of a network's tensors by higen's names. `build` runs on the meta device, so no memory is needed."""
     with torch.device("meta"):
         return {name.removeprefix("text_model."): tuple(tensor.shape) for name, tensor in build().state_dict().items()}
 
@@ -296,7 +296,7 @@ def _under(state: State, prefix: str) -> dict[str, Tensor]:
 
 
 def _count(state: State, pattern: str) -> int:
-    """One more than the greatest number that the pattern's group finds at the beginning of a name."""
+    """The count of a list in the names: one more than the largest index, which is the pattern's group."""
     return 1 + max((int(found[1]) for name in state if (found := re.match(pattern, name))), default=-1)
 
 

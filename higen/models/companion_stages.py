@@ -1,4 +1,4 @@
-"""The networks around the denoiser as stages: text encoder and autoencoder, whatever the model family.
+"""The networks around the denoiser as stages: text encoder and autoencoder, for all families.
 
 Inputs and outputs are float32 whatever the networks compute in. `prefix` is what the names of the weights have before
 them in a stage's module.

@@ -34,7 +34,8 @@ __all__ = [
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC", "AutoencoderKLTemporalDecoder")
 TEXT_PREFIX = "text_model."
-"""transformers before 5 nests the text model under this name, here and in files; it is never looked at."""
+"""transformers before 5 nests the text model under this name, in the module and in files; our names leave it out.
+"""
 
 
 def text_encoder(arguments: Mapping[str, Any]) -> CLIPTextModel:
@@ -48,16 +49,16 @@ def text_encoder(arguments: Mapping[str, Any]) -> CLIPTextModel:
     with quiet("transformers"):
         try:
             return CLIPTextModel(CLIPTextConfig(**arguments))
-        except Exception as error:  # transformers raises whatever its checks and its arithmetic raise
+        except Exception as error:  # the checks and the arithmetic of transformers raise errors of many types
             raise ManifestError(f"clip={dict(arguments)!r}: transformers refuses it: {error}") from error
 
 
 def autoencoder(kind: str, arguments: Mapping[str, Any]) -> nn.Module:
     """diffusers' autoencoder `kind` with its constructor's `arguments`, randomly initialised.
 
-    encode(pixels [N,3,Y,X]) and decode(latents [N,C,H,W]) as in diffusers; a temporal decoder is told the number of
-    frames too. Raises ManifestError for an unknown kind or
-    arguments that diffusers refuses, MissingExtra without diffusers.
+    encode(pixels [N,3,Y,X]) and decode(latents [N,C,H,W]) as in diffusers; a temporal decoder also takes the number of
+    frames. Raises ManifestError for an unknown kind or for arguments that diffusers refuses, MissingExtra without
+    diffusers.
     """
     if kind not in AUTOENCODERS:
         raise ManifestError(f"autoencoder.kind={kind!r}: one of {', '.join(AUTOENCODERS)}")
@@ -81,8 +82,8 @@ def load_text_encoder(
 ) -> CLIPTextModel:
     """The text encoder of a safetensors file, in `dtype` (None: as stored), frozen and in evaluation mode.
 
-    Its weights are in memory once. Raises IntegrityError for a file that is no safetensors or holds other tensors than
-    the arguments say (the first ten are listed); else as `text_encoder`.
+    Its weights are in memory once. Raises IntegrityError for a file that is not safetensors, or that holds other
+    tensors than the arguments say (the first ten are listed); else as `text_encoder`.
     """
     with torch.device("meta"):
         encoder = text_encoder(arguments)
@@ -110,7 +111,9 @@ def _load(module: nn.Module, path: str | os.PathLike[str], dtype: torch.dtype | 
 
 
 def restore_buffers(module: nn.Module, device: torch.device) -> None:
-    """Buffers that no file stores have lost their values on the meta device; CLIP's positions are the only ones."""
+    """Restore the buffers that no file stores and that the meta device leaves without values: CLIP's positions are the
+    only ones.
+    """
     for name, buffer in [(name, buffer) for name, buffer in module.named_buffers() if buffer.is_meta]:
         parent, _, leaf = name.rpartition(".")
         if leaf != "position_ids":
@@ -132,7 +135,7 @@ def quiet_import(package: str, purpose: str) -> Iterator[None]:
 
 @contextmanager
 def quiet(library: str) -> Iterator[None]:
-    """Silence a library's notes; its logger's level is put back. (Importing a library sets it, so import it before.)"""
+    """Silence a library's log messages inside the block. Import the library before: its import sets the log level."""
     logger = logging.getLogger(library)
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,4 +1,4 @@
-"""What lies where a checkpoint is wanted, when it is none: a web page, a pointer, half a download."""
+"""Recognises files that are not the expected checkpoint: a web page, a pointer, half a download."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def _odd_zip(path: Path, size: int) -> str | None:
     if any(name.endswith("/data.pkl") for name in names):
         return None
     holds = ", ".join(map(quoted, names[:3])) + (", ..." if len(names) > 3 else "")
-    return f"a zip archive that is no checkpoint (it holds {holds or 'nothing'}): unpack it, and give the checkpoint"
+    return f"a zip archive that is not a checkpoint (it holds {holds or 'nothing'}): unpack it, and give the checkpoint"
 
 
 def _cut_safetensors(path: Path, size: int) -> str | None:

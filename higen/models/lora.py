@@ -52,7 +52,7 @@ _OTHER = {
 
 @dataclass(frozen=True)
 class Lora:
-    """A file and how much of it is added; 0 changes nothing, negative numbers take away. Raises CheckpointError."""
+    """A file and how much of it is added; 0 changes nothing, negative numbers subtract it. Raises CheckpointError."""
 
     path: Path
     scale: float = 1.0
@@ -94,7 +94,7 @@ def merged(
     renamed gives the name that `states` have for a layer, with dots or underscores, of that in an adapter
     notes   gets a line for each adapter: how many layers it changes, and which of its tensors are not used
 
-    Raises CheckpointError: a file that is no adapter or another kind of one, that fits none of the networks, whose
+    Raises CheckpointError: a file that is not an adapter or another kind of one, that fits none of the networks, whose
     factors have other shapes than the layer, or whose values are not finite.
     """
     shapes = {network: unmade(state) for network, state in states.items()}

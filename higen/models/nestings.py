@@ -1,4 +1,4 @@
-"""Where the weights lie in a checkpoint, and their names without the wrappers that training put around the network."""
+"""Finds the weights in a checkpoint, and removes from their names the wrappers that training put around the network."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ PLAIN = (
     "generator",
     "weights",
 )
-"""Names under which training loops keep the weights' averages and the weights; the first that holds tensors counts."""
+"""Names under which training loops keep averages of the weights, and the weights. The first one with tensors counts."""
 
 DEPTH = 3
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Parts of a name that are no part of the network: DataParallel's, torch.compile's, FSDP's."""
+"""Parts of a name that do not belong to the network: DataParallel's, torch.compile's, FSDP's."""
 SHOWN = 6
 LONG = 100
 """Letters of a name that a message shows as it is."""
 
 
 def weights_of(loaded: object) -> tuple[dict[str, Tensor], str]:
-    """The tensors by name of what a checkpoint holds, and a note where there were several to choose from.
+    """The tensors of a checkpoint by name, and a note where there were several sets to choose from.
 
-    Averages are taken before weights, if they are there for all of them; both before tensors at the top. Raises
-    CheckpointError, which says what was found, where there are none.
+    Averages are preferred to weights if all weights have one, and both are preferred to tensors at the top level.
+    Raises CheckpointError for a checkpoint without tensors; the message says what it holds.
     """
     state, note = _weights(loaded, DEPTH)
     if not state:
@@ -107,6 +107,6 @@ def _seen(loaded: object) -> str:
 
 
 def _kind(value: object) -> str:
-    """What a value is, for a person. `pickles._Inert` stands for an object of another library, mostly an array."""
+    """A description of a value. `pickles._Inert` replaces an object of another library, mostly an array."""
     name = type(value).__name__
     return "an array or object, and no tensor" if name == "_Inert" else name

@@ -1,4 +1,4 @@
-"""PyTorch's pickles, read without running code: tensors come out, and all else stands still."""
+"""Reads PyTorch's pickles without running code: tensors are read, other objects are not made."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["plain_reason", "read_pickle"]
 
 
 class _Inert:
-    """Stands for a class or function that a training loop left beside the weights; it does nothing and has no value."""
+    """Replaces a class or function that a training loop saved beside the weights; it does nothing and has no value."""
 
     def __init__(self, *_: object, **__: object) -> None: ...
 
@@ -50,7 +50,7 @@ _HARMLESS = (
     "datetime.datetime",
     "datetime.timedelta",
 )
-"""What training loops leave beside weights. None of it is imported or called: `_Inert` takes its place."""
+"""Names that training loops save beside weights. They are not imported or called: `_Inert` replaces them."""
 
 _INERT: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [(_Inert, name) for name in _HARMLESS]
 
@@ -71,10 +71,10 @@ _SAFELY = (
 
 
 def read_pickle(path: Path, checked: bool = True) -> object:
-    """What PyTorch saved in a file, on the CPU, its tensors mapped from disk where the file is a zip archive.
+    """The contents of a file that PyTorch saved, on the CPU. Tensors of a zip archive are mapped from disk.
 
-    `checked`: the archive's own checksums are compared, which reads the file once. Raises CheckpointError for a file
-    that names code besides tensors or is damaged, and as it came what says that there is too little memory.
+    `checked`: compare the archive's own checksums, which reads the file once. Raises CheckpointError for a file that
+    names code besides tensors or is damaged; an error about too little memory is passed on unchanged.
     """
     zipped = format_of(path) == ZIP
     if checked and zipped:
@@ -122,7 +122,7 @@ def _check_sums(path: Path) -> None:
 
 
 def plain_reason(error: BaseException) -> str:
-    """What went wrong, in a line, without PyTorch's advice to read the file in the way that runs its code."""
+    """The reason in one line, without PyTorch's advice to read the file in the way that runs its code."""
     first = (str(error).splitlines() or [""])[0]
     if any(word in first for word in ("weights_only", "Weights only", "safe_globals")):
         return "it is damaged, or no checkpoint"

@@ -1,4 +1,4 @@
-"""Weights from a file into a module and back into a file, with never a second copy of all of them in memory."""
+"""Reads weights from a file into a module and writes them back. Memory never holds a second copy of all of them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The port against the reference: runs every case of a fixture directory and says how far each is off.
+"""Compares higen with the reference: runs every case of a fixture directory and reports the error of each.
 
 A fixture directory holds any number of these, at any depth:
 

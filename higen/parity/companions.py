@@ -1,4 +1,4 @@
-"""Text encoder, autoencoder and tokenizer against the reference, at tiny sizes with stored weights."""
+"""Compares text encoder, autoencoder and tokenizer with the reference, at tiny sizes with stored weights."""
 
 from __future__ import annotations
 
@@ -62,8 +62,8 @@ def _with_tensors(
 def _text(record: Mapping[str, Any], stored: State, tower: State, where: str) -> list[Difference]:
     """Tokens [B,L] to hidden states after the final norm: without the last block (what HiGen reads), and with it.
 
-    Our encoder leaves the last block out, so "with it" is the encoder of a tower with one more. Pooled is the state at
-    the end token (the greatest id) through the projection.
+    higen's encoder leaves the last block out, so the result "with it" comes from an encoder with one more block. The
+    pooled output is the projection of the state at the end token (the greatest id).
     """
     (tokens,) = take(stored, where, "tokens")
     blocks = 1 + max(int(name.removeprefix(_BLOCK).partition(".")[0]) for name in tower if name.startswith(_BLOCK))
@@ -80,7 +80,7 @@ def _text(record: Mapping[str, Any], stored: State, tower: State, where: str) ->
 
 
 def _text_encoder(state: State, heads: int) -> nn.Module:
-    # A released tower has 64 channels per head; this one says how many heads it has.
+    # A released tower has 64 channels per head; this file gives the number of heads.
     encoder: nn.Module = text_encoder({**text_arguments_from_openclip(state), "num_attention_heads": heads})
     encoder.load_state_dict(text_from_openclip(state))
     return encoder.eval()

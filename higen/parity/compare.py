@@ -1,4 +1,4 @@
-"""When two tensors agree."""
+"""Decides whether two tensors agree."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RELATIVE = 2e-5
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest absolute difference between our tensor and the stored one, and how large it may be."""
+    """The largest absolute difference between higen's tensor and the stored one, and the largest allowed one."""
 
     tensor: str
     error: float
@@ -41,7 +41,7 @@ class Difference:
 def compare(
     tensor: str, ours: Tensor, stored: Tensor, noise: float = 0.0, *, allowed: float | None = None
 ) -> Difference:
-    """Compare two tensors in float64. `noise`: how far the reference in float32 is from itself in float64.
+    """Compare two tensors in float64. `noise`: the distance of the reference in float32 from itself in float64.
 
     Allowed is max(10 noise, 2e-5 of the largest stored value) unless it is given. Another shape, or a number that is
     not finite and not the same in both, is an infinite error.
@@ -64,7 +64,7 @@ def largest(x: Tensor) -> float:
 
 
 def refuse_unknown(names: Iterable[str], known: Iterable[str], where: str) -> None:
-    """Raises FixtureError for a name that is stored but not known: it would go unchecked."""
+    """Raises FixtureError for a name that is stored but not known, because nothing would check it."""
     known = set(known)
     if unknown := sorted(set(names) - known):
         listed = ", ".join(sorted(known)[:60])

@@ -1,4 +1,4 @@
-"""What is done with the network, against the reference: sampling, training, and the tables both rest on."""
+"""Compares sampling, training and their tables with the reference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The network against the reference: whole forwards with every intermediate tensor, single modules, weights.
+"""Compares the network with the reference: whole forwards with every intermediate tensor, single modules, weights.
 
 Frames are folded into the batch here and partly in the fixtures; a stored [B,C,F,H,W] is matched by unfolding ours.
 At one frame the network without temporal layers runs, and a temporal module is the identity because it is not there.

@@ -1,4 +1,4 @@
-"""Which cases a fixture directory has: every file is found and every header read before the first case runs."""
+"""Lists the cases of a fixture directory: finds every file and reads every header before the first case runs."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ KINDS: dict[str, Runner] = {
 
 @dataclass(frozen=True)
 class Planned:
-    """A case that is there to run. `is_case` is false for a check of the weights that the cases rest on."""
+    """A check that can run. `is_case` is false for a check of the weights on which cases depend."""
 
     name: str
     differences: Callable[[], list[Difference]]
@@ -89,7 +89,7 @@ def _small_models(path: Path, prefix: str) -> Iterator[Planned]:
 def _cases(
     path: Path, records: dict[str, dict[str, Any]], kind: str, model: str, load: Callable[[], Network], prefix: str
 ) -> Iterator[Planned]:
-    """The cases of one kind and one model; json and tensor file must list the same."""
+    """The cases of one kind and one model; the JSON file and the tensor file must list the same cases."""
     listed = {name.partition("/")[2]: record for name, record in records.items() if name.startswith(f"{model}/")}
     file = path.with_name(f"{model}.{kind}.safetensors")
     if not listed and not file.exists():
@@ -108,7 +108,7 @@ def _tensors_of(file: Path, listed: dict[str, Any], path: Path) -> CaseTensors:
 
 
 def _refuse_unknown_kinds(record: dict[str, Any], models: dict[str, dict[str, Any]], path: Path) -> None:
-    """A kind of case, a case's model or a tensor file that is not known would go unchecked: FixtureError."""
+    """Raise FixtureError for an unknown kind of case, model of a case or tensor file, which nothing would check."""
     for kind, cases in record.items():
         of_models = isinstance(cases, dict) and any(name.partition("/")[0] in models for name in cases if "/" in name)
         if of_models and kind not in KINDS:
@@ -128,7 +128,7 @@ def _loader(folder: Path, name: str, model: dict[str, Any], where: str) -> Calla
     config = recorded_config(entry(model, "kwargs", dict, f"{where}: {name}"), f"{where}: {name}")
     file = folder / f"{name}.weights.safetensors"
     if model.get("stored", file.exists()):
-        CaseTensors(file)  # that it is there and whole
+        CaseTensors(file)  # checks that it exists and is complete
         return cache(lambda: Network(assemble(config, stored_state(file, config).items())))
     return _by_recipe(config, recipe_salt(entry(model, "weight_recipe", str, f"{where}: {name}"), f"{where}: {name}"))
 

@@ -1,4 +1,4 @@
-"""A request's fields against a model: OpenAI's names, ours, and the model's controls become a pipeline's arguments.
+"""Turns the fields of a request (OpenAI's, higen's and the model's controls) into a pipeline's arguments.
 
 Everything is checked here, pictures too, before the request is accepted.
 """
@@ -161,7 +161,7 @@ def _size(text: Any) -> dict[str, int]:
 
 
 def _frames(manifest: Manifest, values: Mapping[str, Any]) -> int:
-    """Frames of a clip of so many seconds."""
+    """Frames of a clip of this many seconds."""
     if "num_frames" in values:
         raise RequestError("seconds: num_frames is given too; one of the two is enough")
     given = values["seconds"]

@@ -1,4 +1,4 @@
-"""The models of a server: their tables at all times, their weights while they are used.
+"""The models of a server: it always holds their tables, and their weights while they are used.
 
 A model counts with the size of its weights files. Where the next one would not fit into the limit, loaded models that
 nobody uses are freed, the one that was used longest ago first.
@@ -116,7 +116,7 @@ class Catalog:
 
     @contextmanager
     def use(self, name: str) -> Iterator[Running]:
-        """An admitted model, loaded if need be. Raises what `higen.load` raises."""
+        """An admitted model, loaded if necessary. Raises what `higen.load` raises."""
         with self._lock:
             place = self._places[name]
         try:

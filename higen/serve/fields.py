@@ -1,4 +1,4 @@
-"""The bodies of requests, JSON or multipart, as fields and files. What they mean is checked by higen/serve/asks.py.
+"""Reads the bodies of requests, JSON or multipart, as fields and files. higen/serve/asks.py checks their values.
 
 A multipart form has texts only: `controls` may be one JSON object, or fields `controls[NAME]`; a list repeats its field
 as NAME[]. Numbers are read from their texts. Files are pictures and clips.

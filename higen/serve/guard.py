@@ -1,4 +1,4 @@
-"""What every request passes before any route: host, origin, key, size and pace; and the shape of every refusal.
+"""Checks every request before its route: host, origin, key, size and rate. Gives every refusal its form.
 
 A connection that is slow with its headers, its body or with reading an answer is ended. A page of another host cannot
 call a server of this machine through a browser: neither by its own name that leads here (Host), nor with a form

@@ -29,7 +29,9 @@ def digest(key: str) -> str:
 
 
 def read_keys(path: Path) -> Mapping[str, str]:
-    """Names by digest. Raises RequestError for a file that cannot be read, has no key or a line that is none."""
+    """Names by digest. Raises RequestError for a file that cannot be read, that has no key, or that has a line which is
+    not a key.
+    """
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:

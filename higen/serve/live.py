@@ -1,4 +1,4 @@
-"""What happens to the jobs right now: progress and previews, from the threads that run them to event streams.
+"""Progress and previews of running jobs, passed from the threads that run them to event streams.
 
 A job has one short list of events for all who listen. Who listens slowly skips events, never the last one: memory does
 not grow with listeners. Only the newest preview is kept.

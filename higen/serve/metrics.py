@@ -1,4 +1,4 @@
-"""What a server counts, for Prometheus."""
+"""Metrics of a server for Prometheus."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Metrics:
     """The counts of one server, in a registry of its own. Any thread may count."""
 
     def __init__(self, read: Reader, jobs: Reader) -> None:
-        """`read`: numbers of now by name, read when they are asked for; `jobs`: jobs by state."""
+        """`read`: returns the present numbers by name, for each request of the metrics; `jobs`: jobs by state."""
         self._registry = CollectorRegistry()
         self.requests = Counter(
             "higen_http_requests", "HTTP requests answered.", ("method", "route", "status"), registry=self._registry
@@ -33,19 +33,19 @@ class Metrics:
         self._registry.register(_Now(read, jobs))
 
     def text(self) -> bytes:
-        """All of it in Prometheus' text format 0.0.4."""
+        """All metrics in Prometheus' text format 0.0.4."""
         return generate_latest(self._registry)
 
 
 class _Now(Collector):
-    """Numbers that are read when they are asked for; names that end with _total are counters."""
+    """Numbers that are read for each request of the metrics; names that end with _total are counters."""
 
     def __init__(self, read: Reader, jobs: Reader) -> None:
         self._read = read
         self._jobs = jobs
 
     def collect(self) -> Iterable[Metric]:
-        """As prometheus_client asks for."""
+        """The metrics, as prometheus_client requires."""
         states = GaugeMetricFamily("higen_jobs", "Jobs by state.", labels=["state"])
         for state, count in self._jobs().items():
             states.add_metric([state], count)

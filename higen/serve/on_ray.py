@@ -1,7 +1,7 @@
 """The HTTP API as an application of Ray Serve: `import_path: higen.serve.on_ray:application` (docs/bulk.md).
 
-One replica has one folder, as one server has (higen/serve/server.py): jobs outlive the replica where its successor
-finds the folder. Ray's proxies take the requests, at every node.
+One replica has one folder, like one server (higen/serve/server.py). Jobs outlive the replica if its successor finds the
+folder. Ray's proxies take the requests at every node.
 """
 
 from __future__ import annotations

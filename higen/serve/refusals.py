@@ -1,4 +1,4 @@
-"""Errors as the API answers them: a status and the object {"error": {message, type, param, code}} that OpenAI's has."""
+"""Errors as answers of the API: a status, and the object {"error": {message, type, param, code}} as in OpenAI's API."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The answers' shapes, OpenAI's with our extensions, and the request's for the OpenAPI page."""
+"""Schemas of the answers, which are OpenAI's with extensions, and of the request for the OpenAPI page."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The process: the folder's lock, the socket, and connections that cannot be kept open for nothing."""
+"""The server process: the lock of its folder, its socket, and limits on idle connections."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def _terminated() -> Iterator[None]:
 
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Hold the lock of a server's folder, made if need be. Raises ServeError."""
+    """Hold the lock of a server's folder, made if necessary. Raises ServeError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = hold(folder / "lock", os.O_RDWR | os.O_CREAT, wait=False)
@@ -136,7 +136,7 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def _protocol(most: int) -> type[asyncio.Protocol]:
-    """HTTP/1.1 with at most so many connections, none of which may wait with its headers for long."""
+    """HTTP/1.1 with at most this many connections, none of which may wait with its headers for long."""
 
     class Guarded(H11Protocol):
         _waiting: asyncio.TimerHandle | None = None

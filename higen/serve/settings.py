@@ -1,4 +1,4 @@
-"""What a server was told: checked once, before anything is opened."""
+"""Settings of a server, checked once before anything is opened."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def seconds_of(text: str, name: str = "age") -> int:
 
 @dataclass(frozen=True)
 class Limits:
-    """The most that is taken.
+    """Limits on requests.
 
     body         bytes of a request's body         frames   of a video
     pixels       of one frame                      steps    of each loop
@@ -64,9 +64,9 @@ class Settings:
     models     directories, or NAME=DIRECTORY; the first is the default, none is the built-in model
     folder     of the queue and the results
     memory     bytes of weights that may be loaded at once, or None
-    slots      jobs at work at once        max_batch  samples of a shared batch
+    slots      jobs that run at a time     max_batch  samples of a shared batch
     quota      bytes of results            age        seconds that a finished job is kept
-    keys       file of hashed API keys, or None: no key is asked for
+    keys       file of hashed API keys, or None: no key is needed
     origins    pages of other hosts that may call the API (CORS)
     hosts      names that a request may be addressed to, beside those of this machine itself; "*": any
     """

@@ -1,8 +1,8 @@
-"""The queue: jobs in SQLite (WAL), so that what was accepted outlives the process.
+"""The queue: jobs are in SQLite (WAL), so that accepted jobs outlive the process.
 
 queued -> in_progress -> completed | failed | cancelled. Each change of state is one transaction that names the state
-it leaves, so no job is run twice or finished twice. A finished job is kept until it expires; its row stays for the same
-time again, to say so.
+it leaves, so no job is run twice or finished twice. A finished job is kept until it expires. Its row is kept for the
+same time again, so that the API can answer that it has expired.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["DONE", "Draft", "Job", "Store", "Upload"]
 
 VERSION = 1
 ATTEMPTS = 5
-"""Starts of a job that may end with the death of the process; after them it has failed."""
+"""A job fails after this many starts during which the process died."""
 
 DONE = ("completed", "failed", "cancelled")
 
@@ -68,7 +68,7 @@ CREATE TABLE inputs (
 
 @dataclass(frozen=True)
 class Upload:
-    """A file of a request: what its name ends with, and its contents."""
+    """A file of a request: the suffix of its name, and its contents."""
 
     suffix: str
     data: bytes = field(repr=False)
@@ -76,9 +76,9 @@ class Upload:
 
 @dataclass(frozen=True)
 class Draft:
-    """A job that is to be made.
+    """A new job.
 
-    request  the arguments of the pipeline, in JSON's types; a seed that was left to chance is drawn
+    request  the arguments of the pipeline, in JSON's types; a random seed is drawn already
     asked    the fields as they were given
     """
 
@@ -91,7 +91,7 @@ class Draft:
     remixed: str | None = None
 
     def fingerprint(self) -> str:
-        """A digest of what was asked for: equal requests have equal ones."""
+        """A digest of the request: equal requests have equal digests."""
         asked = json.dumps([self.model, dict(self.asked), self.remixed], sort_keys=True)
         found = hashlib.sha256(asked.encode())
         for name, upload in sorted(self.uploads.items()):
@@ -128,7 +128,7 @@ class Store:
     """The queue in a file. Any thread may use it."""
 
     def __init__(self, path: Path) -> None:
-        """Opened, or made. Raises ServeError for a file that is corrupt, of a newer version or cannot be written."""
+        """Open the file, or make it. Raises ServeError for a file that is corrupt, of a newer version, or read-only."""
         self._path = path
         self._lock = threading.RLock()
         try:
@@ -153,7 +153,7 @@ class Store:
             raise sqlite3.DatabaseError(said)
 
     def _unusable(self, error: sqlite3.DatabaseError) -> ServeError:
-        """Why the queue cannot be opened. A corrupt file is copied, and left as it is."""
+        """The error of a queue that cannot be opened. A corrupt file is copied and not changed."""
         with suppress(AttributeError, sqlite3.Error):
             self._db.close()
         words = " ".join(str(error).split())
@@ -171,7 +171,7 @@ class Store:
         )
 
     def close(self) -> None:
-        """Write what the WAL holds into the file."""
+        """Write the contents of the WAL into the file."""
         with self._lock:
             self._db.close()
 
@@ -194,7 +194,7 @@ class Store:
     # Requests.
 
     def create(self, draft: Draft, most: int, now: float | None = None) -> tuple[Job, bool]:
-        """Accept a job; returns it and whether it is new: the same Idempotency-Key gives the job that it gave before.
+        """Accept a job. Returns it, and whether it is new: an Idempotency-Key that was used before gives the same job.
 
         Raises Refusal where the key was used for another request, and where `most` jobs of the owner wait or run.
         """
@@ -234,12 +234,12 @@ class Store:
             return self._rows("SELECT * FROM jobs WHERE id = ?", name)[0], True
 
     def get(self, name: str, owner: str | None = None) -> Job | None:
-        """A job; None where it is not there, or another owner's."""
+        """A job; None if it does not exist or belongs to another owner."""
         found = self._rows("SELECT * FROM jobs WHERE id = ?", name)
         return found[0] if found and owner in (None, found[0].owner) else None
 
     def page(self, owner: str, after: int | None, count: int, ascending: bool) -> list[Job]:
-        """An owner's jobs in the order they came, or the reverse; those behind the job of the number `after`."""
+        """An owner's jobs in the order of their creation or in the reverse order, after the job number `after`."""
         sign, order = (">", "ASC") if ascending else ("<", "DESC")
         start = after if after is not None else (0 if ascending else 2**62)
         return self._rows(
@@ -262,7 +262,7 @@ class Store:
         return [row["name"] for row in rows]
 
     def cancel(self, name: str, age: float) -> bool:
-        """Cancel a job that waits or runs; whether it did."""
+        """Cancel a job. Returns whether it was waiting or running."""
         return self._finish(name, "cancelled", ("queued", "in_progress"), age, "cancelled", "the job was cancelled")
 
     def delete(self, name: str) -> None:
@@ -273,7 +273,7 @@ class Store:
     # The worker.
 
     def recover(self, age: float) -> None:
-        """After a start: what ran when the process ended waits again, but for jobs that it died with too often."""
+        """At the start: jobs that ran when the process ended wait again, except those that it died with too often."""
         message = f"the server ended {ATTEMPTS} times while it ran this job"
         for job in self._rows("SELECT * FROM jobs WHERE status = 'in_progress'"):
             if job.attempts >= ATTEMPTS:
@@ -282,7 +282,7 @@ class Store:
                 self.requeue(job.id, counts=True)
 
     def queued(self, count: int) -> list[Job]:
-        """The jobs that wait, the oldest first."""
+        """The waiting jobs, the oldest first."""
         return self._rows("SELECT * FROM jobs WHERE status = 'queued' ORDER BY number LIMIT ?", count)
 
     def start(self, name: str) -> bool:
@@ -330,7 +330,7 @@ class Store:
     # The keeper of the folder.
 
     def grow(self, name: str, size: int) -> None:
-        """A result takes so many bytes more."""
+        """A result takes this many bytes more."""
         with self._change() as db:
             db.execute("UPDATE jobs SET bytes = bytes + ? WHERE id = ? AND expired = 0", (size, name))
 

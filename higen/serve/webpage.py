@@ -1,4 +1,4 @@
-"""The web page: the files of page/, as they are. They hold no data, so that they are answered without a key.
+"""The web page: the files of page/. They contain no data, so no key is needed for them.
 
 The page asks for nothing from elsewhere, and a browser would not let it: what the policy below does not name is
 refused, and no text can become markup or a script (Trusted Types).

@@ -1,8 +1,8 @@
 """Runs the jobs of the queue: each in a thread of its own, the steps of one model's jobs in common batches.
 
-A job that comes joins the others at their next step (higen/backends/shared_batches.py); a cancelled one leaves its slot
-at once. A job whose model does not fit beside those in use waits; younger jobs overtake it for a while, then none does,
-so that its model gets its turn.
+A new job joins the others at their next step (higen/backends/shared_batches.py); a cancelled one leaves its slot at
+once. A job whose model does not fit beside those in use waits. Younger jobs may overtake it for some seconds, and then
+none may, so that its model is loaded.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ __all__ = ["Worker"]
 LOG = logging.getLogger("higen.serve")
 
 OVERTAKEN = 10.0
-"""Seconds that a job whose model does not fit is overtaken for."""
+"""Seconds during which other jobs may overtake a job whose model does not fit."""
 
 SWEEP = 30.0
-"""Seconds between two looks at what is too old."""
+"""Seconds between two searches for old results."""
 
 _WINDOW = 256
 
 
 class _Run:
-    """A job at work."""
+    """A running job."""
 
     def __init__(self, mine: RequestBackend | None = None) -> None:
         self.mine = mine
@@ -80,7 +80,7 @@ class Worker:
         self._thread = threading.Thread(target=self._work, name="higen jobs", daemon=True)
 
     def start(self) -> None:
-        """Begin with what waits."""
+        """Begin with the waiting jobs."""
         self._thread.start()
 
     @property
@@ -90,11 +90,11 @@ class Worker:
 
     @property
     def running(self) -> int:
-        """Jobs at work."""
+        """Number of running jobs."""
         return len(self._runs)
 
     def wake(self) -> None:
-        """There is a new job, or a free slot."""
+        """Tell the worker of a new job or a free slot."""
         self._changed.set()
 
     def cancel(self, name: str) -> None:
@@ -106,7 +106,7 @@ class Worker:
         self._live.end(name)
 
     def stop(self) -> None:
-        """Stop all; what runs waits again for the next start."""
+        """Stop all jobs; running ones wait for the next start."""
         self._stopping.set()
         self.wake()
         if self._thread.is_alive():
@@ -132,7 +132,7 @@ class Worker:
                 if time.monotonic() - swept > SWEEP:
                     swept = time.monotonic()
                     self.tidy()
-            except Exception:  # a disk that is full, say: what waits goes on waiting
+            except Exception:  # for example a full disk: waiting jobs go on waiting
                 LOG.exception("the queue cannot be worked on; trying again")
                 self._stopping.wait(1.0)
 

@@ -237,7 +237,7 @@ class Batches:
         return *row, noisy_known(x0, self.objective, random), mask
 
     def _tokens(self, caption: str) -> NDArray[np.int64]:
-        """A caption's tokens; what the tokenizer has to say against captions is said once."""
+        """A caption's tokens. Of the tokenizer's warnings, only the first one is passed on."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", PromptWarning)
             tokens = self.tokenizer.encode([caption])[0]
@@ -266,8 +266,8 @@ def clip_cues(
     """The motion [F,D] and appearance [F,R] input of a clip [C,F,H,W], measured from it.
 
     features  [F,D], whose cosine measures the appearance; None: the latents
-    numbers   whether motion and appearance are told as one number each, as a person gives them
-    given     whether they are told at all
+    numbers   whether motion and appearance are given as one number each, as a person gives them
+    given     whether they are given at all
     """
     frames = clip.shape[1]
     motion = motion_of(clip[None])[0].double().numpy()

@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written aside and moved, the last few kept.
+"""Checkpoints of a run: written to a temporary file and moved; the last few are kept.
 
     <run>/checkpoints/step-00001000.pt     weights, their averages, optimiser, step, settings
 
@@ -80,7 +80,7 @@ class Checkpoints:
         self._sweep()
 
     def _sweep(self) -> None:
-        """Take away what earlier versions left when they were killed while they wrote."""
+        """Remove what earlier versions left when they were killed while they wrote."""
         for path in self.folder.glob("step-*.part"):
             if _PART.fullmatch(path.name):
                 path.unlink()

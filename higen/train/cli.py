@@ -12,6 +12,7 @@ import click
 from higen.errors import SettingsError
 from higen.progress import is_watched
 from higen.terminal import JSON, PATH, needs, reported, say
+from higen.typed_json import to_json
 
 __all__ = ["cues", "evaluate", "train"]
 
@@ -141,7 +142,7 @@ def cues(
 @click.command()
 @click.argument("model", type=PATH, required=False)
 @click.option("--clips", type=PATH, help="Measure against these clips: a data set as `higen train` reads it.")
-@click.option("--limit", type=int, help="With --clips: so many of them, from all over the data set.  [all]")
+@click.option("--limit", type=int, help="With --clips: this many of them, from all over the data set.  [all]")
 @click.option("--data", type=PATH, help="Folder of the emoji, for a model made by the default recipe.")
 @click.option("--output", type=PATH, required=True, help="Folder for the measures and contact sheets.")
 @click.option("--fetch", is_flag=True, help="Download the emoji where --data has none: npm packages, about 700 MB.")
@@ -197,7 +198,7 @@ def evaluate(
         with needs("train", "higen evaluate"):
             from higen.train.emoji.evaluation.command import measure
 
-        found, text = measure(
+        measures, text = measure(
             model,
             data,
             output,
@@ -209,7 +210,7 @@ def evaluate(
             download=fetch,
             shown=_watched(as_json),
         )
-        click.echo(json.dumps(found) if as_json else text)
+        click.echo(json.dumps(to_json(measures)) if as_json else text)
 
 
 def _watched(as_json: bool) -> bool:

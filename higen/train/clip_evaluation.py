@@ -1,13 +1,13 @@
 """Measures a model against clips of any kind (`higen evaluate MODEL --clips my.jsonl`).
 
-Every video of the data set is cut as training cuts it, and drawn from its caption; the model's codec shows what the
-best denoiser could reach. The measures are those of `higen.measures`: none knows what the clips show.
+Every video of the data set is cut as in training, and a clip is drawn from its caption. The result of the model's codec
+is the bound of the best denoiser. The measures are those of `higen.measures`, which fit clips of any contents.
 
 psnr, psnr_copy   against the real clip, in dB: the clip, and its own middle frame repeated
 psnr_real_copy    the real middle frame repeated, which no model has
 psnr_codec        the real clip through the autoencoder
-difference        mean difference of neighbouring frames, in levels of 255; beside the real clip's
-motion, appearance  as training measures them; beside the real clip's
+difference        mean difference of neighbouring frames, in levels of 255; also of the real clip
+motion, appearance  as training measures them; also of the real clip
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ __all__ = ["REQUESTS", "Clips", "CueFollowing", "Distances", "Evaluation", "Row"
 
 Frames = NDArray[np.uint8]
 CLOSER = 0.01
-"""dB that a clip must be closer by than its middle frame repeated."""
+"""A clip counts as closer than its repeated middle frame from this difference on, in dB."""
 REQUESTS = (0.0, 0.5, 1.0, 2.0)
-"""Cues that are asked for, as parts of the real clip's own."""
+"""The requested cues, as multiples of the real clip's."""
 SHOWN = 3
-"""Problems that an error names one by one."""
+"""Number of problems that an error names."""
 LEAST = np.array([1.0] * 6 + [0.25] * 6)
-"""Deviation that a feature has at least when the clips' own is the unit."""
+"""Smallest unit of each feature. The unit is the real clips' deviation."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured of the clip that was drawn for one real clip; see the module's docstring."""
+    """The measures of the clip that was drawn for one real clip; see the module's docstring."""
 
     clip: str
     prompt: str
@@ -68,8 +68,8 @@ class Row:
 
 @dataclass(frozen=True)
 class CueFollowing:
-    """How far one cue is followed: rank correlation of asked and measured, within a prompt (the mean) and over all
-    clips. `clips`: how many were drawn.
+    """How well one cue is followed: rank correlation of requested and measured cue, within a prompt (the mean) and over
+    all clips. `clips`: number of clips that were drawn.
     """
 
     cue: str

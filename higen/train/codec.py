@@ -1,4 +1,4 @@
-"""Training an autoencoder as a TOML file says (section [codec]), and the model directory it ends in.
+"""Trains an autoencoder as a TOML file says (section [codec]), and writes a model directory.
 
 A step decodes noisy latents of pictures and of frames of clips; see `codec_loss` for what is minimised. The model
 directory that is written holds the autoencoder, the scale of its latents measured on the data set, and the other
@@ -43,9 +43,9 @@ __all__ = ["CodecBatch", "CodecObjective", "CodecSource", "CodecTrainer"]
 KINDS = ("AutoencoderKL", "AutoencoderDC")
 """Autoencoders of single pictures."""
 MEASURED = 16
-"""Steps' pictures on which the scale of the latents is measured."""
+"""Number of steps on whose pictures the scale of the latents is measured."""
 LEAST = 1e-3
-"""Deviation of a channel that is taken at least, so that no scale is infinite."""
+"""Smallest deviation of a channel, so that no scale is infinite."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class CodecSource:
         self.reader, self.codec, self.share, self.latent, self.seed = reader, codec, share, latent, seed
 
     def batch(self, step: int) -> CodecBatch:
-        """Those of step `step`, on the host."""
+        """The batch of step `step`, on the host."""
         channels, factor = self.latent
         rows = []
         for kind in (IMAGE, VIDEO):
@@ -92,7 +92,7 @@ class CodecSource:
 
 
 class CodecObjective(nn.Module):
-    """The loss of a step. `encoder` scales the latents, and goes on doing so while the codec is trained."""
+    """The loss of a step. `encoder` scales the latents in the same way throughout the training."""
 
     def __init__(self, encoder: EncoderStage, settings: CodecSettings) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The losses of an autoencoder: how far decoded pictures are from real ones, and latents from a unit deviation."""
+"""The losses of an autoencoder: the distance of decoded pictures from real ones, and of latents from unit deviation."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["picture_loss", "prior_loss"]
 def picture_loss(
     decoded: Tensor, real: Tensor, mse_weight: float, edge_weight: float, weight: Tensor | float
 ) -> Tensor:
-    """How far decoded pictures are from real ones [n,3,Y,X], -1 to 1, and their edges: a number.
+    """The distance of decoded pictures and their edges from real ones, [n,3,Y,X] from -1 to 1; one number.
 
     weight  of each pixel's error [n,1,Y,X]; edges count the same everywhere
     """
@@ -23,7 +23,7 @@ def picture_loss(
 
 
 def prior_loss(latents: Tensor) -> Tensor:
-    """How far the channels of latents [n,C,y,x] are from mean 0 and deviation 1, over the batch: a number."""
+    """The distance of the channels of latents [n,C,y,x] from mean 0 and deviation 1 over the batch; one number."""
     variance, mean = torch.var_mean(latents, dim=(0, 2, 3))
     loss: Tensor = (mean.square() + variance.clamp_min(1e-4).log().square()).mean()
     return loss

@@ -29,18 +29,18 @@ IMAGE, VIDEO = 0, 1
 """Kinds of a batch; each has an order of its own."""
 
 CAPTIONS = (".txt", ".caption")
-"""Suffixes of the files with captions, in any case; the first one that is there is taken."""
+"""Suffixes of the files with captions, in upper or lower case; the first file that exists is taken."""
 HIDDEN = "."
-"""How the name of a hidden file begins."""
+"""Beginning of the names of hidden files."""
 
 RESOURCE = "._"
-"""How the name of a file begins that holds macOS' attributes of another one."""
+"""Beginning of the names of files in which macOS keeps another file's attributes."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """A file with its caption. `name` is its path as the data set writes it; `video` says how it is to be read; `scale`
-    is how strong an adapter is that is trained on it.
+    """A file with its caption. `name` is its path as the data set writes it; `video`: it is a video, not a picture;
+    `scale` is the strength of an adapter for it.
     """
 
     path: Path
@@ -52,8 +52,8 @@ class Item:
 
 @dataclass
 class Listing:
-    """The items of a data set, why files were left out, and what a person should know of those that were not (by name).
-    The latter two are reports that grow as files are read: a file that is left out of one sample may serve another.
+    """The items of a data set; by name, the reasons of files that were left out, and notes for the user on files that
+    were not. Both are reports that grow as files are read: a file that one sample leaves out may serve another.
     """
 
     items: list[Item] = field(default_factory=list)
@@ -61,7 +61,7 @@ class Listing:
     notes: dict[str, str] = field(default_factory=dict)
 
     def of(self, kind: int, key_frames: bool) -> list[Item]:
-        """What a batch of a kind is made from; with `key_frames`, videos serve as pictures too."""
+        """The items for batches of a kind; with `key_frames`, videos serve as pictures too."""
         return [item for item in self.items if item.video == (kind == VIDEO) or (kind == IMAGE and key_frames)]
 
     def fingerprint(self) -> str:
@@ -74,12 +74,12 @@ class Listing:
 def list_items(path: str | os.PathLike[str], scales: bool = False) -> Listing:
     """The items of a data set, in the order of the file (a folder: of the names).
 
-    A folder's hidden files and folders are no items. A caption is the .txt, or else the .caption, of the same name.
-    `scales`: a list's column `scale` says how strong an adapter is for each item.
+    A folder's hidden files and folders are left out. A caption is the .txt file of the same name, or else the .caption
+    file. `scales`: a list's column `scale` gives the strength of an adapter for each item.
 
-    Raises SettingsError for a missing or malformed data set (missing columns, a line that is no JSON object, a row
-    that is cut or run together), for a folder with `scales`, or for one without a single item; files that do not exist
-    are found out when they are read.
+    Raises SettingsError for a missing or malformed data set (missing columns, a line that is not a JSON object, a row
+    that is cut or run together), for a folder with `scales`, and for a data set without items. Files that do not exist
+    are noticed when they are read.
     """
     source = Path(path)
     listing = Listing()
@@ -150,8 +150,8 @@ def _captions(names: Iterable[str]) -> dict[str, str]:
 
 
 def _folders(folder: Path, listing: Listing) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """Each folder below and with `folder`: its path in it, its files and its folders. Those that are hidden are left
-    out, and so are, with their reason, those that cannot be read.
+    """`folder` and each folder inside it: its relative path, its files and its folders. Hidden folders are left out,
+    and so are unreadable ones, with the reason.
     """
 
     def unreadable(error: OSError) -> None:
@@ -174,10 +174,10 @@ def _order(seed: int, kind: int, epoch: int, count: int) -> NDArray[np.int64]:
 
 
 def candidates(seed: int, kind: int, position: int, count: int) -> Iterator[int]:
-    """Items for the `position`-th sample of a kind, of `count` items: the first is the one, the others stand in.
+    """Items for the `position`-th sample of a kind, of `count` items: the first usable one is taken.
 
-    Each epoch is a permutation of all items. What stands in for an unusable item is whatever follows it in the epoch,
-    so that the samples depend on the data set alone and not on when a file was found to be unusable.
+    Each epoch is a permutation of all items. An unusable item is replaced by the one that follows it in the epoch, so
+    the samples depend on the data set alone, and not on when a file was found to be unusable.
     """
     epoch, place = divmod(position, count)
     order = _order(seed, kind, epoch, count)

@@ -1,4 +1,4 @@
-"""Arithmetic without denormal numbers, which many CPUs compute a hundred times more slowly than others."""
+"""Arithmetic without denormal numbers, with which many CPUs compute a hundred times more slowly."""
 
 from __future__ import annotations
 

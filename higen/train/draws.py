@@ -1,4 +1,4 @@
-"""What a training sample is drawn to be: its noise level, its window of a clip, and the noise on its prior."""
+"""Random choices for a training sample: its noise level, its window of a clip, and the noise on its prior."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class FileSource:
         return StepBatches(self.batch(IMAGE, step), self.batch(VIDEO, step), self.gains(step))
 
     def batch(self, kind: int, step: int) -> Batch | None:
-        """Those of a kind; None where a step has none."""
+        """The batch of one kind; None where a step has none."""
         indices, length = self._indices(kind, step), self._length(step)
         if not indices:
             return None
@@ -51,7 +51,7 @@ class FileSource:
         return self.maker.batch(samples, kind, step, indices, length).to(self.device)
 
     def gains(self, step: int) -> GainBatch | None:
-        """The clips that teach the gain alone; their places come behind those of all windows."""
+        """The clips that teach the gain alone. Their indices come after those of all windows."""
         if not self._gains:
             return None
         windows = self.reader.per_step[VIDEO] - self.settings.objective.gain_clips

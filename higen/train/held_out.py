@@ -53,7 +53,7 @@ class HeldOut:
 def held_out_reader(
     settings: Settings, networks: Networks, processes: Processes, tower: str | None
 ) -> tuple[Settings, Reader]:
-    """The reader of `data.held_out`, and the settings it reads by. Raises SettingsError for one that cannot be used."""
+    """The reader of `data.held_out`, and its settings. Raises SettingsError for a data set that cannot be used."""
     data = settings.data
     where = replace(data, path=data.held_out or "", cache=None, workers=0, crop="centre", start="centre")
     theirs = replace(settings, data=where)
@@ -78,7 +78,7 @@ def losses_of(objective: Objective, batches: StepBatches) -> dict[str, Tensor]:
 
 @contextmanager
 def _averaged(objective: Objective, optimiser: Optimiser) -> Iterator[None]:
-    """The averaged weights are in the networks, which drop nothing; then all is as it was."""
+    """Inside the block, the networks have the averaged weights and use no dropout."""
     training = [module for module in (objective.denoiser, *objective.unets, objective.text) if module.training]
     swap(optimiser.parameters, optimiser.average)
     for module in training:

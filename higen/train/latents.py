@@ -68,7 +68,7 @@ class OpenClip:
     MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 
     def __init__(self, folder: str, device: torch.device) -> None:
-        """Raises MissingExtra without transformers, SettingsError for a folder that is no such tower."""
+        """Raises MissingExtra without transformers, SettingsError for a folder that is not such a tower."""
         try:
             from transformers import CLIPVisionModelWithProjection
         except ImportError as error:

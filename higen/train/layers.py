@@ -41,8 +41,8 @@ DOWN, UP = "lora_A.weight", "lora_B.weight"
 
 
 def temporal_names(config: UNetConfig) -> list[str]:
-    """Parameters of `Denoiser` that no still picture depends on: temporal layers, gain, and what a prior is multiplied
-    by (its convolution's bias is added without a prior too).
+    """Parameters of `Denoiser` that do not affect still pictures: temporal layers, the gain, and the weight of the
+    prior's convolution (its bias is added without a prior too).
     """
     with torch.device("meta"):
         spatial, whole = (dict(UNet(config, temporal=temporal).named_parameters()) for temporal in (False, True))
@@ -50,7 +50,7 @@ def temporal_names(config: UNetConfig) -> list[str]:
 
 
 def trained_parameters(objective: Objective, settings: Settings) -> dict[str, nn.Parameter]:
-    """What is trained as the settings say, by name; the others are frozen. Adapters are put into the networks."""
+    """The parameters that are trained, by name. The others are frozen, and adapters are put into the networks."""
     config, layers = objective.denoiser.unet.config, settings.optimiser.layers
     if layers == "all" and not settings.lora.rank:
         return {name: p for name, p in objective.named_parameters() if p.requires_grad}
@@ -85,7 +85,7 @@ class _Adapter(nn.Module):
 
 
 def set_strength(objective: Objective, strength: float) -> None:
-    """The adapters in the networks, if there are any, are added `strength` times."""
+    """Set the factor with which the adapters in the networks are added, if there are any."""
     for module in objective.modules():
         if isinstance(module, _Adapter):
             module.strength = strength
@@ -120,7 +120,7 @@ def denoiser_weights(networks: Networks) -> dict[str, nn.Parameter]:
 
 
 def whole_weights(base: Mapping[str, Tensor], trained: Mapping[str, Tensor], settings: Settings) -> dict[str, Tensor]:
-    """All weights by name: `base` with those that were trained, or with the adapters added."""
+    """All weights by name: those of `base`, replaced by the trained ones or with the adapters added."""
     found = {name: tensor.detach() for name, tensor in base.items()}
     if not settings.lora.rank:
         return {**found, **trained}
@@ -138,7 +138,7 @@ def write_lora(path: Path, trained: Mapping[str, Tensor], lora: LoraSettings) ->
     known = {"unet.r": lora.rank, "unet.lora_alpha": _scale(lora) * lora.rank}
     try:
         with whole_file(path) as temporary:
-            # One entry: safetensors writes several in an order of chance.
+            # One entry, because safetensors writes several in a random order.
             save_file(tensors, temporary, {"lora_adapter_metadata": json.dumps(known)})
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"{path} cannot be written: {reason(error)}") from error

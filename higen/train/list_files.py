@@ -39,7 +39,7 @@ class Row:
 def read_rows(file: Path, scales: bool = False) -> list[Row]:
     """The rows of a list, in its order. `scales`: their column `scale` is read; else every scale is 1.
 
-    Raises SettingsError with the line of each malformed row, OSError, and TextError for what is no text.
+    Raises SettingsError with the line of each malformed row, OSError, and TextError for anything that is not a text.
     """
     text, mistakes = read_text(file, largest=None), Mistakes()
     rows = list(READERS[file.suffix.lower()](text, mistakes, scales))
@@ -101,7 +101,7 @@ def _csv_lines(text: str, mistakes: Mistakes) -> Iterator[tuple[int, list[str]]]
 def _wrong_header(header: list[str]) -> str:
     """What is wrong with a list's first row; an empty text: nothing."""
     if twice := sorted({name for name in header if name in COLUMNS and header.count(name) > 1}):
-        return f"the column {twice[0]!r} stands there twice"
+        return f"the column {twice[0]!r} appears twice"
     missing = [name for name in COLUMNS if name not in header]
     if not missing:
         return ""

@@ -1,4 +1,4 @@
-"""The training loop: makes steps, averages the weights, saves, resumes, and says how it goes.
+"""The training loop: makes steps, averages the weights, saves, resumes, and logs.
 
 All trainings run in it. They differ in the gradients of a step, which they hand in as a function, and in what follows
 a run (`Follower`). A step's random numbers are a function of the seed and the step's number, so a run that was killed
@@ -143,7 +143,7 @@ class Loop:
         self._saved = self.step
 
     def run(self, progress: bool = False) -> None:
-        """Make the steps that are left; the last is saved too. `progress`: a bar on stderr in the place of log lines.
+        """Make the steps that are left; the last is saved too. `progress`: a bar on stderr in place of log lines.
 
         Ctrl-C or SIGTERM saves after the present step and raises KeyboardInterrupt.
         """

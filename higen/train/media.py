@@ -1,4 +1,4 @@
-"""Files to pixels for training and cues: pictures, and clips at a wanted rate, scaled to cover and cropped.
+"""Reads pixels for training and cues: pictures, and clips at a requested rate, scaled to cover and cropped.
 
 Nothing is made up: a file that cannot be read, is too short or too slow raises `Unusable` with the reason. (The
 reference turns such clips into black ones without a caption.) What a file shows is read as `Video.open` reads it

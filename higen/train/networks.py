@@ -1,4 +1,4 @@
-"""The networks of a training run: loaded or made new, the objective over them, and the model directory they end in."""
+"""The networks of a training run: loads or makes them, computes the objective, and writes the model directory."""
 
 from __future__ import annotations
 
@@ -41,10 +41,12 @@ __all__ = [
 __all__ += ["write_model"]
 
 PROMPTS, SHORT = 8, 200
-"""Captions that a trained model lists as its prompts, and characters that such a caption has at most."""
+"""How many captions a trained model lists as its prompts, and the longest one in characters."""
 
 _NOT_SPATIAL = ("time.", "prior.", "context_pool.")
-"""Parts of the network without temporal layers that a still-picture network does not have, or that learn the cues."""
+"""Parts of the network without temporal layers that do not count as spatial: a still-picture network does not have
+them, or they learn the cues.
+"""
 
 
 class Trainable(Protocol):
@@ -52,7 +54,7 @@ class Trainable(Protocol):
 
     @property
     def config(self) -> ModelConfig:
-        """Of the networks."""
+        """The configuration of the networks."""
         ...
 
     @property
@@ -70,10 +72,10 @@ class Trainable(Protocol):
 class Networks:
     """What a run starts from.
 
-    config      of the networks; of a fine-tuned model with the name of the one it starts from
+    config      the networks' configuration; in a fine-tuning, with the name of the model that it starts from
     companions  the model directory that the frozen networks come from
-    own         the configuration as the model that is written calls itself; None: the same
-    notes       what a person should know of them, a line each
+    own         the configuration that is written, with the new model's own name; None: `config`
+    notes       lines for the user about the networks
     """
 
     config: ModelConfig
@@ -168,8 +170,8 @@ def _check_fit(config: ModelConfig, companions: ModelConfig, new_text: bool, new
 
 
 def _named(config: ModelConfig, source: ModelConfig, settings: Settings) -> ModelConfig:
-    """The configuration as another model's than the one it starts from: a name of its own, a licence that says what
-    it comes from, and no prompts but those that its architecture file lists.
+    """The configuration of a new model: it has a name of its own, a licence that names the model that it starts from,
+    and only the prompts of its architecture file.
     """
     model, run = settings.model, settings.run
     given = config if model.architecture is not None else replace(config, name="", licence="", prompts=())
@@ -185,7 +187,7 @@ def _named(config: ModelConfig, source: ModelConfig, settings: Settings) -> Mode
 
 
 def _some(captions: Sequence[str], tokenizer: PromptTokenizer) -> tuple[str, ...]:
-    """A few short captions, from all over the data set, that the model reads whole."""
+    """A few short captions, spread over the data set, that the tokenizer takes without a warning."""
     short = [caption for caption in dict.fromkeys(captions) if 0 < len(caption) <= SHORT and "\n" not in caption]
     said: dict[str, list[Warning]] = {caption: [] for caption in short[:: max(-(-len(short) // PROMPTS), 1)]}
     for caption, warned in said.items():

@@ -1,4 +1,4 @@
-"""What a person should know of a run before its first step, each in one line: what no number of steps will mend."""
+"""Notices before a run's first step, a line each, about flaws that training cannot mend."""
 
 from __future__ import annotations
 

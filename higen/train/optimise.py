@@ -1,4 +1,4 @@
-"""One step of training with the gradients that are there: AdamW by a schedule, and the weights' running averages."""
+"""One step of training from given gradients: AdamW with a schedule, and running averages of the weights."""
 
 from __future__ import annotations
 
@@ -18,7 +18,8 @@ __all__ = ["Optimiser", "ema_decay", "learning_rate"]
 def learning_rate(settings: OptimiserSettings, step: int, total: float, spent: float | None = None) -> float:
     """Rate of a step: linear warm-up, constant, cosine to `last_rate` over the last `decay_part`.
 
-    `total` and `spent` say how long the run is and how much of it is over, in one unit; `spent` is `step` if left out.
+    `total` is the length of the run and `spent` the part of it that is over, in the same unit; left out, `spent` is
+    `step`.
     """
     start = (1 - settings.decay_part) * total
     along = min(1.0, max(0.0, ((step if spent is None else spent) - start) / max(total - start, 1e-9)))
@@ -28,7 +29,7 @@ def learning_rate(settings: OptimiserSettings, step: int, total: float, spent: f
 
 
 def ema_decay(ema: float, step: int) -> float:
-    """Weight of the old average after `step` steps: the first steps are not remembered for ever."""
+    """Weight of the old average after `step` steps. It is smaller in the first steps, so that these are forgotten."""
     return min(ema, (1 + step) / (10 + step))
 
 
@@ -90,7 +91,7 @@ class Optimiser:
     def advance(self) -> Tensor:
         """Make a step; returns the gradient's norm before it was clipped.
 
-        Raises TrainingError, with nothing changed, for a gradient that is not finite.
+        Raises TrainingError, and changes nothing, for a gradient that is not finite.
         """
         for group in self._adamw.param_groups:
             group["lr"] = self.rate

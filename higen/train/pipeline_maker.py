@@ -1,4 +1,4 @@
-"""A model directory, as what makes clips to be measured and as an autoencoder."""
+"""A model as a maker of clips to measure, and as an autoencoder."""
 
 from __future__ import annotations
 

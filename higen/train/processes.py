@@ -1,4 +1,4 @@
-"""One process or many: who makes which samples, and how they stop together."""
+"""Training in one process or many: which process takes which samples, and how all stop together."""
 
 from __future__ import annotations
 

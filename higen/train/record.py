@@ -1,4 +1,4 @@
-"""What a run writes while it goes: losses.jsonl, TensorBoard scalars, skipped.jsonl.
+"""Files that a run writes while it runs: losses.jsonl, TensorBoard scalars, skipped.jsonl.
 
 losses.jsonl has one line for each logged step and nothing that depends on the clock: a run that was killed and went
 on leaves the same file as one that was not.
@@ -19,7 +19,9 @@ __all__ = ["Record", "read_losses"]
 
 
 def read_losses(path: Path) -> list[dict[str, float]]:
-    """The whole lines of a losses.jsonl; a line cut short by a kill is left out. Raises TrainingError for others."""
+    """The complete lines of a losses.jsonl; a line that a kill cut short is left out. Raises TrainingError for a file
+    with other lines.
+    """
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
     except FileNotFoundError:
@@ -37,7 +39,7 @@ class Record:
     """The logs of a run in its folder. Raises OSError where they cannot be written."""
 
     def __init__(self, folder: Path, step: int, tensorboard: bool | None) -> None:
-        """Go on at `step` (0: a new run): what was logged after it, before a kill, is taken back.
+        """Go on at `step` (0: a new run). Lines that were logged after that step, before a kill, are removed.
 
         tensorboard: True (MissingExtra if it is not installed), False, None (where it is installed).
         """
@@ -59,7 +61,7 @@ class Record:
                 self._board.add_scalar(name, value, step)
 
     def skipped(self, reasons: Mapping[str, str]) -> dict[str, str]:
-        """Write which files were left out, and why, to skipped.jsonl; returns all of them, those of before too."""
+        """Write to skipped.jsonl which files were left out, and why. Returns all of them, earlier ones too."""
         self._skipped |= reasons
         if self._skipped:
             rows = ({"file": name, "reason": why} for name, why in sorted(self._skipped.items()))
@@ -68,7 +70,7 @@ class Record:
         return dict(self._skipped)
 
     def _skipped_before(self, step: int) -> dict[str, str]:
-        """What skipped.jsonl holds of a run that goes on: a process does not read every file again."""
+        """The entries of skipped.jsonl in a resumed run, whose process does not read every file again."""
         file = self.folder / "skipped.jsonl"
         if not file.exists():
             return {}
@@ -84,7 +86,7 @@ class Record:
 
     def close(self) -> None:
         """Close the files."""
-        with suppress(OSError):  # every line was flushed: what is left is one whose error was raised
+        with suppress(OSError):  # every line was flushed; one that is left has raised its error already
             self._file.close()
         if self._board is not None:
             self._board.close()

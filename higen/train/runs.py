@@ -1,4 +1,4 @@
-"""A run in its folder: the lock, the logs, resuming, and the model directory at the end, whatever is trained."""
+"""A training run in its folder: the lock, the logs, resuming, and the model directory at the end."""
 
 from __future__ import annotations
 

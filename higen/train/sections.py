@@ -114,14 +114,14 @@ class DataSettings:
 
 @dataclass(frozen=True)
 class CueSettings:
-    """How the cues are measured and told."""
+    """How the cues are measured, and how they are given to the network."""
 
     appearance: Literal["latents", "openclip"] = "latents"
     """What is compared between frames: the latents, or OpenCLIP's picture embeddings (the reference: ViT-H/14)."""
     openclip: str | None = None
     """Folder of a CLIP picture tower in transformers' format."""
     as_numbers: float = 0.0
-    """Part of the clips whose cues are told as one number each, as a person gives them."""
+    """Part of the clips whose cues are given as one number each, as a person gives them."""
     dropout: float = 0.0
     """Part of the clips of which a cue is left unspecified, each cue by itself; for models with optional_cues."""
     given: tuple[float, ...] = ()
@@ -272,23 +272,23 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class CodecSettings:
-    """The autoencoder is trained, in the place of the denoiser, on pictures and on frames of the clips. The model
+    """The autoencoder is trained, in place of the denoiser, on pictures and on frames of the clips. The model
     directory that comes out has its weights, and the scale of its latents as it was measured (higen.train.codec).
     """
 
     layers: Literal["none", "all", "decoder"] = "none"
     """none: the denoiser is trained. decoder: the latents stay as they are, and so a denoiser of theirs stays good."""
     frames: int = 4
-    """Of each clip of a step, drawn at random."""
+    """Frames that are taken of each clip of a step, at random."""
     noise: float = 0.15
     """The latents, scaled to a deviation of 1, are decoded with noise of a deviation drawn from 0 to this, since those
     that a denoiser draws are not exact either."""
     mse_weight: float = 0.5
-    """Of the squared error, beside the absolute one; pixels are from -1 to 1."""
+    """Weight of the squared error, beside the absolute error with weight 1; pixels are from -1 to 1."""
     edge_weight: float = 0.5
-    """Of the absolute error of the differences between neighbouring pixels."""
+    """Weight of the absolute error of the differences between neighbouring pixels."""
     prior_weight: float = 0.02
-    """Of each channel's distance from mean 0 and deviation 1."""
+    """Weight of each channel's distance from mean 0 and deviation 1."""
     memory: int = 1000
     """Megabytes of decoded clips that are kept, where crop and start are in the centre."""
 
@@ -299,7 +299,7 @@ class CodecSettings:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Low-rank adapters of the denoiser's linear layers and convolutions are trained in the place of its weights, and
+    """Low-rank adapters of the denoiser's linear layers and convolutions are trained in place of its weights, and
     written to <output>/lora.safetensors too. optimiser.layers says of which layers.
     """
 

@@ -223,7 +223,7 @@ def difference(stored: Mapping[str, Any], settings: Settings) -> str | None:
 
 
 def first_difference(stored: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()) -> str | None:
-    """The first key, but for those that are `free`, whose values differ, with both values; None if there is none."""
+    """The first key, except for those that are `free`, whose values differ, with both values; None if there is none."""
     for key in sorted({*stored, *now} - {*free}):
         if stored.get(key) != now.get(key):
             return f"{key} was {stored.get(key)!r} and is now {now.get(key)!r}"

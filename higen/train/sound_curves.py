@@ -22,7 +22,7 @@ __all__ = ["SoundCurves", "measure_sound"]
 
 @dataclass(frozen=True)
 class SoundCurves:
-    """Curves of a sound, by name, one number a frame from 0 to 1; and by control what a request is given.
+    """Curves of a sound, by name, one number per frame from 0 to 1; and by control what a request is given.
 
     A control that has no range has no numbers here.
     """

@@ -1,4 +1,4 @@
-"""Training as a TOML file says (`higen train CONFIG.toml`): any size, one process or many, exact resume.
+"""Trains as a TOML file says (`higen train CONFIG.toml`): any size, one process or many, exact resume.
 
 Step n draws random numbers of its own (seed, n) and its samples are a function of (seed, n) alone, so a run that was
 killed goes on as if it had never stopped, and N processes see the batches that one would.
@@ -65,7 +65,7 @@ def train(
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """PyTorch takes so many threads for its arithmetic on the host; then as many as before."""
+    """PyTorch takes this many threads for its arithmetic on the host; then as many as before."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:

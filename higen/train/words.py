@@ -1,4 +1,4 @@
-"""A vocabulary made of captions, and what a text encoder with it keeps of one with another vocabulary."""
+"""A vocabulary made from captions, and how its text encoder takes over the weights of one with another vocabulary."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ EMBEDDINGS = "embeddings.token_embedding.weight"
 MARKS = 4
 """Tokens before the words: [PAD], start, end, [UNK]."""
 BPE = "</w>"
-"""How a token ends that is a whole word or its last part, in the vocabularies of CLIP."""
+"""The end of a token that is a whole word, or the last part of a word, in CLIP's vocabularies."""
 
 
 def words_of(captions: Iterable[str]) -> list[str]:
@@ -42,8 +42,9 @@ def with_words(config: TextConfig, words: int) -> TextConfig:
 
 @torch.no_grad()
 def copy_words(table: Tensor, ours: Mapping[str, int], given: Tensor, theirs: Mapping[str, int]) -> set[str]:
-    """Copy the rows of `given` [V,D], by the vocabulary `theirs`, into those of `table` [W,D] that stand for the same
-    tokens in `ours`; returns these. A vocabulary of CLIP's knows a word as one token or not at all.
+    """Copy embeddings between two vocabularies: from `given` [V,D], whose rows `theirs` gives by token, into `table`
+    [W,D], whose rows `ours` gives. Returns the tokens that were copied. A word that CLIP splits into several tokens is
+    not copied.
     """
     places = {word: theirs.get(word + BPE, theirs.get(word)) for word in ours}
     known = {word: place for word, place in places.items() if place is not None}
@@ -54,10 +55,11 @@ def copy_words(table: Tensor, ours: Mapping[str, int], given: Tensor, theirs: Ma
 
 @torch.no_grad()
 def keep_words(encoder: nn.Module, tokenizer: Tokenizer, given: nn.Module, source: Tokenizer, pad_id: int) -> str:
-    """Give a new text encoder, of a word `tokenizer`, the weights of a trained one of the same layers, and the
-    embeddings of the tokens that both vocabularies have. Returns a line that says how many words these are.
+    """Copy the layers of a trained text encoder into a new one, and the embeddings of the tokens that both know.
+    Returns a line that says how many words are known.
 
-    given, source, pad_id  the trained one, its tokenizer, and the token that it pads with
+    encoder, tokenizer     the new text encoder, and its word tokenizer
+    given, source, pad_id  the trained text encoder, its tokenizer, and its padding token
     """
     trained = dict(given.named_parameters())
     for name, parameter in encoder.named_parameters():

@@ -1,4 +1,4 @@
-# ONNX Runtime's library beside higen's own in the installed package, which then needs no other folder and can be moved.
+# Installs ONNX Runtime's library beside higen's own. The package then needs no other folder and can be moved.
 
 get_filename_component(onnxruntime_file "${ONNXRuntime_LIBRARY}" REALPATH)
 get_filename_component(onnxruntime_folder "${onnxruntime_file}" DIRECTORY)
@@ -13,7 +13,7 @@ foreach(folder ${CMAKE_CXX_IMPLICIT_LINK_DIRECTORIES})
 endforeach()
 option(HIGEN_INSTALL_ONNXRUNTIME "Install ONNX Runtime's library beside higen's" ${bundle_onnxruntime})
 
-# Folders outside of the installed package that its programs look in.
+# Folders outside the installed package in which its programs look for libraries.
 set(installed_rpath "")
 if(NOT HIGEN_INSTALL_ONNXRUNTIME AND bundle_onnxruntime)
     list(APPEND installed_rpath "${onnxruntime_folder}")
@@ -23,7 +23,7 @@ if(HIGEN_TENSORRT)
     list(APPEND installed_rpath "${tensorrt_folder}")
 endif()
 
-# Where an installed static library's needs are found, outside of the package.
+# Where an installed static library finds its dependencies outside the package.
 set(installed_onnxruntime_root "")
 set(installed_tensorrt_root "")
 if(NOT BUILD_SHARED_LIBS AND NOT HIGEN_INSTALL_ONNXRUNTIME)
@@ -33,7 +33,7 @@ if(NOT BUILD_SHARED_LIBS)
     set(installed_tensorrt_root "${TENSORRT_ROOT}")
 endif()
 
-# The library under the name that the loader asks for, and the providers that it looks for beside itself.
+# Installs the library under the name that the loader asks for, and the providers that it loads from its own folder.
 function(higen_install_onnxruntime)
     get_filename_component(name "${onnxruntime_file}" NAME)
     if(CMAKE_READELF)

@@ -51,7 +51,7 @@ constexpr const char* other_formats = "; .y4m, .npy and .rgb need no other progr
 
 #ifndef _WIN32
 
-// The process of a program with these arguments: its input is `input`, what it says on either output goes to `said`.
+// Starts a program with these arguments: it reads `input`, and both of its outputs go to `said`.
 int start(const Words& words, int input, const char* said) {
     std::vector<char*> arguments;
     for (const auto& word : words) arguments.push_back(const_cast<char*>(word.c_str()));
@@ -66,7 +66,7 @@ int start(const Words& words, int input, const char* said) {
         posix_spawn_file_actions_addopen(&actions, 0, "/dev/null", O_RDONLY, 0);
     posix_spawn_file_actions_addopen(&actions, 1, said, O_WRONLY | O_CREAT | O_TRUNC, 0600);
     posix_spawn_file_actions_adddup2(&actions, 1, 2);
-    // A Ctrl-C is ours to handle: in a group of its own the program does not see it.
+    // higen-run handles Ctrl-C. The program is in a process group of its own and does not get the signal.
     sigset_t standard;
     sigemptyset(&standard);
     sigaddset(&standard, SIGPIPE);
@@ -82,7 +82,7 @@ int start(const Words& words, int input, const char* said) {
     return -1;
 }
 
-// The exit status of a process; -1 where a signal ended it.
+// The exit status of a process; -1 if a signal ended it.
 int wait_for(int process) {
     int status = 0;
     while (waitpid(process, &status, 0) < 0)
@@ -112,7 +112,7 @@ bool Encoder::takes(const std::string& suffix) {
 
 void Encoder::check(const std::string& suffix) {
     const auto& kind = kind_of(suffix);
-    // One black frame, encoded and dropped: a program that is there may lack the encoder.
+    // Encode one black frame and drop it, because the installed program may lack the encoder.
     const Words words = {"ffmpeg", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "16x16", "-i",
                          "/dev/zero", "-frames:v", "1", "-c:v", kind.codec, "-pix_fmt", "yuv420p", "-f", "null", "-"};
     const int process = start(words, -1, "/dev/null");
@@ -146,7 +146,7 @@ Encoder::Encoder(const fs::path& file, int width, int height, int fps, const Tag
     int ends[2];
     if (pipe(ends) != 0) throw std::runtime_error(std::string("no pipe to ffmpeg: ") + std::strerror(errno));
     for (const int end : ends) fcntl(end, F_SETFD, FD_CLOEXEC);
-    std::signal(SIGPIPE, SIG_IGN);  // an ffmpeg that ends too early is an error, not our end
+    std::signal(SIGPIPE, SIG_IGN);  // if ffmpeg ends too early, that is an error, and must not end this process
     process_ = start(words, ends[0], said_.c_str());
     const int error = errno;
     close(ends[0]);
@@ -185,7 +185,7 @@ void Encoder::finish() {
     if (end() != 0) fail();
 }
 
-// Close the pipe, at which ffmpeg ends the file; its exit status.
+// Close the pipe, so that ffmpeg finishes the file; returns its exit status.
 int Encoder::end() {
     if (pipe_ >= 0) close(pipe_);
     pipe_ = -1;
@@ -196,7 +196,7 @@ int Encoder::end() {
 }
 
 void Encoder::fail() {
-    (void)end();  // now it has said all
+    (void)end();  // now its output is complete
     std::ifstream file(said_, std::ios::binary);
     std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
     while (!text.empty() && (text.back() == '\n' || text.back() == '\r')) text.pop_back();

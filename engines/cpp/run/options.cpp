@@ -14,7 +14,7 @@ Make a video from a text with a model directory.
                          (uint8 [F,H,W,3]), .rgb (the bytes of these frames alone); - is y4m on the standard output
   --seed N               0 to 2^64 - 1 (0)
   --steps N[,M...]       of every loop, or of each; --info names the loops
-  --guidance X[,Y...]    likewise; X:Y:... is one number a frame
+  --guidance X[,Y...]    likewise; X:Y:... is one number per frame
   --solver NAME[,NAME...]  likewise
   --guidance-interval A,B[,...]  the part of the steps with guidance, 0 to 1, for all loops or two numbers for each
   --windows N[,S]        make a longer clip in windows of N frames, S apart; 0: all frames at once
@@ -25,7 +25,7 @@ Make a video from a text with a model directory.
   --frames N
   --width N --height N --fps N
   --negative TEXT        what to steer away from
-  --control NAME=VALUE[,VALUE...]   a control of the model: a number, one a frame, a text, or "unspecified"
+  --control NAME=VALUE[,VALUE...]   a control of the model: a number, one per frame, a text, or "unspecified"
   --matrix NAME=FILE     a control's numbers, a row for each frame: .npy, or text with a row on each line
   --picture NAME=FILE[,FILE...]     a picture or the frames of a clip: PNG, JPEG or binary PPM (P6) files
   --image FILE           the same as --picture image=FILE

@@ -15,9 +15,9 @@ struct Options {
     std::string negative_prompt;
     std::optional<std::vector<std::int64_t>> tokens;
     std::uint64_t seed = 0;
-    std::vector<std::int64_t> steps;            // nothing, one for every loop, or one a loop
-    std::vector<std::vector<double>> guidance;  // likewise; one number, or one a frame
-    std::vector<std::string> solvers;           // likewise
+    std::vector<std::int64_t> steps;            // nothing, one for every loop, or one per loop
+    std::vector<std::vector<double>> guidance;  // the same for each loop; one number, or one per frame
+    std::vector<std::string> solvers;           // nothing, one for every loop, or one per loop
     std::vector<double> guidance_interval, free_init;
     std::vector<std::int64_t> windows, reuse;
     std::string window_noise, free_init_filter;  // "": not given
@@ -43,5 +43,5 @@ extern const char* const usage;
 // Throws std::invalid_argument that names the option, its value and what is allowed.
 [[nodiscard]] Options parse(const std::vector<std::string>& arguments);
 
-// Numbers that commas part. Throws std::invalid_argument.
+// Numbers separated by commas. Throws std::invalid_argument.
 [[nodiscard]] std::vector<double> parse_numbers(const std::string& option, const std::string& text);

@@ -26,7 +26,7 @@ const std::string note =
 constexpr std::size_t random_digits = 12, digest_digits = 8;
 constexpr int tries = 1000;
 
-// The name with the digest of its random digits, which nobody else makes.
+// A folder's name: random digits and their digest, by which higen recognises it.
 std::string named(const std::string& token) {
     higen::core::Sha256 hash;
     const auto text = prefix + token;
@@ -54,7 +54,7 @@ bool is_still(const fs::path& path, int descriptor) {
            there.st_ino == held.st_ino;
 }
 
-// A lock on a folder, which ends with the process; -1 where there is none to be had.
+// Locks a folder until the process ends; returns -1 if it cannot be locked.
 int hold(const fs::path& path, bool wait) {
     const int descriptor = open(path.c_str(), O_RDONLY | O_DIRECTORY | O_NOFOLLOW | O_CLOEXEC);
     if (descriptor < 0) return -1;
@@ -78,7 +78,7 @@ void let_go(int) {}
 
 #endif
 
-// Whether the note is ours, or its writer was killed before it was written whole.
+// Whether the note is higen's, or half of one, whose writer was killed.
 bool has_note(const fs::path& root) {
     if (!fs::exists(root / "note")) return fs::is_empty(root);
     std::ifstream file(root / "note", std::ios::binary);
@@ -86,7 +86,7 @@ bool has_note(const fs::path& root) {
     return text.size() <= note.size() && note.compare(0, text.size(), text) == 0;
 }
 
-// A folder with a journal is left to Python, which finishes what it says.
+// A folder with a journal is left for higen's Python programs, which finish the change in it.
 void sweep(const fs::path& parent) {
     std::error_code error;
     for (const auto& entry : fs::directory_iterator(parent, error)) {
@@ -95,7 +95,7 @@ void sweep(const fs::path& parent) {
         if (lock < 0) continue;
         try {
             if (has_note(entry.path()) && !fs::exists(entry.path() / "journal")) fs::remove_all(entry.path());
-        } catch (const fs::filesystem_error&) {  // what cannot be taken away stays
+        } catch (const fs::filesystem_error&) {  // what cannot be removed stays
         }
         let_go(lock);
     }

@@ -1,12 +1,12 @@
-// A folder for a file that is not finished, by the rules of higen/staging.py: killed writers' folders are known by their
-// name, note and free lock, and are taken away by the next writer in the same place, this one or Python's.
+// A folder for an unfinished file, by the rules of higen/staging.py. The next writer in the same place, this one or
+// Python's, removes the folders of killed writers. It recognises them by their name, note and free lock.
 #pragma once
 
 #include <filesystem>
 
 class Staging {
 public:
-    // Made in `parent`, where what killed writers left is taken away. Throws std::filesystem::filesystem_error.
+    // Makes the folder in `parent` and removes what killed writers left there. Throws std::filesystem::filesystem_error.
     explicit Staging(const std::filesystem::path& parent);
     ~Staging();
     Staging(const Staging&) = delete;

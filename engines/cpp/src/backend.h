@@ -1,5 +1,5 @@
-// The backend seam: what runs stages. ONNX Runtime and TensorRT are behind it, and the router that chooses between the
-// two; tests put a fake there.
+// The interface of backends, which run stages. ONNX Runtime, TensorRT, and the router that chooses between these two
+// implement it; tests use a fake.
 #pragma once
 
 #include <atomic>
@@ -90,7 +90,7 @@ public:
     // Where a prepared stage runs, in what precision, and why a better way of this backend's does not: "cpu, fp32".
     [[nodiscard]] virtual std::string describe(const Stage& stage) const = 0;
 
-    // What it fell back from within itself since it was last asked.
+    // The fallbacks inside this backend since the last call.
     [[nodiscard]] virtual std::vector<std::string> take_warnings() { return {}; }
 };
 

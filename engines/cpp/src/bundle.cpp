@@ -22,7 +22,7 @@ bool is_quantised(std::string_view precision) {
     return precision != "fp32" && precision != "fp16" && precision != "bf16";
 }
 
-// The precision of a quantised graph's weights and of what it does not quantise.
+// The precision of a quantised graph's weights and of its layers that are not quantised.
 std::string_view plain(std::string_view precision) {
     if (!is_quantised(precision)) return precision;
     const auto dot = precision.find('.');
@@ -68,7 +68,7 @@ Bundle::Bundle(fs::path path, bool verify) : path_(std::move(path)), verify_(ver
     try {
         const auto status = fs::status(manifest, error);
         if (!fs::exists(status)) fail_integrity(error ? error.message() : "no such file");
-        if (!fs::is_regular_file(status)) fail_integrity("is no plain file");  // a FIFO would be waited for
+        if (!fs::is_regular_file(status)) fail_integrity("is no plain file");  // reading a FIFO would wait
         text = read_file(manifest);
     } catch (const Error& reason) {
         fail_manifest(path_.u8string() + ": not a model directory, higen.json cannot be read: " + reason.what());

@@ -99,7 +99,7 @@ std::vector<float> similarity(const MaybeValue& value, std::size_t frames, std::
     return rows;
 }
 
-// What a control of this encoding takes for so many frames, in words.
+// What a control of this encoding takes for this many frames, in words.
 std::string allowed_shapes(const Control& control, std::size_t frames) {
     const auto f = std::to_string(frames), pairs = std::to_string(std::max<std::size_t>(frames - 1, 1));
     if (control.kind != Control::Kind::curve) return control.range();

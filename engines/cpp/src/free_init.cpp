@@ -10,7 +10,7 @@ using Complex = std::complex<double>;
 
 constexpr double pi = 3.141592653589793;
 
-// The mask of one place's squared distance from frequency 0.
+// The filter's value at a squared distance from frequency 0.
 double passed(double d2, const FreeInit& settings) {
     if (settings.filter == "gaussian") return std::exp(-d2 / (2.0 * settings.spatial * settings.spatial));
     if (settings.filter == "ideal") return d2 <= 2.0 * settings.spatial ? 1.0 : 0.0;

@@ -18,7 +18,7 @@
 namespace higen::core {
 namespace {
 
-// Lies outside of the function that libjpeg jumps back to, which can destroy nothing of its own.
+// Lies outside the function that libjpeg jumps back to, which can destroy nothing of its own.
 struct Reading {
     jpeg_error_mgr errors = {};
     std::jmp_buf back = {};

@@ -29,7 +29,7 @@ struct LoopSettings {
     std::int64_t reuse = 1;  // every so many rows a full step
 };
 
-// The settings of a loop, checked, for a clip of so many frames. `begins`: the loop begins from a picture or clip.
+// The settings of a loop, checked, for a clip of this many frames. `begins`: the loop begins from a picture or clip.
 // Throws a request error.
 [[nodiscard]] LoopSettings loop_settings(const Manifest& manifest, std::size_t loop, const higen_request& given,
                                          std::size_t frames, bool begins);

@@ -13,7 +13,7 @@ namespace {
 constexpr std::int64_t manifest_version = 2;
 constexpr std::size_t largest = std::size_t{64} << 20;  // bytes of a manifest; no model comes near
 
-// JSON whose objects have each key once: a key that stands there twice would be read one way here and another way
+// JSON whose objects have each key once: a key that appears twice would be read one way here and another way
 // elsewhere.
 Json parse_json(std::string_view text, const std::string& where) {
     std::vector<std::set<std::string>> keys;
@@ -29,7 +29,7 @@ Json parse_json(std::string_view text, const std::string& where) {
         fail_manifest(where + ": more than " + std::to_string(largest) + " bytes is no manifest");
     try {
         auto json = Json::parse(text.begin(), text.end(), watch);
-        if (!twice.empty()) fail_manifest(where + ": not valid JSON: " + shown(twice) + " stands there twice");
+        if (!twice.empty()) fail_manifest(where + ": not valid JSON: " + shown(twice) + " appears twice");
         return json;
     } catch (const Json::exception& error) {
         fail_manifest(where + ": not valid JSON: " + error.what());

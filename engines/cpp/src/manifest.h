@@ -43,7 +43,7 @@ struct TextRules {
     std::int64_t pad_id = 0;
     bool clean = true;
     bool weights = false;     // words have weights, `(word:1.3)`, and BREAK begins a new chunk
-    std::int64_t chunks = 1;  // so many rows of ids at most
+    std::int64_t chunks = 1;  // this many rows of ids at most
 
     // Whether every text is one row of ids, its words without weights.
     [[nodiscard]] bool plain() const { return !weights && chunks == 1; }
@@ -231,7 +231,7 @@ struct Manifest {
     [[nodiscard]] std::vector<std::string> denoising() const;
     // These stages and those that feed them, each once, what feeds before what is fed; loops are left out.
     [[nodiscard]] std::vector<std::string> feeding(const std::vector<std::string>& wanted) const;
-    // The loops that a clip of so many frames comes from: the last one that is not left out of it, and those whose
+    // The loops that a clip of this many frames comes from: the last one that is not left out of it, and those whose
     // latents this one or the decoder takes, directly or through others.
     [[nodiscard]] std::vector<const Loop*> wanted(std::size_t frames) const;
 };

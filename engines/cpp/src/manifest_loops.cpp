@@ -187,7 +187,7 @@ void check_loop(const Loop& loop, const std::string& where) {
     check_manifest(!loop.solvers.empty(), where + ".solvers: at least one");
     for (std::size_t i = 0; i < loop.solvers.size(); ++i)
         check_manifest(loop.solver(loop.solvers[i].name) == &loop.solvers[i],
-                       where + ".solvers: " + loop.solvers[i].name + " stands there twice");
+                       where + ".solvers: " + loop.solvers[i].name + " appears twice");
     check_row(where, [&] {
         for (const auto& solver : loop.solvers) check(loop.schedule, loop.prediction, solver);
     });

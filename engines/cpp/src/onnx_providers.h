@@ -35,7 +35,7 @@ void append(Ort::SessionOptions& options, const Provider& provider);
 // The settings of every session: the same numbers on every CPU. `threads` of one stage; 0: ONNX Runtime's choice.
 [[nodiscard]] Ort::SessionOptions session_settings(int threads);
 
-// Whether ONNX Runtime failed for want of memory: a broken file or graph is another matter.
+// Whether ONNX Runtime failed because memory ran out: a broken file or graph is another matter.
 [[nodiscard]] bool is_out_of_memory(std::string_view message);
 
 }  // namespace higen::core

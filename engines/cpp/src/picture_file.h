@@ -18,12 +18,12 @@ struct Rgb {
     std::size_t width = 0;
 };
 
-// A PNG, JPEG or binary PPM file, told apart by its first bytes; turned as its Exif record says, transparency laid over
-// white. Throws a request error for a file that cannot be read, an unavailable error for a format that this library was
-// built without.
+// Reads a PNG, JPEG or binary PPM file; its first bytes decide the format. Turns it as its Exif record says and lays
+// transparency over white. Throws a request error for a file that cannot be read, and an unavailable error for a format
+// that this library was built without.
 [[nodiscard]] Rgb read_picture(const std::string& path);
 
-// What a decoder gives: RGBA [height, width, 4], and the Exif record's TIFF part, which may be empty.
+// The result of a decoder: RGBA [height, width, 4], and the Exif record's TIFF part, which may be empty.
 struct Decoded {
     std::vector<std::uint8_t> rgba;
     std::size_t height = 0;

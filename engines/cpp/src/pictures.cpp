@@ -47,7 +47,7 @@ std::vector<Tap> lanczos_taps(std::size_t size, float low, float high, std::size
     return taps;
 }
 
-// One pass over an image: `step` bytes lie between neighbours, `lines` starts of lines are `stride` bytes apart.
+// The lines of an image that a pass filters: they start `stride` bytes apart; neighbours in a line, `step` bytes apart.
 struct Lines {
     std::size_t lines, stride, step;
 };
@@ -116,7 +116,7 @@ std::vector<std::uint8_t> cover(const std::uint8_t* rgb, std::size_t width, std:
     const auto y0 = static_cast<float>(top), y1 = static_cast<float>(top + kept_height);
     std::vector<std::uint8_t> pixels(rgb, rgb + 3 * width * height);
     std::size_t now_wide = width, now_tall = height;
-    const auto go_across = [&] {  // no pass over what is not changed
+    const auto go_across = [&] {  // an unchanged width needs no pass
         if (new_width == width && x0 == 0.0F && x1 == static_cast<float>(new_width)) return;
         const auto taps = lanczos_taps(width, x0, x1, new_width);
         std::vector<std::uint8_t> made(3 * new_width * now_tall);
@@ -132,7 +132,8 @@ std::vector<std::uint8_t> cover(const std::uint8_t* rgb, std::size_t width, std:
         filter(pixels.data(), columns, made.data(), columns, taps);
         pixels = std::move(made), now_tall = new_height;
     };
-    // Pillow 13 goes down first where that loses more than twice as many pixels; each pass rounds to bytes.
+    // Pillow 13 resizes the height first where it shrinks by more than twice as many pixels as the width. The order
+    // matters: each pass rounds to bytes.
     const auto less_tall = h - static_cast<double>(new_height), less_wide = w - static_cast<double>(new_width);
     const bool down_first = less_tall > 0 && less_tall > 2 * less_wide;
     if (down_first) go_down();

@@ -1,4 +1,4 @@
-// Pictures of a request as stages are fed them: scaled to cover and cropped, in -1 to 1, and resampled
+// Turns pictures of a request into inputs of stages: scaled to cover and cropped, in -1 to 1, and resampled
 // (higen/images.py).
 #pragma once
 
@@ -8,8 +8,8 @@
 
 namespace higen::core {
 
-// Scale RGB bytes [height, width, 3] to cover a size, and crop what is over on both sides alike: Pillow's
-// ImageOps.fit with Lanczos' filter, to the bytes of Pillow 13.
+// Scale RGB bytes [height, width, 3] to cover a size, and crop both sides equally: Pillow's ImageOps.fit with Lanczos'
+// filter; the bytes equal those of Pillow 13.
 [[nodiscard]] std::vector<std::uint8_t> cover(const std::uint8_t* rgb, std::size_t width, std::size_t height,
                                               std::size_t new_width, std::size_t new_height);
 

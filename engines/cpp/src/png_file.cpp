@@ -15,7 +15,7 @@
 namespace higen::core {
 namespace {
 
-// Lies outside of the function that libpng jumps back to, which can destroy nothing of its own.
+// Lies outside the function that libpng jumps back to, which can destroy nothing of its own.
 struct Reading {
     const Bytes& file;
     std::size_t at = 0;

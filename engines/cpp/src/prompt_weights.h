@@ -15,7 +15,7 @@ struct Piece {
 };
 
 // The parts of a prompt with their weights, neighbours of equal weight joined. Throws a request error, which calls the
-// prompt `name`, for a weight that is no plain decimal number or beyond 100, for more than 32 open brackets, and for
+// prompt `name`, for a weight that is not a plain decimal number or beyond 100, for more than 32 open brackets, and for
 // the web UI's prompt editing.
 [[nodiscard]] std::vector<Piece> pieces(std::u32string_view prompt, const std::string& name);
 

@@ -1,5 +1,5 @@
 // Checks between the manifest's tables, in two files: references.cpp for stages and sources, loop_references.cpp for
-// what runs them. Each message names the row and what is allowed.
+// loops and the decoder. Each message names the row and what is allowed.
 #pragma once
 
 #include <algorithm>
@@ -47,7 +47,7 @@ inline void check_once(const std::string& table, const Names& names) {
     for (std::size_t i = 0; i < names.size(); ++i)
         check(std::find(names.begin(), names.begin() + static_cast<std::ptrdiff_t>(i), names[i]) ==
                   names.begin() + static_cast<std::ptrdiff_t>(i),
-              table + ": " + names[i] + " stands there twice (a loop and a stage share their names)");
+              table + ": " + names[i] + " appears twice (a loop and a stage share their names)");
 }
 
 // The size of an axis that the model fixes; 0 for one that is free.
@@ -63,7 +63,7 @@ inline void check_once(const std::string& table, const Names& names) {
     return "[" + text + "]";
 }
 
-// Whether a shape is written so; an entry of digits is a size.
+// Whether a shape equals this text; an entry of digits is a size.
 [[nodiscard]] inline bool is_shape(const std::vector<Axis>& shape, const Names& wanted) {
     return std::equal(shape.begin(), shape.end(), wanted.begin(), wanted.end(),
                       [](const Axis& axis, const std::string& name) {
@@ -71,16 +71,16 @@ inline void check_once(const std::string& table, const Names& names) {
                       });
 }
 
-// `rank`: the axes that are wanted of what a stage or loop has made.
+// `rank`: the number of axes that the result of a stage or loop must have.
 void check_made(const Manifest& manifest, const std::string& where, const Source& source, std::size_t rank);
 
-// That a stage takes the frames of a control, [N, 3, Y, X], in the place of a picture or clip (`Source::given`).
+// That a stage takes the frames of a control, [N, 3, Y, X], in place of a picture or clip (`Source::given`).
 void check_frames_of(const Manifest& manifest, const std::string& where, const Source& source);
 
-// The stages and loops that a stage or loop is fed by.
+// The stages and loops whose results a stage or loop takes.
 [[nodiscard]] Names needs(const Manifest& manifest, const std::string& name);
 
-// Loops, the decoder, and that a clip of any length gets what it needs.
+// Checks loops and the decoder, and that the inputs of a clip of any length are made.
 void check_loops(const Manifest& manifest);
 
 }  // namespace higen::core::references

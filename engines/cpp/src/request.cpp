@@ -33,13 +33,13 @@ std::size_t side(const char* name, std::int64_t value, std::int64_t multiple) {
     return static_cast<std::size_t>(size);
 }
 
-// A list of the request's: nothing, one for every loop, or one a loop.
+// A list of the request's: nothing, one for every loop, or one per loop.
 template <typename T>
 const T* for_loop(const char* name, const T* values, std::size_t count, std::size_t loop, std::size_t loops) {
     if (values == nullptr) return nullptr;
     if (count != 1 && count != loops)
         fail_request(std::string(name) + " has " + std::to_string(count) + " entries: one for every loop, or " +
-                     std::to_string(loops) + " (one a loop)");
+                     std::to_string(loops) + " (one per loop)");
     return values + (count == 1 ? 0 : loop);
 }
 

@@ -13,10 +13,10 @@
 
 namespace higen::core {
 
-// What a request sets for one loop.
+// The options of a request for one loop.
 struct LoopOptions {
     std::int64_t steps = 1;
-    std::vector<float> guidance;     // one a frame of the loop
+    std::vector<float> guidance;     // one per frame of the loop
     const Solver* solver = nullptr;  // a row of the manifest
     LoopSettings settings;
 };

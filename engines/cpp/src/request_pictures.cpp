@@ -39,7 +39,7 @@ std::vector<float> picture_of(const Control& control, const higen_picture& given
     return planes(rgb, frames, request.width * request.height);
 }
 
-// RGB bytes of the first pictures of a control, each in the request's size; said where they had another.
+// RGB bytes of the first pictures of a control, each in the request's size. Pictures of another size give a warning.
 std::vector<std::uint8_t> fitted(const std::string& name, const higen_picture& given, const Request& request,
                                  const Tokenizer::Warn& warn, std::size_t most_frames = ~std::size_t{0}) {
     constexpr auto most = static_cast<std::int32_t>(max_picture_side);

@@ -5,13 +5,13 @@
 namespace higen::core {
 namespace {
 
-// Whether this error passes a way over, and is no error of the request's or the caller's.
+// Whether the router tries the next way after this error: not after an error of the request or the caller.
 bool passes_over(const Error& error) {
     return error.status() == HIGEN_ERROR_UNAVAILABLE || error.status() == HIGEN_ERROR_INTEGRITY ||
            error.status() == HIGEN_ERROR_BACKEND;
 }
 
-// Whether something is there and does not work; what is simply absent is no news.
+// Whether something exists and does not work. Something that is absent gives no warning.
 bool is_news(const Error& error) {
     return error.status() != HIGEN_ERROR_UNAVAILABLE || dynamic_cast<const EngineError*>(&error) != nullptr;
 }
@@ -66,7 +66,7 @@ Router::Choice Router::choose_from(const Stages& stages, std::size_t first, cons
     const auto pass_over = [&](const std::string& way, const Error& error) {
         chosen.passed_over += "; not " + way + ": " + error.what();
         if (!is_news(error)) return;
-        // A clip whose shapes lie outside of one stage's profiles does so for the others.
+        // A clip whose shapes lie outside one stage's profiles does so for the others.
         const bool outside = is_outside(error);
         news = error.what();
         cause = outside ? EngineError::name(EngineError::Kind::outside_profile) : news;
@@ -145,7 +145,7 @@ std::unique_ptr<Router> make_router(const Bundle& bundle, const BackendOptions& 
     if (options.backend == "tensorrt" && options.provider != "auto")
         fail_request("provider='" + options.provider + "' with backend='tensorrt': providers are ONNX Runtime's");
     if (!options.precision.empty()) check_precision(options.precision);
-    // Every stage would stand in for itself, and the video would be that of the plain precision without a word.
+    // Otherwise every stage could replace its own missing graph, and the video would silently have the plain precision.
     if (const auto missing = bundle.not_quantized(options.precision); !missing.empty()) fail_unavailable(missing);
     std::vector<Router::Way> ways;
     // A provider that is asked for by name is one of ONNX Runtime's.

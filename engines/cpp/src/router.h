@@ -37,10 +37,10 @@ public:
     // "onnx, cpu, fp32; not tensorrt: no engine of ..."
     [[nodiscard]] std::string describe(const Stage& stage) const override;
 
-    // What runs each stage that was used so far and why a better way does not, one line a stage.
+    // What runs each stage that was used so far and why a better way does not, one line per stage.
     [[nodiscard]] std::string report() const;
 
-    // Fallbacks that are news, each cause once: an engine that is stale or broken, shapes that it does not take.
+    // New fallbacks, each cause once: an engine that is stale or broken, shapes that it does not take.
     [[nodiscard]] std::vector<std::string> take_warnings() override;
 
 private:

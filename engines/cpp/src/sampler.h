@@ -39,10 +39,10 @@ struct Edit {
 struct LoopRun {
     std::string_view loop;
     const Stage& stage;
-    Tensors conditions;  // the stage's inputs that are no state, [B, ...] each
+    Tensors conditions;  // the stage's inputs other than the state, [B, ...] each
     SolverTable table;
     Array guidance;                    // [B, f], the same in every row that has it
-    std::vector<std::uint64_t> seeds;  // one a sample, and
+    std::vector<std::uint64_t> seeds;  // one per sample, and
     std::uint64_t purpose = 0;         // the stream of the noise that a stochastic solver adds
     std::size_t first = 0;             // the row to begin with
     std::optional<Edit> edit = {};

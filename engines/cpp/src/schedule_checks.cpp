@@ -72,7 +72,7 @@ void check(const NoiseSchedule& schedule, const std::string& prediction, const S
         one_of(where + "prediction", prediction, {"v", "epsilon", "sample"});
     }
     if (!discrete(schedule)) one_of(where + "final", solver.final, {"zero"});
-    if (schedule.zero_terminal_snr)  // there epsilon says nothing about z
+    if (schedule.zero_terminal_snr)  // at the last timestep, epsilon does not determine z
         one_of("zero_terminal_snr=true: prediction", prediction, {"v", "sample"});
     const auto total = schedule.timesteps;
     require(solver.offset < total, "offset=" + std::to_string(solver.offset) + ": at most " +

@@ -62,7 +62,7 @@ Array joined(std::vector<Array> parts) {
     return made;
 }
 
-// A text [1, T, D] with zeros behind it, to have so many tokens; `denoise` cuts them off again.
+// A text [1, T, D] with zeros behind it, to have this many tokens; `denoise` cuts them off again.
 TensorPtr lengthened(const TensorPtr& text, std::int64_t tokens) {
     if (text->shape()[1] >= tokens) return text;
     auto longer = text->to_host();

@@ -32,10 +32,10 @@ public:
             Cancellation& cancellation)
         : manifest_(manifest), backend_(backend), requests_(requests), cancellation_(cancellation) {}
 
-    // The inputs of a stage that are no state, for one sample.
+    // The inputs of a stage other than its state, for one sample.
     [[nodiscard]] Tensors inputs(const Stage& stage, const Place& place);
 
-    // The inputs of a denoising stage that are no state, for all samples: [B, ...] each.
+    // The inputs of a denoising stage other than its state, for all samples: [B, ...] each.
     [[nodiscard]] Tensors batch(const Stage& stage, const Loop& loop);
 
     // Tokens of both texts of each sample, padded to the same number of chunks; none where texts have one chunk.

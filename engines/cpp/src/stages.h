@@ -28,7 +28,7 @@ struct Source {
     bool negative = false;      // made of the negative prompt
     bool resampled = false;     // a picture in the input's own size
     bool shown = false;         // pixels that a stage made, taken as a picture
-    std::string given = {};     // made of the frames of this control, in the place of a picture or clip
+    std::string given = {};     // made of the frames of this control, in place of a picture or clip
 };
 
 // Reads a source; `where` stands before its messages. Throws a manifest error that lists the kinds of sources.

@@ -1,4 +1,4 @@
-// The few lines that these tests need of a test framework.
+// A minimal test framework for these tests.
 #pragma once
 
 #include <cmath>

@@ -34,7 +34,7 @@ void only_typed_errors(const Work& work) {
 
 }  // namespace
 
-// The seal is not to be found by chance: the bytes are read with the one that fits.
+// A fuzzer does not find a valid seal by chance, so the bytes get the seal that fits them.
 void sealed_manifest(const std::uint8_t* data, std::size_t size) {
     auto text = std::string(view(data, size));
     const auto key = text.find("\"seal\": \"");

@@ -280,7 +280,7 @@ TEST(guidance_of_one_runs_the_plain_stage) {
     with(guided, 1);
     CHECK(guided.backend.called("sketch") == 3 && guided.backend.called("film") == 2);
     CHECK(guided.rgb == plain.rgb);
-    // A number a frame: no frame of which is 1 in the second loop alone.
+    // A number per frame: no frame of which is 1 in the second loop alone.
     Model curves;
     with(curves, 2);
     CHECK(curves.backend.called("sketch_plain") == 3 && curves.backend.called("film") == 2);
@@ -398,7 +398,7 @@ TEST(windows_are_mixed_by_weight) {
     for (const double sum : total) CHECK(near(sum, 1, 1e-6));
     CHECK(near(weighted[0].second[2], 2.0 / 3.0, 1e-6));  // 2 of 2 + 1
     CHECK(window_weights(4, windows).size() == 1 && window_weights(5, windows).size() == 2);
-    // A step of this model looks at each frame alone but for the sum of its drift: with drift 0 windows change nothing.
+    // Only the sum of the drift makes a step of this model look at other frames: with drift 0 windows change nothing.
     auto json = fixture::manifest();
     json["loops"][1]["windows"] = {{"length", 4}, {"stride", 3}};
     Model whole, cut_up(json);
@@ -833,7 +833,7 @@ TEST(wrong_requests_are_told_by_name) {
     };
     refused("frames=41: a whole number from 1 to 40", [](auto& r) { r.frames = 41; });
     refused("steps=1001: a whole number from 1 to 1000", [&](auto& r) { r.steps = steps, r.step_count = 2; });
-    refused("steps has 3 entries: one for every loop, or 2 (one a loop)",
+    refused("steps has 3 entries: one for every loop, or 2 (one per loop)",
             [&](auto& r) { r.steps = steps, r.step_count = 3; });
     refused("solver='euler': the loop sketching takes 'ddim', 'dpm++2m'",
             [&](auto& r) { r.solvers = solvers, r.solver_count = 1; });

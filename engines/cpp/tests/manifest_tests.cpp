@@ -100,7 +100,7 @@ TEST(what_is_no_manifest) {
     fails("", "not valid JSON");
     fails("[1]", "not a higen manifest");
     fails(R"({"format": "other", "version": 2})", "not a higen manifest");
-    fails(R"({"format": "higen", "version": 2, "format": "higen"})", "stands there twice");
+    fails(R"({"format": "higen", "version": 2, "format": "higen"})", "appears twice");
     fails(std::string(100'000, '['), "not valid JSON");
     fails(R"({"format": "higen", "version": 2, "seal": )" + std::string(50'000, '[') + std::string(50'000, ']') + "}",
           "is wanted");
@@ -114,7 +114,7 @@ TEST(every_key_is_wanted_and_no_other) {
         refused(item.key() == "format" ? "not a higen manifest" : item.key(),
                 [&](Json& json) { json.erase(item.key()); });
     }
-    // The same for every object at any depth, but for those whose keys are names.
+    // The same for every object at any depth, except for those whose keys are names.
     const std::vector<std::pair<std::string, std::function<Json&(Json&)>>> objects = {
         {"sizes", [](Json& json) -> Json& { return json["sizes"]; }},
         {"text", [](Json& json) -> Json& { return json["text"]; }},
@@ -164,7 +164,7 @@ TEST(numbers_out_of_range) {
             [](Json& json) { json["loops"][1]["windows"] = {{"length", 4}, {"stride", 5}}; });
     refused("loops[0].schedule: ", [](Json& json) { json["loops"][0]["schedule"]["beta_start"] = 0.5; });
     refused("loops[0].solvers[0]: ", [](Json& json) { json["loops"][0]["solvers"][0]["name"] = "plms"; });
-    refused("dpm++2m stands there twice",
+    refused("dpm++2m appears twice",
             [](Json& json) { json["loops"][0]["solvers"][0] = json["loops"][0]["solvers"][1]; });
     refused("loops[0]: zero_terminal_snr=true: prediction='epsilon'",
             [](Json& json) { json["loops"][0]["prediction"] = "epsilon"; });
@@ -188,7 +188,7 @@ TEST(controls_that_contradict_themselves) {
     refused("choices: those of a choice", [](Json& json) { control_row(json, "gust")["choices"] = {"a"}; });
     refused("one of 'number', 'whole', 'curve', 'text'",
             [](Json& json) { control_row(json, "gust")["kind"] = "colour"; });
-    refused("controls: wind stands there twice", [](Json& json) { json["controls"].push_back(json["controls"][0]); });
+    refused("controls: wind appears twice", [](Json& json) { json["controls"].push_back(json["controls"][0]); });
 }
 
 TEST(references_between_the_tables) {
@@ -226,9 +226,9 @@ TEST(references_between_the_tables) {
     refused("the sources form a circle: reader <- reader", [](Json& json) {
         stage_row(json, "reader")["inputs"].push_back(fixture::input("w", {"B", "L", "T"}, "reader.words"));
     });
-    refused("filming stands there twice", [](Json& json) { loop_row(json, "sketching")["name"] = "filming"; });
-    refused("mixer stands there twice", [](Json& json) { loop_row(json, "filming")["name"] = "mixer"; });
-    refused("stages.reader.inputs: ids stands there twice",
+    refused("filming appears twice", [](Json& json) { loop_row(json, "sketching")["name"] = "filming"; });
+    refused("mixer appears twice", [](Json& json) { loop_row(json, "filming")["name"] = "mixer"; });
+    refused("stages.reader.inputs: ids appears twice",
             [](Json& json) { stage_row(json, "reader")["inputs"].push_back(json["stages"][0]["inputs"][0]); });
     refused("sizes.decoder='brush': the stages are", [](Json& json) { json["sizes"]["decoder"] = "brush"; });
     refused("one input of the source state", [](Json& json) { json["sizes"]["decoder"] = "scanner"; });

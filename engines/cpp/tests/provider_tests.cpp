@@ -1,4 +1,4 @@
-// Names of providers, settings of sessions, files of graphs, pictures' orientation: what needs no model.
+// Tests without a model: names of providers, settings of sessions, files of graphs, orientation of pictures.
 #include <fstream>
 
 #include "check.h"

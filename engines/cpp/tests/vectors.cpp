@@ -1,4 +1,4 @@
-// Computes what a Python test asks for, to be compared with Python's own: vectors JOB.json RESULT.json
+// Computes results for a Python test, which compares them with Python's: vectors JOB.json RESULT.json
 //
 // JOB is a list of {"op": ...}; RESULT is the list of answers: numbers, or {"error": status, "message": ...}.
 #include <cstdio>
@@ -108,7 +108,7 @@ Json axes(const std::vector<Axis>& shape) {
     return list;
 }
 
-// What the reader made of a model's tables.
+// A model's tables as this library reads them.
 Json tables(const Json& job) {
     const Bundle bundle(std::filesystem::u8path(job.at("path").get<std::string>()), false);
     const auto& manifest = bundle.manifest();
@@ -126,8 +126,8 @@ Json tables(const Json& job) {
     return {{"symbols", manifest.sizes.symbols}, {"stages", stages}, {"loops", loops}, {"controls", controls}};
 }
 
-// A denoising step whose network is a formula: m is the mean of a clip's latents, where it is cut, and that of a text's
-// tokens, plus a tenth of x.
+// A denoising step whose network is a formula: m is the mean of the latents of the (cut) clip, plus the mean of the
+// text's tokens, plus a tenth of x.
 class Formula final : public Backend {
 public:
     void prepare(const Stage&) override {}

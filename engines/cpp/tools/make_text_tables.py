@@ -1,4 +1,4 @@
-"""Write src/text_tables.inc: what the C++ tokenizer must know of characters, asked of the libraries that Python uses.
+"""Write src/text_tables.inc: properties of characters for the C++ tokenizer, from the libraries that Python uses.
 
     python engines/cpp/tools/make_text_tables.py
 

@@ -44,7 +44,7 @@ __all__ = ["convert", "recognise"]
 PIPELINES = ("AnimateDiffPipeline", "AnimateDiffVideoToVideoPipeline")
 
 _CLIP_SCHEDULE: Mapping[str, Any] = {"beta_schedule": "linear", "timestep_spacing": "linspace", "steps_offset": 1}
-"""What the motion modules were trained with, where the base has scaled_linear, and the grid that diffusers takes."""
+"""The schedule that the motion modules were trained with, in place of the base's scaled_linear, and diffusers' grid."""
 
 _MOTION_LICENCE = "the motion module: Apache-2.0 where its own says nothing else"
 
@@ -76,13 +76,13 @@ def recognise(path: Path) -> bool:
 def convert(sources: Sequence[Path], **options: Any) -> Converted:
     """Tables and weights from a Stable Diffusion model and a motion module, or from one folder that has both.
 
-    options  `prediction`: "epsilon" or "v"; of Stable Diffusion, whose files say it here
+    options  `prediction`: "epsilon" or "v", as for Stable Diffusion; left out, the files decide
              `control_kind`: one of `control_source.KINDS`, where a ControlNet is among the sources
-             `group_norm`: one of `spec.GROUP_NORMS`; None: as the code that the motion module's file is made for
+             `group_norm`: one of `spec.GROUP_NORMS`; None: as in the code for which the motion module's file was made
              `loras`: adapters (`lora.Lora`) that are added to the U-Net, its motion modules and the text encoder
 
     Raises CheckpointError for a source that is missing, incomplete or another kind of model, for parts that do not
-    belong together, for a scheduler that the tables lack, and for an adapter that does not fit.
+    belong together, for a scheduler that the tables do not support, and for an adapter that does not fit.
     """
     if unknown := sorted(set(options) - {"prediction", "group_norm", "control_kind", "loras"}):
         known = "prediction, group_norm, control_kind and loras"
@@ -141,7 +141,7 @@ def _two(base: Path, module: Path, prediction: str | None, group_norm: str | Non
 
 
 def _clip_sampling(base: NoiseSchedule, prediction: str, solvers: tuple[Solver, ...]) -> Sampling:
-    """How a clip is sampled with a base that is sampled so: DDIM first, and what diffusers makes of its settings."""
+    """The sampling of clips for a base with this sampling: DDIM first, with the settings that diffusers derives."""
     final = next((solver.final for solver in solvers if solver.name == "ddim"), "zero")
     config = {
         "_class_name": "DDIMScheduler",
@@ -156,7 +156,7 @@ def _clip_sampling(base: NoiseSchedule, prediction: str, solvers: tuple[Solver, 
 
 
 def _folder(folder: Path, prediction: str | None, group_norm: str | None, notes: list[str]) -> _Parts:
-    """A pipeline of diffusers', whose U-Net has its motion modules in it, or beside it."""
+    """A pipeline of diffusers'. Its motion modules are in its U-Net or in a folder of their own."""
     kind = read_json(folder / "model_index.json").get("_class_name")
     if kind not in PIPELINES:
         raise CheckpointError(f"a {kind}, which no family here runs; one of {', '.join(PIPELINES)} is wanted")
@@ -191,7 +191,7 @@ def _folder(folder: Path, prediction: str | None, group_norm: str | None, notes:
 
 
 def _defaults() -> dict[str, Any]:
-    """What UNetMotionModel is told, without the size that it was trained at, and what it takes where it is not."""
+    """The defaults of UNetMotionModel's arguments, without that of the training size."""
     with quiet_import("diffusers", "the U-Net"):
         from diffusers import UNetMotionModel
     known = inspect.signature(UNetMotionModel.__init__).parameters.values()
@@ -199,9 +199,9 @@ def _defaults() -> dict[str, Any]:
 
 
 def _arguments(pictures: Mapping[str, Any], motion: Motion) -> dict[str, Any]:
-    """UNetMotionModel's arguments for a U-Net for pictures with these motion modules, as its `from_unet2d` has them.
+    """UNetMotionModel's arguments for a U-Net for pictures and these motion modules, as in its `from_unet2d`.
 
-    Raises CheckpointError for a motion module of another base, and for a U-Net that has what UNetMotionModel lacks.
+    Raises CheckpointError for a motion module of another base, and for a U-Net with parts that UNetMotionModel lacks.
     """
     with quiet_import("diffusers", "the U-Net"):
         from diffusers import UNet2DConditionModel

@@ -30,10 +30,10 @@ State = Mapping[str, Tensor]
 ADAPTER = "MotionAdapter"
 
 _HEADS = 8
-"""Of the authors' motion modules; no tensor tells."""
+"""Heads of the authors' motion modules. The tensors' shapes do not show their number."""
 
 _POSITIONS = {True: 32, False: 24}
-"""The fewest frames that a published motion module with, or without, a middle block was trained for."""
+"""The fewest frames for which a published motion module was trained: with a middle block, and without one."""
 
 _PE = "pos_embed.pe"
 
@@ -44,8 +44,8 @@ class Motion:
 
     widths      of the levels on the way down
     layers      motion modules of each of these levels
-    arguments   UNetMotionModel's, as far as the motion modules decide them
-    group_norm  what the code that they are made for takes the statistics over, one of `spec.GROUP_NORMS`
+    arguments   those arguments of UNetMotionModel that depend on the motion modules
+    group_norm  the axes of the statistics in the code for which they were made, one of `spec.GROUP_NORMS`
     """
 
     widths: tuple[int, ...]
@@ -56,7 +56,7 @@ class Motion:
 
 
 def is_motion(path: Path) -> bool:
-    """Whether a folder or file holds motion modules, or what is trained on them. Looks at names alone."""
+    """Whether a folder or file holds motion modules, or something trained on them. Only names are read."""
     if path.is_dir():
         config = path / "config.json"
         return config.is_file() and read_json(config).get("_class_name") == ADAPTER
@@ -64,7 +64,7 @@ def is_motion(path: Path) -> bool:
 
 
 def read_motion(path: Path, notes: list[str]) -> Motion:
-    """Raises CheckpointError for what is no motion module, or one that more than text goes into."""
+    """Raises CheckpointError for a file that is not a motion module, or for one with other inputs than text."""
     return _of_folder(path, notes) if path.is_dir() else _of_file(path, notes)
 
 
@@ -126,7 +126,7 @@ def _of_file(path: Path, notes: list[str]) -> Motion:
 
 
 def _refuse_others(state: State) -> None:
-    """Raise CheckpointError for a file that has motion modules and is another kind of model, or an adapter."""
+    """Raise CheckpointError for an adapter, and for a file with motion modules that is another kind of model."""
     if lora := next((name for name in state if "lora" in name), None):
         raise CheckpointError(f"a LoRA ({lora}): give it as --lora FILE:SCALE, behind a motion module")
     if any("controlnet_cond_embedding" in name or "input_hint_block" in name for name in state):
@@ -141,9 +141,9 @@ def _refuse_others(state: State) -> None:
 
 
 def diffusers_name(name: str) -> str:
-    """The name that diffusers has for a tensor or layer of a motion module; other names stay as they are.
+    """diffusers' name of a tensor or layer of a motion module; other names do not change.
 
-    The parts of a name are divided by dots, or, as kohya's LoRA have them, by underscores.
+    The parts of a name are separated by dots, or by underscores as in kohya's LoRA.
     """
     if MOTION not in name:
         return name
@@ -154,7 +154,7 @@ def diffusers_name(name: str) -> str:
 
 
 def _with_one_table(state: State) -> dict[str, Tensor]:
-    """Of the authors' tables of positions, one for each attention, that of each block: diffusers has one for both."""
+    """Keep one table of positions per block. The authors' files have one for each of its two attentions."""
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
         own = re.sub(r"\.attn\d+\.pos_encoder\.pe$", f".{_PE}", name)
@@ -177,7 +177,7 @@ def _with_positions(state: dict[str, Tensor], frames: int) -> dict[str, Tensor]:
 
 
 def _counts(names: Collection[str], pattern: str) -> tuple[int, ...]:
-    """How many different second numbers a pattern finds beside each first one: 0, 1, ..."""
+    """For each first number 0, 1, ... that the pattern finds: how many different second numbers go with it."""
     found: dict[int, int] = {}
     for name in names:
         if match := re.match(pattern, name):

@@ -45,7 +45,7 @@ of a clip, as in diffusers.
 """
 
 STRENGTH = 0.6
-"""Of a video to begin from."""
+"""How much of a video to begin from is drawn anew, by default."""
 
 FRAMES = 16
 """The length that the published motion modules were trained at: longer clips are made in windows of it."""

@@ -1,4 +1,4 @@
-"""A composed model is made of two model directories, by `higen compose`, and of no checkpoint."""
+"""A composed model is made from two model directories by `higen compose`. It is never read from a checkpoint."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The tables of two models as those of one (docs/manifest.md): data alone, no PyTorch.
+"""Joins the tables of two models to those of one (docs/manifest.md): data alone, no PyTorch.
 
 The first model's loops run for one frame; its decoder becomes a stage, fed with the last of these loops' latents. What
 the second model took from its picture control it takes from that stage, as a picture. All else keeps its rows. Names of
@@ -205,7 +205,7 @@ def _instead(row: Row | None, replaced: Mapping[str, str]) -> Row | None:
 
 
 def _used(model: Manifest, stages: list[Stage], loops: tuple[Loop, ...]) -> _Rows:
-    """Of these rows, those that the loops and the decoder use."""
+    """Those rows among `rows` that the loops and the decoder use."""
     rows = {stage.name: stage for stage in stages}
     open_ones = [*(name for loop in loops for name in loop.stages), model.sizes.decoder]
     rows_of = [row for loop in loops for row in (loop.replaced, loop.start, loop.known) if row is not None]

@@ -34,7 +34,7 @@ _OWN = {"context_embedding.tokens", "msim_embedding.0.weight"}
 
 
 def recognise(path: Path) -> bool:
-    """Whether `path` is HiGen's denoiser: the companions are other models' too."""
+    """Whether `path` is HiGen's denoiser. Its companions do not count, because other models use them too."""
     return path.is_file() and read_names(path) >= _OWN
 
 
@@ -49,7 +49,7 @@ def convert(sources: Sequence[Path], **options: Any) -> Converted:
                  `spatial`, `base`: paths of a personalised Stable Diffusion 2.1 and of what it was trained on from;
                  their difference is added to the spatial tensors (`personal`)
                  `loras`: adapters (`lora.Lora`) of Stable Diffusion 2.1 that are added to the spatial tensors
-                 `prediction`: what these predict, where their files do not say; only "v" is taken
+                 `prediction`: of these, where their files do not contain it; only "v" is accepted
 
     Raises CheckpointError: a source is missing, refused or does not fit.
     """
@@ -108,14 +108,14 @@ class _Personal:
         return made
 
     def added(self, state: State, config: UNetConfig, notes: list[str]) -> State:
-        """The denoiser with it. Raises CheckpointError."""
+        """The denoiser with these parts added. Raises CheckpointError."""
         if self.spatial is not None and self.base is not None:
             state = with_difference(state, config, self.spatial, self.base, self.prediction, notes)
         return with_loras(state, config, self.loras, self.prediction, notes) if self.loras else state
 
     @property
     def licence(self) -> str:
-        """What it adds to the model's licence."""
+        """The text that these parts add to the model's licence."""
         names = [*([] if self.spatial is None else [self.spatial.name]), *(lora.path.name for lora in self.loras)]
         return f"; with {', '.join(names)}, under terms of their own" if names else ""
 
@@ -133,7 +133,7 @@ def _denoiser(
 
 
 def _reference_arguments(state: State, head_dim: object) -> dict[str, object]:
-    """The reference constructor's arguments, as far as the tensors' shapes tell them."""
+    """The reference constructor's arguments that follow from the tensors' shapes."""
 
     def size(name: str, axis: int) -> int:
         if name not in state or state[name].ndim <= axis:
@@ -198,7 +198,7 @@ def _check_text(clip: Mapping[str, Any]) -> None:
 
 
 def _text_of_folder(folder: Path, on_note: Note = _silent) -> tuple[TextConfig, dict[str, Tensor]]:
-    """The text encoder of a diffusers folder: there the unused last block is gone already."""
+    """The text encoder of a diffusers folder, which does not have the unused last block."""
     clip = hub_folders.text_arguments(folder)
     _check_text(clip)
     hub_folders.check_vocabulary(folder)

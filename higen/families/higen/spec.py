@@ -68,7 +68,7 @@ DDIM = Solver("ddim", "leading-floor", offset=1, final="first")
 DPM = Solver("dpm++2m", "trailing-ceil", final="zero")
 
 STRENGTH = 0.6
-"""Of a video to begin from."""
+"""How much of a video to begin from is drawn anew, by default."""
 
 PLAIN = "_plain"
 """Behind the name of a denoising stage: the same step with one branch of guidance."""

@@ -1,4 +1,4 @@
-"""m of ModelScope's U-Net, and of SR600's, which has other resampling and weakened skip connections on its way up.
+"""The prediction m of the U-Nets of ModelScope and SR600. In SR600's decoder, resampling and skip connections differ.
 
 Source of SR600's layout: VGen's unet_sr600.py, whose filter is FreeU's (Si et al. 2023, section 3.2).
 

@@ -1,7 +1,7 @@
 """VGen's networks with the tensors of ModelScope's: which one a file holds, and how each is sampled.
 
-Their tensors do not tell them apart: the file's name does, or the person who converts it. Source of the numbers:
-VGen's configs/{tft2v_t2v,videolcm_t2v,sr600}_infer.yaml and the entrances of the same names.
+Their tensors have the same names. So the file's name, or the person who converts it, must say which network it is.
+Source of the numbers: VGen's configs/{tft2v_t2v,videolcm_t2v,sr600}_infer.yaml and the entrances of the same names.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FIRST = "input_blocks.0.0.weight"
 """The first convolution."""
 
 GUIDES = 8
-"""Input channels of TF-T2V and VideoLCM for pictures that guide them. Zeros stand there where a text alone does."""
+"""Input channels of TF-T2V and VideoLCM for guiding pictures. They are zeros where a text alone guides the network."""
 
 _IMAGE = "pre_image_condition."
 """TF-T2V's layers for a picture, which no text needs."""
@@ -36,10 +36,10 @@ _IMAGE = "pre_image_condition."
 class Kind:
     """A network of VGen's.
 
-    name, title   for `network`, and for a person
-    begins        how the names of its files begin
-    guides        channels of the first convolution behind those of the latents
-    size          width and height that it was made for
+    name, title   its name as a value of `network`, and in messages
+    begins        the beginning of its files' names
+    guides        channels of the first convolution after those of the latents
+    size          width and height that it was trained for
     """
 
     name: str
@@ -59,7 +59,7 @@ _DDIM = {
     "steps_offset": 1,
     "set_alpha_to_one": False,
 }
-"""What ModelScope's network was trained and is sampled with (configuration.json: linear_sd)."""
+"""The schedule of ModelScope's network, in training and sampling (configuration.json: linear_sd)."""
 
 _MODELSCOPE = schedule_of(_DDIM)
 _ZERO_SNR = NoiseSchedule("scaled_linear", zero_terminal_snr=True)
@@ -101,9 +101,9 @@ NAMES = tuple(kind.name for kind in _KINDS)
 
 
 def kind_of(path: Path, network: str | None, state: State) -> Kind:
-    """Which network `path` holds: `network`, one of `NAMES`, or what the file's name says.
+    """The network that `path` holds: `network`, one of `NAMES`, or the one that the file's name gives.
 
-    Raises CheckpointError where neither says it, and where the first convolution is another one's.
+    Raises CheckpointError where neither is given, and where the first convolution belongs to another network.
     """
     if network is not None and network not in NAMES:
         raise CheckpointError(f"network={quoted(network)}: one of {', '.join(NAMES)}")
@@ -131,7 +131,7 @@ def _check_guides(kind: Kind, state: State) -> None:
 
 
 def without_guides(state: State, kind: Kind, notes: list[str]) -> State:
-    """A network's tensors without those for pictures that guide it: with a text alone their inputs are zeros."""
+    """A network's tensors without those for guiding pictures, whose inputs are zeros where a text alone guides it."""
     if not kind.guides:
         return state
     unused = sorted(name for name in state if name.startswith(_IMAGE))

@@ -54,7 +54,7 @@ _OUTER = {
 }
 _SLOTS = {"resnets": "0", "temp_convs": "0.temopral_conv", "attentions": "1", "temp_attentions": "2"}
 _FIRST_HEADS = 8
-"""Of the transformer behind the first convolution, here and in diffusers."""
+"""Heads of the transformer after the first convolution, in the file and in diffusers."""
 
 
 def check_others(state: State) -> None:

@@ -39,7 +39,8 @@ _OUTER = {
     "conv_out": "out.2",
 }
 _HEADS = 8
-"""Of every attention in version 1; version 2, whose projections are linear, has heads of 64 channels."""
+"""Number of heads of every attention in version 1. Version 2, whose projections are linear, has heads of 64 channels.
+"""
 
 _HEAD_CHANNELS = 64
 

@@ -1,4 +1,4 @@
-"""The U-Net alone of a Stable Diffusion checkpoint, in whichever form: for a family that takes its weights."""
+"""Reads the U-Net alone of a Stable Diffusion checkpoint of any form, for a family that uses its weights."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ _PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}
 def read_unet(source: Path, on_note: Callable[[str], None]) -> tuple[dict[str, Tensor], str | None]:
     """The tensors of a folder's or single file's U-Net under diffusers' names, and what it predicts.
 
-    That is "epsilon" or "v"; None where it is a single file, which does not say it. Raises CheckpointError for what is
-    no Stable Diffusion U-Net, and for those of SDXL, of inpainting, depth and upscaling models.
+    The prediction is "epsilon" or "v"; None for a single file, which does not contain it. Raises CheckpointError for
+    anything but a Stable Diffusion U-Net, and for the U-Nets of SDXL, inpainting, depth and upscaling models.
     """
     if not source.is_dir():
         state = read_state(source, on_note)

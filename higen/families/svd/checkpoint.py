@@ -34,7 +34,7 @@ _TERMS = f"licence: {_LICENCE}; 1.0 forbids commercial use, 1.1 restricts it: re
 State = Mapping[str, Tensor]
 
 _SIZE = 96
-"""Latent cells of a side of a square with as many pixels as a published model's frame."""
+"""Side in latent cells of a square that has as many pixels as a frame of the published models."""
 
 _SINGLE_FILE = re.compile(r"model\.diffusion_model\..+\.time_stack\.")
 
@@ -47,7 +47,7 @@ _SETTINGS: Mapping[str, tuple[Any, Any]] = {
     "use_beta_sigmas": (False, False),
     "final_sigmas_type": ("zero", "zero"),
 }
-"""A scheduler's settings: the one value that the tables have, and the library's own default."""
+"""Settings of a scheduler, each with the only value that the tables support and with the library's default."""
 
 _OTHERS = (Solver("heun", "karras"), Solver("dpm++2m", "karras"), Solver("euler_ancestral", "karras"))
 
@@ -63,11 +63,11 @@ def recognise(path: Path) -> bool:
 def convert(sources: Sequence[Path], **options: Any) -> Converted:
     """Tables and weights from one source.
 
-    options  `chunk`: frames that the decoder is given at a time, 14; the result depends on it
-             `frames`: of the clips that it was trained on, for a single file, which does not say it
+    options  `chunk`: frames that the decoder is given at a time (14); the result depends on it
+             `frames`: length of the clips that the model was trained on; a single file does not contain it
 
     Raises CheckpointError for a source that is missing, incomplete or another kind of model, and for a scheduler that
-    the tables lack.
+    the tables do not support.
     """
     if unknown := sorted(set(options) - {"chunk", "frames"}):
         raise CheckpointError(f"{', '.join(unknown)}: unknown; {spec.FAMILY} takes chunk and frames")
@@ -158,7 +158,7 @@ def _converted(
 
 
 def _check_parts(made_of: spec.Networks) -> None:
-    """Raise CheckpointError where picture encoder or autoencoder belong to another U-Net."""
+    """Raise CheckpointError where the picture encoder or the autoencoder belongs to another U-Net."""
     unet, width = made_of.unet, made_of.vision.arguments["projection_dim"]
     reads = unet["cross_attention_dim"]
     for given in reads if isinstance(reads, (list, tuple)) else (reads,):
@@ -172,9 +172,9 @@ def _check_parts(made_of: spec.Networks) -> None:
 
 
 def sampling_of(config: Mapping[str, Any]) -> Sampling:
-    """A scheduler's configuration: Euler's method on Karras' grid of ratios, with a continuous time.
+    """Check a scheduler's configuration: Euler's method on Karras' grid of ratios, with a continuous time.
 
-    Raises CheckpointError naming the class or the setting that the tables lack, and what works.
+    Raises CheckpointError that names a class or setting without support, and what is supported.
     """
     kind = config.get("_class_name", "EulerDiscreteScheduler")
     if kind != "EulerDiscreteScheduler":

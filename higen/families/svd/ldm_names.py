@@ -1,7 +1,7 @@
-"""One file of Stable Video Diffusion (`svd_xt.safetensors`) under the names of the hub's folder.
+"""Reads one file of Stable Video Diffusion (`svd_xt.safetensors`) under the names of the hub's folder.
 
-Names are derived from the libraries' own module trees, so every tensor that they have is looked for and nothing else is
-taken. Sources of the layout: generative-models' VideoUNet, VideoDecoder and the embedders of its svd_xt.yaml.
+The names are derived from the libraries' own module trees: every tensor of theirs must be in the file, and no other
+tensor may be. Sources of the layout: generative-models' VideoUNet, VideoDecoder and the embedders of its svd_xt.yaml.
 
 model.diffusion_model.*                                  the U-Net; time_stack and time_mixer beside Stable Diffusion's
 conditioner.embedders.0.open_clip.model.visual.*         the picture's encoder, OpenCLIP's ViT-H
@@ -31,16 +31,16 @@ __all__ += ["vision_arguments", "vision_from_ldm"]
 State = Mapping[str, Tensor]
 
 _HEAD_CHANNELS = 64
-"""Of every attention of the U-Net."""
+"""Channels of a head, in every attention of the U-Net."""
 
 _VISION_HEAD_CHANNELS = 80
-"""Of OpenCLIP's ViT-H; shapes do not tell."""
+"""Channels of a head of OpenCLIP's ViT-H. The tensors' shapes do not show it."""
 
 _VISION = re.compile(r"conditioner\.embedders\.\d+\.open_clip\.model\.visual\.")
 _READER = re.compile(r"conditioner\.embedders\.\d+\.encoder\.(?=encoder\.|quant_conv\.)")
 _DECODER = "first_stage_model.decoder."
 _LAYERS = 2
-"""Residual blocks of a level of the autoencoder, and of its middle."""
+"""Residual blocks in each level of the autoencoder, and in its middle."""
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -63,7 +63,7 @@ _BLOCK |= {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
 def unet_arguments(state: State, frames: int) -> dict[str, Any]:
     """UNetSpatioTemporalConditionModel's arguments, as the tensors' shapes tell them. Raises CheckpointError.
 
-    `frames`: of a clip that it was trained on.
+    `frames`: length of the clips that it was trained on.
     """
     unet = below(state, PREFIX)
     entries: dict[int, set[str]] = {}

@@ -39,17 +39,17 @@ STEPS, GUIDANCE = 25, (1.0, 3.0)
 """Guidance grows from the first frame to the last."""
 
 CHUNK = 14
-"""Frames that the decoder is given at a time, as the authors' script has it. The result depends on it."""
+"""Frames that the decoder is given at a time, as in the authors' script. The result depends on this number."""
 
 NOISE, AUGMENTATION = 4, 5
-"""Purposes of noise: of the initial latents, and of the picture's pixels. The other families have 0 to 3."""
+"""Purposes of noise streams: the initial latents, and the picture's pixels. The other families use 0 to 3."""
 
 IMAGE = "image"
 
 
 @dataclass(frozen=True)
 class Vision:
-    """transformers' CLIPVisionConfig: its arguments; mean and deviation that the pixels, 0 to 1, are normalised by."""
+    """The arguments of transformers' CLIPVisionConfig; mean and deviation that normalise pixels from 0 to 1."""
 
     arguments: dict[str, Any]
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
@@ -58,10 +58,10 @@ class Vision:
 
 @dataclass(frozen=True)
 class Networks:
-    """Constructors' arguments of diffusers' UNetSpatioTemporalConditionModel and AutoencoderKLTemporalDecoder, and the
-    picture's encoder.
+    """The networks: constructor arguments of diffusers' UNetSpatioTemporalConditionModel and
+    AutoencoderKLTemporalDecoder, and the image encoder.
 
-    scale  latents that are denoised = encoded * scale; those of the picture are not scaled
+    scale  denoised latents = encoded latents * scale; the picture's latents are not scaled
     """
 
     unet: dict[str, Any]
@@ -80,7 +80,7 @@ def manifest(
 ) -> Manifest:
     """The tables of a model.
 
-    size    side in pixels of a square with as many pixels as a frame by default, which is 16:9
+    size    side in pixels of a square with as many pixels as a default frame, whose shape is 16:9
     chunk   frames that are decoded at a time
     lowest  precision of the autoencoder's stages: "fp32", or "fp16" for one that does not overflow
 
@@ -123,7 +123,7 @@ def _side(pixels: float, multiple: int) -> int:
 
 
 def controls() -> tuple[Control, ...]:
-    """What a request may set."""
+    """The controls of a request."""
     return (
         Control(IMAGE, "picture", "the picture that the clip begins with"),
         Control(
@@ -204,7 +204,7 @@ def _stages(made_of: Networks, codec: Literal["fp32", "fp16"]) -> tuple[Stage, .
 
 
 def networks(manifest: Manifest) -> Networks:
-    """What a manifest's networks are. Raises ManifestError where it is no model of this family."""
+    """The networks in a manifest. Raises ManifestError if it is a model of another family."""
     if manifest.family != FAMILY:
         raise ManifestError(f"family={manifest.family!r}: {FAMILY} is wanted here")
     return from_json(Networks, manifest.architecture, "architecture", whole=True)

@@ -1,4 +1,4 @@
-// A control with a value for every frame, drawn: with a mouse or finger, or with the arrow keys.
+// The editor of a control with a value per frame, for a mouse, a finger or the arrow keys.
 
 import { draw, make, short, titled } from './dom.js';
 
@@ -13,7 +13,7 @@ const SHAPES = {
   Wave: (t) => 0.5 - 0.4 * Math.cos(2 * Math.PI * t),
 };
 
-/** 1, 2 or 5 times a power of ten, not below. */
+/** Round up to 1, 2 or 5 times a power of ten. */
 function roundUp(value) {
   const power = 10 ** Math.floor(Math.log10(value));
   return [1, 2, 5, 10].map((one) => one * power).find((one) => one >= value * (1 - 1e-9));
@@ -34,19 +34,19 @@ function rangeOf(schema) {
   const plain = typeof schema.default === 'number' ? schema.default : 0;
   const low = number.minimum ?? Math.min(0, -roundUp(Math.abs(Math.min(plain, 0)) || 1e-9));
   const most = number.maximum ?? Infinity;
-  const usual = plain > 0 && plain < most / 20 ? roundUp(5 * plain) : most; // a wide range is begun with small
+  const usual = plain > 0 && plain < most / 20 ? roundUp(5 * plain) : most; // of a wide range, only the low part is shown at first
   const free = Math.max(TOPS[schema['x-encoding']] ?? 1, plain > 0 ? roundUp(2 * plain) : 0);
   return { low: Math.abs(low) < 1e-6 ? 0 : low, top: most === Infinity ? free : usual, most, least: number.minimum ?? -Infinity };
 }
 
-/** The editor of a curve; its `value()` is undefined (the model's own), a number, or one a frame. */
+/** The editor of a curve; its `value()` is undefined (the model's own), a number, or one per frame. */
 export function curveField(name, schema, frames) {
   const range = rangeOf(schema);
   const isOptional = schema.default === null;
   const initial = isOptional ? (range.low + range.top) / 2 : schema.default;
   let values = Array(frames).fill(initial);
   let isSet = false;
-  let fixed = null; // what is no curve: 'unspecified', or an older request's matrix of similarities
+  let fixed = null; // a value other than a curve: 'unspecified', or an older request's matrix of similarities
   let cursor = 0;
   let pen = null;
 
@@ -154,7 +154,7 @@ export function curveField(name, schema, frames) {
     changed();
   }
 
-  /** Let the scale reach a value, as far as the model allows it. */
+  /** Extend the scale to a value, up to the model's limit. */
   function fit(value) {
     if (value > range.top) range.top = Math.min(range.most, roundUp(value));
     if (value < range.low && value < 0) range.low = Math.max(range.least, -roundUp(-value));
@@ -174,7 +174,7 @@ export function curveField(name, schema, frames) {
     return { index: Math.round(across * (values.length - 1)), value: rounded(range.low + up * (range.top - range.low)) };
   }
 
-  /** Set the frames between the pen's last place and this one. */
+  /** Set the frames between the pen's last position and this one. */
   function paint(event) {
     const to = placed(event);
     const from = pen ?? to;
@@ -241,7 +241,7 @@ export function curveField(name, schema, frames) {
   };
 }
 
-/** A curve, small, for the facts of a video. */
+/** A small picture of a curve, for the list of a video's settings. */
 export function sparkline(values) {
   const low = Math.min(0, ...values);
   const span = Math.max(...values) - low || 1;

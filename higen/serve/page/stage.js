@@ -1,4 +1,4 @@
-// The chosen video, large: its previews while it is made, then the clip; what it was asked for; what can be done with it.
+// The chosen video, large: its previews while it is made, then the clip; its request; buttons for actions on it.
 
 import * as api from './api.js';
 import { byId, complain, isCalm, make, save, short, titled } from './dom.js';
@@ -8,7 +8,7 @@ import { Strip } from './strip.js';
 const FORMATS = { mp4: 'MP4', webm: 'WebM', gif: 'GIF', webp: 'WebP' };
 const WORDS = { sending: 'Sending…', queued: 'Waiting for its turn', in_progress: 'Beginning' };
 
-/** What happens to a job, in words. */
+/** The state of a job, in words. */
 export function stateOf(job) {
   if (job.status === 'failed') return job.error?.code === 'cancelled' ? 'Cancelled' : job.error?.message || 'Failed';
   const place = job.place;
@@ -40,7 +40,7 @@ function facts(job) {
 export function buildStage(root, sizes, actions) {
   const canvas = make('canvas', { class: 'screen-view', hidden: true, role: 'img', 'aria-label': 'Preview' });
   const video = make('video', { class: 'screen-view', loop: true, muted: true, playsInline: true, controls: true, hidden: true });
-  const said = make('p', { class: 'screen-said' }); // what happens, below the picture
+  const said = make('p', { class: 'screen-said' }); // the job's state, below the picture
   const word = make('p', { class: 'screen-word' }); // in place of a picture
   const bar = make('progress', { class: 'screen-bar', max: 100, value: 0, 'aria-label': 'Progress' });
   const screen = make('div', { class: 'screen' }, canvas, video, word, said, bar);
@@ -100,7 +100,7 @@ export function buildStage(root, sizes, actions) {
     });
   }
 
-  /** Cancelling is done at once; deleting when it is asked for twice. */
+  /** Cancel at once; delete only after a second click. */
   function removed() {
     if (!api.hasEnded(job)) return actions.stop(job);
     if (!sure) {
@@ -141,7 +141,7 @@ export function buildStage(root, sizes, actions) {
     video.hidden = true;
   }
 
-  /** Show a job, or what changed about it; null: none. */
+  /** Show a job, or its changes; null: show no job. */
   function show(next) {
     const isOther = next !== job;
     job = next;

@@ -1,4 +1,4 @@
-"""The paper's claims at this scale: the same budget without the spatial prior, without each cue, and with everything.
+"""Tests the paper's claims at this scale: trains with the same budget without the prior, without a cue, and with all.
 
     python -m higen.train.emoji.ablation --data FOLDER --work FOLDER --table table.md
 
@@ -24,7 +24,7 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import torch
@@ -44,14 +44,16 @@ from higen.train.emoji.clips import Clips, Selection
 from higen.train.emoji.configuration import architecture, recipe
 from higen.train.emoji.denoiser import train
 from higen.train.emoji.evaluation.evaluate import PipelineMaker, evaluate
+from higen.train.emoji.evaluation.figures import Measures
 from higen.train.emoji.evaluation.journal import digest, meaning
 from higen.train.emoji.evaluation.judges import Judges
 from higen.train.emoji.evaluation.plan import plan
 from higen.train.emoji.evaluation.real_clips import RealClips
-from higen.train.emoji.evaluation.report import as_text, write
+from higen.train.emoji.evaluation.report import as_text, cell, write
 from higen.train.emoji.packs import fetch
 from higen.train.emoji.subjects import SUBJECTS
 from higen.train.settings import Settings
+from higen.typed_json import from_json
 
 __all__ = ["LIVELY", "VARIANTS", "OneStage", "Variant", "fit", "measure", "table"]
 
@@ -107,7 +109,7 @@ class OneStage(Pipeline):
         yield Step(loop.name, loop.stages[0], 0, 1, 0.0, zeros, zeros)
 
 
-def measure(variant: Variant, model: Path, real: RealClips, judges: Judges, seeds: int) -> dict[str, Any]:
+def measure(variant: Variant, model: Path, real: RealClips, judges: Judges, seeds: int) -> Measures:
     """The measures of `higen evaluate` for a trained variant, kept beside the model for its weights and `seeds`."""
     path = model.parent / "measures.json"
     measured = {
@@ -123,11 +125,10 @@ def measure(variant: Variant, model: Path, real: RealClips, judges: Judges, seed
                 options = {"steps": (1, sum(defaults.steps)), "guidance": (1.0, defaults.guidance[0])}
                 make = PipelineMaker(OneStage(pipeline.bundle, pipeline.backend), options)
             result = evaluate(make, make, real, judges, plan(LIVELY, seeds), shown=True)
-            result.measures["model"] = measured
+            result = replace(result, measures=replace(result.measures, model=measured))
             write(result, real, make, model.parent)
         print(variant.name, as_text(result.measures), sep="\n", flush=True)
-    found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return found
+    return from_json(Measures, json.loads(path.read_text(encoding="utf-8")))
 
 
 ROWS = (
@@ -145,25 +146,26 @@ ROWS = (
 )
 
 
-def table(found: Mapping[str, Mapping[str, Any]]) -> str:
+def table(found: Mapping[str, Measures]) -> str:
     """The held-out measures of each variant as a Markdown table; the last column is the real clips' bound.
 
     The Frechet distance is left out: a few dozen clips say nothing about a covariance in 32 dimensions.
     """
-    groups = {name: measures["groups"]["held-out"] for name, measures in found.items()}
-    bound = next(iter(groups.values()))["codec"]
+    groups = {name: measures.groups["held-out"] for name, measures in found.items()}
+    bound = next(iter(groups.values())).codec
     lines = [f"| held-out combinations | {' | '.join(groups)} | codec's bound |", "|---" * (len(groups) + 2) + "|"]
     for key, title, form in ROWS:
-        cells = [form.format(group["generated"][key]) for group in groups.values()]
-        lines.append(f"| {title} | {' | '.join(cells)} | {form.format(bound[key])} |")
+        cells = [cell(column, key, form) for column in (*(group.generated for group in groups.values()), bound)]
+        lines.append(f"| {title} | {' | '.join(cells)} |")
     for kind in ("motion", "appearance"):
-        control = [measures["control"][kind] for measures in found.values()]
-        for key, title in (("", "within a subject"), ("_pooled", "over all clips")):
-            cells = [f"{c[f'spearman{key}']:.2f}" for c in control]
-            lines.append(
-                f"| Spearman, {kind} factor, {title} | {' | '.join(cells)} | {control[0][f'codec{key}']:.2f} |"
-            )
-    parts = [measures["control"]["motion"]["zero_part"] for measures in found.values()]
+        cues = [measures.control[kind] for measures in found.values()]
+        for title, followed, codec in (
+            ("within a subject", [cue.spearman for cue in cues], cues[0].codec),
+            ("over all clips", [cue.spearman_pooled for cue in cues], cues[0].codec_pooled),
+        ):
+            cells = [f"{value:.2f}" for value in (*followed, codec)]
+            lines.append(f"| Spearman, {kind} factor, {title} | {' | '.join(cells)} |")
+    parts = [measures.control["motion"].zero_part or 0.0 for measures in found.values()]
     lines.append(f"| difference at motion 0, of the median clip's | {' | '.join(f'{x:.0%}' for x in parts)} | |")
     return "\n".join(lines)
 

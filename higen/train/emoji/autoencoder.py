@@ -34,7 +34,7 @@ from higen.train.loop import Cadence, Follower, Loop
 from higen.train.optimise import Optimiser
 
 FOLDER = "autoencoder"
-"""Of the checkpoints."""
+"""Name of the checkpoints' folder."""
 NO_ATTENTION: tuple[tuple[int, ...], ...] = ((),) * 5
 
 

@@ -44,7 +44,7 @@ STYLE_PARTS = (0.4, 0.2, 0.15, 0.15, 0.1)
 UNSAID = 0.75
 """Part of the clips with a cue whose caption leaves the speed out, so that the cue decides it."""
 SPEED_PARTS = (0.14, 0.27, 0.27, 0.04, 0.28)
-"""How often a clip has each of SPEEDS, and any other speed: standing still is soon learned, moving fast is not."""
+"""How often a clip has each of SPEEDS, and any other speed. Standing still is learned sooner than fast motion."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,8 @@ class Pictured:
 @dataclass(frozen=True)
 class Told:
     """motion [B,F,D] and appearance [B,F,R] cues, captions, and the mean square [B,F] of the frames' distance from the
-    prior, which is what a denoiser's gain should make of them."""
+    prior, which the gain is to predict from them.
+    """
 
     motion: Tensor
     appearance: Tensor
@@ -183,8 +184,9 @@ class Clips:
         return clip[:, frames], prior, motion[frames], appearance[frames], self._caption(s, b, said, random)
 
     def _cues(self, clip: Tensor, random: torch.Generator, speed: Speed) -> tuple[Tensor, Tensor, Speed]:
-        """Cues measured from the clip, as a user or as a clip would give them, or left out where the speed has a name;
-        and the speed that the caption should name."""
+        """Cues measured from the clip: as single numbers, as whole curves, or left out where the speed has a name. Also
+        the speed that the caption should name.
+        """
         number = self.settings.cues.as_numbers
         numbers = _real(random) < number, _real(random) < number
         least = 0 if speed in SPEEDS else 1
@@ -220,8 +222,8 @@ class Clips:
 class EmojiSource:
     """The batches of a run over the emoji (`higen.train.batches.Source`).
 
-    Clips have a prior where the network knows what to do with it (prior preconditioning); one without draws them from
-    the text alone, and the noise levels of its clips are chosen as those of pictures are.
+    Clips have a prior if the network has prior preconditioning. Another network draws them from the text alone, and the
+    noise levels of its clips are chosen as for pictures.
     """
 
     def __init__(self, clips: Clips, tokenizer: PromptTokenizer, timesteps: int) -> None:
@@ -242,7 +244,7 @@ class EmojiSource:
         return StepBatches(images, videos if self.has_prior else replace(videos, prior=None), gains)
 
     def _batch(self, drawn: Pictured, levelled: bool, random: torch.Generator) -> Batch:
-        """`levelled`: the noise levels are chosen as those of clips."""
+        """`levelled`: the noise levels are chosen as for clips."""
         t = draw_timesteps(len(drawn.x0), levelled, self.clips.settings.objective, self.timesteps, random)
         noise = torch.randn(drawn.x0.shape, generator=random)
         tokens, given = self._tokens(drawn.captions), (drawn.known, drawn.mask)
@@ -260,7 +262,7 @@ def _integer(random: torch.Generator, below: int) -> int:
 
 
 def _weighted(random: torch.Generator, parts: Sequence[float]) -> int:
-    """An index of `parts`, as often as they say."""
+    """An index of `parts`, drawn with these probabilities."""
     return int(torch.multinomial(torch.tensor(parts), 1, generator=random))
 
 

@@ -29,7 +29,7 @@ class CodecSettings:
 
     optimiser: OptimiserSettings
     steps: int | None = None
-    """None: as many as the time that is given allows."""
+    """None: as many as the given time allows."""
     batch: int = 16
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -39,7 +39,7 @@ class CodecSettings:
     mse_weight: float = 0.5
     edge_weight: float = 0.5
     subject_weight: float = 2.0
-    """Extra weight of the subject's pixels over the background's, which are few pictures and soon learned."""
+    """Extra weight of the subject's pixels. There are only a few backgrounds, which are learned soon."""
     prior_weight: float = 0.02
 
 
@@ -56,9 +56,9 @@ def recipe() -> Settings:
 
 @cache
 def architecture() -> ModelConfig:
-    """The built-in model's configuration but for its autoencoder and its prompts; its words are the captions'."""
+    """The built-in model's configuration except for its autoencoder and its prompts; its words are the captions'."""
     config = read_architecture(FILE.with_name("architecture.toml"), ModelConfig())
-    # TOML has no null: both cues are left out of a request that gives none.
+    # TOML has no null. None means that a request without cues leaves both out.
     defaults = replace(config.defaults, motion=None, appearance=None)
     return replace(config, text=with_words(config.text, len(WORDS)), defaults=defaults)
 

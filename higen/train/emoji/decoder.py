@@ -1,4 +1,4 @@
-"""Trains the codec's decoder on what the denoiser draws; the encoder and the latents stay as they are.
+"""Trains the codec's decoder on latents that the denoiser draws; the encoder and the data's latents do not change.
 
     python -m higen.train.emoji.decoder --data FOLDER --state FOLDER --model DIR
 
@@ -6,7 +6,7 @@ A decoder that has seen nothing but encoded pictures shows a latent between two 
 was asked for is known pixel by pixel, so the decoder can learn to show such a latent as the soft picture it stands for.
 Clips of trained prompts are drawn once, by a model directory, into `STATE/drawn`; half of every batch are frames of
 theirs, the other half encoded pictures, which must not become worse. The result is `STATE/decoder.safetensors`, which
-`assemble` takes in the place of the codec's own. Run the command again to resume.
+`assemble` takes in place of the codec's own. Run the command again to resume.
 """
 
 from __future__ import annotations

@@ -111,7 +111,7 @@ def train(state: Path, clips: Clips, start: Bundle | None = None) -> None:
 
 
 def all_clips(state: Path, steps: int | None, bf16: bool, start: Bundle | None = None) -> Clips:
-    """The recipe's clips, over all of the latents cache in `state`, with its settings but for these.
+    """The recipe's clips, over all of the latents cache in `state`, with its settings except for these.
 
     Subjects that `start` does not know are new.
     """

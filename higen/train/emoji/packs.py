@@ -36,9 +36,9 @@ def to_fetch(folder: Path) -> list[str]:
 def fetch(folder: Path, download: bool = True) -> None:
     """Put every subject's WebP file into `folder`, downloading the four npm packages there where they are missing.
 
-    `download=False`: what would have to be downloaded is a RuntimeError that says how much it is. Raises RuntimeError
-    also when npm is missing or fails, when a package's archive is broken (it is removed: the next call
-    fetches it anew) or when the packages lack a subject; TrainingError and OSError where a file cannot be written.
+    Raises RuntimeError where a download is necessary and `download` is False (the message says how large it is), where
+    npm is missing or fails, where a package's archive is broken (it is removed, and the next call fetches it anew), and
+    where the packages lack a subject; TrainingError and OSError where a file cannot be written.
     """
     if not download and (packages := to_fetch(folder)):
         raise RuntimeError(
@@ -112,8 +112,8 @@ def load_loop(path: Path, size: int = 128) -> Image8:
 def loop_step(path: Path) -> int:
     """Loop frames between two clip frames at real time (speed 1.0).
 
-    The files say 42 ms a frame, which is 24 frames a second in whole milliseconds; rounding to a whole number of
-    frames keeps the clips' motion even.
+    The files have 42 ms per frame, which is 24 frames per second in whole milliseconds. A whole number of frames keeps
+    the clips' motion even.
     """
     durations: list[float] = []
     with Image.open(path) as image:
@@ -185,7 +185,7 @@ def _gradient(t: FloatImage, first: Colour, last: Colour) -> FloatImage:
 
 
 def _over(image: FloatImage, alpha: FloatImage, colour: Colour | FloatImage) -> FloatImage:
-    """`colour` over `image` where `alpha` (float32 [h, w], 0..1) says so."""
+    """`colour` laid over `image` with the opacity `alpha` (float32 [h, w], 0..1)."""
     weight = np.clip(alpha, 0, 1)[..., None]
     mixed: FloatImage = image * (1 - weight) + np.asarray(colour, np.float32) * weight
     return mixed

@@ -1,4 +1,4 @@
-"""What the recipe says of its progress."""
+"""Lines that the recipe prints about its progress."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ __all__ = ["say"]
 
 
 def say(line: str) -> None:
-    """Print a line behind the time of day: a run takes hours."""
+    """Print the time of day and a line, because a run takes hours."""
     print(time.strftime("%H:%M:%S"), line, flush=True)

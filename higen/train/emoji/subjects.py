@@ -1,4 +1,4 @@
-"""What the default model can draw: its subjects, backgrounds and speeds, and the captions that name them."""
+"""The subjects, backgrounds and speeds that the default model can draw, and their captions."""
 
 import re
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""Starts the default model's networks from another one's weights: more subjects need no training from nothing."""
+"""Starts the default model's networks from another model's weights, so that more subjects are learned sooner."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""A family from outside: what a package adds to higen to run a model of its own (docs/families.md)."""
+"""A family in a package of its own, as others would add it to higen (docs/families.md)."""

@@ -24,7 +24,7 @@ VOCABULARY = len(WORDS) + 4
 
 LENGTH = 8
 PLACES = 5
-"""Places of the clip that a frame's wanted similarity is told for."""
+"""Number of places in the clip for which a frame's wanted similarity is given."""
 EYE = (5, 7)
 """Height and width of the picture that the stage `eye` sees."""
 
@@ -40,7 +40,7 @@ FILES = {
 
 @dataclass(frozen=True)
 class Widths:
-    """What the tensors' shapes say of the networks: latent channels, and how wide words, curves, conditions are."""
+    """Sizes that follow from the tensors' shapes: latent channels, and the widths of words, curves and conditions."""
 
     channels: int = 4
     words: int = 8

@@ -140,7 +140,7 @@ HIGEN_API higen_status higen_model_loop(const higen_model* model, size_t index, 
 typedef enum higen_control_kind {
     HIGEN_CONTROL_NUMBER = 0,
     HIGEN_CONTROL_WHOLE = 1,   /* a whole number */
-    HIGEN_CONTROL_CURVE = 2,   /* one number, one a frame or, but for similarity, one a pair of frames; see encoding */
+    HIGEN_CONTROL_CURVE = 2,   /* one number, one per frame, or one per pair of frames (not for similarity) */
     HIGEN_CONTROL_TEXT = 3,
     HIGEN_CONTROL_PICTURE = 4, /* higen_picture of one frame */
     HIGEN_CONTROL_CLIP = 5,    /* higen_picture of as many frames as the request has */
@@ -188,7 +188,7 @@ HIGEN_API higen_status higen_tokenize(const higen_model* model, const char* text
 
 /* ---- Requests ---- */
 
-/* A value of a control that is no picture and no clip. A control that a request does not list has its default. */
+/* A value of a control that is neither a picture nor a clip. A control that a request does not list has its default. */
 typedef struct higen_control {
     const char* name;
     const double* values; /* rows x columns numbers, row by row; 1 x 1 is one number, n x 1 a list */
@@ -224,7 +224,7 @@ HIGEN_API higen_status higen_image_open(const char* path, higen_image* image);
 
 HIGEN_API void higen_image_free(higen_image* image);
 
-/* One number for all frames of a loop, or one a frame. */
+/* One number for all frames of a loop, or one per frame. */
 typedef struct higen_curve {
     const double* values; /* NULL: the loop's default */
     size_t count;
@@ -239,12 +239,12 @@ typedef struct higen_request {
     const int64_t* negative_tokens;  /* instead of `negative_prompt` */
     size_t negative_token_count;
     uint64_t seed;
-    const int32_t* steps;            /* step_count numbers: one for every loop, or one a loop in the order of
+    const int32_t* steps;            /* step_count numbers: one for every loop, or one per loop in the order of
                                         higen_model_loop; 0: that loop's default. NULL: the defaults */
     size_t step_count;
-    const higen_curve* guidance;     /* guidance_count curves: one for every loop, or one a loop. NULL: the defaults */
+    const higen_curve* guidance;     /* guidance_count curves: one for every loop, or one per loop. NULL: the defaults */
     size_t guidance_count;
-    const char* const* solvers;      /* solver_count names: one for every loop, or one a loop; a NULL among them: that
+    const char* const* solvers;      /* solver_count names: one for every loop, or one per loop; a NULL among them: that
                                         loop's default. NULL: the defaults */
     size_t solver_count;
     int32_t frames;
@@ -334,8 +334,8 @@ HIGEN_API higen_status higen_generate(higen_model* model, const higen_request* r
 
 /* Make a video of each of `count` requests at once: their denoising steps are one batch, which a GPU does in less time
  * than one after another. They agree in frames, width, height, fps, steps, solvers, guidance_interval,
- * windows, window_noise, free_init and reuse, and in which pictures and clips are given; the rest is each one's own. A video is that of its request alone, but for the rounding of a larger batch.
- * on_frames gets one video after another. */
+ * windows, window_noise, free_init and reuse, and in which pictures and clips are given; everything else may differ. Each
+ * video is that of its request alone, except for the rounding of a larger batch. on_frames gets one video after another. */
 HIGEN_API higen_status higen_generate_batch(higen_model* model, const higen_request* const* requests, size_t count,
                                             const higen_callbacks* callbacks);
 

@@ -9,17 +9,17 @@ from __future__ import annotations
 import argparse
 import json
 import textwrap
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 import higen
 from higen.families.higen import spec
 from higen.train.emoji.configuration import DECODER, recipe
-from higen.train.emoji.evaluation.report import COLUMNS, frechet_lines
+from higen.train.emoji.evaluation.figures import Measures
+from higen.train.emoji.evaluation.report import COLUMNS, cell, frechet_lines
 from higen.train.emoji.subjects import BACKGROUNDS, SUBJECTS
+from higen.typed_json import from_json
 from higen.video import Video, contact_sheet
 
 __all__ = ["PROMPTS", "control", "table"]
@@ -94,37 +94,37 @@ def samples(videos: list[Video]) -> Video:
     return Video(np.concatenate(rows, axis=1), videos[0].fps)
 
 
-def table(measures: Mapping[str, Any]) -> str:
+def table(measures: Measures) -> str:
     """A group's measures as a column each, beside their bounds; Markdown."""
-    groups = measures["groups"]
+    groups = measures.groups
     bounds = groups.get("held-out") or next(iter(groups.values()))
     lines = [f"| | {' | '.join(groups)} | codec | real |", "|---" * (len(groups) + 3) + "|"]
     for key, title, form in COLUMNS:
-        columns = [group["generated"] for group in groups.values()] + [bounds["codec"], bounds["real"]]
-        if all(key in column for column in columns):
-            lines.append(f"| {title} | {' | '.join(form.format(column[key]) for column in columns)} |")
-    for rows in zip(*(frechet_lines(group["frechet"]) for group in groups.values()), strict=True):
-        bound = dict(frechet_lines(bounds["frechet"]))[rows[0][0]]
-        columns = [cells["generated"] for _, cells in rows] + [bound["codec"], bound["real"]]
-        lines.append(f"| {rows[0][0]} | {' | '.join(columns)} |")
+        cells = [cell(c, key, form) for c in (*(g.generated for g in groups.values()), bounds.codec, bounds.real)]
+        if all(cells):
+            lines.append(f"| {title} | {' | '.join(cells)} |")
+    bound = dict(frechet_lines(bounds.frechet))
+    for rows in zip(*(frechet_lines(group.frechet) for group in groups.values()), strict=True):
+        title = rows[0][0]
+        lines.append(f"| {title} | {' | '.join([*(generated for _, (generated, *_) in rows), *bound[title][1:]])} |")
     return "\n".join(lines)
 
 
-def control(measures: Mapping[str, Any]) -> str:
+def control(measures: Measures) -> str:
     """How far the cues are followed, in a sentence or two."""
-    found = measures["control"]
+    found = measures.control
     parts = [
-        f"{kind} factor {value['spearman']:.2f} within a subject ({value['spearman_moving']:.2f} without the request "
-        f"for 0), {value['spearman_pooled']:.2f} over all clips"
+        f"{kind} factor {value.spearman:.2f} within a subject ({value.spearman_moving:.2f} without the request "
+        f"for 0), {value.spearman_pooled:.2f} over all clips"
         for kind, value in found.items()
     ]
-    bounds = ", ".join(f"{value['codec']:.2f} and {value['codec_pooled']:.2f}" for value in found.values())
+    bounds = ", ".join(f"{value.codec:.2f} and {value.codec_pooled:.2f}" for value in found.values())
     text = (
         f"Spearman correlation of requested and measured cue: {'; '.join(parts)} (the real clips through the codec: "
         f"{bounds})."
     )
-    if "zero_part" in found.get("motion", {}):
-        text += f" A requested motion of 0 leaves {found['motion']['zero_part']:.1%} of the median clip's difference."
+    if "motion" in found and found["motion"].zero_part is not None:
+        text += f" A requested motion of 0 leaves {found['motion'].zero_part:.1%} of the median clip's difference."
     return textwrap.fill(text, 120)
 
 
@@ -136,7 +136,7 @@ def main() -> None:
     parser.add_argument("--limits", default="", help="what the contact sheet shows to be wrong")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    measures = json.loads(arguments.measures.read_text(encoding="utf-8"))
+    measures = from_json(Measures, json.loads(arguments.measures.read_text(encoding="utf-8")))
     with higen.load(arguments.model) as pipeline:
         videos = pipeline(list(PROMPTS), seed=0, progress=False)
         size = sum(record.size for name, record in pipeline.bundle.files.items() if name.endswith(".safetensors"))
@@ -151,8 +151,8 @@ def main() -> None:
         words=words,
         steps=recipe().run.steps,
         decoder_steps=DECODER.steps,
-        quick=" --quick" if measures["model"]["quick"] else "",
-        clips=", ".join(f"{name}: {group['clips']} clips" for name, group in measures["groups"].items()),
+        quick=" --quick" if measures.model["quick"] else "",
+        clips=", ".join(f"{name}: {group.clips} clips" for name, group in measures.groups.items()),
         table=table(measures),
         control=control(measures),
         limits=textwrap.fill(f"**Limits** {LIMIT} {arguments.limits}", 120),

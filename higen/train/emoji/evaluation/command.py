@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from higen.api import default_model, load
 from higen.backends.select import check_backend
@@ -19,6 +19,7 @@ from higen.precision import check_precision
 from higen.train.denormals import flushed_denormals
 from higen.train.emoji.evaluation import known as known_measures
 from higen.train.emoji.evaluation.evaluate import evaluate
+from higen.train.emoji.evaluation.figures import Measures
 from higen.train.emoji.evaluation.journal import Journal
 from higen.train.emoji.evaluation.judges import Judges
 from higen.train.emoji.evaluation.plan import plan
@@ -43,7 +44,7 @@ def measure(
     precision: str | None = None,
     download: bool = False,
     shown: bool = False,
-) -> tuple[dict[str, Any], str]:
+) -> tuple[Measures, str]:
     """Measure a model directory (None: the built-in one) and write the files into `output`; measures and their table.
 
     `download`: the emoji may be fetched into `data`, about 700 MB. The networks that judge and what was measured of
@@ -97,11 +98,13 @@ def measure(
             result = evaluate(make, make, real, judges, shots, shown, journal)
             if known:
                 chosen = subjects[::4] if quick else subjects
-                result.measures["known"] = known_measures.known_frames(make, real, chosen, shown=shown)
-            result.measures["model"] = measured | {"subjects": len(subjects), "seeds": seeds, "quick": quick}
+                figures = known_measures.known_frames(make, real, chosen, shown=shown)
+                result = replace(result, measures=replace(result.measures, known=figures))
+            about = measured | {"subjects": len(subjects), "seeds": seeds, "quick": quick}
+            result = replace(result, measures=replace(result.measures, model=about))
             write(result, real, make, output)
-    text = as_text(result.measures)
-    return result.measures, f"{text}\n{known_measures.as_text(result.measures['known'])}" if known else text
+    text, frames = as_text(result.measures), result.measures.known
+    return result.measures, text if frames is None else f"{text}\n{known_measures.as_text(frames)}"
 
 
 @contextmanager

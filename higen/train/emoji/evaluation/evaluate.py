@@ -2,33 +2,33 @@
 
 Poses and backgrounds are fixed, so the real clip of a prompt is known pixel by pixel. What is sampled, with n seeds:
 
-held-out   every subject on the background that was kept out of training: each seed at normal speed, and every other
-           one fast or slow in turn
-trained    the same on one background that was trained, with a quarter of the seeds (at least one)
-still      both, "standing still", with a quarter of the seeds
-motion     held-out, seed 0, normal speed in words, and as `motion` 0 and what the real clip has at half, one, one and a
-           half and two times real time
-appearance the same with `appearance`: 0 and the real clip's at half, one and two times
+held-out   every subject on the background that was kept out of training: every seed at normal speed, and every second
+           seed also fast or slow, by turns
+trained    the same on one background of the training, with a quarter of the seeds (at least one)
+still      both of these with the words "standing still", with a quarter of the seeds
+motion     the held-out prompts at normal speed, seed 0, with a `motion` number: that of the real clip at 0, 0.5, 1, 1.5
+           and 2 times real time
+appearance the same with an `appearance` number: that of the real clip at 0, 0.5, 1 and 2 times real time
 
-Every figure stands beside what the same function says of the real clips through the autoencoder ("codec": what the
-best denoiser could reach) and of the real clips themselves ("real"):
+Each figure is reported beside the same measure of the real clips through the autoencoder ("codec", which the best
+denoiser could reach) and of the real clips as they are ("real"):
 
 identity, template, background   what is shown: a classifier trained on real frames; correlation with the subject's real
            frames (higher than with any other's, and than half way from the best other's to the real clip's)
-psnr, psnr_copy, beats_copy      against the real clip, in dB: the clip, its own key frame repeated, how often the clip
-           is closer. beats_mean: closer than its own mean over time too, which noise in every frame cannot be.
-           psnr_real_copy, beats_real_copy: the real key frame repeated, which no model has
+psnr, psnr_copy, beats_copy      PSNR against the real clip in dB of the clip and of its own key frame repeated, and how
+           often the clip is closer. beats_mean: how often the clip is closer than its own mean frame repeated, which a
+           clip with noise in every frame is not. psnr_real_copy, beats_real_copy: the same with the real key frame
 flicker, speckle, sharpness      see higen/measures/fidelity.py
-spearman   rank correlation of the cues that were asked for and measured: within a subject (the mean), within a subject
-           without the request for 0 (to tell 0 from the others and order those at random gives 0.5 with it, 0 without),
-           over all clips
+spearman   rank correlation of requested and measured cues: within a subject (the mean), within a subject without the
+           request for 0, and over all clips. A model that obeys 0 and orders the other requests at random reaches 0.5
+           with the request for 0 and 0 without it
 motion_ratio, difference         against the real clip's motion as training measures it; mean difference of frames
-frechet    distance of features to as many real clips drawn at random: the same subjects, any background, the same
-           speeds, up to an eighth of a second earlier or later. The floor is the distance between two such draws,
-           without a clip in common. "real" are the very clips that were asked for. They are far above this floor, for
-           a few requests with many seeds each are not as many different clips: "alike" are draws with the make-up of
-           what was asked for, a background for every subject and speed and as many clips of each, and there they are
-           near the floor. "asked": distance to the very clips that were asked for, which has no floor but the codec's
+frechet    distance of features to a random draw of as many real clips: the same subjects and speeds, any background,
+           up to an eighth of a second earlier or later. The floor is the distance between two such draws that share no
+           clip. "real" are the real clips of the requests. They lie far above this floor, because a few requests with
+           many seeds each make fewer different clips. "alike" are draws with the same make-up as the requests: as many
+           clips of each subject and speed, on one background. There the real clips lie near the floor. "asked" is the
+           distance to the real clips of the requests; its lower bound is the codec's distance
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -45,7 +45,15 @@ from tqdm import tqdm
 from higen.errors import PromptWarning, TrainingError
 from higen.measures import fidelity
 from higen.measures.statistics import spearman
-from higen.train.emoji.evaluation.frechet import frechet
+from higen.train.emoji.evaluation.figures import (
+    ColumnFigures,
+    CueFigures,
+    GroupFigures,
+    Measures,
+    SpeedFigures,
+    SubjectFigures,
+)
+from higen.train.emoji.evaluation.frechet import Features, Request, frechet
 from higen.train.emoji.evaluation.journal import Journal
 from higen.train.emoji.evaluation.judges import Judges
 from higen.train.emoji.evaluation.plan import FAST, GROUPS, NORMAL, SLOW, Row, Shot
@@ -53,15 +61,11 @@ from higen.train.emoji.evaluation.real_clips import RealClips
 from higen.train.emoji.subjects import KEY_INDEX, SPEEDS, SUBJECTS
 from higen.train.pipeline_maker import PipelineMaker, measured_cues
 
-__all__ = ["MEANS", "Codec", "Maker", "PipelineMaker", "Result", "evaluate"]
+__all__ = ["Codec", "Maker", "PipelineMaker", "Result", "evaluate"]
 
 Frames = NDArray[np.uint8]
 CLOSER = 0.01
 """dB that a clip must be closer by: a repeated frame must not win by rounding."""
-
-
-MEANS = tuple(name for name in Row.__dataclass_fields__ if name not in ("motion", "appearance"))
-"""Fields whose mean over a group is reported."""
 
 
 class Maker(Protocol):
@@ -86,11 +90,11 @@ class Codec(Protocol):
 
 @dataclass
 class Result:
-    """Everything measured: a row for each shot, the bounds, and the clips to show (seed 0 at normal speed)."""
+    """Everything that was measured: a row for each shot, the figures, and the clips to show (seed 0, normal speed)."""
 
     shots: list[Shot]
     rows: list[Row]
-    measures: dict[str, Any]
+    measures: Measures
     shown: list[tuple[Shot, Frames]]
 
 
@@ -103,8 +107,9 @@ def evaluate(
     shown: bool = False,
     journal: Journal | None = None,
 ) -> Result:
-    """Make every shot and measure it; `shown`: with a progress bar. What `journal` has of clips is not made again,
-    but for those to be shown."""
+    """Make and measure every shot; `shown`: with a progress bar. Clips that `journal` has are not made again, except
+    those to be shown.
+    """
     measure = _Measure(codec, real, judges)
     measured: list[tuple[Shot, Row, NDArray[np.float64]]] = []
     sheet: list[tuple[Shot, Frames]] = []
@@ -129,24 +134,28 @@ def evaluate(
                 if journal is not None:
                     journal.add(shot, *kept)
             measured.append((shot, *kept))
-    conditions = sorted({(s.subject, s.background, s.factor) for s in shots if s.kind in ("text", "still")})
-    bounds = {}
-    for s, b, factor in tqdm(sorted(conditions, key=lambda c: c[1]), desc="bounds", disable=not shown):
-        bounds[s, b, factor] = measure.bound(s, b, factor)
+    conditions = sorted({_request(shot) for shot in shots if shot.kind in ("text", "still")})
+    bounds: dict[Request, _Bound] = {}
+    for request in tqdm(sorted(conditions, key=lambda c: c[1]), desc="bounds", disable=not shown):
+        bounds[request] = measure.bound(*request)
     rows, features = [row for _, row, _ in measured], np.array([f for *_, f in measured])
-    measures = {
-        "groups": {
+    measures = Measures(
+        groups={
             group: _group(group, shots, rows, features, bounds, judges)
             for group in GROUPS
             if any(shot.group == group for shot in shots)
         },
-        "control": _control(shots, rows, measure),
-        "subjects": {
+        control=_control(shots, rows, measure),
+        subjects={
             SUBJECTS[s].name: _subject([(shot, row) for shot, row, _ in measured if shot.subject == s])
             for s in sorted({shot.subject for shot in shots})
         },
-    }
+    )
     return Result(list(shots), rows, measures, sheet)
+
+
+def _request(shot: Shot) -> Request:
+    return shot.subject, shot.background, shot.factor
 
 
 @dataclass(frozen=True)
@@ -155,16 +164,17 @@ class _Bound:
 
     codec: Row
     real: Row
-    features: dict[str, NDArray[np.float64]]
+    codec_features: NDArray[np.float64]
+    real_features: NDArray[np.float64]
 
 
 class _Measure:
-    """The measures of a clip; what they need of the real one is kept."""
+    """Measures clips; keeps what it measured of the real clips."""
 
     def __init__(self, codec: Codec, real: RealClips, judges: Judges) -> None:
         self.codec, self.real, self.judges = codec, real, judges
-        self._cues: dict[tuple[int, int, float], tuple[float, float]] = {}
-        self._codec_cues: dict[tuple[int, int, float], tuple[float, float]] = {}
+        self._cues: dict[Request, tuple[float, float]] = {}
+        self._codec_cues: dict[Request, tuple[float, float]] = {}
 
     def real_cues(self, s: int, b: int, factor: float) -> tuple[float, float]:
         """Motion and appearance factor of a real clip."""
@@ -180,7 +190,7 @@ class _Measure:
         return self._codec_cues[s, b, factor]
 
     def cues(self, shot: Shot) -> tuple[float | None, float | None]:
-        """What is asked for in numbers."""
+        """Requested motion and appearance; None for a cue that is left to the prompt."""
         if shot.requested is None:
             return None, None
         motion, appearance = self.real_cues(shot.subject, shot.background, shot.requested)
@@ -197,11 +207,7 @@ class _Measure:
         features = self.judges.features([through, clip])
         codec = self.measured(s, b, factor, through)
         self._codec_cues[s, b, factor] = codec.motion, codec.appearance
-        return _Bound(
-            codec,
-            self.measured(s, b, factor, clip),
-            {"codec": features[0], "real": features[1]},
-        )
+        return _Bound(codec, self.measured(s, b, factor, clip), features[0], features[1])
 
     def measured(self, s: int, b: int, factor: float, clip: Frames) -> Row:
         """Every measure of a clip that should show a subject on a background at a speed."""
@@ -233,58 +239,63 @@ class _Measure:
         )
 
 
-def _means(rows: Sequence[Row]) -> dict[str, float]:
-    return {name: float(np.mean([getattr(row, name) for row in rows])) for name in MEANS}
-
-
 def _group(
     group: str,
     shots: Sequence[Shot],
     rows: Sequence[Row],
     features: NDArray[np.float64],
-    bounds: Mapping[tuple[int, int, float], _Bound],
+    bounds: Mapping[Request, _Bound],
     judges: Judges,
-) -> dict[str, Any]:
+) -> GroupFigures:
     """Means of a group's clips from text, beside those of the real clips for the same requests."""
     chosen = [i for i, shot in enumerate(shots) if shot.group == group and shot.kind == "text"]
-    asked = [(shots[i].subject, shots[i].background, shots[i].factor) for i in chosen]
-    made = [rows[i] for i in chosen]
-    columns = {
-        "generated": made,
-        "codec": [bounds[request].codec for request in asked],
-        "real": [bounds[request].real for request in asked],
-    }
-    table = {name: _means(column) for name, column in columns.items()}
-    for name, column in columns.items():
-        table[name]["motion_ratio"] = float(
-            np.median([row.motion / max(bounds[r].real.motion, 1e-6) for row, r in zip(column, asked, strict=True)])
-        )
-        relative = [row.correlation / bounds[r].real.correlation for row, r in zip(column, asked, strict=True)]
-        table[name]["template_relative"] = float(np.mean(relative))
-        table[name]["template_close"] = float(np.mean(np.array(relative) >= 0.85))
+    asked = [_request(shots[i]) for i in chosen]
+    own = [bounds[request] for request in asked]
+    real = [bound.real for bound in own]
     still = [i for i, shot in enumerate(shots) if shot.group == group and shot.kind == "still"]
-    if still:
-        table["generated"]["still"] = float(np.mean([rows[i].difference for i in still]))
-        for name in ("codec", "real"):
-            kept = [bounds[shots[i].subject, shots[i].background, 0.0] for i in still]
-            table[name]["still"] = float(np.mean([getattr(bound, name).difference for bound in kept]))
-    by_speed = {
-        SPEEDS[speed].name: _means([rows[i] for i in chosen if shots[i].speed == speed]) | {"clips": count}
-        for speed in (SLOW, NORMAL, FAST)
-        if (count := sum(shots[i].speed == speed for i in chosen))
-    }
-    of_bounds = {name: np.array([bounds[r].features[name] for r in asked]) for name in ("codec", "real")}
-    return {
-        "clips": len(chosen),
-        **table,
-        "by_speed": by_speed,
-        "frechet": frechet(asked, {"generated": features[chosen], **of_bounds}, judges),
-    }
+    kept = [bounds[shots[i].subject, shots[i].background, 0.0] for i in still]
+    by_speed = {speed: [rows[i] for i in chosen if shots[i].speed == speed] for speed in (SLOW, NORMAL, FAST)}
+    return GroupFigures(
+        clips=len(chosen),
+        generated=_column([rows[i] for i in chosen], real, [rows[i] for i in still]),
+        codec=_column([bound.codec for bound in own], real, [bound.codec for bound in kept]),
+        real=_column(real, real, [bound.real for bound in kept]),
+        by_speed={SPEEDS[speed].name: SpeedFigures.of(r, clips=len(r)) for speed, r in by_speed.items() if r},
+        frechet=frechet(
+            asked,
+            Features(
+                features[chosen],
+                np.array([bound.codec_features for bound in own]),
+                np.array([bound.real_features for bound in own]),
+            ),
+            judges,
+        ),
+    )
 
 
-def _control(shots: Sequence[Shot], rows: Sequence[Row], measure: _Measure) -> dict[str, Any]:
+def _column(rows: Sequence[Row], real: Sequence[Row], still: Sequence[Row]) -> ColumnFigures:
+    """The figures of `rows`, whose real clips have the rows `real`; `still`: those of clips that stand still."""
+    pairs = list(zip(rows, real, strict=True))
+    relative = np.array([row.correlation / wanted.correlation for row, wanted in pairs])
+    return ColumnFigures.of(
+        rows,
+        motion_ratio=float(np.median([row.motion / max(wanted.motion, 1e-6) for row, wanted in pairs])),
+        template_relative=float(np.mean(relative)),
+        template_close=float(np.mean(relative >= 0.85)),
+        still=float(np.mean([row.difference for row in still])) if still else None,
+    )
+
+
+def _control(shots: Sequence[Shot], rows: Sequence[Row], measure: _Measure) -> dict[str, CueFigures]:
     """How the cues that were asked for in numbers are followed."""
-    control: dict[str, Any] = {}
+    measured = list(zip(shots, rows, strict=True))
+    zero = [row.difference for shot, row in measured if shot.kind == "motion" and shot.requested == 0]
+    usual = [
+        row.difference
+        for shot, row in measured
+        if shot.kind == "text" and shot.group == "held-out" and shot.speed == NORMAL
+    ]
+    control: dict[str, CueFigures] = {}
     for kind in ("motion", "appearance"):
         chosen = [i for i, shot in enumerate(shots) if shot.kind == kind]
         if not chosen:
@@ -292,33 +303,24 @@ def _control(shots: Sequence[Shot], rows: Sequence[Row], measure: _Measure) -> d
         index = 0 if kind == "motion" else 1
         wanted = [measure.cues(shots[i])[index] or 0.0 for i in chosen]
         found = [getattr(rows[i], kind) for i in chosen]
-        through = [measure.codec_cues(shots[i].subject, shots[i].background, shots[i].factor)[index] for i in chosen]
+        through = [measure.codec_cues(*_request(shots[i]))[index] for i in chosen]
         subjects = [shots[i].subject for i in chosen]
         moving = [k for k, i in enumerate(chosen) if shots[i].requested]
-        control[kind] = {
-            "clips": len(chosen),
-            "spearman": _within(subjects, wanted, found),
-            "spearman_moving": _within(
+        standing = kind == "motion" and bool(zero)
+        control[kind] = CueFigures(
+            clips=len(chosen),
+            spearman=_within(subjects, wanted, found),
+            spearman_moving=_within(
                 [subjects[k] for k in moving], [wanted[k] for k in moving], [found[k] for k in moving]
             ),
-            "spearman_pooled": spearman(wanted, found),
-            "codec": _within(subjects, wanted, through),
-            "codec_pooled": spearman(wanted, through),
-        }
-    measured = list(zip(shots, rows, strict=True))
-    zero = [row.difference for shot, row in measured if shot.kind == "motion" and shot.requested == 0]
-    if zero:
-        usual = [
-            row.difference
-            for shot, row in measured
-            if shot.kind == "text" and shot.group == "held-out" and shot.speed == NORMAL
-        ]
-        control["motion"] |= {
-            "zero": float(np.median(zero)),
-            "usual": float(np.median(usual)),
-            "zero_part": float(np.median(zero) / np.median(usual)),
-            "zero_part_worst": float(np.max(zero) / np.median(usual)),
-        }
+            spearman_pooled=spearman(wanted, found),
+            codec=_within(subjects, wanted, through),
+            codec_pooled=spearman(wanted, through),
+            zero=float(np.median(zero)) if standing else None,
+            usual=float(np.median(usual)) if standing else None,
+            zero_part=float(np.median(zero) / np.median(usual)) if standing else None,
+            zero_part_worst=float(np.max(zero) / np.median(usual)) if standing else None,
+        )
     return control
 
 
@@ -331,15 +333,21 @@ def _within(subjects: Sequence[int], wanted: Sequence[float], found: Sequence[fl
     return float(np.mean(each))
 
 
-def _subject(pairs: Sequence[tuple[Shot, Row]]) -> dict[str, Any]:
+def _subject(pairs: Sequence[tuple[Shot, Row]]) -> SubjectFigures:
     """A subject's own figures over both groups."""
     text = [row for shot, row in pairs if shot.kind == "text"]
-    found: dict[str, Any] = {"clips": len(text), **_means(text)}
-    for kind in ("motion", "appearance"):
-        chosen = [(shot.requested, getattr(row, kind)) for shot, row in pairs if shot.kind == kind]
-        if chosen:
-            found[f"{kind}_spearman"] = spearman(*zip(*chosen, strict=True))
-    return found
+    return SubjectFigures.of(
+        text,
+        clips=len(text),
+        motion_spearman=_own_spearman(pairs, "motion"),
+        appearance_spearman=_own_spearman(pairs, "appearance"),
+    )
+
+
+def _own_spearman(pairs: Sequence[tuple[Shot, Row]], kind: str) -> float | None:
+    """Rank correlation of a subject's requested and measured cue; None where it was not asked for."""
+    chosen = [(shot.requested or 0.0, getattr(row, kind)) for shot, row in pairs if shot.kind == kind]
+    return spearman(*zip(*chosen, strict=True)) if chosen else None
 
 
 def worst(result: Result, count: int = 12) -> list[int]:

@@ -3,60 +3,76 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from higen.measures.statistics import frechet_distance
+from higen.train.emoji.evaluation.figures import AskedDistances, Distances, FrechetFigures
 from higen.train.emoji.evaluation.judges import Judges
 
-__all__ = ["alike_draws", "frechet"]
+__all__ = ["Features", "Request", "alike_draws", "frechet"]
 
 JITTER = 3
-"""Loop frames, 42 ms each, by which a real clip of the Frechet distance's reference may be early or late."""
+"""Loop frames, 42 ms each, by which a real clip of a draw may begin earlier or later than the recipe's clip."""
 DRAWS = 3
-"""Times that the reference of the Frechet distance is drawn; the distances are means."""
+"""Number of draws; the distances are means over them."""
 
 Request = tuple[int, int, float]
+"""Subject, background and speed of a real clip."""
 Condition = tuple[int, int, float, int]
+"""The same, and how many loop frames later it begins."""
 
 
-def frechet(asked: Sequence[Request], features: Mapping[str, NDArray[np.float64]], judges: Judges) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Features:
+    """Features float64 [n, d] of generated clips, and of the real clips for the same requests: through the codec, and
+    as they are.
+    """
+
+    generated: NDArray[np.float64]
+    codec: NDArray[np.float64]
+    real: NDArray[np.float64]
+
+
+def frechet(asked: Sequence[Request], features: Features, judges: Judges) -> FrechetFigures:
     """Frechet distances of each set of features to draws of real clips; see evaluate.py."""
     backgrounds = len(judges.real.pictures)
-    exact = features["real"]
-    return {
-        **_over_floor(features, judges, lambda random: _distinct_draws(asked, backgrounds, random)),
-        "alike": _over_floor(features, judges, lambda random: alike_draws(asked, backgrounds, random)),
-        "asked": {name: frechet_distance(rows, exact) for name, rows in features.items() if rows is not exact},
-    }
+    distinct = _over_floor(features, judges, lambda random: _distinct_draws(asked, backgrounds, random))
+    return FrechetFigures(
+        **vars(distinct),
+        alike=_over_floor(features, judges, lambda random: alike_draws(asked, backgrounds, random)),
+        asked=AskedDistances(
+            generated=frechet_distance(features.generated, features.real),
+            codec=frechet_distance(features.codec, features.real),
+        ),
+    )
 
 
 def _over_floor(
-    features: Mapping[str, NDArray[np.float64]],
+    features: Features,
     judges: Judges,
     draw: Callable[[np.random.Generator], tuple[list[Condition], list[Condition]]],
-) -> dict[str, float]:
+) -> Distances:
     """Distances to the first of two draws of real clips, and that of the second ("floor"), means over DRAWS pairs."""
     random = np.random.default_rng(0)
-    found: dict[str, list[float]] = {name: [] for name in (*features, "floor")}
+    found = []
     for _ in range(DRAWS):
         first, second = draw(random)
         reals = judges.real_features([*first, *second])
         first_rows, second_rows = reals[: len(first)], reals[len(first) :]
-        found["floor"].append(frechet_distance(first_rows, second_rows))
-        for name, rows in features.items():
-            found[name].append(frechet_distance(rows, first_rows))
-    means = {name: float(np.mean(values)) for name, values in found.items()}
-    return means | {"ratio": means["generated"] / max(means["floor"], 1e-12)}
+        compared = (features.generated, features.codec, features.real, second_rows)
+        found.append([frechet_distance(rows, first_rows) for rows in compared])
+    generated, codec, real, floor = np.mean(found, axis=0).tolist()
+    return Distances(generated=generated, codec=codec, real=real, floor=floor, ratio=generated / max(floor, 1e-12))
 
 
 def _distinct_draws(
     asked: Sequence[Request], backgrounds: int, random: np.random.Generator
 ) -> tuple[list[Condition], list[Condition]]:
-    """Two draws of as many clips as were asked for, all different, of the same subjects and speeds."""
+    """Two draws, each with one clip per request, all different, of the same subjects and speeds."""
     subjects, speeds = [request[0] for request in asked], [request[2] for request in asked]
     possible = len(set(subjects)) * backgrounds * len(set(speeds)) * (2 * JITTER + 1)
     drawn: dict[Condition, None] = {}  # a set that keeps its order
@@ -74,8 +90,9 @@ def _distinct_draws(
 def alike_draws(
     asked: Sequence[Request], backgrounds: int, random: np.random.Generator
 ) -> tuple[list[Condition], list[Condition]]:
-    """Two draws with the make-up of what was asked for: every request's subject and speed, as often, each on a random
-    background of its own that the other draw does not have."""
+    """Two draws with the same make-up as the requests: each has every subject and speed as often as they have, on one
+    random background, which is another one in the other draw.
+    """
     first: list[Condition] = []
     second: list[Condition] = []
     for (s, _, speed), count in Counter(asked).items():

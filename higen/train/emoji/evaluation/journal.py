@@ -1,4 +1,4 @@
-"""What was measured of each clip, kept as it is measured: a stopped `higen evaluate` goes on where it was."""
+"""A journal of the measures of each clip, so that a stopped `higen evaluate` continues where it was."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tells the default model's subjects and clips apart: networks and templates made from the real clips alone."""
+"""Networks and templates that recognise the default model's subjects and clips; made from the real clips alone."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from higen.train.emoji.subjects import FRAMES
 __all__ = ["NOTHING", "Judges"]
 
 NOTHING = -1
-"""What the classifier calls a picture of no subject."""
+"""The classifier's answer for a picture without a subject."""
 SIDE = 64
 SPEEDS = (0.0, 0.5, 1.0, 2.0)
 DISTORTIONS = 4
@@ -36,7 +36,7 @@ class Judges:
     def __init__(
         self, real: RealClips, folder: Path, steps: tuple[int, int] = (PICTURE_STEPS, CLIP_STEPS), shown: bool = False
     ) -> None:
-        """`steps`: of training, for pictures and for clips."""
+        """`steps`: training steps of the classifier of pictures, and of the network of clips."""
         self.real = real
         self._pictures = _Pictures(real)
         self._templates: tuple[int, Templates] | None = None
@@ -88,13 +88,15 @@ class Judges:
         return torch.cat(rows).double().numpy()
 
     def templates(self, b: int) -> Templates:
-        """Those of all subjects over a background; the last one used is kept."""
+        """The templates of all subjects over a background. Those of the last background are kept."""
         if self._templates is None or self._templates[0] != b:
             self._templates = (b, Templates(self.real.loops, self.real.pictures[b]))
         return self._templates[1]
 
     def threshold(self, s: int, b: int) -> float:
-        """Half way between a subject's real clip (1) and the best that another's key frame gets from its templates."""
+        """The least correlation that counts as the subject: half way between its real clip (1) and the best correlation
+        of another subject's key frame with its templates.
+        """
         if (s, b) not in self._thresholds:
             keys = np.concatenate([self.real.clip(i, b, 0.0)[:1] for i in range(len(self.real.loops))])
             scores = self.templates(b).scores(keys)  # [pictured, template]
@@ -133,7 +135,7 @@ class _Pictures:
 
     @property
     def fingerprint(self) -> list[float]:
-        """Numbers that change with the data, and with nothing else: a sum of floats would with the threads."""
+        """Numbers that depend on the data alone. Sums of floats would also depend on the number of threads."""
         return [*(int(loop.sum()) for loop in self.loops), round(float(self.backgrounds.double().sum()), 3)]
 
     def batch(self, count: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
@@ -151,7 +153,7 @@ class _Pictures:
         for i in (kind == 2).nonzero()[:, 0]:
             pictures[i] = _shuffled(pictures[i], random)
         labels[kind < 3] = len(self.loops)
-        # A decoder's softness and noise are no reason not to recognise a subject.
+        # A subject must be recognised in spite of a decoder's softness and noise.
         soft = torch.rand((count, 1, 1, 1), generator=random)
         pictures = pictures.lerp(_blurred(pictures, 3), soft)
         pictures = pictures * (0.85 + 0.3 * torch.rand((count, 1, 1, 1), generator=random))

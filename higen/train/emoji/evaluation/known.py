@@ -31,6 +31,7 @@ from tqdm import tqdm
 from higen.measures.fidelity import difference, psnr
 from higen.measures.statistics import spearman
 from higen.train.emoji.evaluation.evaluate import PipelineMaker
+from higen.train.emoji.evaluation.figures import KnownCase, KnownFigures
 from higen.train.emoji.evaluation.plan import FAST, NORMAL
 from higen.train.emoji.evaluation.real_clips import RealClips
 from higen.train.emoji.subjects import BACKGROUNDS, FRAMES, SPEEDS, SUBJECTS, caption, is_held_out
@@ -166,7 +167,7 @@ def known_frames(
     subjects: Sequence[int],
     situations: Sequence[Situation] = SITUATIONS,
     shown: bool = False,
-) -> dict[str, Any]:
+) -> KnownFigures:
     """The measures, by case and by the name of the situation, as the module's docstring has them."""
     sums: dict[tuple[str, str], _Sums] = {}
     texts: dict[tuple[int, int], Frames] = {}
@@ -186,10 +187,10 @@ def known_frames(
                 clips |= {name: formula(wanted) for name, formula in BASELINES[case].items()}
                 _measure(sums.setdefault((case, situation.name), _Sums()), clips, wanted, cover, given)
         ends.append(_end(make, real, s, b, situations[0]))
-    found: dict[str, dict[str, Any]] = {case: {} for case in CASES}
+    found: dict[str, dict[str, KnownCase]] = {case: {} for case in CASES}
     for (case, name), columns in sums.items():
         found[case][name] = _row(columns, ("text", *BASELINES[case]))
-    return {**found, "end": float(np.mean(ends)), "subjects": len(subjects)}
+    return KnownFigures(**found, end=float(np.mean(ends)), subjects=len(subjects))
 
 
 def _prompt(s: int, b: int, situation: Situation) -> str:
@@ -222,20 +223,21 @@ def _measure(
     )
 
 
-def _row(sums: _Sums, baselines: Sequence[str]) -> dict[str, Any]:
+def _row(sums: _Sums, baselines: Sequence[str]) -> KnownCase:
     """Means of a case, and how far the model is above the best baseline."""
-    row: dict[str, Any] = {"clips": len(sums.values["given"])}
-    for kind in KINDS:
-        row[kind] = {name: sums.mean(f"{kind} {name}") for name in ("model", *baselines, "codec")}
-    row["gain"], row["inside_gain"] = (
-        row[kind]["model"] - max(row[kind][name] for name in baselines) for kind in KINDS
+    columns = ("model", *baselines, "codec")
+    whole, inside = ({name: sums.mean(f"{kind} {name}") for name in columns} for kind in KINDS)
+    return KnownCase(
+        clips=len(sums.values["given"]),
+        psnr=whole,
+        inside=inside,
+        gain=whole["model"] - max(whole[name] for name in baselines),
+        inside_gain=inside["model"] - max(inside[name] for name in baselines),
+        given=sums.mean("given"),
+        given_codec=sums.mean("given_codec"),
+        motion=sums.median("motion"),
+        seam=sums.median("seam"),
     )
-    return row | {
-        "given": sums.mean("given"),
-        "given_codec": sums.mean("given_codec"),
-        "motion": sums.median("motion"),
-        "seam": sums.median("seam"),
-    }
 
 
 def _end(make: Through, real: RealClips, s: int, b: int, situation: Situation) -> float:
@@ -253,17 +255,18 @@ def _end(make: Through, real: RealClips, s: int, b: int, situation: Situation) -
     return spearman([float(more) for more in SWAPPED], found)
 
 
-def as_text(measures: Mapping[str, Any]) -> str:
+def as_text(measures: KnownFigures) -> str:
     """The table for a terminal."""
     lines = []
     for case in CASES:
-        for name, row in measures[case].items():
-            both = (f"{kind} " + ", ".join(f"{key} {row[kind][key]:.2f}" for key in row[kind]) for kind in KINDS)
-            lines.append(f"{case}, {name}: {row['clips']} clips, dB: {'; '.join(both)}")
-            seam = f", seam {row['seam']:.2f}" if case == "prefix" else ""
+        for name, row in measures.case(case).items():
+            columns = zip(KINDS, (row.psnr, row.inside), strict=True)
+            both = (f"{kind} " + ", ".join(f"{k} {dB:.2f}" for k, dB in values.items()) for kind, values in columns)
+            lines.append(f"{case}, {name}: {row.clips} clips, dB: {'; '.join(both)}")
+            seam = f", seam {row.seam:.2f}" if case == "prefix" else ""
             lines.append(
-                f"  above the best baseline {row['gain']:+.2f}, inside {row['inside_gain']:+.2f}; given frames "
-                f"{row['given']:.2f} (codec {row['given_codec']:.2f}); motion {row['motion']:.2f}{seam}"
+                f"  above the best baseline {row.gain:+.2f}, inside {row.inside_gain:+.2f}; given frames "
+                f"{row.given:.2f} (codec {row.given_codec:.2f}); motion {row.motion:.2f}{seam}"
             )
-    lines.append(f"a swapped last frame: Spearman {measures['end']:.2f}")
+    lines.append(f"a swapped last frame: Spearman {measures.end:.2f}")
     return "\n".join(lines)

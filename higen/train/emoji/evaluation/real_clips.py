@@ -16,7 +16,7 @@ __all__ = ["RealClips"]
 
 Frames = NDArray[np.uint8]
 EDGE = 3
-"""Pixels around a subject that are neither it nor background."""
+"""Width in pixels of the border around a subject, which counts neither as subject nor as background."""
 
 
 class RealClips:
@@ -29,18 +29,19 @@ class RealClips:
 
     @classmethod
     def read(cls, folder: Path) -> RealClips:
-        """Those of the recipe, from its folder of WebP loops."""
+        """The recipe's clips, from its folder of WebP loops."""
         loops = [load_loop(folder / f"{subject.codepoint}.webp") for subject in SUBJECTS]
         return cls(loops, [subject.key_frame for subject in SUBJECTS], [background(b.name) for b in BACKGROUNDS])
 
     def clip(self, s: int, b: int, speed: float, offset: int = 0, warp: float = 0.0) -> Frames:
-        """uint8 [16,H,W,3] at a speed (0: the key frame); `offset` loop frames later than the recipe's clip; `warp` as
-        `clip_indices` has it."""
+        """A clip uint8 [16,H,W,3] at a speed (0: the key frame repeated). It starts `offset` loop frames later than the
+        recipe's clip; `warp` as in `clip_indices`.
+        """
         loop = self.loops[s]
         return compose(loop[self._indices(s, speed, offset, warp)], self.pictures[b])
 
     def coverage(self, s: int, speed: float, offset: int = 0, warp: float = 0.0) -> NDArray[np.float32]:
-        """How far the subject covers each pixel of that clip: float32 [16,H,W], 0 to 1."""
+        """The subject's opacity in each pixel of that clip: float32 [16,H,W], 0 to 1."""
         alpha = self.loops[s][self._indices(s, speed, offset, warp), ..., 3]
         return np.divide(alpha, 255, dtype=np.float32)
 

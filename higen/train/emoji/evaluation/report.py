@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +13,14 @@ from PIL import Image
 
 from higen.staging import whole_file
 from higen.train.emoji.evaluation.evaluate import Maker, Result, worst
+from higen.train.emoji.evaluation.figures import ColumnFigures, Distances, FrechetFigures, Measures
 from higen.train.emoji.evaluation.plan import Shot
 from higen.train.emoji.evaluation.real_clips import RealClips
 from higen.train.emoji.subjects import FPS
+from higen.typed_json import to_json
 from higen.video import Video, contact_sheet
 
-__all__ = ["COLUMNS", "as_text", "frechet_lines", "write"]
+__all__ = ["COLUMNS", "as_text", "cell", "frechet_lines", "write"]
 
 Frames = NDArray[np.uint8]
 COLUMNS: tuple[tuple[str, str, str], ...] = (
@@ -42,44 +44,53 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
 """Key, title and format of a group's measures."""
 
 
-def frechet_lines(found: Mapping[str, Any]) -> list[tuple[str, dict[str, str]]]:
-    """Titles and cells, by column, of a group's Frechet distances, as `evaluate` gives them."""
+def cell(column: ColumnFigures, key: str, form: str) -> str:
+    """A figure of COLUMNS as it is written; empty where it was not measured."""
+    value = getattr(column, key)
+    return "" if value is None else form.format(value)
 
-    def over_floor(part: Mapping[str, Any]) -> dict[str, str]:
-        return {name: f"{part[name] / max(part['floor'], 1e-12):.2f}" for name in ("generated", "codec", "real")}
 
+def frechet_lines(found: FrechetFigures) -> list[tuple[str, tuple[str, str, str]]]:
+    """Titles of a group's Frechet distances, and their cells: generated, codec, real."""
+
+    def over_floor(part: Distances) -> tuple[str, str, str]:
+        generated, codec, real = (
+            f"{value / max(part.floor, 1e-12):.2f}" for value in (part.generated, part.codec, part.real)
+        )
+        return generated, codec, real
+
+    asked = (f"{found.asked.generated:.2f}", f"{found.asked.codec:.2f}", "0")
     return [
         ("Frechet distance over real against real", over_floor(found)),
-        ("the same, with sets of the same make-up", over_floor(found["alike"])),
-        ("Frechet distance to the clips asked for", {k: f"{v:.2f}" for k, v in found["asked"].items()} | {"real": "0"}),
+        ("the same, with sets of the same make-up", over_floor(found.alike)),
+        ("Frechet distance to the clips asked for", asked),
     ]
 
 
-def as_text(measures: Mapping[str, Any]) -> str:
+def as_text(measures: Measures) -> str:
     """The table for a terminal: generated, codec and real for each group; levels are of 255."""
     lines = []
-    for name, group in measures["groups"].items():
-        lines.append(f"{name} combinations, {group['clips']} clips{'':<10}generated       codec        real")
+    for name, group in measures.groups.items():
+        lines.append(f"{name} combinations, {group.clips} clips{'':<10}generated       codec        real")
         for key, title, form in COLUMNS:
-            if key in group["generated"]:
-                cells = "".join(f"{form.format(group[column][key]):>12}" for column in ("generated", "codec", "real"))
+            if getattr(group.generated, key) is not None:
+                cells = "".join(f"{cell(column, key, form):>12}" for column in group.columns)
                 lines.append(f"  {title:<40}{cells}")
-        for title, distances in frechet_lines(group["frechet"]):
-            row = "".join(f"{distances[column]:>12}" for column in ("generated", "codec", "real"))
-            lines.append(f"  {title:<40}{row}")
-        floors = " and ".join(f"{part['floor']:.2f}" for part in (group["frechet"], group["frechet"]["alike"]))
+        for title, distances in frechet_lines(group.frechet):
+            lines.append(f"  {title:<40}{''.join(f'{distance:>12}' for distance in distances)}")
+        floors = " and ".join(f"{part.floor:.2f}" for part in (group.frechet, group.frechet.alike))
         lines.append(f"  (their floors: {floors}; these fall with the number of clips: compare equal numbers only)")
         lines.append("")
-    for name, found in measures["control"].items():
+    for name, found in measures.control.items():
         lines.append(
-            f"{name} factor, {found['clips']} clips: Spearman {found['spearman']:.2f} within a subject "
-            f"({found['spearman_moving']:.2f} without the request for 0), {found['spearman_pooled']:.2f} over all "
-            f"(real clips through the codec {found['codec']:.2f}, {found['codec_pooled']:.2f})"
+            f"{name} factor, {found.clips} clips: Spearman {found.spearman:.2f} within a subject "
+            f"({found.spearman_moving:.2f} without the request for 0), {found.spearman_pooled:.2f} over all "
+            f"(real clips through the codec {found.codec:.2f}, {found.codec_pooled:.2f})"
         )
-        if "zero" in found:
+        if found.zero is not None:
             lines.append(
-                f"  motion 0: difference {found['zero']:.2f}, {found['zero_part']:.1%} of the median clip's "
-                f"{found['usual']:.2f} (worst {found['zero_part_worst']:.1%})"
+                f"  motion 0: difference {found.zero:.2f}, {found.zero_part:.1%} of the median clip's "
+                f"{found.usual:.2f} (worst {found.zero_part_worst:.1%})"
             )
     return "\n".join(lines)
 
@@ -87,9 +98,9 @@ def as_text(measures: Mapping[str, Any]) -> str:
 def write(result: Result, real: RealClips, make: Maker, folder: Path) -> None:
     """Write measures.json, per_subject.json, sheet.png (all subjects), worst.png into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    measures = {key: value for key, value in result.measures.items() if key != "subjects"}
+    measures = to_json(result.measures)
+    _write_json(folder / "per_subject.json", measures.pop("subjects"))
     _write_json(folder / "measures.json", measures)
-    _write_json(folder / "per_subject.json", result.measures["subjects"])
     shown = sorted((pair for pair in result.shown if pair[0].group == "held-out"), key=lambda pair: pair[0].subject)
     _save(pairs_sheet(shown, real), folder / "sheet.png")
     shots = [result.shots[i] for i in worst(result)]
