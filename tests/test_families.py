@@ -119,6 +119,7 @@ def test_nothing_stands_twice() -> None:
     names = set(vars(TINY.unet)) - set(tables.architecture["unet"])
     assert names == {
         "in_channels", "text_dim", "base_channels", "appearance_columns", "context_tokens", "context_dim",
+        "known_frames",  # left out where it is false
     }  # fmt: skip
     assert set(tables.architecture["autoencoder"]) == {"kind", "arguments", "shift", "scale"}
 

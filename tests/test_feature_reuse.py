@@ -311,7 +311,7 @@ def test_what_is_no_step_has_no_deep_features() -> None:
     with pytest.raises(ManifestError, match=r"stages.mixer.deep=4: of a denoising stage"):
         changed(MANIFEST, "mixer", deep=4)
     rows = (*REUSING.stages, Stage("film_two_deep", "w.safetensors", MANIFEST.stages[0].inputs, (Output("x", ("B",)),)))
-    with pytest.raises(ManifestError, match="film_two_deep stands there twice"):
+    with pytest.raises(ManifestError, match="film_two_deep appears twice"):
         replace(REUSING, stages=rows)
     keeps = REUSING.stage("film_two_deep")
     with pytest.raises(ManifestError, match="gives latents, previous, and nothing else"):

@@ -180,7 +180,7 @@ def test_every_source(text: str, read: Source) -> None:
     "text",
     [
         *("", "State", "state ", " state", "text:", "text:other", "control:", "control:a b", "control:a.b", "noise:"),
-        *("noise:-1", "noise:1.5", "noise:12345678901", "picture:image:CLIP", "clip:film:clip", "a.b.c", "a@b.c", "."),
+        *("noise:-1", "noise:1.5", "noise:12345678901", "picture:image:CLIP", "clip:film:clip", "a.b.c", "a@.c", "."),
         *("a.", ".b", "mixer@negative", "state\n", "x" * 10_000),
     ],
 )
