@@ -220,10 +220,10 @@ std::vector<const Loop*> Manifest::wanted(std::size_t frames) const {
     open.push_back(sizes.decoder);
     std::set<std::string, std::less<>> found;
     while (!open.empty()) {
-        const auto name = open.back();
+        const auto next = open.back();
         open.pop_back();
-        if (!found.insert(name).second) continue;
-        for (const auto& other : needs(*this, name)) open.push_back(other);
+        if (!found.insert(next).second) continue;
+        for (const auto& other : needs(*this, next)) open.push_back(other);
     }
     std::vector<const Loop*> running;
     for (const auto& loop : loops)
