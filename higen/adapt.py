@@ -21,7 +21,7 @@ from higen.models.lora import Lora, merged
 __all__ = ["adapt", "is_model"]
 
 ADAPTED = ("unet", "text_encoder")
-"""Files of weights, by their names without the suffix, that an adapter's names speak of."""
+"""Weights files that an adapter's names refer to; file names without the suffix."""
 
 
 def is_model(source: Path) -> bool:
@@ -38,8 +38,8 @@ def adapt(
 ) -> Bundle:
     """Make the model directory `output` from `model` with the adapters added, in the order given.
 
-    Weights keep the precision that they are stored in. Files that no adapter changes are copied; graphs and engines are
-    not: they hold the weights of the model that they were made from. The name says which adapters were added.
+    Weights keep their stored precision. Files that no adapter changes are copied. Graphs and engines are not copied,
+    because they belong to the old weights. The new model's name says which adapters were added.
 
     Raises CheckpointError (no adapter, or one that does not fit or makes weights that are not finite), ModelError
     (`output` exists, is `model`, or cannot be written) and what opening a model raises.

@@ -28,21 +28,21 @@ def load(
     low_memory: bool | None = None,
     prepare: bool | None = None,
 ) -> Pipeline:
-    """Load a model directory; without one, the small model inside the package. None is an option's default.
+    """Load a model directory, by default the small model inside the package. None means an option's default.
 
     backend    "auto" (the best that works here, the default) or a backend's name
-    device     "cpu", "cuda", "cuda:1", ... or a torch.device; None or "auto": a GPU if there is one that works
-    precision  "fp32", "fp16", "bf16", or a quantised one such as "int8", which the denoiser has and the other stages
-               have not: what the stages compute in; None: fp32 on a CPU, on a GPU fp16 where the model has such
-               graphs, else what the weights are stored in
+    device     "cpu", "cuda", "cuda:1", ... or a torch.device; None or "auto": a working GPU if there is one
+    precision  what the stages compute in: "fp32", "fp16", "bf16", or a quantised precision such as "int8", which only
+               the denoiser has; None: on a CPU fp32; on a GPU fp16 if the model has fp16 graphs, else the precision
+               that the weights are stored in
     threads    CPU threads of one stage; None: the library's choice
-    verify     check the sha256 of each file as it is loaded; True
-    low_memory one TensorRT engine on the GPU at a time, for cards that do not hold all; False
-    prepare    load now what a default request needs; else each stage is loaded when a request first needs it; True
+    verify     check the sha256 of each file as it is loaded (default True)
+    low_memory one TensorRT engine on the GPU at a time, for cards that cannot hold all of them (default False)
+    prepare    load now what a default request needs; if False, each stage is loaded at its first use (default True)
 
-    A pipeline can be pickled: it is loaded again, as here, in the process that it is sent to. A process that is forked
-    from this one cannot use it. Raises RequestError, ManifestError, IntegrityError, BackendUnavailable, OutOfMemory or
-    EngineError.
+    A pipeline can be pickled: the process that receives it loads the model again with the same options. A forked
+    process cannot use its parent's pipeline. Raises RequestError, ManifestError, IntegrityError, BackendUnavailable,
+    OutOfMemory or EngineError.
     """
     backend = check_backend(backend)
     options = Options(device, precision, threads, verify, low_memory)  # type: ignore[arg-type] # None is the default
@@ -75,7 +75,7 @@ def generate(prompt: Prompts, *, backend: str | None = None, progress: Shown = N
 def generate(
     prompt: str | Prompts, *, backend: str | None = None, progress: Shown = None, **options: Any
 ) -> Video | list[Video]:
-    """Make a video with the small model inside the package: no download. Options as for `Pipeline.__call__`.
+    """Make a video with the small model inside the package, without a download. Options as for `Pipeline.__call__`.
 
         higen.generate("a whale flapping its tail on a blue sky", seed=7).save("whale.mp4")
 

@@ -1,8 +1,8 @@
-"""The sizes of a stage's free axes at run time, with which graphs are checked and for which engines are built.
+"""The sizes that a stage's free axes can have at run time. Graphs are checked with them, engines are built for them.
 
-A stage that denoises is run on a batch, in a loop's frames or windows. All others are run for one sample at a time,
-with the frames of the loop that asks for them. The decoder, and a stage that takes frames one by one (N), are given a
-chunk at a time.
+A denoising stage runs on a batch, with the frames of its loop or of a window. Any other stage runs on one sample at a
+time, with the frames of the loop that needs it. The decoder, and stages that take frames one by one (axis N), get one
+chunk of frames at a time.
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ MOST = 2**16
 
 
 def limits(manifest: Manifest, name: str) -> dict[str, tuple[int, int]]:
-    """Smallest and largest size of a stage's axes B, F, N and T; where both are equal, the axis is not free.
+    """Smallest and largest size of a stage's axes B, F, N and T; if both are equal, the axis is not free.
 
-    `batch` lets calls be joined along the first axis, so that it has no largest size. T, the tokens of a text's chunks,
-    is left out where a text has one chunk.
+    A stage with `batch` has no largest B, because calls can be joined along the first axis. T, the tokens of a text's
+    chunks, is left out if texts have only one chunk.
     """
     stage, text = manifest.stage(name), manifest.text
     tokens = {TOKENS: (text.length, text.length * text.chunks)} if text is not None and text.chunks > 1 else {}
@@ -29,13 +29,13 @@ def limits(manifest: Manifest, name: str) -> dict[str, tuple[int, int]]:
 
 
 def chunk_of(manifest: Manifest, name: str) -> int:
-    """Frames at a time that a stage is given at most, where it is not given the whole clip."""
+    """The most frames that a stage gets at a time, unless it gets the whole clip."""
     sizes = manifest.sizes
     return sizes.chunk + (2 * sizes.overlap if name == sizes.decoder else 0)
 
 
 def most_rows(manifest: Manifest, stage: Stage, max_batch: int) -> int:
-    """The largest batch of a stage; one that takes frames one by one is given a chunk of a video at a time."""
+    """The largest size of a stage's first axis: `max_batch`; at least a chunk if the stage takes frames one by one."""
     by_frames = any(tensor.shape[0] == "N" for tensor in stage.inputs)
     return max(max_batch, chunk_of(manifest, stage.name)) if by_frames else max_batch
 
@@ -61,7 +61,7 @@ def frames_of(manifest: Manifest, name: str) -> tuple[int, int]:
 
 
 def tile_of(manifest: Manifest, name: str) -> tuple[int, int] | None:
-    """The largest height and width, in latent cells, that tiles leave for a stage; None where nothing limits them."""
+    """The largest height and width, in latent cells, that a stage sees because of tiles; None without a limit."""
     tiles = [loop.tiles for loop in manifest.loops if manifest.listed(name) in loop.stages]
     given = [one for one in tiles if one is not None]
     if not given or len(given) < len(tiles):

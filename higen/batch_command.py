@@ -92,7 +92,7 @@ def batch(
 
 @contextmanager
 def _bar(wanted: bool) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar over the rows, in a terminal or notebook."""
+    """A progress bar that counts rows, in a terminal or notebook."""
     from tqdm import tqdm
 
     with tqdm(unit="video", disable=not (wanted and is_watched()), dynamic_ncols=True) as bar:

@@ -13,7 +13,7 @@ V = TypeVar("V")
 
 
 class BoundedCache(Generic[V]):
-    """The last `size` values by key; may be used from many threads. What is kept must not be changed."""
+    """The `size` most recently used values by key. Threads may share it. Nobody may change a kept value."""
 
     def __init__(self, size: int) -> None:
         self._size = size
@@ -21,7 +21,7 @@ class BoundedCache(Generic[V]):
         self._lock = threading.Lock()
 
     def get(self, key: Hashable, make: Callable[[], V]) -> V:
-        """The value of `key`, made if it is not kept. Threads do not wait for each other: two may make the same one."""
+        """The value of `key`, made if necessary. Threads do not wait for each other: two may make the same value."""
         with self._lock:
             if key in self._values:
                 self._values.move_to_end(key)
@@ -35,7 +35,7 @@ class BoundedCache(Generic[V]):
         return value
 
     def clear(self) -> None:
-        """Keep nothing."""
+        """Remove all values."""
         with self._lock:
             self._values.clear()
 

@@ -1,7 +1,7 @@
-"""The model directory: manifest, files, hashes. torch, graphs, engines and C++ all read this one artefact.
+"""The model directory: manifest, files, hashes. All runtimes (PyTorch, ONNX, TensorRT, C++) read the same directory.
 
 model/higen.json            the tables (higen/manifest.py), and sha256 and size of every file
-model/*.safetensors         one copy of the weights per precision; every graph points into it
+model/*.safetensors         one copy of the weights per precision; the graphs refer to their tensors
 model/tokenizer.json
 model/<stage>.onnx          graphs over these weights (higen-export onnx), computing in float32
 model/<stage>.fp16.onnx     the same, computing in float16, over <weights>.fp16.safetensors, ...
@@ -77,15 +77,15 @@ def variant(name: str, precision: str) -> str:
 _TRIES = 20
 
 _Mark = tuple[int, int, int, int]
-"""What tells whether a file was replaced or written to: device, inode, size, time of change."""
+"""Changes when a file is replaced or written to: device, inode, size, time of change."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened model directory: its manifest has been read and checked, no other file yet.
+    """An opened model directory. Its manifest has been read and checked; other files are checked when they are used.
 
-    graphs   what each graph itself takes, by file; a directory of version 1 does not say
-    version  of the manifest as it stands on the disk
+    graphs   the inputs of each graph, by file; empty for a directory of version 1, which does not record them
+    version  the version of the manifest on the disk
     """
 
     path: Path
@@ -97,10 +97,10 @@ class Bundle:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Bundle:
-        """Read and check the manifest; every file it lists must be there in its full size.
+        """Read and check the manifest; every file that it lists must exist and have its full size.
 
-        Raises ManifestError (not a model directory, malformed, newer version) or IntegrityError (file missing or cut,
-        tables that were edited).
+        Raises ManifestError (not a model directory, malformed, newer version) or IntegrityError (a file is missing or
+        truncated, tables were edited).
         """
         folder = opened_folder(path)
         for _ in range(_TRIES):
@@ -110,20 +110,20 @@ class Bundle:
             try:
                 bundle._check_sizes()
             except IntegrityError:
-                if _mark(folder / MANIFEST) == before:  # else another process writes a file of the model just now
+                if _mark(folder / MANIFEST) == before:  # else another process is writing a file of the model
                     raise
             else:
                 return bundle
         raise IntegrityError(f"{folder}: is being changed all the time; try again")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A model is sent to another process as its path; the one inside the package is that of the other process."""
+        """A model is sent to another process as its path; the built-in model is that of the other process."""
         return _opened, (None if self.path == default_model() else str(self.path),)
 
     def file(self, name: str, verify: bool = True) -> Path:
-        """Path of a file of the model, after its size and (with `verify`) its sha256 were checked.
+        """Path of a file of the model, after a check of its size and (with `verify`) its sha256.
 
-        A file that has been changed since it was last asked for is checked in any case.
+        A file that has changed since the last call is always checked.
         Raises IntegrityError.
         """
         if name not in self.files:
@@ -145,8 +145,8 @@ class Bundle:
         return path
 
     def check_loaded(self, *names: str) -> None:
-        """Raise IntegrityError where a file was written into since it was checked: a backend may have mapped it, and
-        its tensors change with it. A replaced file (another inode) is no error: the old one stays mapped.
+        """Raise IntegrityError if a file was written to after its check: a backend may have mapped it into memory, so
+        its tensors change with it. A replaced file (another inode) is not an error: the old one stays mapped.
         """
         for name in names:
             seen, found = self._seen.get(name), _mark(self.path / name)
@@ -154,15 +154,15 @@ class Bundle:
                 self.file(name)
 
     def weights(self, stage: str, precision: str = "fp32") -> str:
-        """Name of the file that a stage's graph in `precision` points into.
+        """Name of the weights file that a stage's graph in `precision` refers to.
 
-        A precision has no file of its own where the model's weights are stored in it already.
+        A precision has no separate file if the model's weights are already stored in it.
         """
         name = self.weights_variant(stage, precision)
         return name if name in self.files else self.manifest.stage(stage).weights
 
     def weights_variant(self, stage: str, precision: str) -> str:
-        """The name that a file of a stage's weights in the base of `precision` has, there or not."""
+        """The name of the file with a stage's weights in the base of `precision`, whether or not it exists."""
         return variant(self.manifest.stage(stage).weights, precision_named(precision).base)
 
     def precisions(self, stage: str) -> tuple[str, ...]:
@@ -170,9 +170,9 @@ class Bundle:
         return tuple(p for p in (*PRECISIONS, *QUANTIZED) if graph_file(stage, p) in self.files)
 
     def not_quantized(self, precision: str | None) -> str | None:
-        """What is wrong with asking for a quantised precision that no stage was ever written in, and how to make it.
+        """An error message for a quantised precision that no denoising stage has; it says how to make the graphs.
 
-        None for any other precision, and where a denoising stage has it: the stages that have not then stand in.
+        None for any other precision, and if a denoising stage has it: other stages then use another precision.
         """
         denoising = self.manifest.denoising
         if precision not in QUANTIZED or any(graph_file(stage, precision) in self.files for stage in denoising):
@@ -190,7 +190,7 @@ class Bundle:
         path = self.path / name
         try:
             found = path.stat()
-        except (OSError, ValueError) as error:  # ValueError: a name that no file system takes
+        except (OSError, ValueError) as error:  # ValueError: a name that no file system accepts
             reason = error.strerror if isinstance(error, OSError) else error
             shown = path if len(name) < LINE else f"{self.path}: {quoted(name)}"
             raise IntegrityError(f"{shown}: listed in {MANIFEST} but not readable: {reason}") from error
@@ -204,12 +204,12 @@ class Bundle:
 
 
 def _mark(path: Path) -> _Mark:
-    """Zeros for a file that is not there."""
+    """Zeros if the file does not exist."""
     try:
         found = path.stat()
     except (OSError, ValueError):
         return 0, 0, 0, 0
-    # Not st_ctime: a hard link to the file changes it, and a Triton repository's weights are such.
+    # Not st_ctime: making a hard link changes it, and a Triton repository links to the weights.
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
 
 
@@ -230,24 +230,25 @@ def file_record(path: Path) -> FileRecord:
 
 @contextmanager
 def create_model(path: str | os.PathLike[str], manifest: Manifest, overwrite: bool = False) -> Iterator[Path]:
-    """Make a model directory: yields an empty folder to fill; on a clean exit the manifest is added and it is moved.
+    """Make a model directory: yields an empty folder to fill. On a clean exit, adds the manifest and moves the folder.
 
-    Graphs are entered by `put_file`, once the directory is there. Raises what `staged` raises.
+    Graphs are added later, by `put_file`. Raises what `staged` raises.
     """
     with staged(path, overwrite) as folder:
         yield folder
         names = [p.name for p in sorted(folder.iterdir()) if p.is_file() and p.name[0] != "."]
         write_manifest(folder, manifest, {name: file_record(folder / name) for name in names}, {})
-        for file in folder.iterdir():  # safetensors makes files that only their owner can read
+        for file in folder.iterdir():  # safetensors makes files that only the owner can read
             file.chmod(0o644)
 
 
 def put_file(bundle: Bundle, finished: Path, name: str, inputs: tuple[GraphInput, ...] | None = None) -> Bundle:
     """Move a finished file of the model's folder to `name` and enter it in the manifest; returns the bundle with it.
 
-    `inputs`: what a graph takes; None for any other file. At every moment the directory is whole: it has the old file,
-    none or the new one; where a kill leaves it with none, the next run or opening completes it. The same content
-    changes nothing. Raises what `changing` raises, and ModelError for a file of that name that is not the model's.
+    `inputs`: the inputs of a graph; None for any other file. The directory is consistent at every moment: it has the
+    old file, no file or the new file. If a kill leaves it with no file, the next run or opening completes the change.
+    The same content changes nothing. Raises what `changing` raises, and ModelError if a file of that name exists and
+    does not belong to the model.
     """
     if (inputs is None) == name.endswith(".onnx"):
         raise ModelError(f"{name}: graphs (.onnx), and no other files, are entered with their inputs")
@@ -259,14 +260,14 @@ def put_file(bundle: Bundle, finished: Path, name: str, inputs: tuple[GraphInput
             finished.unlink()
         else:
             _enter(bundle.path, opened, finished, name, record, inputs)
-    # Not before the lock is given back: opening waits for it where a change is unfinished.
+    # Only after the lock is released: opening the model waits for the lock if a change is unfinished.
     return bundle if there and bundle.files == opened.files else Bundle.open(bundle.path)
 
 
 def _enter(
     folder: Path, opened: Opened, finished: Path, name: str, record: FileRecord, inputs: tuple[GraphInput, ...] | None
 ) -> None:
-    """Move a file to its name and the manifest with it into its place. The caller is alone in the folder."""
+    """Move a file and the changed manifest to their final names, as one change. The caller is the only writer."""
     check_place(folder, opened.files, name)
     with staging(folder) as stage:
         moved = finished.replace(stage.folder / name)
@@ -280,7 +281,7 @@ def _enter(
 
 
 def check_place(folder: Path, files: Mapping[str, FileRecord], name: str) -> None:
-    """Raises ModelError where a file stands in the place of a file of the model and is not the model's."""
+    """Raises ModelError if a file has the name of a model's file and does not belong to the model."""
     if name not in files and os.path.lexists(folder / name):
         raise ModelError(f"{folder / name}: {MANIFEST} does not list it, so it is not overwritten: move it away")
 
@@ -297,7 +298,7 @@ def drop_file(bundle: Bundle, name: str) -> Bundle:
 
 
 def _entered(opened: Opened, name: str, record: FileRecord | None, inputs: tuple[GraphInput, ...] | None) -> Opened:
-    """A manifest with a file entered, or (None) without it."""
+    """The manifest with a file's entry added or replaced; with None, removed."""
     files = {key: value for key, value in opened.files.items() if key != name}
     graphs = {key: value for key, value in opened.graphs.items() if key != name}
     if record is not None:

@@ -1,7 +1,7 @@
 """Runs a denoising step on a batch whose prompts have different numbers of chunks of tokens.
 
-A prompt's picture does not depend on the other prompts of its batch, so a short prompt is not padded to the longest:
-samples with as many chunks are run together.
+A prompt's picture must not depend on the other prompts of its batch. So short prompts are not padded to the longest
+one; samples with the same number of chunks are run together.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ __all__ = ["ChunkRunner"]
 
 
 class ChunkRunner:
-    """A backend for the loop, for samples with these numbers of chunks."""
+    """A backend that the denoising loop runs on, for samples with different numbers of chunks."""
 
     def __init__(self, backend: Runner, manifest: Manifest, chunks: Sequence[int]) -> None:
         assert manifest.text is not None
@@ -30,11 +30,11 @@ class ChunkRunner:
 
     @classmethod
     def over(cls, backend: Runner, manifest: Manifest, chunks: Sequence[int]) -> Runner:
-        """The backend itself where all samples have as many chunks."""
+        """The backend itself if all samples have the same number of chunks, else a ChunkRunner."""
         return backend if len({*chunks}) == 1 else cls(backend, manifest, chunks)
 
     def run(self, stage: str, /, **tensors: Any) -> Mapping[str, Any]:
-        """Run a stage on [B, ...] tensors; an input with the axis T is cut to a group's own number of tokens."""
+        """Run a stage on [B, ...] tensors, by groups. Inputs with the axis T are cut to a group's number of tokens."""
         row = self._stages[stage]
         ragged = {tensor.name for tensor in row.inputs if TOKENS in tensor.shape}
         host = {name: self._backend.to_numpy(value) for name, value in tensors.items()}

@@ -1,7 +1,7 @@
 """Makes a clip longer, slower, endless or edited. The new clip must pass through known frames of the old one.
 
-Each tool is a few requests of a pipeline, whose options it takes; they work for every model that has known frames
-(docs/manifest.md, "Known frames"), or for `edit` one that can begin from a video.
+Each tool makes a few requests of a pipeline and takes the options of a request. The tools need a model with known
+frames (docs/manifest.md, "Known frames"); `edit` needs a model that can begin from a video.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 __all__ = ["SOURCE", "edit", "extend", "interpolate", "known_controls", "loop"]
 
 SOURCE = "source"
-"""The value of a curve that is measured from the clip that is edited."""
+"""The value of a curve that is to be measured from the edited clip."""
 
 MOST_FACTOR = 64
 MOST_FRAMES = 2**16
@@ -49,11 +49,11 @@ class Maker(Protocol):
         ...
 
     def make(self, request: Request, progress: bool | None = None) -> list[Video]:
-        """Its videos."""
+        """The videos of a checked request."""
         ...
 
     def start_latents(self, request: Request, loop: Loop) -> NDArray[np.float32]:
-        """What a loop begins from, [B, C, F, H, W]."""
+        """The latents that a loop begins from, [B, C, F, H, W]."""
         ...
 
 
@@ -67,16 +67,16 @@ def extend(
     progress: bool | None = None,
     **options: Any,
 ) -> Video:
-    """The clip with `frames` new frames behind it, made in as many requests as it takes.
+    """The clip with `frames` new frames at its end, made in as many requests as needed.
 
-    Each request is for a clip of the model's usual length (`length` in options) that passes through the last `overlap`
-    frames there are, by default half of it.
+    Each request makes a clip of the model's usual length (or of `length` in options). It passes through the last
+    `overlap` frames made so far, by default half of its length.
 
-    video    a path, a `Video` or uint8 frames [n, H, W, 3]; frames of the request's size are kept as they are
-    prompt   what happens; by default what the video's metadata say
-    options  as for a call, one for every request: seeds count up from the first one's
+    video    a path, a `Video` or uint8 frames [n, H, W, 3]; frames of the request's size are kept unchanged
+    prompt   what happens; default: the prompt in the video's metadata
+    options  as for a call, the same for every request; the seed goes up by one with each request
 
-    Raises RequestError before work starts, for a clip without frames among others.
+    Raises RequestError before work starts, for example for a clip without frames.
     """
     given, options = _opened(pipe, video, options)
     control, _ = known_controls(pipe.manifest)
@@ -116,7 +116,7 @@ def interpolate(
 ) -> Video:
     """The clip with new frames between its own: (n - 1) factor + 1 frames at `factor` times the rate.
 
-    Each pass doubles the frames, with every second one known; a longer clip goes through in parts that share a frame.
+    Each pass doubles the frames; every second frame is known. A long clip is processed in parts that share one frame.
 
     factor   2, 4, 8, ... up to 64
     others   as for `extend`
@@ -132,7 +132,7 @@ def interpolate(
         raise RequestError(f"video has {len(given)} frame: two or more are wanted, with new ones between them")
     if (len(given) - 1) * factor >= MOST_FRAMES:
         raise RequestError(f"factor={factor}: {len(given)} frames become more than {MOST_FRAMES}")
-    at_once = max((min(max(usual, fewest, 3), most) + 1) // 2, 2)  # known frames of a part: 2 n - 1 in all
+    at_once = max((min(max(usual, fewest, 3), most) + 1) // 2, 2)  # known frames of a part, which has 2 n - 1 frames
     if 2 * at_once - 1 > most or 2 * min(at_once, len(given)) - 1 < fewest:
         raise RequestError(
             f"video has {len(given)} frames: parts of 3 or more are made, and this model makes {fewest} to {most}"
@@ -140,7 +140,7 @@ def interpolate(
     frames, fps, made = given.frames, given.fps, given
     seeds = _seeded(options)
     while factor > 1:
-        whole = np.repeat(frames, 2, axis=0)[:-1]  # each frame at twice its place; the odd ones are made
+        whole = np.repeat(frames, 2, axis=0)[:-1]  # each frame at twice its index; those with an odd index are made
         for start in _parts(len(frames), at_once):
             known = frames[start : start + at_once]
             places = {2 * i: frame for i, frame in enumerate(known)}
@@ -154,10 +154,10 @@ def interpolate(
 
 
 def loop(pipe: Maker, prompt: str = "", *, progress: bool | None = None, **options: Any) -> Video:
-    """A clip whose end meets its beginning: played again and again it has no cut.
+    """A clip that can be repeated without a visible cut.
 
-    A first request draws the first frame; a second one passes through it as frame 0 and behind the last. Options are
-    those of a call. Raises RequestError before work starts.
+    A first request draws the first frame. A second request passes through that frame at index 0 and after the last
+    frame. Options as for a call. Raises RequestError before work starts.
     """
     control, _ = known_controls(pipe.manifest)
     fewest, usual, most = pipe.manifest.sizes.frames
@@ -186,15 +186,15 @@ def edit(
     progress: bool | None = None,
     **options: Any,
 ) -> Video:
-    """The clip drawn anew as `prompt` says, beginning in the tail of the solver's table (Meng et al. 2022, SDEdit).
+    """The clip redrawn to fit `prompt`: only the last rows of the solver's table run (Meng et al. 2022, SDEdit).
 
-    strength  the part of the table that runs, from 0 (as it was) to 1 (all new); None: the model's default
-    mask      where it is white the clip is drawn anew, where it is black it is kept: a picture or a clip of as many
-              frames; None: all of it is drawn anew
-    options   as for a call. A curve that can be measured is "source" unless it is given: measured from the clip, so
+    strength  the part of the table that runs, from 0 (unchanged) to 1 (all new); None: the model's default
+    mask      a picture, or a clip with the same number of frames: white parts are redrawn, black parts are kept;
+              None: everything is redrawn
+    options   as for a call. A curve that can be measured is "source" by default: it is measured from the clip, so
               that the motion is kept. "unspecified" leaves it to the model.
 
-    Raises RequestError before work starts: for a model that does not begin from a video, and a clip with more frames
+    Raises RequestError before work starts: for a model that cannot begin from a video, and for a clip with more frames
     than the model makes.
     """
     given, options = _opened(pipe, video, options)
@@ -229,7 +229,7 @@ def edit(
 
 
 def _opened(pipe: Maker, video: Clip, options: Mapping[str, Any]) -> tuple[Video, dict[str, Any]]:
-    """The clip in the request's size, and the options with that size: the clip's own where the model makes it."""
+    """The clip in the request's size, and the options with that size; default: the clip's, if the model allows it."""
     clip = _read(video)
     sizes, options = pipe.manifest.sizes, dict(options)
     own = all(side % sizes.multiple == 0 for side in (clip.width, clip.height))
@@ -237,7 +237,7 @@ def _opened(pipe: Maker, video: Clip, options: Mapping[str, Any]) -> tuple[Video
         if options.get(name) is None:
             options[name] = side if own else usual
     if not (is_whole(options["width"], 1, MOST_FRAMES) and is_whole(options["height"], 1, MOST_FRAMES)):
-        pipe.request("a", **{name: options[name] for name in ("width", "height")})  # which says what is allowed
+        pipe.request("a", **{name: options[name] for name in ("width", "height")})  # its error says what is allowed
     if (clip.width, clip.height) != (options["width"], options["height"]):
         from higen.images import load_clip
 
@@ -273,7 +273,7 @@ def _prompt(prompt: str | None, video: Video) -> str:
 
 
 def _seeded(options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
-    """The options of one request after another: a seed counts up; one that is drawn is drawn each time."""
+    """The options of one request after another. A given seed goes up by one; a random one is drawn each time."""
     seed = options.get("seed")
     for count in itertools.count():
         if seed is None or is_whole(seed, 0, MAX_SEED):
@@ -283,7 +283,7 @@ def _seeded(options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def _parts(total: int, length: int) -> Iterator[int]:
-    """Where parts of `length` frames begin that share a frame with the one before; the last one ends with the clip."""
+    """The first frames of parts of `length` frames. Neighbours share a frame; the last part ends with the clip."""
     step = length - 1
     for start in range(0, max(total - 1, 1), step):
         yield max(min(start, total - length), 0)

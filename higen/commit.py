@@ -1,8 +1,8 @@
 """A change of several files of a folder: it happens completely or not at all, even if its process is killed.
 
-The change is written down first, as the file `journal` of a hidden folder (higen/staging.py): from then on it counts as
-made, and whoever finds the journal finishes it. Each step tells from the files themselves whether it was done. A target
-that somebody else has changed since is left as it is, and so is all that would have come after it.
+The change is first written to the file `journal` of a hidden folder (higen/staging.py). From then on the change counts
+as made, and any process that finds the journal finishes it. The files themselves show which steps are done. If somebody
+else has changed a target meanwhile, that target and all later steps are left alone.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ NEW, OLD, JOURNAL = "new", "old", "journal"
 _NOTHING: dict[str, Any] = {"moves": [], "removals": []}
 
 _Mark = tuple[int, int, int]
-"""What tells a file from another in its place: inode, size and time of change, all of which a rename keeps."""
+"""Identifies a file: inode, size and modification time. A rename keeps all three."""
 
 
 def moves(parent: Path, pairs: Sequence[tuple[Path, Path]], removals: Sequence[Path]) -> dict[str, Any]:
-    """The journal of moving files to names in `parent`, in this order, and then removing files there."""
+    """The journal of a change that moves files to names in `parent`, in this order, and then removes files there."""
     marks = {target: _mark(target) for _, target in pairs} | {path: _mark(path) for path in removals}
     steps = []
     for source, target in pairs:
@@ -37,24 +37,24 @@ def moves(parent: Path, pairs: Sequence[tuple[Path, Path]], removals: Sequence[P
 
 
 def swap(target: Path) -> dict[str, Any]:
-    """The journal of putting the folder NEW in the place of the folder `target`, which becomes OLD."""
+    """The journal of a change that replaces the folder `target` by the folder NEW; `target` becomes OLD."""
     return {"swap": target.name, "inode": target.stat().st_ino}
 
 
 def committed(root: Path) -> bool:
-    """Whether there is a journal in a hidden folder."""
+    """Whether a hidden folder has a journal."""
     return os.path.lexists(root / JOURNAL)
 
 
 def begin(root: Path, journal: Mapping[str, Any]) -> None:
-    """Make a change. Raises OSError: either nothing was changed, or the journal stays and `finish` does the rest."""
+    """Make a change. After an OSError, either nothing was changed, or the journal stays and `finish` does the rest."""
     part = root / f"{JOURNAL}.part"
     part.write_text(json.dumps(journal), encoding="utf-8")
     part.replace(root / JOURNAL)
     try:
         done = finish(root)
     except BaseException:
-        if not _forgotten(root, journal):  # an interrupt, most likely: what has begun is finished
+        if not _forgotten(root, journal):  # most likely an interrupt: finish a change that has begun
             finish(root)
         raise
     if not done:
@@ -62,7 +62,7 @@ def begin(root: Path, journal: Mapping[str, Any]) -> None:
 
 
 def finish(root: Path) -> bool:
-    """Do what is left of a journal, and take it away. Returns whether all of it could be done. Raises OSError."""
+    """Do the remaining steps of a journal, then remove it. Returns whether all steps could be done. Raises OSError."""
     try:
         journal = _checked(root, json.loads((root / JOURNAL).read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -75,7 +75,7 @@ def finish(root: Path) -> bool:
 
 
 def exchange(a: Path, b: Path) -> bool:
-    """Exchange two paths at once; False on a system that cannot. Raises OSError for another failure."""
+    """Exchange two paths atomically. Returns False if the system cannot. Raises OSError for any other failure."""
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None) if sys.platform == "linux" else None
     if call is None:
         return False
@@ -90,9 +90,9 @@ def exchange(a: Path, b: Path) -> bool:
 
 
 def _checked(root: Path, journal: dict[str, Any]) -> dict[str, Any]:
-    """A journal that moves files of `root`, or beside it, to names of the folder around it.
+    """Check that a journal only moves files from `root` or its parent folder to names in the parent folder.
 
-    Whoever sends a folder may put a journal into it: one with other places is none. Raises ValueError, TypeError,
+    A folder from somebody else may contain any journal; one with other paths is rejected. Raises ValueError, TypeError,
     KeyError, IndexError, AttributeError.
     """
     for place in [place for place, *_ in journal.get("moves", [])]:
@@ -145,7 +145,7 @@ def _finish_swap(root: Path, journal: Mapping[str, Any]) -> bool:
 
 
 def _forgotten(root: Path, journal: Mapping[str, Any]) -> bool:
-    """Forget a journal of which nothing was done yet; whether that is so."""
+    """Remove a journal if none of its steps were done yet. Returns whether that was so."""
     if not committed(root):
         return True
     if "swap" in journal:

@@ -1,7 +1,7 @@
 """Joins two model directories to one: the first model draws a picture, the second one makes a clip of it.
 
-Weights are hard links where the file system allows, copies where it does not. Graphs are taken along; where a weights
-file has another name here, they point to it by that. Engines are not taken along.
+Weights are hard links if the file system supports them, else copies. Graphs are copied; if a weights file gets a new
+name, the graphs are changed to refer to that name. Engines are not copied.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["compose"]
 
 @dataclass(frozen=True)
 class _Copy:
-    """A file of a model, and what it is called in the new directory."""
+    """A file of a model, and its name in the new directory."""
 
     bundle: Bundle
     name: str
@@ -39,15 +39,15 @@ def compose(
     *,
     overwrite: bool = False,
 ) -> Bundle:
-    """Write the model directory `output`, in which the picture of `first` is the picture of `second`.
+    """Write the model directory `output`: the picture that `first` draws is the input picture of `second`.
 
-    first    a model that draws a picture: of a text, or of what else it takes
-    second   a model that needs one picture and makes a clip of it
-    Names of the second model that the first one has too begin with `second_` here: stages, loops, controls, files.
+    first    a model that draws a picture, from a text or other inputs
+    second   a model that needs one picture and makes a clip from it
+    A name of the second model that the first one also uses gets the prefix `second_`: stages, loops, controls, files.
 
-    Raises ModelError naming the reason where the two do not fit or `output` cannot be written, IntegrityError for a
-    file that is damaged, MissingExtra where a graph has to be rewritten and the package onnx-ir is not installed.
-    Nothing is left behind when it fails.
+    Raises ModelError with the reason if the two do not fit or `output` cannot be written, IntegrityError for a damaged
+    file, MissingExtra if a graph has to be rewritten and the package onnx-ir is not installed. A failure leaves nothing
+    behind.
     """
     target = check_free(output, overwrite)
     bundles = [Bundle.open(path) for path in (first, second)]
@@ -80,9 +80,9 @@ def _same_tokenizer(one: Bundle, two: Bundle) -> bool:
 
 
 def _copies(bundle: Bundle, part: spec.Part, taken: Mapping[str, FileRecord]) -> Iterator[_Copy]:
-    """The files of a model that its stages here use, graphs and weights of each precision among them.
+    """The files of a model that its stages use in the new directory, with the graphs and weights of each precision.
 
-    A file that both models have alike is taken once.
+    A file that both models contain identically is taken once.
     """
     variants = bundle.manifest.variants
     owners = {name: bundle.manifest.listed(name) for name in (*part.stages, *variants)}
@@ -102,7 +102,7 @@ def _copies(bundle: Bundle, part: spec.Part, taken: Mapping[str, FileRecord]) ->
 
 
 def _variant(name: str, names: Mapping[str, str]) -> str | None:
-    """What a weights file is called here, or its variant in another precision (unet.fp16.safetensors)."""
+    """The new name of a weights file, or of its variant in another precision (unet.fp16.safetensors)."""
     for own, here in names.items():
         if name == own:
             return here
@@ -113,7 +113,7 @@ def _variant(name: str, names: Mapping[str, str]) -> str | None:
 
 
 def _put(copy: _Copy, to: Path, names: Mapping[str, str]) -> FileRecord:
-    """Put a checked file into its place; a graph whose weights have other names here is written anew."""
+    """Put a checked file into the new directory. A graph is rewritten if its weights files have new names."""
     path = copy.bundle.file(copy.name)
     to.parent.mkdir(parents=True, exist_ok=True)
     if copy.name.endswith(".onnx"):
@@ -129,7 +129,7 @@ def _put(copy: _Copy, to: Path, names: Mapping[str, str]) -> FileRecord:
 
 
 def _point(graph: Path, to: Path, names: Mapping[str, str]) -> None:
-    """Write a graph anew with other names of the files that its tensors lie in. Raises MissingExtra."""
+    """Rewrite a graph with new names for the files that contain its tensors. Raises MissingExtra."""
     try:
         import onnx_ir as ir
     except ImportError as error:

@@ -1,7 +1,7 @@
-"""Encodings: a control's value as the array that a stage is fed (docs/manifest.md, "controls").
+"""Encodings: turn a control's value into the array that a stage takes (docs/manifest.md, "controls").
 
 A curve is a number per frame, or per pair of frames. `sinusoid` is the reference's embedding of HiGen's motion cue
-(unet_higen.py, spec section 3), `similarity` the wanted similarity of a frame to relative positions of the clip
+(unet_higen.py, spec section 3); `similarity` is the wanted similarity of a frame to relative positions of the clip
 (docs/design.md, section 9).
 """
 
@@ -30,7 +30,7 @@ __all__ = [
 
 Array = NDArray[np.float32]
 Curve: TypeAlias = "float | Sequence[float] | Sequence[Sequence[float]] | NDArray[np.floating] | None"
-"""None is "unspecified", to a model that was trained for it."""
+"""None is "unspecified"; only models that were trained for it accept it."""
 
 
 def sinusoid(values: NDArray[np.generic] | Sequence[float], dim: int) -> Array:
@@ -64,10 +64,10 @@ def resample_in_time(vectors: Array, frames: int) -> Array:
 
 
 def check_numbers(name: str, value: Any, allowed: str) -> NDArray[np.float64]:
-    """Numbers as float64, each finite in float32 too; texts and truth values are none. Raises RequestError."""
+    """Numbers as float64, each finite in float32 too. Raises RequestError for anything else: texts, booleans, ..."""
     try:
         given = np.asarray(value)
-    except (ValueError, TypeError, RuntimeError):  # rows of different lengths; tensors that are on a GPU
+    except (ValueError, TypeError, RuntimeError):  # rows of different lengths; GPU tensors
         raise RequestError(f"{name}={quoted(value)}: {allowed}") from None
     if given.dtype.kind not in "iuf" or _has_truth(value) or not np.all(np.abs(given) <= np.finfo(np.float32).max):
         raise RequestError(f"{name}={quoted(value)}: {allowed}")
@@ -75,7 +75,7 @@ def check_numbers(name: str, value: Any, allowed: str) -> NDArray[np.float64]:
 
 
 def _has_truth(value: Any) -> bool:
-    """Whether a truth value stands among numbers, which numpy would take for 1 or 0."""
+    """Whether a value contains a boolean, which numpy would take for 1 or 0."""
     if isinstance(value, (list, tuple)):
         return any(map(_has_truth, value))
     return isinstance(value, (bool, np.bool_))
@@ -84,8 +84,8 @@ def _has_truth(value: Any) -> bool:
 def curve_values(name: str, value: Curve, frames: int, low: float | None = None, high: float | None = None) -> Array:
     """A curve as one number per pair of frames ([frames - 1]) or per frame ([frames]), float32.
 
-    One number is repeated for every pair. Raises RequestError for another length, and for values that are not finite
-    or not from `low` to `high`.
+    A single number is repeated for every pair. Raises RequestError for another length, and for values that are not
+    finite or outside `low` to `high`.
     """
     limits = "" if low is None else f" and >= {low:g}"
     limits += "" if high is None else f" and <= {high:g}"
@@ -110,7 +110,7 @@ def curve_rows(values: Array, frames: int) -> Array:
 def sinusoid_rows(values: Array | None, frames: int, dim: int) -> Array:
     """A curve as sinusoids, float32 [frames, dim], resampled in time *after* the sinusoid.
 
-    None (for models trained with cue dropout) is a row of zeros, which no value of the curve gives.
+    None (for models trained with cue dropout) gives rows of zeros; no value of a curve gives such a row.
     """
     if values is None:
         return np.zeros((frames, dim), dtype=np.float32)
@@ -127,11 +127,12 @@ def _distance(frames: int, columns: int) -> NDArray[np.float64]:
 def similarity_rows(name: str, value: Curve, frames: int, columns: int) -> Array:
     """Wanted similarity of frame i to position k of the clip, float32 [frames, columns].
 
-    One factor a gives 1 - a |i/(frames-1) - k/(columns-1)| (0: a still appearance, 1: the ends differ wholly); one
-    factor per frame gives each row its own. A matrix [frames, columns] is taken as it is; a frame-to-frame matrix
-    [frames, frames] is resampled to the columns. None (for models trained with cue dropout) tells each frame its place
-    alone: minus the distance to each column, which differs from every factor by the missing 1 at a frame's own place.
-    Raises RequestError for other shapes and non-finite values.
+    A factor a gives 1 - a |i/(frames-1) - k/(columns-1)| (0: the appearance does not change, 1: first and last frame
+    are completely different). There is one factor for all rows, or one per frame. A matrix [frames, columns] is used
+    directly; a frame-to-frame matrix [frames, frames] is resampled to the columns. None (for models trained with cue
+    dropout) gives only each frame's position: minus the distance to each column. At a frame's own position this is 0,
+    and a factor gives 1 there, so the model can tell them apart. Raises RequestError for other shapes and non-finite
+    values.
     """
     if value is None:
         return (-_distance(frames, columns)).astype(np.float32)
@@ -149,9 +150,9 @@ def similarity_rows(name: str, value: Curve, frames: int, columns: int) -> Array
 
 
 def measured_curve(measure: str, latents: NDArray[np.float32]) -> NDArray[np.float64]:
-    """A clip's own value of a curve, from its latents [C, F, H, W].
+    """The value of a curve that a clip itself has, from its latents [C, F, H, W].
 
-    distance    10 times the L2 distance of neighbouring frames, without its fraction: [F - 1]
+    distance    10 times the L2 distance of neighbouring frames, rounded down: [F - 1]
     similarity  5 cos - 4 of each pair of frames (1: equal, 0 where the cosine is 0.8): [F, F]
 
     Source: HiGen's cues as its training measures them (higen/train/cues.py).

@@ -1,4 +1,4 @@
-"""Converts released checkpoints to a model directory. The family that they belong to reads them.
+"""Converts released checkpoints to a model directory. Each model family reads its own checkpoints.
 
 Tensors are cast and written one at a time: a conversion needs about as much memory as its largest tensor.
 """
@@ -39,8 +39,8 @@ def convert(
 ) -> Bundle:
     """Make the model directory `output` from the three files of the first family (`families.FIRST`).
 
-    `arguments` are what its files do not tell of a denoiser of another size than the released one. As
-    `convert_sources` else.
+    `arguments`: settings of a denoiser that has another size than the released one and that its files do not contain.
+    Everything else is as in `convert_sources`.
     """
     sources = (denoiser, text, autoencoder)
     return convert_sources(
@@ -69,18 +69,18 @@ def convert_sources(
 
     sources    files and folders, in the family's order; or a model directory, to which `loras` are added
                (higen/adapt.py): its weights keep their precision
-    family     whose they are; None: the one that recognises one of them
+    family     the family of the sources; None: the family that recognises one of them
     dtype      "fp16", "bf16" or "fp32": how the weights are stored
-    on_note    called with what a person should know: licence terms, what was left out
-    options    the family's own
+    on_note    called with notes for the user: licence terms, what was left out
+    options    options of the family
 
-    Raises UnknownFamily, CheckpointError (a source is missing, refused, does not fit or has weights that are not
-    finite), OutputError (unknown dtype, no room on the disk) or ModelError (`output` exists or cannot be written).
-    Nothing is left behind when it fails.
+    Raises UnknownFamily, CheckpointError (a source is missing, refused, does not fit or has non-finite weights),
+    OutputError (unknown dtype, disk full) or ModelError (`output` exists or cannot be written). A failure leaves
+    nothing behind.
     """
     if dtype not in DTYPES:
         raise OutputError(f"dtype={quoted(dtype)}: one of {', '.join(map(repr, DTYPES))}")
-    check_free(output, overwrite)  # before gigabytes are read
+    check_free(output, overwrite)  # before reading gigabytes
     paths = [given_path(source, "source") for source in sources]
     if len(paths) == 1 and is_model(paths[0]):
         if family is not None or set(options) - {"loras"}:
@@ -112,8 +112,8 @@ def convert_sources(
 def recognised(sources: Sequence[Path]) -> str:
     """The family that recognises one of the sources.
 
-    Raises CheckpointError naming the families that are installed and what was found in the sources, or what is wrong
-    with the first of them that cannot be read.
+    Raises CheckpointError naming the installed families and what was found in the sources, or what is wrong with the
+    first source that cannot be read.
     """
     for source in sources:
         if not source.exists():
@@ -127,7 +127,7 @@ def recognised(sources: Sequence[Path]) -> str:
 
 
 def _check_space(folder: Path, size: int) -> None:
-    """The weights and 8 MiB for tokenizer and manifest must fit on the disk."""
+    """Check that the weights, and 8 MiB for tokenizer and manifest, fit on the disk."""
     free = shutil.disk_usage(folder).free
     if free < size + 8 * 2**20:
         raise OutputError(

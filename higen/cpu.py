@@ -1,4 +1,4 @@
-"""Number formats that this machine's processor multiplies fast, from the system's list of its features."""
+"""The number formats that this machine's processor multiplies fast, from the system's list of CPU features."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ X86 = ("x86_64", "amd64")
 
 @cache
 def flags() -> frozenset[str] | None:
-    """The instruction sets of the first processor, in Linux's words; None on a system that does not list them."""
+    """The instruction sets of the first processor, by Linux's names; None on a system that does not list them."""
     try:
         lines = CPUINFO.read_text(encoding="utf-8", errors="replace").splitlines()
     except OSError:
@@ -27,9 +27,9 @@ def flags() -> frozenset[str] | None:
 
 
 def has_bf16() -> bool | None:
-    """Whether it multiplies bfloat16 itself (AMX, AVX512-BF16, Arm's BF16); None: unknown.
+    """Whether the processor can multiply bfloat16 (AMX, AVX512-BF16, Arm's BF16); None: unknown.
 
-    Elsewhere a product in bfloat16 is computed in float32 after conversions, and is many times slower than in float32.
+    Other processors convert bfloat16 to float32 first, which is many times slower than using float32 directly.
     """
     found = flags()
     return None if found is None else not found.isdisjoint({"amx_bf16", "avx512_bf16", "bf16"})

@@ -1,4 +1,4 @@
-"""Draws curves over time: the measured values, and the requested ones beside them."""
+"""Draws curves over time: the measured values together with the requested ones."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ MEASURED, REQUESTED = "#1f77b4", "#ff7f0e"
 
 @dataclass(frozen=True, eq=False)
 class Panel:
-    """A curve: one number per frame, or one per pair of frames, which is drawn at the later frame.
+    """A curve: one number per frame, or one per pair of frames. A pair's number is drawn at the later frame.
 
-    requested   the requested curve, in the same form; empty where there is none
+    requested   the requested curve, in the same form; empty if there is none
     """
 
     name: str
@@ -70,7 +70,7 @@ def _line(draw: ImageDraw.ImageDraw, points: list[tuple[float, float]], colour: 
 
 
 def save(picture: Image.Image, path: Path) -> None:
-    """Write a picture. Raises OutputError where it cannot be written."""
+    """Write a picture. Raises OutputError if it cannot be written."""
     try:
         with output_file(path) as temporary:
             picture.save(temporary)

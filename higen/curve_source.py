@@ -1,4 +1,4 @@
-"""A curve that is measured from a clip or a sound file, which is named in place of a control's numbers."""
+"""Curves that are measured from a clip or a sound file: the file is given instead of a control's numbers."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class CurveAsked:
 
     name      of the control, for messages
     encoding  of the control; None: it has none
-    span      range that a sound is mapped into; None: the model gives none
-    frames    of the request, at `fps` frames per second
+    span      the range that a sound is mapped into; None: the model gives none
+    frames    the number of frames of the request, at `fps` frames per second
     """
 
     name: str
@@ -42,10 +42,10 @@ class CurveFrom:
     """A curve measured from a file.
 
     source    a path of a video or of a sound, or a Video
-    feature   of a sound: "energy", how loud it is, or "onsets", how strongly sounds begin; None: "energy". With a
-              feature, the sound of a video is measured
+    feature   what is measured of a sound: "energy" (loudness) or "onsets" (how strongly sounds begin); None: "energy".
+              If a feature is given for a video, its sound is measured
     low, high the values for silence and for the loudest frame; None: the control's range
-    start     second of the file at which the clip begins
+    start     the second of the file at which the clip begins
 
     Raises RequestError.
     """
@@ -69,15 +69,15 @@ class CurveFrom:
 
     @property
     def path(self) -> Path | None:
-        """The file, or None for a clip in memory."""
+        """The path of the file, or None for a clip in memory."""
         return given_path(self.source) if isinstance(self.source, (str, os.PathLike)) else None
 
 
 def curve_from(name: str, value: object) -> CurveFrom | None:
     """The file or clip that a value names; None for numbers, and for a value that means "no curve".
 
-    A text is FILE or FILE:feature=onsets:low=0:high=300:start=1.5, its options in any order.
-    Raises RequestError, beginning with `name`.
+    A text has the form FILE or FILE:feature=onsets:low=0:high=300:start=1.5, with the options in any order.
+    The message of a RequestError begins with `name`.
     """
     if isinstance(value, CurveFrom):
         return value

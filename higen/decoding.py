@@ -1,4 +1,4 @@
-"""Decodes latents to frames, a chunk at a time, so that memory does not grow with the clip."""
+"""Decodes latents to frames, one chunk at a time, so that memory use does not grow with the clip."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ __all__ = ["decoded"]
 def decoded(latents: Any, manifest: Manifest, backend: Backend, sources: Sources) -> Iterator[Frames]:
     """Decode latents [B,C,f,H,W], a chunk of one sample's frames at a time.
 
-    A chunk never mixes samples, because rounding can depend on the batch size. Frames of context around it are
-    decoded with it and dropped.
+    A chunk never mixes samples, because rounding can depend on the batch size. Each chunk is decoded together with
+    frames of context on both sides, which are then dropped.
     """
     sizes, decoder = manifest.sizes, manifest.decoder
     z = np.asarray(backend.to_numpy(latents), dtype=np.float32)

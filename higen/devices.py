@@ -12,12 +12,12 @@ ALLOWED = "'auto', 'cpu', 'cuda', or a GPU by its number from 0: 'cuda:0', 'cuda
 
 
 def device_named(device: object) -> str | None:
-    """A device as a backend is given it: "cpu", "cuda", "cuda:N", or None for "auto" (a GPU if there is one).
+    """A device in the form that backends take: "cpu", "cuda", "cuda:N", or None for "auto" (a GPU if there is one).
 
     `device`: a text, or a torch.device; None is "auto". Raises UnknownDevice for anything else.
     """
     text = device
-    if type(device).__module__ == "torch" and type(device).__name__ == "device":  # torch itself is not imported here
+    if type(device).__module__ == "torch" and type(device).__name__ == "device":  # does not import torch
         text = str(device)
     if text is None or (isinstance(text, str) and text == "auto"):
         return None
@@ -27,12 +27,12 @@ def device_named(device: object) -> str | None:
 
 
 def device_index(device: str | None) -> int:
-    """The number of the GPU that "cuda" or "cuda:N" means; None: the first."""
+    """The GPU number in "cuda" or "cuda:N"; None: the first GPU."""
     return int((device or "").partition(":")[2] or 0)
 
 
 def check_present(device: str, count: int) -> None:
-    """Raise BackendUnavailable where "cuda:N" is none of the `count` GPUs here."""
+    """Raise BackendUnavailable if "cuda:N" names none of the `count` GPUs of this machine."""
     if device_index(device) >= count:
         here = (
             "is no GPU" if not count else "is 1 GPU, 'cuda:0'" if count == 1 else f"are {count} GPUs, from 'cuda:0' on"

@@ -1,4 +1,4 @@
-"""Checks an installation: Python, packages, backends, a model, and what runs each of its stages."""
+"""Checks an installation: Python, packages, backends, a model, and which backend runs each of its stages."""
 
 from __future__ import annotations
 
@@ -41,9 +41,10 @@ PACKAGES = (
 
 @dataclass(frozen=True)
 class LoopGraphs:
-    """The precisions in which a loop's steps have a graph: with both branches of guidance, and with one.
+    """The precisions in which a loop's steps have a graph.
 
-    None: the loop has no such stage.
+    guided  steps with both branches of guidance; None: the loop has no such stage
+    plain   steps with one branch; None: the loop has no such stage
     """
 
     loop: str
@@ -51,7 +52,7 @@ class LoopGraphs:
     plain: tuple[str, ...] | None
 
     def as_line(self) -> str:
-        """For a person."""
+        """One line of the text report."""
         words = [
             f"{name}: {', '.join(found) or 'no graph'}"
             for name, found in (("guided", self.guided), ("plain", self.plain))
@@ -62,12 +63,12 @@ class LoopGraphs:
 
 @dataclass(frozen=True)
 class Report:
-    """The result of the check. `packages` maps a name to its version, None where it is not installed.
+    """The result of the check. `packages` maps a name to its version, None if it is not installed.
 
-    `int8`: how int8 graphs are multiplied on this processor; `bf16`: whether it multiplies bfloat16 itself, if known.
-    `stages`: what runs each stage of the model, and why a better way does not; a stage that nothing can run has the
-    backend "". A step with one branch of guidance is left out if it has no graph, because the step with both branches
-    replaces it. `loops`: the graphs of each loop. `notes`: what to repair.
+    `int8`: how this processor multiplies 8-bit integers; `bf16`: whether it can multiply bfloat16, if known.
+    `stages`: the backend that runs each stage of the model, and why no better backend does; "" if no backend can run
+    it. A step with one branch of guidance is left out if it has no graph, because the step with both branches replaces
+    it. `loops`: the graphs of each loop. `notes`: what to repair.
     """
 
     python: str
@@ -85,7 +86,7 @@ class Report:
 
     @property
     def healthy(self) -> bool:
-        """Whether a video can be made here with the model."""
+        """Whether the model can make a video on this machine."""
         return self.intact and any(b.works for b in self.backends) and all(choice.backend for choice in self.stages)
 
     def as_json(self) -> dict[str, Any]:
@@ -108,7 +109,7 @@ class Report:
         }
 
     def as_text(self) -> str:
-        """The report for a person."""
+        """The report as text."""
         lines = [f"higen {__version__}, Python {self.python}, {self.system}, {self.cpus} CPUs"]
         lines += [f"8-bit integers are multiplied {self.int8}"]
         lines += ["bfloat16 is computed in float32, many times slower"] if self.bf16 is False else []
@@ -128,7 +129,7 @@ class Report:
 
 
 def report(model: Path | None = None) -> Report:
-    """Check the installation, and load every stage of a model (None: the built-in one) to see what runs it."""
+    """Check the installation, and load every stage of a model (None: the built-in one) to see which backend runs it."""
     path = default_model() if model is None else model
     described, bundle = _model(path)
     name = "built-in model" if model is None else str(model)
@@ -165,7 +166,7 @@ def _notes() -> list[str]:
 
 
 def _model(path: Path) -> tuple[str, Bundle | None]:
-    """A line about a model for the user, and the model, if it is intact."""
+    """A line about a model for the report, and the model itself if it is intact."""
     try:
         bundle = Bundle.open(path)
         for name in bundle.files:
@@ -186,8 +187,8 @@ def _graphs(bundle: Bundle, loop: Loop) -> LoopGraphs:
 
 
 def _idle(bundle: Bundle) -> list[str]:
-    """The steps with one branch of guidance that have no graph, while the step with both branches has one and replaces
-    them.
+    """The steps with one branch of guidance that have no graph and are replaced by the graph of the step with both
+    branches.
     """
     return [
         plain
@@ -198,7 +199,7 @@ def _idle(bundle: Bundle) -> list[str]:
 
 
 def _missing(bundle: Bundle) -> list[str]:
-    """Notes on what would save half the work at guidance 1."""
+    """Notes on missing graphs that would halve the work at guidance 1."""
     if bundle.version == 1:
         return [f"the manifest is of version 1; version 2 says more of the model: higen upgrade {bundle.path}"]
     if not (idle := _idle(bundle)):
@@ -214,12 +215,12 @@ def _stages(bundle: Bundle) -> Iterator[Choice]:
     try:
         router = select_backend(bundle, options=Options(verify=False))
     except HigenError:
-        return  # the list of backends says why
+        return  # the report's list of backends says why
     idle = _idle(bundle)
     for stage in (name for name in bundle.manifest.stage_names if name not in idle):
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore", FallbackWarning)  # the choice says it
+                warnings.simplefilter("ignore", FallbackWarning)  # the choice contains the reason
                 router.prepare(stage)
         except HigenError as error:
             yield Choice(stage, "", {"any": str(error)})

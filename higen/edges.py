@@ -1,7 +1,7 @@
-"""Edges of a picture, as ControlNets for edges were trained on them: Canny's detector in whole numbers.
+"""Edges of a picture: Canny's detector in integer arithmetic. ControlNets for edges were trained on such pictures.
 
-Canny 1986, with the choices of OpenCV's `Canny(picture, 100, 200)`: Sobel's 3x3 kernels with the picture's border
-repeated, a gradient's length |x| + |y|, of three colours the one with the longest gradient, and no blur before it.
+Canny 1986, with the choices of OpenCV's `Canny(picture, 100, 200)`: Sobel's 3x3 kernels with a repeated border,
+|x| + |y| as the length of a gradient, the colour channel with the longest gradient at each point, and no blur first.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 __all__ = ["HIGH", "LOW", "edges"]
 
 LOW, HIGH = 100, 200
-"""Lengths of the gradient: an edge has a point above HIGH, and all its points are above LOW."""
+"""Lengths of the gradient. All points of an edge are above LOW, and at least one is above HIGH."""
 
 _SHIFT = 15
 _TAN = round(0.4142135623730950488 * 2**_SHIFT)
@@ -20,7 +20,7 @@ _TAN = round(0.4142135623730950488 * 2**_SHIFT)
 
 
 def edges(picture: NDArray[np.uint8], low: int = LOW, high: int = HIGH) -> NDArray[np.uint8]:
-    """White edges on black, uint8 [H,W,3], of a picture uint8 [H,W,3]."""
+    """The edges of a picture uint8 [H,W,3]: white on black, uint8 [H,W,3]."""
     across, down = _gradient(picture.astype(np.int32))
     length = np.abs(across) + np.abs(down)
     longest = length.argmax(axis=2)[..., None]
@@ -32,7 +32,7 @@ def edges(picture: NDArray[np.uint8], low: int = LOW, high: int = HIGH) -> NDArr
 
 
 def _gradient(pixels: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.int32]]:
-    """Sobel's gradient to the right and down, [H,W,3] each."""
+    """Sobel's gradients in the directions right and down, [H,W,3] each."""
     wide = np.pad(pixels, ((1, 1), (1, 1), (0, 0)), mode="edge")
     right = wide[:, 2:] - wide[:, :-2]
     smooth = wide[:, :-2] + 2 * wide[:, 1:-1] + wide[:, 2:]
@@ -40,9 +40,9 @@ def _gradient(pixels: NDArray[np.int32]) -> tuple[NDArray[np.int32], NDArray[np.
 
 
 def _peaks(x: NDArray[np.int32], y: NDArray[np.int32], length: NDArray[np.int32], low: int) -> NDArray[np.bool_]:
-    """Points above `low` whose gradient is not shorter than that of their two neighbours along it.
+    """Points above `low` with a longer gradient than both neighbours in its direction (non-maximum suppression).
 
-    Of equal neighbours in a row or column the first one is taken. Beyond the picture the length is 0.
+    Of equal neighbours in a row or column, the first one is kept. Outside the picture, the length is 0.
     """
     height, width = length.shape
     around = np.pad(length, 1)
@@ -62,9 +62,9 @@ def _peaks(x: NDArray[np.int32], y: NDArray[np.int32], length: NDArray[np.int32]
 
 
 def _connected(strong: NDArray[np.bool_], thin: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """The points of `thin` that a path of neighbours in it, diagonal ones too, leads to from one of `strong`."""
+    """The points of `thin` that are connected to a point of `strong` by neighbours in `thin` (8 directions)."""
     height, width = thin.shape
-    open_ones = np.pad(thin, 1).ravel()  # a border that nothing passes
+    open_ones = np.pad(thin, 1).ravel()  # with a border of False, where every path ends
     line = width + 2
     steps = np.array([-line - 1, -line, -line + 1, -1, 1, line - 1, line, line + 1])
     found = np.zeros_like(open_ones)

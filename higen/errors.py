@@ -11,19 +11,19 @@ HigenError
 ├── BackendError                  a backend failed
 │   ├── OutOfMemory               there is too little memory; the files are whole
 │   ├── BackendUnavailable        a backend cannot run here; the message says why
-│   │   └── UnknownDevice         what was given is no device's name (a RequestError too)
+│   │   └── UnknownDevice         the given value is not a device name (a RequestError too)
 │   └── EngineError               a TensorRT engine cannot be built or used
 │       ├── NoDriver              there is no NVIDIA driver
 │       ├── NoDevice              there is a driver and no GPU
 │       ├── WrongArchitecture     it was built for other GPUs
 │       ├── OutsideProfile        it was built for other shapes
-│       ├── Malformed             its file is no plan that this TensorRT reads
-│       └── Stale                 graph, weights or TensorRT are not those it was built from
-├── PlanError                     a story cannot be planned: the endpoint failed or answers nonsense
+│       ├── Malformed             its file is not a plan that this TensorRT can read
+│       └── Stale                 it was built from another graph, other weights or by another TensorRT
+├── PlanError                     a story cannot be planned: the endpoint failed or its answer is unusable
 ├── Cancelled                     a request was cancelled before its end
-├── RetryLater                    a server is full, or stops: the same request may be sent again
+├── RetryLater                    a server is full or is stopping: the same request may be sent again
 ├── ServeError                    a server cannot start: its port, folder or queue cannot be used
-├── NotPicklable (PicklingError)  an object cannot be sent to another process; the message says what to do there
+├── NotPicklable (PicklingError)  an object cannot be sent to another process; the message says what to do instead
 ├── FixtureError                  a fixture directory for `higen parity` is malformed
 ├── TrainingError                 a training run cannot start, continue or save
 │   └── SettingsError             its settings or its data set are wrong
@@ -34,7 +34,7 @@ PictureWarning (UserWarning)      a picture of another size or length was made t
 FallbackWarning (UserWarning)     a stage runs on a slower backend than the best one present
 MediaWarning (UserWarning)        a sound or clip was cut, padded or sampled otherwise than asked
 
-A message quotes a value by `quoted`, in one line; a message that is too long all the same is cut in its middle.
+Messages quote values with `quoted`, which gives one short line. If a message is still too long, its middle is cut out.
 """
 
 from __future__ import annotations
@@ -86,14 +86,14 @@ __all__ = [
 _OURS = ("higen", "av", "PIL", "numpy", "onnxruntime", "torch")
 
 LINE = 120
-"""Characters of a value that a message quotes."""
+"""The most characters of a value that a message quotes."""
 
 LONGEST = 1900
-"""Characters of a message."""
+"""The most characters of a message."""
 
 
 class _Quotes(reprlib.Repr):
-    """The limits of `quoted`, and numbers that Python refuses to write out."""
+    """The length limits of `quoted`; also handles integers that are too long for Python to print."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,7 +102,7 @@ class _Quotes(reprlib.Repr):
         self.maxlevel = 3
 
     def repr_int(self, x: int, level: int) -> str:
-        """As reprlib's."""
+        """As in reprlib."""
         try:
             return super().repr_int(x, level)
         except ValueError:
@@ -113,12 +113,12 @@ _QUOTES = _Quotes()
 
 
 def quoted(value: object) -> str:
-    """A value as a message quotes it: its repr in one line of at most 120 characters."""
+    """A value as it is quoted in messages: its repr, in one line of at most 120 characters."""
     return _cut(re.sub(r"\s*\n\s*", " ", _QUOTES.repr(value)), LINE)
 
 
 def raised_in(error: BaseException) -> str:
-    """The name of the module whose code raised an error; an empty text where that is unknown."""
+    """The name of the module that raised an error; an empty text if it is unknown."""
     trace = error.__traceback__
     while trace is not None and trace.tb_next is not None:
         trace = trace.tb_next
@@ -126,9 +126,10 @@ def raised_in(error: BaseException) -> str:
 
 
 def is_of_a_handler(error: BaseException) -> bool:
-    """Whether an error in the middle of a library's work was raised by a person's own code.
+    """Whether an error that came up inside a library call was raised by the user's own code.
 
-    That is a signal handler's: a time limit, say. It is passed on, and never taken for the library's failure.
+    Such code is a signal handler, for example for a time limit. Its error is passed on and is not reported as a failure
+    of the library.
     """
     where = raised_in(error)
     root = where.partition(".")[0]
@@ -138,7 +139,7 @@ def is_of_a_handler(error: BaseException) -> bool:
 
 
 def _cut(text: str, most: int = LONGEST) -> str:
-    """A text of at most this many characters, without its middle if necessary."""
+    """A text cut to at most this many characters; the middle is left out."""
     half = (most - 5) // 2
     return text if len(text) <= most else f"{text[:half]} ... {text[-half:]}"
 
@@ -175,7 +176,7 @@ class CheckpointError(ModelError):
 
 
 class UnknownFamily(ModelError):
-    """The model's family is not installed here: its networks cannot be built, its graphs run all the same."""
+    """The model's family is not installed: its networks cannot be built, but its graphs still run."""
 
 
 class BackendError(HigenError):
@@ -191,7 +192,7 @@ class BackendUnavailable(BackendError):
 
 
 class UnknownDevice(BackendUnavailable, RequestError):
-    """What was given is no device's name."""
+    """The given value is not a device name."""
 
 
 class EngineError(BackendError):
@@ -203,7 +204,7 @@ class NoDriver(EngineError):
 
 
 class NoDevice(EngineError):
-    """There is an NVIDIA driver, and no GPU that it can use."""
+    """There is an NVIDIA driver, but no GPU that it can use."""
 
 
 class WrongArchitecture(EngineError):
@@ -215,15 +216,15 @@ class OutsideProfile(EngineError):
 
 
 class Malformed(EngineError):
-    """An engine's file, or the record beside it, is cut, altered or in no format that this TensorRT reads."""
+    """An engine's file, or the record next to it, is truncated, altered or not readable by this TensorRT."""
 
 
 class Stale(EngineError):
-    """An engine was built from another graph, from other weights or by another TensorRT than those here."""
+    """An engine was built from another graph, from other weights or by another TensorRT version."""
 
 
 class PlanError(HigenError):
-    """A story cannot be planned: the endpoint failed or answers nonsense."""
+    """A story cannot be planned: the endpoint failed or its answer is unusable."""
 
 
 class Cancelled(HigenError):
@@ -231,7 +232,7 @@ class Cancelled(HigenError):
 
 
 class RetryLater(HigenError):
-    """A server is full, or stops: the same request may be sent again."""
+    """A server is full or is stopping: the same request may be sent again."""
 
 
 class ServeError(HigenError):
@@ -264,12 +265,12 @@ class MissingExtra(HigenError, ImportError):
         self.purpose = purpose
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """An error goes from a worker process to its parent as its arguments, which are not its message."""
+        """Pickled, for example between processes, as the constructor's arguments, not as the message."""
         return type(self), (self.package, self.extra, self.purpose)
 
 
 class _OurWarning(UserWarning):
-    """A warning whose message has a limit, as those of errors have."""
+    """A warning with a limited message length, as errors have."""
 
     def __init__(self, *arguments: Any) -> None:
         super().__init__(*(_cut(a) if isinstance(a, str) else a for a in arguments))

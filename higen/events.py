@@ -24,9 +24,9 @@ __all__ = ["Event", "Frames", "Stream", "timed", "timed_events", "timed_steps"]
 
 @dataclass(frozen=True)
 class Frames:
-    """Decoded frames of one video: uint8 `frames` [n, Y, X, 3], of which the first is frame `first`.
+    """Decoded frames of one video: uint8 `frames` [n, Y, X, 3], beginning with frame number `first`.
 
-    `done` of `total` frames of all videos are decoded by now.
+    So far, `done` of the `total` frames of all videos are decoded.
     """
 
     video: int
@@ -53,10 +53,10 @@ class Stream:
         loops: Sequence[tuple[str, int]],
         decode: Callable[[Step], NDArray[np.uint8]],
     ) -> None:
-        """`loops`: name and length of each part; `decode`: a step's estimate as frames, for previews."""
+        """`loops`: name and length of each part; `decode`: turns a step's estimate into frames, for previews."""
         self.request = request
         self.loops = list(loops)
-        """Name and length of each part, in order: steps of the loops, then frames decoded."""
+        """Name and length of each part, in order: each loop with its steps, then decoding with its frames."""
         self._events = events
         self._decode = decode
         self._videos: Videos | None = None
@@ -88,9 +88,9 @@ class Stream:
             return event
 
     def close(self) -> None:
-        """Stop the work; from another thread it stops after the step that is being made."""
+        """Stop the work. If called from another thread, the present step is finished first."""
         self._closed.set()
-        # A thread that makes a step sees that the stream is closed. ValueError: that thread is this one.
+        # Another thread that is making a step sees the closed stream. ValueError: this thread is making the step.
         if self._home.here and self._working.acquire(blocking=False):
             try:
                 with suppress(ValueError):
@@ -126,7 +126,7 @@ def timed(seconds: dict[str, float], part: str) -> Iterator[None]:
 
 
 def timed_events(seconds: dict[str, float], part: str, events: Iterator[Frames]) -> Iterator[Frames]:
-    """Pass events on, counting the time spent making them and not that of their consumer."""
+    """Pass events on; count the time of making them, but not the time of their consumer."""
     while True:
         with timed(seconds, part):
             event = next(events, None)

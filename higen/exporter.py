@@ -1,4 +1,4 @@
-"""The command `higen-export`, put together from packages that do not know each other."""
+"""The command `higen-export`, combined from independent packages."""
 
 from higen.engines.cli import build_engines, compare
 from higen.engines.triton.cli import triton

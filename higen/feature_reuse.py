@@ -1,8 +1,8 @@
 """Feature reuse in the denoising loop (Ma et al. 2024, DeepCache).
 
-What the deep part of a U-Net computes changes little from one step to the next. A full step keeps the features that
-enter the network's last block from below; the steps behind it, shallow ones, compute the rest of the network alone and
-take these features as they are (`Stage.variants`).
+The output of a U-Net's deep part changes little from one step to the next. A full step keeps the features that enter
+the network's last block from below. The shallow steps after it reuse these features and compute only the rest of the
+network (`Stage.variants`).
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ class Runner(Protocol):
 
 
 class FeatureReuse:
-    """A backend for one loop: it keeps the deep features of full steps, and hands them to the shallow ones.
+    """A backend for one loop: it keeps the deep features of full steps and gives them to the shallow steps.
 
-    A step on windows or tiles is one run for each of them, in the same order in every row: each has its own features.
+    A step on windows or tiles is one run per window or tile, always in the same order. Each has its own features.
     """
 
     def __init__(self, backend: Runner, every: int) -> None:
-        """`every` so many rows there is a full step."""
+        """`every`: one step in this many rows is a full step."""
         self._backend = backend
         self._every = every
         self._kind = ""
@@ -45,9 +45,9 @@ class FeatureReuse:
         self._part = 0
 
     def step(self, stage: Stage, row: int) -> Stage:
-        """The variant of a stage that does a row of the loop, counted from the first one that runs; the rows are asked
-        for in order. The features of a guided step are not those of a plain one, so the first row behind a change
-        between the two is a full step.
+        """The variant of a stage, full or shallow, for a row of the loop. Row 0 is the first row that runs. Call this
+        for the rows in order. Guided and plain steps have different features, so the first row after a change between
+        them is a full step.
         """
         self._shallow = row % self._every != 0 and stage.name == self._kind
         self._kind, self._part = stage.name, 0
@@ -55,7 +55,7 @@ class FeatureReuse:
         return shallow if self._shallow else full
 
     def run(self, stage: str, /, **tensors: Any) -> Mapping[str, Any]:
-        """Run a step on the whole clip, or on its next window or tile; the outputs are without the features."""
+        """Run a step on the whole clip, or on its next window or tile. The result does not include the features."""
         if self._shallow:
             tensors[DEEP] = self._kept[self._part]
         outputs = dict(self._backend.run(stage, **tensors))

@@ -1,4 +1,4 @@
-"""Makes one video of a scene script: each scene is a single request, and finished scenes are kept until all are."""
+"""Makes one video from a scene script. Each scene is one request; finished scenes are kept until all are done."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ __all__ = ["KeptScenes", "make_film", "scene_requests"]
 
 
 def scene_requests(pipeline: Pipeline, script: Script) -> list[Request]:
-    """The checked request of each scene; one that continues the scene before has a blank picture for its first frame.
+    """The checked request of each scene. A scene that continues the one before has a blank first frame for now.
 
     Raises RequestError naming the scene, before any work.
     """
@@ -35,7 +35,7 @@ def scene_requests(pipeline: Pipeline, script: Script) -> list[Request]:
     for place, scene in enumerate(script.scenes):
         try:
             request = pipeline.request(scene.prompt, **scene.options)
-            if scene.transition == "continue":  # any picture: the real one is not there yet
+            if scene.transition == "continue":  # a stand-in: the real picture does not exist yet
                 blank = np.zeros((request.height, request.width, 3), np.uint8)
                 request = _continued(pipeline, scene, blank)
             found.append(request)
@@ -62,21 +62,21 @@ def _continued(pipeline: Pipeline, scene: Scene, first: NDArray[np.uint8]) -> Re
 
 
 class KeptScenes:
-    """A folder of finished scenes, each named by what it was made from: a changed scene is another file."""
+    """A folder of finished scenes. File names contain a digest of the request: a changed scene gets a new file."""
 
     def __init__(self, folder: Path) -> None:
-        """The folder is made when the first scene is finished. Raises OutputError where it cannot be."""
+        """The folder is made when the first scene is finished. Raises OutputError if it cannot be used."""
         self.folder = folder
         if folder.exists() and not folder.is_dir():
             raise OutputError(f"{folder}: is no folder; the finished scenes are kept there")
         check_folder(folder, folder if folder.is_dir() else folder.parent, writing=True)
 
     def path(self, place: int, key: str) -> Path:
-        """Where a scene is kept; .webp is lossless and has the metadata."""
+        """The file of a scene; .webp is lossless and contains the metadata."""
         return self.folder / f"scene_{place + 1:03d}_{key[:24]}.webp"
 
     def load(self, path: Path, request: Request) -> Video | None:
-        """A finished scene; None where there is none that is whole."""
+        """A finished scene; None if there is no complete one."""
         if not path.is_file():
             return None
         try:
@@ -110,14 +110,14 @@ def make_film(
     on_scene: Callable[[int, bool], None] = lambda place, again: None,
     requests: list[Request] | None = None,
 ) -> tuple[Video, list[Path]]:
-    """The video of a script, and the files that its scenes are kept in.
+    """The video of a script, and the files in which its scenes are kept.
 
-    kept      where finished scenes are kept and found again; None: nowhere
+    kept      the folder in which finished scenes are kept and found again; None: they are not kept
     progress  as for `Pipeline.__call__`
-    on_scene  is called as each scene is ready: its number from 0, and whether it was there already
-    requests  of `scene_requests`, where they have been made
+    on_scene  called when a scene is ready, with its number from 0 and whether it had been kept before
+    requests  the result of `scene_requests`, if it has been called already
 
-    Each scene's frames are those of its single request, except for those it has in common with the scene before.
+    A scene's frames are those of its request, except for the frames that it shares with the scene before.
     Raises what a request raises.
     """
     requests = scene_requests(pipeline, script) if requests is None else requests
@@ -140,7 +140,7 @@ def make_film(
 
 
 def _key(request: Request, model: list[tuple[str, str]]) -> str:
-    """A digest of all that a scene's frames depend on, except for the rounding of one backend or another."""
+    """A digest of everything that a scene's frames depend on, except for the rounding of different backends."""
     controls = {name: _plain(value) for name, value in request.controls.items()}
     fields = {name: getattr(request, name) for name in _FIELDS}
     text = json.dumps([__version__, model, fields, controls, request.settings.as_metadata()], sort_keys=True)
@@ -159,9 +159,9 @@ def _plain(value: Any) -> Any:
 
 
 def _joined(script: Script, videos: list[Video]) -> NDArray[np.uint8]:
-    """All frames; in a crossfade of n frames, frame k is the new scene's by (k + 1) / (n + 1).
+    """All frames. In a crossfade of n frames, the new scene has the weight (k + 1) / (n + 1) in frame k.
 
-    The frame that a continued scene has in common with the scene before is that scene's.
+    A continued scene and the scene before share one frame; it is taken from the scene before.
     """
     frames = np.empty((script.frames, *videos[0].frames.shape[1:]), np.uint8)
     end = 0
@@ -177,7 +177,7 @@ def _joined(script: Script, videos: list[Video]) -> NDArray[np.uint8]:
 
 
 def _metadata(script: Script, videos: list[Video]) -> dict[str, Any]:
-    """Each scene's metadata with its place: `first` of the video's frames, `frames` of its own."""
+    """The metadata of each scene, with its place: `first` is its first frame in the video, `frames` its length."""
     scenes, first = [], 0
     for scene, video in zip(script.scenes, videos, strict=True):
         first -= scene.fade

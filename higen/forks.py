@@ -1,4 +1,4 @@
-"""Processes that were forked from one with a model: they have a copy of its memory, but none of its threads."""
+"""Handles processes that were forked from one with a model: they have a copy of its memory, but not its threads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _INHERITED: set[str] = set()
 
 
 class Home:
-    """The process that something was made in. What is used in another one waits for threads that are not there."""
+    """The process that made an object. In a forked process, the object would wait for threads that do not exist."""
 
     def __init__(self) -> None:
         self._process = os.getpid()
@@ -28,7 +28,7 @@ class Home:
         return os.getpid() == self._process
 
     def check(self) -> None:
-        """Raise BackendError in any other process. Call it before a lock is taken: its holder may be gone."""
+        """Raise BackendError in any other process. Call this before taking a lock: its holder may not exist here."""
         if not self.here:
             raise BackendError(
                 f"the model was loaded in process {self._process}, from which this one ({os.getpid()}) was forked: "
@@ -37,12 +37,12 @@ class Home:
 
 
 def outlives_forks(thing: object) -> None:
-    """See that a thing is not freed in processes forked from this one: that would wait for threads they have not."""
+    """Ensure that forked processes never free an object: that would wait for threads that do not exist there."""
     _THREADED.add(thing)
 
 
 def inherited(module: str) -> bool:
-    """Whether this process was forked from one that had imported a module: "torch" or "onnxruntime"."""
+    """Whether this process was forked from one that had imported `module`, "torch" or "onnxruntime"."""
     return module in _INHERITED
 
 
@@ -55,13 +55,13 @@ def _after_fork() -> None:
 
 
 def _leave_without_libraries() -> None:
-    """End this process as `os._exit` does once Python itself has ended, with the same status.
+    """Once Python itself has ended, end this process as `os._exit` does, with the same status.
 
-    ONNX Runtime (1.32 at least) starts a thread when it is imported and waits for it when the process ends: a forked
-    one would never end. The handlers of an exit run in reverse order, so this one comes before the library's.
+    ONNX Runtime (at least 1.32) starts a thread when it is imported and waits for it when the process ends, so a forked
+    process would never end. Exit handlers run in reverse order, so this one runs before the library's.
     """
     c = ctypes.CDLL(None)
-    if hasattr(c, "on_exit"):  # of glibc
+    if hasattr(c, "on_exit"):  # only glibc has it
         c.on_exit(c._exit, None)
 
 

@@ -1,7 +1,7 @@
-"""FreeInit (Wu et al. 2023): a clip is denoised again from its own low frequencies and fresh high ones.
+"""FreeInit (Wu et al. 2023): a clip is denoised again, from its own low frequencies and fresh high frequencies.
 
-After a pass the clean latents z are noised to the last timestep with the noise e that the pass began with, and only the
-low frequencies of that, in time, height and width, are kept:
+After a pass, the clean latents z are noised to the last timestep with the noise e that the pass began with. Of the
+result, only the low frequencies in time, height and width are kept:
 
     z_T = alpha_T z + sigma_T e,    next noise = fresh + L(z_T - fresh)
 
@@ -29,10 +29,10 @@ FILTERS = ("butterworth", "gaussian", "ideal")
 
 @dataclass(frozen=True)
 class FreeInit:
-    """How often a loop is run (`iterations`, 1: as without FreeInit), and the filter of the low frequencies.
+    """How often a loop is run (`iterations`; 1 means without FreeInit), and the low-pass filter.
 
-    spatial, temporal  stop frequencies, parts of the highest one
-    order              of the Butterworth filter
+    spatial, temporal  stop frequencies, as fractions of the highest frequency
+    order              order of the Butterworth filter
     """
 
     iterations: int
@@ -43,7 +43,7 @@ class FreeInit:
 
 
 def low_pass(shape: tuple[int, int, int], settings: FreeInit) -> NDArray[np.float64]:
-    """The mask over the frequencies of (F, H, W), frequency 0 first, 0 to 1."""
+    """The filter's mask, 0 to 1, over the frequencies of (F, H, W), with frequency 0 at index 0."""
     if settings.spatial == 0.0 or settings.temporal == 0.0:
         return np.zeros(shape)
     scales = (settings.spatial / settings.temporal, 1.0, 1.0)
@@ -59,7 +59,7 @@ def low_pass(shape: tuple[int, int, int], settings: FreeInit) -> NDArray[np.floa
 
 
 def renewed(noisy: Array, fresh: Array, settings: FreeInit) -> Array:
-    """`fresh` noise [B,C,F,H,W] with the low frequencies of `noisy` latents."""
+    """`fresh` noise [B,C,F,H,W] with its low frequencies replaced by those of the `noisy` latents."""
     _, _, frames, height, width = fresh.shape
     mask = low_pass((frames, height, width), settings)
     change = noisy.astype(np.float64) - fresh

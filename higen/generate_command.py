@@ -1,4 +1,4 @@
-"""The command `higen generate`; its options follow the controls of the model that --model names."""
+"""The command `higen generate`. It has an option for each control of the model that --model names."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def numbers(text: str) -> float | list[float]:
 
 
 def _curve(text: str) -> Any:
-    """Numbers, a file that gives a curve, or the word for a control that is left to the model."""
+    """Numbers, a file that a curve is measured from, or the word that leaves the control to the model."""
     try:
         return numbers(text)
     except click.BadParameter:
@@ -54,7 +54,7 @@ def _frame(text: str) -> tuple[str, Path]:
 
 
 def _seed(text: str) -> int | str:
-    """A whole number, or the word for one that is drawn."""
+    """A whole number, or the word for a random one."""
     try:
         return text if text == "random" else int(text)
     except ValueError:
@@ -62,7 +62,7 @@ def _seed(text: str) -> int | str:
 
 
 def _given(name: str, value: Any) -> Any:
-    """An option's value; of known frames the pictures by index, each index once."""
+    """An option's value. Known frames become a dict of pictures by index; each index may occur once."""
     if not isinstance(value, tuple):
         return value
     found = dict(value)
@@ -72,7 +72,7 @@ def _given(name: str, value: Any) -> Any:
 
 
 def _whole(value: Any) -> Any:
-    """Numbers without a fraction as ints, so that `--steps 50` is a whole number; others are refused later."""
+    """Floats without a fraction become ints, so that `--steps 50` is a whole number. Other floats are refused later."""
     if isinstance(value, list):
         return [_whole(v) for v in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
@@ -82,7 +82,7 @@ class _FollowsModel(click.Command):
     """A command that has an option for each control of the model it is given."""
 
     def make_context(self, info_name: str | None, args: list[str], *more: Any, **extra: Any) -> click.Context:
-        """As click's, after the model's controls were added."""
+        """As in click, after the options for the model's controls were added."""
         own = [parameter for parameter in self.params if not isinstance(parameter, _ControlOption)]
         taken = {name for parameter in own for name in (*parameter.opts, parameter.name)}
         self.params = own + [
@@ -111,7 +111,7 @@ def _control_options(model: Path | None) -> list[_ControlOption]:
 
     try:
         controls = read_manifest(model or default_model()).manifest.controls
-    except HigenError:  # the command itself says what is wrong with it
+    except HigenError:  # the command itself reports the error
         return []
     return [_option(control) for control in controls]
 
@@ -209,7 +209,7 @@ def generate(
         if script is not None and (prompt or given):
             words = ", ".join(["PROMPT"] * bool(prompt) + [f"--{name.replace('_', '-')}" for name in given])
             raise RequestError(f"{words}: the script says what is made; leave this out, or write it into {script}")
-        # All this is found out before the weights are loaded.
+        # All these errors are found before the weights are loaded.
         check_output(output)
         with load(
             model, backend, device=device, precision=precision, threads=threads, low_memory=low_memory, prepare=False
@@ -238,7 +238,7 @@ def _report(video: Video, written: Path, as_json: bool, more: str = "") -> None:
 
 
 def _play(pipeline: Pipeline, file: Path, output: Path, audio: Path | None, keep: bool, as_json: bool) -> None:
-    """Make the video of a scene script. Finished scenes are kept beside the output until it is there."""
+    """Make the video of a scene script. Finished scenes are kept next to the output file until it is complete."""
     from higen.film import KeptScenes, make_film, scene_requests
     from higen.script import read_script
     from higen.video_writer import check_output, read_track

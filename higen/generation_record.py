@@ -1,4 +1,4 @@
-"""The record in a video's metadata of how it was made."""
+"""The metadata that records how a video was made."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["generation_record"]
 def generation_record(
     manifest: Manifest, request: Request, index: int, seconds: Mapping[str, float], backend: str
 ) -> dict[str, Any]:
-    """The metadata of the video of prompt `index`, in JSON's types. Of known frames it has the indices."""
+    """The metadata of the video of prompt `index`, in JSON's types. For known frames, it has only their indices."""
     shown = [control.name for control in manifest.controls if control.kind not in VISUAL]
     frames = [control.name for control in manifest.controls if control.kind == "frames"]
     return {

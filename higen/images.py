@@ -1,4 +1,4 @@
-"""Turns pictures and clips of the user into inputs of stages: in the request's size, with values from -1 to 1."""
+"""Turns the user's pictures and clips into inputs of stages: in the request's size, with values from -1 to 1."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ else:
     Image = Clip = object
 
 ROUNDING = 1e-3
-"""How far a float of a picture may lie outside of 0 to 1: libraries that resize round."""
+"""How far a picture's floats may lie outside 0 to 1, because resizing in other libraries rounds."""
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-"""Suffixes of the pictures in a folder."""
+"""Suffixes of files that count as pictures of a folder."""
 
 __all__ = [
     "Clip",
@@ -56,7 +56,7 @@ def load_picture(control: Control, value: object, frames: int, width: int, heigh
     """The value of a control that has pixels: a picture [3,height,width], a clip or map [3,frames,height,width], known
     frames [n,3,height,width], or a mask [1 or frames,height,width].
 
-    Raises RequestError, beginning with the control's name, for what cannot be read.
+    Raises RequestError, beginning with the control's name, for anything that cannot be read.
     """
     if control.kind == "frames":
         return load_frames(value, frames, width, height, control.name)
@@ -76,10 +76,10 @@ def _digest(*arrays: NDArray[Any]) -> bytes:
 
 
 def load_frames(value: object, frames: int, width: int, height: int, name: str) -> Picture:
-    """Pictures by frame, {index: picture}, for a clip of `frames`; each is scaled to cover, then cropped.
+    """Pictures of known frames, {index: picture}, for a clip of `frames`; each is scaled to cover, then cropped.
 
     Raises RequestError, beginning with `name`, for an index that the clip does not have, two indices of one frame, and
-    what cannot be read.
+    anything that cannot be read.
     """
     pictures = by_frame(name, value, frames)
     raw = {place: _pixels(cast("Image", picture), f"{name}[{place}]") for place, picture in pictures.items()}
@@ -89,10 +89,10 @@ def load_frames(value: object, frames: int, width: int, height: int, name: str) 
 
 
 def load_mask(value: object, frames: int, width: int, height: int, name: str) -> Picture:
-    """A mask's brightness, float32 [1 or frames,height,width] from 0 to 1; white is drawn anew.
+    """A mask's brightness, float32 [1 or frames,height,width] from 0 to 1; white parts are redrawn.
 
-    `value`: a picture or a clip, as those of other controls, or an array without colours: truth values, uint8, or
-    floats from 0 to 1, [H,W] or [F,H,W]. Raises RequestError, beginning with `name`, for what is none of these.
+    `value`: a picture or a clip, as for other controls, or an array without colours: booleans, uint8, or floats from 0
+    to 1, [H,W] or [F,H,W]. Raises RequestError, beginning with `name`, for anything else.
     """
     rows = _rows(value, frames + 1, name)
     if len(rows) not in (1, frames):
@@ -103,12 +103,11 @@ def load_mask(value: object, frames: int, width: int, height: int, name: str) ->
 
 
 def load_map(value: object, frames: int, width: int, height: int, name: str, encoding: str | None = None) -> Picture:
-    """A control map, float32 [3,frames,height,width] in -1 to 1: a picture for all frames, or a picture for each.
+    """A control map, float32 [3,frames,height,width] in -1 to 1: one picture for all frames, or one for each frame.
 
-    `value`: as of a mask, or a folder of pictures, which are taken in the order of their names, or a list of pictures.
-    Of more frames the first ones are taken. Each is scaled to cover, then cropped. `encoding` "edges": the edges of
-    what is given stand in its place. Raises RequestError, beginning with `name`, for what is none of these, and for
-    fewer frames.
+    `value`: as for a mask, or a folder of pictures in the order of their names, or a list of pictures. If there are too
+    many frames, the first ones are used. Each is scaled to cover, then cropped. `encoding` "edges": each picture is
+    replaced by its edges. Raises RequestError, beginning with `name`, for anything else, and for too few frames.
     """
     rows = _rows(value, frames, name)
     if len(rows) != 1 and len(rows) < frames:
@@ -122,7 +121,7 @@ def load_map(value: object, frames: int, width: int, height: int, name: str, enc
 
 
 def _rows(value: object, most: int, name: str) -> list[NDArray[np.uint8]]:
-    """A picture, or the pictures of a clip, a folder or a list, uint8 [H,W,3] each; of a clip's file at most `most`."""
+    """A picture, or the pictures of a clip, a folder or a list, uint8 [H,W,3] each; at most `most` of a clip file."""
     from higen.video import Video
 
     if isinstance(value, (list, tuple)) and value and not isinstance(value[0], (int, float, list, tuple)):
@@ -142,7 +141,7 @@ def _rows(value: object, most: int, name: str) -> list[NDArray[np.uint8]]:
 
 
 def _pictures_in(folder: Path, name: str) -> list[Path]:
-    """The pictures of a folder in the order of their names, the numbers in them as numbers: 2 before 10."""
+    """The pictures of a folder, in the order of their names. Numbers in names are compared as numbers: 2 before 10."""
     found = [path for path in folder.iterdir() if path.suffix.lower() in _PICTURES and not path.name.startswith(".")]
     if not found:
         raise RequestError(f"{name}={quoted(os.fspath(folder))}: no pictures in it: {', '.join(_PICTURES)}")
@@ -151,7 +150,7 @@ def _pictures_in(folder: Path, name: str) -> list[Path]:
 
 
 def _file(path: Path, most: int, name: str) -> NDArray[np.uint8]:
-    """A picture [1,H,W,3], or a clip [F,H,W,3] of at most so many frames, from a file."""
+    """A picture [1,H,W,3], or a clip [F,H,W,3] of at most `most` frames, from a file."""
     try:
         return load_still(path)[None]
     except Exception as error:  # a decoder may raise anything on corrupt data
@@ -166,7 +165,7 @@ def _file(path: Path, most: int, name: str) -> NDArray[np.uint8]:
 
 
 def _resized(name: str, pixels: NDArray[np.uint8], width: int, height: int) -> str:
-    """What is said of a picture that has another size than the request; "" where it fits."""
+    """The warning for a picture that has another size than the request; "" if the sizes are equal."""
     tall, wide = pixels.shape[:2]
     if (wide, tall) == (width, height):
         return ""
@@ -178,8 +177,8 @@ def load_clip(clip: Clip, frames: int, width: int, height: int, name: str = "cli
 
     Frames are uint8, or floats from 0 to 1, of numpy or another library.
 
-    A file is read as `Video.open` reads it. Of more frames the first ones are taken; each is scaled to cover, then
-    cropped. Raises RequestError, beginning with `name`, for fewer.
+    A file is read as `Video.open` reads it. If there are too many frames, the first ones are used. Each is scaled to
+    cover, then cropped. Raises RequestError, beginning with `name`, for too few frames.
     """
     from higen.video import Video
 
@@ -201,10 +200,10 @@ def load_clip(clip: Clip, frames: int, width: int, height: int, name: str = "cli
 
 
 def resampling(size: int, to: int) -> NDArray[np.float64]:
-    """A matrix [to, size] that resamples one axis: a Gaussian against aliasing, then bicubic with corners aligned.
+    """A matrix [to, size] that resamples one axis: a Gaussian blur against aliasing, then bicubic with aligned corners.
 
-    The Gaussian has sigma max((size/to - 1) / 2, 0.001) and a kernel of max(int(4 sigma), 3) taps, made odd, reflected
-    at the edges; the cubic is Keys' with a = -0.75. That is how Stable Video Diffusion shrinks its picture for CLIP
+    The Gaussian has sigma max((size/to - 1) / 2, 0.001) and max(int(4 sigma), 3) taps, made odd, with reflection at the
+    edges. The cubic is Keys' with a = -0.75. Stable Video Diffusion shrinks its picture for CLIP in this way
     (generative-models, svd sampling; diffusers: _resize_with_antialiasing).
     """
     sigma = max((size / to - 1.0) / 2.0, 0.001)
@@ -228,7 +227,7 @@ def resampling(size: int, to: int) -> NDArray[np.float64]:
 
 
 def _reflected(index: int, size: int) -> int:
-    """An index mirrored at the edges, which are not repeated."""
+    """An index reflected at the edges; the edge itself is not repeated."""
     if size == 1:
         return 0
     period = 2 * (size - 1)
@@ -248,8 +247,8 @@ def load_image(image: Image, width: int, height: int, name: str = "image") -> ND
     """A path, PIL image or array [H,W,3] as float32 [3,height,width] in -1 to 1: scaled to cover, then cropped.
 
     An array is uint8, or floats from 0 to 1, of numpy or another library.
-    Transparency is laid over white, and 16-bit grey scaled. Raises RequestError, beginning with `name`, for what is
-    none of these or cannot be read.
+    Transparent pictures are put on white; 16-bit grey is scaled to 8 bits. Raises RequestError, beginning with `name`,
+    for anything else, and for files that cannot be read.
     """
     return _fit(_pixels(image, name), width, height)
 
@@ -291,12 +290,12 @@ def _pixels(image: Image, name: str) -> NDArray[np.uint8]:
 
 
 def _array(value: object) -> object:
-    """An array of numpy's for another library's tensor; anything else is left as it is."""
+    """A numpy array for another library's tensor; any other value unchanged."""
     if isinstance(value, np.ndarray) or not (hasattr(value, "__array__") and hasattr(value, "ndim")):
         return value
     with suppress(Exception):
         return np.asarray(value)
-    # A tensor that has gradients, lies on a GPU or is of a type that numpy has not.
+    # A tensor with gradients, on a GPU or of a type that numpy does not have.
     numbers = plain(value)
     if isinstance(numbers, list):
         with suppress(ValueError):
@@ -306,7 +305,7 @@ def _array(value: object) -> object:
 
 
 def _is_shown(array: NDArray[Any]) -> bool:
-    """Whether the numbers of an array can be brightness: bytes or floats."""
+    """Whether an array's type can be a brightness: bytes or floats."""
     return array.dtype == np.uint8 or array.dtype.kind == "f"
 
 

@@ -1,4 +1,4 @@
-"""Known frames and masks of a request: the indices of the frames, and the brightness of a mask's pixels."""
+"""Known frames and masks of a request: checks the frames' indices, and averages a mask over latent cells."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ _INDEX = re.compile(r"-?\d{1,6}")
 
 
 def by_frame(name: str, value: object, frames: int) -> dict[int, Any]:
-    """Pictures by frame of a clip, in order: keys are 0 to `frames` - 1.
+    """The pictures of known frames, by index and in order; the keys are from 0 to `frames` - 1.
 
-    `value`: pictures by index, a whole number or its digits, from 0, or from -1 for the last frame on. Raises
-    RequestError, beginning with `name`, for what is no such mapping, an index that the clip does not have, and two
-    indices of one frame.
+    `value`: pictures by index. An index is a whole number or its digits; it counts from 0, or backwards from -1 (the
+    last frame). Raises RequestError, beginning with `name`, if `value` is not a mapping of this kind, for an index that
+    the clip does not have, and for two indices of one frame.
     """
     if not isinstance(value, Mapping) or not value:
         wanted = "a picture for each known frame, by its index: {0: 'first.png', -1: 'last.png'}"
@@ -48,7 +48,7 @@ def _index(name: str, key: object) -> int:
 
 
 def latent_mask(bright: NDArray[np.float32], factor: int) -> NDArray[np.float32]:
-    """A mask [n, Y, X] as the mean over each latent cell: [n, Y / factor, X / factor]."""
+    """The mean of a mask [n, Y, X] over each latent cell: [n, Y / factor, X / factor]."""
     n, height, width = bright.shape
     cells = bright.reshape(n, height // factor, factor, width // factor, factor)
     means: NDArray[np.float32] = cells.mean(axis=(2, 4), dtype=np.float64).astype(np.float32)

@@ -1,7 +1,7 @@
-"""A scene script from a story by a language model: any endpoint with OpenAI's chat completions.
+"""A language model turns a story into a scene script. Works with any endpoint that has OpenAI's chat completions.
 
-The answer is checked against the model that will draw it, is asked for once more with what is wrong, and is else
-refused. It may name no files.
+The answer is checked against the video model. If it is wrong, the language model gets the errors and is asked once
+more; a second wrong answer is refused. The answer must not name files.
 """
 
 from __future__ import annotations
@@ -31,16 +31,16 @@ __all__ = ["Endpoint", "plan_by_llm", "problems_of"]
 _LARGEST = 4 * 2**20
 _ROUNDS = 2
 _SHOWN = 40
-"""Prompts and lines of errors that are shown to the language model."""
+"""The most prompts, and the most error lines, that are shown to the language model."""
 
 
 @dataclass(frozen=True)
 class Endpoint:
-    """Where a language model answers.
+    """The endpoint of a language model.
 
-    url      of the server: http://host, http://host/v1, or that of its chat completions
-    model    its name there
-    key      sent as a bearer token; None: none is
+    url      of the server: http://host, http://host/v1, or the full address of its chat completions
+    model    the language model's name on that server
+    key      sent as a bearer token; None: no token is sent
     timeout  seconds that one answer may take
 
     Raises RequestError.
@@ -72,14 +72,14 @@ class Endpoint:
 
     @property
     def address(self) -> str:
-        """That of its chat completions."""
+        """The address of the chat completions."""
         base = self.url.rstrip("/")
         if base.endswith("/chat/completions"):
             return base
         return f"{base}/chat/completions" if re.search(r"/v\d+\w*$", base) else f"{base}/v1/chat/completions"
 
     def answer(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """The text that the model answers with. Raises PlanError for every failure of it."""
+        """The model's answer as text. Raises PlanError for every failure."""
         body = json.dumps({"model": self.model, "messages": list(messages), "temperature": 0, "stream": False}).encode()
         headers = {
             "Content-Type": "application/json",
@@ -102,7 +102,7 @@ class Endpoint:
             except Exception as error:
                 found.append(error)
 
-        # A socket's time limit begins again with each byte: the whole answer has one, too.
+        # A socket's timeout restarts with each byte, so the whole answer has a time limit, too.
         thread = threading.Thread(target=ask, name="higen plan", daemon=True)
         thread.start()
         thread.join(self.timeout)
@@ -126,10 +126,10 @@ class Endpoint:
 
 
 class _NoRedirect(urllib.request.HTTPRedirectHandler):
-    """A key is for one address."""
+    """A key must not be sent to another address."""
 
     def redirect_request(self, *_: Any) -> None:
-        """None: an HTTPError with the status is raised."""
+        """Returns None, so that urllib raises an HTTPError with the status."""
 
 
 def _reason(error: Exception) -> str:
@@ -154,9 +154,9 @@ def _reason(error: Exception) -> str:
 def plan_by_llm(
     story: str, bundle: Bundle, endpoint: Endpoint, note: Callable[[str], None] = lambda line: None
 ) -> dict[str, Any]:
-    """The data of a scene script (higen/script.py) for a story, checked. `note` is told of a round that was repeated.
+    """The checked data of a scene script (higen/script.py) for a story. `note` gets a line for each refused answer.
 
-    Raises RequestError for a story that is none, PlanError for an endpoint that fails or answers nonsense twice.
+    Raises RequestError for an invalid story, PlanError if the endpoint fails or gives two unusable answers.
     """
     if not isinstance(story, str) or not story.strip() or len(story) > MAX_PROMPT:
         raise RequestError(f"story={quoted(story)}: a text of 1 to {MAX_PROMPT} characters")
@@ -190,7 +190,7 @@ def _read(text: str, bundle: Bundle) -> tuple[dict[str, Any], list[str]]:
 
 
 def problems_of(data: object, bundle: Bundle) -> list[str]:
-    """What is wrong with the data of a script that names no files, a line each: keys, values, lengths, words."""
+    """Errors in a script's data (keys, values, lengths, words), one line each. It must not name files."""
     manifest = bundle.manifest
     try:
         script = make_script(data, manifest)

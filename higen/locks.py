@@ -13,14 +13,14 @@ from higen.errors import TrainingError
 __all__ = ["claim", "claimed", "hold", "locked"]
 
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EINVAL, errno.EBADF)
-"""What a file system says that has no such locks (some network file systems)."""
+"""Error codes of file systems without such locks (some network file systems)."""
 
 
 def hold(path: Path, flags: int, *, wait: bool) -> int | None:
-    """Lock a file or folder, opened with `flags`; the lock is given back as the descriptor that is returned is closed.
+    """Lock a file or folder, opened with `flags`. Closing the returned descriptor releases the lock.
 
-    None on a system, or a file system, without such locks. Raises BlockingIOError where another process has it and
-    `wait` is False, OSError where it cannot be opened.
+    Returns None on a system, or a file system, without such locks. Raises BlockingIOError if another process has the
+    lock and `wait` is False, OSError if the file cannot be opened.
     """
     try:
         import fcntl
@@ -39,9 +39,9 @@ def hold(path: Path, flags: int, *, wait: bool) -> int | None:
 
 @contextmanager
 def locked(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold the lock file `path` (made if it is not there), waiting for another process that has it, after `on_wait`.
+    """Hold the lock file `path`, which is made if missing. If another process has it, call `on_wait`, then wait.
 
-    On a system without such locks nothing is held. Raises OSError where the file cannot be made.
+    On a system without such locks, nothing is held. Raises OSError if the file cannot be made.
     """
     try:
         descriptor = hold(path, os.O_RDWR | os.O_CREAT, wait=False)
@@ -56,9 +56,9 @@ def locked(path: Path, on_wait: Callable[[], None] = lambda: None) -> Iterator[N
 
 
 def claim(folder: Path, doing: str = "training") -> int | None:
-    """Claim a run's folder until the descriptor is closed or the process is gone; None on a system without locks.
+    """Claim a run's folder until the descriptor is closed or the process ends; None on a system without locks.
 
-    Raises TrainingError if another process has it, which is said to be `doing` the same.
+    Raises TrainingError if another process has it. `doing` is the message's word for the work in that folder.
     """
     folder.mkdir(parents=True, exist_ok=True)
     try:
@@ -69,7 +69,7 @@ def claim(folder: Path, doing: str = "training") -> int | None:
 
 @contextmanager
 def claimed(folder: Path, doing: str = "training") -> Iterator[None]:
-    """`claim` a run's folder for a while; a process cannot claim it twice. Raises TrainingError as `claim` does."""
+    """`claim` a run's folder inside the block; a process cannot claim it twice. Raises what `claim` raises."""
     descriptor = claim(folder, doing)
     try:
         yield

@@ -1,6 +1,6 @@
-"""Settings of the loops in a request: guidance in a part of the rows, windows of a long clip, FreeInit, feature reuse.
+"""Settings of the loops in a request: the interval with guidance, windows of a long clip, FreeInit, feature reuse.
 
-Each option is numbers or a word, so that every runtime can take it: the command line, the server, Triton and C++.
+Each option consists of numbers or is a word, so that every runtime can take it: command line, server, Triton and C++.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ __all__ = ["MAX_REUSE", "Interval", "LoopSettings", "guidance_rows", "loop_setti
 MAX_ITERATIONS, MAX_ORDER = 100, 20
 
 MAX_REUSE = 1000
-"""The largest `reuse`: every so many rows a full step."""
+"""The largest value of `reuse`."""
 
 Interval = tuple[float, float]
-"""The part of a table's rows, from 0 to 1, in which guidance holds."""
+"""The part of a table's rows in which guidance is used: from and to, as fractions from 0 to 1."""
 
 
 @dataclass(frozen=True)
 class LoopSettings:
-    """Checked settings, by the name of the loop; a loop that is missing has none.
+    """Checked settings, by the name of the loop; a loop without an entry has no setting.
 
-    `free_init`: of the loops over frames. `reuse`: every so many rows a full step, above 1.
+    `free_init`: for the loops over frames. `reuse`: one step in this many rows (more than 1) is a full step.
     """
 
     intervals: Mapping[str, Interval] = field(default_factory=dict)
@@ -44,11 +44,11 @@ class LoopSettings:
     reuse: Mapping[str, int] = field(default_factory=dict)
 
     def repeats(self, loop: Loop) -> FreeInit | None:
-        """How a loop is run again and again, or None."""
+        """The settings for running a loop repeatedly (FreeInit), or None."""
         return self.free_init if loop.frames != 1 else None
 
     def as_metadata(self) -> dict[str, Any]:
-        """What differs from a plain run, for a video's metadata."""
+        """The settings that are not the default, for a video's metadata."""
         windows = {name: [own.length, own.stride, own.noise] for name, own in self.windows.items()}
         init = self.free_init
         return {
@@ -71,17 +71,17 @@ def loop_settings(
     free_init_filter: Any = None,
     reuse: Any = None,
 ) -> LoopSettings:
-    """Check a request's settings for a clip of this many frames; None is the model's own, or none.
+    """Check a request's settings for a clip of this many frames. None: the model's own setting, if it has one.
 
-    guidance_interval  two parts of a loop's rows, 0 to 1: guidance holds from the first to the second, and is 1
-                       elsewhere; or such a pair for each loop, also one after the other
-    windows            the length of windows and the stride between them, in frames; a length alone has a stride of
+    guidance_interval  two fractions of a loop's rows, 0 to 1: guidance is used from the first to the second and is 1
+                       elsewhere. Or one pair per loop, nested or as a flat list
+    windows            the length of windows and the stride between them, in frames; with only a length, the stride is
                        half of it; 0: the whole clip at once
     window_noise       one of WINDOW_NOISE
     free_init          iterations, then the stop frequencies in space and time, and the order of the filter
     free_init_filter   one of FILTERS
-    reuse              every so many rows the whole network is run, and the rows between reuse its deep features
-                       (higen/feature_reuse.py): one number, or one per loop; 1: every row
+    reuse              the whole network runs once in this many rows, and the rows between reuse its deep features
+                       (higen/feature_reuse.py): one number, or one per loop; 1: it runs in every row
 
     `begins`: whether a loop begins from a picture or clip. Raises RequestError.
     """
@@ -124,7 +124,7 @@ def _intervals(manifest: Manifest, value: Any) -> dict[str, Interval]:
     loops = [loop.name for loop in manifest.loops]
     allowed = "two numbers, 0 <= from <= to <= 1"
     if isinstance(value, (list, tuple)) and len(loops) > 1 and len(value) == 2 * len(loops):
-        value = [value[i : i + 2] for i in range(0, len(value), 2)]  # where lists cannot be nested
+        value = [value[i : i + 2] for i in range(0, len(value), 2)]  # a flat list, for runtimes without nested lists
     several = isinstance(value, (list, tuple)) and any(isinstance(one, (list, tuple)) or one is None for one in value)
     if several and len(value) != len(loops):
         names = ", ".join(loops)
@@ -143,7 +143,7 @@ def _intervals(manifest: Manifest, value: Any) -> dict[str, Interval]:
 
 
 def _reuse(manifest: Manifest, value: Any) -> dict[str, int]:
-    """The loops that reuse features, and how often they run the whole network."""
+    """The loops that reuse features: the whole network runs once in this many rows."""
     loops = manifest.loops
     given = list(value) if isinstance(value, (list, tuple)) else [value] * len(loops)
     allowed = f"a whole number from 1 to {MAX_REUSE}"
@@ -166,7 +166,7 @@ def _reuse(manifest: Manifest, value: Any) -> dict[str, int]:
 
 
 def _windows(manifest: Manifest, loop: Loop, frames: int, value: Any, noise: str | None) -> Windows | None:
-    """The windows of a loop, or None where its stages take the whole clip at once."""
+    """The windows of a loop, or None if its stages take the whole clip at once."""
     own = loop.windows
     least = max(manifest.sizes.frames[0], loop.least_frames)
     most = manifest.sizes.frames[2] if own is None else own.most or own.length

@@ -1,7 +1,7 @@
-"""A model directory's tables, version 2 (docs/manifest.md): what every runtime interprets.
+"""The tables of a model directory, version 2 (docs/manifest.md). Every runtime interprets them.
 
-A Manifest is data alone: it holds no weights and no code, and it knows no model family. It is checked as a whole when
-it is made, whoever makes it: the reader of higen.json, a family, or a test.
+A Manifest is only data: it has no weights and no code, and it knows no model family. It is always checked as a whole
+when it is made, by the reader of higen.json, by a family or by a test.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Manifest"]
 
 @dataclass(frozen=True)
 class Manifest(Rows):
-    """Everything about a model but its files. `architecture` is the family's own; nothing else looks into it."""
+    """Everything about a model except its files. Only the family reads `architecture`."""
 
     name: str
     licence: str
@@ -46,8 +46,8 @@ class Manifest(Rows):
         return tuple(dict.fromkeys(name for loop in self.loops for name in loop.stages))
 
     def wanted(self, frames: int) -> tuple[Loop, ...]:
-        """The loops that a clip of `frames` frames comes from: the last one that is not left out of it, and those
-        whose latents this one or the decoder takes, directly or through others.
+        """The loops that a clip of `frames` frames needs: the last loop that runs at this length, and the loops with
+        latents that this loop or the decoder takes, directly or through other stages.
         """
         long_enough = [loop.name for loop in self.loops if loop.least_frames <= frames]
         found: dict[str, None] = {}
@@ -63,7 +63,7 @@ class Manifest(Rows):
         return tuple(loop for loop in self.loops if loop.name in found and loop.name in long_enough)
 
     def pictures_of(self, *stages: str) -> tuple[str, ...]:
-        """The picture and clip controls that these stages, and those that feed them, cannot run without."""
+        """The picture and clip controls that these stages, or the stages that feed them, need."""
         found: dict[str, None] = {}
         seen: set[tuple[str, str]] = set()
 
@@ -83,8 +83,8 @@ class Manifest(Rows):
         return tuple(found)
 
     def needed_by(self, loop: Loop, pair: tuple[str | None, str | None] | None = None) -> tuple[str, ...]:
-        """The controls with pixels that a loop cannot run without; `pair`: the stages that do its steps, None: those
-        of a request that gives none.
+        """The controls with pixels that a loop needs. `pair`: the stages that do its steps; None: its own stages, not
+        those of its variant.
         """
         begins = [loop.start.control] if loop.start is not None and loop.start.needed else []
         stages = [name for name in pair or loop.pairs[0] if name is not None]

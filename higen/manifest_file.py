@@ -1,4 +1,4 @@
-"""Reads higen.json and checks every key and the seal; rewrites it atomically, one writer at a time."""
+"""Reads higen.json, with a check of every key and of the seal. Rewrites it atomically, with one writer at a time."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ LARGEST = 64 * 2**20
 """Largest size of a manifest in bytes; real ones are far smaller."""
 
 DEEPEST = 100
-"""Levels of nested lists and objects in a manifest."""
+"""The most levels of nested lists and objects in a manifest."""
 
 _NO_SEAL = "0" * 64
 
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What the manifest knows of a file: its size in bytes and sha256 in hexadecimal."""
+    """A file's entry in the manifest: its size in bytes and sha256 in hexadecimal."""
 
     size: int
     sha256: str
@@ -58,7 +58,7 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class GraphInput:
-    """An input of a graph as the graph itself has it: numbers in `shape` are fixed sizes."""
+    """An input of a graph, as the graph itself declares it. Numbers in `shape` are fixed sizes."""
 
     name: str
     dtype: Literal["float32", "int64"]
@@ -86,7 +86,7 @@ class Opened:
 
 
 def read_manifest(folder: Path, sealed: bool = True) -> Opened:
-    """Read and check `folder`/higen.json. `sealed`: its tables must be those that it was written with.
+    """Read and check `folder`/higen.json. `sealed`: refuse tables that were edited after they were written.
 
     Raises ManifestError (not a model directory, malformed, newer version), IntegrityError (tables that were edited).
     """
@@ -113,9 +113,9 @@ def read_manifest(folder: Path, sealed: bool = True) -> Opened:
 
 
 def manifest_text(opened: Opened) -> str:
-    """A manifest of version 2 as it is stored, sealed.
+    """The text of a manifest of version 2, with its seal.
 
-    Raises ManifestError where a graph has no row in `graphs` or a row has no graph.
+    Raises ManifestError if a graph has no row in `graphs` or a row has no graph.
     """
     _check_graphs(opened.files, opened.graphs)
     document = {
@@ -136,9 +136,9 @@ def write_manifest(
     files: Mapping[str, FileRecord],
     graphs: Mapping[str, tuple[GraphInput, ...]],
 ) -> None:
-    """Write and seal `folder`/higen.json, atomically; a link there is replaced, not what it points to.
+    """Write and seal `folder`/higen.json atomically. A link there is replaced; the file it points to is not changed.
 
-    Raises OSError, and ManifestError where a graph has no row in `graphs` or a row has no graph.
+    Raises OSError, and ManifestError if a graph has no row in `graphs` or a row has no graph.
     """
     text = manifest_text(Opened(manifest, files, graphs))
     with whole_file(folder / MANIFEST) as temporary:
@@ -146,16 +146,16 @@ def write_manifest(
 
 
 def write_text(path: Path, text: str) -> None:
-    """A text file of a model, which everybody may read. Raises OSError."""
+    """Write a text file of a model, readable for all users. Raises OSError."""
     path.write_text(text, encoding="utf-8", newline="\n")
     path.chmod(0o644)
 
 
 @contextmanager
 def changing(folder: Path, sealed: bool = True) -> Iterator[Opened]:
-    """Yields the manifest as it is on the disk; no other process changes the folder inside the block.
+    """Yields the manifest from the disk. Inside the block, no other process changes the folder.
 
-    Raises ModelError where the folder cannot be written, an OSError inside the block included, and what `read_manifest`
+    Raises ModelError if the folder cannot be written or for an OSError inside the block, and what `read_manifest`
     raises.
     """
     try:
@@ -168,7 +168,7 @@ def changing(folder: Path, sealed: bool = True) -> Iterator[Opened]:
 
 
 def check_version(folder: Path, opened: Opened) -> None:
-    """Raises ManifestError for a manifest of version 1: nobody but an upgrade knows what its graphs take."""
+    """Raises ManifestError for a manifest of version 1: only an upgrade can find out the inputs of its graphs."""
     if opened.version < VERSION:
         raise ManifestError(
             f"{folder / MANIFEST}: version={opened.version} cannot be changed; first: higen upgrade {folder}"
@@ -176,7 +176,7 @@ def check_version(folder: Path, opened: Opened) -> None:
 
 
 def rewrite(folder: Path, change: Callable[[Opened], Opened], sealed: bool = True) -> None:
-    """Read the manifest, change it and write it, while no other process does.
+    """Read, change and write the manifest, while no other process changes it.
 
     A manifest of version 1 is refused unless `change` turns it into version 2. Raises what `changing` raises.
     """
@@ -193,7 +193,7 @@ def _read(folder: Path) -> bytes:
             raise ManifestError(f"{path}: no plain file")
         with path.open("rb") as file:
             data = file.read(LARGEST + 1)
-    except (OSError, ValueError) as error:  # ValueError: a path that no file system takes
+    except (OSError, ValueError) as error:  # ValueError: a path that no file system accepts
         raise ManifestError(f"{folder}: not a model directory, {MANIFEST} cannot be read: {error}") from error
     if len(data) > LARGEST:
         raise ManifestError(f"{path}: more than {LARGEST} bytes is no manifest")
@@ -225,7 +225,7 @@ def _pairs(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _check_values(document: object) -> None:
-    """Raise ValueError for values that JSON or other readers refuse: NaN, half a surrogate pair, deep nesting."""
+    """Raise ValueError for values that JSON or other readers refuse: NaN, a lone surrogate, deep nesting."""
     level = [document]
     for _ in range(DEEPEST):
         values: list[object] = []
@@ -279,7 +279,7 @@ def _check_seal(path: Path, data: bytes, seal: object) -> None:
 
 
 def _plain_name(name: str) -> str:
-    """Check that a file of a model lies inside its directory: an absolute path and ".." are refused."""
+    """Check that a model's file lies inside its directory: absolute paths and ".." are refused."""
     parts = name.replace("\\", "/").split("/")
     if not name or name == MANIFEST or "" in parts or "." in parts or ".." in parts or ":" in name or "\0" in name:
         raise ManifestError(f"{MANIFEST}: files has the entry {name!r}: a path inside the model directory is wanted")

@@ -1,8 +1,8 @@
-"""Curves measured from clips and sounds, in a control's own units; docs/controls.md says how.
+"""Curves measured from clips and sounds, in the units of a control (docs/controls.md describes the methods).
 
-A control with the encoding `sinusoid` is measured as 10 times the distance of neighbouring frames' latents, one with
-`similarity` as the likeness of frames (reference: the training recipe, spec section 8). Any other curve follows how
-much the picture changes, mapped into its range. Latents are made by the model's own encoder on its backend.
+For the encoding `sinusoid`, the curve is 10 times the distance of neighbouring frames' latents; for `similarity`, it is
+the likeness of frames (reference: the training recipe, spec section 8). Any other curve is the amount of change in the
+picture, mapped into the control's range. The model's own encoder makes the latents, on the model's backend.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ __all__ = [
 ]
 
 MEASURED = ("sinusoid", "similarity")
-"""Encodings whose curves have units of their own, in which a clip can be measured."""
+"""Encodings with curves in their own units; such a curve can be measured from a clip."""
 
 
 class _Clip(Protocol):
-    """What a `Video` is here."""
+    """The parts of a `Video` that are used here."""
 
     @property
     def frames(self) -> NDArray[np.uint8]: ...
@@ -59,7 +59,7 @@ def distances(latents: NDArray[np.floating[Any]]) -> list[float]:
 
 
 def likeness(features: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
-    """How alike frames look, features [F, ...] -> [F,F]: 5 cos - 4 (1: the same, 0 where the cosine is 0.8)."""
+    """How similar frames look, from features [F, ...]: 5 cos - 4 as [F,F] (1: equal, 0: the cosine is 0.8)."""
     rows = features.reshape(len(features), -1).astype(np.float64)
     unit = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
     found: NDArray[np.float64] = 5 * (unit @ unit.T) - 4
@@ -67,7 +67,7 @@ def likeness(features: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
 
 
 def encoder_of(manifest: Manifest) -> Stage | None:
-    """The stage that turns pixels, and nothing else, into the latents of a loop; None: the model has none."""
+    """The stage that turns only pixels into the latents of a loop; None: the model has no such stage."""
     for loop in manifest.loops:
         for row in (loop.replaced, loop.start):
             stage = manifest.stage(source(row.latents).name) if row and source(row.latents).kind == "made" else None
@@ -104,7 +104,7 @@ def measured_curve(
     """The curve of a clip or sound as the numbers, or the matrix of likenesses, that the control takes.
 
     Raises RequestError, beginning with the control's name, for a file that cannot be read, is too short or is silent,
-    and for a sound where the control has no range and none is given.
+    and for a sound if neither the control nor the request gives a range.
     """
     what = asked.name if given.path is None else f"{asked.name}={quoted(str(given.path))}"
     try:
@@ -149,7 +149,7 @@ def sound_curve(asked: CurveAsked, given: CurveFrom, note: Callable[[str], None]
     if sound.seconds < seconds - 0.5 / asked.fps:
         note(f"{sound.seconds:.2f} s from {given.start:g} s on, for a clip of {seconds:.2f} s: the rest is silence")
     feature = given.feature or "energy"
-    # The value between two frames is that of the sound while the first one is shown.
+    # The value for two neighbouring frames is measured while the first of them is shown.
     count = max(asked.frames - 1, 1) if asked.encoding == "sinusoid" else asked.frames
     values = FEATURES[feature](sound, count, asked.fps)
     if not values.any():
@@ -180,7 +180,7 @@ def _of_clip(
 
 
 def _frames(manifest: Manifest, asked: CurveAsked, given: CurveFrom, note: Callable[[str], None]) -> NDArray[np.uint8]:
-    """The frames at the times of the requested frames, in the model's own size, for which its units were learnt."""
+    """The frames at the times of the requested frames, in the model's default size: its units hold for that size."""
     found = _source(given)
     rate = rate_of(found.times, found.end, asked.fps, asked.frames)
     if abs(rate / asked.fps - 1) >= SAME:
@@ -207,8 +207,8 @@ def _source(given: CurveFrom) -> Source:
 
 
 def measured_cues(manifest: Manifest, backend: Backend, clip: _Clip) -> dict[str, NDArray[np.float64]]:
-    """The curves of a clip that have units of their own, by control: one number per pair of frames, or each frame's
-    likeness to the first one. Raises RequestError for a model that measures none, and for a clip of one frame.
+    """The measured curves of a clip, by control (encodings in MEASURED): one number per pair of frames, or each frame's
+    likeness to the first one. Raises RequestError for a model without such a control, and for a clip of one frame.
     """
     controls = [control for control in manifest.controls if control.encoding in MEASURED]
     if not controls:
@@ -223,7 +223,7 @@ def measured_cues(manifest: Manifest, backend: Backend, clip: _Clip) -> dict[str
 
 
 def requested_curves(manifest: Manifest, metadata: Mapping[str, Any], frames: int) -> dict[str, NDArray[np.float64]]:
-    """The requested curves in a clip's metadata, in the form of `measured_cues`; without those that were left open."""
+    """The requested curves in a clip's metadata, in the form of `measured_cues`; unspecified ones are left out."""
     found = {}
     for control in manifest.controls:
         value = metadata.get(control.name)
@@ -234,6 +234,6 @@ def requested_curves(manifest: Manifest, metadata: Mapping[str, Any], frames: in
                 found[control.name] = curve_values(control.name, value, frames).astype(np.float64)
             else:
                 found[control.name] = similarity_rows(control.name, value, frames, frames)[:, 0].astype(np.float64)
-        except RequestError:  # of another model's clip, or of one that was cut
+        except RequestError:  # the clip is of another model, or was cut
             continue
     return found

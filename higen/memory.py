@@ -1,4 +1,4 @@
-"""Too little memory: one error for all libraries that report it, each in its own way."""
+"""Too little memory: one error for the different reports of all libraries."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _WORDS = re.compile(
     r"failed to map segment",
     re.IGNORECASE,
 )
-"""How C++, ONNX Runtime, PyTorch, safetensors, CUDA and the dynamic loader say it."""
+"""How C++, ONNX Runtime, PyTorch, safetensors, CUDA and the dynamic loader report it."""
 
 
 def is_lack_of_memory(error: BaseException) -> bool:
-    """Whether an error, or one that it was raised from, says that there was too little memory."""
+    """Whether an error, or an error that it was raised from, reports too little memory."""
     seen: BaseException | None = error
     while seen is not None:
         short = isinstance(seen, MemoryError) or (isinstance(seen, OSError) and seen.errno == errno.ENOMEM)
-        # A message of ours may quote a person's text; what a library said is its cause.
+        # Our own messages may quote the user's text, so only look at the cause, which is the library's error.
         if short or (not isinstance(seen, HigenError) and _WORDS.search(str(seen))):
             return True
         seen = seen.__cause__
@@ -33,7 +33,7 @@ def is_lack_of_memory(error: BaseException) -> bool:
 
 @contextmanager
 def enough_memory(what: str) -> Iterator[None]:
-    """Around work of a library: an error that is a lack of memory becomes OutOfMemory, beginning with `what`."""
+    """Use around library calls: errors that report too little memory become OutOfMemory, beginning with `what`."""
     try:
         yield
     except OutOfMemory:

@@ -1,4 +1,4 @@
-"""A model's folder appears finished. It replaces another folder only if that one has no files but a model's."""
+"""A model's folder appears only when it is complete. It replaces an old folder only if that has just model files."""
 
 from __future__ import annotations
 
@@ -16,17 +16,16 @@ from higen.staging import PREFIX, exclusive, settle, staging
 __all__ = ["check_free", "opened_folder", "staged"]
 
 _ENGINE = re.compile(r"engines/[^/]+/(\.?[^/]+\.(engine|json|log|cache|part)|\.lock|\.cache\.lock)")
-"""What the engines of a model are, by path (higen/backends/plans.py)."""
+"""The paths of a model's engine files (higen/backends/plans.py)."""
 
 
 @contextmanager
 def staged(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Path]:
-    """Make a folder as a whole: yields an empty one beside `path`, which is moved there on a clean exit.
+    """Make a folder completely or not at all: yields an empty folder and moves it to `path` on a clean exit.
 
-    Nothing appears at `path` before everything is written, and nothing stays behind when writing fails; what a killed
-    process left is removed. A link at `path` stays, and the folder it points to is replaced.
-    Raises what `check_free` raises, and ModelError if it cannot be written: an OSError inside the block is taken for
-    that.
+    Nothing appears at `path` before everything is written, and a failure leaves nothing behind. Remains of a killed
+    process are removed. A link at `path` stays; the folder that it points to is replaced.
+    Raises what `check_free` raises, and ModelError if the folder cannot be written or for an OSError inside the block.
     """
     target = check_free(path, overwrite)
     try:
@@ -45,10 +44,10 @@ def staged(path: str | os.PathLike[str], overwrite: bool = False) -> Iterator[Pa
 
 
 def check_free(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
-    """The folder that a model can be written to; ask before the work.
+    """The folder that a model can be written to; call this before the work.
 
-    Raises ModelError if `path` exists (with `overwrite`: exists and is no model directory, or holds what is not the
-    model's), its parent does not or cannot be written, or its name is none that the file system takes.
+    Raises ModelError if `path` exists (with `overwrite`: exists and is not a model directory, or has other files), if
+    its parent does not exist or is not writable, or if the file system does not accept its name.
     """
     target = given_path(path, "output")
     try:
@@ -74,7 +73,7 @@ def check_free(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
 
 
 def opened_folder(path: str | os.PathLike[str]) -> Path:
-    """The folder of a model that is to be read, after what a killed process began to change there was finished."""
+    """The folder of a model for reading. A change that a killed process left unfinished is finished first."""
     try:
         folder = given_path(path, "model").absolute()  # the working directory may change while the model is open
     except OSError as error:  # or it was removed
@@ -84,7 +83,7 @@ def opened_folder(path: str | os.PathLike[str]) -> Path:
 
 
 def _foreign(folder: Path) -> list[str]:
-    """Files of a model's folder that neither its manifest lists nor an engine build or an interrupted writer made."""
+    """Files in a model's folder that are not in its manifest and not from an engine build or an interrupted writer."""
     listed = {MANIFEST, *read_manifest(folder, sealed=False).files}
     found = []
     for place, names, files in os.walk(folder):

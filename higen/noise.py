@@ -1,4 +1,4 @@
-"""Random numbers that are part of the contract: the same seed gives the same noise on every runtime.
+"""Random numbers. They are part of the contract: the same seed gives the same noise on every runtime.
 
 One stream per sample and purpose: Philox4x64-10 (Salmon et al. 2011; numpy's `Philox`) with key (seed, purpose) and
 counter 0. Its 64-bit outputs are taken in pairs (a, b) and turned into two normal numbers by Box and Muller, in
@@ -6,7 +6,7 @@ float64:
 
     r = sqrt(-2 log(((a >> 11) + 1) 2^-53)),   w = 2 pi (b >> 11) 2^-53,   (r cos w, r sin w)
 
-then rounded to float32. numpy increments the counter before its first block, so that block is that of counter 1.
+then rounded to float32. numpy increments the counter before its first block, so the first block has counter 1.
 """
 
 from __future__ import annotations
@@ -31,19 +31,19 @@ def normal(seed: int, purpose: int, count: int) -> NDArray[np.float32]:
 
 
 def frame_noise(seed: int, purpose: int, channels: int, frames: int, height: int, width: int) -> NDArray[np.float32]:
-    """Noise of one sample, float32 [C, F, H, W]. Drawn frame by frame: a longer clip begins with a shorter one's."""
+    """Noise of one sample, float32 [C, F, H, W]. It is drawn frame by frame, so the first frames do not depend on F."""
     flat = normal(seed, purpose, frames * channels * height * width)
     return np.ascontiguousarray(flat.reshape(frames, channels, height, width).transpose(1, 0, 2, 3))
 
 
 def offset_noise(seed: int, purpose: int, channels: int, frames: int) -> NDArray[np.float32]:
-    """Noise that is constant over each frame's pixels, float32 [C, F, 1, 1] (HiGen's training: strength 0.1)."""
+    """Noise that is constant within each frame, float32 [C, F, 1, 1] (HiGen's training: strength 0.1)."""
     flat = normal(seed, purpose, frames * channels)
     return np.ascontiguousarray(flat.reshape(frames, channels).T)[:, :, None, None]
 
 
 def shaped(seed: int, purpose: int, shape: Sequence[int], frame_axis: int | None = None) -> NDArray[np.float32]:
-    """Noise in any shape, float32, the last axis fastest; with a frame axis it is drawn frame by frame."""
+    """Noise of any shape, float32, drawn with the last axis fastest; with a frame axis, drawn frame by frame."""
     order = list(range(len(shape)))
     if frame_axis is not None:
         order = [frame_axis, *(axis for axis in order if axis != frame_axis)]
@@ -52,24 +52,24 @@ def shaped(seed: int, purpose: int, shape: Sequence[int], frame_axis: int | None
 
 
 def row_purpose(purpose: int, row: int) -> int:
-    """The stream of the fresh noise of a solver's row (from 0), in a loop whose initial noise is of `purpose`."""
+    """The stream of the fresh noise in a solver's row (from 0); `purpose`: the stream of the loop's initial noise."""
     return purpose + ((row + 1) << 32)
 
 
 def again(purpose: int, iteration: int) -> int:
-    """The stream that takes the place of `purpose` when a loop is run again, for the `iteration`-th time (from 0)."""
+    """The stream that replaces `purpose` in iteration number `iteration` (from 0) of a loop that is run repeatedly."""
     return purpose + (iteration << 56)
 
 
 def frame_order(
     seed: int, purpose: int, frames: int, length: int, stride: int, kind: str = "shuffled"
 ) -> NDArray[np.int64]:
-    """Which frame's noise each frame of a long clip takes, int64 [frames] (Qiu et al. 2024, FreeNoise, equation 7).
+    """For each frame of a long clip, the frame with its noise, int64 [frames] (Qiu et al. 2024, FreeNoise, equation 7).
 
-    fresh     its own
-    shuffled  the first `length` frames have their own; each `stride` frames after them take the noise of the frames
-              that lie `length` before them, in an order drawn from the stream (seed, purpose + 2^31)
-    repeated  that of the frame `length` before it
+    fresh     each frame has its own noise
+    shuffled  the first `length` frames have their own noise; each following group of `stride` frames takes the noise of
+              the frames `length` earlier, in an order drawn from the stream (seed, purpose + 2^31)
+    repeated  the first `length` frames have their own noise, which repeats after each `length` frames
     """
     order = np.arange(frames)
     if kind == "fresh" or frames <= length:

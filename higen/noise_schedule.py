@@ -1,7 +1,7 @@
-"""Noise schedules and names of solvers in a manifest's loops, and the values that they may have.
+"""The noise schedules and solvers in a manifest's loops, and the values that their fields may have.
 
 A state is x = alpha z + sigma n: clean latents z and unit Gaussian noise n, with alpha^2 + sigma^2 = 1 (kind "flow":
-alpha + sigma = 1). higen/schedule.py makes a solver's table of the two.
+alpha + sigma = 1). higen/schedule.py turns a schedule and a solver into a table.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from higen.errors import ManifestError
 __all__ = ["DISCRETE", "ON_RATIOS", "OWN_GRIDS", "PREDICTIONS", "SOLVERS", "SPACINGS", "NoiseSchedule", "Solver"]
 __all__ += ["check", "is_whole", "max_steps"]
 
-DISCRETE = ("linear", "scaled_linear", "cosine")  # kinds with a table of abar, one entry a timestep
+DISCRETE = ("linear", "scaled_linear", "cosine")  # kinds with a table of abar, one entry per timestep
 PREDICTIONS = ("v", "epsilon", "sample", "flow")
 ON_RATIOS = ("euler", "euler_ancestral", "heun")  # their grids are ratios and may fall between two timesteps
 SOLVERS = ("ddim", "dpm++2m", *ON_RATIOS, "lcm")
-OWN_GRIDS = ("leading-floor", "trailing-ceil")  # HiGen's; the others are diffusers'
+OWN_GRIDS = ("leading-floor", "trailing-ceil")  # from HiGen; the others are from diffusers
 SPACINGS = ("leading", "linspace", "trailing", "karras", *OWN_GRIDS)
 SPACINGS_OF_SOLVER = {"ddim": SPACINGS[:3] + OWN_GRIDS, "dpm++2m": SPACINGS, "lcm": SPACINGS[:1]}
 SPACINGS_OF_SOLVER |= dict.fromkeys(ON_RATIOS, SPACINGS[:4])
@@ -36,13 +36,13 @@ def _one_of(what: str, value: str, allowed: tuple[str, ...]) -> None:
 
 
 def is_whole(value: object, low: int, high: int) -> TypeGuard[int]:
-    """Whether a value is a whole number of this range; a truth value is none."""
+    """Whether a value is a whole number in this range; booleans are not."""
     return isinstance(value, numbers.Integral) and not isinstance(value, bool) and low <= int(value) <= high
 
 
 @dataclass(frozen=True)
 class NoiseSchedule:
-    """How much noise a timestep means. Each kind reads its own fields. Raises ManifestError for impossible values."""
+    """The amount of noise at each timestep. Each kind reads its own fields. Raises ManifestError for invalid values."""
 
     kind: str = "scaled_linear"
     timesteps: int = 1000
@@ -70,14 +70,14 @@ class NoiseSchedule:
 
 @dataclass(frozen=True)
 class Solver:
-    """A way from noise to clean latents. Raises ManifestError for fields that do not fit the solver of this name.
+    """A method that turns noise into clean latents. Raises ManifestError for fields that do not fit the named solver.
 
     spacing   leading, linspace, trailing: Lin et al. 2023, table 2, as diffusers rounds them. karras: Karras et al.
               2022, equation 5, over the whole schedule. leading-floor and trailing-ceil are HiGen's: offset +
-              floor(k T / steps) from k = 0, and ceil(k T / steps) - 1 from k = 1. lcm has one grid, out of every
-              (T / original_steps)-th timestep, and no other spacing than "leading".
-    offset    added to the leading grids, which never go above the last timestep
-    final     where the last row ends: "zero" is the clean latent (alpha 1, sigma 0), "first" the schedule's entry 0
+              floor(k T / steps) from k = 0, and ceil(k T / steps) - 1 from k = 1. lcm has only the spacing "leading";
+              its grid is chosen from every (T / original_steps)-th timestep.
+    offset    added to the leading grids; the result is limited to the last timestep
+    final     where the last row ends: "zero": the clean latents (alpha 1, sigma 0), "first": the schedule's entry 0
     eta       ddim: the share of DDPM's noise that each step renews, 0 to 1
     rho       karras: the grid's exponent
     original_steps   lcm: the number of steps it was distilled with
@@ -104,7 +104,7 @@ class Solver:
 
 
 def check(schedule: NoiseSchedule, prediction: str, solver: Solver) -> None:
-    """Raise ManifestError where no table can be made of the three; the message says what can."""
+    """Raise ManifestError if no table can be made from the three; the message says what is allowed."""
     kind, total, offset, original = schedule.kind, schedule.timesteps, solver.offset, solver.original_steps
     _one_of(f"kind {kind!r}: prediction", prediction, {"edm": ("v",), "flow": ("flow",)}.get(kind, PREDICTIONS[:3]))
     if kind not in DISCRETE:
@@ -112,7 +112,7 @@ def check(schedule: NoiseSchedule, prediction: str, solver: Solver) -> None:
         _one_of(f"kind {kind!r}: solver", solver.name, ("dpm++2m", *ON_RATIOS) if edm else ("euler",))
         _one_of(f"kind {kind!r}: spacing", solver.spacing, ("karras",) if edm else ("linspace", "trailing"))
         _one_of(f"kind {kind!r}: final", solver.final, ("zero",))
-    if schedule.zero_terminal_snr:  # there epsilon says nothing about z
+    if schedule.zero_terminal_snr:  # at zero SNR, epsilon says nothing about z
         _one_of("zero_terminal_snr=true: prediction", prediction, ("v", "sample"))
     _require(offset < total, f"offset={offset}: at most {total - 1}, the last timestep")
     _require(solver.name != "lcm" or original <= total, f"original_steps={original}: at most {total}, the timesteps")

@@ -1,4 +1,4 @@
-"""A generation in a notebook: previews while it runs, and a form with a model's controls (extra `notebook`)."""
+"""Generation in a notebook: previews while it runs, and a form with a model's controls (extra `notebook`)."""
 
 from __future__ import annotations
 
@@ -46,13 +46,13 @@ def watched(stream: Stream, shown: Shown) -> Videos:
 
 
 class _Preview:
-    """A picture below a notebook's cell that changes in place, and is gone at the end."""
+    """A picture below a notebook's cell. It is updated in place and removed at the end."""
 
     def __init__(self) -> None:
         self._handle: Any = None
 
     def show(self, frames: NDArray[np.uint8]) -> None:
-        """The estimates of all videos, uint8 [B,f,H,W,3], one below the other."""
+        """Show the estimates of all videos, uint8 [B,f,H,W,3], one below the other."""
         from IPython.display import Image, display
 
         picture = Image(data=png(frames), format="png")
@@ -84,13 +84,13 @@ def png(frames: NDArray[np.uint8]) -> bytes:
 class Studio:
     """A form for one model in a notebook: `pipe.widget()`.
 
-    fields  the inputs by the name that a call has for them; their `value` may be set
-    videos  all that were made, the newest last
-    error   why the last one was not made, or None
+    fields  the inputs, by their names in a call; their `value` may be set
+    videos  all videos made so far, the newest last
+    error   why the last request failed, or None
     """
 
     def __init__(self, pipeline: Pipeline) -> None:
-        """Raises MissingExtra where ipywidgets is not installed."""
+        """Raises MissingExtra if ipywidgets is not installed."""
         try:
             import ipywidgets
         except ModuleNotFoundError as error:
@@ -129,12 +129,12 @@ class Studio:
         return self.videos[-1] if self.videos else None
 
     def make(self) -> None:
-        """Begin, as the button does; what is wrong is said in the form. `wait` waits for the end."""
+        """Start, as the button does. Errors are shown in the form. Call `wait` to wait for the end."""
         if self._thread is not None and self._thread.is_alive():
             return
         self.error, self._said.value, self._result.value, self._stopped = None, "", "", False
         try:
-            with ExitStack() as files:  # the request reads them
+            with ExitStack() as files:  # the request reads the files
                 self._stream = self._pipeline.stream(**self._options(files), warn=self._warn)
         except HigenError as error:
             self._failed(error)
@@ -144,18 +144,18 @@ class Studio:
         self._thread.start()
 
     def stop(self) -> None:
-        """Stop after the present step."""
+        """Stop after the current step."""
         self._stopped = True
         if self._stream is not None:
             self._stream.close()
 
     def wait(self, seconds: float | None = None) -> None:
-        """Wait until nothing is made."""
+        """Wait until no request is running."""
         if self._thread is not None:
             self._thread.join(seconds)
 
     def _run(self, stream: Stream) -> None:
-        """Read a stream to its end, in a thread of its own: the kernel stays free for the button Stop."""
+        """Read a stream to its end, in a separate thread, so that the kernel can react to the button Stop."""
         self._bar.max = sum(length for _, length in stream.loops)
         self._bar.value = done = 0
         try:
@@ -174,7 +174,7 @@ class Studio:
             self.videos += stream.videos
             self._result.value += self.videos[-1]._repr_html_()
             self._said.value = f"seed {self.videos[-1].metadata['seed']}"
-        except Exception as error:  # a thread's traceback would be seen nowhere
+        except Exception as error:  # nobody would see the thread's traceback
             self._failed(error)
         finally:
             stream.close()
@@ -193,7 +193,7 @@ class Studio:
     # The inputs.
 
     def _add(self, name: str, made: Any, read: Callable[[], Any] | None = None) -> Any:
-        """An input and how it is read; a reader that gives None leaves the model's default."""
+        """Add an input and its reader. If a reader returns None, the model's default is used."""
         made.style.description_width = "9em"
         made.layout.width = "26em"
         self.fields[name] = made
@@ -234,7 +234,7 @@ class Studio:
         return rows
 
     def _control(self, control: Control) -> Any:
-        """The input of a control, by its kind."""
+        """The input for a control, according to its kind."""
         w, name = self._widgets, control.name
         meaning = f"{control.meaning}; here the first one" if control.kind == "frames" else control.meaning
         label = {"description": titled(name), "tooltip": meaning}
@@ -254,7 +254,7 @@ class Studio:
         return self._add(name, w.FileUpload(accept=accept, multiple=False, **label))
 
     def _options(self, files: ExitStack) -> dict[str, Any]:
-        """What a call takes; uploads as files that are there until `files` is closed."""
+        """The options of a call. Uploads are written to files that exist until `files` is closed."""
         options = {name: read() for name, read in self._readers.items()}
         for control in self._pipeline.controls:
             if control.kind in VISUAL:
@@ -267,7 +267,7 @@ class Studio:
 
 @contextmanager
 def _written(upload: Mapping[str, Any]) -> Iterator[Path]:
-    """An upload as a file: a clip's reader wants a path."""
+    """An upload as a file, because the reader of clips needs a path."""
     suffix = Path(str(upload["name"])).suffix
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, f"upload{suffix if suffix[1:].isalnum() else ''}")
@@ -276,13 +276,13 @@ def _written(upload: Mapping[str, Any]) -> Iterator[Path]:
 
 
 def titled(name: str) -> str:
-    """A name of a control for people."""
+    """A control's name as it is shown in the form."""
     return name.replace("_", " ").capitalize()
 
 
 def curve(name: str, text: str, frames: int) -> float | list[float] | None:
-    """A number, or several that are spread evenly over a clip and joined by lines; None for no text. Raises
-    RequestError.
+    """One number, or several that are spread evenly over a clip and interpolated linearly; None for an empty text.
+    Raises RequestError.
     """
     if not text.strip():
         return None

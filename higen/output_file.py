@@ -1,4 +1,4 @@
-"""A file that a person named as output. It is replaced, through a link too, unless it is write-protected."""
+"""An output file that the user named. An existing file is replaced, also through a link, unless it is read-only."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ __all__ += ["lies", "output_file"]
 
 
 def check_file(path: str | os.PathLike[str]) -> Path:
-    """The file to replace: what a link points to, for it stays. Ask before the work.
+    """The file to replace; for a link, the file that it points to. Call this before the work.
 
-    Raises OutputError for a name that the file system does not take, a folder, a pipe or a device, a read-only file,
+    Raises OutputError for a name that the file system does not accept, a folder, a pipe or a device, a read-only file,
     and a missing or read-only folder.
     """
     path = given_path(path, "output")
@@ -41,21 +41,21 @@ def check_file(path: str | os.PathLike[str]) -> Path:
 
 
 def check_folder(path: Path, folder: Path, writing: bool = False) -> None:
-    """Whether `folder` is there, and (`writing`) whether files can be made in it for `path`. Raises OutputError."""
+    """Raise OutputError if `folder` does not exist or, with `writing`, if files for `path` cannot be made in it."""
     if not folder.is_dir():
         raise OutputError(f"{path}: the folder {folder} does not exist; make it first")
-    # The temporary file's name is longer than a short one's.
+    # The path of the temporary file can be longer than `path`.
     lies(folder / f".higen-{'0' * 20}" / "new" / f"new_00000{path.suffix}")
     if writing and not os.access(folder, os.W_OK | os.X_OK):
         raise OutputError(f"{path}: no permission to write in the folder {folder.absolute()}")
 
 
 def check_own(folder: Path, names: Sequence[str], mark: str) -> None:
-    """Whether a report of these files can be written into a folder that a person named. Ask before the work.
+    """Check that a report with these files can be written into the user's folder. Call this before the work.
 
-    Files of these names may be replaced if an earlier report wrote them. The first one tells: it is written first, and
-    `mark` (a regular expression) is found in its first 4096 bytes.
-    Raises OutputError naming what stands there, and for a folder that cannot be made or written.
+    Files with these names may be replaced if an earlier report wrote them. The first file shows this: it is written
+    first, and `mark` (a regular expression) is found in its first 4096 bytes.
+    Raises OutputError naming the file in the way, and for a folder that cannot be made or written.
     """
     with check_names(folder):
         lies(folder / names[0])
@@ -74,7 +74,7 @@ def check_own(folder: Path, names: Sequence[str], mark: str) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise OutputError for a file that a person has protected, even where its folder lets it be replaced."""
+    """Raise OutputError for a read-only file, even if its folder allows replacing it."""
     if not os.access(path, os.W_OK) or not path.stat().st_mode & 0o222:
         raise OutputError(f"{path}: is read-only: make it writable, or choose another name")
 
@@ -87,18 +87,18 @@ def keep_mode(new: Path, old: Path) -> None:
 
 @contextmanager
 def output_file(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a name to write to; the file takes its place at `path`, with the permissions of the one there, on a clean
-    exit. Raises what `check_file` raises, and OSError.
+    """Yields a name to write to. On a clean exit, the file is moved to `path`, with the permissions of the file that it
+    replaces. Raises what `check_file` raises, and OSError.
     """
     target = check_file(path)
-    with whole_file(target, Path(path).suffix) as temporary:  # a link's target may have another suffix
+    with whole_file(target, Path(path).suffix) as temporary:  # the target of a link may have another suffix
         yield temporary
         keep_mode(temporary, target)
 
 
 @contextmanager
 def check_names(path: Path) -> Iterator[None]:
-    """Around looking at files whose names come from `path`: raises OutputError for those that cannot be names."""
+    """Use around accesses to files named after `path`: raises OutputError if the file system refuses the name."""
     text = os.fspath(path)
     if "\0" in text:
         raise OutputError(f"{quoted(text)}: a path has no character NUL")
@@ -112,7 +112,7 @@ def check_names(path: Path) -> Iterator[None]:
 
 
 def lies(path: Path) -> os.stat_result | None:
-    """What lies at a path; None for nothing. Raises OSError for a path that the file system does not take."""
+    """The status of the file at a path; None if there is none. Raises OSError if the file system refuses the path."""
     try:
         return path.stat()
     except (FileNotFoundError, NotADirectoryError):

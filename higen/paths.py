@@ -11,7 +11,7 @@ __all__ = ["given_path"]
 
 
 def given_path(path: object, name: str = "path") -> Path:
-    """A path that a user gave; `~` and `~user` are home folders, as in a shell.
+    """A path that the user gave; `~` and `~user` are home folders, as in a shell.
 
     Raises RequestError, beginning with `name`, for anything that is not a path.
     """
@@ -20,5 +20,5 @@ def given_path(path: object, name: str = "path") -> Path:
     given = Path(os.fsdecode(path))
     try:
         return given.expanduser()
-    except RuntimeError:  # there is no such user: a file of that name
+    except RuntimeError:  # there is no such user, so it is a file name
         return given

@@ -1,6 +1,6 @@
-"""From a prompt to a video: the tables of a model directory, interpreted (docs/manifest.md).
+"""From a prompt to a video: interprets the tables of a model directory (docs/manifest.md).
 
-texts, controls -> sources -> loop after loop (sampler.py) -> decoder -> Video. A generation is one flat sequence of
+texts, controls -> sources -> all loops in order (sampler.py) -> decoder -> Video. A generation is one flat sequence of
 events: a `Step` after each denoising step, then `Frames` as they are decoded.
 """
 
@@ -45,14 +45,14 @@ from higen.video import Video
 __all__ = ["Pipeline", "Prompts"]
 
 Prompts: TypeAlias = list[str] | tuple[str, ...]
-"""Several prompts: one batch, a list of results."""
+"""Several prompts: they are one batch, and the result is a list."""
 
 KEPT = 128
-"""Encoded texts, and conditions made of them, that a pipeline keeps: some 70 MB of the released model's at most."""
+"""The most encoded texts, and conditions made from texts, that a pipeline keeps: about 70 MB for the released model."""
 
 
 class Pipeline:
-    """A loaded model. Call it to make videos; `image` draws key frames alone; `stream` yields every event."""
+    """A loaded model. Call it to make videos; `image` makes single frames; `stream` yields every event."""
 
     def __init__(self, bundle: Bundle, backend: Backend) -> None:
         self.bundle = bundle
@@ -60,31 +60,31 @@ class Pipeline:
         self.backend = backend
         text = self.manifest.text
         self._tokenizer = None if text is None else PromptTokenizer.from_file(bundle.file(text.tokenizer), text)
-        # A server sees the same prompts again, and the empty one with every request.
+        # A server sees the same prompts repeatedly, and the empty prompt with every request.
         self._kept: Kept = BoundedCache(KEPT)
         self._home = Home()
         self._closed = False
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A pipeline is sent to another process as the model's path and how it was loaded. Raises NotPicklable."""
+        """A pipeline is sent to another process as the model's path and the loading options. Raises NotPicklable."""
         try:
             pickle.dumps(self.backend)
         except HigenError:
             raise
-        except Exception as error:  # whatever a backend of somebody else's holds
+        except Exception as error:  # a third-party backend may raise anything
             reason = f"its backend {self.backend.name} cannot be sent to another process: call higen.load there"
             raise NotPicklable(f"{reason} ({error})") from error
         return type(self), (self.bundle, self.backend)
 
     def __copy__(self) -> Pipeline:
-        """A twin that shares everything with this one."""
+        """A copy that shares everything with this pipeline."""
         twin = object.__new__(type(self))
         twin.__dict__.update(self.__dict__)
         return twin
 
     @property
     def controls(self) -> tuple[Control, ...]:
-        """What a request may set for this model beside the common options: name, kind, range, default, meaning."""
+        """The options of this model in addition to the common ones: name, kind, range, default, meaning."""
         return self.manifest.controls
 
     @overload
@@ -96,12 +96,12 @@ class Pipeline:
     def __call__(self, prompt: str | Prompts = "", *, progress: Shown = None, **options: Any) -> Video | list[Video]:
         """Make a video of `prompt`; a list of prompts gives a list of videos.
 
-        progress  show progress bars; None: when a person is watching; "previews": each step in a notebook, too
+        progress  show progress bars; None: in a terminal or notebook; "previews": in a notebook, show each step, too
         options   as for `request`: negative_prompt, seed, steps, guidance, solver, frames, width, height, fps, warn,
-                  and the model's controls (`pipe.controls`) by name. What is not given, or None, is the model's
+                  and the model's controls (`pipe.controls`) by name. A missing option, or None, means the model's
                   default.
 
-        Raises RequestError for any argument that is wrong, before work starts. Same seed, same video; a prompt's
+        Raises RequestError for any wrong argument, before work starts. The same seed gives the same video. A prompt's
         video does not depend on the other prompts of its batch.
         """
         videos = self.make(self.request(prompt, **options), progress)
@@ -116,9 +116,10 @@ class Pipeline:
     def image(
         self, prompt: str | Prompts = "", *, progress: Shown = None, **options: Any
     ) -> NDArray[np.uint8] | list[NDArray[np.uint8]]:
-        """One frame alone, uint8 [H,W,3]; a list of prompts gives a list. Options as for a video, without `frames`.
+        """A single frame, uint8 [H,W,3]; a list of prompts gives a list. Options as for a video, without `frames`.
 
-        A control with a value per frame is checked for the model's own number of frames. Raises RequestError.
+        A control with a value per frame must have values for the model's default number of frames. Raises
+        RequestError.
         """
         if self.manifest.sizes.frames[0] > 1:
             raise RequestError(f"{self.manifest.name} makes {self.manifest.sizes.frames[0]} frames or more, no picture")
@@ -132,7 +133,7 @@ class Pipeline:
     edit = clip_tools.edit
 
     def stream(self, prompt: str | Prompts = "", **options: Any) -> Stream:
-        """Every event as it happens; arguments as for a call. The request is checked here, not at the first step; the
+        """Every event as it happens; arguments as for a call. The request is checked now, not at the first step. The
         work stops when the caller stops iterating.
         """
         return self._stream(self.request(prompt, **options))
@@ -144,12 +145,12 @@ class Pipeline:
             *((loop.name, rows) for loop, rows in self._rows(request)),
             ("decode", len(request.prompts) * request.frames),
         ]
-        # A preview shows an estimate of one loop; the decoder may ask for the latents of others.
+        # A preview shows an estimate of one loop; the decoder may also need the latents of other loops.
         preview = lambda step: self.decode(step.previous, request, {**finished, step.loop: step.previous})  # noqa: E731
         return Stream(request, self.events(request, finished), parts, preview)
 
     def _rows(self, request: Request) -> Iterator[tuple[Loop, int]]:
-        """The loops that are run, and how many rows each takes."""
+        """The loops that are run, and the number of rows of each."""
         for loop in self.manifest.wanted(request.frames):
             if request.runs(loop):
                 i = self.manifest.loops.index(loop)
@@ -162,25 +163,25 @@ class Pipeline:
         return watched(self._stream(request), progress)
 
     def widget(self) -> Studio:
-        """A form for a notebook, made of the model's controls. Raises MissingExtra without ipywidgets."""
+        """A form for a notebook, with the model's controls. Raises MissingExtra without ipywidgets."""
         return Studio(self)
 
     def request(self, prompt: str | Prompts = "", *, warn: Warn | None = None, **options: Any) -> Request:
         """A checked request; pictures and clips are read here.
 
-        negative_prompt  what the other branch of guidance sees; ""
-        seed             one for every prompt, or one per prompt, from 0 to 2^64 - 1; "random" or -1 draws one; 0
-        steps            of denoising: one number, or one per loop
-        guidance         the same; a loop over frames takes a list of numbers too, one per frame (of several loops,
-                         as its entry: [7, [9, ...]])
-        solver           the same, by name
+        negative_prompt  the prompt of the other branch of guidance; default ""
+        seed             one for all prompts, or one per prompt, from 0 to 2^64 - 1; "random" or -1 draws one; default 0
+        steps            denoising steps: one number, or one per loop
+        guidance         one number, or one per loop; a loop over frames also takes a list with one number per frame
+                         (if there are several loops, as its entry: [7, [9, ...]])
+        solver           one name, or one per loop
         frames, width, height, fps
         guidance_interval, windows, window_noise, free_init, free_init_filter, reuse
                          how the loops are run (higen/loop_settings.py)
-        warn             is called with each warning of this request; else warnings.warn
+        warn             called with each warning of this request; default warnings.warn
 
-        All other options are controls of the model; a picture or clip stands for every prompt, or a list has one per
-        prompt. Arrays and tensors may stand for numbers and lists. Raises RequestError for what is wrong or unknown.
+        All other options are controls of the model. A picture or clip is used for all prompts; a list has one per
+        prompt. Arrays and tensors are accepted for numbers and lists. Raises RequestError for wrong or unknown options.
         """
         return self._request(prompt, {**options, "warn": warn})
 
@@ -193,7 +194,7 @@ class Pipeline:
             return make_request(self.manifest, prompt, **common, **given)
 
     def stages(self, request: Request) -> list[tuple[str, ...]]:
-        """The stages that a request needs, in order; of several in one entry, one is enough, the first is preferred."""
+        """The stages that a request needs, in order. Each entry lists alternatives, of which the first is preferred."""
         needed: dict[tuple[str, ...], None] = {}
         for loop in self.manifest.wanted(request.frames):
             scale = request.guidance[self.manifest.loops.index(loop)]
@@ -209,13 +210,13 @@ class Pipeline:
 
     @staticmethod
     def _ways(request: Request, loop: Loop, unguided: bool) -> tuple[str, ...]:
-        """The stages that can do a row, the preferred first: where guidance is 1 everywhere it is the plain one."""
+        """The stages that can do a row, the preferred one first: the plain stage if guidance is 1 everywhere."""
         guided, plain = request.pair(loop)
         names = (plain, guided) if unguided else (guided,)
         return tuple(name for name in names if name is not None)
 
     def _steps_by(self, request: Request, loop: Loop, unguided: bool) -> list[tuple[str, ...]]:
-        """The stages that do a loop's rows, `_ways` of each kind: full and shallow where features are reused."""
+        """The stages that do a loop's rows: `_ways`, or their full and shallow variants if features are reused."""
         ways = self._ways(request, loop, unguided)
         if loop.name not in request.settings.reuse:
             return [ways]
@@ -223,15 +224,15 @@ class Pipeline:
         return [tuple(stage.name for stage in kind) for kind in kinds]
 
     def prepare(self, request: Request | None = None) -> None:
-        """Load all that a request needs (None: a video from text, as the model makes it by default), so that a broken
-        model is found out before any work starts. Raises BackendUnavailable or IntegrityError.
+        """Load all that a request needs (None: a video from text with default options), so that a broken model is found
+        before any work starts. Raises BackendUnavailable or IntegrityError.
         """
         self._check_usable()
         for ways in self._default_stages() if request is None else self.stages(request):
             self.backend.choose(*ways)
 
     def _default_stages(self) -> list[tuple[str, ...]]:
-        """What the least request needs: a video from text, with the pictures that no loop can do without."""
+        """The stages that a minimal request needs: a video from text, with only the pictures that the loops require."""
         needed = list(self.manifest.pictures_of(self.manifest.sizes.decoder))
         for loop in sorted(self.manifest.loops, key=lambda loop: loop.replaced is not None):
             if loop.replaced is None or loop.replaced.control not in needed:
@@ -239,32 +240,32 @@ class Pipeline:
         return self.stages(make_request(self.manifest, "a", controls=dict.fromkeys(needed, ""), load=_any_picture))
 
     def cues(self, video: Video) -> tuple[dict[str, NDArray[np.float64]], dict[str, NDArray[np.float64]]]:
-        """A clip's curves by control, measured and requested: [F - 1] a pair of frames, or [F] the likeness of each
-        frame to the first one; those that were left open are not among the requested. Raises RequestError.
+        """A clip's measured and requested curves, by control: [F - 1], one number per pair of frames, or [F], the
+        likeness of each frame to the first one. Unspecified curves are not among the requested. Raises RequestError.
         """
         measured = measured_cues(self.manifest, self.backend, video)
         return measured, requested_curves(self.manifest, video.metadata, len(video))
 
     def report(self) -> str:
-        """What runs each stage here, and why the better ways do not; stages that were not needed yet are left out."""
+        """The backend of each stage, and why no better one runs it. Stages that were not needed yet are left out."""
         lines = [line for choice in self.backend.choices.values() for line in choice.as_lines()]
         return "\n".join(lines) or f"every stage: {self.backend.name}"
 
     def on(self, backend: Backend) -> Pipeline:
-        """The same model with its stages run by another backend; nothing is loaded again."""
+        """The same model, with its stages run by another backend. Nothing is loaded again."""
         twin = self.__copy__()
         twin.backend = backend
         return twin
 
     def close(self) -> None:
-        """Free the model; a call that is at work ends with a BackendError. In a forked process nothing is freed."""
+        """Free the model; a running call ends with a BackendError. In a forked process, nothing is freed."""
         if self._home.here:
             self._closed = True
             self._kept.clear()
         self.backend.close()
 
     def _check_usable(self) -> None:
-        """Raise BackendError in a forked process and after `close`, whatever backend there is."""
+        """Raise BackendError in a forked process and after `close`, for every backend."""
         self._home.check()
         if self._closed:
             raise BackendError(CLOSED)
@@ -278,11 +279,11 @@ class Pipeline:
     # The parts of a generation, in order.
 
     def events(self, request: Request, finished: dict[str, Any] | None = None) -> Generator[Event, None, list[Video]]:
-        """Every step of every loop, then the frames; returns the videos. `finished` gets the last latents of each loop
-        by its name.
+        """Every step of every loop, then the frames; returns the videos. `finished` gets the loops' last latents, by
+        name.
         """
         self._check_usable()
-        if request.settings.reuse:  # a model may lack some of these graphs: better now than after half of the work
+        if request.settings.reuse:  # a model may lack some of these graphs: fail now, not after half of the work
             self.prepare(request)
         finished = {} if finished is None else finished
         seconds: dict[str, float] = {}
@@ -309,7 +310,7 @@ class Pipeline:
         return [Video(shown, request.fps, row, weakref.ref(self)) for shown, row in zip(frames, made, strict=True)]
 
     def _sources(self, request: Request) -> Sources:
-        """The sources of a request, its texts read."""
+        """The sources of a request, with its texts tokenized."""
         names, tokenizer = request.texts(), self._tokenizer
         if tokenizer is None or tokenizer.rules.plain:
             tokens = {text: tokenizer.encode([text], request.warn, [name]) for text, name in names.items() if tokenizer}
@@ -356,25 +357,25 @@ class Pipeline:
         yield from denoise(runner, plan, initial_state(table, unit, added, clean, plan.first))
 
     def start_latents(self, request: Request, loop: Loop) -> NDArray[np.float32]:
-        """What a loop of a request begins from, [B, C, F, H, W]. Raises RequestError where it begins from noise."""
+        """The latents [B, C, F, H, W] that a loop begins from. Raises RequestError if it begins from noise."""
         if loop.start is None or not request.begins(loop):
             raise RequestError(f"{loop.name} begins from noise")
         self._check_usable()
         return np.asarray(self._sources(request).made(loop.start.latents, loop), np.float32)
 
     def _stage(self, request: Request, loop: Loop, unguided: bool) -> Stage:
-        """The stage that does a row, whether its guidance is 1 everywhere or not."""
+        """The stage that does a row; `unguided`: the row's guidance is 1 everywhere."""
         full, ways = self._steps_by(request, loop, unguided)[0], self._ways(request, loop, unguided)
         return self.manifest.stage(ways[full.index(self.backend.choose(*full))])
 
     @staticmethod
     def _first(request: Request, loop: Loop, rows: int) -> int:
-        """The row that a loop begins with."""
+        """The first row that a loop runs."""
         return tail(rows, request.number(loop.start.strength)) if loop.start and request.begins(loop) else 0
 
     def decode(self, latents: Any, request: Request, others: Mapping[str, Any] | None = None) -> NDArray[np.uint8]:
-        """Latents [B,C,f,H,W] as uint8 frames [B,f,Y,X,3]; `others`: latents of loops, by name, for a decoder that is
-        fed with them. Raises RequestError where it is and they are not there yet.
+        """Latents [B,C,f,H,W] as uint8 frames [B,f,Y,X,3]. `others`: latents of loops, by name, that the decoder may
+        take. Raises RequestError if the decoder takes latents that are missing.
         """
         quiet = replace(request, warn=lambda _: None)
         sources = self._sources(quiet)
@@ -389,5 +390,5 @@ _COMMON = tuple(name for name in COMMON if name != "prompt")
 
 
 def _any_picture(control: Control, value: Any, frames: int, width: int, height: int) -> Any:
-    """Stands for a picture where only the plan of a request is of interest."""
+    """A stand-in for reading a picture if only the plan of a request matters."""
     return value

@@ -1,4 +1,4 @@
-"""Turns arrays, array scalars and tensors of a user into Python's numbers and lists."""
+"""Turns the user's arrays, array scalars and tensors into Python numbers and lists."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ __all__ = ["plain"]
 
 
 def plain(value: Any, levels: int = 4) -> Any:
-    """A value without the arrays, array scalars and tensors of numpy and other libraries: what their `tolist` gives.
+    """A value with arrays, array scalars and tensors of any library replaced by the result of their `tolist`.
 
-    What cannot be read, or is nested deeper than any option is, is left as it is and refused where it is checked.
+    Values that cannot be read, or are nested too deeply for any option, stay unchanged; later checks refuse them.
     """
     if type(value) in (list, tuple) and levels:
         return type(value)(plain(one, levels - 1) for one in value)
     if not isinstance(value, (str, bytes, np.bool_)) and callable(getattr(value, "tolist", None)):
-        with suppress(Exception):  # a library's tensor that holds no values, say
+        with suppress(Exception):  # for example a tensor without values
             return value.tolist()
     return value

@@ -16,7 +16,7 @@ from higen.text_files import TextError, plain_text
 __all__ = ["plan"]
 
 KEYS = ("HIGEN_LLM_KEY", "OPENAI_API_KEY")
-"""Environment variables for an endpoint's key: the first one that is set is read."""
+"""Environment variables for an endpoint's key; the first one that is set is used."""
 
 
 @click.command()

@@ -1,4 +1,4 @@
-"""The precisions in which a stage's graph computes: one row has every fact about a precision."""
+"""The precisions in which a stage's graph computes. One row has all facts about a precision."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ __all__ = ["PRECISIONS", "QUANTIZED", "Precision", "check_precision", "precision
 class Precision:
     """One precision.
 
-    base            the precision of the weights file, and of all that is not quantised: fp32, bf16 or fp16
-    dtype           numpy's and PyTorch's name of the base
-    stored          safetensors' name of it
+    base            the precision of the weights file and of everything that is not quantised: fp32, bf16 or fp16
+    dtype           the base's name in numpy and PyTorch
+    stored          the base's name in safetensors
     quantized       most multiplications are in 8 or 4 bits
-    engines_only    TensorRT alone computes in it
+    engines_only    only TensorRT computes in it
     architecture    the first GPU architecture that computes in it
-    smallest_opset, default_opset    of ONNX, for graphs in it
-    step            largest error of one run of a stage that the parity gate allows, relative to the largest output:
-                    float32's is for the order of summation, the others' for rounding each activation
-    latents         largest absolute difference of the final latents after a whole loop
-    pixels          difference of the pixels after it, of 255: float32's largest, the others' mean
-    compared        largest difference of an engine's output, relative to the largest output
+    smallest_opset, default_opset    ONNX opsets for graphs in it
+    step            the largest error of one run of a stage that the parity gate allows, relative to the largest output:
+                    in float32 it covers the order of summation, in the others the rounding of each activation
+    latents         the largest allowed absolute difference of the final latents after a whole loop
+    pixels          the allowed difference of the pixels after a whole loop, of 255: in float32 the largest difference,
+                    in the others the mean
+    compared        the largest allowed difference of an engine's output, relative to the largest output
     """
 
     name: str
@@ -43,20 +44,20 @@ class Precision:
 
     @property
     def stand_ins(self) -> tuple[str, ...]:
-        """The precisions that serve a request for this one, the best first: not all stages are quantised."""
+        """The precisions that can serve a request for this one, the best first: not every stage is quantised."""
         return (self.name, self.base) if self.quantized else (self.name,)
 
 
 def _quantized(name: str, base: str, architecture: int, engines_only: bool = False) -> Precision:
     dtype, stored = ("float32", "F32") if base == "fp32" else ("float16", "F16")
-    inf = float("inf")  # its own measure decides, when it is made (higen/export/quantize.py)
+    inf = float("inf")  # checked when the graph is made, by another measure (higen/export/quantize.py)
     return Precision(
         name, base, dtype, stored, architecture, inf, inf, inf, 0.3, quantized=True, engines_only=engines_only
     )
 
 
-# Opset 21: ONNX Runtime 1.20 reads it, and GroupNormalization is native from it. Conv takes bfloat16 from opset 22.
-# Opset 23 is the newest that TensorRT for RTX takes.
+# Opset 21: ONNX Runtime 1.20 can read it, and it is the first with a native GroupNormalization.
+# Opset 22: the first in which Conv takes bfloat16. Opset 23: the newest that TensorRT for RTX takes.
 _ROWS = (
     Precision("fp32", "fp32", "float32", "F32", 75, step=2e-5, latents=1e-3, pixels=1.0, compared=1e-3),
     Precision("fp16", "fp16", "float16", "F16", 75, step=1e-2, latents=5e-2, pixels=0.5, compared=2e-2),
@@ -80,10 +81,10 @@ _ROWS = (
 )
 
 PRECISIONS: dict[str, Precision] = {row.name: row for row in _ROWS if not row.quantized}
-"""Those that `higen-export onnx` writes. fp32 is the unnamed one; its weights may be stored in fewer bits."""
+"""The precisions that `higen-export onnx` writes. fp32 graphs have no suffix; their weights may have fewer bits."""
 
 QUANTIZED: dict[str, Precision] = {row.name: row for row in _ROWS if row.quantized}
-"""Those that `higen-export quantize` writes: 8 or 4 bits over the weights of their base."""
+"""The precisions that `higen-export quantize` writes: 8 or 4 bits, made from the weights of their base."""
 
 NEWEST_OPSET = 23
 
@@ -97,5 +98,5 @@ def precision_named(name: str) -> Precision:
 
 
 def check_precision(name: str) -> str:
-    """The name itself. Raises RequestError for none of PRECISIONS and QUANTIZED."""
+    """The name itself. Raises RequestError for a name that is not in PRECISIONS or QUANTIZED."""
     return precision_named(name).name

@@ -12,11 +12,11 @@ from higen.errors import RequestError, quoted
 __all__ = ["Progress", "Shown", "in_notebook", "is_watched"]
 
 Shown: TypeAlias = bool | Literal["previews"] | None
-"""Whether progress is shown; None: when a person is watching; "previews": the estimate after each step, too."""
+"""Whether progress is shown. None: if a person is watching; "previews": also show the estimate after each step."""
 
 
 def is_watched() -> bool:
-    """Whether a person sees what is written to standard error: in a terminal, or in a notebook."""
+    """Whether a person sees standard error, in a terminal or in a notebook."""
     try:
         return sys.stderr is not None and (sys.stderr.isatty() or in_notebook())
     except ValueError:  # it is closed
@@ -24,21 +24,21 @@ def is_watched() -> bool:
 
 
 def in_notebook() -> bool:
-    """Whether IPython runs in a kernel, whose front end shows standard error below the cell."""
+    """Whether IPython runs in a kernel, so that standard error is shown below the cell."""
     shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
     return getattr(shell, "kernel", None) is not None
 
 
 class _Screen:
-    """Standard error for bars: where it cannot be written, a generation goes on without them."""
+    """Standard error for bars. If it cannot be written to, the generation continues without bars."""
 
     def write(self, text: str) -> None:
-        """Write, or not."""
+        """Write; ignore errors."""
         with suppress(OSError, ValueError, AttributeError):  # full or gone; closed; None
             sys.stderr.write(text)
 
     def flush(self) -> None:
-        """Flush, or not."""
+        """Flush; ignore errors."""
         with suppress(OSError, ValueError, AttributeError):
             sys.stderr.flush()
 
@@ -47,10 +47,10 @@ class _Screen:
 
 
 class Progress:
-    """A bar stands before the first step of its part and is closed after the last one."""
+    """Bars for the parts, one at a time: a part's bar appears before its first step and closes after its last one."""
 
     def __init__(self, parts: Sequence[tuple[str, int]], shown: Shown) -> None:
-        """`parts`: name and length of each. Raises RequestError for a `shown` that is another text."""
+        """`parts`: name and length of each. Raises RequestError for an unknown text as `shown`."""
         if isinstance(shown, str) and shown != "previews":
             raise RequestError(f"progress={quoted(shown)}: True, False, None or 'previews'")
         self._parts = iter(parts)
@@ -60,7 +60,7 @@ class Progress:
         self._next()
 
     def reached(self, done: int) -> None:
-        """`done` steps of the present part are made."""
+        """Report that `done` steps of the current part are done."""
         if self._bar is not None:
             self._bar.update(done - self._done)
         self._done = done
@@ -69,7 +69,7 @@ class Progress:
             self._next()
 
     def close(self) -> None:
-        """Leave the bar as it stands."""
+        """Close the bar at its current position."""
         if self._bar is not None:
             self._bar.close()
 
@@ -80,6 +80,6 @@ class Progress:
 
 
 def _bar(name: str, total: int) -> Any:
-    from tqdm import tqdm  # late: most processes show no bar
+    from tqdm import tqdm  # imported late, because most processes show no bar
 
     return tqdm(desc=f"{name:<8}", total=total, file=_Screen(), dynamic_ncols=True)

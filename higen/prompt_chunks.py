@@ -1,8 +1,8 @@
 """Long prompts and weighted words: chunks of token ids, and what their weights do to the encoder's outputs.
 
-A chunk is what the text encoder reads at a time: start, tokens, end, padding. The outputs of a prompt's chunks are
-joined along the tokens. A word's weight multiplies the outputs of its tokens; then each chunk gets its mean back. Both
-are the rules of AUTOMATIC1111's web UI ("emphasis: original").
+The text encoder reads one chunk at a time: start, tokens, end, padding. The outputs of a prompt's chunks are joined
+along the tokens. A word's weight multiplies the outputs of its tokens; then each chunk is scaled to its former mean.
+These are the rules of AUTOMATIC1111's web UI ("emphasis: original").
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from higen.errors import RequestError
 __all__ = ["NEAR", "Chunks", "Reading", "joined_chunks", "weighted"]
 
 NEAR = 20
-"""A chunk that is full ends at its last comma where that is at most this many tokens back."""
+"""A full chunk ends at its last comma if that is at most this many tokens back."""
 
 
 @dataclass(frozen=True, eq=False)
 class Reading:
     """A prompt as the text encoder reads it.
 
-    ids      int64 [n, L], a row a chunk
+    ids      int64 [n, L], one row per chunk
     weights  float32 [n, L], 1 for start, end and padding
     blank    int64 [L], the ids of an empty text
     """
@@ -35,7 +35,7 @@ class Reading:
     blank: NDArray[np.int64]
 
     def padded(self, chunks: int) -> Reading:
-        """With empty chunks behind it, to have so many."""
+        """This prompt with empty chunks at the end, so that it has `chunks` chunks."""
         more = chunks - len(self.ids)
         if more <= 0:
             return self
@@ -44,7 +44,7 @@ class Reading:
 
 
 class Chunks:
-    """Token ids, dealt out to at most `most` chunks with room for `room` each."""
+    """Distributes token ids over at most `most` chunks of `room` tokens each."""
 
     def __init__(self, room: int, most: int, comma: int | None) -> None:
         self.rows: list[list[tuple[int, float]]] = [[]]
@@ -53,7 +53,7 @@ class Chunks:
         self._closed = False
 
     def add(self, ids: Iterable[int], weight: float) -> int | None:
-        """Add the tokens of a text; returns the index of the first one that there is no room for."""
+        """Add the tokens of a text; returns the index of the first token that does not fit, or None."""
         for i, token in enumerate(ids):
             row = self.rows[-1]
             last = len(self.rows) == self._most
@@ -72,7 +72,7 @@ class Chunks:
         return None
 
     def begin(self) -> None:
-        """Begin a new chunk; where there may be no more, nothing can be added from now on."""
+        """Begin a new chunk. If there are `most` chunks already, nothing can be added any more."""
         self._last_comma = -1
         if len(self.rows) == self._most:
             self._closed = True
@@ -80,7 +80,7 @@ class Chunks:
             self.rows.append([])
 
     def reading(self, start: int, end: int, pad: int) -> Reading:
-        """The chunks that were filled; an empty one at the end is left out."""
+        """The filled chunks; an empty chunk at the end is left out."""
         rows = self.rows[:-1] if len(self.rows) > 1 and not self.rows[-1] else self.rows
         length = self._room + 2
         ids = np.full((len(rows), length), pad, np.int64)
@@ -94,9 +94,9 @@ class Chunks:
 
 
 def weighted(hidden: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Outputs [1, L, D] of a chunk times the weights [L] of its tokens, with the mean that they had before.
+    """Outputs [1, L, D] of a chunk times the weights [L] of its tokens, scaled to the mean before the weights.
 
-    Raises RequestError where the weights leave a mean of 0, which nothing can restore.
+    Raises RequestError if the weights make the mean 0, because it cannot be restored.
     """
     if np.all(weights == 1.0):
         return hidden
@@ -109,7 +109,7 @@ def weighted(hidden: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArr
 
 
 def joined_chunks(parts: list[Mapping[str, NDArray[np.float32]]]) -> dict[str, NDArray[np.float32]]:
-    """Outputs [1, L, D] of chunks, by name, one behind the other: [1, n L, D]."""
+    """The outputs [1, L, D] of chunks, by name, joined in order: [1, n L, D]."""
     if len(parts) == 1:
         return dict(parts[0])
     return {name: np.concatenate([part[name] for part in parts], axis=1) for name in parts[0]}

@@ -1,11 +1,11 @@
-"""The weights of a prompt's words, as AUTOMATIC1111's web UI and the field write them.
+"""The weights of a prompt's words, in the common notation of AUTOMATIC1111's web UI.
 
     (word)  1.1      ((word))  1.1 * 1.1      (word:1.3)  1.3      [word]  1 / 1.1
     \\( \\) \\[ \\] \\\\   the character itself     BREAK  a new chunk of tokens
 
-Source of the rules: `parse_prompt_attention` of that program. A bracket that is never closed holds to the end of the
-prompt; one that closes nothing is text, and so is a colon without a number. A backslash before any other character is
-dropped.
+Source of the rules: `parse_prompt_attention` of that program. A bracket that is never closed extends to the end of the
+prompt. A closing bracket without an opening one is text, and so is a colon without a number. A backslash before any
+other character is dropped.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ __all__ = ["BREAK", "DEEPEST", "LARGEST", "Piece", "pieces"]
 
 BREAK = "BREAK"
 ROUND, SQUARE = 1.1, 1 / 1.1
-"""What a pair of brackets multiplies its words by."""
+"""The factors for words in round and in square brackets."""
 
 LARGEST = 100.0
-"""A word's weight is from -LARGEST to LARGEST."""
+"""The range of weights is -LARGEST to LARGEST."""
 
 DEEPEST = 32
-"""Brackets that may be open at once."""
+"""The most brackets that may be open at the same time."""
 
 _ESCAPED = "()[]\\"
 _SPECIAL = frozenset("()[]:\\")
@@ -34,7 +34,7 @@ _NO_NUMBERS = ("nan", "inf", "infinity")
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a prompt whose words have one weight. `text` None: a new chunk begins here."""
+    """A part of a prompt in which all words have the same weight. `text` None: a new chunk begins here."""
 
     text: str | None
     weight: float = 1.0
@@ -42,8 +42,8 @@ class Piece:
 
 @dataclass
 class _Reader:
-    """`texts`: parts so far, None for a BREAK; `weights`: theirs; the stacks: the part that an open bracket is before,
-    and of a square one its place in the prompt.
+    """Reader state. `texts`: parts so far, None for a BREAK; `weights`: their weights; `round` and `square`: for each
+    open bracket, the index of the first part in it, and for square ones also the bracket's position in the prompt.
     """
 
     prompt: str
@@ -66,10 +66,11 @@ class _Reader:
 
 
 def pieces(prompt: str, name: str = "prompt") -> list[Piece]:
-    r"""The parts of a prompt with their weights, neighbours of equal weight joined.
+    r"""The parts of a prompt with their weights. Neighbours with equal weights are joined.
 
-    Raises RequestError, which calls the prompt `name`: a weight that is not a plain decimal number, or beyond 100; more
-    than 32 open brackets; `[a:b:0.5]` and `[a|b]`, the web UI's prompt editing, which is not supported.
+    Raises RequestError for a weight that is not a plain decimal number or is beyond 100, for more than 32 open
+    brackets, and for `[a:b:0.5]` and `[a|b]`, the web UI's prompt editing, which is not supported. Messages call the
+    prompt `name`.
     """
     reader = _Reader(prompt, name)
     i = 0
@@ -83,7 +84,7 @@ def pieces(prompt: str, name: str = "prompt") -> list[Piece]:
 
 
 def _step(reader: _Reader, i: int) -> int:
-    """Read what stands at `i`; returns where the next begins."""
+    """Read the item at index `i`; returns the index of the next item."""
     prompt, c = reader.prompt, reader.prompt[i]
     if c not in _SPECIAL:
         end = next((j for j in range(i, len(prompt)) if prompt[j] in _SPECIAL), len(prompt))
@@ -114,7 +115,7 @@ def _step(reader: _Reader, i: int) -> int:
 
 
 def _colon(reader: _Reader, i: int) -> int:
-    """`:1.3)` sets the weight of what the last round bracket holds; any other colon is text."""
+    """`:1.3)` sets the weight of the text in the last round bracket; any other colon is text."""
     prompt = reader.prompt
     start = end = _after_space(prompt, i + 1)
     while end < len(prompt) and (prompt[end] in "+-." or (prompt[end].isascii() and prompt[end].isalnum())):
@@ -136,7 +137,7 @@ def _after_space(text: str, i: int) -> int:
 
 
 def _is_meant_as_number(text: str) -> bool:
-    """Whether a word is written like a number: digits and dots, an exponent, or no number at all (nan, inf)."""
+    """Whether a word looks like a number: digits and dots with or without an exponent, or nan, inf, infinity."""
     bare = text[1:].lower() if text[:1] in ("+", "-") else text.lower()
     mantissa, exponent, power = bare.partition("e")
     digits = bool(_DIGITS & set(mantissa)) and set(mantissa) <= _DIGITS | {"."}
@@ -154,7 +155,7 @@ def _is_decimal(text: str) -> bool:
 
 
 def _check_no_editing(reader: _Reader, opened: int, closed: int) -> None:
-    """Raise for `[a|b]` and `[a:b:0.5]`; only what stands behind the last colon can be a number."""
+    """Raise RequestError for `[a|b]` and `[a:b:0.5]`; only the text after the last colon can be a number."""
     prompt = reader.prompt
     colon = prompt.rfind(":", opened, closed)
     number = prompt[colon + 1 : closed].strip() if colon >= 0 else ""
@@ -163,7 +164,7 @@ def _check_no_editing(reader: _Reader, opened: int, closed: int) -> None:
 
 
 def _words(reader: _Reader, text: str) -> None:
-    """A text without special characters, split at each BREAK that is a word of its own."""
+    """Add a text without special characters; split it at each BREAK that is a separate word."""
     done = at = 0
     while (at := text.find(BREAK, at)) >= 0:
         end = at + len(BREAK)
@@ -181,7 +182,7 @@ def _is_letter(c: str) -> bool:
 
 
 def _joined(reader: _Reader) -> list[Piece]:
-    """Texts of equal weight as one, empty ones left out. Raises RequestError for a weight that is too large."""
+    """Join texts of equal weight and drop empty ones. Raises RequestError for a weight that is too large."""
     found: list[Piece] = []
     run: list[str] = []
     weight = 1.0

@@ -1,4 +1,4 @@
-"""The references between a manifest's tables, checked: each message names the row and what is allowed."""
+"""Checks the references between a manifest's tables. Each error names the row and what is allowed."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from higen.tables import MAX_NUMBER, MAX_SIZE, NUMERIC, Loop, check, is_number
 __all__ = ["check_references", "needs"]
 
 PIXELS_AND_LATENTS: dict[int | str, str] = {"H": "Y", "W": "X", "Y": "H", "X": "W"}
-"""Axes whose sizes follow from each other (`sizes.factor`)."""
+"""Pairs of pixel and latent axes; their sizes differ by `sizes.factor`."""
 
 MOST_COLUMNS = 2**16
-"""Columns of an encoded curve."""
+"""The most columns of an encoded curve."""
 
 MAX_DEEP = 2**16
-"""Channels of deep features."""
+"""The most channels of deep features."""
 
 MOST_ROWS = 100
-"""Rows of the tables of stages and loops; no model comes near."""
+"""The most rows of the tables of stages and of loops, far more than any model has."""
 
 
 def check_references(manifest: Rows) -> None:
-    """Raise ManifestError for a name that two rows have, and for a reference to what is not there."""
+    """Raise ManifestError for a name that is used twice, and for a reference to something that does not exist."""
     stages, loops = manifest.stage_names, tuple(loop.name for loop in manifest.loops)
     controls = tuple(control.name for control in manifest.controls)
     rows = tuple(stage.name for stage in manifest.all_stages)
@@ -77,9 +77,9 @@ def _check_stage(manifest: Rows, stage: Stage) -> None:
 
 
 def _check_chunks(manifest: Rows, stage: Stage, length: int) -> None:
-    """Where texts have chunks or weights: what reads a text gives [B, L, D], and what takes that, of T tokens, says so.
+    """For models with chunks or weights: a stage that reads a text gives [B, L, D], and its takers declare [B, T, D].
 
-    T stands for all chunks behind one another, on the second axis of [B, T, D] alone.
+    T, the tokens of all chunks in order, is allowed only as the second of three axes.
     """
     where, chunked = f"stages.{stage.name}", TOKENS in manifest.free
     texts = [tensor.name for tensor in stage.inputs if source(tensor.source).kind == "text"]
@@ -98,7 +98,7 @@ def _check_chunks(manifest: Rows, stage: Stage, length: int) -> None:
 
 
 def _joined_shape(manifest: Rows, name: str, output: str) -> tuple[int | str, ...]:
-    """The shape of a stage's output with all chunks of a text; nothing where a loop gives it."""
+    """The shape of a stage's output for all chunks of a text; empty if the output comes from a loop."""
     rows = [stage for stage in manifest.stages if stage.name == name]
     shapes = [made.shape for stage in rows for made in stage.outputs if made.name == output]
     if rows and shapes and any(source(tensor.source).kind == "text" for tensor in rows[0].inputs):
@@ -128,7 +128,7 @@ def _check_source(manifest: Rows, where: str, tensor: Tensor) -> None:
 
 
 def _size(manifest: Rows, axis: int | str) -> int | None:
-    """The size of an axis that the model fixes; None for one that is free."""
+    """The size of an axis that the model fixes; None for a free axis."""
     return axis if isinstance(axis, int) else manifest.fixed.get(axis)
 
 
@@ -153,7 +153,7 @@ def _check_control_source(manifest: Rows, where: str, tensor: Tensor) -> None:
 
 
 def _check_shown(manifest: Rows, where: str, tensor: Tensor) -> None:
-    """Pixels of a stage as a picture."""
+    """Check an input that takes the pixels made by a stage as a picture."""
     found = source(tensor.source)
     check(len(tensor.shape) == 4, f"{where}: source {tensor.source}: 4 axes, not {list(tensor.shape)}")
     check(found.name in manifest.stage_names, f"{where}: source {tensor.source}: the stages are {manifest.stage_names}")
@@ -165,7 +165,7 @@ def _check_shown(manifest: Rows, where: str, tensor: Tensor) -> None:
 
 
 def _check_known_source(where: str, tensor: Tensor) -> None:
-    """Known frames as a condition: the loops that run such a stage say which (`_check_loop`)."""
+    """Check an input that takes known frames. Their control is that of the stage's loop (`_check_loop`)."""
     latents = source(tensor.source).name == "latents"
     good = len(tensor.shape) == 5 and (tensor.shape[0], *tensor.shape[2:]) == ("B", "F", "H", "W")
     good = good and (latents or tensor.shape[1] == 1)
@@ -175,7 +175,7 @@ def _check_known_source(where: str, tensor: Tensor) -> None:
 
 
 def _check_given(manifest: Rows, where: str, text: str, kinds: tuple[str, ...]) -> None:
-    """A stage that is given the frames of a control in place of its picture or clip: they are its axis N."""
+    """Check a stage that gets a control's frames instead of its picture or clip; the frames are its axis N."""
     found = source(text)
     names = [control.name for control in manifest.controls if control.kind in kinds]
     check(found.given in names, f"{where}: source {text}: the controls of kind {' or '.join(kinds)} are {names}")
@@ -205,7 +205,7 @@ def _check_made(manifest: Rows, where: str, text: str, rank: int) -> None:
 
 
 def needs(manifest: Rows, name: str) -> Iterator[str]:
-    """The stages and loops that a stage or loop is fed by."""
+    """The stages and loops with outputs that a stage or loop takes."""
     loops = {loop.name: loop for loop in manifest.loops}
     if name in loops:
         loop = loops[name]
@@ -262,13 +262,13 @@ def _check_loop(manifest: Rows, loop: Loop, earlier: tuple[str, ...]) -> None:
 
 
 def _keyed_stages(loop: Loop) -> Iterator[tuple[str, str | None]]:
-    """The stages that do a loop's steps, by their keys."""
+    """The keys of a loop that name the stages of its steps, with these stages."""
     for before, pair in zip(("", "variant."), loop.pairs, strict=False):
         yield from zip((f"{before}guided", f"{before}plain"), pair, strict=True)
 
 
 def _check_variant(manifest: Rows, loop: Loop, where: str) -> None:
-    """Other stages for the steps of a loop."""
+    """Check the variant of a loop: other stages that do its steps."""
     row = loop.variant
     if row is None:
         return
@@ -280,7 +280,7 @@ def _check_variant(manifest: Rows, loop: Loop, where: str) -> None:
 
 
 def _check_known(manifest: Rows, loop: Loop, where: str) -> None:
-    """Frames that a loop's result passes through."""
+    """Check the known frames of a loop."""
     row, kinds = loop.known, {control.name: control.kind for control in manifest.controls}
     if row is None:
         return
@@ -296,7 +296,7 @@ def _check_known(manifest: Rows, loop: Loop, where: str) -> None:
 
 
 def _check_step(manifest: Rows, loop: Loop, stage: Stage, where: str) -> None:
-    """The axes of a denoising stage: latents [B, C, f, H, W], columns [B], guidance [B, f], conditions [B, ...]."""
+    """Check the axes of a denoising stage: latents [B,C,f,H,W], columns [B], guidance [B,f], conditions [B, ...]."""
     shape = stage.input("latents").shape
     good = len(shape) == 5 and shape[0] == "B" and shape[2] in (loop.frames, "F") and shape[3:] == ("H", "W")
     good = good and _size(manifest, shape[1]) is not None
@@ -312,7 +312,7 @@ def _check_step(manifest: Rows, loop: Loop, stage: Stage, where: str) -> None:
 
 
 def _check_result(manifest: Rows) -> None:
-    """Whatever the number of frames, the last loop that runs has as many, and what it needs was not left out."""
+    """Check for all lengths of a clip: the last loop that runs makes all frames, and no needed loop is left out."""
     fewest, _, most = manifest.sizes.frames
     least = {loop.name: loop.least_frames for loop in manifest.loops}
     for frames in sorted({fewest, min(max(fewest, 2), most), *(n for n in least.values() if fewest < n <= most)}):
@@ -329,7 +329,7 @@ def _check_result(manifest: Rows) -> None:
 
 
 def _check_length(manifest: Rows, loop: Loop, where: str, name: str) -> None:
-    """A loop of one frame cannot take the latents of one that has the clip's frames for its own."""
+    """Check that a loop of one frame does not take the latents of a loop over the clip's frames."""
     frames = {other.name: other.frames for other in manifest.loops}.get(name, 1)
     check(loop.frames != 1 or frames == 1, f"{where}={name!r}: has the clip's frames, and {loop.name} has one")
 

@@ -43,7 +43,7 @@ Warn = Callable[[Warning], None]
 
 
 Measure = Callable[[CurveAsked, CurveFrom, Warn], Any]
-"""The numbers of a curve that a file gives; it may warn of what was cut or padded."""
+"""Measures the numbers of a curve from a file. It may warn that the file was cut or padded."""
 
 
 def _warn(warning: Warning) -> None:
@@ -54,8 +54,8 @@ def _warn(warning: Warning) -> None:
 class Picture:
     """A picture control's value: float32 pixels [3, Y, X] (a clip: [3, F, Y, X]) in -1 to 1, and a digest of them.
 
-    Known frames are [n, 3, Y, X], at these `places` of the clip; a mask is [1 or F, Y, X], brightness from 0 to 1.
-    `notes`: what was done with it, for a warning.
+    Known frames are [n, 3, Y, X], with their indices in the clip in `places`; a mask is [1 or F, Y, X], with brightness
+    from 0 to 1. `notes`: how the picture was changed, for warnings.
     """
 
     pixels: NDArray[np.float32]
@@ -69,10 +69,10 @@ class Request:
     """A checked request.
 
     steps, guidance, solvers  one per loop of the model
-    controls   by name: a number, a text, numbers as an array, None where it is unspecified; a picture or clip control
-               has one Picture per prompt, or None
-    settings   how the loops are run: windows, intervals of guidance, FreeInit
-    warn       is called with each warning: words that the model does not know, a prompt that is cut
+    controls   by name: a number, a text, an array of numbers, or None if unspecified; a picture or clip control has one
+               Picture per prompt, or None
+    settings   how the loops are run: windows, intervals of guidance, FreeInit, feature reuse
+    warn       called with each warning: words that the model does not know, a prompt that is cut
     """
 
     prompts: tuple[str, ...]
@@ -90,7 +90,7 @@ class Request:
     settings: LoopSettings = field(default_factory=LoopSettings)
 
     def texts(self) -> dict[str, str]:
-        """Every text that is read, with its name in messages."""
+        """Every text of the request, with its name for messages."""
         count = len(self.prompts)
         names: dict[str, str] = {}
         for i, text in enumerate(self.prompts):
@@ -107,11 +107,11 @@ class Request:
         return not self.replaces(loop) and self.frames >= loop.least_frames
 
     def replaces(self, loop: Loop) -> bool:
-        """Whether a picture or clip of the request stands for a loop's result."""
+        """Whether a picture or clip of the request replaces a loop's result."""
         return loop.replaced is not None and self.controls[loop.replaced.control] is not None
 
     def begins(self, loop: Loop) -> bool:
-        """Whether a loop begins in the table's tail, from a picture or clip of the request."""
+        """Whether a loop begins from a picture or clip of the request and runs only the last rows of its table."""
         return loop.start is not None and self.controls[loop.start.control] is not None
 
     def passes(self, loop: Loop) -> bool:
@@ -119,16 +119,16 @@ class Request:
         return loop.known is not None and self.controls[loop.known.control] is not None
 
     def pair(self, loop: Loop) -> tuple[str | None, str | None]:
-        """The guided and the plain stage that do a loop's steps: its variant's where the request gives its control."""
+        """The guided and the plain stage for a loop's steps; those of its variant if the variant's control is given."""
         varied = loop.variant is not None and self.controls[loop.variant.control] is not None
         return loop.pairs[1 if varied else 0]
 
     def stand_ins(self, loop: Loop) -> tuple[str, ...]:
-        """The stages and loops whose latents a loop is replaced by, begins from, or passes through."""
+        """The stages and loops that make the latents which replace, start or constrain a loop."""
         return tuple(origin.name for origin in self.standing(loop))
 
     def standing(self, loop: Loop) -> tuple[Source, ...]:
-        """The sources of these latents."""
+        """The sources of the latents in `stand_ins`."""
         runs = self.runs(loop)
         rows = (
             (loop.replaced, self.replaces(loop)),
@@ -138,12 +138,12 @@ class Request:
         return tuple(source(row.latents) for row, given in rows if row is not None and given)
 
     def cut(self, frames: int) -> Request:
-        """The same request for its first frames alone."""
+        """The same request, for only its first `frames` frames."""
         guidance = tuple(scale[:frames] if isinstance(scale, tuple) else scale for scale in self.guidance)
         return replace(self, frames=frames, guidance=guidance)
 
     def number(self, value: float | str) -> float:
-        """A number of the manifest's: itself, or the control that "control:NAME" names."""
+        """The value of a number in the manifest: the number itself, or for "control:NAME" the control's value."""
         return float(self.controls[value.partition(":")[2]] if isinstance(value, str) else value)
 
 
@@ -169,11 +169,11 @@ def make_request(
 ) -> Request:
     """Check every argument against the model; None is the model's default.
 
-    `settings`: those of `loop_settings`.
-    `only`: make this many frames, though the values per frame are for all of them.
+    `settings`: options of `loop_settings`.
+    `only`: make only this many frames; values per frame are still given for all `frames`.
 
-    `load(control, value, frames, width, height)` reads a picture or clip; `measure` gives the numbers of a curve in
-    whose place a file is named (None: curves are numbers). Raises RequestError.
+    `load(control, value, frames, width, height)` reads a picture or clip. `measure` gives the numbers of a curve for
+    which a file is named (None: files are not allowed). Raises RequestError.
     """
     sizes, loops = manifest.sizes, manifest.loops
     negative_prompt, seed, steps, guidance, solver = map(plain, (negative_prompt, seed, steps, guidance, solver))
@@ -248,7 +248,7 @@ def make_request(
 
 
 def _pictures(control: Control, value: Any, count: int, load: Callable[[Any], Picture]) -> tuple[Picture, ...] | None:
-    """One picture for every prompt, or one per prompt: a list, or an array [n,H,W,3]."""
+    """One picture for all prompts, or one per prompt as a list or an array [n,H,W,3]."""
     if value is None:
         return None
     several = isinstance(value, (list, tuple)) or getattr(value, "ndim", None) == 4
@@ -260,11 +260,11 @@ def _pictures(control: Control, value: Any, count: int, load: Callable[[Any], Pi
 
 
 def _check_needed(manifest: Manifest, request: Request) -> None:
-    """Raise RequestError where what runs needs a picture that was not given."""
+    """Raise RequestError if a loop that runs, or the decoder, needs a picture that was not given."""
     given = {name for name, value in request.controls.items() if value is not None}
     needed = {"the decoder": manifest.pictures_of(manifest.sizes.decoder)}
     for loop in manifest.wanted(request.frames):
-        # A stand-in that is made of a control's own frames needs no other picture.
+        # Latents that are made from a control's own frames need no other picture.
         made = [origin.name for origin in request.standing(loop) if not origin.given]
         running = manifest.needed_by(loop, request.pair(loop)) if request.runs(loop) else ()
         needed[f"the loop {loop.name}"] = (*running, *manifest.pictures_of(*made))
@@ -274,7 +274,7 @@ def _check_needed(manifest: Manifest, request: Request) -> None:
 
 
 def _check_known(manifest: Manifest, request: Request) -> None:
-    """Raise RequestError for known frames and maps that no loop of the request takes, and for a mask without any."""
+    """Raise RequestError for known frames and maps that no loop takes, and for a mask without known frames."""
     running = [loop for loop in manifest.wanted(request.frames) if request.runs(loop) and request.passes(loop)]
     taken = {name for loop in running if loop.known for name in (loop.known.control, loop.known.mask)}
     taken |= {loop.variant.control for loop in manifest.wanted(request.frames) if loop.variant and request.runs(loop)}
@@ -291,7 +291,7 @@ def _check_known(manifest: Manifest, request: Request) -> None:
 
 
 def _check_reuse(manifest: Manifest, request: Request) -> None:
-    """Raise RequestError where features are to be reused by stages of a loop's variant that have none."""
+    """Raise RequestError if features are to be reused, but the stages of a loop's variant have no shallow steps."""
     for loop in manifest.loops:
         names = [name for name in request.pair(loop) if name is not None]
         every = request.settings.reuse.get(loop.name, 1)
@@ -301,7 +301,7 @@ def _check_reuse(manifest: Manifest, request: Request) -> None:
 
 
 def _notes(control: Control, request: Request) -> Iterator[str]:
-    """What was done with the pictures of a control."""
+    """How the pictures of a control were changed, for warnings."""
     for picture in (request.controls[control.name] or ()) if control.kind in VISUAL else ():
         yield from getattr(picture, "notes", ())
 
@@ -328,7 +328,7 @@ def _seeds(seed: object, count: int) -> tuple[int, ...]:
 
 
 def _seed(seed: object) -> int:
-    """A seed; "random" and -1 draw one, which the video's metadata record."""
+    """A seed; "random" and -1 draw one. The video's metadata record it."""
     if (isinstance(seed, str) and seed == "random") or (type(seed) is int and seed == -1):
         return secrets.randbits(32)
     return whole_number("seed", 0 if seed is None else seed, 0, MAX_SEED)

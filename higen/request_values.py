@@ -1,4 +1,4 @@
-"""The values of a request, each checked by itself: one per loop, guidance, solvers, controls other than pictures."""
+"""Checks single values of a request: values per loop, guidance, solvers, controls that are not pictures."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ from higen.noise_schedule import is_whole
 from higen.tables import MAX_NUMBER, Control, Loop
 
 MAX_PROMPT = 100_000
-"""Characters of a prompt: no model reads more than a few hundred, and cleaning a text takes time."""
+"""The most characters of a prompt. No model reads more than a few hundred, and cleaning a text takes time."""
 
 UNSPECIFIED = "unspecified"
-"""The value of a control that is left to the model, where the model was trained for it."""
+"""The value that leaves a control to the model, if the model was trained for that."""
 
 Guidance = float | tuple[float, ...]
 """One number, or one per frame."""
 
 
 def each_loop(name: str, value: Any, loops: Sequence[Loop], default: Callable[[Loop], Any]) -> list[tuple[Loop, Any]]:
-    """A value for each loop: the loop's default, one value for all, or one per loop (None among them: its default)."""
-    # With one loop, several numbers can only be its own, one per frame.
+    """A value for each loop: the loop's default, one value for all, or one per loop (None: that loop's default)."""
+    # With one loop, several numbers can only be one per frame.
     if not isinstance(value, (list, tuple)) or (len(loops) == 1 and name == "guidance" and len(value) > 1):
         value = [value] * len(loops)
     if len(value) != len(loops):
@@ -36,14 +36,14 @@ def each_loop(name: str, value: Any, loops: Sequence[Loop], default: Callable[[L
 
 
 def guidance_numbers(loop: Loop, value: Any, from_file: Callable[..., Any]) -> Any:
-    """A loop's guidance as numbers; a file is mapped from 1 to the default."""
+    """A loop's guidance as numbers. A curve from a file is mapped into the range from 1 to the loop's default."""
     most = max(loop.guidance) if isinstance(loop.guidance, tuple) else loop.guidance
     numbers = isinstance(value, (int, float, list, tuple))
     return value if numbers else from_file("guidance", None, (1.0, most) if most > 1 else None, value)
 
 
 def of_loops_over_frames(loops: Sequence[Loop], guidance: Any) -> Any:
-    """A file in place of the guidance of all loops, for those over frames; one frame has no curve."""
+    """Guidance per loop. A file given for all loops is used only for loops over frames, as one frame has no curve."""
     over_frames = [loop.frames != 1 for loop in loops]
     numbers = guidance is None or isinstance(guidance, (int, float, list, tuple))
     if numbers or not any(over_frames) or curve_from("guidance", guidance) is None:
@@ -75,7 +75,7 @@ def loop_solver(loop: Loop, name: object) -> str:
 
 
 def control_value(manifest: Manifest, control: Control, value: Any, frames: int) -> Any:
-    """A control that is not a picture; a value that is not given is the default."""
+    """The checked value of a control that is not a picture; a missing value becomes the default."""
     if isinstance(value, str) and value == UNSPECIFIED and control.kind not in ("text", "choice"):
         if not control.optional:
             raise RequestError(
@@ -99,11 +99,11 @@ def control_value(manifest: Manifest, control: Control, value: Any, frames: int)
 
 
 def _curve(manifest: Manifest, control: Control, value: Any, frames: int) -> Any:
-    """The curve as it was given; building it checks it, for the whole clip. A loop of one frame resamples it."""
+    """The given curve, checked by building its rows for the whole clip. A loop of one frame resamples it."""
     if control.encoding == "similarity":
         source = f"control:{control.name}"
         widths = {t.shape[-1] for stage in manifest.stages for t in stage.inputs if t.source == source}
-        for n in widths or {frames}:  # no stage takes it
+        for n in widths or {frames}:  # {frames}: no stage takes the control
             similarity_rows(control.name, value, frames, manifest.fixed[n] if isinstance(n, str) else n)
         given = np.asarray(value, dtype=np.float64)
         if given.size and not (control.allows(float(given.min())) and control.allows(float(given.max()))):

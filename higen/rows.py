@@ -1,4 +1,4 @@
-"""Finds rows of a manifest's tables by name, for their checks (higen/references.py) and for a manifest."""
+"""Finds rows of a manifest's tables by name; used by the checks (higen/references.py) and by Manifest."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["Rows"]
 
 
 class Rows:
-    """Tables whose rows name each other. Who inherits it holds the tables."""
+    """Access to tables with rows that name each other. A subclass holds the tables."""
 
     sizes: Sizes
     text: TextRules | None
@@ -19,7 +19,7 @@ class Rows:
 
     @property
     def fixed(self) -> dict[str, int]:
-        """The symbols that the model fixes."""
+        """The symbols that the model fixes, with their sizes."""
         return self.sizes.symbols
 
     @property
@@ -29,7 +29,7 @@ class Rows:
 
     @property
     def all_stages(self) -> tuple[Stage, ...]:
-        """The stages, each with its variants behind it: what a graph may be of."""
+        """The stages, each followed by its variants. These are the stages that can have a graph."""
         return tuple(one for stage in self.stages for one in (stage, *stage.variants))
 
     @property
@@ -38,7 +38,7 @@ class Rows:
         return tuple(one.name for stage in self.stages for one in stage.variants)
 
     def listed(self, name: str) -> str:
-        """The stage of the table that a stage is, or is a variant of. Raises KeyError."""
+        """The name in the table for a stage or a variant of it. Raises KeyError."""
         return {one.name: stage.name for stage in self.stages for one in (stage, *stage.variants)}[name]
 
     def stage(self, name: str) -> Stage:
@@ -59,7 +59,7 @@ class Rows:
         return tuple(stage.name for stage in self.stages)
 
     def feeding(self, *stages: str) -> tuple[str, ...]:
-        """These stages and those that feed them: each once, before what it feeds. Loops are left out."""
+        """These stages and the stages that feed them, without loops. Each is listed once, before its takers."""
         found: dict[str, None] = {}
         rows = {stage.name: stage for stage in self.all_stages}
 

@@ -1,4 +1,4 @@
-"""A scene script from a story by rules: words of order, of pace and of stillness, in English. No model, no network.
+"""Turns a story into a scene script by rules for English words of order, pace and stillness. No model, no network.
 
 "a whale flaps its tail, first slowly, then fast, then it stops. Then a cat waves" has two scenes; the first one's pace
 is ["slow", "fast", "still"]. The rules ignore the rest of the words' meaning.
@@ -56,7 +56,7 @@ _EMPTY = frozenset(
         everything""",
     )
 )
-"""Words that do not make a scene alone, as in "and then it moves"."""
+"""Words that do not make a scene by themselves, as in "and then it moves"."""
 
 _PRONOUN = re.compile(r"^(?:it|he|she|they)\b", re.IGNORECASE)
 _DETERMINERS = frozenset((*_NUMBERS, "an", "the", "some", "many", "my", "our", "his", "her"))
@@ -65,7 +65,7 @@ _NO_SUBJECT = re.compile(
     r"its|his|her|their|\w+ly)\b))",
     re.IGNORECASE,
 )
-"""The beginning of a part such as "jumps over the fence", which continues with the subject of the scene before."""
+"""The beginning of a part without a subject, such as "jumps over the fence". Its subject is in the scene before."""
 
 _VERB = re.compile(r"(?:ing|s|ed)$", re.IGNORECASE)
 
@@ -79,7 +79,7 @@ class _Draft:
 
 
 def pace_control(manifest: Manifest) -> Control | None:
-    """The control that words of pace set: the first curve with a range that is not a likeness; None: there is none."""
+    """The control that words of pace set: the first curve that has a range and is not a likeness; None if none."""
     curves = [control for control in manifest.controls if control.kind == "curve" and control.span is not None]
     return next((control for control in curves if control.encoding != "similarity"), None)
 
@@ -118,7 +118,7 @@ def _pieces(story: str) -> list[tuple[str, str]]:
 
 
 def _add(drafts: list[_Draft], begins: str, text: str, paced: bool) -> None:
-    """Enter a part of the story: a new scene, an addition to the last one, or a change of its pace."""
+    """Add a part of the story: as a new scene, to the text of the last scene, or as a change of its pace."""
     last = drafts[-1] if drafts else None
     lasting = _LASTING.search(text)
     seconds = None
@@ -151,7 +151,7 @@ def _add(drafts: list[_Draft], begins: str, text: str, paced: bool) -> None:
 
 
 def _tidy(text: str) -> str:
-    """A part of a sentence without the conjunctions and the space at its ends."""
+    """A part of a sentence without conjunctions and white space at its ends."""
     text = re.sub(r"\s+([,;])", r"\1", " ".join(text.split()))
     text = re.sub(r"^(?:and|but|so|until|while|,|\s)+\b", "", text, flags=re.IGNORECASE)
     return re.sub(r"(?:\b(?:and|but|then|until|while)|[,\s])+$", "", text, flags=re.IGNORECASE).strip()

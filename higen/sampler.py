@@ -1,4 +1,5 @@
-"""The denoising loop: feed a solver's rows to a denoising stage, feed its outputs back (docs/manifest.md, "loops")."""
+"""The denoising loop: gives each row of a solver to a denoising stage, and its outputs to the next row
+(docs/manifest.md, "loops")."""
 
 from __future__ import annotations
 
@@ -31,7 +32,7 @@ Array = NDArray[np.float32]
 class Step:
     """State after step `index` (from 0) of `total`: `latents` x_t' and `previous`, the estimate of the clean latents.
 
-    Both are [B, C, F, H, W] tensors of the backend's own kind. `t` is the row's timestep.
+    Both are [B, C, F, H, W] tensors of the backend's type. `t` is the row's timestep.
     """
 
     loop: str
@@ -45,7 +46,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Edit:
-    """Where `mask` is 1, the estimate of the clean latents is `known`, and so is the result.
+    """Known frames: where `mask` is 1, the estimate of the clean latents, and so the result, is `known`.
 
     known [B,C,F,H,W], mask [B,1,F,h,w], 0 to 1; h and w may be 1.
     """
@@ -58,13 +59,13 @@ class Edit:
 class Plan:
     """How one loop is run for one request.
 
-    stage      the stage that does a row with this guidance [B, f]
-    conditions inputs of a stage other than its state, [B, ...] each
+    stage      gives the stage that does a row with this guidance [B, f]
+    conditions gives the inputs of a stage other than its state, [B, ...] each
     guidance   [rows, B, f]
     seeds, purpose   streams of the noise that a stochastic solver adds
-    first      the row to begin with
-    reuse      every so many rows the whole network is run, and keeps its deep features for the rows between (Ma et al.
-               2024, DeepCache); 1: it is run in every row
+    first      the first row to run
+    reuse      the whole network runs once in this many rows; the rows between reuse its deep features (Ma et al. 2024,
+               DeepCache); 1: it runs in every row
     """
 
     loop: str
@@ -84,9 +85,9 @@ class Plan:
 def initial_state(
     table: SolverTable, unit: Array, added: Array | None = None, clean: Array | None = None, first: int = 0
 ) -> Array:
-    """The state before row `first`: `initial` times the noise [B,C,f,H,W], plus what is added to it.
+    """The state before row `first`: `initial` times the noise [B,C,f,H,W], plus `added`.
 
-    With `clean` latents the loop begins in the table's tail, at the row's own noise level (Meng et al. 2022, SDEdit).
+    With `clean` latents, the loop begins at row `first` with that row's noise level (Meng et al. 2022, SDEdit).
     """
     if clean is not None:
         whole = unit if added is None else unit + added
@@ -96,7 +97,7 @@ def initial_state(
 
 
 def tail(rows: int, strength: float) -> int:
-    """The row to begin with so that this part of the rows is run: rounded down, at least one."""
+    """The first row to run, if this fraction of the rows is to run (rounded down, at least one row)."""
     return rows - max(1, min(rows, int(rows * strength)))
 
 
@@ -135,9 +136,9 @@ def repeated(
     level: tuple[float, float],
     free_init: FreeInit,
 ) -> Iterator[Step]:
-    """Run a plan `free_init.iterations` times, each from what the one before left of low frequencies.
+    """Run a plan `free_init.iterations` times, each with the low frequencies of the result before it.
 
-    noise_of  the initial noise of an iteration (from 0), and what is added to it
+    noise_of  gives the initial noise of an iteration (from 0), and the latents that are added to it
     level     alpha and sigma of the noisiest state
     """
     unit, added = noise_of(0)
@@ -155,17 +156,17 @@ def repeated(
 
 
 def _fresh(plan: Plan, shape: Sequence[int], row: int) -> Array:
-    """Fresh noise of a row, which a stochastic first-order solver takes as `previous`."""
+    """Fresh noise for a row; a stochastic first-order solver takes it as `previous`."""
     purpose = noise.row_purpose(plan.purpose, row)
     _, channels, frames, height, width = shape
     return np.stack([noise.frame_noise(seed, purpose, channels, frames, height, width) for seed in plan.seeds])
 
 
 def _edited(backend: Runner, edit: Edit, latents: Any, clean: Any, b: float, sigma: float) -> tuple[Array, Array]:
-    """The state as if the stage had estimated the edited clean latents.
+    """The state that would follow if the stage had estimated the edited clean latents.
 
-    m enters x0 = alpha x - sigma m and x' = A x + B m + C previous, so x0* in place of x0 moves x' by
-    B / -sigma (x0* - x0).
+    m is in both x0 = alpha x - sigma m and x' = A x + B m + C previous, so replacing x0 by x0* adds
+    B / -sigma (x0* - x0) to x'.
     """
     x0 = backend.to_numpy(clean)
     wanted = x0 + edit.mask * (edit.known - x0)
@@ -176,9 +177,9 @@ def _edited(backend: Runner, edit: Edit, latents: Any, clean: Any, b: float, sig
 
 
 def window_weights(frames: int, windows: Windows) -> list[tuple[int, Array]]:
-    """Where each window begins, and the weight of each of its frames, float32; a frame's weights sum to one.
+    """The first frame of each window, and the weights of its frames, float32. For each frame, the weights sum to 1.
 
-    Windows begin `stride` apart, the last one ends with the clip. Within one, the weight falls towards both ends.
+    Windows begin `stride` frames apart; the last one ends with the clip. Weights fall towards both ends of a window.
     """
     length = windows.length
     starts = [*range(0, frames - length, windows.stride), frames - length]
@@ -192,7 +193,7 @@ def window_weights(frames: int, windows: Windows) -> list[tuple[int, Array]]:
 def _run(
     backend: Runner, stage: Stage, inputs: Mapping[str, Any], plan: Plan, size: Sequence[int]
 ) -> Mapping[str, Any]:
-    """Run a step on the whole clip, or on windows of its frames whose outputs are mixed.
+    """Run a step on the whole clip, or on windows of its frames, and mix the outputs of the windows.
 
     Mixing the steps equals stepping with the mixed prediction, because a step is linear in it and the weights sum to 1.
     """
@@ -211,7 +212,7 @@ def _run(
 def _run_tiles(
     backend: Runner, stage: Stage, inputs: Mapping[str, Any], tiles: Tiles | None, size: Sequence[int]
 ) -> Mapping[str, Any]:
-    """Run a step on whole frames, or on tiles of them whose outputs are mixed, as those of windows are."""
+    """Run a step on whole frames, or on tiles of them, and mix the outputs of the tiles like those of windows."""
     height, width = size
     if tiles is None or (height <= tiles.height and width <= tiles.width):
         return backend.run(stage.name, **inputs)
@@ -230,7 +231,7 @@ def _run_tiles(
 def _tile(
     stage: Stage, inputs: Mapping[str, NDArray[Any]], axis: str, start: int, end: int, size: int
 ) -> dict[str, NDArray[Any]]:
-    """The part of each input from one latent cell of an axis, H or W of `size` cells, to another; pixels likewise."""
+    """The part of each input from latent cell `start` to `end` of axis H or W (`size` cells); the same of pixels."""
     found = {name: cut(stage, name, value, axis, start, end) for name, value in inputs.items()}
     pixels = PIXELS[axis]
     for name, value in found.items():
@@ -242,12 +243,12 @@ def _tile(
 
 
 def _tile_weights(size: int, length: int, stride: int) -> list[tuple[int, Array]]:
-    """Where the tiles along one axis begin, and the weights of their cells: `window_weights` of a side."""
+    """The first cell of each tile along one axis, and the weights of its cells, by `window_weights`."""
     return window_weights(size, Windows(min(size, length), min(size, stride)))
 
 
 def cut(stage: Stage, name: str, value: NDArray[Any], axis: str, start: int, end: int) -> NDArray[Any]:
-    """The part of a stage's input from `start` to `end` of an axis, where it has that axis."""
+    """The part of a stage's input from `start` to `end` along an axis; the whole input if it does not have the axis."""
     shape = stage.input(name).shape
     if axis not in shape:
         return value

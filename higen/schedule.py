@@ -1,18 +1,18 @@
 """Noise schedules and solvers, as tables in float64.
 
 A state is x = alpha z + sigma n: clean latents z and unit Gaussian noise n, with alpha^2 + sigma^2 = 1 (kind "flow":
-alpha + sigma = 1). The network predicts m from x and t. Every step of every solver here is linear in what it sees:
+alpha + sigma = 1). The network predicts m from x and t. Every step of every solver here is linear in its inputs:
 
-    x0 = alpha x - sigma m                 the row's alpha and sigma: what m says about z
+    x0 = alpha x - sigma m                 the estimate of z from m, with the row's alpha and sigma
     x' = A x + B m + C previous            previous' = x0
 
 So a solver is a table of rows (t, A, B, C, alpha, sigma), and all runtimes share one loop (higen/sampler.py).
 A solver is written as formulas over the symbols x, m, previous and noise. A formula is the array of their coefficients,
-float64 [4, rows]. A stochastic row has no use for `previous`: there C multiplies fresh noise in its place.
+float64 [4, rows]. A stochastic row does not use `previous`; there, C multiplies fresh noise instead.
 
-k-diffusion and EDM write the state as x / alpha and call sigma / alpha "sigma"; here it is the *ratio*. Their input
-scaling c_in gives x again, so their tables are tables of x. The C++ twin of this file is engines/cpp/src/schedule.cpp;
-tests/schedule_vectors.json holds both to the same numbers.
+k-diffusion and EDM write the state as x / alpha and call sigma / alpha "sigma"; here, that is the *ratio*. Their input
+scaling c_in turns the state into x, so their solvers have tables of x, too. The C++ twin of this file is
+engines/cpp/src/schedule.cpp; tests/schedule_vectors.json checks that both give the same numbers.
 """
 
 from __future__ import annotations
@@ -44,15 +44,15 @@ __all__ += ["alphas_cumprod", "check", "last_level", "max_steps", "solver_table"
 
 Float = NDArray[np.float64]
 
-SMALLEST_SIGNAL = 2.0**-24  # abar in place of 0 where a grid needs a finite ratio; diffusers' number
+SMALLEST_SIGNAL = 2.0**-24  # replaces an abar of 0 if a grid needs finite ratios; the number is from diffusers
 
 
 @dataclass(frozen=True)
 class SolverTable:
     """Rows of a solver, first step first. float64 [rows], `noise` bool [rows].
 
-    `t` is what the network is given: whole numbers for most grids, fractions for others.
-    Where `noise` is True, C multiplies fresh unit Gaussian noise, which the loop hands in as `previous`.
+    `t` is the network's input: whole numbers for most grids, fractions for others.
+    If `noise` is True, C multiplies fresh unit Gaussian noise, which the loop passes as `previous`.
     A row's state is x = start_alpha z + start_sigma n. `initial` times unit noise is the state of the first row.
     """
 
@@ -73,8 +73,8 @@ class SolverTable:
     def tail(self, first: int) -> SolverTable:
         """The rows from `first` on, for a state that begins at start_alpha[first] z + start_sigma[first] n (SDEdit).
 
-        Nothing comes before the new first row, so its `previous` becomes its own x0. That makes a row of DPM++2M a step
-        of first order, and the second row of a pair of Heun's (an odd one) a row that leaves the state as it is.
+        The new first row has no row before it, so its own x0 is used as `previous`. This turns a row of DPM++2M into a
+        first-order step, and the second row of a Heun pair (odd `first`) into a row that leaves the state unchanged.
         Raises RequestError for a `first` outside the table.
         """
         if not is_whole(first, 0, len(self) - 1):
@@ -91,7 +91,7 @@ def alphas_cumprod(schedule: NoiseSchedule) -> Float:
     """The cumulative signal variance abar = alpha^2, float64 [timesteps], decreasing, within [0, 1).
 
     cosine: Nichol and Dhariwal 2021, equation 17; no beta above 0.999. With zero terminal SNR, sqrt(abar) is shifted
-    and scaled so that its last entry is 0 and its first is kept (Lin et al. 2023, algorithm 1).
+    and scaled so that its last entry is 0 and its first entry is unchanged (Lin et al. 2023, algorithm 1).
     Raises ManifestError for the kinds edm and flow, which have no such table.
     """
     if schedule.kind not in DISCRETE:
@@ -125,7 +125,7 @@ def last_level(schedule: NoiseSchedule) -> tuple[float, float]:
 
 
 class _Grid(NamedTuple):
-    """float64 [rows]: the network's t, alpha and sigma of the state that a row starts at, and of the one it ends at."""
+    """float64 [rows] each: the network's t; alpha and sigma of the states at which a row starts and ends."""
 
     t: Float
     alpha: Float
@@ -145,14 +145,14 @@ def _chain_of_ratios(t: Float, ratio: Float, last: tuple[float, float]) -> _Grid
 
 
 def _log(values: Float) -> Float:
-    """The C library's logarithm, -inf at 0. numpy's own differs from it, and between processors, in the last bit."""
+    """The C library's logarithm, -inf at 0. The last bit of numpy's logarithm differs between processors."""
     return np.array([math.log(v) if v > 0 else -math.inf for v in values])
 
 
 def _timesteps(solver: Solver, steps: int, total: int) -> Float:
     """`steps` descending timesteps out of `total`, float64: whole numbers, except linspace for the solvers on ratios.
 
-    diffusers' DPM++2M takes steps + 1 points for leading and linspace, and leaves out the last.
+    For DPM++2M with leading or linspace, diffusers takes steps + 1 points and leaves out the last.
     """
     points = steps + 1 if solver.name == "dpm++2m" else steps
     k = np.arange(points, dtype=np.int64)
@@ -160,7 +160,7 @@ def _timesteps(solver: Solver, steps: int, total: int) -> Float:
         chosen = np.floor(np.linspace(0, solver.original_steps, steps, endpoint=False))
         return (solver.original_steps - chosen) * (total // solver.original_steps) - 1.0
     if solver.spacing == "trailing":
-        stride = (total + -total / steps) - total  # rounded as numpy.arange(total, 0, -total / steps) does
+        stride = (total + -total / steps) - total  # rounds like numpy.arange(total, 0, -total / steps)
         return np.round(total + k[:steps] * stride) - 1.0
     if solver.spacing == "linspace":
         line: Float = np.linspace(0, total - 1, points, dtype=np.float64)
@@ -175,7 +175,7 @@ def _timesteps(solver: Solver, steps: int, total: int) -> Float:
 
 
 def _karras(low: float, high: float, steps: int, rho: float) -> Float:
-    """`steps` ratios from `high` down to `low`, evenly spaced in their power 1/rho (Karras et al. 2022, equation 5)."""
+    """`steps` ratios from `high` down to `low`, with evenly spaced powers 1/rho (Karras et al. 2022, equation 5)."""
     start, stop = high ** (1.0 / rho), low ** (1.0 / rho)
     ratios = np.array([(start + ramp * (stop - start)) ** rho for ramp in np.linspace(0.0, 1.0, steps).tolist()])
     ratios[-1], ratios[0] = low, high
@@ -183,9 +183,9 @@ def _karras(low: float, high: float, steps: int, rho: float) -> Float:
 
 
 def _flow_grid(schedule: NoiseSchedule, solver: Solver, steps: int) -> _Grid:
-    """Rectified flow, x = (1 - s) z + s n and t = s T: a line from 1, bent by the shift (Esser et al. 2024, eq. 23).
+    """Rectified flow: x = (1 - s) z + s n, t = s T; s is linear from 1 on, then shifted (Esser et al. 2024, eq. 23).
 
-    trailing ends the line at 1 / steps; linspace ends it where diffusers does, at an already shifted 1 / T.
+    The linear values end at 1 / steps for trailing; for linspace, at an already shifted 1 / T, as in diffusers.
     """
     total, shift = schedule.timesteps, schedule.shift
     low = shift / total / (1.0 + (shift - 1.0) / total)
@@ -207,8 +207,8 @@ def _grid(schedule: NoiseSchedule, solver: Solver, steps: int) -> _Grid:
     last = (math.sqrt(last_abar), math.sqrt(1.0 - last_abar))
     every, ratios = np.arange(total), np.sqrt((1.0 - abar) / abar)
     if solver.spacing == "karras":
-        # diffusers takes the range from linspace's grid, whose point is timestep 0 where there is only one;
-        # for DPM++2M it takes the whole schedule, and rounds the t that the network sees.
+        # diffusers takes the range from linspace's grid; with a single step, that grid is only timestep 0.
+        # For DPM++2M it takes the range of the whole schedule, and rounds the network's t.
         high = ratios[0] if steps == 1 and not multistep else ratios[-1]
         ratio = _karras(float(ratios[0]), float(high), steps, solver.rho)
         t = np.interp(_log(ratio), _log(ratios), every)
@@ -222,17 +222,17 @@ def _grid(schedule: NoiseSchedule, solver: Solver, steps: int) -> _Grid:
     alpha, sigma = np.sqrt(abar[at]), np.sqrt(1.0 - abar[at])
     if solver.name != "ddim" or solver.spacing in OWN_GRIDS:
         return _chain(t, alpha, sigma, last)
-    # diffusers' DDIM goes to t - T // steps, also where that is not the next row's t.
+    # diffusers' DDIM steps to t - T // steps, even if that is not the next row's t.
     target = at - total // steps
     there = np.where(target >= 0, abar[np.maximum(target, 0)], last_abar)
     return _Grid(t, alpha, sigma, np.sqrt(there), np.sqrt(1.0 - there))
 
 
-X, M, PREVIOUS, NOISE = np.split(np.eye(4), 4, axis=1)  # the formulas of the symbols themselves
+X, M, PREVIOUS, NOISE = np.split(np.eye(4), 4, axis=1)  # the formula of each symbol
 
 
 def _estimates(prediction: str, alpha: Float, sigma: Float) -> tuple[Float, Float]:
-    """What m says about x = alpha z + sigma n: the formulas of z (x0) and of n (epsilon).
+    """The formulas of z (x0) and n (epsilon) in x = alpha z + sigma n, from x and m.
 
     v = alpha n - sigma z: Salimans and Ho 2022, appendix D. flow = n - z: Liu et al. 2023, equation 1.
     """
@@ -250,7 +250,7 @@ def _first_order(grid: _Grid, x0: Float, epsilon: Float, eta: float) -> Float:
 
         x' = alpha' x0 + sqrt(sigma'^2 - u^2) epsilon + u noise,   u = eta sigma'/sigma sqrt(1 - alpha^2/alpha'^2)
 
-    With eta 1 it is also the ancestral Euler step of k-diffusion; on a flow's line, with eta 0, Euler's method in s.
+    With eta 1, it is also the ancestral Euler step of k-diffusion. With eta 0, on a flow, it is Euler's method in s.
     """
     shrink = np.where(grid.alpha < grid.alpha_next, grid.alpha / grid.alpha_next, 1.0)
     u = eta * grid.sigma_next / grid.sigma * np.sqrt(1.0 - shrink**2)
@@ -263,32 +263,32 @@ def _dpm_solver_2m(grid: _Grid, x0: Float, final: str) -> Float:
 
         x' = sigma'/sigma x + alpha' (1 - exp(-h)) ((1 + w) x0 - w previous),   w = h / (2 h_before)
 
-    w is 0 in the first row, after a row that began at zero SNR (h_before is infinite), and in the last row if h is
-    infinite or, as in diffusers, the table has fewer than 15 rows.
+    w is 0 in the first row and after a row that began at zero SNR (h_before is infinite). w is also 0 in the last row
+    if h is infinite or (as in diffusers) the table has fewer than 15 rows.
     """
     h = np.diff(_log(np.append(grid.alpha, grid.alpha_next[-1])) - _log(np.append(grid.sigma, grid.sigma_next[-1])))
     w = np.zeros(len(h))
     w[1:] = np.where(h[:-1] > 0.0, h[1:] / (2.0 * h[:-1]), 0.0)
     if final == "zero" or len(h) < 15:
         w[-1] = 0.0
-    decay = grid.sigma_next * grid.alpha / (grid.alpha_next * grid.sigma)  # exp(-h), also where h is infinite
+    decay = grid.sigma_next * grid.alpha / (grid.alpha_next * grid.sigma)  # exp(-h), even if h is infinite
     k = np.where(grid.alpha < grid.alpha_next, grid.alpha_next * (1.0 - decay), 0.0)
     step = grid.sigma_next / grid.sigma * X + k * (1.0 + w) * x0
-    step[2] = -k * w  # of `previous`, which is in neither x nor x0
+    step[2] = -k * w  # the formula of `previous`: it is in neither x nor x0
     return step
 
 
 def _heun(grid: _Grid, prediction: str) -> tuple[_Grid, Float, Float]:
     """Heun's method on the ratio r = sigma/alpha (Karras et al. 2022, algorithm 1): two rows a step, one for the last.
 
-    The first row of a pair is Euler's step. The second sees the predicted state x at (alpha', sigma'), its x0 and
+    The first row of a pair is an Euler step. The second row gets the predicted state x at (alpha', sigma'), its x0 and
     epsilon, and `previous`, the first row's x0. The first row's epsilon was (x - alpha' previous) / sigma', so
 
         x' = alpha' (previous + (r + r')/2 (x - alpha' previous)/sigma' + (r' - r)/2 epsilon)
 
     Returns the grid of the rows, and their x0 and x'.
     """
-    node = np.repeat(np.arange(len(grid.t)), 2)[1:]  # where each row is: 0, 1, 1, 2, 2, ...
+    node = np.repeat(np.arange(len(grid.t)), 2)[1:]  # the grid point of each row: 0, 1, 1, 2, 2, ...
     rows = _Grid(*(column[node] for column in grid))
     x0, epsilon = _estimates(prediction, rows.alpha, rows.sigma)
     step = _first_order(rows, x0, epsilon, 0.0)
@@ -314,7 +314,7 @@ def _lcm(grid: _Grid, x0: Float) -> tuple[Float, Float]:
 def solver_table(schedule: NoiseSchedule, prediction: str, solver: Solver, steps: int) -> SolverTable:
     """The rows of `solver` for `steps` steps: 2 steps - 1 rows for heun, `steps` rows for the others. All are finite.
 
-    Raises ManifestError where the first three do not fit each other, RequestError for steps outside 1 to max_steps.
+    Raises ManifestError if the first three do not fit together, RequestError for steps outside 1 to max_steps.
     """
     check(schedule, prediction, solver)
     if not is_whole(steps, 1, max_steps(schedule, solver)):
@@ -332,7 +332,7 @@ def solver_table(schedule: NoiseSchedule, prediction: str, solver: Solver, steps
             step = _first_order(grid, x0, epsilon, 1.0 if solver.name == "euler_ancestral" else solver.eta)
     if not np.isfinite([*step, *x0, grid.t]).all():
         raise ManifestError(f"kind {schedule.kind!r}: no signal is left at a timestep of solver {solver.name!r}")
-    # diffusers begins the states of these grids at sigma_max noise, and those of others at sqrt(sigma_max^2 + 1).
+    # diffusers' first state is noise times sigma_max for these grids, times sqrt(sigma_max^2 + 1) for the others.
     at_sigma = solver.name in ON_RATIOS and solver.spacing != "leading" and schedule.kind in DISCRETE
     initial = float(grid.sigma[0]) if at_sigma else 1.0
     noise = step[3] != 0.0

@@ -36,13 +36,13 @@ WORDS: Mapping[str, float] = {
     "fast": 0.8,
     "very fast": 1.0,
 }
-"""Words of a curve, as parts of the control's span."""
+"""Words for values of a curve, as fractions of the control's span."""
 
 TRANSITIONS = ("cut", "crossfade", "continue")
 
 MOST_SCENES = 1000
 FADE = 0.5
-"""Seconds of a crossfade."""
+"""The default seconds of a crossfade."""
 
 _OPTIONS = ("negative_prompt", "steps", "guidance", "solver", *SETTINGS)
 _SHARED = ("fps", "width", "height", *_OPTIONS)
@@ -52,12 +52,12 @@ _OF_SCENE = ("prompt", "seconds", "seed", "transition", "fade", *_OPTIONS)
 
 @dataclass(frozen=True)
 class Scene:
-    """A scene as the single request that it equals, and how it begins.
+    """A scene: its request, and how it begins.
 
-    options     of `Pipeline.request`, without the prompt
-    transition  "cut", "crossfade" over the last `fade` frames of the scene before and the first of this one, or
-                "continue": its first frame is the last one of the scene before
-    fade        frames that it has in common with the scene before; of a scene that continues, 1
+    options     options of `Pipeline.request`, without the prompt
+    transition  "cut"; "crossfade": the last `fade` frames of the scene before blend into the first of this one; or
+                "continue": the first frame is the last frame of the scene before
+    fade        the number of frames that it shares with the scene before; 1 for "continue"
     """
 
     prompt: str
@@ -69,7 +69,7 @@ class Scene:
 
 @dataclass(frozen=True)
 class Script:
-    """The scenes of a video, in order, at one rate and size; `audio`: the sound to write beside them."""
+    """The scenes of a video, in order, with one frame rate and size. `audio`: the sound to add to the video."""
 
     scenes: tuple[Scene, ...]
     fps: int
@@ -77,12 +77,12 @@ class Script:
 
     @property
     def frames(self) -> int:
-        """Frames of the whole video: those that two scenes have in common count once."""
+        """Frames of the whole video; frames that two scenes share count once."""
         return sum(scene.frames - scene.fade for scene in self.scenes)
 
 
 def read_script(path: str | os.PathLike[str], manifest: Manifest) -> Script:
-    """The script in a JSON file; files that it names are looked for beside it. Raises RequestError, naming the file."""
+    """The script in a JSON file. Paths in it are relative to its folder. Raises RequestError, naming the file."""
     file = given_path(path, "script")
     try:
         data = read_json(file)
@@ -96,10 +96,10 @@ def read_script(path: str | os.PathLike[str], manifest: Manifest) -> Script:
 
 
 def make_script(data: object, manifest: Manifest, folder: Path | None = None) -> Script:
-    """A script from JSON data. `folder`: where the files lie that it names; None: it may name none.
+    """A script from JSON data. `folder`: the folder of the files that it names; None: it must not name files.
 
-    Raises RequestError naming the scene, the key, its value and what is allowed. What a request checks (sizes, steps,
-    the values of controls) is checked where the requests are made.
+    Raises RequestError naming the scene, the key, its value and what is allowed. Values that a request checks (sizes,
+    steps, the values of controls) are checked later, when the requests are made.
     """
     if not isinstance(data, dict):
         raise RequestError(f"{quoted(data)}: an object with the key scenes")
@@ -127,7 +127,7 @@ def make_script(data: object, manifest: Manifest, folder: Path | None = None) ->
 
 @dataclass(frozen=True)
 class _Place:
-    """Where a scene stands: its first frame in the video; the folder of files; the script's sound."""
+    """The place of a scene: its first frame in the video, the folder of its files, and the script's sound."""
 
     start: int
     folder: Path | None
@@ -186,7 +186,7 @@ def _frames(manifest: Manifest, seconds: object, fps: int) -> int:
 
 
 def _transition(row: Mapping[str, Any], before: Scene | None, frames: int, fps: int) -> tuple[str, int]:
-    """The transition's name and the frames of its fade."""
+    """The transition's name and the number of frames in its fade."""
     name = row.get("transition", "cut")
     if name not in TRANSITIONS:
         raise RequestError(f"transition={quoted(name)}: one of {', '.join(map(repr, TRANSITIONS))}")
@@ -215,7 +215,7 @@ def _transition(row: Mapping[str, Any], before: Scene | None, frames: int, fps: 
 
 
 def _control(control: Control, value: Any, frames: int, place: _Place, fps: int) -> Any:
-    """A control's value of a script as a request takes it."""
+    """A control's value in a script, in the form that a request takes."""
     name = control.name
     if control.kind == "frames" and isinstance(value, dict):
         return {index: str(_file(name, picture, place.folder)) for index, picture in value.items()}
@@ -234,7 +234,7 @@ def _control(control: Control, value: Any, frames: int, place: _Place, fps: int)
         marks = [_word(control, one) for one in value]
         return [marks[i * len(marks) // count] for i in range(count)]
     if not all(isinstance(one, (int, float)) and not isinstance(one, bool) and math.isfinite(one) for one in value):
-        return value  # a matrix, or what the request refuses
+        return value  # a matrix, or a value that the request refuses
     if len(value) in (count, frames):
         return [float(one) for one in value]
     return np.interp(np.linspace(0, 1, count), np.linspace(0, 1, len(value)), value).tolist()
@@ -250,7 +250,7 @@ def _word(control: Control, word: object) -> float:
 
 
 def _followed(name: str, value: str, place: _Place, fps: int) -> CurveFrom:
-    """A file's curve; the script's own sound is followed from where the scene stands in it."""
+    """A curve from a file. If the file is the script's own sound, it is measured from the scene's start on."""
     given = curve_from(name, value)
     assert given is not None
     if given.path is None or not given.path.suffix:
@@ -264,7 +264,7 @@ def _followed(name: str, value: str, place: _Place, fps: int) -> CurveFrom:
 
 
 def script_schema(manifest: Manifest, files: bool = True) -> dict[str, Any]:
-    """The JSON schema of scripts for a model (draft 2020-12). `files=False`: of those that name no files."""
+    """The JSON schema of scripts for a model (draft 2020-12). `files=False`: for scripts that name no files."""
     low, _, high = manifest.sizes.frames
     fps = manifest.sizes.fps
     shared: dict[str, Any] = {

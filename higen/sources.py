@@ -1,7 +1,7 @@
-"""Where a stage's inputs come from: each source of the manifest (docs/manifest.md, "Sources"), for one sample.
+"""Computes the inputs of stages from the sources in the manifest (docs/manifest.md, "Sources"), for one sample each.
 
-A value carries a key, and two values with equal keys are equal. So a stage is run once per distinct input within a
-request; what depends on texts and numbers alone is kept for later requests too.
+Each value has a key; two values with equal keys are equal. So within a request, a stage runs once per distinct input.
+Outputs that depend only on texts and numbers are also kept for later requests.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ __all__ = ["Kept", "Place", "Sources", "as_video", "spread"]
 
 Array = NDArray[Any]
 Kept = BoundedCache[dict[str, NDArray[Any]]]
-"""Outputs of stages that depend on texts and numbers alone, by key, kept from one request to the next."""
+"""Outputs of stages that depend only on texts and numbers, by key, kept from one request to the next."""
 
 
 @dataclass(frozen=True)
 class Place:
-    """Whom an input is for: which sample, in which loop (None: after the last one), and on which branch of guidance;
-    `given`: the control whose frames stand in the place of pictures and clips.
+    """The place that an input is for: the sample, the loop (None: after the last loop), the branch of guidance.
+    `given`: the control with the frames that replace pictures and clips.
     """
 
     sample: int
@@ -51,7 +51,7 @@ class Place:
 
 @dataclass(frozen=True, eq=False)
 class _Value:
-    """`key`: a digest, equal where the arrays are; `lasting`: it depends on texts and numbers alone."""
+    """`key`: a digest, equal only for equal arrays. `lasting`: the value depends only on texts and numbers."""
 
     array: Array
     key: bytes
@@ -60,7 +60,7 @@ class _Value:
 
 @dataclass(frozen=True, eq=False)
 class _Made:
-    """A stage's outputs, with a digest of its inputs; `lasting`: as of a value."""
+    """A stage's outputs, with a digest of its inputs. `lasting`: as in `_Value`."""
 
     outputs: Mapping[str, Array]
     key: bytes
@@ -68,7 +68,7 @@ class _Made:
 
 
 def _digest(*parts: object) -> bytes:
-    """16 bytes that tell equal parts from others."""
+    """A digest of 16 bytes; equal only for equal parts."""
     digest = hashlib.blake2b(digest_size=16)
     for part in parts:
         data = part if isinstance(part, bytes) else repr(part).encode()
@@ -78,7 +78,7 @@ def _digest(*parts: object) -> bytes:
 
 
 class Sources:
-    """Resolves the sources of one request. Not for several threads at once."""
+    """Resolves the sources of one request. Not thread-safe."""
 
     def __init__(
         self,
@@ -89,7 +89,7 @@ class Sources:
         kept: Kept,
         readings: Mapping[str, Reading] | None = None,
     ) -> None:
-        """`tokens`: ids [1, L] of every text of the request; `readings`: where texts have chunks or weights, those."""
+        """`tokens`: ids [1, L] of every text; `readings`: used instead if texts have chunks or weights."""
         self._manifest = manifest
         self._backend = backend
         self._request = request
@@ -103,18 +103,18 @@ class Sources:
         self._loops = {loop.name for loop in manifest.loops}
 
     def finish(self, loop: Loop, latents: Array) -> None:
-        """Enter the last latents [B, C, f, H, W] of a loop, which later stages may ask for."""
+        """Set the last latents [B, C, f, H, W] of a loop, for later stages that take them."""
         self._latents[loop.name] = latents
 
     def latents(self, loop: str) -> Array:
-        """The last latents [B, C, f, H, W] of an earlier loop. Raises RequestError where there are none yet."""
+        """The last latents [B, C, f, H, W] of an earlier loop. Raises RequestError if there are none yet."""
         if loop not in self._latents:
             raise RequestError(f"preview: it needs the latents of the loop {loop}, which has not run yet")
         return self._latents[loop]
 
     def initial_noise(self, loop: Loop, iteration: int = 0) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
-        """The initial noise [B, C, f, H, W] of a loop, and what is added to it; `iteration`: of a loop that is run
-        again.
+        """The initial noise [B, C, f, H, W] of a loop, and the latents that are added to it. `iteration`: number of the
+        run, for loops that are run repeatedly.
         """
         request, rule = self._request, loop.noise
         axis = self._manifest.stage(loop.stages[0]).input("latents").shape[1]
@@ -136,7 +136,7 @@ class Sources:
         return unit, added
 
     def _order(self, loop: Loop, seed: int, iteration: int) -> NDArray[np.int64]:
-        """Which frame's noise each frame of a loop takes."""
+        """For each frame of a loop, the frame with its noise."""
         frames, windows = self._request.frames_of(loop), self._request.settings.windows.get(loop.name)
         if windows is None:
             return np.arange(frames)
@@ -144,19 +144,19 @@ class Sources:
         return noise.frame_order(seed, purpose, frames, windows.length, windows.stride, windows.noise)
 
     def batch(self, stage: Stage, loop: Loop) -> dict[str, Array]:
-        """The inputs of a denoising stage other than its state, for all samples: [B, ...] each."""
+        """The inputs of a denoising stage, without its state, for all samples: [B, ...] each."""
         rows = [self.inputs(stage, Place(i, self._request.frames_of(loop), loop)) for i in range(self.samples)]
         ragged = {tensor.name for tensor in stage.inputs if TOKENS in tensor.shape and TOKENS in self._manifest.free}
         most = max(self.chunks(i) for i in range(self.samples)) * self._length
 
         def whole(name: str, value: Array) -> Array:
-            """Zeros behind a text of fewer chunks, which `ChunkRunner` cuts off again."""
+            """Pad a text of fewer chunks with zeros; `ChunkRunner` cuts them off again."""
             return np.pad(value, ((0, 0), (0, most - value.shape[1]), (0, 0))) if name in ragged else value
 
         return {name: np.concatenate([whole(name, row[name]) for row in rows]) for name in rows[0]}
 
     def chunks(self, sample: int) -> int:
-        """Chunks of a sample's prompt and of its negative prompt: the larger number, 1 where texts have none."""
+        """The number of chunks of a sample: the larger of its two prompts' numbers; 1 if texts have no chunks."""
         request = self._request
         texts = (request.prompts[sample], request.negative_prompt) if self._readings else ()
         return max((len(self._readings[text].ids) for text in texts), default=1)
@@ -166,19 +166,19 @@ class Sources:
         return self._manifest.text.length if self._manifest.text is not None else 0
 
     def inputs(self, stage: Stage, place: Place) -> dict[str, Array]:
-        """The inputs of a stage other than its state, for one sample."""
+        """The inputs of a stage, without its state, for one sample."""
         return {tensor.name: self._value(tensor, place).array for tensor in stage.conditions}
 
     def made(self, text: str, loop: Loop) -> Array:
-        """A source that stands for latents, for all samples: [B, C, f, H, W]."""
+        """The latents that a source gives, for all samples: [B, C, f, H, W]."""
         place = Place(0, self._request.frames_of(loop), loop)
         wanted = Tensor("latents", ("B", "C", "F", "H", "W"), source=text)
         return np.concatenate([self._value(wanted, replace(place, sample=i)).array for i in range(self.samples)])
 
     def known(self, loop: Loop) -> Edit | None:
-        """The frames that a loop's result passes through; None where the request has none.
+        """The known frames of a loop; None if the request has none.
 
-        known [B, C, f, H, W], 0 at the other frames; mask [B, 1, f, h, w], h and w are 1 where there is no mask.
+        known [B, C, f, H, W], 0 at the other frames; mask [B, 1, f, h, w], with h and w 1 if there is no mask.
         """
         if not self._request.passes(loop):
             return None
@@ -203,7 +203,7 @@ class Sources:
         return Edit(known, mask)
 
     def _known_input(self, name: str, tensor: Tensor, place: Place) -> _Value:
-        """The latents of known frames, or how far they are known, as a stage is told: zeros where nothing is known."""
+        """The input of a stage for known frames: their latents, or their mask; zeros if nothing is known."""
         edit = self._known(place.loop, place) if place.loop and self._request.passes(place.loop) else None
         array = np.zeros(self._shape(tensor, place), np.float32)
         if edit is not None and name == "latents":
@@ -214,7 +214,7 @@ class Sources:
 
     @property
     def samples(self) -> int:
-        """Samples of the request."""
+        """The number of samples in the request."""
         return len(self._request.prompts)
 
     def _value(self, tensor: Tensor, place: Place) -> _Value:
@@ -255,7 +255,7 @@ class Sources:
         return self._request.prompts[place.sample] if prompt else self._request.negative_prompt
 
     def _reading(self, origin: Source, place: Place) -> Reading:
-        """A text in as many chunks as both texts of its sample have."""
+        """A text, padded to the number of chunks of its sample."""
         return self._readings[self._text(origin, place)].padded(self.chunks(place.sample))
 
     def _stage(self, stage: Stage, place: Place) -> _Made:
@@ -278,8 +278,8 @@ class Sources:
         return self._placed[at]
 
     def _run(self, stage: Stage, inputs: Mapping[str, Array], place: Place) -> dict[str, Array]:
-        """Run a stage for one sample; one that takes frames one by one (N) is given a chunk of them at a time, and one
-        that reads a text a chunk of its tokens.
+        """Run a stage for one sample. A stage that takes frames one by one (N) gets one chunk of frames at a time; a
+        stage that reads a text gets one chunk of tokens at a time.
         """
         for tensor in stage.inputs if self._readings else ():
             origin = source(tensor.source)
@@ -304,7 +304,7 @@ class Sources:
         return {name: self._backend.to_numpy(value) for name, value in outputs.items()}
 
     def _control(self, name: str, tensor: Tensor, place: Place) -> _Value:
-        """An encoded control, made once for the whole request (a loop may have its own value of it)."""
+        """An encoded control, made once per request (but a loop may have its own value of the control)."""
         own = place.loop is not None and name in place.loop.controls
         key = (name, tensor.shape, place.frames, place.loop.name if own and place.loop else "")
         if key not in self._encoded:
@@ -318,7 +318,7 @@ class Sources:
         control = self._manifest.control(name)
         own = place.loop.controls if place.loop is not None else {}
         value = own.get(name, self._request.controls[name])
-        # Rows of the request's frames are resampled to a loop of one.
+        # For a loop of one frame, the rows of all frames are resampled to one.
         frames = len(value) if np.ndim(value) and control.kind == "curve" else place.frames
         if control.encoding in ("sinusoid", "similarity"):
             last = tensor.shape[-1]
@@ -349,7 +349,7 @@ class Sources:
         return self._resampled(picture.pixels, picture.digest, tensor, place)
 
     def _given(self, place: Place) -> _Value:
-        """The frames of a picture, a clip or known frames, for a stage that takes them one by one: [n, 3, Y, X]."""
+        """The frames of a picture, a clip or known frames, for a stage that takes frames one by one: [n, 3, Y, X]."""
         picture: Picture = self._request.controls[place.given][place.sample]
         pixels, kind = picture.pixels, self._manifest.control(place.given).kind
         if kind == "picture":
@@ -366,7 +366,7 @@ class Sources:
         return _Value(array[None], _digest("resampled", digest, height, width), lasting=False)
 
     def _shown(self, made: Array, key: bytes, resampled: bool, tensor: Tensor, place: Place) -> _Value:
-        """The first frame of pixels that a stage made, as if they had been written into a file and read again."""
+        """The first frame of the pixels that a stage made, rounded as if written to a file and read again."""
         frame = np.asarray(made[:1] if made.ndim == 4 else made[:1, :, 0], np.float32)
         pixels = to_uint8(frame)[0].astype(np.float32).transpose(2, 0, 1) / np.float32(127.5) - np.float32(1)
         digest = _digest("shown", key)
@@ -390,10 +390,10 @@ class Sources:
 
 
 def as_video(frames: Array) -> Array:
-    """Latents of single frames [N, C, H, W] as those of one clip [1, C, N, H, W]."""
+    """Latents of single frames [N, C, H, W] as latents of one clip [1, C, N, H, W]."""
     return np.ascontiguousarray(frames.swapaxes(0, 1))[None]
 
 
 def spread(latents: NDArray[Any], frames: int) -> NDArray[Any]:
-    """Latents [B,C,1,H,W] of a picture as those of a clip that stands still; a clip's are left as they are."""
+    """Latents [B,C,1,H,W] of a picture repeated for all frames; latents of a clip unchanged."""
     return latents.repeat(frames, axis=2) if latents.shape[2] == 1 else latents

@@ -1,10 +1,10 @@
-"""The contract: a stage is a pure function on named tensors, and the model directory's table lists them.
+"""The contract: a stage is a pure function on named tensors. A table in the model directory lists the stages.
 
 Every backend, the ONNX export, the engine profiles, Triton and C++ read that table (docs/manifest.md). This module
-holds its rows, and knows of no model.
+has the types of its rows; it knows no particular model.
 
-Free symbols of a shape: B samples, N images or frames of a chunk, F frames, H x W latent size, Y x X pixel size; where
-texts are read in chunks, T tokens of all of them. All others are the model's own, and have one size each.
+Free symbols of a shape: B samples, N images or frames of a chunk, F frames, H x W latent size, Y x X pixel size, and T
+tokens of all chunks if texts are read in chunks. Any other symbol belongs to the model and has one size.
 
 A denoising stage is one whole solver step (docs/manifest.md, "loops"):
 
@@ -31,7 +31,7 @@ FREE = ("B", "F", "N", "H", "W", "Y", "X")
 """Symbols that a request fixes."""
 
 TOKENS = "T"
-"""The tokens of all chunks of a text: a free symbol where there may be several (`text.chunks`), else a model's own."""
+"""The tokens of all chunks of a text: free if there can be several chunks (`text.chunks`), else the model's symbol."""
 
 STATE = ("latents", "previous")
 """The state of a denoising loop: inputs and outputs of its stages."""
@@ -40,11 +40,11 @@ STEP_COLUMNS = ("t", "A", "B", "C", "alpha", "sigma", "guidance")
 """The other `state` inputs of a denoising step: a row of a solver's table [B], then the guidance scale [B, f]."""
 
 EMPTY = "empty_"
-"""`empty_NAME` is what the branch without the prompt sees in place of the input NAME."""
+"""`empty_NAME` is the input that replaces NAME in the branch without the prompt."""
 
 DEEP = "deep"
-"""The features of a network that enter its last block from below: an output of a full step, which keeps them, and an
-input of a shallow step, which computes the rest of the network alone (`Stage.variants`).
+"""The features that enter a network's last block from below. They are an output of a full step and an input of a
+shallow step, which computes only the rest of the network (`Stage.variants`).
 """
 
 NEGATIVE = "negative"
@@ -66,9 +66,9 @@ _SOURCE = re.compile(
 class Source:
     """Where an input comes from: `kind` (state, control, text, picture, clip, noise, known, made) and `name`.
 
-    `output`: of a stage or loop (`made`). `negative`: made of the negative prompt. `given`: made of the frames of this
-    control, in place of a picture or clip. `resampled`: a picture in the input's own size. `shown`: pixels that a
-    stage made, taken as a picture.
+    `output`: an output of a stage or loop (`made`). `negative`: made from the negative prompt. `given`: made from the
+    frames of this control, instead of a picture or clip. `resampled`: a picture, resized to the input's size. `shown`:
+    pixels that a stage made, used as a picture.
     """
 
     kind: str
@@ -126,10 +126,10 @@ class Output:
 class Stage:
     """A pure function on named tensors.
 
-    weights  the file that its graph points into
+    weights  the weights file that its graph refers to
     lowest   the lowest precision that it may compute in
-    batch    whether the first axis may hold several samples: then calls may be joined along it
-    deep     of a denoising stage: channels of its deep features; None: it has no `variants`
+    batch    whether the first axis may hold several samples, so that calls may be joined along it
+    deep     for a denoising stage, the channels of its deep features; None: it has no `variants`
     """
 
     name: str
@@ -142,10 +142,10 @@ class Stage:
 
     @property
     def variants(self) -> tuple[Stage, ...]:
-        """The same step twice: one that also gives its deep features, and the shallow one that takes them.
+        """Two variants of the step: the full one also gives its deep features; the shallow one takes them.
 
-        `deep` is [B, K, f, H, W]; K are the channels of both branches of guidance, the one with the prompt first, or
-        of one. Empty for a stage without `deep`, and for one that is no solver step.
+        The features are [B, K, f, H, W]. K counts the channels of one branch of guidance, or of both, with the branch
+        that has the prompt first. Empty for a stage without `deep`, and for a stage that is not a solver step.
         """
         state = [t.shape for t in self.inputs if t.name == "latents" and len(t.shape) == 5]
         if self.deep is None or not self.denoises or not state:
@@ -159,7 +159,7 @@ class Stage:
 
     @property
     def graph_outputs(self) -> tuple[str, ...]:
-        """Names of the outputs in a graph, where an output cannot have an input's name: `next_` is put before it."""
+        """Names of the outputs in a graph. An output with the name of an input gets the prefix `next_`."""
         inputs = {tensor.name for tensor in self.inputs}
         return tuple(f"next_{t.name}" if t.name in inputs else t.name for t in self.outputs)
 
@@ -196,7 +196,7 @@ def check_inputs(stage: Stage, tensors: Mapping[str, Any], fixed: Mapping[str, i
     """Check names, dtypes and shapes of a stage's inputs; returns the value of every symbol.
 
     `tensors` are arrays with `.shape` and `.dtype` (numpy or torch); `fixed` are the model's own symbols.
-    Raises BackendError naming the tensor, what it is and what is wanted.
+    Raises BackendError naming the tensor, its type and shape, and the expected ones.
     """
     wanted = {tensor.name for tensor in stage.inputs}
     if wrong := sorted(wanted ^ set(tensors)):

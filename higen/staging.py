@@ -2,15 +2,15 @@
 
 A writer works in a hidden folder beside its target and renames what is finished into place:
 
-    .higen-<12 digits><8 digits>/           the last eight are a digest of the others, so that higen knows its own names
+    .higen-<12 digits><8 digits>/           the last 8 are a digest of the first 12: higen recognises its own names
         note                                says that higen made the folder
         new/                                the unfinished files
         journal                             only while several files are moved to their places (higen/commit.py)
-    .higen-<12 digits><8 digits>.<name>     a file that must lie beside others while it is written
+    .higen-<12 digits><8 digits>.<name>     a file that must be in the targets' own folder while it is written
 
-The writer holds a lock on the folder as long as it runs. The next writer in the same place removes what a killed one
-left: a folder with such a name and the note, whose lock is free. If there is a journal, the next writer or reader first
-finishes the change. Nothing else is removed.
+The writer locks the hidden folder as long as it runs. The next writer in the same place removes what a killed writer
+left: a folder with a name of this form, the note and a free lock. If there is a journal, the next writer or reader
+finishes the change first. Nothing else is removed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _NOFOLLOW = getattr(os, "O_NOFOLLOW", 0)
 class Staging:
     """A locked folder for unfinished files.
 
-    folder   empty, to be filled; in the same file system as the targets, which lie in `parent`
+    folder   an empty folder to fill, in the same file system as the targets, which are in `parent`
     """
 
     def __init__(self, parent: Path) -> None:
@@ -54,13 +54,13 @@ class Staging:
         self._beside: list[Path] = []
 
     def beside(self, name: str) -> Path:
-        """A name in the targets' own folder, for a file that must lie there while it is written."""
+        """A name in the targets' own folder, for a file that must be there while it is written."""
         path = self.parent / f"{self.root.name}.{name}"
         self._beside.append(path)
         return path
 
     def commit(self, pairs: Sequence[tuple[Path, Path]], removals: Sequence[Path] = ()) -> None:
-        """Move files, of `folder` or beside it, to names in `parent`, then remove files there: all of it or nothing.
+        """Move files from `folder` or from `parent` to names in `parent`, then remove files there: all or nothing.
 
         The caller holds `exclusive(parent)` and has checked that these targets may be replaced. After an OSError,
         either nothing has changed, or the next writer or reader does the rest.
@@ -70,7 +70,7 @@ class Staging:
     def swap(self, target: Path) -> None:
         """Replace the folder `target` by `folder`. A kill never leaves the path empty permanently.
 
-        The caller holds `exclusive(parent)`. Raises OSError: then nothing was changed.
+        The caller holds `exclusive(parent)`. After an OSError, nothing was changed.
         """
         if not commit.exchange(self.folder, target):
             commit.begin(self.root, commit.swap(target))
@@ -86,7 +86,7 @@ class Staging:
 
 @contextmanager
 def staging(parent: Path) -> Iterator[Staging]:
-    """A folder for unfinished files in `parent`, where what killed writers left is removed first. Raises OSError."""
+    """A folder for unfinished files in `parent`. Remains of killed writers are removed first. Raises OSError."""
     parent = parent.absolute()  # the working directory may change
     sweep(parent)
     stage = Staging(parent)
@@ -98,9 +98,9 @@ def staging(parent: Path) -> Iterator[Staging]:
 
 @contextmanager
 def whole_file(path: Path, suffix: str | None = None) -> Iterator[Path]:
-    """Yields a name to write to; the file takes its place at `path` on a clean exit. Raises OSError.
+    """Yields a name to write to. On a clean exit, the file is moved to `path`. Raises OSError.
 
-    `suffix`: of the name to write to; None: that of `path`.
+    `suffix`: suffix of the name to write to; None: that of `path`.
     """
     path = path.absolute()
     with staging(path.parent) as stage:
@@ -111,20 +111,20 @@ def whole_file(path: Path, suffix: str | None = None) -> Iterator[Path]:
 
 @contextmanager
 def exclusive(folder: Path, *, wait: bool = True) -> Iterator[None]:
-    """Be the only writer that changes several files of `folder`. A change that a killed one began is finished first.
+    """Be the only writer that changes several files of `folder`. A killed writer's change is finished first.
 
     `wait`: wait for the end of another writer; otherwise BlockingIOError is raised. The lock file is removed after use.
-    On a system without such locks nothing is held. Raises OSError where the folder cannot be written.
+    On a system without such locks, nothing is held. Raises OSError if the folder cannot be written.
     """
     path = folder / LOCK
     for _ in range(_TRIES):
         try:
-            descriptor = hold(path, os.O_RDONLY | _NOFOLLOW, wait=wait)  # another user's can be locked too
+            descriptor = hold(path, os.O_RDONLY | _NOFOLLOW, wait=wait)  # works for another user's lock file, too
         except FileNotFoundError:
             descriptor = hold(path, os.O_RDONLY | os.O_CREAT | _NOFOLLOW, wait=wait)
         if descriptor is None or _still(path, descriptor):
             break
-        os.close(descriptor)  # its holder removed it, and another writer may have made a new one
+        os.close(descriptor)  # its holder removed the file, and another writer may have made a new one
     else:
         raise OSError(errno.EAGAIN, "cannot be locked", os.fspath(path))
     try:
@@ -133,24 +133,24 @@ def exclusive(folder: Path, *, wait: bool = True) -> Iterator[None]:
     finally:
         if descriptor is not None:
             with suppress(OSError):
-                if os.fstat(descriptor).st_size == 0:  # otherwise another program's file has the lock's name
+                if os.fstat(descriptor).st_size == 0:  # otherwise it is another program's file with the same name
                     path.unlink()
             os.close(descriptor)
 
 
 def settle(folder: Path, *, wait: bool = True) -> None:
-    """Finish the change that a killed writer began in `folder`. Nothing is done in a folder that cannot be written.
+    """Finish the change that a killed writer began in `folder`. Does nothing in a folder that cannot be written.
 
     `wait`: wait for another writer there, which finishes the change itself.
     """
-    with suppress(OSError, ValueError):  # ValueError: a name that no file system takes
+    with suppress(OSError, ValueError):  # ValueError: a name that no file system accepts
         if any(commit.committed(root) for root in _roots(folder)):
             with exclusive(folder, wait=wait):
                 pass
 
 
 def others(stage: Staging) -> bool:
-    """Whether another writer works in the same place."""
+    """Whether another writer works in the same folder."""
     for root in _roots(stage.parent):
         if root != stage.root:
             claim = _claim(root)
@@ -165,13 +165,13 @@ def _named(token: str) -> str:
 
 
 def _make(parent: Path) -> tuple[Path, int | None]:
-    """A new folder with higen's name, and the lock on it."""
+    """A new folder with a name of higen's form, and the lock on it."""
     for _ in range(_TRIES):
         root = parent / _named(secrets.token_hex(6))
         try:
             root.mkdir()
             lock = hold(root, os.O_RDONLY, wait=True)
-        except (FileExistsError, FileNotFoundError):  # the second: taken for a killed writer's before it was locked
+        except (FileExistsError, FileNotFoundError):  # not found: another writer took it for a killed one's
             if not parent.is_dir():
                 raise
             continue
@@ -200,7 +200,7 @@ def _still(path: Path, descriptor: int) -> bool:
 
 
 def _owner(name: str) -> str | None:
-    """The folder's name, if `name` is that of a folder of higen's or of a file beside it."""
+    """The hidden folder's name, if `name` is a hidden folder of higen or a file that belongs to one."""
     found = _NAME.fullmatch(name)
     whole = _named(found[1]) if found else ""
     return whole if found and whole.endswith(found[2]) else None
@@ -213,7 +213,7 @@ def _roots(parent: Path) -> list[Path]:
 
 
 def _claim(root: Path) -> int | None:
-    """The lock of a folder of higen's whose owner has ended; None for other folders, and on systems without locks."""
+    """The lock of a hidden folder if its owner has ended; else None, and always None on systems without locks."""
     try:
         lock = hold(root, os.O_RDONLY | _NOFOLLOW, wait=False)
     except OSError:
@@ -228,7 +228,7 @@ def _claim(root: Path) -> int | None:
 
 
 def _is_mine(descriptor: int) -> bool:
-    """Whether the same user made it. Journals of other users in a shared folder are not followed."""
+    """Whether the same user made the folder. Journals of other users in a shared folder are ignored."""
     return not hasattr(os, "geteuid") or os.fstat(descriptor).st_uid == os.geteuid()
 
 
@@ -241,9 +241,9 @@ def _noted(root: Path) -> bool:
 
 
 def sweep(parent: Path) -> None:
-    """Remove what killed writers left in `parent`; what cannot be removed stays."""
+    """Remove remains of killed writers in `parent`, as far as possible."""
     with suppress(OSError, ValueError):
-        settle(parent, wait=False)  # the caller may be the one that has the lock
+        settle(parent, wait=False)  # the caller may hold the lock itself
         with os.scandir(parent) as entries:
             names = sorted(e.name for e in entries if e.name.startswith(PREFIX))
         beside = [parent / name for name in names if _owner(name) not in (None, name)]
@@ -263,7 +263,7 @@ def sweep(parent: Path) -> None:
 
 
 def _unlock(path: Path) -> None:
-    """Remove the lock file of a killed holder."""
+    """Remove the lock file of a killed process."""
     lock = hold(path, os.O_RDONLY | _NOFOLLOW, wait=False)
     if lock is not None:
         if _still(path, lock) and os.fstat(lock).st_size == 0:
@@ -272,7 +272,7 @@ def _unlock(path: Path) -> None:
 
 
 def _remove(root: Path, beside: Sequence[Path]) -> None:
-    """Remove a folder of higen's, the note last, so that the folder is still recognised after a kill."""
+    """Remove a hidden folder, the note last, so that the folder is still recognised after a kill."""
     for path in beside:
         path.unlink(missing_ok=True)
     for entry in sorted(root.iterdir(), key=lambda path: path.name == NOTE):
@@ -284,7 +284,7 @@ def _remove(root: Path, beside: Sequence[Path]) -> None:
 
 
 def _finish_all(parent: Path) -> None:
-    """Finish the changes of killed writers. The caller is the only writer, so every journal is of a killed one."""
+    """Finish the changes of killed writers. The caller is the only writer, so every journal is from a killed one."""
     for root in _roots(parent):
         if commit.committed(root) and (lock := _claim(root)) is not None:
             try:

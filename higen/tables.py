@@ -1,4 +1,4 @@
-"""The rows of a manifest's tables (docs/manifest.md): sizes, text rules, controls and loops. Each row checks itself."""
+"""The rows of a manifest's tables (docs/manifest.md): sizes, text rules, controls and loops. Rows check themselves."""
 
 from __future__ import annotations
 
@@ -39,17 +39,17 @@ __all__ = [
 
 RESERVED = ("progress", "warn", NEGATIVE)
 SETTINGS = ("guidance_interval", "windows", "window_noise", "free_init", "free_init_filter", "reuse")
-"""The common options that say how the loops are run (higen/loop_settings.py)."""
+"""The common options for running the loops (higen/loop_settings.py)."""
 
 COMMON = (
     *("prompt", "negative_prompt", "seed", "steps", "guidance", "solver"),
     *SETTINGS,
     *("frames", "width", "height", "fps"),
 )
-"""What every request may set, whatever the model; no control has such a name."""
+"""The options that every request has, for every model. No control may have one of these names."""
 
 CURVES = ("sinusoid", "similarity", "curve")
-"""Encodings of a control as rows, one per frame."""
+"""Encodings that turn a control into rows, one per frame."""
 
 ENCODINGS: dict[str, tuple[str | None, ...]] = {
     "curve": CURVES,
@@ -58,12 +58,12 @@ ENCODINGS: dict[str, tuple[str | None, ...]] = {
     "choice": ("number",),
     "map": (None, "edges"),
 }
-"""Encodings by kind of control; other kinds have none."""
+"""The allowed encodings of each kind of control; other kinds have none."""
 
 NUMERIC = ("number", "whole", "curve")
 WINDOW_NOISE = ("fresh", "shuffled", "repeated")
 VISUAL = ("picture", "clip", "frames", "mask", "map")
-"""Kinds of control whose values are pixels: none of them has a default."""
+"""Kinds of control with pixels as values; they have no default."""
 
 MAX_SIDE = 4096
 MOST_CHUNKS = 64  # of a text
@@ -78,19 +78,19 @@ def check(good: bool, message: str) -> None:
 
 
 def is_number(value: object) -> bool:
-    """Whether a value is a number, finite in float32; a truth value is none."""
+    """Whether a value is a number, finite in float32. Booleans are not numbers."""
     return type(value) in (int, float) and math.isfinite(value) and abs(value) <= MAX_NUMBER  # type: ignore[arg-type]
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Sizes that the model fixes, and the limits and defaults of those that a request chooses.
+    """Sizes that the model fixes, and limits and defaults of the sizes that a request chooses.
 
     factor    pixels per latent cell
     multiple  width and height in pixels are multiples of this
     frames    fewest, default, most
-    decoder   the stage that turns latents into pixels; `chunk` frames at a time, with `overlap` frames of context on
-              each side, which are dropped
+    decoder   the stage that turns latents into pixels. It decodes `chunk` frames at a time, with `overlap` frames of
+              context on each side, which are dropped
     """
 
     symbols: dict[str, int]
@@ -130,7 +130,7 @@ class TextRules:
 
     clean    repair the text as CLIP does
     weights  "parentheses": words have weights, `(word:1.3)`, and BREAK begins a new chunk; None: a prompt is plain text
-    chunks   this many rows of ids at most; a longer text is cut
+    chunks   the most rows of ids; a longer text is cut
     """
 
     tokenizer: str
@@ -142,7 +142,7 @@ class TextRules:
 
     @property
     def plain(self) -> bool:
-        """Whether every text is one row of ids, its words without weights."""
+        """Whether every text is one row of ids, without weights."""
         return self.weights is None and self.chunks == 1
 
     def __post_init__(self) -> None:
@@ -154,10 +154,10 @@ class TextRules:
 
 @dataclass(frozen=True)
 class Control:
-    """What a request may set for this model. A `default` of None is "unspecified", or no picture.
+    """An option of this model. A `default` of None means "unspecified", or no picture.
 
-    `usual`: the low and the high end of what a curve has in ordinary clips, where `low` and `high` do not say it: what
-    a sound, or a word such as "fast", is mapped into.
+    `usual`: the lowest and highest values of a curve in ordinary clips, if they differ from `low` and `high`. Sounds,
+    and words such as "fast", are mapped into this range.
     """
 
     name: str
@@ -205,14 +205,14 @@ class Control:
             check(self.kind == "text" and isinstance(value, str), f"default={reprlib.repr(value)}: none, or a text")
 
     def allows(self, value: float) -> bool:
-        """Whether a number lies in the range."""
+        """Whether a number is in the range."""
         return (self.low is None or value >= self.low) and (self.high is None or value <= self.high)
 
     @property
     def span(self) -> tuple[float, float] | None:
-        """What a sound or a word is mapped into: `usual`, else the range, else up to twice the default; or None.
+        """The range for sounds and words: `usual`, else `low` to `high`, else up to twice the default; or None.
 
-        A likeness that falls by 0 to 1 over the clip is what `similarity` means.
+        For `similarity`, the default is 0 to 1: by how much the likeness falls over the clip.
         """
         if self.usual is not None or self.encoding == "similarity":
             return self.usual or (0.0, 1.0)
@@ -230,7 +230,7 @@ class Control:
 
 @dataclass(frozen=True)
 class Offset:
-    """Noise that is constant over each frame's pixels, times `scale` (a number or "control:NAME")."""
+    """Noise that is constant within each frame, times `scale` (a number or "control:NAME")."""
 
     purpose: int
     scale: float | str
@@ -246,7 +246,7 @@ class Mix:
 
 @dataclass(frozen=True)
 class NoiseRule:
-    """The initial noise of a loop: the stream `purpose`, and what is added to it."""
+    """The initial noise of a loop: from the stream `purpose`, plus `offset` and `mix`."""
 
     purpose: int
     offset: Offset | None = None
@@ -259,7 +259,7 @@ class NoiseRule:
 
 @dataclass(frozen=True)
 class Replaced:
-    """Where the picture or clip `control` is given, the loop is not run, and the source `latents` is its result."""
+    """If the picture or clip `control` is given, the loop is not run: the source `latents` is its result."""
 
     control: str
     latents: str
@@ -267,10 +267,10 @@ class Replaced:
 
 @dataclass(frozen=True)
 class Start:
-    """Where the picture or clip `control` is given, the loop begins in the table's tail, from the source `latents`.
+    """If the picture or clip `control` is given, the loop begins from the source `latents` and runs only the last rows.
 
-    strength  the part of the rows that run, 0 to 1 (a number or "control:NAME")
-    needed    the loop begins so and in no other way: a request without `control` is refused
+    strength  the fraction of the rows that run, 0 to 1 (a number or "control:NAME")
+    needed    the loop cannot begin in another way: a request without `control` is refused
     """
 
     control: str
@@ -281,8 +281,8 @@ class Start:
 
 @dataclass(frozen=True)
 class Known:
-    """Where `control`, of kind frames, is given, the loop's estimate of the clean latents is the source `latents` at
-    those frames, after each row. `mask`: a control of kind mask; where it is white the frames are drawn anew.
+    """If `control`, of kind frames, is given: after each row, the source `latents` replaces the loop's estimate of the
+    clean latents at these frames. `mask`: a control of kind mask; its white parts are redrawn.
     """
 
     control: str
@@ -292,7 +292,7 @@ class Known:
 
 @dataclass(frozen=True)
 class Variant:
-    """Where `control`, of a kind that has pixels, is given, these stages do the steps; null as the loop's own are."""
+    """If `control`, of kind map, is given, these stages do the steps. They are None where the loop's are None."""
 
     control: str
     guided: str | None
@@ -303,8 +303,8 @@ class Variant:
 class Windows:
     """A clip of more than `length` frames is denoised in windows that begin `stride` frames apart.
 
-    most   frames that the stages take at once, which a request may ask for; None: `length`
-    noise  initial noise of such a clip (`higen.noise.frame_order`)
+    most   the longest window that a request may ask for, limited by the stages; None: `length`
+    noise  the initial noise of a clip with windows (`higen.noise.frame_order`)
     """
 
     length: int
@@ -335,7 +335,7 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Loop:
-    """A denoising loop: its stages, how many frames it has, its solvers (the default first) and its initial noise."""
+    """A denoising loop: its stages, number of frames, solvers (the default one first) and initial noise."""
 
     name: str
     guided: str | None
@@ -373,15 +373,15 @@ class Loop:
 
     @property
     def pairs(self) -> tuple[tuple[str | None, str | None], ...]:
-        """The guided and the plain stage that do its steps; then those of its variant."""
+        """The guided and the plain stage for its steps, then those of its variant."""
         variant = [] if self.variant is None else [(self.variant.guided, self.variant.plain)]
         return ((self.guided, self.plain), *variant)
 
     @property
     def stages(self) -> tuple[str, ...]:
-        """All stages that do its steps: the guided one, the plain one, then those of its variant."""
+        """All stages for its steps: the guided one, the plain one, then those of its variant."""
         return tuple(name for pair in self.pairs for name in pair if name is not None)
 
     def solver(self, name: str) -> Solver:
-        """The row of a solver. Raises KeyError."""
+        """The solver of that name. Raises KeyError."""
         return {solver.name: solver for solver in self.solvers}[name]

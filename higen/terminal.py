@@ -1,6 +1,6 @@
-"""What all commands share: errors and warnings as lines or JSON, exit codes, and types of paths.
+"""Shared parts of all commands: errors and warnings as lines or JSON, exit codes, and path types.
 
-0 done, 1 failed (parity, a stage, the environment, a full or closed output), 2 wrong input, 130 Ctrl-C.
+Exit codes: 0 done, 1 failed (parity, a stage, the environment, a full or closed output), 2 wrong input, 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -41,10 +41,10 @@ OPTIONAL = ("accelerate", "diffusers", "safetensors", "torch", "transformers")
 
 
 class _GivenPath(click.Path):
-    """A path; a shell leaves the ~ in --model=~/model alone."""
+    """A path with ~ for home folders, because shells do not expand the ~ in --model=~/model."""
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        """As click's, with ~ as a home folder."""
+        """As in click, with ~ as a home folder."""
         return given_path(super().convert(value, param, ctx))
 
 
@@ -54,7 +54,7 @@ JSON = click.option("--json", "as_json", is_flag=True, help="Print the result as
 
 @contextmanager
 def reported(as_json: bool) -> Iterator[None]:
-    """Turn our errors into one line (or JSON) and an exit code, our warnings into a line each; hide the libraries'."""
+    """Turn our errors into a line (or JSON) and an exit code, our warnings into a line each; hide library warnings."""
 
     def show(message: Warning | str, category: type[Warning], *_: Any) -> None:
         say(f"{category.__name__}: {message}", fg="yellow")
@@ -82,14 +82,14 @@ def reported(as_json: bool) -> Iterator[None]:
 
 
 def say(line: str, **style: Any) -> None:
-    """A line for a person on standard error; where that is full or closed, none: the exit code says it too."""
+    """Write a line to standard error. If that fails, ignore it: the exit code also tells the result."""
     with suppress(OSError, ValueError):
         click.echo(click.style(line, **style) if style else line, err=True)
 
 
 @contextmanager
 def needs(extra: str, command: str) -> Iterator[None]:
-    """Around the late imports of a command: raises MissingExtra where a package of `extra` is not installed."""
+    """Use around a command's late imports: raises MissingExtra if a package of `extra` is not installed."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -99,10 +99,10 @@ def needs(extra: str, command: str) -> Iterator[None]:
 
 
 class Commands(click.Group):
-    """A group of commands whose usage errors (an unknown option, say) are JSON too where --json is given."""
+    """A group of commands. With --json, usage errors (such as an unknown option) are JSON, too."""
 
     def main(self, *arguments: Any, **options: Any) -> Any:
-        """As click's; an output that is full or closed ends the command with one line at most."""
+        """As in click. If an output is full or closed, the command ends with at most one line."""
         with _outputs():
             return self._main(*arguments, **options)
 
@@ -120,7 +120,7 @@ class Commands(click.Group):
 
 
 class LateCommands(Commands):
-    """A group with commands whose modules are imported as they are called, or as the help lists them.
+    """A group that imports a command's module only when the command is called or listed in the help.
 
     late: name of the command -> "module:attribute"
     """
@@ -130,11 +130,11 @@ class LateCommands(Commands):
         self._late = dict(late)
 
     def list_commands(self, context: click.Context) -> list[str]:
-        """As click's."""
+        """As in click."""
         return sorted({*super().list_commands(context), *self._late})
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
-        """As click's."""
+        """As in click."""
         if name not in self._late:
             return super().get_command(context, name)
         module, attribute = self._late[name].split(":")
@@ -144,16 +144,16 @@ class LateCommands(Commands):
 
 @contextmanager
 def _outputs() -> Iterator[None]:
-    """Around a command: what its outputs cannot encode is escaped, and one that cannot be written is exit code 1."""
+    """Use around a command: escape characters that an output cannot encode; exit with 1 if one cannot be written."""
     for stream in (sys.stdout, sys.stderr):
-        with suppress(AttributeError, ValueError, OSError):  # None; not a text stream of Python's; closed
+        with suppress(AttributeError, ValueError, OSError):  # None; not a Python text stream; closed
             stream.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]
     try:
         yield
     except OSError as error:
         if not _is_of_an_output(error):
             raise
-        if error.errno != errno.EPIPE:  # whoever closes a pipe early has what he wants
+        if error.errno != errno.EPIPE:  # the reader closed the pipe early: no message
             say(f"OutputError: standard output cannot be written: {error.strerror}", fg="red")
         sys.exit(1)
     finally:
@@ -163,25 +163,25 @@ def _outputs() -> Iterator[None]:
 
 
 def _is_of_an_output(error: OSError) -> bool:
-    """Whether an error comes from writing to a terminal or pipe, and not from a file of ours."""
+    """Whether an error comes from writing to the terminal or a pipe, not from one of our files."""
     return raised_in(error) in ("click._compat", "click.utils", "tqdm.std", "tqdm.utils")
 
 
 def _is_broken(stream: TextIO | None) -> bool:
-    """Whether what was written to a stream cannot leave it."""
+    """Whether a stream has text that cannot be flushed."""
     try:
         if stream is not None:
             stream.flush()
     except OSError:
         return True
-    except ValueError:  # it is closed: Python says nothing of it at its end
+    except ValueError:  # it is closed: Python will not report that when it ends
         return False
     return False
 
 
 def _silence(stream: TextIO) -> None:
-    """Send what is left in a stream nowhere, for Python flushes it once more at its end."""
-    with suppress(OSError, ValueError):  # not a file of the system's
+    """Send the rest of a stream to os.devnull, because Python flushes the stream again when it ends."""
+    with suppress(OSError, ValueError):  # not a system file
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, stream.fileno())
         os.close(nowhere)

@@ -1,7 +1,7 @@
 """Reads the text files that people write: captions, lists, settings, profiles, architectures.
 
-Editors and spreadsheets add marks. Where a mark has only one meaning (a UTF-8 byte order mark, the kind of line ends),
-it is removed. Every other one is refused with its line and with what to do.
+Editors and spreadsheets add marks. A mark with only one meaning (a UTF-8 byte order mark, the kind of line ends) is
+removed. Any other mark is an error that names the line and the remedy.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ LARGEST = 16 * 2**20
 """Largest size of a file of settings, in bytes."""
 
 _WRONG = re.compile("[\x00-\x08\x0b\x0e-\x1f\x7f\ufeff\ud800-\udfff]")
-"""Characters that no person writes: control characters (a form feed counts as white space), a byte order mark, half a
-surrogate pair.
+"""Characters that no person types: control characters except white space (such as a form feed), a byte order mark, a
+lone surrogate.
 """
 
 
@@ -36,8 +36,8 @@ def read_text(path: str | os.PathLike[str], largest: int | None = LARGEST) -> st
 
     largest   the largest size that is allowed, in bytes; None: any size
 
-    Raises OSError where the file cannot be opened, and TextError for another encoding, for characters that no person
-    writes, for a larger file, and for anything but a regular file (a pipe would wait for its writer).
+    Raises OSError if the file cannot be opened, and TextError for another encoding, for characters that no person
+    types, for a larger file, and for anything but a regular file (a pipe would wait for its writer).
     """
     descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
     with os.fdopen(descriptor, "rb") as file:
@@ -68,7 +68,7 @@ def plain_text(data: bytes) -> str:
 
 
 def check_text(text: str) -> None:
-    """Raise TextError for a character that no person writes, naming it and its line."""
+    """Raise TextError for a character that no person types, naming it and its line."""
     if found := _WRONG.search(text):
         line = text.count("\n", 0, found.start()) + 1
         character = found[0]
@@ -79,7 +79,7 @@ def check_text(text: str) -> None:
 
 
 def _looks_utf_16(data: bytes) -> bool:
-    """Whether every second byte of the beginning is zero, as in UTF-16 without a mark for Latin letters."""
+    """Whether every second byte of the beginning is zero, as in UTF-16 with Latin letters and no byte order mark."""
     start = data[: len(data) // 2 * 2][:64]
     return len(start) >= 4 and (not any(start[1::2]) or not any(start[::2])) and any(start)
 
@@ -90,7 +90,7 @@ def read_json(path: str | os.PathLike[str], largest: int | None = LARGEST) -> An
 
 
 def from_json_text(text: str) -> Any:
-    """The value of a JSON text. Raises TextError for a text that is not JSON or has a key twice."""
+    """The value of a JSON text. Raises TextError for a text that is not JSON or has a duplicate key."""
     try:
         return json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:
@@ -106,7 +106,7 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def repeated_key(pairs: Collection[tuple[str, Any]]) -> str | None:
-    """The first key that a JSON object has twice: readers differ in which of its values they take."""
+    """The first duplicate key of a JSON object. Readers differ in which of its values they take."""
     counts = Counter(key for key, _ in pairs)
     return next((key for key, count in counts.items() if count > 1), None) if len(counts) < len(pairs) else None
 

@@ -38,34 +38,34 @@ __all__ = [
 
 START, END, PAD, UNKNOWN = "<|startoftext|>", "<|endoftext|>", "[PAD]", "[UNK]"
 
-# The reference's pattern ignores case: its 's also matches the long s (U+017F), and the one mark that is lower case
-# and no letter (U+0345) matches nothing.
+# The reference's pattern ignores case. So its 's also matches the long s (U+017F). Nothing matches U+0345, the only
+# mark that is lower case and not a letter.
 _CLIP_PIECES = r"'[s\x{17f}]|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
 _WORD_PIECES = r"\w+|[^\w\s]"
 _NAMED = 12
-"""A warning names at most this many words."""
+"""The most words that a warning names."""
 
 _LONGEST = 40
-"""Letters of a word that a warning quotes."""
+"""The most letters of a word that a warning quotes."""
 
 
 def clean(text: str) -> str:
-    """A prompt as CLIP reads it: ftfy, html unescaped twice, white space collapsed, lower case."""
-    import ftfy  # 70 ms to import, and a small model cleans nothing
+    """A prompt cleaned as in CLIP: ftfy, HTML unescaped twice, white space collapsed, lower case."""
+    import ftfy  # the import takes 70 ms, and small models do not need it
 
     return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
 
 
 @dataclass(frozen=True)
 class PromptTokenizer:
-    """A tokenizer and its model's rules for cleaning, padding and cutting."""
+    """A tokenizer with its model's rules for cleaning, padding and cutting."""
 
     tokenizer: Tokenizer
     rules: TextRules
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], rules: TextRules) -> PromptTokenizer:
-        """Read a tokenizer.json. Raises IntegrityError if it is malformed or has no start and end token."""
+        """Read a tokenizer.json. Raises IntegrityError if it is malformed or lacks a start or end token."""
         try:
             tokenizer = Tokenizer.from_file(os.fspath(path))
         except Exception as error:  # the library raises bare Exception
@@ -74,13 +74,13 @@ class PromptTokenizer:
             _id(tokenizer, token)
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        # A special token spelt out in a prompt is text like any other, as in the reference.
+        # As in the reference, a special token that is written in a prompt is ordinary text.
         tokenizer.encode_special_tokens = True
         return cls(tokenizer, rules)
 
     def words(self) -> list[str] | None:
-        """Every word (no punctuation) that a word-level tokenizer knows, sorted; None for one that reads any word in
-        pieces."""
+        """Every word (no punctuation) that a word-level tokenizer knows, sorted; None for a tokenizer that splits words
+        into pieces."""
         if not isinstance(self.tokenizer.model, models.WordLevel):
             return None
         special = {token.content for token in self.tokenizer.get_added_tokens_decoder().values()}
@@ -91,9 +91,9 @@ class PromptTokenizer:
     ) -> NDArray[np.int64]:
         """Token ids of the prompts as plain texts, int64 [B, L]: start, text, end, then `pad_id` up to `length`.
 
-        A prompt that is too long is cut, keeping the end token last, with a PromptWarning that names the words lost;
-        so are words that a word-level tokenizer does not know. `warn` is called with each warning; None: warnings.warn.
-        `names`: how warnings and errors call each prompt; None: "prompt".
+        A prompt that is too long is cut before the end token. A PromptWarning names the words that are lost, or that a
+        word-level tokenizer does not know. `warn` is called with each warning; None: warnings.warn.
+        `names`: the name of each prompt in warnings and errors; None: "prompt".
         Raises RequestError for anything but texts.
         """
         if isinstance(prompts, str) or not all(isinstance(prompt, str) for prompt in prompts):
@@ -107,9 +107,9 @@ class PromptTokenizer:
         return ids
 
     def read(self, prompt: str, warn: Warn | None = None, name: str = "prompt") -> Reading:
-        """A prompt in chunks, its words with their weights, as the rules `weights` and `chunks` say.
+        """A prompt in chunks, with the weights of its words, according to the rules `weights` and `chunks`.
 
-        What is beyond the last chunk is cut off, with a PromptWarning. Raises RequestError for weights that are wrong.
+        Text beyond the last chunk is cut off, with a PromptWarning. Raises RequestError for invalid weights.
         """
         start, end = _id(self.tokenizer, START), _id(self.tokenizer, END)
         if self.rules.plain:
@@ -143,7 +143,7 @@ class PromptTokenizer:
         return encoding.ids
 
     def _encoded(self, part: str, prompt: str, name: str) -> tuple[str, Encoding]:
-        """A part of a prompt, cleaned, and its tokens."""
+        """The cleaned text of a part of a prompt, and its tokens."""
         text = clean(part) if self.rules.clean else part
         try:
             text.encode()
@@ -169,7 +169,7 @@ class PromptTokenizer:
 
 
 def build_clip_tokenizer() -> Tokenizer:
-    """CLIP's byte-pair tokenizer with OpenAI's 49,408 tokens: ids as open_clip's, 49406 to start and 49407 to end."""
+    """CLIP's byte-pair tokenizer with OpenAI's 49,408 tokens and open_clip's ids: 49406 is start, 49407 is end."""
     packed = files("higen").joinpath("assets", "clip", "merges.txt.gz").read_bytes()
     merges = [(left, right) for left, _, right in (line.partition(" ") for line in _lines(packed))]
     letters = _byte_letters()
@@ -186,10 +186,10 @@ def build_clip_tokenizer() -> Tokenizer:
 
 
 def build_word_tokenizer(words: Sequence[str]) -> Tokenizer:
-    """A tokenizer with one id per word, lower case, each punctuation mark a word of its own.
+    """A tokenizer with one id per lower-case word. Each punctuation mark is a separate word.
 
-    Ids: [PAD] 0, <|startoftext|> 1, <|endoftext|> 2, [UNK] 3, then the words in their order, repeats left out.
-    Raises RequestError for a word that is not one word.
+    Ids: [PAD] 0, <|startoftext|> 1, <|endoftext|> 2, [UNK] 3, then the words in the given order without repeats.
+    Raises RequestError for an entry that is not a single word.
     """
     specials = [PAD, START, END, UNKNOWN]
     tokens = list(dict.fromkeys([*specials, *(word.lower() for word in words)]))
@@ -202,7 +202,7 @@ def build_word_tokenizer(words: Sequence[str]) -> Tokenizer:
 
 
 def _finish(tokenizer: Tokenizer, pieces: str, specials: list[str], *more: pre_tokenizers.PreTokenizer) -> Tokenizer:
-    """Normalise, split into `pieces`, and frame the text; a reader without our cleaning still gets usable ids."""
+    """Add normalisation, splitting into `pieces`, and start and end. Other readers of the file get usable ids, too."""
     tokenizer.normalizer = normalizers.Sequence([normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()])
     split = pre_tokenizers.Split(Regex(pieces), behavior="removed", invert=True)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, *more])
@@ -213,7 +213,7 @@ def _finish(tokenizer: Tokenizer, pieces: str, specials: list[str], *more: pre_t
 
 
 def write_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    """Write what the library's own `save` writes; that raises a bare Exception on a full disk, this an OSError."""
+    """Write what the library's `save` writes; on a full disk, `save` raises a bare Exception, this an OSError."""
     path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8", newline="\n")
 
 
@@ -225,7 +225,7 @@ def _id(tokenizer: Tokenizer, token: str) -> int:
 
 
 def _word_start(text: str, encoding: Encoding, token: int) -> int:
-    """Where the word of a token begins: a word of which any token is lost counts as lost."""
+    """The index at which the word of a token begins. A word counts as lost if any of its tokens is lost."""
     first = int(encoding.offsets[token][0])
     while first > 0 and not text[first - 1].isspace():
         first -= 1
@@ -233,7 +233,7 @@ def _word_start(text: str, encoding: Encoding, token: int) -> int:
 
 
 def _byte_letters() -> list[str]:
-    """A printable character for each byte, in the order of CLIP's ids: printable bytes first, then the others."""
+    """A printable character for each byte, in the order of CLIP's ids: first the printable bytes, then the others."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = 256 - len(printable)
     return [chr(b) for b in printable] + [chr(256 + i) for i in range(others)]

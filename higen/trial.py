@@ -1,7 +1,7 @@
-"""Requests that put every stage of any model to work: to calibrate, to compare and to verify with.
+"""Requests that run every stage of any model, for calibration, comparison and verification.
 
-A model may need a picture, may read no text, and may have stages that its defaults leave idle: the step with one branch
-of guidance, or the encoder of a picture. What is needed for which stage follows from the tables.
+A model may need a picture, may read no text, and may have stages that its default options do not run: the step with one
+branch of guidance, or the encoder of a picture. The tables tell which options run which stage.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from higen.tables import Loop
 __all__ = ["known_prompts", "pictures", "record", "ways"]
 
 SCALE = 3.0
-"""Guidance of a loop whose default is 1, where the stage with both branches is to be run."""
+"""The guidance that runs the stage with both branches, for a loop with the default 1."""
 
 Calls = list[dict[str, NDArray[Any]]]
 
 
 def known_prompts(manifest: Manifest, count: int = 1) -> tuple[str, ...]:
-    """So many texts that the model is known to draw well, evenly from its list; "" where it reads none."""
+    """`count` texts that the model draws well, taken evenly from its list; "" for a model that reads no text."""
     if manifest.text is None:
         return ("",)
     known = manifest.prompts or ("a dog runs on the beach", "a red flower opens", "a blue bird flies")
@@ -38,8 +38,8 @@ def known_prompts(manifest: Manifest, count: int = 1) -> tuple[str, ...]:
 
 
 def pictures(manifest: Manifest, sizes: Mapping[str, int], every: bool = False) -> dict[str, NDArray[np.uint8]]:
-    """Made-up pictures and clips, uint8 [Y,X,3] and [F,Y,X,3], for the controls that a video cannot do without;
-    `every`: for all of them. `sizes`: frames, height and width of the request, if not the model's own.
+    """Synthetic pictures and clips, uint8 [Y,X,3] and [F,Y,X,3], for the controls that a video needs.
+    `every`: for all picture and clip controls. `sizes`: frames, height and width, if not the model's defaults.
     """
     known = manifest.sizes
     frames = sizes.get("frames", known.frames[1])
@@ -57,9 +57,9 @@ def pictures(manifest: Manifest, sizes: Mapping[str, int], every: bool = False) 
 
 
 def ways(manifest: Manifest, sizes: Mapping[str, int]) -> Iterator[dict[str, Any]]:
-    """Options of requests that together run every stage that any request runs: as the model makes a video by default,
-    with both branches of guidance everywhere, with one where a loop can do with one, and from every picture; then the
-    same for other numbers of frames, where these have loops of their own.
+    """Options of requests that together run every stage that any request can run: a default video, both branches of
+    guidance in all loops, one branch in all loops that allow it, a video from every picture, and maps. The same follows
+    for other numbers of frames that run other loops.
     """
     for frames in _lengths(manifest, sizes.get("frames", manifest.sizes.frames[1])):
         length = {**sizes, **frames}
@@ -74,7 +74,7 @@ def ways(manifest: Manifest, sizes: Mapping[str, int]) -> Iterator[dict[str, Any
 
 
 def _maps(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, NDArray[np.uint8]]:
-    """A made-up map for each control that chooses other stages in a video of these sizes."""
+    """A synthetic map for each control that selects other stages in a video of these sizes."""
     frames = sizes.get("frames", manifest.sizes.frames[1])
     height, width = sizes.get("height", manifest.sizes.height), sizes.get("width", manifest.sizes.width)
     taken = {loop.variant.control for loop in manifest.wanted(frames) if loop.variant is not None}
@@ -84,7 +84,7 @@ def _maps(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, NDArray[np.
 
 
 def _lengths(manifest: Manifest, usual: int) -> Iterator[dict[str, int]]:
-    """The options of as many frames as usual, none, and of a number for each loop that these have not."""
+    """Options for the number of frames: first {} (the usual number), then others that run further loops."""
     seen = {loop.name for loop in manifest.wanted(usual)}
     yield {}
     fewest, _, most = manifest.sizes.frames
@@ -97,7 +97,7 @@ def _lengths(manifest: Manifest, usual: int) -> Iterator[dict[str, int]]:
 
 
 def _above_one(loop: Loop) -> float | None:
-    """Guidance that needs both branches; None: the loop's default does, or the loop has one alone."""
+    """Guidance that needs both branches; None if the loop's default needs both, or if the loop has only one."""
     scales = loop.guidance if isinstance(loop.guidance, tuple) else (loop.guidance,)
     return SCALE if loop.guided is not None and all(scale == 1 for scale in scales) else None
 
@@ -110,10 +110,10 @@ def record(
     seconds: float | None = None,
     **options: Any,
 ) -> dict[str, Calls]:
-    """Inputs of each of the stages' calls in videos of `prompts`, on the float32 graphs; `options` of each request.
+    """The inputs of all calls of `stages` while making videos of `prompts`, on the float32 graphs.
 
-    Only as many of `ways` are taken as it needs for every stage to be called; a stage that no request runs has no
-    calls. `shown`: with a progress bar. After `seconds` it ends with the step at which every stage has a call. Raises
+    Only those of `ways` are run that call a further stage. A stage that no request runs has no calls. `shown`: show a
+    progress bar. After `seconds`, recording ends as soon as every stage has a call. `options`: for each request. Raises
     what a request raises.
     """
     until = float("inf") if seconds is None else time.monotonic() + seconds
@@ -148,7 +148,7 @@ def record(
 
 
 def _called(pipeline: Pipeline, prompt: str, options: Mapping[str, Any]) -> set[str]:
-    """The stages that a request would run on the float32 graphs that are there."""
+    """The stages that a request would run on the existing float32 graphs."""
     bundle = pipeline.bundle
     alike = pipeline.stages(pipeline.request(prompt, **options))
     return {next((name for name in names if graph_file(name) in bundle.files), names[0]) for names in alike}

@@ -1,4 +1,4 @@
-"""Turns frozen dataclasses into JSON and back, and checks every key and type. It reads the manifest's tables."""
+"""Turns frozen dataclasses into JSON and back, with a check of every key and type. Used for the manifest's tables."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["LATER", "check_positive", "from_json", "to_json"]
 T = TypeVar("T")
 
 LATER = {"later": True}
-"""Metadata of a field that came after the first files were written: it may be missing, and its default is not written,
-so that older readers take the file.
+"""Metadata of a field that was added after the first release: it may be missing in a file, and its default value is not
+written, so that older readers accept the file.
 """
 
 
 def check_positive(config: object) -> None:
-    """Raise ManifestError for a whole number below 1 among a dataclass's values, alone or in a tuple."""
+    """Raise ManifestError for an integer below 1 among a dataclass's values, also inside tuples."""
     for name, value in vars(config).items():
         for number in value if isinstance(value, tuple) else (value,):
             if type(number) is int and number < 1:
@@ -48,10 +48,10 @@ def _plain(value: Any) -> Any:
 
 
 def from_json(kind: type[T], data: object, where: str = "", whole: bool = False) -> T:
-    """Build the dataclass `kind` from JSON data, checking every key and every type.
+    """Build the dataclass `kind` from JSON data; check every key and every type.
 
-    `whole`: every field except those marked LATER must be there, at every depth; otherwise fields with a default may be
-    left out.
+    `whole`: every field except those marked LATER must be present, at every depth; otherwise, fields with a default may
+    be left out.
     Raises ManifestError naming the key, its value and what is allowed.
     """
     where = where or kind.__name__
@@ -68,7 +68,7 @@ def from_json(kind: type[T], data: object, where: str = "", whole: bool = False)
     values = {key: _typed(hints[key], value, f"{where}.{key}", whole) for key, value in data.items()}
     try:
         return kind(**values)
-    except TypeError:  # no default
+    except TypeError:  # a field without a default is missing
         raise ManifestError(f"{where}: has {', '.join(values) or 'nothing'}, but needs {', '.join(names)}") from None
     except ManifestError as error:  # the dataclass's own check
         message = str(error)

@@ -1,7 +1,7 @@
 """Upgrades a model directory from manifest version 1 to 2, and gives deliberately edited tables a valid seal.
 
-Weights and graphs are left as they are. A graph made before version 2 takes other inputs than its stage's row: Python
-feeds it what it takes, the other runtimes and new engines need a new export; the report says which, and how.
+Weights and graphs are not changed. A graph made before version 2 may take other inputs than its stage's row. Python can
+still run it; other runtimes and new engines need a new export. The report has the commands for these exports.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from higen.staging import sweep
 __all__ = ["Export", "Upgrade", "upgrade"]
 
 DTYPES = {"tensor(float)": "float32", "tensor(int64)": "int64", "FLOAT": "float32", "INT64": "int64"}
-"""ONNX Runtime's and onnx's names of the types that an input may have."""
+"""The names of input types in ONNX Runtime and in onnx."""
 
 
 @dataclass(frozen=True)
 class Export:
-    """A graph that has to be made: `stale` where there is one that takes other inputs than its stage's row.
+    """A graph that has to be made. `stale`: it exists, but takes other inputs than its stage's row.
 
-    static   sizes of B, F, H and W in which the present graph, or the guided one, is fixed: "1x16x128x128", or ""
+    static   fixed sizes of B, F, H and W in the present graph, or in the guided one: "1x16x128x128", or ""
     """
 
     stage: str
@@ -46,8 +46,8 @@ class Export:
 class Upgrade:
     """What was done with a model directory, and what is left to do.
 
-    before     version of its manifest as it was found
-    resealed   an edit of its tables was accepted
+    before     the version of its manifest before the upgrade
+    resealed   whether an edit of its tables was accepted
     exports    graphs to make again, or for the first time
     """
 
@@ -59,7 +59,7 @@ class Upgrade:
 
     @property
     def commands(self) -> tuple[str, ...]:
-        """What makes the missing and stale graphs, a command a line, in the order in which they are to be run."""
+        """The commands that make the missing and stale graphs, in the order in which to run them."""
         groups: dict[tuple[str, str], list[str]] = {}
         for export in sorted(self.exports, key=lambda e: e.precision in QUANTIZED):
             groups.setdefault((export.precision, export.static), []).append(export.stage)
@@ -72,7 +72,7 @@ class Upgrade:
         return shlex.join([*words, *(word for stage in stages for word in ("--stage", stage))])
 
     def as_lines(self) -> list[str]:
-        """The report for a person."""
+        """The report as text."""
         done = f"rewritten as version {VERSION}" if self.before < VERSION else f"of version {VERSION}"
         sealed = ", edit accepted and sealed" if self.resealed else ""
         lines = [f"{self.path}: manifest {done}{sealed}; {self.graphs} graphs and the weights are as they were"]
@@ -88,7 +88,7 @@ class Upgrade:
         return [*lines, *(f"  {command}" for command in self.commands)]
 
     def as_json(self) -> dict[str, Any]:
-        """JSON-ready values."""
+        """The report as JSON-ready values."""
         return {
             "model": str(self.path),
             "before": self.before,
@@ -102,15 +102,15 @@ class Upgrade:
 def upgrade(path: str | os.PathLike[str], reseal: bool = False) -> Upgrade:
     """Rewrite the manifest of a model directory as version 2, atomically, and report what is left to do.
 
-    A directory of version 2 is left alone. `reseal`: tables that were edited are accepted, after every check but the
-    seal's. Raises ManifestError, IntegrityError (a file is cut, altered or missing; an edit without `reseal`),
-    ModelError (the folder cannot be written).
+    A directory of version 2 is not changed. `reseal`: accept edited tables, after every check except that of the seal.
+    Raises ManifestError, IntegrityError (a file is truncated, altered or missing; an edit without `reseal`), ModelError
+    (the folder cannot be written).
     """
     folder = given_path(path, "model")
     sweep(folder)
     before = read_manifest(folder, sealed=not reseal)
     if before.version < VERSION:
-        bundle = Bundle.open(folder)  # every file is there
+        bundle = Bundle.open(folder)  # checks that every file exists
         rewrite(folder, lambda opened: _rewritten(bundle, opened))
     elif reseal:
         rewrite(folder, lambda opened: opened, sealed=False)
@@ -121,7 +121,7 @@ def upgrade(path: str | os.PathLike[str], reseal: bool = False) -> Upgrade:
 
 
 def _rewritten(bundle: Bundle, opened: Opened) -> Opened:
-    if opened.version == VERSION:  # another process was faster
+    if opened.version == VERSION:  # another process has already upgraded it
         return opened
     manifest = upgraded_version_1(opened.manifest)
     stages = {graph_file(s.name, p): s for s in manifest.stages for p in (*PRECISIONS, *QUANTIZED)}
@@ -131,9 +131,9 @@ def _rewritten(bundle: Bundle, opened: Opened) -> Opened:
 
 
 def graph_inputs(graph: Path, stage: Stage | None) -> tuple[GraphInput, ...]:
-    """What a graph file takes: as onnx reads it, else ONNX Runtime, else as version 1 made the graph of its stage.
+    """The inputs of a graph file: from onnx, else from ONNX Runtime, else those that version 1 gave the stage's graph.
 
-    Raises IntegrityError for a file that nothing here can read.
+    Raises IntegrityError for a file that nothing on this machine can read.
     """
     declared = _declared(graph)
     if declared is None and stage is None:
@@ -155,7 +155,7 @@ def _declared(graph: Path) -> Declared | None:
         return _declared_to_onnxruntime(graph)
     try:
         inputs = onnx.load(os.fspath(graph), load_external_data=False).graph.input
-    except Exception as error:  # protobuf's errors share no base but Exception
+    except Exception as error:  # protobuf's errors have no common base except Exception
         raise IntegrityError(f"{graph}: no ONNX graph: {error}") from error
     found: Declared = []
     for value in inputs:
@@ -166,7 +166,7 @@ def _declared(graph: Path) -> Declared | None:
 
 
 def _declared_to_onnxruntime(graph: Path) -> Declared | None:
-    """None where ONNX Runtime is not installed, or cannot load the graph here (bfloat16 on a CPU, say)."""
+    """None if ONNX Runtime is not installed, or cannot load the graph here (for example bfloat16 on a CPU)."""
     try:
         import onnxruntime as ort
 
@@ -177,7 +177,7 @@ def _declared_to_onnxruntime(graph: Path) -> Declared | None:
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     try:
         session = ort.InferenceSession(os.fspath(graph), options, providers=["CPUExecutionProvider"])
-    except Exception:  # ONNX Runtime's errors share no base but Exception
+    except Exception:  # ONNX Runtime's errors have no common base except Exception
         return None
     return [(value.name, value.type, list(value.shape)) for value in session.get_inputs()]
 
@@ -191,7 +191,7 @@ def _input(graph: Path, stage: Stage | None, name: str, kind: str, sizes: list[i
 
 
 def _exports(bundle: Bundle) -> Iterable[Export]:
-    """The graphs that take other inputs than their stage's row, and those that a loop's other stage has alone."""
+    """Graphs that take other inputs than their stage's row, and missing graphs of plain stages with a guided graph."""
     for stage in bundle.manifest.all_stages:
         for precision in (*PRECISIONS, *QUANTIZED):
             file = graph_file(stage.name, precision)
@@ -206,20 +206,20 @@ def _exports(bundle: Bundle) -> Iterable[Export]:
 
 
 def _guided(manifest: Manifest, plain: str) -> Stage | None:
-    """The stage that does with both branches what `plain` does with one."""
+    """The stage that does the step of `plain` with both branches of guidance."""
     pairs = [pair for loop in manifest.loops for pair in loop.pairs]
     names = [guided for guided, own in pairs if own == plain and guided is not None]
     return manifest.stage(names[0]) if names else None
 
 
 def _fits(stage: Stage, inputs: tuple[GraphInput, ...]) -> bool:
-    """Whether a graph takes the inputs of its stage's row; sizes that it fixes are no matter."""
+    """Whether a graph takes the inputs of its stage's row; fixed sizes do not matter."""
     given = {row.name: (row.dtype, len(row.shape)) for row in inputs}
     return given == {t.name: (t.dtype, len(t.shape)) for t in stage.inputs}
 
 
 def _static(manifest: Manifest, stage: Stage, inputs: tuple[GraphInput, ...]) -> str:
-    """The sizes that a graph fixes as `higen-export onnx --static` takes them, or ""."""
+    """The fixed sizes of a graph in the form of `higen-export onnx --static`, or ""."""
     shapes = {t.name: t.shape for t in stage.inputs}
     sizes = {
         symbol: size

@@ -4,14 +4,15 @@
 .webm   VP9, yuv420p, BT.709; the same tags
 .gif    one 256-colour palette for the clip, dithered; JSON in the comment; at most 50 frames a second
 .webp   animated and lossless; JSON in EXIF ImageDescription
-.png    lossless, one file per frame: out.png stands for out_0000.png, out_0001.png, ...; JSON in the text `Comment`
-        and in `higen.frame` which frame of which clip it is
-.npy    the array of frames and nothing else: no rate, no metadata
+.png    lossless, one file per frame: out.png means out_0000.png, out_0001.png, ...; JSON in the text `Comment`, and
+        the clip's id and the frame's index in the text `higen.frame`
+.npy    only the array of frames: no rate, no metadata
 
-Opened, not saved: .m4v .mov .mkv .avi .ts .mts .m2ts .mpg .mpeg .ogv .wmv .flv .3gp .apng
+Can be opened, but not saved: .m4v .mov .mkv .avi .ts .mts .m2ts .mpg .mpeg .ogv .wmv .flv .3gp .apng
 
-The JSON is the clip's metadata and, as the key `higen.video`, the rate, length and size of what was saved: `Video.open`
-restores a rate that the format rounded, crops padding, and tells a truncated file. Suffixes may be in capitals.
+The JSON is the clip's metadata and, under the key `higen.video`, the rate, length and size that were saved. With these,
+`Video.open` restores a rate that the format rounded, crops padding and detects a truncated file. Suffixes may be in
+capitals.
 """
 
 from __future__ import annotations
@@ -57,8 +58,8 @@ class Video:
 
     frames    uint8 [F, H, W, 3], RGB; F, H, W >= 1
     fps       frames per second, finite and > 0
-    metadata  what JSON can hold: prompt, seed, cues, model, versions, timings
-    maker     gives the pipeline that made it as long as that is there; not kept in files or copies
+    metadata  values that JSON can hold: prompt, seed, cues, model, versions, timings
+    maker     returns the pipeline that made the clip, while that exists; not kept in files or copies
 
     Raises OutputError naming the value and what is allowed.
     """
@@ -86,7 +87,7 @@ class Video:
         object.__setattr__(self, "metadata", metadata)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A clip is sent to another process as what it was made from: its frames are read-only there too."""
+        """A clip is pickled as its constructor's arguments, so its frames are read-only in the other process, too."""
         return type(self), (self.frames, self.fps, self.metadata)
 
     @classmethod
@@ -96,14 +97,14 @@ class Video:
 
     @classmethod
     def open(cls, path: str | os.PathLike[str]) -> Video:
-        """Read a file that `save` wrote, or any other of these formats and of those at the top of this file.
+        """Read a file that `save` wrote, or any other file in one of the formats at the top of this module.
 
-        Frames are as players show them: turned, mirrored, at the pixels' aspect, deinterlaced, over white where they
-        are transparent. Frames of uneven length are repeated at a steady rate, which keeps the duration; what our own
-        record says is taken where the file agrees with it. A .png sequence is named as for `save` (out.png) or by any
-        of its files (out_0000.png), and may begin with any number. A file without a rate (.npy, another program's
-        .png) has 8 fps. Raises OutputError for a missing, corrupt, truncated or too large file, and a sequence with a
-        gap, of several sizes or of two clips.
+        Frames look as in a player: rotated, mirrored, with the right aspect of pixels, deinterlaced, transparent parts
+        on white. If frames have different durations, they are repeated at a steady rate, so that the clip's duration is
+        kept. Values in our own record are used if the file agrees with them. A .png sequence is named as for `save`
+        (out.png) or by any of its files (out_0000.png), and may begin with any number. A file without a rate (.npy,
+        another program's .png) gets 8 fps. Raises OutputError for a missing, corrupt, truncated or too large file, and
+        for a sequence with a gap, with different sizes or of two clips.
         """
         path = given_path(path)
         with enough_memory(str(path)):
@@ -114,17 +115,17 @@ class Video:
             raise OutputError(f"{path}: not a readable {path.suffix} file ({error})") from error
 
     def save(self, path: str | os.PathLike[str], *, audio: str | os.PathLike[str] | None = None) -> Path:
-        """Write the clip in the format of the path's suffix; returns the file written, for .png the first one.
+        """Write the clip in the format of the path's suffix. Returns the written file (for .png, the first one).
 
-        `audio`: a sound file, or a video whose sound is taken; written beside the frames of .mp4 (AAC) and .webm
-        (Opus), cut or padded with silence to their length, which a MediaWarning says.
+        `audio`: a sound file, or a video with sound. It is added to .mp4 (as AAC) and .webm (as Opus). It is cut, or
+        padded with silence, to the length of the clip, with a MediaWarning.
 
-        An odd height or width of .mp4 and .webm is padded to even by repeating the last row or column. Everything is
-        written to a temporary folder beside the target, then renamed: no failure and no kill harms what was there, and
-        the next save removes what a kill left. A .png sequence replaces the one of that name whole, its frames past
-        this clip's end go: those that higen wrote, and no other file.
-        Raises OutputError as `check_output` does, for a full disk or a failing encoder, and for a sound that cannot be
-        read, is silent, or has no place in the format.
+        For .mp4 and .webm, an odd height or width is made even by repeating the last row or column. Everything is
+        written to a temporary folder next to the target, then renamed. So a failure or a kill never damages existing
+        files, and the next save removes the remains of a kill. A .png sequence replaces the old sequence of that name
+        completely. Old frames past the end of this clip are removed, but only those that higen wrote.
+        Raises OutputError as `check_output` does, for a full disk or a failing encoder, for a sound that cannot be read
+        or is silent, and for a sound if the format has none.
         """
         if audio is None:
             return write(Clip(self.frames, self.fps, self.metadata), path)
@@ -138,7 +139,7 @@ class Video:
     ) -> Image.Image:
         """A grid of `frames` evenly spaced frames (None: all), row by row on white, as a PIL RGB image.
 
-        `columns`: None is 8; `labels` writes each frame's time below it. Raises OutputError for columns or frames
+        `columns`: None means 8; `labels`: write each frame's time below it. Raises OutputError for columns or frames
         below 1.
         """
         from PIL import Image, ImageDraw, ImageFont
@@ -158,10 +159,10 @@ class Video:
         return sheet
 
     def plot_cues(self, pipe: Any = None) -> Image.Image:
-        """The curves that were asked for beside those of the clip, measured, as a PIL RGB image 640 pixels wide.
+        """A plot of the requested curves and the curves measured from the clip, as a PIL RGB image 640 pixels wide.
 
-        `pipe`: the pipeline whose model measures them; None: the one that made the clip. Raises RequestError where
-        that is gone, and for a model that has no curve with units of its own.
+        `pipe`: the pipeline with the model that measures them; None: the pipeline that made the clip. Raises
+        RequestError if that no longer exists, and for a model without curves in their own units.
         """
         pipe = pipe if pipe is not None else self.maker() if self.maker is not None else None
         if pipe is None:
@@ -177,17 +178,17 @@ class Video:
 
     @property
     def height(self) -> int:
-        """Pixels."""
+        """The height in pixels."""
         return int(self.frames.shape[1])
 
     @property
     def width(self) -> int:
-        """Pixels."""
+        """The width in pixels."""
         return int(self.frames.shape[2])
 
     @property
     def duration(self) -> float:
-        """Seconds."""
+        """The duration in seconds."""
         return len(self) / self.fps
 
     def __len__(self) -> int:
@@ -198,7 +199,7 @@ class Video:
         return f"Video({len(self)} frames, {self.width}x{self.height}, {self.fps:g} fps, {prompt!r})"
 
     def _repr_html_(self) -> str:
-        """For notebooks: the clip as an mp4 inside the HTML, at least 320 pixels wide, with the prompt below."""
+        """For notebooks: the clip as an mp4 inside the HTML, at least 320 pixels wide, with the prompt below it."""
         with tempfile.TemporaryDirectory() as folder:
             data = base64.b64encode(self.save(Path(folder, "clip.mp4")).read_bytes()).decode("ascii")
         style = f"width:{max(320, self.width)}px;max-width:100%;image-rendering:auto"
@@ -221,7 +222,7 @@ def to_uint8(pixels: NDArray[np.floating]) -> NDArray[np.uint8]:
     """Decoded pixels, float32 [F, 3, H, W] in [-1, 1], as frames, uint8 [F, H, W, 3].
 
     x * 0.5 + 0.5, clamped to [0, 1], times 255, truncated (reference: `tensor2vid`), all in float32.
-    Raises BackendError for another shape or dtype, and for NaN and infinity, which would pass for black or white.
+    Raises BackendError for another shape or dtype, and for NaN and infinity, which would look like black or white.
     """
     if pixels.ndim != 4 or pixels.shape[1] != 3 or not np.issubdtype(pixels.dtype, np.floating):
         raise BackendError(f"pixels {pixels.dtype} {list(pixels.shape)}: float32 [F, 3, H, W] is wanted")
@@ -240,8 +241,8 @@ def _count(name: str, value: object) -> int:
 
 
 def strip(frames: NDArray[np.uint8], most: int = 8, side: int = 256) -> tuple[Image.Image, int]:
-    """Evenly spaced frames of [f,H,W,3] side by side, as a PIL RGB image, and how many they are: `most` at most, none
-    higher or wider than `side` pixels.
+    """Evenly spaced frames of [f,H,W,3] side by side, as a PIL RGB image, and the number of frames in it: at most
+    `most`, each at most `side` pixels high and wide.
     """
     from PIL import Image
 
@@ -257,9 +258,9 @@ def strip(frames: NDArray[np.uint8], most: int = 8, side: int = 256) -> tuple[Im
 
 
 def contact_sheet(videos: Sequence[Video], frames_per_video: int | None = None) -> Image.Image:
-    """One row of evenly spaced frames per clip with its prompt above, as a PIL RGB image on white; None: 8 frames.
+    """One row of evenly spaced frames per clip, with its prompt above, as a PIL RGB image on white; None: 8 frames.
 
-    A prompt wider than the sheet is cut; letters beyond ASCII show as boxes. Raises OutputError for no clips.
+    A prompt wider than the sheet is cut. Characters beyond ASCII appear as boxes. Raises OutputError for no clips.
     """
     from PIL import Image, ImageDraw, ImageFont
 

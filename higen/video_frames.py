@@ -1,6 +1,6 @@
-"""The .png sequence: one picture per frame; each says which frame of which clip it is.
+"""The .png sequence: one picture per frame. Each picture has a mark with its clip and frame number.
 
-Only pictures that say so are replaced or removed: another program's file of the same name is never touched.
+Only pictures with such a mark are replaced or removed; another program's file of the same name is never touched.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from higen.video_record import Clip, numbered, unpack
 __all__ = ["FRAME", "clip_id", "frame_mark", "frame_text", "replaced"]
 
 FRAME = "higen.frame"
-"""The key of the text in a picture that says what frame it is."""
+"""The key of the text in a picture that contains the mark."""
 
 
 def clip_id(clip: Clip) -> str:
-    """Equal for equal clips only."""
+    """A digest of a clip; equal only for equal clips."""
     digest = hashlib.sha256(json.dumps([clip.fps, list(clip.frames.shape), dict(clip.metadata)]).encode())
     for frame in clip.frames:
         digest.update(frame.tobytes())
@@ -33,14 +33,14 @@ def clip_id(clip: Clip) -> str:
 
 
 def frame_text(clip: str, index: int) -> str:
-    """What a picture says of itself: frame `index`, from 0, of the clip with this id."""
+    """A picture's mark: it is frame `index` (from 0) of the clip with the id `clip`."""
     return json.dumps({"clip": clip, "frame": index})
 
 
 def frame_mark(info: Mapping[Any, Any]) -> tuple[str, int | None] | None:
-    """Clip and frame of a picture of a sequence, from Pillow's `info`; None for another program's.
+    """The clip and frame of a picture, from Pillow's `info`; None for another program's picture.
 
-    Pictures of older versions have no mark: their id is their clip's whole payload, their number None.
+    Pictures of older higen versions have no mark: their clip id is the clip's whole payload, their frame number None.
     """
     payload = str(info.get("Comment", ""))
     if unpack(payload)[1] is None:
@@ -55,9 +55,9 @@ def frame_mark(info: Mapping[Any, Any]) -> tuple[str, int | None] | None:
 
 
 def replaced(path: Path, count: int) -> list[Path]:
-    """The pictures past frame `count` that are removed when a clip of `count` frames replaces the sequence `path`.
+    """The pictures from frame `count` on, to be removed when a clip of `count` frames replaces the sequence `path`.
 
-    Raises OutputError naming the first file in the place of a frame that is not that frame of a sequence of ours.
+    Raises OutputError naming the first file that has the name of a frame but was not written by higen as that frame.
     """
     clips, longest = set(), 0
     for index in range(count):
@@ -84,7 +84,7 @@ def replaced(path: Path, count: int) -> list[Path]:
 
 
 def _mark(file: Path, index: int) -> tuple[str, int] | None:
-    """Id and length of the clip that a file is frame `index` of; None if it is none of ours."""
+    """Id and length of the clip in which a file is frame `index`; None if higen did not write it as that frame."""
     from PIL import Image
 
     try:
@@ -101,7 +101,7 @@ def _mark(file: Path, index: int) -> tuple[str, int] | None:
 
 
 def _numbered_files(path: Path) -> list[tuple[int, Path]]:
-    """The frames' files that are there under a sequence's names, with their numbers, ascending."""
+    """The existing files with names of a sequence, with their numbers, in ascending order."""
     pattern = re.compile(re.escape(f"{path.stem}_") + "([0-9]+)" + re.escape(path.suffix), re.DOTALL)
     found = {int(name[1]) for file in path.parent.iterdir() if (name := pattern.fullmatch(file.name))}
     return [(index, file) for index in sorted(found) if os.path.lexists(file := numbered(path, index))]

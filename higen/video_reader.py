@@ -24,10 +24,11 @@ from higen.video_run import Run, find_run
 __all__ = ["READABLE", "read"]
 
 READABLE = (*STREAMS, *ANIMATIONS, ".npy")
-"""Suffixes of files that are read. The contents decide the format: a file named .gif may hold an MP4."""
+"""Suffixes of files that can be read. The contents decide the format: a file named .gif may contain an MP4."""
 
 _HOLD = 0.5
-"""In files of other programs, a neighbouring frame replaces frames that cannot be decoded, for this many seconds."""
+"""In other programs' files, frames that cannot be decoded are replaced by a neighbouring frame, for up to this many
+seconds."""
 
 _TRIES = 20
 """How often a sequence is read again while another process saves it."""
@@ -48,7 +49,7 @@ def read(path: Path, most: int | None = None) -> Clip:
         if suffix == ".npy":
             return _read_npy(path, most)
         if suffix == ".png":
-            settle(path.absolute().parent)  # a save that was killed as its frames took their places
+            settle(path.absolute().parent)  # finish a save that was killed while its frames were being renamed
         if suffix == ".png" and not moves(path):
             return _read_while_still(path, most)
         return _read_moving(open_clip(path), most)
@@ -75,13 +76,13 @@ def _read_moving(source: Animation | VideoStream, most: int | None) -> Clip:
 
 
 def _plan(source: Animation | VideoStream, record: Record | None, most: int | None) -> tuple[NDArray[np.int64], float]:
-    """Indices of the frames to show, at least `most` of them if there are as many, and the frame rate.
+    """Indices of the frames to show (at least `most` of them, if there are so many), and the frame rate.
 
-    Both come from higen's own record where the file agrees with it: another program may have changed the file.
+    Both come from higen's own record if the file agrees with it; another program may have changed the file.
     """
     count, seconds = len(source.times), source.end - float(source.times[0])
     if record is not None and isinstance(source, Animation):
-        # Encoders merge equal frames into one that lasts longer, or into a still: this repeats it.
+        # Encoders merge equal frames into one longer frame or into a still picture: repeat it.
         if count == 1 and not source.timed:
             repeated = record.frames if most is None else min(record.frames, most)
             check_bytes(repeated, *source.size)
@@ -93,7 +94,7 @@ def _plan(source: Animation | VideoStream, record: Record | None, most: int | No
                 return np.arange(count).repeat(repeats), record.fps
     shown, fps = steady_plan(source.times, source.end)
     if len(shown) == count:
-        # Time stamps are rounded. An exact rate is taken if its duration agrees to half a frame and to one per cent.
+        # Time stamps are rounded. An exact rate is used if its duration agrees within half a frame and one per cent.
         for exact in (source.rate, record.fps if record else 0.0):
             if exact and abs(count - exact * seconds) < min(0.5, 0.01 * count):
                 fps = exact
@@ -135,11 +136,11 @@ def _read_while_still(path: Path, most: int | None) -> Clip:
 
 
 def _read_run(run: Run, most: int | None) -> Clip:
-    """The pictures of a sequence, checked to be of one clip and one size."""
+    """The pictures of a sequence, after a check that they are from one clip and have one size."""
     first, info = load(run.files[0])
     metadata, record = unpack(str(info.get("Comment", "")))
     mark = frame_mark(info) if run.numbered else None
-    whole = len(run.files)  # of another program: up to the last number
+    whole = len(run.files)  # for another program's sequence: all files
     if mark is not None and record is not None:
         whole = record.frames
         if len(run.files) < whole:
@@ -165,7 +166,7 @@ def _read_run(run: Run, most: int | None) -> Clip:
 
 
 def _cropped(frames: NDArray[np.uint8], record: Record | None) -> NDArray[np.uint8]:
-    """Without the row and column that made an odd size even."""
+    """Frames without the row and column that were added to make an odd size even."""
     if record is None:
         return frames
     padded = (record.height + record.height % 2, record.width + record.width % 2)
@@ -179,7 +180,7 @@ def _read_npy(path: Path, most: int | None) -> Clip:
             first = np.lib.format.read_magic(file) == (1, 0)
             read_header = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
             shape, _, dtype = read_header(file)
-        except ValueError as error:  # numpy's words are about Python's syntax
+        except ValueError as error:  # numpy's message is about Python syntax
             raise OutputError("it has no header of an array") from error
         if dtype == np.uint8 and len(shape) == 4:
             check_bytes(shape[0] if most is None else min(shape[0], most), shape[2], shape[1])

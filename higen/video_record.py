@@ -1,6 +1,6 @@
-"""The record of a clip in its file: the JSON that every format contains, and the names of a .png sequence.
+"""The record of a clip in its file: the JSON in all formats with metadata, and the names of a .png sequence.
 
-The JSON is the clip's metadata and, as the key `higen.video`, the rate, length and size of what was saved.
+The JSON is the clip's metadata and, under the key `higen.video`, the rate, length and size that were saved.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ DEFAULT_FPS = 8.0
 
 @dataclass(frozen=True, eq=False)
 class Clip:
-    """Frames uint8 [F, H, W, 3], their rate, and metadata in JSON's types: what is written and read.
+    """The data that is written and read: frames uint8 [F, H, W, 3], their rate, and metadata in JSON's types.
 
-    `sound` is written beside the frames; it is not read.
+    `sound` is written with the frames; it is not read.
     """
 
     frames: NDArray[np.uint8]
@@ -43,7 +43,8 @@ class Clip:
 
 
 def pack(clip: Clip) -> tuple[str, str]:
-    """Title and payload: the prompt without what a C string or UTF-8 cannot hold; metadata and record as ASCII."""
+    """Title and payload: the prompt without characters that a C string or UTF-8 cannot hold; metadata and record as
+    ASCII."""
     count, height, width, _ = clip.frames.shape
     record = {"fps": clip.fps, "frames": count, "height": height, "width": width}
     title = clip.prompt.replace("\0", " ").encode("utf-8", "replace").decode("utf-8")
@@ -52,7 +53,7 @@ def pack(clip: Clip) -> tuple[str, str]:
 
 @dataclass(frozen=True)
 class Record:
-    """What a file of ours says of the clip that was saved."""
+    """The record of the saved clip in a file that higen wrote."""
 
     fps: float
     frames: int
@@ -61,12 +62,12 @@ class Record:
 
     @property
     def seconds(self) -> float:
-        """Its duration."""
+        """The duration in seconds."""
         return self.frames / self.fps
 
 
 def unpack(payload: str) -> tuple[dict[str, Any], Record | None]:
-    """Metadata and record of a payload; none of both for the text of another program."""
+    """Metadata and record of a payload; empty and None for another program's text."""
     try:
         metadata = json.loads(payload)
         record = metadata.pop(RECORD)

@@ -1,4 +1,4 @@
-"""Finds the files of a .png sequence. It may begin with any number and have any number of digits."""
+"""Finds the files of a .png sequence. The numbers may begin at any value and have any number of digits."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ class Run:
     """The files from the first number to the first gap.
 
     missing    text that names the first missing file; "" if there is none
-    length     number of files from the first to the last number, with the missing ones
+    length     number of files from the first to the last number, including missing ones
     numbered   False for a single picture without a number
-    member     the file by whose name the sequence was opened; "" for the name of the whole sequence
+    member     the file name by which the sequence was opened; "" for the name of the whole sequence
     """
 
     files: tuple[Path, ...]
@@ -35,16 +35,16 @@ class Run:
 
 
 def find_run(path: Path) -> Run:
-    """The sequence that a path names: by the name given to `save` (out.png for out_0000.png and so on), or by the name
-    of any of its files.
+    """The sequence that a path names: the name given to `save` (out.png for out_0000.png and so on), or the name of any
+    of its files.
 
-    If the file out.png exists too, it is read alone, unless higen saved the sequence. Raises OutputError, OSError.
+    If a file out.png exists, too, only that file is read, unless higen saved the sequence. Raises OutputError, OSError.
     """
     named = _run(path.parent, f"{path.stem}_", path.suffix)
     if named is not None and (not path.is_file() or _saved_by_us(named, path)):
         return named
     if not path.is_file():
-        head(path)  # says what it is instead
+        head(path)  # its error says what the path is
     match = _NUMBERED.fullmatch(path.stem)
     found = _run(path.parent, match[1], path.suffix, match[2]) if match else None
     return replace(found, member=path.name) if found else Run((path,), numbered=False)
@@ -69,7 +69,7 @@ def _run(folder: Path, prefix: str, suffix: str, member: str | None = None) -> R
 
 
 def _of_width(names: list[str], width: int) -> Mapping[int, str]:
-    """Digits by number, for the names that printf's %0{width}d writes."""
+    """The digits in names by number, for names with the format %0{width}d of printf."""
     return {int(name): name for name in names if name == f"{int(name):0{width}d}"}
 
 

@@ -30,7 +30,7 @@ _Encode = Callable[[Clip, Path], None]
 
 
 def write(clip: Clip, path: str | os.PathLike[str]) -> Path:
-    """Write the clip; see `Video.save`. Returns the file written, for .png the first one."""
+    """Write the clip; see `Video.save`. Returns the written file (for .png, the first one)."""
     path = check_output(path, len(clip.frames), clip.fps)
     encode, _ = _WRITERS[path.suffix.lower()]
     try:
@@ -41,20 +41,20 @@ def write(clip: Clip, path: str | os.PathLike[str]) -> Path:
         return path
     except HigenError:
         raise
-    except Exception as error:  # encoders do not keep to OSError
+    except Exception as error:  # encoders also raise other errors than OSError
         if is_of_a_handler(error):
             raise
         raise OutputError(f"{path}: cannot be written ({error})") from error
 
 
 def _place_sequence(clip: Clip, path: Path, encode: _Encode) -> Path:
-    """All frames, or none, take the place of the sequence that is there."""
+    """Replace the existing sequence by all frames, or by none."""
     folder, count = path.parent.absolute(), len(clip.frames)
     with staging(folder) as stage:
         made = stage.folder / f"new{path.suffix}"
         encode(clip, made)
         with exclusive(folder):
-            beyond = replaced(folder / path.name, count)  # as it is now: another process may have written
+            beyond = replaced(folder / path.name, count)  # checked again, because another process may have written
             pairs = [(numbered(made, index), numbered(folder / path.name, index)) for index in range(count)]
             for new, old in pairs:
                 keep_mode(new, old)
@@ -63,11 +63,11 @@ def _place_sequence(clip: Clip, path: Path, encode: _Encode) -> Path:
 
 
 def check_output(path: str | os.PathLike[str], frames: int = 1, fps: float | None = None) -> Path:
-    """The path, if `Video.save` can write a clip of this many frames there; call it before the work of making it.
+    """The path, if `Video.save` can write a clip of this many frames there. Call this before making the clip.
 
-    A file is replaced, through a link too. Raises OutputError for an unknown suffix, a name that the file system does
-    not take, a read-only file, what is no plain file, a missing or read-only folder, and for .png a file in the place
-    of a frame that higen did not write as that frame, and for a rate that the format cannot have.
+    An existing file is replaced, also through a link. Raises OutputError for an unknown suffix, a name that the file
+    system does not accept, a read-only file, anything but a regular file, a missing or read-only folder, a rate that
+    the format cannot have, and for .png, if a file has a frame's name but higen did not write it as that frame.
     """
     path = given_path(path, "output")
     suffix = path.suffix.lower()
@@ -90,9 +90,9 @@ def check_output(path: str | os.PathLike[str], frames: int = 1, fps: float | Non
 
 
 def read_track(path: Path, audio: str | os.PathLike[str], seconds: float) -> tuple[Sound, str]:
-    """The sound to write beside the frames at `path`, as long as they, and what was done to it, in words.
+    """The sound to write with the frames at `path`, cut or padded to `seconds`, and a description of that change.
 
-    Raises OutputError for a suffix that has no sound, and for a file that is none, or is silent as long.
+    Raises OutputError for a format without sound, and for a file that is not a sound or is silent for `seconds`.
     """
     if path.suffix.lower() not in _CODECS:
         raise OutputError(f"{path}: a {path.suffix} file has no sound; {', '.join(_CODECS)} have")
@@ -112,7 +112,7 @@ def _write_stream(clip: Clip, path: Path) -> None:
         stream: Any = output.add_stream(codec, Fraction(clip.fps).limit_denominator(10_000), options=options)
         stream.height, stream.width = even.shape[1:3]
         stream.pix_fmt = "yuv420p"
-        # These tags (1 is BT.709, and the limited range) only declare; the conversion is the reformat below.
+        # These tags only declare BT.709 and the limited range (both are 1). The conversion is `reformat` below.
         context = stream.codec_context
         context.colorspace = context.color_range = context.color_primaries = context.color_trc = 1
         track = None if clip.sound is None else Track(output, voice, clip.sound)
@@ -130,7 +130,7 @@ def _write_stream(clip: Clip, path: Path) -> None:
 def _quantized(frames: NDArray[np.uint8]) -> list[Image.Image]:
     from PIL import Image
 
-    step = math.ceil(math.sqrt(frames.size / 3 / 32_768))  # enough pixels for a palette, in 0.1 s
+    step = math.ceil(math.sqrt(frames.size / 3 / 32_768))  # enough pixels for a palette; takes 0.1 s
     sample = np.ascontiguousarray(frames[:, ::step, ::step])
     palette = Image.fromarray(sample.reshape(-1, sample.shape[2], 3)).quantize(256, Image.Quantize.MAXCOVERAGE)
     return [Image.fromarray(frame).quantize(palette=palette) for frame in frames]
@@ -147,7 +147,7 @@ def _write_animation(clip: Clip, path: Path) -> None:
         unit, (first, *rest) = 1, [Image.fromarray(frame) for frame in clip.frames]
         options = {"format": "WEBP", "lossless": True, "exif": Image.Exif()}
         options["exif"][0x010E] = payload  # ImageDescription
-    # Milliseconds in multiples of the format's unit, rounded so that no error adds up.
+    # Milliseconds in multiples of the format's unit. Rounding the times of the edges avoids accumulated errors.
     edges = np.rint(np.arange(len(clip.frames) + 1) * (1000 / unit / clip.fps)).astype(int) * unit
     first.save(path, save_all=True, append_images=rest, duration=np.diff(edges).tolist(), loop=0, **options)
 
@@ -165,12 +165,12 @@ def _write_png(clip: Clip, path: Path) -> None:
 
 
 def _write_npy(clip: Clip, path: Path) -> None:
-    with path.open("wb") as file:  # given a path, numpy appends .npy to .NPY
+    with path.open("wb") as file:  # if given a path, numpy would append .npy to .NPY
         np.save(file, clip.frames)
 
 
-# Container, encoder, its options, muxer options, encoder of sound.
-# VP9: b=0 is no limit on the bit rate, cpu-used=4 is fast.
+# Container, video encoder, its options, muxer options, sound encoder.
+# VP9: b=0 means no limit on the bit rate, cpu-used=4 is fast.
 _VP9 = {"crf": "24", "b": "0", "deadline": "good", "cpu-used": "4", "row-mt": "1"}
 _CODECS: dict[str, tuple[str, str, dict[str, str], dict[str, str], str]] = {
     ".mp4": ("mp4", "libx264", {"crf": "17"}, {"movflags": "+faststart"}, "aac"),
@@ -182,7 +182,7 @@ _CODECS: dict[str, tuple[str, str, dict[str, str], dict[str, str], str]] = {
         "libopus",
     ),
 }
-# Writer, highest rate (browsers play a frame of a .gif of less than 20 ms for 100 ms).
+# Writer, highest rate (browsers show a .gif frame of less than 20 ms for 100 ms).
 _WRITERS: dict[str, tuple[_Encode, float]] = {
     ".mp4": (_write_stream, 1000),
     ".webm": (_write_stream, 1000),
