@@ -1,4 +1,4 @@
-"""The sizes that a stage's free axes can have at run time. Graphs are checked with them, engines are built for them.
+"""The sizes of a stage's free axes at run time. Graphs are checked with these sizes; engines are built for them.
 
 A denoising stage runs on a batch, with the frames of its loop or of a window. Any other stage runs on one sample at a
 time, with the frames of the loop that needs it. The decoder, and stages that take frames one by one (axis N), get one

@@ -243,7 +243,7 @@ def create_model(path: str | os.PathLike[str], manifest: Manifest, overwrite: bo
 
 
 def put_file(bundle: Bundle, finished: Path, name: str, inputs: tuple[GraphInput, ...] | None = None) -> Bundle:
-    """Move a finished file of the model's folder to `name` and enter it in the manifest; returns the bundle with it.
+    """Move a finished file in the model's folder to `name` and add it to the manifest; returns the new bundle.
 
     `inputs`: the inputs of a graph; None for any other file. The directory is consistent at every moment: it has the
     old file, no file or the new file. If a kill leaves it with no file, the next run or opening completes the change.

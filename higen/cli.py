@@ -31,7 +31,7 @@ LATE = {
     "serve": "higen.serve_command:serve",
     "train": "higen.train.cli:train",
 }
-"""Commands in modules of their own."""
+"""Commands in separate modules."""
 
 
 @click.group(cls=LateCommands, late=LATE, context_settings={"help_option_names": ["-h", "--help"]})
@@ -133,7 +133,7 @@ def convert(
 
 @contextmanager
 def _bytes_bar(wanted: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A bar over all that is written, where a person is watching; yields (file, bytes done, all bytes)."""
+    """A progress bar over all files, if a person is watching. Yields a function of (file, bytes done, all bytes)."""
     from tqdm import tqdm
 
     with tqdm(unit="B", unit_scale=True, disable=not (wanted and is_watched())) as bar:
@@ -190,7 +190,7 @@ def prompts(model: Path | None, as_json: bool) -> None:
 
 
 def _vocabulary(words: list[str] | None) -> str:
-    """The words, as wide as the terminal."""
+    """The words, wrapped to the terminal's width."""
     if words is None:
         return "It reads any word."
     if not words:

@@ -86,7 +86,7 @@ def _copies(bundle: Bundle, part: spec.Part, taken: Mapping[str, FileRecord]) ->
     """
     variants = bundle.manifest.variants
     owners = {name: bundle.manifest.listed(name) for name in (*part.stages, *variants)}
-    # A variant has the name of its stage first.
+    # A variant's name begins with its stage's name.
     stages = {name: part.stages[own] + name[len(own) :] for name, own in owners.items() if own in part.stages}
     for name in bundle.files:
         stem, _, rest = name.partition(".")

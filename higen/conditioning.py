@@ -118,7 +118,7 @@ def sinusoid_rows(values: Array | None, frames: int, dim: int) -> Array:
 
 
 def _distance(frames: int, columns: int) -> NDArray[np.float64]:
-    """|i/(frames-1) - k/(columns-1)| for frame i and column k; a single frame stands at every position at once."""
+    """|i/(frames-1) - k/(columns-1)| for frame i and column k; 0 for a single frame."""
     if frames == 1:
         return np.zeros((1, columns))
     return np.abs(np.linspace(0, 1, frames)[:, None] - np.linspace(0, 1, columns)[None, :])

@@ -39,7 +39,7 @@ def convert(
 ) -> Bundle:
     """Make the model directory `output` from the three files of the first family (`families.FIRST`).
 
-    `arguments`: settings of a denoiser that has another size than the released one and that its files do not contain.
+    `arguments`: for a denoiser of another size than the released one, the settings that its files do not contain.
     Everything else is as in `convert_sources`.
     """
     sources = (denoiser, text, autoencoder)

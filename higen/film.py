@@ -52,7 +52,7 @@ def scene_requests(pipeline: Pipeline, script: Script) -> list[Request]:
 
 
 def _continued(pipeline: Pipeline, scene: Scene, first: NDArray[np.uint8]) -> Request:
-    """The request of a scene whose first frame is the last one of the scene before."""
+    """The request of a scene that begins with the last frame of the scene before."""
     control, _ = known_controls(pipeline.manifest)
     given = scene.options.get(control) or {}
     if given and 0 in by_frame(control, given, scene.frames):

@@ -76,7 +76,7 @@ def opened_folder(path: str | os.PathLike[str]) -> Path:
     """The folder of a model for reading. A change that a killed process left unfinished is finished first."""
     try:
         folder = given_path(path, "model").absolute()  # the working directory may change while the model is open
-    except OSError as error:  # or it was removed
+    except OSError as error:  # the working directory was removed
         raise ManifestError(f"{path}: the working directory is gone: {error.strerror}") from error
     settle(folder if os.path.lexists(folder) else folder.parent)
     return folder

@@ -69,7 +69,7 @@ def frame_order(
     fresh     each frame has its own noise
     shuffled  the first `length` frames have their own noise; each following group of `stride` frames takes the noise of
               the frames `length` earlier, in an order drawn from the stream (seed, purpose + 2^31)
-    repeated  the first `length` frames have their own noise, which repeats after each `length` frames
+    repeated  the noise of the first `length` frames is repeated
     """
     order = np.arange(frames)
     if kind == "fresh" or frames <= length:

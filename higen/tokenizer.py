@@ -38,8 +38,8 @@ __all__ = [
 
 START, END, PAD, UNKNOWN = "<|startoftext|>", "<|endoftext|>", "[PAD]", "[UNK]"
 
-# The reference's pattern ignores case. So its 's also matches the long s (U+017F). Nothing matches U+0345, the only
-# mark that is lower case and not a letter.
+# The reference's pattern ignores case. So its `'s` also matches ' with the long s (U+017F), and nothing matches U+0345,
+# the only mark that is lower case and not a letter.
 _CLIP_PIECES = r"'[s\x{17f}]|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+"
 _WORD_PIECES = r"\w+|[^\w\s]"
 _NAMED = 12

@@ -112,9 +112,9 @@ def record(
 ) -> dict[str, Calls]:
     """The inputs of all calls of `stages` while making videos of `prompts`, on the float32 graphs.
 
-    Only those of `ways` are run that call a further stage. A stage that no request runs has no calls. `shown`: show a
-    progress bar. After `seconds`, recording ends as soon as every stage has a call. `options`: for each request. Raises
-    what a request raises.
+    For each prompt, one of `ways` is run only if it calls a stage that has no call yet. A stage that no request runs
+    has no calls. `shown`: show a progress bar. After `seconds`, recording ends as soon as every stage has a call.
+    `options`: for each request. Raises what a request raises.
     """
     until = float("inf") if seconds is None else time.monotonic() + seconds
     calls: dict[str, Calls] = {stage: [] for stage in stages}
