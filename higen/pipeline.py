@@ -48,7 +48,7 @@ Prompts: TypeAlias = list[str] | tuple[str, ...]
 """Several prompts: they are one batch, and the result is a list."""
 
 KEPT = 128
-"""The most encoded texts, and conditions made from texts, that a pipeline keeps: about 70 MB for the released model."""
+"""The most encoded texts, and conditions made from texts, that a pipeline keeps: about 70 MB in the released model."""
 
 
 class Pipeline:
