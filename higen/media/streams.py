@@ -182,7 +182,7 @@ class VideoStream:
         return True, times, float(times[-1]) + (last or (1 / self.rate if self.rate else 0.0))
 
     def _is_complete(self, container: Any, stream: Any) -> bool:
-        """Whether the file is not cut off: a cut-off MP4 announces more frames, a cut-off Matroska file a longer time."""
+        """Whether the file is not cut off: a cut-off MP4 announces more frames, a cut-off MKV a longer time."""
         import av
 
         if not container.format.name.startswith(_INDEXED):
