@@ -86,7 +86,7 @@ class Batcher:
     """Active requests, their waiting calls, and the next batch. Not thread-safe: its owner holds a lock."""
 
     def __init__(self, slots: int, rows: Mapping[str, int], line: int = 0) -> None:
-        """`slots`: requests active at once; `rows`: most rows of a batch, by stage; `line`: requests that may wait."""
+        """`slots`: requests active at once; `rows`: maximum rows per batch, by stage; `line`: requests that wait."""
         if slots < 1 or line < 0 or any(most < 1 for most in rows.values()):
             raise BackendError(f"slots={slots}, line={line}, rows={dict(rows)}: at least one slot, and one row a stage")
         self.slots = slots
@@ -166,6 +166,6 @@ class Batcher:
         return Batch(tuple(chosen))
 
     def done(self, call: Call) -> None:
-        """Note that a call has run: its request is between two calls now."""
+        """Record that a call has run: its request is between two calls now."""
         if call.request in self._active:
             self._active[call.request] = False

@@ -39,11 +39,11 @@ OFF = "off"
 
 FORMAT = 1
 LIMIT = 1 << 30
-"""Most bytes of all entries; the least recently used ones are removed."""
+"""Maximum size of all entries in bytes. The least recently used ones are removed."""
 LARGEST = 128 << 20
-"""Most bytes of a cached graph with its weights. Reading a larger model takes longer than optimising it."""
+"""Maximum size in bytes of a cached graph with its weights. Reading a larger one takes longer than optimising it."""
 LEAST = 100_000
-"""Fewest bytes of a cached graph without its weights. A smaller one has few nodes: optimising takes milliseconds."""
+"""Minimum size in bytes of a cached graph without its weights. A smaller one is optimised in some milliseconds."""
 
 _ENTRY = re.compile(r"[0-9a-f]{64}-([0-9a-f]{64})\.onnx")
 

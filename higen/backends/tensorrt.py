@@ -58,7 +58,7 @@ class TensorrtBackend:
         """Held while engines are loaded, run or freed. Take it before the lock of `Cuda`."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as its arguments: another process makes it anew."""
+        """Pickled as the constructor's arguments: another process creates it again."""
         return type(self), (self.bundle, self.options)
 
     def prepare(self, stage: str) -> None:

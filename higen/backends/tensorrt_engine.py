@@ -28,7 +28,7 @@ from higen.staging import whole_file
 __all__ = ["Engine"]
 
 MAX_GRAPHS = 16
-"""Most captured graphs kept per stage. A denoising loop alternates between two or three sets of addresses."""
+"""Maximum number of captured graphs per stage. A denoising loop alternates between two or three sets of addresses."""
 
 
 class Engine:

@@ -95,7 +95,7 @@ class TorchBackend:
         _set_threads(options.threads)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """Pickled as its arguments: another process makes it anew."""
+        """Pickled as the constructor's arguments: another process creates it again."""
         return type(self), (self.bundle, self.options)
 
     def prepare(self, stage: str) -> None:
