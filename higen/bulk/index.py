@@ -2,7 +2,7 @@
 
     OUTPUT/index.parquet          one row per request: path, seed, metadata, seconds, error, ...
     OUTPUT/journal/KEY.json       a record that is not in the index yet, written after its video
-    OUTPUT/journal/KEY.begun      how many processes have begun an unfinished row: it counts processes that died in it
+    OUTPUT/journal/KEY.begun      how many processes have begun an unfinished row; all but a running one died in it
     OUTPUT/videos/ab/KEY.mp4      a video, in a folder named by the first two digits of its key
 
 Workers write to the journal. One process moves the records into the index. Every record is in at least one of the two.
@@ -89,7 +89,7 @@ class Journal:
         return None
 
     def begin(self, key: str) -> int:
-        """Note that a row is begun. Returns how often this was noted before."""
+        """Record that a row is begun. Returns how often this was recorded before."""
         name = f"journal/{key}.begun"
         text = (self._place.read(name) or b"0").decode("ascii", "replace")
         before = int(text) if text.isascii() and text.isdigit() else 0

@@ -30,9 +30,9 @@ _LOCAL = "local"
 _STORE = 256 * 2**20
 """Bytes of a local cluster's object store: only rows and records pass through it."""
 _BLOCKS = 20_000
-"""Most blocks: Ray keeps state for each."""
+"""Maximum number of blocks: Ray keeps state for each."""
 _EACH, _ROWS = 32, 8
-"""Blocks per worker, if there are enough rows: all workers then end at nearly the same time. Most rows per block,
+"""Blocks per worker, if there are enough rows: all workers then end at nearly the same time. Maximum rows per block,
 unless that makes too many blocks: records arrive one block at a time.
 """
 _ANSI = re.compile("\x1b\\[[0-9;]*m")

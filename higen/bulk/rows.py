@@ -34,7 +34,7 @@ from higen.video import check_output
 __all__ = ["Row", "key_of", "model_digest", "read_rows"]
 
 _SHOWN = 5
-"""Most wrong rows that an error message names."""
+"""Maximum number of wrong rows that an error message names."""
 
 _RANDOM = ("random", -1)
 
