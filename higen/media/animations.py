@@ -24,7 +24,7 @@ Each = Callable[[int, NDArray[np.uint8]], NDArray[np.uint8]]
 _FORMATS = ("GIF", "PNG", "WEBP")
 _TOO_SHORT = {"GIF": 10.0, "PNG": 0.0, "WEBP": 0.0}  # milliseconds: browsers show a frame as short as this for 100
 _INSTEAD = 100.0
-_MOST_WORK = 2**36  # most bytes of all pixels of an animation
+_MOST_WORK = 2**36  # maximum bytes of all pixels of an animation
 _TRAILER = b"\x3b"
 
 

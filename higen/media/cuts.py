@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 __all__ = ["FEWEST", "find_cuts"]
 
 FEWEST = 6
-"""Fewest frames of a clip in which a cut can be told from motion."""
+"""Minimum number of frames of a clip in which a cut can be told from motion."""
 
 _SIDE = 16  # cells of the reduced frame, per side
 _JUMP = 16.0  # smallest mean change of the cells, in levels of 255

@@ -34,10 +34,10 @@ ANIMATIONS = (".gif", ".webp", ".apng", ".png")
 """Suffixes of picture formats that may be animated."""
 
 MAX_PIXELS = 178_956_970
-"""Most pixels of one picture: Pillow's own limit."""
+"""Maximum number of pixels of one picture: Pillow's own limit."""
 
 MAX_BYTES = 2**33
-"""Most bytes of a clip's frames in memory."""
+"""Maximum size in bytes of a clip's frames in memory."""
 
 _HEAD = 512
 _PNG = b"\x89PNG\r\n\x1a\n"

@@ -26,7 +26,7 @@ _REORDERED = 16
 """Decoding order and display order differ by at most this many frames (H.264, A.3.1: MaxDpbFrames)."""
 
 _LOOKED_AT = 16
-"""Fewest frames to decode, so that time stamps that run backwards are noticed."""
+"""Minimum number of frames to decode, so that time stamps that run backwards are noticed."""
 
 
 class Undecodable(OutputError):

@@ -10,10 +10,10 @@ from higen.errors import OutputError
 __all__ = ["effective_rate", "last_gap", "steady_plan"]
 
 MAX_RATE = 60.0
-"""Highest rate, in frames a second, to which uneven times are resampled."""
+"""Maximum rate, in frames a second, to which uneven times are resampled."""
 
 MOST = 100_000
-"""Most frames to which uneven times are resampled."""
+"""Maximum number of frames to which uneven times are resampled."""
 
 WHOLE = 3.0
 """Below this ratio of a video's rate to the wanted rate, whole strides are taken. Otherwise strides would alternate
@@ -60,7 +60,7 @@ def steady_plan(times: NDArray[np.float64], end: float) -> tuple[NDArray[np.int6
 def effective_rate(times: NDArray[np.float64], fps: float) -> float:
     """The rate at which a clip of `fps` frames a second is really sampled: a whole stride of a steady video's frames.
 
-    If the video is not steady, or its rate is three times `fps` or more, the result is `fps`.
+    The result is `fps` if the video is not steady, or if its rate is at least three times or below half of `fps`.
     """
     gap = last_gap(times)
     gaps = np.diff(times)
