@@ -98,7 +98,7 @@ class Catalog:
     def admit(self, name: str) -> bool:
         """Reserve memory for one more user of a model. Returns False if the model does not fit now.
 
-        After True, the caller must call `use`, which gives the reservation back.
+        After True, the caller must call `use` or `leave`, which give the reservation back.
         """
         freed: list[Running] = []
         with self._lock:

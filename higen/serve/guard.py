@@ -27,13 +27,13 @@ __all__ = ["Guard"]
 LOG = logging.getLogger("higen.serve")
 
 BODY_PAUSE, BODY_TIME = 15.0, 120.0
-"""Most seconds between two parts of a body, and for the whole body."""
+"""Maximum seconds between two parts of a body, and for the whole body."""
 
 HELD = 16
 """The bodies in memory may take as much as this many bodies of the largest size. Further requests must try again."""
 
 READER_PAUSE = 60.0
-"""Most seconds that a client may take to read a part of the answer."""
+"""Maximum seconds that a client may take to read a part of the answer."""
 
 _HERE = ("localhost", "127.0.0.1", "::1")
 

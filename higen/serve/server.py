@@ -25,7 +25,7 @@ from higen.serve.settings import Settings
 __all__ = ["owned", "serve"]
 
 HEAD_TIME = 15.0
-"""Most seconds that a connection may take to send a request's headers."""
+"""Maximum seconds that a connection may take to send a request's headers."""
 
 STOP_TIME = 10
 """Seconds that open connections have to finish when the server stops."""

@@ -63,9 +63,9 @@ class Settings:
 
     models     directories, or NAME=DIRECTORY; the first is the default; if empty, the built-in model
     folder     of the queue and the results
-    memory     most bytes of weights loaded at once; None: no limit
-    slots      jobs that run at once       max_batch  most samples of a shared batch
-    quota      most bytes of results       age        seconds that a finished job is kept
+    memory     maximum bytes of weights loaded at once; None: no limit
+    slots      jobs that run at once       max_batch  maximum samples of a shared batch
+    quota      maximum bytes of results    age        seconds that a finished job is kept
     keys       file of hashed API keys; None: no key is needed
     origins    origins of other pages that may call the API (CORS)
     hosts      accepted host names of requests besides those of this machine; "*": any

@@ -256,7 +256,7 @@ class Store:
         return {row["name"]: Upload(row["suffix"], bytes(row["data"])) for row in rows}
 
     def files(self, name: str) -> list[str]:
-        """The controls of a job with a file."""
+        """Names of a job's controls that have a file."""
         with self._lock:
             rows = self._db.execute("SELECT name FROM inputs WHERE job = ? ORDER BY name", (name,)).fetchall()
         return [row["name"] for row in rows]
@@ -299,11 +299,11 @@ class Store:
             db.execute(f"{query} WHERE id = ? AND status = 'in_progress'", (0 if counts else 1, name))
 
     def complete(self, name: str, metadata: Mapping[str, Any], size: int, age: float) -> bool:
-        """Note that a running job has its result. Returns False if it was cancelled or deleted meanwhile."""
+        """Record that a running job has its result. Returns False if it was cancelled or deleted meanwhile."""
         return self._finish(name, "completed", ("in_progress",), age, None, None, json.dumps(dict(metadata)), size)
 
     def fail(self, name: str, code: str, message: str, age: float) -> bool:
-        """Note that a running job has failed. Returns False if it was not running."""
+        """Record that a running job has failed. Returns False if it was not running."""
         return self._finish(name, "failed", ("in_progress",), age, code, message)
 
     def _finish(
