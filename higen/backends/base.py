@@ -15,14 +15,15 @@ from higen.stages import check_inputs
 __all__ = ["CLOSED", "Backend", "Choice", "RecordingBackend"]
 
 CLOSED = "the pipeline was closed: load the model again"
-"""What a BackendError says of a stage that is asked for after `close`."""
+"""The message of the BackendError for a stage that is used after `close`."""
 
 
 @dataclass
 class Choice:
-    """What runs a stage, and the reason why each better backend was passed over. `details`: device and precision.
+    """The backend that runs a stage, and why each better backend was passed over.
 
-    `outside`: what ran it for shapes that its engine was not built for, once there were any.
+    `details`: device and precision. `outside`: the choice for shapes that the stage's engine was not built for; None
+    until such shapes occur.
     """
 
     stage: str
@@ -32,7 +33,7 @@ class Choice:
     outside: Choice | None = None
 
     def as_lines(self) -> list[str]:
-        """For a person: what runs the stage, then a line for each way passed over; the same for shapes outside."""
+        """Text for users: what runs the stage, a line for each backend passed over, then what runs other shapes."""
         lines = [
             f"{self.stage:<19} {self._runs()}",
             *(f"{'':<20}not {name}: {reason}" for name, reason in self.passed_over.items()),
@@ -50,8 +51,8 @@ class Choice:
 class Backend(Protocol):
     """Runs the stages of a model directory.
 
-    Tensors may be numpy arrays or what an earlier `run` of the same backend returned; results are opaque to the caller
-    and may stay on the backend's device. `to_numpy` is the only way out.
+    Inputs are numpy arrays or results of an earlier `run` of the same backend. Results are opaque to the caller and may
+    stay on the backend's device. Only `to_numpy` makes them readable.
     """
 
     @property
@@ -60,12 +61,14 @@ class Backend(Protocol):
         ...
 
     def prepare(self, stage: str) -> None:
-        """Load what a stage needs; `run` does it otherwise. Raises BackendUnavailable or IntegrityError."""
+        """Load what a stage needs. Without this call `run` does it. Raises BackendUnavailable or IntegrityError."""
         ...
 
     def choose(self, *stages: str) -> str:
-        """Load one of several stages that serve the same purpose, the preferred one first, and return its name: the
-        first that the best backend can run. Raises what `prepare` raises where none can be run.
+        """Load one of several stages that serve the same purpose, and return its name.
+
+        The preferred stage is given first. The first one that the best backend can run is taken. If none can be run,
+        this raises what `prepare` raises.
         """
         ...
 
@@ -79,7 +82,7 @@ class Backend(Protocol):
 
     @property
     def choices(self) -> Mapping[str, Choice]:
-        """What runs each stage that was prepared so far: a snapshot."""
+        """A snapshot: the choice for each stage that was prepared so far."""
         ...
 
     def to_numpy(self, tensor: Any) -> NDArray[Any]:
@@ -87,7 +90,7 @@ class Backend(Protocol):
         ...
 
     def close(self) -> None:
-        """Free what the backend holds. It cannot be used afterwards; results that are there can still be read."""
+        """Free what the backend holds. It cannot be used afterwards. Results on the host can still be read."""
         ...
 
 
@@ -101,10 +104,10 @@ class RecordingBackend:
         self.calls: list[tuple[str, dict[str, tuple[int, ...]]]] = []
 
     def prepare(self, stage: str) -> None:
-        """Nothing to load."""
+        """Do nothing: there is nothing to load."""
 
     def choose(self, *stages: str) -> str:
-        """The first one."""
+        """The first of the stages."""
         return stages[0]
 
     def run(self, stage: str, /, **tensors: Any) -> Mapping[str, Any]:
@@ -124,7 +127,7 @@ class RecordingBackend:
         }
 
     def describe(self, stage: str) -> str:
-        """Nowhere."""
+        """Empty: no device is used."""
         return ""
 
     @property
@@ -137,4 +140,4 @@ class RecordingBackend:
         return np.asarray(tensor)
 
     def close(self) -> None:
-        """Nothing to free."""
+        """Do nothing: there is nothing to free."""

@@ -1,17 +1,17 @@
 """Step-level continuous batching: which requests' stage calls share the next batch.
 
-A request is a sequence of stage calls, one at a time; a denoising step is one call, and its step columns are per
-sample (higen/stages.py). So requests at different steps, with different solvers and guidance, fit into one batch, and
-a request that has just come joins at the next step instead of waiting for the others to end.
+A request makes one stage call at a time. A denoising step is one call, and the inputs that describe the step are per
+sample (higen/stages.py). Requests at different steps, with different solvers and guidance, therefore fit into one
+batch. A new request joins at the next step and does not wait for the others to end.
 
-The rules, without threads, clocks or a server, so that they can be tested as they are:
+This module has only the rules, without threads, clocks or a server, so that they can be tested directly:
 
-- At most `slots` requests are active; others wait in line, first come, first served, and at most `line` of them.
-- The oldest waiting call leads the next batch; calls of the same stage and the same shapes join it, oldest first, up
-  to the stage's limit of rows. So every batch serves whoever has waited longest, and nobody starves.
-- A call of a stage whose first axis may not hold several samples (`batch` is false) is a batch of its own. No limit of
-  rows holds for it: its first axis is one like the others.
-- A request that leaves (done, failed, cancelled) takes its call along and gives its slot to the next in line.
+- At most `slots` requests are active. At most `line` others wait, first come, first served.
+- The oldest waiting call leads the next batch. Calls of the same stage and the same shapes join it, oldest first, up
+  to the stage's limit of rows. Every batch therefore serves the request that has waited longest, and none starves.
+- Some stages cannot hold several samples in the first axis (`batch` is false). Each of their calls is a batch by
+  itself, and no limit of rows applies: the first axis is an axis like the others.
+- When a request leaves (done, failed, cancelled), its call is dropped and its slot goes to the next in line.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Arrays = Mapping[str, NDArray[Any]]
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """A stage call of one request. Where it `joins` others, the first axis of every tensor is its `rows` samples."""
+    """A stage call of one request. If `joins` is true, the first axis of every tensor has one row per sample."""
 
     request: Hashable
     stage: str
@@ -41,7 +41,7 @@ class Call:
 
     @property
     def rows(self) -> int:
-        """Samples in this call; one that joins no other counts as one."""
+        """Number of samples in this call; 1 if the call does not join others."""
         return int(next(iter(self.tensors.values())).shape[0]) if self.joins else 1
 
     @property
@@ -62,20 +62,20 @@ class Batch:
         return self.calls[0].stage
 
     def tensors(self) -> dict[str, NDArray[Any]]:
-        """The stage's inputs: the calls' rows one after the other."""
+        """The stage's inputs: the rows of all calls, concatenated."""
         if len(self.calls) == 1:
             return dict(self.calls[0].tensors)
         return {name: np.concatenate([call.tensors[name] for call in self.calls]) for name in self.calls[0].tensors}
 
     def split(self, outputs: Arrays) -> list[dict[str, NDArray[Any]]]:
-        """Each call's rows of the stage's outputs. Raises BackendError where the rows are not as many as went in."""
+        """The outputs split into each call's rows. Raises BackendError if outputs and inputs differ in rows."""
         if not self.calls[0].joins:
             return [dict(outputs)]
         ends = np.cumsum([call.rows for call in self.calls])
         for name, tensor in outputs.items():
             if tensor.shape[0] != ends[-1]:
                 raise BackendError(f"{self.stage}.{name}: {tensor.shape[0]} rows came out of {ends[-1]}")
-        # Copies: a caller that keeps its rows should not keep the others'.
+        # Copies: a caller that keeps its rows must not keep the rows of others in memory.
         return [
             {name: tensor[end - call.rows : end].copy() for name, tensor in outputs.items()}
             for call, end in zip(self.calls, ends, strict=True)
@@ -86,18 +86,18 @@ class Batcher:
     """Active requests, their waiting calls, and the next batch. Not thread-safe: its owner holds a lock."""
 
     def __init__(self, slots: int, rows: Mapping[str, int], line: int = 0) -> None:
-        """`slots` requests are active at once; a batch of a stage has at most `rows[stage]` rows; `line` may wait."""
+        """`slots`: requests active at once; `rows`: maximum rows per batch, by stage; `line`: requests that wait."""
         if slots < 1 or line < 0 or any(most < 1 for most in rows.values()):
             raise BackendError(f"slots={slots}, line={line}, rows={dict(rows)}: at least one slot, and one row a stage")
         self.slots = slots
         self.line = line
         self._rows = dict(rows)
-        self._active: dict[Hashable, bool] = {}  # whether its call waits or runs
+        self._active: dict[Hashable, bool] = {}  # whether the request has a call that waits or runs
         self._queue: dict[Hashable, None] = {}
-        self._calls: dict[Hashable, Call] = {}  # waiting, oldest first; a request has one at a time
+        self._calls: dict[Hashable, Call] = {}  # waiting calls, oldest first; at most one per request
 
     def enter(self, request: Hashable) -> None:
-        """Take a slot or a place in line. Raises RetryLater where both are full."""
+        """Take a slot or a place in line. Raises RetryLater if all slots and the line are full."""
         if request in self._active or request in self._queue:
             raise BackendError(f"request {request!r} has entered already")
         if len(self._active) < self.slots:
@@ -108,7 +108,7 @@ class Batcher:
             raise RetryLater(f"{len(self._active)} requests are at work and {len(self._queue)} wait: try again later")
 
     def leave(self, request: Hashable) -> None:
-        """Done, failed or cancelled. The slot goes to the first in line; leaving twice does nothing."""
+        """Remove a request that is done, failed or cancelled. Its slot goes to the first in line. May be repeated."""
         self._queue.pop(request, None)
         self._calls.pop(request, None)
         if self._active.pop(request, None) is not None and self._queue:
@@ -127,18 +127,18 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Calls that wait for a batch."""
+        """Number of calls that wait for a batch."""
         return len(self._calls)
 
     @property
     def thinking(self) -> int:
-        """Active requests between two calls: their next one is about to come, and a batch may be worth the wait."""
+        """Number of active requests between two calls. Their next calls come soon: it can pay to wait for them."""
         return sum(not called for called in self._active.values())
 
     def submit(self, request: Hashable, stage: str, tensors: Arrays, joins: bool = True) -> Call:
-        """Make an active request's next call; `joins`: others may share its batch.
+        """Queue the next call of an active request. `joins`: the call may share a batch with others.
 
-        Raises BackendError for what can never run.
+        Raises BackendError for a call that can never run.
         """
         if self._active.get(request) is not False:
             raise BackendError(f"request {request!r} has no slot, or a call already")
@@ -151,7 +151,7 @@ class Batcher:
         return call
 
     def next_batch(self) -> Batch | None:
-        """Take the next batch out of the waiting calls; None where none waits."""
+        """Take the next batch out of the waiting calls; None if no call waits."""
         if not self._calls:
             return None
         leader = next(iter(self._calls.values()))
@@ -166,6 +166,6 @@ class Batcher:
         return Batch(tuple(chosen))
 
     def done(self, call: Call) -> None:
-        """A call has run: its request thinks about its next one."""
+        """Record that a call has run: its request is between two calls now."""
         if call.request in self._active:
             self._active[call.request] = False

@@ -1,7 +1,6 @@
 """The part of the CUDA driver that engines need, through ctypes: device, memory, one stream, graphs.
 
-No function of TensorRT may be called before `Cuda.open` has succeeded: without a driver its runtime can end the
-process.
+Call no function of TensorRT before `Cuda.open` has succeeded: without a driver, TensorRT can end the process.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from higen.errors import BackendError, BackendUnavailable, NoDevice, NoDriver, O
 __all__ = ["Cuda", "DeviceArray", "gpu_count", "gpu_index", "probe"]
 
 ALIGNMENT = 256
-"""Blocks of device memory are multiples of this many bytes, as TensorRT wants its addresses."""
+"""Blocks of device memory are multiples of this many bytes: TensorRT needs aligned addresses."""
 
 _LIBRARY = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
 _MAJOR, _MINOR = 75, 76  # CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR and _MINOR
@@ -35,7 +34,7 @@ _OUT_OF_MEMORY = 2
 
 
 def gpu_index(device: str | None) -> int:
-    """The number of the GPU that a device's name means; None: the first. Raises BackendUnavailable for a CPU."""
+    """Index of the GPU with a device name; None: the first GPU. Raises BackendUnavailable for a CPU."""
     if device == "cpu":
         raise BackendUnavailable(f"device={device!r}: TensorRT runs on 'cuda', 'cuda:1', ...")
     return device_index(device)
@@ -49,7 +48,7 @@ def _driver() -> Any:
 
 
 def probe() -> None:
-    """Whether a GPU can be used here; nothing is kept. Raises NoDriver or NoDevice."""
+    """Check that a GPU can be used here, and keep nothing open. Raises NoDriver or NoDevice."""
     _start(_driver())
 
 
@@ -82,7 +81,7 @@ def _name(driver: Any, code: int) -> str:
 
 
 class DeviceArray:
-    """An array on the GPU. Its memory goes back to the pool when nothing refers to it any more."""
+    """An array on the GPU. Its memory returns to the pool when the array is garbage-collected."""
 
     def __init__(self, cuda: Cuda, shape: tuple[int, ...], dtype: str) -> None:
         self.shape, self.dtype = shape, np.dtype(dtype)
@@ -91,7 +90,7 @@ class DeviceArray:
         self._cuda = cuda
 
     def numpy(self) -> NDArray[Any]:
-        """A copy on the host, after all work so far is done."""
+        """A copy on the host, made after all earlier work on the stream."""
         return self._cuda.to_host(self)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> NDArray[Any]:
@@ -104,18 +103,18 @@ class DeviceArray:
 
 
 class Cuda:
-    """A GPU with one stream, on which everything here runs in order, and a pool of memory.
+    """A GPU with a memory pool and one stream. Everything here runs on that stream, in order.
 
-    The pool always gives the lowest free address of a size. A loop that frees all that it takes therefore gets the same
-    addresses in each round, and graphs that were captured with them can be replayed.
+    The pool always gives the lowest free address of a size. A loop that frees everything it takes therefore gets the
+    same addresses in each round, so captured graphs can be replayed.
     """
 
     def __init__(self, driver: Any, index: int) -> None:
-        """Use `Cuda.open`."""
+        """Use `Cuda.open` instead."""
         self._driver = driver
         self._pool: dict[int, list[int]] = {}
         self.lock = threading.RLock()
-        """A lock for the use of the stream. No thread may wait for the stream while it is captured."""
+        """Held while the stream is used. No thread may wait for the stream while work on it is captured."""
         self._open = False
         device, context, stream = ctypes.c_int(), ctypes.c_void_p(), ctypes.c_void_p()
         self._call("cuDeviceGet", ctypes.byref(device), ctypes.c_int(index))
@@ -152,7 +151,7 @@ class Cuda:
         return free.value
 
     def take(self, size: int) -> int:
-        """The address of a block of at least `size` bytes. Raises BackendError where the GPU has no such block."""
+        """The address of a block of at least `size` bytes. Raises BackendError if the GPU has no block of this size."""
         size = _rounded(size)
         with self.lock:
             if blocks := self._pool.get(size):
@@ -160,13 +159,13 @@ class Cuda:
             return self.allocate(size)
 
     def give(self, address: int, size: int) -> None:
-        """Take a block back. Earlier work on the stream may still use it: its next owner's work comes later there."""
+        """Return a block to the pool. Earlier work may still use it: the next owner's work is later on the stream."""
         with self.lock:
             if self._open:
                 heapq.heappush(self._pool.setdefault(_rounded(size), []), address)
 
     def trim(self) -> None:
-        """Free what the pool holds."""
+        """Free all blocks in the pool."""
         self.synchronize()
         with self.lock:
             blocks = [address for pool in self._pool.values() for address in pool]
@@ -175,7 +174,7 @@ class Cuda:
             self.release(address)
 
     def allocate(self, size: int) -> int:
-        """The address of new device memory; the pool is freed where there is none left. Raises BackendError."""
+        """The address of new device memory. If none is left, the pool is freed first. Raises BackendError."""
         try:
             return self._allocate(size)
         except BackendError:
@@ -188,14 +187,14 @@ class Cuda:
         return address.value
 
     def release(self, address: int) -> None:
-        """Free what `allocate` gave."""
+        """Free memory that `allocate` returned."""
         self._call("cuMemFree_v2", ctypes.c_uint64(address))
 
     def to_device(self, array: NDArray[Any]) -> DeviceArray:
         """A copy of an array on the GPU."""
         array = np.ascontiguousarray(array)
         made = DeviceArray(self, array.shape, str(array.dtype))
-        # The driver copies pageable memory before it returns, so the array may be freed then.
+        # The driver copies pageable memory before the call returns, so the array may be freed after it.
         source = ctypes.c_void_p(array.ctypes.data)
         self._call(
             "cuMemcpyHtoDAsync_v2", ctypes.c_uint64(made.address), source, ctypes.c_size_t(array.nbytes), self._stream
@@ -217,12 +216,12 @@ class Cuda:
         self._call("cuStreamSynchronize", self._stream)
 
     def capture(self, work: Callable[[], None]) -> Graph:
-        """Record the work that `work` puts on the stream, without running it. Raises BackendError if that fails."""
+        """Record what `work` puts on the stream, without running it. Raises BackendError if recording fails."""
         graph = ctypes.c_void_p()
         self._call("cuStreamBeginCapture_v2", self._stream, ctypes.c_int(_CAPTURE_THREAD_LOCAL))
         try:
             work()
-        finally:  # the stream leaves capture whatever happened
+        finally:  # end the capture in any case
             self._call("cuStreamEndCapture", self._stream, ctypes.byref(graph))
         with self._owned(graph) as captured:
             executable = ctypes.c_void_p()
@@ -237,7 +236,7 @@ class Cuda:
             self._call("cuGraphDestroy", graph)
 
     def close(self) -> None:
-        """Free pool, stream and context. Arrays that are still alive are lost."""
+        """Free pool, stream and context. Arrays still on the GPU are lost."""
         if not self._open:
             return
         self.enter()
@@ -270,11 +269,11 @@ class Graph:
         self._cuda, self._executable = cuda, executable
 
     def launch(self) -> None:
-        """Put it on the stream."""
+        """Put the recorded work on the stream."""
         self._cuda._call("cuGraphLaunch", self._executable, self._cuda._stream)
 
     def close(self) -> None:
-        """Free it."""
+        """Free the graph."""
         self._cuda._call("cuGraphExecDestroy", self._executable)
 
 

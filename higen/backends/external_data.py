@@ -1,6 +1,6 @@
-"""The files that an ONNX graph takes its tensors from, read from the graph's bytes without the package onnx.
+"""Finds the external-data files of an ONNX graph from the graph's bytes, without the package onnx.
 
-A runtime would load any file that a graph names. Only those that the manifest lists have been checked by their sha256.
+A runtime would load any file that a graph names. Only files in the manifest have been checked by their sha256.
 """
 
 from __future__ import annotations
@@ -23,16 +23,16 @@ _GRAPH: _Fields = {1: _NODE, 5: _TENSOR, 15: _SPARSE}
 _ATTRIBUTE |= {6: _GRAPH, 11: _GRAPH}  # AttributeProto.g, graphs
 _TRAINING: _Fields = {1: _GRAPH, 2: _GRAPH}
 _MODEL: _Fields = {7: _GRAPH, 20: _TRAINING, 25: {7: _NODE}}  # ModelProto.graph, training_info, functions
-"""The fields of onnx.proto on the way to every tensor; None: an entry of `external_data`."""
+"""The fields of onnx.proto on the path to every tensor; None marks an entry of `external_data`."""
 
 _DEEPEST = 200
 
 _LOCATION = b"location"
-"""The key of such an entry. A part of a graph without these bytes has none: most nodes need not be read."""
+"""The key of an `external_data` entry. A part of a graph without these bytes has no such entry and is not parsed."""
 
 
 def graph_files(bundle: Bundle, graph: str) -> tuple[str, ...]:
-    """A graph's file and those that its tensors lie in, all of which the manifest lists. Raises IntegrityError."""
+    """A graph's file and its external-data files. Raises IntegrityError for one that the manifest does not list."""
     names = sorted(external_files(bundle.path / graph))
     if unlisted := [name for name in names if name not in bundle.files]:
         raise IntegrityError(
@@ -43,7 +43,7 @@ def graph_files(bundle: Bundle, graph: str) -> tuple[str, ...]:
 
 
 def external_files(graph: Path) -> frozenset[str]:
-    """The locations that a graph's tensors name, relative to its folder. Raises IntegrityError for no ONNX graph."""
+    """The files that a graph's tensors lie in, relative to its folder. Raises IntegrityError if it is not ONNX."""
     try:
         return frozenset(_locations(memoryview(graph.read_bytes()), _MODEL, 0))
     except (IndexError, ValueError) as error:
@@ -67,7 +67,7 @@ def _locations(message: memoryview, fields: _Fields, depth: int) -> Iterator[str
 
 
 def _read(message: memoryview) -> Iterator[tuple[int, memoryview]]:
-    """The fields of a protobuf message that have a length: their numbers and contents."""
+    """The length-delimited fields of a protobuf message: field number and content of each."""
     place = 0
     while place < len(message):
         tag, place = _number(message, place)
@@ -89,7 +89,7 @@ def _read(message: memoryview) -> Iterator[tuple[int, memoryview]]:
 
 
 def _number(message: memoryview, place: int) -> tuple[int, int]:
-    """A number of variable length, and the place behind it."""
+    """A varint at `place`, and the position after it."""
     value = shift = 0
     while True:
         byte = message[place]

@@ -1,11 +1,11 @@
-"""Graphs as ONNX Runtime has optimised them, kept in the user's cache folder so that sessions load without that work.
+"""A cache of graphs that ONNX Runtime has optimised, in the user's cache folder: sessions load faster from it.
 
-An optimised graph holds for one graph and its weights, one build of ONNX Runtime, one processor and one set of options.
-The digest of these is the first half of an entry's name, the digest of its own content the second half. An entry that
-is not whole is removed and made again. The cache fails no load: where it cannot be used, the graph itself is loaded.
+An optimised graph is valid for one graph with its weights, one build of ONNX Runtime, one processor and one set of
+options. An entry's name has two parts: the digest of all these, and the digest of the entry's content. A damaged entry
+is removed and made again. The cache never makes a load fail: if it cannot be used, the original graph is loaded.
 
-HIGEN_CACHE in the environment names another folder, or is "off". The graphs lie in the folder `graphs` inside of it,
-which belongs to this user and which nobody else can write.
+The environment variable HIGEN_CACHE names another folder, or is "off". The graphs are in its subfolder `graphs`, which
+must belong to this user and be writable by nobody else.
 """
 
 from __future__ import annotations
@@ -39,17 +39,17 @@ OFF = "off"
 
 FORMAT = 1
 LIMIT = 1 << 30
-"""Bytes of all entries; what was used longest ago is removed."""
+"""Maximum size of all entries in bytes. The least recently used ones are removed."""
 LARGEST = 128 << 20
-"""Bytes of a graph and the files of its weights. Of a larger model, reading takes longer than optimising."""
+"""Maximum size in bytes of a cached graph with its weights. Reading a larger one takes longer than optimising it."""
 LEAST = 100_000
-"""Bytes of a graph without its weights. A smaller one has few nodes and is optimised in some milliseconds."""
+"""Minimum size in bytes of a cached graph without its weights. A smaller one is optimised in some milliseconds."""
 
 _ENTRY = re.compile(r"[0-9a-f]{64}-([0-9a-f]{64})\.onnx")
 
 
 def cache_folder() -> Path | None:
-    """The user's cache folder of higen, whether it is there or not; None: switched off, or the user has no home.
+    """higen's cache folder of the user, which need not exist. None: the cache is off, or the user has no home folder.
 
     Raises RequestError for a HIGEN_CACHE that is neither an absolute path nor "off".
     """
@@ -72,24 +72,25 @@ def cache_folder() -> Path | None:
 
 
 class GraphCache:
-    """The optimised graphs of this user, for sessions on this processor."""
+    """The user's cache of optimised graphs, for sessions on this processor."""
 
     def __init__(self, folder: Path) -> None:
-        """`folder`: the graphs lie in its `graphs`, which is made when one is first stored."""
+        """`folder`: its subfolder `graphs` holds the graphs and is made when the first one is stored."""
         self.folder = folder / "graphs"
 
     @classmethod
     def of_user(cls) -> GraphCache | None:
-        """The cache, None where there is none. Raises RequestError: see `cache_folder`."""
+        """The user's cache; None if there is none. Raises RequestError: see `cache_folder`."""
         folder = cache_folder()
         return None if folder is None or not _processor() else cls(folder)
 
     def session(
         self, bundle: Bundle, files: Sequence[str], options: Callable[[], ort.SessionOptions], providers: Sequence[Any]
     ) -> ort.InferenceSession:
-        """A session on the CPU of a graph whose files, the graph's first, have been checked by their sha256.
+        """A CPU session of a graph.
 
-        `options` makes the session's options. Raises what ONNX Runtime raises for the graph itself.
+        `files`: the graph's file, then its weights; their sha256 must have been checked. `options` makes the session's
+        options. Raises what ONNX Runtime raises for the original graph.
         """
         path = str(bundle.path / files[0])
         records = [bundle.files[name] for name in files]
@@ -99,10 +100,10 @@ class GraphCache:
         kept = self.find(key)
         if kept is not None:
             chosen = options()
-            chosen.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it has been done
+            chosen.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # it is optimised already
             try:
                 return ort.InferenceSession(str(kept), chosen, providers=providers)
-            except Exception as error:  # ONNX Runtime's errors share no base but Exception
+            except Exception as error:  # ONNX Runtime's errors have no other common base
                 if is_of_a_handler(error) or is_lack_of_memory(error):
                     raise
                 _remove(kept)
@@ -112,14 +113,14 @@ class GraphCache:
                 chosen.optimized_model_filepath = str(place)
                 try:
                     return ort.InferenceSession(path, chosen, providers=providers)
-                except Exception as error:  # the disk may be full; or the graph is broken, which is said below
+                except Exception as error:  # the disk may be full, or the graph is broken: the load below then raises
                     if is_of_a_handler(error) or is_lack_of_memory(error):
                         raise
                     _remove(place)
         return ort.InferenceSession(path, options(), providers=providers)
 
     def find(self, key: str) -> Path | None:
-        """A whole entry, marked as used now; those of this key that are not whole are removed."""
+        """An intact entry with this key, marked as used now; None if there is none. Damaged ones are removed."""
         for path in self._entries(f"{key}-"):
             try:
                 if sha256(path) == path.stem.partition("-")[2]:
@@ -133,7 +134,10 @@ class GraphCache:
 
     @contextmanager
     def _storing(self, key: str) -> Iterator[Path | None]:
-        """Yields a name to write an entry to, which takes its place on a clean exit; None where that cannot be."""
+        """Yields a path to write an entry to, or None if the folder cannot be used.
+
+        On a clean exit the entry is moved to its final name.
+        """
         with ExitStack() as stack:
             place = None
             with suppress(OSError):
@@ -146,7 +150,7 @@ class GraphCache:
                     self._store(key, place)
 
     def _store(self, key: str, written: Path) -> None:
-        """Move a written graph to its name, unless it takes tensors from other files, or another process was faster.
+        """Move a written graph to its final name, unless it has external data or another process stored it first.
 
         Raises OSError or IntegrityError.
         """
@@ -156,7 +160,7 @@ class GraphCache:
             self._bound(kept)
 
     def _bound(self, newest: Path) -> None:
-        """Remove the entries that were used longest ago, until the rest fits."""
+        """Remove the least recently used entries until the rest fits into LIMIT."""
         found = []
         for path in self._entries():
             with suppress(OSError):
@@ -169,7 +173,7 @@ class GraphCache:
                 _remove(path)
 
     def _entries(self, start: str = "") -> list[Path]:
-        """Our files of the cache whose name starts so; none where the folder is not ours alone."""
+        """The cache's entries with names that begin with `start`; none if the folder is not private."""
         try:
             if not self._is_private():
                 return []
@@ -180,22 +184,22 @@ class GraphCache:
         return [self.folder / name for name in sorted(names) if _ENTRY.fullmatch(name)]
 
     def _is_private(self) -> bool:
-        """Whether the folder is this user's, and nobody else can write it. Raises OSError where there is none."""
+        """Whether the folder belongs to this user and nobody else can write to it. Raises OSError if it is missing."""
         found = self.folder.stat()
-        if not hasattr(os, "geteuid"):  # Windows: a user's own folders are
+        if not hasattr(os, "geteuid"):  # Windows: folders in the user's profile are private
             return stat.S_ISDIR(found.st_mode)
         return stat.S_ISDIR(found.st_mode) and found.st_uid == os.geteuid() and not found.st_mode & 0o022
 
 
 def _key(files: Sequence[Sequence[str]], providers: Sequence[Any]) -> str:
-    """The digest of all that an optimised graph depends on; the names of the files say the precision."""
+    """The digest of everything an optimised graph depends on. The file names contain the precision."""
     build = [ort.__version__, ort.get_build_info()]
     said = json.dumps([FORMAT, files, build, _processor(), EXACT_INT8, [str(provider) for provider in providers]])
     return hashlib.sha256(said.encode()).hexdigest()
 
 
 def _processor() -> list[str]:
-    """What tells processors apart for which ONNX Runtime optimises differently; empty: it cannot be told."""
+    """Identifies the processor, because ONNX Runtime optimises differently for each; empty if it is not known."""
     flags = cpu.flags()
     told = sorted(flags) if flags else [platform.processor()] if platform.processor() else []
     return [sys.platform, platform.machine(), *told] if told else []

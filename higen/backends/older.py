@@ -1,4 +1,4 @@
-"""Inputs of graphs and engines from before manifest version 2: whole timesteps, and one guidance per sample."""
+"""Inputs of graphs and engines made before manifest version 2: integer timesteps, and one guidance per sample."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ __all__ = ["as_before", "is_older"]
 
 
 def is_older(tensor: Tensor, dtype: str, axes: int) -> bool:
-    """Whether a denoising stage's input with this dtype and number of axes is one from before version 2."""
+    """Whether an input of a denoising stage, with this dtype and number of axes, has the form before version 2."""
     if tensor.source != "state":
         return False
     return (tensor.name == "t" and dtype == "int64") or (tensor.name == "guidance" and axes == 1)
 
 
 def as_before(value: NDArray[Any]) -> NDArray[Any] | None:
-    """`t` [B] as int64, or `guidance` [B, f] as [B]; None for a timestep that is not whole, and for guidance that
-    differs between frames.
+    """`t` [B] as int64, or `guidance` [B, f] as [B].
+
+    None if a timestep is not an integer, or if guidance differs between frames.
     """
     if value.ndim == 2 and np.all(value == value[:, :1]):
         return np.ascontiguousarray(value[:, 0])

@@ -1,4 +1,4 @@
-"""The ONNX Runtime backend: graphs whose weights lie in the model's safetensors files. Needs no torch."""
+"""The ONNX Runtime backend. Graphs take their weights from the model's safetensors files. Needs no torch."""
 
 from __future__ import annotations
 
@@ -33,14 +33,15 @@ __all__ = ["OnnxBackend"]
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 PREFERRED = {"cpu": ("fp32",), "cuda": ("fp16", "fp32")}
-"""Precisions by device, the best first: a CPU computes in float32 what a float16 graph says, and casts besides."""
+"""Precisions by device, the best first. A CPU runs a float16 graph in float32, with extra casts."""
 
 
 @dataclass(frozen=True)
 class _Session:
-    """A stage's session; `fixed` are the sizes that its graph takes alone: the model's, and those of a static graph.
+    """A stage's session.
 
-    `older`: inputs that the graph takes as the step contract of version 1 had them: `t` int64, `guidance` [B].
+    `fixed`: sizes that the graph fixes: those of the model, and those of a graph with static shapes. `older`: inputs
+    that the graph takes as in manifest version 1: `t` int64, `guidance` [B].
     """
 
     session: ort.InferenceSession
@@ -53,7 +54,7 @@ class _Session:
 
     @property
     def details(self) -> str:
-        """Where and in what precision it runs: "cpu, fp32"."""
+        """Device and precision: "cpu, fp32"."""
         return f"{self.kind}:{self.index}, {self.precision}" if self.index else f"{self.kind}, {self.precision}"
 
 
@@ -63,10 +64,11 @@ class OnnxBackend:
     name = "onnx"
 
     def __init__(self, bundle: Bundle, options: Options = PLAIN) -> None:
-        """`device`: "cpu", "cuda" or "cuda:N"; None: CUDA where ONNX Runtime has it and it works. `precision`: None:
-        fp32 on a CPU, on CUDA fp16 where a stage has such a graph. `threads` count on a CPU.
+        """`device`: "cpu", "cuda" or "cuda:N"; None: CUDA if this ONNX Runtime has it and it works, else the CPU.
+        `precision`: None means fp32 on a CPU; on CUDA, fp16 if the stage has such a graph, else fp32. `threads` applies
+        to a CPU.
 
-        Raises BackendUnavailable for a device that is not here, or that this build of ONNX Runtime lacks.
+        Raises BackendUnavailable for a device that is missing here or in this build of ONNX Runtime.
         """
         device = options.device
         kind = device.partition(":")[0] if device is not None else None
@@ -84,7 +86,7 @@ class OnnxBackend:
             check_present(device, gpus)
         self._required = kind is not None
         self._verified: set[str] = set()
-        # An entry's name says what the manifest says of the files: it is theirs only where they were checked.
+        # The cache's key uses the sha256 in the manifest: it is right only if the files were checked.
         self._cache = GraphCache.of_user() if self.options.verify else None
         self._sessions: dict[str, _Session] = {}
         self._making = threading.Lock()
@@ -92,11 +94,11 @@ class OnnxBackend:
         self._home = Home()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """It is sent to another process as what it was made from."""
+        """Pickled as the constructor's arguments: another process creates it again."""
         return type(self), (self.bundle, self.options)
 
     def prepare(self, stage: str) -> None:
-        """Make a stage's session. Raises BackendUnavailable (no graph) or IntegrityError (graph or weights broken)."""
+        """Make a stage's session. Raises BackendUnavailable (no graph) or IntegrityError (damaged graph or weights)."""
         self._get(stage)
 
     def choose(self, *stages: str) -> str:
@@ -128,14 +130,14 @@ class OnnxBackend:
                 made.session.run_with_iobinding(binding)
         except BackendError:
             raise
-        except Exception as error:  # ONNX Runtime's errors share no base but Exception
+        except Exception as error:  # ONNX Runtime's errors have no other common base
             if is_of_a_handler(error):
                 raise
             raise BackendError(f"{stage}: ONNX Runtime failed: {error}") from error
         return dict(zip((t.name for t in spec.outputs), binding.get_outputs(), strict=True))
 
     def describe(self, stage: str) -> str:
-        """Where and in what precision a prepared stage runs: "cpu, fp32"."""
+        """Device and precision of a prepared stage: "cpu, fp32"."""
         return self._get(stage).details
 
     @property
@@ -148,16 +150,16 @@ class OnnxBackend:
         return tensor.numpy() if isinstance(tensor, ort.OrtValue) else np.asarray(tensor)
 
     def close(self) -> None:
-        """Free the sessions; one that runs is freed when its run has ended."""
+        """Free the sessions. A running session is freed when its run ends."""
         if self._home.here:
             with self._making:
                 self._closed = True
                 self._sessions.clear()
 
     def _get(self, stage: str) -> _Session:
-        """The stage's session, made once however many requests ask for it.
+        """The stage's session. It is made once, even if several threads ask for it.
 
-        Raises BackendError after `close`, and in a forked process.
+        Raises BackendError after `close` and in a forked process.
         """
         self._home.check()
         made = self._sessions.get(stage)
@@ -180,14 +182,14 @@ class OnnxBackend:
         if self._device != "cpu":
             if gpu_count():
                 missing = load_cuda()
-            # ONNX Runtime warns of every session that names its device; the first is meant where none is named.
+            # ONNX Runtime warns for every session that names its device. Without a name it takes the first device.
             wanted = [(PROVIDERS[self._device], {"device_id": self._index} if self._index else {}), *wanted]
         try:
             with enough_memory(name):
                 session = self._session(files, wanted)
         except BackendError:
             raise
-        except Exception as error:  # ONNX Runtime's errors share no base but Exception
+        except Exception as error:  # ONNX Runtime's errors have no other common base
             if is_of_a_handler(error):
                 raise
             if "NOT_IMPLEMENTED" in str(error):
@@ -195,7 +197,7 @@ class OnnxBackend:
                     f"{name}: this ONNX Runtime cannot run it on {self._device}: {error}"
                 ) from error
             raise IntegrityError(f"{self.bundle.path / name}: ONNX Runtime cannot load it: {error}") from error
-        # What a session got, not what the build lists: a provider that cannot load is dropped silently.
+        # Ask the session, not the build: ONNX Runtime silently drops a provider that cannot load.
         if PROVIDERS[self._device] not in session.get_providers():
             if self._required:
                 why = f": {missing.splitlines()[0]}" if missing else ""
@@ -206,11 +208,11 @@ class OnnxBackend:
             return self._make(stage)
         outlives_forks(session)
         for file in files:
-            self.bundle.file(file, verify=False)  # as they were before they were loaded, or they are checked again
+            self.bundle.file(file, verify=False)  # if changed during the load: checked again
         return self._checked(stage, session, precision, files)
 
     def _session(self, files: tuple[str, ...], providers: Sequence[Any]) -> ort.InferenceSession:
-        """A session of a graph, its file the first; on a CPU from the user's cache, where it is there."""
+        """A session of a graph; the graph's file is the first of `files`. On a CPU the user's cache is used, if any."""
         options = partial(session_options, self.options.threads)
         if self._cache is None or self._device != "cpu":
             return ort.InferenceSession(str(self.bundle.path / files[0]), options(), providers=providers)
@@ -236,7 +238,7 @@ class OnnxBackend:
         )
 
     def _checked(self, stage: str, session: ort.InferenceSession, precision: str, files: tuple[str, ...]) -> _Session:
-        """A session whose graph is that of the stage: the sizes that it fixes, and the inputs it has as version 1 did.
+        """Check that a session's graph is the stage's; find the sizes it fixes and its inputs in the form of version 1.
 
         Raises IntegrityError for a graph of another stage or model.
         """
@@ -263,7 +265,7 @@ class OnnxBackend:
         return _Session(session, self._device, self._index, precision, fixed, frozenset(older), files)
 
     def _as_declared(self, stage: str, name: str, value: NDArray[Any]) -> NDArray[Any]:
-        """An input as a graph of version 1 takes it. Raises BackendUnavailable for what it cannot express."""
+        """An input in the form of version 1. Raises BackendUnavailable for a value that this form cannot express."""
         found = as_before(value)
         if found is None:
             raise BackendUnavailable(
@@ -275,7 +277,7 @@ class OnnxBackend:
 
 @dataclass(frozen=True)
 class _Shaped:
-    """What `check_inputs` looks at."""
+    """Shape and dtype of a tensor, for `check_inputs`."""
 
     shape: tuple[int, ...]
     dtype: str

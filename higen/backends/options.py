@@ -20,16 +20,16 @@ MAX_THREADS = 1024
 
 @dataclass(frozen=True)
 class Options:
-    """How stages are run, whatever runs them; a backend takes what concerns it. None is an option's default.
+    """How stages are run, on any backend. A backend ignores options that do not concern it. None means the default.
 
     device      "cpu", "cuda", "cuda:1", ... or a torch.device; None or "auto": a GPU if there is one that works
-    precision   what the stages compute in (higen/precision.py); a stage without a graph in it is passed on to the next
-                backend. None: each backend's choice for its device
+    precision   of the stages' computations (higen/precision.py). If a backend has no graph of a stage in it, the next
+                backend is tried. None: each backend's choice for its device
     threads     CPU threads of one stage; None: the library's choice
     verify      check the sha256 of each file as it is loaded
     low_memory  one TensorRT engine on the GPU at a time
 
-    Raises RequestError for what no backend takes.
+    Raises RequestError for a value that no backend takes.
     """
 
     device: str | None = None

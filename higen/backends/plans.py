@@ -1,10 +1,10 @@
-"""TensorRT engines of a model and the records beside them: which plan fits, and why the others do not.
+"""TensorRT engines of a model and their records: which plan fits, and why the others do not.
 
-model/engines/<target>/<stage>.engine     the plan, opaque, written by TensorRT
-model/engines/<target>/<stage>.json       its record: what it was built from, for which GPUs, by what, for which shapes
-model/engines/<target>/<stage>.log        what TensorRT said while it built, with the kernels it chose
+model/engines/<target>/<stage>.engine     the plan: an opaque file written by TensorRT
+model/engines/<target>/<stage>.json       its record: sources, GPUs, TensorRT version, shapes
+model/engines/<target>/<stage>.log        TensorRT's messages during the build, with the kernels it chose
 
-Everything here is a decision on values; no TensorRT, no GPU.
+This module uses neither TensorRT nor a GPU.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ __all__ = [
 ]
 
 ENGINES = "engines"
-"""The folder of a model that holds its engines, one folder for each target."""
+"""The folder of a model that holds its engines, in one subfolder per target."""
 
 FORMAT = 1
 
@@ -83,13 +83,13 @@ def log_file(stage: str) -> str:
 
 
 def pending_file(name: str) -> str:
-    """The name under which a file of an engine is written before it takes its place."""
+    """The name of an engine's file while it is written; it is renamed when it is complete."""
     return f".{name}.part"
 
 
 @dataclass(frozen=True)
 class PlanTensor:
-    """An input or output of a plan; -1 is an axis whose size the profiles limit."""
+    """An input or output of a plan. Size -1: the profiles give the range of this axis."""
 
     name: str
     kind: Literal["input", "output"]
@@ -99,7 +99,7 @@ class PlanTensor:
 
 @dataclass(frozen=True)
 class Span:
-    """The shapes that a profile allows an input, and the one it is tuned for."""
+    """The range of shapes that a profile allows for an input, and the shape it is tuned for."""
 
     name: str
     smallest: tuple[int, ...]
@@ -107,7 +107,7 @@ class Span:
     largest: tuple[int, ...]
 
     def holds(self, shape: Sequence[int]) -> bool:
-        """Whether a shape lies inside."""
+        """Whether a shape is in the range."""
         return len(shape) == len(self.smallest) and all(
             low <= n <= high for low, n, high in zip(self.smallest, shape, self.largest, strict=True)
         )
@@ -115,26 +115,26 @@ class Span:
 
 @dataclass(frozen=True)
 class PlanProfile:
-    """A named set of shapes, one span for each input."""
+    """A named set of shapes, with one span per input."""
 
     name: str
     spans: tuple[Span, ...]
 
     def holds(self, shapes: Mapping[str, Sequence[int]]) -> bool:
-        """Whether every input lies inside."""
+        """Whether every input's shape is in its span."""
         return all(span.holds(shapes[span.name]) for span in self.spans)
 
     @property
     def volume(self) -> int:
-        """Elements of all inputs at their largest."""
+        """Number of elements of all inputs at their largest shapes."""
         return sum(math.prod(span.largest) for span in self.spans)
 
 
 @dataclass(frozen=True)
 class PlanRecord:
-    """What is known of a plan without opening it.
+    """What is known about a plan without opening it.
 
-    flavour        "rtx" (TensorRT for RTX) or "tensorrt"; `library` is its version, which alone can read the plan
+    flavour        "rtx" (TensorRT for RTX) or "tensorrt"; `library` is its version, the only one that reads the plan
     architectures  compute capabilities, 89 for SM89
     options        builder options by name
     size, sha256   of the plan
@@ -190,9 +190,9 @@ class Plan:
 
     @property
     def remedy(self) -> str:
-        """The command that builds it again, for its profiles if they are given too."""
+        """The command that builds the plan again. Options for its profiles must be added."""
         record = self.record
-        target = record.target if record.flavour == "rtx" else "tensorrt"  # the folder names the GPU besides
+        target = record.target if record.flavour == "rtx" else "tensorrt"  # the folder's name also has the GPU
         return (
             f"higen-export build-engines {self.path.parents[2]} --target {target} --stage {record.stage} "
             f"--precision {record.precision}"
@@ -200,7 +200,7 @@ class Plan:
 
     @property
     def renewal(self) -> str:
-        """The commands that export its graph again and then build it again."""
+        """The commands that export the graph again and then build the plan again."""
         record = self.record
         export = "onnx" if record.precision in PRECISIONS else "quantize"
         return (
@@ -210,10 +210,10 @@ class Plan:
 
 
 def read_plans(model: Path, stage: str) -> tuple[list[Plan], list[EngineError]]:
-    """The plans of a stage over all targets, and what is wrong with records that cannot be read.
+    """The plans of a stage for all targets, and an error for each record that cannot be read.
 
-    A new plan takes its place right before its record does. In between, and after a kill there, the record that waits
-    is the plan's own, and is taken.
+    A build renames a new plan just before its new record. Between these two steps, or if the build is killed there,
+    the record of the new plan still has its temporary name. It is then read from there.
     """
     plans: list[Plan] = []
     errors: list[EngineError] = []
@@ -234,12 +234,12 @@ def read_plans(model: Path, stage: str) -> tuple[list[Plan], list[EngineError]]:
 
 
 def pending_record(path: Path) -> PlanRecord | None:
-    """The record that waits to take the place of the one at `path`, if it is that of the plan that is there."""
+    """The record that would replace the one at `path`, if it belongs to the plan in its place already."""
     return fitting_record(path.with_name(pending_file(path.name)), path.with_name(engine_file(path.stem)))
 
 
 def fitting_record(part: Path, plan: Path) -> PlanRecord | None:
-    """The record in the file `part`, if it is that of the plan at `plan`."""
+    """The record in the file `part`, if it belongs to the plan at `plan`."""
     try:
         record = PlanRecord.from_text(read_text(part), str(part))
         fits = plan.stat().st_size == record.size and sha256(plan) == record.sha256
@@ -251,12 +251,12 @@ def fitting_record(part: Path, plan: Path) -> PlanRecord | None:
 def check_plan(
     plan: Plan, files: Mapping[str, str], architecture: int, libraries: Mapping[str, str | HigenError]
 ) -> None:
-    """Whether a plan fits the model, the GPU and the TensorRT here.
+    """Check that a plan fits the model, the GPU and the installed TensorRT.
 
-    files        sha256 of the model's files by name, as its manifest has them
-    libraries    version of each flavour of TensorRT here, or why it cannot be used
+    files        sha256 of the model's files by name, as in its manifest
+    libraries    for each flavour of TensorRT, the installed version or the error why it cannot be used
 
-    Raises WrongArchitecture, Stale, or what `libraries` has.
+    Raises WrongArchitecture, Stale, or the error in `libraries`.
     """
     record = plan.record
     if architecture not in record.architectures:
@@ -284,11 +284,11 @@ def fitting_plans(
     architecture: int,
     libraries: Mapping[str, str | HigenError],
 ) -> list[Plan]:
-    """The plans of a stage that fit, the best first: built for this GPU alone before a portable one, classic TensorRT
-    before RTX.
+    """The plans of a stage that fit, the best first.
 
-    `plans` and `errors` come from `read_plans`, the rest is as for `check_plan`. Raises BackendUnavailable where there
-    is no engine at all, else why the likeliest of them does not fit.
+    Plans for fewer architectures come first, then classic TensorRT before RTX. `plans` and `errors` come from
+    `read_plans`; the other arguments are as for `check_plan`. Raises BackendUnavailable if there is no engine at all.
+    If none fits, raises the error of the most relevant one.
     """
     refused: list[HigenError] = list(errors)
     fitting: list[Plan] = []
@@ -303,15 +303,15 @@ def fitting_plans(
         return fitting
     if not refused:
         raise BackendUnavailable(f"no engine of {stage} (make one: higen-export build-engines MODEL --target TARGET)")
-    # An engine made for this very GPU that cannot be used says more than one that was made for another.
+    # Why an engine for this GPU cannot be used says more than that an engine is for another GPU.
     own = [error for error in refused if not isinstance(error, WrongArchitecture)] or refused
     raise own[0]
 
 
 def check_interface(plan: Plan, stage: Stage, tensors: Sequence[PlanTensor]) -> None:
-    """Whether a plan's tensors are those of its record and of the stage table. Raises Malformed.
+    """Check that a plan's tensors are those of its record and of the stage table. Raises Malformed.
 
-    The record has the network's shapes. An engine may know more: an axis that its profiles fix has a size there.
+    The record has the network's shapes. In the engine, an axis that all profiles fix has a size instead of -1.
     """
     expected = {t.name: "input" for t in stage.inputs} | dict.fromkeys(stage.graph_outputs, "output")
     found = {tensor.name: tensor.kind for tensor in tensors}
@@ -323,14 +323,14 @@ def check_interface(plan: Plan, stage: Stage, tensors: Sequence[PlanTensor]) -> 
 
 
 def _alike(a: PlanTensor, b: PlanTensor) -> bool:
-    """Whether two descriptions may be of one tensor: -1 goes with any size."""
+    """Whether two descriptions can be of the same tensor: -1 matches any size."""
     if (a.kind, a.dtype, len(a.shape)) != (b.kind, b.dtype, len(b.shape)):
         return False
     return all(n == m or -1 in (n, m) for n, m in zip(a.shape, b.shape, strict=True))
 
 
 def best_profile(plan: Plan, shapes: Mapping[str, Sequence[int]]) -> int:
-    """Index of the narrowest profile that holds all inputs' shapes. Raises OutsideProfile naming what does not fit."""
+    """Index of the smallest profile that allows all inputs' shapes. Raises OutsideProfile with what does not fit."""
     profiles = plan.record.profiles
     fitting = [i for i, profile in enumerate(profiles) if profile.holds(shapes)]
     if fitting:
@@ -346,8 +346,10 @@ def best_profile(plan: Plan, shapes: Mapping[str, Sequence[int]]) -> int:
 
 
 def streaming_budget(streamable: int, activations: int, free: int, automatic: int) -> int:
-    """Bytes of weights to keep on the GPU, of an engine that can stream them: all if they fit beside the activations
-    with a tenth of the memory to spare, else what TensorRT proposes (`automatic`).
+    """Bytes of weights to keep on the GPU, for an engine that can stream them.
+
+    All weights are kept if they and the activations leave a tenth of the free memory unused. Otherwise it is what
+    TensorRT proposes (`automatic`).
     """
     return streamable if streamable + activations <= free - free // 10 else min(automatic, streamable)
 
@@ -361,11 +363,11 @@ _INVALID: dict[str, tuple[type[EngineError], str]] = {
     "INSUFFICIENT_GPU_MEMORY": (EngineError, "the GPU has too little memory for it"),
     "CUDA_ERROR": (NoDevice, "CUDA does not work here"),
 }
-"""What TensorRT says of a plan that it will not load, the likeliest cause first."""
+"""TensorRT's reasons for refusing a plan, the most likely cause first: error class and message."""
 
 
 def validity_error(plan: Plan, reasons: int, members: Mapping[str, int]) -> EngineError:
-    """The error for the reasons (a sum of flags; `members` are their values) why TensorRT calls a plan invalid."""
+    """The error for an invalid plan. `reasons`: TensorRT's sum of flags; `members`: the value of each flag by name."""
     found = [_INVALID[name] for name in _INVALID if reasons & members.get(name, 0)]
     kind = found[0][0] if found else EngineError
     return kind(

@@ -1,4 +1,4 @@
-"""A backend on ONNX Runtime that keeps the inputs of its stages, for calibration and comparison."""
+"""An ONNX Runtime backend that records the inputs of stages, for calibration and comparison."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ __all__ = ["CallRecorder"]
 
 
 class CallRecorder(OnnxBackend):
-    """The float32 graphs on a CPU; `calls` has the inputs of every call of the recorded stages, in order."""
+    """Runs the float32 graphs on a CPU. `calls` has the inputs of every call of the recorded stages, in order."""
 
     def __init__(self, bundle: Bundle, stages: Collection[str]) -> None:
         super().__init__(bundle, Options(device="cpu", precision="fp32"))
         self.calls: dict[str, list[dict[str, NDArray[Any]]]] = {stage: [] for stage in stages}
 
     def run(self, stage: str, /, **tensors: Any) -> Mapping[str, Any]:
-        """Run a stage, see `Backend.run`."""
+        """Run a stage; see `Backend.run`."""
         if stage in self.calls:
             self.calls[stage].append({name: np.array(self.to_numpy(value)) for name, value in tensors.items()})
         return super().run(stage, **tensors)

@@ -1,4 +1,4 @@
-"""Chooses the backend of each stage, and records why better ones cannot run it here (design, section 6)."""
+"""Chooses the backend of each stage and records why better ones cannot run it here (design, section 6)."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ __all__ = [
 ]
 
 BACKENDS = ("tensorrt", "onnx", "torch")
-"""Known backends, the preferred one first: a compiled way before the modules themselves."""
+"""Known backends, the preferred one first: compiled ones before the PyTorch modules."""
 
 _PACKAGES = {
     "tensorrt": ("tensorrt", "tensorrt_rtx"),
@@ -53,7 +53,7 @@ _PACKAGES = {
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a backend can work in this environment; `reason` says what is missing where it cannot."""
+    """Whether a backend can work in this environment. If it cannot, `reason` says what is missing."""
 
     backend: str
     works: bool
@@ -61,7 +61,7 @@ class Availability:
 
 
 def availability() -> list[Availability]:
-    """Every known backend, in order of preference, with the reason why it cannot work here."""
+    """Every known backend in order of preference: whether it can work here, and if not, why."""
     found = []
     for backend in BACKENDS:
         missing = [package for package in _PACKAGES[backend] if importlib.util.find_spec(package) is None]
@@ -73,7 +73,7 @@ def availability() -> list[Availability]:
 
 
 def _without_tensorrt(missing: list[str]) -> str:
-    """Why engines cannot run here: neither of the two libraries, or no GPU."""
+    """Why engines cannot run here: neither library is installed, or there is no GPU. Empty if they can."""
     if len(missing) == len(_PACKAGES["tensorrt"]):
         return f"not installed: {' or '.join(missing)} (pip install 'higen[rtx]')"
     try:
@@ -84,7 +84,7 @@ def _without_tensorrt(missing: list[str]) -> str:
 
 
 def check_backend(name: str | None) -> str:
-    """A backend's name or "auto", which None means too. Raises RequestError for any other."""
+    """A backend's name or "auto" (the default for None). Raises RequestError for any other value."""
     name = "auto" if name is None else name
     if not isinstance(name, str) or name not in ("auto", *BACKENDS):
         raise RequestError(f"backend={quoted(name)}: one of 'auto', {', '.join(map(repr, BACKENDS))}")
@@ -92,7 +92,7 @@ def check_backend(name: str | None) -> str:
 
 
 class StageRouter:
-    """Sends each stage to the best backend that can run it. A stage's backend is chosen when it is first used."""
+    """Runs each stage on the best backend that can. A stage's backend is chosen when the stage is first used."""
 
     def __init__(
         self,
@@ -101,8 +101,8 @@ class StageRouter:
         absent: Mapping[str, str],
         asked: tuple[str, Options] | None = None,
     ) -> None:
-        """`makers` make a backend by name, the preferred first; `absent` says why others cannot be made at all.
-        `asked`: what `select_backend` was asked for, to ask it again in another process.
+        """`makers`: functions that make the backends, by name, the preferred one first. `absent`: why each other one
+        cannot be made. `asked`: the arguments of `select_backend`, to call it again in another process.
         """
         self.bundle = bundle
         self._asked = asked
@@ -118,7 +118,7 @@ class StageRouter:
         self._home = Home()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """It is sent to another process as what it was made from."""
+        """Pickled as the arguments of `select_backend`: another process calls it again."""
         if self._closed:
             raise BackendError(CLOSED)
         if self._asked is None:
@@ -127,7 +127,7 @@ class StageRouter:
 
     @property
     def name(self) -> str:
-        """The backends in use, those for shapes outside an engine's profiles included."""
+        """The backends in use, including those for shapes outside an engine's profiles."""
         choices = list(self.choices.values())
         used = [*choices, *(choice.outside for choice in choices if choice.outside is not None)]
         return "+".join(sorted({choice.backend for choice in used})) or "auto"
@@ -138,16 +138,16 @@ class StageRouter:
         return dict(self._choices)
 
     def prepare(self, stage: str) -> None:
-        """Choose a stage's backend. Raises BackendUnavailable or the last way's own error where none works."""
+        """Choose a stage's backend. If none works, raises the error of the last that failed or BackendUnavailable."""
         self.choose(stage)
 
     def choose(self, *stages: str) -> str:
-        """See `Backend.choose`: a worse stage on a better backend goes before a better stage on a worse backend."""
+        """See `Backend.choose`. A better backend matters more than a better stage."""
         self._check_open()
         served = self._served.get(stages)
         if served is None:
             with self._choosing:
-                self._check_open()  # another thread may have closed it meanwhile
+                self._check_open()  # another thread may have closed the router meanwhile
                 served = self._served.get(stages) or self._choose(stages).stage
                 self._served[stages] = served
         return served
@@ -158,9 +158,9 @@ class StageRouter:
         return self._choices[stage].details
 
     def run(self, stage: str, /, **tensors: Any) -> Mapping[str, Any]:
-        """Run a stage on its backend; tensors of another backend are brought to the host first.
+        """Run a stage on its backend. Tensors of another backend are copied to the host first.
 
-        Shapes that an engine was not built for go to the next backend that can run the stage. Raises BackendError
+        If an engine was not built for the shapes, the next backend that can run the stage runs it. Raises BackendError
         after `close`.
         """
         self._check_open()
@@ -188,8 +188,8 @@ class StageRouter:
         return np.asarray(tensor)
 
     def close(self) -> None:
-        """Free every backend; a stage that is being loaded is waited for."""
-        if not self._home.here:  # it is the other process's
+        """Free every backend. Waits for a stage that is being loaded."""
+        if not self._home.here:  # the backends belong to the parent process
             return
         with self._choosing:
             self._closed = True
@@ -202,7 +202,10 @@ class StageRouter:
             raise BackendError(CLOSED)
 
     def _choose(self, stages: tuple[str, ...], after: str | None = None, why: Exception | None = None) -> Choice:
-        """The best backend for one of the stages, of those after the one named `after`, which `why` passes over."""
+        """Choose the best backend that can run one of the stages.
+
+        `after`: try only the backends after this one; `why`: the error for which it is passed over.
+        """
         passed_over = dict(self._absent)
         if after is not None:
             passed_over[after] = f"{type(why).__name__}: {why}"
@@ -214,7 +217,7 @@ class StageRouter:
                     self._made[name] = self._make(name)
                 stage = self._made[name].choose(*stages)
             except OutOfMemory as error:
-                if name != "tensorrt":  # the others want the same memory; an engine's is the GPU's
+                if name != "tensorrt":  # other backends share the host's memory; engines use the GPU's
                     raise
                 passed_over[name], broken = f"{type(error).__name__}: {error}", error
             except BackendUnavailable as error:
@@ -223,7 +226,7 @@ class StageRouter:
                 passed_over[name], broken = f"{type(error).__name__}: {error}", error
             else:
                 self._warn(stage, name, broken)
-                # A way that is worse than the chosen one was not passed over, though it may be absent.
+                # Backends worse than the chosen one were not passed over, even if they are absent.
                 better = BACKENDS[: BACKENDS.index(name)] if name in BACKENDS else tuple(passed_over)
                 reasons = {other: passed_over[other] for other in better if other in passed_over}
                 choice = Choice(stage, name, reasons, self._made[name].describe(stage))
@@ -236,7 +239,7 @@ class StageRouter:
         raise BackendUnavailable(f"no backend can run {' or '.join(stages)} here: {listed}")
 
     def _make(self, name: str) -> Backend:
-        """A backend. Raises what it raises, and BackendUnavailable where its library is there and does not load."""
+        """Make a backend. Raises its errors, and BackendUnavailable if its library is installed but does not load."""
         try:
             with enough_memory(name):
                 return self._makers[name]()
@@ -246,8 +249,8 @@ class StageRouter:
             raise BackendUnavailable(f"{name} is installed and does not load: {error}") from error
 
     def _warn(self, stage: str, name: str, broken: Exception | None) -> None:
-        """One warning for each cause: a machine without a GPU is no news for the second stage, nor is a clip whose
-        shapes are outside the profiles.
+        """Warn once for each cause, such as no GPU, and not again for each stage. All shapes outside the profiles count
+        as one cause.
         """
         if broken is None:
             return
@@ -261,20 +264,20 @@ class StageRouter:
 
 
 def select_backend(bundle: Bundle, name: str = "auto", options: Options = PLAIN) -> StageRouter:
-    """A router over the named backend, or with "auto" over all that are installed.
+    """A router over the named backend, or over all installed backends if the name is "auto".
 
-    Raises RequestError for a name that is none, BackendUnavailable, saying why each is not here or that the model was
-    never quantised to the precision, and IntegrityError where a file the chosen way needs is broken and no other way
-    exists.
+    Raises RequestError for an unknown name. Raises BackendUnavailable, with the reasons, if no backend is here or if
+    the model was never quantised to the precision. Raises IntegrityError if a file that the chosen backend needs is
+    damaged and no other backend can be used.
     """
     check_backend(name)
-    if missing := bundle.not_quantized(options.precision):  # else every stage would stand in for itself
+    if missing := bundle.not_quantized(options.precision):  # else each stage would silently use the base precision
         raise BackendUnavailable(missing)
     wanted = [a for a in availability() if name in ("auto", a.backend)]
     absent = {a.backend: a.reason for a in wanted if not a.works}
     makers: dict[str, Callable[[], Backend]] = {}
     for candidate in wanted:
-        # TensorRT says for each stage why its engine is not used; there may be none to ask for.
+        # Keep TensorRT even if it does not work here: it tells for each stage why no engine is used.
         if candidate.works or candidate.backend == "tensorrt":
             absent.pop(candidate.backend, None)
             makers[candidate.backend] = _maker(candidate.backend, bundle, options)

@@ -1,13 +1,13 @@
-"""One backend for many requests at a time: their stage calls share batches (higen/backends/batching.py).
+"""One backend for many concurrent requests: their stage calls share batches (higen/backends/batching.py).
 
     shared = SharedBackend(backend, manifest, Batcher(slots=16, rows=...))
-    with shared.request() as mine:                        # in a thread of its own for each request
-        video = pipeline.on(mine)(prompt, seed=7)         # as if alone
+    with shared.request() as mine:                        # one thread per request
+        video = pipeline.on(mine)(prompt, seed=7)         # same use as without batching
 
-The calling threads wait. One thread runs the batches; for a backend that can run several at the same time, several
-threads run one batch each. If some active requests are between two steps, a batch waits for them, so that requests keep
-step with each other, but at most `patience` seconds. The calls of a stage that cannot hold several samples, as the
-manifest says, run alone, however many rows they have.
+The calling threads wait. One thread runs the batches; with `workers`, several threads run one batch each, if the
+backend allows it. If some active requests are between two steps, a batch waits for them for at most `patience` seconds,
+so that requests stay in step. If the manifest says that a stage cannot hold several samples, each of its calls runs
+alone, with any number of rows.
 """
 
 from __future__ import annotations
@@ -40,9 +40,7 @@ class SharedBackend:
     def __init__(
         self, backend: Backend, manifest: Manifest, batcher: Batcher, patience: float = 0.01, workers: int = 1
     ) -> None:
-        """`patience`: seconds that a batch may wait for requests that are between two steps; `workers`: batches that
-        run at once.
-        """
+        """`patience`: seconds that a batch may wait for requests between two steps. `workers`: batches run at once."""
         self.backend = backend
         self.patience = patience
         self.batches = 0
@@ -69,11 +67,11 @@ class SharedBackend:
             return self._batcher.load
 
     def request(self) -> RequestBackend:
-        """A backend for one request; it has no slot before it enters."""
+        """A backend for one request. It has no slot before `enter` or `with`."""
         return RequestBackend(self)
 
     def close(self) -> None:
-        """Stop: waiting calls get RetryLater, running batches are finished. The backend itself stays open."""
+        """Stop: waiting calls raise RetryLater, running batches are finished. The underlying backend stays open."""
         if not self._home.here:
             return
         with self._changed:
@@ -88,14 +86,14 @@ class SharedBackend:
     # For RequestBackend.
 
     def enter(self, request: RequestBackend) -> None:
-        """Take a slot or a place in line. Raises RetryLater where both are full."""
+        """Take a slot or a place in line. Raises RetryLater if all slots and the line are full."""
         self._home.check()
         with self._changed:
             self._check_open()
             self._batcher.enter(request)
 
     def wait_for_slot(self, request: RequestBackend) -> None:
-        """Return when the request has a slot; raises Cancelled if it is cancelled in line."""
+        """Block until the request has a slot. Raises Cancelled if it is cancelled while it waits."""
         with self._changed:
             while not self._batcher.active(request):
                 self._check_open()
@@ -104,7 +102,7 @@ class SharedBackend:
                 self._changed.wait()
 
     def call(self, request: RequestBackend, stage: str, tensors: Mapping[str, Any]) -> dict[str, NDArray[Any]]:
-        """Run a stage within a common batch; the caller waits."""
+        """Run a stage in a shared batch and return its results; the calling thread waits."""
         self._home.check()
         arrays = {name: np.asarray(value) for name, value in tensors.items()}
         row = self._stages[stage]
@@ -120,7 +118,7 @@ class SharedBackend:
         return result.result()
 
     def leave(self, request: RequestBackend) -> None:
-        """Free the request's slot; a waiting or running call of this request gets Cancelled."""
+        """Free the request's slot. A waiting or running call of this request raises Cancelled."""
         if not self._home.here:
             return
         with self._changed:
@@ -153,7 +151,7 @@ class SharedBackend:
         try:
             outputs = self.backend.run(batch.stage, **batch.tensors())
             parts = batch.split({name: self.backend.to_numpy(value) for name, value in outputs.items()})
-        except Exception as error:  # whatever a backend raises belongs to the requests, not to this thread
+        except Exception as error:  # any error of a backend goes to the requests and must not end this thread
             if len(batch.calls) > 1:
                 for call in batch.calls:
                     self._run(Batch((call,)))
@@ -171,7 +169,7 @@ class SharedBackend:
             self._free_since = time.monotonic()
             self._batcher.done(call)
             result = self._results.pop(call, None)
-        if result is None:  # it has left
+        if result is None:  # the request has left
             return
         if isinstance(found, HigenError):
             result.set_exception(found)
@@ -184,7 +182,7 @@ class SharedBackend:
 
 
 class RequestBackend:
-    """A request's share of a SharedBackend: a Backend of its own. Leave it (`close`, or the end of `with`)."""
+    """The Backend of one request on a SharedBackend. Free it with `close` or the end of `with`."""
 
     def __init__(self, shared: SharedBackend) -> None:
         self.cancelled = False
@@ -196,36 +194,36 @@ class RequestBackend:
         return self._shared.backend.name
 
     def prepare(self, stage: str) -> None:
-        """Load a stage for all."""
+        """Load a stage; all requests share it."""
         self._shared.backend.prepare(stage)
 
     def describe(self, stage: str) -> str:
-        """What runs a stage, see `Backend.describe`."""
+        """See `Backend.describe`."""
         return self._shared.backend.describe(stage)
 
     @property
     def choices(self) -> Mapping[str, Choice]:
-        """What was chosen for each stage, see `Backend.choices`."""
+        """See `Backend.choices`."""
         return self._shared.backend.choices
 
     def choose(self, *stages: str) -> str:
-        """Load one of several stages, see `Backend.choose`."""
+        """See `Backend.choose`."""
         return self._shared.backend.choose(*stages)
 
     def run(self, stage: str, /, **tensors: Any) -> Mapping[str, Any]:
-        """Run a stage, see `Backend.run`; waits for a slot first. Raises Cancelled after `cancel`."""
+        """Wait for a slot, then run a stage; see `Backend.run`. Raises Cancelled after `cancel`."""
         return self._shared.call(self, stage, tensors)
 
     def to_numpy(self, tensor: Any) -> NDArray[Any]:
-        """The array itself: results are on the host."""
+        """The array itself: results are already on the host."""
         return np.asarray(tensor)
 
     def enter(self) -> None:
-        """Take a slot or a place in line. Raises RetryLater where both are full."""
+        """Take a slot or a place in line. Raises RetryLater if all slots and the line are full."""
         self._shared.enter(self)
 
     def cancel(self) -> None:
-        """Cancel the request from any thread: its waiting call ends with Cancelled, and its slot is free at once."""
+        """Cancel the request, from any thread. Its waiting call raises Cancelled, and its slot is free at once."""
         self.cancelled = True
         self._shared.leave(self)
 

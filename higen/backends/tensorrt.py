@@ -1,7 +1,7 @@
-"""The TensorRT backend: engines that `higen-export build-engines` made. Needs no torch.
+"""The TensorRT backend: runs engines built by `higen-export build-engines`. Needs no torch.
 
-Which plan, which profile and why not are decided in plans.py; device memory is cuda.py's; one engine is
-tensorrt_engine.py's. What is left here is which engines are on the GPU, and the memory that they share.
+plans.py chooses plans and profiles and gives the reasons, cuda.py manages device memory, and tensorrt_engine.py runs
+one engine. This module decides which engines are on the GPU and manages the memory that they share.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ __all__ = ["TensorrtBackend"]
 
 
 class TensorrtBackend:
-    """Runs stages by their engines. An engine is loaded when its stage is first used, and freed by `close`."""
+    """Runs stages on their engines. An engine is loaded when its stage is first used, and freed by `close`."""
 
     name = "tensorrt"
 
     def __init__(self, bundle: Bundle, options: Options = PLAIN) -> None:
-        """`device`: "cuda", "cuda:1", ... `precision` of the engines; None: whatever was built. `verify`: check each
-        plan's sha256. `low_memory`: one engine on the GPU at a time, for cards that do not hold all.
+        """`device`: "cuda", "cuda:1", ... `precision`: of the engines; None: any that was built. `verify`: check each
+        plan's sha256. `low_memory`: one engine on the GPU at a time, for GPUs too small for all.
 
-        Raises BackendUnavailable for a device that is no GPU.
+        Raises BackendUnavailable for a device that is not a GPU.
         """
         self.bundle = bundle
         self.options = options
@@ -55,10 +55,10 @@ class TensorrtBackend:
         self._closed = False
         self._home = Home()
         self._lock = threading.RLock()
-        """Held while engines are loaded, run or freed; taken before the GPU's own lock."""
+        """Held while engines are loaded, run or freed. Take it before the lock of `Cuda`."""
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """It is sent to another process as what it was made from."""
+        """Pickled as the constructor's arguments: another process creates it again."""
         return type(self), (self.bundle, self.options)
 
     def prepare(self, stage: str) -> None:
@@ -73,11 +73,11 @@ class TensorrtBackend:
                     self._resident(cuda, stage)
             except HigenError:
                 if not self._engines:
-                    self._release()  # a GPU that is not used is not held: its context takes hundreds of megabytes
+                    self._release()  # an unused GPU context would take hundreds of megabytes
                 raise
 
     def choose(self, *stages: str) -> str:
-        """See `Backend.choose`: a stage without an engine is passed over in silence, one without a good one is not."""
+        """See `Backend.choose`. A stage without an engine is skipped silently, one with a bad engine with a warning."""
         broken: EngineError | None = None
         for stage in stages[:-1]:
             try:
@@ -97,8 +97,8 @@ class TensorrtBackend:
     def run(self, stage: str, /, **tensors: Any) -> Mapping[str, Any]:
         """Run a stage; see `Backend.run`. Tensors are arrays or DeviceArrays; results are DeviceArrays.
 
-        Raises OutsideProfile for shapes that the engine was not built for, Stale for what an engine of a graph of
-        manifest version 1 cannot be told, BackendError after `close` and in a forked process.
+        Raises OutsideProfile for shapes that the engine was not built for. Raises Stale if the engine is of manifest
+        version 1 and cannot take a value. Raises BackendError after `close` and in a forked process.
         """
         self._home.check()
         spec = self.bundle.manifest.stage(stage)
@@ -114,7 +114,7 @@ class TensorrtBackend:
         return dict(zip((t.name for t in spec.outputs), outputs, strict=True))
 
     def describe(self, stage: str) -> str:
-        """Where and in what precision a prepared stage runs: "cuda, fp16, rtx-sm89"."""
+        """Device, precision and target of a prepared stage: "cuda, fp16, rtx-sm89"."""
         record = self._plans[stage][0].record
         device = f"cuda:{self._index}" if self._index else "cuda"
         return f"{device}, {record.precision}, {record.target}"
@@ -125,12 +125,12 @@ class TensorrtBackend:
         return {stage: Choice(stage, self.name, details=self.describe(stage)) for stage in tuple(self._engines)}
 
     def to_numpy(self, tensor: Any) -> NDArray[Any]:
-        """A DeviceArray as a numpy array on the host; what is of another backend is left to that."""
+        """A DeviceArray as a numpy array on the host. A tensor of another backend is returned unchanged."""
         return tensor.numpy() if isinstance(tensor, DeviceArray) else tensor
 
     def close(self) -> None:
-        """Free engines and device memory, when the run that has the GPU has ended."""
-        if self._home.here:  # a forked process has no GPU to give back
+        """Free engines and device memory. Waits for a run in progress."""
+        if self._home.here:  # the GPU belongs to the parent of a forked process
             with self._lock:
                 self._closed = True
                 self._release()
@@ -151,7 +151,7 @@ class TensorrtBackend:
             self._cuda = None
 
     def _open(self, stage: str) -> Cuda:
-        """The GPU, after it is known which plans of the stage fit it."""
+        """Open the GPU, and find the plans of the stage that fit it."""
         if self._closed:
             raise BackendError(CLOSED)
         if self._cuda is not None and stage in self._plans:
@@ -177,7 +177,7 @@ class TensorrtBackend:
         return self._cuda
 
     def _resident(self, cuda: Cuda, stage: str) -> Engine:
-        """The stage's engine on the GPU, with scratch memory for the largest of all."""
+        """The stage's engine, loaded on the GPU, with enough scratch memory for it."""
         if stage not in self._engines:
             cuda.enter()
             if self.options.low_memory:
@@ -198,7 +198,7 @@ class TensorrtBackend:
         return engine
 
     def _load(self, cuda: Cuda, stage: str) -> Engine:
-        """An engine of the best plan that loads, with a warning for each that does not; raises the last one's error."""
+        """Load the best plan that can be loaded; warn for each that cannot. If none can, raise the last error."""
         plan, *others = self._plans[stage]
         try:
             return Engine(cuda, plan, self.bundle.manifest.stage(stage), self.options.verify)
@@ -211,9 +211,9 @@ class TensorrtBackend:
         return self._load(cuda, stage)
 
     def _reserve(self, cuda: Cuda, size: int) -> None:
-        """See that the one block of scratch memory, which all engines use in turn, has at least this size.
+        """Make the scratch memory, one block that all engines share, at least this large.
 
-        Where a larger one cannot be had, those that the present one is enough for keep working.
+        If a larger block cannot be allocated, one of the old size is kept, so that the other engines still work.
         """
         address, present = self._scratch
         if size <= present:

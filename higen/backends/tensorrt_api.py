@@ -1,7 +1,7 @@
 """One interface to three libraries: `tensorrt` 10, `tensorrt` 11 and `tensorrt_rtx`.
 
-Their modules use the same names, but not every module has every name. Code that uses a name which may be absent checks
-it with hasattr; version numbers are never compared.
+Their modules use the same names, but not every module has every name. Code checks for optional names with hasattr and
+never compares version numbers.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from higen.errors import EngineError, HigenError, MissingExtra
 __all__ = ["SEVERE", "engine_tensors", "installed", "library", "make_logger", "network_tensors", "versions"]
 
 SEVERE = ("INTERNAL_ERROR", "ERROR")
-"""Severities of messages after which a result is not used."""
+"""Severities of messages that make a result unusable."""
 
 
 def installed(flavour: str) -> bool:
@@ -26,7 +26,7 @@ def installed(flavour: str) -> bool:
 
 
 def library(flavour: str, purpose: str) -> Any:
-    """A flavour's module. Raises MissingExtra if it is not installed, EngineError if it does not load."""
+    """A flavour's Python module. Raises MissingExtra if it is not installed, EngineError if it does not load."""
     package, extra = EXTRAS[flavour]
     try:
         return importlib.import_module(package)
@@ -46,7 +46,7 @@ def _broken(package: str, purpose: str, error: Exception) -> EngineError:
 
 
 def versions(flavours: Mapping[str, str]) -> dict[str, str | HigenError]:
-    """Version of each flavour, or why it cannot be imported; `flavours` name what needs it."""
+    """Version of each flavour, or the error why it cannot be imported. `flavours`: what needs each one."""
     found: dict[str, str | HigenError] = {}
     for flavour, purpose in flavours.items():
         try:
@@ -57,7 +57,7 @@ def versions(flavours: Mapping[str, str]) -> dict[str, str | HigenError]:
 
 
 def make_logger(trt: Any, on_line: Callable[[str, str], None]) -> Any:
-    """A TensorRT logger that hands each line on as (severity, text)."""
+    """A TensorRT logger that calls `on_line` with severity and text."""
 
     class Logger(trt.ILogger):  # type: ignore[misc]
         def __init__(self) -> None:

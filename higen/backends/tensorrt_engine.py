@@ -1,6 +1,6 @@
-"""One TensorRT engine: a plan that was deserialized, with its context.
+"""One TensorRT engine: a deserialized plan with its execution context.
 
-The order in which TensorRT wants to be called:
+TensorRT must be called in this order:
 
     probe the driver -> record -> file -> library -> validity -> deserialize -> context
     profile -> input shapes -> addresses -> scratch memory -> execute (or replay a captured graph)
@@ -28,11 +28,11 @@ from higen.staging import whole_file
 __all__ = ["Engine"]
 
 MAX_GRAPHS = 16
-"""Captured graphs kept for a stage: a denoising loop alternates between two or three sets of addresses."""
+"""Maximum number of captured graphs per stage. A denoising loop alternates between two or three sets of addresses."""
 
 
 class Engine:
-    """A deserialized plan with its context."""
+    """A deserialized plan with its execution context."""
 
     def __init__(self, cuda: Cuda, plan: Plan, stage: Stage, verify: bool) -> None:
         self.plan = plan
@@ -59,7 +59,7 @@ class Engine:
         self._warm = False
 
     def as_declared(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
-        """The stage's inputs as the engine takes them. Raises Stale for what an engine of version 1 cannot be told."""
+        """The inputs in the form that the engine takes. Raises Stale if an engine of version 1 cannot take a value."""
         given = dict(tensors)
         for name in self._older:
             value = tensors[name]
@@ -73,7 +73,7 @@ class Engine:
         return given
 
     def run(self, profile: int, inputs: Mapping[str, DeviceArray], scratch: tuple[int, int]) -> list[DeviceArray]:
-        """Put one execution on the stream; returns the outputs in the stage's order."""
+        """Put one execution on the stream and return the outputs in the stage's order."""
         context, stream = self._context, self._cuda.stream
         bound = (profile, tuple(array.shape for array in inputs.values()))
         self._warm = self._warm and bound == self._bound
@@ -97,7 +97,7 @@ class Engine:
         return outputs
 
     def forget_graphs(self) -> None:
-        """Drop captured graphs: an address in them is gone."""
+        """Drop the captured graphs, for example because an address in them is no longer valid."""
         self._cuda.synchronize()
         for graph in self._graphs.values():
             if graph is not None:
@@ -105,16 +105,16 @@ class Engine:
         self._graphs.clear()
 
     def close(self) -> None:
-        """Free the engine; kernels that were compiled for this GPU are kept beside the plan."""
+        """Free the engine. Kernels that were compiled for this GPU are saved in the plan's folder."""
         self.forget_graphs()
         self._save_cache()
-        # In this order: a context must not outlive its engine, nor an engine its runtime.
+        # The order matters: a context must not outlive its engine, nor an engine its runtime.
         self._context = self._engine = self._runtime = None
 
     def _execute(self, key: tuple[Any, ...]) -> None:
-        """Run with what is bound: plainly the first time, captured the second time, replayed from then on.
+        """Run with the bound tensors: directly the first time, captured the second time, replayed from then on.
 
-        TensorRT wants a plain run after every change of shapes before one may be captured.
+        After every change of shapes, TensorRT needs one direct run before a run may be captured.
         """
         graph = self._graphs.get(key)
         if graph is None and self._own_graphs and self._warm and key in self._graphs:
@@ -130,10 +130,10 @@ class Engine:
             self._graphs[key] = None
 
     def _capture(self) -> Graph | None:
-        """A graph of one execution; None, from then on for all, where this engine cannot be captured."""
+        """A captured graph of one execution. None if this engine cannot be captured; then it is not tried again."""
         try:
             return self._cuda.capture(self._enqueue)
-        except BackendError:  # it waits inside, or has work that depends on its inputs
+        except BackendError:  # the engine synchronizes inside, or its work depends on its inputs
             self._own_graphs = False
             self.forget_graphs()
             return None
@@ -151,7 +151,7 @@ class Engine:
 
     def _deserialize(self, verify: bool) -> tuple[Any, Any]:
         path, record = self.plan.path, self.plan.record
-        if path.exists() and not path.is_file():  # a pipe would wait forever
+        if path.exists() and not path.is_file():  # reading a pipe would block forever
             raise Malformed(f"{path}: is no plain file: {self.plan.remedy}")
         try:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
@@ -171,7 +171,7 @@ class Engine:
         return runtime, engine
 
     def _stream_weights(self) -> None:
-        """Keep as many of a streaming plan's weights on the GPU as it has room for."""
+        """Keep as many weights of a streaming plan on the GPU as fit."""
         engine = self._engine
         if self.plan.record.options.get("weight_streaming") and engine.streamable_weights_size:
             engine.weight_streaming_budget_v2 = streaming_budget(
@@ -190,7 +190,7 @@ class Engine:
             config = engine.create_runtime_config()
             config.set_execution_context_allocation_strategy(strategy)
             if hasattr(config, "cuda_graph_strategy"):
-                # TensorRT for RTX compiles kernels while it runs and knows itself when a graph can be captured.
+                # TensorRT for RTX compiles kernels at run time and decides itself when to capture a graph.
                 config.cuda_graph_strategy = trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
                 self._own_graphs = False
             if hasattr(config, "create_runtime_cache"):
@@ -208,18 +208,18 @@ class Engine:
         return self.plan.path.with_name(f".{record.stage}-sm{self._cuda.architecture}.cache")
 
     def _load_cache(self) -> None:
-        """Kernels that an earlier run compiled here; TensorRT itself refuses those of another GPU or version."""
-        with suppress(OSError):  # none, or one that cannot be read: kernels are compiled again
+        """Load the kernels that an earlier run compiled. TensorRT refuses those of another GPU or version."""
+        with suppress(OSError):  # without a readable cache, kernels are compiled again
             content = self._cache_file.read_bytes() if self._cache_file.is_file() else b""
             if content and self._cache.deserialize(content):
                 self._cache_size = len(content)
 
     def _save_cache(self) -> None:
-        """Write compiled kernels beside the plan if there are new ones and the folder can be written."""
+        """Save compiled kernels in the plan's folder, if there are new ones and the folder is writable."""
         if self._cache is None:
             return
         content = bytes(self._cache.serialize())
         if len(content) == self._cache_size:
             return
-        with suppress(OSError), whole_file(self._cache_file) as part:  # if not: compiling again, nothing else
+        with suppress(OSError), whole_file(self._cache_file) as part:  # else they are only compiled again
             part.write_bytes(content)

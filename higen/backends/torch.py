@@ -1,4 +1,4 @@
-"""The torch backend: the modules themselves, as the model's family builds them."""
+"""The torch backend: runs the PyTorch modules that the model's family builds."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["BundleWeights", "TorchBackend"]
 
 
 class BundleWeights:
-    """The weights of a model directory, as a family's networks are filled with them (`families.Weights`)."""
+    """Fills a family's networks with the weights of a model directory (`families.Weights`)."""
 
     def __init__(self, bundle: Bundle, device: torch.device, dtype: torch.dtype | None, verify: bool = True) -> None:
         """`dtype`: what the networks compute in; None: as stored. `verify`: check each file's sha256."""
@@ -51,11 +51,11 @@ class BundleWeights:
         """See `families.Weights`."""
         path = self.bundle.file(file, self._verify)
         fill(module, path, dtype or self.dtype, self.device, lambda name: name.removeprefix(strip), part, beside)
-        self.bundle.file(file, verify=False)  # as it was before it was loaded, or it is checked again
+        self.bundle.file(file, verify=False)  # if changed during the load: checked again
         self._loaded.add(file)
 
     def check(self) -> None:
-        """See that nobody has written into the files: tensors in the type that they are stored in are mapped.
+        """Check that nobody has written into the files. Tensors loaded in their stored dtype are memory-mapped.
 
         Raises IntegrityError.
         """
@@ -68,11 +68,11 @@ class TorchBackend:
     name = "torch"
 
     def __init__(self, bundle: Bundle, options: Options = PLAIN) -> None:
-        """`device`: "cpu", "cuda", "cuda:1", ...; None: the GPU if there is one. `precision`: None: fp32 on a CPU, as
-        stored elsewhere; PyTorch computes in no fewer than 16 bits, so in the base of a quantised one. `threads` of one
-        operator on a CPU count for the whole process, for PyTorch has no other way.
+        """`device`: "cpu", "cuda", "cuda:1", ...; None: the GPU if there is one. `precision`: None means fp32 on a CPU
+        and the stored dtype elsewhere; for a quantised precision PyTorch computes in its base, which has at least 16
+        bits. `threads`: of one operator on a CPU; in PyTorch this setting applies to the whole process.
 
-        Raises BackendUnavailable for a device that PyTorch cannot use, and where the model's family is not installed.
+        Raises BackendUnavailable for a device that PyTorch cannot use, or if the model's family is not installed.
         """
         self.bundle = bundle
         self.device = _device(options.device)
@@ -95,7 +95,7 @@ class TorchBackend:
         _set_threads(options.threads)
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """It is sent to another process as what it was made from."""
+        """Pickled as the constructor's arguments: another process creates it again."""
         return type(self), (self.bundle, self.options)
 
     def prepare(self, stage: str) -> None:
@@ -103,7 +103,7 @@ class TorchBackend:
         self.module(stage)
 
     def choose(self, *stages: str) -> str:
-        """See `Backend.choose`: every stage can be run."""
+        """See `Backend.choose`. PyTorch can run every stage, so the first one is taken."""
         self.prepare(stages[0])
         return stages[0]
 
@@ -121,8 +121,10 @@ class TorchBackend:
 
     @staticmethod
     def _samples(module: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
-        """A CPU takes the samples of a batch one at a time: the libraries' order of summation depends on the batch's
-        size, and guidance makes that rounding visible. Only so is a sample's result its own; it costs little there.
+        """Run the samples of a batch one at a time on a CPU, so that no sample's result depends on the others.
+
+        The libraries' order of summation depends on the batch size, and guidance makes the rounding visible. Running
+        one sample at a time costs little on a CPU.
         """
         samples = zip(*(tensor.split(1) for tensor in inputs), strict=True)
         outputs = [_outputs(module, sample) for sample in samples]
@@ -133,7 +135,7 @@ class TorchBackend:
         return tensor.cpu().numpy() if isinstance(tensor, torch.Tensor) else np.asarray(tensor)
 
     def describe(self, stage: str) -> str:
-        """Where and in what precision a stage runs: "cpu, fp32"; and whether the processor is slow at it."""
+        """Device and precision of a stage: "cpu, fp32"; with a note if the processor is slow in this precision."""
         return self._details(self.module(stage))
 
     @property
@@ -149,7 +151,7 @@ class TorchBackend:
         return f"{self.device}, {name}" + (f" ({SLOW_BF16})" if slow else "")
 
     def close(self) -> None:
-        """Drop the networks; one that runs is freed when its run has ended."""
+        """Drop the networks. A running network is freed when its run ends."""
         if self._home.here:
             with self._loading:
                 self._closed = True
@@ -157,9 +159,9 @@ class TorchBackend:
                 self._networks = None
 
     def module(self, stage: str) -> nn.Module:
-        """A stage as a module, loaded when first asked for.
+        """A stage's module, loaded when it is first used.
 
-        Raises BackendError after `close` and in a forked process, OutOfMemory.
+        Raises BackendError after `close` and in a forked process, and OutOfMemory.
         """
         self._home.check()
         with self._loading, enough_memory(stage):
@@ -191,8 +193,10 @@ def _device(device: str | None) -> torch.device:
 
 
 def _set_threads(threads: int | None) -> None:
-    """Set the threads of an operator on a CPU: one in a process forked from one that has PyTorch, whose other threads
-    did not come along; to wait for them would be to wait forever.
+    """Set the threads of an operator on a CPU.
+
+    In a process forked from one that uses PyTorch it is always one thread. The parent's other threads do not exist
+    there, and waiting for them would never end.
     """
     if inherited("torch"):
         if (torch.get_num_threads() if threads is None else threads) > 1:

@@ -1,11 +1,11 @@
-"""The record of finished videos: a Parquet index, and a journal of those that are not in it yet.
+"""The records of finished videos: a Parquet index, and a journal of records that are not in the index yet.
 
     OUTPUT/index.parquet          one row per request: path, seed, metadata, seconds, error, ...
     OUTPUT/journal/KEY.json       a record that is not in the index yet, written after its video
-    OUTPUT/journal/KEY.begun      how many processes have begun a row that is not done; what counts those it has ended
-    OUTPUT/videos/ab/KEY.mp4      a video, in the folder of its key's first two digits
+    OUTPUT/journal/KEY.begun      how many processes have begun an unfinished row; all but a running one died in it
+    OUTPUT/videos/ab/KEY.mp4      a video, in a folder named by the first two digits of its key
 
-Workers write to the journal, one process moves its records into the index. A record is in one of both at least.
+Workers write to the journal. One process moves the records into the index. Every record is in at least one of the two.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ INDEX = "index.parquet"
 _MARK = (b"higen.batch", b"1")
 _ENTRY = re.compile(r"journal/([0-9a-f]{32})\.(json|begun)")
 _LEAST, _SHARE = 60.0, 20.0
-"""The index is written after this many seconds, and after this many times the seconds that it last took."""
+"""The index is written again after this many seconds, but not before this many times the duration of the last write."""
 
 
 @dataclass(frozen=True)
 class Record:
-    """What became of a row.
+    """The result of a row.
 
-    path      of the video below the output; None where there is none
-    seconds   of the attempt that succeeded, or of the last one
-    attempts  how often it was begun, by this run and those before it
+    path      of the video, relative to the output; None if there is no video
+    seconds   of the attempt that succeeded, or of the last attempt
+    attempts  how often the row was begun, in this run and earlier ones
     """
 
     key: str
@@ -51,17 +51,17 @@ class Record:
     error: str | None = None
 
     def as_json(self) -> str:
-        """For the journal, and for another process."""
+        """The record as JSON, for the journal and for other processes."""
         return json.dumps(asdict(self), ensure_ascii=False)
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Record:
-        """What `as_json` wrote. Raises ValueError or TypeError for anything else."""
+        """The record from the text of `as_json`. Raises ValueError or TypeError for anything else."""
         return cls(**json.loads(text))
 
 
 def arrow() -> Any:
-    """The package pyarrow, with its Parquet. Raises MissingExtra."""
+    """The package pyarrow, with pyarrow.parquet imported. Raises MissingExtra."""
     try:
         import pyarrow
         import pyarrow.parquet
@@ -71,25 +71,25 @@ def arrow() -> Any:
 
 
 def video_path(key: str, suffix: str) -> str:
-    """Where a row's video lies."""
+    """Path of a row's video, relative to the output."""
     return f"videos/{key[:2]}/{key}{suffix}"
 
 
 class Journal:
-    """The records of rows that were made; any process may write its own rows."""
+    """The records of finished rows. Any process may write the records of its own rows."""
 
     def __init__(self, place: Place) -> None:
         self._place = place
 
     def get(self, key: str) -> Record | None:
-        """A row's record, where there is one that can be read."""
+        """A row's record; None if there is none or it cannot be read."""
         content = self._place.read(f"journal/{key}.json")
         with suppress(ValueError, TypeError):
             return None if content is None else Record.from_json(content)
         return None
 
     def begin(self, key: str) -> int:
-        """A row is begun; returns how often that was written down before."""
+        """Record that a row is begun. Returns how often this was recorded before."""
         name = f"journal/{key}.begun"
         text = (self._place.read(name) or b"0").decode("ascii", "replace")
         before = int(text) if text.isascii() and text.isdigit() else 0
@@ -97,30 +97,30 @@ class Journal:
         return before
 
     def end(self, record: Record) -> None:
-        """A row is done, or has failed for good."""
+        """Store the record of a row that is done or has finally failed."""
         text = record.as_json()
         self._place.put(f"journal/{record.key}.json", lambda path: path.write_text(text, encoding="utf-8"))
         self.leave(record.key)
 
     def leave(self, key: str) -> None:
-        """A row was given up for a reason that is not its own."""
+        """Forget that a row was begun: it stopped for a reason that is not the row's fault."""
         self._place.remove([f"journal/{key}.begun"])
 
     def begun(self) -> set[str]:
-        """The rows that were begun and not ended, now."""
+        """Keys of the rows that are begun and not ended."""
         return self._keys("begun")
 
     def keys(self) -> set[str]:
-        """The rows that have a record here."""
+        """Keys of the rows that have a record in the journal."""
         return self._keys("json")
 
     def clear(self) -> None:
-        """The run was stopped: no row is to blame for it."""
+        """Forget which rows were begun: the run was stopped, and no row caused it."""
         for key in self.begun():
             self.leave(key)
 
     def forget(self, keys: Sequence[str]) -> None:
-        """Remove records, which are in the index now, and what a killed writer left beside them."""
+        """Remove records that are in the index now, and their .begun files if a killed writer left some."""
         names = {f"journal/{key}.{kind}" for key in keys for kind in ("json", "begun")}
         self._place.remove(sorted(names.intersection(self._place.sizes("journal"))))
 
@@ -130,12 +130,12 @@ class Journal:
 
 
 class Index:
-    """The index of a place; one process at a time."""
+    """The index of a place. Only one process at a time may use it."""
 
     def __init__(self, place: Place, rows: Sequence[Row]) -> None:
-        """Read the index, and into it the journal. Raises OutputError for a file in its place that is none of ours.
+        """Read the index and the journal. Raises OutputError if the index file is not higen's.
 
-        `rows`: of the present file, whose lines are written beside their records.
+        `rows`: of the current file of requests; the index stores their line numbers with the records.
         """
         self._arrow = arrow()
         self._place = place
@@ -149,7 +149,7 @@ class Index:
                 self._new[key] = record
 
     def made(self) -> dict[str, tuple[str, int]]:
-        """Path and bytes of each video that is recorded, by key."""
+        """Path and size in bytes of each recorded video, by key."""
         names = ("key", "path", "file_bytes")
         old = zip(*(self._table[name].to_pylist() for name in names), strict=True)
         found = {key: (path, size) for key, path, size in old if path is not None}
@@ -161,17 +161,17 @@ class Index:
 
     @property
     def pending(self) -> int:
-        """Records that are in the journal alone."""
+        """Number of records that are only in the journal."""
         return len(self._new)
 
     def add(self, record: Record) -> None:
-        """Take a record of the journal; the index is written now and then."""
+        """Add a record of the journal. The index is written from time to time."""
         self._new[record.key] = record
         if time.monotonic() - self._written > max(_LEAST, _SHARE * self._took):
             self.write()
 
     def write(self) -> None:
-        """Write the index with all records, in the order of the file; then the journal is not needed any more."""
+        """Write the index with all records, in the order of the file, then remove them from the journal."""
         began = time.monotonic()
         table = self._joined()
         parquet = self._arrow.parquet
@@ -190,7 +190,7 @@ class Index:
         lines = [self._lines.get(key, ()) for key in table["key"].to_pylist()]
         place = table.schema.get_field_index("lines")
         table = table.set_column(place, self._schema().field("lines"), [arrow.array(lines, arrow.list_(arrow.int64()))])
-        last = 2**62  # rows of other files come after those of this one
+        last = 2**62  # records of other files come last
         order = sorted(range(len(lines)), key=lambda i: lines[i][0] if lines[i] else last)
         return table.take(order).replace_schema_metadata(dict([_MARK]))
 
@@ -216,7 +216,7 @@ class Index:
             return self._schema().empty_table()
         try:
             table = self._arrow.parquet.read_table(self._arrow.BufferReader(content))
-        except Exception as error:  # of pyarrow's many
+        except Exception as error:  # pyarrow raises many kinds
             raise OutputError(f"{INDEX} of the output cannot be read: move it away ({error})") from error
         if (table.schema.metadata or {}).get(_MARK[0]) != _MARK[1] or table.schema.names != self._schema().names:
             raise OutputError(f"{INDEX} of the output is of no earlier run: move it away, or choose another output")

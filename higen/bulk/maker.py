@@ -1,6 +1,6 @@
-"""A model that makes the videos of rows, in this process or in an actor of a cluster.
+"""Makes the videos of rows with a loaded model, in this process or in an actor of a cluster.
 
-With several slots, that many rows are at work at once; their steps run in common batches, as in a server
+With several slots, several rows are made at once. Their steps share batches, as in the server
 (higen/backends/shared_batches.py).
 """
 
@@ -33,11 +33,11 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EROFS)
 
 @dataclass(frozen=True, kw_only=True)
 class Making:
-    """How rows are made, in whatever process.
+    """How rows are made, in any process.
 
-    backend, device, precision, threads    of `higen.load`
-    retries    how often a row that failed is tried again
-    slots      rows at work at once
+    backend, device, precision, threads    as for `higen.load`
+    retries    how often a failed row is tried again
+    slots      number of rows made at once
     """
 
     backend: str | None = None
@@ -50,11 +50,11 @@ class Making:
 
 @dataclass(frozen=True)
 class Order(Making):
-    """What a process needs to know to make rows.
+    """Everything that a process needs to make rows.
 
-    output     a path or URL, which must show `token` in its file RUN
-    model      its path, or None for the built-in one; digest: which model it must be
-    suffix     of the videos
+    output     a path or URL; its file RUN must contain `token`
+    model      path of the model, or None for the built-in one; it must have the digest `digest`
+    suffix     of the videos' file names
     """
 
     output: str
@@ -65,10 +65,12 @@ class Order(Making):
 
 
 class Maker:
-    """A loaded model, and the place that it writes to."""
+    """A loaded model and the place for its videos."""
 
     def __init__(self, order: Order) -> None:
-        """Raises what `higen.load` raises; OutputError where the output is another place than the run's own."""
+        """Raises what `higen.load` raises. Raises OutputError for another output than the run's, IntegrityError for
+        another model.
+        """
         self._order = order
         self._place = open_place(order.output)
         if self._place.read(RUN) != order.token:
@@ -94,11 +96,11 @@ class Maker:
             raise
 
     def make(self, rows: Iterable[tuple[str, str]]) -> Iterator[Record]:
-        """Make rows (key, request as JSON); yields each one's record, as it is done.
+        """Make rows, given as (key, request as JSON). Yields each row's record when it is done.
 
-        With several slots, a row that was begun before and not ended is made when the others are done, alone: should
-        it end the process once more, no other one is counted for it. Raises OutputError where the output is full or
-        read-only, and OSError where it cannot be written.
+        With several slots, a row that was begun earlier and not ended is made last, alone. If it kills the process
+        again, no other row is blamed. Raises OutputError if the output is full or read-only, OSError if it cannot be
+        written.
         """
         if self._shared is None:
             yield from (self._record(*row) for row in rows)
@@ -135,7 +137,7 @@ class Maker:
             self._shared.close()
 
     def _record(self, key: str, text: str) -> Record:
-        if (found := self._journal.get(key)) is not None:  # made by a worker that was killed before it said so
+        if (found := self._journal.get(key)) is not None:  # its worker was killed before it reported the row
             return found
         before = self._journal.begin(key)
         try:
@@ -155,7 +157,7 @@ class Maker:
             began = time.monotonic()
             try:
                 return self._attempt(key, text, attempts, began)
-            except Exception as failure:  # whatever it is, the other rows are made
+            except Exception as failure:  # no error may keep the other rows from being made
                 if self._stopped.is_set():
                     raise Cancelled("the run was stopped") from failure
                 if _is_full(failure):
@@ -190,7 +192,7 @@ def _since(began: float) -> float:
 
 
 def _is_full(error: BaseException | None) -> bool:
-    """Whether the cause of an error is a disk that takes nothing more."""
+    """Whether an error was caused by a full or read-only disk."""
     while error is not None:
         if isinstance(error, OSError) and error.errno in _FULL:
             return True

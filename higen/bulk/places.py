@@ -1,6 +1,6 @@
-"""Where results go: a local folder, or any URL that fsspec opens. A file there is whole or absent.
+"""Where results go: a local folder, or any URL that fsspec opens. Files appear there complete or not at all.
 
-Names are relative and have `/` between their parts.
+Names are relative and use `/`.
 """
 
 from __future__ import annotations
@@ -24,49 +24,49 @@ from higen.staging import sweep, whole_file
 __all__ = ["RUN", "Place", "open_place"]
 
 RUN = "run"
-"""The file that a run locks and signs."""
+"""The file that a run locks and writes its token to."""
 
 WHOLE = frozenset(("abfs", "abfss", "az", "gcs", "gs", "memory", "oci", "oss", "r2", "s3", "s3a"))
-"""Protocols whose uploads appear whole. On others a file is uploaded under another name, then moved."""
+"""Protocols with atomic uploads. On others a file is uploaded under a temporary name and then moved."""
 
 _ASIDE = ".before"
 _PART = re.compile(r"\.higen-[0-9a-f]{32}")
 
 
 class Place(Protocol):
-    """Files by name. Raises OutputError where the place cannot be used, OSError where one file cannot."""
+    """Files by name. Raises OutputError if the place cannot be used, OSError if one file cannot."""
 
     def make(self) -> None:
-        """Make the folder where it is not there."""
+        """Make the folder if it does not exist."""
         ...
 
     def put(self, name: str, write: Callable[[Path], object]) -> int:
-        """A file that `write` makes at the path it is given; returns its bytes."""
+        """Store a file and return its size in bytes. `write` is called with a local path to write it to."""
         ...
 
     def read(self, name: str) -> bytes | None:
-        """A file's content, None where it is not there."""
+        """A file's content; None if it does not exist."""
         ...
 
     def sizes(self, folder: str) -> dict[str, int]:
-        """Every file below a folder with its bytes, by name; nothing where the folder is not there."""
+        """Sizes in bytes of all files below a folder, by name; empty if the folder does not exist."""
         ...
 
     def remove(self, names: Sequence[str]) -> None:
-        """Remove files; they need not be there."""
+        """Remove files, if they exist."""
         ...
 
     def tidy(self, folder: str) -> None:
-        """Remove what killed writers left below a folder."""
+        """Remove unfinished files that killed writers left below a folder."""
         ...
 
     def held(self) -> Any:
-        """A context in which no other run works here, as far as the place has locks; yields what RUN holds then."""
+        """A context in which no other run uses this place, if the place has locks. Yields the token written to RUN."""
         ...
 
 
 def open_place(output: str) -> Place:
-    """The place of a path or URL; nothing is made yet. Raises OutputError, and MissingExtra for a URL's packages."""
+    """The place of a path or URL; nothing is made yet. Raises OutputError, and MissingExtra if fsspec is missing."""
     protocol, separator, rest = output.partition("://")
     if not separator:
         return _Folder(given_path(output, "output"))
@@ -80,7 +80,7 @@ def open_place(output: str) -> Place:
         files, root = url_to_fs(output)
     except ImportError as error:
         raise OutputError(f"output={quoted(output)}: a package is missing for {protocol}://: {error}") from error
-    except Exception as error:  # each file system has errors of its own
+    except Exception as error:  # each file system raises its own errors
         raise OutputError(f"output={quoted(output)}: cannot be opened: {error}") from error
     return _Url(output, files, root.rstrip("/"), protocol.rpartition("::")[2] in WHOLE)
 
@@ -174,7 +174,7 @@ class _Url:
         part = f"{posixpath.dirname(target)}/.higen-{secrets.token_hex(16)}"
         try:
             self._files.put_file(str(local), part)
-            if self._files.exists(target):  # not every file system moves over a file
+            if self._files.exists(target):  # not every file system can overwrite by a move
                 self._files.mv(target, target + _ASIDE)
             self._files.mv(part, target)
         except BaseException:
@@ -185,7 +185,7 @@ class _Url:
             self._files.rm_file(target + _ASIDE)
 
     def read(self, name: str) -> bytes | None:
-        for path in (self._path(name), self._path(name) + _ASIDE):  # the second: of a run that was killed between moves
+        for path in (self._path(name), self._path(name) + _ASIDE):  # the second: if a run was killed between moves
             with suppress(FileNotFoundError):
                 return bytes(self._files.cat_file(path))
         return None
@@ -221,5 +221,5 @@ class _Url:
     def _reported(self, what: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:  # each file system has errors of its own
+        except Exception as error:  # each file system raises its own errors
             raise OutputError(f"output={quoted(self._url)}: {what}: {error}") from error

@@ -1,7 +1,7 @@
-"""Rows on a Ray cluster: Ray Data hands blocks of rows to a pool of actors, each with a model of its own.
+"""Makes rows on a Ray cluster: Ray Data sends blocks of rows to a pool of actors, each with its own model.
 
-A worker that dies is started again and its block given out again; what it had made is found in the journal. Ray Data
-holds rows back while the workers are busy, and records while the index is being written.
+If a worker dies, it is started again and gets its block again. Rows it had finished are found in the journal. Ray Data
+applies backpressure: rows wait while the workers are busy, and records wait while the index is written.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ __all__ = ["Pool", "on_ray"]
 
 _LOCAL = "local"
 _STORE = 256 * 2**20
-"""Bytes of a local cluster's object store: rows and records alone pass through it."""
+"""Bytes of a local cluster's object store: only rows and records pass through it."""
 _BLOCKS = 20_000
-"""Blocks at most, since Ray keeps account of each."""
+"""Maximum number of blocks: Ray keeps state for each."""
 _EACH, _ROWS = 32, 8
-"""Blocks of one worker, where there are rows enough: then all workers end at nearly the same time. Rows of a block,
-where that does not make too many blocks: records arrive a block at a time.
+"""Blocks per worker, if there are enough rows: all workers then end at nearly the same time. Maximum rows per block,
+unless that makes too many blocks: records arrive one block at a time.
 """
 _ANSI = re.compile("\x1b\\[[0-9;]*m")
 _LONGEST, _PATIENCE = 1e6, 10.0
 _QUIET = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_BACKEND_LOG_LEVEL": "fatal"}
-"""Ray reports nothing to anybody, and writes nothing between the lines of the progress bar."""
+"""Turns off Ray's usage reports and its log messages, which would disturb the progress bar."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Pool:
 
 
 def on_ray(pool: Pool) -> Callable[[Order, list[Row]], Generator[Record, None, None]]:
-    """What makes rows on a cluster. Raises MissingExtra."""
+    """The function that makes rows on the cluster. Raises MissingExtra."""
     for name, value in _QUIET.items():
         os.environ.setdefault(name, value)
     try:
@@ -75,10 +75,10 @@ def on_ray(pool: Pool) -> Callable[[Order, list[Row]], Generator[Record, None, N
 
 
 def _records(pool: Pool, order: Order, rows: list[Row]) -> Generator[Record, None, None]:
-    """Raises BackendUnavailable where there is no cluster, and what a worker raised when it could not go on."""
+    """Raises BackendUnavailable if there is no cluster, and the error of a worker that could not continue."""
     import ray
 
-    with redirect_stdout(sys.stderr):  # Ray writes there when a worker dies, at its shutdown too
+    with redirect_stdout(sys.stderr):  # Ray writes to stdout when a worker dies and at shutdown
         ours = _connected(ray, pool.address)
         try:
             yield from _streamed(ray, pool, order, rows)
@@ -90,25 +90,25 @@ def _records(pool: Pool, order: Order, rows: list[Row]) -> Generator[Record, Non
 
 
 def _connected(ray: Any, address: str) -> bool:
-    """Join the cluster, unless this process has done so; whether it is ours to leave."""
+    """Join the cluster unless this process has joined already. Returns whether we joined and must leave it."""
     if ray.is_initialized():
         return False
     _check_port(address)
     options: dict[str, Any] = {"log_to_driver": False, "logging_level": "ERROR"}
-    for name in ("ray", "ray.data"):  # what goes wrong with a row is in its record
+    for name in ("ray", "ray.data"):  # errors of rows are in their records
         logging.getLogger(name).setLevel(logging.ERROR)
     try:
         if address == _LOCAL:
             ray.init(address=_LOCAL, include_dashboard=False, object_store_memory=_STORE, **options)
         else:
             ray.init(address=address, **options)
-    except Exception as error:  # Ray's own and Python's: ConnectionError, ValueError, RuntimeError, ...
+    except Exception as error:  # Ray's errors, ConnectionError, ValueError, RuntimeError, ...
         raise BackendUnavailable(f"ray={quoted(address)}: no cluster can be joined: {error}") from error
     return True
 
 
 def _check_port(address: str) -> None:
-    """Raise BackendUnavailable where nothing listens at HOST:PORT: Ray itself waits for minutes."""
+    """Raise BackendUnavailable if nothing listens at HOST:PORT. Ray itself would wait for minutes."""
     host, _, port = address.rpartition("://")[2].rpartition(":")
     if host and port.isdigit():
         try:
@@ -142,7 +142,7 @@ def _streamed(ray: Any, pool: Pool, order: Order, rows: list[Row]) -> Generator[
 
 
 def _shares(pool: Pool, there: dict[str, float], order: Order) -> tuple[int, float, float]:
-    """How many workers, and the CPUs and GPUs of each. Raises RequestError where a local machine has no room."""
+    """Number of workers, and CPUs and GPUs of each. Raises RequestError if a local machine has too few."""
     all_cpus, all_gpus = there.get("CPU", 0.0), there.get("GPU", 0.0)
     on_gpu = all_gpus > 0 and order.device != "cpu"
     cpus = 1.0 if pool.cpus is None else pool.cpus
@@ -157,9 +157,9 @@ def _shares(pool: Pool, there: dict[str, float], order: Order) -> tuple[int, flo
 
 
 class _Worker:
-    """An actor: a model that makes the rows of one block after the other.
+    """An actor with a model. It makes the rows of one block at a time.
 
-    What ends the run is handed on in the column `stop`, pickled: Ray would hand on its text alone.
+    An error that ends the run is passed on, pickled, in the column `stop`: Ray would pass on only its text.
     """
 
     def __init__(self, order: Order) -> None:

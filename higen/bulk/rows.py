@@ -1,7 +1,7 @@
 """The file of requests: JSON Lines or CSV with one request per row. Every row is checked before any work starts.
 
-A row has the names of a request (prompt, seed, steps, ...) and of the model's controls. Equal requests of the same
-model have the same key and so the same result, however they are written in the file.
+A row has options of a request (prompt, seed, steps, ...) and the model's controls, by name. Equal requests to the same
+model have the same key, and so the same result, however they are written in the file.
 """
 
 from __future__ import annotations
@@ -34,14 +34,14 @@ from higen.video import check_output
 __all__ = ["Row", "key_of", "model_digest", "read_rows"]
 
 _SHOWN = 5
-"""Number of wrong rows that a message names."""
+"""Maximum number of wrong rows that an error message names."""
 
 _RANDOM = ("random", -1)
 
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A request as JSON in `text`, with drawn seeds and absolute paths, and the numbers of its lines."""
+    """A request. `text`: the request as JSON, with a fixed seed and absolute paths. `lines`: its line numbers."""
 
     key: str
     text: str
@@ -49,7 +49,7 @@ class Row:
 
 
 def model_digest(bundle: Bundle) -> str:
-    """The identity of a model: its tables, weights and tokenizer, without graphs and engines."""
+    """A digest that identifies a model: its manifest, weights and tokenizer, but not its graphs and engines."""
     manifest = bundle.manifest
     names = [*manifest.weights, *(() if manifest.text is None else (manifest.text.tokenizer,))]
     facts = [to_json(manifest), {name: bundle.files[name].sha256 for name in names if name in bundle.files}]
@@ -57,7 +57,7 @@ def model_digest(bundle: Bundle) -> str:
 
 
 def key_of(request: Request, model: str, suffix: str) -> str:
-    """32 hexadecimal digits that are equal for equal requests of one model and one format."""
+    """A request's key of 32 hexadecimal digits: the same for equal requests to the same model in the same format."""
     facts = {field.name: getattr(request, field.name) for field in fields(request) if field.name != "warn"}
     facts["settings"] = request.settings.as_metadata()
     facts["controls"] = {name: _fact(value) for name, value in request.controls.items()}
@@ -75,10 +75,10 @@ def _digest(facts: Any) -> str:
 
 
 def read_rows(path: Path, bundle: Bundle, suffix: str) -> list[Row]:
-    """Every request of the file, once; pictures are read too. A relative path starts at the file's folder.
+    """The requests of the file, without duplicates. Pictures are read too. Paths are relative to the file's folder.
 
-    A row whose seed is -1 or "random" gets a seed that depends on its content and its number among equal rows, so each
-    reading of the file gives the same seed. Raises RequestError that names the first wrong lines.
+    A row with the seed -1 or "random" gets a seed computed from its content and its number among equal rows. Each
+    reading of the file therefore gives the same seed. Raises RequestError that names the first wrong lines.
     """
     manifest, model = bundle.manifest, model_digest(bundle)
     kinds = {control.name: control.kind for control in manifest.controls}
@@ -110,7 +110,7 @@ def read_rows(path: Path, bundle: Bundle, suffix: str) -> list[Row]:
 
 
 _Parsed = Iterator[tuple[int, Callable[[], Any]]]
-"""A row's line, and what reads the row."""
+"""For each row, its line number and a function that parses it."""
 
 
 def _json_lines(text: str) -> _Parsed:
@@ -120,7 +120,7 @@ def _json_lines(text: str) -> _Parsed:
 
 
 def _csv(text: str, kinds: Mapping[str, str]) -> _Parsed:
-    """Rows of a CSV file whose first row has the names; an empty cell leaves a value out."""
+    """Rows of a CSV file. Its first row has the names; an empty cell means no value."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     names: list[str] | None = None
     while True:
@@ -151,7 +151,7 @@ def _from_cells(names: list[str], cells: list[str], kinds: Mapping[str, str]) ->
 
 
 def _cell(name: str, cell: str, kinds: Mapping[str, str]) -> Any:
-    """The value of a cell: a text for an option that takes one; otherwise JSON, numbers between commas, or a word."""
+    """The value of a cell. For an option that takes text: the text. Else JSON, numbers with commas, or a word."""
     if name in ("prompt", "negative_prompt") or kinds.get(name) in ("text", "choice", "picture", "clip", "mask", "map"):
         return cell
     for attempt in (cell, f"[{cell}]"):
@@ -163,7 +163,7 @@ def _cell(name: str, cell: str, kinds: Mapping[str, str]) -> Any:
 
 
 class _Check:
-    """Rows against one model."""
+    """Checks rows against one model."""
 
     def __init__(self, manifest: Manifest, folder: Path, suffix: str) -> None:
         self._manifest = manifest
@@ -175,7 +175,7 @@ class _Check:
         self._rates: set[int] = set()
 
     def options(self, row: Any) -> dict[str, Any]:
-        """A row with absolute paths and a drawn seed. Raises RequestError."""
+        """A row's options, with absolute paths and a fixed seed. Raises RequestError."""
         if not isinstance(row, dict):
             raise RequestError(f"{quoted(row)}: a JSON object")
         options = dict(row)
@@ -200,7 +200,7 @@ class _Check:
         return str(self._folder / given_path(value, name))
 
     def request(self, options: Mapping[str, Any]) -> Request:
-        """The checked request. Raises RequestError, and OutputError for a rate that the format cannot have."""
+        """The checked request. Raises RequestError, and OutputError for a frame rate that the format cannot have."""
         common = {name: value for name, value in options.items() if name in COMMON}
         controls = {name: value for name, value in options.items() if name not in COMMON}
         made = make_request(self._manifest, controls=controls, load=self._picture, **common)
@@ -210,7 +210,7 @@ class _Check:
         return made
 
     def _picture(self, control: Control, value: Any, frames: int, width: int, height: int) -> Picture:
-        """A picture's digest without the picture: many rows may have the same file."""
+        """A Picture with the digest but without pixels. Digests are kept: many rows may have the same file."""
         place = (control.name, str(value), frames, width, height)
         if place not in self._pictures:
             self._pictures[place] = load_picture(control, value, frames, width, height).digest

@@ -1,4 +1,4 @@
-"""One run: checks the file, makes the videos that are missing, and writes the index."""
+"""One run: checks the file, makes the missing videos and writes the index."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ __all__ = ["FORMATS", "Settings", "Summary", "run"]
 FORMATS = ("mp4", "webm", "gif", "webp", "npy")
 
 Start = Callable[[Order, list[Row]], Generator[Record, None, None]]
-"""Makes rows somewhere and yields their records; stopped by closing it."""
+"""A function that makes rows and yields their records. Closing the generator stops it."""
 
 
 @dataclass(frozen=True)
@@ -30,9 +30,9 @@ class Settings(Making):
     """A run's settings.
 
     output     a folder or URL
-    model      its path, or None for the built-in one
+    model      path of the model, or None for the built-in one
     format     of the videos
-    failures   rows that may fail one after the other before the run gives up
+    failures   the run gives up after this many failed rows in sequence
     """
 
     output: str
@@ -49,7 +49,7 @@ class Settings(Making):
 
     @property
     def suffix(self) -> str:
-        """Suffix of the videos' files."""
+        """Suffix of the videos' file names."""
         return f".{self.format}"
 
     def order(self, token: bytes, digest: str) -> Order:
@@ -61,8 +61,11 @@ class Settings(Making):
 
 @dataclass(frozen=True)
 class Summary:
-    """The result of a run: numbers of different requests in the file, of videos made, of videos that existed, and of
-    failures; seconds of the run.
+    """The result of a run.
+
+    rows      number of different requests in the file
+    made      number of videos made; `kept`: that existed before; `failed`: that could not be made
+    seconds   duration of the run
     """
 
     index: str
@@ -73,7 +76,7 @@ class Summary:
     seconds: float
 
     def as_json(self) -> dict[str, Any]:
-        """For `--json`."""
+        """The fields, for `--json`."""
         return asdict(self)
 
 
@@ -83,11 +86,11 @@ def run(
     start: Start | None = None,
     on_progress: Callable[[int, int], object] = lambda done, total: None,
 ) -> Summary:
-    """Make every row of a file that the output does not have yet; a row that failed before is tried again.
+    """Make every row of a file that the output does not have yet. Rows that failed in an earlier run are tried again.
 
-    `start`: where rows are made; None: in this process. `on_progress` is called with the rows done and all rows.
-    Raises RequestError, ModelError, OutputError or MissingExtra before anything is made; BackendError where too many
-    rows fail one after the other. Finished videos are kept, whatever ends the run.
+    `start`: makes the rows; None: in this process. `on_progress` is called with the number of rows done and of all
+    rows. Raises RequestError, ModelError, OutputError or MissingExtra before anything is made. Raises BackendError if
+    too many rows fail in sequence. Finished videos are kept in any case.
     """
     began = time.monotonic()
     arrow()
@@ -113,7 +116,7 @@ def run(
                     failed += record.error is not None
                     on_progress(len(there) + done, len(rows))
         except BaseException:
-            with suppress(Exception):  # the journal has what the index has not
+            with suppress(Exception):  # if this fails, the journal keeps the records
                 Journal(place).clear()
                 if index.pending:
                     index.write()
@@ -132,7 +135,7 @@ def _here(order: Order, rows: list[Row]) -> Generator[Record, None, None]:
 
 
 def _watched(records: Iterator[Record], failures: int) -> Iterator[Record]:
-    """The records, as long as fewer than this many in a row are failures. Raises BackendError."""
+    """Pass on the records. Raises BackendError after this many failures in sequence."""
     failing = 0
     for record in records:
         yield record

@@ -1,4 +1,4 @@
-"""Measures of clips against real ones: what they show, how they move, how clean they are. No recipe is needed."""
+"""Measures of generated clips against real clips: content, motion and artefacts. No training recipe is needed."""
 
 MEASURES_VERSION = 1
-"""Raise this number when a measure changes its result for the same clip: stored measures are then made anew."""
+"""Raise this number when a measure gives another result for the same clip. Stored results are then computed again."""

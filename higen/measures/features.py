@@ -1,4 +1,4 @@
-"""Features of a clip without a trained network, for the Frechet distance between sets of clips of any kind."""
+"""Features of a clip without a trained network, for the Frechet distance between any two sets of clips."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from torch.nn import functional
 __all__ = ["FEATURES", "clip_features"]
 
 SCALES = (1, 2, 4)
-"""Scales of the features: sides, in pixels, of the squares that are averaged."""
+"""Scales of the features: the image is averaged over squares with these sides, in pixels."""
 FLOOR = 0.25
-"""Smallest mean square, in levels of 255: rounding to whole levels leaves this much."""
+"""Added to each mean square, in levels of 255: rounding to whole levels causes about this much."""
 FEATURES = (
     *(f"mean of {channel}" for channel in ("red", "green", "blue")),
     *(f"deviation of {channel}" for channel in ("red", "green", "blue")),
@@ -23,10 +23,11 @@ FEATURES = (
 
 
 def clip_features(clip: NDArray[np.uint8]) -> NDArray[np.float64]:
-    """FEATURES of a clip uint8 [F,H,W,3]: colours in levels of 255, then the logarithm (base 2) of the mean square of
-    differences between neighbouring pixels, and between neighbouring frames, at several scales.
+    """FEATURES of a clip uint8 [F,H,W,3], where H and W are at least 8.
 
-    A clip of one frame has no change; H and W are 8 or more.
+    First the means and deviations of the colours, in levels of 255. Then, at several scales, the logarithm (base 2) of
+    the mean squared difference between neighbouring pixels, and of that between neighbouring frames. For a clip of one
+    frame, the difference between frames counts as 0.
     """
     pixels = torch.from_numpy(np.ascontiguousarray(clip.transpose(0, 3, 1, 2))).double()
     detail, change = [], []

@@ -1,6 +1,6 @@
-"""Measures on the pixels of a clip, uint8 [F,H,W,3], most of them against the real clip of the same prompt.
+"""Measures on the pixels of a clip, uint8 [F,H,W,3]. Most compare it with the real clip of the same prompt.
 
-Everything is in levels of 255 where nothing else is said.
+The unit is levels of 255 unless stated otherwise.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ __all__ = ["difference", "flicker", "nearest", "psnr", "sharpness", "speckle"]
 Frames = NDArray[np.uint8]
 Mask = NDArray[np.bool_]
 BEST = 100.0
-"""PSNR of two equal clips."""
+"""Largest PSNR in dB, given for two equal clips."""
 
 
 def psnr(clip: NDArray[np.generic], real: Frames) -> float:
-    """Peak signal-to-noise ratio in dB, at most BEST; `clip` in levels of 255, of any type."""
+    """Peak signal-to-noise ratio in dB, at most BEST. `clip`: in levels of 255, of any dtype."""
     error = float(np.square(clip.astype(np.float32) - real).mean(dtype=np.float64))
     return min(BEST, 10 * float(np.log10(255**2 / max(error, 1e-12))))
 
@@ -31,24 +31,26 @@ def difference(clip: Frames) -> float:
 
 
 def flicker(clip: Frames, still: Mask) -> float:
-    """How much the part `still` ([H,W]) flickers: the standard deviation that independent noise in each frame would
-    need for the same second difference in time. Slow changes do not count."""
+    """How much the region `still` ([H,W]) flickers.
+
+    The value is the standard deviation of independent noise per frame that would cause the same second difference in
+    time. Slow changes do not count."""
     second = np.diff(clip[:, still].astype(np.float32), n=2, axis=0)
-    return float(np.sqrt(np.square(second).mean() / 6)) if second.size else 0.0  # 1 + 4 + 1
+    return float(np.sqrt(np.square(second).mean() / 6)) if second.size else 0.0  # 6: squares of (1, -2, 1)
 
 
 def sharpness(clip: Frames, real: Frames) -> float:
-    """Energy of the finest detail over the real clip's, as a ratio of standard deviations: below 1 is blurred."""
+    """Standard deviation of the finest detail, divided by that of the real clip. Below 1 the clip is blurred."""
     found, wanted = (float(_detail(_tensor(x)).square().mean()) for x in (clip, real))
     return float(np.sqrt(found / max(wanted, 1e-12)))
 
 
 def speckle(clip: Frames, real: Frames) -> float:
-    """Structure that the real clip has nowhere near, as a standard deviation: of detail at three scales and of the
-    second difference in time.
+    """Structure that the real clip does not have nearby, as a standard deviation.
 
-    Energy counts as far as it exceeds the greatest of the real clip's in the neighbourhood (four pixels of its scale,
-    and a frame), so that an edge a few pixels off is none, and neither is blur. 0 for the real clip itself.
+    Detail at three scales and the second difference in time are compared. Energy counts only where it exceeds the
+    largest energy of the real clip in the neighbourhood: four pixels of the scale, and one frame. An edge that is a few
+    pixels off does not count, and neither does blur. The real clip itself has 0.
     """
     a, b = _tensor(clip), _tensor(real)
     total = 0.0
@@ -61,7 +63,7 @@ def speckle(clip: Frames, real: Frames) -> float:
 
 
 def nearest(clip: Frames, prototypes: list[Frames] | Frames, outside: Mask) -> int:
-    """Index of the picture of `prototypes` (uint8 [H,W,3] each) closest to all frames where `outside` [H,W] is true."""
+    """Index of the prototype (uint8 [H,W,3] each) that is closest to the mean frame where `outside` [H,W] is true."""
     shown = clip[:, outside].astype(np.float32).mean(axis=0)
     errors = [float(np.square(shown - picture[outside]).mean()) for picture in prototypes]
     return int(np.argmin(errors))
@@ -72,12 +74,12 @@ def _tensor(clip: Frames) -> Tensor:
 
 
 def _detail(x: Tensor) -> Tensor:
-    """x without its mean over 3x3 pixels."""
+    """x minus its mean over 3x3 pixels."""
     return x - functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False)
 
 
 def _excess(found: Tensor, wanted: Tensor) -> float:
-    """Mean energy above the greatest within four pixels and a frame."""
+    """Mean of the energy that exceeds the largest wanted energy within four pixels and one frame."""
     energy, allowed = (x.square().mean(dim=1) for x in (found, wanted))  # [F, H, W]
     for size in ((1, 9), (9, 1)):
         allowed = functional.max_pool2d(allowed, size, 1, (size[0] // 2, size[1] // 2))

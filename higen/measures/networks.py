@@ -1,4 +1,4 @@
-"""Small networks that judge pictures and clips. They are trained on real ones in a minute or two on one core."""
+"""Small networks that judge pictures and clips. They train on real data in a minute or two on one core."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ Network = TypeVar("Network", bound=nn.Module)
 
 
 class PictureNetwork(nn.Module):
-    """What a picture shows: RGB [n,3,64,64] in -1 to 1 -> logits [n, classes]. 0.17 M parameters."""
+    """Classifies what a picture shows: RGB [n,3,64,64] in -1 to 1 -> logits [n, classes]. 0.17 M parameters."""
 
     def __init__(self, classes: int) -> None:
         super().__init__()
@@ -44,8 +44,9 @@ class PictureNetwork(nn.Module):
 class ClipNetwork(nn.Module):
     """Features of a clip by three-dimensional convolutions: RGB [n,3,F,64,64] in -1 to 1 -> [n, 32].
 
-    Its inputs are the frames and, multiplied by four, their differences: without this factor it learns the order of
-    frames later than their contents. `heads`: the questions to the features, and their numbers of classes.
+    The convolutions get the frames and four times the differences of frames. Without this factor, the network learns
+    the order of frames later than their contents. `heads`: the classifiers on the features, with their numbers of
+    classes.
     """
 
     def __init__(self, heads: Mapping[str, int]) -> None:
@@ -85,8 +86,10 @@ def fit(
     rate: float = 3e-3,
     shown: bool = False,
 ) -> Network:
-    """Minimise `loss` (drawn anew with the generator at each step) with AdamW and a cosine to zero; the same result
-    for the same start. `shown`: with a progress bar."""
+    """Minimise `loss` with AdamW and a cosine schedule to zero.
+
+    `loss` draws a batch with the generator at each step. The generator has a fixed seed, so the same initial weights
+    give the same result. `shown`: show a progress bar."""
     optimiser = torch.optim.AdamW(network.parameters(), lr=rate, weight_decay=1e-2)
     random = torch.Generator().manual_seed(0)
     network.train()
@@ -102,9 +105,9 @@ def fit(
 
 
 def kept(path: Path, key: Mapping[str, Any], network: Network, make: Callable[[Network], Network]) -> Network:
-    """`network` with the weights in `path` if they were made for this `key`; otherwise it is trained and saved there.
+    """`network` with the weights in `path`, if they were made for this `key`. Otherwise `make` trains it.
 
-    A broken file is made again. Raises OSError where the file cannot be written.
+    Trained weights are saved in `path`. A damaged file is made again. Raises OSError if the file cannot be written.
     """
     mark = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
     weights = _read(path, mark)
@@ -112,7 +115,7 @@ def kept(path: Path, key: Mapping[str, Any], network: Network, make: Callable[[N
         network.load_state_dict(weights)
         return network.eval().requires_grad_(False)
     made = make(network)
-    content = io.BytesIO()  # torch's own writer hides the system's error
+    content = io.BytesIO()  # torch's file writer hides the system's error
     torch.save({"key": mark, "network": made.state_dict()}, content)
     with whole_file(path) as temporary:
         temporary.write_bytes(content.getbuffer())
@@ -120,7 +123,7 @@ def kept(path: Path, key: Mapping[str, Any], network: Network, make: Callable[[N
 
 
 def _read(path: Path, mark: str) -> dict[str, Tensor] | None:
-    """The weights in `path`; None if they have another mark or the file cannot be read."""
+    """The weights in `path`; None if they have another key or the file cannot be read."""
     try:
         state = torch.load(path, weights_only=True)
         weights: dict[str, Tensor] = state["network"]

@@ -13,8 +13,8 @@ Floats = NDArray[np.float64]
 def spearman(x: ArrayLike, y: ArrayLike) -> float:
     """Spearman's rank correlation of two lists of numbers, -1 to 1; equal numbers share the mean of their ranks.
 
-    0 where one of the lists is constant: an output that never changes follows no request. Raises ValueError for
-    lists of different lengths or of fewer than two numbers.
+    0 if one of the lists is constant, because a constant output does not follow the request. Raises ValueError for
+    lists of different lengths or with fewer than two numbers.
     """
     a, b = _ranks(x), _ranks(y)
     if len(a) != len(b) or len(a) < 2:
@@ -32,7 +32,7 @@ def _ranks(values: ArrayLike) -> Floats:
 
 
 def frechet_distance(first: ArrayLike, second: ArrayLike) -> float:
-    """Frechet distance of two sets of features [n, d] taken as Gaussian (Heusel et al. 2017), 0 or more.
+    """Frechet distance of two sets of features [n, d], modelled as Gaussians (Heusel et al. 2017), 0 or more.
 
     |m1 - m2|^2 + tr(C1 + C2 - 2 (C1 C2)^1/2). Raises ValueError for fewer than two samples or different widths.
     """
@@ -40,7 +40,7 @@ def frechet_distance(first: ArrayLike, second: ArrayLike) -> float:
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
         raise ValueError(f"features {list(a.shape)} and {list(b.shape)}: [n, d] with the same d and n from 2")
     covariance, other = (np.atleast_2d(np.cov(x, rowvar=False)) for x in (a, b))
-    # tr (C1 C2)^1/2 by the symmetric C1^1/2 C2 C1^1/2, which has the same eigenvalues.
+    # tr (C1 C2)^1/2 is computed from the symmetric C1^1/2 C2 C1^1/2, which has the same eigenvalues as C1 C2.
     root = _square_root(covariance)
     between = np.sqrt(np.clip(np.linalg.eigvalsh(root @ other @ root), 0, None)).sum()
     means = ((a.mean(axis=0) - b.mean(axis=0)) ** 2).sum()

@@ -1,4 +1,4 @@
-"""Finds which of several known subjects a picture shows, by correlation with pictures of them."""
+"""Finds which of several known subjects a picture shows, by correlation with reference pictures."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ RING = 2
 
 @dataclass(frozen=True)
 class Match:
-    """Scores of one clip: the asked subject's correlation, and the subject with the highest one."""
+    """The result for one clip. `score`: correlation of the asked subject. `winner`: subject with the highest one."""
 
     score: float
     winner: int
 
 
 class Templates:
-    """Pictures of every subject over one background, at 64x64 pixels.
+    """Templates: pictures of every subject on one background, at 64x64 pixels.
 
-    A template is compared inside its own mask and a ring of two pixels around it, all channels as one vector, by
-    normalised correlation from -1 to 1. Brightness and contrast do not change the correlation; colour does.
+    A picture is compared with a template by normalised correlation, -1 to 1, with all channels as one vector. Only
+    pixels in the template's mask and a ring of two pixels around it count. Brightness and contrast do not change the
+    correlation; colour does.
     """
 
     def __init__(self, loops: Sequence[NDArray[np.uint8]], picture: NDArray[np.uint8], stride: int = 2) -> None:
-        """`loops`: each subject's frames, RGBA [n,H,W,4] (not premultiplied), of which every `stride`-th is taken;
-        `picture`: their background [H,W,3]. H and W are multiples of 64.
+        """`loops`: each subject's frames, RGBA [n,H,W,4], not premultiplied; every `stride`-th frame is used.
+        `picture`: the background [H,W,3]. H and W are multiples of 64.
         """
         weights, templates = list[Tensor](), list[Tensor]()
         behind = _reduced(torch.from_numpy(picture.astype(np.float32)).permute(2, 0, 1)[None])
@@ -58,18 +59,18 @@ class Templates:
         x = _reduced(torch.from_numpy(clip.astype(np.float32)).permute(0, 3, 1, 2)).flatten(2)
         mean, square = x.sum(dim=1) @ self._weight.T, x.square().sum(dim=1) @ self._weight.T
         deviation = (square - mean.square()).clamp_min(0).sqrt()
-        # A region without any contrast correlates with nothing.
+        # The lower bound of the deviation keeps the correlation small for a region without contrast.
         correlation = (x.flatten(1) @ self._weighted.T) / deviation.clamp_min(2.0)  # [F, T]
         best = [part.amax(dim=1) for part in correlation.split(self._counts, dim=1)]
         scores: NDArray[np.float64] = torch.stack(best, dim=1).double().numpy()
         return scores
 
     def match(self, clip: NDArray[np.uint8], subject: int) -> Match:
-        """Mean over the frames of the clip."""
+        """The result for a clip, from correlations averaged over its frames."""
         means = self.scores(clip).mean(axis=0)
         return Match(float(means[subject]), int(means.argmax()))
 
 
 def _reduced(x: Tensor) -> Tensor:
-    """[n,C,H,W] -> [n,C,64,64] by area."""
+    """[n,C,H,W] -> [n,C,64,64], averaged by area."""
     return functional.adaptive_avg_pool2d(x, SIDE)

@@ -12,7 +12,8 @@ __all__ = ["open_clip"]
 
 
 def open_clip(path: Path) -> Animation | VideoStream:
-    """The clip in a file; the contents decide the format. Raises OutputError with the reason, OSError, and whatever
-    decoders raise.
+    """The clip in a file. Its format is found from the contents, not from the name.
+
+    Raises OutputError with the reason, OSError, and any error of the decoders.
     """
     return Animation(path) if is_animation(head(path)) else VideoStream(path)

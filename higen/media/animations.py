@@ -1,4 +1,4 @@
-"""GIF, WebP and PNG animations, read with Pillow: each frame as it is shown, over white."""
+"""Reads GIF, WebP and PNG animations with Pillow: each frame as it is displayed, on white."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ if TYPE_CHECKING:
 __all__ = ["Animation", "Each"]
 
 Each = Callable[[int, NDArray[np.uint8]], NDArray[np.uint8]]
-"""What is done with each frame that is wanted: its place among them and its pixels [H,W,3] to what is kept of it."""
+"""Called for each wanted frame with its position among them and its pixels [H,W,3]; returns what to keep."""
 
 _FORMATS = ("GIF", "PNG", "WEBP")
-_TOO_SHORT = {"GIF": 10.0, "PNG": 0.0, "WEBP": 0.0}  # milliseconds: browsers show such a frame for 100
+_TOO_SHORT = {"GIF": 10.0, "PNG": 0.0, "WEBP": 0.0}  # milliseconds: browsers show a frame as short as this for 100
 _INSTEAD = 100.0
-_MOST_WORK = 2**36  # bytes of pixels that a whole animation has
+_MOST_WORK = 2**36  # maximum bytes of all pixels of an animation
 _TRAILER = b"\x3b"
 
 
 class Animation:
     """The frames of an animation.
 
-    times      float64 [n], seconds at which each frame begins; `end` when the last one ends
-    payload    the text in its comment (EXIF ImageDescription of WebP)
-    timed      whether the file says how long its frames last
-    complete   whether the file has its end
+    times      float64 [n], start of each frame in seconds; `end`: end of the last frame
+    payload    the file's comment (for WebP, EXIF ImageDescription)
+    timed      whether the file has durations of frames
+    complete   whether the file is not cut off
     """
 
     def __init__(self, path: Path) -> None:
@@ -44,13 +44,13 @@ class Animation:
             check_pixels(*image.size)
             self.size = image.size
             lasting = []
-            # Pillow makes each frame on the way to the one that is wanted: that is work, though not memory.
+            # To reach a frame, Pillow renders all frames before it. This takes time but no memory.
             check_bytes(_count(image), *image.size, most=_MOST_WORK)
             for index in range(*self._range(image)):
                 image.seek(index)
-                if image.width * image.height > 2 * self.size[0] * self.size[1]:  # Pillow makes the picture larger
+                if image.width * image.height > 2 * self.size[0] * self.size[1]:  # then Pillow enlarges the canvas
                     raise OutputError(f"frame {index} lies outside its {self.size[0]}x{self.size[1]} pixels")
-                if image.format == "WEBP":  # Pillow learns a frame's duration when it decodes it
+                if image.format == "WEBP":  # only decoding gives the frame's duration
                     image.load()
                 lasting.append(float(image.info.get("duration") or 0))
             image.seek(0)
@@ -65,9 +65,9 @@ class Animation:
         self.rate = 0.0
 
     def pictures(self, chosen: Sequence[int], hold: float, each: Each) -> list[NDArray[np.uint8]]:
-        """Some frames, in ascending order, each uint8 [H,W,3] given to `each` with its place among them.
+        """The results of `each` for the `chosen` frames, which are in ascending order; see `Each`.
 
-        `hold` is not used: an animation has no gaps.
+        `hold` is not used, because an animation has no gaps.
         """
         check_bytes(len(chosen), *self.size)
         found: list[NDArray[np.uint8]] = []
@@ -85,7 +85,7 @@ class Animation:
 
     @staticmethod
     def _range(image: Any) -> tuple[int, int]:
-        """A PNG file may begin with a picture for programs that show no animation."""
+        """First and end index of the frames. Skips a PNG's first picture if it is only for programs without APNG."""
         count = _count(image)
         first = int(count > 1 and bool(image.info.get("default_image")))
         if count <= first:
@@ -94,7 +94,7 @@ class Animation:
 
 
 def _count(image: Any) -> int:
-    """Pictures in an opened file."""
+    """Number of pictures in an opened file."""
     return int(getattr(image, "n_frames", 1))
 
 

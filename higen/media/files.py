@@ -1,6 +1,6 @@
-"""Finds the kind of a file by its suffix and its first bytes; limits on sizes.
+"""Finds the kind of a file from its suffix and its first bytes, and limits sizes.
 
-Everything here and in its siblings raises OutputError with the reason alone: the caller names the file.
+This module and the others of the package raise OutputError with only the reason: the caller adds the file's name.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ STREAMS = (
     *(".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi"),
     *(".ts", ".mts", ".m2ts", ".mpg", ".mpeg", ".ogv", ".wmv", ".flv", ".3gp"),
 )
-"""Containers of video streams."""
+"""Suffixes of containers for video streams."""
 
 ANIMATIONS = (".gif", ".webp", ".apng", ".png")
-"""Formats of pictures that may move."""
+"""Suffixes of picture formats that may be animated."""
 
 MAX_PIXELS = 178_956_970
-"""Largest number of pixels of one picture: Pillow's own limit."""
+"""Maximum number of pixels of one picture: Pillow's own limit."""
 
 MAX_BYTES = 2**33
-"""Largest size in bytes of all frames of a clip in memory."""
+"""Maximum size in bytes of a clip's frames in memory."""
 
 _HEAD = 512
 _PNG = b"\x89PNG\r\n\x1a\n"
-_MAX_SIDE = 65_535  # JPEG's
+_MAX_SIDE = 65_535  # the limit of JPEG
 _WEBP_ANIMATED = 0x02  # in the flags of the chunk VP8X
 _TEXTS = {
     b"<!doctype html": "an HTML page",
@@ -54,12 +54,12 @@ _TEXTS = {
 
 
 def reason(error: Exception) -> str:
-    """Why a file cannot be read, in words: what a decoder raises on corrupt data may be anything."""
+    """Why a file cannot be read, in words. The error may be of any type: decoders raise anything on corrupt data."""
     if isinstance(error, EOFError):
         return "it ends too early"
     if type(error).__name__ == "UnidentifiedImageError":
         return "its contents are of no picture format that is read"
-    if words := getattr(error, "strerror", None):  # the system's and FFmpeg's: without number and path
+    if words := getattr(error, "strerror", None):  # of the system or FFmpeg: without number and path
         return str(words)
     inside = isinstance(error, (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError))
     if isinstance(error, MemoryError):
@@ -71,10 +71,10 @@ def reason(error: Exception) -> str:
 
 
 def head(path: Path) -> bytes:
-    """The first bytes of a regular file that may hold pictures. Raises OSError, and OutputError saying what it is."""
+    """The first bytes of a file. Raises OSError, and OutputError for a file that is clearly not a picture or video."""
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
-        raise OutputError("a folder" if stat.S_ISDIR(mode) else "no regular file")  # a pipe would be waited for
+        raise OutputError("a folder" if stat.S_ISDIR(mode) else "no regular file")  # reading a pipe would block
     with path.open("rb") as file:
         start = file.read(_HEAD)
     if not start:
@@ -87,12 +87,12 @@ def head(path: Path) -> bytes:
 
 
 def is_animation(start: bytes) -> bool:
-    """Whether a file that begins so is of a format that Pillow reads: GIF, WebP or PNG."""
+    """Whether a file that begins with these bytes is a GIF, WebP or PNG, which Pillow reads."""
     return start.startswith((b"GIF8", _PNG)) or (start[:4] == b"RIFF" and start[8:12] == b"WEBP")
 
 
 def moves(path: Path) -> bool:
-    """Whether a WebP or PNG file says that it is an animation; False for one that cannot be read."""
+    """Whether a WebP or PNG file is marked as an animation; False for a file that cannot be read."""
     try:
         if not stat.S_ISREG(path.stat().st_mode):
             return False
@@ -101,12 +101,12 @@ def moves(path: Path) -> bool:
             if start[:4] == b"RIFF" and start[8:16] == b"WEBPVP8X":
                 return len(start) > 20 and bool(start[20] & _WEBP_ANIMATED)
             return start.startswith(_PNG) and _has_frames(file)
-    except (OSError, ValueError):  # ValueError: a path that is none
+    except (OSError, ValueError):  # ValueError: an invalid path
         return False
 
 
 def _has_frames(file: BinaryIO) -> bool:
-    """Whether a PNG file's chunk acTL comes before its first IDAT, as it has to."""
+    """Whether a PNG file is animated: it has a chunk acTL before its first IDAT."""
     place = len(_PNG)
     while True:
         file.seek(place)
@@ -117,7 +117,7 @@ def _has_frames(file: BinaryIO) -> bool:
 
 
 def check_pixels(width: int, height: int) -> None:
-    """Raises OutputError for a picture of no pixels, or of more than are read."""
+    """Raise OutputError for a picture with no pixels or too many."""
     if width < 1 or height < 1:
         raise OutputError(f"it has {width}x{height} pixels: at least 1x1")
     if width * height > MAX_PIXELS or max(width, height) > _MAX_SIDE:
@@ -125,7 +125,7 @@ def check_pixels(width: int, height: int) -> None:
 
 
 def check_bytes(frames: int, width: int, height: int, most: int | None = None) -> None:
-    """Raises OutputError for a clip of more than MAX_BYTES, or `most`, of pixels."""
+    """Raise OutputError for a clip with more than `most` bytes of pixels; None: MAX_BYTES."""
     check_pixels(width, height)
     size, most = 3 * frames * width * height, MAX_BYTES if most is None else most
     if size > most:

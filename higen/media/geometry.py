@@ -1,4 +1,4 @@
-"""Turns a decoded frame into what players show: pixel aspect, rotation and mirroring, alpha over white."""
+"""Turns a decoded frame into the picture that players show: pixel aspect, rotation, mirroring, alpha over white."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _WIDEST = 16
 
 
 def pixel_aspect(stream: Any) -> Fraction:
-    """Width of a stored pixel by its height, 1 where the file says nothing. Raises OutputError for an absurd one."""
+    """Width of a stored pixel divided by its height; 1 if the file has none. Raises OutputError for an absurd value."""
     found = stream.sample_aspect_ratio
     if not found or found <= 0:
         return Fraction(1)
@@ -29,7 +29,7 @@ def pixel_aspect(stream: Any) -> Fraction:
 
 
 def shown(frame: Any, aspect: Fraction) -> NDArray[np.uint8]:
-    """A frame of PyAV's as uint8 [H,W,3]. Raises OutputError for an absurd size."""
+    """A PyAV frame as uint8 [H,W,3]. Raises OutputError for an absurd size."""
     check_pixels(frame.width, frame.height)
     width = max(1, round(frame.width * aspect))
     check_pixels(width, frame.height)
@@ -46,9 +46,10 @@ def shown(frame: Any, aspect: Fraction) -> NDArray[np.uint8]:
 
 
 def oriented(picture: NDArray[np.uint8], matrix: tuple[int, ...]) -> NDArray[np.uint8]:
-    """A picture [H,W,3] turned and mirrored as a display matrix (libavutil/display.h) says, to the nearest quarter.
+    """A picture [H,W,3] rotated and mirrored by a display matrix (libavutil/display.h), to the nearest quarter turn.
 
-    The matrix takes the stored pixel (x, y) to (a x + c y, b x + d y), y down; a, b, c, d are its numbers 0, 1, 3, 4.
+    The matrix maps the stored pixel (x, y) to (a x + c y, b x + d y), with y pointing down. a, b, c and d are the
+    matrix's elements 0, 1, 3 and 4.
     """
     a, b, c, d = (matrix[i] for i in (0, 1, 3, 4))
     if abs(a) + abs(d) >= abs(b) + abs(c):
@@ -63,7 +64,7 @@ def oriented(picture: NDArray[np.uint8], matrix: tuple[int, ...]) -> NDArray[np.
 
 
 def _display_matrix(frame: Any) -> tuple[int, ...]:
-    """`frame.rotation` tells no mirror: the matrix itself."""
+    """The frame's display matrix. `frame.rotation` does not suffice: it leaves out mirroring."""
     from av.sidedata.sidedata import Type
 
     found = frame.side_data.get(Type.DISPLAYMATRIX)

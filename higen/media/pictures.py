@@ -1,4 +1,4 @@
-"""Turns Pillow's pictures into what people see: upright, over white, 8 bits per channel."""
+"""Turns Pillow's pictures into what viewers show: upright, on white, 8 bits per channel."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _ANIMATED = ("GIF", "PNG", "WEBP")
 
 
 def load(path: Path) -> tuple[NDArray[np.uint8], dict[Any, Any]]:
-    """A picture file as uint8 [H,W,3] and Pillow's `info`; of an animation the first frame.
+    """A picture file as uint8 [H,W,3], and Pillow's `info`. An animation gives its first frame.
 
     Raises what Pillow raises, and OutputError with the reason.
     """
@@ -36,7 +36,7 @@ def load(path: Path) -> tuple[NDArray[np.uint8], dict[Any, Any]]:
 
 
 def load_still(path: Path) -> NDArray[np.uint8]:
-    """As `load`, without `info`; an animation is refused."""
+    """Like `load`, but without `info`, and an animation raises OutputError."""
     import PIL.Image
 
     head(path)
@@ -47,24 +47,24 @@ def load_still(path: Path) -> NDArray[np.uint8]:
 
 
 def upright(picture: PIL.Image.Image) -> NDArray[np.uint8]:
-    """A picture as uint8 [H,W,3], turned as its EXIF data says. Raises as `visible` does."""
+    """A picture as uint8 [H,W,3], rotated as its EXIF data says. Raises what `visible` raises."""
     import PIL.ImageOps
 
     check_pixels(*picture.size)
     if any(";16" in str(part[3]) for part in getattr(picture, "tile", ()) if len(part) > 3):
-        picture.info[_DEEP] = True  # set before the picture is loaded; `info` is kept
+        picture.info[_DEEP] = True  # loading clears `tile` but keeps `info`
     return visible(PIL.ImageOps.exif_transpose(picture))
 
 
 def visible(picture: PIL.Image.Image) -> NDArray[np.uint8]:
-    """A picture of any mode as uint8 [H,W,3]: transparency over white, 16-bit grey scaled to 8 bits.
+    """A picture of any mode as uint8 [H,W,3]: transparency on white, 16-bit grey scaled to 8 bits.
 
-    Raises OutputError for samples of an unknown range, and what Pillow raises on corrupt data.
+    Raises OutputError for samples outside the known range, and what Pillow raises on corrupt data.
     """
     if picture.mode.startswith("I") or picture.mode == "F":
         return _grey(picture)
     key = picture.info.get("transparency")
-    if isinstance(key, tuple) and picture.info.get(_DEEP):  # Pillow keeps 8 of 16 bits, and the key as it is
+    if isinstance(key, tuple) and picture.info.get(_DEEP):  # Pillow reduces the pixels to 8 bits, not the key
         picture.info["transparency"] = tuple(value >> 8 for value in key)
     if picture.mode in ("RGB", "CMYK", "YCbCr", "HSV", "LAB") and key is None:
         return np.asarray(picture.convert("RGB"))
@@ -72,7 +72,7 @@ def visible(picture: PIL.Image.Image) -> NDArray[np.uint8]:
 
 
 def over_white(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Straight (not premultiplied) RGBA uint8 [H,W,4] over white, as Pillow's alpha_composite: uint8 [H,W,3]."""
+    """Composites straight (not premultiplied) RGBA uint8 [H,W,4] on white with Pillow: uint8 [H,W,3]."""
     import PIL.Image
 
     if (pixels[..., 3] == 255).all():
@@ -83,7 +83,7 @@ def over_white(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _grey(picture: PIL.Image.Image) -> NDArray[np.uint8]:
-    """Grey of 16 bits, of 32 bits or of real numbers."""
+    """A grey picture with samples of 16 bits, 32 bits or floating point."""
     values = np.asarray(picture).astype(np.float64)
     low, high = float(values.min()), float(values.max())
     if picture.mode.startswith("I;16") or (picture.mode == "I" and picture.format in ("PNG", "PPM")):
@@ -92,7 +92,7 @@ def _grey(picture: PIL.Image.Image) -> NDArray[np.uint8]:
         scale, allowed = 1.0, 255
     else:
         scale, allowed = 255.0, 1
-    if not (low >= 0 and high <= allowed):  # neither is NaN
+    if not (low >= 0 and high <= allowed):  # also true for NaN
         raise OutputError(f"its samples are {low:g} to {high:g} in Pillow's mode {picture.mode!r}: 0 to {allowed}")
     grey = np.rint(values * scale).astype(np.uint8)
     key = picture.info.get("transparency")

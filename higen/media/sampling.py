@@ -1,7 +1,7 @@
-"""Clips at a requested frame rate, scaled to cover and cropped, for training, cues and curves.
+"""Samples clips at a requested frame rate, scaled to cover and cropped, for training, cues and curves.
 
-Nothing is made up: a file that cannot be read, is too short or too slow raises `Unusable` with the reason. What a file
-shows is read as `Video.open` reads it.
+No frames are invented: a file that cannot be read, is too short or too slow raises `Unusable` with the reason. Files
+are read in the same way as by `Video.open`.
 """
 
 from __future__ import annotations
@@ -42,23 +42,23 @@ __all__ = [
 ]
 
 SAME = 0.01
-"""Part of a rate that nobody sees."""
+"""Relative difference between two rates that is not visible."""
 
 SLOWER = 0.9
-"""A video whose frames never follow each other at this part of the wanted rate is too slow: frames would be shown
-twice, which the motion cue takes for stillness. (A frame that stays, as animations have it, is stillness.)"""
+"""A video is too slow if no two frames follow each other at this part of the wanted rate or faster. Its frames would be
+repeated, and the motion cue would take that for stillness. Long frames of an animation really are still."""
 
 
 class Source(Protocol):
-    """Frames that can be asked for by their number."""
+    """Frames that are accessed by index."""
 
     times: NDArray[np.float64]
-    """Seconds at which each frame begins, ascending, [n]."""
+    """Start of each frame in seconds, ascending, [n]."""
     end: float
-    """When the last one ends."""
+    """End of the last frame in seconds."""
 
     def pictures(self, chosen: Sequence[int], hold: float, each: Each) -> list[NDArray[np.uint8]]:
-        """Some frames, in ascending order, each uint8 [H,W,3] given to `each` with its place among them."""
+        """The results of `each` for the `chosen` frames, which are in ascending order; see `Each`."""
         ...
 
 
@@ -71,21 +71,21 @@ class Held:
         self.end = len(frames) / fps
 
     def pictures(self, chosen: Sequence[int], hold: float, each: Each) -> list[NDArray[np.uint8]]:
-        """As `Source.pictures`."""
+        """See `Source.pictures`."""
         return [each(place, self._frames[index]) for place, index in enumerate(chosen)]
 
 
 class Unusable(Exception):
-    """A file cannot serve; the message is the reason, without the file's name."""
+    """A file cannot be used. The message is the reason, without the file's name."""
 
 
 class Damaged(Unusable):
-    """The part of the file that was wanted cannot serve: another part of it may."""
+    """The wanted part of the file cannot be used. Another part may be usable."""
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a clip is cut out of its file, each from 0 (first, left, top) to 1 (last, right, bottom)."""
+    """The position of a clip in its file, each value from 0 (first, left, top) to 1 (last, right, bottom)."""
 
     start: float = 0.5
     x: float = 0.5
@@ -93,14 +93,14 @@ class Placement:
 
 
 def read_part(path: Path, width: int, height: int, fps: float, frames: int, placement: Placement) -> NDArray[np.uint8]:
-    """As `read_video`, cuts or not."""
+    """Like `read_video` (higen/train/media.py), but without a search for cuts."""
     source = opened(path)
     first, _ = first_moment(source.times, source.end, fps, frames, placement.start)
     return pictures_from(source, fps, frames, first, width, height, placement, None)
 
 
 def clip_from(source: Source, fps: float, frames: int, first: int, width: int, height: int) -> NDArray[np.uint8]:
-    """The clip that begins at moment `first`, as `read_part` reads it. Raises Unusable."""
+    """The clip that begins at moment `first`, in the middle of the picture. Raises Unusable if it is too short."""
     available = first_moment(source.times, source.end, fps, frames, 0.0)[1]
     if available - first < frames:
         at = f" from {first / fps:.2f} s on" if first else ""
@@ -109,13 +109,13 @@ def clip_from(source: Source, fps: float, frames: int, first: int, width: int, h
 
 
 def video_length(path: Path, fps: float) -> int:
-    """Number of frames at about `fps` frames a second that a file has. Raises Unusable."""
+    """Number of frames that a file has at about `fps` frames a second. Raises Unusable."""
     source = opened(path)
     return _available(source.times, effective_rate(source.times, fps), source.end)
 
 
 def sampled_rate(path: Path, fps: float, frames: int) -> float:
-    """Frames a second that a clip of a file is sampled at for `fps`: whole strides of its frames, where that is near.
+    """Frames a second at which a clip of a file is sampled for `fps`: a whole stride of its frames, if this is near.
 
     Raises Unusable.
     """
@@ -129,8 +129,8 @@ def choose_frames(
 ) -> NDArray[np.int64]:
     """Indices of the frames shown at the moments of a clip, int64 [frames].
 
-    `times`: seconds of each frame, ascending; `end`: when the last one ends (None: as the others). `start`: which
-    part, 0 the first to 1 the last. Raises Unusable.
+    `times`: start of each frame in seconds, ascending; `end`: end of the last frame (None: it lasts as long as the
+    others). `start`: position of the clip, from 0 (first) to 1 (last). Raises Unusable.
     """
     end = float(times[-1]) + last_gap(times) if end is None else end
     return _shown(times, end, fps, frames, first_moment(times, end, fps, frames, start)[0])
@@ -138,7 +138,7 @@ def choose_frames(
 
 @contextmanager
 def reading(failure: type[Unusable]) -> Iterator[None]:
-    """What a decoder raises, which may be anything on corrupt data, is a `failure`."""
+    """Turn any error of a decoder into a `failure`: on corrupt data a decoder may raise anything."""
     try:
         yield
     except Unusable:
@@ -162,17 +162,17 @@ def pictures_from(
     placement: Placement,
     wanted: Sequence[int] | None,
 ) -> NDArray[np.uint8]:
-    """The clip that begins at moment `first`."""
+    """The clip that begins at moment `first`, or only its frames `wanted`."""
     shown = _shown(source.times, source.end, fps, frames, first)
     chosen = shown if wanted is None else shown[list(wanted)]
     with reading(Damaged):
-        # Half a step: a frame of a faster video stands in for its neighbour.
+        # Tolerance of half a step: in a faster video a missing frame may be replaced by its neighbour.
         pictures = source.pictures(chosen.tolist(), 0.5 / fps, lambda _, each: cover(each, width, height, placement))
     return np.stack(pictures)
 
 
 def first_moment(times: NDArray[np.float64], end: float, fps: float, frames: int, start: float) -> tuple[int, int]:
-    """The first moment of a clip, and how many moments there are. Raises Unusable."""
+    """The first moment of a clip, and the number of moments in the file. Raises Unusable."""
     available = _available(times, rate_of(times, end, fps, frames), end)
     if available < frames:
         raise Unusable(f"shorter than {frames} frames at {fps:g} frames a second")
@@ -184,7 +184,7 @@ def first_moment(times: NDArray[np.float64], end: float, fps: float, frames: int
 
 
 def _shown(times: NDArray[np.float64], end: float, fps: float, frames: int, first: int) -> NDArray[np.int64]:
-    """The frame shown at each moment; half a gap makes it the nearest one where frames follow each other steadily."""
+    """The frame shown at each moment. For a steady video, adding half a gap makes it the nearest frame."""
     rate = rate_of(times, end, fps, frames)
     gaps = np.diff(times)
     gap = float(gaps[gaps > 0].min(initial=np.inf))
@@ -195,8 +195,9 @@ def _shown(times: NDArray[np.float64], end: float, fps: float, frames: int, firs
 
 
 def rate_of(times: NDArray[np.float64], end: float, fps: float, frames: int) -> float:
-    """The rate that a clip is sampled at. A shorter stride is taken where the video is too short for the nearest one,
-    and long enough at `fps`.
+    """The rate at which a clip is sampled.
+
+    If the video is too short for the nearest stride but long enough at `fps`, a shorter stride is taken.
     """
     rate = effective_rate(times, fps)
     stride = round(1 / (last_gap(times) * rate)) if rate < fps else 1
@@ -211,13 +212,13 @@ def stride_words(times: NDArray[np.float64], rate: float) -> str:
 
 
 def _available(times: NDArray[np.float64], rate: float, end: float) -> int:
-    """Moments at which a frame is shown: the last one is until `end`."""
+    """Number of moments at which a frame is shown. The last frame is shown until `end`."""
     until_last = int((times[-1] - times[0]) * rate + 1e-3) + 1
     return max(until_last, int(np.ceil((end - times[0]) * rate - 0.05)))
 
 
 def cover(picture: NDArray[np.uint8], width: int, height: int, placement: Placement) -> NDArray[np.uint8]:
-    """Scaled to cover [height,width] with a box filter, as the reference does, and cropped."""
+    """The picture scaled to cover [height,width] with a box filter, as in the reference, and cropped."""
     import PIL.Image
     import PIL.ImageOps
 

@@ -1,6 +1,6 @@
 """Reads sound files, and computes two curves of a sound at a clip's frame rate: its energy and its onsets.
 
-A WAV file of whole numbers is read by the standard library; other formats by FFmpeg (PyAV).
+WAV files with integer samples are read by the standard library, other formats by FFmpeg (PyAV).
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ SOUNDS = (
     *(".wav", ".mp3", ".flac", ".ogg", ".oga", ".opus", ".m4a", ".aac", ".aif", ".aiff", ".aifc"),
     *(".caf", ".wma", ".au", ".w64", ".mka", ".ac3", ".amr"),
 )
-"""Suffixes of files that are sounds. The sound of a video file is read too."""
+"""Suffixes of sound files. The sound of video files can be read too."""
 
 _DEMUXERS = "wav,w64,mp3,flac,ogg,mov,matroska,webm,aac,aiff,caf,asf,au,ac3,amr,avi,mpegts,mpeg,flv"
 _MAX_SAMPLES = 2**28
 _MAX_RATE = 384_000
 _SILENT = 1e-5
-"""Amplitude below which a sound counts as silent: the last bits of 16-bit samples."""
+"""A sound counts as silent if all amplitudes are below this, which is less than the last bit of 16-bit samples."""
 
 _HOP = 0.01  # seconds between spectra
-_WINDOW = 0.023  # seconds of one spectrum at least
-_COMPRESSION = 100.0  # of magnitudes: log(1 + 100 m)
+_WINDOW = 0.023  # shortest length of one spectrum's window, in seconds
+_COMPRESSION = 100.0  # of magnitudes m: log(1 + 100 m)
 
 
 @dataclass(frozen=True, eq=False)
 class Sound:
     """A part of a sound.
 
-    samples  float32 [n, channels], about -1 to 1; one channel or two
+    samples  float32 [n, channels], about -1 to 1; one or two channels
     rate     samples per second
-    more     whether the file goes on after the part
+    more     whether the file continues after the part
     """
 
     samples: NDArray[np.float32]
@@ -51,7 +51,7 @@ class Sound:
 
     @property
     def seconds(self) -> float:
-        """Its duration."""
+        """Duration in seconds."""
         return len(self.samples) / self.rate
 
     @property
@@ -61,10 +61,10 @@ class Sound:
 
 
 def read_sound(path: Path, start: float = 0.0, seconds: float | None = None) -> Sound:
-    """The sound in a file, or the part of `seconds` from the second `start` on.
+    """The sound in a file from the time `start` on, in seconds. `seconds`: length of the part; None: to the end.
 
-    Raises OutputError, with the file's name, for a file that cannot be read, has no sound, ends before `start`, or is
-    silent throughout the part.
+    Raises OutputError, with the file's name, if the file cannot be read, has no sound, ends before `start`, or is
+    silent in the whole part.
     """
     try:
         sound = _read(path, start, seconds)
@@ -88,13 +88,13 @@ def _read(path: Path, start: float, seconds: float | None) -> Sound:
     if begin[:4] == b"RIFF" and begin[8:12] == b"WAVE":
         try:
             return _read_wave(path, start, seconds)
-        except (wave.Error, EOFError):  # floats, compressed: FFmpeg reads it or says what is wrong
+        except (wave.Error, EOFError):  # floats or compressed: FFmpeg reads it or says what is wrong
             pass
     return _read_stream(path, start, seconds)
 
 
 def _part(rate: int, start: float, seconds: float | None) -> tuple[int, int]:
-    """The first sample of a part, and the largest number of its samples. Raises OutputError."""
+    """The first sample of a part, and the most samples it may have. Raises OutputError."""
     if not 1 <= rate <= _MAX_RATE:
         raise OutputError(f"it has {rate} samples a second: 1 to {_MAX_RATE}")
     count = _MAX_SAMPLES if seconds is None else round(seconds * rate)
@@ -113,7 +113,7 @@ def _read_wave(path: Path, start: float, seconds: float | None) -> Sound:
         data = file.readframes(min(count, file.getnframes() - first))
         more = first + count < file.getnframes()
     data = data[: len(data) // (width * channels) * width * channels]
-    if width == 3:  # to 32 bits, the low byte empty
+    if width == 3:  # widened to 32 bits, with a low byte of 0
         wide = np.zeros((len(data) // 3, 4), np.uint8)
         wide[:, 1:] = np.frombuffer(data, np.uint8).reshape(-1, 3)
         samples = wide.view("<i4")[:, 0] / np.float32(2**31)
@@ -125,7 +125,7 @@ def _read_wave(path: Path, start: float, seconds: float | None) -> Sound:
 
 
 def _one_or_two(samples: NDArray[np.float32]) -> NDArray[np.float32]:
-    """At most two channels: the first two are left and right in every layout."""
+    """Keep at most two channels: in every layout the first two are left and right."""
     return np.ascontiguousarray(samples[:, :2])
 
 
@@ -162,7 +162,7 @@ def _read_stream(path: Path, start: float, seconds: float | None) -> Sound:
 
 
 def _decoded(container: Any, stream: Any) -> Iterator[Any]:
-    """The frames of a sound without their time stamps, then None, which makes the resampler give its rest."""
+    """The frames of a sound without time stamps, then None, which flushes the resampler."""
     for frame in container.decode(stream):
         frame.pts = None
         yield frame
@@ -173,7 +173,7 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
 
 
 def energy(sound: Sound, frames: int, fps: float) -> NDArray[np.float64]:
-    """How loud a sound is while each frame is shown: the root mean square, float64 [frames], 1 the loudest frame."""
+    """Loudness during each frame, float64 [frames]: the root mean square, scaled so that the loudest frame is 1."""
     edges = np.rint(np.arange(frames + 1) * (sound.rate / fps)).astype(np.int64)
     power = np.concatenate([[0.0], np.cumsum(sound.mono**2)])
     inside = np.minimum(edges, len(power) - 1)
@@ -182,15 +182,15 @@ def energy(sound: Sound, frames: int, fps: float) -> NDArray[np.float64]:
 
 
 def onsets(sound: Sound, frames: int, fps: float) -> NDArray[np.float64]:
-    """The strength of the onsets while each frame is shown, float64 [frames]; 1 is the strongest, and all values are 0
-    for a sound without an onset.
+    """Strength of the onsets during each frame, float64 [frames]; the strongest is 1. All 0 if there is no onset.
 
-    Spectral flux: the increase of log(1 + 100 |spectrum|) from one hundredth of a second to the next, summed over the
-    frequencies, minus its median; the largest in each frame (Dixon, "Onset detection revisited", DAFx 2006).
+    The measure is spectral flux (Dixon, "Onset detection revisited", DAFx 2006): the increase of
+    log(1 + 100 |spectrum|) from one hundredth of a second to the next, summed over the frequencies, minus its median.
+    Each frame gets its largest value.
     """
     hop = max(round(_HOP * sound.rate), 1)
     size = 1 << max(round(_WINDOW * sound.rate) - 1, 1).bit_length()
-    padded = np.pad(sound.mono, (size - hop, size))  # a sound that begins with the file is an onset
+    padded = np.pad(sound.mono, (size - hop, size))  # so a sound at the start of the file is an onset
     blocks = np.lib.stride_tricks.sliding_window_view(padded, size)[::hop]
     window = np.hanning(size) * (2 / size)
     before = np.zeros(size // 2 + 1)
@@ -200,7 +200,7 @@ def onsets(sound: Sound, frames: int, fps: float) -> NDArray[np.float64]:
         flux[place] = np.maximum(heard - before, 0.0).sum()
         before = heard
     flux = np.maximum(flux - np.median(flux), 0.0)
-    # A block ends `hop` samples after its place: its newest samples are there.
+    # Block i ends at sample (i + 1) * hop, so its newest samples begin at i * hop.
     at = np.minimum((np.arange(len(flux)) * hop / sound.rate * fps).astype(np.int64), frames)
     found = np.zeros(frames + 1)
     np.maximum.at(found, at, flux)
@@ -213,4 +213,4 @@ def _of_largest(values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 FEATURES: Mapping[str, Callable[[Sound, int, float], NDArray[np.float64]]] = {"energy": energy, "onsets": onsets}
-"""The curves of a sound, by name."""
+"""The functions for a sound's curves, by name."""

@@ -1,4 +1,4 @@
-"""The sound of a video file: cut or padded to the clip, encoded, and muxed in step with the pictures."""
+"""Writes the sound of a video file: cut or padded to the clip, encoded, and muxed in step with the pictures."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from higen.media.sound import Sound
 __all__ = ["Track", "fitted"]
 
 _RATE = 48_000
-"""Samples a second in the file: Opus has this rate alone, and every player has it for AAC."""
+"""Samples a second in the file. Opus always uses this rate, and every player supports it for AAC."""
 
 
 def fitted(sound: Sound, seconds: float) -> tuple[Sound, str]:
-    """The sound in a clip's length, and what was done to it in words: "" where it fits to a hundredth of a second."""
+    """The sound cut or padded to a clip's length, and a message about it: "" if it fits to a hundredth of a second."""
     wanted = round(seconds * sound.rate)
     missing = wanted - len(sound.samples)
     samples = np.pad(sound.samples[:wanted], ((0, max(missing, 0)), (0, 0)))
@@ -32,7 +32,7 @@ class Track:
     """The sound stream of an opened output container."""
 
     def __init__(self, output: Any, codec: str, sound: Sound) -> None:
-        """To be made before the first packet is muxed."""
+        """Make the track before the first packet is muxed."""
         layout = "mono" if sound.samples.shape[1] == 1 else "stereo"
         self._stream = output.add_stream(codec, _RATE, layout=layout)
         self._stream.bit_rate = 128_000 if layout == "mono" else 192_000
@@ -41,19 +41,19 @@ class Track:
         self._reached = 0.0
 
     def play(self, until: float) -> None:
-        """Encode and mux what is heard before the second `until`."""
+        """Encode and mux the sound up to the time `until`, in seconds."""
         while self._reached < until and (block := next(self._blocks, None)) is not None:
             self._reached = block.pts / _RATE
             self._output.mux(self._stream.encode(block))
 
     def close(self) -> None:
-        """The rest."""
+        """Encode and mux the rest of the sound."""
         self.play(float("inf"))
         self._output.mux(self._stream.encode(None))
 
 
 def _blocks(samples: NDArray[np.float32], rate: int, layout: str, context: Any) -> Iterator[Any]:
-    """The samples as frames of the encoder's size and format."""
+    """The samples as frames with the encoder's size and format."""
     import av
 
     context.open()

@@ -1,4 +1,4 @@
-"""Video streams, read with PyAV: which frames there are, when they are shown, and their pixels."""
+"""Reads video streams with PyAV: the list of frames, when they are shown, and their pixels."""
 
 from __future__ import annotations
 
@@ -21,33 +21,33 @@ from higen.media.timing import last_gap
 __all__ = ["Undecodable", "VideoStream"]
 
 _DEMUXERS = "mov,matroska,avi,mpegts,mpeg,mpegvideo,m4v,ogg,asf,flv,h264,hevc"
-_INDEXED = ("mov", "matroska")  # their headers say how long they are
+_INDEXED = ("mov", "matroska")  # containers with their length in the header
 _REORDERED = 16
-"""Decoding order is at most this many frames from the order shown (H.264, A.3.1: MaxDpbFrames)."""
+"""Decoding order and display order differ by at most this many frames (H.264, A.3.1: MaxDpbFrames)."""
 
 _LOOKED_AT = 16
-"""Frames decoded at least, for time stamps that run backwards to be noticed."""
+"""Minimum number of frames to decode, so that time stamps that run backwards are noticed."""
 
 
 class Undecodable(OutputError):
-    """Frames that were wanted cannot be decoded: other frames of the file may serve."""
+    """Wanted frames cannot be decoded. Other frames of the file may be usable."""
 
 
 class _Jumbled(Exception):
-    """The time stamps do not ascend in the order of decoding, which is the one shown."""
+    """The time stamps of the decoded frames do not ascend. Decoded frames come in display order."""
 
 
 class VideoStream:
-    """The first video stream of a file, a cover picture aside.
+    """The first video stream of a file that is not a cover picture.
 
-    times      float64 [n], seconds at which each frame begins, ascending; `end` when the last one ends
-    rate       frames a second as the header says; 0: it does not
-    payload    the text in the file's comment
-    complete   whether the file holds all that its header announces
+    times      float64 [n], start of each frame in seconds, ascending; `end`: end of the last frame
+    rate       frames a second, from the header; 0 if it has none
+    payload    the file's comment
+    complete   whether the file has everything that its header announces
     """
 
     def __init__(self, path: Path) -> None:
-        """Reads the packets and decodes nothing. Raises what PyAV raises, and OutputError with the reason."""
+        """Reads the packets without decoding them. Raises what PyAV raises, and OutputError with the reason."""
         self.path = path
         with self._opened() as (container, stream):
             self._aspect = pixel_aspect(stream)
@@ -59,11 +59,11 @@ class VideoStream:
             self.size = self._shown_size(stream)
 
     def pictures(self, chosen: Sequence[int], hold: float, each: Each) -> list[NDArray[np.uint8]]:
-        """Some frames, in ascending order, each uint8 [H,W,3] given to `each` with its place among them. A place may be
-        given again: that stamps are jumbled is found while the frames are read.
+        """The results of `each` for the `chosen` frames, which are in ascending order; see `Each`.
 
-        A frame that cannot be decoded is replaced by the one before it (the first: after it) where that is at most
-        `hold` seconds away. Raises Undecodable where none is.
+        `each` may be called again from the first frame: bad time stamps are found only while the frames are read. A
+        frame that cannot be decoded is replaced by the one before it (the first one: after it), if that is at most
+        `hold` seconds away. Otherwise this raises Undecodable.
         """
         if self._stamped:
             with suppress(_Jumbled):
@@ -105,10 +105,10 @@ class VideoStream:
         return bool(abs(self.times[wanted] - self.times[index]) <= hold)
 
     def _frames_from(self, first: int) -> Iterator[tuple[int, Any]]:
-        """The frames and their indices, from a key frame at or before `first`.
+        """The frames with their indices, from a key frame at or before `first`.
 
-        Some formats are indexed by decoding time (AVI, MPEG-4 part 2 in MP4) or not at all: seeking then leads behind
-        the frame or fails, and a seek further back, or the start of the file, serves.
+        Some formats are indexed by decoding time (AVI, MPEG-4 part 2 in MP4) or not at all. Seeking then ends after the
+        frame or fails. In that case the frames are read from further back, or from the start of the file.
         """
         import av
 
@@ -122,7 +122,7 @@ class VideoStream:
         return self._stamped_frames(0)
 
     def _stamped_frames(self, start: int) -> Iterator[tuple[int, Any]]:
-        """The frames and their indices, from where seeking to frame `start` leads. Raises _Jumbled."""
+        """The frames with their indices, from the position where a seek to frame `start` ends. Raises _Jumbled."""
         with self._opened() as (container, stream):
             if start:
                 container.seek(int(self.times[start] / stream.time_base), stream=stream)
@@ -137,7 +137,7 @@ class VideoStream:
                 yield self._nearest(time), frame
 
     def _counted(self) -> Iterator[tuple[int, Any]]:
-        """The frames in the order of decoding, from the start, and their numbers."""
+        """All frames as they are decoded, from the start. Their indices are counted, not found from time stamps."""
         with self._opened() as (container, stream):
             last = len(self.times) - 1
             for index, frame in enumerate(_deinterlaced(_decoded(container, stream), stream)):
@@ -152,7 +152,7 @@ class VideoStream:
     def _opened(self) -> Iterator[tuple[Any, Any]]:
         import av
 
-        # The listed demuxers and local files alone: a playlist would open what it names.
+        # Only the listed demuxers and local files: a playlist could open any address.
         options = {"format_whitelist": _DEMUXERS, "protocol_whitelist": "file"}
         try:
             container = av.open(f"file:{self.path.absolute()}", options=options, **_metadata_options())
@@ -164,8 +164,8 @@ class VideoStream:
             yield container, stream
 
     def _scan(self, container: Any, stream: Any) -> tuple[bool, NDArray[np.float64], float]:
-        """Whether the packets have time stamps, the time of each frame, and when the last one ends."""
-        # What an edit list cuts off (a trimmed MP4) is decoded and not shown.
+        """Whether the packets have time stamps, the start of each frame, and the end of the last one."""
+        # Frames that an edit list cuts off (a trimmed MP4) are decoded but not shown.
         found = [_Packet(p.pts, p.duration, p.is_keyframe, p.is_discard) for p in container.demux(stream) if p.size]
         self._stored = len(found)
         packets = [packet for packet in _from_key_frame(found) if not packet.is_hidden]
@@ -182,7 +182,7 @@ class VideoStream:
         return True, times, float(times[-1]) + (last or (1 / self.rate if self.rate else 0.0))
 
     def _is_complete(self, container: Any, stream: Any) -> bool:
-        """A cut-off MP4 announces more frames, a cut-off Matroska file a longer time."""
+        """Whether the file is not cut off: a cut-off MP4 announces more frames, a cut-off MKV a longer time."""
         import av
 
         if not container.format.name.startswith(_INDEXED):
@@ -201,7 +201,7 @@ class VideoStream:
 
 
 def _metadata_options() -> dict[str, Any]:
-    """A title in an unknown encoding is no reason to refuse a clip. PyAV before 19 must be told so."""
+    """Options for metadata: text in an unknown encoding must not fail. PyAV before 19 needs an option for this."""
     import av
 
     return {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
@@ -215,8 +215,9 @@ class _Packet(NamedTuple):
 
 
 def _from_key_frame(packets: list[_Packet]) -> list[_Packet]:
-    """Without what stands before the first key frame, as in a recording that was switched on in between: it cannot be
-    decoded. A format without key frames has all.
+    """The packets without those before the first key frame, which cannot be decoded.
+
+    Recordings that start in the middle of a broadcast have them. A format without key frames keeps all packets.
     """
     first = next((at for at, packet in enumerate(packets) if packet.is_key), 0)
     if not first:
@@ -226,7 +227,7 @@ def _from_key_frame(packets: list[_Packet]) -> list[_Packet]:
 
 
 def _look_on(frames: Iterator[tuple[int, Any]], count: int) -> None:
-    """Take up to this many frames, which need not be whole. Raises _Jumbled."""
+    """Decode up to this many more frames and ignore decoding errors. Raises _Jumbled."""
     import av
 
     with suppress(av.FFmpegError):
@@ -244,13 +245,13 @@ def _video_stream(container: Any) -> Any:
         cover = " (a cover picture alone)" if container.streams.video else ""
         raise OutputError(f"no video in it{cover or (f' ({others} alone)' if others else '')}")
     stream = next((film for film in films if film.frames != 1), films[0])
-    if stream.codec_context is None:  # PyAV before 18.1 crashes when it decodes such a stream
+    if stream.codec_context is None:  # PyAV before 18.1 crashes if such a stream is decoded
         raise OutputError("its codec is unknown")
     return stream
 
 
 def _decoded(container: Any, stream: Any) -> Iterator[Any]:
-    """The stream's frames in the order shown; VP8 and VP9 with their alpha, which FFmpeg's own decoders leave out."""
+    """The stream's frames in display order. VP8 and VP9 keep their alpha, which FFmpeg's own decoders drop."""
     import av
 
     name = f"libvpx-{stream.codec_context.name}".replace("libvpx-vp8", "libvpx")
@@ -266,7 +267,7 @@ def _decoded(container: Any, stream: Any) -> Iterator[Any]:
 
 
 def _deinterlaced(frames: Iterable[Any], stream: Any) -> Iterator[Any]:
-    """Interlaced frames as whole ones (FFmpeg's bwdif); others as they are. One frame gives one, in order."""
+    """Deinterlaces interlaced frames with FFmpeg's bwdif and passes on the others. Each frame gives one, in order."""
     waiting: deque[Any] = deque()
     graph = None
     for frame in frames:
@@ -297,7 +298,7 @@ class _Bwdif:
         self.graph.configure()
 
     def given(self, frame: Any, waiting: deque[Any]) -> Iterator[Any]:
-        """What can be had once `frame` (None: the end) was given, with the time stamps of the frames that went in."""
+        """Push `frame` (None: the end) and yield the frames that are ready, with the input frames' time stamps."""
         import av
 
         self.graph.push(frame)

@@ -1,4 +1,4 @@
-"""Times of frames: a steady rate for uneven times, and whole strides for rates that do not divide each other."""
+"""Timing of frames: a steady rate for uneven times, and whole strides between rates that do not divide evenly."""
 
 from __future__ import annotations
 
@@ -10,35 +10,36 @@ from higen.errors import OutputError
 __all__ = ["effective_rate", "last_gap", "steady_plan"]
 
 MAX_RATE = 60.0
-"""Frames a second that uneven times are resampled to at most."""
+"""Maximum rate, in frames a second, to which uneven times are resampled."""
 
 MOST = 100_000
-"""Frames that uneven times are resampled to at most."""
+"""Maximum number of frames to which uneven times are resampled."""
 
 WHOLE = 3.0
-"""Below this ratio of a video's rate to the wanted one whole strides are taken: beats between one and two frames, or
-two and three, would be measured as motion. Beyond it the frame that is due is taken."""
+"""Below this ratio of a video's rate to the wanted rate, whole strides are taken. Otherwise strides would alternate
+between one and two frames, or two and three, and would be measured as motion. From this ratio on, the frame that is due
+is taken."""
 
-_EVEN = 0.1  # of a gap
-_NEAR = 0.5  # of a frame
+_EVEN = 0.1  # tolerance, as part of a gap
+_NEAR = 0.5  # tolerance, as part of a frame
 
 
 def last_gap(times: NDArray[np.float64]) -> float:
-    """Seconds that the last frame is shown where the file does not say: as most of the others; 0 for one frame."""
+    """Duration in seconds of the last frame if the file has none: the median of the others; 0 if it is the only one."""
     gaps = np.diff(times)
     gaps = gaps[gaps > 0]
     return float(np.median(gaps)) if len(gaps) else 0.0
 
 
 def steady_plan(times: NDArray[np.float64], end: float) -> tuple[NDArray[np.int64], float]:
-    """Which frames to show at a steady rate: indices int64 [m], ascending, and the rate (0: the file does not say).
+    """Which frames to show at a steady rate: indices int64 [m], ascending, and the rate (0: unknown).
 
-    times   seconds at which each frame begins to be shown, ascending
-    end     when the last one ends
+    times   start of each frame in seconds, ascending
+    end     end of the last frame
 
-    Where each frame is within half a frame of its place at the mean rate, all are taken once. Else the rate is one
-    that the gaps are whole multiples of, at most 60 a second, and for each moment the frame shown then is taken. The
-    duration is kept. Raises OutputError for a duration that is none.
+    If each frame is within half a frame of its place at the mean rate, every frame is taken once. Otherwise the rate is
+    chosen so that all gaps are whole multiples of its period, at most 60 frames a second, and each moment gets the
+    frame shown then. The duration is kept. Raises OutputError if this needs more than MOST frames.
     """
     count, span = len(times), end - float(times[0])
     every = np.arange(count, dtype=np.int64)
@@ -57,9 +58,9 @@ def steady_plan(times: NDArray[np.float64], end: float) -> tuple[NDArray[np.int6
 
 
 def effective_rate(times: NDArray[np.float64], fps: float) -> float:
-    """The rate that a clip of `fps` frames a second is really sampled at: a whole stride of a steady video's frames.
+    """The rate at which a clip of `fps` frames a second is really sampled: a whole stride of a steady video's frames.
 
-    A video whose frames do not follow each other steadily, or more than three times as fast, gives `fps` itself.
+    The result is `fps` if the video is not steady, or if its rate is at least three times or below half of `fps`.
     """
     gap = last_gap(times)
     gaps = np.diff(times)
@@ -68,13 +69,13 @@ def effective_rate(times: NDArray[np.float64], fps: float) -> float:
     ratio = 1 / (gap * fps)
     if ratio >= WHOLE or ratio < 0.5:
         return fps
-    # More exact than one gap, which is rounded to the container's clock.
+    # More exact than the rate from one gap, because gaps are rounded to the container's clock.
     rate = float(np.rint(gaps / gap).sum()) / float(times[-1] - times[0])
     return rate / max(1, int(ratio + 0.5))
 
 
 def _common(gaps: NDArray[np.float64]) -> float:
-    """The longest time that all gaps are nearly whole multiples of; 1/60 s if it would be shorter."""
+    """The longest period such that all gaps are nearly whole multiples of it; 1/60 s if it would be shorter."""
     shortest = max(float(gaps.min()), 1 / MAX_RATE)
     for parts in range(1, 5):
         unit = shortest / parts
@@ -87,5 +88,5 @@ def _common(gaps: NDArray[np.float64]) -> float:
 
 
 def _rounded(rate: float) -> float:
-    """A rate without the noise of its division, to seven digits."""
+    """A rate rounded to seven digits, which removes rounding errors of the division."""
     return float(f"{rate:.7g}")

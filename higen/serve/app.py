@@ -1,4 +1,4 @@
-"""The application: the endpoints of videos, models, health and metrics, behind the guard."""
+"""The application: endpoints for videos, models, health and metrics. Every request passes the guard first."""
 
 from __future__ import annotations
 
@@ -41,22 +41,22 @@ _CODES = {404: "not_found", 405: "method_not_allowed"}
 
 @dataclass(frozen=True)
 class Service:
-    """The application, and what is to be closed after it."""
+    """The application, and the parts to close when it ends."""
 
     app: ASGIApp
     parts: Parts
 
     def close(self) -> None:
-        """Stop the jobs, which wait for the next start; free the models; close the queue."""
+        """Stop the jobs, free the models and close the queue. Stopped jobs run again after the next start."""
         self.parts.worker.stop()
         self.parts.catalog.close()
         self.parts.store.close()
 
 
 def open_service(settings: Settings) -> Service:
-    """Open the folder, read the models and load those that fit; the caller holds the folder's lock.
+    """Open the folder, read the models and load those that fit. The caller must hold the folder's lock.
 
-    Raises RequestError, ModelError, BackendError or ServeError: then nothing has begun.
+    Raises RequestError, ModelError, BackendError or ServeError. In that case nothing stays open.
     """
     keys = None if settings.keys is None else read_keys(settings.keys)
     catalog = Catalog(settings)
@@ -197,12 +197,12 @@ def _model(model: Served, limits: Limits) -> ModelObject:
 def _add_health(app: FastAPI, parts: Parts) -> None:
     @app.get("/health", tags=["server"])
     def health() -> dict[str, str]:
-        """The process answers."""
+        """Answer, to show that the process runs."""
         return {"status": "ok", "version": __version__}
 
     @app.get("/ready", tags=["server"])
     def ready() -> dict[str, str]:
-        """Jobs are accepted and run; else 503."""
+        """Answer 200 if jobs are accepted and run, else 503."""
         if not parts.worker.is_alive:
             raise Refusal(503, "not_ready", "jobs are not started now", retry=5)
         parts.store.counts()
@@ -210,5 +210,5 @@ def _add_health(app: FastAPI, parts: Parts) -> None:
 
     @app.get("/metrics", tags=["server"], response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     def metrics() -> Response:
-        """Counts in Prometheus' text format."""
+        """Metrics in the text format of Prometheus."""
         return Response(parts.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")

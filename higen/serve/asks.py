@@ -1,6 +1,6 @@
-"""Turns the fields of a request (OpenAI's, higen's and the model's controls) into a pipeline's arguments.
+"""Turns the fields of a request (OpenAI's fields, higen's, and the model's controls) into arguments of a pipeline.
 
-Everything is checked here, pictures too, before the request is accepted.
+Everything is checked before the request is accepted, including pictures.
 """
 
 from __future__ import annotations
@@ -42,12 +42,12 @@ RENAMED = {
     "num_frames": "frames",
     "fps": "fps",
 }
-"""Fields that are the pipeline's arguments under another name."""
+"""Fields of a request, and the pipeline's name for each."""
 
 FIELDS = (*RENAMED, "model", "seconds", "size", "input_reference", "controls")
 
 _PICTURES = (".png", ".jpg", ".jpeg", ".webp")
-"""What a mask's file ends with where it is a picture; else it is a clip."""
+"""Suffixes of a mask's file if it is a picture; otherwise it is a clip."""
 
 _FRAME = re.compile(r"-?\d{1,6}")
 _SIZE = re.compile(r"([1-9]\d{0,5})x([1-9]\d{0,5})")
@@ -58,7 +58,7 @@ _READING = threading.Semaphore(2)
 
 @dataclass(frozen=True)
 class Checked:
-    """A request that will be accepted: the pipeline's arguments in JSON's types, its files, and what was asked for."""
+    """A valid request. `arguments`: of the pipeline, in JSON types. `uploads`: files. `asked`: the fields as given."""
 
     arguments: dict[str, Any]
     uploads: dict[str, Upload]
@@ -66,7 +66,7 @@ class Checked:
 
 
 def check(manifest: Manifest, fields: Fields, limits: Limits, results: Results) -> Checked:
-    """The checked request. Raises RequestError, and Refusal for a field or control that is not there."""
+    """The checked request. Raises RequestError, and Refusal for an unknown field or control."""
     values = {name: value for name, value in fields.values.items() if value is not None}
     if unknown := sorted(name for name in {*values, *(f.partition(".")[0] for f in fields.files)} - set(FIELDS)):
         raise Refusal(
@@ -91,7 +91,7 @@ def check(manifest: Manifest, fields: Fields, limits: Limits, results: Results) 
 
 
 def _uploads(manifest: Manifest, values: dict[str, Any], files: Mapping[str, Upload]) -> dict[str, Upload]:
-    """Files by the control that they are for. Takes those out of `values` that are written there as data URLs."""
+    """Files by their control, including those given in `values` as data URLs."""
     kinds = ("picture", "clip", "mask", "map")
     takers = [control.name for kind in kinds for control in manifest.controls if control.kind == kind]
     found: dict[str, Upload] = {}
@@ -125,7 +125,7 @@ def _uploads(manifest: Manifest, values: dict[str, Any], files: Mapping[str, Upl
 
 
 def _frame_uploads(name: str, pictures: Any) -> dict[str, Upload]:
-    """The pictures of known frames, {index: a data URL}, as files called NAME[INDEX]."""
+    """The pictures of known frames, given as {index: a data URL}, as files named NAME[INDEX]."""
     if not isinstance(pictures, dict) or not pictures:
         wanted = "an object of frames' indices and data URLs"
         raise RequestError(f"controls.{name}={quoted(pictures)}: {wanted}")
@@ -161,7 +161,7 @@ def _size(text: Any) -> dict[str, int]:
 
 
 def _frames(manifest: Manifest, values: Mapping[str, Any]) -> int:
-    """Frames of a clip of this many seconds."""
+    """Number of frames of a clip with the given seconds."""
     if "num_frames" in values:
         raise RequestError("seconds: num_frames is given too; one of the two is enough")
     given = values["seconds"]
@@ -179,7 +179,7 @@ def _frames(manifest: Manifest, values: Mapping[str, Any]) -> int:
 
 
 def _check_limits(manifest: Manifest, arguments: Mapping[str, Any], limits: Limits) -> None:
-    """Raise RequestError for more than this server makes; what is no number is found out later."""
+    """Raise RequestError for values over the server's limits. Values that are not numbers are checked later."""
     sizes = manifest.sizes
     frames = arguments.get("frames", sizes.frames[1])
     if is_whole(frames, 1, 2**60) and frames > limits.frames:
@@ -198,7 +198,7 @@ def _check_limits(manifest: Manifest, arguments: Mapping[str, Any], limits: Limi
 
 
 def _steps_of(manifest: Manifest, steps: Any) -> list[int]:
-    """Steps of each loop over frames, as far as they are numbers."""
+    """Steps of each loop over frames. A value that is not a whole number is replaced by the loop's default."""
     each = steps if isinstance(steps, list) and len(steps) == len(manifest.loops) else [steps] * len(manifest.loops)
     pairs = [(loop, one) for loop, one in zip(manifest.loops, each, strict=True) if loop.frames != 1]
     return [one if is_whole(one, 1, 2**60) else loop.steps for loop, one in pairs] or [1]
@@ -224,7 +224,7 @@ def _made(
 
 
 def _in_our_names(message: str) -> str:
-    """A message of the pipeline's check, with the name that the API has for the argument."""
+    """A message of the pipeline's check, with the API's name for the argument."""
     names = {argument: name for name, argument in RENAMED.items()} | {"width": "size: width", "height": "size: height"}
     return re.sub(r"^\w+", lambda found: names.get(found[0], found[0]), message)
 
@@ -233,7 +233,7 @@ def _in_our_names(message: str) -> str:
 def opened(
     manifest: Manifest, uploads: Mapping[str, Upload], limits: Limits, results: Results
 ) -> Iterator[dict[str, Any]]:
-    """The files of a request as the pipeline takes them: pictures decoded, clips as paths. Raises RequestError."""
+    """The files of a request in the form for the pipeline: pictures decoded, clips as paths. Raises RequestError."""
     with ExitStack() as stack:
         files: dict[str, Any] = {}
         for name, upload in uploads.items():
@@ -266,7 +266,7 @@ def _picture(name: str, data: bytes, most: int) -> Any:
 
 
 def _check_clip(name: str, path: Path, frames: int, most: int) -> None:
-    """Raise RequestError for a clip whose frames take more memory than is given to one: `most` pixels, and 1 GiB."""
+    """Raise RequestError if a frame has more than `most` pixels, or if the clip's frames take more than 1 GiB."""
     from higen.media import open_clip
 
     try:

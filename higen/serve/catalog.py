@@ -1,7 +1,7 @@
-"""The models of a server: it always holds their tables, and their weights while they are used.
+"""The models of a server. Their manifests are always in memory; their weights are loaded when they are used.
 
-A model counts with the size of its weights files. Where the next one would not fit into the limit, loaded models that
-nobody uses are freed, the one that was used longest ago first.
+The size of a model is the size of its weights files. If the next model does not fit into the memory limit, loaded
+models without users are freed, the least recently used first.
 """
 
 from __future__ import annotations
@@ -30,37 +30,37 @@ __all__ = ["Catalog", "Running", "Served"]
 
 @dataclass(frozen=True)
 class Served:
-    """A model that requests may name."""
+    """A model that requests may use by its name."""
 
     name: str
     bundle: Bundle
     created: int
     size: int
     words: tuple[str, ...] | None
-    """The words that it knows, where it knows some alone."""
+    """The words that the model knows; None if it takes any word."""
 
     @property
     def manifest(self) -> Manifest:
-        """Its tables."""
+        """The model's manifest."""
         return self.bundle.manifest
 
 
 @dataclass(frozen=True, eq=False)
 class Running:
-    """A loaded model, and the backend that batches its requests."""
+    """A loaded model and the backend that batches its requests."""
 
     pipeline: Pipeline
     shared: SharedBackend
 
     def close(self) -> None:
-        """Free it."""
+        """Free the model."""
         self.shared.close()
         self.pipeline.close()
 
 
 @dataclass(eq=False)
 class _Place:
-    """A model's share of the memory: taken before it is loaded."""
+    """A model's reserved memory. It is reserved before the model is loaded."""
 
     users: int = 0
     used: float = 0.0
@@ -72,7 +72,7 @@ class Catalog:
     """The models by name, the default one first."""
 
     def __init__(self, settings: Settings) -> None:
-        """Reads every model's tables. Raises ModelError, and RequestError for names that are not unique."""
+        """Reads every model's manifest. Raises ModelError; RequestError for a repeated name or too large a model."""
         self._settings = settings
         self.models: Mapping[str, Served] = _served(settings.models)
         self._places: dict[str, _Place] = {}
@@ -83,11 +83,11 @@ class Catalog:
 
     @property
     def default(self) -> Served:
-        """The model of a request that names none."""
+        """The model for requests that name no model."""
         return next(iter(self.models.values()))
 
     def warm(self) -> None:
-        """Load models in their order, as long as they fit: a broken one is found before the server starts."""
+        """Load models in their order as long as they fit, so that a broken one is found before the server starts."""
         for name, model in self.models.items():
             if self._settings.memory is not None and self._loaded() + model.size > self._settings.memory:
                 break
@@ -96,9 +96,9 @@ class Catalog:
                 pass
 
     def admit(self, name: str) -> bool:
-        """Take a share of the memory for one more user of a model; False where it does not fit now.
+        """Reserve memory for one more user of a model. Returns False if the model does not fit now.
 
-        Whoever was admitted calls `use`, which gives the share back.
+        After True, the caller must call `use` or `leave`, which give the reservation back.
         """
         freed: list[Running] = []
         with self._lock:
@@ -116,7 +116,7 @@ class Catalog:
 
     @contextmanager
     def use(self, name: str) -> Iterator[Running]:
-        """An admitted model, loaded if necessary. Raises what `higen.load` raises."""
+        """A model after `admit`, loaded if necessary. Raises what `higen.load` raises."""
         with self._lock:
             place = self._places[name]
         try:
@@ -128,12 +128,12 @@ class Catalog:
             self.leave(name)
 
     def leave(self, name: str) -> None:
-        """Give back the share of one user; the model stays loaded until its memory is wanted."""
+        """Give back one user's reservation. The model stays loaded until its memory is needed."""
         with self._lock:
             place = self._places[name]
             place.users -= 1
             place.used = time.monotonic()
-            if not place.users and place.running is None:  # it could not be loaded
+            if not place.users and place.running is None:  # the model could not be loaded
                 del self._places[name]
 
     def close(self) -> None:
@@ -154,7 +154,7 @@ class Catalog:
             return sum(self.models[name].size for name in self._places)
 
     def _victims(self, size: int) -> list[str] | None:
-        """The models to free for one of that size; None where it does not fit even so."""
+        """The models to free for a model of this size; None if it does not fit even then."""
         if self._settings.memory is None:
             return []
         total = sum(self.models[name].size for name in self._places) + size

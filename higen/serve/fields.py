@@ -1,7 +1,7 @@
 """Reads the bodies of requests, JSON or multipart, as fields and files. higen/serve/asks.py checks their values.
 
-A multipart form has texts only: `controls` may be one JSON object, or fields `controls[NAME]`; a list repeats its field
-as NAME[]. Numbers are read from their texts. Files are pictures and clips.
+The values in a multipart form are texts; numbers are parsed from them. `controls` is one JSON object or several fields
+`controls[NAME]`. A list is given by repeating the field NAME[]. Files are pictures and clips.
 """
 
 from __future__ import annotations
@@ -45,14 +45,14 @@ _BY_HEAD = ((b"\x89PNG", ".png"), (b"\xff\xd8", ".jpg"), (b"GIF8", ".gif"), (b"\
 
 @dataclass(frozen=True)
 class Fields:
-    """What a request gave: values in JSON's types, and files by their field (`controls.NAME` of a control)."""
+    """The contents of a request: values in JSON types, and files by field (`controls.NAME` for a control)."""
 
     values: dict[str, Any]
     files: dict[str, Upload] = field(default_factory=dict)
 
 
 async def read_fields(request: Request) -> Fields:
-    """A request's body. Raises Refusal: 400 where it cannot be parsed, 415 for another kind, 422 for no field."""
+    """Read a request's body. Raises Refusal: 400 if it cannot be parsed, 415 for another type, 422 for bad fields."""
     kind = request.headers.get("content-type", "application/json").partition(";")[0].strip().lower()
     if kind == "application/json":
         return Fields(_object(await request.body()))
@@ -88,7 +88,7 @@ def _constant(name: str) -> NoReturn:
 
 
 def _check(value: Any, depth: int) -> None:
-    """Raise Refusal for texts that are not valid Unicode, and for what is nested deeper than any field."""
+    """Raise Refusal for texts that are not valid Unicode, and for values nested deeper than any field allows."""
     if isinstance(value, str):
         if any("\ud800" <= letter <= "\udfff" for letter in value):
             raise Refusal(422, "invalid_value", f"{quoted(value)}: not valid Unicode")
@@ -169,7 +169,7 @@ def _add_text(fields: Fields, parts: re.Match[str], text: str) -> None:
 
 
 def _parsed(text: str) -> Any:
-    """A text of a form as the JSON value that it writes, or as it is."""
+    """The JSON value of a text in a form; the text itself if it is not JSON."""
     try:
         return json.loads(text, object_pairs_hook=_once, parse_constant=_constant)
     except Refusal:
@@ -179,14 +179,14 @@ def _parsed(text: str) -> Any:
 
 
 def _suffix(file: UploadFile) -> str:
-    """What kind of file it says it is; what it is, its reader finds out."""
+    """The suffix for the file type that the client states. The file's reader finds the real type."""
     name = re.search(r"\.[A-Za-z0-9]{1,6}$", file.filename or "")
     given = _SUFFIXES.get((file.content_type or "").lower())
     return given or (name[0].lower() if name else ".bin")
 
 
 def data_url(name: str, text: object) -> Upload:
-    """The file in a data URL. Raises RequestError; an address of another kind is never fetched."""
+    """The file in a data URL. Raises RequestError for any other URL; nothing is ever fetched."""
     wanted = "a data URL (data:image/png;base64,...); no address is fetched"
     if not isinstance(text, str) or not text.startswith("data:"):
         raise RequestError(f"{name}={quoted(text)}: {wanted}")

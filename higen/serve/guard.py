@@ -1,8 +1,8 @@
-"""Checks every request before its route: host, origin, key, size and rate. Gives every refusal its form.
+"""Checks every request before its route: host, origin, key, size and speed. Gives all refusals the same form.
 
-A connection that is slow with its headers, its body or with reading an answer is ended. A page of another host cannot
-call a server of this machine through a browser: neither by its own name that leads here (Host), nor with a form
-(Origin).
+A connection that sends its headers or body too slowly, or reads the answer too slowly, is ended. A page of another host
+cannot call a local server through the user's browser. The check of Host stops DNS rebinding, where the page's own name
+points to this machine. The check of Origin stops forms that the page sends here.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ __all__ = ["Guard"]
 LOG = logging.getLogger("higen.serve")
 
 BODY_PAUSE, BODY_TIME = 15.0, 120.0
-"""Seconds between two parts of a body, and for all of it."""
+"""Maximum seconds between two parts of a body, and for the whole body."""
 
 HELD = 16
-"""Bodies of the largest size that are held at once; requests beyond them are asked to come again."""
+"""The bodies in memory may take as much as this many bodies of the largest size. Further requests must try again."""
 
 READER_PAUSE = 60.0
-"""Seconds that a client may take to read what was sent."""
+"""Maximum seconds that a client may take to read a part of the answer."""
 
 _HERE = ("localhost", "127.0.0.1", "::1")
 
 
 class Guard:
-    """The outermost part of the application."""
+    """The outermost ASGI layer of the application."""
 
     def __init__(self, app: ASGIApp, settings: Settings, keys: Mapping[str, str] | None, metrics: Metrics) -> None:
-        """`keys`: names by digest, or None where no key is asked for."""
+        """`keys`: names by digest; None if no key is needed."""
         self._app = app
         self._settings = settings
         self._keys = keys
@@ -50,7 +50,7 @@ class Guard:
         self._held = _Held(HELD * settings.limits.body)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """As ASGI says."""
+        """Handle one ASGI connection."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
@@ -114,7 +114,7 @@ def _is_plain(host: str) -> bool:
 
 
 def _method(name: str) -> str:
-    """The method as a label: what a client makes up is no label of its own."""
+    """The method as a label. Unknown methods share one label, so that clients cannot create new ones."""
     return name if name in ("GET", "HEAD", "POST", "DELETE", "OPTIONS", "PUT", "PATCH") else "other"
 
 
@@ -123,7 +123,7 @@ def _too_large(most: int) -> Refusal:
 
 
 class _Held:
-    """Bytes of the bodies of all requests."""
+    """Counts the bytes of the bodies of all requests."""
 
     def __init__(self, most: int) -> None:
         self.most = most
@@ -131,7 +131,7 @@ class _Held:
 
 
 class _Body:
-    """A request's body, counted and timed."""
+    """Receives a request's body, and limits its size and time."""
 
     def __init__(self, receive: Receive, most: int, held: _Held) -> None:
         self._receive = receive
@@ -143,7 +143,7 @@ class _Body:
 
     async def __call__(self) -> Message:
         """The next part. Raises Refusal for a body that is too large or too slow."""
-        if self._ended:  # what comes now is the client's leaving
+        if self._ended:  # only the client's disconnect can follow
             return await self._receive()
         left = min(BODY_PAUSE, self._began + BODY_TIME - time.monotonic())
         try:
@@ -162,23 +162,23 @@ class _Body:
         return message
 
     def release(self) -> None:
-        """The request has ended: its body is not held any longer."""
+        """Stop counting the body: the request has ended."""
         self._held.size -= self._size
         self._size = 0
 
 
 class _Answer:
-    """An answer: ended where its reader is too slow, and shaped as ours where a library refused in its own words."""
+    """Sends an answer. Ends it if the reader is too slow, and replaces a library's own error page by a Refusal."""
 
     def __init__(self, send: Send) -> None:
         self._send = send
         self._replaced = False
         self.status = 0
         self.page = ""
-        """The origin of the page that may read refusals, too."""
+        """The allowed origin of the calling page, which may read refusals too; empty if there is none."""
 
     async def __call__(self, message: Message) -> None:
-        """Send a part."""
+        """Send a part of the answer."""
         if self._replaced:
             return
         if message["type"] == "http.response.start":
@@ -196,7 +196,7 @@ class _Answer:
             raise ConnectionError("the client does not read its answer") from None
 
     async def refuse(self, refusal: Refusal) -> None:
-        """Answer with a refusal, and end the connection: the body may not have been read."""
+        """Answer with a refusal and end the connection, because the body may not have been read."""
         self.status = refusal.status
         body = refusal.body()
         headers: dict[str, Any] = {**refusal.headers(), "content-length": str(len(body)), "connection": "close"}

@@ -1,8 +1,8 @@
-"""API keys: a file of names and SHA-256 digests, one key a line. A key itself is shown once and kept nowhere.
+"""API keys: a file of names and SHA-256 digests, one key per line. The key itself is shown once and not stored.
 
     NAME sha256:<64 hexadecimal digits>
 
-A key has 256 random bits, so a plain digest cannot be searched.
+A key has 256 random bits, so it cannot be found from its digest by trying keys. No salt is needed.
 """
 
 from __future__ import annotations
@@ -24,14 +24,12 @@ _MOST = 10_000
 
 
 def digest(key: str) -> str:
-    """The digest of a key."""
+    """The SHA-256 digest of a key."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def read_keys(path: Path) -> Mapping[str, str]:
-    """Names by digest. Raises RequestError for a file that cannot be read, that has no key, or that has a line which is
-    not a key.
-    """
+    """Names by digest. Raises RequestError if the file cannot be read, has no key, or has a line that is not a key."""
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
@@ -50,7 +48,10 @@ def read_keys(path: Path) -> Mapping[str, str]:
 
 
 def add_key(path: Path, name: str) -> str:
-    """Make a key, add its digest to the file (made for its owner alone), and return it. Raises RequestError."""
+    """Make a key, add its digest to the file, and return the key. Raises RequestError.
+
+    The file is made readable for its owner only.
+    """
     known = read_keys(path) if path.exists() and path.stat().st_size else {}
     if not re.fullmatch(r"[A-Za-z0-9_.\-]{1,64}", name) or name in known.values():
         raise RequestError(f"new-key={quoted(name)}: a new name of letters, digits, '_', '.' and '-'")

@@ -1,7 +1,7 @@
-"""Progress and previews of running jobs, passed from the threads that run them to event streams.
+"""Passes progress and previews of jobs from the threads that run them to event streams.
 
-A job has one short list of events for all who listen. Who listens slowly skips events, never the last one: memory does
-not grow with listeners. Only the newest preview is kept.
+A job has one short list of events for all its listeners, so memory does not grow with the listeners. A slow listener
+misses events, but never the last one. Only the newest preview is kept.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ _KEPT = 64
 
 @dataclass(frozen=True)
 class Event:
-    """An event of a job: its number from 1, name and data as JSON."""
+    """An event of a job: its number (from 1), its name, and its data as JSON."""
 
     number: int
     name: str
     data: bytes
 
     def encoded(self) -> bytes:
-        """As a block of an event stream."""
+        """The event as a block of an event stream."""
         return f"id: {self.number}\nevent: {self.name}\ndata: ".encode() + self.data + b"\n\n"
 
 
@@ -53,7 +53,7 @@ class Listener:
         self.changed = asyncio.Event()
 
     async def wait(self, seconds: float) -> list[Event]:
-        """The events since the last call; none where nothing happened for so long."""
+        """Wait up to `seconds` for events. Returns those since the last call; empty if there are none in this time."""
         try:
             async with asyncio.timeout(seconds):
                 await self.changed.wait()
@@ -67,19 +67,19 @@ class Listener:
 
 
 class Live:
-    """The events of all jobs that wait or run. Any thread may publish."""
+    """The events of all waiting and running jobs. Any thread may publish."""
 
     def __init__(self, most: int) -> None:
-        """`most` listeners at once."""
+        """`most`: listeners at once."""
         self._most = most
         self._channels: dict[str, _Channel] = {}
         self._lock = threading.Lock()
         self._open = 0
         self.is_closed = False
-        """Whether the server stops: nobody is to listen any longer."""
+        """Whether the server is stopping: all listeners must end."""
 
     def close(self) -> None:
-        """Wake all who listen, for the last time."""
+        """Wake all listeners for the last time."""
         self.is_closed = True
         with self._lock:
             waiting = [row for channel in self._channels.values() for row in channel.listeners.values()]
@@ -88,11 +88,11 @@ class Live:
 
     @property
     def listeners(self) -> int:
-        """How many listen."""
+        """Number of listeners."""
         return self._open
 
     def publish(self, job: str, name: str, data: Mapping[str, Any], progress: int | None = None) -> None:
-        """Tell all who listen; `progress` in percent is kept for those who ask."""
+        """Send an event to all listeners of a job. `progress`: percent, kept for `progress()`."""
         encoded = to_json(dict(data))
         with self._lock:
             channel = self._channels.setdefault(job, _Channel())
@@ -109,7 +109,7 @@ class Live:
             _wake(loop, changed)
 
     def end(self, job: str) -> None:
-        """A job has ended, as its row says: wake all who listen, and forget its events."""
+        """Wake all listeners of a job and forget its events. Its row in the queue must already show its end."""
         with self._lock:
             channel = self._channels.get(job)
             waiting = [] if channel is None else list(channel.listeners.values())
@@ -121,30 +121,30 @@ class Live:
             _wake(loop, changed)
 
     def progress(self, job: str) -> int:
-        """Percent of a job that runs."""
+        """Progress of a running job in percent."""
         with self._lock:
             return self._channels[job].progress if job in self._channels else 0
 
     def is_watched(self, job: str) -> bool:
-        """Whether anybody wants previews."""
+        """Whether any listener of the job wants previews."""
         with self._lock:
             channel = self._channels.get(job)
             return channel is not None and any(wanted for _, _, wanted in channel.listeners.values())
 
     def has_ended(self, job: str) -> bool:
-        """Whether a job that somebody listens to has ended."""
+        """Whether a job has ended. It must have a listener."""
         with self._lock:
             return job not in self._channels or self._channels[job].ended
 
     def since(self, job: str, number: int) -> list[Event]:
-        """The events that are kept of those behind a number."""
+        """The kept events after the event with this number."""
         with self._lock:
             channel = self._channels.get(job)
             return [] if channel is None else [event for event in channel.events if event.number > number]
 
     @contextmanager
     def slot(self) -> Iterator[None]:
-        """A place among those who listen or wait. Raises Refusal where there is none."""
+        """A place for one listener or waiting call. Raises Refusal if all are taken."""
         with self._lock:
             if self._open >= self._most:
                 raise Refusal(429, "too_many_streams", f"{self._open} event streams are open: poll instead", retry=5)
@@ -157,7 +157,7 @@ class Live:
 
     @contextmanager
     def listen(self, job: str, seen: int = 0, previews: bool = True) -> Iterator[Listener]:
-        """Listen from the event behind `seen` on; the caller holds a `slot`."""
+        """Listen to the events after the number `seen`. The caller must hold a `slot`."""
         listener = Listener(self, job, seen)
         with self._lock:
             channel = self._channels.setdefault(job, _Channel())

@@ -14,10 +14,10 @@ Reader = Callable[[], Mapping[str, float]]
 
 
 class Metrics:
-    """The counts of one server, in a registry of its own. Any thread may count."""
+    """The metrics of one server, in their own registry. Any thread may count."""
 
     def __init__(self, read: Reader, jobs: Reader) -> None:
-        """`read`: returns the present numbers by name, for each request of the metrics; `jobs`: jobs by state."""
+        """`read`: returns the current numbers by name. `jobs`: returns the number of jobs by state."""
         self._registry = CollectorRegistry()
         self.requests = Counter(
             "higen_http_requests", "HTTP requests answered.", ("method", "route", "status"), registry=self._registry
@@ -38,14 +38,14 @@ class Metrics:
 
 
 class _Now(Collector):
-    """Numbers that are read for each request of the metrics; names that end with _total are counters."""
+    """Metrics that are read at each request for metrics. Names that end with _total are counters, others gauges."""
 
     def __init__(self, read: Reader, jobs: Reader) -> None:
         self._read = read
         self._jobs = jobs
 
     def collect(self) -> Iterable[Metric]:
-        """The metrics, as prometheus_client requires."""
+        """The metrics; prometheus_client calls this."""
         states = GaugeMetricFamily("higen_jobs", "Jobs by state.", labels=["state"])
         for state, count in self._jobs().items():
             states.add_metric([state], count)

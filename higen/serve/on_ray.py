@@ -1,7 +1,7 @@
 """The HTTP API as an application of Ray Serve: `import_path: higen.serve.on_ray:application` (docs/bulk.md).
 
-One replica has one folder, like one server (higen/serve/server.py). Jobs outlive the replica if its successor finds the
-folder. Ray's proxies take the requests at every node.
+A replica has one folder, like a server (higen/serve/server.py). Jobs outlive the replica if its successor has access to
+the folder. Ray's proxies accept requests on every node.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from higen.serve.settings import Limits, Settings, seconds_of, size_of
 __all__ = ["application", "settings_of"]
 
 _HANDOVER = 60.0
-"""Seconds that a new replica waits for its predecessor to leave the folder."""
+"""Seconds that a new replica waits for its predecessor to release the folder."""
 
 _TO_THE_END = ExitStack()
-"""The lock of a replica's folder: held as long as its process lives."""
+"""Holds the lock of the replica's folder until the process ends."""
 
 
 def application(arguments: dict[str, Any]) -> Any:
-    """The application that Ray Serve runs. `arguments` are those of `settings_of`.
+    """The application that Ray Serve runs. `arguments`: as for `settings_of`.
 
-    Raises RequestError, and MissingExtra where there is no Ray.
+    Raises RequestError, and MissingExtra if Ray is not installed.
     """
     try:
         from ray import serve
@@ -48,8 +48,8 @@ def application(arguments: dict[str, Any]) -> Any:
 def settings_of(arguments: Mapping[str, Any]) -> Settings:
     """A server's settings from the `args` of Ray Serve's configuration.
 
-    Names and meanings are those of `higen serve`: `data`, the folder, must be given; `models` is a list, `memory`,
-    `quota` and `max-body` are texts such as 8GB. Raises RequestError.
+    Names and meanings are those of `higen serve`. `data`, the folder, must be given. `models` is a list. `memory`,
+    `quota` and `max-body` are texts like 8GB. Raises RequestError.
     """
     given = {name.replace("_", "-"): value for name, value in arguments.items()}
     limits = {f"max-{field.name}": field.name for field in fields(Limits) if field.name != "picture"}
@@ -89,7 +89,7 @@ def _limit(name: str, value: Any) -> int:
 
 
 def _open(settings: Settings) -> ASGIApp:
-    """The application of this replica, once the folder is its own. Raises ServeError and what `open_service` raises."""
+    """Lock the folder, then make the replica's application. Raises ServeError and what `open_service` raises."""
     until = time.monotonic() + _HANDOVER
     while True:
         try:

@@ -16,10 +16,10 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class Refusal(HigenError):
-    """What a request is refused with.
+    """The answer to a request that is refused.
 
-    status  of HTTP           param  the field that is wrong, None where it is none
-    code    a word for programs   retry  seconds after which the same request may be sent again, or None
+    status  HTTP status                  param  the wrong field, or None
+    code    identifier for programs      retry  seconds after which the same request may be sent again, or None
     """
 
     def __init__(
@@ -37,7 +37,7 @@ class Refusal(HigenError):
         return to_json({"error": {"message": str(self), "type": kind, "param": self.param, "code": self.code}})
 
     def headers(self) -> dict[str, str]:
-        """The answer's headers that depend on the refusal."""
+        """The headers of the answer that depend on the refusal."""
         headers = {"content-type": "application/json"}
         if self.status == 401:
             headers["www-authenticate"] = "Bearer"
@@ -47,12 +47,12 @@ class Refusal(HigenError):
 
 
 def to_json(value: Any) -> bytes:
-    """JSON in ASCII: a text from outside may hold what UTF-8 cannot."""
+    """JSON in ASCII, because texts from clients may contain characters that UTF-8 cannot encode."""
     return json.dumps(value, separators=(",", ":")).encode("ascii")
 
 
 def as_refusal(error: BaseException) -> Refusal:
-    """Any error as a refusal; what is a mistake of ours says no more than its type."""
+    """Any error as a refusal. An internal error shows only its type."""
     if isinstance(error, Refusal):
         return error
     if isinstance(error, RequestError):
@@ -69,7 +69,7 @@ def as_refusal(error: BaseException) -> Refusal:
 
 
 def is_full(error: BaseException) -> bool:
-    """Whether an error, or one that it was raised from, says that a disk is full."""
+    """Whether an error, or its cause, says that a disk is full."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, OSError) and seen.errno in _FULL:
@@ -81,7 +81,7 @@ def is_full(error: BaseException) -> bool:
 
 
 def job_error(error: BaseException) -> tuple[str, str]:
-    """The code and message that a failed job keeps."""
+    """The error code and message that are stored for a failed job."""
     if is_full(error):
         return "storage_full", "the server's disk is full"
     if isinstance(error, RequestError):
@@ -94,6 +94,6 @@ def job_error(error: BaseException) -> tuple[str, str]:
 
 
 def _param(message: str) -> str | None:
-    """The name that a message of a request's check begins with."""
+    """The name of the field at the start of an error message; None if there is none."""
     name = message.partition("=")[0].partition(":")[0].partition(" ")[0]
     return name if name.isidentifier() else None

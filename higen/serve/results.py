@@ -1,10 +1,10 @@
-"""Finished videos in a folder: the exact frames, the mp4, and other formats as they are asked for.
+"""Finished videos in a folder: the exact frames, the mp4, and other formats when they are requested.
 
-    FOLDER/results/video_.../frames.npy video.mp4 ...     a result appears whole, by one rename
-    FOLDER/parts/...                                      what is being written; emptied at each start
+    FOLDER/results/video_.../frames.npy video.mp4 ...     a result appears complete, by one rename
+    FOLDER/parts/...                                      unfinished files; removed at each start
 
-A folder of results that no completed job has is a killed server's, and is removed at the next start; a name that is
-none of ours is left alone.
+A killed server can leave a result that belongs to no completed job. It is removed at the next start. Files with other
+names are not touched.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class Results:
     """The folder of finished videos. Any thread may use it."""
 
     def __init__(self, folder: Path) -> None:
-        """Made where it is not there. Raises ServeError where it cannot be written."""
+        """The folder is made if it does not exist. Raises ServeError if it cannot be written."""
         self._results, self._parts = folder / "results", folder / "parts"
         try:
             for made in (self._results, self._parts):
@@ -54,7 +54,7 @@ class Results:
         self._guard = threading.Lock()
 
     def sweep(self, kept: Collection[str]) -> None:
-        """Remove what killed servers left: unfinished files, and results that are none of `kept`."""
+        """Remove what killed servers left: unfinished files, and results that are not in `kept`."""
         for path in self._parts.iterdir():
             if _PARTS.fullmatch(path.name):
                 _remove(path)
@@ -63,7 +63,7 @@ class Results:
                 _remove(path)
 
     def save(self, name: str, video: Video) -> int:
-        """Write a job's result; returns its bytes. Raises OutputError and OSError: then nothing was written."""
+        """Write a job's result and return its size in bytes. After an OutputError or OSError nothing is left of it."""
         part = self._parts / f"video_{secrets.token_hex(16)}"
         part.mkdir()
         try:
@@ -71,7 +71,7 @@ class Results:
             video.save(part / "video.mp4")
             size = size_of_folder(part)
             target = self._results / name
-            _remove(target)  # of a run that was killed before the queue heard of it
+            _remove(target)  # a run may have been killed before the queue noted it
             part.rename(target)
         finally:
             _remove(part)
@@ -80,10 +80,10 @@ class Results:
     def file(
         self, name: str, wanted: str, fps: float, metadata: Mapping[str, Any], grown: Callable[[int], None]
     ) -> tuple[Path, str]:
-        """The file of a result in a format, or as a variant, and its media type; made where it is not there.
+        """Path and media type of a result in a format or variant. The file is made if it does not exist.
 
-        `grown` is called with the bytes of a new file. Raises FileNotFoundError where the result is gone, OutputError
-        and OSError where the file cannot be made.
+        `grown` is called with the size in bytes of a new file. Raises FileNotFoundError if the result has been removed,
+        OutputError and OSError if the file cannot be made.
         """
         file, media = VARIANTS.get(wanted) or (f"video.{wanted}", FORMATS[wanted])
         folder = self._results / name
@@ -111,13 +111,13 @@ class Results:
         return size
 
     def remove(self, name: str) -> None:
-        """Remove a result; it need not be there."""
+        """Remove a result, if it exists."""
         if IDS.fullmatch(name):
             _remove(self._results / name)
 
     @contextmanager
     def temporary(self, data: bytes, suffix: str) -> Iterator[Path]:
-        """A file with these contents, for a reader that wants a path."""
+        """A temporary file with these contents, for readers that need a path."""
         path = self._parts / f"upload_{secrets.token_hex(16)}{suffix}"
         try:
             path.write_bytes(data)
@@ -127,7 +127,7 @@ class Results:
 
     @contextmanager
     def _alone(self, key: str) -> Iterator[None]:
-        """Two requests for the same new file make it once."""
+        """Held by one thread per key, so that two requests for the same new file make it once."""
         with self._guard:
             lock = self._locks.setdefault(key, threading.Lock())
         try:
@@ -140,15 +140,15 @@ class Results:
 
 
 def _read_frames(path: Path) -> NDArray[np.uint8]:
-    """One file at a time: numpy parses the header as Python's syntax, which now and then fails in two threads at once
-    (python/cpython#106905, in 3.11 and 3.12)."""
+    """Read one file at a time. Numpy parses the header as Python code, which sometimes fails if two threads do it at
+    once (python/cpython#106905, in 3.11 and 3.12)."""
     with _READING:
         frames: NDArray[np.uint8] = np.load(path, allow_pickle=False)
     return frames
 
 
 def _write_frames(path: Path, frames: NDArray[np.uint8]) -> None:
-    """As np.save, whose error for a full disk does not say that it is one."""
+    """Like np.save, but an error for a full disk says that the disk is full."""
     array = np.ascontiguousarray(frames)
     with path.open("wb") as file:
         np.lib.format.write_array_header_1_0(file, np.lib.format.header_data_from_array_1_0(array))
@@ -156,12 +156,12 @@ def _write_frames(path: Path, frames: NDArray[np.uint8]) -> None:
 
 
 def size_of_folder(folder: Path) -> int:
-    """Bytes of the files in a folder."""
+    """Total size in bytes of the files in a folder."""
     return sum(path.stat().st_size for path in folder.iterdir())
 
 
 def _remove(path: Path) -> None:
-    """Remove a folder or file; one that cannot be removed is an error of the server's, not a silent leak."""
+    """Remove a folder or file. Raises HigenError if it cannot be removed, so that nothing is left silently."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

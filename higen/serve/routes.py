@@ -26,14 +26,14 @@ from higen.serve.worker import Worker
 __all__ = ["Parts", "video_routes"]
 
 HEARTBEAT = 10.0
-"""Seconds after which a silent event stream gets a comment, so that nobody takes it for dead."""
+"""Seconds after which a silent event stream gets a comment, so that clients see that it is alive."""
 
 _KEY = re.compile(r"[\x21-\x7e]{1,255}")
 
 
 @dataclass(frozen=True)
 class Parts:
-    """What the endpoints work with."""
+    """The parts of the server that the endpoints use."""
 
     settings: Settings
     catalog: Catalog
@@ -84,7 +84,7 @@ def video_routes(parts: Parts) -> APIRouter:
         format: Format = "mp4",  # noqa: A002
         idempotency_key: IdempotencyKey = None,
     ) -> Response:
-        """Ask for a video and wait for the file. A client that goes away cancels it."""
+        """Ask for a video and wait for the file. If the client disconnects, the video is cancelled."""
         with parts.live.slot():
             job = await jobs.accept(request, idempotency_key)
             job = await jobs.finished(job, request.is_disconnected)
@@ -119,7 +119,7 @@ def video_routes(parts: Parts) -> APIRouter:
 
     @router.delete("/{video_id}", response_model=Deleted)
     def delete(request: Request, video_id: str) -> Deleted:
-        """Remove a video; one that is being made is stopped at its next step."""
+        """Remove a video. If it is being made, it is stopped at its next step."""
         job = jobs.mine(request, video_id)
         parts.store.delete(job.id)
         parts.worker.cancel(job.id)
@@ -128,7 +128,7 @@ def video_routes(parts: Parts) -> APIRouter:
 
     @router.post("/{video_id}/cancel", response_model=VideoObject)
     def cancel(request: Request, video_id: str) -> Response:
-        """Stop a video that waits or is being made. One that has ended stays as it is."""
+        """Cancel a video that waits or is being made. A video that has ended is not changed."""
         jobs.cancel(jobs.mine(request, video_id))
         return _json(jobs.shown(jobs.mine(request, video_id)))
 
@@ -145,7 +145,7 @@ def video_routes(parts: Parts) -> APIRouter:
 
     @router.get("/{video_id}/files/{control}", responses=UPLOAD, response_class=Response)
     def sent_file(request: Request, video_id: str, control: str) -> Response:
-        """A file that was sent with the request, as it came."""
+        """A file that was sent with the request, unchanged."""
         found = parts.store.uploads(jobs.mine(request, video_id).id).get(control)
         if found is None:
             raise Refusal(404, "file_not_found", "no file was sent for this control", "control")
@@ -154,7 +154,7 @@ def video_routes(parts: Parts) -> APIRouter:
 
     @router.post("/{video_id}/remix", openapi_extra={"requestBody": REMIX}, response_model=VideoObject)
     async def remix(request: Request, video_id: str, idempotency_key: IdempotencyKey = None) -> Response:
-        """The same request with another prompt."""
+        """Ask for a video with the request of an older video and another prompt."""
         return _json(jobs.shown(await jobs.remix(request, video_id, idempotency_key)))
 
     @router.get("/{video_id}/events", responses=EVENTS, response_class=StreamingResponse)
@@ -168,7 +168,7 @@ def video_routes(parts: Parts) -> APIRouter:
         job = await run_in_threadpool(jobs.mine, request, video_id)
         seen = int(last_event_id) if last_event_id and re.fullmatch(r"[0-9]{1,9}", last_event_id) else 0
         stream = jobs.events(job, seen, previews)
-        first = await anext(stream)  # a refusal is answered before the stream begins
+        first = await anext(stream)  # refuse before the stream begins
         return StreamingResponse(
             _chained(first, stream), media_type="text/event-stream", headers={"cache-control": "no-store"}
         )
@@ -194,31 +194,31 @@ def _json(video: VideoObject) -> Response:
 
 
 class _Jobs:
-    """What several endpoints do with jobs."""
+    """Operations on jobs that several endpoints share."""
 
     def __init__(self, parts: Parts) -> None:
         self._parts = parts
 
     def mine(self, request: Request, name: str) -> Job:
-        """The caller's job. Raises Refusal: what is another's is not there."""
+        """The caller's job. Raises Refusal, also if the job belongs to another caller."""
         job = self._parts.store.get(name, _owner(request)) if IDS.fullmatch(name) else None
         if job is None:
             raise Refusal(404, "video_not_found", "there is no such video", "video_id")
         return job
 
     def shown(self, job: Job) -> VideoObject:
-        """The job as it is answered."""
+        """The job as the API answers it."""
         return video_object(job, self._parts.live.progress(job.id), self._parts.store.files(job.id))
 
     def cancel(self, job: Job) -> None:
-        """Stop a job that has not ended."""
+        """Cancel a job that has not ended."""
         if self._parts.store.cancel(job.id, self._parts.settings.age):
             if job.status == "queued":
                 self._parts.metrics.ended.labels("cancelled").inc()
             self._parts.worker.cancel(job.id)
 
     async def accept(self, request: Request, key: str | None) -> Job:
-        """A new job of the request's body."""
+        """Make a new job from the request's body."""
         fields = await read_fields(request)
         return await run_in_threadpool(self._accept, _owner(request), fields, _checked(key))
 
@@ -245,7 +245,7 @@ class _Jobs:
         return models[name]
 
     async def remix(self, request: Request, name: str, key: str | None) -> Job:
-        """A new job as an older one, with another prompt."""
+        """Make a new job from an older one, with another prompt."""
         job = await run_in_threadpool(self.mine, request, name)
         fields = await read_fields(request)
         if unknown := sorted({*fields.values, *fields.files} - {"prompt"}):
@@ -266,7 +266,7 @@ class _Jobs:
         return self._create(replace(draft, remixed=job.id))
 
     async def file(self, job: Job, wanted: str) -> Response:
-        """A finished job's file. Raises Refusal."""
+        """The answer with a finished job's file. Raises Refusal."""
         if job.expired:
             raise Refusal(410, "video_expired", "the video has expired: its files are removed")
         if job.status != "completed":
@@ -283,7 +283,7 @@ class _Jobs:
         return FileResponse(path, media_type=media, filename=f"{job.id}{path.suffix}", headers={"x-video-id": job.id})
 
     async def finished(self, job: Job, is_gone: Callable[[], Awaitable[bool]]) -> Job:
-        """The job when it has ended; cancelled where the client is gone."""
+        """Wait until the job has ended and return it. It is cancelled if the client disconnects."""
         with self._parts.live.listen(job.id, previews=False) as listener:
             while (now := await self._now(job)).status not in DONE:
                 if self._parts.live.is_closed:
@@ -300,7 +300,7 @@ class _Jobs:
         return found
 
     async def events(self, job: Job, seen: int, previews: bool) -> AsyncIterator[bytes]:
-        """The blocks of a job's event stream; the first one at once."""
+        """The blocks of a job's event stream. The first block comes at once."""
         with self._parts.live.slot(), self._parts.live.listen(job.id, seen, previews) as listener:
             yield _block("status", {"id": job.id, "status": self.shown(job).status})
             while True:

@@ -1,4 +1,4 @@
-"""Schemas of the answers, which are OpenAI's with extensions, and of the request for the OpenAPI page."""
+"""Schemas of the answers (OpenAI's with extensions), and of the request for the OpenAPI description."""
 
 from __future__ import annotations
 
@@ -35,9 +35,8 @@ class JobError(BaseModel):
 
 
 class VideoObject(BaseModel):
-    """A job. A cancelled one is answered as failed, with the error's code "cancelled". From `seed` on the fields are
-    extensions: what was asked for, None where it is the model's default. `files`: the controls that a file was sent
-    for."""
+    """A job. A cancelled job has the status failed and the error code "cancelled". The fields from `seed` on are
+    extensions: the values of the request, None for the model's default. `files`: the controls with a file."""
 
     id: str
     object: Literal["video"] = "video"
@@ -65,7 +64,7 @@ class VideoObject(BaseModel):
 
 
 class Page(BaseModel):
-    """A page of a list."""
+    """One page of the list of videos."""
 
     object: Literal["list"] = "list"
     data: list[VideoObject]
@@ -75,7 +74,7 @@ class Page(BaseModel):
 
 
 class Deleted(BaseModel):
-    """A video that is gone."""
+    """A deleted video."""
 
     id: str
     object: Literal["video.deleted"] = "video.deleted"
@@ -83,7 +82,7 @@ class Deleted(BaseModel):
 
 
 class ModelObject(BaseModel):
-    """A model. `controls` is the JSON schema of that object in a request; it and what follows are extensions."""
+    """A model. `controls` is the JSON schema of `controls` in a request. It and the later fields are extensions."""
 
     id: str
     object: Literal["model"] = "model"
@@ -105,7 +104,7 @@ class Models(BaseModel):
 
 
 class ErrorDetail(BaseModel):
-    """What is wrong."""
+    """The description of an error."""
 
     message: str
     type: str
@@ -114,7 +113,7 @@ class ErrorDetail(BaseModel):
 
 
 class ErrorBody(BaseModel):
-    """Every refusal."""
+    """The answer to every refused request."""
 
     error: ErrorDetail
 
@@ -142,7 +141,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 
 
 def video_object(job: Job, progress: int, files: list[str]) -> VideoObject:
-    """A job as it is answered; `progress` in percent, while it runs; `files`: the controls that have a file."""
+    """A job as the API answers it. `progress`: percent, while it runs. `files`: the controls with a file."""
     request = job.request
     failed = job.status in ("failed", "cancelled")
     finished = job.finished is not None
@@ -228,7 +227,7 @@ def _properties(limits: Limits) -> dict[str, Any]:
 
 
 def create_body(limits: Limits) -> dict[str, Any]:
-    """The request body of a new video."""
+    """The OpenAPI schema of the request body for a new video."""
     properties = _properties(limits)
     reference = {
         "anyOf": [

@@ -25,14 +25,14 @@ from higen.serve.settings import Settings
 __all__ = ["owned", "serve"]
 
 HEAD_TIME = 15.0
-"""Seconds that a connection may take until its request's headers are there."""
+"""Maximum seconds that a connection may take to send a request's headers."""
 
 STOP_TIME = 10
-"""Seconds that open connections have to end when the server stops."""
+"""Seconds that open connections have to finish when the server stops."""
 
 
 def serve(settings: Settings, on_start: Callable[[str, int], None] = lambda host, port: None) -> None:
-    """Serve until a signal ends it. `on_start` is called with the host and port once requests are taken.
+    """Serve until a signal ends the process. `on_start` is called with host and port when requests are accepted.
 
     Raises ServeError for a port, folder or queue that cannot be used, and what `open_service` raises.
     """
@@ -60,7 +60,7 @@ def serve(settings: Settings, on_start: Callable[[str, int], None] = lambda host
 
 
 class _Server(uvicorn.Server):
-    """Says when it takes requests, and when it takes no more."""
+    """A uvicorn server that calls back when it accepts requests and when it stops."""
 
     def __init__(self, config: uvicorn.Config, started: Callable[[], None], stopping: Callable[[], None]) -> None:
         super().__init__(config)
@@ -68,20 +68,20 @@ class _Server(uvicorn.Server):
         self._stopping = stopping
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's."""
+        """See uvicorn."""
         await super().startup(sockets)
         if self.started:
             self._started()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """As uvicorn's."""
+        """See uvicorn."""
         self._stopping()
         await super().shutdown(sockets)
 
 
 @contextmanager
 def _terminated() -> Iterator[None]:
-    """Let SIGTERM end the program with all that is to be closed, and exit code 0."""
+    """Make SIGTERM end the program with exit code 0, after everything is closed."""
 
     def end(*_: object) -> NoReturn:
         raise SystemExit(0)
@@ -98,7 +98,7 @@ def _terminated() -> Iterator[None]:
 
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
-    """Hold the lock of a server's folder, made if necessary. Raises ServeError."""
+    """Hold the lock of a server's folder. The folder is made if necessary. Raises ServeError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         lock = hold(folder / "lock", os.O_RDWR | os.O_CREAT, wait=False)
@@ -136,7 +136,7 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
 
 
 def _protocol(most: int) -> type[asyncio.Protocol]:
-    """HTTP/1.1 with at most this many connections, none of which may wait with its headers for long."""
+    """HTTP/1.1 with at most this many connections and a time limit for the headers of each."""
 
     class Guarded(H11Protocol):
         _waiting: asyncio.TimerHandle | None = None
@@ -177,7 +177,7 @@ def _protocol(most: int) -> type[asyncio.Protocol]:
             self._refuse(Refusal(408, "headers_too_slow", "the headers came too slowly"))
 
         def _refuse(self, refusal: Refusal) -> None:
-            """Answer without a request, and end the connection."""
+            """Send a refusal although no request was read, and end the connection."""
             self._expect_nothing()
             body = refusal.body()
             rows = {**refusal.headers(), "content-length": str(len(body)), "connection": "close"}

@@ -1,4 +1,4 @@
-"""Settings of a server, checked once before anything is opened."""
+"""Settings of a server. They are checked once, before anything is opened."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ def seconds_of(text: str, name: str = "age") -> int:
 class Limits:
     """Limits on requests.
 
-    body         bytes of a request's body         frames   of a video
-    pixels       of one frame                      steps    of each loop
-    queue        jobs of one key that wait or run  picture  pixels of an uploaded picture
-    streams      event streams and waiting calls   connections  at once
+    body         bytes of a request's body                    frames       of a video
+    pixels       of one frame                                 steps        of each loop
+    queue        waiting and running jobs of one key          picture      pixels of an uploaded picture
+    streams      open event streams and waiting calls         connections  open connections
     """
 
     body: int = 32 * 2**20
@@ -61,14 +61,14 @@ class Limits:
 class Settings:
     """A server's settings.
 
-    models     directories, or NAME=DIRECTORY; the first is the default, none is the built-in model
+    models     directories, or NAME=DIRECTORY; the first is the default; if empty, the built-in model
     folder     of the queue and the results
-    memory     bytes of weights that may be loaded at once, or None
-    slots      jobs that run at a time     max_batch  samples of a shared batch
-    quota      bytes of results            age        seconds that a finished job is kept
-    keys       file of hashed API keys, or None: no key is needed
-    origins    pages of other hosts that may call the API (CORS)
-    hosts      names that a request may be addressed to, beside those of this machine itself; "*": any
+    memory     maximum bytes of weights loaded at once; None: no limit
+    slots      jobs that run at once       max_batch  maximum samples of a shared batch
+    quota      maximum bytes of results    age        seconds that a finished job is kept
+    keys       file of hashed API keys; None: no key is needed
+    origins    origins of other pages that may call the API (CORS)
+    hosts      accepted host names of requests besides those of this machine; "*": any
     """
 
     folder: Path

@@ -1,8 +1,8 @@
 """The queue: jobs are in SQLite (WAL), so that accepted jobs outlive the process.
 
-queued -> in_progress -> completed | failed | cancelled. Each change of state is one transaction that names the state
-it leaves, so no job is run twice or finished twice. A finished job is kept until it expires. Its row is kept for the
-same time again, so that the API can answer that it has expired.
+queued -> in_progress -> completed | failed | cancelled. Each change of state is one transaction that also checks the
+old state, so no job is run twice or finished twice. A finished job is kept until it expires. Its row is then kept for
+the same time again, so that the API can answer that it has expired.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["DONE", "Draft", "Job", "Store", "Upload"]
 
 VERSION = 1
 ATTEMPTS = 5
-"""A job fails after this many starts during which the process died."""
+"""A job fails after this many starts in which the process died."""
 
 DONE = ("completed", "failed", "cancelled")
 
@@ -78,8 +78,8 @@ class Upload:
 class Draft:
     """A new job.
 
-    request  the arguments of the pipeline, in JSON's types; a random seed is drawn already
-    asked    the fields as they were given
+    request  the arguments of the pipeline in JSON types; a random seed is already replaced by a number
+    asked    the fields as the client gave them
     """
 
     owner: str
@@ -128,7 +128,7 @@ class Store:
     """The queue in a file. Any thread may use it."""
 
     def __init__(self, path: Path) -> None:
-        """Open the file, or make it. Raises ServeError for a file that is corrupt, of a newer version, or read-only."""
+        """Open or make the file. Raises ServeError if it is corrupt, has another version, or cannot be written."""
         self._path = path
         self._lock = threading.RLock()
         try:
@@ -153,7 +153,7 @@ class Store:
             raise sqlite3.DatabaseError(said)
 
     def _unusable(self, error: sqlite3.DatabaseError) -> ServeError:
-        """The error of a queue that cannot be opened. A corrupt file is copied and not changed."""
+        """The error for a queue that cannot be opened. A corrupt file is copied, not changed."""
         with suppress(AttributeError, sqlite3.Error):
             self._db.close()
         words = " ".join(str(error).split())
@@ -171,7 +171,7 @@ class Store:
         )
 
     def close(self) -> None:
-        """Write the contents of the WAL into the file."""
+        """Close the database; SQLite then writes the WAL into the file."""
         with self._lock:
             self._db.close()
 
@@ -194,9 +194,9 @@ class Store:
     # Requests.
 
     def create(self, draft: Draft, most: int, now: float | None = None) -> tuple[Job, bool]:
-        """Accept a job. Returns it, and whether it is new: an Idempotency-Key that was used before gives the same job.
+        """Accept a job. Returns the job and whether it is new: an Idempotency-Key used before gives the same job.
 
-        Raises Refusal where the key was used for another request, and where `most` jobs of the owner wait or run.
+        Raises Refusal if the key was used for another request, or if the owner has `most` waiting and running jobs.
         """
         now = time.time() if now is None else now
         fingerprint = draft.fingerprint()
@@ -239,7 +239,7 @@ class Store:
         return found[0] if found and owner in (None, found[0].owner) else None
 
     def page(self, owner: str, after: int | None, count: int, ascending: bool) -> list[Job]:
-        """An owner's jobs in the order of their creation or in the reverse order, after the job number `after`."""
+        """An owner's jobs in order of creation or in reverse order, from the job after number `after`."""
         sign, order = (">", "ASC") if ascending else ("<", "DESC")
         start = after if after is not None else (0 if ascending else 2**62)
         return self._rows(
@@ -256,7 +256,7 @@ class Store:
         return {row["name"]: Upload(row["suffix"], bytes(row["data"])) for row in rows}
 
     def files(self, name: str) -> list[str]:
-        """The controls of a job that have a file."""
+        """Names of a job's controls that have a file."""
         with self._lock:
             rows = self._db.execute("SELECT name FROM inputs WHERE job = ? ORDER BY name", (name,)).fetchall()
         return [row["name"] for row in rows]
@@ -266,14 +266,14 @@ class Store:
         return self._finish(name, "cancelled", ("queued", "in_progress"), age, "cancelled", "the job was cancelled")
 
     def delete(self, name: str) -> None:
-        """Forget a job."""
+        """Delete a job's row."""
         with self._change() as db:
             db.execute("DELETE FROM jobs WHERE id = ?", (name,))
 
     # The worker.
 
     def recover(self, age: float) -> None:
-        """At the start: jobs that ran when the process ended wait again, except those that it died with too often."""
+        """At the start, queue the jobs that ran when the process ended. Fail those with which it died too often."""
         message = f"the server ended {ATTEMPTS} times while it ran this job"
         for job in self._rows("SELECT * FROM jobs WHERE status = 'in_progress'"):
             if job.attempts >= ATTEMPTS:
@@ -286,24 +286,24 @@ class Store:
         return self._rows("SELECT * FROM jobs WHERE status = 'queued' ORDER BY number LIMIT ?", count)
 
     def start(self, name: str) -> bool:
-        """Whether the job waited, and runs now."""
+        """Change a job from waiting to running. Returns False if it was not waiting."""
         query = "UPDATE jobs SET status = 'in_progress', started = ?, attempts = attempts + 1"
         with self._change() as db:
             done = db.execute(f"{query} WHERE id = ? AND status = 'queued'", (time.time(), name))
             return done.rowcount == 1
 
     def requeue(self, name: str, counts: bool = False) -> None:
-        """Let a job that ran wait again; `counts`: this start is one of its attempts."""
+        """Change a job from running to waiting. `counts`: this start counts as an attempt."""
         query = "UPDATE jobs SET status = 'queued', started = NULL, attempts = attempts - ?"
         with self._change() as db:
             db.execute(f"{query} WHERE id = ? AND status = 'in_progress'", (0 if counts else 1, name))
 
     def complete(self, name: str, metadata: Mapping[str, Any], size: int, age: float) -> bool:
-        """Whether the job ran and has its result now; not where it was cancelled or deleted meanwhile."""
+        """Record that a running job has its result. Returns False if it was cancelled or deleted meanwhile."""
         return self._finish(name, "completed", ("in_progress",), age, None, None, json.dumps(dict(metadata)), size)
 
     def fail(self, name: str, code: str, message: str, age: float) -> bool:
-        """Whether the job ran and has failed now."""
+        """Record that a running job has failed. Returns False if it was not running."""
         return self._finish(name, "failed", ("in_progress",), age, code, message)
 
     def _finish(
@@ -327,35 +327,35 @@ class Store:
             )
             return done.rowcount == 1
 
-    # The keeper of the folder.
+    # Cleaning the folder.
 
     def grow(self, name: str, size: int) -> None:
-        """A result takes this many bytes more."""
+        """Add to the bytes that a result takes."""
         with self._change() as db:
             db.execute("UPDATE jobs SET bytes = bytes + ? WHERE id = ? AND expired = 0", (size, name))
 
     def expire(self, name: str) -> None:
-        """A finished job loses its files; its row stays, to say so."""
+        """Mark a finished job as expired and delete its uploads. Its row is kept to show this."""
         with self._change() as db:
             db.execute("DELETE FROM inputs WHERE job = ?", (name,))
             query = "UPDATE jobs SET expired = 1, bytes = 0, expires = min(expires, ?) WHERE id = ?"
             db.execute(query, (time.time(), name))
 
     def outdated(self, age: float) -> list[Job]:
-        """Finished jobs whose time is over, the oldest first; rows of expired ones are removed after `age` more."""
+        """Finished jobs past their time, the oldest first. Also deletes rows that expired more than `age` ago."""
         now = time.time()
         with self._change() as db:
             db.execute("DELETE FROM jobs WHERE expired = 1 AND expires < ?", (now - age,))
         return self._rows("SELECT * FROM jobs WHERE expired = 0 AND expires < ? ORDER BY finished", now)
 
     def finished(self, count: int = 100) -> list[Job]:
-        """Finished jobs that have their files, the oldest first."""
+        """Finished jobs that are not expired, the oldest first."""
         states = ", ".join(f"'{state}'" for state in DONE)
         query = f"SELECT * FROM jobs WHERE status IN ({states}) AND expired = 0 ORDER BY finished LIMIT ?"
         return self._rows(query, count)
 
     def completed_ids(self) -> set[str]:
-        """Jobs whose result is in the folder."""
+        """Ids of the jobs with a result in the folder."""
         with self._lock:
             rows = self._db.execute("SELECT id FROM jobs WHERE status = 'completed' AND expired = 0").fetchall()
         return {row["id"] for row in rows}
@@ -366,7 +366,7 @@ class Store:
             return int(self._db.execute("SELECT coalesce(sum(bytes), 0) FROM jobs").fetchone()[0])
 
     def counts(self) -> dict[str, int]:
-        """How many jobs are in each state."""
+        """Number of jobs in each state."""
         with self._lock:
             rows = self._db.execute("SELECT status, count(*) AS n FROM jobs GROUP BY status").fetchall()
         return dict.fromkeys(("queued", "in_progress", *DONE), 0) | {row["status"]: row["n"] for row in rows}

@@ -1,7 +1,7 @@
 """The web page: the files of page/. They contain no data, so no key is needed for them.
 
-The page asks for nothing from elsewhere, and a browser would not let it: what the policy below does not name is
-refused, and no text can become markup or a script (Trusted Types).
+The page loads nothing from other hosts. The policy below makes browsers enforce this: they refuse every source that it
+does not name, and no text can become markup or a script (Trusted Types).
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ PUBLIC = frozenset(_FILES)
 
 
 def page_routes() -> APIRouter:
-    """The page at /, and its files below /page."""
+    """The routes of the page at / and of its files below /page."""
     router = APIRouter(include_in_schema=False)
 
     @router.api_route("/", methods=["GET", "HEAD"])

@@ -1,8 +1,8 @@
-"""Runs the jobs of the queue: each in a thread of its own, the steps of one model's jobs in common batches.
+"""Runs the jobs of the queue, each in its own thread. The steps of one model's jobs share batches.
 
-A new job joins the others at their next step (higen/backends/shared_batches.py); a cancelled one leaves its slot at
-once. A job whose model does not fit beside those in use waits. Younger jobs may overtake it for some seconds, and then
-none may, so that its model is loaded.
+A new job joins the others at their next step (higen/backends/shared_batches.py). A cancelled job frees its slot at
+once. If a job's model does not fit into memory with the models in use, the job waits. Newer jobs may overtake it for
+some seconds. After that none may, so that its model can be loaded.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ __all__ = ["Worker"]
 LOG = logging.getLogger("higen.serve")
 
 OVERTAKEN = 10.0
-"""Seconds during which other jobs may overtake a job whose model does not fit."""
+"""Seconds for which other jobs may overtake a job while its model does not fit."""
 
 SWEEP = 30.0
-"""Seconds between two searches for old results."""
+"""Seconds between two checks for old results."""
 
 _WINDOW = 256
 
@@ -61,7 +61,7 @@ class _Run:
 
 
 class Worker:
-    """The threads that run jobs, and the one that starts them and keeps the folder within its limits."""
+    """The threads that run jobs, and one thread that starts them and removes old results."""
 
     def __init__(
         self, settings: Settings, store: Store, results: Results, catalog: Catalog, live: Live, metrics: Metrics
@@ -80,12 +80,12 @@ class Worker:
         self._thread = threading.Thread(target=self._work, name="higen jobs", daemon=True)
 
     def start(self) -> None:
-        """Begin with the waiting jobs."""
+        """Start to run waiting jobs."""
         self._thread.start()
 
     @property
     def is_alive(self) -> bool:
-        """Whether jobs are started."""
+        """Whether waiting jobs are being started."""
         return self._thread.is_alive() and not self._stopping.is_set()
 
     @property
@@ -94,11 +94,11 @@ class Worker:
         return len(self._runs)
 
     def wake(self) -> None:
-        """Tell the worker of a new job or a free slot."""
+        """Tell the worker about a new job or a free slot."""
         self._changed.set()
 
     def cancel(self, name: str) -> None:
-        """Stop a job at its next step at the latest; its row says already that it is cancelled, or is gone."""
+        """Stop a job, at the latest at its next step. Its row must already be cancelled or deleted."""
         with self._lock:
             run = self._runs.get(name)
         if run is not None:
@@ -106,7 +106,7 @@ class Worker:
         self._live.end(name)
 
     def stop(self) -> None:
-        """Stop all jobs; running ones wait for the next start."""
+        """Stop all jobs. Running jobs go back to the queue for the next start."""
         self._stopping.set()
         self.wake()
         if self._thread.is_alive():
@@ -132,12 +132,12 @@ class Worker:
                 if time.monotonic() - swept > SWEEP:
                     swept = time.monotonic()
                     self.tidy()
-            except Exception:  # for example a full disk: waiting jobs go on waiting
+            except Exception:  # for example a full disk: the jobs keep waiting
                 LOG.exception("the queue cannot be worked on; trying again")
                 self._stopping.wait(1.0)
 
     def _next(self) -> Job | None:
-        """Take the next job whose model there is room for."""
+        """Take the next job with a model that fits into memory; None if there is none."""
         waiting = self._store.queued(_WINDOW)
         if self._blocked and self._blocked[0] not in {job.id for job in waiting}:
             self._blocked = None
@@ -202,7 +202,7 @@ class Worker:
         self._live.end(job.id)
 
     def _make(self, job: Job, run: _Run, running: Running) -> None:
-        """Make a job's video and write it down. Raises whatever goes wrong."""
+        """Make a job's video, save it and complete the job. Raises any error."""
         uploads = self._store.uploads(job.id)
         manifest = running.pipeline.manifest
         warned: list[str] = []
@@ -226,7 +226,7 @@ class Worker:
             self._metrics.ended.labels("completed").inc()
             self._metrics.frames.inc(len(video))
             self.tidy(job.id)
-        else:  # it was cancelled or deleted meanwhile
+        else:  # the job was cancelled or deleted meanwhile
             self._results.remove(job.id)
 
     def _follow(self, job: Job, run: _Run, stream: Stream) -> None:
@@ -248,7 +248,7 @@ class Worker:
                 self._live.publish(job.id, "preview", {"id": job.id, "progress": percent, **place, **preview})
 
     def tidy(self, kept: str | None = None) -> None:
-        """Remove results that are too old, and the oldest ones while all take more than the quota; `kept` stays."""
+        """Remove outdated results, then the oldest ones until the rest fits into the quota. `kept`: a job to keep."""
         for job in self._store.outdated(self._settings.age):
             self._expire(job)
         while self._store.used() > self._settings.quota:
@@ -263,7 +263,7 @@ class Worker:
 
 
 def _preview(frames: NDArray[np.uint8]) -> Mapping[str, Any]:
-    """Frames [f,H,W,3] as one PNG: at most 8, evenly spaced, side by side, none higher or wider than 256 pixels."""
+    """Frames [f,H,W,3] as one PNG: at most 8 evenly spaced frames side by side, each at most 256 pixels per side."""
     picture, count = strip(frames)
     file = io.BytesIO()
     picture.save(file, "PNG")

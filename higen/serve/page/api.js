@@ -1,4 +1,4 @@
-// The server: requests with the key, refusals as errors, a job's events.
+// Calls the server: sends requests with the key, turns refusals into errors, and reads a job's events.
 
 const PLACE = 'higen-key';
 
@@ -7,7 +7,7 @@ export const key = {
   set: (value) => (value ? sessionStorage.setItem(PLACE, value) : sessionStorage.removeItem(PLACE)),
 };
 
-/** What the server refused: `status` of HTTP (0: no answer), `code` and `param` as it says them. */
+/** A request that was refused: HTTP `status` (0: no answer), and the server's `code` and `param`. */
 export class Refused extends Error {
   constructor(message, status, code = '', param = null) {
     super(message);
@@ -15,13 +15,13 @@ export class Refused extends Error {
   }
 }
 
-/** JSON in which a seed beyond 2^53 stays exact, as a text. */
+/** Parse JSON; a seed beyond 2^53 becomes a string, so that it stays exact. */
 function parse(text) {
   return JSON.parse(text, (name, value, context) =>
     name === 'seed' && typeof value === 'number' && !Number.isSafeInteger(value) ? (context?.source ?? value) : value);
 }
 
-/** The JSON of a request; a seed is written as its digits. */
+/** The JSON of a request. The digits of a seed are copied, so that it stays exact. */
 export function encode({ seed, ...fields }) {
   const text = JSON.stringify(fields);
   if (seed === undefined) return text;
@@ -43,7 +43,7 @@ async function send(path, { method = 'GET', body, headers = {}, signal } = {}) {
   let said = {};
   try {
     said = (await answer.json()).error ?? {};
-  } catch { /* a proxy's own words */ }
+  } catch { /* not JSON: an error page of a proxy */ }
   throw new Refused(said.message ?? `The server answered with ${answer.status}`, answer.status, said.code, said.param);
 }
 
@@ -58,7 +58,7 @@ export const remove = (id) => json(`/v1/videos/${id}`, { method: 'DELETE' });
 export const sentFile = async (id, control) =>
   (await send(`/v1/videos/${id}/files/${encodeURIComponent(control)}`)).blob();
 
-/** A finished video's file: {format} or {variant}. */
+/** A finished video's file. `wanted`: {format} or {variant}. */
 export const content = async (id, wanted) =>
   (await send(`/v1/videos/${id}/content?${new URLSearchParams(wanted)}`)).blob();
 
@@ -86,7 +86,7 @@ async function* blocks(body) {
   }
 }
 
-/** Call `on(name, data)` with each event of a job; returns the job when it has ended, null when it was deleted. */
+/** Call `on(name, data)` for each event of a job until it ends. Returns the job; null if it was deleted. */
 export async function follow(id, on, signal) {
   let last = '';
   for (let tries = 0; !signal.aborted; tries += 1) {
@@ -103,7 +103,7 @@ export async function follow(id, on, signal) {
       if (signal.aborted) return null;
       if (error.status === 401) throw error;
     }
-    await pause(Math.min(500 * 2 ** tries, 8000), signal); // the stream broke, or all streams are taken: poll
+    await pause(Math.min(500 * 2 ** tries, 8000), signal); // the stream broke or was refused: poll once
     if (signal.aborted) return null;
     try {
       const job = await retrieve(id);

@@ -1,4 +1,4 @@
-// The editor of a control with a value per frame, for a mouse, a finger or the arrow keys.
+// The editor for a control with one value per frame. It works with a mouse, a finger or the arrow keys.
 
 import { draw, make, short, titled } from './dom.js';
 
@@ -34,19 +34,19 @@ function rangeOf(schema) {
   const plain = typeof schema.default === 'number' ? schema.default : 0;
   const low = number.minimum ?? Math.min(0, -roundUp(Math.abs(Math.min(plain, 0)) || 1e-9));
   const most = number.maximum ?? Infinity;
-  const usual = plain > 0 && plain < most / 20 ? roundUp(5 * plain) : most; // of a wide range, only the low part is shown at first
+  const usual = plain > 0 && plain < most / 20 ? roundUp(5 * plain) : most; // a wide range first shows its low part
   const free = Math.max(TOPS[schema['x-encoding']] ?? 1, plain > 0 ? roundUp(2 * plain) : 0);
   return { low: Math.abs(low) < 1e-6 ? 0 : low, top: most === Infinity ? free : usual, most, least: number.minimum ?? -Infinity };
 }
 
-/** The editor of a curve; its `value()` is undefined (the model's own), a number, or one per frame. */
+/** The editor for a curve. `value()`: undefined (the model's default), one number, or one number per frame. */
 export function curveField(name, schema, frames) {
   const range = rangeOf(schema);
   const isOptional = schema.default === null;
   const initial = isOptional ? (range.low + range.top) / 2 : schema.default;
   let values = Array(frames).fill(initial);
   let isSet = false;
-  let fixed = null; // a value other than a curve: 'unspecified', or an older request's matrix of similarities
+  let fixed = null; // a value that is not a curve: 'unspecified', or a matrix of similarities from an older request
   let cursor = 0;
   let pen = null;
 
@@ -154,7 +154,7 @@ export function curveField(name, schema, frames) {
     changed();
   }
 
-  /** Extend the scale to a value, up to the model's limit. */
+  /** Extend the scale to include a value, up to the model's limit. */
   function fit(value) {
     if (value > range.top) range.top = Math.min(range.most, roundUp(value));
     if (value < range.low && value < 0) range.low = Math.max(range.least, -roundUp(-value));

@@ -1,4 +1,4 @@
-// Elements, made without markup: whatever comes from outside is text.
+// Makes elements without markup, so that data from outside is always text.
 
 const SVG = 'http://www.w3.org/2000/svg';
 
@@ -27,13 +27,13 @@ export function draw(tag, attributes = {}, ...children) {
 
 export const byId = (id) => document.getElementById(id);
 
-/** A control's name for people. */
+/** A control's name as shown to users. */
 export function titled(name) {
   const words = name.replaceAll('_', ' ');
   return words.charAt(0).toUpperCase() + words.slice(1);
 }
 
-/** At most three decimals, and no more than are needed. */
+/** A number with at most four significant digits if it is not whole; other values as text. */
 export function short(number) {
   return typeof number === 'number' && !Number.isInteger(number) ? String(Number(number.toPrecision(4))) : String(number);
 }
@@ -42,7 +42,7 @@ export const isCalm = () => matchMedia('(prefers-reduced-motion: reduce)').match
 
 let closing = 0;
 
-/** Say what went wrong, until it is closed or something else is said. */
+/** Show an error for 20 seconds, or until it is closed or replaced by another one. */
 export function complain(text) {
   const toast = byId('toast');
   toast.querySelector('p').textContent = text;
@@ -55,12 +55,12 @@ export function calm() {
   byId('toast').hidden = true;
 }
 
-/** Tell those who listen with a screen reader. */
+/** Announce a text to screen readers. */
 export function tell(text) {
   byId('heard').textContent = text;
 }
 
-/** Give a file to the person. */
+/** Offer a file as a download. */
 export function save(blob, name) {
   const url = URL.createObjectURL(blob);
   make('a', { href: url, download: name }).click();

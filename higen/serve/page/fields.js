@@ -1,4 +1,5 @@
-// The other controls of a model: numbers, choices, texts, pictures and clips. Each has element, value() and fill().
+// Fields for the other controls of a model: numbers, choices, texts, pictures and clips. Each has element, value() and
+// fill().
 
 import { curveField } from './curve.js';
 import { complain, make, titled } from './dom.js';
@@ -45,7 +46,7 @@ function textField(name, schema) {
   };
 }
 
-/** A picture or clip: chosen, dropped or pasted. */
+/** A field for a picture or clip, which is chosen, dropped or pasted. */
 function fileField(name, schema) {
   const isPicture = schema.contentMediaType === 'image/*';
   const what = isPicture ? 'picture' : 'clip';
@@ -101,7 +102,7 @@ function fileField(name, schema) {
   };
 }
 
-/** The field of a control, by its schema. */
+/** The field for a control, from its schema. */
 export function fieldOf(name, schema, frames) {
   const kind = schema['x-kind'];
   if (kind === 'curve') return curveField(name, schema, frames);

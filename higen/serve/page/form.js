@@ -1,4 +1,4 @@
-// The form of a model: made from its controls, sizes and loops as the server describes them.
+// The form for a model. It is made from the model's controls, sizes and loops as the server describes them.
 
 import { fieldOf } from './fields.js';
 import { make, titled } from './dom.js';
@@ -6,7 +6,7 @@ import { promptField } from './prompt.js';
 
 const MOST_SIDE = 4096;
 
-/** A labelled number; empty is the model's default. */
+/** A labelled field for a number. Empty means the model's default. */
 function number(name, title, properties = {}) {
   const input = make('input', { id: `ask-${name}`, type: 'number', step: '1', ...properties });
   return { input, element: make('div', { class: 'field', dataset: { field: name } }, make('label', { for: input.id }, title), input) };
@@ -14,7 +14,7 @@ function number(name, title, properties = {}) {
 
 const given = (input) => (input.value === '' ? undefined : Number(input.value));
 
-/** Numbers of each loop; undefined where none is given. */
+/** One number, or one for each loop; undefined if none is given. */
 function perLoop(inputs, loops, name) {
   if (inputs.every((input) => input.value === '')) return undefined;
   const values = inputs.map((input, i) => given(input) ?? loops[i][name]);
@@ -80,7 +80,7 @@ export function buildForm(root, models, model, actions) {
       ...more),
     make('p', { class: 'hint' }, `Licence of the model: ${model.licence}`),
   );
-  // On a phone the result comes first; elsewhere there is room for both.
+  // On a wide screen the settings are open; on a phone they would hide the result.
   const isWide = matchMedia('(min-width: 46rem)');
   settings.open = isWide.matches;
   isWide.onchange = () => { settings.open = isWide.matches; };
@@ -97,7 +97,7 @@ export function buildForm(root, models, model, actions) {
   root.oninput = () => mark(null);
   framesChanged();
 
-  /** The request's fields; waits for files to be read. */
+  /** The request's fields. Waits until files are read. */
   async function read() {
     const controls = {};
     for (const [name, field] of fields) {
@@ -114,7 +114,7 @@ export function buildForm(root, models, model, actions) {
     return { ...Object.fromEntries(Object.entries(all).filter(([, value]) => value !== undefined)), controls };
   }
 
-  /** Mark the field that the server refused: by its own name, or a control's. */
+  /** Mark the field that the server refused. `param`: the name of a field or control; null: mark none. */
   function mark(param) {
     for (const element of root.querySelectorAll('[aria-invalid]')) element.removeAttribute('aria-invalid');
     const field = param && [...root.querySelectorAll('[data-field]')].find((one) => one.dataset.field === param);
@@ -125,7 +125,7 @@ export function buildForm(root, models, model, actions) {
     input.focus();
   }
 
-  /** Take over a job's request; `files` are read by the caller. */
+  /** Fill the form with a job's request, without its files. Returns the names of values without a field. */
   function fill(job) {
     const [w, h] = job.size.split('x');
     prompt.fill(job.prompt);
@@ -141,7 +141,7 @@ export function buildForm(root, models, model, actions) {
       return typeof value === 'number' ? String(value) : '';
     };
     for (const [rows, values, name] of [[steps, job.num_inference_steps, 'steps'], [guidance, job.guidance_scale, 'guidance of each frame']]) {
-      const isOne = Array.isArray(values) && values.length !== rows.length; // a loop's own list
+      const isOne = Array.isArray(values) && values.length !== rows.length; // a list for one loop
       rows.forEach((row, i) => { row.input.value = text(Array.isArray(values) && !isOne ? values[i] : values, name); });
     }
     if (job.solver && !known.includes(job.solver)) lost.push('solver');

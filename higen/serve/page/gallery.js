@@ -1,11 +1,11 @@
-// The videos, the newest first: one card each.
+// The list of videos as cards, the newest first.
 
 import * as api from './api.js';
 import { byId, make } from './dom.js';
 import { stateOf } from './stage.js';
 import { Strip } from './strip.js';
 
-/** The list of cards; `choose(job)` is called for the one that is clicked. */
+/** The list of cards. `choose(job)` is called when a card is clicked. */
 export class Gallery {
   constructor(choose) {
     this.choose = choose;
@@ -56,7 +56,7 @@ export class Gallery {
     if (job.status === 'completed' && card.image.hidden) this.seen.observe(card.button);
   }
 
-  /** A thumbnail, when its card comes into view. */
+  /** Load a card's thumbnail when the card comes into view. */
   async load({ card }) {
     try {
       const url = URL.createObjectURL(await api.content(card.job.id, { variant: 'thumbnail' }));

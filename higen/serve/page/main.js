@@ -1,4 +1,4 @@
-// The page: one form, one stage, one gallery, and the jobs that they show.
+// The page: a form, a stage, a gallery, and the jobs that they show.
 
 import * as api from './api.js';
 import { byId, calm, complain, isCalm, tell } from './dom.js';
@@ -6,7 +6,7 @@ import { buildForm } from './form.js';
 import { Gallery } from './gallery.js';
 import { buildStage } from './stage.js';
 
-const STREAMS = 3; // a browser opens six connections to a server
+const STREAMS = 3; // a browser opens at most six connections to a server
 
 let models = [];
 let jobs = [];
@@ -91,7 +91,7 @@ function changed(job) {
   job.isNew = false;
 }
 
-/** Follow a job to its end: by its events, as long as streams are free or it is the chosen one; else by polling. */
+/** Follow a job to its end. Its events are used if it is the chosen job or a stream is free; otherwise it is polled. */
 async function watch(job) {
   const { signal } = watching;
   try {
@@ -102,7 +102,7 @@ async function watch(job) {
         const mine = job.stream.signal;
         last = await api.follow(job.id, (name, data) => happened(job, name, data), AbortSignal.any([signal, mine]));
         job.stream = null;
-        if (mine.aborted) continue; // the chosen one needed the stream
+        if (mine.aborted) continue; // the chosen job took the stream
       } else {
         await new Promise((done) => { setTimeout(done, 1500); });
         if (!signal.aborted) last = await api.retrieve(job.id);
@@ -121,7 +121,7 @@ async function watch(job) {
     if (error.status === 401) lock('The server does not know this key any more.');
     else if (error.status === 404) forget(job);
     else if (error.status) complain(error.message);
-    else setTimeout(() => { if (!signal.aborted && jobs.includes(job)) watch(job); }, 3000); // the server is away
+    else setTimeout(() => { if (!signal.aborted && jobs.includes(job)) watch(job); }, 3000); // no answer: try again
   }
 }
 
@@ -143,7 +143,7 @@ function forget(job) {
   if (stage.current() === job) choose(jobs[Math.min(Math.max(place, 0), jobs.length - 1)] ?? null);
 }
 
-/** Send the form. The card stands at once, so that nothing moves when the answer comes. */
+/** Send the form. The card is added at once, so that nothing moves when the answer comes. */
 async function submit() {
   calm();
   const mine = form;
@@ -206,7 +206,7 @@ async function drop(job) {
 
 const HEADS = [[[0x89, 0x50], 'image/png'], [[0xff, 0xd8], 'image/jpeg'], [[0x47, 0x49], 'image/gif'], [[0x1a, 0x45], 'video/webm']];
 
-/** The request of a video in the form, its files too. */
+/** Fill the form with the request of a video, including its files. */
 async function again(job) {
   const model = models.find((one) => one.id === job.model);
   if (!model) return complain(`The model ${job.model} is not served any more.`);
@@ -251,7 +251,7 @@ byId('more').addEventListener('click', async (event) => {
 byId('sheet-close').addEventListener('click', () => byId('sheet').close());
 byId('sheet').addEventListener('click', (event) => { if (event.target === byId('sheet')) byId('sheet').close(); });
 byId('toast').querySelector('button').addEventListener('click', calm);
-// A file that is dropped beside its field must not replace the page.
+// A file that is dropped outside a field must not replace the page.
 for (const kind of ['dragover', 'drop']) addEventListener(kind, (event) => event.preventDefault());
 addEventListener('paste', (event) => {
   const file = event.clipboardData?.files[0];

@@ -1,4 +1,4 @@
-// The prompt: words that the model knows are offered while it is written, others are named.
+// The prompt: while it is typed, words that the model knows are offered. Words that it does not know are listed.
 
 import { make } from './dom.js';
 
@@ -6,7 +6,7 @@ const MOST = 12;
 const WORD = /[\p{L}\p{N}'’-]+/gu;
 const wordsOf = (text) => (text.toLowerCase().match(WORD) ?? []);
 
-/** What may come next: of the example prompts, by the word before; then the model's words. */
+/** Suggests the next word: first words that follow the previous word in example prompts, then the model's words. */
 class Vocabulary {
   constructor(model) {
     this.known = model.words ? new Set(model.words) : null;
@@ -43,7 +43,7 @@ class Vocabulary {
   }
 }
 
-/** The prompt's field; `submit` is called on Enter. */
+/** The field for the prompt. `submit` is called on Enter. */
 export function promptField(model, submit) {
   const vocabulary = new Vocabulary(model);
   const area = make('textarea', {
@@ -83,7 +83,7 @@ export function promptField(model, submit) {
     name();
   }
 
-  /** Name the words that are not known; not the one that is being written. */
+  /** List the words that the model does not know, except the word that is being typed. */
   function name() {
     const unknown = vocabulary.unknown(area.value, document.activeElement === area);
     const named = unknown.slice(0, 4).map((word) => `“${word.slice(0, 24)}”`).join(', ');

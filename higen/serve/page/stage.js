@@ -1,4 +1,4 @@
-// The chosen video, large: its previews while it is made, then the clip; its request; buttons for actions on it.
+// The chosen video, large: previews while it is made, then the clip. Below it, its request and buttons for actions.
 
 import * as api from './api.js';
 import { byId, complain, isCalm, make, save, short, titled } from './dom.js';
@@ -36,7 +36,7 @@ function facts(job) {
   return rows.flatMap(([name, value]) => [make('dt', {}, name), make('dd', {}, value)]);
 }
 
-/** The stage; `actions`: again(job), drop(job), stop(job). */
+/** The stage. `actions`: again(job), drop(job), stop(job). */
 export function buildStage(root, sizes, actions) {
   const canvas = make('canvas', { class: 'screen-view', hidden: true, role: 'img', 'aria-label': 'Preview' });
   const video = make('video', { class: 'screen-view', loop: true, muted: true, playsInline: true, controls: true, hidden: true });
@@ -100,7 +100,7 @@ export function buildStage(root, sizes, actions) {
     });
   }
 
-  /** Cancel at once; delete only after a second click. */
+  /** Cancel a running job at once. Delete an ended job only after a second click. */
   function removed() {
     if (!api.hasEnded(job)) return actions.stop(job);
     if (!sure) {
@@ -141,7 +141,7 @@ export function buildStage(root, sizes, actions) {
     video.hidden = true;
   }
 
-  /** Show a job, or its changes; null: show no job. */
+  /** Show a job, or the changes of the shown one; null: show no job. */
   function show(next) {
     const isOther = next !== job;
     job = next;

@@ -1,8 +1,8 @@
-// A preview: frames side by side in one picture, played in turn.
+// A preview: one picture with several frames side by side, which are played in turn.
 
 import { isCalm } from './dom.js';
 
-/** Plays the strip of `preview` on a canvas until the next one is shown, or `stop` is called. */
+/** Plays the frames of a preview on a canvas until the next preview is shown or `stop` is called. */
 export class Strip {
   constructor(canvas) {
     this.canvas = canvas;
