@@ -17,7 +17,7 @@ TYPES = {ir.DataType.FLOAT: "float32", ir.DataType.INT64: "int64"}
 
 
 def graph_inputs(graph: Path) -> tuple[GraphInput, ...]:
-    """The inputs of a graph file as the manifest records them: a symbol for each free axis, a number for each other.
+    """The inputs of a graph file as the manifest records them: a symbol for each free axis, a size for each fixed axis.
 
     Raises BackendError for an input with a dtype that no stage has, or with an unknown number of axes.
     """

@@ -61,8 +61,8 @@ def export_model(
     Each file is written under a temporary name and then moved, and the manifest changes with it, so the model can be
     opened at any time. An interrupted export keeps the graphs that it has written. Raises RequestError for an unknown
     stage or precision or for an opset that the precision does not allow, UnknownFamily if the networks' code is not
-    installed, OutputError if the folder cannot be written, ModelError if a foreign file has the name of a graph,
-    BackendError if the gate fails.
+    installed, OutputError if the folder cannot be written, ModelError if a file that is not the model's has the name of
+    a graph, BackendError if the gate fails.
     """
     opset = check_opset(precision, opset)
     check_writable(bundle)

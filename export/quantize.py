@@ -120,7 +120,8 @@ def check_graphs(bundle: Bundle, precision: str, stages: Sequence[str] | None = 
     """The stages to quantise (None: all that have a graph), after a check that the graphs needed for it exist.
 
     Call it before minutes are spent on recording. Raises RequestError for an unknown precision or stage, ModelError if
-    a graph is missing or a foreign file has the name of a quantised graph, OutputError if the folder cannot be written.
+    a graph is missing or a file that is not the model's has the name of a quantised graph, OutputError if the folder
+    cannot be written.
     """
     check_writable(bundle)
     if precision not in QUANTIZED:

@@ -79,7 +79,7 @@ def insert_switched(
 ) -> list[str]:
     """Round every layer that has a range as `insert` would, but in float32, and only if the new input SWITCHES says so.
 
-    computed   the type in which the graph that `insert` will change computes; the scales are rounded to it
+    computed   the compute type of the graph that `insert` will change; the scales are rounded to it
 
     Returns the weights' names, in the order of the switches.
     """

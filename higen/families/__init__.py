@@ -102,8 +102,8 @@ class Networks(Protocol):
     def module(self, stage: str) -> nn.Module:
         """A stage as a module that takes its inputs and returns its outputs in the table's order.
 
-        Its parameters are named as in the weights file; if the module has the attribute `prefix` (a string), they are
-        named with this prefix before the file's names. Raises IntegrityError.
+        Its parameters are named as in the weights file. If the module has the attribute `prefix` (a string), it stands
+        before the file's names. Raises IntegrityError.
         """
         ...
 

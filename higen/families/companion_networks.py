@@ -48,7 +48,7 @@ def open_control_net(weights: Weights, file: str, arguments: Mapping[str, Any]) 
 
 
 class KlCodec(Protocol):
-    """diffusers' AutoencoderKL: its constructor's arguments; latents = (encoded - shift) * scale."""
+    """diffusers' AutoencoderKL by its constructor arguments; latents = (encoded - shift) * scale."""
 
     @property
     def arguments(self) -> dict[str, Any]: ...

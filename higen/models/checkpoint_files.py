@@ -34,7 +34,7 @@ INDEX = re.compile(r"\.index\.(?:[\w-]+\.)?json$")
 """The end of an index file's name. The index of a sharded checkpoint lists its files."""
 
 PART = re.compile(r"-\d{5}-of-(\d{5})\.")
-"""A part of such a file's name: its number, and the number of files."""
+"""A part of the name of each of these files: its number, and the number of files."""
 
 VARIANTS = ("fp32", "fp16", "bf16")
 """Variants of the same weights in a diffusers folder, best first."""

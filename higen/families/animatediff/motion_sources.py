@@ -33,7 +33,7 @@ _HEADS = 8
 """The number of heads in the authors' motion modules. The tensors' shapes do not show it."""
 
 _POSITIONS = {True: 32, False: 24}
-"""Frames in training, at least, of the published motion modules with (True) and without (False) a middle block."""
+"""Fewest training frames of any published motion module with (True) and without (False) a middle block."""
 
 _PE = "pos_embed.pe"
 

@@ -28,7 +28,7 @@ def motion_unet(arguments: Mapping[str, Any], group_norm: str) -> nn.Module:
     with quiet("diffusers"):
         try:
             built: nn.Module = UNetMotionModel(**arguments)
-        except Exception as error:  # whatever its checks and its arithmetic raise
+        except Exception as error:  # its checks and its arithmetic raise errors of many types
             raise ManifestError(f"architecture.unet: diffusers refuses it: {error}") from error
     if group_norm == FRAME:
         for module in _motion_modules(built):

@@ -263,7 +263,7 @@ class _Names:
         )
 
     def sizes(self, first: Manifest, second: Manifest, filming: _Rows) -> Sizes:
-        """The second model's sizes. Sides are multiples for both models; the fewest frames are those of its loops."""
+        """The second model's sizes. Sides are valid for both models; the fewest frames are those of its loops."""
         fewest, default, most = second.sizes.frames
         fewest = max(fewest, min(loop.least_frames for loop in filming.loops))
         sizes, multiple = second.sizes, math.lcm(first.sizes.multiple, second.sizes.multiple)

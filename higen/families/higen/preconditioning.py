@@ -38,7 +38,7 @@ def velocity(
     of `unet`.
 
     `known`: in a clip with given frames, the prior of each frame is their blend b, g is 1, and the network predicts
-    r = z - b itself: v = (alpha x - b - r) / sigma. An untrained network results in the blend at every step.
+    r = z - b itself: v = (alpha x - b - r) / sigma. With an untrained network, this is the blend at every step.
     """
 
     def predict(x: Tensor) -> Tensor:

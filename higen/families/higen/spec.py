@@ -247,7 +247,7 @@ def _solvers(default: str) -> tuple[Solver, ...]:
     return rows.pop(default), *rows.values()
 
 
-# The networks' configuration: some values are `sizes.symbols`, the rest is in `architecture`.
+# The networks' configuration: some values are in `sizes.symbols`, the rest in `architecture`.
 
 _OF_SYMBOLS = {
     "in_channels": "C",

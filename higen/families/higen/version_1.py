@@ -13,7 +13,7 @@ __all__ = ["graph_inputs", "read", "upgraded"]
 
 
 def read(model: Mapping[str, Any]) -> Manifest:
-    """The tables of a version 1 manifest, from its table `model`. Without plain stages, as it has no graphs of them.
+    """The tables of a version 1 manifest, from its table `model`. Without plain stages: it has no graphs of them.
 
     Raises ManifestError with the key, its value and what is allowed.
     """

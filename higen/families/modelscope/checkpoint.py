@@ -144,7 +144,7 @@ def _three_files(sources: Sequence[Path], prediction: str | None, network: str |
     check_others(state)
     if not state.keys() >= MARKS:
         raise CheckpointError(f"not ModelScope's U-Net, nor one of VGen's with its layers: {found_in(state)}")
-    # ZeroScope's files have other names. --prediction epsilon says that they hold its kind of network.
+    # ZeroScope's files have other names. --prediction epsilon says that they hold ModelScope's network.
     kind = kind_of(denoiser, network or ("modelscope" if prediction == "epsilon" else None), state)
     if prediction not in (None, kind.sampling.prediction):
         raise CheckpointError(f"prediction={prediction!r}: {kind.title} predicts {kind.sampling.prediction}")

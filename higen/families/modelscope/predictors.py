@@ -3,10 +3,10 @@
 Source of SR600's layout: VGen's unet_sr600.py. Its filter is that of FreeU (Si et al. 2023, section 3.2).
 
 down   a convolution of stride 2 pads two rows above and below, one column left and right
-up     pixels are doubled, the first row is dropped, and the rest is cropped to the skip connection's size; so an input
-       of any size results in an output of the same size
+up     pixels are doubled, the first row is dropped, and the rest is cropped to the skip connection's size; so the
+       output has the size of the input, whatever it is
 first and second skip connection on the way up
-       their mean and lowest frequencies are weakened, and the first half of the channels that they join is strengthened
+       their mean and lowest frequencies are weakened, and half of the channels that they are joined to is strengthened
 """
 
 from __future__ import annotations
@@ -127,8 +127,8 @@ def weakened(x: Tensor, scale: float) -> Tensor:
     """x [N,C,H,W] with its four lowest frequencies multiplied by `scale`; computed in float32.
 
     The frequencies are (k, l), with k and l each 0 or -1 waves over H and W. Each contributes the real part of its term
-    of the Fourier series. With the angles y = 2 pi i / H and x = 2 pi j / W, these are products of 1, cos and sin of y
-    and x. No Fourier transform is needed, so the filter can be exported, and H and W may have any size.
+    of the Fourier series. With the angles y = 2 pi i / H and x = 2 pi j / W, it consists of products of 1, cos and sin
+    of y and x. No Fourier transform is needed, so the filter can be exported, and H and W may have any size.
     """
     rows, columns = (_waves(n, x.device) for n in x.shape[-2:])
     products = rows @ x.float() @ columns.T  # [N,C,3,3]: sums of x times (1, cos y, sin y) times (1, cos x, sin x)

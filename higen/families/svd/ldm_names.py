@@ -1,7 +1,8 @@
 """Reads a single file of Stable Video Diffusion (`svd_xt.safetensors`) under the tensor names of the hub's folder.
 
-The names are derived from the libraries' own module trees: every tensor of theirs must be in the file, and no other
-tensor may be. Sources of the layout: generative-models' VideoUNet, VideoDecoder and the embedders of its svd_xt.yaml.
+The names are derived from the libraries' own module trees: every tensor of the trees must be in the file, and no
+other tensor may be. Sources of the layout: generative-models' VideoUNet, VideoDecoder and the embedders of its
+svd_xt.yaml.
 
 model.diffusion_model.*                                  the U-Net: as in Stable Diffusion, with time_stack, time_mixer
 conditioner.embedders.0.open_clip.model.visual.*         the image encoder, OpenCLIP's ViT-H
