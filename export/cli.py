@@ -129,7 +129,7 @@ def _export_extra() -> Iterator[None]:
 
 
 def _listing(done: list[Parity], as_json: bool) -> Callable[[Parity], None]:
-    """Collects parities and, for a person, prints each."""
+    """Collects the parities, and prints each unless the output is JSON."""
 
     def show(parity: Parity) -> None:
         done.append(parity)
@@ -140,7 +140,7 @@ def _listing(done: list[Parity], as_json: bool) -> Callable[[Parity], None]:
 
 
 def _telling(as_json: bool) -> Callable[[str], None]:
-    """Prints a line for a person; standard output is the answer alone where that is JSON."""
+    """Prints a line for the user: to standard error if standard output is JSON."""
     return lambda line: click.echo(line, err=as_json)
 
 

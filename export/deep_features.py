@@ -1,4 +1,4 @@
-"""Says in a model's manifest that the networks of its loops have deep features to reuse (higen/feature_reuse.py)."""
+"""Records in the manifest that a model's denoising networks have reusable deep features (higen/feature_reuse.py)."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ __all__ = ["with_deep_features"]
 
 
 def with_deep_features(bundle: Bundle) -> Bundle:
-    """The model with `deep` in the rows of its loops' own stages; nothing is written where they have it.
+    """The model with `deep` set in the rows of its loops' own stages. Nothing is written if all of them have it.
 
-    Raises ModelError for a network that its family does not cut in two.
+    Raises ModelError for a network that its family cannot split into a deep and a shallow part.
     """
     own = dict.fromkeys(name for loop in bundle.manifest.loops for name in loop.pairs[0] if name is not None)
     missing = [name for name in own if bundle.manifest.stage(name).deep is None]

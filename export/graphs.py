@@ -1,7 +1,8 @@
 """Exports a stage to an ONNX graph: traces the torch module that runs it, with the names of the stage table.
 
 Exporter facts that this relies on (torch 2.13, onnxscript 0.7): `optimize=False` keeps the parameters' names, so that
-initializers can point into the safetensors files; the optimiser without folding then removes what tracing left.
+initializers can point into the safetensors files. The optimiser, run without folding, then removes what tracing left
+behind.
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from higen.stages import Stage
 __all__ = ["export_stage"]
 
 LARGEST_INLINE = 4096
-"""A graph holds no tensor of more bytes than this."""
+"""Largest tensor, in bytes, that a graph file itself may hold."""
 
 
 def export_stage(
@@ -47,9 +48,9 @@ def export_stage(
 ) -> None:
     """Write the graph of a stage's module to `output`, a file in the model's own folder.
 
-    The stage's free axes are dynamic, but for those that `static` fixes (`shapes.fixed_sizes`). The module's parameters
-    have the names of the weights file, behind its `prefix` if it has one. Raises BackendError where tracing fails or a
-    large tensor would end up in the graph.
+    The stage's free axes are dynamic, except those that `static` fixes (`shapes.fixed_sizes`). The module's parameters
+    are named as in the weights file, with the module's `prefix` in front if it has one. Raises BackendError if tracing
+    fails or a large tensor would end up in the graph.
     """
     stage = bundle.manifest.stage(name)
     fixed = fixed_sizes(bundle.manifest, stage, static)
@@ -75,8 +76,8 @@ def _bytes(value: ir.Value) -> int:
 
 
 def _is_bookkeeping(node: ir.Node) -> bool:
-    """Whether a node computes small whole numbers from constants: an axis to reduce, say, which TensorRT wants as an
-    initializer. Weights are never folded: they would move into the graph.
+    """Whether a node computes small integers from constants, such as a reduction axis, which TensorRT needs as an
+    initializer. Weights are never folded, because they would move into the graph.
     """
     return all(
         value is not None
@@ -90,14 +91,14 @@ def _is_bookkeeping(node: ir.Node) -> bool:
 def _free_axes(manifest: Manifest, stage: Stage, fixed: set[str]) -> list[dict[int, Any]]:
     """The dynamic axes of each input, as `torch.export` wants them.
 
-    The tracer is told what the sizes are multiples of. Otherwise it carries a rounded quotient for every halving of
-    the picture, and spends most of its time on comparing them.
+    Each axis is declared a multiple of its step. Otherwise the tracer carries a rounded quotient for every halving of
+    the picture, and spends most of its time comparing them.
     """
     multiple = manifest.sizes.multiple
     step = multiple // manifest.sizes.factor
     multiples = {"H": step, "W": step, "Y": multiple, "X": multiple}
     symbols = {n for t in stage.inputs for n in t.shape if isinstance(n, str) and n not in fixed}
-    # Where a stage has both, pixels are those of the latent cells.
+    # If a stage has both, a pixel axis is tied to its latent axis.
     shared = {pixels: cells for pixels, cells in (("Y", "H"), ("X", "W")) if {pixels, cells} <= symbols}
     axes = {n: multiples.get(n, 1) * torch.export.Dim(f"size_{shared.get(n, n)}") for n in symbols}
     return [{i: axes[n] for i, n in enumerate(t.shape) if isinstance(n, str) and n in axes} for t in stage.inputs]
@@ -127,7 +128,7 @@ def _trace(
 
 
 def _nested(module: torch.nn.Module, dynamic: list[Any]) -> tuple[Any, ...]:
-    """The dynamic axes as `torch.export` wants them: those of a forward's `*rest` are a tuple of their own."""
+    """The dynamic axes as `torch.export` wants them: the axes of `*args` in `forward` form their own tuple."""
     parameters = list(inspect.signature(module.forward).parameters.values())
     if not parameters or parameters[-1].kind is not inspect.Parameter.VAR_POSITIONAL:
         return tuple(dynamic)
@@ -136,15 +137,15 @@ def _nested(module: torch.nn.Module, dynamic: list[Any]) -> tuple[Any, ...]:
 
 
 RULES = rewriter.RewriteRuleSet([rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule is not slice_split_rule])
-"""The optimiser's own rules without the one that matches two nodes at once. That rule goes through the whole graph for
-every node, which is most of an export's time, and never matches here.
+"""The optimiser's default rules without the one that matches two nodes at once. That rule searches the whole graph for
+every node, which takes most of an export's time, and it never matches here.
 """
 
 
 def _optimize(model: ir.Model) -> None:
-    """What `onnxscript.optimizer.optimize_ir` does to a model, with `RULES` and without folding weights."""
+    """Like `onnxscript.optimizer.optimize_ir`, but with `RULES` and without folding weights."""
     passes.InlinePass()(model)
-    for _ in range(2):  # a rule's result may let another one match
+    for _ in range(2):  # one rule's result may let another rule match
         fold_constants_ir(model, onnx_shape_inference=True, should_fold=_is_bookkeeping)
         RULES.apply_to_model(model)
         for tidy in (passes.RemoveUnusedNodesPass, passes.RemoveUnusedFunctionsPass, passes.RemoveUnusedOpsetsPass):
@@ -161,7 +162,7 @@ def _optimize(model: ir.Model) -> None:
 
 
 def _clean(graph: ir.Graph, stage: Stage) -> None:
-    """Name the axes by the stage table; drop the tracer's inner shapes, which name others, and its notes."""
+    """Name the axes as in the stage table. Drop the tracer's metadata and its inner shapes, which use other names."""
     rows = [(t.name, t.shape) for t in stage.inputs] + [(t.name, t.shape) for t in stage.outputs]
     for value, (name, shape) in zip((*graph.inputs, *graph.outputs), rows, strict=True):
         if value.shape is None:
@@ -170,7 +171,7 @@ def _clean(graph: ir.Graph, stage: Stage) -> None:
         value.shape = ir.Shape([n if isinstance(n, int) else symbol for n, symbol in zip(old, shape, strict=True)])
     kept = {*graph.inputs, *graph.outputs}
     for node in graph:
-        node.metadata_props.clear()  # the tracer's stack of every node: machine paths, and most of the file
+        node.metadata_props.clear()  # a stack trace for every node: local paths, and most of the file
         for out in node.outputs:
             out.metadata_props.clear()
             if out not in kept and out.shape is not None and not out.shape.is_static():
@@ -179,7 +180,7 @@ def _clean(graph: ir.Graph, stage: Stage) -> None:
 
 @contextlib.contextmanager
 def _rare_collections() -> Iterator[None]:
-    """Python looks for unreachable cycles more rarely. A trace makes millions of objects that stay; to go through them
+    """Make Python's garbage collector run less often. A trace makes millions of objects that stay alive; scanning them
     again and again takes a tenth of an export's time.
     """
     before = gc.get_threshold()
@@ -192,7 +193,7 @@ def _rare_collections() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """The exporter's progress lines and its warnings about itself say nothing that a user can act on."""
+    """Silence the exporter's progress lines and internal warnings: a user cannot act on them."""
     loggers: list[Any] = [logging.getLogger(n) for n in ("torch.onnx", "onnxscript", "onnx_ir")]
     levels = [logger.level for logger in loggers]
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):

@@ -17,9 +17,9 @@ TYPES = {ir.DataType.FLOAT: "float32", ir.DataType.INT64: "int64"}
 
 
 def graph_inputs(graph: Path) -> tuple[GraphInput, ...]:
-    """The inputs of a graph file, as the manifest records them: symbols for free axes, numbers for the others.
+    """The inputs of a graph file as the manifest records them: a symbol for each free axis, a size for each fixed axis.
 
-    Raises BackendError for an input of a type that no stage has, or of an unknown number of axes.
+    Raises BackendError for an input with a dtype that no stage has, or with an unknown number of axes.
     """
     return tuple(_input(graph, value) for value in ir.load(graph).graph.inputs)
 
@@ -37,7 +37,7 @@ def _dtype(value: ir.Value) -> str | None:
 
 
 def check_interface(stage: Stage, graph: Path) -> None:
-    """Whether a graph file takes and gives what the stage's row says. Raises BackendError."""
+    """Check that a graph file has the inputs and outputs of the stage's row. Raises BackendError if not."""
     content = ir.load(graph).graph
     wanted = [(t.name, t.dtype) for t in stage.inputs] + [(name, "float32") for name in stage.graph_outputs]
     found = [(str(value.name), _dtype(value) or str(value.dtype)) for value in (*content.inputs, *content.outputs)]
@@ -49,7 +49,7 @@ def check_interface(stage: Stage, graph: Path) -> None:
 
 
 def graph_sizes(manifest: Manifest, name: str, graph: Path) -> dict[str, int]:
-    """The free symbols of a stage that its graph file fixes, and their sizes; Y and X left out."""
+    """The free symbols of a stage (without Y and X) that its graph file fixes, with their sizes."""
     stage, content, sizes = manifest.stage(name), ir.load(graph).graph, dict[str, int]()
     shapes = {t.name: t.shape for t in stage.inputs}
     ends = [(shapes[str(value.name)], value) for value in content.inputs if value.name in shapes]

@@ -1,4 +1,4 @@
-"""Which layers of a graph may be quantised: their place in the graph decides."""
+"""Selects the layers of a graph that may be quantised, by their position in the graph."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ LARGEST_E4M3 = 448.0
 
 @dataclass(frozen=True)
 class Kind:
-    """A type in which layers multiply: its largest magnitude after scaling, its ONNX type, and the operators for it."""
+    """A number format for multiplication: its largest magnitude after scaling, its ONNX type, and its operators."""
 
     largest: float
     dtype: ir.DataType
@@ -30,7 +30,7 @@ class Kind:
 
     @property
     def in_blocks(self) -> bool:
-        """Whether each block of values has its own scale, and the scales of activations are computed at run time."""
+        """Whether each block of values has its own scale. The scales of activations are then computed at run time."""
         return self.dtype == ir.DataType.FLOAT4E2M1
 
 
@@ -43,7 +43,7 @@ KINDS = {
 
 @dataclass(frozen=True)
 class Layer:
-    """A convolution or a product with a weight: `node` multiplies `activation` with `weight`'s values."""
+    """A convolution or matrix product: `node` multiplies `activation` by the weight named `weight`."""
 
     weight: str
     node: ir.Node
@@ -51,15 +51,15 @@ class Layer:
 
     @property
     def axis(self) -> int:
-        """The axis of the output channels in the tensor that enters the node."""
+        """The output-channel axis of the weight as it enters the node."""
         return 0 if self.node.op_type == "Conv" else 1
 
 
 def quantizable(graph: ir.Graph, kind: Kind = KINDS["int8"]) -> list[Layer]:
-    """The layers of a graph that may be computed in a kind, in the graph's order.
+    """The layers of a graph that may be computed in `kind`, in the graph's order.
 
-    They are the layers that the latents pass, without the first and the last of them. Those two are sensitive to
-    rounding, and so are the layers that the latents do not pass: embeddings of the time and of the conditions.
+    These are the layers on the path of the latents, except the first and the last. Those two are sensitive to
+    rounding, and so are the layers off that path: the embeddings of the time and of the conditions.
     """
     layers = {layer.node: layer for node in graph if (layer := _layer(graph, node)) is not None}
     passed, ends = _behind_a_layer(graph, layers), _without_a_layer_behind(graph, layers)
@@ -74,7 +74,7 @@ def quantizable(graph: ir.Graph, kind: Kind = KINDS["int8"]) -> list[Layer]:
 
 
 def _layer(graph: ir.Graph, node: ir.Node) -> Layer | None:
-    """A node as a layer, if it multiplies with a weight of the graph."""
+    """The node as a layer, if it multiplies by a weight of the graph; else None."""
     if node.op_type not in ("Conv", "MatMul") or node.inputs[0] is None:
         return None
     source = node.inputs[1]
@@ -86,7 +86,7 @@ def _layer(graph: ir.Graph, node: ir.Node) -> Layer | None:
 
 
 def _behind_a_layer(graph: ir.Graph, layers: Collection[ir.Node]) -> set[ir.Value]:
-    """Tensors that depend on the latents through at least one layer: on their values, not only on their sizes."""
+    """Tensors that depend on the latents' values (not only their sizes) through at least one layer."""
     entered = {value for value in graph.inputs if value.name == STATE[0]}
     passed = set[ir.Value]()
     for node in graph:
@@ -101,7 +101,7 @@ def _behind_a_layer(graph: ir.Graph, layers: Collection[ir.Node]) -> set[ir.Valu
 
 
 def _without_a_layer_behind(graph: ir.Graph, layers: Collection[ir.Node]) -> set[ir.Value]:
-    """Tensors from which the outputs are computed without a layer in between."""
+    """Tensors from which an output is computed without a layer in between."""
     found = set(graph.outputs)
     for node in reversed(graph):
         if node not in layers and found.intersection(node.outputs):
@@ -116,6 +116,6 @@ def _weight(graph: ir.Graph, layer: Layer) -> ir.TensorProtocol:
 
 
 def values_of(graph: ir.Graph, layer: Layer) -> NDArray[np.float32]:
-    """A layer's weight as it enters its node: a product's as [inputs, outputs]."""
+    """A layer's weight as it enters its node; for a matrix product [inputs, outputs]."""
     values = _weight(graph, layer).numpy().astype(np.float32)
     return values if layer.node.op_type == "Conv" else values.reshape(values.shape[0], -1).T

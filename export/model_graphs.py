@@ -23,7 +23,7 @@ __all__ = ["current", "export_model"]
 
 
 def current(bundle: Bundle, on_line: Callable[[str], None] = lambda _: None) -> Bundle:
-    """A model whose manifest has the present version: an older one is upgraded, and `on_line` told what was done."""
+    """The model with a manifest of the current version. An older one is upgraded, and `on_line` gets a report."""
     from higen.upgrade import upgrade
 
     if bundle.version > 1:
@@ -45,24 +45,24 @@ def export_model(
     on_line: Callable[[str], None] = lambda _: None,
     reuse: bool = False,
 ) -> Bundle:
-    """Write the graph of each stage into the model's folder, each as soon as it passed the parity gate.
+    """Write the graph of each stage into the model's folder, each as soon as it has passed the parity gate.
 
     stages     by name; None: every stage of the model
-    precision  what the graphs compute in (precision.PRECISIONS); another than fp32 makes a second weights file, unless
-               the model's own are stored in it
+    precision  in which the graphs compute (precision.PRECISIONS); any but fp32 adds a second weights file, unless the
+               model's own weights are stored in that precision
     opset      of ONNX; None: the precision's default
     static     sizes of B, F, H and W to fix (`shapes.static_sizes`); None: they stay dynamic
-    resume     pass over a stage whose graph is there, whole, and was made from the same weights and tables with the
-               same options by the same versions of the programs
-    on_line    is told where the manifest is of an older version and is upgraded first, and which stages are passed over
-    reuse      also the variants of these stages that keep and reuse deep features (higen/feature_reuse.py); where the
-               manifest does not say yet that they have any, it will
+    resume     skip a stage if its graph exists, is intact, and was made from the same weights and tables, with the same
+               options, by the same versions of the programs
+    on_line    called with a line for each step of a manifest upgrade and for each stage that is skipped
+    reuse      also export the variants of these stages that keep and reuse deep features (higen/feature_reuse.py); the
+               manifest then lists the deep features, if it did not yet
 
-    Files are written aside and moved; the manifest changes with each, so that at every moment the model can be
-    opened. An interrupted export keeps the graphs that it has written. Raises RequestError for an unknown stage or
-    precision or an opset that it cannot have, UnknownFamily where the networks' code is not installed, OutputError
-    where the folder cannot be written, ModelError for a file in the place of a graph that is not the model's,
-    BackendError where the gate fails.
+    Each file is written under a temporary name and then moved, and the manifest changes with it, so the model can be
+    opened at any time. An interrupted export keeps the graphs that it has written. Raises RequestError for an unknown
+    stage or precision or for an opset that the precision does not allow, UnknownFamily if the networks' code is not
+    installed, OutputError if the folder cannot be written, ModelError if a file that is not the model's has the name of
+    a graph, BackendError if the gate fails.
     """
     opset = check_opset(precision, opset)
     check_writable(bundle)
@@ -86,7 +86,7 @@ def export_model(
                 f"allowed is {parity.tolerance:.0e}"
             )
 
-    listed = Bundle.open(bundle.path).files  # as they are now
+    listed = Bundle.open(bundle.path).files  # the current state
     for name in names:
         check_place(bundle.path, listed, graph_file(name, precision))
     with writing(bundle) as place:
@@ -116,8 +116,8 @@ def _export(
     digest: str,
 ) -> Bundle:
     stage, aside = bundle.manifest.stage(name), place.beside(graph_file(name, precision))
-    # One network in memory at a time: the float32 one says what is right, the low one is traced, then ONNX Runtime
-    # loads the graph.
+    # One network in memory at a time: first the float32 network computes the reference outputs, then the network in
+    # the lower precision is traced, then ONNX Runtime loads the graph.
     expected = TorchBackend(bundle, Options(device="cpu", precision="fp32"))
     outputs = references(expected, name, precision, static)
     traced = expected
@@ -125,7 +125,7 @@ def _export(
         expected.close()
         traced = TorchBackend(bundle, Options(device="cpu", precision=precision, verify=False))
     module = lowered(traced.module(name), computed_in(stage, precision))
-    rounded(module, precision)  # as they are stored, whatever it computes in
+    rounded(module, precision)  # to the stored values, in whatever precision it computes
     export_stage(bundle, module, name, aside, opset, precision, static)
     check_interface(stage, aside)
     enter(aside, digest)
@@ -138,9 +138,9 @@ def _export(
 
 
 def _drop_unused_weights(bundle: Bundle, place: Staging, precision: str) -> None:
-    """A precision's weights are kept with a graph only: none is left behind where the gate failed.
+    """Delete a precision's weights that no graph uses, for example after the gate has failed.
 
-    Another process may be at work on their graph: then it is the one to say.
+    If another process is exporting graphs of this model, nothing is deleted: that process cleans up.
     """
     if precision == "fp32" or others(place):
         return

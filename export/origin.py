@@ -1,7 +1,7 @@
-"""What a graph was made from, written into it: an export that is taken up again knows the graphs that it need not make.
+"""Records in a graph what it was made from, so that a resumed export can skip the graphs that are finished.
 
-A graph gets into the model's folder by passing the parity gate only. So one that is whole and was made from the same
-weights and tables, with the same options by the same programs, is finished.
+A graph enters the model's folder only after it has passed the parity gate. So a graph is finished if it is intact and
+was made from the same weights and tables, with the same options, by the same versions of the programs.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ KEY = "higen.origin"
 
 
 def origin(bundle: Bundle, stage: str, precision: str, opset: int, static: Mapping[str, int] | None) -> str:
-    """The digest of all that a stage's graph depends on; its weights file is there."""
+    """The digest of everything that a stage's graph depends on. Its weights file must exist."""
     programs = [__version__, torch.__version__, onnxscript.__version__, ir.__version__]
     weights = bundle.files[bundle.weights(stage, precision)].sha256
     options = [stage, precision, opset, sorted((static or {}).items())]
@@ -43,7 +43,7 @@ def enter(graph: Path, digest: str) -> None:
 
 
 def is_finished(bundle: Bundle, stage: str, precision: str, digest: str) -> bool:
-    """Whether the model has the stage's graph, whole, with this digest in it."""
+    """Whether the model has an intact graph of the stage with this digest in it."""
     name = graph_file(stage, precision)
     if name not in bundle.files:
         return False

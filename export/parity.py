@@ -1,4 +1,4 @@
-"""The parity gate: a graph on ONNX Runtime's CPU provider against the torch stage, at shapes the tracer did not see."""
+"""The parity gate: compares a graph on ONNX Runtime's CPU provider with the torch stage at shapes unused in tracing."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ from higen.precision import PRECISIONS
 __all__ = ["Parity", "Reference", "check_graph", "check_rounding", "references"]
 
 LARGEST_ROUNDED = 100_000_000
-"""Parameters of a network up to which `check_rounding` runs it."""
+"""`check_rounding` skips a network with more parameters than this."""
 
 
 @dataclass(frozen=True)
 class Parity:
-    """Largest difference from the torch stage in float32 at one shape, relative to the largest output.
+    """Largest difference from the torch stage in float32 at one shape, relative to the largest output value.
 
     `way` says what was run: the "graph" itself, the "graph in float32" (`precision.in_float32`), or the
-    "module" in PyTorch in the graph's precision. An `error` of None: it could not be run here, `note` says why.
+    "module" in PyTorch in the graph's precision. If `error` is None, it was not run here, and `note` says why.
     """
 
     stage: str
@@ -46,16 +46,16 @@ class Parity:
 
     @property
     def passed(self) -> bool:
-        """Whether the difference is within the tolerance, or could not be measured in this way."""
+        """Whether the difference is within the tolerance; also true if it was not measured."""
         return self.error is None or self.error <= self.tolerance
 
     def as_json(self) -> dict[str, str | float | bool | None]:
-        """JSON-ready values; an error that is not finite is null, as where nothing was run, but has not passed."""
+        """JSON-ready values. `error` is null if it is not finite (`passed` is false) or if nothing was run."""
         error = self.error if self.error is not None and math.isfinite(self.error) else None
         return {**vars(self), "error": error, "passed": self.passed}
 
     def as_line(self) -> str:
-        """A line of the listing for a person."""
+        """A line of the command's listing."""
         measured = "not run" if self.error is None else f"{self.error:.1e}"
         verdict = self.note if self.error is None else "ok" if self.passed else f"OVER {self.tolerance:.0e}"
         return f"{self.stage:<21} {self.precision:<6}{self.way:<18}{self.shape:<24}{measured:>9}  {verdict}"
@@ -63,7 +63,7 @@ class Parity:
 
 @dataclass(frozen=True)
 class Reference:
-    """What a stage is to give at one shape: outputs in the table's order for `example_inputs(stage, sizes, seed)`."""
+    """The expected outputs of a stage at one shape, in the table's order, for `example_inputs(stage, sizes, seed)`."""
 
     sizes: Mapping[str, int]
     seed: int
@@ -73,7 +73,7 @@ class Reference:
 def references(
     backend: TorchBackend, name: str, precision: str = "fp32", static: Mapping[str, int] | None = None
 ) -> list[Reference]:
-    """Run a torch stage, in float32 with weights rounded to `precision`, at every shape of `shapes.checked_sizes`."""
+    """Run a torch stage in float32, with weights rounded to `precision`, at every shape of `shapes.checked_sizes`."""
     manifest = backend.bundle.manifest
     stage = manifest.stage(name)
     module = backend.module(name)
@@ -88,10 +88,10 @@ def references(
 
 
 def check_rounding(low: TorchBackend, name: str, reference: Reference, precision: str) -> Parity:
-    """Run a stage's module in the precision, in PyTorch: what rounding costs, and whether an activation overflows.
+    """Run a stage's module in PyTorch in `precision`, to find its rounding error and any overflow of an activation.
 
-    ONNX Runtime's CPU provider does not tell: it computes much of a float16 graph in float32. A large network is left
-    out: most CPUs run these types at less than 1 GFLOP/s.
+    ONNX Runtime's CPU provider cannot show these, because it computes much of a float16 graph in float32. A large
+    network is skipped, because most CPUs compute in these types at less than 1 GFLOP/s.
     """
     parity = Parity(name, "", None, precision, "module", PRECISIONS[precision].step)
     if sum(p.numel() for p in low.module(name).parameters()) > LARGEST_ROUNDED:
@@ -103,9 +103,9 @@ def check_rounding(low: TorchBackend, name: str, reference: Reference, precision
 
 
 def check_rules(graph: Path) -> None:
-    """onnx's full check of a graph file, except for where its weights lie: onnx refuses a weights file with hard links,
-    which a Triton repository makes, and a copy of it may be large. (That each tensor lies in the one file of its
-    network, within its size, is `point_into`'s.) Raises onnx's own errors.
+    """Run onnx's full check of a graph file, without its check of external weights. onnx refuses a weights file with
+    hard links, which a Triton repository makes, and a copy of the file may be large. `point_into` ensures that each
+    tensor lies within the weights file of its network. Raises onnx's own errors.
     """
     model = onnx.load(graph, load_external_data=False)
     inside = [t for t in model.graph.initializer if t.data_location != onnx.TensorProto.EXTERNAL]
@@ -119,12 +119,13 @@ def check_rules(graph: Path) -> None:
 def check_graph(
     bundle: Bundle, name: str, graph: Path, expected: Sequence[Reference], precision: str = "fp32"
 ) -> Iterator[Parity]:
-    """Run a graph file of the model's folder at every reference.
+    """Run a graph file of the model's folder with the inputs of every reference.
 
-    A graph in fewer bits is run twice: a copy of it that computes in float32, which must agree as closely as float32
-    graphs do, and itself, within its precision's tolerance. ONNX Runtime's CPU provider has few kernels for bfloat16;
-    where it cannot run a graph the second says so. Raises BackendError for a graph that breaks ONNX's rules: an
-    operator that does not take a type, say, which a graph that cannot be run would hide.
+    A graph in fewer bits is checked twice: first a copy that computes in float32, which must agree as closely as
+    float32 graphs do, then the graph itself, within its precision's tolerance. ONNX Runtime's CPU provider has few
+    kernels for bfloat16; if it cannot run a graph, the second parity says so. Raises BackendError for a graph that is
+    not valid ONNX, for example with an operator that does not accept its input's type. Without this check, such an
+    error would stay hidden in a graph that cannot be run.
     """
     try:
         check_rules(graph)
@@ -147,7 +148,7 @@ def _run(bundle: Bundle, name: str, graph: Path, expected: Sequence[Reference], 
     options = session_options(severity=4)
     try:
         session = ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # ONNX Runtime's errors share no base but Exception
+    except Exception as error:  # ONNX Runtime's errors have no other common base class
         if parity.precision == "bf16" and parity.way == "graph" and "NOT_IMPLEMENTED" in str(error):
             yield replace(parity, note="ONNX Runtime has no CPU kernels for it")
             return
@@ -165,7 +166,7 @@ def _shape(bundle: Bundle, name: str, reference: Reference) -> str:
 
 
 def _difference(ours: NDArray[np.float32], theirs: NDArray[np.float32]) -> float:
-    """Relative to the largest value; infinite for an output that is not finite, which no comparison may let pass."""
+    """Largest difference relative to the largest value of `theirs`. Infinite, so a failure, if `ours` is not finite."""
     if not np.isfinite(ours).all():
         return float("inf")
     return float(np.abs(ours - theirs).max() / max(np.abs(theirs).max(), 1e-6))

@@ -1,4 +1,4 @@
-"""Where graphs are written: beside the weights that they refer to, under hidden names until they are finished."""
+"""Graphs are written next to the weights that they refer to, under hidden names until they are finished."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["check_writable", "writing"]
 def writing(bundle: Bundle) -> Iterator[Staging]:
     """A place for unfinished graphs in a model's folder.
 
-    Weights that are links to files elsewhere (as in Hugging Face's cache) become files of the folder, for ONNX Runtime
-    takes weights from the graph's own folder only: hard links where the system makes them, else copies. What the links
-    point to stays as it is.
-    Raises OutputError where the folder cannot be written; an OSError inside the block is taken for that.
+    Weights that are symbolic links to another folder (as in Hugging Face's cache) are replaced by hard links, or by
+    copies where hard links are impossible, because ONNX Runtime takes weights only from the graph's own folder. The
+    linked files do not change.
+    Raises OutputError if the folder cannot be written. An OSError inside the block is also raised as OutputError.
     """
     check_writable(bundle)
     try:
@@ -36,7 +36,7 @@ def writing(bundle: Bundle) -> Iterator[Staging]:
 
 
 def check_writable(bundle: Bundle) -> None:
-    """Ask before the work. Raises OutputError for a model's folder that cannot be written."""
+    """Raises OutputError if the model's folder cannot be written. Call it before long work."""
     if not os.access(bundle.path, os.W_OK | os.X_OK):
         raise OutputError(
             f"{bundle.path}: its graphs cannot be written there: no permission, or a read-only file system; copy the "
@@ -59,5 +59,5 @@ def _own_weights(bundle: Bundle, place: Staging) -> None:
 
 
 def _outside(path: Path) -> bool:
-    """Whether a file is a link to one that lies in another folder."""
+    """Whether a file is a symbolic link to a file in another folder."""
     return path.is_symlink() and path.resolve().parent != path.parent.resolve()

@@ -1,4 +1,4 @@
-"""Variants of a model in another precision: stored weights and graphs with fewer bits (higen/precision.py).
+"""Variants of a model in a lower precision: weights and graphs in fewer bits (higen/precision.py).
 
 Inputs and outputs of a stage stay float32 in every precision, and so do norm statistics, guidance and the solver's
 update. The stage modules ensure that.
@@ -25,11 +25,11 @@ from higen.staging import staging
 __all__ = ["check_opset", "computed_in", "in_float32", "lowered", "rounded", "write_weights"]
 
 ORDER = ("fp32", "bf16", "fp16")
-"""Precisions, the safest one first: bfloat16 has float32's range."""
+"""Precisions, safest first. bfloat16 has the range of float32."""
 
 
 def check_opset(precision: str, opset: int | None) -> int:
-    """The opset to export in; None: the precision's default. Raises RequestError for one that it cannot have."""
+    """The opset to export with; None: the precision's default. Raises RequestError for one outside its range."""
     if precision not in PRECISIONS:
         raise RequestError(f"precision={precision!r}: one of {', '.join(map(repr, PRECISIONS))}")
     variant = PRECISIONS[precision]
@@ -42,7 +42,7 @@ def check_opset(precision: str, opset: int | None) -> int:
 def computed_in(stage: Stage, precision: str) -> str:
     """The precision in which a stage's graph computes: `precision`, or fp32 if the stage must not compute in it.
 
-    Its weights are stored in `precision` in both cases.
+    The weights are stored in `precision` in both cases.
     """
     return precision if ORDER.index(precision) <= ORDER.index(stage.lowest) else "fp32"
 
@@ -50,9 +50,9 @@ def computed_in(stage: Stage, precision: str) -> str:
 def write_weights(bundle: Bundle, stage: str, precision: str) -> Bundle:
     """Make sure that the model has a stage's weights in `precision`; returns the bundle with them.
 
-    They are cast tensor by tensor from the model's own. Nothing is written for fp32, whose graphs cast the weights as
-    they load them, nor where the model's own weights have that precision. Raises CheckpointError for a value that the
-    precision cannot represent.
+    They are cast tensor by tensor from the model's own weights. Nothing is written for fp32, because its graphs cast
+    the weights on loading, or if the model's own weights have that precision. Raises CheckpointError for a value that
+    the precision cannot represent.
     """
     own = bundle.file(bundle.weights(stage))
     wanted = DTYPES[PRECISIONS[precision].stored]
@@ -68,9 +68,9 @@ def write_weights(bundle: Bundle, stage: str, precision: str) -> Bundle:
 
 
 def rounded(module: nn.Module, precision: str) -> None:
-    """Round a float32 module's weights, in place, to the values that the precision stores, for the gate's reference.
+    """Round a float32 module's weights in place to the values that `precision` can store, for the gate's reference.
 
-    A table that a network keeps among its weights (a buffer of its state) is stored and rounded in the same way.
+    Buffers in the network's state dict are stored and rounded in the same way.
     """
     for tensor in module.state_dict().values() if precision != "fp32" else ():
         if tensor.is_floating_point():
@@ -78,8 +78,8 @@ def rounded(module: nn.Module, precision: str) -> None:
 
 
 def lowered(module: nn.Module, precision: str) -> nn.Module:
-    """A stage's module with its network in `precision`. It is traced, and shows the effect of rounding in PyTorch."""
-    for network in module.children():  # what belongs to the stage itself stays in float32
+    """A stage's module with its network cast to `precision`, for tracing and for measuring rounding in PyTorch."""
+    for network in module.children():  # the stage's own tensors stay in float32
         for tensor in (*network.parameters(), *network.buffers()):
             if tensor.is_floating_point():
                 tensor.data = tensor.data.to(_dtype(precision))
@@ -94,8 +94,8 @@ def _dtype(precision: str) -> torch.dtype:
 def in_float32(graph: Path, to: Path) -> None:
     """Write a copy of a graph, in the same folder, that computes in float32 what the graph computes in fewer bits.
 
-    It reads the same weights. ONNX Runtime's CPU provider can run the copy of a graph of any precision. So errors of
-    structure are found with float32's tolerance, and rounding does not hide them.
+    It reads the same weights. ONNX Runtime's CPU provider can run the copy for any precision. So structural errors are
+    found with float32's tolerance, and rounding does not hide them.
     """
     model = ir.load(graph)
     if model.functions:
@@ -103,7 +103,7 @@ def in_float32(graph: Path, to: Path) -> None:
     for value in list(model.graph.initializers.values()):
         if value.dtype in LOW:
             if isinstance(value.const_value, ir.ExternalTensor):
-                if any(user.op_type != "Cast" for user, _ in value.uses()):  # else the graph computes in float32 itself
+                if any(user.op_type != "Cast" for user, _ in value.uses()):  # else it computes in float32 already
                     cast_behind(model.graph, value, ir.DataType.FLOAT)
             else:
                 assert value.const_value is not None

@@ -1,10 +1,10 @@
 """Quantises denoising graphs: they multiply in 8 or 4 bits and use the same weights files.
 
 Ranges come from real denoising runs: every recorded call holds both guidance branches, and calls are taken from the
-whole length of the loop. Which layers are quantised is decided by measurement: what each alone does to the result of a
-step, the arithmetic it saves, and what all that are chosen do together. What never is: the first and the last layer on
-the latents' way, all that the latents do not pass (embeddings of time and conditions), attention's own products, norms,
-guidance and the solver.
+whole length of the loop. Measurements decide which layers are quantised: the error that each layer alone causes in a
+step, the arithmetic that it saves, and the error of all chosen layers together. These are never quantised: the first
+and the last layer on the path of the latents, layers off that path (embeddings of time and conditions), attention's own
+products, norms, guidance and the solver.
 """
 
 from __future__ import annotations
@@ -34,32 +34,33 @@ from higen.trial import record
 __all__ = ["TOLERANCE", "Report", "check_graphs", "quantize", "record_calls", "with_graphs"]
 
 CLIPS = (1.0, 0.8, 0.6, 0.4)
-"""Parts of the largest magnitude that are tried as the range of an activation; the one with the least error is kept."""
+"""Fractions of the largest magnitude to try as an activation's range. The one with the least error is kept."""
 
 TOLERANCE = 0.05
-"""Error (see `Report`) that is allowed unless told otherwise."""
+"""The largest allowed error (see `Report`) by default."""
 
 ALONE = 2
-"""Calls, those that all layers together disturb most, on which each layer's own effect is measured."""
+"""Number of calls on which each layer alone is measured: those with the largest error if all layers are quantised."""
 
 LEAST = 0.1
-"""Part of the layers that a quantised graph must have in fewer bits to be worth anything."""
+"""The smallest fraction of the layers that a quantised graph must compute in fewer bits to be worthwhile."""
 
 RANKS = (2, 3)
-"""Ranks of tensors that TensorRT quantises in blocks as they enter a layer."""
+"""TensorRT quantises a layer's input in blocks only if the tensor has one of these ranks."""
 
 COMPUTED = {"fp32": ir.DataType.FLOAT, "fp16": ir.DataType.FLOAT16}
-"""The type of the scales in a graph of a precision."""
+"""The type of the scales in a graph, by the graph's precision."""
 
 Calls = Sequence[Mapping[str, NDArray[Any]]]
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a quantisation did: layers chosen of those that could be, and the error that is left.
+    """The result of a quantisation: the layers chosen from the candidates, and the resulting error.
 
-    `work` is the chosen layers' part of the candidates' multiplications. `error` is the root mean square of the
-    difference of a step's estimate of the clean latents, relative to its own, at the worst of the calls.
+    `work` is the chosen layers' fraction of the candidates' multiplications. `error` compares a step's estimate of the
+    clean latents with that of the float32 graph: the root mean square of the difference, divided by the root mean
+    square of the float32 estimate, for the worst call.
     """
 
     stage: str
@@ -85,11 +86,13 @@ def record_calls(
     seconds: float | None = None,
     **sizes: int,
 ) -> dict[str, Calls]:
-    """Inputs of `calls` calls of each denoising stage (None: of all that have a graph), from all along the loops of
-    videos of `prompts`, with and without guidance as the stages need it; `shown`: with a progress bar.
+    """The inputs of `calls` calls of each denoising stage, spread evenly over the loops of videos of `prompts`. The
+    videos are made with and without guidance, as the stages need it.
 
-    seconds    it ends after these, at the step at which every stage has a call; None: after the last video
-    sizes      frames, width and height of the videos; the model's own
+    stages     None: all that have a graph
+    shown      with a progress bar
+    seconds    recording ends after this time, as soon as every stage has a call; None: after the last video
+    sizes      frames, width and height of the videos; default: the model's own
 
     Raises BackendError for a stage that no video runs.
     """
@@ -101,24 +104,24 @@ def record_calls(
 
 
 def with_graphs(bundle: Bundle) -> tuple[str, ...]:
-    """The denoising stages that have a float32 graph; all of them where none has one."""
+    """The denoising stages that have a float32 graph, or all denoising stages if none has one."""
     names = bundle.manifest.denoising
     return tuple(name for name in names if graph_file(name) in bundle.files) or names
 
 
 def _spread(values: Sequence[Any], count: int) -> list[Any]:
-    """So many of the values, evenly from the first to the last."""
+    """At most `count` of the values, evenly spaced from the first to the last."""
     if len(values) <= count:
         return list(values)
     return [values[i] for i in np.linspace(0, len(values) - 1, count).round().astype(int)]
 
 
 def check_graphs(bundle: Bundle, precision: str, stages: Sequence[str] | None = None) -> tuple[str, ...]:
-    """The stages to quantise (None: all that have a graph), if the graphs that quantised ones are made from are there.
+    """The stages to quantise (None: all that have a graph), after a check that the graphs needed for it exist.
 
-    It is asked before minutes are spent on recording. Raises RequestError for another precision or stage, ModelError
-    where a graph is missing or a file that is not the model's is in its place, OutputError where the folder cannot be
-    written.
+    Call it before minutes are spent on recording. Raises RequestError for an unknown precision or stage, ModelError if
+    a graph is missing or a file that is not the model's has the name of a quantised graph, OutputError if the folder
+    cannot be written.
     """
     check_writable(bundle)
     if precision not in QUANTIZED:
@@ -126,7 +129,7 @@ def check_graphs(bundle: Bundle, precision: str, stages: Sequence[str] | None = 
     names = with_graphs(bundle) if stages is None else tuple(stages)
     if wrong := [stage for stage in names if stage not in bundle.manifest.denoising]:
         raise RequestError(f"stages={wrong}: of {', '.join(bundle.manifest.denoising)}")
-    listed = Bundle.open(bundle.path).files  # as they are now
+    listed = Bundle.open(bundle.path).files  # the current state
     for stage in names:
         for needed in ("fp32", precision_named(precision).base):
             if graph_file(stage, needed) not in bundle.files:
@@ -152,13 +155,13 @@ def quantize(
 
     stages     None: all that have a graph
     calls      inputs to calibrate and to measure with, from `record_calls`
-    tolerance  largest error (see `Report`) of a step; layers leave, the worst first, until it holds
+    tolerance  largest error (see `Report`) of a step; layers are dropped, the worst first, until the error is within it
     shown      with a progress bar
-    seconds    for measuring what each layer alone does, in equal parts for the stages; layers that were not measured by
-               then, those with the least arithmetic, stay as they are. None: all are measured
+    seconds    time for measuring each layer alone, split equally between the stages; layers that are not measured in
+               time, those with the least arithmetic, are not quantised. None: all layers are measured
 
-    Raises what `check_graphs` raises, BackendError where no layer can be quantised within the tolerance, OutputError
-    where a graph cannot be written.
+    Raises what `check_graphs` raises, BackendError if no layer can be quantised within the tolerance, OutputError if a
+    graph cannot be written.
     """
     names = check_graphs(bundle, precision, stages)
     until = float("inf") if seconds is None else time.monotonic() + seconds
@@ -183,7 +186,7 @@ def _write(
     stage, base = trial.stage, precision_named(precision).base
     model = ir.load(bundle.path / graph_file(stage, base))
     insert(model, chosen, trial.ranges, trial.kind)
-    model.metadata_props.clear()  # what is said there is of the graph that it was made from
+    model.metadata_props.clear()  # they describe the graph that this one is made from
     aside = place.beside(graph_file(stage, precision))
     ir.save(model, aside)
     bundle = put_file(bundle, aside, graph_file(stage, precision), graph_inputs(aside))
@@ -194,9 +197,9 @@ def _write(
 
 
 class _Trial:
-    """A stage's float32 graph with a switch for each layer: what any choice of layers does to a step.
+    """A stage's float32 graph with a switch for each layer. It measures the error of a step for any choice of layers.
 
-    ranges   largest magnitude of the activation of each weight's layer
+    ranges   largest magnitude of each layer's activation, by the name of its weight
     work     multiplications of each layer in a call
     """
 
@@ -211,7 +214,7 @@ class _Trial:
         self._expected = [self._run(call, ()) for call in calls]
 
     def errors(self, chosen: Collection[str], calls: Sequence[int] | None = None) -> list[float]:
-        """The error (see `Report`) with these layers quantised, of each of the calls (None: of all)."""
+        """The error (see `Report`) with these layers quantised, for each of the calls (None: for all)."""
         numbers = range(len(self._calls)) if calls is None else calls
         return [_relative(self._run(self._calls[i], chosen), self._expected[i]) for i in numbers]
 
@@ -222,7 +225,7 @@ class _Trial:
         return found
 
     def _calibrate(self, kind: Kind) -> tuple[dict[str, float], dict[str, float]]:
-        """Ranges and work. Where a tensor has one scale, the part of the largest magnitude that rounds best."""
+        """Ranges and work. With one scale per tensor, the range with the least rounding error is found among CLIPS."""
         extents = self._measure(kind, _extent)
         if kind.in_blocks:
             extents = {name: found for name, found in extents.items() if found[0, 1] in RANKS}
@@ -238,7 +241,7 @@ class _Trial:
         return {name: high[name] * CLIPS[int(noises[name].mean(0).argmin())] for name in high}, work
 
     def _measure(self, kind: Kind, probe: Callable[[Nodes, Layer], list[ir.Value]]) -> dict[str, NDArray[np.float64]]:
-        """Scalars that `probe` computes of each layer: [calls, scalars] by its weight."""
+        """The scalars that `probe` computes for each layer: {weight: [calls, scalars]}."""
         model = self._plain()
         probes = {
             layer.weight: probe(Nodes(model.graph, None, f"{layer.weight}.probe"), layer)
@@ -259,7 +262,7 @@ class _Trial:
         return ir.load(self._bundle.path / graph_file(self.stage))
 
     def _open(self, model: ir.Model) -> Any:
-        """A session of a graph that is changed for the trial only; to be loaded it lies beside its weights."""
+        """A session for a graph changed only for the trial. Its file lies next to the weights while it is loaded."""
         aside = self._place.beside(f"{self.stage}.calibration")
         try:
             ir.save(model, aside)
@@ -269,7 +272,7 @@ class _Trial:
 
 
 def _extent(nodes: Nodes, layer: Layer) -> list[ir.Value]:
-    """A layer's activation: its largest magnitude and its rank; and the layer's multiplications."""
+    """The largest magnitude and the rank of a layer's activation, and the layer's number of multiplications."""
     largest = nodes.add("ReduceMax", [nodes.add("Abs", [layer.activation], "size")], "largest", keepdims=0)
     shape = nodes.add("Shape", [layer.activation], "shape", ir.DataType.INT64)
     rank = nodes.add("Size", [shape], "rank", ir.DataType.INT64)
@@ -281,14 +284,14 @@ def _extent(nodes: Nodes, layer: Layer) -> list[ir.Value]:
 
 
 def _noise(nodes: Nodes, value: ir.Value, high: float, kind: Kind, clip: float) -> ir.Value:
-    """Power of what rounding adds to a tensor of this range."""
+    """Mean squared rounding error of a tensor with this range."""
     off = nodes.add("Sub", [value, rounded_once(nodes, value, high, kind, f"{clip}")], f"{clip}.off")
     return nodes.add("ReduceMean", [nodes.add("Mul", [off, off], f"{clip}.power")], f"{clip}.noise", keepdims=0)
 
 
 def _choose(trial: _Trial, tolerance: float, until: float, shown: bool) -> tuple[list[str], float]:
-    """The layers, those first that save most arithmetic for their error, with which a step stays within the tolerance;
-    and its error. `until`: the time on the monotonic clock when no further layer is measured alone.
+    """The layers with which a step stays within the tolerance, and the step's error. Layers that save the most
+    arithmetic for their error are chosen first. After `until` (monotonic clock), no further layer is measured alone.
     """
     names = sorted(trial.work, key=lambda name: -trial.work[name])
     together = trial.errors(names)
@@ -306,9 +309,9 @@ def _choose(trial: _Trial, tolerance: float, until: float, shown: bool) -> tuple
             f"{trial.stage}: there was time to measure {len(alone)} of {len(names)} layers, and {least} are needed: "
             "allow more minutes, or calibrate on fewer frames or a smaller size"
         )
-    # Layers' errors are nearly independent: their squares add up.
+    # The layers' errors are nearly independent, so their squares add up.
     ordered = sorted(alone, key=lambda name: alone[name] / trial.work[name])
-    fits, over = least, len(names) if len(alone) == len(names) else len(alone) + 1  # all are too many, as was seen
+    fits, over = least, len(names) if len(alone) == len(names) else len(alone) + 1  # all exceed the tolerance
     error = max(trial.errors(ordered[:fits]))
     if error > tolerance:
         raise BackendError(

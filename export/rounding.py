@@ -1,10 +1,11 @@
-"""The rounding of a quantised layer: as nodes for an engine, and as the same arithmetic in float32.
+"""The rounding of a quantised layer, as nodes for an engine and as the same arithmetic in float32.
 
-int8, fp8   one scale for a tensor that enters, one for each output channel of a weight; the weight stays in its file
-            and is rounded as a graph is loaded or an engine built
-nvfp4       E2M1 in blocks of 16 along the axis that is summed over, an E4M3 scale for each block, one float32 scale for
-            all: of a weight stored in the graph itself (half a byte and a sixteenth for each value: an engine would
-            keep the 16 bits of a weight that a graph rounds), of a tensor that enters found as it does
+int8, fp8   One scale for an activation, one for each output channel of a weight. The weight stays in its file and is
+            rounded when a graph is loaded or an engine is built.
+nvfp4       E2M1 values in blocks of 16 along the summed axis, an E4M3 scale for each block, and one float32 scale for
+            the whole tensor. A rounded weight is stored in the graph itself, in half a byte plus a sixteenth of a byte
+            for each value. If the graph rounded it instead, an engine would keep its 16 bits. The block scales of an
+            activation are computed at run time.
 
 Sources: TensorRT's documentation of explicit quantisation and of IDynamicQuantizeLayer; ONNX's E4M3 and E2M1.
 """
@@ -33,15 +34,15 @@ __all__ = [
 ]
 
 SWITCHES = "quantized"
-"""Input of a switched graph: bool [layers], which of them are rounded."""
+"""The added input of a graph with switches, bool [layers]: whether each layer is rounded."""
 
-NEEDED_OPSET, NEEDED_IR = 23, 11  # of a graph with E2M1 in it
+NEEDED_OPSET, NEEDED_IR = 23, 11  # for a graph that contains E2M1
 
 
 def insert(model: ir.Model, chosen: Collection[str], ranges: Mapping[str, float], kind: Kind) -> None:
-    """Put the nodes that an engine computes with before both inputs of the layers whose weights are named in `chosen`.
+    """Insert the nodes that an engine expects before both inputs of the layers with a weight named in `chosen`.
 
-    ranges   largest magnitude of the activation of each weight's layer
+    ranges   largest magnitude of each layer's activation, by the name of its weight
     """
     graph = model.graph
     computed = _computed(graph)
@@ -67,7 +68,7 @@ def insert(model: ir.Model, chosen: Collection[str], ranges: Mapping[str, float]
             kernel = _pair(nodes, weight, scales, computed, kind, layer.axis, "kernel")
         layer.node.replace_input_with(1, kernel)
     if kind.in_blocks:
-        RemoveUnusedNodesPass()(model)  # weights that are stored in the graph now
+        RemoveUnusedNodesPass()(model)  # removes the weights that the graph now stores rounded
         model.ir_version = max(model.ir_version, NEEDED_IR)
         model.opset_imports[""] = max(model.opset_imports[""], NEEDED_OPSET)
         model.opset_imports["trt"] = 1
@@ -76,9 +77,9 @@ def insert(model: ir.Model, chosen: Collection[str], ranges: Mapping[str, float]
 def insert_switched(
     graph: ir.Graph, ranges: Mapping[str, float], kind: Kind, computed: ir.DataType = ir.DataType.FLOAT
 ) -> list[str]:
-    """Round every layer that has a range as `insert` would, but in float32 and where the new input SWITCHES says so.
+    """Round every layer that has a range as `insert` would, but in float32, and only if the new input SWITCHES says so.
 
-    computed   what the graph computes in that `insert` is for: its scales are rounded to it
+    computed   the compute type of the graph that `insert` will change; the scales are rounded to it
 
     Returns the weights' names, in the order of the switches.
     """
@@ -110,7 +111,7 @@ def _in_float32(
     kind: Kind,
     computed: ir.DataType,
 ) -> list[ir.Value]:
-    """What enters a layer, rounded in float32: activation and weight."""
+    """A layer's activation and weight, rounded in float32."""
     weight = layer.node.inputs[1]
     assert weight is not None
     if kind.in_blocks:
@@ -129,7 +130,7 @@ def _in_float32(
 
 @dataclass(frozen=True)
 class Nodes:
-    """Adds nodes and constants of a layer, in front of its own node (None: at the end of the graph)."""
+    """Adds nodes and constants for a layer, before the node `before` (None: at the end of the graph)."""
 
     graph: ir.Graph
     before: ir.Node | None
@@ -138,7 +139,7 @@ class Nodes:
     def add(
         self, op: str, inputs: list[ir.Value], name: str, dtype: ir.DataType = ir.DataType.FLOAT, **attributes: Any
     ) -> ir.Value:
-        """A node of one output, and that output."""
+        """Add a node with one output; returns the output."""
         return self.add_all(op, inputs, name, (dtype,), **attributes)[0]
 
     def add_all(
@@ -150,7 +151,7 @@ class Nodes:
         domain: str = "",
         **attributes: Any,
     ) -> Sequence[ir.Value]:
-        """A node with an output of each type; these outputs."""
+        """Add a node with one output for each of `dtypes`; returns the outputs."""
         node = ir.node(op, inputs, attributes, domain=domain, num_outputs=len(dtypes), name=f"{self.prefix}.{name}")
         for i, (value, dtype) in enumerate(zip(node.outputs, dtypes, strict=True)):
             value.name, value.dtype = f"{self.prefix}.{name}.{i}", dtype
@@ -161,7 +162,7 @@ class Nodes:
         return node.outputs
 
     def constant(self, name: str, values: Any, dtype: ir.DataType | None = None) -> ir.Value:
-        """An initializer of a numpy array or number."""
+        """Add an initializer with the values of a numpy array or number."""
         tensor = ir.tensor(np.asarray(values), dtype=dtype)
         value = ir.Value(
             name=f"{self.prefix}.{name}",
@@ -183,7 +184,7 @@ def _pair(
     name: str,
     dtype: ir.DataType | None = None,
 ) -> ir.Value:
-    """`value` quantised and dequantised. The scales are rounded to one type, and stored in `dtype` (None: the same)."""
+    """`value` quantised and dequantised. Scales are rounded to `rounded_to`, stored as `dtype` (None: as rounded)."""
     dtype = dtype or rounded_to
     scales = np.maximum(scale, np.finfo(np.float16).tiny).astype(rounded_to.numpy()).astype(dtype.numpy())
     constants = [
@@ -202,7 +203,7 @@ def _channel_scales(values: NDArray[np.float32], axis: int, kind: Kind) -> NDArr
 
 
 def _computed(graph: ir.Graph) -> ir.DataType:
-    """What a graph computes in: the type of its first convolution's weight as it enters."""
+    """The type in which a graph computes: that of the weight as it enters the first convolution."""
     conv = next(node for node in graph if node.op_type == "Conv")
     weight = conv.inputs[1]
     while weight is not None and (maker := weight.producer()) is not None:
@@ -215,14 +216,14 @@ def _computed(graph: ir.Graph) -> ir.DataType:
 
 
 def rounded_once(nodes: Nodes, value: ir.Value, high: float, kind: Kind, name: str) -> ir.Value:
-    """A float32 tensor through one scale and back."""
+    """A float32 tensor quantised and dequantised with one scale."""
     return _pair(nodes, value, np.asarray(high / kind.largest), ir.DataType.FLOAT, kind, None, name)
 
 
 def blocks_of(values: NDArray[np.float32], largest: float) -> tuple[NDArray[Any], NDArray[Any], np.float32]:
-    """NVFP4 of values [..., n], n a multiple of 16: E2M1 [..., n], E4M3 scales [..., n/16], and the scale of all.
+    """`values` [..., n] in NVFP4: E2M1 [..., n], E4M3 scales [..., n/16], and the overall scale. n: a multiple of 16.
 
-    largest   magnitude that the scale of all is for: that of `values`, or of many tensors like them
+    largest   magnitude for the overall scale: the largest of `values`, or of many tensors like it
     """
     whole = _whole_scale(largest)
     blocks = values.reshape(*values.shape[:-1], -1, BLOCK)
@@ -233,12 +234,12 @@ def blocks_of(values: NDArray[np.float32], largest: float) -> tuple[NDArray[Any]
 
 
 def _whole_scale(largest: float) -> np.float32:
-    """With it, the block of the largest value has the largest scale there is."""
+    """The overall scale. It gives the block that holds the largest value the largest possible E4M3 scale."""
     return np.float32(max(largest, 1e-12) / (6 * LARGEST_E4M3))
 
 
 def _stored_blocks(nodes: Nodes, values: NDArray[np.float32], computed: ir.DataType) -> ir.Value:
-    """A product's weight [inputs, outputs] from NVFP4 in the graph."""
+    """A matrix product's weight [inputs, outputs], stored in the graph as NVFP4 and dequantised."""
     codes, scales, whole = blocks_of(np.ascontiguousarray(values.T), float(np.abs(values).max()))
     kernel = _from_blocks(
         nodes,
@@ -252,7 +253,7 @@ def _stored_blocks(nodes: Nodes, values: NDArray[np.float32], computed: ir.DataT
 
 
 def _entering_blocks(nodes: Nodes, value: ir.Value, high: float, computed: ir.DataType) -> ir.Value:
-    """A tensor through NVFP4, its blocks' scales found as it enters."""
+    """A tensor quantised to NVFP4 and dequantised, with block scales computed at run time."""
     whole = nodes.constant("activation.scale", _whole_scale(high))
     codes, scales = nodes.add_all(
         "TRT_FP4DynamicQuantize",
@@ -277,7 +278,7 @@ def _from_blocks(
 
 
 def rounded_blocks(nodes: Nodes, value: ir.Value, count: int, high: float, name: str) -> ir.Value:
-    """What `blocks_of` makes of a tensor of `count` in its last axis, in float32 operators that every runtime has."""
+    """A tensor with `count` values on its last axis, rounded as in `blocks_of` by operators that every runtime has."""
 
     def add(op: str, inputs: list[ir.Value], part: str, **attributes: Any) -> ir.Value:
         return nodes.add(op, inputs, f"{name}.{part}", **attributes)
@@ -298,7 +299,7 @@ def rounded_blocks(nodes: Nodes, value: ir.Value, count: int, high: float, name:
     steps = add("Max", [scales, number("tiny", np.finfo(np.float32).tiny)], "steps")
     scaled = add("Clip", [add("Div", [blocks, steps], "scaled"), number("low", -6), number("high", 6)], "clipped")
     size = add("Abs", [scaled], "size")
-    grid = number("grid.4", 2)  # E2M1's neighbours are 0.5 apart below 2, then 1, and from 4 on 2
+    grid = number("grid.4", 2)  # E2M1 values are 0.5 apart below 2, 1 below 4, 2 from there on
     for bound, step in ((4, 1.0), (2, 0.5)):
         below = nodes.add("Less", [size, number(f"bound.{bound}", bound)], f"{name}.below.{bound}", ir.DataType.BOOL)
         grid = add("Where", [below, number(f"step.{bound}", step), grid], f"grid.below.{bound}")

@@ -1,4 +1,4 @@
-"""The sizes that a stage is traced and checked with, and its inputs for them."""
+"""The sizes with which a stage is traced and checked, and example inputs for them."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from higen.stages import TOKENS, Stage, Tensor, source
 __all__ = ["checked_sizes", "example_inputs", "fixed_sizes", "sizes_for", "static_sizes", "traced_sizes"]
 
 MANY = 8
-"""Samples that a check has at most."""
+"""If B = F in a check, it has at most this many samples."""
 
 PIXELS = ("H", "W", "Y", "X")
 
 LARGEST_AREA = 4096
-"""Latent cells of a clip in the model's own size up to which it is checked: the released model's takes minutes."""
+"""The model's own size is checked only if a clip has at most this many latent cells: large models take minutes."""
 
 
 def example_inputs(
     manifest: Manifest, stage: Stage, sizes: Mapping[str, int], seed: int = 0
 ) -> dict[str, torch.Tensor]:
-    """Random inputs of a stage for these sizes: tokens from 0 to 4, a control within its range, a mask of
-    0 and 1, all else normal."""
+    """Random inputs of a stage for these sizes: tokens from 0 to 4, controls within their range, masks of 0 and 1,
+    and normally distributed values for everything else."""
     random = torch.Generator().manual_seed(seed)
     return {
         tensor.name: _values(manifest, tensor, [n if isinstance(n, int) else sizes[n] for n in tensor.shape], random)
@@ -59,7 +59,7 @@ def _values(manifest: Manifest, tensor: Tensor, shape: list[int], random: torch.
 
 
 def sizes_for(manifest: Manifest, free: Mapping[str, int]) -> dict[str, int]:
-    """A size for every symbol of the stage table: those the model fixes, `free`, and the pixels of its H and W."""
+    """A size for every symbol of the stage table: the model's fixed sizes, `free`, and Y and X for its H and W."""
     factor = manifest.sizes.factor
     return {**manifest.fixed, **free, "Y": free["H"] * factor, "X": free["W"] * factor}
 
@@ -83,10 +83,10 @@ def static_sizes(manifest: Manifest, shape: str) -> dict[str, int]:
 
 
 def fixed_sizes(manifest: Manifest, stage: Stage, static: Mapping[str, int] | None) -> dict[str, int]:
-    """The free symbols of a stage that its graph fixes: those that only ever have one size, and what `static` says.
+    """The free symbols of a stage that its graph fixes: those with only one possible size, and those in `static`.
 
-    The runtimes run all but the denoising stages for one sample at a time, with different frames, so only the height
-    and the width of these can be fixed.
+    The runtimes run all other stages than the denoising ones on one sample at a time and on varying numbers of frames,
+    so only the height and width of these stages can be fixed.
     """
     allowed = limits(manifest, stage.name)
     fixed = {symbol: low for symbol, (low, high) in allowed.items() if low == high}
@@ -99,13 +99,13 @@ def fixed_sizes(manifest: Manifest, stage: Stage, static: Mapping[str, int] | No
 
 
 def traced_sizes(manifest: Manifest, stage: Stage, fixed: Mapping[str, int]) -> dict[str, int]:
-    """Sizes the tracer sees, `fixed` ones as they are; all others differ, so that no two axes are taken for one."""
+    """The sizes for tracing. All but the `fixed` ones differ, so that the tracer does not take two axes for one."""
     allowed, step = limits(manifest, stage.name), manifest.sizes.multiple // manifest.sizes.factor
     taken = set[int]()
 
     def choose(symbol: str, wanted: list[int]) -> int:
         low, high = allowed.get(symbol, (1, max(wanted)))
-        inside = [n for n in wanted if max(low, 2) <= n <= high]  # an axis of 1 is not free to the tracer
+        inside = [n for n in wanted if max(low, 2) <= n <= high]  # the tracer treats an axis of 1 as fixed
         free = [n for n in inside if n not in taken]
         taken.add(chosen := (free or inside)[0])
         return chosen
@@ -125,7 +125,7 @@ def traced_sizes(manifest: Manifest, stage: Stage, fixed: Mapping[str, int]) -> 
 
 
 def _tokens(allowed: Mapping[str, tuple[int, int]]) -> dict[str, list[int]]:
-    """Numbers of tokens of two chunks and more, where texts have such."""
+    """The token counts of two and more chunks. Empty if texts have only one chunk."""
     length, most = allowed.get(TOKENS, (1, 0))
     return {TOKENS: list(range(2 * length, most + 1, length))} if most else {}
 
@@ -133,8 +133,9 @@ def _tokens(allowed: Mapping[str, tuple[int, int]]) -> dict[str, list[int]]:
 def checked_sizes(
     manifest: Manifest, stage: Stage, static: Mapping[str, int] | None = None
 ) -> Iterator[dict[str, int]]:
-    """Sizes the tracer did not see, for the parity gate: B = F (an exporter's favourite mistake), a single sample, a
-    single frame where the stage has such, none square, the model's own. With `static`: three times at its sizes.
+    """Sizes for the parity gate that were not used in tracing: B = F (which exporters often get wrong), one sample, one
+    frame if the stage allows it, and the model's own size; the first ones are not square. With `static`: three checks
+    at its sizes.
     """
     fixed = fixed_sizes(manifest, stage, static)
     known = manifest.sizes
@@ -154,7 +155,7 @@ def checked_sizes(
         rows.append({"B": 1, "F": known.frames[1], "N": 2, **own})
     if static is not None:
         rows = [{"B": n, "F": n, "N": n, **own} for n in (1, 2, 3)]
-    if chunks:  # as many as a text may have, then one, then two and so on
+    if chunks:  # first the most chunks that a text may have, then one fewer, and so on
         length, most = limits(manifest, stage.name)[TOKENS]
         rows = [{**row, TOKENS: max(most - i * length, length)} for i, row in enumerate(rows)]
     traced = traced_sizes(manifest, stage, fixed)
@@ -168,7 +169,7 @@ def checked_sizes(
 
 
 def _inside(manifest: Manifest, stage: Stage, row: dict[str, int]) -> dict[str, int]:
-    """The sizes, B, F and N moved into what the stage may have; where B = F, it stays so for a few frames."""
+    """The sizes with B, F and N clamped to the stage's limits. B = F is kept, up to MANY frames."""
     allowed = limits(manifest, stage.name)
     moved = {**row, **{symbol: min(max(row[symbol], low), high) for symbol, (low, high) in allowed.items()}}
     if row["B"] == row["F"] and stage.batch and "F" in stage.free(manifest.fixed) and moved["F"] <= MANY:

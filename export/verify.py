@@ -1,4 +1,4 @@
-"""Verifies a model directory: hashes, every graph against its torch stage, and a whole video on both."""
+"""Verifies a model directory: hashes, every graph against its torch stage, and a whole video on graphs and PyTorch."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ TABLE = "| stage | precision | run | shape | error | allowed |"
 
 @dataclass(frozen=True)
 class Loop:
-    """The whole loop, every one that a video needs, on the graphs of one precision against PyTorch in float32.
+    """All loops of a video, run on the graphs of one precision and compared with PyTorch in float32.
 
-    `latents` and `pixels` are the largest differences, `mean` the pixels' mean one. `video` is None where the loop
-    could not be run here; `note` says why.
+    `latents` and `pixels` are the largest differences, and `mean` is the mean difference of the pixels. If the loops
+    could not be run here, `video` is None and `note` says why.
     """
 
     precision: str
@@ -52,13 +52,13 @@ class Loop:
 
     @property
     def passed(self) -> bool:
-        """Whether the differences are within their tolerances, or could not be measured."""
+        """Whether the differences are within their tolerances; also true if they could not be measured."""
         judged = self.pixels if self.precision == "fp32" else self.mean
         allowed = PRECISIONS[self.precision]
         return self.latents <= allowed.latents and judged <= allowed.pixels
 
     def as_line(self) -> str:
-        """A sentence."""
+        """The result as a sentence."""
         if self.video is None:
             return f"Whole loop in {self.precision}: not run, {self.note}."
         which = "largest" if self.precision == "fp32" else "mean"
@@ -78,7 +78,7 @@ class Loop:
 
 @dataclass(frozen=True)
 class Verification:
-    """What was compared."""
+    """All results of a verification."""
 
     model: str
     parities: tuple[Parity, ...]
@@ -90,7 +90,7 @@ class Verification:
         return all(parity.passed for parity in self.parities) and all(loop.passed for loop in self.loops)
 
     def as_markdown(self) -> str:
-        """The report."""
+        """The text of report.md."""
         lines = [f"# {self.model}: {'verified' if self.passed else 'FAILED'}", ""]
         lines += [TABLE, "|---|---|---|---|---|---|"]
         for p in self.parities:
@@ -99,7 +99,7 @@ class Verification:
         return "\n".join([*lines, "", *(loop.as_line() for loop in self.loops)]) + "\n"
 
     def sheet(self) -> PIL.Image.Image:
-        """Contact sheets of PyTorch's video, the graphs' and, below them, their difference, tenfold; per precision."""
+        """For each precision, contact sheets of PyTorch's video, the graphs' video and 10 times their difference."""
         videos = []
         for loop in self.loops:
             if loop.video is not None:
@@ -118,11 +118,11 @@ class Verification:
 def verify(
     bundle: Bundle, steps: int = 10, seed: int = 0, on_parity: Callable[[Parity], None] | None = None
 ) -> Verification:
-    """Compare everything that is there: every graph of every precision, and the loop in each that all stages have.
-    Quantised graphs are checked by their hashes alone: their error was measured when they were made.
+    """Compare every graph of every precision, and the loops in each precision in which all needed stages have a graph.
+    For quantised graphs, only the hashes are checked: their error was measured when they were made.
 
-    Raises IntegrityError for a file unlike its sha256 and for a stage without a graph; UnknownFamily where the code of
-    the networks is not installed, and so nothing is there to compare with.
+    Raises IntegrityError for a file that does not match its sha256 and for a stage without a graph, UnknownFamily if
+    the code of the networks is not installed, since it is needed for the comparison.
     """
     for name in bundle.files:
         bundle.file(name)
@@ -142,7 +142,7 @@ def verify(
 
 
 def _needed(manifest: Manifest) -> tuple[str, ...]:
-    """The stages that a model cannot do without: one that does a step with one branch of guidance saves work alone."""
+    """The stages that a model needs: all but steps with one guidance branch that only save work in a guided loop."""
     spared = {plain for loop in manifest.loops for guided, plain in loop.pairs if guided is not None}
     return tuple(name for name in manifest.stage_names if name not in spared)
 
@@ -156,7 +156,7 @@ def _check_graphs(bundle: Bundle, precision: str) -> Iterator[Parity]:
 
 
 def _static(bundle: Bundle, name: str, graph: Path) -> dict[str, int] | None:
-    """The sizes of a graph that was exported with --static, as the exporter takes them; None for any other."""
+    """The sizes of a graph that was exported with --static, as the exporter takes them; None for other graphs."""
     sizes = graph_sizes(bundle.manifest, name, graph)
     if not {"H", "W"} <= set(sizes):
         return None
@@ -164,7 +164,7 @@ def _static(bundle: Bundle, name: str, graph: Path) -> dict[str, int] | None:
 
 
 def _loop(bundle: Bundle, precision: str, steps: int, seed: int) -> Loop:
-    """A video of one prompt, of as many as static graphs take, in the graphs' size."""
+    """Compare the videos of one prompt, or of as many as static graphs need, in the graphs' size."""
     sizes, options = dict[str, int](), dict[str, int]()
     for loop in bundle.manifest.loops:
         for name in (name for name in loop.stages if precision in bundle.precisions(name)):
@@ -200,7 +200,7 @@ def _generate(pipeline: Pipeline, prompts: list[str], options: dict[str, Any]) -
 
 
 def check_folder(folder: Path) -> None:
-    """Ask before the work. Raises OutputError for a report.md or sheet.png there that is of no earlier report."""
+    """Call it before long work. Raises OutputError for a report.md or sheet.png that is not from an earlier report."""
     check_own(folder, ("report.md", "sheet.png"), re.escape(TABLE))
 
 

@@ -26,7 +26,7 @@ class StoredTensor:
 
 
 def stored_tensors(file: Path) -> dict[str, StoredTensor]:
-    """The tensors of a safetensors file, from its header alone (8 bytes of length, JSON, then the data)."""
+    """The tensors of a safetensors file. Only its header is read (8 bytes of length, then JSON, then the data)."""
     with file.open("rb") as stream:
         (length,) = struct.unpack("<Q", stream.read(8))
         header = json.loads(stream.read(length))
@@ -42,8 +42,8 @@ def stored_tensors(file: Path) -> dict[str, StoredTensor]:
 def point_into(graph: ir.Graph, weights: dict[str, StoredTensor], folder: Path) -> set[str]:
     """Replace each initializer named in `weights` by a reference into its file, relative to `folder`.
 
-    A weight stored in another precision than the graph computes in gets a Cast behind it, which a runtime folds when
-    it loads the graph. Returns the names that were replaced.
+    If a weight is stored in another precision than the graph computes in, a Cast is added after it. A runtime folds the
+    Cast when it loads the graph. Returns the names that were replaced.
     """
     replaced = set()
     for name, value in list(graph.initializers.items()):

@@ -7,8 +7,8 @@ family's, its value the package):
     checkpoint   recognise(path) -> bool                  whether a file or folder is one of this family's sources
                  convert(sources) -> Converted            tables and weights of a model directory
 
-No runtime needs a family: graphs and engines run from the manifest's tables alone. PyTorch is imported late, with
-these modules. docs/families.md says how to add one.
+No runtime needs a family: graphs and engines run from the manifest's tables only. PyTorch is imported only with these
+two modules. docs/families.md explains how to add a family.
 """
 
 from __future__ import annotations
@@ -47,16 +47,16 @@ __all__ = [
 GROUP = "higen.families"
 
 FIRST = "higen"
-"""The only family that manifests of version 1 describe, and whose files `convert.convert` takes."""
+"""The only family of version 1 manifests, and the family of the files that `convert.convert` takes."""
 
 
 @dataclass(frozen=True)
 class Converted:
     """A model that a family has read from checkpoints.
 
-    weights    {file of the model directory: {name: tensor}}; they are cast and written one at a time
-    texts      {file: its text}: tokenizer.json
-    notes      lines for the user: licence terms, and what was left out
+    weights    {file of the model directory: {name: tensor}}; the tensors are cast and written one at a time
+    texts      {file: its text}, such as tokenizer.json
+    notes      lines for the user, such as licence terms and what was left out
     """
 
     manifest: Manifest
@@ -87,23 +87,23 @@ class Weights(Protocol):
         part: str = "",
         beside: tuple[str, ...] = (),
     ) -> None:
-        """Fill a module on the meta device with the tensors of `file` of the same names, frozen, each in memory once.
+        """Fill a module on the meta device with the equally named tensors of `file`, frozen, each in memory once.
 
-        `dtype` replaces the common one; `strip` is a prefix that is removed from the names of both. Where the file
-        holds several networks, this one's names there begin with `part`, and those of the others with one of `beside`.
-        Raises IntegrityError for missing, extra or wrongly shaped tensors.
+        `dtype` overrides `self.dtype`. The prefix `strip` is removed from the names in the file and in the module. If
+        the file holds several networks, the names of this one begin with `part` in the file, and the names of the
+        others begin with one of `beside`. Raises IntegrityError for missing, extra or wrongly shaped tensors.
         """
         ...
 
 
 class Networks(Protocol):
-    """The networks of one opened model; what two stages share is loaded once."""
+    """The networks of one opened model. Networks that several stages share are loaded once."""
 
     def module(self, stage: str) -> nn.Module:
-        """A stage as a module: takes its inputs in the table's order, gives its outputs in the table's order.
+        """A stage as a module that takes its inputs and returns its outputs in the table's order.
 
-        The names of its parameters are those of the weights file; if the module has the attribute `prefix` (a text),
-        the file's names begin with it. Raises IntegrityError.
+        Its parameters are named as in the weights file. If the module has the attribute `prefix` (a string), it stands
+        before the file's names. Raises IntegrityError.
         """
         ...
 
@@ -120,7 +120,7 @@ class Checkpoint(Protocol):
     """A family's module `checkpoint`."""
 
     def recognise(self, path: Path) -> bool:
-        """Whether `path` is a source of this family; looks at names and headers, loads no weights."""
+        """Whether `path` is a source of this family. Reads names and headers only, no weights."""
         ...
 
     def convert(self, sources: Sequence[Path], **options: Any) -> Converted:
@@ -130,7 +130,7 @@ class Checkpoint(Protocol):
 
 @lru_cache(maxsize=1)
 def _packages() -> dict[str, str]:
-    # There too where higen runs from a folder that was never installed.
+    # Listed here too, for higen in a folder that was never installed.
     names = (FIRST, "animatediff", "composed", "modelscope", "stable_diffusion", "svd")
     own = {name: f"{__name__}.{name}" for name in names}
     return own | {entry.name: entry.value for entry in importlib.metadata.entry_points(group=GROUP)}
@@ -162,21 +162,21 @@ def _module(family: str, name: str) -> object:
 
 
 def read_version_1(model: Mapping[str, Any]) -> Manifest:
-    """The tables of a manifest of version 1, whose table `model` is given. Raises ManifestError."""
+    """The tables of a version 1 manifest, from its table `model`. Raises ManifestError."""
     from higen.families.higen.version_1 import read
 
     return read(model)
 
 
 def upgraded_version_1(manifest: Manifest) -> Manifest:
-    """What `read_version_1` gave, with the stages that version 1 did not know."""
+    """The result of `read_version_1`, with the stages that version 1 did not have."""
     from higen.families.higen.version_1 import upgraded
 
     return upgraded(manifest)
 
 
 def version_1_inputs(stage: Stage) -> tuple[Tensor, ...]:
-    """What the graph of a stage took before version 2."""
+    """The inputs of a stage's graph before version 2."""
     from higen.families.higen.version_1 import graph_inputs
 
     return graph_inputs(stage)

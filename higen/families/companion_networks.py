@@ -22,7 +22,7 @@ __all__ = ["ClipNetworks", "open_autoencoder", "open_control_net", "open_network
 
 
 def open_network(weights: Weights, file: str, make: Callable[[], nn.Module], **how: Any) -> nn.Module:
-    """What `make` builds, with the tensors of `file`; `how`: see `Weights.fill`. Raises IntegrityError."""
+    """The network that `make` builds, filled from `file`. `how`: see `Weights.fill`. Raises IntegrityError."""
     with torch.device("meta"):
         network = make()
     weights.fill(network, file, **how)
@@ -36,19 +36,19 @@ def open_text_encoder(weights: Weights, file: str, arguments: Mapping[str, Any])
 
 
 def open_autoencoder(weights: Weights, file: str, kind: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """diffusers' autoencoder `kind`, in float32 whatever the rest computes in, as the reference has it: published ones
+    """diffusers' autoencoder `kind`. It is always in float32, as in the reference code, because published autoencoders
     overflow in fp16. Raises IntegrityError, ManifestError.
     """
     return open_network(weights, file, lambda: autoencoder(kind, arguments), dtype=torch.float32)
 
 
 def open_control_net(weights: Weights, file: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """The control network in the file of its U-Net. Raises IntegrityError, ManifestError."""
+    """The control network, whose tensors are in the file of its U-Net. Raises IntegrityError, ManifestError."""
     return open_network(weights, file, lambda: control_net(arguments), part=f"{CONTROL}.")
 
 
 class KlCodec(Protocol):
-    """diffusers' AutoencoderKL: its constructor's arguments; latents = (encoded - shift) * scale."""
+    """diffusers' AutoencoderKL by its constructor arguments; latents = (encoded - shift) * scale."""
 
     @property
     def arguments(self) -> dict[str, Any]: ...
@@ -71,11 +71,11 @@ class ClipNetworks:
         self._clip, self._codec = clip, codec
 
     def predictor(self, step: Stage) -> nn.Module:
-        """What predicts m in this denoising stage, as `SolverStep` asks for it."""
+        """The network that predicts m in this denoising stage, as `SolverStep` calls it."""
         raise NotImplementedError
 
     def module(self, stage: str) -> nn.Module:
-        """A stage as a module, in evaluation mode. Raises ManifestError for one that the family has not."""
+        """A stage as a module, in evaluation mode. Raises ManifestError for a stage that the family does not have."""
         row = self._manifest.stage(stage)
         if row.denoises:
             return SolverStep(row, self.predictor(row)).eval()

@@ -1,4 +1,4 @@
-"""Rows of the stage table that families have in common (docs/manifest.md): data alone, no PyTorch."""
+"""Rows of the tables that several families share (docs/manifest.md). Only data, no PyTorch."""
 
 from __future__ import annotations
 
@@ -17,23 +17,23 @@ __all__ += ["known_frames_controls", "solver_stages", "strength_control", "text_
 CONTROL_MAP = "control"
 
 CHUNKS = 8
-"""Chunks of 75 tokens that a prompt may have: engines are built for as many."""
+"""The most chunks of 75 tokens that a prompt may have. Engines are built for this number."""
 
 TEXT_CONDITIONS = (
     Tensor("context", ("B", TOKENS, "Dc"), source="text_encoder.hidden"),
     Tensor("empty_context", ("B", TOKENS, "Dc"), source="text_encoder@negative.hidden"),
 )
-"""CLIP's outputs for both prompts, each in chunks, where `clip_text` are the rules."""
+"""CLIP's outputs for the prompt and the negative prompt, which are read in chunks by the rules of `clip_text`."""
 
 
 def clip_text(tokenizer: str, length: int, pad_id: int) -> TextRules:
-    """Rules of CLIP's texts as the field writes them: weighted words, BREAK, and several chunks of tokens."""
+    """The rules for CLIP's texts in the customary syntax: weighted words, BREAK, and several chunks of tokens."""
     return TextRules(tokenizer, length, pad_id, clean=True, weights="parentheses", chunks=CHUNKS)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a loop is sampled; the default solver stands first."""
+    """How a loop is sampled. The default solver is the first one."""
 
     schedule: NoiseSchedule
     prediction: str
@@ -43,7 +43,7 @@ class Sampling:
 
 
 def denoising_loop(name: str, stage: str, frames: int | str, sampling: Sampling, purpose: int = 0, **more: Any) -> Loop:
-    """A loop of the stages `stage` and `stage`_plain, from noise of the stream `purpose`; `more`: its other fields."""
+    """A loop of the stages `stage` and `stage`_plain, from noise of the stream `purpose`. `more`: its other fields."""
     return Loop(
         name=name,
         guided=stage,
@@ -67,13 +67,13 @@ def unet_sizes(
     frames: tuple[int, int, int],
     multiple: int | None = None,
 ) -> Sizes:
-    """Sizes of a U-Net beside CLIP's text model.
+    """The sizes of a model with a U-Net and CLIP's text model.
 
-    unet, clip  the arguments of their constructors
+    unet, clip  the networks' constructor arguments
     factor      pixels per latent cell
-    size        width and height by default, in pixels, rounded down to what the networks take
+    size        default width and height in pixels, rounded down to a size that the networks accept
     frames      fewest, default, most
-    multiple    of the sides in pixels; None: what the U-Net's levels divide them by
+    multiple    the sides in pixels are multiples of it; None: `factor` times the U-Net's downsampling
     """
     multiple = multiple or factor * 2 ** (len(unet["block_out_channels"]) - 1)
     width, height = (max(multiple, side // multiple * multiple) for side in size)
@@ -93,11 +93,11 @@ def unet_sizes(
 def solver_stages(
     guided: str, plain: str, weights: str, frames: int | str, conditions: tuple[Tensor, ...], deep: int | None = None
 ) -> tuple[Stage, Stage]:
-    """A solver's step with both branches of guidance, and with one, over the same weights.
+    """A solver step with both branches of guidance, and one with a single branch, with the same weights.
 
     frames      1 or "F"
-    conditions  what the network is told; those called `empty_NAME` are the guided step's alone
-    deep        channels of the network's deep features, of one branch
+    conditions  the network's condition inputs; those named `empty_NAME` are only for the guided step
+    deep        channels of the network's deep features, for one branch
     """
     state = ("B", "C", frames, "H", "W")
     columns = ("t", "A", "B", "C", "alpha", "sigma")
@@ -117,11 +117,11 @@ def text_encoder_stage(weights: str, width: str) -> Stage:
 
 
 KNOWN = Known("keyframes", "vae_encoder@keyframes.latents", "mask")
-"""A loop that passes through frames of the request, encoded by `vae_encoder`."""
+"""A loop's row for known frames: the request gives them, and `vae_encoder` encodes them."""
 
 
 def known_frames_controls() -> tuple[Control, Control]:
-    """What `KNOWN` reads."""
+    """The controls that `KNOWN` refers to."""
     return (
         Control("keyframes", "frames", "frames that the clip passes through, by index: 0 is the first, -1 the last"),
         Control("mask", "mask", "where the known frames are drawn anew: white, and kept: black"),
@@ -132,7 +132,7 @@ CONTROL_SCALE = "control_scale"
 
 
 def map_controls(edges: bool) -> tuple[Control, Control]:
-    """What a control network is told of; `edges`: it is shown the edges of what a request gives."""
+    """The controls of a control network. `edges`: its map is the edges of a given picture."""
     what = "pictures whose edges the result has" if edges else "maps of what the network was trained on, poses say"
     meaning = f"{what}: one, or one for each frame"
     return (
@@ -144,7 +144,7 @@ def map_controls(edges: bool) -> tuple[Control, Control]:
 
 
 def map_conditions(frames: int | str) -> tuple[Tensor, Tensor]:
-    """What a step with a control network takes beside the others. `frames`: 1 or "F"."""
+    """The additional inputs of a step with a control network. `frames`: 1 or "F"."""
     return (
         Tensor("control", ("B", 3, frames, "Y", "X"), source=f"clip:{CONTROL_MAP}"),
         Tensor("control_scale", ("B", frames), source=f"control:{CONTROL_SCALE}"),
@@ -152,24 +152,24 @@ def map_conditions(frames: int | str) -> tuple[Tensor, Tensor]:
 
 
 def controlled_stages(stage: str, weights: str, frames: int | str) -> tuple[Stage, Stage]:
-    """The steps of `solver_stages` with a control network, whose tensors are in the same file."""
+    """The steps of `solver_stages` with a control network. Its tensors are in the U-Net's file."""
     conditions = (*TEXT_CONDITIONS, *map_conditions(frames))
     return solver_stages(f"{stage}_control", f"{stage}_control_plain", weights, frames, conditions)
 
 
 def controlled(stage: str) -> Variant:
-    """These stages, where a request gives the control."""
+    """The row that selects the stages of `controlled_stages` if a request gives the control map."""
     return Variant(CONTROL_MAP, f"{stage}_control", f"{stage}_control_plain")
 
 
 def strength_control(what: str, default: float) -> Control:
-    """`strength`: how much of `what`, "picture" or "video", is drawn anew when a loop begins from it."""
+    """The control `strength`: how much of `what` ("picture" or "video") is drawn anew when a loop starts from it."""
     said = f"how much of the {what} is drawn anew: near 0 little, 1 all of it"
     return Control("strength", "number", said, "number", low=0.0, high=1.0, default=default)
 
 
 def autoencoder_stages(weights: str, control: str, kind: str = "picture") -> tuple[Stage, Stage]:
-    """`vae_decoder`, frame by frame, and `vae_encoder`, which reads `control`, a "picture" or a "clip"."""
+    """`vae_decoder` and `vae_encoder`, both frame by frame. `vae_encoder` reads `control`, a "picture" or a "clip"."""
     latents, pixels = ("N", "C", "H", "W"), ("N", 3, "Y", "X")
     given = Tensor("pixels", pixels, source=f"{kind}:{control}")
     return (

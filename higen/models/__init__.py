@@ -1,1 +1,1 @@
-"""Layers and checkpoint readers that model families share, in PyTorch. No module here knows a family."""
+"""Layers and checkpoint readers in PyTorch that model families share. No module here depends on a family."""

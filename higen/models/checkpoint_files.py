@@ -1,7 +1,7 @@
 """Reads released checkpoints of any family as tensors by name.
 
-Tensors are mapped from disk where the format allows. Pickles are read with PyTorch's restricted unpickler or not at
-all. A checkpoint may be one file or several with an index (model.safetensors.index.json).
+Tensors are memory-mapped if the format allows it. Pickles are read only with PyTorch's restricted unpickler. A
+checkpoint may be one file, or several with an index (model.safetensors.index.json).
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ __all__ = ["PICKLES", "Note", "folder_state", "naming", "read_json", "read_names
 PICKLES = (".pth", ".pt", ".ckpt", ".bin")
 WEIGHTS = (".safetensors", *PICKLES)
 INDEX = re.compile(r"\.index\.(?:[\w-]+\.)?json$")
-"""The end of the name of a list of the files that a checkpoint is divided into."""
+"""The end of an index file's name. The index of a sharded checkpoint lists its files."""
 
 PART = re.compile(r"-\d{5}-of-(\d{5})\.")
-"""In the name of such a file: which it is, and of how many."""
+"""A part of the name of each of these files: its number, and the number of files."""
 
 VARIANTS = ("fp32", "fp16", "bf16")
-"""Variants of the same weights in a diffusers folder, the best first."""
+"""Variants of the same weights in a diffusers folder, best first."""
 
 Note = Callable[[str], None]
 
 
 def read_state(path: Path, on_note: Note = lambda _: None) -> dict[str, Tensor]:
-    """The tensors of a checkpoint, mapped from disk where its format allows, without wrappers' parts of their names.
+    """The tensors of a checkpoint, memory-mapped if its format allows it, without the wrappers' parts of their names.
 
-    path      a .pth, .pt, .ckpt, .bin or .safetensors file, read as what it is and not as what it is called; or the
-              .index.json of several such files
-    on_note   called with which weights were taken, where there are several (see `nestings.weights_of`)
+    path      a .pth, .pt, .ckpt, .bin or .safetensors file, whose format is found from its content, not its name; or
+              the .index.json of several files
+    on_note   called with a note of which weights are used, if there are several sets (see `nestings.weights_of`)
 
-    Raises CheckpointError. A pickle is never allowed to run code: what the restricted unpickler refuses is refused.
+    Raises CheckpointError, also for a pickle that PyTorch's restricted unpickler refuses. A pickle never runs code.
     """
     if INDEX.search(path.name.lower()):
         return _read_sharded(path, on_note)
@@ -98,7 +98,7 @@ def _check_dense(state: Mapping[str, Tensor]) -> None:
 
 
 def read_names(path: Path) -> frozenset[str]:
-    """The names of a checkpoint's tensors; none where it cannot be read. No weights are loaded."""
+    """The names of a checkpoint's tensors; empty if it cannot be read. No weights are loaded."""
     try:
         return frozenset(seen_names(path))
     except (HigenError, OSError):
@@ -114,7 +114,7 @@ def seen_names(path: Path) -> list[str]:
             with safe_open(path, framework="pt") as file:
                 return [unwrapped(name) for name in file.keys()]  # noqa: SIM118 (it is no mapping)
         except SafetensorError:
-            pass  # what is wrong with it is said by the reader
+            pass  # the reader below reports what is wrong with it
     with naming(path):
         state, _ = weights_of(_read_file(path, checked=False))
     return list(state)
@@ -155,7 +155,7 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 @contextmanager
 def naming(source: str | os.PathLike[str]) -> Iterator[None]:
-    """What is wrong with a source is a CheckpointError that begins with its path."""
+    """Turn errors about a source into a CheckpointError that begins with the source's path."""
     try:
         yield
     except (CheckpointError, ManifestError) as error:
@@ -165,10 +165,10 @@ def naming(source: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def folder_state(folder: Path, stems: tuple[str, ...], on_note: Note = lambda _: None) -> dict[str, Tensor]:
-    """The tensors of a diffusers folder, whole or in parts, as its libraries write them.
+    """The tensors of a diffusers folder, in one file or in several, as the Hugging Face libraries write them.
 
-    The plain file is taken before a variant (*.fp16.safetensors), of the variants fp32, fp16, bf16 in this order, and
-    safetensors before pickles. `on_note` is called with the variant that was taken. Raises CheckpointError.
+    A plain file is preferred to a variant (*.fp16.safetensors), then safetensors to a pickle, then the variants in the
+    order fp32, fp16, bf16. `on_note` is called if a variant is used. Raises CheckpointError.
     """
     for suffix in (".safetensors", ".bin"):
         for stem in stems:
@@ -188,7 +188,7 @@ def folder_state(folder: Path, stems: tuple[str, ...], on_note: Note = lambda _:
 
 
 def _variant(folder: Path, stem: str, suffix: str) -> Path | None:
-    """The file or index of the best variant, in any of the spellings that the libraries have had."""
+    """The file or index of the best variant, in any naming scheme that the libraries have used."""
     pattern = re.compile(
         rf"{re.escape(stem)}(?:\.(?P<a>[\w-]+){re.escape(suffix)}(?:\.index\.json)?"
         rf"|{re.escape(suffix)}\.index\.(?P<b>[\w-]+)\.json)"

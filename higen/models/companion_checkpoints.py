@@ -1,7 +1,7 @@
-"""Reads the released companions by their own names: OpenCLIP's text tower and Stable Diffusion's autoencoder.
+"""Reads the released networks around the denoiser: OpenCLIP's text tower and Stable Diffusion's autoencoder.
 
-Configurations follow from the tensors' shapes, so that a tiny model and the released one are read by the same code.
-Nothing is copied: every result is a view of its source. No other module knows these names.
+Configurations are derived from the tensors' shapes, so the same code reads a tiny model and the released one.
+Nothing is copied: every result is a view of its source. Only this module knows the names in these files.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ __all__ = [
 State = Mapping[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
 
-_TEXT_PREFIX = "cond_stage_model.model."  # where a Stable Diffusion 2 checkpoint keeps its OpenCLIP
-_LDM_TEXT_PREFIX = "cond_stage_model.transformer."  # where one of version 1 keeps OpenAI's CLIP
+_TEXT_PREFIX = "cond_stage_model.model."  # of OpenCLIP in a Stable Diffusion 2 checkpoint
+_LDM_TEXT_PREFIX = "cond_stage_model.transformer."  # of OpenAI's CLIP in a Stable Diffusion 1 checkpoint
 _AUTOENCODER_PREFIX = "first_stage_model."
 _TEXT_HEAD_DIM = 64  # in every OpenCLIP text tower; the shapes do not show it
 _LDM_SCALE = 0.18215
@@ -56,8 +56,8 @@ _TEXT_UNUSED = re.compile(r"visual\.|logit_scale$|logit_bias$|text_projection$|a
 def text_from_openclip(state: State) -> dict[str, Tensor]:
     """OpenCLIP's text tower as a CLIPTextModel without its last block, because HiGen reads the penultimate tokens.
 
-    The visual tower, the projection and the logit scale are left out. A Stable Diffusion 2 checkpoint may be given too.
-    Raises CheckpointError listing the first ten missing, extra or wrongly shaped tensors.
+    The visual tower, the projection and the logit scale are left out. `state` may also be a Stable Diffusion 2
+    checkpoint. Raises CheckpointError listing the first ten missing, extra or wrongly shaped tensors.
     """
     tower = _text_tower(state)
     sizes = _text_sizes(tower)
@@ -97,7 +97,7 @@ def text_arguments_from_openclip(state: State) -> dict[str, Any]:
 
 
 def text_from_transformers(state: State) -> dict[str, Tensor]:
-    """A CLIPTextModel of any transformers version under our names: no `text_model.`, no buffers, no projection."""
+    """A CLIPTextModel of any transformers version under our names: without `text_model.`, buffers and projection."""
     names = {name: name.removeprefix("text_model.") for name in state}
     unused = ("embeddings.position_ids", "text_projection.weight")
     return {ours: state[name] for name, ours in names.items() if ours not in unused}
@@ -223,14 +223,14 @@ def autoencoder_arguments_from_ldm(state: State) -> dict[str, Any]:
 
 
 def autoencoder_from_diffusers(state: State) -> dict[str, Tensor]:
-    """An AutoencoderKL of any diffusers version under its present names; its attention had other names before."""
+    """An AutoencoderKL of any diffusers version under its current names. Older versions name attention differently."""
 
     def today(name: str) -> str:
         head, _, rest = name.partition(".attentions.0.")
         part, _, leaf = rest.partition(".")
         return f"{head}.attentions.0.{_OLD_ATTENTION[part]}.{leaf}" if part in _OLD_ATTENTION else name
 
-    # A checkpoint of latent diffusion's own code may keep the 1x1 convolutions' shape.
+    # A checkpoint from latent diffusion's own code may have 1x1 convolutions in place of linear layers.
     return {
         today(name): tensor.flatten(1) if tensor.ndim == 4 and ".attentions.0." in name else tensor
         for name, tensor in state.items()
@@ -246,8 +246,8 @@ def kl_numbers(arguments: Mapping[str, Any]) -> tuple[int, float, float]:
 def check_parts(
     network: str, clip: Mapping[str, Any], codec: Mapping[str, Any], text_width: object, channels: object
 ) -> None:
-    """Raise CheckpointError where the text encoder or the autoencoder does not fit `network`, a denoiser that reads
-    texts of `text_width` and latents of `channels`.
+    """Raise CheckpointError if the text encoder or the autoencoder does not fit `network`, a denoiser that takes texts
+    of width `text_width` and latents with `channels` channels.
     """
     for what, given, wanted in (
         ("text encoder's width", clip.get("hidden_size"), text_width),
@@ -270,7 +270,7 @@ def shapes_of(build: Callable[[], nn.Module]) -> Shapes:
 
 
 def autoencoder_ldm_name(ours: str, levels: int) -> str:
-    """Latent diffusion's name of a diffusers tensor; its decoder counts the levels from the finest on."""
+    """Latent diffusion's name of a diffusers tensor. In its decoder, level 0 is the finest."""
     module, _, leaf = ours.rpartition(".")
 
     def level(match: re.Match[str]) -> str:
@@ -291,12 +291,12 @@ def autoencoder_ldm_name(ours: str, levels: int) -> str:
 
 
 def _under(state: State, prefix: str) -> dict[str, Tensor]:
-    """The tensors below `prefix`, without it; all of them if none is."""
+    """The tensors whose names begin with `prefix`, without it; all tensors if there are none."""
     return below(state, prefix) or dict(state)
 
 
 def _count(state: State, pattern: str) -> int:
-    """The count of a list in the names: one more than the largest index, which is the pattern's group."""
+    """The length of a list of modules: one more than its largest index. The pattern's group is the index."""
     return 1 + max((int(found[1]) for name in state if (found := re.match(pattern, name))), default=-1)
 
 

@@ -1,7 +1,7 @@
 """The networks around the denoiser as stages: text encoder and autoencoder, for all families.
 
-Inputs and outputs are float32 whatever the networks compute in. `prefix` is what the names of the weights have before
-them in a stage's module.
+Inputs and outputs are float32, in whatever precision the networks compute. In a stage's module, the names of the
+weights begin with `prefix`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class TextEncoderStage(nn.Module):
 
 
 class _AutoencoderStage(nn.Module):
-    """latents = (encoded - shift) * scale, per channel; one entry: for every channel."""
+    """latents = (encoded - shift) * scale, per channel; a single entry is for all channels."""
 
     prefix = "autoencoder."
     shift: Tensor
@@ -56,10 +56,10 @@ class DecoderStage(_AutoencoderStage):
 
 
 class EncoderStage(_AutoencoderStage):
-    """pixels [N,3,Y,X] in -1 to 1 -> latents [N,C,H,W]; the mode of the posterior where the encoder has one."""
+    """pixels [N,3,Y,X] in -1 to 1 -> latents [N,C,H,W]; the mode of the posterior if the encoder gives a posterior."""
 
     def forward(self, pixels: Tensor) -> Tensor:
         encoded = self.autoencoder.encode(pixels.to(self.dtype), return_dict=False)[0]  # type: ignore[operator]
-        # AutoencoderKL gives a distribution, AutoencoderDC the latents themselves.
+        # AutoencoderKL returns a distribution, AutoencoderDC returns latents.
         latents: Tensor = encoded if isinstance(encoded, Tensor) else encoded.mode()
         return (latents.float() - self.shift) * self.scale

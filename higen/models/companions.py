@@ -1,4 +1,4 @@
-"""The networks around the denoiser: transformers' CLIP text model and diffusers' autoencoders, built and loaded.
+"""Builds and loads the networks around the denoiser: transformers' CLIP text model and diffusers' autoencoders.
 
 `higen.models.companion_checkpoints` maps released checkpoints to the names used here.
 """
@@ -34,7 +34,7 @@ __all__ = [
 
 AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC", "AutoencoderKLTemporalDecoder")
 TEXT_PREFIX = "text_model."
-"""transformers before 5 nests the text model under this name, in the module and in files; our names leave it out.
+"""transformers before 5 nests the text model under this name, in the module and in files. Our names do not contain it.
 """
 
 
@@ -54,11 +54,11 @@ def text_encoder(arguments: Mapping[str, Any]) -> CLIPTextModel:
 
 
 def autoencoder(kind: str, arguments: Mapping[str, Any]) -> nn.Module:
-    """diffusers' autoencoder `kind` with its constructor's `arguments`, randomly initialised.
+    """diffusers' autoencoder `kind` with the constructor arguments `arguments`, randomly initialised.
 
-    encode(pixels [N,3,Y,X]) and decode(latents [N,C,H,W]) as in diffusers; a temporal decoder also takes the number of
-    frames. Raises ManifestError for an unknown kind or for arguments that diffusers refuses, MissingExtra without
-    diffusers.
+    It has encode(pixels [N,3,Y,X]) and decode(latents [N,C,H,W]) as in diffusers. A temporal decoder also takes the
+    number of frames. Raises ManifestError for an unknown kind or for arguments that diffusers refuses, MissingExtra
+    without diffusers.
     """
     if kind not in AUTOENCODERS:
         raise ManifestError(f"autoencoder.kind={kind!r}: one of {', '.join(AUTOENCODERS)}")
@@ -82,8 +82,8 @@ def load_text_encoder(
 ) -> CLIPTextModel:
     """The text encoder of a safetensors file, in `dtype` (None: as stored), frozen and in evaluation mode.
 
-    Its weights are in memory once. Raises IntegrityError for a file that is not safetensors, or that holds other
-    tensors than the arguments say (the first ten are listed); else as `text_encoder`.
+    Its weights are in memory once. Raises IntegrityError for a file that is not safetensors or has other tensors than
+    the arguments require (the first ten are listed), and the errors of `text_encoder`.
     """
     with torch.device("meta"):
         encoder = text_encoder(arguments)
@@ -98,7 +98,7 @@ def load_autoencoder(
     dtype: torch.dtype | None = None,
     device: torch.device | str = "cpu",
 ) -> nn.Module:
-    """The autoencoder of a safetensors file; as `load_text_encoder`."""
+    """The autoencoder of a safetensors file. See `load_text_encoder`."""
     with torch.device("meta"):
         built = autoencoder(kind, arguments)
     _load(built, path, dtype, torch.device(device))
@@ -111,8 +111,8 @@ def _load(module: nn.Module, path: str | os.PathLike[str], dtype: torch.dtype | 
 
 
 def restore_buffers(module: nn.Module, device: torch.device) -> None:
-    """Restore the buffers that no file stores and that the meta device leaves without values: CLIP's positions are the
-    only ones.
+    """Restore the buffers that are not stored in files and have no values after building on the meta device. The only
+    known ones are CLIP's positions.
     """
     for name, buffer in [(name, buffer) for name, buffer in module.named_buffers() if buffer.is_meta]:
         parent, _, leaf = name.rpartition(".")
@@ -124,7 +124,7 @@ def restore_buffers(module: nn.Module, device: torch.device) -> None:
 
 @contextmanager
 def quiet_import(package: str, purpose: str) -> Iterator[None]:
-    """Import a library without its warnings. Raises MissingExtra where it is not installed."""
+    """Import a library without its warnings. Raises MissingExtra if it is not installed."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -135,7 +135,7 @@ def quiet_import(package: str, purpose: str) -> Iterator[None]:
 
 @contextmanager
 def quiet(library: str) -> Iterator[None]:
-    """Silence a library's log messages inside the block. Import the library before: its import sets the log level."""
+    """Silence a library's log messages inside the block. Import the library first: its import sets the log level."""
     logger = logging.getLogger(library)
     level = logger.level
     logger.setLevel(logging.ERROR)

@@ -1,6 +1,6 @@
-"""Control networks of diffusers: what they add to the skip connections and the middle of a U-Net.
+"""Control networks of diffusers, which add terms to the skip connections and to the middle of a U-Net.
 
-ControlNet (Zhang et al. 2023): a copy of the U-Net's first half that sees pictures too, frame by frame.
+ControlNet (Zhang et al. 2023): a copy of the U-Net's first half that also takes pictures, frame by frame.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ __all__ = ["CONTROL", "ControlledClipPredictor", "control_net", "control_net_arg
 __all__ += ["added", "check_base"]
 
 CONTROL = "control"
-"""The part of a U-Net's file that is its control network's, and the module in the U-Net: `control.conv_in.weight`."""
+"""The control network's module name in a U-Net, and its prefix in the U-Net's file: `control.conv_in.weight`."""
 
 _SHARED = ("block_out_channels", "layers_per_block", "cross_attention_dim")
-"""Arguments in which a control network is like its U-Net."""
+"""Arguments that a control network and its U-Net must have in common."""
 
 _COLOURS = 3
 
@@ -36,13 +36,13 @@ def control_net(arguments: Mapping[str, Any]) -> nn.Module:
     with quiet("diffusers"):
         try:
             built: nn.Module = ControlNetModel(**arguments)
-        except Exception as error:  # whatever its checks and its arithmetic raise
+        except Exception as error:  # its checks and its arithmetic raise errors of many types
             raise ManifestError(f"architecture.control: diffusers refuses it: {error}") from error
     return built
 
 
 def control_net_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The constructor's arguments in a ControlNet's config.json. Raises CheckpointError for one that takes more than
+    """The constructor arguments in a ControlNet's config.json. Raises CheckpointError if it takes more inputs than
     latents, time, text and pictures, MissingExtra.
     """
     check_configuration(config, "ControlNetModel", "control network")
@@ -56,8 +56,8 @@ def control_net_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_base(control: Mapping[str, Any], unet: Mapping[str, Any], factor: int) -> None:
-    """Raise CheckpointError where a control network is made for another U-Net, or for other latents: `factor` pixels a
-    cell.
+    """Raise CheckpointError if a control network is made for another U-Net, or for latents with another number of
+    pixels per cell than `factor`.
     """
     with quiet_import("diffusers", "the control network"):
         from diffusers import ControlNetModel, UNet2DConditionModel
@@ -80,7 +80,7 @@ def _argument(of: type, given: Mapping[str, Any], name: str) -> Any:
 
 
 def with_control(unet: nn.Module, control: nn.Module) -> nn.Module:
-    """The U-Net, over the very same modules, with its control network as the module `control` in it."""
+    """A U-Net that shares the modules of `unet` and has the control network as an additional module `control`."""
     twin = copy.copy(unet)
     twin._modules = dict(unet._modules)
     twin.add_module(CONTROL, control)
@@ -88,7 +88,7 @@ def with_control(unet: nn.Module, control: nn.Module) -> nn.Module:
 
 
 def added(unet: Any, x: Tensor, t: Tensor, context: Tensor, pixels: Tensor, scale: Tensor) -> More:
-    """What the control network of a U-Net (`with_control`) adds to its skip connections, and to its middle.
+    """The terms that a U-Net's control network (`with_control`) adds to the skip connections and to the middle.
 
     x [B*f,C,H,W], t [B*f], context [B*f,T,Dc]; pixels [B,3,f,Y,X] in -1 to 1; scale [B,f]
     """
@@ -99,7 +99,7 @@ def added(unet: Any, x: Tensor, t: Tensor, context: Tensor, pixels: Tensor, scal
 
 
 class ControlledClipPredictor(ClipPredictor):
-    """A U-Net for video with a control network; its conditions are `context`, `control` and `control_scale`."""
+    """A video U-Net with a control network. The conditions are `context`, `control` and `control_scale`."""
 
     def forward(
         self, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor], branches: int

@@ -1,4 +1,4 @@
-"""A scheduler_config.json of diffusers as a loop's schedule, prediction and solvers."""
+"""Translates a scheduler_config.json of diffusers into a loop's schedule, prediction and solvers."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ _UNSUPPORTED = {
     "use_lu_lambdas": False,
     "use_flow_sigmas": False,
 }
-"""Settings that no table has, and the one value of each that needs none."""
+"""Settings that the tables cannot express, each with its only supported value."""
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """What a scheduler's configuration says; the solver that it names stands first.
+    """The content of a scheduler's configuration. Its own solver is the first of `solvers`.
 
-    notes  what was replaced, for a person
+    notes  lines for the user about what was replaced
     """
 
     schedule: NoiseSchedule
@@ -41,10 +41,10 @@ class Schedule:
 
 
 def schedule_of(config: Config, prediction: str | None = None) -> Schedule:
-    """Read a scheduler's configuration. `prediction`: instead of the configuration's own.
+    """Read a scheduler's configuration. `prediction` overrides that of the configuration.
 
-    The solvers behind the first one are those that diffusers' `from_config` makes of the same configuration.
-    Raises CheckpointError naming the class or the setting that the tables lack, and the nearest that works.
+    The other solvers are those that diffusers' `from_config` makes from the same configuration.
+    Raises CheckpointError naming an unsupported class or setting, and the nearest supported one.
     """
     kind = config.get("_class_name", "DDIMScheduler")
     notes: tuple[str, ...] = ()
@@ -98,7 +98,7 @@ def _checked(schedule: NoiseSchedule, prediction: str, kind: str, config: Config
 
 
 def _row(schedule: NoiseSchedule, prediction: str, kind: str, config: Config) -> Solver | None:
-    """Another class's solver of the same configuration; None where there is none."""
+    """The solver of another scheduler class with the same configuration; None if there is none."""
     own = {"_class_name", "algorithm_type", "solver_order", "solver_type", "use_karras_sigmas", "final_sigmas_type"}
     shared = {name: value for name, value in config.items() if name not in own}
     try:
@@ -108,7 +108,7 @@ def _row(schedule: NoiseSchedule, prediction: str, kind: str, config: Config) ->
 
 
 def _leading(config: Config, default: str) -> dict[str, Any]:
-    """Spacing and offset; the offset counts for a leading grid alone."""
+    """Spacing and offset. The offset only matters for a leading grid."""
     spacing = config.get("timestep_spacing", default)
     return {"spacing": spacing, "offset": config.get("steps_offset", 0) if spacing == "leading" else 0}
 

@@ -1,4 +1,4 @@
-"""diffusers' U-Nets: which of them these families can run, and how they are built."""
+"""Checks configurations of diffusers' U-Nets, and builds image U-Nets."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ _OTHER = {
     "time_cond_proj_dim": "it takes the guidance scale as an input, as LCM's full models do; take the LCM LoRA",
     "num_class_embeds": "it has a class condition, as the x4 upscaler has; no family here has one",
 }
-"""Arguments that make another model of the same class, and what to say of it."""
+"""Arguments of unsupported models of the same class, each with the reason for the error message."""
 
 
 def image_unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The constructor's arguments in a U-Net's config.json. Raises CheckpointError for a model of another kind,
+    """The constructor arguments in a U-Net's config.json. Raises CheckpointError for another kind of model,
     MissingExtra.
     """
     check_configuration(config, "UNet2DConditionModel")
@@ -38,8 +38,8 @@ def image_unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def check_configuration(config: Mapping[str, Any], wanted: str, what: str = "U-Net") -> None:
-    """Raise CheckpointError for a config.json of another class than `wanted`, or of a model that takes more than
-    latents, time and text. `what`: what it is called.
+    """Raise CheckpointError for a config.json of another class than `wanted`, or of a model that takes more inputs than
+    latents, time and text. `what`: its name in messages.
     """
     kind = config.get("_class_name", wanted)
     if kind != wanted:
@@ -51,7 +51,7 @@ def check_configuration(config: Mapping[str, Any], wanted: str, what: str = "U-N
 
 
 def check_latent_channels(channels: int) -> None:
-    """Raise CheckpointError for the first convolution of an inpainting, depth or upscaling model."""
+    """Raise CheckpointError for the input channels of another kind of model, such as inpainting, depth or upscaling."""
     others = {9: "an inpainting model", 5: "a depth model", 7: "the x4 upscaler", 8: "a model that edits pictures"}
     if channels != LATENT_CHANNELS:
         what = f" is {others[channels]}," if channels in others else ""
@@ -67,6 +67,6 @@ def image_unet(arguments: Mapping[str, Any]) -> nn.Module:
     with quiet("diffusers"):
         try:
             built: nn.Module = UNet2DConditionModel(**arguments)
-        except Exception as error:  # whatever its checks and its arithmetic raise
+        except Exception as error:  # its checks and its arithmetic raise errors of many types
             raise ManifestError(f"architecture.unet: diffusers refuses it: {error}") from error
     return built

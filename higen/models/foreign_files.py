@@ -1,4 +1,4 @@
-"""Recognises files that are not the expected checkpoint: a web page, a pointer, half a download."""
+"""Recognises files that are not a complete checkpoint, such as a web page, a Git LFS pointer or half a download."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from higen.errors import quoted
 __all__ = ["SAFETENSORS", "ZIP", "format_of", "not_a_checkpoint"]
 
 SAFETENSORS, ZIP, PICKLE = "safetensors", "zip", "pickle"
-"""Formats of checkpoints: safetensors, PyTorch's zip archive, and the pickle that it wrote before."""
+"""Formats of checkpoints: safetensors, PyTorch's zip archive, and the pickle of older PyTorch versions."""
 
 _HEADER = 100 * 2**20
-"""Bytes that the header of a safetensors file may have."""
+"""Largest size in bytes of a safetensors file's header."""
 
 _TEXT_PICKLE = re.compile(rb"\(?(?:[cl]?[a-zA-Z_][\w.]*\n[a-zA-Z_]\w*\n[(p]|d[pl]0\n|lp0\n)")
-"""How a pickle of protocol 0 begins that names a function, or is a dictionary or a list."""
+"""The start of a protocol 0 pickle that names a function, or holds a dictionary or a list."""
 
 _OTHERS = {
     b"\x1f\x8b": "gzip data: unpack it",
@@ -34,12 +34,12 @@ _OTHERS = {
 
 
 def format_of(path: Path) -> str | None:
-    """The format of a checkpoint by its first bytes, whatever its suffix; None: none of them. Raises OSError."""
+    """The format of a checkpoint according to its first bytes, not its suffix; None if unknown. Raises OSError."""
     with path.open("rb") as file:
         head = file.read(9)
     if head.startswith(b"PK\x03\x04"):
         return ZIP
-    # Before the pickle's two bytes, which may be those of a header's length.
+    # Tested before the pickle's two first bytes, because a header's length may begin with the same bytes.
     if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= _HEADER:
         return SAFETENSORS
     if head[:1] == b"\x80" and head[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05"):
@@ -48,14 +48,14 @@ def format_of(path: Path) -> str | None:
 
 
 def not_a_checkpoint(path: Path) -> str | None:
-    """What a file is that is no whole checkpoint, and what to do; None: it may be one. Raises OSError."""
+    """What the file is and what to do, if it is not a complete checkpoint; None if it may be one. Raises OSError."""
     with path.open("rb") as file:
         head = file.read(512)
     size, kind = path.stat().st_size, format_of(path)
     text = head.lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     if not size:
         return "an empty file: fetch it again"
-    if kind == SAFETENSORS:  # first, for the length that it begins with may look like any other's mark
+    if kind == SAFETENSORS:  # first, because its leading length may look like another format's mark
         return _cut_safetensors(path, size)
     if head.startswith(b"version https://git-lfs"):
         return "a Git LFS pointer in place of the weights: run `git lfs pull` there, or download the file itself"
@@ -96,7 +96,7 @@ def _odd_zip(path: Path, size: int) -> str | None:
 
 
 def _cut_safetensors(path: Path, size: int) -> str | None:
-    """Whether a safetensors file ends before its tensors do."""
+    """An error text if a safetensors file ends before its tensors do, else None."""
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = file.read(length)
@@ -105,7 +105,7 @@ def _cut_safetensors(path: Path, size: int) -> str | None:
         ends = [entry["data_offsets"][1] for name, entry in (entries or {}).items() if name != "__metadata__"]
         wanted = 8 + length + max(ends, default=0)
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
-        return None  # the library says what is wrong with the header
+        return None  # the library reports what is wrong with the header
     if size < wanted:
         return f"cut off: {size} bytes of {wanted} or more; fetch it again"
     return None

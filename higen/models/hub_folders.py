@@ -1,4 +1,4 @@
-"""The companions in a folder of the Hugging Face hub's layout: text_encoder/, vae/, tokenizer/, scheduler/."""
+"""Reads text encoder, autoencoder, vocabulary and licence from a folder in the Hugging Face hub's layout."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def text_arguments(folder: Path) -> dict[str, Any]:
 
 
 def text_state(folder: Path, arguments: Mapping[str, Any], on_note: Note) -> dict[str, Tensor]:
-    """The tensors of `folder`/text_encoder, which has these arguments. Raises CheckpointError."""
+    """The tensors of `folder`/text_encoder. `arguments`: of its CLIPTextConfig. Raises CheckpointError."""
     state = companions.text_from_transformers(
         folder_state(folder / "text_encoder", ("model", "pytorch_model"), on_note)
     )
@@ -49,14 +49,14 @@ def text_state(folder: Path, arguments: Mapping[str, Any], on_note: Note) -> dic
 
 
 def check_vocabulary(folder: Path) -> None:
-    """Raise CheckpointError for a folder whose tokenizer has other words than CLIP's."""
+    """Raise CheckpointError if the folder's tokenizer has another vocabulary than CLIP's."""
     vocabulary = folder / "tokenizer" / "vocab.json"
     if vocabulary.is_file() and read_json(vocabulary) != build_clip_tokenizer().get_vocab():
         raise CheckpointError(f"{vocabulary}: not CLIP's vocabulary, and no other is known")
 
 
 def card_licence(folder: Path) -> str | None:
-    """The licence that the folder's model card names in its head (README.md, `license:`); None: it names none."""
+    """The licence in the front matter of the folder's model card (README.md, `license:`); None if there is none."""
     try:
         card = read_text(folder / "README.md")
     except (OSError, TextError):

@@ -1,7 +1,7 @@
 """Building blocks of the denoiser (reference: tools/modules/unet/util.py; spec sections 3 and 4).
 
-Frames are folded into the batch, sample-major: images are [B*F, C, H, W] with row b*F + f. A block's temporal part
-is optional: the network without temporal layers is the same code, built without them.
+Frames are folded into the batch, sample-major: images are [B*F, C, H, W] with row b*F + f. The temporal part of a block
+is optional, so the same code also builds the network without temporal layers.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TRANSFORMER_EPS = 1e-6
 
 
 class Sinusoid(nn.Module):
-    """Sinusoidal embedding [...] -> [..., dim], float32, as `higen.conditioning.sinusoid`. No parameters."""
+    """Sinusoidal embedding [...] -> [..., dim], float32, as in `higen.conditioning.sinusoid`. No parameters."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -48,12 +48,12 @@ class Sinusoid(nn.Module):
 
 
 def embedding_mlp(width_in: int, width: int) -> nn.Sequential:
-    """The two-layer perceptron behind each embedding."""
+    """The two-layer perceptron after each embedding."""
     return nn.Sequential(nn.Linear(width_in, width), nn.SiLU(), nn.Linear(width, width))
 
 
 class Attention(nn.Module):
-    """Multi-head attention: heads are contiguous chunks of the channels, scale 1/sqrt(head_dim)."""
+    """Multi-head attention. Heads are contiguous chunks of the channels; the scale is 1/sqrt(head_dim)."""
 
     def __init__(self, dim: int, heads: int, memory_dim: int) -> None:
         super().__init__()
@@ -64,8 +64,8 @@ class Attention(nn.Module):
         self.out = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, memory: Tensor) -> Tensor:
-        # x: [B*F, T, C], memory: [B, M, Cm] or [B*F, M, Cm]. Frames of one sample that attend to the same memory
-        # are lined up along the tokens, so that keys and values are never repeated per frame.
+        # x: [B*F, T, C], memory: [B, M, Cm] or [B*F, M, Cm]. If the frames of a sample attend to the same memory,
+        # they are joined along the token axis, so that keys and values are not repeated per frame.
         q = self._split(self.query(x).reshape(memory.shape[0], -1, x.shape[-1]))  # [B, heads, F*T, d]
         k, v = self._split(self.key(memory)), self._split(self.value(memory))  # [B, heads, M, d]
         out: Tensor = self.out(_attend(q, k, v).transpose(1, 2).reshape(x.shape))
@@ -77,14 +77,14 @@ class Attention(nn.Module):
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     if q.device.type == "cpu" and torch.is_autocast_enabled("cpu"):
-        # Mixed precision on a CPU leaves attention in float32: in bfloat16 its backward pass is three times slower.
+        # In mixed precision on a CPU, attention stays in float32: in bfloat16 its backward pass is 3 times slower.
         with torch.autocast("cpu", enabled=False):
             return F.scaled_dot_product_attention(q.float(), k.float(), v.float())
     return F.scaled_dot_product_attention(q, k, v)
 
 
 class GatedFeedForward(nn.Module):
-    """GEGLU: the first half is the value, the second the gate; exact GELU."""
+    """GEGLU with exact GELU. The first half of the channels is the value, the second half the gate."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         half = self.contract.in_features
-        expanded = self.expand(x)  # sliced, not chunked: a chunk exports as a sequence
+        expanded = self.expand(x)  # sliced instead of chunked, because a chunk is exported as a sequence
         out: Tensor = self.contract(expanded[..., :half] * F.gelu(expanded[..., half:]))
         return out
 
@@ -101,7 +101,7 @@ class GatedFeedForward(nn.Module):
 class TransformerBlock(nn.Module):
     """x += attention1(norm x); x += attention2(norm x); x += feed_forward(norm x).
 
-    `memory1` and `memory2` are what the two attentions look at; None is x itself (self-attention).
+    The two attentions attend to `memory1` and `memory2`; None: to x itself (self-attention).
     """
 
     def __init__(self, dim: int, heads: int, memory1_dim: int | None = None, memory2_dim: int | None = None) -> None:
@@ -138,7 +138,7 @@ class SpatialTransformer(nn.Module):
 
 
 class TemporalTransformer(nn.Module):
-    """Two self-attentions over the frames at each pixel; its norm takes statistics jointly over all frames."""
+    """Two self-attentions over the frames at each pixel. Its norm takes joint statistics over all frames."""
 
     def __init__(self, channels: int, heads: int, head_dim: int) -> None:
         super().__init__()
@@ -157,12 +157,12 @@ class TemporalTransformer(nn.Module):
 
 
 class TemporalConv(nn.Module):
-    """Four convolutions over three frames each, with a residual around all of them; zero padding in time."""
+    """Four convolutions over three frames each, with zero padding in time and one residual around all four."""
 
     def __init__(self, channels: int, dropout: float) -> None:
         super().__init__()
         self.norms = nn.ModuleList(nn.GroupNorm(GROUPS, channels, RESNET_EPS) for _ in range(4))
-        # [C, C, 3, 1] kernels over [B, C, F, H*W]: what the released Conv3d (3, 1, 1) computes.
+        # [C, C, 3, 1] kernels over [B, C, F, H*W], equivalent to the released Conv3d (3, 1, 1).
         self.convs = nn.ModuleList(nn.Conv2d(channels, channels, (3, 1), padding=(1, 0)) for _ in range(4))
         zero(self.convs[3])
         self.dropout = nn.Dropout(dropout)
@@ -177,7 +177,7 @@ class TemporalConv(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions with the embedding added between them, then the temporal convolution on the sum."""
+    """Two 3x3 convolutions with the embedding added between them, and a skip; then a temporal convolution."""
 
     def __init__(self, width_in: int, width: int, embedding_dim: int, dropout: float, temporal: bool) -> None:
         super().__init__()
@@ -224,7 +224,7 @@ def frames_inside(x: Tensor, frames: int) -> Tensor:
 
 
 def zero(module: M) -> M:
-    """Zero a layer's parameters, so that the branch it ends starts as nothing."""
+    """Set a layer's parameters to zero, so that the branch that it ends is zero at first."""
     for parameter in module.parameters():
         nn.init.zeros_(parameter)
     return module

@@ -1,12 +1,12 @@
-"""Low-rank adapters (Hu et al. 2021) merged into weights: W + scale (alpha / r) up down.
+"""Merges low-rank adapters (Hu et al. 2021) into weights: W + scale (alpha / r) up down.
 
-The three spellings of the field:
+Three naming schemes are in use:
 
     kohya       lora_unet_down_blocks_0_..._to_q.lora_down.weight, .lora_up.weight, .alpha; lora_te_text_model_...
     PEFT        unet.down_blocks.0...to_q.lora_A.weight, .lora_B.weight; text_encoder.text_model...
     diffusers   unet.down_blocks.0...attn1.processor.to_q_lora.down.weight, .up.weight (before PEFT)
 
-A family whose authors have other names for layers than diffusers says how to translate them.
+A family with other layer names than diffusers passes a function that translates them.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ _OTHER = {
     "lora_magnitude_vector": "DoRA",
     "on_input": "IA3",
 }
-"""Parts of names of other kinds of adapters, whose products are others."""
+"""Parts of tensor names of other kinds of adapters, which are computed differently."""
 
 
 @dataclass(frozen=True)
 class Lora:
-    """A file and how much of it is added; 0 changes nothing, negative numbers subtract it. Raises CheckpointError."""
+    """A file and its factor: 0 changes nothing, a negative factor subtracts the adapter. Raises CheckpointError."""
 
     path: Path
     scale: float = 1.0
@@ -72,7 +72,7 @@ class _Factors:
 
 
 def parse_lora(text: str) -> Lora:
-    """FILE or FILE:SCALE. Raises CheckpointError."""
+    """Read FILE or FILE:SCALE. Raises CheckpointError."""
     path, colon, scale = text.rpartition(":")
     try:
         return Lora(Path(path), float(scale)) if colon else Lora(Path(text))
@@ -87,15 +87,15 @@ def merged(
     nested: Mapping[str, str] | None = None,
     renamed: Callable[[str], str] = lambda name: name,
 ) -> dict[str, Made]:
-    """The weights with all adapters added, in the order given; each is computed when it is asked for.
+    """The weights with all adapters added, in the given order. A weight is computed when it is accessed.
 
     states  {"unet": tensors by diffusers' names, "text_encoder": tensors by transformers' names}
-    nested  {network: what adapters' names have before ours}: transformers before 5 has "text_model."
-    renamed gives the name that `states` have for a layer, with dots or underscores, of that in an adapter
+    nested  {network: prefix that its names have only in adapters}; transformers before 5 has "text_model."
+    renamed returns the name in `states` of a layer for its name in an adapter, with dots or underscores
     notes   gets a line for each adapter: how many layers it changes, and which of its tensors are not used
 
-    Raises CheckpointError: a file that is not an adapter or another kind of one, that fits none of the networks, whose
-    factors have other shapes than the layer, or whose values are not finite.
+    Raises CheckpointError for a file that is not an adapter, another kind of adapter, an adapter that fits none of the
+    networks, factors that do not fit the layer's shape, and values that are not finite.
     """
     shapes = {network: unmade(state) for network, state in states.items()}
     makers: dict[str, dict[str, Maker]] = {network: {} for network in states}
@@ -112,7 +112,7 @@ def _merge(
     nested: Mapping[str, str],
     renamed: Callable[[str], str],
 ) -> str:
-    """Checks an adapter and puts its sums behind those of the adapters before it. Returns its note."""
+    """Check an adapter and add its makers after those of the previous adapters. Returns its note."""
     given = read_state(lora.path)
     for word, kind in _OTHER.items():
         if named := next((name for name in given if word in name), None):
@@ -139,7 +139,7 @@ def _merge(
 
 
 def _layers(given: State) -> tuple[dict[str, _Factors], list[str]]:
-    """The factors of each layer by the adapter's name of it, and the names of tensors that are none."""
+    """{layer's name in the adapter: its factors}, and the names of the tensors that are not factors."""
     layers: dict[str, _Factors] = {}
     unused = []
     for name, tensor in given.items():
@@ -159,7 +159,7 @@ def _layers(given: State) -> tuple[dict[str, _Factors], list[str]]:
 
 
 def _alphas(path: Path) -> dict[str, float]:
-    """PEFT's alpha per network ("" for all), which diffusers keeps in the file's metadata."""
+    """PEFT's alpha for each network ("" for all), from the metadata that diffusers writes into the file."""
     try:
         with safe_open(path, framework="pt") as file:
             stored = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
@@ -174,7 +174,7 @@ def _alphas(path: Path) -> dict[str, float]:
 
 
 def _places(state: State, nested: str) -> dict[str, str]:
-    """The weight of each layer by the layer's name, with dots and, as kohya writes it, with underscores."""
+    """{layer's name: name of its weight}, for the layer's name with dots and, as in kohya's files, with underscores."""
     places: dict[str, str] = {}
     for name, tensor in state.items():
         if name.endswith(".weight") and tensor.ndim in (2, 4):
@@ -194,7 +194,7 @@ _PREFIXES = {
 
 
 def _target(module: str, places: Mapping[str, Mapping[str, str]]) -> tuple[str, str] | None:
-    """The network and the weight that a layer of an adapter is added to."""
+    """The network and the name of the weight to which a layer of an adapter is added; None if there is none."""
     prefix = next((prefix for prefix in _PREFIXES if module.startswith(prefix)), "")
     network = _PREFIXES.get(prefix, "unet")
     inner = module.removeprefix(prefix)
@@ -213,7 +213,7 @@ def _after(before: Maker | None, added: Maker) -> Maker:
 
 
 def _product(module: str, shape: torch.Size, factors: _Factors, scale: float, alphas: Mapping[str, float]) -> Maker:
-    """What adds a layer's two factors to its weight: in float32, rounded to the weight's own dtype."""
+    """The function that adds the product of a layer's factors to its weight, in float32; the dtype does not change."""
     down, up = factors.down, factors.up
     if down is None or up is None:
         raise CheckpointError(f"{module}: has one of a LoRA's two factors")

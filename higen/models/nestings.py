@@ -1,4 +1,4 @@
-"""Finds the weights in a checkpoint, and removes from their names the wrappers that training put around the network."""
+"""Finds the weights in a checkpoint, and removes the names of training wrappers from the tensors' names."""
 
 from __future__ import annotations
 
@@ -23,21 +23,21 @@ PLAIN = (
     "generator",
     "weights",
 )
-"""Names under which training loops keep averages of the weights, and the weights. The first one with tensors counts."""
+"""Keys under which training loops store averages of the weights, and the weights. The first with tensors is used."""
 
 DEPTH = 3
 _WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
-"""Parts of a name that do not belong to the network: DataParallel's, torch.compile's, FSDP's."""
+"""Parts of a name that do not belong to the network: from DataParallel, torch.compile and FSDP."""
 SHOWN = 6
 LONG = 100
-"""Letters of a name that a message shows as it is."""
+"""A name of at most this many letters is shown in full in a message."""
 
 
 def weights_of(loaded: object) -> tuple[dict[str, Tensor], str]:
-    """The tensors of a checkpoint by name, and a note where there were several sets to choose from.
+    """The tensors of a checkpoint by name, and a note if there are several sets of weights.
 
-    Averages are preferred to weights if all weights have one, and both are preferred to tensors at the top level.
-    Raises CheckpointError for a checkpoint without tensors; the message says what it holds.
+    Averages are preferred to weights if every weight has an average. Both are preferred to tensors at the top level.
+    Raises CheckpointError for a checkpoint without tensors; the message says what it contains.
     """
     state, note = _weights(loaded, DEPTH)
     if not state:
@@ -72,7 +72,7 @@ def _names(state: Iterable[str]) -> set[str]:
 
 
 def unwrapped(name: str) -> str:
-    """A tensor's name without the parts that wrappers of a network add."""
+    """A tensor's name without the parts that wrappers around a network add."""
     *parts, leaf = name.split(".")
     return ".".join([*(part for part in parts if part not in _WRAPPERS), leaf])
 
@@ -107,6 +107,6 @@ def _seen(loaded: object) -> str:
 
 
 def _kind(value: object) -> str:
-    """A description of a value. `pickles._Inert` replaces an object of another library, mostly an array."""
+    """The kind of a value, for a message. `pickles._Inert` stands for an object of another library, mostly an array."""
     name = type(value).__name__
     return "an array or object, and no tensor" if name == "_Inert" else name

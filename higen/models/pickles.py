@@ -1,4 +1,4 @@
-"""Reads PyTorch's pickles without running code: tensors are read, other objects are not made."""
+"""Reads PyTorch's pickles without running code: tensors are read, other objects are not created."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["plain_reason", "read_pickle"]
 
 
 class _Inert:
-    """Replaces a class or function that a training loop saved beside the weights; it does nothing and has no value."""
+    """Replaces a class or function that a training loop saved with the weights. It does nothing and has no value."""
 
     def __init__(self, *_: object, **__: object) -> None: ...
 
@@ -50,12 +50,12 @@ _HARMLESS = (
     "datetime.datetime",
     "datetime.timedelta",
 )
-"""Names that training loops save beside weights. They are not imported or called: `_Inert` replaces them."""
+"""Names that training loops save with the weights. They are not imported or called; `_Inert` replaces them."""
 
 _INERT: list[Callable[..., Any] | tuple[Callable[..., Any], str]] = [(_Inert, name) for name in _HARMLESS]
 
 CHUNK = 2**20
-"""Bytes that are read at a time."""
+"""Number of bytes to read at a time."""
 
 _FORBIDDEN = re.compile(
     r"Unsupported (?:global: GLOBAL|class) (?P<name>[\w.]+)"
@@ -71,10 +71,10 @@ _SAFELY = (
 
 
 def read_pickle(path: Path, checked: bool = True) -> object:
-    """The contents of a file that PyTorch saved, on the CPU. Tensors of a zip archive are mapped from disk.
+    """The contents of a file that PyTorch saved, on the CPU. Tensors of a zip archive are memory-mapped.
 
-    `checked`: compare the archive's own checksums, which reads the file once. Raises CheckpointError for a file that
-    names code besides tensors or is damaged; an error about too little memory is passed on unchanged.
+    `checked`: compare the archive's checksums, which reads the whole file once. Raises CheckpointError for a file that
+    is damaged or refers to code. An error about a lack of memory is passed on unchanged.
     """
     zipped = format_of(path) == ZIP
     if checked and zipped:
@@ -82,7 +82,7 @@ def read_pickle(path: Path, checked: bool = True) -> object:
     try:
         with warnings.catch_warnings(), torch.serialization.safe_globals(_INERT):
             warnings.simplefilter("ignore")
-            if path.suffix.lower() == ".safetensors":  # PyTorch goes by the name, and maps no open file
+            if path.suffix.lower() == ".safetensors":  # PyTorch goes by a path's suffix; an open file is not mapped
                 with path.open("rb") as file:
                     return torch.load(file, map_location="cpu", weights_only=True)
             return torch.load(path, map_location="cpu", mmap=zipped, weights_only=True)
@@ -105,11 +105,11 @@ def read_pickle(path: Path, checked: bool = True) -> object:
 
 
 def _check_sums(path: Path) -> None:
-    """Raise CheckpointError for a record that does not fit its checksum: PyTorch maps the file and compares none."""
+    """Raise CheckpointError for a record with a wrong checksum. PyTorch maps the file and does not check them."""
     name = "directory"
     try:
         with zipfile.ZipFile(path) as archive:
-            # PyTorch can be told to leave checksums out, and writes 0 then.
+            # Without checksums, which is an option of PyTorch, it writes 0.
             for record in (record for record in archive.infolist() if record.CRC):
                 name = record.filename
                 with archive.open(record) as file:
@@ -122,7 +122,7 @@ def _check_sums(path: Path) -> None:
 
 
 def plain_reason(error: BaseException) -> str:
-    """The reason in one line, without PyTorch's advice to read the file in the way that runs its code."""
+    """The reason in one line, without PyTorch's advice to read the file in a way that runs its code."""
     first = (str(error).splitlines() or [""])[0]
     if any(word in first for word in ("weights_only", "Weights only", "safe_globals")):
         return "it is damaged, or no checkpoint"

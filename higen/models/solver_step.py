@@ -1,7 +1,7 @@
 """A denoising stage as a module: one whole solver step around any network that predicts m (docs/manifest.md, "loops").
 
 The torch backend runs it and the export traces it, so the two agree by construction. Its inputs and outputs are
-float32 whatever the network computes in; the guidance mix and the solver's update are computed in float32.
+float32, in whatever precision the network computes. Guidance and the solver's update are computed in float32.
 """
 
 from __future__ import annotations
@@ -17,22 +17,23 @@ __all__ = ["SolverStep"]
 
 
 class SolverStep(nn.Module):
-    """The step of `stage`, guided or plain: takes its inputs and gives its outputs in the table's order.
+    """The step of `stage`, guided or plain. It takes its inputs and returns its outputs in the table's order.
 
-    `predictor(x, t, alpha, sigma, conditions, branches) -> m` is the network. Where the stage is guided, each of its
-    arguments has the branch with the prompt first and the one without behind it, along the first axis: x [2B,C,F,H,W],
-    t, alpha and sigma [2B], and `conditions` {name: tensor}. A condition with an input `empty_NAME` is stacked with
-    it, the others are repeated. `branches`: 2, or 1 for a plain step. m is like x.
+    `predictor(x, t, alpha, sigma, conditions, branches) -> m` is the network. If the stage is guided, each argument has
+    both branches along the first axis, first the one with the prompt, then the one without: x [2B,C,F,H,W], t, alpha
+    and sigma [2B], and `conditions` {name: tensor}. A condition with an input `empty_NAME` is stacked with that input;
+    other conditions are repeated. `branches`: 2, or 1 for a plain step. m has the shape of x.
 
-    A variant that keeps or takes deep features asks for `predictor.with_deep(..., deep) -> (m, deep)` instead: the
-    features [2B,K,F,H,W] that it is given (None: it computes them), and those that were used.
+    A variant that keeps or takes deep features calls `predictor.with_deep(..., deep) -> (m, deep)` instead. Its
+    argument `deep` is the given features [2B,K,F,H,W] (None: they are computed). It returns the features that were
+    used.
     """
 
     def __init__(self, stage: Stage, predictor: nn.Module) -> None:
         super().__init__()
         self.predictor = predictor
         self.prefix = f"predictor.{getattr(predictor, 'prefix', '')}"
-        """What the names of the weights have before them here."""
+        """The prefix of the weights' names in this module."""
         self.branches = 2 if stage.guided else 1
         self.inputs = tuple(tensor.name for tensor in stage.inputs)
         twins = {EMPTY + name for name in self.inputs}
@@ -40,8 +41,8 @@ class SolverStep(nn.Module):
         self.keeps = any(made.name == DEEP for made in stage.outputs)
 
     def forward(self, *tensors: Tensor) -> tuple[Tensor, ...]:
-        """x' = A x + B m + C previous and previous' = alpha x - sigma m, [B,C,F,H,W]; then the deep features that a
-        step keeps.
+        """Returns x' = A x + B m + C previous and previous' = alpha x - sigma m, both [B,C,F,H,W], and the deep
+        features if the step keeps them.
         """
         given = dict(zip(self.inputs, tensors, strict=True))
         x, previous = given["latents"], given["previous"]
@@ -60,7 +61,7 @@ class SolverStep(nn.Module):
             m = self.predictor(*told)
         m = m.to(x.dtype)
         if self.branches == 2:
-            branches = m.unflatten(0, (2, -1))  # not chunked: a chunk exports as a sequence
+            branches = m.unflatten(0, (2, -1))  # not chunked, because a chunk is exported as a sequence
             guidance = given["guidance"].to(x.dtype)[:, None, :, None, None]  # [B,1,f,1,1]
             m = branches[1] + guidance * (branches[0] - branches[1])
         a, b, c, alpha, sigma = (_column(given[name], x) for name in ("A", "B", "C", "alpha", "sigma"))

@@ -1,10 +1,10 @@
-"""diffusers' U-Nets for video walked block by block, so that a step exports with free batch and frames.
+"""Runs diffusers' video U-Nets block by block, so that a step can be exported with dynamic batch and frame axes.
 
-Their own forward repeats each sample's time embedding and text by `repeat_interleave`, and that exports to a graph for
-the example's batch alone. The blocks export as they are, so the forward is rewritten here and the blocks are called.
-UNetMotionModel, UNetSpatioTemporalConditionModel, UNet3DConditionModel and UNet2DConditionModel share the skeleton: a
-first convolution, blocks down, middle, blocks up, a last convolution. Frames lie along the first axis, those of one
-sample behind each other.
+diffusers' own forward repeats each sample's time embedding and text with `repeat_interleave`. That exports to a graph
+that only fits the example's batch. The blocks can be exported unchanged, so only the forward is rewritten here.
+UNetMotionModel, UNetSpatioTemporalConditionModel, UNet3DConditionModel and UNet2DConditionModel have the same
+structure: a first convolution, blocks on the way down, a middle block, blocks on the way up, a last convolution. Frames
+are along the first axis; the frames of one sample are consecutive.
 """
 
 from __future__ import annotations
@@ -26,33 +26,34 @@ def fold(x: Tensor) -> Tensor:
 
 
 def unfold(y: Tensor, batch: int) -> Tensor:
-    """[B*F,C,H,W] -> [B,C,F,H,W]. `batch`: B, a tensor's `shape[0]`, so that it stays free in a graph."""
+    """[B*F,C,H,W] -> [B,C,F,H,W]. `batch`: B as a tensor's `shape[0]`, so that it stays dynamic in a graph."""
     return y.unflatten(0, (batch, -1)).transpose(1, 2)
 
 
 def per_frame(x: Tensor, frames: int) -> Tensor:
-    """[B,...] -> [B*F,...], each sample's row for each of its frames: `repeat_interleave` by a free number."""
+    """[B,...] -> [B*F,...]: `repeat_interleave` of each sample's row by its number of frames, which stays dynamic."""
     return x[:, None].expand(-1, frames, *(-1,) * (x.ndim - 1)).flatten(0, 1)
 
 
 def time_embedding(unet: Any, t: Tensor) -> Tensor:
-    """t [B] -> [B,E]: sinusoids, which are computed in float32, and the two layers behind them."""
+    """t [B] -> [B,E]: sinusoids, which are computed in float32, and the two layers after them."""
     embedding: Tensor = unet.time_embedding(unet.time_proj(t).to(unet.conv_in.weight.dtype))
     return embedding
 
 
 More = tuple[tuple[Tensor, ...], Tensor]
-"""What a control network adds: to the skip connections, in the order of `down_and_middle`, and to the middle."""
+"""The terms of a control network: for the skip connections, in the order of `down_and_middle`, and for the middle."""
 
 
 def walk(unet: Any, x: Tensor, embedding: Tensor, context: Tensor, more: More | None = None, **frames: Any) -> Tensor:
-    """From behind the first convolution to the prediction: [N,C,H,W] -> [N,C',H,W], N the frames of all samples.
+    """The U-Net from after the first convolution to the prediction: [N,C,H,W] -> [N,C',H,W], N: frames of all samples.
 
-    embedding  [N,E]; context [N,L,Dc], of the blocks that attend to it
-    more       what is added behind the first half
-    frames     what tells the blocks how many frames a sample has: `num_frames` or `image_only_indicator`, by the class
+    embedding  [N,E]
+    context    [N,L,Dc], for the blocks that attend to it
+    more       terms that are added after the first half
+    frames     the argument for the number of frames: `num_frames` or `image_only_indicator`, depending on the class
 
-    H and W are multiples of what the blocks down divide them by: no block is told the size to upsample to.
+    H and W must be multiples of the U-Net's downsampling, because the blocks get no target size for upsampling.
     """
     return walk_with_deep(unet, x, embedding, context, None, more, **frames)[0]
 
@@ -66,8 +67,8 @@ def walk_with_deep(
     more: More | None = None,
     **frames: Any,
 ) -> tuple[Tensor, Tensor]:
-    """`walk`, and the features [N,K,H,W] that enter the last layer of the blocks up from below. With `deep`, those of
-    another step, that layer alone is run (higen/feature_reuse.py); `more` is not added then.
+    """The result of `walk`, and the deep features [N,K,H,W] that enter the last layer on the way up from below. With
+    `deep`, the deep features of another step, only that layer is run (higen/feature_reuse.py), and `more` is not added.
     """
     if deep is None:
         y, skips = down_and_middle(unet, x, embedding, context, **frames)
@@ -84,7 +85,7 @@ def walk_with_deep(
 def last_layers(
     unet: Any, x: Tensor, skips: tuple[Tensor, ...], embedding: Tensor, context: Tensor, which: slice, **frames: Any
 ) -> Tensor:
-    """Some of the layers of the last block up, which has no upsampler: the same modules in a block of fewer."""
+    """Run the layers `which` of the last block on the way up, with the same modules. This block has no upsampler."""
     block = unet.up_blocks[-1]
     part = copy.copy(block)
     lists = {
@@ -100,13 +101,13 @@ def last_layers(
 def down_and_middle(
     unet: Any, x: Tensor, embedding: Tensor, context: Tensor, **frames: Any
 ) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The first half of `walk`: what the middle block makes, and the skip connections, the last one's last."""
+    """The first half of `walk`: the output of the middle block, and the skip connections in the order of the blocks."""
     skips: tuple[Tensor, ...] = (x,)
     for block in unet.down_blocks:
         x, more = block(hidden_states=x, temb=embedding, **_text(block, context), **frames)
         skips += more
     if unet.mid_block is not None:
-        # A middle block without temporal layers is that of a U-Net for pictures, which knows of no frames.
+        # A middle block without temporal layers is that of an image U-Net. It takes no number of frames.
         known = inspect.signature(type(unet.mid_block).forward).parameters
         told = {name: value for name, value in frames.items() if name in known}
         x = unet.mid_block(x, embedding, encoder_hidden_states=context, **told)
@@ -114,7 +115,7 @@ def down_and_middle(
 
 
 def ends(unet: Any, x: Tensor) -> Tensor:
-    """What stands behind the blocks of a U-Net: [N,C,H,W] -> the prediction [N,C',H,W]."""
+    """The layers after the blocks of a U-Net: [N,C,H,W] -> the prediction [N,C',H,W]."""
     if unet.conv_norm_out is not None:
         x = unet.conv_act(unet.conv_norm_out(x))
     predicted: Tensor = unet.conv_out(x)
@@ -126,7 +127,7 @@ def _text(block: Any, context: Tensor) -> dict[str, Tensor]:
 
 
 class ClipPredictor(nn.Module):
-    """m of a U-Net for video, as `SolverStep` asks for it; its one condition is `context` [B,T,Dc]."""
+    """Predicts m with a video U-Net, as `SolverStep` calls it. The only condition is `context` [B,T,Dc]."""
 
     prefix = "unet."
 
@@ -136,17 +137,17 @@ class ClipPredictor(nn.Module):
 
     @property
     def deep_channels(self) -> int | None:
-        """Channels of the deep features; None: it has none."""
+        """Channels of the deep features; None if there are no deep features."""
         return int(self.unet.conv_in.out_channels)
 
     def enter(self, first: Tensor, frames: int) -> Tensor:
-        """What stands between the first convolution and the blocks: [B*F,C,H,W] -> the same. Here nothing."""
+        """Layers between the first convolution and the blocks: [B*F,C,H,W] -> the same. There are none by default."""
         return first
 
     def through(
         self, first: Tensor, embedding: Tensor, context: Tensor, frames: int, deep: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """From behind `enter` to the prediction, [B*F,C',H,W], and the deep features, see `walk_with_deep`."""
+        """The U-Net from after `enter` to the prediction [B*F,C',H,W], and the deep features (see `walk_with_deep`)."""
         return walk_with_deep(self.unet, first, embedding, context, deep, num_frames=frames)
 
     def forward(self, *told: Any) -> Tensor:
@@ -163,7 +164,7 @@ class ClipPredictor(nn.Module):
         branches: int,
         deep: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """m, like x [B,C,F,H,W], and the deep features [B,K,F,H,W]: `deep`, where they are given."""
+        """m, shaped like x [B,C,F,H,W], and the deep features [B,K,F,H,W], which are `deep` if it is given."""
         unet, frames = self.unet, x.shape[2]
         dtype = unet.conv_in.weight.dtype
         embedding, context = time_embedding(unet, t), conditions["context"].to(dtype)

@@ -1,4 +1,4 @@
-"""Reads weights from a file into a module and writes them back. Memory never holds a second copy of all of them."""
+"""Reads weights from a file into a module, and writes weights to a file, without a second copy of all in memory."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ __all__ = ["DTYPES", "Made", "Maker", "fill", "joined", "let_go", "unmade", "wri
 
 DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 NAMES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
-"""How safetensors spells them."""
+"""The names of the dtypes in safetensors files."""
 
 Maker = Callable[[Tensor], Tensor]
 
 CHUNK = 256 * 2**20
-"""Bytes read between two openings of a file: what was read of a mapped file stays in memory until it is closed."""
+"""A file is reopened after this many bytes, as what is read of a mapped file stays in memory until it is closed."""
 
 
 class Made(Mapping[str, Tensor]):
-    """Tensors of which some are made of others whenever they are asked for, so that there is no second copy of all.
+    """Tensors, some of which are computed at each access, so that there is never a second copy of all in memory.
 
-    source  tensors of the names, shapes and dtypes of these
-    makers  {name: what makes the tensor, given that of `source`}
+    source  tensors with the same names, shapes and dtypes
+    makers  {name: function that computes the tensor from that of `source`}
     """
 
     def __init__(self, source: Mapping[str, Tensor], makers: Mapping[str, Maker]) -> None:
@@ -52,15 +52,15 @@ class Made(Mapping[str, Tensor]):
 
 
 def joined(state: Mapping[str, Tensor], more: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """The tensors of both, which have different names; those that are made of others still are."""
+    """The tensors of both mappings, which have different names. Computed tensors are still computed at each access."""
     if isinstance(state, Made):
         return Made(joined(state.source, more), state.makers)
     return {**state, **more}
 
 
 def let_go(tensor: Tensor) -> None:
-    """Tell Linux that a tensor's memory is not needed soon: what is mapped of a file leaves memory until it is read
-    again, and other memory keeps its values. Without this, a file that is read from end to end stays in memory.
+    """Tell Linux that a tensor's memory is not needed soon. Pages mapped from a file leave memory until they are read
+    again; other memory keeps its values. Without this, a file that is read from end to end stays in memory.
     """
     if sys.platform != "linux" or tensor.device.type != "cpu" or tensor.nbytes < mmap.PAGESIZE:
         return
@@ -72,11 +72,11 @@ def let_go(tensor: Tensor) -> None:
 
 
 _PAGEOUT = 21
-"""MADV_PAGEOUT, of Linux 5.4; older ones answer with an error, and nothing changes."""
+"""MADV_PAGEOUT, available since Linux 5.4. Older versions return an error, and nothing changes."""
 
 
 def unmade(state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-    """Tensors of the same names, shapes and dtypes, at no cost."""
+    """The source tensors, with the same names, shapes and dtypes. Nothing is computed."""
     return unmade(state.source) if isinstance(state, Made) else state
 
 
@@ -91,10 +91,10 @@ def fill(
 ) -> None:
     """Give a module on the meta device the tensors of a safetensors file, in `dtype` (None: as stored), frozen.
 
-    `rename` is applied to both sides' names before they are compared. Of the file's, those that begin with `part` are
-    taken, without it, and not those that begin with one of `beside`: it may hold several networks. Raises
-    IntegrityError for a file that cannot be read, and for missing, extra or wrongly shaped tensors with the first ten
-    of them.
+    `rename` is applied to the names in the file and in the module before they are compared. A file may hold several
+    networks: only names that begin with `part` and not with one of `beside` are used, without `part`. Raises
+    IntegrityError for a file that cannot be read, and for missing, extra or wrongly shaped tensors, listing the first
+    ten.
     """
     own = {rename(name): name for name in module.state_dict()}
     wanted = {rename(name): list(tensor.shape) for name, tensor in module.state_dict().items()}
@@ -115,7 +115,7 @@ def fill(
 def _tensors(
     path: str | os.PathLike[str], names: Mapping[str, str], device: torch.device
 ) -> Iterator[tuple[str, Tensor]]:
-    """(name, tensor) for every entry of `names` (name in the file: name)."""
+    """(name, tensor) for every entry of `names`, which is {name in the file: name}."""
     remaining = list(names.items())
     while remaining:
         read = 0
@@ -141,10 +141,10 @@ def _check(path: str | os.PathLike[str], given: Mapping[str, list[int]], wanted:
 def write_safetensors(
     path: Path, state: Mapping[str, Tensor], dtype: str, on_bytes: Callable[[int], None] = lambda size: None
 ) -> None:
-    """Write tensors, on any device, as safetensors in `dtype`, one at a time (the library's own writer wants all of
-    them at once, and raises an error of its own on a full disk).
+    """Write tensors from any device as safetensors in `dtype`, one at a time. The library's own writer needs all of
+    them at once, and raises its own type of error on a full disk.
 
-    Raises CheckpointError for a tensor that is not of floats or not finite, OSError.
+    Raises CheckpointError for a tensor that is not floating-point or not finite, OSError.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     end = 0

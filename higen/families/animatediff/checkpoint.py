@@ -1,8 +1,8 @@
-"""AnimateDiff's checkpoints: a Stable Diffusion 1.5 model and a motion module, or a folder of diffusers' that has both.
+"""AnimateDiff's checkpoints: a Stable Diffusion 1.5 model and a motion module, or a diffusers folder with both.
 
 Two sources   a Stable Diffusion folder or single file, and a motion module (see `motion_sources`), in either order
 One source    the folder of an AnimateDiffPipeline
-And a ControlNet, if wanted.
+A ControlNet may be added to either.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ __all__ = ["convert", "recognise"]
 PIPELINES = ("AnimateDiffPipeline", "AnimateDiffVideoToVideoPipeline")
 
 _CLIP_SCHEDULE: Mapping[str, Any] = {"beta_schedule": "linear", "timestep_spacing": "linspace", "steps_offset": 1}
-"""The schedule that the motion modules were trained with, in place of the base's scaled_linear, and diffusers' grid."""
+"""The schedule of the motion modules' training (the base model's is scaled_linear), and the grid of diffusers."""
 
 _MOTION_LICENCE = "the motion module: Apache-2.0 where its own says nothing else"
 
@@ -53,7 +53,7 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class _Parts:
-    """A model before its adapters are merged. `weights`: U-Net, text encoder, autoencoder."""
+    """A model before adapters are merged into it. `weights`: U-Net, text encoder, autoencoder."""
 
     made_of: spec.Networks
     image: Sampling
@@ -66,7 +66,7 @@ class _Parts:
 
 
 def recognise(path: Path) -> bool:
-    """Whether a folder or file holds motion modules, or a pipeline of diffusers' that has some."""
+    """Whether a folder or file holds motion modules or a diffusers pipeline with motion modules."""
     index = path / "model_index.json"
     if path.is_dir() and index.is_file():
         return str(read_json(index).get("_class_name")).startswith("AnimateDiff")
@@ -76,8 +76,8 @@ def recognise(path: Path) -> bool:
 def convert(sources: Sequence[Path], **options: Any) -> Converted:
     """Tables and weights from a Stable Diffusion model and a motion module, or from one folder that has both.
 
-    options  `prediction`: "epsilon" or "v", as for Stable Diffusion; left out, the files decide
-             `control_kind`: one of `control_source.KINDS`, where a ControlNet is among the sources
+    options  `prediction`: "epsilon" or "v", as for Stable Diffusion; default: as the files say
+             `control_kind`: one of `control_source.KINDS`, needed if a ControlNet is among the sources
              `group_norm`: one of `spec.GROUP_NORMS`; None: as in the code for which the motion module's file was made
              `loras`: adapters (`lora.Lora`) that are added to the U-Net, its motion modules and the text encoder
 
@@ -141,7 +141,7 @@ def _two(base: Path, module: Path, prediction: str | None, group_norm: str | Non
 
 
 def _clip_sampling(base: NoiseSchedule, prediction: str, solvers: tuple[Solver, ...]) -> Sampling:
-    """The sampling of clips for a base with this sampling: DDIM first, with the settings that diffusers derives."""
+    """The sampling of clips, derived from the base model's sampling: DDIM first, with the settings of diffusers."""
     final = next((solver.final for solver in solvers if solver.name == "ddim"), "zero")
     config = {
         "_class_name": "DDIMScheduler",
@@ -156,7 +156,7 @@ def _clip_sampling(base: NoiseSchedule, prediction: str, solvers: tuple[Solver, 
 
 
 def _folder(folder: Path, prediction: str | None, group_norm: str | None, notes: list[str]) -> _Parts:
-    """A pipeline of diffusers'. Its motion modules are in its U-Net or in a folder of their own."""
+    """A diffusers pipeline. Its motion modules are in its U-Net or in a separate folder."""
     kind = read_json(folder / "model_index.json").get("_class_name")
     if kind not in PIPELINES:
         raise CheckpointError(f"a {kind}, which no family here runs; one of {', '.join(PIPELINES)} is wanted")
@@ -191,7 +191,7 @@ def _folder(folder: Path, prediction: str | None, group_norm: str | None, notes:
 
 
 def _defaults() -> dict[str, Any]:
-    """The defaults of UNetMotionModel's arguments, without that of the training size."""
+    """The default values of UNetMotionModel's arguments, except the training size."""
     with quiet_import("diffusers", "the U-Net"):
         from diffusers import UNetMotionModel
     known = inspect.signature(UNetMotionModel.__init__).parameters.values()
@@ -199,9 +199,10 @@ def _defaults() -> dict[str, Any]:
 
 
 def _arguments(pictures: Mapping[str, Any], motion: Motion) -> dict[str, Any]:
-    """UNetMotionModel's arguments for a U-Net for pictures and these motion modules, as in its `from_unet2d`.
+    """UNetMotionModel's arguments for an image U-Net with these motion modules, as in its `from_unet2d`.
 
-    Raises CheckpointError for a motion module of another base, and for a U-Net with parts that UNetMotionModel lacks.
+    Raises CheckpointError for motion modules of another base model, and for a U-Net with parts that UNetMotionModel
+    does not have.
     """
     with quiet_import("diffusers", "the U-Net"):
         from diffusers import UNet2DConditionModel
@@ -223,7 +224,7 @@ def _arguments(pictures: Mapping[str, Any], motion: Motion) -> dict[str, Any]:
             arguments[name] = value
         elif name != "attention_head_dim" and value not in (None, defaults.get(name)):
             raise CheckpointError(f"{name}={value!r}: no U-Net with motion modules has it")
-    # diffusers calls the number of heads of a U-Net for pictures by the name of their size.
+    # In an image U-Net, diffusers keeps the number of heads under the name of the head's size.
     heads = given.get("num_attention_heads") or given.get("attention_head_dim")
     return {**arguments, "num_attention_heads": heads, **motion.arguments}
 
@@ -245,7 +246,7 @@ def _check(unet: State, arguments: Mapping[str, Any], what: str) -> None:
 
 
 def _converted(parts: _Parts, loras: Sequence[Lora], notes: list[str], control: ControlSource | None) -> Converted:
-    """The model directory, with the adapters merged. Raises CheckpointError for parts that do not belong together."""
+    """The model directory, with adapters merged. Raises CheckpointError for parts that do not belong together."""
     made_of, (unet, text, autoencoder) = parts.made_of, parts.weights
     channels, width = made_of.unet.get("in_channels"), made_of.unet.get("cross_attention_dim")
     companions.check_parts("its U-Net", made_of.clip, made_of.codec.arguments, width, channels)

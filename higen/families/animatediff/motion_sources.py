@@ -1,4 +1,4 @@
-"""Motion modules on disk: a MotionAdapter folder of diffusers, or one file in the authors' or in diffusers' names.
+"""Reads motion modules: a diffusers MotionAdapter folder, or one file with the authors' or diffusers' tensor names.
 
 Authors' names: down_blocks.0.motion_modules.0.temporal_transformer.transformer_blocks.0.attention_blocks.0.to_q.weight
 diffusers':     down_blocks.0.motion_modules.0.transformer_blocks.0.attn1.to_q.weight
@@ -30,10 +30,10 @@ State = Mapping[str, Tensor]
 ADAPTER = "MotionAdapter"
 
 _HEADS = 8
-"""Heads of the authors' motion modules. The tensors' shapes do not show their number."""
+"""The number of heads in the authors' motion modules. The tensors' shapes do not show it."""
 
 _POSITIONS = {True: 32, False: 24}
-"""The fewest frames for which a published motion module was trained: with a middle block, and without one."""
+"""Fewest training frames of any published motion module with (True) and without (False) a middle block."""
 
 _PE = "pos_embed.pe"
 
@@ -42,10 +42,10 @@ _PE = "pos_embed.pe"
 class Motion:
     """Motion modules under diffusers' names.
 
-    widths      of the levels on the way down
-    layers      motion modules of each of these levels
-    arguments   those arguments of UNetMotionModel that depend on the motion modules
-    group_norm  the axes of the statistics in the code for which they were made, one of `spec.GROUP_NORMS`
+    widths      channels of each level on the way down
+    layers      number of motion modules in each of these levels
+    arguments   the arguments of UNetMotionModel that depend on the motion modules
+    group_norm  one of `spec.GROUP_NORMS`: the statistics in the code for which the modules were made
     """
 
     widths: tuple[int, ...]
@@ -56,7 +56,7 @@ class Motion:
 
 
 def is_motion(path: Path) -> bool:
-    """Whether a folder or file holds motion modules, or something trained on them. Only names are read."""
+    """Whether a folder or file holds motion modules or adapters trained on them. Only names are read."""
     if path.is_dir():
         config = path / "config.json"
         return config.is_file() and read_json(config).get("_class_name") == ADAPTER
@@ -64,7 +64,7 @@ def is_motion(path: Path) -> bool:
 
 
 def read_motion(path: Path, notes: list[str]) -> Motion:
-    """Raises CheckpointError for a file that is not a motion module, or for one with other inputs than text."""
+    """Read motion modules. Raises CheckpointError for anything else, and for modules with other inputs than text."""
     return _of_folder(path, notes) if path.is_dir() else _of_file(path, notes)
 
 
@@ -126,7 +126,7 @@ def _of_file(path: Path, notes: list[str]) -> Motion:
 
 
 def _refuse_others(state: State) -> None:
-    """Raise CheckpointError for an adapter, and for a file with motion modules that is another kind of model."""
+    """Raise CheckpointError for an adapter and for another kind of model that contains motion modules."""
     if lora := next((name for name in state if "lora" in name), None):
         raise CheckpointError(f"a LoRA ({lora}): give it as --lora FILE:SCALE, behind a motion module")
     if any("controlnet_cond_embedding" in name or "input_hint_block" in name for name in state):
@@ -141,9 +141,9 @@ def _refuse_others(state: State) -> None:
 
 
 def diffusers_name(name: str) -> str:
-    """diffusers' name of a tensor or layer of a motion module; other names do not change.
+    """The diffusers name of a tensor or layer of a motion module. Other names are returned unchanged.
 
-    The parts of a name are separated by dots, or by underscores as in kohya's LoRA.
+    The parts of a name may be separated by dots, or by underscores as in kohya's LoRA files.
     """
     if MOTION not in name:
         return name
@@ -154,7 +154,7 @@ def diffusers_name(name: str) -> str:
 
 
 def _with_one_table(state: State) -> dict[str, Tensor]:
-    """Keep one table of positions per block. The authors' files have one for each of its two attentions."""
+    """Keep one table of positions per block. The authors' files have one for each of a block's two attentions."""
     found: dict[str, Tensor] = {}
     for name, tensor in state.items():
         own = re.sub(r"\.attn\d+\.pos_encoder\.pe$", f".{_PE}", name)
@@ -177,7 +177,7 @@ def _with_positions(state: dict[str, Tensor], frames: int) -> dict[str, Tensor]:
 
 
 def _counts(names: Collection[str], pattern: str) -> tuple[int, ...]:
-    """For each first number 0, 1, ... that the pattern finds: how many different second numbers go with it."""
+    """For each value 0, 1, ... of the pattern's first group: 1 + the largest value of its second group."""
     found: dict[int, int] = {}
     for name in names:
         if match := re.match(pattern, name):

@@ -1,4 +1,4 @@
-"""AnimateDiff's stages as PyTorch modules, over one copy of the weights: both loops share a U-Net."""
+"""AnimateDiff's stages as PyTorch modules. Both loops share one U-Net, so its weights are in memory once."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ def open(manifest: Manifest, weights: Weights) -> AnimateDiffNetworks:  # noqa: 
 
 
 class AnimateDiffNetworks(ClipNetworks):
-    """A U-Net with motion modules, and without them for one frame."""
+    """A U-Net with motion modules for clips, and without them for one frame."""
 
     def __init__(self, manifest: Manifest, weights: Weights) -> None:
         self._networks = spec.networks(manifest)
         super().__init__(manifest, weights, self._networks.clip, self._networks.codec)
 
     def predictor(self, step: Stage) -> nn.Module:
-        """The U-Net that fits the stage's frames, with its control network where the stage is shown a map."""
+        """The U-Net for the stage's number of frames, with its control network if the stage takes a control map."""
         unet = self._still if step.input("latents").shape[2] == 1 else self._unet
         if not any(tensor.name == CONTROL for tensor in step.inputs):
             return ClipPredictor(unet)

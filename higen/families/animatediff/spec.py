@@ -1,7 +1,7 @@
-"""AnimateDiff's tables (docs/manifest.md): data alone, no PyTorch.
+"""AnimateDiff's tables (docs/manifest.md). Only data, no PyTorch.
 
 text_encoder -> temporal_unet x steps -> vae_decoder       a clip
-text_encoder -> spatial_unet x steps -> vae_decoder        one frame: the same weights without the motion modules
+text_encoder -> spatial_unet x steps -> vae_decoder        one frame, with the same weights without the motion modules
 """
 
 from __future__ import annotations
@@ -40,18 +40,18 @@ TOKENIZER = "tokenizer.json"
 
 FRAME, CLIP = "frame", "clip"
 GROUP_NORMS = (FRAME, CLIP)
-"""What a motion module's group norm takes its statistics over: each frame alone, as in the authors' code, or all frames
+"""The range of a motion module's group norm statistics: each frame separately, as in the authors' code, or all frames
 of a clip, as in diffusers.
 """
 
 STRENGTH = 0.6
-"""How much of a video to begin from is drawn anew, by default."""
+"""Default of the control `strength`: how much of a given video is drawn anew."""
 
 FRAMES = 16
-"""The length that the published motion modules were trained at: longer clips are made in windows of it."""
+"""The clip length in the training of the published motion modules. Longer clips are made in windows of this length."""
 
 LONGEST = 512
-"""Frames of a clip at most, in windows."""
+"""The most frames of a clip that is made in windows."""
 
 
 STEPS = 25
@@ -59,10 +59,10 @@ STEPS = 25
 
 @dataclass(frozen=True)
 class Networks:
-    """Constructors' arguments of diffusers' UNetMotionModel, of transformers' CLIPTextConfig, and the codec.
+    """Constructor arguments of diffusers' UNetMotionModel and of transformers' CLIPTextConfig, and the codec.
 
     group_norm   one of `GROUP_NORMS`
-    control      arguments of diffusers' ControlNetModel, where there is one
+    control      arguments of diffusers' ControlNetModel, if there is one
     """
 
     unet: dict[str, Any]
@@ -92,8 +92,11 @@ def manifest(
     text: TextRules,
     edges: bool = False,
 ) -> Manifest:
-    """The tables of a model. `image`, `clip`: how one frame and a clip are sampled; `size`: width and height by
-    default, in pixels; `edges`: a control network is shown the edges of pictures.
+    """The tables of a model.
+
+    image, clip   how one frame and a clip are sampled
+    size          default width and height in pixels
+    edges         the control map is the edges of a given picture
 
     Raises ManifestError for networks that do not fit each other.
     """
@@ -120,7 +123,7 @@ def manifest(
             *(map_controls(edges) if control else ()),
         ),
         stages=_stages(made_of.unet["block_out_channels"][0], control),
-        # No loop takes the latents of the other, so the last one alone is run.
+        # Neither loop takes latents from the other, so only the last loop is run.
         loops=(
             denoising_loop("spatial", "spatial_unet", 1, image, variant=_variant("spatial_unet", control)),
             _temporal(clip, windows, control),
@@ -151,7 +154,7 @@ def _stages(deep: int, control: bool) -> tuple[Stage, ...]:
 
 
 def networks(manifest: Manifest) -> Networks:
-    """What a manifest's networks are. Raises ManifestError where it is no model of this family."""
+    """The networks in a manifest. Raises ManifestError if it is a model of another family."""
     if manifest.family != FAMILY:
         raise ManifestError(f"family={manifest.family!r}: {FAMILY} is wanted here")
     made_of = from_json(Networks, manifest.architecture, "architecture", whole=True)

@@ -1,6 +1,4 @@
-"""diffusers' UNetMotionModel as these stages need it: the group norm's statistics, and the U-Net without its motion
-modules.
-"""
+"""Changes to diffusers' UNetMotionModel: a choice of group norm statistics, and the U-Net without motion modules."""
 
 from __future__ import annotations
 
@@ -17,7 +15,7 @@ from higen.models.companions import quiet, quiet_import
 __all__ = ["MOTION", "motion_unet", "still_unet"]
 
 MOTION = "motion_modules"
-"""The part of a name that every tensor of a motion module has, and no other."""
+"""A part of the name of every tensor of a motion module, and of no other tensor."""
 
 
 def motion_unet(arguments: Mapping[str, Any], group_norm: str) -> nn.Module:
@@ -30,7 +28,7 @@ def motion_unet(arguments: Mapping[str, Any], group_norm: str) -> nn.Module:
     with quiet("diffusers"):
         try:
             built: nn.Module = UNetMotionModel(**arguments)
-        except Exception as error:  # whatever its checks and its arithmetic raise
+        except Exception as error:  # its checks and its arithmetic raise errors of many types
             raise ManifestError(f"architecture.unet: diffusers refuses it: {error}") from error
     if group_norm == FRAME:
         for module in _motion_modules(built):
@@ -41,7 +39,7 @@ def motion_unet(arguments: Mapping[str, Any], group_norm: str) -> nn.Module:
 
 
 def still_unet(unet: nn.Module, arguments: Mapping[str, Any]) -> nn.Module:
-    """The U-Net of `arguments` without its motion modules, over the very same parameters: that for pictures."""
+    """The U-Net of `arguments` without its motion modules, for images. It shares the parameters of `unet`."""
     with torch.device("meta"):
         still = motion_unet(arguments, FRAME)
     for _, modules in _motion_lists(still):
@@ -62,15 +60,15 @@ def _motion_modules(unet: nn.Module) -> list[nn.Module]:
 
 
 class FrameNorm(nn.GroupNorm):
-    """Group norm of each frame alone: [B,C,F,H,W] -> the same."""
+    """Group norm of each frame separately: [B,C,F,H,W] -> the same."""
 
     def forward(self, x: Tensor) -> Tensor:
-        """As the authors' TemporalTransformer3DModel, which norms before it takes the frames together."""
+        """As in the authors' TemporalTransformer3DModel, which normalises before it joins the frames."""
         return super().forward(x.transpose(1, 2).flatten(0, 1)).unflatten(0, (x.shape[0], -1)).transpose(1, 2)
 
 
 class Still(nn.Module):
-    """In a motion module's place: what it is given."""
+    """Replaces a motion module by the identity."""
 
     def forward(self, hidden_states: Tensor, *_: Any, **__: Any) -> Tensor:
         return hidden_states

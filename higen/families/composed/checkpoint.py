@@ -1,4 +1,4 @@
-"""A composed model is made from two model directories by `higen compose`. It is never read from a checkpoint."""
+"""`higen compose` makes a composed model from two model directories. It is never read from a checkpoint."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["convert", "recognise"]
 
 
 def recognise(path: Path) -> bool:
-    """No source is one of this family."""
+    """Always false: this family has no sources."""
     return False
 
 
 def convert(sources: Sequence[Path], **options: Any) -> Converted:
-    """Raises CheckpointError."""
+    """Always raises CheckpointError."""
     raise CheckpointError("composed: made of two model directories: higen compose FIRST SECOND OUTPUT")

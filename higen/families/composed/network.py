@@ -1,4 +1,4 @@
-"""A composed model's stages as PyTorch modules: those of the two models that it is made of."""
+"""A composed model's stages as PyTorch modules, built by the families of its two models."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def open(manifest: Manifest, weights: Weights) -> ComposedNetworks:  # noqa: A00
 
 
 class ComposedNetworks:
-    """Each stage is built by the family of the model that it comes from, under its own name there."""
+    """The family of the model that a stage comes from builds it, under the stage's name in that model."""
 
     def __init__(self, manifest: Manifest, weights: Weights) -> None:
         self._stages: dict[str, tuple[Networks, str]] = {}
@@ -31,7 +31,7 @@ class ComposedNetworks:
         for part in (made_of.first, made_of.second):
             own = _as_here(manifest, spec.part_manifest(part), part.stages)
             networks = families.network(own.family).open(own, _PartWeights(weights, part.weights))
-            for name, here in part.stages.items():  # a stage's variants have its name first
+            for name, here in part.stages.items():  # a stage, then its variants
                 same = zip(_named(manifest, here), _named(own, name), strict=True)
                 self._stages |= {one: (networks, theirs) for one, theirs in same}
 
@@ -44,19 +44,19 @@ class ComposedNetworks:
 
 
 def _as_here(manifest: Manifest, own: Manifest, names: Mapping[str, str]) -> Manifest:
-    """One of the two models, its stages with the variants that they have in the composed one."""
+    """One of the two models, with the variants of its stages that the composed model has."""
     rows = (replace(row, deep=manifest.stage(names[row.name]).deep) if row.name in names else row for row in own.stages)
     return replace(own, stages=tuple(rows))
 
 
 def _named(manifest: Manifest, name: str) -> list[str]:
-    """A stage and its variants."""
+    """The names of a stage and its variants."""
     stage = manifest.stage(name)
     return [one.name for one in (stage, *stage.variants)]
 
 
 class _PartWeights:
-    """The weights of one of the two models, by the names that its files had (`families.Weights`)."""
+    """The weights of one of the two models, under its own file names (`families.Weights`)."""
 
     def __init__(self, weights: Weights, names: Mapping[str, str]) -> None:
         self._weights = weights

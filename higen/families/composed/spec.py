@@ -1,8 +1,9 @@
-"""Joins the tables of two models to those of one (docs/manifest.md): data alone, no PyTorch.
+"""Joins the tables of two models into one model (docs/manifest.md). Only data, no PyTorch.
 
-The first model's loops run for one frame; its decoder becomes a stage, fed with the last of these loops' latents. What
-the second model took from its picture control it takes from that stage, as a picture. All else keeps its rows. Names of
-the second model that the first one has too get a prefix, and its streams of noise numbers of their own.
+The first model's loops run for one frame. Its decoder becomes a stage that decodes the latents of the last of these
+loops. The second model takes this stage's output as a picture, in place of its picture control. All other rows stay.
+Names of the second model that the first model also has get a prefix. Noise streams of the second model whose number the
+first model also has get a free number.
 """
 
 from __future__ import annotations
@@ -31,8 +32,8 @@ class Part:
     """One of the two models.
 
     tables   its own manifest
-    stages   {name of a stage in it: name here}
-    weights  {its weights files and tokenizer: names here}
+    stages   {name of a stage in its manifest: name in the composed model}
+    weights  {name of its weights file or tokenizer: name in the composed model}
     """
 
     tables: dict[str, Any]
@@ -49,20 +50,20 @@ class Architecture:
 
 
 def architecture(manifest: Manifest) -> Architecture:
-    """What a composed manifest is made of. Raises ManifestError where it is none."""
+    """The two parts of a composed manifest. Raises ManifestError for another manifest."""
     if manifest.family != FAMILY:
         raise ManifestError(f"family={manifest.family!r}: {FAMILY} is wanted here")
     return from_json(Architecture, manifest.architecture, "architecture", whole=True)
 
 
 def part_manifest(part: Part) -> Manifest:
-    """The manifest of one of the two models, as it was before. Raises ManifestError."""
+    """The original manifest of one of the two models. Raises ManifestError."""
     return from_json(Manifest, part.tables, "architecture", whole=True)
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """The rows that a model brings along."""
+    """The rows that one model contributes."""
 
     stages: tuple[Stage, ...]
     controls: tuple[Control, ...]
@@ -70,14 +71,14 @@ class _Rows:
 
     @property
     def weights(self) -> tuple[str, ...]:
-        """The weights files, each once."""
+        """The weights files, without duplicates."""
         return tuple(dict.fromkeys(stage.weights for stage in self.stages))
 
 
 def compose(first: Manifest, second: Manifest, same_tokenizer: bool) -> Manifest:
-    """The tables of both models, one behind the other. `same_tokenizer`: their files for it are equal.
+    """The tables of the model that runs `first`, then `second`. `same_tokenizer`: their tokenizer files are equal.
 
-    Raises ModelError naming the reason where the two do not fit.
+    Raises ModelError with the reason if the two do not fit together.
     """
     _check_fit(first, second, same_tokenizer)
     picture = _taken_picture(second)
@@ -128,9 +129,9 @@ def _check_fit(first: Manifest, second: Manifest, same_tokenizer: bool) -> None:
 
 
 def _taken_picture(second: Manifest) -> str:
-    """The picture control of the second model that the first one's picture takes the place of.
+    """The picture control of the second model that the first model's picture replaces.
 
-    It is one that the second model cannot do without, or else one that stands for a loop's result.
+    It is the only picture that the second model requires, or else the only picture that replaces a loop.
     """
     for loop in second.loops:
         if loop.start is not None and loop.start.needed:
@@ -158,9 +159,9 @@ def _taken_picture(second: Manifest) -> str:
 
 
 def _drawing(first: Manifest) -> _Rows:
-    """The first model's rows for one frame: its decoder becomes a stage that the last of its loops feeds.
+    """The first model's rows for one frame. Its decoder becomes a stage that takes the latents of its last loop.
 
-    Loops for longer clips and what only they use are left out.
+    Loops for longer clips are left out, with everything that only they use.
     """
     loops = tuple(
         replace(loop, frames=1, least_frames=1, windows=None, known=None)
@@ -180,7 +181,7 @@ def _drawing(first: Manifest) -> _Rows:
 
 
 def _filming(second: Manifest, picture: str) -> _Rows:
-    """The second model's rows for a picture that is always there: a loop that it replaces is left out."""
+    """The second model's rows for a picture that is always given. The loop that it replaces is left out."""
     replaced = {
         f"{loop.name}.latents": loop.replaced.latents
         for loop in second.loops
@@ -205,7 +206,7 @@ def _instead(row: Row | None, replaced: Mapping[str, str]) -> Row | None:
 
 
 def _used(model: Manifest, stages: list[Stage], loops: tuple[Loop, ...]) -> _Rows:
-    """Those rows among `rows` that the loops and the decoder use."""
+    """The rows that the loops and the decoder use."""
     rows = {stage.name: stage for stage in stages}
     open_ones = [*(name for loop in loops for name in loop.stages), model.sizes.decoder]
     rows_of = [row for loop in loops for row in (loop.replaced, loop.start, loop.known) if row is not None]
@@ -237,7 +238,7 @@ def _controls_of(stages: tuple[Stage, ...], loops: tuple[Loop, ...]) -> set[str]
 
 
 class _Names:
-    """What the second model's rows are called here, so that nothing has the name of one of the first's."""
+    """The names of the second model's rows in the composed model. They differ from all names of the first model."""
 
     def __init__(self, first: Manifest, drawing: _Rows, second: Manifest, filming: _Rows) -> None:
         taken = {*(stage.name for stage in drawing.stages), *(loop.name for loop in drawing.loops)}
@@ -247,14 +248,14 @@ class _Names:
         self._controls = _free([row.name for row in filming.controls], {row.name for row in drawing.controls})
         tokenizers = [model.text.tokenizer for model in (first, second) if model.text is not None]
         self.files = _free(filming.weights, {*drawing.weights, *tokenizers})
-        if second.text is not None:  # both have the same, or the first has none
+        if second.text is not None:  # both have the same tokenizer, or the first model has none
             self.files[second.text.tokenizer] = tokenizers[0]
         clash = {name for name, size in second.fixed.items() if first.fixed.get(name, size) != size}
         self._symbols = _free([*second.fixed], first.fixed, clash)
         self._purposes = _free_numbers(_purposes(drawing), _purposes(filming))
 
     def rows(self, filming: _Rows, picture: str, shown: str) -> _Rows:
-        """The second model's rows; the source `shown` stands in the place of its control `picture`."""
+        """The second model's rows under their new names, with the source `shown` in place of the control `picture`."""
         return _Rows(
             tuple(self._stage(stage, picture, shown) for stage in filming.stages),
             tuple(replace(row, name=self._controls[row.name]) for row in filming.controls if row.name != picture),
@@ -262,7 +263,7 @@ class _Names:
         )
 
     def sizes(self, first: Manifest, second: Manifest, filming: _Rows) -> Sizes:
-        """The second model's sizes, its sides multiples of both models', and no fewer frames than a loop runs for."""
+        """The second model's sizes. Sides are valid for both models; the fewest frames are those of its loops."""
         fewest, default, most = second.sizes.frames
         fewest = max(fewest, min(loop.least_frames for loop in filming.loops))
         sizes, multiple = second.sizes, math.lcm(first.sizes.multiple, second.sizes.multiple)
@@ -349,7 +350,7 @@ class _Names:
 
 
 def _free(names: Collection[str], taken: Collection[str], clash: Collection[str] | None = None) -> dict[str, str]:
-    """{name: itself, or with prefixes where it is taken}; all differ. `clash`: only these are renamed."""
+    """{name: the name, with prefixes if it is taken}; all results differ. `clash`: only these are renamed."""
     used = {*taken, *names}
     found: dict[str, str] = {}
     for name in names:
@@ -363,7 +364,7 @@ def _free(names: Collection[str], taken: Collection[str], clash: Collection[str]
 
 
 def _purposes(model: _Rows) -> set[int]:
-    """The streams of noise that a model draws from."""
+    """The numbers of the noise streams that a model uses."""
     found = {loop.noise.purpose for loop in model.loops}
     found |= {loop.noise.offset.purpose for loop in model.loops if loop.noise.offset is not None}
     sources = [source(tensor.source) for stage in model.stages for tensor in stage.inputs]
@@ -371,7 +372,7 @@ def _purposes(model: _Rows) -> set[int]:
 
 
 def _free_numbers(taken: set[int], own: set[int]) -> Mapping[int, int]:
-    """{purpose: itself, or where the first model has it, a number that neither has}."""
+    """{stream number: the number itself, or a free number if the first model uses it too}."""
     found, next_one = {n: n for n in own - taken}, max(taken | own, default=0) + 1
     for n in sorted(own & taken):
         found[n], next_one = next_one, next_one + 1

@@ -41,17 +41,17 @@ def recognise(path: Path) -> bool:
 def convert(sources: Sequence[Path], **options: Any) -> Converted:
     """Tables and weights from three sources: denoiser, text encoder, autoencoder.
 
-    denoiser     HiGen's .pth or .safetensors, maybe nested under `state_dict`
+    denoiser     HiGen's .pth or .safetensors, possibly nested under `state_dict`
     text         open_clip's .bin or .safetensors, a Stable Diffusion 2 .ckpt, or a diffusers folder of it
     autoencoder  a Stable Diffusion .ckpt or .safetensors (`first_stage_model.*`), or a diffusers folder of it
-    options      `arguments`: the reference constructor's keyword arguments that shapes cannot tell (`head_dim`), for a
-                 denoiser of another size than the released one
-                 `spatial`, `base`: paths of a personalised Stable Diffusion 2.1 and of what it was trained on from;
-                 their difference is added to the spatial tensors (`personal`)
+    options      `arguments`: for a denoiser of another size than the released one, the reference constructor's keyword
+                 arguments that the tensors' shapes do not show (`head_dim`)
+                 `spatial`, `base`: paths of a personalised Stable Diffusion 2.1 and of the model it was fine-tuned
+                 from; their difference is added to the spatial tensors (`personal`)
                  `loras`: adapters (`lora.Lora`) of Stable Diffusion 2.1 that are added to the spatial tensors
-                 `prediction`: of these, where their files do not contain it; only "v" is accepted
+                 `prediction`: what these models predict, if their files do not contain it; only "v" is accepted
 
-    Raises CheckpointError: a source is missing, refused or does not fit.
+    Raises CheckpointError if a source is missing, refused or does not fit.
     """
     if unknown := sorted(set(options) - _OPTIONS):
         raise CheckpointError(f"{', '.join(unknown)}: unknown; {spec.FAMILY} takes {', '.join(sorted(_OPTIONS))}")
@@ -83,7 +83,7 @@ _OPTIONS = frozenset({"arguments", "base", "loras", "prediction", "spatial"})
 
 @dataclass(frozen=True)
 class _Personal:
-    """What of Stable Diffusion 2.1 is added to the spatial tensors."""
+    """The fine-tune and the adapters of Stable Diffusion 2.1 that are added to the spatial tensors."""
 
     spatial: Path | None
     base: Path | None
@@ -188,7 +188,7 @@ def _text(path: Path, on_note: Note = _silent) -> tuple[TextConfig, dict[str, Te
 
 
 def _check_text(clip: Mapping[str, Any]) -> None:
-    """The released model's text encoder is 1024 wide and stops before the last of its 24 layers."""
+    """Raise CheckpointError for another text encoder. The released one is 1024 wide and omits the last of 24 layers."""
     layers, activation = clip.get("num_hidden_layers"), clip.get("hidden_act")
     if activation != "gelu" or (clip.get("hidden_size") == 1024 and layers != 23):
         raise CheckpointError(
@@ -198,7 +198,7 @@ def _check_text(clip: Mapping[str, Any]) -> None:
 
 
 def _text_of_folder(folder: Path, on_note: Note = _silent) -> tuple[TextConfig, dict[str, Tensor]]:
-    """The text encoder of a diffusers folder, which does not have the unused last block."""
+    """The text encoder of a diffusers folder. It does not contain the unused last block."""
     clip = hub_folders.text_arguments(folder)
     _check_text(clip)
     hub_folders.check_vocabulary(folder)
@@ -226,7 +226,7 @@ def _autoencoder_of_folder(folder: Path, on_note: Note = _silent) -> tuple[Autoe
 
 
 def _model_config(denoiser: Path, unet: UNetConfig, text: TextConfig, autoencoder: AutoencoderConfig) -> ModelConfig:
-    """The manifest's configuration. Raises CheckpointError for parts that do not belong together."""
+    """The configuration for the manifest. Raises CheckpointError for parts that do not belong together."""
     companions.check_parts("this denoiser", text.clip, autoencoder.arguments, unet.text_dim, unet.in_channels)
     name = "HiGen (CVPR 2024)" if unet == UNetConfig() else denoiser.stem
     licence = "as published by ali-vilab/VGen (its code: Apache-2.0)"

@@ -1,6 +1,6 @@
-"""A HiGen model's configuration: its networks, schedule and defaults, as training writes them and tables are made of.
+"""A HiGen model's configuration: networks, schedule and defaults. Training writes it, and the tables are made from it.
 
-No PyTorch: the standard library and the tables' own types.
+No PyTorch: this module needs only the standard library and the types of the tables.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ TOKENIZER = "tokenizer.json"
 
 @dataclass(frozen=True)
 class UNetConfig:
-    """The denoiser. The default values are the released model's (1,483,201,924 parameters with its conditioner)."""
+    """The denoiser. The defaults are the released model's values (1,483,201,924 parameters with its conditioner)."""
 
     in_channels: int = 4
     out_channels: int = 4
@@ -52,7 +52,7 @@ class UNetConfig:
     pooled_context: bool = False
     """The mean context token is added to the time embedding."""
     known_frames: bool = False
-    """The temporal network is told which frames of the clip are given (`preconditioning.velocity`)."""
+    """The temporal network takes known frames of the clip as inputs (`preconditioning.velocity`)."""
 
     def __post_init__(self) -> None:
         check_positive(self)
@@ -84,13 +84,13 @@ class UNetConfig:
 
     @property
     def size_multiple(self) -> int:
-        """Latent height and width must be multiples of this (one halving between two levels)."""
+        """Latent height and width must be multiples of this, because the size is halved between two levels."""
         return int(2 ** (len(self.channel_multipliers) - 1))
 
 
 @dataclass(frozen=True)
 class TextConfig:
-    """Text encoder: transformers' CLIPTextModel with `clip` as its keyword arguments, and the tokenizer's rules."""
+    """The text encoder (transformers' CLIPTextModel, whose configuration is `clip`) and the tokenizer's rules."""
 
     clip: dict[str, Any] = field(default_factory=dict)
     context_length: int = 77
@@ -106,15 +106,15 @@ class TextConfig:
 
     @property
     def rules(self) -> TextRules:
-        """The rules of the manifest."""
+        """The text rules for the manifest."""
         return TextRules(TOKENIZER, self.context_length, self.pad_id, self.clean)
 
 
 @dataclass(frozen=True)
 class AutoencoderConfig:
-    """Video frames to latents and back: one of diffusers' autoencoder classes.
+    """The autoencoder between video frames and latents: one of diffusers' classes.
 
-    latents = (encoded - shift) * scale, per channel (one entry: for every channel).
+    latents = (encoded - shift) * scale, per channel; a single entry is for all channels.
     """
 
     kind: str = "AutoencoderKL"
@@ -131,7 +131,7 @@ class AutoencoderConfig:
 
 @dataclass(frozen=True)
 class Defaults:
-    """What a request that does not say otherwise gets. Two numbers: spatial loop, temporal loop."""
+    """Default values of a request. Pairs are for the spatial loop and the temporal loop."""
 
     frames: int = 32
     width: int = 448
@@ -144,15 +144,15 @@ class Defaults:
     appearance: float | None = 1.0
     offset_noise: float = 0.1
     usual_motion: tuple[float, float] | None = field(default=None, metadata=LATER)
-    """What still and fast clips have: a sound and words are mapped into it."""
+    """The motion of still clips and of fast clips. Sounds and words are mapped into this range."""
     noise_mix: float = 0.0
-    """How much of the key frame's latents is added to the noise that a clip begins with (MicroCinema's appearance noise
-    prior): as it was trained."""
+    """How much of the key frame's latents is added to the initial noise of a clip (MicroCinema's appearance noise
+    prior). This is the value used in training."""
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """Everything about a model but its weights."""
+    """Everything about a model except its weights."""
 
     name: str = "higen"
     licence: str = "Apache-2.0"
@@ -163,14 +163,14 @@ class ModelConfig:
     defaults: Defaults = field(default_factory=Defaults)
     max_frames: int = 256
     optional_cues: bool = False
-    """The model was trained with cue dropout: motion and appearance may be left unspecified (None)."""
+    """The model was trained with cue dropout, so motion and appearance may be unspecified (None)."""
     prompts: tuple[str, ...] = ()
-    """Prompts the model is known to draw well (for a small model: what it knows)."""
+    """Prompts that the model is known to draw well. For a small model: all that it knows."""
 
 
 @dataclass(frozen=True)
 class _Betas:
-    """The noise schedule as a configuration states it: scaled-linear betas, rescaled to zero terminal SNR."""
+    """The noise schedule in a configuration file: scaled-linear betas, rescaled to zero terminal SNR."""
 
     timesteps: int = 1000
     beta_start: float = 0.00085
@@ -183,9 +183,9 @@ class _Betas:
 
 
 def read_config(data: Mapping[str, Any], where: str = "") -> ModelConfig:
-    """A configuration from JSON data, as manifests of version 1 and configuration files of training have it.
+    """A configuration from JSON data, as in version 1 manifests and in training's configuration files.
 
-    What is left out has its default. Raises ManifestError naming the key, its value and what is allowed.
+    Missing keys get their defaults. Raises ManifestError with the key, its value and what is allowed.
     """
     betas = from_json(_Betas, data.get("schedule", {}), f"{where or 'ModelConfig'}.schedule")
     rest = from_json(ModelConfig, {key: value for key, value in data.items() if key != "schedule"}, where)

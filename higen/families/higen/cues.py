@@ -1,6 +1,6 @@
-"""HiGen's two cues as the conditioner takes them (reference: unet_higen.py, spec section 3).
+"""HiGen's two cues as inputs of the conditioner (reference: unet_higen.py, spec section 3).
 
-The motion cue of a pair of frames is 10 times the L2 distance of their latents; the appearance cue of frame i is its
+The motion cue of a pair of frames is 10 times the L2 distance of their latents. The appearance cue of frame i is its
 similarity to 32 relative positions of the clip.
 """
 

@@ -1,4 +1,4 @@
-"""HiGen's stages as modules, over one copy of the weights: both denoising loops share a U-Net."""
+"""HiGen's stages as modules. Both denoising loops share one U-Net, so its weights are in memory once."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def open(manifest: Manifest, weights: Weights) -> HigenNetworks:  # noqa: A001 (
 
 
 class HigenNetworks:
-    """Makes each stage's module when it is first asked for; what two stages share is loaded once."""
+    """Builds the module of a stage on request. Networks that several stages share are loaded once."""
 
     def __init__(self, manifest: Manifest, weights: Weights) -> None:
         self._manifest = manifest
         self._weights = weights
 
     def module(self, stage: str) -> nn.Module:
-        """A stage as a module, in evaluation mode. Raises ManifestError for one that HiGen has not, IntegrityError."""
+        """A stage as a module, in evaluation mode. Raises ManifestError for an unknown stage, IntegrityError."""
         row = self._manifest.stage(stage)
         if row.denoises:
             return SolverStep(row, self._spatial if row.input("latents").shape[2] == 1 else self._temporal).eval()
@@ -65,7 +65,7 @@ class HigenNetworks:
 
     @cached_property
     def _spatial(self) -> VelocityPredictor:
-        """Without the temporal layers, over the very same parameters."""
+        """The U-Net without its temporal layers. It shares the parameters of `_temporal`."""
         return VelocityPredictor(self._denoiser.spatial_unet())
 
     @cached_property
@@ -102,8 +102,8 @@ class ConditionerStage(nn.Module):
 
 
 class VelocityPredictor(nn.Module):
-    """v of a U-Net as `SolverStep` asks for it: conditions `context`, `frame_embedding` and, for a clip, `prior`, and
-    `known` and `known_mask` where it was trained for known frames."""
+    """Predicts v with a U-Net, as `SolverStep` calls it. The conditions are `context`, `frame_embedding` and, for a
+    clip, `prior`; also `known` and `known_mask` if the U-Net was trained for known frames."""
 
     def __init__(self, unet: UNet) -> None:
         super().__init__()
@@ -128,10 +128,10 @@ class VelocityPredictor(nn.Module):
         branches: int,
         deep: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """v, like x [B,C,F,H,W], and the deep features [B,K,F,H,W]: `deep`, where they are given."""
+        """v, shaped like x [B,C,F,H,W], and the deep features [B,K,F,H,W], which are `deep` if it is given."""
         dtype = self.unet.conv_in.weight.dtype
         context, embedding = conditions["context"].to(dtype), conditions["frame_embedding"].to(dtype)
-        gain = None  # of both branches: the one with the prompt decides
+        gain = None  # the same for both branches: from the one with the prompt
         if self.unet.residual_gain is not None and branches > 1:
             gain = torch.cat([context.unflatten(0, (branches, -1))[0]] * branches)
         known = Known(conditions["known"], conditions["known_mask"]) if "known" in conditions else None
@@ -161,7 +161,7 @@ def load_denoiser(
     device: torch.device,
     dtype: torch.dtype | None = None,
 ) -> Denoiser:
-    """The denoiser of a safetensors file, in `dtype` (None: as stored); its weights are in memory once.
+    """The denoiser of a safetensors file, in `dtype` (None: as stored). Its weights are in memory once.
 
     Raises IntegrityError for a file that holds other tensors than the architecture.
     """

@@ -1,8 +1,8 @@
-"""A personalised Stable Diffusion 2.1 in HiGen's spatial layers (Blattmann et al. 2023, Video LDM: only the temporal
-layers belong to the video model, so the spatial ones can be exchanged).
+"""Puts a personalised Stable Diffusion 2.1 into HiGen's spatial layers, as in Video LDM (Blattmann et al. 2023): only
+the temporal layers belong to the video model, so the spatial layers can be exchanged.
 
-HiGen's U-Net without its temporal layers has the shape of Stable Diffusion 2.1's. It was trained on from there, so the
-difference of a fine-tune from its own base is added, and the fine-tune itself is not taken.
+Without its temporal layers, HiGen's U-Net has the shape of Stable Diffusion 2.1's. Its spatial weights were trained
+further from there. So the difference between a fine-tune and its base is added; HiGen's weights are not replaced.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ State = Mapping[str, Tensor]
 
 _PREFIX = "unet."
 _OWN = ("prior.", "context_pool.")
-"""Layers of HiGen's spatial network that Stable Diffusion has not."""
+"""Layers of HiGen's spatial network that Stable Diffusion does not have."""
 
 _RESNET = {
     "norm_in": "norm1",
@@ -54,7 +54,7 @@ _WHY = "HiGen predicts v, and both of its loops share these weights"
 
 
 def diffusers_names(config: UNetConfig) -> dict[str, str]:
-    """The name in diffusers' UNet2DConditionModel of each tensor of HiGen's spatial network that it has too."""
+    """{our name: name in diffusers' UNet2DConditionModel} of HiGen's spatial tensors that Stable Diffusion has too."""
     return {_PREFIX + ours: _diffusers_name(ours) for ours in _spatial_shapes(config)}
 
 
@@ -82,7 +82,7 @@ def _diffusers_name(ours: str) -> str:
 
 
 def _inner(part: str, rest: str) -> str:
-    """A layer's name within a residual block or a transformer."""
+    """The diffusers name of a layer within a residual block or a transformer."""
     if part.startswith("resnets"):
         return _RESNET[rest]
     block = rest.removeprefix("block.")
@@ -92,13 +92,13 @@ def _inner(part: str, rest: str) -> str:
 def with_difference(
     state: State, config: UNetConfig, finetune: Path, base: Path, prediction: str | None, notes: list[str]
 ) -> State:
-    """HiGen's denoiser with finetune - base added to its spatial tensors: float32 sums, in the denoiser's own dtype.
+    """HiGen's denoiser with finetune - base added to its spatial tensors, in float32; the dtypes do not change.
 
-    finetune, base   Stable Diffusion 2.1, each a folder of the hub's layout or a single file
-    prediction       what they predict, for single files, which do not say it
+    finetune, base   Stable Diffusion 2.1 models, each a folder of the hub's layout or a single file
+    prediction       what the models predict; needed for single files, which do not say it
 
-    Raises CheckpointError for a U-Net of another shape, one that predicts epsilon, values that are not finite, and
-    where the two are the same.
+    Raises CheckpointError for a U-Net of another shape or one that predicts epsilon, for values that are not finite,
+    and if the two models are equal.
     """
     names, shapes = diffusers_names(config), _spatial_shapes(config)
     wanted = {names[_PREFIX + ours]: shape for ours, shape in shapes.items()}
@@ -124,7 +124,7 @@ def with_difference(
         if not added.isfinite().all():
             raise CheckpointError(f"{finetune}: {theirs} less that of {base} is infinite or not a number")
         if added.count_nonzero():
-            # It is computed anew where it is written: all differences at once are as large as the network.
+            # Computed again when it is written, because all differences together are as large as the network.
             makers[ours] = adding(theirs)
     changed = list(makers)
     if not changed:
@@ -153,8 +153,8 @@ def with_loras(
 ) -> State:
     """HiGen's denoiser with adapters of Stable Diffusion 2.1 added to its spatial tensors.
 
-    Raises CheckpointError for an adapter of another model, and for one of a model that predicts epsilon, where its
-    file or `prediction` says so.
+    Raises CheckpointError for an adapter of another model, and if its file or `prediction` says that its model predicts
+    epsilon.
     """
     for lora in loras:
         own = prediction or _prediction_of(lora.path)
@@ -171,7 +171,7 @@ def with_loras(
 
 
 def _prediction_of(path: Path) -> str | None:
-    """What the model of an adapter predicts, where the adapter's metadata say it (modelspec.prediction_type)."""
+    """What an adapter's model predicts, from the adapter's metadata (modelspec.prediction_type); None: unknown."""
     try:
         with safe_open(path, framework="pt") as file:
             return (file.metadata() or {}).get("modelspec.prediction_type")
@@ -180,7 +180,7 @@ def _prediction_of(path: Path) -> str | None:
 
 
 def _listed(changed: Sequence[str]) -> str:
-    """Which tensors changed: how many of each part of the U-Net."""
+    """The number of changed tensors in each part of the U-Net, as text."""
     counts: dict[str, int] = {}
     for name in changed:
         found = re.match(r"unet\.((?:encoder|decoder)\.\d+|\w+)", name)

@@ -1,4 +1,4 @@
-"""Prior preconditioning: a network that learns the residual against the prior, seen as one that predicts v."""
+"""Prior preconditioning: turns a network that predicts the residual against the prior into one that predicts v."""
 
 from __future__ import annotations
 
@@ -25,19 +25,20 @@ def velocity(
     known: Known | None = None,
     network: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """v for latents [B,C,F,H,W]; alpha and sigma [B] are those of t. Undoes prior preconditioning where there is one.
+    """v for latents [B,C,F,H,W]; alpha and sigma [B] belong to t. Prior preconditioning is undone if the U-Net has it.
 
-    The network computes in its own precision, that of `context` and `frame_embedding`; all around it, in the latents'.
+    The network computes in the dtype of `context` and `frame_embedding`, everything else in the dtype of the latents.
 
-    With a residual r = (z - p) / g against the prior p, g > 0 per frame, the network sees
-    x' = c (x - alpha p), c = 1 / sqrt(alpha^2 g^2 + sigma^2), which is again a unit-variance diffusion of r, and its
-    output v' is read out as v = g c v' + alpha sigma c (1 - g^2) x' - sigma p. At g = 1 this is v' - sigma p.
+    With a residual r = (z - p) / g against the prior p, g > 0 per frame, the network's input is
+    x' = c (x - alpha p), c = 1 / sqrt(alpha^2 g^2 + sigma^2), which is again a unit-variance diffusion of r. Its
+    output v' gives v = g c v' + alpha sigma c (1 - g^2) x' - sigma p. At g = 1 this is v' - sigma p.
 
-    `gain_context` decides g in place of `context`: two branches of guidance need one g, else their difference holds a
-    multiple of x and strong guidance makes x grow without bounds. `network` is called in place of `unet`.
+    `gain_context` determines g in place of `context`. Both branches of guidance need the same g: otherwise their
+    difference contains a multiple of x, and strong guidance makes x grow without bounds. `network` is called in place
+    of `unet`.
 
-    `known`: where frames of a clip are given, the prior of each frame is their blend b, g is 1, and the network
-    predicts r = z - b itself: v = (alpha x - b - r) / sigma. One that is not trained yet gives the blend at any step.
+    `known`: in a clip with given frames, the prior of each frame is their blend b, g is 1, and the network predicts
+    r = z - b itself: v = (alpha x - b - r) / sigma. With an untrained network, this is the blend at every step.
     """
 
     def predict(x: Tensor) -> Tensor:
@@ -66,7 +67,7 @@ def velocity(
 
 
 def known_residual(latents: Tensor, alpha: Tensor, blend: Tensor, known: Known) -> Tensor:
-    """x - alpha b, which the network sees of a clip of which frames are given; 0 in those: r without noise.
+    """The network's input for a clip with given frames: x - alpha b, and 0 (r without noise) in the given frames.
 
     alpha [B,1,1,1,1].
     """
@@ -82,7 +83,7 @@ def precondition(
     frame_embedding: Tensor,
     prior: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """x' as `velocity` defines it [B,C,F,H,W], with g and c [B,1,F,1,1]; g is `UNet.log_gain`'s."""
+    """x' [B,C,F,H,W] as defined in `velocity`, and g and c [B,1,F,1,1]. g comes from `UNet.log_gain`."""
     g = unet.log_gain(context, frame_embedding).to(latents.dtype).exp()[:, None, :, None, None]
     a, s = _per_sample(alpha, latents), _per_sample(sigma, latents)
     c = torch.rsqrt(a**2 * g**2 + s**2)
@@ -90,8 +91,8 @@ def precondition(
 
 
 def enter_known(entered: Tensor, known: Known, prior: Tensor | None = None, g: Tensor | None = None) -> Tensor:
-    """What the network sees, with the frames that are known in it without noise; with prior preconditioning their
-    residual (z - p) / g, which is x' where sigma is 0."""
+    """The network's input with the known frames put in without noise. With prior preconditioning, these are put in as
+    the residual (z - p) / g, which equals x' at sigma = 0."""
     given = known.latents.to(entered.dtype)
     if prior is not None and g is not None:
         given = (given - prior[:, :, None]) / g

@@ -1,4 +1,4 @@
-"""The one place that knows the reference's names: maps a released HiGen state dict to ours, tensor by tensor."""
+"""Maps the tensors of a released HiGen state dict to our names. Only this module knows the reference's names."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _RESBLOCK = {
     "norm_out": "out_layers.0",
     "conv_out": "out_layers.3",
     "skip": "skip_connection",
-    # Stage 1 has no dropout, so its convolution stands at index 2; "temopral" is the reference's spelling.
+    # conv1 has no dropout, so its convolution has the index 2. "temopral" is the reference's spelling.
     **{f"temporal.norms.{i}": f"temopral_conv.conv{i + 1}.0" for i in range(4)},
     **{f"temporal.convs.{i}": f"temopral_conv.conv{i + 1}.{3 if i else 2}" for i in range(4)},
 }
@@ -46,7 +46,7 @@ def _resblock(ours: str, theirs: str) -> Iterator[tuple[str, str]]:
 
 
 def module_paths(config: UNetConfig) -> dict[str, str]:
-    """Our path of each of the reference's blocks: {"input_blocks.1.0": "unet.encoder.0.blocks.0.resnet", ...}."""
+    """{reference's block: our path}, such as {"input_blocks.1.0": "unet.encoder.0.blocks.0.resnet", ...}."""
     paths = {
         "context_embedding": "conditioner.context",
         "input_blocks.0.0": "unet.conv_in",
@@ -101,14 +101,14 @@ def _modules(config: UNetConfig) -> Iterator[tuple[str, str]]:
         elif leaf in ("spatial", "temporal", "temporal_in"):
             yield from _transformer(ours, theirs)
         elif leaf == "resample":
-            # Ours is a bare convolution on the way down; the reference calls it `op` there and `conv` on the way up.
+            # On the way down, ours is a bare convolution; the reference calls it `op` there, and `conv` on the way up.
             yield (ours, f"{theirs}.op") if ".encoder." in ours else (f"{ours}.conv", f"{theirs}.conv")
         elif leaf == "conv_in":
             yield ours, theirs
 
 
 def reference_names(config: UNetConfig) -> dict[str, str]:
-    """The reference's name of each of our parameters: {"unet.conv_in.weight": "input_blocks.0.0.weight", ...}."""
+    """{our parameter: reference's name}, such as {"unet.conv_in.weight": "input_blocks.0.0.weight", ...}."""
     modules = dict(_modules(config))
     with torch.device("meta"):
         ours = Denoiser(config).state_dict()
@@ -121,9 +121,9 @@ def reference_names(config: UNetConfig) -> dict[str, str]:
 
 
 def from_reference(state: Mapping[str, Tensor], config: UNetConfig) -> dict[str, Tensor]:
-    """A reference state dict under our names and in our shapes (views; nothing is copied).
+    """A reference state dict under our names and in our shapes. The tensors are views, so nothing is copied.
 
-    A kernel of 1 or (3, 1, 1) loses the axes that are always 1. Raises CheckpointError listing the first ten
+    A kernel of size 1 or (3, 1, 1) loses its last axes of size 1. Raises CheckpointError listing the first ten
     missing, extra or wrongly shaped tensors.
     """
     names = reference_names(config)
@@ -147,7 +147,7 @@ def from_reference(state: Mapping[str, Tensor], config: UNetConfig) -> dict[str,
 
 
 def config_from_reference(arguments: Mapping[str, object]) -> UNetConfig:
-    """The configuration for the reference constructor's keyword arguments (`UNetSD_HiGen`); inert ones are ignored."""
+    """The configuration for the keyword arguments of the reference's `UNetSD_HiGen`. Ineffective ones are ignored."""
 
     def sequence(name: str) -> tuple[float, ...]:
         value = arguments[name]

@@ -1,9 +1,9 @@
-"""HiGen's tables: what a configuration of its networks means for the runtimes (docs/manifest.md).
+"""Makes HiGen's tables (docs/manifest.md) from a model's configuration.
 
     text_encoder -> conditioner -> spatial_unet x steps -> the key frame's latents, the prior
     conditioner (motion, appearance) -> temporal_unet x steps -> vae_decoder
 
-Data alone: no PyTorch. `manifest` makes the tables, `config` reads the configuration back out of them.
+Only data, no PyTorch. `manifest` makes the tables; `config` recovers the configuration from them.
 """
 
 from __future__ import annotations
@@ -63,28 +63,28 @@ FAMILY = "higen"
 UNET, TEXT_ENCODER, AUTOENCODER = "unet.safetensors", "text_encoder.safetensors", "vae.safetensors"
 
 DDIM = Solver("ddim", "leading-floor", offset=1, final="first")
-"""The reference's: it ends at entry 0 of the schedule, which still carries noise (diffusion_ddim.py)."""
+"""As in the reference: it ends at entry 0 of the schedule, which still contains noise (diffusion_ddim.py)."""
 
 DPM = Solver("dpm++2m", "trailing-ceil", final="zero")
 
 STRENGTH = 0.6
-"""How much of a video to begin from is drawn anew, by default."""
+"""Default of the control `strength`: how much of a given video is drawn anew."""
 
 PLAIN = "_plain"
-"""Behind the name of a denoising stage: the same step with one branch of guidance."""
+"""Suffix of a denoising stage's name, for the same step with one branch of guidance."""
 
 KNOWN_INPUTS = (
     Tensor("known", ("B", "C", "F", "H", "W"), source="known:latents"),
     Tensor("known_mask", ("B", "F"), source="known:mask"),
 )
-"""What the steps of a clip are told of its known frames, where they were trained for it."""
+"""The inputs for known frames in the steps of a clip, if the model was trained with known frames."""
 
 
 # The tables.
 
 
 def manifest(config: ModelConfig, plain: bool = True) -> Manifest:
-    """The tables of a model. `plain=False`: without the stages that do a step with one branch of guidance.
+    """The tables of a model. `plain=False`: without the steps with one branch of guidance.
 
     Raises ManifestError for a configuration whose parts do not fit each other.
     """
@@ -105,9 +105,9 @@ def manifest(config: ModelConfig, plain: bool = True) -> Manifest:
 
 
 def stages(known_frames: bool = False, deep: int | None = None) -> tuple[Stage, ...]:
-    """The stages of every HiGen model, the plain ones too.
+    """The stages of a HiGen model, including the plain ones.
 
-    known_frames  those of a clip are told what is known
+    known_frames  the steps of a clip take known frames as inputs
     deep          channels of the network's deep features
     """
     hidden = ("B", "L", "Dt")
@@ -201,7 +201,7 @@ def _controls(config: ModelConfig) -> tuple[Control, ...]:
 
 
 def _loops(config: ModelConfig, plain: bool) -> tuple[Loop, Loop]:
-    """The key frame, then the clip around it. The key frame's cues are those of a still clip."""
+    """The loop of the key frame, then the loop of the clip. The key frame has the cues of a still clip."""
     defaults, solvers = config.defaults, _solvers(config.defaults.solver)
     spatial = Loop(
         name="spatial",
@@ -247,7 +247,7 @@ def _solvers(default: str) -> tuple[Solver, ...]:
     return rows.pop(default), *rows.values()
 
 
-# What the tables say of the networks: `architecture` holds the rest.
+# The networks' configuration: some values are in `sizes.symbols`, the rest in `architecture`.
 
 _OF_SYMBOLS = {
     "in_channels": "C",
@@ -276,7 +276,7 @@ class _Architecture:
 
 def _architecture(config: ModelConfig) -> dict[str, Any]:
     unet = {name: value for name, value in to_json(config.unet).items() if name not in _OF_SYMBOLS}
-    if not config.unet.known_frames:  # a model without them is written as before there were any
+    if not config.unet.known_frames:  # as in manifests written before known frames existed
         del unet["known_frames"]
     codec = {f.name: getattr(config.autoencoder, f.name) for f in fields(_Codec)}
     return to_json(_Architecture(unet, config.text.clip, _Codec(**codec)))
@@ -289,7 +289,7 @@ def _read_architecture(manifest: Manifest) -> _Architecture:
 
 
 def unet_config(manifest: Manifest) -> UNetConfig:
-    """The denoiser's configuration. Raises ManifestError where the tables are not those of a HiGen model."""
+    """The denoiser's configuration. Raises ManifestError if the tables are not those of a HiGen model."""
     given = {"known_frames": False, **_read_architecture(manifest).unet}
     missing = [symbol for symbol in (*_OF_SYMBOLS.values(), "E", "L") if symbol not in manifest.fixed]
     if missing:
@@ -321,9 +321,9 @@ def autoencoder_config(manifest: Manifest) -> AutoencoderConfig:
 
 
 def config(manifest: Manifest) -> ModelConfig:
-    """The configuration that `manifest` made the tables of.
+    """The configuration from which `manifest` made the tables.
 
-    Raises ManifestError where the tables are not those of a HiGen model, or say what no configuration can.
+    Raises ManifestError if the tables are not those of a HiGen model, or if no configuration corresponds to them.
     """
     controls = {control.name: control for control in manifest.controls}
     loops = {loop.name: loop for loop in manifest.loops}

@@ -1,4 +1,4 @@
-"""The denoiser: one U-Net whose temporal layers are optional, and the conditioner that runs once per request.
+"""The denoiser: one U-Net with optional temporal layers, and the conditioner, which runs once per request.
 
 Reference: tools/modules/unet/unet_higen.py; spec sections 2 to 5.
 """
@@ -30,29 +30,29 @@ __all__ = ["Conditioner", "Denoiser", "Known", "UNet"]
 
 
 class Known(NamedTuple):
-    """The frames of a clip that are given: latents [B,C,F,H,W] and mask [B,F], 1 or 0; the others' latents are not
-    looked at."""
+    """The known frames of a clip: latents [B,C,F,H,W], and mask [B,F], 1 for known frames and 0 for others. The latents
+    of the other frames are ignored."""
 
     latents: Tensor
     mask: Tensor
 
     @property
     def given(self) -> Tensor:
-        """Whether any frame of a clip is given: bool [B,1,1,1,1]."""
+        """Whether any frame of a clip is known: bool [B,1,1,1,1]."""
         return (self.mask.amax(dim=1) >= 1)[:, None, None, None, None]
 
     def blend(self) -> Tensor:
-        """Each frame between the nearest given ones, by its distance from them in time; before the first and behind the
-        last one, that one. [B,C,F,H,W], 0 where nothing is given."""
+        """Each frame interpolated linearly in time between the nearest known frames. Frames before the first or after
+        the last known frame equal that frame. [B,C,F,H,W], 0 for a clip without known frames."""
         frames = self.mask.shape[1]
         place = torch.arange(frames, device=self.mask.device)
-        back = place[:, None] - place  # [F,F]: how far before frame i frame j is
+        back = place[:, None] - place  # [F,F]: by how much frame j is before frame i
         held = (self.mask >= 1)[:, None]  # [B,1,F]
         before = torch.where(held & (back >= 0), place, -1).amax(dim=-1, keepdim=True)  # [B,F,1]
         after = torch.where(held & (back <= 0), place, frames).amin(dim=-1, keepdim=True)
         first, last = before < 0, after >= frames
         span = (after - before).clamp(min=1).to(self.latents.dtype)
-        later = (place[:, None] - before) / span  # the weight of the one after
+        later = (place[:, None] - before) / span  # the weight of the frame after
         later = torch.where(last, torch.zeros_like(later), torch.where(first, torch.ones_like(later), later))
         weights = (place == before) * (1 - later) + (place == after) * later  # [B,F,F]
         return torch.einsum("bij,bcjhw->bcihw", weights.to(self.latents.dtype), self.latents)
@@ -63,14 +63,14 @@ class Known(NamedTuple):
 
 
 class ContextTokens(nn.Module):
-    """Learned tokens that read the text: [B, L, Dt] -> [B, K, Dc]. The U-Net sees these tokens, never the text."""
+    """Learned tokens that attend to the text: [B, L, Dt] -> [B, K, Dc]. The U-Net sees these tokens, never the text."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         width = config.embedding_dim
         self.tokens = nn.Parameter(torch.randn(1, config.context_tokens, width))
         self.text_in = nn.Linear(config.text_dim, width)
-        # Both attentions of each block look at the text; the tokens never look at each other.
+        # Both attentions of each block attend to the text. The tokens never attend to each other.
         self.blocks = nn.ModuleList(
             TransformerBlock(width, config.context_heads, width, width) for _ in range(config.context_depth)
         )
@@ -86,7 +86,7 @@ class ContextTokens(nn.Module):
 
 
 class Conditioner(nn.Module):
-    """Everything that does not depend on the step: context tokens and the embedding of the two cues."""
+    """The part of the denoiser that does not depend on the step: context tokens and the embedding of the two cues."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -100,7 +100,7 @@ class Conditioner(nn.Module):
 
 
 class Block(nn.Module):
-    """A residual block and, where its level attends, a spatial and (optionally) a temporal transformer."""
+    """A residual block and, in levels with attention, a spatial and (optionally) a temporal transformer."""
 
     def __init__(self, config: UNetConfig, width_in: int, width: int, attends: bool, temporal: bool) -> None:
         super().__init__()
@@ -117,7 +117,7 @@ class Block(nn.Module):
 
 
 class Level(nn.Module):
-    """The blocks of one resolution, on the way down or up, and the change of resolution behind them."""
+    """The blocks of one resolution, on the way down or up, and the change of resolution after them."""
 
     def __init__(self, blocks: list[Block], resample: Downsample | Upsample | None) -> None:
         super().__init__()
@@ -126,21 +126,21 @@ class Level(nn.Module):
 
 
 class UNet(nn.Module):
-    """Predicts v for latents [B, C, F, H, W]; with `temporal=False` it has no temporal layers (one frame).
+    """Predicts v for latents [B, C, F, H, W]. With `temporal=False` it has no temporal layers and is for one frame.
 
-    H and W are multiples of `config.size_multiple`; any number of frames.
+    H and W are multiples of `config.size_multiple`. The number of frames is free.
     """
 
     def __init__(self, config: UNetConfig, temporal: bool = True) -> None:
         super().__init__()
         self.config = config
-        self.recompute = False  # in training: compute a block's activations again for the gradient, keep none
+        self.recompute = False  # in training: do not keep a block's activations; recompute them for the gradient
         base, widths = config.base_channels, config.level_channels
         self.time = nn.Sequential(Sinusoid(base), *embedding_mlp(base, config.embedding_dim))
         self.conv_in = nn.Conv2d(config.in_channels, base, 3, padding=1)
         self.prior = nn.Conv2d(config.in_channels, base, 3, padding=1)
         takes_known = config.known_frames and temporal
-        # Without a bias: a clip of which nothing is given is left as it is.
+        # Without a bias, so that a clip without known frames does not change.
         self.known = nn.Conv2d(config.in_channels + 1, base, 3, padding=1, bias=False) if takes_known else None
         self.temporal_in = TemporalTransformer(base, config.first_temporal_heads, config.head_dim) if temporal else None
         self.context_pool = nn.Linear(config.context_dim, config.embedding_dim) if config.pooled_context else None
@@ -177,7 +177,7 @@ class UNet(nn.Module):
         self.known_out = nn.Conv2d(width_in, config.out_channels, 3, padding=1) if takes_known else None
         for parameter in (*self.prior.parameters(), self.conv_out.weight):
             nn.init.zeros_(parameter)
-        for layer in (self.known, self.known_out):  # so it begins with the blend
+        for layer in (self.known, self.known_out):  # so training starts from the blend
             for parameter in () if layer is None else layer.parameters():
                 nn.init.zeros_(parameter)
 
@@ -192,9 +192,9 @@ class UNet(nn.Module):
     ) -> Tensor:
         """latents [B,C,F,H,W], t [B], context [B,K,Dc], frame_embedding [B,F,E], prior [B,C,H,W] -> v like latents.
 
-        No prior is a prior of zeros: its convolution's bias still acts. For clips of which frames are given, it is
-        their distance from `Known.blend` that is predicted, not v. Raises TypeError where the network takes no known
-        frames.
+        No prior means a prior of zeros: its convolution's bias still acts. For clips with known frames, the
+        output is the difference from `Known.blend` instead of v. Raises TypeError if `known` is given and the network
+        takes no known frames.
         """
         return self.with_deep(latents, t, context, frame_embedding, prior, known)[0]
 
@@ -208,14 +208,14 @@ class UNet(nn.Module):
         known: Known | None = None,
         deep: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """What `forward` gives, and the features [B*F,C0,H,W] that enter the last block from below.
+        """The output of `forward`, and the deep features [B*F,C0,H,W] that enter the last block from below.
 
-        With `deep`, those of another step, only the first convolution and temporal layer and the last block are run
-        (Ma et al. 2024, DeepCache).
+        With `deep`, the deep features of another step, only the first convolution, the first temporal layer, the last
+        block and the output layers are run (Ma et al. 2024, DeepCache).
         """
         frames = latents.shape[2]
         if known is not None:
-            t = t[:, None] * (1 - (known.mask >= 1).to(t.dtype))  # a given frame is one without noise
+            t = t[:, None] * (1 - (known.mask >= 1).to(t.dtype))  # known frames have no noise
         embedding = self._embedding(t, context, frame_embedding)  # [B*F, E]
         first = self._enter(latents, prior)  # [B*F, C0, H, W]
         if known is not None:
@@ -233,7 +233,7 @@ class UNet(nn.Module):
         return torch.where(known.given, self.known_out(x).unflatten(0, (-1, frames)).transpose(1, 2), v), deep
 
     def _deep(self, first: Tensor, embedding: Tensor, context: Tensor, frames: int) -> Tensor:
-        """All blocks but the last one: [B*F,C0,H,W] -> the same."""
+        """All blocks except the last one: [B*F,C0,H,W] -> the same."""
         x, skips = first, [first]
         for level in self.encoder:
             for block in level.blocks:
@@ -246,7 +246,7 @@ class UNet(nn.Module):
         x = self.middle_out(x, embedding, frames)
         for level in self.decoder:
             for block in level.blocks:
-                if len(skips) == 1:  # the last block's
+                if len(skips) == 1:  # for the last block
                     return x
                 x = self._run(block, torch.cat([x, skips.pop()], dim=1), embedding, context, frames)
             if level.resample is not None:
@@ -262,8 +262,8 @@ class UNet(nn.Module):
         return out
 
     def log_gain(self, context: Tensor, frame_embedding: Tensor) -> Tensor:
-        """log g [B,F] of prior preconditioning: how far a frame is expected to be from the prior, by its cues and,
-        with pooled context, by the text ("standing still" needs no cue).
+        """log g [B,F] of prior preconditioning: how far a frame is expected to be from the prior. It is predicted from
+        the cues and, with pooled context, from the text ("standing still" needs no cue).
 
         Raises TypeError for a network without prior preconditioning.
         """
@@ -285,12 +285,12 @@ class UNet(nn.Module):
         x = self.conv_in(latents.transpose(1, 2).flatten(0, 1)).unflatten(0, (latents.shape[0], -1))
         if prior is not None:
             x = x + self.prior(prior)[:, None]
-        elif self.prior.bias is not None:  # it always is there; the type says Optional
+        elif self.prior.bias is not None:  # always true; the declared type is Optional
             x = x + self.prior.bias[:, None, None]
         return x.flatten(0, 1)
 
     def _told(self, known: Known, like: Tensor) -> Tensor:
-        """What known frames add to the first convolution's output [B*F, C0, H, W]."""
+        """The term [B*F, C0, H, W] that known frames add to the first convolution's output."""
         if self.known is None:
             raise TypeError("this network takes no known frames")
         latents, wide = known.blend().to(like.dtype), known.wide(like)
@@ -300,7 +300,7 @@ class UNet(nn.Module):
 
 
 class Denoiser(nn.Module):
-    """HiGen's unified denoiser: the conditioner and the U-Net, whose temporal layers are left out for one frame."""
+    """HiGen's unified denoiser: the conditioner, and the U-Net, which is used without temporal layers for one frame."""
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
@@ -309,11 +309,11 @@ class Denoiser(nn.Module):
         self.unet = UNet(config)
 
     def spatial_unet(self) -> UNet:
-        """The U-Net without temporal layers, over the very same parameter tensors: no second copy."""
+        """The U-Net without temporal layers. It shares the parameter tensors, so there is no second copy."""
         with torch.device("meta"):
             spatial = UNet(self.config, temporal=False)
         own = self.unet.state_dict(keep_vars=True)
         for name, parameter in spatial.named_parameters():
-            parameter.requires_grad_(own[name].requires_grad)  # assigning copies this flag the other way
+            parameter.requires_grad_(own[name].requires_grad)  # load_state_dict copies this flag the other way
         spatial.load_state_dict({name: own[name] for name in spatial.state_dict()}, assign=True)
         return spatial.train(self.training)

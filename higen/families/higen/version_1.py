@@ -1,4 +1,4 @@
-"""Manifests of version 1 described HiGen models alone: their table `model`, and the inputs of their graphs."""
+"""Version 1 manifests, which only described HiGen models: their table `model`, and the inputs of their graphs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["graph_inputs", "read", "upgraded"]
 
 
 def read(model: Mapping[str, Any]) -> Manifest:
-    """The tables of a manifest of version 1, whose `model` is given: no plain stages, for it has no graphs of them.
+    """The tables of a version 1 manifest, from its table `model`. Without plain stages: it has no graphs of them.
 
-    Raises ManifestError naming the key, its value and what is allowed.
+    Raises ManifestError with the key, its value and what is allowed.
     """
     return spec.manifest(spec.read_config(model, "model"), plain=False)
 
@@ -26,6 +26,6 @@ def upgraded(manifest: Manifest) -> Manifest:
 
 
 def graph_inputs(stage: Stage) -> tuple[Tensor, ...]:
-    """What a stage's graph took before version 2: t as int64, one guidance a sample."""
+    """The inputs of a stage's graph before version 2: t was int64, and there was one guidance per sample."""
     old = {"t": Tensor("t", ("B",), "int64"), "guidance": Tensor("guidance", ("B",))}
     return tuple(old.get(t.name, t) if t.source == "state" else t for t in stage.inputs)

@@ -1,1 +1,1 @@
-"""ModelScope's text to video and ZeroScope: one loop over frames, which may begin from a video (a second pass)."""
+"""ModelScope's text-to-video model and ZeroScope: one loop over frames, which may start from a video (second pass)."""

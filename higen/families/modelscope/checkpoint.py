@@ -1,8 +1,8 @@
-"""ModelScope's and ZeroScope's checkpoints: a folder of the hub's layout, or the authors' three files. VGen's too.
+"""ModelScope's, ZeroScope's and VGen's checkpoints: a folder of the hub's layout, or the authors' three files.
 
-A folder     model_index.json, unet/, text_encoder/, vae/, scheduler/; plain, fp16 variants or in several files
+A folder     model_index.json, unet/, text_encoder/, vae/, scheduler/; plain files, fp16 variants or sharded files
 Three files  text2video_pytorch_model.pth, open_clip_pytorch_model.bin, VQGAN_autoencoder.pth, or a folder of them
-VGen's       tft2v_t2v_*.pth, videolcm_t2v_*.pth or sr_step_*.pth as the first of the three
+VGen         tft2v_t2v_*.pth, videolcm_t2v_*.pth or sr_step_*.pth as the first of the three files
 """
 
 from __future__ import annotations
@@ -37,18 +37,18 @@ State = Mapping[str, Tensor]
 
 PIPELINES = ("TextToVideoSDPipeline", "VideoToVideoSDPipeline")
 FILES = ("text2video_pytorch_model.pth", "open_clip_pytorch_model.bin", "VQGAN_autoencoder.pth")
-"""What the authors call the U-Net, the text encoder and the autoencoder."""
+"""The authors' file names of the U-Net, the text encoder and the autoencoder."""
 
 LICENCE = "CC-BY-NC-4.0"
 VGEN_LICENCE = "as published by ali-vilab/VGen (its code: Apache-2.0), made of ModelScope's under CC-BY-NC-4.0"
 _NOTE = f"ModelScope's weights, and what is made of them, are under {LICENCE}: no commercial use"
 
 _SIZE = 256
-"""Pixels a side that the authors' network was trained on."""
+"""The side in pixels of the frames that the authors' network was trained on."""
 
 
 def recognise(path: Path) -> bool:
-    """Whether a folder or file holds ModelScope's network for text to video, or one made of it."""
+    """Whether a folder or file holds ModelScope's text-to-video network, or one derived from it."""
     if path.is_dir():
         index = path / "model_index.json"
         return read_json(index).get("_class_name") in PIPELINES if index.is_file() else (path / FILES[0]).is_file()
@@ -58,7 +58,7 @@ def recognise(path: Path) -> bool:
 
 @dataclass(frozen=True)
 class _Parts:
-    """What one kind of source holds. `weights`: U-Net, text encoder, autoencoder; `size`: width and height, pixels."""
+    """The contents of a source. `weights`: U-Net, text encoder, autoencoder; `size`: width and height in pixels."""
 
     made_of: spec.Networks
     sampling: Sampling
@@ -72,12 +72,12 @@ class _Parts:
 def convert(sources: Sequence[Path], **options: Any) -> Converted:
     """Tables and weights from a folder, or from the U-Net, the text encoder and the autoencoder as files.
 
-    options  `prediction`: "epsilon" for a U-Net in a file that is ModelScope's or made of it, under another name
-             `network`: which network a U-Net in a file is, where its name does not say it (`vgen_kinds.NAMES`)
+    options  `prediction`: "epsilon" for a U-Net file with another name whose U-Net is ModelScope's or derived from it
+             `network`: the network in a U-Net file, if the file's name does not show it (`vgen_kinds.NAMES`)
              `loras`: adapters (`lora.Lora`) that are added to the U-Net and the text encoder
 
     Raises CheckpointError for a source that is missing, incomplete or another kind of model, for a scheduler that the
-    tables lack, and for an adapter that does not fit.
+    tables do not support, and for an adapter that does not fit.
     """
     if unknown := sorted(set(options) - {"prediction", "network", "loras"}):
         raise CheckpointError(f"{', '.join(unknown)}: unknown; {spec.FAMILY} takes prediction, network and loras")
@@ -132,7 +132,7 @@ def _folder(folder: Path, prediction: str | None, notes: list[str]) -> _Parts:
 
 
 def _pixels(sample_size: object, factor: int) -> tuple[int, int]:
-    """Width and height of a U-Net's `sample_size`, in latent cells: one number, or height and width."""
+    """Width and height in pixels. `sample_size` is a U-Net's, in latent cells: one number, or (height, width)."""
     pair = sample_size if isinstance(sample_size, (list, tuple)) and len(sample_size) == 2 else (sample_size,) * 2
     height, width = (int(side) * factor if isinstance(side, int) and side > 0 else _SIZE for side in pair)
     return width, height
@@ -144,7 +144,7 @@ def _three_files(sources: Sequence[Path], prediction: str | None, network: str |
     check_others(state)
     if not state.keys() >= MARKS:
         raise CheckpointError(f"not ModelScope's U-Net, nor one of VGen's with its layers: {found_in(state)}")
-    # ZeroScope's files have names of their own, and --prediction epsilon says whose they are.
+    # ZeroScope's files have other names. --prediction epsilon says that they hold ModelScope's network.
     kind = kind_of(denoiser, network or ("modelscope" if prediction == "epsilon" else None), state)
     if prediction not in (None, kind.sampling.prediction):
         raise CheckpointError(f"prediction={prediction!r}: {kind.title} predicts {kind.sampling.prediction}")

@@ -1,11 +1,12 @@
-"""The prediction m of the U-Nets of ModelScope and SR600. In SR600's decoder, resampling and skip connections differ.
+"""Predicts m with the U-Nets of ModelScope and SR600. SR600 has other resampling layers and skip connections.
 
-Source of SR600's layout: VGen's unet_sr600.py, whose filter is FreeU's (Si et al. 2023, section 3.2).
+Source of SR600's layout: VGen's unet_sr600.py. Its filter is that of FreeU (Si et al. 2023, section 3.2).
 
 down   a convolution of stride 2 pads two rows above and below, one column left and right
-up     pixels doubled, less the first row and what the skip connection has not: any size comes out as it went in
+up     pixels are doubled, the first row is dropped, and the rest is cropped to the skip connection's size; so the
+       output has the size of the input, whatever it is
 first and second skip connection on the way up
-       the means and lowest waves are weakened, and the half of the channels that meets it is strengthened
+       their mean and lowest frequencies are weakened, and half of the channels that they are joined to is strengthened
 """
 
 from __future__ import annotations
@@ -21,20 +22,20 @@ from higen.models.video_walk import ClipPredictor, down_and_middle, ends, last_l
 __all__ = ["UpscalingPredictor", "VideoPredictor", "weakened"]
 
 STRONGER, WEAKER = (1.1, 1.2), (0.6, 0.4)
-"""What half of the channels, and the skip connection's lowest frequencies, are multiplied by."""
+"""Factors for half of the channels, and for the lowest frequencies of the skip connections."""
 
 
 class VideoPredictor(ClipPredictor):
-    """A transformer over the frames stands between the first convolution and the blocks."""
+    """m of ModelScope's U-Net, which has a transformer over the frames between the first convolution and the blocks."""
 
     def enter(self, first: Tensor, frames: int) -> Tensor:
-        """That transformer."""
+        """Apply that transformer."""
         entered: Tensor = self.unet.transformer_in(first, num_frames=frames, return_dict=False)[0]
         return entered
 
 
 class UpscalingPredictor(VideoPredictor):
-    """m of SR600. Its H and W may have any size."""
+    """m of SR600's U-Net. H and W may have any size."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__(unet)
@@ -47,20 +48,20 @@ class UpscalingPredictor(VideoPredictor):
 
     @property
     def deep_channels(self) -> int | None:
-        """None where the lowest block up, which is a special one, is the only one."""
+        """Channels of the deep features; None if the special lowest block is the only block on the way up."""
         return super().deep_channels if len(self.unet.up_blocks) > 1 else None
 
     def through(
         self, first: Tensor, embedding: Tensor, context: Tensor, frames: int, deep: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """From behind the first transformer to the prediction."""
+        """The network from after the first transformer to the prediction."""
         if deep is None:
             deep = self._deep(first, embedding, context, frames)
         told = embedding, context, slice(-1, None)
         return ends(self.unet, last_layers(self.unet, deep, (first,), *told, num_frames=frames)), deep
 
     def _deep(self, first: Tensor, embedding: Tensor, context: Tensor, frames: int) -> Tensor:
-        """What enters the last layer of the blocks up."""
+        """The features that enter the last layer of the blocks on the way up."""
         x, skips = down_and_middle(self.unet, first, embedding, context, num_frames=frames)
         for level, block in enumerate(self.unet.up_blocks[:-1]):
             count = len(block.resnets)
@@ -83,14 +84,14 @@ class UpscalingPredictor(VideoPredictor):
 
 
 class _Doubled(nn.Module):
-    """Doubles each side, leaves out the first row and what goes beyond `size`, and convolves."""
+    """Doubles each side, drops the first row, crops to `size`, and convolves."""
 
     def __init__(self, conv: nn.Module) -> None:
         super().__init__()
         self.conv = conv
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        """[N,C,h,w] -> [N,C',H,W]. `size`: H of at most 2 h - 1, W of at most 2 w."""
+        """[N,C,h,w] -> [N,C',H,W]. `size`: (H, W), with H at most 2 h - 1 and W at most 2 w."""
         rows = (torch.arange(size[0], device=x.device) + 1) // 2
         columns = torch.arange(size[1], device=x.device) // 2
         made: Tensor = self.conv(x.index_select(2, rows).index_select(3, columns))
@@ -106,7 +107,7 @@ def _first_up(
     frames: int,
     size: tuple[int, ...] | None,
 ) -> Tensor:
-    """The lowest block on the way up, whose first two skip connections are weakened."""
+    """The lowest block on the way up. Its first two skip connections are weakened."""
     for i, (resnet, convolution) in enumerate(zip(block.resnets, block.temp_convs, strict=True)):
         skip = skips[-1 - i]
         if i < len(WEAKER):
@@ -123,22 +124,22 @@ def _first_up(
 
 
 def weakened(x: Tensor, scale: float) -> Tensor:
-    """x [N,C,H,W] with its four lowest frequencies times `scale`; float32 within.
+    """x [N,C,H,W] with its four lowest frequencies multiplied by `scale`; computed in float32.
 
-    They are (k, l) with k and l of 0 and -1 waves over H and W, each the real part of its term of the Fourier series:
-    with y and x the angles 2 pi i / H and 2 pi j / W, the products of 1, cos and sin of both. No Fourier transform is
-    needed, so the filter exports, and it has any size.
+    The frequencies are (k, l), with k and l each 0 or -1 waves over H and W. Each contributes the real part of its term
+    of the Fourier series. With the angles y = 2 pi i / H and x = 2 pi j / W, it consists of products of 1, cos and sin
+    of y and x. No Fourier transform is needed, so the filter can be exported, and H and W may have any size.
     """
     rows, columns = (_waves(n, x.device) for n in x.shape[-2:])
-    products = rows @ x.float() @ columns.T  # [N,C,3,3]: of 1, cos y, sin y with 1, cos x, sin x
-    # cos(y + x) and sin(y + x) of both products: <cos y cos x> - <sin y sin x>, <sin y cos x> + <cos y sin x>.
+    products = rows @ x.float() @ columns.T  # [N,C,3,3]: sums of x times (1, cos y, sin y) times (1, cos x, sin x)
+    # The sums for cos(y + x) and sin(y + x): <cos y cos x> - <sin y sin x>, <sin y cos x> + <cos y sin x>.
     turn = torch.tensor([[0.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.0, -1.0, 0.0]], device=x.device)
     lowest = rows.T @ (products + turn @ products @ turn) @ columns / (x.shape[-2] * x.shape[-1])
     return (x.float() + (scale - 1.0) * lowest).to(x.dtype)
 
 
 def _waves(n: int, device: torch.device) -> Tensor:
-    """1, cos and sin of one wave over `n` points, float32 [3,n]. One point has no wave: there cos and sin are 0."""
+    """1, cos and sin of one wave over `n` points, float32 [3,n]. For one point, cos and sin are 0."""
     points = torch.arange(n, device=device)
     angle = points.float() * (2.0 * math.pi / n)
     some = points[-1:].clamp(max=1).float()

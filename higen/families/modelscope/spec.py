@@ -1,7 +1,7 @@
-"""ModelScope's tables (docs/manifest.md): data alone, no PyTorch.
+"""ModelScope's tables (docs/manifest.md). Only data, no PyTorch.
 
 text_encoder -> temporal_unet x steps -> vae_decoder
-vae_encoder (video) -> the loop's tail: a second pass over a video, at a higher size for instance
+vae_encoder (video) -> the loop's last steps: a second pass over a video, for example at a larger size
 """
 
 from __future__ import annotations
@@ -35,20 +35,20 @@ UNET, TEXT_ENCODER, AUTOENCODER = "unet.safetensors", "text_encoder.safetensors"
 TOKENIZER = "tokenizer.json"
 
 FRAMES = (1, 16, 256)
-"""16 are what ModelScope's network was trained on. It has no table of positions, so no number of frames is its last."""
+"""ModelScope's network was trained on 16 frames. It has no table of positions, so it sets no limit."""
 
 GUIDANCE = 9.0
 LATENT_CHANNELS = 4
 
 STRENGTH = 0.6
-"""The part of the steps that a video is given by default, as diffusers' video-to-video pipeline has it."""
+"""The fraction of the steps that run on a given video by default, as in diffusers' video-to-video pipeline."""
 
 
 NOISE_LEVEL = 0.7
-"""How far SR600 goes back: to the noise level 700 of 1000 (`total_noise_levels` of VGen's sr600_infer.yaml)."""
+"""SR600 starts from the noise level 700 of 1000 (`total_noise_levels` in VGen's sr600_infer.yaml)."""
 
 TILES = Tiles(height=90, width=160, stride=64)
-"""In latent cells: the size that SR600 was made for, 1280 x 720 pixels. It reads a larger video in tiles of it."""
+"""In latent cells: 1280 x 720 pixels, the size that SR600 was made for. A larger video is processed in such tiles."""
 
 _CONTROLS = (
     Control("video", "clip", "a video to begin from: a second pass over it, at another size if wanted"),
@@ -63,7 +63,7 @@ _UPSCALER_CONTROLS = (
 
 @dataclass(frozen=True)
 class Networks:
-    """Constructors' arguments of diffusers' UNet3DConditionModel, of transformers' CLIPTextConfig, and the codec.
+    """Constructor arguments of diffusers' UNet3DConditionModel and of transformers' CLIPTextConfig, and the codec.
 
     upscales   the U-Net is SR600's (higen/families/modelscope/predictors.py)
     """
@@ -77,12 +77,12 @@ class Networks:
 def manifest(
     made_of: Networks, sampling: Sampling, *, name: str, licence: str, size: tuple[int, int], text: TextRules
 ) -> Manifest:
-    """The tables of a model. `size`: width and height by default, in pixels, rounded down to what the networks take.
+    """The tables of a model. `size`: default width and height in pixels, rounded down as the networks need.
 
     Raises ManifestError for networks that do not fit each other.
     """
     factor, widths = made_of.codec.factor, made_of.unet["block_out_channels"]
-    # The lowest block up of SR600 is a special one: with no other block it has no deep features.
+    # The lowest block on SR600's way up is special. If it is the only one, there are no deep features.
     deep = None if made_of.upscales and len(widths) == 1 else widths[0]
     return Manifest(
         name=name,
@@ -115,7 +115,7 @@ def _upscaling(sampling: Sampling) -> Loop:
 
 
 def networks(manifest: Manifest) -> Networks:
-    """What a manifest's networks are. Raises ManifestError where it is no model of this family."""
+    """The networks in a manifest. Raises ManifestError if it is a model of another family."""
     if manifest.family != FAMILY:
         raise ManifestError(f"family={manifest.family!r}: {FAMILY} is wanted here")
     return from_json(Networks, manifest.architecture, "architecture", whole=True)

@@ -1,4 +1,4 @@
-"""diffusers' UNet3DConditionModel: which configurations this family runs, and how the network is built."""
+"""Checks configurations of diffusers' UNet3DConditionModel, and builds the network."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CLASS = "UNet3DConditionModel"
 
 
 def video_unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The constructor's arguments in a U-Net's config.json. Raises CheckpointError for a model of another kind,
+    """The constructor arguments in a U-Net's config.json. Raises CheckpointError for another kind of model,
     MissingExtra.
     """
     check_configuration(config, CLASS)
@@ -39,6 +39,6 @@ def video_unet(arguments: Mapping[str, Any]) -> nn.Module:
     with quiet("diffusers"):
         try:
             built: nn.Module = UNet3DConditionModel(**arguments)
-        except Exception as error:  # whatever its checks and its arithmetic raise
+        except Exception as error:  # its checks and its arithmetic raise errors of many types
             raise ManifestError(f"architecture.unet: diffusers refuses it: {error}") from error
     return built

@@ -1,7 +1,7 @@
-"""VGen's networks with the tensors of ModelScope's: which one a file holds, and how each is sampled.
+"""VGen's networks with the same tensors as ModelScope's: which one a file holds, and how each is sampled.
 
-Their tensors have the same names. So the file's name, or the person who converts it, must say which network it is.
-Source of the numbers: VGen's configs/{tft2v_t2v,videolcm_t2v,sr600}_infer.yaml and the entrances of the same names.
+Their tensors have the same names, so the file's name or the user must say which network it is. Source of the numbers:
+VGen's configs/{tft2v_t2v,videolcm_t2v,sr600}_infer.yaml and the inference entry points of the same names.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ FIRST = "input_blocks.0.0.weight"
 """The first convolution."""
 
 GUIDES = 8
-"""Input channels of TF-T2V and VideoLCM for guiding pictures. They are zeros where a text alone guides the network."""
+"""Input channels of TF-T2V and VideoLCM for guiding pictures. They are zeros if only a text guides the network."""
 
 _IMAGE = "pre_image_condition."
-"""TF-T2V's layers for a picture, which no text needs."""
+"""TF-T2V's layers for a guiding picture. They are not needed for text."""
 
 
 @dataclass(frozen=True)
 class Kind:
-    """A network of VGen's.
+    """One of VGen's networks.
 
-    name, title   its name as a value of `network`, and in messages
+    name, title   its name as a value of `network`, and its name in messages
     begins        the beginning of its files' names
-    guides        channels of the first convolution after those of the latents
-    size          width and height that it was trained for
+    guides        input channels of the first convolution after those of the latents
+    size          width and height in pixels for which it was trained
     """
 
     name: str
@@ -101,9 +101,9 @@ NAMES = tuple(kind.name for kind in _KINDS)
 
 
 def kind_of(path: Path, network: str | None, state: State) -> Kind:
-    """The network that `path` holds: `network`, one of `NAMES`, or the one that the file's name gives.
+    """The network in the file `path`: `network`, one of `NAMES`, or else the one that the file's name indicates.
 
-    Raises CheckpointError where neither is given, and where the first convolution belongs to another network.
+    Raises CheckpointError if neither says it, and if the first convolution belongs to another network.
     """
     if network is not None and network not in NAMES:
         raise CheckpointError(f"network={quoted(network)}: one of {', '.join(NAMES)}")
@@ -131,7 +131,7 @@ def _check_guides(kind: Kind, state: State) -> None:
 
 
 def without_guides(state: State, kind: Kind, notes: list[str]) -> State:
-    """A network's tensors without those for guiding pictures, whose inputs are zeros where a text alone guides it."""
+    """A network's tensors without those for guiding pictures: their inputs are zeros if only a text guides it."""
     if not kind.guides:
         return state
     unused = sorted(name for name in state if name.startswith(_IMAGE))

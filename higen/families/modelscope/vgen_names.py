@@ -1,8 +1,8 @@
-"""The U-Net of the authors' own file (`text2video_pytorch_model.pth`) under diffusers' names.
+"""Reads the U-Net of the authors' own file (`text2video_pytorch_model.pth`) under diffusers' names.
 
-Names are derived from diffusers' own module tree, so every tensor that it has is looked for and nothing else is
-taken. Source of the layout: unet_sd.py of ModelScope, unet_t2v.py of VGen, whose blocks are numbered through and
-whose temporal convolution is spelled `temopral_conv`.
+Names are derived from diffusers' own module tree, so every tensor of the tree must be in the file, and no other may be.
+Source of the layout: unet_sd.py of ModelScope and unet_t2v.py of VGen. They number all blocks consecutively and spell
+the temporal convolution `temopral_conv`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["MARKS", "check_others", "unet_arguments", "unet_from_vgen"]
 State = Mapping[str, Tensor]
 
 MARKS = frozenset({"input_blocks.0.1.proj_in.weight", "input_blocks.1.0.temopral_conv.conv1.0.weight"})
-"""Tensors of every video U-Net of these authors: the transformer behind the first convolution, a temporal one."""
+"""Tensors in every video U-Net of these authors: of the first transformer and of a temporal convolution."""
 
 _OTHERS = {
     "context_embedding.tokens": "HiGen's denoiser: give it with its text encoder and autoencoder, --family higen",
@@ -34,7 +34,7 @@ _OTHERS = {
     "fps_embedding.": "a model that is told the frame rate",
     "to_q_lora.": "InstructVideo, whose LoRA is not merged",
 }
-"""Parts of names that no text-to-video model of ModelScope has, and whose they are."""
+"""Parts of names that do not occur in ModelScope's text-to-video models, each with the model that has it."""
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -58,7 +58,7 @@ _FIRST_HEADS = 8
 
 
 def check_others(state: State) -> None:
-    """Raise CheckpointError for the U-Net of a model that takes more than a text, by its tensors' names."""
+    """Raise CheckpointError if the tensors' names show a U-Net that takes other inputs than a text."""
     for part, whose in _OTHERS.items():
         if named := next((name for name in state if part in name), None):
             raise CheckpointError(
@@ -67,7 +67,7 @@ def check_others(state: State) -> None:
 
 
 def unet_arguments(state: State) -> dict[str, Any]:
-    """UNet3DConditionModel's arguments, as the tensors' shapes tell them. Raises CheckpointError."""
+    """UNet3DConditionModel's arguments, derived from the tensors' shapes. Raises CheckpointError."""
     entries: dict[int, set[str]] = {}
     for name in state:
         if found := re.match(r"input_blocks\.(\d+)\.(\w+)\.", name):
@@ -100,9 +100,9 @@ def unet_arguments(state: State) -> dict[str, Any]:
 
 
 def unet_from_vgen(state: State, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The U-Net's tensors under diffusers' names and in its shapes: a kernel of 1 loses its axis.
+    """The U-Net's tensors under diffusers' names and in its shapes. A kernel of size 1 loses its axis.
 
-    Raises CheckpointError for what is missing, extra or misshapen.
+    Raises CheckpointError for missing, extra or wrongly shaped tensors.
     """
     shapes = shapes_of(lambda: video_unet(arguments))
     layers = arguments["layers_per_block"]
@@ -114,13 +114,13 @@ def unet_from_vgen(state: State, arguments: Mapping[str, Any]) -> dict[str, Tens
 
 
 def _with_kernel(shape: tuple[int, ...], given: Tensor | None) -> tuple[int, ...]:
-    """The shape that is wanted, with the axes of size 1 behind it that a convolution in place of a linear layer has."""
+    """The expected shape. If the file has a convolution in place of a linear layer, its axes of size 1 are added."""
     behind = () if given is None else tuple(given.shape[len(shape) :])
     return shape + behind if set(behind) == {1} else shape
 
 
 def vgen_name(ours: str, layers: int, up_attends: list[bool]) -> str:
-    """The name of a diffusers tensor in the file. `up_attends`: of each level on the way up, the first first."""
+    """The file's name of a diffusers tensor. `up_attends`: whether each level on the way up attends, in order."""
     for new, old in _OUTER.items():
         if ours.startswith(f"{new}."):
             return old + ours.removeprefix(new)

@@ -1,6 +1,6 @@
-"""Stable Diffusion's checkpoints: a folder of the hub's layout, or one file as the authors and fine-tuners publish it.
+"""Stable Diffusion's checkpoints: a folder of the hub's layout, or one file as published by authors and fine-tuners.
 
-A folder     model_index.json, unet/, text_encoder/, vae/, scheduler/; plain, fp16 variants or in several files
+A folder     model_index.json, unet/, text_encoder/, vae/, scheduler/; plain files, fp16 variants or sharded files
 One file     model.diffusion_model.*, cond_stage_model.*, first_stage_model.*
 """
 
@@ -34,14 +34,14 @@ PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 PREDICTIONS = ("epsilon", "v")
 
 TEXT_WIDTH_OF_2 = 1024
-"""The text encoder of version 2 and 2.1 is OpenCLIP's ViT-H; that of version 1 is CLIP's ViT-L, 768 wide."""
+"""Width of the text encoder of version 2 and 2.1 (OpenCLIP's ViT-H). Version 1 has CLIP's ViT-L, 768 wide."""
 
 _LICENCES = {1: "CreativeML OpenRAIL-M", 2: "CreativeML Open RAIL++-M"}
 SAFETY = "the safety checker is left out: check what is drawn by other means"
 
 _AUTHORS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 _DDIM = {"_class_name": "DDIMScheduler", "set_alpha_to_one": False, **_AUTHORS}
-"""What a single file was trained and is sampled with."""
+"""The scheduler for single files. Its schedule is also that of training."""
 
 
 def recognise(path: Path) -> bool:
@@ -56,14 +56,14 @@ def recognise(path: Path) -> bool:
 
 
 def convert(sources: Sequence[Path], **options: Any) -> Converted:
-    """Tables and weights from one source, or two of which one is a ControlNet for the other.
+    """Tables and weights from one source, or from a model and a ControlNet for it.
 
     options  `prediction`: "epsilon" or "v", for a single file of version 2, which does not say it
-             `control_kind`: one of `control_source.KINDS`, where there is a ControlNet
+             `control_kind`: one of `control_source.KINDS`, needed with a ControlNet
              `loras`: adapters (`lora.Lora`) that are added to the U-Net and the text encoder
 
     Raises CheckpointError for a source that is missing, incomplete or another kind of model, for a scheduler that the
-    tables lack, and for an adapter that does not fit.
+    tables do not support, and for an adapter that does not fit.
     """
     if unknown := sorted(set(options) - {"prediction", "control_kind", "loras"}):
         raise CheckpointError(f"{', '.join(unknown)}: unknown; {spec.FAMILY} takes prediction, control_kind and loras")
@@ -130,7 +130,7 @@ def _folder(folder: Path, prediction: str | None, notes: list[str]) -> Converted
 
 @dataclass(frozen=True)
 class Parts:
-    """What lies around the U-Net in a folder of the hub's layout: configurations, and the tensors of two networks."""
+    """Everything but the U-Net in a folder of the hub's layout: configurations, and the tensors of two networks."""
 
     schedule: Schedule
     clip: dict[str, Any]
@@ -153,7 +153,7 @@ def hub_parts(folder: Path, prediction: str | None, notes: list[str]) -> Parts:
 
 
 def _pad_id(folder: Path, clip: dict[str, Any]) -> int:
-    """The token behind a prompt: what the folder's tokenizer says, else the end token."""
+    """The padding token after a prompt: from the folder's tokenizer, else 0 for version 2 and the end token for 1."""
     config = folder / "tokenizer" / "tokenizer_config.json"
     token = read_json(config).get("pad_token") if config.is_file() else None
     token = token.get("content") if isinstance(token, dict) else token
@@ -187,7 +187,7 @@ def _single_file(path: Path, prediction: str | None, notes: list[str]) -> Conver
 
 
 def licence_of(clip: Mapping[str, Any]) -> str:
-    """The licence of the published weights of the version with this text encoder."""
+    """The licence of the published weights, of version 1 or 2 according to the text encoder."""
     version = 2 if clip["hidden_size"] == TEXT_WIDTH_OF_2 else 1
     return f"{_LICENCES[version]} where the file's own says nothing else; its use restrictions go along"
 

@@ -1,4 +1,4 @@
-"""ControlNets on disk: a folder of diffusers', or one file in the authors' or in diffusers' names.
+"""Reads ControlNets: a diffusers folder, or one file with the authors' or diffusers' tensor names.
 
 Authors' names: control_model.input_hint_block.0.weight, control_model.input_blocks.1.0.in_layers.0.weight
 diffusers':     controlnet_cond_embedding.conv_in.weight, down_blocks.0.resnets.0.norm1.weight
@@ -27,7 +27,7 @@ from higen.models.weights import joined
 __all__ = ["KINDS", "ControlSource", "is_control", "read_control", "with_control", "without_controls"]
 
 KINDS = ("edges", "given")
-"""What a request gives: pictures whose edges are found here, or the very maps that the network was trained on."""
+"""The picture in a request: one from which higen computes edges, or itself a map of the network's kind."""
 
 _PREFIX = "control_model."
 _AUTHORS, _DIFFUSERS = "input_hint_block.0.weight", "controlnet_cond_embedding.conv_in.weight"
@@ -43,7 +43,7 @@ State = Mapping[str, Tensor]
 
 @dataclass(frozen=True)
 class ControlSource:
-    """A control network under diffusers' names; `edges`: it is shown the edges of what a request gives."""
+    """A control network under diffusers' names. `edges`: its input is the edges of the picture in a request."""
 
     arguments: dict[str, Any]
     state: dict[str, Tensor]
@@ -52,12 +52,12 @@ class ControlSource:
 
 
 def is_control(path: Path) -> bool:
-    """Whether a folder or file holds a control network of any kind. Looks at names alone."""
+    """Whether a folder or file holds a control network of any kind. Only names are read."""
     return _kind(path) is not None
 
 
 def _kind(path: Path) -> str | None:
-    """The class of a control network; None for all else."""
+    """The class of a control network; None for anything else."""
     if path.is_dir():
         config = path / "config.json"
         found = str(read_json(config).get("_class_name")) if config.is_file() else ""
@@ -69,10 +69,10 @@ def _kind(path: Path) -> str | None:
 
 
 def without_controls(paths: list[Path], kind: object) -> tuple[list[Path], Path | None]:
-    """The sources that are no ControlNet, and the one that is.
+    """The sources that are not ControlNets, and the ControlNet among them, if any.
 
-    Raises CheckpointError for a control network of another class, for several of them, and for a `kind` that is not one
-    of KINDS where there is one, or that is given where there is none.
+    Raises CheckpointError for a control network of another class, for several ControlNets, for a ControlNet if `kind`
+    is not one of KINDS, and for a `kind` without a ControlNet.
     """
     found = [path for path in paths if is_control(path)]
     for path in found:
@@ -91,9 +91,9 @@ def without_controls(paths: list[Path], kind: object) -> tuple[list[Path], Path 
 
 
 def read_control(path: Path, kind: str, unet: Mapping[str, Any], factor: int, notes: list[str]) -> ControlSource:
-    """A ControlNet for a U-Net with these arguments, of UNet2DConditionModel or UNetMotionModel.
+    """Read a ControlNet. `unet`: the arguments of its U-Net, a UNet2DConditionModel or UNetMotionModel.
 
-    Raises CheckpointError for what is none, or one for another base.
+    Raises CheckpointError if it is not a ControlNet, or if it is made for another base model.
     """
     with naming(path):
         if path.is_dir():
@@ -116,7 +116,7 @@ def with_control(unet: State, control: ControlSource | None) -> State:
 
 
 def _single_file(state: State, unet: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The arguments of a ControlNet as diffusers makes it from its U-Net, and its tensors."""
+    """The arguments of a ControlNet, derived from its U-Net as in diffusers, and its tensors."""
     authors = any(name.removeprefix(_PREFIX) == _AUTHORS for name in state)
     own = below(state, _PREFIX) if any(name.startswith(_PREFIX) for name in state) else dict(state)
     with quiet_import("diffusers", "the control network"):
@@ -138,7 +138,7 @@ def _single_file(state: State, unet: Mapping[str, Any]) -> tuple[dict[str, Any],
 
 
 def _of_pictures(unet: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a U-Net for pictures, those of one with motion modules without what these decide."""
+    """The arguments of an image U-Net. If `unet` has motion modules, they are those of its image part."""
     found = dict(unet)
     if "down_block_types" in found:
         found["down_block_types"] = [kind.replace("Motion", "2D") for kind in found["down_block_types"]]
@@ -148,7 +148,7 @@ def _of_pictures(unet: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _embedding(state: State, hint: str, authors: bool) -> list[int]:
-    """Channels of each level of the network that reads the pictures."""
+    """Channels of each level of the network that encodes the control pictures."""
     authors_places = [str(4 * i) for i in range(16)]
     places = authors_places if authors else ["conv_in", *(f"blocks.{2 * i - 1}" for i in range(1, 16))]
     found = [int(state[hint.format(place)].shape[0]) for place in places if hint.format(place) in state]
@@ -158,7 +158,7 @@ def _embedding(state: State, hint: str, authors: bool) -> list[int]:
 
 
 def _authors_name(ours: str, layers: int, levels: int) -> str:
-    """The authors' name of a tensor; `levels` of the network that reads the pictures."""
+    """The authors' name of a tensor. `levels`: of the network that encodes the control pictures."""
     for new, old in _OUTER.items():
         if ours.startswith(f"{new}."):
             return old + ours.removeprefix(new)

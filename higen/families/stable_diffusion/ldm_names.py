@@ -1,7 +1,7 @@
-"""The U-Net of a single-file checkpoint (`model.diffusion_model.*`) under diffusers' names.
+"""Reads the U-Net of a single-file checkpoint (`model.diffusion_model.*`) under diffusers' names.
 
-Names are derived from diffusers' own module tree, so every tensor that it has is looked for and nothing else is
-taken. Source of the layout: CompVis' openaimodel.py, whose blocks are numbered through.
+Names are derived from diffusers' own module tree, so every tensor of the tree must be in the file, and no other may be.
+Source of the layout: CompVis' openaimodel.py, which numbers all blocks consecutively.
 """
 
 from __future__ import annotations
@@ -39,14 +39,14 @@ _OUTER = {
     "conv_out": "out.2",
 }
 _HEADS = 8
-"""Number of heads of every attention in version 1. Version 2, whose projections are linear, has heads of 64 channels.
+"""The number of heads of every attention in version 1. Version 2 has linear projections and heads of 64 channels.
 """
 
 _HEAD_CHANNELS = 64
 
 
 def unet_arguments(state: State) -> dict[str, Any]:
-    """UNet2DConditionModel's arguments, as the tensors' shapes tell them. Raises CheckpointError."""
+    """UNet2DConditionModel's arguments, derived from the tensors' shapes. Raises CheckpointError."""
     unet = below(state, PREFIX)
     if "label_emb.0.0.weight" in unet:
         raise CheckpointError("a U-Net with a class condition: SDXL or an upscaler, and no family here runs it")
@@ -83,7 +83,7 @@ def unet_arguments(state: State) -> dict[str, Any]:
 
 
 def unet_from_ldm(state: State, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The U-Net's tensors under diffusers' names. Raises CheckpointError for what is missing, extra or misshapen."""
+    """The U-Net's tensors under diffusers' names. Raises CheckpointError for missing, extra or wrongly shaped ones."""
     theirs = below(state, PREFIX)
     shapes = shapes_of(lambda: image_unet(arguments))
     layers = arguments["layers_per_block"]
@@ -96,10 +96,10 @@ def unet_from_ldm(state: State, arguments: Mapping[str, Any]) -> dict[str, Tenso
 def ldm_name(ours: str, layers: int, up_attends: list[bool]) -> str:
     """The name of a diffusers tensor in the checkpoint, without PREFIX.
 
-    layers      residual blocks of a level on the way down
-    up_attends  whether each level on the way up attends, the first first
+    layers      number of residual blocks in a level on the way down
+    up_attends  whether each level on the way up attends, in order
 
-    Raises CheckpointError for a tensor that no such checkpoint has.
+    Raises CheckpointError for a tensor that does not occur in these checkpoints.
     """
     for new, old in _OUTER.items():
         if ours.startswith(f"{new}."):

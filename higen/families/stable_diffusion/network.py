@@ -26,14 +26,14 @@ def open(manifest: Manifest, weights: Weights) -> StableDiffusionNetworks:  # no
 
 
 class StableDiffusionNetworks(ClipNetworks):
-    """One U-Net for pictures."""
+    """One image U-Net."""
 
     def __init__(self, manifest: Manifest, weights: Weights) -> None:
         self._networks = spec.networks(manifest)
         super().__init__(manifest, weights, self._networks.clip, self._networks.codec)
 
     def predictor(self, step: Stage) -> nn.Module:
-        """The U-Net, with its control network where the stage is shown a map."""
+        """The U-Net, with its control network if the stage takes a control map."""
         return self._controlled if any(tensor.name == CONTROL for tensor in step.inputs) else self._predictor
 
     @cached_property
@@ -48,9 +48,9 @@ class StableDiffusionNetworks(ClipNetworks):
 
 
 class ImagePredictor(nn.Module):
-    """m of a U-Net for pictures, as `SolverStep` asks for it.
+    """Predicts m with an image U-Net, as `SolverStep` calls it.
 
-    Its conditions are `context` [B,T,Dc], and with a control network `control` [B,3,1,Y,X] and `control_scale` [B,1].
+    The conditions are `context` [B,T,Dc] and, with a control network, `control` [B,3,1,Y,X] and `control_scale` [B,1].
     """
 
     prefix = "unet."
@@ -88,7 +88,7 @@ class ImagePredictor(nn.Module):
         branches: int,
         deep: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """m, like x [B,C,1,H,W], and the deep features [B,K,1,H,W]: `deep`, where they are given."""
+        """m, shaped like x [B,C,1,H,W], and the deep features [B,K,1,H,W], which are `deep` if it is given."""
         unet: Any = self.unet
         dtype = unet.conv_in.weight.dtype
         first = unet.conv_in(x.squeeze(2).to(dtype))

@@ -1,7 +1,7 @@
-"""Stable Diffusion's tables (docs/manifest.md): data alone, no PyTorch.
+"""Stable Diffusion's tables (docs/manifest.md). Only data, no PyTorch.
 
 text_encoder -> spatial_unet x steps -> vae_decoder
-vae_encoder (image) -> the loop's tail: image to image
+vae_encoder (image) -> the loop's last steps: image to image
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ UNET, TEXT_ENCODER, AUTOENCODER = "unet.safetensors", "text_encoder.safetensors"
 TOKENIZER = "tokenizer.json"
 
 STRENGTH = 0.8
-"""The part of the steps that a picture is given by default, as diffusers' image-to-image pipeline has it."""
+"""The fraction of the steps that run on a given picture by default, as in diffusers' image-to-image pipeline."""
 
 
 @dataclass(frozen=True)
 class Codec:
-    """diffusers' AutoencoderKL: its constructor's arguments; latents = (encoded - shift) * scale."""
+    """diffusers' AutoencoderKL by its constructor arguments; latents = (encoded - shift) * scale."""
 
     arguments: dict[str, Any]
     shift: float = 0.0
@@ -58,9 +58,9 @@ class Codec:
 
 @dataclass(frozen=True)
 class Networks:
-    """Constructors' arguments of diffusers' UNet2DConditionModel, of transformers' CLIPTextConfig, and the codec.
+    """Constructor arguments of diffusers' UNet2DConditionModel and of transformers' CLIPTextConfig, and the codec.
 
-    control  those of diffusers' ControlNetModel, where there is one
+    control  arguments of diffusers' ControlNetModel, if there is one
     """
 
     unet: dict[str, Any]
@@ -75,8 +75,11 @@ _START = Start("image", "vae_encoder.latents", "control:strength")
 def manifest(
     made_of: Networks, sampling: Sampling, *, name: str, licence: str, size: int, pad_id: int, edges: bool = False
 ) -> Manifest:
-    """The tables of a model. `size`: width and height by default, in pixels; `pad_id`: the token behind a prompt;
-    `edges`: a control network is shown the edges of pictures.
+    """The tables of a model.
+
+    size     default width and height in pixels
+    pad_id   the padding token after a prompt
+    edges    the control map is the edges of a given picture
 
     Raises ManifestError for networks that do not fit each other.
     """
@@ -119,7 +122,7 @@ def _stages(deep: int, control: bool) -> tuple[Stage, ...]:
 
 
 def networks(manifest: Manifest) -> Networks:
-    """What a manifest's networks are. Raises ManifestError where it is no model of this family."""
+    """The networks in a manifest. Raises ManifestError if it is a model of another family."""
     if manifest.family != FAMILY:
         raise ManifestError(f"family={manifest.family!r}: {FAMILY} is wanted here")
     return from_json(Networks, manifest.architecture, "architecture", whole=True)

@@ -1,4 +1,4 @@
-"""Reads the U-Net alone of a Stable Diffusion checkpoint of any form, for a family that uses its weights."""
+"""Reads only the U-Net of a Stable Diffusion folder or file, for another family that uses its weights."""
 
 from __future__ import annotations
 

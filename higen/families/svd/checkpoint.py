@@ -1,7 +1,7 @@
-"""Stable Video Diffusion's checkpoints: a folder of the hub's layout, or one file as the authors publish it.
+"""Stable Video Diffusion's checkpoints: a folder of the hub's layout, or one file as published by the authors.
 
-A folder     model_index.json, unet/, image_encoder/, vae/, scheduler/, feature_extractor/; plain, fp16 variants or in
-             several files
+A folder     model_index.json, unet/, image_encoder/, vae/, scheduler/, feature_extractor/; plain files, fp16 variants
+             or sharded files
 One file     model.diffusion_model.*, conditioner.embedders.*, first_stage_model.* (ldm_names.py)
 """
 
@@ -34,7 +34,7 @@ _TERMS = f"licence: {_LICENCE}; 1.0 forbids commercial use, 1.1 restricts it: re
 State = Mapping[str, Tensor]
 
 _SIZE = 96
-"""Side in latent cells of a square that has as many pixels as a frame of the published models."""
+"""Side in latent cells of a square with as many pixels as a frame of the published models."""
 
 _SINGLE_FILE = re.compile(r"model\.diffusion_model\..+\.time_stack\.")
 
@@ -47,7 +47,7 @@ _SETTINGS: Mapping[str, tuple[Any, Any]] = {
     "use_beta_sigmas": (False, False),
     "final_sigmas_type": ("zero", "zero"),
 }
-"""Settings of a scheduler, each with the only value that the tables support and with the library's default."""
+"""Scheduler settings: {name: (the only supported value, diffusers' default)}."""
 
 _OTHERS = (Solver("heun", "karras"), Solver("dpm++2m", "karras"), Solver("euler_ancestral", "karras"))
 
@@ -63,8 +63,8 @@ def recognise(path: Path) -> bool:
 def convert(sources: Sequence[Path], **options: Any) -> Converted:
     """Tables and weights from one source.
 
-    options  `chunk`: frames that the decoder is given at a time (14); the result depends on it
-             `frames`: length of the clips that the model was trained on; a single file does not contain it
+    options  `chunk`: number of frames that are decoded at a time (14); the result depends on it
+             `frames`: clip length in training, needed for a single file, which does not contain it
 
     Raises CheckpointError for a source that is missing, incomplete or another kind of model, and for a scheduler that
     the tables do not support.
@@ -141,7 +141,7 @@ def _converted(
     chunk: int,
     notes: list[str],
 ) -> Converted:
-    """The model directory of a source, whose tensors `read` gives. `size`: see `spec.manifest`, in latent cells."""
+    """The model directory of a source. `read` returns its tensors. `size`: see `spec.manifest`, but in latent cells."""
     _check_parts(made_of)
     weights = dict(zip((spec.UNET, spec.IMAGE_ENCODER, spec.AUTOENCODER), read(), strict=True))
     manifest = spec.manifest(
@@ -151,14 +151,14 @@ def _converted(
         licence=_LICENCE,
         size=size * made_of.factor,
         chunk=chunk,
-        # Its numbers overflow in fp16 unless the configuration says that they do not.
+        # It overflows in fp16 unless the configuration says that it does not.
         lowest="fp32" if made_of.codec.get("force_upcast", True) else "fp16",
     )
     return Converted(manifest=manifest, weights=weights, notes=(*notes, _TERMS))
 
 
 def _check_parts(made_of: spec.Networks) -> None:
-    """Raise CheckpointError where the picture encoder or the autoencoder belongs to another U-Net."""
+    """Raise CheckpointError if the image encoder or the autoencoder belongs to another U-Net."""
     unet, width = made_of.unet, made_of.vision.arguments["projection_dim"]
     reads = unet["cross_attention_dim"]
     for given in reads if isinstance(reads, (list, tuple)) else (reads,):
@@ -172,9 +172,9 @@ def _check_parts(made_of: spec.Networks) -> None:
 
 
 def sampling_of(config: Mapping[str, Any]) -> Sampling:
-    """Check a scheduler's configuration: Euler's method on Karras' grid of ratios, with a continuous time.
+    """The sampling for a scheduler's configuration: Euler's method on Karras' noise levels with continuous time.
 
-    Raises CheckpointError that names a class or setting without support, and what is supported.
+    Raises CheckpointError naming an unsupported class or setting, and what is supported.
     """
     kind = config.get("_class_name", "EulerDiscreteScheduler")
     if kind != "EulerDiscreteScheduler":

@@ -1,10 +1,11 @@
-"""Reads one file of Stable Video Diffusion (`svd_xt.safetensors`) under the names of the hub's folder.
+"""Reads a single file of Stable Video Diffusion (`svd_xt.safetensors`) under the tensor names of the hub's folder.
 
-The names are derived from the libraries' own module trees: every tensor of theirs must be in the file, and no other
-tensor may be. Sources of the layout: generative-models' VideoUNet, VideoDecoder and the embedders of its svd_xt.yaml.
+The names are derived from the libraries' own module trees: every tensor of the trees must be in the file, and no
+other tensor may be. Sources of the layout: generative-models' VideoUNet, VideoDecoder and the embedders of its
+svd_xt.yaml.
 
-model.diffusion_model.*                                  the U-Net; time_stack and time_mixer beside Stable Diffusion's
-conditioner.embedders.0.open_clip.model.visual.*         the picture's encoder, OpenCLIP's ViT-H
+model.diffusion_model.*                                  the U-Net: as in Stable Diffusion, with time_stack, time_mixer
+conditioner.embedders.0.open_clip.model.visual.*         the image encoder, OpenCLIP's ViT-H
 conditioner.embedders.3.encoder.{encoder,quant_conv}.*   the autoencoder that reads the picture
 first_stage_model.decoder.*                              the decoder whose layers mix the frames
 """
@@ -31,10 +32,10 @@ __all__ += ["vision_arguments", "vision_from_ldm"]
 State = Mapping[str, Tensor]
 
 _HEAD_CHANNELS = 64
-"""Channels of a head, in every attention of the U-Net."""
+"""Channels per head in every attention of the U-Net."""
 
 _VISION_HEAD_CHANNELS = 80
-"""Channels of a head of OpenCLIP's ViT-H. The tensors' shapes do not show it."""
+"""Channels per head of OpenCLIP's ViT-H. The tensors' shapes do not show it."""
 
 _VISION = re.compile(r"conditioner\.embedders\.\d+\.open_clip\.model\.visual\.")
 _READER = re.compile(r"conditioner\.embedders\.\d+\.encoder\.(?=encoder\.|quant_conv\.)")
@@ -61,9 +62,9 @@ _BLOCK |= {"mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}
 
 
 def unet_arguments(state: State, frames: int) -> dict[str, Any]:
-    """UNetSpatioTemporalConditionModel's arguments, as the tensors' shapes tell them. Raises CheckpointError.
+    """UNetSpatioTemporalConditionModel's arguments, derived from the tensors' shapes. Raises CheckpointError.
 
-    `frames`: length of the clips that it was trained on.
+    `frames`: clip length in training.
     """
     unet = below(state, PREFIX)
     entries: dict[int, set[str]] = {}
@@ -102,7 +103,7 @@ def unet_arguments(state: State, frames: int) -> dict[str, Any]:
 
 
 def unet_from_ldm(state: State, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The U-Net's tensors under diffusers' names. Raises CheckpointError for what is missing, extra or misshapen."""
+    """The U-Net's tensors under diffusers' names. Raises CheckpointError for missing, extra or wrongly shaped ones."""
     shapes = shapes_of(lambda: video_unet(arguments))
     layers = arguments["layers_per_block"]
     attends = [kind.startswith("Cross") for kind in arguments["up_block_types"]]
@@ -113,7 +114,7 @@ def unet_from_ldm(state: State, arguments: Mapping[str, Any]) -> dict[str, Tenso
 
 
 def unet_ldm_name(ours: str, layers: int, up_attends: list[bool]) -> str:
-    """The name of a diffusers tensor in the file, without `model.diffusion_model.`; as `ldm_name`."""
+    """The file's name of a diffusers tensor, without `model.diffusion_model.`. Arguments as in `ldm_name`."""
     for new, old in _OUTER.items():
         if ours.startswith(f"{new}."):
             return old + ours.removeprefix(new)
@@ -129,11 +130,11 @@ def unet_ldm_name(ours: str, layers: int, up_attends: list[bool]) -> str:
     )
 
 
-# The picture's encoder.
+# The image encoder.
 
 
 def vision_arguments(state: State) -> dict[str, Any]:
-    """CLIPVisionConfig's arguments, as the shapes of OpenCLIP's tower tell them. Raises CheckpointError."""
+    """CLIPVisionConfig's arguments, derived from the shapes of OpenCLIP's vision tower. Raises CheckpointError."""
     tower = _without(state, _VISION)
     width, patch = _size(tower, "conv1.weight", 0), _size(tower, "conv1.weight", 2)
     side = math.isqrt(_size(tower, "positional_embedding", 0) - 1)
@@ -152,7 +153,7 @@ def vision_arguments(state: State) -> dict[str, Any]:
 
 
 def vision_from_ldm(state: State, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    """OpenCLIP's picture tower under transformers' names. Raises CheckpointError."""
+    """OpenCLIP's vision tower under transformers' names. Raises CheckpointError."""
     tower = _without(state, _VISION)
     found: dict[str, Tensor] = {}
     for name, tensor in tower.items():
@@ -186,7 +187,7 @@ def _outside_blocks(name: str, tensor: Tensor) -> dict[str, Tensor]:
 
 
 def codec_arguments(state: State) -> dict[str, Any]:
-    """AutoencoderKLTemporalDecoder's arguments, as the tensors' shapes tell them. Raises CheckpointError."""
+    """AutoencoderKLTemporalDecoder's arguments, derived from the tensors' shapes. Raises CheckpointError."""
     theirs = _codec(state)
     found = [re.match(r"encoder\.down\.(\d+)\.", name) for name in theirs]
     levels = 1 + max((int(match[1]) for match in found if match), default=-1)
@@ -203,7 +204,7 @@ def codec_arguments(state: State) -> dict[str, Any]:
 
 
 def codec_from_ldm(state: State, arguments: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The autoencoder under diffusers' names; its 1x1 convolutions become linear layers. Raises CheckpointError."""
+    """The autoencoder under diffusers' names. Its 1x1 convolutions become linear layers. Raises CheckpointError."""
     theirs = _codec(state)
     shapes = shapes_of(lambda: autoencoder(CODEC, arguments))
     levels = len(arguments["block_out_channels"])
@@ -217,7 +218,7 @@ def codec_from_ldm(state: State, arguments: Mapping[str, Any]) -> dict[str, Tens
 
 
 def codec_ldm_name(ours: str, levels: int) -> str:
-    """The name of a diffusers tensor: `encoder.*` and `quant_conv.*` of the reader's, `decoder.*` of the decoder's."""
+    """The file's name of a diffusers autoencoder tensor: `encoder.*`, `quant_conv.*` or `decoder.*`."""
     if ours.startswith("decoder.time_conv_out."):
         return ours.replace("time_conv_out", "conv_out.time_mix_conv")
     if not (found := _PARTS.fullmatch(ours)):

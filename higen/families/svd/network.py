@@ -35,7 +35,7 @@ class SvdNetworks:
         self._networks = spec.networks(manifest)
 
     def module(self, stage: str) -> nn.Module:
-        """A stage as a module, in evaluation mode. Raises ManifestError for one that this family has not."""
+        """A stage as a module, in evaluation mode. Raises ManifestError for a stage that this family does not have."""
         row = self._manifest.stage(stage)
         if row.denoises:
             return SolverStep(row, VideoPredictor(self._unet)).eval()
@@ -64,10 +64,10 @@ class SvdNetworks:
 
 
 class VideoPredictor(nn.Module):
-    """v of the U-Net, as `SolverStep` asks for it.
+    """Predicts v with the U-Net, as `SolverStep` calls it.
 
-    Conditions: `context` [B,K,Dc], `prior` [B,C,H,W] and `frame_embedding` [B,F,E]. The branch without the picture
-    sees zeros for the first two.
+    Conditions: `context` [B,K,Dc], `prior` [B,C,H,W] and `frame_embedding` [B,F,E]. In the branch without the picture,
+    the first two are zeros.
     """
 
     prefix = "unet."
@@ -95,14 +95,14 @@ class VideoPredictor(nn.Module):
         branches: int,
         deep: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """m, like x [B,C,F,H,W], and the deep features [B,K,F,H,W]: `deep`, where they are given."""
+        """m, shaped like x [B,C,F,H,W], and the deep features [B,K,F,H,W], which are `deep` if it is given."""
         unet: Any = self.unet
         frames = x.shape[2]
         dtype = unet.conv_in.weight.dtype
         context, prior = (_given(conditions[name].to(dtype), branches) for name in ("context", "prior"))
         embedding = (time_embedding(unet, t)[:, None] + conditions["frame_embedding"].to(dtype)).flatten(0, 1)
         entered = unet.conv_in(torch.cat([fold(x.to(dtype)), per_frame(prior, frames)], dim=1))
-        no_pictures = x.new_zeros(x.shape[0], frames, dtype=dtype)  # every frame is one of a clip
+        no_pictures = x.new_zeros(x.shape[0], frames, dtype=dtype)  # every frame belongs to a clip
         given = None if deep is None else fold(deep.to(dtype))
         told = embedding, per_frame(context, frames), given
         m, kept = walk_with_deep(unet, entered, *told, image_only_indicator=no_pictures)
@@ -110,7 +110,7 @@ class VideoPredictor(nn.Module):
 
 
 def _given(condition: Tensor, branches: int) -> Tensor:
-    """A condition with zeros for the second branch, where there is one."""
+    """A condition with zeros in place of the second branch, if there are two."""
     if branches == 1:
         return condition
     stacked = condition.unflatten(0, (2, -1))
@@ -118,7 +118,7 @@ def _given(condition: Tensor, branches: int) -> Tensor:
 
 
 class ImageEncoder(nn.Module):
-    """pixels [B,3,S,S] in -1 to 1 -> embedding [B,1,Dc] of CLIP, projected; CLIP's normalisation is inside."""
+    """pixels [B,3,S,S] in -1 to 1 -> CLIP's projected embedding [B,1,Dc]. CLIP's normalisation is included."""
 
     prefix = "encoder."
     mean: Tensor
@@ -140,7 +140,7 @@ class ImageEncoder(nn.Module):
 class Encoder(nn.Module):
     """pixels and noise [B,3,Y,X], augmentation [B,F] -> prior [B,C,H,W], which is not scaled.
 
-    The picture is noised in pixels, with the first frame's augmentation; the mode of the posterior is taken.
+    Noise is added to the picture's pixels, times the first frame's augmentation. The result is the posterior's mode.
     """
 
     prefix = "autoencoder."
@@ -157,7 +157,7 @@ class Encoder(nn.Module):
 
 
 class Conditioner(nn.Module):
-    """fps [B], motion and augmentation [B,F] -> frame_embedding [B,F,E]: what the U-Net adds to its timestep's."""
+    """fps [B], motion and augmentation [B,F] -> frame_embedding [B,F,E], which is added to the timestep embedding."""
 
     prefix = "unet."
 
@@ -166,7 +166,7 @@ class Conditioner(nn.Module):
         self.unet = unet
 
     def forward(self, fps: Tensor, motion: Tensor, augmentation: Tensor) -> Tensor:
-        # The network was trained with one less than the clip's frames per second.
+        # The network was trained with the clip's frames per second minus 1.
         numbers = torch.stack([(fps[:, None] - 1.0).expand_as(motion), motion, augmentation], dim=-1)  # [B,F,3]
         waves = self.unet.add_time_proj(numbers.flatten()).unflatten(0, (-1, 3)).flatten(1)  # [BF,3D]
         embedding = self.unet.add_embedding(waves.to(self.unet.conv_in.weight.dtype))
@@ -174,7 +174,7 @@ class Conditioner(nn.Module):
 
 
 class Decoder(nn.Module):
-    """latents [B,C,F,H,W] -> pixels [B,3,F,Y,X], about -1 to 1 (not clamped); its layers mix the frames."""
+    """latents [B,C,F,H,W] -> pixels [B,3,F,Y,X], about -1 to 1 (not clamped). Its layers mix frames."""
 
     prefix = "autoencoder."
 

@@ -1,4 +1,4 @@
-"""The networks of a Stable Video Diffusion folder: which of them this family runs, and how they are built."""
+"""The networks of a Stable Video Diffusion folder: checks their configurations, builds them and reads their tensors."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _CODEC_ARGUMENTS = {
     *("scaling_factor", "force_upcast"),
 }
 _IDS = 3
-"""Numbers that the network is told of a clip: frames per second, motion bucket, augmentation."""
+"""How many numbers condition the network on a clip: frames per second, motion bucket, augmentation."""
 
 
 def unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The constructor's arguments in a U-Net's config.json, all of those that this family reads among them.
+    """The constructor arguments in a U-Net's config.json, with diffusers' defaults for missing ones.
 
-    Raises CheckpointError for a model of another kind, MissingExtra.
+    Raises CheckpointError for another kind of model, MissingExtra.
     """
     kind = config.get("_class_name", _UNET)
     if kind != _UNET:
@@ -71,7 +71,7 @@ def video_unet(arguments: Mapping[str, Any]) -> nn.Module:
     with quiet("diffusers"):
         try:
             built: nn.Module = UNetSpatioTemporalConditionModel(**arguments)
-        except Exception as error:  # whatever its checks and its arithmetic raise
+        except Exception as error:  # its checks and its arithmetic raise errors of many types
             raise ManifestError(f"architecture.unet: diffusers refuses it: {error}") from error
     return built
 
@@ -85,9 +85,9 @@ def unet_state(folder: Path, arguments: Mapping[str, Any], on_note: Note) -> dic
 
 
 def vision_of(folder: Path) -> Vision:
-    """CLIPVisionConfig's arguments of `folder`/image_encoder, and how its pixels are normalised.
+    """CLIPVisionConfig's arguments of `folder`/image_encoder, and its normalisation of pixels.
 
-    The latter is in feature_extractor/preprocessor_config.json; without that file it is CLIP's own.
+    The normalisation is in feature_extractor/preprocessor_config.json; without that file it is CLIP's.
     Raises CheckpointError.
     """
     given = read_json(folder / "image_encoder" / "config.json")
@@ -99,7 +99,7 @@ def vision_of(folder: Path) -> Vision:
     with quiet("transformers"):
         try:
             config = CLIPVisionConfig(**{name: value for name, value in given.items() if name in _VISION_ARGUMENTS})
-        except Exception as error:  # whatever its checks raise
+        except Exception as error:  # its checks raise errors of many types
             raise CheckpointError(f"image_encoder/config.json: transformers refuses it: {error}") from error
     arguments = {name: getattr(config, name) for name in sorted(_VISION_ARGUMENTS)}
     path = folder / "feature_extractor" / "preprocessor_config.json"
@@ -133,7 +133,7 @@ def image_encoder(arguments: Mapping[str, Any]) -> nn.Module:
 
 
 def vision_state(folder: Path, arguments: Mapping[str, Any], on_note: Note) -> dict[str, Tensor]:
-    """The tensors of `folder`/image_encoder, without the buffer that older files hold. Raises CheckpointError."""
+    """The tensors of `folder`/image_encoder, without a buffer that older files contain. Raises CheckpointError."""
     state = folder_state(folder / "image_encoder", ("model", "pytorch_model"), on_note)
     state.pop("vision_model.embeddings.position_ids", None)
     shapes = companions.shapes_of(lambda: image_encoder(arguments))

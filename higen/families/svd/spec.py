@@ -1,4 +1,4 @@
-"""Stable Video Diffusion's tables (docs/manifest.md): data alone, no PyTorch.
+"""Stable Video Diffusion's tables (docs/manifest.md). Only data, no PyTorch.
 
 image -> image_encoder                    -> context          \
 image, noise, augmentation -> vae_encoder -> prior             > temporal_unet x steps -> vae_decoder, 14 frames at once
@@ -36,10 +36,10 @@ FAMILY = "svd"
 UNET, IMAGE_ENCODER, AUTOENCODER = "unet.safetensors", "image_encoder.safetensors", "vae.safetensors"
 
 STEPS, GUIDANCE = 25, (1.0, 3.0)
-"""Guidance grows from the first frame to the last."""
+"""GUIDANCE: the values at the first and at the last frame."""
 
 CHUNK = 14
-"""Frames that the decoder is given at a time, as in the authors' script. The result depends on this number."""
+"""The number of frames that are decoded at a time, as in the authors' script. The result depends on it."""
 
 NOISE, AUGMENTATION = 4, 5
 """Purposes of noise streams: the initial latents, and the picture's pixels. The other families use 0 to 3."""
@@ -49,7 +49,7 @@ IMAGE = "image"
 
 @dataclass(frozen=True)
 class Vision:
-    """The arguments of transformers' CLIPVisionConfig; mean and deviation that normalise pixels from 0 to 1."""
+    """The arguments of transformers' CLIPVisionConfig, and the mean and deviation for normalising pixels in 0 to 1."""
 
     arguments: dict[str, Any]
     mean: tuple[float, float, float] = (0.48145466, 0.4578275, 0.40821073)
@@ -80,8 +80,8 @@ def manifest(
 ) -> Manifest:
     """The tables of a model.
 
-    size    side in pixels of a square with as many pixels as a default frame, whose shape is 16:9
-    chunk   frames that are decoded at a time
+    size    side in pixels of a square with as many pixels as a default frame, which is 16:9
+    chunk   number of frames that are decoded at a time
     lowest  precision of the autoencoder's stages: "fp32", or "fp16" for one that does not overflow
 
     Raises ManifestError for networks that do not fit each other.
