@@ -46,7 +46,7 @@ class Curves:
     requested: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """The curves as JSON values."""
         return {
             "fps": self.fps,
             "motion": list(self.motion),

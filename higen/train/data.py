@@ -1,6 +1,6 @@
 """The items of a data set and their order, which depends only on (seed, step).
 
-A data set is a folder (clip.mp4 beside clip.txt, subfolders too) or a .jsonl or .csv file with `path` and `caption`.
+A data set is a folder (clip.mp4 and clip.txt, also in subfolders), or a .jsonl or .csv file with `path` and `caption`.
 """
 
 from __future__ import annotations

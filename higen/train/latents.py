@@ -75,7 +75,7 @@ class OpenClip:
             raise MissingExtra("transformers", "torch", "the OpenCLIP appearance cue") from error
         try:
             tower = CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # transformers raises whatever its checks raise
+        except Exception as error:  # the checks of transformers raise errors of any kind
             raise SettingsError(
                 f"cues.openclip={folder!r}: no CLIP picture tower in transformers' format "
                 f"(such as laion/CLIP-ViT-H-14-laion2B-s32B-b79K): {error}"

@@ -1,7 +1,7 @@
 """Which parameters of a denoiser are trained: all, those of some layers, or low-rank adapters of layers (LoRA).
 
-An adapter (Hu et al. 2021) belongs to a linear layer or a convolution with the weight W. Its two factors are trained,
-and the layer computes with W + alpha / rank * up down, as PEFT defines it. The file has PEFT's names:
+An adapter (Hu et al. 2021) belongs to a linear layer or a convolution with the weight W. Its factors up and down are
+trained, and the layer computes with W + alpha / rank * up down, as PEFT defines it. The file has PEFT's names:
 `unet.<layer>.lora_A.weight` (down) and `unet.<layer>.lora_B.weight` (up), with the layer's name in unet.safetensors.
 """
 

@@ -75,7 +75,7 @@ class DataSettings:
     """Where the clips are and how they are cut. A size that is not given is the model's default."""
 
     path: str
-    """Folder (clip.mp4 beside clip.txt), or .jsonl or .csv with `path` and `caption`."""
+    """Folder (with clip.mp4 and clip.txt), or .jsonl or .csv file with `path` and `caption`."""
     frames: int | None = None
     width: int | None = None
     height: int | None = None

@@ -31,7 +31,7 @@ class SoundCurves:
     controls: Mapping[str, Mapping[str, list[float]]]
 
     def as_json(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """The curves as JSON values."""
         return {"fps": self.fps, **self.features, "controls": dict(self.controls)}
 
     def as_text(self) -> str:

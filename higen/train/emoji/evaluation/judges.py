@@ -31,7 +31,7 @@ VERSION = 1
 
 
 class Judges:
-    """A classifier of subjects, a network for clips, and templates. The networks are trained once; `folder` keeps them."""
+    """A classifier of subjects, a network for clips, and templates. Trained networks are kept in `folder`."""
 
     def __init__(
         self, real: RealClips, folder: Path, steps: tuple[int, int] = (PICTURE_STEPS, CLIP_STEPS), shown: bool = False
