@@ -1,13 +1,13 @@
-"""Times the loops of a model on several sides, each in a process of its own, as ratios to a baseline of the same run.
+"""Times the loops of a model on several sides, each in its own process, as ratios to a baseline of the same run.
 
     python benchmarks/against.py WORK [--family animatediff] [--size small|tiny|full] [--steps 4] [--rounds 3]
         [--sides diffusers,torch,onnx,diffusers+compile,torch:bf16,onnx:fp16,gemm]
 
-Sides: `diffusers` and `diffusers+compile` (torch.compile of its denoiser), ours as BACKEND[:PRECISION] (torch, onnx,
-tensorrt; cpu or cuda as --device says), and `gemm`, products of large matrices, whose rate is the machine's peak. The
-first side is the baseline. All run the same request on the same weights and noise (see families.py for the models), and
-their last latents are compared with the baseline's. Each round runs every side once; every second round has the reverse
-order. Graphs that a side needs are exported first. Prints Markdown; a side that cannot run here says why.
+Sides: `diffusers`; `diffusers+compile` (its denoiser with torch.compile); higen as BACKEND[:PRECISION] (torch, onnx,
+tensorrt; on cpu or cuda as --device says); and `gemm`, a product of large matrices that shows the machine's peak rate.
+The first side is the baseline. All run the same request on the same weights and noise (see families.py for the models),
+and their last latents are compared with the baseline's. Each round runs every side once; every second round runs them
+in reverse order. Graphs that a side needs are exported first. Prints Markdown; a side that cannot run here says why.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ GEMM = 4096
 def serve(side: str, given: argparse.Namespace) -> None:
     """Answer each line of standard input with the seconds of one request, as a line of JSON."""
     answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # libraries' own output must not mix with the answers
+    os.dup2(2, 1)  # output of libraries must not mix with the answers
 
     def answer(**row: Any) -> None:
         print(json.dumps(row), file=answers, flush=True)
@@ -59,7 +59,7 @@ def serve(side: str, given: argparse.Namespace) -> None:
 
 
 def gemm() -> tuple[Callable[[], None], float]:
-    """A product of two large matrices in float32, and its operations."""
+    """A product of two large matrices in float32, and its number of operations."""
     import torch
 
     one, other = torch.randn(GEMM, GEMM), torch.randn(GEMM, GEMM)
@@ -71,7 +71,7 @@ def gemm() -> tuple[Callable[[], None], float]:
 
 
 def request(side: str, given: argparse.Namespace) -> tuple[Callable[[], Any], float]:
-    """The request on a side, and the operations of the products in it where PyTorch can count them (else 0)."""
+    """The request on a side, and the operations of its matrix products (0 where PyTorch cannot count them)."""
     import families
     import torch
 
@@ -98,7 +98,7 @@ def request(side: str, given: argparse.Namespace) -> tuple[Callable[[], Any], fl
 
 
 def counted(run: Callable[[], Any]) -> float:
-    """Floating-point operations of the products in a run, which also serves as warm-up."""
+    """Floating-point operations of the matrix products in a run. The run also serves as warm-up."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter:
@@ -116,7 +116,7 @@ def kept(given: argparse.Namespace, side: str) -> Path:
 
 @dataclass
 class Side:
-    """A side's process, and what it answered."""
+    """A side's process, and its answers."""
 
     name: str
     process: subprocess.Popen[str]
@@ -124,7 +124,7 @@ class Side:
     failed: str = ""
 
     def ask(self) -> dict[str, Any]:
-        """Run one request. After a failure, the process is not used any more."""
+        """Run one request. After a failure the process is not used again."""
         assert self.process.stdin is not None
         try:
             self.process.stdin.write("\n")
@@ -134,7 +134,7 @@ class Side:
         return self.answer()
 
     def answer(self) -> dict[str, Any]:
-        """The next line of its answers."""
+        """The next answer of the process."""
         assert self.process.stdout is not None
         line = self.process.stdout.readline()
         row: dict[str, Any] = json.loads(line) if line else {"error": "its process ended"}
@@ -142,7 +142,7 @@ class Side:
         return row
 
     def median(self, what: str) -> float:
-        """Over the rounds."""
+        """The median of a measure over the rounds."""
         return statistics.median(row[what] for row in self.rows)
 
 
@@ -155,7 +155,7 @@ def start(side: str) -> Side:
 
 
 def prepare(given: argparse.Namespace) -> None:
-    """Make the model and the graphs that the sides need, each in a process of its own."""
+    """Make the model and the graphs that the sides need, each in its own process."""
     where = given.work / f"{given.family}-{given.size}-fp32"
     wanted = f"Path({str(given.work)!r}), {given.family!r}, {given.size!r}, 'fp32'"
     make = f"import families; from pathlib import Path; families.made({wanted})"

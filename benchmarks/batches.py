@@ -1,13 +1,13 @@
-"""Throughput of a denoising step over the samples in its batch and the threads of its session, on ONNX Runtime's CPU.
+"""Throughput of a denoising step by batch size and number of threads, in ONNX Runtime on the CPU.
 
     python benchmarks/batches.py                                       # the built-in model, 1, 2, 4 and 8 samples
     python benchmarks/batches.py --model DIR --samples 1,4 --threads 1,4,16 --repeats 9 --frames 16
     numactl --cpunodebind 0 --membind 0 python benchmarks/batches.py   # one node of several
 
 The inputs are those of a real video, repeated. All combinations are timed in turn, so that other work on the machine
-meets each alike. Times are of one sample: of the whole batch, divided. Where CPU time grows with the samples, a batch
-costs more than it saves. Where one thread needs less CPU time than several, many requests are served with less work by
-`--threads 1` and several processes.
+affects all of them alike. Times are per sample: the time of the batch divided by its samples. If this CPU time grows
+with the number of samples, a batch costs more than it saves. If one thread needs less CPU time than several, then
+several processes with `--threads 1` serve many requests with less work.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def main() -> None:
         for stage, threads, samples in combinations:
             tensors = {name: np.repeat(value, samples, axis=0) for name, value in calls[stage].items()}
             measured = step(backends[threads], stage, tensors)
-            if repeat:  # the first is a warm-up
+            if repeat:  # the first repeat is a warm-up
                 times[stage, threads, samples].append(measured)
     print(f"{processor()}, ONNX Runtime {ort.__version__}, load {load:.1f} to {os.getloadavg()[0]:.1f}\n")
     print("| stage | threads | samples | wall, ms a sample: median, least | CPU, ms a sample: median, least |")

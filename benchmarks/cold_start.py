@@ -3,13 +3,13 @@
     python benchmarks/cold_start.py [--model DIR] [--backend auto] [--threads N] [--guidance G] [--repeats 3]
     python benchmarks/cold_start.py --against CHECKOUT --repeats 7      # the command of another commit, in turn
 
-Each repeat is a fresh process; the parts of the one with the median total are shown. The hardware is named. The loop's
-overhead is what the denoising loops take beyond the stages they run. Guidance decides which graphs are loaded: at 1 the
-steps with one branch, at others those with both.
+Each repeat is a fresh process. The parts of the process with the median total are shown, and the hardware is named. The
+loop's overhead is the time that the denoising loops take beyond their stages. Guidance decides which graphs are loaded:
+steps with one branch for guidance 1, steps with both branches otherwise.
 
-With `--against` the command `higen generate` is timed from the shell to the file, here, here without the cache of
-optimised graphs, and in the other checkout: wall and CPU time, median and range, after one run of each that is not
-counted. Python's bytecode is kept in a folder of its own.
+With `--against` the command `higen generate` is timed from the shell to the file on three sides: this checkout, this
+checkout without the cache of optimised graphs, and the other checkout. Wall and CPU time are printed, each as median
+and range. The first run of each side is not counted. Python's bytecode is kept in a separate folder.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def child(arguments: dict[str, Any]) -> dict[str, Any]:
         now = time.time()
         parts[part], last = now - last, now
 
-    passed("python")  # from the parent's call
+    passed("python")  # time since the parent's call
     import higen
     from higen.api import default_model
 

@@ -1,12 +1,12 @@
-"""Times whole loops of other families beside diffusers' pipelines with the same weights, and compares their results.
+"""Times whole loops of other families against diffusers' pipelines with the same weights, and compares the results.
 
     python benchmarks/families.py WORK [--family animatediff] [--size full|small|tiny] [--steps 10] [--precision fp16]
         [--make]
 
-The models have the published architectures, at full size or with a fifth of the channels (small), and random weights:
-none is zero, so that nothing of a network is hidden. WORK keeps them; full size takes 4 to 10 GB each. Both sides run
-in PyTorch, eagerly, on the GPU if there is one, from the same noise, with guidance; each is run twice and the second
-run is timed. Prints Markdown. `against.py` compares more sides, on a CPU.
+The models have the published architectures, at full size or with a fifth of the channels (small), and random weights.
+No weight is zero, so every part of a network affects the result. WORK keeps the models; each takes 4 to 10 GB at full
+size. Both sides run eagerly in PyTorch, on the GPU if there is one, from the same noise, with guidance. Each runs
+twice, and the second run is timed. Prints Markdown. `against.py` compares more sides, on a CPU.
 """
 
 from __future__ import annotations
@@ -47,9 +47,12 @@ Latents = NDArray[np.float32]
 
 @dataclass(frozen=True)
 class Job:
-    """A family's model: `build` makes diffusers' pipeline of it at a size, `theirs` and `options` are the same request.
+    """A family's model, and one request to it on both sides.
 
-    shapes: at each size, the frames, height and width in pixels
+    build    makes diffusers' pipeline at a size
+    theirs   runs the request in diffusers
+    options  arguments of the same request in higen
+    shapes   frames, height and width in pixels at each size
     """
 
     build: Callable[[str], Any]
@@ -59,7 +62,7 @@ class Job:
 
 
 SMALL = (64, 128, 256, 256)
-"""Channels of a small U-Net's levels; the published ones have five times as many."""
+"""Channels of a small U-Net's levels; the published U-Nets have five times as many."""
 
 SMALL_TEXT = 128
 
@@ -178,7 +181,7 @@ def randomise(pipeline: Any, dtype: torch.dtype) -> None:
 
 
 def noise(model: Bundle, purpose: int, size: tuple[int, int, int]) -> Latents:
-    """Our initial noise [1,4,F,H,W]; size: frames, height and width in pixels."""
+    """higen's initial noise [1,4,F,H,W]; size: frames, height and width in pixels."""
     factor = model.manifest.sizes.factor
     return frame_noise(SEED, purpose, 4, size[0], size[1] // factor, size[2] // factor)[None]
 
@@ -214,7 +217,7 @@ def picture(size: tuple[int, int, int]) -> NDArray[np.uint8]:
 
 
 def of_picture(pipeline: Any, model: Bundle, steps: int, size: tuple[int, int, int]) -> Latents:
-    """diffusers' loop from a picture, with our noise on it."""
+    """diffusers' loop from a picture, to which higen's noise is added."""
     module: Any = sys.modules[type(pipeline).__module__]
     on_picture = shaped(SEED, AUGMENTATION, (1, 3, *size[1:]), None)
     before = module.randn_tensor
@@ -236,12 +239,12 @@ def of_picture(pipeline: Any, model: Bundle, steps: int, size: tuple[int, int, i
 
 
 def text_options(size: tuple[int, int, int]) -> dict[str, Any]:
-    """Ours."""
+    """higen's options for a request with a text."""
     return {"prompt": PROMPT, "negative_prompt": NEGATIVE, "guidance": 7.5, "frames": size[0]}
 
 
 def shapes(frames: int, height: int, width: int) -> dict[str, tuple[int, int, int]]:
-    """Those of a job, whose full size is given."""
+    """The shapes of a job at each size; the arguments are those of the full size."""
     clip = frames > 1
     return {"full": (frames, height, width), "small": (8 if clip else 1, 256, 256), "tiny": (5 if clip else 1, 16, 32)}
 
@@ -255,7 +258,7 @@ JOBS = {
 
 
 def timed(run: Callable[[], Latents]) -> tuple[Latents, float, float]:
-    """The second run's result, its seconds, and the GPU memory at its peak in GiB."""
+    """The second run's result, its seconds, and its peak GPU memory in GiB."""
     run()
     if DEVICE == "cuda":
         torch.cuda.reset_peak_memory_stats()
@@ -268,7 +271,7 @@ def timed(run: Callable[[], Latents]) -> tuple[Latents, float, float]:
 
 
 def made(work: Path, family: str, at: str, precision: str) -> tuple[Any, Path]:
-    """diffusers' pipeline and our model directory of the same weights, at a size."""
+    """diffusers' pipeline and higen's model directory with the same weights, at the size `at`."""
     where = work / f"{family}-{at}-{precision}"
     dtype = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}[precision]
     torch.manual_seed(0)
@@ -284,7 +287,7 @@ def made(work: Path, family: str, at: str, precision: str) -> tuple[Any, Path]:
 
 
 def last_latents(pipe: higen.Pipeline, family: str, at: str, steps: int) -> Latents:
-    """Ours [B,C,F,H,W], before they are decoded."""
+    """higen's final latents [B,C,F,H,W], before decoding."""
     size = JOBS[family].shapes[at]
     options = {"seed": SEED, "steps": steps, "height": size[1], "width": size[2], **JOBS[family].options(size)}
     for event in pipe.stream(**options):
@@ -294,7 +297,7 @@ def last_latents(pipe: higen.Pipeline, family: str, at: str, steps: int) -> Late
 
 
 def compare(work: Path, family: str, at: str, steps: int, precision: str) -> None:
-    """Two rows of the table."""
+    """Measure both sides of a family and print their two rows of the table."""
     job = JOBS[family]
     size = job.shapes[at]
     pipeline, where = made(work, family, at, precision)

@@ -2,9 +2,9 @@
 
     python benchmarks/full_size_engines.py WORK [--stage spatial_unet] [--target rtx-sm89] [--weight-streaming]
 
-Each step is a process of its own, so that its peak memory is its own. Prints wall time, CPU time and peak memory of
-each, the size of the plans and how many of their kernels are fused attention. WORK keeps what is made; the same command
-goes on where it stopped. Needs 12 GB of disk and 9 GiB of memory. Results: full_size_engines.md.
+Each step runs in its own process, so that peak memory is measured per step. Prints each step's wall time, CPU time and
+peak memory, the size of the plans, and how many of their kernels are fused attention. WORK keeps all results; the same
+command continues where it stopped. Needs 12 GB of disk and 9 GiB of memory. Results: full_size_engines.md.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import time
 from pathlib import Path
 
 DENOISING = ("spatial_unet", "temporal_unet")
-"""Those with both branches of guidance: the larger ones."""
+"""The stages with both branches of guidance, which are the larger ones."""
 
 
 def write_model(path: Path, channels: int = 320) -> None:
-    """A model directory with the denoiser alone, in float16; `channels` of its first level: 320 at full size."""
+    """Write a model directory with only the denoiser, in float16. `channels`: of its first level; 320 at full size."""
     import torch
 
     from higen import bundle
@@ -38,7 +38,7 @@ def write_model(path: Path, channels: int = 320) -> None:
 
 
 def export(path: Path, stage: str) -> None:
-    """The graph of a stage, without the parity gate: its float32 passes take most of the time at this size."""
+    """Export the graph of a stage without the parity gate, whose float32 passes take most of the time at this size."""
     from higen.backends.options import Options
     from higen.backends.torch import TorchBackend
     from higen.bundle import Bundle, graph_file, put_file
@@ -56,7 +56,7 @@ def export(path: Path, stage: str) -> None:
 
 
 def build(path: Path, stage: str, target: str, weight_streaming: bool) -> None:
-    """The engine of a stage for 32 frames at 448x256."""
+    """Build the engine of a stage for 32 frames at 448x256."""
     from higen.bundle import Bundle
     from higen.engines.build import Options
     from higen.engines.model_engines import build_engines
@@ -73,7 +73,7 @@ def build(path: Path, stage: str, target: str, weight_streaming: bool) -> None:
 
 
 def main() -> None:
-    """Every step in its own process: this command line again, with the step and its stage behind what a person gave."""
+    """Run every step in its own process: the same command line with the step and its stage appended."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("work", type=Path)
     parser.add_argument("--stage", action="append", choices=DENOISING)
@@ -98,7 +98,7 @@ def main() -> None:
 
 
 def measured(step: str, arguments: list[str]) -> None:
-    """Run a step of this script and print what it took."""
+    """Run a step of this script and print its time and memory."""
     start = time.perf_counter()
     process = subprocess.Popen([sys.executable, *sys.argv, *arguments, "--step", step])
     _, status, used = os.wait4(process.pid, 0)

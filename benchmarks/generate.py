@@ -53,7 +53,7 @@ def main() -> None:
 
     prompt = Bundle.open(arguments.model).manifest.prompts[0]
     baseline = None
-    for backend in [a.backend for a in reversed(availability()) if a.works]:  # torch first: it is the baseline
+    for backend in [a.backend for a in reversed(availability()) if a.works]:  # torch comes first, as the baseline
         start = time.perf_counter()
         with higen.load(arguments.model, backend) as pipe:
             loading = time.perf_counter() - start

@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py WORK [--part built-in|full-size] [--repeats 5] [--channels 320]
 
-WORK keeps the full-size model (1.48 B made-up parameters in float16, 3 GB) and its graphs; the same command goes on
+WORK keeps the full-size model (1.48 B made-up parameters in float16, 3 GB) and its graphs; the same command continues
 where it stopped. With fewer channels the model is smaller, for a trial on a CPU. A side is a backend in a precision.
 Sides that cannot run here are listed with the reason. Times are medians after a warm-up; ratios are to the first side
 of the same run. Prints Markdown.
@@ -58,7 +58,7 @@ def median(run: Callable[[], object], repeats: int) -> float:
 
 @contextmanager
 def memory() -> Iterator[list[float]]:
-    """GiB of the GPU in use at the end of the block, beyond those at its start: allocators keep their peak."""
+    """GiB of GPU memory that the block added. Allocators keep what they took, so this is the peak."""
     used: list[float] = []
     if not torch.cuda.is_available():
         yield used
@@ -92,11 +92,11 @@ def built_in(work: Path, repeats: int) -> None:
 
 
 def full_size(work: Path, repeats: int, channels: int) -> None:
-    """Both steps of the released topology at full size, both branches of guidance, 32 frames at 448x256."""
+    """Both denoising steps of the released topology at full size: both branches of guidance, 32 frames at 448x256."""
     model = work / f"topology-{channels}"
     if not model.exists():
         full_size_engines.write_model(model, channels)
-    with ThreadPoolExecutor() as pool:  # tracing runs on the CPU, a process each
+    with ThreadPoolExecutor() as pool:  # exports run on the CPU at the same time, each in its own process
         exports = [pool.submit(exported, model, stage) for stage in STAGES]
         size = f"{channels} channels, {FRAMES} frames at {WIDTH}x{HEIGHT}"
         print(f"\n## A step of the released topology, both branches of guidance: {size}\n")
@@ -111,13 +111,13 @@ def full_size(work: Path, repeats: int, channels: int) -> None:
 
 
 def exported(model: Path, stage: str) -> None:
-    """Export a stage in a process of its own: an exporter keeps gigabytes."""
+    """Export a stage in its own process, because an exporter keeps gigabytes."""
     code = f"import full_size_engines as f; from pathlib import Path; f.export(Path({str(model)!r}), {stage!r})"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent, stdout=subprocess.DEVNULL)
 
 
 def step(model: Path, backend: str, precision: str, stage: str, first: dict[str, float], repeats: int) -> None:
-    """One row of the table."""
+    """Measure a step and print its row of the table."""
     kind: Callable[..., Backend] = TorchBackend if backend == "torch" else OnnxBackend
     bundle = Bundle.open(model)
     side = f"{backend} {precision}"
@@ -142,7 +142,7 @@ def step(model: Path, backend: str, precision: str, stage: str, first: dict[str,
 
 
 def reason(error: HigenError) -> str:
-    """The first line of an error, as a cell of a table."""
+    """The first line of an error, as a table cell."""
     return str(error).splitlines()[0].replace("|", "\\|")
 
 

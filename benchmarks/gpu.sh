@@ -1,11 +1,11 @@
 #!/bin/sh
-# Everything that needs an NVIDIA GPU, in one command: the tests marked `gpu` and the benchmark. Leaves one file.
+# Runs everything that needs an NVIDIA GPU: the tests marked `gpu` and the benchmark. Writes one file.
 #
 #     benchmarks/gpu.sh RESULTS.md [WORK] [arguments of benchmarks/gpu.py]
 #
-# WORK (a new temporary folder unless given) takes the full-size model: 4 GB. Needs higen[test] with torch for CUDA;
-# with onnxruntime-gpu in place of onnxruntime the CUDA provider is tried as well, and with HIGEN_RUN=higen-run (built
-# against it) the C++ runtime. A part that fails does not stop the others; the exit status says whether one did.
+# WORK (a new temporary folder unless given) holds the full-size model: 4 GB. Needs higen[test] with torch for CUDA.
+# With onnxruntime-gpu in place of onnxruntime the CUDA provider is tried too; with HIGEN_RUN=higen-run (built against
+# onnxruntime-gpu) the C++ runtime too. A part that fails does not stop the others; then the exit status is not 0.
 set -u
 [ $# -ge 1 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0"; exit 2; }
 results=$1

@@ -1,4 +1,4 @@
-"""What a benchmark says about the machine it runs on."""
+"""Describes the machine that a benchmark runs on."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def cores() -> str:
 
 
 def hardware() -> str:
-    """The GPU, its driver, and the versions of what runs on it."""
+    """The GPU, its driver, and the versions of the libraries that use it."""
     query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
     gpu = subprocess.run(query, capture_output=True, text=True).stdout.strip() if shutil.which(query[0]) else ""
     versions = [f"Python {platform.python_version()}", f"higen {__version__}"]

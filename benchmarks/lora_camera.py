@@ -1,18 +1,17 @@
-"""Teaches the built-in model a camera movement by a LoRA of its temporal layers, and measures it at several scales.
+"""Teaches the built-in model a camera movement with a LoRA of its temporal layers, and measures it at several scales.
 
     python benchmarks/lora_camera.py EMOJI WORK [--camera pan|zoom|roll] [--steps 2000] [--one-sided]
 
 EMOJI is the folder of the recipe's WebP loops (`higen train default` fetches them into its work folder). Clips of every
-second subject on the six drawn backgrounds are rendered with a camera that moves evenly, up to a latent cell of 16
-pixels from the first frame to the last, and stands at the key frame where it always stood. Every clip is there twice,
-moving one way with the adapter's scale 1 and the other way with -1; `--one-sided` leaves the latter out, and what a
-negative scale does is then extrapolated.
+second subject on the six drawn backgrounds are rendered with a camera that moves at a constant rate, by at most one
+latent cell of 16 pixels from the first frame to the last. At the key frame the camera has its usual position. Each clip
+is rendered twice: moving one way for the adapter's scale 1, and the other way for -1. `--one-sided` leaves out the
+latter, so that negative scales are extrapolated.
 
-`higen train` trains the adapter as WORK/train.toml says. `higen convert --lora` adds it at scales from -1 to 1, and the
-other subjects are drawn with each, on four backgrounds. The camera's movement is measured by registering the background
-of each frame, away from the subject, with that of the key frame; the same is done with rendered clips through the
-autoencoder ("codec") and as they are.
-Prints Markdown and writes WORK/result.json.
+`higen train` trains the adapter as WORK/train.toml says. `higen convert --lora` adds it at scales from -1 to 1, and
+clips of the other subjects on four backgrounds are drawn at each scale. To measure the camera's movement, the
+background of each frame (without the subject) is registered with that of the key frame. Rendered clips are measured in
+the same way, both through the autoencoder ("codec") and unchanged. Prints Markdown and writes WORK/result.json.
 """
 
 from __future__ import annotations
@@ -46,7 +45,7 @@ SIDE = 128
 SCALES = (-1.0, -0.5, 0.0, 0.5, 1.0)
 DRAWN = tuple(b for b in BACKGROUNDS if not b.name.startswith("plain"))
 SHOWN = tuple(b for b in DRAWN if b.name not in ("grass", "desert"))
-"""Backgrounds that show a pan beside the subject: the others are flat there except for one line."""
+"""Backgrounds that show a pan next to the subject. The others are flat there, except for one line."""
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 Frames = NDArray[np.uint8]
@@ -55,11 +54,13 @@ Matrix = NDArray[np.float64]
 
 @dataclass(frozen=True)
 class Camera:
-    """A movement: `matrix` of an amount maps a shown pixel, from the centre, to the one of the scene, [2,3].
+    """A camera movement.
 
+    matrix  the map [2,3] for an amount of movement, from a pixel of the frame to the scene's pixel that it shows, both
+            relative to the centre
     step    amount from one frame to the next at scale 1
-    reach   largest amount that is looked for from the key frame
-    unit    of the amount over a whole clip
+    reach   largest amount, relative to the key frame, that the measurement looks for
+    unit    unit of the amount over a whole clip
     """
 
     matrix: Callable[[float], Matrix]
@@ -141,7 +142,7 @@ def render(emoji: Path, folder: Path, camera: Camera, subjects: int, one_sided: 
 
 
 def rendered(loop: Frames, s: int, background: str, speed: float, camera: Camera, scale: float) -> Frames:
-    """A clip uint8 [16,128,128,3] of a subject's loop whose camera moves."""
+    """A clip uint8 [16,128,128,3] of a subject's loop, with a moving camera."""
     places = clip_indices(len(loop), SUBJECTS[s].key_frame, speed)
     clip = []
     for i, place in enumerate(places):
@@ -149,7 +150,7 @@ def rendered(loop: Frames, s: int, background: str, speed: float, camera: Camera
         row, column = np.mgrid[0:SIDE, 0:SIDE] + 0.5 - SIDE / 2
         x, y = (matrix[k, 0] * column + matrix[k, 1] * row + matrix[k, 2] + SIDE / 2 - 0.5 for k in (0, 1))
         behind = scene(background, (x / SIDE).astype(np.float32), (y / SIDE).astype(np.float32))
-        # Premultiplied colours do not bleed into the transparent.
+        # Premultiplied colours do not bleed into transparent pixels.
         centred = matrix[:, 2] + SIDE / 2 - matrix[:, :2] @ np.full(2, SIDE / 2)
         coefficients = tuple(np.column_stack([matrix[:, :2], centred]).ravel())
         moved = Image.fromarray(loop[place]).convert("RGBa")
@@ -218,7 +219,7 @@ def _command(*arguments: str) -> None:
 
 
 def measured(options: argparse.Namespace, camera: Camera) -> dict[str, object]:
-    """The movement of clips of other subjects at each scale, and of rendered ones through the autoencoder."""
+    """The movement at each scale, in drawn clips of the other subjects and rendered clips (with and without codec)."""
     subjects = range(1, 2 * options.subjects, 2)
     asked = [(s, (s // 2 + k) % len(SHOWN)) for s in subjects for k in range(options.prompts)]
     loops = {s: load_loop(options.emoji / f"{SUBJECTS[s].codepoint}.webp") for s in subjects}
@@ -255,14 +256,14 @@ def measured(options: argparse.Namespace, camera: Camera) -> dict[str, object]:
 
 
 def outside(loop: Frames) -> NDArray[np.bool_]:
-    """Where no frame of the loop shows the subject, however it may have moved: bool [H,W]."""
+    """Pixels that are outside the subject in every frame of the loop, even if it has moved a little: bool [H,W]."""
     shown = torch.from_numpy((loop[..., 3] > 8).any(axis=0)).float()[None, None]
     grown: NDArray[np.bool_] = functional.max_pool2d(shown, 13, 1, 6)[0, 0].numpy() == 0
     return grown
 
 
 def movement(clip: Frames, mask: NDArray[np.bool_], camera: Camera) -> float:
-    """The movement from the first to the last frame, as if it were even: the slope of the frames' amounts."""
+    """The movement from the first to the last frame, from the slope of a straight line through the frames' amounts."""
     x = torch.from_numpy(clip.transpose(0, 3, 1, 2).astype(np.float32))
     amounts = np.linspace(-camera.reach, camera.reach, 113)
     moved = torch.stack([warped(x[KEY_INDEX], camera.matrix(amount)) for amount in amounts])
@@ -278,15 +279,15 @@ def movement(clip: Frames, mask: NDArray[np.bool_], camera: Camera) -> float:
 
 
 def warped(picture: Tensor, matrix: Matrix) -> Tensor:
-    """A picture [C,H,W] as a camera at `matrix` shows it; 0 outside."""
+    """A picture [C,H,W] as a camera at `matrix` sees it; 0 outside the picture."""
     theta = torch.from_numpy(np.column_stack([matrix[:, :2], matrix[:, 2] / (SIDE / 2)])).float()[None]
     grid = functional.affine_grid(theta, [1, *picture.shape], align_corners=False)
     return functional.grid_sample(picture[None], grid, "bilinear", "zeros", align_corners=False)[0]
 
 
 def _alike(moved: Tensor, frame: Tensor, weights: Tensor) -> Tensor:
-    """Normalised correlation [N] of pictures [N,3,H,W] with one [3,H,W] where `weights` [N,H,W] see them; what is flat
-    is alike to nothing.
+    """Normalised correlation [N] of pictures [N,3,H,W] with one [3,H,W], weighted by `weights` [N,H,W]. For flat
+    pictures it is close to 0.
     """
     weights = weights[:, None] / weights.sum(dim=(1, 2)).clamp_min(1)[:, None, None, None]
 
@@ -301,7 +302,7 @@ def _alike(moved: Tensor, frame: Tensor, weights: Tensor) -> Tensor:
 
 
 def _least(errors: NDArray[np.float64], amounts: NDArray[np.float64]) -> float:
-    """Where the parabola through the least error and its neighbours is least."""
+    """The amount at the minimum of the parabola through the smallest error and its neighbours."""
     i = int(np.clip(errors.argmin(), 1, len(errors) - 2))
     left, here, right = errors[i - 1 : i + 2]
     bend = left - 2 * here + right
@@ -310,7 +311,9 @@ def _least(errors: NDArray[np.float64], amounts: NDArray[np.float64]) -> float:
 
 
 def summary(rows: list[list[float]]) -> dict[str, object]:
-    """Of the movement at each of SCALES: means, how often the sign is the scale's, rank correlations."""
+    """Statistics of the movement at each of SCALES: means, deviations, how often its sign is that of the scale, and
+    rank correlations with the scale.
+    """
     table, scales = np.array(rows), np.array(SCALES)
     moving = table[scales != 0] * np.sign(scales[scales != 0])[:, None]
     return {

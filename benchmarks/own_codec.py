@@ -1,10 +1,10 @@
-"""Trains an autoencoder on videos of one's own, and compares it with the built-in model's on held-out parts.
+"""Trains an autoencoder on your own videos, and compares it with the built-in model's on held-out parts.
 
     python benchmarks/own_codec.py WORK VIDEO... [--steps 6000] [--start new|built-in] [--factor 16|8]
 
 Each video is cut into clips of 16 frames at 8 frames per second: the whole picture, and four parts of half its size.
 The last quarter of each video is held out. `higen train` trains as WORK/train.toml says, from random weights or from
-those of the built-in model. With --factor 8, latents have 16 channels and twice the width and height. Prints Markdown.
+those of the built-in model. With --factor 8, latents have 16 channels and doubled width and height. Prints Markdown.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def cut(videos: list[Path], work: Path) -> tuple[int, int]:
 
 
 def read(video: Path, fps: float | None = None) -> Iterator[Frames]:
-    """The frames of a video, or those that it shows at a rate."""
+    """The frames of a video: all, or those at a rate of `fps` frames per second."""
     import av
 
     with av.open(str(video)) as container:
@@ -156,7 +156,7 @@ def read(video: Path, fps: float | None = None) -> Iterator[Frames]:
 
 
 def parts(pictures: list[Frames]) -> Iterator[Frames]:
-    """The clip, and four parts of it with half its height and width, at 128x128 each."""
+    """The central square of a clip, and its four quarters if they have at least 128x128 pixels; each at 128x128."""
     height, width = pictures[0].shape[:2]
     side = min(height, width)
     left, top, half = (width - side) // 2, (height - side) // 2, side // 2
@@ -186,7 +186,7 @@ def _train(options: argparse.Namespace, steps: int) -> None:
 
 
 def write_settings(options: argparse.Namespace, steps: int) -> None:
-    """WORK/train.toml, and the architecture beside it."""
+    """Write WORK/train.toml and WORK/architecture.toml."""
     work: Path = options.work
     listed = {name: json.dumps(value) for name, value in SHAPES[options.factor].items()}
     (work / "architecture.toml").write_text(ARCHITECTURE.format(factor=options.factor, **listed))

@@ -2,11 +2,12 @@
 
     python benchmarks/precisions.py WORK --data DATA --report benchmarks/precisions.md     # --quick: some minutes
 
-WORK keeps a copy of the model (the built-in one unless told otherwise) with the graphs of every precision, and the
-measures of each; the same command goes on where it stopped, and begins anew where the model is another. DATA is the
-folder of the emoji (`higen evaluate`); without it, the measures are left out.
+WORK keeps a copy of the model (by default the built-in one) with the graphs of every precision, and the measures of
+each. The same command continues where it stopped, and starts again if the model has changed. DATA is the folder of the
+emoji (`higen evaluate`); without it, the measures are left out.
 
-Time is that of the process on one thread, so that a busy machine does not count; videos of the precisions take turns.
+Times are CPU times of the process on one thread, so other work on the machine is not counted. The precisions take
+turns, video by video.
 """
 
 from __future__ import annotations
@@ -50,13 +51,13 @@ MEASURED = (
     "sharpness",
     "motion_ratio",
 )
-"""What is shown of the held-out combinations (higen/train/emoji/evaluation/evaluate.py)."""
+"""The measures of held-out combinations that the table shows (higen/train/emoji/evaluation/evaluate.py)."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """A precision: process seconds of a video, bytes of the files it needs, and PSNR in dB of its videos against those
-    of the first precision (the mean, the least; infinite for that itself).
+    """A precision: CPU seconds per video, bytes of the files it needs, and PSNR in dB of its videos against those of
+    the first precision (`psnr` the mean, `worst` the least; infinite for the first precision).
     """
 
     precision: str
@@ -67,7 +68,7 @@ class Row:
 
 
 def prepare(model: Path, work: Path, precisions: Sequence[str]) -> tuple[Bundle, dict[str, dict[str, Any]]]:
-    """A copy of a model with the graphs of every precision; and reports of quantised stages, by precision and stage."""
+    """A copy of a model with the graphs of every precision, and reports of quantised stages by precision and stage."""
     copy, reports = work / "model", work / "quantized.json"
     if copy.exists() and not Bundle.open(model).files.items() <= Bundle.open(copy).files.items():
         print(f"{model} has changed: everything is made anew")
@@ -99,7 +100,7 @@ def prepare(model: Path, work: Path, precisions: Sequence[str]) -> tuple[Bundle,
 
 
 def needed(bundle: Bundle, precision: str) -> set[str]:
-    """The files that a precision is run with, tokenizer and manifest aside."""
+    """The files that a precision needs, without tokenizer and manifest."""
     files = set()
     for stage in bundle.manifest.stage_names:
         chosen = next(p for p in precision_named(precision).stand_ins if p in bundle.precisions(stage))
@@ -113,7 +114,7 @@ def compare(
     prompts: Sequence[str],
     options: Mapping[str, Any] | None = None,
 ) -> list[Row]:
-    """Make a video of each prompt in each precision, in turns; the first precision is what is compared with."""
+    """Make a video of each prompt in each precision, in turns, and compare with the first precision."""
     given = dict(options or {})
     pipes = {p: higen.load(bundle.path, "onnx", device="cpu", precision=p, threads=1) for p in precisions}
     seconds: dict[str, list[float]] = {p: [] for p in precisions}
@@ -147,7 +148,7 @@ def compare(
 
 
 def evaluated(bundle: Bundle, work: Path, data: Path, precision: str, quick: bool, seeds: int) -> dict[str, Any]:
-    """What `higen evaluate` measures in a precision; kept in WORK."""
+    """The measures of `higen evaluate` in a precision; kept in WORK."""
     kept = work / f"measures.{precision}{'.quick' if quick else ''}.json"
     if not kept.exists():
         print(f"evaluating {precision}", flush=True)
@@ -200,13 +201,13 @@ def table(rows: Sequence[Row], reports: Mapping[str, Any], measures: Mapping[str
 
 
 def hardware() -> str:
-    """The processor's name, and how busy it is otherwise."""
+    """The processor's name, and the machine's load."""
     busy = "/".join(f"{value:.1f}" for value in os.getloadavg())
     return f"{processor()}, one thread, load before {busy}"
 
 
 def write(path: Path, text: str) -> None:
-    """Write a file aside, then move it."""
+    """Write a temporary file, then move it into place."""
     aside = path.with_name(f".{path.name}.part")
     aside.write_text(text + "\n", encoding="utf-8")
     aside.replace(path)

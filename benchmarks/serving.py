@@ -4,9 +4,10 @@
     python benchmarks/serving.py                                      # starts a CPU server of the built-in model
     python benchmarks/serving.py --minutes 10 --clients 1,4,16 --soak 4 --report serving.md
 
-Each client asks again as soon as it is answered; every request has another seed, and steps around the given ones.
-Figures are of the requests that began and ended within the measured time. The server's memory is that of all its
-processes (proportional set size). The hardware, and how busy it is otherwise, are named in the output.
+Each client sends its next request as soon as the last one is answered. Every request has another seed, and numbers of
+steps that differ from the given ones by at most 1. Figures are of the requests that began and ended within the measured
+time. The server's memory is that of all its processes (proportional set size). The output names the hardware and its
+load.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from higen.engines.triton.server import Server, running
 
 @dataclass
 class Load:
-    """What a number of clients saw: seconds to the first event and to the end of each request, and errors."""
+    """Measurements with a number of clients: seconds to the first event and to the end of each request, and errors."""
 
     clients: int
     seconds: float = 0.0
@@ -88,7 +89,7 @@ async def request(client: grpc.InferenceServerClient, prompt: str, options: dict
 
 
 async def load(server: Server, clients: int, seconds: float, prompts: Sequence[str], options: dict[str, Any]) -> Load:
-    """`clients` at a time for this many seconds; what is unfinished then is cancelled and not counted."""
+    """Run `clients` at the same time for some seconds; requests unfinished then are cancelled and not counted."""
     found, before = Load(clients), executed(server)
     spatial, temporal = options["steps"]
 
@@ -132,7 +133,7 @@ def memory(server: Server) -> float:
     for process in Path("/proc").iterdir():
         with suppress(OSError, ValueError, IndexError):
             group = int((process / "stat").read_text().rpartition(")")[2].split()[2])
-            if group == server.process.pid:  # it was started as the leader of its own
+            if group == server.process.pid:  # the server leads its own process group
                 rollup = (process / "smaps_rollup").read_text().splitlines()
                 total += next(int(line.split()[1]) for line in rollup if line.startswith("Pss:"))
     return total / 1024
@@ -141,7 +142,7 @@ def memory(server: Server) -> float:
 async def soak(
     server: Server, clients: int, seconds: float, prompts: Sequence[str], options: dict[str, Any]
 ) -> tuple[Load, list[tuple[float, float]]]:
-    """A long load, with the server's memory every half minute: (minutes, megabytes)."""
+    """A long load, and the server's memory every half minute as (minutes, megabytes)."""
     start = time.perf_counter()
     work = asyncio.create_task(load(server, clients, seconds, prompts, options))
     samples = []
@@ -152,7 +153,7 @@ async def soak(
 
 
 def hardware() -> str:
-    """The processor's name, how many cores this process may use, and the machine's load without us."""
+    """The processor's name, how many cores this process may use, and the machine's load before the benchmark."""
     cores = len(os.sched_getaffinity(0))
     busy = "/".join(f"{value:.1f}" for value in os.getloadavg())
     return f"{processor()}, {cores} of {os.cpu_count()} cores, load before {busy}"

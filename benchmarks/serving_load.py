@@ -1,9 +1,10 @@
-"""Load-tests a server with clients that create, poll, listen, cancel and send broken uploads: latencies and errors.
+"""Load-tests a server with clients that create, poll, listen to and cancel jobs and send broken uploads.
 
     python benchmarks/serving_load.py FOLDER --clients 1 4 16 64 --seconds 120 --serve "--slots 8"
 
-`--serve` has options of `higen serve`. The latency of a request is that of the HTTP call; that of a video is the time
-from its creation to its end. At the end every accepted job is checked. Linux only: memory is read from /proc.
+`--serve` takes options of `higen serve`. Prints latencies and errors. The latency of a call is that of the HTTP
+request; the latency of a video is the time from its creation to its end. At the end every accepted job is checked.
+Linux only: memory is read from /proc.
 """
 
 from __future__ import annotations
@@ -100,7 +101,7 @@ def memory(process: int) -> float:
 
 
 def row(folder: Path, clients: int, seconds: float, options: list[str]) -> dict[str, Any]:
-    """One run: a server, its clients, and the results of the jobs."""
+    """The results of one run of a server with some clients."""
     server = Server(folder, *options)
     try:
         load = Load(server)

@@ -1,7 +1,7 @@
 """Training batches: latents, noise and cues of the samples of a step.
 
-Each sample draws from a generator of its own (seed, kind, step, index), in a fixed order, so that neither the number
-of processes nor a restart changes what it draws.
+Each sample draws from its own generator (seed, kind, step, index), in a fixed order. Therefore neither the number of
+processes nor a restart changes the draws.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from higen.train.settings import CueSettings, ObjectiveSettings, key_index
 __all__ = ["GIVEN", "Batch", "Batches", "GainBatch", "Source", "StepBatches", "clip_cues", "generator", "picture_cues"]
 
 GIVEN = ((False, False), (True, False), (False, True), (True, True))
-"""Which of the two cues, motion and appearance, each number of `cues.given` is about."""
+"""Whether motion and appearance are given, for each number of `cues.given`."""
 
 
 class _Columns:
-    """Tensors whose first axis is the samples; those that are None are left out."""
+    """Tensors with the samples as first axis. A column that is None is left out."""
 
     def _with(self, columns: Iterable[Tensor | None]) -> Self:
         return type(self)(*columns)
@@ -44,7 +44,7 @@ class _Columns:
         return [getattr(self, field.name) for field in fields(self)]  # type: ignore[arg-type]
 
     def to(self, device: torch.device) -> Self:
-        """The same on a device."""
+        """The same samples on another device."""
         return self._with(None if column is None else column.to(device) for column in self._columns)
 
     def split(self, parts: int) -> list[Self]:
@@ -56,8 +56,8 @@ class _Columns:
 @dataclass(frozen=True)
 class Batch(_Columns):
     """x0 and noise [B,C,F,H,W], t int64 [B], prior [B,C,H,W] (zeros for pictures; None: clips are drawn without one),
-    motion [B,F,D], appearance [B,F,R], tokens int64 [B,L]. Where frames are given: known [B,C,F,H,W], all frames as the
-    network would be given them, and mask [B,F], 1 where one is. strength [B]: how strong the adapters are for each
+    motion [B,F,D], appearance [B,F,R], tokens int64 [B,L]. With known frames: known [B,C,F,H,W], every frame as the
+    network would receive it, and mask [B,F], 1 for the given frames. strength [B]: strength of the adapters for each
     sample (None: 1).
     """
 
@@ -73,7 +73,7 @@ class Batch(_Columns):
     strength: Tensor | None = None
 
     def chosen(self, rows: Tensor) -> Batch:
-        """Those samples alone."""
+        """Only these samples."""
         return self._with(None if column is None else column[rows] for column in self._columns)
 
 
@@ -91,7 +91,7 @@ class GainBatch(_Columns):
 
 @dataclass(frozen=True)
 class StepBatches:
-    """What a process trains on in a step: pictures, clips, and clips that teach the gain alone. None: none."""
+    """A process's samples in a step: pictures, clips, and clips that train only the gain. None: no such samples."""
 
     images: Batch | None = None
     videos: Batch | None = None
@@ -104,8 +104,9 @@ class StepBatches:
         return [StepBatches(*rows) for rows in zip(*columns, strict=True)]
 
     def evenly(self) -> list[tuple[float, float, StepBatches]]:
-        """Parts whose samples want adapters of one strength each: the strength, and which part of its kind's samples
-        it holds, so that the parts' losses times these add up to the whole's. Clips that teach the gain want 1.
+        """Parts with samples of one kind and one adapter strength each: the strength, the part's share of the samples
+        of its kind, and the part. The losses of the parts, weighted by their shares, add up to the loss of the whole.
+        Samples without strengths and clips that train the gain have strength 1.
         """
         found = []
         for kind in self.singly():
@@ -120,7 +121,7 @@ class StepBatches:
         return found
 
     def singly(self) -> list[StepBatches]:
-        """The same, each kind alone."""
+        """The same samples, with one kind in each element."""
         alone = (StepBatches(images=self.images), StepBatches(videos=self.videos), StepBatches(gains=self.gains))
         kinds = (self.images, self.videos, self.gains)
         return [batches for batches, batch in zip(alone, kinds, strict=True) if batch is not None]
@@ -130,7 +131,7 @@ class Source(Protocol):
     """Yields the batches of a run."""
 
     def batches(self, step: int) -> StepBatches:
-        """This process's batches of step `step`, on its device: a function of the seed and the step alone."""
+        """This process's batches of step `step`, on its device. They depend only on the seed and the step."""
         ...
 
     def close(self) -> None:
@@ -157,10 +158,10 @@ class Batches:
         key_frame: float = 0.5,
         strengths: bool = False,
     ) -> None:
-        """`strengths`: batches say how strong the adapters are for each sample.
+        """`strengths`: batches contain the strength of the adapters for each sample.
 
-        Raises SettingsError for cues that are left out with a model that does not know unspecified cues, for clips
-        that teach the gain of a model without one, and for known frames of a model that takes none.
+        Raises SettingsError for settings that the model does not support: unspecified cues, clips that train the gain,
+        and known frames.
         """
         left_out = {"dropout": cues.dropout, "given": list(cues.given) if any(cues.given[:3]) else 0}
         for name, value in left_out.items():
@@ -191,8 +192,8 @@ class Batches:
         return replace(Batch(*(torch.stack(column) for column in zip(*rows, strict=True))), strength=strength)
 
     def gains(self, samples: list[Sample], step: int, indices: range) -> GainBatch:
-        """The clips of a step that teach the gain. Every second one has no cue where the model knows that: most prompts
-        come without.
+        """The clips of a step that train the gain. If the model knows unspecified cues, every second clip has no cues,
+        because most prompts come without cues.
         """
         rows = []
         for sample, index in zip(samples, indices, strict=True):
@@ -237,7 +238,7 @@ class Batches:
         return *row, noisy_known(x0, self.objective, random), mask
 
     def _tokens(self, caption: str) -> NDArray[np.int64]:
-        """A caption's tokens. Of the tokenizer's warnings, only the first one is passed on."""
+        """A caption's tokens. Only the first warning of the tokenizer is passed on."""
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", PromptWarning)
             tokens = self.tokenizer.encode([caption])[0]
@@ -250,7 +251,9 @@ class Batches:
     def _clip_cues(
         self, clip: Tensor, features: Tensor | None, chances: list[float], bare: bool = False
     ) -> tuple[Tensor, Tensor]:
-        """The motion [F,D] and appearance [F,R] input of a clip [C,F,H,W], drawn by four numbers from 0 to 1."""
+        """The motion [F,D] and appearance [F,R] input of a clip [C,F,H,W]. `chances`: four random numbers from 0 to 1
+        that decide how the cues are given.
+        """
         told_motion, told_appearance, without_motion, without_appearance = chances
         numbers = told_motion < self.cues.as_numbers, told_appearance < self.cues.as_numbers
         given = without_motion >= self.cues.dropout, without_appearance >= self.cues.dropout
@@ -265,9 +268,9 @@ def clip_cues(
 ) -> tuple[Tensor, Tensor]:
     """The motion [F,D] and appearance [F,R] input of a clip [C,F,H,W], measured from it.
 
-    features  [F,D], whose cosine measures the appearance; None: the latents
-    numbers   whether motion and appearance are given as one number each, as a person gives them
-    given     whether they are given at all
+    features  [F,D]; the cosine between frames measures the appearance. None: the latents are used
+    numbers   whether motion and appearance are given as a single number, as users give them
+    given     whether motion and appearance are given at all
     """
     frames = clip.shape[1]
     motion = motion_of(clip[None])[0].double().numpy()

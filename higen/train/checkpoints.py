@@ -1,8 +1,8 @@
-"""Checkpoints of a run: written to a temporary file and moved; the last few are kept.
+"""Checkpoints of a run. Each is written to a temporary file and moved into place; the last few are kept.
 
     <run>/checkpoints/step-00001000.pt     weights, their averages, optimiser, step, settings
 
-A save that fails, or a process killed at any moment of it, leaves the earlier checkpoints as they were.
+If a save fails, or the process is killed during a save, the earlier checkpoints stay unchanged.
 """
 
 from __future__ import annotations
@@ -40,7 +40,8 @@ class Checkpoints:
     def save(self, step: int, state: dict[str, Any]) -> Path:
         """Write a checkpoint and remove all but the last `keep`.
 
-        Raises TrainingError where it cannot be written whole (a full disk), naming the last good one.
+        Raises TrainingError if the checkpoint cannot be written completely (a full disk). The error names the last good
+        checkpoint.
         """
         path = self.folder / f"step-{step:08d}.pt"
         try:
@@ -59,7 +60,10 @@ class Checkpoints:
         return path
 
     def load(self) -> dict[str, Any] | None:
-        """The newest checkpoint, its tensors on the host; None if there is none. Raises TrainingError."""
+        """The newest checkpoint with its tensors on the host; None if there is none.
+
+        Raises TrainingError if the checkpoint cannot be read.
+        """
         paths = self.paths()
         if not paths:
             return None
@@ -80,7 +84,7 @@ class Checkpoints:
         self._sweep()
 
     def _sweep(self) -> None:
-        """Remove what earlier versions left when they were killed while they wrote."""
+        """Remove partial files of earlier versions of higen that were killed while writing."""
         for path in self.folder.glob("step-*.part"):
             if _PART.fullmatch(path.name):
                 path.unlink()
@@ -91,7 +95,7 @@ def _step(path: Path) -> int:
 
 
 def reason(error: BaseException) -> str:
-    """The system's reason behind an error of torch's reader or writer."""
+    """The operating system's reason for an error of torch's reader or writer."""
     while error.__context__ is not None and not isinstance(error, OSError):
         error = error.__context__
     return plain_reason(error)

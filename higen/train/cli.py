@@ -57,7 +57,7 @@ def from_config(config: Path, resume: bool | None, export: Path | None, overwrit
             bundle = trainer.train(settings, resume=resume, say=say, progress=is_watched())
         else:
             bundle = trainer.export(settings, export, overwrite)
-        if os.environ.get("RANK", "0") == "0":  # one of many says it
+        if os.environ.get("RANK", "0") == "0":  # only one of the processes prints it
             click.echo(str(bundle.path))
 
 

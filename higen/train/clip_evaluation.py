@@ -1,10 +1,11 @@
 """Measures a model against clips of any kind (`higen evaluate MODEL --clips my.jsonl`).
 
-Every video of the data set is cut as in training, and a clip is drawn from its caption. The result of the model's codec
-is the bound of the best denoiser. The measures are those of `higen.measures`, which fit clips of any contents.
+Every video of the data set is cut as in training, and a clip is drawn from its caption. The real clip through the
+model's codec is the upper bound for any denoiser. The measures are those of `higen.measures`, which suit clips of any
+content.
 
 psnr, psnr_copy   against the real clip, in dB: the clip, and its own middle frame repeated
-psnr_real_copy    the real middle frame repeated, which no model has
+psnr_real_copy    the real middle frame repeated; no model knows this frame
 psnr_codec        the real clip through the autoencoder
 difference        mean difference of neighbouring frames, in levels of 255; also of the real clip
 motion, appearance  as training measures them; also of the real clip
@@ -37,13 +38,13 @@ __all__ = ["REQUESTS", "Clips", "CueFollowing", "Distances", "Evaluation", "Row"
 
 Frames = NDArray[np.uint8]
 CLOSER = 0.01
-"""A clip counts as closer than its repeated middle frame from this difference on, in dB."""
+"""Least difference in PSNR, in dB, by which a clip counts as closer than its repeated middle frame."""
 REQUESTS = (0.0, 0.5, 1.0, 2.0)
-"""The requested cues, as multiples of the real clip's."""
+"""The requested cues, as multiples of the real clip's cue."""
 SHOWN = 3
-"""Number of problems that an error names."""
+"""Largest number of problems that an error names."""
 LEAST = np.array([1.0] * 6 + [0.25] * 6)
-"""Smallest unit of each feature. The unit is the real clips' deviation."""
+"""Smallest unit of each feature. The unit is the deviation of the real clips."""
 
 
 @dataclass(frozen=True)
@@ -68,8 +69,8 @@ class Row:
 
 @dataclass(frozen=True)
 class CueFollowing:
-    """How well one cue is followed: rank correlation of requested and measured cue, within a prompt (the mean) and over
-    all clips. `clips`: number of clips that were drawn.
+    """How well one cue is followed: rank correlation of requested and measured cue, as a mean over the prompts
+    (`spearman`) and over all clips (`spearman_pooled`). `clips`: number of drawn clips.
     """
 
     cue: str
@@ -80,8 +81,8 @@ class CueFollowing:
 
 @dataclass(frozen=True)
 class Distances:
-    """Frechet distances, of FEATURES in units of the real clips' deviation, to the real clips: of those drawn, of the
-    real ones through the codec, and of one half of the real ones to the other (None: fewer than four).
+    """Frechet distances to the real clips, on FEATURES in units of the real clips' deviation: of the drawn clips, and
+    of the real clips through the codec. `floor`: between two halves of the real clips (None: fewer than four clips).
     """
 
     drawn: float
@@ -91,7 +92,7 @@ class Distances:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All of it. `distances` is None for one clip alone."""
+    """All measures. `distances` is None for a single clip."""
 
     rows: tuple[Row, ...]
     cues: tuple[CueFollowing, ...]
@@ -105,7 +106,7 @@ class Evaluation:
 
 @dataclass(frozen=True)
 class Clips:
-    """Real clips of a data set, cut to a model's size when they are asked for."""
+    """Real clips of a data set, which are read and cut to a model's size on demand."""
 
     items: tuple[Item, ...]
     frame: Frame
@@ -117,10 +118,11 @@ class Clips:
 
 
 def check_clips(path: Path, bundle: Bundle, limit: int | None = None) -> Clips:
-    """The clips of a data set that a model is to be measured against: at most `limit` videos, from all over it.
+    """The clips of a data set to measure a model against: at most `limit` videos, spread over the data set.
 
     Raises SettingsError, before anything is drawn, for a data set without a video, for clips that cannot be read or are
-    too short, and for captions that the model does not read as they stand; and what opening a model raises.
+    too short, for empty captions, and for captions that the tokenizer does not take unchanged. Also raises what opening
+    a model raises.
     """
     if bundle.manifest.family != "higen":
         raise SettingsError(f"{bundle.path}: measured are models of the family 'higen', not {bundle.manifest.family!r}")
@@ -156,7 +158,7 @@ def _problems(item: Item, clips: Clips, tokenizer: PromptTokenizer) -> Iterator[
 
 
 def evaluate_clips(make: PipelineMaker, clips: Clips, seeds: int = 1, shown: bool = False) -> Evaluation:
-    """Draw and measure. `seeds`: clips of each prompt; the cues are asked for with the first seed alone."""
+    """Draw and measure clips. `seeds`: clips per prompt. Requested cues are measured only with the first seed."""
     rows, features = list[Row](), dict[str, list[NDArray[np.float64]]]({"drawn": [], "codec": [], "real": []})
     asked: dict[str, list[tuple[Sequence[float], Sequence[float]]]] = {"motion": [], "appearance": []}
     with warnings.catch_warnings():

@@ -1,4 +1,4 @@
-"""`higen evaluate --clips` from its arguments to its files: measures.json and report.md."""
+"""Runs `higen evaluate --clips` and writes its files: measures.json and report.md."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ TABLE = (
     ("motion", "motion", "motion_real", "{:.1f}"),
     ("appearance", "appearance", "appearance_real", "{:.3f}"),
 )
-"""Title, the drawn clips' mean, the mean beside it, and how both are written."""
+"""Rows of the report: title, name of the drawn clips' mean, name of the mean to compare with, format of both."""
 
 
 def measure_clips(
@@ -44,8 +44,8 @@ def measure_clips(
     precision: str | None = None,
     shown: bool = False,
 ) -> tuple[dict[str, Any], str]:
-    """Measure a model directory (None: the built-in one) against the clips of a data set and write the files into
-    `output`; the measures, and the report as Markdown.
+    """Measure a model directory (None: the built-in one) against the clips of a data set, and write the files into
+    `output`. Returns the measures, and the report as Markdown.
 
     Raises RequestError (backend, precision), SettingsError (less than one seed or clip, and what `check_clips` raises),
     OutputError (a folder that cannot be written or holds other files of these names), TrainingError (another process
@@ -77,7 +77,7 @@ def measure_clips(
 
 
 def as_markdown(result: Evaluation, name: str) -> str:
-    """The report."""
+    """The report as Markdown."""
     means = result.means()
     lines = [TITLE, "", f"{name}; {len(result.rows)} clips from their captions.", ""]
     lines += ["| | drawn | real (PSNR: through the autoencoder) |", "|---|---|---|"]

@@ -1,8 +1,8 @@
 """Trains an autoencoder as a TOML file says (section [codec]), and writes a model directory.
 
-A step decodes noisy latents of pictures and of frames of clips; see `codec_loss` for what is minimised. The model
-directory that is written holds the autoencoder, the scale of its latents measured on the data set, and the other
-networks that it was asked for: those of model.init, or new ones of model.architecture, which are not trained yet.
+A step decodes noisy latents of pictures and of frames of clips; `codec_loss` defines the loss. The model directory
+contains the autoencoder, the scale of its latents measured on the data set, and the other networks. These are those of
+model.init, or with model.architecture a new untrained denoiser and the text encoder of its companions.
 """
 
 from __future__ import annotations
@@ -43,14 +43,14 @@ __all__ = ["CodecBatch", "CodecObjective", "CodecSource", "CodecTrainer"]
 KINDS = ("AutoencoderKL", "AutoencoderDC")
 """Autoencoders of single pictures."""
 MEASURED = 16
-"""Number of steps on whose pictures the scale of the latents is measured."""
+"""The scale of the latents is measured on the pictures of this many steps."""
 LEAST = 1e-3
-"""Smallest deviation of a channel, so that no scale is infinite."""
+"""Smallest deviation of a channel. It keeps the scales finite."""
 
 
 @dataclass(frozen=True)
 class CodecBatch:
-    """pixels [n,3,Y,X] in -1 to 1; noise [n,C,y,x] of latents, and its deviation, level [n,1,1,1]."""
+    """pixels [n,3,Y,X] from -1 to 1; noise [n,C,y,x] for the latents; level [n,1,1,1], the deviation of the noise."""
 
     pixels: Tensor
     noise: Tensor
@@ -63,12 +63,12 @@ class CodecBatch:
 
 
 class CodecSource:
-    """The batches of a run: a process's share of each step's pictures, and some frames of each of its clips."""
+    """The batches of a run: a process's share of each step's pictures, and some frames from each clip of its share."""
 
     def __init__(
         self, reader: Reader, codec: CodecSettings, share: Mapping[int, range], latent: tuple[int, int], seed: int
     ) -> None:
-        """`latent`: channels of the latents, and pixels of a latent's side."""
+        """`latent`: channels of the latents, and pixels per latent cell in each direction."""
         self.reader, self.codec, self.share, self.latent, self.seed = reader, codec, share, latent, seed
 
     def batch(self, step: int) -> CodecBatch:
@@ -92,7 +92,7 @@ class CodecSource:
 
 
 class CodecObjective(nn.Module):
-    """The loss of a step. `encoder` scales the latents in the same way throughout the training."""
+    """The loss of a step. The scale of the latents is that of `encoder` throughout the training."""
 
     def __init__(self, encoder: EncoderStage, settings: CodecSettings) -> None:
         super().__init__()
@@ -104,19 +104,19 @@ class CodecObjective(nn.Module):
     scale: Tensor
 
     def encode(self, pixels: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Mean and deviation of the scaled latents; None: there is no posterior."""
+        """Mean and deviation of the scaled latents. The deviation is None if the autoencoder has no posterior."""
         posterior = self.autoencoder.encode(pixels, return_dict=False)[0]  # type: ignore[operator]
         if isinstance(posterior, Tensor):
             return (posterior.float() - self.shift) * self.scale, None
         return (posterior.mean.float() - self.shift) * self.scale, posterior.std.float() * self.scale.abs()
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pixels of scaled latents, about -1 to 1."""
+        """Pixels of scaled latents, from about -1 to 1."""
         decoded: Tensor = self.autoencoder.decode(latents / self.scale + self.shift, return_dict=False)[0]  # type: ignore[operator]
         return decoded.float()
 
     def forward(self, batch: CodecBatch) -> Tensor:
-        """A number."""
+        """The loss of a batch, a single number."""
         own = self.settings
         with torch.set_grad_enabled(own.layers == "all"):
             mean, deviation = self.encode(batch.pixels)
@@ -152,7 +152,7 @@ class CodecGradients:
 
 @contextmanager
 def _exchanged(processes: Processes, module: nn.Module, last: bool) -> Iterator[None]:
-    """Processes exchange gradients once a step, with the last part."""
+    """Processes exchange gradients only once per step, with its last part."""
     if last:
         yield
     else:
@@ -165,7 +165,7 @@ class CodecTrainer(Run):
 
     def __init__(self, settings: Settings, say: Say = lambda _: None) -> None:
         """Raises SettingsError for settings, a data set or an autoencoder that cannot be used."""
-        # Cues and captions do not enter; a clip's middle frame is one of its frames already.
+        # Cues and captions are not used. Key frames need not count as pictures: clips contribute their frames anyway.
         bare = replace(settings.data, key_frames=False)
         self.settings, self.say, run = settings, say, settings.run
         self.listing = list_items(settings.data.path)
@@ -204,7 +204,7 @@ class CodecTrainer(Run):
         return self._source(reader)
 
     def warn(self) -> None:
-        """What is left out, and what the codec shows that the run starts from."""
+        """Say which files are left out, and how well the codec to start from shows frames of this data set."""
         if self.listing.skipped:
             self.say(f"left out of the data set{explained(self.listing.skipped)}")
         on_host = self.processes.device.type == "cpu"
@@ -216,7 +216,7 @@ class CodecTrainer(Run):
                 self.say(f"the autoencoder to start from shows frames of this data set with a PSNR of {found:.1f} dB")
 
     def _measure(self) -> None:
-        """Log the PSNR of the averaged weights on frames that are held out, always the same."""
+        """Log the PSNR of the averaged weights on held-out frames, which are the same every time."""
         assert self._held_out is not None
         found: list[float] = []
         with self._averaged(), torch.no_grad():
@@ -231,7 +231,7 @@ class CodecTrainer(Run):
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """The averaged weights are in the network."""
+        """Inside the block, the network has the averaged weights."""
         swap(self.optimiser.parameters, self.optimiser.average)
         try:
             yield
@@ -239,9 +239,9 @@ class CodecTrainer(Run):
             swap(self.optimiser.parameters, self.optimiser.average)
 
     def write(self, output: Path, overwrite: bool = False) -> None:
-        """The averaged weights, with the scale of their latents and the other networks.
+        """Write the averaged weights with the scale of their latents, and the other networks.
 
-        Raises ModelError where it cannot be written.
+        Raises ModelError if the model directory cannot be written.
         """
         networks, weights = self.networks, self.settings.run.weights
         own = networks.own or networks.config
@@ -263,7 +263,7 @@ class CodecTrainer(Run):
             self.say(f"{output}: its denoiser is not one of these latents yet; train it (model.init, or companions)")
 
     def _scale(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Shift and scale by which the codec's latents have mean 0 and deviation 1 on pictures of the data set."""
+        """Shift and scale that give the codec's latents mean 0 and deviation 1 on pictures of the data set."""
         means, squares = [], []
         for step in range(MEASURED):
             mean, deviation = self.objective.encode(self.source.batch(step).pixels.to(self.processes.device))
@@ -277,10 +277,10 @@ class CodecTrainer(Run):
 
 
 def _of_encoder(name: str) -> bool:
-    """Whether a parameter of the objective is the encoder's, by the names of diffusers' autoencoders."""
+    """Whether a parameter of the objective belongs to the encoder, by its name in diffusers' autoencoders."""
     return name.startswith(("autoencoder.encoder.", "autoencoder.quant_conv."))
 
 
 def _levels(picture: Tensor) -> np.ndarray:
-    """[3,Y,X] in -1 to 1 as uint8."""
+    """A picture [3,Y,X] from -1 to 1 as uint8."""
     return np.rint((picture.clamp(-1, 1).numpy() + 1) * 127.5).astype(np.uint8)

@@ -11,9 +11,9 @@ __all__ = ["picture_loss", "prior_loss"]
 def picture_loss(
     decoded: Tensor, real: Tensor, mse_weight: float, edge_weight: float, weight: Tensor | float
 ) -> Tensor:
-    """The distance of decoded pictures and their edges from real ones, [n,3,Y,X] from -1 to 1; one number.
+    """The distance of decoded pictures and their edges from the real ones, [n,3,Y,X] from -1 to 1; a single number.
 
-    weight  of each pixel's error [n,1,Y,X]; edges count the same everywhere
+    weight  weight of each pixel's error [n,1,Y,X]; errors of edges have the same weight everywhere
     """
     error = decoded - real
     pixels = (weight * (error.abs() + mse_weight * error.square())).mean()
@@ -23,7 +23,7 @@ def picture_loss(
 
 
 def prior_loss(latents: Tensor) -> Tensor:
-    """The distance of the channels of latents [n,C,y,x] from mean 0 and deviation 1 over the batch; one number."""
+    """The distance of the channels of latents [n,C,y,x] from mean 0 and deviation 1 over the batch; a single number."""
     variance, mean = torch.var_mean(latents, dim=(0, 2, 3))
     loss: Tensor = (mean.square() + variance.clamp_min(1e-4).log().square()).mean()
     return loss

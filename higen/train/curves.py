@@ -30,11 +30,11 @@ _BARS = "▁▂▃▄▅▆▇█"
 
 @dataclass(frozen=True)
 class Curves:
-    """motion: one number per pair of frames. appearance: each frame's similarity to the first one, 1 the same.
+    """motion: one number per pair of consecutive frames. appearance: each frame's similarity to the first (1: equal).
 
-    `motion_factor` and `appearance_factor` are the single numbers closest to them: what `higen generate` takes.
-    fps: what the video was sampled at. notes: what a person should know of the measurement, a line each.
-    requested: the curves that the file says were asked for, where it is a whole clip of ours.
+    `motion_factor` and `appearance_factor` are the single numbers closest to the curves; `higen generate` takes them.
+    fps: the rate at which the video was sampled. notes: remarks on the measurement for the user, one line each.
+    requested: the requested curves from the file's metadata, if the file is a complete clip made by higen.
     """
 
     fps: float
@@ -46,7 +46,7 @@ class Curves:
     requested: Mapping[str, NDArray[np.float64]] = field(default_factory=dict)
 
     def as_json(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """The curves as JSON values."""
         return {
             "fps": self.fps,
             "motion": list(self.motion),
@@ -62,9 +62,11 @@ def measure(
 ) -> Curves:
     """The cues of a video as a model's training measures them, at the model's size.
 
-    fps       frames a second; None: the model's. Whole strides of the video's own are taken, where that is near
-    frames    length of the part in the middle that is looked at, from 2; None: all, up to the model's max_frames
-    openclip  folder of a CLIP picture tower for the appearance; None: the latents
+    fps       frames per second; None: the model's. If every n-th frame of the video gives nearly this rate, those
+              frames are taken
+    frames    number of frames to measure from the middle of the video, at least 2; None: all, up to the model's
+              max_frames
+    openclip  folder of a CLIP picture tower for the appearance; None: the latents are used
 
     Raises RequestError for a video that cannot be read or is too short.
     """
@@ -99,7 +101,7 @@ def measure(
 
 
 def _requested(bundle: Bundle, video: Path, frames: int, fps: float) -> dict[str, NDArray[np.float64]]:
-    """The curves in the metadata of a clip of ours, where all of it was measured."""
+    """The requested curves from the metadata of a clip made by higen, if the whole clip was measured."""
     try:
         clip = read(video)
     except HigenError:
@@ -109,7 +111,7 @@ def _requested(bundle: Bundle, video: Path, frames: int, fps: float) -> dict[str
 
 
 def _features(openclip: str, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """What a CLIP picture tower sees of frames [F,Y,X,3]; [F,D]."""
+    """A CLIP picture tower's features [F,D] of frames [F,Y,X,3]."""
     with needs("train", "the OpenCLIP appearance cue"):
         import torch
 
@@ -119,14 +121,14 @@ def _features(openclip: str, pixels: NDArray[np.uint8]) -> NDArray[np.float32]:
 
 
 def _factor(similarity: NDArray[np.float64]) -> float:
-    """The factor a whose matrix 1 - a |i-j|/(F-1) is closest to a similarity [F,F] in least squares."""
+    """The factor a for which the matrix 1 - a |i-j|/(F-1) is closest to a similarity [F,F] in least squares."""
     place = np.linspace(0, 1, len(similarity))
     distance = np.abs(place[:, None] - place[None, :])
     return float(((1 - similarity) * distance).sum() / (distance**2).sum())
 
 
 def other_likeness(config: spec.ModelConfig, openclip: str | None) -> str | None:
-    """A line for who measures the appearance of a model that has a factor for it by the latents; None: all is well."""
+    """A notice that the appearance is measured on the latents, for a model with an appearance factor; else None."""
     if openclip is not None or config.defaults.appearance is None:
         return None
     return (
@@ -158,16 +160,16 @@ def as_text(curves: Curves) -> str:
 
 
 def bars(values: Sequence[float]) -> str:
-    """Numbers as bars of a line of text."""
+    """Numbers as bars in a line of text."""
     low, high = min(0.0, *values), max(values)
     unit = (len(_BARS) - 1) / (high - low) if high > low else 0.0
     return "".join(_BARS[round((value - low) * unit)] for value in values)
 
 
 def save_plot(curves: Curves, path: Path) -> None:
-    """Both curves over time, and those that the file says were asked for, as a picture.
+    """Save a picture of both curves over time, and of the requested curves if the file has them.
 
-    Raises OutputError where it cannot be written.
+    Raises OutputError if the picture cannot be written.
     """
     found = {"motion": np.array(curves.motion), "appearance": np.array(curves.appearance)}
     panels = [cue_plot.Panel(name, values, curves.requested.get(name, NONE)) for name, values in found.items()]

@@ -1,6 +1,6 @@
-"""The items of a data set and their order, which is a function of (seed, step) alone.
+"""The items of a data set and their order, which depends only on (seed, step).
 
-A data set is a folder (clip.mp4 beside clip.txt, subfolders too) or a .jsonl or .csv file with `path` and `caption`.
+A data set is a folder (clip.mp4 and clip.txt, also in subfolders), or a .jsonl or .csv file with `path` and `caption`.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from higen.train.media import SUFFIXES, is_video
 __all__ = ["IMAGE", "VIDEO", "Item", "Listing", "candidates", "explained", "list_items", "summary"]
 
 IMAGE, VIDEO = 0, 1
-"""Kinds of a batch; each has an order of its own."""
+"""Kinds of batches. Each kind has its own order of items."""
 
 CAPTIONS = (".txt", ".caption")
-"""Suffixes of the files with captions, in upper or lower case; the first file that exists is taken."""
+"""Suffixes of caption files, in upper or lower case. The first one that exists is taken."""
 HIDDEN = "."
-"""Beginning of the names of hidden files."""
+"""Prefix of the names of hidden files."""
 
 RESOURCE = "._"
-"""Beginning of the names of files in which macOS keeps another file's attributes."""
+"""Prefix of the names of files in which macOS keeps another file's attributes."""
 
 
 @dataclass(frozen=True)
 class Item:
-    """A file with its caption. `name` is its path as the data set writes it; `video`: it is a video, not a picture;
-    `scale` is the strength of an adapter for it.
+    """A file with its caption. `name` is its path as written in the data set; `video` says whether it is a video or a
+    picture; `scale` is the strength of an adapter for it.
     """
 
     path: Path
@@ -52,8 +52,8 @@ class Item:
 
 @dataclass
 class Listing:
-    """The items of a data set; by name, the reasons of files that were left out, and notes for the user on files that
-    were not. Both are reports that grow as files are read: a file that one sample leaves out may serve another.
+    """The items of a data set. By name, `skipped` has the reasons for left-out files, and `notes` has remarks for the
+    user on files that were used. Both grow as files are read. A file that one sample skips may still serve another.
     """
 
     items: list[Item] = field(default_factory=list)
@@ -61,25 +61,25 @@ class Listing:
     notes: dict[str, str] = field(default_factory=dict)
 
     def of(self, kind: int, key_frames: bool) -> list[Item]:
-        """The items for batches of a kind; with `key_frames`, videos serve as pictures too."""
+        """The items for batches of a kind. With `key_frames`, videos serve as pictures too."""
         return [item for item in self.items if item.video == (kind == VIDEO) or (kind == IMAGE and key_frames)]
 
     def fingerprint(self) -> str:
-        """sha256 of names, captions and scales: the same data set has the same order."""
+        """sha256 of names, captions and scales. Data sets with the same fingerprint have the same order."""
         scales = [[item.scale] if item.scale != 1 else [] for item in self.items]
         text = json.dumps([[item.name, item.caption, *scale] for item, scale in zip(self.items, scales, strict=True)])
         return hashlib.sha256(text.encode()).hexdigest()
 
 
 def list_items(path: str | os.PathLike[str], scales: bool = False) -> Listing:
-    """The items of a data set, in the order of the file (a folder: of the names).
+    """The items of a data set, in the order of the list (for a folder: sorted by name).
 
-    A folder's hidden files and folders are left out. A caption is the .txt file of the same name, or else the .caption
-    file. `scales`: a list's column `scale` gives the strength of an adapter for each item.
+    In a folder, hidden files and folders are left out, and the caption of a file is in the .txt file of the same name,
+    or else in the .caption file. `scales`: a list's column `scale` gives the strength of an adapter for each item.
 
     Raises SettingsError for a missing or malformed data set (missing columns, a line that is not a JSON object, a row
-    that is cut or run together), for a folder with `scales`, and for a data set without items. Files that do not exist
-    are noticed when they are read.
+    that is truncated or merged with others), for a folder with `scales`, and for a data set without items. Files that
+    do not exist are noticed only when they are read.
     """
     source = Path(path)
     listing = Listing()
@@ -110,7 +110,7 @@ def list_items(path: str | os.PathLike[str], scales: bool = False) -> Listing:
 
 
 def _folder_rows(folder: Path, listing: Listing) -> list[Row]:
-    """The rows of a folder; why files that belong to a pair are left out goes to the listing."""
+    """The rows of a folder. If a file or a caption is left out, its reason goes to the listing."""
     rows = []
     for place, names, folders in _folders(folder, listing):
         captions = _captions([*names, *folders])
@@ -140,7 +140,7 @@ def _folder_rows(folder: Path, listing: Listing) -> list[Row]:
 
 
 def _captions(names: Iterable[str]) -> dict[str, str]:
-    """The file of a caption by what its name has before the suffix."""
+    """The caption files by their stem, which is the name without the suffix."""
 
     def rank(file: Path) -> tuple[int, bool, str]:
         return CAPTIONS.index(file.suffix.lower()), file.suffix.lower() != file.suffix, file.name
@@ -150,8 +150,8 @@ def _captions(names: Iterable[str]) -> dict[str, str]:
 
 
 def _folders(folder: Path, listing: Listing) -> Iterator[tuple[Path, list[str], list[str]]]:
-    """`folder` and each folder inside it: its relative path, its files and its folders. Hidden folders are left out,
-    and so are unreadable ones, with the reason.
+    """`folder` and each folder inside it: its relative path, its files and its folders. Hidden folders are left out.
+    Unreadable folders and links to folders are left out too, and the listing gets the reason.
     """
 
     def unreadable(error: OSError) -> None:
@@ -174,10 +174,10 @@ def _order(seed: int, kind: int, epoch: int, count: int) -> NDArray[np.int64]:
 
 
 def candidates(seed: int, kind: int, position: int, count: int) -> Iterator[int]:
-    """Items for the `position`-th sample of a kind, of `count` items: the first usable one is taken.
+    """Indices of the items for the `position`-th sample of a kind with `count` items. The first usable item is taken.
 
-    Each epoch is a permutation of all items. An unusable item is replaced by the one that follows it in the epoch, so
-    the samples depend on the data set alone, and not on when a file was found to be unusable.
+    Each epoch is a permutation of all items. An unusable item is replaced by the next one in the epoch. Therefore the
+    samples depend only on the data set, and not on when a file was found to be unusable.
     """
     epoch, place = divmod(position, count)
     order = _order(seed, kind, epoch, count)
@@ -186,7 +186,7 @@ def candidates(seed: int, kind: int, position: int, count: int) -> Iterator[int]
 
 
 def summary(skipped: Mapping[str, str], what: str = "skipped") -> str:
-    """How many files were left out and why, as one line: "3 files skipped (2 cannot be read, 1 shorter than ...)"."""
+    """A line with the number of left-out files and the reasons: "3 files skipped (2 cannot be read, 1 shorter ...)"."""
     if not skipped:
         return ""
     reasons = Counter(reason.partition(":")[0] for reason in skipped.values())
@@ -195,7 +195,7 @@ def summary(skipped: Mapping[str, str], what: str = "skipped") -> str:
 
 
 def explained(skipped: Mapping[str, str]) -> str:
-    """The same as the end of an error, with the whole reason of the first file."""
+    """The same line as the end of an error message, with the full reason of the first file."""
     for name, reason in skipped.items():
         return f": {summary(skipped)}; {name}: {reason}"
     return ""

@@ -1,4 +1,4 @@
-"""Arithmetic without denormal numbers, with which many CPUs compute a hundred times more slowly."""
+"""Arithmetic without denormal numbers, because many CPUs are a hundred times slower with them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ __all__ = ["flushed_denormals"]
 
 @contextmanager
 def flushed_denormals() -> Iterator[None]:
-    """Denormal numbers are zero inside, in this thread and those that it starts; then as they were before."""
+    """Inside the block, denormal numbers are zero in this thread and in threads that it starts. Then the earlier mode
+    is restored.
+    """
     before = bool(np.float32(1e-40) * np.float32(1.0) == 0.0)
     torch.set_flush_denormal(True)
     try:

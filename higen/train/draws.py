@@ -10,7 +10,7 @@ from higen.train.sections import KNOWN_SETS, ObjectiveSettings
 __all__ = ["LATE", "draw_known", "draw_timesteps", "draw_window", "noisy_known", "noisy_prior"]
 
 LATE = 0.5
-"""Part of a run after which `late_windows` are taken."""
+"""Fraction of a run after which `late_windows` are used."""
 
 
 def draw_timesteps(
@@ -28,13 +28,13 @@ def draw_timesteps(
 
 
 def draw_window(settings: ObjectiveSettings, frames: int, progress: float, random: torch.Generator) -> int:
-    """How many frames the clips of a step have; `progress`: the part of the run that is over."""
+    """Number of frames in the clips of a step. `progress`: fraction of the run that is done."""
     choices = settings.late_windows if settings.late_windows and progress > LATE else settings.windows
     return choices[int(torch.randint(len(choices), (), generator=random))] if choices else frames
 
 
 def noisy_prior(prior: Tensor, settings: ObjectiveSettings, random: torch.Generator) -> Tensor:
-    """A clip's prior [C,H,W] as the network is given it: what the spatial stage draws is not exact either."""
+    """A clip's prior [C,H,W] with noise, as the network receives it: the spatial stage's prior is not exact either."""
     if not settings.prior_noise:
         return prior
     deviation = settings.prior_noise * float(torch.rand((), generator=random))
@@ -42,9 +42,11 @@ def noisy_prior(prior: Tensor, settings: ObjectiveSettings, random: torch.Genera
 
 
 def draw_known(settings: ObjectiveSettings, frames: int, random: torch.Generator) -> Tensor:
-    """Which frames of a clip are given, as the settings say: float32 [frames], 1 or 0; one at least is not.
+    """Which frames of a clip are given, drawn as the settings say: float32 [frames], 1 if given, else 0. At least one
+    frame is not given.
 
-    The longest run of first frames that is given, and every place of a single one, are equally likely.
+    The length of a prefix is drawn uniformly from 0 to frames - 1 (0 counts as 1), and the place of a single frame
+    from all places.
     """
     parts = torch.tensor([settings.known.get(name, 0.0) for name in KNOWN_SETS])
     name = KNOWN_SETS[int(torch.multinomial(parts, 1, generator=random))]
@@ -65,7 +67,7 @@ def draw_known(settings: ObjectiveSettings, frames: int, random: torch.Generator
 
 
 def noisy_known(clip: Tensor, settings: ObjectiveSettings, random: torch.Generator) -> Tensor:
-    """The frames of a clip [C,F,H,W] as the network is given them: those of a drawn clip are not exact either."""
+    """Known frames [C,F,H,W] with noise, as the network receives them: frames of drawn clips are not exact either."""
     if not settings.known_noise:
         return clip
     deviation = settings.known_noise * float(torch.rand((), generator=random))

@@ -23,7 +23,7 @@ __all__ = ["FileSource", "make_reader"]
 
 
 class FileSource:
-    """Batches of the files of a data set (`higen.train.batches.Source`): a process's share of each step."""
+    """Batches from the files of a data set (`higen.train.batches.Source`): a process's share of each step."""
 
     def __init__(
         self,
@@ -34,7 +34,7 @@ class FileSource:
         gains: range,
         device: torch.device,
     ) -> None:
-        """`share`, `gains`: which of a step's pictures and clips, and of its clips for the gain, this process takes."""
+        """`share`: this process's part of a step's pictures and clips. `gains`: its part of the clips for the gain."""
         self.reader, self.maker, self.settings, self.device = reader, batches, settings, device
         self.share, self._gains = share, gains
 
@@ -43,7 +43,7 @@ class FileSource:
         return StepBatches(self.batch(IMAGE, step), self.batch(VIDEO, step), self.gains(step))
 
     def batch(self, kind: int, step: int) -> Batch | None:
-        """The batch of one kind; None where a step has none."""
+        """The batch of one kind; None if a step has no samples of it."""
         indices, length = self._indices(kind, step), self._length(step)
         if not indices:
             return None
@@ -51,7 +51,7 @@ class FileSource:
         return self.maker.batch(samples, kind, step, indices, length).to(self.device)
 
     def gains(self, step: int) -> GainBatch | None:
-        """The clips that teach the gain alone. Their indices come after those of all windows."""
+        """The clips that train only the gain. Their indices follow those of all windows."""
         if not self._gains:
             return None
         windows = self.reader.per_step[VIDEO] - self.settings.objective.gain_clips
@@ -59,7 +59,7 @@ class FileSource:
         return self.maker.gains(self.reader.samples(VIDEO, step, indices), step, indices).to(self.device)
 
     def _length(self, step: int) -> int:
-        """How many frames the clips of a step have, in every process."""
+        """Number of frames in the clips of a step; the same in every process."""
         run = self.settings.run
         random = step_generator(run.seed, step)
         return draw_window(self.settings.objective, self.reader.frame.frames, step / run.steps, random)
@@ -79,7 +79,7 @@ def make_reader(
 ) -> Reader:
     """The reader of a run. `tower`: sha256 of the picture tower that measures the appearance, if there is one.
 
-    Raises SettingsError for a size that the model does not take.
+    Raises SettingsError for a size or length that the model or the settings do not allow.
     """
     data, model, cues = settings.data, networks.config, settings.cues
     defaults, multiple = model.defaults, model.autoencoder.factor * model.unet.size_multiple

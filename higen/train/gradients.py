@@ -1,4 +1,4 @@
-"""The gradients of a step of the denoiser: the objective over what a source of batches yields."""
+"""The gradients of a denoiser's training step: the objective on the batches of a source."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class DenoiserGradients:
         settings: Settings,
         processes: Processes,
     ) -> None:
-        """Raises SettingsError for losses in turn with several processes."""
+        """Raises SettingsError for run.losses_in_turn or lora.scales with several processes."""
         for name, value in {
             "run.losses_in_turn": settings.run.losses_in_turn,
             "lora.scales": settings.lora.scales,
@@ -49,12 +49,12 @@ class DenoiserGradients:
     def __call__(self, step: int, random: torch.Generator) -> Mapping[str, Tensor]:
         """The losses of a step, means over this process's samples."""
         batches = self.source.batches(step)
-        # Dropout layers are the only ones left that draw from the global generator.
+        # Only dropout layers still draw from the global generator.
         torch.manual_seed(step_seed(self.settings.run.seed, step) * 1_009 + self.processes.index)
         parts = batches.split(self.settings.run.micro_batches)
         losses: dict[str, Tensor] = {}
         for i, part in enumerate(parts):
-            # Processes exchange gradients once a step, with the last part.
+            # Processes exchange gradients only once per step, with its last part.
             last = i == len(parts) - 1
             with contextlib.nullcontext() if last else self.processes.waiting(self.parallel):
                 for name, loss in self._differentiate(part, len(parts)).items():
@@ -64,7 +64,7 @@ class DenoiserGradients:
         return losses
 
     def _differentiate(self, part: StepBatches, parts: int) -> Mapping[str, Tensor]:
-        """The gradients of one of the `parts` of a step; its share of the losses."""
+        """Add the gradients of one of the `parts` of a step; returns its share of the losses."""
         found: dict[str, Tensor] = {}
         bfloat16 = self.settings.run.precision == "bf16"
         for some in part.singly() if self.settings.run.losses_in_turn else [part]:
@@ -81,6 +81,6 @@ class DenoiserGradients:
 
 
 def scale_gradients(parameters: list[nn.Parameter], factor: float) -> None:
-    """Multiply the gradients that are there."""
+    """Multiply the existing gradients by a factor."""
     gradients = [p.grad for p in parameters if p.grad is not None]
     torch._foreach_mul_(gradients, factor)

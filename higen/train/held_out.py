@@ -24,7 +24,7 @@ __all__ = ["HeldOut", "held_out_reader", "swap"]
 
 
 class HeldOut:
-    """The data set `data.held_out`: the same few batches in every measurement, with the same noise."""
+    """The data set `data.held_out`. Every measurement uses the same few batches with the same noise."""
 
     def __init__(
         self, settings: Settings, networks: Networks, batches: Batches, processes: Processes, tower: str | None
@@ -38,7 +38,7 @@ class HeldOut:
         self._batches: list[StepBatches] = []
 
     def losses(self, objective: Objective, optimiser: Optimiser) -> dict[str, float]:
-        """ "held-out image" and "held-out video": means over all processes. Every process calls it."""
+        """ "held-out image" and "held-out video": means over all processes. Every process must call this."""
         if not self._batches:
             steps = range(self.settings.data.held_out_steps)
             self._batches = [replace(self._source.batches(step), gains=None) for step in steps]
@@ -65,7 +65,7 @@ def held_out_reader(
 
 
 def losses_of(objective: Objective, batches: StepBatches) -> dict[str, Tensor]:
-    """ "image" and "video": means over the samples of a step, with the adapters as strong as each of them says."""
+    """ "image" and "video": means over the samples of a step, each with its own strength of the adapters."""
     found: dict[str, Tensor] = {}
     for strength, share, part in batches.evenly():
         set_strength(objective, strength)

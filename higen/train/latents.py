@@ -1,4 +1,4 @@
-"""Clips as latents: the autoencoder's posterior, and a cache of it on disk."""
+"""Clips as latents: the autoencoder's posterior, and its cache on disk."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ __all__ = [
 ]
 
 CHUNK = 8
-"""Frames encoded at a time."""
+"""Number of frames that are encoded at once."""
 
 
 @dataclass(frozen=True)
 class Encoded:
-    """What is kept of a clip: mean and standard deviation of its latents [C,F,H,W] float32, scaled as the denoiser
-    sees them (no deviation: the autoencoder has no posterior), and its frames' features [F,D] where an encoder other
-    than the latents themselves measures the appearance.
+    """An encoded clip: mean and standard deviation of its latents [C,F,H,W] float32, scaled as the denoiser sees them
+    (std is None if the autoencoder has no posterior), and its frames' features [F,D] if a separate encoder measures the
+    appearance.
     """
 
     mean: Tensor
@@ -55,10 +55,10 @@ class Encoded:
 
 
 class FrameEncoder(Protocol):
-    """Measures how alike frames look: features whose cosine is taken (higen.train.cues.appearance_similarity)."""
+    """Measures how similar frames look, by features with a cosine (higen.train.cues.appearance_similarity)."""
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        """Pixels [F,3,Y,X] in -1 to 1 to features [F,D]."""
+        """Features [F,D] of pixels [F,3,Y,X] from -1 to 1."""
         ...
 
 
@@ -75,7 +75,7 @@ class OpenClip:
             raise MissingExtra("transformers", "torch", "the OpenCLIP appearance cue") from error
         try:
             tower = CLIPVisionModelWithProjection.from_pretrained(folder, local_files_only=True)
-        except Exception as error:  # transformers raises whatever its checks raise
+        except Exception as error:  # the checks of transformers raise errors of any kind
             raise SettingsError(
                 f"cues.openclip={folder!r}: no CLIP picture tower in transformers' format "
                 f"(such as laion/CLIP-ViT-H-14-laion2B-s32B-b79K): {error}"
@@ -85,7 +85,7 @@ class OpenClip:
 
     @torch.no_grad()
     def __call__(self, pixels: Tensor) -> Tensor:
-        """The central square, resized to the tower's size by nearest neighbour, as the reference does; [F,D]."""
+        """Features [F,D] of the central square, resized to the tower by nearest neighbour, as in the reference."""
         side, (height, width) = min(pixels.shape[2:]), pixels.shape[2:]
         top, left = (height - side) // 2, (width - side) // 2
         square = F.interpolate(pixels[:, :, top : top + side, left : left + side], (self.size, self.size))
@@ -95,9 +95,9 @@ class OpenClip:
 
 
 def tower_sha256(folder: str) -> str:
-    """sha256 of a CLIP tower's configuration and weights, in the files that transformers reads, wherever they lie.
+    """sha256 of a CLIP tower's configuration and weights: the files that transformers reads, in any folder.
 
-    Raises SettingsError where they cannot be read.
+    Raises SettingsError if they cannot be read.
     """
     try:
         weights = sorted(Path(folder).glob("model*.safetensors")) or sorted(Path(folder).glob("pytorch_model*.bin"))
@@ -116,7 +116,7 @@ def to_pixels(frames: NDArray[np.uint8]) -> Tensor:
 
 @torch.no_grad()
 def encode(stage: EncoderStage, frames: NDArray[np.uint8], features: FrameEncoder | None = None) -> Encoded:
-    """uint8 frames [F,Y,X,3] as `Encoded`, on the host; a few frames at a time."""
+    """Encode uint8 frames [F,Y,X,3], a few at a time. The result is on the host."""
     device = next(stage.parameters()).device
     means, stds, found = [], [], []
     for chunk in to_pixels(frames).split(CHUNK):
@@ -137,22 +137,24 @@ def _clip(chunks: list[Tensor]) -> Tensor:
 
 
 class LatentCache:
-    """A folder of `Encoded`, one file each. A file is written aside and moved; a broken one is made again."""
+    """A folder with one file for each `Encoded`. A file is written to a temporary name and moved into place. A broken
+    file is made again.
+    """
 
     def __init__(self, folder: str, recipe: Mapping[str, Any]) -> None:
-        """`recipe`: everything the latents depend on but the file itself."""
+        """`recipe`: everything that the latents depend on, except the file itself."""
         self.folder = Path(folder)
         self.recipe = json.dumps(dict(recipe), sort_keys=True)
 
     def path(self, source: Path, name: str, kind: int) -> Path:
-        """Where the latents of a file are kept; its size and time of change are part of the key. Raises OSError."""
+        """Where the latents of a file are kept. Its size and modification time are part of the key. Raises OSError."""
         found = source.stat()
         key = json.dumps([self.recipe, name, kind, found.st_size, found.st_mtime_ns])
         digest = hashlib.sha256(key.encode()).hexdigest()
         return self.folder / digest[:2] / f"{digest[2:34]}.safetensors"
 
     def load(self, path: Path) -> Encoded | None:
-        """What is kept at `path`; None if nothing readable is."""
+        """The latents that are kept at `path`; None if there is no readable file."""
         try:
             tensors = load_file(path)
             return Encoded(tensors["mean"], tensors.get("std"), tensors.get("features"))
@@ -160,7 +162,7 @@ class LatentCache:
             return None
 
     def save(self, path: Path, encoded: Encoded) -> None:
-        """Keep `encoded`. Raises TrainingError where it cannot be written."""
+        """Keep `encoded` at `path`. Raises TrainingError if it cannot be written."""
         tensors = {"mean": encoded.mean, "std": encoded.std, "features": encoded.features}
         try:
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -1,8 +1,8 @@
-"""Which parameters of a denoiser are trained: all, those of some layers, or low-rank adapters of these (LoRA).
+"""Which parameters of a denoiser are trained: all, those of some layers, or low-rank adapters of layers (LoRA).
 
-An adapter (Hu et al. 2021) of a layer with the weight W, of a linear layer or a convolution, trains two factors:
-W + alpha / rank * up down, as PEFT defines it. Its file has PEFT's names: `unet.<layer>.lora_A.weight` (down) and
-`unet.<layer>.lora_B.weight` (up), with the layer's name in unet.safetensors.
+An adapter (Hu et al. 2021) belongs to a linear layer or a convolution with the weight W. Its factors up and down are
+trained, and the layer computes with W + alpha / rank * up down, as PEFT defines it. The file has PEFT's names:
+`unet.<layer>.lora_A.weight` (down) and `unet.<layer>.lora_B.weight` (up), with the layer's name in unet.safetensors.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ DOWN, UP = "lora_A.weight", "lora_B.weight"
 
 def temporal_names(config: UNetConfig) -> list[str]:
     """Parameters of `Denoiser` that do not affect still pictures: temporal layers, the gain, and the weight of the
-    prior's convolution (its bias is added without a prior too).
+    prior's convolution. (Its bias affects them, because it is added without a prior too.)
     """
     with torch.device("meta"):
         spatial, whole = (dict(UNet(config, temporal=temporal).named_parameters()) for temporal in (False, True))
@@ -50,7 +50,7 @@ def temporal_names(config: UNetConfig) -> list[str]:
 
 
 def trained_parameters(objective: Objective, settings: Settings) -> dict[str, nn.Parameter]:
-    """The parameters that are trained, by name. The others are frozen, and adapters are put into the networks."""
+    """The parameters that are trained, by name. Freezes the others, and puts adapters into the networks if wanted."""
     config, layers = objective.denoiser.unet.config, settings.optimiser.layers
     if layers == "all" and not settings.lora.rank:
         return {name: p for name, p in objective.named_parameters() if p.requires_grad}
@@ -73,7 +73,7 @@ class _Adapter(nn.Module):
     def __init__(self, weight: Tensor, rank: int, scale: float, random: torch.Generator) -> None:
         super().__init__()
         self.scale, self.strength = scale, 1.0
-        # As PEFT begins: down uniform in +-1 / sqrt(inputs), up zero.
+        # Initialised as in PEFT: down uniform in +-1 / sqrt(inputs), up zero.
         bound = 1 / math.sqrt(weight[0].numel())
         down = (2 * torch.rand((rank, *weight.shape[1:]), generator=random) - 1) * bound
         self.down = nn.Parameter(down.to(weight.device))
@@ -85,7 +85,7 @@ class _Adapter(nn.Module):
 
 
 def set_strength(objective: Objective, strength: float) -> None:
-    """Set the factor with which the adapters in the networks are added, if there are any."""
+    """Set the strength of the adapters in the networks, if there are any."""
     for module in objective.modules():
         if isinstance(module, _Adapter):
             module.strength = strength
@@ -103,7 +103,7 @@ def _adapted(objective: Objective, chosen: list[str], lora: LoraSettings, seed: 
         if name not in weights or not isinstance(layer, (nn.Linear, nn.Conv2d)):
             continue
         adapter = _Adapter(layer.weight.detach(), lora.rank, _scale(lora), random)
-        for modules in unets:  # the still-picture network has the same weight
+        for modules in unets:  # the still-picture network shares the weight
             if name in modules:
                 register_parametrization(modules[name], "weight", adapter)
         found[f"denoiser.{name}.{DOWN}"], found[f"denoiser.{name}.{UP}"] = adapter.down, adapter.up
@@ -115,12 +115,12 @@ def _scale(lora: LoraSettings) -> float:
 
 
 def denoiser_weights(networks: Networks) -> dict[str, nn.Parameter]:
-    """The denoiser's weights by the objective's names."""
+    """The denoiser's weights under the objective's names."""
     return {f"denoiser.{name}": p for name, p in networks.denoiser.named_parameters()}
 
 
 def whole_weights(base: Mapping[str, Tensor], trained: Mapping[str, Tensor], settings: Settings) -> dict[str, Tensor]:
-    """All weights by name: those of `base`, replaced by the trained ones or with the adapters added."""
+    """All weights by name: those of `base`, either replaced by the trained weights or with the adapters added."""
     found = {name: tensor.detach() for name, tensor in base.items()}
     if not settings.lora.rank:
         return {**found, **trained}
@@ -133,12 +133,12 @@ def whole_weights(base: Mapping[str, Tensor], trained: Mapping[str, Tensor], set
 
 
 def write_lora(path: Path, trained: Mapping[str, Tensor], lora: LoraSettings) -> None:
-    """Write the adapters, float32. Raises TrainingError where the file cannot be written."""
+    """Write the adapters in float32. Raises TrainingError if the file cannot be written."""
     tensors = {f"unet.{name.removeprefix('denoiser.')}": t.detach().cpu().contiguous() for name, t in trained.items()}
     known = {"unet.r": lora.rank, "unet.lora_alpha": _scale(lora) * lora.rank}
     try:
         with whole_file(path) as temporary:
-            # One entry, because safetensors writes several in a random order.
+            # A single metadata entry, because safetensors writes several entries in random order.
             save_file(tensors, temporary, {"lora_adapter_metadata": json.dumps(known)})
     except (OSError, SafetensorError) as error:
         raise TrainingError(f"{path} cannot be written: {reason(error)}") from error

@@ -1,6 +1,6 @@
 """The rows of a data set's list: a .csv or .jsonl file with `path` and `caption`.
 
-A row is read as it stands or is named as a mistake with its line. Nothing is dropped, cut or run together silently.
+A row is either read unchanged, or reported as a mistake with its line. No row is silently dropped, cut or merged.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ __all__ = ["READERS", "check_as_prompt", "read_rows"]
 
 COLUMNS = ("path", "caption")
 LARGEST = 10.0
-"""Size of a row's scale."""
+"""Largest magnitude of a row's scale."""
 SHOWN = 5
-"""Mistakes that an error names one by one."""
+"""Largest number of mistakes that an error lists."""
 
 Mistakes = list[tuple[int, str]]
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row of a list; `scale` is how strong an adapter is for it (higen.train.sections.LoraSettings)."""
+    """A row of a list. `scale` is the strength of an adapter for it (higen.train.sections.LoraSettings)."""
 
     path: str
     caption: str
@@ -37,7 +37,7 @@ class Row:
 
 
 def read_rows(file: Path, scales: bool = False) -> list[Row]:
-    """The rows of a list, in its order. `scales`: their column `scale` is read; else every scale is 1.
+    """The rows of a list, in its order. `scales`: the column `scale` is read; otherwise every scale is 1.
 
     Raises SettingsError with the line of each malformed row, OSError, and TextError for anything that is not a text.
     """
@@ -51,7 +51,7 @@ def read_rows(file: Path, scales: bool = False) -> list[Row]:
 
 
 def check_as_prompt(text: str) -> None:
-    """Raise TextError for a text that a request would not take as a prompt."""
+    """Raise TextError for a text that a request would not accept as a prompt."""
     check_text(text)
     if len(text) > MAX_PROMPT:
         raise TextError(f"{len(text)} characters: at most {MAX_PROMPT}")
@@ -78,7 +78,7 @@ def _csv_rows(text: str, mistakes: Mistakes, scales: bool) -> Iterator[Row]:
 
 
 def _csv_lines(text: str, mistakes: Mistakes) -> Iterator[tuple[int, list[str]]]:
-    """The line on which each row begins, and the row; rows without anything are passed over."""
+    """Each row, with the line on which it begins. Empty rows are skipped."""
     reader = csv.reader(io.StringIO(text, newline=""), strict=True)
     while True:
         line = reader.line_num + 1
@@ -86,7 +86,7 @@ def _csv_lines(text: str, mistakes: Mistakes) -> Iterator[tuple[int, list[str]]]
             row = next(reader)
         except StopIteration:
             return
-        except csv.Error as error:  # where the next row begins is not known
+        except csv.Error as error:  # the beginning of the next row is unknown
             if "field limit" in str(error):
                 mistakes.append(
                     (line, f"a value of more than {csv.field_size_limit()} characters: at most {MAX_PROMPT}")
@@ -94,12 +94,12 @@ def _csv_lines(text: str, mistakes: Mistakes) -> Iterator[tuple[int, list[str]]]
             else:
                 mistakes.append((line, f"{error}: a double quote is not closed, or is not doubled in a quoted text"))
             return
-        if any(value.strip() for value in row):  # a spreadsheet leaves rows of commas behind
+        if any(value.strip() for value in row):  # spreadsheets write empty rows as commas
             yield line, row
 
 
 def _wrong_header(header: list[str]) -> str:
-    """What is wrong with a list's first row; an empty text: nothing."""
+    """What is wrong with a list's first row; empty if it is correct."""
     if twice := sorted({name for name in header if name in COLUMNS and header.count(name) > 1}):
         return f"the column {twice[0]!r} appears twice"
     missing = [name for name in COLUMNS if name not in header]
@@ -118,7 +118,7 @@ def _wrong_header(header: list[str]) -> str:
 
 
 def _run_together(value: str) -> str:
-    """What is wrong with a text: it swallowed rows after a quote that was not closed, or kept its quotes."""
+    """What is wrong with a value, or "": it contains the next rows after an unclosed quote, or it kept its quotes."""
     for line in value.split("\n")[1:]:
         if Path(line.partition(",")[0].strip(' "')).suffix.lower() in SUFFIXES:
             return f"a double quote is not closed, and the next rows became part of a text ({line[:40]!r})"
@@ -139,7 +139,7 @@ def _jsonl_rows(text: str, mistakes: Mistakes, scales: bool) -> Iterator[Row]:
 
 
 def _row(row: object, line: int, mistakes: Mistakes, scales: bool) -> Iterator[Row]:
-    """The row's path and caption, unless something is wrong with it."""
+    """The row, unless something is wrong with it."""
     if not isinstance(row, Mapping):
         mistakes.append((line, f"{quoted(row)}: an object with the texts 'path' and 'caption' is wanted"))
         return
@@ -169,7 +169,7 @@ def _row(row: object, line: int, mistakes: Mistakes, scales: bool) -> Iterator[R
 
 
 def _scale(value: object) -> float:
-    """A row's `scale`; an empty cell is none. Raises ValueError."""
+    """A row's `scale`; 1 for an empty cell. Raises ValueError."""
     if isinstance(value, str):
         value = float(value) if value.strip() else 1.0
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not abs(value) <= LARGEST:

@@ -1,8 +1,8 @@
 """The training loop: makes steps, averages the weights, saves, resumes, and logs.
 
-All trainings run in it. They differ in the gradients of a step, which they hand in as a function, and in what follows
-a run (`Follower`). A step's random numbers are a function of the seed and the step's number, so a run that was killed
-goes on as if it had never stopped.
+All trainings use this loop. They differ in the function that computes the gradients of a step, and in what happens at
+logs and checkpoints (`Follower`). A step's random numbers depend only on the seed and the step's number, so a killed
+run continues as if it had never stopped.
 """
 
 from __future__ import annotations
@@ -28,13 +28,13 @@ Gradients = Callable[[int, torch.Generator], Mapping[str, Tensor]]
 """Adds up the gradients of a step, given its number (from 0) and its random numbers; returns its losses by name."""
 
 NOT_LOSSES = ("gradient", "rate")
-"""What `Loop.advance` adds to the losses."""
+"""Names of the values that `Loop.advance` adds to the losses."""
 OLD = 0.98
-"""Weight of the past in a smoothed loss."""
+"""Weight of the earlier losses in a smoothed loss."""
 
 
 def step_seed(seed: int, step: int) -> int:
-    """The seed of step `step` (from 0) of a run with the seed `seed`."""
+    """The seed of step `step` (from 0) in a run with the seed `seed`."""
     return seed * 1_000_003 + step
 
 
@@ -48,7 +48,7 @@ class Cadence:
     """How often a run logs and saves.
 
     log_every     steps between two log lines; 0: with every checkpoint
-    save_every    steps between two checkpoints; 0: by the clock alone
+    save_every    steps between two checkpoints; 0: only `save_seconds` decides
     save_seconds  seconds between two checkpoints
     """
 
@@ -59,30 +59,30 @@ class Cadence:
 
 @dataclass(frozen=True)
 class Periodic:
-    """Something else that is done after every `every` steps, before the checkpoint; 0: never."""
+    """An action after every `every` steps, before the checkpoint; 0: never."""
 
     every: int
     act: Callable[[], None]
 
 
 class Follower:
-    """What follows a run. Every process calls both."""
+    """Reacts to the events of a run. Every process calls both methods."""
 
     def logged(self, step: int, values: Mapping[str, Tensor], smoothed: Mapping[str, float]) -> Mapping[str, float]:
-        """A log line is due after `step` steps: the numbers of the last step, and the losses smoothed over the run.
-        Returns the numbers that are shown.
+        """Called when a log line is due after `step` steps. `values` are the numbers of the last step, `smoothed` the
+        losses smoothed over the run. Returns the numbers to show.
         """
         return {**smoothed, "rate": float(values["rate"])}
 
     def saved(self) -> None:
-        """A checkpoint was written."""
+        """Called after a checkpoint was written."""
 
 
 class Loop:
-    """A run: `gradients` and `optimiser` make its steps, `checkpoints` keep them.
+    """A run: `gradients` and `optimiser` make its steps, and `checkpoints` stores its state.
 
-    kept       goes into every checkpoint beside the optimiser's state (settings, identity)
-    processes  this process and those that train with it
+    kept       stored in every checkpoint with the optimiser's state (settings, identity)
+    processes  this process and the processes that train with it
     """
 
     def __init__(
@@ -103,18 +103,18 @@ class Loop:
         self.seed, self.kept, self.periodic, self.say = seed, kept or {}, periodic, say
         self.follower, self.processes = follower or Follower(), processes or Alone()
         self._saved: int | None = None
-        self._since: list[Mapping[str, Tensor]] = []  # what was not yet smoothed
+        self._since: list[Mapping[str, Tensor]] = []  # values that are not yet smoothed
         self._smoothed: dict[str, float] = {}
 
     @property
     def step(self) -> int:
-        """Steps made."""
+        """Number of steps made."""
         return self.optimiser.step
 
     def resume(self, check: Callable[[Mapping[str, Any]], None]) -> bool:
-        """Go on from the newest checkpoint; False if there is none. `check` raises for one of another configuration.
+        """Continue from the newest checkpoint; False if there is none. `check` raises for another configuration.
 
-        Raises TrainingError for one that cannot be read.
+        Raises TrainingError if the checkpoint cannot be read.
         """
         state = self.checkpoints.load()
         if state is None:
@@ -125,7 +125,7 @@ class Loop:
         return True
 
     def advance(self) -> dict[str, Tensor]:
-        """Make one step; returns its losses (this process's share of them), the gradient's norm and the rate."""
+        """Make one step. Returns its losses (over this process's samples), the gradient's norm and the rate."""
         step, rate = self.step, self.optimiser.rate
         self.optimiser.clear()
         losses = self.gradients(step, step_generator(self.seed, step))
@@ -133,7 +133,7 @@ class Loop:
         return {**losses, "gradient": norm, "rate": torch.tensor(rate, dtype=torch.float64)}
 
     def save(self) -> None:
-        """Write a checkpoint, once per step; every process calls it. Raises TrainingError."""
+        """Write a checkpoint, at most once per step. Every process must call this. Raises TrainingError."""
         if self._saved == self.step:
             return
         if self.processes.main:
@@ -143,9 +143,9 @@ class Loop:
         self._saved = self.step
 
     def run(self, progress: bool = False) -> None:
-        """Make the steps that are left; the last is saved too. `progress`: a bar on stderr in place of log lines.
+        """Make the remaining steps, and save after the last. `progress`: a bar on stderr in place of log lines.
 
-        Ctrl-C or SIGTERM saves after the present step and raises KeyboardInterrupt.
+        Ctrl-C or SIGTERM saves after the current step and raises KeyboardInterrupt.
         """
         began, first, spent_before = time.monotonic(), self.step, self.optimiser.seconds
         saved = began

@@ -1,8 +1,7 @@
 """Reads pixels for training and cues: pictures, and clips at a requested rate, scaled to cover and cropped.
 
-Nothing is made up: a file that cannot be read, is too short or too slow raises `Unusable` with the reason. (The
-reference turns such clips into black ones without a caption.) What a file shows is read as `Video.open` reads it
-(higen/media).
+A file that cannot be read, is too short or too slow raises `Unusable` with the reason. (The reference replaces such
+clips with black clips without a caption.) Files are decoded as by `Video.open` (higen/media).
 """
 
 from __future__ import annotations
@@ -58,20 +57,20 @@ SUFFIXES = (*VIDEOS, *IMAGES)
 """A .webp or .png that is an animation is a video."""
 
 READING = 2
-"""Another number where files give other pixels than before: latents kept of those are made again."""
+"""Version of the reading. A new number, when files give other pixels than before, invalidates cached latents."""
 
-_TRIES = 8  # clips that are looked at for one without a cut
-_EDGE = 3  # frames at an end of a clip: a cut so near to it is avoided, and borne where it cannot be
+_TRIES = 8  # number of clips that are tried to find one without a cut
+_EDGE = 3  # frames: a cut nearer to an end of a clip than this is accepted if there is no clip without a cut
 
 
 def is_video(path: Path) -> bool:
-    """Whether a file with a suffix of VIDEOS or IMAGES is a video; a WebP or PNG file is looked into."""
+    """Whether a file with a suffix of VIDEOS or IMAGES is a video. The content of a WebP or PNG file decides."""
     suffix = path.suffix.lower()
     return suffix in VIDEOS or (suffix in (".webp", ".png") and moves(path))
 
 
 def read_image(path: Path, width: int, height: int, placement: Placement) -> NDArray[np.uint8]:
-    """A picture as uint8 [1,height,width,3]; transparency is laid over white. Raises Unusable."""
+    """A picture as uint8 [1,height,width,3], composed over white if it is transparent. Raises Unusable."""
     with reading(Unusable):
         picture = load_still(path)
     return cover(picture, width, height, placement)[None]
@@ -87,13 +86,13 @@ def read_video(
     wanted: Sequence[int] | None = None,
     note: Callable[[str], None] = lambda line: None,
 ) -> NDArray[np.uint8]:
-    """A clip of `frames` frames at about `fps` frames a second (`sampled_rate`) as uint8 [frames,height,width,3].
+    """A clip of `frames` frames at about `fps` frames per second (`sampled_rate`) as uint8 [frames,height,width,3].
 
-    For each moment the frame shown then is taken. `wanted` picks some frames of the clip, in ascending order
-    (None: all). A clip with a cut in it is moved to where it has none; see higen/media/cuts.py. `note` is given what
-    a person should know of it, a line each.
-    Raises Unusable for a file that cannot be read, is shorter than the clip, or slower than `fps`, wherever the clip
-    lies; Damaged where the frames taken cannot be decoded, or have a cut wherever the clip is moved.
+    For each moment, the frame that is shown then is taken. `wanted` selects frames of the clip, in ascending order
+    (None: all). A clip with a cut is moved to a place without a cut; see higen/media/cuts.py. `note` receives remarks
+    for the user, one line each.
+    Raises Unusable for a file that cannot be read, is shorter than the clip, or is slower than `fps`: no other part of
+    the file helps. Raises Damaged if the frames of this clip cannot be decoded, or if it has a cut at every place.
     """
     source = opened(path)
     first, available = first_moment(source.times, source.end, fps, frames, placement.start)
@@ -115,7 +114,7 @@ def read_video(
         if to < 0:
             break
         tried.add(to)
-        with suppress(Damaged):  # then both stay: the cuts that are known are those of `clip`, which begins `at`
+        with suppress(Damaged):  # if damaged, both stay, so that `clip` is still the clip that begins `at`
             at, clip = to, pictures_from(source, fps, frames, to, width, height, placement, None)
     if any(_EDGE <= cut <= frames - _EDGE for cut in find_cuts(original)):
         raise Damaged("a cut in every clip: split the video where its picture changes at once")

@@ -41,16 +41,16 @@ __all__ = [
 __all__ += ["write_model"]
 
 PROMPTS, SHORT = 8, 200
-"""How many captions a trained model lists as its prompts, and the longest one in characters."""
+"""Largest number of captions that a trained model lists as its prompts, and their largest length in characters."""
 
 _NOT_SPATIAL = ("time.", "prior.", "context_pool.")
-"""Parts of the network without temporal layers that do not count as spatial: a still-picture network does not have
-them, or they learn the cues.
+"""Parts of the network without temporal layers that do not count as spatial, because a still-picture network does not
+have them, or because they learn the cues.
 """
 
 
 class Trainable(Protocol):
-    """What an objective needs of the networks."""
+    """The networks that an objective needs."""
 
     @property
     def config(self) -> ModelConfig:
@@ -72,10 +72,10 @@ class Trainable(Protocol):
 class Networks:
     """What a run starts from.
 
-    config      the networks' configuration; in a fine-tuning, with the name of the model that it starts from
+    config      the networks' configuration; when fine-tuning, with the name of the model that training starts from
     companions  the model directory that the frozen networks come from
-    own         the configuration that is written, with the new model's own name; None: `config`
-    notes       lines for the user about the networks
+    own         the configuration to write, with the new model's own name; None: `config`
+    notes       remarks for the user about the networks, one line each
     """
 
     config: ModelConfig
@@ -89,10 +89,9 @@ class Networks:
 
 
 def build(settings: Settings, captions: Iterable[str]) -> Networks:
-    """The networks as the settings say, in float32 on the host; new weights depend on the seed alone.
+    """The networks as the settings say, in float32 on the host. New weights depend only on the seed.
 
-    Raises SettingsError (an architecture that does not go with its companions) and what opening a model directory
-    raises.
+    Raises SettingsError (an architecture that does not fit its companions) and what opening a model directory raises.
     """
     source, captions = Bundle.open(settings.model.init or settings.model.companions or ""), list(captions)
     theirs = spec.config(source.manifest)
@@ -139,7 +138,7 @@ def build(settings: Settings, captions: Iterable[str]) -> Networks:
 
 
 def read_architecture(file: Path, companions: ModelConfig) -> ModelConfig:
-    """A ModelConfig in JSON or TOML; `text` and `autoencoder` are the companions' where they are left out, name and
+    """A ModelConfig from JSON or TOML. If they are left out, `text` and `autoencoder` are the companions', and name and
     licence are empty.
     """
     try:
@@ -170,8 +169,8 @@ def _check_fit(config: ModelConfig, companions: ModelConfig, new_text: bool, new
 
 
 def _named(config: ModelConfig, source: ModelConfig, settings: Settings) -> ModelConfig:
-    """The configuration of a new model: it has a name of its own, a licence that names the model that it starts from,
-    and only the prompts of its architecture file.
+    """The configuration of a new model. It has its own name and licence and only the prompts of its architecture file.
+    A licence that is not given names the model that training starts from.
     """
     model, run = settings.model, settings.run
     given = config if model.architecture is not None else replace(config, name="", licence="", prompts=())
@@ -187,7 +186,7 @@ def _named(config: ModelConfig, source: ModelConfig, settings: Settings) -> Mode
 
 
 def _some(captions: Sequence[str], tokenizer: PromptTokenizer) -> tuple[str, ...]:
-    """A few short captions, spread over the data set, that the tokenizer takes without a warning."""
+    """A few short captions from all over the data set that the tokenizer accepts without a warning."""
     short = [caption for caption in dict.fromkeys(captions) if 0 < len(caption) <= SHORT and "\n" not in caption]
     said: dict[str, list[Warning]] = {caption: [] for caption in short[:: max(-(-len(short) // PROMPTS), 1)]}
     for caption, warned in said.items():
@@ -196,24 +195,25 @@ def _some(captions: Sequence[str], tokenizer: PromptTokenizer) -> tuple[str, ...
 
 
 def new_denoiser(config: UNetConfig) -> Denoiser:
-    """A denoiser with random weights, drawn from the global generator."""
+    """A denoiser with random weights from the global generator."""
     denoiser = Denoiser(config)
     if config.prior_preconditioning:
-        # The prior starts as a second noisy frame would enter, not as nothing: it is then never ignored.
+        # The prior's convolution starts with the weights of the frames' convolution, not with zeros. Thus the prior has
+        # an effect from the start.
         denoiser.unet.prior.load_state_dict(denoiser.unet.conv_in.state_dict())
     return denoiser
 
 
 def _with_known_frames(denoiser: Denoiser, config: UNetConfig) -> Denoiser:
-    """The same with inputs for known frames, which are 0: it draws what it drew."""
+    """The same denoiser with inputs for known frames. Their weights are 0, so it draws the same as before."""
     wider = Denoiser(config)
     wider.load_state_dict({**wider.state_dict(), **denoiser.state_dict()})
     return wider
 
 
 def spatial_names(config: UNetConfig) -> list[str]:
-    """Parameters of `Denoiser` that make the still-picture network: 2-D residual blocks, spatial transformers,
-    down and up, the first and the last convolution, and not the embeddings of time, cues, prior and context
+    """Parameters of `Denoiser` that make the still-picture network: 2-D residual blocks, spatial transformers, down-
+    and upsampling, the first and the last convolution, but not the embeddings of time, cues, prior and context
     (reference: the keys shared with Stable Diffusion 2.1, 682 of the released model's; spec section 8).
     """
     with torch.device("meta"):
@@ -222,7 +222,7 @@ def spatial_names(config: UNetConfig) -> list[str]:
 
 
 class Objective(nn.Module):
-    """The losses of a step in one forward, so that one backward (and one average over processes) serves them."""
+    """The losses of a step in one forward pass, so that one backward pass (and one average over processes) suffices."""
 
     def __init__(self, networks: Trainable, gain_weight: float, recompute: bool = False) -> None:
         super().__init__()
@@ -234,7 +234,7 @@ class Objective(nn.Module):
         abar = torch.from_numpy(alphas_cumprod(networks.config.schedule))
         self.register_buffer("alpha", abar.sqrt().float(), persistent=False)
         self.register_buffer("sigma", (1.0 - abar).sqrt().float(), persistent=False)
-        # In a tuple: the same parameters are not to be found twice.
+        # In a tuple, so that torch does not register the same parameters twice.
         self._spatial = (networks.denoiser.spatial_unet(),)
         self._spatial[0].recompute = recompute
 
@@ -243,13 +243,13 @@ class Objective(nn.Module):
 
     @property
     def unets(self) -> tuple[UNet, UNet]:
-        """The network of clips, and that of still pictures."""
+        """The network for clips, and the one for still pictures."""
         return self.denoiser.unet, *self._spatial
 
     def forward(
         self, images: Batch | None, videos: Batch | None, gains: GainBatch | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """The loss to minimise, and that of the pictures and of the clips; numbers, means over the batch."""
+        """The loss to minimise, the loss of pictures and the loss of clips: single numbers, means over the batch."""
         zero = self.alpha.new_zeros(())
         image = zero if images is None else self._image_loss(images)
         video, gain = (zero, zero) if videos is None else self._video_loss(videos)
@@ -285,9 +285,9 @@ class Objective(nn.Module):
 def write_model(
     networks: Networks, trained: Mapping[str, Tensor], output: Path, dtype: str = "fp32", overwrite: bool = False
 ) -> Bundle:
-    """Write a model directory. `trained`: weights of `Objective` by name (a run's averages); the others are copied.
+    """Write a model directory. `trained`: weights of `Objective` by name (a run's averages). Other weights are copied.
 
-    Raises ModelError where it cannot be written, or has weights that are not finite in `dtype`.
+    Raises ModelError if it cannot be written, or if a weight is not finite in `dtype`.
     """
     source = networks.companions
     with create_model(output, spec.manifest(networks.own or networks.config), overwrite) as folder:

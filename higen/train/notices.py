@@ -1,4 +1,4 @@
-"""Notices before a run's first step, a line each, about flaws that training cannot mend."""
+"""Notices before a run's first step, one line each, about problems that training cannot fix."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ from higen.train.reader import Frame
 __all__ = ["codec_psnr", "notices", "slow_bfloat16"]
 
 FAITHFUL = 25.0
-"""PSNR of the autoencoder's own frames, in dB, below which a person sees that it was not made for them."""
+"""PSNR in dB of frames through the autoencoder. Below it, people see that the autoencoder was not made for them."""
 FRAMES, TRIES = 4, 12
-"""Frames that are measured, and files that are tried for them."""
+"""Number of frames to measure, and number of files that are tried for them."""
 CAPTIONS = 5000
-"""Captions that are looked at."""
+"""Largest number of captions that are checked."""
 
 
 def notices(
     listing: Listing, frame: Frame, encoder: EncoderStage, tokenizer: PromptTokenizer, bfloat16: bool
 ) -> Iterator[str]:
-    """The lines for a run over a data set."""
+    """The notices for a run over a data set."""
     if listing.skipped:
         yield f"left out of the data set{explained(listing.skipped)}"
     if line := _captions(tokenizer, (item.caption for item in listing.items)):
@@ -50,7 +50,7 @@ def notices(
 
 
 def slow_bfloat16(instead: str) -> str | None:
-    """A line where bfloat16 is slower than float32 on this processor; `instead`: how to choose float32."""
+    """A notice if bfloat16 is slower than float32 on this processor, else None. `instead`: how to choose float32."""
     if has_bf16() is not False:
         return None
     return (
@@ -60,7 +60,7 @@ def slow_bfloat16(instead: str) -> str | None:
 
 
 def codec_psnr(encoder: EncoderStage, items: Sequence[Item], frame: Frame) -> float | None:
-    """PSNR in dB of a few middle frames of a data set through the autoencoder; None where none can be read."""
+    """PSNR in dB of a few middle frames of a data set through the autoencoder; None if no frame can be read."""
     decoder = DecoderStage(encoder.autoencoder, encoder.shift.flatten().tolist(), encoder.scale.flatten().tolist())
     decoder.to(next(encoder.parameters()).device).eval()
     found = [_psnr(encoder, decoder, pixels) for pixels in islice(_frames(items, frame), FRAMES)]
@@ -68,7 +68,7 @@ def codec_psnr(encoder: EncoderStage, items: Sequence[Item], frame: Frame) -> fl
 
 
 def _frames(items: Sequence[Item], frame: Frame) -> Iterator[NDArray[np.uint8]]:
-    """Middle frames uint8 [1,Y,X,3], of files from all over the data set."""
+    """Middle frames uint8 [1,Y,X,3] of files from all over the data set."""
     for i in np.unique(np.linspace(0, len(items) - 1, TRIES).round().astype(int)):
         size = (items[i].path, frame.width, frame.height)
         try:
@@ -89,7 +89,7 @@ def _psnr(encoder: EncoderStage, decoder: DecoderStage, frame: NDArray[np.uint8]
 
 
 def _captions(tokenizer: PromptTokenizer, captions: Iterable[str]) -> str | None:
-    """How many captions the model cannot read as they stand, with the first of them."""
+    """A notice about captions that the model cannot read unchanged, with their number and the first one; else None."""
     distinct = list(islice(dict.fromkeys(captions), CAPTIONS))
     cut: dict[str, str] = {}
     for caption in distinct:

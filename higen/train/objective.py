@@ -20,7 +20,7 @@ def diffuse(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
 
 
 def v_target(x0: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
-    """What the network is to predict; shapes as in `diffuse`."""
+    """The value that the network has to predict; shapes as in `diffuse`."""
     return _column(alpha) * noise - _column(sigma) * x0
 
 
@@ -38,7 +38,7 @@ def v_loss(
 ) -> Tensor:
     """Mean squared error of v, one number per sample [B] (reference: plain MSE, equal weights).
 
-    `known`: where frames of a clip are given, the error of r, in the others (`preconditioning.velocity`).
+    `known`: for a clip with given frames, the error of r, over its other frames (`preconditioning.velocity`).
     """
     x, target = diffuse(x0, noise, alpha, sigma), v_target(x0, noise, alpha, sigma)
     return _error(unet, x, x, target, x0, t, alpha, context, frame_embedding, prior, known)
@@ -56,13 +56,13 @@ def residual_v_loss(
     prior: Tensor,
     known: Known | None = None,
 ) -> Tensor:
-    """The same for a network with prior preconditioning: the error of v' (`preconditioning.velocity`), [B].
+    """Mean squared error [B] of v' for a network with prior preconditioning (`preconditioning.velocity`).
 
-    x' = alpha' r + sigma' noise with alpha' = alpha g c and sigma' = sigma c, so v' = alpha' noise - sigma' r: every
-    frame counts the same whatever its motion, because r has unit variance. The gain is trained by `gain_loss` alone.
+    x' = alpha' r + sigma' noise with alpha' = alpha g c and sigma' = sigma c, so v' = alpha' noise - sigma' r. All
+    frames have the same weight, whatever their motion, because r has unit variance. Only `gain_loss` trains the gain.
     """
-    # In float32, as at inference. Under autocast, older versions of torch would also keep the gain's weights, cast here
-    # without a gradient, for `gain_loss`, which then trains nothing.
+    # In float32, as at inference. Moreover, under autocast older versions of torch would cache the gain's weights that
+    # are cast here without a gradient. `gain_loss` would use them too, and would train nothing.
     with torch.no_grad(), torch.autocast(x0.device.type, enabled=False):
         x = diffuse(x0, noise, alpha, sigma)
         entered, g, c = precondition(unet, x, alpha, sigma, context.float(), frame_embedding.float(), prior)
@@ -84,8 +84,8 @@ def _error(
     prior: Tensor | None,
     known: Known | None,
 ) -> Tensor:
-    """Mean square [B] of what the network makes of `entered` from `target`, or, of the frames that are not given, of
-    what it makes of x and the blend from r."""
+    """Mean squared error [B] of the network's output for `entered` against `target`. For a clip with given frames, the
+    input is `known_residual` of x, the target is r = x0 - blend, and only the other frames count."""
     if known is None:
         return (unet(entered, t, context, frame_embedding, prior) - target).pow(2).mean(dim=(1, 2, 3, 4))
     with torch.no_grad():
@@ -98,10 +98,10 @@ def _error(
 
 
 def gain_loss(unet: UNet, context: Tensor, frame_embedding: Tensor, square: Tensor) -> Tensor:
-    """Gaussian likelihood that makes g^2 the expected mean square of z - p given cues and text; a number.
+    """Gaussian likelihood that makes g^2 the expected mean square of z - p for given cues and text; a single number.
 
-    `square` [B,F] is what `residual_square` measures. Cues are not moved by this loss (detached); the text is, as
-    nothing else teaches it how much a subject moves.
+    `square` [B,F] is the result of `residual_square`. This loss does not train the embeddings of the cues (detached).
+    It trains the text encoder, because nothing else teaches it how much a subject moves.
     """
     log_gain = unet.log_gain(context, frame_embedding.detach())
     return (log_gain + 0.5 * square * (-2 * log_gain).exp()).mean()

@@ -18,8 +18,7 @@ __all__ = ["Optimiser", "ema_decay", "learning_rate"]
 def learning_rate(settings: OptimiserSettings, step: int, total: float, spent: float | None = None) -> float:
     """Rate of a step: linear warm-up, constant, cosine to `last_rate` over the last `decay_part`.
 
-    `total` is the length of the run and `spent` the part of it that is over, in the same unit; left out, `spent` is
-    `step`.
+    `total` is the length of the run, and `spent` the part that is over, in the same unit. By default `spent` is `step`.
     """
     start = (1 - settings.decay_part) * total
     along = min(1.0, max(0.0, ((step if spent is None else spent) - start) / max(total - start, 1e-9)))
@@ -29,18 +28,18 @@ def learning_rate(settings: OptimiserSettings, step: int, total: float, spent: f
 
 
 def ema_decay(ema: float, step: int) -> float:
-    """Weight of the old average after `step` steps. It is smaller in the first steps, so that these are forgotten."""
+    """Weight of the old average after `step` steps. It is smaller at first, so that the first weights are forgotten."""
     return min(ema, (1 + step) / (10 + step))
 
 
 class Optimiser:
-    """The optimiser of named parameters over a run, whose length is a number of steps or a time.
+    """The optimiser of named parameters over a run. The length of a run is a number of steps or a time.
 
-    parameters  what is trained, by name
-    average     the same names: exponential averages, which start as the parameters are now
-    steps       how many there are; None: as many as `time` (seconds) allows
-    step        steps made
-    seconds     spent on them; counted by the training loop
+    parameters  the trained parameters, by name
+    average     exponential averages by the same names; they start at the parameters' initial values
+    steps       number of steps in the run; None: as many as `time` (seconds) allows
+    step        number of steps made
+    seconds     time spent on them; counted by the training loop
     """
 
     def __init__(
@@ -61,7 +60,7 @@ class Optimiser:
         )
 
     def average_anew(self) -> None:
-        """Let the averages start from the parameters as they are now."""
+        """Restart the averages from the current parameters."""
         for name, parameter in self.parameters.items():
             self.average[name].copy_(parameter.detach())
 
@@ -74,24 +73,24 @@ class Optimiser:
 
     @property
     def left(self) -> float:
-        """What is left of the run: steps, or seconds."""
+        """The rest of the run, in steps or in seconds."""
         return self.time - self.seconds if self.steps is None else self.steps - self.step
 
     @property
     def place(self) -> str:
-        """Where the run is, for a person."""
+        """The progress of the run, as text."""
         if self.steps is None:
             return f"step {self.step}, {self.seconds / 60:.1f} of {self.time / 60:.1f} minutes"
         return f"step {self.step} of {self.steps}"
 
     def clear(self) -> None:
-        """Forget the gradients."""
+        """Discard the gradients."""
         self._adamw.zero_grad(set_to_none=True)
 
     def advance(self) -> Tensor:
-        """Make a step; returns the gradient's norm before it was clipped.
+        """Make a step. Returns the norm of the gradient before clipping.
 
-        Raises TrainingError, and changes nothing, for a gradient that is not finite.
+        If the gradient is not finite, raises TrainingError and changes no weight.
         """
         for group in self._adamw.param_groups:
             group["lr"] = self.rate
@@ -109,7 +108,7 @@ class Optimiser:
         return norm
 
     def state(self) -> dict[str, Any]:
-        """Everything a resumed run needs: step, weights, average, optimiser, and seconds where they are its length."""
+        """Everything that a resumed run needs: step, weights, average, optimiser, and seconds if they limit it."""
         return {
             **({"seconds": self.seconds} if self.steps is None else {}),
             "step": self.step,
@@ -119,7 +118,7 @@ class Optimiser:
         }
 
     def load(self, state: Mapping[str, Any]) -> None:
-        """Go on from `state`."""
+        """Continue from `state`."""
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(state["weights"][name])

@@ -1,4 +1,4 @@
-"""A model as a maker of clips to measure, and as an autoencoder."""
+"""Makes clips to measure with a model, and takes clips through its autoencoder."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ Frames = NDArray[np.uint8]
 
 @dataclass(frozen=True)
 class PipelineMaker:
-    """Makes clips of a prompt and takes clips through the autoencoder. `options` of every request."""
+    """Makes clips from prompts, and takes clips through the autoencoder. `options`: those of every request."""
 
     pipeline: Pipeline
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def __call__(self, prompt: str, seed: int, motion: float | None, appearance: float | None) -> Frames:
-        """A clip uint8 [F,H,W,3]. A cue's None is the model's default."""
+        """A clip uint8 [F,H,W,3]. A cue that is None has the model's default."""
         cues = {name: cue for name, cue in (("motion", motion), ("appearance", appearance)) if cue is not None}
         made: Frames = self.pipeline(prompt, seed=seed, progress=False, **{**self.options, **cues}).frames
         return made
@@ -42,7 +42,7 @@ class PipelineMaker:
         return latents
 
     def decode(self, latents: NDArray[np.float32]) -> Frames:
-        """The way back."""
+        """The clip uint8 [F,H,W,3] of latents [C,F,h,w]."""
         return self.pipeline.decode(latents[None], self.pipeline.request("a"))[0]
 
 

@@ -20,7 +20,7 @@ __all__ = ["Alone", "Launched", "Processes", "gain_share", "shares", "start_proc
 
 
 class Processes(Protocol):
-    """The processes of a run, as one of them sees them."""
+    """The processes of a run, from the view of one of them."""
 
     count: int
     index: int
@@ -32,7 +32,7 @@ class Processes(Protocol):
         ...
 
     def prepare(self, module: nn.Module) -> nn.Module:
-        """The module whose gradients are averaged over the processes."""
+        """The module, prepared so that its gradients are averaged over the processes."""
         ...
 
     def backward(self, loss: Tensor) -> None:
@@ -40,27 +40,27 @@ class Processes(Protocol):
         ...
 
     def waiting(self, module: nn.Module) -> AbstractContextManager[Any]:
-        """A context in which gradients of a prepared module are added up and not yet averaged."""
+        """A context in which gradients of a prepared module are added up but not yet averaged."""
         ...
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean over the processes."""
+        """The mean of a value over the processes."""
         ...
 
     def gather(self, found: dict[str, str]) -> dict[str, str]:
-        """What all processes found."""
+        """The entries that all processes found."""
         ...
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in one of them."""
+        """Whether the flag is set in any process."""
         ...
 
     def wait(self) -> None:
-        """Wait for the others."""
+        """Wait for the other processes."""
         ...
 
     def end(self) -> None:
-        """The run is over."""
+        """End the run."""
         ...
 
 
@@ -79,30 +79,30 @@ class Alone:
         loss.backward()
 
     def waiting(self, module: nn.Module) -> AbstractContextManager[Any]:
-        """Nothing is averaged."""
+        """An empty context, because a single process averages nothing."""
         return nullcontext()
 
     def mean(self, value: Tensor) -> Tensor:
-        """The value."""
+        """The value itself."""
         return value
 
     def gather(self, found: dict[str, str]) -> dict[str, str]:
-        """What was found."""
+        """The entries themselves."""
         return found
 
     def any(self, flag: bool) -> bool:
-        """The flag."""
+        """The flag itself."""
         return flag
 
     def wait(self) -> None:
-        """There are no others."""
+        """Does nothing: there are no other processes."""
 
     def end(self) -> None:
-        """Nothing is left to do."""
+        """Does nothing."""
 
 
 class Launched:
-    """Those that torchrun started, or one, on the device that there is: accelerate's Accelerator behind it."""
+    """The processes that torchrun started, or a single one, on the available device. Uses accelerate's Accelerator."""
 
     def __init__(self, accelerator: Any) -> None:
         self._accelerator = accelerator
@@ -115,7 +115,7 @@ class Launched:
         return bool(self._accelerator.is_main_process)
 
     def prepare(self, module: nn.Module) -> nn.Module:
-        """The module on the device, whose gradients are averaged over the processes."""
+        """The module on the device, prepared so that its gradients are averaged over the processes."""
         prepared: nn.Module = self._accelerator.prepare(module)
         return prepared
 
@@ -124,17 +124,17 @@ class Launched:
         self._accelerator.backward(loss)
 
     def waiting(self, module: nn.Module) -> AbstractContextManager[Any]:
-        """A context in which gradients are added up and not yet averaged."""
+        """A context in which gradients are added up but not yet averaged."""
         context: AbstractContextManager[Any] = self._accelerator.no_sync(module)
         return context
 
     def mean(self, value: Tensor) -> Tensor:
-        """The mean over the processes."""
+        """The mean of a value over the processes."""
         whole: Tensor = self._accelerator.reduce(value, "mean")
         return whole
 
     def gather(self, found: dict[str, str]) -> dict[str, str]:
-        """What all processes found."""
+        """The entries that all processes found."""
         if self.count == 1:
             return found
         from accelerate.utils import gather_object
@@ -142,13 +142,13 @@ class Launched:
         return dict(gather_object(list(found.items())))
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is set in one of them."""
+        """Whether the flag is set in any process."""
         if self.count == 1:
             return flag
         return bool(self._accelerator.reduce(torch.tensor(float(flag), device=self.device), "sum") > 0)
 
     def wait(self) -> None:
-        """Wait for the others."""
+        """Wait for the other processes."""
         self._accelerator.wait_for_everyone()
 
     def end(self) -> None:
@@ -158,16 +158,16 @@ class Launched:
 
 
 def start_processes(unused_parameters: bool) -> Launched:
-    """This process as one of those that torchrun (or accelerate launch) started, or alone.
+    """This process among those that torchrun (or accelerate launch) started, or alone.
 
-    unused_parameters: a step does not use all parameters. Raises MissingExtra without accelerate, TrainingError where
-    the processes do not find each other.
+    unused_parameters: whether a step leaves some parameters unused. Raises MissingExtra without accelerate, and
+    TrainingError if the processes do not find each other.
     """
     try:
         from accelerate import Accelerator, DistributedDataParallelKwargs
     except ImportError as error:
         raise MissingExtra("accelerate", "train", "training") from error
-    # The precision is chosen by an autocast of our own: accelerate's is one for the whole life of a process.
+    # We set the precision by our own autocast, because accelerate's is fixed for the whole life of a process.
     handler = DistributedDataParallelKwargs(find_unused_parameters=unused_parameters, broadcast_buffers=False)
     cpu = not torch.accelerator.is_available()
     accelerator = Accelerator(cpu=cpu, mixed_precision="no", kwargs_handlers=[handler])
@@ -178,16 +178,17 @@ def start_processes(unused_parameters: bool) -> Launched:
 
 
 def shares(settings: Settings, processes: int, index: int) -> dict[int, range]:
-    """The samples of a step that process `index` makes, of each kind.
+    """The samples of a step that process `index` takes, for each kind.
 
-    Raises SettingsError if they do not divide by the processes, or a process's by its micro-batches.
+    Raises SettingsError if the samples cannot be divided evenly among the processes, or a process's samples among its
+    micro-batches.
     """
     counts = {IMAGE: ("data.images", settings.data.images), VIDEO: ("data.videos", settings.data.videos)}
     return {kind: _share(name, count, settings, processes, index) for kind, (name, count) in counts.items()}
 
 
 def gain_share(settings: Settings, processes: int, index: int) -> range:
-    """The same of the clips that teach the gain alone. Raises SettingsError as `shares` does."""
+    """The same for the clips that train only the gain. Raises SettingsError as `shares` does."""
     return _share("objective.gain_clips", settings.objective.gain_clips, settings, processes, index)
 
 
@@ -202,9 +203,9 @@ def _share(name: str, count: int, settings: Settings, processes: int, index: int
 
 @contextmanager
 def stop_signals() -> Iterator[threading.Event]:
-    """Ctrl-C and SIGTERM set the event, so that no step is cut in two; a second Ctrl-C stops at once."""
+    """Ctrl-C and SIGTERM set the event, so that the current step is completed. A second Ctrl-C stops at once."""
     stopped = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+    if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
         yield stopped
         return
 

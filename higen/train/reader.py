@@ -1,4 +1,4 @@
-"""Reads the samples of a step: files to latents, through the cache, the next step's files in the background."""
+"""Reads the samples of a step: turns files into latents, uses the cache, and reads ahead in the background."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["Frame", "Reader", "Sample"]
 
 @dataclass(frozen=True)
 class Frame:
-    """The size of a clip: frames, pixels, frames a second."""
+    """The size of a clip: frames, pixels, frames per second."""
 
     frames: int
     width: int
@@ -33,7 +33,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Sample:
-    """A caption, its latents, and how strong an adapter is for it."""
+    """A caption, its latents, and the strength of an adapter for it."""
 
     caption: str
     encoded: Encoded
@@ -42,7 +42,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class _Read:
-    """An item as read: latents from the cache, or pixels and where their latents go."""
+    """An item as read: latents from the cache, or pixels and the place for their latents in the cache."""
 
     item: Item
     pixels: NDArray[np.uint8] | None
@@ -51,8 +51,8 @@ class _Read:
 
 
 class Reader:
-    """Gives sample `index` of a step, of each kind. What it gives depends on the seed, the data set and the step, and
-    never on what was read before: `listing.skipped` is a report.
+    """Gives sample `index` of a step, for each kind. The sample depends only on the seed, the data set and the step,
+    and never on what was read before: `listing.skipped` is only a report.
     """
 
     def __init__(
@@ -72,8 +72,9 @@ class Reader:
         workers: int = 0,
         memory: int = 0,
     ) -> None:
-        """`per_step`: samples of a kind in a step, over all processes. `memory`: bytes of decoded pixels that are kept,
-        of files that are not read elsewhere the next time. Raises SettingsError for a kind without any."""
+        """`per_step`: samples of each kind in a step, over all processes. `memory`: bytes of decoded pixels to keep;
+        used only without random crop and start, where a file always gives the same pixels. Raises SettingsError if the
+        data set has no item for a kind that is needed."""
         self.listing, self.frame, self.encoder, self.features = listing, frame, encoder, features
         self.seed, self.per_step, self.key = seed, per_step, key_index(frame.frames, key_frame)
         self.random_crop, self.random_start, self.cache = random_crop, random_start, cache
@@ -83,13 +84,13 @@ class Reader:
                 raise SettingsError(f"data.{name}={per_step[kind]}: the data set has no {name}; set it to 0")
         self._memory = 0 if random_crop or random_start else memory
         self._held: dict[tuple[int, str], _Read] = {}
-        # (kind, name, start; None: any start) of files that cannot serve, so that they are not decoded again.
+        # Unusable files as (kind, name, start), so that they are not decoded again. Start None stands for any start.
         self._unusable: set[tuple[int, str, float | None]] = set()
         self._pool = ThreadPoolExecutor(workers, "higen-read") if workers else None
         self._coming: dict[tuple[int, int, int], Future[_Read]] = {}
 
     def samples(self, kind: int, step: int, indices: range, following: range | None = None) -> list[Sample]:
-        """Samples `indices` of a step. `following`: those of the next step that are read ahead, if they are others.
+        """Samples `indices` of a step. `following`: the indices to read ahead for the next step, if they differ.
 
         Raises SettingsError if no file of the data set can be used.
         """
@@ -97,7 +98,7 @@ class Reader:
         return [Sample(r.item.caption, self._encoded(r), r.item.scale) for r in read]
 
     def pixels(self, kind: int, step: int, indices: range, following: range | None = None) -> list[NDArray[np.uint8]]:
-        """The same as they are before they are encoded: uint8 [F,Y,X,3] each, of a reader without a cache."""
+        """The same samples before encoding, uint8 [F,Y,X,3] each. Only for a reader without a cache."""
         return [r.pixels for r in self._taken(kind, step, indices, following) if r.pixels is not None]
 
     def _taken(self, kind: int, step: int, indices: range, following: range | None) -> list[_Read]:

@@ -1,7 +1,7 @@
 """Files that a run writes while it runs: losses.jsonl, TensorBoard scalars, skipped.jsonl.
 
-losses.jsonl has one line for each logged step and nothing that depends on the clock: a run that was killed and went
-on leaves the same file as one that was not.
+losses.jsonl has one line for each logged step and nothing that depends on the clock. A run that was killed and resumed
+leaves the same file as a run without interruption.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ __all__ = ["Record", "read_losses"]
 
 
 def read_losses(path: Path) -> list[dict[str, float]]:
-    """The complete lines of a losses.jsonl; a line that a kill cut short is left out. Raises TrainingError for a file
-    with other lines.
+    """The complete lines of a losses.jsonl. A last line that a kill truncated is left out. Raises TrainingError for a
+    file with other lines.
     """
     try:
         lines = path.read_bytes().split(b"\n")[:-1]
@@ -36,12 +36,12 @@ def read_losses(path: Path) -> list[dict[str, float]]:
 
 
 class Record:
-    """The logs of a run in its folder. Raises OSError where they cannot be written."""
+    """The logs of a run in its folder. Raises OSError if they cannot be written."""
 
     def __init__(self, folder: Path, step: int, tensorboard: bool | None) -> None:
-        """Go on at `step` (0: a new run). Lines that were logged after that step, before a kill, are removed.
+        """Continue at `step` (0: a new run). Lines that were logged after that step, before a kill, are removed.
 
-        tensorboard: True (MissingExtra if it is not installed), False, None (where it is installed).
+        tensorboard: True (raises MissingExtra if it is not installed), False, or None (used if it is installed).
         """
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, path = folder, folder / "losses.jsonl"
@@ -53,7 +53,7 @@ class Record:
         self._board = _summary_writer(folder / "tensorboard", step, tensorboard)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Log a step's numbers."""
+        """Log the numbers of a step."""
         self._file.write(json.dumps({"step": step, **values}) + "\n")
         self._file.flush()
         if self._board is not None:
@@ -61,7 +61,7 @@ class Record:
                 self._board.add_scalar(name, value, step)
 
     def skipped(self, reasons: Mapping[str, str]) -> dict[str, str]:
-        """Write to skipped.jsonl which files were left out, and why. Returns all of them, earlier ones too."""
+        """Write to skipped.jsonl which files were left out, and why. Returns all entries, including earlier ones."""
         self._skipped |= reasons
         if self._skipped:
             rows = ({"file": name, "reason": why} for name, why in sorted(self._skipped.items()))
@@ -70,7 +70,7 @@ class Record:
         return dict(self._skipped)
 
     def _skipped_before(self, step: int) -> dict[str, str]:
-        """The entries of skipped.jsonl in a resumed run, whose process does not read every file again."""
+        """The earlier entries of skipped.jsonl, because a resumed run does not read every file again."""
         file = self.folder / "skipped.jsonl"
         if not file.exists():
             return {}
@@ -86,7 +86,7 @@ class Record:
 
     def close(self) -> None:
         """Close the files."""
-        with suppress(OSError):  # every line was flushed; one that is left has raised its error already
+        with suppress(OSError):  # every line was flushed; a line that is left has already raised its error
             self._file.close()
         if self._board is not None:
             self._board.close()

@@ -31,7 +31,7 @@ TOWER = "cues.openclip (configuration and weights)"
 
 
 class Source(Protocol):
-    """What a run reads from."""
+    """The source of a run's batches."""
 
     def close(self) -> None:
         """Stop reading ahead."""
@@ -39,9 +39,9 @@ class Source(Protocol):
 
 
 class Run(Follower):
-    """What all runs do around their steps. A subclass makes the loop, says what to `warn` of and how to `write`.
+    """The tasks of all runs around their steps. A subclass makes the loop, and implements `warn` and `write`.
 
-    identity  what lies at the paths of the settings (`identity_of`)
+    identity  the contents at the paths of the settings (`identity_of`)
     """
 
     settings: Settings
@@ -57,10 +57,10 @@ class Run(Follower):
     _lock: int | None = None
 
     def warn(self) -> None:
-        """Say what is to be known of the run before its first step; the main process alone calls it."""
+        """Give the user the notices about the run before its first step. Only the main process calls this."""
 
     def write(self, output: Path, overwrite: bool = False) -> None:
-        """Write the model directory `output` and what belongs to it; the main process alone calls it."""
+        """Write the model directory `output` and what belongs to it. Only the main process calls this."""
         raise NotImplementedError
 
     def make_loop(self, gradients: Gradients, trained: Mapping[str, nn.Parameter], *periodic: Periodic) -> Loop:
@@ -82,11 +82,11 @@ class Run(Follower):
         )
 
     def start(self, resume: bool | None = None) -> None:
-        """Load the newest checkpoint, unless told otherwise, and open the logs."""
+        """Load the newest checkpoint and open the logs. `resume`: False starts anew, True demands a checkpoint."""
         output = Path(self.settings.run.output)
         if self.processes.main:
             self._lock = claim(output)
-            check_free(output / "model", overwrite=True)  # `finish` writes it
+            check_free(output / "model", overwrite=True)  # because `finish` writes it
             if resume is False:
                 self.checkpoints.clear()
         self.processes.wait()
@@ -101,11 +101,11 @@ class Run(Follower):
             self.record = Record(output, self.loop.step, self.settings.run.tensorboard)
 
     def resume(self) -> bool:
-        """Load the newest checkpoint; False if there is none. Raises SettingsError for one of another configuration."""
+        """Load the newest checkpoint; False if there is none. Raises SettingsError if its configuration differs."""
         return self.loop.resume(lambda state: check_same(state, self.settings, self.identity))
 
     def logged(self, step: int, values: Mapping[str, Tensor], smoothed: Mapping[str, float]) -> Mapping[str, float]:
-        """Log the numbers of a step, means over the processes."""
+        """Log the numbers of a step, as means over the processes."""
         whole = {name: v if name in NOT_LOSSES else self.processes.mean(v) for name, v in values.items()}
         numbers = {name: float(value) for name, value in whole.items()}
         if self.record is not None:
@@ -113,7 +113,7 @@ class Run(Follower):
         return numbers
 
     def saved(self) -> None:
-        """Write down which files were left out so far."""
+        """Record which files were left out so far."""
         skipped = self.processes.gather(dict(self.listing.skipped))
         if self.record is not None:
             self.record.skipped(skipped)
@@ -144,13 +144,13 @@ class Run(Follower):
         self.processes.end()
 
     def tell(self, line: str) -> None:
-        """Say a line, once for all processes."""
+        """Print a line, once for all processes."""
         if self.processes.main:
             self.say(line)
 
 
 def identity_of(settings: Settings, networks: Networks, listing: Listing) -> dict[str, Any]:
-    """What lies at the paths of the settings, by content."""
+    """The contents at the paths of the settings, mostly as sha256, so that a resumed run notices other contents."""
     records = networks.companions.files
     return {
         "data.path (names and captions)": listing.fingerprint(),
@@ -163,21 +163,21 @@ def identity_of(settings: Settings, networks: Networks, listing: Listing) -> dic
 
 
 def _unnamed(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A configuration without what only says whose model it is, which may change when a run goes on."""
+    """A configuration without the keys that only describe the model. They may change when a run is resumed."""
     return {key: value for key, value in config.items() if key not in ("name", "licence", "prompts")}
 
 
 def check_same(state: Mapping[str, Any], settings: Settings, identity: Mapping[str, Any]) -> None:
-    """Raise SettingsError naming the first key in which a checkpoint is of another configuration.
+    """Raise SettingsError that names the first key in which the configuration of a checkpoint differs.
 
-    A finished run may become longer: it goes on by the schedule of a run of that length.
+    A finished run may get more steps. It then continues with the schedule of a run of the new length.
     """
     stored = dict(state["settings"])
     if state.get("step") == stored.get("run.steps") and settings.run.steps > state["step"]:
         stored["run.steps"] = settings.run.steps
     found = difference(stored, settings)
     for name, value in identity.items():
-        # A checkpoint of an earlier version does not know all of them, and kept the names with the architecture.
+        # A checkpoint of an earlier version may lack some keys, and its architecture may include the descriptive keys.
         before = state["identity"].get(name, value)
         if name == ARCHITECTURE:
             before = _unnamed(before)

@@ -22,7 +22,7 @@ __all__ = [
 ]
 
 MOST_MIX = 1000.0
-"""The largest noise_mix, either way."""
+"""Largest magnitude of noise_mix."""
 
 
 def key_index(frames: int, key_frame: float) -> int:
@@ -45,21 +45,21 @@ def _part(section: object, *names: str) -> None:
 
 @dataclass(frozen=True)
 class ModelSettings:
-    """What is trained: a model directory goes on (`init`), or an architecture starts anew with a model's companions."""
+    """What is trained: an existing model (`init`), or a new model with an architecture and a model's companions."""
 
     init: str | None = None
     """Model directory to fine-tune."""
     architecture: str | None = None
-    """JSON or TOML file with a ModelConfig; `text` and `autoencoder`, left out, are the companions'."""
+    """JSON or TOML file with a ModelConfig. If `text` or `autoencoder` is left out, it is the companions'."""
     companions: str | None = None
-    """Model directory whose text encoder, autoencoder and tokenizer a new architecture takes."""
+    """Model directory from which a new architecture takes text encoder, autoencoder and tokenizer."""
     tokenizer: Literal["companions", "captions"] = "companions"
-    """captions: one token for each word of the data set. With architecture the text encoder starts anew too; with init
-    it keeps its layers, and the embeddings of the words that it knew."""
+    """captions: one token for each word of the data set. With architecture the text encoder is new too. With init it
+    keeps its layers, and the embeddings of the words that it knew."""
     name: str | None = None
     licence: str | None = None
     known_frames: bool = False
-    """Give a model inputs for known frames, which start at zero: it begins as it was (objective.known)."""
+    """Give a model inputs for known frames (objective.known). Their weights start at zero, so it draws as before."""
 
     def __post_init__(self) -> None:
         if self.known_frames and self.init is None:
@@ -72,10 +72,10 @@ class ModelSettings:
 
 @dataclass(frozen=True)
 class DataSettings:
-    """Where the clips are and how they are cut. Sizes that are not given are the model's defaults."""
+    """Where the clips are and how they are cut. A size that is not given is the model's default."""
 
     path: str
-    """Folder (clip.mp4 beside clip.txt), or .jsonl or .csv with `path` and `caption`."""
+    """Folder (with clip.mp4 and clip.txt), or .jsonl or .csv file with `path` and `caption`."""
     frames: int | None = None
     width: int | None = None
     height: int | None = None
@@ -83,7 +83,7 @@ class DataSettings:
     held_out: str | None = None
     """Another data set, written like `path`, on which the losses of the averaged weights are measured."""
     held_out_steps: int = 4
-    """Batches of a measurement, always the same, as large as those of a step."""
+    """Batches per measurement. They are always the same, and as large as those of a step."""
     images: int = 4
     """Pictures per step, over all processes."""
     videos: int = 2
@@ -91,12 +91,12 @@ class DataSettings:
     key_frames: bool = True
     """The key frame of each clip counts as a picture too."""
     key_frame: float = 0.5
-    """Where in a clip its key frame is, from 0 to below 1: what a clip is made from, and the picture it counts as."""
+    """Place of the key frame in a clip, from 0 to below 1. It is the clip's prior, and the picture for key_frames."""
     crop: Literal["centre", "random"] = "centre"
     start: Literal["centre", "random"] = "centre"
-    """Which part of a video that is longer than a clip."""
+    """Which part is taken of a video that is longer than a clip."""
     cache: str | None = None
-    """Folder that keeps the latents; needs crop and start in the centre."""
+    """Folder for cached latents; needs crop and start in the centre."""
     workers: int = 2
     """Threads that read the next step's files; 0: none."""
 
@@ -117,15 +117,15 @@ class CueSettings:
     """How the cues are measured, and how they are given to the network."""
 
     appearance: Literal["latents", "openclip"] = "latents"
-    """What is compared between frames: the latents, or OpenCLIP's picture embeddings (the reference: ViT-H/14)."""
+    """Features to compare between frames: the latents, or OpenCLIP's picture embeddings (the reference: ViT-H/14)."""
     openclip: str | None = None
     """Folder of a CLIP picture tower in transformers' format."""
     as_numbers: float = 0.0
-    """Part of the clips whose cues are given as one number each, as a person gives them."""
+    """Fraction of the clips for which each cue is given as a single number, as users give it."""
     dropout: float = 0.0
-    """Part of the clips of which a cue is left unspecified, each cue by itself; for models with optional_cues."""
+    """Fraction of the clips with an unspecified cue, drawn separately for each cue; for models with optional_cues."""
     given: tuple[float, ...] = ()
-    """In the place of dropout: how often a clip comes with neither cue, with motion, with appearance, and with both."""
+    """Instead of dropout: fractions of clips with neither cue, only motion, only appearance, and both."""
 
     def __post_init__(self) -> None:
         _part(self, "as_numbers", "dropout")
@@ -148,38 +148,38 @@ class ObjectiveSettings:
     """v-prediction; see higen.train.objective."""
 
     text_dropout: float = 0.1
-    """Part of the captions replaced by the empty prompt, which guidance starts from."""
+    """Fraction of the captions that are replaced by the empty prompt, for the unconditional branch of guidance."""
     offset_noise: float = 0.1
-    """Noise that is constant over each frame's pixels, added to the noise."""
+    """Deviation of extra noise that is constant over the pixels of a frame."""
     noise_mix: float | None = None
-    """How much of a clip's prior is added to its noise (MicroCinema's appearance noise prior). The model that is
-    written begins its clips so. Not given: as the model that it starts from."""
+    """How much of a clip's prior is added to its noise (MicroCinema's appearance noise prior). The trained model draws
+    its initial noise in the same way. Not given: that of the model that training starts from."""
     gain_weight: float = 0.1
-    """Weight of the gain's likelihood, for models with prior preconditioning."""
+    """Weight of the gain's loss (its likelihood), for models with prior preconditioning."""
     gain_clips: int = 0
-    """Whole clips per step, over all processes, that teach the gain alone how much text and cues make a clip move. The
-    U-Net does not run for them. For models with prior preconditioning."""
+    """Whole clips per step, over all processes, that train only the gain: how much a clip moves for its text and cues.
+    The U-Net does not run for them. For models with prior preconditioning."""
     high_part: float = 0.0
-    """Part of the pictures and clips that have one of the highest noise levels, where text, cues and prior alone say
-    what to draw."""
+    """Fraction of the pictures and clips with one of the highest noise levels, where only text, cues and prior say what
+    to draw."""
     high_levels: float = 0.12
-    """How much of the noise levels, from the top, are the highest."""
+    """Fraction of the noise levels that count as the highest."""
     clip_levels: Literal["uniform", "high"] = "uniform"
-    """The other noise levels of clips; high: more often high ones (the root of a uniform number), where motion is
-    decided."""
+    """Distribution of the other noise levels of clips. high: high levels are more frequent (the square root of a
+    uniform number), because they decide the motion."""
     prior_noise: float = 0.0
-    """Deviation of the noise that is added to a clip's prior is drawn from 0 to this."""
+    """Noise is added to a clip's prior, with a deviation that is drawn from 0 to this."""
     windows: tuple[int, ...] = ()
-    """Lengths of the windows that clips are cut to, one of them for each step; their number makes up the frames of
-    data.videos whole clips. Not given: whole clips."""
+    """Lengths of the windows that clips are cut to. Each step draws one length. The number of windows is such that they
+    have as many frames as data.videos whole clips. Not given: whole clips."""
     late_windows: tuple[int, ...] = ()
-    """The same for the second half of the run. Not given: as before."""
+    """The same for the second half of the run. Not given: `windows`."""
     known: dict[str, float] = field(default_factory=dict)
-    """How often which frames of a clip are given, parts that add up to 1, for models with known_frames: none; first;
-    ends (first and last); second (every second one); prefix (some of the first); one (any); some (each by chance).
-    Not given: none ever."""
+    """Fractions of clips, by the frames that are given; they add up to 1. For models with known_frames. none; first;
+    ends (first and last); second (every second); prefix (the first few); one (any single frame); some (each with the
+    same chance). Not given: no frames are given."""
     known_noise: float = 0.0
-    """Deviation of the noise that is added to given frames is drawn from 0 to this."""
+    """Noise is added to given frames, with a deviation that is drawn from 0 to this."""
 
     def __post_init__(self) -> None:
         _part(self, "text_dropout", "high_part", "high_levels")
@@ -210,18 +210,18 @@ class OptimiserSettings:
     weight_decay: float = 0.0
     warm_up: int = 10
     decay_part: float = 1.0
-    """Last part of the steps over which the rate falls."""
+    """Fraction of the steps, at the end, over which the learning rate falls."""
     last_rate: float = 0.0
-    """What the rate falls to, as a part of learning_rate."""
+    """Final learning rate, as a fraction of learning_rate."""
     clip: float = 1.0
-    """Largest norm of the gradient; 0: any."""
+    """Largest norm of the gradient; 0: no limit."""
     ema: float = 0.9999
     spatial_gradient: float = 1.0
     """Factor on the gradients of the spatial network (the reference: 0.5)."""
     train_text: bool = False
     layers: Literal["all", "spatial", "temporal"] = "all"
-    """Which of the denoiser's layers are trained. spatial: those of the still-picture network. temporal: those that
-    only clips pass; key frames stay as they are, and data.images is 0."""
+    """Which layers of the denoiser are trained. spatial: those of the still-picture network. temporal: those that only
+    clips use. With temporal, key frames are drawn as before, and data.images must be 0."""
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "learning_rate", "weight_decay", "warm_up", "clip", "spatial_gradient")
@@ -232,7 +232,7 @@ class OptimiserSettings:
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Where the run lives, how long it is, and what it writes on the way. A finished run may be given more steps."""
+    """Where the run is stored, how long it is, and what it writes on the way. A finished run may get more steps."""
 
     output: str
     steps: int
@@ -240,26 +240,26 @@ class RunSettings:
     """From 0 to 2^32 - 1."""
     precision: Literal["fp32", "bf16"] = "fp32"
     micro_batches: int = 1
-    """Parts in which each process takes its samples of a step, one after another: the same step in less memory."""
+    """Number of parts into which each process divides its samples of a step: the same step in less memory."""
     recompute: bool = False
-    """Keep no activations inside the U-Net's blocks and compute them again for the gradient: less memory still."""
+    """Keep no activations inside the U-Net's blocks, and compute them again for the gradient. Saves more memory."""
     losses_in_turn: bool = False
-    """Differentiate the losses of pictures and clips one after another: the same gradients, but for rounding, in less
-    memory. For one process."""
+    """Differentiate the losses of pictures and clips one after another: the same gradients, except for rounding, in
+    less memory. Only for a single process."""
     save_every: int = 1000
     keep: int = 3
     log_every: int = 10
     held_out_every: int = 0
-    """Steps between two measurements of data.held_out; 0: none."""
+    """Steps between two measurements on data.held_out; 0: none."""
     sample_every: int = 0
     """Steps between two contact sheets; 0: none."""
     sample_prompts: tuple[str, ...] = ()
     threads: int | None = None
-    """Threads of a process's arithmetic on the host. Not given: as many as PyTorch takes."""
+    """Number of threads for a process's arithmetic on the host. Not given: PyTorch's default."""
     tensorboard: bool | None = None
-    """Not given: where TensorBoard is installed."""
+    """Write TensorBoard scalars. Not given: if TensorBoard is installed."""
     weights: Literal["fp32", "fp16", "bf16"] = "fp32"
-    """Precision of the model directory's trained weights."""
+    """Precision of the trained weights in the model directory."""
 
     def __post_init__(self) -> None:
         _at_least(self, 1, "steps", "micro_batches", "save_every", "keep", "log_every", "threads")
@@ -272,25 +272,25 @@ class RunSettings:
 
 @dataclass(frozen=True)
 class CodecSettings:
-    """The autoencoder is trained, in place of the denoiser, on pictures and on frames of the clips. The model
-    directory that comes out has its weights, and the scale of its latents as it was measured (higen.train.codec).
+    """Training of the autoencoder instead of the denoiser, on pictures and on frames of clips. The resulting model
+    directory has its weights and the measured scale of its latents (higen.train.codec).
     """
 
     layers: Literal["none", "all", "decoder"] = "none"
-    """none: the denoiser is trained. decoder: the latents stay as they are, and so a denoiser of theirs stays good."""
+    """none: the denoiser is trained. decoder: the latents do not change, so a denoiser for them remains usable."""
     frames: int = 4
-    """Frames that are taken of each clip of a step, at random."""
+    """Number of random frames from each clip of a step."""
     noise: float = 0.15
-    """The latents, scaled to a deviation of 1, are decoded with noise of a deviation drawn from 0 to this, since those
-    that a denoiser draws are not exact either."""
+    """Before decoding, noise is added to the latents, which are scaled to a deviation of 1. Its deviation is drawn from
+    0 to this. The latents that a denoiser draws are not exact either."""
     mse_weight: float = 0.5
-    """Weight of the squared error, beside the absolute error with weight 1; pixels are from -1 to 1."""
+    """Weight of the squared error. The absolute error has weight 1. Pixels are from -1 to 1."""
     edge_weight: float = 0.5
     """Weight of the absolute error of the differences between neighbouring pixels."""
     prior_weight: float = 0.02
     """Weight of each channel's distance from mean 0 and deviation 1."""
     memory: int = 1000
-    """Megabytes of decoded clips that are kept, where crop and start are in the centre."""
+    """Megabytes of decoded clips to keep in memory, if crop and start are in the centre."""
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "noise", "mse_weight", "edge_weight", "prior_weight", "memory")
@@ -299,17 +299,17 @@ class CodecSettings:
 
 @dataclass(frozen=True)
 class LoraSettings:
-    """Low-rank adapters of the denoiser's linear layers and convolutions are trained in place of its weights, and
-    written to <output>/lora.safetensors too. optimiser.layers says of which layers.
+    """Low-rank adapters of the denoiser's linear layers and convolutions, which are trained instead of its weights.
+    They are also written to <output>/lora.safetensors. optimiser.layers says which layers have adapters.
     """
 
     rank: int = 0
-    """0: none."""
+    """Rank of the adapters; 0: no adapters."""
     alpha: float | None = None
-    """An adapter is added with alpha / rank. Not given: the rank."""
+    """An adapter is added with the factor alpha / rank. Not given: the rank."""
     scales: bool = False
-    """The column `scale` of the data set's list says how strong the adapters are for each item (left out: 1), so that
-    `higen convert --lora FILE:SCALE` makes of one adapter what was shown at that scale: -1 for the opposite, say.
+    """The column `scale` of the data set's list gives the strength of the adapters for each item (default 1). Then
+    `higen convert --lora FILE:SCALE` reproduces what items with that scale showed, for example -1 for the opposite.
     """
 
     def __post_init__(self) -> None:

@@ -11,7 +11,7 @@
     appearance = "openclip"                  precision = "bf16"
     openclip = "CLIP-ViT-H-14"               sample_prompts = ["a whale"]
 
-A relative path counts from the folder of the file. What is not given has the default in higen/train/sections.py.
+A relative path starts at the folder of the file. A key that is not given has the default in higen/train/sections.py.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Settings:
             raise SettingsError("model.tokenizer='captions': needs optimiser.train_text = true; its encoder is new")
 
     def _check_codec(self) -> None:
-        """Raise SettingsError for what only a denoiser's training has."""
+        """Raise SettingsError for settings that only the training of a denoiser supports."""
         if self.codec.layers == "decoder" and self.model.init is None:
             raise SettingsError("codec.layers='decoder': needs model.init, a model whose encoder stays")
         others = {
@@ -135,14 +135,14 @@ FREE = (
     *(f"run.{name}" for name in ("save_every", "keep", "log_every", "sample_every", "sample_prompts")),
     *(f"run.{name}" for name in ("tensorboard", "weights", "micro_batches", "recompute", "losses_in_turn")),
 )
-"""Keys that a run may change when it goes on: they do not change what is learned. (Dropout draws other numbers when
-micro_batches changes; what lies at the paths is compared by its content.)"""
+"""Keys that may change when a run is resumed, because they do not change what is learned. (Dropout draws other numbers
+if micro_batches changes. The contents at the paths are compared separately.)"""
 
 
 def read_settings(path: str | os.PathLike[str], without: Collection[str] = ()) -> Settings:
-    """Read and check a TOML file; relative paths come out absolute. `without`: sections that others read.
+    """Read and check a TOML file. Relative paths become absolute. `without`: sections to ignore, which others read.
 
-    Raises SettingsError naming the key, its value and what is allowed.
+    Raises SettingsError that names the key, its value and the allowed values.
     """
     file = Path(path)
     try:
@@ -152,7 +152,7 @@ def read_settings(path: str | os.PathLike[str], without: Collection[str] = ()) -
     table = {name: section for name, section in table.items() if name not in without}
     try:
         _check_texts(table)
-        # One section at a time, so that a range error too names its section.
+        # One section at a time, so that range errors name their section too.
         for name, kind in _SECTIONS.items():
             if name in table:
                 try:
@@ -169,7 +169,7 @@ def read_settings(path: str | os.PathLike[str], without: Collection[str] = ()) -
 
 
 def _check_texts(table: Mapping[str, Any]) -> None:
-    """Raise SettingsError for a text with a character that no path and no prompt has."""
+    """Raise SettingsError for a text that is not allowed in a path or a prompt."""
     for section, keys in table.items():
         for name, value in keys.items() if isinstance(keys, dict) else ():
             for text in value if isinstance(value, list) else (value,):
@@ -210,8 +210,8 @@ def flat(settings: Settings) -> dict[str, Any]:
 
 
 def difference(stored: Mapping[str, Any], settings: Settings) -> str | None:
-    """The first key, of those that change what is learned, in which a run differs from `stored` (`flat`), with both
-    values; None if there is none. A key that `stored`, of an earlier version, does not know had its default.
+    """The first key in which a run differs from `stored` (`flat`), with both values; None if there is none. Only keys
+    that change what is learned count. A key that is missing in `stored`, from an earlier version, had its default.
     """
     defaults = {
         f"{section}.{key.name}": list(default) if isinstance(default, tuple) else default
@@ -223,7 +223,7 @@ def difference(stored: Mapping[str, Any], settings: Settings) -> str | None:
 
 
 def first_difference(stored: Mapping[str, Any], now: Mapping[str, Any], free: Collection[str] = ()) -> str | None:
-    """The first key, except for those that are `free`, whose values differ, with both values; None if there is none."""
+    """The first key with different values, and both values; None if there is none. `free` keys do not count."""
     for key in sorted({*stored, *now} - {*free}):
         if stored.get(key) != now.get(key):
             return f"{key} was {stored.get(key)!r} and is now {now.get(key)!r}"

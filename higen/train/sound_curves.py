@@ -22,9 +22,8 @@ __all__ = ["SoundCurves", "measure_sound"]
 
 @dataclass(frozen=True)
 class SoundCurves:
-    """Curves of a sound, by name, one number per frame from 0 to 1; and by control what a request is given.
-
-    A control that has no range has no numbers here.
+    """Curves of a sound by name, with one number per frame from 0 to 1. `controls`: by control, the numbers for a
+    request. A control without a range has no numbers here.
     """
 
     fps: float
@@ -32,7 +31,7 @@ class SoundCurves:
     controls: Mapping[str, Mapping[str, list[float]]]
 
     def as_json(self) -> dict[str, Any]:
-        """JSON-ready."""
+        """The curves as JSON values."""
         return {"fps": self.fps, **self.features, "controls": dict(self.controls)}
 
     def as_text(self) -> str:
@@ -45,16 +44,16 @@ class SoundCurves:
         return "\n".join(lines)
 
     def save_plot(self, path: Path) -> None:
-        """The curves as a picture. Raises OutputError where it cannot be written."""
+        """Save the curves as a picture. Raises OutputError if it cannot be written."""
         panels = [cue_plot.Panel(name, np.array(values)) for name, values in self.features.items()]
         cue_plot.save(cue_plot.draw(panels, len(panels[0].measured), self.fps), path)
 
 
 def measure_sound(manifest: Manifest, path: Path, fps: int | None = None, frames: int | None = None) -> SoundCurves:
-    """The curves of a sound file for a clip of `frames` frames. None: the model's rate; all of the sound, up to the
-    longest clip of the model.
+    """The curves of a sound file for a clip of `frames` frames at `fps` frames per second. By default the rate is the
+    model's, and the clip has the length of the sound, up to the model's longest clip.
 
-    Raises RequestError for a rate or length that is none, OutputError for a file that cannot be read or is silent.
+    Raises RequestError for a rate or length below 1, OutputError for a file that cannot be read or is silent.
     """
     rate = manifest.sizes.fps if fps is None else fps
     if rate < 1:
@@ -70,7 +69,7 @@ def measure_sound(manifest: Manifest, path: Path, fps: int | None = None, frames
     for control in manifest.controls:
         if control.kind == "curve" and control.span is not None:
             asked = CurveAsked(control.name, control.encoding, control.span, length, rate)
-            # The sound is as long as the clip asked for: there is nothing to be told.
+            # The sound is as long as the requested clip, so there are no remarks for the user.
             made = {name: sound_curve(asked, one, lambda line: None) for name, one in given.items()}
             controls[control.name] = {name: _rounded(values) for name, values in made.items()}
     return SoundCurves(float(rate), features, controls)

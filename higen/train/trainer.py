@@ -1,7 +1,7 @@
 """Trains as a TOML file says (`higen train CONFIG.toml`): any size, one process or many, exact resume.
 
-Step n draws random numbers of its own (seed, n) and its samples are a function of (seed, n) alone, so a run that was
-killed goes on as if it had never stopped, and N processes see the batches that one would.
+Step n has its own random numbers (seed, n), and its samples depend only on (seed, n). So a killed run continues as if
+it had never stopped, and N processes see the same batches as a single one.
 
     torchrun --nproc-per-node 4 -m higen train CONFIG.toml
 """
@@ -43,8 +43,8 @@ def train(
 ) -> Bundle:
     """Train to the last step and write the model directory <output>/model with the averaged weights.
 
-    resume    True: there must be a checkpoint; False: start anew; None: go on where there is one
-    say       receives a line for each event worth one
+    resume    True: there must be a checkpoint; False: start anew; None: continue if there is a checkpoint
+    say       receives a line of text for each notable event
     progress  show a bar on stderr
 
     Raises SettingsError (settings, data set, another configuration on resume), TrainingError (a file cannot be
@@ -57,7 +57,7 @@ def train(
             trainer.start(resume)
             trainer.loop.run(progress)
             return trainer.finish()
-        except OSError as error:  # logs, sheets and what else is written on the way
+        except OSError as error:  # logs, sheets and other files that are written on the way
             raise TrainingError(f"{settings.run.output}: {error}") from error
         finally:
             trainer.close()
@@ -65,7 +65,7 @@ def train(
 
 @contextmanager
 def _threads(count: int | None) -> Iterator[None]:
-    """PyTorch takes this many threads for its arithmetic on the host; then as many as before."""
+    """Inside the block, PyTorch uses `count` threads for its arithmetic on the host. None: as many as before."""
     before = torch.get_num_threads()
     torch.set_num_threads(count or before)
     try:
@@ -81,7 +81,7 @@ def _run_of(settings: Settings, say: Say) -> Run:
 def export(settings: Settings, output: Path, overwrite: bool = False) -> Bundle:
     """Write the averaged weights of a run's newest checkpoint as a model directory.
 
-    Raises TrainingError where there is no checkpoint, SettingsError where it is of another configuration, ModelError.
+    Raises TrainingError if there is no checkpoint, SettingsError if its configuration differs, and ModelError.
     """
     state = Checkpoints(Path(settings.run.output, "checkpoints"), settings.run.keep).load()
     if state is None:
@@ -105,7 +105,7 @@ def export(settings: Settings, output: Path, overwrite: bool = False) -> Bundle:
 
 
 class Trainer(Run):
-    """Networks, their averages, optimiser and data of a run, on this process's device."""
+    """A run's networks, their averages, the optimiser and the data, on this process's device."""
 
     def __init__(self, settings: Settings, say: Say = lambda _: None) -> None:
         self.settings, self.say, run = settings, say, settings.run
@@ -139,7 +139,7 @@ class Trainer(Run):
             self._held_out = HeldOut(settings, self.networks, batches, self.processes, self.identity[TOWER])
 
     def warn(self) -> None:
-        """Say what is to be known of the run before its first step."""
+        """Give the user the notices about the run before its first step."""
         for note in self.networks.notes:
             self.say(note)
         if self.settings.model.init and (line := other_likeness(self.networks.config, self.settings.cues.openclip)):
@@ -149,7 +149,7 @@ class Trainer(Run):
             self.say(line)
 
     def write(self, output: Path, overwrite: bool = False) -> None:
-        """The averaged weights, with the other networks they go with; adapters beside them too."""
+        """Write a model directory with the averaged weights and the other networks, and adapters next to it."""
         self._model(output, overwrite)
         if self.settings.lora.rank:
             write_lora(output.with_name(LORA), self.optimiser.average, self.settings.lora)
@@ -159,7 +159,7 @@ class Trainer(Run):
         write_model(self.networks, weights, output, self.settings.run.weights, overwrite)
 
     def _measure(self) -> None:
-        """Log the losses on the clips that are held out."""
+        """Log the losses on the held-out clips."""
         assert self._held_out is not None
         losses = self._held_out.losses(self.objective, self.optimiser)
         if self.record is not None:
@@ -167,7 +167,7 @@ class Trainer(Run):
         self.tell(", ".join(f"{name} {value:.4g}" for name, value in losses.items()))
 
     def _sample(self) -> None:
-        """A contact sheet of the prompts, made by the pipeline a user has, from a model directory just written."""
+        """Save a contact sheet of the sample prompts. The usual pipeline draws it, from a temporary model directory."""
         if self.processes.main:
             from higen.api import load
             from higen.video import contact_sheet

@@ -1,4 +1,4 @@
-"""A vocabulary made from captions, and how its text encoder takes over the weights of one with another vocabulary."""
+"""A vocabulary made from captions, and a text encoder for it with the weights of one with another vocabulary."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ __all__ = ["EMBEDDINGS", "copy_words", "keep_words", "with_words", "words_of"]
 EMBEDDINGS = "embeddings.token_embedding.weight"
 """The text encoder's parameter with a row for each token."""
 MARKS = 4
-"""Tokens before the words: [PAD], start, end, [UNK]."""
+"""Number of tokens before the words: [PAD], start, end, [UNK]."""
 BPE = "</w>"
-"""The end of a token that is a whole word, or the last part of a word, in CLIP's vocabularies."""
+"""Suffix, in CLIP's vocabularies, of a token that is a whole word or the last part of a word."""
 
 
 def words_of(captions: Iterable[str]) -> list[str]:
-    """Every word of the captions, split as a word tokenizer splits them."""
+    """The words of the captions, as a word tokenizer splits them."""
     empty = build_word_tokenizer(())
     return sorted(
         {
@@ -35,16 +35,15 @@ def words_of(captions: Iterable[str]) -> list[str]:
 
 
 def with_words(config: TextConfig, words: int) -> TextConfig:
-    """The text encoder for a word tokenizer: [PAD] 0, start 1, end 2, [UNK] 3, then the words."""
+    """The text encoder's configuration for a word tokenizer: [PAD] 0, start 1, end 2, [UNK] 3, then the words."""
     tokens = {"vocab_size": words + MARKS, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
     return replace(config, clip={**config.clip, **tokens}, pad_id=0, clean=False)
 
 
 @torch.no_grad()
 def copy_words(table: Tensor, ours: Mapping[str, int], given: Tensor, theirs: Mapping[str, int]) -> set[str]:
-    """Copy embeddings between two vocabularies: from `given` [V,D], whose rows `theirs` gives by token, into `table`
-    [W,D], whose rows `ours` gives. Returns the tokens that were copied. A word that CLIP splits into several tokens is
-    not copied.
+    """Copy embeddings between two vocabularies: from `given` [V,D] with the rows `theirs` by token, into `table` [W,D]
+    with the rows `ours`. Returns the copied tokens. A word that CLIP splits into several tokens is not copied.
     """
     places = {word: theirs.get(word + BPE, theirs.get(word)) for word in ours}
     known = {word: place for word, place in places.items() if place is not None}
@@ -55,7 +54,7 @@ def copy_words(table: Tensor, ours: Mapping[str, int], given: Tensor, theirs: Ma
 
 @torch.no_grad()
 def keep_words(encoder: nn.Module, tokenizer: Tokenizer, given: nn.Module, source: Tokenizer, pad_id: int) -> str:
-    """Copy the layers of a trained text encoder into a new one, and the embeddings of the tokens that both know.
+    """Copy the layers of a trained text encoder into a new one, and the embeddings of the tokens that both have.
     Returns a line that says how many words are known.
 
     encoder, tokenizer     the new text encoder, and its word tokenizer

@@ -1,19 +1,19 @@
-"""Tests the paper's claims at this scale: trains with the same budget without the prior, without a cue, and with all.
+"""Tests the paper's claims at a small scale: trains with everything, without the prior, and without each cue.
 
     python -m higen.train.emoji.ablation --data FOLDER --work FOLDER --table table.md
 
-Six lively subjects on ten backgrounds; a network smaller than the built-in model's, the same for all, from the same
-random weights; the same batches, drawn from the same random numbers. What differs:
+The data are six lively subjects on ten backgrounds. All variants have the same budget, the same network (smaller than
+the built-in model's), the same initial weights, and the same batches from the same random numbers. The differences:
 
-everything      the recipe as it is
+everything      the unchanged recipe
 no prior        one stage: the network with temporal layers draws the clip from the text, with both cues. Noise levels
-                of clips are chosen as those of pictures are, and its sampler takes as many steps as the two stages
-                together, all of them guided as the spatial stage is
-no motion       the motion cue is never given; the text alone says how fast
-no appearance   the appearance cue is never given (a frame is still told its place in the clip)
+                of clips are drawn like those of pictures. The sampler takes as many steps as both stages together, all
+                with the guidance of the spatial stage
+no motion       the motion cue is never given; only the text tells the speed
+no appearance   the appearance cue is never given (the network still knows a frame's place in the clip)
 
-FOLDER of --work is that of `higen train default`, whose codec and latents are used. Every part resumes; a variant that
-was trained another way is refused, and measured anew where its weights or the seeds are others.
+The folder of --work is that of `higen train default`; its codec and latents are used. Every part resumes. A variant
+that was trained with other settings is refused. A variant is measured again if its weights or the seeds have changed.
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ NETWORK = replace(architecture().unet, channel_multipliers=(2, 3))
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to train: what a network is given beside the text."""
+    """One way to train: which inputs a network has besides the text."""
 
     name: str
     prior: bool = True
@@ -84,9 +84,9 @@ VARIANTS = (
 
 
 def fit(variant: Variant, work: Path, settings: Settings) -> Path:
-    """Train a variant as the recipe's `settings` say, going on where it stopped; returns its model directory.
+    """Train a variant with the recipe's `settings`, and resume where it stopped. Returns its model directory.
 
-    Raises SettingsError where the variant was trained by other settings, and TrainingError.
+    Raises SettingsError if the variant was trained with other settings, and TrainingError.
     """
     state = work / "ablation" / variant.name.replace(" ", "-")
     model = state / "model"
@@ -99,7 +99,7 @@ def fit(variant: Variant, work: Path, settings: Settings) -> Path:
 
 
 class OneStage(Pipeline):
-    """A pipeline without a spatial stage: the prior is zero, and the temporal network has been trained without one."""
+    """A pipeline without a spatial stage. The prior is zero: the temporal network was trained without a prior."""
 
     def _steps(self, request: Request, sources: Sources, loop: Loop, steps: int) -> Iterator[Step]:
         if loop.name != "spatial":
@@ -110,7 +110,7 @@ class OneStage(Pipeline):
 
 
 def measure(variant: Variant, model: Path, real: RealClips, judges: Judges, seeds: int) -> Measures:
-    """The measures of `higen evaluate` for a trained variant, kept beside the model for its weights and `seeds`."""
+    """The measures of `higen evaluate` for a trained variant. They are kept with the model, for these `seeds`."""
     path = model.parent / "measures.json"
     measured = {
         "files": {name: record.sha256 for name, record in sorted(Bundle.open(model).files.items())},
@@ -147,9 +147,9 @@ ROWS = (
 
 
 def table(found: Mapping[str, Measures]) -> str:
-    """The held-out measures of each variant as a Markdown table; the last column is the real clips' bound.
+    """The held-out measures of each variant as a Markdown table. The last column is the bound: the codec's figures.
 
-    The Frechet distance is left out: a few dozen clips say nothing about a covariance in 32 dimensions.
+    The Frechet distance is left out, because a few dozen clips are too few for a covariance in 32 dimensions.
     """
     groups = {name: measures.groups["held-out"] for name, measures in found.items()}
     bound = next(iter(groups.values())).codec

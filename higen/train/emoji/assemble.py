@@ -1,4 +1,4 @@
-"""Makes a model directory out of what the recipe trained: half-precision weights, tokenizer, manifest.
+"""Makes a model directory from the recipe's training results: half-precision weights, tokenizer, manifest.
 
 python -m higen.train.emoji.assemble --state FOLDER --output DIR
 """
@@ -28,7 +28,7 @@ __all__ = ["assemble"]
 
 
 def model_config(autoencoder: AutoencoderConfig) -> ModelConfig:
-    """The default model's configuration, whatever its weights."""
+    """The default model's configuration, for any weights."""
     normal = SPEEDS[1]
     prompts = (caption(subject, BACKGROUNDS[3 * i % len(BACKGROUNDS)], normal) for i, subject in enumerate(SUBJECTS))
     return replace(architecture(), autoencoder=autoencoder, prompts=tuple(prompts))
@@ -37,11 +37,11 @@ def model_config(autoencoder: AutoencoderConfig) -> ModelConfig:
 def assemble(
     state: Path, output: Path, overwrite: bool = False, trained: Path | None = None, unet: UNetConfig | None = None
 ) -> bundle.Bundle:
-    """Write the model directory `output` from the codec in `state`, with the decoder that was trained on what the
-    denoiser draws where there is one, and the averaged weights of the newest checkpoint.
+    """Write the model directory `output` from the codec in `state` and the averaged weights of the newest checkpoint.
+    If there is a decoder that was trained on drawn latents, it replaces the codec's.
 
-    `trained` and `unet`: another denoiser than the recipe's own, and the folder it was trained in. Raises
-    TrainingError where there is no checkpoint.
+    `unet` and `trained`: configuration of a denoiser other than the recipe's, and the folder in which it was trained.
+    Raises TrainingError if there is no checkpoint.
     """
     made = Checkpoints((trained or state) / "checkpoints", keep=2).load()
     if made is None:
@@ -71,7 +71,7 @@ def _codec(state: Path) -> dict[str, Tensor]:
 
 
 def half_precision(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The tensors whose name has this prefix, without it, their floating-point ones as float16."""
+    """The tensors with this prefix, by the rest of their names. Floating-point tensors become float16."""
     chosen = below(tensors, prefix)
     return {name: (t.half() if t.is_floating_point() else t).contiguous() for name, t in chosen.items()}
 

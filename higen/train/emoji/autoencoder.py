@@ -1,9 +1,9 @@
-"""Trains the default model's codec: 128x128 RGB frames to 32x8x8 latents and back, against the clock.
+"""Trains the default model's codec for a given time: 128x128 RGB frames to 32x8x8 latents and back.
 
     python -m higen.train.emoji.autoencoder --data FOLDER --state FOLDER --until 16:01
 
-The codec is diffusers' AutoencoderDC with residual blocks only: its first stage is a bare pixel (un)shuffle, so
-nothing but one thin convolution runs at full resolution. Run the command again to resume from the state folder.
+The codec is diffusers' AutoencoderDC with residual blocks only. Its first stage is only a pixel (un)shuffle, so just
+one thin convolution runs at full resolution. Run the command again to resume from the state folder.
 """
 
 import argparse
@@ -40,7 +40,7 @@ NO_ATTENTION: tuple[tuple[int, ...], ...] = ((),) * 5
 
 @dataclass(frozen=True)
 class CodecConfig:
-    """Constructor arguments of AutoencoderDC; stages run from 128x128 (first, no layers) to 8x8 (last)."""
+    """Constructor arguments of AutoencoderDC. Stages go from 128x128 (first, no layers) to 8x8 (last)."""
 
     latent_channels: int = 32
     encoder_block_types: str = "ResBlock"
@@ -54,7 +54,7 @@ class CodecConfig:
 
 
 class Pictures:
-    """Every subject's loop and every background in memory, composed on demand."""
+    """The loops of all subjects and all backgrounds in memory, composed on demand."""
 
     def __init__(self, folder: Path) -> None:
         """Read every subject's WebP loop from `folder`; about 50 MB of memory."""
@@ -74,7 +74,7 @@ class Pictures:
         return (rgb * 2.0 - 1.0).permute(0, 3, 1, 2).contiguous(), alpha.permute(0, 3, 1, 2).contiguous()
 
     def batch(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """`size` random training pictures and their coverage, as `compose` gives them."""
+        """`size` random training pictures and their coverage, as from `compose`."""
         parts = []
         for index in torch.randint(len(self.training), (size,), generator=generator).tolist():
             subject, picture = self.training[index]
@@ -98,7 +98,7 @@ def load(folder: Path) -> AutoencoderDC:
 def codec_loss(
     model: AutoencoderDC, rgb: Tensor, coverage: Tensor, config: CodecSettings, generator: torch.Generator
 ) -> Tensor:
-    """Scalar loss of a batch as `Pictures.batch` gives it: reconstruction from noisy latents + unit-variance prior."""
+    """Scalar loss of a batch of `Pictures.batch`: reconstruction from noisy latents + unit-variance prior."""
     latents = model.encoder(rgb)
     level = torch.rand((len(rgb), 1, 1, 1), generator=generator) * config.noise
     decoded = model.decoder(latents + level * torch.randn(latents.shape, generator=generator))
@@ -107,7 +107,7 @@ def codec_loss(
 
 
 def shown_loss(decoded: Tensor, rgb: Tensor, coverage: Tensor, config: CodecSettings) -> Tensor:
-    """How far decoded pictures are from real ones [n, 3, 128, 128] and their edges: a scalar, weighted by coverage."""
+    """Distance of decoded pictures [n, 3, 128, 128] and their edges from real ones: a scalar, weighted by coverage."""
     weight = 0.5 + config.subject_weight * coverage
     return picture_loss(decoded, rgb, config.mse_weight, config.edge_weight, weight)
 
@@ -126,14 +126,14 @@ def psnr(model: AutoencoderDC, pictures: Pictures, pairs: list[tuple[int, int]],
 
 
 class CodecGradients(Follower):
-    """The gradients of a step of the codec, and what is said of its run."""
+    """The gradients of a step of the codec, and the numbers to log."""
 
     def __init__(self, model: AutoencoderDC, pictures: Pictures, settings: CodecSettings) -> None:
         self.model, self.pictures, self.settings = model, pictures, settings
         self.optimiser = Optimiser(dict(model.named_parameters()), settings.optimiser, settings.steps)
 
     def __call__(self, step: int, random: torch.Generator) -> Mapping[str, Tensor]:
-        """Those of a batch of pictures, added up; the loss."""
+        """Add up the gradients of a batch of pictures; returns the loss."""
         rgb, coverage = self.pictures.batch(self.settings.batch, random)
         with torch.autocast("cpu", torch.bfloat16, enabled=self.settings.precision == "bf16"):
             loss = codec_loss(self.model, rgb, coverage, self.settings, random)
@@ -144,7 +144,7 @@ class CodecGradients(Follower):
         """The loss, and the PSNR of the averaged weights on trained and held-out pictures."""
         averaged = build()
         averaged.load_state_dict(self.optimiser.average)
-        # Nine pairs a subject: every tenth is another subject on another background.
+        # There are nine pairs per subject, so every tenth pair has another subject and another background.
         seen = psnr(averaged, self.pictures, self.pictures.training[::10])
         unseen = psnr(averaged, self.pictures, self.pictures.validation)
         return {**smoothed, "PSNR": seen, "held-out PSNR": unseen}
@@ -153,10 +153,11 @@ class CodecGradients(Follower):
 def train(
     data: Path, state: Path, seconds: float, start: Bundle | None = None, settings: CodecSettings = CODEC
 ) -> None:
-    """Train for `seconds` in all on the loops in `data`, going on from what `state` holds, and write the codec there.
+    """Train for `seconds` in total on the loops in `data`, resume from the checkpoint in `state`, and write the codec
+    to `state`.
 
-    A new run starts from random weights, or from those of the model `start`, which 0 seconds leave as they are.
-    Raises TrainingError where a file cannot be read or written.
+    A new run starts from random weights, or from those of the model `start`; 0 seconds leave these unchanged.
+    Raises TrainingError if a file cannot be read or written.
     """
     state.mkdir(parents=True, exist_ok=True)
     if (earlier := state / "autoencoder.ckpt").exists():
@@ -183,8 +184,8 @@ def train(
 
 
 def export(weights: Mapping[str, Tensor], folder: Path) -> None:
-    """Write the constructor's arguments (`autoencoder.json`) and the weights (`autoencoder.safetensors`), which come
-    last: where they are, the codec is whole. Raises TrainingError where they cannot be written."""
+    """Write the constructor's arguments (`autoencoder.json`), and then the weights (`autoencoder.safetensors`). If the
+    weights exist, the codec is complete. Raises TrainingError if a file cannot be written."""
     with aside(folder / "autoencoder.json") as path:
         path.write_text(json.dumps(asdict(CodecConfig()), indent=2) + "\n")
     with aside(folder / "autoencoder.safetensors") as path:
@@ -192,13 +193,13 @@ def export(weights: Mapping[str, Tensor], folder: Path) -> None:
 
 
 def seconds_spent(folder: Path) -> float:
-    """Seconds that the checkpoint in `folder` has been trained for; 0 if there is none. Raises TrainingError."""
+    """Training time in seconds of the checkpoint in `folder`; 0 if there is none. Raises TrainingError."""
     state = Checkpoints(folder / FOLDER, keep=1).load()
     return 0.0 if state is None else float(state["seconds"])
 
 
 def seconds_until(clock: str) -> float:
-    """Seconds from now to the next local `HH:MM`."""
+    """Seconds from now to the next local time `HH:MM`."""
     now = datetime.now()
     moment = datetime.strptime(clock, "%H:%M").time()
     end = datetime.combine(now.date(), moment)

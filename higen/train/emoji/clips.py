@@ -1,4 +1,4 @@
-"""Training batches of the default model, made from the cached latents: the same step number gives the same batch."""
+"""Training batches of the default model from the cached latents. The same step number gives the same batch."""
 
 from __future__ import annotations
 
@@ -38,19 +38,20 @@ from higen.train.settings import Settings
 __all__ = ["Clips", "EmojiSource", "Pictured", "Selection"]
 
 EARLY = 0.5
-"""Part of the run in which new subjects are drawn more often."""
+"""First part of the run, in which new subjects are drawn more often, as a fraction."""
 STYLE_PARTS = (0.4, 0.2, 0.15, 0.15, 0.1)
-"""How often a caption has each of STYLES."""
+"""Probability of each of STYLES for a caption."""
 UNSAID = 0.75
-"""Part of the clips with a cue whose caption leaves the speed out, so that the cue decides it."""
+"""For a clip with a cue: how often the caption leaves out the speed, so that the cue decides it."""
 SPEED_PARTS = (0.14, 0.27, 0.27, 0.04, 0.28)
-"""How often a clip has each of SPEEDS, and any other speed. Standing still is learned sooner than fast motion."""
+"""Probability of each of SPEEDS, and of any other speed. Standing still is rare, because it is learned sooner than fast
+motion."""
 
 
 @dataclass(frozen=True)
 class Pictured:
-    """x0 [B,32,F,8,8], prior [B,32,8,8] (zeros for images), motion [B,F,D], appearance [B,F,R], captions; where frames
-    are given, known [B,32,F,8,8] and mask [B,F]."""
+    """x0 [B,32,F,8,8], prior [B,32,8,8] (zeros for images), motion [B,F,D], appearance [B,F,R], captions. With known
+    frames also known [B,32,F,8,8] and mask [B,F]."""
 
     x0: Tensor
     prior: Tensor
@@ -64,7 +65,7 @@ class Pictured:
 @dataclass(frozen=True)
 class Told:
     """motion [B,F,D] and appearance [B,F,R] cues, captions, and the mean square [B,F] of the frames' distance from the
-    prior, which the gain is to predict from them.
+    prior. The gain has to predict this square from the cues and the captions.
     """
 
     motion: Tensor
@@ -75,9 +76,9 @@ class Told:
 
 @dataclass(frozen=True)
 class Selection:
-    """Which part of the data is used: indices of the subjects, and whether a clip's measured cues are ever given.
+    """The part of the data to use: indices of the subjects, and whether each cue of a clip may be given.
 
-    Subjects in `new` are drawn twice as often in the run's first half.
+    Subjects in `new` are drawn twice as often in the first half of the run.
     """
 
     subjects: tuple[int, ...] = tuple(range(len(SUBJECTS)))
@@ -87,7 +88,7 @@ class Selection:
 
 
 class Clips:
-    """Clips and key frames over the latents cache; held-out combinations are left out."""
+    """Clips and key frames from the cache of latents. Held-out combinations are left out."""
 
     def __init__(
         self,
@@ -96,7 +97,7 @@ class Clips:
         selection: Selection | None = None,
         settings: Settings | None = None,
     ) -> None:
-        """`latents`: the cache's file. `settings`: None is the recipe's. Raises TrainingError for a missing subject."""
+        """`latents`: the cache's file. `settings`: None: the recipe's. Raises TrainingError for a missing subject."""
         self.settings = settings or recipe()
         cache = load_latents(latents)
         self.config = config
@@ -113,15 +114,16 @@ class Clips:
     def clip(
         self, subject: int, background: int, speed: float, later: int = 0, warp: float = 0.0, turn: float = 0.0
     ) -> Tensor:
-        """Latents of a whole clip, float32 [32, 16, 8, 8]; `later` loop frames than the recipe's, and warped in time
-        as `clip_indices` has it."""
+        """Latents of a whole clip, float32 [32, 16, 8, 8]. It starts `later` loop frames after the recipe's clip.
+        `warp` and `turn` as in `clip_indices`."""
         loop = self.loops[subject]
         key = SUBJECTS[subject].key_frame + later
         indices = clip_indices(loop.shape[1], key, speed, warp=warp, turn=turn)
         return loop[background, torch.from_numpy(indices)].float().transpose(0, 1)
 
     def images(self, random: torch.Generator, progress: float) -> Pictured:
-        """Key frames with any caption of theirs: motion 0, appearance 1, no prior. `progress`: 0 to 1 over the run."""
+        """Key frames, each with one of its captions: motion 0, appearance 1, no prior. `progress`: 0 to 1 over the
+        run."""
         x0, captions = [], []
         count = self.settings.data.images
         for _ in range(count):
@@ -133,7 +135,7 @@ class Clips:
         return Pictured(batch, torch.zeros_like(batch[:, :, 0]), motion, appearance, captions)
 
     def windows(self, random: torch.Generator, progress: float) -> Pictured:
-        """Windows of whole clips, with the cues of the clip they are cut from."""
+        """Windows of whole clips. Each has the cues of the clip from which it is cut."""
         length = draw_window(self.settings.objective, FRAMES, progress, random)
         count = self.settings.data.videos * FRAMES // length
         parts = [self._window(length, random, progress) for _ in range(count)]
@@ -141,8 +143,8 @@ class Clips:
         return Pictured(x0, prior, motion, appearance, [p[4] for p in parts])
 
     def known(self, random: torch.Generator, progress: float) -> Pictured:
-        """As many windows, of clips of which frames are given. Where one is, the clip is at any phase of its loop and
-        half of them change their speed: the given frames say where in the loop it is, which no text does."""
+        """The same number of windows, with given frames. If a window has a given frame, its clip starts at a random
+        phase of the loop, and half of these clips change their speed. Only the given frames can show this phase."""
         objective = self.settings.objective
         length = draw_window(objective, FRAMES, progress, random)
         count = self.settings.data.videos * FRAMES // length
@@ -153,7 +155,8 @@ class Clips:
         return Pictured(x0, prior, motion, appearance, [p[4] for p in parts], known, torch.stack(masks))
 
     def told(self, random: torch.Generator, progress: float) -> Told:
-        """Whole clips with their captions; half of them with no cue, as most prompts come, the others as windows."""
+        """Whole clips with their captions. Half of them have no cue, like most prompts; the others have cues as windows
+        do."""
         parts = []
         for k in range(self.settings.objective.gain_clips):
             s, b = self._pair(random, progress)
@@ -169,7 +172,7 @@ class Clips:
     def _window(
         self, length: int, random: torch.Generator, progress: float, other: bool = False
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, str]:
-        """`other`: of a clip at another phase than the recipe's; its prior is the canonical pose all the same."""
+        """`other`: the clip starts at another phase than the recipe's. Its prior is still the canonical pose."""
         s, b = self._pair(random, progress)
         speed = self._speed(random)
         clip = key = self.clip(s, b, speed.factor)  # [32, 16, 8, 8]
@@ -184,8 +187,8 @@ class Clips:
         return clip[:, frames], prior, motion[frames], appearance[frames], self._caption(s, b, said, random)
 
     def _cues(self, clip: Tensor, random: torch.Generator, speed: Speed) -> tuple[Tensor, Tensor, Speed]:
-        """Cues measured from the clip: as single numbers, as whole curves, or left out where the speed has a name. Also
-        the speed that the caption should name.
+        """Cues measured from the clip, and the speed for the caption. Each cue is given as a single number or as a
+        curve, or is left out. Both are left out only if the speed has a name.
         """
         number = self.settings.cues.as_numbers
         numbers = _real(random) < number, _real(random) < number
@@ -205,7 +208,7 @@ class Clips:
         return pairs[_integer(random, len(pairs))]
 
     def _speed(self, random: torch.Generator) -> Speed:
-        """One of the named speeds or any other, which the caption calls by the nearest name."""
+        """One of the named speeds, or another speed, for which the caption uses the nearest name."""
         choice = _weighted(random, SPEED_PARTS)
         if choice < len(SPEEDS):
             return SPEEDS[choice]
@@ -222,8 +225,8 @@ class Clips:
 class EmojiSource:
     """The batches of a run over the emoji (`higen.train.batches.Source`).
 
-    Clips have a prior if the network has prior preconditioning. Another network draws them from the text alone, and the
-    noise levels of its clips are chosen as for pictures.
+    Clips have a prior if the network has prior preconditioning. A network without it draws clips from the text, and the
+    noise levels of its clips are drawn as for pictures.
     """
 
     def __init__(self, clips: Clips, tokenizer: PromptTokenizer, timesteps: int) -> None:
@@ -231,7 +234,7 @@ class EmojiSource:
         self.has_prior = clips.config.prior_preconditioning
 
     def batches(self, step: int) -> StepBatches:
-        """Those of step `step`."""
+        """The batches of step `step`."""
         run = self.clips.settings.run
         random, progress = step_generator(run.seed, step), step / run.steps
         images = self._batch(self.clips.images(random, progress), False, random)
@@ -244,7 +247,7 @@ class EmojiSource:
         return StepBatches(images, videos if self.has_prior else replace(videos, prior=None), gains)
 
     def _batch(self, drawn: Pictured, levelled: bool, random: torch.Generator) -> Batch:
-        """`levelled`: the noise levels are chosen as for clips."""
+        """`levelled`: the noise levels are drawn as for clips."""
         t = draw_timesteps(len(drawn.x0), levelled, self.clips.settings.objective, self.timesteps, random)
         noise = torch.randn(drawn.x0.shape, generator=random)
         tokens, given = self._tokens(drawn.captions), (drawn.known, drawn.mask)
@@ -254,7 +257,7 @@ class EmojiSource:
         return torch.from_numpy(self.tokenizer.encode(captions))
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Does nothing, because nothing is open."""
 
 
 def _integer(random: torch.Generator, below: int) -> int:
@@ -262,7 +265,7 @@ def _integer(random: torch.Generator, below: int) -> int:
 
 
 def _weighted(random: torch.Generator, parts: Sequence[float]) -> int:
-    """An index of `parts`, drawn with these probabilities."""
+    """A random index into `parts`, which are its probabilities."""
     return int(torch.multinomial(torch.tensor(parts), 1, generator=random))
 
 

@@ -1,4 +1,4 @@
-"""The recipe's settings: recipe.toml and architecture.toml beside this file."""
+"""The recipe's settings, from recipe.toml and architecture.toml in this folder."""
 
 from __future__ import annotations
 
@@ -19,27 +19,27 @@ __all__ = ["CODEC", "DECODER", "WORDS", "CodecSettings", "architecture", "recipe
 
 FILE = Path(__file__).with_name("recipe.toml")
 OWN = ("codec", "decoder")
-"""Sections of the file that only this recipe has."""
+"""Sections of the file that only this recipe uses."""
 WORDS = (*vocabulary(), ",")
 
 
 @dataclass(frozen=True)
 class CodecSettings:
-    """How a codec, or its decoder alone, is trained; loss weights multiply terms measured on RGB in [-1, 1]."""
+    """How a codec, or only its decoder, is trained. Loss weights multiply terms measured on RGB in [-1, 1]."""
 
     optimiser: OptimiserSettings
     steps: int | None = None
-    """None: as many as the given time allows."""
+    """None: as many steps as the given time allows."""
     batch: int = 16
     seed: int = 0
     precision: Literal["fp32", "bf16"] = "fp32"
     save_seconds: float = 120.0
     noise: float = 0.15
-    """Latents are decoded with noise of a standard deviation drawn from 0 to this, as the sampler's are not exact."""
+    """Latents are decoded with noise, because the sampler's are not exact. Its deviation is drawn from 0 to this."""
     mse_weight: float = 0.5
     edge_weight: float = 0.5
     subject_weight: float = 2.0
-    """Extra weight of the subject's pixels. There are only a few backgrounds, which are learned soon."""
+    """Extra weight of the subject's pixels. The few backgrounds are learned soon."""
     prior_weight: float = 0.02
 
 
@@ -50,15 +50,15 @@ def _file() -> dict[str, Any]:
 
 @cache
 def recipe() -> Settings:
-    """How the denoiser is trained; its paths are placeholders."""
+    """How the denoiser is trained. Its paths are placeholders."""
     return read_settings(FILE, without=OWN)
 
 
 @cache
 def architecture() -> ModelConfig:
-    """The built-in model's configuration except for its autoencoder and its prompts; its words are the captions'."""
+    """The built-in model's configuration without autoencoder and prompts. Its vocabulary is that of the captions."""
     config = read_architecture(FILE.with_name("architecture.toml"), ModelConfig())
-    # TOML has no null. None means that a request without cues leaves both out.
+    # TOML has no null. With None, a request without cues leaves both cues out.
     defaults = replace(config.defaults, motion=None, appearance=None)
     return replace(config, text=with_words(config.text, len(WORDS)), defaults=defaults)
 

@@ -1,12 +1,12 @@
-"""Trains the codec's decoder on latents that the denoiser draws; the encoder and the data's latents do not change.
+"""Trains the codec's decoder on latents that the denoiser draws. The encoder and the data's latents do not change.
 
     python -m higen.train.emoji.decoder --data FOLDER --state FOLDER --model DIR
 
-A decoder that has seen nothing but encoded pictures shows a latent between two poses as coloured fringes. The clip that
-was asked for is known pixel by pixel, so the decoder can learn to show such a latent as the soft picture it stands for.
-Clips of trained prompts are drawn once, by a model directory, into `STATE/drawn`; half of every batch are frames of
-theirs, the other half encoded pictures, which must not become worse. The result is `STATE/decoder.safetensors`, which
-`assemble` takes in place of the codec's own. Run the command again to resume.
+A decoder that was trained only on encoded pictures shows coloured fringes for a latent between two poses. The requested
+clip is known pixel by pixel, so the decoder can learn to show a soft picture instead. Clips of trained prompts are
+drawn once, by the model in DIR, into `STATE/drawn`. Half of every batch are frames of these clips. The other half are
+encoded pictures, which must not become worse. The result is `STATE/decoder.safetensors`; `assemble` uses it in place of
+the codec's own decoder. Run the command again to resume.
 """
 
 from __future__ import annotations
@@ -42,15 +42,15 @@ from higen.train.optimise import Optimiser
 __all__ = ["draw", "train"]
 
 MOVING = tuple(i for i, speed in enumerate(SPEEDS) if speed.factor)
-"""Indices in SPEEDS of what is drawn, one for each trained pair in turn."""
+"""Indices in SPEEDS of the speeds to draw. The trained pairs take them in turn."""
 RESULT = "decoder.safetensors"
 
 
 def draw(model: Bundle, folder: Path, shown: bool = False) -> None:
-    """Draw a clip of every trained pair of subject and background, a file of latents a subject; those there are kept.
+    """Draw a clip of every trained pair of subject and background, into one file per subject. Existing files are kept.
 
-    `<name>.safetensors`: latents, float16 [n,32,16,8,8] as the denoiser leaves them, and what was asked for, int64
-    [n,2]: indices of background and speed. Raises TrainingError where a file cannot be written.
+    `<name>.safetensors`: `latents`, float16 [n,32,16,8,8] as the denoiser draws them, and `asked`, int64 [n,2]: indices
+    of the requested background and speed. Raises TrainingError if a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with load_pipeline(model.path, threads=torch.get_num_threads()) as pipeline:
@@ -68,7 +68,7 @@ def draw(model: Bundle, folder: Path, shown: bool = False) -> None:
 
 
 def _latents(pipeline: Pipeline, prompt: str, seed: int) -> Tensor:
-    """The clean latents of a clip [1,32,16,8,8], before they are decoded."""
+    """The final latents of a clip [1,32,16,8,8], before decoding."""
     stream = pipeline.stream(prompt, seed=seed)
     steps = (event for event in stream if isinstance(event, Step))
     last = next(step for step in steps if step.loop == "temporal" and step.index == step.total - 1)
@@ -77,10 +77,10 @@ def _latents(pipeline: Pipeline, prompt: str, seed: int) -> Tensor:
 
 
 class Drawn:
-    """The clips that were drawn, and the real pictures behind them."""
+    """The drawn clips, and the real pictures that they should show."""
 
     def __init__(self, folder: Path, pictures: Pictures, mean: Tensor, std: Tensor) -> None:
-        """`folder` as `draw` leaves it; `mean` and `std` [32] are those of the latents cache."""
+        """`folder`: the files of `draw`. `mean` and `std` [32]: those of the latents cache."""
         self.pictures, self.mean, self.std = pictures, mean, std
         files = [load_file(folder / f"{subject.name}.safetensors") for subject in SUBJECTS]
         self.clips = [
@@ -110,7 +110,7 @@ class DecoderGradients:
         self.codec, self.drawn, self.settings = codec, drawn, settings
 
     def __call__(self, step: int, random: torch.Generator) -> Mapping[str, Tensor]:
-        """Those of a batch, added up; the losses of what was drawn and of what was encoded."""
+        """Add up the gradients of a batch; returns the losses of drawn and of encoded latents."""
         settings, half = self.settings, self.settings.batch // 2
         latents, drawn_pictures, drawn_coverage = self.drawn.batch(half, random)
         pictures, coverage = self.drawn.pictures.batch(half, random)
@@ -127,9 +127,9 @@ class DecoderGradients:
 
 
 def train(data: Path, state: Path, settings: CodecSettings = DECODER) -> None:
-    """Train to `settings.steps` steps, resuming what `state` holds, and write the decoder there.
+    """Train up to `settings.steps` steps, resume from the checkpoint in `state`, and write the decoder to `state`.
 
-    Raises TrainingError where a file cannot be written.
+    Raises TrainingError if a file cannot be written.
     """
     pictures, cache = Pictures(data), load_latents(state / "latents.safetensors")
     drawn = Drawn(state / "drawn", pictures, cache["mean"], cache["std"])

@@ -1,9 +1,9 @@
-"""Trains the default model's text encoder and denoiser on cached latents; resumes exactly where it stopped.
+"""Trains the default model's text encoder and denoiser on cached latents, and resumes exactly where it stopped.
 
     python -m higen.train.emoji.denoiser --state FOLDER --steps 20000
 
-Each step draws one batch of key frames (the spatial network) and one of windows (the temporal network); both share
-their parameters. Step n uses random numbers of its own (seed, n), so a resumed run goes on as if never stopped.
+Each step draws a batch of key frames for the spatial network, and a batch of windows for the temporal network. The
+networks share parameters. Step n has its own random numbers (seed, n), so a resumed run continues as if never stopped.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Networks:
 
 
 def networks_of(unet: UNetConfig, seed: int) -> Networks:
-    """The recipe's networks with random weights, which depend on the seed alone."""
+    """The recipe's networks with random weights, which depend only on the seed."""
     config = replace(architecture(), unet=unet)
     torch.manual_seed(seed)
     text = text_encoder(config.text.clip).train()
@@ -64,7 +64,7 @@ def networks_of(unet: UNetConfig, seed: int) -> Networks:
 
 
 def make_loop(networks: Networks, clips: Clips, checkpoints: Checkpoints) -> Loop:
-    """The run over `clips` as their settings say: the general objective, fed by the recipe's source."""
+    """The run over `clips` as their settings say, with the general objective on the recipe's batches."""
     settings = clips.settings
     run, processes = settings.run, Alone()
     source = EmojiSource(clips, networks.tokenizer, networks.config.schedule.timesteps)
@@ -82,12 +82,12 @@ def make_loop(networks: Networks, clips: Clips, checkpoints: Checkpoints) -> Loo
 
 
 def train(state: Path, clips: Clips, start: Bundle | None = None) -> None:
-    """Train to the last step, resuming what `state` holds; saves are written aside and moved; Ctrl-C saves.
+    """Train to the last step, and resume from the checkpoint in `state`. Ctrl-C saves a checkpoint.
 
-    A new run starts from random weights, or from those of the model `start` as far as they fit.
-    The caller has claimed `state` (higen.train.record).
-    Raises SettingsError where `state` holds a run of another configuration (more steps are another schedule), and
-    TrainingError.
+    A new run starts from random weights, or from those of the model `start` as far as they fit. The caller must have
+    claimed `state` (higen.locks).
+    Raises SettingsError if `state` contains a run of another configuration (another number of steps is another
+    schedule), and TrainingError.
     """
     settings, networks = clips.settings, networks_of(clips.config, clips.settings.run.seed)
     loop = make_loop(networks, clips, Checkpoints(state / "checkpoints", settings.run.keep))
@@ -111,7 +111,7 @@ def train(state: Path, clips: Clips, start: Bundle | None = None) -> None:
 
 
 def all_clips(state: Path, steps: int | None, bf16: bool, start: Bundle | None = None) -> Clips:
-    """The recipe's clips, over all of the latents cache in `state`, with its settings except for these.
+    """The recipe's clips, from the whole latents cache in `state`. The arguments override the recipe's settings.
 
     Subjects that `start` does not know are new.
     """
@@ -124,7 +124,7 @@ def all_clips(state: Path, steps: int | None, bf16: bool, start: Bundle | None =
 
 
 def described(clips: Clips) -> dict[str, Any]:
-    """What a run learns from, and with which network: flat keys, JSON values."""
+    """The data and the network of a run, with flat keys and JSON values."""
     found = {f"unet.{name}": value for name, value in to_json(clips.config).items()}
     selection = clips.selection
     found |= {"selection.motion": selection.motion, "selection.appearance": selection.appearance}

@@ -1,10 +1,10 @@
-"""Encodes every picture of the default model's data once, so that its UNet trains on latents from memory.
+"""Encodes every picture of the default model's data once, so that its U-Net trains on latents from memory.
 
     python -m higen.train.emoji.latent_cache --data FOLDER --state FOLDER
 
-`FOLDER/latents.safetensors` holds, for each subject, `latents/<name>`: float16 [backgrounds, loop frames, 32, 8, 8],
-normalised as (z - mean) / std, and `mean` and `std`: float32 [32], per channel over the whole data set. Backgrounds
-are in the order of `subjects.BACKGROUNDS`. Held-out combinations are included: leaving them out is the trainer's task.
+`FOLDER/latents.safetensors` contains `latents/<name>` for each subject: float16 [backgrounds, loop frames, 32, 8, 8],
+normalised as (z - mean) / std. It also contains `mean` and `std`: float32 [32], per channel over the whole data set.
+Backgrounds are in the order of `subjects.BACKGROUNDS`. Held-out combinations are included; the trainer leaves them out.
 """
 
 import argparse
@@ -26,7 +26,7 @@ CHUNK = 36
 
 @torch.inference_mode()
 def encode_subject(model: AutoencoderDC, pictures: Pictures, subject: int) -> Tensor:
-    """Latents, not normalised, of a loop over every background: float32 [backgrounds, loop frames, 32, 8, 8]."""
+    """Unnormalised latents of a loop over every background: float32 [backgrounds, loop frames, 32, 8, 8]."""
     chunks = torch.split(torch.arange(len(pictures.loops[subject])), CHUNK)
     rows = [
         torch.cat([model.encoder(pictures.compose(subject, picture, chunk)[0]) for chunk in chunks])
@@ -47,7 +47,7 @@ def normalise(latents: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def denormalise(latents: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """z * std + mean per channel of [..., 32, 8, 8]: what the decoder takes."""
+    """z * std + mean per channel of [..., 32, 8, 8], as input for the decoder."""
     return latents * std[:, None, None] + mean[:, None, None]
 
 
@@ -57,10 +57,10 @@ def load_latents(path: Path) -> dict[str, Tensor]:
 
 
 def write(data: Path, state: Path, scaled_as: AutoencoderConfig | None = None) -> None:
-    """Encode the loops in `data` with the codec in `state` and write the cache there, aside and moved.
+    """Encode the loops in `data` with the codec in `state`, and write the cache to `state`.
 
-    Its scale is measured, or that of `scaled_as`, whose network goes on being trained and knows no other.
-    Raises TrainingError where it cannot be written: an earlier cache stays.
+    The scale is measured. With `scaled_as` it is that of an existing model, because its denoiser, which is trained
+    further, knows only that scale. Raises TrainingError if the cache cannot be written; an earlier cache stays.
     """
     model, pictures = load(state), Pictures(data)
     raw = [encode_subject(model, pictures, index) for index in range(len(SUBJECTS))]

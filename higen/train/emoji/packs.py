@@ -1,4 +1,4 @@
-"""Pictures for the default model: animated emoji loops (npm packages, MIT) over drawn backgrounds."""
+"""Pictures for the default model: loops of animated emoji (npm packages, MIT) over drawn backgrounds."""
 
 import gzip
 import shutil
@@ -20,7 +20,7 @@ from higen.train.emoji.tensor_files import aside
 PACKAGES: tuple[str, ...] = tuple(f"@lobehub/fluent-emoji-anim-{i}@1.0.0" for i in (1, 2, 3, 4))
 DOWNLOAD = "about 700 MB in all four"
 FILL = 0.875
-"""Side of the emoji's own canvas over the frame's: its drawings fill about 92 % of the canvas, so 80 % of the frame."""
+"""Side of the emoji's canvas relative to the frame. Drawings fill about 92 % of the canvas, so 80 % of the frame."""
 
 Image8 = npt.NDArray[np.uint8]
 FloatImage = npt.NDArray[np.floating[Any]]
@@ -34,11 +34,11 @@ def to_fetch(folder: Path) -> list[str]:
 
 
 def fetch(folder: Path, download: bool = True) -> None:
-    """Put every subject's WebP file into `folder`, downloading the four npm packages there where they are missing.
+    """Put every subject's WebP file into `folder`. Downloads missing npm packages, of four, into `folder`.
 
-    Raises RuntimeError where a download is necessary and `download` is False (the message says how large it is), where
-    npm is missing or fails, where a package's archive is broken (it is removed, and the next call fetches it anew), and
-    where the packages lack a subject; TrainingError and OSError where a file cannot be written.
+    Raises RuntimeError if a download is necessary and `download` is False (the message has its size), if npm is missing
+    or fails, if a package's archive is broken (it is removed, so that the next call fetches it again), and if the
+    packages lack a subject. Raises TrainingError or OSError if a file cannot be written.
     """
     if not download and (packages := to_fetch(folder)):
         raise RuntimeError(
@@ -64,7 +64,7 @@ def fetch(folder: Path, download: bool = True) -> None:
 
 
 def _archive(package: str) -> str:
-    """The name that npm gives a package's archive."""
+    """The name of a package's archive, as npm forms it."""
     return package.removeprefix("@").replace("/", "-").replace("@", "-") + ".tgz"
 
 
@@ -74,12 +74,12 @@ def _npm_pack(package: str, folder: Path) -> None:
         raise RuntimeError(f"npm is not installed: install Node.js, or put the archive of {package} into {folder}")
     result = subprocess.run([npm, "pack", package], cwd=folder, capture_output=True, check=False)
     if result.returncode != 0:
-        said = result.stderr.decode("utf-8", "replace").strip()  # whatever this process's own encoding is
+        said = result.stderr.decode("utf-8", "replace").strip()  # independent of this process's own encoding
         raise RuntimeError(f"npm pack {package} failed with status {result.returncode}: {said}")
 
 
 def _extract(archive: Path, names: set[str], folder: Path) -> set[str]:
-    """Write the members of `archive` named in `names` (base names) into `folder`; returns those found."""
+    """Write the members of `archive` with a base name in `names` into `folder`; returns the names that were found."""
     found: set[str] = set()
     with tarfile.open(archive) as tar:
         for member in tar:
@@ -96,7 +96,7 @@ def _extract(archive: Path, names: set[str], folder: Path) -> set[str]:
 def load_loop(path: Path, size: int = 128) -> Image8:
     """The loop's frames, centred on a transparent square: uint8 [n, size, size, 4], straight (not premultiplied) RGBA.
 
-    PIL premultiplies RGBA before it resizes, so edges take no colour from transparent pixels.
+    PIL premultiplies RGBA before resizing, so transparent pixels do not colour the edges.
     """
     inner = round(size * FILL)
     corner = (size - inner) // 2
@@ -110,15 +110,15 @@ def load_loop(path: Path, size: int = 128) -> Image8:
 
 
 def loop_step(path: Path) -> int:
-    """Loop frames between two clip frames at real time (speed 1.0).
+    """Number of loop frames from one clip frame to the next at real time (speed 1.0).
 
-    The files have 42 ms per frame, which is 24 frames per second in whole milliseconds. A whole number of frames keeps
-    the clips' motion even.
+    The files have 42 ms per frame: 24 frames per second, rounded to whole milliseconds. A whole number of loop frames
+    keeps the motion of clips even.
     """
     durations: list[float] = []
     with Image.open(path) as image:
         for frame in ImageSequence.Iterator(image):
-            frame.load()  # PIL learns a WebP frame's duration when it decodes it
+            frame.load()  # PIL knows a WebP frame's duration only after decoding the frame
             durations.append(float(frame.info["duration"]))
     return max(1, round(1000.0 / FPS / (sum(durations) / len(durations))))
 
@@ -132,10 +132,11 @@ def clip_indices(
     warp: float = 0.0,
     turn: float = 0.0,
 ) -> npt.NDArray[np.int64]:
-    """Loop frames shown by a clip: int64 [frames], each in 0..n_frames-1; clip frame 8 is always `key_frame`.
+    """Indices of the loop frames in a clip: int64 [frames], each in 0..n_frames-1. Clip frame 8 is always `key_frame`.
 
-    Halves are rounded up, so that half speed alternates one and two loop frames evenly. With `warp`, the speed goes up
-    and down once in the clip, by up to e to the power of it, from `turn` (0 to 1) of that course on; its mean stays.
+    Halves are rounded up, so that half speed alternates evenly between one and two loop frames. With `warp`, the speed
+    rises and falls once during the clip, by a factor of up to e^warp, and its mean stays. `turn` (0 to 1) is the phase
+    of this cycle at the start of the clip.
     """
     places = np.arange(frames) - float(KEY_INDEX)
     if warp:
@@ -166,7 +167,7 @@ def background(name: str, size: int = 128) -> Image8:
 
 
 def scene(name: str, x: FloatImage, y: FloatImage) -> FloatImage:
-    """What a drawn background shows at `x` and `y` [h, w], 0 to 1 within the frame: float32 [h, w, 3] from 0 to 255.
+    """The colours of a drawn background at `x` and `y` [h, w], 0 to 1 in the frame: float32 [h, w, 3], from 0 to 255.
 
     Raises KeyError for another name, and for a plain background.
     """
@@ -215,7 +216,7 @@ def _grass(x: FloatImage, y: FloatImage) -> FloatImage:
 
 def _night(x: FloatImage, y: FloatImage) -> FloatImage:
     image = _gradient(y, (14, 18, 60), (62, 60, 130))
-    # Star positions from an additive recurrence (the plastic number), which spreads them evenly without a seed.
+    # Positions of stars are an additive recurrence with the plastic number. It spreads them evenly without a seed.
     for k in range(1, 25):
         centre_x, centre_y = (0.7548776662 * k) % 1.0, (0.5698402910 * k) % 1.0
         radius = (0.009, 0.012, 0.016)[k % 3]

@@ -1,4 +1,4 @@
-"""Lines that the recipe prints about its progress."""
+"""Progress lines of the recipe."""
 
 from __future__ import annotations
 
@@ -8,5 +8,5 @@ __all__ = ["say"]
 
 
 def say(line: str) -> None:
-    """Print the time of day and a line, because a run takes hours."""
+    """Print a line with the time of day, because a run takes hours."""
     print(time.strftime("%H:%M:%S"), line, flush=True)

@@ -1,4 +1,4 @@
-"""The whole recipe, from the npm packages to a model directory; every part resumes (`higen train default`)."""
+"""The whole recipe, from the npm packages to a model directory (`higen train default`). Every part resumes."""
 
 from __future__ import annotations
 
@@ -31,15 +31,15 @@ def run(
     """Fetch the emoji into `work`, train codec and denoiser there, then the decoder on what the denoiser draws, and
     write the model directory `output`.
 
-    What `work` already holds is not made again. `start`: a model of this recipe whose weights new networks start from
-    as far as they fit, so that more subjects need no training from nothing. `bf16`: mixed precision.
-    `codec_minutes` counts from the codec's first start, however often it was stopped.
-    Raises ManifestError for no model there, SettingsError for one of another recipe and TrainingError where a part
-    cannot start or another process is at work.
+    Results that `work` already contains are not made again. `start`: a model of this recipe; new networks start from
+    its weights as far as they fit, so that additional subjects need less training. `bf16`: mixed precision.
+    `codec_minutes` is the codec's total training time, over all restarts.
+    Raises ManifestError if `start` has no model, SettingsError for a model of another recipe, and TrainingError if a
+    part cannot start or another process works in `work`.
     """
     trained = None if start is None else Bundle.open(start)
     if trained is not None:
-        subjects_named(trained.manifest.prompts)  # refused before the codec is trained
+        subjects_named(trained.manifest.prompts)  # refuses the model before the codec is trained
     try:
         work.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -21,7 +21,7 @@ class Subject:
     """One animated emoji.
 
     `codepoint` is the stem of its WebP file, `name` a noun phrase without article, `caption` the noun phrase with
-    its motion, `key_frame` the index in the loop of the canonical pose. Key frames were chosen by eye: the whole
+    its motion, `key_frame` the index of the canonical pose in the loop. Key frames were chosen by eye: the whole
     subject in a typical pose, with lively motion in the second before and after, so that a real-time clip shows it.
     """
 
@@ -140,7 +140,7 @@ STYLES: tuple[Style, ...] = (
 
 
 def subjects_named(prompts: Iterable[str]) -> tuple[int, ...]:
-    """Indices of the recipe's subjects that a model's prompts name. Raises SettingsError for none."""
+    """Indices of the recipe's subjects that a model's prompts name. Raises SettingsError if there are none."""
     listed = tuple(prompts)
     found = tuple(i for i, s in enumerate(SUBJECTS) if any(p.startswith(f"{s.caption} ") for p in listed))
     if not found:
@@ -151,8 +151,8 @@ def subjects_named(prompts: Iterable[str]) -> tuple[int, ...]:
 def is_held_out(subject_index: int, background_index: int) -> bool:
     """Whether this combination is kept for validation.
 
-    One background in ten per subject, and (3 being coprime to 10) a different one for neighbouring subjects, so that
-    every subject and every background is still seen in training.
+    For each subject, one background in ten is kept. It differs between neighbouring subjects, because 3 is coprime to
+    10. So every subject and every background is still seen in training.
     """
     return (3 * subject_index + background_index) % 10 == 7
 
@@ -165,8 +165,8 @@ def with_article(noun: str) -> str:
 def caption(subject: Subject, background: Background | None, speed: Speed, style: Style = STYLES[0]) -> str:
     """The lower-case prompt for a clip, such as "a whale flapping its tail on a blue sky, slowly".
 
-    A still subject is never given its action, which would contradict the picture: "a whale on a blue sky, standing
-    still". `background=None` leaves the background out whatever the style.
+    The caption of a still subject does not name its action, which would contradict the picture: "a whale on a blue sky,
+    standing still". `background=None` leaves the background out in every style.
     """
     text = subject.caption if style.action and speed.factor > 0 else with_article(subject.name)
     if background is not None and style.background:
@@ -176,7 +176,7 @@ def caption(subject: Subject, background: Background | None, speed: Speed, style
 
 
 def vocabulary() -> tuple[str, ...]:
-    """Every word, lower-case and sorted, that `caption` can produce."""
+    """Every word that `caption` can produce, in lower case and sorted."""
     texts = (
         caption(subject, background, speed, style)
         for subject in SUBJECTS

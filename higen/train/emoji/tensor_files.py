@@ -1,4 +1,4 @@
-"""Files of tensors that appear whole or not at all."""
+"""Writes files of tensors completely or not at all."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["aside"]
 
 @contextmanager
 def aside(path: Path) -> Iterator[Path]:
-    """Yields a file name to write to; the file is moved to `path` on a clean exit.
+    """Yields a temporary file name to write to. On a clean exit the file is moved to `path`.
 
-    Raises TrainingError where it cannot be written (a full disk): what was at `path` stays.
+    Raises TrainingError if the file cannot be written (a full disk). Then an earlier file at `path` stays.
     """
     try:
         with whole_file(path) as temporary:

@@ -16,9 +16,9 @@ __all__ = ["start_from"]
 
 @torch.no_grad()
 def start_from(encoder: nn.Module, denoiser: nn.Module, tokenizer: Tokenizer, model: Bundle) -> list[str]:
-    """Copy `model`'s weights into both networks where names and shapes agree, and its words' embeddings word by word.
+    """Copy `model`'s weights into both networks where names and shapes agree, and the embeddings of words by word.
 
-    Returns the names of the parameters that keep their own values. Raises IntegrityError for a broken model.
+    Returns the names of the parameters that were not copied. Raises IntegrityError for a broken model.
     """
     text = load_file(model.file(spec.TEXT_ENCODER))
     theirs = Tokenizer.from_file(str(model.file(spec.TOKENIZER))).get_vocab()

@@ -1,4 +1,4 @@
-"""Writes the default model's card, its contact sheet and the picture of the README, from `higen evaluate`'s measures.
+"""Writes the default model's card, its contact sheet and the README's picture, from the measures of `higen evaluate`.
 
 higen evaluate MODEL --data FOLDER --output FOLDER
 python -m higen.train.emoji.evaluation.card --measures FOLDER/measures.json --output higen/assets
@@ -89,13 +89,13 @@ LIMIT = "Poses and places are always the same, so seeds differ little."
 
 
 def samples(videos: list[Video]) -> Video:
-    """Eight videos as one, four by two."""
+    """Eight videos side by side in one, four by two."""
     rows = [np.concatenate([v.frames for v in videos[i : i + 4]], axis=2) for i in (0, 4)]
     return Video(np.concatenate(rows, axis=1), videos[0].fps)
 
 
 def table(measures: Measures) -> str:
-    """A group's measures as a column each, beside their bounds; Markdown."""
+    """A Markdown table with a column of measures for each group, and the bounds."""
     groups = measures.groups
     bounds = groups.get("held-out") or next(iter(groups.values()))
     lines = [f"| | {' | '.join(groups)} | codec | real |", "|---" * (len(groups) + 3) + "|"]
@@ -111,7 +111,7 @@ def table(measures: Measures) -> str:
 
 
 def control(measures: Measures) -> str:
-    """How far the cues are followed, in a sentence or two."""
+    """One or two sentences that say how well the cues are followed."""
     found = measures.control
     parts = [
         f"{kind} factor {value.spearman:.2f} within a subject ({value.spearman_moving:.2f} without the request "

@@ -1,4 +1,4 @@
-"""`higen evaluate` from its arguments to its files."""
+"""Runs `higen evaluate` from its arguments to its files."""
 
 from __future__ import annotations
 
@@ -45,17 +45,18 @@ def measure(
     download: bool = False,
     shown: bool = False,
 ) -> tuple[Measures, str]:
-    """Measure a model directory (None: the built-in one) and write the files into `output`; measures and their table.
+    """Measure a model directory (None: the built-in one) and write the files into `output`. Returns the measures and
+    their table.
 
-    `download`: the emoji may be fetched into `data`, about 700 MB. The networks that judge and what was measured of
-    each clip are kept in `output` and used again as long as they are of the same data and model: a run that was stopped
-    goes on. `known`: what known frames do is measured too, anew each time.
+    `download`: the emoji may be fetched into `data`, about 700 MB. The judging networks and the measures of each clip
+    are kept in `output`, and are used again for the same data and model, so a stopped run continues. `known`: known
+    frames are measured too, again in every run.
 
     Raises RequestError (backend, precision), SettingsError (a model of another recipe, less than one seed),
-    OutputError (a folder that cannot be written), TrainingError (data that is not there or cannot be had, another
-    process that evaluates into `output`) and what loading a model raises.
+    OutputError (a folder that cannot be written), TrainingError (missing data that cannot be fetched, another process
+    that evaluates into `output`) and what loading a model raises.
     """
-    # Found out before the data is fetched.
+    # These errors come before the data is fetched.
     check_backend(backend)
     if precision is not None:
         check_precision(precision)
@@ -109,7 +110,7 @@ def measure(
 
 @contextmanager
 def _writing(folder: Path) -> Iterator[None]:
-    """A full disk is one error. What was measured so far stays: the same command goes on."""
+    """A full disk raises a single error. The measures so far are kept, so that the same command continues."""
     try:
         yield
     except OSError as error:

@@ -1,34 +1,39 @@
 """Measures a model of the default recipe against the real clips it was trained on (`higen evaluate`).
 
-Poses and backgrounds are fixed, so the real clip of a prompt is known pixel by pixel. What is sampled, with n seeds:
+Poses and backgrounds are fixed, so the real clip of a prompt is known pixel by pixel. These clips are drawn, with n
+seeds:
 
 held-out   every subject on the background that was kept out of training: every seed at normal speed, and every second
-           seed also fast or slow, by turns
-trained    the same on one background of the training, with a quarter of the seeds (at least one)
-still      both of these with the words "standing still", with a quarter of the seeds
+           seed also at another speed, fast and slow alternating
+trained    the same on one trained background, with a quarter of the seeds (at least one)
+still      held-out and trained combinations with the words "standing still", with a quarter of the seeds (at least one)
 motion     the held-out prompts at normal speed, seed 0, with a `motion` number: that of the real clip at 0, 0.5, 1, 1.5
            and 2 times real time
 appearance the same with an `appearance` number: that of the real clip at 0, 0.5, 1 and 2 times real time
 
-Each figure is reported beside the same measure of the real clips through the autoencoder ("codec", which the best
-denoiser could reach) and of the real clips as they are ("real"):
+Each figure is reported with the same measure of the real clips through the autoencoder ("codec", the upper bound for a
+denoiser) and of the unchanged real clips ("real"):
 
-identity, template, background   what is shown: a classifier trained on real frames; correlation with the subject's real
-           frames (higher than with any other's, and than half way from the best other's to the real clip's)
-psnr, psnr_copy, beats_copy      PSNR against the real clip in dB of the clip and of its own key frame repeated, and how
-           often the clip is closer. beats_mean: how often the clip is closer than its own mean frame repeated, which a
-           clip with noise in every frame is not. psnr_real_copy, beats_real_copy: the same with the real key frame
+identity   the subject is right, by a classifier that was trained on real frames
+template   the subject is right, by the correlation with its real frames: it is higher than that with any other
+           subject's frames, and above the threshold half way from the best other subject to the real clip
+background the background is right: the closest one
+psnr, psnr_copy, beats_copy      PSNR in dB against the real clip, of the clip and of its own key frame repeated, and
+           how often the clip is closer. beats_mean: how often the clip is closer than its own mean frame repeated. (A
+           clip with noise in every frame is not closer.) psnr_real_copy, beats_real_copy: the same with the real key
+           frame repeated
 flicker, speckle, sharpness      see higen/measures/fidelity.py
 spearman   rank correlation of requested and measured cues: within a subject (the mean), within a subject without the
            request for 0, and over all clips. A model that obeys 0 and orders the other requests at random reaches 0.5
-           with the request for 0 and 0 without it
-motion_ratio, difference         against the real clip's motion as training measures it; mean difference of frames
+           with the request for 0, and 0 without it
+motion_ratio    motion as training measures it, relative to the real clip's
+difference      mean difference of consecutive frames
 frechet    distance of features to a random draw of as many real clips: the same subjects and speeds, any background,
-           up to an eighth of a second earlier or later. The floor is the distance between two such draws that share no
-           clip. "real" are the real clips of the requests. They lie far above this floor, because a few requests with
-           many seeds each make fewer different clips. "alike" are draws with the same make-up as the requests: as many
-           clips of each subject and speed, on one background. There the real clips lie near the floor. "asked" is the
-           distance to the real clips of the requests; its lower bound is the codec's distance
+           up to an eighth of a second earlier or later. The floor is the distance between two such draws without common
+           clips. "real" are the real clips of the requests. They lie far above this floor, because a few requests with
+           many seeds each give fewer different clips. "alike" are draws with the same composition as the requests: as
+           many clips of each subject and speed, on one background. There the real clips lie near the floor. "asked" is
+           the distance to the real clips of the requests; its lower bound is the codec's distance
 """
 
 from __future__ import annotations
@@ -65,32 +70,32 @@ __all__ = ["Codec", "Maker", "PipelineMaker", "Result", "evaluate"]
 
 Frames = NDArray[np.uint8]
 CLOSER = 0.01
-"""dB that a clip must be closer by: a repeated frame must not win by rounding."""
+"""Least difference in PSNR, in dB, by which a clip counts as closer. It excludes differences by rounding."""
 
 
 class Maker(Protocol):
     """Makes clips."""
 
     def __call__(self, prompt: str, seed: int, motion: float | None, appearance: float | None) -> Frames:
-        """uint8 [16,128,128,3]; None for a cue: as the prompt says."""
+        """A clip uint8 [16,128,128,3]. A cue that is None is left to the prompt."""
         ...
 
 
 class Codec(Protocol):
-    """An autoencoder, by its two ways."""
+    """An autoencoder: encodes and decodes clips."""
 
     def encode(self, clip: Frames) -> NDArray[np.float32]:
         """Latents [C,F,h,w] of uint8 [F,H,W,3]."""
         ...
 
     def decode(self, latents: NDArray[np.float32]) -> Frames:
-        """The way back."""
+        """A clip uint8 [F,H,W,3] of latents [C,F,h,w]."""
         ...
 
 
 @dataclass
 class Result:
-    """Everything that was measured: a row for each shot, the figures, and the clips to show (seed 0, normal speed)."""
+    """All results: a row for each shot, the figures, and the clips to show (seed 0, normal speed)."""
 
     shots: list[Shot]
     rows: list[Row]
@@ -107,8 +112,8 @@ def evaluate(
     shown: bool = False,
     journal: Journal | None = None,
 ) -> Result:
-    """Make and measure every shot; `shown`: with a progress bar. Clips that `journal` has are not made again, except
-    those to be shown.
+    """Make and measure every shot. `shown`: with a progress bar. Clips with an entry in `journal` are not made again,
+    except the clips to show.
     """
     measure = _Measure(codec, real, judges)
     measured: list[tuple[Shot, Row, NDArray[np.float64]]] = []
@@ -160,7 +165,7 @@ def _request(shot: Shot) -> Request:
 
 @dataclass(frozen=True)
 class _Bound:
-    """The real clip of a condition through the codec, and as it is."""
+    """Measures of the real clip of a request, through the codec and unchanged."""
 
     codec: Row
     real: Row
@@ -169,7 +174,7 @@ class _Bound:
 
 
 class _Measure:
-    """Measures clips; keeps what it measured of the real clips."""
+    """Measures clips, and keeps the measured cues of the real clips."""
 
     def __init__(self, codec: Codec, real: RealClips, judges: Judges) -> None:
         self.codec, self.real, self.judges = codec, real, judges
@@ -183,25 +188,25 @@ class _Measure:
         return self._cues[s, b, factor]
 
     def codec_cues(self, s: int, b: int, factor: float) -> tuple[float, float]:
-        """The same of the real clip through the codec: what the measure itself loses."""
+        """The same for the real clip through the codec, which shows the error of the measurement itself."""
         if (s, b, factor) not in self._codec_cues:
             encoded = self.codec.encode(self.real.clip(s, b, factor))
             self._codec_cues[s, b, factor] = measured_cues(self.codec.encode(self.codec.decode(encoded)))
         return self._codec_cues[s, b, factor]
 
     def cues(self, shot: Shot) -> tuple[float | None, float | None]:
-        """Requested motion and appearance; None for a cue that is left to the prompt."""
+        """Requested motion and appearance. A cue that is None is left to the prompt."""
         if shot.requested is None:
             return None, None
         motion, appearance = self.real_cues(shot.subject, shot.background, shot.requested)
         return (motion, None) if shot.kind == "motion" else (None, appearance)
 
     def row(self, shot: Shot, clip: Frames) -> Row:
-        """Every measure of the clip made for a shot."""
+        """All measures of the clip for a shot."""
         return self.measured(shot.subject, shot.background, shot.factor, clip)
 
     def bound(self, s: int, b: int, factor: float) -> _Bound:
-        """Every measure of the real clip, through the codec and as it is."""
+        """All measures of the real clip, through the codec and unchanged."""
         clip = self.real.clip(s, b, factor)
         through = self.codec.decode(self.codec.encode(clip))
         features = self.judges.features([through, clip])
@@ -210,7 +215,7 @@ class _Measure:
         return _Bound(codec, self.measured(s, b, factor, clip), features[0], features[1])
 
     def measured(self, s: int, b: int, factor: float, clip: Frames) -> Row:
-        """Every measure of a clip that should show a subject on a background at a speed."""
+        """All measures of a clip that should show a subject on a background at a speed."""
         wanted = self.real.clip(s, b, factor)
         match = self.judges.templates(b).match(clip, s)
         outside = self.real.outside[s]
@@ -247,7 +252,7 @@ def _group(
     bounds: Mapping[Request, _Bound],
     judges: Judges,
 ) -> GroupFigures:
-    """Means of a group's clips from text, beside those of the real clips for the same requests."""
+    """The figures of a group's clips from text, and of the real clips for the same requests."""
     chosen = [i for i, shot in enumerate(shots) if shot.group == group and shot.kind == "text"]
     asked = [_request(shots[i]) for i in chosen]
     own = [bounds[request] for request in asked]
@@ -274,7 +279,7 @@ def _group(
 
 
 def _column(rows: Sequence[Row], real: Sequence[Row], still: Sequence[Row]) -> ColumnFigures:
-    """The figures of `rows`, whose real clips have the rows `real`; `still`: those of clips that stand still."""
+    """The figures of `rows`. `real`: the rows of their real clips. `still`: the rows of clips that stand still."""
     pairs = list(zip(rows, real, strict=True))
     relative = np.array([row.correlation / wanted.correlation for row, wanted in pairs])
     return ColumnFigures.of(
@@ -287,7 +292,7 @@ def _column(rows: Sequence[Row], real: Sequence[Row], still: Sequence[Row]) -> C
 
 
 def _control(shots: Sequence[Shot], rows: Sequence[Row], measure: _Measure) -> dict[str, CueFigures]:
-    """How the cues that were asked for in numbers are followed."""
+    """How well cues are followed that were requested as numbers."""
     measured = list(zip(shots, rows, strict=True))
     zero = [row.difference for shot, row in measured if shot.kind == "motion" and shot.requested == 0]
     usual = [
@@ -325,7 +330,7 @@ def _control(shots: Sequence[Shot], rows: Sequence[Row], measure: _Measure) -> d
 
 
 def _within(subjects: Sequence[int], wanted: Sequence[float], found: Sequence[float]) -> float:
-    """Mean over the subjects of the rank correlation among their own clips."""
+    """Mean over the subjects of the rank correlation within a subject's clips."""
     each = []
     for s in sorted(set(subjects)):
         pairs = [(w, f) for owner, w, f in zip(subjects, wanted, found, strict=True) if owner == s]
@@ -334,7 +339,7 @@ def _within(subjects: Sequence[int], wanted: Sequence[float], found: Sequence[fl
 
 
 def _subject(pairs: Sequence[tuple[Shot, Row]]) -> SubjectFigures:
-    """A subject's own figures over both groups."""
+    """The figures of one subject, over both groups."""
     text = [row for shot, row in pairs if shot.kind == "text"]
     return SubjectFigures.of(
         text,
@@ -345,14 +350,14 @@ def _subject(pairs: Sequence[tuple[Shot, Row]]) -> SubjectFigures:
 
 
 def _own_spearman(pairs: Sequence[tuple[Shot, Row]], kind: str) -> float | None:
-    """Rank correlation of a subject's requested and measured cue; None where it was not asked for."""
+    """Rank correlation of a subject's requested and measured cue; None if it was not requested."""
     chosen = [(shot.requested or 0.0, getattr(row, kind)) for shot, row in pairs if shot.kind == kind]
     return spearman(*zip(*chosen, strict=True)) if chosen else None
 
 
 def worst(result: Result, count: int = 12) -> list[int]:
-    """Indices of the clips from text that are worst: not recognised first, then least above their repeated key frame;
-    at most two of a subject."""
+    """Indices of the worst clips from text, at most two per subject. Clips with a wrong subject or background come
+    first, then those with the least PSNR above that of their repeated key frame."""
     order = sorted(
         (i for i, shot in enumerate(result.shots) if shot.kind == "text"),
         key=lambda i: (

@@ -1,6 +1,6 @@
 """The figures of `higen evaluate`, from a clip's measures to measures.json (see evaluate.py for what they mean).
 
-A figure that was not measured is None, and is left out of the files.
+A figure that was not measured is None, and does not appear in the files.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class Means:
 
     @classmethod
     def of(cls, rows: Sequence[Row], **others: Any) -> Self:
-        """The means over `rows`, 1 or more, beside the other fields of this class."""
+        """The means over `rows`, at least one, together with the other fields of this class."""
         names = [mean.name for mean in fields(Means)]
         return cls(**{name: float(np.mean([getattr(row, name) for row in rows])) for name in names}, **others)
 
@@ -60,10 +60,10 @@ class Means:
 class ColumnFigures(Means):
     """The generated clips of a group, or the real clips for the same requests.
 
-    motion_ratio       median of the motion over the real clip's
-    template_relative  mean of the correlation over the real clip's
-    template_close     part of the clips whose correlation is at least 0.85 of the real clip's
-    still              mean difference of frames, in levels, where the subject stands still
+    motion_ratio       median of the motion divided by the real clip's
+    template_relative  mean of the correlation divided by the real clip's
+    template_close     fraction of the clips with a correlation of at least 0.85 of the real clip's
+    still              mean difference of frames, in levels, of the clips with the words "standing still"
     """
 
     motion_ratio: float
@@ -74,14 +74,14 @@ class ColumnFigures(Means):
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedFigures(Means):
-    """The clips of a group that were asked for at one speed."""
+    """The clips of a group with one requested speed."""
 
     clips: int
 
 
 @dataclass(frozen=True, kw_only=True)
 class SubjectFigures(Means):
-    """The clips of one subject, over both groups; the rank correlations of requested and measured cue."""
+    """The clips of one subject, over both groups, with the rank correlations of requested and measured cues."""
 
     clips: int
     motion_spearman: float | None = field(default=None, metadata=LATER)
@@ -90,7 +90,7 @@ class SubjectFigures(Means):
 
 @dataclass(frozen=True, kw_only=True)
 class Distances:
-    """Frechet distances to a draw of real clips. `floor`: that of another draw; `ratio`: generated over floor."""
+    """Frechet distances to a draw of real clips. `floor`: distance of a second draw; `ratio`: generated / floor."""
 
     generated: float
     codec: float
@@ -101,7 +101,7 @@ class Distances:
 
 @dataclass(frozen=True, kw_only=True)
 class AskedDistances:
-    """Frechet distances to the very clips that were asked for."""
+    """Frechet distances to the real clips of the requests."""
 
     generated: float
     codec: float
@@ -109,7 +109,7 @@ class AskedDistances:
 
 @dataclass(frozen=True, kw_only=True)
 class FrechetFigures(Distances):
-    """Distances to draws of any clips, to draws of the same make-up (`alike`), and to the requested clips."""
+    """Distances to draws of any clips, to draws of the same composition (`alike`), and to the requested clips."""
 
     alike: Distances
     asked: AskedDistances
@@ -117,7 +117,7 @@ class FrechetFigures(Distances):
 
 @dataclass(frozen=True, kw_only=True)
 class GroupFigures:
-    """A group of combinations, held out or trained; `by_speed` has the names of `SPEEDS`."""
+    """A group of combinations, held out or trained. The keys of `by_speed` are names of `SPEEDS`."""
 
     clips: int
     generated: ColumnFigures
@@ -128,21 +128,21 @@ class GroupFigures:
 
     @property
     def columns(self) -> tuple[ColumnFigures, ColumnFigures, ColumnFigures]:
-        """Generated, codec, real."""
+        """The columns generated, codec and real."""
         return self.generated, self.codec, self.real
 
 
 @dataclass(frozen=True, kw_only=True)
 class CueFigures:
-    """How a cue that was asked for as a number is followed: rank correlations of requested and measured cue.
+    """How well a cue is followed that was requested as a number: rank correlations of requested and measured cue.
 
-    spearman         within a subject, the mean
+    spearman         within a subject, as a mean over the subjects
     spearman_moving  the same without the request for 0
     spearman_pooled  over all clips
-    codec, codec_pooled  of the real clips through the codec
-    zero             median difference of frames, in levels, where motion 0 was asked for
-    usual            that of held-out clips from text at normal speed
-    zero_part, zero_part_worst  the median and the largest difference at motion 0, over `usual`
+    codec, codec_pooled  spearman and spearman_pooled of the real clips through the codec
+    zero             median difference of frames, in levels, of the clips with requested motion 0
+    usual            the same of held-out clips from text at normal speed
+    zero_part, zero_part_worst  the median and the largest difference at motion 0, divided by `usual`
     """
 
     clips: int
@@ -159,8 +159,8 @@ class CueFigures:
 
 @dataclass(frozen=True, kw_only=True)
 class KnownCase:
-    """The clips of one case and situation of known frames, as known.py says. `psnr` and `inside` have "model", the
-    names of the baselines, and "codec".
+    """The figures of one case and situation of known frames; see known.py. The keys of `psnr` and `inside` are "model",
+    the names of the baselines, and "codec".
     """
 
     clips: int
@@ -176,7 +176,9 @@ class KnownCase:
 
 @dataclass(frozen=True, kw_only=True)
 class KnownFigures:
-    """What known frames do: each case by the name of the situation, the swapped last frame, and how many subjects."""
+    """The figures of known frames: of each case by the name of the situation, and of the swapped last frame (`end`).
+    `subjects`: number of subjects.
+    """
 
     ends: dict[str, KnownCase]
     second: dict[str, KnownCase]
@@ -185,14 +187,14 @@ class KnownFigures:
     subjects: int
 
     def case(self, name: str) -> dict[str, KnownCase]:
-        """The situations of a case by its name."""
+        """The figures of the case `name`, by the name of the situation."""
         found: dict[str, KnownCase] = getattr(self, name)
         return found
 
 
 @dataclass(frozen=True, kw_only=True)
 class Measures:
-    """Everything measured, by group, cue and subject. `model`: which model was measured, and how."""
+    """All measures, by group, cue and subject. `model`: the measured model, and the options of the measurement."""
 
     groups: dict[str, GroupFigures]
     control: dict[str, CueFigures]

@@ -1,4 +1,4 @@
-"""Frechet distances of generated clips to draws of real ones (see evaluate.py for what they mean)."""
+"""Frechet distances of generated clips to draws of real clips (see evaluate.py for what they mean)."""
 
 from __future__ import annotations
 
@@ -16,20 +16,20 @@ from higen.train.emoji.evaluation.judges import Judges
 __all__ = ["Features", "Request", "alike_draws", "frechet"]
 
 JITTER = 3
-"""Loop frames, 42 ms each, by which a real clip of a draw may begin earlier or later than the recipe's clip."""
+"""A real clip of a draw may begin earlier or later than the recipe's clip by this many loop frames, of 42 ms each."""
 DRAWS = 3
-"""Number of draws; the distances are means over them."""
+"""Number of pairs of draws. The distances are means over them."""
 
 Request = tuple[int, int, float]
 """Subject, background and speed of a real clip."""
 Condition = tuple[int, int, float, int]
-"""The same, and how many loop frames later it begins."""
+"""Subject, background, speed, and the number of loop frames by which the clip begins later."""
 
 
 @dataclass(frozen=True)
 class Features:
-    """Features float64 [n, d] of generated clips, and of the real clips for the same requests: through the codec, and
-    as they are.
+    """Features float64 [n, d] of generated clips, and of the real clips for the same requests, through the codec and
+    unchanged.
     """
 
     generated: NDArray[np.float64]
@@ -56,7 +56,7 @@ def _over_floor(
     judges: Judges,
     draw: Callable[[np.random.Generator], tuple[list[Condition], list[Condition]]],
 ) -> Distances:
-    """Distances to the first of two draws of real clips, and that of the second ("floor"), means over DRAWS pairs."""
+    """Distances to the first of two draws of real clips, also of the second ("floor"): means over DRAWS pairs."""
     random = np.random.default_rng(0)
     found = []
     for _ in range(DRAWS):
@@ -72,7 +72,7 @@ def _over_floor(
 def _distinct_draws(
     asked: Sequence[Request], backgrounds: int, random: np.random.Generator
 ) -> tuple[list[Condition], list[Condition]]:
-    """Two draws, each with one clip per request, all different, of the same subjects and speeds."""
+    """Two draws, each with one clip per request, of the same subjects and speeds. All clips are different."""
     subjects, speeds = [request[0] for request in asked], [request[2] for request in asked]
     possible = len(set(subjects)) * backgrounds * len(set(speeds)) * (2 * JITTER + 1)
     drawn: dict[Condition, None] = {}  # a set that keeps its order
@@ -90,8 +90,8 @@ def _distinct_draws(
 def alike_draws(
     asked: Sequence[Request], backgrounds: int, random: np.random.Generator
 ) -> tuple[list[Condition], list[Condition]]:
-    """Two draws with the same make-up as the requests: each has every subject and speed as often as they have, on one
-    random background, which is another one in the other draw.
+    """Two draws with the same composition as the requests. Each draw has every subject and speed as often as the
+    requests, on one random background. The two draws have different backgrounds.
     """
     first: list[Condition] = []
     second: list[Condition] = []

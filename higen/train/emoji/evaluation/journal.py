@@ -22,28 +22,28 @@ Measured = tuple[Row, NDArray[np.float64]]
 
 
 def digest(key: Mapping[str, Any]) -> str:
-    """Equal for equal keys only."""
+    """A hash that is equal only for equal keys."""
     return hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def meaning() -> dict[str, Any]:
-    """What the numbers of a row mean; part of the key of all that is kept of them."""
+    """The meaning of the numbers in a row. It is part of the key of all stored rows."""
     return {"measures": MEASURES_VERSION, **{kind.__name__: [f.name for f in fields(kind)] for kind in (Shot, Row)}}
 
 
 class Journal:
-    """Lines of JSON: the key of what is measured (its digest), then a clip's shot, row and features on each line."""
+    """A file of lines: first the digest of a key for the measurement, then a clip's shot, row and features as JSON."""
 
     def __init__(self, path: Path, key: Mapping[str, Any]) -> None:
-        """Read the file `path` if it was kept under the same `key`, of the same measures; otherwise begin it anew.
+        """Read the file `path` if it has the same `key` and the same measures. Otherwise start a new file.
 
-        A line that was cut off in writing is forgotten. Raises OSError where the file can't be read or written.
+        A truncated last line is dropped. Raises OSError if the file cannot be read or written.
         """
         self._path = path
         self._found: dict[Shot, Measured] = {}
         mark = digest({**key, **meaning()})
         lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
-        whole = lines[:-1]  # what ends in a line feed; "" or half a line comes after the last
+        whole = lines[:-1]  # lines that end in a line feed; the last part is "" or a truncated line
         if not whole or whole[0] != mark:
             whole = [mark]
         for line in whole[1:]:
@@ -53,11 +53,11 @@ class Journal:
             temporary.write_text("".join(f"{line}\n" for line in whole), encoding="utf-8")
 
     def find(self, shot: Shot) -> Measured | None:
-        """What was measured of this clip before, or None."""
+        """The stored measures of this clip, or None."""
         return self._found.get(shot)
 
     def add(self, shot: Shot, row: Row, features: NDArray[np.float64]) -> None:
-        """Keep what was measured of a clip."""
+        """Store the measures of a clip."""
         self._found[shot] = row, features
         with self._path.open("a", encoding="utf-8") as file:
             line = json.dumps([asdict(shot), asdict(row), features.tolist()], default=np.generic.item)

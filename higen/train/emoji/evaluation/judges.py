@@ -1,4 +1,4 @@
-"""Networks and templates that recognise the default model's subjects and clips; made from the real clips alone."""
+"""Networks and templates that recognise the default model's subjects and clips. They learn only from real clips."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ DISTORTIONS = 4
 PICTURE_STEPS, PICTURES = 800, 48
 CLIP_STEPS, CLIPS = 600, 16
 VERSION = 1
-"""Part of the cache's key: raise it when what is trained here changes."""
+"""Part of the cache's key. Raise it when the training in this module changes."""
 
 
 class Judges:
-    """Classifier of subjects, network of clips, templates; trained once and kept in `folder`."""
+    """A classifier of subjects, a network for clips, and templates. Trained networks are kept in `folder`."""
 
     def __init__(
         self, real: RealClips, folder: Path, steps: tuple[int, int] = (PICTURE_STEPS, CLIP_STEPS), shown: bool = False
     ) -> None:
-        """`steps`: training steps of the classifier of pictures, and of the network of clips."""
+        """`steps`: training steps of the picture classifier, and of the network for clips."""
         self.real = real
         self._pictures = _Pictures(real)
         self._templates: tuple[int, Templates] | None = None
@@ -68,7 +68,7 @@ class Judges:
 
     @torch.inference_mode()
     def subject(self, clip: NDArray[np.uint8]) -> int:
-        """The subject that the classifier sees in a clip, by its mean over the frames; NOTHING for none."""
+        """The subject that the classifier sees in a clip, by the mean over its frames; NOTHING if there is none."""
         found = int(self.classifier(_small(clip)).log_softmax(dim=1).mean(dim=0).argmax())
         return found if found < len(self.real.loops) else NOTHING
 
@@ -80,7 +80,7 @@ class Judges:
 
     @torch.inference_mode()
     def real_features(self, conditions: Sequence[tuple[int, int, float, int]]) -> NDArray[np.float64]:
-        """Features of the real clips (subject, background, speed, offset as for RealClips.clip)."""
+        """Features of real clips, given as (subject, background, speed, offset) for RealClips.clip."""
         rows = []
         for start in range(0, len(conditions), CLIPS):
             clips = [self._pictures.clip(*c).transpose(0, 1) for c in conditions[start : start + CLIPS]]
@@ -88,14 +88,14 @@ class Judges:
         return torch.cat(rows).double().numpy()
 
     def templates(self, b: int) -> Templates:
-        """The templates of all subjects over a background. Those of the last background are kept."""
+        """The templates of all subjects on a background. Only those of the last background are kept in memory."""
         if self._templates is None or self._templates[0] != b:
             self._templates = (b, Templates(self.real.loops, self.real.pictures[b]))
         return self._templates[1]
 
     def threshold(self, s: int, b: int) -> float:
-        """The least correlation that counts as the subject: half way between its real clip (1) and the best correlation
-        of another subject's key frame with its templates.
+        """The least correlation that counts as the subject. It is half way between 1 (the real clip) and the best
+        correlation of another subject's key frame with the subject's templates.
         """
         if (s, b) not in self._thresholds:
             keys = np.concatenate([self.real.clip(i, b, 0.0)[:1] for i in range(len(self.real.loops))])
@@ -104,7 +104,7 @@ class Judges:
             self._thresholds |= {(i, b): (1 + best) / 2 for i, best in enumerate(scores.max(axis=0))}
         return self._thresholds[s, b]
 
-    # What the networks learn from.
+    # Training of the networks.
 
     def _picture_loss(self, network: PictureNetwork, random: torch.Generator) -> Tensor:
         pictures, labels = self._pictures.batch(PICTURES, random)
@@ -127,7 +127,7 @@ class _Pictures:
         for loop in real.loops:
             frames = torch.from_numpy(loop.astype(np.float32)).permute(0, 3, 1, 2) / 255
             alpha = frames[:, 3:]
-            # Premultiplied, so that nothing of transparent pixels enters: [n, 4, 64, 64] in 0 to 1.
+            # Premultiplied, so that transparent pixels have no effect: [n, 4, 64, 64] from 0 to 1.
             reduced = functional.adaptive_avg_pool2d(torch.cat([frames[:, :3] * alpha, alpha], dim=1), SIDE)
             self.loops.append((reduced * 255).round().byte())
         pictures = torch.from_numpy(np.stack(real.pictures)).float().permute(0, 3, 1, 2) / 255
@@ -135,17 +135,17 @@ class _Pictures:
 
     @property
     def fingerprint(self) -> list[float]:
-        """Numbers that depend on the data alone. Sums of floats would also depend on the number of threads."""
+        """Numbers that depend only on the data. Sums of floats would also depend on the number of threads."""
         return [*(int(loop.sum()) for loop in self.loops), round(float(self.backgrounds.double().sum()), 3)]
 
     def batch(self, count: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-        """RGB [n,3,64,64] in -1 to 1, and the subject's index; one in six shows none (the last index)."""
+        """RGB [n,3,64,64] from -1 to 1, and the subject's index. One picture in six has no subject (the last index)."""
         labels = torch.randint(len(self.loops), (count,), generator=random)
         frames = torch.stack([self._frame(int(s), random) for s in labels])
         shifts = torch.randint(-3, 4, (count, 2), generator=random).tolist()
         frames = torch.stack([f.roll((y, x), (1, 2)) for f, (y, x) in zip(frames, shifts, strict=True)])
         behind = torch.stack([self._behind(random) for _ in range(count)])
-        kind = torch.randint(18, (count,), generator=random)  # 0: background alone, 1: a blob, 2: a puzzle
+        kind = torch.randint(18, (count,), generator=random)  # 0: only background, 1: a blob, 2: a puzzle
         frames[kind == 0] = 0
         for i in (kind == 1).nonzero()[:, 0]:
             frames[i] = _blurred(frames[i], 15)
@@ -153,7 +153,7 @@ class _Pictures:
         for i in (kind == 2).nonzero()[:, 0]:
             pictures[i] = _shuffled(pictures[i], random)
         labels[kind < 3] = len(self.loops)
-        # A subject must be recognised in spite of a decoder's softness and noise.
+        # A subject must be recognised although a decoder's pictures are soft and noisy.
         soft = torch.rand((count, 1, 1, 1), generator=random)
         pictures = pictures.lerp(_blurred(pictures, 3), soft)
         pictures = pictures * (0.85 + 0.3 * torch.rand((count, 1, 1, 1), generator=random))
@@ -161,7 +161,7 @@ class _Pictures:
         return pictures.clamp(0, 1) * 2 - 1, labels
 
     def clips(self, count: int, random: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
-        """RGB [n,3,16,64,64] in -1 to 1, and the answers of each head; -100 where there is none."""
+        """RGB [n,3,16,64,64] from -1 to 1, and the correct answer for each head; -100 if there is no answer."""
         clips, answers = [], []
         for _ in range(count):
             s, b = _integer(random, len(self.loops)), _integer(random, len(self.backgrounds))
@@ -180,7 +180,7 @@ class _Pictures:
         return torch.stack(clips).clamp(0, 1) * 2 - 1, dict(zip(names, columns, strict=True))
 
     def clip(self, s: int, b: int, speed: float, offset: int) -> Tensor:
-        """A clip as RealClips makes it: [16,3,64,64] in 0 to 1."""
+        """A clip as from RealClips: [16,3,64,64] from 0 to 1."""
         places = clip_indices(len(self.loops[s]), self.key_frames[s] + offset, speed)
         frames = self.loops[s][torch.from_numpy(places)].float() / 255
         return frames[:, :3] + self.backgrounds[b] * (1 - frames[:, 3:])
@@ -189,7 +189,7 @@ class _Pictures:
         return self.loops[s][_integer(random, len(self.loops[s]))].float() / 255
 
     def _behind(self, random: torch.Generator) -> Tensor:
-        """One of the backgrounds, or a gradient or soft noise that is none of them: [3,64,64]."""
+        """One of the backgrounds, a gradient, or soft noise: [3,64,64]."""
         kind = _integer(random, 4)
         if kind < 2:
             return self.backgrounds[_integer(random, len(self.backgrounds))]
@@ -202,7 +202,7 @@ class _Pictures:
 
 
 def _distorted(clip: Tensor, kind: int, random: torch.Generator) -> Tensor:
-    """A clip [F,3,64,64] as it is (0), blurred (1), with fine speckle (2), with coloured blobs that change (3)."""
+    """A clip [F,3,64,64] unchanged (0), blurred (1), with fine speckle (2), or with changing coloured blobs (3)."""
     strength = 0.02 + 0.1 * float(torch.rand((), generator=random))
     if kind == 1:
         return _blurred(clip, 5)
@@ -219,13 +219,13 @@ def _blurred(x: Tensor, size: int) -> Tensor:
 
 
 def _shuffled(x: Tensor, random: torch.Generator) -> Tensor:
-    """A picture [C,64,64] whose sixteen patches are in another order."""
+    """A picture [C,64,64] with its sixteen patches in random order."""
     patches = functional.unfold(x, 16, stride=16)  # [C*256, 16]
     return functional.fold(patches[:, torch.randperm(16, generator=random)], SIDE, 16, stride=16)
 
 
 def _small(clip: NDArray[np.uint8]) -> Tensor:
-    """uint8 [F,H,W,3] -> [F,3,64,64] in -1 to 1, by area."""
+    """uint8 [F,H,W,3] -> [F,3,64,64] from -1 to 1, resized by area."""
     x = torch.from_numpy(clip.astype(np.float32)).permute(0, 3, 1, 2) / 127.5 - 1
     return functional.adaptive_avg_pool2d(x, SIDE)
 

@@ -1,21 +1,23 @@
-"""Measures of known frames, where no text can know the answer (`higen evaluate --known`).
+"""Measures of known frames, where the text does not determine the clip (`higen evaluate --known`).
 
-The real clips are of the background that was kept out of training, at other phases of the loop than the recipe's, and
-some at a changing speed. Frames of one are given; the others are compared with it:
+The real clips have the background that was kept out of training. They start at other phases of the loop than the
+recipe's clips, and some have a changing speed. Some frames of a real clip are given to the model, and the model's other
+frames are compared with the real ones:
 
-ends       the first and the last frame are given. Baselines: the text alone, and a cross-fade of the two
-second     every second frame. Baselines: the text alone, and the mean of the two neighbours (the last frame: the one
-           before it)
-prefix     the first 8 frames. Baselines: the text alone, the last of them held, and they played backwards
+ends       the first and the last frame are given. Baselines: text only, and a cross-fade of the two frames
+second     every second frame is given. Baselines: text only, and the mean of the two neighbours (for the last frame,
+           the frame before it)
+prefix     the first 8 frames are given. Baselines: text only, the last given frame held, and the given frames played
+           backwards
 
-psnr, inside   of the frames not given, in dB: all pixels, and those of the subject, weighted by how far it covers them
-           (whole frames reward stillness). Of the model, of each baseline, and of the codec, what the best model could
-           reach. gain, inside_gain: the model's mean above that of the best baseline
-given      PSNR of the frames that were given, beside the codec's
-motion     median of the difference of neighbouring frames over the real clip's
-seam       median of the difference of frames 7 and 8 over the median difference of the clip; prefix
-end        a last frame of another phase is given: rank correlation of that phase with the phase of the frame before
-           it, the loop's frame that is closest where the subject is; mean over the subjects
+psnr, inside   PSNR in dB of the frames that are not given: over all pixels, and over the subject's pixels, weighted by
+           coverage. (Over all pixels, stillness has an advantage.) For the model, for each baseline, and for the codec,
+           which is the upper bound. gain, inside_gain: the model's mean minus that of the best baseline
+given      PSNR of the given frames, and the codec's for comparison
+motion     median of the difference of consecutive frames, divided by the real clip's
+seam       median of the difference of frames 7 and 8, divided by the median difference in the clip; for prefix
+end        the last frame is given from another phase: rank correlation of this phase with the phase of the frame before
+           it, which is that of the loop's closest frame at the subject's pixels; mean over the subjects
 """
 
 from __future__ import annotations
@@ -40,22 +42,22 @@ __all__ = ["CASES", "SITUATIONS", "PipelineThrough", "Situation", "Through", "as
 
 Frames = NDArray[np.uint8]
 LATER = (6, 9)
-"""Loop frames that the clips are later than the recipe's."""
+"""Numbers of loop frames by which the clips start later than the recipe's."""
 WARP = 0.7
 KINDS = ("psnr", "inside")
 SWAPPED = (-12, -6, 0, 6, 12)
-"""Loop frames that a swapped last frame is later than the clip's own."""
+"""Numbers of loop frames by which a swapped last frame is later than the clip's own last frame."""
 
 
 class Through(Protocol):
-    """Makes clips that pass through frames, and is the codec."""
+    """Makes clips with given frames, and encodes and decodes clips."""
 
     def __call__(self, prompt: str, seed: int, motion: float | None, appearance: float | None) -> Frames:
-        """uint8 [16,128,128,3] from text alone."""
+        """A clip uint8 [16,128,128,3] from text only."""
         ...
 
     def through(self, prompt: str, seed: int, frames: Mapping[int, Frames]) -> Frames:
-        """The same with these frames, uint8 [H,W,3] by index, given."""
+        """The same with given frames, uint8 [H,W,3] by index."""
         ...
 
     def encode(self, clip: Frames) -> NDArray[np.float32]:
@@ -63,13 +65,13 @@ class Through(Protocol):
         ...
 
     def decode(self, latents: NDArray[np.float32]) -> Frames:
-        """The way back."""
+        """A clip uint8 [F,H,W,3] of latents [C,F,h,w]."""
         ...
 
 
 @dataclass(frozen=True)
 class PipelineThrough(PipelineMaker):
-    """A model as such a maker."""
+    """Implements `Through` with a model."""
 
     def through(self, prompt: str, seed: int, frames: Mapping[int, Frames]) -> Frames:
         """See Through."""
@@ -80,7 +82,7 @@ class PipelineThrough(PipelineMaker):
 
 @dataclass(frozen=True)
 class Situation:
-    """A real clip: its speed (`SPEEDS`), how many loop frames it is later than the recipe's, and its warp."""
+    """A real clip: its speed (`SPEEDS`), by how many loop frames it starts later than the recipe's, and its warp."""
 
     name: str
     speed: int
@@ -99,17 +101,17 @@ CASES: Mapping[str, tuple[int, ...]] = {
     "second": tuple(range(0, FRAMES, 2)),
     "prefix": tuple(range(FRAMES // 2)),
 }
-"""The frames that are given."""
+"""The indices of the given frames."""
 
 
 def crossfade(real: Frames) -> NDArray[np.float32]:
-    """From the first frame to the last."""
+    """A cross-fade from the first frame to the last."""
     later = np.linspace(0, 1, len(real), dtype=np.float32)[:, None, None, None]
     return real[0] * (1 - later) + real[-1] * later
 
 
 def neighbours(real: Frames) -> NDArray[np.float32]:
-    """Each odd frame is the mean of its neighbours; the last one, the frame before it."""
+    """Each odd frame becomes the mean of its neighbours; the last frame becomes the frame before it."""
     found = real.astype(np.float32)
     found[1:-1:2] = (found[:-2:2] + found[2::2]) / 2
     if len(real) % 2 == 0:
@@ -118,14 +120,14 @@ def neighbours(real: Frames) -> NDArray[np.float32]:
 
 
 def held(real: Frames) -> NDArray[np.float32]:
-    """Frame 7 from there on."""
+    """Frame 7 is held until the end."""
     found = real.astype(np.float32)
     found[FRAMES // 2 :] = found[FRAMES // 2 - 1]
     return found
 
 
 def backwards(real: Frames) -> NDArray[np.float32]:
-    """The first 8 frames, then they from the last to the first."""
+    """The first 8 frames, and then the same frames backwards."""
     half = real[: FRAMES // 2].astype(np.float32)
     return np.concatenate([half, half[::-1]])
 
@@ -139,7 +141,7 @@ BASELINES: Mapping[str, Mapping[str, Callable[[Frames], NDArray[np.float32]]]] =
 
 @dataclass
 class _Sums:
-    """Values by name, and their means."""
+    """Values by name, with their means and medians."""
 
     values: dict[str, list[float]] = field(default_factory=dict)
 
@@ -168,7 +170,7 @@ def known_frames(
     situations: Sequence[Situation] = SITUATIONS,
     shown: bool = False,
 ) -> KnownFigures:
-    """The measures, by case and by the name of the situation, as the module's docstring has them."""
+    """The measures by case and by the name of the situation; see the module's docstring."""
     sums: dict[tuple[str, str], _Sums] = {}
     texts: dict[tuple[int, int], Frames] = {}
     ends = []
@@ -224,7 +226,7 @@ def _measure(
 
 
 def _row(sums: _Sums, baselines: Sequence[str]) -> KnownCase:
-    """Means of a case, and how far the model is above the best baseline."""
+    """The figures of a case, with the model's gain over the best baseline."""
     columns = ("model", *baselines, "codec")
     whole, inside = ({name: sums.mean(f"{kind} {name}") for name in columns} for kind in KINDS)
     return KnownCase(
@@ -243,7 +245,7 @@ def _row(sums: _Sums, baselines: Sequence[str]) -> KnownCase:
 def _end(make: Through, real: RealClips, s: int, b: int, situation: Situation) -> float:
     """Rank correlation of the phase of a swapped last frame with that of the frame before it."""
     wanted, cover = _clip(real, s, b, situation), real.coverage(s, 1.0).max(axis=0)
-    # One clip a loop frame later each: its last frames are what the frame before the end may be.
+    # The last frames of clips that start one loop frame later each: candidates for the frame before the end.
     reach = range(2 * min(SWAPPED), 2 * max(SWAPPED) + 1)
     phases = np.stack([_clip(real, s, b, situation, more)[-1] for more in reach]).astype(np.float32)
     found = []

@@ -1,4 +1,4 @@
-"""The clips that `higen evaluate` makes, and what is measured of each (see evaluate.py for what the names mean)."""
+"""The clips that `higen evaluate` makes, and the measures of each (see evaluate.py for the meaning of the names)."""
 
 from __future__ import annotations
 
@@ -29,7 +29,9 @@ APPEARANCE_SPEEDS = (0.0, 0.5, 1.0, 2.0)
 
 @dataclass(frozen=True)
 class Shot:
-    """One clip to make. `kind`: text, still, motion or appearance; `requested`: the speed whose cue is asked for."""
+    """One clip to make. `kind`: text, still, motion or appearance. `requested`: the cue of the real clip at this speed
+    is requested.
+    """
 
     group: str
     kind: str
@@ -41,18 +43,18 @@ class Shot:
 
     @property
     def prompt(self) -> str:
-        """The caption, as training words it."""
+        """The caption, worded as in training."""
         return caption(SUBJECTS[self.subject], BACKGROUNDS[self.background], SPEEDS[self.speed])
 
     @property
     def factor(self) -> float:
-        """Speed of the real clip that was asked for."""
+        """Speed of the requested real clip."""
         return SPEEDS[self.speed].factor if self.requested is None else self.requested
 
 
 @dataclass(frozen=True)
 class Row:
-    """What was measured on one clip; fields as in evaluate.py."""
+    """The measures of one clip; see evaluate.py for the fields."""
 
     identity: bool
     template: bool
@@ -73,8 +75,8 @@ class Row:
 
 
 def plan(subjects: Sequence[int], seeds: int, quick: bool = False) -> list[Shot]:
-    """The clips to make, as evaluate.py says, a background at a time; `quick`: every fourth subject, and
-    every eighth one's cues. Raises SettingsError for less than one seed.
+    """The clips to make, as evaluate.py says, sorted by background. `quick`: only every fourth subject, and cues only
+    for every eighth subject. Raises SettingsError for less than one seed.
     """
     if seeds < 1:
         raise SettingsError(f"seeds={seeds}: a whole number from 1")

@@ -16,11 +16,11 @@ __all__ = ["RealClips"]
 
 Frames = NDArray[np.uint8]
 EDGE = 3
-"""Width in pixels of the border around a subject, which counts neither as subject nor as background."""
+"""Width in pixels of the border around a subject. It counts neither as subject nor as background."""
 
 
 class RealClips:
-    """Loops of the subjects over their backgrounds; the clip of a prompt is known pixel by pixel."""
+    """Loops of the subjects over the backgrounds. The clip of a prompt is known pixel by pixel."""
 
     def __init__(self, loops: Sequence[Frames], key_frames: Sequence[int], pictures: Sequence[Frames]) -> None:
         """Each subject's loop (RGBA [n,H,W,4], not premultiplied) and key frame; the backgrounds, RGB [H,W,3]."""
@@ -35,13 +35,13 @@ class RealClips:
 
     def clip(self, s: int, b: int, speed: float, offset: int = 0, warp: float = 0.0) -> Frames:
         """A clip uint8 [16,H,W,3] at a speed (0: the key frame repeated). It starts `offset` loop frames later than the
-        recipe's clip; `warp` as in `clip_indices`.
+        recipe's clip. `warp`: see `clip_indices`.
         """
         loop = self.loops[s]
         return compose(loop[self._indices(s, speed, offset, warp)], self.pictures[b])
 
     def coverage(self, s: int, speed: float, offset: int = 0, warp: float = 0.0) -> NDArray[np.float32]:
-        """The subject's opacity in each pixel of that clip: float32 [16,H,W], 0 to 1."""
+        """The subject's opacity in each pixel of the clip with these arguments: float32 [16,H,W], 0 to 1."""
         alpha = self.loops[s][self._indices(s, speed, offset, warp), ..., 3]
         return np.divide(alpha, 255, dtype=np.float32)
 
@@ -50,7 +50,7 @@ class RealClips:
 
 
 def _outside(loop: Frames) -> NDArray[np.bool_]:
-    """Where no frame of the loop shows the subject, nor within EDGE pixels: bool [H,W]."""
+    """Pixels that are more than EDGE pixels away from the subject in every frame of the loop: bool [H,W]."""
     shown = Image.fromarray(((loop[..., 3] > 8).any(axis=0) * 255).astype(np.uint8))
     outside: NDArray[np.bool_] = np.asarray(shown.filter(ImageFilter.MaxFilter(2 * EDGE + 1))) == 0
     return outside

@@ -1,4 +1,4 @@
-"""What `higen evaluate` prints and writes: a table, measures.json, per_subject.json, contact sheets."""
+"""The output of `higen evaluate`: a table, measures.json, per_subject.json, contact sheets."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
 
 
 def cell(column: ColumnFigures, key: str, form: str) -> str:
-    """A figure of COLUMNS as it is written; empty where it was not measured."""
+    """A figure of COLUMNS as text; empty if it was not measured."""
     value = getattr(column, key)
     return "" if value is None else form.format(value)
 
@@ -68,7 +68,7 @@ def frechet_lines(found: FrechetFigures) -> list[tuple[str, tuple[str, str, str]
 
 
 def as_text(measures: Measures) -> str:
-    """The table for a terminal: generated, codec and real for each group; levels are of 255."""
+    """The table for a terminal: generated, codec and real for each group. Levels are of 255."""
     lines = []
     for name, group in measures.groups.items():
         lines.append(f"{name} combinations, {group.clips} clips{'':<10}generated       codec        real")
@@ -96,7 +96,7 @@ def as_text(measures: Measures) -> str:
 
 
 def write(result: Result, real: RealClips, make: Maker, folder: Path) -> None:
-    """Write measures.json, per_subject.json, sheet.png (all subjects), worst.png into `folder`."""
+    """Write measures.json, per_subject.json, sheet.png (all subjects) and worst.png into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
     measures = to_json(result.measures)
     _write_json(folder / "per_subject.json", measures.pop("subjects"))
@@ -108,7 +108,7 @@ def write(result: Result, real: RealClips, make: Maker, folder: Path) -> None:
 
 
 def pairs_sheet(clips: Sequence[tuple[Shot, Frames]], real: RealClips) -> Image.Image:
-    """The real clip above the generated one, eight frames each, for every clip."""
+    """A contact sheet with the real clip above the generated one, eight frames each, for every clip."""
     videos = []
     for shot, frames in clips:
         wanted = real.clip(shot.subject, shot.background, shot.factor)
