@@ -3,6 +3,7 @@
 //
 //     probe the driver -> record -> file -> library -> validity -> deserialize -> context
 //     profile -> input shapes -> addresses -> scratch memory -> execute
+//
 // It compiles against TensorRT 10 or newer, or TensorRT for RTX. The NvInfer.h that is found decides.
 #include "tensorrt_backend.h"
 

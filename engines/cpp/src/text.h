@@ -25,7 +25,7 @@ namespace higen::core {
 // A prompt as CLIP reads it: what Python does with ftfy, html.unescape twice, white space collapsed, lower case.
 //
 // A result is exact. Text that ftfy would repair or unescape is refused with HIGEN_ERROR_CLEANING: HTML entities, C1
-// controls, text that is not in Unicode's normal form C, and neighbours that ftfy may take for text in a wrong encoding.
+// controls, text that is not in Unicode's normal form C, and neighbours that ftfy may take for a wrong encoding.
 [[nodiscard]] std::u32string clean(std::u32string_view text);
 
 }  // namespace higen::core
