@@ -64,7 +64,7 @@ def build_engines(
 
     Raises before anything is built: RequestError (stage, precision, a profile that does not match a graph's fixed
     shape), IntegrityError (an altered graph), ModelError (no graph, or no denoiser graph in a quantised precision),
-    MissingExtra, NoDriver and NoDevice (classic TensorRT without a GPU), OutputError (disk). Raises EngineError where
+    MissingExtra, NoDriver and NoDevice (classic TensorRT without a GPU), OutputError (disk). Raises EngineError if
     TensorRT fails or does not load.
     """
     known = (*bundle.manifest.stage_names, *bundle.manifest.variants)
@@ -102,7 +102,7 @@ def _default_stages(bundle: Bundle, precision: str) -> tuple[str, ...]:
 
 
 def _on_this_machine(target: Target) -> Target:
-    """The target with architectures. Raises NoDriver or NoDevice if it is for this machine's GPU and there is none."""
+    """The target with architectures; none means this machine's GPU. Raises NoDriver or NoDevice without a GPU."""
     if target.architectures:
         return target
     cuda = Cuda.open()

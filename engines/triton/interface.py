@@ -50,7 +50,7 @@ if TYPE_CHECKING:
     import PIL.Image
 
 _INDEX = "_index"
-"""Suffix of the input that says which frames the pictures of a control of kind frames are."""
+"""Suffix of the input with the frame indices of a control of kind frames."""
 
 __all__ = ["COMMON_INPUTS", "OUTPUTS", "STOPPING", "Delivery", "Field", "inputs", "pictures", "read_request"]
 
@@ -61,7 +61,7 @@ class Field:
 
     argument  the pipeline's argument that an input gives; several inputs may give one in different forms
     form      values: one or several numbers or texts; curve: likewise, none of them is "unspecified"; matrix; pixels;
-              file: a picture's; files: those of several; list: several numbers
+              file: a picture file; files: several picture files; list: several numbers
     """
 
     name: str

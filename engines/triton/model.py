@@ -90,7 +90,7 @@ class _Counters(Meter):
     """Adds a service's numbers to the server's own Prometheus metrics."""
 
     def __init__(self, model: str) -> None:
-        """Raises pb_utils.TritonModelException where the server keeps no metrics."""
+        """Raises pb_utils.TritonModelException if the server keeps no metrics."""
         self._lock = threading.Lock()
         self._families: list[Any] = []  # kept, because they must outlive their metrics
         self._model = model

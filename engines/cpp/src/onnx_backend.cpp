@@ -75,7 +75,7 @@ std::string words(const Ort::Exception& error) {
     return text;
 }
 
-// Throws where ONNX Runtime failed because memory ran out.
+// Throws if ONNX Runtime failed because memory ran out.
 void check_memory(const Ort::Exception& error, const std::string& where) {
     if (is_out_of_memory(error.what())) throw Error(HIGEN_ERROR_MEMORY, where + ": out of memory: " + words(error));
 }

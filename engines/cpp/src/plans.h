@@ -18,7 +18,7 @@
 
 namespace higen::core {
 
-// An input or output of a plan; -1 is an axis whose size the profiles limit.
+// An input or output of a plan; -1 is an axis that the profiles limit.
 struct PlanTensor {
     std::string name;
     bool is_input = true;

@@ -77,7 +77,7 @@ void check_made(const Manifest& manifest, const std::string& where, const Source
 // Check that a stage can take a control's frames, [N, 3, Y, X], in place of a picture or clip (`Source::given`).
 void check_frames_of(const Manifest& manifest, const std::string& where, const Source& source);
 
-// The stages and loops whose results a stage or loop takes.
+// The stages and loops that a stage or loop takes results from.
 [[nodiscard]] Names needs(const Manifest& manifest, const std::string& name);
 
 // Check loops and the decoder, and that a clip of any length gets all its inputs.

@@ -33,7 +33,7 @@ std::size_t side(const char* name, std::int64_t value, std::int64_t multiple) {
     return static_cast<std::size_t>(size);
 }
 
-// A loop's entry in a list of the request, which has nothing, one entry for all loops, or one per loop.
+// A loop's entry in a list of the request. The list is null, or has one entry for all loops, or one per loop.
 template <typename T>
 const T* for_loop(const char* name, const T* values, std::size_t count, std::size_t loop, std::size_t loops) {
     if (values == nullptr) return nullptr;

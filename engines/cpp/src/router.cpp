@@ -149,7 +149,7 @@ std::unique_ptr<Router> make_router(const Bundle& bundle, const BackendOptions& 
     // the plain precision.
     if (const auto missing = bundle.not_quantized(options.precision); !missing.empty()) fail_unavailable(missing);
     std::vector<Router::Way> ways;
-    // A provider given by name is one of ONNX Runtime.
+    // A provider given by name belongs to ONNX Runtime.
     if (options.backend == "tensorrt" || (options.backend == "auto" && options.provider == "auto"))
         ways.push_back({"tensorrt", [&bundle, options]() -> std::unique_ptr<Backend> {
 #ifdef HIGEN_TENSORRT

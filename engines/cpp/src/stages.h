@@ -11,7 +11,7 @@
 
 namespace higen::core {
 
-// One axis: a symbol, or a fixed size where the symbol is "".
+// One axis: a symbol, or a fixed size if the symbol is "".
 struct Axis {
     std::string symbol;
     std::int64_t size = 0;

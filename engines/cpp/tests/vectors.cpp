@@ -126,7 +126,7 @@ Json tables(const Json& job) {
     return {{"symbols", manifest.sizes.symbols}, {"stages", stages}, {"loops", loops}, {"controls", controls}};
 }
 
-// A denoising step whose network is a formula: m is the mean of the latents of the (cut) clip, plus the mean of the
+// A denoising step with a formula as its network: m is the mean of the latents of the (cut) clip, plus the mean of the
 // text's tokens, plus a tenth of x.
 class Formula final : public Backend {
 public:
