@@ -1,4 +1,4 @@
-"""Builds a plan from a graph with any of the TensorRT libraries (higen/backends/tensorrt_api.py)."""
+"""Builds a plan (an engine) from a graph with any of the TensorRT libraries (higen/backends/tensorrt_api.py)."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ __all__ = ["PLAIN", "BuiltPlan", "Options", "build_plan"]
 class Options:
     """How a plan is built.
 
-    workspace         bytes of scratch memory a layer may use on the GPU; None: as much as it has
-    weight_streaming  weights may stay on the host and be brought to the GPU when they are used
+    workspace         bytes of GPU scratch memory that a layer may use; None: all of the GPU's memory
+    weight_streaming  weights may stay on the host and are copied to the GPU when they are used
     """
 
     workspace: int | None = None
     weight_streaming: bool = False
 
     def as_json(self) -> dict[str, Any]:
-        """For the record."""
+        """As JSON, for the plan's record."""
         return asdict(self)
 
 
@@ -37,7 +37,7 @@ PLAIN = Options()
 
 @dataclass(frozen=True)
 class BuiltPlan:
-    """A plan (a buffer of bytes), its tensors, and what TensorRT said, the kernels it chose included."""
+    """A plan (a buffer of bytes), its tensors, and TensorRT's log, with the kernels that it chose."""
 
     data: Any
     tensors: tuple[PlanTensor, ...]
@@ -45,7 +45,7 @@ class BuiltPlan:
 
 
 class _Log:
-    """Keeps what a person may want to read: no parser chatter, but the list of kernels."""
+    """Keeps the log lines that a person may want to read: the list of kernels, but no verbose output of the parser."""
 
     def __init__(self) -> None:
         self.lines: list[str] = []
@@ -54,7 +54,7 @@ class _Log:
     def add(self, severity: str, text: str) -> None:
         if severity in SEVERE:
             self.severe.append(text)
-        # The list of layers comes as one message, and as nothing but a verbose one.
+        # The list of layers comes as a single message, of severity VERBOSE.
         if severity != "VERBOSE" or text.startswith(("Name: ", "Layers:")) or "\nName: " in text:
             self.lines.append(f"[{severity}] {text}")
 
@@ -74,10 +74,10 @@ def build_plan(
 ) -> BuiltPlan:
     """Build a plan of a stage's graph for all of `profiles`.
 
-    architectures  compute capabilities to build for, ahead of time; classic TensorRT takes none and builds for the GPU
+    architectures  compute capabilities to build for ahead of time; none for classic TensorRT, which builds for the GPU
 
-    Raises EngineError with TensorRT's own words (the ERROR lines of its log: it may return a plan in spite of them),
-    KeyboardInterrupt after Ctrl-C or where `progress.cancelled` was set.
+    Raises EngineError with the ERROR lines of TensorRT's log, also if TensorRT returned a plan in spite of them, and
+    KeyboardInterrupt after Ctrl-C or if `progress.cancelled` was set.
     """
     log = _Log()
     logger = make_logger(trt, log.add)
@@ -109,7 +109,7 @@ def build_plan(
 
 def _parse(trt: Any, builder: Any, logger: Any, graph: Path, log: _Log) -> Any:
     flags = trt.NetworkDefinitionCreationFlag
-    # Precision is the graph's. Where the flag is gone, every network is strongly typed.
+    # The graph decides the precision. TensorRT versions without this flag make every network strongly typed.
     strong = 1 << int(flags.STRONGLY_TYPED) if hasattr(flags, "STRONGLY_TYPED") else 0
     network = builder.create_network(strong)
     parser = trt.OnnxParser(network, logger)
@@ -132,9 +132,9 @@ def _check_tensors(tensors: Sequence[PlanTensor], stage: Stage, graph: Path) -> 
 
 
 def _decompose_attention(trt: Any, network: Any) -> None:
-    """Let TensorRT write out attention that it has no fused kernel for, instead of failing (float32, some widths)."""
+    """Let TensorRT decompose attention that it has no fused kernel for (float32, some widths), instead of failing."""
     kind = getattr(trt.LayerType, "ATTENTION_INPUT", None)
-    if kind is None:  # a library without the layer has no operator that makes one
+    if kind is None:  # an older library: its parser never makes this layer
         return
     for i in range(network.num_layers):
         layer = network.get_layer(i)
@@ -144,7 +144,7 @@ def _decompose_attention(trt: Any, network: Any) -> None:
 
 
 def _configure(trt: Any, config: Any, architectures: Sequence[int], options: Options) -> None:
-    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # the kernels' names, here and in the plan
+    config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED  # kernel names in the log and in the plan
     # A float32 graph computes in float32: TensorFloat-32 would cost the parity that `verify` promises.
     config.clear_flag(trt.BuilderFlag.TF32)
     if options.workspace is not None:

@@ -103,7 +103,7 @@ def build_engines(
 
 
 class _Bars:
-    """A bar for the plan being built, and a line for each that is there."""
+    """A progress bar for the plan being built, and a line for each plan that is finished or kept."""
 
     def __init__(self, shown: bool, lines: bool) -> None:
         self._shown = shown
@@ -134,7 +134,7 @@ class _Bars:
             click.echo(f"{name:<32}{record.precision:<6}{record.size / 1e6:8.1f} MB  {did}")
 
     def close(self) -> None:
-        """Take the bar away."""
+        """Remove the bar."""
         if self._bar is not None:
             self._bar.close()
             self._bar = None

@@ -25,7 +25,7 @@ __all__ = ["Row", "compare"]
 
 @dataclass(frozen=True)
 class Row:
-    """An output compared over all calls; differences are absolute, `allowed` follows from the largest output."""
+    """An output compared over all calls. All differences are absolute; `allowed` scales with the largest output."""
 
     stage: str
     output: str
@@ -49,12 +49,12 @@ def compare(
     steps: int = 4,
     tolerance: float | None = None,
 ) -> list[Row]:
-    """Compare ONNX Runtime's float32 stages with those of backend `other` ("onnx" or "tensorrt") in a precision.
+    """Compare ONNX Runtime's float32 stages with the stages of backend `other` ("onnx" or "tensorrt") in `precision`.
 
-    The inputs are those of a whole video of `prompt`, and of further ones for stages that it leaves idle: with or
-    without guidance, or from a picture. `stages`: None: all that have a float32 graph. Raises RequestError, ModelError
-    (a precision that the model was never quantised to), MissingExtra, and what the backends raise where a graph or an
-    engine cannot be used.
+    The inputs are recorded while a whole video of `prompt` is made. Stages that this video does not use get further
+    videos: with or without guidance, or from a picture. `stages`: None means all that have a float32 graph. Raises
+    RequestError, ModelError (a precision that the model was never quantised to), MissingExtra, and the backends' errors
+    for a graph or an engine that cannot be used.
     """
     if other not in ("onnx", "tensorrt"):
         raise RequestError(f"with={other!r}: 'onnx' or 'tensorrt'")
@@ -76,7 +76,7 @@ def compare(
         second = OnnxBackend(bundle, Options(device="cpu", precision=precision))
     first = OnnxBackend(bundle, Options(device="cpu", precision="fp32"))
     try:
-        for name in names:  # what is not there is said before the video is made
+        for name in names:  # a missing graph or engine raises before the video is made
             second.prepare(name)
         calls = record(bundle, names, [prompt] if prompt else known_prompts(bundle.manifest), steps=steps)
         allowed = row.compared if tolerance is None else tolerance
@@ -92,7 +92,7 @@ def compare(
 
 
 def _polygraphy() -> Any:
-    """Polygraphy's comparator module. It asks the environment once which TensorRT to load, and must load none."""
+    """Polygraphy's comparator module. It decides once, on import, which TensorRT to load; here it must load none."""
     os.environ.setdefault("POLYGRAPHY_AUTOINSTALL_DEPS", "0")
     try:
         import polygraphy.comparator

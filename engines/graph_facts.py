@@ -1,4 +1,4 @@
-"""Facts about a graph that are read without its weights: the shapes that it takes, and the likely size of a plan."""
+"""Facts about a graph, read without its weights: its input shapes, and the likely size of its plan."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from higen.precision import precision_named
 __all__ = ["GraphFacts", "check_fixed", "read_graph"]
 
 FLOATS = ("FLOAT", "FLOAT16", "BFLOAT16")
-"""Types whose values a plan holds in the precision in which it computes, whatever precision stores them."""
+"""Types whose values a plan stores in its compute precision, whatever type the graph uses."""
 
 OTHERS = {"INT4": 4, "UINT4": 4, "FLOAT4E2M1": 4, "INT32": 32, "INT64": 64}
-"""Bits of a value of other types; types that are not listed have 8."""
+"""Bits per value of other types; types that are not listed have 8."""
 
 
 @dataclass(frozen=True)
 class GraphFacts:
-    """`inputs`: the sizes of each input, None for a free axis; `size`: bytes of the weights as a plan holds them."""
+    """`inputs`: the shape of each input, with None for a free axis; `size`: bytes of the weights in a plan."""
 
     inputs: Mapping[str, tuple[int | None, ...]]
     size: int
@@ -31,8 +31,8 @@ class GraphFacts:
 def read_graph(path: Path, precision: str, flavour: str) -> GraphFacts:
     """Read a graph that computes in a precision. Its external weights are not read.
 
-    Raises MissingExtra without onnx (it names the extra of the flavour, which installs onnx), EngineError for a file
-    that is not a graph.
+    Raises MissingExtra if onnx is not installed (the message names the flavour's extra, which installs it), and
+    EngineError for a file that is not a graph.
     """
     try:
         import onnx
@@ -55,7 +55,7 @@ def read_graph(path: Path, precision: str, flavour: str) -> GraphFacts:
 
 
 def check_fixed(stage: str, graph: str, facts: GraphFacts, profiles: Sequence[PlanProfile]) -> None:
-    """Raise RequestError for a profile with other sizes than those that the graph fixes; the message names them."""
+    """Raise RequestError if a profile's sizes differ from sizes that the graph fixes; the message names both."""
     for profile in profiles:
         for span in profile.spans:
             shape = facts.inputs.get(span.name, ())

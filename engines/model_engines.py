@@ -1,4 +1,4 @@
-"""Builds the engines of a model for one target after the other; checks everything before it builds the first."""
+"""Builds the engines of a model, one target after the other. All checks come before the first build."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ from higen.precision import precision_named
 __all__ = ["Event", "build_engines"]
 
 MARGIN = 2**24
-"""Bytes on the disk for a plan's kernels, record and log, beside its weights."""
+"""Bytes on disk for a plan's kernels, record and log, in addition to its weights."""
 
 
 @dataclass(frozen=True)
 class Event:
-    """News of a build: `state` is "waiting" (for another builder of the target), "kept" (fits already), "building",
-    "built"; `part` from 0 to 1 while building. `replaced`: the good engine that goes as the new one comes.
+    """Progress of a build. `state` is "waiting" (for another builder of the target), "kept" (the engine fits already),
+    "building" or "built". `part` goes from 0 to 1 while building. `replaced`: the valid engine that the new one
+    replaces.
     """
 
     target: str
@@ -56,14 +57,14 @@ def build_engines(
 ) -> list[PlanRecord]:
     """Build the engines of a model that are not there yet, and return the records of all.
 
-    stages    by name; None: every stage of the model, except for a step with one branch of guidance that has no graph
+    stages    by name; None: every stage of the model, except optional stages (plain steps, variants) without a graph
 
-    A stage whose plan fits graph, weights, profiles, options and library is kept, so an interrupted build goes on
+    A stage's plan is kept if it fits graph, weights, profiles, options and library, so an interrupted build continues
     where it stopped. Two builders of one target wait for each other.
 
-    Raises before anything is built: RequestError (stage, precision, a profile that is not of a graph's fixed shape),
-    IntegrityError (an altered graph), ModelError (no graph, or none of the denoiser in a quantised precision),
-    MissingExtra, NoDriver and NoDevice (classic TensorRT without a GPU), OutputError (disk). Raises EngineError where
+    Raises before anything is built: RequestError (stage, precision, a profile that does not match a graph's fixed
+    shape), IntegrityError (an altered graph), ModelError (no graph, or no denoiser graph in a quantised precision),
+    MissingExtra, NoDriver and NoDevice (classic TensorRT without a GPU), OutputError (disk). Raises EngineError if
     TensorRT fails or does not load.
     """
     known = (*bundle.manifest.stage_names, *bundle.manifest.variants)
@@ -83,7 +84,7 @@ def build_engines(
     ]
     stores = [EngineStore(bundle.path, target.name) for target in resolved]
     plans = [(store, record) for store, records in zip(stores, wanted, strict=True) for record in records]
-    stores[0].check_space(_space(plans))  # all lie on one disk
+    stores[0].check_space(_space(plans))  # all are on one disk
     return [
         record
         for target, records in zip(resolved, wanted, strict=True)
@@ -92,7 +93,7 @@ def build_engines(
 
 
 def _default_stages(bundle: Bundle, precision: str) -> tuple[str, ...]:
-    """Every stage; one that only saves work, and that the model has no graph of, is left out: another serves it."""
+    """Every stage, except optional ones (plain stages, variants) without a graph: another stage can do their work."""
     spared = {plain for loop in bundle.manifest.loops for guided, plain in loop.pairs if guided is not None}
     serving = {*precision_named(precision).stand_ins}
     spared |= {*bundle.manifest.variants}
@@ -101,7 +102,7 @@ def _default_stages(bundle: Bundle, precision: str) -> tuple[str, ...]:
 
 
 def _on_this_machine(target: Target) -> Target:
-    """A target with its architectures. Raises NoDriver or NoDevice where they are those of a GPU that is not here."""
+    """The target with architectures; none means this machine's GPU. Raises NoDriver or NoDevice without a GPU."""
     if target.architectures:
         return target
     cuda = Cuda.open()
@@ -129,8 +130,8 @@ def _wanted(
     options: Options,
     trt: Any,
 ) -> PlanRecord:
-    """The record of a plan as it would be if it were built now, without what only the build can tell; its size is about
-    what the plan will have. Raises RequestError where a profile is not of the graph's own, fixed shape.
+    """The record that a plan would have if it were built now, without the fields that only the build can fill. Its size
+    is an estimate of the plan's size. Raises RequestError if a profile does not match a graph's fixed shape.
     """
     there, serving = bundle.precisions(stage), precision_named(precision).stand_ins
     found = next((p for p in serving if p in there), None)
@@ -167,22 +168,20 @@ def _wanted(
 
 
 def _reason(store: EngineStore, stored: PlanRecord | None, wanted: PlanRecord) -> str | None:
-    """Why a stage is to be built; None where the stored plan is the wanted one."""
+    """Why a stage must be built; None if the stored plan is the wanted one."""
     if stored is None:
         return "plan or record is cut or altered" if store.holds(wanted.stage) else "not built yet"
     return difference(stored, wanted)
 
 
 def _space(plans: Sequence[tuple[EngineStore, PlanRecord]]) -> int:
-    """Bytes that must be free for the plans that are to be built: each new one is written beside the old one, which
-    then goes.
-    """
+    """Bytes that must be free for the plans to build. Each new plan is written before the old one is removed."""
     held = most = 0
     for store, wanted in plans:
         stored = store.stored(wanted.stage, verify=False)
         if _reason(store, stored, wanted) is None:
             continue
-        # The last build knows better than the weights.
+        # The size of the last build is a better estimate than the size of the weights.
         alike = stored is not None and stored.precision == wanted.precision
         held += (stored.size if stored is not None and alike else wanted.size) + MARGIN
         most = max(most, held)
@@ -209,7 +208,7 @@ def _build_target(
                 records.append(stored)
                 on_event(Event(target.name, record.stage, "kept", 1.0, record=stored))
                 continue
-            # Altered files must not end in an engine that claims to be theirs.
+            # Check the files now: an engine of altered files must not be recorded with the original hashes.
             bundle.file(record.graph)
             if others := {*graph_files(bundle, record.graph)} - {record.graph, record.weights}:
                 raise IntegrityError(
@@ -246,7 +245,7 @@ def _build_stage(
         Progress(part),
     )
     for name in (wanted.graph, wanted.weights):
-        bundle.file(name, verify=False)  # as they were before the build, or they are checked again
+        bundle.file(name, verify=False)  # checked again if they changed during the build
     plan = memoryview(built.data)
     record = replace(
         wanted,

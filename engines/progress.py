@@ -26,12 +26,12 @@ class _Phase:
 
 
 class Progress:
-    """Turns phases and steps into the part of the build that is done, from 0 to 1, which never falls. Also tells
+    """Turns phases and steps into the fraction of the build that is done, from 0 to 1; it never decreases. Also tells
     TensorRT when to stop.
     """
 
     def __init__(self, on_part: Callable[[str, float], None] | None = None) -> None:
-        """`on_part(phase, part)` is called after each change of at least a thousandth."""
+        """`on_part(phase, part)` is called each time `part` has grown by at least 0.001."""
         self.part = 0.0
         self.cancelled = False
         self._phases: list[_Phase] = []
@@ -60,7 +60,7 @@ class Progress:
         return not self.cancelled
 
     def phase_finish(self, name: str) -> None:
-        """A phase is done, and every phase inside it."""
+        """A phase and every phase inside it are done."""
         for i, phase in enumerate(self._phases):
             if phase.name == name:
                 self._reached(name, phase.start + phase.width)
@@ -98,7 +98,7 @@ def make_monitor(trt: Any, progress: Progress) -> Any:
 def cancelled_by_ctrl_c(progress: Progress) -> Iterator[None]:
     """Ctrl-C stops the build at its next step instead of raising through TensorRT, which would end the process.
 
-    In other threads than the main one this has no effect. Raises KeyboardInterrupt at the end if Ctrl-C was pressed.
+    Outside the main thread this has no effect. Raises KeyboardInterrupt at the end if Ctrl-C was pressed.
     """
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -1,4 +1,4 @@
-"""Shapes for which engines are built: a TOML file per use; the stage table turns it into ranges of each input.
+"""Shapes for which engines are built. A TOML file describes a use; the stage table turns it into ranges of inputs.
 
 about = "one clip at a time"
 batch = 1                    # samples: one number, or [smallest, best, largest]
@@ -29,14 +29,14 @@ from higen.text_files import TextError, read_toml
 __all__ = ["Profile", "Range", "profile_names", "read_profile", "stage_profiles"]
 
 LARGEST_VOLUME = 2**31 - 1
-"""Elements of one tensor that TensorRT takes."""
+"""The largest number of elements that TensorRT allows in one tensor."""
 
 WORDS = ("batch", "frames", "height", "width", "images")
 
 
 @dataclass(frozen=True)
 class Range:
-    """Sizes of an axis: smallest, the one an engine is tuned for, largest."""
+    """Sizes of an axis: the smallest, the one that an engine is tuned for, and the largest."""
 
     smallest: int
     best: int
@@ -50,7 +50,9 @@ class Range:
 
 @dataclass(frozen=True)
 class Profile:
-    """A use of a model: ranges of samples, frames, pixels high and wide, and images of the autoencoder at a time."""
+    """A use of a model: ranges of samples, frames, height and width in pixels, and images per call of the
+    autoencoder.
+    """
 
     name: str
     batch: Range
@@ -67,9 +69,10 @@ def profile_names() -> list[str]:
 
 
 def read_profile(name: str, manifest: Manifest) -> Profile:
-    """A profile by its name or as the path of a TOML file, for a model.
+    """Read a profile for a model, given its name or the path of a TOML file.
 
-    Raises RequestError: unknown name, file that is not a profile, min above max, size that the model cannot have.
+    Raises RequestError for an unknown name, a file that is not a profile, a minimum above the maximum, or a size that
+    the model cannot have.
     """
     entries, where = _entries(name)
     if unknown := sorted(set(entries) - {*WORDS, "about"}):
@@ -82,7 +85,7 @@ def read_profile(name: str, manifest: Manifest) -> Profile:
 
 
 def _entries(name: str) -> tuple[dict[str, Any], str]:
-    """A profile's table, and how it is named."""
+    """A profile's table, and its name."""
     if name in (known := profile_names()):
         path = files("higen.engines") / "profiles" / f"{name}.toml"
         return tomllib.loads(path.read_text(encoding="utf-8")), f"profile {name}"
@@ -127,10 +130,10 @@ def _check_sizes(profile: Profile, manifest: Manifest, where: str) -> None:
 def stage_profiles(
     name: str, profiles: Iterable[Profile], manifest: Manifest, inputs: Mapping[str, Sequence[object]] | None = None
 ) -> tuple[PlanProfile, ...]:
-    """Profiles as ranges of each input of a stage; those that are alike for this stage are kept once.
+    """Profiles as ranges of each input of a stage. Profiles that give this stage the same ranges are kept once.
 
-    `inputs`: the graph's own shapes by name, None: the stage's. A graph of manifest version 1 has one axis less in its
-    guidance. Raises RequestError for tensors larger than TensorRT takes.
+    `inputs`: the graph's own shapes by name; None: the stage's shapes. In graphs of manifest version 1 guidance has one
+    axis less. Raises RequestError for tensors larger than TensorRT allows.
     """
     stage = manifest.stage(name)
     axes = {input_name: len(shape) for input_name, shape in (inputs or {}).items()}
@@ -145,10 +148,10 @@ def stage_profiles(
 
 
 def _symbols(stage: Stage, profile: Profile, manifest: Manifest) -> dict[str, Range]:
-    """The range of each symbol. A denoising stage is run on a batch, in a loop's windows and tiles where it has some.
+    """The range of each symbol. A denoising stage is run on a batch, in the loop's windows and tiles if it has any.
 
-    All others are run for one sample, with any frames that a loop asks for, or in chunks as the model's tables say:
-    these are always inside, whatever the profile is.
+    All other stages are run for one sample, with the frames that a loop needs, or in the chunks of the model's tables.
+    Their ranges always include these sizes, whatever the profile is.
     """
     factor, chunk = manifest.sizes.factor, chunk_of(manifest, stage.name)
     fewest, most = frames_of(manifest, stage.name)

@@ -1,4 +1,4 @@
-"""The engines of one target in a model's folder: written whole or not at all, by one builder at a time."""
+"""The engines of one target in a model's folder. Each is written completely or not at all, by one builder at a time."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ __all__ = ["EngineStore", "difference"]
 LOCK = ".lock"
 
 _PART = re.compile(r"\..+\.(engine|json|log|cache\.\d+(\.\d+)?)\.part")
-"""Files that a killed builder leaves, or a killed program (the C++ library) that was saving compiled kernels."""
+"""Files that a killed builder leaves behind, or a killed C++ program that was saving compiled kernels."""
 
 INGREDIENTS = (
     "precision",
@@ -63,10 +63,10 @@ class EngineStore:
 
     @contextmanager
     def building(self, on_wait: Callable[[], None] = lambda: None) -> Iterator[None]:
-        """Be the only builder of this target. If there is another one, call `on_wait` and wait for its end. Then finish
-        or undo what a killed builder left.
+        """Be the only builder of this target. If another one is running, call `on_wait` and wait until it ends. Then
+        finish or undo the work of a killed builder.
 
-        Raises OutputError where the folder cannot be made.
+        Raises OutputError if the folder cannot be made.
         """
         with ExitStack() as stack:
             try:
@@ -78,24 +78,24 @@ class EngineStore:
             yield
 
     def stored(self, stage: str, verify: bool = True) -> PlanRecord | None:
-        """The record of a stage's plan, None if there is none or it does not fit the file beside it.
+        """The record of a stage's plan; None if there is none or it does not match the plan file.
 
-        `verify`: by its sha256, else by its size alone.
+        `verify`: compare size and sha256; otherwise only the size.
         """
         path, plan = self.folder / record_file(stage), self.folder / engine_file(stage)
         try:
             record = PlanRecord.from_text(path.read_text(encoding="utf-8"), str(path))
             whole = plan.stat().st_size == record.size and not (verify and sha256(plan) != record.sha256)
         except (OSError, UnicodeDecodeError, EngineError):
-            return None  # it cannot be used: the plan is built anew
+            return None  # unusable: the plan is built again
         return record if whole else None
 
     def holds(self, stage: str) -> bool:
-        """Whether there is a file of a stage's engine, usable or not."""
+        """Whether a plan or record of a stage exists, usable or not."""
         return any((self.folder / name(stage)).exists() for name in (engine_file, record_file))
 
     def plan_size(self, stage: str) -> int:
-        """Bytes of a stage's plan, 0 where there is none."""
+        """Bytes of a stage's plan; 0 if there is none."""
         plan = self.folder / engine_file(stage)
         return plan.stat().st_size if plan.is_file() else 0
 
@@ -107,11 +107,11 @@ class EngineStore:
             raise OutputError(f"{folder}: {free / 1e6:.0f} MB free, the engines need about {needed / 1e6:.0f} MB")
 
     def write(self, plan: Any, record: PlanRecord, log: str) -> None:
-        """Put a plan (a buffer), its record and its log in place; the old ones stay if they cannot be written.
+        """Put a plan (a buffer), its record and its log in place. The old ones stay if the new ones cannot be written.
 
         Two renames, one right after the other, switch plan and record. If the second one fails or the process is
-        killed, the new record stays beside the new plan: `read_plans` and the C++ library use it there, and the next
-        builder moves it to its place.
+        killed, the new record stays beside the new plan: `read_plans` and the C++ library read it there, and the next
+        builder moves it into place.
 
         Raises OutputError for a full disk and the like.
         """
@@ -148,7 +148,7 @@ class EngineStore:
                 part.unlink()
 
     def _finish_plan(self, stage: str, pending: Path) -> None:
-        """Put a plan in its place whose log is there already: all three files were whole before the first was moved."""
+        """Move a plan into place if its log is there already: all three files were complete before that."""
         if self._part(log_file(stage)).exists():
             return
         plan = self._part(engine_file(stage))

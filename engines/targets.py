@@ -1,8 +1,8 @@
-"""Targets of engines: a flavour of TensorRT, and GPU architectures.
+"""Targets of engines. A target is a flavour of TensorRT with GPU architectures.
 
 rtx-sm89     TensorRT for RTX, ahead of time for one architecture; needs no GPU
 rtx          TensorRT for RTX, one portable plan for SM80, SM86, SM89 and SM120
-tensorrt     classic TensorRT for the GPU of this machine; becomes tensorrt-sm90, say
+tensorrt     classic TensorRT for the GPU of this machine; becomes, for example, tensorrt-sm90
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ RTX = (75, 80, 86, 89, 120, 121)
 """Architectures that TensorRT for RTX builds for. H100 and H200 (SM90) are not among them."""
 
 PORTABLE = (80, 86, 89, 120)
-"""What one plan of TensorRT for RTX covers unless told otherwise."""
+"""The architectures that a plan of TensorRT for RTX covers by default."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """Where engines run: `name` is their folder; no architectures: those of the GPU of this machine."""
+    """Where engines run. `name` is their folder. Empty `architectures` mean the GPU of this machine."""
 
     name: str
     flavour: Literal["rtx", "tensorrt"]
@@ -32,7 +32,7 @@ class Target:
 
 
 def parse_targets(text: str) -> list[Target]:
-    """Targets separated by commas, each once. Raises RequestError naming what is unknown and what is known."""
+    """Parse targets separated by commas, without duplicates. Raises RequestError that lists the known ones."""
     targets: dict[str, Target] = {}
     for name in text.split(","):
         target = _parse(name.strip())
@@ -55,7 +55,7 @@ def _parse(name: str) -> Target:
 
 
 def check_precision(precision: str, architectures: tuple[int, ...]) -> None:
-    """Raises RequestError for no precision, and if one of the architectures does not compute in it."""
+    """Raises RequestError for an unknown precision, and for one that an architecture cannot compute in."""
     needed = precision_named(precision).architecture
     if lacking := [a for a in architectures if a < needed]:
         names = ", ".join(f"SM{a}" for a in lacking)

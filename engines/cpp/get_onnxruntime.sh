@@ -1,11 +1,11 @@
 #!/usr/bin/env bash
-# Make a folder for ONNXRUNTIME_ROOT on Debian or Ubuntu: include/ from Debian's libonnxruntime-dev (headers alone) and
+# Make a folder for ONNXRUNTIME_ROOT on Debian or Ubuntu: include/ from Debian's libonnxruntime-dev (headers only) and
 # lib/ from the Python package `onnxruntime`, which has no headers.
 #
 #     get_onnxruntime.sh FOLDER [PYTHON] [SUITE]
 #
 # PYTHON has `onnxruntime` installed (default: python3); SUITE is a Debian release that has the package (default: trixie).
-# The system's own package lists and settings stay as they are; the mirror is the one apt is set up with.
+# The system's package lists and settings are not changed. The mirror is the one that apt is set up with.
 set -euo pipefail
 
 [ $# -ge 1 ] || { sed -n '2,9s/^# \{0,1\}//p' "$0" >&2; exit 2; }
@@ -43,7 +43,7 @@ dpkg-deb -x "$work"/package/libonnxruntime-dev_*.deb "$work/unpacked"
 mkdir -p "$target/include" "$target/lib"
 cp -r "$work/unpacked/usr/include/onnxruntime/." "$target/include/"
 cp "$work/unpacked/usr/share/doc/libonnxruntime-dev/copyright" "$target/include/COPYRIGHT.onnxruntime"
-# Beside the Python package its library stands alone; a linker and a loader want these names.
+# The Python package has the library under one name only; a linker and a loader need these names.
 ln -sf "$library" "$target/lib/libonnxruntime.so.1"
 ln -sf libonnxruntime.so.1 "$target/lib/libonnxruntime.so"
 echo "$target: headers of API $(sed -n 's/^#define ORT_API_VERSION //p' "$target/include/onnxruntime_c_api.h"), library ${library##*/}"

@@ -1,4 +1,4 @@
-"""Stages as calls to the other models of the same Triton server ("business logic scripting"). Runs inside it only."""
+"""Runs stages by calls to other models of the same Triton server ("business logic scripting"). Works only inside it."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["TritonBackend"]
 
 
 class TritonBackend:
-    """Runs a stage on the model of the same name."""
+    """Runs each stage on the Triton model of the same name."""
 
     name = "triton"
 
@@ -27,16 +27,18 @@ class TritonBackend:
         """`stages`: the Triton backend of each stage that the repository has."""
         self._rows = {stage.name: stage for stage in manifest.all_stages if stage.name in stages}
         self._backends = dict(stages)
-        # Where outputs are to lie: otherwise they stay where a stage runs, and a GPU's are no numpy arrays. The
-        # server adds these names to its module after it has imported the model.
+        # Ask for outputs in host memory: by default they stay where the stage ran, and GPU memory cannot be a numpy
+        # array. Looked up here, because the server adds these names to `pb_utils` only after it has imported the model.
         self._memory = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0)
 
     def prepare(self, stage: str) -> None:
-        """The server has loaded it. Raises BackendUnavailable for a stage that the repository has not."""
+        """Do nothing, since the server has loaded it. Raises BackendUnavailable for a stage that the repository
+        lacks.
+        """
         self._row(stage)
 
     def run(self, stage: str, /, **tensors: Any) -> Mapping[str, Any]:
-        """Run a stage on host arrays. Raises BackendError with the server's words, RetryLater where it is stopping."""
+        """Run a stage on host arrays. Raises BackendError with the server's message, RetryLater if it is stopping."""
         row = self._row(stage)
         request = pb_utils.InferenceRequest(
             model_name=stage,
@@ -48,7 +50,7 @@ class TritonBackend:
         if response.has_error():
             message = response.error().message()
             raise (RetryLater if any(words in message for words in STOPPING) else BackendError)(f"{stage}: {message}")
-        # Copies: the arrays lie in memory that is shared with the server and ends with the response.
+        # Copies: the arrays are in memory shared with the server, which is freed with the response.
         return {
             out.name: np.array(pb_utils.get_output_tensor_by_name(response, name).as_numpy())
             for out, name in zip(row.outputs, row.graph_outputs, strict=True)
@@ -68,7 +70,7 @@ class TritonBackend:
         return {stage: Choice(stage, self.name, details=backend) for stage, backend in self._backends.items()}
 
     def choose(self, *stages: str) -> str:
-        """The first of several stages that the repository has. Raises BackendUnavailable."""
+        """The first of these stages that the repository has. Raises BackendUnavailable if it has none."""
         return next((stage for stage in stages if stage in self._rows), None) or self._row(stages[0]).name
 
     def close(self) -> None:
@@ -81,6 +83,6 @@ class TritonBackend:
 
 
 def _sent(row: Stage, array: Any) -> NDArray[Any]:
-    """Triton has no tensors of a batch axis alone: a step column [B] goes as [B, 1] (config.py: reshape)."""
+    """Triton tensors need an axis besides the batch axis: a step column [B] is sent as [B, 1] (config.py: reshape)."""
     sent = np.ascontiguousarray(array)
     return sent[..., None] if sent.ndim == int(row.batch) else sent

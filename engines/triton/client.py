@@ -27,13 +27,13 @@ _STATUS: dict[str, type[HigenError]] = {
     "StatusCode.UNAVAILABLE": RetryLater,
     "StatusCode.CANCELLED": Cancelled,
 }
-"""Errors by the status of a stream that broke off."""
+"""The error for each status of a broken stream."""
 
 _NAMED: dict[str, type[HigenError]] = {kind.__name__: kind for kind in (RequestError, RetryLater, Cancelled)}
-"""Errors of `higen` begin with their name."""
+"""The error for the name that messages of `higen` begin with."""
 
 _UNFIT = re.compile(r"\binput '")
-"""Triton's words for an input that the model has not, or in another type or rank."""
+"""Found in Triton's message about an unknown input, or one of another type or rank."""
 
 _DTYPES = {
     "UINT64": np.uint64,
@@ -44,7 +44,7 @@ _DTYPES = {
     "BOOL": np.bool_,
 }
 _TAKES = {"UINT64": "iu", "INT32": "iu", "FP32": "iuf", "FP64": "iuf", "UINT8": "iu", "BOOL": "b"}
-"""The kinds of numpy's types whose values a data type may hold: nothing is rounded, but to fewer digits."""
+"""The numpy kinds that each data type accepts. Values are never rounded to whole numbers, only to fewer digits."""
 
 
 def stream(url: str, prompt: str, *, timeout: float | None = None, **options: Any) -> Iterator[dict[str, Any]]:
@@ -54,8 +54,8 @@ def stream(url: str, prompt: str, *, timeout: float | None = None, **options: An
             print(event["event"], event.get("loop"), event.get("step"))
 
     `options`: see `request_tensors`. `timeout`: seconds until the next event. Closing the iterator cancels the request
-    on the server. Raises RequestError (wrong arguments, checked by the server), RetryLater (full, stopping or not
-    there: the same request may be sent again), Cancelled or BackendError.
+    on the server. Raises RequestError (wrong arguments, checked by the server), RetryLater (the server is full,
+    stopping or absent: the same request may be sent again), Cancelled or BackendError.
     """
     try:
         import tritonclient.grpc as grpc
@@ -71,10 +71,10 @@ def stream(url: str, prompt: str, *, timeout: float | None = None, **options: An
     client = grpc.InferenceServerClient(url)
     ended = False
     try:
-        # Without the header triton_grpc_error: with it an error has a status and ends the stream, which now and then
-        # crashes the whole server (Triton 2.51). The message says as much.
+        # The header triton_grpc_error is not sent. With it an error has a status and ends the stream, and this
+        # sometimes crashes the server (Triton 2.51). The error's message has the same information.
         client.start_stream(lambda result, error: answers.put((result, error)))
-        with suppress(InferenceServerException):  # the stream has ended already; why, comes as an answer
+        with suppress(InferenceServerException):  # the stream has ended already; the reason is among the answers
             client.async_stream_infer("higen", inputs, enable_empty_final_response=True)
         while True:
             try:
@@ -95,7 +95,7 @@ def stream(url: str, prompt: str, *, timeout: float | None = None, **options: An
 
 
 def _error(client: Any, url: str, error: Any) -> HigenError:
-    """An answer of Triton's as our error."""
+    """Triton's error as one of ours."""
     message = str(error.message())
     name, _, text = message.partition(": ")
     if name in _NAMED:
@@ -120,7 +120,7 @@ def request_tensors(prompt: str, **options: Any) -> Tensors:
     """Each given input with its data type in Triton's protocol ("BYTES" for texts) and its array.
 
     Options that every model has are sent in their data type (interface.py: COMMON_INPUTS). All others are controls,
-    which only the server knows; they are sent by the type of the value:
+    which only the server knows. The type of the value decides how they are sent:
 
         a number, or a list of them           FP32 [n]
         a matrix of numbers                   FP32 [rows, columns], to the input NAME_matrix
@@ -130,7 +130,7 @@ def request_tensors(prompt: str, **options: Any) -> Tensors:
         {index: picture}                      known frames, to NAME or NAME_file, and NAME_index
         bytes, or a path (os.PathLike)        a PNG or JPEG file, to the input NAME_file
 
-    None is left out: the model's default. Raises RequestError for a value that its data type cannot hold.
+    None is not sent and means the model's default. Raises RequestError for a value that its data type cannot hold.
     """
     common = {field.name: field.kind for field in COMMON_INPUTS}
     tensors: Tensors = {}
@@ -165,7 +165,7 @@ def _control(name: str, value: Any) -> Tensors:
 
 
 def _known_frames(name: str, value: Mapping[Any, Any]) -> Tensors:
-    """Pictures by index: files, or arrays of one size."""
+    """The inputs of known frames. The pictures by index are all files, or all arrays of one size."""
     indices = {f"{name}_index": ("INT32", _array(f"{name}_index", "INT32", [*value]).reshape(-1))}
     pictures = [*value.values()]
     if pictures and all(isinstance(one, (bytes, os.PathLike)) for one in pictures):
@@ -194,7 +194,7 @@ def _texts(name: str, value: Any) -> NDArray[Any]:
 
 
 def _is_regular(value: Any) -> bool:
-    """Whether a value is no list of lists of different lengths."""
+    """Whether numpy can make an array of it: False for lists of different lengths."""
     try:
         np.asarray(value)
     except ValueError:
@@ -203,7 +203,7 @@ def _is_regular(value: Any) -> bool:
 
 
 def _array(name: str, kind: str, value: Any) -> NDArray[Any]:
-    """The value in its data type, unchanged."""
+    """The value as an array of its data type. Raises RequestError for a value that does not fit."""
     wrong = RequestError(f"{name}={reprlib.repr(value)}: {kind} is wanted")
     if not _is_regular(value):
         raise wrong

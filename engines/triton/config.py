@@ -1,4 +1,4 @@
-"""config.pbtxt of every model of a repository: for the stages, it follows from the stage table alone."""
+"""config.pbtxt of every model of a repository. For a stage it follows from the stage table only."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from higen.stages import Stage
 __all__ = ["orchestrator_config", "stage_config"]
 
 _KINDS = {"cpu": "KIND_CPU", "gpu": "KIND_GPU", "cuda": "KIND_GPU"}
-"""Devices, and Triton's names for them; on "gpu" and "cuda" Triton uses every GPU, on "gpu:N" and "cuda:N" one."""
+"""Triton's names for devices. On "gpu" and "cuda" Triton uses every GPU, on "gpu:N" and "cuda:N" one GPU."""
 
 _TYPES = {"float32": "TYPE_FP32", "int64": "TYPE_INT64"}
 
 
 class _Word(str):
-    """An enumeration's value or a truth value: no quotes."""
+    """An enumeration's value or a boolean, written without quotes."""
 
 
 def stage_config(
@@ -35,11 +35,12 @@ def stage_config(
     threads: int | None,
     profiles: Sequence[int] = (),
 ) -> str:
-    """The configuration of a stage as a Triton model; `fixed` has the symbols that have one size.
+    """The configuration of a stage as a Triton model. `fixed` has the sizes of fixed symbols.
 
-    All other axes are -1. `profiles` of an engine that may be used, by index. Requests of one shape are batched as they
-    come, without delay: a delay would be paid at every denoising step. A stage whose first axis may not hold several
-    samples is no batching model: its first axis is one like the others, and requests are never put together.
+    All other axes are -1. `profiles`: the indices of an engine's profiles that may be used. Requests of one shape are
+    batched as they arrive, without delay: a delay would add to every denoising step. If a stage's first axis cannot
+    hold several samples, its model does not batch: requests are never put together, and the first axis is listed like
+    the others.
     """
     most = max_batch if stage.batch else 0
     inputs = [_tensor(tensor.name, tensor.dtype, tensor.shape, fixed, most > 0) for tensor in stage.inputs]
@@ -68,7 +69,7 @@ def stage_config(
 
 
 def orchestrator_config(manifest: Manifest, limits: Limits, stages: Mapping[str, str]) -> str:
-    """The configuration of `higen`: decoupled, so that one request has many answers.
+    """The configuration of `higen`. It is decoupled: one request has many answers.
 
     `stages`: the Triton backend of each stage that the repository has.
     """
@@ -91,7 +92,9 @@ def orchestrator_config(manifest: Manifest, limits: Limits, stages: Mapping[str,
 def _tensor(
     name: str, dtype: str, shape: tuple[str | int, ...], fixed: Mapping[str, int], batched: bool
 ) -> dict[str, Any]:
-    """A tensor, without its first axis where Triton batches. One that has no other axis is [1] outside, [] inside."""
+    """A tensor's configuration, without the first axis if Triton batches. A tensor without other axes is [1] for
+    clients and [] for the stage.
+    """
     dims = [n if isinstance(n, int) else fixed.get(n, -1) for n in shape[batched:]]
     tensor = {"name": name, "data_type": _Word(_TYPES[dtype]), "dims": dims or [1]}
     return tensor if dims else {**tensor, "reshape": {"shape": []}}

@@ -28,11 +28,11 @@ HOST = "127.0.0.1"
 MAX_HEAD, MAX_BODY = 2**16, 2**28
 GENERATE = re.compile(r"/v2/models/higen(/versions/\d+)?/(infer|generate|generate_stream)(\?.*)?")
 PARSING = re.compile(rb"failed to parse|Unable to parse|attempt to (access|get)")
-"""What Triton says of an unreadable body at the endpoints that are not checked here; it would answer with 500."""
+"""Triton's message for an unreadable body, at endpoints that are not checked here. Triton would answer with 500."""
 
 
 class _Refused(Exception):
-    """A request that is not passed on to Triton."""
+    """A request that is answered here and not passed on to Triton."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -67,7 +67,7 @@ class Front:
     """Serves 127.0.0.1:`port` from a thread of its own, in front of the Triton server at 127.0.0.1:`behind`."""
 
     def __init__(self, port: int, behind: int) -> None:
-        """Raises OSError for a port that is taken."""
+        """Raises OSError if the port is in use."""
         self._behind = behind
         self._inputs: Sequence[tuple[str, str]] | None = None
         self._loop = asyncio.new_event_loop()
@@ -137,9 +137,9 @@ class Front:
             if self._inputs is None:
                 self._inputs = await asyncio.to_thread(self._table)
         except OSError:
-            return  # the model is not loaded yet: Triton's own answer says so
+            return  # the model is not loaded yet, as Triton's own answer will say
         try:
-            await asyncio.to_thread(check_body, body, self._inputs)  # a large body delays no other request
+            await asyncio.to_thread(check_body, body, self._inputs)  # in a thread: a large body must not delay others
         except RequestError as error:
             raise _Refused(400, f"RequestError: {error}") from error
 
@@ -173,7 +173,7 @@ async def _body(head: _Head, reader: asyncio.StreamReader) -> bytes:
 
 
 async def _until_client_leaves(client: asyncio.StreamReader, work: Any) -> None:
-    """Run the work, but end it with the client's connection."""
+    """Run `work`; cancel it when the client disconnects."""
     relay, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_end_of(client))
     try:
         await asyncio.wait((relay, leaving), return_when=asyncio.FIRST_COMPLETED)
@@ -192,7 +192,7 @@ async def _end_of(reader: asyncio.StreamReader) -> None:
 
 
 async def _relay(theirs: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    """Pass on an answer of Triton's as it comes."""
+    """Pass on Triton's answer as it arrives."""
     head = await _Head.read(theirs)
     body = b""
     if head.line.split(" ")[1:2] == ["500"]:

@@ -1,7 +1,7 @@
-"""Inputs and outputs of the Triton model `higen`: one table for its configuration, for reading requests, for clients.
+"""Inputs and outputs of the Triton model `higen`: one table for its configuration, its requests and its clients.
 
-Inputs are those of every model (COMMON_INPUTS) and the controls of the one that the repository was written for. What is
-not given has the model's default. A control is given by inputs of these names:
+The inputs are COMMON_INPUTS, which every model has, and the controls of the model that the repository was written for.
+An input that is not given has the model's default. A control is given by inputs of these names:
 
     kind                     input          data type, shape
     number, whole            NAME           FP32 [1]
@@ -19,9 +19,9 @@ not given has the model's default. A control is given by inputs of these names:
                              NAME_file      STRING [n]: a picture each as above, in place of NAME
                              NAME_index     INT32 [n]: which frames they are, from 0, or from -1 for the last one on
 
-Triton's HTTP endpoint takes flat lists: a picture goes there as a file, and matrices and clips by gRPC alone.
+Triton's HTTP endpoint takes flat lists only: pictures are sent as files there, and matrices and clips need gRPC.
 
-A request's answer is a stream of events. Each has the text `event`, and of the other outputs those that it needs:
+A request's answer is a stream of events. Each has the text `event` and these other outputs:
 
     progress   loop, stage, step (from 1), total                         after each denoising step
     preview    loop, stage, step, total, first 0, frames or images       every `preview_every` steps
@@ -50,18 +50,18 @@ if TYPE_CHECKING:
     import PIL.Image
 
 _INDEX = "_index"
-"""Behind the name of a control of kind frames: which frames its pictures are."""
+"""Suffix of the input with the frame indices of a control of kind frames."""
 
 __all__ = ["COMMON_INPUTS", "OUTPUTS", "STOPPING", "Delivery", "Field", "inputs", "pictures", "read_request"]
 
 
 @dataclass(frozen=True)
 class Field:
-    """An input or output; `kind` is Triton's data type without TYPE_, `dims` has -1 where any size goes.
+    """An input or output. `kind` is Triton's data type without TYPE_. `dims` has -1 for any size.
 
     argument  the pipeline's argument that an input gives; several inputs may give one in different forms
     form      values: one or several numbers or texts; curve: likewise, none of them is "unspecified"; matrix; pixels;
-              file: a picture's; files: those of several; list: several numbers
+              file: a picture file; files: several picture files; list: several numbers
     """
 
     name: str
@@ -77,7 +77,7 @@ COMMON_INPUTS = (
     Field("seed", "UINT64"),
     Field("steps", "INT32"),  # one, or one per loop
     Field("guidance", "FP32"),  # one, or one per loop
-    Field("guidance_curve", "FP32"),  # one per frame, for the loops over frames
+    Field("guidance_curve", "FP32"),  # one per frame, for loops over all frames
     Field("solver", "STRING"),  # one, or one per loop
     Field("guidance_interval", "FP64"),  # two, or two per loop
     Field("windows", "INT32"),  # 0, a length, or a length and a stride
@@ -89,11 +89,11 @@ COMMON_INPUTS = (
     Field("width", "INT32"),
     Field("height", "INT32"),
     Field("fps", "INT32"),
-    Field("preview_every", "INT32"),  # a preview after this many steps; 0: none
-    Field("encoding", "STRING"),  # of pictures: "raw" (frames) or "png" (images)
+    Field("preview_every", "INT32"),  # a preview every this many steps; 0: none
+    Field("encoding", "STRING"),  # of the result: "raw" (output frames) or "png" (output images)
     Field("return_latents", "BOOL"),
 )
-"""Inputs of every model. Their shape is open, so that a wrong number of values is refused here, with the reason."""
+"""Inputs of every model. Their shapes are free, so that a wrong number of values is refused here, with the reason."""
 
 OUTPUTS = (
     Field("event", "STRING", (1,)),
@@ -101,7 +101,7 @@ OUTPUTS = (
     Field("stage", "STRING", (1,)),
     Field("step", "INT32", (1,)),
     Field("total", "INT32", (1,)),
-    Field("first", "INT32", (1,)),  # place of the first picture of an event in the video
+    Field("first", "INT32", (1,)),  # index in the video of the event's first picture
     Field("frames", "UINT8", (-1, -1, -1, 3)),  # [n, H, W, 3]
     Field("images", "STRING", (-1,)),  # [n] PNG files in base64
     Field("latents", "FP32", (-1, -1, -1, -1)),  # [C, F, H, W]
@@ -111,19 +111,19 @@ OUTPUTS = (
 ENCODINGS = ("raw", "png")
 
 MAX_PIXELS = 2**26
-"""Pixels of a picture that is sent as a file, which may be much smaller than its pixels."""
+"""The largest number of pixels of a picture sent as a file: a small file can hold a huge picture."""
 
 _FILES = (b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff")
 """The first bytes of a PNG and of a JPEG file."""
 
 
 STOPPING = ("Server not ready", "has no available versions")
-"""What Triton says of a model while it stops; the code of these errors is the same as that of a failure."""
+"""Triton's messages about a model while the server stops. Their error code is the same as that of a failure."""
 
 
 @dataclass(frozen=True)
 class Delivery:
-    """How a request wants its result."""
+    """How the result is sent."""
 
     preview_every: int = 0
     encoding: str = "raw"
@@ -131,7 +131,7 @@ class Delivery:
 
 
 def inputs(manifest: Manifest) -> tuple[Field, ...]:
-    """The inputs of `higen` for a model. Raises ModelError for a control whose input has another one's name."""
+    """The inputs of `higen` for a model. Raises ModelError if two inputs would have the same name."""
     fields = (*COMMON_INPUTS, *(field for control in manifest.controls for field in _fields(control)))
     names = [field.name for field in fields]
     if twice := sorted({name for name in names if names.count(name) > 1}):
@@ -162,9 +162,9 @@ def _fields(control: Control) -> tuple[Field, ...]:
 
 
 def read_request(manifest: Manifest, tensors: Mapping[str, NDArray[Any]]) -> tuple[dict[str, Any], Delivery]:
-    """The arguments of `Pipeline.stream` (the prompt included), and how to deliver.
+    """The arguments of `Pipeline.stream`, with the prompt, and how to send the result.
 
-    `tensors` are the inputs by name, texts as bytes. Raises RequestError; what a pipeline checks is left to it.
+    `tensors` are the inputs by name, texts as bytes. Raises RequestError. What the pipeline checks is not checked here.
     """
     fields = {field.name: field for field in inputs(manifest)}
     _check_names(tensors, fields)
@@ -199,7 +199,7 @@ def _by_index(name: str, pictures: Any, indices: Any) -> dict[int, Any]:
 
 
 def _guidance(manifest: Manifest, scales: Any, curve: Any) -> list[Any]:
-    """One entry per loop: the curve where it has the clip's frames, else its number of `scales`."""
+    """One entry per loop: the curve for loops over all frames, else the loop's number in `scales`."""
     loops = manifest.loops
     each = scales if isinstance(scales, list) else [scales] * len(loops)
     if len(each) != len(loops):
@@ -226,7 +226,7 @@ def _check_names(given: Iterable[str], known: Iterable[str]) -> None:
 
 
 def _value(field: Field, tensor: NDArray[Any]) -> Any:
-    """A tensor as an argument: a single number or text as itself, several as a list, a picture as it is."""
+    """A tensor as an argument: a single number or text as a scalar, several as a list, pictures unchanged."""
     if field.form in ("pixels", "matrix"):
         return tensor
     flat = tensor.reshape(-1)
@@ -254,7 +254,7 @@ def _text(name: str, item: bytes | str) -> str:
 
 
 def _picture(name: str, files: NDArray[Any]) -> PIL.Image.Image:
-    """A picture from the bytes of a PNG or JPEG file, or from the base64 text of them; its pixels are read later."""
+    """A picture from the bytes of a PNG or JPEG file, or from their base64 text. Its pixels are read later."""
     import PIL.Image
 
     wanted = f"{name}: one PNG or JPEG file, or its base64 text"

@@ -28,7 +28,7 @@ _MOST = 1000
 
 
 def check_body(body: bytes, inputs: Sequence[tuple[str, str]]) -> None:
-    """Raise RequestError for a body that is not a JSON object, and for a value of another type than its input's.
+    """Raise RequestError for a body that is not a JSON object, and for a value of the wrong type for its input.
 
     `inputs`: names and data types ("INT32"). The model itself checks the meaning of the values.
     """

@@ -1,4 +1,4 @@
-"""The Triton model `higen`: a decoupled model of the Python backend around `Service`. Runs inside the server only."""
+"""The Triton model `higen`: a decoupled model of the Python backend, built on `Service`. Works only in the server."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ __all__ = ["TritonPythonModel"]
 
 
 class TritonPythonModel:
-    """What Triton's Python backend calls."""
+    """The class that Triton's Python backend calls."""
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Open the model's manifest and tokenizer, which lie beside model.py."""
+        """Open the manifest and tokenizer in the folder `model` beside model.py."""
         parameters = json.loads(args["model_config"])["parameters"]
         limits = Limits.from_json(parameters["limits"]["string_value"])
         folder = Path(args["model_repository"], args["model_version"], "model")
@@ -40,12 +40,12 @@ class TritonPythonModel:
             self._service.accept(_inputs(request, self._fields), _Reply(request))
 
     def finalize(self) -> None:
-        """The server unloads the model: open requests end with an error that says to try again."""
+        """End open requests with RetryLater, because the server unloads the model."""
         self._service.close()
 
 
 def _inputs(request: Any, fields: Sequence[Field]) -> dict[str, np.ndarray[Any, Any]]:
-    """The inputs that were given; and, to be refused by name, what the HTTP server could not make an input of."""
+    """The inputs that were given, and names that the HTTP server made no input of, which are then refused by name."""
     found = {field.name: pb_utils.get_input_tensor_by_name(request, field.name) for field in fields}
     strange = [name for name in json.loads(request.parameters() or "{}") if not name.startswith("triton_")]
     return {name: np.array(tensor.as_numpy()) for name, tensor in found.items() if tensor is not None} | {
@@ -54,8 +54,8 @@ def _inputs(request: Any, fields: Sequence[Field]) -> dict[str, np.ndarray[Any, 
 
 
 class _Reply:
-    """A request's response sender. The server crashes when a sender is used after its final response, also to ask
-    whether the request was cancelled; so each use holds the lock, and there is none after the last.
+    """A request's response sender. The server crashes if a sender is used after its final response, even to ask whether
+    the request was cancelled. So each use holds the lock, and there is no use after the final response.
     """
 
     def __init__(self, request: Any) -> None:
@@ -87,12 +87,12 @@ class _Reply:
 
 
 class _Counters(Meter):
-    """A service's numbers among the server's own, for Prometheus."""
+    """Adds a service's numbers to the server's own Prometheus metrics."""
 
     def __init__(self, model: str) -> None:
-        """Raises pb_utils.TritonModelException where the server keeps no metrics."""
+        """Raises pb_utils.TritonModelException if the server keeps no metrics."""
         self._lock = threading.Lock()
-        self._families: list[Any] = []  # they must outlive their metrics
+        self._families: list[Any] = []  # kept, because they must outlive their metrics
         self._model = model
         self._active = self._gauge("higen_requests_active", "Requests at work now")
         self._waiting = self._gauge("higen_requests_waiting", "Requests in line for a slot")
@@ -127,16 +127,16 @@ class _Counters(Meter):
 
 
 def _meter(model: str) -> Meter:
-    """Counters, or none where the server was started without metrics."""
+    """Prometheus counters, or a `Meter` that drops everything if the server was started without metrics."""
     try:
         return _Counters(model)
-    except Exception as error:  # TritonModelException, which the server adds to pb_utils after this module is imported
+    except Exception as error:  # TritonModelException: the server adds it to pb_utils after this module is imported
         pb_utils.Logger.log_info(f"no metrics of {model}: {error}")
         return Meter()
 
 
 def _code(error: HigenError) -> Any:
-    """Triton's error code; the server adds TritonError to its module only after this one is imported."""
+    """Triton's error code. TritonError is looked up here, because the server adds it after this module is imported."""
     codes = pb_utils.TritonError
     kinds = {RequestError: codes.INVALID_ARG, RetryLater: codes.UNAVAILABLE, Cancelled: codes.CANCELLED}
     return next((code for kind, code in kinds.items() if isinstance(error, kind)), codes.INTERNAL)

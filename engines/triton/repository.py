@@ -1,14 +1,14 @@
-"""Writes a Triton model repository: a model per stage, and `higen`, which runs requests on them.
+"""Writes a Triton model repository: one model per stage, and `higen`, which runs requests on them.
 
     REPO/<stage>/config.pbtxt   1/model.onnx + weights, or 1/model.plan
     REPO/higen/config.pbtxt     1/model.py   1/model/higen.json + tokenizer.json
 
-A loop's plain stage is left out where the model has no such graph, and where another of Triton's backends would run it
-than the guided one: a request's rows are then all run by the guided stage.
+A loop's plain stage is left out if the model has no graph of it, or if plain and guided stage would run on different
+Triton backends. The guided stage then runs all rows of a request.
 
-ONNX Runtime refuses weights that lie outside the graph's own folder, also behind a symbolic link. So weights are hard
-links: every stage has them beside its graph, and the disk has them once. A model on another file system is copied,
-once. The model's files are replaced, never rewritten (higen/bundle.py), so a repository keeps what it was made of.
+ONNX Runtime refuses weights outside the graph's own folder, also through a symbolic link. So weights are hard links:
+every stage has them beside its graph, and the disk holds them once. A model on another file system is copied once. A
+model's files are replaced, never rewritten (higen/bundle.py), so later changes to the model do not change a repository.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ _DEVICE = r"cpu|(gpu|cuda)(:(0|[1-9][0-9]{0,2}))?"
 
 @dataclass(frozen=True)
 class Settings:
-    """How a repository is to be run.
+    """How a repository is run.
 
     device     "cpu", "gpu" or "cuda" (every GPU), "gpu:N" or "cuda:N" (that one, from 0)
     max_batch  samples in a denoising batch
-    slots      requests at work at once; more than max_batch give batches to further instances
+    slots      requests that run at once; beyond max_batch they form batches for further instances
     line       requests that may wait for a slot; further ones are refused and may be sent again
-    instances  copies of each stage on the device, and batches that run at once: one may decode while another denoises
+    instances  copies of each stage on the device, and batches that run at once: one can decode while another denoises
     threads    of a stage on a CPU; None: ONNX Runtime's choice
     precision  of the graphs: "fp32", "fp16" or "bf16"
-    engines    name of the folder in the model's engines/ whose TensorRT engines are used; other stages use graphs
+    engines    folder in the model's engines/ with the TensorRT engines to use; stages without an engine use graphs
     """
 
     device: str = "cpu"
@@ -86,14 +86,14 @@ class Settings:
         return most_rows(manifest, stage, self.max_batch)
 
     def limits(self, manifest: Manifest) -> Limits:
-        """What `higen` goes by."""
+        """The limits that `higen` applies."""
         rows = {stage.name: self.rows(manifest, stage) for stage in manifest.all_stages if stage.batch}
         return Limits(self.slots, self.line, rows, self.instances)
 
 
 @dataclass(frozen=True)
 class _Model:
-    """A stage as a Triton model: its backend, its files by name, the sizes that it fixes, an engine's profiles."""
+    """A stage as a Triton model: its backend, its files by name, its fixed sizes, and the profiles of an engine."""
 
     stage: Stage
     backend: str
@@ -105,10 +105,10 @@ class _Model:
 def write_repository(bundle: Bundle, target: str | os.PathLike[str], settings: Settings) -> dict[str, str]:
     """Write the repository of a model directory to `target`; returns the Triton backend of each model.
 
-    It is staged and moved: nothing appears before everything is there, and nothing stays behind on a failure.
-    Raises RequestError (a setting), ManifestError (version 1), ModelError (`target` exists or cannot be written, no
-    such engines), EngineError (an engine that Triton cannot use) or IntegrityError (no graph of a stage, one of an
-    older step contract or of fixed shapes; a file unlike its sha256).
+    It is written to a temporary folder and then moved: it appears complete or not at all, and a failure leaves nothing
+    behind. Raises RequestError (a setting), ManifestError (version 1), ModelError (`target` exists or cannot be
+    written, no such engines), EngineError (an engine that Triton cannot use) or IntegrityError (a stage without a
+    graph, a graph of an older step contract or with fixed shapes, a file that does not match its sha256).
     """
     if bundle.version == 1:
         raise ManifestError(f"{bundle.path}: its manifest is of version 1, Triton reads 2: higen upgrade {bundle.path}")
@@ -145,7 +145,7 @@ def write_repository(bundle: Bundle, target: str | os.PathLike[str], settings: S
 
 
 def _models(bundle: Bundle, settings: Settings) -> dict[str, _Model]:
-    """A model for each stage that requests can need, in the table's order."""
+    """A model for each stage that requests can use, in the table's order."""
     manifest, precision = bundle.manifest, settings.precision
     engines = _engines(bundle, settings)
     graphs = [name for name in manifest.stage_names if precision in bundle.precisions(name)]
@@ -162,7 +162,7 @@ def _models(bundle: Bundle, settings: Settings) -> dict[str, _Model]:
             models[name] = engines[name]
         elif name in graphs and (partner is None or partner not in engines):
             models[name] = _graph(bundle, manifest.stage(name), precision)
-    for name in manifest.variants:  # what `reuse` needs, where there is all of it
+    for name in manifest.variants:  # for `reuse`, if they exist
         if name in engines:
             models[name] = engines[name]
         elif precision in bundle.precisions(name):
@@ -178,7 +178,7 @@ def _graph(bundle: Bundle, stage: Stage, precision: str) -> _Model:
 
 
 def _fixed_sizes(bundle: Bundle, stage: Stage, file: str, precision: str) -> dict[str, int]:
-    """The symbols that have one size in a graph: the model's own, and axes that no request varies.
+    """The sizes of a graph's fixed symbols: sizes that the model fixes, and axes that no request varies.
 
     Raises IntegrityError for a graph of an older step contract, and for one that fixes an axis that requests vary.
     """
@@ -209,7 +209,7 @@ def _export_command(bundle: Bundle, precision: str) -> str:
 
 
 def _engines(bundle: Bundle, settings: Settings) -> dict[str, _Model]:
-    """The engine of each stage that has one in the folder that is asked for, with the profiles of it that fit."""
+    """The engine of each stage that has one in the folder `settings.engines`, with the profiles that fit."""
     if settings.engines is None:
         return {}
     found = {}
@@ -236,8 +236,8 @@ def _engines(bundle: Bundle, settings: Settings) -> dict[str, _Model]:
 def _engine(bundle: Bundle, stage: Stage, plan: Plan, settings: Settings) -> _Model:
     """A stage that TensorRT runs.
 
-    Raises EngineError for a plan that Triton could not load or that is not of this model, IntegrityError for one whose
-    graph does not fit, RequestError for the limit.
+    Raises EngineError for a plan that Triton could not load or that is of another model, IntegrityError if its graph
+    does not fit, and RequestError if no profile allows `max_batch`.
     """
     record = plan.record
     if record.flavour != "tensorrt":
@@ -254,9 +254,9 @@ def _engine(bundle: Bundle, stage: Stage, plan: Plan, settings: Settings) -> _Mo
 
 
 def _profiles(bundle: Bundle, stage: Stage, plan: Plan, settings: Settings) -> list[int]:
-    """Indices of the plan's profiles that take batches from one sample to the limit; all where nothing is batched.
+    """Indices of the plan's profiles that take batches from one sample to the limit; all if the stage is not batched.
 
-    Raises RequestError for the limit.
+    Raises RequestError if there is none.
     """
     profiles = plan.record.profiles
     if not stage.batch:
@@ -278,7 +278,7 @@ def _check_whole(name: str, value: object, least: int) -> None:
 
 
 class _Links:
-    """Hard links, or where the source lies on another file system, links to one copy of it."""
+    """Makes hard links. If the source is on another file system, links to one copy of it."""
 
     def __init__(self) -> None:
         self._copies: dict[Path, Path] = {}

@@ -3,7 +3,7 @@
     python -m higen.engines.triton.server REPO --http-port 8000 --grpc-port 8001 --metrics-port 8002
 
 It is meant for machines without NVIDIA's container: development, tests, small models. It listens on 127.0.0.1 only.
-HTTP requests pass higen's front (front.py). Metrics for Prometheus are at /metrics.
+HTTP requests go through higen's front (front.py). Metrics for Prometheus are at /metrics.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ STANDIN = "from higen.engines.triton.standin import TritonPythonModel\n"
 
 
 class Server:
-    """A running server. `stop` waits for the end of its requests, `kill` does not."""
+    """A running server. `stop` waits until its requests end, `kill` does not."""
 
     def __init__(
         self, process: subprocess.Popen[bytes], http_port: int, grpc_port: int, log: Path, metrics_port: int
@@ -81,7 +81,7 @@ class Server:
 def command(
     repository: Path, backends: Path, http_port: int, grpc_port: int, exit_timeout: int = 30, metrics_port: int = 8002
 ) -> list[str]:
-    """The server's command line; fills the empty folder `backends`. Raises MissingExtra or BackendUnavailable."""
+    """The server's command line. Also fills the empty folder `backends`. Raises MissingExtra or BackendUnavailable."""
     tritonserver = _bundled()
     stub = tritonserver / "python_backend_stubs" / f"3.{sys.version_info.minor}" / "triton_python_backend_stub"
     if not stub.is_file():
@@ -135,7 +135,7 @@ def running(
     exit_timeout: int = 30,
     start_timeout: float = 120,
 ) -> Iterator[Server]:
-    """Yields a ready server of the repository and stops it at the end. A port 0 is replaced by a free port."""
+    """Yields a ready server of the repository and stops it at the end. Port 0 means any free port."""
     with tempfile.TemporaryDirectory(prefix="higen-triton-") as work, ExitStack() as ending:
         free_http, free_grpc, free_metrics, inner_port = free_ports(4)
         http_port, grpc_port, metrics_port = (
@@ -176,12 +176,12 @@ def main() -> None:
     parser.add_argument("--grpc-port", type=int, default=8001)
     parser.add_argument("--metrics-port", type=int, default=8002)
     arguments = parser.parse_args()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the server, in a session of its own, ends with us
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that the server, in its own session, is stopped too
     try:
         with running(arguments.repository, arguments.http_port, arguments.grpc_port, arguments.metrics_port) as server:
             print(f"http {server.http}  grpc {server.grpc}  metrics {server.metrics}; Ctrl-C ends it", flush=True)
             status, words = server.process.wait(), server.last_words()
-    except KeyboardInterrupt:  # at any moment: while it starts, too
+    except KeyboardInterrupt:  # also while the server starts
         print("stopped", flush=True)
         return
     raise SystemExit(f"tritonserver ended by itself with status {status}:\n{words}")

@@ -1,4 +1,4 @@
-"""The model `higen` without Triton: takes requests, runs them on shared batches, answers with events."""
+"""The model `higen` without Triton: takes requests, runs them in shared batches, and answers with events."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ __all__ = ["Limits", "Meter", "Reply", "Service"]
 Event = dict[str, NDArray[Any]]
 
 CANCELLATION_EVERY = 0.1
-"""Seconds between two looks at whether clients are still there."""
+"""Seconds between checks for cancelled requests."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """How much runs at once: active requests, requests in line, rows of a batch of each stage that can, and batches."""
+    """How much runs at once: active requests, requests in line, rows per batch of each stage that batches, and
+    batches.
+    """
 
     slots: int
     line: int
@@ -39,7 +41,7 @@ class Limits:
     batches: int = 1
 
     def to_json(self) -> str:
-        """For the model's configuration."""
+        """As text for the model's configuration."""
         return json.dumps(vars(self) | {"rows": dict(self.rows)})
 
     @classmethod
@@ -56,29 +58,29 @@ class Reply(Protocol):
         ...
 
     def finish(self) -> None:
-        """Say that the last event was sent."""
+        """End the request: the last event was sent."""
         ...
 
     def fail(self, error: HigenError) -> None:
-        """Say what went wrong."""
+        """End the request with an error."""
         ...
 
     def cancelled(self) -> bool:
-        """Whether the client wants no more of it."""
+        """Whether the client has cancelled the request."""
         ...
 
 
 class Meter:
-    """Takes what a service counts; this one drops it. Its methods may be called by any thread."""
+    """Receives a service's counts; this base class drops them. Any thread may call its methods."""
 
     def load(self, active: int, waiting: int) -> None:
-        """Requests at work now, and in line."""
+        """The numbers of requests that run now and that wait in line."""
 
     def ended(self, outcome: str) -> None:
-        """A request has ended: "done", "refused" (a mistake of its client's), "full", "cancelled" or "failed"."""
+        """A request has ended: "done", "refused" (the client's mistake), "full", "cancelled" or "failed"."""
 
     def frames(self, count: int) -> None:
-        """So many frames were sent."""
+        """`count` frames were sent."""
 
 
 def _outcome(error: HigenError | None) -> str:
@@ -89,10 +91,10 @@ def _outcome(error: HigenError | None) -> str:
 
 
 class Service:
-    """Requests to streams of events, each request in a thread of its own, their steps in common batches."""
+    """Turns requests into streams of events. Each request has its own thread; their steps run in common batches."""
 
     def __init__(self, pipeline: Pipeline, backend: Backend, limits: Limits, meter: Meter | None = None) -> None:
-        """`pipeline` gives the model and its tokenizer; its stages are run by `backend`."""
+        """`pipeline` gives the model and its tokenizer; `backend` runs the stages."""
         self._meter = meter or Meter()
         batcher = Batcher(limits.slots, limits.rows, line=limits.line)
         self.shared = SharedBackend(backend, pipeline.manifest, batcher, workers=limits.batches)
@@ -106,8 +108,8 @@ class Service:
     def accept(self, tensors: Mapping[str, NDArray[Any]], reply: Reply) -> None:
         """Give a request a slot or a place in line, and start it; returns at once.
 
-        Whatever is wrong with it goes to `reply.fail`. It is read in its own thread: a long text or a large picture
-        delays nobody else.
+        All errors go to `reply.fail`. The request is read in its own thread: a long text or a large picture does not
+        delay others.
         """
         mine = self.shared.request()
         try:
@@ -123,7 +125,7 @@ class Service:
             thread.start()
 
     def _measure(self) -> None:
-        """Tell the meter the load. Read and told under one lock, or an older load might be told last."""
+        """Tell the meter the load. One lock covers reading and telling, so that an older load is never told last."""
         with self._lock:
             self._meter.load(*self.shared.load)
 
@@ -138,13 +140,13 @@ class Service:
         self._watcher.join()
 
     def _serve(self, tensors: Mapping[str, NDArray[Any]], mine: RequestBackend, reply: Reply) -> None:
-        """Run a request. It leaves its slot before its client hears of the end."""
+        """Run a request. It leaves its slot before its client is told of the end."""
         error: HigenError | None = None
         try:
             self._run(tensors, mine, reply)
         except HigenError as found:
             error = found
-        except Exception as found:  # a mistake of ours: the client hears of it, the others are not disturbed
+        except Exception as found:  # a bug in this library: tell this client, and do not disturb the others
             error = HigenError(f"{type(found).__name__}: {found}")
         mine.close()
         self._measure()
@@ -175,7 +177,7 @@ class Service:
 
     @staticmethod
     def _report(stream: Stream, step: Step, delivery: Delivery, reply: Reply) -> None:
-        """Send a step, and a preview where it is time for one."""
+        """Send a step's progress, and a preview if one is due."""
         done = step.index + 1
         place: dict[str, str | int] = {"loop": step.loop, "stage": step.stage, "step": done, "total": step.total}
         reply.send(_event("progress", **place))
@@ -193,7 +195,7 @@ class Service:
 
 
 def _done(stream: Stream, warned: list[str], latents: Any) -> Event:
-    """The last event; `latents` [1,C,F,H,W] where they were asked for."""
+    """The last event, with `latents` [1,C,F,H,W] if they were asked for."""
     video = stream.videos[0]
     about = {"frames": len(video), "width": video.width, "height": video.height, "fps": video.fps}
     last = _event("done", metadata=json.dumps({**about, **video.metadata, "warnings": warned}))

@@ -1,7 +1,8 @@
 """ONNX Runtime as a Python-based Triton backend, for servers that have no onnxruntime backend of their own.
 
-`nvidia-pytriton` brings such a server. This runs the same repository unchanged: the backend's folder holds a model.py
-that imports this class. Runs inside the server only. CPU only; it knows the settings that our repositories use.
+The server of `nvidia-pytriton` is one of them. It runs the same repository unchanged: the backend's folder holds a
+model.py that imports this class. It runs only inside the server and on the CPU, and knows the settings that our
+repositories use.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ __all__ = ["TritonPythonModel"]
 
 
 class TritonPythonModel:
-    """What Triton's Python backend calls: one session for each instance of a model."""
+    """The class that Triton's Python backend calls: one session for each instance of a model."""
 
     def initialize(self, args: dict[str, str]) -> None:
         """Load the graph."""
@@ -36,7 +37,9 @@ class TritonPythonModel:
         self._outputs = [value.name for value in self._session.get_outputs()]
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """Run the requests that the dynamic batcher has put together as one batch; without one, each alone."""
+        """Run the requests that the dynamic batcher has put together as one batch. If the model does not batch, run
+        each separately.
+        """
         given = [
             {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in self._inputs}
             for request in requests
@@ -46,7 +49,7 @@ class TritonPythonModel:
         return [answer for one in given for answer in self._answers([one])]
 
     def _answers(self, given: list[dict[str, Any]]) -> list[Any]:
-        """Run the inputs of some requests in one go: their rows one after the other."""
+        """Run several requests in one call, with their rows concatenated."""
         together = given[0]
         if len(given) > 1:
             together = {name: np.concatenate([inputs[name] for inputs in given]) for name in self._inputs}

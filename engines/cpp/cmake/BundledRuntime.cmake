@@ -1,9 +1,9 @@
-# Installs ONNX Runtime's library beside higen's own. The package then needs no other folder and can be moved.
+# Installs ONNX Runtime's library beside higen's library. The package then needs no other folder and can be moved.
 
 get_filename_component(onnxruntime_file "${ONNXRuntime_LIBRARY}" REALPATH)
 get_filename_component(onnxruntime_folder "${onnxruntime_file}" DIRECTORY)
 
-# The loader finds a library of the system by itself.
+# The loader finds system libraries without help.
 set(bundle_onnxruntime ON)
 foreach(folder ${CMAKE_CXX_IMPLICIT_LINK_DIRECTORIES})
     get_filename_component(folder "${folder}" REALPATH)
@@ -23,7 +23,7 @@ if(HIGEN_TENSORRT)
     list(APPEND installed_rpath "${tensorrt_folder}")
 endif()
 
-# Where an installed static library finds its dependencies outside the package.
+# Where an installed static library finds dependencies outside the package.
 set(installed_onnxruntime_root "")
 set(installed_tensorrt_root "")
 if(NOT BUILD_SHARED_LIBS AND NOT HIGEN_INSTALL_ONNXRUNTIME)
@@ -43,7 +43,7 @@ function(higen_install_onnxruntime)
         endif()
     endif()
     install(PROGRAMS "${onnxruntime_file}" DESTINATION ${CMAKE_INSTALL_LIBDIR} RENAME "${name}")
-    if(NOT BUILD_SHARED_LIBS)  # what links the static library links this one too, by its plain name
+    if(NOT BUILD_SHARED_LIBS)  # programs that link the static library link this one too, by its plain name
         file(CREATE_LINK "${name}" "${CMAKE_CURRENT_BINARY_DIR}/libonnxruntime.so" SYMBOLIC)
         install(FILES "${CMAKE_CURRENT_BINARY_DIR}/libonnxruntime.so" DESTINATION ${CMAKE_INSTALL_LIBDIR})
     endif()

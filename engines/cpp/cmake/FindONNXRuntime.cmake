@@ -2,7 +2,7 @@
 #
 # ONNXRUNTIME_ROOT   a folder with include/ and lib/: an official release archive, or what get_onnxruntime.sh makes
 #
-# Headers may be older than the library, never newer: the library serves every API version up to its own.
+# The headers may be older than the library, but never newer: the library supports every API version up to its own.
 
 find_path(ONNXRuntime_INCLUDE_DIR onnxruntime_cxx_api.h
     HINTS ${ONNXRUNTIME_ROOT} $ENV{ONNXRUNTIME_ROOT}
@@ -11,7 +11,7 @@ find_library(ONNXRuntime_LIBRARY NAMES onnxruntime libonnxruntime.so.1
     HINTS ${ONNXRUNTIME_ROOT} $ENV{ONNXRUNTIME_ROOT}
     PATH_SUFFIXES lib lib64)
 
-# A program that links an installed static library of higen's needs no headers.
+# A program that links an installed static library of higen needs no headers.
 set(wanted ONNXRuntime_LIBRARY)
 if(NOT ONNXRuntime_LIBRARY_ALONE)
     list(APPEND wanted ONNXRuntime_INCLUDE_DIR)

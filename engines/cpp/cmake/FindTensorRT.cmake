@@ -1,7 +1,7 @@
 # TensorRT's headers and library, as the target tensorrt::tensorrt: TensorRT 10 or newer, or TensorRT for RTX.
 #
 # TENSORRT_ROOT   a folder with include/ and lib/, an unpacked release archive
-# CUDA_HOME       the folder of CUDA, whose headers TensorRT's headers include; no other part of it is needed
+# CUDA_HOME       the folder of CUDA; TensorRT's headers include CUDA's headers, and no other part of it is needed
 
 find_path(TensorRT_INCLUDE_DIR NvInfer.h HINTS ${TENSORRT_ROOT} $ENV{TENSORRT_ROOT} PATH_SUFFIXES include)
 find_library(TensorRT_LIBRARY NAMES tensorrt_rtx libtensorrt_rtx.so.1 nvinfer

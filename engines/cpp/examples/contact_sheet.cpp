@@ -1,7 +1,7 @@
 // The C++ interface, with a preview of the steps: contact_sheet MODEL "PROMPT" SHEET.ppm [STEPS [SIZE [SECONDS]]]
 //
-// Writes the frames of a video side by side, and prints how bright the estimate is after each step. After so many
-// seconds it gives up: a token stops one generation, from any thread.
+// Writes the frames of a video side by side, and prints how bright the estimate is after each step. After SECONDS it
+// cancels the generation with a token, from another thread.
 #include <chrono>
 #include <cstdlib>
 #include <exception>
@@ -51,7 +51,7 @@ int main(int argc, char** argv) {
         auto video = std::async(std::launch::async, [&] { return model.generate(request, callbacks); });
         const std::chrono::seconds patience(argc > 6 ? std::atoi(argv[6]) : 3600);
         if (video.wait_for(patience) == std::future_status::timeout) callbacks.token->cancel();
-        save(video.get(), argv[3]);  // throws where it was cancelled
+        save(video.get(), argv[3]);  // throws if it was cancelled
         return 0;
     } catch (const std::exception& error) {
         std::cerr << error.what() << '\n';

@@ -51,7 +51,7 @@ constexpr const char* other_formats = "; .y4m, .npy and .rgb need no other progr
 
 #ifndef _WIN32
 
-// Starts a program with these arguments: it reads `input`, and both of its outputs go to `said`.
+// Starts a program with these arguments. It reads `input`, and both of its outputs go to the file `said`.
 int start(const Words& words, int input, const char* said) {
     std::vector<char*> arguments;
     for (const auto& word : words) arguments.push_back(const_cast<char*>(word.c_str()));
@@ -66,7 +66,7 @@ int start(const Words& words, int input, const char* said) {
         posix_spawn_file_actions_addopen(&actions, 0, "/dev/null", O_RDONLY, 0);
     posix_spawn_file_actions_addopen(&actions, 1, said, O_WRONLY | O_CREAT | O_TRUNC, 0600);
     posix_spawn_file_actions_adddup2(&actions, 1, 2);
-    // higen-run handles Ctrl-C. The program is in a process group of its own and does not get the signal.
+    // higen-run handles Ctrl-C. The program runs in a separate process group and does not get the signal.
     sigset_t standard;
     sigemptyset(&standard);
     sigaddset(&standard, SIGPIPE);
@@ -92,7 +92,7 @@ int wait_for(int process) {
 
 #endif
 
-// A value of ffmpeg's metadata files.
+// Quotes a value for ffmpeg's metadata files.
 std::string escaped(const std::string& text) {
     std::string result;
     for (const char c : text) {
@@ -112,7 +112,7 @@ bool Encoder::takes(const std::string& suffix) {
 
 void Encoder::check(const std::string& suffix) {
     const auto& kind = kind_of(suffix);
-    // Encode one black frame and drop it, because the installed program may lack the encoder.
+    // Test the encoder with one black frame, because the installed program may lack it.
     const Words words = {"ffmpeg", "-v", "error", "-f", "rawvideo", "-pix_fmt", "rgb24", "-s", "16x16", "-i",
                          "/dev/zero", "-frames:v", "1", "-c:v", kind.codec, "-pix_fmt", "yuv420p", "-f", "null", "-"};
     const int process = start(words, -1, "/dev/null");
@@ -124,7 +124,7 @@ void Encoder::check(const std::string& suffix) {
                                  ", which the one in PATH has not" + other_formats);
 }
 
-// Frames of an odd size are padded to an even one by their last line and column, which 4:2:0 needs.
+// 4:2:0 needs even sizes: odd frames are padded by repeating their last line or column.
 Encoder::Encoder(const fs::path& file, int width, int height, int fps, const Tags& tags)
     : width_(static_cast<std::size_t>(width)),
       height_(static_cast<std::size_t>(height)),
@@ -146,7 +146,7 @@ Encoder::Encoder(const fs::path& file, int width, int height, int fps, const Tag
     int ends[2];
     if (pipe(ends) != 0) throw std::runtime_error(std::string("no pipe to ffmpeg: ") + std::strerror(errno));
     for (const int end : ends) fcntl(end, F_SETFD, FD_CLOEXEC);
-    std::signal(SIGPIPE, SIG_IGN);  // if ffmpeg ends too early, that is an error, and must not end this process
+    std::signal(SIGPIPE, SIG_IGN);  // if ffmpeg ends too early, writing must fail, not end this process
     process_ = start(words, ends[0], said_.c_str());
     const int error = errno;
     close(ends[0]);

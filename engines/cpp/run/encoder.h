@@ -1,4 +1,4 @@
-// Video files by the system's program ffmpeg, which is given raw frames through a pipe; no shell.
+// Video files by the system's program ffmpeg. It gets raw frames through a pipe; no shell is used.
 #pragma once
 
 #include <cstddef>
@@ -6,7 +6,7 @@
 #include <filesystem>
 #include <string>
 
-// What goes into a video file's tags, as Python writes them.
+// A video file's tags, as Python writes them.
 struct Tags {
     std::string title;
     std::string comment;
@@ -14,19 +14,19 @@ struct Tags {
 
 class Encoder {
 public:
-    // Whether these files are ffmpeg's: ".mp4" or ".webm".
+    // Whether ffmpeg writes files with this suffix: ".mp4" or ".webm".
     [[nodiscard]] static bool takes(const std::string& suffix);
 
-    // Throws std::runtime_error that says what to install, where there is no ffmpeg with the encoder for this suffix.
+    // Throws std::runtime_error that says what to install, if there is no ffmpeg with the encoder for this suffix.
     static void check(const std::string& suffix);
 
-    // Begins a file of frames [height, width, 3]; what ffmpeg needs besides lies in its folder.
+    // Begins a file of frames [height, width, 3]. Its folder gets the other files that ffmpeg needs.
     Encoder(const std::filesystem::path& file, int width, int height, int fps, const Tags& tags);
-    ~Encoder();  // a file that is not finished is left to the caller
+    ~Encoder();  // the caller removes an unfinished file
     Encoder(const Encoder&) = delete;
     Encoder& operator=(const Encoder&) = delete;
 
-    // Both throw std::runtime_error with ffmpeg's own words.
+    // Both throw std::runtime_error with ffmpeg's message.
     void write(const std::uint8_t* rgb);
     void finish();
 

@@ -1,4 +1,4 @@
-// higen-run: a video from a text, which the library makes through its public interface.
+// higen-run makes a video from a text, through the library's public interface.
 #include <cerrno>
 #include <csignal>
 #include <cstdio>
@@ -88,7 +88,7 @@ const char* kind_name(higen_control_kind kind) {
     return names[kind];
 }
 
-// "wind             curve, sinusoid, from 0, default 500, may be unspecified: how fast it blows"
+// Prints "wind             curve, sinusoid, from 0, default 500, may be unspecified: how fast it blows".
 void print_controls(const higen_model* model) {
     for (std::size_t i = 0; i < higen_controls(model); ++i) {
         higen_control_info control = HIGEN_CONTROL_INFO_INIT;
@@ -107,7 +107,7 @@ void print_controls(const higen_model* model) {
     }
 }
 
-// The request of the options, and what it points to.
+// The request made from the options, and what it points to.
 class Given {
 public:
     Given(const higen_model* model, const Options& options) {
@@ -161,7 +161,7 @@ private:
         request_.free_init_filter = text(options.free_init_filter);
     }
 
-    // A control's kind says whether its value is a text; of an unknown one the library tells the names.
+    // A control's kind says whether its value is a text. For an unknown control the library's error lists the names.
     static bool takes_text(const higen_model* model, const std::string& name) {
         for (std::size_t i = 0; i < higen_controls(model); ++i) {
             higen_control_info control = HIGEN_CONTROL_INFO_INIT;
@@ -227,7 +227,7 @@ private:
 struct Run {
     ClipWriter& writer;
     bool quiet;
-    std::string error;  // of a callback
+    std::string error;  // in a callback
 };
 
 int on_step(void* user, const higen_step* step) {
@@ -269,7 +269,7 @@ void generate(const Options& options) {
 }  // namespace
 
 int main(int argc, char** argv) {
-    std::signal(SIGINT, stop);  // the work ends after its step, and no half-written file stays
+    std::signal(SIGINT, stop);  // the work ends after the step and leaves no unfinished file
     std::signal(SIGTERM, stop);
     try {
         const auto options = parse({argv + 1, argv + argc});

@@ -37,7 +37,7 @@ void take(const std::string& data, std::size_t at, std::vector<double>& numbers)
     }
 }
 
-// numpy.lib.format: magic, version, length of the header, a dictionary, numbers. Little-endian, as this machine is.
+// numpy.lib.format: magic, version, length of the header, a dictionary, numbers. Little-endian, like this machine.
 Matrix from_npy(const std::string& path, const std::string& data) {
     const std::string wanted = "a .npy file with float32, float64, int32 or int64 of two axes, row by row, is wanted";
     const std::size_t start = data.size() > 6 && data[6] == 1 ? 10 : 12;

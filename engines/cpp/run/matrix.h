@@ -1,4 +1,4 @@
-// Matrices from files, for controls that take one.
+// Reads matrices from files, for controls that take one.
 #pragma once
 
 #include <cstddef>
@@ -11,6 +11,6 @@ struct Matrix {
     std::size_t columns = 0;
 };
 
-// A matrix from a file: .npy (float32, float64, int32 or int64, with two axes), or any text with one row per line and
-// commas or blanks between the numbers. Throws std::runtime_error whose message begins with the path.
+// Reads a file: .npy (float32, float64, int32 or int64, with two axes), or text with one row per line and commas or
+// blanks between the numbers. Throws std::runtime_error whose message begins with the path.
 [[nodiscard]] Matrix read_matrix(const std::string& path);

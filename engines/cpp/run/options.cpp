@@ -158,7 +158,7 @@ std::map<std::string, bool*> options_without(Options& options) {
             {"--help", &options.help}};
 }
 
-// Takes an option and its value, which may be the next argument.
+// Takes an option and its value; the value may be the next argument.
 void take_option(Options& options, const std::vector<std::string>& arguments, std::size_t& i) {
     static const std::map<std::string, std::string> short_names = {
         {"-o", "--output"}, {"-q", "--quiet"}, {"-h", "--help"}};

@@ -16,13 +16,13 @@ struct Options {
     std::optional<std::vector<std::int64_t>> tokens;
     std::uint64_t seed = 0;
     std::vector<std::int64_t> steps;            // nothing, one for every loop, or one per loop
-    std::vector<std::vector<double>> guidance;  // the same for each loop; one number, or one per frame
+    std::vector<std::vector<double>> guidance;  // likewise; an entry is one number, or one per frame
     std::vector<std::string> solvers;           // nothing, one for every loop, or one per loop
     std::vector<double> guidance_interval, free_init;
     std::vector<std::int64_t> windows, reuse;
     std::string window_noise, free_init_filter;  // "": not given
     std::optional<std::int64_t> frames, width, height, fps;
-    std::vector<std::pair<std::string, std::string>> controls;               // name and value, as they were given
+    std::vector<std::pair<std::string, std::string>> controls;               // name and value, as given
     std::vector<std::pair<std::string, std::vector<std::string>>> pictures;  // name and files
     std::vector<std::pair<std::string, std::string>> keyframes;              // index and file
     std::vector<std::pair<std::string, std::string>> matrices;               // name and file

@@ -28,7 +28,7 @@ std::string lower_suffix(const std::string& path) {
     return suffix;
 }
 
-// Whether anybody may write a file; to root every file looks writable.
+// Whether a file may be written. A file that nobody may write is not writable for root either.
 bool is_writable(const fs::path& path, fs::perms perms) {
     constexpr auto any = fs::perms::owner_write | fs::perms::group_write | fs::perms::others_write;
     if ((perms & any) == fs::perms::none) return false;
@@ -40,7 +40,7 @@ bool is_writable(const fs::path& path, fs::perms perms) {
 #endif
 }
 
-// The prompt as title, and in JSON what the clip is: higen/video_record.py.
+// The prompt as title, and a JSON description of the clip (higen/video_record.py).
 Tags tags_of(const About& about, int total, int width, int height, int fps) {
     const nlohmann::json record = {{"fps", fps}, {"frames", total}, {"height", height}, {"width", width}};
     const nlohmann::json comment = {{"prompt", about.prompt}, {"seed", about.seed}, {"higen.video", record}};
@@ -80,13 +80,13 @@ ClipWriter::ClipWriter(std::string path, About about) : path_(std::move(path)), 
     if (file_ == nullptr) fail(path_, std::string("cannot be written: ") + std::strerror(errno));
 }
 
-// A link stays, what it points to is written. A file that its owner protects, and what is no file, is not replaced.
+// A link is kept and its target is written. Read-only files and anything but regular files are not replaced.
 void ClipWriter::check_target() {
     std::error_code error;
     target_ = fs::absolute(fs::u8path(path_));
     const auto status = fs::status(target_, error);
     if (fs::is_directory(status)) fail(path_, "is a folder; name a file in it");
-    for (int i = 0; i < 40 && fs::is_symlink(target_, error); ++i)  // as many as Linux follows
+    for (int i = 0; i < 40 && fs::is_symlink(target_, error); ++i)  // Linux follows as many
         target_ = target_.parent_path() / fs::read_symlink(target_, error);
     if (!fs::exists(status)) return;
     if (!fs::is_regular_file(status)) fail(path_, "is no plain file, but a pipe or a device; choose another name");
@@ -135,7 +135,7 @@ void ClipWriter::write(const std::uint8_t* rgb, int count, int total, int width,
     }
 }
 
-// BT.601 in the limited range, which is what a player takes a y4m for, with colour at every pixel.
+// BT.601 in the limited range, as players read a y4m file, with colour at every pixel.
 void ClipWriter::put_y4m(const std::uint8_t* rgb, std::size_t pixels) {
     std::vector<std::uint8_t> planes(3 * pixels);
     for (std::size_t i = 0; i < pixels; ++i) {
@@ -158,7 +158,7 @@ void ClipWriter::finish() {
     const bool closed = file_ == nullptr || std::fclose(file_) == 0;
     file_ = nullptr;
     if (!closed) fail(path_, std::string("cannot be written: ") + std::strerror(errno));
-    check_target();  // it may have come into being since
+    check_target();  // a file may have been created meanwhile
     std::error_code error;
     fs::rename(finished_, target_, error);
     if (error) fail(path_, "cannot be written: " + error.message());

@@ -1,4 +1,4 @@
-// Files of frames: y4m, npy, raw RGB, and through ffmpeg mp4 and webm.
+// Files of frames: y4m, npy, raw RGB, and mp4 and webm through ffmpeg.
 #pragma once
 
 #include <cstdint>
@@ -11,25 +11,25 @@
 #include "encoder.h"
 #include "staging.h"
 
-// What a video file says of itself.
+// What a video file's tags say.
 struct About {
     std::string prompt;
     std::uint64_t seed = 0;
 };
 
-// Writes a clip as its frames come, in a hidden folder beside the target; the finished file takes its name at the end. A
-// clip that fails leaves nothing behind. Throws std::runtime_error.
+// Writes a clip frame by frame, in a hidden folder beside the target. At the end the finished file is moved to the
+// target. A clip that fails leaves nothing behind. Throws std::runtime_error.
 class ClipWriter {
 public:
-    // The format is that of the suffix; "-" is y4m on the standard output. Checks before any frame is made that the file can be
-    // written and replaced, and that what writes it is here.
+    // The suffix gives the format; "-" is y4m on the standard output. Checks, before any frame is made, that the file
+    // can be written and replaced, and that the program that writes it exists.
     ClipWriter(std::string path, About about);
     ~ClipWriter();
     ClipWriter(const ClipWriter&) = delete;
     ClipWriter& operator=(const ClipWriter&) = delete;
 
     void write(const std::uint8_t* rgb, int count, int total, int width, int height, int fps);
-    // After the last frame.
+    // Call it after the last frame.
     void finish();
 
 private:

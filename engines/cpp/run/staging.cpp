@@ -26,7 +26,7 @@ const std::string note =
 constexpr std::size_t random_digits = 12, digest_digits = 8;
 constexpr int tries = 1000;
 
-// A folder's name: random digits and their digest, by which higen recognises it.
+// A folder's name: random digits and their digest. higen recognises its folders by it.
 std::string named(const std::string& token) {
     higen::core::Sha256 hash;
     const auto text = prefix + token;
@@ -78,7 +78,7 @@ void let_go(int) {}
 
 #endif
 
-// Whether the note is higen's, or half of one, whose writer was killed.
+// Whether the note is higen's, or the first part of one, left by a killed writer.
 bool has_note(const fs::path& root) {
     if (!fs::exists(root / "note")) return fs::is_empty(root);
     std::ifstream file(root / "note", std::ios::binary);
@@ -86,7 +86,7 @@ bool has_note(const fs::path& root) {
     return text.size() <= note.size() && note.compare(0, text.size(), text) == 0;
 }
 
-// A folder with a journal is left for higen's Python programs, which finish the change in it.
+// Removes folders of killed writers. A folder with a journal is kept: higen's Python programs finish its change.
 void sweep(const fs::path& parent) {
     std::error_code error;
     for (const auto& entry : fs::directory_iterator(parent, error)) {
@@ -95,7 +95,7 @@ void sweep(const fs::path& parent) {
         if (lock < 0) continue;
         try {
             if (has_note(entry.path()) && !fs::exists(entry.path() / "journal")) fs::remove_all(entry.path());
-        } catch (const fs::filesystem_error&) {  // what cannot be removed stays
+        } catch (const fs::filesystem_error&) {  // skip a folder that cannot be removed
         }
         let_go(lock);
     }
@@ -109,7 +109,7 @@ Staging::Staging(const fs::path& parent) {
         const auto made = parent / named(random_token());
         if (!fs::create_directory(made)) continue;
         lock_ = hold(made, true);
-        if (fs::exists(made)) root_ = made;  // else another writer took it for a killed one's before it was locked
+        if (fs::exists(made)) root_ = made;  // else another writer removed it before it was locked
     }
     if (root_.empty())
         throw fs::filesystem_error("no folder can be made", parent, std::make_error_code(std::errc::device_or_resource_busy));

@@ -6,13 +6,14 @@
 
 class Staging {
 public:
-    // Makes the folder in `parent` and removes what killed writers left there. Throws std::filesystem::filesystem_error.
+    // Makes the folder in `parent` and removes folders that killed writers left there. Throws
+    // std::filesystem::filesystem_error.
     explicit Staging(const std::filesystem::path& parent);
     ~Staging();
     Staging(const Staging&) = delete;
     Staging& operator=(const Staging&) = delete;
 
-    // Empty, to be filled.
+    // An empty folder for the caller's files.
     [[nodiscard]] std::filesystem::path folder() const { return root_ / "new"; }
 
 private:

@@ -16,10 +16,10 @@
 
 namespace higen::core {
 
-// Lets another thread stop a generation, inside a step too where the backend can be interrupted.
+// Lets another thread stop a generation, also within a step if the backend can be interrupted.
 class Cancellation {
 public:
-    // `why` is a literal; the first one counts.
+    // `why` is a string literal; the first call's is kept.
     void cancel(const char* why = "cancelled") {
         const std::lock_guard lock(mutex_);
         const char* none = nullptr;
@@ -27,7 +27,7 @@ public:
         if (interrupt_) interrupt_();
     }
 
-    // Throws HIGEN_CANCELLED once `cancel` was called.
+    // Throws HIGEN_CANCELLED after `cancel` was called.
     void check() const {
         if (const char* why = why_) throw Error(HIGEN_CANCELLED, why);
     }
@@ -68,8 +68,8 @@ public:
     // Load what a stage needs. Throws an unavailable or integrity error.
     virtual void prepare(const Stage& stage) = 0;
 
-    // Load one of several stages that serve the same purpose, the preferred one first, and return it: the first that
-    // can be run. Throws what `prepare` throws where none can.
+    // Load and return the first of several equivalent stages that can be run; the preferred one comes first. Throws
+    // what `prepare` throws if none can be run.
     [[nodiscard]] virtual const Stage& choose(const std::vector<const Stage*>& stages) {
         for (std::size_t i = 0; i + 1 < stages.size(); ++i) {
             try {
@@ -83,11 +83,11 @@ public:
         return *stages.back();
     }
 
-    // Run a stage, `prepare`d or not. Inputs may be host tensors and those of any backend. Throws a backend error, also
-    // for wrong inputs, or HIGEN_CANCELLED.
+    // Run a stage; calling `prepare` first is optional. Inputs may be host tensors or tensors of any backend. Throws a
+    // backend error, also for wrong inputs, or HIGEN_CANCELLED.
     [[nodiscard]] virtual Tensors run(const Stage& stage, const Tensors& inputs, Cancellation& cancellation) = 0;
 
-    // Where a prepared stage runs, in what precision, and why a better way of this backend's does not: "cpu, fp32".
+    // Where a prepared stage runs, in what precision ("cpu, fp32"), and why this backend's better ways are not used.
     [[nodiscard]] virtual std::string describe(const Stage& stage) const = 0;
 
     // The fallbacks inside this backend since the last call.
@@ -96,14 +96,14 @@ public:
 
 struct BackendOptions {
     std::string backend = "auto";   // "auto", "tensorrt", "onnx"
-    std::string precision;          // one of bundle.h's, "" for each backend's choice on its device
+    std::string precision;          // one of `precisions` (bundle.h); "": each backend's choice for its device
     std::string provider = "auto";  // of ONNX Runtime: "auto", "cpu", "cuda", "tensorrt-rtx", or a plugin's provider
-    std::string provider_library;   // path of a plugin's library, "" for none
-    int threads = 0;                // of one stage on a CPU; 0: ONNX Runtime's choice
+    std::string provider_library;   // path of a plugin's library; "": none
+    int threads = 0;                // per stage on a CPU; 0: ONNX Runtime's choice
     bool verify = true;             // check an engine's sha256; the bundle checks the other files
 };
 
-// The ONNX Runtime backend. `bundle` must outlive it. Throws an unavailable error for a provider that is not here.
+// The ONNX Runtime backend. `bundle` must outlive it. Throws an unavailable error if the provider is missing.
 [[nodiscard]] std::unique_ptr<Backend> make_onnx_backend(const Bundle& bundle, const BackendOptions& options);
 
 #ifdef HIGEN_TENSORRT

@@ -76,9 +76,9 @@ Bundle::Bundle(fs::path path, bool verify) : path_(std::move(path)), verify_(ver
     manifest_ = parse_manifest(text, manifest.u8string());
     for (const auto& [name, record] : manifest_.files) {
         const auto file = check_size(name, record);
-        if (!verify_) known_.emplace(name, stamp_of(file));  // the file that is trusted
+        if (!verify_) known_.emplace(name, stamp_of(file));  // without checks, this file is trusted
     }
-    path_ = fs::absolute(path_);  // the process may change its folder
+    path_ = fs::absolute(path_);  // the process may change its working directory
 }
 
 Bundle::Stamp Bundle::stamp_of(const fs::path& path) {

@@ -1,4 +1,4 @@
-// The C interface: no exception passes it.
+// The C interface. No exception leaves it.
 #include "c_api.h"
 
 #include <memory>
@@ -12,7 +12,7 @@ using namespace higen::c_api;
 
 namespace {
 
-constexpr std::int32_t most_threads = 1024;  // as in Python
+constexpr std::int32_t most_threads = 1024;  // the same limit as in Python
 
 // What on_step's `state` points to.
 struct StepState {
@@ -23,7 +23,7 @@ struct StepState {
     std::size_t bytes;
 };
 
-// A generation that its model and the caller's token, where there is one, can stop.
+// A generation that its model, and the caller's token if there is one, can stop.
 class Running {
 public:
     Running(const Call& call, const higen_callbacks& calls)
@@ -49,7 +49,7 @@ void stop_if(int answer) {
     if (answer != 0) throw core::Error(HIGEN_CANCELLED, "stopped by a callback");
 }
 
-// A request that has been checked; `prefix` stands before its messages.
+// Checks a request; its messages begin with `prefix`.
 core::Request checked(const OpenModel& model, const higen_request* request, const char* name,
                       const std::string& prefix, const higen_callbacks& calls) {
     try {
@@ -60,12 +60,12 @@ core::Request checked(const OpenModel& model, const higen_request* request, cons
     }
 }
 
-// The first call after a fallback to a worse backend gets its warning.
+// Warn of fallbacks to a worse backend; the first call after a fallback gets the warning.
 void tell_fallbacks(OpenModel& model, const higen_callbacks& calls) {
     for (const auto& message : model.router->take_warnings()) warn(calls, message);
 }
 
-// `running` was there before the requests were checked, so that a cancellation from then on counts.
+// `running` was made before the requests were checked, so that a cancellation during the checks is not lost.
 void make_videos(OpenModel& model, Running& running, const std::vector<core::Request>& requests,
                  const higen_callbacks& calls) {
     running.cancellation().check();

@@ -1,4 +1,4 @@
-// What the parts of the C interface share: handles, and the way from an exception to a status.
+// Shared by the parts of the C interface: handles, and the conversion of exceptions to a status.
 #pragma once
 
 #include <algorithm>
@@ -38,17 +38,17 @@ higen_status guarded(const Work& work) noexcept {
             last_error() = std::string("an error of this library: ") + error.what();
             return HIGEN_ERROR_INTERNAL;
         }
-    } catch (...) {  // no memory for the message either
+    } catch (...) {  // no memory even for the message
         return HIGEN_ERROR_MEMORY;
     }
 }
 
-// For what frees: it may be called by a static object's destructor, when the thread's message is gone already.
+// For functions that free. A static object's destructor may call them when the thread's message no longer exists.
 template <typename Work>
 void quietly(const Work& work) noexcept {
     try {
         work();
-    } catch (const std::exception&) {  // a lock that cannot be had: nothing is freed
+    } catch (const std::exception&) {  // the lock failed: nothing is freed
     }
 }
 
@@ -56,7 +56,7 @@ inline void require(const void* pointer, const char* name) {
     if (pointer == nullptr) core::fail_request(std::string(name) + " is NULL");
 }
 
-// A caller's structure in this version's layout; it may be an older, smaller one.
+// A caller's structure in this version's layout. The caller's may be of an older version and smaller.
 template <typename T>
 T sized(const T* given, const char* name, T standard) {
     if (given == nullptr) return standard;

@@ -1,4 +1,4 @@
-// The part of the C interface that says what a model is and takes.
+// The part of the C interface that describes a model and its controls.
 #include "c_api.h"
 
 namespace core = higen::core;

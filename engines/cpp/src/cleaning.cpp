@@ -60,9 +60,9 @@ bool is_named_letter(char32_t c) {
     return named.find(c) != named.npos;
 }
 
-// Whether two neighbours can be part of what ftfy takes for a wrong encoding. ftfy knows some 500 characters that occur
-// in such text, and its rules ask for two of them side by side (with few exceptions, which `refuse_mojibake` has). What
-// passes here is what no rule names: words with accents, of Greek or Cyrillic letters, and quotation marks around them.
+// Whether two neighbours can be part of text that ftfy takes for a wrong encoding. ftfy knows some 500 characters of
+// such text, and its rules need two of them side by side (`refuse_mojibake` handles the few exceptions). Text that no
+// rule names passes: words with accents, words of Greek or Cyrillic letters, and quotation marks around them.
 bool may_be_mojibake(char32_t before, char32_t a, char32_t b, char32_t after) {
     const Kind first = kind_of(a), second = kind_of(b);
     if (first == Kind::plain || second == Kind::plain) return false;
@@ -105,11 +105,11 @@ void refuse_other_than_nfc(std::u32string_view text) {
     }
 }
 
-// One terminal escape, "\033[" digits and semicolons, a letter: its length, 0 where there is none.
+// The length of a terminal escape at the start: "\033[", digits and semicolons, a letter; 0 if there is none.
 std::size_t terminal_escape(std::u32string_view text) {
     if (text.size() < 3 || text[0] != 0x1B || text[1] != U'[') return 0;
     std::size_t i = 2;
-    // Python's \d is any decimal digit; what is not ASCII here is left to `clean` to refuse.
+    // Python's \d is any decimal digit. Digits other than ASCII are refused.
     while (i < text.size() && ((text[i] >= U'0' && text[i] <= U'9') || text[i] == U';')) ++i;
     if (i < text.size() && is_number(text[i]) && text[i] >= 0x80) refuse("a terminal escape with foreign digits");
     const bool ends = i < text.size() && is_ascii_alphanumeric(text[i]);
@@ -149,7 +149,7 @@ bool is_final_sigma(std::u32string_view text, std::size_t at) {
     return i == text.size() || !contains(tables::cased, text[i]);
 }
 
-// Python's str.lower: a sigma at the end of a word has a form of its own.
+// Python's str.lower: a sigma at the end of a word has a special form.
 std::u32string python_lower(std::u32string_view text) {
     constexpr char32_t sigma = 0x3A3, small = 0x3C3, final = 0x3C2;
     std::u32string marked(text);
@@ -162,7 +162,7 @@ std::u32string python_lower(std::u32string_view text) {
 
 std::u32string clean(std::u32string_view text) {
     std::u32string fixed(text), before;
-    while (fixed != before) {  // as ftfy does: until nothing changes any more
+    while (fixed != before) {  // as ftfy does: repeat until nothing changes
         before = fixed;
         refuse_entities(fixed);
         refuse_mojibake(fixed);

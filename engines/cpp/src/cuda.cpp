@@ -19,7 +19,7 @@ constexpr int capability_major = 75, capability_minor = 76;  // CU_DEVICE_ATTRIB
 constexpr unsigned non_blocking = 1;                         // CU_STREAM_NON_BLOCKING
 constexpr int no_device = 100, out_of_memory = 2;            // CUresult
 
-// Blocks are multiples of this many bytes, as TensorRT wants its addresses.
+// Block sizes are multiples of this many bytes: TensorRT needs such alignment.
 std::size_t rounded(std::size_t size) {
     constexpr std::size_t alignment = 256;
     return std::max<std::size_t>((size + alignment - 1) / alignment, 1) * alignment;
@@ -53,7 +53,7 @@ void load(void* handle, const char* name, Function*& function) {
 }  // namespace
 
 CudaDriver load_cuda_driver() {
-    void* const handle = open_library();  // stays loaded: a driver cannot be unloaded and started again
+    void* const handle = open_library();  // never unloaded: a driver cannot be started again
     if (handle == nullptr)
         throw EngineError(Kind::no_driver, std::string("no NVIDIA driver: ") + library + " cannot be loaded");
     CudaDriver driver{};
@@ -93,7 +93,7 @@ Cuda::Cuda(const CudaDriver& driver, int index) : driver_(driver) {
     check(driver_.attribute(&major, capability_major, device_), "cuDeviceGetAttribute");
     check(driver_.attribute(&minor, capability_minor, device_), "cuDeviceGetAttribute");
     architecture_ = 10 * major + minor;
-    // The primary context is the one that TensorRT itself uses.
+    // TensorRT itself uses the primary context too.
     check(driver_.retain_context(&context_, device_), "cuDevicePrimaryCtxRetain");
     try {
         enter();
@@ -111,7 +111,7 @@ Cuda::~Cuda() {
     for (const auto& [size, blocks] : pool_)
         for (const auto address : blocks) release(address);
     (void)driver_.destroy_stream(stream_);
-    (void)driver_.set_context(nullptr);  // a context that is destroyed must not be left current
+    (void)driver_.set_context(nullptr);  // a destroyed context must not stay current
     (void)driver_.release_context(device_);
 }
 
@@ -144,7 +144,7 @@ void Cuda::give(std::uint64_t address, std::size_t size) noexcept {
     const std::lock_guard lock(mutex_);
     try {
         pool_[rounded(size)].push_back(address);
-    } catch (...) {  // no memory for the note; freeing waits for the work that uses the block
+    } catch (...) {  // no memory for the list entry; freeing waits for work that uses the block
         release(address);
     }
 }
@@ -165,7 +165,7 @@ void Cuda::trim() {
     }
 }
 
-// The driver has read pageable memory before it returns, so that `from` need not live on.
+// The driver copies pageable memory before it returns, so `from` may be freed afterwards.
 void Cuda::copy_to_device(std::uint64_t to, const void* from, std::size_t size) const {
     check(driver_.copy_to_device(to, from, size, stream_), "cuMemcpyHtoDAsync");
 }

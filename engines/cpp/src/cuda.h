@@ -1,5 +1,5 @@
-// The little of the CUDA driver that engines need, loaded while the program runs: device, memory, one stream
-// (higen/backends/cuda.py). No header and no library of CUDA's is needed to build it.
+// The part of the CUDA driver that engines need, loaded at run time: device, memory, one stream
+// (higen/backends/cuda.py). Building it needs no header and no library of CUDA.
 //
 // TensorRT must not be touched before Cuda::open has succeeded: without a driver its runtime can end the process.
 #pragma once
@@ -42,13 +42,13 @@ struct CudaDriver {
 // A GPU with one stream, on which everything here runs in order, and a pool of memory.
 class Cuda {
 public:
-    // The first GPU that the driver shows (CUDA_VISIBLE_DEVICES says which). Throws EngineError (no driver, no device).
+    // The first GPU that the driver lists (see CUDA_VISIBLE_DEVICES). Throws EngineError (no driver, no device).
     [[nodiscard]] static std::shared_ptr<Cuda> open(const CudaDriver& driver);
     ~Cuda();
     Cuda(const Cuda&) = delete;
     Cuda& operator=(const Cuda&) = delete;
 
-    // Held while the stream is used.
+    // Lock it while the stream is used.
     [[nodiscard]] std::recursive_mutex& mutex() { return mutex_; }
     // Make the GPU current for the calling thread.
     void enter() const;
@@ -57,9 +57,9 @@ public:
     [[nodiscard]] void* stream() const { return stream_; }
     [[nodiscard]] std::int64_t free_memory() const;
 
-    // The address of a block of at least `size` bytes. Throws a backend error where the GPU has no such block.
+    // The address of a block of at least `size` bytes. Throws a backend error if the GPU has no such block.
     [[nodiscard]] std::uint64_t take(std::size_t size);
-    // Take a block back. Work on the stream may still use it: whoever takes it next comes later on that stream.
+    // Return a block to the pool. Work on the stream may still use it: the next user comes later on the same stream.
     void give(std::uint64_t address, std::size_t size) noexcept;
 
     // New device memory, outside the pool.
@@ -86,7 +86,7 @@ private:
     void* stream_ = nullptr;
 };
 
-// A tensor on the GPU. Its memory goes back to the pool when nothing refers to it any more.
+// A tensor on the GPU. Its memory returns to the pool when nothing refers to it.
 class DeviceTensor final : public Tensor {
 public:
     DeviceTensor(std::shared_ptr<Cuda> cuda, Shape shape, bool is_float);
@@ -98,7 +98,7 @@ public:
     [[nodiscard]] std::uint64_t address() const { return address_; }
     [[nodiscard]] const Cuda* cuda() const { return cuda_.get(); }
 
-    // Put an array of the same shape and type there.
+    // Copy an array of the same shape and type into it.
     void copy_from(const Array& array) const;
 
 private:

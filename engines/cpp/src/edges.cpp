@@ -7,13 +7,13 @@ namespace higen::core {
 namespace {
 
 constexpr int low = 100, high = 200;  // an edge has a point above high, and all its points are above low
-constexpr int shift = 15, tangent = 13573;  // of 22.5 degrees, in units of 2^-15
+constexpr int shift = 15, tangent = 13573;  // tan(22.5 degrees), in units of 2^-15
 
 struct Gradient {
     int x = 0, y = 0, length = 0;
 };
 
-// Sobel's gradient of the colour where it is longest, the picture's border repeated.
+// The longest of the three colours' Sobel gradients. The picture's border is repeated.
 Gradient gradient(const std::vector<std::uint8_t>& rgb, std::ptrdiff_t width, std::ptrdiff_t height, std::ptrdiff_t row,
                   std::ptrdiff_t column) {
     const auto at = [&](std::ptrdiff_t y, std::ptrdiff_t x, std::ptrdiff_t colour) {

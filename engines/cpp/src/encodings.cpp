@@ -52,18 +52,18 @@ std::vector<float> resample_in_time(std::vector<float> rows, std::size_t dim, st
     return resampled;
 }
 
-// Entry i of n numbers from 0 to 1, evenly spaced.
+// Entry i of n evenly spaced numbers from 0 to 1.
 double fraction(std::size_t i, std::size_t n) {
     if (n == 1) return 0.0;
     return i + 1 == n ? 1.0 : static_cast<double>(i) * (1.0 / static_cast<double>(n - 1));
 }
 
-// |i/(frames-1) - k/(columns-1)|; a single frame stands at every position at once.
+// |i/(frames-1) - k/(columns-1)|; 0 for a single frame.
 double distance(std::size_t i, std::size_t frames, std::size_t k, std::size_t columns) {
     return frames == 1 ? 0.0 : std::abs(fraction(i, frames) - fraction(k, columns));
 }
 
-// A row of numbers at `count` places spread evenly over it.
+// Interpolates a row of numbers at `count` evenly spread positions.
 void interpolate(const double* row, std::size_t n, float* out, std::size_t count) {
     for (std::size_t k = 0; k < count; ++k) {
         const double x = fraction(k, count);
@@ -78,8 +78,8 @@ void interpolate(const double* row, std::size_t n, float* out, std::size_t count
     }
 }
 
-// A factor for all frames, a factor a frame, a matrix as it is, or a frame-to-frame matrix; nothing tells each frame
-// its place alone.
+// The value is a factor for all frames, a factor for each frame, a ready matrix, or a frame-to-frame matrix.
+// Unspecified means a factor of 1, which tells each frame only its position.
 std::vector<float> similarity(const MaybeValue& value, std::size_t frames, std::size_t columns) {
     std::vector<float> rows(frames * columns);
     const bool factors = value && value->columns == 1 && (value->rows == 1 || value->rows == frames);
@@ -99,7 +99,7 @@ std::vector<float> similarity(const MaybeValue& value, std::size_t frames, std::
     return rows;
 }
 
-// What a control of this encoding takes for this many frames, in words.
+// In words: what a control of this encoding takes for this many frames.
 std::string allowed_shapes(const Control& control, std::size_t frames) {
     const auto f = std::to_string(frames), pairs = std::to_string(std::max<std::size_t>(frames - 1, 1));
     if (control.kind != Control::Kind::curve) return control.range();
@@ -112,7 +112,7 @@ std::string allowed_shapes(const Control& control, std::size_t frames) {
 bool fits_shape(const Control& control, const ControlValue& value, std::size_t frames) {
     const bool single = value.rows == 1 && value.columns == 1;
     if (single || control.kind != Control::Kind::curve) return single;
-    if (control.encoding == Encoding::similarity) return value.rows == frames;  // R is known to the input alone
+    if (control.encoding == Encoding::similarity) return value.rows == frames;  // the input decides the columns
     return value.columns == 1 && (value.rows == frames || value.rows == std::max<std::size_t>(frames - 1, 1));
 }
 

@@ -1,4 +1,4 @@
-// Errors inside the library. They are exceptions here, and become a status at the C interface.
+// Errors inside the library are exceptions; the C interface turns them into a status.
 #pragma once
 
 #include <stdexcept>
@@ -24,7 +24,7 @@ private:
 [[noreturn]] inline void fail_backend(const std::string& message) { throw Error(HIGEN_ERROR_BACKEND, message); }
 [[noreturn]] inline void fail_unavailable(const std::string& message) { throw Error(HIGEN_ERROR_UNAVAILABLE, message); }
 
-// Why an engine of TensorRT cannot be used; `what` begins with the kind's name, as Python's errors are called.
+// Why an engine of TensorRT cannot be used. `what` begins with the kind's name, which is the name of Python's error.
 class EngineError : public Error {
 public:
     enum class Kind {

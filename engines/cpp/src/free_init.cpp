@@ -18,7 +18,7 @@ double passed(double d2, const FreeInit& settings) {
     return 1.0 / (1.0 + std::pow(ratio, static_cast<double>(settings.order)));
 }
 
-// The shifted index of frequency k of n is (k + n / 2) mod n; its distance from the middle, squared.
+// The squared, scaled distance of each frequency k of n from the middle. Its shifted index is (k + n / 2) mod n.
 std::vector<double> distances(std::size_t n, double scale) {
     std::vector<double> squared;
     for (std::size_t k = 0; k < n; ++k) {
@@ -39,7 +39,7 @@ std::vector<double> low_pass(const std::array<std::size_t, 3>& shape, const Free
     return mask;
 }
 
-// The discrete Fourier transform along one axis, in place: sums of powers of a root of unity. sign -1: forwards.
+// The discrete Fourier transform along one axis, in place, as sums over powers of a root of unity. sign -1: forward.
 void transform(std::vector<Complex>& values, const std::array<std::size_t, 3>& shape, std::size_t axis, double sign) {
     const auto n = shape[axis];
     std::vector<Complex> roots;

@@ -1,5 +1,5 @@
-// FreeInit (Wu et al. 2023): a clip is denoised again from its own low frequencies and fresh high ones; the twin of
-// higen/free_init.py, which has the equations.
+// FreeInit (Wu et al. 2023): a clip is denoised again from its own low frequencies and fresh high frequencies. The twin
+// of higen/free_init.py, which has the equations.
 #pragma once
 
 #include <array>
@@ -15,7 +15,7 @@ constexpr const char* free_init_filters[] = {"butterworth", "gaussian", "ideal"}
 // How often a loop is run, and the filter of the low frequencies: "butterworth", "gaussian" or "ideal".
 struct FreeInit {
     std::int64_t iterations = 1;
-    double spatial = 0.25, temporal = 0.25;  // stop frequencies, parts of the highest one
+    double spatial = 0.25, temporal = 0.25;  // stop frequencies, as fractions of the highest one
     std::int64_t order = 4;                  // of the Butterworth filter
     std::string filter = "butterworth";
 
@@ -25,8 +25,7 @@ struct FreeInit {
     }
 };
 
-// `fresh` noise with the low frequencies of `noisy` latents; both are planes [n, F, H, W] one after another, and
-// `shape` is (F, H, W).
+// `fresh` noise with the low frequencies of `noisy` latents. Both are [n, F, H, W]; `shape` is (F, H, W).
 [[nodiscard]] std::vector<float> renewed(const std::vector<float>& noisy, std::vector<float> fresh,
                                          const std::array<std::size_t, 3>& shape, const FreeInit& settings);
 

@@ -8,7 +8,7 @@
 namespace higen::core {
 namespace {
 
-// A field of a protobuf message: its number, and its content where it has a length.
+// A field of a protobuf message: its number, and its content if it is length-delimited.
 struct Field {
     std::uint64_t number = 0;
     bool has_content = false;
@@ -58,9 +58,9 @@ private:
     const std::string& where_;
 };
 
-constexpr int deepest = 64;  // graphs within graphs
+constexpr int deepest = 64;  // nesting of graphs
 
-// Calls `visit` with the number and the content of each field that has a content.
+// Calls `visit` with the number and content of each field that has content.
 template <typename Visit>
 void each(std::string_view bytes, const std::string& where, const Visit& visit) {
     Message message(bytes, where);
@@ -70,7 +70,7 @@ void each(std::string_view bytes, const std::string& where, const Visit& visit) 
 
 enum class Kind { model, training, graph, function, node, attribute, sparse, tensor };
 
-// A field of onnx.proto on the way to a tensor: the message that has it, its number, and the message in it.
+// A field of onnx.proto that leads to tensors: the message that has it, its number, and its own message type.
 struct Way {
     Kind of;
     std::uint64_t number;

@@ -9,7 +9,7 @@
 namespace higen::c_api {
 namespace {
 
-// Handles by number. It lives until the process ends: calls may come from any thread, at any time.
+// The open handles, by number. It lives until the process ends, because calls may come from any thread at any time.
 template <typename Handle, typename T>
 class Table {
 public:
@@ -19,7 +19,7 @@ public:
         return reinterpret_cast<Handle*>(last_);
     }
 
-    // A null pointer for a handle that is none.
+    // A null pointer for an unknown handle.
     std::shared_ptr<T> find(const Handle* handle) {
         const std::lock_guard lock(mutex_);
         const auto found = known_.find(reinterpret_cast<std::uintptr_t>(handle));
@@ -118,7 +118,7 @@ void close_model(higen_model* handle) {
     entry->closed = true;
     if (entry->calls == 0)
         entry->model.reset();
-    else if (calls_of_this_thread == 0)  // a callback would wait for itself, or two for each other
+    else if (calls_of_this_thread == 0)  // a callback would wait for itself, or two callbacks for each other
         entry->idle.wait(lock, [&] { return entry->calls == 0; });
 }
 

@@ -1,5 +1,5 @@
-// What the handles of the C interface stand for. A handle is a number that is never given twice: one that was closed, and
-// one that is none, are found out, and no call can reach freed memory.
+// What the handles of the C interface stand for. A handle is a number that is never reused. So closed and invalid
+// handles are detected, and no call can reach freed memory.
 #pragma once
 
 #include <condition_variable>
@@ -21,15 +21,15 @@
 
 namespace higen::c_api {
 
-// Generations that are stopped together: those of a model, those that were given one token.
+// Generations that are stopped together: all of one model, or all with the same token.
 class Stoppable {
 public:
-    // Stop those that run now.
+    // Stop the generations that run now.
     void stop();
-    // Stop those that run now, and each later one as it begins.
+    // Stop the generations that run now, and each later one when it begins.
     void stop_for_good(const char* why);
 
-    // While this lives, a generation is one of them.
+    // While this lives, a generation belongs to the group.
     class Member {
     public:
         Member(Stoppable& group, core::Cancellation& cancellation);
@@ -51,23 +51,23 @@ private:
 // An opened model.
 struct OpenModel {
     core::Bundle bundle;
-    std::optional<core::Tokenizer> tokenizer;  // none where the model reads no text
+    std::optional<core::Tokenizer> tokenizer;  // none if the model reads no text
     std::unique_ptr<core::Router> router;
     core::Pipeline pipeline;
     mutable std::mutex mutex;
-    mutable std::set<std::string> reports;                    // those handed out
-    std::vector<std::vector<const char*>> solvers, choices;  // of each loop and control, for the C interface
+    mutable std::set<std::string> reports;                    // the texts handed out
+    std::vector<std::vector<const char*>> solvers, choices;  // per loop and per control, for the C interface
 
     OpenModel(const std::filesystem::path& path, const core::BackendOptions& options);
 
     [[nodiscard]] const core::Manifest& manifest() const { return bundle.manifest(); }
     [[nodiscard]] const core::Tokenizer* reader() const { return tokenizer ? &*tokenizer : nullptr; }
 
-    // What runs each stage by now; the text lives as long as the model.
+    // What runs each stage at present. The text lives as long as the model.
     [[nodiscard]] const char* report() const;
 };
 
-// What a model's handle stands for until it is closed and its last call has ended.
+// What a model's handle stands for, until the model is closed and its last call has ended.
 struct ModelEntry {
     Stoppable running;
     std::mutex mutex;
@@ -79,12 +79,12 @@ struct ModelEntry {
 
 [[nodiscard]] higen_model* add_model(std::unique_ptr<OpenModel> model);
 
-// Stop the generations of a model, wait for its calls, and free it. Inside of a call (a callback) nothing is waited for:
-// the last call to end frees it. Nothing happens for a handle that is none.
+// Stop the generations of a model, wait for its calls, and free it. Inside a call (in a callback) it does not wait: the
+// last call to end frees the model. An unknown handle is ignored.
 void close_model(higen_model* handle);
 
-// A call on an open model, which is not freed while this lives. Throws a request error for a null pointer,
-// HIGEN_ERROR_CLOSED for a model that was closed.
+// A call on an open model. The model is not freed while this lives. Throws a request error for a null pointer and
+// HIGEN_ERROR_CLOSED for a closed model.
 class Call {
 public:
     explicit Call(const higen_model* handle);
@@ -101,7 +101,7 @@ private:
 
 [[nodiscard]] higen_token* add_token();
 void free_token(higen_token* handle);
-// What a token stands for. Throws a request error for a null pointer, HIGEN_ERROR_CLOSED for one that was freed.
+// What a token stands for. Throws a request error for a null pointer and HIGEN_ERROR_CLOSED for a freed token.
 [[nodiscard]] std::shared_ptr<Stoppable> find_token(const higen_token* handle);
 
 }  // namespace higen::c_api

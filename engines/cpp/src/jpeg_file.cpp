@@ -18,7 +18,7 @@
 namespace higen::core {
 namespace {
 
-// Lies outside the function that libjpeg jumps back to, which can destroy nothing of its own.
+// Owned outside the function that libjpeg's longjmp returns to, because that function's own objects are not destroyed.
 struct Reading {
     jpeg_error_mgr errors = {};
     std::jmp_buf back = {};
@@ -34,13 +34,13 @@ extern "C" void fail_jpeg(j_common_ptr jpeg) {
     std::longjmp(own.back, 1);
 }
 
-// A file that ends too early would be filled with grey.
+// Without this, libjpeg would fill a truncated file with grey.
 extern "C" void warn_jpeg(j_common_ptr jpeg, int level) {
     if (level < 0 && jpeg->err->msg_code == JWRN_JPEG_EOF) fail_jpeg(jpeg);
 }
 
 void take_exif(Reading& own) {
-    constexpr char head[] = "Exif\0";  // and its own zero: six bytes
+    constexpr char head[] = "Exif\0";  // six bytes with the terminating zero
     for (const auto* marker = own.jpeg.marker_list; marker != nullptr; marker = marker->next) {
         const bool is_exif = marker->marker == JPEG_APP0 + 1 && marker->data_length > sizeof head &&
                              std::memcmp(marker->data, head, sizeof head) == 0;
@@ -61,7 +61,7 @@ bool read_header(Reading& own, const Bytes& file) {
     return true;
 }
 
-// A line of RGB, or of CMYK as Adobe stores it (0 is full ink), as RGBA.
+// Converts a line of RGB, or of CMYK as Adobe stores it (0 is full ink), to RGBA.
 void convert(const std::uint8_t* line, bool cmyk, std::size_t width, std::uint8_t* to) {
     for (std::size_t x = 0; x < width; ++x, to += 4) {
         for (std::size_t c = 0; c < 3; ++c)

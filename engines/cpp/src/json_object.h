@@ -1,4 +1,4 @@
-// Reads JSON objects whose every key and type is known (higen/config.py). Throws manifest errors that name the place.
+// Reads JSON objects with known keys and types (higen/config.py). Throws manifest errors that name the place.
 #pragma once
 
 #include <algorithm>
@@ -18,8 +18,8 @@ namespace higen::core {
 
 using Json = nlohmann::json;
 
-// A value as it is shown in a message: on one line, and not too long of it. What is nested is named by its kind alone,
-// since nlohmann's dump calls itself and a manifest may be as deep as it likes.
+// A value for a message: on one line, and shortened. For nested values only the kind is named, because nlohmann's dump
+// is recursive and a manifest may be nested to any depth.
 [[nodiscard]] inline std::string shown(const Json& value) {
     if (value.is_structured()) return value.type_name();
     auto text = value.dump(-1, ' ', true, Json::error_handler_t::replace);
@@ -27,14 +27,14 @@ using Json = nlohmann::json;
     return text;
 }
 
-// Reads the keys of one object; a key that nobody asked for is an error.
+// Reads the keys of one object. A key that was not asked for is an error.
 class Object {
 public:
     Object(const Json& json, std::string where) : json_(json), where_(std::move(where)) {
         if (!json_.is_object()) fail_manifest(where_ + ": an object is wanted, not " + shown(json_));
     }
 
-    // Calls `read` with the value, if the key is there.
+    // Calls `read` with the value if the key exists.
     void key(const char* name, const std::function<void(const Json&, const std::string&)>& read) {
         known_.emplace_back(name);
         if (const auto found = json_.find(name); found != json_.end()) read(*found, where_ + "." + name);
@@ -45,7 +45,7 @@ public:
         key(name, [&](const Json& json, const std::string& where) { take(json, where, value); });
     }
 
-    // The same for a key that must be there.
+    // The same for a required key.
     void required(const char* name, const std::function<void(const Json&, const std::string&)>& read) {
         if (json_.find(name) == json_.end()) fail_manifest(where_ + "." + name + ": is wanted");
         key(name, read);

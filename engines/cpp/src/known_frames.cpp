@@ -1,4 +1,4 @@
-// The part of Sources that is about known frames and masks (docs/manifest.md, "Known frames").
+// The part of Sources for known frames and masks (docs/manifest.md, "Known frames").
 #include <algorithm>
 
 #include "errors.h"
@@ -22,7 +22,7 @@ std::vector<float> cell_means(const float* bright, std::size_t height, std::size
     return means;
 }
 
-// Arrays [1, ...] of all samples, with h and w of the largest: an array of one cell a frame is repeated.
+// Joins arrays [1, ...] of all samples, with h and w of the largest. An array with one cell per frame is repeated.
 Array joined(std::vector<Array> parts) {
     const auto largest = *std::max_element(parts.begin(), parts.end(), [](const Array& a, const Array& b) {
         return count(a.shape) < count(b.shape);
@@ -65,7 +65,7 @@ std::optional<Edit> Sources::known(const Loop& loop) {
     return Edit{joined(std::move(latents)), joined(std::move(masks))};
 }
 
-// The known frames of one sample: [1, C, f, H, W], and how far each latent cell is known.
+// The known frames of one sample, [1, C, f, H, W], and a mask: how far each latent cell is known, from 0 to 1.
 Edit Sources::known(const Place& place) {
     const auto& request = requests_[place.sample];
     const auto& row = *place.loop->known;
@@ -100,7 +100,7 @@ Edit Sources::known(const Place& place) {
             Array::of({1, 1, shape[2], masked ? shape[3] : 1, masked ? shape[4] : 1}, std::move(known))};
 }
 
-// The latents of known frames, or how far they are known, as a stage is told: zeros where nothing is known.
+// A stage's input of known frames: their latents, or how far they are known. Zeros where nothing is known.
 TensorPtr Sources::known_input(const std::string& name, const std::vector<Axis>& shape, const Place& place) {
     Shape sizes;
     for (const auto& axis : shape) sizes.push_back(size_of(axis, place));
@@ -119,7 +119,7 @@ TensorPtr Sources::known_input(const std::string& name, const std::vector<Axis>&
                 values[i] = weight > 0 ? edit.known.floats()[i] : 0.0F;
             }
         } else {
-            const auto own = values.size() / place.frames;  // cells of a frame that the stage is told of
+            const auto own = values.size() / place.frames;  // cells per frame in this input
             for (std::size_t i = 0; i < values.size(); ++i) {
                 const auto* frame = mask.data() + i / own * cells;
                 values[i] = own == 1 ? *std::min_element(frame, frame + cells) : frame[cells == 1 ? 0 : i % own];

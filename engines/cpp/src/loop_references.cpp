@@ -63,7 +63,7 @@ void check_loop_stage(const Manifest& manifest, const Loop& loop, const std::str
     check_step(manifest, loop, *stage, row);
 }
 
-// A loop of one frame cannot take the latents of one that has the clip's frames for its own.
+// A loop of one frame cannot take the latents of a loop over the clip's frames.
 void check_length(const Manifest& manifest, const Loop& loop, const std::string& where, const std::string& name) {
     const auto* other = manifest.loop(name);
     check(loop.every_frame || other == nullptr || !other->every_frame,
@@ -97,7 +97,7 @@ void check_loop_controls(const Manifest& manifest, const Loop& loop, const std::
     if (loop.noise.mix) check_scale(manifest, where + ".noise.mix.scale", loop.noise.mix->scale, false);
 }
 
-// Frames that a loop's result passes through.
+// Checks the known frames that a loop's result passes through.
 void check_known(const Manifest& manifest, const Loop& loop, const std::string& where) {
     for (const auto& stage : loop.stages())
         for (const auto& tensor : manifest.stage(stage).inputs)
@@ -124,7 +124,7 @@ void check_known(const Manifest& manifest, const Loop& loop, const std::string& 
     check_made(manifest, where + ".latents", plain, 5);
 }
 
-// Other stages for the steps of a loop.
+// Checks the variant, which names other stages for a loop's steps.
 void check_variant(const Manifest& manifest, const Loop& loop, const Variant& variant) {
     const auto where = "loops." + loop.name + ".variant";
     const auto maps = controls_that(manifest, [](const auto& control) { return control.kind == Control::Kind::map; });
@@ -183,7 +183,7 @@ void check_decoder(const Manifest& manifest) {
                     "[B, 3, F, Y, X], C of a fixed size");
 }
 
-// Whatever the number of frames, the last loop that runs has as many.
+// For every number of frames, the last loop that runs must have all frames.
 void check_result(const Manifest& manifest) {
     const auto fewest = manifest.sizes.fewest_frames, most = manifest.sizes.most_frames;
     std::set<std::int64_t> counts = {fewest, std::min(std::max<std::int64_t>(fewest, 2), most)};
@@ -199,7 +199,7 @@ void check_result(const Manifest& manifest) {
     }
 }
 
-// What these stages are fed by was not left out of a clip of `frames`.
+// The loops that feed these stages must not be left out for a clip of `frames`.
 void check_fed(const Manifest& manifest, const Names& stages, std::int64_t frames) {
     for (const auto& stage : manifest.feeding(stages))
         for (const auto& name : needs(manifest, stage)) {

@@ -1,5 +1,5 @@
-// How a request has its loops run: the part of the rows with guidance, windows of a long clip, FreeInit, and
-// how often the whole network is run (higen/loop_settings.py).
+// A request's settings of its loops: the part of the rows with guidance, windows of a long clip, FreeInit, and how
+// often the whole network is run (higen/loop_settings.py).
 #pragma once
 
 #include <cstddef>
@@ -12,24 +12,24 @@
 
 namespace higen::core {
 
-// The part of a table's rows, from 0 to 1, in which guidance holds; elsewhere it is 1.
+// The part of a table's rows, as fractions from 0 to 1, that has guidance; elsewhere guidance is 1.
 struct Interval {
     double from = 0.0, to = 1.0;
 
     [[nodiscard]] bool whole() const { return from <= 0.0 && to >= 1.0; }
-    // Whether a row of `rows` has guidance; both ends are rounded down to rows.
+    // Whether a row of `rows` has guidance. Both ends are rounded down to whole rows.
     [[nodiscard]] bool holds(std::size_t row, std::size_t rows) const;
 };
 
-// Of one loop.
+// The settings of one loop.
 struct LoopSettings {
     Interval interval;
     std::optional<Windows> windows;  // none: the whole clip at once
     std::optional<FreeInit> free_init;
-    std::int64_t reuse = 1;  // every so many rows a full step
+    std::int64_t reuse = 1;  // a full step every this many rows
 };
 
-// The settings of a loop, checked, for a clip of this many frames. `begins`: the loop begins from a picture or clip.
+// The checked settings of a loop for a clip of this many frames. `begins`: the loop begins from a picture or clip.
 // Throws a request error.
 [[nodiscard]] LoopSettings loop_settings(const Manifest& manifest, std::size_t loop, const higen_request& given,
                                          std::size_t frames, bool begins);

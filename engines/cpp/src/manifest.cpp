@@ -11,10 +11,9 @@ namespace higen::core {
 namespace {
 
 constexpr std::int64_t manifest_version = 2;
-constexpr std::size_t largest = std::size_t{64} << 20;  // bytes of a manifest; no model comes near
+constexpr std::size_t largest = std::size_t{64} << 20;  // the most bytes of a manifest; real ones are far smaller
 
-// JSON whose objects have each key once: a key that appears twice would be read one way here and another way
-// elsewhere.
+// Parses JSON and refuses an object with a repeated key, because other parsers may choose the other value.
 Json parse_json(std::string_view text, const std::string& where) {
     std::vector<std::set<std::string>> keys;
     std::string twice;
@@ -53,7 +52,7 @@ void check_version(const Json& json, const std::string& where) {
                        std::to_string(manifest_version) + ": higen upgrade " + (folder.empty() ? "DIR" : folder));
 }
 
-// A file of a model lies in its directory or below: no absolute path, no way out.
+// A model's files are in its directory or below: no absolute path, no "..".
 void check_name(const std::string& name) {
     std::string path = name;
     std::replace(path.begin(), path.end(), '\\', '/');
@@ -74,7 +73,7 @@ void read_files(const Json& json, const std::string& where, Files& files) {
         check_name(item.key());
         auto& record = files[item.key()];
         Object object(item.value(), where + "." + item.key());
-        // A negative size is no error of the manifest's types, it is one that no file has.
+        // A negative size is an integrity error, not a type error: no file has this size.
         object.required("size", [&](const Json& value, const std::string& place) {
             std::int64_t size = 0;
             Object::take(value, place, size);
@@ -181,7 +180,7 @@ std::vector<std::string> Manifest::denoising() const {
 std::vector<std::string> Manifest::feeding(const std::vector<std::string>& wanted) const {
     std::vector<std::string> found;
     std::set<std::string> seen;
-    std::vector<std::pair<std::string, bool>> open;  // with whether what feeds it has been seen to
+    std::vector<std::pair<std::string, bool>> open;  // and whether its feeding stages were visited
     for (auto one = wanted.rbegin(); one != wanted.rend(); ++one) open.emplace_back(*one, false);
     while (!open.empty()) {
         const auto [one, fed] = open.back();

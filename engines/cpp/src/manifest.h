@@ -1,4 +1,4 @@
-// higen.json, version 2, as plain structures: the program that the library interprets (docs/manifest.md).
+// higen.json, version 2, as plain structures. The library interprets it as a program (docs/manifest.md).
 #pragma once
 
 #include <cstdint>
@@ -24,7 +24,7 @@ struct FileRecord {
 
 using Files = std::map<std::string, FileRecord, std::less<>>;
 
-// Sizes that the model fixes, and the limits and defaults of those that a request chooses.
+// Sizes that the model fixes, and limits and defaults of the sizes that a request chooses.
 struct SizeRules {
     Sizes symbols;
     std::int64_t factor = 1;    // pixels per latent cell
@@ -33,7 +33,7 @@ struct SizeRules {
     std::int64_t fewest_frames = 1, frames = 1, most_frames = 1;
     std::string decoder;
     std::int64_t chunk = 1;    // frames decoded at a time
-    std::int64_t overlap = 0;  // frames on each side of a chunk, decoded with it and dropped
+    std::int64_t overlap = 0;  // extra frames on each side of a chunk, decoded with it and then dropped
 };
 
 // How a text becomes token ids: start, text, end, then padding up to `length`.
@@ -43,13 +43,13 @@ struct TextRules {
     std::int64_t pad_id = 0;
     bool clean = true;
     bool weights = false;     // words have weights, `(word:1.3)`, and BREAK begins a new chunk
-    std::int64_t chunks = 1;  // this many rows of ids at most
+    std::int64_t chunks = 1;  // the most rows of ids
 
-    // Whether every text is one row of ids, its words without weights.
+    // Whether every text is one row of ids and words have no weights.
     [[nodiscard]] bool plain() const { return !weights && chunks == 1; }
 };
 
-// A value of a control: numbers row by row (one number is 1 x 1, a list is rows x 1), or a text.
+// A value of a control: a text, or numbers row by row (one number is 1 x 1, a list is rows x 1).
 struct ControlValue {
     std::vector<double> numbers;
     std::size_t rows = 0;
@@ -60,7 +60,7 @@ struct ControlValue {
     static ControlValue of(std::string text) { return {{}, 0, 0, std::move(text)}; }
 };
 
-// Nothing: unspecified; of a picture or clip: not given.
+// Empty: unspecified, or a picture or clip that is not given.
 using MaybeValue = std::optional<ControlValue>;
 
 // What a request may set for this model.
@@ -78,9 +78,9 @@ struct Control {
     std::string meaning;
 
     [[nodiscard]] bool is_numeric() const { return kind == Kind::number || kind == Kind::whole || kind == Kind::curve; }
-    // Whether its value is a picture or a clip, which may stand for a loop's latents.
+    // Whether its value is a picture or a clip, which can replace a loop's latents.
     [[nodiscard]] bool is_picture() const { return kind == Kind::picture || kind == Kind::clip; }
-    // Whether its value is pixels.
+    // Whether its value consists of pixels.
     [[nodiscard]] bool is_visual() const {
         return is_picture() || kind == Kind::frames || kind == Kind::mask || kind == Kind::map;
     }
@@ -93,7 +93,7 @@ struct Control {
 [[nodiscard]] const char* to_text(Control::Kind kind);
 [[nodiscard]] const char* to_text(Control::Encoding encoding);
 
-// A number, or the value of the control that is named.
+// A number, or the name of a control that gives it.
 struct Scale {
     double value = 0;
     std::string control;
@@ -109,56 +109,56 @@ struct Mix {
     Scale scale;
 };
 
-// The initial noise of a loop: the stream `purpose`, and what is added to it.
+// The initial noise of a loop: the random stream `purpose`, and what is added to its noise.
 struct NoiseRule {
     std::uint64_t purpose = 0;
     std::optional<Offset> offset;
     std::optional<Mix> mix;
 };
 
-// Where the picture or clip `control` is given, the source `latents` stands for the loop's result.
+// If the picture or clip `control` is given, the source `latents` replaces the loop's result.
 struct Replaced {
     std::string control;
     Source latents;
 };
 
-// Where the picture or clip `control` is given, the loop begins in the table's tail, from the source `latents`.
+// If the picture or clip `control` is given, the loop begins in the table's tail, from the source `latents`.
 struct Start {
     std::string control;
     Source latents;
-    Scale strength;       // the part of the rows that run
+    Scale strength;       // the fraction of the rows that run
     bool needed = false;  // a request without the control is refused
 };
 
-// Where `control`, of kind frames, is given, the loop's result passes through these frames, whose latents are the source
-// `latents`; `mask`: a control of kind mask, or "": where it is white the frames are drawn anew.
+// If `control`, of kind frames, is given, the loop's result passes through these frames; the source `latents` gives
+// their latents. `mask`: a control of kind mask, or "". Where the mask is white, the frames are drawn anew.
 struct Known {
     std::string control;
     Source latents;
     std::string mask;
 };
 
-// The stages that do a loop's steps, with both branches of guidance and with one; "": none.
+// The stages for a loop's steps: guided (both branches of guidance) and plain (one branch). "": none.
 struct StagePair {
     std::string guided, plain;
 
-    // Those that there are, the guided one first.
+    // The existing ones, the guided one first.
     [[nodiscard]] std::vector<std::string> names() const;
 };
 
-// Where `control`, of kind map, is given, these stages do the steps.
+// If `control`, of kind map, is given, these stages do the steps.
 struct Variant {
     std::string control;
     StagePair stages;
 };
 
-// The initial noise of a clip that is made in windows (higen/noise.py, frame_order).
+// Kinds of initial noise of a clip that is made in windows (higen/noise.py, frame_order).
 constexpr const char* window_noises[] = {"fresh", "shuffled", "repeated"};
 
 struct Windows {
     std::int64_t length = 1;
     std::int64_t stride = 1;
-    std::int64_t most = 0;  // frames that the stages take at once; 0: `length`
+    std::int64_t most = 0;  // the most frames that the stages take at once; 0: `length`
     std::string noise = "fresh";
 
     [[nodiscard]] bool operator==(const Windows& other) const {
@@ -166,7 +166,7 @@ struct Windows {
     }
 };
 
-// Frames of more than `height` or `width` latent cells are denoised in tiles that begin `stride` cells apart.
+// Frames larger than `height` or `width` latent cells are denoised in tiles that begin `stride` cells apart.
 struct Tiles {
     std::int64_t height = 1;
     std::int64_t width = 1;
@@ -176,7 +176,7 @@ struct Tiles {
 struct Loop {
     std::string name;
     std::string guided, plain;  // stages; "": none
-    bool every_frame = false;   // the request's frames; else one
+    bool every_frame = false;   // over the request's frames; else over one
     std::int64_t least_frames = 1;
     NoiseSchedule schedule;
     std::string prediction;
@@ -184,7 +184,7 @@ struct Loop {
     std::int64_t steps = 1;
     std::vector<double> guidance;  // spread evenly from the first frame to the last
     NoiseRule noise;
-    std::map<std::string, double, std::less<>> controls;  // that hold in this loop in place of the request's
+    std::map<std::string, double, std::less<>> controls;  // values that replace the request's in this loop
     std::optional<Replaced> replaced;
     std::optional<Start> start;
     std::optional<Windows> windows;
@@ -192,9 +192,9 @@ struct Loop {
     std::optional<Known> known;
     std::optional<Variant> variant;
 
-    // The stages of a request that gives no map.
+    // The stages for a request without a map.
     [[nodiscard]] StagePair own() const { return {guided, plain}; }
-    // All stages that do its steps, the guided one first, those of its variant last.
+    // All stages that do its steps: the guided one first, the variant's stages last.
     [[nodiscard]] std::vector<std::string> stages() const;
     // The row of a solver; a null pointer if there is none.
     [[nodiscard]] const Solver* solver(std::string_view wanted) const;
@@ -215,24 +215,25 @@ struct Manifest {
     std::optional<TextRules> text;
     std::vector<Control> controls;
     std::vector<Stage> stages;
-    std::vector<Stage> variants;  // of the stages, in their order; no file lists them
+    std::vector<Stage> variants;  // of the stages, in their order; not in the manifest's file
     std::vector<Loop> loops;
-    std::map<std::string, std::vector<GraphInput>, std::less<>> graphs;  // what each graph itself takes
+    std::map<std::string, std::vector<GraphInput>, std::less<>> graphs;  // the inputs of each graph itself
     Files files;
 
     // The row of that name; a null pointer if there is none.
     [[nodiscard]] const Control* control(std::string_view wanted) const;
     [[nodiscard]] const Loop* loop(std::string_view wanted) const;
-    // Of a stage or variant.
+    // The row of a stage or variant; a null pointer if there is none.
     [[nodiscard]] const Stage* find_stage(std::string_view wanted) const;
-    // The stage of that name, which must be there. Throws an internal error.
+    // The stage or variant of that name. Throws an internal error if there is none.
     [[nodiscard]] const Stage& stage(std::string_view wanted) const;
     // The stages of the loops, each once, in the order of the loops.
     [[nodiscard]] std::vector<std::string> denoising() const;
-    // These stages and those that feed them, each once, what feeds before what is fed; loops are left out.
+    // These stages and all stages that feed them, each once. A stage comes after the stages that feed it. Loops are
+    // left out.
     [[nodiscard]] std::vector<std::string> feeding(const std::vector<std::string>& wanted) const;
-    // The loops that a clip of this many frames comes from: the last one that is not left out of it, and those whose
-    // latents this one or the decoder takes, directly or through others.
+    // The loops that a clip of this many frames needs: the last one that is not left out, and those that give latents
+    // to it or to the decoder, directly or through others.
     [[nodiscard]] std::vector<const Loop*> wanted(std::size_t frames) const;
 };
 
@@ -240,7 +241,7 @@ struct Manifest {
 // messages. Throws a manifest error.
 [[nodiscard]] Manifest parse_manifest(std::string_view json, const std::string& where);
 
-// Check what the rows say of each other: names, sources, circles, loops, decoder. Throws a manifest error.
+// Check references between rows: names, sources, cycles, loops, decoder. Throws a manifest error.
 void check_references(const Manifest& manifest);
 
 // The seal that the tables in these bytes must have: their sha256 with the digits of `seal` written as zeros.

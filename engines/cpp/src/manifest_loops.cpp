@@ -38,7 +38,7 @@ void read_scale(const Json& json, const std::string& where, Scale& scale) {
     check_manifest(fits_float(scale.value), where + "=" + shown(json) + ": a number that is finite in float32");
 }
 
-// The row's own check, with its place before the message.
+// Runs the row's own check; its message gets the place as prefix.
 template <typename Check>
 void check_row(const std::string& where, const Check& own) {
     try {
@@ -58,7 +58,7 @@ void take_row(Object& object, const char* key, std::optional<T>& row,
     });
 }
 
-// A row that may be null or, in files written before there was such a row, left out.
+// A row that may be null, or missing in older files.
 template <typename T>
 void take_later_row(Object& object, const char* key, std::optional<T>& row,
                     void (*read)(const Json&, const std::string&, T&)) {
@@ -106,7 +106,7 @@ void read_start(const Json& json, const std::string& where, Start& start) {
     object.required("latents", [&](const auto& value, const auto& place) { read_source(value, place, start.latents); });
     object.required("strength",
                     [&](const auto& value, const auto& place) { read_scale(value, place, start.strength); });
-    object.value("needed", start.needed);  // a later key
+    object.value("needed", start.needed);  // a newer key: it may be missing
     object.finish();
 }
 

@@ -12,7 +12,7 @@ namespace {
 
 constexpr std::int64_t max_frames = 1 << 16;
 
-// What every request may set, whatever the model, and what a caller gives beside it: no control has such a name.
+// Names of what every request may set for any model, and of other arguments of a call. No control may have them.
 constexpr const char* reserved[] = {"prompt", "negative_prompt", "seed",   "steps", "guidance", "solver",
                                     "frames", "width",           "height", "fps",   "progress", "warn",
                                     "negative"};
@@ -249,7 +249,7 @@ void read_control(const Json& json, const std::string& where, Control& control) 
     object.required("kind",
                     [&](const auto& value, const auto& place) { take_word(value, place, kinds, control.kind); });
     object.required_value("meaning", control.meaning);
-    std::optional<std::string> measured;  // how a clip's own curve is measured: of the tools that do, none is here
+    std::optional<std::string> measured;  // how a clip's own curve is measured; this library does not measure
     object.value("measured", measured);
     check_manifest(!measured || (control.kind == Kind::curve && (*measured == "distance" || *measured == "similarity")),
                    where + ".measured: null, or of a curve 'distance' or 'similarity'");
@@ -263,7 +263,7 @@ void read_control(const Json& json, const std::string& where, Control& control) 
     object.required_value("optional", control.optional);
     check_control(control, where);
     object.required("default", [&](const auto& value, const auto& place) { take_default(value, place, control); });
-    std::optional<std::array<double, 2>> usual;  // for sounds and planners, which this runtime leaves to others
+    std::optional<std::array<double, 2>> usual;  // for sounds and planners, which this library does not have
     object.value("usual", usual);
     object.finish();
     if (!usual) return;

@@ -1,4 +1,4 @@
-// Reads the rows of the manifest's tables: every key wanted, no other known, each row checked by itself.
+// Reads the rows of the manifest's tables. All keys are required, unknown keys refused, and each row checked by itself.
 #pragma once
 
 #include "json_object.h"
@@ -6,7 +6,7 @@
 
 namespace higen::core {
 
-// Throws a manifest error with `message` unless `good`.
+// Throws a manifest error with `message` if `good` is false.
 inline void check_manifest(bool good, const std::string& message) {
     if (!good) fail_manifest(message);
 }
@@ -25,7 +25,7 @@ void take_rows(Object& object, const char* key, std::vector<T>& rows,
     });
 }
 
-// One of the words of a table of (word, meaning).
+// Looks up a word in a table of (word, meaning).
 template <typename Table, typename T>
 void take_word(const Json& json, const std::string& where, const Table& table, T& value) {
     std::string known;
@@ -41,7 +41,7 @@ void take_word(const Json& json, const std::string& where, const Table& table, T
 
 void read_source(const Json& json, const std::string& where, Source& source);
 
-// A symbol or a size from 1.
+// A symbol, or a size of at least 1.
 void read_shape(const Json& json, const std::string& where, std::vector<Axis>& shape);
 
 void read_sizes(const Json& json, const std::string& where, SizeRules& sizes);

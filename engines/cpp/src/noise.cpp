@@ -37,7 +37,7 @@ std::array<std::uint64_t, 4> philox(std::array<std::uint64_t, 4> c, std::array<s
 std::vector<float> normal(std::uint64_t seed, std::uint64_t purpose, std::size_t count) {
     std::vector<float> numbers;
     numbers.reserve(count + 3);
-    // numpy increments the counter before its first block, so the first is that of counter 1.
+    // numpy increments the counter before its first block, so the first block has counter 1.
     for (std::uint64_t block = 1; numbers.size() < count; ++block) {
         const auto raw = philox({block, 0, 0, 0}, {seed, purpose});
         for (std::size_t i = 0; i < 4; i += 2) {

@@ -1,4 +1,5 @@
-// Random numbers that are part of the contract: the same seed gives the same noise on every runtime (higen/noise.py).
+// Random numbers are part of the model's contract: the same seed gives the same noise on every runtime
+// (higen/noise.py).
 #pragma once
 
 #include <array>
@@ -13,24 +14,25 @@ namespace higen::core {
 [[nodiscard]] std::array<std::uint64_t, 4> philox(std::array<std::uint64_t, 4> counter,
                                                   std::array<std::uint64_t, 2> key);
 
-// `count` standard normal numbers of the stream (seed, purpose), by Box and Muller in float64.
+// `count` standard normal numbers of the stream (seed, purpose), by the Box-Muller method in float64.
 [[nodiscard]] std::vector<float> normal(std::uint64_t seed, std::uint64_t purpose, std::size_t count);
 
-// Noise [before, frames, after], drawn frame by frame: a longer clip begins with a shorter one's numbers. With
-// before = channels and after = height x width it is that of one sample's latents [C, F, H, W].
+// Noise [before, frames, after], drawn frame by frame, so a longer clip begins with the numbers of a shorter one. With
+// before = channels and after = height x width it is the noise of one sample's latents [C, F, H, W].
 [[nodiscard]] std::vector<float> frame_noise(std::uint64_t seed, std::uint64_t purpose, std::size_t before,
                                              std::size_t frames, std::size_t after);
 
-// Which frame's noise each frame of a long clip takes: "fresh", "shuffled" or "repeated" (higen/noise.py, frame_order).
+// For each frame of a long clip, the frame that it takes its noise from. `kind` is "fresh", "shuffled" or "repeated"
+// (higen/noise.py, frame_order).
 [[nodiscard]] std::vector<std::size_t> frame_order(std::uint64_t seed, std::uint64_t purpose, std::size_t frames,
                                                    std::size_t length, std::size_t stride, std::string_view kind);
 
-// The stream that takes the place of `purpose` when a loop is run again, for the `iteration`-th time (from 0).
+// The stream that replaces `purpose` when a loop is run again; iterations count from 0.
 [[nodiscard]] constexpr std::uint64_t again(std::uint64_t purpose, std::size_t iteration) {
     return purpose + (static_cast<std::uint64_t>(iteration) << 56);
 }
 
-// The stream that a noisy row of a solver's table draws from, of a loop whose initial noise has `purpose`.
+// The stream for the noise of a solver table's row. The loop's initial noise has `purpose`.
 [[nodiscard]] constexpr std::uint64_t row_purpose(std::uint64_t purpose, std::size_t row) {
     return purpose + (static_cast<std::uint64_t>(row + 1) << 32);
 }

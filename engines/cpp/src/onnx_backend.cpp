@@ -1,4 +1,4 @@
-// The ONNX Runtime backend: graphs whose weights lie in the model's safetensors files.
+// The ONNX Runtime backend. Its graphs have their weights in the model's safetensors files.
 #include <onnxruntime_cxx_api.h>
 
 #include <deque>
@@ -14,7 +14,7 @@
 namespace higen::core {
 namespace {
 
-// A result of ONNX Runtime's, in host memory.
+// A result of ONNX Runtime in host memory.
 class OnnxTensor final : public Tensor {
 public:
     explicit OnnxTensor(Ort::Value value) : value_(std::move(value)) {
@@ -43,7 +43,7 @@ private:
     Ort::Value value_;
 };
 
-// The inputs of one run as ONNX Runtime takes them: a look at host memory, a copy of what lies elsewhere.
+// The inputs of one run as ONNX Runtime takes them: views of host memory, and copies of other tensors.
 class Inputs {
 public:
     [[nodiscard]] Ort::Value& add(const Tensor& tensor) {
@@ -57,7 +57,7 @@ private:
         return std::visit(
             [&](const auto& values) -> Ort::Value& {
                 using Number = typename std::decay_t<decltype(values)>::value_type;
-                // An input is only read, whatever the interface says.
+                // ONNX Runtime only reads an input, though the interface is not const.
                 return values_.emplace_back(Ort::Value::CreateTensor(
                     memory, const_cast<Number*>(values.data()), values.size(), array.shape.data(), array.shape.size()));
             },
@@ -68,14 +68,14 @@ private:
     std::deque<Ort::Value> values_;
 };
 
-// ONNX Runtime's words, without the newline that some end with.
+// ONNX Runtime's message, without the newline at the end of some messages.
 std::string words(const Ort::Exception& error) {
     std::string text = error.what();
     while (!text.empty() && text.back() == '\n') text.pop_back();
     return text;
 }
 
-// Throws where ONNX Runtime failed because memory ran out.
+// Throws if ONNX Runtime failed because memory ran out.
 void check_memory(const Ort::Exception& error, const std::string& where) {
     if (is_out_of_memory(error.what())) throw Error(HIGEN_ERROR_MEMORY, where + ": out of memory: " + words(error));
 }
@@ -114,7 +114,8 @@ public:
                 const auto* own = dynamic_cast<const OnnxTensor*>(tensor.get());
                 binding.BindInput(name.c_str(), own != nullptr ? own->value() : given.add(*tensor));
             }
-            // Results pass through the host, also on a GPU: a step's are a megabyte, and a step takes far longer.
+            // Results go through host memory, also on a GPU: they are about a megabyte per step, and a step takes far
+            // longer.
             const auto memory = Ort::MemoryInfo::CreateCpu(OrtArenaAllocator, OrtMemTypeDefault);
             for (const auto& output : stage.outputs) binding.BindOutput(stage.graph_output(output).c_str(), memory);
             session.Run(run_options, binding);
@@ -137,7 +138,7 @@ public:
     }
 
 private:
-    // A stage's session; `fixed` are the sizes that its graph takes alone: the model's, and those of a static graph.
+    // A stage's session. `fixed`: the only sizes that its graph accepts, those of the model and of a static graph.
     struct Made {
         Ort::Session session;
         Sizes fixed;
@@ -162,7 +163,7 @@ private:
             (void)bundle_.file(weights);
             check_external(path, weights);
             auto options = session_settings(options_.threads);
-            // A provider that cannot load says so here: nothing falls back in silence.
+            // A provider that cannot be loaded fails here: there is no silent fallback.
             try {
                 append_to(options, provider);
             } catch (const Ort::Exception& error) {
@@ -174,7 +175,7 @@ private:
                 Made made{Ort::Session(env_, path.c_str(), options), bundle_.fixed(), provider.name, precision,
                           passed_over};
                 check_graph(stage, made.session, path, made.fixed);
-                (void)bundle_.file(graph_file(stage.name, precision));  // what was checked is what was loaded
+                (void)bundle_.file(graph_file(stage.name, precision));  // fails if it was replaced
                 (void)bundle_.file(weights);
                 return made;
             } catch (const Ort::Exception& error) {
@@ -192,8 +193,8 @@ private:
         fail_unavailable("no provider can run " + stage.name + " here" + passed_over);
     }
 
-    // The precision asked for, or one that stands in for it; else fp16 on a GPU where there is such a graph. A CPU
-    // computes in float32 what a float16 graph says, and casts besides.
+    // The requested precision, or one that stands in for it. By default fp16 on a GPU if there is such a graph, else
+    // fp32: a CPU computes float16 graphs in float32, with extra casts.
     [[nodiscard]] std::string choose_precision(const Stage& stage, const Provider& provider) const {
         const auto wanted = !options_.precision.empty()             ? stand_ins(options_.precision)
                             : provider.is_gpu()                   ? std::vector<std::string>{"fp16", "fp32"}
@@ -214,7 +215,7 @@ private:
     [[nodiscard]] bool is_a_plugins() const { return !options_.provider_library.empty(); }
 
 #if ORT_API_VERSION >= 23
-    // A process has one environment, whoever else asks for it: a library is known in it by its path.
+    // A process has one shared environment, so a library is registered in it under its path.
     void register_plugin() {
         const auto& library = options_.provider_library;
         try {
@@ -242,7 +243,7 @@ private:
     void append_to(Ort::SessionOptions& options, const Provider& provider) { append(options, provider); }
 #endif
 
-    // A graph's weights lie in files that the manifest has a hash of.
+    // A graph's weights must be in files with a hash in the manifest.
     void check_external(const std::filesystem::path& path, const std::string& weights) const {
         for (const auto& name : external_files(read_file(path), path.u8string())) {
             if (name == weights) continue;
@@ -253,8 +254,8 @@ private:
         }
     }
 
-    // A graph takes and gives what the stage's row says, in the sizes that the manifest fixes; `fixed` gets those that
-    // the graph fixes besides.
+    // A graph must have the inputs and outputs of the stage's row, in the sizes that the manifest fixes. Other sizes
+    // that the graph fixes are added to `fixed`.
     void check_graph(const Stage& stage, const Ort::Session& session, const std::filesystem::path& path,
                      Sizes& fixed) const {
         Ort::AllocatorWithDefaultOptions allocator;
@@ -278,7 +279,7 @@ private:
         if (session.GetInputCount() != stage.inputs.size() || session.GetOutputCount() != stage.outputs.size())
             wrong(std::to_string(session.GetInputCount()) + " inputs and " + std::to_string(session.GetOutputCount()) +
                   " outputs");
-        // Inputs are bound by name, in whatever order the graph has them; outputs stand in the order of the row.
+        // Inputs are bound by name, so the graph may have any order; outputs must be in the order of the row.
         for (std::size_t i = 0; i < stage.inputs.size(); ++i) {
             const std::string found = session.GetInputNameAllocated(i, allocator).get();
             const auto* spec = stage.input(found);
@@ -290,13 +291,13 @@ private:
                   session.GetOutputNameAllocated(i, allocator).get(), session.GetOutputTypeInfo(i), false);
     }
 
-    // Whether a graph takes a step column as version 1 did: whole timesteps, one guidance a sample.
+    // Whether a graph takes step columns as in version 1: whole timesteps, and one guidance number per sample.
     static bool is_older(const TensorSpec& spec, bool is_int64, std::size_t rank) {
         if (spec.source.kind != Source::Kind::state) return false;
         return (spec.name == "t" && is_int64) || (spec.name == "guidance" && rank == 1 && spec.shape.size() == 2);
     }
 
-    // Whether a graph's shape may be that of the row; -1 is an axis that may have any size.
+    // Whether a graph's shape can be that of the row; an axis of -1 can have any size.
     static bool fits(const TensorSpec& spec, const Shape& shape, Sizes& fixed) {
         if (shape.size() != spec.shape.size()) return false;
         for (std::size_t i = 0; i < shape.size(); ++i) {
@@ -310,7 +311,7 @@ private:
 
     const Bundle& bundle_;
     BackendOptions options_;
-    std::vector<Provider> candidates_;  // the preferred first
+    std::vector<Provider> candidates_;  // the preferred one first
     Ort::Env env_{ORT_LOGGING_LEVEL_FATAL, "higen"};
     mutable std::mutex mutex_;
     std::map<std::string, Made, std::less<>> sessions_;

@@ -78,8 +78,8 @@ void append(Ort::SessionOptions& options, const Provider& provider) {
 
 namespace {
 
-// As `waiting` in higen/backends/sessions.py: a few threads sleep while they have no work, more of them spin, but only
-// during a run. Each stage has a session, and spinning threads take the processor from the next one.
+// As `waiting` in higen/backends/sessions.py: threads without work sleep if there are only a few, else they spin, but
+// only during a run. Each stage has a session, and spinning threads would take the processor from the next stage.
 void set_waiting(Ort::SessionOptions& options, unsigned threads) {
     constexpr unsigned few = 4;
     if (threads <= few)
@@ -94,8 +94,8 @@ Ort::SessionOptions session_settings(int threads) {
     Ort::SessionOptions options;
     options.SetLogSeverityLevel(ORT_LOGGING_LEVEL_FATAL);
     if (threads > 0) options.SetIntraOpNumThreads(threads);
-    // Without VNNI an x86 CPU adds pairs of u8 x s8 products in 16 bits, which saturate: another result than the graph
-    // says. With this it takes u8 x u8, which do not. On other CPUs it changes nothing.
+    // An x86 CPU without VNNI adds pairs of u8 x s8 products in 16 bits. These saturate and give a wrong result. With
+    // this option it uses u8 x u8 products, which do not saturate. On other CPUs it changes nothing.
     options.AddConfigEntry("session.x64quantprecision", "1");
     set_waiting(options, threads > 0 ? static_cast<unsigned>(threads) : std::thread::hardware_concurrency());
     return options;

@@ -27,7 +27,7 @@ constexpr std::uintmax_t largest_file = std::uintmax_t{1} << 30;
                      ": install it (apt-get install " + library + "-dev) and build higen again, or give a binary PPM (P6)");
 }
 
-// A plain file alone: a FIFO would be waited for.
+// Reads regular files only: a FIFO would block.
 Bytes read_bytes(const std::string& path) {
     const auto place = fs::u8path(path);
     std::error_code error;
@@ -70,7 +70,7 @@ Rgb decode_ppm(const Bytes& file, const std::string& path) {
     return made;
 }
 
-// RGBA over white, turned upright.
+// RGBA laid over white and turned upright.
 Rgb finished(const Decoded& decoded) {
     const int way = orientation_of(decoded.exif);
     const auto w = decoded.width, h = decoded.height;

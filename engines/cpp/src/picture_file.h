@@ -23,7 +23,7 @@ struct Rgb {
 // that this library was built without.
 [[nodiscard]] Rgb read_picture(const std::string& path);
 
-// The result of a decoder: RGBA [height, width, 4], and the Exif record's TIFF part, which may be empty.
+// The result of a decoder: RGBA [height, width, 4], and the TIFF part of the Exif record, which may be empty.
 struct Decoded {
     std::vector<std::uint8_t> rgba;
     std::size_t height = 0;
@@ -40,7 +40,7 @@ using Bytes = std::vector<std::uint8_t>;
 // Throws a request error for a picture that is too large, or has no pixels.
 void check_picture_size(const std::string& path, std::size_t width, std::size_t height);
 
-// The orientation of an Exif record, 1 to 8; 1 (upright) where there is none.
+// The orientation in an Exif record, 1 to 8; 1 (upright) if there is none.
 [[nodiscard]] int orientation_of(const Bytes& tiff);
 
 }  // namespace higen::core

@@ -14,7 +14,7 @@ double sinc(double x) { return x == 0.0 ? 1.0 : std::sin(x * pi) / (x * pi); }
 
 double lanczos(double x) { return x >= -3.0 && x < 3.0 ? sinc(x) * sinc(x / 3.0) : 0.0; }
 
-// The weights of the source pixels that make one pixel, in whole numbers of 2^-22.
+// The weights of the source pixels of one pixel, as integers in units of 2^-22.
 struct Tap {
     std::size_t first = 0;
     std::vector<int> weights;
@@ -47,7 +47,7 @@ std::vector<Tap> lanczos_taps(std::size_t size, float low, float high, std::size
     return taps;
 }
 
-// The lines of an image that a pass filters: they start `stride` bytes apart; neighbours in a line, `step` bytes apart.
+// The lines of an image that a pass filters. Lines start `stride` bytes apart; pixels in a line are `step` bytes apart.
 struct Lines {
     std::size_t lines, stride, step;
 };
@@ -132,8 +132,8 @@ std::vector<std::uint8_t> cover(const std::uint8_t* rgb, std::size_t width, std:
         filter(pixels.data(), columns, made.data(), columns, taps);
         pixels = std::move(made), now_tall = new_height;
     };
-    // Pillow 13 resizes the height first where it shrinks by more than twice as many pixels as the width. The order
-    // matters: each pass rounds to bytes.
+    // Pillow 13 resizes the height first if it shrinks by more than twice as many pixels as the width. The order
+    // matters because each pass rounds to bytes.
     const auto less_tall = h - static_cast<double>(new_height), less_wide = w - static_cast<double>(new_width);
     const bool down_first = less_tall > 0 && less_tall > 2 * less_wide;
     if (down_first) go_down();

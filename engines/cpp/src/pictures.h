@@ -1,4 +1,4 @@
-// Turns pictures of a request into inputs of stages: scaled to cover and cropped, in -1 to 1, and resampled
+// Turns a request's pictures into inputs of stages: scaled to cover, cropped, in -1 to 1, and resampled
 // (higen/images.py).
 #pragma once
 
@@ -8,8 +8,8 @@
 
 namespace higen::core {
 
-// Scale RGB bytes [height, width, 3] to cover a size, and crop both sides equally: Pillow's ImageOps.fit with Lanczos'
-// filter; the bytes equal those of Pillow 13.
+// Scale RGB bytes [height, width, 3] to cover a size, and crop both sides equally, as Pillow's ImageOps.fit with the
+// Lanczos filter does. The bytes equal those of Pillow 13.
 [[nodiscard]] std::vector<std::uint8_t> cover(const std::uint8_t* rgb, std::size_t width, std::size_t height,
                                               std::size_t new_width, std::size_t new_height);
 
@@ -17,10 +17,10 @@ namespace higen::core {
 // channel c lies `stride` numbers after channel c - 1. Throws a backend error for NaN and infinity.
 void to_rgb(const float* pixels, std::size_t plane, std::size_t stride, std::uint8_t* rgb);
 
-// RGB bytes [frames, height, width, 3] as numbers [3, frames, height, width] in -1 to 1.
+// Converts RGB bytes [frames, height, width, 3] to numbers [3, frames, height, width] in -1 to 1.
 [[nodiscard]] std::vector<float> planes(const std::vector<std::uint8_t>& rgb, std::size_t frames, std::size_t pixels);
 
-// Pixels [3, height, width] in another size: a Gaussian against aliasing, then bicubic, corners aligned.
+// Resizes pixels [3, height, width]: a Gaussian against aliasing, then bicubic interpolation with aligned corners.
 [[nodiscard]] std::vector<float> resample(const std::vector<float>& pixels, std::size_t height, std::size_t width,
                                           std::size_t new_height, std::size_t new_width);
 

@@ -15,7 +15,7 @@ bool is_one(const LoopOptions& options) {
     return std::all_of(options.guidance.begin(), options.guidance.end(), [](float scale) { return scale == 1.0F; });
 }
 
-// Latents in the shape [B, C, f, H, W] of a loop's state; a single frame stands for each.
+// Latents in the shape [B, C, f, H, W] of a loop's state; a single frame is repeated for every frame.
 std::vector<float> spread_latents(const Array& found, const Shape& shape, const Loop& loop) {
     if (found.shape == shape) return found.floats();
     auto single = shape;
@@ -33,7 +33,8 @@ std::vector<float> spread_latents(const Array& found, const Shape& shape, const 
     return spread;
 }
 
-// Noise [C, f, ...] of one sample in an iteration of a loop; a clip in windows takes that of other frames.
+// Noise [C, f, ...] of one sample in an iteration of a loop. In a clip with windows, frames can take other frames'
+// noise.
 std::vector<float> ordered_noise(const Loop& loop, const Request& request, std::uint64_t purpose, const Shape& shape,
                                  std::size_t plane, const std::optional<Windows>& windows, std::size_t iteration) {
     const auto channels = static_cast<std::size_t>(shape[1]), frames = static_cast<std::size_t>(shape[2]);
@@ -66,7 +67,7 @@ std::vector<float> unit_noise(const Loop& loop, const std::vector<Request>& requ
     return unit;
 }
 
-// What a loop's rule adds to the unit noise [B, C, f, H, W]; nothing where it adds nothing.
+// What a loop's rule adds to the unit noise [B, C, f, H, W]; empty if it adds nothing.
 std::vector<float> added_noise(const Loop& loop, const std::vector<Request>& requests, const Shape& shape,
                                Sources& sources, const std::optional<Windows>& windows, std::size_t iteration) {
     const auto& rule = loop.noise;
@@ -107,7 +108,7 @@ std::vector<std::uint8_t> to_frames(const Array& pixels, std::size_t first, std:
 Array chunk_of(const Array& sample, std::size_t first, std::size_t end, std::size_t rank) {
     auto chunk = cut(sample, 2, first, end - first);
     if (rank == 5) return chunk;
-    // [C, N, H, W] to [N, C, H, W]: the same exchange of axes as the other way round.
+    // [C, N, H, W] to [N, C, H, W]: `as_video` swaps the axes, in either direction.
     chunk.shape.erase(chunk.shape.begin());
     auto frames = as_video(chunk);
     frames.shape.erase(frames.shape.begin());
@@ -136,7 +137,7 @@ std::size_t Pipeline::index_of(const Loop& loop) const {
     return static_cast<std::size_t>(&loop - manifest_.loops.data());
 }
 
-// The stages that can do a loop's steps: where guidance is 1 everywhere the plain one, half the work, if it can.
+// The stages that can do a loop's steps. If guidance is 1 everywhere, the plain stage comes first: it is half the work.
 std::vector<const Stage*> Pipeline::ways(std::size_t index, const std::vector<Request>& requests) const {
     const auto pair = requests.front().pair(manifest_.loops[index]);
     const bool plain = std::all_of(requests.begin(), requests.end(),
@@ -147,7 +148,7 @@ std::vector<const Stage*> Pipeline::ways(std::size_t index, const std::vector<Re
     return stages;
 }
 
-// The stages that can do a step with one branch of guidance, or with guidance 1; the plain one is half the work.
+// The stages that can do a step without guidance: the plain one (half the work), or the guided one with guidance 1.
 std::vector<const Stage*> Pipeline::unguided(const StagePair& pair) const {
     std::vector<const Stage*> stages;
     for (const auto& name : {pair.plain, pair.guided})
@@ -155,7 +156,7 @@ std::vector<const Stage*> Pipeline::unguided(const StagePair& pair) const {
     return stages;
 }
 
-// The stage that does a step, loaded; where features are reused, its variants are, which `reuses` gets.
+// Choose and load the stage that does a step. If features are reused, its variants are loaded and stored in `reuses`.
 const Stage& Pipeline::chosen(const std::vector<const Stage*>& ways, std::int64_t reuse, ReuseStages& reuses) const {
     if (reuse == 1) return backend_.choose(ways);
     std::vector<const Stage*> full;
@@ -167,7 +168,7 @@ const Stage& Pipeline::chosen(const std::vector<const Stage*>& ways, std::int64_
     return stage;
 }
 
-// A model may lack some of the graphs that reuse needs: better now than after half of the work.
+// Load the stages for reuse before the work starts, because a model may lack some of these graphs.
 void Pipeline::prepare_reuse(const std::vector<Request>& requests) const {
     const auto& first = requests.front();
     for (const auto* loop : manifest_.wanted(first.frames)) {
@@ -246,7 +247,7 @@ TensorPtr Pipeline::run_loop(std::size_t index, const std::vector<Request>& requ
     return denoise(backend_, run, host_tensor(Array::of(shape, std::move(state))), on_step, cancellation);
 }
 
-// A picture's latents stand still in a loop over a clip.
+// In a loop over a clip, a picture's latents are repeated for every frame.
 TensorPtr Pipeline::replaced(const Loop& loop, const std::vector<Request>& requests, Sources& sources) {
     auto latents = sources.latents(loop.replaced->latents, loop);
     const auto frames = signed_size(loop.frames_of(requests.front().frames));
@@ -281,7 +282,7 @@ void Pipeline::decode(const Tensor& latents, const std::vector<Request>& request
     decode(latents, requests, sources, on_frames, cancellation);
 }
 
-// A chunk never mixes samples, because rounding can depend on the batch size. Frames of context around it are decoded
+// A chunk never mixes samples, because rounding can depend on the batch size. Context frames around a chunk are decoded
 // with it and dropped.
 void Pipeline::decode(const Tensor& latents, const std::vector<Request>& requests, Sources& sources,
                       const OnFrames& on_frames, Cancellation& cancellation) const {

@@ -28,14 +28,14 @@ public:
     // Both must outlive it.
     Pipeline(const Manifest& manifest, Backend& backend) : manifest_(manifest), backend_(backend) {}
 
-    // Load all that the default request needs, so that a broken model is found out before any work starts.
+    // Load everything that the default request needs, so that a broken model fails before any work starts.
     void prepare() const;
 
-    // Make a video of each request, all in one batch (see check_batch); either callback may throw to stop it.
+    // Make a video of each request, all in one batch (see check_batch). Either callback may throw to stop the work.
     void generate(const std::vector<Request>& requests, const OnStep& on_step, const OnFrames& on_frames,
                   Cancellation& cancellation) const;
 
-    // Latents [B, C, f, H, W] of these requests to frames, a chunk of one video at a time.
+    // Decode latents [B, C, f, H, W] of these requests to frames, a chunk of one video at a time.
     void decode(const Tensor& latents, const std::vector<Request>& requests, const OnFrames& on_frames,
                 Cancellation& cancellation) const;
 

@@ -96,14 +96,14 @@ PlanRecord read_record(const Json& json) {
     return record;
 }
 
-// Whether two descriptions may be of one tensor: -1 goes with any size.
+// Whether two descriptions can be of the same tensor: -1 matches any size.
 bool alike(const PlanTensor& a, const PlanTensor& b) {
     return a.name == b.name && a.is_input == b.is_input && a.dtype == b.dtype &&
            std::equal(a.shape.begin(), a.shape.end(), b.shape.begin(), b.shape.end(),
                       [](auto n, auto m) { return n == m || n == -1 || m == -1; });
 }
 
-// The record that waits to take the place of the one at `path`, if it is that of the plan that is there.
+// The record that waits to replace the one at `path`, if it belongs to the present plan.
 std::optional<PlanRecord> pending_record(const fs::path& path) {
     const auto part = path.parent_path() / fs::u8path("." + path.filename().u8string() + ".part");
     const auto stage = path.stem().u8string();
@@ -116,7 +116,7 @@ std::optional<PlanRecord> pending_record(const fs::path& path) {
         if (!failed && record.stage == stage && size == static_cast<std::uintmax_t>(record.size) &&
             sha256(plan) == record.sha256)
             return record;
-    } catch (const Error&) {  // cut, or gone by now
+    } catch (const Error&) {  // truncated, or already moved
     }
     return std::nullopt;
 }
@@ -127,7 +127,7 @@ std::string package(const std::string& flavour) { return flavour == "rtx" ? "ten
 
 std::string Plan::remedy() const {
     const auto model = path.parent_path().parent_path().parent_path().u8string();
-    const auto target = record.flavour == "rtx" ? record.target : "tensorrt";  // the folder names the GPU besides
+    const auto target = record.flavour == "rtx" ? record.target : "tensorrt";  // the folder's name has the GPU too
     return "higen-export build-engines " + model + " --target " + target + " --stage " + record.stage +
            " --precision " + record.precision;
 }
@@ -257,7 +257,7 @@ std::vector<Plan> fitting_plans(const std::string& stage, const std::vector<Plan
     if (!fitting.empty()) return fitting;
     if (refused.empty())
         fail_unavailable("no engine of " + stage + " (make one: higen-export build-engines MODEL --target TARGET)");
-    // An engine made for this very GPU that cannot be used says more than one that was made for another.
+    // The error of an engine for this GPU is more useful than that of an engine for another GPU.
     const auto own = std::find_if(refused.begin(), refused.end(),
                                   [](const auto& error) { return error.kind() != Kind::wrong_architecture; });
     throw own == refused.end() ? refused.front() : *own;
@@ -283,7 +283,7 @@ void check_interface(const Plan& plan, const Stage& stage, const std::vector<Pla
         return list;
     };
     const auto found = sorted(tensors);
-    std::map<std::string, std::pair<bool, bool>> wanted;  // whether it is an input, and of float32
+    std::map<std::string, std::pair<bool, bool>> wanted;  // is an input, is float32
     for (const auto& spec : stage.inputs) wanted.emplace(spec.name, std::pair(true, spec.is_float));
     for (const auto& spec : stage.outputs) wanted.emplace(stage.graph_output(spec), std::pair(false, spec.is_float));
     bool fits = found.size() == wanted.size();
@@ -301,7 +301,7 @@ void check_interface(const Plan& plan, const Stage& stage, const std::vector<Pla
         fail("its tensors are not those of the record beside it");
     for (const auto& tensor : found) {
         const std::string type = wanted.at(tensor.name).second ? "float32" : "int64";
-        // An engine of the step contract of version 1: whole timesteps, one guidance a sample.
+        // An engine of the step contract of version 1: whole timesteps, one guidance number per sample.
         const auto* column = stage.input(tensor.name);
         const bool state = column != nullptr && column->source.kind == Source::Kind::state;
         if (state && ((tensor.name == "t" && tensor.dtype == "int64") ||
@@ -339,7 +339,7 @@ std::int64_t streaming_budget(std::int64_t streamable, std::int64_t activations,
 }
 
 EngineError validity_error(const Plan& plan, std::uint64_t reasons) {
-    // The likeliest cause first.
+    // The most likely cause comes first.
     const std::vector<std::tuple<InvalidityBit, Kind, const char*>> known = {
         {unsupported_architecture, Kind::wrong_architecture, "it was not built for this GPU"},
         {version_mismatch, Kind::stale, "another version of TensorRT built it"},

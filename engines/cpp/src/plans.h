@@ -1,5 +1,5 @@
 // TensorRT engines of a model and the records beside them: which plan fits, and why the others do not
-// (higen/backends/plans.py). Decisions on values; no TensorRT, no GPU.
+// (higen/backends/plans.py). It only compares values and needs no TensorRT and no GPU.
 #pragma once
 
 #include <cstdint>
@@ -18,7 +18,7 @@
 
 namespace higen::core {
 
-// An input or output of a plan; -1 is an axis whose size the profiles limit.
+// An input or output of a plan; -1 is an axis that the profiles limit.
 struct PlanTensor {
     std::string name;
     bool is_input = true;
@@ -26,7 +26,7 @@ struct PlanTensor {
     Shape shape;
 };
 
-// The shapes that a profile allows an input, and the one it is tuned for.
+// The shapes that a profile allows for an input, and the shape that it is tuned for.
 struct Span {
     std::string name;
     Shape smallest, best, largest;
@@ -41,9 +41,9 @@ struct PlanProfile {
     std::string name;
     std::vector<Span> spans;
 
-    // Whether every input lies inside.
+    // Whether all inputs are inside it.
     [[nodiscard]] bool holds(const Shapes& shapes) const;
-    // Elements of all inputs at their largest.
+    // The number of elements of all inputs at their largest sizes.
     [[nodiscard]] double volume() const;
 };
 
@@ -70,45 +70,45 @@ struct Plan {
 
     // Target and stage, for messages.
     [[nodiscard]] std::string name() const { return record.target + "/" + record.stage; }
-    // The command that builds it again, for its profiles if they are given too.
+    // The command that builds it again; the caller may add profiles.
     [[nodiscard]] std::string remedy() const;
 };
 
 // The plans of a stage over all targets of a model directory, and what is wrong with records that cannot be read.
 //
-// A new plan takes its place right before its record does. In between, and after a kill there, the record that waits is
-// the plan's own, and is taken.
+// A new plan is moved into place right before its record. Between the two moves, also after a kill there, the waiting
+// record belongs to the plan and is used.
 [[nodiscard]] std::pair<std::vector<Plan>, std::vector<EngineError>> read_plans(const std::filesystem::path& model,
                                                                                 const std::string& stage);
 
-// Version of each flavour of TensorRT ("rtx", "tensorrt") that is here.
+// The version of each installed flavour of TensorRT ("rtx", "tensorrt").
 using Libraries = std::map<std::string, std::string, std::less<>>;
 
-// Whether a plan fits the model's files, the GPU and the TensorRT here. Throws EngineError (wrong architecture, stale,
+// Check that a plan fits the model's files, this GPU and this TensorRT. Throws EngineError (wrong architecture, stale,
 // missing library).
 void check_plan(const Plan& plan, const Files& files, std::int64_t architecture, const Libraries& libraries);
 
-// The plans of a stage that fit, the best first: built for this GPU alone before a portable one, classic TensorRT
-// before RTX. `plans` and `errors` come from `read_plans`. Throws an unavailable error where there is no engine at all,
-// else why the likeliest of them does not fit.
+// The plans of a stage that fit, the best first: a plan for only this GPU before a portable one, classic TensorRT
+// before RTX. `plans` and `errors` come from `read_plans`. Throws an unavailable error if there is no engine at all,
+// and the error of the most likely engine if none fits.
 [[nodiscard]] std::vector<Plan> fitting_plans(const std::string& stage, const std::vector<Plan>& plans,
                                               const std::vector<EngineError>& errors, const Files& files,
                                               std::int64_t architecture, const Libraries& libraries);
 
-// The plans in a precision, or in one that stands in for it; all for "".
+// The plans in a precision or in one that stands in for it; for "", all plans.
 [[nodiscard]] std::vector<Plan> in_precision(std::vector<Plan> plans, std::string_view precision);
 
-// Whether a plan's tensors are those of its record and of the stage table, in types that this library knows. The record
-// has the network's shapes; an engine may know more: an axis that its profiles fix has a size there. Throws EngineError
-// (malformed).
+// Check that a plan's tensors are those of its record and of the stage table, in types that this library knows. The
+// record has the network's shapes. In an engine, an axis that its profiles fix may have a size instead of -1. Throws
+// EngineError (malformed).
 void check_interface(const Plan& plan, const Stage& stage, const std::vector<PlanTensor>& tensors);
 
-// Index of the narrowest profile that holds all inputs' shapes. Throws EngineError (outside profile) naming what does
-// not fit.
+// Index of the narrowest profile that allows all inputs' shapes. Throws EngineError (outside profile) that names what
+// does not fit.
 [[nodiscard]] std::size_t best_profile(const Plan& plan, const Shapes& shapes);
 
-// Bytes of weights to keep on the GPU, of an engine that can stream them: all if they fit beside the activations with a
-// tenth of the memory to spare, else what TensorRT proposes (`automatic`).
+// Bytes of weights to keep on the GPU, for an engine that can stream them. All, if they and the activations leave a
+// tenth of the free memory; else TensorRT's proposal (`automatic`).
 [[nodiscard]] std::int64_t streaming_budget(std::int64_t streamable, std::int64_t activations, std::int64_t free,
                                             std::int64_t automatic);
 

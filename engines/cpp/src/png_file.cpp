@@ -15,7 +15,7 @@
 namespace higen::core {
 namespace {
 
-// Lies outside the function that libpng jumps back to, which can destroy nothing of its own.
+// Owned outside the function that libpng's longjmp returns to, because that function's own objects are not destroyed.
 struct Reading {
     const Bytes& file;
     std::size_t at = 0;
@@ -57,7 +57,7 @@ bool read_header(png_structp png, png_infop info, Reading& own) {
     return true;
 }
 
-// Any kind of PNG as RGBA of 8 bits, without its gamma, as Pillow reads it.
+// Read any PNG as 8-bit RGBA without gamma correction, as Pillow does.
 bool read_pixels(png_structp png, png_infop info, Reading& own) {
     if (setjmp(png_jmpbuf(png)) != 0) return false;
     png_set_expand(png);

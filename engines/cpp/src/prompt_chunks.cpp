@@ -7,7 +7,7 @@
 namespace higen::core {
 namespace {
 
-// A chunk that is full ends at its last comma where that is at most this many tokens back.
+// A full chunk ends at its last comma if that is at most this many tokens back.
 constexpr std::size_t near = 20;
 
 double mean(const std::vector<float>& values) {

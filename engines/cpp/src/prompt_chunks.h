@@ -1,4 +1,4 @@
-// Long prompts and weighted words: chunks of token ids, and what their weights do to the encoder's outputs
+// Long prompts and weighted words: chunks of token ids, and how weights change the encoder's outputs
 // (higen/prompt_chunks.py).
 #pragma once
 
@@ -12,23 +12,24 @@
 
 namespace higen::core {
 
-// A prompt as the text encoder reads it, row by row: chunks of start, tokens, end, padding, and a weight a token.
+// A prompt as the text encoder reads it, row by row. A row is a chunk of start, tokens, end and padding, with a weight
+// per id.
 struct Reading {
     std::vector<std::int64_t> ids;
     std::vector<float> weights;  // empty: all 1
 };
 
-// Token ids, dealt out to at most `most` chunks with room for `room` each.
+// Distributes token ids over at most `most` chunks with room for `room` ids each.
 class Chunks {
 public:
     Chunks(std::size_t room, std::size_t most, std::optional<std::int64_t> comma)
         : room_(room), most_(most), comma_(comma) {}
 
-    // Add a token; false where there is no room for it.
+    // Add a token; returns false if there is no room.
     [[nodiscard]] bool add(std::int64_t id, double weight);
-    // Begin a new chunk; where there may be no more, nothing can be added from now on.
+    // Begin a new chunk. If no more chunks are allowed, nothing can be added from now on.
     void begin();
-    // The chunks that were filled; an empty one at the end is left out.
+    // The filled chunks, without an empty one at the end.
     [[nodiscard]] Reading reading(std::int64_t start, std::int64_t end, std::int64_t pad) const;
 
 private:
@@ -41,8 +42,8 @@ private:
     bool closed_ = false;
 };
 
-// Outputs [1, L, D] of a chunk times the weights [L] of its tokens, with the mean that they had before. Throws a
-// request error where the weights leave a mean of 0, which nothing can restore.
+// Multiply the outputs [1, L, D] of a chunk by the weights [L] of its tokens, then restore their mean. Throws a request
+// error if the weights leave a mean of 0, because it cannot be restored.
 void apply_weights(Array& hidden, const float* weights);
 
 }  // namespace higen::core

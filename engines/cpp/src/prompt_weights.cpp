@@ -14,7 +14,7 @@ namespace {
 
 using Text = std::u32string_view;
 
-constexpr double round_factor = 1.1, square_factor = 1 / 1.1;  // of the words in a pair of brackets
+constexpr double round_factor = 1.1, square_factor = 1 / 1.1;  // weights of words in a pair of brackets
 constexpr double largest = 100.0;
 constexpr std::size_t deepest = 32;
 constexpr Text special = U"()[]:\\", break_word = U"BREAK";
@@ -36,7 +36,7 @@ bool is_digits(Text text, bool dots) {
            std::all_of(text.begin(), text.end(), [&](char32_t c) { return is_digit(c) || (dots && c == U'.'); });
 }
 
-// Whether a word is written like a number: digits and dots, an exponent, or no number at all (nan, inf).
+// Whether a word is written like a number: digits and dots, an exponent, or nan and inf.
 bool is_meant_as_number(Text text) {
     const auto bare = lower(unsigned_part(text));
     if (bare == U"nan" || bare == U"inf" || bare == U"infinity") return true;
@@ -50,7 +50,7 @@ bool is_decimal(Text text) {
     return is_digits(bare, true) && std::count(bare.begin(), bare.end(), U'.') <= 1;
 }
 
-// A decimal number, whatever the program's locale.
+// Parse a decimal number independently of the locale.
 double number_of(Text text) {
     std::istringstream stream(encode_utf8(text));
     stream.imbue(std::locale::classic());
@@ -88,7 +88,7 @@ private:
         for (auto i = first; i < parts_.size(); ++i) parts_[i].weight *= weight;
     }
 
-    // Read what stands at `i`; returns where the next begins.
+    // Read the item at `i`; returns where the next one begins.
     std::size_t step(std::size_t i) {
         const auto c = prompt_[i];
         if (special.find(c) == special.npos) {
@@ -123,7 +123,7 @@ private:
         return i + 1;
     }
 
-    // `:1.3)` sets the weight of what the last round bracket holds; any other colon is text.
+    // `:1.3)` sets the weight of the words since the last open round bracket. Any other colon is text.
     std::size_t colon(std::size_t i) {
         const auto after_space = [&](std::size_t at) {
             while (at < prompt_.size() && is_python_space(prompt_[at])) ++at;
@@ -145,14 +145,14 @@ private:
         return closing + 1;
     }
 
-    // Throws for `[a|b]` and `[a:b:0.5]`; only what stands behind the last colon can be a number.
+    // Throws for `[a|b]` and `[a:b:0.5]`. Only the text after the last colon can be a number.
     void check_no_editing(Text inner) const {
         const auto at = inner.rfind(U':');
         if (inner.find(U'|') != inner.npos || (at != inner.npos && is_decimal(stripped(inner.substr(at + 1)))))
             fail("prompt editing, [from:to:when] and [one|other], is not supported; write \\[ for a bracket");
     }
 
-    // A text without special characters, split at each BREAK that is a word of its own.
+    // Add a text without special characters, split at each BREAK that is a separate word.
     void add_words(Text text) {
         std::size_t done = 0;
         for (auto at = text.find(break_word); at != text.npos; at = text.find(break_word, at)) {
@@ -167,7 +167,7 @@ private:
         add(std::u32string(text.substr(done)));
     }
 
-    // Texts of equal weight as one, empty ones left out. Throws for a weight that is too large.
+    // Joins neighbouring texts of equal weight and drops empty ones. Throws for a weight that is too large.
     std::vector<Piece> joined() const {
         std::vector<Piece> found;
         Piece run{std::u32string(), 1.0};
@@ -194,8 +194,8 @@ private:
     Text prompt_;
     const std::string& name_;
     std::vector<Piece> parts_;
-    std::vector<std::size_t> round_;                          // the part that an open bracket is before
-    std::vector<std::pair<std::size_t, std::size_t>> square_;  // that, and its place in the prompt
+    std::vector<std::size_t> round_;                          // index of the part after each open bracket
+    std::vector<std::pair<std::size_t, std::size_t>> square_;  // the same, and the bracket's position
 };
 
 }  // namespace

@@ -11,7 +11,7 @@ namespace {
 
 const std::set<std::string, std::less<>> free_symbols = {"B", "F", "N", "H", "W", "Y", "X"};
 
-// The tokens of all chunks of a text: free where there may be several.
+// Whether a text can have several chunks; the number of its tokens is then free.
 bool has_chunks(const Manifest& manifest) { return manifest.text && manifest.text->chunks > 1; }
 
 constexpr std::size_t most_rows = 100;
@@ -66,7 +66,7 @@ void check_tokens(const Manifest& manifest, const std::string& where, const Tens
           where + ": tokens are [B, " + std::to_string(length) + "], not " + shown(tensor.shape));
 }
 
-// Pixels of a stage as a picture.
+// Checks a source that takes a stage's pixels as a picture.
 void check_shown(const Manifest& manifest, const std::string& where, const TensorSpec& tensor) {
     const auto row = where + ": source " + to_text(tensor.source);
     check(tensor.shape.size() == 4, row + ": 4 axes, not " + shown(tensor.shape));
@@ -81,7 +81,7 @@ void check_shown(const Manifest& manifest, const std::string& where, const Tenso
           row + ": [N, 3, Y, X] or [B, 3, F, Y, X] is wanted, not " + shown(made));
 }
 
-// Known frames as a condition.
+// Checks a source that gives known frames as a condition.
 void check_known_source(const std::string& where, const TensorSpec& tensor) {
     const bool latents = tensor.source.name == "latents";
     auto axes = tensor.shape;
@@ -111,7 +111,7 @@ void check_source(const Manifest& manifest, const std::string& where, const Tens
     }
 }
 
-// A free axis of an output is one of the inputs', or the pixels or latents beside it.
+// A free axis of an output must be an axis of an input, or an input must have the matching axis of pixels or latents.
 void check_output(const Manifest& manifest, const Stage& stage, const TensorSpec& output) {
     const auto given = [&](const std::string& symbol) {
         return std::any_of(stage.inputs.begin(), stage.inputs.end(),
@@ -140,7 +140,8 @@ bool is_fed_chunks(const Manifest& manifest, const TensorSpec& tensor) {
     return reads_text(*stage) || axis_of(axes, tokens_symbol) < axes.size();
 }
 
-// Where texts have chunks or weights: what reads a text gives [B, L, D], and what takes that, of T tokens, says so.
+// For texts with chunks or weights: a stage that reads a text outputs [B, L, D], and an input that takes the tokens of
+// all chunks is [B, T, D].
 void check_chunks(const Manifest& manifest, const std::string& where, const Stage& stage) {
     const auto texts = std::count_if(stage.inputs.begin(), stage.inputs.end(), [](const auto& tensor) {
         return tensor.source.kind == Source::Kind::text;
@@ -180,7 +181,7 @@ void check_stage(const Manifest& manifest, const Stage& stage) {
     if (manifest.text && !manifest.text->plain()) check_chunks(manifest, where, stage);
 }
 
-// Depth first with a list of one's own: a chain of sources may be as long as the table.
+// Depth-first with an explicit stack, because a chain of sources can be as long as the table.
 void check_circles(const Manifest& manifest) {
     struct Visit {
         std::string name;

@@ -50,7 +50,7 @@ inline void check_once(const std::string& table, const Names& names) {
               table + ": " + names[i] + " appears twice (a loop and a stage share their names)");
 }
 
-// The size of an axis that the model fixes; 0 for one that is free.
+// The size of an axis if the model fixes it; 0 for a free axis.
 [[nodiscard]] inline std::int64_t size_of(const Manifest& manifest, const Axis& axis) {
     const auto fixed = manifest.sizes.symbols.find(axis.symbol);
     return fixed == manifest.sizes.symbols.end() ? axis.size : fixed->second;
@@ -63,7 +63,7 @@ inline void check_once(const std::string& table, const Names& names) {
     return "[" + text + "]";
 }
 
-// Whether a shape equals this text; an entry of digits is a size.
+// Whether a shape equals `wanted`; an entry of digits is a size.
 [[nodiscard]] inline bool is_shape(const std::vector<Axis>& shape, const Names& wanted) {
     return std::equal(shape.begin(), shape.end(), wanted.begin(), wanted.end(),
                       [](const Axis& axis, const std::string& name) {
@@ -71,16 +71,16 @@ inline void check_once(const std::string& table, const Names& names) {
                       });
 }
 
-// `rank`: the number of axes that the result of a stage or loop must have.
+// Check a source that takes the result of a stage or loop; `rank` is the number of axes that it must have.
 void check_made(const Manifest& manifest, const std::string& where, const Source& source, std::size_t rank);
 
-// That a stage takes the frames of a control, [N, 3, Y, X], in place of a picture or clip (`Source::given`).
+// Check that a stage can take a control's frames, [N, 3, Y, X], in place of a picture or clip (`Source::given`).
 void check_frames_of(const Manifest& manifest, const std::string& where, const Source& source);
 
-// The stages and loops whose results a stage or loop takes.
+// The stages and loops that a stage or loop takes results from.
 [[nodiscard]] Names needs(const Manifest& manifest, const std::string& name);
 
-// Checks loops and the decoder, and that the inputs of a clip of any length are made.
+// Check loops and the decoder, and that a clip of any length gets all its inputs.
 void check_loops(const Manifest& manifest);
 
 }  // namespace higen::core::references

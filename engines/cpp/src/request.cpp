@@ -13,9 +13,9 @@
 namespace higen::core {
 namespace {
 
-// Characters of a prompt: no model reads more than a few hundred, and cleaning a text takes time.
+// The most characters of a prompt. No model reads more than a few hundred, and cleaning a text takes time.
 constexpr std::size_t max_prompt = 100'000;
-constexpr std::size_t max_rows = 1 << 16;  // of a control's matrix
+constexpr std::size_t max_rows = 1 << 16;  // the most rows of a control's matrix
 
 std::int64_t whole(const char* name, std::int64_t value, std::int64_t low, std::int64_t high) {
     if (value < low || value > high)
@@ -33,7 +33,7 @@ std::size_t side(const char* name, std::int64_t value, std::int64_t multiple) {
     return static_cast<std::size_t>(size);
 }
 
-// A list of the request's: nothing, one for every loop, or one per loop.
+// A loop's entry in a list of the request. The list is null, or has one entry for all loops, or one per loop.
 template <typename T>
 const T* for_loop(const char* name, const T* values, std::size_t count, std::size_t loop, std::size_t loops) {
     if (values == nullptr) return nullptr;
@@ -108,7 +108,7 @@ MaybeValue value_of(const Manifest& manifest, const Control& control, const hige
     return value;
 }
 
-// A matrix fits the columns of every input that takes it: building it checks it.
+// A matrix must fit the columns of every input that takes it; `encode` checks that.
 void check_columns(const Manifest& manifest, const Control& control, const MaybeValue& value, std::size_t frames) {
     if (!value || control.encoding != Control::Encoding::similarity) return;
     for (const auto& stage : manifest.stages)
@@ -145,7 +145,7 @@ void check_needed(const Manifest& manifest, const Request& request) {
     for (const auto* loop : manifest.wanted(request.frames)) {
         const auto user = "the loop " + loop->name;
         if (request.runs(*loop)) check(user, request.pair(*loop).names());
-        // A stand-in that is made of a control's own frames needs no other picture.
+        // A source that is made of a control's own frames needs no other picture.
         for (const auto& source : request.standing(*loop))
             if (source.given.empty()) check(user, {source.name});
         if (request.runs(*loop) && loop->start && loop->start->needed && !request.has_picture(loop->start->control))
@@ -185,7 +185,7 @@ void take_texts(const Tokenizer& tokenizer, const higen_request& given, const To
     if (!tokenizer.rules().plain()) request.blank = tokenizer.encode("");
 }
 
-// Features are reused only by stages that have deep features: those of a loop's variant may have none.
+// Only stages with deep features can reuse them; the stages of a loop's variant may have none.
 void check_reuse(const Manifest& manifest, std::size_t index, const Request& request) {
     const auto& loop = manifest.loops[index];
     const auto every = request.loops[index].settings.reuse;
@@ -242,7 +242,7 @@ Request default_request(const Manifest& manifest) {
     request.fps = static_cast<std::int32_t>(sizes.fps);
     request.loops = loop_options(manifest, higen_request{}, request.frames);
     take_controls(manifest, higen_request{}, request, [](const std::string&) {});
-    // A video from text, with the pictures that no loop can do without.
+    // A video from text, with the pictures that its loops and the decoder need in any case.
     const auto need = [&](const std::vector<std::string>& stages) {
         for (const auto& name : pictures_of(manifest, stages)) request.pictures[name];
     };
@@ -304,7 +304,7 @@ std::vector<std::string> Request::stand_ins(const Loop& loop) const {
 
 std::vector<std::string> pictures_of(const Manifest& manifest, const std::vector<std::string>& stages) {
     std::vector<std::string> names;
-    std::vector<std::pair<std::string, std::string>> open, seen;  // a stage, and the control that feeds it instead
+    std::vector<std::pair<std::string, std::string>> open, seen;  // stage, and control that feeds it instead
     for (auto stage = stages.rbegin(); stage != stages.rend(); ++stage) open.emplace_back(*stage, "");
     while (!open.empty()) {
         const auto at = open.back();

@@ -23,59 +23,58 @@ struct LoopOptions {
 
 // A checked request.
 struct Request {
-    std::vector<std::int64_t> tokens, negative_tokens;  // rows of the model's length; empty where it reads no text
+    std::vector<std::int64_t> tokens, negative_tokens;  // rows of the model's length; empty if it reads no text
     std::vector<float> weights, negative_weights;       // of the tokens; empty: all 1
-    std::vector<std::int64_t> blank;                    // the row of an empty text, where texts have several
+    std::vector<std::int64_t> blank;                    // the row of an empty text, if texts can have several rows
     std::uint64_t seed = 0;
     std::vector<LoopOptions> loops;  // in the manifest's order
     std::size_t frames = 0;
     std::size_t height = 0;
     std::size_t width = 0;
     std::int32_t fps = 0;
-    std::map<std::string, MaybeValue, std::less<>> values;            // of each control but pictures and clips
-    // Those given: [3, f, height, width] in -1 to 1; of a mask [f, height, width], brightness from 0 to 1.
+    std::map<std::string, MaybeValue, std::less<>> values;            // of controls without pixels
+    // By control, if given: [3, f, height, width] in -1 to 1; for a mask [f, height, width], brightness from 0 to 1.
     std::map<std::string, std::vector<float>, std::less<>> pictures;
-    std::map<std::string, std::vector<std::size_t>, std::less<>> places;  // of known frames in the clip, by control
+    std::map<std::string, std::vector<std::size_t>, std::less<>> places;  // of known frames in the clip
 
     [[nodiscard]] bool has_picture(const std::string& control) const { return pictures.count(control) > 0; }
-    // A number of the manifest's: itself, or the value of the control that it names.
+    // A number of the manifest: the number itself, or the value of the control that it names.
     [[nodiscard]] double number(const Scale& scale) const;
-    // Whether a loop's result is a picture or clip of the request.
+    // Whether a picture or clip of the request replaces a loop's result.
     [[nodiscard]] bool replaces(const Loop& loop) const { return loop.replaced && has_picture(loop.replaced->control); }
     // Whether a loop is run.
     [[nodiscard]] bool runs(const Loop& loop) const;
-    // Whether a loop that is run begins in the table's tail, from a picture or clip of the request.
+    // Whether a loop is run and begins in the table's tail, from a picture or clip of the request.
     [[nodiscard]] bool begins(const Loop& loop) const {
         return runs(loop) && loop.start && (loop.start->needed || has_picture(loop.start->control));
     }
-    // Whether the result of a loop that is run passes through known frames of the request.
+    // Whether a loop is run and its result passes through known frames of the request.
     [[nodiscard]] bool passes(const Loop& loop) const {
         return runs(loop) && loop.known && has_picture(loop.known->control);
     }
-    // The stages that do a loop's steps: its variant's where the request gives the control for them.
+    // The stages that do a loop's steps: the variant's, if the request gives the variant's control.
     [[nodiscard]] StagePair pair(const Loop& loop) const {
         return loop.variant && has_picture(loop.variant->control) ? loop.variant->stages : loop.own();
     }
-    // The sources of the latents that a loop is replaced by, begins from or passes through.
+    // The sources of latents that replace a loop's result, that it begins from, or that it passes through.
     [[nodiscard]] std::vector<Source> standing(const Loop& loop) const;
-    // The stages and loops that these are of; loops among them feed themselves.
+    // The stages and loops of these sources; a loop among them has its own inputs.
     [[nodiscard]] std::vector<std::string> stand_ins(const Loop& loop) const;
 };
 
-// Check every argument against the model. `tokenizer`: none for a model that reads no text. `given` has been filled by
-// higen_request_init and changed since.
+// Check every argument against the model. `tokenizer`: null for a model that reads no text. `given` was filled by
+// higen_request_init and then changed by the caller.
 [[nodiscard]] Request make_request(const Manifest& manifest, const Tokenizer* tokenizer, const higen_request& given,
                                    const Tokenizer::Warn& warn);
 
-// The request that sets nothing, with no tokens: what says which stages a model needs at once.
+// The request that sets nothing, without tokens. It shows which stages a model must load when it is opened.
 [[nodiscard]] Request default_request(const Manifest& manifest);
 
-// Check that requests can be made in one batch: the same frames, size, rate, steps, solvers, settings of
-// the loops and pictures' names. Throws
-// a request error.
+// Check that requests can be made in one batch: they must agree in frames, size, rate, steps, solvers, settings of the
+// loops, and names of pictures. Throws a request error.
 void check_batch(const Manifest& manifest, const std::vector<Request>& requests);
 
-// The pictures and clips that stages, and those that feed them, cannot run without; each once.
+// The pictures and clips that these stages, and the stages that feed them, need; each once.
 [[nodiscard]] std::vector<std::string> pictures_of(const Manifest& manifest, const std::vector<std::string>& stages);
 
 }  // namespace higen::core

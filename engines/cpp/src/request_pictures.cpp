@@ -39,7 +39,7 @@ std::vector<float> picture_of(const Control& control, const higen_picture& given
     return planes(rgb, frames, request.width * request.height);
 }
 
-// RGB bytes of the first pictures of a control, each in the request's size. Pictures of another size give a warning.
+// RGB bytes of the first pictures of a control, each scaled to the request's size. Another size gives a warning.
 std::vector<std::uint8_t> fitted(const std::string& name, const higen_picture& given, const Request& request,
                                  const Tokenizer::Warn& warn, std::size_t most_frames = ~std::size_t{0}) {
     constexpr auto most = static_cast<std::int32_t>(max_picture_side);
@@ -71,7 +71,7 @@ std::vector<float> mask_of(const std::string& name, const higen_picture& given, 
     return bright;
 }
 
-// A map for each frame of the clip, or their edges; one picture is that of all frames.
+// A map for each frame of the clip, or the edges of these pictures. A single picture is used for all frames.
 std::vector<float> map_of(const Control& control, const higen_picture& given, const Request& request,
                           const Tokenizer::Warn& warn) {
     if (given.frames != 1 && given.frames < static_cast<std::int64_t>(request.frames))
@@ -96,7 +96,7 @@ std::pair<std::string, std::string> indexed(const std::string& name) {
     return {name.substr(0, open), name.substr(open + 1, name.size() - open - 2)};
 }
 
-// The frame of a clip that an index names, from 0, or from -1 for the last one on.
+// The frame that an index names: from 0, or negative, with -1 for the last frame.
 std::size_t frame_of(const std::string& control, const std::string& index, std::size_t frames) {
     std::int64_t at = 0;
     const auto [end, error] = std::from_chars(index.data(), index.data() + index.size(), at);
@@ -109,7 +109,7 @@ std::size_t frame_of(const std::string& control, const std::string& index, std::
     return static_cast<std::size_t>(at < 0 ? at + count : at);
 }
 
-// The known frames of a control, by place.
+// The known frames of a control, by frame index.
 using KnownFrames = std::map<std::size_t, std::vector<std::uint8_t>>;
 
 void take_known(const Control& control, const std::string& index, const higen_picture& given, const Request& request,

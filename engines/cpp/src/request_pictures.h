@@ -8,15 +8,16 @@
 
 namespace higen::core {
 
-// The control of an entry of the request's; each is named once. Throws a request error.
+// The control of an entry of the request; each may be named once. Throws a request error.
 [[nodiscard]] const Control& control_of(const Manifest& manifest, const char* name, std::set<std::string>& named);
 
-// Read the pictures of a request, whose size and frames are known. A known frame, mask or map of another size is said.
+// Read the pictures of a request with known size and frames. Warns of a known frame, mask or map of another size.
 // Throws a request error.
 void take_pictures(const Manifest& manifest, const higen_request& given, Request& request, const Tokenizer::Warn& warn,
                    std::set<std::string>& named);
 
-// Refuse known frames and maps that no loop of the request takes, and a mask without any. Throws a request error.
+// Refuse known frames and maps that no loop of the request takes, and a mask without known frames. Throws a request
+// error.
 void check_known(const Manifest& manifest, const Request& request);
 
 }  // namespace higen::core

@@ -11,7 +11,7 @@ bool passes_over(const Error& error) {
            error.status() == HIGEN_ERROR_BACKEND;
 }
 
-// Whether something exists and does not work. Something that is absent gives no warning.
+// Whether the error gives a warning: something exists but does not work. Something absent gives none.
 bool is_news(const Error& error) {
     return error.status() != HIGEN_ERROR_UNAVAILABLE || dynamic_cast<const EngineError*>(&error) != nullptr;
 }
@@ -66,7 +66,7 @@ Router::Choice Router::choose_from(const Stages& stages, std::size_t first, cons
     const auto pass_over = [&](const std::string& way, const Error& error) {
         chosen.passed_over += "; not " + way + ": " + error.what();
         if (!is_news(error)) return;
-        // A clip whose shapes lie outside one stage's profiles does so for the others.
+        // A clip outside one stage's profiles is outside those of the others too: one warning is enough.
         const bool outside = is_outside(error);
         news = error.what();
         cause = outside ? EngineError::name(EngineError::Kind::outside_profile) : news;
@@ -94,7 +94,7 @@ Router::Choice Router::choose_from(const Stages& stages, std::size_t first, cons
     fail_unavailable("no backend can run " + names + " here" + chosen.passed_over);
 }
 
-// The backend's own fallbacks become warnings, whether it succeeds or not.
+// The backend's own fallbacks become warnings, even if it fails.
 const Stage& Router::choose_on(Backend& backend, const Stages& stages) {
     const auto tell = [&] {
         for (const auto& message : backend.take_warnings()) warn(message, message);
@@ -145,10 +145,11 @@ std::unique_ptr<Router> make_router(const Bundle& bundle, const BackendOptions& 
     if (options.backend == "tensorrt" && options.provider != "auto")
         fail_request("provider='" + options.provider + "' with backend='tensorrt': providers are ONNX Runtime's");
     if (!options.precision.empty()) check_precision(options.precision);
-    // Otherwise every stage could replace its own missing graph, and the video would silently have the plain precision.
+    // Without this check, stand-ins could replace the missing graphs of all stages, and the video would silently have
+    // the plain precision.
     if (const auto missing = bundle.not_quantized(options.precision); !missing.empty()) fail_unavailable(missing);
     std::vector<Router::Way> ways;
-    // A provider that is asked for by name is one of ONNX Runtime's.
+    // A provider given by name belongs to ONNX Runtime.
     if (options.backend == "tensorrt" || (options.backend == "auto" && options.provider == "auto"))
         ways.push_back({"tensorrt", [&bundle, options]() -> std::unique_ptr<Backend> {
 #ifdef HIGEN_TENSORRT

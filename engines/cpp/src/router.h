@@ -18,29 +18,29 @@ class Router final : public Backend {
 public:
     struct Way {
         std::string name;
-        std::function<std::unique_ptr<Backend>()> make;  // may throw, as `prepare` may
+        std::function<std::unique_ptr<Backend>()> make;  // may throw, like `prepare`
     };
 
-    // The preferred way first. `manifest` has the stages, and must outlive it.
+    // `ways`: the preferred one first. `manifest` has the stages and must outlive it.
     Router(const Manifest& manifest, std::vector<Way> ways)
         : manifest_(manifest), ways_(std::move(ways)), made_(ways_.size()) {}
 
-    // Throws the last way's own error where none can run the stage.
+    // Throws the last way's error if none can run the stage.
     void prepare(const Stage& stage) override { (void)choice(stage); }
 
-    // A less preferred stage on a better backend goes before a preferred one on a worse backend.
+    // A less preferred stage on a better backend wins over a preferred stage on a worse backend.
     [[nodiscard]] const Stage& choose(const std::vector<const Stage*>& stages) override;
 
-    // Shapes that an engine was not built for go to the next way that can run the stage.
+    // If an engine was not built for the inputs' shapes, the next way that can run the stage is used.
     [[nodiscard]] Tensors run(const Stage& stage, const Tensors& inputs, Cancellation& cancellation) override;
 
     // "onnx, cpu, fp32; not tensorrt: no engine of ..."
     [[nodiscard]] std::string describe(const Stage& stage) const override;
 
-    // What runs each stage that was used so far and why a better way does not, one line per stage.
+    // One line for each stage used so far: what runs it, and why no better way does.
     [[nodiscard]] std::string report() const;
 
-    // New fallbacks, each cause once: an engine that is stale or broken, shapes that it does not take.
+    // New fallbacks, each cause once: a stale or broken engine, or shapes that it does not take.
     [[nodiscard]] std::vector<std::string> take_warnings() override;
 
 private:
@@ -68,8 +68,8 @@ private:
     std::vector<std::string> warnings_;
 };
 
-// The router that the options ask for. `bundle` must outlive it. Throws a request error for an option that is wrong, an
-// unavailable error for a precision that the model was never quantised to.
+// The router for these options. `bundle` must outlive it. Throws a request error for a wrong option, and an unavailable
+// error for a precision that the model was never quantised to.
 [[nodiscard]] std::unique_ptr<Router> make_router(const Bundle& bundle, const BackendOptions& options);
 
 }  // namespace higen::core

@@ -18,7 +18,7 @@ TensorPtr floats(Shape shape, std::vector<float> values) {
 
 std::size_t size(std::int64_t n) { return static_cast<std::size_t>(n); }
 
-// Fresh noise of a row, which a stochastic first-order solver takes as `previous`.
+// Fresh noise for a row. A stochastic first-order solver takes it as `previous`.
 TensorPtr fresh_noise(const LoopRun& run, const Shape& shape, std::size_t row) {
     std::vector<float> numbers;
     for (const auto seed : run.seeds) {
@@ -48,7 +48,7 @@ void check_state(const LoopRun& run, const Tensors& outputs, const Shape& shape)
             fail_backend(run.stage.name + " gave " + name + " of the shape " + to_text(tensor->shape()));
 }
 
-// Add the frames of a window to those of the clip, by weight.
+// Add the frames of a window to those of the clip, weighted.
 void mix(const Array& window, std::size_t start, const std::vector<float>& weights, const Shape& shape,
          std::vector<float>& clip) {
     const auto rows = size(shape[0] * shape[1]), frames = size(shape[2]), plane = size(shape[3] * shape[4]);
@@ -59,9 +59,9 @@ void mix(const Array& window, std::size_t start, const std::vector<float>& weigh
                     weights[f] * window.floats()[(r * weights.size() + f) * plane + i];
 }
 
-// Inputs of a step, apart by whether they have one of the axes that a part of the clip is cut along.
+// Inputs of a step, sorted by whether they have an axis that the clip is cut along.
 struct Cuttable {
-    Tensors shared;  // each part's as they are
+    Tensors shared;  // the same for every part
     std::map<std::string, Array, std::less<>> clips;
 };
 
@@ -79,7 +79,7 @@ Cuttable cuttable(const LoopRun& run, const Tensors& inputs, const std::vector<c
     return found;
 }
 
-// An input's part along an axis, where it has it.
+// An input's part along an axis; the whole input if it does not have the axis.
 Array part_of(const LoopRun& run, std::string_view name, const Array& clip, const char* symbol, std::size_t start,
               std::size_t length) {
     const auto& axes = run.stage.input(name)->shape;
@@ -87,7 +87,7 @@ Array part_of(const LoopRun& run, std::string_view name, const Array& clip, cons
     return axis == axes.size() ? clip : cut(clip, axis, start, length);
 }
 
-// An input's part along a side of `cells` latent cells, and along the pixels beside it.
+// An input's part along a side of `cells` latent cells, or along the same side in pixels.
 Array tile_of(const LoopRun& run, std::string_view name, const Array& clip, std::pair<const char*, const char*> side,
               std::size_t cells, std::size_t start, std::size_t length) {
     auto part = part_of(run, name, clip, side.first, start, length);
@@ -112,7 +112,7 @@ Weighted tile_weights(std::size_t side, std::int64_t length, std::int64_t stride
     return window_weights(side, {std::min(whole, length), std::min(whole, stride)});
 }
 
-// Add a tile to its place in the frames, by weight.
+// Add a tile to its place in the frames, weighted.
 void mix_tile(const Array& tile, std::size_t top, const std::vector<float>& down, std::size_t left,
               const std::vector<float>& across, const Shape& shape, std::vector<float>& frames) {
     const auto planes = size(shape[0] * shape[1] * shape[2]), height = size(shape[3]), width = size(shape[4]);
@@ -123,7 +123,7 @@ void mix_tile(const Array& tile, std::size_t top, const std::vector<float>& down
                 frames[(p * height + top + y) * width + left + x] += down[y] * across[x] * tile.floats()[at++];
 }
 
-// A step on whole frames, or on tiles of them whose outputs are mixed, as those of windows are.
+// A step on whole frames, or on tiles; the tiles' outputs are mixed as those of windows are.
 Tensors run_tiles(Backend& backend, const LoopRun& run, const Tensors& inputs, Cancellation& cancellation) {
     const auto shape = inputs.at("latents")->shape();
     if (!run.tiles || (shape[3] <= run.tiles->height && shape[4] <= run.tiles->width))
@@ -152,8 +152,8 @@ Tensors run_tiles(Backend& backend, const LoopRun& run, const Tensors& inputs, C
     return as_tensors(std::move(mixed), shape);
 }
 
-// A step on windows of a clip's frames. Mixing the steps equals stepping with the mixed prediction, because a step is
-// linear in it and a frame's weights sum to one.
+// A step on windows of a clip's frames. Mixing the steps equals a step with the mixed prediction, because a step is
+// linear in the prediction and a frame's weights sum to one.
 Tensors run_windows(Backend& backend, const LoopRun& run, const Tensors& inputs, Cancellation& cancellation) {
     const auto shape = inputs.at("latents")->shape();
     if (!run.windows || shape[2] <= run.windows->length) return run_tiles(backend, run, inputs, cancellation);
@@ -176,8 +176,8 @@ Tensors run_windows(Backend& backend, const LoopRun& run, const Tensors& inputs,
     return as_tensors(std::move(mixed), shape);
 }
 
-// A step on a batch whose texts have different numbers of tokens: a prompt's picture does not depend on the other
-// prompts, so samples with as many are run together, and what was put behind a shorter text is cut off.
+// A step on a batch of texts with different numbers of tokens. A result must not depend on the other prompts, so
+// samples with equal numbers are run together, and the padding behind shorter texts is cut off.
 Tensors run_groups(const LoopRun& run, const Tensors& inputs, Cancellation& cancellation,
                    const std::function<Tensors(const Tensors&)>& step) {
     std::map<std::size_t, std::vector<std::size_t>> groups;
@@ -213,7 +213,8 @@ Tensors run_groups(const LoopRun& run, const Tensors& inputs, Cancellation& canc
 
 // The state as if the stage had estimated the edited clean latents. m enters x0 = alpha x - sigma m and
 // x' = A x + B m + C previous; so x0* in place of x0 moves x' by B/-sigma (x0* - x0).
-// `is_last`: the result is what is known for certain, for a solver may end at a noise level above 0.
+// `is_last`: where the mask is 1 the result is exactly the known latents, because a solver may end at a noise level
+// above 0.
 void apply_edit(const Edit& edit, const SolverRow& row, bool is_last, TensorPtr& latents, TensorPtr& previous) {
     auto x = latents->to_host(), x0 = previous->to_host();
     const auto& shape = x.shape;

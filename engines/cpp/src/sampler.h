@@ -1,4 +1,5 @@
-// The denoising loop: feed a solver's rows to a stage, feed its outputs back (docs/manifest.md, "loops").
+// The denoising loop: a stage gets a solver's rows one by one, and its outputs are fed back (docs/manifest.md,
+// "loops").
 #pragma once
 
 #include <cstddef>
@@ -17,8 +18,8 @@
 
 namespace higen::core {
 
-// The state after a denoising step. `total` are the rows that run; `previous` is the estimate of the clean latents,
-// [B, C, f, H, W].
+// The state after a denoising step. `total` is the number of rows that run; `previous` is the estimate of the clean
+// latents, [B, C, f, H, W].
 struct Step {
     std::string_view loop, stage;
     std::size_t index, total;
@@ -35,36 +36,36 @@ struct Edit {
     Array mask;
 };
 
-// How one loop is run for one batch.
+// One run of a loop for one batch.
 struct LoopRun {
     std::string_view loop;
     const Stage& stage;
     Tensors conditions;  // the stage's inputs other than the state, [B, ...] each
     SolverTable table;
-    Array guidance;                    // [B, f], the same in every row that has it
-    std::vector<std::uint64_t> seeds;  // one per sample, and
-    std::uint64_t purpose = 0;         // the stream of the noise that a stochastic solver adds
-    std::size_t first = 0;             // the row to begin with
+    Array guidance;                    // [B, f], the same in every row with guidance
+    std::vector<std::uint64_t> seeds;  // one per sample
+    std::uint64_t purpose = 0;         // for the noise that a stochastic solver adds
+    std::size_t first = 0;             // the first row to run
     std::optional<Edit> edit = {};
     std::optional<Windows> windows = {};
     std::optional<Tiles> tiles = {};
-    std::vector<std::size_t> tokens = {};  // of each sample's texts, where these have several chunks
+    std::vector<std::size_t> tokens = {};  // how many per sample, if texts have several chunks
     Interval interval = {};                // the rows of the whole table that have guidance
     // How the other rows are run, with guidance 1: another stage and its conditions. Null: all rows have guidance.
     std::shared_ptr<const LoopRun> outside = nullptr;
-    std::int64_t reuse = 1;      // every so many rows a full step, where it is above 1; then
-    ReuseStages reuses = {};     // these stages do the rows
+    std::int64_t reuse = 1;      // above 1: every `reuse`-th row is a full step,
+    ReuseStages reuses = {};     // and these stages do the rows
 };
 
-// The initial noise of an iteration (from 0) of a loop that is run again, and what is added to it; [B, C, f, H, W].
+// The initial noise [B, C, f, H, W] of an iteration (from 0) of a loop that is run again, and what is added to it.
 using NoiseOf = std::function<std::pair<std::vector<float>, std::vector<float>>(std::size_t iteration)>;
 
-// Run the rows of a run's table on latents [B, C, f, H, W]; returns the last state. `on_step` may throw to stop it.
+// Run all rows of the table on latents [B, C, f, H, W] and return the last state. `on_step` may throw to stop it.
 [[nodiscard]] TensorPtr denoise(Backend& backend, const LoopRun& run, TensorPtr latents, const OnStep& on_step,
                                 Cancellation& cancellation);
 
-// Run a run's table several times, each from what the one before left of low frequencies (FreeInit). `level`: alpha and
-// sigma of the noisiest state.
+// Run the table several times. Each time begins with the low frequencies of the previous result (FreeInit). `level`:
+// alpha and sigma of the noisiest state.
 [[nodiscard]] TensorPtr denoise_again(Backend& backend, LoopRun run, const Shape& shape, const NoiseOf& noise_of,
                                       std::pair<double, double> level, const FreeInit& settings, const OnStep& on_step,
                                       Cancellation& cancellation);
@@ -76,7 +77,7 @@ using NoiseOf = std::function<std::pair<std::vector<float>, std::vector<float>>(
                                                const std::vector<float>& added, const std::vector<float>& clean,
                                                std::size_t first);
 
-// The row to begin with so that this part of the rows is run: rounded down, at least one.
+// The first row, if the fraction `strength` of the rows is run, rounded down but at least one.
 [[nodiscard]] std::size_t tail_row(std::size_t rows, double strength);
 
 // Where each window of a clip begins, and the weight of each of its frames; a frame's weights sum to one.

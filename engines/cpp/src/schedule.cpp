@@ -10,18 +10,18 @@ namespace {
 
 using Column = std::vector<double>;
 
-constexpr double SMALLEST_SIGNAL = 1.0 / (1 << 24);  // abar in place of 0 where a grid needs a finite ratio
+constexpr double SMALLEST_SIGNAL = 1.0 / (1 << 24);  // replaces an abar of 0 where a grid needs a finite ratio
 constexpr double PI = 3.14159265358979323846;
 
 // ---- Grids: where each row starts and ends ----
 
-// The network's t, alpha and sigma of the state that a row starts at, and of the one it ends at.
+// The network's t, and alpha and sigma of the states that a row starts and ends at.
 struct Node {
     double t, alpha, sigma, alpha_next, sigma_next;
 };
 using Grid = std::vector<Node>;
 
-// numpy.linspace, in its order of operations.
+// numpy.linspace, with the same order of operations.
 Column linspace(double start, double stop, std::size_t n) {
     Column line(n, start);
     const double step = n > 1 ? (stop - start) / static_cast<double>(n - 1) : 0.0;
@@ -65,7 +65,7 @@ Column timesteps(const Solver& solver, std::int64_t steps, std::int64_t total) {
     Column t(n);
     for (std::size_t i = 0; i < n; ++i) {
         const auto row = static_cast<std::int64_t>(i);
-        const std::int64_t k = steps - 1 - row;  // counts from the last row
+        const std::int64_t k = steps - 1 - row;  // the row's index, counted from the last row
         if (solver.name == "lcm") {
             const double chosen =
                 std::floor(static_cast<double>(i) * (static_cast<double>(original) / static_cast<double>(steps)));
@@ -119,8 +119,8 @@ Grid edm_grid(const NoiseSchedule& schedule, const Solver& solver, std::int64_t 
     return grid;
 }
 
-// diffusers takes the range from linspace's grid, whose point is timestep 0 where there is only one; for DPM++2M it
-// takes the whole schedule, and rounds the t that the network sees.
+// diffusers takes the range from linspace's grid; with one step its only point is timestep 0. For DPM++2M it takes the
+// whole schedule and rounds the t that the network gets.
 Grid karras_grid(const NoiseSchedule& schedule, const Solver& solver, std::int64_t steps, const Column& ratios) {
     const double high = steps == 1 && !multistep(solver) ? ratios.front() : ratios.back();
     Column logarithms, every;
@@ -165,7 +165,7 @@ Grid make_grid(const NoiseSchedule& schedule, const Solver& solver, std::int64_t
     }
     chain(grid, std::sqrt(last), std::sqrt(1.0 - last));
     if (solver.name != "ddim" || own_grid(solver)) return grid;
-    for (auto& node : grid) {  // diffusers' DDIM goes to t - T / steps, also where that is not the next row's t
+    for (auto& node : grid) {  // diffusers' DDIM goes to t - T / steps, even if that is not the next row's t
         const auto target = static_cast<std::int64_t>(node.t) - total / steps;
         const double there = target >= 0 ? abar[static_cast<std::size_t>(target)] : last;
         node.alpha_next = std::sqrt(there);
@@ -191,7 +191,7 @@ struct Formula {
 
 constexpr Formula X{1, 0, 0, 0}, M{0, 1, 0, 0}, PREVIOUS{0, 0, 1, 0}, NOISE{0, 0, 0, 1};
 
-// What m says about x = alpha z + sigma n: the formulas of z (x0) and of n (epsilon).
+// Estimates of z (x0) and n (epsilon) in x = alpha z + sigma n, as formulas of the network's output m.
 struct Estimates {
     Formula x0, epsilon;
 };
@@ -230,15 +230,15 @@ Column second_order_weights(const Grid& grid, bool to_zero) {
 // DPM-Solver++(2M) (Lu et al. 2022, algorithm 2):
 //     x' = sigma'/sigma x + alpha' (1 - exp(-h)) ((1 + w) x0 - w previous)
 Formula dpm_solver_2m(const Node& at, const Formula& x0, double w) {
-    const double decay = at.sigma_next * at.alpha / (at.alpha_next * at.sigma);  // exp(-h), also where h is infinite
+    const double decay = at.sigma_next * at.alpha / (at.alpha_next * at.sigma);  // exp(-h), also for infinite h
     const double k = at.alpha < at.alpha_next ? at.alpha_next * (1.0 - decay) : 0.0;
     Formula step = at.sigma_next / at.sigma * X + k * (1.0 + w) * x0;
-    step.previous = -k * w;  // neither x nor x0 has it
+    step.previous = -k * w;  // x and x0 have no such term
     return step;
 }
 
 // The second row of a pair of Heun's method on the ratio r = sigma/alpha (Karras et al. 2022, algorithm 1). The pair
-// goes from `first` to `at`, where x is the predicted state; `previous` is the first row's x0:
+// goes from `first` to `at`. x is the predicted state at `at`, and `previous` is the first row's x0:
 //     x' = alpha' (previous + (r + r')/2 (x - alpha' previous)/sigma' + (r' - r)/2 epsilon)
 Formula heun_correction(const Node& first, const Node& at, const Formula& epsilon) {
     const double before = first.sigma / first.alpha, ratio = at.sigma / at.alpha;
@@ -328,7 +328,7 @@ SolverTable solver_table(const NoiseSchedule& schedule, const std::string& predi
         for (const double value : {r.t, r.A, r.B, r.C, r.alpha, r.sigma})
             require(std::isfinite(value), "kind '" + schedule.kind + "': no signal is left at a timestep of solver '" +
                                               solver.name + "'");
-    // diffusers begins the states of these grids at sigma_max noise, and those of others at sqrt(sigma_max^2 + 1).
+    // diffusers scales the initial noise by sigma_max for these grids, and by sqrt(sigma_max^2 + 1) for the others.
     const bool at_sigma = on_ratios(solver) && solver.spacing != "leading" && discrete(schedule);
     table.initial = at_sigma ? grid.front().sigma : 1.0;
     return table;

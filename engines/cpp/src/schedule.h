@@ -1,5 +1,5 @@
 // Noise schedules and solvers, as tables in float64: the twin of higen/schedule.py, which has the sources.
-// Depends on the standard library and errors.h alone. Both are held to tests/schedule_vectors.json.
+// Depends only on the standard library and errors.h. Both twins are tested against tests/schedule_vectors.json.
 #pragma once
 
 #include <array>
@@ -17,7 +17,7 @@ inline constexpr std::array<std::string_view, 6> SOLVERS{"ddim", "dpm++2m", "eul
 inline constexpr std::array<std::string_view, 6> SPACINGS{"leading", "linspace",      "trailing",
                                                           "karras",  "leading-floor", "trailing-ceil"};
 
-// How much noise a timestep means. The fields are the manifest's; each kind reads its own.
+// How much noise each timestep has. The fields are the manifest's; each kind reads only its own.
 struct NoiseSchedule {
     std::string kind = "scaled_linear";  // "linear", "scaled_linear", "cosine", "edm" or "flow"
     std::int64_t timesteps = 1000;
@@ -29,7 +29,7 @@ struct NoiseSchedule {
     double shift = 1.0;  // flow
 };
 
-// A way from noise to clean latents. The fields are the manifest's, and explained in higen/schedule.py.
+// A way from noise to clean latents. The fields are the manifest's; higen/schedule.py explains them.
 struct Solver {
     std::string name;
     std::string spacing = "leading";
@@ -40,43 +40,43 @@ struct Solver {
     std::int64_t original_steps = 50;  // lcm
 };
 
-// x0 = alpha x - sigma m and x' = A x + B m + C previous; previous' = x0. Where `noise` is true, C multiplies fresh
-// unit Gaussian noise, which the loop hands in as `previous`. The row's state is x = start_alpha z + start_sigma n.
+// x0 = alpha x - sigma m and x' = A x + B m + C previous; previous' = x0. If `noise` is true, C multiplies fresh unit
+// Gaussian noise, which the loop passes as `previous`. The row's state is x = start_alpha z + start_sigma n.
 struct SolverRow {
     double t, A, B, C, alpha, sigma;
     bool noise;
     double start_alpha, start_sigma;
 };
 
-// Rows of a solver, first step first. `initial` times unit Gaussian noise is the state of the first row.
+// Rows of a solver, first step first. The state of the first row is `initial` times unit Gaussian noise.
 struct SolverTable {
     std::vector<SolverRow> rows;
     double initial;
 };
 
-// Throw a manifest error for values that make no schedule, no solver, or no table.
+// Throw a manifest error for values that do not make a schedule, a solver, or a table.
 void check(const NoiseSchedule& schedule);
 void check(const Solver& solver);
 void check(const NoiseSchedule& schedule, const std::string& prediction, const Solver& solver);
 
 // The cumulative signal variance abar = alpha^2, decreasing, within [0, 1).
-// Throws a manifest error for the kinds edm and flow, which have no such table.
+// Throws a manifest error for the kinds edm and flow: they have no such table.
 [[nodiscard]] std::vector<double> alphas_cumprod(const NoiseSchedule& schedule);
 
 // alpha and sigma of the noisiest state.
 [[nodiscard]] std::pair<double, double> last_level(const NoiseSchedule& schedule);
 
-// The largest number of steps that the solver has a grid for.
+// The largest number of steps that the solver supports.
 [[nodiscard]] std::int64_t max_steps(const NoiseSchedule& schedule, const Solver& solver);
 
 // The rows of a solver for `steps` steps: 2 steps - 1 rows for heun, `steps` rows for the others. All are finite.
-// Throws a manifest error where the first three do not fit each other, and a request error for steps outside 1 to
+// Throws a manifest error if the first three do not fit each other, and a request error for steps outside 1 to
 // max_steps.
 [[nodiscard]] SolverTable solver_table(const NoiseSchedule& schedule, const std::string& prediction,
                                        const Solver& solver, std::int64_t steps);
 
-// The rows from `first` on, for a state that begins at start_alpha z + start_sigma n of that row (SDEdit). Nothing
-// comes before it, so its `previous` becomes its own x0. Throws a request error for a row outside the table.
+// The rows from `first` on, for a state that begins at start_alpha z + start_sigma n of that row (SDEdit). No row comes
+// before it, so its own x0 replaces `previous`. Throws a request error for a row outside the table.
 [[nodiscard]] SolverTable tail(const SolverTable& table, std::int64_t first);
 
 }  // namespace higen::core

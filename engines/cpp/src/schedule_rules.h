@@ -1,4 +1,4 @@
-// Groups of schedules and solvers, and the checks of names that schedule.cpp and schedule_checks.cpp share.
+// Groups of schedules and solvers, and checks of names, for schedule.cpp and schedule_checks.cpp.
 #pragma once
 
 #include <algorithm>
@@ -20,7 +20,7 @@ inline bool discrete(const NoiseSchedule& schedule) { return among(schedule.kind
 inline bool own_grid(const Solver& solver) { return among(solver.spacing, {"leading-floor", "trailing-ceil"}); }
 inline bool multistep(const Solver& solver) { return solver.name == "dpm++2m"; }
 
-// Their grids are ratios sigma / alpha and may fall between two timesteps.
+// Solvers with grids of ratios sigma / alpha, which may lie between two timesteps.
 inline bool on_ratios(const Solver& solver) { return among(solver.name, {"euler", "euler_ancestral", "heun"}); }
 
 inline void require(bool good, const std::string& message) {

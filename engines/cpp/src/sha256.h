@@ -12,7 +12,7 @@ namespace higen::core {
 class Sha256 {
 public:
     void update(const void* data, std::size_t size);
-    // The digest in lower-case hexadecimal. Nothing may be added afterwards.
+    // The digest in lower-case hexadecimal. Add nothing afterwards.
     [[nodiscard]] std::string hex();
 
 private:
@@ -24,7 +24,7 @@ private:
     std::uint64_t size_ = 0;
 };
 
-// Digest of a file in hexadecimal. Throws an integrity error if it cannot be read.
+// The digest of a file in hexadecimal. Throws an integrity error if the file cannot be read.
 [[nodiscard]] std::string sha256(const std::filesystem::path& path);
 
 }  // namespace higen::core

@@ -17,7 +17,7 @@ TensorPtr floats(Shape shape, std::vector<float> values) {
     return host_tensor(Array::of(std::move(shape), std::move(values)));
 }
 
-// Whether two arrays have the same bits, so that NaN is NaN and 0 is not -0.
+// Whether two arrays have the same bits: NaN equals NaN, and 0 differs from -0.
 bool same(const Array& a, const Array& b) {
     if (a.shape != b.shape || a.is_float() != b.is_float()) return false;
     return std::visit(
@@ -28,7 +28,7 @@ bool same(const Array& a, const Array& b) {
         a.values);
 }
 
-// Whether two tensors are known to be equal: the same one, or equal arrays of the host's.
+// Whether two tensors are known to be equal: the same object, or equal host arrays.
 bool same(const TensorPtr& a, const TensorPtr& b) {
     if (a == b) return true;
     const auto* first = dynamic_cast<const HostTensor*>(a.get());
@@ -62,7 +62,7 @@ Array joined(std::vector<Array> parts) {
     return made;
 }
 
-// A text [1, T, D] with zeros behind it, to have this many tokens; `denoise` cuts them off again.
+// A text [1, T, D], padded with zeros to this many tokens; `denoise` cuts them off again.
 TensorPtr lengthened(const TensorPtr& text, std::int64_t tokens) {
     if (text->shape()[1] >= tokens) return text;
     auto longer = text->to_host();
@@ -146,7 +146,7 @@ std::vector<std::size_t> Sources::tokens() const {
     return sizes;
 }
 
-// A text, with empty chunks behind it to have as many as the other text of its sample.
+// A text, padded with empty chunks to as many chunks as the other text of its sample has.
 Reading Sources::reading(const Source& source, const Place& place) const {
     const auto& request = requests_[place.sample];
     const bool negative = place.negative || source.name == "negative";
@@ -227,7 +227,7 @@ TensorPtr Sources::control(const std::string& name, const std::vector<Axis>& sha
     if (name == "fps") return repeated(static_cast<float>(requests_[place.sample].fps));
     const auto& row = *manifest_.control(name);
     const auto value = value_of(row, place);
-    // Rows of the request's frames are resampled to a loop of one.
+    // A value for all frames of the request is resampled for a loop of one frame.
     if (value) check_value(row, *value, std::max(place.frames, value->rows));
     const auto columns = static_cast<std::size_t>(size_of(shape.back(), place));
     auto numbers = encode(row, value, place.frames, columns);
@@ -257,7 +257,7 @@ TensorPtr Sources::picture(const Source& source, const std::vector<Axis>& shape,
     return resampled(pixels, height, width, shape, place);
 }
 
-// A picture [3, height, width] in the size of the input's last two axes.
+// A picture [3, height, width], resampled to the input's last two axes.
 TensorPtr Sources::resampled(const std::vector<float>& pixels, std::size_t height, std::size_t width,
                              const std::vector<Axis>& shape, const Place& place) const {
     const auto new_height = size_of(shape[shape.size() - 2], place), new_width = size_of(shape.back(), place);
@@ -265,7 +265,7 @@ TensorPtr Sources::resampled(const std::vector<float>& pixels, std::size_t heigh
                                                           static_cast<std::size_t>(new_width)));
 }
 
-// The first frame of pixels that a stage made, as if they had been written into a file and read again.
+// The first frame of a stage's pixels, rounded as if it had been written to a file and read again.
 TensorPtr Sources::shown(const Source& source, const std::vector<Axis>& shape, const Place& place) {
     const auto made = run(manifest_.stage(source.name), place).at(source.output)->to_host();
     const auto rank = made.shape.size();
@@ -322,7 +322,7 @@ const Tensors& Sources::run(const Stage& stage, const Place& place) {
                                    [](const auto& tensor) { return tensor.source.kind == Source::Kind::text; });
     const bool reads = has_chunks() && text != stage.inputs.end();
     const auto own = reads ? reading(text->source, place) : Reading();
-    // Equal tokens may have other weights; no input has such a name.
+    // Equal tokens can have different weights. No input can have a name with a blank.
     if (reads) given.emplace("their weights", floats({signed_size(own.weights.size())}, own.weights));
     auto& known = made_[stage.name];
     const auto found =
@@ -332,7 +332,7 @@ const Tensors& Sources::run(const Stage& stage, const Place& place) {
     return known.emplace_back(Made{std::move(given), std::move(outputs)}).outputs;
 }
 
-// Run a stage that reads a text, a chunk of its tokens at a time; its outputs [1, L, D] are joined along the tokens.
+// Run a stage that reads a text, one chunk at a time. Its outputs [1, L, D] are joined along the tokens.
 Tensors Sources::read(const Stage& stage, const TensorSpec& text, Tensors inputs,
                       const Reading& reading) const {
     const auto length = static_cast<std::size_t>(manifest_.text->length);
@@ -360,7 +360,7 @@ Tensors Sources::read(const Stage& stage, const TensorSpec& text, Tensors inputs
     return outputs;
 }
 
-// Run a stage for one sample; one that takes frames one by one (N) is given a chunk of them at a time.
+// Run a stage for one sample. A stage over single frames (axis N) gets a chunk of them at a time.
 Tensors Sources::call(const Stage& stage, const Tensors& inputs) const {
     const auto by_frame = [&](const TensorSpec& spec) {
         return !spec.shape.empty() && spec.shape.front().symbol == "N";

@@ -15,13 +15,13 @@
 
 namespace higen::core {
 
-// Whom an input is for: which sample, in which loop (none: after the last one), on which branch of guidance.
+// Where an input is used: its sample, its loop (null: after the last loop), and its branch of guidance.
 struct Place {
     std::size_t sample = 0;
     std::size_t frames = 1;
     const Loop* loop = nullptr;
     bool negative = false;
-    std::string given = {};  // the control whose frames stand in the place of pictures and clips
+    std::string given = {};  // the control whose frames replace pictures and clips
 };
 
 // Resolves the sources of one batch of requests. A stage is run once per distinct input, for one sample at a time.
@@ -38,16 +38,16 @@ public:
     // The inputs of a denoising stage other than its state, for all samples: [B, ...] each.
     [[nodiscard]] Tensors batch(const Stage& stage, const Loop& loop);
 
-    // Tokens of both texts of each sample, padded to the same number of chunks; none where texts have one chunk.
+    // The number of tokens of each sample's texts, padded to the same number of chunks; empty if texts have one chunk.
     [[nodiscard]] std::vector<std::size_t> tokens() const;
 
-    // A source that stands for latents, for all samples: [B, C, f, H, W].
+    // A source that gives latents, for all samples: [B, C, f, H, W].
     [[nodiscard]] TensorPtr latents(const Source& source, const Loop& loop);
 
-    // The frames that a loop's result passes through; nothing where the requests have none.
+    // The known frames that a loop's result passes through; empty if the requests have none.
     [[nodiscard]] std::optional<Edit> known(const Loop& loop);
 
-    // Enter the last latents [B, C, f, H, W] of a loop, which later stages may ask for.
+    // Store the last latents [B, C, f, H, W] of a loop for later stages.
     void finish(const Loop& loop, TensorPtr latents);
 
 private:
@@ -84,7 +84,7 @@ private:
     std::map<std::string, Array, std::less<>> latents_;           // by loop
 };
 
-// Tensors [1, ...] one after another: [B, ...]; a single one as it is. Throws a backend error where their shapes
+// Joins tensors [1, ...] to [B, ...]; a single one is returned unchanged. Throws a backend error if their shapes
 // differ.
 [[nodiscard]] TensorPtr stacked(const std::vector<TensorPtr>& rows);
 

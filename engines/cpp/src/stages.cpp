@@ -18,7 +18,7 @@ bool is_name(std::string_view text) {
     });
 }
 
-// What follows `prefix`, if the text begins with it.
+// If the text begins with `prefix`, remove it and return true.
 bool follows(std::string_view& text, std::string_view prefix) {
     if (text.substr(0, prefix.size()) != prefix) return false;
     text.remove_prefix(prefix.size());
@@ -31,7 +31,7 @@ bool cut(std::string_view& text, std::string_view suffix) {
     return true;
 }
 
-// A source of a fixed kind, "KIND:NAME". Whether it is well formed.
+// Read a source of a fixed kind, "KIND:NAME". Returns whether it is well formed.
 bool take_kind(std::string_view rest, Source& source) {
     if (follows(rest, "control:")) {
         source.kind = Source::Kind::control;
@@ -65,7 +65,7 @@ bool take_kind(std::string_view rest, Source& source) {
     return is_name(rest);
 }
 
-// "STAGE.OUTPUT", "STAGE@negative.OUTPUT" or "STAGE@CONTROL.OUTPUT". Whether it is well formed.
+// Read "STAGE.OUTPUT", "STAGE@negative.OUTPUT" or "STAGE@CONTROL.OUTPUT". Returns whether it is well formed.
 bool take_made(std::string_view rest, Source& source) {
     const auto dot = rest.find('.');
     if (dot == std::string_view::npos) return false;

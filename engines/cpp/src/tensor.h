@@ -1,4 +1,4 @@
-// Arrays on the host, and the opaque tensors of a backend.
+// Arrays on the host, and opaque tensors of a backend.
 #pragma once
 
 #include <cstddef>
@@ -34,7 +34,7 @@ struct Array {
     [[nodiscard]] const std::vector<float>& floats() const { return std::get<0>(values); }
 };
 
-// A tensor of some backend; it may lie on a device. Only its backend can look inside, others take its copy.
+// A tensor of a backend, possibly on a device. Only its backend can look inside; others use a copy.
 class Tensor {
 public:
     Tensor() = default;
@@ -44,11 +44,11 @@ public:
 
     [[nodiscard]] virtual const Shape& shape() const = 0;
     [[nodiscard]] virtual bool is_float() const = 0;
-    // A copy in host memory, after all work on it is done. Throws a backend error.
+    // A copy in host memory, made when all work on it is done. Throws a backend error.
     [[nodiscard]] virtual Array to_host() const = 0;
 };
 
-// A tensor in host memory, which every backend takes.
+// A tensor in host memory. Every backend takes it.
 class HostTensor final : public Tensor {
 public:
     explicit HostTensor(Array array) : array_(std::move(array)) {}

@@ -1,10 +1,10 @@
-// Which plan, which profile and why not are decided in plans.cpp; device memory is cuda.cpp's; what is left here is the
-// order in which TensorRT wants to be called:
+// plans.cpp decides which plan and profile to use, and why others do not fit. cuda.cpp manages device memory. This file
+// calls TensorRT in the order that it needs:
 //
 //     probe the driver -> record -> file -> library -> validity -> deserialize -> context
 //     profile -> input shapes -> addresses -> scratch memory -> execute
 //
-// It compiles against TensorRT 10 or newer, or TensorRT for RTX: whose NvInfer.h is found decides.
+// It compiles against TensorRT 10 or newer, or TensorRT for RTX. The NvInfer.h that is found decides.
 #include "tensorrt_backend.h"
 
 #include <NvInfer.h>
@@ -36,7 +36,8 @@ constexpr const char* flavour = "rtx";
 constexpr const char* flavour = "tensorrt";
 #endif
 
-// Of the library that is loaded, as its Python package writes it: an engine is read by its own version alone.
+// The version of the loaded library, in the form of its Python package. Only the version that built an engine can read
+// it.
 std::string library_version() {
     return std::to_string(getInferLibMajorVersion()) + "." + std::to_string(getInferLibMinorVersion()) + "." +
            std::to_string(getInferLibPatchVersion()) + "." + std::to_string(getInferLibBuildVersion());
@@ -57,13 +58,13 @@ public:
 
     ~Engine() {
         save_cache();
-        // A context must not outlive its engine, nor an engine its runtime: the order of the members sees to that.
+        // A context must not outlive its engine, nor an engine its runtime. The order of the members ensures it.
     }
     Engine(const Engine&) = delete;
     Engine& operator=(const Engine&) = delete;
 
     [[nodiscard]] const Plan& plan() const { return plan_; }
-    // Bytes of scratch memory that it wants.
+    // Bytes of scratch memory that it needs.
     [[nodiscard]] std::int64_t scratch_size() const { return engine_->getDeviceMemorySizeV2(); }
 
     // Put one execution on the stream.
@@ -149,7 +150,7 @@ private:
         return found;
     }
 
-    // Keep as many of a streaming plan's weights on the GPU as it has room for.
+    // Keep as many weights of a streaming plan on the GPU as fit.
     void stream_weights() {
         const auto streamable = engine_->getStreamableWeightsSize();
         if (!plan_.record.weight_streaming || streamable <= 0) return;
@@ -164,7 +165,7 @@ private:
         config_.reset(engine_->createRuntimeConfig());
         if (!config_) fail_backend(plan_.name() + ": TensorRT makes no configuration: " + logger_.errors());
         config_->setExecutionContextAllocationStrategy(strategy);
-        // TensorRT for RTX compiles kernels while it runs, and knows itself when a graph can be captured.
+        // TensorRT for RTX compiles kernels at run time, and decides itself when a CUDA graph can be captured.
 #if TRT_MAJOR_RTX > 1 || TRT_MINOR_RTX >= 3
         (void)config_->setCudaGraphStrategy(nvinfer1::CudaGraphStrategy::kWHOLE_GRAPH_CAPTURE);
 #endif
@@ -185,8 +186,8 @@ private:
         return plan_.path.parent_path() / ("." + stage_.name + "-sm" + std::to_string(cuda_->architecture()) + suffix);
     }
 
-    // Kernels that an earlier run compiled here; TensorRT itself refuses those of another GPU or version. A file that
-    // cannot be read costs compiling again, nothing else.
+    // Load kernels that an earlier run compiled. TensorRT refuses those of another GPU or version. If the file cannot
+    // be read, the kernels are only compiled again.
     void load_cache() try {
         std::error_code ignored;
         const auto path = cache_file(".cache");
@@ -204,13 +205,13 @@ private:
 #endif
     }
 
-    // Write compiled kernels beside the plan if there are new ones. A folder that cannot be written costs compiling
-    // again, nothing else.
+    // Write compiled kernels beside the plan if there are new ones. If this fails, the next run only compiles them
+    // again.
     void save_cache() const noexcept try {
         if (!cache_ || !context_) return;
         const std::unique_ptr<nvinfer1::IHostMemory> content(cache_->serialize());
         if (!content || content->size() == cache_size_) return;
-        // A name of its own, since several programs may end at once; the next build removes what a killed one left.
+        // A unique name, because several programs may end at once. The next build removes a killed program's file.
         const auto part = cache_file(".cache." + std::to_string(process()) + "." +
                                      std::to_string(reinterpret_cast<std::uintptr_t>(this)) + ".part");
         std::ofstream file(part, std::ios::binary);
@@ -251,7 +252,7 @@ public:
         try {
             cuda_->enter();
             cuda_->synchronize();
-        } catch (const Error&) {  // the GPU is lost; what it held is gone with it
+        } catch (const Error&) {  // the GPU is lost, with everything in its memory
         }
         engines_.clear();
         if (scratch_ != 0) cuda_->release(scratch_);
@@ -262,7 +263,7 @@ public:
         try {
             (void)resident(stage);
         } catch (const Error&) {
-            // A GPU that is not used is not held: its context alone takes hundreds of megabytes.
+            // Release a GPU that is not used: a context takes hundreds of megabytes.
             if (engines_.empty()) cuda_.reset();
             throw;
         }
@@ -278,7 +279,7 @@ public:
         const auto profile = best_profile(engine.plan(), shapes);
         const std::lock_guard lock(cuda_->mutex());
         cuda_->enter();
-        reserve(engine.scratch_size());  // what it had may have been lost to an engine that found no room
+        reserve(engine.scratch_size());  // its block may be gone, if a larger one for another engine failed
         Inputs given;
         for (const auto& [name, tensor] : inputs) given.emplace(name, on_device(tensor));
         return engine.run(profile, given, scratch_, scratch_bytes_);
@@ -296,7 +297,7 @@ public:
     }
 
 private:
-    // The stage's engine on the GPU, with scratch memory for the largest of all.
+    // The stage's engine on the GPU; the scratch memory is then large enough for it.
     Engine& resident(const Stage& stage) {
         if (const auto found = engines_.find(stage.name); found != engines_.end()) return *found->second;
         auto [plans, errors] = read_plans(bundle_.path(), stage.name);
@@ -317,7 +318,7 @@ private:
         return *engines_.emplace(stage.name, std::move(engine)).first->second;
     }
 
-    // An engine of the best plan that loads, with a warning for each that does not; throws the last one's error.
+    // An engine of the best plan that loads. Warns of each better plan that does not; throws the last one's error.
     std::unique_ptr<Engine> load(const Stage& stage, const std::vector<Plan>& plans) {
         for (std::size_t i = 0;; ++i) {
             try {
@@ -329,8 +330,8 @@ private:
         }
     }
 
-    // See that the one block of scratch memory, which all engines use in turn, has at least this size. Where a larger
-    // one cannot be had, those that the present one is enough for keep working.
+    // Make the block of scratch memory, which all engines use in turn, at least this large. If that fails, engines that
+    // need no more than the present size keep working.
     void reserve(std::int64_t size) {
         if (size <= scratch_bytes_) return;
         const auto present = scratch_bytes_;

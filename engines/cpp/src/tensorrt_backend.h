@@ -8,7 +8,7 @@
 
 namespace higen::core {
 
-// As make_tensorrt_backend, on a driver of the caller's choice: tests have a fake one.
+// Like make_tensorrt_backend, with a driver of the caller's choice, such as the tests' fake driver.
 [[nodiscard]] std::unique_ptr<Backend> make_tensorrt_backend(const Bundle& bundle, const BackendOptions& options,
                                                              std::function<CudaDriver()> load_driver);
 

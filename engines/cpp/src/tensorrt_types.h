@@ -1,4 +1,4 @@
-// TensorRT's types in ours, and its logger. Compiles against TensorRT 10 or newer, or TensorRT for RTX.
+// Conversion of TensorRT's types to ours, and its logger. Compiles against TensorRT 10 or newer, or TensorRT for RTX.
 #pragma once
 
 #include <NvInfer.h>
@@ -12,7 +12,7 @@
 
 namespace higen::core {
 
-// Keeps what TensorRT says of errors, for messages.
+// Keeps TensorRT's last error messages.
 class Logger final : public nvinfer1::ILogger {
 public:
     void log(Severity severity, const nvinfer1::AsciiChar* text) noexcept override {
@@ -21,11 +21,11 @@ public:
             const std::lock_guard lock(mutex_);
             if (errors_.size() == 3) errors_.erase(errors_.begin());
             errors_.emplace_back(text);
-        } catch (...) {  // no memory for a message; the call that logs it fails all the same
+        } catch (...) {  // no memory for the message; the call that logs it fails anyway
         }
     }
 
-    // The last of them; "no reason given" if there is none.
+    // The last messages; "no reason given" if there are none.
     [[nodiscard]] std::string errors() const {
         const std::lock_guard lock(mutex_);
         std::string text;

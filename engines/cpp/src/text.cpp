@@ -52,7 +52,7 @@ std::u32string lower(std::u32string_view text) {
     std::u32string result;
     result.reserve(text.size());
     for (const char32_t c : text) {
-        if (c == 0x130) {  // the only character whose lower case is two
+        if (c == 0x130) {  // the only character with a lower case of two characters
             result += U"i\u0307";
         } else {
             const auto* entry = tables::find(tables::lower_case, c);

@@ -7,7 +7,7 @@
 
 namespace higen::core {
 
-// UTF-8 to code points; nothing if it is not valid UTF-8.
+// UTF-8 to code points; empty if it is not valid UTF-8.
 [[nodiscard]] std::optional<std::u32string> decode_utf8(std::string_view bytes);
 [[nodiscard]] std::string encode_utf8(std::u32string_view text);
 
@@ -19,13 +19,13 @@ namespace higen::core {
 // Python's str.isspace.
 [[nodiscard]] bool is_python_space(char32_t c);
 
-// Lower case of each character by itself.
+// Lower case, character by character.
 [[nodiscard]] std::u32string lower(std::u32string_view text);
 
 // A prompt as CLIP reads it: what Python does with ftfy, html.unescape twice, white space collapsed, lower case.
 //
-// Exact where it answers. Text that ftfy would repair or unescape is refused with HIGEN_ERROR_CLEANING: HTML entities,
-// C1 controls, what is not in Unicode's normal form C, and neighbours that ftfy may take for text in a wrong encoding.
+// A result is exact. Text that ftfy would repair or unescape is refused with HIGEN_ERROR_CLEANING: HTML entities, C1
+// controls, text that is not in Unicode's normal form C, and neighbours that ftfy may take for a wrong encoding.
 [[nodiscard]] std::u32string clean(std::u32string_view text);
 
 }  // namespace higen::core

@@ -19,7 +19,7 @@ constexpr const char* start_token = "<|startoftext|>";
 constexpr const char* end_token = "<|endoftext|>";
 constexpr const char* unknown_token = "[UNK]";
 
-// The patterns of the two kinds of tokenizer that higen writes; their matching is written out below.
+// The patterns of the two kinds of tokenizer that higen writes. The code below matches them without a regex engine.
 constexpr const char* clip_pieces = R"('[s\x{17f}]|'t|'re|'ve|'m|'ll|'d|\p{L}+|\p{N}|[^\s\p{L}\p{N}\x{345}]+)";
 constexpr const char* word_pieces = R"(\w+|[^\w\s])";
 
@@ -59,7 +59,7 @@ bool is_usual_normalizer(const Json& json) {
            steps.at(1).at("type") == "Lowercase";
 }
 
-// White space to single blanks, then lower case: the tokenizer's own normaliser.
+// The tokenizer's own normaliser: white space becomes single blanks, then lower case.
 std::u32string normalise(std::u32string_view text) {
     std::u32string collapsed;
     for (const char32_t c : text) {
@@ -89,7 +89,8 @@ std::size_t clip_piece(std::u32string_view text) {
     return static_cast<std::size_t>(std::find_if_not(text.begin(), text.end(), is_of_run) - text.begin());
 }
 
-// The first words of a warning, each cut to its first letters: a prompt may be one word of 100,000 letters.
+// The first words, for a warning. Each is cut to its first letters, because a prompt can be one word of 100,000
+// letters.
 std::string quoted(const std::vector<std::string>& words) {
     constexpr std::size_t named = 12, longest = 40;
     std::string text;
@@ -101,7 +102,7 @@ std::string quoted(const std::vector<std::string>& words) {
     return text + (words.size() > named ? " and " + std::to_string(words.size() - named) + " more" : "");
 }
 
-// Where the word at `first` begins: a word of which any token is lost counts as lost.
+// Where the word at `first` begins. A word counts as lost if any of its tokens is lost.
 std::size_t word_start(std::u32string_view text, std::size_t first) {
     while (first > 0 && !is_space(text[first - 1])) --first;
     return first;
@@ -171,7 +172,7 @@ void Tokenizer::read_merges(const void* model, const std::string& where) {
     }
     for (const auto& entry : static_cast<const Json*>(model)->at("merges")) {
         std::string left, right;
-        if (entry.is_string()) {  // files of tokenizers before 0.20
+        if (entry.is_string()) {  // files written by tokenizers before 0.20
             const auto text = entry.get<std::string>();
             const auto space = text.find(' ');
             if (space == text.npos) fail_integrity(where + ": '" + text + "' is no merge of two tokens");
@@ -278,7 +279,7 @@ std::vector<Tokenizer::Token> Tokenizer::pieces(std::u32string_view text) const 
     return tokens;
 }
 
-// Byte-pair encoding: the pair of the lowest rank, the leftmost of these, becomes one, until no pair is known.
+// Byte-pair encoding: merge the leftmost pair of the lowest rank, until no known pair is left.
 void Tokenizer::merge(std::string_view piece, std::size_t start, std::vector<Token>& tokens) const {
     constexpr auto nowhere = std::numeric_limits<std::size_t>::max();
     struct Part {
@@ -291,7 +292,7 @@ void Tokenizer::merge(std::string_view piece, std::size_t start, std::vector<Tok
         const bool last = i + 1 == piece.size();
         parts.push_back({last ? last_bytes_[byte] : bytes_[byte], i == 0 ? nowhere : i - 1, last ? nowhere : i + 1});
     }
-    using Candidate = std::tuple<std::size_t, std::size_t, std::uint64_t>;  // rank, place, the pair seen there
+    using Candidate = std::tuple<std::size_t, std::size_t, std::uint64_t>;  // rank, place, and the pair at that place
     std::priority_queue<Candidate, std::vector<Candidate>, std::greater<>> queue;
     const auto look_at = [&](std::size_t at) {
         if (at == nowhere || parts[at].after == nowhere) return;

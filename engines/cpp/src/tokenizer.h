@@ -20,17 +20,18 @@ public:
     // Reads a tokenizer.json as higen writes it. `where` names it in messages. Throws an integrity error.
     Tokenizer(std::string_view json, const std::string& where, TextRules rules);
 
-    // Token ids: start, text, end, then padding up to the model's length. A text that is too long is cut, keeping the
-    // end; `warn` gets a message then, and one for words that a word tokenizer does not know. Messages call the text
-    // `name`. Throws a request error for what is not UTF-8 and HIGEN_ERROR_CLEANING for what only Python can clean.
+    // Token ids: start, text, end, then padding up to the model's length. A text that is too long is cut before the end
+    // token, with a warning. Words that a word tokenizer does not know give a warning too. Messages call the text
+    // `name`. Throws a request error for text that is not UTF-8, and HIGEN_ERROR_CLEANING for text that only Python can
+    // clean.
     [[nodiscard]] std::vector<std::int64_t> encode(std::string_view text, const Warn& warn = {},
                                                    const std::string& name = "prompt") const;
 
-    // A text in chunks, its words with their weights, as the rules say; encoded as it is where they say nothing. Throws
-    // what `encode` throws, and a request error for weights that are wrong.
+    // A text in chunks of words with weights, if the rules allow them; otherwise as `encode`. Throws what `encode`
+    // throws, and a request error for wrong weights.
     [[nodiscard]] Reading read(std::string_view text, const Warn& warn = {}, const std::string& name = "prompt") const;
 
-    // Ids that were made elsewhere, from start to end, with padding added. Throws a request error.
+    // Add padding to ids from start to end that were made elsewhere. Throws a request error.
     [[nodiscard]] std::vector<std::int64_t> pad(const char* name, std::vector<std::int64_t> ids) const;
 
     [[nodiscard]] const TextRules& rules() const { return rules_; }

@@ -35,7 +35,7 @@ int main(void) {
     if (higen_token_cancel(token) != HIGEN_OK) return 18;
     higen_token_free(token);
     if (higen_token_cancel(token) != HIGEN_ERROR_CLOSED || higen_token_cancel(NULL) != HIGEN_ERROR_REQUEST) return 19;
-    higen_token_free(token); /* and NULL: nothing happens */
+    higen_token_free(token); /* NULL is ignored */
     higen_token_free(NULL);
     if (higen_token_create(NULL) != HIGEN_ERROR_REQUEST) return 20;
     if (strcmp(higen_status_name(HIGEN_CANCELLED), "HIGEN_CANCELLED") != 0) return 13;

@@ -30,7 +30,7 @@ inline void report(bool good, const char* file, int line, const std::string& wha
     std::fprintf(stderr, "%s:%d: %s\n", file, line, what.c_str());
 }
 
-// The status and message that `work` fails with; HIGEN_OK if it does not.
+// The status and message that `work` fails with; HIGEN_OK if it does not fail.
 inline std::pair<higen_status, std::string> failure(const std::function<void()>& work) {
     try {
         work();
@@ -60,7 +60,7 @@ inline int run_all() {
     static const test::Case name##_case{#name, name};       \
     static void name()
 #define CHECK(condition) test::report((condition), __FILE__, __LINE__, #condition)
-// `work` fails with this status, and its message has `words`.
+// Check that `work` fails with this status and that its message contains `words`.
 #define CHECK_FAILS(status, words, work)                                                               \
     do {                                                                                               \
         const auto [found, message] = test::failure([&] { (void)(work); });                            \

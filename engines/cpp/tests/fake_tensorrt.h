@@ -1,8 +1,8 @@
-// A GPU and a TensorRT for RTX in host memory that hold their callers to the rules: what must be set before what, which
-// shapes a profile allows, which memory must live, what must be freed before what. What the real ones would answer with
-// an error is an error here; what would crash or be silently wrong is noted in `violations`.
+// A GPU and a TensorRT for RTX in host memory. They check that callers keep the rules: the order of calls, the shapes
+// that a profile allows, the memory that must be alive, and the order of freeing. What is an error with the real ones
+// is an error here. What would crash or be silently wrong is added to `violations`.
 //
-// Work on the stream waits until somebody synchronizes, so that memory which is given away too soon shows.
+// Work on the stream waits until a caller synchronizes. This reveals memory that is reused too early.
 #pragma once
 
 #include <NvInfer.h>
@@ -24,7 +24,7 @@ namespace fake {
 
 struct Gpu {
     int architecture = 89, devices = 1;
-    std::size_t memory = 1 << 24;  // bytes that it has
+    std::size_t memory = 1 << 24;  // its bytes
     bool started = false, current = false;
     int contexts = 0, streams = 0, uploads = 0;
     std::map<std::uint64_t, std::vector<std::uint8_t>> blocks;
@@ -37,7 +37,7 @@ struct Gpu {
         if (!good) violations.push_back(rule);
     }
 
-    // Memory at an address, if `size` bytes of one living block lie there.
+    // The memory at an address, if `size` bytes of one live block are there.
     std::uint8_t* view(std::uint64_t address, std::size_t size) {
         auto block = blocks.upper_bound(address);
         if (block != blocks.begin() && address + size <= std::prev(block)->first + std::prev(block)->second.size())
@@ -57,7 +57,7 @@ struct Gpu {
         return sum;
     }
 
-    // Whether everything was given back.
+    // Whether everything was freed.
     [[nodiscard]] bool clean() const {
         return blocks.empty() && contexts == 0 && streams == 0 && runtimes == 0 && engines == 0 &&
                execution_contexts == 0;
@@ -70,7 +70,7 @@ constexpr int not_initialized = 3, out_of_memory = 2, no_device = 100, invalid_c
 inline int stream_place = 0;
 inline void* const the_stream = &stream_place;
 
-// The driver's functions on it.
+// The driver's functions for this GPU.
 inline higen::core::CudaDriver driver() {
     higen::core::CudaDriver d{};
     d.init = [](unsigned) { return gpu.devices > 0 ? (gpu.started = true, 0) : no_device; };
@@ -107,7 +107,7 @@ inline higen::core::CudaDriver driver() {
         return 0;
     };
     d.release = [](std::uint64_t address) {
-        gpu.drain();  // the real one waits too
+        gpu.drain();  // the real function waits too
         gpu.expect(gpu.blocks.erase(address) == 1, "what was not allocated is freed");
         return 0;
     };
@@ -133,7 +133,7 @@ inline higen::core::CudaDriver driver() {
 
 using Shape = std::vector<std::int64_t>;
 
-// What a fake plan says; its file has a line for each tensor and profile:
+// The content of a fake plan. Its file has a line for each tensor and profile:
 //     input NAME TYPE SIZES...     output NAME TYPE = INPUT FACTOR     profile INPUT LOW... / HIGH...     scratch BYTES
 //     streamable BYTES
 // An output has an input's shape with its last two axes FACTOR times as large, and its values are those of `expected`.
@@ -145,7 +145,7 @@ struct Content {
         Shape shape;
     };
     std::vector<Entry> tensors;
-    std::vector<std::map<std::string, std::pair<Shape, Shape>>> profiles;  // a new one when an input comes again
+    std::vector<std::map<std::string, std::pair<Shape, Shape>>> profiles;  // a new profile when an input is repeated
     std::int64_t scratch = 0, streamable = 0;
 
     [[nodiscard]] const Entry* find(const char* name) const {
@@ -286,7 +286,7 @@ public:
             if (tensor.is_input && tensor.type == "int64") inputs.back().second |= std::size_t{1} << 60;
         }
         gpu.pending.emplace_back([inputs, outputs, scratch = scratch_, size = content_.scratch] {
-            // Scratch memory is written to: whoever shares it must take turns.
+            // Scratch memory is overwritten: engines that share it must run one after the other.
             if (auto* place = gpu.view(scratch, static_cast<std::size_t>(size)); place != nullptr)
                 std::memset(place, 0xAB, static_cast<std::size_t>(size));
             double sum = 0;
@@ -337,7 +337,7 @@ private:
 
 using Strategy = nvinfer1::ExecutionContextAllocationStrategy;
 
-inline std::string cached = "kernels";  // what a cache holds at the end
+inline std::string cached = "kernels";  // the content of a cache at the end
 
 class HostMemory final : public nvinfer1::IHostMemory {
 public:
@@ -403,7 +403,7 @@ public:
         return createExecutionContext(static_cast<Config*>(config)->strategy);
     }
 
-    static inline std::int64_t budget = -1;  // the last that was set
+    static inline std::int64_t budget = -1;  // the one that was set last
 
 private:
     Content content_;
@@ -439,7 +439,7 @@ public:
         return new Engine(std::move(content), logger_);
     }
 
-    static inline std::uint64_t invalid = 0;  // reasons to give for the next plans
+    static inline std::uint64_t invalid = 0;  // reasons to report for the next plans
     static inline bool fails = false;
 
 private:

@@ -1,5 +1,5 @@
-// A made-up model of two loops whose stages have other names than any real one's: a manifest, and a backend whose
-// networks are one line of arithmetic each.
+// A made-up model with two loops, and stage names that no real model has: a manifest, and a backend in which each
+// network is one line of arithmetic.
 #pragma once
 
 #include <algorithm>
@@ -90,7 +90,7 @@ inline Json controls() {
     return rows;
 }
 
-// The tables; without seal, files and graphs they are whole. `sealed` adds the seal.
+// The tables of the manifest, complete without seal, files and graphs. `sealed` adds the seal.
 inline Json manifest() {
     Json sketching = loop("sketching", "sketch", "sketch_plain", 1, 4);
     sketching["controls"] = {{"wind", 0.0}, {"drift", 0.0}};
@@ -165,7 +165,8 @@ inline double sum(const Array& array) {
     return total;
 }
 
-// Its networks: words are the ids; mood and beat are sums; m = mood - 2 latents; encoders and the decoder copy pixels.
+// The model's networks: words are the ids; mood and beat are sums; m = mood - 2 latents; encoders and decoder copy
+// pixels.
 class FakeBackend final : public Backend {
 public:
     explicit FakeBackend(const Manifest& manifest) : manifest_(manifest) {}
@@ -187,7 +188,7 @@ public:
         if (row.name == "mixer") return mixer(get("words"), get("wind"), get("drift"));
         if (row.denoises()) {
             auto made = step(tensors);
-            // Deep features that tell the call that made them.
+            // Deep features that hold the number of the call that made them.
             if (const auto* deep = row.output("deep")) {
                 auto shape = tensors.at("latents")->shape();
                 shape[1] = deep->shape[1].size;
@@ -231,7 +232,7 @@ private:
                 {"beat", floats({1, wind.shape[1], 2}, std::vector<float>(2 * frames, rest))}};
     }
 
-    // m = mood[0] - 2 latents of each sample; of the branch without the prompt with empty_mood.
+    // m = mood[0] - 2 latents for each sample; the branch without the prompt uses empty_mood.
     [[nodiscard]] Tensors step(const Tensors& tensors) const {
         const auto get = [&](const char* name) { return tensors.at(name)->to_host(); };
         auto x = get("latents"), before = get("previous");
@@ -258,7 +259,7 @@ private:
         return {{"latents", host_tensor(std::move(x))}, {"previous", host_tensor(std::move(before))}};
     }
 
-    // The first channels, and the first again where there are too few; axis 1 is that of the channels.
+    // The first channels, repeated from the first one if there are too few. Axis 1 is the channel axis.
     static Array recoloured(const Array& pixels, std::size_t channels) {
         auto shape = pixels.shape;
         const auto n = static_cast<std::size_t>(shape[0]), old = static_cast<std::size_t>(shape[1]);
@@ -287,14 +288,14 @@ struct Model {
     std::vector<std::string> steps;              // "sketching0", ...
     std::vector<double> times;
 
-    // `ask`: with the default request; not for a model that needs a picture.
+    // `ask`: make the default request; false for a model that needs a picture.
     explicit Model(const Json& json = fixture::manifest(), bool ask = true) : manifest(parsed(json)) {
         if (ask) request = asked([](auto&) {});
     }
     Model(const Model&) = delete;
     Model& operator=(const Model&) = delete;
 
-    // A request that `change` has set a few things of.
+    // A request that was modified by `change`.
     [[nodiscard]] Request asked(const std::function<void(higen_request&)>& change) const {
         higen_request given{};
         given.struct_size = sizeof given;

@@ -2,8 +2,8 @@
 //
 // Mutates the manifest, the tokenizer and random texts in memory, thousands of times; then writes damaged copies of the
 // model into FOLDER - mutated manifests, truncated and exchanged graphs and weights, other sizes - and opens and runs
-// them through the C interface. Every outcome is a status; a crash, a sanitizer's report or a success where there must
-// be none ends the program.
+// them through the C interface. Every outcome must be a status. A crash, a sanitizer's report or an unexpected success
+// ends the program.
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
@@ -31,7 +31,7 @@ public:
 
     std::size_t below(std::size_t n) { return std::uniform_int_distribution<std::size_t>(0, n - 1)(random_); }
 
-    // Bytes flipped, removed, repeated or exchanged for others that have a meaning in JSON and UTF-8.
+    // Flips, removes or repeats bytes, or replaces them by bytes that have a meaning in JSON and UTF-8.
     std::string mutate(std::string text) {
         static const std::vector<std::string> words = {
             "-1", "0", "1e400", "1e308", "null", "true", "[]", "{}", "\"\"", "9223372036854775807", "18446744073709551616",
@@ -53,7 +53,7 @@ public:
         return text;
     }
 
-    // One value somewhere in a JSON document exchanged for another.
+    // Replaces one value somewhere in a JSON document by another.
     void mutate(Json& json) {
         static const std::vector<Json> values = {nullptr, true, false, -1, 0, 1, 2, 31, 32, 64, 4096, 1e300, 0.5, "", "x",
                                                  Json::array(), Json::object(), Json::array({1}), 1ULL << 62};
@@ -90,7 +90,7 @@ void write(const fs::path& path, const std::string& content) {
     std::ofstream(path, std::ios::binary) << content;
 }
 
-// A copy of a model whose files are links until they are changed.
+// A copy of a model. Its files are links until they are changed.
 class Copy {
 public:
     Copy(const fs::path& model, fs::path folder) : folder_(std::move(folder)), manifest_(Json::parse(higen::core::read_file(model / "higen.json"))) {
@@ -103,7 +103,7 @@ public:
     [[nodiscard]] std::string read(const std::string& name) const { return higen::core::read_file(folder_ / name); }
     [[nodiscard]] Json& manifest() { return manifest_; }
 
-    // Put `content` in the place of a file, and enter it into the manifest as if it belonged there.
+    // Replace a file by `content`, and enter it in the manifest as if it belonged there.
     void replace(const std::string& name, const std::string& content) {
         write(folder_ / name, content);
         higen::core::Sha256 hash;
@@ -111,12 +111,12 @@ public:
         manifest_["files"][name] = {{"size", content.size()}, {"sha256", hash.hex()}};
     }
 
-    // Open it and, if it opens, make a tiny video.
+    // Open the model and, if that works, make a tiny video.
     higen_status run(const std::string& manifest) const {
         write(folder_ / "higen.json", manifest);
         higen_model_options options = HIGEN_MODEL_OPTIONS_INIT;
         options.threads = 1;
-        options.skip_verification = 1;  // most of an opening's time
+        options.skip_verification = 1;  // the checks take most of the time of opening
         higen_model* model = nullptr;
         auto status = higen_model_open(folder_.u8string().c_str(), &options, &model);
         if (status == HIGEN_OK) {
@@ -195,7 +195,7 @@ int main(int argc, char** argv) {
         fuzz::text(bytes(text), text.size());
     }
 
-    // Whole models, in order of what they cost: most manifests are refused before a graph is read.
+    // Whole models, the cheapest cases first: most manifests are refused before a graph is read.
     if (const auto status = Copy(model, folder).run(); status != HIGEN_OK) {
         std::fprintf(stderr, "the model itself: %s: %s\n", higen_status_name(status), higen_last_error());
         return EXIT_FAILURE;
@@ -207,7 +207,7 @@ int main(int argc, char** argv) {
         mutator.mutate(json[tables[mutator.below(3)]]);
         note(copy.run(Copy::sealed(json)));
     }
-    // Those that the default request needs, in the order in which they are loaded.
+    // The graphs that the default request needs, in loading order.
     std::vector<std::string> graphs;
     for (const auto* stage : {"text_encoder", "conditioner", "spatial_unet", "temporal_unet_plain", "vae_decoder"})
         graphs.push_back(higen::core::graph_file(stage));
@@ -219,7 +219,7 @@ int main(int argc, char** argv) {
         must_fail(status, "a truncated " + name);
         note(status);
 
-        // The later a stage, the more graphs are loaded before its own: in a short run only the first two go on.
+        // Later stages cost more, because other graphs are loaded first. A short run continues with the first two only.
         if (rounds < 20 && name != graphs[0] && name != graphs[1]) continue;
         Copy exchanged(model, folder);
         const auto& other = graphs[(mutator.below(graphs.size() - 1) + 1 +
@@ -253,7 +253,7 @@ int main(int argc, char** argv) {
         note(status);
     }
     {
-        Copy copy(model, folder);  // frames of another size than the decoder makes
+        Copy copy(model, folder);  // frame sizes that the decoder does not make
         copy.manifest()["sizes"]["factor"] = 8;
         const auto status = copy.run();
         must_fail(status, "another factor");

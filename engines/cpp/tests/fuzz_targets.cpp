@@ -22,7 +22,7 @@ std::string_view view(const std::uint8_t* data, std::size_t size) {
     return {reinterpret_cast<const char*>(data), size};
 }
 
-// Anything but this library's own error is a bug.
+// Any exception other than this library's own error is a bug.
 template <typename Work>
 void only_typed_errors(const Work& work) {
     try {

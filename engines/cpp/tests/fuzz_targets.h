@@ -1,4 +1,5 @@
-// What is fuzzed without a model's graphs: any bytes give a result or a typed error. libFuzzer and fuzz_corpus share it.
+// Fuzz targets without a model's graphs: any bytes must give a result or a typed error. libFuzzer and fuzz_corpus use
+// them.
 #pragma once
 
 #include <cstddef>

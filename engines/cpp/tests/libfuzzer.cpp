@@ -1,4 +1,4 @@
-// A libFuzzer entry point for the target that the build names.
+// The libFuzzer entry point for the target HIGEN_FUZZ_TARGET, which the build sets.
 #include "fuzz_targets.h"
 
 extern "C" int LLVMFuzzerTestOneInput(const std::uint8_t* data, std::size_t size) {

@@ -45,7 +45,7 @@ struct Watch {
     }
 };
 
-// Far longer than these tests wait, unless it is stopped; or a few steps.
+// By default much longer than these tests wait, unless it is stopped.
 higen_status generate(higen_model* model, Watch& watch, higen_token* token = nullptr, std::int32_t steps = 100) {
     higen_request request;
     higen_model_info info = HIGEN_MODEL_INFO_INIT;
@@ -79,7 +79,7 @@ void check_closed(higen_model* model) {
     CHECK(higen_tokenize(model, "a", &id, 1) == HIGEN_ERROR_CLOSED);
     CHECK(higen_cancel(model) == HIGEN_ERROR_CLOSED);
     CHECK(higen_controls(model) == 0 && higen_model_prompt(model, 0) == nullptr);
-    higen_model_close(model);  // once more: nothing happens
+    higen_model_close(model);  // a second time: nothing happens
 }
 
 }  // namespace
@@ -92,7 +92,7 @@ TEST(closing_stops_what_runs) {
         std::vector<std::thread> threads;
         for (int k = 0; k < 2; ++k)
             threads.emplace_back([&, k] { found[k] = generate(model, watches[k]); });
-        // At any moment: before the first call, in a step, or after some.
+        // At any moment: before the first step, within a step, or after some steps.
         if (i % 3 > 0) watches[0].wait();
         if (i % 3 > 1) watches[1].wait();
         higen_model_close(model);
@@ -158,14 +158,14 @@ TEST(a_token_stops_its_generation_alone) {
         Watch stopped, other;
         std::atomic<higen_status> found = HIGEN_OK;
         std::thread worker([&] { found = generate(model, stopped, token); });
-        if (i % 2 > 0) stopped.wait();  // else at any moment, also before it begins
+        if (i % 2 > 0) stopped.wait();  // else cancel at any moment, also before it begins
         CHECK(higen_token_cancel(token) == HIGEN_OK);
         const int steps = stopped.steps;
         higen_token_free(token);
         CHECK(generate(model, other, nullptr, 1) == HIGEN_OK);
         worker.join();
-        CHECK(found == HIGEN_CANCELLED || found == HIGEN_ERROR_CLOSED);  // the token may be freed before it begins
-        CHECK(stopped.steps <= steps + 1);                               // within one step
+        CHECK(found == HIGEN_CANCELLED || found == HIGEN_ERROR_CLOSED);  // freed before it begins, perhaps
+        CHECK(stopped.steps <= steps + 1);                               // stopped within one step
     }
     higen_model_close(model);
 }

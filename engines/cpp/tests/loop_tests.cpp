@@ -1,4 +1,4 @@
-// Encodings, sources, the sampler and the whole interpreter, on a made-up model (fixture.h) against closed forms.
+// Tests encodings, sources, the sampler and the whole interpreter on a made-up model (fixture.h) against closed forms.
 #include <array>
 #include <cmath>
 #include <limits>
@@ -35,7 +35,7 @@ ControlValue list(std::vector<double> numbers) {
     return {std::move(numbers), n, 1, ""};
 }
 
-// The product of a table's rows on a state, where m = mood - 2 x, as FakeBackend has it.
+// Applies a table's rows to a state, with m = mood - 2 x as in FakeBackend.
 double walked(const SolverTable& table, double x, double mood, double empty, double scale, std::size_t first = 0) {
     double previous = 0;
     const auto rows = first == 0 ? table.rows : tail(table, static_cast<std::int64_t>(first)).rows;
@@ -48,7 +48,7 @@ double walked(const SolverTable& table, double x, double mood, double empty, dou
     return x;
 }
 
-// What the prompt's and the negative prompt's tokens of the fixture make: mood[0] of each branch.
+// mood[0] for the tokens of the fixture's prompt and of its negative prompt.
 constexpr double mood = 0.30, empty = 0.21;
 
 SolverTable table_of(const Loop& loop, std::int64_t steps) {
@@ -68,7 +68,7 @@ TEST(sinusoids) {
     const auto odd = encode(control, ControlValue::number(2), 1, 5);
     CHECK(near(odd[0], std::cos(2.0), 1e-6) && near(odd[2], std::sin(2.0), 1e-6) &&
           near(odd[1], std::cos(0.02), 1e-6) && odd[4] == 0);
-    // Three pairs for four frames: resampled after the sinusoid.
+    // Three pairs for four frames: they are resampled after the sinusoid.
     const auto pairs = encode(control, list({1, 2, 3}), 4, 2);
     CHECK(near(pairs[0], std::cos(1.0), 1e-6) && near(pairs[6], std::cos(3.0), 1e-6));
     CHECK(near(pairs[2], std::cos(1.0) * 0.375 + std::cos(2.0) * 0.625, 1e-6));
@@ -87,7 +87,7 @@ TEST(similarities) {
     CHECK((encode(control, matrix, 2, 3) == std::vector<float>{1, 0.5F, 0, 2, 3, 4}));
     CHECK_FAILS(HIGEN_ERROR_REQUEST, "a matrix has 3 or 2 columns",
                 encode(control, ControlValue{{1, 2, 3, 4, 5, 6, 7, 8}, 2, 4, ""}, 2, 3));
-    CHECK(encode(control, ControlValue::number(5), 1, 3) == std::vector<float>(3, 1.0F));  // at every place at once
+    CHECK(encode(control, ControlValue::number(5), 1, 3) == std::vector<float>(3, 1.0F));  // at every position
 }
 
 TEST(curves_and_numbers) {
@@ -125,7 +125,7 @@ TEST(a_picture_of_the_right_size_is_itself) {
     std::vector<std::uint8_t> rgb(5 * 4 * 3);
     for (std::size_t i = 0; i < rgb.size(); ++i) rgb[i] = static_cast<std::uint8_t>(7 * i);
     CHECK(cover(rgb.data(), 5, 4, 5, 4) == rgb);
-    // A grey one stays grey in any size, and what is over is cut off on both sides alike.
+    // A grey picture stays grey in any size, and both sides are cropped equally.
     const std::vector<std::uint8_t> grey(9 * 4 * 3, 77);
     CHECK(cover(grey.data(), 9, 4, 20, 30) == std::vector<std::uint8_t>(20 * 30 * 3, 77));
     std::vector<std::uint8_t> striped(6 * 2 * 3, 0);
@@ -140,7 +140,7 @@ TEST(a_picture_of_the_right_size_is_itself) {
 TEST(resampling_keeps_a_constant) {
     const std::vector<float> flat(3 * 7 * 9, 0.25F);
     for (const float value : resample(flat, 7, 9, 3, 4)) CHECK(near(value, 0.25, 1e-6));
-    // Bicubic of a straight line is that line, corners aligned; enlarging blurs by nothing.
+    // Bicubic interpolation with aligned corners keeps a straight line; enlarging does not blur.
     std::vector<float> line(5);
     for (std::size_t i = 0; i < 5; ++i) line[i] = static_cast<float>(i);
     const auto made = resample(line, 1, 5, 1, 9);
@@ -152,7 +152,7 @@ TEST(resampling_keeps_a_constant) {
 TEST(a_stage_is_run_once_per_distinct_input) {
     Model m;
     m.generate();
-    // The text and the negative one; both in each loop, whose controls differ.
+    // The prompt and the negative prompt; "mixer" runs for both in each loop, because the loops' controls differ.
     CHECK(m.backend.called("reader") == 2 && m.backend.called("mixer") == 4 && m.backend.called("scanner") == 0);
     CHECK(m.backend.called("sketch") == 3 && m.backend.called("film") == 2 && m.backend.called("painter") == 3);
     CHECK((m.steps == std::vector<std::string>{"sketching0", "sketching1", "sketching2", "filming0", "filming1"}));
@@ -164,7 +164,7 @@ TEST(a_stage_is_run_once_per_distinct_input) {
 
 TEST(every_source_has_its_value) {
     auto json = fixture::manifest();
-    auto& inputs = json["stages"][0]["inputs"];  // of the reader, which ignores them
+    auto& inputs = json["stages"][0]["inputs"];  // the reader ignores these
     inputs.push_back(fixture::input("gust", {"B"}, "control:gust"));
     inputs.push_back(fixture::input("pace", {"B", "F"}, "control:pace"));
     inputs.push_back(fixture::input("choice", {"B"}, "control:mood"));
@@ -194,7 +194,7 @@ TEST(every_source_has_its_value) {
     CHECK(last("picture").floats() == std::vector<float>(18, -1.0F) && last("small").shape == (Shape{1, 3, 1, 2}));
     CHECK(last("noise").floats() == frame_noise(9, 77, 4, 5, 6) && last("still").floats() == normal(9, 78, 2));
     CHECK((m.backend.last("mixer", "words").shape == Shape{1, 4, 3}));
-    // The photo stands for the sketch, so that the loop is not run; the reel is scanned two frames at a time.
+    // The photo replaces the sketch, so that loop is not run. The reel is scanned two frames at a time.
     CHECK(m.backend.called("sketch") == 0 && m.backend.called("scanner") == 1 && m.backend.called("scribe") == 3);
     CHECK(m.backend.last("film", "base").shape == (Shape{1, 4, 2, 3}));
     CHECK_FAILS(HIGEN_ERROR_REQUEST, "gust is unspecified: kites was not trained without it",
@@ -203,7 +203,7 @@ TEST(every_source_has_its_value) {
 
 TEST(pixels_of_a_stage_are_a_picture) {
     auto json = fixture::manifest();
-    auto& inputs = json["stages"][0]["inputs"];  // of the reader, which ignores them
+    auto& inputs = json["stages"][0]["inputs"];  // the reader ignores these
     inputs.push_back(fixture::input("shown", {"B", 3, "Y", "X"}, "picture:brush.pixels"));
     inputs.push_back(fixture::input("small", {"B", 3, 1, 2}, "picture:brush.pixels:clip"));
     inputs.push_back(fixture::input("frame", {"B", 3, "Y", "X"}, "picture:reeler.pixels"));
@@ -214,7 +214,7 @@ TEST(pixels_of_a_stage_are_a_picture) {
     Model m(json, false);
     m.request = m.asked([](auto&) {});
     m.generate();
-    // As if it had been written into a file: the byte b = trunc(255 clamp(x / 2 + 1/2)), then b / 127.5 - 1.
+    // As if it had been written to a file: the byte b = trunc(255 clamp(x / 2 + 1/2)), then b / 127.5 - 1.
     const auto as_picture = [](float x) {
         const float unit = std::min(std::max(x * 0.5F + 0.5F, 0.0F), 1.0F);
         return static_cast<float>(static_cast<int>(unit * 255.0F)) / 127.5F - 1.0F;
@@ -274,25 +274,25 @@ TEST(guidance_of_one_runs_the_plain_stage) {
     with(plain, 1);
     CHECK(plain.backend.called("sketch_plain") == 3 && plain.backend.called("film_plain") == 2 &&
           plain.backend.called("sketch") == 0);
-    CHECK(plain.backend.called("reader") == 1);  // nothing asks for the negative prompt
+    CHECK(plain.backend.called("reader") == 1);  // nothing needs the negative prompt
     Model guided;
     guided.backend.absent = {"sketch_plain", "film_plain"};
     with(guided, 1);
     CHECK(guided.backend.called("sketch") == 3 && guided.backend.called("film") == 2);
     CHECK(guided.rgb == plain.rgb);
-    // A number per frame: no frame of which is 1 in the second loop alone.
+    // A number per frame: not all are 1 in the second loop, so only that loop is guided.
     Model curves;
     with(curves, 2);
     CHECK(curves.backend.called("sketch_plain") == 3 && curves.backend.called("film") == 2);
     CHECK((curves.backend.last("film", "guidance").floats() == std::vector<float>{1, 1.5F, 2, 2.5F, 3}));
     CHECK(curves.backend.last("film", "guidance").shape == (Shape{1, 5}));
-    // A list of the manifest's is spread over the frames.
+    // A list in the manifest is spread over the frames.
     auto json = fixture::manifest();
     json["loops"][1]["guidance"] = {1, 3};
     Model spread_over(json);
     spread_over.generate();
     CHECK((spread_over.backend.last("film", "guidance").floats() == std::vector<float>{1, 1.5F, 2, 2.5F, 3}));
-    // One that has no guided stage takes 1 alone.
+    // A loop without a guided stage allows only 1.
     json = fixture::manifest();
     json["loops"][0]["guided"] = nullptr, json["loops"][0]["guidance"] = 1;
     const Model without(json);
@@ -398,7 +398,7 @@ TEST(windows_are_mixed_by_weight) {
     for (const double sum : total) CHECK(near(sum, 1, 1e-6));
     CHECK(near(weighted[0].second[2], 2.0 / 3.0, 1e-6));  // 2 of 2 + 1
     CHECK(window_weights(4, windows).size() == 1 && window_weights(5, windows).size() == 2);
-    // Only the sum of the drift makes a step of this model look at other frames: with drift 0 windows change nothing.
+    // In this model a step depends on other frames only through the drift's sum: with drift 0 windows change nothing.
     auto json = fixture::manifest();
     json["loops"][1]["windows"] = {{"length", 4}, {"stride", 3}};
     Model whole, cut_up(json);
@@ -418,7 +418,7 @@ TEST(windows_are_mixed_by_weight) {
 }
 
 TEST(the_noise_of_a_long_clip_is_that_of_its_first_frames) {
-    // Of tests/test_loop_settings.py: numpy's Philox says the order.
+    // The numbers are from tests/test_loop_settings.py; numpy's Philox gives the order.
     const auto order = frame_order(7, 3, 17, 8, 4, "shuffled");
     std::vector<std::size_t> first(order.begin(), order.begin() + 8), next(order.begin() + 8, order.begin() + 12);
     CHECK((first == std::vector<std::size_t>{0, 1, 2, 3, 4, 5, 6, 7}));
@@ -467,7 +467,7 @@ TEST(guidance_holds_in_an_interval) {
     Model first;
     with(first, none, 4);
     CHECK(first.backend.called("sketch_plain") == 10 && first.backend.called("film") == 10);
-    // Without a plain stage the guided one has guidance 1 there: the same result.
+    // Without a plain stage the guided stage runs these rows with guidance 1, with the same result.
     Model guided;
     guided.backend.absent = {"sketch_plain", "film_plain"};
     with(guided, part, 2);
@@ -478,7 +478,8 @@ TEST(guidance_holds_in_an_interval) {
 }
 
 TEST(a_loop_is_run_again_from_its_low_frequencies) {
-    // A constant is frequency 0, which the filters keep whole; what alternates in time is far above both stops.
+    // A constant is frequency 0, and the filters keep it. Values that alternate in time are far above both stop
+    // frequencies.
     const FreeInit settings{3, 0.25, 0.25, 4, "butterworth"};
     const std::array<std::size_t, 3> shape = {4, 2, 2};
     std::vector<float> noisy(16, 2.0F), fresh(16, 0.0F);
@@ -536,11 +537,11 @@ TEST(rows_between_full_steps_reuse_their_deep_features) {
     const std::int32_t ones[] = {1, 1};
     ask(one, ones, [](auto&) {});
     CHECK(kinds(one) == "2o 2o 2o 2o 2o 2o ");
-    // A plain step has other features than a guided one.
+    // A plain step has other features than a guided step.
     const double part[] = {0, 1, 0.5, 1};
     ask(plain, twice, [&](auto& r) { r.guidance_interval = part, r.guidance_interval_count = 4; });
     CHECK(kinds(plain) == "1D 1s 1D 2D 2D 2s ");
-    // Each window has its own: of the full step's calls, in their order.
+    // Each window has its own features, in the order of the full step's calls.
     const std::int32_t windows[] = {4, 2};
     Model wide(json);
     ask(wide, twice, [&](auto& r) { r.frames = 8, r.windows = windows, r.window_count = 2; });
@@ -590,7 +591,7 @@ TEST(an_edit_of_the_estimate_is_as_if_the_stage_had_made_it) {
     mask[1] = 1, mask[4] = 0.5F;
     run.edit = Edit{Array::of(shape, known), Array::of({1, 1, 1, 2, 3}, mask)};
     const auto out = denoise(m.backend, run, floats(shape, noise), [](const Step&) {}, m.cancellation)->to_host();
-    // The other way round: m is what gives the edited x0, and then the row is applied.
+    // The inverse computation: find the m that gives the edited x0, then apply the row.
     for (std::size_t i = 0; i < noise.size(); ++i) {
         double x = noise[i], previous = 0;
         for (const auto& row : run.table.rows) {
@@ -599,7 +600,7 @@ TEST(an_edit_of_the_estimate_is_as_if_the_stage_had_made_it) {
             x = row.A * x + row.B * (row.alpha * x - wanted) / row.sigma + row.C * previous;
             previous = wanted;
         }
-        // The result is what is known for certain: these rows end at a noise level above 0.
+        // Where the mask is 1 the result is exactly the known latents, though these rows end at a noise level above 0.
         CHECK(near(out.floats()[i], mask[i % 6] == 1 ? known[i] : x, 1e-4));
     }
     run.edit->mask = Array::of({1, 1, 1, 1, 1}, std::vector<float>{0});
@@ -627,21 +628,21 @@ TEST(a_clip_passes_through_known_frames) {
         }
     Model m(json), free(json);
     std::vector<std::uint8_t> first(18, 255), later(18, 51), veil(18, 0);
-    for (std::size_t i = 0; i < 3; ++i) veil[i] = 255;  // one pixel, which is one latent cell
+    for (std::size_t i = 0; i < 3; ++i) veil[i] = 255;  // one pixel, and so one latent cell
     higen_picture pictures[] = {{"keys[-1]", later.data(), 1, 2, 3},
                                 {"keys[1]", first.data(), 1, 2, 3},
                                 {"veil", veil.data(), 1, 2, 3}};
     m.request = m.asked([&](auto& r) { r.pictures = pictures, r.picture_count = 3; });
     m.generate();
     free.generate();
-    // Both frames are encoded at once, in their order in the clip, though the model's own source is another control.
+    // Both frames are encoded in one call, in the clip's order, though the stage's usual source is another control.
     const auto seen = m.backend.last("scribe", "pixels");
     CHECK(seen.shape == (Shape{2, 3, 2, 3}));
     CHECK(near(seen.floats().front(), 1));
     CHECK(near(seen.floats().back(), -0.6, 1e-6));
     const auto told = m.backend.last("film", "told"), sure = m.backend.last("film", "sure"),
                whole = m.backend.last("film", "whole");
-    CHECK(whole.floats() == (std::vector<float>{0, 0, 0, 0, 0}));  // none of them is wholly known
+    CHECK(whole.floats() == (std::vector<float>{0, 0, 0, 0, 0}));  // no frame is completely known
     for (std::size_t f = 0; f < 5; ++f)
         for (std::size_t i = 0; i < 6; ++i) {
             const bool known = (f == 1 || f == 4) && i > 0;
@@ -649,7 +650,7 @@ TEST(a_clip_passes_through_known_frames) {
             if (!known)
                 for (std::size_t c = 0; c < 4; ++c) CHECK(told.floats()[(c * 5 + f) * 6 + i] == 0);
         }
-    // The first channel of what the scribe makes is what the painter shows; other frames are drawn as without.
+    // The painter shows the first channel of the scribe's output. Other frames are the same as without known frames.
     CHECK(m.rgb[0].size() == free.rgb[0].size() && m.rgb != free.rgb);
     for (std::size_t i = 0; i < 18; ++i) CHECK(m.rgb[0][i] == free.rgb[0][i]);
     CHECK(free.backend.called("scribe") == 0);
@@ -695,15 +696,15 @@ TEST(a_map_chooses_the_loops_other_stages) {
     m.request = ask(m, six);
     m.generate();
     free.generate();
-    CHECK(m.rgb == free.rgb);  // the made-up network takes no notice
+    CHECK(m.rgb == free.rgb);  // the made-up network ignores the map
     CHECK(m.backend.called("film") == 0 && m.backend.called("mapped_film") == free.backend.called("film"));
     CHECK(free.backend.called("mapped_film") == 0);
-    const auto hint = m.backend.last("mapped_film", "hint");  // of six pictures the first five
+    const auto hint = m.backend.last("mapped_film", "hint");  // the first five of six pictures
     CHECK(hint.shape == (Shape{1, 3, 5, 2, 3}));
     for (std::size_t f = 0; f < 5; ++f) CHECK(near(hint.floats()[f * 6], plots[f * 18] / 127.5 - 1, 1e-6));
     m.request = ask(m, one);
     m.generate();
-    const auto still = m.backend.last("mapped_film", "hint").floats();  // one picture is that of all frames
+    const auto still = m.backend.last("mapped_film", "hint").floats();  // one picture is used for all frames
     for (std::size_t f = 0; f < 5; ++f) CHECK(still[f * 6] == still[0]);
 
     json["loops"][1]["windows"] = {{"length", 3}, {"stride", 2}};
@@ -719,7 +720,7 @@ TEST(a_map_chooses_the_loops_other_stages) {
     edged["controls"].back()["encoding"] = "edges";
     Model edges(edged);
     edges.request = ask(edges, six);
-    for (const auto value : edges.request.pictures.at("plot")) CHECK(value == -1.0F);  // too faint to have any
+    for (const auto value : edges.request.pictures.at("plot")) CHECK(value == -1.0F);  // too faint to have edges
     const auto refused = [&](const char* said, const higen_picture& plot, std::int32_t frames = 5) {
         CHECK_FAILS(HIGEN_ERROR_REQUEST, said, m.asked([&](auto& r) {
             r.pictures = &plot, r.picture_count = 1, r.frames = frames;
@@ -749,7 +750,7 @@ TEST(a_decoder_is_given_context_that_is_dropped) {
     for (std::size_t i = 0; i < m.backend.calls.size(); ++i)
         if (m.backend.calls[i] == "painter") sizes.push_back(m.backend.inputs[i].at("latents")->shape()[0]);
     CHECK((sizes == std::vector<std::int64_t>{3, 4, 2}));
-    // One that decodes clips is given [1, C, F, H, W].
+    // A decoder of clips gets [1, C, F, H, W].
     auto& painter = json["stages"].back();
     painter["inputs"][0]["shape"] = {"B", "C", "F", "H", "W"};
     painter["outputs"][0]["shape"] = {"B", 3, "F", "Y", "X"};

@@ -1,4 +1,4 @@
-// The manifest's reader: a model that nobody knows is read, and every wrong table is refused by name.
+// Tests the manifest's reader: it reads an unknown model, and refuses every wrong table by name.
 #include <string>
 #include <vector>
 
@@ -13,7 +13,7 @@ using fixture::parsed;
 
 namespace {
 
-// The manifest with one change is refused with a message that has `words`.
+// Check that the manifest with one change is refused with a message that contains `words`.
 void refused(const std::string& words, const std::function<void(Json&)>& change,
              higen_status status = HIGEN_ERROR_MANIFEST) {
     auto json = manifest();
@@ -84,7 +84,7 @@ TEST(versions) {
     json["version"] = 1;
     CHECK_FAILS(HIGEN_ERROR_MANIFEST, "version=1, but this library reads version 2: higen upgrade models/kite",
                 parse_manifest(json.dump(), "models/kite/higen.json"));
-    // An old manifest has other keys; it is the version that is told of.
+    // An old manifest has other keys, but the message is about its version.
     CHECK_FAILS(HIGEN_ERROR_MANIFEST, "higen upgrade",
                 parse_manifest(R"({"format": "higen", "version": 1, "model": {}, "files": {}})", "m"));
     for (const Json& version : std::vector<Json>{true, 0, -1, 1.0, "2", nullptr}) {
@@ -110,11 +110,11 @@ TEST(what_is_no_manifest) {
 TEST(every_key_is_wanted_and_no_other) {
     const auto whole = manifest();
     for (const auto& item : whole.items()) {
-        if (item.key() == "seal") continue;  // which `parsed` adds
+        if (item.key() == "seal") continue;  // `parsed` adds it
         refused(item.key() == "format" ? "not a higen manifest" : item.key(),
                 [&](Json& json) { json.erase(item.key()); });
     }
-    // The same for every object at any depth, except for those whose keys are names.
+    // The same for every object at any depth, except for objects with names as keys.
     const std::vector<std::pair<std::string, std::function<Json&(Json&)>>> objects = {
         {"sizes", [](Json& json) -> Json& { return json["sizes"]; }},
         {"text", [](Json& json) -> Json& { return json["text"]; }},
@@ -339,7 +339,7 @@ TEST(a_seal_covers_the_tables) {
     auto json = manifest();
     json["seal"] = "zz";
     CHECK_FAILS(HIGEN_ERROR_MANIFEST, "64 hexadecimal digits", parse_manifest(json.dump(), "m"));
-    // A wrong row is told of before a broken seal.
+    // A wrong row is reported before a broken seal.
     json = manifest();
     json["loops"][0]["steps"] = 0;
     CHECK_FAILS(HIGEN_ERROR_MANIFEST, "steps=0", parse_manifest(json.dump(), "m"));

@@ -1,4 +1,4 @@
-// The public interface on a real model directory: model_tests MODEL
+// Tests the public interface on a real model directory: model_tests MODEL
 #include <algorithm>
 #include <atomic>
 #include <cstdio>
@@ -24,7 +24,7 @@ higen::Model& model() {
     return opened;
 }
 
-// A request that takes a moment and no longer.
+// A request that takes little time.
 higen::Request small(const std::string& prompt = "a whale") {
     const int multiple = model().info().size_multiple;
     higen::Request request(model(), prompt);
@@ -75,7 +75,7 @@ TEST(a_batch_gives_the_videos_of_its_requests) {
     CHECK(videos.size() == 2 && preview.size() == 2 * alone[0].rgb.size());
     for (std::size_t i = 0; i < videos.size(); ++i) {
         CHECK(videos[i].count == 3 && videos[i].rgb.size() == alone[i].rgb.size());
-        int most = 0;  // a larger batch may round in another way
+        int most = 0;  // a larger batch may round differently
         for (std::size_t k = 0; k < videos[i].rgb.size(); ++k)
             most = std::max(most, std::abs(videos[i].rgb[k] - alone[i].rgb[k]));
         CHECK(most <= 1);
@@ -118,7 +118,7 @@ TEST(steps_preview_and_stop) {
     } catch (const std::runtime_error& error) {
         CHECK(std::string(error.what()) == "mine");
     }
-    CHECK(model().generate(request).count == 3);  // usable at once
+    CHECK(model().generate(request).count == 3);  // the model is usable again at once
 }
 
 TEST(another_thread_cancels) {
@@ -182,7 +182,7 @@ TEST(a_key_frame_of_the_callers) {
     request.picture("image", std::vector<std::uint8_t>(side * side * 3, 128), request->width, request->height);
     const auto video = model().generate(request);
     CHECK(video.count == 1);
-    // In another size it is scaled to cover and cropped.
+    // A picture of another size is scaled to cover and cropped.
     large.picture("image", std::vector<std::uint8_t>(3 * side * side * 3, 128), 3 * request->width, request->height);
     CHECK(model().generate(large).rgb == video.rgb);
 }
@@ -207,8 +207,8 @@ TEST(the_model_says_what_it_takes) {
     CHECK(higen_model_loop(model().get(), 2, &none) == HIGEN_ERROR_REQUEST);
 }
 
-// The stage that a picture needs is loaded with the first request for it: by then the process may be elsewhere, and the
-// file another one.
+// The stage that a picture needs is loaded with the first request for it. By then the working directory may have
+// changed, and the file may have been replaced.
 TEST(a_relative_path_and_a_file_that_is_replaced) {
     namespace fs = std::filesystem;
     const auto before = fs::current_path();
@@ -291,7 +291,7 @@ TEST(models_that_cannot_be_opened) {
     CHECK(status("/nonexistent", options) == HIGEN_ERROR_MANIFEST);
     options.provider = "abacus";
     CHECK(status(directory.c_str(), options) == HIGEN_ERROR_REQUEST);
-    options.provider = "tensorrt-rtx";  // no build of ONNX Runtime that this suite runs on has it
+    options.provider = "tensorrt-rtx";  // no ONNX Runtime that runs this suite has it
     CHECK(status(directory.c_str(), options) == HIGEN_ERROR_UNAVAILABLE);
     options = HIGEN_MODEL_OPTIONS_INIT;
     options.backend = "torch";
@@ -303,7 +303,7 @@ TEST(models_that_cannot_be_opened) {
     CHECK(status(directory.c_str(), options) == HIGEN_ERROR_REQUEST);
     options.precision = "bf16";
     CHECK(status(directory.c_str(), options) == HIGEN_ERROR_UNAVAILABLE);
-    for (const char* backend : {"auto", "onnx", "tensorrt"}) {  // no stage may stand in for all
+    for (const char* backend : {"auto", "onnx", "tensorrt"}) {  // stand-ins must not replace all stages
         options.backend = backend;
         options.precision = "int8";
         CHECK(status(directory.c_str(), options) == HIGEN_ERROR_UNAVAILABLE);

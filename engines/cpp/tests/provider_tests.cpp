@@ -14,7 +14,7 @@ std::string field(int number, const std::string& content) {
     return std::string(1, static_cast<char>(number << 3 | 2)) + static_cast<char>(content.size()) + content;
 }
 
-// A number above 15 takes two bytes.
+// A field with a number above 15 has a tag of two bytes.
 std::string tall_field(int number, const std::string& content) {
     return std::string{static_cast<char>((((number << 3 | 2) & 127) | 128)), static_cast<char>(number >> 4)} +
            static_cast<char>(content.size()) + content;
@@ -47,7 +47,7 @@ TEST(want_of_memory_is_told_from_a_broken_file) {
 TEST(the_files_of_a_graph) {
     const auto initializer = field(7, field(5, tensor("a.bin")));
     CHECK(external_files(initializer, "g") == std::set<std::string>{"a.bin"});
-    // A constant in a node, one within a branch, one of a function, one sparse.
+    // Constants in a node, within a branch, in a function, and one sparse.
     const auto node = field(1, field(5, field(5, tensor("b.bin")))), branch = field(1, field(5, field(6, field(5, tensor("c.bin")))));
     const auto model = field(7, node + branch + field(15, field(1, tensor("e.bin")))) +
                        tall_field(25, field(7, field(5, field(5, tensor("d.bin")))));

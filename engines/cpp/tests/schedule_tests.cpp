@@ -1,5 +1,5 @@
-// The solvers' tables against tests/schedule_vectors.json, which Python writes: schedule_tests VECTORS.json
-// Needs nothing of the library but schedule.cpp.
+// Tests the solvers' tables against tests/schedule_vectors.json, which Python writes: schedule_tests VECTORS.json
+// From the library it needs only schedule.cpp.
 #include <cstdio>
 #include <exception>
 #include <fstream>
@@ -56,7 +56,7 @@ std::string where(const Json& entry, const char* column, std::size_t row) {
 
 bool near(double a, double b) { return std::abs(a - b) <= 1e-13 * std::abs(b); }
 
-// Every column that the entry has, within 1e-13; HiGen's own grids also to the same float32.
+// Compares every column of the entry, within 1e-13; for HiGen's own grids the float32 values must also be equal.
 void compare(const SolverTable& table, const Json& entry) {
     const struct {
         const char* name;

@@ -1,4 +1,4 @@
-// The TensorRT backend and the router on a fake GPU (fake_tensorrt.h): tensorrt_tests FOLDER
+// Tests the TensorRT backend and the router on a fake GPU (fake_tensorrt.h): tensorrt_tests FOLDER
 #include "tensorrt_backend.h"
 
 #include <filesystem>
@@ -59,7 +59,7 @@ const std::string encoder_tensors =
 const std::string encoder_profiles =
     R"([{"name": "one", "spans": [{"name": "pixels", "smallest": [1, 3, 8, 8], "best": [1, 3, 8, 8], "largest": [1, 3, 64, 64]}]}])";
 
-// The tables: those of the fixture, with a decoder, an encoder and a conditioner of these engines' names.
+// The fixture's tables, with a decoder, an encoder and a conditioner that have the names of these engines.
 fixture::Json tables() {
     auto json = fixture::manifest();
     const fixture::Json latents = {"N", "C", "H", "W"}, pixels = {"N", 3, "Y", "X"};
@@ -97,7 +97,7 @@ struct Model {
         add("vae_encoder", encoder_plan, encoder_tensors, encoder_profiles);
     }
 
-    // `changes`: pairs of a text in the record and what stands there instead.
+    // `changes`: pairs of a text in the record and its replacement.
     void add(const std::string& stage, const std::string& plan, const std::string& tensors, const std::string& profiles,
              const std::vector<std::pair<std::string, std::string>>& changes = {}) const {
         std::string record = R"({"stage": )" + quoted(stage) + R"(, "target": "rtx-sm89", "precision": "fp16", )" +
@@ -124,7 +124,7 @@ struct Model {
     }
 };
 
-// A backend on the model, freed before it is asked whether all rules were kept.
+// A backend on the model. It is freed before the check that all rules were kept.
 struct Fixture : Model {
     std::unique_ptr<Bundle> bundle;
     std::unique_ptr<Backend> backend;
@@ -173,7 +173,7 @@ TEST(a_stage_runs_on_its_engine) {
     Fixture f;
     f.open().prepare(stage("vae_decoder"));
     CHECK(f.backend->describe(stage("vae_decoder")) == "cuda, fp16, rtx-sm89");
-    // Each shape takes the narrowest profile that holds it; results live while later ones are made.
+    // Each shape uses the narrowest profile that allows it. Results stay alive while later ones are made.
     const auto wide = numbers({2, 4, 8, 8}), narrow = numbers({1, 4, 4, 4}, 3), other = numbers({1, 4, 2, 8}, 7);
     const auto first = f.run("vae_decoder", wide).at("pixels"), second = f.run("vae_decoder", narrow).at("pixels");
     const auto third = f.run("vae_decoder", other).at("pixels");
@@ -190,7 +190,7 @@ TEST(results_stay_on_the_gpu_between_stages) {
     const auto pixels = f.run("vae_decoder", latents).at("pixels");
     CHECK(gpu.uploads == uploads);
     check_output(*pixels, {1, 3, 64, 64}, sum(*latents));
-    // One block of scratch memory, that of the larger engine, and the pool.
+    // Besides the pool there is one block of scratch memory, of the larger engine's size.
     std::size_t scratch = 0;
     for (const auto& [address, block] : gpu.blocks) scratch += block.size() == 9000 || block.size() == 4096 ? 1 : 0;
     CHECK(scratch == 1);
@@ -221,7 +221,7 @@ TEST(memory_is_used_again) {
     const auto blocks = gpu.blocks.size();
     for (int i = 0; i < 20; ++i) check_output(*f.run("vae_decoder", input).at("pixels"), {2, 3, 64, 64}, sum(*input));
     CHECK(gpu.blocks.size() == blocks);
-    gpu.memory = gpu.used();  // nothing is left: what lies in the pool is freed first
+    gpu.memory = gpu.used();  // nothing is left, so the pool's blocks are freed first
     (void)f.run("vae_decoder", numbers({1, 4, 8, 8}));
     gpu.memory = 1;
     CHECK_FAILS(HIGEN_ERROR_BACKEND, "the GPU's memory is full", f.run("vae_encoder", numbers({1, 3, 64, 64})));
@@ -232,7 +232,7 @@ TEST(an_engine_that_finds_no_room_takes_none_from_those_that_work) {
     f.open();
     const auto input = numbers({1, 4, 1, 1});
     (void)f.run("vae_decoder", input);
-    gpu.memory = gpu.used();  // the pool's blocks are too small for what the encoder's scratch memory is larger by
+    gpu.memory = gpu.used();  // the encoder needs more scratch memory than the pool's blocks can give
     CHECK_FAILS(HIGEN_ERROR_BACKEND, "the GPU's memory is full", f.run("vae_encoder", numbers({1, 3, 8, 8})));
     check_output(*f.run("vae_decoder", input).at("pixels"), {1, 3, 8, 8}, sum(*input));
 }
@@ -242,7 +242,7 @@ TEST(lost_scratch_memory_is_taken_again) {
     f.open();
     const auto input = numbers({2, 4, 8, 8});
     (void)f.run("vae_decoder", input);
-    gpu.memory = 1;  // somebody else has taken what was free
+    gpu.memory = 1;  // another program has taken the free memory
     CHECK_FAILS(HIGEN_ERROR_BACKEND, "the GPU's memory is full", f.run("vae_encoder", numbers({1, 3, 64, 64})));
     CHECK_FAILS(HIGEN_ERROR_BACKEND, "the GPU's memory is full", f.run("vae_decoder", input));
     gpu.memory = std::size_t{1} << 30;
@@ -279,7 +279,7 @@ TEST(engines_that_do_not_fit) {
     Fixture f;
     const auto fails = [&](higen_status status, const std::string& words) {
         CHECK_FAILS(status, words, f.open().prepare(stage("vae_decoder")));
-        CHECK(gpu.contexts == 0);  // a GPU that is not used is not held
+        CHECK(gpu.contexts == 0);  // an unused GPU is released
     };
     f.change("1.7.1.116", "1.8.0.1");
     fails(HIGEN_ERROR_UNAVAILABLE, "Stale: rtx-sm89/vae_decoder: built by tensorrt_rtx 1.8.0.1, 1.7.1.116 is here");
@@ -338,7 +338,7 @@ TEST(a_precision_that_is_asked_for) {
                 "no engine of vae_decoder in fp32 (make one: higen-export build-engines " + folder.u8string() +
                     " --target TARGET --precision fp32)",
                 f.open(options).prepare(stage("vae_decoder")));
-    options.precision = "int8.fp16";  // whose other stages are fp16
+    options.precision = "int8.fp16";  // its other stages are fp16
     f.open(options).prepare(stage("vae_decoder"));
 }
 
@@ -366,7 +366,7 @@ TEST(compiled_kernels_are_kept) {
     const auto written = fs::last_write_time(cache);
     f.open().prepare(stage("vae_decoder"));
     f.backend.reset();
-    CHECK(fs::last_write_time(cache) == written);  // nothing new
+    CHECK(fs::last_write_time(cache) == written);  // nothing new was written
     for (const auto& entry : fs::directory_iterator(cache.parent_path())) CHECK(entry.path().extension() != ".part");
 }
 
@@ -423,7 +423,7 @@ TEST(stages_fall_back_one_by_one_and_say_why) {
                                  " --target TARGET)\nvae_decoder: onnx, cpu, fp32; not tensorrt: " + wrong + "\nvae_encoder: tensorrt, cuda, fp16, rtx-sm89");
     CHECK(router.take_warnings() == std::vector<std::string>{"vae_decoder runs on onnx: " + wrong});
     CHECK(router.take_warnings().empty());
-    // From one backend to the other by way of the host.
+    // From one backend to the other through host memory.
     const auto latents = f.routed("vae_encoder", numbers({1, 3, 8, 8})).at("latents");
     CHECK(sum(*f.routed("vae_decoder", latents).at("pixels")) == 2 * sum(*latents));
 }
@@ -445,7 +445,7 @@ TEST(a_plan_that_does_not_load_does_not_hide_a_good_one) {
               " --target rtx-sm89 --stage vae_decoder --precision fp16"});
     (void)f.routed("vae_decoder", input);
     CHECK(router.take_warnings().empty());
-    // Where the other does not load either, both are told, and the next backend runs the stage.
+    // If the other plan does not load either, both are reported, and the next backend runs the stage.
     write(folder / "engines" / "rtx" / "vae_decoder.engine", "");
     auto& again = f.route();
     again.prepare(stage("vae_decoder"));
@@ -466,7 +466,7 @@ TEST(shapes_outside_the_profiles_go_to_the_next) {
     CHECK(warnings[0].find("(the model's report lists the stages)") != std::string::npos);
     (void)f.routed("vae_decoder", outside);
     (void)f.routed("vae_encoder", numbers({1, 3, 72, 72}));
-    CHECK(router.take_warnings().empty());  // nor are the other stages of the same clip news
+    CHECK(router.take_warnings().empty());  // other stages of the same clip give no warning either
     const auto report = router.report();
     CHECK(report.find("vae_decoder: tensorrt, cuda, fp16, rtx-sm89\nvae_decoder, other shapes: onnx, cpu, fp32; not "
                       "tensorrt: OutsideProfile") == 0);
@@ -493,7 +493,7 @@ TEST(of_two_stages_the_one_on_the_better_backend_is_taken) {
     Routed f;
     auto& router = f.route();
     const auto &encoder = stage("vae_encoder"), &other = stage("conditioner");
-    // The preferred one has no engine, the other one has.
+    // The preferred stage has no engine, the other stage has one.
     CHECK(&router.choose({&other, &encoder}) == &encoder);
     CHECK(&router.choose({&encoder, &other}) == &encoder);
     CHECK(&router.choose({&other}) == &other);

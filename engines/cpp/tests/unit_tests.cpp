@@ -1,5 +1,5 @@
-// What can be known without a model: published vectors, closed forms, malformed input. manifest_tests.cpp and
-// loop_tests.cpp have the rest of this program.
+// Tests without a model: published vectors, closed forms, malformed input. manifest_tests.cpp and loop_tests.cpp are
+// the rest of this program.
 #include <algorithm>
 #include <array>
 #include <limits>

@@ -27,7 +27,7 @@ using Json = nlohmann::json;
 
 namespace {
 
-// A control's value checked and encoded: {"encoding", "low", "value": {"values", "rows", "columns"} or null, "frames",
+// Checks and encodes a control's value: {"encoding", "low", "value": {"values", "rows", "columns"} or null, "frames",
 // "columns"}.
 Json encoded(const Json& job) {
     const std::map<std::string, Control::Encoding> encodings = {{"curve", Control::Encoding::curve},
@@ -49,8 +49,8 @@ Json encoded(const Json& job) {
     return encode(control, value, frames, job.at("columns").get<std::size_t>());
 }
 
-// A picture scaled to cover a size and cropped; with "small" also that resampled: {"rgb", "width", "height", "new_width",
-// "new_height", "small": [height, width]}.
+// Scales a picture to cover a size and crops it; with "small" also resamples the result: {"rgb", "width", "height",
+// "new_width", "new_height", "small": [height, width]}.
 Json picture(const Json& job) {
     const auto n = [&](const char* key) { return job.at(key).get<std::size_t>(); };
     const auto rgb = job.at("rgb").get<std::vector<std::uint8_t>>();
@@ -79,7 +79,7 @@ Json tokens(const Json& job) {
     return rows;
 }
 
-// Texts in chunks, their words with weights: ids and weights of each, and the warnings.
+// Reads texts with chunks and weighted words: ids and weights of each text, and the warnings.
 Json readings(const Json& job) {
     TextRules rules;
     rules.length = job.at("length").get<std::int64_t>();
@@ -126,7 +126,7 @@ Json tables(const Json& job) {
     return {{"symbols", manifest.sizes.symbols}, {"stages", stages}, {"loops", loops}, {"controls", controls}};
 }
 
-// A denoising step whose network is a formula: m is the mean of the latents of the (cut) clip, plus the mean of the
+// A denoising step with a formula as its network: m is the mean of the latents of the (cut) clip, plus the mean of the
 // text's tokens, plus a tenth of x.
 class Formula final : public Backend {
 public:
@@ -157,7 +157,7 @@ public:
     }
 };
 
-// A whole loop of that network, for a batch of texts with these numbers of tokens, in windows and tiles.
+// A whole loop with that network, for a batch of texts with these numbers of tokens, in windows and tiles.
 Json loop(const Json& job) {
     const auto shape = job.at("shape").get<Shape>();
     const std::vector<Axis> state = {{"B", 0}, {"C", 0}, {"F", 0}, {"H", 0}, {"W", 0}}, column = {{"B", 0}};
@@ -182,7 +182,7 @@ Json loop(const Json& job) {
     return denoise(network, run, start, [](const Step&) {}, cancellation)->to_host().floats();
 }
 
-// Target and precision of each plan of a stage that fits.
+// Target and precision of each fitting plan of a stage.
 Json chosen_plan(const Json& job) {
     const auto stage = job.at("stage").get<std::string>();
     auto [plans, errors] = read_plans(std::filesystem::u8path(job.at("model").get<std::string>()), stage);

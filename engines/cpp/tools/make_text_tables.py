@@ -1,10 +1,10 @@
-"""Write src/text_tables.inc: properties of characters for the C++ tokenizer, from the libraries that Python uses.
+"""Write src/text_tables.inc: properties of characters for the C++ tokenizer, taken from the libraries that Python uses.
 
     python engines/cpp/tools/make_text_tables.py
 
-The character classes and the lower case are those of the `tokenizers` package (Oniguruma, Rust), white space and the
-rule of the final sigma are Python's, the replacements and the classes of suspicious characters are ftfy's. Nothing is
-copied by hand: each character is put to the library, and its answer is the table.
+The character classes and the lower case are those of the `tokenizers` package (Oniguruma, Rust). White space and the
+rule of the final sigma are Python's. The replacements and the classes of suspicious characters are ftfy's. Nothing is
+copied by hand: the tables are the libraries' results for each character.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ OUTPUT = Path(__file__).resolve().parents[1] / "src" / "text_tables.inc"
 
 
 def matched(pattern: str) -> set[int]:
-    """The characters that a pattern of Oniguruma's matches by themselves."""
+    """The characters that match an Oniguruma pattern on their own."""
     rest = normalizers.Replace(Regex(pattern), "")
     blocks = ("".join(map(chr, ALL[i : i + 512])) for i in range(0, len(ALL), 512))
     return set(ALL) - {ord(c) for block in blocks for c in rest.normalize_str(block)}
 
 
 def character_classes() -> dict[str, set[int]]:
-    """The classes of the tokenizers' patterns. Oniguruma's \\w differs inside and outside of brackets."""
+    """The classes in the tokenizers' patterns. Oniguruma's \\w differs inside and outside brackets."""
     classes = {"letters": matched(r"\p{L}"), "numbers": matched(r"\p{N}"), "white_space": matched(r"\s")}
     words, marks = matched(r"\w"), matched(r"[^\w\s]")
     clip_marks = matched(r"[^\s\p{L}\p{N}]")
@@ -56,7 +56,7 @@ def ranges(members: Iterable[int]) -> list[tuple[int, int]]:
 
 
 def final_sigma_before(prefix: str) -> set[int]:
-    """Characters c for which the sigma in prefix + c + SIGMA is a final one."""
+    """Characters c for which the sigma in prefix + c + SIGMA is a final sigma."""
     return {c for c in ALL if f"{prefix}{chr(c)}\u03a3".lower().endswith("\u03c2")}
 
 
@@ -93,20 +93,20 @@ def text_table(name: str, texts: dict[int, str]) -> str:
 
 
 def lower_case() -> dict[int, int]:
-    """Lower case of single characters; U+0130, the only one that becomes two, is left to the code."""
+    """Lower case of single characters, without U+0130: it is the only one that becomes two, and text.cpp handles it."""
     lower: Callable[[str], str] = normalizers.Lowercase().normalize_str
     changed = {c: lower(chr(c)) for c in ALL if lower(chr(c)) != chr(c)}
     longer = [c for c, text in changed.items() if len(text) != 1]
     if longer != [0x130] or changed[0x130] != "i\u0307":
         raise SystemExit(f"lower case of several characters: {longer}")
-    for c, text in changed.items():  # Python's lower case is the same where its Unicode knows the character
+    for c, text in changed.items():  # Python's lower case is the same if its Unicode version has the character
         if unicodedata.category(chr(c)) != "Cn" and c != 0x3A3 and chr(c).lower() != text:
             raise SystemExit(f"U+{c:04X}: Python and Rust differ")
     return {c: ord(text) for c, text in changed.items() if c != 0x130}
 
 
 def suspicion() -> dict[str, set[int]]:
-    """ftfy's ~500 characters that occur in mojibake, in the four kinds that src/cleaning.cpp tells apart."""
+    """ftfy's about 500 characters that occur in mojibake, in the kinds that src/cleaning.cpp tells apart."""
     kinds = {
         name: {c for c in range(0x80, 0x10000) if re.match(f"[{members}]", chr(c))}
         for name, members in ftfy.badness.MOJIBAKE_CATEGORIES.items()
@@ -114,7 +114,7 @@ def suspicion() -> dict[str, set[int]]:
     cased = {"upper_accented", "lower_accented", "upper_common", "lower_common", "kaomoji"}
     letters = {c for name in cased for c in kinds[name] if chr(c).isalpha()}
     named = {c for c in range(0x80, 0x10000) if chr(c) in ftfy.badness.BADNESS_RE.pattern}
-    quotes = (kinds["start_punctuation"] | kinds["end_punctuation"]) - {0x201A}  # U+201A is named in rules of its own
+    quotes = (kinds["start_punctuation"] | kinds["end_punctuation"]) - {0x201A}  # U+201A has rules of its own
     harmless = kinds["common"] - {0xB4}
     other = set.union(named, *kinds.values()) - letters - quotes - harmless
     return {
@@ -127,7 +127,7 @@ def suspicion() -> dict[str, set[int]]:
 
 
 def main() -> None:
-    """Ask and write."""
+    """Make the tables and write the file."""
     removed = {c for c, text in ftfy.chardata.CONTROL_CHARS.items() if text is None}
     replaced = {**ftfy.chardata.LIGATURES, **ftfy.chardata.WIDTH_MAP}
     for c in range(0x80, 0x10000):
@@ -157,7 +157,7 @@ def main() -> None:
 
 
 def composing() -> set[int]:
-    """Characters that may join the one before them under NFC (its quick check says "maybe")."""
+    """Characters that NFC may combine with the one before them (the quick check says "maybe")."""
     second = set()
     for c in ALL:
         parts = unicodedata.decomposition(chr(c)).split()

@@ -66,7 +66,7 @@ struct Image {
     }
 };
 
-// Stops the generations that it is given to, from any thread, for good. Copies are one token.
+// Stops the generations that it is given to, from any thread, now and later. Copies share one token.
 class Token {
 public:
     Token() {
@@ -83,8 +83,8 @@ private:
     std::shared_ptr<higen_token> token_;
 };
 
-// What a generation reports, and what stops it. Each may be empty; on_step returns whether to go on. Exceptions pass to
-// the caller.
+// What a generation reports, and what stops it. Each may be empty. on_step returns whether to go on. The caller gets
+// exceptions that they throw.
 struct Callbacks {
     std::function<bool(const higen_step&)> on_step;
     std::function<void(const std::string&)> on_warning;
@@ -93,7 +93,7 @@ struct Callbacks {
 
 class Request;
 
-// An opened model directory. All functions may be called by several threads at once.
+// An opened model directory. Several threads may call all functions at once.
 class Model {
 public:
     explicit Model(const std::string& path, higen_model_options options = HIGEN_MODEL_OPTIONS_INIT) {
@@ -108,7 +108,7 @@ public:
         return info;
     }
 
-    // Prompts the model is known to draw well.
+    // Prompts that work well with the model.
     [[nodiscard]] std::vector<std::string> prompts() const {
         std::vector<std::string> prompts(info().prompt_count);
         for (std::size_t i = 0; i < prompts.size(); ++i) prompts[i] = higen_model_prompt(model_.get(), i);
@@ -144,8 +144,8 @@ public:
     // Stop what runs on this model, from any thread.
     void cancel() { check(higen_cancel(model_.get())); }
 
-    // Stop what runs on this model, wait for it, and free it, from any thread; see higen_model_close. Every later call
-    // throws HIGEN_ERROR_CLOSED.
+    // Stop what runs on this model, wait for it, and free the model, from any thread; see higen_model_close. Every
+    // later call throws HIGEN_ERROR_CLOSED.
     void close() { higen_model_close(model_.get()); }
 
     [[nodiscard]] higen_model* get() const { return model_.get(); }
@@ -157,8 +157,8 @@ private:
     std::unique_ptr<higen_model, Close> model_;
 };
 
-// A request with the model's defaults. The plain fields of higen_request are behind `->`; keep alive what they point
-// to. Lists, controls and pictures are set by the functions below, which keep copies.
+// A request with the model's defaults. `->` gives the plain fields of higen_request; keep alive what they point to. The
+// functions below set lists, controls and pictures, and keep copies.
 class Request {
 public:
     Request(const Model& model, std::string prompt) : prompt_(std::move(prompt)) {
@@ -167,60 +167,61 @@ public:
 
     higen_request* operator->() { return &request_; }
 
-    // Steps: one number for every loop, or one a loop; 0 is that loop's default.
+    // Steps: one number for every loop, or one per loop; 0 is that loop's default.
     Request& steps(std::vector<std::int32_t> steps) {
         steps_ = std::move(steps);
         return *this;
     }
 
-    // Guidance: one list for every loop, or one a loop. A list has one number, or one a frame; empty is the default.
+    // Guidance: one list for every loop, or one per loop. A list has one number, or one per frame; empty is the
+    // default.
     Request& guidance(std::vector<std::vector<double>> guidance) {
         guidance_ = std::move(guidance);
         return *this;
     }
     Request& guidance(double scale) { return guidance(std::vector<std::vector<double>>{{scale}}); }
 
-    // The part of the steps with guidance, from 0 to 1: two numbers for every loop, or two a loop.
+    // Start and end of the rows with guidance, as fractions from 0 to 1: two numbers for every loop, or two per loop.
     Request& guidance_interval(std::vector<double> parts) {
         interval_ = std::move(parts);
         return *this;
     }
 
-    // Windows of a longer clip: length and stride, or the length alone; 0 is the whole clip at once. `noise`: "fresh",
-    // "shuffled" or "repeated"; "" is the model's.
+    // Windows of a longer clip: length and stride, or only the length; 0 is the whole clip at once. `noise`: "fresh",
+    // "shuffled" or "repeated"; "" is the model's default.
     Request& windows(std::vector<std::int32_t> numbers, std::string noise = "") {
         windows_ = std::move(numbers), window_noise_ = std::move(noise);
         return *this;
     }
 
-    // FreeInit: iterations, stop frequencies in space and time, order; the last three may be left out. `filter`:
+    // FreeInit: iterations, stop frequencies in space and time, order. The last three may be left out. `filter`:
     // "butterworth" (also ""), "gaussian" or "ideal".
     Request& free_init(std::vector<double> numbers, std::string filter = "") {
         free_init_ = std::move(numbers), free_init_filter_ = std::move(filter);
         return *this;
     }
 
-    // Every so many rows the whole network is run, and the rows between reuse its deep features: one number for every
-    // loop, or one a loop.
+    // With the number n, the whole network runs in every n-th row, and the other rows reuse its deep features. One
+    // number for every loop, or one per loop.
     Request& reuse(std::vector<std::int32_t> every) {
         reuse_ = std::move(every);
         return *this;
     }
 
-    // Solvers: one name for every loop, or one a loop; "" is that loop's default.
+    // Solvers: one name for every loop, or one per loop; "" is that loop's default.
     Request& solvers(std::vector<std::string> names) {
         solvers_ = std::move(names);
         return *this;
     }
 
-    // A control with numbers: one, a list, or a matrix of `columns`.
+    // A control with numbers: one number, a list, or a matrix with `columns` columns.
     Request& set(const std::string& control, std::vector<double> numbers, std::size_t columns = 1) {
         return put({control, std::move(numbers), columns, std::nullopt});
     }
     Request& set(const std::string& control, double number) { return set(control, std::vector<double>{number}); }
     // A text or a choice.
     Request& text(const std::string& control, const std::string& value) { return put({control, {}, 1, value}); }
-    // Leave it to the model, where the control is optional.
+    // Leave an optional control unspecified.
     Request& unspecified(const std::string& control) { return put({control, {}, 1, std::nullopt}); }
 
     // A picture or clip: RGB of frames x height x width pixels.
@@ -232,12 +233,13 @@ public:
         return picture(control, std::move(image.rgb), image.width, image.height);
     }
 
-    // A frame that the clip must pass through, of a control of kind frames: from 0, or from -1 for the last one on.
+    // A frame that the clip must pass through, for a control of kind frames. `index`: from 0, or negative; -1 is the
+    // last.
     Request& keyframe(const std::string& control, std::int64_t index, Image image) {
         return picture(control + "[" + std::to_string(index) + "]", std::move(image));
     }
 
-    // The request as the C interface takes it; valid until this one is changed or freed.
+    // The request for the C interface. It is valid until this object is changed or freed.
     [[nodiscard]] const higen_request& get() {
         flat_ = {};
         flat_.request = request_;
@@ -317,10 +319,10 @@ inline std::vector<Video> Model::generate(const std::vector<Request>& requests, 
         std::vector<Video> videos;
         std::exception_ptr thrown;
     } state{callbacks, std::vector<Video>(requests.size()), nullptr};
-    // An exception must not pass through the C library: it is kept, and thrown again on this side.
+    // An exception must not pass through the C library. It is kept here and thrown again after the call.
     static constexpr auto keep = [](void* user, auto&& work) -> int {
         auto& own = *static_cast<State*>(user);
-        if (own.thrown) return 1;  // by a warning, which has no answer of its own
+        if (own.thrown) return 1;  // on_warning has thrown; it cannot stop the work itself
         try {
             return work(own);
         } catch (...) {
@@ -353,7 +355,7 @@ inline std::vector<Video> Model::generate(const std::vector<Request>& requests, 
             return 0;
         });
     };
-    auto given = requests;  // a request of one's own to flatten
+    auto given = requests;  // copies, because get() changes a request
     std::vector<const higen_request*> pointers;
     for (auto& request : given) pointers.push_back(&request.get());
     const auto status = given.size() == 1 ? higen_generate(model_.get(), pointers.front(), &calls)

@@ -1,6 +1,6 @@
-// A stand-in for TensorRT's headers, for tests on machines that cannot have them: our own declarations of the calls
-// that src/tensorrt_backend.cpp makes, named and typed as TensorRT's documentation has them. It has another binary interface
-// than TensorRT: what is compiled against it runs with tests/fake_tensorrt.h, and with nothing else.
+// A stand-in for TensorRT's headers, for tests on machines without them: our own declarations of the calls that
+// src/tensorrt_backend.cpp makes, with the names and types of TensorRT's documentation. Its binary interface differs
+// from TensorRT's: code compiled against it runs only with tests/fake_tensorrt.h.
 //
 // -DTRT_MAJOR_RTX=1 -DTRT_MINOR_RTX=7 makes it TensorRT for RTX.
 #pragma once
