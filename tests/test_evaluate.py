@@ -195,7 +195,7 @@ def test_draws_alike_have_the_make_up_of_what_was_asked_and_no_clip_in_common() 
     for draw in (first, second):
         assert [(s, speed) for s, _, speed, _ in draw] == [(s, speed) for s, _, speed in asked]
         assert len({(s, b, speed) for s, b, speed, _ in draw}) == 3  # one background per subject and speed
-        assert len(set(draw[8:12])) == 4  # no background is repeated before all were used
+        assert len(set(draw[8:12])) == 4  # no offset is repeated before all were used
         assert {abs(offset) for *_, offset in draw} <= {0, 1, 2, 3}
 
 

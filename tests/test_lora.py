@@ -130,7 +130,7 @@ def test_merged_as_diffusers_fuses(
 
 
 def test_the_names_before_peft(factors: tuple[State, State], tmp_path: Path) -> None:
-    """`attn1.processor.to_q_lora.down.weight`, as in diffusers' first training scripts. Alpha is absent: it is the rank."""
+    """`attn1.processor.to_q_lora.down.weight`, as in diffusers' first training scripts. An absent alpha is the rank."""
     unet = pipeline().unet.state_dict()
     module = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
     old: State = {}
