@@ -172,7 +172,7 @@ EVERYTHING = list(everything())
 
 
 def test_what_goes_together() -> None:
-    """24 grids for each of 3 kinds with 3 predictions, or 2 at zero SNR; one grid per solver of EDM (4); flow's 2 grids."""
+    """24 grids for 3 kinds with 3 predictions, or 2 at zero SNR; one for each of EDM's 4 solvers; flow's 2 grids."""
     assert len(EVERYTHING) == (9 + 6) * (5 + 6 + 4 + 4 + 4 + 1) + 4 + 2
 
 

@@ -202,7 +202,7 @@ def test_the_fields_configurations_are_diffusers_as_they_run(
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 10, 14, 25, 50])
 def test_svd_is_diffusers(steps: int) -> None:
-    """The scheduler of Stable Video Diffusion's folder. Its states reach 700, so float32 loses up to 4e-5 in few steps."""
+    """The scheduler of Stable Video Diffusion's folder. Its states reach 700, so few float32 steps lose up to 4e-5."""
     made = solver_table(SVD, "v", Solver("euler", "karras"), steps)
     for dtype, tolerance in ((np.float64, 1e-9), (np.float32, 2e-5 if steps > 2 else 1e-4)):
         with precision(diffusers.EulerDiscreteScheduler, dtype):

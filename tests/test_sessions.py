@@ -72,7 +72,7 @@ def test_every_session_of_the_backend_has_it(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def layer() -> tuple[bytes, NDArray[np.float32], NDArray[np.float64]]:
-    """An 8-bit layer as `quantize` writes it, inputs with pairs of products that sum past 16 bits, and the exact result."""
+    """An 8-bit layer as `quantize` writes it, inputs with product pairs that sum past 16 bits, and the exact result."""
     random = np.random.default_rng(0)
     weight, x = random.integers(100, 128, (64, 32)).astype(np.int8), random.random((8, 64), np.float32) * 0.3 + 0.7
     scale_x, scale_w = np.float32(1 / 255), np.float32(0.01)
