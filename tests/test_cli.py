@@ -1,4 +1,4 @@
-"""The command `higen`: what it writes and prints, and exit codes that mean something."""
+"""The command `higen`: what it writes and prints, and meaningful exit codes."""
 
 from __future__ import annotations
 

@@ -751,7 +751,7 @@ def test_an_edited_manifest_and_an_older_one(built: Path, tmp_path: Path) -> Non
 
 
 def test_graphs_of_the_older_step_contract_are_refused(built: Path, tmp_path: Path) -> None:
-    """Graphs with `t` in whole numbers or with one guidance per sample must be exported again."""
+    """Graphs with an integer `t` or with one guidance value per sample must be exported again."""
     for name, change in (("t", "int64"), ("guidance", "[B]")):
         made = write_made_up_model(tmp_path / name)
         path = made.path / graph_file("film_two")

@@ -64,7 +64,7 @@ def decoder_graph(path: Path, latents: int = 4, factor: int = 2, layers: int = 1
 
 @pytest.fixture
 def model(tiny_model: Path, tmp_path: Path) -> Path:
-    """The tiny model with a decoder graph of its interface."""
+    """The tiny model with a decoder graph that has its decoder's interface."""
     copy = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     with_graph(copy)
     return copy

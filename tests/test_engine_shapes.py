@@ -16,7 +16,7 @@ from higen.tables import Tiles
 
 RELEASED_CONFIG = ModelConfig(name="released")
 RELEASED = spec.manifest(RELEASED_CONFIG)
-"""The released model's tables: 448x256, 32 frames, latents of an eighth."""
+"""The released model's tables: 448x256, 32 frames, latents at an eighth of the size."""
 
 TINY = spec.manifest(TINY_CONFIG)
 

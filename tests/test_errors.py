@@ -1,4 +1,4 @@
-"""Errors and warnings: their messages are short, and they arrive whole in another process."""
+"""Errors and warnings: their messages are short, and they reach another process unchanged."""
 
 from __future__ import annotations
 

@@ -246,7 +246,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, list[Parit
 
 @pytest.fixture
 def model(graphs: tuple[Bundle, list[Parity]], tmp_path: Path) -> Bundle:
-    """A copy of it."""
+    """A copy of the model with graphs."""
     return Bundle.open(shutil.copytree(graphs[0].path, tmp_path / "model"))
 
 

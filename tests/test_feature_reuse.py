@@ -1,4 +1,4 @@
-"""Deep features are kept by full steps and taken by shallow steps. Tests which rows do this, with plain formulas."""
+"""Full steps keep deep features and shallow steps take them: which rows do which, with plain formulas."""
 
 from __future__ import annotations
 

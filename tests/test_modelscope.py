@@ -271,7 +271,7 @@ def test_the_tables_say_what_the_folder_says(saved: Path, converted: Bundle) -> 
     "how", [{"variant": "fp16"}, {"max_shard_size": "300KB"}, {"safe_serialization": False}], ids=str
 )
 def test_every_way_that_diffusers_saves(converted: Bundle, tmp_path: Path, how: dict[str, Any]) -> None:
-    """A folder for video to video too, as ZeroScope XL has it."""
+    """Also a folder for video to video, as ZeroScope XL has it."""
     pipeline = tiny.video_pipeline(ddim(), kind="VideoToVideoSDPipeline")
     folder = tiny.save(pipeline, tmp_path / "hub", **how)
     same_weights(convert_sources([folder], tmp_path / "model", dtype="fp32"), converted)

@@ -46,7 +46,7 @@ from higen.sampler import Step
 built, onnxruntime_root = cpp_build.built, cpp_build.onnxruntime_root  # fixtures
 
 diffusers.logging.set_verbosity_error()
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' warning
 
 FOLDER = Path(__file__).resolve().parent / "outside_family"
 PROMPT = "a crab waits"

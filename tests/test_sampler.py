@@ -282,7 +282,7 @@ BEGINS: dict[str, Made] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' warning
 @pytest.mark.parametrize("strength", [0.25, 0.6, 1.0])
 @pytest.mark.parametrize("name", BEGINS)
 def test_a_begin_in_the_tail_is_diffusers_begin_index(name: str, strength: float) -> None:

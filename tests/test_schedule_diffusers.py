@@ -19,7 +19,7 @@ import torch
 from higen.schedule import SOLVERS, SPACINGS, NoiseSchedule, Solver, SolverTable, alphas_cumprod, solver_table
 
 diffusers.logging.set_verbosity_error()
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' warning
 
 SD, LINEAR, COSINE = (NoiseSchedule(kind) for kind in ("scaled_linear", "linear", "cosine"))
 ZERO_SNR = NoiseSchedule(zero_terminal_snr=True)

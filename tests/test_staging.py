@@ -34,7 +34,7 @@ folder = Path(sys.argv[1])
 
 
 def killed(code: str, folder: Path) -> None:
-    """Run Python code in a process that kills itself with SIGKILL; its variable `folder` is the folder."""
+    """Run Python code, with the variable `folder`, in a process that kills itself with SIGKILL."""
     done = subprocess.run(
         [sys.executable, "-c", START + code, str(folder)], check=False, capture_output=True, text=True
     )

@@ -71,7 +71,7 @@ def small(manifest: Manifest) -> dict[str, int]:
 
 
 def profile(manifest: Manifest, frames: int = 3) -> Profile:
-    """A profile for clips of `small`, of up to this many frames."""
+    """A profile for clips with the sizes of `small` and up to this many frames."""
     sizes = small(manifest)
     height, width = sizes["height"], sizes["width"]
     return Profile(
