@@ -599,7 +599,7 @@ def tokens(ask: Ask, tokenizer: Path, rules: TextRules, texts: Sequence[str]) ->
 def test_token_ids_are_pythons(
     ask: Ask, tokenizers: dict[str, Path], kind: str, clean: bool, ordinary: bool, count: int
 ) -> None:
-    """Ten thousand texts in total. With cleaning, texts that only ftfy can repair may be refused."""
+    """Ten thousand texts in all. With cleaning, texts that only ftfy can repair are refused and never get other ids."""
     texts = random_texts(count, seed=11, words=ORDINARY if ordinary else None, more=WORDS)
     rules = TextRules("tokenizer.json", 40, 0, clean)
     tokenizer = PromptTokenizer.from_file(tokenizers[kind], rules)

@@ -128,7 +128,7 @@ def test_a_graph_is_valid_named_by_the_table_and_holds_no_weights(
 
 @pytest.mark.usefixtures("exported")
 def test_the_optimiser_does_what_onnxscripts_own_does(unoptimized: list[ir.Model]) -> None:
-    """Ours leaves one rule out. That rule changes nothing here, although it inspects slices in both graphs."""
+    """Our optimiser leaves one rule out. That rule changes nothing here, although it inspects slices in both graphs."""
     assert len(unoptimized) == len(EXPORTED)
     for model in unoptimized:
         ours, theirs = model.clone(), model.clone()

@@ -123,7 +123,7 @@ def test_the_pipeline_lists_its_controls(folder: Path) -> None:
 
 
 def test_generate_and_load_pass_controls_on() -> None:
-    """The keywords that HiGen had before controls existed are passed on as controls."""
+    """HiGen's own keywords are passed on through its controls."""
     picture = np.zeros((32, 32, 3), np.uint8)
     options = {"steps": 1, "frames": 2, "width": 32, "height": 32, "progress": False}
     with higen.load() as pipe:

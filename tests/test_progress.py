@@ -1,4 +1,4 @@
-"""Progress bars: they are shown in terminals and notebooks, and a bar that cannot be written does not stop a generation."""
+"""Progress bars: terminals and notebooks show them, and a bar that cannot be written does not stop a generation."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ def clip(frames: int = 8) -> Sample:
 
 
 def test_the_prior_may_be_mixed_into_a_clips_noise() -> None:
-    """MicroCinema's appearance noise prior. Target and state depend only on the noise, so the prediction follows."""
+    """MicroCinema's appearance noise prior. Target and state use only the mixed noise, so the prediction follows."""
     plain, mixed = (batches(noise_mix=mix).batch([clip()], VIDEO, 0, range(1)) for mix in (None, 0.4))
     torch.testing.assert_close(mixed.noise, plain.noise + 0.4 * mixed.prior[:, :, None])
     torch.testing.assert_close(mixed.x0, plain.x0)
