@@ -22,10 +22,10 @@ from higen.models.companions import autoencoder, text_encoder
 from higen.tokenizer import build_word_tokenizer
 from higen.train.settings import Settings
 
-# Nothing is kept from one run of the tests to the next; processes that tests start have it from here.
+# No cache is kept between test runs. Processes that tests start inherit this setting.
 os.environ["HIGEN_CACHE"] = "off"
 
-# The same examples everywhere, and no time limit: a test's result must not depend on the machine's speed.
+# Use the same examples everywhere and no time limit, so that results do not depend on the machine's speed.
 hypothesis.settings.register_profile(
     "higen", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]
 )
@@ -79,7 +79,7 @@ TINY = ModelConfig(
 
 
 def write_tiny_model(path: Path, config: ModelConfig = TINY, seed: int = 0) -> Bundle:
-    """A model directory with random weights, also in the branches that training initialises with zeros."""
+    """A model directory with random weights, including the layers that training initialises with zeros."""
     torch.manual_seed(seed)
     denoiser = Denoiser(config.unet)
     for parameter in denoiser.parameters():
@@ -116,7 +116,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def preconditioned_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with prior preconditioning, a pooled context and optional cues, as the default model has."""
+    """`tiny_model` with prior preconditioning, a pooled context and optional cues, as the default model has."""
     unet = replace(TINY.unet, prior_preconditioning=True, pooled_context=True)
     config = replace(TINY, unet=unet, optional_cues=True, defaults=replace(TINY.defaults, motion=None, appearance=None))
     return write_tiny_model(tmp_path_factory.mktemp("models") / "preconditioned", config).path
@@ -124,8 +124,8 @@ def preconditioned_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def training_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What the tests of training begin with; read it, do not change it."""
-    from training_run import MODEL  # it imports this module
+    """The model that the training tests start from; read it, do not change it."""
+    from training_run import MODEL  # a late import, because it imports this module
 
     return write_tiny_model(tmp_path_factory.mktemp("training") / "tiny", MODEL).path
 
@@ -140,7 +140,7 @@ def training_clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def whole_run(tmp_path_factory: pytest.TempPathFactory, training_model: Path, training_clips: Path) -> Settings:
-    """A run of 6 steps over them that was never stopped; read its files, do not change them."""
+    """An uninterrupted run of 6 steps on `training_clips`; read its files, do not change them."""
     from training_run import make_settings
 
     from higen.train.trainer import train
@@ -161,7 +161,7 @@ def reference() -> Path:
 
 @pytest.fixture
 def single() -> Iterator[None]:
-    """Arithmetic in one thread, as in a forked child."""
+    """Compute in one thread, as a forked child does."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

@@ -18,7 +18,7 @@ SOURCE = Path(__file__).resolve().parents[1] / "engines" / "cpp"
 
 
 def unavailable(reason: str) -> None:
-    """Skip; where the C++ runtime must be tested (continuous integration) it is a failure."""
+    """Skip the test, or fail it where the C++ runtime must be tested (continuous integration)."""
     if os.environ.get("HIGEN_REQUIRE_CPP"):
         pytest.fail(reason)
     pytest.skip(reason)

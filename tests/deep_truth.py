@@ -1,4 +1,4 @@
-"""Reused features the plain way: a U-Net computes everything, and hooks put the kept features into its last layer."""
+"""A plain reference for feature reuse: the U-Net computes everything; hooks put kept features into its last layer."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["Reused"]
 
 
 class Reused:
-    """Hooks on a diffusers U-Net. Each forward is a full step where `full(number of the forward)` says so."""
+    """Hooks on a diffusers U-Net. Forward pass number n is a full step if `full(n)` is true."""
 
     def __init__(self, unet: Any, full: Any) -> None:
         self.count, self._full, self._kept = -1, full, torch.empty(0)

@@ -1,7 +1,7 @@
-"""The part of the CUDA driver API that cuda.py calls, on host memory, with the rules of the real one.
+"""A fake of the CUDA driver functions that cuda.py calls. It uses host memory and enforces the real driver's rules.
 
-Work on the stream waits for a synchronisation, so that memory which is used too early or freed too soon makes a test
-fail. Graphs record and replay. A call that the real driver refuses gives an error code, and one that would crash it
+Work on the stream waits for a synchronisation, so a test fails if memory is used too early or freed too soon. Graphs
+record and replay. A call that the real driver refuses gives an error code. A call that would crash the real driver
 fails an assertion.
 """
 
@@ -55,7 +55,7 @@ class FakeDriver:
         return not (self.blocks or self._graphs or self._stream or self._retained)
 
     def view(self, address: int, size: int) -> np.ndarray[Any, Any]:
-        """Bytes of device memory; asserts that they lie in one living block."""
+        """Bytes of device memory; asserts that they lie in one block that is still allocated."""
         for start, block in self.blocks.items():
             if start <= address and address + size <= start + block.nbytes:
                 return block[address - start : address - start + size]
@@ -66,7 +66,7 @@ class FakeDriver:
         (self._pending if self._recording is None else self._recording).append(work)
 
     def drain(self) -> None:
-        """Do the waiting work of the stream."""
+        """Do the stream's waiting work."""
         pending, self._pending = self._pending, []
         for work in pending:
             work()

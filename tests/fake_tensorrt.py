@@ -1,8 +1,9 @@
-"""TensorRT's Python modules as higen calls them, on ONNX Runtime and the fake CUDA driver.
+"""A fake of TensorRT's Python modules as higen uses them, on ONNX Runtime and the fake CUDA driver.
 
-Each of the four real bindings is played from its own surface (tensorrt_surface.json): an attribute or enum member that
-the real one lacks is an AttributeError, so that feature detection and typing errors are tested; and its rules hold:
-what must be set before what, which shapes a profile allows, which memory must live, when a graph can be captured.
+Each of the four real bindings is imitated from its own list of names (tensorrt_surface.json). An attribute or enum
+member that the real binding lacks raises AttributeError, so feature detection and misspelt names are tested. The real
+rules hold: the order of settings, the shapes that a profile allows, which memory must stay allocated, and when a graph
+can be captured.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ SURFACES: dict[str, dict[str, list[str]]] = json.loads(
 )
 
 SCRATCH = 4096
-"""Bytes of scratch memory that a fake engine wants, unless told otherwise."""
+"""Default bytes of scratch memory that a fake engine asks for."""
 
-VALUES = {  # where a value matters
+VALUES = {  # only the enums with significant values
     "EngineInvalidityDiagnostics": {
         "VERSION_MISMATCH": 1,
         "UNSUPPORTED_CC": 2,
@@ -49,7 +50,7 @@ class Died(BaseException):
 
 
 class Surfaced:
-    """An object with the attributes that the real class has, and no other."""
+    """An object with only the attributes of the real class."""
 
     _kind: ClassVar[str] = ""
     _module: FakeTensorrt
@@ -77,7 +78,7 @@ class Surfaced:
 
 
 class FakeTensorrt:
-    """One of the modules. `name` is a key of SURFACES; `driver` the fake GPU, without which the runtime dies."""
+    """One of the modules. `name` is a key of SURFACES. `driver` is the fake GPU; without it the runtime dies."""
 
     def __init__(self, name: str, driver: FakeDriver | None = None, factor: int = 2) -> None:
         self._name = name
@@ -109,7 +110,7 @@ class FakeTensorrt:
 
 
 class _Callback(Surfaced):
-    """ILogger and IProgressMonitor: meant to be subclassed; a subclass may add what it likes."""
+    """ILogger and IProgressMonitor: meant to be subclassed; a subclass may add attributes."""
 
     def __init__(self) -> None:
         self._initialized = True
@@ -142,7 +143,7 @@ class _Builder(Surfaced):
         monitor = config._monitor
         monitor.phase_start("Building engine", None, 2)
         going = monitor.step_complete("Building engine", 0)
-        for text in self._module.build_errors:  # "succeeds" all the same, as the real one does
+        for text in self._module.build_errors:  # it still "succeeds", as the real builder does
             _log(self._logger, "ERROR", text)
         if not going:
             return None
@@ -194,7 +195,7 @@ class _Network(Surfaced):
 
 
 class _Plain(Surfaced):
-    """A class of values alone."""
+    """A class that holds only values."""
 
 
 class _Parser(Surfaced):
@@ -270,7 +271,7 @@ class _Profile(Surfaced):
         self._shapes: dict[str, list[tuple[int, ...]]] = {}
 
     def set_shape(self, name: str, smallest: Any, best: Any, largest: Any) -> None:
-        # The real one takes unknown names in silence.
+        # The real one silently accepts unknown names.
         self._shapes[name] = [tuple(smallest), tuple(best), tuple(largest)]
 
 
@@ -454,7 +455,7 @@ class _Context(Surfaced):
         assert not self.infer_shapes(), "every input's shape must be set"
         state = (self._profile, tuple(sorted(self._shapes.items())))
         if self._driver.capturing and self._ran != state:
-            return False  # after a change of shapes, one plain execution comes first
+            return False  # after a change of shapes, one execution without capture must come first
         arrays = {}
         for name, (mode, _) in self._engine._io.items():
             dtype = np.dtype(DTYPES[self._engine.get_tensor_dtype(name).name])

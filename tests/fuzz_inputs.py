@@ -1,6 +1,6 @@
-"""Mutated input files: each is read as an independent reader reads it, or is one typed error of one line.
+"""Mutated input files. Each must be read as an independent reader reads it, or raise a typed error of one line.
 
-python tests/fuzz_inputs.py 10000 [SEED]       the campaign; tests/test_fuzz_inputs.py has a fixed sample of it
+python tests/fuzz_inputs.py 10000 [SEED]       the campaign; tests/test_fuzz_inputs.py runs a fixed sample
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ from higen.train.networks import read_architecture
 from higen.train.settings import flat, read_settings
 
 SECONDS = 20
-"""One file takes far less; a reader that hangs is stopped."""
+"""Time limit per file, which stops a reader that hangs; a file normally takes far less."""
 
 Check = Callable[[Path, bytes], None]
-"""Reads a file and compares with what its bytes say; raises AssertionError for another result."""
+"""Reads a file and compares the result with its bytes; raises AssertionError if they differ."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Kind:
 
 
 def text_of(data: bytes) -> str:
-    """What a text file says to a plain reader."""
+    """The text of a file without byte order marks, as a plain reader decodes it."""
     while data.startswith(b"\xef\xbb\xbf"):
         data = data[3:]
     return data.decode("utf-8").replace("\r\n", "\n").replace("\r", "\n")
@@ -65,7 +65,7 @@ def check_caption(file: Path, data: bytes) -> None:
 
 
 def fields(text: str) -> Iterator[list[str]]:
-    """The records of a CSV file by RFC 4180, character by character. Raises ValueError for what is none."""
+    """The records of a CSV file by RFC 4180, character by character. Raises ValueError for an invalid file."""
     row, value, state, i = [], "", "start", 0
     while i < len(text):
         c = text[i]
@@ -154,14 +154,14 @@ def saved(content: object, legacy: bool = False) -> bytes:
 
 
 def check_archive(file: Path, data: bytes) -> None:
-    """An archive has checksums: what is read at all is what was saved."""
+    """An archive has checksums, so whatever can be read equals what was saved."""
     found = read_state(file)
     assert found.keys() == STATE.keys()
     assert all(torch.equal(found[name], STATE[name]) for name in STATE)
 
 
 def check_plain(file: Path, data: bytes) -> None:
-    """Formats without checksums: whatever is read is tensors by name, and the names are those of the header."""
+    """Formats without checksums: the result maps names to tensors, and the names are those of the header."""
     found = read_state(file)
     assert found
     assert all(isinstance(name, str) and isinstance(t, torch.Tensor) for name, t in found.items())
@@ -228,7 +228,7 @@ PIECES = (
 
 
 def mutated(data: bytes, draw: random.Random) -> bytes:
-    """One to three changes: a bit, a piece put in or over, a part taken out or doubled, an end cut off, an encoding."""
+    """One to three changes: flip a bit, insert, overwrite, delete or double a part, cut an end off, or re-encode."""
     for _ in range(draw.randint(1, 3)):
         at, size = draw.randrange(len(data) + 1), draw.choice((1, 1, 2, 8, 40))
         # Half of the changes hit the first bytes, where headers are.
@@ -259,7 +259,7 @@ def mutated(data: bytes, draw: random.Random) -> bytes:
 
 
 def run(kind: Kind, data: bytes, folder: Path) -> str:
-    """How the file was taken: "read" or "refused". Raises what it should not have raised."""
+    """The outcome for this file: "read" or "refused". An error of a wrong type passes through."""
     file = folder / kind.name
     file.write_bytes(data)
     if kind.name == "clip.txt":
@@ -274,7 +274,7 @@ def run(kind: Kind, data: bytes, folder: Path) -> str:
 
 
 def campaign(count: int, seed: int = 0, folder: Path | None = None) -> tuple[Counter[tuple[str, str]], list[str]]:
-    """(kind, outcome) counted over this many files, and the failures."""
+    """Counts of (kind, outcome) over `count` files, and the failures."""
     draw, found, failures = random.Random(seed), Counter[tuple[str, str]](), list[str]()
     with tempfile.TemporaryDirectory(dir=folder) as scratch:
         for number in range(count):

@@ -1,6 +1,6 @@
-"""A model of tables alone, and a backend that computes plain formulas: what the interpreter does can be told exactly.
+"""A model that consists of tables only, and a backend of plain formulas, so that the interpreter's results are exact.
 
-Two loops, stage names unlike HiGen's, and a stage for every kind of source.
+It has two loops, stage names unlike HiGen's, and a stage for every kind of source.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ MANIFEST = Manifest(
 
 
 def changed(manifest: Manifest, name: str, **values: Any) -> Manifest:
-    """The manifest with other values in the row of the stage or loop `name`."""
+    """The manifest with changed values in the row of the stage or loop `name`."""
     return replace(
         manifest,
         stages=tuple(replace(row, **values) if row.name == name else row for row in manifest.stages),
@@ -159,7 +159,7 @@ def step(network: Callable[[Array, Array, Array], Array]) -> Formula:
 
 
 def linear(x: Array, t: Array, hints: Array) -> Array:
-    """Frame by frame, and linear: 0.3 x + t / 1000 + the mean of the frame's hints."""
+    """Linear, each frame on its own: 0.3 x + t / 1000 + the mean of the frame's hints."""
     return 0.3 * x + t / 1000 + hints.mean(axis=2)[:, None, :, None, None]
 
 
@@ -172,14 +172,14 @@ def mixer(words: Array, shake: Array, grain: Array) -> dict[str, Array]:
 
 
 def see(pixels: Array) -> dict[str, Array]:
-    """Two channels, each 2x2 pixels of the first colour: its mean and its first pixel."""
+    """Two channels: the mean and the first pixel of each 2x2 block of the first colour."""
     n, _, height, width = pixels.shape
     blocks = pixels[:, 0].reshape(n, height // 2, 2, width // 2, 2)
     return {"seen": np.stack([blocks.mean(axis=(2, 4)), blocks[:, :, 0, :, 0]], axis=1)}
 
 
 def paint(z: Array) -> dict[str, Array]:
-    """The first channel as grey, each cell four pixels."""
+    """The first channel as grey; each cell becomes 2x2 pixels."""
     grey = np.tanh(z[:, :1]).repeat(2, axis=2).repeat(2, axis=3)
     return {"pixels": np.repeat(grey, 3, axis=1)}
 
@@ -198,7 +198,7 @@ FORMULAS: dict[str, Formula] = {
 
 
 class Formulas(RecordingBackend):
-    """Computes each stage by its formula, and keeps what every call was given. `lacks`: stages that cannot be run."""
+    """Computes each stage by its formula and records every call's inputs. `lacks`: stages that cannot be run."""
 
     def __init__(
         self, manifest: Manifest = MANIFEST, formulas: Mapping[str, Formula] = FORMULAS, lacks: tuple[str, ...] = ()
@@ -227,7 +227,7 @@ class Formulas(RecordingBackend):
         return made
 
     def of(self, stage: str) -> list[dict[str, Array]]:
-        """What each call of a stage was given."""
+        """The inputs of each call of a stage."""
         return [arrays for name, arrays in self.given if name == stage]
 
     @property

@@ -1,7 +1,7 @@
-"""Kills a command with SIGKILL at each of its file operations, and checks what is left: the old state or the new one.
+"""Kills a command with SIGKILL at each of its file operations, and checks that the old or the new state is left.
 
     python tests/kill_campaign.py                     every command, every operation (some minutes on one core)
-    python tests/kill_campaign.py --stride 7 export   each seventh operation of the cases named "export..."
+    python tests/kill_campaign.py --stride 7 export   every seventh operation of the cases named "export..."
 
 Each case runs in forked children; the parent starts no threads, because a fork would lose them. Python's audit events
 count the operations that change files (open for writing, rename, remove, mkdir, rmdir, link, chmod, truncate). The
@@ -61,7 +61,7 @@ __all__ = ["CASES", "Case", "Result", "campaign"]
 
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 OPERATIONS = ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.symlink", "os.chmod", "os.truncate")
-STAGE = "text_encoder"  # the cheapest one with weights of its own
+STAGE = "text_encoder"  # the cheapest stage with weights of its own
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Result:
-    """The kills of a case: how many left the old state and how many the new one, and the problems."""
+    """The result of a case: number of kills, how many of them left the old and the new state, and the problems."""
 
     name: str
     kills: int
@@ -124,13 +124,13 @@ def model_in(folder: Path) -> Path:
 
 
 def fits_together(model: Path) -> None:
-    """Check as a reader that repairs nothing: every file that the manifest lists has its hash."""
+    """Check, without repairing anything, that every file in the manifest has the recorded hash."""
     for name, record in read_manifest(model, sealed=False).files.items():
         assert file_record(model / name) == record, name
 
 
 def opened(model: Path) -> Bundle:
-    """The model as higen opens it, every file checked, with nothing beside what is listed."""
+    """The model as higen opens it. Every file is checked, and the folder must not hold any unlisted file."""
     bundle = Bundle.open(model)
     for name in bundle.files:
         bundle.file(name)
@@ -149,14 +149,14 @@ CONVERTED = SimpleNamespace(
 
 
 def convert(folder: Path, overwrite: bool) -> None:
-    """A conversion whose checkpoint was read before."""
+    """A conversion of a checkpoint that was read before."""
     reader = SimpleNamespace(recognise=lambda _: True, convert=lambda *_, **__: CONVERTED)
     with mock.patch.object(families, "checkpoint", return_value=reader):
         convert_sources([], folder / "model", family="higen", dtype="fp32", overwrite=overwrite)
 
 
 def convert_case(name: str, there: bool, exchange: bool) -> Case:
-    """A new model directory, or one that replaces another: by one exchange, or on a system without the exchange."""
+    """A model directory that is new or replaces another one, on a system with or without an exchange of folders."""
 
     def setup(folder: Path) -> None:
         if there:
@@ -178,7 +178,7 @@ def convert_case(name: str, there: bool, exchange: bool) -> Case:
 
 
 def export(folder: Path, precision: str) -> None:
-    """An export whose graph was traced and compared before. It differs from the existing graph by its name."""
+    """An export of a graph that was traced and compared before. Only its name differs from the existing graph."""
 
     def traced(bundle: Bundle, _: object, name: str, output: Path, *__: object) -> None:
         graph = onnx.load(str(bundle.path / graph_file(name)), load_external_data=False)
@@ -210,7 +210,7 @@ def export(folder: Path, precision: str) -> None:
 
 
 def export_case(precision: str) -> Case:
-    """A graph replaces another one, or it is the first of its precision and comes with weights."""
+    """A graph that replaces another one, or the first graph of its precision, which comes with weights."""
 
     def state(folder: Path) -> str:
         bundle, name = opened(folder / "model"), graph_file(STAGE, precision)
@@ -236,7 +236,7 @@ def linked_model(folder: Path) -> None:
 
 
 def cache_case(precision: str) -> Case:
-    """An export into a model whose files are links; no blob is changed."""
+    """An export into a model that consists of links. No blob is changed."""
     there = export_case(precision)
 
     def state(folder: Path) -> str:
@@ -249,7 +249,7 @@ def cache_case(precision: str) -> Case:
 
 
 def quantize(folder: Path) -> None:
-    """A quantisation whose layers were chosen before."""
+    """A quantisation of layers that were chosen before."""
     trial = SimpleNamespace(work={"a": 1.0}, ranges={"a": 1.0})
     stage = Bundle.open(folder / "model").manifest.denoising[0]
     with mock.patch.multiple(
@@ -268,7 +268,7 @@ BUILT = ("vae_decoder", "vae_encoder")
 
 
 def build(folder: Path, content: bytes) -> None:
-    """A build whose plans are `content`."""
+    """A build that writes `content` as each plan."""
     bundle = Bundle.open(folder / "model")
     with mock.patch.multiple(
         engines,
@@ -285,7 +285,7 @@ def build_setup(folder: Path) -> None:
 
 
 def build_state(folder: Path) -> str:
-    """Each stage's plan has a record of its own; the state is new where all plans are."""
+    """Each stage's plan has its own record. The state is new if all plans are new."""
     from higen.backends.plans import read_plans
 
     found = []
@@ -300,14 +300,14 @@ def build_state(folder: Path) -> str:
         assert hashlib.sha256(content).hexdigest() == plan.record.sha256
         assert content in (b"old" * 100, b"new" * 100)
         found.append(content[:3].decode())
-    return found[-1]  # they are built in this order
+    return found[-1]  # the stages are built in this order, so the last one tells
 
 
 # Training
 
 
 def train(folder: Path) -> None:
-    """Save a training run: its log, a clip's latents, a checkpoint, the list of skipped files, the model."""
+    """Save a training run's files: the log, a clip's latents, a checkpoint, the list of skipped files, the model."""
     record = Record(folder / "run", 20, tensorboard=False)
     for step in (30, 40):
         record.log(step, {"image": 0.5})
@@ -321,7 +321,7 @@ def train(folder: Path) -> None:
 
 
 def train_setup(folder: Path) -> None:
-    """Two checkpoints, and log lines after the last one."""
+    """Two checkpoints, and log lines from after the last one."""
     checkpoints = Checkpoints(folder / "run" / "checkpoints", keep=2)
     for step in (10, 20):
         checkpoints.save(step, {"a": torch.zeros(8)})
@@ -334,7 +334,7 @@ def train_setup(folder: Path) -> None:
 
 
 def train_state(folder: Path) -> str:
-    """Every file is whole; the state is new where the model is, which is written last."""
+    """Check that every file is whole. The model is written last, so the state is new if the model is new."""
     steps = [int(row["step"]) for row in read_losses(folder / "run" / "losses.jsonl")]
     assert steps in ([10, 20, 25], [10, 20], [10, 20, 30], [10, 20, 30, 40]), steps
     checkpoints = Checkpoints(folder / "run" / "checkpoints", keep=2)
@@ -366,10 +366,10 @@ def upgrade_state(folder: Path) -> str:
 
 
 def edited(folder: Path) -> None:
-    """A directory whose tables somebody has edited."""
+    """A directory with tables that somebody has edited."""
     model = model_in(folder)
     text = (model / MANIFEST).read_text()
-    (model / MANIFEST).unlink()  # it is a hard link of the built-in one's
+    (model / MANIFEST).unlink()  # it is a hard link to the built-in model's manifest
     (model / MANIFEST).write_text(text.replace('"name": "', '"name": "my ', 1))
 
 
@@ -407,13 +407,13 @@ CASES = (
 
 
 def in_child(work: Callable[[], object], kill_at: int = 0, seconds: int = 60) -> tuple[int, str]:
-    """Run in a forked child. `kill_at`: the operation before which it dies, from 1; 0: none.
+    """Run `work` in a forked child. `kill_at`: the number, from 1, of the operation before which it dies; 0 for none.
 
-    Returns its exit code (the signal's number, negative) and what `work` returned, or its error, as a text.
+    Returns the child's exit code (negative for a signal) and the result or the error of `work` as text.
     """
     read, write = os.pipe()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of forking with threads: the parent has none at work
+        warnings.simplefilter("ignore")  # about forking with threads: the parent has none running
         child = os.fork()
     if not child:
         code = 1
@@ -423,7 +423,7 @@ def in_child(work: Callable[[], object], kill_at: int = 0, seconds: int = 60) ->
                 kill_before(kill_at)
             said = str(work())
             code = 0
-        except BaseException as error:  # the parent says it
+        except BaseException as error:  # the parent reports it
             said = f"{type(error).__name__}: {error}"
         finally:
             os.write(write, said.encode()[:4000])
@@ -435,7 +435,7 @@ def in_child(work: Callable[[], object], kill_at: int = 0, seconds: int = 60) ->
 
 
 def kill_before(number: int) -> None:
-    """Kill this process before its file operation of this number."""
+    """Kill this process before file operation `number`."""
     done = 0
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
@@ -461,7 +461,7 @@ def left_over(folder: Path) -> list[str]:
 
 
 def killed(case: Case, number: int) -> tuple[str | None, str]:
-    """Kill a case at an operation: the state after it (None: it ended before), and what is wrong ("": nothing)."""
+    """Kill a case at an operation. Returns the state after it (None: the run ended first) and the problem (or "")."""
     with tempfile.TemporaryDirectory(prefix="kills-") as place:
         folder = Path(place)
         if problem := failed("the first state", in_child(lambda: case.setup(folder))):
@@ -486,14 +486,14 @@ def failed(what: str, ended: tuple[int, str]) -> str:
 
 
 def untouched(folder: Path) -> None:
-    """Check the files after a kill as a reader that repairs nothing."""
+    """Check the files after a kill without repairing anything."""
     model = folder / "model"
     if (model / MANIFEST).exists():
         fits_together(model)
 
 
 def campaign(case: Case, stride: int = 1, first: int = 1) -> Result:
-    """Kill a case at every operation, or with `stride` n at every n-th one from `first`."""
+    """Kill a case at every operation or, with `stride` n, at every n-th operation from `first`."""
     states, wrong, number = [], [], first
     while True:
         state, problem = killed(case, number)
@@ -507,7 +507,7 @@ def campaign(case: Case, stride: int = 1, first: int = 1) -> Result:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Command line: see the module's docstring."""
+    """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--stride", type=int, default=1, help="kill at every n-th operation  [1]")
     parser.add_argument("names", nargs="*", help="cases that have one of these words in their names  [all]")

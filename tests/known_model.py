@@ -1,4 +1,4 @@
-"""The made-up model of `interpreter_model` with known frames: its film passes through pictures."""
+"""The model of `interpreter_model` with known frames: its film passes through given pictures."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def told(manifest: Manifest, flat: bool) -> Manifest:
 
 
 def told_step(**given: Array) -> dict[str, Array]:
-    """`linear` and a share of what is known."""
+    """A step of `linear` plus 0.2 of the known latents."""
     mask = given["mask"].reshape(len(given["mask"]), 1, given["latents"].shape[2], *given["mask"].shape[3:])
     mask = mask if mask.ndim == 5 else mask[..., None, None]
     own: Formula = step(lambda x, t, hints: linear(x, t, hints) + 0.2 * mask * given["known"])
@@ -51,7 +51,7 @@ def told_step(**given: Array) -> dict[str, Array]:
 
 
 def cells(picture: NDArray[np.uint8]) -> Array:
-    """What `watch` makes of a picture [8, 12, 3] of the request's own size: [C, 4, 6], in float64."""
+    """What the stage `watch` computes for a picture [8, 12, 3] of the request's size: [C, 4, 6], in float64."""
     red = picture[..., 0].astype(np.float64) / 127.5 - 1
     blocks = red.reshape(4, 2, 6, 2)
     found: Any = np.stack([blocks.mean(axis=(1, 3)), blocks[:, 0, :, 0]])

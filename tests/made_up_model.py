@@ -1,8 +1,8 @@
-"""A model of no family: tables and graphs written here, for the runtimes that know no family.
+"""A model of no family. Its tables and graphs are written here, to test runtimes that know no family.
 
-Two loops (a draft of one frame, then the film around it), a picture, a curve, a matrix of similarities, a whole number,
-a choice, per-frame guidance with an `empty_` pair, a stochastic solver, epsilon prediction, and a video decoder whose
-output depends on the neighbouring frames, so that neither samples nor chunks may be mixed. Needs the package onnx.
+It has two loops (a draft of one frame, then the film around it), a picture, a curve, a matrix of similarities, a whole
+number, a choice, per-frame guidance with an `empty_` pair, a stochastic solver, epsilon prediction, a video decoder.
+The decoder's output depends on neighbouring frames, so neither samples nor chunks may be mixed. Needs the package onnx.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ _ONE_BRANCH = """
    {m}_b = Add({m}_a, {m}_sin)
    {m} = Add({m}_b, common)
 """
-"""m [B,C,F,H,W] of latents and hints [B,F,K]."""
+"""Computes m [B,C,F,H,W] from the latents and hints [B,F,K]."""
 
 _STEP = """
 <ir_version: 10, opset_import: ["" : 21]>
@@ -183,7 +183,7 @@ _GUIDED = (
 _KEEPS = """
    {m}_deep = Slice({m}_a, zero, two, one)
 """
-"""The first two of the three channels of what a branch makes of the latents: its deep features."""
+"""Deep features of a branch: the first two of the three channels that it computes from the latents."""
 
 _TAKES = """
    {m}_all = Mul(latents, own)
@@ -191,11 +191,11 @@ _TAKES = """
    {m}_deep = Slice(deep, {begin}, {end}, one)
    {m}_a = Concat<axis=1>({m}_deep, {m}_rest)
 """
-"""The same two channels out of the deep features of both branches, or of one."""
+"""Takes these two channels from the deep features of one branch or both branches."""
 
 
 def _variant(text: str, name: str, frames: int | str, guided: bool) -> str:
-    """A step that keeps its deep features ("deep") or takes them ("shallow"), of an ordinary one."""
+    """Turn an ordinary step into one that returns its deep features ("deep") or takes them as an input ("shallow")."""
     branches = [("given", "zero", "two"), ("empty", "two", "four")] if guided else [("m", "zero", "two")]
     state = f"float[B,{2 * len(branches)},{frames},H,W] deep"
     more = "int64[1] zero = {0}, int64[1] one = {1}, int64[1] three = {3}, int64[1] four = {4}, int64[1] two"
@@ -262,7 +262,7 @@ look (float[B,3,Y,X] pixels) => (float[B,3,H,W] latents) <float[1] scale = {1.5}
     "draft_one": _step(1, guided=False, first=False),
     "film_two": _step("F", guided=True, first=True),
     "film_one": _step("F", guided=False, first=True),
-    # A convolution over three frames, zeros beyond the first and the last one it is given; then each pixel four times.
+    # A convolution over three frames, with zeros before the first and after the last given frame; then 2x2 upsampling.
     "unpack": """
 <ir_version: 10, opset_import: ["" : 21]>
 unpack (float[B,3,F,H,W] latents) => (float[B,3,F,Y,X] pixels)
@@ -273,11 +273,11 @@ unpack (float[B,3,F,H,W] latents) => (float[B,3,F,Y,X] pixels)
 }
 """,
 }
-"""Each stage's graph as text. What is declared without a value is a weight."""
+"""Each stage's graph as text. A tensor declared without a value is a weight."""
 
 
 def _reusing() -> tuple[Manifest, dict[str, str]]:
-    """The tables with deep features of the film's steps, and the graphs of their variants."""
+    """The tables with deep features for the film's steps, and the graphs of these steps' variants."""
     deep = {"film_two": True, "film_one": False}
     rows = tuple(replace(stage, deep=2) if stage.name in deep else stage for stage in MANIFEST.stages)
     kinds = [(name, kind) for name in deep for kind in ("deep", "shallow")]
@@ -307,7 +307,7 @@ def write_made_up_model(path: Path, without: tuple[str, ...] = (), reuse: bool =
 
 
 def graph_inputs(model: onnx.ModelProto) -> tuple[GraphInput, ...]:
-    """What a graph takes, as a manifest has it."""
+    """A graph's inputs as a manifest lists them."""
     return tuple(
         GraphInput(
             value.name,
@@ -319,7 +319,7 @@ def graph_inputs(model: onnx.ModelProto) -> tuple[GraphInput, ...]:
 
 
 def _write_weights(path: Path, models: list[onnx.ModelProto]) -> None:
-    """Draw every weight of some graphs, write them into one safetensors file, and point the graphs into it."""
+    """Draw every weight of some graphs, write them all into one safetensors file, and make the graphs refer to it."""
     random, header, data = np.random.default_rng(0), {}, b""
     placed = []
     for graph in (model.graph for model in models):

@@ -1,8 +1,8 @@
-"""Makes tests/reference: the part of the reference that is small enough to commit.
+"""Makes tests/reference, the part of the reference that is small enough to commit.
 
     python tests/make_reference_subset.py ../shared/reference
 
-The weights of both models can be made again by the recipe, bit for bit (this is checked here), so they are not stored.
+The weights of both models are not stored, because the recipe makes them again bit for bit (this is checked here).
 `higen parity tests/reference` runs the result.
 """
 
@@ -36,11 +36,11 @@ KEPT = {
     "train": ["p1/train_f32_b2", "p1/train_f1_b2"],
 }
 DROPPED_UNITS = ("p1/output_blocks.0.0@", "p1/output_blocks.3.0@")
-"""Residual blocks of the decoder, large ones: output_blocks.4.0 and 5.0 are kept."""
+"""Two large residual blocks of the decoder; output_blocks.4.0 and 5.0 are kept."""
 
 
 def companions(source: Path) -> None:
-    """Text encoder and tokenizer; the autoencoder's weights are too large."""
+    """Write the text encoder and the tokenizer; the autoencoder's weights are too large."""
     target = REFERENCE / "companions"
     target.mkdir(parents=True, exist_ok=True)
     record = json.loads((source / "companions.json").read_text())
@@ -50,7 +50,7 @@ def companions(source: Path) -> None:
 
 
 def fixtures(source: Path) -> None:
-    """The small models' cases."""
+    """Write the small models' cases."""
     record = json.loads((source / "fixtures.json").read_text())
     for kind, names in KEPT.items():
         record[kind] = {name: record[kind][name] for name in names}
@@ -76,7 +76,7 @@ def fixtures(source: Path) -> None:
 
 
 def check_recipe(path: Path, salt: int) -> None:
-    """Raise an error if the recipe does not give the stored weights bit for bit: they would be lost."""
+    """Raise an error if the recipe does not give the stored weights bit for bit, because they would be lost."""
     for key, tensor in load_file(path).items():
         if not torch.equal(recipe_tensor(key, tensor.shape, salt), tensor):
             raise SystemExit(f"{path}: {key} is not what the recipe with salt {salt} gives")

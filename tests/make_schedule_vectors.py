@@ -1,8 +1,8 @@
-"""Write tests/schedule_vectors.json: the numbers that the solvers' tables have in Python and in C++.
+"""Write tests/schedule_vectors.json, the numbers of the solvers' tables for Python and C++.
 
     python tests/make_schedule_vectors.py
 
-Run it after a deliberate change of higen/schedule.py, and read the difference before it is committed.
+Run it after a deliberate change of higen/schedule.py, and read the difference before you commit.
 tests/test_schedule.py and engines/cpp/tests/schedule_tests.cpp compare both implementations with the file.
 """
 
@@ -39,7 +39,7 @@ HIGEN = [solver("ddim", "leading-floor", offset=1, final="first"), solver("dpm++
 # schedule, prediction, solver, steps
 CASES: list[tuple[dict[str, Any], str, dict[str, Any], int]] = [
     *((schedule, "v", s, steps) for s in HIGEN for schedule in (SD, zero_snr(SD)) for steps in (1, 7, 16)),
-    # As many steps as timesteps, and an offset: the first two rows are both at zero SNR.
+    # As many steps as timesteps, and an offset, so that the first two rows are both at zero SNR.
     *(({**zero_snr(SD), "timesteps": 4}, "v", solver(n, "leading-floor", offset=1), 4) for n in ("ddim", "dpm++2m")),
     (SD, "epsilon", solver("ddim", offset=1, final="first"), 10),
     (SD, "v", solver("ddim", offset=1, final="first"), 3),
@@ -99,7 +99,7 @@ CASES: list[tuple[dict[str, Any], str, dict[str, Any], int]] = [
     (SHIFTED, "flow", solver("euler", "trailing"), 1),
 ]
 
-# Timesteps alone, which C++ must round as numpy does: ties, and numbers of steps for which numpy.arange gives too many.
+# Only timesteps, which C++ must round like numpy: ties, and step counts for which numpy.arange gives too many values.
 GRIDS = [
     (SD, "v", solver(name, spacing), steps)
     for name in ("ddim", "dpm++2m")
@@ -190,7 +190,7 @@ def vectors() -> dict[str, list[dict[str, Any]]]:
 
 
 def text() -> str:
-    """The file's text: one entry per line; floats as Python writes them, which reads back to the same bits."""
+    """The file's text, one entry per line. Floats are written by Python's repr, so they read back to the same bits."""
     parts = (
         f'"{name}": [\n' + ",\n".join(json.dumps(entry, allow_nan=False) for entry in entries) + "\n]"
         for name, entries in vectors().items()

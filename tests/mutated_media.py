@@ -1,7 +1,7 @@
-"""Small media files with changed headers and time stamps, and what reading them may end in.
+"""Small media files with changed headers and time stamps, and the allowed outcomes of reading them.
 
-As a script: a campaign, `python tests/mutated_media.py COUNT [SEED]`, whose files are read in processes of their own
-with a limit on time and memory; it prints what ended otherwise than with a clip or a typed error.
+As a script, `python tests/mutated_media.py COUNT [SEED]` runs a campaign. It reads the files in separate processes
+with limits on time and memory, and prints every outcome other than a clip or a typed error.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from higen.train.media import IMAGES, Placement, Unusable, is_video, read_image,
 from higen.video import Video
 
 INSIDE = re.compile(r"index out of range|NoneType|object has no|\b0x[0-9a-f]{4}|codec can't")
-"""What is no message for a person."""
+"""Text that must not appear in a message to the user."""
 
 PNG = b"\x89PNG\r\n\x1a\n"
 SECONDS, BYTES, BATCH = 60, 4 * 2**30, 250
@@ -64,7 +64,7 @@ def originals(folder: Path) -> list[Path]:
 
 
 def mutated(data: bytes, random: np.random.Generator) -> bytes:
-    """A file with a few bytes or numbers changed, most of them near its ends, where headers and time stamps lie."""
+    """A copy with a few bytes or numbers changed, mostly near its ends, where headers and time stamps lie."""
     changed = bytearray(data)
     for _ in range(int(random.integers(1, 6))):
         near = int(min(len(changed), 1 + random.exponential(len(changed) / 6)))
@@ -74,7 +74,7 @@ def mutated(data: bytes, random: np.random.Generator) -> bytes:
             changed[at] ^= 1 << int(random.integers(8))
         elif kind == 1:
             changed[at] = int(random.integers(256))
-        elif kind == 2:  # a number, as wide as sizes and stamps are
+        elif kind == 2:  # as wide as sizes and stamps
             width = int(random.choice([2, 4, 8]))
             value = int(random.choice([0, 1, 2**31 - 1, 2**32 - 1, 2**63 - 1, 2**16 - 1, 255])) % 256**width
             changed[at : at + width] = value.to_bytes(width, str(random.choice(["little", "big"])))  # type: ignore[arg-type]
@@ -91,7 +91,7 @@ def mutated(data: bytes, random: np.random.Generator) -> bytes:
 
 
 def checked(data: bytes) -> bytes:
-    """A PNG file whose chunks' checksums fit: a change in it is then more than a broken file."""
+    """A PNG file with correct checksums, so that readers do not refuse a changed chunk just for its checksum."""
     made, at = bytearray(PNG), 8
     while at + 12 <= len(data):
         length = int.from_bytes(data[at : at + 4], "big")
@@ -102,7 +102,7 @@ def checked(data: bytes) -> bytes:
 
 
 def outcome(path: Path) -> str:
-    """How reading a file ends for everyone who reads such files: "read" by someone, "refused", or what was raised."""
+    """The outcome over all readers of such files: "read" if at least one reads it, "refused", or an error."""
     found = "refused"
     for read in _READERS[path.suffix]:
         try:

@@ -1,4 +1,4 @@
-"""A graph as it was made before manifest version 2."""
+"""Graphs as they were made before manifest version 2."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ __all__ = ["as_version_1"]
 
 
 def as_version_1(model: Path, stage: str) -> None:
-    """Give a stage the graph that version 1 made of it: whole timesteps, one guidance a sample."""
+    """Replace a stage's graph by the one that version 1 made: integer timesteps and one guidance value per sample."""
     bundle = Bundle.open(model)
     weights = model / bundle.weights(stage)
     content = weights.read_bytes()
-    weights.unlink()  # a link, and ONNX Runtime reads none beside a graph
+    weights.unlink()  # it is a link, and ONNX Runtime does not follow links next to a graph
     weights.write_bytes(content)
     graph = onnx.load(str(model / f"{stage}.onnx"), load_external_data=False)
     rows = {value.name: value for value in graph.graph.input}

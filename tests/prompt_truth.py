@@ -1,6 +1,6 @@
-"""A second implementation of weighted and long prompts, written from the rules in docs/manifest.md for the tests.
+"""An independent implementation of weighted and long prompts for the tests, written from the rules in docs/manifest.md.
 
-It parses by recursion where higen keeps stacks, splits a flat list of tokens, and encodes with transformers.
+It parses by recursion (higen uses stacks), splits a flat list of tokens, and encodes with transformers.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Words = list[tuple[str | None, float]]
 
 
 def parsed(prompt: str) -> Words:
-    """Texts and weights, neighbours joined; None for BREAK."""
+    """Texts and weights. Neighbours of equal weight are joined; None stands for BREAK."""
     tokens = TOKEN.findall(prompt)
     found, _ = _group(tokens, 0, "")
     joined: Words = []
@@ -32,7 +32,7 @@ def parsed(prompt: str) -> Words:
 
 
 def _group(tokens: list[str], at: int, opened: str) -> tuple[Words, int]:
-    """The words up to the bracket that closes `opened`, or to the end, with the weight of the pair."""
+    """The words up to the bracket that closes `opened`, or to the end, with the weight of this pair of brackets."""
     words: Words = []
     factor = {"": 1.0, "(": 1.1, "[": 1 / 1.1}[opened]
     while at < len(tokens):
@@ -91,11 +91,11 @@ def embedding(model: Any, tokenizer: Tokenizer, prompt: str, least: int = 1, pad
 
 
 def pair(model: Any, tokenizer: Tokenizer, prompt: str, negative: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Both embeddings, of as many chunks."""
+    """Both embeddings, with the same number of chunks."""
     n = max(len(chunked(tokenizer, prompt)), len(chunked(tokenizer, negative)))
     return embedding(model, tokenizer, prompt, n), embedding(model, tokenizer, negative, n)
 
 
 def apart(got: Any, wanted: Any) -> float:
-    """The largest difference, as a part of the largest expected value."""
+    """The largest difference relative to the largest expected value."""
     return float(np.abs(np.asarray(got) - np.asarray(wanted)).max() / np.abs(np.asarray(wanted)).max())

@@ -1,4 +1,4 @@
-"""Random texts that tokenizers and their C++ twins are compared on."""
+"""Random texts for comparing tokenizers with their C++ counterparts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ORDINARY = (
     *("æther", "İstanbul", "¿qué?", "cœur", "Ørsted", "😀", "👍🏽", "3.14", "20°C", "½", "R&B", "AT&T", "50€"),
     *("rock & roll", "ＦＵＬＬ", "ﬁsh", "\u3000", "x_y", "<b>", "100%", "—", "…", "#1", "(tail)", "!!", "~"),
 )
-"""What people write."""
+"""Ordinary text."""
 
 ODD = (
     *("'\u017f", "²", "&amp;amp;", "&lt;b&gt;", "&#233;", "&copy", "ΣΑΣ", "ŉ", "ß", "x\u200by", "i\u0307"),
@@ -22,7 +22,7 @@ ODD = (
     *("\u2177", "Ã©", "â€™", "\x1b[31m", "\ufeff", "Â ", "œ ", "вЂ", "é\u201d", "'s", "'S", "\u03a3\u0301"),
     *("\r\n", "\u2028", "①", "ǅ", "ﬀ", "ｶﾞ"),
 )
-"""What cleaning, lower case and the rules for pieces treat apart."""
+"""Text that cleaning, lower-casing or the rules for splitting treat specially."""
 
 RANGES = ((32, 126), (128, 0x2FF), (0x300, 0x2FFF), (0x3000, 0xFFFF), (0x10000, 0x1FFFF))
 
@@ -30,8 +30,8 @@ RANGES = ((32, 126), (128, 0x2FF), (0x300, 0x2FFF), (0x3000, 0xFFFF), (0x10000, 
 def random_texts(
     count: int, seed: int, words: Sequence[str] | None = None, more: Sequence[str] = (), most: int = 14
 ) -> list[str]:
-    """Texts of up to `most` scraps: of `words` and white space or, without `words`, of anything that Unicode has,
-    with `more` among it.
+    """Texts of up to `most` scraps. Scraps are `words` with white space or, without `words`, any Unicode characters
+    with `more` mixed in.
     """
     generator = random.Random(seed)
     scraps = (*ORDINARY, *ODD, *more)

@@ -1,4 +1,4 @@
-"""A backend for tests whose outputs tell which inputs a row had: no row depends on another."""
+"""A backend for tests. Each output row depends only on its own inputs and so identifies them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from higen.backends.base import RecordingBackend
 
 
 class RowBackend(RecordingBackend):
-    """Each output row is one number, made of all inputs of that row alone; refuses a guidance of `POISON`."""
+    """Each output row is one number, computed from all inputs of that row. A guidance of `POISON` raises ValueError."""
 
     POISON = 66.0
 

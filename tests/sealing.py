@@ -1,4 +1,4 @@
-"""Writes manifests that tests have edited, with a seal that fits."""
+"""Writes manifests that tests have edited, with a correct seal."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ __all__ = ["edit", "write"]
 
 
 def write(model: Path, document: object) -> None:
-    """Write higen.json. A seal that is a text is replaced by one that fits (docs/manifest.md, "The seal")."""
+    """Write higen.json. A seal that is a string is replaced by the correct one (docs/manifest.md, "The seal")."""
     if isinstance(document, dict) and isinstance(document.get("seal"), str):
         document = {**document, "seal": "0" * 64}
         text = json.dumps(document)

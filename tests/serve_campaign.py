@@ -1,9 +1,9 @@
-"""Kill -9 a server again and again while clients create, poll, cancel and delete; then every accepted job is looked at.
+"""Kills a server with SIGKILL repeatedly while clients create, poll, cancel and delete jobs; then checks every job.
 
     PYTHONPATH=. python tests/serve_campaign.py FOLDER --kills 200
 
-An accepted job ends completed, failed or cancelled, has a readable file if it is completed, and is listed once. A job
-whose creation was cut off by the kill may be there or not; with its Idempotency-Key, asked for again, it is there once.
+An accepted job ends completed, failed or cancelled, has a readable file if it is completed, and is listed once. If a
+kill cuts off a creation, the job may exist or not; after a repeated request with its Idempotency-Key it exists once.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from pathlib import Path
 from serve_process import QUICK, Server
 
 OPTIONS = ("--slots", "2", "--max-queue", "32")
-"""Few jobs at work, so that some end between two kills."""
+"""Few jobs run at a time, so that some end between two kills."""
 
 
 @dataclass
 class Found:
-    """What a campaign found."""
+    """The results of a campaign."""
 
     kills: int = 0
     accepted: int = 0
@@ -38,7 +38,7 @@ class Found:
 
 
 class Campaign:
-    """A server that is killed, and clients that do not mind."""
+    """A server that is killed repeatedly, and clients that carry on."""
 
     def __init__(self, folder: Path, seed: int) -> None:
         self._folder = folder
@@ -51,7 +51,7 @@ class Campaign:
         self._server = Server(folder, *OPTIONS)
 
     def run(self, kills: int, clients: int, between: tuple[float, float], most: float = 3600) -> Found:
-        """So many kills, some seconds between two; fewer where they take more than `most` seconds."""
+        """Kill the server `kills` times at random intervals of `between` seconds; stop early after `most` seconds."""
         deadline = time.monotonic() + most
         threads = [threading.Thread(target=self._client, args=(n,), daemon=True) for n in range(clients)]
         for thread in threads:
@@ -87,7 +87,7 @@ class Campaign:
                     self._server.call("POST", f"/v1/videos/{name}/cancel", timeout=10)
                 elif what < 0.25:
                     with self._lock:
-                        self._deleted.add(name)  # a kill may cut the answer off: then it is there or not
+                        self._deleted.add(name)  # a kill may cut the answer off; then the job may exist or not
                     self._server.call("DELETE", f"/v1/videos/{name}", timeout=10)
                 else:
                     self._server.call("GET", f"/v1/videos/{name}", timeout=10)
@@ -95,7 +95,7 @@ class Campaign:
                 continue
 
     def _asked(self, key: str, body: dict[str, object]) -> str | None:
-        """Create a job, again after a kill, with the same key."""
+        """Create a job. After a kill, ask again with the same key."""
         while True:
             try:
                 status, answer = self._server.call("POST", "/v1/videos", body, {"idempotency-key": key}, timeout=10)
@@ -140,7 +140,7 @@ class Campaign:
 
 
 def main() -> None:
-    """Command line: see the module's docstring."""
+    """The command line; see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=200)

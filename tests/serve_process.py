@@ -1,4 +1,4 @@
-"""A server of `higen serve` in a process of its own, for tests, campaigns and load."""
+"""A `higen serve` process for tests, campaigns and load measurements."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 QUICK = {"num_frames": 2, "num_inference_steps": 1, "size": "64x64"}
-"""What makes the least work."""
+"""Options of the cheapest request."""
 
 
 class Server:
     """A running server; its address is `url`."""
 
     def __init__(self, folder: Path, *options: str) -> None:
-        """Started, and ready. Raises RuntimeError with its words where it ends."""
+        """Start a server and wait until it is ready. Raises RuntimeError with the server's output if it ends."""
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         folder.parent.mkdir(parents=True, exist_ok=True)
         self.log = folder.parent / f"{folder.name}.log"
@@ -44,7 +44,7 @@ class Server:
     def call(
         self, method: str, path: str, body: Any = None, headers: dict[str, str] | None = None, timeout: float = 60
     ) -> tuple[int, Any]:
-        """The status and the body of an answer, JSON parsed."""
+        """The status and the body of an answer; a JSON body is parsed."""
         data = body if isinstance(body, bytes) or body is None else json.dumps(body).encode()
         given = {"content-type": "application/json", **(headers or {})}
         request = urllib.request.Request(self.url + path, data, given, method=method)
@@ -57,13 +57,13 @@ class Server:
         return status, json.loads(text) if kind == "application/json" else text
 
     def create(self, prompt: str = "a whale", **fields: Any) -> str:
-        """The id of a new job."""
+        """Create a job; returns its id."""
         status, answer = self.call("POST", "/v1/videos", {"prompt": prompt, **QUICK, **fields})
         assert status == 200, answer
         return str(answer["id"])
 
     def wait(self, name: str, seconds: float = 120) -> dict[str, Any]:
-        """A job when it has ended."""
+        """Wait until a job has ended; returns the job."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
             status, answer = self.call("GET", f"/v1/videos/{name}")
@@ -74,12 +74,12 @@ class Server:
         raise AssertionError(f"{name} has not ended: {answer}")
 
     def kill(self) -> None:
-        """kill -9."""
+        """Kill the server with SIGKILL."""
         self.process.kill()
         self._gone()
 
     def stop(self) -> int:
-        """SIGTERM; its exit code."""
+        """Stop the server with SIGTERM; returns its exit code."""
         self.process.send_signal(signal.SIGTERM)
         try:
             self.process.wait(60)

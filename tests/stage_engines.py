@@ -1,6 +1,6 @@
-"""Builds every stage's own graph with the real TensorRT for RTX; tests are skipped where it is not installed.
+"""Builds every stage's own graph with the real TensorRT for RTX. Tests are skipped where it is not installed.
 
-A plan for several architectures is as quick to build as one for one: here all are built for SM80, 86, 89 and 120.
+A plan for several architectures builds as quickly as a plan for one, so all plans are for SM80, 86, 89 and 120.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ pytest.importorskip("tensorrt_rtx")
 
 
 def small_profile(manifest: Manifest) -> Profile:
-    """The profiles: a batch, and a few frames of two sizes."""
+    """A profile of up to two samples and four frames, at one or two times the smallest size."""
     step = manifest.sizes.multiple
     size = Range(step, step, 2 * step)
     return Profile("small", Range(1, 1, 2), Range(2, 4, 4), size, size, Range(1, 2, 2))
@@ -49,8 +49,9 @@ def build(model: Path, precision: str, names: Sequence[str]) -> Path:
 
 
 def attention(graph: Path) -> dict[str, str]:
-    """The attentions of a graph: for each operator (the softmax, where attention is several operators), its name and
-    "spatial", "temporal" or the name of the first weight that feeds it.
+    """A graph's attention operators by name (the softmax, if attention consists of several operators).
+
+    The value is "spatial", "temporal" or the name of the first weight that feeds the operator.
     """
     content = onnx.load(str(graph), load_external_data=False).graph
     makers = {name: node for node in content.node for name in node.output}
@@ -93,8 +94,8 @@ def _export(bundle: Bundle, precision: str, stages: Sequence[str]) -> None:
 def check_stages(model: Path, precision: str, plain: bool = True) -> None:
     """Export the missing graphs and build every stage; in 16 bits, at least one attention of each kind must be fused.
 
-    `plain`: build the steps with one branch of guidance too. TensorRT does not fuse some attentions with one head,
-    which these narrow networks have.
+    `plain`: also build the steps with one branch of guidance. These narrow networks have attentions with one head;
+    TensorRT does not fuse some of those.
     """
     bundle = Bundle.open(model)
     left_out = {loop.plain for loop in bundle.manifest.loops if not plain}

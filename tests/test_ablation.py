@@ -1,4 +1,4 @@
-"""The ablation's variants: what each network is given, and that nothing else differs."""
+"""The ablation's variants: each network gets the right cues, and nothing else differs."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_variants_see_the_same_clips_and_only_their_cue_is_missing(latents: Path
     for given in ("motion", "appearance"):
         without = window(latents, **{given: False})
         pairs = zip(without.captions, everything.captions, strict=True)
-        # A cue may stand in for the words that name the speed, which are last.
+        # A given cue may replace the words for the speed, which come last.
         assert all(a.startswith(b) for a, b in pairs)
         for name in ("x0", "prior", *({"motion", "appearance"} - {given})):
             assert torch.equal(getattr(without, name), getattr(everything, name))
@@ -118,7 +118,7 @@ def test_a_variant_that_was_trained_another_way_is_refused(work: Path, monkeypat
     ):
         with pytest.raises(SettingsError, match=found):
             fit(VARIANTS[0], work, other)
-    shutil.rmtree(model.parent / "checkpoints")  # as the error says
+    shutil.rmtree(model.parent / "checkpoints")  # the remedy that the error names
     assert Bundle.open(fit(VARIANTS[0], work, settings(steps=2))).files["unet.safetensors"] != one["unet.safetensors"]
 
 

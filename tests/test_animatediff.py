@@ -1,4 +1,4 @@
-"""AnimateDiff: tiny random models in every published format, beside diffusers' own pipeline."""
+"""AnimateDiff: tiny random models in every published format, compared with diffusers' own pipeline."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from higen.pipeline import Pipeline
 from higen.tables import Windows
 from higen.tokenizer import build_clip_tokenizer
 
-# diffusers and NumPy 2: an array of a tensor.
+# a warning of diffusers under NumPy 2 about arrays made from tensors
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 built, onnxruntime_root = cpp_build.built, cpp_build.onnxruntime_root  # fixtures
@@ -54,7 +54,7 @@ BASE = {"steps_offset": 1, "skip_prk_steps": True, "set_alpha_to_one": False}
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The hub's folder of Stable Diffusion 1.5, whose scheduler is PNDM, as there."""
+    """A folder like the hub's Stable Diffusion 1.5, also with the scheduler PNDM."""
     pipeline = tiny.image_pipeline(tiny.scheduler("PNDMScheduler", **BASE))
     folder = tiny.save(pipeline, tmp_path_factory.mktemp("hub") / "stable-diffusion-v1-5")
     return tiny.set_values(folder, "scheduler/scheduler_config.json", clip_sample=False)
@@ -62,7 +62,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def module(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The hub's folder of a motion adapter with a middle block."""
+    """A folder like the hub's, with a motion adapter that has a middle block."""
     folder = tmp_path_factory.mktemp("hub") / "motion-adapter-v1-5-2"
     tiny_motion.adapter().save_pretrained(folder)
     return folder
@@ -70,7 +70,7 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(base: Path, module: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The model directory of the two, with its graphs. HIGEN_FAMILY_MODEL names a folder that keeps it for Triton."""
+    """The model directory of both folders, with graphs. HIGEN_FAMILY_MODEL names a folder that keeps it for Triton."""
     bundle = convert_sources([base, module], tmp_path_factory.mktemp("converted") / "model", dtype="fp32")
     exported = export_model(bundle)
     if kept := os.environ.get("HIGEN_FAMILY_MODEL"):
@@ -97,7 +97,7 @@ def last_latents(pipe: Pipeline, **options: Any) -> NDArray[np.float32]:
 
 
 def sampler(base: Path, kind: str, **changes: Any) -> Any:
-    """diffusers' scheduler of this kind, of the base's configuration changed as its documentation says."""
+    """diffusers' scheduler of this kind, with the base's configuration changed as diffusers' documentation says."""
     config = json.loads((base / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8"))
     return getattr(diffusers, kind).from_config({**config, **tiny_motion.LINEAR, **changes})
 
@@ -115,7 +115,7 @@ def wanted_latents(
 ) -> NDArray[np.float32]:
     """The final latents [C,F,H,W] of diffusers' pipeline on the noise of our seed; height and width in cells.
 
-    texts: what the text encoder makes of prompt and negative prompt, where these are not the plain ones
+    texts: the text encoder's outputs for prompt and negative prompt, if they differ from the plain ones
     """
     pipeline = pipeline or tiny_motion.pipeline(scheduler)
     pipeline.scheduler = scheduler
@@ -201,7 +201,7 @@ def test_graphs_give_the_same(base: Path, model: Bundle, by_graphs: Pipeline, st
 
 
 def test_without_guidance_the_plain_step_runs(model: Bundle, base: Path, by_graphs: Pipeline) -> None:
-    """LCM, as AnimateLCM is sampled: each row but the last takes fresh noise in place of `previous`."""
+    """LCM, the sampler of AnimateLCM: each row except the last uses fresh noise in place of `previous`."""
     options = {"solver": "lcm", "steps": 4, "guidance": 1.0, "frames": FRAMES, **SIZES}
     steps = [event for event in by_graphs.stream(PROMPT, **options) if isinstance(event, higen.Step)]
     assert {event.stage for event in steps} == {"temporal_unet_plain"}
@@ -212,7 +212,7 @@ def test_without_guidance_the_plain_step_runs(model: Bundle, base: Path, by_grap
 
 @pytest.mark.parametrize("shape", [(3, 3, 4, 8), (1, 1, 4, 4), (2, 24, 4, 4), (3, 8, 8, 4)], ids=str)
 def test_the_step_is_that_of_diffusers(model: Bundle, by_torch: Pipeline, by_graphs: Pipeline, shape: Any) -> None:
-    """A guided step whose result is the prediction alone; B, F, H, W, none of which the tracer saw."""
+    """A guided step that returns only the prediction. The tracer saw none of these values of B, F, H and W."""
     b, f, h, w = shape
     random = np.random.default_rng(0)
     x = random.standard_normal((b, 4, f, h, w)).astype(np.float32)
@@ -235,7 +235,7 @@ def test_the_step_is_that_of_diffusers(model: Bundle, by_torch: Pipeline, by_gra
 
 
 def test_frames_are_those_of_diffusers(model: Bundle, base: Path, by_torch: Pipeline, by_graphs: Pipeline) -> None:
-    """A batch of three too; its samples are made as if alone."""
+    """Also a batch of three: each of its samples equals a single generation."""
     scheduler = sampler(base, "DDIMScheduler")
     pipeline = tiny_motion.pipeline(scheduler)
     latents = torch.from_numpy(wanted_latents(model, scheduler, 8, 7.5, pipeline))[None]
@@ -251,7 +251,7 @@ def test_frames_are_those_of_diffusers(model: Bundle, base: Path, by_torch: Pipe
 
 
 def test_one_frame_is_stable_diffusions(base: Path, model: Bundle, by_torch: Pipeline, by_graphs: Pipeline) -> None:
-    """The same weights without the motion modules."""
+    """Its weights are those of AnimateDiff without the motion modules."""
     alone = convert_sources([base], model.path.parent / "alone", dtype="fp32")
     wanted = higen.load(alone.path, backend="torch").image(PROMPT, seed=SEED, steps=4, **SIZES)
     for pipe in (by_torch, by_graphs):
@@ -367,7 +367,7 @@ def assert_same(ours: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) 
 @pytest.mark.parametrize("wrapper", ["module.", ""])
 @pytest.mark.parametrize("version", ["v1", "v2", "v3"])
 def test_the_authors_files(base: Path, tmp_path: Path, version: str, wrapper: str) -> None:
-    """Beside diffusers' own converter; v1 knows 24 frames, v2 has a middle block."""
+    """Compared with diffusers' own converter; v1 knows 24 frames, v2 has a middle block."""
     frames = 24 if version == "v1" else 32
     motion = tiny_motion.adapter(use_motion_mid_block=version == "v2", motion_max_seq_length=frames)
     file = tiny_motion.checkpoint(tmp_path / f"mm_{version}.ckpt", motion, wrapper)
@@ -389,7 +389,7 @@ def test_every_way_that_diffusers_saves_an_adapter(model: Bundle, base: Path, tm
 
 
 def test_one_file_of_an_adapter_and_of_the_base(model: Bundle, tmp_path: Path) -> None:
-    """In diffusers' names, as AnimateDiff-Lightning is published; without its table of positions too."""
+    """diffusers' names, as in the published AnimateDiff-Lightning; also without the adapter's table of positions."""
     file = single_file(tmp_path / "personalised.safetensors")
     state = tiny_motion.adapter().state_dict()
     save_file(state, tmp_path / "motion.safetensors")
@@ -417,7 +417,7 @@ WIDE: dict[str, Any] = {
 
 @pytest.mark.parametrize("how", [{}, {"safe_serialization": False}], ids=str)
 def test_a_whole_pipeline_of_another_depth(base: Path, tmp_path: Path, how: Any) -> None:
-    """No middle block, two blocks a level, two layers in each motion module; the folder's scheduler is the default."""
+    """No middle block, two blocks per level, two layers per motion module. The folder's scheduler is the default."""
     motion = tiny_motion.adapter(
         block_out_channels=WIDE["block_out_channels"],
         motion_layers_per_block=2,
@@ -585,7 +585,7 @@ def test_a_manifest_that_allows_more_frames_than_are_known(model: Bundle, tmp_pa
 
 
 def test_a_table_among_the_weights_is_rounded_with_them() -> None:
-    """The gate of an fp16 graph compares with the weights as they are stored, tables of positions included."""
+    """The gate of an fp16 graph compares with the stored (rounded) weights, including the tables of positions."""
     unet = tiny_motion.pipeline(None).unet
     rounded(unet, "fp16")
     table = unet.down_blocks[0].motion_modules[0].transformer_blocks[0].pos_embed.pe

@@ -1,4 +1,4 @@
-"""LoRA merged into AnimateDiff's U-Net and motion modules, beside what diffusers fuses of the same numbers."""
+"""LoRA merged into AnimateDiff's U-Net and motion modules, compared with diffusers' fusion of the same numbers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from higen.convert import convert_sources
 from higen.errors import CheckpointError
 from higen.models.lora import Lora
 
-# diffusers', about PEFT's versions and the old names of adapters
+# diffusers' warnings about PEFT's versions and the old names of adapters
 pytestmark = pytest.mark.filterwarnings("ignore:::peft", "ignore:::diffusers", "ignore::FutureWarning")
 
 State = dict[str, torch.Tensor]
@@ -40,12 +40,12 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def factors() -> State:
-    """Of every attention of the U-Net and its motion modules, and of more of its layers; PEFT's names."""
+    """Factors for every attention of the U-Net and its motion modules, and for some other layers; PEFT's names."""
     return adapted(pipeline().unet, [*PROJECTIONS, "proj_in", "ff.net.0.proj", "conv1"], 1)
 
 
 def old_names(factors: State) -> State:
-    """Those of the projections, as they were called before PEFT; there is no alpha there."""
+    """The projections' factors under the names used before PEFT, which have no alpha."""
     found: State = {}
     for name, tensor in factors.items():
         if match := re.fullmatch(r"(.+\.attn\d)\.(to_q|to_k|to_v|to_out)(\.0)?\.lora_(A|B)\.weight", name):
@@ -66,7 +66,7 @@ def authors_names(factors: State, motion: bool) -> State:
 
 
 def fused(state: State, path: Path, scale: float, **metadata: Any) -> State:
-    """The U-Net's weights, as diffusers fuses an adapter."""
+    """The U-Net's weights after diffusers has fused an adapter."""
     truth = pipeline()
     if metadata:
         truth.save_lora_weights(path.parent, unet_lora_layers=state, weight_name=path.name, **metadata)
@@ -122,7 +122,7 @@ def test_the_spellings_of_peft_and_kohya(source: Path, factors: State, tmp_path:
 
 
 def test_several_on_the_command_line(source: Path, factors: State, tmp_path: Path) -> None:
-    """A camera move and a domain adapter, of which eight tensors fit nowhere."""
+    """A camera move, and a domain adapter with eight tensors that fit nowhere."""
     move, domain = tmp_path / "v2_lora_ZoomIn.ckpt", tmp_path / "v3_sd15_adapter.ckpt"
     torch.save(authors_names(factors, True), move)
     strange = [f"nowhere.{i}.processor.to_q_lora.up.weight" for i in range(8)]

@@ -1,4 +1,4 @@
-"""Which calls share a batch: the rules, over any order of events."""
+"""The rules for which calls share a batch, in any order of events."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_a_call_of_several_rows_counts_as_several() -> None:
     made.submit("a", "vae_decoder", tensors(rows=2))
     made.submit("b", "vae_decoder", tensors(rows=3))
     made.submit("c", "vae_decoder", tensors(rows=2))
-    assert members(made.next_batch()) == ["a", "c"]  # b does not fit beside a: it leads the next batch
+    assert members(made.next_batch()) == ["a", "c"]  # b does not fit into a's batch, so it leads the next one
     assert members(made.next_batch()) == ["b"]
 
 
@@ -80,7 +80,7 @@ def test_rows_go_in_and_come_out_in_order() -> None:
 
 
 def test_a_call_that_holds_one_sample_is_a_batch_of_its_own() -> None:
-    """Its first axis may have any length: the limit of rows does not apply, and the outputs may have any shape."""
+    """The first axis may have any length, because the row limit does not apply. The outputs may have any shape."""
     made = batcher(active="abcd")
     for request in "abc":
         made.submit(request, "unlimited", tensors(rows=9), joins=False)
@@ -116,7 +116,7 @@ def test_slots_and_the_line() -> None:
     made.leave("b")
     assert made.active("c")
     made.enter("d")
-    made.leave("d")  # out of the line
+    made.leave("d")  # d leaves the queue
     made.leave("a")
     assert made.load == (1, 0)
 
@@ -199,7 +199,7 @@ def test_every_request_gets_its_rows_in_order_and_nobody_starves(
     came: dict[int, bool] = dict.fromkeys(range(len(requests)), False)
     received: dict[int, list[float]] = {i: [] for i in came}
     ended: set[int] = set()
-    waited: dict[int, int] = {}  # batches since its call was made
+    waited: dict[int, int] = {}  # batches since the request made its call
     for tick in range(1000):
         for i, (start, calls, cancel) in enumerate(requests):
             if not came[i] and tick >= start:
@@ -208,7 +208,7 @@ def test_every_request_gets_its_rows_in_order_and_nobody_starves(
             if i in ended or not came[i]:
                 continue
             if len(received[i]) == (len(calls) if cancel is None else min(cancel, len(calls))):
-                made.leave(i)  # done, or cancelled with a call waiting
+                made.leave(i)  # the request is done, or is cancelled while a call waits
                 ended.add(i)
                 waited.pop(i, None)
             elif made.active(i) and i not in waited:
@@ -232,7 +232,7 @@ def test_every_request_gets_its_rows_in_order_and_nobody_starves(
             made.done(call)
         for i in waited:
             waited[i] += 1
-            # The oldest call leads every batch, so a call waits only for calls that were made before it.
+            # The oldest call leads every batch, so a call waits only for earlier calls.
             assert waited[i] < slots
     assert ended == set(came)
     for i, (_, calls, cancel) in enumerate(requests):

@@ -1,4 +1,4 @@
-"""The store of what was computed lately, and what a pipeline keeps in it."""
+"""The cache of recent results, and what a pipeline keeps in it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_the_least_recently_used_goes_first() -> None:
     assert [get(key) for key in "abab"] == ["A", "B", "A", "B"]
     assert made == ["a", "b"]
     get("a")
-    get("c")  # b goes
+    get("c")  # b is dropped
     assert [get(key) for key in "acb"] == ["A", "C", "B"]
     assert made == ["a", "b", "c", "b"]
     assert len(recent) == 2
@@ -44,7 +44,7 @@ def test_a_failure_is_not_kept() -> None:
 
 def test_threads_do_not_wait_for_each_other() -> None:
     recent: BoundedCache[int] = BoundedCache(8)
-    both = threading.Barrier(2, timeout=30)  # passed only if two threads make their value at the same time
+    both = threading.Barrier(2, timeout=30)  # passes only if two threads make their values at the same time
     with ThreadPoolExecutor(2) as pool:
         made = list(pool.map(lambda key: recent.get(key, lambda: both.wait() and 0), "ab"))
     assert made == [0, 0]

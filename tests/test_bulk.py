@@ -1,4 +1,4 @@
-"""`higen batch` in one process: equal to a pipeline's own calls; killed and run again; rows that fail; wrong input."""
+"""`higen batch` in one process: the same videos as a pipeline's calls, kills and reruns, failing rows, wrong input."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ pyarrow = pytest.importorskip("pyarrow", reason="higen[batch] is not installed")
 parquet = pytest.importorskip("pyarrow.parquet")
 
 SMALL = {"frames": 2, "steps": 1, "width": 64, "height": 64}
-"""What makes the least work."""
+"""Options of the cheapest request."""
 
 
 def lines(folder: Path, *rows: dict[str, Any], **common: Any) -> Path:
@@ -53,7 +53,7 @@ def index(output: Path) -> list[dict[str, Any]]:
 
 
 def videos(output: Path) -> dict[str, tuple[int, int]]:
-    """Every video with its inode and time: what is written again has others."""
+    """The inode and time of every video. They change if the video is written again."""
     found = (output / "videos").glob("*/*.npy")
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in found}
 
@@ -70,7 +70,7 @@ def pipe() -> Iterator[Pipeline]:
 
 @pytest.fixture(autouse=True)
 def _loaded_once(pipe: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Runs in this process share the model; the process that is killed loads its own."""
+    """Runs in this process share the model. The process that gets killed loads its own."""
 
     def load(*_: Any, **__: Any) -> Pipeline:
         twin = copy.copy(pipe)
@@ -85,7 +85,7 @@ def test_every_row_is_the_video_that_a_call_makes(tmp_path: Path, pipe: Pipeline
     rows = [
         {"prompt": "a whale", "seed": 3, "motion": 300},
         {"prompt": "a star", "steps": [2, 1], "guidance": [2, 1], "appearance": 0.9, "negative_prompt": "a whale"},
-        {"prompt": "a whale", "seed": 3, "motion": 300.0, "fps": 8},  # the first one, in other words
+        {"prompt": "a whale", "seed": 3, "motion": 300.0, "fps": 8},  # the first request, written differently
         {"prompt": "a whale", "seed": 2**64 - 1, "width": 96, "frames": 3, "motion": [1, 2, 3]},
         {"prompt": "a red heart beating", "image": "red.png"},
     ]
@@ -134,7 +134,7 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     assert {row["key"] + ".npy" for row in found} == set(after)
     assert [row["lines"] for row in found] == [[line] for line in range(1, 31)]
     assert [row["attempts"] for row in found].count(1) >= 29
-    # Run again, nothing is made; what was lost is made again.
+    # A rerun makes only the lost video again.
     lost = output / found[4]["path"]
     lost.unlink()
     again = made(path, output)
@@ -232,7 +232,7 @@ def test_a_row_that_ends_its_process_is_given_up(tmp_path: Path) -> None:
     path = lines(tmp_path, {"seed": 0}, {"seed": 1}, prompt="a whale")
     rows = read_rows(path, Bundle.open(default_model()), ".npy")
     journal = Journal(open_place(str(tmp_path / "out")))
-    assert [journal.begin(rows[0].key) for _ in range(3)] == [0, 1, 2]  # and three times it was not ended
+    assert [journal.begin(rows[0].key) for _ in range(3)] == [0, 1, 2]  # three attempts without an end
     assert journal.begin(rows[1].key) == 0
     for slots in (1, 2):
         done = made(path, tmp_path / "out", slots=slots)

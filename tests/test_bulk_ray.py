@@ -1,4 +1,4 @@
-"""`higen batch --ray local`: two workers, one of which is killed, make the videos of the single process."""
+"""`higen batch --ray local`: two workers, one of which is killed, make the same videos as a single process."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ ROWS = [{"prompt": "a whale", "seed": i, "frames": 2 + i % 2, "steps": 30, "widt
 
 
 def workers(session: int) -> list[int]:
-    """The actors that make rows, of the cluster that a process has started."""
+    """Process ids of the actors that make rows, in the cluster that process `session` started."""
     found = []
     for folder in Path("/proc").iterdir():
         try:
             if folder.name.isdigit() and b"ray::MapWorker" in (folder / "cmdline").read_bytes():
                 environment = (folder / "environ").read_bytes()
                 found += [int(folder.name)] if f"HIGEN_TEST={session}".encode() in environment else []
-        except OSError:  # it has ended, or is another user's
+        except OSError:  # the process has ended or belongs to another user
             continue
     return found
 
@@ -54,7 +54,7 @@ def test_a_killed_worker_loses_and_doubles_nothing(tmp_path: Path) -> None:
         while len(list(output.glob("videos/*/*.npy"))) < 2 and process.poll() is None:
             time.sleep(0.02)
         found = workers(os.getpid())
-        assert len(found) in (1, 2)  # the second one may be on its way
+        assert len(found) in (1, 2)  # the second worker may still be starting
         os.kill(found[0], signal.SIGKILL)
         said, errors = process.communicate(timeout=300)
     finally:

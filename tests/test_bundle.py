@@ -1,6 +1,6 @@
-"""The model directory: what `create` writes `Bundle.open` reads, and whatever is wrong with it is one typed error.
+"""The model directory: `Bundle.open` reads what `create` writes, and any fault in it is one typed error.
 
-tests/test_manifest.py has the tables of version 2.
+tests/test_manifest.py tests the tables of version 2.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def model(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def old(model: Path) -> Path:
-    """A model directory of version 1, as 86f7997 wrote it."""
+    """A model directory of version 1, as commit 86f7997 wrote it."""
     files = json.loads((model / MANIFEST).read_text())["files"]
     write(model, {"format": "higen", "version": 1, "model": spec.write_config(CONFIG), "files": files})
     return model
@@ -337,7 +337,7 @@ def left(folder: Path) -> list[str]:
 
 
 def begin(path: Path, failure: type[BaseException] | None = None) -> None:
-    """Write a model with the file `new` to `path`, or fail in the middle of it."""
+    """Write a model with the file `new` to `path`, or fail halfway through."""
     with bundle.create_model(path, TABLES, overwrite=True) as folder:
         (folder / "new").write_bytes(b"new")
         if failure is not None:
@@ -364,12 +364,12 @@ def test_a_failure_keeps_the_model_that_was_there(tmp_path: Path, failure: type[
 def test_a_failure_of_the_move_puts_the_old_model_back(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, exchanging: bool
 ) -> None:
-    """On a system that cannot exchange two folders at once, too."""
+    """Also on a system that cannot exchange two folders atomically."""
     make(tmp_path / "model", old=b"old")
     replace = Path.replace
 
     def fail(self: Path, target: Path) -> Path:
-        if (self / "new").exists():  # the new model on its way to its place
+        if (self / "new").exists():  # the new model, on the move to its final path
             raise KeyboardInterrupt
         return replace(self, target)
 
@@ -402,7 +402,7 @@ def test_what_exists_is_not_replaced_unasked(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("room", [0, 4])
 def test_a_full_disk_is_one_error_and_keeps_what_was_there(tmp_path: Path, room: int) -> None:
-    """Where the caller writes, and where the manifest does after it."""
+    """The disk is full when the caller writes, or later when the manifest is written."""
     make(tmp_path / "model", old=b"old")
     with full_disk(room), pytest.raises(ModelError, match=r"model: cannot be written: .*File too large"):
         begin(tmp_path / "model")
@@ -460,7 +460,7 @@ def test_hidden_files_are_no_part_of_the_model(tmp_path: Path) -> None:
 def test_a_model_is_whole_at_every_moment_of_a_files_arrival(
     model: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    """A writer stops at the `at`-th rename: aside, journal, manifest without the file, file, manifest with it."""
+    """A writer fails after `at` renames of: aside, journal, manifest without the file, file, manifest with it."""
     aside = model / ".graph.part"
     aside.write_bytes(b"old")
     bundle.put_file(Bundle.open(model), aside, "graph.onnx", INPUTS)
@@ -484,7 +484,7 @@ def test_a_model_is_whole_at_every_moment_of_a_files_arrival(
     left = Bundle.open(model)
     assert left.file("graph.onnx").read_bytes() == (b"newer" if at > 2 else b"old")
     assert [path.name for path in model.iterdir() if path.name.startswith(".higen-")] == []
-    if aside.exists():  # the work done again
+    if aside.exists():  # the work is done again
         left = bundle.put_file(left, aside, "graph.onnx", INPUTS)
         assert left.file("graph.onnx").read_bytes() == b"newer"
 
@@ -599,5 +599,5 @@ for text in ("old", "newer"):
 """
     assert subprocess.run([sys.executable, "-c", code, str(model)], check=False).returncode == -9
     left = json.loads((model / MANIFEST).read_text())
-    assert "graph.onnx" not in left["files"]  # what another runtime finds: a whole model without the graph
+    assert "graph.onnx" not in left["files"]  # another runtime finds a whole model without the graph
     assert Bundle.open(model).file("graph.onnx").read_bytes() == b"newer"

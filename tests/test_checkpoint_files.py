@@ -1,4 +1,4 @@
-"""Checkpoints as people have them: how they are wrapped, divided and called, and what lies in their place."""
+"""Checkpoints as people have them: their wrapping, splitting and naming, and other files in place of a checkpoint."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_wrapped_weights_are_found(tmp_path: Path, content: object, legacy: bool
 
 
 def test_numpys_names_are_those_it_pickles_itself_under() -> None:
-    """The list of what is read over is of this NumPy: a version that moves its functions shows here."""
+    """The list of harmless pickled names fits this NumPy. The test fails if a new version moves its functions."""
     from higen.models.pickles import _HARMLESS
 
     for value in (np.float64(1), np.float32(1), np.int32(1), np.bool_(True), np.str_("x"), np.arange(2), np.zeros(0)):
@@ -122,7 +122,7 @@ def test_what_was_found_is_said(tmp_path: Path) -> None:
         recognised([tmp_path / "page.pth"])
 
 
-# Several files, and how they are called.
+# Several files and their names.
 
 
 def shard(folder: Path, stem: str, suffix: str, index: str | None = None) -> Path:
@@ -200,7 +200,7 @@ def test_a_divided_checkpoint_with_a_hole_is_refused(
 
 
 def test_a_folder_of_diffusers_in_each_of_its_ways(tmp_path: Path) -> None:
-    """As diffusers itself writes it; its .bin files are those of earlier versions."""
+    """As diffusers itself writes a folder, also with the .bin files of earlier versions."""
     from diffusers import AutoencoderKL
 
     torch.manual_seed(0)
@@ -216,7 +216,7 @@ def test_a_folder_of_diffusers_in_each_of_its_ways(tmp_path: Path) -> None:
 
 
 def test_a_file_is_read_as_what_it_is(tmp_path: Path) -> None:
-    for length in (0x0280, 0x4B50, 0x8B1F):  # they begin as a pickle, a zip archive and gzip data do
+    for length in (0x0280, 0x4B50, 0x8B1F):  # these lengths begin like a pickle, a zip archive and gzip data
         header = json.dumps({"a": {"dtype": "F32", "shape": [0], "data_offsets": [0, 0]}}).ljust(length).encode()
         (tmp_path / "header.bin").write_bytes(length.to_bytes(8, "little") + header)
         assert list(read_state(tmp_path / "header.bin")) == ["a"]
@@ -225,7 +225,7 @@ def test_a_file_is_read_as_what_it_is(tmp_path: Path) -> None:
     assert same(read_state(saved(tmp_path / "renamed.safetensors", STATE)))
 
 
-# What lies in a checkpoint's place.
+# Other files in place of a checkpoint.
 
 
 def zipped(**members: bytes) -> bytes:
@@ -299,7 +299,7 @@ def test_a_safetensors_file_that_is_cut_off_says_so(tmp_path: Path) -> None:
 
 
 def test_a_damaged_archive_is_found_by_its_own_checksums(tmp_path: Path) -> None:
-    """PyTorch itself reads the changed number."""
+    """PyTorch itself reads the changed number without an error."""
     file = saved(tmp_path / "x.pth", {"a": torch.arange(1000.0)})
     content = bytearray(file.read_bytes())
     content[content.index(np.float32(500).tobytes())] ^= 0x40
@@ -368,7 +368,7 @@ def test_tensors_without_plain_values_are_named(tmp_path: Path, content: object)
 
 
 class Command:
-    """The textbook case."""
+    """The textbook pickle that runs a command."""
 
     def __reduce__(self) -> tuple[Any, ...]:
         return os.system, ("true",)

@@ -1,4 +1,4 @@
-"""The command `higen`: what it writes and prints, and exit codes that mean something."""
+"""The command `higen`: what it writes and prints, and meaningful exit codes."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def here() -> list[str]:
-    """What lies in the current folder."""
+    """The names of the files in the current folder."""
     return sorted(path.name for path in Path().iterdir())
 
 
@@ -112,7 +112,7 @@ def test_generate_passes_every_option_on(generate: Any) -> None:
 
 
 def test_options_follow_the_model(tmp_path: Path, tiny_model: Path) -> None:
-    """Each control has an option; --help lists those of --model, with range and default."""
+    """Each control has an option. --help lists the controls of --model with range and default."""
     listed = run("generate", "--help").output
     assert all(f"--{name} " in listed for name in ("motion", "appearance", "offset-noise", "image"))
     mood = Control("mood_of_it", "choice", "bright or dark", "number", choices=("bright", "dark"), default="dark")
@@ -141,7 +141,7 @@ def test_options_follow_the_model(tmp_path: Path, tiny_model: Path) -> None:
 
 
 def write(model: Path, manifest: Manifest) -> None:
-    """Other tables for a model directory."""
+    """Replace the tables of a model directory."""
     rewrite(model, lambda opened: replace(opened, manifest=manifest))
 
 
@@ -311,9 +311,9 @@ def test_ctrl_c_leaves_nothing_and_exit_code_130(generate: Any, monkeypatch: pyt
 
 
 HEARING = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler); "
-"""A shell starts what runs in its background deaf to Ctrl-C, and its children with it."""
+"""Restores Ctrl-C, because a shell starts background processes and their children with SIGINT ignored."""
 WATCHED = "import sys; sys.stderr.isatty = lambda: True; from higen.cli import main; main()"
-"""The command, believing that a person watches: it shows its bars."""
+"""The command with a standard error that looks like a terminal, so that it shows its bars."""
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGINT can be sent to one process on POSIX only")
@@ -329,7 +329,7 @@ def test_a_real_sigint_stops_a_real_run(tiny_model: Path, tmp_path: Path) -> Non
     )
     assert process.stderr is not None
     seen = ""
-    while "spatial" not in seen:  # the first bar: the work has begun
+    while "spatial" not in seen:  # the first bar shows that the work has begun
         letter = process.stderr.read(1)
         assert letter, f"it ended by itself: {seen}"
         seen += letter

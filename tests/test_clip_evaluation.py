@@ -1,4 +1,4 @@
-"""`higen evaluate --clips`, for any model: what it measures, and what it refuses before it draws."""
+"""`higen evaluate --clips`, for any model: what it measures, and what it refuses before it generates clips."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ def test_a_model_against_clips_of_ones_own(tmp_path: Path, preconditioned_model:
     assert found["distances"]["floor"] is None
     assert (output / "report.md").read_text().startswith("# Clips, measured\n")
     again = evaluate(preconditioned_model, "--clips", clips, "--output", output, "--limit", 1, "--backend", "torch")
-    assert again.exit_code == 0, again.output  # a report of its own may be replaced
+    assert again.exit_code == 0, again.output  # the command may replace its own report
     assert json.loads((output / "measures.json").read_text())["distances"] is None
 
 
 def test_features_in_closed_form() -> None:
-    """A chessboard of single pixels that changes its colour from frame to frame."""
+    """A chessboard of single pixels with colours that swap in every frame."""
     board = 200 * (np.indices((3, 16, 16)).sum(axis=0) % 2)
     found = dict(zip(FEATURES, clip_features(np.stack([board] * 3, axis=-1).astype(np.uint8)), strict=True))
     assert found["mean of red"] == pytest.approx(100)
@@ -67,7 +67,7 @@ def test_features_in_closed_form() -> None:
 
 
 def test_distances_have_no_unit() -> None:
-    """Means that lie one deviation of the real clips apart, in one feature: the distance is 1."""
+    """If the means differ in one feature by one standard deviation of the real clips, the distance is 1."""
     random = np.random.default_rng(0)
     real = 50 * random.standard_normal((6, len(FEATURES)))
     moved = real.copy()

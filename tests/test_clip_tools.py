@@ -1,4 +1,4 @@
-"""Tools that use known frames: the requests that they make, the frames that they keep, the input that they refuse."""
+"""Tools that use known frames: the requests they make, the frames they keep, the input they refuse."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def pipeline_of(folder: Path, manifest: Manifest = MANIFEST) -> tuple[Pipeline, list[dict[str, Any]]]:
-    """A pipeline, and the options of each request that it gets."""
+    """A pipeline, and a list that collects the options of each of its requests."""
     pipeline = Pipeline(replace(Bundle.open(folder), manifest=manifest), Formulas(manifest, FORMULAS))
     asked: list[dict[str, Any]] = []
     request = pipeline.request
@@ -57,7 +57,7 @@ def test_a_clip_is_extended_in_as_many_requests_as_it_takes(folder: Path) -> Non
     assert (longer.frames.shape, longer.fps) == ((12, 8, 12, 3), 6.0)
     np.testing.assert_array_equal(longer.frames[:7], CLIP.frames)
     assert [(one["prompt"], one["frames"], one["seed"]) for one in asked] == [("a kite", 5, 8 + i) for i in range(3)]
-    for i, one in enumerate(asked):  # each passes through the three frames before it
+    for i, one in enumerate(asked):  # each request passes through the three previous frames
         assert list(one["keyframes"]) == [0, 1, 2]
         np.testing.assert_array_equal(one["keyframes"][0], longer.frames[4 + 2 * i])
     alone = pipeline(asked[1]["prompt"], frames=5, seed=9, keyframes=asked[1]["keyframes"])
@@ -69,7 +69,7 @@ def test_frames_are_put_between_those_of_a_clip(folder: Path) -> None:
     slow = pipeline.interpolate(CLIP, 4, prompt="a red kite", seed=1)
     assert (slow.frames.shape, slow.fps) == ((25, 8, 12, 3), 24.0)
     np.testing.assert_array_equal(slow.frames[::4], CLIP.frames)
-    # Parts of three known frames that share one: 7 frames in 3 parts, then 13 in 6.
+    # Each part has three known frames and shares one with the next: 7 frames in 3 parts, then 13 frames in 6 parts.
     assert [one["frames"] for one in asked] == [5] * 9
     assert all(list(one["keyframes"]) == [0, 2, 4] for one in asked)
     assert [one["seed"] for one in asked] == list(range(1, 10))

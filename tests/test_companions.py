@@ -27,7 +27,7 @@ from higen.models.companion_checkpoints import (
 from higen.models.companions import autoencoder, load_autoencoder, load_text_encoder, text_encoder
 
 State = dict[str, Tensor]
-HEADS = 4  # of the reference's tiny tower: shapes do not tell
+HEADS = 4  # of the reference's tiny tower; shapes do not show the number of heads
 
 
 def under(state: State, prefix: str) -> State:
@@ -46,7 +46,7 @@ def tower_file() -> State:
 
 @pytest.fixture
 def tower(tower_file: State) -> State:
-    """The reference's tower of three blocks, with what a whole OpenCLIP checkpoint has besides."""
+    """The reference's tower of three blocks, plus the other tensors of a whole OpenCLIP checkpoint."""
     return {**under(tower_file, "text_w/"), "logit_scale": torch.zeros(()), "visual.proj": torch.zeros(2, 2)}
 
 
@@ -76,7 +76,7 @@ def test_text_encoder_gives_the_references_penultimate_tokens(tower_file: State,
 
 
 def test_the_last_block_is_read_where_it_should_not_be(companions: State) -> None:
-    """The comparison is sharp enough to tell the penultimate tokens from the last ones."""
+    """The comparison is strict enough to distinguish the penultimate tokens from the last ones."""
     last, penultimate = companions["text/last_tokens"], companions["text/penultimate_tokens"]
     with pytest.raises(AssertionError):
         close(last, penultimate)
@@ -115,7 +115,7 @@ def test_every_tensor_of_the_released_text_tower_has_its_place(reference: Path, 
     assert (clip["bos_token_id"], clip["eos_token_id"], clip["max_position_embeddings"]) == (49406, 49407, 77)
     converted = text_from_openclip(state)
     assert {name: tuple(t.shape) for name, t in converted.items()} == dict(shapes_of(lambda: text_encoder(clip)))
-    # open_clip's tower of 24 blocks without its projection has 352,984,064 parameters, a block 12,596,224.
+    # open_clip's tower of 24 blocks without its projection has 352,984,064 parameters, and one block has 12,596,224.
     assert sum(tensor.numel() for tensor in converted.values()) == 352_984_064 - 12_596_224
 
 

@@ -1,4 +1,4 @@
-"""Composing two models: tables, files, and the same numbers as the two models one behind the other."""
+"""Composing two models: tables, files, and the same numbers as running the two models one after the other."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FIRST = replace(MANIFEST, name="draws", licence="one licence")
 
 
 def needing_a_picture() -> Manifest:
-    """The made-up model with its film alone, whose latents are always those of the picture."""
+    """The made-up model with only its film, which always starts from the latents of a picture."""
     film = replace(MANIFEST.loops[1], least_frames=1, noise=NoiseRule(21))
     stages = tuple(
         replace(
@@ -47,7 +47,7 @@ SECOND = needing_a_picture()
 
 
 def write(manifest: Manifest, folder: Path, words: tuple[str, ...] = ("a", "red", "kite")) -> Bundle:
-    """A model directory of these tables, its weights made-up."""
+    """A model directory of these tables with made-up weights."""
     with create_model(folder, manifest) as inside:
         for name in manifest.weights:
             save_file({"w": np.full(3, len(manifest.name), np.float32)}, inside / name)
@@ -57,7 +57,7 @@ def write(manifest: Manifest, folder: Path, words: tuple[str, ...] = ("a", "red"
 
 
 def formulas(manifest: Manifest) -> Mapping[str, Any]:
-    """Each stage's formula, whatever it is called."""
+    """Each stage's formula, also for renamed stages."""
     return {name: FORMULAS[name.removeprefix("second_").removeprefix("second_")] for name in manifest.stage_names}
 
 
@@ -69,8 +69,8 @@ def pipeline(bundle: Bundle) -> tuple[Pipeline, Formulas]:
 @pytest.mark.parametrize("second", [SECOND, replace(MANIFEST, name="films")], ids=["needs one", "may have one"])
 @pytest.mark.parametrize("frames", [2, 5])
 def test_a_composed_model_is_the_two_behind_each_other(tmp_path: Path, second: Manifest, frames: int) -> None:
-    """For a model that needs a picture, and for one in which a picture replaces a loop."""
-    # The composed model renames a stream of noise that both have.
+    """The second model needs a picture, or a picture replaces one of its loops."""
+    # Both models have a stream of noise of the same number, so the composed model renumbers one.
     renamed = replace(second, loops=(*second.loops[:-1], replace(second.loops[-1], noise=NoiseRule(22))))
     one, two, by_hand = (write(m, tmp_path / n) for m, n in ((FIRST, "one"), (second, "two"), (renamed, "by hand")))
     both, backend = pipeline(compose_folders(one.path, two.path, tmp_path / "both"))
@@ -81,7 +81,7 @@ def test_a_composed_model_is_the_two_behind_each_other(tmp_path: Path, second: M
     got = both("a kite", **options, frames=frames, shake=1.0, second_shake=0.25, second_grain=4)
     assert np.array_equal(got.frames, wanted)
     assert got.metadata["licence"] == both.manifest.licence
-    # Nothing is made twice: each sample's picture is drawn once.
+    # Each sample's picture is drawn only once.
     assert len(backend.of("paint")) == 1
 
 
@@ -95,7 +95,7 @@ def test_a_batch_is_its_samples(tmp_path: Path) -> None:
 
 
 def test_the_first_models_picture_still_may_be_given(tmp_path: Path) -> None:
-    """A control of the first model's keeps its meaning: here a picture replaces its loop."""
+    """A control of the first model keeps its meaning. Here a picture replaces the first model's loop."""
     write(FIRST, tmp_path / "one"), write(SECOND, tmp_path / "two")
     both, backend = pipeline(compose_folders(tmp_path / "one", tmp_path / "two", tmp_path / "both"))
     picture = np.random.default_rng(0).integers(0, 256, (8, 12, 3), np.uint8)
@@ -113,7 +113,7 @@ def test_tables() -> None:
     assert made.stage("paint").inputs[0].source == "draft.latents"
     assert made.stage("second_look").inputs[0].source == "picture:paint.pixels"
     assert made.stage("look").inputs[0].source == "picture:sketch"
-    # What is for longer clips of the first model, and its control, is left out; the second one's picture is gone.
+    # The second model's picture control is dropped.
     controls = [control.name for control in made.controls]
     assert "footage" in controls
     assert "second_sketch" not in controls
@@ -123,7 +123,7 @@ def test_tables() -> None:
 
 
 def test_composing_again() -> None:
-    """A composed model may be the first of another."""
+    """A composed model may be the first part of another composed model."""
     both = compose(FIRST, SECOND, same_tokenizer=True)
     again = compose(both, replace(SECOND, name="third"), same_tokenizer=True)
     assert len(again.loops) == 3
@@ -147,7 +147,7 @@ def test_sizes_are_those_of_both() -> None:
     assert (made.sizes.multiple, made.sizes.width, made.sizes.height) == (12, 12, 12)
     assert made.sizes.frames == SECOND.sizes.frames
     optional = compose(FIRST, replace(MANIFEST, name="films"), same_tokenizer=True)
-    assert optional.sizes.frames == (2, 5, 24)  # of one frame, the replaced loop alone would be left
+    assert optional.sizes.frames == (2, 5, 24)  # with one frame, only the replaced loop would be left
 
 
 def _scarf(manifest: Manifest) -> Manifest:
@@ -253,7 +253,7 @@ def test_a_damaged_file_leaves_nothing_behind(tmp_path: Path) -> None:
 
 
 def test_a_weights_file_with_the_name_of_the_others_variant(tmp_path: Path) -> None:
-    """Names of precisions are no names of weights; where a model has one all the same, nothing is overwritten."""
+    """Weights should not be named like a precision. If a model has such a name anyway, nothing is overwritten."""
     odd = replace(SECOND, stages=tuple(replace(row, weights="w.fp16.safetensors") for row in SECOND.stages))
     one, two = write(FIRST, tmp_path / "one"), write(odd, tmp_path / "two")
     save_file({"w": np.zeros(3, np.float16)}, one.path / ".half")

@@ -1,4 +1,4 @@
-"""Cues as arrays: closed forms, the reference's tables, and torch's interpolation as an independent one."""
+"""Cues as arrays, compared with closed forms, the reference's tables and torch's interpolation."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ MISC = load_file(Path(__file__).parent / "reference" / "fixtures" / "misc.safete
 
 
 def motion_values(value: Curve, frames: int) -> NDArray[np.float32]:
-    """HiGen's motion cue: a curve from 0."""
+    """HiGen's motion cue: a curve with values of at least 0."""
     return curve_values("motion", value, frames, low=0.0)
 
 
@@ -57,7 +57,7 @@ def test_sinusoid_closed_form(dim: int) -> None:
     assert table.dtype == np.float32
     for k in range(half):
         angle = values * 10000.0 ** (-k / half)
-        # The angle is rounded to float32 as in the reference, which near 1000 is 3e-5.
+        # The angle is rounded to float32 as in the reference; near 1000 the rounding error is 3e-5.
         np.testing.assert_allclose(table[..., k], np.cos(angle), atol=1e-4)
         np.testing.assert_allclose(table[..., half + k], np.sin(angle), atol=1e-4)
     assert dim % 2 == 0 or not table[..., -1].any()
@@ -111,7 +111,7 @@ def test_motion_left_open_is_like_no_motion_value() -> None:
     cue = motion_cue(None, 5, 32)
     assert cue.shape == (5, 32)
     assert not cue.any()
-    # cos^2 + sin^2 = 1 for every value's pairs, so the zeros are none of them.
+    # Every value gives pairs with cos^2 + sin^2 = 1, so the zeros differ from all values.
     assert np.isclose((motion_cue(3.0, 5, 32) ** 2).sum(), 5 * 16)
 
 
@@ -157,11 +157,11 @@ def test_appearance_per_frame() -> None:
 def test_appearance_matrices() -> None:
     given_rows = np.random.default_rng(0).random((5, 32))
     np.testing.assert_array_equal(appearance_rows(given_rows, 5, 32), given_rows.astype(np.float32))
-    # A matrix between frames, resampled to the columns: the closed form of one factor is piecewise linear.
+    # A matrix between frames is resampled to the columns. For a single factor the closed form is piecewise linear.
     between = appearance_rows(0.8, 5, 5)
     resampled = appearance_rows(between, 5, 32)
     at = np.linspace(0, 31, 5)
-    for i in (0, 4):  # first and last row are linear all along
+    for i in (0, 4):  # the first and last rows are linear throughout
         np.testing.assert_allclose(resampled[i], 1 - 0.8 * np.abs(np.arange(32) - at[i]) / 31, atol=1e-6)
     np.testing.assert_allclose(resampled[:, 0], between[:, 0])
     np.testing.assert_allclose(resampled[:, 31], between[:, 4])
@@ -185,7 +185,7 @@ def test_a_curve_keeps_to_its_range(value: Curve) -> None:
     assert curve_values("shake", [-2, 0, 2], 4, -2.0, 2.0).tolist() == [-2, 0, 2]
     with pytest.raises(RequestError, match=r"^shake=.*each finite and >= -2 and <= 2$"):
         curve_values("shake", value, 4, -2.0, 2.0)
-    assert curve_values("shake", value, 4).shape == (3,)  # without a range any finite number
+    assert curve_values("shake", value, 4).shape == (3,)  # without a range any finite number is allowed
 
 
 def test_a_curve_as_rows() -> None:

@@ -1,4 +1,4 @@
-"""Spatial control: ControlNets in the step's graph, beside diffusers' own pipelines, and edges beside OpenCV's rule."""
+"""Spatial control: ControlNets in the step's graph, compared with diffusers' pipelines; edges by OpenCV's rule."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from higen.families.stable_diffusion.control_source import _authors_name, is_con
 from higen.noise import frame_noise
 from higen.pipeline import Pipeline
 
-# diffusers and NumPy 2: an array of a tensor.
+# a warning of diffusers under NumPy 2 about arrays made from tensors
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 Frames = NDArray[np.uint8]
@@ -44,7 +44,7 @@ def drawn(frames: int, width: int, height: int, seed: int = 0) -> Frames:
 
 @pytest.fixture(scope="module")
 def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The hub's folder of Stable Diffusion 1.5."""
+    """A folder like the hub's Stable Diffusion 1.5."""
     return tiny.save(
         tiny.image_pipeline(tiny.scheduler("DDIMScheduler", steps_offset=1, set_alpha_to_one=False, clip_sample=False)),
         tmp_path_factory.mktemp("hub") / "stable-diffusion-v1-5",
@@ -53,7 +53,7 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def control(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The hub's folder of a ControlNet."""
+    """A folder like the hub's, with a ControlNet."""
     folder = tmp_path_factory.mktemp("hub") / "control_v11p_sd15_canny"
     tiny.control_net().save_pretrained(folder)
     return folder
@@ -68,14 +68,14 @@ def module(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def still(base: Path, control: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """Stable Diffusion with a ControlNet that is shown edges."""
+    """Stable Diffusion with a ControlNet for edges, which higen detects in the picture."""
     output = tmp_path_factory.mktemp("converted") / "still"
     return convert_sources([base, control], output, dtype="fp32", control_kind="edges")
 
 
 @pytest.fixture(scope="module")
 def moving(base: Path, module: Path, control: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """AnimateDiff with a ControlNet that is shown maps."""
+    """AnimateDiff with a ControlNet for given maps."""
     output = tmp_path_factory.mktemp("converted") / "moving"
     return convert_sources([control, base, module], output, dtype="fp32", control_kind="given")
 
@@ -146,7 +146,7 @@ def test_features_are_reused_without_a_control_alone(still_pipe: Pipeline) -> No
 
 
 def per_frame(controlnet: Any, scales: list[float]) -> Any:
-    """diffusers' ControlNet with a scale of its own for each frame of both branches."""
+    """diffusers' ControlNet with one scale per frame, for both branches."""
     forward = controlnet.forward
 
     def scaled(*arguments: Any, **named: Any) -> Any:
@@ -193,7 +193,7 @@ def test_a_clip_with_a_map_for_each_frame_is_that_of_diffusers(
 
 
 def authors_file(path: Path, network: Any, levels: int, prefix: str = "control_model.") -> Path:
-    """A ControlNet as its authors publish it; `levels` of the network that reads the pictures."""
+    """A ControlNet as its authors publish it; `levels` counts those of the network that reads the pictures."""
     state = {prefix + _authors_name(name, 1, levels): tensor for name, tensor in network.state_dict().items()}
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
     return path
@@ -208,7 +208,7 @@ def test_the_authors_names_are_those_that_diffusers_knows(tmp_path: Path) -> Non
 
 
 UNET = dict(tiny.image_unet().config)
-"""The arguments of the base's U-Net; its latents have 2 pixels a cell."""
+"""The arguments of the base's U-Net; one latent cell is 2x2 pixels."""
 
 
 @pytest.mark.parametrize("names", ["authors", "bare", "diffusers"])

@@ -1,4 +1,4 @@
-"""Conversion of released checkpoints: the same numbers come out, and nothing is left behind when something is wrong."""
+"""Conversion of released checkpoints: the numbers stay the same, and a failed conversion leaves nothing behind."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ TEXT_WIDTH = 32
 
 
 def filled(shapes: Mapping[str, tuple[int, ...]]) -> State:
-    """Small random weights that depend on their names alone."""
+    """Small random weights that depend only on their names."""
 
     def tensor(name: str, shape: tuple[int, ...]) -> Tensor:
         values = np.random.RandomState(zlib.crc32(name.encode())).random_sample(shape) - 0.5
@@ -58,7 +58,7 @@ def filled(shapes: Mapping[str, tuple[int, ...]]) -> State:
 
 
 def denoiser_state(config: UNetConfig = UNET) -> State:
-    """As the reference names and shapes them, the kernels of 1 included."""
+    """Weights with the reference's names and shapes, including kernel axes of length 1."""
     with torch.device("meta"):
         shapes = {name: tuple(t.shape) for name, t in Denoiser(config).state_dict().items()}
 
@@ -236,7 +236,7 @@ def test_the_released_denoiser_is_recognised(reference: Path, monkeypatch: pytes
     assert sum(tensor.numel() for tensor in state.values()) == 1_483_201_924
 
 
-# What is wrong with a source, and that nothing is left behind.
+# Faulty sources, which leave nothing behind.
 
 
 def change(state: State, missing: str, misshaped: str) -> State:
@@ -312,7 +312,7 @@ def test_a_bare_pickle_is_refused(sources: Path, tmp_path: Path) -> None:
 
 
 def test_stable_diffusions_training_remains_are_read_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its checkpoints name a class of pytorch_lightning, which is neither needed nor imported."""
+    """Its checkpoints name a pytorch_lightning class. The class is neither needed nor imported."""
     path = "pytorch_lightning.callbacks.model_checkpoint"
     checkpoint = type("ModelCheckpoint", (), {"__module__": path})
     with monkeypatch.context() as patched:
@@ -478,7 +478,7 @@ def test_configurations_survive_the_manifest(sources: Path, tmp_path: Path) -> N
     )
 
 
-# Whose checkpoints they are
+# The family of a checkpoint
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])

@@ -1,4 +1,4 @@
-"""The C++ runtime (engines/cpp) is built with sanitizers, runs its own tests, and is compared with Python."""
+"""Builds the C++ runtime (engines/cpp) with sanitizers, runs its own tests, and compares it with Python."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ SANITIZERS = "-fsanitize=address,undefined"
 
 @pytest.fixture(scope="session")
 def ask(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Sequence[dict[str, Any]]], list[Any]]:
-    """Ask tests/vectors.cpp for results; it lists the questions."""
+    """Ask the program tests/vectors.cpp for results; its source lists the questions."""
     folder = tmp_path_factory.mktemp("vectors")
 
     def answers(jobs: Sequence[dict[str, Any]]) -> list[Any]:
@@ -82,7 +82,7 @@ def ask(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[Sequ
 
 @pytest.fixture(scope="session")
 def clip_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in model with CLIP's tokenizer, cleaning, and a text encoder of random weights for its ids."""
+    """The built-in model with CLIP's tokenizer, text cleaning, and a random text encoder for CLIP's token ids."""
     source = Bundle.open(default_model())
     length, width = source.manifest.fixed["L"], source.manifest.fixed["Dt"]
     clip = {
@@ -142,7 +142,7 @@ def higen_run(built: Path, *arguments: object, check: bool = True) -> subprocess
 
 
 def test_its_own_tests(built: Path) -> None:
-    """Unit tests, the C header, the public interface on the built-in model, TensorRT on a fake, and seeded fuzzing."""
+    """Unit tests, the C header, the public interface on the built-in model, a fake TensorRT, and seeded fuzzing."""
     result = done("ctest", "--test-dir", built, "--output-on-failure", "--no-tests=error", timeout=1200)
     for name in (
         *("unit_tests", "provider_tests", "schedule_tests", "c_header", "model_tests", "lifecycle_tests"),
@@ -152,7 +152,7 @@ def test_its_own_tests(built: Path) -> None:
 
 
 def test_no_source_knows_a_model() -> None:
-    """The library, its interface and its program interpret tables: they name no stage and no control of any family."""
+    """The library, its interface and its program interpret tables: they do not name any family's stages or controls."""
     known = re.compile(r"spatial_unet|temporal_unet|\bconditioner\b|\bmotion\b|\bappearance\b|\bprior\b")
     for folder in ("src", "include", "run"):
         for path in sorted((SOURCE / folder).rglob("*")):
@@ -239,7 +239,7 @@ def test_frames_of_a_key_frame_of_the_users(
 
 
 def test_frames_that_a_clip_passes_through(built: Path, pipelines: Callable[[Path], Pipeline], tmp_path: Path) -> None:
-    """Known frames, of which one has another size, and a mask; then a clip from which a second one begins."""
+    """Known frames (one of another size) and a mask; then a clip as the start of a second clip."""
     random = np.random.default_rng(2)
     frames = [random.integers(0, 256, size, dtype=np.uint8) for size in ((64, 64, 3), (50, 97, 3))]
     files = [ppm(tmp_path / f"{i}.ppm", frame) for i, frame in enumerate(frames)]
@@ -364,7 +364,7 @@ def test_an_interrupt_leaves_nothing_behind(built: Path, tmp_path: Path) -> None
     command = [built / "higen-run", default_model(), "a whale", "-o", tmp_path / "clip.npy", "--steps=1000"]
     with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
-        assert process.stderr.read(8) == b"\rspatial"  # it is in its first loop
+        assert process.stderr.read(8) == b"\rspatial"  # the first loop is running
         process.send_signal(signal.SIGINT)
         assert process.stderr.read().endswith(b"higen-run: stopped\n")
     assert process.returncode == 130
@@ -470,7 +470,7 @@ def test_noise(ask: Ask) -> None:
     found = ask([{"op": "noise", **dict(zip(names, shape, strict=True))} for shape in shapes])
     for shape, numbers in zip(shapes, found, strict=True):
         wanted = frame_noise(*shape).ravel()
-        # Both round float64 to float32, so that they differ by one unit in the last place where log or cos do.
+        # Both round float64 to float32. They differ by one unit in the last place where log or cos differ.
         assert np.abs(np.float32(numbers) - wanted).max() <= 2.4e-7 * max(np.abs(wanted).max(), 1)
         assert (np.float32(numbers) == wanted).mean() > 0.999
 
@@ -485,7 +485,7 @@ def given(value: Any) -> dict[str, Any] | None:
 
 
 def encoded(encoding: str, value: Any, frames: int, columns: int) -> np.ndarray:
-    """An encoded control by Python."""
+    """A control as Python encodes it."""
     if encoding == "similarity":
         return similarity_rows("control", value, frames, columns)
     values = None if value is None else curve_values("control", value, frames, 0.0)
@@ -517,7 +517,7 @@ def test_encodings(ask: Ask) -> None:
         for columns in (32, 3)
         for value in (
             *(None, 0.0, 1.0, -2.5, random_numbers.normal(size=frames), random_numbers.normal(size=(frames, columns))),
-            # One by one is a number in the C interface, and a matrix in Python.
+            # A 1x1 array is a number in the C interface but a matrix in Python, so it is left out.
             *([random_numbers.normal(size=(frames, frames))] if frames > 1 else []),
         )
     ]
@@ -528,12 +528,12 @@ def test_encodings(ask: Ask) -> None:
     ]
     for numbers, case in zip(ask(jobs), cases, strict=True):
         wanted = encoded(*case)
-        # Relative for curves, whose values are as large as the caller's.
+        # A relative tolerance for curves, because their values can be large.
         np.testing.assert_allclose(np.reshape(numbers, wanted.shape), wanted, rtol=2e-7, atol=5e-7)
 
 
 def test_pictures_are_scaled_as_pillow_scales_them(ask: Ask) -> None:
-    """Both give the same bytes and use the same matrices. Before version 13, Pillow resized the width of tall pictures
+    """Both give the same bytes and use the same matrices. Before version 13, Pillow resized tall pictures by width
     first.
     """
     generator = np.random.default_rng(1)
@@ -599,7 +599,7 @@ def tokens(ask: Ask, tokenizer: Path, rules: TextRules, texts: Sequence[str]) ->
 def test_token_ids_are_pythons(
     ask: Ask, tokenizers: dict[str, Path], kind: str, clean: bool, ordinary: bool, count: int
 ) -> None:
-    """Ten thousand texts in all. With cleaning, texts that only ftfy can repair are refused: never other ids."""
+    """Ten thousand texts in all. With cleaning, texts that only ftfy can repair are refused and never get other ids."""
     texts = random_texts(count, seed=11, words=ORDINARY if ordinary else None, more=WORDS)
     rules = TextRules("tokenizer.json", 40, 0, clean)
     tokenizer = PromptTokenizer.from_file(tokenizers[kind], rules)
@@ -611,7 +611,7 @@ def test_token_ids_are_pythons(
     if ordinary or not clean:
         assert refused == []
     else:
-        assert len(refused) < 0.9 * count  # mojibake, entities and loose accents are a good part of these texts
+        assert len(refused) < 0.9 * count  # many of these texts have mojibake, entities and loose accents
     wrong = [
         (ascii(text), ids, expected)
         for text, ids, expected in zip(texts, found, wanted, strict=True)
@@ -623,7 +623,7 @@ def test_token_ids_are_pythons(
 def test_every_pair_of_suspicious_characters_is_cleaned_as_python_does_or_refused(
     ask: Ask, tokenizers: dict[str, Path]
 ) -> None:
-    """ftfy's rules depend on neighbours: characters of each two of its kinds, side by side, in four contexts."""
+    """ftfy's rules depend on neighbouring characters, so every pair of its categories is tested in four contexts."""
     from ftfy.badness import BADNESS_RE, MOJIBAKE_CATEGORIES
 
     generator = random.Random(5)
@@ -663,7 +663,7 @@ def expand(members: str) -> list[str]:
 
 
 def resealed(document: Any) -> str:
-    """The text of a manifest with the seal that its tables have."""
+    """The text of a manifest with the correct seal for its tables."""
     none = "0" * 64
     if isinstance(document, dict) and document.get("seal") is not None:
         document = {**document, "seal": none}
@@ -691,7 +691,7 @@ def test_malformed_manifests_are_refused_where_python_refuses_them(
     source = Bundle.open(default_model() if model == "built-in" else made_up)
     manifest = json.loads((source.path / MANIFEST).read_text(encoding="utf-8"))
     generator = random.Random(2)
-    # `architecture` is the family's own; prompts and hashes would else be most of the places.
+    # `architecture` is private to the family. Without the second filter most places would be prompts and hashes.
     everywhere = [
         p for p in places(manifest) if p and p[0] not in ("architecture", "seal") and p[-1] not in range(3, 99)
     ]
@@ -751,7 +751,7 @@ def test_an_edited_manifest_and_an_older_one(built: Path, tmp_path: Path) -> Non
 
 
 def test_graphs_of_the_older_step_contract_are_refused(built: Path, tmp_path: Path) -> None:
-    """Graphs with `t` in whole numbers or with one guidance per sample must be exported again."""
+    """Graphs with an integer `t` or with one guidance value per sample must be exported again."""
     for name, change in (("t", "int64"), ("guidance", "[B]")):
         made = write_made_up_model(tmp_path / name)
         path = made.path / graph_file("film_two")
@@ -781,7 +781,7 @@ def test_graphs_of_the_older_step_contract_are_refused(built: Path, tmp_path: Pa
 
 @pytest.fixture(scope="session")
 def variants(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in model with a quantised key frame, and with every graph in float16 by ONNX Runtime's converter."""
+    """The built-in model with a quantised key-frame step, and every graph in float16 by ONNX Runtime's converter."""
     path = Path(shutil.copytree(default_model(), tmp_path_factory.mktemp("variants") / "model"))
     bundle = Bundle.open(path)
     side = bundle.manifest.sizes.multiple
@@ -842,7 +842,7 @@ def test_a_precision_that_the_model_was_never_quantised_to_is_refused(built: Pat
 
 
 def test_plans_are_chosen_as_python_chooses_them(ask: Ask, tmp_path: Path) -> None:
-    """Up to three engines of a stage, each record with at most one change: both give the same plans or error."""
+    """Up to three engines of a stage, with a few changes in each record: both runtimes give the same plans or error."""
     generator = random.Random(4)
     changes: list[tuple[str, Any]] = [
         *(("architectures", value) for value in ([86], [86, 89], [], "89")),
@@ -869,7 +869,7 @@ def test_plans_are_chosen_as_python_chooses_them(ask: Ask, tmp_path: Path) -> No
             folder = model / "engines" / target
             folder.mkdir(parents=True)
             (folder / "vae_decoder.json").write_text(text[: generator.choice((len(text), len(text), len(text), 99))])
-            if generator.random() < 0.3:  # a build that was killed between plan and record, or before both
+            if generator.random() < 0.3:  # a build that was killed between plan and record or before both
                 record = json.loads(replace(RECORD, target=target, precision="bf16").to_text()) | classic
                 for key, value in generator.sample(changes, generator.choice((0, 0, 1))):
                     record[key] = value
@@ -905,7 +905,7 @@ def test_plans_are_chosen_as_python_chooses_them(ask: Ask, tmp_path: Path) -> No
             outcome = type(wanted).__name__.replace("MissingExtra", "MissingLibrary")
             if outcome in ("Stale", "WrongArchitecture"):
                 assert found["message"] == f"{outcome}: {wanted}"
-            else:  # their words are each language's
+            else:  # these messages differ between the languages
                 assert found["message"].startswith(f"{outcome}: "), (found, wanted)
         outcomes[outcome] = outcomes.get(outcome, 0) + 1
     assert set(outcomes) == {"chosen", "pending", "none", "Malformed", "Stale", "WrongArchitecture", "MissingLibrary"}
@@ -936,7 +936,7 @@ def test_profiles_are_chosen_as_python_chooses_them(ask: Ask) -> None:
 
 
 def test_warnings_about_texts_are_pythons(built: Path, tmp_path: Path) -> None:
-    """Which text, which words, each cut: a prompt may be one word of 100,000 letters."""
+    """The warnings name the text and its words, each cut short, because a prompt may be one word of 100,000 letters."""
     texts = {"prompt": f"a red heart {'x' * 90_000} zebra " + "whale " * 40, "negative_prompt": "blurry"}
     options = {"steps": 1, "frames": 2, "width": 32, "height": 32}
     with warnings.catch_warnings(record=True) as said:

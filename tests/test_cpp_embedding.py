@@ -1,4 +1,4 @@
-"""The C++ runtime where it is built into other programs: closing, files that change, pictures, videos, packages."""
+"""The C++ runtime embedded in other programs: closing, files that change, pictures, videos, packages."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_stopping_and_closing_a_hundred_times(built: Path, made_up: Path) -> Non
 
 
 def test_every_table_that_python_refuses_is_refused(ask: Ask, model: Path, tmp_path: Path) -> None:
-    """The wrong manifests of test_manifest.py, each one change away from a good one."""
+    """The wrong manifests of test_manifest.py. Each differs from a valid manifest by one change."""
     good = json.loads((model / MANIFEST).read_text(encoding="utf-8"))
     jobs = []
     for i, (_, change, _) in enumerate([("none", lambda document: None, ""), *WRONG]):
@@ -120,7 +120,7 @@ def turned(way: int) -> PIL.Image.Exif:
 
 
 def pictures() -> dict[str, bytes]:
-    """Files of every kind that people have, 13 x 9 pixels."""
+    """Picture files of all common kinds, 13 x 9 pixels."""
     random = np.random.default_rng(4)
     rgb = PIL.Image.fromarray(random.integers(0, 256, (9, 13, 3), np.uint8))
     smooth = PIL.Image.linear_gradient("L").resize((13, 9)).convert("RGB")
@@ -158,7 +158,7 @@ def test_pictures_from_files_are_pythons(ask: Ask, built: Path, tmp_path: Path) 
     made = pictures()
     for name, data in made.items():
         (tmp_path / name).write_bytes(data)
-    # 16 bits of grey, which Pillow 13 clips to white: the high byte is the truth.
+    # 16-bit grey, which Pillow 13 clips to white. The expected value is the high byte.
     deep = np.random.default_rng(5).integers(0, 2**16, (9, 13), np.uint16)
     PIL.Image.fromarray(deep).save(tmp_path / "deep.png")
     for name, found in zip(
@@ -171,7 +171,7 @@ def test_pictures_from_files_are_pythons(ask: Ask, built: Path, tmp_path: Path) 
         wanted = (deep / 257)[..., None] if name == "deep.png" else as_python_sees_it(tmp_path / name)
         pixels = np.reshape(found["rgb"], (found["height"], found["width"], 3)).astype(float)
         assert pixels.shape[:2] == wanted.shape[:2], name
-        # Pillow's own libjpeg may round otherwise than the system's.
+        # Pillow's own libjpeg may round differently from the system's.
         assert np.abs(pixels - wanted).max() <= (3 if name.endswith("jpg") else 1), name
 
 
@@ -247,7 +247,7 @@ def test_a_file_is_replaced_where_its_owner_allows_it(built: Path, made_up: Path
 
 
 def test_what_a_killed_run_left_is_taken_away_by_the_next(built: Path, made_up: Path, tmp_path: Path) -> None:
-    """By this program or by Python; nothing that only looks like it is touched."""
+    """The next run is this program or Python. Files that only look similar are not touched."""
     command = [built / "higen-run", made_up, "a kite", "-o", tmp_path / "x.npy", "--steps=100", "--width=256"]
     for sweeper in ("c++", "python"):
         with subprocess.Popen(list(map(str, command)), stderr=subprocess.PIPE) as process:
@@ -268,7 +268,7 @@ def test_what_a_killed_run_left_is_taken_away_by_the_next(built: Path, made_up: 
 
 
 def fake_ffmpeg(folder: Path, script: str) -> dict[str, str]:
-    """An environment whose ffmpeg is a script: the only program in PATH, except for a shell's own."""
+    """An environment with a script as ffmpeg. The rest of PATH is only /usr/bin and /bin."""
     folder.mkdir()
     (folder / "ffmpeg").write_text(f"#!/bin/sh\n{script}\n")
     (folder / "ffmpeg").chmod(0o755)
@@ -284,14 +284,14 @@ def test_without_ffmpeg_a_video_says_what_to_install(built: Path, made_up: Path,
     result = run_in({**os.environ, "PATH": str(tmp_path)}, *run)
     assert result.returncode == 1
     assert "apt-get install ffmpeg; .y4m, .npy and .rgb need no other program" in result.stderr
-    assert "draft" not in result.stderr  # before any work
+    assert "draft" not in result.stderr  # the error comes before any work
     result = run_in(fake_ffmpeg(tmp_path / "bare", "exit 1"), *run)
     assert "needs an ffmpeg with the encoder libx264" in result.stderr
     assert [p.name for p in tmp_path.iterdir()] == ["bare"]
 
 
 def test_a_video_that_ffmpeg_cannot_write_leaves_nothing_behind(built: Path, made_up: Path, tmp_path: Path) -> None:
-    """It ends at once, or with the last frame."""
+    """ffmpeg fails at once or after the last frame."""
     for name, fails in (
         ("early", 'echo "disk is full" >&2; exit 1'),
         ("late", 'cat >/dev/null; echo "no index" >&2; exit 1'),
@@ -331,7 +331,7 @@ def test_a_video_is_pythons(built: Path, made_up: Path, suffix: str, tmp_path: P
     Video(frames, 5, {"prompt": PROMPT}).save(tmp_path / f"p.{suffix}")
     ours, theirs = (Video.open(tmp_path / f"{name}.{suffix}") for name in "vp")
     assert (ours.fps, len(ours), ours.prompt, ours.metadata["seed"]) == (5, 6, PROMPT, 2**64 - 1)
-    # Both lose something; neither more than the other by far, and the colours are the same.
+    # Both files are lossy. Ours does not lose much more than the other, and the colours are the same.
     lost = [np.abs(video.frames.astype(int) - frames).mean() for video in (ours, theirs)]
     assert lost[0] < 1.3 * lost[1] + 1
     assert np.abs(ours.frames.mean((0, 1, 2)) - frames.mean((0, 1, 2))).max() < 2
@@ -366,7 +366,7 @@ int main(int argc, char** argv) {
 def test_the_installed_package_needs_no_other_folder(
     built: Path, onnxruntime_root: str, made_up: Path, tmp_path: Path
 ) -> None:
-    """It is moved, then used through pkg-config and through CMake; no path of the build is in it."""
+    """The package is moved, then used through pkg-config and CMake. It must not contain paths of the build."""
     done("cmake", "--install", built, "--prefix", tmp_path / "first")
     prefix = (tmp_path / "first").rename(tmp_path / "moved")
     for name in ("lib/libhigen.so", "bin/higen-run"):

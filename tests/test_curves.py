@@ -1,4 +1,4 @@
-"""Curves from elsewhere: the file of a clip or a sound in place of a curve's numbers, and the picture of both."""
+"""Curves from files: a clip or a sound in place of a curve's numbers, and a plot of both."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def clip() -> Video:
 
 
 def latents(model: Path, frames: np.ndarray) -> torch.Tensor:
-    """What the autoencoder's own code makes of frames: [1, C, F, H, W]."""
+    """Latents of frames by the autoencoder's own code: [1, C, F, H, W]."""
     bundle = Bundle.open(model)
     config = spec.autoencoder_config(bundle.manifest)
     codec = load_autoencoder(bundle.file(spec.AUTOENCODER), config.kind, config.arguments, torch.float32)
@@ -82,14 +82,14 @@ def test_a_file_and_a_part_of_it_are_as_the_clip(pipe: Pipeline, clip: Video, tm
 def test_a_sound_is_mapped_into_the_range(pipe: Pipeline, tmp_path: Path) -> None:
     path = write_wav(tmp_path / "a.wav", beats(1, (0.25, 0.75)))
     loud = energy(read_sound(path), 7, 8)
-    request = pipe.request("a whale", frames=8, motion=path)  # its default is 60: from 0 to twice that
+    request = pipe.request("a whale", frames=8, motion=path)  # the default is 60, so the range is 0 to twice that
     np.testing.assert_allclose(request.controls["motion"], 120 * loud, rtol=1e-6)
     request = pipe.request("a whale", frames=8, motion=CurveFrom(path, "onsets", low=10, high=30))
     assert [int(v) for v in np.flatnonzero(request.controls["motion"] > 20)] == [2, 6]
     assert request.controls["motion"].min() == 10
     request = pipe.request("a whale", frames=8, appearance=f"{path}:low=0.2")  # a factor per frame, up to 1
     np.testing.assert_allclose(request.controls["appearance"], 0.2 + 0.8 * energy(read_sound(path), 8, 8), rtol=1e-6)
-    request = pipe.request("a whale", frames=8, guidance=str(path))  # the spatial loop keeps its own
+    request = pipe.request("a whale", frames=8, guidance=str(path))  # the spatial loop keeps its own value
     assert request.guidance[0] == 3.0
     np.testing.assert_allclose(request.guidance[1], 1 + 2 * energy(read_sound(path), 8, 8), rtol=1e-6)
     np.testing.assert_allclose(pipe.request("a whale", frames=8, guidance=[5, path]).guidance[1], request.guidance[1])
@@ -101,7 +101,7 @@ def test_guidance_from_a_file_is_checked_as_numbers_are(pipe: Pipeline, tmp_path
         pipe.request("a whale", frames=8, guidance=[path, 3])
     with pytest.raises(RequestError, match="guidance='fast': a number, numbers, or the file"):
         pipe.request("a whale", guidance="fast")
-    with pytest.raises(RequestError, match=r"guidance='a\.wav': a finite number"):  # a server has no files
+    with pytest.raises(RequestError, match=r"guidance='a\.wav': a finite number"):  # a server reads no files
         make_request(pipe.manifest, "a whale", guidance="a.wav", controls={}, load=load_picture)
 
 

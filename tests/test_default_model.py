@@ -1,4 +1,4 @@
-"""The model inside the package: it is small, whole, and makes a video from every prompt it lists."""
+"""The model inside the package: it is small and complete, and makes a video from every prompt it lists."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def model() -> Bundle:
 
 @pytest.fixture(scope="module", autouse=True)
 def forget() -> Iterator[None]:
-    """`higen.generate` keeps the model; other tests need its memory."""
+    """Free the model that `higen.generate` keeps, because other tests need the memory."""
     yield
     _default_pipeline.cache_clear()
 
@@ -52,7 +52,7 @@ def test_generate_makes_a_video() -> None:
     assert video.frames.shape == (16, 128, 128, 3)
     assert video.prompt == prompt
     assert 1 < video.duration < 4
-    assert video.frames.std() > 10  # a picture, and
+    assert video.frames.std() > 10  # it is a picture
     assert np.abs(np.diff(video.frames.astype(int), axis=0)).mean() > 0.1  # it moves
 
 
@@ -94,5 +94,5 @@ def test_a_word_it_does_not_know_is_a_warning(model: Bundle) -> None:
 def test_its_licence_and_its_card_are_there(model: Bundle) -> None:
     assert model.manifest.licence
     card = (default_model().parent / "MODEL_CARD.md").read_text(encoding="utf-8")
-    assert "MIT" in card  # the emoji it was trained on
+    assert "MIT" in card  # the licence of the emoji it was trained on
     assert "Microsoft" in card

@@ -1,4 +1,4 @@
-"""Names of devices: read whole or refused, by every backend, and a GPU's number reaches the library."""
+"""Names of devices: every backend reads the whole name or refuses it, and a GPU's number reaches the library."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_gpu_beyond_the_last() -> None:
 
 
 class Session:
-    """ONNX Runtime as it is where there are GPUs; the arithmetic is done on the CPU."""
+    """Imitates ONNX Runtime on a machine with GPUs. The arithmetic is done on the CPU."""
 
     made: list[Any]
     real = ort.InferenceSession
@@ -112,7 +112,7 @@ class Session:
 
 
 class Binding:
-    """Notes the devices of the outputs, and has them on the CPU."""
+    """Records the devices of the outputs, and places the outputs on the CPU."""
 
     places: list[tuple[str, int]]
 
@@ -153,7 +153,7 @@ def test_a_gpus_number_reaches_the_provider_and_the_bindings(device: Any, index:
 def test_a_gpu_that_is_not_there_is_refused_with_how_many_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(BackendUnavailable, match="device='cuda:2': there are 2 GPUs"):
         higen.load(backend="onnx", device="cuda:2")
-    monkeypatch.setattr(onnx, "gpu_count", lambda: None)  # no driver of NVIDIA's that could say it
+    monkeypatch.setattr(onnx, "gpu_count", lambda: None)  # without NVIDIA's driver the number is unknown
     assert OnnxBackend(BUNDLE, Options("cuda:2"))
 
 

@@ -15,7 +15,7 @@ from higen.doctor import LoopGraphs, report
 
 @pytest.fixture
 def model(tmp_path: Path) -> Bundle:
-    """The built-in model, without a graph of the clip's step with one branch of guidance."""
+    """The built-in model without the graph of the clip's plain step (one branch of guidance)."""
     copy = Bundle.open(shutil.copytree(default_model(), tmp_path / "model"))
     return drop_file(copy, graph_file("temporal_unet_plain"))
 

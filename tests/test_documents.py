@@ -1,4 +1,4 @@
-"""The documents: their length, their links, and that their commands and examples are taken by the programs."""
+"""The documents: their length and links, and that the programs accept their commands and examples."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ PROGRAMS: dict[str, click.Group] = {"higen": higen, "higen-export": exporter}
 
 
 def _blocks(page: Path, language: str = "") -> Iterator[str]:
-    """The fenced blocks of a page in one language."""
+    """The fenced code blocks of a page in one language."""
     for found in re.finditer(r"^```(\w*)\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL):
         if found[1] == language:
             yield found[2]
 
 
 def _commands() -> list[tuple[str, str]]:
-    """Each command of our programs in the documents, with the name of its page."""
+    """Each command of higen's programs in the documents, with the name of its page."""
     found = []
     for page in PAGES:
         for block in _blocks(page):
@@ -66,7 +66,7 @@ def test_every_page_of_the_documentation_is_in_the_readmes_table() -> None:
 def test_code_cites_documents_that_exist() -> None:
     cited = re.compile(r"\b((?:docs/)?[a-zA-Z_/]*\w\.md)\b")
     known = {path.name for path in PAGES}
-    made = {"report.md", "evaluation.md", "table.md"}  # written by commands
+    made = {"report.md", "evaluation.md", "table.md"}  # files that commands write
     for folder in ("higen", "export", "engines"):
         for file in (ROOT / folder).rglob("*.py"):
             for name in cited.findall(file.read_text(encoding="utf-8")):
@@ -82,7 +82,7 @@ def test_a_documented_command_has_these_options(page: str, line: str) -> None:
         group, words = found, words[1:]
     known = {name for parameter in group.get_params(context) for name in parameter.opts}
     options = {word for word in words if re.match(r"--?[a-zA-Z]", word)}
-    if isinstance(group, click.Group):  # `higen train FILE ...` leads to its own command
+    if isinstance(group, click.Group):  # `higen train FILE ...` is the command `config`
         config = group.get_command(context, "config")
         assert config is not None
         known |= {name for parameter in config.get_params(context) for name in parameter.opts}

@@ -1,4 +1,4 @@
-"""Edges: against Canny's detector written once more, point by point, and as OpenCV's was on a drawn example."""
+"""Edges, compared with a second, pointwise Canny detector and with OpenCV's result for a drawn example."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Picture = NDArray[np.uint8]
 
 
 def pictures_for_edges() -> list[Picture]:
-    """Noise, blocks, slopes and lines of several sizes, from a single pixel on."""
+    """Noise, blocks, slopes and lines of several sizes, starting with a single pixel."""
     random = np.random.default_rng(4)
     made: list[Picture] = [random.integers(0, 256, (h, w, 3), np.uint8) for h, w in ((1, 1), (1, 7), (9, 2), (24, 17))]
     made += [p.repeat(2, axis=0).repeat(3, axis=1) for p in made[-2:]]
@@ -66,7 +66,7 @@ def test_edges_are_those_of_the_rule(i: int) -> None:
 
 
 def test_a_box_has_a_thin_outline() -> None:
-    """As OpenCV 5.0 has it: the outline of a bright box is one point wide, outside of it above and to the left."""
+    """As in OpenCV 5.0, a bright box's outline is one point wide. It lies outside the box above and on the left."""
     picture = np.zeros((12, 12, 3), np.uint8)
     picture[4:8, 4:8] = 255
     found = edges(picture)[..., 0] == 255

@@ -1,4 +1,4 @@
-"""The default model's decoder, trained on what the denoiser draws."""
+"""The default model's decoder, trained on the denoiser's output."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TWO = SUBJECTS[:2]
 
 
 class Squares(autoencoder.Pictures):
-    """A square that moves a pixel a frame, in a colour of its own, in place of each emoji."""
+    """Replaces each emoji by a square of its own colour that moves one pixel per frame."""
 
     def __init__(self, folder: Path) -> None:
         self.loops = []
@@ -45,7 +45,7 @@ class Squares(autoencoder.Pictures):
 
 @pytest.fixture
 def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The built-in model's codec, its latents' scale, and "drawn" clips that are the real ones."""
+    """A folder with the built-in model's codec, its latents' scale, and real clips in place of the drawn ones."""
     for module in (decoder, latent_cache):
         monkeypatch.setattr(module, "SUBJECTS", TWO)
     monkeypatch.setattr(decoder, "Pictures", Squares)
@@ -83,7 +83,7 @@ def test_what_was_drawn_stands_beside_the_picture_that_was_asked_for(state: Path
         wanted = codec.encoder(pictures)
     assert found.shape == (12, 32, 8, 8)
     assert coverage.amax(dim=(1, 2, 3)).tolist() == [1] * 12
-    # Neighbouring frames differ by 40 times as much.
+    # The difference between neighbouring frames is 40 times as large.
     np.testing.assert_allclose(found, wanted, atol=4e-3 * float(wanted.abs().max()))
 
 
@@ -128,7 +128,7 @@ def test_a_decoder_learns_what_a_changed_latent_stands_for(state: Path) -> None:
     for subject in TWO:
         path = state / "drawn" / f"{subject.name}.safetensors"
         content = load_file(path)
-        save_file({**content, "latents": content["latents"] * 0.7}, path)  # a denoiser that fades
+        save_file({**content, "latents": content["latents"] * 0.7}, path)  # a denoiser that fades the clip
     pictures, cache = Squares(state), load_file(state / "latents.safetensors")
     drawn = Drawn(state / "drawn", pictures, cache["mean"], cache["std"])
     batch, real, _ = drawn.batch(16, torch.Generator().manual_seed(7))

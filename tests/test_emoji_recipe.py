@@ -105,7 +105,7 @@ def test_a_clip_always_shows_the_key_frame_at_its_place(speed: float, first: lis
     assert indices[KEY_INDEX] == 24
     assert indices[:3].tolist() == first
     assert indices.min() >= 0
-    assert clip_indices(20, 10, 2.0).max() < 20  # a loop
+    assert clip_indices(20, 10, 2.0).max() < 20  # the clip loops
 
 
 def test_backgrounds_are_ten_different_pictures() -> None:
@@ -126,7 +126,7 @@ def test_composing_is_the_over_operator() -> None:
 def test_a_start_from_another_model_takes_its_weights_and_its_words() -> None:
     networks, model = networks_of(UNET, seed=1), Bundle.open(default_model())
     own = networks.text.get_parameter("embeddings.token_embedding.weight").detach().clone()
-    tokenizer = build_word_tokenizer(("novelty", *vocabulary(), ","))  # one word more, and every number moved
+    tokenizer = build_word_tokenizer(("novelty", *vocabulary(), ","))  # one more word, so every token id moves
     ids = tokenizer.get_vocab()
     with torch.no_grad():
         networks.text.embeddings.token_embedding.weight = torch.nn.Parameter(torch.cat([own, own[:1]]))  # type: ignore[assignment, union-attr]
@@ -253,7 +253,7 @@ def test_a_cue_stands_in_for_words_and_nothing_else_does(tmp_path: Path) -> None
     batches = [clips.windows(torch.Generator().manual_seed(seed), 0.1) for seed in range(200)]
     places = torch.from_numpy(appearance_cue(None, FRAMES, UNET.appearance_columns)).tolist()
     moving = re.compile("slow|fast|quick|still")
-    # A window of equal frames stands still; without a cue its words must say so.
+    # A window of equal frames stands still. Without a cue, its caption must say so.
     said: dict[tuple[bool, bool], set[bool]] = {}
     for batch in batches:
         for motion, rows, x, text in zip(batch.motion, batch.appearance, batch.x0, batch.captions, strict=True):
@@ -318,14 +318,14 @@ def test_a_cache_without_a_wanted_subject_is_one_error(tmp_path: Path) -> None:
 
 @pytest.fixture
 def no_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A codec is trained without pictures."""
+    """Codec training without pictures."""
     monkeypatch.setattr(autoencoder, "psnr", lambda *_: 30.0)
     monkeypatch.setattr(autoencoder, "Pictures", lambda *_: SimpleNamespace(training=[], validation=[]))
 
 
 @pytest.mark.usefixtures("no_pictures")
 def test_a_stopped_codec_run_has_the_given_time_in_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By a clock on which a step takes a minute; checkpoints are made every two."""
+    """On the test's clock a step takes one minute; a checkpoint is saved every two minutes."""
     clock, parts = [0.0], list[float]()
 
     def step(loop: Loop) -> dict[str, torch.Tensor]:
@@ -354,7 +354,7 @@ def test_a_stopped_codec_run_has_the_given_time_in_all(tmp_path: Path, monkeypat
 
 @pytest.mark.usefixtures("single")
 def test_a_codec_that_was_stopped_goes_on_as_if_never_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """On a number of steps; by the clock no two runs are alike."""
+    """The run ends after a number of steps, because two runs by the clock are never equal."""
     loop = np.zeros((40, 128, 128, 4), np.uint8)
     loop[:, 30:90, 40:80] = (200, 90, 10, 255)
 
@@ -366,7 +366,7 @@ def test_a_codec_that_was_stopped_goes_on_as_if_never_stopped(tmp_path: Path, mo
 
     monkeypatch.setattr(autoencoder, "Pictures", Square)
     monkeypatch.setattr(autoencoder, "psnr", lambda *_: 30.0)
-    settings = replace(autoencoder.CODEC, steps=3, batch=2, save_seconds=0.0)  # each step is saved
+    settings = replace(autoencoder.CODEC, steps=3, batch=2, save_seconds=0.0)  # save after each step
     autoencoder.train(tmp_path, tmp_path / "whole", 0, settings=settings)
     gradients = autoencoder.CodecGradients.__call__
 

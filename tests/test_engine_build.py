@@ -39,7 +39,7 @@ SMALL = Profile("small", Range(1, 1, 2), Range(2, 3, 4), Range(8, 8, 16), Range(
 
 
 def decoder_graph(path: Path, latents: int = 4, factor: int = 2, layers: int = 1, broken: bool = False) -> None:
-    """A decoder that upsamples and convolves. It has the interface of the model's decoder, and none of its weights."""
+    """A decoder that upsamples and convolves. It has the interface of the model's decoder but none of its weights."""
     random = np.random.default_rng(0)
     nodes, tensors, last, width = [], [], "latents", latents
     for i in range(layers):
@@ -64,7 +64,7 @@ def decoder_graph(path: Path, latents: int = 4, factor: int = 2, layers: int = 1
 
 @pytest.fixture
 def model(tiny_model: Path, tmp_path: Path) -> Path:
-    """The tiny model with a decoder graph of its interface."""
+    """The tiny model with a decoder graph that has its decoder's interface."""
     copy = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     with_graph(copy)
     return copy
@@ -255,7 +255,7 @@ def test_the_disk_must_hold_the_engines_of_all_targets(model: Path, monkeypatch:
 
 
 def test_the_disk_need_not_hold_what_is_there_already(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An old plan is removed when its successor exists. The size of a plan that was built before is known."""
+    """An old plan is removed once its successor exists. The size of a previously built plan is known."""
     first, _ = build(model, "rtx-sm86,rtx-sm120")
     asked = []
     monkeypatch.setattr("higen.engines.model_engines.MARGIN", 0)
@@ -268,7 +268,7 @@ def test_the_disk_need_not_hold_what_is_there_already(model: Path, monkeypatch: 
 
 
 def test_a_graph_knows_how_large_its_weights_are_in_a_plan(tmp_path: Path) -> None:
-    """Only the stage's own part of a file that several stages share counts, in the precision in which it computes."""
+    """Of a weights file shared by stages, only the stage's own tensors count, at its precision of computation."""
     weights = [
         numpy_helper.from_array(np.zeros((3, 5), np.float32), "a"),
         numpy_helper.from_array(np.zeros((7,), np.float16), "b"),

@@ -1,4 +1,4 @@
-"""Arguments that `higen-export compare` refuses before it loads a graph; tests/test_quantize.py tests its results."""
+"""Arguments that `higen-export compare` refuses before it loads a graph. tests/test_quantize.py tests its results."""
 
 from __future__ import annotations
 

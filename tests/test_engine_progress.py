@@ -1,4 +1,4 @@
-"""Progress of a build as one number, and Ctrl-C."""
+"""The progress of a build as one number, and Ctrl-C."""
 
 from __future__ import annotations
 

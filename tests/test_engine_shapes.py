@@ -1,4 +1,4 @@
-"""Profiles: TOML files to ranges of every input."""
+"""Profiles: from TOML files to ranges for every input."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from higen.tables import Tiles
 
 RELEASED_CONFIG = ModelConfig(name="released")
 RELEASED = spec.manifest(RELEASED_CONFIG)
-"""The released model's tables: 448x256, 32 frames, latents of an eighth."""
+"""The released model's tables: 448x256, 32 frames, latents at an eighth of the size."""
 
 TINY = spec.manifest(TINY_CONFIG)
 
@@ -66,7 +66,7 @@ def test_the_pipelines_own_single_runs_are_always_inside(tmp_path: Path) -> None
     profile = read_profile(written(tmp_path, text), TINY)
     (conditioner,) = stage_profiles("conditioner", [profile], TINY)
     motion = next(span for span in conditioner.spans if span.name == "motion")
-    assert motion.holds((1, 1, 32))  # the empty prompt and the key frame
+    assert motion.holds((1, 1, 32))  # for the empty prompt and the key frame
     assert motion.holds((4, 8, 32))
     assert not motion.holds((5, 8, 32))
     (text_encoder,) = stage_profiles("text_encoder", [profile], TINY)

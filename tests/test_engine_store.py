@@ -1,4 +1,4 @@
-"""The engine store: whole or not at all, one builder at a time."""
+"""The engine store: engines are written whole or not at all, by one builder at a time."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_a_cut_plan_is_built_again(store: EngineStore) -> None:
 
 
 def test_an_altered_plan_is_built_again(store: EngineStore) -> None:
-    """The backend refuses it by its sha256, so that a builder that looked at its size would never repair it."""
+    """The backend checks a plan's sha256. A builder that checked only the size would never repair this plan."""
     (store.folder / "vae_decoder.engine").write_bytes(PLAN[:-1] + b"x")
     assert store.stored("vae_decoder") is None
     assert store.stored("vae_decoder", verify=False) == RECORD
@@ -177,7 +177,7 @@ SAME_SIZE = bytes(reversed(PLAN))
 
 @pytest.mark.parametrize("new", [NEW, SAME_SIZE])
 def test_a_builder_killed_between_plan_and_record_is_finished(store: EngineStore, tmp_path: Path, new: bytes) -> None:
-    """Until the next builder comes, too, the new plan is read with its own record."""
+    """Even before the next build, the new plan is read with its own record."""
     record = replace(RECORD, size=len(new), sha256=hashlib.sha256(new).hexdigest())
     (store.folder / "vae_decoder.engine").write_bytes(new)
     (store.folder / ".vae_decoder.json.part").write_text(record.to_text())
@@ -200,7 +200,7 @@ def test_a_record_that_waits_for_its_plan_is_not_read(store: EngineStore, tmp_pa
 def test_a_switch_that_fails_leaves_one_of_both_engines(
     store: EngineStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int, left: PlanRecord
 ) -> None:
-    """Log, plan, record: the renames are done in this order, and the one numbered `failing` fails."""
+    """The log, the plan and the record are renamed in this order. The rename with number `failing` fails."""
     real, done = Path.replace, []
 
     def replaced(self: Path, target: Path) -> Path:

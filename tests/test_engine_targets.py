@@ -60,7 +60,7 @@ def test_a_portable_plan_needs_every_architecture() -> None:
 
 @pytest.mark.parametrize("precision", ["int3", "FP16", "fp8", "nvfp4"])
 def test_an_unknown_precision_is_refused(precision: str) -> None:
-    """Every listed precision is allowed; fp8 alone is not one of them."""
+    """The error lists only allowed precisions. Plain fp8 is not one of them."""
     with pytest.raises(RequestError, match=f"precision='{precision}': one of ") as caught:
         check_precision(precision, (120,))
     for allowed in re.findall("'([^']+)'", str(caught.value).partition(": ")[2]):

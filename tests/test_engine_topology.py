@@ -1,4 +1,7 @@
-"""Every stage of the released model's topology becomes an engine in every precision: another file, another process."""
+"""Every stage of the released model's topology becomes an engine in every precision.
+
+A separate file, so that it can run in another process than test_engine_stages.py.
+"""
 
 from __future__ import annotations
 
@@ -23,5 +26,5 @@ TOPOLOGY = replace(
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16", "bf16"])
 def test_every_stage(tmp_path: Path, precision: str) -> None:
-    # A plain step is the guided one less a branch; test_engine_stages.py builds it in every precision.
+    # A plain step is the guided step with one branch fewer; test_engine_stages.py builds it in every precision.
     check_stages(write_tiny_model(tmp_path / "model", TOPOLOGY).path, precision, plain=False)

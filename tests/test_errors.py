@@ -1,4 +1,4 @@
-"""Errors and warnings: their messages are short, and they arrive whole in another process."""
+"""Errors and warnings: their messages are short, and they reach another process unchanged."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_no_message_is_endless(kind: type[Exception]) -> None:
 
 @pytest.mark.parametrize("kind", CLASSES, ids=lambda kind: kind.__name__)
 def test_an_error_arrives_in_another_process(kind: type[Exception]) -> None:
-    """A pool of processes sends what was raised in a worker to its parent."""
+    """A process pool sends an exception from a worker to the parent."""
     made = kind("torch", "torch", "x") if kind is MissingExtra else kind("what is wrong")
     found = pickle.loads(pickle.dumps(made))
     assert (type(found), str(found), vars(found)) == (kind, str(made), vars(made))
@@ -78,7 +78,7 @@ def test_the_tree_at_the_top_of_the_file_has_every_error() -> None:
 
 
 class TooLong(Exception):
-    """A time limit of a person's program."""
+    """The time limit of a user's program."""
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGUSR1"), reason="needs signals")
@@ -86,7 +86,7 @@ class TooLong(Exception):
 def test_a_signal_handlers_error_is_passed_on(
     kind: type[Exception], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the middle of a stage, and of an encoder's work, it is nobody's failure but the handler's."""
+    """The error passes through unchanged from the middle of a stage and from an encoder."""
 
     def stop(*_: object) -> None:
         raise kind("too long")

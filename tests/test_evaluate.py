@@ -1,4 +1,4 @@
-"""`higen evaluate` on made-up emoji: an honest model passes every measure, and each cheat fails the one it should."""
+"""`higen evaluate` on made-up emoji: an honest model passes every measure, and each cheat fails the right one."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def emoji(index: int) -> Frames:
 
 
 class Lossless:
-    """A codec that only rearranges pixels: 8x8 latents."""
+    """A codec that only rearranges pixels into 8x8 latents."""
 
     def encode(self, clip: Frames) -> NDArray[np.float32]:
         blocks = clip.reshape(len(clip), 8, SIDE // 8, 8, SIDE // 8, 3).transpose(2, 4, 5, 0, 1, 3)
@@ -78,7 +78,7 @@ class Lossless:
 
 
 class Model:
-    """Makes the real clip of the next shot, with a decoder's softness, changed as a cheat would."""
+    """Makes the next shot's real clip, as soft as a decoder's output and changed by a cheat."""
 
     def __init__(self, real: RealClips, shots: list[Shot], change: Change) -> None:
         self.real, self.shots, self.change = real, list(shots), change
@@ -127,7 +127,7 @@ def repeated(clip: Frames, shot: Shot) -> Frames:
 
 
 def speckled(clip: Frames, shot: Shot) -> Frames:
-    """Coloured blobs over the repeated key frame, as strong as the motion that is asked for."""
+    """Coloured blobs over the repeated key frame, with a strength proportional to the requested motion."""
     noise = np.random.default_rng(shot.seed).normal(0, 12 * shot.factor, (len(clip), 16, 16, 3))
     return np.clip(repeated(clip, shot) + noise.repeat(4, 1).repeat(4, 2), 0, 255).astype(np.uint8)
 
@@ -194,8 +194,8 @@ def test_draws_alike_have_the_make_up_of_what_was_asked_and_no_clip_in_common() 
     assert not set(first) & set(second)
     for draw in (first, second):
         assert [(s, speed) for s, _, speed, _ in draw] == [(s, speed) for s, _, speed in asked]
-        assert len({(s, b, speed) for s, b, speed, _ in draw}) == 3  # a background for each subject and speed
-        assert len(set(draw[8:12])) == 4  # early and late ones are not repeated before all were there
+        assert len({(s, b, speed) for s, b, speed, _ in draw}) == 3  # one background per subject and speed
+        assert len(set(draw[8:12])) == 4  # no offset is repeated before all were used
         assert {abs(offset) for *_, offset in draw} <= {0, 1, 2, 3}
 
 
@@ -224,7 +224,7 @@ def test_the_same_seeds_give_the_same_numbers(honest: Result, run: Callable[...,
 
 def test_a_repeated_key_frame_is_found_out(run: Callable[..., Result]) -> None:
     found = held_out(run(repeated))
-    assert found.identity >= 0.95  # it shows the right thing
+    assert found.identity >= 0.95  # the subject is right
     assert found.template == found.background == 1
     assert found.beats_copy == found.beats_mean == 0
     assert found.motion_ratio == 0
@@ -232,7 +232,7 @@ def test_a_repeated_key_frame_is_found_out(run: Callable[..., Result]) -> None:
 
 def test_coloured_speckle_follows_the_motion_factor_and_is_found_out(run: Callable[..., Result]) -> None:
     result = run(speckled, ("text", "motion"))
-    assert result.measures.control["motion"].spearman > 0.9  # which is why this measure alone is worth nothing
+    assert result.measures.control["motion"].spearman > 0.9  # so this measure is worthless without the others
     found, bound = held_out(result), held_out(result, "codec")
     assert found.speckle > 3 + bound.speckle
     assert found.flicker > 3 + bound.flicker
@@ -272,7 +272,7 @@ def test_frames_in_another_order_are_found_out(run: Callable[..., Result]) -> No
 
 @pytest.fixture(scope="module")
 def distance(real: RealClips, judges: Judges) -> Callable[[Change], float]:
-    """Frechet distance of changed real clips from other real clips, over that of the clips as they are."""
+    """Frechet distance of changed real clips from other real clips, divided by that of the unchanged clips."""
     random = np.random.default_rng(0)
     shots = [
         Shot("trained", "motion", s, b, requested=float(random.choice([0.5, 1.0, 2.0])), seed=b)
@@ -312,7 +312,7 @@ def test_features_of_real_clips_are_the_same_by_either_way(real: RealClips, judg
 
 
 def test_one_that_only_knows_when_to_stand_still_is_found_out(run: Callable[..., Result], real: RealClips) -> None:
-    order = {0.5: 2.0, 1.0: 1.0, 1.5: 0.5, 2.0: 1.5}  # no order at all: rank correlation 0 or below
+    order = {0.5: 2.0, 1.0: 1.0, 1.5: 0.5, 2.0: 1.5}  # no correct order: rank correlation 0 or below
 
     def obeys_zero(clip: Frames, shot: Shot) -> Frames:
         return real.clip(shot.subject, shot.background, order.get(shot.factor, 0.0))
@@ -332,7 +332,7 @@ def test_one_that_moves_when_it_should_stand_still_is_found_out(run: Callable[..
     assert result.measures.control["motion"].zero_part == pytest.approx(1, abs=0.1)
 
 
-# Where it comes from and where it goes
+# Sources and outputs
 
 
 def test_a_word_the_model_does_not_know_stops_it(real: RealClips, judges: Judges) -> None:
@@ -368,7 +368,7 @@ def test_a_run_that_was_stopped_goes_on(real: RealClips, judges: Judges, tmp_pat
             Stopping(real, shots, repeated), Lossless(), real, judges, shots, journal=Journal(tmp_path / "clips", {})
         )
     with (tmp_path / "clips").open("a") as file:
-        file.write('[{"group": "held-')  # a line that a crash cut off
+        file.write('[{"group": "held-')  # a line cut off by a crash
     rest = shots[4:]
     journal = Journal(tmp_path / "clips", {})
     again = evaluate(Model(real, rest, repeated), Lossless(), real, judges, shots, journal=journal)
@@ -406,7 +406,7 @@ def test_the_judges_are_of_the_data_whatever_the_threads(real: RealClips) -> Non
     finally:
         torch.set_num_threads(threads)
     assert found[0] == found[1] == found[2]
-    assert all(isinstance(total, int) for total in found[0][:-1])  # exact
+    assert all(isinstance(total, int) for total in found[0][:-1])  # exact sums
 
 
 def test_the_judges_are_kept(real: RealClips, judges: Judges, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -448,9 +448,9 @@ def cli(*arguments: str | Path) -> Any:
 
 @pytest.fixture
 def stand_ins(real: RealClips, judges: Judges, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The built-in model's place is taken by one that makes the real clips; everything around it is the command's."""
+    """A model that makes the real clips replaces the built-in one. The rest is the command's own code."""
     shots = [shot for shot in plan([0, 1], 1) if shot.kind in ("text", "motion") and shot.group == "held-out"]
-    again = [shot for shot in shots if shot.kind == "text"]  # at most twelve worst clips, two of a subject
+    again = [shot for shot in shots if shot.kind == "text"]  # at most twelve worst clips, two per subject
     made = Model(real, shots, lambda clip, shot: clip)
 
     class Maker(Lossless):
@@ -486,7 +486,7 @@ def test_the_command_prints_and_writes_what_it_measured(tmp_path: Path) -> None:
 @pytest.mark.usefixtures("stand_ins")
 @pytest.mark.parametrize(("room", "there"), [(100, "clips.jsonl"), (40_000, "sheet.png")])
 def test_a_full_disk_is_one_error(tmp_path: Path, room: int, there: str) -> None:
-    """While clips are measured, and when the sheets are drawn."""
+    """The disk fills while clips are measured, or while the sheets are drawn."""
     with full_disk(room):
         result = cli("--data", tmp_path, "--output", tmp_path / "out", "--seeds", "1")
     assert (result.exit_code, result.stdout) == (2, "")
@@ -496,7 +496,7 @@ def test_a_full_disk_is_one_error(tmp_path: Path, room: int, there: str) -> None
 
 
 def test_a_folder_has_one_evaluation(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("higen.train.emoji.evaluation.command.fetch", None)  # it never comes to that
+    monkeypatch.setattr("higen.train.emoji.evaluation.command.fetch", None)  # this is never called
     with claimed(tmp_path / "out"):
         result = cli("--data", tmp_path / "data", "--output", tmp_path / "out")
     assert result.exit_code == 1

@@ -48,7 +48,7 @@ EXPORTED = ("text_encoder", "conditioner")
 
 @pytest.fixture(scope="module")
 def unoptimized() -> list[ir.Model]:
-    """Each graph that `exported` traced, before the optimiser."""
+    """Each graph that `exported` traced, before optimisation."""
     return []
 
 
@@ -74,7 +74,7 @@ def exported(
 def low(
     request: pytest.FixtureRequest, exported: tuple[Bundle, list[Parity]], tmp_path_factory: pytest.TempPathFactory
 ) -> tuple[Bundle, list[Parity], str]:
-    """The same with the conditioner's graph in fewer bits."""
+    """The same, plus the conditioner's graph in 16 bits."""
     copy = shutil.copytree(exported[0].path, tmp_path_factory.mktemp("low") / "model")
     parities: list[Parity] = []
     made = export_model(Bundle.open(copy), ["conditioner"], precision=request.param, on_parity=parities.append)
@@ -89,7 +89,7 @@ def copy(tiny_model: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture
 def traced(exported: tuple[Bundle, list[Parity]], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tracing takes the graphs that were traced before: it costs seconds, and these tests are of what surrounds it."""
+    """Tracing reuses earlier graphs, because it takes seconds and these tests are not about tracing itself."""
 
     def trace(bundle: Bundle, module: object, name: str, output: Path, *rest: object) -> None:
         shutil.copy(exported[0].path / graph_file(name), output)
@@ -128,7 +128,7 @@ def test_a_graph_is_valid_named_by_the_table_and_holds_no_weights(
 
 @pytest.mark.usefixtures("exported")
 def test_the_optimiser_does_what_onnxscripts_own_does(unoptimized: list[ir.Model]) -> None:
-    """The rule that it leaves out changes nothing, though both graphs have slices that it looks at."""
+    """Our optimiser leaves one rule out. That rule changes nothing here, although it inspects slices in both graphs."""
     assert len(unoptimized) == len(EXPORTED)
     for model in unoptimized:
         ours, theirs = model.clone(), model.clone()
@@ -156,7 +156,7 @@ def test_a_graph_that_differs_is_refused_and_leaves_nothing(copy: Path, monkeypa
 
 
 def test_weights_with_a_second_link_pass_the_gate(exported: tuple[Bundle, list[Parity]], tmp_path: Path) -> None:
-    """As a Triton repository makes them; onnx.checker takes such a file for an attack."""
+    """A Triton repository makes such links. onnx.checker treats a linked file as an attack."""
     bundle, _ = exported
     os.link(bundle.file(spec.UNET), tmp_path / "again.safetensors")
     check_rules(bundle.path / graph_file("conditioner"))
@@ -177,9 +177,9 @@ def test_a_variant_stands_beside_with_weights_of_its_own(low: tuple[Bundle, list
     outside = [t for t in graph.initializer if t.external_data]
     assert {e.value for t in outside for e in t.external_data if e.key == "location"} == {weights}
     assert {t.data_type for t in outside} == {int(DTYPES[PRECISIONS[precision].stored])}
-    # In and out in float32, as the stage table says.
+    # Inputs and outputs are float32, as the stage table says.
     assert {v.type.tensor_type.elem_type for v in (*graph.input, *graph.output)} == {onnx.TensorProto.FLOAT}
-    # And computing in fewer bits: no weight is cast up.
+    # The graph computes in fewer bits: no weight is cast up.
     outer = {t.name for t in outside}
     assert not [n for n in graph.node if n.op_type == "Cast" and outer & set(n.input)]
 
@@ -191,7 +191,7 @@ def test_a_variant_is_judged_in_three_ways(low: tuple[Bundle, list[Parity], str]
     assert len(by_way["graph in float32"]) >= 3
     assert all(p.error is not None and p.error < 2e-5 == p.tolerance for p in by_way["graph in float32"])
     (module,) = by_way["module"]
-    # Rounding shows in PyTorch: were it nought, something computed in float32.
+    # PyTorch's result must show rounding. Without any, something would have computed in float32.
     assert module.error is not None
     assert {"fp16": 2e-5, "bf16": 5e-4}[precision] < module.error < PRECISIONS[precision].step
     if precision == "fp16":
@@ -243,7 +243,7 @@ def test_a_variant_is_run_where_it_is_asked_for(low: tuple[Bundle, list[Parity],
         error = np.abs(backend.to_numpy(value) - expected[name]).max() / np.abs(expected[name]).max()
         assert 1e-5 < error < PRECISIONS["fp16"].step
     assert backend.describe("conditioner") == "cpu, fp16"
-    # A stage without such a graph goes to PyTorch, in the same precision.
+    # A stage without such a graph runs in PyTorch, in the same precision.
     router = select_backend(bundle, options=Options(precision="fp16", device="cpu"))
     for name in EXPORTED:
         router.prepare(name)
@@ -273,7 +273,7 @@ def test_a_weight_too_great_for_the_precision(copy: Path) -> None:
 
 
 def rewritten(model: Path) -> Bundle:
-    """A model whose files were changed: the manifest is made to fit them."""
+    """Update a model's manifest after changes to its files."""
 
     def changed(opened: Opened) -> Opened:
         return replace(opened, files={name: file_record(model / name) for name in opened.files})
@@ -332,7 +332,7 @@ def test_an_interrupted_export_leaves_a_model_and_can_be_run_again(copy: Path) -
     left = Bundle.open(copy)
     assert [graph_file(name) in left.files for name in EXPORTED] == [True, False]
     assert {path.name for path in copy.iterdir()} == {*left.files, MANIFEST}
-    # What a process that was killed leaves is no hindrance, and goes.
+    # Files left by a killed process do not block an export, and are removed.
     code = (
         "import os, sys; from higen.bundle import Bundle; from higen.export.place import writing\n"
         "with writing(Bundle.open(sys.argv[1])) as place:\n"
@@ -348,23 +348,23 @@ def test_an_interrupted_export_leaves_a_model_and_can_be_run_again(copy: Path) -
 @pytest.mark.usefixtures("traced")
 def test_an_export_is_taken_up_again_with_what_is_finished(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(stages: Sequence[str] = EXPORTED[:1], **options: Any) -> tuple[set[str], list[str]]:
-        """The stages that were exported, and what was said of others."""
+        """The stages that were exported, and the messages about others."""
         done: list[Parity] = []
         said: list[str] = []
         export_model(Bundle.open(copy), stages, resume=True, on_parity=done.append, on_line=said.append, **options)
         return {parity.stage for parity in done}, said
 
     there = "text_encoder.onnx: it is there already"
-    export_model(Bundle.open(copy), EXPORTED[:1])  # as a run leaves it that ends after its first stage
+    export_model(Bundle.open(copy), EXPORTED[:1])  # the state after a run that ended after its first stage
     assert run(EXPORTED) == ({"conditioner"}, [there])
     assert run(EXPORTED) == (set(), [there, "conditioner.onnx: it is there already"])
     assert run(opset=22)[0] == {"text_encoder"}
-    # Damaged, in its size.
+    # Damaged, but of the same size.
     graph = copy / "text_encoder.onnx"
     whole = graph.read_bytes()
     graph.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
     assert run(opset=22)[0] == {"text_encoder"}
-    # Of other versions of the programs.
+    # Made by another version of the programs.
     monkeypatch.setattr(origin, "__version__", "0")
     assert run(opset=22)[0] == {"text_encoder"}
 
@@ -407,7 +407,7 @@ def test_the_command_refuses_what_it_cannot_make(tiny_model: Path) -> None:
 
 @pytest.mark.usefixtures("traced")
 def test_an_older_directory_is_upgraded_first_and_that_is_said(copy: Path) -> None:
-    """Its manifest knows no plain step: the present one does."""
+    """The old manifest has no plain step; the present one has."""
     write_version_1(copy, [path.name for path in copy.iterdir() if path.name != MANIFEST])
     before = Bundle.open(copy)
     assert before.version == 1

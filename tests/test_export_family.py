@@ -1,4 +1,4 @@
-"""Export, gate, verification, quantisation and engines of a family other than HiGen, from its tables alone.
+"""Export, gate, verification, quantisation and engines of a family other than HiGen, from its tables only.
 
 Its video decoder mixes frames, so its first axis holds one sample. It needs a picture and reads no text. A choice picks
 a row of a table, and one stage must compute in 32 bits.
@@ -140,7 +140,7 @@ class Predictor(nn.Module):
 
 
 class Mix(nn.Module):
-    """Takes its inputs as `*rest`, which tracing nests in another way."""
+    """Takes its inputs as `*rest`. Tracing nests such inputs in another way."""
 
     prefix = "inner."
 
@@ -167,7 +167,7 @@ class Look(nn.Module):
 
 
 class Unpack(nn.Module):
-    """A frame's pixels depend on its neighbours; works for one sample alone."""
+    """A frame's pixels depend on its neighbours; works for one sample only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -184,13 +184,13 @@ STORED = {"net.safetensors": ("predictor", "mix"), "pixels.safetensors": ("look"
 
 
 def state_of(module: nn.Module) -> dict[str, Tensor]:
-    """A module's tensors by their names in the weights file."""
+    """A module's tensors under their names in the weights file."""
     prefix = str(getattr(module, "prefix", ""))
     return {key.removeprefix(prefix): tensor for key, tensor in module.state_dict().items()}
 
 
 class Networks:
-    """What the family's module `network` opens."""
+    """What `open` in the family's module `network` returns."""
 
     def __init__(self, manifest: Manifest, weights: BundleWeights) -> None:
         self._manifest, self._weights, self._made = manifest, weights, dict[str, nn.Module]()
@@ -211,7 +211,7 @@ class Networks:
 
 
 def install(patch: pytest.MonkeyPatch) -> None:
-    """The family is there, as an entry point would name it."""
+    """Install the family, as if an entry point named it."""
     network = ModuleType("stub_family.network")
     network.open = Networks  # type: ignore[attr-defined]
     patch.setitem(sys.modules, "stub_family", ModuleType("stub_family"))
@@ -221,7 +221,7 @@ def install(patch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(autouse=True)
 def stub(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The family is installed."""
+    """The family is installed in every test."""
     install(monkeypatch)
 
 
@@ -246,7 +246,7 @@ def graphs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Bundle, list[Parit
 
 @pytest.fixture
 def model(graphs: tuple[Bundle, list[Parity]], tmp_path: Path) -> Bundle:
-    """A copy of it."""
+    """A copy of the model with graphs."""
     return Bundle.open(shutil.copytree(graphs[0].path, tmp_path / "model"))
 
 
@@ -268,7 +268,7 @@ def test_the_manifest_records_what_each_graph_takes(graphs: tuple[Bundle, list[P
     rows = {name: {t.name: (t.dtype, t.shape) for t in inputs} for name, inputs in bundle.graphs.items()}
     assert rows["unpack.onnx"] == {
         "latents": ("float32", (1, 4, "F", "H", "W"))
-    }  # one sample: its first axis is no batch
+    }  # one sample: the first axis is not a batch
     assert rows["look.onnx"] == {"pixels": ("float32", (1, 3, "Y", "X"))}
     assert rows["mix.onnx"] == {"mood": ("float32", ("B",)), "wobble": ("float32", ("B", "F"))}
     assert rows["two.onnx"]["guidance"] == ("float32", ("B", "F"))
@@ -325,7 +325,7 @@ def test_a_graph_of_the_plain_step_may_be_missing(model: Bundle) -> None:
 
 
 def test_fewer_bits_where_a_stage_may_compute_in_them(model: Bundle) -> None:
-    """`unpack` computes in float32 all the same, over weights that are stored in half."""
+    """`unpack` still computes in float32, with weights stored in half precision."""
     parities: list[Parity] = []
     bundle = export_model(model, ["look", "unpack"], precision="fp16", on_parity=parities.append)
     assert all(p.passed for p in parities)
@@ -340,7 +340,7 @@ def test_fewer_bits_where_a_stage_may_compute_in_them(model: Bundle) -> None:
 
 
 def test_calibration_runs_the_steps_that_are_asked_for(model: Bundle) -> None:
-    """By default guidance is 3: the plain step is run by a request with guidance 1."""
+    """The default guidance is 3, so a second request with guidance 1 runs the plain step."""
     calls = record_calls(model, ["", ""], 4, 3)
     assert {stage: len(made) for stage, made in calls.items()} == {"two": 3, "one": 3}
     assert "guidance" not in calls["one"][0]
@@ -392,7 +392,7 @@ def test_an_unknown_family_names_those_that_are_installed(model: Bundle, monkeyp
     for run in (export_model, verify):
         with pytest.raises(UnknownFamily, match="family='stub': not installed here; installed are other"):
             run(model)
-    # Its graphs run all the same.
+    # Its graphs still run.
     OnnxBackend(model, Options("cpu")).prepare("unpack")
 
 

@@ -1,6 +1,6 @@
-"""The blend of known frames in a graph: ONNX Runtime is compared with numpy's interpolation, for clips of any length.
+"""The blend of known frames in a graph: ONNX Runtime compared with numpy's interpolation, for clips of any length.
 
-The whole step of a model that takes known frames is checked by the export's parity gate, with masks of 0 and 1.
+The export's parity gate checks the whole step of a model with known frames, with masks of 0 and 1.
 """
 
 from __future__ import annotations

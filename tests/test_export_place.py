@@ -1,4 +1,4 @@
-"""Where graphs are written: a model in Hugging Face's cache, a read-only one, and files that are not the model's."""
+"""Where graphs are written: a model in Hugging Face's cache, a read-only model, and files that belong to others."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_links_within_the_folder_stay(tmp_path: Path) -> None:
 
 
 def read_only(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a read-only file system: root may write in any other folder."""
+    """Imitate a read-only file system, because root may write to any other folder."""
     real = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK and real(path, mode))
 
@@ -121,7 +121,7 @@ def test_weights_without_a_graph_go_unless_another_export_is_at_work(tmp_path: P
     name = bundle.weights_variant("text_encoder", "bf16")
     assert name in bundle.files
     with writing(bundle) as place:
-        with writing(bundle):  # of another process
+        with writing(bundle):  # stands for another process
             _drop_unused_weights(bundle, place, "bf16")
             assert name in Bundle.open(model).files
         _drop_unused_weights(bundle, place, "bf16")

@@ -1,4 +1,4 @@
-"""The files that a graph takes tensors from: what onnx finds, wherever in the graph it says so."""
+"""The files that a graph takes tensors from, wherever it names them; compared with what onnx finds."""
 
 from __future__ import annotations
 
@@ -95,14 +95,14 @@ def test_an_altered_graph_is_read_or_refused(tmp_path_factory: pytest.TempPathFa
         return
     try:
         model = onnx.load(str(path), load_external_data=False)
-    except Exception:  # protobuf's errors share no base but Exception
+    except Exception:  # Exception is the only common base of protobuf's errors
         return
     tensors = [*model.graph.initializer, *(a.t for node in model.graph.node for a in node.attribute if a.HasField("t"))]
     assert {e.value for tensor in tensors for e in tensor.external_data if e.key == "location"} <= found
 
 
 def test_a_graph_that_points_into_an_unlisted_file_is_refused(tmp_path: Path) -> None:
-    """ONNX Runtime would load it, whatever it holds."""
+    """ONNX Runtime would load the file, whatever it contains."""
     import shutil
 
     from higen.backends.onnx import OnnxBackend
@@ -127,7 +127,7 @@ def test_a_graph_that_points_into_an_unlisted_file_is_refused(tmp_path: Path) ->
 
 
 def test_numbers_are_what_the_file_says(tmp_path: Path) -> None:
-    """A long graph, so that lengths take several bytes."""
+    """The graph is long, so that lengths take several bytes."""
     tensors = [outside(f"w{i}", f"file {i % 3}") for i in range(500)]
     values = np.zeros(100_000, np.float32)
     large = helper.make_tensor("large", TensorProto.FLOAT, [100_000], values.tobytes(), raw=True)

@@ -113,13 +113,13 @@ def test_symbols_are_the_sizes_of_the_released_model() -> None:
 
 
 def test_nothing_stands_twice() -> None:
-    """A number that is in `sizes.symbols` is not in `architecture` too."""
+    """A number in `sizes.symbols` is not repeated in `architecture`."""
     tables = spec.manifest(TINY)
     assert set(tables.architecture) == {"unet", "clip", "autoencoder"}
     names = set(vars(TINY.unet)) - set(tables.architecture["unet"])
     assert names == {
         "in_channels", "text_dim", "base_channels", "appearance_columns", "context_tokens", "context_dim",
-        "known_frames",  # left out where it is false
+        "known_frames",  # left out if it is false
     }  # fmt: skip
     assert set(tables.architecture["autoencoder"]) == {"kind", "arguments", "shift", "scale"}
 
@@ -218,7 +218,7 @@ def test_tables_of_another_kind_are_refused(change: Mapping[str, Any], match: st
     if key == "symbols":
         symbols = {name: size for name, size in {**tables.fixed, **value}.items() if size is not None}
         stages = tables.stages
-        if None in value.values():  # then no stage may use it
+        if None in value.values():  # without a size, no stage may use the symbol
             fixed = {"R": tables.fixed["R"]}
             stages = tuple(
                 replace(
@@ -288,7 +288,7 @@ F, H, W = 3, 2, 5
 
 
 class Affine(nn.Module):
-    """An m that depends on every argument: a missing one, or one of the other branch, changes the result."""
+    """An m that depends on every argument. A missing argument, or one of the other branch, changes the result."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -304,7 +304,7 @@ class Affine(nn.Module):
 
 
 def step_stage(guided: bool, frames: int | str = "F") -> Stage:
-    """A denoising stage of no family: `voice` has a twin for the other branch, `depth` has none."""
+    """A denoising stage of no family. `voice` has an input for the other branch, `depth` does not."""
     state = ("B", "C", frames, "H", "W")
     inputs = [Row("depth", ("B", 4), source="control:depth"), Row("voice", ("B", 6), source="reader.voice")]
     inputs += [Row("latents", state), Row("previous", state)]
@@ -373,7 +373,7 @@ def test_guidance_has_a_value_per_frame() -> None:
 
 
 def test_without_a_twin_both_branches_share_a_condition() -> None:
-    """Where nothing else differs between the branches, guidance does nothing."""
+    """If nothing else differs between the branches, guidance has no effect."""
     stage = step_stage(guided=True)
     values = arguments(stage, 2, 3)
     values["empty_voice"] = values["voice"]

@@ -1,4 +1,4 @@
-"""Deep features kept by full steps and taken by shallow ones: which rows do which, on plain formulas."""
+"""Full steps keep deep features and shallow steps take them: which rows do which, with plain formulas."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def pipeline_of(folder: Path, manifest: Manifest = REUSING, lacks: tuple[str, ..
 
 
 def kinds(backend: Formulas, stage: str = "film") -> str:
-    """D a full step that keeps its features, s a shallow one, o an ordinary one; capitals behind it: 2 branches, 1."""
+    """The steps in order: D keeps its features, s is shallow, o is ordinary; then the number of branches, 2 or 1."""
     found = []
     for name in backend.names:
         if name.startswith(stage):
@@ -134,7 +134,7 @@ def test_reuse_of_1_is_nothing_of_the_sort(folder: Path) -> None:
 
 
 def test_the_loop_is_the_one_written_out_here(folder: Path) -> None:
-    """Features of the last full row, in a second implementation of the loop."""
+    """A second implementation of the loop, which reuses the last full row's features."""
     pipeline, backend = pipeline_of(folder)
     got = last(pipeline, steps=5, reuse=[1, 2], seed=3)
     first = backend.of("film_two_deep")[0]
@@ -153,13 +153,13 @@ def test_the_loop_is_the_one_written_out_here(folder: Path) -> None:
 
 
 def test_the_other_kind_of_step_has_other_features(folder: Path) -> None:
-    """Where guidance ends within the loop the plain steps begin with a full one."""
+    """If guidance ends within the loop, the first plain step is a full step."""
     pipeline, backend = pipeline_of(folder)
     pipeline("a kite", steps=8, reuse=[1, 3], guidance=2, guidance_interval=[None, (0.25, 0.625)])
     assert kinds(backend) == "D1 s1 D2 D2 s2 D1 D1 s1"
     pipeline, backend = pipeline_of(folder, lacks=("film_one_deep",))
     pipeline("a kite", steps=4, reuse=[1, 2], guidance=1)
-    assert kinds(backend) == "D2 s2 D2 s2"  # as an ordinary step without its plain graph
+    assert kinds(backend) == "D2 s2 D2 s2"  # the guided step runs, as for an ordinary step without a plain graph
 
 
 def test_a_loop_that_begins_within_the_table_begins_with_a_full_step(folder: Path) -> None:
@@ -176,13 +176,13 @@ def test_each_iteration_begins_with_a_full_step(folder: Path) -> None:
 
 
 def test_each_window_and_each_tile_has_its_own_features(folder: Path) -> None:
-    """What a part is given is what the same part gave, whatever the others did in between."""
+    """A part gets its own features back, whatever other parts did in between."""
     tiled = changed(REUSING, "film", tiles=Tiles(4, 4, 2))
     pipeline, backend = pipeline_of(folder, tiled)
     pipeline("a kite", frames=9, windows=(4, 3), steps=4, reuse=[1, 2])
     kept = [full(**given)["deep"] for given in backend.of("film_two_deep")]
     taken = [given["deep"] for given in backend.of("film_two_shallow")]
-    assert len(kept) == len(taken) == 2 * 3 * 2  # full or shallow rows, windows, tiles
+    assert len(kept) == len(taken) == 2 * 3 * 2  # rows of each kind, windows, tiles
     for own, found in zip(kept, taken, strict=True):
         assert own.shape == (1, 2 * K, 4, 4, 4)
         np.testing.assert_allclose(found, own, atol=1e-6)
@@ -198,7 +198,7 @@ def test_a_video_does_not_depend_on_the_others_of_its_batch(folder: Path) -> Non
 
 def test_what_a_request_needs_is_loaded_before_it_begins(folder: Path) -> None:
     pipeline, backend = pipeline_of(folder, lacks=("film_two_shallow",))
-    with pytest.raises(RuntimeError, match="StopIteration"):  # this backend says so of what it lacks
+    with pytest.raises(RuntimeError, match="StopIteration"):  # this backend's error for a missing stage
         next(pipeline.events(pipeline.request("a kite", reuse=[1, 2])))
     assert backend.names == []
     pipeline, backend = pipeline_of(folder)
@@ -239,7 +239,7 @@ def test_a_model_without_the_graphs_says_the_command(tmp_path: Path) -> None:
     command = f"no film_two_shallow.onnx in {bundle.path} (make it: higen-export onnx {bundle.path} --reuse)"
     with pytest.raises(BackendUnavailable, match=re.escape(command)):
         pipeline("a kite", reuse=[1, 2])
-    assert len(pipeline("a kite", guidance=1, reuse=[1, 2], frames=3)) == 3  # the plain ones are there
+    assert len(pipeline("a kite", guidance=1, reuse=[1, 2], frames=3)) == 3  # the plain graphs exist
 
 
 def test_triton_takes_an_interval_and_the_stages_that_are_there(tmp_path: Path) -> None:
@@ -255,7 +255,7 @@ def test_triton_takes_an_interval_and_the_stages_that_are_there(tmp_path: Path) 
 
 
 def test_an_older_model_gets_the_rows(tiny_model: Path, tmp_path: Path) -> None:
-    """`higen-export onnx --reuse`, before it writes graphs, on a model whose manifest says nothing of deep features."""
+    """`higen-export onnx --reuse` before it writes graphs, on a model without deep features in its manifest."""
     path = Path(shutil.copytree(tiny_model, tmp_path / "model"))
     before = Bundle.open(path).manifest
     stages = tuple(replace(stage, deep=None) for stage in before.stages)

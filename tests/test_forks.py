@@ -1,4 +1,4 @@
-"""Forked processes: what was loaded before the fork is refused at once there, and nothing waits for lost threads."""
+"""Forked processes: a model loaded before the fork is refused at once, and nothing waits for lost threads."""
 
 from __future__ import annotations
 
@@ -100,6 +100,6 @@ def test_a_forked_process_does_not_hang(backend: str) -> None:
         assert said[name].startswith("BackendError: the model was loaded in process "), name
         assert "call higen.load here, or start processes by 'spawn'" in said[name]
     assert said["close"] is None
-    # PyTorch's threads do not come along, and it says so; ONNX Runtime makes new ones.
+    # PyTorch loses its threads in the fork and warns about it; ONNX Runtime makes new threads.
     assert said["fresh"] == [2, ["FallbackWarning"] if backend == "torch" else []]
     assert said["generate"] == 2

@@ -1,4 +1,4 @@
-"""benchmarks/full_size_engines.py: each step gets its own stage. Its figures need hours and are kept beside it."""
+"""benchmarks/full_size_engines.py: each step gets its own stage. Its results take hours and are stored next to it."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_each_step_is_for_its_own_stage(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(full_size_engines, "build", lambda path, stage, *_: done.append(("build", stage)))
 
     def run(command: list[str]) -> Any:
-        """What a process with this command line does."""
+        """Do the work of a process with this command line."""
         with monkeypatch.context() as inner:
             inner.setattr(sys, "argv", command[1:])
             full_size_engines.main()

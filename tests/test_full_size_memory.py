@@ -1,4 +1,4 @@
-"""The released architecture at its full size: both networks share one copy of the weights in memory."""
+"""The released architecture at full size: both networks share one copy of the weights in memory."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ from higen.parity.fixtures import recipe_state
 
 PARAMETERS = 1_483_201_924
 DISK, MEMORY = 10e9, 12e9
-"""Bytes that must be free: the weights are 5.9 GB."""
+"""Bytes that must be free; the weights take 5.9 GB."""
 FACTOR = 1.15
-"""Allowed peak, relative to the weights."""
+"""Allowed peak memory relative to the size of the weights."""
 
 LOAD = """
 import json, sys, time
@@ -78,7 +78,7 @@ def write_weights(path: Path, config: UNetConfig, salt: int) -> None:
 
 @pytest.fixture(scope="module")
 def full_size_model(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """A model directory with the full-size denoiser only. It is removed after its test, because it takes 5.9 GB."""
+    """A model directory with only the full-size denoiser. It is removed after its test, because it takes 5.9 GB."""
     folder = tmp_path_factory.mktemp("full")
     if shutil.disk_usage(folder).free < DISK:
         pytest.skip(f"less than {DISK / 1e9:.0f} GB of disk free at {folder}")

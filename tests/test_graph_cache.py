@@ -1,4 +1,4 @@
-"""Optimised graphs that are kept between processes: the same numbers, and no load that fails for want of them."""
+"""Optimised graphs that are kept between processes: results stay the same, and a bad cache never makes a load fail."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def bundle() -> Bundle:
 
 @pytest.fixture
 def graphs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """The folder of the graphs, which is not there yet."""
+    """The cache folder for graphs, which does not exist yet."""
     monkeypatch.setenv("HIGEN_CACHE", str(tmp_path / "cache"))
     return tmp_path / "cache" / "graphs"
 
@@ -54,7 +54,7 @@ def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def step(bundle: Bundle) -> NDArray[np.float32]:
-    """What one step gives, in a new backend; no warning is allowed."""
+    """The result of one step in a new backend; no warning is allowed."""
     random, manifest = np.random.default_rng(0), bundle.manifest
     sizes = {"B": 1, "F": 1, "H": 8, "W": 8, "T": 12, **manifest.fixed}
     given = {}
@@ -102,9 +102,9 @@ def test_a_damaged_entry_is_made_again(bundle: Bundle, graphs: Path, loaded: lis
         entry.write_bytes(damaged)
         assert np.array_equal(step(bundle), truth)
         assert loaded[-1] == str(bundle.path / f"{STAGE}.onnx")
-        (entry,) = entries(graphs)  # its digest is another one: ONNX Runtime does not always write the same bytes
+        (entry,) = entries(graphs)  # the digest changes, because ONNX Runtime does not always write the same bytes
         assert entry.stem.partition("-")[2] == sha256(entry.read_bytes()).hexdigest()
-    # Whole by its own name, and yet no graph.
+    # The digest in its name is correct, but it is not a graph.
     entry.unlink()
     wrong = entry.with_name(f"{entry.stem.partition('-')[0]}-{sha256(b'no graph').hexdigest()}.onnx")
     wrong.write_bytes(b"no graph")
@@ -173,7 +173,7 @@ def test_the_size_is_bounded(bundle: Bundle, graphs: Path, monkeypatch: pytest.M
     step(bundle)
     kept = entries(graphs)
     assert len(kept) == 2
-    assert other in kept  # it is not named as ours are
+    assert other in kept  # its name is not one of ours
 
 
 def test_several_writers_at_once(bundle: Bundle, graphs: Path) -> None:

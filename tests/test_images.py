@@ -1,4 +1,4 @@
-"""Pictures and clips from the user: covered and cropped, and resampled as Stable Video Diffusion does for CLIP."""
+"""Pictures and clips from the user: scaled, cropped, and resampled for CLIP as Stable Video Diffusion does."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_resampling_keeps_one_colour(size: int, to: int) -> None:
 
 
 def test_resampling_has_its_corners_aligned() -> None:
-    """Without shrinking the Gaussian is a point: the ends stay, and a straight line stays one between them."""
+    """Without shrinking, the Gaussian is a point: the ends stay fixed, and a straight line stays straight."""
     line = np.linspace(-1, 1, 9)
     np.testing.assert_allclose((resampling(9, 17) @ line)[2:-2], np.linspace(-1, 1, 17)[2:-2], atol=1e-12)
     np.testing.assert_allclose((resampling(9, 17) @ line)[[0, -1]], [-1, 1], atol=1e-12)
@@ -85,7 +85,7 @@ def test_the_scale_of_the_pixels() -> None:
 
 
 def png(width: int, height: int) -> bytes:
-    """A file that says it is so large, and holds one line."""
+    """A file that claims this size but holds one line."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -166,7 +166,7 @@ def test_a_tensor_of_any_type_is_a_picture(change: str) -> None:
 
 
 def test_a_transparent_colour_of_16_bits(tmp_path: Path) -> None:
-    """Pillow keeps 8 bits of each channel, and the key as it stands in the file."""
+    """Pillow keeps 8 bits of each channel, but the transparent colour as stored in the file."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))

@@ -1,4 +1,4 @@
-"""`import higen` costs nothing: heavy packages wait for their first use."""
+"""`import higen` is cheap: heavy packages are imported at their first use."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_an_unknown_name_is_an_attribute_error() -> None:
 
 
 def modules() -> list[str]:
-    """Every module that this environment can import: those of an absent extra are left out."""
+    """Every module that this environment can import; modules of a missing extra are left out."""
     found = [module.name for module in pkgutil.walk_packages(higen.__path__, "higen.")]
     return [name for name in found if not name.endswith("__main__")]
 

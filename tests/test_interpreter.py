@@ -1,4 +1,4 @@
-"""The pipeline as an interpreter of tables: loops, stand-ins, begins, decoding, what is loaded, and what is closed."""
+"""The pipeline as an interpreter of tables: loops, replaced loops, starts, decoding, loading and closing."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ CLIP = np.random.default_rng(9).integers(0, 256, (6, 8, 12, 3), np.uint8)
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model directory of the made-up tables; tests put other tables into its bundle."""
+    """A model directory of the made-up tables. Tests put other tables into its bundle."""
     path = tmp_path_factory.mktemp("models") / "made-up"
     with create_model(path, MANIFEST) as inside:
         write_tokenizer(build_word_tokenizer(("a", "red", "kite", "climbs")), inside / "words.json")
@@ -66,7 +66,7 @@ def steps_of(pipeline: Pipeline, prompt: Any = "a kite", **options: Any) -> list
 
 
 def by_hand(seed: int, words: NDArray[Any], frames: int, shake: float, guidance: NDArray[Any]) -> NDArray[Any]:
-    """The film of one prompt as docs/manifest.md says it, in plain numpy: latents [1,C,F,H,W]."""
+    """The film of one prompt as docs/manifest.md defines it, in plain numpy: latents [1,C,F,H,W]."""
     still: Any = None
     for loop, count, purpose in (("draft", 1, 21), ("film", frames, 22)):
         table = solver_table(MANIFEST.loop(loop).schedule, "epsilon", MANIFEST.loop(loop).solvers[0], 3)
@@ -123,7 +123,7 @@ def test_the_pipeline_lists_its_controls(folder: Path) -> None:
 
 
 def test_generate_and_load_pass_controls_on() -> None:
-    """The keywords that were HiGen's own go through its controls."""
+    """HiGen's own keywords are passed on through its controls."""
     picture = np.zeros((32, 32, 3), np.uint8)
     options = {"steps": 1, "frames": 2, "width": 32, "height": 32, "progress": False}
     with higen.load() as pipe:
@@ -146,7 +146,7 @@ def test_guidance_per_frame_reaches_the_stage(folder: Path) -> None:
 
 
 def test_guidance_per_frame_acts_per_frame(folder: Path) -> None:
-    """These stages see frames one by one: a frame's result is that of its own guidance."""
+    """These stages process each frame on its own, so a frame's result depends only on its own guidance."""
     pipeline, _ = pipeline_of(folder)
     mixed = steps_of(pipeline, frames=3, guidance=[2, [1, 2.5, 4]])[-1].latents
     for frame, scale in enumerate((1, 2.5, 4)):
@@ -189,7 +189,7 @@ def test_guidance_one_is_run_by_the_plain_stage(folder: Path) -> None:
     pipeline, backend = pipeline_of(folder)
     pipeline("a kite", guidance=(1, 1.0))
     assert {name for name in backend.names if name.startswith(("draft", "film"))} == {"draft_one", "film_one"}
-    assert backend.names.count("reader") == 1  # nobody asks for the empty text
+    assert backend.names.count("reader") == 1  # the empty text is not needed
     pipeline("a kite", guidance=(1, [1, 1, 1, 1, 1.0001]))
     assert "film_two" in backend.names
 
@@ -268,7 +268,7 @@ def test_a_loop_whose_latents_nothing_takes_is_left_out_of_longer_clips(folder: 
 
 
 def test_a_picture_of_a_model_whose_only_loop_is_over_frames(folder: Path) -> None:
-    """Guidance that the model spreads over a clip: a single frame takes the first."""
+    """The model spreads guidance over a clip; a single frame takes the first value."""
     film = replace(MANIFEST.loop("film"), least_frames=1, start=None, guidance=(4.0, 1.0))
     stages = tuple(
         replace(s, inputs=tuple(t for t in s.inputs if t.name != "still")) if s.name.startswith("film") else s
@@ -288,7 +288,7 @@ def test_a_model_that_draws_no_single_picture_says_so(folder: Path) -> None:
 
 
 def test_a_clip_begins_the_loop_in_the_tables_tail(folder: Path) -> None:
-    """Half of four rows are run, from the clip's latents at the noise level of the third."""
+    """The last two of four rows are run, from the clip's latents at the third row's noise level."""
     pipeline, backend = pipeline_of(folder)
     stream = pipeline.stream("a kite", footage=CLIP, steps=4, seed=3, push=0.5)
     assert stream.loops == [("draft", 4), ("film", 2), ("decode", 5)]
@@ -351,7 +351,7 @@ def test_windows_of_a_long_clip(folder: Path) -> None:
 
 
 class Receptive:
-    """A video decoder that sees `reach` frames to each side, zeros beyond what it is given: [1,C,n,H,W]."""
+    """A video decoder for [1,C,n,H,W] that sees `reach` frames on each side, and zeros beyond the given frames."""
 
     def __init__(self, reach: int) -> None:
         self.reach = reach
@@ -445,7 +445,7 @@ def test_prepare_for_a_request_loads_what_it_needs(folder: Path) -> None:
 
 
 def test_prepare_of_a_model_that_needs_a_picture(folder: Path) -> None:
-    """No default request can be made of it, and its stages are loaded all the same."""
+    """The model has no default request, but its stages are still loaded."""
     manifest = changed(MANIFEST, "draft", replaced=None)
     seen = Tensor("seen", ("B", 3, "Y", "X"), source="picture:sketch")
     mixer = manifest.stage("mixer")
@@ -503,7 +503,7 @@ def test_a_directory_with_the_guided_graphs_alone_serves_guidance_one(copy: Path
 
 
 def as_version_1(copy: Path) -> None:
-    """The built-in model as 86f7997 wrote it: its weights, graphs of version 1, and the manifest of version 1."""
+    """The built-in model as commit 86f7997 wrote it: its weights, and graphs and manifest of version 1."""
     opened, names = Bundle.open(copy), ("spatial_unet", "temporal_unet")
     for name in names:
         opened = drop_file(opened, f"{name}_plain.onnx")
@@ -533,7 +533,7 @@ def test_a_graph_of_version_1_refuses_what_it_cannot_express(copy: Path) -> None
         message = rf"temporal_unet: .*guidance.*\(make it again: higen-export onnx {copy} --stage temporal_unet\)"
         with pytest.raises(BackendUnavailable, match=message):
             pipe("a red heart", guidance=[1.5, [1, 2, 3]], **SMALL)
-        same = pipe("a red heart", guidance=[1.5, [2, 2, 2]], **SMALL)  # this it can
+        same = pipe("a red heart", guidance=[1.5, [2, 2, 2]], **SMALL)  # equal guidance is possible
         np.testing.assert_array_equal(same.frames, pipe("a red heart", guidance=(1.5, 2.0), **SMALL).frames)
 
 
@@ -561,7 +561,7 @@ def test_warnings_go_to_the_request_that_asked(folder: Path) -> None:
     stream = pipeline.stream("a submarine", warn=told.append)
     for event in stream:
         if isinstance(event, Step):
-            stream.preview()  # says nothing again
+            stream.preview()  # no second warning
     assert len(told) == 2
 
 
@@ -591,7 +591,7 @@ def painting(origin: str, manifest: Manifest = MANIFEST) -> tuple[Manifest, Mapp
 
 
 def test_a_preview_of_a_decoder_that_is_fed_by_a_loop(folder: Path) -> None:
-    """It shows the estimate: of that loop itself, or with the last latents of one that has run."""
+    """The preview shows the estimate of that loop, or uses its last latents if that loop has already run."""
     tables, formulas = painting("draft.latents")
     pipeline, _ = pipeline_of(folder, tables, formulas)
     stream, last = pipeline.stream("a kite", frames=3), np.zeros(0)
@@ -620,7 +620,7 @@ def test_a_preview_that_needs_a_loop_of_later_says_so(folder: Path) -> None:
 
 
 def test_a_call_without_a_standard_error(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """pythonw, windowed applications and services have none."""
+    """pythonw, windowed applications and services have no standard error."""
     pipeline, _ = pipeline_of(folder)
     monkeypatch.setattr(sys, "stderr", None)
     for progress in (None, False, True):
@@ -631,7 +631,7 @@ def test_a_call_without_a_standard_error(folder: Path, monkeypatch: pytest.Monke
 
 
 class Slow(Formulas):
-    """Says when a step has begun, and waits to be let go on."""
+    """Signals that a step has begun, and waits for permission to continue."""
 
     def __init__(self, manifest: Manifest = MANIFEST) -> None:
         super().__init__(manifest)
@@ -684,7 +684,7 @@ def test_a_stream_may_be_read_by_several_threads(folder: Path) -> None:
 
 
 def test_a_stream_closed_from_within_its_own_work_ends(folder: Path) -> None:
-    """A handler of Ctrl-C runs in the thread that makes a step."""
+    """A Ctrl-C handler runs in the thread that makes a step."""
 
     class Stops(Formulas):
         def run(self, stage: str, /, **tensors: Any) -> Mapping[str, Any]:
@@ -732,7 +732,7 @@ def test_a_call_after_close_is_refused(backend: str) -> None:
 
 
 def test_closing_while_another_thread_generates_is_one_clear_error(tiny_model: Path) -> None:
-    """At any moment: that thread ends its video, or fails with BackendError."""
+    """At any moment, that thread either finishes its video or fails with BackendError."""
     pipe = higen.load(backend="onnx", threads=1, prepare=False)
     video, seen = pipe("a red heart", **SMALL), dict[str, int]()
     pipe.close()
@@ -761,7 +761,7 @@ def test_closing_while_another_thread_generates_is_one_clear_error(tiny_model: P
 
 
 class Gate:
-    """A backend whose stages wait in the middle of a run."""
+    """A backend with stages that wait in the middle of a run."""
 
     def __init__(self, inner: Any) -> None:
         self.inner, self.begun, self.on = inner, threading.Event(), threading.Event()
@@ -777,7 +777,7 @@ class Gate:
 
 
 def test_what_was_made_can_be_read_after_close() -> None:
-    """A stage that runs while the pipeline is closed ends, its result can be read, and the next one is refused."""
+    """A stage that is running during `close` finishes, its result can be read, and the next stage is refused."""
     bundle = Bundle.open(default_model())
     gate = Gate(OnnxBackend(bundle, Options(device="cpu")))
     router = StageRouter(bundle, {"onnx": lambda: gate}, {})
@@ -825,7 +825,7 @@ def test_a_router_that_was_closed_loads_nothing(tiny_model: Path) -> None:
     assert router.choices == {}
 
 
-# Tables that do not fit are found when they are made
+# Mismatched tables are found when they are made
 
 
 def test_tables_are_checked_by_whoever_makes_them() -> None:

@@ -1,4 +1,4 @@
-"""A fixed sample of the kill campaign (tests/kill_campaign.py, which says what is wanted after a kill)."""
+"""A fixed sample of the kill campaign. tests/kill_campaign.py says what must hold after a kill."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CAMPAIGN = Path(__file__).with_name("kill_campaign.py")
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs kill -9")
 def test_kills_leave_the_old_state_or_the_new_one() -> None:
-    """Each fifteenth operation of every command. The campaign runs in a process of its own: a fork loses threads."""
+    """Every fifteenth operation of every command. The campaign has its own process, because a fork loses threads."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     words = [sys.executable, "-W", "ignore", str(CAMPAIGN), "--stride", "15"]
     done = subprocess.run(words, capture_output=True, text=True, check=False, env=environment, timeout=600)

@@ -21,7 +21,7 @@ SITUATIONS = (Situation("normal", NORMAL, 6), Situation("warped", NORMAL, 9, 0.7
 
 
 def loop() -> Frames:
-    """A disc that goes up and down, and never looks the same twice: it grows as well."""
+    """A disc that moves up and down. It also grows, so no two frames are equal."""
     y, x = (v / SIDE * 2 - 1 for v in np.mgrid[:SIDE, :SIDE].astype(float))
     rows = []
     for i in range(LOOP):
@@ -38,7 +38,7 @@ def real() -> RealClips:
 
 
 class Maker:
-    """A codec that loses nothing, and a black clip for a text."""
+    """A lossless codec; a text gives a black clip."""
 
     def __call__(self, prompt: str, seed: int, motion: float | None, appearance: float | None) -> Frames:
         assert "whale" in prompt
@@ -63,7 +63,7 @@ class Interpolates(Maker):
 
 
 class Knows(Maker):
-    """The real clip."""
+    """Returns the real clip."""
 
     def __init__(self, real: RealClips) -> None:
         self.real = real

@@ -1,4 +1,4 @@
-"""Frames that a clip passes through, and masks: against the closed form in numpy, and what is refused."""
+"""Frames that a clip passes through, and masks, compared with the closed form in numpy; refused input."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def film(pipeline: Pipeline, **options: Any) -> list[Step]:
 def by_hand(
     backend: Formulas, known: NDArray[Any], mask: NDArray[Any], solver: str, told: float = 0.0, rows: int = 3
 ) -> NDArray[Any]:
-    """The film as docs/manifest.md says it: x0 is edited, then the row is stepped again with the m that gives it.
+    """The film as docs/manifest.md defines it: x0 is edited, then the row is stepped again with the m of the new x0.
 
-    In float64, from what the pipeline's own conditions were.
+    Computed in float64 from the pipeline's conditions.
     """
     loop = MANIFEST.loop("film")
     table = solver_table(loop.schedule, "epsilon", loop.solver(solver), rows)
@@ -90,7 +90,7 @@ def test_a_film_passes_through_its_known_frames(folder: Path, solver: str) -> No
     made = film(pipeline, keyframes=KEYS, solver=("ddim", solver))
     known, mask = known_and_mask()
     np.testing.assert_allclose(made[-1].latents, by_hand(backend, known, mask, solver), atol=3e-5)
-    for step in made:  # the estimate is the given one in every row
+    for step in made:  # in every row the estimate equals the known frames
         np.testing.assert_allclose(step.previous[:, :, [0, 3]], known[:, :, [0, 3]], atol=1e-6)
     np.testing.assert_allclose(made[-1].latents[:, :, [0, 3]], known[:, :, [0, 3]], atol=1e-6)
     free = film(pipeline, solver=("ddim", solver))[-1].latents
@@ -99,7 +99,7 @@ def test_a_film_passes_through_its_known_frames(folder: Path, solver: str) -> No
 
 
 def test_a_mask_keeps_a_part(folder: Path) -> None:
-    """The mask's mean over each cell says how much of it is drawn anew; a clip of masks has one for each frame."""
+    """The mask's mean over a cell is the part of it that is drawn anew. A clip of masks has one mask per frame."""
     masks = np.zeros((5, 8, 12), np.uint8)
     masks[:, :, 6:] = 255  # three columns of cells
     masks[3, 0, 0] = 255  # a quarter of one cell
@@ -149,7 +149,7 @@ def test_samples_have_their_own_known_frames(folder: Path) -> None:
 
 
 def test_windows_are_mixed_before_the_edit(folder: Path) -> None:
-    """A linear network that sees frames one by one: windows change nothing, whether it is told of the frames or not."""
+    """For a linear network that treats each frame alone, windows change nothing, with or without known-frame inputs."""
     for manifest, own in ((MANIFEST, {}), (told(MANIFEST, True), {"film_one": told_step, "film_two": told_step})):
         whole = film(pipeline_of(folder, manifest, **own)[0], keyframes=KEYS)[-1].latents
         windowed = changed(manifest, "film", windows=Windows(3, 2))

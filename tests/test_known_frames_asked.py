@@ -1,4 +1,4 @@
-"""Known frames as Triton, the HTTP server and the command line take them: each asks the pipeline for the same."""
+"""Known frames through Triton, the HTTP server and the command line: each makes the same request to the pipeline."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def made(**options: Any) -> Request:
 
 
 def of_triton(**options: Any) -> dict[str, Any]:
-    """What a request of Triton's client becomes in the server."""
+    """The server's request for the request of a Triton client."""
     tensors = {name: array for name, (_, array) in request_tensors("a whale", **options).items()}
     kinds = {field.name: (field.kind, field.dims) for field in inputs(MANIFEST)}
     for name, (kind, array) in request_tensors("a whale", **options).items():

@@ -1,4 +1,4 @@
-"""How a request has its loops run: windows of a long clip and their noise, guidance intervals, FreeInit."""
+"""A request's settings for its loops: windows of a long clip and their noise, guidance intervals, FreeInit."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_a_request_says_its_windows(folder: Path) -> None:
 
 
 def test_conditions_are_cut_to_each_window(folder: Path) -> None:
-    """A curve is the clip's, not the window's: frame i of the clip sees its own value in every window."""
+    """A curve belongs to the clip, not to a window: frame i of the clip gets its own value in every window."""
     pipeline, backend = pipeline_of(folder)
     curve = [0.1 * i for i in range(9)]
     pipeline("a kite", frames=9, windows=(4, 2), shake=curve, steps=1)
@@ -107,7 +107,7 @@ def test_shuffled_noise_is_diffusers_free_noise(
     theirs = AnimateDiffFreeNoiseMixin()
     theirs._free_noise_context_length, theirs._free_noise_context_stride = length, stride
     theirs._free_noise_noise_type, theirs.vae_scale_factor = "shuffle_context", 8
-    given = torch.zeros(1, 4, frames + 1, 2, 2)  # they want as many frames as the context, but write behind them
+    given = torch.zeros(1, 4, frames + 1, 2, 2)  # diffusers asks for context-length frames but writes beyond them
     given[:, :, :length] = torch.arange(length, dtype=torch.float32)[:, None, None]
     monkeypatch.setattr("diffusers.pipelines.free_noise_utils.randn_tensor", lambda *_, **__: given)
     made = theirs._prepare_latents_free_noise(1, 4, frames, 16, 16, torch.float32, torch.device("cpu"))
@@ -116,7 +116,7 @@ def test_shuffled_noise_is_diffusers_free_noise(
 
 @pytest.mark.parametrize(("frames", "length", "stride"), [(24, 16, 4), (12, 4, 2), (15, 5, 5)])
 def test_weights_are_diffusers_pyramid(frames: int, length: int, stride: int) -> None:
-    """Where its windows end with the clip; else diffusers gives the last window to the frames beyond alone."""
+    """Only for windows that end with the clip. Otherwise diffusers' last window covers only the remaining frames."""
     theirs = FreeNoiseTransformerBlock(8, 1, 8, context_length=length, context_stride=stride)
     hill = np.array(theirs._get_frame_weights(length, "pyramid"), float)
     total = np.zeros(frames)
@@ -138,7 +138,7 @@ def test_stages_that_take_more_than_a_window() -> None:
 
 
 def test_windows_in_the_manifest_are_read_back() -> None:
-    """Keys that came later are not written where they have their defaults: older readers take the file."""
+    """Newer keys with default values are not written, so that older readers accept the file."""
     for windows, keys in ((Windows(4, 2), 2), (Windows(4, 2, 6, "shuffled"), 4)):
         assert len(to_json(windows)) == keys
         assert from_json(Windows, to_json(windows), whole=True) == windows
@@ -148,7 +148,7 @@ def test_windows_in_the_manifest_are_read_back() -> None:
 
 
 def test_guidance_holds_in_an_interval(folder: Path) -> None:
-    """Outside it guidance is 1: the plain stage runs, and the result is that of the guidance as a list of rows."""
+    """Outside the interval guidance is 1: the plain stage runs. The result equals that of guidance given row by row."""
     pipeline, backend = pipeline_of(folder)
     steps = film(pipeline, steps=(2, 10), guidance=4.0, guidance_interval=(0.25, 0.7), seed=2)
     assert [step.stage for step in steps] == ["film_one"] * 2 + ["film_two"] * 5 + ["film_one"] * 3
@@ -237,7 +237,7 @@ def test_a_loop_run_again_is_diffusers(folder: Path, kind: str, monkeypatch: pyt
 
 
 def test_free_init_of_a_long_clip_with_fresh_noise_in_every_row(folder: Path) -> None:
-    """It goes with windows and stochastic solvers; each iteration draws from streams of its own."""
+    """FreeInit works with windows and stochastic solvers. Each iteration draws from its own streams."""
     pipeline, backend = pipeline_of(folder)
     options = {"frames": 7, "windows": (4, 2), "solver": "euler_ancestral", "steps": 3, "seed": 4}
     stream = pipeline.stream("a kite", free_init=2, **options)
@@ -262,7 +262,7 @@ def test_the_last_level_of_a_schedule() -> None:
 
 
 def test_the_noise_mix_is_its_closed_form(folder: Path) -> None:
-    """MicroCinema: a linear model's clip from the mixed noise is the clip from the noise plus the mix's own path."""
+    """MicroCinema: a linear model's clip from mixed noise is the clip from the noise plus the path of the mix."""
     mixed = changed(MANIFEST, "film", noise=NoiseRule(22, mix=Mix("draft", 0.3)), start=None)
     plain = changed(MANIFEST, "film", noise=NoiseRule(22), start=None)
     options = {"seed": 6, "frames": 3, "steps": 4, "windows": (2, 1)}
@@ -271,12 +271,12 @@ def test_the_noise_mix_is_its_closed_form(folder: Path) -> None:
     draft = [step for step in steps if step.loop == "draft"][-1].latents
     loop = MANIFEST.loop("film")
     table = solver_table(loop.schedule, "epsilon", loop.solvers[0], 4)
-    factor = np.prod(table.A + 0.3 * table.B)  # m = 0.3 x + ..., and DDIM has no C
+    factor = np.prod(table.A + 0.3 * table.B)  # m = 0.3 x + ..., and C is 0 for DDIM
     path = np.broadcast_to(0.3 * factor * draft, without[-1].latents.shape)
     np.testing.assert_allclose(steps[-1].latents - without[-1].latents, path, atol=1e-5)
 
 
-# The same by other ways
+# The same settings through other interfaces
 
 
 def test_triton_takes_the_settings_and_a_curve_of_guidance() -> None:

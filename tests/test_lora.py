@@ -1,4 +1,4 @@
-"""LoRA merged when a model is converted, beside what diffusers and PEFT make of the same files."""
+"""LoRA merged when a model is converted, compared with the results of diffusers and PEFT for the same files."""
 
 from __future__ import annotations
 
@@ -45,18 +45,18 @@ def adapted(module: Any, layers: list[str], seed: int) -> State:
 
 @pytest.fixture(scope="module")
 def pipe() -> StableDiffusionPipeline:
-    """A pipeline whose networks have adapters."""
+    """A pipeline that gets adapters on its networks."""
     return pipeline()
 
 
 @pytest.fixture(scope="module")
 def factors(pipe: StableDiffusionPipeline) -> tuple[State, State]:
-    """The U-Net's and the text encoder's."""
+    """The adapters' factors of the U-Net and of the text encoder."""
     return adapted(pipe.unet, LAYERS, 1), adapted(pipe.text_encoder, ["q_proj", "v_proj", "fc1"], 2)
 
 
 def of_peft(module: Any, scale: float) -> State:
-    """A network's weights with its adapter, as PEFT computes them: transformers fuses with a newer PEFT only."""
+    """A network's weights with its adapter, as PEFT computes them, because transformers' fusion needs a newer PEFT."""
     found: State = {}
     for name, layer in module.named_modules():
         if hasattr(layer, "get_delta_weight"):
@@ -81,7 +81,7 @@ def _kohya(prefix: str, state: State) -> State:
 
 
 def peft_file(path: Path, unet: State, text: State) -> Path:
-    """As diffusers saves it today: alpha stands in the metadata."""
+    """An adapter file as diffusers saves it today, with alpha in the metadata."""
     configs = [LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=["x"]).to_dict() for _ in range(2)]
     StableDiffusionPipeline.save_lora_weights(
         path.parent,
@@ -104,7 +104,7 @@ FILES = {"peft": peft_file, "kohya": kohya_file}
 
 @pytest.mark.parametrize("scale", [1.0, 0.6, -0.5])
 @pytest.mark.parametrize("kind", FILES)
-@pytest.mark.filterwarnings("ignore")  # diffusers', about PEFT's versions
+@pytest.mark.filterwarnings("ignore")  # diffusers' warnings about PEFT's versions
 def test_merged_as_diffusers_fuses(
     source: Path, pipe: StableDiffusionPipeline, factors: tuple[State, State], kind: str, scale: float, tmp_path: Path
 ) -> None:
@@ -130,7 +130,7 @@ def test_merged_as_diffusers_fuses(
 
 
 def test_the_names_before_peft(factors: tuple[State, State], tmp_path: Path) -> None:
-    """`attn1.processor.to_q_lora.down.weight`, as diffusers' first training scripts wrote; no alpha: it is the rank."""
+    """`attn1.processor.to_q_lora.down.weight`, as in diffusers' first training scripts. An absent alpha is the rank."""
     unet = pipeline().unet.state_dict()
     module = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
     old: State = {}

@@ -1,4 +1,4 @@
-"""higen.json, version 2: round trip, every wrong table as one typed error that names its row, the seal, and a fuzz."""
+"""higen.json, version 2: round trip, wrong tables (each a typed error that names its row), the seal, and fuzzing."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ Document = dict[str, Any]
 
 @pytest.fixture
 def model(tmp_path: Path) -> Path:
-    """A directory of the made-up tables, of a family that nobody has installed, with no graphs."""
+    """A directory of the made-up tables without graphs, of a family that nobody has installed."""
     with bundle.create_model(tmp_path / "model", MADE_UP) as folder:
         write_tokenizer(build_word_tokenizer(("a", "kite")), folder / "words.json")
     return tmp_path / "model"
@@ -119,7 +119,7 @@ def tensor(document: Document, stage: str, name: str) -> Document:
 
 
 def put(document: Document, path: str, value: Any) -> None:
-    """Set a value: "stages.reader.inputs.tokens.source"."""
+    """Set a value by a path such as "stages.reader.inputs.tokens.source"."""
     place: Any = document
     *keys, last = path.split(".")
     for key in keys:
@@ -135,7 +135,7 @@ def setting(path: str, value: Any) -> Callable[[Document], None]:
 
 
 def one_frame_after_a_clip(key: str, value: Any) -> Callable[[Document], None]:
-    """The loop over frames runs first, and `key` of the loop of one frame is `value`."""
+    """A change: the loop over frames runs first, and `key` of the one-frame loop becomes `value`."""
 
     def change(document: Document) -> None:
         for stage in ("film_two", "film_one"):
@@ -163,7 +163,7 @@ def without(path: str) -> Callable[[Document], None]:
 
 
 def state(shape: list[Any]) -> Callable[[Document], None]:
-    """Another shape of the draft's latents, inputs and outputs alike."""
+    """A change: the draft's latents get another shape in inputs and outputs."""
 
     def change(document: Document) -> None:
         for name in ("draft_one", "draft_two"):
@@ -653,7 +653,7 @@ def test_a_number_beyond_every_float_is_no_json(model: Path) -> None:
 
 @pytest.mark.parametrize("key", ["version", "name", "beta_end", "low"])
 def test_a_key_that_stands_there_twice_is_refused(model: Path, key: str) -> None:
-    """One reader would take the first, another the last."""
+    """Some readers would take the first value, others the last."""
     text = (model / MANIFEST).read_text()
     i = text.index(f'"{key}":')
     (model / MANIFEST).write_text(f'{text[:i]}"{key}": 1, {text[i:]}')
@@ -663,7 +663,7 @@ def test_a_key_that_stands_there_twice_is_refused(model: Path, key: str) -> None
 
 @pytest.mark.parametrize(("levels", "good"), [(90, True), (110, False), (900, False), (100_000, False)])
 def test_deep_nesting(model: Path, levels: int, good: bool) -> None:
-    """What is read can be written again."""
+    """A document that can be read can also be written."""
     text = (model / MANIFEST).read_text()
     nested = '{"a":' * levels + "1" + "}" * levels
     (model / MANIFEST).write_text(text.replace('"architecture": {}', f'"architecture": {nested}'))
@@ -704,7 +704,7 @@ def test_a_folder_and_a_device_in_the_place_of_the_manifest(tmp_path: Path) -> N
 
 
 def test_a_model_of_an_unknown_family_opens_and_runs(model: Path) -> None:
-    """Runtimes need no family: the tables say it all."""
+    """Runtimes do not need the family; the tables are sufficient."""
     opened = Bundle.open(model)
     assert opened.manifest.family == "nobody's"
     backend = RecordingBackend(opened.manifest)
@@ -813,7 +813,7 @@ def test_a_killed_writer_leaves_the_old_or_the_new_manifest(model: Path) -> None
 
 
 def places(document: Document) -> list[tuple[Any, Any]]:
-    """Every value in nested dictionaries and lists: what holds it, and its key."""
+    """The container and the key of every value in nested dictionaries and lists."""
     found: list[tuple[Any, Any]] = []
     open_: list[Any] = [document]
     while open_:
@@ -888,7 +888,7 @@ def mutated(document: Document, generator: random.Random) -> Document:
 
 
 def survives(folder: Path) -> bool:
-    """Open a model directory, and make a video of it if it opens; whether it opened. Typed errors are good."""
+    """Open a model directory and, if it opens, make a video. Returns whether it opened. Typed errors are accepted."""
     try:
         opened = Bundle.open(folder)
     except HigenError:
@@ -905,7 +905,7 @@ def survives(folder: Path) -> bool:
 
 @pytest.mark.parametrize("seed", range(4))
 def test_a_mutated_manifest_is_a_model_or_a_typed_error(model: Path, seed: int) -> None:
-    """500 mutations each; what still opens also makes a video, or says what is wrong."""
+    """500 mutations each. A model that still opens also makes a video or raises a typed error."""
     generator = random.Random(seed)
     document = json.loads((model / MANIFEST).read_text())
     opened = 0

@@ -1,4 +1,4 @@
-"""Maps of a request: the loop's other stages, what they are fed, windows and tiles, and what is refused."""
+"""Maps of a request: the loop's stages for maps, their inputs, windows and tiles, and refused input."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ STEPS = ("film_two", "film_one")
 
 
 def mapped(encoding: Any = None, loop: str = "film", frames: int | str = "F") -> Manifest:
-    """`interpreter_model` whose film, or another loop, has other stages for a map."""
+    """`interpreter_model` with additional stages for a map in the film or in another loop."""
     more = (
         Tensor("plot", ("B", 3, frames, "Y", "X"), source="clip:plot"),
         Tensor("hold", ("B", frames), source="control:hold"),
@@ -65,7 +65,7 @@ def cells(pixels: Array) -> Array:
 
 
 def plotted(**given: Array) -> dict[str, Array]:
-    """`linear`, and what is shown, as far as it holds."""
+    """A step of `linear` plus the map's cells, weighted by `hold`."""
     shown = given["hold"][:, None, :, None, None] * cells(given["plot"].astype(np.float64))
     own: Formula = step(lambda x, t, hints: linear(x, t, hints) + shown)
     return own(**{name: value for name, value in given.items() if name not in ("plot", "hold")})
@@ -105,7 +105,7 @@ def test_a_map_chooses_the_loops_other_stages(folder: Path) -> None:
     free = film(pipeline)
     assert "film_two" in backend.names
     apart = np.abs(given - free).max(axis=(0, 1, 3, 4))
-    assert (apart[[0, 4]] < 1e-6).all()  # the network works frame by frame
+    assert (apart[[0, 4]] < 1e-6).all()  # the network treats each frame alone
     assert (apart[1:4] > 0.1).all()
     film(pipeline, plot=SHOWN, guidance=1)
     assert "plot_film_one" in backend.names
@@ -114,7 +114,7 @@ def test_a_map_chooses_the_loops_other_stages(folder: Path) -> None:
 
 
 def test_windows_and_tiles_cut_the_map(folder: Path) -> None:
-    """The network works cell by cell, so that cutting it changes nothing but rounding."""
+    """The network treats each cell alone, so cutting the map changes only rounding."""
     whole = film(pipeline_of(folder)[0], plot=SHOWN, hold=[0, 0.5, 1, 2, 0])
     cut = changed(MANIFEST, "film", windows=Windows(3, 2), tiles=Tiles(3, 4, 2))
     pipeline, backend = pipeline_of(folder, cut)
@@ -127,7 +127,7 @@ def test_a_map_in_every_form(folder: Path, tmp_path: Path) -> None:
     pipeline, backend = pipeline_of(folder)
     pictures = tmp_path / "maps"
     pictures.mkdir()
-    for i, frame in enumerate(SHOWN):  # 2 before 10
+    for i, frame in enumerate(SHOWN):  # numeric order: 2 before 10
         PIL.Image.fromarray(frame).save(pictures / f"{i * 2}.png")
     (pictures / "notes.txt").write_text("no picture")
     np.save(tmp_path / "clip.npy", SHOWN)
@@ -145,7 +145,7 @@ def test_a_map_in_every_form(folder: Path, tmp_path: Path) -> None:
     fed = backend.of("plot_film_two")[-1]["plot"]
     np.testing.assert_array_equal(fed, np.repeat(fed[:, :, :1], 5, axis=2))
     np.testing.assert_array_equal(film(pipeline, plot=pictures / "4.png"), one)
-    grey = SHOWN[:, :, :, 0]  # depth, say
+    grey = SHOWN[:, :, :, 0]  # a depth map, for example
     np.testing.assert_array_equal(film(pipeline, plot=grey), film(pipeline, plot=grey[..., None].repeat(3, axis=3)))
 
 
@@ -232,7 +232,7 @@ def test_trial_requests_run_the_variants_stages(folder: Path) -> None:
 
 
 def test_both_models_of_a_composed_one_keep_their_maps(folder: Path) -> None:
-    """The first loop, of one frame, is shown the first picture."""
+    """The first loop has one frame and gets the map's first picture."""
     both = compose(mapped(loop="draft", frames=1), replace(MANIFEST, name="films"), same_tokenizer=True)
     assert [loop.variant for loop in both.loops] == [
         Variant("plot", "plot_draft_two", "plot_draft_one"),

@@ -1,4 +1,4 @@
-"""Measures of clips, on made-up ones whose answer is known, and on cheats."""
+"""Measures of clips, tested on made-up clips with known answers and on cheats."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ RANDOM = np.random.default_rng(0)
 
 
 def disc(radius: float, x: float = 32, y: float = 32, colour: tuple[int, int, int] = (220, 40, 40)) -> Frames:
-    """A disc on nothing, RGBA [64,64,4]."""
+    """A disc on a transparent background, RGBA [64,64,4]."""
     rows, columns = np.mgrid[:64, :64]
     alpha = np.clip(radius - np.hypot(rows - y, columns - x) + 0.5, 0, 1)
     return np.dstack([*(np.full((64, 64), c) for c in colour), np.rint(255 * alpha)]).astype(np.uint8)
@@ -43,7 +43,7 @@ def over(loop: Frames, picture: Frames) -> Frames:
 
 
 def noisy(clip: Frames, deviation: float, blocks: int = 1, same: bool = False) -> Frames:
-    """Coloured noise in blocks of this many pixels, anew in each frame or `same` in all."""
+    """Add coloured noise in square blocks of `blocks` pixels, new in each frame or the `same` in all frames."""
     shape = (1 if same else len(clip), 64 // blocks, 64 // blocks, 3)
     noise = np.random.default_rng(1).normal(0, deviation, shape)
     return np.clip(np.rint(clip + noise.repeat(blocks, 1).repeat(blocks, 2)), 0, 255).astype(np.uint8)
@@ -87,7 +87,7 @@ def test_spearman_sees_order_alone(values: list[int]) -> None:
 
 
 def test_the_frechet_distance_of_known_gaussians() -> None:
-    # Samples with exactly these moments: whitened, then shaped.
+    # Whitened samples, which then get exactly the wanted moments.
     x = RANDOM.normal(size=(500, 3))
     x = (x - x.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T
     a, b, shift = np.array([1.0, 2.0, 3.0]), np.array([2.0, 2.0, 0.5]), np.array([0.0, 1.0, -2.0])
@@ -206,7 +206,7 @@ def test_an_empty_picture_or_noise_matches_nothing(templates: Templates) -> None
 
 
 def test_a_template_score_is_the_weighted_correlation_it_says() -> None:
-    """Against numpy's, written out, at the templates' own size (no reduction) and for opaque templates."""
+    """Compared with a plain numpy formula, for opaque templates at their own size (no reduction)."""
     loop, clip = SQUARE[:1], noisy(over(SQUARE[3:4], PICTURE), 10)
     inside = loop[0, ..., 3] > 0
     ring = np.zeros_like(inside)

@@ -1,4 +1,4 @@
-"""Pictures and clips are what people see: against closed forms, NumPy's turns and what the files were made of."""
+"""Pictures and clips are read as people see them; compared with closed forms, NumPy's turns and the original frames."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ READERS = ("Video.open", "clip control", "training")
 
 
 def corner() -> NDArray[np.uint8]:
-    """A white corner, top left, on black, and a grey bar on the right: no turn or mirror looks like another."""
+    """White top left corner and grey bar on the right, on black, so that every turn and mirror looks different."""
     picture = np.zeros((HIGH, WIDE, 3), np.uint8)
     picture[: HIGH // 2, : WIDE // 2] = 255
     picture[:, -16:] = 128
@@ -36,7 +36,7 @@ def corner() -> NDArray[np.uint8]:
 
 
 def write(path: Path, frames: NDArray[np.uint8], rate: int = 8, codec: str = "libx264", **settings: Any) -> Path:
-    """A file of another program: one stream, `settings` of it, in 4:4:4 where the codec has it."""
+    """A file as another program writes it: one stream with these `settings`, in 4:4:4 if the codec supports it."""
     options = {"libx264": {"crf": "1"}, "libvpx": {"b": "8M", "auto-alt-ref": "0"}}.get(codec, {"b": "8M"})
     with av.open(str(path), "w") as output:
         stream: Any = output.add_stream(codec, rate, options=options)
@@ -53,7 +53,7 @@ def write(path: Path, frames: NDArray[np.uint8], rate: int = 8, codec: str = "li
 
 
 def seen(reader: str, path: Path, width: int, height: int, frames: int = 4) -> NDArray[np.uint8]:
-    """The clip as one of the readers gives it, at a size, uint8 [F,H,W,3]."""
+    """The clip as `reader` returns it at this size, uint8 [F,H,W,3]."""
     if reader == "Video.open":
         video = Video.open(path)
         assert (video.width, video.height) == (width, height)
@@ -68,7 +68,7 @@ def seen(reader: str, path: Path, width: int, height: int, frames: int = 4) -> N
 
 
 def turned(picture: NDArray[np.uint8], matrix: tuple[int, int, int, int]) -> NDArray[np.uint8]:
-    """Each stored pixel (x, y) is put at (a x + c y, b x + d y), counted from the smallest: the definition."""
+    """The definition: each stored pixel (x, y) goes to (a x + c y, b x + d y), relative to the smallest coordinates."""
     a, b, c, d = matrix
     height, width, _ = picture.shape
     y, x = np.mgrid[:height, :width]
@@ -130,7 +130,7 @@ def test_an_absurd_pixel_aspect_is_refused(tmp_path: Path) -> None:
 
 
 def disc(index: int) -> Image.Image:
-    """A red block that moves, on nothing."""
+    """A moving red block on a transparent background."""
     picture = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
     picture.paste((255, 0, 0, 255), (16 + index, 16, 48 + index, 48))
     return picture
@@ -150,10 +150,10 @@ def test_what_is_transparent_is_white(tmp_path: Path, name: str, reader: str) ->
         pictures[0].save(path, form, save_all=True, append_images=pictures[1:], duration=125, **options)
     shown = seen(reader, path, 64, 64)
     assert np.abs(shown[:, 2, 2].astype(int) - WHITE).max() <= 2
-    assert np.abs(shown[:, 32, 32].astype(int) - RED).max() <= 40  # 4:2:0 and the codec
+    assert np.abs(shown[:, 32, 32].astype(int) - RED).max() <= 40  # 4:2:0 and lossy coding
     if reader == "Video.open":
         assert len(shown) == 8
-        assert np.abs(shown[7, 32, 18].astype(int) - WHITE).max() <= 40  # nothing of frame 0 stays
+        assert np.abs(shown[7, 32, 18].astype(int) - WHITE).max() <= 40  # nothing of frame 0 is left
 
 
 RAMP = np.tile(np.linspace(0, 1, 64), (64, 1))
@@ -239,7 +239,7 @@ def test_a_cover_picture_is_no_video(tmp_path: Path) -> None:
 
 
 def woven(count: int) -> NDArray[np.uint8]:
-    """Interlaced frames of a bar that moves: the even rows are of an earlier moment than the odd ones."""
+    """Interlaced frames of a moving bar: the even rows show an earlier moment than the odd rows."""
     frames = np.zeros((count, 64, 96, 3), np.uint8)
     for index in range(count):
         for row in range(2):
@@ -249,7 +249,7 @@ def woven(count: int) -> NDArray[np.uint8]:
 
 @pytest.mark.parametrize("suffix", ["mpg", "ts", "mp4"])
 def test_interlaced_frames_are_put_together(tmp_path: Path, suffix: str) -> None:
-    """A comb is a row that differs from both its neighbours in the same way; stored frames are full of them."""
+    """A comb is a row that differs from both its neighbours in the same way. Interlaced frames are full of combs."""
 
     def combs(frames: NDArray[np.uint8]) -> float:
         grey = frames[..., 1].astype(int)
@@ -285,7 +285,7 @@ def shades(*values: int) -> list[Image.Image]:
 
 
 def levels(video: Video) -> list[int]:
-    """Frames by their shade, in steps of 20."""
+    """Each frame's shade in steps of 20."""
     return (video.frames.mean(axis=(1, 2, 3)) / 20).round().astype(int).tolist()
 
 
@@ -306,7 +306,7 @@ def test_a_frame_is_shown_as_long_as_the_file_says_the_last_one_too(tmp_path: Pa
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
 def test_a_variable_frame_rate_becomes_a_steady_one(tmp_path: Path, suffix: str) -> None:
-    """Frame k is due at times[k] tenths: at tenth t the last frame that is due then is shown."""
+    """Frame k is due after times[k] tenths of a second. At each tenth the latest due frame is shown."""
     times = [0, 1, 2, 3, 6, 9, 10, 15]
     with av.open(str(tmp_path / f"a.{suffix}"), "w") as output:
         stream: Any = output.add_stream("libx264", 10, options={"crf": "1"})
@@ -329,7 +329,7 @@ def test_a_variable_frame_rate_becomes_a_steady_one(tmp_path: Path, suffix: str)
     [
         ([125] * 8, list(range(8)), 8.0),
         ([33, 33, 34] * 5, list(range(15)), 30.0),
-        ([40, 40, 80] * 4, list(range(12)), 18.75),  # within half a frame of 53 ms each
+        ([40, 40, 80] * 4, list(range(12)), 18.75),  # each is within half a frame of 53 ms
         ([100, 100, 100, 900], [0, 1, 2, *[3] * 9], 10.0),
         ([200, 300, 200, 1000], [0, 0, 1, 1, 1, 2, 2, *[3] * 10], 10.0),
         ([5000], [0], 0.2),
@@ -403,7 +403,7 @@ def test_a_clip_of_ours_that_another_program_changed_is_read_as_it_is_now(tmp_pa
 def test_an_animation_of_ours_that_was_changed(
     tmp_path: Path, ours: Video, suffix: str, duration: int, kept: int, fps: float
 ) -> None:
-    """The last one has half the frames for twice the time: as long as ours, and so shown as ours."""
+    """The last case has half the frames at twice the duration. It is as long as ours, so our frame rate applies."""
     with Image.open(ours.save(tmp_path / f"a.{suffix}")) as image:
         text = {"comment": image.info["comment"]} if suffix == "gif" else {"exif": image.getexif(), "lossless": True}
         pictures = []
@@ -452,7 +452,7 @@ def test_a_sequence_of_any_numbers_opens_whole_from_any_file(tmp_path: Path, nam
 def test_a_sequence_is_told_from_what_lies_beside_it(tmp_path: Path) -> None:
     for name, shade in (("f_0000.png", 0), ("f_0001.png", 20), ("f.png", 100), ("f_1.png", 200)):
         shades(shade)[0].save(tmp_path / name)
-    assert levels(Video.open(tmp_path / "f.png")) == [5]  # the picture of that name: the sequence is not ours
+    assert levels(Video.open(tmp_path / "f.png")) == [5]  # the picture of that name, because the sequence is not ours
     assert levels(Video.open(tmp_path / "f_0001.png")) == [0, 1]
     assert levels(Video.open(tmp_path / "f_1.png")) == [10]
     (tmp_path / "f.png").unlink()
@@ -489,7 +489,7 @@ def test_two_clips_in_one_sequence_are_said(tmp_path: Path) -> None:
         Video.open(tmp_path / "a.png")
 
 
-# What is no video
+# Files that are not videos
 
 
 @pytest.mark.parametrize(
@@ -603,7 +603,7 @@ def test_a_clip_too_large_for_memory_is_one_error(tmp_path: Path, monkeypatch: p
     for path in paths:
         with pytest.raises(OutputError, match=r"8 frames of 16x16 pixels are .* cut or shrink it"):
             Video.open(path)
-        assert load_clip(path, 4, 16, 16).shape == (3, 4, 16, 16)  # the frames that are wanted fit
+        assert load_clip(path, 4, 16, 16).shape == (3, 4, 16, 16)  # the wanted frames fit into memory
 
 
 def test_a_home_folder_is_found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -31,7 +31,7 @@ def test_mutated_files_are_read_or_refused(tmp_path: Path, files: list[Path]) ->
             path = tmp_path / f"mutated_{number}_{original.suffix}"
             path.write_bytes(mutated(data, np.random.default_rng([7, kind, number])))
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # Pillow's, of large or odd pictures
+                warnings.simplefilter("ignore")  # Pillow's warnings about large or odd pictures
                 found[original.name, number] = outcome(path)
     assert {key: what for key, what in found.items() if what not in ("read", "refused")} == {}
     assert set(found.values()) == {"read", "refused"}

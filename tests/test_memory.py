@@ -1,4 +1,4 @@
-"""Too little memory: one error that says so, whether a model is loaded or a request is too large."""
+"""Too little memory gives one error that says so, while loading a model or for a request that is too large."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ print(len(pipe("a heart", **small)))
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc and RLIMIT_AS")
 @pytest.mark.parametrize(("backend", "library"), [("onnx", "onnxruntime"), ("torch", "higen.backends.torch")])
 def test_a_process_with_too_little_memory(backend: str, library: str) -> None:
-    """The error is typed at every limit, and with memory again the pipeline works again."""
+    """The error is typed at every memory limit. With enough memory the pipeline works again."""
     code = LIMITED.format(backend=backend, library=library)
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300, check=False)
     assert run.returncode == 0, run.stderr

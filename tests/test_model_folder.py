@@ -1,4 +1,4 @@
-"""A model's folder as a whole: what it may replace, and what a kill leaves of it."""
+"""A model's folder as a whole: what it may replace, and what remains after a kill."""
 
 from __future__ import annotations
 

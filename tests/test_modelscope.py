@@ -1,4 +1,4 @@
-"""ModelScope and ZeroScope: tiny random models in the hub's format and the authors', beside diffusers' pipelines."""
+"""ModelScope and ZeroScope: tiny random models in the hub's and the authors' formats, compared with diffusers."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ from higen.pipeline import Pipeline
 from higen.schedule import solver_table
 from higen.tokenizer import PromptTokenizer
 
-# diffusers and NumPy 2: an array of a tensor.
+# a warning of diffusers under NumPy 2 about arrays made from tensors
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 built, onnxruntime_root = cpp_build.built, cpp_build.onnxruntime_root  # fixtures
@@ -52,19 +52,19 @@ def ddim() -> Any:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The hub's folder of a tiny model."""
+    """A folder like the hub's, with a tiny model."""
     return tiny.save(tiny.video_pipeline(ddim()), tmp_path_factory.mktemp("hub") / "text-to-video-ms-1.7b", "!")
 
 
 @pytest.fixture(scope="module")
 def converted(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The model directory of that folder."""
+    """The model directory made from that folder."""
     return convert_sources([saved], tmp_path_factory.mktemp("converted") / "model", dtype="fp32")
 
 
 @pytest.fixture(scope="module")
 def model(converted: Bundle) -> Bundle:
-    """The same with its graphs."""
+    """The same with graphs."""
     return export_model(converted)
 
 
@@ -86,7 +86,7 @@ def last_latents(pipe: Pipeline, count: int = 1, **options: Any) -> NDArray[np.f
 
 
 def hidden(model: Bundle, pipeline: Any, *texts: str) -> torch.Tensor:
-    """What the text encoder makes of our tokens."""
+    """The text encoder's output for our tokens."""
     assert model.manifest.text is not None
     tokenizer = PromptTokenizer.from_file(model.path / "tokenizer.json", model.manifest.text)
     with torch.inference_mode():
@@ -106,7 +106,7 @@ def wanted(
     guidance: float = 9.0,
     output: str = "latent",
 ) -> Any:
-    """What diffusers' pipeline makes of the noise of our seeds. `shape`: samples, frames, height, width in pixels."""
+    """diffusers' result from the noise of our seeds. `shape`: samples, frames, height, width in pixels."""
     count, frames, height, width = shape
     pipeline = tiny.video_pipeline(scheduler)
     with torch.inference_mode():
@@ -125,7 +125,7 @@ def wanted(
 
 
 def apart(got: NDArray[Any], wanted: NDArray[Any]) -> float:
-    """The largest difference, of the largest value wanted."""
+    """The largest difference relative to the largest wanted value."""
     return float(np.abs(got - wanted).max() / np.abs(wanted).max())
 
 
@@ -133,7 +133,7 @@ SAMPLERS = {"ddim": "DDIMScheduler", "dpm++2m": "DPMSolverMultistepScheduler"}
 
 
 def sampler(solver: str) -> Any:
-    """diffusers' scheduler of this kind, of the configuration as the folder has it."""
+    """diffusers' scheduler of this kind, with the folder's configuration."""
     config = json.loads(ddim().to_json_string())
     return getattr(diffusers, SAMPLERS[solver]).from_config(config)
 
@@ -150,7 +150,7 @@ def test_final_latents_are_those_of_diffusers(
 
 @pytest.mark.parametrize("shape", [(3, 3, 16, 16), (1, 1, 32, 16), (3, 2, 16, 48), (2, 7, 24, 40)], ids=str)
 def test_shapes(model: Bundle, by_torch: Pipeline, by_graphs: Pipeline, shape: tuple[int, int, int, int]) -> None:
-    """As many samples as frames, one frame, and sizes that no graph was traced at."""
+    """Equal numbers of samples and frames, a single frame, and sizes at which no graph was traced."""
     count, frames, height, width = shape
     truth = wanted(model, ddim(), 3, shape)
     options = {"frames": frames, "height": height, "width": width, "steps": 3, "guidance": 9.0}
@@ -160,7 +160,7 @@ def test_shapes(model: Bundle, by_torch: Pipeline, by_graphs: Pipeline, shape: t
 
 @pytest.mark.parametrize("frames", [1, 3, 6])
 def test_a_step_is_that_of_diffusers_network(model: Bundle, by_graphs: Pipeline, frames: int) -> None:
-    """Both branches of guidance, three samples, frames with guidance of their own, a row of two estimates."""
+    """Both branches of guidance, three samples, guidance per frame, and a row that uses two estimates."""
     unet, random = tiny.video_unet(), np.random.default_rng(frames)
 
     def normal(*shape: int) -> NDArray[np.float32]:
@@ -194,7 +194,7 @@ def test_without_guidance_the_plain_step_runs(model: Bundle, by_torch: Pipeline,
 
 
 def test_frames_are_those_of_diffusers(model: Bundle, by_torch: Pipeline, by_graphs: Pipeline) -> None:
-    """Three samples at once; each is made as if alone. One frame alone is a picture."""
+    """Three samples at once: each equals a single generation. A single frame is a picture."""
     truth = np.trunc(255 * wanted(model, ddim(), 6, (3, 5, 16, 32), output="np"))
     options = {"negative_prompt": NEGATIVE, "width": 32, "height": 16, "steps": 6, "guidance": 9.0}
     for pipe in (by_torch, by_graphs):
@@ -242,7 +242,7 @@ def test_video_to_video_is_that_of_diffusers(
 
 
 def test_a_second_pass_at_a_higher_size(by_torch: Pipeline, by_graphs: Pipeline) -> None:
-    """The first video is scaled to the second one's size before it is encoded."""
+    """The first video is scaled to the second video's size before encoding."""
     first = by_torch(PROMPTS[0], width=32, height=16, frames=3, steps=2)
     options = {"width": 64, "height": 32, "frames": 3, "steps": 5, "seed": 3}
     videos = [pipe(PROMPTS[0], video=first, strength=0.4, **options).frames for pipe in (by_torch, by_graphs)]
@@ -271,7 +271,7 @@ def test_the_tables_say_what_the_folder_says(saved: Path, converted: Bundle) -> 
     "how", [{"variant": "fp16"}, {"max_shard_size": "300KB"}, {"safe_serialization": False}], ids=str
 )
 def test_every_way_that_diffusers_saves(converted: Bundle, tmp_path: Path, how: dict[str, Any]) -> None:
-    """A folder for video to video too, as ZeroScope XL has it."""
+    """Also a folder for video to video, as ZeroScope XL has it."""
     pipeline = tiny.video_pipeline(ddim(), kind="VideoToVideoSDPipeline")
     folder = tiny.save(pipeline, tmp_path / "hub", **how)
     same_weights(convert_sources([folder], tmp_path / "model", dtype="fp32"), converted)
@@ -285,7 +285,7 @@ def same_weights(got: Bundle, wanted: Bundle) -> None:
 
 
 def vgen_state(unet: Any) -> dict[str, torch.Tensor]:
-    """A U-Net as the authors have it: the projections of their temporal transformers are convolutions of 1."""
+    """A U-Net in the authors' format: the projections of their temporal transformers are convolutions with kernel 1."""
     attends = [kind.startswith("Cross") for kind in unet.config.up_block_types]
     state = {}
     for name, tensor in unet.state_dict().items():
@@ -327,7 +327,7 @@ def test_the_authors_files_are_the_same_network(converted: Bundle, three_files: 
 
 
 def test_names_of_the_released_size(reference: Path) -> None:
-    """HiGen's released denoiser has this U-Net, its names included, and more."""
+    """HiGen's released denoiser contains this U-Net under the same names, and further tensors."""
     lines = (reference / "full_state_dict_keys.tsv").read_text(encoding="utf-8").splitlines()[1:]
     released = {name: tuple(json.loads(shape)) for name, shape, *_ in (line.split("\t") for line in lines)}
     with torch.device("meta"):

@@ -1,6 +1,6 @@
-"""Typical mistakes of a port, each made on purpose: the committed fixtures notice every one.
+"""Typical mistakes of a port, made on purpose. The committed fixtures must detect each of them.
 
-The list is the reference's own (mutation_sensitivity.json); a mistake that no case notices would let a real one pass.
+The list is the reference's own (mutation_sensitivity.json). If no case detects a mistake, a real one could pass.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ SUBSET = Path(__file__).parent / "reference" / "fixtures"
 
 Mutation = Callable[[pytest.MonkeyPatch], None]
 MUTATIONS: dict[str, tuple[str, Mutation]] = {}
-"""name: (the cases that should notice it, the mistake)."""
+"""name: (the cases that should detect the mistake, the mistake)."""
 
 
 def mutation(noticed_by: str) -> Callable[[Mutation], Mutation]:
@@ -234,7 +234,7 @@ def prior_bias_skipped_when_zero(patch: pytest.MonkeyPatch) -> None:
 @mutation("units/p1")
 def emb_without_silu(patch: pytest.MonkeyPatch) -> None:
     def change(module: ResBlock) -> None:
-        # The layer is given the embedding as it enters the block, not what the block made of it.
+        # The layer gets the embedding as it enters the block, before the block's SiLU.
         module.embedding.register_forward_pre_hook(lambda layer, inputs: (module.raw,))
         module.register_forward_pre_hook(lambda block, inputs: setattr(block, "raw", inputs[1]))
 

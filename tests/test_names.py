@@ -1,6 +1,6 @@
-"""The runtimes know no model family: no stage and no control of HiGen is named in their code.
+"""The runtimes know no model family: their code names no stage and no control of HiGen.
 
-Comments and docstrings may speak of them. Only the family itself, training, measures, parity and benchmarks know them.
+Comments and docstrings may name them. In code, only the family itself, training, measures, parity and benchmarks do.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def cpp_files() -> list[Path]:
 
 
 def in_python(text: str) -> Iterator[str]:
-    """Every identifier and every string of a program, but its docstrings."""
+    """Every identifier and every string of a program, except docstrings."""
     tree = ast.parse(text)
     nodes = list(ast.walk(tree))
     documentation = {id(node.value) for node in nodes if isinstance(node, ast.Expr)}
@@ -80,7 +80,7 @@ def test_no_cpp_file_names_them(path: Path) -> None:
 
 
 def test_every_part_is_looked_at() -> None:
-    """A folder that moved would be passed over in silence."""
+    """Otherwise a moved folder would be skipped silently."""
     seen = {path.relative_to(ROOT).as_posix() for path in (*python_files(), *cpp_files())}
     assert {
         "higen/pipeline.py",

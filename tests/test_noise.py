@@ -35,7 +35,7 @@ KNOWN_ANSWERS = [
     ),
 ]
 
-# The first eight float32 numbers of the streams of seed 7, for runtimes in other languages to check themselves with.
+# The first eight float32 numbers of each stream for seed 7, as a check for runtimes in other languages.
 GOLDEN_SEED = 7
 GOLDEN: dict[int, list[float]] = {
     SPATIAL: [-0.14712793, 0.50211215, -1.091101, 0.73758703, -0.73446286, -2.1076498, -1.1331282, -1.0716331],
@@ -45,7 +45,7 @@ GOLDEN: dict[int, list[float]] = {
 
 
 def philox4x64(counter: tuple[int, ...], key: tuple[int, ...], rounds: int = 10) -> tuple[int, ...]:
-    """Salmon et al. 2011, section 3.3, in whole numbers of any size."""
+    """Salmon et al. 2011, section 3.3, in Python integers."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(rounds):
@@ -56,7 +56,7 @@ def philox4x64(counter: tuple[int, ...], key: tuple[int, ...], rounds: int = 10)
 
 
 def other_normal(seed: int, purpose: int, count: int) -> list[float]:
-    """The contract as higen/noise.py states it, one number at a time."""
+    """The contract of higen/noise.py, computed one number at a time."""
     numbers: list[float] = []
     block = 1
     while len(numbers) < count:
@@ -72,7 +72,7 @@ def other_normal(seed: int, purpose: int, count: int) -> list[float]:
 @pytest.mark.parametrize(("counter", "key", "output"), KNOWN_ANSWERS)
 def test_known_answers(counter: tuple[int, ...], key: tuple[int, ...], output: tuple[int, ...]) -> None:
     assert philox4x64(counter, key) == output
-    # numpy counts up before its first block.
+    # numpy increments the counter before its first block.
     before = (sum(word << (64 * i) for i, word in enumerate(counter)) - 1) % 2**256
     words = np.array([(before >> (64 * i)) & MASK for i in range(4)], dtype=np.uint64)
     raw = np.random.Philox(key=np.array(key, dtype=np.uint64), counter=words).random_raw(4)
@@ -156,7 +156,7 @@ def test_noise_in_any_shape_has_the_last_axis_fastest(shape: tuple[int, ...]) ->
 
 @pytest.mark.parametrize("axis", [0, 1, 2, 3])
 def test_noise_with_a_frame_axis_is_drawn_frame_by_frame(axis: int) -> None:
-    """So a longer clip begins with a shorter one, wherever the axis stands."""
+    """A longer clip's noise therefore begins with a shorter clip's noise, at any position of the frame axis."""
     shape = [2, 3, 4, 5]
     made = shaped(9, 77, shape, axis)
     rest = [n for i, n in enumerate(shape) if i != axis]

@@ -137,7 +137,7 @@ def test_a_real_kernel_shows_bars_previews_a_grid_and_the_form(tmp_path: Path) -
     seen: list[dict[str, Any]] = []
 
     class Client(nbclient.NotebookClient):  # type: ignore[misc,name-defined]
-        """Records every picture; in a notebook, each update replaces the previous one."""
+        """Records every picture, because in a notebook each update replaces the previous picture."""
 
         def process_message(self, message: dict[str, Any], *where: Any) -> Any:
             seen.append(message)
@@ -148,9 +148,9 @@ def test_a_real_kernel_shows_bars_previews_a_grid_and_the_form(tmp_path: Path) -
     Client(book, timeout=120, kernel_name="python3", resources={"metadata": {"path": str(tmp_path)}}).execute()
     shown = [
         m["content"]["data"] for m in seen if m["msg_type"] in ("display_data", "update_display_data")
-    ]  # bars are text
+    ]  # progress bars are text
     strips = [PIL.Image.open(io.BytesIO(base64.b64decode(data["image/png"]))) for data in shown if "image/png" in data]
-    assert [strip.size for strip in strips] == [(64, 64)] * 3 + [(256, 64)]  # the key frame's steps, the clip's one
+    assert [strip.size for strip in strips] == [(64, 64)] * 3 + [(256, 64)]  # key frame: 3 steps; clip: 1 step
     assert shown[len(strips)]["text/html"] == ""
     said = "".join(output.get("text", "") for output in cells[1].outputs)
     assert re.search(r"spatial *: 100%.*3/3", said)

@@ -34,7 +34,7 @@ from higen.sampler import Step
 
 
 def prompts() -> tuple[str, ...]:
-    """Three that the built-in model knows."""
+    """Three prompts that the built-in model knows."""
     return Bundle.open(default_model()).manifest.prompts[:3]
 
 
@@ -46,13 +46,13 @@ def bundle() -> Bundle:
 
 @pytest.fixture(scope="module")
 def onnx(bundle: Bundle) -> Pipeline:
-    """On ONNX Runtime."""
+    """The built-in model's pipeline on ONNX Runtime."""
     return Pipeline(bundle, OnnxBackend(bundle))
 
 
 @pytest.fixture(scope="module")
 def torch(bundle: Bundle) -> Pipeline:
-    """On PyTorch."""
+    """The built-in model's pipeline on PyTorch."""
     return Pipeline(bundle, TorchBackend(bundle, Options("cpu")))
 
 
@@ -69,7 +69,7 @@ def latents_and_frames(pipe: Pipeline, prompt: object, **options: object) -> tup
         {"steps": 10, "solver": "ddim", "frames": 16},
         {"steps": 50, "solver": "ddim", "frames": 8},
         {"steps": 10, "frames": 8},
-        # With cues unlike those of its training, guidance 12 magnifies a rounding error of this model to 2e-3.
+        # With cues far from the training data, guidance 12 would magnify a rounding error of this model to 2e-3.
         {"steps": 10, "frames": 8, "motion": 150.0, "appearance": 0.7, "guidance": 4.0},
         {"steps": 10, "frames": 32},
     ],
@@ -187,7 +187,7 @@ def test_a_missing_graph_is_passed_over_in_silence(copy: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["auto", "onnx", "torch"])
 def test_a_precision_that_the_model_was_never_quantised_to_is_refused(backend: str) -> None:
-    """Otherwise every stage could replace its own missing graph, and the video would silently be that of float32."""
+    """Otherwise each stage could fall back to another graph, and the video would silently be computed in float32."""
     model = default_model()
     message = f"no spatial_unet.int8.onnx (make it: higen-export quantize {model} --precision int8)"
     with pytest.raises(BackendUnavailable, match=re.escape(message)):
@@ -216,7 +216,7 @@ def test_a_truncated_graph_is_one_error_whatever_the_manifest_says(copy: Path) -
     graph.write_bytes(graph.read_bytes()[: graph.stat().st_size // 2])
     with pytest.raises(IntegrityError, match=r"temporal_unet_plain\.onnx"):
         higen.load(copy, "onnx")
-    fitted(copy)  # as if it had been made so
+    fitted(copy)  # as if the file had been created like this
     with pytest.raises(IntegrityError, match=r"temporal_unet_plain\.onnx: ONNX Runtime cannot load it"):
         higen.load(copy, "onnx")
 

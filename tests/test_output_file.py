@@ -1,4 +1,4 @@
-"""Files in a folder that a person named are replaced only where they are of an earlier report."""
+"""Files in a folder that the user named are replaced only if they belong to an earlier report."""
 
 from __future__ import annotations
 

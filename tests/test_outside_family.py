@@ -1,7 +1,8 @@
-"""A family that is not ours, from a wheel in a fresh environment, through the whole chain (tests/outside_family).
+"""A foreign family (tests/outside_family), installed from a wheel in a fresh environment, through the whole chain.
 
-Checkpoint to model directory, PyTorch, graphs with their gate, ONNX Runtime, engines for RTX and the C++ runtime;
-test_outside_family_triton.py serves it. The truth is tidepool_truth.py, which uses nothing of higen.
+The chain is checkpoint, model directory, PyTorch, graphs with their gate, ONNX Runtime, engines for RTX, and the C++
+runtime; test_outside_family_triton.py serves the model. Results are compared with tidepool_truth.py, which does not use
+higen's runtime.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from higen.sampler import Step
 built, onnxruntime_root = cpp_build.built, cpp_build.onnxruntime_root  # fixtures
 
 diffusers.logging.set_verbosity_error()
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' warning
 
 FOLDER = Path(__file__).resolve().parent / "outside_family"
 PROMPT = "a crab waits"
@@ -53,18 +54,18 @@ PROMPT = "a crab waits"
 Options_ = dict[str, Any]
 
 
-# ---- The environment, the checkpoint and what is made of it: once for all tests ----
+# ---- The environment, the checkpoint and its products, made once for all tests ----
 
 
 @dataclass(frozen=True)
 class Environment:
-    """A virtual environment of its own: the family's wheel, and links to what is installed here."""
+    """A separate virtual environment with the family's wheel and a path to the packages installed here."""
 
     python: Path
     site: Path
 
     def run(self, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """`python ARGUMENTS` in a folder where no checkout is."""
+        """`python ARGUMENTS` in a folder without a checkout."""
         return run(self.python, *arguments, check=check, cwd=self.site)
 
     def higen(self, *arguments: object, check: bool = True) -> subprocess.CompletedProcess[str]:
@@ -87,7 +88,7 @@ def run(program: object, *arguments: object, check: bool = True, cwd: Path) -> s
 @pytest.fixture(scope="module")
 def outside(tmp_path_factory: pytest.TempPathFactory) -> Environment:
     folder = tmp_path_factory.mktemp("outside")
-    source = folder / "source"  # building writes into its tree
+    source = folder / "source"  # a copy, because building writes into the tree
     shutil.copytree(FOLDER, source, ignore=shutil.ignore_patterns("__pycache__"))
     pip = ("-m", "pip", "--disable-pip-version-check")
     run(sys.executable, *pip, "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", folder, source, cwd=folder)
@@ -105,7 +106,7 @@ def outside(tmp_path_factory: pytest.TempPathFactory) -> Environment:
 
 @pytest.fixture(scope="module")
 def tidepool(outside: Environment) -> Iterator[SimpleNamespace]:
-    """The installed package in this process too: what its entry point names is found."""
+    """Makes the installed package and its entry point visible in this process too."""
     sys.path.insert(0, str(outside.site))
     importlib.invalidate_caches()
     families._packages.cache_clear()
@@ -121,7 +122,7 @@ def tidepool(outside: Environment) -> Iterator[SimpleNamespace]:
 
 @pytest.fixture(scope="module")
 def source(tidepool: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A checkpoint with random weights, none of them zero; the decoder's are small: few pixels are black or white."""
+    """A checkpoint with random nonzero weights. The decoder's are small, so few pixels are black or white."""
     random = torch.Generator().manual_seed(0)
     state = {}
     for make in tidepool.network.containers(tidepool.spec.Widths()).values():
@@ -136,7 +137,7 @@ def source(tidepool: SimpleNamespace, tmp_path_factory: pytest.TempPathFactory) 
 
 @pytest.fixture(scope="module")
 def nets(tidepool: SimpleNamespace, source: Path) -> truth.Networks:
-    """The layers for the truth, filled from the checkpoint itself."""
+    """The family's layers for tidepool_truth.py, filled from the checkpoint itself."""
     state = {name.removeprefix("tide."): tensor for name, tensor in load_file(source).items()}
     made = {}
     for file, make in tidepool.network.containers(tidepool.spec.Widths()).items():
@@ -149,7 +150,7 @@ def nets(tidepool: SimpleNamespace, source: Path) -> truth.Networks:
 
 @pytest.fixture(scope="module")
 def model(outside: Environment, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model directory that the checkpoint becomes; the command recognises it."""
+    """The model directory made from the checkpoint. The command recognises the checkpoint's family."""
     path = tmp_path_factory.mktemp("converted") / "tidepool"
     said = outside.higen("convert", source, path, "--dtype", "fp32")
     assert "The weights are random: the videos show nothing." in said.stderr
@@ -165,7 +166,7 @@ class Exported:
 
 @pytest.fixture(scope="module")
 def exported(outside: Environment, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Exported:
-    """The model with graphs, by the command. HIGEN_OUTSIDE_MODEL names a folder that keeps it for the Triton test."""
+    """The model with graphs from the command. HIGEN_OUTSIDE_MODEL names a folder that keeps it for the Triton test."""
     path = tmp_path_factory.mktemp("exported") / "tidepool"
     shutil.copytree(model, path)
     parity = json.loads(outside.export("onnx", path, "--json").stdout)["parity"]
@@ -193,7 +194,7 @@ def by_graphs(exported: Exported) -> Iterator[Pipeline]:
 
 
 def picture(seed: int, width: int = 33, height: int = 20) -> PIL.Image.Image:
-    """Coarse colours, in no request's shape."""
+    """Coarse colours, in a size that no request has."""
     small = np.random.default_rng(seed).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     return PIL.Image.fromarray(small).resize((width, height), PIL.Image.Resampling.BICUBIC)
 
@@ -218,7 +219,7 @@ CASES: dict[str, Options_] = {
 
 
 def wish_of(options: Options_, ids: Callable[[str], list[int]]) -> truth.Wish:
-    """The request as the truth takes it."""
+    """The request in the form of tidepool_truth.py."""
     given = {"palette": PALETTE, **options}
     known = {"swell", "current", "drift"}
     fields = {k: v for k, v in given.items() if k not in {"prompt", "negative_prompt", "steps", "guidance", *known}}
@@ -237,7 +238,7 @@ def wish_of(options: Options_, ids: Callable[[str], list[int]]) -> truth.Wish:
 
 
 def of_pipeline(options: Options_) -> Options_:
-    """The request as a pipeline takes it: a clip as an array."""
+    """The request in a pipeline's form, with a clip as an array."""
     given = {"prompt": PROMPT, "palette": PALETTE, **options}
     if "footage" in given:
         given["footage"] = np.stack([np.asarray(frame) for frame in given["footage"]])
@@ -246,7 +247,7 @@ def of_pipeline(options: Options_) -> Options_:
 
 @pytest.fixture(scope="module")
 def ids(tidepool: SimpleNamespace) -> Callable[[str], list[int]]:
-    """Tokens by hand: padding 0, start 1, end 2, then the words from 4."""
+    """Token ids by hand: padding 0, start 1, end 2, and the words from 4 on."""
     words = list(tidepool.spec.WORDS)
 
     def of(text: str) -> list[int]:
@@ -268,7 +269,7 @@ def result(pipeline: Pipeline, options: Options_) -> tuple[dict[str, np.ndarray]
 
 
 def apart(a: np.ndarray, b: np.ndarray) -> int:
-    """The largest difference of two videos."""
+    """The largest difference between two videos."""
     assert a.shape == b.shape
     assert a.dtype == b.dtype == np.uint8
     return int(np.abs(a.astype(int) - b).max())
@@ -354,7 +355,7 @@ INPUTS: dict[str, Options_] = {
 
 @pytest.mark.parametrize("name", INPUTS)
 def test_every_input_changes_the_video(by_torch: Pipeline, name: str) -> None:
-    """A source that a runtime left out would be seen."""
+    """The test would find a source that a runtime ignores."""
     assert apart(result(by_torch, INPUTS[name])[1], result(by_torch, {})[1]) > 3
 
 
@@ -368,7 +369,7 @@ def test_the_decoder_sees_the_neighbouring_frames(by_torch: Pipeline) -> None:
 
 
 def check_a_batch(pipeline: Pipeline) -> None:
-    """Samples of a batch are what they are by themselves."""
+    """Samples of a batch equal single generations."""
     prompts, seeds, stills = [PROMPT, "kelp sways", "a crab"], [3, 4, 2**40], [picture(30 + i) for i in range(3)]
     together = pipeline(prompts, seed=seeds, palette=stills, progress=False)
     for prompt, seed, palette, video in zip(prompts, seeds, stills, together, strict=True):
@@ -406,7 +407,7 @@ def test_every_graph_passed_the_gate(exported: Exported) -> None:
         assert list(taken) == [t.name for t in bundle.manifest.stage(name).inputs]
         assert bundle.files[f"{name}.onnx"].size < 60_000
     (latents, _) = bundle.graphs["develop.onnx"]
-    assert latents.shape == (1, 4, "F", "H", "W")  # the decoder is given one sample
+    assert latents.shape == (1, 4, "F", "H", "W")  # the decoder gets one sample at a time
 
 
 def test_the_command_verifies_the_model(outside: Environment, exported: Exported) -> None:
@@ -478,7 +479,7 @@ def test_an_engine_of_every_stage_is_built(outside: Environment, exported: Expor
 
 
 def flags_of(options: Options_, folder: Path) -> tuple[str, list[str]]:
-    """The prompt, and a request's options on higen-run's command line."""
+    """The prompt and a request's options as higen-run's command line takes them."""
     given, flags = {"palette": PALETTE, **options}, []
     prompt = given.pop("prompt", PROMPT)
     for name, value in given.items():
@@ -539,12 +540,12 @@ def test_cpp_lists_the_controls(built: Path, by_torch: Pipeline, exported: Expor
 
 @pytest.fixture
 def alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    """This process as it is without the wheel."""
+    """This process without the wheel's family."""
     monkeypatch.setattr(families, "_packages", lambda: {"higen": "higen.families.higen"})
 
 
 def test_graphs_run_without_the_family(alone: None, by_torch: Pipeline, exported: Exported, tmp_path: Path) -> None:
-    """In another process, of the environment that these tests run in: the wheel is not there."""
+    """In another process of the tests' own environment, which does not have the wheel."""
     PALETTE.save(tmp_path / "palette.png")
     script = "from higen import families; print(families.installed())"
     assert "tidepool" not in run(sys.executable, "-c", script, cwd=tmp_path).stdout

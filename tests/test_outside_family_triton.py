@@ -1,7 +1,7 @@
-"""The family from outside behind a real Triton server, in the environment that has one (tests/test_triton_server.py).
+"""The foreign family behind a real Triton server, in the environment of tests/test_triton_server.py.
 
-PyTorch and the family are not there: the server needs the model directory alone. tests/test_outside_family.py leaves it
-in the folder that HIGEN_OUTSIDE_MODEL names; both run with the variable set.
+PyTorch and the family are not installed: the server needs only the model directory. tests/test_outside_family.py
+leaves it in the folder that HIGEN_OUTSIDE_MODEL names. Both test files need the variable.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ Result = tuple[np.ndarray, np.ndarray]
 
 
 def pixels(seed: int, *shape: int) -> np.ndarray:
-    """A picture [20,33,3], or a clip of them, of coarse colours."""
+    """A picture [20,33,3], or a clip of such pictures, of coarse colours."""
     coarse = np.random.default_rng(seed).integers(0, 256, (*shape, 5, 11, 3), dtype=np.uint8)
     return coarse.repeat(4, axis=-3).repeat(3, axis=-2)
 
@@ -112,7 +112,7 @@ def test_frames_are_pythons(server: Server, pipeline: Pipeline, case: str) -> No
 
 
 def test_several_at_once_are_what_they_are_alone(server: Server, pipeline: Pipeline) -> None:
-    """Steps of several requests share batches; the decoder and the encoders are given one sample at a time."""
+    """Steps of several requests share batches. The decoder and the encoders get one sample at a time."""
     requests = [{**CASES[name], "seed": 70 + i} for i, name in enumerate(CASES)]
     with ThreadPoolExecutor(len(requests)) as threads:
         found = list(threads.map(lambda request: served(server, **request), requests))

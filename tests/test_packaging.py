@@ -1,4 +1,4 @@
-"""What is built for users: a wheel that holds the whole tree, from a checkout and from the source archive alike."""
+"""Built packages: a wheel from a checkout or from the source archive holds the whole tree."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ SOURCES = {"higen": "higen", "export": "higen/export", "engines": "higen/engines
 
 
 def build(tree: Path, kind: str, to: Path) -> Path:
-    """A wheel or sdist of `tree`, by the backend that pyproject.toml names; nothing is downloaded."""
+    """Build a wheel or sdist of `tree` with the backend named in pyproject.toml; nothing is downloaded."""
     script = f"from setuptools import build_meta; print(build_meta.build_{kind}({str(to)!r}))"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     made = subprocess.run([sys.executable, "-c", script], cwd=tree, capture_output=True, text=True, env=environment)
@@ -38,7 +38,7 @@ def build(tree: Path, kind: str, to: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of what is packaged, links as links; building writes into its tree."""
+    """A copy of the packaged files with links kept, because building writes into the tree."""
     copy = tmp_path_factory.mktemp("tree")
     for name in SOURCES:
         shutil.copytree(ROOT / name, copy / name, symlinks=True, ignore=shutil.ignore_patterns("__pycache__"))
@@ -54,7 +54,7 @@ def sdist(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def unpacked(sdist: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tree that a user of the sdist builds from."""
+    """The tree of the unpacked sdist, from which a user builds."""
     folder = tmp_path_factory.mktemp("unpacked")
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, filter="data")
@@ -69,14 +69,14 @@ def wheel(request: pytest.FixtureRequest, tree: Path, unpacked: Path, tmp_path_f
         return build(unpacked, "wheel", folder)
     copy = folder / "tree"
     shutil.copytree(tree, copy, symlinks=True)
-    if request.param == "checkout without links":  # as on a system that has none
+    if request.param == "checkout without links":  # as on a system without symbolic links
         for link in ("export", "engines"):
             (copy / "higen" / link).unlink()
     return build(copy, "wheel", folder)
 
 
 def files() -> dict[str, Path]:
-    """Every file that belongs into the wheel, by its name there."""
+    """Every file that belongs in the wheel, by its name there."""
     found = {}
     for folder, installed in SOURCES.items():
         for path in sorted((ROOT / folder).rglob("*")):
@@ -97,7 +97,7 @@ def test_the_wheel_holds_every_file_of_the_tree_and_no_other(wheel: Path) -> Non
 
 
 def test_nothing_lands_beside_the_package(wheel: Path) -> None:
-    """A top-level `export` or `engines` would shadow other people's modules."""
+    """A top-level `export` or `engines` would hide other people's modules."""
     with zipfile.ZipFile(wheel) as archive:
         tops = {name.partition("/")[0] for name in archive.namelist()}
     assert tops == {"higen", f"higen-{higen.__version__}.dist-info"}
@@ -134,11 +134,11 @@ def test_the_links_in_the_package_lead_to_the_folders() -> None:
         assert link.resolve() == ROOT / name
 
 
-# In an environment of its own
+# In a separate environment
 
 
 def core(wheel: Path) -> dict[str, importlib.metadata.Distribution]:
-    """The distributions that the wheel needs without any extra, as they are installed here, with all that they need."""
+    """The installed distributions that the wheel needs without extras, including indirect requirements."""
     with zipfile.ZipFile(wheel) as archive:
         metadata = email.message_from_bytes(archive.read(f"higen-{higen.__version__}.dist-info/METADATA"))
     wanted, found = [Requirement(line) for line in metadata.get_all("Requires-Dist", [])], {}
@@ -153,7 +153,7 @@ def core(wheel: Path) -> dict[str, importlib.metadata.Distribution]:
 
 @pytest.fixture(scope="module")
 def environment(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A fresh virtual environment with the wheel and its core dependencies: links to those installed here."""
+    """A fresh virtual environment with the wheel, and links to its core dependencies installed here."""
     if importlib.util.find_spec("pip") is None:
         pytest.skip("no pip here to install the wheel with")
     folder = tmp_path_factory.mktemp("environment")
@@ -174,7 +174,7 @@ def environment(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(environment: Path, command: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """A command of the environment, from a folder where no checkout is."""
+    """Run a command of the environment in a folder without a checkout."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith("PYTHON")}
     return subprocess.run(
         [environment / command, *arguments], capture_output=True, text=True, env=kept, cwd=environment, check=False

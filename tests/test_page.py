@@ -1,4 +1,4 @@
-"""The web page of `higen serve` in a real browser: what a person does with it, and what no page may do.
+"""The web page of `higen serve` in a real browser: what a user does with it, and what a page must not do.
 
 Chromium is Debian's (`apt-get install chromium`), driven by Playwright; without them the tests are skipped, unless
 HIGEN_REQUIRE_BROWSER=1 says that they must be there. axe-core is the one that axe-playwright-python brings.
@@ -64,7 +64,7 @@ def chromium() -> Iterator[Any]:
 
 
 class Visit:
-    """A page that is open, and all that it complained of or asked other servers for."""
+    """An open page, with its errors and its requests to other servers."""
 
     def __init__(self, browser: Any, url: str, size: tuple[int, int] = (1400, 900), **options: Any) -> None:
         self.context = browser.new_context(viewport={"width": size[0], "height": size[1]}, **options)
@@ -83,12 +83,12 @@ class Visit:
             self.foreign.append(asked)
 
     def open(self) -> Any:
-        """The page once it can be worked with."""
+        """Wait until the page is usable, and return it."""
         self.page.locator("#work").wait_for(state="visible")
         return self.page
 
     def close(self, *allowed: str) -> None:
-        """Nothing moved by itself, nothing was asked of other servers, and nothing went wrong but what is `allowed`."""
+        """Check that nothing moved by itself, no other server was asked, and only `allowed` errors occurred."""
         assert self.page.evaluate("window.shifts") == []
         assert self.foreign == []
         assert [text for text in self.said if not any(words in text for words in allowed)] == []
@@ -96,14 +96,14 @@ class Visit:
 
 
 def asked(page: Any, act: Any) -> dict[str, Any]:
-    """The request of a new video that `act` sends."""
+    """The request for a new video that `act` sends."""
     with page.expect_request(lambda request: request.method == "POST" and request.url.endswith("/v1/videos")) as found:
         act()
     return dict(json.loads(found.value.post_data))
 
 
 def settings(page: Any, **values: str) -> None:
-    """Open all settings, as a click does, and fill some in."""
+    """Open all settings, as a click does, and fill in some of them."""
     for more in (".settings", ".more"):
         if not page.locator(more).evaluate("details => details.open"):
             page.locator(f"{more} > summary").click()
@@ -137,7 +137,7 @@ def test_a_person_writes_draws_watches_and_downloads(server: Server, chromium: A
     motion = sent["controls"]["motion"]
     assert len(motion) == sent["num_frames"] == 8
     assert motion == sorted(motion)
-    assert (motion[0], motion[-1]) == (5.0, 500.0)  # one key is a hundredth of the scale
+    assert (motion[0], motion[-1]) == (5.0, 500.0)  # one key press moves by a hundredth of the scale
     assert (sent["prompt"], sent["seed"], sent["size"]) == ("a whale flapping zebra ", -1, "64x64")
     page.locator(".screen canvas").wait_for(state="visible")  # a preview
     page.locator(".screen video").wait_for(state="visible")
@@ -158,7 +158,7 @@ def test_a_person_writes_draws_watches_and_downloads(server: Server, chromium: A
     page.get_by_role("button", name="Again with changes").click()
     assert page.input_value("#prompt") == "a whale flapping zebra "
     assert page.input_value("#ask-seed") == str(video.metadata["seed"])
-    page.fill("#ask-seed", "18446744073709551615")  # no number of JavaScript's
+    page.fill("#ask-seed", "18446744073709551615")  # too large for a JavaScript number
     again = asked(page, lambda: page.press("#prompt", "Enter"))
     assert again["controls"]["motion"] == motion
     assert again["seed"] == 2**64 - 1
@@ -227,7 +227,7 @@ def test_a_prompt_is_text(server: Server, chromium: Any) -> None:
 
 
 def faults(page: Any) -> list[tuple[str, str]]:
-    """What axe-core calls serious or critical."""
+    """The faults that axe-core rates serious or critical."""
     from axe_playwright_python.base import AXE_SCRIPT
 
     page.evaluate(AXE_SCRIPT)
@@ -265,7 +265,7 @@ def test_a_finger_draws_a_curve(server: Server, chromium: Any) -> None:
 
 
 def test_a_key_is_asked_for(chromium: Any, tmp_path: Path) -> None:
-    """With keys, all that the page shows comes with one; two models; a reload keeps it, another tab has none."""
+    """With API keys and two models, the page needs a key. A reload keeps the key, and another tab has none."""
     key = add_key(tmp_path / "keys", "one")
     model = str(default_model())
     server = Server(tmp_path / "data", f"a={model}", f"b={model}", "--api-keys", str(tmp_path / "keys"))
@@ -297,7 +297,7 @@ def test_a_key_is_asked_for(chromium: Any, tmp_path: Path) -> None:
 
 
 def test_the_page_asks_for_nothing_elsewhere(server: Server) -> None:
-    """Its policy, and that what its files name is there."""
+    """The page's content policy, and that the files it refers to exist."""
     import urllib.request
 
     with urllib.request.urlopen(server.url) as answer:

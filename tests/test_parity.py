@@ -1,4 +1,4 @@
-"""The port agrees with the reference, and the comparison itself is not fooled."""
+"""The port agrees with the reference, and the comparison detects differences."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ GIGABYTE = 1e9
 
 
 def small_copy(folder: Path) -> Path:
-    """One forward case and one unit of p1."""
+    """A copy of the fixtures with one forward case and one unit of p1."""
     record = json.loads((SUBSET / "fixtures.json").read_text())
     record = {
         "models": {"p1": record["models"]["p1"]},
@@ -84,7 +84,7 @@ print(seconds, len(cases), sum(case.passed for case in cases), *peak)
 
 
 def available_memory() -> int:
-    """Bytes that can be had without swapping; 0 where the system does not say."""
+    """Bytes of memory available without swapping; 0 if the system does not report them."""
     info = Path("/proc/meminfo")
     lines = info.read_text().splitlines() if info.exists() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable")), 0)
@@ -105,14 +105,14 @@ def test_whole_reference_passes_within_8_gb(reference: Path) -> None:
 
 
 def json_cases(reference: Path) -> list[str]:
-    """What the whole reference has to run, counted without higen's reader."""
+    """The names of all cases of the whole reference, collected without higen's reader."""
     record = json.loads((reference / "fixtures" / "fixtures.json").read_text())
     full = json.loads((reference / "full_size" / "salt0.json").read_text())
     companions = json.loads((reference / "companions" / "companions.json").read_text())
     tables = set(load_file(reference / "fixtures" / "misc.safetensors")) - {"sinusoid_t"}
     grids = [n for n in record["misc"]["timesteps"] if 1000 % int(n) == 0]
     named = [name for kind in ("models", "forward", "units", "sample", "train") for name in record[kind]]
-    return [*named, *tables, *grids, *full, *companions]  # full has one entry for its weights
+    return [*named, *tables, *grids, *full, *companions]  # the full-size record has one extra entry, for its weights
 
 
 def test_only_and_progress(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Paths as people give them: ~ is the home folder, wherever a path is taken, and the working directory may change."""
+"""Paths from users: ~ is the home folder in every path, and the working directory may change."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from higen.video import Video
 
 @pytest.fixture
 def home(tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A home folder with a model, a picture and a clip in it; the working directory is another one."""
+    """A home folder with a model, a picture and a clip. The working directory is a different folder."""
     folder = tmp_path / "home"
     folder.mkdir()
     (folder / "model").symlink_to(tiny_model)
@@ -71,7 +71,7 @@ def test_every_path_that_python_is_given() -> None:
 
 @pytest.mark.usefixtures("home")
 def test_every_path_that_the_command_is_given() -> None:
-    """A shell leaves ~ alone in --model=~/model."""
+    """A shell does not expand ~ in --model=~/model."""
     wanted = ["generate", "a whale", "--model=~/model", "-o", "~/whale.npy", "--image=~/red.png", "--steps", "1"]
     result = CliRunner().invoke(main, wanted, catch_exceptions=False)
     assert result.exit_code == 0, result.output
@@ -81,7 +81,7 @@ def test_every_path_that_the_command_is_given() -> None:
 
 
 def test_every_command_takes_paths_of_that_kind() -> None:
-    """An option that is a path is of the one type that knows ~."""
+    """Every path option has the one type that expands ~."""
     from higen.exporter import main as exporter
 
     context = click.Context(main)
@@ -99,7 +99,7 @@ def test_every_command_takes_paths_of_that_kind() -> None:
 def test_a_model_loaded_by_a_relative_path_survives_a_change_of_the_folder(
     backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What is loaded late too: the encoder of a picture."""
+    """Also for files that are loaded late, such as the picture encoder."""
     monkeypatch.chdir(higen.api.default_model().parent)
     pipe = higen.load("default", backend, threads=1, prepare=False)
     monkeypatch.chdir(tmp_path)

@@ -1,4 +1,4 @@
-"""A personalised Stable Diffusion 2.1 in HiGen's spatial layers: closed forms, tensor by tensor."""
+"""A personalised Stable Diffusion 2.1 in HiGen's spatial layers, checked tensor by tensor against closed forms."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def ldm(unet: Any) -> State:
 
 
 def vgen_name(theirs: str) -> str:
-    """The name in HiGen's own files of a tensor of a single file: its temporal layers change the numbers in between."""
+    """The name in HiGen's own files of a single file's tensor. HiGen's temporal layers change the numbers."""
     renamed = re.sub(r"^middle_block\.2\.", "middle_block.3.", theirs)
     renamed = re.sub(r"^(input_blocks\.\d+)\.0\.op\.", r"\1.op.", renamed)
     return re.sub(r"^(output_blocks\.\d+)\.2\.conv\.", r"\1.3.conv.", renamed)
@@ -63,7 +63,7 @@ def vgen_name(theirs: str) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """HiGen's three files, and what is added to them."""
+    """A folder with HiGen's three files and the models that are added to them."""
     folder = tmp_path_factory.mktemp("sources")
     torch.save(denoiser_state(), folder / "higen.pth")
     torch.save(text_state(), folder / "text.bin")
@@ -91,7 +91,7 @@ def denoiser(bundle: Bundle) -> State:
 
 
 def expected(difference: State) -> State:
-    """HiGen's denoiser with a difference by the names of a single file."""
+    """HiGen's denoiser plus a difference under a single file's names."""
     state = denoiser_state()
     for name, tensor in difference.items():
         theirs = vgen_name(name)
@@ -103,7 +103,7 @@ def expected(difference: State) -> State:
 @pytest.mark.parametrize("form", ["folder", "file", "mixed"])
 def test_the_difference_is_added(folder: Path, plain: Bundle, tmp_path: Path, form: str) -> None:
     fine, base = pipeline(12).unet, pipeline(11).unet
-    # The names of the test's single files are those that diffusers reads.
+    # diffusers reads the names of the test's single files.
     assert convert_ldm_unet_checkpoint({PREFIX + n: t for n, t in ldm(fine).items()}, dict(fine.config)).keys() == (
         fine.state_dict().keys()
     )
@@ -182,7 +182,7 @@ def test_names_and_shapes_of_the_released_size() -> None:
 
 @pytest.fixture(scope="module")
 def adapter(folder: Path) -> tuple[Path, State]:
-    """An adapter of a U-Net in the shape of 2.1's, and what it adds at scale 0.5, by PEFT."""
+    """An adapter for a U-Net shaped like version 2.1, and the difference that PEFT computes at scale 0.5."""
     unet = pipeline(11).unet
     before = {name: tensor.clone() for name, tensor in unet.state_dict().items()}
     factors = adapted(unet, ["to_q", "to_v", "proj_in", "ff.net.0.proj", "conv1", "conv_shortcut"], 3)
@@ -190,7 +190,7 @@ def adapter(folder: Path) -> tuple[Path, State]:
     state["text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_A.weight"] = torch.ones(4, 32)
     state["text_encoder.text_model.encoder.layers.0.self_attn.q_proj.lora_B.weight"] = torch.ones(32, 4)
     save_file(state, folder / "style.safetensors")
-    after = of_peft(unet, 0.5 * 4 / 6)  # PEFT's alpha is 6 and the file names none: its rank, 4
+    after = of_peft(unet, 0.5 * 4 / 6)  # PEFT's alpha is 6; the file has no alpha, so it is the rank, 4
     return folder / "style.safetensors", {name: after[name] - before[name] for name in before}
 
 
@@ -289,7 +289,7 @@ def test_an_adapter_of_a_model_that_predicts_epsilon(folder: Path, adapter: tupl
 
 
 def test_sums_are_made_where_they_are_written(folder: Path, tmp_path: Path) -> None:
-    """No second copy of the network is in memory: each tensor is made anew whenever it is asked for."""
+    """Memory holds no second copy of the network, because each tensor is made again at every access."""
     held = from_reference(denoiser_state(), UNET)
     options = {"finetune": folder / "fine.safetensors", "base": folder / "base.safetensors", "prediction": "v"}
     state = with_difference(held, UNET, notes=[], **options)
@@ -303,7 +303,7 @@ def test_sums_are_made_where_they_are_written(folder: Path, tmp_path: Path) -> N
     assert made.equal(state[name])
     fine, base = (load_file(folder / f"{which}.safetensors") for which in ("fine", "base"))
     theirs = f"{PREFIX}middle_block.1.transformer_blocks.0.attn2.to_q.weight"
-    assert not made.allclose(held[name] + fine[theirs] - base[theirs])  # the adapter is in it too
+    assert not made.allclose(held[name] + fine[theirs] - base[theirs])  # it also includes the adapter
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux alone is told")

@@ -1,4 +1,4 @@
-"""What goes to another process by pickle: a pipeline as its path and options, a clip as it is, a stream not at all."""
+"""Pickling to another process: a pipeline becomes its path and options, a clip stays as it is, a stream is refused."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def test_a_closed_pipeline_is_refused(tiny_model: Path) -> None:
 
 
 class Local(RecordingBackend):
-    """A backend of somebody else's, with something that stays in its process."""
+    """A third-party backend with an attribute that cannot leave its process."""
 
     def __init__(self, manifest: Any) -> None:
         super().__init__(manifest)

@@ -1,4 +1,4 @@
-"""From prompts to videos on the tiny model: the same seed gives the same bytes, a batch equals its samples alone."""
+"""From prompts to videos on the tiny model: a seed always gives the same bytes; a batch equals single generations."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def recorded(tiny_model: Path) -> tuple[Pipeline, RecordingBackend]:
 
 
 def steps_of(pipeline: Pipeline, prompt: str | list[str], **options: Any) -> list[Step]:
-    """Every step of a video; its frames are left out."""
+    """Every step of a video, without its frames."""
     return [event for event in pipeline.stream(prompt, **options) if isinstance(event, Step)]
 
 
@@ -101,7 +101,7 @@ def test_a_batch_is_its_prompts_one_by_one(name: str, options: dict[str, Any], r
 
 
 def test_high_guidance_and_few_steps_do_not_break_that(pipe: Pipeline) -> None:
-    """Both magnify rounding: if the kernels computed the whole batch at once, the difference would be 4e-5."""
+    """Both magnify rounding. If the kernels computed the whole batch at once, the difference would be 4e-5."""
     batch = latents(pipe, PROMPTS, guidance=12.0)
     for i, prompt in enumerate(PROMPTS):
         assert np.abs(batch[i] - latents(pipe, prompt, guidance=12.0)[0]).max() <= 1e-5
@@ -126,7 +126,7 @@ def test_the_stages_of_a_video_in_order(recorded: tuple[Pipeline, RecordingBacke
     pipeline, backend = recorded
     pipeline(PROMPTS, steps=(2, 3), frames=5)
     expected = [
-        *["text_encoder", "conditioner"] * 4,  # three prompts and the empty one, each alone
+        *["text_encoder", "conditioner"] * 4,  # three prompts and the empty one, each in its own call
         *["spatial_unet"] * 2,
         *["conditioner"] * 4,
         *["temporal_unet"] * 3,
@@ -445,7 +445,7 @@ def test_a_stream_is_checked_when_it_is_made(recorded: tuple[Pipeline, Recording
 
 
 class Interrupted(RecordingBackend):
-    """Ctrl-C at call number `at`, once."""
+    """Raises KeyboardInterrupt once, at call number `at`."""
 
     at = 0
 

@@ -103,7 +103,7 @@ def test_a_model_without_such_a_control_keeps_the_words_in_the_prompt(bundle: Bu
 
 @contextmanager
 def endpoint(answer: Callable[[BaseHTTPRequestHandler, dict[str, Any]], None], **options: Any) -> Iterator[Endpoint]:
-    """An endpoint that is answered by a function of the request's body."""
+    """An endpoint; a function of the request's body answers its requests."""
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
@@ -141,7 +141,7 @@ def said(handler: BaseHTTPRequestHandler, text: str) -> None:
 
 
 def drip(handler: BaseHTTPRequestHandler) -> None:
-    """A byte now and then: no single wait is long."""
+    """Send a byte from time to time, so that no single wait is long."""
     handler.wfile.write(b"HTTP/1.0 200 O")
     for _ in range(9):
         time.sleep(0.1)
@@ -153,7 +153,7 @@ GOOD = {"scenes": [{"prompt": "a whale flapping its tail on a blue sky", "second
 
 @pytest.fixture(autouse=True)
 def direct(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No proxy stands between a test and its server."""
+    """Use no proxy between a test and its server."""
     monkeypatch.setenv("no_proxy", "127.0.0.1")
 
 
@@ -289,7 +289,7 @@ def test_the_command_plans_by_both(tmp_path: Path, bundle: Bundle, monkeypatch: 
         failed = CliRunner().invoke(main, [*options, "--json"])
         assert failed.exit_code == 1
         assert json.loads(failed.stdout)["error"] == "PlanError"
-    assert json.loads(out.read_text()) == GOOD  # left as it was
+    assert json.loads(out.read_text()) == GOOD  # unchanged by the failure
     assert keys == ["Bearer secret"] * 2
     assert CliRunner().invoke(main, ["plan", "a", "--llm", "http://a"]).exit_code == 2
     schema = json.loads(CliRunner().invoke(main, ["plan", "--schema"]).stdout)

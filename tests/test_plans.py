@@ -1,4 +1,4 @@
-"""The choice of a plan from the records alone, without TensorRT."""
+"""The choice of a plan from the records only, without TensorRT."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_classic_tensorrt_comes_first_where_it_is_installed() -> None:
         ([plan()], {"libraries": {"rtx": EngineError("is broken")}}, EngineError, "is broken"),
         ([plan(**CLASSIC)], {}, MissingExtra, r"'tensorrt': pip install 'higen\[tensorrt\]'"),
         ([plan()], {"architecture": 86, "files": {}}, WrongArchitecture, "this GPU is SM86"),
-        # Of several plans, the reason of the one for this GPU is given.
+        # With several plans, the error is that of the plan for this GPU.
         ([plan(target="rtx-sm86", architectures=(86,)), plan()], {"files": {}}, Stale, "rtx-sm89/vae_decoder"),
         ([plan()], {"architecture": 86, "errors": (Malformed("cut"),)}, Malformed, "cut"),
     ],
@@ -98,7 +98,7 @@ def test_why_no_plan_fits(plans: list[Plan], changes: dict[str, Any], error: typ
 
 
 def test_the_command_that_repairs_an_engine_can_be_run() -> None:
-    """A target's folder is not always its name on the command line."""
+    """A target's folder name can differ from its name on the command line."""
     model = Path("model")
     for made, target in ((plan(), "rtx-sm89"), (plan(**PORTABLE), "rtx"), (plan(**CLASSIC), "tensorrt")):
         command = f"higen-export build-engines {model} --target {target} --stage vae_decoder --precision fp32"
@@ -133,13 +133,13 @@ def test_a_plans_tensors_are_the_tables() -> None:
 
 
 def test_an_engine_may_know_the_sizes_that_its_profiles_fix() -> None:
-    """With equal smallest and largest sizes, an axis is free in the network and may be fixed in the engine."""
+    """If smallest and largest size are equal, an axis that is free in the network may be fixed in the engine."""
     fixed = (PlanTensor("latents", "input", "float32", (2, 4, 8, 8)), RECORD.tensors[1])
     check_interface(plan(), DECODER, fixed)
 
 
 def profiles(*limits: tuple[str, int, int]) -> Plan:
-    """Profiles of one input of one axis."""
+    """A plan with profiles for one input with one axis."""
     made = [PlanProfile(name, (Span("latents", (low,), (low,), (high,)),)) for name, low, high in limits]
     return plan(profiles=tuple(made))
 

@@ -1,4 +1,4 @@
-"""Prior preconditioning: a network that knows the residual gives the velocity of the clip itself, whatever the gain."""
+"""Prior preconditioning: a network that knows the residual gives the velocity of the clip itself, for any gain."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ B, F, H, W = 2, 3, 4, 4
 
 
 class KnowsTheAnswer(UNet):
-    """Answers with the velocity of the unit-variance residual r = (z - p) / g, from z, p and the noise themselves."""
+    """Returns the velocity of the unit-variance residual r = (z - p) / g, computed from z, p and the noise."""
 
     def __init__(self, z: Tensor, prior: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> None:
         super().__init__(CONFIG)
@@ -31,7 +31,7 @@ class KnowsTheAnswer(UNet):
         g = self.log_gain(context, frame_embedding).exp()[:, None, :, None, None]
         a, s = (column[:, None, None, None, None] for column in (self.alpha, self.sigma))
         c = 1 / (a**2 * g**2 + s**2).sqrt()
-        torch.testing.assert_close(latents, c * (a * (self.z - self.p) + s * self.noise))  # what the network is shown
+        torch.testing.assert_close(latents, c * (a * (self.z - self.p) + s * self.noise))  # the network's input
         return a * g * c * self.noise - s * c * (self.z - self.p) / g
 
 
@@ -78,7 +78,7 @@ def test_the_objective_is_nothing_for_the_right_answer(parts: dict[str, Tensor])
 
 
 def test_the_gain_is_learned_from_the_text_and_moves_no_cue(parts: dict[str, Tensor]) -> None:
-    """One text stands still, the other moves; the cues say the same of both."""
+    """One text has a still clip, the other a moving clip. The cues are the same for both."""
     torch.manual_seed(0)
     unet = UNet(CONFIG)
     prior, context = parts["prior"], parts["context"]
@@ -90,7 +90,7 @@ def test_the_gain_is_learned_from_the_text_and_moves_no_cue(parts: dict[str, Ten
         gain_loss(unet, context, cues, residual_square(z, prior)).backward()
         optimiser.step()
     still, moving = unet.log_gain(context, cues).exp().mean(dim=1).tolist()
-    assert still == pytest.approx(1e-3**0.5, rel=0.2)  # the floor
+    assert still == pytest.approx(1e-3**0.5, rel=0.2)  # the lower limit of the gain
     assert moving == pytest.approx(0.5, rel=0.2)
     assert cues.grad is None
 
@@ -104,10 +104,10 @@ def test_a_plain_network_has_no_gain() -> None:
 
 @torch.no_grad()
 def test_guidance_sees_one_gain_in_both_branches(parts: dict[str, Tensor]) -> None:
-    """With two gains the branches' difference would hold a multiple of x, and strong guidance would make it grow.
+    """With two gains the difference of the branches would contain a multiple of x, which strong guidance would magnify.
 
-    A network that answers nothing leaves v = alpha sigma c^2 (1 - g^2) (x - alpha p) - sigma p, the same in both
-    branches: no guidance changes it.
+    A network that returns zero leaves v = alpha sigma c^2 (1 - g^2) (x - alpha p) - sigma p. It is equal in both
+    branches, so guidance does not change it.
     """
     torch.manual_seed(0)
     unet = UNet(CONFIG).eval()
@@ -140,7 +140,7 @@ def test_under_autocast_the_gain_is_in_float32_and_still_learns(parts: dict[str,
     nn.init.normal_(unet.residual_gain.weight, std=0.1)
     seen: list[Tensor] = []
     unet.register_forward_pre_hook(lambda _, given: seen.append(given[0]))
-    context, embedding = parts["context"].bfloat16(), parts["embedding"].bfloat16()  # as autocast gives them
+    context, embedding = parts["context"].bfloat16(), parts["embedding"].bfloat16()  # as autocast passes them
     x = diffuse(parts["z"], parts["noise"], parts["alpha"], parts["sigma"])
     with torch.no_grad():
         wanted, *_ = precondition(

@@ -1,4 +1,4 @@
-"""Progress bars: they are shown in terminals and notebooks, and a bar that cannot be written stops no generation."""
+"""Progress bars: terminals and notebooks show them, and a bar that cannot be written does not stop a generation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ PARTS = [("draft", 2), ("decode", 1)]
 
 
 class Shell:
-    """IPython's shell as it is in a kernel: a notebook, Colab, an editor."""
+    """IPython's shell in a kernel: a notebook, Colab, an editor."""
 
     kernel = object()
 
@@ -63,7 +63,7 @@ def test_ipython_without_a_kernel_is_a_terminal_or_none(
 
 
 class Closed(io.StringIO):
-    """A standard error that a daemon has closed."""
+    """A standard error stream that a daemon has closed."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class Closed(io.StringIO):
 
 
 class Full(io.StringIO):
-    """A standard error on a full disk."""
+    """A standard error stream on a full disk."""
 
     def write(self, text: str) -> int:
         raise OSError(28, "No space left on device")

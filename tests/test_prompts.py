@@ -40,7 +40,7 @@ built, onnxruntime_root = cpp_build.built, cpp_build.onnxruntime_root  # fixture
 COMMAS = "a red apple on a wooden table, " * 20
 PLAIN = "word " * 160
 
-# The examples in the web UI's own documentation of its parser.
+# The examples in the web UI's documentation of its parser.
 PUBLISHED = {
     "normal text": [("normal text", 1.0)],
     "an (important) word": [("an ", 1.0), ("important", 1.1), (" word", 1.0)],
@@ -118,7 +118,7 @@ def test_wrong_weights_are_refused(prompt: str, said: str) -> None:
 @settings(max_examples=300, deadline=None)
 @given(st.text(alphabet="ab,:.1 ()[]\\", max_size=30))
 def test_parts_are_those_of_the_second_reading_where_brackets_nest(prompt: str) -> None:
-    """Brackets that cross, as in ([)], have no single reading."""
+    """Crossing brackets, as in ([)], have no unique reading."""
     try:
         got = parts(prompt)
     except RequestError:
@@ -256,7 +256,7 @@ def test_rules_that_do_not_fit_the_stages_are_refused() -> None:
     )
     with pytest.raises(ManifestError, match=r"context: \[B, T, D\]"):
         replace(good, stages=fixed)
-    replace(good, stages=fixed, text=replace(good.text, chunks=1))  # weights alone
+    replace(good, stages=fixed, text=replace(good.text, chunks=1))  # weights without chunks are possible
     wrong = [
         replace(s, outputs=(replace(s.outputs[0], shape=("B", "Dc")),)) if i == 0 else s for i, s in enumerate(fixed)
     ]
@@ -275,7 +275,7 @@ def test_a_wrong_weight_is_refused_before_work_starts() -> None:
 
 
 def with_plain_texts(tables: Manifest) -> Manifest:
-    """The same model without the rules."""
+    """The same model without the prompt rules."""
     rows = tuple(
         replace(s, inputs=tuple(replace(t, shape=tuple("L" if n == "T" else n for n in t.shape)) for t in s.inputs))
         for s in tables.stages
@@ -325,7 +325,7 @@ def test_cpp_reads_the_same(built: Path, clip: PromptTokenizer, file: Path, tmp_
                 continue
             assert answer[0] == read.ids.ravel().tolist(), text
             assert np.array_equal(np.float32(answer[1]), read.weights.ravel()), text
-            # Python quotes a backslash as two.
+            # Python's repr doubles a backslash.
             assert answer[2] == [str(warning).replace("\\\\", "\\") for warning in warnings], text
 
 
@@ -403,7 +403,7 @@ STEP = Stage(
 
 
 class Formula:
-    """Its m is the mean of a clip's latents, where it is cut, and that of a text's tokens, plus a tenth of x."""
+    """m is the mean of the given part of the latents, plus the mean of the text's tokens, plus a tenth of x."""
 
     def run(self, stage: str, /, **tensors: Any) -> dict[str, Any]:
         x, text = tensors["latents"], tensors["context"]
@@ -422,7 +422,7 @@ class Formula:
 def test_cpp_runs_prompts_with_different_numbers_of_chunks(
     built: Path, tmp_path: Path, windows: Windows | None, tiles: Tiles | None
 ) -> None:
-    """In C++ as in Python, each sample is what it is alone; with windows and tiles around it too."""
+    """In C++ as in Python, each sample equals a single generation, also with windows and tiles."""
     chunks, length, shape = (2, 1, 3, 2), 2, (4, 2, 5, 5, 7)
     random = np.random.default_rng(1)
     latents = random.standard_normal(shape).astype(np.float32)

@@ -1,4 +1,4 @@
-"""Quantised denoising graphs, from the built-in model's float32 graph: what is chosen, where nodes go, what is lost."""
+"""Quantised denoising graphs from the built-in model's float32 graph: chosen layers, places of nodes, loss."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def calls(model: Path) -> Any:
-    """Three steps of a tiny clip."""
+    """The recorded calls of three steps of a tiny clip."""
     bundle = Bundle.open(model)
     step = bundle.manifest.sizes.multiple
     return record_calls(bundle, ["a red heart"], 4, 3, GUIDED, frames=2, width=step, height=step)
@@ -61,7 +61,7 @@ def test_recording_shows_how_far_it_is(model: Path, capsys: pytest.CaptureFixtur
     step = bundle.manifest.sizes.multiple
     record_calls(bundle, ["a red heart"], 1, 1, None, True, frames=2, width=step, height=step)
     assert "calibration: 100%" in capsys.readouterr().err
-    # Without time it ends when each stage was called.
+    # With no time left, recording ends once each stage was called.
     found = record_calls(bundle, ["a red heart", "a cat"], 1, 9, seconds=0, frames=2, width=step, height=step)
     assert {len(calls) for calls in found.values()} == {1}
     assert capsys.readouterr().err == ""
@@ -115,7 +115,7 @@ def test_a_tolerance_that_cannot_hold_is_one_error(model: Path, calls: Any) -> N
 def test_layers_that_there_was_no_time_for_stay_as_they_are(
     monkeypatch: pytest.MonkeyPatch, seconds: int, measured: int
 ) -> None:
-    """40 layers of equal error and growing work; a step stays within the tolerance with 16 of them."""
+    """40 layers of equal error and increasing work. With 16 of them quantised, a step stays within the tolerance."""
     work = {f"layer {i}": float(i + 1) for i in range(40)}
 
     def errors(chosen: Collection[str], calls: Sequence[int] | None = None) -> list[float]:
@@ -167,7 +167,7 @@ def test_a_full_disk_is_one_error(model: Path, calls: Any, monkeypatch: pytest.M
 
 
 def test_wrong_wishes_are_refused(model: Path, calls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("higen.export.quantize.record_calls", None)  # it takes minutes, and is not to be reached
+    monkeypatch.setattr("higen.export.quantize.record_calls", None)  # it takes minutes and must not be called
     bundle = Bundle.open(model)
     with pytest.raises(RequestError, match="precision='int4': one of 'int8'"):
         quantize(bundle, calls, "int4")
@@ -182,7 +182,7 @@ def test_wrong_wishes_are_refused(model: Path, calls: Any, monkeypatch: pytest.M
 
 
 def test_the_most_work_within_the_tolerance(model: Path, calls: Any) -> None:
-    """A looser tolerance quantises more; by work and by layers, and never beyond it."""
+    """A looser tolerance quantises more work and more layers. The error never exceeds the tolerance."""
     reports: list[Report] = []
     few = {stage: found[1:2] for stage, found in calls.items()}
     quantize(Bundle.open(model), few, "int8", ["spatial_unet"], 10.0, reports.append)
@@ -198,7 +198,7 @@ def test_the_most_work_within_the_tolerance(model: Path, calls: Any) -> None:
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The built-in model; its float32 graph stands in for the float16 one, which takes a minute to export."""
+    """The built-in model. Its float32 graph replaces the float16 graph, which takes a minute to export."""
     model = Path(shutil.copytree(default_model(), tmp_path_factory.mktemp("half") / "model"))
     bundle = Bundle.open(model)
     aside = Path(shutil.copy(model / graph_file("spatial_unet"), model / ".graph.part"))
@@ -216,7 +216,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 def test_an_engine_of_a_quantised_graph(
     half: Bundle, calls: Any, precision: str, target: str, datatype: str, lacking: str
 ) -> None:
-    """The list of kernels says that every chosen layer multiplies tensors of the type, and no other does."""
+    """In the list of kernels, the chosen layers and no others multiply tensors of the type."""
     pytest.importorskip("tensorrt_rtx")
     reports: list[Report] = []
     bundle = quantize(half, calls, precision, ["spatial_unet"], on_report=reports.append)
@@ -242,7 +242,7 @@ def is_quantized(node: ir.Node) -> bool:
 
 
 def products(log: str, datatype: str) -> set[str]:
-    """Operators whose kernel takes a tensor of a type, by the build log; one kernel may do several."""
+    """Operators in the build log with a kernel that takes this type. One kernel may run several operators."""
     lines = [line for line in log.splitlines() if re.match(r"Name: .*LayerType: (?:gemm|correlation)", line)]
     return {
         name
@@ -260,14 +260,14 @@ def test_onnx_runtime_says_that_it_lacks_nvfp4(half: Bundle, calls: Any) -> None
 
 def test_polygraphy_tells_the_same_story(quantized: tuple[Bundle, Report]) -> None:
     pytest.importorskip("polygraphy")
-    bundle = Bundle.open(quantized[0].path)  # other tests have quantised again since
+    bundle = Bundle.open(quantized[0].path)  # other tests may have quantised the model again
     rows = compare(bundle, "onnx", "int8", ["spatial_unet"], "a red heart", steps=2)
     assert [(row.output, row.calls) for row in rows] == [("latents", 2), ("previous", 2)]
     assert all(0 < row.mean <= row.largest for row in rows)
     strict = compare(bundle, "onnx", "int8", ["spatial_unet"], "a red heart", steps=2, tolerance=1e-9)
     assert not any(row.passed for row in strict)
     assert strict[0].largest == pytest.approx(rows[0].largest)
-    (encoder,) = compare(bundle, "onnx", "int8", ["vae_encoder"], "a red heart", steps=1)  # it is fed the video
+    (encoder,) = compare(bundle, "onnx", "int8", ["vae_encoder"], "a red heart", steps=1)  # its input is the video
     assert (encoder.output, encoder.calls, encoder.passed) == ("latents", 1, True)
     with pytest.raises(RequestError, match="with itself"):
         compare(bundle, "onnx", "fp32")
@@ -276,7 +276,7 @@ def test_polygraphy_tells_the_same_story(quantized: tuple[Bundle, Report]) -> No
 
 
 def test_the_table_of_precisions(quantized: tuple[Bundle, Report], tmp_path: Path) -> None:
-    """benchmarks/precisions.py, on a tiny clip: its figures, and what it keeps."""
+    """benchmarks/precisions.py on a tiny clip: its table and the files it keeps."""
     bundle, report = Bundle.open(quantized[0].path), quantized[1]
     step = bundle.manifest.sizes.multiple
     options = {"frames": 2, "width": step, "height": step, "steps": 2}

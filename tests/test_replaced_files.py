@@ -1,4 +1,4 @@
-"""A file that is changed while its model is open is never mixed in: it is noticed, or what was loaded stays."""
+"""A file changed while its model is open is never mixed in: an error reports it, or the loaded data stays."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def kind(request: pytest.FixtureRequest) -> type[Backend]:
 
 @pytest.fixture(params=[True, False], ids=["verified", "unverified"])
 def backend(model: Path, kind: type[Backend], request: pytest.FixtureRequest) -> Iterator[Backend]:
-    """With its first stage loaded."""
+    """A backend with its first stage loaded."""
     made = kind(Bundle.open(model), Options(device="cpu", verify=request.param))
     made.prepare(FIRST)
     yield made
@@ -43,7 +43,7 @@ def backend(model: Path, kind: type[Backend], request: pytest.FixtureRequest) ->
 
 
 def altered(content: bytes) -> bytes:
-    """One bit of one weight."""
+    """Flips one bit of one weight."""
     changed = bytearray(content)
     changed[-1000] ^= 1
     return bytes(changed)
@@ -63,7 +63,7 @@ def result(backend: Backend) -> np.ndarray:
 def test_a_stage_that_is_loaded_later_does_not_take_replaced_weights(
     backend: Backend, model: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    if isinstance(backend, TorchBackend):  # its stages share one network: another file is loaded later
+    if isinstance(backend, TorchBackend):  # its stages share one network, so another, later file is used
         name, later = "vae.safetensors", "vae_decoder"
         backend.bundle.file(name, verify=False)
     else:
@@ -73,11 +73,11 @@ def test_a_stage_that_is_loaded_later_does_not_take_replaced_weights(
     (model / "other").replace(model / name)
     with pytest.raises(IntegrityError, match=rf"{name}: was replaced while the model was open; load the model again"):
         backend.prepare(later)
-    assert np.array_equal(result(backend), before)  # what was loaded is what it was
+    assert np.array_equal(result(backend), before)  # the loaded stage is unchanged
 
 
 def test_weights_that_are_written_to_are_noticed_before_the_next_run(backend: Backend, model: Path) -> None:
-    """They may be mapped: a loaded stage would compute with half of each."""
+    """The weights may be memory-mapped; a loaded stage would then compute with a mix of old and new weights."""
     result(backend)
     with (model / WEIGHTS).open("r+b") as file:
         file.seek(-1000, os.SEEK_END)

@@ -1,4 +1,4 @@
-"""Requests: what is not given is the model's default; what is wrong is one RequestError that names it."""
+"""Requests: missing values get the model's defaults, and each wrong value is one RequestError that names it."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from higen.tables import COMMON, Control, NoiseRule, Replaced, Start
 
 HIGEN = spec.manifest(TINY)
 FREE = spec.manifest(replace(TINY, optional_cues=True))
-"""The tiny model (4 frames of 24x16, sizes in multiples of 4), trained without its cues as well."""
+"""The tiny model (4 frames of 24x16, sizes in multiples of 4) with optional cues."""
 
 
 def request(prompt: Any = "a whale", manifest: Manifest = HIGEN, **options: Any) -> Request:
@@ -39,7 +39,7 @@ def request(prompt: Any = "a whale", manifest: Manifest = HIGEN, **options: Any)
 
 
 def as_dict(made: Request) -> dict[str, Any]:
-    """Its fields, and its controls among them; arrays as lists."""
+    """A request's fields together with its controls; arrays become lists."""
     values = {field.name: getattr(made, field.name) for field in fields(made) if field.name not in ("controls", "warn")}
     return values | {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in made.controls.items()}
 
@@ -143,7 +143,7 @@ def test_a_drawn_seed_is_in_the_request(word: Any) -> None:
 
 
 WRONG = [
-    # The value and what is allowed are both in the message.
+    # Each message has the value and what is allowed.
     ({"prompt": ""}, r"prompt='': a prompt with at least one word"),
     ({"prompt": " \t\n"}, r"prompt=' \\t\\n': a prompt with at least one word"),
     ({"prompt": []}, r"prompt=\[\]: a string or a list of strings"),
@@ -395,7 +395,7 @@ def test_controls_of_every_kind() -> None:
     assert (black.pixels == -1).all()
     assert (white.pixels == 1).all()
     assert black.digest != white.digest
-    assert [clip.pixels.shape for clip in made["footage"]] == [(3, 5, 8, 12)] * 2  # of more frames the first ones
+    assert [clip.pixels.shape for clip in made["footage"]] == [(3, 5, 8, 12)] * 2  # of a longer clip, the first frames
 
 
 def test_pictures_are_read_once_per_prompt_at_most() -> None:
@@ -410,7 +410,7 @@ def test_pictures_are_read_once_per_prompt_at_most() -> None:
     assert read == [("sketch", "a.png", 3, 16, 20)]
 
 
-# What runs needs its pictures
+# Loops that run need their pictures
 
 
 def test_a_picture_that_a_loop_cannot_do_without() -> None:
@@ -423,7 +423,7 @@ def test_a_picture_that_a_loop_cannot_do_without() -> None:
 
 
 def test_a_picture_that_a_stand_in_needs_besides() -> None:
-    """What stands for the loop's result may see more pictures than the one that it is given for."""
+    """A start from a clip may need further pictures besides that clip."""
     both = changed(MANIFEST, "film", start=Start("footage", "look.seen", 0.5))
     clip = np.zeros((5, 8, 12, 3), np.uint8)
     with pytest.raises(RequestError, match=r"^sketch: the loop film needs one$"):
@@ -466,7 +466,7 @@ def test_an_error_does_not_repeat_a_megabyte(options: dict[str, Any]) -> None:
     assert len(str(caught.value)) < 200
 
 
-# Arrays, tensors and other people's numbers
+# Arrays, tensors and other number types
 
 
 @pytest.mark.parametrize("wrap", [np.array, torch.tensor, lambda value: torch.tensor(value).share_memory_()])
@@ -528,7 +528,7 @@ def test_pictures_one_per_prompt_are_a_list_or_an_array_of_them() -> None:
 
 
 def test_numbers_for_the_one_loop_of_a_model_are_its_curve() -> None:
-    """Several numbers can mean one thing only; a list in a list says it too."""
+    """Several numbers have only one possible meaning. A list in a list means the same."""
     film = replace(MANIFEST.loop("film"), least_frames=1, noise=NoiseRule(8), start=None, replaced=None)
     one_loop = replace(MANIFEST, loops=(film,), stages=tuple(without_loops(stage) for stage in MANIFEST.stages))
     numbers = [1.0, 2.0, 3.0, 4.0, 5.0]
@@ -540,7 +540,7 @@ def test_numbers_for_the_one_loop_of_a_model_are_its_curve() -> None:
 
 
 def without_loops(stage: Stage) -> Stage:
-    """A stage that is fed by no loop."""
+    """A stage without inputs from loops."""
     names = {loop.name for loop in MANIFEST.loops}
     kept = [t for t in stage.inputs if t.source.partition(".")[0] not in names]
     return replace(stage, inputs=tuple(kept))
@@ -552,7 +552,7 @@ def test_a_warn_that_cannot_be_called_is_refused_before_it_is_needed() -> None:
 
 
 class Odd:
-    """An object that cannot be shown, and whose `tolist` fails."""
+    """An object that has no working `repr` and no working `tolist`."""
 
     def tolist(self) -> None:
         raise RuntimeError

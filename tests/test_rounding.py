@@ -1,4 +1,4 @@
-"""Rounding of quantised layers: the nodes are what the formulas say, and what is measured is what would be computed."""
+"""Rounding of quantised layers: the nodes follow the formulas, and the measured values are those that get computed."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from higen.export.layers import KINDS, quantizable
 from higen.export.rounding import SWITCHES, Nodes, blocks_of, insert, insert_switched, rounded_blocks
 
 E2M1 = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
-"""Its magnitudes; every other one, from 0 on, has an even last bit."""
+"""The magnitudes of E2M1. Every other one, starting with 0, has an even last bit."""
 
 STAGE = "spatial_unet"
 
@@ -36,9 +36,9 @@ def load(model: Path) -> ir.Model:
 
 
 def nearest(values: Any) -> Any:
-    """The nearest of E2M1, the even one of two that are as near; by looking at each."""
+    """The nearest E2M1 values by exhaustive search; ties go to the even value."""
     off = np.abs(np.abs(values)[..., None] - E2M1)
-    order = np.where(np.arange(8) % 2 == 0, 0, 1e-9)  # of two that are as near
+    order = np.where(np.arange(8) % 2 == 0, 0, 1e-9)  # prefers the even value in a tie
     return np.copysign(E2M1[np.argmin(off + order, axis=-1)], values)
 
 
@@ -48,7 +48,7 @@ def decoded(codes: Any, scales: Any, whole: Any) -> Any:
 
 
 def emulated(values: Any, largest: float) -> Any:
-    """`rounded_blocks`, run by ONNX Runtime."""
+    """The result of `rounded_blocks` in ONNX Runtime."""
     x = ir.Value(name="x", shape=ir.Shape(values.shape), type=ir.TensorType(ir.DataType.FLOAT))
     graph = ir.Graph([x], [], nodes=[], name="blocks", opset_imports={"": 21})
     out = rounded_blocks(Nodes(graph, None, "x"), x, values.shape[-1], largest, "x")
@@ -59,7 +59,7 @@ def emulated(values: Any, largest: float) -> Any:
 
 
 def test_values_in_blocks_are_the_nearest_there_are() -> None:
-    """With the scales chosen to be 1, a grid with every tie."""
+    """A grid with every tie; the values make all scales 1."""
     grid = np.arange(-48, 49) / 8
     values = np.concatenate([grid, np.full(16 * 7 - len(grid), 6.0)]).astype(np.float32).reshape(7, 16)
     values[:, 0] = 6
@@ -75,12 +75,12 @@ floats = st.floats(-1000, 1000, width=32)
 
 @given(values=arrays(np.float32, (3, 2, 32), elements=floats), largest=st.sampled_from([1000.0, 50.0]))
 def test_what_is_measured_is_what_is_stored(values: Any, largest: float) -> None:
-    """A range that is too small saturates in both."""
+    """Both saturate if the range is too small."""
     np.testing.assert_allclose(emulated(values, largest), decoded(*blocks_of(values, largest)), rtol=1e-6, atol=1e-30)
 
 
 def test_blocks_are_as_near_as_their_types_allow() -> None:
-    """A value is off by at most a sixth of its block's largest (half of the step from 4 to 6), and E4M3's rounding."""
+    """The error is at most a sixth of the block's largest value (half the step from 4 to 6), plus E4M3's rounding."""
     values = np.random.default_rng(0).normal(size=(40, 64)).astype(np.float32)
     off = np.abs(decoded(*blocks_of(values, float(np.abs(values).max()))) - values)
     largest = np.abs(values).reshape(40, 4, 16).max(-1).repeat(16, -1)
@@ -107,7 +107,7 @@ def test_the_nodes_are_what_the_formula_says(model: Path) -> None:
 
 
 def test_nvfp4_weights_lie_in_the_graph(model: Path) -> None:
-    """Two codes a byte, a scale for sixteen, and the float weight is no longer asked for."""
+    """Two codes per byte, one scale per sixteen values, and the float weight is no longer used."""
     whole = load(model)
     layer = quantizable(whole.graph, KINDS["nvfp4"])[0]
     stored = whole.graph.initializers[layer.weight].const_value.numpy().astype(np.float32)
@@ -170,6 +170,6 @@ def test_a_switched_graph_computes_what_the_chosen_layers_would(model: Path, kin
 def run(model: Path, graph: ir.Model, inputs: dict[str, Any]) -> Any:
     ir.save(graph, model / "graph.part")
     options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # integer kernels round otherwise
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL  # integer kernels round differently
     session = ort.InferenceSession(str(model / "graph.part"), options, providers=["CPUExecutionProvider"])
     return session.run(None, inputs)[1]

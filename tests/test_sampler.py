@@ -1,5 +1,5 @@
-"""The denoising loop against closed forms: the ODE of Gaussian data, the DDIM formula in eps; its calls; a begin in the
-table's tail against diffusers; windows, edits and fresh noise against their formulas."""
+"""The denoising loop against closed forms (the ODE of Gaussian data, the DDIM formula in eps), its calls, a start in
+the table's tail against diffusers, and windows, edits and fresh noise against their formulas."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Array = NDArray[np.float32]
 
 
 def plan_of(table: SolverTable, stage: Stage, x: Array, guidance: float = 1.0, **more: Any) -> Plan:
-    """A loop of one stage with one guidance."""
+    """A loop with one stage and one guidance value."""
     conditions = more.pop("conditions", {})
     chosen = more.pop("choose", lambda _: stage)
     values: dict[str, Any] = {
@@ -96,7 +96,7 @@ def exact(x: Array, start: int, alpha_end: float, sigma_end: float) -> NDArray[n
 
 
 def error_of(steps: list[Step], x: Array, last: int) -> float:
-    """Largest distance to the exact solution after all steps but `last`; the state there is at timestep `t`."""
+    """Largest distance to the exact solution before the final `last` steps, where the state is at timestep `t`."""
     t = int(steps[-last].t) if last else 0
     abar = alphas_cumprod(SCHEDULE)[t]
     return float(np.abs(steps[-1 - last].latents - exact(x, int(steps[0].t), abar**0.5, (1 - abar) ** 0.5)).max())
@@ -106,12 +106,12 @@ def test_ddim_solves_the_ode_of_gaussian_data() -> None:
     x = noise(2, 4, 1, 3, 3)
     errors = {steps: error_of(solve("ddim", steps, x), x, last=0) for steps in (50, 1000)}
     assert errors[1000] < 5e-3
-    assert errors[1000] < errors[50] / 10  # of first order
+    assert errors[1000] < errors[50] / 10  # DDIM is of first order
 
 
 @pytest.mark.parametrize("steps", [10, 20, 50, 100])
 def test_dpm_solver_follows_the_ode_more_closely(steps: int) -> None:
-    """Up to its last step, which jumps to the expected clean latent whatever the solver."""
+    """Without the last step, because every solver's last step jumps to the expected clean latent."""
     x = noise(2, 4, 1, 3, 3)
     made = solve("dpm++2m", steps, x)
     assert error_of(made, x, last=1) < error_of(solve("ddim", steps, x), x, last=1) / 5
@@ -125,7 +125,7 @@ def test_one_step_from_pure_noise_is_the_mean() -> None:
 
 @pytest.mark.parametrize("steps", [1, 3, 50])
 def test_ddim_is_the_formula_in_eps(steps: int) -> None:
-    """Song et al. 2021, equation 12 with sigma 0, where the signal is not zero."""
+    """Song et al. 2021, equation 12 with sigma 0, for a nonzero signal."""
     x = noise(1, 4, 1, 3, 3)
     abar = alphas_cumprod(SCHEDULE)
     state = x.astype(np.float64)
@@ -153,7 +153,7 @@ def test_the_loop_feeds_both_outputs_back(solver: str) -> None:
 
 @pytest.mark.parametrize("name", ["spatial_unet", "temporal_unet", "spatial_unet_plain", "temporal_unet_plain"])
 def test_the_calls_of_a_loop(tiny_model: Path, name: str) -> None:
-    """Every input of the stage table, columns per sample, and nothing else."""
+    """A call gets exactly the inputs of the stage table; columns have one value per sample."""
     manifest = Bundle.open(tiny_model).manifest
     backend, stage = RecordingBackend(manifest), manifest.stage(name)
     frames = 1 if "spatial" in name else 5
@@ -176,7 +176,7 @@ def test_the_calls_of_a_loop(tiny_model: Path, name: str) -> None:
 
 
 class Columns:
-    """Leaves the state as it is, and keeps what it was given."""
+    """Leaves the state unchanged and records its inputs."""
 
     def __init__(self) -> None:
         self.given: list[tuple[str, dict[str, Any]]] = []
@@ -210,7 +210,7 @@ def test_nothing_runs_before_a_step_is_asked_for() -> None:
 
 
 def test_each_row_is_run_by_the_stage_of_its_guidance() -> None:
-    """Guidance of a row, of each sample and frame; where it is 1 everywhere the plain stage does the row."""
+    """Guidance per row, sample and frame. If all of a row's guidance is 1, the plain stage runs the row."""
     two, one = MANIFEST.stage("film_two"), MANIFEST.stage("film_one")
     x, table, backend = noise(2, 2, 3, 2, 2), table_of("ddim", 4), Columns()
     scales = np.ones((4, 2, 3), np.float32)
@@ -228,13 +228,13 @@ def test_each_row_is_run_by_the_stage_of_its_guidance() -> None:
     assert [name for name, _ in backend.given] == ["film_one", "film_two", "film_one", "film_two"]
     assert [s.stage for s in made] == [name for name, _ in backend.given]
     for row, (name, tensors) in enumerate(backend.given):
-        assert tensors["hints"] == name  # the conditions of the stage that is run
+        assert tensors["hints"] == name  # the conditions of the stage that runs
         assert ("guidance" in tensors) is (name == "film_two")
         if name == "film_two":
             np.testing.assert_array_equal(tensors["guidance"], scales[row])
 
 
-# ---- The initial state, and a begin in the table's tail ----
+# ---- The initial state, and a start in the table's tail ----
 
 
 def test_the_initial_state() -> None:
@@ -282,11 +282,11 @@ BEGINS: dict[str, Made] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' warning
 @pytest.mark.parametrize("strength", [0.25, 0.6, 1.0])
 @pytest.mark.parametrize("name", BEGINS)
 def test_a_begin_in_the_tail_is_diffusers_begin_index(name: str, strength: float) -> None:
-    """diffusers' image to image: noise is added at the first timestep of the tail, and the tail is run."""
+    """As in diffusers' image-to-image: noise is added at the first timestep of the tail, and the tail is run."""
     solver, make = BEGINS[name]
     steps, kind = 20, {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}
     clean, unit = torch.from_numpy(noise(1, 2, 1, 3, 3)), torch.from_numpy(noise(2, 2, 1, 3, 3)[1:])
@@ -316,7 +316,7 @@ def test_a_begin_in_the_tail_is_diffusers_begin_index(name: str, strength: float
     made = list(denoise(backend, plan_of(table, stage, x, conditions=conditions, first=rows), x))
     assert [s.index for s in made] == list(range(len(table) - rows))
     assert made[0].total == len(table) - rows
-    # diffusers writes a state of the solvers on ratios as x / alpha; both end at alpha 1.
+    # For some solvers diffusers' state is x / alpha. Both states end at alpha 1.
     np.testing.assert_allclose(made[-1].latents, state.numpy(), atol=2e-5 * np.abs(state.numpy()).max(), rtol=0)
 
 
@@ -335,7 +335,7 @@ def test_a_noisy_row_is_handed_the_noise_of_its_own_stream(first: int) -> None:
             flat = streams.normal(seed, 9 + 2**32 * (row + 1), 4 * 3 * 2 * 5)
             drawn = flat.reshape(4, 3, 2, 5)  # frame by frame
             np.testing.assert_array_equal(tensors["previous"][sample], drawn.swapaxes(0, 1))
-    assert backend.given[-1][1]["previous"] is backend.given[-2][1]["previous"]  # fed back: this stage returned it
+    assert backend.given[-1][1]["previous"] is backend.given[-2][1]["previous"]  # passed back: this stage returned it
 
 
 def test_ddim_with_eta_one_is_ddpm() -> None:
@@ -367,7 +367,7 @@ def edited(solver: Solver, mask: Array, known: Array, x: Array, prediction: str 
 
 
 def test_an_edit_steps_as_if_the_network_had_estimated_the_known_latents() -> None:
-    """x0* = x0 + mask (known - x0), and the step is taken with the m that means it: m* = (alpha x - x0*) / sigma."""
+    """x0* = x0 + mask (known - x0), and the step uses the corresponding m* = (alpha x - x0*) / sigma."""
     solver = Solver("dpm++2m", "linspace")
     x, known = noise(1, 2, 4, 3, 3), noise(1, 2, 4, 3, 3) * 2 + 1
     mask = np.zeros((1, 1, 4, 1, 1), np.float32)
@@ -382,9 +382,9 @@ def test_an_edit_steps_as_if_the_network_had_estimated_the_known_latents() -> No
         state, previous = a * state + b * (alpha * state - x0) / sigma + c * previous, x0
         np.testing.assert_allclose(after.latents, state, atol=1e-4)
         np.testing.assert_allclose(after.previous, previous, atol=1e-4)
-    np.testing.assert_allclose(made[-1].latents[:, :, 0], known[:, :, 0], atol=1e-5)  # known for certain
+    np.testing.assert_allclose(made[-1].latents[:, :, 0], known[:, :, 0], atol=1e-5)  # mask 1: fully known
     free = edited(solver, np.zeros_like(mask), known, x)
-    np.testing.assert_array_equal(free[-1].latents[:, :, 1], made[-1].latents[:, :, 1])  # frames do not see each other
+    np.testing.assert_array_equal(free[-1].latents[:, :, 1], made[-1].latents[:, :, 1])  # frames are independent
 
 
 def test_an_edit_everywhere_ends_at_the_known_latents() -> None:
@@ -432,7 +432,7 @@ def test_the_weights_by_hand() -> None:
 
 
 def test_windows_are_one_step_with_the_mixed_prediction() -> None:
-    """A network whose prediction depends on its window: its frames' mean, and the window's hints."""
+    """The network's prediction depends on its window: on the mean of the frames and on the window's hints."""
     stage, windows, frames = MANIFEST.stage("film_two"), Windows(4, 3), 9
     table = solver_table(SD, "epsilon", Solver("dpm++2m", "linspace"), 5)
     x, hints, still = noise(2, 2, frames, 3, 3), noise(2, frames, 3), noise(2, 2, 3, 3)
@@ -475,4 +475,4 @@ def test_a_network_that_sees_frames_one_by_one_is_not_changed_by_windows() -> No
         for windows in (None, Windows(4, 2), Windows(11, 2))
     )
     np.testing.assert_allclose(windowed, whole, atol=1e-5)
-    np.testing.assert_array_equal(short, whole)  # a clip of the window's length is one run
+    np.testing.assert_array_equal(short, whole)  # a clip no longer than the window is one run

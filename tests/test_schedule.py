@@ -1,4 +1,4 @@
-"""Solvers as tables: HiGen's first tables, closed forms, an equation solved exactly, C++'s vectors, refusals.
+"""Solvers as tables: HiGen's first tables, closed forms, an exactly solved equation, vectors for C++, refused input.
 
 tests/test_schedule_diffusers.py compares them with diffusers.
 """
@@ -72,7 +72,7 @@ def test_schedules_without_a_table_of_timesteps(kind: str) -> None:
         alphas_cumprod(NoiseSchedule(kind))
 
 
-# ---- HiGen's first tables, of the commit 86f7997 ----
+# ---- HiGen's first tables, from commit 86f7997 ----
 
 FIRST_TABLES = {  # sha256 of the float32 columns
     ("ddim", False): "f723283941fc7a7e005d887f4178f4d714e4ee179711abf957269ced8d3a952c",
@@ -113,7 +113,7 @@ def test_higens_grid_is_the_references_where_steps_divide_1000(steps: int) -> No
 
 @pytest.mark.parametrize("steps", [n for n in DIVISORS if n < 500])
 def test_ddim_is_the_references_step_by_step(steps: int) -> None:
-    """ddim_sample of the reference, with eps as it writes it: (x / sqrt(abar) - x0) / sqrt(1 / abar - 1)."""
+    """The reference's ddim_sample, with its form of eps: (x / sqrt(abar) - x0) / sqrt(1 / abar - 1)."""
     abar, made = alphas_cumprod(ZERO_SNR), solver_table(ZERO_SNR, "v", HIGEN_DDIM, steps)
     x, v = np.random.default_rng(steps).standard_normal((2, 64))
     for i, t in enumerate(made.t.astype(int)):
@@ -143,7 +143,7 @@ def test_a_tail_from_the_middle_of_heuns_pair_leaves_its_state_there() -> None:
     rest, x, m = made.tail(3), 0.7, -0.4
     assert rest.A[0] * x + rest.B[0] * m == pytest.approx(x, rel=1e-12)
     assert rest.C[0] == 0.0
-    assert made.C[3] != 0.0  # the table itself is as it was
+    assert made.C[3] != 0.0  # the table itself is unchanged
 
 
 @pytest.mark.parametrize("first", [-1, 4, True, 1.0])
@@ -156,7 +156,7 @@ def test_a_tail_outside_the_table(first: Any) -> None:
 
 
 def everything() -> Iterator[tuple[NoiseSchedule, str, Solver]]:
-    """Each solver, spacing, kind and prediction that go together."""
+    """All valid combinations of schedule kind, prediction, and solver with its spacing."""
     kinds = [NoiseSchedule(kind, shift=2.0) for kind in ("linear", "scaled_linear", "cosine", "edm", "flow")]
     kinds += [replace(schedule, zero_terminal_snr=True) for schedule in (SD, LINEAR, COSINE)]
     for schedule, prediction, name, spacing in product(kinds, ("v", "epsilon", "sample", "flow"), SOLVERS, SPACINGS):
@@ -172,7 +172,7 @@ EVERYTHING = list(everything())
 
 
 def test_what_goes_together() -> None:
-    """24 grids with 3 predictions of 3 kinds, and 2 at zero SNR; one with each of EDM's 4 solvers; flow's 2 grids."""
+    """24 grids for 3 kinds with 3 predictions, or 2 at zero SNR; one for each of EDM's 4 solvers; flow's 2 grids."""
     assert len(EVERYTHING) == (9 + 6) * (5 + 6 + 4 + 4 + 4 + 1) + 4 + 2
 
 
@@ -201,7 +201,7 @@ def test_every_table_is_finite_and_has_its_rows(steps: int) -> None:
 def test_a_perfect_prediction_stays_on_its_path(
     choice: tuple[NoiseSchedule, str, Solver], steps: int, eta: float
 ) -> None:
-    """With z and n known, every row finds z, and lands on alpha' z + kept n + C noise with kept^2 + C^2 = sigma'^2.
+    """If z and n are known, every row finds z and ends at alpha' z + kept n + C noise with kept^2 + C^2 = sigma'^2.
 
     A prediction is linear, so z and n are the unit vectors (1, 0) and (0, 1).
     """
@@ -213,7 +213,7 @@ def test_a_perfect_prediction_stays_on_its_path(
         x = alpha * z + sigma * n
         m = {"v": alpha * n - sigma * z, "epsilon": n, "sample": z, "flow": n - z}[prediction]
         x0, step = made.alpha[i] * x - made.sigma[i] * m, made.A[i] * x + made.B[i] * m
-        if solver.name != "lcm":  # its x0 is c_out z + c_skip x
+        if solver.name != "lcm":  # LCM's x0 is c_out z + c_skip x
             np.testing.assert_allclose(x0, z, atol=1e-9)
         step = step + (0.0 if made.noise[i] else made.C[i]) * x0
         fresh = made.C[i] if made.noise[i] else 0.0
@@ -225,22 +225,22 @@ def test_a_perfect_prediction_stays_on_its_path(
             target = int(made.t[i]) - 1000 // steps
             abar = alphas_cumprod(schedule)[target] if target >= 0 else 1.0
             wanted_alpha, wanted_sigma = math.sqrt(abar), math.sqrt(1.0 - abar)
-        tolerance = 1e-3 if solver.name == "lcm" else 1e-9  # c_skip: 1/400 of t^2
+        tolerance = 1e-3 if solver.name == "lcm" else 1e-9  # LCM's c_skip is about 1 / (400 t^2)
         assert step[0] == pytest.approx(wanted_alpha, abs=tolerance)
         assert math.hypot(step[1], fresh) == pytest.approx(wanted_sigma, abs=tolerance)
 
 
 def solve_gaussian(made: SolverTable, spread: float, rows_per_step: int) -> float:
-    """Relative error at a quarter of the way to the end when the data are N(0, spread^2).
+    """Relative error when a quarter of the timesteps is left, for data N(0, spread^2).
 
-    There the best prediction is linear, x0 = alpha spread^2 x / var with var = alpha^2 spread^2 + sigma^2, and the
-    flow's exact solution keeps x / sqrt(var).
+    For such data the best prediction is linear, x0 = alpha spread^2 x / var with var = alpha^2 spread^2 + sigma^2, and
+    the flow's exact solution keeps x / sqrt(var).
     """
     alpha, sigma = made.start_alpha, made.start_sigma
     variance = alpha**2 * spread**2 + sigma**2
     x, previous = math.sqrt(variance[0]), 0.0
     for i in range(len(made)):
-        if i % rows_per_step == 0 and made.t[i] in (249, 251):  # of all these grids if 4 divides the steps
+        if i % rows_per_step == 0 and made.t[i] in (249, 251):  # in all these grids if 4 divides the steps
             return abs(x / math.sqrt(variance[i]) - 1.0)
         x0 = alpha[i] * spread**2 / variance[i] * x
         v = (alpha[i] * x - x0) / sigma[i]
@@ -270,7 +270,7 @@ def test_order_of_convergence_on_an_equation_solved_exactly(
     assert measured == pytest.approx(order, abs=0.3), errors
 
 
-# ---- The vectors shared with C++, and refusals ----
+# ---- The vectors shared with C++, and refused input ----
 
 
 def test_the_vectors_of_cpp_are_these_tables() -> None:

@@ -1,4 +1,4 @@
-"""Solvers as tables, against diffusers' schedulers over whole loops on made-up predictions."""
+"""Solvers as tables, compared with diffusers' schedulers over whole loops of made-up predictions."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 from higen.schedule import SOLVERS, SPACINGS, NoiseSchedule, Solver, SolverTable, alphas_cumprod, solver_table
 
 diffusers.logging.set_verbosity_error()
-pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of diffusers
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' warning
 
 SD, LINEAR, COSINE = (NoiseSchedule(kind) for kind in ("scaled_linear", "linear", "cosine"))
 ZERO_SNR = NoiseSchedule(zero_terminal_snr=True)
@@ -40,7 +40,7 @@ OUTPUTS, NOISE = np.random.default_rng(2).standard_normal((2, 128, *X_T.shape))
 
 
 class InDouble:
-    """A module whose float32 is float64: diffusers' schedulers name their precision through torch and numpy."""
+    """A module with float64 in place of float32. diffusers' schedulers name their precision through torch and numpy."""
 
     def __init__(self, module: ModuleType) -> None:
         self.module = module
@@ -51,7 +51,7 @@ class InDouble:
 
 @contextmanager
 def precision(scheduler: type, dtype: type) -> Iterator[None]:
-    """diffusers' arithmetic in `dtype`, and its fresh noise from NOISE, one entry a draw."""
+    """diffusers computes in `dtype`, and takes its fresh noise from NOISE, one entry per draw."""
     module: Any = sys.modules[scheduler.__module__]
     draws = iter(NOISE)
     with pytest.MonkeyPatch.context() as patch:
@@ -97,10 +97,10 @@ def scheduler_of(schedule: NoiseSchedule, prediction: str, solver: Solver) -> An
 def their_loop(
     scheduler: Any, steps: int, dtype: type, eta: float = 0.0, **grid: Any
 ) -> tuple[np.ndarray, list[float]]:
-    """diffusers' final state for X_T of noise, and the timesteps that the network saw."""
+    """diffusers' final state from the noise X_T, and the timesteps that the network saw."""
     scheduler.set_timesteps(**(grid or {"num_inference_steps": steps}))
     if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)  # as pipelines do; else a timestep that comes twice loses its step
+        scheduler.set_begin_index(0)  # as pipelines do; otherwise a repeated timestep would lose its step
     x = torch.from_numpy(X_T.astype(dtype)) * getattr(scheduler, "init_noise_sigma", 1.0)
     more = {"eta": eta} if eta else {}
     for call, t in enumerate(scheduler.timesteps):
@@ -121,7 +121,7 @@ def run(made: SolverTable, x: np.ndarray) -> np.ndarray:
 
 
 def error(made: SolverTable, theirs: np.ndarray, ratio: float = 0.0) -> float:
-    """Relative error of our final state. Theirs is x / alpha for the solvers on ratios: `ratio`, where they end."""
+    """Relative error of our final state. For solvers on sigma / alpha, theirs is x / alpha and ends at `ratio`."""
     ours = run(made, X_T.astype(theirs.dtype) * theirs.dtype.type(made.initial))
     return float(np.abs(ours * math.sqrt(1 + ratio**2) - theirs).max() / np.abs(theirs).max())
 
@@ -132,7 +132,7 @@ def compare(schedule: NoiseSchedule, prediction: str, solver: Solver, steps: int
     made = solver_table(schedule, prediction, solver, steps)
     if dtype is np.float64:
         np.testing.assert_allclose(made.t, t, rtol=1e-9, atol=1e-9)
-    if not np.isfinite(theirs).all():  # eta 1 from zero SNR: the root of what should be 0, and is a little less
+    if not np.isfinite(theirs).all():  # eta 1 from zero SNR: a root of rounding error slightly below 0
         assert solver.eta == 1.0
         assert np.isfinite(run(made, X_T)).all()
         return 0.0
@@ -142,7 +142,7 @@ def compare(schedule: NoiseSchedule, prediction: str, solver: Solver, steps: int
 
 
 def theirs_of(solver: str) -> Iterator[Solver]:
-    """Every configuration that both have, for one solver."""
+    """Every configuration of one solver that both libraries have."""
     grids = ["leading"] if solver == "lcm" else ["leading", "linspace", "trailing", "karras"]
     if solver in ("ddim", "euler_ancestral"):
         grids.remove("karras")
@@ -154,10 +154,10 @@ def theirs_of(solver: str) -> Iterator[Solver]:
 
 @pytest.mark.parametrize("solver", [s for name in SOLVERS for s in theirs_of(name)], ids=str)
 def test_every_table_is_diffusers_in_double(solver: Solver) -> None:
-    """diffusers' own code with float64 in place of float32: what differs is a formula, not a rounding."""
+    """diffusers' own code with float64 in place of float32, so that any difference is in a formula, not in rounding."""
     for schedule, zero_terminal_snr, prediction in product((SD, LINEAR, COSINE), (False, True), TYPES):
         unknown = solver.name == "heun" or prediction == "epsilon" if zero_terminal_snr else False
-        if unknown or (solver.name == "euler_ancestral" and prediction == "sample"):  # of one of the two
+        if unknown or (solver.name == "euler_ancestral" and prediction == "sample"):  # one library lacks it
             continue
         chosen = replace(schedule, zero_terminal_snr=zero_terminal_snr)
         for steps in (1, 2, 4, 10, 25, 50):
@@ -181,7 +181,7 @@ AS_THEY_RUN = [
     *((s, "epsilon", Solver("lcm")) for s in (SD, LINEAR)),  # LCM, AnimateLCM
     (ZERO_SNR, "v", Solver("lcm")),
 ]
-# Their float32 abar is 1e-5 off at the end of a cosine schedule and moves Karras' t by 1e-3. In double they agree.
+# diffusers' float32 abar is off by 1e-5 at the end of a cosine schedule, and moves Karras' t by 1e-3. Double agrees.
 AS_THEY_ROUND = [
     (replace(COSINE, zero_terminal_snr=True), "v", Solver("ddim", offset=1)),  # I2VGen-XL
     *((SD, p, Solver("euler", "karras")) for p in TYPES),
@@ -202,7 +202,7 @@ def test_the_fields_configurations_are_diffusers_as_they_run(
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 10, 14, 25, 50])
 def test_svd_is_diffusers(steps: int) -> None:
-    """The scheduler of Stable Video Diffusion's folder. Its states of size 700 cost float32 up to 4e-5 in few steps."""
+    """The scheduler of Stable Video Diffusion's folder. Its states reach 700, so few float32 steps lose up to 4e-5."""
     made = solver_table(SVD, "v", Solver("euler", "karras"), steps)
     for dtype, tolerance in ((np.float64, 1e-9), (np.float32, 2e-5 if steps > 2 else 1e-4)):
         with precision(diffusers.EulerDiscreteScheduler, dtype):

@@ -1,4 +1,4 @@
-"""Scene scripts: they are checked before any work, each scene equals a single request, finished scenes are kept."""
+"""Scene scripts: they are checked before any work, each scene equals a single request, and finished scenes are kept."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def script(*scenes: dict[str, Any], **shared: Any) -> dict[str, Any]:
 def test_each_scene_equals_its_single_request(pipe: Pipeline) -> None:
     made = make_script(script(), pipe.manifest)
     video, paths = make_film(pipe, made)
-    first = pipe("a blue whale swimming", frames=4, steps=2, seed=3, motion=[36, 96, 0])  # of 0 to 120
+    first = pipe("a blue whale swimming", frames=4, steps=2, seed=3, motion=[36, 96, 0])  # in the range 0 to 120
     second = pipe("a red heart beating", frames=6, steps=2, appearance=0.5)
     third = pipe("a green star", frames=4, steps=1, motion=20, windows=(2, 1))
     assert (len(video), made.frames, video.fps, paths) == (12, 12, 8, [])
@@ -172,7 +172,7 @@ def test_finished_scenes_are_kept_and_not_made_again(
     assert ready[3:] == [(0, False), (1, True), (2, True)]
     (kept.folder / "mine.txt").touch()
     kept.remove(paths)
-    assert len(list(kept.folder.iterdir())) == 2  # the changed scene, and what is not ours
+    assert len(list(kept.folder.iterdir())) == 2  # the changed scene and the foreign file
 
 
 def test_the_command_makes_one_video_with_its_sound(tmp_path: Path, tiny_model: Path) -> None:
@@ -185,7 +185,7 @@ def test_the_command_makes_one_video_with_its_sound(tmp_path: Path, tiny_model: 
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
     assert (found["frames"], len(found["scenes"])) == (8, 2)
-    later = 120 * energy(read_sound(tmp_path / "a.wav", 0.5, 0.5), 3, 8)  # from where the scene stands
+    later = 120 * energy(read_sound(tmp_path / "a.wav", 0.5, 0.5), 3, 8)  # from the scene's start in the film
     assert found["scenes"][1]["motion"] == pytest.approx(later.tolist(), rel=1e-5)
     assert read_sound(out).seconds == pytest.approx(1, abs=0.03)
     assert {path.name for path in tmp_path.iterdir()} == {"a.wav", "s.json", "f.mp4"}

@@ -1,4 +1,4 @@
-"""`higen serve` from outside: the official openai client, plain HTTP, and what must be refused."""
+"""`higen serve` from outside: the official openai client, plain HTTP, and requests that must be refused."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def client(server: Server) -> Iterator[Any]:
 
 CUT = b"""--b\r\nContent-Disposition: form-data; name="prompt"\r\n\r\na whale\r\n--b\r\nContent-Disposition: form-data;
  name="input_reference"; filename="a.png"\r\n\r\n\x89PNG"""
-"""A form that ends within its file: no video without the picture is made of it."""
+"""A form that is cut off within its file. It must not become a video without the picture."""
 
 
 def png(width: int = 64, height: int = 64) -> bytes:
@@ -56,7 +56,7 @@ def png(width: int = 64, height: int = 64) -> bytes:
 
 
 def refused(answer: tuple[int, Any], status: int, words: str = "") -> dict[str, Any]:
-    """The error of an answer that is shaped as OpenAI's."""
+    """Check that an answer is an error in OpenAI's shape; returns the error."""
     assert answer[0] == status, answer
     error = ErrorBody.model_validate(answer[1]).error
     assert words in error.message, error.message
@@ -67,7 +67,7 @@ def test_the_openai_client_makes_polls_downloads_lists_and_deletes(client: Any, 
     extra = {"num_frames": 4, "num_inference_steps": 2, "seed": 7, "controls": {"motion": 300}}
     made = client.videos.create(prompt="a whale", size="64x64", extra_body=extra)
     assert isinstance(made, Video)
-    Video.model_validate({**made.to_dict(), "size": "720x1280"})  # strict, except for the size, which is an extension
+    Video.model_validate({**made.to_dict(), "size": "720x1280"})  # strict except for the size, which is an extension
     done = client.videos.poll(made.id, poll_interval_ms=50)
     assert (done.status, done.progress, done.error, done.seconds) == ("completed", 100, None, "0.5")
     path = tmp_path / "video.mp4"
@@ -91,7 +91,7 @@ def test_the_openai_client_makes_polls_downloads_lists_and_deletes(client: Any, 
 
 
 def test_a_served_video_is_the_pipelines_own(server: Server) -> None:
-    """Equal frames, alone and in a batch with another request."""
+    """The frames are equal, alone and in a batch with another request."""
     names = [server.create(f"a {what}", seed=3, num_frames=4, num_inference_steps=3) for what in ("whale", "heart")]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -307,7 +307,7 @@ def test_the_openapi_page_describes_what_is_there(server: Server) -> None:
 
 
 def test_keys_queues_and_pages(tmp_path: Path) -> None:
-    """Nothing without a key; a key sees its own jobs; its queue is limited; a page that may call is told so."""
+    """Calls need a key. A key sees only its own jobs and has a limited queue. An allowed page gets CORS headers."""
     from higen.serve.keys import add_key
 
     file = tmp_path / "keys"
@@ -332,7 +332,7 @@ def test_keys_queues_and_pages(tmp_path: Path) -> None:
             refused(server.call("GET", path), 401)
             refused(server.call("OPTIONS", path), 401)
             refused(server.call("GET", path, headers={"authorization": "Bearer wrong"}), 401)
-        for path in ("/", "/page/main.js"):  # the web page asks for the key
+        for path in ("/", "/page/main.js"):  # the web page loads without a key and asks for one
             assert server.call("GET", path)[0] == 200
             refused(server.call("POST", path), 401)
         long = {"prompt": "a whale", "num_frames": 64, "num_inference_steps": 200}
@@ -364,7 +364,7 @@ def test_two_models_share_the_memory(tmp_path: Path) -> None:
 
 
 def test_many_slow_connections_are_ended(tmp_path: Path) -> None:
-    """Connections over the limit are refused at once; those that say nothing leave the others alone."""
+    """Connections over the limit are refused at once. Silent connections do not disturb others."""
     server = Server(tmp_path / "data", "--max-connections", "20")
     host, port = server.url.removeprefix("http://").split(":")
     try:

@@ -1,4 +1,4 @@
-"""The HTTP API as an application of Ray Serve: its arguments, and the documented configuration on a cluster."""
+"""The HTTP API as a Ray Serve application: its arguments, and the documented configuration on a cluster."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def call(url: str, body: Any = None, key: str = "") -> Any:
 
 @contextmanager
 def nodes() -> Iterator[str]:
-    """A cluster of two nodes, the second with the folder; its address."""
+    """Start a cluster of two nodes, the second with the folder; returns its address."""
     from ray.cluster_utils import Cluster
 
     small = {"num_cpus": 1, "object_store_memory": 100 * 2**20}
@@ -133,7 +133,7 @@ def test_jobs_outlive_a_replica_on_a_cluster_of_two_nodes(tmp_path: Path, monkey
                 time.sleep(0.5)
                 try:
                     listed = call(f"{url}/v1/videos?limit=100", None, key)["data"]
-                except OSError:  # there is no replica now
+                except OSError:  # no replica is running now
                     continue
                 done = {job["id"]: job["status"] for job in listed if job["status"] in ("completed", "failed")}
             assert done == dict.fromkeys(ids, "completed")
@@ -143,7 +143,7 @@ def test_jobs_outlive_a_replica_on_a_cluster_of_two_nodes(tmp_path: Path, monkey
 
 
 def wait_for(url: str, key: str, process: subprocess.Popen[bytes]) -> None:
-    """Until the application is ready."""
+    """Wait until the application is ready."""
     until = time.monotonic() + 240
     while time.monotonic() < until and process.poll() is None:
         try:

@@ -1,4 +1,4 @@
-"""Finished videos in a folder, read by many at once."""
+"""Finished videos in a folder, read by many threads at once."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from higen.video import Video
 
 
 def test_two_threads_never_parse_a_header_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Python's parser, which numpy reads headers with, fails where two threads are in it (python/cpython#106905)."""
+    """numpy reads headers with Python's parser, which fails when two threads use it at once (python/cpython#106905)."""
     results = Results(tmp_path)
     names = [f"video_{number:032x}" for number in range(4)]
     for name in names:

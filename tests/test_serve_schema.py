@@ -1,4 +1,4 @@
-"""The API against its own OpenAPI description: made-up requests get documented answers, and never a 500."""
+"""The API against its own OpenAPI description: generated requests get documented answers and never a 500."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ EXAMPLES = settings(
 
 @pytest.fixture(scope="module")
 def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """The application without its worker: jobs are accepted, and wait."""
+    """The application without its worker. Jobs are accepted and wait."""
     made = open_service(Settings(tmp_path_factory.mktemp("serve"), limits=Limits(queue=50)))
     yield made
     made.parts.catalog.close()
@@ -48,7 +48,7 @@ def described(service: Service) -> dict[str, Any]:
 def call(
     service: Service, method: str, path: str, body: bytes = b"", kind: str = "application/json"
 ) -> tuple[int, bytes]:
-    """A request to the application itself."""
+    """Send a request directly to the application."""
     path, _, query = path.partition("?")
     headers = [(b"host", b"localhost"), (b"content-type", kind.encode()), (b"content-length", str(len(body)).encode())]
     scope = {
@@ -97,7 +97,7 @@ def values(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
 
 
 def judged(described: dict[str, Any], path: str, status: int, body: bytes) -> Any:
-    """The answer, which the description knows and which has its shape."""
+    """Check that the description has this answer's status and shape; returns the answer."""
     assert status != 500, body
     assert str(status) in described["paths"][path]["post"]["responses"], status
     answer = json.loads(body)

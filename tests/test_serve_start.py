@@ -1,4 +1,4 @@
-"""The start of a server: beside another server, with a used port, a corrupt queue, a full disk, and after kill -9."""
+"""The start of a server: next to another server, with a used port, a corrupt queue, a full disk, and after kill -9."""
 
 from __future__ import annotations
 
@@ -112,7 +112,7 @@ def test_jobs_outlive_the_process(tmp_path: Path) -> None:
         while server.call("GET", f"/v1/videos/{second}")[1]["progress"] < 3:
             time.sleep(0.01)
     finally:
-        assert server.stop() == 0  # the server ends at once: its running jobs run at the next start
+        assert server.stop() == 0  # the server ends at once; its running jobs run again at the next start
     server = Server(folder, "--slots", "1")
     try:
         assert server.call("GET", f"/v1/videos/{second}")[1]["status"] in ("queued", "in_progress")
@@ -142,7 +142,7 @@ def test_quota_and_age(tmp_path: Path) -> None:
         name = server.create("a whale")
         server.wait(name)
         time.sleep(1.1)
-        server.wait(server.create("a heart"))  # each finished job makes the server look for old results
+        server.wait(server.create("a heart"))  # after each finished job the server looks for old results
         status: Any = server.call("GET", f"/v1/videos/{name}/content")[0]
         assert status in (404, 410)
     finally:
@@ -150,7 +150,7 @@ def test_quota_and_age(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_fails_the_job_and_not_the_server(tmp_path: Path) -> None:
-    """No file may grow beyond 300 kB: a long video cannot be written, a short one can."""
+    """No file may grow beyond 300 kB, so a short video can be written and a long one cannot."""
     import resource
 
     before = resource.getrlimit(resource.RLIMIT_FSIZE)

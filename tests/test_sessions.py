@@ -43,7 +43,7 @@ def test_few_threads_sleep_while_they_wait(
 
 
 def test_nothing_else_makes_options_or_a_session_without_them() -> None:
-    """Python's own sources, the Triton server's stand-in among them."""
+    """Checks higen's own Python sources, including the stand-in for the Triton server's backend."""
     made: list[str] = []
     for folder in ("higen", "export", "engines", "benchmarks"):
         for file in (ROOT / folder).rglob("*.py"):
@@ -72,7 +72,7 @@ def test_every_session_of_the_backend_has_it(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def layer() -> tuple[bytes, NDArray[np.float32], NDArray[np.float64]]:
-    """A layer in 8 bits as `quantize` writes it, values whose products of pairs pass 16 bits, and its exact result."""
+    """An 8-bit layer as `quantize` writes it, inputs with product pairs that sum past 16 bits, and the exact result."""
     random = np.random.default_rng(0)
     weight, x = random.integers(100, 128, (64, 32)).astype(np.int8), random.random((8, 64), np.float32) * 0.3 + 0.7
     scale_x, scale_w = np.float32(1 / 255), np.float32(0.01)
@@ -109,7 +109,7 @@ def test_products_in_8_bits_are_exact() -> None:
 
 @pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="needs qemu-user, which plays an older processor")
 def test_products_in_8_bits_are_exact_without_vnni() -> None:
-    """On an emulated Haswell, where the same layer is off by 0.36 without the option."""
+    """Runs on an emulated Haswell. Without the option, the same layer is off by 0.36 there."""
     paths = [str(ROOT / "tests"), str(ROOT), *filter(None, sys.path)]
     code = "import test_sessions; print(test_sessions.error_of_a_layer())"
     ran = subprocess.run(
@@ -123,7 +123,7 @@ def test_products_in_8_bits_are_exact_without_vnni() -> None:
     assert float(ran.stdout) < 1e-6
 
 
-# How a processor's products are described.
+# Descriptions of a processor's integer products.
 
 
 @pytest.mark.parametrize(
@@ -161,7 +161,7 @@ def test_bfloat16_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, list
 
 
 def play(monkeypatch: pytest.MonkeyPatch, folder: Path, listed: str | None) -> None:
-    """Replace the system's list of processors by `listed`; None: there is no list."""
+    """Replace the system's list of processors by `listed`; None stands for no list."""
     if listed is not None:
         (folder / "cpuinfo").write_text(listed)
     monkeypatch.setattr(cpu, "CPUINFO", folder / "cpuinfo")

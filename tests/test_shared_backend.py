@@ -1,4 +1,4 @@
-"""Many requests at a time on one backend: each gets the result that it gets alone."""
+"""Many concurrent requests on one backend: each gets the same result as alone."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ REQUESTS: list[dict[str, Any]] = [
 
 
 def rows(pipeline: Pipeline, most: int = 4) -> dict[str, int]:
-    """A limit for every stage."""
+    """A row limit for every stage."""
     return dict.fromkeys((stage.name for stage in pipeline.manifest.all_stages), most)
 
 
@@ -60,7 +60,7 @@ def pipeline(tiny_model: Path) -> Pipeline:
 
 
 def generate(pipeline: Pipeline, arguments: dict[str, Any]) -> tuple[np.ndarray, np.ndarray]:
-    """Last latents, and frames."""
+    """A request's last latents and its frames."""
     stream = pipeline.stream(**arguments)
     steps = [event for event in stream if isinstance(event, Step)]
     latents = np.concatenate([pipeline.backend.to_numpy(step.latents).reshape(-1) for step in steps])
@@ -70,7 +70,7 @@ def generate(pipeline: Pipeline, arguments: dict[str, Any]) -> tuple[np.ndarray,
 def together(
     pipeline: Pipeline, backend: SharedBackend, requests: list[dict[str, Any]]
 ) -> list[tuple[np.ndarray, np.ndarray] | HigenError]:
-    """All requests at the same time, each in its thread; an error in place of a result."""
+    """Run all requests at the same time, each in its own thread. An error takes the place of a result."""
 
     def one(arguments: dict[str, Any]) -> tuple[np.ndarray, np.ndarray] | HigenError:
         try:
@@ -142,7 +142,7 @@ def test_wrong_tensors_are_refused_before_they_reach_a_batch(pipeline: Pipeline)
 
 
 class Gate(RowBackend):
-    """Holds every batch until it is opened."""
+    """Holds every batch until the gate is opened."""
 
     def __init__(self, manifest: Manifest) -> None:
         super().__init__(manifest)
@@ -156,7 +156,7 @@ class Gate(RowBackend):
 
 
 def in_thread(work: Callable[[], Any]) -> tuple[threading.Thread, list[Any]]:
-    """Start `work`; the list gets its result or its error."""
+    """Start `work` in a thread. The list receives its result or error."""
     results: list[Any] = []
 
     def run() -> None:
@@ -192,7 +192,7 @@ def test_cancelling_frees_the_slot_at_once(pipeline: Pipeline) -> None:
         assert gate.reached.wait(30)
         waiting, of_second = in_thread(lambda: second.run("text_encoder", **tokens()))
         assert backend.load == (1, 1)
-        first.cancel()  # while its batch runs
+        first.cancel()  # while its batch is running
         running.join(30)
         assert isinstance(of_first[0], Cancelled)
         assert backend.load == (1, 0)
@@ -227,7 +227,7 @@ def test_a_full_line_says_to_try_again(pipeline: Pipeline) -> None:
 def test_closing_tells_those_who_wait(pipeline: Pipeline) -> None:
     gate = Gate(pipeline.manifest)
     backend = SharedBackend(gate, pipeline.manifest, Batcher(2, rows(pipeline), 1))
-    requests = [backend.request() for _ in range(3)]  # one in a running batch, one behind it, one in line
+    requests = [backend.request() for _ in range(3)]  # in a running batch, behind it, in the queue
     threads = []
     for i, request in enumerate(requests):
         request.enter()
@@ -246,7 +246,7 @@ def test_closing_tells_those_who_wait(pipeline: Pipeline) -> None:
 
 def test_as_many_batches_run_at_once_as_there_are_workers(pipeline: Pipeline) -> None:
     class Meeting(RowBackend):
-        """Every batch waits for another one beside it."""
+        """Every batch waits until another batch runs at the same time."""
 
         both = threading.Barrier(2)
 
@@ -270,7 +270,7 @@ def test_as_many_batches_run_at_once_as_there_are_workers(pipeline: Pipeline) ->
 
 
 def test_requests_keep_step_with_each_other(pipeline: Pipeline) -> None:
-    """With enough patience, equal requests that start together run all their steps together."""
+    """With a long enough wait, equal requests that start together run all their steps together."""
     with shared(pipeline, patience=5.0) as backend:
         start = threading.Barrier(4)
 
@@ -285,7 +285,7 @@ def test_requests_keep_step_with_each_other(pipeline: Pipeline) -> None:
 
 
 def test_a_stage_that_holds_one_sample_is_never_joined(tmp_path: Path) -> None:
-    """Its first axis does not count samples: the limit of rows does not apply, and each batch has one call."""
+    """The first axis does not count samples, so the row limit does not apply and each batch has one call."""
     bundle = write_made_up_model(tmp_path / "model")
     pipeline = Pipeline(bundle, RowBackend(bundle.manifest))
     limits = dict.fromkeys((s.name for s in bundle.manifest.stages if s.batch), 1)
@@ -320,7 +320,7 @@ def test_a_video_decoder_gives_each_request_its_own_frames(tmp_path: Path) -> No
 
 
 def test_requests_that_reuse_features_share_batches(tmp_path: Path) -> None:
-    """Two of them side by side with one that does not: each as if alone, and full and shallow steps are joined."""
+    """Two such requests and one without reuse: each result is as if alone; full and shallow steps share batches."""
     bundle = write_made_up_model(tmp_path / "model", reuse=True)
     pipeline = Pipeline(bundle, OnnxBackend(bundle, Options("cpu", threads=1)))
     requests = [

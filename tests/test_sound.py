@@ -1,4 +1,4 @@
-"""Sounds: reading files, their two curves, and the sound of a video file."""
+"""Sounds: reading files, the two curves of a sound, and the sound of a video file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_wav_file_of_any_width_has_its_samples(tmp_path: Path, width: int) -> 
 
 
 def encoded(path: Path, samples: np.ndarray, codec: str, form: str) -> Path:
-    """Samples [n] as a file of FFmpeg's, in one channel."""
+    """Samples [n] as a mono file written by FFmpeg."""
     with av.open(str(path), "w") as output:
         stream = output.add_stream(codec, RATE, layout="mono")
         frame = av.AudioFrame.from_ndarray(samples.astype(np.float32).reshape(1, -1), format="flt", layout="mono")
@@ -71,7 +71,7 @@ def test_onsets_are_where_sounds_begin() -> None:
     found = onsets(sound, 20, 10)
     assert [int(place) for place in np.flatnonzero(found > 0.3)] == [0, 5, 13]
     steady = Sound(np.tile(TONE, 2)[:, None].astype(np.float32), RATE)
-    assert np.flatnonzero(onsets(steady, 20, 10) > 0.1).tolist() == [0]  # one tone that goes on
+    assert np.flatnonzero(onsets(steady, 20, 10) > 0.1).tolist() == [0]  # one continuous tone
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Sources: every kind against plain numpy, for one sample; each stage run once per distinct input; what is kept."""
+"""Sources: every kind against plain numpy for one sample, one run of a stage per distinct input, and caching."""
 
 from __future__ import annotations
 
@@ -161,7 +161,7 @@ def test_a_picture_may_be_resampled_to_sizes_of_the_request() -> None:
 
 
 def test_pixels_of_a_stage_are_a_picture_as_if_they_had_been_saved() -> None:
-    """Bytes, and bytes read again; in the input's own size they are resampled; of a clip the first frame."""
+    """Pixels become bytes and are read again, resampled to the input's own size. A clip gives its first frame."""
     noisy = Tensor("dots", ("N", 3, "Y", "X"), source="noise:5")
     clip = Tensor("dots", ("B", 3, "F", "Y", "X"), source="noise:6")
     brush = Stage("brush", "w.safetensors", (noisy,), (Output("pixels", noisy.shape),))
@@ -172,7 +172,7 @@ def test_pixels_of_a_stage_are_a_picture_as_if_they_had_been_saved() -> None:
     place = Place(0, 3, FILM)
     made = value(sources, ("B", 3, "Y", "X"), "picture:brush.pixels", place)
     dots = backend.of("brush")[0]["dots"]
-    assert np.abs(dots).max() > 1  # it is clamped
+    assert np.abs(dots).max() > 1  # values beyond 1 are clamped
     saved = to_uint8(dots)[0]
     wanted = load_picture(MANIFEST.control("sketch"), saved, 1, 12, 8).pixels
     np.testing.assert_array_equal(made[0], wanted)
@@ -208,7 +208,7 @@ def test_a_clip_as_a_video_and_as_frames() -> None:
     frames = value(sources, ("N", 3, "Y", "X"), "clip:footage", Place(0, 5, FILM))
     np.testing.assert_array_equal(frames, pixels.swapaxes(0, 1))
     first = value(sources, ("N", 3, "Y", "X"), "clip:footage", Place(0, 1, DRAFT))
-    np.testing.assert_array_equal(first, frames[:1])  # the frames of the loop that asks
+    np.testing.assert_array_equal(first, frames[:1])  # the number of frames of the loop that asks
 
 
 def test_a_stage_that_takes_frames_one_by_one_is_given_chunks() -> None:
@@ -253,7 +253,7 @@ def test_noise_is_philox_in_the_inputs_shape() -> None:
         np.testing.assert_array_equal(pixels, philox(seed, 79, 3 * 8 * 12).reshape(1, 3, 8, 12))
 
 
-# What stages and loops made
+# Results of stages and loops
 
 
 def test_a_stages_output_and_its_negative_branch() -> None:
@@ -314,7 +314,7 @@ def test_latents_of_an_earlier_loop() -> None:
 
 
 def test_a_long_chain_of_stages_that_each_feed_the_next_twice_is_run_once() -> None:
-    """The paths through it are 2^60; each stage is run once, and no more is looked at."""
+    """There are 2^60 paths through the chain. Each stage is visited and run only once."""
     chain = tuple(
         Stage(
             f"s{i}",
@@ -336,7 +336,7 @@ def test_a_long_chain_of_stages_that_each_feed_the_next_twice_is_run_once() -> N
     assert backend.names == ["reader", "reader", *(f"s{i}" for i in range(60))]
 
 
-# What is kept from one request to the next
+# What is kept between requests
 
 
 def test_what_depends_on_texts_and_numbers_alone_is_kept() -> None:
@@ -344,7 +344,7 @@ def test_what_depends_on_texts_and_numbers_alone_is_kept() -> None:
     draft = MANIFEST.stage("draft_two")
     first = sources_of(request_of("a", seed=1), backend, kept).batch(draft, DRAFT)
     again = sources_of(request_of("a", seed=2, fps=3), backend, kept).batch(draft, DRAFT)
-    assert backend.names == ["reader", "mixer"] * 2  # the prompt and the empty text, once
+    assert backend.names == ["reader", "mixer"] * 2  # the prompt and the empty text, each once
     for name, array in first.items():
         np.testing.assert_array_equal(array, again[name])
     sources_of(request_of("a", grain=9), backend, kept).batch(draft, DRAFT)

@@ -1,4 +1,4 @@
-"""Stable Diffusion: tiny random models in every published format, beside diffusers' own pipelines."""
+"""Stable Diffusion: tiny random models in every published format, compared with diffusers' own pipelines."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from higen.noise import frame_noise, row_purpose
 from higen.pipeline import Pipeline
 from higen.tokenizer import PromptTokenizer, build_clip_tokenizer
 
-# diffusers and NumPy 2: an array of a tensor.
+# a warning of diffusers under NumPy 2 about arrays made from tensors
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 built, onnxruntime_root = cpp_build.built, cpp_build.onnxruntime_root  # fixtures
@@ -46,7 +46,7 @@ WIDTH, HEIGHT = 32, 16  # pixels: 16x8 latent cells
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The hub's folder of a tiny model of version 1, whose scheduler is PNDM, as there."""
+    """A folder like the hub's, with a tiny model of version 1 and also the scheduler PNDM."""
     scheduler = tiny.scheduler("PNDMScheduler", steps_offset=1, skip_prk_steps=True, set_alpha_to_one=False)
     folder = tiny.save(tiny.image_pipeline(scheduler), tmp_path_factory.mktemp("hub") / "stable-diffusion-v1.5")
     return tiny.set_values(folder, "scheduler/scheduler_config.json", clip_sample=False)
@@ -54,7 +54,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def model(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The model directory of that folder, with its graphs."""
+    """The model directory made from that folder, with graphs."""
     bundle = convert_sources([saved], tmp_path_factory.mktemp("converted") / "model", dtype="fp32")
     return export_model(bundle)
 
@@ -84,7 +84,7 @@ def tokens(model: Bundle, *texts: str) -> torch.Tensor:
 
 @contextlib.contextmanager
 def _our_noise(scheduler: Any, noise: torch.Tensor) -> Iterator[None]:
-    """diffusers' schedulers draw the fresh noise of a row from our streams."""
+    """Make diffusers' schedulers draw each row's fresh noise from our streams."""
     module, row = sys.modules[type(scheduler).__module__], iter(range(1000))
     before = getattr(module, "randn_tensor", None)
 
@@ -100,7 +100,7 @@ def _our_noise(scheduler: Any, noise: torch.Tensor) -> Iterator[None]:
 
 
 def wanted_latents(model: Bundle, scheduler: Any, steps: int, guidance: float, pipeline: Any = None) -> Any:
-    """The final latents of diffusers' pipeline on the noise of our seed."""
+    """The final latents of diffusers' pipeline from the noise of our seed."""
     pipeline = pipeline or tiny.image_pipeline(scheduler)
     pipeline.scheduler = scheduler
     with torch.inference_mode():
@@ -119,7 +119,7 @@ def wanted_latents(model: Bundle, scheduler: Any, steps: int, guidance: float, p
 
 
 def apart(got: NDArray[Any], wanted: NDArray[Any]) -> float:
-    """The largest difference, of the largest value wanted."""
+    """The largest difference relative to the largest wanted value."""
     return float(np.abs(got - wanted).max() / np.abs(wanted).max())
 
 
@@ -134,7 +134,7 @@ SAMPLERS = {
 
 
 def sampler(saved: Path, solver: str) -> Any:
-    """diffusers' scheduler of this kind, of the folder's configuration."""
+    """diffusers' scheduler of this kind, with the folder's configuration."""
     kind = getattr(diffusers, SAMPLERS[solver])
     return kind.from_config(json.loads((saved / "scheduler" / "scheduler_config.json").read_text(encoding="utf-8")))
 
@@ -178,7 +178,7 @@ def test_graphs_give_the_same(saved: Path, model: Bundle, by_graphs: Pipeline, s
 
 
 def test_pictures_are_those_of_diffusers(saved: Path, model: Bundle, by_torch: Pipeline, by_graphs: Pipeline) -> None:
-    """A batch of three too; its samples are made as if alone."""
+    """Also a batch of three: each of its samples equals a single generation."""
     scheduler = sampler(saved, "ddim")
     latents = torch.from_numpy(wanted_latents(model, scheduler, 8, 7.5)).swapaxes(0, 1)
     autoencoder = tiny.autoencoder()
@@ -236,7 +236,7 @@ TEXTS = [
 
 
 def wanted_of(model: Bundle, scheduler: Any, prompt: str, negative: str) -> NDArray[np.float32]:
-    """The final latents of diffusers' pipeline for embeddings of the second reading."""
+    """The final latents of diffusers' pipeline for the embeddings of prompt_truth.py."""
     pipeline = tiny.image_pipeline(scheduler)
     given, empty = truth.pair(pipeline.text_encoder, build_clip_tokenizer(), prompt, negative)
     noise = torch.from_numpy(frame_noise(SEED, 0, 4, 1, HEIGHT // 2, WIDTH // 2)[:, 0])[None]
@@ -273,7 +273,7 @@ def test_prompts_of_one_batch_have_chunks_of_their_own(by_torch: Pipeline, by_gr
 
 
 def test_a_model_that_was_converted_before_reads_plain_texts(model: Bundle, tmp_path: Path) -> None:
-    """Its tables have no rules for weights, and its context a fixed number of tokens."""
+    """Such tables have no rules for weights, and their context has a fixed number of tokens."""
     folder = Path(shutil.copytree(model.path, tmp_path / "model"))
     for graph in folder.glob("spatial_unet*.onnx"):
         graph.unlink()
@@ -327,7 +327,7 @@ def test_v_prediction_and_the_other_text_encoder(tmp_path: Path) -> None:
 
 
 def single_file(path: Path, width: int = 32, text_prefix: str = "cond_stage_model.transformer.") -> Path:
-    """The tiny model of version 1 as the authors publish it, an unused EMA copy and a schedule's buffer included."""
+    """The tiny version 1 model in the authors' format, with an unused EMA copy and a buffer of the schedule."""
     unet, vae = tiny.image_unet(), tiny.autoencoder()
     levels = [kind.startswith("Cross") for kind in unet.config.up_block_types]
     state = {PREFIX + ldm_name(name, 1, levels): tensor for name, tensor in unet.state_dict().items()}
@@ -361,7 +361,7 @@ def test_a_single_file_is_the_same_model(model: Bundle, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("linear", [False, True])
 def test_names_of_a_single_file_are_those_that_diffusers_reads(linear: bool) -> None:
-    """diffusers' own converter brings every tensor back."""
+    """diffusers' own converter restores every tensor."""
     changes: dict[str, Any] = {"layers_per_block": 2, "block_out_channels": (32, 64, 64)}
     changes["down_block_types"] = ("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D")
     changes["up_block_types"] = ("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D")
@@ -455,7 +455,7 @@ def test_a_file_of_version_2_does_not_say_what_it_predicts(tmp_path: Path) -> No
 
 
 def test_clip_ids_are_those_of_transformers(model: Bundle) -> None:
-    """The hub's tokenizer, made of the same vocabulary, gives the same ids and the same padding."""
+    """The hub's tokenizer, made from the same vocabulary, gives the same ids and padding."""
     from transformers import CLIPTokenizer
 
     from higen.tokenizer import build_clip_tokenizer

@@ -67,7 +67,7 @@ def test_a_denoising_stage_takes_a_row_and_returns_its_state() -> None:
 
 
 def test_a_symbol_means_one_thing_in_all_stages() -> None:
-    """What one stage returns the next accepts: equal names have equal shapes, the single frame apart."""
+    """A stage accepts what another one returns: equal names have equal shapes, except for a single frame."""
     shapes: dict[str, set[tuple[str | int, ...]]] = {}
     for stage in STAGES.values():
         for tensor in (*stage.inputs, *stage.outputs):
@@ -214,13 +214,13 @@ def test_the_stages_that_feed_others_come_before_them() -> None:
     assert names(HIGEN, "temporal_unet") == ["text_encoder", "conditioner", "temporal_unet"]
     assert names(HIGEN, "temporal_unet_plain", "vae_decoder")[-2:] == ["temporal_unet_plain", "vae_decoder"]
     assert names(MANIFEST, "watch", "film_two") == ["watch", "reader", "mixer", "film_two"]
-    assert names(MANIFEST, "film") == []  # a loop
+    assert names(MANIFEST, "film") == []  # a loop, not a stage
     assert MANIFEST.pictures_of("film_two", "draft_one") == ()
     assert MANIFEST.pictures_of("watch", "look") == ("footage", "sketch")
 
 
 def test_a_chain_of_stages_that_each_feed_the_next_twice_is_walked_once() -> None:
-    """The paths through it are 2^60."""
+    """There are 2^60 paths through the chain."""
     chain = tuple(
         Stage(
             f"s{i}",

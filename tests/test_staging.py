@@ -1,4 +1,4 @@
-"""Files appear whole or not at all. What killed writers left is removed, and nothing else is."""
+"""Files appear whole or not at all. Only the leftovers of killed writers are removed."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ folder = Path(sys.argv[1])
 
 
 def killed(code: str, folder: Path) -> None:
-    """Run Python code on `folder` (as the variable) in a process that ends itself with SIGKILL."""
+    """Run Python code, with the variable `folder`, in a process that kills itself with SIGKILL."""
     done = subprocess.run(
         [sys.executable, "-c", START + code, str(folder)], check=False, capture_output=True, text=True
     )
@@ -58,7 +58,7 @@ def test_what_a_killed_writer_left_goes_with_the_next(tmp_path: Path) -> None:
 
 
 def test_what_is_not_ours_stays(tmp_path: Path) -> None:
-    """Names like higen's, a folder with exactly higen's name and other contents, a lock file with contents, links."""
+    """Names similar to higen's, a folder with higen's exact name but other contents, a nonempty lock file, links."""
     with staging(tmp_path) as place:
         own = place.root.name
     for foreign in (own, ".higen-notes", ".higen-0123456789ab01234567", f"{own}x"):
@@ -107,7 +107,7 @@ def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path, failure:
 
 
 def test_a_folder_that_is_swept_as_it_is_made_is_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Another process may take a new folder for a killed writer's before its owner has locked it."""
+    """Before the owner locks a new folder, another process may mistake it for the folder of a killed writer."""
     real, times = Path.mkdir, []
 
     def mkdir(self: Path, *arguments: object, **options: object) -> None:
@@ -150,7 +150,7 @@ sys.addaudithook(hook)
 OLD, NEW = dict.fromkeys("abcd", "old"), dict.fromkeys("abc", "new")
 
 
-@pytest.mark.parametrize("at", range(1, 7))  # journal, three new files, the removed file, journal
+@pytest.mark.parametrize("at", range(1, 7))  # the renames: journal, three new files, removed file, journal
 @pytest.mark.parametrize("finish", [settle, sweep], ids=["reader", "writer"])
 def test_a_change_of_several_files_is_made_whole_or_not_at_all(
     tmp_path: Path, at: int, finish: Callable[[Path], None]
@@ -257,7 +257,7 @@ def test_a_folder_that_cannot_be_written_is_read_all_the_same(tmp_path: Path, mo
 
 
 def test_a_journal_of_somebody_else_moves_nothing_of_ours(tmp_path: Path) -> None:
-    """A copied folder may contain a journal. It is followed only if it names files of its own hidden folder."""
+    """A copied folder may contain a journal. The journal is applied only if it names files of its own hidden folder."""
     (tmp_path / "home").mkdir()
     secret = tmp_path / "home" / "secret.txt"
     secret.write_text("mine")
@@ -289,7 +289,7 @@ def test_an_unfinished_file_that_was_exchanged_is_not_moved(tmp_path: Path) -> N
 
 
 def test_a_writer_never_waits_for_its_own_lock(tmp_path: Path) -> None:
-    """A journal that is not followed (its folder has no note) stays: the owner of the lock ignores it."""
+    """A journal that is not applied, because its folder has no note, stays. The owner of the lock ignores it."""
     root = tmp_path / staging_module._named("0" * 12)
     (root / "new").mkdir(parents=True)
     (root / "journal").write_text("{}")

@@ -1,4 +1,4 @@
-"""Stable Video Diffusion: a tiny random model in every published format, beside diffusers' own pipeline."""
+"""Stable Video Diffusion: a tiny random model in every published format, compared with diffusers' own pipeline."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from higen.families.svd.spec import AUGMENTATION, NOISE
 from higen.noise import frame_noise, shaped
 from higen.pipeline import Pipeline
 
-# diffusers and NumPy 2: an array of a tensor; transformers' notes on torchvision.
+# warnings of diffusers under NumPy 2 about arrays made from tensors, and of transformers about torchvision
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 built, onnxruntime_root = cpp_build.built, cpp_build.onnxruntime_root  # fixtures
@@ -49,13 +49,13 @@ CHUNK = 4
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The hub's folder of a tiny model."""
+    """A folder like the hub's, with a tiny model."""
     return tiny_svd.save(tiny_svd.pipeline(), tmp_path_factory.mktemp("hub") / "stable-video-diffusion-img2vid")
 
 
 @pytest.fixture(scope="module")
 def model(saved: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """The model directory of that folder, with the graphs of all stages but the plain step's."""
+    """The model directory made from that folder, with the graphs of all stages except the plain step."""
     bundle = convert_sources([saved], tmp_path_factory.mktemp("converted") / "model", dtype="fp32", chunk=CHUNK)
     return export_model(bundle, [name for name in bundle.manifest.stage_names if name != "temporal_unet_plain"])
 
@@ -78,15 +78,15 @@ def picture(seed: int = 0, width: int = WIDTH, height: int = HEIGHT) -> NDArray[
 
 
 def apart(got: NDArray[Any], wanted: NDArray[Any]) -> float:
-    """The largest difference, of the largest value wanted."""
+    """The largest difference relative to the largest wanted value."""
     return float(np.abs(got - wanted).max() / np.abs(wanted).max())
 
 
 @contextlib.contextmanager
 def our_noise(pipeline: Any, noise: NDArray[np.float32]) -> Iterator[None]:
-    """diffusers' pipeline draws the noise on the picture from our stream, and reads the picture as it lies in memory.
+    """Make diffusers' pipeline draw the picture's noise from our stream, and read the picture contiguous in memory.
 
-    The library hands a picture over as channels-last, and PyTorch's GroupNorm of that on a CPU is off by 1e-4.
+    diffusers itself passes a channels-last picture; PyTorch's GroupNorm of such a picture on a CPU is off by 1e-4.
     """
     module = sys.modules[type(pipeline).__module__]
     before, preprocess = module.randn_tensor, pipeline.video_processor.preprocess  # type: ignore[attr-defined]
@@ -108,7 +108,7 @@ def wanted(
     pipeline: Any = None,
     **options: Any,
 ) -> NDArray[np.float32]:
-    """diffusers' final latents [B,C,F,H,W], or its frames [B,F,Y,X,3] as 0 to 255, on the noise of our seeds."""
+    """diffusers' final latents [B,C,F,H,W], or its frames [B,F,Y,X,3] from 0 to 255, from the noise of our seeds."""
     pipeline = pipeline or tiny_svd.pipeline()
     height, width = pictures[0].shape[:2]
     noise = np.stack([frame_noise(seed, NOISE, 4, frames, height // 2, width // 2) for seed in seeds])
@@ -149,10 +149,10 @@ def test_final_latents_are_those_of_diffusers(by_torch: Pipeline, by_graphs: Pip
     ("samples", "frames", "width", "height"), [(3, 3, 32, 16), (1, 1, 16, 16), (1, 6, 16, 48), (3, 2, 24, 40)]
 )
 def test_shapes(by_torch: Pipeline, by_graphs: Pipeline, samples: int, frames: int, width: int, height: int) -> None:
-    """As many samples as frames, one frame, none square, several samples with a seed and a picture each."""
+    """Equal numbers of samples and frames, one frame, not square, samples with their own seeds and pictures."""
     pictures = [picture(i, width, height) for i in range(samples)]
     seeds = list(range(samples))
-    # Of one frame, the ramp of guidance is its low end alone, 1, which diffusers takes for none and then fails.
+    # With one frame, the guidance ramp is only its low end. diffusers takes 1 for no guidance and then fails.
     truth = wanted(pictures, seeds, 3, frames, min_guidance_scale=1.5, max_guidance_scale=2.5)
     options = {"seed": seeds, "steps": 3, "frames": frames, "guidance": np.linspace(1.5, 2.5, frames).tolist()}
     for pipe in (by_torch, by_graphs):
@@ -188,7 +188,7 @@ def test_without_guidance_the_plain_step_runs(by_torch: Pipeline) -> None:
 
 @pytest.mark.parametrize("frames", [1, 4, 6])
 def test_frames_are_those_of_diffusers(by_torch: Pipeline, by_graphs: Pipeline, frames: int) -> None:
-    """Decoded in chunks of the manifest's size, the last of which is shorter."""
+    """Frames are decoded in chunks of the manifest's size; the last chunk is shorter."""
     truth = wanted([picture()], [SEED], 4, frames, output="frames", min_guidance_scale=2.0)[0]
     scale = np.linspace(2, 3, frames).tolist()
     for pipe in (by_torch, by_graphs):
@@ -197,7 +197,7 @@ def test_frames_are_those_of_diffusers(by_torch: Pipeline, by_graphs: Pipeline, 
 
 
 def test_curves_over_frames(by_torch: Pipeline, by_graphs: Pipeline) -> None:
-    """Each frame is told its own numbers: constant curves are the numbers themselves, others are not."""
+    """Each frame gets its own numbers: a constant curve equals a single number, other curves do not."""
     options = {"steps": 2, "frames": 3, "augmentation": 0.1}
     for pipe in (by_torch, by_graphs):
         plain = last_latents(pipe, [picture()], motion=50.0, **options)
@@ -209,7 +209,7 @@ def test_curves_over_frames(by_torch: Pipeline, by_graphs: Pipeline) -> None:
 
 
 def test_the_step_is_that_of_diffusers(model: Bundle, by_graphs: Pipeline) -> None:
-    """One step's graph beside diffusers' U-Net and scheduler, the same conditions given to both."""
+    """One step's graph compared with diffusers' U-Net and scheduler, with the same conditions for both."""
     random, batch, frames = torch.Generator().manual_seed(3), 2, 5
     unet, scheduler = tiny_svd.unet(), tiny_svd.scheduler()
     scheduler.set_timesteps(25)
@@ -259,7 +259,7 @@ def test_the_step_is_that_of_diffusers(model: Bundle, by_graphs: Pipeline) -> No
 
 
 def test_tables(model: Bundle, saved: Path) -> None:
-    """What the published model's manifest says, except for its sizes."""
+    """The tables equal those of the published model, except for its sizes."""
     manifest = model.manifest
     assert manifest.family == "svd"
     assert manifest.name == saved.name
@@ -294,7 +294,7 @@ def test_every_way_that_diffusers_saves(model: Bundle, tmp_path: Path, how: dict
 
 
 def test_another_width(tmp_path: Path) -> None:
-    """Three levels, two blocks a level, other heads, another picture encoder and an autoencoder with a factor of 4."""
+    """Three levels, two blocks per level, other heads, another picture encoder, an autoencoder with a factor of 4."""
     parts = {
         "unet": tiny_svd.unet(
             block_out_channels=(32, 64, 64),
@@ -327,7 +327,7 @@ def test_another_width(tmp_path: Path) -> None:
 
 
 def single_file(path: Path, folder: Path) -> Path:
-    """The tiny model of `folder` as the authors publish it, with what they keep beside it."""
+    """The tiny model of `folder` in the authors' format, with the other tensors in their files."""
     unet, vision, codec = (
         load_file(next((folder / part).glob("*.safetensors"))) for part in ("unet", "image_encoder", "vae")
     )
@@ -369,7 +369,7 @@ def _openclip(vision: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def of_published_widths(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The hub's folder of a model whose heads are as wide as the published one's: a file does not say how wide."""
+    """A folder like the hub's with heads as wide as in the published model, because a file does not state the width."""
     parts = {
         "unet": tiny_svd.unet(num_attention_heads=(1, 1)),
         "image_encoder": tiny_svd.image_encoder(hidden_size=80, num_attention_heads=1),
@@ -379,7 +379,7 @@ def of_published_widths(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_single_file_is_the_same_model(of_published_widths: Path, tmp_path: Path) -> None:
-    """Both ways: the folder's tensors under the authors' names give the folder's model."""
+    """The folder's tensors under the authors' names give the same model as the folder itself."""
     file = single_file(tmp_path / "svd_xt.safetensors", of_published_widths)
     assert recognise(file)
     assert not stable_diffusion.recognise(file)
@@ -435,7 +435,7 @@ def test_cpp_makes_pythons_frames(built: Path, model: Bundle, by_graphs: Pipelin
     assert np.abs(np.load(output).astype(int) - video.frames).max() <= 1
 
 
-# Behind a model that draws: text to video.
+# Behind a model that draws pictures: text to video.
 
 
 @pytest.fixture(scope="module")
@@ -461,7 +461,7 @@ RAMP = [1.5, 2.0, 2.5]
 def test_a_composed_model_gives_the_frames_of_both(
     drawing: Bundle, model: Bundle, composed: Bundle, backend: str
 ) -> None:
-    """No stream of noise has the same number in both, so that the frames are those of the two models by themselves."""
+    """The two models share no stream of noise, so the frames equal those of running the two models separately."""
     first, second, both = (higen.load(bundle.path, backend=backend) for bundle in (drawing, model, composed))
     drawn = first.image("a red apple", guidance=4.0, **TEXT)
     wanted = second(image=drawn, frames=3, guidance=RAMP, **TEXT).frames
@@ -481,7 +481,7 @@ def test_cpp_runs_a_composed_model(built: Path, composed: Bundle, tmp_path: Path
 
 
 class Reply:
-    """What Triton's model answers one request with."""
+    """Collects the answers of Triton's model to one request."""
 
     def __init__(self) -> None:
         self.frames: list[NDArray[np.uint8]] = []

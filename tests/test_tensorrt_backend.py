@@ -1,6 +1,6 @@
 """The TensorRT backend on a fake TensorRT and a fake CUDA driver that enforce the real ones' rules.
 
-The fake computes with ONNX Runtime, so a whole video through the state machine must be ONNX Runtime's own.
+The fake computes with ONNX Runtime, so a whole video must equal that of ONNX Runtime.
 """
 
 from __future__ import annotations
@@ -65,13 +65,13 @@ STAGES = Bundle.open(default_model()).manifest.stage_names
 
 
 def small(manifest: Manifest) -> dict[str, int]:
-    """Sizes of a small clip that the model takes."""
+    """Sizes of a small clip that the model accepts."""
     step = manifest.sizes.multiple
     return {"frames": 3, "width": 2 * step, "height": step}
 
 
 def profile(manifest: Manifest, frames: int = 3) -> Profile:
-    """A profile for clips of `small`, of up to this many frames."""
+    """A profile for clips with the sizes of `small` and up to this many frames."""
     sizes = small(manifest)
     height, width = sizes["height"], sizes["width"]
     return Profile(
@@ -110,13 +110,13 @@ class Machine:
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in model without any engine."""
+    """The built-in model without engines."""
     return Path(shutil.copytree(default_model(), tmp_path_factory.mktemp("engines") / "model"))
 
 
 @pytest.fixture
 def model(original: Path, tmp_path: Path) -> Path:
-    """A model that a test may change: big files are links."""
+    """A model that a test may change. Big files are links."""
     folder = tmp_path / "model"
     shutil.copytree(original, folder, copy_function=lambda a, b: Path(b).symlink_to(a))
     manifest = folder / "higen.json"
@@ -158,7 +158,7 @@ def clip(pipe: Any, **options: Any) -> np.ndarray[Any, Any]:
 
 
 def inputs(bundle: Bundle, stage: str, seed: int = 0, **sizes: int) -> dict[str, np.ndarray[Any, Any]]:
-    """Random inputs of a stage."""
+    """Random inputs for a stage."""
     random, factor = np.random.default_rng(seed), bundle.manifest.sizes.factor
     multiple = bundle.manifest.sizes.multiple // factor
     known = {"B": 1, "F": 3, "N": 2, "H": multiple, "W": 2 * multiple, **sizes}
@@ -189,10 +189,10 @@ def test_every_library_gives_the_video_of_onnx_runtime(machine: Machine, expecte
         warnings.simplefilter("error")
         pipe = higen.load(machine.model)
     assert {choice.backend for choice in pipe.backend.choices.values()} == {"tensorrt"}  # type: ignore[attr-defined]
-    for _ in range(3):  # the second meets all memory that there will be, the third the second's addresses
+    for _ in range(3):  # the second call finds all memory allocated, the third has the second's addresses
         np.testing.assert_array_equal(clip(pipe), expected)
     launched = machine.driver.calls.get("cuGraphLaunch", 0)
-    # TensorRT for RTX captures by itself; for the others we do.
+    # TensorRT for RTX captures graphs itself; for the others the backend does it.
     assert launched == 0 if machine.package == "tensorrt_rtx" else launched > 0
     report = pipe.report()
     assert f"tensorrt (cuda, fp32, {machine.target}" in report
@@ -360,7 +360,7 @@ def test_compiled_kernels_are_kept_beside_the_plan(rtx: Machine) -> None:
 
 
 def test_a_folder_that_cannot_be_written_costs_nothing_else(rtx: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a read-only file system does, which refuses to remove even what is not there."""
+    """A read-only file system refuses even to remove a file that does not exist."""
 
     def refuse(*given: Any, **options: Any) -> Any:
         raise OSError(errno.EROFS, os.strerror(errno.EROFS))
@@ -368,7 +368,7 @@ def test_a_folder_that_cannot_be_written_costs_nothing_else(rtx: Machine, monkey
     rtx.build("vae_decoder")
     given = inputs(Bundle.open(rtx.model), "vae_decoder")
     cache = rtx.model / "engines" / "rtx-sm89" / ".vae_decoder-sm89.cache"
-    cache.mkdir()  # and what is in the cache's place cannot be read
+    cache.mkdir()  # the cache's path is a folder, which cannot be read as a file
     backend = rtx.backend()
     backend.run("vae_decoder", **given)
     for name in ("write_bytes", "unlink", "replace"):
@@ -468,13 +468,13 @@ def test_shapes_outside_the_profile_run_on_the_next_backend(rtx: Machine, expect
 
 
 def guided_inputs(bundle: Bundle, **changed: Any) -> dict[str, Any]:
-    """Inputs of a step whose timestep is whole and whose guidance is the same for all frames."""
+    """Inputs of a step with an integer timestep and the same guidance for all frames."""
     given = inputs(bundle, "temporal_unet")
     return {**given, "t": np.float32([7]), "guidance": np.full_like(given["guidance"], 3.0), **changed}
 
 
 def test_a_loops_other_stage_stands_in_for_one_without_an_engine(rtx: Machine, expected: np.ndarray[Any, Any]) -> None:
-    """The step with both branches of guidance on the GPU is better than the one with a single branch on the CPU."""
+    """Running both branches of guidance on the GPU is better than running a single branch on the CPU."""
     rtx.build("temporal_unet", "vae_decoder")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -567,7 +567,7 @@ def test_what_an_older_engine_cannot_be_told_names_the_commands(
 
 
 def test_an_older_engine_is_kept_and_is_not_stale(older: Machine) -> None:
-    """Its graph and its weights are those that it was built from, whatever the manifest's version is."""
+    """An engine is current if the model has the graph and weights it was built from, at any manifest version."""
     (plan,), _ = read_plans(older.model, "temporal_unet")
     assert older.build("temporal_unet") == [plan.record]
     backend = older.backend()
@@ -585,7 +585,7 @@ def cut(machine: Machine) -> None:
 
 
 def no_plan(machine: Machine) -> None:
-    """A file that its record describes and TensorRT cannot read."""
+    """A plan file that matches its record, but that TensorRT cannot read."""
     for stage in STAGES:
         (plan,), _ = read_plans(machine.model, stage)
         plan.path.write_bytes(b"garbage")
@@ -603,7 +603,7 @@ def other_gpu(machine: Machine) -> None:
 
 
 def other_weights(machine: Machine) -> None:
-    """As if the engines had been built before the model was trained on."""
+    """As if the model had been trained further after the engines were built."""
     for stage in STAGES:
         (plan,), _ = read_plans(machine.model, stage)
         record = replace(plan.record, weights_sha256="0" * 64)
@@ -619,7 +619,7 @@ def other_version(machine: Machine) -> None:
 
 
 def broken_library(machine: Machine) -> None:
-    """Installed, without a library that it links to."""
+    """The module is installed, but a library that it links to is missing."""
     folder = machine.model.parent / "broken"
     folder.mkdir()
     (folder / f"{machine.package}.py").write_text('raise ImportError("libnvinfer.so.11: cannot open")')
@@ -678,7 +678,7 @@ def test_every_breakage_falls_back_to_the_same_video(
 
 
 def test_a_plan_that_does_not_load_does_not_hide_a_good_one(rtx: Machine) -> None:
-    """The portable engine comes after the one for this GPU alone."""
+    """The engine built only for this GPU is tried first, then the portable engine."""
     rtx.build("vae_decoder")
     bundle = Bundle.open(rtx.model)
     build_engines(bundle, parse_targets("rtx"), [profile(bundle.manifest)], ["vae_decoder"])
@@ -696,7 +696,7 @@ def test_a_plan_that_does_not_load_does_not_hide_a_good_one(rtx: Machine) -> Non
 
 @pytest.mark.skipif(Path("/dev/nvidiactl").exists(), reason="this machine has a GPU")
 def test_without_a_driver_each_engine_says_so(rtx: Machine, expected: np.ndarray[Any, Any]) -> None:
-    """Nothing is faked here but the engines: this machine's own driver is asked for."""
+    """Only the engines are fakes here. The backend looks for this machine's own driver."""
     rtx.build()
     rtx.patch.undo()
     with pytest.warns(FallbackWarning, match="text_encoder runs on onnx: NoDriver: no NVIDIA driver") as caught:
@@ -714,7 +714,7 @@ def test_the_runtime_is_never_touched_without_a_driver(rtx: Machine) -> None:
         raise NoDriver("no NVIDIA driver")
 
     rtx.patch.setattr(cuda, "_driver", missing)
-    rtx.driver.current = False  # a Runtime made now ends the process
+    rtx.driver.current = False  # making a Runtime now would end the process
     with pytest.raises(NoDriver):
         rtx.backend().prepare("vae_decoder")
 
@@ -809,7 +809,7 @@ def test_what_tensorrt_says_of_an_invalid_plan(rtx: Machine, reasons: int, error
 
 
 def test_plans_of_another_bindings_surface_are_told_apart() -> None:
-    """The fake is only as good as its refusals: what a library lacks is an AttributeError."""
+    """The fake must refuse what the real library lacks: a missing name is an AttributeError."""
     old = FakeTensorrt(LIBRARIES[0])
     assert not hasattr(old.LayerType, "ATTENTION_INPUT")
     assert not hasattr(old, "EngineValidity")

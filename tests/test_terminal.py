@@ -1,4 +1,4 @@
-"""The commands where nobody reads: a full, closed or missing output is one line at most and an exit code."""
+"""Commands with a full, closed or missing output: they print at most one line and return an exit code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ RUN = "import sys; sys.argv[1:] = {!r}; from higen.{} import main; main(prog_nam
 
 
 def commands() -> list[tuple[str, list[str]]]:
-    """The help of every command, and those that can run here at once."""
+    """The help of every command, and the commands that can run here quickly."""
     found = [("cli", [name, "--help"]) for name in cli.main.list_commands(click.Context(cli.main))]
     found += [("exporter", [name, "--help"]) for name in exporter.main.commands]
     found += [("cli", ["--version"]), ("cli", ["prompts", "--json"]), ("cli", ["doctor"])]
@@ -31,7 +31,7 @@ def commands() -> list[tuple[str, list[str]]]:
 
 @pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
 def test_a_full_output_is_one_line_and_an_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """In this process, for this many commands; real processes are below."""
+    """These many commands run in this process. Real processes are tested below."""
     for module, arguments in commands():
         said: list[str] = []
         with FULL.open("w", encoding="utf-8") as full, monkeypatch.context() as patch:
@@ -90,7 +90,7 @@ def test_a_reader_that_leaves_early_is_no_error(arguments: list[str]) -> None:
 
 @pytest.mark.skipif(os.name != "posix", reason="closes descriptors in the child")
 def test_closed_outputs(tmp_path: Path) -> None:
-    """Python has no sys.stdout and sys.stderr then."""
+    """In this case Python has no sys.stdout and sys.stderr."""
     code = RUN.format(["upgrade", str(tmp_path)], "cli", "higen")
     shell = ["sh", "-c", 'exec "$0" -c "$1" >&- 2>&-', sys.executable, code]
     assert subprocess.run(shell, check=False, timeout=100).returncode == 2

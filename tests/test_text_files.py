@@ -1,4 +1,4 @@
-"""Text files as editors and spreadsheets write them: read as meant, or refused with the line and what to do."""
+"""Text files as editors and spreadsheets write them: read as meant, or refused with the line number and advice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token ids against the reference's, against an independent byte-pair encoder, and the rules for what does not fit."""
+"""Token ids compared with the reference's and with an independent byte-pair encoder; rules for long texts."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_ids_are_the_references(clip: PromptTokenizer, case: dict[str, object]) 
 
 
 class PlainBPE:
-    """CLIP's encoder written out again in plain Python: merge the pair of the lowest rank until none is left."""
+    """CLIP's encoder again in plain Python: merge the pair of the lowest rank until none is left."""
 
     def __init__(self) -> None:
         packed = files("higen").joinpath("assets", "clip", "merges.txt.gz").read_bytes()
@@ -75,7 +75,7 @@ class PlainBPE:
 
     @staticmethod
     def pieces(text: str) -> list[str]:
-        """Contractions, runs of letters, single digits, runs of other marks; by character class, not by a pattern."""
+        """Split into contractions, runs of letters, single digits and runs of other marks, by character class."""
         found, i = [], 0
         kinds = [
             " " if c.isspace() else {"L": "L", "N": "N"}.get(unicodedata.category(c)[0], "?" if c != "\u0345" else " ")
@@ -150,7 +150,7 @@ def test_a_cut_prompt_keeps_the_end_and_names_the_lost_words(clip: PromptTokeniz
     assert ids[-2] == clip.encode(["whale"])[0, 1]
     with pytest.warns(PromptWarning, match=r"'w89', 'w90', 'w91' and 108 more") as caught:
         clip.encode([kept + " ".join(f"w{n}" for n in range(80, 200))])
-    assert "'w80'" in str(caught[0].message)  # its first token fits, its second does not
+    assert "'w80'" in str(caught[0].message)  # the word's first token fits, its second does not
 
 
 def test_a_prompt_that_just_fits_is_not_warned_about(clip: PromptTokenizer) -> None:

@@ -30,7 +30,7 @@ SIZES = {**TABLES.fixed, "B": 2, "N": 3, "F": 3, "H": 4, "W": 6, "Y": 8, "X": 12
 
 
 def inputs(stage: str, dtype: str = "float32") -> dict[str, Any]:
-    """Random inputs of a stage."""
+    """Random inputs for a stage."""
     random = np.random.default_rng(0)
     tensors: dict[str, Any] = {}
     for tensor in STAGES[stage].inputs:
@@ -54,7 +54,7 @@ def copy(tiny_model: Path, tmp_path: Path) -> Path:
 
 
 def alter(model: Path, name: str, change: Callable[[Path], object], record: bool = False) -> Bundle:
-    """Change a file of a model; with `record` its new hash is in the manifest."""
+    """Change a file of a model; `record` also writes its new hash into the manifest."""
     change(model / name)
     if record:
         rewrite(model, lambda opened: replace(opened, files={**opened.files, name: file_record(model / name)}))
@@ -151,7 +151,7 @@ def test_wrong_inputs_are_refused(backend: TorchBackend, stage: str) -> None:
 
 
 def test_guidance_and_update_are_the_stages_arithmetic(backend: TorchBackend) -> None:
-    """v = v_e + g (v_c - v_e); x0 = alpha x - sigma v; x' = A x + B v + C previous: linear in g, A, B and C."""
+    """v = v_e + g (v_c - v_e); x0 = alpha x - sigma v; x' = A x + B v + C previous: this is linear in g, A, B and C."""
     given = inputs("spatial_unet")
     zeros = {name: np.zeros(2, np.float32) for name in ("A", "B", "C")}
     ones = np.ones(2, np.float32)
@@ -189,7 +189,7 @@ def test_one_frame_of_the_spatial_network_ignores_the_temporal_weights(tiny_mode
     [("bf16", "bfloat16", 0.1), ("fp16", "float16", 0.02), ("int8.fp16", "float16", 0.02)],
 )
 def test_less_precision(backend: TorchBackend, tiny_model: Path, precision: str, dtype: str, tolerance: float) -> None:
-    """PyTorch computes in 16 bits or more: the base of a quantised precision is used."""
+    """PyTorch computes in 16 bits or more, so a quantised precision uses its base precision."""
     less = TorchBackend(Bundle.open(tiny_model), Options(device="cpu", precision=precision))
     given = inputs("temporal_unet")
     made, exact = less.run("temporal_unet", **given)["latents"], backend.run("temporal_unet", **given)["latents"]
@@ -294,7 +294,7 @@ def test_a_family_that_is_not_installed(tiny_model: Path) -> None:
 
 
 class Whole(torch.nn.Module):
-    """Records how many samples each call had."""
+    """Records the number of samples of each call."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -88,13 +88,13 @@ def test_the_recipe_takes_no_time_for_a_codec_that_it_starts_from(
     monkeypatch.setattr("higen.train.emoji.run.run", run)
     options = ["--work", "w", "--output", "o", "--codec-minutes", "0", "--start", str(tiny_model)]
     result = CliRunner().invoke(main, ["train", "default", *options])
-    assert result.stdout == f"{tiny_model}\n", result.output  # where the model went
+    assert result.stdout == f"{tiny_model}\n", result.output  # the path of the model
     assert given == [Path("w"), Path("o"), None, 0.0, tiny_model, False]
 
 
 @pytest.fixture(scope="module")
 def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Still for 4 frames, then moving for 4, at the tiny model's 8 frames a second."""
+    """A video that is still for 4 frames and then moves for 4, at the tiny model's 8 frames per second."""
     moving = moving_square(20, 4, 16, 24)
     frames = np.concatenate([np.repeat(moving[:1], 4, axis=0), moving])
     return Video(frames, 8).save(tmp_path_factory.mktemp("cues") / "video.gif")
@@ -140,7 +140,7 @@ def test_cues_prints_plots_and_refuses(tmp_path: Path, tiny_model: Path, video: 
     assert result.stderr.count("\n") == 1
     with Image.open(tmp_path / "plot.png") as plot:
         assert plot.size == (640, 360)
-        assert ((np.asarray(plot)[..., 2] > 150) & (np.asarray(plot)[..., 0] < 60)).sum() > 200  # the lines
+        assert ((np.asarray(plot)[..., 2] > 150) & (np.asarray(plot)[..., 0] < 60)).sum() > 200  # the plotted lines
     numbers = json.loads(CliRunner().invoke(main, [*options, "--json"]).stdout)
     assert len(numbers["motion"]) + 1 == len(numbers["appearance"]) == 8
     assert CliRunner().invoke(main, [*options, "--plot", str(tmp_path / "plot.xyz")]).exit_code == 2

@@ -1,4 +1,4 @@
-"""An autoencoder trained as a TOML file says, beside a second reading of its loss, and what can be made of it."""
+"""Training an autoencoder from a TOML file: its loss, compared with a second computation, and the use of its result."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def clips(training_clips: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, model: Path, clips: Path) -> Settings:
-    """A finished run that began with the model's own codec."""
+    """A finished run that started from the model's own codec."""
     settings = make_settings(
         tmp_path_factory.mktemp("codec"), model, clips, data__held_out=clips, run__held_out_every=3, **CODEC
     )
@@ -89,7 +89,7 @@ def test_a_trained_codec_is_better_and_its_latents_have_unit_deviation(
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert made.manifest.name == "run"
     assert "fine-tuned from tiny" in made.manifest.licence
-    # The frames of the clips, cut as training cuts them, as a second reading of the scale's definition.
+    # A second computation of the scale by its definition, from the clips' frames cropped as in training.
     trainer = CodecTrainer(trained)
     try:
         pixels = torch.cat([to_pixels(clip) for clip in trainer.reader.pixels(1, 0, range(8))])
@@ -116,7 +116,7 @@ def test_a_decoder_alone_leaves_the_latents_as_they_are(tmp_path: Path, model: P
 
 
 def test_a_new_codec_and_a_denoiser_on_top_of_it(tmp_path: Path, model: Path, clips: Path) -> None:
-    """Two runs: the second takes the first one's model directory for its companions."""
+    """Two runs. The second takes its companions from the first run's model directory."""
     architecture = tmp_path / "architecture.json"
     config = spec.write_config(replace(MODEL, name="new", licence="mine"))
     autoencoder = {"kind": "AutoencoderDC", "arguments": DC, "factor": 2, "shift": [0.0], "scale": [1.0]}
@@ -134,7 +134,7 @@ def test_a_new_codec_and_a_denoiser_on_top_of_it(tmp_path: Path, model: Path, cl
 
 
 class Posterior(nn.Module):
-    """An autoencoder in closed form: the mean is a third of the picture's first channel, the deviation 0.5."""
+    """An autoencoder in closed form: the mean is a third of the picture's first channel, and the deviation is 0.5."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -164,7 +164,7 @@ def test_the_loss_by_hand() -> None:
     assert float(objective(batch).detach()) == pytest.approx(wanted, rel=1e-5)
 
 
-# Run in a process of its own, which kills itself right after the fifth step of its optimiser.
+# Run in a separate process, which kills itself right after the fifth step of its optimiser.
 KILLED = """
 import os, signal, sys, torch
 from higen.cli import main

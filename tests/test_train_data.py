@@ -133,7 +133,7 @@ def test_a_list_of_a_spreadsheet_loses_nothing(tmp_path: Path) -> None:
 
 
 def test_hidden_files_are_no_items_and_case_does_not_matter(tmp_path: Path) -> None:
-    folder = tmp_path / ".clips"  # hidden itself
+    folder = tmp_path / ".clips"  # the folder itself is hidden
     files = ("a.mp4", "B.MP4", "c.webm", "._a.mp4", ".trash/d.mp4", "deep/e.mp4", "deep/.f.mp4", "odd.m2v", "alone.txt")
     for name in files:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -235,13 +235,13 @@ def test_frames_are_those_shown_at_the_wanted_rate() -> None:
     assert choose_frames(source, 8.0, 4, 0.0).tolist() == [0, 3, 6, 9]
     assert choose_frames(source, 8.0, 4, 1.0).tolist() == [18, 21, 24, 27]
     assert choose_frames(source, 24.0, 30, 0.5).tolist() == list(range(30))
-    assert choose_frames(source + 5.0, 10.0, 5, 0.0).tolist() == [0, 2, 4, 6, 8]  # whole strides: 12 a second
-    assert choose_frames(source + 5.0, 7.0, 5, 0.0).tolist() == [0, 3, 7, 10, 14]  # 3.4 6.9 10.3 13.7
+    assert choose_frames(source + 5.0, 10.0, 5, 0.0).tolist() == [0, 2, 4, 6, 8]  # whole strides, so 12 frames a second
+    assert choose_frames(source + 5.0, 7.0, 5, 0.0).tolist() == [0, 3, 7, 10, 14]  # rounded from 3.4 6.9 10.3 13.7
     with pytest.raises(Unusable, match="shorter than 11 frames at 8 frames a second"):
         choose_frames(source, 8.0, 11, 0.0)
     with pytest.raises(Unusable, match="slower than 30 frames a second"):
         choose_frames(source, 30.0, 4, 0.0)
-    assert choose_frames(np.array([0.0, 0.5, 0.6]), 10.0, 7, 0.0).tolist() == [0, 0, 0, 0, 0, 1, 2]  # one that stays
+    assert choose_frames(np.array([0.0, 0.5, 0.6]), 10.0, 7, 0.0).tolist() == [0, 0, 0, 0, 0, 1, 2]  # one frame is held
     assert choose_frames(np.array([3.0]), 8.0, 1, 0.5).tolist() == [0]
 
 
@@ -262,13 +262,13 @@ def test_a_clip_is_cut_out_of_a_video(tmp_path: Path, suffix: str) -> None:
     near = pytest.approx
     assert means(10, 12, 0.5) == near(shades.astype(float).tolist(), abs=4)
     assert means(5, 4, 0.0) == near([0, 40, 80, 120], abs=4)
-    assert means(5, 4, 1.0) == near([80, 120, 160, 200], abs=4)  # seeks
+    assert means(5, 4, 1.0) == near([80, 120, 160, 200], abs=4)  # reading seeks
     assert means(5, 4, 1.0, [2]) == near([160], abs=4)
 
 
 @pytest.mark.parametrize("form", ["avi", "mp4", "m4v"])
 def test_every_start_is_found_where_frames_are_reordered(tmp_path: Path, form: str) -> None:
-    """AVI and MPEG-4 part 2 in MP4 are indexed by decoding time, a bare stream not at all."""
+    """AVI and MPEG-4 part 2 in MP4 are indexed by decoding time. A bare stream has no index."""
     path = write_counted(tmp_path / f"counted.{form}")
     for first in range(93):
         clip = read_video(path, 56, 16, 8, 4, Placement((first + 0.5) / 93))
@@ -277,7 +277,7 @@ def test_every_start_is_found_where_frames_are_reordered(tmp_path: Path, form: s
 
 @pytest.mark.parametrize("form", ["mp4", "mov"])
 def test_what_was_trimmed_off_is_not_part_of_a_video(tmp_path: Path, form: str) -> None:
-    """An edit list starts at frame 19: those from the key frame before it are in the file, and hidden."""
+    """An edit list starts at frame 19. The frames from the previous key frame on are in the file but hidden."""
     path = write_counted(tmp_path / f"trimmed.{form}", frames=64, cut=19)
     with av.open(str(path)) as container:
         assert sum(packet.is_discard for packet in container.demux(video=0)) > 1
@@ -408,7 +408,7 @@ def test_samples_depend_on_the_step_alone(tmp_path: Path, encoder: EncoderStage)
 
 
 def write_damaged(path: Path, frames: int, intact: int) -> None:
-    """A video whose frames stand alone, nothing but the first `intact` of which can be decoded."""
+    """A video with independently coded frames. Only the first `intact` frames can be decoded."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("mjpeg", rate=8)
         stream.width, stream.height, stream.pix_fmt = 28, 20, "yuvj420p"
@@ -422,7 +422,7 @@ def write_damaged(path: Path, frames: int, intact: int) -> None:
 
 
 def test_what_was_read_before_changes_no_sample(tmp_path: Path, encoder: EncoderStage) -> None:
-    """A video that is damaged at its end: some of its clips and more of its key frames serve, whatever came before."""
+    """A video damaged at its end. Some of its clips and more of its key frames are usable, whatever was read before."""
     folder = write_clips(tmp_path / "clips")
     write_damaged(folder / "clip9.avi", frames=14, intact=8)
     (folder / "clip9.txt").write_text("damaged")
@@ -436,7 +436,7 @@ def test_what_was_read_before_changes_no_sample(tmp_path: Path, encoder: Encoder
             assert ours.caption == theirs.caption
             assert torch.equal(ours.encoded.mean, theirs.encoded.mean)
             used[kind] += ours.caption == "damaged"
-    # Each of the 4 items is due 4 times in 16 samples; 5 of the 11 starts make a whole clip, 6 a key frame.
+    # Each of the 4 items is due 4 times in 16 samples. Of the 11 starts, 5 give a whole clip and 6 give a key frame.
     assert list(going.listing.skipped) == ["clip9.avi"]
     assert 0 < used[VIDEO] < 4
     assert used[IMAGE] > 0
@@ -463,7 +463,7 @@ def test_a_file_that_cannot_serve_is_tried_once(
         for step in range(10):
             many.samples(VIDEO, step, range(2))
         assert tried["broken.mp4"] == 1
-        # With a start of its own for each sample, every start is tried.
+        # With a random start for each sample, the file is tried again for each start.
         assert (tried["damaged.avi"] > 1) == random_start
         assert tried["clip0.webm"] > 2
 
@@ -499,7 +499,7 @@ def test_openclip_features_come_from_a_transformers_folder(tmp_path: Path) -> No
     tower = write_tower(tmp_path / "tower")
     ours = OpenClip(str(tmp_path / "tower"), torch.device("cpu"))
     pixels = torch.rand(3, 3, 16, 40) * 2 - 1
-    # The central square of 16, every second pixel of it: nearest-neighbour resizing to 8.
+    # Every second pixel of the central 16x16 square, which is nearest-neighbour resizing to 8.
     square = (pixels[:, :, ::2, 12:28:2] + 1) / 2
     mean, std = (torch.tensor(v)[:, None, None] for v in (OpenClip.MEAN, OpenClip.STD))
     with torch.no_grad():

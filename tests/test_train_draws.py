@@ -1,4 +1,4 @@
-"""What a sample is drawn to be: noise levels, windows of clips, cues that are given, clips that teach the gain."""
+"""Random choices for a training sample: noise levels, windows of clips, given cues, clips that teach the gain."""
 
 from __future__ import annotations
 
@@ -49,13 +49,13 @@ def batches(cues: CueSettings | None = None, key_frame: float = 0.5, **objective
 
 
 def clip(frames: int = 8) -> Sample:
-    """A clip whose frames are told apart."""
+    """A clip with frames that all differ."""
     latents = torch.randn(4, frames, 4, 6, generator=torch.Generator().manual_seed(1))
     return Sample("a blue whale", Encoded(latents))
 
 
 def test_the_prior_may_be_mixed_into_a_clips_noise() -> None:
-    """MicroCinema's appearance noise prior; what is predicted follows, for target and state take the noise alone."""
+    """MicroCinema's appearance noise prior. Target and state use only the mixed noise, so the prediction follows."""
     plain, mixed = (batches(noise_mix=mix).batch([clip()], VIDEO, 0, range(1)) for mix in (None, 0.4))
     torch.testing.assert_close(mixed.noise, plain.noise + 0.4 * mixed.prior[:, :, None])
     torch.testing.assert_close(mixed.x0, plain.x0)
@@ -96,7 +96,7 @@ def test_a_part_of_the_samples_has_one_of_the_highest_noise_levels(part: float, 
 
 
 def test_clips_may_have_high_noise_levels_more_often() -> None:
-    """The root of a uniform number is below x with the probability x squared."""
+    """The square root of a uniform number is below x with probability x squared."""
     settings = ObjectiveSettings(clip_levels="high")
     of_clips, of_pictures = (draw_timesteps(10_000, clips, settings, 1000, random()) for clips in (True, False))
     for x in (0.25, 0.5, 0.9):
@@ -203,7 +203,7 @@ RECIPE = {
     "run__losses_in_turn": True,
     "optimiser__train_text": True,
 }
-"""All of what the built-in model was trained with, on a data set of files."""
+"""All training options of the built-in model, for a data set of files."""
 
 
 def recorded(settings: Settings) -> list[dict[str, float]]:
@@ -220,12 +220,12 @@ def test_what_the_recipe_has_is_for_files_too_and_goes_on_exactly(tmp_path: Path
         values = made.loop.advance()
         made.record.log(made.loop.step, {name: float(v) for name, v in values.items()})  # type: ignore[union-attr]
     sizes = {tuple(made.source.batch(VIDEO, step).x0.shape[::2][:2]) for step in range(6)}  # type: ignore[union-attr]
-    assert sizes == {(4, 2), (2, 4)}  # as many frames in short windows as in whole clips
+    assert sizes == {(4, 2), (2, 4)}  # short windows have as many frames in total as whole clips
     made.loop.save()
     made.close()
     train(stopped)
     assert recorded(stopped) == recorded(whole)
-    # One backward of all losses gives the same except for rounding.
+    # One backward pass of all losses gives the same except for rounding.
     together = make_settings(tmp_path / "together", model, clips, **{**RECIPE, "run__losses_in_turn": False})
     train(together)
     for ours, theirs in zip(recorded(together), recorded(whole), strict=True):

@@ -1,4 +1,4 @@
-"""Known frames as a condition: what the network is told, what the loss is of, and what a run draws."""
+"""Known frames as a condition: the network's inputs, the frames in the loss, and the random choices of a run."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 @pytest.fixture(scope="module")
 def pair() -> tuple[UNet, UNet]:
-    """A network that takes known frames, and the same one without; no layer of either ends in zeros."""
+    """A network that takes known frames, and the same network without them. Neither has a zero-initialised layer."""
     torch.manual_seed(0)
     whole, plain = UNet(CONFIG).eval(), UNet(replace(CONFIG, known_frames=False)).eval()
     with torch.no_grad():
@@ -78,7 +78,7 @@ SOME = mask("10001", "11000")
 
 
 def test_a_clip_of_which_nothing_is_given_is_drawn_as_before(pair: tuple[UNet, UNet], given: dict[str, Tensor]) -> None:
-    """Also in a batch with one of which something is given."""
+    """Also in a batch with a clip that has given frames."""
     whole, plain = pair
     rest = given["t"], given["context"], given["frame_embedding"], given["prior"]
     with torch.no_grad():
@@ -136,7 +136,7 @@ def test_the_noise_of_a_given_frame_changes_nothing(pair: tuple[UNet, UNet], giv
 def test_the_loss_is_that_of_the_frames_to_draw(
     pair: tuple[UNet, UNet], given: dict[str, Tensor], loss: Callable[..., Tensor]
 ) -> None:
-    """What was noise in a known frame does not matter, and with nothing known it is the plain loss."""
+    """The noise of a known frame does not matter. With nothing known, the loss is the plain loss."""
     whole, plain = pair
     other = given["noise"].clone()
     other[0, :, 0] += 1
@@ -195,7 +195,7 @@ def test_only_a_model_that_goes_on_gets_inputs_for_known_frames() -> None:
 
 
 def test_the_recipe_gives_frames_of_clips_at_any_phase_and_trains_on_them(tmp_path: Path) -> None:
-    """Latents that are the loop frame's number: the clips tell where in the loop they are."""
+    """Each latent is the number of its frame in the loop, so a clip shows its position in the loop."""
     numbers = torch.arange(72.0)[None, :, None, None, None].expand(10, 72, 32, 8, 8) / 72
     save_file({f"latents/{SUBJECTS[0].name}": numbers.half().contiguous()}, tmp_path / "l")
     objective = ObjectiveSettings(
@@ -217,7 +217,7 @@ def test_the_recipe_gives_frames_of_clips_at_any_phase_and_trains_on_them(tmp_pa
             assert mask_row.tolist() in ([0, 0, 0, 0], [1, 0, 0, 1])
             starts[bool(mask_row.any())].add(round(float(x0[0, 0, 0, 0]) * 72))
             keys.add(round(float(prior[0, 0, 0]) * 72))
-    assert keys == {SUBJECTS[0].key_frame}  # the prior is the canonical pose, whatever the phase
+    assert keys == {SUBJECTS[0].key_frame}  # the prior is the canonical pose at any phase
     assert len(starts[True]) > 1.3 * len(starts[False])
     loop = make_loop(networks_of(config, 0), clips, Checkpoints(tmp_path / "c", 1))
     assert all(torch.isfinite(value) for value in loop.advance().values())

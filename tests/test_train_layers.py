@@ -1,4 +1,4 @@
-"""Training a part of the layers, low-rank adapters, and their way into another model directory."""
+"""Training a part of the layers, low-rank adapters, and adding adapters to another model directory."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ TEMPORAL = {"optimiser__layers": "temporal", "data__images": 0}
 
 @pytest.fixture(scope="module")
 def adapted(tmp_path_factory: pytest.TempPathFactory, model: Path, clips: Path) -> Settings:
-    """A finished run of adapters of the temporal layers."""
+    """A finished run that trained adapters of the temporal layers."""
     folder = tmp_path_factory.mktemp("lora")
     settings = make_settings(folder, model, clips, run__steps=3, lora__rank=2, lora__alpha=3.0, **TEMPORAL)
     train(settings)
@@ -75,9 +75,9 @@ def test_only_the_chosen_layers_change(tmp_path: Path, model: Path, clips: Path,
     assert (
         export(settings, tmp_path / "again").files[spec.UNET] == Bundle.open(output(settings, "model")).files[spec.UNET]
     )
-    if layers == "temporal":  # key frames are those of the model that it started from
+    if layers == "temporal":  # key frames equal those of the starting model
         first = [_key_frame(folder) for folder in (model, output(settings, "model"))]
-        np.testing.assert_allclose(*first, atol=2e-5)  # how the weights lie in memory decides the rounding
+        np.testing.assert_allclose(*first, atol=2e-5)  # rounding depends on the weights' memory layout
 
 
 def _key_frame(model: Path) -> Any:
@@ -128,7 +128,7 @@ def test_settings_that_do_not_go_together(
 
 
 def test_an_adapter_has_pefts_names_and_is_what_peft_computes(adapted: Settings, model: Path) -> None:
-    """PEFT itself puts the file into the network; its weights are those of the model that the run wrote."""
+    """PEFT itself loads the file into the network. The weights then equal those of the model that the run wrote."""
     path = output(adapted, "lora.safetensors")
     factors = load_file(path)
     with safe_open(path, framework="pt") as file:
@@ -160,7 +160,7 @@ def test_converting_adds_adapters_to_another_model_directory(adapted: Settings, 
         torch.testing.assert_close(tensor, trained[name], rtol=1e-6, atol=1e-7)
     others = {name for name in one.files if name != spec.UNET}
     assert all(one.files[name] == Bundle.open(model).files[name] for name in others)
-    # Nothing at scale 0, and two add up.
+    # Scale 0 changes nothing, and two adapters add up.
     none = convert_sources([model], tmp_path / "none", loras=[Lora(path, 0.0)])
     assert {p.name: p.read_bytes() for p in none.path.iterdir()} == {p.name: p.read_bytes() for p in model.iterdir()}
     two = unet_of(convert_sources([model], tmp_path / "two", loras=[Lora(path, 0.5), Lora(path, 1.0)]).path)
@@ -260,7 +260,7 @@ def test_a_held_out_set_that_cannot_be_used_is_one_error(tmp_path: Path, model: 
 
 
 def test_each_clip_has_adapters_of_its_own_strength(tmp_path: Path, model: Path, clips: Path) -> None:
-    """The gradients of a step over clips at 2 and -1, beside those of models with so much of the adapters added."""
+    """Gradients of clips at scales 2 and -1, compared with models that have the adapters added at these scales."""
     rows = [{"path": str(clips / f"clip{i}.webm"), "caption": "a red heart"} for i in range(3)]
     rows = [{**row, "scale": scale} for row, scale in zip(rows, (2, -1, "0.5"), strict=True)]
     (tmp_path / "clips.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -305,7 +305,7 @@ def test_each_clip_has_adapters_of_its_own_strength(tmp_path: Path, model: Path,
 def test_a_scale_that_is_none_is_named(tmp_path: Path, rows: dict[str, Any], said: str) -> None:
     file = tmp_path / "clips.jsonl"
     file.write_text(json.dumps({"path": "a.mp4", "caption": "a", **rows}) + "\n")
-    assert list_items(file).items[0].scale == 1  # another one's column, where no adapter is trained
+    assert list_items(file).items[0].scale == 1  # a foreign column if no adapter is trained
     with pytest.raises(SettingsError, match=said):
         list_items(file, scales=True)
     with pytest.raises(SettingsError, match=r"lora\.scales=true: data\.path=.* is a folder"):

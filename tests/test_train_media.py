@@ -1,4 +1,4 @@
-"""Videos as training reads them: stamps that lie, rates that do not divide, cuts, animations among the pictures."""
+"""Videos as training reads them: wrong time stamps, rates that do not divide, cuts, animations among the pictures."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ CENTRE = Placement()
 
 
 def write_jumbled(path: Path, frames: int = 96) -> Path:
-    """`write_counted`, but each frame is stamped with when it is decoded, as some programs do."""
+    """Like `write_counted`, but each frame's time stamp is its decoding time, as some programs write it."""
     counted = write_counted(path.with_name("counted.mkv"), frames)
     with av.open(str(counted)) as source, av.open(str(path), "w") as output:
         stream = output.add_stream_from_template(source.streams.video[0])
@@ -90,7 +90,7 @@ def test_whole_strides_are_taken_below_a_ratio_of_three(
     times = 3 + np.arange(90) / source
     assert effective_rate(times, wanted) == pytest.approx(rate, rel=1e-4)
     assert set(np.diff(choose_frames(times, wanted, 16, 0.5)).tolist()) == strides
-    rounded = np.round(times, 3)  # the clock of Matroska
+    rounded = np.round(times, 3)  # Matroska's time resolution
     assert set(np.diff(choose_frames(rounded, wanted, 16, 0.5)).tolist()) == strides
 
 
@@ -100,7 +100,7 @@ def test_strides_never_beat(source: float, start: float) -> None:
 
 
 def test_a_shorter_stride_is_taken_by_a_video_too_short_for_the_nearest_one() -> None:
-    """24 frames at 12 a second are 16 frames at 8, and 12 at 6."""
+    """24 frames at 12 a second last as long as 16 frames at 8 or 12 frames at 6."""
     times = np.arange(24) / 12
     assert choose_frames(times, 8, 12, 0.0).tolist() == list(range(0, 24, 2))
     assert choose_frames(times, 8, 16, 0.0).tolist() == list(range(16))
@@ -110,7 +110,7 @@ def test_a_shorter_stride_is_taken_by_a_video_too_short_for_the_nearest_one() ->
 
 
 def test_even_motion_stays_even_and_the_rate_is_said(tmp_path: Path) -> None:
-    """A bar that moves by 2 pixels a frame at 10 frames a second, wanted at 8: it beat between 2 and 4 pixels."""
+    """A bar moves 2 pixels per frame at 10 frames per second. At exactly 8 it would move unevenly by 2 or 4 pixels."""
     frames = np.zeros((40, 16, 96, 3), np.uint8)
     for index in range(40):
         frames[index, :, 2 * index : 2 * index + 8] = 255
@@ -162,11 +162,11 @@ def test_a_cut_is_found_and_a_flash_or_motion_is_none() -> None:
     plain[6:] = 255
     assert find_cuts(plain) == [6]
     assert find_cuts(np.concatenate([one[:5], other[:6], scene(2, 5)])) == [5, 11]
-    assert find_cuts(plain[4:9]) == []  # too few to tell
+    assert find_cuts(plain[4:9]) == []  # too few frames to decide
 
 
 def test_a_clip_is_moved_past_a_cut(tmp_path: Path) -> None:
-    """Shots of 14, 30 and 6 frames at 8 a second: a clip of 16 fits into the second alone."""
+    """Shots of 14, 30 and 6 frames at 8 frames per second. A clip of 16 frames fits only into the second shot."""
     shots = [scene(seed, frames) for seed, frames in ((0, 14), (1, 30), (2, 6))]
     path = Video(np.concatenate(shots), 8).save(tmp_path / "a.webp")
     for start, first in ((0.0, 14), (0.3, 14), (0.5, 17), (1.0, 28)):
@@ -179,7 +179,7 @@ def test_a_clip_is_moved_past_a_cut(tmp_path: Path) -> None:
         read_video(path, 64, 48, 8, 32, CENTRE)
     assert len(read_video(path, 64, 48, 8, 32, CENTRE, [16])) == 1  # one picture has no cut
     edge = Video(np.concatenate([shots[0], shots[1][:2]]), 8).save(tmp_path / "b.webp")
-    assert len(read_video(edge, 64, 48, 8, 16, CENTRE)) == 16  # nowhere to go, and two frames: borne
+    assert len(read_video(edge, 64, 48, 8, 16, CENTRE)) == 16  # only 2 frames after the cut: accepted
 
 
 # Listings and pictures.

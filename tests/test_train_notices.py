@@ -1,4 +1,4 @@
-"""What training says before it starts, and whose model the trained one is."""
+"""What training prints before it starts, and the name and licence of the trained model."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ TOKENIZER = PromptTokenizer(build_word_tokenizer(" ".join(CAPTIONS).split()), MO
 
 
 class Halving(nn.Module):
-    """An autoencoder that loses every other pixel of a row, as AutoencoderDC gives its latents; or nothing."""
+    """An autoencoder that loses every other pixel of a row (or nothing), with latents like those of AutoencoderDC."""
 
     def __init__(self, loses: bool = True) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ def stripes(folder: Path, step: int) -> list[Item]:
 
 
 def test_what_the_autoencoder_loses_is_measured_on_the_data_set(tmp_path: Path) -> None:
-    """Half the pixels are off by the step: the PSNR is 20 log10(255 / step) + 10 log10(2)."""
+    """Half the pixels are off by the step, so the PSNR is 20 log10(255 / step) + 10 log10(2)."""
     encoder = EncoderStage(Halving(), (0.5,), (3.0,))
     for step in (10, 40):
         items = stripes(tmp_path / str(step), step)
@@ -113,11 +113,11 @@ def test_they_are_said_before_the_first_step_and_once(tmp_path: Path) -> None:
     assert [line.split()[0] for line in said] == ["going"]
 
 
-# A fine-tuned model is another model.
+# A fine-tuned model is a different model.
 
 
 def tuned(folder: Path, model: Path, clips: Path, **changes: Any) -> spec.ModelConfig:
-    """What a run's model would be called, without a step."""
+    """The configuration that a run's model would get, without a training step."""
     settings = make_settings(folder, model, clips, **changes)
     own = build(settings, (item.caption for item in list_items(clips).items)).own
     assert own is not None
@@ -155,7 +155,7 @@ def test_evaluate_does_not_take_it_for_the_recipes(tmp_path: Path, tiny_model: P
 def test_prompts_are_a_few_short_captions_of_all_the_data() -> None:
     tokenizer = PromptTokenizer(build_word_tokenizer(["caption", *map(str, range(1, 100))]), MODEL.text.rules)
     captions = [f"caption {i}" for i in range(100)] + ["x" * 500, "two\nlines", "", "caption 0"]
-    assert _some(captions, tokenizer) == tuple(f"caption {i}" for i in range(13, 100, 13))  # it does not know 0
+    assert _some(captions, tokenizer) == tuple(f"caption {i}" for i in range(13, 100, 13))  # 0 is an unknown word
     assert _some([], tokenizer) == ()
 
 

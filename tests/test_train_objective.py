@@ -1,4 +1,4 @@
-"""The training code against the reference's training step: `tests/reference` has the whole reference's two cases."""
+"""The training code against the reference's training step. `tests/reference` has both cases of the whole reference."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ RECORD = read_json(FIXTURES / "fixtures.json")
 
 
 class Told(nn.Module):
-    """A text encoder that has the reference's text features, whatever the tokens."""
+    """A text encoder that returns the reference's text features for any tokens."""
 
     def __init__(self, hidden: Tensor) -> None:
         super().__init__()
@@ -45,7 +45,7 @@ class Told(nn.Module):
 
 def objective_of(model: str, hidden: Tensor) -> tuple[Objective, ModelConfig]:
     made = RECORD["models"][model]
-    unet = replace(recorded_config(made["kwargs"], model), dropout=0.0)  # the reference's numbers are without
+    unet = replace(recorded_config(made["kwargs"], model), dropout=0.0)  # the reference's numbers are without dropout
     config = replace(TINY, unet=unet)
     denoiser = assemble(unet, recipe_state(unet, recipe_salt(made["weight_recipe"], model)))
     tokenizer = PromptTokenizer(build_word_tokenizer(WORDS), config.text.rules)
@@ -57,7 +57,7 @@ def objective_of(model: str, hidden: Tensor) -> tuple[Objective, ModelConfig]:
 
 
 def batch_of(config: ModelConfig, tensors: dict[str, Tensor], kind: int) -> Batch:
-    """The case's clean clips as training makes a batch of them, with the case's noise and timesteps."""
+    """A batch that the training code makes from the case's clean clips, with the case's noise and timesteps."""
     tokenizer = PromptTokenizer(build_word_tokenizer(WORDS), config.text.rules)
     batches = Batches(config, tokenizer, CueSettings(), ObjectiveSettings(), seed=0)
     encoded = (
@@ -70,13 +70,13 @@ def batch_of(config: ModelConfig, tensors: dict[str, Tensor], kind: int) -> Batc
 
 
 def near(ours: Tensor, stored: Tensor, part: float = 2e-5) -> None:
-    """Within `part` of the largest value."""
+    """Check that the difference is at most `part` of the largest value."""
     torch.testing.assert_close(ours.double(), stored.double(), rtol=0, atol=part * float(stored.abs().max()))
 
 
 @pytest.mark.parametrize("case", sorted(RECORD["train"]))
 def test_a_training_step_is_the_references(case: str) -> None:
-    """Cues and prior of the clean clip, noisy latents and target, the loss of each sample, and every gradient."""
+    """Compares cues and prior of the clean clip, noisy latents and target, the loss per sample, and every gradient."""
     model, _, name = case.partition("/")
     record, tensors = RECORD["train"][case], CaseTensors(FIXTURES / f"{model}.train.safetensors").read(name)
     frames = record["f"]
@@ -101,16 +101,16 @@ def test_a_training_step_is_the_references(case: str) -> None:
     loss, *parts = objective(*((batch, None) if frames == 1 else (None, batch)))
     near(parts[frames > 1], tensors["loss"].mean())
     loss.backward()
-    found = {}  # by the reference's names; zeros for what took no part, as the reference has it
+    found = {}  # by the reference's names, with zeros for unused parameters as in the reference
     for ours, reference in reference_names(config.unet).items():
         parameter = objective.denoiser.get_parameter(ours)
         found[reference] = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-    # Sums that nearly cancel: so far is the reference in float32 from itself in float64 (see higen.parity.diffusion).
+    # Some sums nearly cancel. This is the reference's own float32 error against float64 (see higen.parity.diffusion).
     worst = record["worst_grad_rel_err_fp32_vs_fp64"]
     stored = {key.removeprefix("grad/"): tensor for key, tensor in tensors.items() if key.startswith("grad/")}
     assert len(stored) == 6
     for key, tensor in stored.items():
-        near(found[key].reshape(tensor.shape), tensor, min(worst / 10, 1e-3))  # ours drop kernel axes of length 1
+        near(found[key].reshape(tensor.shape), tensor, min(worst / 10, 1e-3))  # ours lack kernel axes of length 1
     norms = record["grad_l2"]
     assert found.keys() == norms.keys()
     floor = 2e-5 * max(norms.values())

@@ -35,7 +35,7 @@ ENVIRONMENT = {
     "OMP_NUM_THREADS": str(torch.get_num_threads()),
 }
 
-# Run in a process of its own, which kills itself: half way through its second checkpoint, or right after the fifth
+# Run in a separate process, which kills itself either halfway through its second checkpoint, or right after the fifth
 # step of its optimiser, before anything is logged or averaged.
 KILLED = """
 import io, os, signal, sys, torch
@@ -141,13 +141,13 @@ def test_ctrl_c_saves_after_the_step_and_exits_with_130(
 
 
 def test_two_processes_make_the_loss_curve_of_one(tmp_path: Path, preconditioned_model: Path) -> None:
-    """Two real gloo processes with half the batch each; a file that cannot be read is met by one of them alone."""
+    """Two real gloo processes, each with half the batch. Only one of them meets the unreadable file."""
     folder = write_clips(tmp_path / "clips")
     (folder / "broken.mp4").write_bytes(b"nothing")
     (folder / "broken.txt").write_text("a star")
     changes: dict[str, Any] = {"run__steps": 5, "data__images": 4, "data__videos": 4, "optimiser__train_text": True}
     changes |= {"optimiser__spatial_gradient": 0.5, "cues__dropout": 0.3, "data__workers": 1, "run__keep": 1}
-    # The default initial weights of this model have dropout layers, which draw in each process for themselves.
+    # This model without its dropout layers, because they draw independently in each process.
     plain = write_tiny_model(tmp_path / "plain", _without_dropout(preconditioned_model)).path
     one = make_settings(tmp_path / "one", plain, folder, **changes)
     train(one)
@@ -164,7 +164,7 @@ def test_two_processes_make_the_loss_curve_of_one(tmp_path: Path, preconditioned
     assert len(curves[0]) == 5
     for ours, theirs in zip(*curves, strict=True):
         assert ours == pytest.approx(theirs, rel=1e-4)
-    # Adam makes whole steps of gradients that are rounding errors, so weights are compared with the way they went.
+    # Adam makes full-size steps even for gradients that are rounding errors, so compare with the distance travelled.
     folders = (plain, *(Path(s.run.output, "model") for s in (one, two)))
     start, *ends = (torch.cat([w.flatten() for w in load_file(f / spec.UNET).values()]) for f in folders)
     assert float((ends[0] - ends[1]).norm()) < 0.01 * float((ends[0] - start).norm())

@@ -1,4 +1,4 @@
-"""Settings of a training run: what a file may say, and one clear error for what it may not."""
+"""Settings of a training run: what a file may contain, and one clear error for everything else."""
 
 from __future__ import annotations
 
@@ -114,7 +114,7 @@ def test_the_documented_settings_are_what_its_commands_take(tmp_path: Path) -> N
     file.write_text(text.partition("```toml\n")[2].partition("```")[0], encoding="utf-8")
     read = read_settings(file)
     assert read.run.sample_prompts == ("a whale splashing its tail",)
-    assert read.cues.appearance == "openclip"  # it fine-tunes the released model
+    assert read.cues.appearance == "openclip"  # the example fine-tunes the released model
     (processes,) = map(int, re.findall(r"torchrun --nproc-per-node (\d+) -m higen train train.toml", text))
     made = [shares(read, processes, index) for index in range(processes)]
     for kind, count in ((IMAGE, read.data.images), (VIDEO, read.data.videos)):

@@ -94,7 +94,7 @@ def test_the_average_is_the_recursion_of_its_decays(tmp_path: Path, model: Path,
 
 
 def test_spatial_parameters_are_those_of_the_still_picture_network(reference: Path) -> None:
-    """Of the released model: the 682 keys that it shares with Stable Diffusion 2.1, and no other."""
+    """For the released model, these are exactly the 682 keys that it shares with Stable Diffusion 2.1."""
     names = reference_names(UNetConfig())
     lines = (reference / "full_state_dict_keys.tsv").read_text().splitlines()
     column = lines[0].split("\t").index("in_sd_keys_json")
@@ -171,7 +171,7 @@ def test_text_is_dropped_at_its_rate_to_the_empty_prompt() -> None:
     dropped = (batch.tokens == empty).all(dim=1)
     assert ((batch.tokens == told).all(dim=1) | dropped).all()
     assert float(dropped.float().mean()) == pytest.approx(0.3, abs=4 * math.sqrt(0.3 * 0.7 / count))
-    # Timesteps are uniform over the whole schedule, noise has unit variance and, added, the offset's.
+    # Timesteps are uniform over the whole schedule. The noise has unit variance plus the offset noise's variance.
     assert int(batch.t.min()) < 10
     assert int(batch.t.max()) > 989
     assert float(batch.t.double().mean()) == pytest.approx(499.5, abs=4 * 289 / math.sqrt(count))
@@ -205,7 +205,7 @@ def test_cues_are_measured_from_the_clip_as_the_reference_does() -> None:
     torch.testing.assert_close(batch.prior[0], x0[:, 2])  # frame f // 2
     torch.testing.assert_close(batch.motion[0], torch.from_numpy(motion_cue(motion, 5, 32)))
     torch.testing.assert_close(batch.appearance[0], torch.from_numpy(appearance_cue(similarity.numpy(), 5, 32)))
-    # Features of another encoder take the place of the latents.
+    # Features of another encoder replace the latents.
     features = torch.eye(5)
     other = batches().batch([replace(sample, encoded=Encoded(x0, None, features))], VIDEO, 0, range(1))
     torch.testing.assert_close(other.appearance[0, 0, 0], torch.tensor(1.0))
@@ -262,7 +262,7 @@ def test_the_losses_are_the_mean_squared_errors_of_v(tmp_path: Path, model: Path
             with torch.no_grad():
                 hidden = made.networks.text(input_ids=batch.tokens).last_hidden_state
                 context, embedding = made.networks.denoiser.conditioner(hidden, batch.motion, batch.appearance)
-                # At one frame the temporal layers are the identity; the whole network must agree with the spatial one.
+                # At one frame the temporal layers are the identity: the whole network must agree with the spatial one.
                 unet = made.networks.denoiser.unet if kind == VIDEO else made.networks.denoiser.spatial_unet()
                 v = unet(noisy, batch.t, context, embedding, batch.prior)
             found.append(float((v - target).pow(2).mean()))
@@ -290,7 +290,7 @@ def test_every_part_of_the_denoiser_learns(tmp_path: Path, preconditioned_model:
         assert all(p.dtype == torch.float32 for p in made.gradients.trained.values())
         unchanged = [name for name, p in made.gradients.trained.items() if torch.equal(p, before[name])]
     assert math.isfinite(float(values["video"]))
-    # Biases of keys cancel in the softmax; [PAD]'s neighbours in the vocabulary do not occur.
+    # Key biases cancel in the softmax. The words next to [PAD] in the vocabulary do not occur.
     assert [name for name in unchanged if "k_proj.bias" not in name] == []
     assert any(name.startswith("text.") for name in before)
 
@@ -353,7 +353,7 @@ def test_the_cache_changes_no_number(tmp_path: Path, model: Path, clips: Path, w
         settings = make_settings(tmp_path / name, model, clips, data__cache=tmp_path / "cache", data__workers=2)
         train(settings)
         assert losses(settings) == losses(whole_run)
-    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 6  # three clips, three key frames
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 6  # three clips and three key frames
 
 
 def test_fresh_starts_anew_and_resume_demands_a_checkpoint(tmp_path: Path, model: Path, clips: Path) -> None:
@@ -389,7 +389,7 @@ def test_another_configuration_is_refused_by_name(tmp_path: Path, model: Path, c
     with pytest.raises(SettingsError, match="another configuration"):
         export(again(run__seed=8), tmp_path / "model")
     assert losses(again()) == kept
-    # What does not change what is learned may change.
+    # Settings that do not affect learning may change.
     train(again(run__keep=1, run__log_every=3, data__workers=1))
 
 
@@ -402,14 +402,14 @@ def test_a_finished_run_may_become_longer_and_no_other(tmp_path: Path, model: Pa
     train(settings(6))
     longer = losses(settings(6))
     assert longer[:3] == first
-    # It goes on by the rates of a run of that length.
+    # The run continues with the learning rates of a run of the new length.
     rates = [learning_rate(settings(6).optimiser, step, 6) for step in range(3, 6)]
     assert [line["rate"] for line in longer[3:]] == pytest.approx(rates)
-    train(settings(6))  # it is a run of six steps from now on
+    train(settings(6))  # from now on it is a run of six steps
     for steps in (5, 3):
         with pytest.raises(SettingsError, match=rf"run\.steps was 6 and is now {steps}"):
             train(settings(steps))
-    with trainer(settings(4, "other")) as made:  # not finished
+    with trainer(settings(4, "other")) as made:  # an unfinished run
         made.start()
         made.loop.advance()
         made.loop.save()
@@ -434,7 +434,7 @@ def test_another_tower_or_tokenizer_is_refused_and_a_moved_one_is_not(tmp_path: 
     train(settings("moved"))
     train(settings("moved", "fresh"))
     assert kept() == full
-    # The manifest of a model with other words, whatever else it shares.
+    # A model with other words in its tokenizer, and otherwise the same.
     shutil.copytree(model, tmp_path / "words")
     write_tokenizer(build_word_tokenizer(("a", "blue", "whale", "yak")), tmp_path / "words" / spec.TOKENIZER)
     rewrite(
@@ -445,7 +445,7 @@ def test_another_tower_or_tokenizer_is_refused_and_a_moved_one_is_not(tmp_path: 
     )
     with pytest.raises(SettingsError, match=r"model \(tokenizer\) is not what it was"):
         train(settings("moved", init=tmp_path / "words"))
-    # Another tower where the first one was: its features are not those in the cache.
+    # Another tower at the first tower's path. Its features differ from those in the cache.
     write_tower(tmp_path / "tower", seed=1)
     for again in (train, lambda run: export(run, tmp_path / "exported")):
         with pytest.raises(SettingsError, match=r"cues\.openclip \(configuration and weights\) is not what it was"):
@@ -455,7 +455,7 @@ def test_another_tower_or_tokenizer_is_refused_and_a_moved_one_is_not(tmp_path: 
 
 
 def test_a_checkpoint_that_knows_less_goes_on(tmp_path: Path, model: Path, clips: Path) -> None:
-    """As those of an earlier version, which had no hash of the tokenizer."""
+    """For example a checkpoint of an earlier version, which has no hash of the tokenizer."""
     settings = make_settings(tmp_path, model, clips, run__steps=1)
     with trainer(settings) as made:
         made.loop.advance()
@@ -506,7 +506,7 @@ def test_sheets_scalars_and_skipped_files_are_written(tmp_path: Path, model: Pat
 
 
 def architecture(tmp_path: Path, **changes: Any) -> Path:
-    """A file with the tiny model's network, other in `changes`; text and autoencoder are left out."""
+    """A file with the tiny model's network and `changes`; text and autoencoder are left out."""
     data = {"name": "new", "unet": {**to_json(MODEL.unet), **changes}, "defaults": to_json(MODEL.defaults)}
     file = tmp_path / "architecture.json"
     file.write_text(json.dumps(data))
@@ -574,7 +574,7 @@ def test_an_architecture_may_be_toml(tmp_path: Path, model: Path, clips: Path) -
         assert made.networks.denoiser.state_dict().keys() == fresh.keys()
 
 
-# Bad input and bad luck.
+# Bad input and system failures.
 
 
 @pytest.mark.parametrize(
@@ -621,7 +621,7 @@ def test_a_full_disk_under_the_logs_is_one_error(tmp_path: Path, model: Path, cl
 
 
 def test_a_full_disk_under_a_model_directory_is_one_error(tmp_path: Path, whole_run: Settings) -> None:
-    """The model at the end, on demand, and for a contact sheet."""
+    """The disk fills while the model is written at the end, on demand, or for a contact sheet."""
     output = Path(whole_run.run.output)
     before, small = Bundle.open(output / "model"), (output / "model" / spec.UNET).stat().st_size // 2
     with full_disk(small), pytest.raises(ModelError, match=r"run/model: cannot be written: .*File too large"):
@@ -660,7 +660,7 @@ def test_checkpoints_keep_the_last_and_name_a_broken_one(tmp_path: Path) -> None
         newest.write_bytes(content)
         with pytest.raises(TrainingError, match=r"step-00000100\.pt cannot be read: ") as caught:
             checkpoints.load()
-        assert "weights_only" not in str(caught.value)  # PyTorch's advice to read it in the way that runs its code
+        assert "weights_only" not in str(caught.value)  # PyTorch's advice to load it in the way that runs its code
     torch.save({"version": 99}, newest)
     with pytest.raises(TrainingError, match="version 99"):
         checkpoints.load()
@@ -686,9 +686,9 @@ def test_a_log_takes_back_what_came_after_the_checkpoint(tmp_path: Path) -> None
 
 
 def test_files_skipped_before_a_resume_are_counted(tmp_path: Path, model: Path) -> None:
-    """A process that goes on reads other files: one clip a step of four, the broken one in the first step."""
+    """A resumed process reads other files. Each step takes one of four clips; the broken clip is in the first step."""
     folder = write_clips(tmp_path / "clips")
-    first = next(candidates(3, VIDEO, 0, 4))  # what the seed puts into the first step
+    first = next(candidates(3, VIDEO, 0, 4))  # the clip that the seed puts into the first step
     names = ["clip0.webm", "clip1.webm", "clip2.webm", "clip3.mp4"]
     (folder / "clip3.mp4").write_bytes((folder / "clip2.webm").read_bytes())
     (folder / "clip3.txt").write_text("a star")
@@ -703,7 +703,7 @@ def test_files_skipped_before_a_resume_are_counted(tmp_path: Path, model: Path) 
         made.loop.save()
     file = tmp_path / "run" / "skipped.jsonl"
     before = file.read_text()
-    for _ in range(2):  # one that goes on, and one that is at its end
+    for _ in range(2):  # first a run that continues, then a run that is already finished
         said: list[str] = []
         train(settings(), say=said.append)
         assert said[-1] == f"1 file skipped (1 cannot be read); see {file}"

@@ -1,4 +1,4 @@
-"""A model that goes on with the words of new captions."""
+"""Training a model further with the words of new captions."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_known_words_keep_their_rows(tmp_path: Path, tiny_model: Path) -> None:
 
 @pytest.mark.parametrize("end", ["", "</w>"])
 def test_words_of_a_vocabulary_of_pieces(end: str) -> None:
-    """CLIP's pieces: "whale</w>" is the word, "whale" the beginning of another one."""
+    """In CLIP's vocabulary "whale</w>" is the word, and "whale" is the beginning of another word."""
     given = torch.arange(8.0).reshape(4, 2)
     theirs = {"whale": 0, f"whale{end}": 1, f"green{end}": 2} if end else {"whale": 1, "green": 2}
     table = torch.full((4, 2), -1.0)

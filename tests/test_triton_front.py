@@ -1,4 +1,4 @@
-"""The HTTP front of the bundled Triton server: the bodies it checks, and what passes through it."""
+"""The HTTP front of the bundled Triton server: the request bodies that it checks, and what it passes through."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ INPUTS = [
     [
         {"prompt": "日本", "seed": 2**64 - 1, "steps": [3, -(2**31)], "guidance": [1, 2.5], "return_latents": False},
         {"prompt": ["a", "b"], "seed": 0, "guidance": 1e38, "steps": [], "image": [0, 255]},
-        {"prompt": "", "id": "mine", "parameters": {"x": [1]}, "colour": "red"},  # its meaning is the model's matter
+        {"prompt": "", "id": "mine", "parameters": {"x": [1]}, "colour": "red"},  # the model checks the meaning
         {},
     ],
 )
@@ -72,7 +72,7 @@ def test_another_body_is_refused_in_one_line(body: bytes, message: str) -> None:
 
 
 class Upstream(BaseHTTPRequestHandler):
-    """Stands for Triton: says what it was sent; `slow` streams without end; `odd` cannot parse."""
+    """Imitates Triton: it returns what it received; `slow` streams without end; `odd` cannot parse."""
 
     left = threading.Event()
 
@@ -106,12 +106,12 @@ class Upstream(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
     def log_message(self, *_: object) -> None:
-        """Quiet."""
+        """Log nothing."""
 
 
 @pytest.fixture(scope="module")
 def front() -> Iterator[int]:
-    """The port of a front before `Upstream`."""
+    """The port of a front server in front of `Upstream`."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Upstream)
     server.daemon_threads = True
     threading.Thread(target=server.serve_forever, daemon=True).start()

@@ -1,4 +1,4 @@
-"""The files of a repository: configurations follow the stage table, weights are linked, a failure leaves nothing."""
+"""A repository's files: configurations follow the stage table, weights are linked, and a failure leaves nothing."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_weights_are_there_once_and_every_graph_loads(repository: Path, bundle: 
 
 
 def test_why_hard_links(bundle: Bundle, tmp_path: Path) -> None:
-    """ONNX Runtime follows no symbolic link out of the graph's folder. If a version does, symbolic links suffice."""
+    """ONNX Runtime does not follow a symbolic link out of the graph's folder. If a version does, such links suffice."""
     for name in (graph_file("text_encoder"), weights_of(bundle, "text_encoder")):
         (tmp_path / name).symlink_to(bundle.path / name)
     shutil.copy(bundle.path / graph_file("text_encoder"), tmp_path / "copied.onnx")
@@ -163,7 +163,7 @@ def test_a_stage_s_configuration(bundle: Bundle) -> None:
 
 
 def test_a_stage_that_holds_one_sample_does_not_batch() -> None:
-    """Its first axis does not count samples, a vector stays a vector, and Triton must not batch its requests."""
+    """The first axis does not count samples, a vector stays a vector, and Triton must not batch its requests."""
     given = {"backend": "onnxruntime", "device": "cpu", "max_batch": 8, "instances": 1, "threads": None}
     assert stage_config(MANIFEST.stage("unpack"), MANIFEST.fixed, **given) == (
         'name: "unpack"\nbackend: "onnxruntime"\nmax_batch_size: 0\n'
@@ -192,7 +192,7 @@ def test_a_model_of_no_family(made_up: Bundle, tmp_path: Path) -> None:
     names = [json.loads(name) for name in settings_of(text, "name")]
     assert {"wobble", "drift", "drift_matrix", "grain", "mood", "sketch", "sketch_file"} <= set(names)
     assert (text.count("optional: true"), text.index("optional")) == (
-        text.count("input {") - 1,  # all but the prompt
+        text.count("input {") - 1,  # all except the prompt
         text.index("optional", text.index('"negative_prompt"')),
     )
     inner = tmp_path / "repository" / "higen" / "1" / "model"
@@ -200,7 +200,7 @@ def test_a_model_of_no_family(made_up: Bundle, tmp_path: Path) -> None:
 
 
 def test_guided_graphs_alone_are_enough(tmp_path: Path) -> None:
-    """A repository then has no plain stages, and the configuration of `higen` says so."""
+    """The repository then has no plain stages, and the configuration of `higen` says so."""
     made = write_made_up_model(tmp_path / "made-up", without=("draft_one", "film_one"))
     backends = write_repository(made, tmp_path / "repository", Settings())
     assert set(backends) == {*MANIFEST.stage_names, "higen"} - {"draft_one", "film_one"}
@@ -272,11 +272,11 @@ def test_engines_are_used_where_they_are(model: Bundle, tmp_path: Path) -> None:
     backends = write_repository(model, tmp_path / "repository", Settings(**GPU, threads=2))
     assert backends["temporal_unet"] == "tensorrt"
     assert {backend for name, backend in backends.items() if name != "temporal_unet"} == {"onnxruntime", "python"}
-    # Rows of guidance 1 stay with the stage that has an engine.
+    # Rows with guidance 1 also run on the stage that has an engine.
     assert set(backends) == {*model.manifest.stage_names, "higen"} - {"temporal_unet_plain"}
     text = (tmp_path / "repository" / "temporal_unet" / "config.pbtxt").read_text()
     assert settings_of(text, "backend") == ['"tensorrt"']
-    assert settings_of(text, "profile") == ['["1"]']  # the one that takes batches of 1 to 8
+    assert settings_of(text, "profile") == ['["1"]']  # the profile for batches of 1 to 8
     assert "intra_op_thread_count" not in text
     version = tmp_path / "repository" / "temporal_unet" / "1"
     assert [path.name for path in version.iterdir()] == ["model.plan"]
@@ -421,7 +421,7 @@ def test_a_model_without_graphs_is_told_how_to_make_them(tiny_model: Path, tmp_p
 
 
 def test_a_graph_of_one_shape_is_refused(model: Bundle, tmp_path: Path) -> None:
-    """What `higen-export onnx --static` leaves in the place of a graph."""
+    """`higen-export onnx --static` writes such a graph in place of the usual one."""
     name = graph_file("vae_decoder")
     fixed = tuple(replace(tensor, shape=(1, *tensor.shape[1:])) for tensor in model.graphs[name])
     changed = replace(model, graphs={**model.graphs, name: fixed})
@@ -431,7 +431,7 @@ def test_a_graph_of_one_shape_is_refused(model: Bundle, tmp_path: Path) -> None:
 
 
 def test_an_axis_that_no_request_varies_may_be_fixed(made_up: Bundle, tmp_path: Path) -> None:
-    """A stage that holds one sample always gets one. Its configuration then has the graph's fixed size."""
+    """A one-sample stage always gets one sample. Its configuration then has the graph's fixed size."""
     (latents,) = made_up.graphs["unpack.onnx"]
     graphs = {**made_up.graphs, "unpack.onnx": (replace(latents, shape=(1, *latents.shape[1:])),)}
     write_repository(replace(made_up, graphs=graphs), tmp_path / "repository", Settings())
@@ -440,14 +440,14 @@ def test_an_axis_that_no_request_varies_may_be_fixed(made_up: Bundle, tmp_path: 
 
 
 def copied(model: Bundle, name: str, to: str) -> Bundle:
-    """A file of the model under another name, graph or not."""
+    """Copy a file of the model, graph or not, to another name."""
     part = model.path / ".part"
     shutil.copy(model.path / name, part)
     return put_file(model, part, to, model.graphs.get(name))
 
 
 def test_another_precision(model: Bundle, tmp_path: Path) -> None:
-    """Its graphs with the weights that they refer to: those of the precision, otherwise the model's."""
+    """The precision's graphs with the weights that they refer to: the precision's own, otherwise the model's."""
     own = model.weights_variant("spatial_unet", "fp16")
     model = copied(model, weights_of(model, "spatial_unet"), own)
     for name in model.manifest.stage_names:

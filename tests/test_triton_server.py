@@ -1,4 +1,4 @@
-"""A real Triton server on the CPU, with real clients. Needs an environment of its own, for nvidia-pytriton pins numpy:
+"""A real Triton server on the CPU, with real clients. Needs a separate environment, because nvidia-pytriton pins numpy:
 
     python -m venv V && V/bin/pip install -e ".[triton]" onnx pytest && V/bin/python -m pytest --noconftest THIS_FILE
 
@@ -64,12 +64,12 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def server(repository: Path) -> Iterator[Server]:
     with running(repository, exit_timeout=1) as made:
         yield made
-        assert made.process.poll() is None, made.last_words()  # why it died, if it did
+        assert made.process.poll() is None, made.last_words()  # the server's last output if it died
 
 
 @pytest.fixture(scope="module")
 def pipeline() -> Pipeline:
-    """The independent truth: the same model without a server."""
+    """The expected results: the same model without a server."""
     bundle = Bundle.open(default_model())
     return Pipeline(bundle, OnnxBackend(bundle, Options("cpu", threads=1)))
 
@@ -81,7 +81,7 @@ def ask(server: Server, prompt: str = "a whale", **options: Any) -> Result:
 
 
 def alone(pipeline: Pipeline, prompt: str = "a whale", **options: Any) -> Result:
-    """The same without a server."""
+    """The same results without a server."""
     steps = pipeline.stream(prompt, **SMALL | options)
     last = [event for event in steps if isinstance(event, Step)][-1]
     return pipeline.backend.to_numpy(last.latents)[0], steps.videos[0].frames
@@ -107,24 +107,24 @@ def http_request(server: Server, method: str, path: str, body: bytes | None = No
 
 
 def sse(server: Server, body: Any) -> tuple[int, list[dict[str, Any]]]:
-    """Status and events of a request by HTTP and server-sent events."""
+    """The status and the events of a request by HTTP with server-sent events."""
     raw = body if isinstance(body, bytes) else json.dumps(body).encode()
     status, text = http_request(server, "POST", "/v2/models/higen/generate_stream", raw)
     return status, [json.loads(line.removeprefix("data:")) for line in text.split("\n") if line.strip()]
 
 
 TEMPORAL = ("temporal_unet", "temporal_unet_plain")
-"""A request's guidance of 1 is run by the second one."""
+"""The second stage runs requests with guidance 1."""
 
 
 def executed(server: Server, *stages: str) -> tuple[int, int]:
-    """Rows and batches that some stages have run."""
+    """The numbers of rows and batches that these stages have run."""
     found = [get(server, f"/v2/models/{stage}/stats")["model_stats"][0] for stage in stages]
     return sum(one["inference_count"] for one in found), sum(one["execution_count"] for one in found)
 
 
 def all_at_once(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
-    """Each item in a thread of its own; an error in place of a result."""
+    """Run `work` on each item in its own thread. An error takes the place of a result."""
 
     def one(item: Any) -> Any:
         try:
@@ -137,7 +137,7 @@ def all_at_once(work: Callable[[Any], Any], items: Sequence[Any]) -> list[Any]:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    """Return when it holds; fails after a minute."""
+    """Return when the condition holds; fails after a minute."""
     end = time.monotonic() + 60
     while not condition():
         assert time.monotonic() < end
@@ -256,7 +256,7 @@ def test_cancelling_frees_the_slot(server: Server) -> None:
         with ThreadPoolExecutor(1) as threads:
             late = threads.submit(ask, server, steps=1)
             held.pop().close()
-            late.result(120)  # while the others are at work
+            late.result(120)  # while the others are running
         for events in held:
             assert next(events)["event"] == "progress"
     finally:
@@ -290,7 +290,7 @@ def test_when_all_slots_and_the_line_are_full_the_client_is_told_to_try_again(se
             for events in held:
                 next(events)
             late = [threads.submit(ask, server, steps=1, seed=i) for i in range(2 * LINE)]
-            # Half of them fit into the line; the others hear at once that they do not.
+            # Half of them fit into the queue. The others are refused at once.
             wait_for(lambda: sum(future.done() for future in late) == LINE)
         finally:
             for events in held:
@@ -442,7 +442,7 @@ def test_a_restart_under_load_loses_no_request_silently(
     repository: Path, pipeline: Pipeline, how: signal.Signals
 ) -> None:
     http_port, grpc_port = free_ports(2)
-    # Some end before the server does, some do not.
+    # Some requests end before the server does, some do not.
     requests = [{"seed": i, "steps": [1, 1] if i < 2 else [900, 900]} for i in range(SLOTS + 2)]
     with running(repository, http_port, grpc_port, exit_timeout=1) as first, ThreadPoolExecutor(1) as threads:
         answers = threads.submit(all_at_once, lambda arguments: ask(first, **arguments), requests)
@@ -476,7 +476,7 @@ def test_a_repository_that_does_not_load_says_why(repository: Path, tmp_path: Pa
 
 
 def command(repository: Path) -> tuple[subprocess.Popen[str], int]:
-    """The README's command, as soon as it serves; and the server's process."""
+    """Start the README's command and wait until it serves; returns its process and the server's process id."""
     line = [sys.executable, "-m", "higen.engines.triton.server", str(repository)]
     ports = [f"--{name}-port={port}" for name, port in zip(("http", "grpc", "metrics"), free_ports(3), strict=True)]
     process = subprocess.Popen([*line, *ports], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -504,13 +504,13 @@ def test_the_command_says_that_the_server_died(repository: Path) -> None:
 
 
 def test_two_instances_work_side_by_side(tmp_path: Path) -> None:
-    """HIGEN_FAMILY_MODEL names a model of another family that is served (tests/test_animatediff.py leaves it there)."""
+    """HIGEN_FAMILY_MODEL may name a model of another family to serve (tests/test_animatediff.py writes it)."""
     family = os.environ.get("HIGEN_FAMILY_MODEL")
     bundle, target = Bundle.open(family or default_model()), tmp_path / "repository"
     write_repository(bundle, target, Settings(instances=2, max_batch=2, threads=1))
     requests: list[dict[str, Any]] = [{"seed": seed, "steps": [2 + seed % 3, 3]} for seed in range(6)]
     if family:
-        requests[1]["prompt"] = "(a small whale:1.4) " + "flaps its tail, " * 40  # words with weights, three chunks
+        requests[1]["prompt"] = "(a small whale:1.4) " + "flaps its tail, " * 40  # weighted words, three chunks
         requests[2] |= {"frames": 1, "guidance": [1.0, 1.0]}
     with Pipeline(bundle, OnnxBackend(bundle, Options("cpu", threads=1))) as pipeline:
         expected = [alone(pipeline, **request) for request in requests]
@@ -525,7 +525,7 @@ def test_two_instances_work_side_by_side(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def made_up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Server, Pipeline]]:
-    """Its server, and the independent truth."""
+    """The server of the made-up model, and a pipeline for the expected results."""
     folder = tmp_path_factory.mktemp("made-up")
     bundle = write_made_up_model(folder / "model")
     write_repository(bundle, folder / "repository", Settings(threads=1))
@@ -604,4 +604,4 @@ def test_a_huge_prompt_delays_nobody(made_up: tuple[Server, Pipeline]) -> None:
             slowest = max(slowest, time.perf_counter() - start)
         with pytest.raises(RequestError, match=f"at most {MAX_PROMPT} characters"):
             huge.result()
-    assert slowest < 5  # seconds; its tokens alone took longer
+    assert slowest < 5  # seconds; the huge prompt's tokens alone took longer

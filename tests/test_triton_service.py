@@ -1,4 +1,4 @@
-"""What the Triton model `higen` does, without Triton: requests in, events out."""
+"""The Triton model `higen` without Triton: requests in, events out."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ LIMITS = Limits(slots=4, line=8, rows=dict.fromkeys((*STAGES, *PLAIN_STAGES), 4)
 
 
 class Client:
-    """A reply that keeps what it is sent."""
+    """A reply that records what it is sent."""
 
     def __init__(self) -> None:
         self.events: list[dict[str, Any]] = []
@@ -70,7 +70,7 @@ class Client:
 
 
 def read(name: str, array: np.ndarray) -> Any:
-    """An output as a client reads it; its type and rank are those of the table."""
+    """An output as a client reads it; checks that its type and rank match the table."""
     field = next(field for field in OUTPUTS if field.name == name)
     assert array.ndim == len(field.dims)
     kinds = {"STRING": "O", "INT32": "int32", "UINT8": "uint8", "FP32": "float32"}
@@ -156,7 +156,7 @@ def test_a_picture_from_the_user_replaces_stage_one(service: Service, pipeline: 
 
 def test_unknown_words_are_told_to_their_own_client(service: Service) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("error", PromptWarning)  # none comes this way
+        warnings.simplefilter("error", PromptWarning)  # no warning may come this way
         clients = [ask(service, prompt, steps=2) for prompt in ("a blue zebra", "a blue whale", "a red gnu")]
         told = [json.loads(answered(client).events[-1]["metadata"])["warnings"] for client in clients]
     assert [len(texts) for texts in told] == [1, 0, 1]
@@ -194,7 +194,7 @@ def test_unknown_words_are_told_to_their_own_client(service: Service) -> None:
 def test_a_wrong_request_is_refused_at_once(service: Service, options: dict[str, Any], message: str) -> None:
     client = answered(ask(service, **options))
     assert client.events == []
-    assert service.shared.batches == 0  # before any work
+    assert service.shared.batches == 0  # refused before any work
     assert isinstance(client.error, RequestError)
     with pytest.raises(RequestError, match=message):
         raise client.error
@@ -371,7 +371,7 @@ def test_closing_fails_what_is_open_with_an_error_to_retry_on(pipeline: Pipeline
 
 
 class Counted(Meter):
-    """What a meter is told."""
+    """Records the meter's values."""
 
     def __init__(self) -> None:
         self.outcomes: list[str] = []
@@ -412,7 +412,7 @@ def test_limits_as_text() -> None:
 
 @pytest.fixture(scope="module")
 def made_up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A model of no family, on its graphs."""
+    """A service of a model of no family, with its graphs."""
     bundle = write_made_up_model(tmp_path_factory.mktemp("models") / "made-up")
     backend = OnnxBackend(bundle, Options("cpu", threads=1))
     rows = {stage.name: 4 for stage in bundle.manifest.stages if stage.batch}
@@ -422,7 +422,7 @@ def made_up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
 
 
 def picture(kind: str) -> bytes:
-    """A small file."""
+    """A small picture file."""
     file = io.BytesIO()
     pixels = np.random.default_rng(1).integers(0, 256, (20, 30, 3), np.uint8)
     PIL.Image.fromarray(pixels).save(file, kind)

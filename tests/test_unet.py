@@ -1,4 +1,4 @@
-"""The denoiser as one network over one set of weights, at any number of frames and any size."""
+"""The denoiser as one network with one set of weights, for any number of frames and any size."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ CONFIG = UNetConfig(
     context_depth=1,
     context_heads=4,
 )
-FULL = {  # the reference's own count, by role (full_param_counts.json)
+FULL = {  # the reference's parameter counts by role (full_param_counts.json)
     "time_embed": 2_050_560,
     "context_embedding": 68_223_744,
     "asim_embedding": 1_681_920,
@@ -58,7 +58,7 @@ def denoiser() -> Denoiser:
 def inputs(
     batch: int, frames: int, height: int, width: int, seed: int = 0, config: UNetConfig = CONFIG
 ) -> list[Tensor]:
-    """latents, t, context, frame_embedding, prior."""
+    """Random latents, t, context, frame_embedding and prior."""
     g = torch.Generator().manual_seed(seed)
     return [
         torch.randn(batch, 4, frames, height, width, generator=g),
@@ -141,7 +141,7 @@ def test_frames_exchange_information_and_their_order_matters(denoiser: Denoiser)
     with torch.no_grad():
         out, reached, mirrored = denoiser.unet(*x), denoiser.unet(*changed), denoiser.unet(*backwards)
     assert ((out - reached).abs().amax(dim=(0, 1, 3, 4)) > 1e-4).all()
-    assert not torch.allclose(mirrored.flip(2), out, atol=1e-3)  # the temporal convolutions tell before from after
+    assert not torch.allclose(mirrored.flip(2), out, atol=1e-3)  # temporal convolutions distinguish before and after
 
 
 def test_temporal_transformer_does_not_know_the_order_of_frames(denoiser: Denoiser) -> None:
@@ -204,7 +204,7 @@ def test_pooled_context_and_prior_preconditioning_add_their_layers_only() -> Non
 
 
 def role(reference_name: str) -> str:
-    """The reference's own roles, by the names of its tensors."""
+    """The reference's role of a tensor, from the tensor's name."""
     first = reference_name.split(".")[0]
     if first in ("time_embed", "context_embedding", "asim_embedding", "msim_embedding", "img_embedding"):
         return first

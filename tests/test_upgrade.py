@@ -1,4 +1,4 @@
-"""`higen upgrade`: a directory of version 1 becomes version 2 without a changed byte of its weights and graphs."""
+"""`higen upgrade`: a directory of version 1 becomes version 2, and no byte of its weights and graphs changes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ KINDS = {"float32": TensorProto.FLOAT, "int64": TensorProto.INT64}
 
 
 def write_graph(path: Path, stage: Any, static: dict[str, int] | None = None) -> None:
-    """A graph that takes what the one of version 1 took, and gives back its first input."""
+    """A graph with the inputs of version 1's graph, which returns its first input."""
     fixed = {**TABLES.fixed, **(static or {})}
     inputs = [
         helper.make_tensor_value_info(t.name, KINDS[t.dtype], [fixed.get(n, n) for n in t.shape])
@@ -140,7 +140,7 @@ def test_a_directory_without_graphs_has_nothing_to_export(tiny_model: Path, tmp_
 def test_graphs_are_read_with_what_is_installed(
     old: Path, missing: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """onnx, else ONNX Runtime, else what version 1 made: the same rows."""
+    """Rows come from onnx, else ONNX Runtime, else version 1's known inputs. All three give the same rows."""
     for name in missing:
         monkeypatch.setitem(sys.modules, name, None)
     upgrade(old)
@@ -265,7 +265,7 @@ def test_an_edit_is_checked_all_the_same(model: Path, old: str, new: str, match:
 
 
 def test_an_edited_file_is_no_edit_of_the_tables(model: Path) -> None:
-    """The seal is of the manifest; a file that is not what it says stays broken."""
+    """The seal covers only the manifest. A file that does not match the manifest stays broken."""
     (model / spec.TOKENIZER).write_text("{}", encoding="utf-8")
     with pytest.raises(IntegrityError, match=r"tokenizer\.json"):
         upgrade(model, reseal=True)

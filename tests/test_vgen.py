@@ -1,7 +1,7 @@
-"""VGen's networks with ModelScope's tensors: TF-T2V, VideoLCM and SR600, beside a second implementation by formula.
+"""VGen's networks with ModelScope's tensors (TF-T2V, VideoLCM, SR600), compared with a second implementation.
 
-The truth is written from the networks' description, over the names of the authors' files: nothing of the product and no
-block of diffusers is in it. The published weights were not at hand.
+The second implementation follows the networks' description and uses the tensor names of the authors' files. It does not
+use higen's code or diffusers' blocks. The published weights were not available.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ HEAD = 16
 
 
 class Truth:
-    """VGen's U-Net over the tensors of its file: x [B,C,F,H,W], t [B], text [B,L,Dc] -> m."""
+    """VGen's U-Net, computed from its file's tensors: x [B,C,F,H,W], t [B], text [B,L,Dc] -> m."""
 
     def __init__(self, state: State, upscales: bool = False) -> None:
         self.state, self.upscales, self.clips = state, upscales, 1
@@ -171,7 +171,7 @@ def fourier_filter(x: torch.Tensor, scale: float) -> torch.Tensor:
 
 
 def denoiser(kind: str) -> State:
-    """A network's tensors, all random, as in its file."""
+    """A network's tensors, all random, with the names and shapes of its file."""
     state, random = vgen_state(tiny.video_unet()), torch.Generator().manual_seed(3)
     if kind != "sr600":
         first = state["input_blocks.0.0.weight"]
@@ -184,7 +184,7 @@ def denoiser(kind: str) -> State:
 
 @pytest.fixture(scope="module")
 def authors(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of all three, and what they share."""
+    """A folder with the files of all three networks and their shared files."""
     folder = tmp_path_factory.mktemp("vgen")
     for kind, name in NAMES.items():
         torch.save(denoiser(kind), folder / name)
@@ -204,7 +204,7 @@ def models(authors: Path) -> dict[str, Bundle]:
 
 @pytest.fixture(scope="module")
 def upscaler(models: dict[str, Bundle]) -> Bundle:
-    """SR600 with its graphs; the others have ModelScope's."""
+    """SR600 with its graphs; the other two use ModelScope's graphs."""
     return export_model(models["sr600"])
 
 
@@ -214,7 +214,7 @@ def by_graphs(upscaler: Bundle) -> Pipeline:
 
 
 def hidden(model: Bundle, *texts: str) -> torch.Tensor:
-    """What the text encoder makes of texts, by its own stage."""
+    """The text encoder's output for texts, from the model's own stage."""
     assert model.manifest.text is not None
     tokens = PromptTokenizer.from_file(model.path / "tokenizer.json", model.manifest.text).encode(texts)
     backend = higen.load(model.path, backend="torch").backend
@@ -230,7 +230,7 @@ def normal(seed: int, *shape: int) -> NDArray[np.float32]:
 def step_of(
     stage: Stage, model: Bundle, size: tuple[int, int], solver: str = ""
 ) -> tuple[dict[str, Any], NDArray[Any]]:
-    """Inputs of a guided step, two clips of three frames, and what the truth makes of them: x' and x0, stacked."""
+    """Inputs of a guided step for two clips of three frames, and the expected x' and x0, stacked."""
     loop = model.manifest.loops[0]
     table = solver_table(loop.schedule, loop.prediction, loop.solver(solver or loop.solvers[0].name), 4)
     row = {name: np.full(2, getattr(table, name)[2], np.float32) for name in ("t", "A", "B", "C", "alpha", "sigma")}
@@ -272,7 +272,7 @@ def test_the_graph_of_sr600_is_that_of_the_second_implementation(
 
 
 def test_odd_sides_come_out_as_they_went_in(upscaler: Bundle, by_graphs: Pipeline) -> None:
-    """The authors' network takes heights of 2 more than a multiple of 8 alone; the same layers take any."""
+    """The authors' network accepts only heights 2 more than a multiple of 8. The same layers accept any height here."""
     given, _ = step_of(upscaler.manifest.stage("temporal_unet"), upscaler, (10, 6))
     odd = {name: v[..., :9, :5] if name in ("latents", "previous") else v for name, v in given.items()}
     torch_ones = stepped(higen.load(upscaler.path, backend="torch"), odd)
@@ -280,7 +280,7 @@ def test_odd_sides_come_out_as_they_went_in(upscaler: Bundle, by_graphs: Pipelin
 
 
 def test_four_levels_as_the_released_network_has_them() -> None:
-    """Heights 10, 6, 4, 3 and back, as 90, 46, 24, 13 of 720 rows."""
+    """Heights 10, 6, 4, 3 and back, like 90, 46, 24, 13 for 720 rows."""
     kinds = {"down_block_types": ("CrossAttnDownBlock3D",) * 3 + ("DownBlock3D",)}
     unet = tiny.video_unet(
         block_out_channels=(32,) * 4, up_block_types=("UpBlock3D",) + ("CrossAttnUpBlock3D",) * 3, **kinds
@@ -341,7 +341,7 @@ def abar(cosine: bool) -> NDArray[np.float64]:
 def ddim(
     predict: Callable[[torch.Tensor, Any], torch.Tensor], x: torch.Tensor, times: list[int], signal: NDArray[np.float64]
 ) -> NDArray[np.float32]:
-    """v-prediction by DDIM, eta 0; the last step ends at the signal of timestep `times[-1]`, or clean below 0."""
+    """DDIM with v-prediction and eta 0. It ends at the signal of timestep `times[-1]`, or clean if that is below 0."""
     for t, after in pairwise(times):
         a, b = signal[t], signal[after] if after >= 0 else 1.0
         m = predict(x, t)
@@ -352,7 +352,7 @@ def ddim(
 
 @pytest.mark.parametrize("steps", [8, 25])
 def test_tft2v_is_vgens_ddim(models: dict[str, Bundle], steps: int) -> None:
-    """Timesteps from 1 on in strides of 1000 // steps, each to the next, the last to timestep 0."""
+    """Timesteps 1, 1 + 1000 // steps, and so on. Each step goes to the next lower timestep, the last to timestep 0."""
     model, stride = models["tft2v"], 1000 // steps
     times = [*range(1 + stride * (steps - 1), 0, -stride), 0]
     truth = ddim(guided(Truth(denoiser("tft2v")), model, 9.0), clip_noise(3, 8, 4), times, abar(cosine=False))
@@ -361,7 +361,7 @@ def test_tft2v_is_vgens_ddim(models: dict[str, Bundle], steps: int) -> None:
 
 
 def test_videolcm_is_diffusers_scheduler(models: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Four steps without guidance, by the scheduler that VGen's own script builds."""
+    """Four steps without guidance, with the scheduler that VGen's own script builds."""
     model, rows = models["videolcm"], count()
     scheduler = diffusers.LCMScheduler(
         prediction_type="v_prediction",
@@ -393,7 +393,7 @@ CLIP = np.random.default_rng(0).integers(0, 256, (3, 20, 12, 3), np.uint8)
 
 @pytest.mark.parametrize("steps", [10, 30])
 def test_sr600_begins_at_noise_level_700(authors: Path, upscaler: Bundle, by_graphs: Pipeline, steps: int) -> None:
-    """The tail of a grid of all timesteps under the cosine schedule with zero terminal SNR: from timestep 699 on."""
+    """The tail, from timestep 699 on, of a grid over all timesteps of the cosine schedule with zero terminal SNR."""
     vae = tiny.autoencoder()
     vae.load_state_dict(diffusers_vae(authors, vae))
     with torch.inference_mode():
@@ -411,7 +411,7 @@ def test_sr600_begins_at_noise_level_700(authors: Path, upscaler: Bundle, by_gra
 
 
 def diffusers_vae(authors: Path, vae: Any) -> State:
-    """The autoencoder's file under diffusers' names, by diffusers' own converter."""
+    """The autoencoder's tensors under diffusers' names, from diffusers' own converter."""
     from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
     state = torch.load(authors / FILES[2])["state_dict"]
@@ -422,7 +422,7 @@ def diffusers_vae(authors: Path, vae: Any) -> State:
 
 
 def test_tiles_mix_steps_by_weights_that_sum_to_one(upscaler: Bundle, by_graphs: Pipeline) -> None:
-    """A step in tiles is the weighted sum of the steps of the tiles, each with its own part of the state."""
+    """A tiled step is the weighted sum of the tiles' steps, each on its own part of the state."""
     stage = upscaler.manifest.stage("temporal_unet_plain")
     (loop,) = upscaler.manifest.loops
     table = solver_table(loop.schedule, loop.prediction, loop.solvers[0], 3)
@@ -450,7 +450,7 @@ def test_tiles_mix_steps_by_weights_that_sum_to_one(upscaler: Bundle, by_graphs:
             part = np.ascontiguousarray(x[..., top : top + 6, left : left + 8])
             out = by_graphs.backend.run(stage.name, latents=part, previous=np.zeros_like(part), **row, context=text)
             weight = hill(6)[:, None] * hill(8)
-            # A side's weights are made to sum to one along it, so those of both do.
+            # The weights along each side sum to one, so their products do too.
             wanted[..., top : top + 6, left : left + 8] += weight * by_graphs.backend.to_numpy(out["latents"])
             total[top : top + 6, left : left + 8] += weight
     assert np.abs(np.asarray(first.latents) - wanted / total).max() < 1e-5
@@ -490,7 +490,7 @@ def test_impossible_tiles(wrong: dict[str, int]) -> None:
         Tiles(**{"height": 6, "width": 8, "stride": 4, **wrong})
 
 
-# Bad input, and what is said.
+# Bad input, and its messages.
 
 
 def test_the_tables_say_what_vgens_configurations_say(authors: Path, models: dict[str, Bundle]) -> None:

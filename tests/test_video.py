@@ -51,13 +51,13 @@ def psnr(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> float:
 
 
 def blurred(frames: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    """Means of 4 x 4 pixels, which remove the dither."""
+    """Means of 4 x 4 pixels, which remove dithering."""
     f, h, w, _ = frames.shape
     return frames.reshape(f, h // 4, 4, w // 4, 4, 3).mean(axis=(2, 4)).round().astype(np.uint8)
 
 
 def decoded(path: Path) -> NDArray[np.uint8]:
-    """The frames of a file by another program, uint8 [F, H, W, 3]."""
+    """The frames of a file, read by another program, uint8 [F, H, W, 3]."""
     if path.suffix in (".mp4", ".webm"):
         with av.open(str(path)) as source:
             return np.stack([frame.to_ndarray(format="rgb24") for frame in source.decode(video=0)])
@@ -87,7 +87,7 @@ def test_lossless_formats_are_exact(tmp_path: Path, suffix: str) -> None:
 
 @pytest.mark.parametrize(("suffix", "bound"), [(".mp4", 36.0), (".webm", 36.0), (".gif", 23.0)])
 def test_lossy_formats_are_close(tmp_path: Path, suffix: str, bound: float) -> None:
-    """For these colours, halving the chroma's size without an encoder gives 39 dB."""
+    """For these colours, halving the chroma resolution without an encoder already gives 39 dB."""
     frames = smooth()
     path = Video(frames, 8).save(tmp_path / f"clip{suffix}")
     assert psnr(decoded(path), frames) > bound
@@ -218,7 +218,7 @@ def test_files_of_other_programs_open(tmp_path: Path) -> None:
 
 
 def test_a_clip_with_a_sound_track_opens(tmp_path: Path) -> None:
-    """Longer sound must not make the pictures look cut short."""
+    """A sound longer than the video must not make the video look truncated."""
     path = Video(smooth(4), 8, {"seed": 1}).save(tmp_path / "clip.mp4")
     with av.open(str(path)) as source, av.open(str(tmp_path / "sound.mp4"), "w") as output:
         output.metadata.update(source.metadata)
@@ -291,7 +291,7 @@ def test_a_failure_leaves_the_folder_as_it_was(tmp_path: Path, suffix: str, fail
         Video(smooth(2), 8).save(tmp_path / f"clip{suffix}")
     assert files(tmp_path) == []
     (tmp_path / name).write_bytes(b"old")
-    if suffix == ".png":  # nothing but a picture that it wrote itself is replaced
+    if suffix == ".png":  # `save` replaces only a picture that higen wrote
         video_writer._write_png(Clip(noise(1, 8, 8), 8.0), tmp_path / "clip.png")
     old = (tmp_path / name).read_bytes()
     with pytest.raises(failing):
@@ -351,7 +351,7 @@ def test_check_output_says_what_is_wrong_before_any_work(tmp_path: Path, monkeyp
         with pytest.raises(OutputError, match="is a folder"):
             check_output(tmp_path / name)
     assert check_output(str(tmp_path / "clip.MP4")) == tmp_path / "clip.MP4"
-    monkeypatch.setattr(os, "access", lambda path, mode: False)  # root may write anywhere
+    monkeypatch.setattr(os, "access", lambda path, mode: False)  # needed because root may write anywhere
     with pytest.raises(OutputError, match="no permission"):
         check_output(tmp_path / "clip.mp4")
     assert files(tmp_path) == ["clip_0000.png", "folder.mp4"]
@@ -411,7 +411,7 @@ def test_a_wrong_video_is_refused(arguments: dict[str, Any], message: str) -> No
         Video(**{"frames": smooth(1), "fps": 8, "metadata": {}} | arguments)
 
 
-# The object
+# The Video object
 
 
 def test_sizes_and_repr() -> None:
@@ -428,7 +428,7 @@ def test_a_video_keeps_to_itself() -> None:
     assert video.metadata == {"cues": [1]}
     with pytest.raises(ValueError, match="read-only"):
         video.frames[0] = 0
-    frames[0] = 0  # the caller's array is still its own
+    frames[0] = 0  # the caller's array is still writable
     copy = pickle.loads(pickle.dumps(video))
     assert np.array_equal(copy.frames, video.frames)
     assert (copy.fps, copy.metadata) == (video.fps, video.metadata)
@@ -513,7 +513,7 @@ def test_sheet_of_several_videos_has_captions() -> None:
     assert sheet[:20].min() < 100
     assert np.array_equal(sheet[20:36, :24], long.frames[0])
     assert np.array_equal(sheet[20:36, -24:], long.frames[-1])
-    assert (sheet[36:60] == 255).all()  # no prompt, no caption
+    assert (sheet[36:60] == 255).all()  # no caption without a prompt
     assert np.array_equal(sheet[60:92, 36:52], short.frames[2])
     with pytest.raises(OutputError, match="at least one"):
         contact_sheet([])

@@ -1,4 +1,4 @@
-"""Walking diffusers' U-Nets for video, beside their own forward."""
+"""Walking diffusers' U-Nets for video, compared with their own forward."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_temporal_convolutions() -> None:
 
 
 def _forwards(kind: str, f: int) -> tuple[Any, Any, Any]:
-    """A U-Net, its own forward on x, t, context, and the walk on these and deep features."""
+    """A U-Net, its own forward on x, t and context, and the walk on these and deep features."""
     if kind == "Motion":
         unet = motion(True)
         whole = lambda x, t, text: unet(x, t, per_frame(text, f), return_dict=False)[0]  # noqa: E731
@@ -108,7 +108,7 @@ def _forwards(kind: str, f: int) -> tuple[Any, Any, Any]:
 @pytest.mark.parametrize("kind", ["Motion", "3D", "2D"])
 @torch.inference_mode()
 def test_reused_features(kind: str) -> None:
-    """The last layer alone, with the features of another step, beside whole forwards whose hooks put them in."""
+    """Only the last layer with another step's features, compared with whole forwards that get the features by hooks."""
     b, f, h, w = 2, 1 if kind == "2D" else 3, 4, 8
     unet, whole, walked = _forwards(kind, f)
     x, context, t = given(b, f, 4, h, w)
@@ -126,7 +126,7 @@ def test_reused_features(kind: str) -> None:
 
 @torch.inference_mode()
 def test_reused_features_of_the_upscaler() -> None:
-    """SR600, whose own way up ends in the same last layer; sides of any size."""
+    """SR600, which has its own upward path but the same last layer; sides of any size."""
     predictor = UpscalingPredictor(tiny.video_unet(layers_per_block=2))
     random = torch.Generator().manual_seed(3)
     x, other, context = (

@@ -1,4 +1,4 @@
-"""Where a clip may be written: only files that higen wrote are replaced or removed."""
+"""Where a clip may be written. Only files that higen wrote are replaced or removed."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def foreign_link(path: Path) -> None:
 
 
 def another_frame(path: Path) -> None:
-    """A frame that higen wrote and a person renamed: it belongs to that person."""
+    """A frame that higen wrote and a user renamed. It belongs to the user."""
     clip(4, 90).save(path.parent / "other.png")
     (path.parent / "other_0003.png").rename(path)
 
@@ -106,7 +106,7 @@ def test_a_sequence_of_before_the_marks_is_replaced(tmp_path: Path) -> None:
         text.add_text("Comment", payload)
         Image.new("RGB", (4, 4)).save(tmp_path / f"shot_{number:04d}.png", pnginfo=text)
     clip(1).save(tmp_path / "shot.png")
-    assert names(tmp_path) == ["shot_0000.png", "shot_0003.png"]  # the last was no frame of that clip
+    assert names(tmp_path) == ["shot_0000.png", "shot_0003.png"]  # the last file was not a frame of that clip
 
 
 def test_frames_of_two_clips_are_not_shown_as_one(tmp_path: Path) -> None:
@@ -165,7 +165,7 @@ def test_two_processes_that_save_one_sequence_leave_one_clip(tmp_path: Path) -> 
 def test_what_killed_saves_left_goes_with_the_next(tmp_path: Path, suffix: str) -> None:
     for _ in range(2):
         assert saving(tmp_path / f"a{suffix}", 2, 10, kill=1).wait(60) == -signal.SIGKILL
-    assert len(names(tmp_path)) == (2 if suffix == ".png" else 1)  # the second took away what the first left
+    assert len(names(tmp_path)) == (2 if suffix == ".png" else 1)  # the second save removed the first one's leftovers
     clip().save(tmp_path / f"a{suffix}")
     assert [name for name in names(tmp_path) if name.startswith(".")] == []
 
@@ -181,7 +181,7 @@ def test_a_name_that_no_file_system_takes_is_one_error_before_the_work(tmp_path:
 
 
 def test_numbers_make_a_name_longer(tmp_path: Path) -> None:
-    """out.png stands for out_0000.png, and from the ten thousandth frame on for a longer name still."""
+    """out.png stands for out_0000.png. From the ten thousandth frame on, the numbers and names are longer."""
     check_output(tmp_path / ("x" * 246 + ".png"), 10_000)
     for stem, frames in ((247, 1), (246, 10_001)):
         with pytest.raises(OutputError, match="does not take this name"):

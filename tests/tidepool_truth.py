@@ -1,8 +1,8 @@
-"""A whole generation of the family from outside, written again: what tests/test_outside_family.py holds higen to.
+"""A second implementation of a whole generation of the foreign family; tests/test_outside_family.py compares with it.
 
-Nothing of higen's runtime is used: the noise is numpy's Philox, the solvers are diffusers' schedulers, curves are
-resampled by PyTorch and the small picture by Stable Video Diffusion's code. The networks are the family's own layers,
-called without the solver step around them.
+It does not use higen's runtime. The noise is numpy's Philox, and the solvers are diffusers' schedulers. PyTorch
+resamples curves, and Stable Video Diffusion's code resamples the small picture. The networks are the family's own
+layers, called without the solver step around them.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from diffusers.pipelines.stable_video_diffusion import pipeline_stable_video_dif
 from torch import Tensor
 
 Predict = Callable[[Tensor, float, float, float], Tensor]
-"""m of a state [1,C,f,H,W], t, alpha and sigma."""
+"""Computes m from a state [1,C,f,H,W], t, alpha and sigma."""
 
 
 @dataclass(frozen=True)
 class Networks:
-    """The family's layers: `words`, `water` and `glass` by weights file, `epsilon` around those of `water` by name."""
+    """The family's layers: `words` and `glass` by weights file, and `epsilon` with those of `water` by name."""
 
     words: Any
     glass: Any
@@ -61,7 +61,7 @@ class Wish:
 
 
 def normal(seed: int, purpose: int, *shape: int) -> Tensor:
-    """Normal numbers of the stream (seed, purpose), drawn frame by frame: shape [F, ...] as [1, ..., F, H, W]."""
+    """Normal numbers of the stream (seed, purpose), drawn frame by frame: [F, ...], returned as [1, ..., F, H, W]."""
     count = int(np.prod(shape))
     raw = np.random.Philox(key=np.array([seed, purpose], np.uint64)).random_raw(count + count % 2) >> np.uint64(11)
     a, b = raw[0::2] + np.uint64(1), raw[1::2]
@@ -83,7 +83,7 @@ def generate(nets: Networks, wish: Wish) -> tuple[dict[str, Tensor], np.ndarray]
     foam = normal(wish.seed, 41, wish.frames, 1, high, wide)
 
     def branch(x: Tensor, t: float, alpha: float, sigma: float, rows: Tensor) -> Tensor:
-        """Windows of 6 frames that begin 4 apart, mixed by tents."""
+        """Windows of 6 frames that start 4 frames apart, blended with tent-shaped weights."""
         n = min(6, wish.frames)
         starts = [*range(0, wish.frames - n, 4), wish.frames - n]
         tent, total, mixed = [min(j + 1, n - j) for j in range(n)], torch.zeros(wish.frames), torch.zeros_like(x)
@@ -139,7 +139,7 @@ def _surge_scheduler(name: str) -> Any:
 
 
 def _m(nets: Networks, name: str, x: Tensor, t: float, alpha: float, sigma: float, given: dict[str, Tensor]) -> Tensor:
-    # A row's alpha and sigma say what the prediction means: x0 = x / alpha - sigma / alpha epsilon.
+    # A row's alpha and sigma define the prediction: x0 = x / alpha - sigma / alpha epsilon.
     columns = (torch.tensor([value], dtype=torch.float32) for value in (t, 1 / alpha, sigma / alpha))
     made: Tensor = nets.epsilon[name](x, *columns, given, 1)
     return made
@@ -155,7 +155,7 @@ def _loop(
     stream: tuple[int, int],
     predict: Predict,
 ) -> Tensor:
-    """diffusers' loop. Their states are x / alpha where the scheduler has sigmas; the network always sees x."""
+    """diffusers' loop. Its states are x / alpha if the scheduler has sigmas; the network always sees x."""
     scheduler.set_timesteps(steps)
     scaled = hasattr(scheduler, "sigmas")
     first = 0 if clean is None else len(scheduler.timesteps) - max(1, int(len(scheduler.timesteps) * keep))
@@ -182,7 +182,7 @@ def _loop(
 
 @contextlib.contextmanager
 def _fresh_noise(scheduler: Any, stream: tuple[int, int], shape: Sequence[int]) -> Iterator[list[int]]:
-    """diffusers draws its noise from the stream of the row."""
+    """Make diffusers draw its noise from the row's stream."""
     module, row = sys.modules[type(scheduler).__module__], [0]
     _, channels, frames, high, wide = shape
     before = getattr(module, "randn_tensor", None)
@@ -205,7 +205,7 @@ def _bearings(nets: Networks, wish: Wish, ids: Sequence[int], frames: int, swell
         angles = torch.tensor(wish.current, dtype=torch.float32)[:, None] * frequencies
         current = _resampled(torch.cat([angles.cos(), angles.sin()], 1).T, frames)
     numbers = _resampled(torch.tensor([list(swell)], dtype=torch.float32), frames)[:, 0]
-    # One number for the clip is meant for the loop's frames; a number per frame for the request's.
+    # A single number applies to the loop's frames; numbers per frame apply to the request's frames.
     rows = frames if wish.drift is None or len(wish.drift) == 1 else wish.frames
     places = torch.linspace(0, 1, 5)
     distance = (torch.linspace(0, 1, rows)[:, None] - places).abs() if rows > 1 else torch.zeros(1, 5)
@@ -227,7 +227,7 @@ def _pixels(picture: PIL.Image.Image, wish: Wish) -> Tensor:
 
 
 def _decode(nets: Networks, wish: Wish, latents: Tensor) -> np.ndarray:
-    """Two frames at a time, with one more on each side."""
+    """Decode two frames at a time, with one more frame on each side."""
     total = latents.shape[2]
     grain = normal(wish.seed, 42, total, 1, *latents.shape[3:])
     frames = []

@@ -13,7 +13,7 @@ import torch
 State = dict[str, torch.Tensor]
 
 LINEAR = {"beta_schedule": "linear", "timestep_spacing": "linspace", "steps_offset": 1, "clip_sample": False}
-"""What diffusers' documentation changes in Stable Diffusion's scheduler."""
+"""The changes to Stable Diffusion's scheduler in diffusers' documentation."""
 
 
 def adapter(**changes: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Tiny models of diffusers' families with every parameter random, saved as the hub has them: the truth of the tests.
+"""Tiny models of diffusers' families with every parameter random, saved as on the hub. They give the expected results.
 
 Zero-initialised layers would hide half of a network from a comparison, so no parameter keeps its first value.
 """
@@ -65,7 +65,7 @@ def autoencoder(levels: int = 2) -> diffusers.AutoencoderKL:
 
 
 def image_unet(**changes: Any) -> diffusers.UNet2DConditionModel:
-    """A U-Net for pictures with two levels, of which the finer one attends to the text."""
+    """A U-Net for pictures with two levels; the finer level attends to the text."""
     arguments: dict[str, Any] = {
         "sample_size": 8,
         "in_channels": 4,
@@ -81,7 +81,7 @@ def image_unet(**changes: Any) -> diffusers.UNet2DConditionModel:
 
 
 def control_net(**changes: Any) -> diffusers.ControlNetModel:
-    """A control network for `image_unet()` and latents of two pixels a cell."""
+    """A control network for `image_unet()` and latents with 2x2 pixels per cell."""
     arguments: dict[str, Any] = {
         "block_out_channels": (32, 64),
         "layers_per_block": 1,
@@ -94,7 +94,7 @@ def control_net(**changes: Any) -> diffusers.ControlNetModel:
 
 
 def video_unet(**changes: Any) -> diffusers.UNet3DConditionModel:
-    """A U-Net for video with two levels, of which the finer one attends to the text."""
+    """A U-Net for video with two levels; the finer level attends to the text."""
     arguments: dict[str, Any] = {
         "sample_size": 8,
         "block_out_channels": (32, 64),
@@ -143,7 +143,7 @@ def video_pipeline(sampler: Any, unet: Any = None, kind: str = "TextToVideoSDPip
 
 
 def save(pipeline: Any, folder: Path, pad_token: str = "<|endoftext|>", **how: Any) -> Path:
-    """Save a pipeline as the hub has it, the tokenizer's files included."""
+    """Save a pipeline as on the hub, including the tokenizer's files."""
     for name, part in pipeline.components.items():
         if part is None:
             continue
@@ -160,14 +160,14 @@ def save(pipeline: Any, folder: Path, pad_token: str = "<|endoftext|>", **how: A
 
 
 def set_values(folder: Path, file: str, **changes: Any) -> Path:
-    """Other values in one of a folder's JSON files."""
+    """Change values in one of a folder's JSON files."""
     config = json.loads((folder / file).read_text(encoding="utf-8"))
     (folder / file).write_text(json.dumps({**config, **changes}), encoding="utf-8")
     return folder
 
 
 def assert_refused(saved: Path, into: Path, said: str, file: str = "", **changes: Any) -> None:
-    """A copy of a folder is refused, with other values in `file` or without the part `said`; nothing is written."""
+    """Check that a copy with changed values in `file`, or without the part `said`, is refused and writes nothing."""
     folder = Path(shutil.copytree(saved, into / "hub"))
     if file:
         set_values(folder, file, **changes)

@@ -1,4 +1,4 @@
-"""A tiny Stable Video Diffusion model with every parameter random, saved as the hub has it."""
+"""A tiny Stable Video Diffusion model with every parameter random, saved as on the hub."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModelWi
 
 
 def unet(**changes: Any) -> diffusers.UNetSpatioTemporalConditionModel:
-    """A U-Net of two levels; the finer one attends to the picture."""
+    """A U-Net of two levels; the finer level attends to the picture."""
     arguments: dict[str, Any] = {
         "sample_size": 8,
         "in_channels": 8,
@@ -32,7 +32,7 @@ def unet(**changes: Any) -> diffusers.UNetSpatioTemporalConditionModel:
 
 
 def image_encoder(**changes: Any) -> CLIPVisionModelWithProjection:
-    """CLIP's picture encoder of two layers; its pictures are 224 x 224, as the pipeline has them."""
+    """CLIP's picture encoder with two layers, for the pipeline's 224 x 224 pictures."""
     arguments: dict[str, Any] = {
         "hidden_size": 32,
         "intermediate_size": 64,
@@ -73,7 +73,7 @@ def scheduler(**changes: Any) -> diffusers.EulerDiscreteScheduler:
 
 
 def pipeline(**parts: Any) -> diffusers.StableVideoDiffusionPipeline:
-    """A whole pipeline; `parts` stand for its own."""
+    """A whole pipeline; `parts` replace its own parts."""
     own: dict[str, Any] = {
         "vae": parts.get("vae") or autoencoder(),
         "image_encoder": parts.get("image_encoder") or image_encoder(),
@@ -87,7 +87,7 @@ def pipeline(**parts: Any) -> diffusers.StableVideoDiffusionPipeline:
 
 
 def save(made: diffusers.StableVideoDiffusionPipeline, folder: Path, **how: Any) -> Path:
-    """Save a pipeline as the hub has it."""
+    """Save a pipeline as on the hub."""
     for name, part in made.components.items():
         if isinstance(part, torch.nn.Module):
             part.save_pretrained(folder / name, **how)

@@ -21,19 +21,19 @@ from higen.train.loop import Loop
 from higen.train.settings import Settings, read_settings
 from higen.video import Video
 
-# Dropout layers draw from the global generator, differently in each process.
+# Without dropout, because its layers draw from the global generator, differently in each process.
 MODEL: ModelConfig = replace(TINY, unet=replace(TINY.unet, dropout=0.0))
 CAPTIONS = ("a blue whale swimming", "a red heart beating", "a green star")
 
 
 def killed_after(steps: int, work: Callable[[], object]) -> None:
-    """Train in a forked child that kills itself (SIGKILL) after this many steps, before the last of them is saved.
+    """Train in a forked child that kills itself (SIGKILL) after this many steps, before the last step is saved.
 
     The child computes in one thread, because a fork loses the parent's other threads. The fixture `single` makes the
     parent compute in one thread too.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of forking with threads
+        warnings.simplefilter("ignore")  # about forking with threads
         child = os.fork()
     if not child:
         code = 1
@@ -59,7 +59,7 @@ def killed_after(steps: int, work: Callable[[], object]) -> None:
 
 
 def moving_square(shade: int, frames: int = 6, height: int = 20, width: int = 28) -> NDArray[np.uint8]:
-    """A bright square that moves to the right by 2 pixels a frame over a plain ground."""
+    """A bright square that moves to the right by 2 pixels per frame over a plain background."""
     clip = np.full((frames, height, width, 3), shade, np.uint8)
     for i in range(frames):
         clip[i, 4:12, 2 * i : 2 * i + 8] = (255, 60, 0)
@@ -67,7 +67,7 @@ def moving_square(shade: int, frames: int = 6, height: int = 20, width: int = 28
 
 
 def write_counted(path: Path, frames: int = 96, cut: int = 0) -> Path:
-    """A video at 8 frames per second whose frames show their number as seven bars, with a key frame every second or so.
+    """A video at 8 frames per second. Frames show their number as seven bars; about one key frame per second.
 
     `cut`: the first frames are cut off as by `ffmpeg -ss ... -c copy`. MP4 then keeps the frames since the last key
     frame and hides them with an edit list.
@@ -89,7 +89,7 @@ def write_counted(path: Path, frames: int = 96, cut: int = 0) -> Path:
 
 
 def numbers_shown(clip: NDArray[np.uint8]) -> list[int]:
-    """The numbers of the frames of a clip of `write_counted`, [F,16,56,3]."""
+    """The frame numbers shown by a clip of `write_counted`, [F,16,56,3]."""
     shown = clip.reshape(len(clip), 16, 7, 8, 3).mean(axis=(1, 3, 4)) > 120
     return (shown @ (1 << np.arange(7))).tolist()
 
@@ -131,7 +131,7 @@ def as_toml(sections: dict[str, dict[str, Any]]) -> str:
 
 
 def write_settings(file: Path, model: Path, clips: Path, **changes: Any) -> Path:
-    """A TOML file of a run of 6 steps; changes are given as section__key=value."""
+    """A TOML file for a run of 6 steps; changes are given as section__key=value."""
     sections: dict[str, dict[str, Any]] = {
         "model": {"init": model},
         "data": {"path": clips, "frames": 4, "images": 2, "videos": 2, "workers": 0},

@@ -1,4 +1,4 @@
-"""The video that the tests on a GPU compare, and how far two are apart."""
+"""The video that the GPU tests compare, and measures of the difference between two videos."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def video(pipe: higen.Pipeline, **options: Any) -> Frames:
 
 
 def on_the_cpu(**options: Any) -> Frames:
-    """The same by ONNX Runtime on the CPU."""
+    """The same video by ONNX Runtime on the CPU."""
     with higen.load(backend="onnx", device="cpu") as pipe:
         return video(pipe, **options)
 
@@ -32,5 +32,5 @@ def psnr(a: Frames, b: Frames) -> float:
 
 
 def largest(a: Frames, b: Frames) -> int:
-    """The largest difference of two clips in units of 1/255."""
+    """The largest difference between two clips, in units of 1/255."""
     return int(np.abs(a.astype(int) - b).max())

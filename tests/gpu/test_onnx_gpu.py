@@ -1,4 +1,4 @@
-"""ONNX Runtime's CUDA provider: whole videos beside the CPU's, half precision, the C++ runtime."""
+"""ONNX Runtime's CUDA provider: whole videos compared with the CPU's, half precision, the C++ runtime."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def expected() -> Frames:
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The built-in model with float16 graphs too."""
+    """The built-in model with additional float16 graphs."""
     pytest.importorskip("onnxscript")
     from higen.export.model_graphs import export_model
 
@@ -74,7 +74,7 @@ def test_a_gpu_that_is_not_there_is_refused() -> None:
 
 @pytest.mark.parametrize("provider", ["cuda", "auto"])
 def test_the_c_plus_plus_runtime(expected: Frames, tmp_path: Path, provider: str) -> None:
-    """HIGEN_RUN names a built `higen-run`."""
+    """HIGEN_RUN is the path of a built `higen-run`."""
     program = os.environ.get("HIGEN_RUN")
     if program is None:
         pytest.skip("HIGEN_RUN is not set")

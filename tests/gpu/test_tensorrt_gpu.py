@@ -1,4 +1,4 @@
-"""TensorRT on a real GPU: not part of a plain test run, and never run so far by those who wrote it.
+"""TensorRT on a real GPU. A plain test run leaves these tests out, and their authors have not run them so far.
 
 python -m pytest -m gpu tests/gpu
 """
@@ -62,7 +62,7 @@ def test_the_video_of_onnx_runtime(cuda: Cuda, tmp_path: Path, flavour: str) -> 
     with higen.load(model, "onnx", device="cpu") as pipe:
         expected = pipe(PROMPT, steps=10, seed=3, progress=False).frames
     with higen.load(model, "tensorrt") as pipe:
-        for _ in range(3):  # plain, captured, replayed
+        for _ in range(3):  # plain execution, graph capture, graph replay
             frames = pipe(PROMPT, steps=10, seed=3, progress=False).frames
             # float32 on both: only the order of summation differs.
             assert np.abs(frames.astype(int) - expected).max() <= 2

@@ -1,4 +1,4 @@
-"""PyTorch on a GPU: every stage and whole videos beside the CPU's, half precisions, threads, memory, training."""
+"""PyTorch on a GPU: stages and whole videos compared with the CPU's, half precisions, threads, memory, training."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ pytestmark = [
 ]
 
 COMPUTED = ("fp32", "bf16", "fp16")
-"""Precisions, the safest first; a stage computes in those up to its lowest."""
+"""Precisions, the safest first. A stage computes in each of them up to its lowest allowed precision."""
 
 ALLOWED = {"fp32": 5e-3, "fp16": 2e-2, "bf16": 1e-1}
-"""Largest difference of a stage's output from the CPU's in float32, relative to its largest value.
+"""Largest difference of a stage's output from the CPU's float32 output, relative to that output's largest value.
 
-PyTorch convolves float32 in TF32 on a GPU, which has 10 bits of mantissa, unless it is told otherwise.
+By default PyTorch computes float32 convolutions on a GPU in TF32, which has 10 bits of mantissa.
 """
 
 TOPOLOGY = replace(

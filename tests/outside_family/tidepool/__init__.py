@@ -1,1 +1,1 @@
-"""A family in a package of its own, as others would add it to higen (docs/families.md)."""
+"""A family in its own package, as other people would add one to higen (docs/families.md)."""

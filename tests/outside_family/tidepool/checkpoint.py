@@ -1,4 +1,4 @@
-"""Tidepool's checkpoints: one safetensors file whose tensors are called `tide.NETWORK...`."""
+"""Tidepool's checkpoints: one safetensors file with tensors called `tide.NETWORK...`."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ PREFIX = "tide."
 
 
 def recognise(path: Path) -> bool:
-    """Whether a file is one of Tidepool's."""
+    """Whether a file is a Tidepool checkpoint."""
     return path.is_file() and f"{PREFIX}surge.along.weight" in read_names(path)
 
 
 def convert(sources: Sequence[Path], **options: Any) -> Converted:
-    """Tables and weights from the one file. Raises CheckpointError."""
+    """Tables and weights from a checkpoint's single file. Raises CheckpointError."""
     if options or len(sources) != 1:
         raise CheckpointError(f"{', '.join(map(str, sources)) or 'nothing'}: one file is wanted, and no options")
     (source,) = sources

@@ -17,12 +17,12 @@ __all__ = ["Glass", "TidepoolNetworks", "Water", "Words", "containers", "open"]
 
 
 def open(manifest: Manifest, weights: Weights) -> TidepoolNetworks:  # noqa: A001 (the family protocol's name)
-    """The networks of a model; nothing is loaded yet."""
+    """The networks of a model. Nothing is loaded yet."""
     return TidepoolNetworks(manifest, weights)
 
 
 class TidepoolNetworks:
-    """Each weights file is loaded when a stage first needs it."""
+    """Loads each weights file when a stage first needs it."""
 
     def __init__(self, manifest: Manifest, weights: Weights) -> None:
         self._manifest = manifest
@@ -49,7 +49,7 @@ class TidepoolNetworks:
 
 
 def containers(sizes: Widths) -> Mapping[str, Callable[[], nn.Module]]:
-    """What makes the module of each weights file."""
+    """The function that makes each weights file's module."""
     makers: tuple[Callable[[], nn.Module], ...] = (lambda: Words(sizes), lambda: Water(sizes), lambda: Glass(sizes))
     return dict(zip(FILES, makers, strict=True))
 
@@ -70,7 +70,7 @@ class Reader(nn.Module):
 
 
 class Epsilon(nn.Module):
-    """epsilon as `SolverStep` asks for it: near noise * x, which is right for data of variance one."""
+    """epsilon in the form that `SolverStep` expects, close to noise * x, which is correct for data of variance one."""
 
     def __init__(self, name: str, network: nn.Module) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class Epsilon(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor], branches: int
     ) -> Tensor:
-        """x [B,C,F,H,W] -> epsilon, the same. alpha and sigma [B] are those of x0 = alpha x - sigma epsilon."""
+        """x [B,C,F,H,W] -> epsilon of the same shape. alpha and sigma [B] are those of x0 = alpha x - sigma epsilon."""
         network = self.get_submodule(self._name)
         dtype = next(network.parameters()).dtype
         signal, noise = 1.0 / alpha, sigma / alpha  # x = signal x0 + noise epsilon
@@ -90,7 +90,7 @@ class Epsilon(nn.Module):
 
 
 class Words(nn.Module):
-    """What reads the request's text and numbers."""
+    """The networks that read the request's text and numbers."""
 
     def __init__(self, sizes: Widths) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Water(nn.Module):
 
 
 class Pool(nn.Module):
-    """Of one frame: x [B,C,1,H,W], row [B,3] (t, signal, noise) and `bearings` [B,1,E]."""
+    """For one frame: x [B,C,1,H,W], row [B,3] (t, signal, noise) and `bearings` [B,1,E]."""
 
     def __init__(self, sizes: Widths) -> None:
         super().__init__()
@@ -150,7 +150,7 @@ class Pool(nn.Module):
 
 
 class Surge(nn.Module):
-    """Of a clip: x [B,C,F,H,W], row [B,3], `bearings` [B,F,E], `still` [B,C,H,W], `tint` [B,E], `foam` [B,1,F,H,W]."""
+    """For a clip: x [B,C,F,H,W], row [B,3], `bearings` [B,F,E], `still` [B,C,H,W], `tint` [B,E], `foam` [B,1,F,H,W]."""
 
     def __init__(self, sizes: Widths) -> None:
         super().__init__()
@@ -177,7 +177,7 @@ def _per_frame(rows: Tensor) -> Tensor:
 
 
 class Glass(nn.Module):
-    """Pictures to latents and conditions, and latents to pictures."""
+    """The networks from pictures to latents and conditions, and from latents to pictures."""
 
     def __init__(self, sizes: Widths) -> None:
         super().__init__()
@@ -198,7 +198,7 @@ class Eye(nn.Module):
 
 
 class Develop(nn.Module):
-    """latents [B,C,F,H,W], grain [B,1,F,H,W] -> pixels [B,3,F,Y,X]; each frame sees the ones beside it."""
+    """latents [B,C,F,H,W], grain [B,1,F,H,W] -> pixels [B,3,F,Y,X]; each frame depends on its neighbours."""
 
     def __init__(self, sizes: Widths) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Tidepool's tables (docs/manifest.md): data alone, no PyTorch.
+"""Tidepool's tables (docs/manifest.md): only data, without PyTorch.
 
 scribe -> chart -> pool_pair x steps -> the still, one frame; or lens(snapshot)
 chart, eye(palette), the still -> surge_pair x steps -> develop
@@ -20,7 +20,7 @@ FAMILY = "tidepool"
 
 WORDS = ("a", "crab", "waits", "kelp", "sways", "in", "green", "grey", "light", ",")
 VOCABULARY = len(WORDS) + 4
-"""The words, and the tokenizer's own: padding, start, end, unknown."""
+"""The words and the tokenizer's special tokens: padding, start, end, unknown."""
 
 LENGTH = 8
 PLACES = 5
@@ -105,7 +105,7 @@ def _controls() -> tuple[Control, ...]:
 
 
 def _readers() -> tuple[Stage, ...]:
-    """What conditions are made of."""
+    """The stages that make conditions."""
     pixels, latents = ("N", 3, "Y", "X"), (Output("latents", ("N", "C", "H", "W")),)
     return (
         Stage(
