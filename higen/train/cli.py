@@ -102,8 +102,8 @@ def cues(
 ) -> None:
     """Measure the motion and appearance cues of a video, as training does, or the energy and onsets of a sound.
 
-    With --json, what is printed of a sound has its numbers for each control that takes a curve: what the server, C++
-    and Triton take.
+    With --json, a sound's output also has its numbers for each control that takes a curve, in the form that the server,
+    C++ and Triton take.
     """
     with reported(as_json):
         from higen.api import default_model

@@ -1,4 +1,4 @@
-"""Stable Video Diffusion's tables (docs/manifest.md). Only data, no PyTorch.
+r"""Stable Video Diffusion's tables (docs/manifest.md). Only data, no PyTorch.
 
 image -> image_encoder                    -> context          \
 image, noise, augmentation -> vae_encoder -> prior             > temporal_unet x steps -> vae_decoder, 14 frames at once
