@@ -37,40 +37,50 @@ PROMPTS = (
 
 CARD = """# The built-in model
 
-Draws {subjects} animated emoji on {backgrounds} backgrounds: 16 frames of 128x128 at 8 fps, on a CPU. It exists so that
-`higen.generate()` works at once and every tool of the project has a real model to work on; it knows nothing else.
-`higen prompts` lists prompts it knows; other words give a warning.
+Draws {subjects} animated emoji on {backgrounds} backgrounds, and nothing else: 16 frames of 128x128 at 8 fps, on a CPU.
+With it, `higen.generate()` works at once and every tool of the project has a real model to run on. `higen prompts`
+lists prompts it knows. Words that it does not know give a warning.
 
 ![Eight prompts, seed 0, every other frame](contact_sheet.png)
 
 **Architecture** {parameters:.1f} M parameters in half precision ({megabytes:.1f} MB): HiGen's denoiser with two levels
-(96 and 128 channels), prior preconditioning and a pooled context; a two-layer CLIP text encoder over {words} words; an
-AutoencoderDC that makes 8x8 latents of 32 channels.
+(96 and 128 channels), prior preconditioning and a pooled context; a two-layer CLIP text encoder with a vocabulary of
+{words} words; an AutoencoderDC with 8x8 latents of 32 channels.
 
-**Prompts** "a whale flapping its tail on a blue sky", then ", slowly" / ", in slow motion", ", fast" / ", quickly",
-or "a whale on a blue sky, standing still". A `motion` number goes with the words, but "standing still" stays still.
+**Prompts** "a whale flapping its tail on a blue sky", followed by ", slowly" / ", in slow motion" or ", fast" / ",
+quickly" if wanted; or "a whale on a blue sky, standing still". A `motion` number can be combined with these words, but
+"standing still" stays still at any number.
 
 **Data** Microsoft's Fluent emoji (MIT) as animated by LobeHub: npm `@lobehub/fluent-emoji-anim-1` to `-4`, 1.0.0, MIT
-by their metadata. Each clip shows the loop at some speed over a drawn background; the middle frame is always the same
-pose of the subject. One in ten combinations of subject and background is held out.
+by their metadata. Each training clip shows the emoji's loop at some speed over a drawn background. The middle frame
+always shows the same pose of the subject. One in ten combinations of subject and background is held out of training.
 
-**Training** `higen train default --work work --output my-model` trains its like from random weights on two CPU cores:
-some 45 minutes for the autoencoder, {steps:,} steps of 12 key frames and 48 frames of clips for the denoiser (0.75 s
-each on one core of an AMD EPYC with AVX-512, 0.5 s with `--bf16`), {decoder_steps:,} steps for the decoder on what the
-denoiser draws (0.5 s each, 0.33 s). That was not run as a whole: the shipped weights grew, by `--start`, as the recipe
-did. 6,100 steps on the first 12 subjects, in a network with 160 channels at its lower level. Then the autoencoder went
-on for 17 minutes with all 48 subjects, a fifth of the lower level's channels was left out, four context tokens were
-added, and 3,000 steps on 24 subjects followed. Then 13,000 steps on 48 subjects, new ones twice as often as old ones
-for the first 5,500, in bfloat16; from step 2,060 on the gain was told about cues as well as about words, and in the
-last 2,000 half the captions of clips with a motion cue left the speed out. Then 5,600 steps with a learning rate of at
-most 7e-4, in float32, three quarters of those captions without the speed. Last, as the recipe has it now, 10,400 steps
-with at most 8e-4, in bfloat16: half the clips at the highest noise levels, fast ones more often, cues mostly one at a
-time. Then the decoder: 2,500 steps on clips that the denoiser drew a third of the way there, 1,200 on those of the
-last.
+**Training** `higen train default --work work --output my-model` trains such a model from random weights on two CPU
+cores, in three parts:
 
-**Measured** with `higen evaluate{quick}`, against the real clips ({clips});
-the last two columns are the same measures of the real clips, through the autoencoder and as they are, for the held-out
-prompts:
+- the autoencoder: about 45 minutes;
+- the denoiser: {steps:,} steps of 12 key frames and 48 frames of clips (0.75 s each on one core of an AMD EPYC with
+  AVX-512; 0.5 s with `--bf16`);
+- the decoder, on clips that the denoiser draws: {decoder_steps:,} steps (0.5 s each; 0.33 s with `--bf16`).
+
+This recipe was not run as a whole. The shipped weights were trained in stages while the recipe was developed; each
+stage continued the one before (`--start`):
+
+1. 6,100 steps on the first 12 subjects, in a network with 160 channels at its lower level.
+2. 17 more minutes for the autoencoder with all 48 subjects. A fifth of the lower level's channels was removed, and four
+   context tokens were added. Then 3,000 steps on 24 subjects.
+3. 13,000 steps on 48 subjects in bfloat16. For the first 5,500, new subjects came twice as often as old ones. From step
+   2,060 on, the gain was given the cues as well as the words. In the last 2,000, half the captions of clips with a
+   motion cue did not mention the speed.
+4. 5,600 steps in float32 with a learning rate of at most 7e-4. Three quarters of those captions did not mention the
+   speed.
+5. 10,400 steps in bfloat16 with a learning rate of at most 8e-4, and otherwise as in the present recipe: half the clips
+   at the highest noise levels, fast clips more often, cues mostly one at a time.
+6. The decoder: 2,500 steps on clips of the denoiser after a third of stage 5, and 1,200 on clips of the final denoiser.
+
+**Measured** with `higen evaluate{quick}`, against the real clips ({clips}). The last two
+columns are the same measures for the real clips of the held-out prompts: through the autoencoder (codec), and as they
+are (real).
 
 {table}
 
