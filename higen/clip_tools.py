@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from higen.conditioning import measured_curve
-from higen.errors import OutputError, RequestError, quoted
+from higen.errors import OutputError, RequestError, one_line, quoted
 from higen.manifest import Manifest
 from higen.noise_schedule import is_whole
 from higen.request import MAX_SEED, Request
@@ -253,7 +253,7 @@ def _read(video: Clip) -> Video:
             return Video.open(video)
         return video if isinstance(video, Video) else Video(np.asarray(video), 8.0)
     except OutputError as error:
-        raise RequestError(f"video: cannot be read as a clip: {error}") from error
+        raise RequestError(f"video: cannot be read as a clip: {one_line(error)}") from error
 
 
 def known_controls(manifest: Manifest) -> tuple[str, str | None]:

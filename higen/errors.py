@@ -79,6 +79,7 @@ __all__ = [
     "UnknownFamily",
     "WrongArchitecture",
     "is_of_a_handler",
+    "one_line",
     "quoted",
     "raised_in",
 ]
@@ -114,7 +115,12 @@ _QUOTES = _Quotes()
 
 def quoted(value: object) -> str:
     """A value as it is quoted in messages: its repr, in one line of at most 120 characters."""
-    return _cut(re.sub(r"\s*\n\s*", " ", _QUOTES.repr(value)), LINE)
+    return _cut(one_line(_QUOTES.repr(value)), LINE)
+
+
+def one_line(text: object) -> str:
+    """A text in one line, for a message inside another message: a file's name may have line breaks."""
+    return re.sub(r"\s*\n\s*", " ", str(text))
 
 
 def raised_in(error: BaseException) -> str:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from higen.edges import edges
-from higen.errors import OutputError, RequestError, is_of_a_handler, quoted
+from higen.errors import OutputError, RequestError, is_of_a_handler, one_line, quoted
 from higen.known_frames import by_frame
 from higen.media.files import reason
 from higen.media.pictures import load, load_still, upright
@@ -160,7 +160,7 @@ def _file(path: Path, most: int, name: str) -> NDArray[np.uint8]:
     try:
         return read(path, most=most).frames
     except OutputError as error:
-        said = f"cannot be read as a picture ({refused}) or as a clip ({error})"
+        said = f"cannot be read as a picture ({refused}) or as a clip ({one_line(error)})"
         raise RequestError(f"{name}={quoted(os.fspath(path))}: {said}") from error
 
 
@@ -188,7 +188,7 @@ def load_clip(clip: Clip, frames: int, width: int, height: int, name: str = "cli
         try:
             given = read(path, most=frames).frames
         except OutputError as error:
-            raise RequestError(f"{name}={str(path)!r}: cannot be read as a clip: {error}") from error
+            raise RequestError(f"{name}={quoted(str(path))}: cannot be read as a clip: {one_line(error)}") from error
     else:
         given = clip.frames if isinstance(clip, Video) else _array(clip)
     if not isinstance(given, np.ndarray) or not _is_shown(given) or given.ndim != 4 or given.shape[3] != 3:

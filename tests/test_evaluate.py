@@ -464,7 +464,7 @@ def stand_ins(real: RealClips, judges: Judges, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(f"{module}.fetch", lambda folder, download: None)
     monkeypatch.setattr(f"{module}.plan", lambda subjects, seeds, quick: shots)
     monkeypatch.setattr(f"{module}.Judges", lambda *given, **options: judges)
-    monkeypatch.setattr(f"{module}.PipelineMaker", Maker)
+    monkeypatch.setattr(f"{module}.known_measures.PipelineThrough", Maker)
     monkeypatch.setattr(RealClips, "read", lambda folder: real)
 
 

@@ -428,7 +428,7 @@ def test_cpp_runs_prompts_with_different_numbers_of_chunks(
     latents = random.standard_normal(shape).astype(np.float32)
     context = random.standard_normal((4, length * max(chunks), 1)).astype(np.float32)
     table = solver_table(NoiseSchedule(), "v", Solver("dpm++2m", "trailing"), 6)
-    rules: Any = SimpleNamespace(text=SimpleNamespace(length=length), stages=(STEP,))
+    rules: Any = SimpleNamespace(text=SimpleNamespace(length=length), all_stages=(STEP,))
 
     def ran(samples: list[int]) -> Any:
         runner = ChunkRunner.over(Formula(), rules, [chunks[i] for i in samples])
