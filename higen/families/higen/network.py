@@ -115,7 +115,7 @@ class VelocityPredictor(nn.Module):
         return self.unet.config.level_channels[0]
 
     def forward(self, *told: Any) -> Tensor:
-        """x [B,C,F,H,W] and the other arguments of `with_deep` -> v, like x."""
+        """x [B,C,F,H,W] and the other arguments of `with_deep` -> v of the same shape."""
         return self.with_deep(*told)[0]
 
     def with_deep(

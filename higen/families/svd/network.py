@@ -82,7 +82,7 @@ class VideoPredictor(nn.Module):
         return int(self.unet.conv_in.out_channels)
 
     def forward(self, *told: Any) -> Tensor:
-        """x [B,C,F,H,W] and the other arguments of `with_deep` -> m, like x."""
+        """x [B,C,F,H,W] and the other arguments of `with_deep` -> m of the same shape."""
         return self.with_deep(*told)[0]
 
     def with_deep(
