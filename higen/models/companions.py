@@ -82,8 +82,8 @@ def load_text_encoder(
 ) -> CLIPTextModel:
     """The text encoder of a safetensors file, in `dtype` (None: as stored), frozen and in evaluation mode.
 
-    Its weights are in memory once. Raises IntegrityError for a file that is not safetensors or has other tensors than
-    the arguments require (the first ten are listed), and the errors of `text_encoder`.
+    The weights are never in memory twice. Raises IntegrityError for a file that is not safetensors or has other tensors
+    than the arguments require (the first ten are listed), and the errors of `text_encoder`.
     """
     with torch.device("meta"):
         encoder = text_encoder(arguments)

@@ -211,7 +211,7 @@ def flat(settings: Settings) -> dict[str, Any]:
 
 def difference(stored: Mapping[str, Any], settings: Settings) -> str | None:
     """The first key in which a run differs from `stored` (`flat`), with both values; None if there is none. Only keys
-    that change what is learned count. A key that is missing in `stored`, from an earlier version, had its default.
+    that change what is learned count. A key that an earlier version did not store had its default.
     """
     defaults = {
         f"{section}.{key.name}": list(default) if isinstance(default, tuple) else default
