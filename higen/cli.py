@@ -96,7 +96,9 @@ def convert(
     *sources, output = paths
     named = [path for path in (denoiser, text_encoder, autoencoder) if path is not None]
     if bool(sources) == bool(named) or len(named) not in (0, 3):
-        raise click.UsageError("give SOURCES before OUTPUT, or --denoiser, --text-encoder and --autoencoder, all three")
+        raise click.UsageError(
+            "give SOURCES before OUTPUT, or all three of --denoiser, --text-encoder and --autoencoder"
+        )
     with reported(as_json):
         with needs("torch", "higen convert"):
             from higen.convert import convert_sources

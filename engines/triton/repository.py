@@ -189,7 +189,7 @@ def _fixed_sizes(bundle: Bundle, stage: Stage, file: str, precision: str) -> dic
         own = taken[tensor.name]
         if (own.dtype, len(own.shape)) != (tensor.dtype, len(tensor.shape)):
             wrong.append(
-                f"an older export, takes {own.name} as {own.dtype} {list(own.shape)}, not {tensor.dtype} "
+                f"an older export: it takes {own.name} as {own.dtype} {list(own.shape)}, not {tensor.dtype} "
                 f"{list(tensor.shape)}"
             )
             continue

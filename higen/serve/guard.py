@@ -186,7 +186,7 @@ class _Answer:
             kinds = [value for name, value in message["headers"] if name.lower() == b"content-type"]
             if status >= 400 and (not kinds or not kinds[0].startswith(b"application/json")):
                 self._replaced = True
-                await self.refuse(Refusal(status, "refused", "the request cannot be answered as it was made"))
+                await self.refuse(Refusal(status, "refused", "the request is malformed or not supported"))
                 return
             self.status = status
         try:

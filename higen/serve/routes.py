@@ -287,7 +287,9 @@ class _Jobs:
         with self._parts.live.listen(job.id, previews=False) as listener:
             while (now := await self._now(job)).status not in DONE:
                 if self._parts.live.is_closed:
-                    raise Refusal(503, "stopping", f"the server stops; {job.id} is made after its next start", retry=30)
+                    raise Refusal(
+                        503, "stopping", f"the server is stopping; {job.id} is made after its next start", retry=30
+                    )
                 if await is_gone():
                     await run_in_threadpool(self.cancel, now)
                 await listener.wait(1.0)

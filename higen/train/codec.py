@@ -260,7 +260,9 @@ class CodecTrainer(Run):
             shutil.copyfile(source.file(spec.TEXT_ENCODER, verify=False), folder / spec.TEXT_ENCODER)
             write_tokenizer(networks.tokenizer.tokenizer, folder / spec.TOKENIZER)
         if self.settings.codec.layers == "all":
-            self.say(f"{output}: its denoiser is not one of these latents yet; train it (model.init, or companions)")
+            self.say(
+                f"{output}: its denoiser was not trained on these latents; train it next (model.init, or companions)"
+            )
 
     def _scale(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Shift and scale that give the codec's latents mean 0 and deviation 1 on pictures of the data set."""

@@ -80,7 +80,7 @@ def _of_folder(folder: Path, notes: list[str]) -> Motion:
         raise CheckpointError(f"conv_in_channels={config['conv_in_channels']!r}: {_PIA}")
     if config["motion_mid_block_layers_per_block"] != 1:
         many = config["motion_mid_block_layers_per_block"]
-        raise CheckpointError(f"motion_mid_block_layers_per_block={many!r}: 1 is wanted, as published ones have")
+        raise CheckpointError(f"motion_mid_block_layers_per_block={many!r}: 1 is wanted, as in the published ones")
     widths = tuple(config["block_out_channels"])
     layers = config["motion_layers_per_block"]
     arguments = {
@@ -137,7 +137,7 @@ def _refuse_others(state: State) -> None:
         raise CheckpointError(f"conv_in.weight {list(tensor.shape)}: {what}")
     others = [name for name in state if f".{MOTION}." not in name]
     if others:
-        raise CheckpointError(f"{others[0]} is no part of a motion module, as {len(others)} of its tensors are none")
+        raise CheckpointError(f"{len(others)} tensors are not part of a motion module, for example {others[0]}")
 
 
 def diffusers_name(name: str) -> str:

@@ -49,7 +49,9 @@ class HigenNetworks:
             "vae_encoder": self._encoder,
         }
         if stage not in makers:
-            raise ManifestError(f"stages.{stage}: {spec.FAMILY} has the steps of its loops, and {', '.join(makers)}")
+            raise ManifestError(
+                f"stages.{stage}: unknown; {spec.FAMILY} has the steps of its loops, {', '.join(makers)}"
+            )
         return makers[stage]().eval()
 
     @cached_property

@@ -102,7 +102,7 @@ def convert(sources: Sequence[Path], **options: Any) -> Converted:
 
 def _inside(folder: Path, name: str) -> Path:
     if not (folder / name).is_file():
-        raise CheckpointError(f"has no {name}, and {', '.join(FILES)} belong together")
+        raise CheckpointError(f"{name} is missing; {', '.join(FILES)} belong together")
     return folder / name
 
 

@@ -46,7 +46,9 @@ class SvdNetworks:
             "vae_decoder": lambda: Decoder(self._autoencoder, self._networks.scale),
         }
         if stage not in makers:
-            raise ManifestError(f"stages.{stage}: {spec.FAMILY} has the steps of its loop, and {', '.join(makers)}")
+            raise ManifestError(
+                f"stages.{stage}: unknown; {spec.FAMILY} has the steps of its loop, {', '.join(makers)}"
+            )
         return makers[stage]().eval()
 
     @cached_property
