@@ -122,7 +122,7 @@ def with_difference(
     for ours, theirs in names.items():
         added = difference(theirs)
         if not added.isfinite().all():
-            raise CheckpointError(f"{finetune}: {theirs} less that of {base} is infinite or not a number")
+            raise CheckpointError(f"{finetune}: {theirs} minus that of {base} is infinite or not a number")
         if added.count_nonzero():
             # Computed again when it is written, because all differences together are as large as the network.
             makers[ours] = adding(theirs)
