@@ -197,7 +197,7 @@ def _transition(row: Mapping[str, Any], before: Scene | None, frames: int, fps: 
         raise RequestError(f"transition={name!r}: the first scene has none before it")
     if name == "continue" and frames < 2:
         raise RequestError(
-            "transition='continue': needs 2 frames or more, because the first one is the previous scene's"
+            "transition='continue': a scene of 2 frames or more, because the first one is the previous scene's"
         )
     if name != "crossfade":
         return name, int(name == "continue")
