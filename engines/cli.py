@@ -42,8 +42,8 @@ def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | No
     required=True,
     help="rtx-sm89 (or several: rtx-sm89,rtx-sm120), rtx (one portable plan), or tensorrt (for the GPU here).",
 )
-@click.option("--stage", "stages", multiple=True, help="Only these, by name.  [every stage]")
-@click.option("--precision", default="fp32", show_default=True, help="Which graphs: what the engines compute in.")
+@click.option("--stage", "stages", multiple=True, help="Build only this stage; repeatable.  [every stage]")
+@click.option("--precision", default="fp32", show_default=True, help="Precision of the graphs and of the engines.")
 @click.option(
     "--profile",
     "profiles",
@@ -52,8 +52,8 @@ def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | No
     show_default=True,
     help="Shapes to build for: default, interactive, batch, flexible, or a .toml file; several for one engine.",
 )
-@click.option("--workspace", callback=_bytes, help="Scratch memory a layer may use, as in 2G.  [all there is]")
-@click.option("--weight-streaming", is_flag=True, help="Weights may stay on the host, for GPUs that cannot hold them.")
+@click.option("--workspace", callback=_bytes, help="Largest scratch memory of a layer, for example 2G.  [all there is]")
+@click.option("--weight-streaming", is_flag=True, help="Let weights stay on the host if the GPU cannot hold them.")
 @JSON
 def build_engines(
     model: Path,
@@ -67,8 +67,8 @@ def build_engines(
 ) -> None:
     """Build TensorRT engines from the graphs of MODEL, into MODEL/engines/<target>.
 
-    Engines of TensorRT for RTX (rtx...) are built ahead of time and need no GPU. What fits already is kept; an
-    interrupted build goes on where it stopped. A target holds one engine of each stage: another --precision, other
+    Engines of TensorRT for RTX (rtx...) are built ahead of time and need no GPU. Engines that still fit are kept, so
+    an interrupted build continues where it stopped. A target holds one engine of each stage: another --precision, other
     profiles or options replace it.
     """
     with reported(as_json):
@@ -142,12 +142,16 @@ class _Bars:
 
 @click.command()
 @click.argument("model", type=PATH)
-@click.option("--with", "other", default="onnx", show_default=True, help="What to compare: onnx, or tensorrt on a GPU.")
-@click.option("--precision", default="fp16", show_default=True, help="What it computes in.")
-@click.option("--stage", "stages", multiple=True, help="Only these, by name.  [every stage]")
-@click.option("--prompt", help="The video whose stages are compared.  [one that the model knows]")
-@click.option("--steps", type=click.IntRange(1, 1000), default=4, show_default=True, help="Its steps.")
-@click.option("--tolerance", type=click.FloatRange(0, min_open=True), help="Of the largest output.  [by precision]")
+@click.option(
+    "--with", "other", default="onnx", show_default=True, help="Backend to compare: onnx, or tensorrt on a GPU."
+)
+@click.option("--precision", default="fp16", show_default=True, help="Precision of this backend.")
+@click.option("--stage", "stages", multiple=True, help="Compare only this stage; repeatable.  [every stage]")
+@click.option("--prompt", help="Prompt of the video that gives the inputs.  [one that the model knows]")
+@click.option("--steps", type=click.IntRange(1, 1000), default=4, show_default=True, help="Steps of the video.")
+@click.option(
+    "--tolerance", type=click.FloatRange(0, min_open=True), help="Largest error / largest output.  [by precision]"
+)
 @JSON
 def compare(
     model: Path,
@@ -159,7 +163,7 @@ def compare(
     tolerance: float | None,
     as_json: bool,
 ) -> None:
-    """Compare stages of MODEL with its float32 graphs on ONNX Runtime, over a video. Exit code 1 if one is over."""
+    """Compare stages of MODEL with its float32 graphs on ONNX Runtime, over a video. Exit code 1 if one fails."""
     passed = False
     with reported(as_json):
         from higen.bundle import Bundle

@@ -60,7 +60,7 @@ def compare(
         raise RequestError(f"with={other!r}: 'onnx' or 'tensorrt'")
     if other == "onnx" and precision == "fp32":
         raise RequestError(
-            "precision='fp32': ONNX Runtime would be compared with itself; fp16, say, or another backend"
+            "precision='fp32': ONNX Runtime would be compared with itself; choose fp16 or another backend"
         )
     row = precision_named(precision)
     if missing := bundle.not_quantized(precision):

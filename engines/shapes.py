@@ -1,11 +1,13 @@
-"""Shapes for which engines are built. A TOML file describes a use; the stage table turns it into ranges of inputs.
+"""Profiles: the shapes for which engines are built. The stage table turns a profile into ranges of each input's axes.
+
+A profile is a TOML file. Each size is one number, [smallest, best, largest], or "default": the model's own size.
 
 about = "one clip at a time"
-batch = 1                    # samples: one number, or [smallest, best, largest]
-frames = "default"           # or the model's own
+batch = 1                    # samples; has no default
+frames = "default"
 height = [256, 256, 512]     # pixels
 width = 448
-images = "default"           # decoded or encoded at a time; or one number, or [smallest, best, largest]
+images = "default"           # pictures per call of the autoencoder
 """
 
 from __future__ import annotations
@@ -44,13 +46,13 @@ class Range:
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """All three."""
+        """The three sizes in this order."""
         return self.smallest, self.best, self.largest
 
 
 @dataclass(frozen=True)
 class Profile:
-    """A use of a model: ranges of samples, frames, height and width in pixels, and images per call of the
+    """How a model is used: ranges of samples, frames, height and width in pixels, and images per call of the
     autoencoder.
     """
 
@@ -148,10 +150,10 @@ def stage_profiles(
 
 
 def _symbols(stage: Stage, profile: Profile, manifest: Manifest) -> dict[str, Range]:
-    """The range of each symbol. A denoising stage is run on a batch, in the loop's windows and tiles if it has any.
+    """The range of each symbol. A denoising stage is run on a batch, in windows and tiles if its loop has any.
 
-    All other stages are run for one sample, with the frames that a loop needs, or in the chunks of the model's tables.
-    Their ranges always include these sizes, whatever the profile is.
+    All other stages are run for one sample, with the frames that a loop needs, or in chunks as the manifest says. Their
+    ranges always include these sizes, whatever the profile is.
     """
     factor, chunk = manifest.sizes.factor, chunk_of(manifest, stage.name)
     fewest, most = frames_of(manifest, stage.name)

@@ -31,30 +31,32 @@ MODEL = click.argument("model", type=PATH)
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="higen-export")
 def main() -> None:
-    """Compile a model directory: graphs for every stage, beside its weights."""
+    """Compile a model directory: write graphs of its stages next to the weights."""
 
 
 @main.command()
 @MODEL
-@click.option("--stage", "stages", multiple=True, help="Only these, by name (inspect lists them).  [every stage]")
+@click.option(
+    "--stage", "stages", multiple=True, help="Export only this stage (inspect lists them); repeatable.  [every stage]"
+)
 @click.option(
     "--precision",
     type=click.Choice(list(PRECISIONS)),
     default="fp32",
     show_default=True,
-    help="What the graphs compute in; fp16 and bf16 stand beside fp32, with weights of their own.",
+    help="Precision of the graphs. Those in fp16 and bf16 have their own weights and do not replace fp32.",
 )
 @click.option(
-    "--reuse", is_flag=True, help="Also the steps that keep and reuse deep features, for requests with reuse."
+    "--reuse", is_flag=True, help="Also export the steps that keep and reuse deep features (requests with `reuse`)."
 )
 @click.option("--static", help="Fix samples, frames, height and width: 1x32x256x448.  [dynamic]")
 @click.option(
     "--opset",
     type=click.IntRange(21, 23),
-    help="21 is portable; 22 and 23 load in newer ONNX Runtimes than 1.20; 23, the newest that TensorRT for RTX "
-    "takes, has attention as one operator.  [21; bf16: 23]",
+    help="21 is portable. 22 and 23 need an ONNX Runtime newer than 1.20. 23 has attention as one operator; it is the "
+    "newest that TensorRT for RTX takes.  [21; bf16: 23]",
 )
-@click.option("--resume", is_flag=True, help="Go on with an interrupted export: its finished graphs are kept.")
+@click.option("--resume", is_flag=True, help="Continue an interrupted export; its finished graphs are kept.")
 @JSON
 def onnx(
     model: Path,
@@ -94,10 +96,10 @@ def onnx(
 @main.command()
 @MODEL
 @click.option("--report", type=PATH, help="Folder for report.md and sheet.png.")
-@click.option("--steps", type=int, default=10, show_default=True, help="Steps of each stage of the whole loop.")
+@click.option("--steps", type=int, default=10, show_default=True, help="Denoising steps of each loop.")
 @JSON
 def verify(model: Path, report: Path | None, steps: int, as_json: bool) -> None:
-    """Prove MODEL: hashes, every graph against PyTorch, and the whole loop on both. Exit code 1 if one is over."""
+    """Verify MODEL: hashes, every graph against PyTorch, and whole loops on both. Exit code 1 if one fails."""
     passed = False
     with reported(as_json):
         with _export_extra():
@@ -154,23 +156,29 @@ def _size(text: str) -> dict[str, int]:
 @main.command()
 @MODEL
 @click.option("--precision", type=click.Choice(list(QUANTIZED)), default="int8.fp16", show_default=True)
-@click.option("--stage", "stages", multiple=True, help="Only these denoising stages.  [all that have a graph]")
-@click.option("--prompt", "prompts", multiple=True, help="Calibrate on videos of these.  [some the model knows]")
-@click.option("--steps", type=click.IntRange(1, 1000), default=10, show_default=True, help="Steps of these videos.")
-@click.option("--frames", type=int, help="Frames of these videos; fewer take less time.  [the model's]")
-@click.option("--size", help="Width and height of these videos: 256x256.  [the model's]")
-@click.option("--calls", type=click.IntRange(1, 1000), default=8, show_default=True, help="Steps to calibrate on.")
+@click.option(
+    "--stage", "stages", multiple=True, help="Quantise only this denoising stage; repeatable.  [all that have a graph]"
+)
+@click.option(
+    "--prompt", "prompts", multiple=True, help="Prompt of a calibration video; repeatable.  [some the model knows]"
+)
+@click.option("--steps", type=click.IntRange(1, 1000), default=10, show_default=True, help="Steps of the videos.")
+@click.option("--frames", type=int, help="Frames of the calibration videos; fewer take less time.  [the model's]")
+@click.option("--size", help="Width and height of the calibration videos: 256x256.  [the model's]")
+@click.option(
+    "--calls", type=click.IntRange(1, 1000), default=8, show_default=True, help="Calls of each stage to calibrate on."
+)
 @click.option(
     "--minutes",
     type=click.FloatRange(0, min_open=True),
     default=60,
     show_default=True,
-    help="For these videos, half of it at most, and for measuring layers; those that are left stay as they are.",
+    help="Time for the videos (at most half) and for measuring layers; layers not measured are not quantised.",
 )
 @click.option(
     "--tolerance",
     type=click.FloatRange(0, min_open=True),
-    help="Largest error of a step, of its own size; layers stay unquantised until it holds.  [0.05]",
+    help="Largest relative error of a step; layers stay unquantised until it is met.  [0.05]",
 )
 @JSON
 def quantize(
@@ -188,8 +196,8 @@ def quantize(
 ) -> None:
     """Write denoising graphs of MODEL that multiply in 8 or 4 bits, calibrated on real runs.
 
-    int8.fp16, fp8.fp16 and nvfp4.fp16 are for engines, over the float16 graphs; int8 is for ONNX Runtime on a CPU, over
-    the float32 ones.
+    int8.fp16, fp8.fp16 and nvfp4.fp16 are made from the float16 graphs, for engines. int8 is made from the float32
+    graphs, for ONNX Runtime on a CPU.
     """
     with reported(as_json):
         with _export_extra():
@@ -222,7 +230,7 @@ def quantize(
 @MODEL
 @JSON
 def inspect(model: Path, as_json: bool) -> None:
-    """Say what MODEL holds: stages, loops, controls, files."""
+    """List what MODEL contains: stages, loops, controls, files."""
     with reported(as_json):
         bundle = Bundle.open(model)
         manifest = bundle.manifest

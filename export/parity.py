@@ -130,7 +130,7 @@ def check_graph(
     try:
         check_rules(graph)
     except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise BackendError(f"{name}: the graph is no valid ONNX: {error}") from error
+        raise BackendError(f"{name}: the graph is not valid ONNX: {error}") from error
     if precision == "fp32":
         yield from _run(bundle, name, graph, expected, Parity(name, "", None))
         return

@@ -23,17 +23,21 @@ __all__ = ["batch"]
 @click.option("--format", "kind", default="mp4", show_default=True, help="Format of the videos: mp4 webm gif webp npy.")
 @click.option("--backend", help="Where the stages run; see `higen doctor`.  [auto]")
 @click.option("--device", help="cpu, cuda, cuda:1, ...  [a GPU if there is one]")
-@click.option("--precision", help="What the stages compute in.  [fp32 on a CPU]")
+@click.option("--precision", help="Precision of the stages.  [fp32 on a CPU]")
 @click.option("--threads", type=int, help="CPU threads of one stage.  [the library's choice; on Ray, --cpus]")
-@click.option("--slots", default=1, show_default=True, help="Rows that one model makes at once, in common batches.")
+@click.option(
+    "--slots", default=1, show_default=True, help="Rows that one model runs at the same time, in shared batches."
+)
 @click.option("--retries", default=2, show_default=True, help="How often a row that failed is tried again.")
 @click.option(
     "--max-failures", default=100, show_default=True, help="End the run after this many failed rows in succession."
 )
-@click.option("--ray", metavar="ADDRESS", help="Run on this Ray cluster: HOST:PORT, auto; local: one on this machine.")
-@click.option("--workers", type=int, help="On Ray: models that are loaded.  [as many as the cluster has room for]")
+@click.option("--ray", metavar="ADDRESS", help="Run on a Ray cluster: HOST:PORT, auto, or local (on this machine).")
+@click.option("--workers", type=int, help="On Ray: workers, each with its own model.  [as many as fit]")
 @click.option("--cpus", type=float, help="On Ray: CPUs of one worker.  [1]")
-@click.option("--gpus", type=float, help="On Ray: GPUs of one worker; 0.25: four share one.  [1 where there are any]")
+@click.option(
+    "--gpus", type=float, help="On Ray: GPUs of one worker; 0.25: four workers share one.  [1 if there are any]"
+)
 @JSON
 def batch(
     rows: Path,
@@ -55,7 +59,7 @@ def batch(
 ) -> None:
     """Make a video of each row of the file ROWS (JSON Lines or CSV), into OUTPUT, a folder or URL.
 
-    A row has a prompt and other options of a request. The same command continues a stopped run: docs/bulk.md.
+    A row has a prompt and other options of a request. The same command continues a stopped run. See docs/bulk.md.
     """
     if ray is None and not (workers is cpus is gpus is None):
         raise click.UsageError("--workers, --cpus and --gpus want --ray ADDRESS")

@@ -114,7 +114,7 @@ class Bundle:
                     raise
             else:
                 return bundle
-        raise IntegrityError(f"{folder}: is being changed all the time; try again")
+        raise IntegrityError(f"{folder}: another process keeps changing it; try again")
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A model is sent to another process as its path; the built-in model is that of the other process."""

@@ -37,12 +37,12 @@ LATE = {
 @click.group(cls=LateCommands, late=LATE, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="higen")
 def main() -> None:
-    """Text to video: a key frame is drawn, then brought to life."""
+    """Text to video: a key frame is drawn, then animated."""
 
 
 @main.command()
 @click.argument("paths", nargs=-1, required=True, type=PATH, metavar="[SOURCES]... OUTPUT")
-@click.option("--family", help="Whose the sources are.  [the family that recognises them]")
+@click.option("--family", help="Model family of the sources.  [the family that recognises them]")
 @click.option("--denoiser", type=PATH, help="cvpr2024.t2v.e003.non_ema_0725000.pth")
 @click.option(
     "--text-encoder",
@@ -55,18 +55,18 @@ def main() -> None:
     help="v2-1_512-ema-pruned.ckpt, or a Stable Diffusion 2.1 folder in diffusers' format",
 )
 @click.option("--dtype", type=click.Choice(["fp16", "bf16", "fp32"]), default="fp16", show_default=True)
-@click.option("--prediction", type=click.Choice(["epsilon", "v"]), help="What it predicts, where the files do not say.")
-@click.option("--network", help="Which of several networks with the same tensors it is, where its name does not say.")
-@click.option("--frames", type=int, help="Frames of the clips that it was trained on, where the files do not say.")
-@click.option("--group-norm", help="What it takes the statistics of group norms over, where the files do not say.")
+@click.option("--prediction", type=click.Choice(["epsilon", "v"]), help="Prediction, if the files do not say it.")
+@click.option("--network", help="Kind of network, if the file's name does not say which of several kinds it is.")
+@click.option("--frames", type=int, help="Frames of the training clips, if the files do not say it.")
+@click.option("--group-norm", help="Range of the group norms' statistics, if the files do not say it.")
 @click.option(
     "--control-kind",
     type=click.Choice(["edges", "given"]),
-    help="What a ControlNet among the sources is shown: the edges of pictures, or the maps that are given.",
+    help="Input of a ControlNet among the sources: the edges of pictures, or the given maps.",
 )
 @click.option("--lora", "loras", multiple=True, metavar="FILE[:SCALE]", help="Add a LoRA to the weights; repeatable.")
 @click.option("--spatial", type=PATH, help="For HiGen: a personalised Stable Diffusion 2.1, for the spatial layers.")
-@click.option("--base", type=PATH, help="What --spatial was trained on from; the difference of the two is added.")
+@click.option("--base", type=PATH, help="Model that --spatial was fine-tuned from; the difference of the two is added.")
 @click.option("--overwrite", is_flag=True, help="Replace a model directory that exists.")
 @JSON
 def convert(
@@ -90,13 +90,15 @@ def convert(
     """Turn released checkpoints into the model directory OUTPUT.
 
     For HiGen, --denoiser, --text-encoder and --autoencoder name its three files. Another family's SOURCES stand before
-    OUTPUT; the family that recognises them converts them. A model directory before OUTPUT is made into another one with
-    the adapters of --lora added; its weights keep their precision.
+    OUTPUT; the family that recognises them converts them. If the source is a model directory, OUTPUT is a copy
+    with the adapters of --lora added; the weights keep their precision.
     """
     *sources, output = paths
     named = [path for path in (denoiser, text_encoder, autoencoder) if path is not None]
     if bool(sources) == bool(named) or len(named) not in (0, 3):
-        raise click.UsageError("give SOURCES before OUTPUT, or --denoiser, --text-encoder and --autoencoder, all three")
+        raise click.UsageError(
+            "give SOURCES before OUTPUT, or all three of --denoiser, --text-encoder and --autoencoder"
+        )
     with reported(as_json):
         with needs("torch", "higen convert"):
             from higen.convert import convert_sources
@@ -133,7 +135,7 @@ def convert(
 
 @contextmanager
 def _bytes_bar(wanted: bool) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar over all files, if a person is watching. Yields a function of (file, bytes done, all bytes)."""
+    """A progress bar over all files, in a terminal or notebook. Yields a function of (file, bytes done, all bytes)."""
     from tqdm import tqdm
 
     with tqdm(unit="B", unit_scale=True, disable=not (wanted and is_watched())) as bar:
@@ -153,7 +155,7 @@ def _bytes_bar(wanted: bool) -> Iterator[Callable[[str, int, int], None]]:
 @click.option("--overwrite", is_flag=True, help="Replace a model directory that exists.")
 @JSON
 def compose(first: Path, second: Path, output: Path, overwrite: bool, as_json: bool) -> None:
-    """Make one model of two: the picture that FIRST draws is the picture that SECOND makes a clip of.
+    """Join two models: FIRST draws a picture, and SECOND makes a clip of this picture.
 
     OUTPUT has the weights of both, as hard links where the file system allows. Engines are built for it anew.
     """
@@ -204,7 +206,7 @@ def _vocabulary(words: list[str] | None) -> str:
 @MODEL
 @JSON
 def doctor(model: Path | None, as_json: bool) -> None:
-    """Say what works here, what runs each stage of a model, and why the better ways do not."""
+    """Report what works here, what runs each stage of a model, and why better backends cannot."""
     with reported(as_json):
         from higen.doctor import report
 
@@ -246,7 +248,7 @@ def parity(directory: Path, only: str | None, as_json: bool) -> None:
 @click.option("--reseal", is_flag=True, help="Accept tables that were edited by hand; they are still checked.")
 @JSON
 def upgrade(directory: Path, reseal: bool, as_json: bool) -> None:
-    """Rewrite the manifest of the model DIRECTORY in today's version; weights and graphs are left as they are."""
+    """Rewrite the manifest of the model DIRECTORY in the current version; weights and graphs do not change."""
     with reported(as_json):
         from higen.upgrade import upgrade as run
 

@@ -66,7 +66,7 @@ class Stream:
         self._home = Home()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        raise NotPicklable("a stream stays in its process: call higen.load and pipe.stream in the other one")
+        raise NotPicklable("a stream cannot be sent to another process: call higen.load and pipe.stream there")
 
     def __iter__(self) -> Iterator[Event]:
         return self

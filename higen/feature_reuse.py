@@ -36,7 +36,7 @@ class FeatureReuse:
     """
 
     def __init__(self, backend: Runner, every: int) -> None:
-        """`every`: one step in this many rows is a full step."""
+        """`every`: one row in this many is a full step."""
         self._backend = backend
         self._every = every
         self._kind = ""

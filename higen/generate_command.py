@@ -156,28 +156,32 @@ def _option(control: Control) -> _ControlOption:
 @click.option("--negative-prompt", help="What the video should not show.")
 @click.option("--seed", type=_seed, metavar="NUMBER", help="Same seed, same video; -1 or random draws one.  [0]")
 @click.option("--steps", type=numbers, help="Denoising steps: one number, or one for each loop.")
-@click.option("--guidance", type=_curve, help="Guidance scale: one number, one for each loop, or a file: a curve.")
-@click.option("--solver", help="A solver that the model knows: ddim or dpm++2m, say.")
-@click.option("--guidance-interval", type=numbers, help="Part of the steps with guidance: 0.2,0.8; else it is 1.")
+@click.option("--guidance", type=_curve, help="Guidance scale: one number, one for each loop, or a file for a curve.")
+@click.option("--solver", help="A solver of the model, for example ddim or dpm++2m.")
+@click.option(
+    "--guidance-interval", type=numbers, help="Part of the steps with guidance: 0.2,0.8. Other steps use scale 1."
+)
 @click.option("--windows", type=numbers, help="Make a long clip in windows: LENGTH,STRIDE in frames; 0: all at once.")
-@click.option("--window-noise", help="Initial noise of such a clip: fresh, shuffled or repeated.")
+@click.option("--window-noise", help="Initial noise of a clip in windows: fresh, shuffled or repeated.")
 @click.option("--free-init", type=numbers, help="FreeInit: ITERATIONS[,SPATIAL,TEMPORAL[,ORDER]].")
-@click.option("--free-init-filter", help="butterworth, gaussian or ideal.")
-@click.option("--reuse", type=numbers, help="Run the whole network every so many steps; the others reuse its features.")
+@click.option("--free-init-filter", help="Filter of FreeInit: butterworth, gaussian or ideal.")
+@click.option("--reuse", type=numbers, help="Run the whole network only every N steps; other steps reuse its features.")
 @click.option("--frames", type=int)
 @click.option("--width", type=int)
 @click.option("--height", type=int)
 @click.option("--fps", type=int)
-@click.option("--audio", type=PATH, help="Sound to write beside the frames of an .mp4 or .webm.")
+@click.option("--audio", type=PATH, help="Sound file for the sound track of an .mp4 or .webm.")
 @click.option("--backend", default="auto", show_default=True, help="Where the stages run; see `higen doctor`.")
 @click.option("--device", help="cpu, cuda, or a GPU by its number: cuda:1, ...  [a GPU if there is one]")
-@click.option("--precision", help="What the stages compute in: fp32, fp16, bf16, int8, ...  [fp32 on a CPU]")
+@click.option("--precision", help="Precision of the stages: fp32, fp16, bf16, int8, ...  [fp32 on a CPU]")
 @click.option("--threads", type=int, help="CPU threads of one stage.  [the library's choice]")
 @click.option(
-    "--low-memory", is_flag=True, help="One TensorRT engine on the GPU at a time, for cards that hold no more."
+    "--low-memory", is_flag=True, help="Keep one TensorRT engine on the GPU at a time, for GPUs with little memory."
 )
 @click.option("--script", type=PATH, help="A scene script (JSON) in place of PROMPT: several scenes, one video.")
-@click.option("--keep-scenes", is_flag=True, help="With --script: keep the scenes, to change one and make it anew.")
+@click.option(
+    "--keep-scenes", is_flag=True, help="With --script: keep the scenes, so that one of them can be changed later."
+)
 @JSON
 def generate(
     prompt: str,
@@ -196,8 +200,8 @@ def generate(
 ) -> None:
     """Make a video of PROMPT.
 
-    What is not given is the model's default. With --script, a scene script says what is made (docs/planning.md). The
-    last options are the model's own controls; --model DIR --help lists those of another model.
+    Options that are not given have the model's defaults. With --script, a scene script replaces PROMPT
+    (docs/planning.md). The last options are the model's own controls; --model DIR --help lists those of another model.
     """
     with reported(as_json):
         from higen.api import load

@@ -35,7 +35,7 @@ Interval = tuple[float, float]
 class LoopSettings:
     """Checked settings, by the name of the loop; a loop without an entry has no setting.
 
-    `free_init`: for the loops over frames. `reuse`: one step in this many rows (more than 1) is a full step.
+    `free_init`: for the loops over frames. `reuse`: one row in this many (more than 1) is a full step.
     """
 
     intervals: Mapping[str, Interval] = field(default_factory=dict)

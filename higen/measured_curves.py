@@ -67,7 +67,7 @@ def likeness(features: NDArray[np.floating[Any]]) -> NDArray[np.float64]:
 
 
 def encoder_of(manifest: Manifest) -> Stage | None:
-    """The stage that turns only pixels into the latents of a loop; None: the model has no such stage."""
+    """The stage that encodes a loop's latents and has pixels as its only input; None: there is no such stage."""
     for loop in manifest.loops:
         for row in (loop.replaced, loop.start):
             stage = manifest.stage(source(row.latents).name) if row and source(row.latents).kind == "made" else None
@@ -149,7 +149,7 @@ def sound_curve(asked: CurveAsked, given: CurveFrom, note: Callable[[str], None]
     if sound.seconds < seconds - 0.5 / asked.fps:
         note(f"{sound.seconds:.2f} s from {given.start:g} s on, for a clip of {seconds:.2f} s: the rest is silence")
     feature = given.feature or "energy"
-    # The value for two neighbouring frames is measured while the first of them is shown.
+    # A value for two neighbouring frames is measured over the time of the first one.
     count = max(asked.frames - 1, 1) if asked.encoding == "sinusoid" else asked.frames
     values = FEATURES[feature](sound, count, asked.fps)
     if not values.any():
@@ -164,7 +164,7 @@ def _of_clip(
     manifest: Manifest, backend: Backend, asked: CurveAsked, given: CurveFrom, note: Callable[[str], None]
 ) -> Any:
     if given.feature is not None:
-        raise RequestError(f"feature={given.feature!r}: of a sound, and this is a clip")
+        raise RequestError(f"feature={given.feature!r}: only for a sound, but this is a clip")
     if asked.encoding in MEASURED and (given.low, given.high) != (None, None):
         raise RequestError("low, high: a clip is measured in the control's own units; leave them out")
     frames = _frames(manifest, asked, given, note)
@@ -180,11 +180,11 @@ def _of_clip(
 
 
 def _frames(manifest: Manifest, asked: CurveAsked, given: CurveFrom, note: Callable[[str], None]) -> NDArray[np.uint8]:
-    """The frames at the times of the requested frames, in the model's default size: its units hold for that size."""
+    """The frames at the times of the requested frames. A control's units are valid only at the model's default size."""
     found = _source(given)
     rate = rate_of(found.times, found.end, asked.fps, asked.frames)
     if abs(rate / asked.fps - 1) >= SAME:
-        note(f"sampled at {rate:.4g} frames a second, in whole strides of its own, for {asked.fps:g}")
+        note(f"every n-th frame is used: {rate:.4g} frames a second instead of {asked.fps:g}")
     first = round(given.start * rate)
     return clip_from(found, asked.fps, asked.frames, first, manifest.sizes.width, manifest.sizes.height)
 
@@ -234,6 +234,6 @@ def requested_curves(manifest: Manifest, metadata: Mapping[str, Any], frames: in
                 found[control.name] = curve_values(control.name, value, frames).astype(np.float64)
             else:
                 found[control.name] = similarity_rows(control.name, value, frames, frames)[:, 0].astype(np.float64)
-        except RequestError:  # the clip is of another model, or was cut
+        except RequestError:  # another model made the clip, or the clip was cut
             continue
     return found

@@ -390,5 +390,5 @@ _COMMON = tuple(name for name in COMMON if name != "prompt")
 
 
 def _any_picture(control: Control, value: Any, frames: int, width: int, height: int) -> Any:
-    """A stand-in for reading a picture if only the plan of a request matters."""
+    """Replaces the reading of a picture if only the plan of a request is needed."""
     return value

@@ -22,11 +22,11 @@ KEYS = ("HIGEN_LLM_KEY", "OPENAI_API_KEY")
 @click.command()
 @click.argument("story", default="")
 @click.option("-o", "--output", type=PATH, help="File to write the script to.  [standard output]")
-@click.option("--model", type=PATH, help="Model directory that will draw it.  [the built-in small model]")
-@click.option("--llm", metavar="URL", help="Endpoint with OpenAI's chat completions.  [none: rules]")
+@click.option("--model", type=PATH, help="Model directory that the script is for.  [the built-in small model]")
+@click.option("--llm", metavar="URL", help="Endpoint with OpenAI's chat completions.  [none: use rules]")
 @click.option("--llm-model", metavar="NAME", help="Name of the language model at the endpoint.")
 @click.option("--llm-timeout", type=float, default=120.0, show_default=True, help="Seconds that one answer may take.")
-@click.option("--schema", is_flag=True, help="Print the JSON schema of the model's scripts, and plan nothing.")
+@click.option("--schema", is_flag=True, help="Print the JSON schema of the model's scripts; do not plan.")
 @JSON
 def plan(
     story: str,

@@ -12,7 +12,7 @@ from higen.errors import RequestError, quoted
 __all__ = ["Progress", "Shown", "in_notebook", "is_watched"]
 
 Shown: TypeAlias = bool | Literal["previews"] | None
-"""Whether progress is shown. None: if a person is watching; "previews": also show the estimate after each step."""
+"""Whether progress is shown. None: if `is_watched`; "previews": also show the estimate after each step."""
 
 
 def is_watched() -> bool:

@@ -155,7 +155,7 @@ def _is_decimal(text: str) -> bool:
 
 
 def _check_no_editing(reader: _Reader, opened: int, closed: int) -> None:
-    """Raise RequestError for `[a|b]` and `[a:b:0.5]`; only the text after the last colon can be a number."""
+    """Raise RequestError for `[a|b]` and `[a:b:0.5]`. The latter has a number after its last colon."""
     prompt = reader.prompt
     colon = prompt.rfind(":", opened, closed)
     number = prompt[colon + 1 : closed].strip() if colon >= 0 else ""

@@ -197,7 +197,7 @@ def _transition(row: Mapping[str, Any], before: Scene | None, frames: int, fps: 
         raise RequestError(f"transition={name!r}: the first scene has none before it")
     if name == "continue" and frames < 2:
         raise RequestError(
-            "transition='continue': a scene of 2 frames or more, for the first one is the scene before's"
+            "transition='continue': a scene of 2 frames or more, because the first one is the previous scene's"
         )
     if name != "crossfade":
         return name, int(name == "continue")
@@ -272,12 +272,12 @@ def script_schema(manifest: Manifest, files: bool = True) -> dict[str, Any]:
         "steps": {},
         "guidance": {},
         "solver": {"type": ["string", "array"]},
-        "guidance_interval": {"type": "array", "description": "Guidance holds from one part of the steps to another."},
+        "guidance_interval": {"type": "array", "description": "Start and end of the part of the steps with guidance."},
         "windows": {"type": ["integer", "array"], "description": "Length and stride of a long scene's windows."},
         "window_noise": {"enum": list(WINDOW_NOISE)},
         "free_init": {"type": ["number", "array"], "description": "Iterations of FreeInit."},
         "free_init_filter": {"enum": list(FILTERS)},
-        "reuse": {"type": ["integer", "array"], "description": "The whole network is run every so many steps."},
+        "reuse": {"type": ["integer", "array"], "description": "N: only every N-th step runs the whole network."},
     }
     scene: dict[str, Any] = {
         "prompt": {"type": "string", "minLength": 1, "description": "What the scene shows."},
@@ -287,8 +287,12 @@ def script_schema(manifest: Manifest, files: bool = True) -> dict[str, Any]:
             "description": f"{low / fps:g} to {high / fps:g} at the model's {fps} frames a second",
         },
         "seed": {"type": "integer", "minimum": 0},
-        "transition": {"enum": list(TRANSITIONS), "description": "How the scene begins; of the first one: cut."},
-        "fade": {"type": "number", "exclusiveMinimum": 0, "description": f"Seconds of a crossfade; {FADE:g}."},
+        "transition": {"enum": list(TRANSITIONS), "description": "How the scene begins. The first scene has cut."},
+        "fade": {
+            "type": "number",
+            "exclusiveMinimum": 0,
+            "description": f"Seconds of a crossfade, by default {FADE:g}.",
+        },
         **shared,
     }
     for control in manifest.controls:

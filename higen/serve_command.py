@@ -15,35 +15,41 @@ __all__ = ["serve"]
 
 @click.command()
 @click.argument("models", nargs=-1, metavar="[MODEL]...")
-@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen at; 0.0.0.0: all of them.")
-@click.option("--port", default=8000, show_default=True, help="0: any free port.")
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on; 0.0.0.0: all addresses.")
+@click.option("--port", default=8000, show_default=True, help="Port to listen on; 0: any free port.")
 @click.option(
     "--data", type=PATH, default=Path("higen-serve"), show_default=True, help="Folder of the queue and the videos."
 )
 @click.option("--backend", help="Where the stages run; see `higen doctor`.  [auto]")
 @click.option("--device", help="cpu, cuda, cuda:1, ...  [a GPU if there is one]")
-@click.option("--precision", help="What the stages compute in.  [fp32 on a CPU]")
+@click.option("--precision", help="Precision of the stages.  [fp32 on a CPU]")
 @click.option("--threads", type=int, help="CPU threads of one stage.  [the library's choice]")
 @click.option("--memory", help="Bytes of weights loaded at once: 8GB.  [no limit]")
 @click.option("--slots", default=8, show_default=True, help="Jobs that run at the same time.")
-@click.option("--max-batch", default=8, show_default=True, help="Samples in a shared batch.")
+@click.option("--max-batch", default=8, show_default=True, help="Largest number of samples in a shared batch.")
 @click.option(
     "--quota", default="20GB", show_default=True, help="Bytes of results that are kept; the oldest are removed first."
 )
 @click.option("--max-age", default="7d", show_default=True, help="How long a finished video is kept.")
 @click.option("--api-keys", type=PATH, help="File of hashed keys: only requests with one of these keys are answered.")
-@click.option("--new-key", metavar="NAME", help="Add a key to the file --api-keys, print it, and end.")
-@click.option("--cors", "origins", multiple=True, metavar="ORIGIN", help="A page that may call the API; repeatable.")
-@click.option("--allow-host", "hosts", multiple=True, help="A name of this server besides localhost; repeatable.")
+@click.option("--new-key", metavar="NAME", help="Add a key to the file --api-keys, print it, and exit.")
+@click.option(
+    "--cors", "origins", multiple=True, metavar="ORIGIN", help="Origin of pages that may call the API; repeatable."
+)
+@click.option(
+    "--allow-host", "hosts", multiple=True, help="Another host name of this server than localhost; repeatable."
+)
 @click.option("--max-body", default="32MB", show_default=True, help="Largest size of a request in bytes.")
 @click.option("--max-frames", default=256, show_default=True)
 @click.option(
     "--max-pixels", default=2**21, show_default=True, help="Largest number of pixels of a frame, width times height."
 )
-@click.option("--max-steps", default=200, show_default=True, help="Most denoising steps of each loop.")
-@click.option("--max-queue", default=64, show_default=True, help="Most jobs of one key that wait or run.")
+@click.option("--max-steps", default=200, show_default=True, help="Largest number of denoising steps of each loop.")
 @click.option(
-    "--max-streams", default=256, show_default=True, help="Most event streams and waiting calls at the same time."
+    "--max-queue", default=64, show_default=True, help="Largest number of waiting and running jobs of one key."
+)
+@click.option(
+    "--max-streams", default=256, show_default=True, help="Largest number of event streams and waiting calls."
 )
 @click.option("--max-connections", default=768, show_default=True)
 @JSON
@@ -74,7 +80,7 @@ def serve(
     max_connections: int,
     as_json: bool,
 ) -> None:
-    """Serve MODELs by HTTP, in the shape of OpenAI's video API; without one, the built-in small model.
+    """Serve MODELs over HTTP with OpenAI's video API. The default is the built-in small model.
 
     A MODEL is a directory, or NAME=DIRECTORY. Jobs and results outlive the process: see docs/serving.md.
     """

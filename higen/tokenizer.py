@@ -213,7 +213,7 @@ def _finish(tokenizer: Tokenizer, pieces: str, specials: list[str], *more: pre_t
 
 
 def write_tokenizer(tokenizer: Tokenizer, path: Path) -> None:
-    """Write what the library's `save` writes; on a full disk, `save` raises a bare Exception, this an OSError."""
+    """Write the same file as the library's `save`. On a full disk this raises OSError, not a bare Exception."""
     path.write_text(tokenizer.to_str(pretty=True), encoding="utf-8", newline="\n")
 
 

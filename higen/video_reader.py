@@ -76,7 +76,7 @@ def _read_moving(source: Animation | VideoStream, most: int | None) -> Clip:
 
 
 def _plan(source: Animation | VideoStream, record: Record | None, most: int | None) -> tuple[NDArray[np.int64], float]:
-    """Indices of the frames to show (at least `most` of them, if there are so many), and the frame rate.
+    """Indices of the frames to show (at least `most`, if the file has as many), and the frame rate.
 
     Both come from higen's own record if the file agrees with it; another program may have changed the file.
     """

@@ -1,4 +1,4 @@
-"""A model of no family. Its tables and graphs are written here, to test runtimes that know no family.
+"""A model that belongs to no family. Its tables and graphs are written here, to test runtimes that know no family.
 
 It has two loops (a draft of one frame, then the film around it), a picture, a curve, a matrix of similarities, a whole
 number, a choice, per-frame guidance with an `empty_` pair, a stochastic solver, epsilon prediction, a video decoder.

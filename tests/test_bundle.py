@@ -460,7 +460,7 @@ def test_hidden_files_are_no_part_of_the_model(tmp_path: Path) -> None:
 def test_a_model_is_whole_at_every_moment_of_a_files_arrival(
     model: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
-    """A writer fails after `at` renames of: aside, journal, manifest without the file, file, manifest with it."""
+    """A writer fails after `at` of these renames: aside, journal, manifest without the file, file, manifest with it."""
     aside = model / ".graph.part"
     aside.write_bytes(b"old")
     bundle.put_file(Bundle.open(model), aside, "graph.onnx", INPUTS)

@@ -193,7 +193,7 @@ def test_a_clip_with_a_map_for_each_frame_is_that_of_diffusers(
 
 
 def authors_file(path: Path, network: Any, levels: int, prefix: str = "control_model.") -> Path:
-    """A ControlNet as its authors publish it; `levels` counts those of the network that reads the pictures."""
+    """A ControlNet as its authors publish it. `levels`: number of levels of the network that reads the pictures."""
     state = {prefix + _authors_name(name, 1, levels): tensor for name, tensor in network.state_dict().items()}
     save_file({name: tensor.contiguous() for name, tensor in state.items()}, path)
     return path

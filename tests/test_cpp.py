@@ -115,7 +115,7 @@ def clip_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def made_up(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of no family, whose graphs are written by hand (made_up_model.py)."""
+    """A model that belongs to no family. Its graphs are written by hand (made_up_model.py)."""
     path = tmp_path_factory.mktemp("models") / "made-up"
     write_made_up_model(path)
     return path

@@ -304,7 +304,7 @@ class Affine(nn.Module):
 
 
 def step_stage(guided: bool, frames: int | str = "F") -> Stage:
-    """A denoising stage of no family. `voice` has an input for the other branch, `depth` does not."""
+    """A denoising stage that belongs to no family. `voice` has an input for the other branch, `depth` does not."""
     state = ("B", "C", frames, "H", "W")
     inputs = [Row("depth", ("B", 4), source="control:depth"), Row("voice", ("B", 6), source="reader.voice")]
     inputs += [Row("latents", state), Row("previous", state)]

@@ -1,4 +1,4 @@
-"""Frames that a clip passes through, and masks, compared with the closed form in numpy; refused input."""
+"""Known frames and their masks, compared with a computation in numpy; refused input."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def film(pipeline: Pipeline, **options: Any) -> list[Step]:
 def by_hand(
     backend: Formulas, known: NDArray[Any], mask: NDArray[Any], solver: str, told: float = 0.0, rows: int = 3
 ) -> NDArray[Any]:
-    """The film as docs/manifest.md defines it: x0 is edited, then the row is stepped again with the m of the new x0.
+    """The latents as docs/manifest.md defines them: x0 is edited, then the step uses the m that gives the new x0.
 
     Computed in float64 from the pipeline's conditions.
     """
@@ -95,11 +95,12 @@ def test_a_film_passes_through_its_known_frames(folder: Path, solver: str) -> No
     np.testing.assert_allclose(made[-1].latents[:, :, [0, 3]], known[:, :, [0, 3]], atol=1e-6)
     free = film(pipeline, solver=("ddim", solver))[-1].latents
     assert np.abs(made[-1].latents - free)[:, :, [0, 3]].max() > 0.1
-    np.testing.assert_allclose(made[-1].latents[:, :, [1, 2, 4]], free[:, :, [1, 2, 4]], atol=1e-6)  # frame by frame
+    # The network treats each frame separately.
+    np.testing.assert_allclose(made[-1].latents[:, :, [1, 2, 4]], free[:, :, [1, 2, 4]], atol=1e-6)
 
 
 def test_a_mask_keeps_a_part(folder: Path) -> None:
-    """The mask's mean over a cell is the part of it that is drawn anew. A clip of masks has one mask per frame."""
+    """The mask's mean over a cell is the fraction that is drawn anew. A clip of masks has one mask per frame."""
     masks = np.zeros((5, 8, 12), np.uint8)
     masks[:, :, 6:] = 255  # three columns of cells
     masks[3, 0, 0] = 255  # a quarter of one cell
@@ -149,7 +150,7 @@ def test_samples_have_their_own_known_frames(folder: Path) -> None:
 
 
 def test_windows_are_mixed_before_the_edit(folder: Path) -> None:
-    """For a linear network that treats each frame alone, windows change nothing, with or without known-frame inputs."""
+    """If a linear network treats frames separately, windows change nothing, with or without known-frame inputs."""
     for manifest, own in ((MANIFEST, {}), (told(MANIFEST, True), {"film_one": told_step, "film_two": told_step})):
         whole = film(pipeline_of(folder, manifest, **own)[0], keyframes=KEYS)[-1].latents
         windowed = changed(manifest, "film", windows=Windows(3, 2))

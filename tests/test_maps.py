@@ -105,7 +105,7 @@ def test_a_map_chooses_the_loops_other_stages(folder: Path) -> None:
     free = film(pipeline)
     assert "film_two" in backend.names
     apart = np.abs(given - free).max(axis=(0, 1, 3, 4))
-    assert (apart[[0, 4]] < 1e-6).all()  # the network treats each frame alone
+    assert (apart[[0, 4]] < 1e-6).all()  # the network treats frames separately
     assert (apart[1:4] > 0.1).all()
     film(pipeline, plot=SHOWN, guidance=1)
     assert "plot_film_one" in backend.names
@@ -114,7 +114,7 @@ def test_a_map_chooses_the_loops_other_stages(folder: Path) -> None:
 
 
 def test_windows_and_tiles_cut_the_map(folder: Path) -> None:
-    """The network treats each cell alone, so cutting the map changes only rounding."""
+    """The network treats each cell separately, so cutting the map changes only rounding."""
     whole = film(pipeline_of(folder)[0], plot=SHOWN, hold=[0, 0.5, 1, 2, 0])
     cut = changed(MANIFEST, "film", windows=Windows(3, 2), tiles=Tiles(3, 4, 2))
     pipeline, backend = pipeline_of(folder, cut)

@@ -1,4 +1,4 @@
-"""Measures of clips, tested on made-up clips with known answers and on cheats."""
+"""Measures of clips, tested on made-up clips with known answers and on clips that must not score well."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_spearman_sees_order_alone(values: list[int]) -> None:
 
 
 def test_the_frechet_distance_of_known_gaussians() -> None:
-    # Whitened samples, which then get exactly the wanted moments.
+    # The samples are whitened, then scaled and shifted: their moments are exact.
     x = RANDOM.normal(size=(500, 3))
     x = (x - x.mean(0)) @ np.linalg.inv(np.linalg.cholesky(np.cov(x, rowvar=False))).T
     a, b, shift = np.array([1.0, 2.0, 3.0]), np.array([2.0, 2.0, 0.5]), np.array([0.0, 1.0, -2.0])

@@ -1,5 +1,7 @@
-"""The denoising loop against closed forms (the ODE of Gaussian data, the DDIM formula in eps), its calls, a start in
-the table's tail against diffusers, and windows, edits and fresh noise against their formulas."""
+"""The denoising loop: its calls, and its results against formulas and diffusers.
+
+The formulas are the ODE of Gaussian data, DDIM in eps, and those of windows, edits and fresh noise. diffusers checks a
+start in the table's tail."""
 
 from __future__ import annotations
 
@@ -59,7 +61,7 @@ class GaussianData:
     """A denoising stage for data N(MEAN, STD^2), pixel by pixel: the exact E[x0 | x] in place of a network.
 
     x0 = mean + alpha s^2 / (alpha^2 s^2 + sigma^2) (x - alpha mean), and v = (alpha x - x0) / sigma. The two guidance
-    branches are equal here, so guidance has no effect; the solver's update is the stage's own (higen/stages.py).
+    branches are equal here, so guidance has no effect. The stage itself applies the solver's update (higen/stages.py).
     """
 
     def __init__(self) -> None:
@@ -88,7 +90,7 @@ def solve(solver: str, steps: int, x: Array) -> list[Step]:
 
 
 def exact(x: Array, start: int, alpha_end: float, sigma_end: float) -> NDArray[np.float64]:
-    """The probability-flow ODE of Gaussian data keeps (x - alpha mean) / sqrt(alpha^2 s^2 + sigma^2)."""
+    """On the probability-flow ODE of Gaussian data, (x - alpha mean) / sqrt(alpha^2 s^2 + sigma^2) is constant."""
     abar = alphas_cumprod(SCHEDULE)[start]
     spread = np.sqrt((alpha_end**2 * STD**2 + sigma_end**2) / (abar * STD**2 + 1 - abar))
     solution: NDArray[np.float64] = alpha_end * MEAN + spread * (x - np.sqrt(abar) * MEAN)
@@ -333,9 +335,10 @@ def test_a_noisy_row_is_handed_the_noise_of_its_own_stream(first: int) -> None:
     for row, (_, tensors) in enumerate(backend.given[:-1], start=first):
         for sample, seed in enumerate(seeds):
             flat = streams.normal(seed, 9 + 2**32 * (row + 1), 4 * 3 * 2 * 5)
-            drawn = flat.reshape(4, 3, 2, 5)  # frame by frame
+            drawn = flat.reshape(4, 3, 2, 5)  # drawn in the order of frames
             np.testing.assert_array_equal(tensors["previous"][sample], drawn.swapaxes(0, 1))
-    assert backend.given[-1][1]["previous"] is backend.given[-2][1]["previous"]  # passed back: this stage returned it
+    # The last row gets the output of the call before it.
+    assert backend.given[-1][1]["previous"] is backend.given[-2][1]["previous"]
 
 
 def test_ddim_with_eta_one_is_ddpm() -> None:
@@ -475,4 +478,4 @@ def test_a_network_that_sees_frames_one_by_one_is_not_changed_by_windows() -> No
         for windows in (None, Windows(4, 2), Windows(11, 2))
     )
     np.testing.assert_allclose(windowed, whole, atol=1e-5)
-    np.testing.assert_array_equal(short, whole)  # a clip no longer than the window is one run
+    np.testing.assert_array_equal(short, whole)  # a clip that fits into the window is one run

@@ -1,6 +1,6 @@
-"""Solvers as tables: HiGen's first tables, closed forms, an exactly solved equation, vectors for C++, refused input.
+"""Solver tables against HiGen's first tables, closed forms and an exactly solved equation; vectors for C++; refusals.
 
-tests/test_schedule_diffusers.py compares them with diffusers.
+tests/test_schedule_diffusers.py compares the tables with diffusers.
 """
 
 from __future__ import annotations
@@ -172,7 +172,7 @@ EVERYTHING = list(everything())
 
 
 def test_what_goes_together() -> None:
-    """24 grids for 3 kinds with 3 predictions, or 2 at zero SNR; one for each of EDM's 4 solvers; flow's 2 grids."""
+    """3 kinds have 24 grids for each of 3 predictions (2 at zero terminal SNR). EDM has 4 solvers, flow has 2 grids."""
     assert len(EVERYTHING) == (9 + 6) * (5 + 6 + 4 + 4 + 4 + 1) + 4 + 2
 
 
@@ -201,9 +201,9 @@ def test_every_table_is_finite_and_has_its_rows(steps: int) -> None:
 def test_a_perfect_prediction_stays_on_its_path(
     choice: tuple[NoiseSchedule, str, Solver], steps: int, eta: float
 ) -> None:
-    """If z and n are known, every row finds z and ends at alpha' z + kept n + C noise with kept^2 + C^2 = sigma'^2.
+    """With the exact prediction, a row's x0 is z, and x' = alpha' z + kept n + C noise with kept^2 + C^2 = sigma'^2.
 
-    A prediction is linear, so z and n are the unit vectors (1, 0) and (0, 1).
+    All is linear in z and n, so they are represented by the unit vectors (1, 0) and (0, 1).
     """
     schedule, prediction, solver = choice
     solver = replace(solver, eta=eta) if solver.name == "ddim" else solver
@@ -234,13 +234,13 @@ def solve_gaussian(made: SolverTable, spread: float, rows_per_step: int) -> floa
     """Relative error when a quarter of the timesteps is left, for data N(0, spread^2).
 
     For such data the best prediction is linear, x0 = alpha spread^2 x / var with var = alpha^2 spread^2 + sigma^2, and
-    the flow's exact solution keeps x / sqrt(var).
+    x / sqrt(var) is constant on the exact solution of the probability flow.
     """
     alpha, sigma = made.start_alpha, made.start_sigma
     variance = alpha**2 * spread**2 + sigma**2
     x, previous = math.sqrt(variance[0]), 0.0
     for i in range(len(made)):
-        if i % rows_per_step == 0 and made.t[i] in (249, 251):  # in all these grids if 4 divides the steps
+        if i % rows_per_step == 0 and made.t[i] in (249, 251):  # a quarter of 1000
             return abs(x / math.sqrt(variance[i]) - 1.0)
         x0 = alpha[i] * spread**2 / variance[i] * x
         v = (alpha[i] * x - x0) / sigma[i]

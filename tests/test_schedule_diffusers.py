@@ -1,4 +1,4 @@
-"""Solvers as tables, compared with diffusers' schedulers over whole loops of made-up predictions."""
+"""Solver tables, compared with diffusers' schedulers over whole loops of made-up predictions."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def their_loop(
     """diffusers' final state from the noise X_T, and the timesteps that the network saw."""
     scheduler.set_timesteps(**(grid or {"num_inference_steps": steps}))
     if hasattr(scheduler, "set_begin_index"):
-        scheduler.set_begin_index(0)  # as pipelines do; otherwise a repeated timestep would lose its step
+        scheduler.set_begin_index(0)  # as in pipelines; else one step of a repeated timestep is skipped
     x = torch.from_numpy(X_T.astype(dtype)) * getattr(scheduler, "init_noise_sigma", 1.0)
     more = {"eta": eta} if eta else {}
     for call, t in enumerate(scheduler.timesteps):
@@ -121,7 +121,7 @@ def run(made: SolverTable, x: np.ndarray) -> np.ndarray:
 
 
 def error(made: SolverTable, theirs: np.ndarray, ratio: float = 0.0) -> float:
-    """Relative error of our final state. For solvers on sigma / alpha, theirs is x / alpha and ends at `ratio`."""
+    """Relative error of our final state. diffusers' state can be x / alpha, with sigma / alpha = `ratio` at the end."""
     ours = run(made, X_T.astype(theirs.dtype) * theirs.dtype.type(made.initial))
     return float(np.abs(ours * math.sqrt(1 + ratio**2) - theirs).max() / np.abs(theirs).max())
 
@@ -132,7 +132,7 @@ def compare(schedule: NoiseSchedule, prediction: str, solver: Solver, steps: int
     made = solver_table(schedule, prediction, solver, steps)
     if dtype is np.float64:
         np.testing.assert_allclose(made.t, t, rtol=1e-9, atol=1e-9)
-    if not np.isfinite(theirs).all():  # eta 1 from zero SNR: a root of rounding error slightly below 0
+    if not np.isfinite(theirs).all():  # eta 1 at zero SNR: rounding makes the value under a root negative
         assert solver.eta == 1.0
         assert np.isfinite(run(made, X_T)).all()
         return 0.0
@@ -181,7 +181,7 @@ AS_THEY_RUN = [
     *((s, "epsilon", Solver("lcm")) for s in (SD, LINEAR)),  # LCM, AnimateLCM
     (ZERO_SNR, "v", Solver("lcm")),
 ]
-# diffusers' float32 abar is off by 1e-5 at the end of a cosine schedule, and moves Karras' t by 1e-3. Double agrees.
+# diffusers' float32 abar is off by 1e-5 at the end of a cosine schedule, and moves Karras' t by 1e-3. float64 agrees.
 AS_THEY_ROUND = [
     (replace(COSINE, zero_terminal_snr=True), "v", Solver("ddim", offset=1)),  # I2VGen-XL
     *((SD, p, Solver("euler", "karras")) for p in TYPES),

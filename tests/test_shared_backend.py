@@ -1,4 +1,4 @@
-"""Many concurrent requests on one backend: each gets the same result as alone."""
+"""Many concurrent requests on one backend: each has the same result as when it runs alone."""
 
 from __future__ import annotations
 
@@ -320,7 +320,7 @@ def test_a_video_decoder_gives_each_request_its_own_frames(tmp_path: Path) -> No
 
 
 def test_requests_that_reuse_features_share_batches(tmp_path: Path) -> None:
-    """Two such requests and one without reuse: each result is as if alone; full and shallow steps share batches."""
+    """Two such requests and one without reuse. Results do not change; full and shallow steps share batches."""
     bundle = write_made_up_model(tmp_path / "model", reuse=True)
     pipeline = Pipeline(bundle, OnnxBackend(bundle, Options("cpu", threads=1)))
     requests = [

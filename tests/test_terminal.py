@@ -31,7 +31,7 @@ def commands() -> list[tuple[str, list[str]]]:
 
 @pytest.mark.skipif(not FULL.exists(), reason="this system has no /dev/full")
 def test_a_full_output_is_one_line_and_an_exit_code(monkeypatch: pytest.MonkeyPatch) -> None:
-    """These many commands run in this process. Real processes are tested below."""
+    """The commands run in this process, which is faster. Real processes are tested below."""
     for module, arguments in commands():
         said: list[str] = []
         with FULL.open("w", encoding="utf-8") as full, monkeypatch.context() as patch:

@@ -72,7 +72,7 @@ def test_another_body_is_refused_in_one_line(body: bytes, message: str) -> None:
 
 
 class Upstream(BaseHTTPRequestHandler):
-    """Imitates Triton: it returns what it received; `slow` streams without end; `odd` cannot parse."""
+    """Imitates Triton: it returns what it received. `/slow` streams without end, `/odd` reports a parse error."""
 
     left = threading.Event()
 

@@ -520,7 +520,7 @@ def test_two_instances_work_side_by_side(tmp_path: Path) -> None:
             assert_same((found[0] / scale, found[1]), (wanted[0] / scale, wanted[1]))
 
 
-# A model of no family: tests/made_up_model.py.
+# A model that belongs to no family: tests/made_up_model.py.
 
 
 @pytest.fixture(scope="module")

@@ -156,7 +156,7 @@ def test_a_picture_from_the_user_replaces_stage_one(service: Service, pipeline: 
 
 def test_unknown_words_are_told_to_their_own_client(service: Service) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("error", PromptWarning)  # no warning may come this way
+        warnings.simplefilter("error", PromptWarning)  # warnings must go into the metadata only
         clients = [ask(service, prompt, steps=2) for prompt in ("a blue zebra", "a blue whale", "a red gnu")]
         told = [json.loads(answered(client).events[-1]["metadata"])["warnings"] for client in clients]
     assert [len(texts) for texts in told] == [1, 0, 1]
@@ -412,7 +412,7 @@ def test_limits_as_text() -> None:
 
 @pytest.fixture(scope="module")
 def made_up(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    """A service of a model of no family, with its graphs."""
+    """A service for a made-up model, which belongs to no family. Runs its ONNX graphs."""
     bundle = write_made_up_model(tmp_path_factory.mktemp("models") / "made-up")
     backend = OnnxBackend(bundle, Options("cpu", threads=1))
     rows = {stage.name: 4 for stage in bundle.manifest.stages if stage.batch}

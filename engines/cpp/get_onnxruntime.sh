@@ -29,7 +29,7 @@ PYTHON
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT
 mirror=$(apt-get indextargets --format '$(SITE)' | grep -m1 -E 'debian/?$') \
-    || { echo "apt is set up with no Debian mirror; download a release of ONNX Runtime instead" >&2; exit 1; }
+    || { echo "no Debian mirror is configured in apt; download a release of ONNX Runtime instead" >&2; exit 1; }
 mkdir -p "$work"/{lists/partial,cache/archives/partial,etc,package}
 echo "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $mirror $suite main" >"$work/etc/sources.list"
 apt=(apt-get -qq

@@ -28,12 +28,12 @@ class TritonBackend:
         self._rows = {stage.name: stage for stage in manifest.all_stages if stage.name in stages}
         self._backends = dict(stages)
         # Ask for outputs in host memory: by default they stay where the stage ran, and GPU memory cannot be a numpy
-        # array. Looked up here, because the server adds these names to `pb_utils` only after it has imported the model.
+        # array. The server adds these names to `pb_utils` after it has imported the model, so they are looked up here.
         self._memory = pb_utils.PreferredMemory(pb_utils.TRITONSERVER_MEMORY_CPU, 0)
 
     def prepare(self, stage: str) -> None:
-        """Do nothing, since the server has loaded it. Raises BackendUnavailable for a stage that the repository
-        lacks.
+        """Do nothing, because the server has loaded the stage. Raises BackendUnavailable for a stage that the
+        repository lacks.
         """
         self._row(stage)
 
@@ -78,7 +78,9 @@ class TritonBackend:
 
     def _row(self, stage: str) -> Stage:
         if stage not in self._rows:
-            raise BackendUnavailable(f"{stage}: this repository has {', '.join(self._rows)}; write it again")
+            raise BackendUnavailable(
+                f"{stage}: the repository has only {', '.join(self._rows)}; write the repository again"
+            )
         return self._rows[stage]
 
 

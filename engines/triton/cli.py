@@ -16,12 +16,12 @@ __all__ = ["triton"]
 @click.argument("model", type=PATH)
 @click.argument("repository", type=PATH)
 @click.option("--device", default="cpu", show_default=True, help="Where the stages run: cpu, gpu (every GPU) or gpu:N.")
-@click.option("--precision", default="fp32", show_default=True, help="Which graphs: fp32, fp16 or bf16.")
+@click.option("--precision", default="fp32", show_default=True, help="Precision of the graphs: fp32, fp16 or bf16.")
 @click.option("--engines", help="Use the TensorRT engines in this folder of MODEL/engines; other stages use graphs.")
-@click.option("--max-batch", default=8, show_default=True, help="Samples in a denoising batch.")
-@click.option("--slots", default=16, show_default=True, help="Requests at work at once.")
+@click.option("--max-batch", default=8, show_default=True, help="Largest number of samples in a denoising batch.")
+@click.option("--slots", default=16, show_default=True, help="Requests that run at the same time.")
 @click.option("--line", default=256, show_default=True, help="Requests that may wait for a slot.")
-@click.option("--instances", default=1, show_default=True, help="Copies of each stage, which run at once.")
+@click.option("--instances", default=1, show_default=True, help="Copies of each stage that run at the same time.")
 @click.option("--threads", type=int, help="Threads of a stage on a CPU.  [ONNX Runtime's choice]")
 @JSON
 def triton(

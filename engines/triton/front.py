@@ -117,7 +117,7 @@ class Front:
         try:
             theirs, ours = await asyncio.open_connection(HOST, self._behind, limit=MAX_HEAD)
         except OSError as error:
-            raise _Refused(503, "RetryLater: the server starts, or has stopped") from error
+            raise _Refused(503, "RetryLater: the server is starting or has stopped") from error
         try:
             gone = ("connection", "expect", "transfer-encoding", "content-length", "keep-alive")
             kept = {name: value for name, value in head.headers.items() if name not in gone}

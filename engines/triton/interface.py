@@ -89,7 +89,7 @@ COMMON_INPUTS = (
     Field("width", "INT32"),
     Field("height", "INT32"),
     Field("fps", "INT32"),
-    Field("preview_every", "INT32"),  # a preview every this many steps; 0: none
+    Field("preview_every", "INT32"),  # a preview after this many steps; 0: none
     Field("encoding", "STRING"),  # of the result: "raw" (output frames) or "png" (output images)
     Field("return_latents", "BOOL"),
 )

@@ -49,10 +49,10 @@ class Settings:
 
     device     "cpu", "gpu" or "cuda" (every GPU), "gpu:N" or "cuda:N" (that one, from 0)
     max_batch  samples in a denoising batch
-    slots      requests that run at once; beyond max_batch they form batches for further instances
+    slots      requests that run at once. If they are more than max_batch, they form several batches
     line       requests that may wait for a slot; further ones are refused and may be sent again
-    instances  copies of each stage on the device, and batches that run at once: one can decode while another denoises
-    threads    of a stage on a CPU; None: ONNX Runtime's choice
+    instances  copies of each stage on the device, and the number of batches that run at the same time
+    threads    number of threads of a stage on a CPU; None: ONNX Runtime's choice
     precision  of the graphs: "fp32", "fp16" or "bf16"
     engines    folder in the model's engines/ with the TensorRT engines to use; stages without an engine use graphs
     """
@@ -189,14 +189,14 @@ def _fixed_sizes(bundle: Bundle, stage: Stage, file: str, precision: str) -> dic
         own = taken[tensor.name]
         if (own.dtype, len(own.shape)) != (tensor.dtype, len(tensor.shape)):
             wrong.append(
-                f"an older export, takes {own.name} as {own.dtype} {list(own.shape)}, not {tensor.dtype} "
+                f"an older export: it takes {own.name} as {own.dtype} {list(own.shape)}, not {tensor.dtype} "
                 f"{list(tensor.shape)}"
             )
             continue
         for symbol, size in zip(tensor.shape, own.shape, strict=True):
             if isinstance(symbol, str) and isinstance(size, int):
                 if symbol not in fixed and free.get(symbol) != (size, size):
-                    wrong.append(f"{own.name} has a fixed size {symbol}={size} (--static), which varies here")
+                    wrong.append(f"{own.name} has a fixed size {symbol}={size} (--static), but requests vary it")
                 fixed[symbol] = size
     if wrong:
         raise IntegrityError(f"{bundle.path / file}: {wrong[0]}: {_export_command(bundle, precision)}")
@@ -236,8 +236,8 @@ def _engines(bundle: Bundle, settings: Settings) -> dict[str, _Model]:
 def _engine(bundle: Bundle, stage: Stage, plan: Plan, settings: Settings) -> _Model:
     """A stage that TensorRT runs.
 
-    Raises EngineError for a plan that Triton could not load or that is of another model, IntegrityError if its graph
-    does not fit, and RequestError if no profile allows `max_batch`.
+    Raises EngineError for a plan that Triton could not load or that belongs to another model, IntegrityError if the
+    graph of the plan does not fit, and RequestError if no profile allows `max_batch`.
     """
     record = plan.record
     if record.flavour != "tensorrt":

@@ -31,8 +31,8 @@ CANCELLATION_EVERY = 0.1
 
 @dataclass(frozen=True)
 class Limits:
-    """How much runs at once: active requests, requests in line, rows per batch of each stage that batches, and
-    batches.
+    """Largest numbers of active requests, of waiting requests, of rows in a batch of each stage, and of batches at the
+    same time.
     """
 
     slots: int
@@ -125,12 +125,12 @@ class Service:
             thread.start()
 
     def _measure(self) -> None:
-        """Tell the meter the load. One lock covers reading and telling, so that an older load is never told last."""
+        """Report the load to the meter. One lock covers reading and reporting: the last report is the newest."""
         with self._lock:
             self._meter.load(*self.shared.load)
 
     def close(self) -> None:
-        """Fail the open requests with RetryLater, and wait until each has been told."""
+        """Fail the open requests with RetryLater, and wait until each client has its error."""
         self.shared.close()
         with self._lock:
             threads = [thread for _, thread in self._open.values()]
@@ -140,7 +140,7 @@ class Service:
         self._watcher.join()
 
     def _serve(self, tensors: Mapping[str, NDArray[Any]], mine: RequestBackend, reply: Reply) -> None:
-        """Run a request. It leaves its slot before its client is told of the end."""
+        """Run a request. The request leaves its slot before the client gets the last event."""
         error: HigenError | None = None
         try:
             self._run(tensors, mine, reply)

@@ -52,7 +52,7 @@ def external_files(graph: Path) -> frozenset[str]:
 
 def _locations(message: memoryview, fields: _Fields, depth: int) -> Iterator[str]:
     if depth > _DEEPEST:
-        raise ValueError("its graphs lie too deep in each other")
+        raise ValueError("its graphs are nested too deeply")
     for number, content in _read(message):
         if number not in fields:
             continue

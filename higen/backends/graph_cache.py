@@ -192,7 +192,7 @@ class GraphCache:
 
 
 def _key(files: Sequence[Sequence[str]], providers: Sequence[Any]) -> str:
-    """The digest of everything an optimised graph depends on. The file names contain the precision."""
+    """The digest of everything an optimised graph depends on. The precision is part of the file names."""
     build = [ort.__version__, ort.get_build_info()]
     said = json.dumps([FORMAT, files, build, _processor(), EXACT_INT8, [str(provider) for provider in providers]])
     return hashlib.sha256(said.encode()).hexdigest()

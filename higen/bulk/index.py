@@ -28,7 +28,7 @@ INDEX = "index.parquet"
 _MARK = (b"higen.batch", b"1")
 _ENTRY = re.compile(r"journal/([0-9a-f]{32})\.(json|begun)")
 _LEAST, _SHARE = 60.0, 20.0
-"""The index is written again after this many seconds, but not before this many times the duration of the last write."""
+"""Least time between two writes of the index: seconds, and a multiple of the duration of the last write."""
 
 
 @dataclass(frozen=True)

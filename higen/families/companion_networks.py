@@ -84,7 +84,7 @@ class ClipNetworks:
         kinds = {"vae_decoder": DecoderStage, "vae_encoder": EncoderStage}
         if stage not in kinds:
             family, known = self._manifest.family, ", ".join(kinds)
-            raise ManifestError(f"stages.{stage}: {family} has the steps of its loops, text_encoder, {known}")
+            raise ManifestError(f"stages.{stage}: unknown; {family} has the steps of its loops, text_encoder, {known}")
         made = kinds[stage](self._autoencoder, (self._codec.shift,), (self._codec.scale,))
         return made.to(self._weights.device).eval()
 

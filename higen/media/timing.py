@@ -58,7 +58,7 @@ def steady_plan(times: NDArray[np.float64], end: float) -> tuple[NDArray[np.int6
 
 
 def effective_rate(times: NDArray[np.float64], fps: float) -> float:
-    """The rate at which a clip of `fps` frames a second is really sampled: a whole stride of a steady video's frames.
+    """The actual sampling rate for a clip of `fps` frames a second. In a steady video, every n-th frame is sampled.
 
     The result is `fps` if the video is not steady, or if its rate is at least three times or below half of `fps`.
     """

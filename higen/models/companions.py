@@ -82,8 +82,8 @@ def load_text_encoder(
 ) -> CLIPTextModel:
     """The text encoder of a safetensors file, in `dtype` (None: as stored), frozen and in evaluation mode.
 
-    Its weights are in memory once. Raises IntegrityError for a file that is not safetensors or has other tensors than
-    the arguments require (the first ten are listed), and the errors of `text_encoder`.
+    The weights are never in memory twice. Raises IntegrityError for a file that is not safetensors or has other tensors
+    than the arguments require (the first ten are listed), and the errors of `text_encoder`.
     """
     with torch.device("meta"):
         encoder = text_encoder(arguments)
@@ -117,7 +117,7 @@ def restore_buffers(module: nn.Module, device: torch.device) -> None:
     for name, buffer in [(name, buffer) for name, buffer in module.named_buffers() if buffer.is_meta]:
         parent, _, leaf = name.rpartition(".")
         if leaf != "position_ids":
-            raise BackendError(f"this version of transformers or diffusers computes {name} and higen does not know how")
+            raise BackendError(f"transformers or diffusers has the buffer {name}, which this higen cannot restore")
         positions = torch.arange(buffer.shape[-1], device=device).expand(buffer.shape)
         module.get_submodule(parent).register_buffer(leaf, positions, persistent=False)
 

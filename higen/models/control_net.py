@@ -104,7 +104,7 @@ class ControlledClipPredictor(ClipPredictor):
     def forward(
         self, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor], branches: int
     ) -> Tensor:
-        """x [B,C,F,H,W] -> m, the same."""
+        """x [B,C,F,H,W] -> m of the same shape."""
         unet, frames = self.unet, x.shape[2]
         noisy = fold(x.to(unet.conv_in.weight.dtype))
         context = per_frame(conditions["context"].to(noisy.dtype), frames)

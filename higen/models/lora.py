@@ -116,7 +116,7 @@ def _merge(
     given = read_state(lora.path)
     for word, kind in _OTHER.items():
         if named := next((name for name in given if word in name), None):
-            raise CheckpointError(f"a {kind} adapter ({named}): LoRA, with one product of two matrices, is read")
+            raise CheckpointError(f"a {kind} adapter ({named}): only LoRA, with one product of two matrices, is read")
     layers, unused = _layers(given)
     if not layers:
         raise CheckpointError(f"no LoRA: none of its names ends as a LoRA's do, such as {next(iter(given), 'none')!r}")

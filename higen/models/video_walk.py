@@ -151,7 +151,7 @@ class ClipPredictor(nn.Module):
         return walk_with_deep(self.unet, first, embedding, context, deep, num_frames=frames)
 
     def forward(self, *told: Any) -> Tensor:
-        """x [B,C,F,H,W] and the other arguments of `with_deep` -> m, like x."""
+        """x [B,C,F,H,W] and the other arguments of `with_deep` -> m of the same shape."""
         return self.with_deep(*told)[0]
 
     def with_deep(

@@ -26,7 +26,7 @@ NAMES = {"fp16": "F16", "bf16": "BF16", "fp32": "F32"}
 Maker = Callable[[Tensor], Tensor]
 
 CHUNK = 256 * 2**20
-"""A file is reopened after this many bytes, as what is read of a mapped file stays in memory until it is closed."""
+"""A mapped file is reopened after this many bytes, because what was read stays in memory until the file is closed."""
 
 
 class Made(Mapping[str, Tensor]):

@@ -86,7 +86,7 @@ def _case(item: Planned) -> Case:
     try:
         differences = item.differences()
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
-        # Shapes are the fixture's; a network that cannot take them was given wrong ones.
+        # The shapes come from the fixture, so a failure here means that the fixture is wrong.
         raise FixtureError(f"{item.name}: cannot be run: {type(error).__name__}: {error}") from error
     if not differences:
         raise FixtureError(f"{item.name}: there is nothing to compare")
@@ -103,7 +103,7 @@ HEADER = row("case", "max error", "allowed", "ok")
 
 
 def line(case: Case) -> str:
-    """A case as a line: its name, largest error, allowed error, and ok or OVER with the tensor that is."""
+    """A case as a line: its name, largest error, allowed error, and "ok", or "OVER" and the worst tensor."""
     return row(case.name, f"{case.error:.2e}", f"{case.allowed:.2e}", "ok" if case.passed else f"OVER {case.tensor}")
 
 

@@ -130,8 +130,8 @@ def train(network: Network, record: Mapping[str, Any], tensors: dict[str, Tensor
     Gradients are those of the mean loss. Some are sums that nearly cancel, so that rounding has no bound relative to
     their size: `worst_grad_rel_err_fp32_vs_fp64` is how far the reference in float32 is from itself in float64 for the
     worst of all tensors (0.8% to 6%). The L2 norm of every gradient may be off by that much. The gradients stored in
-    full are well conditioned (1e-6 is seen): they may be off by a tenth of it, and by no more than 1e-3, of their
-    largest value.
+    full are well conditioned (1e-6 is seen). Relative to their largest value, they may be off by a tenth of that, and
+    by at most 1e-3.
     """
     x0, noise, t, y, motion, appearance = take(
         tensors, where, "x0", "noise", "t", "y", "motion_cond", "appearance_cond"

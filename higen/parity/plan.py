@@ -103,7 +103,7 @@ def _cases(
 def _tensors_of(file: Path, listed: dict[str, Any], path: Path) -> CaseTensors:
     tensors = CaseTensors(file)
     if differing := sorted(tensors.cases ^ set(listed)):
-        raise FixtureError(f"{file}: has not the cases that {path.name} lists: {', '.join(differing[:10])}")
+        raise FixtureError(f"{file}: its cases differ from those that {path.name} lists: {', '.join(differing[:10])}")
     return tensors
 
 

@@ -30,7 +30,7 @@ BODY_PAUSE, BODY_TIME = 15.0, 120.0
 """Maximum seconds between two parts of a body, and for the whole body."""
 
 HELD = 16
-"""The bodies in memory may take as much as this many bodies of the largest size. Further requests must try again."""
+"""Maximum memory of all bodies, in bodies of the largest size. Further requests must try again."""
 
 READER_PAUSE = 60.0
 """Maximum seconds that a client may take to read a part of the answer."""
@@ -186,7 +186,7 @@ class _Answer:
             kinds = [value for name, value in message["headers"] if name.lower() == b"content-type"]
             if status >= 400 and (not kinds or not kinds[0].startswith(b"application/json")):
                 self._replaced = True
-                await self.refuse(Refusal(status, "refused", "the request cannot be answered as it was made"))
+                await self.refuse(Refusal(status, "refused", "the request is malformed or not supported"))
                 return
             self.status = status
         try:

@@ -65,7 +65,7 @@ def as_refusal(error: BaseException) -> Refusal:
         return Refusal(507, "storage_full", "the server's disk is full: delete videos, or try again later", retry=60)
     if isinstance(error, HigenError):
         return Refusal(500, "failed", str(error))
-    return Refusal(500, "internal_error", f"a mistake of the server's: {type(error).__name__}; its log has more")
+    return Refusal(500, "internal_error", f"an error in the server: {type(error).__name__}; see its log")
 
 
 def is_full(error: BaseException) -> bool:

@@ -45,7 +45,7 @@ class Parts:
 
 
 IdempotencyKey = Annotated[str | None, Header(description="The same key and request give the same job.")]
-Format = Annotated[Literal["mp4", "webm", "gif", "webp"], Query(description="Of the video.")]
+Format = Annotated[Literal["mp4", "webm", "gif", "webp"], Query(description="Format of the video.")]
 MEDIA: dict[int | str, dict[str, Any]] = {
     200: {
         "description": "The file.",
@@ -97,7 +97,7 @@ def video_routes(parts: Parts) -> APIRouter:
     @router.get("", response_model=Page)
     def list_videos(
         request: Request,
-        after: Annotated[str | None, Query(description="The id of the last video of the page before.")] = None,
+        after: Annotated[str | None, Query(description="The id of the last video of the previous page.")] = None,
         limit: Annotated[int, Query(ge=1, le=100)] = 20,
         order: Literal["asc", "desc"] = "desc",
     ) -> Response:
@@ -162,7 +162,7 @@ def video_routes(parts: Parts) -> APIRouter:
         request: Request,
         video_id: str,
         previews: Annotated[bool, Query(description="Send a preview after each step.")] = True,
-        last_event_id: Annotated[str | None, Header(description="Go on behind this event.")] = None,
+        last_event_id: Annotated[str | None, Header(description="Continue after this event.")] = None,
     ) -> Response:
         """Server-sent events: progress, previews (PNG strips as data URLs), and `done` with the video object."""
         job = await run_in_threadpool(jobs.mine, request, video_id)
@@ -287,7 +287,9 @@ class _Jobs:
         with self._parts.live.listen(job.id, previews=False) as listener:
             while (now := await self._now(job)).status not in DONE:
                 if self._parts.live.is_closed:
-                    raise Refusal(503, "stopping", f"the server stops; {job.id} is made after its next start", retry=30)
+                    raise Refusal(
+                        503, "stopping", f"the server is stopping; {job.id} is made after its next start", retry=30
+                    )
                 if await is_gone():
                     await run_in_threadpool(self.cancel, now)
                 await listener.wait(1.0)

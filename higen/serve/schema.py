@@ -123,16 +123,16 @@ _MEANINGS = {
     401: "A key is missing or unknown",
     403: "The page or host may not call this server",
     404: "No such video, model or address",
-    405: "The address takes another method",
+    405: "This address does not take this method",
     408: "The body came too slowly",
     409: "The video is not finished, or the Idempotency-Key was used for another request",
     410: "The video has expired",
     413: "The body is too large",
-    415: "The body is of another kind",
+    415: "The body has the wrong content type",
     422: "A field, value or control is wrong",
     429: "Too many jobs or streams of this key",
     500: "The server failed",
-    503: "The server is full or stops",
+    503: "The server is full or stopping",
     507: "The server's disk is full",
 }
 REFUSALS: dict[int | str, dict[str, Any]] = {
@@ -183,13 +183,13 @@ def _properties(limits: Limits) -> dict[str, Any]:
     every = {"type": "integer", "minimum": 1, "maximum": MAX_REUSE}
     return {
         "prompt": {"type": "string", "description": "What the video shows.", "maxLength": 100_000},
-        "model": {"type": "string", "description": "One of /v1/models; the first one without it."},
+        "model": {"type": "string", "description": "One of /v1/models. The default is the first one."},
         "seconds": {
             "anyOf": [{"type": "string"}, {"type": "number"}],
-            "description": "Length; num_frames is the exact way to say it.",
+            "description": "Length; num_frames gives it exactly.",
         },
         "size": {"type": "string", "pattern": "^[1-9][0-9]{0,5}x[1-9][0-9]{0,5}$", "description": "WIDTHxHEIGHT."},
-        "negative_prompt": {"type": "string", "description": "What it should not show."},
+        "negative_prompt": {"type": "string", "description": "What the video should not show."},
         "num_frames": {"type": "integer", "minimum": 1, "maximum": limits.frames},
         "fps": {"type": "integer", "minimum": 1, "maximum": 240},
         "num_inference_steps": {
@@ -203,24 +203,24 @@ def _properties(limits: Limits) -> dict[str, Any]:
         "guidance_interval": {
             "type": "array",
             "items": {"type": "number", "minimum": 0, "maximum": 1},
-            "description": "The part of the steps with guidance, as 0.2 and 0.8; or two numbers for each loop.",
+            "description": "Start and end of the steps with guidance, such as 0.2 and 0.8; or two for each loop.",
         },
         "windows": {
             "anyOf": [{"type": "integer", "minimum": 0}, {"type": "array", "items": {"type": "integer", "minimum": 1}}],
             "description": "A long clip is made in windows: [length, stride] in frames; 0: all frames at once.",
         },
-        "window_noise": {**_word(WINDOW_NOISE), "description": "The initial noise of such a clip."},
+        "window_noise": {**_word(WINDOW_NOISE), "description": "The initial noise of a clip in windows."},
         "free_init": {
             **_NUMBERS,
-            "description": "Iterations, stop frequencies (space, time), order of the filter.",
+            "description": "FreeInit: iterations, stop frequencies (space, time), order of the filter.",
         },
         "free_init_filter": {**_word(FILTERS), "description": "The filter of free_init."},
         "reuse": {
             "anyOf": [every, {"type": "array", "items": every}],
-            "description": "The whole network is run every so many steps; the others reuse its features. Or one for "
-            "each loop.",
+            "description": "N: only every N-th step runs the whole network, the others reuse its features. One number, "
+            "or one for each loop.",
         },
-        "solver": {"type": "string", "description": "A solver that the model's loops know."},
+        "solver": {"type": "string", "description": "A solver of the model's loops."},
         "seed": {"type": "integer", "minimum": -1, "description": "Same seed, same video; -1 draws one."},
         "controls": {"type": "object", "description": "The model's own controls: /v1/models has their schema."},
     }

@@ -133,7 +133,7 @@ class Worker:
                     swept = time.monotonic()
                     self.tidy()
             except Exception:  # for example a full disk: the jobs keep waiting
-                LOG.exception("the queue cannot be worked on; trying again")
+                LOG.exception("the queue cannot be processed; trying again")
                 self._stopping.wait(1.0)
 
     def _next(self) -> Job | None:

@@ -30,21 +30,21 @@ class _ConfigOrRecipe(click.Group):
 
 @click.group(cls=_ConfigOrRecipe, subcommand_metavar="CONFIG.toml | RECIPE [OPTIONS]")
 def train() -> None:
-    """Train a model: as CONFIG.toml says, or the built-in one by its recipe (default).
+    """Train a model as CONFIG.toml says, or the built-in model by its recipe (`default`).
 
-    Ctrl-C stops cleanly; the same command goes on where it stopped, also after a crash.
+    Ctrl-C stops cleanly; the same command continues where it stopped, also after a crash.
     """
 
 
 @train.command("config")
 @click.argument("config", type=PATH)
-@click.option("--resume/--fresh", default=None, help="Demand a checkpoint, or start anew.  [go on where there is one]")
+@click.option("--resume/--fresh", default=None, help="Require a checkpoint, or start anew.  [continue if there is one]")
 @click.option("--export", type=PATH, help="Write the newest checkpoint as a model directory; do not train.")
 @click.option("--overwrite", is_flag=True, help="Replace the model directory of --export.")
 def from_config(config: Path, resume: bool | None, export: Path | None, overwrite: bool) -> None:
     """Train as the file CONFIG says.
 
-    Its keys: higen/train/sections.py. May be launched by torchrun.
+    The file higen/train/sections.py describes its keys. May be launched by torchrun.
     """
     with reported(False):
         from higen.train.settings import read_settings
@@ -62,16 +62,16 @@ def from_config(config: Path, resume: bool | None, export: Path | None, overwrit
 
 
 @train.command("default")
-@click.option("--work", type=PATH, required=True, help="Folder for data and state; it resumes.")
+@click.option("--work", type=PATH, required=True, help="Folder for data and state; a run resumes from it.")
 @click.option("--output", type=PATH, required=True, help="Model directory to write.")
-@click.option("--steps", type=click.IntRange(1), help="Steps of the denoiser.  [the recipe's]")
-@click.option("--codec-minutes", type=float, default=45.0, show_default=True, help="Time for the autoencoder.")
+@click.option("--steps", type=click.IntRange(1), help="Training steps of the denoiser.  [the recipe's]")
+@click.option("--codec-minutes", type=float, default=45.0, show_default=True, help="Training time of the autoencoder.")
 @click.option("--start", type=PATH, help="Model of this recipe to start from.  [random weights]")
 @click.option("--bf16", is_flag=True, help="Mixed precision: faster on some processors, slower on others.")
 def from_recipe(
     work: Path, output: Path, steps: int | None, codec_minutes: float, start: Path | None, bf16: bool
 ) -> None:
-    """Train the built-in model, from the npm packages on."""
+    """Train the built-in model. The first step downloads its npm packages."""
     with reported(False):
         if not (math.isfinite(codec_minutes) and codec_minutes >= 0):
             raise SettingsError(f"--codec-minutes={codec_minutes:g}: a number of minutes, 0 or more")
@@ -85,9 +85,9 @@ def from_recipe(
 
 @click.command()
 @click.argument("video", type=PATH, metavar="FILE")
-@click.option("--model", type=PATH, help="Whose latents, rate and ranges.  [the built-in small model]")
+@click.option("--model", type=PATH, help="Model with the latents, rate and ranges to use.  [the built-in small model]")
 @click.option("--fps", type=int, help="Frames a second to look at.  [the model's]")
-@click.option("--frames", type=int, help="Of a video, from its middle; of a sound, from its start.  [all that serve]")
+@click.option("--frames", type=int, help="From the middle of a video, or the start of a sound.  [all that can be used]")
 @click.option("--openclip", type=PATH, help="CLIP picture tower, in transformers' format.")
 @click.option("--plot", type=PATH, help="Draw the curves into this picture.")
 @JSON
@@ -142,15 +142,15 @@ def cues(
 @click.command()
 @click.argument("model", type=PATH, required=False)
 @click.option("--clips", type=PATH, help="Measure against these clips: a data set as `higen train` reads it.")
-@click.option("--limit", type=int, help="With --clips: this many of them, from all over the data set.  [all]")
+@click.option("--limit", type=int, help="With --clips: number of clips, spread over the data set.  [all]")
 @click.option("--data", type=PATH, help="Folder of the emoji, for a model made by the default recipe.")
 @click.option("--output", type=PATH, required=True, help="Folder for the measures and contact sheets.")
 @click.option("--fetch", is_flag=True, help="Download the emoji where --data has none: npm packages, about 700 MB.")
-@click.option("--seeds", type=int, help="Clips of each held-out prompt.  [8; with --clips 1]")
-@click.option("--quick", is_flag=True, help="Every fourth subject, one seed.")
-@click.option("--known", is_flag=True, help="Measure known frames too: first and last, every second, the first half.")
+@click.option("--seeds", type=int, help="Clips of each held-out prompt.  [8; 1 with --clips]")
+@click.option("--quick", is_flag=True, help="Measure only every fourth subject, with one seed.")
+@click.option("--known", is_flag=True, help="Measure known frames too: first and last, every second frame, first half.")
 @click.option("--backend", default="auto", show_default=True, help="Where the stages run; see `higen doctor`.")
-@click.option("--precision", help="What the stages compute in: fp32, fp16, bf16, int8, ...  [fp32 on a CPU]")
+@click.option("--precision", help="Precision of the stages: fp32, fp16, bf16, int8, ...  [fp32 on a CPU]")
 @JSON
 def evaluate(
     model: Path | None,

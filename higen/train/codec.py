@@ -1,8 +1,8 @@
 """Trains an autoencoder as a TOML file says (section [codec]), and writes a model directory.
 
 A step decodes noisy latents of pictures and of frames of clips; `codec_loss` defines the loss. The model directory
-contains the autoencoder, the scale of its latents measured on the data set, and the other networks. These are those of
-model.init, or with model.architecture a new untrained denoiser and the text encoder of its companions.
+contains the autoencoder, the scale of its latents measured on the data set, and the other networks. The other networks
+are those of model.init; with model.architecture, an untrained denoiser and the text encoder of its companions.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ class CodecTrainer(Run):
         return self._source(reader)
 
     def warn(self) -> None:
-        """Say which files are left out, and how well the codec to start from shows frames of this data set."""
+        """Say which files are left out, and how well the initial codec reconstructs frames of this data set."""
         if self.listing.skipped:
             self.say(f"left out of the data set{explained(self.listing.skipped)}")
         on_host = self.processes.device.type == "cpu"
@@ -260,7 +260,9 @@ class CodecTrainer(Run):
             shutil.copyfile(source.file(spec.TEXT_ENCODER, verify=False), folder / spec.TEXT_ENCODER)
             write_tokenizer(networks.tokenizer.tokenizer, folder / spec.TOKENIZER)
         if self.settings.codec.layers == "all":
-            self.say(f"{output}: its denoiser is not one of these latents yet; train it (model.init, or companions)")
+            self.say(
+                f"{output}: its denoiser was not trained on these latents; train it next (model.init, or companions)"
+            )
 
     def _scale(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
         """Shift and scale that give the codec's latents mean 0 and deviation 1 on pictures of the data set."""

@@ -52,8 +52,8 @@ class Item:
 
 @dataclass
 class Listing:
-    """The items of a data set. By name, `skipped` has the reasons for left-out files, and `notes` has remarks for the
-    user on files that were used. Both grow as files are read. A file that one sample skips may still serve another.
+    """The items of a data set. `skipped` has the reasons for left-out files, by name. `notes` has remarks for the user
+    on files that were used. Both grow as files are read. A file that one sample skips may still serve another.
     """
 
     items: list[Item] = field(default_factory=list)

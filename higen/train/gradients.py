@@ -39,7 +39,9 @@ class DenoiserGradients:
             "lora.scales": settings.lora.scales,
         }.items():
             if value and processes.count > 1:
-                raise SettingsError(f"{name}=true: one process; several average the gradients of one loss")
+                raise SettingsError(
+                    f"{name}=true: only with one process; several processes average a single loss's gradients"
+                )
         self.source, self.settings, self.processes = source, settings, processes
         self.trained, self.objective = trained, objective
         spatial = (f"denoiser.{name}" for name in spatial_names(objective.denoiser.unet.config))

@@ -57,7 +57,7 @@ SUFFIXES = (*VIDEOS, *IMAGES)
 """A .webp or .png that is an animation is a video."""
 
 READING = 2
-"""Version of the reading. A new number, when files give other pixels than before, invalidates cached latents."""
+"""Version of the reading code. Raise it if files give other pixels than before: then cached latents are invalid."""
 
 _TRIES = 8  # number of clips that are tried to find one without a cut
 _EDGE = 3  # frames: a cut nearer to an end of a clip than this is accepted if there is no clip without a cut

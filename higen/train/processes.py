@@ -158,7 +158,7 @@ class Launched:
 
 
 def start_processes(unused_parameters: bool) -> Launched:
-    """This process among those that torchrun (or accelerate launch) started, or alone.
+    """Join the processes that torchrun (or accelerate launch) started; without them, this process runs alone.
 
     unused_parameters: whether a step leaves some parameters unused. Raises MissingExtra without accelerate, and
     TrainingError if the processes do not find each other.

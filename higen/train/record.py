@@ -86,7 +86,7 @@ class Record:
 
     def close(self) -> None:
         """Close the files."""
-        with suppress(OSError):  # every line was flushed; a line that is left has already raised its error
+        with suppress(OSError):  # every line was flushed, or its error was raised
             self._file.close()
         if self._board is not None:
             self._board.close()

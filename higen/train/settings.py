@@ -82,7 +82,7 @@ class Settings:
     def _check_codec(self) -> None:
         """Raise SettingsError for settings that only the training of a denoiser supports."""
         if self.codec.layers == "decoder" and self.model.init is None:
-            raise SettingsError("codec.layers='decoder': needs model.init, a model whose encoder stays")
+            raise SettingsError("codec.layers='decoder': needs model.init, the model with the encoder to keep")
         others = {
             "optimiser.layers": (self.optimiser.layers, "all"),
             "optimiser.spatial_gradient": (self.optimiser.spatial_gradient, 1),
@@ -98,17 +98,19 @@ class Settings:
             if value != wanted:
                 raise SettingsError(
                     f"{name}={value!r}: codec.layers={self.codec.layers!r} trains the autoencoder alone; leave it out, "
-                    "and train the denoiser in a run of its own"
+                    "and train the denoiser in a separate run"
                 )
 
     def _check_layers(self) -> None:
         layers, rank = self.optimiser.layers, self.lora.rank
         if layers == "temporal" and self.data.images:
-            raise SettingsError("optimiser.layers='temporal': needs data.images = 0; pictures do not pass these layers")
+            raise SettingsError(
+                "optimiser.layers='temporal': needs data.images = 0; these layers are not used for pictures"
+            )
         if self.optimiser.spatial_gradient != 1 and (layers != "all" or rank):
             raise SettingsError("optimiser.spatial_gradient: only where all layers are trained, and without lora")
         if rank and self.model.init is None:
-            raise SettingsError(f"lora.rank={rank}: needs model.init; an adapter is one of a trained model")
+            raise SettingsError(f"lora.rank={rank}: needs model.init, because an adapter needs a trained model")
         if self.lora.scales and self.objective.gain_clips:
             raise SettingsError(f"lora.scales=true: needs objective.gain_clips = 0, not {self.objective.gain_clips}")
         if self.optimiser.train_text and (layers != "all" or rank):
@@ -211,7 +213,7 @@ def flat(settings: Settings) -> dict[str, Any]:
 
 def difference(stored: Mapping[str, Any], settings: Settings) -> str | None:
     """The first key in which a run differs from `stored` (`flat`), with both values; None if there is none. Only keys
-    that change what is learned count. A key that is missing in `stored`, from an earlier version, had its default.
+    that change what is learned count. A key that an earlier version did not store had its default.
     """
     defaults = {
         f"{section}.{key.name}": list(default) if isinstance(default, tuple) else default

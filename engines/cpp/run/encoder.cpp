@@ -121,7 +121,7 @@ void Encoder::check(const std::string& suffix) {
                                  std::strerror(errno) + "): apt-get install ffmpeg" + other_formats);
     if (wait_for(process) != 0)
         throw std::runtime_error(std::string("a ") + suffix + " file needs an ffmpeg with the encoder " + kind.codec +
-                                 ", which the one in PATH has not" + other_formats);
+                                 ", but the ffmpeg in PATH lacks it" + other_formats);
 }
 
 // 4:2:0 needs even sizes: odd frames are padded by repeating their last line or column.
@@ -201,7 +201,7 @@ void Encoder::fail() {
     std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
     while (!text.empty() && (text.back() == '\n' || text.back() == '\r')) text.pop_back();
     const auto last = text.rfind('\n');
-    throw std::runtime_error("ffmpeg failed: " + (text.empty() ? "it says nothing" : text.substr(last + 1)));
+    throw std::runtime_error("ffmpeg failed: " + (text.empty() ? "it printed no message" : text.substr(last + 1)));
 }
 
 #else

@@ -13,36 +13,37 @@ Make a video from a text with a model directory.
   -o, --output FILE      .mp4 (H.264) or .webm (VP9), which need the program ffmpeg; .y4m (plays anywhere, BT.601), .npy
                          (uint8 [F,H,W,3]), .rgb (the bytes of these frames alone); - is y4m on the standard output
   --seed N               0 to 2^64 - 1 (0)
-  --steps N[,M...]       of every loop, or of each; --info names the loops
-  --guidance X[,Y...]    likewise; X:Y:... is one number per frame
-  --solver NAME[,NAME...]  likewise
-  --guidance-interval A,B[,...]  the part of the steps with guidance, 0 to 1, for all loops or two numbers for each
+  --steps N[,M...]       denoising steps: one number, or one for each loop; --info lists the loops
+  --guidance X[,Y...]    guidance scale: one number, or one for each loop; X:Y:... is one number per frame
+  --solver NAME[,NAME...]  solver: one name, or one for each loop
+  --guidance-interval A,B[,...]  part of the steps with guidance, in 0 to 1: two numbers, or two for each loop
   --windows N[,S]        make a longer clip in windows of N frames, S apart; 0: all frames at once
-  --window-noise WORD    initial noise of such a clip: fresh, shuffled or repeated
+  --window-noise WORD    initial noise of a clip in windows: fresh, shuffled or repeated
   --free-init N[,S,T[,O]]  FreeInit: iterations, stop frequencies in space and time, order of the filter
-  --free-init-filter WORD  butterworth, gaussian or ideal
-  --reuse N[,M...]       every so many steps the whole network is run, and the steps between reuse its deep features
+  --free-init-filter WORD  filter of FreeInit: butterworth, gaussian or ideal
+  --reuse N[,M...]       run the whole network only every N steps; other steps reuse its deep features
   --frames N
   --width N --height N --fps N
-  --negative TEXT        what to steer away from
+  --negative TEXT        what the video should not show
   --control NAME=VALUE[,VALUE...]   a control of the model: a number, one per frame, a text, or "unspecified"
   --matrix NAME=FILE     a control's numbers, a row for each frame: .npy, or text with a row on each line
   --picture NAME=FILE[,FILE...]     a picture or the frames of a clip: PNG, JPEG or binary PPM (P6) files
   --image FILE           the same as --picture image=FILE
-  --keyframe INDEX=FILE  a frame that the clip passes through, from 0, or from -1 for the last one on; again for each
-  --list-controls        what --control and --picture take for this model; then end
+  --keyframe INDEX=FILE  a known frame; INDEX from 0, or -1 for the last frame; repeatable
+  --list-controls        print what --control and --picture take for this model, and exit
   --tokens N,N,...       token ids from start to end, instead of the prompt's
   --backend NAME         auto, tensorrt (the model's engines) or onnx (its graphs)
-  --precision NAME       fp32, fp16, bf16, int8, int8.fp16, fp8.fp16 or nvfp4.fp16: which of the model's engines or graphs
-  --provider NAME        of ONNX Runtime: auto, cpu, cuda, cuda:N (a GPU, from 0), tensorrt-rtx, or a plugin's provider with
-                         --provider-library FILE
-  --threads N            of one stage on a CPU
+  --precision NAME       of the engines or graphs: fp32, fp16, bf16, int8, int8.fp16, fp8.fp16 or nvfp4.fp16
+  --provider NAME        ONNX Runtime's provider: auto, cpu, cuda, cuda:N (a GPU, from 0), tensorrt-rtx, or a plugin's
+                         provider with --provider-library FILE
+  --threads N            CPU threads of one stage
   --no-verify            do not check the files' sha256
-  --info                 what the model is and knows, what runs its stages; then end
+  --info                 print what the model is and takes, and what runs its stages; then exit
   -q, --quiet            no progress, no warnings
   -h, --help             this text
 
-What is not given is the model's default. The same model, seed and options give the frames of the Python package.
+Options that are not given have the model's defaults. The same model, seed and options give the same frames as the
+Python package.
 )";
 
 namespace {

@@ -16,7 +16,7 @@ struct Options {
     std::optional<std::vector<std::int64_t>> tokens;
     std::uint64_t seed = 0;
     std::vector<std::int64_t> steps;            // nothing, one for every loop, or one per loop
-    std::vector<std::vector<double>> guidance;  // likewise; an entry is one number, or one per frame
+    std::vector<std::vector<double>> guidance;  // as `steps`; one number, or one per frame
     std::vector<std::string> solvers;           // nothing, one for every loop, or one per loop
     std::vector<double> guidance_interval, free_init;
     std::vector<std::int64_t> windows, reuse;

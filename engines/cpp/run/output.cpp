@@ -86,7 +86,7 @@ void ClipWriter::check_target() {
     target_ = fs::absolute(fs::u8path(path_));
     const auto status = fs::status(target_, error);
     if (fs::is_directory(status)) fail(path_, "is a folder; name a file in it");
-    for (int i = 0; i < 40 && fs::is_symlink(target_, error); ++i)  // Linux follows as many
+    for (int i = 0; i < 40 && fs::is_symlink(target_, error); ++i)  // Linux follows at most 40 links
         target_ = target_.parent_path() / fs::read_symlink(target_, error);
     if (!fs::exists(status)) return;
     if (!fs::is_regular_file(status)) fail(path_, "is no plain file, but a pipe or a device; choose another name");
@@ -135,7 +135,7 @@ void ClipWriter::write(const std::uint8_t* rgb, int count, int total, int width,
     }
 }
 
-// BT.601 in the limited range, as players read a y4m file, with colour at every pixel.
+// BT.601 with limited range, which players assume for y4m. The chroma planes have the full size (4:4:4).
 void ClipWriter::put_y4m(const std::uint8_t* rgb, std::size_t pixels) {
     std::vector<std::uint8_t> planes(3 * pixels);
     for (std::size_t i = 0; i < pixels; ++i) {

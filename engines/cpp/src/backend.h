@@ -87,7 +87,7 @@ public:
     // backend error, also for wrong inputs, or HIGEN_CANCELLED.
     [[nodiscard]] virtual Tensors run(const Stage& stage, const Tensors& inputs, Cancellation& cancellation) = 0;
 
-    // Where a prepared stage runs, in what precision ("cpu, fp32"), and why this backend's better ways are not used.
+    // Where a prepared stage runs, in what precision ("cpu, fp32"), and why this backend's better choice is not used.
     [[nodiscard]] virtual std::string describe(const Stage& stage) const = 0;
 
     // The fallbacks inside this backend since the last call.

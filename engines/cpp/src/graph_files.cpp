@@ -97,7 +97,7 @@ void take_location(std::string_view entry, const std::string& where, std::set<st
 }
 
 void find(Kind kind, std::string_view bytes, int depth, const std::string& where, std::set<std::string>& found) {
-    if (depth > deepest) fail_integrity(where + ": graphs within graphs, too deep");
+    if (depth > deepest) fail_integrity(where + ": its graphs are nested too deeply");
     each(bytes, where, [&](std::uint64_t number, std::string_view content) {
         if (kind == Kind::tensor && number == 13) take_location(content, where, found);
         for (const auto& way : ways) {

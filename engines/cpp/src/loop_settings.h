@@ -26,7 +26,7 @@ struct LoopSettings {
     Interval interval;
     std::optional<Windows> windows;  // none: the whole clip at once
     std::optional<FreeInit> free_init;
-    std::int64_t reuse = 1;  // a full step every this many rows
+    std::int64_t reuse = 1;  // every reuse-th row is a full step
 };
 
 // The checked settings of a loop for a clip of this many frames. `begins`: the loop begins from a picture or clip.

@@ -175,7 +175,7 @@ private:
                 Made made{Ort::Session(env_, path.c_str(), options), bundle_.fixed(), provider.name, precision,
                           passed_over};
                 check_graph(stage, made.session, path, made.fixed);
-                (void)bundle_.file(graph_file(stage.name, precision));  // fails if it was replaced
+                (void)bundle_.file(graph_file(stage.name, precision));  // throws if the file was replaced
                 (void)bundle_.file(weights);
                 return made;
             } catch (const Ort::Exception& error) {

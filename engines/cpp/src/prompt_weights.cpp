@@ -145,7 +145,7 @@ private:
         return closing + 1;
     }
 
-    // Throws for `[a|b]` and `[a:b:0.5]`. Only the text after the last colon can be a number.
+    // Throws for `[a|b]` and `[a:b:0.5]`. The latter has a number after its last colon.
     void check_no_editing(Text inner) const {
         const auto at = inner.rfind(U':');
         if (inner.find(U'|') != inner.npos || (at != inner.npos && is_decimal(stripped(inner.substr(at + 1)))))

@@ -8,7 +8,8 @@
 
 namespace higen::core {
 
-// The control of an entry of the request; each may be named once. Throws a request error.
+// The control that an entry of the request names. Throws a request error for an unknown control
+// and for one that is named twice.
 [[nodiscard]] const Control& control_of(const Manifest& manifest, const char* name, std::set<std::string>& named);
 
 // Read the pictures of a request with known size and frames. Warns of a known frame, mask or map of another size.

@@ -37,7 +37,7 @@ public:
     // "onnx, cpu, fp32; not tensorrt: no engine of ..."
     [[nodiscard]] std::string describe(const Stage& stage) const override;
 
-    // One line for each stage used so far: what runs it, and why no better way does.
+    // One line for each stage used so far: what runs it, and why no better backend does.
     [[nodiscard]] std::string report() const;
 
     // New fallbacks, each cause once: a stale or broken engine, or shapes that it does not take.

@@ -77,7 +77,7 @@ const Stage& stage(const std::string& name) {
     return manifest.stage(name);
 }
 
-// A model directory with one target of engines.
+// A model directory with engines for one target.
 struct Model {
     Model() {
         fs::remove_all(folder);
@@ -124,7 +124,7 @@ struct Model {
     }
 };
 
-// A backend on the model. It is freed before the check that all rules were kept.
+// A backend that runs the model. The destructor frees it, and then checks the rules of the fake GPU.
 struct Fixture : Model {
     std::unique_ptr<Bundle> bundle;
     std::unique_ptr<Backend> backend;
@@ -307,7 +307,7 @@ TEST(engines_that_do_not_fit) {
     fails(HIGEN_ERROR_INTEGRITY, "latents is of float16, this library gives float32");
     f.add("vae_decoder", "not a plan", decoder_tensors, decoder_profiles);
     fails(HIGEN_ERROR_INTEGRITY, "Malformed: rtx-sm89/vae_decoder: its file is no plan");
-    f.change("\"vae_decoder\"", "\"vae_decoder\"");  // as it was
+    f.change("\"vae_decoder\"", "\"vae_decoder\"");  // restores the good record
     fake::Runtime::invalid = 2 | 4;
     fails(HIGEN_ERROR_UNAVAILABLE, "WrongArchitecture: rtx-sm89/vae_decoder: it was not built for this GPU; the NVIDIA");
     fake::Runtime::invalid = 0, fake::Runtime::fails = true;
@@ -423,7 +423,7 @@ TEST(stages_fall_back_one_by_one_and_say_why) {
                                  " --target TARGET)\nvae_decoder: onnx, cpu, fp32; not tensorrt: " + wrong + "\nvae_encoder: tensorrt, cuda, fp16, rtx-sm89");
     CHECK(router.take_warnings() == std::vector<std::string>{"vae_decoder runs on onnx: " + wrong});
     CHECK(router.take_warnings().empty());
-    // From one backend to the other through host memory.
+    // A tensor goes from one backend to the other through host memory.
     const auto latents = f.routed("vae_encoder", numbers({1, 3, 8, 8})).at("latents");
     CHECK(sum(*f.routed("vae_decoder", latents).at("pixels")) == 2 * sum(*latents));
 }

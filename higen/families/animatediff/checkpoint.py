@@ -223,7 +223,7 @@ def _arguments(pictures: Mapping[str, Any], motion: Motion) -> dict[str, Any]:
         elif name in arguments:
             arguments[name] = value
         elif name != "attention_head_dim" and value not in (None, defaults.get(name)):
-            raise CheckpointError(f"{name}={value!r}: no U-Net with motion modules has it")
+            raise CheckpointError(f"{name}={value!r}: a U-Net with motion modules cannot have it")
     # In an image U-Net, diffusers keeps the number of heads under the name of the head's size.
     heads = given.get("num_attention_heads") or given.get("attention_head_dim")
     return {**arguments, "num_attention_heads": heads, **motion.arguments}

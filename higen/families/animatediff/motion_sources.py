@@ -45,7 +45,7 @@ class Motion:
     widths      channels of each level on the way down
     layers      number of motion modules in each of these levels
     arguments   the arguments of UNetMotionModel that depend on the motion modules
-    group_norm  one of `spec.GROUP_NORMS`: the statistics in the code for which the modules were made
+    group_norm  one of `spec.GROUP_NORMS`, as in the code that the modules were made for
     """
 
     widths: tuple[int, ...]
@@ -80,7 +80,7 @@ def _of_folder(folder: Path, notes: list[str]) -> Motion:
         raise CheckpointError(f"conv_in_channels={config['conv_in_channels']!r}: {_PIA}")
     if config["motion_mid_block_layers_per_block"] != 1:
         many = config["motion_mid_block_layers_per_block"]
-        raise CheckpointError(f"motion_mid_block_layers_per_block={many!r}: 1 is wanted, as published ones have")
+        raise CheckpointError(f"motion_mid_block_layers_per_block={many!r}: 1 is wanted, as in the published ones")
     widths = tuple(config["block_out_channels"])
     layers = config["motion_layers_per_block"]
     arguments = {
@@ -114,7 +114,7 @@ def _of_file(path: Path, notes: list[str]) -> Motion:
     frames = _POSITIONS[middle] if positions is None else int(positions.shape[1])
     if positions is None:
         state = _with_positions(state, frames)
-        notes.append(f"{path}: has no table of positions; they are computed, and {frames} frames are the most")
+        notes.append(f"{path}: has no table of positions; positions are computed for at most {frames} frames")
     arguments = {
         "motion_num_attention_heads": _HEADS,
         "motion_max_seq_length": frames,
@@ -137,7 +137,7 @@ def _refuse_others(state: State) -> None:
         raise CheckpointError(f"conv_in.weight {list(tensor.shape)}: {what}")
     others = [name for name in state if f".{MOTION}." not in name]
     if others:
-        raise CheckpointError(f"{others[0]} is no part of a motion module, as {len(others)} of its tensors are none")
+        raise CheckpointError(f"{len(others)} tensors are not part of a motion module, for example {others[0]}")
 
 
 def diffusers_name(name: str) -> str:
@@ -189,5 +189,5 @@ def _counts(names: Collection[str], pattern: str) -> tuple[int, ...]:
 
 def _width(state: State, name: str) -> int:
     if name not in state:
-        raise CheckpointError(f"missing {name}, and every motion module has it; {found_in(state)}")
+        raise CheckpointError(f"missing {name}, which every motion module has; {found_in(state)}")
     return int(state[name].shape[0])

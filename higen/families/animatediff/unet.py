@@ -15,7 +15,7 @@ from higen.models.companions import quiet, quiet_import
 __all__ = ["MOTION", "motion_unet", "still_unet"]
 
 MOTION = "motion_modules"
-"""A part of the name of every tensor of a motion module, and of no other tensor."""
+"""A part of the name of every tensor of a motion module. No other tensor has it in its name."""
 
 
 def motion_unet(arguments: Mapping[str, Any], group_norm: str) -> nn.Module:

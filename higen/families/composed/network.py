@@ -23,7 +23,7 @@ def open(manifest: Manifest, weights: Weights) -> ComposedNetworks:  # noqa: A00
 
 
 class ComposedNetworks:
-    """The family of the model that a stage comes from builds it, under the stage's name in that model."""
+    """Builds each stage with the family of the model that it comes from, under its name in that model."""
 
     def __init__(self, manifest: Manifest, weights: Weights) -> None:
         self._stages: dict[str, tuple[Networks, str]] = {}

@@ -149,7 +149,7 @@ def _taken_picture(second: Manifest) -> str:
         raise ModelError(f"{second.name}: {what}; the second model is one that makes a clip of one picture")
     for loop in second.loops:
         if loop.start is not None and loop.start.control == found[0]:
-            raise ModelError(f"{second.name}: its loop {loop.name} begins from {found[0]} and draws the same anew")
+            raise ModelError(f"{second.name}: its loop {loop.name} begins from {found[0]} and redraws it")
         mixed = loop.noise.mix.loop if loop.noise.mix is not None else None
         if mixed is not None and (row := second.loop(mixed).replaced) is not None and row.control == found[0]:
             raise ModelError(

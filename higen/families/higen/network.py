@@ -49,7 +49,9 @@ class HigenNetworks:
             "vae_encoder": self._encoder,
         }
         if stage not in makers:
-            raise ManifestError(f"stages.{stage}: {spec.FAMILY} has the steps of its loops, and {', '.join(makers)}")
+            raise ManifestError(
+                f"stages.{stage}: unknown; {spec.FAMILY} has the steps of its loops, {', '.join(makers)}"
+            )
         return makers[stage]().eval()
 
     @cached_property
@@ -115,7 +117,7 @@ class VelocityPredictor(nn.Module):
         return self.unet.config.level_channels[0]
 
     def forward(self, *told: Any) -> Tensor:
-        """x [B,C,F,H,W] and the other arguments of `with_deep` -> v, like x."""
+        """x [B,C,F,H,W] and the other arguments of `with_deep` -> v of the same shape."""
         return self.with_deep(*told)[0]
 
     def with_deep(

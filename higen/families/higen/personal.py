@@ -122,14 +122,16 @@ def with_difference(
     for ours, theirs in names.items():
         added = difference(theirs)
         if not added.isfinite().all():
-            raise CheckpointError(f"{finetune}: {theirs} less that of {base} is infinite or not a number")
+            raise CheckpointError(f"{finetune}: {theirs} minus that of {base} is infinite or not a number")
         if added.count_nonzero():
             # Computed again when it is written, because all differences together are as large as the network.
             makers[ours] = adding(theirs)
     changed = list(makers)
     if not changed:
         raise CheckpointError(f"{finetune}: its U-Net is that of {base}, so it changes nothing")
-    notes.append(f"{finetune.name} less {base.name}: {len(changed)} of {len(names)} spatial tensors {_listed(changed)}")
+    notes.append(
+        f"{finetune.name} minus {base.name}: {len(changed)} of {len(names)} spatial tensors {_listed(changed)}"
+    )
     notes.append(f"the text encoder and the autoencoder of {finetune.name} are left out")
     notes.append(_unverified(config))
     return Made(state, makers)
@@ -191,6 +193,6 @@ def _listed(changed: Sequence[str]) -> str:
 
 def _unverified(config: UNetConfig) -> str:
     return (
-        "the quality of what it draws was not verified: HiGen was trained on from Stable Diffusion's weights, and "
+        "the quality of what it draws was not verified: HiGen was fine-tuned from Stable Diffusion's weights, and "
         f"reads {config.context_tokens} learned tokens where Stable Diffusion reads the text"
     )

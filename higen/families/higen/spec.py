@@ -329,11 +329,11 @@ def config(manifest: Manifest) -> ModelConfig:
     loops = {loop.name: loop for loop in manifest.loops}
     wanted = ("motion", "appearance", "offset_noise", "spatial", "temporal")
     if missing := [name for name in wanted if name not in controls | loops]:
-        raise ManifestError(f"controls, loops: has no {', '.join(missing)}, and family={FAMILY!r}")
+        raise ManifestError(f"controls, loops: {', '.join(missing)} missing; family={FAMILY!r} has them")
     pair = (loops["spatial"], loops["temporal"])
     for key in ("schedule", "solvers"):
         if getattr(pair[0], key) != getattr(pair[1], key):
-            raise ManifestError(f"loops.temporal.{key}: the spatial loop's, for this family has one for both")
+            raise ManifestError(f"loops.temporal.{key}: must equal the spatial loop's in this family")
     sizes, motion, appearance = manifest.sizes, controls["motion"], controls["appearance"]
     return ModelConfig(
         name=manifest.name,

@@ -91,7 +91,7 @@ def convert(sources: Sequence[Path], **options: Any) -> Converted:
     with naming(sources[0]):
         if len(sources) == 1:
             if network is not None:
-                raise CheckpointError(f"network={quoted(network)}: for a U-Net in a file, and this is a folder")
+                raise CheckpointError(f"network={quoted(network)}: only for a U-Net in a file, but this is a folder")
             parts = _folder(sources[0], prediction, notes)
         else:
             parts = _three_files(sources, prediction, network, notes)
@@ -102,7 +102,7 @@ def convert(sources: Sequence[Path], **options: Any) -> Converted:
 
 def _inside(folder: Path, name: str) -> Path:
     if not (folder / name).is_file():
-        raise CheckpointError(f"has no {name}, and {', '.join(FILES)} belong together")
+        raise CheckpointError(f"{name} is missing; {', '.join(FILES)} belong together")
     return folder / name
 
 

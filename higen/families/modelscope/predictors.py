@@ -1,12 +1,13 @@
-"""Predicts m with the U-Nets of ModelScope and SR600. SR600 has other resampling layers and skip connections.
+"""The U-Nets of ModelScope and SR600 as predictors of m (docs/design.md).
 
-Source of SR600's layout: VGen's unet_sr600.py. Its filter is that of FreeU (Si et al. 2023, section 3.2).
+SR600 has other resampling layers and skip connections. Source of its layout: VGen's unet_sr600.py. The filter of the
+skip connections is that of FreeU (Si et al. 2023, section 3.2).
 
 down   a convolution of stride 2 pads two rows above and below, one column left and right
 up     pixels are doubled, the first row is dropped, and the rest is cropped to the skip connection's size; so the
        output has the size of the input, whatever it is
 first and second skip connection on the way up
-       their mean and lowest frequencies are weakened, and half of the channels that they are joined to is strengthened
+       its mean and lowest frequencies are scaled down; half of the channels that it is concatenated with are scaled up
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from higen.models.video_walk import ClipPredictor, down_and_middle, ends, last_l
 __all__ = ["UpscalingPredictor", "VideoPredictor", "weakened"]
 
 STRONGER, WEAKER = (1.1, 1.2), (0.6, 0.4)
-"""Factors for half of the channels, and for the lowest frequencies of the skip connections."""
+"""Factors for half of the channels, and for the mean and lowest frequencies of the skip connections."""
 
 
 class VideoPredictor(ClipPredictor):
-    """m of ModelScope's U-Net, which has a transformer over the frames between the first convolution and the blocks."""
+    """ModelScope's U-Net. It has a transformer over the frames between the first convolution and the blocks."""
 
     def enter(self, first: Tensor, frames: int) -> Tensor:
         """Apply that transformer."""
@@ -35,7 +36,7 @@ class VideoPredictor(ClipPredictor):
 
 
 class UpscalingPredictor(VideoPredictor):
-    """m of SR600's U-Net. H and W may have any size."""
+    """SR600's U-Net. H and W may have any size."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__(unet)
@@ -54,7 +55,7 @@ class UpscalingPredictor(VideoPredictor):
     def through(
         self, first: Tensor, embedding: Tensor, context: Tensor, frames: int, deep: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        """The network from after the first transformer to the prediction."""
+        """The part of the network that follows the first transformer. Returns m and the deep features."""
         if deep is None:
             deep = self._deep(first, embedding, context, frames)
         told = embedding, context, slice(-1, None)
@@ -126,9 +127,9 @@ def _first_up(
 def weakened(x: Tensor, scale: float) -> Tensor:
     """x [N,C,H,W] with its four lowest frequencies multiplied by `scale`; computed in float32.
 
-    The frequencies are (k, l), with k and l each 0 or -1 waves over H and W. Each contributes the real part of its term
-    of the Fourier series. With the angles y = 2 pi i / H and x = 2 pi j / W, it consists of products of 1, cos and sin
-    of y and x. No Fourier transform is needed, so the filter can be exported, and H and W may have any size.
+    A frequency (k, l) has k waves over H and l over W; k and l are 0 or -1. Each frequency contributes the real part of
+    its Fourier term. This part is a sum of products of 1, cos and sin of the angles y = 2 pi i / H and x = 2 pi j / W.
+    No Fourier transform is needed, so the filter can be exported, and H and W may have any size.
     """
     rows, columns = (_waves(n, x.device) for n in x.shape[-2:])
     products = rows @ x.float() @ columns.T  # [N,C,3,3]: sums of x times (1, cos y, sin y) times (1, cos x, sin x)

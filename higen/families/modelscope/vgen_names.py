@@ -79,7 +79,9 @@ def unet_arguments(state: State) -> dict[str, Any]:
         else:
             levels[-1].append(entry)
     if not all(levels) or len({len(level) for level in levels}) != 1:
-        raise CheckpointError("not ModelScope's U-Net: its levels have no residual blocks, or not equally many")
+        raise CheckpointError(
+            "not ModelScope's U-Net: its levels have no residual blocks, or different numbers of them"
+        )
     channels = _size(state, "input_blocks.0.0.weight", 1)
     check_latent_channels(channels)
     attends = ["1" in entries[level[0]] for level in levels]

@@ -161,7 +161,7 @@ def _pad_id(folder: Path, clip: dict[str, Any]) -> int:
         return 0 if clip["hidden_size"] == TEXT_WIDTH_OF_2 else 49407
     found = build_clip_tokenizer().token_to_id(token)
     if found is None:
-        raise CheckpointError(f"{config}: pad_token={token!r} is no token of CLIP's")
+        raise CheckpointError(f"{config}: pad_token={token!r} is not a token of CLIP")
     return int(found)
 
 

@@ -104,7 +104,7 @@ def read_control(path: Path, kind: str, unet: Mapping[str, Any], factor: int, no
         check_base(arguments, unet, factor)
         shapes = companions.shapes_of(lambda: control_net(arguments))
         companions.check_tensors(state, shapes, "a ControlNet for this U-Net")
-    notes.append(f"{path}: its licence is its own")
+    notes.append(f"{path} has its own licence")
     return ControlSource(arguments, state, kind == "edges", path.name if path.is_dir() else path.stem)
 
 

@@ -61,7 +61,7 @@ def unet_arguments(state: State) -> dict[str, Any]:
         else:
             levels[-1].append(entry)
     if not all(levels) or len({len(level) for level in levels}) != 1:
-        raise CheckpointError("not a Stable Diffusion U-Net: its levels have no residual blocks, or not equally many")
+        raise CheckpointError("not a Stable Diffusion U-Net: its levels have no residual blocks, or different numbers")
     check_latent_channels(_size(unet, "input_blocks.0.0.weight", 1))
     widths = [_size(unet, f"input_blocks.{level[0]}.0.out_layers.3.weight", 0) for level in levels]
     attends = ["1" in entries[level[0]] for level in levels]

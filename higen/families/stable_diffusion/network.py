@@ -68,7 +68,7 @@ class ImagePredictor(nn.Module):
     def forward(
         self, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor], branches: int
     ) -> Tensor:
-        """x [B,C,1,H,W] -> m, the same."""
+        """x [B,C,1,H,W] -> m of the same shape."""
         dtype = next(self.unet.parameters()).dtype
         noisy, context = x.squeeze(2).to(dtype), conditions["context"].to(dtype)
         more: dict[str, Any] = {}

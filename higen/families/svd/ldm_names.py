@@ -78,7 +78,7 @@ def unet_arguments(state: State, frames: int) -> dict[str, Any]:
         else:
             levels[-1].append(entry)
     if not all(levels) or len({len(level) for level in levels}) != 1:
-        raise CheckpointError("its U-Net has levels without residual blocks, or not equally many")
+        raise CheckpointError("its U-Net has levels without residual blocks, or with different numbers of them")
     widths = [_size(unet, f"input_blocks.{level[0]}.0.out_layers.3.weight", 0) for level in levels]
     attends = ["1" in entries[level[0]] for level in levels]
     if not any(attends):

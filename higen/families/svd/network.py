@@ -46,7 +46,9 @@ class SvdNetworks:
             "vae_decoder": lambda: Decoder(self._autoencoder, self._networks.scale),
         }
         if stage not in makers:
-            raise ManifestError(f"stages.{stage}: {spec.FAMILY} has the steps of its loop, and {', '.join(makers)}")
+            raise ManifestError(
+                f"stages.{stage}: unknown; {spec.FAMILY} has the steps of its loop, {', '.join(makers)}"
+            )
         return makers[stage]().eval()
 
     @cached_property
@@ -82,7 +84,7 @@ class VideoPredictor(nn.Module):
         return int(self.unet.conv_in.out_channels)
 
     def forward(self, *told: Any) -> Tensor:
-        """x [B,C,F,H,W] and the other arguments of `with_deep` -> m, like x."""
+        """x [B,C,F,H,W] and the other arguments of `with_deep` -> m of the same shape."""
         return self.with_deep(*told)[0]
 
     def with_deep(

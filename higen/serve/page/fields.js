@@ -67,7 +67,7 @@ function fileField(name, schema) {
 
   function take(given) {
     if (given && !given.type.startsWith(isPicture ? 'image/' : 'video/') && !(!isPicture && given.type.startsWith('image/')))
-      return complain(`${titled(name)}: ${given.name || 'this'} is no ${what}.`);
+      return complain(`${titled(name)}: ${given.name || 'this'} is not a ${what}.`);
     file = given;
     if (url) URL.revokeObjectURL(url);
     url = file ? URL.createObjectURL(file) : '';
@@ -75,7 +75,7 @@ function fileField(name, schema) {
     clear.hidden = !file;
     if (file) view.src = url;
     else view.removeAttribute('src');
-    said.textContent = file ? file.name || `the ${what} of before` : `Drop a ${what} here, or choose one`;
+    said.textContent = file ? file.name || `the previous ${what}` : `Drop a ${what} here, or choose one`;
     return undefined;
   }
 

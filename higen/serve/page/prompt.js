@@ -1,4 +1,4 @@
-// The prompt: while it is typed, words that the model knows are offered. Words that it does not know are listed.
+// The prompt's field. It suggests words that the model knows, and lists typed words that the model does not know.
 
 import { make } from './dom.js';
 

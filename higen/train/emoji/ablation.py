@@ -139,7 +139,7 @@ ROWS = (
     ("psnr_copy", "PSNR, its key frame repeated, dB", "{:.1f}"),
     ("beats_copy", "closer than its key frame repeated", "{:.0%}"),
     ("beats_mean", "closer than its mean frame repeated", "{:.0%}"),
-    ("motion_ratio", "motion over the real clip's", "{:.2f}"),
+    ("motion_ratio", "motion / the real clip's motion", "{:.2f}"),
     ("flicker", "flicker of the background, of 255", "{:.2f}"),
     ("speckle", "speckle, of 255", "{:.2f}"),
     ("still", "difference where it stands still, of 255", "{:.2f}"),

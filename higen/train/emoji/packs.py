@@ -34,7 +34,7 @@ def to_fetch(folder: Path) -> list[str]:
 
 
 def fetch(folder: Path, download: bool = True) -> None:
-    """Put every subject's WebP file into `folder`. Downloads missing npm packages, of four, into `folder`.
+    """Put every subject's WebP file into `folder`. Downloads the missing ones of four npm packages into `folder`.
 
     Raises RuntimeError if a download is necessary and `download` is False (the message has its size), if npm is missing
     or fails, if a package's archive is broken (it is removed, so that the next call fetches it again), and if the
@@ -42,8 +42,8 @@ def fetch(folder: Path, download: bool = True) -> None:
     """
     if not download and (packages := to_fetch(folder)):
         raise RuntimeError(
-            f"the emoji are not there, and {len(packages)} npm packages of them, {DOWNLOAD}, would be downloaded: "
-            "`higen evaluate --fetch` does it"
+            f"the emoji are not there, and {len(packages)} npm packages ({DOWNLOAD}) are needed: "
+            "`higen evaluate --fetch` downloads them"
         )
     folder.mkdir(parents=True, exist_ok=True)
     missing = {f"{subject.codepoint}.webp" for subject in SUBJECTS}
@@ -58,7 +58,7 @@ def fetch(folder: Path, download: bool = True) -> None:
             missing -= _extract(archive, missing, folder)
         except (EOFError, tarfile.TarError, gzip.BadGzipFile, zlib.error) as error:
             archive.unlink()
-            raise RuntimeError(f"{archive}: broken, so removed: run again to fetch it anew: {reason(error)}") from error
+            raise RuntimeError(f"{archive}: broken, so removed: run again to download it: {reason(error)}") from error
     if missing:
         raise RuntimeError(f"{', '.join(sorted(missing))}: not in the packages {', '.join(PACKAGES)}")
 
@@ -135,8 +135,8 @@ def clip_indices(
     """Indices of the loop frames in a clip: int64 [frames], each in 0..n_frames-1. Clip frame 8 is always `key_frame`.
 
     Halves are rounded up, so that half speed alternates evenly between one and two loop frames. With `warp`, the speed
-    rises and falls once during the clip, by a factor of up to e^warp, and its mean stays. `turn` (0 to 1) is the phase
-    of this cycle at the start of the clip.
+    rises and falls once during the clip, by a factor of up to e^warp; the mean speed does not change. `turn` (0 to 1)
+    is the phase of this cycle at the start of the clip.
     """
     places = np.arange(frames) - float(KEY_INDEX)
     if warp:

@@ -70,7 +70,7 @@ class Reader(nn.Module):
 
 
 class Epsilon(nn.Module):
-    """epsilon in the form that `SolverStep` expects, close to noise * x, which is correct for data of variance one."""
+    """Predicts epsilon for `SolverStep`. The result is close to noise * x, the exact one for data of variance one."""
 
     def __init__(self, name: str, network: nn.Module) -> None:
         super().__init__()

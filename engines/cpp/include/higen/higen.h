@@ -103,7 +103,7 @@ typedef struct higen_model_info {
     const char* name;        /* texts live as long as the model */
     const char* licence;
     const char* family;
-    const char* report;      /* one line per stage: what runs it, and why no better way does */
+    const char* report;      /* one line per stage: what runs it, and why no better backend does */
     int32_t size_multiple;   /* width and height are multiples of this */
     int32_t min_frames;
     int32_t max_frames;

@@ -15,9 +15,9 @@ Each figure is reported with the same measure of the real clips through the auto
 denoiser) and of the unchanged real clips ("real"):
 
 identity   the subject is right, by a classifier that was trained on real frames
-template   the subject is right, by the correlation with its real frames: it is higher than that with any other
-           subject's frames, and above the threshold half way from the best other subject to the real clip
-background the background is right: the closest one
+template   the subject is right: the correlation with its real frames is higher than with any other subject's frames. It
+           is also above a threshold, half way between the best other subject's and the real clip's correlation
+background the requested background is the closest one
 psnr, psnr_copy, beats_copy      PSNR in dB against the real clip, of the clip and of its own key frame repeated, and
            how often the clip is closer. beats_mean: how often the clip is closer than its own mean frame repeated. (A
            clip with noise in every frame is not closer.) psnr_real_copy, beats_real_copy: the same with the real key
@@ -30,10 +30,11 @@ motion_ratio    motion as training measures it, relative to the real clip's
 difference      mean difference of consecutive frames
 frechet    distance of features to a random draw of as many real clips: the same subjects and speeds, any background,
            up to an eighth of a second earlier or later. The floor is the distance between two such draws without common
-           clips. "real" are the real clips of the requests. They lie far above this floor, because a few requests with
-           many seeds each give fewer different clips. "alike" are draws with the same composition as the requests: as
-           many clips of each subject and speed, on one background. There the real clips lie near the floor. "asked" is
-           the distance to the real clips of the requests; its lower bound is the codec's distance
+           clips. "real" are the real clips of the requests. Their distance is far above this floor, because a few
+           requests with many seeds each give fewer different clips. "alike" are draws with the same composition as the
+           requests: as many clips of each subject and speed, on one background. There the distance of the real clips is
+           near the floor. "asked" is the distance to the real clips of the requests; its lower bound is the codec's
+           distance
 """
 
 from __future__ import annotations
@@ -357,7 +358,7 @@ def _own_spearman(pairs: Sequence[tuple[Shot, Row]], kind: str) -> float | None:
 
 def worst(result: Result, count: int = 12) -> list[int]:
     """Indices of the worst clips from text, at most two per subject. Clips with a wrong subject or background come
-    first, then those with the least PSNR above that of their repeated key frame."""
+    first, then those that improve least on the PSNR of their repeated key frame."""
     order = sorted(
         (i for i, shot in enumerate(result.shots) if shot.kind == "text"),
         key=lambda i: (

@@ -28,8 +28,8 @@ Condition = tuple[int, int, float, int]
 
 @dataclass(frozen=True)
 class Features:
-    """Features float64 [n, d] of generated clips, and of the real clips for the same requests, through the codec and
-    unchanged.
+    """Features float64 [n, d] of generated clips, and of the real clips for the same requests (`real`), which are also
+    encoded and decoded by the codec (`codec`).
     """
 
     generated: NDArray[np.float64]
@@ -56,7 +56,7 @@ def _over_floor(
     judges: Judges,
     draw: Callable[[np.random.Generator], tuple[list[Condition], list[Condition]]],
 ) -> Distances:
-    """Distances to the first of two draws of real clips, also of the second ("floor"): means over DRAWS pairs."""
+    """Mean distances to the first of two draws of real clips, over DRAWS pairs. "floor": that of the second draw."""
     random = np.random.default_rng(0)
     found = []
     for _ in range(DRAWS):
@@ -75,7 +75,7 @@ def _distinct_draws(
     """Two draws, each with one clip per request, of the same subjects and speeds. All clips are different."""
     subjects, speeds = [request[0] for request in asked], [request[2] for request in asked]
     possible = len(set(subjects)) * backgrounds * len(set(speeds)) * (2 * JITTER + 1)
-    drawn: dict[Condition, None] = {}  # a set that keeps its order
+    drawn: dict[Condition, None] = {}  # used as an ordered set
     while len(drawn) < min(2 * len(asked), possible // 2):
         drawn[
             int(random.choice(subjects)),

@@ -26,7 +26,7 @@ Frames = NDArray[np.uint8]
 COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("identity", "subject, by a classifier", "{:.1%}"),
     ("template", "subject, by its real frames", "{:.1%}"),
-    ("template_relative", "correlation with them, of the real clip's", "{:.1%}"),
+    ("template_relative", "correlation with real frames, relative", "{:.1%}"),
     ("background", "background", "{:.1%}"),
     ("psnr", "PSNR, clip", "{:.2f} dB"),
     ("psnr_copy", "PSNR, its key frame repeated", "{:.2f} dB"),
@@ -38,7 +38,7 @@ COLUMNS: tuple[tuple[str, str, str], ...] = (
     ("speckle", "speckle", "{:.2f}"),
     ("sharpness", "sharpness", "{:.2f}"),
     ("difference", "difference of frames", "{:.2f}"),
-    ("motion_ratio", "motion over the real clip's", "{:.2f}"),
+    ("motion_ratio", "motion / the real clip's motion", "{:.2f}"),
     ("still", "difference where it stands still", "{:.2f}"),
 )
 """Key, title and format of a group's measures."""
@@ -61,8 +61,8 @@ def frechet_lines(found: FrechetFigures) -> list[tuple[str, tuple[str, str, str]
 
     asked = (f"{found.asked.generated:.2f}", f"{found.asked.codec:.2f}", "0")
     return [
-        ("Frechet distance over real against real", over_floor(found)),
-        ("the same, with sets of the same make-up", over_floor(found.alike)),
+        ("Frechet distance / real against real", over_floor(found)),
+        ("the same, for sets of equal composition", over_floor(found.alike)),
         ("Frechet distance to the clips asked for", asked),
     ]
 
