@@ -96,8 +96,9 @@ def compare(other: str, repeats: int, output: str) -> None:
         for repeat in range(repeats + 1):
             for name, variables in sides.items():
                 start, before = time.perf_counter(), resource.getrusage(resource.RUSAGE_CHILDREN)
-                command = [sys.executable, "-m", "higen", "generate", PROMPT, "-o", output]
-                subprocess.run(command, env={**common, **variables}, check=True, capture_output=True)
+                command = [sys.executable, "-m", "higen", "generate", PROMPT, "-o", str(Path(output).absolute())]
+                # In another folder than a checkout: `-m` prefers the package in the current folder.
+                subprocess.run(command, env={**common, **variables}, check=True, capture_output=True, cwd=folder)
                 after = resource.getrusage(resource.RUSAGE_CHILDREN)
                 cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
                 if repeat:

@@ -74,8 +74,15 @@ def check_own(folder: Path, names: Sequence[str], mark: str) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Raise OutputError for a read-only file, even if its folder allows replacing it."""
-    if not os.access(path, os.W_OK) or not path.stat().st_mode & 0o222:
+    """Raise OutputError for a read-only file, even if its folder allows replacing it.
+
+    A missing file passes: another process may have removed it a moment ago.
+    """
+    try:
+        mode = path.stat().st_mode
+    except FileNotFoundError:
+        return
+    if not mode & 0o222 or (not os.access(path, os.W_OK) and path.exists()):
         raise OutputError(f"{path}: is read-only: make it writable, or choose another name")
 
 

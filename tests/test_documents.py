@@ -77,7 +77,7 @@ def test_code_cites_documents_that_exist() -> None:
 def test_a_documented_command_has_these_options(page: str, line: str) -> None:
     words = shlex.split(line, comments=True)
     group: click.Command = PROGRAMS[words.pop(0)]
-    context = click.Context(group)
+    context = click.Context(group, **group.context_settings)  # else the commands keep other names of --help
     while isinstance(group, click.Group) and words and (found := group.get_command(context, words[0])) is not None:
         group, words = found, words[1:]
     known = {name for parameter in group.get_params(context) for name in parameter.opts}

@@ -204,7 +204,7 @@ def test_controls() -> None:
         ({"family": "stranger"}, "family='stranger': higen is wanted here"),
         ({"architecture": {}}, "architecture: has no unet, clip, autoencoder"),
         ({"text": None}, "text"),
-        ({"loops": "clip"}, "has no temporal"),
+        ({"loops": "clip"}, "temporal missing"),
         ({"symbols": {"E": 5}}, r"sizes\.symbols\.E=5: 4 times D, 128"),
         ({"symbols": {"R": None}}, r"sizes\.symbols: has no R"),
         ({"unet": {"in_channels": 4}}, r"architecture\.unet\.in_channels: stands in sizes\.symbols"),

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from higen.errors import OutputError
-from higen.output_file import check_own, output_file
+from higen.output_file import check_own, check_writable, output_file
 
 NAMES, MARK = ("report.md", "sheet.png"), r"^# a report"
 
@@ -44,3 +44,10 @@ def test_a_report_where_no_folder_can_be(tmp_path: Path) -> None:
 def test_a_missing_folder_is_one_error(tmp_path: Path) -> None:
     with pytest.raises(OutputError, match="does not exist; make it first"), output_file(tmp_path / "nowhere" / "a.png"):
         pytest.fail("is not to be reached")
+
+
+def test_a_file_that_another_process_removed_is_no_obstacle(tmp_path: Path) -> None:
+    check_writable(tmp_path / "gone.png")
+    (tmp_path / "kept.png").touch(mode=0o400)
+    with pytest.raises(OutputError, match=r"kept\.png: is read-only"):
+        check_writable(tmp_path / "kept.png")
