@@ -12,9 +12,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from higen.errors import CheckpointError, ManifestError
-from higen.models.companions import quiet, quiet_import
-from higen.models.diffusers_unet import check_configuration
+from higen.errors import CheckpointError
+from higen.models.companions import quiet_import
+from higen.models.diffusers_unet import check_configuration, diffusers_network
 from higen.models.video_walk import ClipPredictor, More, fold, per_frame, time_embedding, unfold, walk
 
 __all__ = ["CONTROL", "ControlledClipPredictor", "control_net", "control_net_arguments", "with_control"]
@@ -31,14 +31,7 @@ _COLOURS = 3
 
 def control_net(arguments: Mapping[str, Any]) -> nn.Module:
     """diffusers' ControlNetModel, randomly initialised. Raises ManifestError, MissingExtra."""
-    with quiet_import("diffusers", "the control network"):
-        from diffusers import ControlNetModel
-    with quiet("diffusers"):
-        try:
-            built: nn.Module = ControlNetModel(**arguments)
-        except Exception as error:  # its checks and its arithmetic raise errors of many types
-            raise ManifestError(f"architecture.control: diffusers refuses it: {error}") from error
-    return built
+    return diffusers_network("ControlNetModel", arguments, "control", "the control network")
 
 
 def control_net_arguments(config: Mapping[str, Any]) -> dict[str, Any]:

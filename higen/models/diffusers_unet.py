@@ -11,7 +11,7 @@ from torch import nn
 from higen.errors import CheckpointError, ManifestError
 from higen.models.companions import quiet, quiet_import
 
-__all__ = ["check_configuration", "check_latent_channels", "image_unet", "image_unet_arguments"]
+__all__ = ["check_configuration", "check_latent_channels", "diffusers_network", "image_unet", "image_unet_arguments"]
 
 LATENT_CHANNELS = 4
 
@@ -60,13 +60,26 @@ def check_latent_channels(channels: int) -> None:
         )
 
 
-def image_unet(arguments: Mapping[str, Any]) -> nn.Module:
-    """diffusers' UNet2DConditionModel, randomly initialised. Raises ManifestError, MissingExtra."""
-    with quiet_import("diffusers", "the U-Net"):
-        from diffusers import UNet2DConditionModel
+def diffusers_network(name: str, arguments: Mapping[str, Any], key: str, what: str) -> nn.Module:
+    """The network of a class of diffusers, randomly initialised.
+
+    key   the entry of the manifest's `architecture` with these arguments
+    what  the name of the network in messages
+
+    Raises ManifestError, MissingExtra.
+    """
+    with quiet_import("diffusers", what):
+        import diffusers
+
+        network = getattr(diffusers, name)  # diffusers imports the class here
     with quiet("diffusers"):
         try:
-            built: nn.Module = UNet2DConditionModel(**arguments)
+            built: nn.Module = network(**arguments)
         except Exception as error:  # its checks and its arithmetic raise errors of many types
-            raise ManifestError(f"architecture.unet: diffusers refuses it: {error}") from error
+            raise ManifestError(f"architecture.{key}: diffusers refuses it: {error}") from error
     return built
+
+
+def image_unet(arguments: Mapping[str, Any]) -> nn.Module:
+    """diffusers' UNet2DConditionModel, randomly initialised. Raises ManifestError, MissingExtra."""
+    return diffusers_network("UNet2DConditionModel", arguments, "unet", "the U-Net")

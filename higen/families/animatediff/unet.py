@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from higen.errors import ManifestError
 from higen.families.animatediff.spec import FRAME
-from higen.models.companions import quiet, quiet_import
+from higen.models.diffusers_unet import diffusers_network
 
 __all__ = ["MOTION", "motion_unet", "still_unet"]
 
@@ -23,13 +22,7 @@ def motion_unet(arguments: Mapping[str, Any], group_norm: str) -> nn.Module:
 
     Raises ManifestError, MissingExtra.
     """
-    with quiet_import("diffusers", "the U-Net"):
-        from diffusers import UNetMotionModel
-    with quiet("diffusers"):
-        try:
-            built: nn.Module = UNetMotionModel(**arguments)
-        except Exception as error:  # its checks and its arithmetic raise errors of many types
-            raise ManifestError(f"architecture.unet: diffusers refuses it: {error}") from error
+    built = diffusers_network("UNetMotionModel", arguments, "unet", "the U-Net")
     if group_norm == FRAME:
         for module in _motion_modules(built):
             theirs = module.norm

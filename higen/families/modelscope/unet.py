@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import nn
 
-from higen.errors import CheckpointError, ManifestError
-from higen.models.companions import quiet, quiet_import
-from higen.models.diffusers_unet import check_configuration
+from higen.errors import CheckpointError
+from higen.models.companions import quiet_import
+from higen.models.diffusers_unet import check_configuration, diffusers_network
 
 __all__ = ["CLASS", "video_unet", "video_unet_arguments"]
 
@@ -34,11 +34,4 @@ def video_unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def video_unet(arguments: Mapping[str, Any]) -> nn.Module:
     """The network, randomly initialised. Raises ManifestError, MissingExtra."""
-    with quiet_import("diffusers", "the U-Net"):
-        from diffusers import UNet3DConditionModel
-    with quiet("diffusers"):
-        try:
-            built: nn.Module = UNet3DConditionModel(**arguments)
-        except Exception as error:  # its checks and its arithmetic raise errors of many types
-            raise ManifestError(f"architecture.unet: diffusers refuses it: {error}") from error
-    return built
+    return diffusers_network("UNet3DConditionModel", arguments, "unet", "the U-Net")

@@ -14,6 +14,7 @@ from higen.families.svd.spec import Vision
 from higen.models import companion_checkpoints as companions
 from higen.models.checkpoint_files import Note, folder_state, read_json
 from higen.models.companions import autoencoder, quiet, quiet_import
+from higen.models.diffusers_unet import diffusers_network
 from higen.noise_schedule import is_whole
 
 __all__ = ["CODEC", "codec_state", "image_encoder", "unet_arguments", "video_unet", "vision_of"]
@@ -66,14 +67,7 @@ def unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def video_unet(arguments: Mapping[str, Any]) -> nn.Module:
     """diffusers' UNetSpatioTemporalConditionModel, randomly initialised. Raises ManifestError, MissingExtra."""
-    with quiet_import("diffusers", "the U-Net"):
-        from diffusers import UNetSpatioTemporalConditionModel
-    with quiet("diffusers"):
-        try:
-            built: nn.Module = UNetSpatioTemporalConditionModel(**arguments)
-        except Exception as error:  # its checks and its arithmetic raise errors of many types
-            raise ManifestError(f"architecture.unet: diffusers refuses it: {error}") from error
-    return built
+    return diffusers_network("UNetSpatioTemporalConditionModel", arguments, "unet", "the U-Net")
 
 
 def unet_state(folder: Path, arguments: Mapping[str, Any], on_note: Note) -> dict[str, Tensor]:
