@@ -115,7 +115,7 @@ def test_what_was_found_is_said(tmp_path: Path) -> None:
     ):
         read_state(file)
     save_file(STATE, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match=r"none of the families.*it has 2 tensors: out\.2\.bias, time_embed"):
+    with pytest.raises(CheckpointError, match=r"no installed family.*it has 2 tensors: out\.2\.bias, time_embed"):
         recognised([tmp_path / "other.safetensors"])
     (tmp_path / "page.pth").write_bytes(b"<html>")
     with pytest.raises(CheckpointError, match=r"page\.pth: a web page"):
@@ -339,7 +339,9 @@ def test_what_could_run_code_is_named_and_no_advice_to_run_it_given(tmp_path: Pa
 
 def test_one_of_several_files_is_no_checkpoint(tmp_path: Path) -> None:
     shard(tmp_path, "model", ".safetensors")
-    with pytest.raises(CheckpointError, match=r"00001-of-00002\.safetensors: one of 2 files .*\.index\.json beside it"):
+    with pytest.raises(
+        CheckpointError, match=r"00001-of-00002\.safetensors: one of 2 files .*give its \.index\.json file"
+    ):
         read_state(tmp_path / "model-00001-of-00002.safetensors")
     save_file(STATE, tmp_path / "whole-00001-of-00001.safetensors")
     assert same(read_state(tmp_path / "whole-00001-of-00001.safetensors"))

@@ -127,5 +127,5 @@ def test_files_of_others_are_left(tmp_path: Path, tiny_model: Path, clips: Path)
     (tmp_path / "report.md").write_text("mine")
     result = evaluate(tiny_model, "--clips", clips, "--output", tmp_path)
     assert result.exit_code == 2
-    assert "is of no earlier report" in result.stderr
+    assert "was not written by an earlier report" in result.stderr
     assert (tmp_path / "report.md").read_text() == "mine"

@@ -259,9 +259,9 @@ def test_bad_sources(base: Path, module: Path, control: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("block_out_channels", (32, 32), "a control network for another base than this one, which has"),
-        ("cross_attention_dim", 64, "a control network for another base"),
-        ("conditioning_embedding_out_channels", (16, 16, 32), "for 4 pixels a latent cell, and this model has 2"),
+        ("block_out_channels", (32, 32), "the control network is for another base; this base has"),
+        ("cross_attention_dim", 64, "the control network is for another base"),
+        ("conditioning_embedding_out_channels", (16, 16, 32), "for 4 pixels per latent cell, but this model has 2"),
         ("conditioning_channels", 4, "3 are wanted, those of a picture"),
         ("class_embed_type", "timestep", "class condition"),
     ],

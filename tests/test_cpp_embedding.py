@@ -86,14 +86,16 @@ def test_weights_in_a_file_that_nobody_checked_are_refused(built: Path, tmp_path
 
 def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(built: Path, made_up: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / MANIFEST)
-    assert "higen.json cannot be read: is no plain file" in higen_run(built, tmp_path, "--info", check=False).stderr
+    assert (
+        "higen.json cannot be read: is not a regular file" in higen_run(built, tmp_path, "--info", check=False).stderr
+    )
     os.mkfifo(tmp_path / "pipe.npy")
     for option in ("-o", "--picture=sketch=", "--matrix=drift="):
         given = [option, tmp_path / "pipe.npy"] if option == "-o" else [f"{option}{tmp_path / 'pipe.npy'}", "-ox.npy"]
         result = higen_run(built, made_up, "a kite", *given, check=False)
         assert result.returncode != 0
     result = higen_run(built, made_up, "a kite", "-o", tmp_path / "pipe.npy", check=False)
-    assert "is no plain file" in result.stderr
+    assert "is not a regular file" in result.stderr
 
 
 def test_a_full_standard_output_is_an_error(built: Path, made_up: Path) -> None:

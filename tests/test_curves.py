@@ -99,7 +99,7 @@ def test_guidance_from_a_file_is_checked_as_numbers_are(pipe: Pipeline, tmp_path
     path = write_wav(tmp_path / "a.wav", beats(1, (0.0,)))
     with pytest.raises(RequestError, match=r"guidance has 8 numbers: .* one per frame \(1\)"):
         pipe.request("a whale", frames=8, guidance=[path, 3])
-    with pytest.raises(RequestError, match="guidance='fast': a number, numbers, or the file"):
+    with pytest.raises(RequestError, match="guidance='fast': a number, numbers, or a clip or sound file"):
         pipe.request("a whale", guidance="fast")
     with pytest.raises(RequestError, match=r"guidance='a\.wav': a finite number"):  # a server reads no files
         make_request(pipe.manifest, "a whale", guidance="a.wav", controls={}, load=load_picture)
@@ -129,7 +129,7 @@ def test_a_sound_that_ends_early_is_said(pipe: Pipeline, tmp_path: Path) -> None
     ("value", "reason"),
     [
         ("nothing.wav", "No such file"),
-        ("nothing", "a number, numbers, or the file of a clip or sound, and there is no such file"),
+        ("nothing", "a number, numbers, or a clip or sound file; no such file exists"),
         ("empty.wav", "the file is empty"),
         ("silent.wav", "are silent"),
         ("beat.wav:high=x", "high='x': a finite number"),
@@ -141,7 +141,7 @@ def test_a_sound_that_ends_early_is_said(pipe: Pipeline, tmp_path: Path) -> None
         ("clip.gif", "shorter than 8 frames at 8 frames a second"),
         ("clip.gif:start=0.5:high=3", "low, high: a clip is measured in the control's own units"),
         ("none.npy", "no frame in it"),
-        ("text.mp4", "of no video format that is read"),
+        ("text.mp4", "not in a supported video format"),
     ],
 )
 def test_a_file_that_cannot_serve_is_one_error(

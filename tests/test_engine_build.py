@@ -284,7 +284,7 @@ def test_a_graph_knows_how_large_its_weights_are_in_a_plan(tmp_path: Path) -> No
     assert read_graph(tmp_path / "x.onnx", "fp32", "rtx") == GraphFacts({"x": (None, 4, None)}, 4 * 22 + 16 + 2)
     assert read_graph(tmp_path / "x.onnx", "nvfp4.fp16", "rtx").size == 2 * 22 + 16 + 2
     (tmp_path / "x.onnx").write_bytes(b"no graph")
-    with pytest.raises(EngineError, match=r"x\.onnx: is no ONNX graph"):
+    with pytest.raises(EngineError, match=r"x\.onnx: is not an ONNX graph"):
         read_graph(tmp_path / "x.onnx", "fp32", "rtx")
 
 

@@ -283,7 +283,7 @@ def test_a_picture_of_a_model_whose_only_loop_is_over_frames(folder: Path) -> No
 
 def test_a_model_that_draws_no_single_picture_says_so(folder: Path) -> None:
     manifest = replace(MANIFEST, sizes=replace(MANIFEST.sizes, frames=(2, 5, 24)))
-    with pytest.raises(RequestError, match="tables alone makes 2 frames or more, no picture"):
+    with pytest.raises(RequestError, match="tables alone makes 2 frames or more, so it cannot make a single picture"):
         pipeline_of(folder, manifest)[0].image("a kite")
 
 

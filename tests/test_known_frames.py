@@ -200,7 +200,7 @@ def test_known_frames_are_read_as_pictures_and_resized(folder: Path, tmp_path: P
         ),
         (
             {"keyframes": {0: PICTURES[0]}, "frames": 1},
-            r"^keyframes: a request for 1 frames has no use for known frames",
+            r"^keyframes: a request for 1 frames takes no known frames",
         ),
     ],
 )

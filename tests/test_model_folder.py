@@ -38,7 +38,9 @@ def test_a_model_with_files_that_are_not_its_own_is_not_replaced(tmp_path: Path,
         place.symlink_to(tmp_path)
     else:
         place.write_text("years of work")
-    with pytest.raises(ModelError, match=f"holds what is not the model's, such as {foreign}: move it away"):
+    with pytest.raises(
+        ModelError, match=f"holds files that do not belong to the model, such as {foreign}: move it away"
+    ):
         make(tmp_path / "model", b"new", overwrite=True)
     assert Bundle.open(tmp_path / "model").file("weights").read_bytes() == b"old"
     assert os.path.lexists(place)

@@ -116,7 +116,7 @@ def test_a_model_loaded_by_a_relative_path_survives_a_change_of_the_folder(
 def test_a_pipe_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
     pipe = tmp_path / "higen.json"
     os.mkfifo(pipe)
-    with pytest.raises(ManifestError, match="no plain file"):
+    with pytest.raises(ManifestError, match="not a regular file"):
         higen.load(tmp_path)
     with pytest.raises(RequestError, match=r"^image"):
         higen.load(prepare=False).request("a heart", image=pipe)

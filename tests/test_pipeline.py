@@ -505,7 +505,7 @@ def test_an_unknown_option_is_named_and_the_known_are_listed(pipe: Pipeline) -> 
 
 def test_a_prompt_that_is_too_long_is_cut_with_a_warning(pipe: Pipeline) -> None:
     long = "a blue whale swimming , a red heart beating , a green star"
-    with pytest.warns(PromptWarning, match=r"13 tokens and the model reads 10: cut off is 'a', 'green', 'star'"):
+    with pytest.warns(PromptWarning, match=r"13 tokens, but the model reads 10; words cut off: 'a', 'green', 'star'"):
         cut = latents(pipe, long)
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -128,7 +128,7 @@ def test_a_plans_tensors_are_the_tables() -> None:
         PlanTensor("pixels", "output", "float32", (-1, 4, -1, -1)),
         PlanTensor("pixels", "output", "float32", (-1, 3, -1)),
     ):
-        with pytest.raises(Malformed, match="not those of the record"):
+        with pytest.raises(Malformed, match="differ from those in its record"):
             check_interface(plan(), stage, (tensors[0], changed))
 
 

@@ -196,7 +196,7 @@ def test_a_prompt_without_syntax_is_read_as_before(clip: PromptTokenizer) -> Non
 def test_what_is_beyond_the_last_chunk_is_cut(clip: PromptTokenizer, chunks: int, most: str) -> None:
     tokenizer = PromptTokenizer(clip.tokenizer, replace(clip.rules, chunks=chunks))
     for prompt in ("word " * (75 * chunks) + "(lost:1.2) more", "a BREAK " * chunks + "(lost:1.2) more"):
-        with pytest.warns(PromptWarning, match=f"reads {most}: cut off is 'lost', 'more'"):
+        with pytest.warns(PromptWarning, match=f"reads {most}; words cut off: 'lost', 'more'"):
             read = tokenizer.read(prompt)
         assert len(read.ids) == chunks
     assert len(tokenizer.read("word " * (75 * chunks) + "BREAK").ids) == chunks

@@ -129,11 +129,11 @@ def test_products_in_8_bits_are_exact_without_vnni() -> None:
 @pytest.mark.parametrize(
     ("machine", "listed", "said"),
     [
-        ("x86_64", "flags\t\t: fpu avx2 avx512f avx512_vnni", "unsigned by signed, with VNNI"),
-        ("AMD64", "flags : avx2 avx_vnni", "unsigned by signed, with VNNI"),
-        ("x86_64", "flags : fpu avx2 avx512f", "unsigned by unsigned, for it has no VNNI: the same numbers, slower"),
-        ("x86_64", "", "unsigned by signed with VNNI, else unsigned by unsigned"),
-        ("x86_64", None, "unsigned by signed with VNNI, else unsigned by unsigned"),
+        ("x86_64", "flags\t\t: fpu avx2 avx512f avx512_vnni", "unsigned by signed (with VNNI)"),
+        ("AMD64", "flags : avx2 avx_vnni", "unsigned by signed (with VNNI)"),
+        ("x86_64", "flags : fpu avx2 avx512f", "unsigned by unsigned (same results, but slower without VNNI)"),
+        ("x86_64", "", "unsigned by signed (with VNNI), otherwise unsigned by unsigned"),
+        ("x86_64", None, "unsigned by signed (with VNNI), otherwise unsigned by unsigned"),
         ("aarch64", "Features : fp asimd bf16 i8mm", "signed by signed"),
     ],
 )

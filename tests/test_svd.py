@@ -569,7 +569,7 @@ def test_a_graph_that_cannot_be_written_anew(
         ("image_encoder/config.json", {"architectures": ["CLIPVisionModel"]}, "CLIPVisionModelWithProjection"),
         ("image_encoder/config.json", {"num_hidden_layers": 5}, "do not fit"),
         ("feature_extractor/preprocessor_config.json", {"image_std": [0.2, 0.0, 0.2]}, "image_std"),
-        ("model_index.json", {"_class_name": "StableVideoDiffusionControlNetPipeline"}, "none of the families"),
+        ("model_index.json", {"_class_name": "StableVideoDiffusionControlNetPipeline"}, "no installed family"),
     ],
     ids=str,
 )

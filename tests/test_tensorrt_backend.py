@@ -636,16 +636,16 @@ def invalid(machine: Machine) -> None:
 
 
 CAUSES = [
-    (cut, Malformed, "is not the plan of the record beside it"),
+    (cut, Malformed, "is not the plan that its record describes"),
     (no_plan, Malformed, "TensorRT cannot load it: magic tag"),
-    (no_record, Malformed, "no record of an engine"),
+    (no_record, Malformed, "not the record of an engine"),
     (other_gpu, WrongArchitecture, "built for SM89, this GPU is SM120"),
     (other_weights, Stale, "has changed since it was built"),
     (other_version, Stale, r"9\.9\.9 is here"),
     (no_library, MissingExtra, r"needs the package 'tensorrt_rtx': pip install 'higen\[rtx\]'"),
     (broken_library, EngineError, r"'tensorrt_rtx', which is installed and does not load: ImportError: libnvinfer\.so"),
     (no_gpu, NoDevice, "finds no GPU"),
-    (invalid, Malformed, "its file is no plan"),
+    (invalid, Malformed, "its file is not a plan"),
 ]
 
 

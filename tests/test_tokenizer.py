@@ -144,7 +144,7 @@ def test_a_special_token_in_a_prompt_is_text(clip: PromptTokenizer) -> None:
 
 def test_a_cut_prompt_keeps_the_end_and_names_the_lost_words(clip: PromptTokenizer) -> None:
     kept = "word " * 74
-    with pytest.warns(PromptWarning, match=r"76 tokens and the model reads 75: cut off is 'swimming';"):
+    with pytest.warns(PromptWarning, match=r"76 tokens, but the model reads 75; words cut off: 'swimming';"):
         ids = clip.encode([kept + "whale swimming"])[0]
     assert ids[-1] == 49407
     assert ids[-2] == clip.encode(["whale"])[0, 1]
@@ -174,7 +174,7 @@ def test_unknown_words_are_named(tmp_path: Path) -> None:
 
 
 def test_a_word_prompt_is_cut_too(tmp_path: Path) -> None:
-    with pytest.warns(PromptWarning, match=r"cut off is 'blue', 'whale'"):
+    with pytest.warns(PromptWarning, match=r"words cut off: 'blue', 'whale'"):
         ids = word_tokenizer(tmp_path, pad_id=9).encode(["a a a a a a blue whale"])
     assert ids.tolist() == [[1, 4, 4, 4, 4, 4, 4, 2]]
 
@@ -215,7 +215,7 @@ def test_a_requests_own_warn_is_told(tmp_path: Path) -> None:
         word_tokenizer(tmp_path).encode(["a purple whale a a a a a"], told.append)
     assert [type(warning) for warning in told] == [PromptWarning] * 2
     assert "'purple'" in str(told[0])
-    assert "cut off is 'a', 'a'" in str(told[1])
+    assert "words cut off: 'a', 'a'" in str(told[1])
 
 
 def test_a_warning_quotes_no_word_of_a_megabyte(tmp_path: Path) -> None:

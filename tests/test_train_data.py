@@ -166,7 +166,7 @@ def test_a_broken_caption_is_found_as_the_data_set_is_listed(tmp_path: Path) -> 
         for i, reason in enumerate(
             (
                 "line 1: not UTF-8 (byte 0xe9): save it as UTF-8",
-                "line 1: the character U+0000, which no text has: take it out",
+                "line 1: the character U+0000 is not allowed: remove it",
                 "1048576 bytes: at most 400000",
                 "100001 characters: at most 100000",
             ),

@@ -188,9 +188,12 @@ def test_what_cannot_be_added_is_refused_and_leaves_nothing(adapted: Settings, m
     other = tmp_path / "other.safetensors"
     save_file({"unet.nowhere.lora_A.weight": torch.ones(1, 4), "unet.nowhere.lora_B.weight": torch.ones(4, 1)}, other)
     for loras, message in (
-        ([], r"a model directory already; --lora FILE"),
-        ([Lora(huge)], r"with the adapters it is not finite in torch\.float32: a smaller scale"),
-        ([Lora(other)], r"fits none of the model's layers"),
+        ([], r"is already a model directory; --lora FILE"),
+        (
+            [Lora(huge)],
+            r"has values that are not finite in torch\.float32 after merging the adapters; use a smaller scale",
+        ),
+        ([Lora(other)], r"does not fit any layer of the model"),
         ([Lora(tmp_path / "absent")], r"absent"),
     ):
         with pytest.raises(CheckpointError, match=message):

@@ -333,7 +333,7 @@ def test_engines_that_do_not_fit_are_refused(
 def test_a_broken_engine_is_not_passed_over_in_silence(model: Bundle, tmp_path: Path) -> None:
     record = put_engine(model).with_suffix(".json")
     record.write_text("{")
-    assert_nothing_written(tmp_path, Malformed, "no record of an engine", model, **GPU)
+    assert_nothing_written(tmp_path, Malformed, "not the record of an engine", model, **GPU)
     record.unlink()
     assert_nothing_written(tmp_path, Malformed, "has no record beside it", model, **GPU)
 

@@ -300,7 +300,7 @@ def test_when_all_slots_and_the_line_are_full_the_client_is_told_to_try_again(se
     assert len(refused) == LINE
     for error in refused:
         assert isinstance(error, RetryLater)
-        assert f"{SLOTS} requests are at work and {LINE} wait" in str(error)
+        assert f"{SLOTS} requests are running and {LINE} are waiting" in str(error)
     wait_for(lambda: idle(server))
 
 
@@ -353,13 +353,13 @@ WRONG_BODIES: list[tuple[Any, str]] = [
     ({"prompt": ["a", "b"]}, "prompt: one text is wanted"),
     ({"prompt": []}, "prompt is empty"),
     ({"prompt": "a whale", "id": 5}, "id=5: a text is wanted"),
-    (b'{"prompt": "a whale", "prompt": "a dog"}', "'prompt': stands in the body twice"),
+    (b'{"prompt": "a whale", "prompt": "a dog"}', "'prompt': appears twice in the body"),
     (b'{"prompt": "\\ud800"}', "a text is wanted"),
     (b'{"prompt": "\xff\xfe"}', "the body is not valid UTF-8: invalid start byte at byte 12"),
-    (b"{", "the body is no JSON: Expecting property name"),
-    (b"", "the body is no JSON"),
-    (b"[1]", "the body is a JSON object"),
-    (b"[" * 100_000, "the body is no JSON"),
+    (b"{", "the body is not JSON: Expecting property name"),
+    (b"", "the body is not JSON"),
+    (b"[1]", "the body must be a JSON object"),
+    (b"[" * 100_000, "the body is not JSON"),
     (b"\xff\x00", "the body is not valid UTF-8"),
 ]
 

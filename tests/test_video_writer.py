@@ -113,7 +113,7 @@ def test_frames_of_two_clips_are_not_shown_as_one(tmp_path: Path) -> None:
     clip(3, 10).save(tmp_path / "a.png")
     clip(3, 200).save(tmp_path / "b.png")
     (tmp_path / "b_0001.png").replace(tmp_path / "a_0001.png")
-    with pytest.raises(OutputError, match="two clips"):
+    with pytest.raises(OutputError, match="different clips"):
         Video.open(tmp_path / "a.png")
 
 
@@ -174,7 +174,9 @@ def test_what_killed_saves_left_goes_with_the_next(tmp_path: Path, suffix: str) 
 def test_a_name_that_no_file_system_takes_is_one_error_before_the_work(tmp_path: Path, suffix: str) -> None:
     deep = tmp_path.joinpath(*["d" * 200] * ((4060 - len(str(tmp_path))) // 201))
     for name in ("x" * 252 + suffix, "a\0b" + suffix, "\ud800" + suffix, str(deep / ("y" * 30 + suffix))):
-        with pytest.raises(OutputError, match=r"does not take this name|no character NUL|does not exist") as caught:
+        with pytest.raises(
+            OutputError, match=r"does not take this name|cannot contain the character NUL|does not exist"
+        ) as caught:
             check_output(f"{tmp_path}/{name}")
         assert len(str(caught.value)) < 2100
     assert names(tmp_path) == []
@@ -240,7 +242,7 @@ def test_a_pipe_and_a_device_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.npy")
     (tmp_path / "device.npy").symlink_to("/dev/null")
     for name in ("pipe.npy", "device.npy"):
-        with pytest.raises(OutputError, match="no plain file, but a pipe or a device"):
+        with pytest.raises(OutputError, match="is a pipe or a device, not a regular file"):
             clip().save(tmp_path / name)
 
 

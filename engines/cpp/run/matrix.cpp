@@ -19,7 +19,7 @@ constexpr std::uintmax_t largest = std::uintmax_t{1} << 28;
 std::string read(const std::string& path) {
     std::error_code error;
     const auto place = std::filesystem::u8path(path);
-    if (!std::filesystem::is_regular_file(place, error)) fail(path, error ? error.message() : "is no plain file");
+    if (!std::filesystem::is_regular_file(place, error)) fail(path, error ? error.message() : "is not a regular file");
     if (std::filesystem::file_size(place, error) > largest) fail(path, "is too large for a matrix");
     std::ifstream file(place, std::ios::binary);
     std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};

@@ -202,7 +202,7 @@ private:
         for (const auto& precision : wanted) {
             const auto graph = graph_file(stage.name, precision);
             if (!bundle_.lists(graph)) continue;
-            if (precision == engines_only) fail_unavailable(graph + ": ONNX Runtime does not compute in it");
+            if (precision == engines_only) fail_unavailable(graph + ": ONNX Runtime does not compute in this precision");
             return precision;
         }
         const std::string asked = options_.precision.empty() ? "fp32" : options_.precision;

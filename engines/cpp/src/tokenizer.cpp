@@ -198,8 +198,8 @@ std::vector<std::int64_t> Tokenizer::encode(std::string_view text, const Warn& w
     ids.resize(length, rules_.pad_id);
     if (tokens.size() > room && warn) {
         const auto first = word_start(normal, tokens[room].start);
-        warn(name + " has " + std::to_string(tokens.size()) + " tokens and the model reads " + std::to_string(room) +
-             ": cut off is " + quoted(split(std::u32string_view(normal).substr(first))) + "; say it in fewer words");
+        warn(name + " has " + std::to_string(tokens.size()) + " tokens, but the model reads " + std::to_string(room) +
+             "; words cut off: " + quoted(split(std::u32string_view(normal).substr(first))) + "; use fewer words");
     }
     return ids;
 }
@@ -231,7 +231,7 @@ Reading Tokenizer::read(std::string_view text, const Warn& warn, const std::stri
     }
     if (!lost.empty() && warn)
         warn(name + ": the model reads " + (most > 1 ? std::to_string(most) + " x " : "") + std::to_string(room) +
-             " tokens: cut off is " + quoted(split(lost)) + "; say it in fewer words");
+             " tokens; words cut off: " + quoted(split(lost)) + "; use fewer words");
     return chunks.reading(start_, end_, rules_.pad_id);
 }
 

@@ -670,7 +670,7 @@ TEST(a_clip_passes_through_known_frames) {
     refused("keys[0]: 0x2 given", {{"keys[0]", first.data(), 1, 2, 0}});
     refused("veil has 2 frames: one picture, or the clip's 5", {pictures[0], {"veil", veil.data(), 2, 1, 3}});
     refused("veil: no frames are known", {pictures[2]});
-    refused("keys: a request for 1 frames has no use for known frames", {{"keys[0]", first.data(), 1, 2, 3}}, 1);
+    refused("keys: a request for 1 frames takes no known frames", {{"keys[0]", first.data(), 1, 2, 3}}, 1);
     refused("control 'photo[0]': unknown", {{"photo[0]", first.data(), 1, 2, 3}});
 }
 

@@ -309,8 +309,8 @@ TEST(files_and_graphs) {
     for (const char* name : {"../up", "/root", "a//b", "", "c:x", "a\\..\\b", "higen.json"})
         refused("a path inside", [&](Json& json) { json["files"][name] = record; });
     refused("a path inside", [&](Json& json) { json["files"][std::string("nul\0", 4)] = record; });
-    refused("film.onnx: each .onnx file of files", [&](Json& json) { json["files"]["film.onnx"] = record; });
-    refused("film.onnx: each .onnx file of files",
+    refused("film.onnx: graphs must have one row for each .onnx file", [&](Json& json) { json["files"]["film.onnx"] = record; });
+    refused("film.onnx: graphs must have one row for each .onnx file",
             [&](Json& json) { json["graphs"]["film.onnx"] = {{"inputs", Json::array()}}; });
     refused(
         "no file has this size", [](Json& json) { json["files"]["a"] = {{"size", -1}, {"sha256", ""}}; },
