@@ -386,7 +386,7 @@ def test_an_interrupt_leaves_nothing_behind(built: Path, tmp_path: Path) -> None
         (["{model}", "a whale", "-o", "x.npy", "--control=hue=3"], 1, "'hue': unknown; this model takes motion"),
         (["{model}", "a whale", "-o", "x.npy", "--picture=image=none.ppm"], 1, "none.ppm: No such file"),
         (["{model}", "a whale", "-o", "x.npy", "--provider=tensorrt-rtx"], 1, "provider='tensorrt-rtx'"),
-        (["{model}", "a whale", "-o", "x.avi"], 1, "the suffix says the format: .mp4, .webm, .y4m, .npy or .rgb"),
+        (["{model}", "a whale", "-o", "x.avi"], 1, "the suffix selects the format: .mp4, .webm, .y4m, .npy or .rgb"),
         *(
             (["{model}", "a", "-o", "x.npy", f"--provider={name}"], 1, f"provider='{name}': one of 'auto', 'cpu'")
             for name in ("cuda:banana", "cuda:-1", "cpu:7", "")
@@ -775,7 +775,7 @@ def test_graphs_of_the_older_step_contract_are_refused(built: Path, tmp_path: Pa
         put_file(made, finished, graph_file("film_two"), made.graphs[graph_file("film_two")])
         result = higen_run(built, made.path, "--info", check=False)
         assert result.returncode == 1
-        assert f"was made before version 2 of the manifest ({name} is another there)" in result.stderr
+        assert f"was made before version 2 of the manifest (its input {name} differs)" in result.stderr
         assert f"higen-export onnx {made.path}" in result.stderr
 
 

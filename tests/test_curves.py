@@ -112,7 +112,7 @@ def test_a_range_is_checked_and_has_stand_ins() -> None:
     assert replace(curve, usual=None, high=9).span == (0, 9)
     assert replace(curve, usual=None, default=None, optional=True).span is None
     for wrong in ((5, 5), (5, 1), (-1, 5), (0, float("nan"))):
-        with pytest.raises(ManifestError, match=r"usual=.*: of a curve, two numbers in its range"):
+        with pytest.raises(ManifestError, match=r"usual=.*: only for a curve: two numbers in its range"):
             replace(curve, usual=wrong)
     with pytest.raises(ManifestError, match="usual="):
         Control("gust", "number", "how it blows", "number", low=0, default=3, usual=(1, 5))

@@ -197,7 +197,7 @@ def test_an_altered_graph_is_not_built_from(model: Path) -> None:
     ("arguments", "error", "message"),
     [
         (["--target", "rtx-sm90"], "RequestError", "take 'tensorrt', on the machine itself"),
-        (["--target", "rtx-sm89", "--profile", "fast"], "RequestError", "profile='fast': of batch"),
+        (["--target", "rtx-sm89", "--profile", "fast"], "RequestError", "profile='fast': one of batch"),
         (["--target", "rtx-sm86", "--precision", "fp8.fp16"], "RequestError", "SM86 cannot compute in it"),
         (["--target", "rtx-sm89,rtx-sm75", "--precision", "bf16"], "RequestError", "SM75 cannot compute in it"),
         (["--target", "rtx-sm89", "--precision", "fp16"], "ModelError", "--precision fp16"),

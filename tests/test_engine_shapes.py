@@ -128,7 +128,9 @@ def test_a_wrong_profile_is_one_error_that_names_it(tmp_path: Path, old: str, ne
 
 
 def test_a_wrong_name_lists_the_profiles() -> None:
-    with pytest.raises(RequestError, match=r"profile='fast': of batch, default, flexible, interactive, or the path"):
+    with pytest.raises(
+        RequestError, match=r"profile='fast': one of batch, default, flexible, interactive, or the path"
+    ):
         read_profile("fast", TINY)
     with pytest.raises(RequestError, match=r"nowhere\.toml.*cannot be read"):
         read_profile("nowhere.toml", TINY)

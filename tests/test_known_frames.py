@@ -233,5 +233,5 @@ def test_more_that_a_manifest_may_not_say() -> None:
         changed(MANIFEST, "draft", known=MANIFEST.loop("film").known)
     with pytest.raises(ManifestError, match="default=3: none, or a text"):
         Control("keyframes", "frames", "", default=3)
-    with pytest.raises(ManifestError, match="name='negative': a name of its own"):
+    with pytest.raises(ManifestError, match="name='negative': a name that is not reserved"):
         Control("negative", "frames", "")

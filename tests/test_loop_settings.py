@@ -131,7 +131,7 @@ def test_weights_are_diffusers_pyramid(frames: int, length: int, stride: int) ->
 def test_stages_that_take_more_than_a_window() -> None:
     assert frames_of(WINDOWED, "film_two") == (2, 6)
     assert frames_of(changed(MANIFEST, "film", windows=Windows(4, 2)), "film_two") == (2, 4)
-    with pytest.raises(ManifestError, match="most=3: from length=4"):
+    with pytest.raises(ManifestError, match="most=3: at least length=4"):
         Windows(4, 2, most=3)
     with pytest.raises(ManifestError, match="noise='old': one of 'fresh', 'shuffled', 'repeated'"):
         Windows(4, 2, noise="old")  # type: ignore[arg-type]

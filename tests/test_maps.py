@@ -189,9 +189,15 @@ def test_a_folder_without_pictures_and_a_loop_without_use(folder: Path, tmp_path
     ("variant", "said"),
     [
         (Variant("footage", "plot_film_two", "plot_film_one"), r"variant\.control='footage': the controls of kind map"),
-        (Variant("plot", "plot_film_two", None), r"variant\.plain=None: null where the loop's is, and only there"),
+        (
+            Variant("plot", "plot_film_two", None),
+            r"variant\.plain=None: null if and only if the loop's own plain is null",
+        ),
         (Variant("plot", "paint", "plot_film_one"), r"variant\.guided='paint': gives latents, previous"),
-        (Variant("plot", "plot_film_one", "plot_film_two"), r"variant\.guided='plot_film_one': its state inputs are"),
+        (
+            Variant("plot", "plot_film_one", "plot_film_two"),
+            r"variant\.guided='plot_film_one': its state inputs must be",
+        ),
     ],
 )
 def test_a_variant_that_does_not_fit(variant: Variant, said: str) -> None:

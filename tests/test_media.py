@@ -485,7 +485,7 @@ def test_two_clips_in_one_sequence_are_said(tmp_path: Path) -> None:
     for name, shade in (("a", 0), ("b", 100)):
         Video(np.full((4, 8, 8, 3), shade, np.uint8), 8).save(tmp_path / f"{name}.png")
     (tmp_path / "b_0002.png").replace(tmp_path / "a_0002.png")
-    with pytest.raises(OutputError, match=r"a_0002\.png is of another clip than a_0000\.png"):
+    with pytest.raises(OutputError, match=r"a_0002\.png and a_0000\.png belong to different clips"):
         Video.open(tmp_path / "a.png")
 
 

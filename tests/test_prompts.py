@@ -241,7 +241,7 @@ def test_old_files_lack_the_keys_and_stay_as_they_are() -> None:
 def test_rules_that_do_not_fit_the_stages_are_refused() -> None:
     good = manifest()
     assert good.text is not None
-    with pytest.raises(ManifestError, match="'T' is no size"):
+    with pytest.raises(ManifestError, match="'T': a size"):
         replace(good, text=replace(good.text, chunks=1))
     with pytest.raises(ManifestError, match="weights"):
         replace(good.text, weights="commas")  # type: ignore[arg-type]

@@ -224,7 +224,9 @@ def test_a_graph_of_an_older_step_contract_is_refused(made_up: Bundle, tmp_path:
     with pytest.raises(IntegrityError, match=rf"film_two\.onnx: .*takes t as int64 \['B'\].*: {command}"):
         write_repository(replace(made_up, graphs=older), tmp_path / "repository", Settings())
     older["film_two.onnx"] = made_up.graphs["film_two.onnx"][1:]
-    with pytest.raises(IntegrityError, match=rf"film_two\.onnx: latents is no input of both: {command}"):
+    with pytest.raises(
+        IntegrityError, match=rf"film_two\.onnx: only one of the graph and the stage has the input latents: {command}"
+    ):
         write_repository(replace(made_up, graphs=older), tmp_path / "repository", Settings())
     with pytest.raises(
         ManifestError, match=f"of version 1, Triton reads 2: higen upgrade {re.escape(str(made_up.path))}"
@@ -312,7 +314,7 @@ def test_an_engine_of_an_older_step_contract_is_refused(made_up: Bundle, tmp_pat
     [
         ({"flavour": "rtx"}, {}, EngineError, "TensorRT for RTX, but Triton reads those of classic TensorRT"),
         ({"graph_sha256": "0" * 64}, {}, Stale, "temporal_unet.onnx has changed"),
-        ({"sha256": "0" * 64}, {}, Malformed, "is not the plan of its record"),
+        ({"sha256": "0" * 64}, {}, Malformed, "is not the plan that its record describes"),
         ({}, {"max_batch": 9}, RequestError, "1 to 9 samples, but is built for 1 to 1, 1 to 8, 4 to 16"),
         ({"target": "other"}, {}, ModelError, "engines='tensorrt-sm90': no engine of any stage; .* has other"),
     ],
@@ -335,7 +337,7 @@ def test_a_broken_engine_is_not_passed_over_in_silence(model: Bundle, tmp_path: 
     record.write_text("{")
     assert_nothing_written(tmp_path, Malformed, "not the record of an engine", model, **GPU)
     record.unlink()
-    assert_nothing_written(tmp_path, Malformed, "has no record beside it", model, **GPU)
+    assert_nothing_written(tmp_path, Malformed, "has no record", model, **GPU)
 
 
 @pytest.mark.parametrize(

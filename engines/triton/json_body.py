@@ -64,7 +64,7 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 def _check_value(name: str, kind: str, value: Any) -> None:
     items = value if isinstance(value, list) else [value]
     if any(isinstance(item, list) for item in items):
-        raise RequestError(f"{name}: a flat list is wanted; pictures go by HTTP as NAME_file, matrices by gRPC alone")
+        raise RequestError(f"{name}: a flat list is wanted; send pictures as NAME_file, and matrices only by gRPC")
     for item in items:
         if not _fits(kind, item):
             raise RequestError(f"{name}={quoted(item)}: {_WANTED.get(kind, kind)} is wanted")

@@ -81,7 +81,8 @@ Matrix from_text(const std::string& path, std::string text) {
             double number = 0;
             const auto [rest, error] = std::from_chars(at, end, number);
             if (error != std::errc() || (rest < end && !is_between(*rest)))
-                fail(path, "line " + std::to_string(matrix.rows + 1) + ": numbers are wanted, parted by commas or blanks");
+                fail(path, "line " + std::to_string(matrix.rows + 1) +
+                               ": numbers separated by commas or spaces are wanted");
             matrix.numbers.push_back(number);
             at = rest;
         }

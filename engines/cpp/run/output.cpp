@@ -62,7 +62,7 @@ ClipWriter::ClipWriter(std::string path, About about) : path_(std::move(path)), 
     else if (Encoder::takes(suffix))
         format_ = Format::video;
     else if (suffix != ".y4m")
-        fail(path_, "the suffix says the format: .mp4, .webm, .y4m, .npy or .rgb");
+        fail(path_, "the suffix selects the format: .mp4, .webm, .y4m, .npy or .rgb");
     check_target();
     try {
         if (format_ == Format::video) Encoder::check(suffix);

@@ -137,7 +137,8 @@ fs::path Bundle::check_size(const std::string& name, const FileRecord& record) c
     std::error_code error;
     const auto status = fs::status(path, error);
     if (!fs::exists(status)) fail_integrity(path.u8string() + ": listed in higen.json but not readable");
-    if (!fs::is_regular_file(status)) fail_integrity(path.u8string() + ": listed in higen.json but is not a regular file");
+    if (!fs::is_regular_file(status))
+        fail_integrity(path.u8string() + ": listed in higen.json but is not a regular file");
     const auto size = fs::file_size(path, error);
     if (error) fail_integrity(path.u8string() + ": listed in higen.json but not readable: " + error.message());
     if (size != record.size)

@@ -306,11 +306,12 @@ void check_interface(const Plan& plan, const Stage& stage, const std::vector<Pla
         const bool state = column != nullptr && column->source.kind == Source::Kind::state;
         if (state && ((tensor.name == "t" && tensor.dtype == "int64") ||
                       (tensor.name == "guidance" && tensor.shape.size() < column->shape.size())))
-            throw EngineError(Kind::stale, plan.name() + ": was built before version 2 of the manifest (" +
-                                               tensor.name + " is another there): higen-export onnx " +
+            throw EngineError(Kind::stale, plan.name() + ": was built before version 2 of the manifest (its input " +
+                                               tensor.name + " differs): higen-export onnx " +
                                                plan.path.parent_path().parent_path().parent_path().u8string() +
                                                ", then " + plan.remedy());
-        if (tensor.dtype != type) fail(tensor.name + " is of " + tensor.dtype + ", this library gives " + type);
+        if (tensor.dtype != type)
+            fail(tensor.name + " has the type " + tensor.dtype + ", but this library gives " + type);
     }
 }
 

@@ -127,7 +127,8 @@ private:
             whole = hash.hex() == record.sha256;
         }
         if (!whole)
-            throw EngineError(Kind::malformed, where + ": is not the plan that its record describes: " + plan_.remedy());
+            throw EngineError(Kind::malformed,
+                              where + ": is not the plan that its record describes: " + plan_.remedy());
         runtime_.reset(nvinfer1::createInferRuntime(logger_));
         if (!runtime_) throw EngineError(Kind::other, "TensorRT does not start: " + logger_.errors());
 #if defined(TRT_MAJOR_RTX)

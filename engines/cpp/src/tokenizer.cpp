@@ -175,7 +175,7 @@ void Tokenizer::read_merges(const void* model, const std::string& where) {
         if (entry.is_string()) {  // files written by tokenizers before 0.20
             const auto text = entry.get<std::string>();
             const auto space = text.find(' ');
-            if (space == text.npos) fail_integrity(where + ": '" + text + "' is no merge of two tokens");
+            if (space == text.npos) fail_integrity(where + ": '" + text + "' is not a merge of two tokens");
             left = text.substr(0, space), right = text.substr(space + 1);
         } else {
             left = entry.at(0).get<std::string>(), right = entry.at(1).get<std::string>();

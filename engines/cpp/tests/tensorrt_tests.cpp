@@ -304,7 +304,7 @@ TEST(engines_that_do_not_fit) {
     auto half = decoder_plan;
     half.replace(half.find("float32"), 7, "float16");
     f.add("vae_decoder", half, decoder_tensors, decoder_profiles, {{"float32", "float16"}});
-    fails(HIGEN_ERROR_INTEGRITY, "latents is of float16, this library gives float32");
+    fails(HIGEN_ERROR_INTEGRITY, "latents has the type float16, but this library gives float32");
     f.add("vae_decoder", "not a plan", decoder_tensors, decoder_profiles);
     fails(HIGEN_ERROR_INTEGRITY, "Malformed: rtx-sm89/vae_decoder: its file is not a plan");
     f.change("\"vae_decoder\"", "\"vae_decoder\"");  // restores the good record
@@ -535,7 +535,7 @@ TEST(an_engine_of_the_older_step_contract) {
             list.push_back({guided.graph_output(output), false, "float32", higen::core::Shape(output.shape.size(), -1)});
         return list;
     }();
-    CHECK_FAILS(HIGEN_ERROR_UNAVAILABLE, "(guidance is another there)", (check_interface(plan, guided, tensors), 0));
+    CHECK_FAILS(HIGEN_ERROR_UNAVAILABLE, "(its input guidance differs)", (check_interface(plan, guided, tensors), 0));
     for (auto& tensor : tensors)
         if (tensor.name == "guidance") tensor.shape = {-1, -1};
     plan.record.tensors = tensors;
