@@ -401,7 +401,7 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
     (
         "a loop's stage that is not a step",
         setting("loops.film.plain", "mixer"),
-        r"loops\.film\.plain='mixer': gives latents, prev",
+        r"loops\.film\.plain='mixer': must give only latents, prev",
     ),
     (
         "a guided stage as plain",
