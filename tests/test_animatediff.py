@@ -471,9 +471,9 @@ def test_cpp_runs_windows_intervals_and_free_init(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"block_out_channels": (32, 32)}, "another base"),
-        ({"block_out_channels": (32, 64, 64)}, "another base"),
-        ({"motion_layers_per_block": 2}, "another base"),
+        ({"block_out_channels": (32, 32)}, "but this one has levels of"),
+        ({"block_out_channels": (32, 64, 64)}, "but this one has levels of"),
+        ({"motion_layers_per_block": 2}, "but this one has levels of"),
         ({"conv_in_channels": 9}, "PIA"),
         ({"motion_mid_block_layers_per_block": 2}, "motion_mid_block_layers_per_block=2"),
     ],
@@ -516,8 +516,8 @@ def _other_table(state: Any) -> Any:
         (lambda state: state | {"input_hint_block.0.weight": torch.ones(1)}, "SparseCtrl"),
         (lambda state: state | {"conv_in.weight": torch.ones(4, 9, 3, 3)}, "PIA"),
         (lambda state: state | {"time_embedding.weight": torch.ones(4)}, "time_embedding.weight"),
-        (_without("down_blocks.1"), "another base"),
-        (_without("down_blocks.0"), "all levels"),
+        (_without("down_blocks.1"), "but this one has levels of"),
+        (_without("down_blocks.0"), "every level"),
         (_without("up_blocks.1.motion_modules.1"), "do not fit"),
         (_without("to_k"), "do not fit"),
         (_nan, "not a number"),

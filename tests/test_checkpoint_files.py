@@ -94,10 +94,10 @@ def test_a_rule_says_which_weights_are_taken(tmp_path: Path) -> None:
     notes: list[str] = []
     both = saved(tmp_path / "both.pth", {"model": renamed("module."), "ema": averages})
     assert same(read_state(both, notes.append), averages)
-    assert notes == [f"{both}: the weights are those under 'ema'; 'model' is left out"]
+    assert notes == [f"{both}: the weights under 'ema' are used; 'model' is left out"]
     part = saved(tmp_path / "part.pth", {"state_dict": STATE, "ema": {"out.2.bias": torch.zeros(2)}})
     assert same(read_state(part, notes.append))
-    assert notes[1:] == [f"{part}: the weights are those under 'state_dict'; 'ema' is left out"]
+    assert notes[1:] == [f"{part}: the weights under 'state_dict' are used; 'ema' is left out"]
     read_state(saved(tmp_path / "one.pth", {"state_dict": STATE}), notes.append)
     assert len(notes) == 2
 

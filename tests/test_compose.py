@@ -190,7 +190,7 @@ FITS: dict[str, tuple[Manifest, Manifest, str]] = {
     "no use": (
         FIRST,
         changed(replace(MANIFEST, name="films"), "draft", replaced=Replaced("footage", "watch.seen")),
-        "no clip of a picture",
+        "does not make a clip from a picture",
     ),
 }
 

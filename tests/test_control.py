@@ -242,7 +242,7 @@ def test_bad_sources(base: Path, module: Path, control: Path, tmp_path: Path) ->
     sparse.mkdir()
     (sparse / "config.json").write_text(json.dumps({"_class_name": "SparseControlNetModel"}))
     for sources, kind, said in (
-        ([base, control], None, "no file says what a ControlNet is shown: --control-kind edges"),
+        ([base, control], None, "the files do not say what input the ControlNet takes: --control-kind edges"),
         ([base, control], "pose", "control_kind='pose': --control-kind"),
         ([base], "edges", "control_kind='edges': no ControlNet is among the sources"),
         ([base, module], "edges", "no ControlNet is among the sources"),

@@ -449,7 +449,7 @@ def test_a_folder_of_another_text_encoder(
 
 def test_an_incomplete_folder(sources: Path, folder: Path, tmp_path: Path) -> None:
     (folder / "vae" / "diffusion_pytorch_model.bin").unlink()
-    refused(sources, tmp_path, r"holds none of diffusion_pytorch_model\.safetensors", autoencoder=folder)
+    refused(sources, tmp_path, r"has none of diffusion_pytorch_model\.safetensors", autoencoder=folder)
     (tmp_path / "made").rmdir()
     (folder / "tokenizer" / "vocab.json").write_text('{"a": 0}', encoding="utf-8")
     refused(sources, tmp_path, "not CLIP's vocabulary", text=folder)

@@ -434,4 +434,4 @@ def test_inspect_says_what_a_model_holds(exported: tuple[Bundle, list[Parity]]) 
     assert "text_encoder graph in fp32" in said
     assert "temporal_unet no graph" in said
     assert "loop temporal temporal_unet or temporal_unet_plain" in said
-    assert "control motion curve: how much moves" in said
+    assert "control motion curve: amount of motion" in said

@@ -207,7 +207,7 @@ def test_controls() -> None:
         ({"loops": "clip"}, "temporal missing"),
         ({"symbols": {"E": 5}}, r"sizes\.symbols\.E=5: 4 times D, 128"),
         ({"symbols": {"R": None}}, r"sizes\.symbols: has no R"),
-        ({"unet": {"in_channels": 4}}, r"architecture\.unet\.in_channels: stands in sizes\.symbols"),
+        ({"unet": {"in_channels": 4}}, r"architecture\.unet\.in_channels: is already in sizes\.symbols"),
         ({"unet": {"head_dim": 7}}, "head_dim=7 does not divide"),
         ({"guidance": (1.0, 3.0)}, r"loops\.temporal\.guidance=\[1\.0, 3\.0\]: one number"),
     ],

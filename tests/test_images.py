@@ -18,7 +18,7 @@ from higen.images import load_clip, load_image, load_picture, resampling
 from higen.tables import Control
 from higen.video import Video
 
-SKETCH, FOOTAGE = Control("sketch", "picture", "a drawing"), Control("footage", "clip", "what it begins with")
+SKETCH, FOOTAGE = Control("sketch", "picture", "a drawing"), Control("footage", "clip", "what it starts with")
 
 
 def picture(height: int, width: int) -> np.ndarray:

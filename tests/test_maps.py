@@ -44,7 +44,7 @@ def mapped(encoding: Any = None, loop: str = "film", frames: int | str = "F") ->
     rows = [PLAIN.stage(name) for name in steps]
     controls = (
         Control("plot", "map", "a plot for each frame", encoding),
-        Control("hold", "curve", "how far it holds", "curve", low=0.0, default=1.0),
+        Control("hold", "curve", "strength of the plot", "curve", low=0.0, default=1.0),
     )
     manifest = replace(
         PLAIN,

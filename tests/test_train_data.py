@@ -101,16 +101,16 @@ def test_a_list_names_paths_and_captions(tmp_path: Path, suffix: str) -> None:
         ("l.jsonl", '{"path": "a.mp4", "caption": "\\ud800"}', r"line 1: caption=.*U\+D800"),
         ("l.jsonl", '{"path": "a.mp4", "caption": "' + "x" * 100_001 + '"}', "line 1: .*100001 characters: at most"),
         ("l.jsonl", "x\n\ny\n" * 4, "line 1: not JSON.*; line 3: not JSON.*; 8 malformed rows in all$"),
-        ("l.csv", "path,caption\na.mp4,a dog, a cat\n", "line 2: 3 values for 2 columns: .* between double quotes$"),
+        ("l.csv", "path,caption\na.mp4,a dog, a cat\n", "line 2: 3 values for 2 columns: .* in double quotes$"),
         ("l.csv", "path,caption\na.mp4,x\nb.mp4,a,b\nc.mp4,d,e\n", "line 3: 3 values .*; line 4: 3 values"),
         ("l.csv", 'path,caption\na.mp4,"a dog\nb.mp4,a cat\n', "line 2: unexpected end .*a double quote is not closed"),
         ("l.csv", 'path,caption\na.mp4,"a dog\nb.mp4,a cat"\n', "line 2: a double quote is not closed, and the next"),
         ("l.csv", 'path,caption\na.mp4,"a" dog\n', "line 2: ',' expected after '\"'"),
         ("l.csv", 'path,caption\na.mp4, "a dog"\n', "line 2: white space before a double quote"),
         ("l.csv", 'path,caption\n"a\nb.png",x\n', "line 2: "),
-        ("l.csv", "path;caption\na.mp4;x\n", "it has 'path;caption': its columns are divided by ';', a comma is"),
-        ("l.csv", "path\tcaption\na.mp4\tx\n", r"divided by '\\t', a comma is wanted$"),
-        ("l.csv", "a.mp4,x\nb.mp4,y\n", "it is a row already, and the first line must be path,caption$"),
+        ("l.csv", "path;caption\na.mp4;x\n", "it has 'path;caption': its columns are separated by ';', not by commas"),
+        ("l.csv", "path\tcaption\na.mp4\tx\n", r"separated by '\\t', not by commas$"),
+        ("l.csv", "a.mp4,x\nb.mp4,y\n", "the first line is already a row, but must be path,caption$"),
         ("l.csv", "Path, Caption\na.mp4,x\n", "write path,caption in lower case and without spaces$"),
         ("l.csv", "path,caption,caption\na.mp4,x,y\n", "the column 'caption' appears twice$"),
         ("l.parquet", "x", r"a folder, or a \.jsonl or \.csv file"),
@@ -489,7 +489,7 @@ def test_what_is_sampled_at_another_rate_is_noted(tmp_path: Path, encoder: Encod
         going.samples(VIDEO, step, range(2))
     line = "sampled at another rate: every frame, 10 a second for 8"
     assert going.listing.notes == {f"clip{i}.webm": line for i in range(3)}
-    assert summary(going.listing.notes, "read otherwise") == "3 files read otherwise (3 sampled at another rate)"
+    assert summary(going.listing.notes, "read differently") == "3 files read differently (3 sampled at another rate)"
 
 
 def test_openclip_features_come_from_a_transformers_folder(tmp_path: Path) -> None:

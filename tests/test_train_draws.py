@@ -256,9 +256,9 @@ def test_what_a_file_may_not_say_is_named(
 def test_what_does_not_fit_the_model_or_the_clips_is_refused(tmp_path: Path, model: Path, clips: Path) -> None:
     plain = write_tiny_model(tmp_path / "plain", MODEL).path
     for init, changes, message in (
-        (plain, {"objective__gain_clips": 2}, r"objective\.gain_clips=2: tiny has no gain to teach"),
+        (plain, {"objective__gain_clips": 2}, r"objective\.gain_clips=2: tiny has no gain to train"),
         (plain, {"cues__given": [1.0, 0.0, 0.0, 0.0]}, r"cues\.given=.*: tiny takes no unspecified cues"),
-        (model, {"objective__windows": [3]}, r"objective\.windows: 3 frames do not divide the 4 of data\.frames"),
+        (model, {"objective__windows": [3]}, r"objective\.windows: 3 does not divide data\.frames=4"),
         (model, {"objective__gain_clips": 3, "run__micro_batches": 2}, r"the 3 objective\.gain_clips of a process"),
     ):
         with pytest.raises(SettingsError, match=message):

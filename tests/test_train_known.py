@@ -190,7 +190,7 @@ def test_wrong_sets_are_refused(wrong: dict[str, object], said: str) -> None:
 
 
 def test_only_a_model_that_goes_on_gets_inputs_for_known_frames() -> None:
-    with pytest.raises(SettingsError, match="goes with init"):
+    with pytest.raises(SettingsError, match="only with init"):
         ModelSettings(architecture="a.toml", companions="m", known_frames=True)
 
 

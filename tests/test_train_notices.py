@@ -94,7 +94,7 @@ def test_captions_that_are_not_read_as_they_stand_are_counted(tmp_path: Path) ->
     )
     left_out, line = notices.notices(listing, FRAME, encoder, TOKENIZER, bfloat16=False)
     assert left_out.startswith("left out of the data set: 1 file skipped (1 its caption cannot be used); b.txt: ")
-    assert line.startswith("2 of 4 captions are not read as they stand; the first is 'a blue zebra': ")
+    assert line.startswith("2 of 4 captions are changed when they are read; the first is 'a blue zebra': ")
     assert "does not know 'zebra'" in line
     assert line.endswith("; some captions are empty")
     assert "\n" not in line

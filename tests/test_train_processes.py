@@ -109,7 +109,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
     result = CliRunner().invoke(main, ["train", str(config), "--resume"])
     assert result.exit_code == 0, result.output
     assert result.stdout == f"{output / 'model'}\n"
-    assert f"going on after step {2 if moment == 'checkpoint' else 4} of 6" in result.stderr
+    assert f"continuing after step {2 if moment == 'checkpoint' else 4} of 6" in result.stderr
     same_run(output, whole)
 
 

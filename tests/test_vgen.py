@@ -506,7 +506,8 @@ def test_the_tables_say_what_vgens_configurations_say(authors: Path, models: dic
     notes: list[str] = []
     convert_sources(sources(authors, "tft2v"), authors / "said", on_note=notes.append)
     assert any(
-        "last 8 input channels and 2 tensors pre_image_condition.*, which pictures would use" in n for n in notes
+        "last 8 input channels and 2 tensors pre_image_condition.* are left out, because only pictures use them" in n
+        for n in notes
     )
 
 
@@ -527,7 +528,7 @@ def test_composing_with_sr600_is_refused(models: dict[str, Bundle], tmp_path: Pa
         ("sr600", "mine.pth", {}, r"give --network, one of modelscope .*videolcm .*sr600"),
         ("sr600", "mine.pth", {"network": "t2v"}, "network='t2v': one of modelscope, tft2v, videolcm, sr600"),
         ("sr600", "mine.pth", {"network": "videolcm"}, "4 input channels is not VideoLCM"),
-        ("videolcm", "mine.pth", {"prediction": "epsilon"}, "12 input channels is TF-T2V or VideoLCM, and not Model"),
+        ("videolcm", "mine.pth", {"prediction": "epsilon"}, "12 input channels is TF-T2V or VideoLCM, not Model"),
         ("videolcm", NAMES["videolcm"], {"prediction": "epsilon"}, "12 input channels"),
         ("sr600", NAMES["sr600"], {"network": "sr600", "prediction": "epsilon"}, "SR600 predicts v"),
     ],

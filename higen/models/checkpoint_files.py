@@ -183,7 +183,7 @@ def folder_state(folder: Path, stems: tuple[str, ...], on_note: Note = lambda _:
     plain = ", ".join(f"{stem}{suffix}" for suffix in (".safetensors", ".bin") for stem in stems)
     found = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else ""
     raise CheckpointError(
-        f"{folder}: holds none of {plain}, no variant and no index of theirs; it has {found or 'nothing'}"
+        f"{folder}: has none of {plain}, and no variant or index of them; it has {found or 'nothing'}"
     )
 
 

@@ -62,7 +62,8 @@ def check_base(control: Mapping[str, Any], unet: Mapping[str, Any], factor: int)
     pixels = 2 ** (len(embedding) - 1)
     if pixels != factor:
         raise CheckpointError(
-            f"conditioning_embedding_out_channels={list(embedding)}: for {pixels} pixels a latent cell, and this model "
+            f"conditioning_embedding_out_channels={list(embedding)}: for {pixels} pixels per latent cell, but this "
+            "model "
             f"has {factor}"
         )
 

@@ -227,8 +227,8 @@ def _product(module: str, shape: torch.Size, factors: _Factors, scale: float, al
     )
     if not fits:
         raise CheckpointError(
-            f"{module}: its factors {list(up.shape)} and {list(down.shape)} are for another layer than the model's, "
-            f"{list(shape)}: an adapter for another model"
+            f"{module}: its factors {list(up.shape)} and {list(down.shape)} do not fit the model's layer "
+            f"{list(shape)}: the adapter is for another model"
         )
     if not (down.isfinite().all() and up.isfinite().all()):
         raise CheckpointError(f"{module}: has values that are infinite or not a number")
