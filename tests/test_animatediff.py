@@ -250,7 +250,7 @@ def test_frames_are_those_of_diffusers(model: Bundle, base: Path, by_torch: Pipe
         assert np.abs(pipe(PROMPT, seed=SEED, **options).frames.astype(int) - one.frames).max() <= 1
 
 
-def test_one_frame_is_stable_diffusions(base: Path, model: Bundle, by_torch: Pipeline, by_graphs: Pipeline) -> None:
+def test_one_frame_equals_stable_diffusion(base: Path, model: Bundle, by_torch: Pipeline, by_graphs: Pipeline) -> None:
     """Its weights are those of AnimateDiff without the motion modules."""
     alone = convert_sources([base], model.path.parent / "alone", dtype="fp32")
     wanted = higen.load(alone.path, backend="torch").image(PROMPT, seed=SEED, steps=4, **SIZES)
@@ -260,7 +260,7 @@ def test_one_frame_is_stable_diffusions(base: Path, model: Bundle, by_torch: Pip
         assert {(event.loop, event.stage) for event in events} == {("spatial", "spatial_unet")}
 
 
-def test_a_clip_is_drawn_by_its_own_loop_alone(model: Bundle, by_torch: Pipeline) -> None:
+def test_a_clip_is_drawn_only_by_its_own_loop(model: Bundle, by_torch: Pipeline) -> None:
     clip, frame = (by_torch.request(PROMPT, frames=frames) for frames in (2, 1))
     assert [loop.name for loop in model.manifest.wanted(2)] == ["temporal"]
     assert [loop.name for loop in model.manifest.wanted(1)] == ["spatial"]
@@ -290,7 +290,7 @@ def test_more_frames_than_the_motion_modules_know_are_made_in_windows(model: Bun
 
 
 @pytest.mark.parametrize("kind", ["ddim", "dpm++2m"])
-def test_free_init_is_diffusers(model: Bundle, base: Path, by_torch: Pipeline, kind: str) -> None:
+def test_free_init_equals_diffusers(model: Bundle, base: Path, by_torch: Pipeline, kind: str) -> None:
     pipeline, draws = tiny_motion.pipeline(None), iter((1, 2))
     pipeline.enable_free_init(3, method="gaussian", spatial_stop_frequency=0.3, temporal_stop_frequency=0.2)
 
@@ -328,7 +328,7 @@ def authors_pipeline(scheduler: Any, motion: Any = None) -> Any:
     return pipeline
 
 
-def test_group_norm_over_each_frame_is_the_authors(base: Path, module: Path, tmp_path: Path) -> None:
+def test_group_norm_over_each_frame_equals_the_authors_code(base: Path, module: Path, tmp_path: Path) -> None:
     scheduler = sampler(base, "DDIMScheduler")
     file = tiny_motion.checkpoint(tmp_path / "mm_sd_v15_v2.ckpt", tiny_motion.adapter())
     authors = convert_sources([base, file], tmp_path / "authors", dtype="fp32")
@@ -444,7 +444,9 @@ def test_sources_are_recognised(base: Path, module: Path) -> None:
 
 
 @pytest.mark.parametrize("frames", [1, FRAMES])
-def test_cpp_makes_pythons_frames(built: Path, model: Bundle, by_graphs: Pipeline, tmp_path: Path, frames: int) -> None:
+def test_cpp_and_python_make_the_same_frames(
+    built: Path, model: Bundle, by_graphs: Pipeline, tmp_path: Path, frames: int
+) -> None:
     wanted = by_graphs(PROMPT, seed=SEED, steps=4, frames=frames, guidance=3.0, **SIZES).frames
     flags = [f"--seed={SEED}", "--steps=4", f"--width={WIDTH}", f"--height={HEIGHT}", f"--frames={frames}"]
     output = tmp_path / "clip.npy"
@@ -531,7 +533,7 @@ def test_other_files_are_refused(base: Path, tmp_path: Path, change: Any, said: 
     refused(tmp_path, [base, file], said, None if change is _nan else file)
 
 
-def test_sources_that_are_no_pair(base: Path, module: Path, tmp_path: Path) -> None:
+def test_sources_that_are_not_a_pair(base: Path, module: Path, tmp_path: Path) -> None:
     refused(tmp_path, [module], "a Stable Diffusion 1.5 model and one motion module", module)
     refused(tmp_path, [base, module, module], "one motion module")
     refused(tmp_path, [base, base, module], "one motion module")

@@ -107,7 +107,7 @@ def test_a_new_request_joins_at_the_next_step() -> None:
     assert members(made.next_batch()) == ["a", "b"]
 
 
-def test_slots_and_the_line() -> None:
+def test_slots_and_the_queue() -> None:
     made = batcher(slots=2, line=1, active="abc")
     assert [made.active(request) for request in "abc"] == [True, True, False]
     assert made.load == (2, 1)
@@ -121,7 +121,7 @@ def test_slots_and_the_line() -> None:
     assert made.load == (1, 0)
 
 
-def test_leaving_takes_the_waiting_call_along() -> None:
+def test_a_request_that_leaves_takes_its_waiting_call_along() -> None:
     made = batcher(active="ab")
     made.submit("a", "spatial_unet", tensors())
     made.submit("b", "spatial_unet", tensors())
@@ -130,7 +130,7 @@ def test_leaving_takes_the_waiting_call_along() -> None:
     assert members(made.next_batch()) == ["b"]
 
 
-def test_one_that_left_while_its_batch_ran_does_not_come_back() -> None:
+def test_a_request_that_left_while_its_batch_ran_does_not_return() -> None:
     made = batcher(slots=1, active="ab")
     call = made.submit("a", "spatial_unet", tensors())
     made.next_batch()

@@ -109,7 +109,7 @@ def test_every_row_is_the_video_that_a_call_makes(tmp_path: Path, pipe: Pipeline
     assert list((tmp_path / "out" / "journal").iterdir()) == []
 
 
-def test_a_run_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+def test_a_run_continues_where_it_was_killed(tmp_path: Path) -> None:
     path = lines(tmp_path, *({"prompt": "a whale", "seed": seed} for seed in range(30)))
     output = tmp_path / "out"
     command = [sys.executable, "-m", "higen", "batch", str(path), str(output), "--format", "npy", "--threads", "1"]
@@ -142,7 +142,7 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     assert lost.exists()
 
 
-def test_a_random_seed_stays_what_it_was_drawn_as(tmp_path: Path) -> None:
+def test_a_random_seed_is_drawn_once(tmp_path: Path) -> None:
     bundle = Bundle.open(default_model())
     path = lines(tmp_path, {"seed": -1}, {"seed": "random"}, {"seed": -1, "motion": 1}, {"seed": 5}, prompt="a whale")
     rows = read_rows(path, bundle, ".mp4")
@@ -351,7 +351,7 @@ PLACES: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("case", PLACES)
-def test_what_stands_in_the_way_is_named_and_left_alone(tmp_path: Path, case: str) -> None:
+def test_foreign_files_are_named_and_kept(tmp_path: Path, case: str) -> None:
     damage, message = PLACES[case]
     output = tmp_path / "out"
     output.mkdir()

@@ -163,7 +163,7 @@ def test_what_is_refused(folder: Path, call: Any, message: str) -> None:
     assert not pipeline.backend.given  # type: ignore[attr-defined]
 
 
-def test_a_model_without_the_rows_says_so(folder: Path) -> None:
+def test_a_model_without_these_rows_is_refused(folder: Path) -> None:
     bare = changed(MANIFEST, "film", known=None, start=None)
     pipeline, _ = pipeline_of(folder, bare)
     for call in (lambda: pipeline.extend(CLIP, 2), lambda: pipeline.interpolate(CLIP), lambda: pipeline.loop("a kite")):

@@ -137,7 +137,7 @@ def test_a_picture_with_the_edges_of_another_one_is_that_of_diffusers(
     assert apart(pictures.last_latents(still_pipe, steps=4, guidance=7.5), got) > 1e-2
 
 
-def test_features_are_reused_without_a_control_alone(still_pipe: Pipeline) -> None:
+def test_features_are_reused_only_without_a_control(still_pipe: Pipeline) -> None:
     (shown,) = drawn(1, pictures.WIDTH, pictures.HEIGHT)
     with pytest.raises(RequestError, match=r"reuse=2: the loop spatial of .* no shallow steps with control; leave out"):
         still_pipe.request("a fox", control=shown, reuse=2)

@@ -186,7 +186,7 @@ def tensor_bytes(path: Path) -> int:
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_the_references_weights_give_identical_outputs(
+def test_the_weights_of_the_reference_give_identical_outputs(
     reference: Path, sources: Path, tmp_path: Path, suffix: str
 ) -> None:
     state = load_file(reference / "fixtures" / "p1.weights.safetensors")
@@ -311,7 +311,7 @@ def test_a_bare_pickle_is_refused(sources: Path, tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-def test_stable_diffusions_training_remains_are_read_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_leftovers_of_stable_diffusion_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its checkpoints name a pytorch_lightning class. The class is neither needed nor imported."""
     path = "pytorch_lightning.callbacks.model_checkpoint"
     checkpoint = type("ModelCheckpoint", (), {"__module__": path})
@@ -515,7 +515,7 @@ def test_the_family_need_not_be_named(sources: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
-def test_what_a_person_should_know_is_passed_on(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notes_for_the_user_are_passed_on(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = checkpoint.convert
     monkeypatch.setattr(checkpoint, "convert", lambda *given: replace(original(*given), notes=("for study only",)))
     notes: list[str] = []

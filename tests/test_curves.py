@@ -105,7 +105,7 @@ def test_guidance_from_a_file_is_checked_as_numbers_are(pipe: Pipeline, tmp_path
         make_request(pipe.manifest, "a whale", guidance="a.wav", controls={}, load=load_picture)
 
 
-def test_a_range_is_checked_and_has_stand_ins() -> None:
+def test_a_range_is_checked_and_has_defaults() -> None:
     curve = Control("gust", "curve", "how it blows", "sinusoid", low=0, default=3, usual=(1, 5))
     assert curve.span == (1, 5)
     assert replace(curve, usual=None).span == (0, 6)
@@ -118,7 +118,7 @@ def test_a_range_is_checked_and_has_stand_ins() -> None:
         Control("gust", "number", "how it blows", "number", low=0, default=3, usual=(1, 5))
 
 
-def test_a_sound_that_ends_early_is_said(pipe: Pipeline, tmp_path: Path) -> None:
+def test_a_sound_that_ends_early_gives_a_warning(pipe: Pipeline, tmp_path: Path) -> None:
     path = write_wav(tmp_path / "a.wav", beats(0.5, (0.0,)))
     with pytest.warns(MediaWarning, match=r"motion=.*0\.50 s from 0 s on, for a clip of 1\.00 s: the rest is silence"):
         request = pipe.request("a whale", frames=8, motion=path)

@@ -42,7 +42,7 @@ def test_a_missing_plain_graph_is_a_note_with_its_command_and_no_fault(model: Bu
     assert found.as_json()["loops"][1] == {"loop": "temporal", "guided": ("fp32",), "plain": ()}
 
 
-def test_what_the_processor_multiplies_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fast_number_formats_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu.platform, "machine", lambda: "x86_64")
     slow = "bfloat16 is computed in float32, many times slower"
     for flags, int8, has_bf16 in (

@@ -30,7 +30,7 @@ def written(folder: Path, text: str) -> str:
 
 
 @pytest.mark.parametrize("name", profile_names())
-def test_the_profiles_that_come_along_fit_the_released_model(name: str) -> None:
+def test_the_shipped_profiles_fit_the_released_model(name: str) -> None:
     profile = read_profile(name, RELEASED)
     for stage in RELEASED.stages:
         (made,) = stage_profiles(stage.name, [profile], RELEASED)

@@ -121,7 +121,7 @@ def test_a_mask_keeps_a_part(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("flat", [True, False])
-def test_a_stage_that_was_trained_for_it_is_told_what_is_known(folder: Path, flat: bool) -> None:
+def test_a_stage_with_these_inputs_gets_the_known_frames(folder: Path, flat: bool) -> None:
     manifest = told(MANIFEST, flat)
     pipeline, backend = pipeline_of(folder, manifest, film_one=told_step, film_two=told_step)
     made = film(pipeline, keyframes=KEYS)[-1].latents

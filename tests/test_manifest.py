@@ -649,7 +649,7 @@ def test_what_is_wrong_is_one_error_that_names_the_row(
         Bundle.open(model)
 
 
-def test_a_number_beyond_every_float_is_no_json(model: Path) -> None:
+def test_a_number_beyond_every_float_is_not_valid_json(model: Path) -> None:
     text = (model / MANIFEST).read_text()
     (model / MANIFEST).write_text(text.replace('"architecture": {}', '"architecture": {"a": 1e999}'))
     with pytest.raises(ManifestError, match=r"not valid JSON: inf is not a JSON number"):
@@ -657,7 +657,7 @@ def test_a_number_beyond_every_float_is_no_json(model: Path) -> None:
 
 
 @pytest.mark.parametrize("key", ["version", "name", "beta_end", "low"])
-def test_a_key_that_stands_there_twice_is_refused(model: Path, key: str) -> None:
+def test_a_key_that_appears_twice_is_refused(model: Path, key: str) -> None:
     """Some readers would take the first value, others the last."""
     text = (model / MANIFEST).read_text()
     i = text.index(f'"{key}":')
@@ -695,7 +695,7 @@ def test_a_named_pipe_does_not_hang(tmp_path: Path) -> None:
         upgrade(tmp_path)
 
 
-def test_a_folder_and_a_device_in_the_place_of_the_manifest(tmp_path: Path) -> None:
+def test_a_folder_and_a_device_in_place_of_the_manifest(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).symlink_to("/dev/zero")
     with pytest.raises(ManifestError, match=r"not a regular file"):
         Bundle.open(tmp_path)

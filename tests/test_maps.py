@@ -172,7 +172,7 @@ def test_edges_are_found_at_the_requests_size(folder: Path) -> None:
         (np.zeros((0, 8, 12, 3), np.uint8), r"plot has 0 frames"),
     ],
 )
-def test_what_is_no_map(folder: Path, plot: Any, said: str) -> None:
+def test_invalid_maps(folder: Path, plot: Any, said: str) -> None:
     with pytest.raises(RequestError, match=said):
         pipeline_of(folder)[0].request("a kite", frames=5, plot=plot)
 

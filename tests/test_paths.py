@@ -54,7 +54,7 @@ def test_a_home_folder(home: Path, given: Any, path: str) -> None:
 
 
 @pytest.mark.parametrize("given", [None, 3, b"bytes", ["a"], np.zeros(3), object()], ids=lambda g: type(g).__name__)
-def test_what_is_no_path(given: Any) -> None:
+def test_invalid_paths(given: Any) -> None:
     with pytest.raises(RequestError, match=r"^model=.*: a path, as a text or a pathlib\.Path"):
         given_path(given, "model")
 

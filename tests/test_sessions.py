@@ -137,7 +137,7 @@ def test_products_in_8_bits_are_exact_without_vnni() -> None:
         ("aarch64", "Features : fp asimd bf16 i8mm", "signed by signed"),
     ],
 )
-def test_the_kernels_are_said(
+def test_the_kernels_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: str, listed: str | None, said: str
 ) -> None:
     play(monkeypatch, tmp_path, listed)
@@ -155,7 +155,9 @@ def test_the_kernels_are_said(
         (None, None),
     ],
 )
-def test_bfloat16_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: str | None, has: object) -> None:
+def test_support_of_bfloat16_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: str | None, has: object
+) -> None:
     play(monkeypatch, tmp_path, listed)
     assert cpu.has_bf16() is has
 

@@ -422,7 +422,7 @@ def test_a_single_file_that_does_not_fit(of_published_widths: Path, tmp_path: Pa
 # C++ makes the same frames.
 
 
-def test_cpp_makes_pythons_frames(built: Path, model: Bundle, by_graphs: Pipeline, tmp_path: Path) -> None:
+def test_cpp_and_python_make_the_same_frames(built: Path, model: Bundle, by_graphs: Pipeline, tmp_path: Path) -> None:
     PIL.Image.fromarray(picture(6, 40, 30)).save(tmp_path / "picture.png")
     options: dict[str, Any] = {"seed": SEED, "steps": 4, "frames": 5, "width": WIDTH, "height": HEIGHT, "fps": 9}
     controls: dict[str, Any] = {"motion": [60.0, 70.0, 80.0, 90.0, 100.0], "augmentation": 0.05}
@@ -537,7 +537,7 @@ def test_graphs_point_to_the_weights_by_their_new_names(drawing: Bundle, model: 
     assert (drawing.path / "unet.safetensors").samefile(composed.path / "unet.safetensors")
 
 
-def test_a_graph_that_cannot_be_written_anew(
+def test_a_graph_that_cannot_be_rewritten(
     drawing: Bundle, model: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnx_ir", None)
@@ -595,7 +595,7 @@ def test_a_pickle_that_runs_code(saved: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hub"]
 
 
-def test_weights_that_are_no_numbers(saved: Path, tmp_path: Path) -> None:
+def test_weights_that_are_not_numbers(saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, tmp_path / "hub")
     file = next((tmp_path / "hub" / "image_encoder").glob("*.safetensors"))
     state = load_file(file)

@@ -25,7 +25,7 @@ from higen.train.settings import read_settings
 MARK = b"\xef\xbb\xbf"
 
 
-def test_a_byte_order_mark_is_no_part_of_any_file_that_people_write(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path: Path) -> None:
     def put(name: str, text: str) -> Path:
         (tmp_path / name).write_bytes(MARK + text.encode())
         return tmp_path / name
@@ -79,7 +79,7 @@ def test_what_can_be_read_in_one_way_only_is_read(data: bytes, text: str) -> Non
         (bytes(4), "line 1: the character U+0000 is not allowed: remove it"),
     ],
 )
-def test_what_is_no_text_is_named_with_its_line(data: bytes, message: str) -> None:
+def test_bytes_that_are_not_text_are_named_with_their_line(data: bytes, message: str) -> None:
     with pytest.raises(TextError) as caught:
         plain_text(data)
     assert str(caught.value) == message
@@ -123,7 +123,7 @@ def test_a_limit_and_other_things_than_files(tmp_path: Path) -> None:
         ("9" * 5000, "not JSON"),
     ],
 )
-def test_what_is_no_json_is_one_error(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_json_is_one_error(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(TextError, match=message):
         read_json(tmp_path / "x.json")
@@ -132,7 +132,7 @@ def test_what_is_no_json_is_one_error(tmp_path: Path, text: str, message: str) -
 
 
 @pytest.mark.parametrize("text", ["a = ", "a = 1\na = 2", "a = " + "[" * 5000, "a = 1e"])
-def test_what_is_no_toml_is_one_error(tmp_path: Path, text: str) -> None:
+def test_invalid_toml_is_one_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.toml").write_text(text)
     with pytest.raises(TextError, match="not valid TOML"):
         read_toml(tmp_path / "x.toml")

@@ -48,7 +48,7 @@ def test_a_tokenizer_is_written_as_the_library_writes_it(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("case", CASES, ids=[repr(case["text"][:24]) for case in CASES])
-def test_ids_are_the_references(clip: PromptTokenizer, case: dict[str, object]) -> None:
+def test_ids_equal_the_references(clip: PromptTokenizer, case: dict[str, object]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PromptWarning)
         ids = clip.encode([str(case["text"])])
@@ -125,7 +125,7 @@ def test_ids_are_those_of_transformers_on_plain_text(clip: PromptTokenizer) -> N
         assert clip.encode([text])[0].tolist()[: len(theirs(text)["input_ids"])] == theirs(text)["input_ids"]
 
 
-def test_the_file_alone_gives_the_same_ids_for_plain_text(tmp_path: Path, clip: PromptTokenizer) -> None:
+def test_the_tokenizer_file_gives_the_same_ids_for_plain_text(tmp_path: Path, clip: PromptTokenizer) -> None:
     path = tmp_path / "tokenizer.json"
     build_clip_tokenizer().save(str(path))
     ids = Tokenizer.from_file(str(path)).encode("A  Blue\nWhale's tail").ids
@@ -208,7 +208,7 @@ def test_malformed_files(tmp_path: Path) -> None:
         PromptTokenizer.from_file(path, RULES)
 
 
-def test_a_requests_own_warn_is_told(tmp_path: Path) -> None:
+def test_a_requests_own_warn_is_called(tmp_path: Path) -> None:
     told: list[Warning] = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")

@@ -132,7 +132,7 @@ def test_a_list_of_a_spreadsheet_loses_nothing(tmp_path: Path) -> None:
     assert listing.skipped == {"._a.mp4": "macOS keeps a file's attributes in it"}
 
 
-def test_hidden_files_are_no_items_and_case_does_not_matter(tmp_path: Path) -> None:
+def test_hidden_files_are_not_items_and_case_does_not_matter(tmp_path: Path) -> None:
     folder = tmp_path / ".clips"  # the folder itself is hidden
     files = ("a.mp4", "B.MP4", "c.webm", "._a.mp4", ".trash/d.mp4", "deep/e.mp4", "deep/.f.mp4", "odd.m2v", "alone.txt")
     for name in files:
@@ -207,7 +207,7 @@ def test_the_fingerprint_is_of_names_and_captions(tmp_path: Path) -> None:
 
 
 @given(st.integers(0, 2**32), st.integers(1, 40), st.integers(0, 3))
-def test_each_epoch_is_a_permutation_and_stand_ins_cover_all(seed: int, count: int, epoch: int) -> None:
+def test_each_epoch_is_a_permutation_and_replacements_cover_all_items(seed: int, count: int, epoch: int) -> None:
     drawn = [next(candidates(seed, VIDEO, epoch * count + i, count)) for i in range(count)]
     assert sorted(drawn) == list(range(count))
     assert sorted(candidates(seed, VIDEO, epoch * count, count)) == list(range(count))
@@ -379,7 +379,7 @@ def reader(folder: Path, encoder: EncoderStage, **options: Any) -> Reader:
     return Reader(listing, frame, encoder, None, seed=5, per_step=per_step, key_frames=True, **options)
 
 
-def test_samples_depend_on_the_step_alone(tmp_path: Path, encoder: EncoderStage) -> None:
+def test_samples_depend_only_on_the_step(tmp_path: Path, encoder: EncoderStage) -> None:
     folder = write_clips(tmp_path / "clips")
     cache = LatentCache(str(tmp_path / "cache"), {})
     (folder / "clip9.mp4").write_bytes(b"broken")
@@ -528,7 +528,7 @@ def test_a_tower_is_known_by_its_configuration_and_weights(tmp_path: Path) -> No
     assert len(changed | set(known.values())) == 5
 
 
-def test_rows_of_commas_are_passed_over_and_a_long_value_is_called_so(tmp_path: Path) -> None:
+def test_rows_of_commas_are_skipped_and_a_long_value_is_reported(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("path,caption\na.png,x\n,\n,,\n")
     assert [item.name for item in list_items(tmp_path / "a.csv").items] == ["a.png"]
     assert list_items(tmp_path / "a.csv").skipped == {}

@@ -328,7 +328,7 @@ def test_a_run_leaves_a_model_its_losses_and_its_last_checkpoints(whole_run: Set
 
 
 @pytest.mark.parametrize("stop", [1, 5])
-def test_a_run_goes_on_bit_for_bit(tmp_path: Path, model: Path, clips: Path, whole_run: Settings, stop: int) -> None:
+def test_a_run_continues_bit_for_bit(tmp_path: Path, model: Path, clips: Path, whole_run: Settings, stop: int) -> None:
     settings = make_settings(tmp_path, model, clips)
     with trainer(settings) as made:
         made.start()
@@ -356,7 +356,7 @@ def test_the_cache_changes_no_number(tmp_path: Path, model: Path, clips: Path, w
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 6  # three clips and three key frames
 
 
-def test_fresh_starts_anew_and_resume_demands_a_checkpoint(tmp_path: Path, model: Path, clips: Path) -> None:
+def test_fresh_starts_again_and_resume_requires_a_checkpoint(tmp_path: Path, model: Path, clips: Path) -> None:
     settings = make_settings(tmp_path, model, clips, run__steps=2)
     with pytest.raises(TrainingError, match="no checkpoint to continue from"):
         train(settings, resume=True)
@@ -454,7 +454,7 @@ def test_another_tower_or_tokenizer_is_refused_and_a_moved_one_is_not(tmp_path: 
     assert kept() == 2 * full
 
 
-def test_a_checkpoint_that_knows_less_goes_on(tmp_path: Path, model: Path, clips: Path) -> None:
+def test_a_checkpoint_with_fewer_keys_is_resumed(tmp_path: Path, model: Path, clips: Path) -> None:
     """For example a checkpoint of an earlier version, which has no hash of the tokenizer."""
     settings = make_settings(tmp_path, model, clips, run__steps=1)
     with trainer(settings) as made:
@@ -513,7 +513,7 @@ def architecture(tmp_path: Path, **changes: Any) -> Path:
     return file
 
 
-def test_an_architecture_starts_anew_with_words_of_its_own(tmp_path: Path, model: Path, clips: Path) -> None:
+def test_an_architecture_starts_with_its_own_words(tmp_path: Path, model: Path, clips: Path) -> None:
     settings = make_settings(
         tmp_path,
         model,

@@ -154,7 +154,7 @@ def test_a_wrong_request_goes_no_further(front: int) -> None:
     assert send(front, "GET", "/", X="x" * 100_000)[0] == 400
 
 
-def test_what_triton_cannot_parse_is_the_clients_mistake(front: int) -> None:
+def test_a_request_that_triton_cannot_parse_is_the_clients_error(front: int) -> None:
     assert send(front, "POST", "/odd", b"{}") == (400, {"error": "Unable to parse 'data': no"})
     assert send(front, "POST", "/broken", b"{}") == (500, {"error": "ONNX Runtime failed"})
 

@@ -182,7 +182,7 @@ def made_up(tmp_path: Path) -> Bundle:
     return write_made_up_model(tmp_path / "made-up")
 
 
-def test_a_model_of_no_family(made_up: Bundle, tmp_path: Path) -> None:
+def test_a_model_without_an_installed_family(made_up: Bundle, tmp_path: Path) -> None:
     backends = write_repository(made_up, tmp_path / "repository", Settings(max_batch=3))
     assert backends == {**dict.fromkeys(MANIFEST.stage_names, "onnxruntime"), "higen": "python"}
     sizes = {name: settings_of((tmp_path / "repository" / name / "config.pbtxt").read_text(), "max_batch_size")[0]
@@ -199,7 +199,7 @@ def test_a_model_of_no_family(made_up: Bundle, tmp_path: Path) -> None:
     assert sorted(path.name for path in inner.iterdir()) == ["higen.json", "words.json"]
 
 
-def test_guided_graphs_alone_are_enough(tmp_path: Path) -> None:
+def test_the_guided_graphs_are_enough(tmp_path: Path) -> None:
     """The repository then has no plain stages, and the configuration of `higen` says so."""
     made = write_made_up_model(tmp_path / "made-up", without=("draft_one", "film_one"))
     backends = write_repository(made, tmp_path / "repository", Settings())
@@ -417,7 +417,7 @@ def test_the_command(bundle: Bundle, tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
-def test_a_model_without_graphs_is_told_how_to_make_them(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_error_for_a_model_without_graphs_says_how_to_make_them(tiny_model: Path, tmp_path: Path) -> None:
     code, output = run(str(tiny_model), str(tmp_path / "repository"))
     assert (code, "higen-export onnx" in output) == (2, True)
 
@@ -463,7 +463,7 @@ def test_another_precision(model: Bundle, tmp_path: Path) -> None:
         write_repository(model, tmp_path / "other", Settings(precision="bf16"))
 
 
-def test_files_added_later_are_no_part_of_it(model: Bundle, tmp_path: Path) -> None:
+def test_files_added_later_are_not_part_of_it(model: Bundle, tmp_path: Path) -> None:
     (model.path / ".part").write_text("mine")
     model = put_file(model, model.path / ".part", "notes.txt")
     write_repository(model, tmp_path / "repository", Settings())

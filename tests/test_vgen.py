@@ -271,7 +271,7 @@ def test_the_graph_of_sr600_is_that_of_the_second_implementation(
     assert apart(stepped(by_graphs, given), wanted) < 2e-5
 
 
-def test_odd_sides_come_out_as_they_went_in(upscaler: Bundle, by_graphs: Pipeline) -> None:
+def test_odd_sides_are_kept(upscaler: Bundle, by_graphs: Pipeline) -> None:
     """The authors' network accepts only heights 2 more than a multiple of 8. The same layers accept any height here."""
     given, _ = step_of(upscaler.manifest.stage("temporal_unet"), upscaler, (10, 6))
     odd = {name: v[..., :9, :5] if name in ("latents", "previous") else v for name, v in given.items()}
@@ -360,7 +360,7 @@ def test_tft2v_is_vgens_ddim(models: dict[str, Bundle], steps: int) -> None:
     assert apart(got, truth) < 1e-4
 
 
-def test_videolcm_is_diffusers_scheduler(models: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_videolcm_equals_diffusers_scheduler(models: dict[str, Bundle], monkeypatch: pytest.MonkeyPatch) -> None:
     """Four steps without guidance, with the scheduler that VGen's own script builds."""
     model, rows = models["videolcm"], count()
     scheduler = diffusers.LCMScheduler(
@@ -466,7 +466,7 @@ def tiled(upscaler: Bundle, folder: Path) -> Bundle:
     return Bundle.open(folder)
 
 
-def test_cpp_makes_pythons_frames_in_tiles(built: Path, upscaler: Bundle, tmp_path: Path) -> None:
+def test_cpp_and_python_make_the_same_frames_in_tiles(built: Path, upscaler: Bundle, tmp_path: Path) -> None:
     model = tiled(upscaler, tmp_path / "model")
     options: dict[str, Any] = {"seed": 7, "steps": 5, "frames": 3, "width": 26, "height": 20}
     wanted = higen.load(model.path, backend="onnx")(PROMPTS[0], video=CLIP, **options).frames
@@ -534,7 +534,7 @@ def test_composing_with_sr600_is_refused(models: dict[str, Bundle], tmp_path: Pa
     ],
     ids=str,
 )
-def test_what_a_file_is_must_be_known(
+def test_the_kind_of_network_must_be_known(
     authors: Path, tmp_path: Path, kind: str, name: str, options: dict[str, Any], said: str
 ) -> None:
     file = Path(shutil.copy(authors / NAMES[kind], tmp_path / name))
