@@ -1,4 +1,4 @@
-"""Every stage of the built-in model becomes an engine in fp32 and fp16. So do those that a guided video needs in bf16."""
+"""Every stage of the built-in model becomes an engine in fp32 and fp16, and every stage of a guided video in bf16."""
 
 from __future__ import annotations
 
