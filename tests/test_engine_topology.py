@@ -31,8 +31,9 @@ SMALL = replace(
 """The same with two levels instead of four and one block per level instead of two. It has every kind of layer."""
 
 NETWORK = ("conditioner", "spatial_unet", "temporal_unet")
-"""The stages that differ from those of test_engine_stages.py. That file also builds the steps without guidance: they have
-one branch fewer.
+"""The stages that differ from those of test_engine_stages.py.
+
+That file also builds the steps without guidance, which have one branch fewer.
 """
 
 
