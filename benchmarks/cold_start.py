@@ -118,7 +118,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int)
     parser.add_argument("--guidance", type=float, help="of every loop")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--output", default="cold_start.mp4", help="the video; written anew by each repeat")
+    parser.add_argument("--output", default="cold_start.mp4", help="the video; rewritten by each repeat")
     parser.add_argument("--against", metavar="CHECKOUT", help="a checkout of another commit")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

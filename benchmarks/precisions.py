@@ -71,7 +71,7 @@ def prepare(model: Path, work: Path, precisions: Sequence[str]) -> tuple[Bundle,
     """A copy of a model with the graphs of every precision, and reports of quantised stages by precision and stage."""
     copy, reports = work / "model", work / "quantized.json"
     if copy.exists() and not Bundle.open(model).files.items() <= Bundle.open(copy).files.items():
-        print(f"{model} has changed: everything is made anew")
+        print(f"{model} has changed: everything is made again")
         shutil.rmtree(copy)
         for old in (reports, *work.glob("measures.*.json")):
             old.unlink(missing_ok=True)

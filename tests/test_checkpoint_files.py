@@ -77,7 +77,7 @@ def test_wrapped_weights_are_found(tmp_path: Path, content: object, legacy: bool
     assert read_names(file) == STATE.keys()
 
 
-def test_numpys_names_are_those_it_pickles_itself_under() -> None:
+def test_the_allowed_numpy_names_equal_those_in_its_pickles() -> None:
     """The list of harmless pickled names fits this NumPy. The test fails if a new version moves its functions."""
     from higen.models.pickles import _HARMLESS
 
@@ -199,7 +199,7 @@ def test_a_divided_checkpoint_with_a_hole_is_refused(
         read_state(index)
 
 
-def test_a_folder_of_diffusers_in_each_of_its_ways(tmp_path: Path) -> None:
+def test_a_folder_of_diffusers_in_each_layout(tmp_path: Path) -> None:
     """As diffusers itself writes a folder, also with the .bin files of earlier versions."""
     from diffusers import AutoencoderKL
 

@@ -151,7 +151,7 @@ def test_its_own_tests(built: Path) -> None:
         assert name in result.stdout
 
 
-def test_no_source_knows_a_model() -> None:
+def test_no_source_names_a_model() -> None:
     """The library, its interface and its program interpret tables: they do not name any family's stages or controls."""
     known = re.compile(r"spatial_unet|temporal_unet|\bconditioner\b|\bmotion\b|\bappearance\b|\bprior\b")
     for folder in ("src", "include", "run"):
@@ -303,7 +303,7 @@ def test_a_model_without_the_graphs_of_reuse(built: Path, made_up: Path, tmp_pat
         assert not (tmp_path / "v.npy").exists()
 
 
-def test_the_guided_stage_steps_in_where_the_plain_one_has_no_graph(
+def test_the_guided_stage_runs_where_the_plain_one_has_no_graph(
     built: Path, pipelines: Callable[[Path], Pipeline], tmp_path: Path
 ) -> None:
     write_made_up_model(tmp_path / "model", without=("draft_one", "film_one"))
@@ -743,7 +743,7 @@ def test_an_edited_manifest_and_an_older_one(built: Path, tmp_path: Path) -> Non
         ("edited", f"was edited after it was written: its tables do not fit its seal. Fetch the file again, or accept "
                    f"the edit: higen upgrade --reseal {tmp_path / 'edited'}"),
         ("older", f"version=1, but this library reads version 2: higen upgrade {tmp_path / 'older'}"),
-        ("newer", "version=3, but this higen reads version 2: a newer is needed"),
+        ("newer", "version=3, but this higen reads version 2: a newer higen is needed"),
     ):  # fmt: skip
         result = higen_run(built, tmp_path / name, "--info", check=False)
         assert result.returncode == 1

@@ -222,7 +222,7 @@ def test_the_gate_sees_an_error_that_rounding_would_hide(low: tuple[Bundle, list
     assert sorted(path.parent.glob(".*")) == []
 
 
-def test_a_variant_is_run_where_it_is_asked_for(low: tuple[Bundle, list[Parity], str]) -> None:
+def test_a_variant_runs_where_its_precision_is_requested(low: tuple[Bundle, list[Parity], str]) -> None:
     bundle, _, precision = low
     stage = bundle.manifest.stage("conditioner")
     sizes = sizes_for(bundle.manifest, {"B": 2, "F": 3, "H": 4, "W": 4})

@@ -100,7 +100,7 @@ def test_a_film_passes_through_its_known_frames(folder: Path, solver: str) -> No
 
 
 def test_a_mask_keeps_a_part(folder: Path) -> None:
-    """The mask's mean over a cell is the fraction that is drawn anew. A clip of masks has one mask per frame."""
+    """The mask's mean over a cell is the fraction that is redrawn. A clip of masks has one mask per frame."""
     masks = np.zeros((5, 8, 12), np.uint8)
     masks[:, :, 6:] = 255  # three columns of cells
     masks[3, 0, 0] = 255  # a quarter of one cell

@@ -56,7 +56,7 @@ def quantized(model: Path, calls: Any) -> tuple[Bundle, Report]:
     return bundle, reports[0]
 
 
-def test_recording_shows_how_far_it_is(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recording_reports_its_progress(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundle = Bundle.open(model)
     step = bundle.manifest.sizes.multiple
     record_calls(bundle, ["a red heart"], 1, 1, None, True, frames=2, width=step, height=step)
@@ -149,7 +149,7 @@ def test_the_command_takes_frames_size_and_minutes(model: Path, monkeypatch: pyt
     assert 60 < given[2] <= 120
 
 
-def test_a_size_that_the_model_has_not_is_one_error(model: Path) -> None:
+def test_a_size_that_the_model_does_not_have_is_one_error(model: Path) -> None:
     done = CliRunner().invoke(main, ["quantize", str(model), "--precision", "int8", "--size", "33x64"])
     assert done.exit_code == 2
     assert "width=33" in done.output
@@ -258,7 +258,7 @@ def test_onnx_runtime_says_that_it_lacks_nvfp4(half: Bundle, calls: Any) -> None
         OnnxBackend(bundle, Options("cpu", "nvfp4.fp16")).prepare("spatial_unet")
 
 
-def test_polygraphy_tells_the_same_story(quantized: tuple[Bundle, Report]) -> None:
+def test_polygraphy_agrees(quantized: tuple[Bundle, Report]) -> None:
     pytest.importorskip("polygraphy")
     bundle = Bundle.open(quantized[0].path)  # other tests may have quantised the model again
     rows = compare(bundle, "onnx", "int8", ["spatial_unet"], "a red heart", steps=2)

@@ -207,7 +207,7 @@ def test_a_script_that_cannot_be_read_names_its_file(pipe: Pipeline, tmp_path: P
         read_script(tmp_path / "s.json", pipe.manifest)
 
 
-def test_a_scene_says_that_its_sound_ends(pipe: Pipeline, tmp_path: Path) -> None:
+def test_a_sound_that_ends_within_a_scene_gives_a_warning(pipe: Pipeline, tmp_path: Path) -> None:
     write_wav(tmp_path / "a.wav", beats(0.25, (0.0,)))
     made = make_script(script({"prompt": "a", "motion": "a.wav"}), pipe.manifest, tmp_path)
     with pytest.warns(MediaWarning, match="the rest is silence"):

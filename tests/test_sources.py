@@ -55,7 +55,7 @@ def value(sources: Sources, shape: tuple[int | str, ...], source: str, place: Pl
 # Texts
 
 
-def test_texts_are_the_samples_own_and_the_negative_one_is_common() -> None:
+def test_each_sample_has_its_own_text_and_all_share_the_negative_one() -> None:
     sources = sources_of(request_of(["ab", "cd"], negative_prompt="no"))
     for sample, text in enumerate(("ab", "cd")):
         for negative, source, wanted in (

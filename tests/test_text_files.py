@@ -61,7 +61,7 @@ def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path: Path) -> None:
         (b"tab\tand form\x0cfeed", "tab\tand form\x0cfeed"),
     ],
 )
-def test_what_can_be_read_in_one_way_only_is_read(data: bytes, text: str) -> None:
+def test_unambiguous_text_is_read(data: bytes, text: str) -> None:
     assert plain_text(data) == text
 
 

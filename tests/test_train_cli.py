@@ -64,7 +64,7 @@ def test_a_run_is_trained_and_exported(tmp_path: Path, tiny_model: Path) -> None
         ("nan", "--codec-minutes=nan: a number of minutes, 0 or more"),
         ("inf", "--codec-minutes=inf: a number of minutes, 0 or more"),
         ("-1", "--codec-minutes=-1: a number of minutes, 0 or more"),
-        ("0", "--codec-minutes=0: more than 0, or --start with a model whose codec is to be kept"),
+        ("0", "--codec-minutes=0: more than 0, unless --start names a model whose codec is kept"),
     ],
 )
 def test_a_codec_that_would_stay_untrained_is_refused_before_any_work(

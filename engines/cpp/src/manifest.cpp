@@ -45,7 +45,7 @@ void check_version(const Json& json, const std::string& where) {
                        ": a whole number from 1 to " + std::to_string(manifest_version));
     check_manifest(*version <= manifest_version, where + ": version=" + shown(*version) +
                                                      ", but this higen reads version " +
-                                                     std::to_string(manifest_version) + ": a newer is needed");
+                                                     std::to_string(manifest_version) + ": a newer higen is needed");
     const auto folder = where.substr(0, where.rfind('/') == std::string::npos ? 0 : where.rfind('/'));
     check_manifest(*version == manifest_version,
                    where + ": version=" + shown(*version) + ", but this library reads version " +

@@ -80,7 +80,7 @@ TEST(a_loop_whose_latents_nothing_takes_is_left_out_of_longer_clips) {
 TEST(versions) {
     auto json = manifest();
     json["version"] = 3;
-    CHECK_FAILS(HIGEN_ERROR_MANIFEST, "version=3, but this higen reads version 2: a newer is needed", parsed(json));
+    CHECK_FAILS(HIGEN_ERROR_MANIFEST, "version=3, but this higen reads version 2: a newer higen is needed", parsed(json));
     json["version"] = 1;
     CHECK_FAILS(HIGEN_ERROR_MANIFEST, "version=1, but this library reads version 2: higen upgrade models/kite",
                 parse_manifest(json.dump(), "models/kite/higen.json"));
@@ -103,7 +103,7 @@ TEST(what_is_no_manifest) {
     fails(R"({"format": "higen", "version": 2, "format": "higen"})", "appears twice");
     fails(std::string(100'000, '['), "not valid JSON");
     fails(R"({"format": "higen", "version": 2, "seal": )" + std::string(50'000, '[') + std::string(50'000, ']') + "}",
-          "is wanted");
+          "is missing");
     CHECK_FAILS(HIGEN_ERROR_MANIFEST, "not a model directory", Bundle("/nonexistent", true));
 }
 

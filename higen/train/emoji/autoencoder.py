@@ -161,7 +161,7 @@ def train(
     """
     state.mkdir(parents=True, exist_ok=True)
     if (earlier := state / "autoencoder.ckpt").exists():
-        raise TrainingError(f"{earlier}: a checkpoint of an earlier version; remove it to train the codec anew")
+        raise TrainingError(f"{earlier}: a checkpoint of an earlier version; remove it to train the codec again")
     torch.manual_seed(settings.seed)
     model = build()
     gradients = CodecGradients(model, Pictures(data), settings)

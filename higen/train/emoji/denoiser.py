@@ -98,7 +98,7 @@ def train(state: Path, clips: Clips, start: Bundle | None = None) -> None:
         if found is not None:
             raise SettingsError(
                 f"{state} holds a run of another configuration: {found}; "
-                f"put it back, or remove {loop.checkpoints.folder} to start anew"
+                f"put it back, or remove {loop.checkpoints.folder} to start over"
             )
 
     with flushed_denormals():

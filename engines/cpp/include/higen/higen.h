@@ -147,7 +147,7 @@ typedef enum higen_control_kind {
     HIGEN_CONTROL_CLIP = 5,    /* higen_picture of as many frames as the request has */
     HIGEN_CONTROL_CHOICE = 6,  /* one of the texts in `choices` */
     HIGEN_CONTROL_FRAMES = 7,  /* known frames: a higen_picture of one frame each, named NAME[INDEX] */
-    HIGEN_CONTROL_MASK = 8,    /* higen_picture of one frame, or as many as the request has; white is drawn anew */
+    HIGEN_CONTROL_MASK = 8,    /* higen_picture of one frame, or as many as the request has; white is redrawn */
     HIGEN_CONTROL_MAP = 9      /* higen_picture of one frame for all, or at least as many as the request has */
 } higen_control_kind;
 
