@@ -104,7 +104,7 @@ def test_a_rule_says_which_weights_are_taken(tmp_path: Path) -> None:
 
 def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
     file = saved(tmp_path / "x.pth", {**STATE, **renamed("module.")})
-    with pytest.raises(CheckpointError, match=r"x\.pth: two tensors are called time_embed\.0\.weight without"):
+    with pytest.raises(CheckpointError, match=r"x\.pth: two tensors have the name time_embed\.0\.weight once"):
         read_state(file)
 
 
@@ -393,5 +393,5 @@ def test_other_names_of_the_weights(tmp_path: Path, key: str) -> None:
 
 
 def test_arrays_in_place_of_tensors_are_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="an array or object, and no tensor"):
+    with pytest.raises(CheckpointError, match="an array or object, not a tensor"):
         read_state(saved(tmp_path / "x.pth", {name: tensor.numpy() for name, tensor in STATE.items()}))

@@ -396,7 +396,7 @@ def test_an_interrupt_leaves_nothing_behind(built: Path, tmp_path: Path) -> None
             1,
             "provider='cuda:1': this ONNX Runtime has no CUDA",
         ),
-        (["{model}", "a", "-o", "x.npy", "--backend=tensorrt", "--provider=cpu"], 1, "providers are ONNX Runtime's"),
+        (["{model}", "a", "-o", "x.npy", "--backend=tensorrt", "--provider=cpu"], 1, "only ONNX Runtime has providers"),
         (["{model}", "a whale", "-o", "x.npy", "--precision="], 1, "precision='': one of 'fp32'"),
         (["{model}", "a whale", "-o", "x.npy", "--threads=4294967297"], 2, "--threads=4294967297: too large"),
         (["{model}", "a whale", "-o", "x.npy", "--threads=2000"], 1, "threads=2000: 0 to 1024"),
