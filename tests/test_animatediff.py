@@ -319,9 +319,9 @@ def by_frame(norm: torch.nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
     return (normal * norm.weight.double().reshape(shape) + norm.bias.double().reshape(shape)).float()
 
 
-def authors_pipeline(scheduler: Any, motion: Any = None) -> Any:
+def authors_pipeline(scheduler: Any, motion: Any = None, unet: Any = None) -> Any:
     """diffusers' pipeline with the authors' group norm."""
-    pipeline = tiny_motion.pipeline(scheduler, motion)
+    pipeline = tiny_motion.pipeline(scheduler, motion, unet)
     for name, norm in pipeline.unet.named_modules():
         if name.endswith(".norm") and ".motion_modules." in name:
             norm.register_forward_hook(lambda norm, given, _: by_frame(norm, given[0]))
@@ -341,10 +341,24 @@ def test_group_norm_over_each_frame_equals_the_authors_code(base: Path, module: 
     theirs = wanted_latents(other, scheduler, 8, 7.5)
     assert apart(last_latents(higen.load(other.path, backend="torch"), steps=8, guidance=7.5), theirs) < 1e-4
     assert apart(theirs, wanted) > 0.01
-    exported = export_model(authors, ["temporal_unet_plain"])
+
+
+def test_the_graph_of_a_group_norm_over_each_frame(tmp_path: Path) -> None:
+    """One level of the network: every norm of a motion module is in a block like these."""
+    level: dict[str, Any] = {"block_out_channels": (32,)}
+    unet = tiny.image_unet(**level, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",))
+    motion = tiny_motion.adapter(**level)
+    scheduler = tiny.scheduler("DDIMScheduler", **tiny_motion.LINEAR)
+    base = tiny.save(tiny.image_pipeline(scheduler, unet), tmp_path / "stable-diffusion-v1-5")
+    file = tiny_motion.checkpoint(tmp_path / "mm_sd_v15_v2.ckpt", motion)
+    bundle = convert_sources([base, file], tmp_path / "authors", dtype="fp32")
+    exported = export_model(bundle, ["temporal_unet_plain"])
     x, t, context = (torch.randn(*shape) for shape in ((3, 4, 3, 4, 8), (3,), (3, 77, 32)))
     with torch.inference_mode():
-        m = authors_pipeline(scheduler).unet(x, t, context.repeat_interleave(3, dim=0)).sample.numpy()
+        network = authors_pipeline(scheduler, motion, unet).unet
+        m = network(x, t, context.repeat_interleave(3, dim=0)).sample.numpy()
+        other = tiny_motion.pipeline(scheduler, motion, unet).unet
+        assert apart(other(x, t, context.repeat_interleave(3, dim=0)).sample.numpy(), m) > 0.01
     columns = {name: np.full(3, value, np.float32) for name, value in {"A": 0, "B": 1, "C": 0}.items()}
     given = {"latents": x.numpy(), "previous": x.numpy(), "t": t.numpy(), "context": context.numpy(), **columns}
     backend = OnnxBackend(exported, Options(device="cpu"))

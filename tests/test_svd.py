@@ -440,10 +440,13 @@ def test_cpp_and_python_make_the_same_frames(built: Path, model: Bundle, by_grap
 
 @pytest.fixture(scope="module")
 def drawing(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A tiny Stable Diffusion with the graphs that text to image needs."""
+    """A tiny Stable Diffusion of one level, with the graphs that text to image needs."""
     folder = tmp_path_factory.mktemp("drawing")
     scheduler = tiny.scheduler("DDIMScheduler", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-    saved = tiny.save(tiny.image_pipeline(scheduler), folder / "hub")
+    unet = tiny.image_unet(
+        block_out_channels=(32,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",)
+    )
+    saved = tiny.save(tiny.image_pipeline(scheduler, unet), folder / "hub")
     bundle = convert_sources([saved], folder / "model", dtype="fp32")
     return export_model(bundle, ["text_encoder", "spatial_unet", "vae_decoder"])
 
