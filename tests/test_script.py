@@ -98,7 +98,7 @@ def test_curves_in_words_and_numbers_spread_over_the_scene(pipe: Pipeline) -> No
             script({"prompt": "a", "transition": "cut"}, {"prompt": "a", "transition": "wipe"}),
             "transition='wipe': one of",
         ),
-        (script({"prompt": "a", "transition": "crossfade"}), "the first scene has none before it"),
+        (script({"prompt": "a", "transition": "crossfade"}), "the first scene has no previous scene"),
         (script({"prompt": "a", "fade": 1}), "only for transition='crossfade', not 'cut'"),
         (
             script({"prompt": "a"}, {"prompt": "a", "transition": "continue", "seconds": 0.1}),
@@ -106,7 +106,7 @@ def test_curves_in_words_and_numbers_spread_over_the_scene(pipe: Pipeline) -> No
         ),
         (
             script({"prompt": "a"}, {"prompt": "a", "transition": "crossfade", "fade": 9}),
-            "fade=9: seconds, at most 0.5",
+            "fade=9: at most 0.5 seconds",
         ),
         (
             script({"prompt": "a"}, *[{"prompt": "a", "transition": "crossfade", "fade": 0.4}] * 2),
