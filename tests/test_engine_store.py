@@ -123,7 +123,7 @@ def test_a_record_in_another_targets_folder_is_malformed(store: EngineStore, tmp
     store.folder.rename(tmp_path / "engines" / "rtx-sm86")
     plans, (error,) = read_plans(tmp_path, "vae_decoder")
     assert plans == []
-    assert "is the record of rtx-sm89/vae_decoder" in str(error)
+    assert "is the record of another engine, rtx-sm89/vae_decoder" in str(error)
 
 
 @pytest.mark.parametrize("failing", ["vae_decoder.engine", "vae_decoder.log", "vae_decoder.json"])
