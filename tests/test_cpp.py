@@ -228,7 +228,7 @@ def ppm(path: Path, picture: np.ndarray) -> Path:
 
 
 @pytest.mark.parametrize("size", [(64, 64), (50, 97), (130, 40)])
-def test_frames_of_a_key_frame_of_the_users(
+def test_frames_from_a_given_key_frame(
     built: Path, pipelines: Callable[[Path], Pipeline], tmp_path: Path, size: tuple[int, int]
 ) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
@@ -823,7 +823,7 @@ def test_a_stage_without_a_quantised_graph_runs_in_the_precision_of_its_weights(
         assert f"{stage}: onnx, {backend.describe(stage)}" in info
 
 
-def test_a_precision_that_is_not_there(built: Path, variants: Path, tmp_path: Path) -> None:
+def test_a_missing_precision(built: Path, variants: Path, tmp_path: Path) -> None:
     with pytest.raises(BackendUnavailable) as raised:
         OnnxBackend(Bundle.open(variants), Options("cpu", "bf16")).prepare("text_encoder")
     for precision, message in (("bf16", str(raised.value)), ("int4", "precision='int4': one of 'fp32'")):

@@ -326,7 +326,7 @@ def test_the_default_profile_of_the_command(model: Path) -> None:
 
 
 def start(model: Path) -> subprocess.Popen[str]:
-    """Start a long build in a process of its own; return when TensorRT is building."""
+    """Start a long build in a separate process; return when TensorRT is building."""
     with_graph(model, layers=300)
     script = """
 import sys

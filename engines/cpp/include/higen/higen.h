@@ -313,7 +313,7 @@ HIGEN_API higen_status higen_token_create(higen_token** token);
  * stops at once: a token stays cancelled. */
 HIGEN_API higen_status higen_token_cancel(higen_token* token);
 
-/* Free a token. A generation that has it goes on. NULL is allowed. */
+/* Free a token. A generation that uses it continues. NULL is allowed. */
 HIGEN_API void higen_token_free(higen_token* token);
 
 typedef struct higen_callbacks {
