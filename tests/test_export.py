@@ -354,10 +354,10 @@ def test_an_export_is_taken_up_again_with_what_is_finished(copy: Path, monkeypat
         export_model(Bundle.open(copy), stages, resume=True, on_parity=done.append, on_line=said.append, **options)
         return {parity.stage for parity in done}, said
 
-    there = "text_encoder.onnx: it is there already"
+    there = "text_encoder.onnx: exists already"
     export_model(Bundle.open(copy), EXPORTED[:1])  # the state after a run that ended after its first stage
     assert run(EXPORTED) == ({"conditioner"}, [there])
-    assert run(EXPORTED) == (set(), [there, "conditioner.onnx: it is there already"])
+    assert run(EXPORTED) == (set(), [there, "conditioner.onnx: exists already"])
     assert run(opset=22)[0] == {"text_encoder"}
     # Damaged, but of the same size.
     graph = copy / "text_encoder.onnx"
