@@ -210,7 +210,7 @@ def edit(
     options |= {"frames": len(given), row.start.control: given.frames}
     if strength is not None:
         if not isinstance(row.start.strength, str):
-            raise RequestError(f"strength: fixed by {pipe.manifest.name}, {row.start.strength:g}")
+            raise RequestError(f"strength: {pipe.manifest.name} fixes it at {row.start.strength:g}; leave it out")
         options[row.start.strength.partition(":")[2]] = strength
     if mask is not None:
         control, name = known_controls(pipe.manifest)

@@ -116,7 +116,7 @@ def test_a_broken_record_does_not_hide_a_good_plan() -> None:
     assert chosen(plan(), errors=(Malformed("cut"),)) == "rtx-sm89"
 
 
-def test_a_plans_tensors_are_the_tables() -> None:
+def test_a_plans_tensors_match_the_tables() -> None:
     stage, tensors = DECODER, RECORD.tensors
     check_interface(plan(), stage, tensors)
     with pytest.raises(Malformed, match="its tensors are"):

@@ -134,7 +134,7 @@ def test_a_loops_own_value_of_a_control_holds_only_in_that_loop() -> None:
 # Pictures and clips
 
 
-def test_a_picture_is_the_samples_own() -> None:
+def test_each_sample_has_its_own_picture() -> None:
     sources = sources_of(request_of(["a", "b"], sketch=PICTURES[:2]))
     for sample in (0, 1):
         made = value(sources, ("B", 3, "Y", "X"), "picture:sketch", Place(sample, 1, DRAFT))

@@ -151,7 +151,7 @@ def test_cues_prints_plots_and_refuses(tmp_path: Path, tiny_model: Path, video: 
     assert refused.stderr.count("\n") == 1
 
 
-def test_cues_of_a_trimmed_video_are_those_of_what_it_shows(tmp_path: Path, tiny_model: Path) -> None:
+def test_cues_of_a_trimmed_video_come_from_the_shown_frames(tmp_path: Path, tiny_model: Path) -> None:
     options = ["--model", str(tiny_model), "--json"]
     video = write_counted(tmp_path / "trimmed.mp4", frames=30, cut=17)
     whole = CliRunner().invoke(main, ["cues", str(video), *options])
