@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("--model", help="model directory")
     parser.add_argument("--backend", default="auto")
     parser.add_argument("--threads", type=int)
-    parser.add_argument("--guidance", type=float, help="of every loop")
+    parser.add_argument("--guidance", type=float, help="guidance of every loop")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output", default="cold_start.mp4", help="the video; rewritten by each repeat")
     parser.add_argument("--against", metavar="CHECKOUT", help="a checkout of another commit")

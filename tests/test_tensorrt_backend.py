@@ -643,7 +643,7 @@ CAUSES = [
     (other_weights, Stale, "has changed since it was built"),
     (other_version, Stale, r"9\.9\.9 is here"),
     (no_library, MissingExtra, r"needs the package 'tensorrt_rtx': pip install 'higen\[rtx\]'"),
-    (broken_library, EngineError, r"'tensorrt_rtx', which is installed and does not load: ImportError: libnvinfer\.so"),
+    (broken_library, EngineError, r"'tensorrt_rtx', which is installed but does not load: ImportError: libnvinfer\.so"),
     (no_gpu, NoDevice, "finds no GPU"),
     (invalid, Malformed, "its file is not a plan"),
 ]

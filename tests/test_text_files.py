@@ -103,7 +103,7 @@ def test_any_bytes_are_a_text_or_one_error(data: bytes) -> None:
     assert "\n" not in said
 
 
-def test_a_limit_and_other_things_than_files(tmp_path: Path) -> None:
+def test_a_size_limit_and_paths_that_are_not_files(tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("x" * 11)
     with pytest.raises(TextError, match="11 bytes: at most 10"):
         read_text(tmp_path / "long.txt", largest=10)

@@ -242,7 +242,7 @@ def test_options_of_the_recipe_work_for_files_and_resume_exactly(tmp_path: Path,
         ({"objective__high_part": 1.1}, r"objective\.high_part=1\.1: a part, from 0 to 1"),
         ({"objective__clip_levels": "low"}, r"objective\.clip_levels='low': one of 'uniform', 'high'"),
         ({"objective__prior_noise": -1.0}, r"objective\.prior_noise=-1\.0: 0 or more"),
-        ({"objective__windows": [1]}, r"objective\.windows=\[1\]: each 2 frames or more"),
+        ({"objective__windows": [1]}, r"objective\.windows=\[1\]: at least 2 frames each"),
         ({"objective__late_windows": [4]}, r"objective\.late_windows=\[4\]: needs windows"),
     ],
 )

@@ -53,7 +53,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, TextError) as error:
         raise FixtureError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(value, dict):
-        raise FixtureError(f"{path}: a JSON object is wanted, here is a {type(value).__name__}")
+        raise FixtureError(f"{path}: a JSON object is wanted, not a {type(value).__name__}")
     return value
 
 
@@ -136,7 +136,7 @@ def recipe_tensor(key: str, shape: Iterable[int], salt: int) -> Tensor:
 
     u = RandomState(crc32(key) ^ salt).random_sample(n); z = (2u - 1) sqrt 3; a one-dimensional weight is 1 + z/10, a
     bias z/10, tokens z/2, all others z / sqrt(fan_in). fan_in is the product of all axes but the first; axes of
-    length 1 that our shapes drop do not change it. Computed in float64, rounded once.
+    length 1 that higen's shapes drop do not change it. Computed in float64, rounded once.
     """
     size = tuple(shape)
     stream = np.random.RandomState(zlib.crc32(key.encode()) ^ salt)
