@@ -166,7 +166,7 @@ def test_a_broken_archive_is_named_and_fetched_again(
     archive = tmp_path / "lobehub-fluent-emoji-anim-1-1.0.0.tgz"
     whole = package(archive, content)
     archive.write_bytes(whole[: int(part * len(whole))])
-    with pytest.raises(RuntimeError, match=rf"{re.escape(str(archive))}: is broken and was removed: run again"):
+    with pytest.raises(RuntimeError, match=rf"{re.escape(str(archive))}: is broken and was removed; run again"):
         fetch(tmp_path)
     monkeypatch.setattr(data, "_npm_pack", lambda package, folder: archive.write_bytes(whole))
     fetch(tmp_path)

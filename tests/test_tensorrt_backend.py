@@ -641,7 +641,7 @@ CAUSES = [
     (no_record, Malformed, "not the record of an engine"),
     (other_gpu, WrongArchitecture, "built for SM89, this GPU is SM120"),
     (other_weights, Stale, "has changed since it was built"),
-    (other_version, Stale, r"9\.9\.9 is here"),
+    (other_version, Stale, r"the installed 9\.9\.9 reads"),
     (no_library, MissingExtra, r"needs the package 'tensorrt_rtx': pip install 'higen\[rtx\]'"),
     (broken_library, EngineError, r"'tensorrt_rtx', which is installed but does not load: ImportError: libnvinfer\.so"),
     (no_gpu, NoDevice, "finds no GPU"),
