@@ -468,7 +468,7 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
     ("a purpose below 0", setting("loops.film.noise.purpose", -1), r"noise: purpose=\[-1, 23\]: whole numbers from 0"),
     ("a purpose of a row's", setting("loops.film.noise.purpose", 2**32), r"noise: purpose=\[4294967296, 23\]"),
     (
-        "a scale that is no number's",
+        "a scale from a control that is not a number",
         setting("loops.film.noise.offset.scale", "control:shake"),
         r"loops\.film\.noise\.offset\.scale='control:shake': a number, or one of \['control:glow', 'control:push'\]",
     ),
@@ -488,7 +488,7 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
         r"loops\.film\.start\.latents: source clip:footage: STAGE\.OUTPUT or LOOP\.latents",
     ),
     (
-        "a stand-in that is not there",
+        "a missing stand-in",
         setting("loops.draft.replaced.latents", "look.unseen"),
         r"loops\.draft\.replaced\.latents: source look\.unseen: look gives seen",
     ),

@@ -25,7 +25,7 @@ Json parse_json(std::string_view text, const std::string& where) {
         return true;
     };
     if (text.size() > largest)
-        fail_manifest(where + ": more than " + std::to_string(largest) + " bytes is no manifest");
+        fail_manifest(where + ": a manifest has at most " + std::to_string(largest) + " bytes");
     try {
         auto json = Json::parse(text.begin(), text.end(), watch);
         if (!twice.empty()) fail_manifest(where + ": not valid JSON: " + shown(twice) + " appears twice");
