@@ -598,7 +598,11 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
         setting("sizes.decoder", "mixer"),
         r"sizes\.decoder='mixer': one input with the source state",
     ),
-    ("a text of two tokens", setting("text.length", 2), r"text: length=2, pad_id=0: room for start, text and end"),
+    (
+        "a text of two tokens",
+        setting("text.length", 2),
+        r"text: length=2, pad_id=0: length with room for start, text and end",
+    ),
     ("no text to read", setting("text", None), r"stages\.reader\.tokens: source text:prompt, but text is null"),
     # Keys and types
     ("a missing key", without("licence"), r"higen\.json: has no licence"),

@@ -136,7 +136,7 @@ TEST(every_key_is_wanted_and_no_other) {
         for (const auto& item : object.items()) {
             refused(where + "." + item.key(), [&, find = place](Json& json) { find(json).erase(item.key()); });
             refused(where + "." + item.key(), [&, find = place](Json& json) {
-                find(json)[item.key()] = item.value().is_string() ? Json(true) : Json("a text that is none of them");
+                find(json)[item.key()] = item.value().is_string() ? Json(true) : Json("an unknown text");
             });
         }
         refused("\"colour\": unknown key", [find = place](Json& json) { find(json)["colour"] = 1; });
