@@ -127,7 +127,7 @@ def test_a_graph_is_valid_named_by_the_table_and_holds_no_weights(
 
 
 @pytest.mark.usefixtures("exported")
-def test_the_optimiser_does_what_onnxscripts_own_does(unoptimized: list[ir.Model]) -> None:
+def test_the_optimiser_equals_onnxscripts_own(unoptimized: list[ir.Model]) -> None:
     """Our optimiser leaves one rule out. That rule changes nothing here, although it inspects slices in both graphs."""
     assert len(unoptimized) == len(EXPORTED)
     for model in unoptimized:
@@ -346,7 +346,7 @@ def test_an_interrupted_export_leaves_a_model_and_can_be_run_again(copy: Path) -
 
 
 @pytest.mark.usefixtures("traced")
-def test_an_export_is_taken_up_again_with_what_is_finished(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_resumes_with_the_finished_graphs(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(stages: Sequence[str] = EXPORTED[:1], **options: Any) -> tuple[set[str], list[str]]:
         """The stages that were exported, and the messages about others."""
         done: list[Parity] = []
