@@ -413,7 +413,11 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
         setting("loops.film.guided", "film_one"),
         r"loops\.film\.guided='film_one': its state inputs must be A,",
     ),
-    ("a step of one sample", setting("stages.film_one.batch", False), r"loops\.film\.plain='film_one': batch is true"),
+    (
+        "a step of one sample",
+        setting("stages.film_one.batch", False),
+        r"loops\.film\.plain='film_one': batch must be true",
+    ),
     (
         "no stage at all",
         lambda d: row(d, "loops", "film").update(guided=None, plain=None),
@@ -531,7 +535,7 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
     (
         "an invalid default",
         setting("controls.glow.default", None),
-        r"controls\[4\]: default=None: number needs one",
+        r"controls\[4\]: default=None: a number needs a default",
     ),
     ("a default of true", setting("controls.glow.default", True), r"controls\[4\]: default=True: a number from 0"),
     ("a default beyond float32", setting("controls.glow.default", 1e39), r"controls\[4\]: default=1e\+39: a number"),
@@ -549,12 +553,12 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
     (
         "an encoding of a picture",
         setting("controls.sketch.encoding", "curve"),
-        r"controls\[7\]: encoding='curve': of kind picture",
+        r"controls\[7\]: encoding='curve': for kind picture",
     ),
     (
         "no encoding of a number",
         setting("controls.glow.encoding", None),
-        r"controls\[4\]: encoding=None: of kind number",
+        r"controls\[4\]: encoding=None: for kind number",
     ),
     (
         "an optional number",
