@@ -31,7 +31,7 @@ GEMM = 4096
 """Rows and columns of the matrices of `gemm`."""
 
 
-# ---- One side: a process of its own ----
+# ---- One side: a separate process ----
 
 
 def serve(side: str, given: argparse.Namespace) -> None:

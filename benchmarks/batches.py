@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--samples", type=numbers, default=[1, 2, 4, 8])
     parser.add_argument("--threads", type=numbers, default=[1, os.cpu_count() or 1])
     parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--frames", type=int, help="of the video; the model's own")
+    parser.add_argument("--frames", type=int, help="frames of the video; default: the model's own")
     arguments = parser.parse_args()
     bundle = Bundle.open(arguments.model)
     stages = [name for name in bundle.manifest.denoising if bundle.manifest.stage(name).batch]

@@ -68,7 +68,7 @@ SMALL_TEXT = 128
 
 
 def text_encoder(size: str) -> CLIPTextModel:
-    """Stable Diffusion 1.5's, or a narrow one."""
+    """The text encoder of Stable Diffusion 1.5, or a narrow one."""
     if size == "small":
         return tiny.text_encoder(SMALL_TEXT)
     config = CLIPTextConfig(hidden_size=768, intermediate_size=3072, num_hidden_layers=12, num_attention_heads=12)
@@ -76,7 +76,7 @@ def text_encoder(size: str) -> CLIPTextModel:
 
 
 def autoencoder(size: str, kind: Any = diffusers.AutoencoderKL) -> Any:
-    """Stable Diffusion's, or Stable Video Diffusion's with a temporal decoder; or a narrow one."""
+    """The autoencoder of Stable Diffusion, or that of Stable Video Diffusion (temporal decoder), or a narrow one."""
     channels = [32, 32, 64, 64] if size == "small" else [128, 256, 512, 512]
     ups = {} if kind is not diffusers.AutoencoderKL else {"up_block_types": ["UpDecoderBlock2D"] * 4}
     layers = 1 if size == "small" else 2
@@ -86,7 +86,7 @@ def autoencoder(size: str, kind: Any = diffusers.AutoencoderKL) -> Any:
 
 
 def picture_unet(size: str) -> diffusers.UNet2DConditionModel:
-    """Stable Diffusion 1.5's, or a narrow one."""
+    """The U-Net of Stable Diffusion 1.5, or a narrow one."""
     if size == "small":
         return diffusers.UNet2DConditionModel(sample_size=32, block_out_channels=SMALL, cross_attention_dim=SMALL_TEXT)
     return diffusers.UNet2DConditionModel(sample_size=64, cross_attention_dim=768)
@@ -318,13 +318,13 @@ def compare(work: Path, family: str, at: str, steps: int, precision: str) -> Non
 
 def main() -> None:
     """Command line: see the module's docstring."""
-    parser = argparse.ArgumentParser(description="Time other families beside diffusers.")
+    parser = argparse.ArgumentParser(description="Time other families and diffusers' pipelines.")
     parser.add_argument("work", type=Path)
     parser.add_argument("--family", choices=list(JOBS), action="append")
     parser.add_argument("--size", choices=("full", "small", "tiny"), default="full")
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--precision", choices=("fp32", "fp16", "bf16"), default="fp16")
-    parser.add_argument("--make", action="store_true", help="only make the models: one process a family saves time")
+    parser.add_argument("--make", action="store_true", help="only make the models; one process per family saves time")
     given = parser.parse_args()
     given.work.mkdir(parents=True, exist_ok=True)
     if given.make:

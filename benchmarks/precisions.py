@@ -71,7 +71,7 @@ def prepare(model: Path, work: Path, precisions: Sequence[str]) -> tuple[Bundle,
     """A copy of a model with the graphs of every precision, and reports of quantised stages by precision and stage."""
     copy, reports = work / "model", work / "quantized.json"
     if copy.exists() and not Bundle.open(model).files.items() <= Bundle.open(copy).files.items():
-        print(f"{model} has changed: everything is made anew")
+        print(f"{model} has changed: everything is made again")
         shutil.rmtree(copy)
         for old in (reports, *work.glob("measures.*.json")):
             old.unlink(missing_ok=True)
@@ -216,12 +216,12 @@ def write(path: Path, text: str) -> None:
 def main() -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(description="Compare a model's precisions on a CPU.")
-    parser.add_argument("work", type=Path, help="folder that keeps what is made")
+    parser.add_argument("work", type=Path, help="folder for the models and measures")
     parser.add_argument("--model", type=Path, default=default_model(), help="model directory")
     parser.add_argument("--data", type=Path, help="folder of the emoji")
     parser.add_argument("--precisions", default=",".join(PRECISIONS))
-    parser.add_argument("--prompts", type=int, default=12, help="videos that are timed and compared")
-    parser.add_argument("--seeds", type=int, default=2, help="clips of each held-out prompt that are measured")
+    parser.add_argument("--prompts", type=int, default=12, help="number of videos that are timed and compared")
+    parser.add_argument("--seeds", type=int, default=2, help="measured clips per held-out prompt")
     parser.add_argument("--quick", action="store_true", help="evaluate's quick measures")
     parser.add_argument("--report", type=Path, help="file to write")
     arguments = parser.parse_args()

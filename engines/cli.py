@@ -31,7 +31,7 @@ def _bytes(_: click.Context, __: click.Parameter, value: str | None) -> int | No
     except ValueError:
         size = 0.0
     if not 1 <= size < 2**63:
-        raise click.BadParameter(f"{value!r}: a size in bytes, as in 512M or 8G")
+        raise click.BadParameter(f"{value!r}: a size in bytes, such as 512M or 8G")
     return int(size)
 
 

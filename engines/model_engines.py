@@ -212,7 +212,7 @@ def _build_target(
             bundle.file(record.graph)
             if others := {*graph_files(bundle, record.graph)} - {record.graph, record.weights}:
                 raise IntegrityError(
-                    f"{bundle.path / record.graph}: takes tensors from {', '.join(sorted(others))}, and the weights of "
+                    f"{bundle.path / record.graph}: takes tensors from {', '.join(sorted(others))}, but the weights of "
                     f"{record.stage} are {record.weights}; export the graph again"
                 )
             bundle.file(record.weights)

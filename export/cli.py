@@ -149,7 +149,7 @@ def _telling(as_json: bool) -> Callable[[str], None]:
 def _size(text: str) -> dict[str, int]:
     found = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", text)
     if found is None:
-        raise RequestError(f"size={quoted(text)}: WIDTHxHEIGHT in pixels, as 256x256")
+        raise RequestError(f"size={quoted(text)}: WIDTHxHEIGHT in pixels, such as 256x256")
     return {"width": int(found[1]), "height": int(found[2])}
 
 

@@ -65,7 +65,7 @@ def export_stage(
     point_into(model.graph, weights, bundle.path)
     large = [k for k, v in model.graph.initializers.items() if k not in weights and _bytes(v) > LARGEST_INLINE]
     if large:
-        raise BackendError(f"{name}: the graph would hold the tensors {large[:10]} itself")
+        raise BackendError(f"{name}: the graph file itself would contain the tensors {large[:10]}")
     model.metadata_props.clear()
     model.graph.metadata_props.clear()
     ir.save(model, output)

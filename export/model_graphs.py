@@ -96,7 +96,7 @@ def export_model(
                 bundle = write_weights(bundle, name, precision)
                 digest = origin(bundle, name, precision, opset, static)
                 if resume and is_finished(bundle, name, precision, digest):
-                    on_line(f"{graph_file(name, precision)}: it is there already")
+                    on_line(f"{graph_file(name, precision)}: exists already")
                 else:
                     bundle = _export(bundle, place, name, precision, opset, static, passes, digest)
             return bundle

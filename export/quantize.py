@@ -306,7 +306,7 @@ def _choose(trial: _Trial, tolerance: float, until: float, shown: bool) -> tuple
         alone[name] = sum(error**2 for error in trial.errors([name], worst))
     if len(alone) < least:
         raise BackendError(
-            f"{trial.stage}: there was time to measure {len(alone)} of {len(names)} layers, and {least} are needed: "
+            f"{trial.stage}: there was time to measure {len(alone)} of {len(names)} layers, but {least} are needed: "
             "allow more minutes, or calibrate on fewer frames or a smaller size"
         )
     # The layers' errors are nearly independent, so their squares add up.
@@ -315,7 +315,8 @@ def _choose(trial: _Trial, tolerance: float, until: float, shown: bool) -> tuple
     error = max(trial.errors(ordered[:fits]))
     if error > tolerance:
         raise BackendError(
-            f"{trial.stage}: a tenth of its layers in fewer bits differs by {error:.2f}, allowed is {tolerance}"
+            f"{trial.stage}: with a tenth of its layers in fewer bits, the output differs by {error:.2f}; allowed is "
+            f"{tolerance}"
         )
     while over - fits > max(1, len(names) // 50):
         middle = (fits + over) // 2

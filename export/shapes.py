@@ -74,7 +74,7 @@ def static_sizes(manifest: Manifest, shape: str) -> dict[str, int]:
     try:
         batch, frames, height, width = (int(part) for part in shape.split("x"))
     except ValueError:
-        raise RequestError(f"static={shape!r}: samples, frames, height and width, as in 1x32x256x448") from None
+        raise RequestError(f"static={shape!r}: samples, frames, height and width, such as 1x32x256x448") from None
     if batch < 1 or not fewest <= frames <= most:
         raise RequestError(f"static={shape!r}: at least 1 sample and {fewest} to {most} frames")
     if height < 1 or width < 1 or height % step or width % step:

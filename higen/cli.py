@@ -157,7 +157,7 @@ def _bytes_bar(wanted: bool) -> Iterator[Callable[[str, int, int], None]]:
 def compose(first: Path, second: Path, output: Path, overwrite: bool, as_json: bool) -> None:
     """Join two models: FIRST draws a picture, and SECOND makes a clip of this picture.
 
-    OUTPUT has the weights of both, as hard links where the file system allows. Engines are built for it anew.
+    OUTPUT has the weights of both, as hard links where the file system allows. Engines must be built again.
     """
     with reported(as_json):
         from higen.compose import compose as run

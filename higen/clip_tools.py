@@ -1,7 +1,7 @@
 """Makes a clip longer, slower, endless or edited. The new clip must pass through known frames of the old one.
 
 Each tool makes a few requests of a pipeline and takes the options of a request. The tools need a model with known
-frames (docs/manifest.md, "Known frames"); `edit` needs a model that can begin from a video.
+frames (docs/manifest.md, "Known frames"); `edit` needs a model that can start from a video.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ def interpolate(
     at_once = max((min(max(usual, fewest, 3), most) + 1) // 2, 2)  # known frames of a part, which has 2 n - 1 frames
     if 2 * at_once - 1 > most or 2 * min(at_once, len(given)) - 1 < fewest:
         raise RequestError(
-            f"video has {len(given)} frames: they are made in clips of at least 3 frames, but this model makes "
+            f"video has {len(given)} frames: interpolation needs clips of at least 3 frames, but this model makes "
             f"{fewest} to {most}"
         )
     frames, fps, made = given.frames, given.fps, given
@@ -210,7 +210,7 @@ def edit(
     options |= {"frames": len(given), row.start.control: given.frames}
     if strength is not None:
         if not isinstance(row.start.strength, str):
-            raise RequestError(f"strength: fixed by {pipe.manifest.name}, {row.start.strength:g}")
+            raise RequestError(f"strength: {pipe.manifest.name} fixes it at {row.start.strength:g}; leave it out")
         options[row.start.strength.partition(":")[2]] = strength
     if mask is not None:
         control, name = known_controls(pipe.manifest)

@@ -32,7 +32,7 @@ HigenError
 PromptWarning (UserWarning)       a prompt was cut or has words that the model does not know
 PictureWarning (UserWarning)      a picture of another size or length was made to fit
 FallbackWarning (UserWarning)     a stage runs on a slower backend than the best one present
-MediaWarning (UserWarning)        a sound or clip was cut, padded or sampled otherwise than asked
+MediaWarning (UserWarning)        a sound or clip was cut, padded or sampled differently than requested
 
 Messages quote values with `quoted`, which gives one short line. If a message is still too long, its middle is cut out.
 """
@@ -295,4 +295,4 @@ class FallbackWarning(_OurWarning):
 
 
 class MediaWarning(_OurWarning):
-    """A sound or clip was cut, padded or sampled otherwise than asked."""
+    """A sound or clip was cut, padded or sampled differently than requested."""

@@ -49,7 +49,7 @@ def _frame(text: str) -> tuple[str, Path]:
     """A known frame: its index and a picture."""
     index, equals, file = text.partition("=")
     if not equals or not file:
-        raise click.BadParameter(f"{quoted(text)}: INDEX=FILE, as 0=first.png")
+        raise click.BadParameter(f"{quoted(text)}: INDEX=FILE, such as 0=first.png")
     return index, given_path(file)
 
 

@@ -66,7 +66,7 @@ class Endpoint:
         if not self.model.strip():
             raise RequestError(f"llm_model={quoted(self.model)}: the model's name at the endpoint")
         if self.key is not None and not (self.key.isascii() and self.key.isprintable() and self.key.strip()):
-            raise RequestError("the key of the endpoint has characters that no header can have")
+            raise RequestError("the key of the endpoint has characters that an HTTP header cannot contain")
         if not 0 < self.timeout <= 3600:
             raise RequestError(f"llm_timeout={quoted(self.timeout)}: seconds, more than 0, at most 3600")
 

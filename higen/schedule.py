@@ -279,7 +279,7 @@ def _dpm_solver_2m(grid: _Grid, x0: Float, final: str) -> Float:
 
 
 def _heun(grid: _Grid, prediction: str) -> tuple[_Grid, Float, Float]:
-    """Heun's method on the ratio r = sigma/alpha (Karras et al. 2022, algorithm 1): two rows a step, one for the last.
+    """Heun's method on the ratio r = sigma/alpha (Karras et al. 2022, algorithm 1): two rows per step, one in the last.
 
     The first row of a pair is an Euler step. The second row gets the predicted state x at (alpha', sigma'), its x0 and
     epsilon, and `previous`, the first row's x0. The first row's epsilon was (x - alpha' previous) / sigma', so

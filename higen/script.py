@@ -194,7 +194,7 @@ def _transition(row: Mapping[str, Any], before: Scene | None, frames: int, fps: 
     if fade is not None and name != "crossfade":
         raise RequestError(f"fade={quoted(fade)}: only for transition='crossfade', not {name!r}")
     if before is None and name != "cut":
-        raise RequestError(f"transition={name!r}: the first scene has none before it")
+        raise RequestError(f"transition={name!r}: the first scene has no previous scene")
     if name == "continue" and frames < 2:
         raise RequestError(
             "transition='continue': needs a scene of at least 2 frames, because its first frame is the last one of "
@@ -208,7 +208,7 @@ def _transition(row: Mapping[str, Any], before: Scene | None, frames: int, fps: 
     assert before is not None
     most = min(before.frames, frames)
     if not 1 <= count <= most:
-        raise RequestError(f"fade={quoted(seconds)}: seconds, at most {most / fps:g}: the length of the shorter scene")
+        raise RequestError(f"fade={quoted(seconds)}: at most {most / fps:g} seconds, the length of the shorter scene")
     return name, count
 
 

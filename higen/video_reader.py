@@ -62,7 +62,7 @@ def read(path: Path, most: int | None = None) -> Clip:
 def _read_moving(source: Animation | VideoStream, most: int | None) -> Clip:
     metadata, record = unpack(source.payload)
     if record and not source.complete:
-        raise OutputError(f"{len(source.times)} of {record.frames} frames are in it: it is truncated")
+        raise OutputError(f"it is truncated: it has {len(source.times)} of {record.frames} frames")
     shown, fps = _plan(source, record, most)
     shown = shown[:most]
     check_bytes(len(shown), *source.size)
@@ -183,7 +183,7 @@ def _read_npy(path: Path, most: int | None) -> Clip:
             read_header = np.lib.format.read_array_header_1_0 if first else np.lib.format.read_array_header_2_0
             shape, _, dtype = read_header(file)
         except ValueError as error:  # numpy's message is about Python syntax
-            raise OutputError("it has no header of an array") from error
+            raise OutputError("it has no array header") from error
         if dtype == np.uint8 and len(shape) == 4:
             check_bytes(shape[0] if most is None else min(shape[0], most), shape[2], shape[1])
             if path.stat().st_size - file.tell() < math.prod(shape):

@@ -130,7 +130,7 @@ class _Builder(Surfaced):
 
     def create_network(self, flags: int = 0) -> Any:
         strong = self._module.NetworkDefinitionCreationFlag.STRONGLY_TYPED
-        assert flags & (1 << int(strong)), "precision is the graph's: the network must be strongly typed"
+        assert flags & (1 << int(strong)), "the network must be strongly typed, because the graph sets the precision"
         return self._module._make("INetworkDefinition")
 
     def create_builder_config(self) -> Any:

@@ -30,8 +30,8 @@ RANGES = ((32, 126), (128, 0x2FF), (0x300, 0x2FFF), (0x3000, 0xFFFF), (0x10000, 
 def random_texts(
     count: int, seed: int, words: Sequence[str] | None = None, more: Sequence[str] = (), most: int = 14
 ) -> list[str]:
-    """Texts of up to `most` scraps. Scraps are `words` with white space or, without `words`, any Unicode characters
-    with `more` mixed in.
+    """Texts of up to `most` pieces. A piece is one of `words` with white space or, without `words`, some Unicode
+    characters or one of `more`.
     """
     generator = random.Random(seed)
     scraps = (*ORDINARY, *ODD, *more)

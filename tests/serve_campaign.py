@@ -136,7 +136,7 @@ class Campaign:
                 found.errors.append(f"{name}: no file")
         known = {path.name for path in (self._folder / "results").iterdir()}
         if extra := known - set(listed):
-            found.errors.append(f"results of no job: {sorted(extra)}")
+            found.errors.append(f"results without a job: {sorted(extra)}")
 
 
 def main() -> None:

@@ -52,7 +52,7 @@ def window(latents: Path, **given: bool) -> Pictured:
     return Clips(latents, NETWORK, Selection(TWO, **given)).windows(torch.Generator().manual_seed(5), 0.9)
 
 
-def test_six_lively_subjects_and_one_switch_each() -> None:
+def test_variants_have_six_moving_subjects_and_differ_in_one_switch() -> None:
     assert len(LIVELY) == 6
     assert [v.prior + v.motion + v.appearance for v in VARIANTS] == [3, 2, 2, 2]
 

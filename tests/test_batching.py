@@ -140,7 +140,7 @@ def test_a_request_that_left_while_its_batch_ran_does_not_return() -> None:
     assert made.active("b")
 
 
-def test_thinking_counts_those_between_two_calls() -> None:
+def test_requests_between_two_calls_are_counted_as_thinking() -> None:
     made = batcher(slots=2, active="abc")
     assert made.thinking == 2
     call = made.submit("a", "spatial_unet", tensors())

@@ -38,7 +38,7 @@ def workers(session: int) -> list[int]:
 
 
 @pytest.mark.skipif(not Path("/proc/self/cmdline").exists(), reason="finds the workers in /proc")
-def test_a_killed_worker_loses_and_doubles_nothing(tmp_path: Path) -> None:
+def test_a_killed_worker_loses_and_repeats_nothing(tmp_path: Path) -> None:
     rows, output = tmp_path / "rows.jsonl", tmp_path / "out"
     rows.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[1]), "HIGEN_TEST": str(os.getpid())}

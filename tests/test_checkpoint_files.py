@@ -77,7 +77,7 @@ def test_wrapped_weights_are_found(tmp_path: Path, content: object, legacy: bool
     assert read_names(file) == STATE.keys()
 
 
-def test_numpys_names_are_those_it_pickles_itself_under() -> None:
+def test_the_allowed_numpy_names_equal_those_in_its_pickles() -> None:
     """The list of harmless pickled names fits this NumPy. The test fails if a new version moves its functions."""
     from higen.models.pickles import _HARMLESS
 
@@ -104,7 +104,7 @@ def test_a_rule_says_which_weights_are_taken(tmp_path: Path) -> None:
 
 def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
     file = saved(tmp_path / "x.pth", {**STATE, **renamed("module.")})
-    with pytest.raises(CheckpointError, match=r"x\.pth: two tensors are called time_embed\.0\.weight without"):
+    with pytest.raises(CheckpointError, match=r"x\.pth: two tensors have the name time_embed\.0\.weight once"):
         read_state(file)
 
 
@@ -199,7 +199,7 @@ def test_a_divided_checkpoint_with_a_hole_is_refused(
         read_state(index)
 
 
-def test_a_folder_of_diffusers_in_each_of_its_ways(tmp_path: Path) -> None:
+def test_a_folder_of_diffusers_in_each_layout(tmp_path: Path) -> None:
     """As diffusers itself writes a folder, also with the .bin files of earlier versions."""
     from diffusers import AutoencoderKL
 
@@ -393,5 +393,5 @@ def test_other_names_of_the_weights(tmp_path: Path, key: str) -> None:
 
 
 def test_arrays_in_place_of_tensors_are_named(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="an array or object, and no tensor"):
+    with pytest.raises(CheckpointError, match="an array or object, not a tensor"):
         read_state(saved(tmp_path / "x.pth", {name: tensor.numpy() for name, tensor in STATE.items()}))

@@ -102,7 +102,7 @@ def test_bad_clips_are_named_before_anything_is_drawn(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "--clips, --data: one of the two"),
+        ([], "--clips, --data: give one of the two"),
         (["--clips", "absent.jsonl"], "--clips: 'absent.jsonl': a folder, or a .jsonl or .csv file that exists"),
         (["--clips", "empty.jsonl"], "--clips: 'empty.jsonl': no usable item"),
         (["--clips", "picture.jsonl"], "--clips: picture.jsonl has no video"),

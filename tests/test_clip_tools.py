@@ -173,7 +173,7 @@ def test_a_model_without_these_rows_is_refused(folder: Path) -> None:
         pipeline.edit(CLIP, "a kite")
     fixed = changed(MANIFEST, "film", known=None, start=Start("footage", "watch.seen", 0.5))
     pipeline, _ = pipeline_of(folder, fixed)
-    with pytest.raises(RequestError, match=r"strength: fixed by tables alone, 0\.5"):
+    with pytest.raises(RequestError, match=r"strength: tables alone fixes it at 0\.5; leave it out"):
         pipeline.edit(CLIP, "a kite", strength=0.2)
     with pytest.raises(RequestError, match="tables alone takes no known frames"):
         pipeline.edit(CLIP, "a kite", mask=np.zeros((8, 12), np.uint8))

@@ -204,7 +204,7 @@ def test_models_that_do_not_fit(tmp_path: Path, case: str) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]
 
 
-def test_other_words_are_another_tokenizer(tmp_path: Path) -> None:
+def test_other_words_mean_another_tokenizer(tmp_path: Path) -> None:
     write(FIRST, tmp_path / "one"), write(SECOND, tmp_path / "two", words=("other", "words"))
     with pytest.raises(ModelError, match="one tokenizer"):
         compose_folders(tmp_path / "one", tmp_path / "two", tmp_path / "both")
@@ -213,7 +213,7 @@ def test_other_words_are_another_tokenizer(tmp_path: Path) -> None:
 # Files.
 
 
-def test_files_are_links_and_lie_there_once(tmp_path: Path) -> None:
+def test_files_are_links_and_stored_once(tmp_path: Path) -> None:
     one, two = write(FIRST, tmp_path / "one"), write(SECOND, tmp_path / "two")
     both = compose_folders(one.path, two.path, tmp_path / "both")
     assert sorted(both.files) == [

@@ -181,7 +181,7 @@ def test_wrong_appearance(appearance: object) -> None:
 
 
 @pytest.mark.parametrize("value", [[-3.0, 0, 1], [0, 1, 2.5], 2.5, -2.5])
-def test_a_curve_keeps_to_its_range(value: Curve) -> None:
+def test_values_outside_the_range_of_a_curve_are_refused(value: Curve) -> None:
     assert curve_values("shake", [-2, 0, 2], 4, -2.0, 2.0).tolist() == [-2, 0, 2]
     with pytest.raises(RequestError, match=r"^shake=.*each finite and >= -2 and <= 2$"):
         curve_values("shake", value, 4, -2.0, 2.0)

@@ -151,7 +151,7 @@ def test_its_own_tests(built: Path) -> None:
         assert name in result.stdout
 
 
-def test_no_source_knows_a_model() -> None:
+def test_no_source_names_a_model() -> None:
     """The library, its interface and its program interpret tables: they do not name any family's stages or controls."""
     known = re.compile(r"spatial_unet|temporal_unet|\bconditioner\b|\bmotion\b|\bappearance\b|\bprior\b")
     for folder in ("src", "include", "run"):
@@ -228,7 +228,7 @@ def ppm(path: Path, picture: np.ndarray) -> Path:
 
 
 @pytest.mark.parametrize("size", [(64, 64), (50, 97), (130, 40)])
-def test_frames_of_a_key_frame_of_the_users(
+def test_frames_from_a_given_key_frame(
     built: Path, pipelines: Callable[[Path], Pipeline], tmp_path: Path, size: tuple[int, int]
 ) -> None:
     picture = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
@@ -303,7 +303,7 @@ def test_a_model_without_the_graphs_of_reuse(built: Path, made_up: Path, tmp_pat
         assert not (tmp_path / "v.npy").exists()
 
 
-def test_the_guided_stage_steps_in_where_the_plain_one_has_no_graph(
+def test_the_guided_stage_runs_where_the_plain_one_has_no_graph(
     built: Path, pipelines: Callable[[Path], Pipeline], tmp_path: Path
 ) -> None:
     write_made_up_model(tmp_path / "model", without=("draft_one", "film_one"))
@@ -396,7 +396,7 @@ def test_an_interrupt_leaves_nothing_behind(built: Path, tmp_path: Path) -> None
             1,
             "provider='cuda:1': this ONNX Runtime has no CUDA",
         ),
-        (["{model}", "a", "-o", "x.npy", "--backend=tensorrt", "--provider=cpu"], 1, "providers are ONNX Runtime's"),
+        (["{model}", "a", "-o", "x.npy", "--backend=tensorrt", "--provider=cpu"], 1, "only ONNX Runtime has providers"),
         (["{model}", "a whale", "-o", "x.npy", "--precision="], 1, "precision='': one of 'fp32'"),
         (["{model}", "a whale", "-o", "x.npy", "--threads=4294967297"], 2, "--threads=4294967297: too large"),
         (["{model}", "a whale", "-o", "x.npy", "--threads=2000"], 1, "threads=2000: 0 to 1024"),
@@ -743,7 +743,7 @@ def test_an_edited_manifest_and_an_older_one(built: Path, tmp_path: Path) -> Non
         ("edited", f"was edited after it was written: its tables do not fit its seal. Fetch the file again, or accept "
                    f"the edit: higen upgrade --reseal {tmp_path / 'edited'}"),
         ("older", f"version=1, but this library reads version 2: higen upgrade {tmp_path / 'older'}"),
-        ("newer", "version=3, but this higen reads version 2: a newer is needed"),
+        ("newer", "version=3, but this higen reads version 2: a newer higen is needed"),
     ):  # fmt: skip
         result = higen_run(built, tmp_path / name, "--info", check=False)
         assert result.returncode == 1
@@ -823,7 +823,7 @@ def test_a_stage_without_a_quantised_graph_runs_in_the_precision_of_its_weights(
         assert f"{stage}: onnx, {backend.describe(stage)}" in info
 
 
-def test_a_precision_that_is_not_there(built: Path, variants: Path, tmp_path: Path) -> None:
+def test_a_missing_precision(built: Path, variants: Path, tmp_path: Path) -> None:
     with pytest.raises(BackendUnavailable) as raised:
         OnnxBackend(Bundle.open(variants), Options("cpu", "bf16")).prepare("text_encoder")
     for precision, message in (("bf16", str(raised.value)), ("int4", "precision='int4': one of 'fp32'")):

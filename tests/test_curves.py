@@ -68,7 +68,7 @@ def test_the_measures_of_latents_are_those_of_training() -> None:
     np.testing.assert_allclose(likeness(frames), appearance_similarity(features)[0], atol=1e-5)
 
 
-def test_a_file_and_a_part_of_it_are_as_the_clip(pipe: Pipeline, clip: Video, tmp_path: Path) -> None:
+def test_a_file_and_a_part_of_it_give_the_curves_of_the_clip(pipe: Pipeline, clip: Video, tmp_path: Path) -> None:
     path = clip.save(tmp_path / "a.webp")
     whole = pipe.request("a whale", frames=6, motion=clip).controls["motion"].tolist()
     assert pipe.request("a whale", frames=6, motion=str(path)).controls["motion"].tolist() == whole
@@ -159,7 +159,7 @@ def test_a_file_that_cannot_serve_is_one_error(
         assert raised.match(reason)
 
 
-def test_numbers_and_words_are_as_before(pipe: Pipeline) -> None:
+def test_numbers_and_words_are_still_accepted(pipe: Pipeline) -> None:
     assert pipe.request("a whale", motion=[1, 2, 3]).controls["motion"].tolist() == [1, 2, 3]
     assert pipe.request("a whale", motion=np.array([1, 2, 3])).controls["motion"].tolist() == [1, 2, 3]
     with pytest.raises(RequestError, match="was not trained without it"):

@@ -67,7 +67,7 @@ def test_prompts_give_different_pictures_and_seeds_are_kept() -> None:
         np.testing.assert_array_equal(one, pipe.image(first, seed=3))
 
 
-def test_a_picture_of_yours_survives_the_autoencoder(model: Bundle) -> None:
+def test_the_autoencoder_preserves_a_given_picture(model: Bundle) -> None:
     with Pipeline(model, TorchBackend(model, Options(device="cpu"))) as pipe:
         drawn = pipe.image(model.manifest.prompts[0], seed=3)
         again = pipe(model.manifest.prompts[0], image=drawn, frames=1, progress=False).frames[0]
@@ -75,7 +75,7 @@ def test_a_picture_of_yours_survives_the_autoencoder(model: Bundle) -> None:
     assert error < 8  # of 255; a mode of the latents, or a forgotten shift or scale, gives 40 and more
 
 
-def test_every_prompt_it_lists_is_known_whole(model: Bundle) -> None:
+def test_every_listed_prompt_has_only_known_words(model: Bundle) -> None:
     assert len(model.manifest.prompts) >= 8
     assert len(set(model.manifest.prompts)) == len(model.manifest.prompts)
     tokenizer = PromptTokenizer.from_file(model.file(spec.TOKENIZER), model.manifest.text)

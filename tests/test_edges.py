@@ -60,7 +60,7 @@ def by_points(picture: Picture, low: int = 100, high: int = 200) -> Picture:
 
 
 @pytest.mark.parametrize("i", range(len(pictures_for_edges())))
-def test_edges_are_those_of_the_rule(i: int) -> None:
+def test_edges_equal_a_pointwise_detector(i: int) -> None:
     picture = pictures_for_edges()[i]
     np.testing.assert_array_equal(edges(picture), by_points(picture))
 

@@ -70,7 +70,7 @@ def test_subjects_are_distinguished() -> None:
         assert len({getattr(subject, field) for subject in SUBJECTS}) == len(SUBJECTS)
 
 
-def test_one_combination_in_ten_is_held_out_and_nothing_is_never_seen() -> None:
+def test_one_combination_in_ten_is_held_out_but_every_part_is_seen() -> None:
     trained = [pair for pair in PAIRS if not is_held_out(*pair)]
     assert len(PAIRS) - len(trained) == len(SUBJECTS)
     assert {s for s, _ in trained} == set(range(len(SUBJECTS)))
@@ -166,14 +166,14 @@ def test_a_broken_archive_is_named_and_fetched_again(
     archive = tmp_path / "lobehub-fluent-emoji-anim-1-1.0.0.tgz"
     whole = package(archive, content)
     archive.write_bytes(whole[: int(part * len(whole))])
-    with pytest.raises(RuntimeError, match=rf"{re.escape(str(archive))}: broken, so removed: run again"):
+    with pytest.raises(RuntimeError, match=rf"{re.escape(str(archive))}: is broken and was removed; run again"):
         fetch(tmp_path)
     monkeypatch.setattr(data, "_npm_pack", lambda package, folder: archive.write_bytes(whole))
     fetch(tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.glob("*.webp")} == content
 
 
-def test_a_full_disk_leaves_no_half_of_a_loop(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_no_partial_loop(tmp_path: Path) -> None:
     archive = tmp_path / "lobehub-fluent-emoji-anim-1-1.0.0.tgz"
     package(archive, {f"{SUBJECTS[0].codepoint}.webp": bytes(5000)})
     with full_disk(1000), pytest.raises(TrainingError, match=r"1f40b\.webp cannot be written: .*File too large"):
@@ -304,7 +304,7 @@ def test_a_run_continues_only_with_its_own_configuration(tmp_path: Path, monkeyp
         with pytest.raises(SettingsError) as caught:
             again(*wrong)
         assert f"{state} holds a run of another configuration: {found}" in str(caught.value)
-        assert str(caught.value).endswith(f"; put it back, or remove {state / 'checkpoints'} to start anew")
+        assert str(caught.value).endswith(f"; put it back, or remove {state / 'checkpoints'} to start over")
 
 
 def test_a_cache_without_a_wanted_subject_is_one_error(tmp_path: Path) -> None:

@@ -119,7 +119,7 @@ def test_three_architectures_in_one_plan_and_in_one_plan_each(model: Path) -> No
         assert files(model, target) == WHOLE
 
 
-def test_the_same_again_is_kept_and_new_weights_are_not(model: Path) -> None:
+def test_an_unchanged_engine_is_kept_and_new_weights_build_again(model: Path) -> None:
     (first,) = build(model)
     events: list[Event] = []
     assert build(model, events=events) == [first]
@@ -313,7 +313,7 @@ def test_classic_tensorrt_says_that_it_needs_the_gpu(model: Path) -> None:
         build(model, "tensorrt")
 
 
-def test_a_profile_of_the_commands_own_default(model: Path) -> None:
+def test_the_default_profile_of_the_command(model: Path) -> None:
     arguments = ["build-engines", str(model), "--target", "rtx-sm89", "--stage", "vae_decoder"]
     result = CliRunner().invoke(main, arguments)
     assert result.exit_code == 0, result.output
@@ -326,7 +326,7 @@ def test_a_profile_of_the_commands_own_default(model: Path) -> None:
 
 
 def start(model: Path) -> subprocess.Popen[str]:
-    """Start a long build in a process of its own; return when TensorRT is building."""
+    """Start a long build in a separate process; return when TensorRT is building."""
     with_graph(model, layers=300)
     script = """
 import sys

@@ -61,7 +61,7 @@ def test_the_default_profile_is_the_models_own_size() -> None:
     assert made.spans[0].best == (1, 4, 1, 16, 24)
 
 
-def test_the_pipelines_own_single_runs_are_always_inside(tmp_path: Path) -> None:
+def test_single_runs_are_always_within_a_profile(tmp_path: Path) -> None:
     text = GOOD.replace("batch = [1, 2, 3]", "batch = 4").replace("frames = [2, 4, 8]", "frames = 8")
     profile = read_profile(written(tmp_path, text), TINY)
     (conditioner,) = stage_profiles("conditioner", [profile], TINY)

@@ -86,12 +86,12 @@ def test_what_makes_a_plan_stale(change: dict[str, Any], reason: str) -> None:
     assert difference(RECORD, replace(RECORD, **change)) == reason
 
 
-def test_what_does_not() -> None:
+def test_what_does_not_make_a_plan_stale() -> None:
     later = replace(RECORD, built="2027-01-01T00:00:00+00:00", seconds=9.0, size=1, sha256="4" * 64)
     assert difference(RECORD, later) is None
 
 
-def test_a_cut_plan_is_built_again(store: EngineStore) -> None:
+def test_a_truncated_plan_is_built_again(store: EngineStore) -> None:
     (store.folder / "vae_decoder.engine").write_bytes(PLAN[:-1])
     assert store.stored("vae_decoder") is None
 
@@ -123,7 +123,7 @@ def test_a_record_in_another_targets_folder_is_malformed(store: EngineStore, tmp
     store.folder.rename(tmp_path / "engines" / "rtx-sm86")
     plans, (error,) = read_plans(tmp_path, "vae_decoder")
     assert plans == []
-    assert "is the record of rtx-sm89/vae_decoder" in str(error)
+    assert "is the record of another engine, rtx-sm89/vae_decoder" in str(error)
 
 
 @pytest.mark.parametrize("failing", ["vae_decoder.engine", "vae_decoder.log", "vae_decoder.json"])
@@ -197,7 +197,7 @@ def test_a_record_that_waits_for_its_plan_is_not_read(store: EngineStore, tmp_pa
 
 
 @pytest.mark.parametrize(("failing", "left"), [(1, RECORD), (2, RECORD), (3, NEW_RECORD)])
-def test_a_switch_that_fails_leaves_one_of_both_engines(
+def test_a_failed_replacement_leaves_one_of_both_engines(
     store: EngineStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: int, left: PlanRecord
 ) -> None:
     """The log, the plan and the record are renamed in this order. The rename with number `failing` fails."""

@@ -17,7 +17,7 @@ def test_a_list_of_targets_is_read_in_order_and_each_once() -> None:
     ]
 
 
-def test_rtx_is_one_portable_plan_and_tensorrt_is_the_gpu_here() -> None:
+def test_rtx_is_one_portable_plan_and_tensorrt_targets_the_local_gpu() -> None:
     assert parse_targets("rtx") == [Target("rtx", "rtx", (80, 86, 89, 120))]
     assert parse_targets("tensorrt") == [Target("tensorrt", "tensorrt", ())]
 

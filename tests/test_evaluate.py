@@ -397,7 +397,7 @@ def test_rows_of_other_measures_are_made_again(tmp_path: Path, monkeypatch: pyte
     assert Journal(path, {}).find(shot) is None
 
 
-def test_the_judges_are_of_the_data_whatever_the_threads(real: RealClips) -> None:
+def test_the_judges_depend_on_the_data_and_not_on_the_threads(real: RealClips) -> None:
     threads, found = torch.get_num_threads(), []
     try:
         for count in (1, 2, 5):

@@ -127,7 +127,7 @@ def test_a_graph_is_valid_named_by_the_table_and_holds_no_weights(
 
 
 @pytest.mark.usefixtures("exported")
-def test_the_optimiser_does_what_onnxscripts_own_does(unoptimized: list[ir.Model]) -> None:
+def test_the_optimiser_equals_onnxscripts_own(unoptimized: list[ir.Model]) -> None:
     """Our optimiser leaves one rule out. That rule changes nothing here, although it inspects slices in both graphs."""
     assert len(unoptimized) == len(EXPORTED)
     for model in unoptimized:
@@ -222,7 +222,7 @@ def test_the_gate_sees_an_error_that_rounding_would_hide(low: tuple[Bundle, list
     assert sorted(path.parent.glob(".*")) == []
 
 
-def test_a_variant_is_run_where_it_is_asked_for(low: tuple[Bundle, list[Parity], str]) -> None:
+def test_a_variant_runs_where_its_precision_is_requested(low: tuple[Bundle, list[Parity], str]) -> None:
     bundle, _, precision = low
     stage = bundle.manifest.stage("conditioner")
     sizes = sizes_for(bundle.manifest, {"B": 2, "F": 3, "H": 4, "W": 4})
@@ -346,7 +346,7 @@ def test_an_interrupted_export_leaves_a_model_and_can_be_run_again(copy: Path) -
 
 
 @pytest.mark.usefixtures("traced")
-def test_an_export_is_taken_up_again_with_what_is_finished(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_resumes_with_the_finished_graphs(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(stages: Sequence[str] = EXPORTED[:1], **options: Any) -> tuple[set[str], list[str]]:
         """The stages that were exported, and the messages about others."""
         done: list[Parity] = []
@@ -354,10 +354,10 @@ def test_an_export_is_taken_up_again_with_what_is_finished(copy: Path, monkeypat
         export_model(Bundle.open(copy), stages, resume=True, on_parity=done.append, on_line=said.append, **options)
         return {parity.stage for parity in done}, said
 
-    there = "text_encoder.onnx: it is there already"
+    there = "text_encoder.onnx: exists already"
     export_model(Bundle.open(copy), EXPORTED[:1])  # the state after a run that ended after its first stage
     assert run(EXPORTED) == ({"conditioner"}, [there])
-    assert run(EXPORTED) == (set(), [there, "conditioner.onnx: it is there already"])
+    assert run(EXPORTED) == (set(), [there, "conditioner.onnx: exists already"])
     assert run(opset=22)[0] == {"text_encoder"}
     # Damaged, but of the same size.
     graph = copy / "text_encoder.onnx"

@@ -205,7 +205,7 @@ def test_controls() -> None:
         ({"architecture": {}}, "architecture: has no unet, clip, autoencoder"),
         ({"text": None}, "text"),
         ({"loops": "clip"}, "temporal missing"),
-        ({"symbols": {"E": 5}}, r"sizes\.symbols\.E=5: 4 times D, 128"),
+        ({"symbols": {"E": 5}}, r"sizes\.symbols\.E=5: must be 4 times D, 128"),
         ({"symbols": {"R": None}}, r"sizes\.symbols: has no R"),
         ({"unet": {"in_channels": 4}}, r"architecture\.unet\.in_channels: is already in sizes\.symbols"),
         ({"unet": {"head_dim": 7}}, "head_dim=7 does not divide"),

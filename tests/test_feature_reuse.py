@@ -133,7 +133,7 @@ def test_reuse_of_1_reuses_nothing(folder: Path) -> None:
     assert "reuse" not in one.metadata
 
 
-def test_the_loop_is_the_one_written_out_here(folder: Path) -> None:
+def test_the_loop_equals_an_explicit_one(folder: Path) -> None:
     """A second implementation of the loop, which reuses the last full row's features."""
     pipeline, backend = pipeline_of(folder)
     got = last(pipeline, steps=5, reuse=[1, 2], seed=3)

@@ -61,7 +61,7 @@ def test_floats_from_0_to_1_are_the_bytes_of_the_same_picture(wrap: Callable[[np
 
 
 @pytest.mark.parametrize(("low", "high"), [(-1.0, 1.0), (0.0, 255.0), (0.0, np.inf), (np.nan, 1.0)])
-def test_floats_of_another_range_are_refused_with_theirs(low: float, high: float) -> None:
+def test_floats_of_another_range_are_refused_with_their_range(low: float, high: float) -> None:
     pixels = np.full((8, 8, 3), low)
     pixels[0, 0, 0] = high
     with pytest.raises(RequestError, match=r"^sketch has values from .* to .*: uint8 \[H,W,3\] is wanted, or floats"):

@@ -20,7 +20,7 @@ HEAVY = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "tensorrt"
 
 
 def loaded_by(code: str) -> set[str]:
-    """The top-level packages in memory after `code`, in a process of its own."""
+    """The top-level packages in memory after `code`, in a separate process."""
     script = f"{code}\nimport json, sys; print(json.dumps(sorted({{name.partition('.')[0] for name in sys.modules}})))"
     made = subprocess.run(
         [sys.executable, "-c", script], capture_output=True, text=True, check=True, cwd=ROOT, env=dict(os.environ)

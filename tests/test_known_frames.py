@@ -100,7 +100,7 @@ def test_a_film_passes_through_its_known_frames(folder: Path, solver: str) -> No
 
 
 def test_a_mask_keeps_a_part(folder: Path) -> None:
-    """The mask's mean over a cell is the fraction that is drawn anew. A clip of masks has one mask per frame."""
+    """The mask's mean over a cell is the fraction that is redrawn. A clip of masks has one mask per frame."""
     masks = np.zeros((5, 8, 12), np.uint8)
     masks[:, :, 6:] = 255  # three columns of cells
     masks[3, 0, 0] = 255  # a quarter of one cell
@@ -221,12 +221,12 @@ def test_what_is_refused(folder: Path, options: dict[str, Any], message: str) ->
         (Known("keyframes", "watch@keyframes.seen", "sketch"), r"known.mask='sketch': null, or a control of kind mask"),
     ],
 )
-def test_what_a_manifest_may_not_say(row: Known, message: str) -> None:
+def test_invalid_tables(row: Known, message: str) -> None:
     with pytest.raises(ManifestError, match=message):
         changed(MANIFEST, "film", known=row)
 
 
-def test_more_that_a_manifest_may_not_say() -> None:
+def test_more_invalid_tables() -> None:
     with pytest.raises(ManifestError, match=r"loops.film.known=null: a stage of it takes known:latents, known:mask"):
         changed(told(MANIFEST, True), "film", known=None)
     with pytest.raises(ManifestError, match=r"loops.draft.known: draft has one frame"):

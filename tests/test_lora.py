@@ -129,7 +129,7 @@ def test_merged_as_diffusers_fuses(
     assert len(changed) == len(factors[0]) // 2
 
 
-def test_the_names_before_peft(factors: tuple[State, State], tmp_path: Path) -> None:
+def test_names_from_before_peft(factors: tuple[State, State], tmp_path: Path) -> None:
     """`attn1.processor.to_q_lora.down.weight`, as in diffusers' first training scripts. An absent alpha is the rank."""
     unet = pipeline().unet.state_dict()
     module = "down_blocks.0.attentions.0.transformer_blocks.0.attn1"
@@ -148,7 +148,7 @@ def test_the_names_before_peft(factors: tuple[State, State], tmp_path: Path) -> 
     assert notes == ["old.safetensors: 2 layers changed, scale 0.5"]
 
 
-def test_nothing_of_it_changes_nothing_and_two_add(factors: tuple[State, State], tmp_path: Path) -> None:
+def test_scale_zero_changes_nothing_and_two_adapters_add_up(factors: tuple[State, State], tmp_path: Path) -> None:
     file = kohya_file(tmp_path / "a.safetensors", *factors)
     unet = pipeline().unet.state_dict()
     none = merged({"unet": unet}, [Lora(file, 0.0)], [])["unet"]
@@ -199,7 +199,7 @@ def test_other_files_are_refused(source: Path, tmp_path: Path, state: State, sai
     assert not (tmp_path / "model").exists()
 
 
-def test_how_it_is_named_on_the_command_line() -> None:
+def test_the_syntax_of_an_adapter_on_the_command_line() -> None:
     assert parse_lora("a.safetensors") == Lora(Path("a.safetensors"), 1.0)
     assert parse_lora("a.safetensors:0.5") == Lora(Path("a.safetensors"), 0.5)
     assert parse_lora("C:\\a.safetensors") == Lora(Path("C:\\a.safetensors"), 1.0)

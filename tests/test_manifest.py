@@ -322,7 +322,7 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
         r"stages\.mixer\.grain: number gives 1 axes, not \['B', 'F'\]",
     ),
     (
-        "a sinusoid of no fixed size",
+        "a sinusoid without a fixed size",
         lambda d: tensor(d, "mixer", "shake").update(source="control:sway", shape=["B", "F", "W"]),
         r"stages\.mixer\.shake: sinusoid needs a last axis of a fixed size of at most 65536, not 'W'",
     ),
@@ -336,7 +336,7 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
     ),
     ("a size of 2^63", setting("stages.mixer.inputs.words.shape", ["B", 2**63]), r"stages\.mixer\.words: 9223"),
     (
-        "an output of no input's axis",
+        "an output with an axis that no input has",
         setting("stages.reader.outputs.0", {"name": "words", "shape": ["B", "F"]}),
         r"stages\.reader\.words: F is not an axis of any of its inputs",
     ),
@@ -413,7 +413,11 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
         setting("loops.film.guided", "film_one"),
         r"loops\.film\.guided='film_one': its state inputs must be A,",
     ),
-    ("a step of one sample", setting("stages.film_one.batch", False), r"loops\.film\.plain='film_one': batch is true"),
+    (
+        "a step of one sample",
+        setting("stages.film_one.batch", False),
+        r"loops\.film\.plain='film_one': batch must be true",
+    ),
     (
         "no stage at all",
         lambda d: row(d, "loops", "film").update(guided=None, plain=None),
@@ -422,7 +426,7 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
     ("frames of two", setting("loops.film.frames", 2), r"loops\[1\]: frames=2: 1 or 'F'"),
     ("frames of true", setting("loops.film.frames", True), r"loops\[1\]\.frames=True: a whole number or a text"),
     (
-        "a prediction that is none",
+        "an unknown prediction",
         setting("loops.film.prediction", "x0"),
         r"loops\[1\]: prediction='x0': one of v, epsilon,",
     ),
@@ -468,7 +472,7 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
     ("a purpose below 0", setting("loops.film.noise.purpose", -1), r"noise: purpose=\[-1, 23\]: whole numbers from 0"),
     ("a purpose of a row's", setting("loops.film.noise.purpose", 2**32), r"noise: purpose=\[4294967296, 23\]"),
     (
-        "a scale that is no number's",
+        "a scale from a control that is not a number",
         setting("loops.film.noise.offset.scale", "control:shake"),
         r"loops\.film\.noise\.offset\.scale='control:shake': a number, or one of \['control:glow', 'control:push'\]",
     ),
@@ -478,17 +482,17 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
         r"loops\.film\.start\.strength=1\.5: a number from 0 to 1, or one of",
     ),
     (
-        "a begin from no picture",
+        "a start from an unknown picture",
         setting("loops.film.start.control", "glow"),
         r"loops\.film\.start\.control='glow': the pictures and clips are \['sketch', 'footage'\]",
     ),
     (
-        "a begin from no latents",
+        "a start from unknown latents",
         setting("loops.film.start.latents", "clip:footage"),
         r"loops\.film\.start\.latents: source clip:footage: STAGE\.OUTPUT or LOOP\.latents",
     ),
     (
-        "a stand-in that is not there",
+        "a missing stand-in",
         setting("loops.draft.replaced.latents", "look.unseen"),
         r"loops\.draft\.replaced\.latents: source look\.unseen: look gives seen",
     ),
@@ -498,7 +502,7 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
         r"loops\.draft\.replaced\.latents: source reader\.words has 2 axes, not 5",
     ),
     (
-        "a loop's own value of no control",
+        "a loop's own value for an unknown control",
         setting("loops.draft.controls", {"quake": 1.0}),
         r"loops\.draft\.controls\.quake: the controls with numbers are \['shake',",
     ),
@@ -529,14 +533,14 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
         r"controls\[3\]: default=2\.5: a whole number",
     ),
     (
-        "a default that is none",
+        "an invalid default",
         setting("controls.glow.default", None),
-        r"controls\[4\]: default=None: number needs one",
+        r"controls\[4\]: default=None: a number needs a default",
     ),
     ("a default of true", setting("controls.glow.default", True), r"controls\[4\]: default=True: a number from 0"),
     ("a default beyond float32", setting("controls.glow.default", 1e39), r"controls\[4\]: default=1e\+39: a number"),
     (
-        "a choice that is none",
+        "an unknown choice",
         setting("controls.mood.default", "loud"),
         r"controls\[5\]: default='loud': one of 'bright',",
     ),
@@ -549,12 +553,12 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
     (
         "an encoding of a picture",
         setting("controls.sketch.encoding", "curve"),
-        r"controls\[7\]: encoding='curve': of kind picture",
+        r"controls\[7\]: encoding='curve': for kind picture",
     ),
     (
         "no encoding of a number",
         setting("controls.glow.encoding", None),
-        r"controls\[4\]: encoding=None: of kind number",
+        r"controls\[4\]: encoding=None: for kind number",
     ),
     (
         "an optional number",
@@ -577,12 +581,12 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
         r"controls\[4\]: name='a-b': a name that is not reserved",
     ),
     (
-        "a kind that is none",
+        "an unknown kind",
         setting("controls.glow.kind", "sound"),
         r"controls\[4\]\.kind='sound': one of 'number', 'whole',",
     ),
     # Sizes and text
-    ("a multiple that is none", setting("sizes.multiple", 5), r"sizes: multiple=5: a multiple of factor=2"),
+    ("an invalid multiple", setting("sizes.multiple", 5), r"sizes: multiple=5: a multiple of factor=2"),
     ("a width beside it", setting("sizes.width", 10), r"sizes: width=10: a multiple of 4 of at most 4096"),
     (
         "frames out of order",
@@ -598,7 +602,11 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
         setting("sizes.decoder", "mixer"),
         r"sizes\.decoder='mixer': one input with the source state",
     ),
-    ("a text of two tokens", setting("text.length", 2), r"text: length=2, pad_id=0: room for start, text and end"),
+    (
+        "a text of two tokens",
+        setting("text.length", 2),
+        r"text: length=2, pad_id=0: length with room for start, text and end",
+    ),
     ("no text to read", setting("text", None), r"stages\.reader\.tokens: source text:prompt, but text is null"),
     # Keys and types
     ("a missing key", without("licence"), r"higen\.json: has no licence"),
@@ -628,7 +636,7 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
         setting("loops.film.schedule.beta_start", 0.5),
         r"loops\[1\]\.schedule: beta_start=0\.5, beta_end=0\.04",
     ),
-    ("a seal that is none", setting("seal", 7), r"seal=7: 64 hexadecimal digits \(higen upgrade --reseal\)"),
+    ("an invalid seal", setting("seal", 7), r"seal=7: 64 hexadecimal digits \(higen upgrade --reseal\)"),
     (
         "a graph that is not a file",
         setting("graphs", {"a.onnx": {"inputs": []}}),

@@ -205,7 +205,7 @@ def test_an_empty_picture_or_noise_matches_nothing(templates: Templates) -> None
     assert templates.match(noisy(empty, 60), 0).score < 0.3
 
 
-def test_a_template_score_is_the_weighted_correlation_it_says() -> None:
+def test_a_template_score_is_a_weighted_correlation() -> None:
     """Compared with a plain numpy formula, for opaque templates at their own size (no reduction)."""
     loop, clip = SQUARE[:1], noisy(over(SQUARE[3:4], PICTURE), 10)
     inside = loop[0, ..., 3] > 0

@@ -524,7 +524,7 @@ def test_a_file_with_only_sound_is_described_in_words(tmp_path: Path) -> None:
         frame.sample_rate = 44100
         output.mux(stream.encode(frame))
         output.mux(stream.encode(None))
-    with pytest.raises(OutputError, match=r"no video in it \(audio alone\)"):
+    with pytest.raises(OutputError, match=r"no video in it \(only audio\)"):
         Video.open(tmp_path / "a.mp4")
 
 

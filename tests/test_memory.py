@@ -26,7 +26,7 @@ MESSAGES = [
 
 
 @pytest.mark.parametrize("error", MESSAGES, ids=lambda error: str(error)[:40])
-def test_every_way_to_say_it_is_one_error(error: Exception) -> None:
+def test_every_message_about_memory_is_one_error(error: Exception) -> None:
     assert is_lack_of_memory(error)
     with pytest.raises(OutOfMemory, match=r"^load: there is too little memory here"), enough_memory("load"):
         raise error
@@ -46,7 +46,7 @@ def test_other_errors_are_left_alone(error: Exception) -> None:
     assert caught.value is error
 
 
-def test_one_that_is_named_already_is_not_named_twice() -> None:
+def test_an_error_that_is_named_already_is_not_named_twice() -> None:
     with pytest.raises(OutOfMemory, match=r"^a stage$"), enough_memory("load"):
         raise OutOfMemory("a stage")
     assert issubclass(OutOfMemory, BackendError)

@@ -351,7 +351,7 @@ def test_a_lora_is_merged_as_peft_does(saved: Path, tmp_path: Path) -> None:
     assert f"{len(factors) // 2} layers changed" in notes[0]
 
 
-def test_the_licence_is_the_model_cards(saved: Path, tmp_path: Path) -> None:
+def test_the_licence_comes_from_the_model_card(saved: Path, tmp_path: Path) -> None:
     folder = Path(shutil.copytree(saved, tmp_path / "hub"))
     (folder / "README.md").write_text("---\ntags:\n- video\nlicense: cc-by-nc-4.0\n---\n# A model\n", encoding="utf-8")
     notes: list[str] = []

@@ -174,7 +174,7 @@ def test_a_broken_graph_falls_back_with_one_warning(copy: Path) -> None:
         higen.load(copy, "onnx")
 
 
-def test_a_missing_graph_is_passed_over_in_silence(copy: Path) -> None:
+def test_a_missing_graph_is_skipped_silently(copy: Path) -> None:
     (copy / graph_file("vae_decoder")).unlink()
     fitted(copy)
     with higen.load(copy) as pipe:
@@ -341,6 +341,6 @@ def test_threads_reach_the_session(bundle: Bundle, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.parametrize("threads", [0, -1, 1.5, True, "2", 10_000])
-def test_threads_that_no_one_has(threads: Any) -> None:
+def test_invalid_numbers_of_threads(threads: Any) -> None:
     with pytest.raises(RequestError, match=f"threads={threads!r}: a whole number from 1 to 1024"):
         higen.load(threads=threads)

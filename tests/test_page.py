@@ -236,7 +236,7 @@ def faults(page: Any) -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("scheme", "sizes"), [("light", WIDTHS), ("dark", WIDTHS[2:])])
-def test_it_fits_and_can_be_used_by_all(server: Server, chromium: Any, scheme: str, sizes: Any) -> None:
+def test_the_page_fits_every_screen_and_is_accessible(server: Server, chromium: Any, scheme: str, sizes: Any) -> None:
     """No horizontal scroll, nothing jumps, and axe-core finds no serious fault."""
     server.wait(server.create("a whale"))
     for size in sizes:
@@ -296,7 +296,7 @@ def test_a_key_is_asked_for(chromium: Any, tmp_path: Path) -> None:
         assert server.stop() == 0
 
 
-def test_the_page_asks_for_nothing_elsewhere(server: Server) -> None:
+def test_the_page_contacts_no_other_server(server: Server) -> None:
     """The page's content policy, and that the files it refers to exist."""
     import urllib.request
 

@@ -70,7 +70,7 @@ def test_path_and_options_arrive(
     assert len(sent) < 2000  # no weights, no tables
 
 
-def test_the_model_in_the_package_is_that_of_the_other_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_process_uses_its_own_built_in_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sent = pickle.dumps(higen.load(prepare=False))
     elsewhere = Path(higen.api.default_model())
     monkeypatch.setattr("higen.bundle.default_model", lambda: elsewhere / "." / ".." / elsewhere.name)
@@ -79,7 +79,7 @@ def test_the_model_in_the_package_is_that_of_the_other_process(tmp_path: Path, m
 
 
 @pytest.mark.parametrize("kind", [OnnxBackend, TorchBackend, TensorrtBackend])
-def test_every_backend_is_what_it_was_made_from(kind: Any, tiny_model: Path) -> None:
+def test_every_backend_is_made_again_from_its_arguments(kind: Any, tiny_model: Path) -> None:
     backend = kind(Bundle.open(tiny_model), Options(threads=1))
     found = pickle.loads(pickle.dumps(backend))
     assert type(found) is kind
@@ -120,7 +120,7 @@ def test_a_copy_shares_the_backend_and_a_deep_one_loads_again(tiny_model: Path) 
 
 
 @pytest.mark.parametrize("again", [lambda video: pickle.loads(pickle.dumps(video)), copy.deepcopy, copy.copy])
-def test_a_clip_is_the_same_there(again: Any) -> None:
+def test_a_clip_is_the_same_in_the_other_process(again: Any) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (3, 4, 6, 3), np.uint8)
     video = Video(frames, 7.5, {"prompt": "a whale", "seed": 3})
     found = again(video)
@@ -129,7 +129,7 @@ def test_a_clip_is_the_same_there(again: Any) -> None:
     assert not found.frames.flags.writeable
 
 
-def test_a_request_is_the_same_there(tiny_model: Path) -> None:
+def test_a_request_is_the_same_in_the_other_process(tiny_model: Path) -> None:
     request = higen.load(tiny_model, "torch", prepare=False).request("a whale", seed=3, motion=[1.0, 2.0, 3.0])
     found = pickle.loads(pickle.dumps(request))
     assert (found.prompts, found.seeds, found.steps) == (request.prompts, request.seeds, request.steps)

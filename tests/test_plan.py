@@ -249,7 +249,7 @@ def test_an_endpoint_that_fails_is_one_error(
         ({"url": "http://a\n"}, "an address such as"),
         ({"url": "http://me:secret@a/"}, "without a password"),
         ({"model": " "}, "the model's name"),
-        ({"key": "a\nb"}, "no header can have"),
+        ({"key": "a\nb"}, "an HTTP header cannot contain"),
         ({"timeout": 0}, "seconds, more than 0"),
         ({"timeout": float("nan")}, "seconds, more than 0"),
     ],

@@ -82,7 +82,12 @@ def test_classic_tensorrt_comes_first_where_it_is_installed() -> None:
         ([plan()], {"files": FILES | {RECORD.weights: "5" * 64}}, Stale, "vae.safetensors has changed since"),
         ([plan()], {"files": FILES | {RECORD.graph: "5" * 64}}, Stale, "vae_decoder.onnx has changed since"),
         ([plan()], {"files": {RECORD.graph: RECORD.graph_sha256}}, Stale, "vae.safetensors is not in the model any"),
-        ([plan()], {"libraries": {"rtx": "1.8.0"}}, Stale, r"built by tensorrt_rtx 1\.7\.1, 1\.8\.0 is here"),
+        (
+            [plan()],
+            {"libraries": {"rtx": "1.8.0"}},
+            Stale,
+            r"built by tensorrt_rtx 1\.7\.1; the installed 1\.8\.0 reads",
+        ),
         ([plan()], {"libraries": {"rtx": EngineError("is broken")}}, EngineError, "is broken"),
         ([plan(**CLASSIC)], {}, MissingExtra, r"'tensorrt': pip install 'higen\[tensorrt\]'"),
         ([plan()], {"architecture": 86, "files": {}}, WrongArchitecture, "this GPU is SM86"),
@@ -116,7 +121,7 @@ def test_a_broken_record_does_not_hide_a_good_plan() -> None:
     assert chosen(plan(), errors=(Malformed("cut"),)) == "rtx-sm89"
 
 
-def test_a_plans_tensors_are_the_tables() -> None:
+def test_a_plans_tensors_match_the_tables() -> None:
     stage, tensors = DECODER, RECORD.tensors
     check_interface(plan(), stage, tensors)
     with pytest.raises(Malformed, match="its tensors are"):

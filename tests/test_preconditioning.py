@@ -69,7 +69,7 @@ def test_velocity_is_that_of_the_clip(parts: dict[str, Tensor]) -> None:
 
 
 @torch.no_grad()
-def test_the_objective_is_nothing_for_the_right_answer(parts: dict[str, Tensor]) -> None:
+def test_the_loss_is_zero_for_the_right_answer(parts: dict[str, Tensor]) -> None:
     loss = residual_v_loss(
         answering(parts), parts["z"], parts["noise"], torch.tensor([300, 800]), parts["alpha"], parts["sigma"],
         parts["context"], parts["embedding"], parts["prior"],

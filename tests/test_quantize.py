@@ -56,7 +56,7 @@ def quantized(model: Path, calls: Any) -> tuple[Bundle, Report]:
     return bundle, reports[0]
 
 
-def test_recording_shows_how_far_it_is(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_recording_reports_its_progress(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundle = Bundle.open(model)
     step = bundle.manifest.sizes.multiple
     record_calls(bundle, ["a red heart"], 1, 1, None, True, frames=2, width=step, height=step)
@@ -106,7 +106,9 @@ def test_stages_that_are_not_quantised_run_as_they_are(quantized: tuple[Bundle, 
 
 def test_a_tolerance_that_cannot_hold_is_one_error(model: Path, calls: Any) -> None:
     few = {stage: found[:1] for stage, found in calls.items()}
-    with pytest.raises(BackendError, match=r"spatial_unet: a tenth of its layers in fewer bits differs by .*1e-09"):
+    with pytest.raises(
+        BackendError, match=r"spatial_unet: with a tenth of its layers in fewer bits, the output differs by .*1e-09"
+    ):
         quantize(Bundle.open(model), few, "int8", ["spatial_unet"], 1e-9)
     assert not list(model.glob(".*part"))
 
@@ -127,7 +129,7 @@ def test_layers_that_there_was_no_time_for_stay_as_they_are(
     chosen, error = _choose(trial, 0.04, seconds - 1, False)
     assert set(chosen) == {f"layer {i}" for i in range(40 - min(measured, 16), 40)}
     assert error == errors(chosen)[0]
-    with pytest.raises(BackendError, match=r"step: there was time to measure 3 of 40 layers, and 4 are needed"):
+    with pytest.raises(BackendError, match=r"step: there was time to measure 3 of 40 layers, but 4 are needed"):
         _choose(trial, 0.04, next(ticks) + 3, False)
 
 
@@ -135,7 +137,7 @@ def test_layers_that_there_was_no_time_for_stay_as_they_are(
 def test_an_invalid_size_is_one_error(model: Path, size: str) -> None:
     done = CliRunner().invoke(main, ["quantize", str(model), "--precision", "int8", "--size", size])
     assert done.exit_code == 2
-    assert f"size='{size}': WIDTHxHEIGHT in pixels, as 256x256" in done.output
+    assert f"size='{size}': WIDTHxHEIGHT in pixels, such as 256x256" in done.output
 
 
 def test_the_command_takes_frames_size_and_minutes(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +151,7 @@ def test_the_command_takes_frames_size_and_minutes(model: Path, monkeypatch: pyt
     assert 60 < given[2] <= 120
 
 
-def test_a_size_that_the_model_has_not_is_one_error(model: Path) -> None:
+def test_a_size_that_the_model_does_not_have_is_one_error(model: Path) -> None:
     done = CliRunner().invoke(main, ["quantize", str(model), "--precision", "int8", "--size", "33x64"])
     assert done.exit_code == 2
     assert "width=33" in done.output
@@ -258,7 +260,7 @@ def test_onnx_runtime_says_that_it_lacks_nvfp4(half: Bundle, calls: Any) -> None
         OnnxBackend(bundle, Options("cpu", "nvfp4.fp16")).prepare("spatial_unet")
 
 
-def test_polygraphy_tells_the_same_story(quantized: tuple[Bundle, Report]) -> None:
+def test_polygraphy_agrees(quantized: tuple[Bundle, Report]) -> None:
     pytest.importorskip("polygraphy")
     bundle = Bundle.open(quantized[0].path)  # other tests may have quantised the model again
     rows = compare(bundle, "onnx", "int8", ["spatial_unet"], "a red heart", steps=2)

@@ -58,7 +58,7 @@ def emulated(values: Any, largest: float) -> Any:
     return ort.InferenceSession(content, providers=["CPUExecutionProvider"]).run(None, {"x": values})[0]
 
 
-def test_values_in_blocks_are_the_nearest_there_are() -> None:
+def test_values_in_blocks_are_rounded_to_the_nearest() -> None:
     """A grid with every tie; the values make all scales 1."""
     grid = np.arange(-48, 49) / 8
     values = np.concatenate([grid, np.full(16 * 7 - len(grid), 6.0)]).astype(np.float32).reshape(7, 16)

@@ -171,7 +171,7 @@ def everything() -> Iterator[tuple[NoiseSchedule, str, Solver]]:
 EVERYTHING = list(everything())
 
 
-def test_what_goes_together() -> None:
+def test_which_settings_go_together() -> None:
     """3 kinds have 24 grids for each of 3 predictions (2 at zero terminal SNR). EDM has 4 solvers, flow has 2 grids."""
     assert len(EVERYTHING) == (9 + 6) * (5 + 6 + 4 + 4 + 4 + 1) + 4 + 2
 

@@ -98,7 +98,7 @@ def test_curves_in_words_and_numbers_spread_over_the_scene(pipe: Pipeline) -> No
             script({"prompt": "a", "transition": "cut"}, {"prompt": "a", "transition": "wipe"}),
             "transition='wipe': one of",
         ),
-        (script({"prompt": "a", "transition": "crossfade"}), "the first scene has none before it"),
+        (script({"prompt": "a", "transition": "crossfade"}), "the first scene has no previous scene"),
         (script({"prompt": "a", "fade": 1}), "only for transition='crossfade', not 'cut'"),
         (
             script({"prompt": "a"}, {"prompt": "a", "transition": "continue", "seconds": 0.1}),
@@ -106,7 +106,7 @@ def test_curves_in_words_and_numbers_spread_over_the_scene(pipe: Pipeline) -> No
         ),
         (
             script({"prompt": "a"}, {"prompt": "a", "transition": "crossfade", "fade": 9}),
-            "fade=9: seconds, at most 0.5",
+            "fade=9: at most 0.5 seconds",
         ),
         (
             script({"prompt": "a"}, *[{"prompt": "a", "transition": "crossfade", "fade": 0.4}] * 2),
@@ -207,7 +207,7 @@ def test_a_script_that_cannot_be_read_names_its_file(pipe: Pipeline, tmp_path: P
         read_script(tmp_path / "s.json", pipe.manifest)
 
 
-def test_a_scene_says_that_its_sound_ends(pipe: Pipeline, tmp_path: Path) -> None:
+def test_a_sound_that_ends_within_a_scene_gives_a_warning(pipe: Pipeline, tmp_path: Path) -> None:
     write_wav(tmp_path / "a.wav", beats(0.25, (0.0,)))
     made = make_script(script({"prompt": "a", "motion": "a.wav"}), pipe.manifest, tmp_path)
     with pytest.warns(MediaWarning, match="the rest is silence"):

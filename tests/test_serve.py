@@ -90,7 +90,7 @@ def test_the_openai_client_makes_polls_downloads_lists_and_deletes(client: Any, 
         client.videos.create(prompt="a whale", model="sora-2")
 
 
-def test_a_served_video_is_the_pipelines_own(server: Server) -> None:
+def test_a_served_video_equals_the_pipelines(server: Server) -> None:
     """A request has the same frames whether it runs alone or in a batch with another request."""
     names = [server.create(f"a {what}", seed=3, num_frames=4, num_inference_steps=3) for what in ("whale", "heart")]
     with warnings.catch_warnings():

@@ -168,7 +168,7 @@ def test_a_full_disk_fails_the_job_and_not_the_server(tmp_path: Path) -> None:
         assert server.stop() == 0
 
 
-def test_kills_under_load_lose_and_double_nothing(tmp_path: Path) -> None:
+def test_kills_under_load_lose_and_repeat_nothing(tmp_path: Path) -> None:
     """A short sample of tests/serve_campaign.py."""
     found = Campaign(tmp_path / "data", seed=1).run(kills=2, clients=2, between=(0.3, 1.0))
     assert found.accepted > 2

@@ -107,7 +107,7 @@ def test_products_in_8_bits_are_exact() -> None:
     assert error_of_a_layer() < 1e-6
 
 
-@pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="needs qemu-user, which plays an older processor")
+@pytest.mark.skipif(shutil.which("qemu-x86_64") is None, reason="needs qemu-user, which emulates an older processor")
 def test_products_in_8_bits_are_exact_without_vnni() -> None:
     """Runs on an emulated Haswell. Without the option, the same layer is off by 0.36 there."""
     paths = [str(ROOT / "tests"), str(ROOT), *filter(None, sys.path)]

@@ -121,7 +121,7 @@ def test_the_built_in_model_at_different_steps_gives_the_single_results() -> Non
         assert np.abs(frames.astype(int) - frames_alone).max() <= 1
 
 
-def test_the_failure_of_one_is_its_own(pipeline: Pipeline) -> None:
+def test_a_failure_affects_only_its_own_request(pipeline: Pipeline) -> None:
     requests = [*REQUESTS, {"prompt": "a whale", "guidance": (1.0, RowBackend.POISON), "steps": (2, 3)}]
     alone = [generate(pipeline, arguments) for arguments in REQUESTS]
     with shared(pipeline) as backend:

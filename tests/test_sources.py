@@ -55,7 +55,7 @@ def value(sources: Sources, shape: tuple[int | str, ...], source: str, place: Pl
 # Texts
 
 
-def test_texts_are_the_samples_own_and_the_negative_one_is_common() -> None:
+def test_each_sample_has_its_own_text_and_all_share_the_negative_one() -> None:
     sources = sources_of(request_of(["ab", "cd"], negative_prompt="no"))
     for sample, text in enumerate(("ab", "cd")):
         for negative, source, wanted in (
@@ -134,7 +134,7 @@ def test_a_loops_own_value_of_a_control_holds_only_in_that_loop() -> None:
 # Pictures and clips
 
 
-def test_a_picture_is_the_samples_own() -> None:
+def test_each_sample_has_its_own_picture() -> None:
     sources = sources_of(request_of(["a", "b"], sketch=PICTURES[:2]))
     for sample in (0, 1):
         made = value(sources, ("B", 3, "Y", "X"), "picture:sketch", Place(sample, 1, DRAFT))

@@ -328,7 +328,7 @@ def test_engines_share_one_block_of_scratch_memory(rtx: Machine) -> None:
     backend.close()
 
 
-def test_an_engine_that_finds_no_room_takes_none_from_those_that_work(rtx: Machine) -> None:
+def test_an_engine_without_memory_takes_none_from_working_engines(rtx: Machine) -> None:
     rtx.build("vae_decoder", "vae_encoder")
     bundle, backend = Bundle.open(rtx.model), rtx.backend()
     small, large = ((stage, inputs(bundle, stage)) for stage in ("vae_decoder", "vae_encoder"))
@@ -359,7 +359,7 @@ def test_compiled_kernels_are_kept_beside_the_plan(rtx: Machine) -> None:
     assert [p.name for p in cache.parent.glob(".*.part")] == []
 
 
-def test_a_folder_that_cannot_be_written_costs_nothing_else(rtx: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_read_only_folder_loses_only_the_saved_kernels(rtx: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
     """A read-only file system refuses even to remove a file that does not exist."""
 
     def refuse(*given: Any, **options: Any) -> Any:
@@ -420,7 +420,7 @@ def test_wrong_inputs_are_refused(rtx: Machine) -> None:
     backend.close()
 
 
-def test_a_stage_without_an_engine_is_passed_over_in_silence(rtx: Machine, expected: np.ndarray[Any, Any]) -> None:
+def test_a_stage_without_an_engine_is_skipped_silently(rtx: Machine, expected: np.ndarray[Any, Any]) -> None:
     rtx.build("temporal_unet_plain", "vae_decoder")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -641,9 +641,9 @@ CAUSES = [
     (no_record, Malformed, "not the record of an engine"),
     (other_gpu, WrongArchitecture, "built for SM89, this GPU is SM120"),
     (other_weights, Stale, "has changed since it was built"),
-    (other_version, Stale, r"9\.9\.9 is here"),
+    (other_version, Stale, r"the installed 9\.9\.9 reads"),
     (no_library, MissingExtra, r"needs the package 'tensorrt_rtx': pip install 'higen\[rtx\]'"),
-    (broken_library, EngineError, r"'tensorrt_rtx', which is installed and does not load: ImportError: libnvinfer\.so"),
+    (broken_library, EngineError, r"'tensorrt_rtx', which is installed but does not load: ImportError: libnvinfer\.so"),
     (no_gpu, NoDevice, "finds no GPU"),
     (invalid, Malformed, "its file is not a plan"),
 ]

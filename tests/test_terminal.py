@@ -135,7 +135,7 @@ def test_a_command_is_imported_as_it_is_called() -> None:
     assert subprocess.run([sys.executable, "-c", run], capture_output=True).returncode == 0
 
 
-def test_an_error_of_a_file_of_ours_is_not_taken_for_the_outputs() -> None:
+def test_an_error_of_another_file_is_not_reported_as_an_output_error() -> None:
     @cli.main.command("break-a-file", hidden=True)
     def broken() -> None:
         with FULL.open("wb", buffering=0) as file:

@@ -61,7 +61,7 @@ def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path: Path) -> None:
         (b"tab\tand form\x0cfeed", "tab\tand form\x0cfeed"),
     ],
 )
-def test_what_can_be_read_in_one_way_only_is_read(data: bytes, text: str) -> None:
+def test_unambiguous_text_is_read(data: bytes, text: str) -> None:
     assert plain_text(data) == text
 
 
@@ -103,7 +103,7 @@ def test_any_bytes_are_a_text_or_one_error(data: bytes) -> None:
     assert "\n" not in said
 
 
-def test_a_limit_and_other_things_than_files(tmp_path: Path) -> None:
+def test_a_size_limit_and_paths_that_are_not_files(tmp_path: Path) -> None:
     (tmp_path / "long.txt").write_text("x" * 11)
     with pytest.raises(TextError, match="11 bytes: at most 10"):
         read_text(tmp_path / "long.txt", largest=10)

@@ -315,7 +315,7 @@ def test_a_stage_that_may_not_be_batched_is_run_as_given(tiny_model: Path, batch
     assert module.seen == seen
 
 
-def test_a_step_with_one_branch_is_the_guided_one_at_1(backend: TorchBackend) -> None:
+def test_a_step_with_one_branch_equals_the_guided_one_at_guidance_1(backend: TorchBackend) -> None:
     for name in ("spatial_unet", "temporal_unet"):
         given = inputs(name)
         given["guidance"] = np.ones_like(given["guidance"])

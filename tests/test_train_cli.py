@@ -64,7 +64,7 @@ def test_a_run_is_trained_and_exported(tmp_path: Path, tiny_model: Path) -> None
         ("nan", "--codec-minutes=nan: a number of minutes, 0 or more"),
         ("inf", "--codec-minutes=inf: a number of minutes, 0 or more"),
         ("-1", "--codec-minutes=-1: a number of minutes, 0 or more"),
-        ("0", "--codec-minutes=0: more than 0, or --start with a model whose codec is to be kept"),
+        ("0", "--codec-minutes=0: more than 0, unless --start names a model whose codec is kept"),
     ],
 )
 def test_a_codec_that_would_stay_untrained_is_refused_before_any_work(
@@ -151,7 +151,7 @@ def test_cues_prints_plots_and_refuses(tmp_path: Path, tiny_model: Path, video: 
     assert refused.stderr.count("\n") == 1
 
 
-def test_cues_of_a_trimmed_video_are_those_of_what_it_shows(tmp_path: Path, tiny_model: Path) -> None:
+def test_cues_of_a_trimmed_video_come_from_the_shown_frames(tmp_path: Path, tiny_model: Path) -> None:
     options = ["--model", str(tiny_model), "--json"]
     video = write_counted(tmp_path / "trimmed.mp4", frames=30, cut=17)
     whole = CliRunner().invoke(main, ["cues", str(video), *options])

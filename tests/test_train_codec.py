@@ -205,7 +205,7 @@ def test_a_killed_run_continues_bit_for_bit(tmp_path: Path, model: Path, clips: 
         ({"codec__layers": "encoder"}, "codec.layers"),
         ({"codec__frames": 0}, "codec.frames=0: 1 or more"),
         ({"codec__noise": -1.0}, "codec.noise=-1.0: 0 or more"),
-        ({"lora__rank": 2}, "lora.rank=2: codec.layers='all' trains the autoencoder alone"),
+        ({"lora__rank": 2}, "lora.rank=2: codec.layers='all' trains only the autoencoder"),
         ({"optimiser__layers": "spatial"}, "optimiser.layers='spatial': codec.layers"),
         ({"optimiser__train_text": True}, "optimiser.train_text=True: codec.layers"),
         ({"data__cache": "latents"}, "data.cache="),

@@ -185,7 +185,7 @@ def test_a_folder_without_items_or_no_folder_is_one_error(tmp_path: Path) -> Non
         list_items(tmp_path / "latin.csv")
 
 
-def test_a_caption_that_is_not_utf_8_costs_its_own_file(tmp_path: Path) -> None:
+def test_a_caption_that_is_not_utf_8_skips_only_its_own_file(tmp_path: Path) -> None:
     folder = write_clips(tmp_path / "clips")
     (folder / "clip1.txt").write_bytes("un cœur rouge".encode("utf-16"))
     (folder / "clip2.txt").unlink()

@@ -295,7 +295,7 @@ def test_every_part_of_the_denoiser_learns(tmp_path: Path, preconditioned_model:
     assert any(name.startswith("text.") for name in before)
 
 
-def test_bf16_is_near_fp32_and_not_it(tmp_path: Path, model: Path, clips: Path) -> None:
+def test_bf16_is_close_to_fp32_but_not_equal(tmp_path: Path, model: Path, clips: Path) -> None:
     first = []
     for precision in ("fp32", "bf16"):
         with trainer(make_settings(tmp_path, model, clips, run__precision=precision)) as made:
@@ -635,7 +635,7 @@ def test_a_full_disk_under_a_model_directory_is_one_error(tmp_path: Path, whole_
     assert sorted(p.name for p in output.iterdir()) == ["checkpoints", "losses.jsonl", "model"]
 
 
-def test_the_largest_seed_serves(tmp_path: Path, model: Path, clips: Path) -> None:
+def test_the_largest_seed_works(tmp_path: Path, model: Path, clips: Path) -> None:
     with trainer(make_settings(tmp_path, model, clips, run__seed=2**32 - 1)) as made:
         assert math.isfinite(float(made.loop.advance()["gradient"]))
 
@@ -677,7 +677,7 @@ def test_a_gradient_that_is_not_finite_stops_the_run(tmp_path: Path, model: Path
         assert made.loop.step == 0
 
 
-def test_a_log_takes_back_what_came_after_the_checkpoint(tmp_path: Path) -> None:
+def test_a_log_drops_the_lines_after_the_checkpoint(tmp_path: Path) -> None:
     (tmp_path / "losses.jsonl").write_text('{"step": 1, "x": 0.5}\n{"step": 2, "x": 0.25}\n{"step": 3, "x"')
     record = Record(tmp_path, 1, tensorboard=False)
     record.log(2, {"x": 0.1})

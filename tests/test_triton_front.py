@@ -159,7 +159,7 @@ def test_a_request_that_triton_cannot_parse_is_the_clients_error(front: int) -> 
     assert send(front, "POST", "/broken", b"{}") == (500, {"error": "ONNX Runtime failed"})
 
 
-def test_a_client_that_leaves_is_gone_for_the_server(front: int) -> None:
+def test_the_server_notices_a_client_that_leaves(front: int) -> None:
     Upstream.left.clear()
     with closing(http.client.HTTPConnection("127.0.0.1", front, timeout=60)) as connection:
         connection.request("POST", "/slow", b"{}")

@@ -332,7 +332,7 @@ def test_engines_that_do_not_fit_are_refused(
     assert_nothing_written(tmp_path, error, message, model, **GPU, **settings)
 
 
-def test_a_broken_engine_is_not_passed_over_in_silence(model: Bundle, tmp_path: Path) -> None:
+def test_a_broken_engine_is_not_skipped_silently(model: Bundle, tmp_path: Path) -> None:
     record = put_engine(model).with_suffix(".json")
     record.write_text("{")
     assert_nothing_written(tmp_path, Malformed, "not the record of an engine", model, **GPU)

@@ -271,7 +271,7 @@ def test_an_edited_file_is_not_an_edit_of_the_tables(model: Path) -> None:
         upgrade(model, reseal=True)
 
 
-def test_nothing_there(tmp_path: Path) -> None:
+def test_a_missing_directory(tmp_path: Path) -> None:
     with pytest.raises(ManifestError, match="not a model directory"):
         upgrade(tmp_path)
     assert not any(tmp_path.iterdir())

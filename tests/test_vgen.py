@@ -258,14 +258,14 @@ def stepped(pipe: Pipeline, given: dict[str, Any]) -> NDArray[Any]:
 
 
 @pytest.mark.parametrize("kind", NAMES)
-def test_a_step_is_that_of_the_second_implementation(models: dict[str, Bundle], kind: str) -> None:
+def test_a_step_equals_the_second_implementation(models: dict[str, Bundle], kind: str) -> None:
     model = models[kind]
     given, wanted = step_of(model.manifest.stage("temporal_unet"), model, (10, 6))
     assert apart(stepped(higen.load(model.path, backend="torch"), given), wanted) < 2e-5
 
 
 @pytest.mark.parametrize("size", [(10, 6), (4, 14), (2, 2)], ids=str)
-def test_the_graph_of_sr600_is_that_of_the_second_implementation(
+def test_the_graph_of_sr600_equals_the_second_implementation(
     upscaler: Bundle, by_graphs: Pipeline, size: tuple[int, int]
 ) -> None:
     given, wanted = step_of(upscaler.manifest.stage("temporal_unet"), upscaler, size, "dpm++2m")
@@ -298,7 +298,7 @@ def test_four_levels_as_the_released_network_has_them() -> None:
 
 
 @pytest.mark.parametrize("size", [(2, 3), (13, 20), (1, 1), (1, 4), (5, 1), (6, 2)], ids=str)
-def test_the_filter_is_the_fourier_transforms(size: tuple[int, int]) -> None:
+def test_the_filter_equals_the_fourier_transform(size: tuple[int, int]) -> None:
     x = torch.from_numpy(normal(0, 2, 3, *size))
     assert torch.allclose(weakened(x, 0.4), fourier_filter(x, 0.4), rtol=0, atol=2e-6)
 
@@ -352,7 +352,7 @@ def ddim(
 
 
 @pytest.mark.parametrize("steps", [8, 25])
-def test_tft2v_is_vgens_ddim(models: dict[str, Bundle], steps: int) -> None:
+def test_tft2v_equals_vgens_ddim(models: dict[str, Bundle], steps: int) -> None:
     """Timesteps 1, 1 + 1000 // steps, and so on. Each step goes to the next lower timestep, the last to timestep 0."""
     model, stride = models["tft2v"], 1000 // steps
     times = [*range(1 + stride * (steps - 1), 0, -stride), 0]

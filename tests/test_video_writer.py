@@ -180,7 +180,7 @@ def test_a_name_that_no_file_system_takes_is_one_error_before_the_work(tmp_path:
     assert names(tmp_path) == []
 
 
-def test_numbers_make_a_name_longer(tmp_path: Path) -> None:
+def test_frame_numbers_make_a_name_longer(tmp_path: Path) -> None:
     """out.png stands for out_0000.png. From the ten thousandth frame on, the numbers and names are longer."""
     check_output(tmp_path / ("x" * 246 + ".png"), 10_000)
     for stem, frames in ((247, 1), (246, 10_001)):

@@ -95,7 +95,7 @@ def stream(url: str, prompt: str, *, timeout: float | None = None, **options: An
 
 
 def _error(client: Any, url: str, error: Any) -> HigenError:
-    """Triton's error as one of ours."""
+    """Triton's error as a higen error."""
     message = str(error.message())
     name, _, text = message.partition(": ")
     if name in _NAMED:

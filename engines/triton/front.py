@@ -64,7 +64,7 @@ class _Head:
 
 
 class Front:
-    """Serves 127.0.0.1:`port` from a thread of its own, in front of the Triton server at 127.0.0.1:`behind`."""
+    """Serves 127.0.0.1:`port` from its own thread, in front of the Triton server at 127.0.0.1:`behind`."""
 
     def __init__(self, port: int, behind: int) -> None:
         """Raises OSError if the port is in use."""

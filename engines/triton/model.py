@@ -45,7 +45,7 @@ class TritonPythonModel:
 
 
 def _inputs(request: Any, fields: Sequence[Field]) -> dict[str, np.ndarray[Any, Any]]:
-    """The inputs that were given, and names that the HTTP server made no input of, which are then refused by name."""
+    """The given inputs, and unknown names, which the HTTP server passes separately, so that they are refused."""
     found = {field.name: pb_utils.get_input_tensor_by_name(request, field.name) for field in fields}
     strange = [name for name in json.loads(request.parameters() or "{}") if not name.startswith("triton_")]
     return {name: np.array(tensor.as_numpy()) for name, tensor in found.items() if tensor is not None} | {
@@ -94,8 +94,8 @@ class _Counters(Meter):
         self._lock = threading.Lock()
         self._families: list[Any] = []  # kept, because they must outlive their metrics
         self._model = model
-        self._active = self._gauge("higen_requests_active", "Requests at work now")
-        self._waiting = self._gauge("higen_requests_waiting", "Requests in line for a slot")
+        self._active = self._gauge("higen_requests_active", "Requests that are running")
+        self._waiting = self._gauge("higen_requests_waiting", "Requests that wait for a slot")
         self._frames = self._family("higen_frames_total", "Frames sent", "COUNTER").Metric(labels={"name": model})
         ended = self._family("higen_requests_total", "Requests that have ended, by outcome", "COUNTER")
         self._outcomes = {

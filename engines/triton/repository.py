@@ -69,7 +69,7 @@ class Settings:
     def __post_init__(self) -> None:
         if not isinstance(self.device, str) or not re.fullmatch(_DEVICE, self.device):
             raise RequestError(
-                f"device={self.device!r}: one of 'cpu', 'gpu' (every GPU), 'gpu:N' (the one of this number, from 0); "
+                f"device={self.device!r}: one of 'cpu', 'gpu' (every GPU), 'gpu:N' (GPU number N, from 0); "
                 "'cuda' is another name of 'gpu'"
             )
         check_precision(self.precision)

@@ -304,7 +304,7 @@ def fitting_plans(
         return fitting
     if not refused:
         raise BackendUnavailable(f"no engine of {stage} (make one: higen-export build-engines MODEL --target TARGET)")
-    # Why an engine for this GPU cannot be used says more than that an engine is for another GPU.
+    # Errors of engines for this GPU are more useful than the note that an engine is for another GPU.
     own = [error for error in refused if not isinstance(error, WrongArchitecture)] or refused
     raise own[0]
 

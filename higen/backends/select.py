@@ -246,7 +246,7 @@ class StageRouter:
         except MissingExtra:
             raise
         except ImportError as error:
-            raise BackendUnavailable(f"{name} is installed and does not load: {error}") from error
+            raise BackendUnavailable(f"{name} is installed but does not load: {error}") from error
 
     def _warn(self, stage: str, name: str, broken: Exception | None) -> None:
         """Warn once for each cause, such as no GPU, and not again for each stage. All shapes outside the profiles count

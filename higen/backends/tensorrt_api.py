@@ -40,7 +40,7 @@ def library(flavour: str, purpose: str) -> Any:
 
 def _broken(package: str, purpose: str, error: Exception) -> EngineError:
     return EngineError(
-        f"{purpose} needs the package {package!r}, which is installed and does not load: "
+        f"{purpose} needs the package {package!r}, which is installed but does not load: "
         f"{type(error).__name__}: {error}"
     )
 

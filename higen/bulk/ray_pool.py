@@ -83,7 +83,7 @@ def _records(pool: Pool, order: Order, rows: list[Row]) -> Generator[Record, Non
         try:
             yield from _streamed(ray, pool, order, rows)
         except ray.exceptions.RayError as error:
-            raise BackendError(f"the cluster could not go on: {_ANSI.sub('', str(error))}") from error
+            raise BackendError(f"the cluster could not continue: {_ANSI.sub('', str(error))}") from error
         finally:
             if ours:
                 ray.shutdown()

@@ -167,7 +167,7 @@ def controlled(stage: str) -> Variant:
 
 
 def strength_control(what: str, default: float) -> Control:
-    """The control `strength`: how much of `what` ("picture" or "video") is drawn anew when a loop starts from it."""
+    """The control `strength`: how much of `what` ("picture" or "video") is redrawn when a loop starts from it."""
     said = f"how much of the {what} is redrawn, from near 0 (a little) to 1 (all of it)"
     return Control("strength", "number", said, "number", low=0.0, high=1.0, default=default)
 

@@ -174,7 +174,7 @@ class VideoStream:
         if any(packet.stamp is None for packet in packets):
             rate = float(stream.average_rate or stream.base_rate or 0)
             if not rate:
-                raise OutputError("neither time stamps nor a frame rate in it")
+                raise OutputError("it has neither time stamps nor a frame rate")
             return False, np.arange(len(packets)) / rate, len(packets) / rate
         packets.sort(key=lambda packet: packet.stamp or 0)
         times = np.array([packet.stamp for packet in packets], dtype=np.float64) * float(stream.time_base)

@@ -81,7 +81,7 @@ def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     renamed: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if (short := unwrapped(name)) in renamed:
-            raise CheckpointError(f"two tensors are called {short} without {', '.join(_WRAPPERS)} in their names")
+            raise CheckpointError(f"two tensors have the name {short} once {', '.join(_WRAPPERS)} is removed")
         renamed[short] = tensor
     return renamed
 
@@ -109,4 +109,4 @@ def _seen(loaded: object) -> str:
 def _kind(value: object) -> str:
     """The kind of a value, for a message. `pickles._Inert` stands for an object of another library, mostly an array."""
     name = type(value).__name__
-    return "an array or object, and no tensor" if name == "_Inert" else name
+    return "an array or object, not a tensor" if name == "_Inert" else name

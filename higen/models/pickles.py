@@ -125,5 +125,5 @@ def plain_reason(error: BaseException) -> str:
     """The reason in one line, without PyTorch's advice to read the file in a way that runs its code."""
     first = (str(error).splitlines() or [""])[0]
     if any(word in first for word in ("weights_only", "Weights only", "safe_globals")):
-        return "it is damaged, or no checkpoint"
+        return "it is damaged or not a checkpoint"
     return first or type(error).__name__

@@ -1,12 +1,12 @@
 """Compares higen with the reference: runs every case of a fixture directory and reports the error of each.
 
-A fixture directory holds any number of these, at any depth:
+A fixture directory contains any number of these files, at any depth:
 
     fixtures.json        cases of small models: forward, units, sample, train, and the tables (misc)
-    salt<N>.json         cases of the full-size model, its weights made by the recipe with salt N
+    salt<N>.json         cases of the full-size model, with weights made by the recipe with salt N
     companions.json      text encoder, autoencoder and tokenizer
 
-A case compares every tensor that is stored for it; what is stored and not understood is an error, never skipped.
+A case compares every tensor that is stored for it. A stored entry that is not understood is an error.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["Case", "main_table", "run"]
 
 @dataclass(frozen=True)
 class Case:
-    """How far a case is off: `error` and `allowed` are those of its worst tensor (the one using most of its allowance).
+    """The result of a case: `error` and `allowed` of its worst tensor (the largest error relative to the allowed one).
 
     `tensor` is that tensor's name; `passed` says whether all tensors of the case agree.
     """
@@ -39,7 +39,7 @@ class Case:
     tensor: str = ""
 
     def as_json(self) -> dict[str, str | float | bool | None]:
-        """JSON-ready values; an error that is not finite (a wrong shape, NaN) is null."""
+        """JSON-ready values. An error that is not finite (a wrong shape, NaN) is null."""
         error = self.error if math.isfinite(self.error) else None
         return {
             "case": self.name,
@@ -56,8 +56,8 @@ def run(
     """Run the cases of all fixtures in `directory` and below, one after the other.
 
     `only` keeps the cases whose name contains it ("forward/p1", "units", ...); `progress` is called with a case's name
-    before it runs. Everything is read and checked at this call, before the first case runs; models are made when first
-    needed and dropped after their last case (the full-size one takes 6 GB).
+    before it runs. All files are checked before the first case runs. Models are made when
+    first needed and freed after their last case (the full-size one takes 6 GB).
 
     Raises FixtureError for a directory without a single case, and for anything in it that is missing, broken or
     unknown.
@@ -76,7 +76,7 @@ def run(
 
 def _run(planned: deque[Planned], progress: Callable[[str], None] | None) -> Iterator[Case]:
     while planned:
-        item = planned.popleft()  # what only this case needs is freed after it
+        item = planned.popleft()  # frees what only this case needs
         if progress is not None:
             progress(item.name)
         yield _case(item)

@@ -19,7 +19,7 @@ RELATIVE = 2e-5
 
 @dataclass(frozen=True)
 class Difference:
-    """The largest absolute difference between higen's tensor and the stored one, and the largest allowed one."""
+    """The largest absolute difference between higen's tensor and the stored one, and the largest allowed difference."""
 
     tensor: str
     error: float
@@ -27,12 +27,12 @@ class Difference:
 
     @property
     def passed(self) -> bool:
-        """Whether the tensor agrees; an error that is not a number does not."""
+        """Whether the tensor agrees. A NaN error counts as a disagreement."""
         return self.error <= self.allowed
 
     @property
     def used(self) -> float:
-        """The share of the allowance that is used up: above 1 is too much."""
+        """The error divided by the allowed error; a value above 1 is a failure."""
         if self.error == 0.0:
             return 0.0
         return self.error / self.allowed if self.allowed and not math.isnan(self.error) else math.inf
@@ -41,10 +41,10 @@ class Difference:
 def compare(
     tensor: str, ours: Tensor, stored: Tensor, noise: float = 0.0, *, allowed: float | None = None
 ) -> Difference:
-    """Compare two tensors in float64. `noise`: the distance of the reference in float32 from itself in float64.
+    """Compare two tensors in float64. `noise`: the distance between the reference's results in float32 and in float64.
 
-    Allowed is max(10 noise, 2e-5 of the largest stored value) unless it is given. Another shape, or a number that is
-    not finite and not the same in both, is an infinite error.
+    Unless given, the allowed error is max(10 noise, 2e-5 of the largest stored value). The error is infinite if the
+    shapes differ, or if a number is not finite and differs between the two.
     """
     if allowed is None:
         allowed = max(10.0 * noise, RELATIVE * largest(stored))
@@ -58,7 +58,7 @@ def compare(
 
 
 def largest(x: Tensor) -> float:
-    """The largest magnitude among the finite values; 0 where there is none."""
+    """The largest magnitude among the finite values; 0 if there are none."""
     finite = x[x.isfinite()].abs()
     return float(finite.max()) if finite.numel() else 0.0
 

@@ -56,7 +56,7 @@ class _Stages:
 
 
 def sample(network: Network, record: Mapping[str, Any], tensors: dict[str, Tensor], where: str) -> list[Difference]:
-    """Both sampling stages from given noise, the second on the first one's own result."""
+    """Both sampling stages from given noise. The second stage uses the result of the first."""
     steps, guidance = entry(record, "ddim_timesteps", int, where), entry(record, "guide_scale", float, where)
     strength = entry(record, "noise_strength", float, where)
     y, zero_y, spatial_noise, raw, offset, motion, appearance = take(
@@ -125,13 +125,13 @@ def sample(network: Network, record: Mapping[str, Any], tensors: dict[str, Tenso
 
 
 def train(network: Network, record: Mapping[str, Any], tensors: dict[str, Tensor], where: str) -> list[Difference]:
-    """The training loss with given noise: what is derived from the clean clip, the loss of each sample, gradients.
+    """The training loss with given noise: values derived from the clean clip, the loss of each sample, gradients.
 
-    Gradients are those of the mean loss. Some are sums that nearly cancel, so that rounding has no bound relative to
-    their size: `worst_grad_rel_err_fp32_vs_fp64` is how far the reference in float32 is from itself in float64 for the
-    worst of all tensors (0.8% to 6%). The L2 norm of every gradient may be off by that much. The gradients stored in
-    full are well conditioned (1e-6 is seen). Relative to their largest value, they may be off by a tenth of that, and
-    by at most 1e-3.
+    Gradients are those of the mean loss. Some are sums that nearly cancel, so their rounding error has no bound
+    relative to their size. `worst_grad_rel_err_fp32_vs_fp64` is the largest relative difference between the reference's
+    float32 and float64 gradients (0.8% to 6%). The L2 norm of every gradient may differ by that much. The gradients
+    stored in full are well conditioned (differences of 1e-6 occur). Relative to their largest value, they may differ by
+    a tenth of that, and by at most 1e-3.
     """
     x0, noise, t, y, motion, appearance = take(
         tensors, where, "x0", "noise", "t", "y", "motion_cond", "appearance_cond"
@@ -152,7 +152,7 @@ def train(network: Network, record: Mapping[str, Any], tensors: dict[str, Tensor
     if "clip_feats_normalised" in tensors:
         (features,) = take(tensors, where, "clip_feats_normalised")
         ours["sim"] = 5.0 * features @ features.transpose(1, 2) - 4.0  # [B, F, F]
-        # With fewer frames than columns the reference's layer takes no such matrix; of one frame it is a row of ones.
+        # With fewer frames than columns the reference does not take this matrix. For one frame it is a row of ones.
         if frames == 1 or frames == appearance.shape[2]:
             tensors["appearance_cond"], ours["appearance_cond"] = appearance, ours["sim"].expand(appearance.shape)
     gradients = _gradients(network)
@@ -165,7 +165,7 @@ def train(network: Network, record: Mapping[str, Any], tensors: dict[str, Tensor
     found = [_motion_of(x0, motion)]
     for name, stored in tensors.items():
         if name.startswith("grad/"):
-            # Ours drops the reference's kernel axes of length 1.
+            # higen's weights lack the reference's kernel axes of length 1.
             gradient = ours[name].reshape(stored.shape) if ours[name].numel() == stored.numel() else ours[name]
             found.append(compare(name, gradient, stored, allowed=relative * largest(stored)))
         else:
@@ -176,7 +176,7 @@ def train(network: Network, record: Mapping[str, Any], tensors: dict[str, Tensor
 
 
 def _motion_of(x0: Tensor, stored: Tensor) -> Difference:
-    """The motion cue of a clean clip, m = int(10 ||z' - z||): by how much 10 ||z' - z|| lies outside [m, m + 1).
+    """The motion cue of a clean clip, m = int(10 ||z' - z||): how far 10 ||z' - z|| is outside [m, m + 1).
 
     The norm is over channels and pixels. One frame has no motion: 0.
     """
@@ -190,7 +190,7 @@ def _motion_of(x0: Tensor, stored: Tensor) -> Difference:
 
 
 def _gradients(network: Network) -> dict[str, Tensor]:
-    """Gradients by the reference's names; a parameter that did not take part has a gradient of zeros."""
+    """Gradients by the reference's names. An unused parameter has a gradient of zeros."""
     names = reference_names(network.config)
     return {
         names[ours]: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
@@ -199,7 +199,7 @@ def _gradients(network: Network) -> dict[str, Tensor]:
 
 
 def _worst_norm(gradients: Mapping[str, Tensor], norms: Mapping[str, float], worst: float, where: str) -> Difference:
-    """The gradient whose L2 norm uses most of its allowance: `worst` of the norm, plus 2e-5 of the largest norm."""
+    """The largest error of a gradient's L2 norm, relative to `worst` times the norm plus 2e-5 of the largest norm."""
     refuse_unknown(norms, gradients, where)
     floor = RELATIVE * max(norms.values())
     return max(
@@ -212,7 +212,7 @@ def _worst_norm(gradients: Mapping[str, Tensor], norms: Mapping[str, float], wor
 
 
 def _loss_noise(record: Mapping[str, Any]) -> float:
-    """How far the reference's float32 losses are from its float64 ones."""
+    """The distance between the reference's losses in float32 and in float64."""
     pairs = zip(record.get("loss", []), record.get("loss_f64", []), strict=True)
     return max((abs(a - b) for a, b in pairs), default=0.0)
 
@@ -221,7 +221,7 @@ def misc(record: Mapping[str, Any], tensors: dict[str, Tensor], where: str) -> I
     """Schedule tables (float64), sinusoids, appearance matrices and timestep grids, by name.
 
     Only grids of n steps with n a divisor of 1000 are compared: for other n the reference makes more than n steps, or
-    starts at zero SNR and divides by zero; ours always makes n (higen/schedule.py).
+    starts at zero SNR and divides by zero. higen always makes n steps (higen/schedule.py).
     """
     abar = alphas_cumprod(ModelConfig().schedule)
     with np.errstate(divide="ignore"):

@@ -1,6 +1,6 @@
-"""Reading of fixture directories: JSON records, tensors by case, and weights stored or made by the recipe.
+"""Reads fixture directories: JSON records, tensors by case, and weights that are stored or made by the recipe.
 
-Everything that is wrong with a directory is a FixtureError that names the file and what is wrong with it.
+Any fault of a directory raises a FixtureError that names the file and the fault.
 """
 
 from __future__ import annotations
@@ -43,22 +43,22 @@ __all__ = [
 T = TypeVar("T")
 
 CHUNK = 1 << 20
-"""Random numbers drawn at a time; the stream does not depend on it, the memory needed does."""
+"""How many random numbers are drawn at a time. It affects the memory needed, not the numbers."""
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object. Raises FixtureError where the file is missing, not JSON or not an object."""
+    """A JSON object. Raises FixtureError if the file is missing, not JSON or not an object."""
     try:
         value = read_any_json(path)
     except (OSError, TextError) as error:
         raise FixtureError(f"{path}: not readable as JSON: {error}") from error
     if not isinstance(value, dict):
-        raise FixtureError(f"{path}: a JSON object is wanted, here is a {type(value).__name__}")
+        raise FixtureError(f"{path}: a JSON object is wanted, not a {type(value).__name__}")
     return value
 
 
 def entry(record: Mapping[str, Any], key: str, kind: type[T], where: str) -> T:
-    """`record[key]` of type `kind`; an int passes for a float. Raises FixtureError."""
+    """`record[key]` of type `kind`; an int is accepted as a float. Raises FixtureError."""
     value = record.get(key)
     if kind is float and type(value) is int:
         value = float(value)
@@ -69,7 +69,7 @@ def entry(record: Mapping[str, Any], key: str, kind: type[T], where: str) -> T:
 
 
 def mapping(record: Mapping[str, Any], key: str, where: str) -> dict[str, dict[str, Any]]:
-    """`record[key]` as a mapping of mappings; an absent key is an empty one. Raises FixtureError."""
+    """`record[key]` as a mapping of mappings; empty if the key is absent. Raises FixtureError."""
     value = record.get(key, {})
     if not isinstance(value, dict) or not all(isinstance(item, dict) for item in value.values()):
         raise FixtureError(f"{where}: {key} is not an object of objects")
@@ -77,7 +77,7 @@ def mapping(record: Mapping[str, Any], key: str, where: str) -> dict[str, dict[s
 
 
 class CaseTensors:
-    """The tensors of a safetensors file, grouped by what stands before the first "/" of their names.
+    """The tensors of a safetensors file, grouped by the part of their names before the first "/".
 
     Only the header is read at first. Raises FixtureError for a missing, truncated or otherwise broken file.
     """
@@ -91,25 +91,25 @@ class CaseTensors:
 
     @property
     def cases(self) -> set[str]:
-        """Every group there is."""
+        """The names of all groups."""
         return set(self._names)
 
     def read(self, case: str) -> dict[str, Tensor]:
-        """The tensors of one group, by the rest of their names (a name without "/" is its own rest)."""
+        """The tensors of one group, by the part of their names after the first "/" (without a "/", the whole name)."""
         if case not in self._names:
             raise FixtureError(f"{self.path}: no tensors of {case}")
         with _reading(self.path), safe_open(self.path, framework="pt") as file:
             return {name.partition("/")[2] or name: file.get_tensor(name) for name in self._names[case]}
 
     def read_all(self) -> dict[str, Tensor]:
-        """Every tensor by its whole name."""
+        """All tensors by their full names."""
         with _reading(self.path):
             return load_file(self.path)
 
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Turn what reading `path` raises into a FixtureError."""
+    """Turn any error of reading `path` into a FixtureError."""
     try:
         yield
     except (OSError, SafetensorError, ValueError, RuntimeError) as error:
@@ -117,7 +117,7 @@ def _reading(path: Path) -> Iterator[None]:
 
 
 def take(tensors: dict[str, Tensor], where: str, *names: str) -> tuple[Tensor, ...]:
-    """The named tensors, removed from `tensors`: what is left over is what a case has to account for."""
+    """The named tensors, which are removed from `tensors`. The case must check the remaining ones."""
     if missing := [name for name in names if name not in tensors]:
         raise FixtureError(f"{where}: no tensor {', '.join(missing)}; there are {', '.join(sorted(tensors))}")
     return tuple(tensors.pop(name) for name in names)
@@ -136,7 +136,7 @@ def recipe_tensor(key: str, shape: Iterable[int], salt: int) -> Tensor:
 
     u = RandomState(crc32(key) ^ salt).random_sample(n); z = (2u - 1) sqrt 3; a one-dimensional weight is 1 + z/10, a
     bias z/10, tokens z/2, all others z / sqrt(fan_in). fan_in is the product of all axes but the first; axes of
-    length 1 that our shapes drop do not change it. Computed in float64, rounded once.
+    length 1 that higen's shapes drop do not change it. Computed in float64, rounded once.
     """
     size = tuple(shape)
     stream = np.random.RandomState(zlib.crc32(key.encode()) ^ salt)
@@ -154,7 +154,7 @@ def recipe_tensor(key: str, shape: Iterable[int], salt: int) -> Tensor:
 
 
 def recipe_state(config: UNetConfig, salt: int) -> Iterator[tuple[str, Tensor]]:
-    """(our name, tensor) for every parameter, by the recipe, one after the other."""
+    """(higen's name, tensor) for every parameter, made by the recipe one after the other."""
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in Denoiser(config).state_dict().items()}
     for ours, theirs in reference_names(config).items():
@@ -162,7 +162,7 @@ def recipe_state(config: UNetConfig, salt: int) -> Iterator[tuple[str, Tensor]]:
 
 
 def stored_state(path: Path, config: UNetConfig) -> dict[str, Tensor]:
-    """The reference's weights in `path` under our names. Raises FixtureError where they do not fit `config`."""
+    """The reference's weights in `path` under higen's names. Raises FixtureError if they do not fit `config`."""
     with _reading(path):
         state = load_file(path)
     try:
@@ -176,11 +176,11 @@ def recorded_config(kwargs: Mapping[str, object], where: str) -> UNetConfig:
     try:
         return config_from_reference(kwargs)
     except (HigenError, KeyError, TypeError, ValueError) as error:
-        raise FixtureError(f"{where}: kwargs describe no network: {type(error).__name__}: {error}") from error
+        raise FixtureError(f"{where}: kwargs do not describe a network: {type(error).__name__}: {error}") from error
 
 
 def assemble(config: UNetConfig, state: Iterable[tuple[str, Tensor]]) -> Denoiser:
-    """The denoiser over these very tensors, in evaluation mode; gradients stay possible."""
+    """The denoiser with these tensors (not copies), in evaluation mode, with gradients enabled."""
     with torch.device("meta"):
         denoiser = Denoiser(config)
     denoiser.load_state_dict(dict(state), assign=True)

@@ -1,7 +1,7 @@
 """Compares the network with the reference: whole forwards with every intermediate tensor, single modules, weights.
 
-Frames are folded into the batch here and partly in the fixtures; a stored [B,C,F,H,W] is matched by unfolding ours.
-At one frame the network without temporal layers runs, and a temporal module is the identity because it is not there.
+Frames are folded into the batch here, but only in some fixtures. For a stored [B,C,F,H,W], higen's tensor is unfolded.
+For one frame the network without temporal layers runs, so a temporal module is the identity.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ __all__ = ["Network", "forward", "motion_input", "unit", "weights"]
 
 
 class Network:
-    """A denoiser and its network without temporal layers, with modules by the reference's paths."""
+    """A denoiser and its network without temporal layers, with access to modules by the reference's paths."""
 
     def __init__(self, denoiser: Denoiser) -> None:
         self.denoiser = denoiser
@@ -37,7 +37,7 @@ class Network:
 
     @cached_property
     def spatial(self) -> UNet:
-        """The network for one frame, over the same parameters."""
+        """The network for one frame, which shares the parameters."""
         return self.denoiser.spatial_unet()
 
     def unet(self, frames: int) -> UNet:
@@ -45,7 +45,7 @@ class Network:
         return self.spatial if frames == 1 else self.denoiser.unet
 
     def module(self, path: str, frames: int) -> nn.Module | None:
-        """The module at a reference path, as it runs for `frames` frames; None: it is left out there."""
+        """The module at a reference path, as it runs for `frames` frames; None if it does not run."""
         root, _, rest = self.paths[path].partition(".")
         where, _, leaf = rest.rpartition(".")
         start: nn.Module = self.unet(frames) if root == "unet" else self.denoiser.conditioner
@@ -54,7 +54,7 @@ class Network:
 
 
 def motion_input(motion: Tensor, frames: int, dim: int, where: str) -> Tensor:
-    """The reference's `motion_cond` ([B] for one frame, else [B,F-1] or [B,F]) as our cue, float32 [B,F,dim]."""
+    """The reference's `motion_cond` ([B] for one frame, else [B,F-1] or [B,F]) as higen's cue, float32 [B,F,dim]."""
     try:
         return torch.from_numpy(np.stack([motion_cue(row.numpy(), frames, dim) for row in motion.float()]))
     except RequestError as error:
@@ -99,7 +99,7 @@ def _noises(record: Mapping[str, Any], where: str) -> tuple[float, Mapping[str, 
 def _recording(network: Network, frames: int) -> Iterator[dict[str, Tensor]]:
     """Records, while the denoiser runs, each block's output by its reference path, and the embeddings by name.
 
-    A temporal module that is left out puts out what enters it: what the module before it put out.
+    The output of a temporal module that does not run is its input, the output of the module before it.
     """
     seen: dict[str, Tensor] = {}
     unet = network.unet(frames)
@@ -110,7 +110,7 @@ def _recording(network: Network, frames: int) -> Iterator[dict[str, Tensor]]:
 
     def entering(module: nn.Module, inputs: tuple[Any, ...]) -> None:
         seen["input_blocks.0"], seen["emb_sum"] = inputs[0], inputs[1]
-        seen.setdefault("conv_in_plus_prior", inputs[0])  # where no temporal transformer stands between
+        seen.setdefault("conv_in_plus_prior", inputs[0])  # if there is no temporal transformer between them
 
     modules = {path: network.module(path, frames) for path in network.paths}
     hooks = [module.register_forward_hook(keep(path)) for path, module in modules.items() if module is not None]
@@ -141,7 +141,7 @@ def _recording(network: Network, frames: int) -> Iterator[dict[str, Tensor]]:
 
 
 def unit(network: Network, record: Mapping[str, Any], tensors: dict[str, Tensor], where: str) -> list[Difference]:
-    """One module alone: `<module path>@<tag>`; the tag's fN is the number of frames of a residual block."""
+    """A single module: `<module path>@<tag>`. fN in the tag is the number of frames of a residual block."""
     path, _, tag = where.rpartition("/")[2].partition("@")
     x, stored = take(tensors, where, "in0", "out")
     second = tensors.pop("in1", None)
@@ -162,8 +162,8 @@ def _frames_in_tag(tag: str) -> int:
 
 
 def _run_module(network: Network, path: str, x: Tensor, second: Tensor | None, frames: int, where: str) -> Tensor:
-    """Run the module at a reference path on [B*F,C,H,W] images (the context tokens: on the text)."""
-    if path == "out":  # the head has no module of its own in ours
+    """Run the module at a reference path on [B*F,C,H,W] images; the module of the context tokens runs on the text."""
+    if path == "out":  # in higen the head is not a separate module
         unet = network.unet(frames)
         head: Tensor = unet.conv_out(F.silu(unet.norm_out(x)))
         return head
@@ -183,7 +183,7 @@ def _run_module(network: Network, path: str, x: Tensor, second: Tensor | None, f
 
 
 def weights(network: Network, record: Mapping[str, Any], where: str) -> list[Difference]:
-    """That a model's weights are the recorded ones: their number, and the sums of some of them in float64."""
+    """Checks that a model's weights are the recorded ones: their number, and the sums of some of them in float64."""
     names = {theirs: ours for ours, theirs in reference_names(network.config).items()}
     state = network.denoiser.state_dict()
     found = []

@@ -44,7 +44,7 @@ KINDS: dict[str, Runner] = {
 
 @dataclass(frozen=True)
 class Planned:
-    """A check that can run. `is_case` is false for a check of the weights on which cases depend."""
+    """A check. `is_case` is false for a check of weights that cases depend on."""
 
     name: str
     differences: Callable[[], list[Difference]]
@@ -89,7 +89,7 @@ def _small_models(path: Path, prefix: str) -> Iterator[Planned]:
 def _cases(
     path: Path, records: dict[str, dict[str, Any]], kind: str, model: str, load: Callable[[], Network], prefix: str
 ) -> Iterator[Planned]:
-    """The cases of one kind and one model; the JSON file and the tensor file must list the same cases."""
+    """The cases of one kind and one model. The JSON file and the tensor file must list the same cases."""
     listed = {name.partition("/")[2]: record for name, record in records.items() if name.startswith(f"{model}/")}
     file = path.with_name(f"{model}.{kind}.safetensors")
     if not listed and not file.exists():
@@ -108,7 +108,7 @@ def _tensors_of(file: Path, listed: dict[str, Any], path: Path) -> CaseTensors:
 
 
 def _refuse_unknown_kinds(record: dict[str, Any], models: dict[str, dict[str, Any]], path: Path) -> None:
-    """Raise FixtureError for an unknown kind of case, model of a case or tensor file, which nothing would check."""
+    """Raise FixtureError for an unknown kind of case, model or tensor file, because nothing would check it."""
     for kind, cases in record.items():
         of_models = isinstance(cases, dict) and any(name.partition("/")[0] in models for name in cases if "/" in name)
         if of_models and kind not in KINDS:
@@ -124,7 +124,7 @@ def _refuse_unknown_kinds(record: dict[str, Any], models: dict[str, dict[str, An
 
 
 def _loader(folder: Path, name: str, model: dict[str, Any], where: str) -> Callable[[], Network]:
-    """How to make a model, once: from stored weights or by the recipe."""
+    """Makes a model once, from stored weights or by the recipe."""
     config = recorded_config(entry(model, "kwargs", dict, f"{where}: {name}"), f"{where}: {name}")
     file = folder / f"{name}.weights.safetensors"
     if model.get("stored", file.exists()):

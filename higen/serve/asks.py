@@ -167,7 +167,7 @@ def _frames(manifest: Manifest, values: Mapping[str, Any]) -> int:
     given = values["seconds"]
     text = given if isinstance(given, str) else repr(given)
     if isinstance(given, bool) or not isinstance(given, (str, int, float)) or not _SECONDS.fullmatch(text):
-        raise RequestError(f"seconds={quoted(given)}: a number of seconds, as 4 or 1.5")
+        raise RequestError(f"seconds={quoted(given)}: a number of seconds, such as 4 or 1.5")
     fps = values.get("fps", manifest.sizes.fps)
     if not is_whole(fps, 1, 240):
         raise RequestError(f"fps={quoted(fps)}: a whole number from 1 to 240")

@@ -120,7 +120,7 @@ def _bound(host: str, port: int) -> Iterator[socket.socket]:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)[0]
         made = socket.socket(family, socket.SOCK_STREAM)
     except (OSError, UnicodeError) as error:
-        raise ServeError(f"host={host!r}: no address of this machine: {error}") from error
+        raise ServeError(f"host={host!r}: is not an address of this machine: {error}") from error
     with made:
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:

@@ -38,7 +38,7 @@ def train() -> None:
 
 @train.command("config")
 @click.argument("config", type=PATH)
-@click.option("--resume/--fresh", default=None, help="Require a checkpoint, or start anew.  [continue if there is one]")
+@click.option("--resume/--fresh", default=None, help="Require a checkpoint, or start over.  [continue if there is one]")
 @click.option("--export", type=PATH, help="Write the newest checkpoint as a model directory; do not train.")
 @click.option("--overwrite", is_flag=True, help="Replace the model directory of --export.")
 def from_config(config: Path, resume: bool | None, export: Path | None, overwrite: bool) -> None:
@@ -76,7 +76,7 @@ def from_recipe(
         if not (math.isfinite(codec_minutes) and codec_minutes >= 0):
             raise SettingsError(f"--codec-minutes={codec_minutes:g}: a number of minutes, 0 or more")
         if codec_minutes == 0 and start is None:
-            raise SettingsError("--codec-minutes=0: more than 0, or --start with a model whose codec is to be kept")
+            raise SettingsError("--codec-minutes=0: more than 0, unless --start names a model whose codec is kept")
         with needs("train", "higen train"):
             from higen.train.emoji.run import run
 
@@ -173,7 +173,7 @@ def evaluate(
     """
     with reported(as_json):
         if (clips is None) == (data is None):
-            raise SettingsError("--clips, --data: one of the two, clips of your own or the folder of the emoji")
+            raise SettingsError("--clips, --data: give one of the two, your own clips or the folder of the emoji")
         if clips is not None:
             if fetch or quick:
                 raise SettingsError("--fetch, --quick: only with --data; --limit takes fewer clips")

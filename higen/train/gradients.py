@@ -40,7 +40,8 @@ class DenoiserGradients:
         }.items():
             if value and processes.count > 1:
                 raise SettingsError(
-                    f"{name}=true: only with one process; several processes average a single loss's gradients"
+                    f"{name}=true: only with one process, because several processes average the gradients of a "
+                    "single loss"
                 )
         self.source, self.settings, self.processes = source, settings, processes
         self.trained, self.objective = trained, objective

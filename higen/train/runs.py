@@ -82,7 +82,7 @@ class Run(Follower):
         )
 
     def start(self, resume: bool | None = None) -> None:
-        """Load the newest checkpoint and open the logs. `resume`: False starts anew, True demands a checkpoint."""
+        """Load the newest checkpoint and open the logs. `resume`: False starts over, True requires a checkpoint."""
         output = Path(self.settings.run.output)
         if self.processes.main:
             self._lock = claim(output)
@@ -186,5 +186,5 @@ def check_same(state: Mapping[str, Any], settings: Settings, identity: Mapping[s
     if found is not None:
         raise SettingsError(
             f"{settings.run.output} holds a run of another configuration: {found}; "
-            "put it back, choose another run.output, or start anew with --fresh"
+            "put it back, choose another run.output, or start over with --fresh"
         )

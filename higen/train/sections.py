@@ -113,7 +113,9 @@ class DataSettings:
         if not 0 <= self.key_frame < 1:
             raise SettingsError(f"key_frame={self.key_frame}: a place in the clip, from 0 to below 1")
         if self.cache is not None and (self.crop, self.start) != ("centre", "centre"):
-            raise SettingsError("cache: needs crop = 'centre' and start = 'centre', or no file is ever read twice")
+            raise SettingsError(
+                "cache: needs crop = 'centre' and start = 'centre', because random crops are never read again"
+            )
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,9 @@ class CueSettings:
         ):
             raise SettingsError(f"given={list(self.given)}: four parts that add up to 1")
         if self.given and self.dropout:
-            raise SettingsError(f"dropout={self.dropout}: 0 beside given, which says how often each cue is left out")
+            raise SettingsError(
+                f"dropout={self.dropout}: 0 together with given, which already sets how often each cue is left out"
+            )
         if (self.appearance == "openclip") != (self.openclip is not None):
             raise SettingsError("appearance='openclip' and openclip (the tower's folder) go together")
 
@@ -192,7 +196,7 @@ class ObjectiveSettings:
             raise SettingsError(f"noise_mix={self.noise_mix}: a number from -{MOST_MIX:g} to {MOST_MIX:g}")
         for name in ("windows", "late_windows"):
             if any(length < 2 for length in getattr(self, name)):
-                raise SettingsError(f"{name}={list(getattr(self, name))}: each 2 frames or more")
+                raise SettingsError(f"{name}={list(getattr(self, name))}: at least 2 frames each")
         if self.late_windows and not self.windows:
             raise SettingsError(f"late_windows={list(self.late_windows)}: needs windows")
         if self.known:

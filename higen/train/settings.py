@@ -97,7 +97,7 @@ class Settings:
         for name, (value, wanted) in others.items():
             if value != wanted:
                 raise SettingsError(
-                    f"{name}={value!r}: codec.layers={self.codec.layers!r} trains the autoencoder alone; leave it out, "
+                    f"{name}={value!r}: codec.layers={self.codec.layers!r} trains only the autoencoder; leave it out, "
                     "and train the denoiser in a separate run"
                 )
 

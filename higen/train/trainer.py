@@ -43,7 +43,7 @@ def train(
 ) -> Bundle:
     """Train to the last step and write the model directory <output>/model with the averaged weights.
 
-    resume    True: there must be a checkpoint; False: start anew; None: continue if there is a checkpoint
+    resume    True: there must be a checkpoint; False: start over; None: continue if there is a checkpoint
     say       receives a line of text for each notable event
     progress  show a bar on stderr
 

@@ -11,7 +11,7 @@
 #include "encoder.h"
 #include "staging.h"
 
-// What a video file's tags say.
+// The contents of a video file's tags.
 struct About {
     std::string prompt;
     std::uint64_t seed = 0;

@@ -28,7 +28,7 @@ bool is_ascii_alphanumeric(char32_t c) {
     return (c >= U'0' && c <= U'9') || (c >= U'A' && c <= U'Z') || (c >= U'a' && c <= U'z');
 }
 
-// Refuses what html.unescape or ftfy's own unescaping might replace: "&#", "&name;" and the names that HTML lets stand
+// Refuses what html.unescape or ftfy's own unescaping might replace: "&#", "&name;" and the names that HTML accepts
 // without a semicolon, such as "&amp" and "&copy". "R&B", "rock & roll" and "AT&T" pass.
 void refuse_entities(std::u32string_view text) {
     for (auto at = text.find(U'&'); at != text.npos; at = text.find(U'&', at + 1)) {

@@ -1,4 +1,4 @@
-// Reads JSON objects with known keys and types (higen/config.py). Throws manifest errors that name the place.
+// Reads JSON objects with known keys and types (higen/typed_json.py). Throws manifest errors that name the place.
 #pragma once
 
 #include <algorithm>
@@ -47,7 +47,7 @@ public:
 
     // The same for a required key.
     void required(const char* name, const std::function<void(const Json&, const std::string&)>& read) {
-        if (json_.find(name) == json_.end()) fail_manifest(where_ + "." + name + ": is wanted");
+        if (json_.find(name) == json_.end()) fail_manifest(where_ + "." + name + ": is missing");
         key(name, read);
     }
 

@@ -25,7 +25,7 @@ Json parse_json(std::string_view text, const std::string& where) {
         return true;
     };
     if (text.size() > largest)
-        fail_manifest(where + ": more than " + std::to_string(largest) + " bytes is no manifest");
+        fail_manifest(where + ": a manifest has at most " + std::to_string(largest) + " bytes");
     try {
         auto json = Json::parse(text.begin(), text.end(), watch);
         if (!twice.empty()) fail_manifest(where + ": not valid JSON: " + shown(twice) + " appears twice");
@@ -45,7 +45,7 @@ void check_version(const Json& json, const std::string& where) {
                        ": a whole number from 1 to " + std::to_string(manifest_version));
     check_manifest(*version <= manifest_version, where + ": version=" + shown(*version) +
                                                      ", but this higen reads version " +
-                                                     std::to_string(manifest_version) + ": a newer is needed");
+                                                     std::to_string(manifest_version) + ": a newer higen is needed");
     const auto folder = where.substr(0, where.rfind('/') == std::string::npos ? 0 : where.rfind('/'));
     check_manifest(*version == manifest_version,
                    where + ": version=" + shown(*version) + ", but this library reads version " +

@@ -131,7 +131,7 @@ struct Start {
 };
 
 // If `control`, of kind frames, is given, the loop's result passes through these frames; the source `latents` gives
-// their latents. `mask`: a control of kind mask, or "". Where the mask is white, the frames are drawn anew.
+// their latents. `mask`: a control of kind mask, or "". Where the mask is white, the frames are redrawn.
 struct Known {
     std::string control;
     Source latents;

@@ -195,7 +195,8 @@ std::pair<std::vector<Plan>, std::vector<EngineError>> read_plans(const fs::path
             auto pending = pending_record(path);
             auto record = pending ? std::move(*pending) : parse_record(read_file(path), where);
             if (record.stage != stage || record.target != path.parent_path().filename().u8string())
-                throw EngineError(Kind::malformed, where + ": is the record of " + record.target + "/" + record.stage);
+                throw EngineError(Kind::malformed,
+                                  where + ": is the record of another engine, " + record.target + "/" + record.stage);
             plans.push_back({path.parent_path() / (stage + ".engine"), std::move(record)});
         } catch (const EngineError& error) {
             errors.push_back(error);
@@ -229,8 +230,8 @@ void check_plan(const Plan& plan, const Files& files, std::int64_t architecture,
                                                      ", which this library was not built with");
     if (version->second != record.library)
         throw EngineError(Kind::stale, plan.name() + ": built by " + package(record.flavour) + " " + record.library +
-                                           ", " + version->second +
-                                           " is here and reads only its own: " + plan.remedy());
+                                           "; the installed " + version->second +
+                                           " reads only its own: " + plan.remedy());
 }
 
 std::vector<Plan> fitting_plans(const std::string& stage, const std::vector<Plan>& plans,

@@ -143,7 +143,7 @@ std::unique_ptr<Router> make_router(const Bundle& bundle, const BackendOptions& 
     if (options.backend != "auto" && options.backend != "tensorrt" && options.backend != "onnx")
         fail_request("backend='" + options.backend + "': one of 'auto', 'tensorrt', 'onnx'");
     if (options.backend == "tensorrt" && options.provider != "auto")
-        fail_request("provider='" + options.provider + "' with backend='tensorrt': providers are ONNX Runtime's");
+        fail_request("provider='" + options.provider + "' with backend='tensorrt': only ONNX Runtime has providers");
     if (!options.precision.empty()) check_precision(options.precision);
     // Without this check, stand-ins could replace the missing graphs of all stages, and the video would silently have
     // the plain precision.

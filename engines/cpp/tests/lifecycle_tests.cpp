@@ -181,7 +181,7 @@ TEST(a_token_is_cancelled_for_good) {
     CHECK(higen_last_error() == std::string("cancelled by its token"));
     higen_token_free(token);
     CHECK(generate(model, watch, token, 1) == HIGEN_ERROR_CLOSED);
-    // A token that is freed while its generation runs lets it go on.
+    // A token that is freed while its generation runs does not stop it.
     CHECK(higen_token_create(&token) == HIGEN_OK);
     watch.first_step = [&] { higen_token_free(token); };
     CHECK(generate(model, watch, token, 2) == HIGEN_OK);

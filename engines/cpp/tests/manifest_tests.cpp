@@ -80,7 +80,7 @@ TEST(a_loop_whose_latents_nothing_takes_is_left_out_of_longer_clips) {
 TEST(versions) {
     auto json = manifest();
     json["version"] = 3;
-    CHECK_FAILS(HIGEN_ERROR_MANIFEST, "version=3, but this higen reads version 2: a newer is needed", parsed(json));
+    CHECK_FAILS(HIGEN_ERROR_MANIFEST, "version=3, but this higen reads version 2: a newer higen is needed", parsed(json));
     json["version"] = 1;
     CHECK_FAILS(HIGEN_ERROR_MANIFEST, "version=1, but this library reads version 2: higen upgrade models/kite",
                 parse_manifest(json.dump(), "models/kite/higen.json"));
@@ -103,7 +103,7 @@ TEST(what_is_no_manifest) {
     fails(R"({"format": "higen", "version": 2, "format": "higen"})", "appears twice");
     fails(std::string(100'000, '['), "not valid JSON");
     fails(R"({"format": "higen", "version": 2, "seal": )" + std::string(50'000, '[') + std::string(50'000, ']') + "}",
-          "is wanted");
+          "is missing");
     CHECK_FAILS(HIGEN_ERROR_MANIFEST, "not a model directory", Bundle("/nonexistent", true));
 }
 
@@ -136,7 +136,7 @@ TEST(every_key_is_wanted_and_no_other) {
         for (const auto& item : object.items()) {
             refused(where + "." + item.key(), [&, find = place](Json& json) { find(json).erase(item.key()); });
             refused(where + "." + item.key(), [&, find = place](Json& json) {
-                find(json)[item.key()] = item.value().is_string() ? Json(true) : Json("a text that is none of them");
+                find(json)[item.key()] = item.value().is_string() ? Json(true) : Json("an unknown text");
             });
         }
         refused("\"colour\": unknown key", [find = place](Json& json) { find(json)["colour"] = 1; });
@@ -291,7 +291,7 @@ TEST(axes_of_a_denoising_stage) {
     refused("t is float32 [B]", [](Json& json) { input_row(json, "film", "t")["dtype"] = "int64"; });
     refused("batch is true, but the first axes are not all B, or all N",
             [](Json& json) { input_row(json, "film", "mood")["shape"] = {"N", "K"}; });
-    refused("batch is true", [](Json& json) { stage_row(json, "film")["batch"] = false; });
+    refused("batch must be true", [](Json& json) { stage_row(json, "film")["batch"] = false; });
     refused("tokens are [B, 4], not [B, L, T]",
             [](Json& json) { input_row(json, "reader", "ids")["shape"] = {"B", "L", "T"}; });
     refused("needs a last axis of a fixed size",

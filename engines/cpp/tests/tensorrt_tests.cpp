@@ -282,7 +282,7 @@ TEST(engines_that_do_not_fit) {
         CHECK(gpu.contexts == 0);  // an unused GPU is released
     };
     f.change("1.7.1.116", "1.8.0.1");
-    fails(HIGEN_ERROR_UNAVAILABLE, "Stale: rtx-sm89/vae_decoder: built by tensorrt_rtx 1.8.0.1, 1.7.1.116 is here");
+    fails(HIGEN_ERROR_UNAVAILABLE, "Stale: rtx-sm89/vae_decoder: built by tensorrt_rtx 1.8.0.1; the installed 1.7.1.116");
     f.change(digest("weights"), digest("others"));
     const auto again = "higen-export build-engines " + folder.u8string() +
                        " --target rtx-sm89 --stage vae_decoder --precision fp16";

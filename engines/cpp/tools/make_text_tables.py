@@ -38,7 +38,7 @@ def character_classes() -> dict[str, set[int]]:
     words, marks = matched(r"\w"), matched(r"[^\w\s]")
     clip_marks = matched(r"[^\s\p{L}\p{N}]")
     if set(ALL) - words - marks != classes["white_space"] - words:
-        raise SystemExit("characters that are no word, no white space and no mark")
+        raise SystemExit("characters that are neither words nor white space nor marks")
     if set(ALL) - clip_marks != set.union(*classes.values()):
         raise SystemExit("classes that differ inside and outside of brackets")
     return classes | {"word_characters": words}

@@ -45,7 +45,7 @@ of a clip, as in diffusers.
 """
 
 STRENGTH = 0.6
-"""Default of the control `strength`: how much of a given video is drawn anew."""
+"""Default of the control `strength`: how much of a given video is redrawn."""
 
 FRAMES = 16
 """The clip length in the training of the published motion modules. Longer clips are made in windows of this length."""

@@ -101,7 +101,7 @@ def _modules(config: UNetConfig) -> Iterator[tuple[str, str]]:
         elif leaf in ("spatial", "temporal", "temporal_in"):
             yield from _transformer(ours, theirs)
         elif leaf == "resample":
-            # On the way down, ours is a bare convolution; the reference calls it `op` there, and `conv` on the way up.
+            # On the way down, higen has a bare convolution. The reference calls it `op`, and `conv` on the way up.
             yield (ours, f"{theirs}.op") if ".encoder." in ours else (f"{ours}.conv", f"{theirs}.conv")
         elif leaf == "conv_in":
             yield ours, theirs

@@ -68,7 +68,7 @@ DDIM = Solver("ddim", "leading-floor", offset=1, final="first")
 DPM = Solver("dpm++2m", "trailing-ceil", final="zero")
 
 STRENGTH = 0.6
-"""Default of the control `strength`: how much of a given video is drawn anew."""
+"""Default of the control `strength`: how much of a given video is redrawn."""
 
 PLAIN = "_plain"
 """Suffix of a denoising stage's name, for the same step with one branch of guidance."""

@@ -5,7 +5,7 @@ skip connections is that of FreeU (Si et al. 2023, section 3.2).
 
 down   a convolution of stride 2 pads two rows above and below, one column left and right
 up     pixels are doubled, the first row is dropped, and the rest is cropped to the skip connection's size; so the
-       output has the size of the input, whatever it is
+       output always has the size of the input
 first and second skip connection on the way up
        its mean and lowest frequencies are scaled down; half of the channels that it is concatenated with are scaled up
 """

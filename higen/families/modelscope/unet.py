@@ -24,7 +24,9 @@ def video_unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     check_configuration(config, CLASS)
     if config.get("num_attention_heads") is not None:
         heads = config["num_attention_heads"]
-        raise CheckpointError(f"num_attention_heads={heads!r}: diffusers calls a head's channels attention_head_dim")
+        raise CheckpointError(
+            f"num_attention_heads={heads!r}: leave it out; attention_head_dim gives the channels of a head"
+        )
     with quiet_import("diffusers", "the U-Net"):
         from diffusers import UNet3DConditionModel
     parameters = inspect.signature(UNet3DConditionModel.__init__).parameters

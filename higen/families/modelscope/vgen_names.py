@@ -1,6 +1,6 @@
 """Reads the U-Net of the authors' own file (`text2video_pytorch_model.pth`) under diffusers' names.
 
-Names are derived from diffusers' own module tree, so every tensor of the tree must be in the file, and no other may be.
+Names are derived from diffusers' own module tree, so the file must contain every tensor of the tree and no others.
 Source of the layout: unet_sd.py of ModelScope and unet_t2v.py of VGen. They number all blocks consecutively and spell
 the temporal convolution `temopral_conv`.
 """

@@ -189,7 +189,7 @@ def _single_file(path: Path, prediction: str | None, notes: list[str]) -> Conver
 def licence_of(clip: Mapping[str, Any]) -> str:
     """The licence of the published weights, of version 1 or 2 according to the text encoder."""
     version = 2 if clip["hidden_size"] == TEXT_WIDTH_OF_2 else 1
-    return f"{_LICENCES[version]} unless the file's own licence says otherwise; its use restrictions go along"
+    return f"{_LICENCES[version]} unless the file's own licence says otherwise; its use restrictions apply"
 
 
 def _codec(arguments: dict[str, Any]) -> spec.Codec:

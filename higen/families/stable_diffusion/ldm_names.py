@@ -1,6 +1,6 @@
 """Reads the U-Net of a single-file checkpoint (`model.diffusion_model.*`) under diffusers' names.
 
-Names are derived from diffusers' own module tree, so every tensor of the tree must be in the file, and no other may be.
+Names are derived from diffusers' own module tree, so the file must contain every tensor of the tree and no others.
 Source of the layout: CompVis' openaimodel.py, which numbers all blocks consecutively.
 """
 

@@ -54,13 +54,13 @@ def unet_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     given, made = arguments["in_channels"], arguments["out_channels"]
     if given != 2 * made:
         raise CheckpointError(
-            f"a U-Net with {given} input and {made} output channels; its input is the latents and the picture's, so "
-            f"twice its output"
+            f"a U-Net with {given} input and {made} output channels: twice as many input as output channels "
+            "are wanted, for the latents of the clip and of the picture"
         )
     ids, width = arguments["projection_class_embeddings_input_dim"], arguments["addition_time_embed_dim"]
     if ids != _IDS * width:
         raise CheckpointError(
-            f"projection_class_embeddings_input_dim={ids}: {_IDS} numbers of addition_time_embed_dim={width} are wanted"
+            f"projection_class_embeddings_input_dim={ids}: must be {_IDS} x addition_time_embed_dim={width}"
         )
     return arguments
 

@@ -2,7 +2,7 @@
 
     python -m higen.train.emoji.ablation --data FOLDER --work FOLDER --table table.md
 
-The data are six lively subjects on ten backgrounds. All variants have the same budget, the same network (smaller than
+The data are six moving subjects on ten backgrounds. All variants have the same budget, the same network (smaller than
 the built-in model's), the same initial weights, and the same batches from the same random numbers. The differences:
 
 everything      the unchanged recipe
@@ -175,8 +175,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Train and measure the ablation's variants.")
     parser.add_argument("--data", type=Path, required=True, help="folder of the WebP loops; filled if empty")
     parser.add_argument("--work", type=Path, required=True, help="folder of the recipe's codec and latents")
-    parser.add_argument("--steps", type=int, default=1500, help="of each variant")
-    parser.add_argument("--bf16", action="store_true", help="mixed precision")
+    parser.add_argument("--steps", type=int, default=1500, help="training steps of each variant")
+    parser.add_argument("--bf16", action="store_true", help="train in mixed precision")
     parser.add_argument("--seeds", type=int, default=4, help="clips of each held-out prompt")
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--table", type=Path, help="Markdown file to write the table into")

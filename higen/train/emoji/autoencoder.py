@@ -161,7 +161,7 @@ def train(
     """
     state.mkdir(parents=True, exist_ok=True)
     if (earlier := state / "autoencoder.ckpt").exists():
-        raise TrainingError(f"{earlier}: a checkpoint of an earlier version; remove it to train the codec anew")
+        raise TrainingError(f"{earlier}: a checkpoint of an earlier version; remove it to train the codec again")
     torch.manual_seed(settings.seed)
     model = build()
     gradients = CodecGradients(model, Pictures(data), settings)
@@ -213,7 +213,7 @@ def main() -> None:
     parser.add_argument("--state", type=Path, required=True, help="folder of the checkpoint and the result")
     when = parser.add_mutually_exclusive_group(required=True)
     when.add_argument("--until", metavar="HH:MM", help="train until this local time")
-    when.add_argument("--minutes", type=float, help="train this long, earlier runs included")
+    when.add_argument("--minutes", type=float, help="training time in minutes, including earlier runs")
     arguments = parser.parse_args()
     with claimed(arguments.state):
         fetch(arguments.data)

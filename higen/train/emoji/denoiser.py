@@ -98,7 +98,7 @@ def train(state: Path, clips: Clips, start: Bundle | None = None) -> None:
         if found is not None:
             raise SettingsError(
                 f"{state} holds a run of another configuration: {found}; "
-                f"put it back, or remove {loop.checkpoints.folder} to start anew"
+                f"put it back, or remove {loop.checkpoints.folder} to start over"
             )
 
     with flushed_denormals():
@@ -137,10 +137,10 @@ def main() -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(description="Train the default model's text encoder and denoiser.")
     parser.add_argument("--state", type=Path, required=True, help="folder of the latents cache and the checkpoints")
-    parser.add_argument("--steps", type=int, help="steps in all  [the recipe's]")
+    parser.add_argument("--steps", type=int, help="training steps in total  [the recipe's]")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--learning-rate", type=float, help="the largest  [the recipe's]")
-    parser.add_argument("--bf16", action="store_true", help="mixed precision")
+    parser.add_argument("--learning-rate", type=float, help="largest learning rate  [the recipe's]")
+    parser.add_argument("--bf16", action="store_true", help="train in mixed precision")
     parser.add_argument("--start", type=Path, help="model directory whose weights a new run starts from")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

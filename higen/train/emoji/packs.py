@@ -58,7 +58,9 @@ def fetch(folder: Path, download: bool = True) -> None:
             missing -= _extract(archive, missing, folder)
         except (EOFError, tarfile.TarError, gzip.BadGzipFile, zlib.error) as error:
             archive.unlink()
-            raise RuntimeError(f"{archive}: broken, so removed: run again to download it: {reason(error)}") from error
+            raise RuntimeError(
+                f"{archive}: is broken and was removed; run again to download it: {reason(error)}"
+            ) from error
     if missing:
         raise RuntimeError(f"{', '.join(sorted(missing))}: not in the packages {', '.join(PACKAGES)}")
 

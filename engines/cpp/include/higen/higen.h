@@ -147,7 +147,7 @@ typedef enum higen_control_kind {
     HIGEN_CONTROL_CLIP = 5,    /* higen_picture of as many frames as the request has */
     HIGEN_CONTROL_CHOICE = 6,  /* one of the texts in `choices` */
     HIGEN_CONTROL_FRAMES = 7,  /* known frames: a higen_picture of one frame each, named NAME[INDEX] */
-    HIGEN_CONTROL_MASK = 8,    /* higen_picture of one frame, or as many as the request has; white is drawn anew */
+    HIGEN_CONTROL_MASK = 8,    /* higen_picture of one frame, or as many as the request has; white is redrawn */
     HIGEN_CONTROL_MAP = 9      /* higen_picture of one frame for all, or at least as many as the request has */
 } higen_control_kind;
 
@@ -313,7 +313,7 @@ HIGEN_API higen_status higen_token_create(higen_token** token);
  * stops at once: a token stays cancelled. */
 HIGEN_API higen_status higen_token_cancel(higen_token* token);
 
-/* Free a token. A generation that has it goes on. NULL is allowed. */
+/* Free a token. A generation that uses it continues. NULL is allowed. */
 HIGEN_API void higen_token_free(higen_token* token);
 
 typedef struct higen_callbacks {

@@ -83,7 +83,7 @@ private:
     std::shared_ptr<higen_token> token_;
 };
 
-// What a generation reports, and what stops it. Each may be empty. on_step returns whether to go on. The caller gets
+// What a generation reports, and what stops it. Each may be empty. on_step returns whether to continue. The caller gets
 // exceptions that they throw.
 struct Callbacks {
     std::function<bool(const higen_step&)> on_step;

@@ -143,7 +143,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Write the default model's card.")
     parser.add_argument("--measures", type=Path, required=True, help="measures.json of `higen evaluate`")
     parser.add_argument("--model", type=Path, help="model directory; the built-in one if not given")
-    parser.add_argument("--limits", default="", help="what the contact sheet shows to be wrong")
+    parser.add_argument("--limits", default="", help="text about visible faults in the contact sheet")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
     measures = from_json(Measures, json.loads(arguments.measures.read_text(encoding="utf-8")))

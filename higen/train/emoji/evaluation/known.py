@@ -16,8 +16,8 @@ psnr, inside   PSNR in dB of the frames that are not given: over all pixels, and
 given      PSNR of the given frames, and the codec's for comparison
 motion     median of the difference of consecutive frames, divided by the real clip's
 seam       median of the difference of frames 7 and 8, divided by the median difference in the clip; for prefix
-end        the last frame is given from another phase: rank correlation of this phase with the phase of the frame before
-           it, which is that of the loop's closest frame at the subject's pixels; mean over the subjects
+end        the given last frame has another phase: rank correlation of its phase with the phase of the frame before it
+           (the phase of the most similar loop frame, compared at the subject's pixels); mean over the subjects
 """
 
 from __future__ import annotations

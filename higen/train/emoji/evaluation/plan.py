@@ -29,8 +29,8 @@ APPEARANCE_SPEEDS = (0.0, 0.5, 1.0, 2.0)
 
 @dataclass(frozen=True)
 class Shot:
-    """One clip to make. `kind`: text, still, motion or appearance. `requested`: the cue of the real clip at this speed
-    is requested.
+    """One clip to make. `kind`: text, still, motion or appearance. `requested`: the speed of the real clip whose cue is
+    requested, or None.
     """
 
     group: str
