@@ -40,8 +40,8 @@ std::optional<Plugin> Plugin::of(const BackendOptions& options) {
         Plugin plugin{options.provider, row->provider, library, true};
         if (const char* given = std::getenv(row->variable); library.empty() && given != nullptr) plugin.library = given;
         if (plugin.library.empty())
-            fail_unavailable("provider='" + plugin.name + "': its library is wanted in provider_library or " +
-                             row->variable + "; the Python package " + row->package + " has it");
+            fail_unavailable("provider='" + plugin.name + "': give the path of its library as provider_library or in " +
+                             row->variable + "; the library is in the Python package " + row->package);
         if (!options.precision.empty() && options.precision != "fp32")
             fail_unavailable("precision='" + options.precision + "' with provider='" + plugin.name +
                              "': only fp32 runs there");
