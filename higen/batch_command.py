@@ -22,7 +22,7 @@ __all__ = ["batch"]
 @click.option("--model", type=PATH, help="Model directory.  [the built-in small model]")
 @click.option("--format", "kind", default="mp4", show_default=True, help="Format of the videos: mp4 webm gif webp npy.")
 @click.option("--backend", help="Where the stages run; see `higen doctor`.  [auto]")
-@click.option("--device", help="cpu, cuda, cuda:1, ...  [a GPU if there is one]")
+@click.option("--device", help="cpu, cuda, cuda:1, ..., openvino or webgpu.  [a GPU if there is one]")
 @click.option("--precision", help="Precision of the stages.  [fp32 on a CPU]")
 @click.option("--threads", type=int, help="CPU threads of one stage.  [the library's choice; on Ray, --cpus]")
 @click.option(

@@ -34,6 +34,7 @@ PACKAGES = (
     "onnxruntime",
     "onnxruntime-gpu",
     "onnxruntime-ep-openvino",
+    "onnxruntime-ep-webgpu",
     "tensorrt",
     "tensorrt-rtx-cu13",
 )
@@ -66,6 +67,8 @@ class Report:
     """The result of the check. `packages` maps a name to its version, None if it is not installed.
 
     `int8`: how this processor multiplies 8-bit integers; `bf16`: whether it can multiply bfloat16, if known.
+    `devices`: whether each device that ONNX Runtime reaches through a plugin was found, and if not, why.
+
     `stages`: the backend that runs each stage of the model, and why no better backend does; "" if no backend can run
     it. A step with one branch of guidance is left out if it has no graph, because the step with both branches replaces
     it. `loops`: the graphs of each loop. `notes`: what to repair.
@@ -78,6 +81,7 @@ class Report:
     bf16: bool | None
     packages: dict[str, str | None]
     backends: list[Availability]
+    devices: list[Availability]
     model: str
     intact: bool
     stages: list[Choice]
@@ -92,6 +96,7 @@ class Report:
     def as_json(self) -> dict[str, Any]:
         """The report as JSON-ready values."""
         backends = {b.backend: {"works": b.works, "reason": b.reason} for b in self.backends}
+        devices = {d.backend: {"found": d.works, "reason": d.reason} for d in self.devices}
         return {
             "higen": __version__,
             "healthy": self.healthy,
@@ -102,6 +107,7 @@ class Report:
             "bf16": self.bf16,
             "packages": self.packages,
             "backends": backends,
+            "devices": devices,
             "model": self.model,
             "stages": [asdict(choice) for choice in self.stages],
             "loops": [asdict(loop) for loop in self.loops],
@@ -117,6 +123,8 @@ class Report:
         lines += [f"  {name:<25}{version or '-'}" for name, version in self.packages.items()]
         lines += ["", "backends, in order of preference"]
         lines += [f"  {b.backend:<25}{'works' if b.works else 'no: ' + b.reason}" for b in self.backends]
+        lines += ["", "devices through plugins of ONNX Runtime"] if self.devices else []
+        lines += [f"  {d.backend:<25}{'found' if d.works else 'no: ' + d.reason}" for d in self.devices]
         if self.stages:
             lines += ["", "stages of the model"]
         for choice in self.stages:
@@ -141,12 +149,27 @@ def report(model: Path | None = None) -> Report:
         bf16=has_bf16(),
         packages={name: _version(name) for name in PACKAGES},
         backends=availability(),
+        devices=list(_devices()),
         model=f"{name}: {described}",
         intact=bundle is not None,
         stages=list(_stages(bundle)) if bundle is not None else [],
         loops=[_graphs(bundle, loop) for loop in bundle.manifest.loops] if bundle is not None else [],
         notes=[*_notes(), *(_missing(bundle) if bundle is not None else [])],
     )
+
+
+def _devices() -> Iterator[Availability]:
+    try:
+        from higen.backends.plugins import PLUGINS
+    except ImportError:
+        return  # without ONNX Runtime; the list of backends says so
+    for plugin in PLUGINS.values():
+        try:
+            plugin.ep_device()
+        except HigenError as error:
+            yield Availability(plugin.device, False, str(error))
+        else:
+            yield Availability(plugin.device, True)
 
 
 def _version(package: str) -> str | None:

@@ -172,7 +172,9 @@ def _option(control: Control) -> _ControlOption:
 @click.option("--fps", type=int)
 @click.option("--audio", type=PATH, help="Sound file for the sound track of an .mp4 or .webm.")
 @click.option("--backend", default="auto", show_default=True, help="Where the stages run; see `higen doctor`.")
-@click.option("--device", help="cpu, cuda, or a GPU by its number: cuda:1, ...  [a GPU if there is one]")
+@click.option(
+    "--device", help="cpu, cuda, a GPU by its number: cuda:1, ..., openvino or webgpu.  [a GPU if there is one]"
+)
 @click.option("--precision", help="Precision of the stages: fp32, fp16, bf16, int8, ...  [fp32 on a CPU]")
 @click.option("--threads", type=int, help="CPU threads of one stage.  [the library's choice]")
 @click.option(

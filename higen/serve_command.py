@@ -21,7 +21,7 @@ __all__ = ["serve"]
     "--data", type=PATH, default=Path("higen-serve"), show_default=True, help="Folder of the queue and the videos."
 )
 @click.option("--backend", help="Where the stages run; see `higen doctor`.  [auto]")
-@click.option("--device", help="cpu, cuda, cuda:1, ...  [a GPU if there is one]")
+@click.option("--device", help="cpu, cuda, cuda:1, ..., openvino or webgpu.  [a GPU if there is one]")
 @click.option("--precision", help="Precision of the stages.  [fp32 on a CPU]")
 @click.option("--threads", type=int, help="CPU threads of one stage.  [the library's choice]")
 @click.option("--memory", help="Bytes of weights loaded at once: 8GB.  [no limit]")

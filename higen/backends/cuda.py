@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from higen.backends.base import CLOSED
-from higen.devices import device_index
+from higen.devices import check_no_plugin, device_index
 from higen.errors import BackendError, BackendUnavailable, NoDevice, NoDriver, OutOfMemory
 
 __all__ = ["Cuda", "DeviceArray", "gpu_count", "gpu_index", "probe"]
@@ -34,7 +34,8 @@ _OUT_OF_MEMORY = 2
 
 
 def gpu_index(device: str | None) -> int:
-    """Index of the GPU with a device name; None: the first GPU. Raises BackendUnavailable for a CPU."""
+    """Index of the GPU with a device name; None: the first GPU. Raises BackendUnavailable for any other device."""
+    check_no_plugin(device, "TensorRT")
     if device == "cpu":
         raise BackendUnavailable(f"device={device!r}: TensorRT runs on 'cuda', 'cuda:1', ...")
     return device_index(device)

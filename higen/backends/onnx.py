@@ -19,6 +19,7 @@ from higen.backends.external_data import graph_files
 from higen.backends.graph_cache import GraphCache
 from higen.backends.older import as_before, is_older
 from higen.backends.options import PLAIN, Options
+from higen.backends.plugins import PLUGINS, Placement
 from higen.backends.sessions import load_cuda, session_options
 from higen.bundle import Bundle, graph_file
 from higen.devices import check_present, device_index
@@ -33,7 +34,8 @@ __all__ = ["OnnxBackend"]
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 
 PREFERRED = {"cpu": ("fp32",), "cuda": ("fp16", "fp32")}
-"""Precisions by device, the best first. A CPU runs a float16 graph in float32, with extra casts."""
+"""Precisions by device, the best first; only fp32 for a plugin's device. A CPU runs a float16 graph in float32, with
+extra casts."""
 
 
 @dataclass(frozen=True)
@@ -54,8 +56,16 @@ class _Session:
 
     @property
     def details(self) -> str:
-        """Device and precision: "cpu, fp32"."""
-        return f"{self.kind}:{self.index}, {self.precision}" if self.index else f"{self.kind}, {self.precision}"
+        """Device and precision: "cpu, fp32"; for a plugin's device also what runs on the CPU instead."""
+        said = f"{self.kind}:{self.index}, {self.precision}" if self.index else f"{self.kind}, {self.precision}"
+        if self.kind not in PLUGINS:
+            return said
+        return ", ".join(filter(None, (said, str(Placement.of(self.session, PLUGINS[self.kind].provider)))))
+
+    @property
+    def results_on(self) -> tuple[str, int]:
+        """Device and index of the memory for results: the host's for a plugin, which has no name for its own."""
+        return ("cpu", 0) if self.kind in PLUGINS else (self.kind, self.index)
 
 
 class OnnxBackend:
@@ -64,16 +74,23 @@ class OnnxBackend:
     name = "onnx"
 
     def __init__(self, bundle: Bundle, options: Options = PLAIN) -> None:
-        """`device`: "cpu", "cuda" or "cuda:N"; None: CUDA if this ONNX Runtime has it and it works, else the CPU.
-        `precision`: None means fp32 on a CPU; on CUDA, fp16 if the stage has such a graph, else fp32. `threads` applies
-        to a CPU.
+        """`device`: "cpu", "cuda", "cuda:N", "openvino" or "webgpu"; None: CUDA if this ONNX Runtime has it and it
+        works, else the CPU. `precision`: None means fp32; on CUDA, fp16 if the stage has such a graph, else fp32.
+        `threads` applies to a CPU.
 
-        Raises BackendUnavailable for a device that is missing here or in this build of ONNX Runtime.
+        Raises BackendUnavailable for a device that is missing here or in this build of ONNX Runtime, and for a plugin's
+        device with another precision than fp32. Raises MissingExtra for a plugin that is not installed.
         """
         device = options.device
         kind = device.partition(":")[0] if device is not None else None
         available = ort.get_available_providers()
-        if kind is not None and PROVIDERS[kind] not in available:
+        if kind in PLUGINS:
+            if options.precision not in (None, "fp32"):
+                raise BackendUnavailable(
+                    f"precision={options.precision!r} with device={device!r}: only fp32 runs there"
+                )
+            PLUGINS[kind].ep_device()
+        elif kind is not None and PROVIDERS[kind] not in available:
             raise BackendUnavailable(
                 f"device={device!r}: this ONNX Runtime has {', '.join(available)} (pip install 'higen[cuda]', "
                 "then uninstall onnxruntime: see the README)"
@@ -124,7 +141,7 @@ class OnnxBackend:
         for name, value in values.items():
             binding.bind_ortvalue_input(name, value)
         for name in spec.graph_outputs:
-            binding.bind_output(name, made.kind, made.index)
+            binding.bind_output(name, *made.results_on)
         try:
             with enough_memory(stage):
                 made.session.run_with_iobinding(binding)
@@ -179,7 +196,7 @@ class OnnxBackend:
             self._file(file)
         missing = ""
         wanted: Sequence[Any] = [PROVIDERS["cpu"]]
-        if self._device != "cpu":
+        if self._device == "cuda":
             if gpu_count():
                 missing = load_cuda()
             # ONNX Runtime warns for every session that names its device. Without a name it takes the first device.
@@ -198,7 +215,7 @@ class OnnxBackend:
                 ) from error
             raise IntegrityError(f"{self.bundle.path / name}: ONNX Runtime cannot load it: {error}") from error
         # Ask the session, not the build: ONNX Runtime silently drops a provider that cannot load.
-        if PROVIDERS[self._device] not in session.get_providers():
+        if self._device not in PLUGINS and PROVIDERS[self._device] not in session.get_providers():
             if self._required:
                 why = f": {missing.splitlines()[0]}" if missing else ""
                 raise BackendUnavailable(
@@ -212,8 +229,14 @@ class OnnxBackend:
         return self._checked(stage, session, precision, files)
 
     def _session(self, files: tuple[str, ...], providers: Sequence[Any]) -> ort.InferenceSession:
-        """A session of a graph; the graph's file is the first of `files`. On a CPU the user's cache is used, if any."""
+        """A session of a graph; the graph's file is the first of `files`. On a CPU the user's cache is used, if any.
+
+        `providers` is not used for a plugin's device.
+        """
         options = partial(session_options, self.options.threads)
+        if self._device in PLUGINS:
+            graph = str(self.bundle.path / files[0])
+            return PLUGINS[self._device].session(graph, options(), self.options.threads)
         if self._cache is None or self._device != "cpu":
             return ort.InferenceSession(str(self.bundle.path / files[0]), options(), providers=providers)
         return self._cache.session(self.bundle, files, options, providers)
@@ -225,7 +248,7 @@ class OnnxBackend:
 
     def _choose(self, stage: str) -> str:
         there, asked = self.bundle.precisions(stage), self.options.precision
-        for name in precision_named(asked).stand_ins if asked else PREFERRED[self._device]:
+        for name in precision_named(asked).stand_ins if asked else PREFERRED.get(self._device, ("fp32",)):
             if name in there and precision_named(name).engines_only:
                 raise BackendUnavailable(f"{graph_file(stage, name)}: ONNX Runtime does not compute in this precision")
             if name in there:

@@ -22,7 +22,8 @@ MAX_THREADS = 1024
 class Options:
     """How stages are run, on any backend. A backend ignores options that do not concern it. None means the default.
 
-    device      "cpu", "cuda", "cuda:1", ... or a torch.device; None or "auto": a GPU if there is one that works
+    device      "cpu", "cuda", "cuda:1", ..., "openvino", "webgpu" or a torch.device; None or "auto": a GPU if there is
+                one that works with CUDA
     precision   of the stages' computations (higen/precision.py). If a backend has no graph of a stage in it, the next
                 backend is tried. None: each backend's choice for its device
     threads     CPU threads of one stage; None: the library's choice

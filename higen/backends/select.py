@@ -16,6 +16,7 @@ from higen.backends.base import CLOSED, Backend, Choice
 from higen.backends.cuda import probe
 from higen.backends.options import PLAIN, Options
 from higen.bundle import Bundle
+from higen.devices import PLUGIN_DEVICES
 from higen.errors import (
     BackendError,
     BackendUnavailable,
@@ -53,7 +54,7 @@ _PACKAGES = {
 
 @dataclass(frozen=True)
 class Availability:
-    """Whether a backend can work in this environment. If it cannot, `reason` says what is missing."""
+    """Whether a backend, or a plugin's device, can work in this environment. If it cannot, `reason` says why."""
 
     backend: str
     works: bool
@@ -264,7 +265,8 @@ class StageRouter:
 
 
 def select_backend(bundle: Bundle, name: str = "auto", options: Options = PLAIN) -> StageRouter:
-    """A router over the named backend, or over all installed backends if the name is "auto".
+    """A router over the named backend, or over all installed backends if the name is "auto". On a plugin's device
+    "auto" is "onnx".
 
     Raises RequestError for an unknown name. Raises BackendUnavailable, with the reasons, if no backend is here or if
     the model was never quantised to the precision. Raises IntegrityError if a file that the chosen backend needs is
@@ -273,6 +275,8 @@ def select_backend(bundle: Bundle, name: str = "auto", options: Options = PLAIN)
     check_backend(name)
     if missing := bundle.not_quantized(options.precision):  # else each stage would silently use the base precision
         raise BackendUnavailable(missing)
+    if name == "auto" and options.device in PLUGIN_DEVICES:
+        name = "onnx"
     wanted = [a for a in availability() if name in ("auto", a.backend)]
     absent = {a.backend: a.reason for a in wanted if not a.works}
     makers: dict[str, Callable[[], Backend]] = {}

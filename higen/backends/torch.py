@@ -17,7 +17,7 @@ from higen.backends.base import CLOSED, Choice
 from higen.backends.options import PLAIN, Options
 from higen.bundle import Bundle
 from higen.cpu import SLOW_BF16, has_bf16
-from higen.devices import check_present
+from higen.devices import check_no_plugin, check_present
 from higen.errors import BackendError, BackendUnavailable, FallbackWarning, UnknownFamily
 from higen.forks import Home, inherited
 from higen.memory import enough_memory
@@ -180,6 +180,7 @@ def _outputs(module: Callable[..., Any], inputs: Sequence[torch.Tensor]) -> Sequ
 
 
 def _device(device: str | None) -> torch.device:
+    check_no_plugin(device, "PyTorch")
     if device is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device != "cpu" and torch.cuda.is_available():

@@ -144,7 +144,7 @@ def _streamed(ray: Any, pool: Pool, order: Order, rows: list[Row]) -> Generator[
 def _shares(pool: Pool, there: dict[str, float], order: Order) -> tuple[int, float, float]:
     """Number of workers, and CPUs and GPUs of each. Raises RequestError if a local machine has too few."""
     all_cpus, all_gpus = there.get("CPU", 0.0), there.get("GPU", 0.0)
-    on_gpu = all_gpus > 0 and order.device != "cpu"
+    on_gpu = all_gpus > 0 and order.device not in ("cpu", "openvino")
     cpus = 1.0 if pool.cpus is None else pool.cpus
     gpus = (1.0 if on_gpu else 0.0) if pool.gpus is None else pool.gpus
     room = min([int(total / each + 1e-9) for total, each in ((all_cpus, cpus), (all_gpus, gpus)) if each] or [1])

@@ -34,8 +34,9 @@ Make a video from a text with a model directory.
   --tokens N,N,...       token ids from start to end, instead of the prompt's
   --backend NAME         auto, tensorrt (the model's engines) or onnx (its graphs)
   --precision NAME       of the engines or graphs: fp32, fp16, bf16, int8, int8.fp16, fp8.fp16 or nvfp4.fp16
-  --provider NAME        ONNX Runtime's provider: auto, cpu, cuda, cuda:N (a GPU, from 0), tensorrt-rtx, or a plugin's
-                         provider with --provider-library FILE
+  --provider NAME        ONNX Runtime's provider: auto, cpu, cuda, cuda:N (a GPU, from 0), tensorrt-rtx, openvino,
+                         webgpu, or another plugin's provider
+  --provider-library FILE   the library of a plugin
   --threads N            CPU threads of one stage
   --no-verify            do not check the files' sha256
   --info                 print what the model is and takes, and what runs its stages; then exit

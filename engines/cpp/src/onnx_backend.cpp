@@ -5,10 +5,12 @@
 #include <filesystem>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <utility>
 
 #include "backend.h"
 #include "graph_files.h"
+#include "onnx_plugins.h"
 #include "onnx_providers.h"
 
 namespace higen::core {
@@ -82,13 +84,10 @@ void check_memory(const Ort::Exception& error, const std::string& where) {
 
 class OnnxBackend final : public Backend {
 public:
-    OnnxBackend(const Bundle& bundle, const BackendOptions& options) : bundle_(bundle), options_(options) {
-        if (!options.provider_library.empty()) {
-            if (options.provider == "auto" || options.provider.empty())
-                fail_request("provider='" + options.provider + "': the name of a provider of provider_library='" +
-                             options.provider_library + "'");
-            register_plugin();
-            candidates_ = {{options.provider, "", 0}};
+    OnnxBackend(const Bundle& bundle, const BackendOptions& options) : bundle_(bundle), options_(options), plugin_(Plugin::of(options)) {
+        if (plugin_) {
+            plugin_->load(env_);
+            candidates_ = {{plugin_->name, "", 0}};
         } else if (options.provider != "auto") {
             candidates_ = {parse_provider(options.provider)};
             if (!is_built_in(candidates_.front()))
@@ -165,15 +164,19 @@ private:
             auto options = session_settings(options_.threads);
             // A provider that cannot be loaded fails here: there is no silent fallback.
             try {
-                append_to(options, provider);
+                if (!plugin_) append(options, provider);
             } catch (const Ort::Exception& error) {
                 if (options_.provider != "auto") fail_unavailable("provider='" + provider.name + "': " + error.what());
                 passed_over += "; not " + provider.name + ": " + error.what();
                 continue;
             }
             try {
-                Made made{Ort::Session(env_, path.c_str(), options), bundle_.fixed(), provider.name, precision,
-                          passed_over};
+                bool partly = false;
+                const auto settings = [&] { return session_settings(options_.threads); };
+                Made made{plugin_ ? plugin_->session(env_, path.c_str(), settings, options_.threads, partly)
+                                  : Ort::Session(env_, path.c_str(), options),
+                          bundle_.fixed(), provider.name, precision, passed_over};
+                if (partly) made.passed_over += ", some nodes on the CPU";
                 check_graph(stage, made.session, path, made.fixed);
                 (void)bundle_.file(graph_file(stage.name, precision));  // throws if the file was replaced
                 (void)bundle_.file(weights);
@@ -182,6 +185,10 @@ private:
                 const auto where = path.u8string();
                 if (&provider == &candidates_.back()) {
                     check_memory(error, where);
+                    if (plugin_ && error.GetOrtErrorCode() != ORT_INVALID_PROTOBUF &&
+                        error.GetOrtErrorCode() != ORT_INVALID_GRAPH && error.GetOrtErrorCode() != ORT_NO_SUCHFILE)
+                        fail_unavailable("provider='" + provider.name + "': " + graph_file(stage.name, precision) +
+                                         " cannot run there: " + words(error));
                     if (error.GetOrtErrorCode() == ORT_NOT_IMPLEMENTED)
                         fail_unavailable(where + ": this ONNX Runtime cannot run it on " + provider.name + ": " +
                                          words(error));
@@ -212,37 +219,6 @@ private:
         fail_unavailable("no " + graph_file(stage.name, asked) + " in " + model + " (make it: higen-export onnx " +
                          model + (asked == "fp32" ? "" : " --precision " + asked) + (reuses ? " --reuse" : "") + ")");
     }
-
-    [[nodiscard]] bool is_a_plugins() const { return !options_.provider_library.empty(); }
-
-#if ORT_API_VERSION >= 23
-    // A process has one shared environment, so a library is registered in it under its path.
-    void register_plugin() {
-        const auto& library = options_.provider_library;
-        try {
-            env_.RegisterExecutionProviderLibrary(library.c_str(), std::filesystem::u8path(library).native());
-        } catch (const Ort::Exception& error) {
-            if (std::string_view(error.what()).find("already registered") != std::string_view::npos) return;
-            fail_unavailable("provider_library='" + options_.provider_library + "': " + error.what());
-        }
-    }
-
-    void append_to(Ort::SessionOptions& options, const Provider& provider) {
-        if (!is_a_plugins()) return append(options, provider);
-        std::vector<Ort::ConstEpDevice> devices;
-        for (const auto& device : env_.GetEpDevices())
-            if (device.EpName() == provider.name) devices.push_back(device);
-        if (devices.empty()) fail_unavailable("provider='" + provider.name + "': the plugin sees no device for it here");
-        options.AppendExecutionProvider_V2(env_, {devices.front()}, Ort::KeyValuePairs());
-    }
-#else
-    void register_plugin() {
-        fail_unavailable("provider_library='" + options_.provider_library +
-                         "': this library was built with headers older than ONNX Runtime 1.23");
-    }
-
-    void append_to(Ort::SessionOptions& options, const Provider& provider) { append(options, provider); }
-#endif
 
     // A graph's weights must be in files with a hash in the manifest.
     void check_external(const std::filesystem::path& path, const std::string& weights) const {
@@ -312,6 +288,7 @@ private:
 
     const Bundle& bundle_;
     BackendOptions options_;
+    std::optional<Plugin> plugin_;
     std::vector<Provider> candidates_;  // the preferred one first
     Ort::Env env_{ORT_LOGGING_LEVEL_FATAL, "higen"};
     mutable std::mutex mutex_;

@@ -24,8 +24,8 @@ constexpr std::array<Known, 3> known = {{{"tensorrt-rtx", "NvTensorRTRTXExecutio
 
 [[noreturn]] void fail_provider(const std::string& option) {
     fail_request("provider='" + option +
-                 "': one of 'auto', 'cpu', 'cuda', 'cuda:N', 'tensorrt-rtx', 'tensorrt-rtx:N' (N: a GPU, from 0), or a "
-                 "plugin's provider together with its library");
+                 "': one of 'auto', 'cpu', 'cuda', 'cuda:N', 'tensorrt-rtx', 'tensorrt-rtx:N' (N: a GPU, from 0), "
+                 "'openvino', 'webgpu', or another plugin's provider together with its library");
 }
 
 }  // namespace

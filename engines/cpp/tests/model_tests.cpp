@@ -314,6 +314,19 @@ TEST(models_that_cannot_be_opened) {
     options.provider = "a plugin";
     options.provider_library = "/nonexistent.so";
     CHECK(status(directory.c_str(), options) == HIGEN_ERROR_UNAVAILABLE);
+    for (const char* plugin : {"openvino", "webgpu"}) {
+        options.provider = plugin;
+        CHECK(status(directory.c_str(), options) == HIGEN_ERROR_UNAVAILABLE);
+        CHECK(std::string(higen_last_error()).find("/nonexistent.so") != std::string::npos);
+        options.precision = "fp16";
+        CHECK(status(directory.c_str(), options) == HIGEN_ERROR_UNAVAILABLE);
+        CHECK(higen_last_error() == "precision='fp16' with provider='" + std::string(plugin) + "': only fp32 runs there");
+        options.precision = nullptr;
+    }
+    options = HIGEN_MODEL_OPTIONS_INIT;
+    options.provider = "auto";
+    options.provider_library = "/nonexistent.so";
+    CHECK(status(directory.c_str(), options) == HIGEN_ERROR_REQUEST);
     options = HIGEN_MODEL_OPTIONS_INIT;
     options.threads = -1;
     CHECK(status(directory.c_str(), options) == HIGEN_ERROR_REQUEST);

@@ -73,9 +73,11 @@ typedef struct higen_model higen_model;
 
 typedef struct higen_model_options {
     size_t struct_size;
-    const char* provider;         /* of ONNX Runtime: NULL or "auto", "cpu", "cuda", "tensorrt-rtx", or the name of a
-                                     plugin's provider; ":N" chooses another GPU than the first ("cuda:1") */
-    const char* provider_library; /* path of a plugin execution provider; NULL: ONNX Runtime's own providers */
+    const char* provider;         /* of ONNX Runtime: NULL or "auto", "cpu", "cuda", "tensorrt-rtx", "openvino",
+                                     "webgpu", or ONNX Runtime's name for another plugin's provider; ":N" chooses
+                                     another GPU than the first ("cuda:1") */
+    const char* provider_library; /* path of a plugin execution provider; NULL: for "openvino" and "webgpu" the path in
+                                     the environment variable HIGEN_OPENVINO_LIBRARY or HIGEN_WEBGPU_LIBRARY */
     int32_t threads;              /* per stage on a CPU; 0: ONNX Runtime's choice */
     int32_t skip_verification;    /* 1: trust the files, do not compute their sha256 */
     const char* backend;          /* NULL or "auto": engines if they fit, else graphs; "tensorrt"; "onnx" */
