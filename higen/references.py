@@ -119,12 +119,22 @@ def _check_source(manifest: Rows, where: str, tensor: Tensor) -> None:
         check(good, f"{where}: tokens are [B, {wanted}], not {list(tensor.shape)}")
     elif found.kind in ("control", "picture", "clip"):
         _check_control_source(manifest, where, tensor)
+    elif found.kind in ("frames", "places"):
+        _check_frames_source(manifest, where, tensor)
     elif found.kind == "known":
         _check_known_source(where, tensor)
     elif found.shown:
         _check_shown(manifest, where, tensor)
     elif found.kind == "made":
         _check_made(manifest, where, tensor.source, len(tensor.shape))
+        if found.given in _of_kind(manifest, "frames"):
+            good = len(tensor.shape) == 5 and (tensor.shape[0], *tensor.shape[2:]) == ("B", "F", "H", "W")
+            check(good, f"{where}: {tensor.source} is [B, C, F, H, W], not {list(tensor.shape)}")
+
+
+def _of_kind(manifest: Rows, *kinds: str) -> list[str]:
+    """The names of the controls of these kinds."""
+    return [control.name for control in manifest.controls if control.kind in kinds]
 
 
 def _size(manifest: Rows, axis: int | str) -> int | None:
@@ -174,10 +184,22 @@ def _check_known_source(where: str, tensor: Tensor) -> None:
     check(good and tensor.dtype == "float32", f"{where}: {tensor.source} is float32 {wanted}, not {list(tensor.shape)}")
 
 
+def _check_frames_source(manifest: Rows, where: str, tensor: Tensor) -> None:
+    """Check an input that takes the pictures of a control of kind frames at their places, or these places."""
+    found, shape = source(tensor.source), list(tensor.shape)
+    names = _of_kind(manifest, "frames")
+    check(found.name in names, f"{where}: source {tensor.source}: the controls of kind frames are {names}")
+    places = found.kind == "places"
+    good = shape == ["B", "F"] if places else len(shape) == 5 and (shape[0], *shape[2:]) == ("B", "F", "Y", "X")
+    good = good and (places or _size(manifest, tensor.shape[1]) == 3) and tensor.dtype == "float32"
+    wanted = "[B, F]" if places else "[B, 3, F, Y, X]"
+    check(good, f"{where}: {tensor.source} is float32 {wanted}, not {shape}")
+
+
 def _check_given(manifest: Rows, where: str, text: str, kinds: tuple[str, ...]) -> None:
     """Check a stage that gets a control's frames instead of its picture or clip; the frames are its axis N."""
     found = source(text)
-    names = [control.name for control in manifest.controls if control.kind in kinds]
+    names = _of_kind(manifest, *kinds)
     check(found.given in names, f"{where}: source {text}: the controls of kind {' or '.join(kinds)} are {names}")
     inputs = [t for stage in manifest.stages if stage.name == found.name for t in stage.inputs]
     pixels = [t for t in inputs if source(t.source).kind in ("picture", "clip") or source(t.source).shown]
@@ -188,7 +210,7 @@ def _check_given(manifest: Rows, where: str, text: str, kinds: tuple[str, ...]) 
 def _check_made(manifest: Rows, where: str, text: str, rank: int) -> None:
     found = source(text)
     if found.given:
-        _check_given(manifest, where, text, ("picture", "clip"))
+        _check_given(manifest, where, text, ("picture", "clip", "frames"))
     check(found.kind == "made" and not found.shown, f"{where}: source {text}: STAGE.OUTPUT or LOOP.latents")
     if found.name in {loop.name for loop in manifest.loops}:
         check(found.output == "latents" and not found.negative, f"{where}: source {text}: a loop gives latents alone")
@@ -272,8 +294,8 @@ def _check_variant(manifest: Rows, loop: Loop, where: str) -> None:
     row = loop.variant
     if row is None:
         return
-    maps = [control.name for control in manifest.controls if control.kind == "map"]
-    check(row.control in maps, f"{where}.control={row.control!r}: the controls of kind map are {maps}")
+    names = _of_kind(manifest, "map", "frames")
+    check(row.control in names, f"{where}.control={row.control!r}: the controls of kind map or frames are {names}")
     for key in ("guided", "plain"):
         own, other = getattr(loop, key), getattr(row, key)
         check((own is None) == (other is None), f"{where}.{key}={other!r}: null where the loop's is, and only there")

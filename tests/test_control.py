@@ -248,8 +248,10 @@ def test_bad_sources(base: Path, module: Path, control: Path, tmp_path: Path) ->
         ([base, module], "edges", "no ControlNet is among the sources"),
         ([control], "edges", "nothing: one folder or file is wanted beside the ControlNet"),
         ([base, control, control], "edges", "2 ControlNets: one is wanted"),
-        ([base, sparse], "given", "a SparseCtrl model .* no family here runs it"),
-        ([base, module, sparse], "given", "a SparseCtrl model"),
+        ([base, sparse], "given", "one motion module are wanted.*sparse is a control network"),
+        ([base, module, sparse], "edges", "control_kind='edges': a SparseCtrl model is shown pictures as they are"),
+        ([base, module, sparse, control], "given", "2 ControlNets: one is wanted"),
+        ([base, module, sparse], None, "diffusion_pytorch_model"),
     ):
         with pytest.raises(CheckpointError, match=said):
             convert_sources(sources, output, control_kind=kind)

@@ -183,7 +183,8 @@ def test_known_frames_are_read_as_pictures_and_resized(folder: Path, tmp_path: P
         ({"keyframes": {True: PICTURES[0]}}, r"^keyframes: frame True: the index of a frame"),
         ({"keyframes": {1.5: PICTURES[0]}}, r"^keyframes: frame 1.5: the index of a frame"),
         ({"keyframes": {}}, r"^keyframes={}: a picture for each known frame, by its index"),
-        ({"keyframes": "a.png"}, r"^keyframes='a.png': a picture for each known frame"),
+        ({"keyframes": "a.png"}, r"^keyframes='a.png': cannot be read as a picture \(.*or as a clip"),
+        ({"keyframes": PICTURES[0]}, r"^keyframes is one picture: say for which frame, {0: picture}"),
         ({"keyframes": {0: "nowhere.png"}}, r"^keyframes\[0\]='nowhere.png': cannot be read as a picture"),
         ({"keyframes": {0: 3}}, r"^keyframes\[0\] is a int"),
         ({"keyframes": [KEYS, KEYS]}, r"^keyframes has 2 entries: one picture, or one per prompt \(1\)"),
@@ -200,7 +201,7 @@ def test_known_frames_are_read_as_pictures_and_resized(folder: Path, tmp_path: P
         ),
         (
             {"keyframes": {0: PICTURES[0]}, "frames": 1},
-            r"^keyframes: a request for 1 frames has no use for known frames",
+            r"^keyframes: a request for 1 frames has no use for these frames",
         ),
     ],
 )

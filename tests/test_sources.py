@@ -18,7 +18,7 @@ from higen.errors import BackendError, RequestError
 from higen.images import load_picture
 from higen.manifest import Manifest
 from higen.request import Request, make_request
-from higen.sources import Kept, Place, Sources, as_video
+from higen.sources import Kept, Place, Sources
 from higen.stages import Output, Stage, Tensor
 from higen.tables import COMMON
 from higen.video import to_uint8

@@ -48,17 +48,24 @@ def control_net_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name in known and name != "self"}
 
 
-def check_base(control: Mapping[str, Any], unet: Mapping[str, Any], factor: int) -> None:
+def check_base(
+    control: Mapping[str, Any], unet: Mapping[str, Any], factor: int | None, kind: str = "ControlNetModel"
+) -> None:
     """Raise CheckpointError if a control network is made for another U-Net, or for latents with another number of
-    pixels per cell than `factor`.
+    pixels per cell than `factor`. `factor`: None for a network that is shown latents. `kind`: its class in diffusers.
     """
     with quiet_import("diffusers", "the control network"):
-        from diffusers import ControlNetModel, UNet2DConditionModel
+        import diffusers
+        from diffusers import UNet2DConditionModel
+
+        network = getattr(diffusers, kind)
     for name in _SHARED:
-        own, wanted = _argument(ControlNetModel, control, name), _argument(UNet2DConditionModel, unet, name)
+        own, wanted = _argument(network, control, name), _argument(UNet2DConditionModel, unet, name)
         if own != wanted:
             raise CheckpointError(f"{name}={own}: a control network for another base than this one, which has {wanted}")
-    embedding = _argument(ControlNetModel, control, "conditioning_embedding_out_channels")
+    if factor is None:
+        return
+    embedding = _argument(network, control, "conditioning_embedding_out_channels")
     pixels = 2 ** (len(embedding) - 1)
     if pixels != factor:
         raise CheckpointError(
@@ -101,6 +108,12 @@ class ControlledClipPredictor(ClipPredictor):
         unet, frames = self.unet, x.shape[2]
         noisy = fold(x.to(unet.conv_in.weight.dtype))
         context = per_frame(conditions["context"].to(noisy.dtype), frames)
-        more = added(unet, noisy, per_frame(t, frames), context, conditions["control"], conditions["control_scale"])
+        more = self.terms(noisy, t, context, conditions, frames)
         embedding = per_frame(time_embedding(unet, t), frames)
         return unfold(walk(unet, unet.conv_in(noisy), embedding, context, more, num_frames=frames), x.shape[0])
+
+    def terms(self, noisy: Tensor, t: Tensor, context: Tensor, conditions: Mapping[str, Tensor], frames: int) -> More:
+        """The terms that the control network adds. noisy [B*f,C,H,W], t [B], context [B*f,T,Dc]"""
+        return added(
+            self.unet, noisy, per_frame(t, frames), context, conditions["control"], conditions["control_scale"]
+        )
