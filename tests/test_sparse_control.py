@@ -12,7 +12,6 @@ import pytest
 import test_animatediff as clips
 import tiny_animatediff as tiny_motion
 import tiny_diffusers as tiny
-import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from numpy.typing import NDArray
 from test_control import base, drawn, module, per_frame, scheduler
