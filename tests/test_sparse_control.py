@@ -14,6 +14,7 @@ import test_animatediff as clips
 import tiny_animatediff as tiny_motion
 import tiny_diffusers as tiny
 import torch
+from deep_truth import Reused
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from numpy.typing import NDArray
 from safetensors.torch import save_file
@@ -79,8 +80,10 @@ def truth(kind: str, base: Path, scales: list[float]) -> Any:
     return pipeline
 
 
-def wanted_latents(model: Bundle, kind: str, base: Path, places: tuple[int, ...]) -> NDArray[np.float32]:
-    """The final latents [C,F,H,W] of diffusers' pipeline."""
+def wanted_latents(
+    model: Bundle, kind: str, base: Path, places: tuple[int, ...], every: int = 1
+) -> NDArray[np.float32]:
+    """The final latents [C,F,H,W] of diffusers' pipeline. `every`: steps from one whole step to the next."""
     pipeline = truth(kind, base, SCALES)
 
     def call(**named: Any) -> Any:
@@ -93,7 +96,8 @@ def wanted_latents(model: Bundle, kind: str, base: Path, places: tuple[int, ...]
             )
 
     call.text_encoder = pipeline.text_encoder  # type: ignore[attr-defined]
-    return clips.wanted_latents(model, pipeline.scheduler, 3, 7.5, call, frames=clips.FRAMES)
+    with Reused(pipeline.unet, lambda count: count % every == 0):
+        return clips.wanted_latents(model, pipeline.scheduler, 3, 7.5, call, frames=clips.FRAMES)
 
 
 def test_a_clip_with_pictures_of_two_frames_is_that_of_diffusers(
@@ -133,6 +137,14 @@ def test_a_step_is_that_of_diffusers(model: Bundle, kind: str, by_torch: Pipelin
     wanted = m[1] + guidance[:, None, :, None, None] * (m[0] - m[1])
     outputs = by_torch.backend.run("temporal_unet_control", **given)
     assert apart(by_torch.backend.to_numpy(outputs["latents"]), wanted) < 2e-5
+
+
+def test_reused_features_are_those_of_diffusers_with_hooks(
+    model: Bundle, kind: str, by_torch: Pipeline, base: Path
+) -> None:
+    wanted = wanted_latents(model, kind, base, PLACES, every=2)
+    options: dict[str, Any] = {"control": given(), "control_scale": SCALES, "steps": 3, "guidance": 7.5}
+    assert apart(clips.last_latents(by_torch, reuse=2, **options), wanted) < 1e-4
 
 
 def test_a_clip_gives_every_frame(by_torch: Pipeline) -> None:
@@ -228,8 +240,7 @@ def test_incomplete_files(tmp_path: Path) -> None:
         ({"control": {0: 0}, "frames": 1}, "control: a request for 1 frames has no use for these frames"),
         ({"control": {}}, "control={}: a picture for each known frame"),
         ({"control": 0}, "control is one picture: say for which frame"),
-        ({"control": {0: 0}, "reuse": 2}, "no shallow steps with control; leave out"),
-        ({"control": {0: 0}, "control_scale": [1] * 4}, "control_scale has 4 numbers"),
+        ({"control": {0: 0}, "control_scale": [1] * 4}, r"control_scale has shape \[4\]"),
     ],
 )
 def test_requests_that_are_refused(by_torch: Pipeline, options: dict[str, Any], said: str) -> None:

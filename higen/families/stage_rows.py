@@ -167,13 +167,14 @@ def map_conditions(frames: int | str) -> tuple[Tensor, Tensor]:
 
 
 def controlled_stages(
-    stage: str, weights: str, frames: int | str, more: tuple[Tensor, ...] | None = None
+    stage: str, weights: str, frames: int | str, deep: int, more: tuple[Tensor, ...] | None = None
 ) -> tuple[Stage, Stage]:
-    """The steps of `solver_stages` with a control network. Its tensors are in the U-Net's file. `more`: its inputs
-    besides the text; None: those of `map_conditions`.
+    """The steps of `solver_stages` with a control network. Its tensors are in the U-Net's file.
+
+    more  its inputs besides the text; None: those of `map_conditions`
     """
     conditions = (*TEXT_CONDITIONS, *(map_conditions(frames) if more is None else more))
-    return solver_stages(f"{stage}_control", f"{stage}_control_plain", weights, frames, conditions)
+    return solver_stages(f"{stage}_control", f"{stage}_control_plain", weights, frames, conditions, deep)
 
 
 def controlled(stage: str) -> Variant:

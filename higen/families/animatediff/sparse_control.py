@@ -39,6 +39,20 @@ class SparselyControlledPredictor(ControlledClipPredictor):
 
     def terms(self, noisy: Tensor, t: Tensor, context: Tensor, conditions: Mapping[str, Tensor], frames: int) -> More:
         """As in diffusers' SparseControlNetModel. The network does not see the noisy latents, only the pictures."""
+        net, first = self.unet.control, self._first(noisy, conditions)
+        embedding = per_frame(time_embedding(net, t), frames)
+        middle, skips = down_and_middle(net, first, embedding, context, num_frames=frames)
+        scale = _scale(noisy, conditions)
+        down = (scale * layer(skip) for layer, skip in zip(net.controlnet_down_blocks, skips, strict=True))
+        return tuple(down), scale * net.controlnet_mid_block(middle)
+
+    def first_term(self, noisy: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+        """The term for the first skip connection [B*f,C',H,W]. It needs none of the control network's blocks."""
+        term: Tensor = self.unet.control.controlnet_down_blocks[0](self._first(noisy, conditions))
+        return _scale(noisy, conditions) * term
+
+    def _first(self, noisy: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+        """What enters the blocks of the control network: [B*f,C',H,W]."""
         net = self.unet.control
         shown = conditions["control"].to(noisy.dtype)
         if not net.use_simplified_condition_embedding:
@@ -47,12 +61,12 @@ class SparselyControlledPredictor(ControlledClipPredictor):
             places = conditions["control_places"].to(noisy.dtype)[:, None, :, None, None]
             shown = torch.cat([shown, places.expand(-1, -1, -1, *shown.shape[3:])], dim=1)
         # The first convolution is given zeros, which leaves only its bias.
-        first = net.controlnet_cond_embedding(fold(shown)) + net.conv_in.bias[None, :, None, None]
-        embedding = per_frame(time_embedding(net, t), frames)
-        middle, skips = down_and_middle(net, first, embedding, context, num_frames=frames)
-        scale = conditions["control_scale"].flatten()[:, None, None, None].to(noisy.dtype)
-        down = (scale * layer(skip) for layer, skip in zip(net.controlnet_down_blocks, skips, strict=True))
-        return tuple(down), scale * net.controlnet_mid_block(middle)
+        first: Tensor = net.controlnet_cond_embedding(fold(shown)) + net.conv_in.bias[None, :, None, None]
+        return first
+
+
+def _scale(noisy: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+    return conditions["control_scale"].flatten()[:, None, None, None].to(noisy.dtype)
 
 
 def read_sparse_control(path: Path, unet: Mapping[str, Any], factor: int, notes: list[str]) -> ControlSource:

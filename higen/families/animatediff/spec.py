@@ -176,10 +176,10 @@ def _stages(deep: int, control: bool, sparse: Mapping[str, Any] | None) -> tuple
     return (
         text_encoder_stage(TEXT_ENCODER, "Dc"),
         *solver_stages("spatial_unet", "spatial_unet_plain", UNET, 1, TEXT_CONDITIONS, deep),
-        *(controlled_stages("spatial_unet", UNET, 1) if control else ()),
+        *(controlled_stages("spatial_unet", UNET, 1, deep) if control else ()),
         *solver_stages("temporal_unet", "temporal_unet_plain", UNET, "F", TEXT_CONDITIONS, deep),
-        *(controlled_stages("temporal_unet", UNET, "F") if control else ()),
-        *(() if sparse is None else controlled_stages("temporal_unet", UNET, "F", _frames_conditions(sparse))),
+        *(controlled_stages("temporal_unet", UNET, "F", deep) if control else ()),
+        *(() if sparse is None else controlled_stages("temporal_unet", UNET, "F", deep, _frames_conditions(sparse))),
         *autoencoder_stages(AUTOENCODER, "video", "clip"),
     )
 
