@@ -755,7 +755,7 @@ TEST(a_map_chooses_the_loops_other_stages) {
         other["loops"][1]["variant"][key] = std::move(value);
         CHECK_FAILS(HIGEN_ERROR_MANIFEST, said, fixture::parsed(other));
     };
-    bad("loops.filming.variant.control='reel': the controls of kind map are plot", "control", "reel");
+    bad("loops.filming.variant.control='reel': the controls of kind map or frames are plot", "control", "reel");
     bad("loops.filming.variant.plain='': null where the loop's is, and only there", "plain", nullptr);
     bad("loops.filming.variant.guided='painter'", "guided", "painter");
 }
