@@ -283,7 +283,7 @@ def _check_known(manifest: Manifest, request: Request) -> None:
         if request.controls[control.name] is None or control.name in taken:
             continue
         if control.kind == "frames":
-            raise RequestError(f"{control.name}: a request for {request.frames} frames has no use for these frames")
+            raise RequestError(f"{control.name}: a request for {request.frames} frames takes no pictures by index")
         if control.kind == "map":
             raise RequestError(f"{control.name}: no loop of this request takes it")
         if control.kind == "mask":

@@ -205,8 +205,8 @@ def test_the_authors_file_is_the_same_network(kind: str, masked: bool, tmp_path:
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("block_out_channels", (32, 32), "a control network for another base than this one, which has"),
-        ("cross_attention_dim", 64, "a control network for another base"),
+        ("block_out_channels", (32, 32), "the control network is for another base; this base has"),
+        ("cross_attention_dim", 64, "the control network is for another base"),
         ("conditioning_embedding_out_channels", (16, 16, 32), "for 4 pixels a latent cell, and this model has 2"),
         ("conditioning_channels", 4, "3 are wanted, those of a picture"),
         ("global_pool_conditions", True, "False is wanted"),
@@ -237,7 +237,7 @@ def test_incomplete_files(tmp_path: Path) -> None:
     ("options", "said"),
     [
         ({"control": {3: 0}}, "control: frame 3: the clip has 3 frames"),
-        ({"control": {0: 0}, "frames": 1}, "control: a request for 1 frames has no use for these frames"),
+        ({"control": {0: 0}, "frames": 1}, "control: a request for 1 frames takes no pictures by index"),
         ({"control": {}}, "control={}: a picture for each known frame"),
         ({"control": 0}, "control is one picture: say for which frame"),
         ({"control": {0: 0}, "control_scale": [1] * 4}, r"control_scale has shape \[4\]"),

@@ -62,14 +62,15 @@ def check_base(
     for name in _SHARED:
         own, wanted = _argument(network, control, name), _argument(UNet2DConditionModel, unet, name)
         if own != wanted:
-            raise CheckpointError(f"{name}={own}: a control network for another base than this one, which has {wanted}")
+            raise CheckpointError(f"{name}={own}: the control network is for another base; this base has {wanted}")
     if factor is None:
         return
     embedding = _argument(network, control, "conditioning_embedding_out_channels")
     pixels = 2 ** (len(embedding) - 1)
     if pixels != factor:
         raise CheckpointError(
-            f"conditioning_embedding_out_channels={list(embedding)}: for {pixels} pixels a latent cell, and this model "
+            f"conditioning_embedding_out_channels={list(embedding)}: for {pixels} pixels per latent cell, but this "
+            "model "
             f"has {factor}"
         )
 

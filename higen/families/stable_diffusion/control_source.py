@@ -91,11 +91,13 @@ def without_controls(
             shown = "a SparseCtrl model is shown pictures as they are given; leave it out"
             raise CheckpointError(f"control_kind={quoted(kind)}: {shown}")
         return [path for path in paths if path not in found], found[0]
-    wanted = "--control-kind edges (pictures are given, their edges are found) or --control-kind given (maps are given)"
+    wanted = "--control-kind edges (pictures are given) or --control-kind given (maps are given)"
     if not found and kind is not None:
         raise CheckpointError(f"control_kind={quoted(kind)}: no ControlNet is among the sources")
     if found and kind not in KINDS:
-        said = "no file says what a ControlNet is shown" if kind is None else f"control_kind={quoted(kind)}"
+        said = (
+            "the files do not say what input the ControlNet takes" if kind is None else f"control_kind={quoted(kind)}"
+        )
         raise CheckpointError(f"{found[0]}: {said}: {wanted}")
     return [path for path in paths if path not in found], found[0] if found else None
 
@@ -143,7 +145,7 @@ def _single_file(state: State, unet: Mapping[str, Any]) -> tuple[dict[str, Any],
     if missing := [name for name in names if name not in own]:
         raise CheckpointError(f"not a ControlNet for this U-Net: missing {missing[0]}")
     if extra := [name for name in own if name not in names]:
-        raise CheckpointError(f"not a ControlNet for this U-Net: it has {extra[0]} too")
+        raise CheckpointError(f"not a ControlNet for this U-Net: it also has {extra[0]}")
     return arguments, {ours: own[name] for name, ours in names.items()}
 
 
