@@ -28,6 +28,8 @@ from higen.engines.triton.interface import read_request
 from higen.errors import CheckpointError, RequestError
 from higen.families.animatediff.sparse_control import read_sparse_control
 from higen.families.stable_diffusion.control_source import control_class
+from higen.generate_command import _frame, _given
+from higen.images import load_frames
 from higen.pipeline import Pipeline
 
 # a warning of diffusers under NumPy 2 about arrays made from tensors
@@ -156,6 +158,15 @@ def test_a_clip_gives_every_frame(by_torch: Pipeline) -> None:
     np.testing.assert_array_equal(two, clips.last_latents(by_torch, control={0: shown[0], 1: shown[1]}, **options))
 
 
+def test_a_folder_gives_every_frame(tmp_path: Path) -> None:
+    for i, picture in enumerate(pictures()):
+        PIL.Image.fromarray(picture).save(tmp_path / f"{i}.png")
+    assert _given("control", (_frame(str(tmp_path)),)) == tmp_path  # as an option of `higen generate`
+    read = load_frames(tmp_path, 2, clips.WIDTH, clips.HEIGHT, "control")
+    assert read.places == (0, 1)
+    np.testing.assert_array_equal(np.rint((read.pixels + 1) * 127.5), pictures()[:2].transpose(0, 3, 1, 2))
+
+
 def test_tritons_tensors_give_the_same_request(model: Bundle) -> None:
     indices, shown = np.array(PLACES, np.int32), pictures()[list(PLACES)]
     tensors = {"prompt": np.array([b"a fox"]), "control": shown, "control_index": indices}
@@ -207,7 +218,7 @@ def test_the_authors_file_is_the_same_network(kind: str, masked: bool, tmp_path:
     [
         ("block_out_channels", (32, 32), "the control network is for another base; this base has"),
         ("cross_attention_dim", 64, "the control network is for another base"),
-        ("conditioning_embedding_out_channels", (16, 16, 32), "for 4 pixels a latent cell, and this model has 2"),
+        ("conditioning_embedding_out_channels", (16, 16, 32), "for 4 pixels per latent cell, but this model has 2"),
         ("conditioning_channels", 4, "3 are wanted, those of a picture"),
         ("global_pool_conditions", True, "False is wanted"),
         ("controlnet_conditioning_channel_order", "bgr", "'rgb' is wanted"),
