@@ -291,7 +291,7 @@ TEST(axes_of_a_denoising_stage) {
     refused("t is float32 [B]", [](Json& json) { input_row(json, "film", "t")["dtype"] = "int64"; });
     refused("batch is true, but the first axes are not all B, or all N",
             [](Json& json) { input_row(json, "film", "mood")["shape"] = {"N", "K"}; });
-    refused("batch is true", [](Json& json) { stage_row(json, "film")["batch"] = false; });
+    refused("batch must be true", [](Json& json) { stage_row(json, "film")["batch"] = false; });
     refused("tokens are [B, 4], not [B, L, T]",
             [](Json& json) { input_row(json, "reader", "ids")["shape"] = {"B", "L", "T"}; });
     refused("needs a last axis of a fixed size",
