@@ -413,7 +413,7 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
         setting("loops.film.guided", "film_one"),
         r"loops\.film\.guided='film_one': its state inputs must be A,",
     ),
-    ("a step of one sample", setting("stages.film_one.batch", False), r"loops\.film\.plain='film_one': batch must be true"),
+    ("a step of one sample", setting("stages.film_one.batch", False), r"loops\.film\.plain='film_one': batch is true"),
     (
         "no stage at all",
         lambda d: row(d, "loops", "film").update(guided=None, plain=None),
