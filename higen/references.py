@@ -7,6 +7,7 @@ import reprlib
 from collections.abc import Iterator, Mapping
 
 from higen.errors import ManifestError
+from higen.frame_references import check_frames_source, check_known_source, check_placed, of_kind
 from higen.rows import Rows
 from higen.stages import DEEP, STATE, STEP_COLUMNS, TOKENS, Output, Stage, Tensor, source
 from higen.tables import MAX_NUMBER, MAX_SIZE, NUMERIC, Loop, check, is_number
@@ -131,21 +132,14 @@ def _check_source(manifest: Rows, where: str, tensor: Tensor) -> None:
     elif found.kind in ("control", "picture", "clip"):
         _check_control_source(manifest, where, tensor)
     elif found.kind in ("frames", "places"):
-        _check_frames_source(manifest, where, tensor)
+        check_frames_source(manifest, where, tensor)
     elif found.kind == "known":
-        _check_known_source(where, tensor)
+        check_known_source(where, tensor)
     elif found.shown:
         _check_shown(manifest, where, tensor)
     elif found.kind == "made":
         _check_made(manifest, where, tensor.source, len(tensor.shape))
-        if found.given in _of_kind(manifest, "frames"):
-            good = len(tensor.shape) == 5 and (tensor.shape[0], *tensor.shape[2:]) == ("B", "F", "H", "W")
-            check(good, f"{where}: {tensor.source} is [B, C, F, H, W], not {list(tensor.shape)}")
-
-
-def _of_kind(manifest: Rows, *kinds: str) -> list[str]:
-    """The names of the controls of these kinds."""
-    return [control.name for control in manifest.controls if control.kind in kinds]
+        check_placed(manifest, where, tensor)
 
 
 def _size(manifest: Rows, axis: int | str) -> int | None:
@@ -185,32 +179,10 @@ def _check_shown(manifest: Rows, where: str, tensor: Tensor) -> None:
     check(good, f"{where}: source {tensor.source}: [N, 3, Y, X] or [B, 3, F, Y, X] is wanted, not {list(made)}")
 
 
-def _check_known_source(where: str, tensor: Tensor) -> None:
-    """Check an input that takes known frames. Their control is that of the stage's loop (`_check_loop`)."""
-    latents = source(tensor.source).name == "latents"
-    good = len(tensor.shape) == 5 and (tensor.shape[0], *tensor.shape[2:]) == ("B", "F", "H", "W")
-    good = good and (latents or tensor.shape[1] == 1)
-    good = good or (not latents and tensor.shape == ("B", "F"))
-    wanted = "[B, C, F, H, W]" if latents else "[B, F] or [B, 1, F, H, W]"
-    check(good and tensor.dtype == "float32", f"{where}: {tensor.source} is float32 {wanted}, not {list(tensor.shape)}")
-
-
-def _check_frames_source(manifest: Rows, where: str, tensor: Tensor) -> None:
-    """Check an input that takes the pictures of a control of kind frames at their places, or these places."""
-    found, shape = source(tensor.source), list(tensor.shape)
-    names = _of_kind(manifest, "frames")
-    check(found.name in names, f"{where}: source {tensor.source}: the controls of kind frames are {names}")
-    places = found.kind == "places"
-    good = shape == ["B", "F"] if places else len(shape) == 5 and (shape[0], *shape[2:]) == ("B", "F", "Y", "X")
-    good = good and (places or _size(manifest, tensor.shape[1]) == 3) and tensor.dtype == "float32"
-    wanted = "[B, F]" if places else "[B, 3, F, Y, X]"
-    check(good, f"{where}: {tensor.source} is float32 {wanted}, not {shape}")
-
-
 def _check_given(manifest: Rows, where: str, text: str, kinds: tuple[str, ...]) -> None:
     """Check a stage that gets a control's frames instead of its picture or clip; the frames are its axis N."""
     found = source(text)
-    names = _of_kind(manifest, *kinds)
+    names = of_kind(manifest, *kinds)
     check(found.given in names, f"{where}: source {text}: the controls of kind {' or '.join(kinds)} are {names}")
     inputs = [t for stage in manifest.stages if stage.name == found.name for t in stage.inputs]
     pixels = [t for t in inputs if source(t.source).kind in ("picture", "clip") or source(t.source).shown]
@@ -308,7 +280,7 @@ def _check_variant(manifest: Rows, loop: Loop, where: str) -> None:
     row = loop.variant
     if row is None:
         return
-    names = _of_kind(manifest, "map", "frames")
+    names = of_kind(manifest, "map", "frames")
     check(row.control in names, f"{where}.control={row.control!r}: the controls of kind map or frames are {names}")
     for key in ("guided", "plain"):
         own, other = getattr(loop, key), getattr(row, key)

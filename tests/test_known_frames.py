@@ -22,6 +22,7 @@ from higen.manifest import Manifest
 from higen.pipeline import Pipeline
 from higen.sampler import Step
 from higen.schedule import solver_table
+from higen.stages import Tensor
 from higen.tables import Control, Known, Windows
 from higen.tokenizer import build_word_tokenizer, write_tokenizer
 
@@ -225,6 +226,23 @@ def test_what_is_refused(folder: Path, options: dict[str, Any], message: str) ->
 def test_what_a_manifest_may_not_say(row: Known, message: str) -> None:
     with pytest.raises(ManifestError, match=message):
         changed(MANIFEST, "film", known=row)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        (Tensor("x", ("B", 3, "F", "Y", "X"), source="frames:sketch"), "the controls of kind frames are"),
+        (Tensor("x", ("B", 3, "F", "H", "W"), source="frames:keyframes"), r"float32 \[B, 3, F, Y, X\], not"),
+        (Tensor("x", ("B", 2, "F", "Y", "X"), source="frames:keyframes"), r"float32 \[B, 3, F, Y, X\], not"),
+        (Tensor("x", ("B", 1, "F"), source="places:keyframes"), r"float32 \[B, F\], not"),
+        (Tensor("x", ("B", 2, "H", "W"), source="watch@keyframes.seen"), r"is \[B, C, F, H, W\], not"),
+    ],
+)
+def test_an_input_of_frames_that_a_manifest_may_not_have(tensor: Tensor, said: str) -> None:
+    stage = MANIFEST.stage("film_two")
+    rows = [replace(row, inputs=(*row.inputs, tensor)) if row is stage else row for row in MANIFEST.stages]
+    with pytest.raises(ManifestError, match=f"film_two.x: .*{said}"):
+        replace(MANIFEST, stages=tuple(rows))
 
 
 def test_more_that_a_manifest_may_not_say() -> None:
