@@ -14,11 +14,12 @@ __all__ = ["with_deep_features"]
 
 
 def with_deep_features(bundle: Bundle) -> Bundle:
-    """The model with `deep` set in the rows of its loops' own stages. Nothing is written if all of them have it.
+    """The model with `deep` set in the rows of its loops' stages. Nothing is written if all of them have it.
 
     Raises ModelError for a network that its family cannot split into a deep and a shallow part.
     """
-    own = dict.fromkeys(name for loop in bundle.manifest.loops for name in loop.pairs[0] if name is not None)
+    pairs = [pair for loop in bundle.manifest.loops for pair in loop.pairs]
+    own = dict.fromkeys(name for pair in pairs for name in pair if name is not None)
     missing = [name for name in own if bundle.manifest.stage(name).deep is None]
     if not missing:
         return bundle

@@ -39,7 +39,7 @@ def _values(manifest: Manifest, tensor: Tensor, shape: list[int], random: torch.
         return torch.randint(0, 5, shape, generator=random)
     normal = torch.randn(shape, generator=random)
     origin = source(tensor.source)
-    if (origin.kind, origin.name) == ("known", "mask"):
+    if (origin.kind, origin.name) == ("known", "mask") or origin.kind == "places":
         return (normal > 0.5).float()
     if origin.kind != "control" or origin.name == "fps":
         return normal

@@ -46,10 +46,12 @@ def _curve(text: str) -> Any:
 
 
 def _frame(text: str) -> tuple[str, Path]:
-    """A known frame: its index and a picture."""
+    """The index of a frame and its picture; "" and a clip or folder, which gives every frame."""
     index, equals, file = text.partition("=")
+    if not equals and text and given_path(text).exists():
+        return "", given_path(text)
     if not equals or not file:
-        raise click.BadParameter(f"{quoted(text)}: INDEX=FILE, such as 0=first.png")
+        raise click.BadParameter(f"{quoted(text)}: INDEX=FILE, such as 0=first.png, or a clip or folder")
     return index, given_path(file)
 
 
@@ -62,9 +64,11 @@ def _seed(text: str) -> int | str:
 
 
 def _given(name: str, value: Any) -> Any:
-    """An option's value. Known frames become a dict of pictures by index; each index may occur once."""
+    """An option's value. Pictures of frames become a dict by index, each at most once, or the path of a clip."""
     if not isinstance(value, tuple):
         return value
+    if len(value) == 1 and value[0][0] == "":
+        return value[0][1]
     found = dict(value)
     if len(found) < len(value):
         raise RequestError(f"{name}: {', '.join(index for index, _ in value)}: each frame once")
@@ -134,7 +138,7 @@ def _option(control: Control) -> _ControlOption:
         "map": PATH,
     }
     meaning = control.meaning[:1].upper() + control.meaning[1:]
-    metavar = {"curve": "NUMBERS|FILE", "frames": "INDEX=FILE"}.get(control.kind)
+    metavar = {"curve": "NUMBERS|FILE", "frames": "INDEX=FILE|CLIP"}.get(control.kind)
     many = control.kind == "frames"
     flags = [flag.removesuffix("s")] if many else [flag]
     return _ControlOption(

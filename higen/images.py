@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, cast
@@ -76,14 +77,23 @@ def _digest(*arrays: NDArray[Any]) -> bytes:
 
 
 def load_frames(value: object, frames: int, width: int, height: int, name: str) -> Picture:
-    """Pictures of known frames, {index: picture}, for a clip of `frames`; each is scaled to cover, then cropped.
+    """Pictures of single frames, {index: picture}, for a clip of `frames`; each is scaled to cover, then cropped.
 
-    Raises RequestError, beginning with `name`, for an index that the clip does not have, two indices of one frame, and
-    anything that cannot be read.
+    A clip or a folder of pictures gives frame 0, 1, 2, ...; if it has too many, the first ones are used.
+
+    Raises RequestError, beginning with `name`, for an index that the clip does not have, two indices of one frame, one
+    picture without an index, and anything that cannot be read.
     """
-    pictures = by_frame(name, value, frames)
-    raw = {place: _pixels(cast("Image", picture), f"{name}[{place}]") for place, picture in pictures.items()}
-    notes = (_resized(f"{name}[{place}]", pixels, width, height) for place, pixels in raw.items())
+    if value is None or isinstance(value, Mapping):
+        pictures = by_frame(name, value, frames)
+        raw = {place: _pixels(cast("Image", picture), f"{name}[{place}]") for place, picture in pictures.items()}
+        notes = dict.fromkeys(_resized(f"{name}[{place}]", pixels, width, height) for place, pixels in raw.items())
+    else:
+        raw = dict(enumerate(_rows(value, max(2, frames), name)[: max(2, frames)]))
+        if len(raw) == 1:
+            raise RequestError(f"{name} is one picture: say for which frame, {{0: picture}}; a clip gives every frame")
+        raw = {place: pixels for place, pixels in raw.items() if place < frames}
+        notes = dict.fromkeys(_resized(name, pixels, width, height) for pixels in raw.values())
     fitted = np.stack([_fit(pixels, width, height) for pixels in raw.values()])
     return Picture(fitted, _digest(fitted, np.array([*raw])), tuple(raw), tuple(note for note in notes if note))
 

@@ -1,9 +1,9 @@
-"""Known frames and masks of a request: checks the frames' indices, and averages a mask over latent cells."""
+"""Frames that a request gives by index: checks the indices, puts frames at their places, averages a mask over cells."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from higen.errors import RequestError, quoted
 
-__all__ = ["by_frame", "latent_mask"]
+__all__ = ["as_video", "by_frame", "latent_mask", "placed", "spread"]
 
 _INDEX = re.compile(r"-?\d{1,6}")
 
@@ -45,6 +45,26 @@ def _index(name: str, key: object) -> int:
     if isinstance(key, (int, np.integer)) and not isinstance(key, bool):
         return int(key)
     raise RequestError(f"{name}: frame {quoted(key)}: the index of a frame, a whole number")
+
+
+def as_video(frames: NDArray[Any]) -> NDArray[Any]:
+    """Single frames [N, C, H, W] as one clip [1, C, N, H, W]."""
+    return np.ascontiguousarray(frames.swapaxes(0, 1))[None]
+
+
+def placed(values: NDArray[Any], places: Sequence[int], frames: int, elsewhere: float = 0.0) -> NDArray[np.float32]:
+    """Values of n frames [1, C, n, ...] at their `places` in a clip: float32 [1, C, frames, ...], else `elsewhere`.
+    Places from `frames` on are left out.
+    """
+    made = np.full((*values.shape[:2], frames, *values.shape[3:]), elsewhere, np.float32)
+    kept = [i for i, place in enumerate(places) if place < frames]
+    made[:, :, [places[i] for i in kept]] = values[:, :, kept]
+    return made
+
+
+def spread(latents: NDArray[Any], frames: int) -> NDArray[Any]:
+    """Latents [B,C,1,H,W] of a picture repeated for all frames; latents of a clip unchanged."""
+    return latents.repeat(frames, axis=2) if latents.shape[2] == 1 else latents
 
 
 def latent_mask(bright: NDArray[np.float32], factor: int) -> NDArray[np.float32]:

@@ -63,7 +63,7 @@ class Manifest(Rows):
         return tuple(loop for loop in self.loops if loop.name in found and loop.name in long_enough)
 
     def pictures_of(self, *stages: str) -> tuple[str, ...]:
-        """The picture and clip controls that these stages, or the stages that feed them, need."""
+        """The controls with pixels that these stages, or the stages that feed them, need."""
         found: dict[str, None] = {}
         seen: set[tuple[str, str]] = set()
 
@@ -75,10 +75,12 @@ class Manifest(Rows):
                 origin = source(tensor.source)
                 if origin.kind in ("picture", "clip") or (origin.shown and given):
                     found[given or origin.name] = None
+                elif origin.kind in ("frames", "places"):
+                    found[origin.name] = None
                 elif origin.kind == "made":
                     visit(origin.name, origin.given or given)
 
-        for stage in self.feeding(*stages):
+        for stage in stages:
             visit(stage, "")
         return tuple(found)
 

@@ -27,6 +27,7 @@ from higen.events import Event, Stream, timed, timed_events, timed_steps
 from higen.forks import Home
 from higen.generation_record import generation_record
 from higen.images import load_picture
+from higen.known_frames import spread
 from higen.loop_settings import guidance_rows
 from higen.measured_curves import measured_cues, measured_curve, requested_curves
 from higen.memory import enough_memory
@@ -36,7 +37,7 @@ from higen.progress import Shown
 from higen.request import Request, Warn, make_request
 from higen.sampler import Plan, Step, denoise, initial_state, repeated, tail
 from higen.schedule import last_level, solver_table
-from higen.sources import Kept, Sources, spread
+from higen.sources import Kept, Sources
 from higen.stages import Stage
 from higen.tables import COMMON, Control, Loop
 from higen.tokenizer import PromptTokenizer

@@ -7,6 +7,7 @@ import reprlib
 from collections.abc import Iterator, Mapping
 
 from higen.errors import ManifestError
+from higen.frame_references import check_frames_source, check_known_source, check_placed, of_kind
 from higen.rows import Rows
 from higen.stages import DEEP, STATE, STEP_COLUMNS, TOKENS, Output, Stage, Tensor, source
 from higen.tables import MAX_NUMBER, MAX_SIZE, NUMERIC, Loop, check, is_number
@@ -130,12 +131,15 @@ def _check_source(manifest: Rows, where: str, tensor: Tensor) -> None:
         check(good, f"{where}: tokens are [B, {wanted}], not {list(tensor.shape)}")
     elif found.kind in ("control", "picture", "clip"):
         _check_control_source(manifest, where, tensor)
+    elif found.kind in ("frames", "places"):
+        check_frames_source(manifest, where, tensor)
     elif found.kind == "known":
-        _check_known_source(where, tensor)
+        check_known_source(where, tensor)
     elif found.shown:
         _check_shown(manifest, where, tensor)
     elif found.kind == "made":
         _check_made(manifest, where, tensor.source, len(tensor.shape))
+        check_placed(manifest, where, tensor)
 
 
 def _size(manifest: Rows, axis: int | str) -> int | None:
@@ -175,20 +179,10 @@ def _check_shown(manifest: Rows, where: str, tensor: Tensor) -> None:
     check(good, f"{where}: source {tensor.source}: [N, 3, Y, X] or [B, 3, F, Y, X] is wanted, not {list(made)}")
 
 
-def _check_known_source(where: str, tensor: Tensor) -> None:
-    """Check an input that takes known frames. Their control is that of the stage's loop (`_check_loop`)."""
-    latents = source(tensor.source).name == "latents"
-    good = len(tensor.shape) == 5 and (tensor.shape[0], *tensor.shape[2:]) == ("B", "F", "H", "W")
-    good = good and (latents or tensor.shape[1] == 1)
-    good = good or (not latents and tensor.shape == ("B", "F"))
-    wanted = "[B, C, F, H, W]" if latents else "[B, F] or [B, 1, F, H, W]"
-    check(good and tensor.dtype == "float32", f"{where}: {tensor.source} is float32 {wanted}, not {list(tensor.shape)}")
-
-
 def _check_given(manifest: Rows, where: str, text: str, kinds: tuple[str, ...]) -> None:
     """Check a stage that gets a control's frames instead of its picture or clip; the frames are its axis N."""
     found = source(text)
-    names = [control.name for control in manifest.controls if control.kind in kinds]
+    names = of_kind(manifest, *kinds)
     check(found.given in names, f"{where}: source {text}: the controls of kind {' or '.join(kinds)} are {names}")
     inputs = [t for stage in manifest.stages if stage.name == found.name for t in stage.inputs]
     pixels = [t for t in inputs if source(t.source).kind in ("picture", "clip") or source(t.source).shown]
@@ -199,7 +193,7 @@ def _check_given(manifest: Rows, where: str, text: str, kinds: tuple[str, ...]) 
 def _check_made(manifest: Rows, where: str, text: str, rank: int) -> None:
     found = source(text)
     if found.given:
-        _check_given(manifest, where, text, ("picture", "clip"))
+        _check_given(manifest, where, text, ("picture", "clip", "frames"))
     check(found.kind == "made" and not found.shown, f"{where}: source {text}: STAGE.OUTPUT or LOOP.latents")
     if found.name in {loop.name for loop in manifest.loops}:
         check(found.output == "latents" and not found.negative, f"{where}: source {text}: a loop gives only latents")
@@ -286,8 +280,8 @@ def _check_variant(manifest: Rows, loop: Loop, where: str) -> None:
     row = loop.variant
     if row is None:
         return
-    maps = [control.name for control in manifest.controls if control.kind == "map"]
-    check(row.control in maps, f"{where}.control={row.control!r}: the controls of kind map are {maps}")
+    names = of_kind(manifest, "map", "frames")
+    check(row.control in names, f"{where}.control={row.control!r}: the controls of kind map or frames are {names}")
     for key in ("guided", "plain"):
         own, other = getattr(loop, key), getattr(row, key)
         check(

@@ -251,7 +251,8 @@ def _pictures(control: Control, value: Any, count: int, load: Callable[[Any], Pi
     """One picture for all prompts, or one per prompt as a list or an array [n,H,W,3]."""
     if value is None:
         return None
-    several = isinstance(value, (list, tuple)) or getattr(value, "ndim", None) == 4
+    # An array of pictures of the kind frames is a clip.
+    several = isinstance(value, (list, tuple)) or (control.kind == "picture" and getattr(value, "ndim", None) == 4)
     if several and control.kind in ("picture", "frames"):
         if len(value) != count:
             raise RequestError(f"{control.name} has {len(value)} entries: one picture, or one per prompt ({count})")
@@ -282,7 +283,7 @@ def _check_known(manifest: Manifest, request: Request) -> None:
         if request.controls[control.name] is None or control.name in taken:
             continue
         if control.kind == "frames":
-            raise RequestError(f"{control.name}: a request for {request.frames} frames takes no known frames")
+            raise RequestError(f"{control.name}: a request for {request.frames} frames takes no pictures by index")
         if control.kind == "map":
             raise RequestError(f"{control.name}: no loop of this request takes it")
         if control.kind == "mask":

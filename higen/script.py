@@ -327,10 +327,7 @@ def _schema_of(control: Control, files: bool) -> dict[str, Any]:
         return {"enum": list(control.choices)}
     if control.kind == "frames":
         index = {"pattern": "^-?[0-9]{1,6}$"}
-        return {
-            "type": "object",
-            "minProperties": 1,
-            "propertyNames": index,
-            "additionalProperties": {"type": "string"},
-        }
+        file = {"type": "string"}
+        frames = {"type": "object", "minProperties": 1, "propertyNames": index, "additionalProperties": file}
+        return {"anyOf": [frames, file]}  # a file: a clip, which gives every frame
     return {"number": number, "whole": {**number, "type": "integer"}}.get(control.kind, {"type": "string"})

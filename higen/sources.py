@@ -20,7 +20,7 @@ from higen.bounded_cache import BoundedCache
 from higen.conditioning import curve_rows, curve_values, resample_in_time, similarity_rows, sinusoid_rows
 from higen.errors import RequestError
 from higen.images import resampling
-from higen.known_frames import latent_mask
+from higen.known_frames import as_video, latent_mask, placed
 from higen.manifest import Manifest
 from higen.prompt_chunks import Reading, joined_chunks, weighted
 from higen.request import Picture, Request
@@ -29,7 +29,7 @@ from higen.stages import TOKENS, Source, Stage, Tensor, source
 from higen.tables import Loop
 from higen.video import to_uint8
 
-__all__ = ["Kept", "Place", "Sources", "as_video", "spread"]
+__all__ = ["Kept", "Place", "Sources"]
 
 Array = NDArray[Any]
 Kept = BoundedCache[dict[str, NDArray[Any]]]
@@ -191,12 +191,9 @@ class Sources:
         row, request = loop.known, self._request
         assert row is not None
         wanted = Tensor("latents", ("B", "C", "F", "H", "W"), source=row.latents)
-        latents = self._value(wanted, place).array
-        places = list(request.controls[row.control][place.sample].places)
-        known = np.zeros((*latents.shape[:2], place.frames, *latents.shape[3:]), np.float32)
-        known[:, :, places] = latents
-        mask = np.zeros((1, 1, place.frames, 1, 1), np.float32)
-        mask[:, :, places] = 1
+        known = self._value(wanted, place).array
+        places = request.controls[row.control][place.sample].places
+        mask = placed(np.ones((1, 1, len(places), 1, 1)), places, place.frames)
         if row.mask is not None and request.controls[row.mask] is not None:
             anew = latent_mask(request.controls[row.mask][place.sample].pixels, self._manifest.sizes.factor)
             mask = mask * (1 - anew)[None, None]
@@ -231,6 +228,8 @@ class Sources:
             return self._given(place)
         if origin.kind in ("picture", "clip"):
             return self._picture(origin, tensor, place)
+        if origin.kind in ("frames", "places"):
+            return self._frames(origin, place)
         if origin.kind == "noise":
             return self._noise(int(origin.name), tensor, place)
         if origin.kind == "known":
@@ -248,7 +247,10 @@ class Sources:
         if origin.shown:
             return self._shown(array, _digest(made.key, origin.output), origin.resampled, tensor, place)
         array = as_video(array) if len(tensor.shape) == 5 and array.ndim == 4 else array
-        return _Value(array, _digest(made.key, origin.output, array.ndim), made.lasting)
+        picture = self._request.controls[origin.given][place.sample] if origin.given else None
+        if picture is not None and picture.places:
+            array = placed(array, picture.places, place.frames)
+        return _Value(array, _digest(made.key, origin.output, array.shape), made.lasting)
 
     def _text(self, origin: Source, place: Place) -> str:
         prompt = not (place.negative or origin.name == "negative")
@@ -348,6 +350,15 @@ class Sources:
             return _Value(picture.pixels[None], _digest("picture", picture.digest), lasting=False)
         return self._resampled(picture.pixels, picture.digest, tensor, place)
 
+    def _frames(self, origin: Source, place: Place) -> _Value:
+        """The pictures of a control at their places, black elsewhere: [1,3,F,Y,X]; or 1 at these places: [1,F]."""
+        picture: Picture = self._request.controls[origin.name][place.sample]
+        if origin.kind == "frames":
+            array = placed(as_video(picture.pixels), picture.places, place.frames, elsewhere=-1)
+        else:
+            array = placed(np.ones((1, 1, len(picture.places))), picture.places, place.frames)[0]
+        return _Value(array, _digest(origin.kind, picture.digest, place.frames), lasting=False)
+
     def _given(self, place: Place) -> _Value:
         """The frames of a picture, a clip or known frames, for a stage that takes frames one by one: [n, 3, Y, X]."""
         picture: Picture = self._request.controls[place.given][place.sample]
@@ -387,13 +398,3 @@ class Sources:
         sizes |= {TOKENS: self._length * self.chunks(place.sample)}
         sizes |= {"H": sizes["Y"] // factor, "W": sizes["X"] // factor, **self._manifest.fixed}
         return tuple(sizes[n] if isinstance(n, str) else n for n in tensor.shape)
-
-
-def as_video(frames: Array) -> Array:
-    """Latents of single frames [N, C, H, W] as latents of one clip [1, C, N, H, W]."""
-    return np.ascontiguousarray(frames.swapaxes(0, 1))[None]
-
-
-def spread(latents: NDArray[Any], frames: int) -> NDArray[Any]:
-    """Latents [B,C,1,H,W] of a picture repeated for all frames; latents of a clip unchanged."""
-    return latents.repeat(frames, axis=2) if latents.shape[2] == 1 else latents

@@ -58,13 +58,18 @@ _SOURCE = re.compile(
     r"|clip:(?P<clip>\w+)"
     r"|noise:(?P<noise>\d{1,9})"
     r"|known:(?P<known>latents|mask)"
+    r"|frames:(?P<frames>\w+)"
+    r"|places:(?P<places>\w+)"
     r"|(?P<owner>\w+)(?:@(?P<given>\w+))?\.(?P<output>\w+)"
 )
+
+_KINDS = ("state", "control", "text", "picture", "clip", "noise", "known", "frames", "places")
 
 
 @dataclass(frozen=True)
 class Source:
-    """Where an input comes from: `kind` (state, control, text, picture, clip, noise, known, made) and `name`.
+    """Where an input comes from: `kind` (state, control, text, picture, clip, noise, known, frames, places, made) and
+    `name`.
 
     `output`: an output of a stage or loop (`made`). `negative`: made from the negative prompt. `given`: made from the
     frames of this control, instead of a picture or clip. `resampled`: a picture, resized to the input's size. `shown`:
@@ -88,14 +93,14 @@ def source(text: str) -> Source:
         raise ManifestError(
             f"source={text!r}: state, control:NAME, text:prompt, text:negative, picture:NAME, picture:NAME:clip, "
             "picture:STAGE.OUTPUT, picture:STAGE.OUTPUT:clip, clip:NAME, noise:P, known:latents, known:mask, "
-            "STAGE.OUTPUT, STAGE@negative.OUTPUT, STAGE@CONTROL.OUTPUT or LOOP.latents"
+            "frames:NAME, places:NAME, STAGE.OUTPUT, STAGE@negative.OUTPUT, STAGE@CONTROL.OUTPUT or LOOP.latents"
         )
     if maker := found["maker"]:
         return Source("made", maker, found["pixels"], resampled=found["resampled"] is not None, shown=True)
     if owner := found["owner"]:
         negative, given = found["given"] == NEGATIVE, found["given"] or ""
         return Source("made", owner, found["output"], negative=negative, given="" if negative else given)
-    kind = next(k for k in ("state", "control", "text", "picture", "clip", "noise", "known") if found[k] is not None)
+    kind = next(kind for kind in _KINDS if found[kind] is not None)
     return Source(kind, found[kind], resampled=found["resampled"] is not None)
 
 

@@ -529,7 +529,7 @@ def _other_table(state: Any) -> Any:
     ("change", "said"),
     [
         (_lora, "--lora"),
-        (lambda state: state | {"input_hint_block.0.weight": torch.ones(1)}, "SparseCtrl"),
+        (lambda state: state | {"input_hint_block.0.weight": torch.ones(1)}, "is a control network"),
         (lambda state: state | {"conv_in.weight": torch.ones(4, 9, 3, 3)}, "PIA"),
         (lambda state: state | {"time_embedding.weight": torch.ones(4)}, "time_embedding.weight"),
         (_without("down_blocks.1"), "but this one has levels of"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import test_stable_diffusion as pictures
 import tiny_animatediff as tiny_motion
 import tiny_diffusers as tiny
 import torch
+from deep_truth import Reused
 from diffusers.loaders.single_file_utils import convert_controlnet_checkpoint
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
@@ -26,8 +28,10 @@ from higen.convert import convert_sources
 from higen.edges import edges
 from higen.errors import CheckpointError, RequestError
 from higen.families.stable_diffusion.control_source import _authors_name, is_control, read_control
+from higen.images import load_picture
 from higen.noise import frame_noise
 from higen.pipeline import Pipeline
+from higen.request import make_request
 
 # a warning of diffusers under NumPy 2 about arrays made from tensors
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
@@ -95,8 +99,8 @@ def scheduler(folder: Path, **changes: Any) -> Any:
     return diffusers.DDIMScheduler.from_config({**config, **changes})
 
 
-def wanted_still(model: Bundle, folder: Path, shown: Frames, scale: float) -> NDArray[np.float32]:
-    """The final latents [C,1,H,W] of diffusers' pipeline, 4 steps, guidance 7.5."""
+def wanted_still(model: Bundle, folder: Path, shown: Frames, scale: float, every: int = 1) -> NDArray[np.float32]:
+    """The final latents [C,1,H,W] of diffusers' pipeline, 4 steps, guidance 7.5. `every`: distance of whole steps."""
     pipeline: Any = diffusers.StableDiffusionControlNetPipeline(
         vae=tiny.autoencoder(),
         text_encoder=tiny.text_encoder(32),
@@ -110,7 +114,7 @@ def wanted_still(model: Bundle, folder: Path, shown: Frames, scale: float) -> ND
     )
     pipeline.set_progress_bar_config(disable=True)
     noise = frame_noise(pictures.SEED, 0, 4, 1, pictures.HEIGHT // 2, pictures.WIDTH // 2)
-    with torch.inference_mode():
+    with torch.inference_mode(), Reused(pipeline.unet, lambda count: count % every == 0):
         texts = (pictures.PROMPT, pictures.NEGATIVE)
         given, empty = (pipeline.text_encoder(tokens(model, text)).last_hidden_state for text in texts)
         made = pipeline(
@@ -137,12 +141,20 @@ def test_a_picture_with_the_edges_of_another_one_is_that_of_diffusers(
     assert apart(pictures.last_latents(still_pipe, steps=4, guidance=7.5), got) > 1e-2
 
 
-def test_features_are_reused_only_without_a_control(still_pipe: Pipeline) -> None:
+def test_reused_features_are_those_of_diffusers_with_hooks(still: Bundle, still_pipe: Pipeline, base: Path) -> None:
+    (shown,) = drawn(1, pictures.WIDTH, pictures.HEIGHT)
+    given = {"control": shown, "control_scale": 0.7, "steps": 4, "guidance": 7.5}
+    got = pictures.last_latents(still_pipe, reuse=2, **given)
+    assert apart(got, wanted_still(still, base, edges(shown), 0.7, every=2)) < 1e-4
+    assert apart(pictures.last_latents(still_pipe, **given), got) > 1e-3
+
+
+def test_a_model_without_shallow_steps_with_control_refuses_to_reuse(still: Bundle) -> None:
+    rows = [replace(row, deep=None) if "control" in row.name else row for row in still.manifest.stages]
+    manifest = replace(still.manifest, stages=tuple(rows))
     (shown,) = drawn(1, pictures.WIDTH, pictures.HEIGHT)
     with pytest.raises(RequestError, match=r"reuse=2: the loop spatial of .* no shallow steps with control; leave out"):
-        still_pipe.request("a fox", control=shown, reuse=2)
-    whole, reused = (pictures.last_latents(still_pipe, steps=4, reuse=every) for every in (1, 2))
-    assert 0 < apart(reused, whole) < 1
+        make_request(manifest, "a fox", controls={"control": shown}, load=load_picture, reuse=2)
 
 
 def per_frame(controlnet: Any, scales: list[float]) -> Any:
@@ -248,8 +260,10 @@ def test_bad_sources(base: Path, module: Path, control: Path, tmp_path: Path) ->
         ([base, module], "edges", "no ControlNet is among the sources"),
         ([control], "edges", "nothing: one folder or file is wanted beside the ControlNet"),
         ([base, control, control], "edges", "2 ControlNets: one is wanted"),
-        ([base, sparse], "given", "a SparseCtrl model .* no family here runs it"),
-        ([base, module, sparse], "given", "a SparseCtrl model"),
+        ([base, sparse], "given", "one motion module are wanted.*sparse is a control network"),
+        ([base, module, sparse], "edges", "control_kind='edges': a SparseCtrl model is shown pictures as they are"),
+        ([base, module, sparse, control], "given", "2 ControlNets: one is wanted"),
+        ([base, module, sparse], None, "diffusion_pytorch_model"),
     ):
         with pytest.raises(CheckpointError, match=said):
             convert_sources(sources, output, control_kind=kind)

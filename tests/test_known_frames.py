@@ -22,6 +22,7 @@ from higen.manifest import Manifest
 from higen.pipeline import Pipeline
 from higen.sampler import Step
 from higen.schedule import solver_table
+from higen.stages import Tensor
 from higen.tables import Control, Known, Windows
 from higen.tokenizer import build_word_tokenizer, write_tokenizer
 
@@ -183,7 +184,8 @@ def test_known_frames_are_read_as_pictures_and_resized(folder: Path, tmp_path: P
         ({"keyframes": {True: PICTURES[0]}}, r"^keyframes: frame True: the index of a frame"),
         ({"keyframes": {1.5: PICTURES[0]}}, r"^keyframes: frame 1.5: the index of a frame"),
         ({"keyframes": {}}, r"^keyframes={}: a picture for each known frame, by its index"),
-        ({"keyframes": "a.png"}, r"^keyframes='a.png': a picture for each known frame"),
+        ({"keyframes": "a.png"}, r"^keyframes='a.png': cannot be read as a picture \(.*or as a clip"),
+        ({"keyframes": PICTURES[0]}, r"^keyframes is one picture: say for which frame, {0: picture}"),
         ({"keyframes": {0: "nowhere.png"}}, r"^keyframes\[0\]='nowhere.png': cannot be read as a picture"),
         ({"keyframes": {0: 3}}, r"^keyframes\[0\] is a int"),
         ({"keyframes": [KEYS, KEYS]}, r"^keyframes has 2 entries: one picture, or one per prompt \(1\)"),
@@ -200,7 +202,7 @@ def test_known_frames_are_read_as_pictures_and_resized(folder: Path, tmp_path: P
         ),
         (
             {"keyframes": {0: PICTURES[0]}, "frames": 1},
-            r"^keyframes: a request for 1 frames takes no known frames",
+            r"^keyframes: a request for 1 frames takes no pictures by index",
         ),
     ],
 )
@@ -224,6 +226,23 @@ def test_what_is_refused(folder: Path, options: dict[str, Any], message: str) ->
 def test_invalid_tables(row: Known, message: str) -> None:
     with pytest.raises(ManifestError, match=message):
         changed(MANIFEST, "film", known=row)
+
+
+@pytest.mark.parametrize(
+    ("tensor", "said"),
+    [
+        (Tensor("x", ("B", 3, "F", "Y", "X"), source="frames:sketch"), "the controls of kind frames are"),
+        (Tensor("x", ("B", 3, "F", "H", "W"), source="frames:keyframes"), r"float32 \[B, 3, F, Y, X\], not"),
+        (Tensor("x", ("B", 2, "F", "Y", "X"), source="frames:keyframes"), r"float32 \[B, 3, F, Y, X\], not"),
+        (Tensor("x", ("B", 1, "F"), source="places:keyframes"), r"float32 \[B, F\], not"),
+        (Tensor("x", ("B", 2, "H", "W"), source="watch@keyframes.seen"), r"is \[B, C, F, H, W\], not"),
+    ],
+)
+def test_invalid_inputs_of_frames(tensor: Tensor, said: str) -> None:
+    stage = MANIFEST.stage("film_two")
+    rows = [replace(row, inputs=(*row.inputs, tensor)) if row is stage else row for row in MANIFEST.stages]
+    with pytest.raises(ManifestError, match=f"film_two.x: .*{said}"):
+        replace(MANIFEST, stages=tuple(rows))
 
 
 def test_more_invalid_tables() -> None:

@@ -193,7 +193,7 @@ def test_a_folder_without_pictures_and_a_loop_without_use(folder: Path, tmp_path
             Variant("plot", "plot_film_two", None),
             r"variant\.plain=None: null if and only if the loop's own plain is null",
         ),
-        (Variant("plot", "paint", "plot_film_one"), r"variant\.guided='paint': gives latents, previous"),
+        (Variant("plot", "paint", "plot_film_one"), r"variant\.guided='paint': must give only latents, previous"),
         (
             Variant("plot", "plot_film_one", "plot_film_two"),
             r"variant\.guided='plot_film_one': its state inputs must be",

@@ -16,9 +16,10 @@ from higen.bounded_cache import BoundedCache
 from higen.conditioning import resample_in_time, similarity_rows, sinusoid
 from higen.errors import BackendError, RequestError
 from higen.images import load_picture
+from higen.known_frames import as_video
 from higen.manifest import Manifest
 from higen.request import Request, make_request
-from higen.sources import Kept, Place, Sources, as_video
+from higen.sources import Kept, Place, Sources
 from higen.stages import Output, Stage, Tensor
 from higen.tables import COMMON
 from higen.video import to_uint8

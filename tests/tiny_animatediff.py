@@ -60,3 +60,25 @@ def checkpoint(path: Path, motion: Any, wrapper: str = "module.") -> Path:
     """A motion module as the authors publish it."""
     torch.save({"epoch": 1, "global_step": 2, "state_dict": authors_names(motion, wrapper)}, path)
     return path
+
+
+def sparse_control(**changes: Any) -> Any:
+    """A SparseCtrl network for `tiny.image_unet()`, which is shown latents; see `SHOWN_PIXELS`."""
+    arguments: dict[str, Any] = {
+        "block_out_channels": (32, 64),
+        "layers_per_block": 1,
+        "down_block_types": ("CrossAttnDownBlockMotion", "DownBlockMotion"),
+        "cross_attention_dim": 32,
+        "attention_head_dim": 8,
+        "motion_num_attention_heads": 8,
+        "motion_max_seq_length": 16,
+    }
+    return tiny.randomised(diffusers.SparseControlNetModel(**{**arguments, **changes}), 10)
+
+
+SHOWN_PIXELS: dict[str, Any] = {
+    "use_simplified_condition_embedding": False,
+    "conditioning_channels": 3,
+    "conditioning_embedding_out_channels": (16, 32),
+}
+"""The changes to `sparse_control` for a network that is shown pixels, in latents with 2x2 pixels per cell."""

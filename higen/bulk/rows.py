@@ -185,7 +185,7 @@ class _Check:
             value = options.get(name)
             if kind == "frames" and isinstance(value, dict):
                 options[name] = {index: self._path(f"{name}[{index}]", path) for index, path in value.items()}
-            elif value is not None and kind != "frames":
+            elif value is not None and not (kind == "frames" and not isinstance(value, str)):
                 options[name] = self._path(name, value)
         if options.get("seed") in _RANDOM and not isinstance(options["seed"], bool):
             content = json.dumps({**options, "seed": "random"}, sort_keys=True)

@@ -10,8 +10,17 @@ from higen.noise_schedule import NoiseSchedule, Solver
 from higen.stages import EMPTY, TOKENS, Output, Stage, Tensor
 from higen.tables import Control, Known, Loop, NoiseRule, Sizes, TextRules, Variant
 
-__all__ = ["CHUNKS", "KNOWN", "TEXT_CONDITIONS", "Sampling", "autoencoder_stages", "clip_text", "denoising_loop"]
-__all__ += ["controlled", "controlled_stages", "map_controls"]
+__all__ = [
+    "CHUNKS",
+    "CONTROL_MAP",
+    "KNOWN",
+    "TEXT_CONDITIONS",
+    "Sampling",
+    "autoencoder_stages",
+    "clip_text",
+    "denoising_loop",
+]
+__all__ += ["controlled", "controlled_stages", "map_controls", "scale_condition", "scale_control"]
 __all__ += ["known_frames_controls", "solver_stages", "strength_control", "text_encoder_stage", "unet_sizes"]
 
 CONTROL_MAP = "control"
@@ -139,26 +148,37 @@ def map_controls(edges: bool) -> tuple[Control, Control]:
         else "maps of the kind that the network was trained on, such as poses"
     )
     meaning = f"{what}: one, or one for each frame"
-    return (
-        Control(CONTROL_MAP, "map", meaning, "edges" if edges else None),
-        Control(
-            CONTROL_SCALE, "curve", "strength of the control: 0 is no control", "curve", default=1.0, usual=(0.0, 1.0)
-        ),
-    )
+    return Control(CONTROL_MAP, "map", meaning, "edges" if edges else None), scale_control()
+
+
+def scale_control() -> Control:
+    """The control for the strength of a control network."""
+    meaning = "strength of the control: 0 is no control"
+    return Control(CONTROL_SCALE, "curve", meaning, "curve", default=1.0, usual=(0.0, 1.0))
+
+
+def scale_condition(frames: int | str) -> Tensor:
+    """The input of a step for the strength of its control network. `frames`: 1 or "F"."""
+    return Tensor("control_scale", ("B", frames), source=f"control:{CONTROL_SCALE}")
 
 
 def map_conditions(frames: int | str) -> tuple[Tensor, Tensor]:
     """The additional inputs of a step with a control network. `frames`: 1 or "F"."""
     return (
         Tensor("control", ("B", 3, frames, "Y", "X"), source=f"clip:{CONTROL_MAP}"),
-        Tensor("control_scale", ("B", frames), source=f"control:{CONTROL_SCALE}"),
+        scale_condition(frames),
     )
 
 
-def controlled_stages(stage: str, weights: str, frames: int | str) -> tuple[Stage, Stage]:
-    """The steps of `solver_stages` with a control network. Its tensors are in the U-Net's file."""
-    conditions = (*TEXT_CONDITIONS, *map_conditions(frames))
-    return solver_stages(f"{stage}_control", f"{stage}_control_plain", weights, frames, conditions)
+def controlled_stages(
+    stage: str, weights: str, frames: int | str, deep: int, more: tuple[Tensor, ...] | None = None
+) -> tuple[Stage, Stage]:
+    """The steps of `solver_stages` with a control network. Its tensors are in the U-Net's file.
+
+    more  its inputs besides the text; None: those of `map_conditions`
+    """
+    conditions = (*TEXT_CONDITIONS, *(map_conditions(frames) if more is None else more))
+    return solver_stages(f"{stage}_control", f"{stage}_control_plain", weights, frames, conditions, deep)
 
 
 def controlled(stage: str) -> Variant:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from higen.errors import CheckpointError
 from higen.models.companions import quiet_import
 from higen.models.diffusers_unet import check_configuration, diffusers_network
-from higen.models.video_walk import ClipPredictor, More, fold, per_frame, time_embedding, unfold, walk
+from higen.models.video_walk import ClipPredictor, More, fold, per_frame, time_embedding, unfold, walk_with_deep
 
 __all__ = ["CONTROL", "ControlledClipPredictor", "control_net", "control_net_arguments", "with_control"]
-__all__ += ["added", "check_base"]
+__all__ += ["added", "check_base", "first_added"]
 
 CONTROL = "control"
 """The control network's module name in a U-Net, and its prefix in the U-Net's file: `control.conv_in.weight`."""
@@ -48,17 +48,24 @@ def control_net_arguments(config: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in config.items() if name in known and name != "self"}
 
 
-def check_base(control: Mapping[str, Any], unet: Mapping[str, Any], factor: int) -> None:
+def check_base(
+    control: Mapping[str, Any], unet: Mapping[str, Any], factor: int | None, kind: str = "ControlNetModel"
+) -> None:
     """Raise CheckpointError if a control network is made for another U-Net, or for latents with another number of
-    pixels per cell than `factor`.
+    pixels per cell than `factor`. `factor`: None for a network that is shown latents. `kind`: its class in diffusers.
     """
     with quiet_import("diffusers", "the control network"):
-        from diffusers import ControlNetModel, UNet2DConditionModel
+        import diffusers
+        from diffusers import UNet2DConditionModel
+
+        network = getattr(diffusers, kind)
     for name in _SHARED:
-        own, wanted = _argument(ControlNetModel, control, name), _argument(UNet2DConditionModel, unet, name)
+        own, wanted = _argument(network, control, name), _argument(UNet2DConditionModel, unet, name)
         if own != wanted:
             raise CheckpointError(f"{name}={own}: the control network is for another base; this base has {wanted}")
-    embedding = _argument(ControlNetModel, control, "conditioning_embedding_out_channels")
+    if factor is None:
+        return
+    embedding = _argument(network, control, "conditioning_embedding_out_channels")
     pixels = 2 ** (len(embedding) - 1)
     if pixels != factor:
         raise CheckpointError(
@@ -92,16 +99,51 @@ def added(unet: Any, x: Tensor, t: Tensor, context: Tensor, pixels: Tensor, scal
     return tuple(factor * one for one in down), factor * middle
 
 
+def first_added(unet: Any, x: Tensor, pixels: Tensor, scale: Tensor) -> Tensor:
+    """The first of the terms in `added`, for which no block of the control network is needed."""
+    net, shown = unet.control, ((fold(pixels) + 1) / 2).to(x.dtype)
+    if net.config.controlnet_conditioning_channel_order == "bgr":
+        shown = shown.flip(1)
+    term: Tensor = net.controlnet_down_blocks[0](net.conv_in(x) + net.controlnet_cond_embedding(shown))
+    if net.config.global_pool_conditions:
+        term = term.mean(dim=(2, 3), keepdim=True)
+    return scale.flatten()[:, None, None, None].to(x.dtype) * term
+
+
 class ControlledClipPredictor(ClipPredictor):
     """A video U-Net with a control network. The conditions are `context`, `control` and `control_scale`."""
 
-    def forward(
-        self, x: Tensor, t: Tensor, alpha: Tensor, sigma: Tensor, conditions: Mapping[str, Tensor], branches: int
-    ) -> Tensor:
-        """x [B,C,F,H,W] -> m of the same shape."""
+    def with_deep(
+        self,
+        x: Tensor,
+        t: Tensor,
+        alpha: Tensor,
+        sigma: Tensor,
+        conditions: Mapping[str, Tensor],
+        branches: int,
+        deep: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """As in ClipPredictor. The deep features contain the control network's terms; a step that is given deep
+        features adds only the term for the first skip connection.
+        """
         unet, frames = self.unet, x.shape[2]
         noisy = fold(x.to(unet.conv_in.weight.dtype))
         context = per_frame(conditions["context"].to(noisy.dtype), frames)
-        more = added(unet, noisy, per_frame(t, frames), context, conditions["control"], conditions["control_scale"])
         embedding = per_frame(time_embedding(unet, t), frames)
-        return unfold(walk(unet, unet.conv_in(noisy), embedding, context, more, num_frames=frames), x.shape[0])
+        first, more, given = unet.conv_in(noisy), None, None
+        if deep is None:
+            more = self.terms(noisy, t, context, conditions, frames)
+        else:
+            first, given = first + self.first_term(noisy, conditions), fold(deep.to(noisy.dtype))
+        m, kept = walk_with_deep(unet, first, embedding, context, given, more, num_frames=frames)
+        return unfold(m, x.shape[0]), unfold(kept, x.shape[0])
+
+    def terms(self, noisy: Tensor, t: Tensor, context: Tensor, conditions: Mapping[str, Tensor], frames: int) -> More:
+        """The terms that the control network adds. noisy [B*f,C,H,W], t [B], context [B*f,T,Dc]"""
+        return added(
+            self.unet, noisy, per_frame(t, frames), context, conditions["control"], conditions["control_scale"]
+        )
+
+    def first_term(self, noisy: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
+        """The term for the first skip connection [B*f,C',H,W]. It needs none of the control network's blocks."""
+        return first_added(self.unet, noisy, conditions["control"], conditions["control_scale"])

@@ -21,6 +21,7 @@ PLAIN = (
     "net",
     "network",
     "generator",
+    "controlnet",
     "weights",
 )
 """Keys under which training loops store averages of the weights, and the weights. The first with tensors is used."""

@@ -1,4 +1,4 @@
-// The part of Sources for known frames and masks (docs/manifest.md, "Known frames").
+// The part of Sources for frames that a request gives by index, and for masks (docs/manifest.md, "Known frames").
 #include <algorithm>
 
 #include "errors.h"
@@ -54,6 +54,38 @@ TensorPtr Sources::frames_of(const std::string& control, const Place& place) con
     return host_tensor(std::move(frames));
 }
 
+// Values of a control's frames [1, C, n, ...] at their places in the clip, [1, C, F, ...], else `elsewhere`.
+Array Sources::placed(const Array& values, const std::string& control, const Place& place, float elsewhere) const {
+    const auto& places = requests_[place.sample].places.at(control);
+    if (values.shape.size() < 3 || values.shape[0] != 1 || values.shape[2] != signed_size(places.size()))
+        fail_backend(to_text(values.shape) + " for the " + std::to_string(places.size()) + " frames of " + control);
+    auto shape = values.shape;
+    shape[2] = signed_size(place.frames);
+    const auto plane = count({shape.begin() + 3, shape.end()});
+    std::vector<float> made(count(shape), elsewhere);
+    for (std::size_t c = 0; c < static_cast<std::size_t>(shape[1]); ++c)
+        for (std::size_t i = 0; i < places.size(); ++i)
+            if (places[i] < place.frames)
+                std::copy_n(values.floats().data() + (c * places.size() + i) * plane, plane,
+                            made.data() + (c * place.frames + places[i]) * plane);
+    return Array::of(std::move(shape), std::move(made));
+}
+
+// The pictures of a control at their places, black elsewhere: [1, 3, F, Y, X]; or 1 at these places: [1, F].
+TensorPtr Sources::placed_frames(const Source& source, const Place& place) const {
+    const auto& request = requests_[place.sample];
+    const auto found = request.pictures.find(source.name);
+    if (found == request.pictures.end()) fail_request(source.name + ": a stage of this request needs one");
+    const auto n = request.places.at(source.name).size();
+    if (source.kind == Source::Kind::places) {
+        auto made = placed(Array::of({1, 1, signed_size(n)}, std::vector<float>(n, 1.0F)), source.name, place);
+        made.shape.erase(made.shape.begin());
+        return host_tensor(std::move(made));
+    }
+    const Shape shape = {1, 3, signed_size(n), signed_size(request.height), signed_size(request.width)};
+    return host_tensor(placed(Array::of(shape, found->second), source.name, place, -1.0F));
+}
+
 std::optional<Edit> Sources::known(const Loop& loop) {
     if (!requests_.front().passes(loop)) return std::nullopt;
     std::vector<Array> latents, masks;
@@ -69,19 +101,13 @@ std::optional<Edit> Sources::known(const Loop& loop) {
 Edit Sources::known(const Place& place) {
     const auto& request = requests_[place.sample];
     const auto& row = *place.loop->known;
-    const auto found = value(row.latents, std::vector<Axis>(5), place)->to_host();
+    auto latents = value(row.latents, std::vector<Axis>(5), place)->to_host();
     const auto& places = request.places.at(row.control);
-    if (found.shape.size() != 5 || found.shape[0] != 1 || found.shape[2] != signed_size(places.size()))
-        fail_backend(to_text(row.latents) + " gave " + to_text(found.shape) + " for " + std::to_string(places.size()) +
+    const auto& shape = latents.shape;
+    if (shape.size() != 5 || shape[0] != 1 || shape[2] != signed_size(place.frames))
+        fail_backend(to_text(row.latents) + " gave " + to_text(shape) + " for " + std::to_string(places.size()) +
                      " frames");
-    const auto plane = static_cast<std::size_t>(found.shape[3] * found.shape[4]);
-    auto shape = found.shape;
-    shape[2] = signed_size(place.frames);
-    std::vector<float> latents(count(shape), 0.0F);
-    for (std::size_t c = 0; c < static_cast<std::size_t>(shape[1]); ++c)
-        for (std::size_t i = 0; i < places.size(); ++i)
-            std::copy_n(found.floats().data() + (c * places.size() + i) * plane, plane,
-                        latents.data() + (c * place.frames + places[i]) * plane);
+    const auto plane = static_cast<std::size_t>(shape[3] * shape[4]);
     const auto mask = row.mask.empty() ? request.pictures.end() : request.pictures.find(row.mask);
     const bool masked = mask != request.pictures.end();
     const auto cells = masked ? plane : 1;
@@ -96,8 +122,8 @@ Edit Sources::known(const Place& place) {
                                      static_cast<std::size_t>(manifest_.sizes.factor));
         for (std::size_t i = 0; i < cells; ++i) weights[i] -= anew[i];
     }
-    return {Array::of(shape, std::move(latents)),
-            Array::of({1, 1, shape[2], masked ? shape[3] : 1, masked ? shape[4] : 1}, std::move(known))};
+    auto mask_of_cells = Array::of({1, 1, shape[2], masked ? shape[3] : 1, masked ? shape[4] : 1}, std::move(known));
+    return {std::move(latents), std::move(mask_of_cells)};
 }
 
 // A stage's input of known frames: their latents, or how far they are known. Zeros where nothing is known.

@@ -127,9 +127,11 @@ void check_known(const Manifest& manifest, const Loop& loop, const std::string& 
 // Checks the variant, which names other stages for a loop's steps.
 void check_variant(const Manifest& manifest, const Loop& loop, const Variant& variant) {
     const auto where = "loops." + loop.name + ".variant";
-    const auto maps = controls_that(manifest, [](const auto& control) { return control.kind == Control::Kind::map; });
-    check(has(maps, variant.control),
-          where + ".control='" + variant.control + "': the controls of kind map are " + joined(maps));
+    const auto names = controls_that(manifest, [](const auto& control) {
+        return control.kind == Control::Kind::map || control.kind == Control::Kind::frames;
+    });
+    check(has(names, variant.control),
+          where + ".control='" + variant.control + "': the controls of kind map or frames are " + joined(names));
     const auto same = [&](const char* key, const std::string& own, const std::string& other) {
         check(own.empty() == other.empty(),
               where + "." + key + "='" + other + "': null if and only if the loop's own " + key + " is null");

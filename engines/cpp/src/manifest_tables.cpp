@@ -293,7 +293,7 @@ void read_stage(const Json& json, const std::string& where, Stage& stage) {
     if (deep) {
         const auto place = where + ".deep=" + std::to_string(*deep) + ": ";
         check_manifest(*deep >= 1 && *deep <= max_deep, place + "a whole number from 1 to " + std::to_string(max_deep));
-        check_manifest(!stage.variants().empty(), place + "of a denoising stage");
+        check_manifest(!stage.variants().empty(), place + "only for a denoising stage");
     }
     check_manifest(is_ascii(stage.name) && is_identifier(stage.name),
                    where + ".name='" + stage.name + "': letters, digits and _");

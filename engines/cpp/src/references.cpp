@@ -93,6 +93,37 @@ void check_known_source(const std::string& where, const TensorSpec& tensor) {
                                        shown(tensor.shape));
 }
 
+bool is_of_frames(const Manifest& manifest, const std::string& control) {
+    const auto* row = manifest.control(control);
+    return row != nullptr && row->kind == Control::Kind::frames;
+}
+
+// Checks a source that gives the pictures of a control of kind frames at their places, or these places.
+void check_frames_source(const Manifest& manifest, const std::string& where, const TensorSpec& tensor) {
+    const auto& source = tensor.source;
+    const auto names = controls_that(manifest, [](const auto& row) { return row.kind == Control::Kind::frames; });
+    check(has(names, source.name),
+          where + ": source " + to_text(source) + ": the controls of kind frames are " + joined(names));
+    const bool places = source.kind == Source::Kind::places;
+    auto axes = tensor.shape;
+    bool good = places ? is_shape(axes, {"B", "F"}) : axes.size() == 5 && size_of(manifest, axes[1]) == 3;
+    if (good && !places) {
+        axes.erase(axes.begin() + 1);
+        good = is_shape(axes, {"B", "F", "Y", "X"});
+    }
+    check(good && tensor.is_float, where + ": " + to_text(source) + " is float32 " +
+                                       (places ? "[B, F]" : "[B, 3, F, Y, X]") + ", not " + shown(tensor.shape));
+}
+
+// Checks an input that takes what a stage made of the frames of a control, at their places in the clip.
+void check_placed(const Manifest& manifest, const std::string& where, const TensorSpec& tensor) {
+    if (!is_of_frames(manifest, tensor.source.given)) return;
+    auto axes = tensor.shape;
+    if (axes.size() == 5) axes.erase(axes.begin() + 1);
+    check(tensor.shape.size() == 5 && is_shape(axes, {"B", "F", "H", "W"}),
+          where + ": " + to_text(tensor.source) + " is [B, C, F, H, W], not " + shown(tensor.shape));
+}
+
 void check_source(const Manifest& manifest, const std::string& where, const TensorSpec& tensor) {
     switch (tensor.source.kind) {
         case Source::Kind::text: check_tokens(manifest, where, tensor); break;
@@ -104,8 +135,11 @@ void check_source(const Manifest& manifest, const std::string& where, const Tens
                 check_shown(manifest, where, tensor);
             else
                 check_made(manifest, where, tensor.source, tensor.shape.size());
+            check_placed(manifest, where, tensor);
             break;
         case Source::Kind::known: check_known_source(where, tensor); break;
+        case Source::Kind::frames:
+        case Source::Kind::places: check_frames_source(manifest, where, tensor); break;
         case Source::Kind::state:
         case Source::Kind::noise: break;
     }
@@ -241,8 +275,10 @@ void references::check_made(const Manifest& manifest, const std::string& where, 
     const auto row = where + ": source " + to_text(source);
     check(source.kind == Source::Kind::made && !source.shown, row + ": STAGE.OUTPUT or LOOP.latents");
     if (!source.given.empty()) {
-        const auto pictures = controls_that(manifest, [](const auto& control) { return control.is_picture(); });
-        check(has(pictures, source.given), row + ": the controls of kind picture or clip are " + joined(pictures));
+        const auto pictures = controls_that(
+            manifest, [](const auto& one) { return one.is_picture() || one.kind == Control::Kind::frames; });
+        check(has(pictures, source.given),
+              row + ": the controls of kind picture, clip or frames are " + joined(pictures));
         check_frames_of(manifest, where, source);
     }
     if (manifest.loop(source.name) != nullptr) {

@@ -317,8 +317,10 @@ std::vector<std::string> pictures_of(const Manifest& manifest, const std::vector
             const bool replaced = source.shown && !at.second.empty();
             if (source.kind == Source::Kind::made && !replaced)
                 open.emplace_back(source.name, source.given.empty() ? at.second : source.given);
-            if (source.kind != Source::Kind::picture && source.kind != Source::Kind::clip && !replaced) continue;
-            const auto& name = at.second.empty() ? source.name : at.second;
+            const bool placed = source.kind == Source::Kind::frames || source.kind == Source::Kind::places;
+            if (source.kind != Source::Kind::picture && source.kind != Source::Kind::clip && !placed && !replaced)
+                continue;
+            const auto& name = at.second.empty() || placed ? source.name : at.second;
             if (std::find(names.begin(), names.end(), name) == names.end()) names.push_back(name);
         }
     }

@@ -124,12 +124,29 @@ void take_known(const Control& control, const std::string& index, const higen_pi
     known.emplace(place, fitted(name, given, request, warn));
 }
 
+// A clip gives frame 0, 1, 2, ...; if it has too many frames, the first ones are used.
+void take_clip(const std::string& name, const higen_picture& given, const Request& request, const Tokenizer::Warn& warn,
+               KnownFrames& known) {
+    if (!known.empty()) fail_request("control '" + name + "': is given twice");
+    if (given.frames < 2)
+        fail_request(name + " is one picture: say for which frame, " + name + "[0]; a clip gives every frame");
+    const auto rgb = fitted(name, given, request, warn, request.frames);
+    const auto size = static_cast<std::ptrdiff_t>(request.width * request.height * 3);
+    for (std::size_t f = 0; f * static_cast<std::size_t>(size) < rgb.size(); ++f) {
+        const auto from = rgb.begin() + static_cast<std::ptrdiff_t>(f) * size;
+        known.emplace(f, std::vector<std::uint8_t>(from, from + size));
+    }
+}
+
 void take_picture(const Manifest& manifest, const higen_picture& given, Request& request, const Tokenizer::Warn& warn,
                   std::set<std::string>& named, std::map<std::string, KnownFrames>& known) {
-    const auto [base, index] = indexed(given.name == nullptr ? "" : given.name);
+    const std::string name = given.name == nullptr ? "" : given.name;
+    const auto [base, index] = indexed(name);
     const auto* frames = manifest.control(base);
-    if (frames != nullptr && frames->kind == Control::Kind::frames)
+    if (frames != nullptr && frames->kind == Control::Kind::frames) {
+        if (base == name) return take_clip(base, given, request, warn, known[base]);
         return take_known(*frames, index, given, request, warn, known[base]);
+    }
     const auto& control = control_of(manifest, given.name, named);
     if (!control.is_visual()) fail_request(control.name + ": takes no picture, it is a " + to_text(control.kind));
     auto& pixels = request.pictures[control.name];
@@ -177,7 +194,7 @@ void check_known(const Manifest& manifest, const Request& request) {
         if (!request.has_picture(control.name) || taken.count(control.name) > 0) continue;
         if (control.kind == Control::Kind::frames)
             fail_request(control.name + ": a request for " + std::to_string(request.frames) +
-                         " frames takes no known frames");
+                         " frames takes no pictures by index");
         if (control.kind == Control::Kind::map) fail_request(control.name + ": no loop of this request takes it");
         if (control.kind == Control::Kind::mask)
             fail_request(control.name + ": no frames are known: give a control of kind frames as well");

@@ -185,6 +185,8 @@ TensorPtr Sources::value(const Source& source, const std::vector<Axis>& shape, c
         case Source::Kind::clip:
             return place.given.empty() ? picture(source, shape, place) : frames_of(place.given, place);
         case Source::Kind::known: return known_input(source.name, shape, place);
+        case Source::Kind::frames:
+        case Source::Kind::places: return placed_frames(source, place);
         case Source::Kind::noise: return noise(source.purpose, shape, place);
         case Source::Kind::made:
             if (source.shown && !place.given.empty()) return frames_of(place.given, place);
@@ -313,7 +315,9 @@ TensorPtr Sources::of_stage(const Source& source, std::size_t rank, const Place&
     const auto& outputs = run(manifest_.stage(source.name), branch);
     const auto& made = outputs.at(source.output);
     if (rank != 5 || made->shape().size() != 4) return made;
-    return host_tensor(as_video(made->to_host()));
+    auto clip = as_video(made->to_host());
+    if (requests_[place.sample].places.count(source.given) > 0) clip = placed(clip, source.given, place);
+    return host_tensor(std::move(clip));
 }
 
 const Tensors& Sources::run(const Stage& stage, const Place& place) {

@@ -59,6 +59,9 @@ private:
     [[nodiscard]] TensorPtr control(const std::string& name, const std::vector<Axis>& shape, const Place& place) const;
     [[nodiscard]] TensorPtr picture(const Source& source, const std::vector<Axis>& shape, const Place& place) const;
     [[nodiscard]] TensorPtr frames_of(const std::string& control, const Place& place) const;
+    [[nodiscard]] TensorPtr placed_frames(const Source& source, const Place& place) const;
+    [[nodiscard]] Array placed(const Array& values, const std::string& control, const Place& place,
+                               float elsewhere = 0.0F) const;
     [[nodiscard]] Edit known(const Place& place);
     [[nodiscard]] TensorPtr known_input(const std::string& name, const std::vector<Axis>& shape, const Place& place);
     [[nodiscard]] TensorPtr noise(std::uint64_t purpose, const std::vector<Axis>& shape, const Place& place) const;

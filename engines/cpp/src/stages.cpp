@@ -9,8 +9,8 @@ namespace {
 
 constexpr const char* kinds_of_sources =
     "state, control:NAME, text:prompt, text:negative, picture:NAME, picture:NAME:clip, picture:STAGE.OUTPUT, "
-    "picture:STAGE.OUTPUT:clip, clip:NAME, noise:P, known:latents, known:mask, STAGE.OUTPUT, STAGE@negative.OUTPUT, "
-    "STAGE@CONTROL.OUTPUT or LOOP.latents";
+    "picture:STAGE.OUTPUT:clip, clip:NAME, noise:P, known:latents, known:mask, frames:NAME, places:NAME, STAGE.OUTPUT, "
+    "STAGE@negative.OUTPUT, STAGE@CONTROL.OUTPUT or LOOP.latents";
 
 bool is_name(std::string_view text) {
     return !text.empty() && std::all_of(text.begin(), text.end(), [](unsigned char c) {
@@ -53,6 +53,10 @@ bool take_kind(std::string_view rest, Source& source) {
         if (rest != "latents" && rest != "mask") return false;
     } else if (follows(rest, "clip:")) {
         source.kind = Source::Kind::clip;
+    } else if (follows(rest, "frames:")) {
+        source.kind = Source::Kind::frames;
+    } else if (follows(rest, "places:")) {
+        source.kind = Source::Kind::places;
     } else if (follows(rest, "noise:")) {
         source.kind = Source::Kind::noise;
         const bool digits = std::all_of(rest.begin(), rest.end(), [](char c) { return c >= '0' && c <= '9'; });
@@ -134,6 +138,8 @@ std::string to_text(const Source& source) {
         case Source::Kind::clip: return "clip:" + source.name;
         case Source::Kind::noise: return "noise:" + source.name;
         case Source::Kind::known: return "known:" + source.name;
+        case Source::Kind::frames: return "frames:" + source.name;
+        case Source::Kind::places: return "places:" + source.name;
         case Source::Kind::made: break;
     }
     if (source.shown) return "picture:" + source.name + "." + source.output + (source.resampled ? ":clip" : "");

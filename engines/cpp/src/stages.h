@@ -19,7 +19,7 @@ struct Axis {
 
 // Where an input comes from. `name` names a control, text, stage or loop; `output` names an output of a stage or loop.
 struct Source {
-    enum class Kind { state, control, text, picture, clip, noise, known, made };
+    enum class Kind { state, control, text, picture, clip, noise, known, frames, places, made };
 
     Kind kind = Kind::state;
     std::string name;

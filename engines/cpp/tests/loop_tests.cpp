@@ -665,12 +665,13 @@ TEST(a_clip_passes_through_known_frames) {
     refused("keys: frame -6: the clip has 5 frames", {{"keys[-6]", first.data(), 1, 2, 3}});
     refused("keys: frame -1: frame 4 is given twice", {{"keys[4]", first.data(), 1, 2, 3}, pictures[0]});
     refused("keys: frame 'one': the index of a frame", {{"keys[one]", first.data(), 1, 2, 3}});
-    refused("keys: frame '': the index of a frame", {{"keys", first.data(), 1, 2, 3}});
+    refused("keys: frame '': the index of a frame", {{"keys[]", first.data(), 1, 2, 3}});
+    refused("keys is one picture: say for which frame, keys[0]", {{"keys", first.data(), 1, 2, 3}});
     refused("keys[0]: 2 frames given; one picture is wanted", {{"keys[0]", first.data(), 2, 1, 3}});
     refused("keys[0]: 0x2 given", {{"keys[0]", first.data(), 1, 2, 0}});
     refused("veil has 2 frames: one picture, or the clip's 5", {pictures[0], {"veil", veil.data(), 2, 1, 3}});
     refused("veil: no frames are known", {pictures[2]});
-    refused("keys: a request for 1 frames takes no known frames", {{"keys[0]", first.data(), 1, 2, 3}}, 1);
+    refused("keys: a request for 1 frames takes no pictures by index", {{"keys[0]", first.data(), 1, 2, 3}}, 1);
     refused("control 'photo[0]': unknown", {{"photo[0]", first.data(), 1, 2, 3}});
 }
 
@@ -707,6 +708,26 @@ TEST(a_map_chooses_the_loops_other_stages) {
     const auto still = m.backend.last("mapped_film", "hint").floats();  // one picture is used for all frames
     for (std::size_t f = 0; f < 5; ++f) CHECK(still[f * 6] == still[0]);
 
+    auto sparse = json;
+    sparse["controls"].back()["kind"] = "frames";
+    for (auto& row : sparse["stages"])
+        if (row["name"] == "mapped_film" || row["name"] == "mapped_film_plain") {
+            row["inputs"].back() = fixture::input("hint", {"B", 3, "F", "Y", "X"}, "frames:plot");
+            row["inputs"].push_back(fixture::input("where", {"B", "F"}, "places:plot"));
+        }
+    Model single(sparse);
+    std::vector<higen_picture> two = {{"plot[-1]", plots.data() + 18, 1, 2, 3}, {"plot[1]", plots.data(), 1, 2, 3}};
+    single.request = single.asked([&](auto& r) { r.pictures = two.data(), r.picture_count = 2; });
+    single.generate();
+    const auto seen = single.backend.last("mapped_film", "hint");
+    CHECK(seen.shape == (Shape{1, 3, 5, 2, 3}));
+    for (std::size_t f : {0, 2, 3}) CHECK(seen.floats()[f * 6] == -1);
+    CHECK(near(seen.floats()[6], -1, 1e-6) && near(seen.floats()[4 * 6], 18 / 127.5 - 1, 1e-6));
+    CHECK(single.backend.last("mapped_film", "where").floats() == (std::vector<float>{0, 1, 0, 0, 1}));
+    single.request = ask(single, six);  // a clip gives every frame
+    single.generate();
+    CHECK(single.backend.last("mapped_film", "hint").floats() == hint.floats());
+
     json["loops"][1]["windows"] = {{"length", 3}, {"stride", 2}};
     json["loops"][1]["tiles"] = {{"height", 2}, {"width", 2}, {"stride", 1}};
     Model cut(json);
@@ -734,7 +755,7 @@ TEST(a_map_chooses_the_loops_other_stages) {
         other["loops"][1]["variant"][key] = std::move(value);
         CHECK_FAILS(HIGEN_ERROR_MANIFEST, said, fixture::parsed(other));
     };
-    bad("loops.filming.variant.control='reel': the controls of kind map are plot", "control", "reel");
+    bad("loops.filming.variant.control='reel': the controls of kind map or frames are plot", "control", "reel");
     bad("loops.filming.variant.plain='': null if and only if the loop's own plain is null", "plain", nullptr);
     bad("loops.filming.variant.guided='painter'", "guided", "painter");
 }

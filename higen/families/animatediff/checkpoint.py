@@ -2,7 +2,7 @@
 
 Two sources   a Stable Diffusion folder or single file, and a motion module (see `motion_sources`), in either order
 One source    the folder of an AnimateDiffPipeline
-A ControlNet may be added to either.
+A ControlNet or a SparseCtrl network may be added to either.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from higen.errors import CheckpointError, quoted
 from higen.families import Converted
 from higen.families.animatediff import spec
 from higen.families.animatediff.motion_sources import Motion, diffusers_name, is_motion, read_motion
+from higen.families.animatediff.sparse_control import read_sparse_control
 from higen.families.animatediff.unet import motion_unet
 from higen.families.stable_diffusion import checkpoint as stable_diffusion
 from higen.families.stable_diffusion import spec as image
 from higen.families.stable_diffusion.control_source import (
+    SPARSE,
     ControlSource,
+    control_class,
     read_control,
     with_control,
     without_controls,
@@ -66,11 +69,11 @@ class _Parts:
 
 
 def recognise(path: Path) -> bool:
-    """Whether a folder or file holds motion modules or a diffusers pipeline with motion modules."""
+    """Whether a folder or file holds motion modules, a pipeline with motion modules, or a SparseCtrl network."""
     index = path / "model_index.json"
     if path.is_dir() and index.is_file():
         return str(read_json(index).get("_class_name")).startswith("AnimateDiff")
-    return is_motion(path)
+    return is_motion(path) or control_class(path) == SPARSE
 
 
 def convert(sources: Sequence[Path], **options: Any) -> Converted:
@@ -91,7 +94,8 @@ def convert(sources: Sequence[Path], **options: Any) -> Converted:
     if group_norm not in (None, *spec.GROUP_NORMS):
         raise CheckpointError(f"group_norm={quoted(group_norm)}: one of {', '.join(map(repr, spec.GROUP_NORMS))}")
     prediction, notes = options.get("prediction"), list[str]()
-    given, control = without_controls(list(sources), options.get("control_kind"))
+    classes = ("ControlNetModel", SPARSE)
+    given, control = without_controls(list(sources), options.get("control_kind"), classes)
     motions = [path for path in given if recognise(path)]
     bases = [path for path in given if path not in motions]
     whole = [path for path in motions if (path / "model_index.json").is_file()]
@@ -102,15 +106,21 @@ def convert(sources: Sequence[Path], **options: Any) -> Converted:
         parts = _two(bases[0], motions[0], prediction, group_norm, notes)
     else:
         named = ", ".join(map(str, sources)) or "nothing"
+        besides = "" if control is None else f"; {control} is a control network"
         raise CheckpointError(
             f"{named}: a Stable Diffusion 1.5 model and one motion module are wanted, or one folder of a "
-            f"{PIPELINES[0]}; the motion modules among them: {', '.join(map(str, motions)) or 'none'}"
+            f"{PIPELINES[0]}; the motion modules among them: {', '.join(map(str, motions)) or 'none'}{besides}"
         )
     found = None
     if control is not None:
-        made_of = parts.made_of
-        found = read_control(control, options["control_kind"], made_of.unet, made_of.codec.factor, notes)
-        parts = replace(parts, made_of=replace(made_of, control=found.arguments), name=f"{parts.name}-{found.name}")
+        made_of, factor = parts.made_of, parts.made_of.codec.factor
+        if control_class(control) == SPARSE:
+            found = read_sparse_control(control, made_of.unet, factor, notes)
+            made_of = replace(made_of, sparse_control=found.arguments)
+        else:
+            found = read_control(control, options["control_kind"], made_of.unet, factor, notes)
+            made_of = replace(made_of, control=found.arguments)
+        parts = replace(parts, made_of=made_of, name=f"{parts.name}-{found.name}")
     return _converted(parts, options.get("loras") or (), notes, found)
 
 

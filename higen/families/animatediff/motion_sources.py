@@ -29,7 +29,7 @@ State = Mapping[str, Tensor]
 
 ADAPTER = "MotionAdapter"
 
-_HEADS = 8
+HEADS = 8
 """The number of heads in the authors' motion modules. The tensors' shapes do not show it."""
 
 _POSITIONS = {True: 32, False: 24}
@@ -102,21 +102,12 @@ def _of_file(path: Path, notes: list[str]) -> Motion:
     given = read_state(path, notes.append)
     _refuse_others(given)
     authors = any(".temporal_transformer." in name or ".attention_blocks." in name for name in given)
-    state = _with_one_table({diffusers_name(name): tensor for name, tensor in given.items()})
+    middle = any(name.startswith("mid_block.") for name in given)
+    state, frames, depth = motion_state(given, path, _POSITIONS[middle], notes)
     layers = _counts(state, rf"down_blocks\.(\d+)\.{MOTION}\.(\d+)\.")
     widths = tuple(_width(state, f"down_blocks.{i}.{MOTION}.0.norm.weight") for i in range(len(layers)))
-    blocks = rf"down_blocks\.(\d+)\.{MOTION}\.\d+\.transformer_blocks\.(\d+)\."
-    depth = max(_counts(state, blocks), default=1)
-    middle = any(name.startswith("mid_block.") for name in state)
-    positions = next((tensor for name, tensor in state.items() if name.endswith(_PE)), None)
-    if positions is not None and positions.ndim != 3:
-        raise CheckpointError(f"its table of positions is {list(positions.shape)}: 3 axes are wanted")
-    frames = _POSITIONS[middle] if positions is None else int(positions.shape[1])
-    if positions is None:
-        state = _with_positions(state, frames)
-        notes.append(f"{path}: has no table of positions; positions are computed for at most {frames} frames")
     arguments = {
-        "motion_num_attention_heads": _HEADS,
+        "motion_num_attention_heads": HEADS,
         "motion_max_seq_length": frames,
         "use_motion_mid_block": middle,
         "temporal_transformer_layers_per_block": depth,
@@ -125,12 +116,29 @@ def _of_file(path: Path, notes: list[str]) -> Motion:
     return Motion(widths, layers, arguments, state, FRAME if authors else CLIP)
 
 
+def motion_state(given: State, path: Path, fewest: int, notes: list[str]) -> tuple[dict[str, Tensor], int, int]:
+    """Tensors with motion modules under diffusers' names; the frames of their table of positions; blocks per module.
+
+    `fewest`: the frames of the table if the file `path` has none; it is computed.
+    """
+    state = _with_one_table({diffusers_name(name): tensor for name, tensor in given.items()})
+    blocks = rf"down_blocks\.(\d+)\.{MOTION}\.\d+\.transformer_blocks\.(\d+)\."
+    depth = max(_counts(state, blocks), default=1)
+    positions = next((tensor for name, tensor in state.items() if name.endswith(_PE)), None)
+    if positions is not None and positions.ndim != 3:
+        raise CheckpointError(f"its table of positions is {list(positions.shape)}: 3 axes are wanted")
+    if positions is not None:
+        return state, int(positions.shape[1]), depth
+    notes.append(f"{path}: has no table of positions; positions are computed for at most {fewest} frames")
+    return _with_positions(state, fewest), fewest, depth
+
+
 def _refuse_others(state: State) -> None:
     """Raise CheckpointError for an adapter and for another kind of model that contains motion modules."""
     if lora := next((name for name in state if "lora" in name), None):
         raise CheckpointError(f"a LoRA ({lora}): give it as --lora FILE:SCALE, after a motion module")
     if any("controlnet_cond_embedding" in name or "input_hint_block" in name for name in state):
-        raise CheckpointError("a SparseCtrl model, a control network with motion modules: no family here runs it")
+        raise CheckpointError("a control network with motion modules, not a motion module")
     if any(re.fullmatch(r"(unet\.)?conv_in\.weight", name) for name in state):
         tensor = next(tensor for name, tensor in state.items() if name.endswith("conv_in.weight"))
         what = _PIA if tensor.ndim > 1 and tensor.shape[1] != 4 else "it holds U-Net layers besides the motion modules"
@@ -171,7 +179,7 @@ def _with_positions(state: dict[str, Tensor], frames: int) -> dict[str, Tensor]:
         from diffusers.models.embeddings import SinusoidalPositionalEmbedding
     found = dict(state)
     for name, tensor in state.items():
-        if name.endswith(".norm1.weight"):
+        if name.endswith(".norm1.weight") and f".{MOTION}." in name:
             table = SinusoidalPositionalEmbedding(tensor.shape[0], frames).pe
             assert isinstance(table, torch.Tensor)
             found[f"{name.removesuffix('norm1.weight')}{_PE}"] = table

@@ -8,7 +8,8 @@ from torch import nn
 
 from higen.families import Weights
 from higen.families.animatediff import spec
-from higen.families.animatediff.unet import motion_unet, still_unet
+from higen.families.animatediff.sparse_control import SparselyControlledPredictor
+from higen.families.animatediff.unet import motion_unet, sparse_control_net, still_unet
 from higen.families.companion_networks import ClipNetworks, open_control_net, open_network
 from higen.manifest import Manifest
 from higen.models.control_net import CONTROL, ControlledClipPredictor, with_control
@@ -35,11 +36,17 @@ class AnimateDiffNetworks(ClipNetworks):
         unet = self._still if step.input("latents").shape[2] == 1 else self._unet
         if not any(tensor.name == CONTROL for tensor in step.inputs):
             return ClipPredictor(unet)
-        return ControlledClipPredictor(with_control(unet, self._control))
+        sparse = self._networks.sparse_control is not None
+        predictor = SparselyControlledPredictor if sparse else ControlledClipPredictor
+        return predictor(with_control(unet, self._control))
 
     @cached_property
     def _control(self) -> nn.Module:
-        return open_control_net(self._weights, spec.UNET, self._networks.control or {})
+        arguments, norm = self._networks.sparse_control, self._networks.group_norm
+        if arguments is None:
+            return open_control_net(self._weights, spec.UNET, self._networks.control or {})
+        make = lambda: sparse_control_net(arguments, norm)  # noqa: E731
+        return open_network(self._weights, spec.UNET, make, part=f"{CONTROL}.")
 
     @cached_property
     def _unet(self) -> nn.Module:

@@ -6,12 +6,14 @@ text_encoder -> spatial_unet x steps -> vae_decoder        one frame, with the s
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from higen.errors import ManifestError
 from higen.families.stable_diffusion.spec import Codec
 from higen.families.stage_rows import (
+    CONTROL_MAP,
     KNOWN,
     TEXT_CONDITIONS,
     Sampling,
@@ -21,18 +23,20 @@ from higen.families.stage_rows import (
     denoising_loop,
     known_frames_controls,
     map_controls,
+    scale_condition,
+    scale_control,
     solver_stages,
     strength_control,
     text_encoder_stage,
     unet_sizes,
 )
 from higen.manifest import Manifest
-from higen.stages import Stage
+from higen.stages import Stage, Tensor
 from higen.tables import Control, Loop, Start, TextRules, Variant, Windows
 from higen.typed_json import LATER, from_json, to_json
 
 __all__ = ["AUTOENCODER", "CLIP", "FAMILY", "FRAME", "GROUP_NORMS", "TEXT_ENCODER", "TOKENIZER", "UNET"]
-__all__ += ["STEPS", "Networks", "manifest", "networks"]
+__all__ += ["STEPS", "Networks", "manifest", "networks", "takes_latents"]
 
 FAMILY = "animatediff"
 UNET, TEXT_ENCODER, AUTOENCODER = "unet.safetensors", "text_encoder.safetensors", "vae.safetensors"
@@ -63,6 +67,7 @@ class Networks:
 
     group_norm   one of `GROUP_NORMS`
     control      arguments of diffusers' ControlNetModel, if there is one
+    sparse_control   arguments of diffusers' SparseControlNetModel, if there is one
     """
 
     unet: dict[str, Any]
@@ -70,15 +75,19 @@ class Networks:
     codec: Codec
     group_norm: str
     control: dict[str, Any] | None = field(default=None, metadata=LATER)
+    sparse_control: dict[str, Any] | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
+        if self.control is not None and self.sparse_control is not None:
+            raise ManifestError("control, sparse_control: one of them")
         if self.group_norm not in GROUP_NORMS:
             raise ManifestError(f"group_norm={self.group_norm!r}: one of {', '.join(map(repr, GROUP_NORMS))}")
 
     @property
     def most_frames(self) -> int:
-        """The length of the motion modules' table of positions."""
-        return int(self.unet["motion_max_seq_length"])
+        """The length of the motion modules' table of positions; of two tables, the shorter one."""
+        own = int(self.unet["motion_max_seq_length"])
+        return own if self.sparse_control is None else min(own, int(self.sparse_control["motion_max_seq_length"]))
 
 
 def manifest(
@@ -100,7 +109,7 @@ def manifest(
 
     Raises ManifestError for networks that do not fit each other.
     """
-    length, control = min(FRAMES, made_of.most_frames), made_of.control is not None
+    length, control, sparse = min(FRAMES, made_of.most_frames), made_of.control is not None, made_of.sparse_control
     windows = Windows(length, max(1, length // 2), made_of.most_frames, "shuffled")
     return Manifest(
         name=name,
@@ -121,12 +130,13 @@ def manifest(
             strength_control("video", STRENGTH),
             *known_frames_controls(),
             *(map_controls(edges) if control else ()),
+            *(() if sparse is None else _frames_controls()),
         ),
-        stages=_stages(made_of.unet["block_out_channels"][0], control),
+        stages=_stages(made_of.unet["block_out_channels"][0], control, sparse),
         # Neither loop takes latents from the other, so only the last loop is run.
         loops=(
             denoising_loop("spatial", "spatial_unet", 1, image, variant=_variant("spatial_unet", control)),
-            _temporal(clip, windows, control),
+            _temporal(clip, windows, control or sparse is not None),
         ),
     )
 
@@ -142,13 +152,34 @@ def _temporal(sampling: Sampling, windows: Windows, control: bool) -> Loop:
     return denoising_loop("temporal", "temporal_unet", "F", sampling, purpose=1, variant=variant, **more)
 
 
-def _stages(deep: int, control: bool) -> tuple[Stage, ...]:
+def takes_latents(sparse: Mapping[str, Any]) -> bool:
+    """Whether a SparseControlNetModel with these arguments is shown the latents of pictures, not the pictures."""
+    return bool(sparse.get("use_simplified_condition_embedding", True))
+
+
+def _frames_controls() -> tuple[Control, Control]:
+    """The controls of a SparseCtrl network."""
+    meaning = "pictures that single frames of the clip follow, by index: 0 is the first, -1 the last"
+    return Control(CONTROL_MAP, "frames", meaning), scale_control()
+
+
+def _frames_conditions(sparse: Mapping[str, Any]) -> tuple[Tensor, ...]:
+    """The additional inputs of a step with a SparseCtrl network."""
+    pixels = Tensor("control", ("B", 3, "F", "Y", "X"), source=f"frames:{CONTROL_MAP}")
+    latents = Tensor("control", ("B", "C", "F", "H", "W"), source=f"vae_encoder@{CONTROL_MAP}.latents")
+    places = Tensor("control_places", ("B", "F"), source=f"places:{CONTROL_MAP}")
+    masked = (places,) if sparse.get("concat_conditioning_mask", True) else ()
+    return (latents if takes_latents(sparse) else pixels, *masked, scale_condition("F"))
+
+
+def _stages(deep: int, control: bool, sparse: Mapping[str, Any] | None) -> tuple[Stage, ...]:
     return (
         text_encoder_stage(TEXT_ENCODER, "Dc"),
         *solver_stages("spatial_unet", "spatial_unet_plain", UNET, 1, TEXT_CONDITIONS, deep),
-        *(controlled_stages("spatial_unet", UNET, 1) if control else ()),
+        *(controlled_stages("spatial_unet", UNET, 1, deep) if control else ()),
         *solver_stages("temporal_unet", "temporal_unet_plain", UNET, "F", TEXT_CONDITIONS, deep),
-        *(controlled_stages("temporal_unet", UNET, "F") if control else ()),
+        *(controlled_stages("temporal_unet", UNET, "F", deep) if control else ()),
+        *(() if sparse is None else controlled_stages("temporal_unet", UNET, "F", deep, _frames_conditions(sparse))),
         *autoencoder_stages(AUTOENCODER, "video", "clip"),
     )
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from higen.families.animatediff.spec import FRAME
 from higen.models.diffusers_unet import diffusers_network
 
-__all__ = ["MOTION", "motion_unet", "still_unet"]
+__all__ = ["MOTION", "motion_unet", "sparse_control_net", "still_unet"]
 
 MOTION = "motion_modules"
 """A part of the name of every tensor of a motion module. No other tensor has it in its name."""
@@ -22,7 +22,20 @@ def motion_unet(arguments: Mapping[str, Any], group_norm: str) -> nn.Module:
 
     Raises ManifestError, MissingExtra.
     """
-    built = diffusers_network("UNetMotionModel", arguments, "unet", "the U-Net")
+    return _with_norms(diffusers_network("UNetMotionModel", arguments, "unet", "the U-Net"), group_norm)
+
+
+def sparse_control_net(arguments: Mapping[str, Any], group_norm: str) -> nn.Module:
+    """diffusers' SparseControlNetModel, randomly initialised; `group_norm` is one of `spec.GROUP_NORMS`.
+
+    Raises ManifestError, MissingExtra.
+    """
+    built = diffusers_network("SparseControlNetModel", arguments, "sparse_control", "the control network")
+    return _with_norms(built, group_norm)
+
+
+def _with_norms(built: nn.Module, group_norm: str) -> nn.Module:
+    """The network, with these statistics of the group norms of its motion modules."""
     if group_norm == FRAME:
         for module in _motion_modules(built):
             theirs = module.norm

@@ -24,14 +24,16 @@ from higen.models.control_net import CONTROL, check_base, control_net, control_n
 from higen.models.nestings import below
 from higen.models.weights import joined
 
-__all__ = ["KINDS", "ControlSource", "is_control", "read_control", "with_control", "without_controls"]
+__all__ = ["KINDS", "SPARSE", "ControlSource", "control_class", "embedding_channels", "is_control", "read_control"]
+__all__ += ["with_control", "without_controls"]
 
 KINDS = ("edges", "given")
 """The picture in a request: one from which higen computes edges, or itself a map of the network's kind."""
 
 _PREFIX = "control_model."
 _AUTHORS, _DIFFUSERS = "input_hint_block.0.weight", "controlnet_cond_embedding.conv_in.weight"
-_CLASS, _SPARSE = "ControlNetModel", "SparseControlNetModel"
+_OF_LATENTS = "controlnet_cond_embedding.weight"
+_CLASS, SPARSE = "ControlNetModel", "SparseControlNetModel"
 
 _OUTER = {
     "controlnet_mid_block": "middle_block_out.0",
@@ -53,34 +55,42 @@ class ControlSource:
 
 def is_control(path: Path) -> bool:
     """Whether a folder or file holds a control network of any kind. Only names are read."""
-    return _kind(path) is not None
+    return control_class(path) is not None
 
 
-def _kind(path: Path) -> str | None:
-    """The class of a control network; None for anything else."""
+def control_class(path: Path) -> str | None:
+    """diffusers' class of a control network; None for anything else. Only names are read."""
     if path.is_dir():
         config = path / "config.json"
         found = str(read_json(config).get("_class_name")) if config.is_file() else ""
         return found if "ControlNet" in found else None
     names = read_names(path)
-    if not any(name.endswith((_AUTHORS, _DIFFUSERS)) for name in names):
+    if not any(name.endswith((_AUTHORS, _DIFFUSERS, _OF_LATENTS)) for name in names):
         return None
-    return _SPARSE if any(".motion_modules." in name for name in names) else _CLASS
+    return SPARSE if any(".motion_modules." in name for name in names) else _CLASS
 
 
-def without_controls(paths: list[Path], kind: object) -> tuple[list[Path], Path | None]:
-    """The sources that are not ControlNets, and the ControlNet among them, if any.
+def without_controls(
+    paths: list[Path], kind: object, classes: tuple[str, ...] = (_CLASS,)
+) -> tuple[list[Path], Path | None]:
+    """The sources that are not control networks, and the control network among them, if any.
 
-    Raises CheckpointError for a control network of another class, for several ControlNets, for a ControlNet if `kind`
-    is not one of KINDS, and for a `kind` without a ControlNet.
+    `classes`: those of diffusers that the family runs. Raises CheckpointError for a control network of another class,
+    for several, for a ControlNet if `kind` is not one of KINDS, and for a `kind` without a ControlNet.
     """
     found = [path for path in paths if is_control(path)]
     for path in found:
-        if (is_a := _kind(path)) != _CLASS:
-            what = f"a SparseCtrl model ({is_a})" if is_a == _SPARSE else f"a {is_a}"
-            raise CheckpointError(f"{path}: {what}, and no family here runs it; a {_CLASS} is wanted")
+        if (is_a := control_class(path)) not in classes:
+            what = f"a SparseCtrl model ({is_a}): it is for AnimateDiff, give a motion module as well"
+            what = what if is_a == SPARSE else f"a {is_a}, and no family here runs it; a {_CLASS} is wanted"
+            raise CheckpointError(f"{path}: {what}")
     if len(found) > 1:
         raise CheckpointError(f"{', '.join(map(str, found))}: {len(found)} ControlNets: one is wanted")
+    if found and control_class(found[0]) == SPARSE:
+        if kind not in (None, "given"):
+            shown = "a SparseCtrl model is shown pictures as they are given; leave it out"
+            raise CheckpointError(f"control_kind={quoted(kind)}: {shown}")
+        return [path for path in paths if path not in found], found[0]
     wanted = "--control-kind edges (pictures are given) or --control-kind given (maps are given)"
     if not found and kind is not None:
         raise CheckpointError(f"control_kind={quoted(kind)}: no ControlNet is among the sources")
@@ -126,7 +136,7 @@ def _single_file(state: State, unet: Mapping[str, Any]) -> tuple[dict[str, Any],
     known = inspect.signature(ControlNetModel.__init__).parameters
     arguments = {name: value for name, value in _of_pictures(unet).items() if name in known}
     hint = "input_hint_block.{}.weight" if authors else "controlnet_cond_embedding.{}.weight"
-    arguments["conditioning_embedding_out_channels"] = _embedding(own, hint, authors)
+    arguments["conditioning_embedding_out_channels"] = embedding_channels(own, hint, authors)
     if not authors:
         return arguments, own
     shapes = companions.shapes_of(lambda: control_net(arguments))
@@ -149,8 +159,8 @@ def _of_pictures(unet: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _embedding(state: State, hint: str, authors: bool) -> list[int]:
-    """Channels of each level of the network that encodes the control pictures."""
+def embedding_channels(state: State, hint: str, authors: bool) -> list[int]:
+    """Channels of each level of the network that encodes the control pictures. `hint`: a name with its place as {}."""
     authors_places = [str(4 * i) for i in range(16)]
     places = authors_places if authors else ["conv_in", *(f"blocks.{2 * i - 1}" for i in range(1, 16))]
     found = [int(state[hint.format(place)].shape[0]) for place in places if hint.format(place) in state]

@@ -12,7 +12,7 @@ from higen.families import Weights
 from higen.families.companion_networks import ClipNetworks, open_control_net, open_network
 from higen.families.stable_diffusion import spec
 from higen.manifest import Manifest
-from higen.models.control_net import CONTROL, added, with_control
+from higen.models.control_net import CONTROL, added, first_added, with_control
 from higen.models.diffusers_unet import image_unet
 from higen.models.video_walk import time_embedding, walk_with_deep
 from higen.stages import Stage
@@ -90,8 +90,14 @@ class ImagePredictor(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """m, shaped like x [B,C,1,H,W], and the deep features [B,K,1,H,W], which are `deep` if it is given."""
         unet: Any = self.unet
-        dtype = unet.conv_in.weight.dtype
-        first = unet.conv_in(x.squeeze(2).to(dtype))
-        given = None if deep is None else deep.squeeze(2).to(dtype)
-        m, kept = walk_with_deep(unet, first, time_embedding(unet, t), conditions["context"].to(dtype), given)
+        noisy = x.squeeze(2).to(unet.conv_in.weight.dtype)
+        first, context, more = unet.conv_in(noisy), conditions["context"].to(noisy.dtype), None
+        given = None if deep is None else deep.squeeze(2).to(noisy.dtype)
+        if CONTROL in conditions:
+            shown = conditions[CONTROL], conditions[f"{CONTROL}_scale"]
+            if given is None:
+                more = added(unet, noisy, t, context, *shown)
+            else:  # the deep features contain the other terms
+                first = first + first_added(unet, noisy, *shown)
+        m, kept = walk_with_deep(unet, first, time_embedding(unet, t), context, given, more)
         return m[:, :, None], kept[:, :, None]

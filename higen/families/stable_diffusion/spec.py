@@ -116,7 +116,7 @@ def _stages(deep: int, control: bool) -> tuple[Stage, ...]:
     return (
         text_encoder_stage(TEXT_ENCODER, "Dc"),
         *solver_stages("spatial_unet", "spatial_unet_plain", UNET, 1, TEXT_CONDITIONS, deep),
-        *(controlled_stages("spatial_unet", UNET, 1) if control else ()),
+        *(controlled_stages("spatial_unet", UNET, 1, deep) if control else ()),
         *autoencoder_stages(AUTOENCODER, "image"),
     )
 

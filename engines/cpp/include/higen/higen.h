@@ -148,7 +148,7 @@ typedef enum higen_control_kind {
     HIGEN_CONTROL_PICTURE = 4, /* higen_picture of one frame */
     HIGEN_CONTROL_CLIP = 5,    /* higen_picture of as many frames as the request has */
     HIGEN_CONTROL_CHOICE = 6,  /* one of the texts in `choices` */
-    HIGEN_CONTROL_FRAMES = 7,  /* known frames: a higen_picture of one frame each, named NAME[INDEX] */
+    HIGEN_CONTROL_FRAMES = 7,  /* pictures of single frames: a higen_picture each, named NAME[INDEX]; or a clip, NAME */
     HIGEN_CONTROL_MASK = 8,    /* higen_picture of one frame, or as many as the request has; white is redrawn */
     HIGEN_CONTROL_MAP = 9      /* higen_picture of one frame for all, or at least as many as the request has */
 } higen_control_kind;
@@ -201,8 +201,8 @@ typedef struct higen_control {
 } higen_control;
 
 /* Pixels of a control. They are scaled to cover the request's size, then cropped to it. A control of kind frames has
- * one higen_picture for each frame that the clip must pass through; its name has the index: "keyframes[0]" is the first
- * frame, "keyframes[-1]" the last. */
+ * one higen_picture for each frame that is given; its name has the index: "keyframes[0]" is the first frame,
+ * "keyframes[-1]" the last. A clip of at least two frames without an index gives frame 0, 1, 2, ... */
 typedef struct higen_picture {
     const char* name;
     const uint8_t* rgb; /* frames x height x width x 3 bytes */
