@@ -145,7 +145,7 @@ def test_a_clip_of_another_size_is_made_to_fit(folder: Path) -> None:
         (lambda p: p.loop("a kite", frames=24), "frames=24: a whole number from 2 to 23"),
         (
             lambda p: p.loop("a kite", keyframes={0: CLIP.frames[0]}),
-            "keyframes: loop() sets the known frame itself",
+            r"keyframes: loop\(\) sets the known frame itself",
         ),
         (
             lambda p: p.edit(np.repeat(CLIP.frames, 4, 0), "a kite"),
