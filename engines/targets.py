@@ -55,8 +55,14 @@ def _parse(name: str) -> Target:
 
 
 def check_precision(precision: str, architectures: tuple[int, ...]) -> None:
-    """Raises RequestError for an unknown precision, and for one that an architecture cannot compute in."""
-    needed = precision_named(precision).architecture
+    """Raises RequestError for an unknown precision, and for one that engines or an architecture cannot compute in."""
+    row = precision_named(precision)
+    if row.graphs_only:
+        raise RequestError(
+            f"precision={precision!r}: only ONNX Runtime computes in it; engines in 8 bits are made from the graphs in "
+            "int8.fp16 or fp8.fp16"
+        )
+    needed = row.architecture
     if lacking := [a for a in architectures if a < needed]:
         names = ", ".join(f"SM{a}" for a in lacking)
         raise RequestError(f"precision={precision!r}: {names} cannot compute in it; the first that can is SM{needed}")

@@ -196,8 +196,8 @@ def quantize(
 ) -> None:
     """Write denoising graphs of MODEL that multiply in 8 or 4 bits, calibrated on real runs.
 
-    int8.fp16, fp8.fp16 and nvfp4.fp16 are made from the float16 graphs, for engines. int8 is made from the float32
-    graphs, for ONNX Runtime on a CPU.
+    int8.fp16, fp8.fp16 and nvfp4.fp16 are made from the float16 graphs, for engines. int8 and w8 are made from the
+    float32 graphs, for ONNX Runtime on a CPU. w8 rounds only the weights, so that they take a quarter of the memory.
     """
     with reported(as_json):
         with _export_extra():

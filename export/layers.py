@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from higen.stages import STATE
 
-__all__ = ["BLOCK", "E4M3", "KINDS", "LARGEST_E4M3", "Kind", "Layer", "quantizable", "values_of"]
+__all__ = ["BLOCK", "E4M3", "KINDS", "LARGEST_E4M3", "Kind", "Layer", "kind_of", "quantizable", "values_of"]
 
 BLOCK = 16
 """Number of values that share a scale in NVFP4."""
@@ -22,11 +22,20 @@ LARGEST_E4M3 = 448.0
 
 @dataclass(frozen=True)
 class Kind:
-    """A number format for multiplication: its largest magnitude after scaling, its ONNX type, and its operators."""
+    """A number format for multiplication.
+
+    largest     largest magnitude after scaling
+    dtype       ONNX type
+    operators   operators that may multiply in it
+    rounding    those of them whose outputs are rounded too
+    weights_only    the activations are not rounded, and multiplication is in float32
+    """
 
     largest: float
     dtype: ir.DataType
     operators: tuple[str, ...] = ("Conv", "MatMul")
+    rounding: tuple[str, ...] = ()
+    weights_only: bool = False
 
     @property
     def in_blocks(self) -> bool:
@@ -35,10 +44,22 @@ class Kind:
 
 
 KINDS = {
-    "int8": Kind(127.0, ir.DataType.INT8),
+    "int8": Kind(127.0, ir.DataType.INT8, rounding=("Conv",)),
+    "int8.fp16": Kind(127.0, ir.DataType.INT8),
     "fp8": Kind(LARGEST_E4M3, E4M3),
     "nvfp4": Kind(6.0, ir.DataType.FLOAT4E2M1, ("MatMul",)),
+    "w8": Kind(127.0, ir.DataType.INT8, weights_only=True),
 }
+"""The formats, by precision, or by the part of its name before the dot.
+
+ONNX Runtime has an integer kernel for a matrix product with a float output, but convolves in 8 bits only if the output
+is rounded to 8 bits as well. TensorRT needs no rounded output.
+"""
+
+
+def kind_of(precision: str) -> Kind:
+    """The format in which a quantised precision multiplies."""
+    return KINDS.get(precision) or KINDS[precision.partition(".")[0]]
 
 
 @dataclass(frozen=True)
@@ -53,6 +74,10 @@ class Layer:
     def axis(self) -> int:
         """The output-channel axis of the weight as it enters the node."""
         return 0 if self.node.op_type == "Conv" else 1
+
+    def rounds_output(self, kind: Kind) -> bool:
+        """Whether the layer's output is rounded too."""
+        return self.node.op_type in kind.rounding
 
 
 def quantizable(graph: ir.Graph, kind: Kind = KINDS["int8"]) -> list[Layer]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,9 +23,9 @@ from tqdm import tqdm
 
 from higen.backends.sessions import session_options
 from higen.bundle import Bundle, check_place, graph_file, put_file
-from higen.errors import BackendError, ModelError, RequestError
+from higen.errors import BackendError, ModelError, RequestError, is_of_a_handler
 from higen.export.interface import graph_inputs
-from higen.export.layers import KINDS, Kind, Layer, quantizable
+from higen.export.layers import Kind, Layer, kind_of, quantizable
 from higen.export.place import check_writable, writing
 from higen.export.rounding import SWITCHES, Nodes, insert, insert_switched, rounded_once
 from higen.precision import QUANTIZED, precision_named
@@ -60,7 +61,7 @@ class Report:
 
     `work` is the chosen layers' fraction of the candidates' multiplications. `error` compares a step's estimate of the
     clean latents with that of the float32 graph: the root mean square of the difference, divided by the root mean
-    square of the float32 estimate, for the worst call.
+    square of the float32 estimate, for the worst call. For precisions of ONNX Runtime it is that of the written graph.
     """
 
     stage: str
@@ -185,10 +186,12 @@ def _write(
 ) -> Bundle:
     stage, base = trial.stage, precision_named(precision).base
     model = ir.load(bundle.path / graph_file(stage, base))
-    insert(model, chosen, trial.ranges, trial.kind)
+    insert(model, chosen, trial.ranges, trial.kind, trial.outputs)
     model.metadata_props.clear()  # they describe the graph that this one is made from
     aside = place.beside(graph_file(stage, precision))
     ir.save(model, aside)
+    if precision_named(precision).graphs_only:
+        error = trial.error_of(aside)  # integer kernels of ONNX Runtime also round where the trial does not
     bundle = put_file(bundle, aside, graph_file(stage, precision), graph_inputs(aside))
     work = sum(trial.work[layer] for layer in chosen) / sum(trial.work.values())
     kept = tuple(sorted(set(trial.work) - set(chosen)))
@@ -200,16 +203,17 @@ class _Trial:
     """A stage's float32 graph with a switch for each layer. It measures the error of a step for any choice of layers.
 
     ranges   largest magnitude of each layer's activation, by the name of its weight
+    outputs  that of its output, for layers whose output is rounded too
     work     multiplications of each layer in a call
     """
 
     def __init__(self, bundle: Bundle, place: Staging, stage: str, calls: Calls, precision: str) -> None:
-        self.stage, self.kind = stage, KINDS[precision.partition(".")[0]]
+        self.stage, self.kind = stage, kind_of(precision)
         self._bundle, self._place, self._calls = bundle, place, calls
-        self.ranges, self.work = self._calibrate(self.kind)
+        self.ranges, self.outputs, self.work = self._calibrate(self.kind)
         model = self._plain()
         scales = COMPUTED[precision_named(precision).base]
-        self._names = insert_switched(model.graph, self.ranges, self.kind, scales)
+        self._names = insert_switched(model.graph, self.ranges, self.kind, scales, self.outputs)
         self._session = self._open(model)
         self._expected = [self._run(call, ()) for call in calls]
 
@@ -218,27 +222,49 @@ class _Trial:
         numbers = range(len(self._calls)) if calls is None else calls
         return [_relative(self._run(self._calls[i], chosen), self._expected[i]) for i in numbers]
 
+    def error_of(self, graph: Path) -> float:
+        """The error of a step by a quantised graph itself. Raises BackendError if ONNX Runtime cannot run it."""
+        try:
+            session = ort.InferenceSession(str(graph), session_options(), providers=["CPUExecutionProvider"])
+            found = [session.run(None, dict(call))[1] for call in self._calls]
+        except Exception as error:  # ONNX Runtime's errors have no other common base
+            if is_of_a_handler(error):
+                raise
+            raise BackendError(f"{self.stage}: ONNX Runtime cannot run the quantised graph: {error}") from error
+        return max(_relative(*pair) for pair in zip(found, self._expected, strict=True))
+
     def _run(self, call: Mapping[str, NDArray[Any]], chosen: Collection[str]) -> NDArray[np.float32]:
         """The estimate of the clean latents after a step."""
         switches = np.array([name in chosen for name in self._names])
         found: NDArray[np.float32] = self._session.run(None, {**call, SWITCHES: switches})[1]
         return found
 
-    def _calibrate(self, kind: Kind) -> tuple[dict[str, float], dict[str, float]]:
-        """Ranges and work. With one scale per tensor, the range with the least rounding error is found among CLIPS."""
+    def _calibrate(self, kind: Kind) -> tuple[dict[str, float], dict[str, float], dict[str, float]]:
+        """Ranges, ranges of outputs, and work. With one scale per tensor, the range with the least rounding error is
+        found among CLIPS.
+        """
         extents = self._measure(kind, _extent)
         if kind.in_blocks:
             extents = {name: found for name, found in extents.items() if found[0, 1] in RANKS}
         high = {name: max(float(found[:, 0].max()), 1e-6) for name, found in extents.items()}
         work = {name: float(found[:, 2].mean()) for name, found in extents.items()}
-        if kind.in_blocks:
-            return high, work
+        if kind.in_blocks or kind.weights_only:
+            return high, {}, work
+        rounded = {layer.weight for layer in quantizable(self._plain().graph, kind) if layer.rounds_output(kind)}
+        behind = {name: max(float(extents[name][:, 3].max()), 1e-6) for name in rounded}
 
         def noise(nodes: Nodes, layer: Layer) -> list[ir.Value]:
-            return [_noise(nodes, layer.activation, clip * high[layer.weight], kind, clip) for clip in CLIPS]
+            name = layer.weight
+            found = [_noise(nodes, layer.activation, clip * high[name], kind, f"{clip}") for clip in CLIPS]
+            output = layer.node.outputs[0]
+            return found + [
+                _noise(nodes, output, clip * behind[name], kind, f"output.{clip}") for clip in CLIPS if name in rounded
+            ]
 
-        noises = self._measure(kind, noise)
-        return {name: high[name] * CLIPS[int(noises[name].mean(0).argmin())] for name in high}, work
+        noises = {name: found.mean(0) for name, found in self._measure(kind, noise).items()}
+        count = len(CLIPS)
+        ranges = {name: high[name] * CLIPS[int(noises[name][:count].argmin())] for name in high}
+        return ranges, {name: behind[name] * CLIPS[int(noises[name][count:].argmin())] for name in behind}, work
 
     def _measure(self, kind: Kind, probe: Callable[[Nodes, Layer], list[ir.Value]]) -> dict[str, NDArray[np.float64]]:
         """The scalars that `probe` computes for each layer: {weight: [calls, scalars]}."""
@@ -272,21 +298,27 @@ class _Trial:
 
 
 def _extent(nodes: Nodes, layer: Layer) -> list[ir.Value]:
-    """The largest magnitude and the rank of a layer's activation, and the layer's number of multiplications."""
-    largest = nodes.add("ReduceMax", [nodes.add("Abs", [layer.activation], "size")], "largest", keepdims=0)
+    """Of a layer: the largest magnitude and the rank of its activation, its number of multiplications, and the largest
+    magnitude of its output.
+    """
+    output = layer.node.outputs[0]
+    largest, behind = (
+        nodes.add("ReduceMax", [nodes.add("Abs", [value], f"{name}.size")], f"{name}.largest", keepdims=0)
+        for name, value in (("activation", layer.activation), ("output", output))
+    )
     shape = nodes.add("Shape", [layer.activation], "shape", ir.DataType.INT64)
     rank = nodes.add("Size", [shape], "rank", ir.DataType.INT64)
-    count = nodes.add("Size", [layer.node.outputs[0]], "count", ir.DataType.INT64)
+    count = nodes.add("Size", [output], "count", ir.DataType.INT64)
     weight = nodes.graph.initializers[layer.weight].shape
     assert weight is not None
     each = nodes.constant("each", np.int64(np.prod(weight.numpy()[1:])))
-    return [largest, rank, nodes.add("Mul", [count, each], "work", ir.DataType.INT64)]
+    return [largest, rank, nodes.add("Mul", [count, each], "work", ir.DataType.INT64), behind]
 
 
-def _noise(nodes: Nodes, value: ir.Value, high: float, kind: Kind, clip: float) -> ir.Value:
+def _noise(nodes: Nodes, value: ir.Value, high: float, kind: Kind, name: str) -> ir.Value:
     """Mean squared rounding error of a tensor with this range."""
-    off = nodes.add("Sub", [value, rounded_once(nodes, value, high, kind, f"{clip}")], f"{clip}.off")
-    return nodes.add("ReduceMean", [nodes.add("Mul", [off, off], f"{clip}.power")], f"{clip}.noise", keepdims=0)
+    off = nodes.add("Sub", [value, rounded_once(nodes, value, high, kind, name)], f"{name}.off")
+    return nodes.add("ReduceMean", [nodes.add("Mul", [off, off], f"{name}.power")], f"{name}.noise", keepdims=0)
 
 
 def _choose(trial: _Trial, tolerance: float, until: float, shown: bool) -> tuple[list[str], float]:

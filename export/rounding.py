@@ -1,5 +1,6 @@
 """The rounding of a quantised layer, as nodes for an engine and as the same arithmetic in float32.
 
+w8          Only the weight is rounded, as in int8. It is dequantised in every call, so that memory holds its 8 bits.
 int8, fp8   One scale for an activation, one for each output channel of a weight. The weight stays in its file and is
             rounded when a graph is loaded or an engine is built.
 nvfp4       E2M1 values in blocks of 16 along the summed axis, an E4M3 scale for each block, and one float32 scale for
@@ -14,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -36,37 +38,57 @@ __all__ = [
 SWITCHES = "quantized"
 """The added input of a graph with switches, bool [layers]: whether each layer is rounded."""
 
+UNSIGNED = Kind(127.0, ir.DataType.UINT8)
+"""8-bit integers around 128. The rounded outputs of layers have this form: ONNX Runtime 1.32 fails on signed ones if a
+transposition follows, because it changes only a part of the nodes to unsigned.
+"""
+
 NEEDED_OPSET, NEEDED_IR = 23, 11  # for a graph that contains E2M1
 
 
-def insert(model: ir.Model, chosen: Collection[str], ranges: Mapping[str, float], kind: Kind) -> None:
-    """Insert the nodes that an engine expects before both inputs of the layers with a weight named in `chosen`.
+def insert(
+    model: ir.Model,
+    chosen: Collection[str],
+    ranges: Mapping[str, float],
+    kind: Kind,
+    outputs: Mapping[str, float] | None = None,
+) -> None:
+    """Insert the nodes that a runtime expects before both inputs of the layers with a weight named in `chosen`.
 
     ranges   largest magnitude of each layer's activation, by the name of its weight
+    outputs  that of its output, for the layers whose output is rounded too
     """
     graph = model.graph
+    following = dict(pairwise(graph))
     computed = _computed(graph)
     entering: dict[tuple[ir.Value, float], ir.Value] = {}
     for layer in quantizable(graph, kind):
         if layer.weight not in chosen:
             continue
         high, nodes = ranges[layer.weight], Nodes(graph, layer.node, layer.weight)
-        key = (layer.activation, high)
-        if key not in entering:
+        activation = _input(layer.node, 0)  # not layer.activation: that is now rounded if it is a layer's output
+        key = (activation, high)
+        if kind.weights_only:
+            entering[key] = activation
+        elif key not in entering:
             if kind.in_blocks:
-                entering[key] = _entering_blocks(nodes, layer.activation, high, computed)
+                entering[key] = _entering_blocks(nodes, activation, high, computed)
             else:
                 scale = np.asarray(high / kind.largest)
-                entering[key] = _pair(nodes, layer.activation, scale, computed, kind, None, "activation")
+                entering[key] = _pair(nodes, activation, scale, computed, kind, None, "activation")
         layer.node.replace_input_with(0, entering[key])
-        values, weight = values_of(graph, layer), layer.node.inputs[1]
-        assert weight is not None
+        values, weight = values_of(graph, layer), _input(layer.node, 1)
         if kind.in_blocks:
             kernel = _stored_blocks(nodes, values, computed)
         else:
             scales = _channel_scales(values, layer.axis, kind)
             kernel = _pair(nodes, weight, scales, computed, kind, layer.axis, "kernel")
         layer.node.replace_input_with(1, kernel)
+        if outputs and layer.weight in outputs:
+            scale, output = np.asarray(outputs[layer.weight] / kind.largest), layer.node.outputs[0]
+            users = tuple(output.uses())
+            behind = Nodes(graph, following.get(layer.node), layer.weight)
+            _lead(users, _pair(behind, output, scale, computed, UNSIGNED, None, "output"))
     if kind.in_blocks:
         RemoveUnusedNodesPass()(model)  # removes the weights that the graph now stores rounded
         model.ir_version = max(model.ir_version, NEEDED_IR)
@@ -74,23 +96,40 @@ def insert(model: ir.Model, chosen: Collection[str], ranges: Mapping[str, float]
         model.opset_imports["trt"] = 1
 
 
+def _input(node: ir.Node, place: int) -> ir.Value:
+    value = node.inputs[place]
+    assert value is not None
+    return value
+
+
+def _lead(users: Collection[tuple[ir.Node, int]], value: ir.Value) -> None:
+    """Make the nodes take another value at these places."""
+    for user, place in users:
+        user.replace_input_with(place, value)
+
+
 def insert_switched(
-    graph: ir.Graph, ranges: Mapping[str, float], kind: Kind, computed: ir.DataType = ir.DataType.FLOAT
+    graph: ir.Graph,
+    ranges: Mapping[str, float],
+    kind: Kind,
+    computed: ir.DataType = ir.DataType.FLOAT,
+    outputs: Mapping[str, float] | None = None,
 ) -> list[str]:
     """Round every layer that has a range as `insert` would, but in float32, and only if the new input SWITCHES says so.
 
     computed   the compute type of the graph that `insert` will change; the scales are rounded to it
+    outputs    as in `insert`
 
     Returns the weights' names, in the order of the switches.
     """
     layers = [layer for layer in quantizable(graph, kind) if layer.weight in ranges]
     switches = ir.Value(name=SWITCHES, shape=ir.Shape([len(layers)]), type=ir.TensorType(ir.DataType.BOOL))
     graph.inputs.append(switches)
+    following = dict(pairwise(graph))
     for i, layer in enumerate(layers):
-        kernel = layer.node.inputs[1]
-        assert kernel is not None
+        activation, kernel = _input(layer.node, 0), _input(layer.node, 1)
         plain, low = (Nodes(ir.Graph([], [], nodes=[], name="branch"), None, layer.weight) for _ in range(2))
-        plain.graph.outputs.append(plain.add("Identity", [layer.activation], "plain.activation"))
+        plain.graph.outputs.append(plain.add("Identity", [activation], "plain.activation"))
         plain.graph.outputs.append(plain.add("Identity", [kernel], "plain.kernel"))
         values = values_of(graph, layer)
         low.graph.outputs.extend(_in_float32(low, layer, values, ranges[layer.weight], kind, computed))
@@ -100,6 +139,16 @@ def insert_switched(
         branches: dict[str, Any] = {"then_branch": low.graph, "else_branch": plain.graph}
         for place, value in enumerate(nodes.add_all("If", [switch], "chosen", (ir.DataType.FLOAT,) * 2, **branches)):
             layer.node.replace_input_with(place, value)
+        if outputs and layer.weight in outputs:
+            output = layer.node.outputs[0]
+            users = tuple(output.uses())
+            plain, low = (Nodes(ir.Graph([], [], nodes=[], name="branch"), None, layer.weight) for _ in range(2))
+            plain.graph.outputs.append(plain.add("Identity", [output], "plain.output"))
+            scale = np.asarray(outputs[layer.weight] / kind.largest)
+            low.graph.outputs.append(_pair(low, output, scale, computed, kind, None, "output", ir.DataType.FLOAT))
+            behind = Nodes(graph, following.get(layer.node), layer.weight)
+            branches = {"then_branch": low.graph, "else_branch": plain.graph}
+            _lead(users, behind.add("If", [switch], "chosen.output", **branches))
     return [layer.weight for layer in layers]
 
 
@@ -112,18 +161,21 @@ def _in_float32(
     computed: ir.DataType,
 ) -> list[ir.Value]:
     """A layer's activation and weight, rounded in float32."""
-    weight = layer.node.inputs[1]
-    assert weight is not None
+    entering, weight = _input(layer.node, 0), _input(layer.node, 1)
     if kind.in_blocks:
         count, largest = values.shape[0], float(np.abs(values).max())
-        activation = rounded_blocks(nodes, layer.activation, count, high, "activation")
+        activation = rounded_blocks(nodes, entering, count, high, "activation")
         turned = nodes.add("Transpose", [weight], "kernel.turned", perm=[1, 0])
         kernel = rounded_blocks(nodes, turned, count, largest, "kernel")
         return [activation, nodes.add("Transpose", [kernel], "kernel.back", perm=[1, 0])]
     scale, scales = np.asarray(high / kind.largest), _channel_scales(values, layer.axis, kind)
     float32 = ir.DataType.FLOAT
+    if kind.weights_only:
+        activation = nodes.add("Identity", [entering], "plain.activation")
+    else:
+        activation = _pair(nodes, entering, scale, computed, kind, None, "activation", float32)
     return [
-        _pair(nodes, layer.activation, scale, computed, kind, None, "activation", float32),
+        activation,
         _pair(nodes, weight, scales, computed, kind, layer.axis, "kernel", float32),
     ]
 
@@ -187,9 +239,10 @@ def _pair(
     """`value` quantised and dequantised. Scales are rounded to `rounded_to`, stored as `dtype` (None: as rounded)."""
     dtype = dtype or rounded_to
     scales = np.maximum(scale, np.finfo(np.float16).tiny).astype(rounded_to.numpy()).astype(dtype.numpy())
+    middle = 128 if kind is UNSIGNED else 0
     constants = [
         nodes.constant(f"{name}.scale", scales, dtype),
-        nodes.constant(f"{name}.zero", np.zeros(scales.shape, kind.dtype.numpy()), kind.dtype),
+        nodes.constant(f"{name}.zero", np.full(scales.shape, middle, kind.dtype.numpy()), kind.dtype),
     ]
     attributes: dict[str, Any] = {} if axis is None else {"axis": axis}
     into = nodes.add("QuantizeLinear", [value, *constants], f"{name}.quantize", kind.dtype, **attributes)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 from higen.errors import HigenError, OutOfMemory
 
-__all__ = ["enough_memory", "is_lack_of_memory"]
+__all__ = ["enough_memory", "is_lack_of_memory", "return_freed"]
 
 _WORDS = re.compile(
     r"bad_?alloc|bad allocation|not enough memory|(can't|cannot|could not|failed to|unable to) allocate|out of memory|"
@@ -44,3 +45,12 @@ def enough_memory(what: str) -> Iterator[None]:
         reason = str(error) or type(error).__name__
         hint = "a lower precision, fewer frames, a smaller size and fewer prompts need less"
         raise OutOfMemory(f"{what}: there is too little memory here ({hint}): {reason}") from error
+
+
+def return_freed() -> None:
+    """Give memory that was freed back to the system, where the C library keeps it (glibc's `malloc_trim`).
+
+    Loading a graph with rounded weights first computes them in float32. Without this call the process keeps that space.
+    """
+    with suppress(AttributeError, OSError, TypeError):  # another C library, or Windows
+        ctypes.CDLL(None).malloc_trim(0)

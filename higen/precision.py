@@ -16,8 +16,9 @@ class Precision:
     base            the precision of the weights file and of everything that is not quantised: fp32, bf16 or fp16
     dtype           the base's name in numpy and PyTorch
     stored          the base's name in safetensors
-    quantized       most multiplications are in 8 or 4 bits
+    quantized       most multiplications are in 8 or 4 bits, or by weights that are stored so
     engines_only    only TensorRT computes in it
+    graphs_only     only ONNX Runtime computes in it
     architecture    the first GPU architecture that computes in it
     smallest_opset, default_opset    ONNX opsets for graphs in it
     step            the largest error of one run of a stage that the parity gate allows, relative to the largest output:
@@ -39,6 +40,7 @@ class Precision:
     compared: float
     quantized: bool = False
     engines_only: bool = False
+    graphs_only: bool = False
     smallest_opset: int = 21
     default_opset: int = 21
 
@@ -49,10 +51,22 @@ class Precision:
 
 
 def _quantized(name: str, base: str, architecture: int, engines_only: bool = False) -> Precision:
+    graphs_only = base == "fp32"  # an engine stores its other weights in 16 bits
     dtype, stored = ("float32", "F32") if base == "fp32" else ("float16", "F16")
     inf = float("inf")  # checked when the graph is made, by another measure (higen/export/quantize.py)
     return Precision(
-        name, base, dtype, stored, architecture, inf, inf, inf, 0.3, quantized=True, engines_only=engines_only
+        name,
+        base,
+        dtype,
+        stored,
+        architecture,
+        inf,
+        inf,
+        inf,
+        0.3,
+        quantized=True,
+        engines_only=engines_only,
+        graphs_only=graphs_only,
     )
 
 
@@ -78,13 +92,14 @@ _ROWS = (
     _quantized("int8.fp16", "fp16", 80),
     _quantized("fp8.fp16", "fp16", 89),
     _quantized("nvfp4.fp16", "fp16", 100, engines_only=True),
+    _quantized("w8", "fp32", 75),
 )
 
 PRECISIONS: dict[str, Precision] = {row.name: row for row in _ROWS if not row.quantized}
 """The precisions that `higen-export onnx` writes. fp32 graphs have no suffix; their weights may have fewer bits."""
 
 QUANTIZED: dict[str, Precision] = {row.name: row for row in _ROWS if row.quantized}
-"""The precisions that `higen-export quantize` writes: 8 or 4 bits, made from the weights of their base."""
+"""The precisions that `higen-export quantize` writes: 8 or 4 bits, from the weights of their base."""
 
 NEWEST_OPSET = 23
 

@@ -203,9 +203,9 @@ def test_an_altered_graph_is_not_built_from(model: Path) -> None:
         (["--target", "rtx-sm89", "--precision", "fp16"], "ModelError", "--precision fp16"),
         (["--target", "rtx-sm89", "--stage", "spatial_unet"], "ModelError", "no spatial_unet.onnx (make it: higen-"),
         (
-            ["--target", "rtx-sm89", "--precision", "int8", "--stage", "vae_decoder"],
+            ["--target", "rtx-sm89", "--precision", "int8.fp16", "--stage", "vae_decoder"],
             "ModelError",
-            "no spatial_unet.int8.onnx (make it: higen-export quantize {model} --precision int8)",
+            "no spatial_unet.int8.fp16.onnx (make it: higen-export quantize {model} --precision int8.fp16)",
         ),
         (["--target", "rtx-sm89", "--profile", "{min}"], "RequestError", "smallest <= best <= largest"),
         (["--target", "rtx-sm89", "--profile", "{step}"], "RequestError", "multiples of 4 pixels"),

@@ -8,6 +8,7 @@ import pytest
 
 from higen.engines.targets import RTX, Target, check_precision, parse_targets
 from higen.errors import RequestError
+from higen.precision import precision_named
 
 
 def test_a_list_of_targets_is_read_in_order_and_each_once() -> None:
@@ -39,7 +40,7 @@ def test_the_error_for_hopper_names_the_right_target() -> None:
         ("fp32", RTX),
         ("fp16", RTX),
         ("bf16", (80, 86, 89, 120, 121)),
-        ("int8", (80, 86, 89, 120, 121)),
+        ("int8.fp16", (80, 86, 89, 120, 121)),
         ("fp8.fp16", (89, 120, 121)),
         ("nvfp4.fp16", (120, 121)),
     ],
@@ -53,6 +54,12 @@ def test_each_architecture_computes_in_what_nvidia_says(precision: str, allowed:
                 check_precision(precision, (architecture,))
 
 
+@pytest.mark.parametrize("precision", ["int8", "w8"])
+def test_precisions_of_onnx_runtime_are_refused_by_name(precision: str) -> None:
+    with pytest.raises(RequestError, match=f"'{precision}': only ONNX Runtime computes in it; .*int8.fp16 or fp8.fp16"):
+        check_precision(precision, RTX)
+
+
 def test_a_portable_plan_needs_every_architecture() -> None:
     with pytest.raises(RequestError, match=r"'fp8.fp16': SM80, SM86 cannot compute in it; the first that can is SM89"):
         check_precision("fp8.fp16", parse_targets("rtx")[0].architectures)
@@ -60,8 +67,8 @@ def test_a_portable_plan_needs_every_architecture() -> None:
 
 @pytest.mark.parametrize("precision", ["int3", "FP16", "fp8", "nvfp4"])
 def test_an_unknown_precision_is_refused(precision: str) -> None:
-    """The error lists only allowed precisions. Plain fp8 is not one of them."""
+    """The error lists only known precisions. Plain fp8 is not one of them."""
     with pytest.raises(RequestError, match=f"precision='{precision}': one of ") as caught:
         check_precision(precision, (120,))
-    for allowed in re.findall("'([^']+)'", str(caught.value).partition(": ")[2]):
-        check_precision(allowed, (120,))
+    for known in re.findall("'([^']+)'", str(caught.value).partition(": ")[2]):
+        assert precision_named(known).name == known

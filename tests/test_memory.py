@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import subprocess
 import sys
@@ -90,3 +91,23 @@ def test_a_process_with_too_little_memory(backend: str, library: str) -> None:
     assert last == "2"
     assert set(limited[1::2] + limited[-1:]) <= {"OutOfMemory", "done"}
     assert limited.count("OutOfMemory") >= 4
+
+
+@pytest.mark.skipif(
+    not sys.platform.startswith("linux") or not hasattr(ctypes.CDLL(None), "malloc_trim"),
+    reason="only glibc keeps freed memory",
+)
+def test_freed_memory_goes_back_to_the_system() -> None:
+    """Small blocks below a block that stays in use are kept by glibc until it is asked to return them."""
+    code = (
+        "import re; from pathlib import Path; from higen.memory import return_freed\n"
+        "def held(): return int(re.search(r'RssAnon:\\s+(\\d+)', Path('/proc/self/status').read_text())[1])\n"
+        "import ctypes; libc = ctypes.CDLL(None); libc.malloc.restype = ctypes.c_void_p\n"
+        "blocks = [ctypes.c_void_p(libc.malloc(65536)) for _ in range(1000)]\n"
+        "for block in blocks: ctypes.memset(block, 1, 65536)\n"
+        "last = libc.malloc(65536)\n"
+        "for block in blocks: libc.free(block)\n"
+        "before = held(); return_freed(); print(before - held())\n"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert int(ran.stdout) > 50_000

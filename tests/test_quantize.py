@@ -6,13 +6,16 @@ import errno
 import os
 import re
 import shutil
+from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import onnx
 import onnx_ir as ir
+import onnxruntime as ort
 import precisions
 import pytest
 from click.testing import CliRunner
@@ -21,6 +24,7 @@ import higen
 from higen.api import default_model
 from higen.backends.onnx import OnnxBackend
 from higen.backends.options import Options
+from higen.backends.sessions import session_options
 from higen.bundle import Bundle, graph_file, put_file
 from higen.engines.compare import compare
 from higen.engines.model_engines import build_engines
@@ -87,6 +91,56 @@ def test_the_graph_runs_and_differs_by_what_was_measured(
         worst = max(worst, float(np.sqrt(((found - expected) ** 2).mean() / (expected**2).mean())))
     assert 0 < worst <= 0.3
     assert worst == pytest.approx(report.error, rel=1e-3)
+
+
+def optimised(bundle: Bundle, precision: str, folder: Path) -> Any:
+    """The graph that ONNX Runtime runs, with its weights."""
+    options = session_options(1)
+    options.optimized_model_filepath = str(folder / f"{precision}.onnx")
+    graph = bundle.path / graph_file("spatial_unet", precision)
+    ort.InferenceSession(str(graph), options, providers=["CPUExecutionProvider"])
+    return onnx.load(options.optimized_model_filepath).graph
+
+
+def test_integer_kernels_run_the_chosen_layers(quantized: tuple[Bundle, Report], tmp_path: Path) -> None:
+    """ONNX Runtime has an integer kernel for each convolution that was chosen, and for most products."""
+    bundle, report = quantized
+    chosen = [n for n in ir.load(bundle.path / graph_file("spatial_unet", "int8")).graph if is_quantized(n)]
+    assert len(chosen) == report.chosen
+    runs = Counter(node.op_type for node in optimised(bundle, "int8", tmp_path).node)
+    wanted = Counter(node.op_type for node in chosen)
+    # ONNX Runtime 1.32 leaves some products in float32.
+    assert runs["QLinearConv"] == wanted["Conv"] > 10
+    assert 0.5 * wanted["MatMul"] < runs["MatMulIntegerToFloat"] <= wanted["MatMul"]
+
+
+def test_weights_in_8_bits_take_a_third_of_the_memory(
+    model: Path, calls: Any, quantized: tuple[Bundle, Report], tmp_path: Path
+) -> None:
+    reports: list[Report] = []
+    few = {stage: found[:2] for stage, found in calls.items()}
+    bundle = quantize(Bundle.open(model), few, "w8", ["spatial_unet"], 0.3, on_report=reports.append)
+    assert (reports[0].chosen, reports[0].work) == (reports[0].candidates, 1)
+    assert 0 < reports[0].error < quantized[1].error / 2  # int8 rounds the activations too
+    backend, plain = (OnnxBackend(bundle, Options("cpu", precision)) for precision in ("w8", "fp32"))
+    call = few["spatial_unet"][0]
+    found, expected = (b.to_numpy(b.run("spatial_unet", **call)["previous"]) for b in (backend, plain))
+    assert 0 < np.sqrt(((found - expected) ** 2).mean() / (expected**2).mean()) <= reports[0].error * 1.001
+    graphs = {precision: optimised(bundle, precision, tmp_path) for precision in ("w8", "fp32")}
+    held = {p: sum(onnx.numpy_helper.to_array(t).nbytes for t in g.initializer) for p, g in graphs.items()}
+    assert held["w8"] < 0.36 * held["fp32"]  # biases, embeddings, the first and the last layer stay as they are
+
+
+def test_a_quantised_graph_that_cannot_run_is_one_error(
+    model: Path, calls: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    few = {stage: found[:1] for stage, found in calls.items()}
+    monkeypatch.setattr("higen.export.quantize.insert", lambda model, *_: model.graph.outputs.clear())
+    before = Bundle.open(model).files
+    with pytest.raises(BackendError, match="spatial_unet: ONNX Runtime cannot run the quantised graph"):
+        quantize(Bundle.open(model), few, "w8", ["spatial_unet"])
+    assert Bundle.open(model).files == before
+    assert not list(model.glob(".*part"))
 
 
 def test_weights_stay_in_their_file(quantized: tuple[Bundle, Report]) -> None:
@@ -210,7 +264,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
 @pytest.mark.parametrize(
     ("precision", "target", "datatype", "lacking"),
     [
-        ("int8", "rtx-sm89", "Int8", "rtx-sm75"),
+        ("int8.fp16", "rtx-sm89", "Int8", "rtx-sm75"),
         ("fp8.fp16", "rtx-sm89", "FP8", "rtx-sm86"),
         ("nvfp4.fp16", "rtx-sm120", "FP4E2M1", "rtx-sm89"),
     ],
@@ -239,8 +293,9 @@ def test_an_engine_of_a_quantised_graph(
 
 
 def is_quantized(node: ir.Node) -> bool:
-    makers = [value.producer() for value in node.inputs[:2] if value is not None]
-    return any(maker is not None and maker.op_type == "DequantizeLinear" for maker in makers)
+    """Whether a layer's weight is rounded. Its activation may also be another layer's rounded output."""
+    weight = node.inputs[1].producer() if node.op_type in ("Conv", "MatMul") and node.inputs[1] is not None else None
+    return weight is not None and weight.op_type == "DequantizeLinear"
 
 
 def products(log: str, datatype: str) -> set[str]:

@@ -106,6 +106,26 @@ def test_the_nodes_are_what_the_formula_says(model: Path) -> None:
         assert not kernel.inputs[2].const_value.numpy().any()
 
 
+def test_a_rounded_output_is_what_the_formula_says(model: Path) -> None:
+    """Every user of a convolution takes its output from 8 bits around 128, even a layer behind it."""
+    whole = load(model)
+    convolutions = {layer.weight: 6.35 for layer in quantizable(whole.graph) if layer.node.op_type == "Conv"}
+    users = {name: len(layer_of(whole, name).node.outputs[0].uses()) for name in convolutions}
+    insert(whole, list(convolutions), convolutions, KINDS["int8"], convolutions)
+    for node in [node for node in whole.graph if node.name.endswith(".output.quantize")]:
+        (behind,) = [user for user, _ in node.outputs[0].uses()]
+        assert len(behind.outputs[0].uses()) == users.pop(node.name.removesuffix(".output.quantize"))
+        assert (len(node.inputs[0].uses()), node.inputs[0].producer().op_type) == (1, "Conv")
+        for end in (node, behind):
+            assert float(end.inputs[1].const_value.numpy()) == pytest.approx(0.05)
+            assert end.inputs[2].const_value.numpy() == np.uint8(128)
+    assert not users
+
+
+def layer_of(model: ir.Model, weight: str) -> Any:
+    return next(layer for layer in quantizable(model.graph) if layer.weight == weight)
+
+
 def test_nvfp4_weights_lie_in_the_graph(model: Path) -> None:
     """Two codes per byte, one scale per sixteen values, and the float weight is no longer used."""
     whole = load(model)
@@ -143,13 +163,15 @@ def test_sensitive_layers_are_never_candidates(model: Path) -> None:
     assert {layer.node.op_type for layer in products} == {"MatMul"}
 
 
-@pytest.mark.parametrize("kind", ["int8", "fp8"])
+@pytest.mark.parametrize("kind", ["int8", "fp8", "w8"])
 def test_a_switched_graph_computes_what_the_chosen_layers_would(model: Path, kind: str) -> None:
     random = np.random.default_rng(0)
     layers = quantizable(load(model).graph)[3:40:6]
     ranges = {layer.weight: 4.0 for layer in layers}
+    outputs = {layer.weight: 6.0 for layer in layers if layer.rounds_output(KINDS[kind])}
+    assert bool(outputs) == (kind == "int8")
     switched = load(model)
-    names = insert_switched(switched.graph, ranges, KINDS[kind])
+    names = insert_switched(switched.graph, ranges, KINDS[kind], outputs=outputs)
     assert names == list(ranges)
     inputs = {
         value.name: np.ones([n if isinstance(n, int) else 4 for n in value.shape], np.int64)
@@ -159,7 +181,7 @@ def test_a_switched_graph_computes_what_the_chosen_layers_would(model: Path, kin
     }
     switches = np.arange(len(names)) % 2 == 0
     real = load(model)
-    insert(real, [name for name, on in zip(names, switches, strict=True) if on], ranges, KINDS[kind])
+    insert(real, [name for name, on in zip(names, switches, strict=True) if on], ranges, KINDS[kind], outputs)
     expected = run(model, real, inputs)
     np.testing.assert_allclose(run(model, switched, {**inputs, SWITCHES: switches}), expected, atol=2e-5)
     plain = run(model, switched, {**inputs, SWITCHES: ~switches & switches})

@@ -26,7 +26,7 @@ import onnxruntime as ort
 
 from higen import cpu
 from higen.backends.external_data import external_files
-from higen.backends.sessions import EXACT_INT8
+from higen.backends.sessions import exact_int8
 from higen.bundle import Bundle, sha256
 from higen.errors import IntegrityError, RequestError, is_of_a_handler, quoted
 from higen.memory import is_lack_of_memory
@@ -194,7 +194,7 @@ class GraphCache:
 def _key(files: Sequence[Sequence[str]], providers: Sequence[Any]) -> str:
     """The digest of everything an optimised graph depends on. The precision is part of the file names."""
     build = [ort.__version__, ort.get_build_info()]
-    said = json.dumps([FORMAT, files, build, _processor(), EXACT_INT8, [str(provider) for provider in providers]])
+    said = json.dumps([FORMAT, files, build, _processor(), exact_int8(), [str(provider) for provider in providers]])
     return hashlib.sha256(said.encode()).hexdigest()
 
 

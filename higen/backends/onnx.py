@@ -25,7 +25,7 @@ from higen.bundle import Bundle, graph_file
 from higen.devices import check_present, device_index
 from higen.errors import BackendError, BackendUnavailable, IntegrityError, is_of_a_handler
 from higen.forks import Home, outlives_forks
-from higen.memory import enough_memory
+from higen.memory import enough_memory, return_freed
 from higen.precision import precision_named
 from higen.stages import check_inputs
 
@@ -224,6 +224,8 @@ class OnnxBackend:
             self._device = "cpu"
             return self._make(stage)
         outlives_forks(session)
+        if precision_named(precision).quantized:
+            return_freed()
         for file in files:
             self.bundle.file(file, verify=False)  # if changed during the load: checked again
         return self._checked(stage, session, precision, files)

@@ -33,7 +33,7 @@ Make a video from a text with a model directory.
   --list-controls        print what --control and --picture take for this model, and exit
   --tokens N,N,...       token ids from start to end, instead of the prompt's
   --backend NAME         auto, tensorrt (the model's engines) or onnx (its graphs)
-  --precision NAME       of the engines or graphs: fp32, fp16, bf16, int8, int8.fp16, fp8.fp16 or nvfp4.fp16
+  --precision NAME       of the engines or graphs: fp32, fp16, bf16, int8, int8.fp16, fp8.fp16, nvfp4.fp16 or w8
   --provider NAME        ONNX Runtime's provider: auto, cpu, cuda, cuda:N (a GPU, from 0), tensorrt-rtx, openvino,
                          webgpu, or another plugin's provider
   --provider-library FILE   the library of a plugin

@@ -15,9 +15,10 @@
 namespace higen::core {
 
 // What a stage's graph computes in. File names do not mention fp32. From int8 on, most products are computed in 8 or 4
-// bits; the part after the dot (without one, fp32) is the precision of the stored weights.
-constexpr std::array<std::string_view, 7> precisions = {"fp32",      "fp16",     "bf16",      "int8",
-                                                        "int8.fp16", "fp8.fp16", "nvfp4.fp16"};
+// bits, or by weights that memory holds in 8 bits (w8); the part after the dot (without one, fp32) is the precision of
+// the stored weights.
+constexpr std::array<std::string_view, 8> precisions = {"fp32",      "fp16",     "bf16",       "int8",
+                                                        "int8.fp16", "fp8.fp16", "nvfp4.fp16", "w8"};
 // The precision that only TensorRT computes in.
 constexpr std::string_view engines_only = "nvfp4.fp16";
 

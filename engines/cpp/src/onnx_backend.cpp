@@ -13,6 +13,10 @@
 #include "onnx_plugins.h"
 #include "onnx_providers.h"
 
+#ifdef __GLIBC__
+#include <malloc.h>
+#endif
+
 namespace higen::core {
 namespace {
 
@@ -177,6 +181,10 @@ private:
                                   : Ort::Session(env_, path.c_str(), options),
                           bundle_.fixed(), provider.name, precision, passed_over};
                 if (partly) made.passed_over += ", some nodes on the CPU";
+#ifdef __GLIBC__
+                // As `return_freed` in higen/memory.py: rounded weights were computed in float32 first.
+                if (stand_ins(precision).size() > 1) ::malloc_trim(0);
+#endif
                 check_graph(stage, made.session, path, made.fixed);
                 (void)bundle_.file(graph_file(stage.name, precision));  // throws if the file was replaced
                 (void)bundle_.file(weights);

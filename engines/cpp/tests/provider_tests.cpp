@@ -35,8 +35,14 @@ TEST(a_provider_is_read_whole_or_refused) {
 }
 
 TEST(every_session_multiplies_int8_exactly) {
+    bool exact = true;  // without VNNI, pairs of products saturate
+#if (defined(__GNUC__) || defined(__clang__)) && (defined(__x86_64__) || defined(__i386__))
+    std::ifstream list("/proc/cpuinfo");
+    const std::string flags{std::istreambuf_iterator<char>(list), {}};
+    exact = flags.find("avx512_vnni") != std::string::npos || flags.find("avx_vnni") != std::string::npos;
+#endif
     for (const int threads : {0, 2})
-        CHECK(session_settings(threads).GetConfigEntryOrDefault("session.x64quantprecision", "0") == "1");
+        CHECK(session_settings(threads).GetConfigEntryOrDefault("session.x64quantprecision", "") == (exact ? "0" : "1"));
 }
 
 TEST(want_of_memory_is_told_from_a_broken_file) {

@@ -98,6 +98,7 @@ TEST(files_of_a_precision) {
     CHECK(weights_variant("kite.safetensors", "int8") == "kite.safetensors");
     CHECK((stand_ins("fp8.fp16") == std::vector<std::string>{"fp8.fp16", "fp16"}));
     CHECK((stand_ins("nvfp4.fp16") == std::vector<std::string>{"nvfp4.fp16", "fp16"}));
+    CHECK((stand_ins("w8") == std::vector<std::string>{"w8", "fp32"}));
     CHECK((stand_ins("int8") == std::vector<std::string>{"int8", "fp32"}));
     CHECK(stand_ins("bf16") == std::vector<std::string>{"bf16"});
     CHECK_FAILS(HIGEN_ERROR_REQUEST, "precision='int4': one of 'fp32', 'fp16'", check_precision("int4"));

@@ -81,7 +81,7 @@ typedef struct higen_model_options {
     int32_t threads;              /* per stage on a CPU; 0: ONNX Runtime's choice */
     int32_t skip_verification;    /* 1: trust the files, do not compute their sha256 */
     const char* backend;          /* NULL or "auto": engines if they fit, else graphs; "tensorrt"; "onnx" */
-    const char* precision;        /* "fp32", "fp16", "bf16", "int8", "int8.fp16", "fp8.fp16", "nvfp4.fp16";
+    const char* precision;        /* "fp32", "fp16", "bf16", "int8", "int8.fp16", "fp8.fp16", "nvfp4.fp16", "w8";
                                      NULL: the best here */
 } higen_model_options;
 
