@@ -69,7 +69,9 @@ def train(model: Bundle, state: Path, output: Path, few: FewSteps = FEW_STEPS) -
     subjects_named(model.manifest.prompts)
     settings = settings_of(model.path, few)
     networks = build(settings, ())
-    networks = replace(networks, own=distilled(networks.own or networks.config, settings.distil))
+    # The name is new; everything else that describes the model is the teacher's.
+    own = replace(distilled(networks.config, settings.distil), name=f"{model.manifest.name}, few steps")
+    networks = replace(networks, own=own)
     clips = Clips(state / "latents.safetensors", networks.config.unet, settings=settings)
     source = EmojiSource(clips, networks.tokenizer, networks.config.schedule.timesteps)
     empty = torch.from_numpy(networks.tokenizer.encode([""]))
