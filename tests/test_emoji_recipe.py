@@ -468,6 +468,7 @@ def test_the_recipe_holds_its_folder_from_beginning_to_end(
         (recipe.decoder, "draw"),
         (recipe.decoder, "train"),
         (recipe, "assemble"),
+        (recipe.few_steps, "train"),
     ):
         monkeypatch.setattr(module, name, part(name))
     with claimed(tmp_path), pytest.raises(TrainingError, match="another process is training there"):
@@ -476,7 +477,9 @@ def test_the_recipe_holds_its_folder_from_beginning_to_end(
     monkeypatch.setattr(cpu, "flags", lambda: frozenset({"avx2"}))
     recipe.run(tmp_path, tmp_path / "model", bf16=True)
     assert "ten times as long as in float32: leave --bf16 out" in capsys.readouterr().out
-    recipe.run(tmp_path, tmp_path / "model")
+    recipe.run(tmp_path, tmp_path / "model", few=tmp_path / "few")
     assert capsys.readouterr().out == f"4 npm packages are fetched into {tmp_path / 'data'}, about 700 MB in all four\n"
-    del parts[: len(parts) // 2]
-    assert parts == ["fetch", "train", "write", "train", "assemble", "draw", "train", "assemble"]
+    whole = ["fetch", "train", "write", "train", "assemble", "draw", "train", "assemble"]
+    assert parts == [*whole, *whole, "train"]
+    with pytest.raises(SettingsError, match="another directory than --output"):
+        recipe.run(tmp_path, tmp_path / "model", few=tmp_path / "model")

@@ -86,10 +86,10 @@ def test_the_recipe_takes_no_time_for_a_codec_that_it_starts_from(
         return Bundle.open(tiny_model)
 
     monkeypatch.setattr("higen.train.emoji.run.run", run)
-    options = ["--work", "w", "--output", "o", "--codec-minutes", "0", "--start", str(tiny_model)]
+    options = ["--work", "w", "--output", "o", "--codec-minutes", "0", "--start", str(tiny_model), "--few-steps", "f"]
     result = CliRunner().invoke(main, ["train", "default", *options])
     assert result.stdout == f"{tiny_model}\n", result.output  # the path of the model
-    assert given == [Path("w"), Path("o"), None, 0.0, tiny_model, False]
+    assert given == [Path("w"), Path("o"), None, 0.0, tiny_model, False, Path("f")]
 
 
 @pytest.fixture(scope="module")

@@ -140,6 +140,7 @@ def write_settings(file: Path, model: Path, clips: Path, **changes: Any) -> Path
         "optimiser": {"learning_rate": 1e-3, "warm_up": 2},
         "lora": {},
         "codec": {},
+        "distil": {},
         "run": {
             "output": file.parent / "run",
             "steps": 6,

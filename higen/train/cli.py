@@ -68,8 +68,15 @@ def from_config(config: Path, resume: bool | None, export: Path | None, overwrit
 @click.option("--codec-minutes", type=float, default=45.0, show_default=True, help="Training time of the autoencoder.")
 @click.option("--start", type=PATH, help="Model of this recipe to start from.  [random weights]")
 @click.option("--bf16", is_flag=True, help="Mixed precision: faster on some processors, slower on others.")
+@click.option("--few-steps", "few", type=PATH, help="Also write a model directory that draws in few steps (distilled).")
 def from_recipe(
-    work: Path, output: Path, steps: int | None, codec_minutes: float, start: Path | None, bf16: bool
+    work: Path,
+    output: Path,
+    steps: int | None,
+    codec_minutes: float,
+    start: Path | None,
+    bf16: bool,
+    few: Path | None,
 ) -> None:
     """Train the built-in model. The first step downloads its npm packages."""
     with reported(False):
@@ -80,7 +87,7 @@ def from_recipe(
         with needs("train", "higen train"):
             from higen.train.emoji.run import run
 
-        click.echo(str(run(work, output, steps, codec_minutes, start, bf16).path))
+        click.echo(str(run(work, output, steps, codec_minutes, start, bf16, few).path))
 
 
 @click.command()

@@ -20,7 +20,7 @@ from higen.train.processes import Processes, gain_share, shares
 from higen.train.reader import Reader
 from higen.train.settings import Settings
 
-__all__ = ["HeldOut", "held_out_reader", "swap"]
+__all__ = ["HeldOut", "averaged", "held_out_reader", "swap"]
 
 
 class HeldOut:
@@ -43,7 +43,7 @@ class HeldOut:
             steps = range(self.settings.data.held_out_steps)
             self._batches = [replace(self._source.batches(step), gains=None) for step in steps]
         found: dict[str, list[Tensor]] = {}
-        with _averaged(objective, optimiser), torch.no_grad():
+        with averaged(objective, optimiser), torch.no_grad():
             for batches in self._batches:
                 for name, loss in losses_of(objective, batches).items():
                     found.setdefault(f"held-out {name}", []).append(loss)
@@ -77,7 +77,7 @@ def losses_of(objective: Objective, batches: StepBatches) -> dict[str, Tensor]:
 
 
 @contextmanager
-def _averaged(objective: Objective, optimiser: Optimiser) -> Iterator[None]:
+def averaged(objective: Objective, optimiser: Optimiser) -> Iterator[None]:
     """Inside the block, the networks have the averaged weights and use no dropout."""
     training = [module for module in (objective.denoiser, *objective.unets, objective.text) if module.training]
     swap(optimiser.parameters, optimiser.average)

@@ -306,6 +306,40 @@ class CodecSettings:
 
 
 @dataclass(frozen=True)
+class DistilSettings:
+    """Distillation: the model learns to draw in a few steps, without guidance, what it draws now
+    (higen.train.distil). Pairs are for key frames (the spatial loop) and for clips (the temporal loop).
+    """
+
+    steps: tuple[int, ...] = ()
+    """Steps of the distilled model; [0, N]: key frames are drawn as before. Not given: no distillation."""
+    teacher_steps: tuple[int, ...] = ()
+    """Steps of the teacher. Not given: the default steps of model.init."""
+    teacher_guidance: tuple[float, ...] = ()
+    """Guidance of the teacher. Not given: the default guidance of model.init."""
+    target: Literal["teacher", "clip"] = "teacher"
+    """What the distilled model learns to draw: what the teacher draws from the same noise, or the real key frame or
+    clip. The real clip is right only if caption, cues and key frame say nearly all about it; otherwise clips blur."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "teacher_steps", "teacher_guidance"):
+            values = getattr(self, name)
+            if values and len(values) != 2:
+                raise SettingsError(f"{name}={list(values)}: two numbers, for key frames and for clips")
+            if values and not self.steps:
+                raise SettingsError(f"{name}={list(values)}: needs steps, those of the distilled model")
+        if self.steps and not (self.steps[0] >= 0 and self.steps[1] >= 1):
+            raise SettingsError(
+                f"steps={list(self.steps)}: 0 or more for key frames and 1 or more for clips; "
+                "key frames are not distilled alone, because the network for clips shares their layers"
+            )
+        if any(count < 1 for count in self.teacher_steps):
+            raise SettingsError(f"teacher_steps={list(self.teacher_steps)}: 1 or more each")
+        if any(not (math.isfinite(scale) and scale >= 0) for scale in self.teacher_guidance):
+            raise SettingsError(f"teacher_guidance={list(self.teacher_guidance)}: finite, 0 or more each")
+
+
+@dataclass(frozen=True)
 class LoraSettings:
     """Low-rank adapters of the denoiser's linear layers and convolutions, which are trained instead of its weights.
     They are also written to <output>/lora.safetensors. optimiser.layers says which layers have adapters.

@@ -30,6 +30,7 @@ from higen.train.sections import (
     CodecSettings,
     CueSettings,
     DataSettings,
+    DistilSettings,
     LoraSettings,
     ModelSettings,
     ObjectiveSettings,
@@ -43,6 +44,7 @@ __all__ = [
     "CodecSettings",
     "CueSettings",
     "DataSettings",
+    "DistilSettings",
     "LoraSettings",
     "ModelSettings",
     "ObjectiveSettings",
@@ -69,10 +71,13 @@ class Settings:
     optimiser: OptimiserSettings = field(default_factory=OptimiserSettings)
     lora: LoraSettings = field(default_factory=LoraSettings)
     codec: CodecSettings = field(default_factory=CodecSettings)
+    distil: DistilSettings = field(default_factory=DistilSettings)
 
     def __post_init__(self) -> None:
         if self.codec.layers != "none":
             self._check_codec()
+        if self.distil.steps:
+            self._check_distil()
         self._check_layers()
         if bool(self.run.held_out_every) != (self.data.held_out is not None):
             raise SettingsError("run.held_out_every and data.held_out go together")
@@ -88,6 +93,7 @@ class Settings:
             "optimiser.spatial_gradient": (self.optimiser.spatial_gradient, 1),
             "optimiser.train_text": (self.optimiser.train_text, False),
             "lora.rank": (self.lora.rank, 0),
+            "distil.steps": (self.distil.steps, ()),
             "model.tokenizer": (self.model.tokenizer, "companions"),
             "data.cache": (self.data.cache, None),
             "run.sample_every": (self.run.sample_every, 0),
@@ -100,6 +106,33 @@ class Settings:
                     f"{name}={value!r}: codec.layers={self.codec.layers!r} trains only the autoencoder; leave it out, "
                     "and train the denoiser in a separate run"
                 )
+
+    def _check_distil(self) -> None:
+        """Raise SettingsError for settings that distillation does not support."""
+        steps, layers = list(self.distil.steps), self.optimiser.layers
+        if self.model.init is None:
+            raise SettingsError(f"distil.steps={steps}: needs model.init, the model to distil")
+        others = {
+            "model.known_frames": (self.model.known_frames, False),
+            "objective.known": (self.objective.known, {}),
+            "objective.gain_clips": (self.objective.gain_clips, 0),
+            "optimiser.train_text": (self.optimiser.train_text, False),
+            "lora.scales": (self.lora.scales, False),
+        }
+        for name, (value, wanted) in others.items():
+            if value != wanted:
+                raise SettingsError(f"{name}={value!r}: not for a distillation; leave it out")
+        if not self.data.videos:
+            raise SettingsError(f"distil.steps={steps}: needs data.videos from 1")
+        if steps[0] and (layers != "all" or not self.data.images):
+            raise SettingsError(
+                f"distil.steps={steps}: needs data.images from 1 and optimiser.layers='all', because key frames and "
+                f"clips share layers; with [0, {steps[1]}], key frames are drawn as before"
+            )
+        if not steps[0] and layers != "temporal":
+            raise SettingsError(
+                f"distil.steps={steps}: needs optimiser.layers='temporal', so that key frames are drawn as before"
+            )
 
     def _check_layers(self) -> None:
         layers, rank = self.optimiser.layers, self.lora.rank
@@ -190,6 +223,7 @@ _SECTIONS: Mapping[str, type[Any]] = {
     "optimiser": OptimiserSettings,
     "lora": LoraSettings,
     "codec": CodecSettings,
+    "distil": DistilSettings,
     "run": RunSettings,
 }
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -23,13 +24,14 @@ from higen.train.batches import Batches
 from higen.train.checkpoints import Checkpoints
 from higen.train.codec import CodecTrainer
 from higen.train.curves import other_likeness
-from higen.train.data import list_items
+from higen.train.data import Listing, list_items
+from higen.train.distil import Distillation, distilled
 from higen.train.file_source import FileSource, make_reader
 from higen.train.gradients import DenoiserGradients
 from higen.train.held_out import HeldOut
 from higen.train.layers import LORA, denoiser_weights, trained_parameters, whole_weights, write_lora
 from higen.train.loop import Periodic, Say
-from higen.train.networks import Objective, build, write_model
+from higen.train.networks import Networks, Objective, build, write_model
 from higen.train.notices import notices
 from higen.train.processes import gain_share, shares, start_processes
 from higen.train.runs import TOWER, Run, check_same, identity_of
@@ -98,10 +100,18 @@ def export(settings: Settings, output: Path, overwrite: bool = False) -> Bundle:
             codec.close()
         return Bundle.open(output)
     listing = list_items(settings.data.path, settings.lora.scales)
-    networks = build(settings, (item.caption for item in listing.items))
+    networks = _networks(settings, listing)
     check_same(state, settings, identity_of(settings, networks, listing))
     weights = whole_weights(denoiser_weights(networks), state["average"], settings)
     return write_model(networks, weights, output, settings.run.weights, overwrite)
+
+
+def _networks(settings: Settings, listing: Listing) -> Networks:
+    """The networks of a run, and the configuration that it writes."""
+    networks = build(settings, (item.caption for item in listing.items))
+    if not settings.distil.steps:
+        return networks
+    return replace(networks, own=distilled(networks.own or networks.config, settings.distil))
 
 
 class Trainer(Run):
@@ -110,13 +120,13 @@ class Trainer(Run):
     def __init__(self, settings: Settings, say: Say = lambda _: None) -> None:
         self.settings, self.say, run = settings, say, settings.run
         self.listing = list_items(settings.data.path, settings.lora.scales)
-        self.networks = build(settings, (item.caption for item in self.listing.items))
+        self.networks = _networks(settings, self.listing)
         self.processes = start_processes(unused_parameters=settings.data.videos == 0)
         device = self.processes.device
         share = shares(settings, self.processes.count, self.processes.index)
         gains = gain_share(settings, self.processes.count, self.processes.index)
         self.networks.encoder.to(device)
-        self.objective = Objective(self.networks, settings.objective.gain_weight, run.recompute).to(device)
+        self.objective = self._objective().to(device)
         self.identity = identity_of(settings, self.networks, self.listing)
         self.reader = make_reader(settings, self.networks, self.listing, self.identity[TOWER], device)
         batches = Batches(
@@ -137,6 +147,13 @@ class Trainer(Run):
         self._held_out = None
         if run.held_out_every:
             self._held_out = HeldOut(settings, self.networks, batches, self.processes, self.identity[TOWER])
+
+    def _objective(self) -> Objective:
+        networks, settings = self.networks, self.settings
+        if not settings.distil.steps:
+            return Objective(networks, settings.objective.gain_weight, settings.run.recompute)
+        empty = torch.from_numpy(networks.tokenizer.encode([""]))
+        return Distillation(networks, settings.distil, empty, settings.run.recompute)
 
     def warn(self) -> None:
         """Give the user the notices about the run before its first step."""

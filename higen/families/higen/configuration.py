@@ -167,6 +167,9 @@ class ModelConfig:
     """The model was trained with cue dropout, so motion and appearance may be unspecified (None)."""
     prompts: tuple[str, ...] = ()
     """Prompts that the model is known to draw well. For a small model: all that it knows."""
+    guided: tuple[bool, bool] = field(default=(True, True), metadata=LATER)
+    """Whether the spatial loop and the temporal loop have steps with both branches of guidance. A loop that was
+    distilled has only plain steps."""
 
 
 @dataclass(frozen=True)

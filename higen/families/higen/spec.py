@@ -89,7 +89,9 @@ def manifest(config: ModelConfig, plain: bool = True) -> Manifest:
     Raises ManifestError for a configuration whose parts do not fit each other.
     """
     every = stages(config.unet.known_frames, config.unet.level_channels[0])
-    rows = tuple(s for s in every if plain or not s.name.endswith(PLAIN))
+    loops = _loops(config, plain)
+    stepping = {name for loop in loops for name in (loop.guided, loop.plain)}
+    rows = tuple(stage for stage in every if not stage.denoises or stage.name in stepping)
     return Manifest(
         name=config.name,
         licence=config.licence,
@@ -100,7 +102,7 @@ def manifest(config: ModelConfig, plain: bool = True) -> Manifest:
         text=config.text.rules,
         controls=_controls(config),
         stages=rows,
-        loops=_loops(config, plain),
+        loops=loops,
     )
 
 
@@ -203,9 +205,12 @@ def _controls(config: ModelConfig) -> tuple[Control, ...]:
 def _loops(config: ModelConfig, plain: bool) -> tuple[Loop, Loop]:
     """The loop of the key frame, then the loop of the clip. The key frame has the cues of a still clip."""
     defaults, solvers = config.defaults, _solvers(config.defaults.solver)
+    guided = tuple(
+        name if has else None for name, has in zip(("spatial_unet", "temporal_unet"), config.guided, strict=True)
+    )
     spatial = Loop(
         name="spatial",
-        guided="spatial_unet",
+        guided=guided[0],
         plain="spatial_unet" + PLAIN if plain else None,
         frames=1,
         schedule=config.schedule,
@@ -220,7 +225,7 @@ def _loops(config: ModelConfig, plain: bool) -> tuple[Loop, Loop]:
     temporal = replace(
         spatial,
         name="temporal",
-        guided="temporal_unet",
+        guided=guided[1],
         plain="temporal_unet" + PLAIN if plain else None,
         frames="F",
         least_frames=2,
@@ -359,6 +364,7 @@ def config(manifest: Manifest) -> ModelConfig:
         max_frames=sizes.frames[2],
         optional_cues=motion.optional and appearance.optional,
         prompts=manifest.prompts,
+        guided=(pair[0].guided is not None, pair[1].guided is not None),
     )
 
 

@@ -241,7 +241,7 @@ class EmojiSource:
         drawn = self.clips.known if self.clips.settings.objective.known else self.clips.windows
         videos = self._batch(drawn(random, progress), self.has_prior, random)
         gains = None
-        if self.has_prior:
+        if self.has_prior and self.clips.settings.objective.gain_clips:
             told = self.clips.told(random, progress)
             gains = GainBatch(told.motion, told.appearance, told.square, self._tokens(told.captions))
         return StepBatches(images, videos if self.has_prior else replace(videos, prior=None), gains)

@@ -11,14 +11,14 @@ from higen.families.higen.spec import ModelConfig
 from higen.text_files import read_toml
 from higen.train.emoji.subjects import vocabulary
 from higen.train.networks import read_architecture
-from higen.train.settings import OptimiserSettings, Settings, read_settings
+from higen.train.settings import DistilSettings, LoraSettings, OptimiserSettings, Settings, read_settings
 from higen.train.words import with_words
 from higen.typed_json import from_json
 
-__all__ = ["CODEC", "DECODER", "WORDS", "CodecSettings", "architecture", "recipe"]
+__all__ = ["CODEC", "DECODER", "FEW_STEPS", "WORDS", "CodecSettings", "FewSteps", "architecture", "recipe"]
 
 FILE = Path(__file__).with_name("recipe.toml")
-OWN = ("codec", "decoder")
+OWN = ("codec", "decoder", "few_steps")
 """Sections of the file that only this recipe uses."""
 WORDS = (*vocabulary(), ",")
 
@@ -43,6 +43,22 @@ class CodecSettings:
     prior_weight: float = 0.02
 
 
+@dataclass(frozen=True)
+class FewSteps:
+    """How a model of few steps is distilled from the model. `images` and `videos`: samples of a training step."""
+
+    distil: DistilSettings
+    lora: LoraSettings
+    optimiser: OptimiserSettings
+    steps: int
+    images: int = 4
+    videos: int = 1
+    save_every: int = 50
+    log_every: int = 25
+    measure_every: int = 50
+    """Steps between two measurements on held-out combinations."""
+
+
 @cache
 def _file() -> dict[str, Any]:
     return read_toml(FILE)
@@ -63,4 +79,5 @@ def architecture() -> ModelConfig:
     return replace(config, text=with_words(config.text, len(WORDS)), defaults=defaults)
 
 
-CODEC, DECODER = (from_json(CodecSettings, _file()[name], f"{FILE.name}.{name}") for name in OWN)
+CODEC, DECODER = (from_json(CodecSettings, _file()[name], f"{FILE.name}.{name}") for name in ("codec", "decoder"))
+FEW_STEPS = from_json(FewSteps, _file()["few_steps"], f"{FILE.name}.few_steps")

@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from higen.bundle import Bundle
-from higen.errors import TrainingError
+from higen.errors import SettingsError, TrainingError, quoted
 from higen.families.higen import spec
 from higen.locks import claimed
-from higen.train.emoji import autoencoder, decoder, latent_cache
+from higen.model_folder import check_free
+from higen.train.emoji import autoencoder, decoder, few_steps, latent_cache
 from higen.train.emoji.assemble import assemble
 from higen.train.emoji.configuration import DECODER
 from higen.train.emoji.denoiser import all_clips, train
@@ -27,16 +28,22 @@ def run(
     codec_minutes: float = 45.0,
     start: Path | None = None,
     bf16: bool = False,
+    few: Path | None = None,
 ) -> Bundle:
     """Fetch the emoji into `work`, train codec and denoiser there, then the decoder on what the denoiser draws, and
     write the model directory `output`.
 
     Results that `work` already contains are not made again. `start`: a model of this recipe; new networks start from
     its weights as far as they fit, so that additional subjects need less training. `bf16`: mixed precision.
-    `codec_minutes` is the codec's total training time, over all restarts.
+    `codec_minutes` is the codec's total training time, over all restarts. `few`: another model directory to write, with
+    a model that is distilled from `output` and draws in few steps.
     Raises ManifestError if `start` has no model, SettingsError for a model of another recipe, and TrainingError if a
     part cannot start or another process works in `work`.
     """
+    if few is not None:
+        if few.resolve() == output.resolve():
+            raise SettingsError(f"--few-steps={quoted(str(few))}: another directory than --output")
+        check_free(few, overwrite=True)
     trained = None if start is None else Bundle.open(start)
     if trained is not None:
         subjects_named(trained.manifest.prompts)  # refuses the model before the codec is trained
@@ -62,4 +69,7 @@ def run(
         if not (work / decoder.RESULT).exists():
             decoder.draw(assemble(work, work / "model", overwrite=True), work / "drawn")
             decoder.train(work / "data", work, replace(DECODER, precision="bf16" if bf16 else "fp32"))
-        return assemble(work, output, overwrite=True)
+        made = assemble(work, output, overwrite=True)
+        if few is not None:
+            few_steps.train(made, work, few)
+        return made

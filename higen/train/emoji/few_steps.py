@@ -1,0 +1,157 @@
+"""Distils a model of the default recipe so that it draws in a few plain steps, and resumes exactly where it stopped.
+
+    python -m higen.train.emoji.few_steps --model DIR --state FOLDER --output DIR
+
+FOLDER has the cache of latents, `latents.safetensors`. The adapters are also written, to FOLDER/few_steps.safetensors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from higen.bundle import Bundle
+from higen.errors import SettingsError
+from higen.locks import claimed
+from higen.train.batches import Batch
+from higen.train.checkpoints import Checkpoints
+from higen.train.denormals import flushed_denormals
+from higen.train.distil import Distillation, distilled
+from higen.train.emoji.clips import Clips, EmojiSource
+from higen.train.emoji.configuration import FEW_STEPS, FewSteps, recipe
+from higen.train.emoji.progress_lines import say
+from higen.train.emoji.subjects import BACKGROUNDS, is_held_out, subjects_named
+from higen.train.gradients import DenoiserGradients
+from higen.train.held_out import averaged
+from higen.train.layers import denoiser_weights, trained_parameters, whole_weights, write_lora
+from higen.train.loop import Cadence, Loop, Periodic
+from higen.train.networks import build, write_model
+from higen.train.optimise import Optimiser
+from higen.train.processes import Alone
+from higen.train.sections import ModelSettings
+from higen.train.settings import Settings, difference, flat
+
+__all__ = ["RESULT", "settings_of", "train"]
+
+RESULT = "few_steps.safetensors"
+"""The adapters, in the folder of the state."""
+CHECKPOINTS = "few_steps"
+
+
+def settings_of(model: Path, few: FewSteps = FEW_STEPS) -> Settings:
+    """The run's settings: those of the recipe, with the sections that `few` replaces. Every caption is a full one,
+    because an empty prompt cannot be requested, and clips are whole."""
+    base = recipe()
+    return replace(
+        base,
+        model=ModelSettings(init=str(model)),
+        data=replace(base.data, images=few.images, videos=few.videos),
+        objective=replace(base.objective, text_dropout=0.0, gain_clips=0, windows=(), late_windows=()),
+        optimiser=few.optimiser,
+        lora=few.lora,
+        distil=few.distil,
+        run=replace(base.run, steps=few.steps, save_every=few.save_every, log_every=few.log_every),
+    )
+
+
+def train(model: Bundle, state: Path, output: Path, few: FewSteps = FEW_STEPS) -> Bundle:
+    """Distil `model` to the last step, and write the model directory `output`. Ctrl-C saves a checkpoint.
+
+    The caller must have claimed `state` (higen.locks). Raises SettingsError for a model of another recipe, or if
+    `state` contains a run of another configuration or model, TrainingError and ModelError.
+    """
+    subjects_named(model.manifest.prompts)
+    settings = settings_of(model.path, few)
+    networks = build(settings, ())
+    # The name is new; everything else that describes the model is the teacher's.
+    own = replace(distilled(networks.config, settings.distil), name=f"{model.manifest.name}, few steps")
+    networks = replace(networks, own=own)
+    clips = Clips(state / "latents.safetensors", networks.config.unet, settings=settings)
+    source = EmojiSource(clips, networks.tokenizer, networks.config.schedule.timesteps)
+    empty = torch.from_numpy(networks.tokenizer.encode([""]))
+    objective = Distillation(networks, settings.distil, empty)
+    base = denoiser_weights(networks)  # before adapters give them other names
+    gradients = DenoiserGradients(objective, trained_parameters(objective, settings), source, settings, Alone())
+    watched = _held_out(clips, source)
+    files = {name: record.sha256 for name, record in sorted(model.files.items()) if name.endswith(".safetensors")}
+
+    def check(made: Mapping[str, Any]) -> None:
+        found = difference(made.get("settings", {}), settings)
+        if found is None and made.get("model") != files:
+            found = f"{model.path} has other weights"
+        if found is not None:
+            raise SettingsError(
+                f"{state} holds a distillation of another configuration: {found}; "
+                f"put it back, or remove {loop.checkpoints.folder} to start anew"
+            )
+
+    def measure() -> None:
+        with averaged(objective, loop.optimiser), torch.no_grad():
+            said = [f"{name} {value:.2f} dB" for name, value in _decibels(objective, watched).items()]
+        say(f"held-out latents, {', '.join(said)}")
+
+    loop = Loop(
+        gradients,
+        Optimiser(gradients.trained, settings.optimiser, settings.run.steps),
+        Checkpoints(state / CHECKPOINTS, settings.run.keep),
+        Cadence(settings.run.log_every, settings.run.save_every),
+        seed=settings.run.seed,
+        kept={"settings": flat(settings), "model": files},
+        periodic=(Periodic(few.measure_every, measure),),
+        say=say,
+    )
+    with flushed_denormals():
+        if not loop.resume(check):
+            measure()
+        loop.run()
+    write_lora(state / RESULT, loop.optimiser.average, settings.lora)
+    weights = whole_weights(base, loop.optimiser.average, settings)
+    return write_model(networks, weights, output, "fp16", overwrite=True)
+
+
+def _held_out(clips: Clips, source: EmojiSource) -> tuple[Batch, Batch]:
+    """Key frames and clips of combinations that are not trained. Always the same."""
+    trained = clips.pairs
+    clips.pairs = [(s, b) for s in clips.loops for b in range(len(BACKGROUNDS)) if is_held_out(s, b)]
+    try:
+        batches = source.batches(0)
+    finally:
+        clips.pairs = trained
+    assert batches.images is not None
+    assert batches.videos is not None
+    return batches.images, batches.videos
+
+
+def _decibels(objective: Distillation, watched: tuple[Batch, Batch]) -> dict[str, float]:
+    """PSNR in dB of the latents that the student draws (unit variance, so the peak is 1), against the teacher's and the
+    real ones."""
+    found = {}
+    for loop, (kind, batch) in enumerate(zip(("key frame", "clip"), watched, strict=True)):
+        drawn = objective.drawn(batch, loop)
+        for name, other in (("teacher", objective.drawn(batch, loop, teacher=True)), ("real", batch.x0)):
+            found[f"{kind} to the {name}"] = -10 * math.log10(max(float((drawn - other).pow(2).mean()), 1e-10))
+    return found
+
+
+def main() -> None:
+    """Command line: see the module's docstring."""
+    parser = argparse.ArgumentParser(description="Distil a model of the default recipe.")
+    parser.add_argument("--model", type=Path, required=True, help="model directory")
+    parser.add_argument("--state", type=Path, required=True, help="folder of the latents cache and the checkpoints")
+    parser.add_argument("--output", type=Path, required=True, help="model directory to write")
+    parser.add_argument("--steps", type=int, default=FEW_STEPS.steps, help="training steps")
+    arguments = parser.parse_args()
+    with claimed(arguments.state):
+        train(
+            Bundle.open(arguments.model), arguments.state, arguments.output, replace(FEW_STEPS, steps=arguments.steps)
+        )
+
+
+if __name__ == "__main__":
+    main()
