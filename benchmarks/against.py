@@ -1,13 +1,17 @@
 """Times the loops of a model on several sides, each in its own process, as ratios to a baseline of the same run.
 
     python benchmarks/against.py WORK [--family animatediff] [--size small|tiny|full] [--steps 4] [--rounds 3]
-        [--sides diffusers,torch,onnx,diffusers+compile,torch:bf16,onnx:fp16,gemm]
+        [--sides diffusers,torch,onnx,diffusers+compile,torch:bf16,onnx:fp16,onnx@openvino,gemm]
+    python benchmarks/against.py WORK --family higen --reference CHECKOUT    # or higen_image: its first loop alone
+    python benchmarks/against.py WORK --readme README.md    # the table of all families measured in WORK
 
-Sides: `diffusers`; `diffusers+compile` (its denoiser with torch.compile); higen as BACKEND[:PRECISION] (torch, onnx,
-tensorrt; on cpu or cuda as --device says); and `gemm`, a product of large matrices that shows the machine's peak rate.
-The first side is the baseline. All run the same request on the same weights and noise (see families.py for the models),
+Sides: `diffusers`; `diffusers+compile` (its denoiser with torch.compile); `reference`, HiGen's published code in a
+checkout of VGen (vgen.py); higen as BACKEND[:PRECISION][@DEVICE] (torch, onnx, tensorrt; on the device of --device
+unless it names one); and `gemm`, a product of large matrices that shows the machine's peak rate.
+The first side is the baseline. All run the same request on the same weights and noise (models: families.py, vgen.py),
 and their last latents are compared with the baseline's. Each round runs every side once; every second round runs them
-in reverse order. Graphs that a side needs are exported first. Prints Markdown; a side that cannot run here says why.
+in reverse order. Graphs that a side needs are exported first. Prints Markdown, and keeps it in WORK/FAMILY-SIZE.md and
+.json; a side that cannot run here says why. `--threads`: of every side, on a CPU.
 """
 
 from __future__ import annotations
@@ -27,6 +31,8 @@ from typing import Any
 
 import numpy as np
 
+FAMILIES = ("higen", "higen_image", "stable_diffusion", "animatediff", "modelscope", "svd")
+
 GEMM = 4096
 """Rows and columns of the matrices of `gemm`."""
 
@@ -43,7 +49,7 @@ def serve(side: str, given: argparse.Namespace) -> None:
         print(json.dumps(row), file=answers, flush=True)
 
     try:
-        run, flops = gemm() if side == "gemm" else request(side, given)
+        run, flops = gemm(given) if side == "gemm" else request(side, given)
         answer(ready=side)
     except Exception as error:
         answer(error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
@@ -58,10 +64,12 @@ def serve(side: str, given: argparse.Namespace) -> None:
         answer(seconds=seconds, cpu=used, memory=peak, flops=flops)
 
 
-def gemm() -> tuple[Callable[[], None], float]:
+def gemm(given: argparse.Namespace) -> tuple[Callable[[], None], float]:
     """A product of two large matrices in float32, and its number of operations."""
     import torch
 
+    if given.threads:
+        torch.set_num_threads(given.threads)
     one, other = torch.randn(GEMM, GEMM), torch.randn(GEMM, GEMM)
 
     def run() -> None:
@@ -75,10 +83,21 @@ def request(side: str, given: argparse.Namespace) -> tuple[Callable[[], Any], fl
     import families
     import torch
 
+    if given.threads:
+        torch.set_num_threads(given.threads)
     families.DEVICE = given.device
-    backend, _, precision = side.partition(":")
-    where = given.work / f"{given.family}-{given.size}-fp32"
+    where = model_folder(given)
+    ours_alone = given.family.startswith("higen")
+    if side == "reference":
+        if not ours_alone or given.reference is None:
+            raise ValueError("this side needs --family higen or higen_image, and --reference CHECKOUT")
+        import vgen
+
+        run = vgen.reference(given.reference, where, given.size, given.steps, clip=given.family == "higen")
+        return run, 0.0
     if side.startswith("diffusers"):
+        if ours_alone:
+            raise ValueError("diffusers has no HiGen")
         pipeline, where = families.made(given.work, given.family, given.size, "fp32")
         if side.endswith("+compile"):
             pipeline.unet = torch.compile(pipeline.unet)
@@ -89,12 +108,35 @@ def request(side: str, given: argparse.Namespace) -> tuple[Callable[[], Any], fl
                 return job.theirs(pipeline, model, given.steps, job.shapes[given.size])
 
         return theirs, 0.0 if side.endswith("+compile") else counted(theirs)
-    pipe = families.higen.load(where, backend, device=given.device, precision=precision or None)
+    backend, precision, device = parts(side)
+    pipe = families.higen.load(
+        where, backend, device=device or given.device, precision=precision or None, threads=given.threads
+    )
+    if ours_alone:
+        import vgen
+
+        options = vgen.options(given.size, given.steps, clip=given.family == "higen")
+    else:
+        options = families.request(given.family, given.size, given.steps)
 
     def ours() -> Any:
-        return families.last_latents(pipe, given.family, given.size, given.steps)
+        return families.last_latents(pipe, options)
 
     return ours, counted(ours) if side == "torch" else 0.0
+
+
+def model_folder(given: argparse.Namespace) -> Path:
+    """Where higen's model is kept."""
+    name = "higen" if given.family.startswith("higen") else given.family
+    folder: Path = given.work / f"{name}-{given.size}-fp32"
+    return folder
+
+
+def parts(side: str) -> tuple[str, str, str]:
+    """Backend, precision and device of a side, as given; "" for what it does not name."""
+    rest, _, device = side.partition("@")
+    backend, _, precision = rest.partition(":")
+    return backend, precision, device
 
 
 def counted(run: Callable[[], Any]) -> float:
@@ -156,14 +198,17 @@ def start(side: str) -> Side:
 
 def prepare(given: argparse.Namespace) -> None:
     """Make the model and the graphs that the sides need, each in its own process."""
-    where = given.work / f"{given.family}-{given.size}-fp32"
-    wanted = f"Path({str(given.work)!r}), {given.family!r}, {given.size!r}, 'fp32'"
-    make = f"import families; from pathlib import Path; families.made({wanted})"
+    where = model_folder(given)
+    if given.family.startswith("higen"):
+        make = f"import vgen; from pathlib import Path; vgen.make(Path({str(where)!r}), {given.size!r})"
+    else:
+        wanted = f"Path({str(given.work)!r}), {given.family!r}, {given.size!r}, 'fp32'"
+        make = f"import families; from pathlib import Path; families.made({wanted})"
     here = Path(__file__).parent
     if not where.exists():
         subprocess.run([sys.executable, "-c", make], cwd=here, check=True)
     for side in given.sides:
-        backend, _, precision = side.partition(":")
+        backend, precision, _ = parts(side)
         if backend in ("onnx", "tensorrt"):
             export = (
                 "from higen.bundle import Bundle, graph_file; from higen.export.model_graphs import export_model; "
@@ -174,28 +219,64 @@ def prepare(given: argparse.Namespace) -> None:
             subprocess.run([sys.executable, "-c", export], check=True)
 
 
-def report(sides: list[Side], given: argparse.Namespace) -> None:
-    """The table."""
+def report(sides: list[Side], given: argparse.Namespace) -> list[str]:
+    """The lines of the table."""
     ran = [side for side in sides if side.rows and side.name != "gemm"]
     rate = next(
         (side.rows[0]["flops"] / side.median("seconds") for side in sides if side.name == "gemm" and side.rows), 0
     )
     flops = max((row["flops"] for side in ran for row in side.rows), default=0.0)
-    print("| side | s | range | CPU s | speed | CPU | of the GEMM peak | peak GiB | latents apart (RMS) |")
-    print("|---|---|---|---|---|---|---|---|---|")
+    lines = [
+        "| side | s | range | CPU s | speed | CPU | of the GEMM peak | peak GiB | latents apart (RMS) |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
     for side in ran:
         seconds = [row["seconds"] for row in side.rows]
         median, used = side.median("seconds"), side.median("cpu")
         speed, less = ran[0].median("seconds") / median, ran[0].median("cpu") / used
         peak = f"{100 * flops / median / rate:.0f} %" if rate and flops else ""
         memory = max(row["memory"] for row in side.rows)
-        print(
+        lines.append(
             f"| {side.name} | {median:.2f} | {min(seconds):.2f} to {max(seconds):.2f} | {used:.2f} | {speed:.2f} x | "
             f"{less:.2f} x | {peak} | {memory:.1f} | {apart(given, ran[0].name, side.name)} |"
         )
-    for side in sides:
-        if side.failed:
-            print(f"\n{side.name} did not run: {side.failed}")
+    lines += [f"\n{side.name} did not run: {side.failed}" for side in sides if side.failed]
+    return lines
+
+
+def keep(sides: list[Side], given: argparse.Namespace, lines: list[str]) -> None:
+    """Store a run's text, and its medians for the table of the README."""
+    medians = {side.name: {"seconds": side.median("seconds"), "cpu": side.median("cpu")} for side in sides if side.rows}
+    kept_as = given.work / f"{given.family}-{given.size}"
+    kept_as.with_suffix(".md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    kept_as.with_suffix(".json").write_text(json.dumps({"shown": lines[0], "medians": medians}), encoding="utf-8")
+
+
+BEGIN, END = "<!-- benchmarks/against.py -->\n", "<!-- end -->\n"
+"""They enclose the table in the README."""
+
+
+def write_readme(given: argparse.Namespace) -> None:
+    """Replace the table in the README by that of all families in WORK: CPU time, as a ratio to the baseline's."""
+    text = given.readme.read_text(encoding="utf-8")
+    if text.count(BEGIN) != 1 or text.count(END) != 1:
+        raise SystemExit(f"{given.readme}: the lines {BEGIN.strip()} and {END.strip()} are wanted once each")
+    found = {}
+    for family in FAMILIES:
+        file = given.work / f"{family}-{given.size}.json"
+        if file.is_file():
+            found[family] = json.loads(file.read_text(encoding="utf-8"))["medians"]
+    if not found:
+        raise SystemExit(f"{given.work} has no results of size {given.size}: run the benchmark for a family first")
+    names = dict.fromkeys(name for medians in found.values() for name in list(medians)[1:] if name != "gemm")
+    rows = [["less CPU time than", *names], ["---"] * (len(names) + 1)]
+    for family, medians in found.items():
+        base = next(iter(medians))
+        ratios = [f"{medians[base]['cpu'] / medians[n]['cpu']:.2f} x" if n in medians else "" for n in names]
+        rows.append([f"{base}, {family}", *ratios])
+    before, _, rest = text.partition(BEGIN)
+    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    given.readme.write_text(before + BEGIN + table + END + rest.partition(END)[2], encoding="utf-8")
 
 
 def apart(given: argparse.Namespace, base: str, side: str) -> str:
@@ -210,15 +291,22 @@ def main() -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(description="Time the loops of a model on several sides.")
     parser.add_argument("work", type=Path)
-    families = ("stable_diffusion", "animatediff", "modelscope", "svd")
-    parser.add_argument("--family", choices=families, default="animatediff")
+    parser.add_argument("--family", choices=FAMILIES, default="animatediff")
     parser.add_argument("--size", choices=("full", "small", "tiny"), default="small")
     parser.add_argument("--steps", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--sides", type=lambda text: text.split(","), default=["diffusers", "torch", "onnx", "gemm"])
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--reference", type=Path, metavar="CHECKOUT")
+    parser.add_argument("--readme", type=Path)
+    parser.add_argument("--sides", type=lambda text: text.split(","))
     parser.add_argument("--as", dest="side", help=argparse.SUPPRESS)
     given = parser.parse_args()
+    if given.readme:
+        write_readme(given)
+        return
+    if given.sides is None:
+        given.sides = ["reference" if given.family.startswith("higen") else "diffusers", "torch", "onnx", "gemm"]
     if given.side:
         serve(given.side, given)
         return
@@ -235,9 +323,11 @@ def main() -> None:
         side.process.communicate()
     from hardware import cores, hardware
 
-    print(f"{given.family}, {given.size}, {given.steps} steps with guidance; {cores()}; {hardware()}; ", end="")
-    print(f"load {os.getloadavg()[0]:.1f}; median of {given.rounds} rounds after a warm-up\n")
-    report(sides, given)
+    shown = f"{given.family}, {given.size}, {given.steps} steps with guidance; {cores()}; {hardware()}; "
+    shown += f"load {os.getloadavg()[0]:.1f}; median of {given.rounds} rounds after a warm-up"
+    lines = [shown, "", *report(sides, given)]
+    keep(sides, given, lines)
+    print("\n".join(lines))
 
 
 if __name__ == "__main__":

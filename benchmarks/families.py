@@ -286,12 +286,17 @@ def made(work: Path, family: str, at: str, precision: str) -> tuple[Any, Path]:
     return pipeline, where
 
 
-def last_latents(pipe: higen.Pipeline, family: str, at: str, steps: int) -> Latents:
-    """higen's final latents [B,C,F,H,W], before decoding."""
+def request(family: str, at: str, steps: int) -> dict[str, Any]:
+    """The options of a job's request to higen."""
     size = JOBS[family].shapes[at]
-    options = {"seed": SEED, "steps": steps, "height": size[1], "width": size[2], **JOBS[family].options(size)}
+    return {"seed": SEED, "steps": steps, "height": size[1], "width": size[2], **JOBS[family].options(size)}
+
+
+def last_latents(pipe: higen.Pipeline, options: dict[str, Any]) -> Latents:
+    """higen's latents [B,C,F,H,W] after the last loop that the request runs, before decoding."""
+    last = [loop for loop in pipe.bundle.manifest.loops if options.get("frames", 2) >= loop.least_frames][-1]
     for event in pipe.stream(**options):
-        if isinstance(event, higen.Step) and event.index + 1 == event.total:
+        if isinstance(event, higen.Step) and event.loop == last.name and event.index + 1 == event.total:
             return pipe.backend.to_numpy(event.latents)
     raise AssertionError("a loop has a last step")
 
@@ -308,7 +313,7 @@ def compare(work: Path, family: str, at: str, steps: int, precision: str) -> Non
     if DEVICE == "cuda":
         torch.cuda.empty_cache()
     with higen.load(where, "torch", device=DEVICE, precision=precision, verify=False) as pipe:
-        found, spent, used = timed(partial(last_latents, pipe, family, at, steps))
+        found, spent, used = timed(partial(last_latents, pipe, request(family, at, steps)))
     apart = float(np.sqrt(np.mean((found - wanted) ** 2)) / np.sqrt(np.mean(wanted**2)))
     shape = f"{size[0]} x {size[2]}x{size[1]}"
     print(f"| {family} | {shape} | diffusers | {their_time:.2f} | 1.00 x | {their_memory:.1f} | |")
