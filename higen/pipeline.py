@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from higen import clip_tools
-from higen.backends.base import CLOSED, Backend
+from higen.backends.base import CLOSED, Backend, LoadsAhead
 from higen.bounded_cache import BoundedCache
 from higen.bundle import Bundle
 from higen.chunk_runner import ChunkRunner
@@ -227,9 +227,17 @@ class Pipeline:
         """Load all that a request needs (None: a video from text with default options), so that a broken model is found
         before any work starts. Raises BackendUnavailable or IntegrityError.
         """
-        self._check_usable()
+        self.load_ahead(request)
         for ways in self._default_stages() if request is None else self.stages(request):
             self.backend.choose(*ways)
+
+    def load_ahead(self, request: Request | None = None) -> None:
+        """Begin in the background what `prepare` does, if the backend can, and return at once. Call `prepare` later:
+        it waits for the rest and raises the errors.
+        """
+        self._check_usable()
+        if isinstance(self.backend, LoadsAhead):
+            self.backend.load_ahead(self._default_stages() if request is None else self.stages(request))
 
     def _default_stages(self) -> list[tuple[str, ...]]:
         """The stages that a minimal request needs: a video from text, with only the pictures that the loops require."""
