@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from higen import clip_tools
-from higen.backends.base import CLOSED, Backend, LoadsAhead
+from higen.backends.base import CLOSED, Backend, load_ahead
 from higen.bounded_cache import BoundedCache
 from higen.bundle import Bundle
 from higen.chunk_runner import ChunkRunner
@@ -122,7 +122,10 @@ class Pipeline:
         RequestError.
         """
         if self.manifest.sizes.frames[0] > 1:
-            raise RequestError(f"{self.manifest.name} makes {self.manifest.sizes.frames[0]} frames or more, no picture")
+            raise RequestError(
+                f"{self.manifest.name} makes {self.manifest.sizes.frames[0]} frames or more, so it cannot make a "
+                "single picture"
+            )
         request = self._request(prompt, options, only=1)
         images = [video.frames[0] for video in self.make(request, progress)]
         return images[0] if isinstance(plain(prompt), str) else images
@@ -224,20 +227,14 @@ class Pipeline:
         return [tuple(stage.name for stage in kind) for kind in kinds]
 
     def prepare(self, request: Request | None = None) -> None:
-        """Load all that a request needs (None: a video from text with default options), so that a broken model is found
-        before any work starts. Raises BackendUnavailable or IntegrityError.
-        """
-        self.load_ahead(request)
-        for ways in self._default_stages() if request is None else self.stages(request):
+        """Load all that a request needs (None: default options). Raises BackendUnavailable or IntegrityError."""
+        for ways in self.load_ahead(request):
             self.backend.choose(*ways)
 
-    def load_ahead(self, request: Request | None = None) -> None:
-        """Begin in the background what `prepare` does, if the backend can, and return at once. Call `prepare` later:
-        it waits for the rest and raises the errors.
-        """
+    def load_ahead(self, request: Request | None = None) -> list[tuple[str, ...]]:
+        """Begin in the background what `prepare` does, if the backend can. Returns what `stages` returns."""
         self._check_usable()
-        if isinstance(self.backend, LoadsAhead):
-            self.backend.load_ahead(self._default_stages() if request is None else self.stages(request))
+        return load_ahead(self.backend, self._default_stages() if request is None else self.stages(request))
 
     def _default_stages(self) -> list[tuple[str, ...]]:
         """The stages that a minimal request needs: a video from text, with only the pictures that the loops require."""

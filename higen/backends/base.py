@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from higen.manifest import Manifest
 from higen.stages import check_inputs
 
-__all__ = ["CLOSED", "Backend", "Choice", "LoadsAhead", "RecordingBackend"]
+__all__ = ["CLOSED", "Backend", "Choice", "LoadsAhead", "RecordingBackend", "load_ahead"]
 
 CLOSED = "the pipeline was closed: load the model again"
 """The message of the BackendError for a stage that is used after `close`."""
@@ -104,6 +104,13 @@ class LoadsAhead(Protocol):
         It is only a hint: nothing is raised, and an error of loading is raised by `choose`. `close` ends the loading.
         """
         ...
+
+
+def load_ahead(backend: Backend, ways: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Call `load_ahead` of a backend that has it; returns `ways`."""
+    if isinstance(backend, LoadsAhead):
+        backend.load_ahead(ways)
+    return ways
 
 
 class RecordingBackend:
