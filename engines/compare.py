@@ -68,7 +68,7 @@ def compare(
     known = (*bundle.manifest.stage_names, *bundle.manifest.variants)
     names = tuple(stages) if stages is not None else tuple(n for n in known if graph_file(n) in bundle.files) or known
     if unknown := [name for name in names if name not in known]:
-        raise RequestError(f"stages={unknown}: of {', '.join(known)}")
+        raise RequestError(f"stages={unknown}: known are {', '.join(known)}")
     comparator = _polygraphy()
     if other == "tensorrt":
         second: Backend = TensorrtBackend(bundle, Options(precision=precision))

@@ -41,7 +41,7 @@ def read_graph(path: Path, precision: str, flavour: str) -> GraphFacts:
     try:
         graph = onnx.load(str(path), load_external_data=False).graph
     except Exception as error:  # protobuf's errors share no base but Exception
-        raise EngineError(f"{path}: is no ONNX graph: {error}") from error
+        raise EngineError(f"{path}: is not an ONNX graph: {error}") from error
     inputs = {
         value.name: tuple(d.dim_value if d.HasField("dim_value") else None for d in value.type.tensor_type.shape.dim)
         for value in graph.input

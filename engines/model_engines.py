@@ -71,7 +71,7 @@ def build_engines(
     names = _default_stages(bundle, precision) if stages is None else tuple(stages)
     for name in names:
         if name not in known:
-            raise RequestError(f"stage={name!r}: of {', '.join(known)}")
+            raise RequestError(f"stage={name!r}: one of {', '.join(known)}")
     resolved = [_on_this_machine(target) for target in targets]
     for target in resolved:
         check_precision(precision, target.architectures)
@@ -170,7 +170,7 @@ def _wanted(
 def _reason(store: EngineStore, stored: PlanRecord | None, wanted: PlanRecord) -> str | None:
     """Why a stage must be built; None if the stored plan is the wanted one."""
     if stored is None:
-        return "plan or record is cut or altered" if store.holds(wanted.stage) else "not built yet"
+        return "plan or record is truncated or changed" if store.holds(wanted.stage) else "not built yet"
     return difference(stored, wanted)
 
 

@@ -92,7 +92,7 @@ def _entries(name: str) -> tuple[dict[str, Any], str]:
         path = files("higen.engines") / "profiles" / f"{name}.toml"
         return tomllib.loads(path.read_text(encoding="utf-8")), f"profile {name}"
     if not name.endswith(".toml"):
-        raise RequestError(f"profile={quoted(name)}: of {', '.join(known)}, or the path of a .toml file")
+        raise RequestError(f"profile={quoted(name)}: one of {', '.join(known)}, or the path of a .toml file")
     try:
         return read_toml(given_path(name)), name
     except (OSError, TextError) as error:

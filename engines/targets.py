@@ -51,7 +51,7 @@ def _parse(name: str) -> Target:
     hint = ""
     if name.startswith(("rtx-sm", "sm")):
         hint = "; other GPUs (H100 and H200 are SM90) take 'tensorrt', on the machine itself"
-    raise RequestError(f"target={name!r}: of {', '.join(known)}, rtx, tensorrt{hint}")
+    raise RequestError(f"target={name!r}: one of {', '.join(known)}, rtx, tensorrt{hint}")
 
 
 def check_precision(precision: str, architectures: tuple[int, ...]) -> None:

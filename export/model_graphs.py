@@ -71,7 +71,7 @@ def export_model(
     known = (*bundle.manifest.stage_names, *bundle.manifest.variants)
     names = bundle.manifest.stage_names if stages is None else tuple(stages)
     if unknown := [name for name in names if name not in known]:
-        raise RequestError(f"stages={unknown}: of {', '.join(known)}")
+        raise RequestError(f"stages={unknown}: known are {', '.join(known)}")
     if reuse:
         bundle = with_deep_features(bundle)
         variants = [one.name for name in names for one in bundle.manifest.stage(name).variants]

@@ -128,7 +128,7 @@ def check_graphs(bundle: Bundle, precision: str, stages: Sequence[str] | None = 
         raise RequestError(f"precision={precision!r}: one of {', '.join(map(repr, QUANTIZED))}")
     names = with_graphs(bundle) if stages is None else tuple(stages)
     if wrong := [stage for stage in names if stage not in bundle.manifest.denoising]:
-        raise RequestError(f"stages={wrong}: of {', '.join(bundle.manifest.denoising)}")
+        raise RequestError(f"stages={wrong}: known are {', '.join(bundle.manifest.denoising)}")
     listed = Bundle.open(bundle.path).files  # the current state
     for stage in names:
         for needed in ("fp32", precision_named(precision).base):
@@ -252,7 +252,7 @@ class _Trial:
             value.shape = ir.Shape([])
             model.graph.outputs.append(value)
         if not probes:
-            raise BackendError(f"{self.stage}: has no layer that could be quantised so")
+            raise BackendError(f"{self.stage}: has no layer that can be quantised to this precision")
         session = self._open(model)
         rows = np.array([[float(x) for x in session.run(None, dict(call))[first:]] for call in self._calls])
         stops = np.cumsum([len(values) for values in probes.values()])[:-1]

@@ -45,9 +45,9 @@ def adapt(
     (`output` exists, is `model`, or cannot be written) and what opening a model raises.
     """
     if not loras:
-        raise CheckpointError(f"{model}: a model directory already; --lora FILE[:SCALE] adds an adapter to it")
+        raise CheckpointError(f"{model}: is already a model directory; --lora FILE[:SCALE] adds an adapter to it")
     if output.resolve() == model.resolve():
-        raise ModelError(f"{output}: the model itself; an adapted model is another directory")
+        raise ModelError(f"{output}: is the model itself; choose another directory for the adapted model")
     check_free(output, overwrite)
     source = Bundle.open(model)
     stored = sorted({stage.weights for stage in source.manifest.stages} & set(source.files))
@@ -88,6 +88,9 @@ def _differs(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
 def _write(path: Path, state: Mapping[str, Tensor]) -> None:
     for name, tensor in state.items():
         if tensor.is_floating_point() and not tensor.isfinite().all():
-            raise CheckpointError(f"{name}: with the adapters it is not finite in {tensor.dtype}: a smaller scale")
+            raise CheckpointError(
+                f"{name}: has values that are not finite in {tensor.dtype} after merging the adapters; use a smaller "
+                "scale"
+            )
     content: dict[str, Any] = {name: tensor.contiguous() for name, tensor in state.items()}
     save_file(content, path, {"format": "pt"})

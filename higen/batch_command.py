@@ -62,7 +62,7 @@ def batch(
     A row has a prompt and other options of a request. The same command continues a stopped run. See docs/bulk.md.
     """
     if ray is None and not (workers is cpus is gpus is None):
-        raise click.UsageError("--workers, --cpus and --gpus want --ray ADDRESS")
+        raise click.UsageError("--workers, --cpus and --gpus need --ray ADDRESS")
     with reported(as_json):
         from higen.bulk.run import Settings, run
 

@@ -195,7 +195,7 @@ class Bundle:
             shown = path if len(name) < LINE else f"{self.path}: {quoted(name)}"
             raise IntegrityError(f"{shown}: listed in {MANIFEST} but not readable: {reason}") from error
         if not stat.S_ISREG(found.st_mode):
-            raise IntegrityError(f"{path}: listed in {MANIFEST} but no plain file")
+            raise IntegrityError(f"{path}: listed in {MANIFEST} but is not a regular file")
         if found.st_size != record.size:
             raise IntegrityError(
                 f"{path}: {found.st_size} bytes, but {MANIFEST} says {record.size}; fetch the file again"
@@ -251,7 +251,7 @@ def put_file(bundle: Bundle, finished: Path, name: str, inputs: tuple[GraphInput
     does not belong to the model.
     """
     if (inputs is None) == name.endswith(".onnx"):
-        raise ModelError(f"{name}: graphs (.onnx), and no other files, are entered with their inputs")
+        raise ModelError(f"{name}: inputs must be given for a graph (.onnx), and only for a graph")
     record = file_record(finished)
     with changing(bundle.path) as opened:
         check_version(bundle.path, opened)

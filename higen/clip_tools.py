@@ -129,13 +129,16 @@ def interpolate(
         raise RequestError(f"factor={quoted(factor)}: 2, 4, 8, ... up to {MOST_FACTOR}")
     fewest, usual, most = pipe.manifest.sizes.frames
     if len(given) < 2:
-        raise RequestError(f"video has {len(given)} frame: two or more are wanted, with new ones between them")
+        raise RequestError(
+            f"video has {len(given)} frame: at least two are wanted, because new frames are made between them"
+        )
     if (len(given) - 1) * factor >= MOST_FRAMES:
         raise RequestError(f"factor={factor}: {len(given)} frames become more than {MOST_FRAMES}")
     at_once = max((min(max(usual, fewest, 3), most) + 1) // 2, 2)  # known frames of a part, which has 2 n - 1 frames
     if 2 * at_once - 1 > most or 2 * min(at_once, len(given)) - 1 < fewest:
         raise RequestError(
-            f"video has {len(given)} frames: parts of 3 or more are made, and this model makes {fewest} to {most}"
+            f"video has {len(given)} frames: they are made in clips of at least 3 frames, but this model makes "
+            f"{fewest} to {most}"
         )
     frames, fps, made = given.frames, given.fps, given
     seeds = _seeded(options)
@@ -164,10 +167,10 @@ def loop(pipe: Maker, prompt: str = "", *, progress: bool | None = None, **optio
     frames = options.pop("frames", None)
     frames = min(usual, most - 1) if frames is None else frames
     if not is_whole(frames, max(fewest - 1, 2), most - 1):
-        allowed = f"a whole number from {max(fewest - 1, 2)} to {most - 1}, for one frame more is made"
+        allowed = f"a whole number from {max(fewest - 1, 2)} to {most - 1}, because one more frame is made"
         raise RequestError(f"frames={quoted(frames)}: {allowed}")
     if options.get(control) is not None:
-        raise RequestError(f"{control}: the frame where a loop closes is drawn; give none")
+        raise RequestError(f"{control}: loop() sets the known frame itself; leave it out")
     request = pipe.request(prompt, frames=frames + 1, **options)
     first = pipe.make(request, progress)[0].frames[0]
     own = {**options, "seed": request.seeds[0], control: {0: first, -1: first}}
@@ -194,13 +197,13 @@ def edit(
     options   as for a call. A curve that can be measured is "source" by default: it is measured from the clip, so
               that the motion is kept. "unspecified" leaves it to the model.
 
-    Raises RequestError before work starts: for a model that cannot begin from a video, and for a clip with more frames
+    Raises RequestError before work starts: for a model that cannot start from a video, and for a clip with more frames
     than the model makes.
     """
     given, options = _opened(pipe, video, options)
     row = next((one for one in pipe.manifest.loops if one.start is not None and one.frames == "F"), None)
     if row is None or row.start is None:
-        raise RequestError(f"edit: {pipe.manifest.name} cannot begin from a video")
+        raise RequestError(f"edit: {pipe.manifest.name} cannot start from a video")
     fewest, _, most = pipe.manifest.sizes.frames
     if not fewest <= len(given) <= most:
         raise RequestError(f"video has {len(given)} frames: {pipe.manifest.name} edits clips of {fewest} to {most}")
@@ -260,7 +263,7 @@ def known_controls(manifest: Manifest) -> tuple[str, str | None]:
     """The control for known frames, and that for a mask. Raises RequestError."""
     rows = [one.known for one in manifest.loops if one.known is not None and one.frames == "F"]
     if not rows:
-        raise RequestError(f"{manifest.name} takes no known frames: its tables have no row `known`")
+        raise RequestError(f"{manifest.name} takes no known frames: no loop of it has `known`")
     return rows[-1].control, rows[-1].mask
 
 

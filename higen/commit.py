@@ -100,7 +100,7 @@ def _checked(root: Path, journal: dict[str, Any]) -> dict[str, Any]:
         staged = len(inside) == 3 and inside[:2] == outer and inside[2] not in ("", ".", "..")
         beside = len(inside) == 1 and place.startswith(f"{root.name}.")
         if not staged and not beside:
-            raise ValueError(f"{place!r}: no unfinished file of {root.name}")
+            raise ValueError(f"{place!r}: is not an unfinished file of {root.name}")
     marks = [mark for _, _, new, old in journal.get("moves", []) for mark in (new, old)]
     for mark in [*marks, *(old for _, old in journal.get("removals", []))]:
         _as_mark(mark)
@@ -109,7 +109,7 @@ def _checked(root: Path, journal: dict[str, Any]) -> dict[str, Any]:
     names = [journal["swap"]] if "swap" in journal else [name for _, name, _, _ in journal["moves"]]
     names += [name for name, _ in journal.get("removals", [])]
     if wrong := [name for name in names if name != Path(name).name or name in ("", ".", "..")]:
-        raise ValueError(f"{wrong[0]!r}: no file of the folder")
+        raise ValueError(f"{wrong[0]!r}: is not a file of the folder")
     return journal
 
 

@@ -97,7 +97,10 @@ def _copies(bundle: Bundle, part: spec.Part, taken: Mapping[str, FileRecord]) ->
         if here is None or taken.get(here) == bundle.files[name]:
             continue
         if here in taken:
-            raise ModelError(f"{bundle.path / name}: is called {here} in the new model, and the first one has that too")
+            raise ModelError(
+                f"{bundle.path / name}: would be called {here} in the new model, but the first model already has "
+                "that file"
+            )
         yield _Copy(bundle, name, here)
 
 

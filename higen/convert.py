@@ -123,7 +123,7 @@ def recognised(sources: Sequence[Path]) -> str:
             return family
     named, known = ", ".join(map(os.fspath, sources)) or "no sources", ", ".join(families.installed())
     found = "".join(f"; {source.name}: {found_in(seen_names(source))}" for source in sources if source.is_file())
-    raise CheckpointError(f"{named}: of none of the families that are installed here, which are {known}{found}")
+    raise CheckpointError(f"{named}: no installed family recognises this; installed are {known}{found}")
 
 
 def _check_space(folder: Path, size: int) -> None:
@@ -131,5 +131,5 @@ def _check_space(folder: Path, size: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < size + 8 * 2**20:
         raise OutputError(
-            f"{folder.parent}: the model takes {size / 2**30:.2f} GiB and the disk has {free / 2**30:.2f} GiB free"
+            f"{folder.parent}: the model takes {size / 2**30:.2f} GiB, but the disk has {free / 2**30:.2f} GiB free"
         )

@@ -8,7 +8,7 @@ from pathlib import Path
 
 __all__ = ["SLOW_BF16", "flags", "has_bf16", "int8_products"]
 
-SLOW_BF16 = "this processor has no products in bf16: fp32 is many times faster"
+SLOW_BF16 = "this processor does not multiply bf16 directly: fp32 is many times faster"
 
 CPUINFO = Path("/proc/cpuinfo")
 X86 = ("x86_64", "amd64")
@@ -41,7 +41,7 @@ def int8_products() -> str:
         return "signed by signed"
     found = flags()
     if found is None:
-        return "unsigned by signed with VNNI, else unsigned by unsigned"
+        return "unsigned by signed (with VNNI), otherwise unsigned by unsigned"
     if found.isdisjoint({"avx512_vnni", "avx_vnni"}):
-        return "unsigned by unsigned, for it has no VNNI: the same numbers, slower"
-    return "unsigned by signed, with VNNI"
+        return "unsigned by unsigned (same results, but slower without VNNI)"
+    return "unsigned by signed (with VNNI)"

@@ -111,11 +111,11 @@ class Report:
     def as_text(self) -> str:
         """The report as text."""
         lines = [f"higen {__version__}, Python {self.python}, {self.system}, {self.cpus} CPUs"]
-        lines += [f"8-bit integers are multiplied {self.int8}"]
+        lines += [f"8-bit integers: {self.int8} products"]
         lines += ["bfloat16 is computed in float32, many times slower"] if self.bf16 is False else []
         lines += ["", "packages"]
         lines += [f"  {name:<25}{version or '-'}" for name, version in self.packages.items()]
-        lines += ["", "backends, the preferred first"]
+        lines += ["", "backends, in order of preference"]
         lines += [f"  {b.backend:<25}{'works' if b.works else 'no: ' + b.reason}" for b in self.backends]
         if self.stages:
             lines += ["", "stages of the model"]
@@ -159,7 +159,7 @@ def _version(package: str) -> str | None:
 def _notes() -> list[str]:
     if _version("onnxruntime") and _version("onnxruntime-gpu"):
         return [
-            "onnxruntime and onnxruntime-gpu are both installed and own the same files, so which one runs is chance: "
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other's files: "
             "pip uninstall onnxruntime onnxruntime-gpu, then pip install the one you want"
         ]
     return []
@@ -201,7 +201,9 @@ def _idle(bundle: Bundle) -> list[str]:
 def _missing(bundle: Bundle) -> list[str]:
     """Notes on missing graphs that would halve the work at guidance 1."""
     if bundle.version == 1:
-        return [f"the manifest is of version 1; version 2 says more of the model: higen upgrade {bundle.path}"]
+        return [
+            f"the manifest is of version 1; version 2 describes the model in more detail: higen upgrade {bundle.path}"
+        ]
     if not (idle := _idle(bundle)):
         return []
     options = " ".join(f"--stage {name}" for name in idle)

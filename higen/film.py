@@ -43,7 +43,7 @@ def scene_requests(pipeline: Pipeline, script: Script) -> list[Request]:
             raise RequestError(f"scenes[{place}]: {error}") from error
     sizes = {(request.width, request.height) for request in found}
     if len(sizes) > 1:
-        raise RequestError(f"scenes: sizes {sorted(sizes)}: one size for all")
+        raise RequestError(f"scenes: sizes {sorted(sizes)}: all scenes need one size")
     try:
         check_bytes(script.frames, found[0].width, found[0].height)
     except OutputError as error:
@@ -56,7 +56,7 @@ def _continued(pipeline: Pipeline, scene: Scene, first: NDArray[np.uint8]) -> Re
     control, _ = known_controls(pipeline.manifest)
     given = scene.options.get(control) or {}
     if given and 0 in by_frame(control, given, scene.frames):
-        raise RequestError(f"{control}: frame 0: transition='continue' gives it")
+        raise RequestError(f"{control}: frame 0 is already given by transition='continue'; leave it out")
     options = {**scene.options, control: {**given, 0: first}}
     return pipeline.request(scene.prompt, warn=lambda warning: None, **options)
 
@@ -68,7 +68,7 @@ class KeptScenes:
         """The folder is made when the first scene is finished. Raises OutputError if it cannot be used."""
         self.folder = folder
         if folder.exists() and not folder.is_dir():
-            raise OutputError(f"{folder}: is no folder; the finished scenes are kept there")
+            raise OutputError(f"{folder}: is not a folder; finished scenes are kept there")
         check_folder(folder, folder if folder.is_dir() else folder.parent, writing=True)
 
     def path(self, place: int, key: str) -> Path:

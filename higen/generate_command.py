@@ -267,7 +267,10 @@ def _play(pipeline: Pipeline, file: Path, output: Path, audio: Path | None, keep
         written = video.save(output, audio=audio)
     except BaseException:
         if done:
-            say(f"{done} of {len(script.scenes)} scenes are kept in {kept.folder}: the same command goes on from there")
+            say(
+                f"{done} of {len(script.scenes)} scenes are kept in {kept.folder}: the same command continues from "
+                "there"
+            )
         raise
     if not keep:
         kept.remove(paths)

@@ -119,7 +119,7 @@ class Endpoint:
             content = json.loads(body.decode("utf-8"))["choices"][0]["message"]["content"]
         except (ValueError, LookupError, TypeError, RecursionError) as error:
             start = quoted(body[:80].decode("utf-8", "replace"))
-            raise PlanError(f"{self.address}: the answer is no chat completion; it begins {start}") from error
+            raise PlanError(f"{self.address}: the answer is not a chat completion; it begins {start}") from error
         if not isinstance(content, str):
             raise PlanError(f"{self.address}: the answer has no text: content={quoted(content)}")
         return content

@@ -190,13 +190,13 @@ def _read(folder: Path) -> bytes:
     path = folder / MANIFEST
     try:
         if path.exists() and not path.is_file():  # a pipe would wait forever
-            raise ManifestError(f"{path}: no plain file")
+            raise ManifestError(f"{path}: is not a regular file")
         with path.open("rb") as file:
             data = file.read(LARGEST + 1)
     except (OSError, ValueError) as error:  # ValueError: a path that no file system accepts
         raise ManifestError(f"{folder}: not a model directory, {MANIFEST} cannot be read: {error}") from error
     if len(data) > LARGEST:
-        raise ManifestError(f"{path}: more than {LARGEST} bytes is no manifest")
+        raise ManifestError(f"{path}: a manifest has at most {LARGEST} bytes")
     return data
 
 
@@ -237,7 +237,7 @@ def _check_values(document: object) -> None:
             elif isinstance(value, str):
                 value.encode("utf-8")
             elif isinstance(value, float) and not math.isfinite(value):
-                raise ValueError(f"{value} is no number of JSON's")
+                raise ValueError(f"{value} is not a JSON number")
         if not values:
             return
         level = values
@@ -265,7 +265,9 @@ def _graph(name: str, row: object) -> tuple[GraphInput, ...]:
 def _check_graphs(files: Mapping[str, FileRecord], graphs: Mapping[str, tuple[GraphInput, ...]]) -> None:
     listed = {name for name in files if name.endswith(".onnx")}
     if wrong := sorted(listed ^ set(graphs)):
-        raise ManifestError(f"{MANIFEST}: graphs: {wrong[0]}: each .onnx file of files, and no other, has a row")
+        raise ManifestError(
+            f"{MANIFEST}: graphs: {wrong[0]}: graphs must have one row for each .onnx file in files, and no other rows"
+        )
 
 
 def _check_seal(path: Path, data: bytes, seal: object) -> None:

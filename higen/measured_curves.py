@@ -124,7 +124,7 @@ def _is_sound(given: CurveFrom) -> bool:
         return False
     suffix = path.suffix.lower()
     if suffix not in (*SOUNDS, *READABLE) and not path.is_file():
-        raise RequestError("a number, numbers, or the file of a clip or sound, and there is no such file")
+        raise RequestError("a number, numbers, or a clip or sound file; no such file exists")
     return suffix in SOUNDS or (given.feature is not None and suffix in STREAMS)
 
 

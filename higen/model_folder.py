@@ -60,10 +60,11 @@ def check_free(path: str | os.PathLike[str], overwrite: bool = False) -> Path:
     except (OSError, ValueError) as error:
         raise ModelError(f"{quoted(os.fspath(path))}: the file system does not take this name: {error}") from error
     if taken and not whole:
-        raise ModelError(f"{target}: exists already" + (" and is no model directory" if overwrite else ""))
+        raise ModelError(f"{target}: exists already" + (" and is not a model directory" if overwrite else ""))
     if taken and (foreign := _foreign(target)):
         raise ModelError(
-            f"{target}: holds what is not the model's, such as {foreign[0]}: move it away, or choose another folder"
+            f"{target}: holds files that do not belong to the model, such as {foreign[0]}: move it away, or choose "
+            "another folder"
         )
     if not target.parent.is_dir():
         raise ModelError(f"{target}: the folder {target.parent} does not exist")

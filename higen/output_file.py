@@ -31,7 +31,7 @@ def check_file(path: str | os.PathLike[str]) -> Path:
         found = lies(path)
         target = Path(os.path.realpath(path)) if path.is_symlink() else path
         if found is not None and not stat.S_ISREG(found.st_mode):
-            raise OutputError(f"{path}: is no plain file, but a pipe or a device; choose another name")
+            raise OutputError(f"{path}: is a pipe or a device, not a regular file; choose another name")
         if found is not None:
             check_writable(path)
         if not target.parent.is_dir():
@@ -61,7 +61,7 @@ def check_own(folder: Path, names: Sequence[str], mark: str) -> None:
         lies(folder / names[0])
         found = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
         if not found.is_dir():
-            raise OutputError(f"{found}: is no folder")
+            raise OutputError(f"{found}: is not a folder")
         if not os.access(found, os.W_OK | os.X_OK):
             raise OutputError(f"{folder}: no permission to write in the folder {found}")
     there = [name for name in names if os.path.lexists(folder / name)]
@@ -70,7 +70,9 @@ def check_own(folder: Path, names: Sequence[str], mark: str) -> None:
     with suppress(OSError), (folder / names[0]).open("rb") as file:
         if re.search(mark, file.read(4096).decode("utf-8", "replace")):
             return
-    raise OutputError(f"{folder / there[0]}: is of no earlier report: move it away, or choose another folder")
+    raise OutputError(
+        f"{folder / there[0]}: was not written by an earlier report: move it away, or choose another folder"
+    )
 
 
 def check_writable(path: Path) -> None:
@@ -108,7 +110,7 @@ def check_names(path: Path) -> Iterator[None]:
     """Use around accesses to files named after `path`: raises OutputError if the file system refuses the name."""
     text = os.fspath(path)
     if "\0" in text:
-        raise OutputError(f"{quoted(text)}: a path has no character NUL")
+        raise OutputError(f"{quoted(text)}: a path cannot contain the character NUL")
     try:
         yield
     except OutputError:

@@ -122,7 +122,10 @@ class Pipeline:
         RequestError.
         """
         if self.manifest.sizes.frames[0] > 1:
-            raise RequestError(f"{self.manifest.name} makes {self.manifest.sizes.frames[0]} frames or more, no picture")
+            raise RequestError(
+                f"{self.manifest.name} makes {self.manifest.sizes.frames[0]} frames or more, so it cannot make a "
+                "single picture"
+            )
         request = self._request(prompt, options, only=1)
         images = [video.frames[0] for video in self.make(request, progress)]
         return images[0] if isinstance(plain(prompt), str) else images

@@ -51,7 +51,7 @@ def plan(
         from higen.script import make_script, script_schema
 
         if (llm is None) != (llm_model is None):
-            raise RequestError("--llm and --llm-model: both, or none of the two")
+            raise RequestError("--llm and --llm-model: give both or neither")
         if output is not None:
             check_file(output)
         bundle = Bundle.open(model or default_model())

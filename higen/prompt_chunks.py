@@ -103,7 +103,7 @@ def weighted(hidden: NDArray[np.float32], weights: NDArray[np.float32]) -> NDArr
     scaled = hidden * weights[None, :, None]
     before, after = hidden.mean(dtype=np.float64), scaled.mean(dtype=np.float64)
     if after == 0.0:
-        raise RequestError("prompt: the weights of its words leave an embedding with the mean 0: change one of them")
+        raise RequestError("prompt: the weights of its words give an embedding with mean 0; change one of the weights")
     restored: NDArray[np.float32] = scaled * np.float32(before / after)
     return restored
 

@@ -33,10 +33,13 @@ def check_references(manifest: Rows) -> None:
     rows = tuple(stage.name for stage in manifest.all_stages)
     for table, names in (("stages", (*rows, *loops)), ("controls", controls)):
         twice = sorted({name for name in names if names.count(name) > 1})
-        check(not twice, f"{table}: {', '.join(twice)} appears twice (a loop and a stage share their names)")
+        check(not twice, f"{table}: {', '.join(twice)} appears twice (names of loops and stages must differ)")
     good = 1 <= len(stages) <= MOST_ROWS and 1 <= len(loops) <= MOST_ROWS
     check(good, f"stages, loops: from 1 to {MOST_ROWS} rows each, not {len(stages)} and {len(loops)}")
-    check(TOKENS not in {*manifest.free} & {*manifest.fixed}, f"sizes.symbols.{TOKENS}: text.chunks makes it free")
+    check(
+        TOKENS not in {*manifest.free} & {*manifest.fixed},
+        f"sizes.symbols.{TOKENS}: cannot be fixed together with text.chunks",
+    )
     for stage in manifest.stages:
         _check_stage(manifest, stage)
     _check_circles(manifest)
@@ -58,17 +61,17 @@ def _check_stage(manifest: Rows, stage: Stage) -> None:
         for n in tensor.shape:
             free = manifest.free
             known = 1 <= n <= MAX_SIZE if isinstance(n, int) else n in free or n in manifest.fixed
-            check(known, f"{where}.{tensor.name}: {n!r} is no size, none of {', '.join(free)} and not in sizes.symbols")
+            check(known, f"{where}.{tensor.name}: {n!r}: a size, one of {', '.join(free)}, or a name in sizes.symbols")
     inner = {n for tensor in stage.inputs for n in tensor.shape}
     inner |= {PIXELS_AND_LATENTS[n] for n in inner & PIXELS_AND_LATENTS.keys()}
     for made in stage.outputs:
         unknown = [n for n in made.shape if n in manifest.free and n not in inner]
-        check(not unknown, f"{where}.{made.name}: {', '.join(map(str, unknown))} is an axis of none of its inputs")
+        check(not unknown, f"{where}.{made.name}: {', '.join(map(str, unknown))} is not an axis of any of its inputs")
     firsts = {tensor.shape[0] if tensor.shape else 1 for tensor in tensors}
     joined = firsts in ({"B"}, {"N"})
     check(joined or not stage.batch, f"{where}: batch is true, but the first axes are not all B, or all N")
     if stage.deep is not None:
-        check(bool(stage.variants), f"{where}.deep={stage.deep}: of a denoising stage")
+        check(bool(stage.variants), f"{where}.deep={stage.deep}: only for a denoising stage")
         check(1 <= stage.deep <= MAX_DEEP, f"{where}.deep={stage.deep}: a whole number from 1 to {MAX_DEEP}")
     for tensor in stage.inputs:
         _check_source(manifest, f"{where}.{tensor.name}", tensor)
@@ -84,16 +87,24 @@ def _check_chunks(manifest: Rows, stage: Stage, length: int) -> None:
     where, chunked = f"stages.{stage.name}", TOKENS in manifest.free
     texts = [tensor.name for tensor in stage.inputs if source(tensor.source).kind == "text"]
     check(
-        len(texts) < 2, f"{where}: reads {', '.join(texts)}, but text.weights and text.chunks are for one text a stage"
+        len(texts) < 2, f"{where}: reads {', '.join(texts)}, but text.weights and text.chunks allow one text per stage"
     )
     for made in stage.outputs if texts else ():
         good = len(made.shape) == 3 and _size(manifest, made.shape[1]) == length
-        check(good, f"{where}.{made.name}: with text.weights or text.chunks [B, {length}, D], not {list(made.shape)}")
+        check(
+            good,
+            f"{where}.{made.name}: with text.weights or text.chunks the shape is [B, {length}, D], not "
+            f"{list(made.shape)}",
+        )
     for tensor in stage.inputs if chunked else ():
         origin = source(tensor.source)
         of_chunks = origin.kind == "made" and TOKENS in _joined_shape(manifest, origin.name, origin.output)
         good = (len(tensor.shape) == 3 and tensor.shape[1] == TOKENS) if of_chunks else TOKENS not in tensor.shape
-        shape = "[B, T, D], a text's chunks" if of_chunks else f"without the axis {TOKENS}, it holds no text's chunks"
+        shape = (
+            "[B, T, D] for the chunks of a text"
+            if of_chunks
+            else f"no axis {TOKENS}, because it does not take the chunks of a text"
+        )
         check(good and tensor.shape.count(TOKENS) <= 1, f"{where}.{tensor.name}: {shape}, not {list(tensor.shape)}")
 
 
@@ -191,7 +202,7 @@ def _check_made(manifest: Rows, where: str, text: str, rank: int) -> None:
         _check_given(manifest, where, text, ("picture", "clip"))
     check(found.kind == "made" and not found.shown, f"{where}: source {text}: STAGE.OUTPUT or LOOP.latents")
     if found.name in {loop.name for loop in manifest.loops}:
-        check(found.output == "latents" and not found.negative, f"{where}: source {text}: a loop gives latents alone")
+        check(found.output == "latents" and not found.negative, f"{where}: source {text}: a loop gives only latents")
         check(rank in (4, 5), f"{where}: source {text} has 4 or 5 axes, not {rank}")
         return
     names = manifest.stage_names
@@ -237,11 +248,13 @@ def _check_loop(manifest: Rows, loop: Loop, earlier: tuple[str, ...]) -> None:
         check(name in manifest.stage_names, f"{where}.{key}={name!r}: the stages are {', '.join(manifest.stage_names)}")
         stage = manifest.stage(name)
         good = stage.denoises and all(made.name != DEEP for made in stage.outputs)
-        check(good, f"{where}.{key}={name!r}: gives {', '.join(STATE)}, and nothing else")
-        check(stage.batch, f"{where}.{key}={name!r}: batch is true: a denoising stage takes several samples")
+        check(good, f"{where}.{key}={name!r}: must give only {', '.join(STATE)}")
+        check(
+            stage.batch, f"{where}.{key}={name!r}: batch must be true, because a denoising stage takes several samples"
+        )
         wanted = {*STATE, *STEP_COLUMNS} if key.endswith("guided") else {*STATE, *STEP_COLUMNS} - {"guidance"}
         state = {t.name for t in stage.inputs if t.source == "state"}
-        check(state == wanted, f"{where}.{key}={name!r}: its state inputs are {', '.join(sorted(wanted))}")
+        check(state == wanted, f"{where}.{key}={name!r}: its state inputs must be {', '.join(sorted(wanted))}")
         _check_step(manifest, loop, stage, f"{where}.{key}={name!r}")
     needed = [source(t.source) for s in loop.stages for t in manifest.stage(s).inputs]
     later = {f.name for f in needed if f.kind == "made"} & {other.name for other in manifest.loops} - set(earlier)
@@ -256,7 +269,8 @@ def _check_loop(manifest: Rows, loop: Loop, earlier: tuple[str, ...]) -> None:
         _check_length(manifest, loop, f"{where}.noise.mix.loop", loop.noise.mix.loop)
         check(
             early <= max(loop.least_frames, manifest.sizes.frames[0]),
-            f"{where}: its noise is mixed with {loop.noise.mix.loop}, which is left out of shorter clips",
+            f"{where}: its noise is mixed with {loop.noise.mix.loop}, but {loop.noise.mix.loop} is left out for "
+            "shorter clips",
         )
     _check_loop_controls(manifest, loop, where)
 
@@ -276,7 +290,10 @@ def _check_variant(manifest: Rows, loop: Loop, where: str) -> None:
     check(row.control in maps, f"{where}.control={row.control!r}: the controls of kind map are {maps}")
     for key in ("guided", "plain"):
         own, other = getattr(loop, key), getattr(row, key)
-        check((own is None) == (other is None), f"{where}.{key}={other!r}: null where the loop's is, and only there")
+        check(
+            (own is None) == (other is None),
+            f"{where}.{key}={other!r}: null if and only if the loop's own {key} is null",
+        )
 
 
 def _check_known(manifest: Rows, loop: Loop, where: str) -> None:
@@ -285,7 +302,7 @@ def _check_known(manifest: Rows, loop: Loop, where: str) -> None:
     if row is None:
         return
     good = loop.frames == "F" or manifest.sizes.frames[2] == 1
-    check(good, f"{where}: {loop.name} has one frame, and a clip may have {manifest.sizes.frames[2]}")
+    check(good, f"{where}: {loop.name} has one frame, but a clip may have {manifest.sizes.frames[2]}")
     check(kinds.get(row.control) == "frames", f"{where}.control={row.control!r}: a control of kind frames")
     good = row.mask is None or kinds.get(row.mask) == "mask"
     check(good, f"{where}.mask={row.mask!r}: null, or a control of kind mask")
@@ -325,13 +342,13 @@ def _check_result(manifest: Rows) -> None:
     ):
         for name in (n for stage in manifest.feeding(*users) for n in needs(manifest, stage) if n in least):
             good = least[name] <= shortest
-            check(good, f"loops.{name}: left out of clips of {shortest} frames, for which {users[0]} needs its latents")
+            check(good, f"loops.{name}: is left out for clips of {shortest} frames, but {users[0]} needs its latents")
 
 
 def _check_length(manifest: Rows, loop: Loop, where: str, name: str) -> None:
     """Check that a loop of one frame does not take the latents of a loop over the clip's frames."""
     frames = {other.name: other.frames for other in manifest.loops}.get(name, 1)
-    check(loop.frames != 1 or frames == 1, f"{where}={name!r}: has the clip's frames, and {loop.name} has one")
+    check(loop.frames != 1 or frames == 1, f"{where}={name!r}: has all frames of the clip, but {loop.name} has one")
 
 
 def _check_loop_controls(manifest: Rows, loop: Loop, where: str) -> None:
@@ -373,4 +390,4 @@ def _check_decoder(manifest: Rows) -> None:
         for axes, pixels in ((("N", "H", "W"), ("N", 3, "Y", "X")), (("B", "F", "H", "W"), ("B", 3, "F", "Y", "X")))
     )
     wanted = "[N, C, H, W] and the output [N, 3, Y, X], or [B, C, F, H, W] and [B, 3, F, Y, X]"
-    check(good, f"sizes.decoder={name!r}: one input of the source state, {wanted}, C of a fixed size")
+    check(good, f"sizes.decoder={name!r}: one input with the source state, {wanted}, C of a fixed size")

@@ -282,7 +282,7 @@ def _check_known(manifest: Manifest, request: Request) -> None:
         if request.controls[control.name] is None or control.name in taken:
             continue
         if control.kind == "frames":
-            raise RequestError(f"{control.name}: a request for {request.frames} frames has no use for known frames")
+            raise RequestError(f"{control.name}: a request for {request.frames} frames takes no known frames")
         if control.kind == "map":
             raise RequestError(f"{control.name}: no loop of this request takes it")
         if control.kind == "mask":

@@ -121,7 +121,7 @@ def make_script(data: object, manifest: Manifest, folder: Path | None = None) ->
             raise RequestError(f"scenes[{place}]{'' if str(error).startswith('.') else ': '}{error}") from error
     for place, (scene, after) in enumerate(pairwise(made)):
         if scene.fade + after.fade > scene.frames:
-            raise RequestError(f"scenes[{place}]: {scene.frames} frames are fewer than its two crossfades have")
+            raise RequestError(f"scenes[{place}]: {scene.frames} frames are fewer than its two crossfades need")
     return Script(tuple(made), fps, audio)
 
 
@@ -160,7 +160,7 @@ def _scene(row: object, manifest: Manifest, shared: Mapping[str, Any], before: S
     seed = row.get("seed", 0)
     if type(seed) is not int or not 0 <= seed < 2**64:
         raise RequestError(
-            f"seed={quoted(seed)}: a whole number from 0 to 2^64 - 1: a script gives the same video again"
+            f"seed={quoted(seed)}: a whole number from 0 to 2^64 - 1, because a script must give the same video again"
         )
     options = {**shared, "frames": frames, "seed": seed}
     options |= {name: row[name] for name in _OPTIONS if row.get(name) is not None}
@@ -192,12 +192,13 @@ def _transition(row: Mapping[str, Any], before: Scene | None, frames: int, fps: 
         raise RequestError(f"transition={quoted(name)}: one of {', '.join(map(repr, TRANSITIONS))}")
     fade = row.get("fade")
     if fade is not None and name != "crossfade":
-        raise RequestError(f"fade={quoted(fade)}: the seconds of a crossfade, and this is a {name}")
+        raise RequestError(f"fade={quoted(fade)}: only for transition='crossfade', not {name!r}")
     if before is None and name != "cut":
         raise RequestError(f"transition={name!r}: the first scene has none before it")
     if name == "continue" and frames < 2:
         raise RequestError(
-            "transition='continue': a scene of 2 frames or more, because the first one is the previous scene's"
+            "transition='continue': needs a scene of at least 2 frames, because its first frame is the last one of "
+            "the previous scene"
         )
     if name != "crossfade":
         return name, int(name == "continue")

@@ -85,7 +85,7 @@ def serve(
     A MODEL is a directory, or NAME=DIRECTORY. Jobs and results outlive the process: see docs/serving.md.
     """
     if new_key is not None and api_keys is None:
-        raise click.UsageError("--new-key wants --api-keys FILE")
+        raise click.UsageError("--new-key needs --api-keys FILE")
     with reported(as_json):
         if new_key is not None and api_keys is not None:
             from higen.serve.keys import add_key

@@ -106,7 +106,7 @@ class Sizes:
 
     def __post_init__(self) -> None:
         for name, size in self.symbols.items():
-            check(name.isidentifier() and name not in FREE, f"symbols.{name}: a name that is none of {', '.join(FREE)}")
+            check(name.isidentifier() and name not in FREE, f"symbols.{name}: a name other than {', '.join(FREE)}")
             check(1 <= size <= MAX_SIZE, f"symbols.{name}={size}: a whole number from 1")
         check(1 <= self.factor <= 1024, f"factor={self.factor}: from 1 to 1024 pixels per latent cell")
         check(
@@ -149,7 +149,9 @@ class TextRules:
         check(self.weights in (None, "parentheses"), f"weights={self.weights!r}: null or 'parentheses'")
         check(1 <= self.chunks <= MOST_CHUNKS, f"chunks={self.chunks}: from 1 to {MOST_CHUNKS}")
         good = 3 <= self.length <= 2**20 and 0 <= self.pad_id < 2**31
-        check(good, f"length={self.length}, pad_id={self.pad_id}: room for start, text and end, and an id from 0")
+        check(
+            good, f"length={self.length}, pad_id={self.pad_id}: length with room for start, text and end; pad_id from 0"
+        )
 
 
 @dataclass(frozen=True)
@@ -173,28 +175,37 @@ class Control:
     measured: Literal["distance", "similarity"] | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
-        check(self.name.isidentifier() and self.name not in COMMON + RESERVED, f"name={self.name!r}: a name of its own")
+        check(
+            self.name.isidentifier() and self.name not in COMMON + RESERVED,
+            f"name={self.name!r}: a name that is not reserved",
+        )
         allowed = ENCODINGS.get(self.kind, (None,))
-        check(self.encoding in allowed, f"encoding={self.encoding!r}: of kind {self.kind} one of {allowed}")
+        check(self.encoding in allowed, f"encoding={self.encoding!r}: for kind {self.kind} one of {allowed}")
         if self.low is not None and self.high is not None:
-            check(self.low <= self.high, f"low={self.low}, high={self.high}: low is at most high")
-        check(bool(self.choices) == (self.kind == "choice"), f"choices={list(self.choices)}: those of a choice")
-        check(not self.optional or self.encoding in ("sinusoid", "similarity"), "optional: a sinusoid or similarity")
+            check(self.low <= self.high, f"low={self.low}, high={self.high}: low must be at most high")
+        check(
+            bool(self.choices) == (self.kind == "choice"),
+            f"choices={list(self.choices)}: for a choice, and only for a choice",
+        )
+        check(
+            not self.optional or self.encoding in ("sinusoid", "similarity"),
+            "optional: only with the encoding sinusoid or similarity",
+        )
         if self.usual is not None:
             low, high = self.usual
             good = (
                 self.kind == "curve" and all(is_number(end) and self.allows(end) for end in self.usual) and low < high
             )
-            check(good, f"usual={list(self.usual)}: of a curve, two numbers in its range, the lower one first")
+            check(good, f"usual={list(self.usual)}: only for a curve: two numbers in its range, the lower one first")
         good = self.measured is None or self.kind == "curve"
-        check(good, f"measured={self.measured!r}: null, or of a curve 'distance' or 'similarity'")
+        check(good, f"measured={self.measured!r}: null, or for a curve 'distance' or 'similarity'")
         self._check_default()
 
     def _check_default(self) -> None:
         value = self.default
         if value is None:
             good = self.optional or self.kind in VISUAL
-            check(good, f"default=None: {self.kind} needs one, unless it is optional")
+            check(good, f"default=None: a {self.kind} needs a default unless it is optional")
         elif self.kind in NUMERIC:
             whole = self.kind != "whole" or type(value) is int
             good = is_number(value) and whole and self.allows(value)
@@ -315,7 +326,9 @@ class Windows:
     def __post_init__(self) -> None:
         good = 1 <= self.stride <= self.length
         check(good, f"length={self.length}, stride={self.stride}: a stride from 1 to the length")
-        check(self.most is None or self.length <= self.most <= 2**16, f"most={self.most}: from length={self.length}")
+        check(
+            self.most is None or self.length <= self.most <= 2**16, f"most={self.most}: at least length={self.length}"
+        )
         check(self.noise in WINDOW_NOISE, f"noise={self.noise!r}: one of {', '.join(map(repr, WINDOW_NOISE))}")
 
 

@@ -45,7 +45,7 @@ def read_text(path: str | os.PathLike[str], largest: int | None = LARGEST) -> st
         if stat.S_ISDIR(status.st_mode):
             raise IsADirectoryError(21, os.strerror(21), os.fspath(path))
         if not stat.S_ISREG(status.st_mode):
-            raise TextError("no regular file")
+            raise TextError("not a regular file")
         if largest is not None and status.st_size > largest:
             raise TextError(f"{status.st_size} bytes: at most {largest}")
         return plain_text(file.read())
@@ -75,7 +75,7 @@ def check_text(text: str) -> None:
         named = (
             "a byte order mark within the text" if character == "\ufeff" else f"the character U+{ord(character):04X}"
         )
-        raise TextError(f"line {line}: {named}, which no text has: take it out")
+        raise TextError(f"line {line}: {named} is not allowed: remove it")
 
 
 def _looks_utf_16(data: bytes) -> bool:

@@ -132,7 +132,7 @@ class PromptTokenizer:
                 most = (
                     f"{rules.length - 2} tokens" if rules.chunks == 1 else f"{rules.chunks} x {rules.length - 2} tokens"
                 )
-                warn(PromptWarning(f"{name}: the model reads {most}: cut off is {named}; say it in fewer words"))
+                warn(PromptWarning(f"{name}: the model reads {most}; words cut off: {named}; use fewer words"))
                 break
         return chunks.reading(start, end, rules.pad_id)
 
@@ -164,8 +164,8 @@ class PromptTokenizer:
         if len(encoding.ids) <= room:
             return
         lost = _named(text[_word_start(text, encoding, room) :].split())
-        message = f"{name} has {len(encoding.ids)} tokens and the model reads {room}: cut off is {lost}"
-        warn(PromptWarning(f"{message}; say it in fewer words"))
+        message = f"{name} has {len(encoding.ids)} tokens, but the model reads {room}; words cut off: {lost}"
+        warn(PromptWarning(f"{message}; use fewer words"))
 
 
 def build_clip_tokenizer() -> Tokenizer:

@@ -84,7 +84,9 @@ class Upgrade:
                 f"the inputs of a step have changed (t is float32, guidance is per frame): {', '.join(stale)}"
             )
         if missing:
-            lines.append(f"No graph yet of steps with one branch, half the work at guidance 1: {', '.join(missing)}")
+            lines.append(
+                f"No graph yet of steps with one branch, which halve the work at guidance 1: {', '.join(missing)}"
+            )
         return [*lines, *(f"  {command}" for command in self.commands)]
 
     def as_json(self) -> dict[str, Any]:
@@ -137,7 +139,7 @@ def graph_inputs(graph: Path, stage: Stage | None) -> tuple[GraphInput, ...]:
     """
     declared = _declared(graph)
     if declared is None and stage is None:
-        raise IntegrityError(f"{graph}: no graph that can be read here: pip install 'higen[export]', and try again")
+        raise IntegrityError(f"{graph}: cannot be read here: pip install 'higen[export]', and try again")
     if declared is None:
         assert stage is not None
         return tuple(GraphInput(t.name, t.dtype, t.shape) for t in version_1_inputs(stage))
@@ -156,7 +158,7 @@ def _declared(graph: Path) -> Declared | None:
     try:
         inputs = onnx.load(os.fspath(graph), load_external_data=False).graph.input
     except Exception as error:  # protobuf's errors have no common base except Exception
-        raise IntegrityError(f"{graph}: no ONNX graph: {error}") from error
+        raise IntegrityError(f"{graph}: not an ONNX graph: {error}") from error
     found: Declared = []
     for value in inputs:
         kind = value.type.tensor_type

@@ -157,7 +157,9 @@ def _read_run(run: Run, most: int | None) -> Clip:
         frame, info = load(file)
         other = frame_mark(info)
         if mark is not None and other is not None and other[0] != mark[0]:
-            raise OutputError(f"{file.name} is of another clip than {files[0].name}: two clips are mixed here")
+            raise OutputError(
+                f"{file.name} and {files[0].name} belong to different clips; keep the frames of one clip in the folder"
+            )
         if frame.shape != first.shape:
             size = f"{frame.shape[1]}x{frame.shape[0]}"
             raise OutputError(f"{file.name} is {size} pixels and {files[0].name} {width}x{height}: one size is wanted")

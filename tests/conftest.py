@@ -31,6 +31,17 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.load_profile("higen")
 
+LONGEST = (
+    *("test_engine_topology.py", "test_cpp.py", "test_engine_stages.py", "test_animatediff.py", "test_modelscope.py"),
+    *("test_svd.py", "test_vgen.py", "test_stable_diffusion.py"),
+)
+"""The files that take longest. They start first, so that no worker of pytest-xdist ends long after the others."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+
+
 WORDS = ("a", "blue", "whale", "red", "heart", "green", "star", "swimming", "beating", ",")
 
 TINY = ModelConfig(

@@ -67,7 +67,7 @@ def built(onnxruntime_root: str, tmp_path_factory: pytest.TempPathFactory) -> Pa
     with locked(run_folder(tmp_path_factory) / "cpp.lock"):
         done(
             "cmake", "-S", SOURCE, "-B", folder, "-DCMAKE_BUILD_TYPE=Debug", "-DHIGEN_SANITIZE=ON",
-            "-DCMAKE_CXX_FLAGS_DEBUG=-O1", "-DCMAKE_C_FLAGS_DEBUG=-O1", f"-DONNXRUNTIME_ROOT={onnxruntime_root}",
+            "-DCMAKE_CXX_FLAGS_DEBUG=-Og", "-DCMAKE_C_FLAGS_DEBUG=-Og", f"-DONNXRUNTIME_ROOT={onnxruntime_root}",
             f"-DHIGEN_TEST_MODEL={default_model()}",
         )  # fmt: skip
         done("cmake", "--build", folder, "--parallel", len(os.sched_getaffinity(0)), timeout=1200)

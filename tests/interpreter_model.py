@@ -82,7 +82,7 @@ MANIFEST = Manifest(
         Control("mood", "choice", "a word", "number", choices=("bright", "dim", "dark"), default="dim"),
         Control("push", "number", "how much of the table is run", "number", low=0.0, high=1.0, default=0.5),
         Control("sketch", "picture", "in place of the draft"),
-        Control("footage", "clip", "what the film begins with"),
+        Control("footage", "clip", "what the film starts with"),
     ),
     stages=(
         Stage(

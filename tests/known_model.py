@@ -22,7 +22,7 @@ MANIFEST: Manifest = changed(
         controls=(
             *PLAIN.controls,
             Control("keyframes", "frames", "frames that the film passes through"),
-            Control("mask", "mask", "white: drawn anew"),
+            Control("mask", "mask", "white: redrawn"),
         ),
     ),
     "film",

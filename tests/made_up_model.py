@@ -79,7 +79,7 @@ MANIFEST = Manifest(
     text=TextRules("words.json", 6, clean=False),
     controls=(
         Control("wobble", "curve", "how much it shakes", "curve", low=-2.0, high=2.0, default=0.5),
-        Control("drift", "curve", "how the looks change", "similarity", optional=True),
+        Control("drift", "curve", "how the appearance changes", "similarity", optional=True),
         Control("grain", "whole", "how coarse", "number", low=0, high=9, default=3),
         Control("mood", "choice", "bright or dark", "number", choices=("bright", "dark"), default="bright"),
         Control("sketch", "picture", "a drawing, in place of the draft"),

@@ -91,15 +91,14 @@ def _export(bundle: Bundle, precision: str, stages: Sequence[str]) -> None:
         bundle = put_file(bundle, aside, graph_file(name, precision), graph_inputs(aside))
 
 
-def check_stages(model: Path, precision: str, plain: bool = True) -> None:
-    """Export the missing graphs and build every stage; in 16 bits, at least one attention of each kind must be fused.
+def check_stages(model: Path, precision: str, stages: Sequence[str] | None = None) -> None:
+    """Export the missing graphs and build these stages, or all; in 16 bits, at least one attention of each kind must be
+    fused.
 
-    `plain`: also build the steps with one branch of guidance. These narrow networks have attentions with one head;
-    TensorRT does not fuse some of those.
+    These narrow networks have attentions with one head; TensorRT does not fuse some of those.
     """
     bundle = Bundle.open(model)
-    left_out = {loop.plain for loop in bundle.manifest.loops if not plain}
-    stages = [name for name in bundle.manifest.stage_names if name not in left_out]
+    stages = bundle.manifest.stage_names if stages is None else stages
     _export(bundle, precision, stages)
     folder = build(model, precision, stages)
     if precision == "fp32":

@@ -250,7 +250,7 @@ def test_frames_are_those_of_diffusers(model: Bundle, base: Path, by_torch: Pipe
         assert np.abs(pipe(PROMPT, seed=SEED, **options).frames.astype(int) - one.frames).max() <= 1
 
 
-def test_one_frame_is_stable_diffusions(base: Path, model: Bundle, by_torch: Pipeline, by_graphs: Pipeline) -> None:
+def test_one_frame_equals_stable_diffusion(base: Path, model: Bundle, by_torch: Pipeline, by_graphs: Pipeline) -> None:
     """Its weights are those of AnimateDiff without the motion modules."""
     alone = convert_sources([base], model.path.parent / "alone", dtype="fp32")
     wanted = higen.load(alone.path, backend="torch").image(PROMPT, seed=SEED, steps=4, **SIZES)
@@ -260,7 +260,7 @@ def test_one_frame_is_stable_diffusions(base: Path, model: Bundle, by_torch: Pip
         assert {(event.loop, event.stage) for event in events} == {("spatial", "spatial_unet")}
 
 
-def test_a_clip_is_drawn_by_its_own_loop_alone(model: Bundle, by_torch: Pipeline) -> None:
+def test_a_clip_is_drawn_only_by_its_own_loop(model: Bundle, by_torch: Pipeline) -> None:
     clip, frame = (by_torch.request(PROMPT, frames=frames) for frames in (2, 1))
     assert [loop.name for loop in model.manifest.wanted(2)] == ["temporal"]
     assert [loop.name for loop in model.manifest.wanted(1)] == ["spatial"]
@@ -290,7 +290,7 @@ def test_more_frames_than_the_motion_modules_know_are_made_in_windows(model: Bun
 
 
 @pytest.mark.parametrize("kind", ["ddim", "dpm++2m"])
-def test_free_init_is_diffusers(model: Bundle, base: Path, by_torch: Pipeline, kind: str) -> None:
+def test_free_init_equals_diffusers(model: Bundle, base: Path, by_torch: Pipeline, kind: str) -> None:
     pipeline, draws = tiny_motion.pipeline(None), iter((1, 2))
     pipeline.enable_free_init(3, method="gaussian", spatial_stop_frequency=0.3, temporal_stop_frequency=0.2)
 
@@ -319,16 +319,16 @@ def by_frame(norm: torch.nn.GroupNorm, x: torch.Tensor) -> torch.Tensor:
     return (normal * norm.weight.double().reshape(shape) + norm.bias.double().reshape(shape)).float()
 
 
-def authors_pipeline(scheduler: Any, motion: Any = None) -> Any:
+def authors_pipeline(scheduler: Any, motion: Any = None, unet: Any = None) -> Any:
     """diffusers' pipeline with the authors' group norm."""
-    pipeline = tiny_motion.pipeline(scheduler, motion)
+    pipeline = tiny_motion.pipeline(scheduler, motion, unet)
     for name, norm in pipeline.unet.named_modules():
         if name.endswith(".norm") and ".motion_modules." in name:
             norm.register_forward_hook(lambda norm, given, _: by_frame(norm, given[0]))
     return pipeline
 
 
-def test_group_norm_over_each_frame_is_the_authors(base: Path, module: Path, tmp_path: Path) -> None:
+def test_group_norm_over_each_frame_equals_the_authors_code(base: Path, module: Path, tmp_path: Path) -> None:
     scheduler = sampler(base, "DDIMScheduler")
     file = tiny_motion.checkpoint(tmp_path / "mm_sd_v15_v2.ckpt", tiny_motion.adapter())
     authors = convert_sources([base, file], tmp_path / "authors", dtype="fp32")
@@ -341,10 +341,24 @@ def test_group_norm_over_each_frame_is_the_authors(base: Path, module: Path, tmp
     theirs = wanted_latents(other, scheduler, 8, 7.5)
     assert apart(last_latents(higen.load(other.path, backend="torch"), steps=8, guidance=7.5), theirs) < 1e-4
     assert apart(theirs, wanted) > 0.01
-    exported = export_model(authors, ["temporal_unet_plain"])
+
+
+def test_the_graph_of_a_group_norm_over_each_frame(tmp_path: Path) -> None:
+    """One level of the network: every norm of a motion module is in a block like these."""
+    level: dict[str, Any] = {"block_out_channels": (32,)}
+    unet = tiny.image_unet(**level, down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",))
+    motion = tiny_motion.adapter(**level)
+    scheduler = tiny.scheduler("DDIMScheduler", **tiny_motion.LINEAR)
+    base = tiny.save(tiny.image_pipeline(scheduler, unet), tmp_path / "stable-diffusion-v1-5")
+    file = tiny_motion.checkpoint(tmp_path / "mm_sd_v15_v2.ckpt", motion)
+    bundle = convert_sources([base, file], tmp_path / "authors", dtype="fp32")
+    exported = export_model(bundle, ["temporal_unet_plain"])
     x, t, context = (torch.randn(*shape) for shape in ((3, 4, 3, 4, 8), (3,), (3, 77, 32)))
     with torch.inference_mode():
-        m = authors_pipeline(scheduler).unet(x, t, context.repeat_interleave(3, dim=0)).sample.numpy()
+        network = authors_pipeline(scheduler, motion, unet).unet
+        m = network(x, t, context.repeat_interleave(3, dim=0)).sample.numpy()
+        other = tiny_motion.pipeline(scheduler, motion, unet).unet
+        assert apart(other(x, t, context.repeat_interleave(3, dim=0)).sample.numpy(), m) > 0.01
     columns = {name: np.full(3, value, np.float32) for name, value in {"A": 0, "B": 1, "C": 0}.items()}
     given = {"latents": x.numpy(), "previous": x.numpy(), "t": t.numpy(), "context": context.numpy(), **columns}
     backend = OnnxBackend(exported, Options(device="cpu"))
@@ -444,7 +458,9 @@ def test_sources_are_recognised(base: Path, module: Path) -> None:
 
 
 @pytest.mark.parametrize("frames", [1, FRAMES])
-def test_cpp_makes_pythons_frames(built: Path, model: Bundle, by_graphs: Pipeline, tmp_path: Path, frames: int) -> None:
+def test_cpp_and_python_make_the_same_frames(
+    built: Path, model: Bundle, by_graphs: Pipeline, tmp_path: Path, frames: int
+) -> None:
     wanted = by_graphs(PROMPT, seed=SEED, steps=4, frames=frames, guidance=3.0, **SIZES).frames
     flags = [f"--seed={SEED}", "--steps=4", f"--width={WIDTH}", f"--height={HEIGHT}", f"--frames={frames}"]
     output = tmp_path / "clip.npy"
@@ -471,9 +487,9 @@ def test_cpp_runs_windows_intervals_and_free_init(
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"block_out_channels": (32, 32)}, "another base"),
-        ({"block_out_channels": (32, 64, 64)}, "another base"),
-        ({"motion_layers_per_block": 2}, "another base"),
+        ({"block_out_channels": (32, 32)}, "but this one has levels of"),
+        ({"block_out_channels": (32, 64, 64)}, "but this one has levels of"),
+        ({"motion_layers_per_block": 2}, "but this one has levels of"),
         ({"conv_in_channels": 9}, "PIA"),
         ({"motion_mid_block_layers_per_block": 2}, "motion_mid_block_layers_per_block=2"),
     ],
@@ -516,8 +532,8 @@ def _other_table(state: Any) -> Any:
         (lambda state: state | {"input_hint_block.0.weight": torch.ones(1)}, "SparseCtrl"),
         (lambda state: state | {"conv_in.weight": torch.ones(4, 9, 3, 3)}, "PIA"),
         (lambda state: state | {"time_embedding.weight": torch.ones(4)}, "time_embedding.weight"),
-        (_without("down_blocks.1"), "another base"),
-        (_without("down_blocks.0"), "all levels"),
+        (_without("down_blocks.1"), "but this one has levels of"),
+        (_without("down_blocks.0"), "every level"),
         (_without("up_blocks.1.motion_modules.1"), "do not fit"),
         (_without("to_k"), "do not fit"),
         (_nan, "not a number"),
@@ -531,7 +547,7 @@ def test_other_files_are_refused(base: Path, tmp_path: Path, change: Any, said: 
     refused(tmp_path, [base, file], said, None if change is _nan else file)
 
 
-def test_sources_that_are_no_pair(base: Path, module: Path, tmp_path: Path) -> None:
+def test_sources_that_are_not_a_pair(base: Path, module: Path, tmp_path: Path) -> None:
     refused(tmp_path, [module], "a Stable Diffusion 1.5 model and one motion module", module)
     refused(tmp_path, [base, module, module], "one motion module")
     refused(tmp_path, [base, base, module], "one motion module")

@@ -75,7 +75,7 @@ def test_rows_go_in_and_come_out_in_order() -> None:
     assert together["t"].tolist() == [1, 1, 2, 3, 3, 3]
     parts = batch.split({"pixels": together["latents"] * 10})
     assert [part["pixels"][:, 0].tolist() for part in parts] == [[10, 10], [20], [30, 30, 30]]
-    with pytest.raises(BackendError, match="5 rows came out of 6"):
+    with pytest.raises(BackendError, match="5 output rows, but 6 input rows"):
         batch.split({"pixels": np.zeros((5, 2))})
 
 
@@ -107,11 +107,11 @@ def test_a_new_request_joins_at_the_next_step() -> None:
     assert members(made.next_batch()) == ["a", "b"]
 
 
-def test_slots_and_the_line() -> None:
+def test_slots_and_the_queue() -> None:
     made = batcher(slots=2, line=1, active="abc")
     assert [made.active(request) for request in "abc"] == [True, True, False]
     assert made.load == (2, 1)
-    with pytest.raises(RetryLater, match="2 requests are at work and 1 wait"):
+    with pytest.raises(RetryLater, match="2 requests are running and 1 are waiting"):
         made.enter("d")
     made.leave("b")
     assert made.active("c")
@@ -121,7 +121,7 @@ def test_slots_and_the_line() -> None:
     assert made.load == (1, 0)
 
 
-def test_leaving_takes_the_waiting_call_along() -> None:
+def test_a_request_that_leaves_takes_its_waiting_call_along() -> None:
     made = batcher(active="ab")
     made.submit("a", "spatial_unet", tensors())
     made.submit("b", "spatial_unet", tensors())
@@ -130,7 +130,7 @@ def test_leaving_takes_the_waiting_call_along() -> None:
     assert members(made.next_batch()) == ["b"]
 
 
-def test_one_that_left_while_its_batch_ran_does_not_come_back() -> None:
+def test_a_request_that_left_while_its_batch_ran_does_not_return() -> None:
     made = batcher(slots=1, active="ab")
     call = made.submit("a", "spatial_unet", tensors())
     made.next_batch()
@@ -160,9 +160,9 @@ def test_what_can_never_run_is_refused() -> None:
     with pytest.raises(BackendError, match="'b' has no slot"):
         made.submit("b", "spatial_unet", tensors())
     made.submit("a", "spatial_unet", tensors())
-    with pytest.raises(BackendError, match="a call already"):
+    with pytest.raises(BackendError, match="already has a call"):
         made.submit("a", "spatial_unet", tensors())
-    with pytest.raises(BackendError, match="entered already"):
+    with pytest.raises(BackendError, match="already entered"):
         made.enter("a")
 
 

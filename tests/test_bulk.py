@@ -109,7 +109,7 @@ def test_every_row_is_the_video_that_a_call_makes(tmp_path: Path, pipe: Pipeline
     assert list((tmp_path / "out" / "journal").iterdir()) == []
 
 
-def test_a_run_goes_on_where_it_was_killed(tmp_path: Path) -> None:
+def test_a_run_continues_where_it_was_killed(tmp_path: Path) -> None:
     path = lines(tmp_path, *({"prompt": "a whale", "seed": seed} for seed in range(30)))
     output = tmp_path / "out"
     command = [sys.executable, "-m", "higen", "batch", str(path), str(output), "--format", "npy", "--threads", "1"]
@@ -142,7 +142,7 @@ def test_a_run_goes_on_where_it_was_killed(tmp_path: Path) -> None:
     assert lost.exists()
 
 
-def test_a_random_seed_stays_what_it_was_drawn_as(tmp_path: Path) -> None:
+def test_a_random_seed_is_drawn_once(tmp_path: Path) -> None:
     bundle = Bundle.open(default_model())
     path = lines(tmp_path, {"seed": -1}, {"seed": "random"}, {"seed": -1, "motion": 1}, {"seed": 5}, prompt="a whale")
     rows = read_rows(path, bundle, ".mp4")
@@ -327,7 +327,7 @@ def test_a_wrong_row_is_named_before_work_starts(tmp_path: Path, case: str) -> N
         ("prompt,speed\na,1\n", "line 1: the column 'speed' is unknown"),
         ("prompt,prompt\na,b\n", "line 1: the column 'prompt' appears twice"),
         ('prompt\n"a\n', "line 2: not CSV"),
-        ("prompt,seed\na,1\na,1,2\n", "1 of 2 rows are wrong: line 3: 3 cells, and 2 columns"),
+        ("prompt,seed\na,1\na,1,2\n", "1 of 2 rows are wrong: line 3: 3 cells for 2 columns"),
         ("prompt,seed\na,x\n", "line 2: seed='x': a whole number"),
     ],
 )
@@ -344,14 +344,14 @@ def _foreign(output: Path) -> None:
 
 
 PLACES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "foreign index": (_foreign, "is of no earlier run: move it away"),
+    "foreign index": (_foreign, "was not written by an earlier run: move it away"),
     "broken index": (lambda output: (output / "index.parquet").write_bytes(b"PAR1"), "cannot be read: move it away"),
     "file": (lambda output: (output.rmdir(), output.write_text("mine")), "does not take this name: File exists"),
 }
 
 
 @pytest.mark.parametrize("case", PLACES)
-def test_what_stands_in_the_way_is_named_and_left_alone(tmp_path: Path, case: str) -> None:
+def test_foreign_files_are_named_and_kept(tmp_path: Path, case: str) -> None:
     damage, message = PLACES[case]
     output = tmp_path / "out"
     output.mkdir()
@@ -379,7 +379,7 @@ def test_wrong_settings_are_named(tmp_path: Path) -> None:
         made(path, tmp_path)
     done = CliRunner().invoke(main, ["batch", str(path), str(tmp_path / "out"), "--gpus", "0.5"])
     assert done.exit_code == 2
-    assert "want --ray ADDRESS" in done.stderr
+    assert "need --ray ADDRESS" in done.stderr
 
 
 def test_a_worker_sees_that_it_writes_elsewhere_or_runs_another_model(tmp_path: Path) -> None:
@@ -388,7 +388,7 @@ def test_a_worker_sees_that_it_writes_elsewhere_or_runs_another_model(tmp_path: 
     with place.held() as token:
         order = Settings(str(tmp_path)).order(token, digest)
         Maker(order).close()
-        with pytest.raises(HigenError, match="is another model"):
+        with pytest.raises(HigenError, match="is not the model that the run started with"):
             Maker(Settings(str(tmp_path)).order(token, "0"))
-    with place.held(), pytest.raises(OutputError, match="is another place for a worker"):
+    with place.held(), pytest.raises(OutputError, match="a different place for this worker"):
         Maker(order)

@@ -96,7 +96,7 @@ def test_a_manifest_of_version_1_has_the_tables_of_the_family_that_it_was_writte
     assert opened.file("weights").read_bytes() == b"0123456789"
 
 
-def test_a_directory_of_version_1_is_not_changed_unasked(old: Path) -> None:
+def test_a_directory_of_version_1_is_changed_only_on_request(old: Path) -> None:
     before = (old / MANIFEST).read_bytes()
     (old / ".new").write_bytes(b"new")
     for change in (
@@ -149,14 +149,14 @@ def test_a_file_that_the_manifest_does_not_list(model: Path) -> None:
         Bundle.open(model).file("vae.safetensors")
 
 
-def test_a_folder_in_the_place_of_a_file(model: Path) -> None:
+def test_a_folder_in_place_of_a_file(model: Path) -> None:
     (model / "weights").unlink()
     (model / "weights").mkdir()
-    with pytest.raises(IntegrityError, match="no plain file"):
+    with pytest.raises(IntegrityError, match="not a regular file"):
         Bundle.open(model)
 
 
-def test_a_loop_of_links_in_the_place_of_a_file(model: Path) -> None:
+def test_a_loop_of_links_in_place_of_a_file(model: Path) -> None:
     (model / "weights").unlink()
     (model / "weights").symlink_to("weights")
     with pytest.raises(IntegrityError, match="not readable"):
@@ -180,7 +180,7 @@ def test_a_name_that_no_file_system_takes(model: Path) -> None:
     ["", "{", "[]", "null", "higen", '{"format": "higen"', "\ufeff{}", "[" * 100_000, "1" * 10_000],
     ids=["empty", "cut", "list", "null", "word", "unclosed", "mark", "deep", "long"],
 )
-def test_a_manifest_that_is_no_manifest(model: Path, text: str) -> None:
+def test_a_file_that_is_not_a_manifest(model: Path, text: str) -> None:
     (model / MANIFEST).write_text(text, encoding="utf-8")
     with pytest.raises(ManifestError, match=r"higen\.json: not"):
         Bundle.open(model)
@@ -192,7 +192,7 @@ def test_a_manifest_that_is_not_utf8(model: Path) -> None:
         Bundle.open(model)
 
 
-def test_places_that_are_no_model_directory(model: Path, tmp_path: Path) -> None:
+def test_places_that_are_not_model_directories(model: Path, tmp_path: Path) -> None:
     (tmp_path / "loop").symlink_to("loop")
     (tmp_path / "empty").mkdir()
     for place in (tmp_path / "nowhere", tmp_path / "empty", tmp_path / "loop", model / "weights", "a\0b", ""):
@@ -207,7 +207,7 @@ def test_a_manifest_of_a_newer_version(model: Path) -> None:
 
 
 @pytest.mark.parametrize("version", [None, 0, -1, 1.0, True, "1", []])
-def test_a_version_that_is_none(model: Path, version: object) -> None:
+def test_an_invalid_version(model: Path, version: object) -> None:
     edit(model, lambda m: m.update(version=version))
     with pytest.raises(ManifestError, match="a whole number from 1"):
         Bundle.open(model)
@@ -235,7 +235,7 @@ def test_a_version_that_is_none(model: Path, version: object) -> None:
         (lambda m: m["model"]["unet"].update(dropout=1), r"dropout=1\.0"),
         (lambda m: m["model"]["schedule"].update(beta_start=0.5), "beta_start"),
         (lambda m: m["model"]["schedule"].update(beta_end=10**400), r"beta_end=1000.*: a finite number is wanted"),
-        (lambda m: m["model"]["schedule"].update(beta_end=float("nan")), "not valid JSON: nan is no number of JSON's"),
+        (lambda m: m["model"]["schedule"].update(beta_end=float("nan")), "not valid JSON: nan is not a JSON number"),
         (lambda m: m["model"]["autoencoder"].update(factor=0), "factor=0"),
         (lambda m: m["model"]["autoencoder"].update(scale=[0.0]), "no scale 0"),
         (lambda m: m["model"]["text"].update(context_length=2), "context_length=2"),
@@ -394,7 +394,7 @@ def test_nothing_appears_before_everything_is_written(tmp_path: Path) -> None:
     assert Bundle.open(tmp_path / "model").file("new").read_bytes() == b"new"
 
 
-def test_what_exists_is_not_replaced_unasked(tmp_path: Path) -> None:
+def test_existing_files_are_replaced_only_on_request(tmp_path: Path) -> None:
     make(tmp_path / "model")
     with pytest.raises(ModelError, match=r"exists already$"), bundle.create_model(tmp_path / "model", TABLES):
         pytest.fail("the caller must not be asked to fill it")
@@ -425,7 +425,7 @@ def test_overwrite_never_replaces_other_things(tmp_path: Path) -> None:
     (tmp_path / "dangling").symlink_to("nowhere")
     for name in ("thesis", "file", "dangling"):
         with (
-            pytest.raises(ModelError, match="exists already and is no model directory"),
+            pytest.raises(ModelError, match="exists already and is not a model directory"),
             bundle.create_model(tmp_path / name, TABLES, overwrite=True),
         ):
             pytest.fail("the caller must not be asked to fill it")
@@ -446,7 +446,7 @@ def test_a_missing_parent_folder(tmp_path: Path) -> None:
         pytest.fail("the caller must not be asked to fill it")
 
 
-def test_hidden_files_are_no_part_of_the_model(tmp_path: Path) -> None:
+def test_hidden_files_are_not_part_of_the_model(tmp_path: Path) -> None:
     with bundle.create_model(tmp_path / "model", TABLES) as folder:
         (folder / ".cache").write_bytes(b"c")
         (folder / "weights").write_bytes(b"w")
@@ -457,7 +457,7 @@ def test_hidden_files_are_no_part_of_the_model(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("at", range(6))
-def test_a_model_is_whole_at_every_moment_of_a_files_arrival(
+def test_a_model_is_complete_at_every_moment_while_a_file_is_added(
     model: Path, monkeypatch: pytest.MonkeyPatch, at: int
 ) -> None:
     """A writer fails after `at` of these renames: aside, journal, manifest without the file, file, manifest with it."""
@@ -517,7 +517,7 @@ def test_names_of_variants(model: Path) -> None:
     assert opened.weights("spatial_unet", "fp16") == "unet.safetensors"
 
 
-def test_a_graph_is_entered_with_what_it_takes(model: Path) -> None:
+def test_a_graph_is_added_with_its_inputs(model: Path) -> None:
     aside = model / ".graph.part"
     aside.write_bytes(b"graph")
     made = bundle.put_file(Bundle.open(model), aside, "graph.onnx", INPUTS)
@@ -526,7 +526,7 @@ def test_a_graph_is_entered_with_what_it_takes(model: Path) -> None:
     assert bundle.drop_file(made, "graph.onnx").graphs == {}
     aside.write_bytes(b"graph")
     for name, inputs in (("graph.onnx", None), ("notes.txt", INPUTS)):
-        with pytest.raises(ModelError, match=rf"{name}: graphs \(\.onnx\), and no other files, are entered with their"):
+        with pytest.raises(ModelError, match=rf"{name}: inputs must be given for a graph \(\.onnx\), and only"):
             bundle.put_file(Bundle.open(model), aside, name, inputs)
     assert aside.read_bytes() == b"graph"
     assert sorted(Bundle.open(model).files) == ["weights"]
@@ -543,7 +543,7 @@ for i in range(50):
 """
 
 
-def test_two_processes_that_enter_files_at_once_lose_none(model: Path) -> None:
+def test_two_processes_that_add_files_at_once_lose_none(model: Path) -> None:
     writers = [subprocess.Popen([sys.executable, "-c", ENTER, str(model), name]) for name in ("a", "b")]
     assert [writer.wait(300) for writer in writers] == [0, 0]
     opened = Bundle.open(model)
@@ -565,7 +565,7 @@ for i in range(30):
 """
 
 
-def test_two_processes_that_enter_one_file_leave_it_with_its_record(model: Path) -> None:
+def test_two_processes_that_add_the_same_file_leave_it_with_its_record(model: Path) -> None:
     """A reader finds a whole model at every moment."""
     writers = [subprocess.Popen([sys.executable, "-c", SAME, str(model), name]) for name in ("a", "bb")]
     while any(writer.poll() is None for writer in writers):
@@ -576,7 +576,7 @@ def test_two_processes_that_enter_one_file_leave_it_with_its_record(model: Path)
     assert [path.name for path in model.iterdir() if path.name[0] == "."] == []
 
 
-def test_a_killed_change_is_finished_as_the_model_is_opened(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_change_is_completed_when_the_model_is_opened(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     code = f"""
 import os, sys
 sys.path[:0] = [{str(Path(__file__).parent)!r}]

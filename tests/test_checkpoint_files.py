@@ -94,10 +94,10 @@ def test_a_rule_says_which_weights_are_taken(tmp_path: Path) -> None:
     notes: list[str] = []
     both = saved(tmp_path / "both.pth", {"model": renamed("module."), "ema": averages})
     assert same(read_state(both, notes.append), averages)
-    assert notes == [f"{both}: the weights are those under 'ema'; 'model' is left out"]
+    assert notes == [f"{both}: the weights under 'ema' are used; 'model' is left out"]
     part = saved(tmp_path / "part.pth", {"state_dict": STATE, "ema": {"out.2.bias": torch.zeros(2)}})
     assert same(read_state(part, notes.append))
-    assert notes[1:] == [f"{part}: the weights are those under 'state_dict'; 'ema' is left out"]
+    assert notes[1:] == [f"{part}: the weights under 'state_dict' are used; 'ema' is left out"]
     read_state(saved(tmp_path / "one.pth", {"state_dict": STATE}), notes.append)
     assert len(notes) == 2
 
@@ -108,14 +108,14 @@ def test_two_tensors_of_one_name_are_refused(tmp_path: Path) -> None:
         read_state(file)
 
 
-def test_what_was_found_is_said(tmp_path: Path) -> None:
+def test_the_error_says_what_was_found(tmp_path: Path) -> None:
     file = saved(tmp_path / "x.pth", {"epoch": 3, "optimizer": {"lr": 0.1}, "unet": STATE})
     with pytest.raises(
         CheckpointError, match=r"holds no tensors by name.*'epoch' \(int\), 'optimizer' \(dict\), 'unet'"
     ):
         read_state(file)
     save_file(STATE, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match=r"none of the families.*it has 2 tensors: out\.2\.bias, time_embed"):
+    with pytest.raises(CheckpointError, match=r"no installed family.*it has 2 tensors: out\.2\.bias, time_embed"):
         recognised([tmp_path / "other.safetensors"])
     (tmp_path / "page.pth").write_bytes(b"<html>")
     with pytest.raises(CheckpointError, match=r"page\.pth: a web page"):
@@ -278,7 +278,7 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
-def test_what_is_no_checkpoint_is_named(tmp_path: Path, suffix: str, content: bytes, match: str) -> None:
+def test_a_file_that_is_not_a_checkpoint_is_named(tmp_path: Path, suffix: str, content: bytes, match: str) -> None:
     file = tmp_path / f"x{suffix}"
     file.write_bytes(content)
     with pytest.raises(CheckpointError, match=match) as caught:
@@ -290,7 +290,7 @@ def test_what_is_no_checkpoint_is_named(tmp_path: Path, suffix: str, content: by
     assert not read_names(file)
 
 
-def test_a_safetensors_file_that_is_cut_off_says_so(tmp_path: Path) -> None:
+def test_the_error_says_that_a_safetensors_file_is_cut_off(tmp_path: Path) -> None:
     whole = as_safetensors(tmp_path)
     for size in (len(whole) - 1, len(whole) - 20, 60):
         (tmp_path / "cut.safetensors").write_bytes(whole[:size])
@@ -327,7 +327,7 @@ class Harmful:
     [{"a": Harmful()}, nn.Linear(2, 2), {"state_dict": STATE, "hook": print}],
     ids=["object", "module", "function"],
 )
-def test_what_could_run_code_is_named_and_no_advice_to_run_it_given(tmp_path: Path, content: object) -> None:
+def test_code_in_a_file_is_named_without_advice_to_run_it(tmp_path: Path, content: object) -> None:
     file = saved(tmp_path / "x.pth", content)
     with pytest.raises(CheckpointError, match=r"reading it could run code \(it names [\w.]+\).*save_file") as caught:
         read_state(file)
@@ -337,21 +337,23 @@ def test_what_could_run_code_is_named_and_no_advice_to_run_it_given(tmp_path: Pa
         assert advice not in said
 
 
-def test_one_of_several_files_is_no_checkpoint(tmp_path: Path) -> None:
+def test_one_of_several_files_is_not_a_checkpoint(tmp_path: Path) -> None:
     shard(tmp_path, "model", ".safetensors")
-    with pytest.raises(CheckpointError, match=r"00001-of-00002\.safetensors: one of 2 files .*\.index\.json beside it"):
+    with pytest.raises(
+        CheckpointError, match=r"00001-of-00002\.safetensors: one of 2 files .*give its \.index\.json file"
+    ):
         read_state(tmp_path / "model-00001-of-00002.safetensors")
     save_file(STATE, tmp_path / "whole-00001-of-00001.safetensors")
     assert same(read_state(tmp_path / "whole-00001-of-00001.safetensors"))
 
 
-def test_a_folder_is_answered_with_what_it_holds(tmp_path: Path) -> None:
+def test_the_error_for_a_folder_lists_its_checkpoints(tmp_path: Path) -> None:
     (tmp_path / "model.pth").write_bytes(b"x")
     with pytest.raises(CheckpointError, match=r"a folder; name the checkpoint in it: model\.pth"):
         read_state(tmp_path)
 
 
-def test_too_little_memory_is_no_broken_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_memory_is_not_reported_as_a_broken_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def short(*_: object, **__: object) -> None:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
@@ -390,6 +392,6 @@ def test_other_names_of_the_weights(tmp_path: Path, key: str) -> None:
     assert same(read_state(saved(tmp_path / "x.pth", {key: STATE, "epoch": 1})))
 
 
-def test_arrays_in_the_place_of_tensors_are_called_so(tmp_path: Path) -> None:
+def test_arrays_in_place_of_tensors_are_named(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="an array or object, and no tensor"):
         read_state(saved(tmp_path / "x.pth", {name: tensor.numpy() for name, tensor in STATE.items()}))

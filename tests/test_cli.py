@@ -162,7 +162,7 @@ def test_help_of_a_model_that_cannot_be_read_still_lists_the_common_options(tmp_
 
 
 @pytest.mark.parametrize("word", ["unspecified", "0.5", "10,20,30"])
-def test_a_curve_is_numbers_or_the_word_for_none(tmp_path: Path, preconditioned_model: Path, word: str) -> None:
+def test_a_curve_is_numbers_or_unspecified(tmp_path: Path, preconditioned_model: Path, word: str) -> None:
     arguments = ("a whale", "--model", preconditioned_model, "--motion", word, "--steps", "1", "--json")
     said = json.loads(run("generate", *arguments, "-o", tmp_path / "x.npy").stdout)
     assert said["motion"] == {"unspecified": None, "0.5": 0.5, "10,20,30": [10, 20, 30]}[word]
@@ -173,7 +173,7 @@ def test_a_drawn_seed_is_printed(generate: Any) -> None:
     assert 0 <= said["seed"] < 2**32
 
 
-def test_generate_loads_what_the_request_needs_alone(generate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generate_loads_only_what_the_request_needs(generate: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     from higen.backends.torch import TorchBackend
 
     loaded: list[str] = []
@@ -274,7 +274,7 @@ def test_wrong_input_is_one_line_and_exit_code_2_before_work(
     assert here() == []
 
 
-def test_numbers_that_are_none_are_a_usage_error(generate: Any) -> None:
+def test_invalid_numbers_are_a_usage_error(generate: Any) -> None:
     result = generate("a", "--motion", "1,x")
     assert result.exit_code == 2
     assert "Invalid value for '--motion': '1,x': numbers separated by commas, or a clip or sound file" in result.stderr
@@ -401,7 +401,7 @@ def test_the_built_in_model_lists_speeds_and_stillness() -> None:
 
 
 @pytest.mark.parametrize("arguments", [["--sed", "3"], ["--seed", "x"], []])
-def test_a_usage_error_is_json_where_that_is_asked_for(arguments: list[str]) -> None:
+def test_a_usage_error_is_json_with_the_option_json(arguments: list[str]) -> None:
     result = run("generate", *(["a whale", *arguments] if arguments else []), "--json")
     assert result.exit_code == 2
     said = json.loads(result.stdout)
@@ -502,7 +502,7 @@ def test_parity_with_a_case_over_its_tolerance(monkeypatch: pytest.MonkeyPatch) 
     assert [case["passed"] for case in said["cases"]] == [True, False]
 
 
-def test_parity_of_no_fixtures(tmp_path: Path) -> None:
+def test_parity_without_fixtures(tmp_path: Path) -> None:
     result = run("parity", tmp_path, "--json")
     assert result.exit_code == 2
     assert json.loads(result.stdout)["error"] == FixtureError.__name__

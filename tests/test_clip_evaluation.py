@@ -111,7 +111,7 @@ def test_bad_clips_are_named_before_anything_is_drawn(
         (["--data", "emoji", "--limit", "3"], "--limit=3: only with --clips"),
     ],
 )
-def test_what_is_asked_for_wrongly(
+def test_wrong_arguments(
     tmp_path: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], said: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -123,9 +123,9 @@ def test_what_is_asked_for_wrongly(
     assert not Path("out").exists()
 
 
-def test_files_of_others_are_left(tmp_path: Path, tiny_model: Path, clips: Path) -> None:
+def test_foreign_files_are_kept(tmp_path: Path, tiny_model: Path, clips: Path) -> None:
     (tmp_path / "report.md").write_text("mine")
     result = evaluate(tiny_model, "--clips", clips, "--output", tmp_path)
     assert result.exit_code == 2
-    assert "is of no earlier report" in result.stderr
+    assert "was not written by an earlier report" in result.stderr
     assert (tmp_path / "report.md").read_text() == "mine"

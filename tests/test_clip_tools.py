@@ -141,11 +141,11 @@ def test_a_clip_of_another_size_is_made_to_fit(folder: Path) -> None:
         (lambda p: p.extend(np.zeros((0, 8, 12, 3), np.uint8), 2), "video: cannot be read as a clip: frames uint8"),
         (lambda p: p.extend(CLIP, 2, width=13), "width=13: a multiple of 4"),
         (lambda p: p.interpolate(CLIP, 3), "factor=3: 2, 4, 8"),
-        (lambda p: p.interpolate(CLIP.frames[:1]), "video has 1 frame: two or more"),
+        (lambda p: p.interpolate(CLIP.frames[:1]), "video has 1 frame: at least two"),
         (lambda p: p.loop("a kite", frames=24), "frames=24: a whole number from 2 to 23"),
         (
             lambda p: p.loop("a kite", keyframes={0: CLIP.frames[0]}),
-            "keyframes: the frame where a loop closes is drawn",
+            "keyframes: loop() sets the known frame itself",
         ),
         (
             lambda p: p.edit(np.repeat(CLIP.frames, 4, 0), "a kite"),
@@ -163,13 +163,13 @@ def test_what_is_refused(folder: Path, call: Any, message: str) -> None:
     assert not pipeline.backend.given  # type: ignore[attr-defined]
 
 
-def test_a_model_without_the_rows_says_so(folder: Path) -> None:
+def test_a_model_without_these_rows_is_refused(folder: Path) -> None:
     bare = changed(MANIFEST, "film", known=None, start=None)
     pipeline, _ = pipeline_of(folder, bare)
     for call in (lambda: pipeline.extend(CLIP, 2), lambda: pipeline.interpolate(CLIP), lambda: pipeline.loop("a kite")):
-        with pytest.raises(RequestError, match="tables alone takes no known frames: its tables have no row `known`"):
+        with pytest.raises(RequestError, match="tables alone takes no known frames: no loop of it has `known`"):
             call()
-    with pytest.raises(RequestError, match="edit: tables alone cannot begin from a video"):
+    with pytest.raises(RequestError, match="edit: tables alone cannot start from a video"):
         pipeline.edit(CLIP, "a kite")
     fixed = changed(MANIFEST, "film", known=None, start=Start("footage", "watch.seen", 0.5))
     pipeline, _ = pipeline_of(folder, fixed)

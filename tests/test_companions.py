@@ -64,7 +64,9 @@ def tiny_text_arguments(state: State) -> dict[str, Any]:
     return {**text_arguments_from_openclip(state), "num_attention_heads": HEADS}
 
 
-def test_text_encoder_gives_the_references_penultimate_tokens(tower_file: State, tower: State, tmp_path: Path) -> None:
+def test_text_encoder_gives_the_penultimate_tokens_of_the_reference(
+    tower_file: State, tower: State, tmp_path: Path
+) -> None:
     path = tmp_path / "text.safetensors"
     save_file({name: tensor.contiguous() for name, tensor in text_from_openclip(tower).items()}, path)
     encoder = load_text_encoder(path, tiny_text_arguments(tower))
@@ -82,7 +84,9 @@ def test_the_last_block_is_read_where_it_should_not_be(companions: State) -> Non
         close(last, penultimate)
 
 
-def test_autoencoder_gives_the_references_moments_and_pixels(companions: State, vae: State, tmp_path: Path) -> None:
+def test_autoencoder_gives_the_moments_and_pixels_of_the_reference(
+    companions: State, vae: State, tmp_path: Path
+) -> None:
     path = tmp_path / "vae.safetensors"
     arguments = autoencoder_arguments_from_ldm(vae)
     save_file({name: tensor.contiguous() for name, tensor in autoencoder_from_ldm(vae).items()}, path)

@@ -68,7 +68,7 @@ def pipeline(bundle: Bundle) -> tuple[Pipeline, Formulas]:
 
 @pytest.mark.parametrize("second", [SECOND, replace(MANIFEST, name="films")], ids=["needs one", "may have one"])
 @pytest.mark.parametrize("frames", [2, 5])
-def test_a_composed_model_is_the_two_behind_each_other(tmp_path: Path, second: Manifest, frames: int) -> None:
+def test_a_composed_model_equals_the_two_in_sequence(tmp_path: Path, second: Manifest, frames: int) -> None:
     """The second model needs a picture, or a picture replaces one of its loops."""
     # Both models have a stream of noise of the same number, so the composed model renumbers one.
     renamed = replace(second, loops=(*second.loops[:-1], replace(second.loops[-1], noise=NoiseRule(22))))
@@ -190,7 +190,7 @@ FITS: dict[str, tuple[Manifest, Manifest, str]] = {
     "no use": (
         FIRST,
         changed(replace(MANIFEST, name="films"), "draft", replaced=Replaced("footage", "watch.seen")),
-        "no clip of a picture",
+        "does not make a clip from a picture",
     ),
 }
 
@@ -263,7 +263,7 @@ def test_a_weights_file_with_the_name_of_the_others_variant(tmp_path: Path) -> N
     assert not (tmp_path / "both").exists()
 
 
-def test_what_stands_in_the_way(tmp_path: Path) -> None:
+def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
     one, two = write(FIRST, tmp_path / "one"), write(SECOND, tmp_path / "two")
     with pytest.raises(ModelError, match="exists already"):
         compose_folders(one.path, two.path, one.path)
@@ -327,7 +327,7 @@ def test_a_source_that_shows_no_picture(text: str, shape: tuple[int | str, ...],
         changed(MANIFEST, "look", inputs=(Tensor("pixels", shape, source=text),))
 
 
-def test_latents_that_stand_for_a_loop_are_no_picture() -> None:
+def test_latents_that_replace_a_loop_are_not_a_picture() -> None:
     with pytest.raises(ManifestError, match=r"STAGE\.OUTPUT or LOOP\.latents"):
         changed(MANIFEST, "draft", replaced=Replaced("sketch", "picture:paint.pixels"))
 

@@ -44,7 +44,7 @@ def appearance_rows(value: Curve, frames: int, columns: int) -> NDArray[np.float
 
 
 @pytest.mark.parametrize("dim", [32, 64, 320])
-def test_sinusoid_is_the_references(dim: int) -> None:
+def test_sinusoid_equals_the_references(dim: int) -> None:
     np.testing.assert_allclose(sinusoid(MISC["sinusoid_t"], dim), MISC[f"sinusoid_dim{dim}"], atol=2e-7, rtol=0)
 
 
@@ -72,7 +72,7 @@ def test_the_networks_sinusoid_is_the_same() -> None:
 
 @settings(max_examples=60, deadline=None)
 @given(given_rows=st.integers(1, 70), frames=st.integers(1, 70), seed=st.integers(0, 99))
-def test_resampling_is_torchs_linear_interpolation(given_rows: int, frames: int, seed: int) -> None:
+def test_resampling_equals_torchs_linear_interpolation(given_rows: int, frames: int, seed: int) -> None:
     vectors = np.random.default_rng(seed).standard_normal((given_rows, 4)).astype(np.float32)
     wanted = F.interpolate(torch.from_numpy(vectors.T[None]), size=frames, mode="linear", align_corners=False)[0].T
     np.testing.assert_allclose(resample_in_time(vectors, frames), wanted.numpy(), atol=2e-5, rtol=0)
@@ -107,7 +107,7 @@ def test_motion_per_pair_and_per_frame() -> None:
     np.testing.assert_allclose(motion_cue([1, 2, 3, 4], 4, 32), sinusoid([1.0, 2.0, 3.0, 4.0], 32))
 
 
-def test_motion_left_open_is_like_no_motion_value() -> None:
+def test_unspecified_motion_differs_from_every_value() -> None:
     cue = motion_cue(None, 5, 32)
     assert cue.shape == (5, 32)
     assert not cue.any()
@@ -122,7 +122,7 @@ def test_wrong_motion(motion: object) -> None:
 
 
 @pytest.mark.parametrize("factor", [0.0, 0.5, 1.0])
-def test_appearance_is_the_references_at_32_frames(factor: float) -> None:
+def test_appearance_equals_the_references_at_32_frames(factor: float) -> None:
     rows = appearance_rows(factor, 32, 32)
     np.testing.assert_allclose(rows, MISC[f"appearance_f32_a{factor}"], atol=1e-7, rtol=0)
     i, k = np.mgrid[:32, :32]
@@ -167,7 +167,7 @@ def test_appearance_matrices() -> None:
     np.testing.assert_allclose(resampled[:, 31], between[:, 4])
 
 
-def test_appearance_left_open_tells_the_place_alone() -> None:
+def test_unspecified_appearance_gives_only_the_position() -> None:
     np.testing.assert_allclose(appearance_rows(None, 5, 32), appearance_rows(1.0, 5, 32) - 1, atol=1e-7)
 
 

@@ -137,7 +137,7 @@ def test_a_picture_with_the_edges_of_another_one_is_that_of_diffusers(
     assert apart(pictures.last_latents(still_pipe, steps=4, guidance=7.5), got) > 1e-2
 
 
-def test_features_are_reused_without_a_control_alone(still_pipe: Pipeline) -> None:
+def test_features_are_reused_only_without_a_control(still_pipe: Pipeline) -> None:
     (shown,) = drawn(1, pictures.WIDTH, pictures.HEIGHT)
     with pytest.raises(RequestError, match=r"reuse=2: the loop spatial of .* no shallow steps with control; leave out"):
         still_pipe.request("a fox", control=shown, reuse=2)
@@ -242,7 +242,7 @@ def test_bad_sources(base: Path, module: Path, control: Path, tmp_path: Path) ->
     sparse.mkdir()
     (sparse / "config.json").write_text(json.dumps({"_class_name": "SparseControlNetModel"}))
     for sources, kind, said in (
-        ([base, control], None, "no file says what a ControlNet is shown: --control-kind edges"),
+        ([base, control], None, "the files do not say what input the ControlNet takes: --control-kind edges"),
         ([base, control], "pose", "control_kind='pose': --control-kind"),
         ([base], "edges", "control_kind='edges': no ControlNet is among the sources"),
         ([base, module], "edges", "no ControlNet is among the sources"),
@@ -259,9 +259,9 @@ def test_bad_sources(base: Path, module: Path, control: Path, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("block_out_channels", (32, 32), "a control network for another base than this one, which has"),
-        ("cross_attention_dim", 64, "a control network for another base"),
-        ("conditioning_embedding_out_channels", (16, 16, 32), "for 4 pixels a latent cell, and this model has 2"),
+        ("block_out_channels", (32, 32), "the control network is for another base; this base has"),
+        ("cross_attention_dim", 64, "the control network is for another base"),
+        ("conditioning_embedding_out_channels", (16, 16, 32), "for 4 pixels per latent cell, but this model has 2"),
         ("conditioning_channels", 4, "3 are wanted, those of a picture"),
         ("class_embed_type", "timestep", "class condition"),
     ],

@@ -186,7 +186,7 @@ def tensor_bytes(path: Path) -> int:
 
 
 @pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-def test_the_references_weights_give_identical_outputs(
+def test_the_weights_of_the_reference_give_identical_outputs(
     reference: Path, sources: Path, tmp_path: Path, suffix: str
 ) -> None:
     state = load_file(reference / "fixtures" / "p1.weights.safetensors")
@@ -311,7 +311,7 @@ def test_a_bare_pickle_is_refused(sources: Path, tmp_path: Path) -> None:
     assert not mark.exists()
 
 
-def test_stable_diffusions_training_remains_are_read_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_leftovers_of_stable_diffusion_are_skipped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its checkpoints name a pytorch_lightning class. The class is neither needed nor imported."""
     path = "pytorch_lightning.callbacks.model_checkpoint"
     checkpoint = type("ModelCheckpoint", (), {"__module__": path})
@@ -358,7 +358,7 @@ def test_parts_must_belong_together(sources: Path, tmp_path: Path) -> None:
 
 def test_no_room_on_the_disk(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: types.SimpleNamespace(free=10 * 2**20))
-    with pytest.raises(OutputError, match=r"takes 0\.0\d GiB and the disk has 0\.01 GiB free"):
+    with pytest.raises(OutputError, match=r"takes 0\.0\d GiB, but the disk has 0\.01 GiB free"):
         make(sources, tmp_path / "model")
     assert list(tmp_path.iterdir()) == []
 
@@ -449,13 +449,13 @@ def test_a_folder_of_another_text_encoder(
 
 def test_an_incomplete_folder(sources: Path, folder: Path, tmp_path: Path) -> None:
     (folder / "vae" / "diffusion_pytorch_model.bin").unlink()
-    refused(sources, tmp_path, r"holds none of diffusion_pytorch_model\.safetensors", autoencoder=folder)
+    refused(sources, tmp_path, r"has none of diffusion_pytorch_model\.safetensors", autoencoder=folder)
     (tmp_path / "made").rmdir()
     (folder / "tokenizer" / "vocab.json").write_text('{"a": 0}', encoding="utf-8")
     refused(sources, tmp_path, "not CLIP's vocabulary", text=folder)
     (tmp_path / "made").rmdir()
     (folder / "text_encoder" / "config.json").unlink()
-    refused(sources, tmp_path, "a diffusers folder has it", text=folder)
+    refused(sources, tmp_path, "a diffusers folder needs it", text=folder)
 
 
 def test_the_written_files_are_plain_safetensors(tmp_path: Path) -> None:
@@ -502,7 +502,7 @@ def test_the_family_need_not_be_named(sources: Path, tmp_path: Path) -> None:
     given = [sources / name for name in ("higen.pth", "open_clip.bin", "sd.ckpt")]
     found, named = convert_sources(given, tmp_path / "found"), make(sources, tmp_path / "named")
     assert (found.manifest, found.files) == (named.manifest, named.files)
-    with pytest.raises(CheckpointError, match=r"sd\.ckpt: of none of the families .* which are .*higen"):
+    with pytest.raises(CheckpointError, match=r"sd\.ckpt: no installed family recognises this; installed are .*higen"):
         convert_sources(given[1:], tmp_path / "other")
     with pytest.raises(CheckpointError, match=r"missing\.pth: no such file"):
         convert_sources([sources / "missing.pth"], tmp_path / "other")
@@ -515,7 +515,7 @@ def test_the_family_need_not_be_named(sources: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
-def test_what_a_person_should_know_is_passed_on(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_notes_for_the_user_are_passed_on(sources: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = checkpoint.convert
     monkeypatch.setattr(checkpoint, "convert", lambda *given: replace(original(*given), notes=("for study only",)))
     notes: list[str] = []

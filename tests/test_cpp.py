@@ -160,7 +160,7 @@ def test_no_source_knows_a_model() -> None:
                 assert known.findall(path.read_text(encoding="utf-8")) == [], path
 
 
-def test_the_version_is_pythons(built: Path) -> None:
+def test_the_version_equals_pythons(built: Path) -> None:
     assert f"higen {__version__}\n" in done(built / "tests" / "c_header").stdout
     library = next(built.glob("libhigen.so.*.*.*"))
     dynamic = done("readelf", "-d", library).stdout
@@ -214,7 +214,7 @@ def compare(built: Path, pipeline: Pipeline, case: dict[str, Any], target: Path,
 
 
 @pytest.mark.parametrize("case", CASES, ids=[str(i) for i in range(len(CASES))])
-def test_frames_are_pythons(
+def test_frames_equal_pythons(
     built: Path, pipelines: Callable[[Path], Pipeline], case: dict[str, Any], tmp_path: Path
 ) -> None:
     compare(built, pipelines(default_model()), case, tmp_path / "video.npy")
@@ -266,7 +266,7 @@ MADE_UP: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("case", MADE_UP, ids=[str(i) for i in range(len(MADE_UP))])
-def test_frames_of_a_model_of_no_family(
+def test_frames_of_a_model_without_an_installed_family(
     built: Path, pipelines: Callable[[Path], Pipeline], made_up: Path, case: dict[str, Any], tmp_path: Path
 ) -> None:
     case = {"prompt": "a red kite climbs", "size": (2, 4), **case}
@@ -281,7 +281,7 @@ REUSED: list[dict[str, Any]] = [
 ]  # fmt: skip
 
 
-def test_reused_features_are_pythons(built: Path, pipelines: Callable[[Path], Pipeline], tmp_path: Path) -> None:
+def test_reused_features_equal_pythons(built: Path, pipelines: Callable[[Path], Pipeline], tmp_path: Path) -> None:
     model = write_made_up_model(tmp_path / "model", reuse=True).path
     for case in REUSED:
         compare(
@@ -386,7 +386,7 @@ def test_an_interrupt_leaves_nothing_behind(built: Path, tmp_path: Path) -> None
         (["{model}", "a whale", "-o", "x.npy", "--control=hue=3"], 1, "'hue': unknown; this model takes motion"),
         (["{model}", "a whale", "-o", "x.npy", "--picture=image=none.ppm"], 1, "none.ppm: No such file"),
         (["{model}", "a whale", "-o", "x.npy", "--provider=tensorrt-rtx"], 1, "provider='tensorrt-rtx'"),
-        (["{model}", "a whale", "-o", "x.avi"], 1, "the suffix says the format: .mp4, .webm, .y4m, .npy or .rgb"),
+        (["{model}", "a whale", "-o", "x.avi"], 1, "the suffix selects the format: .mp4, .webm, .y4m, .npy or .rgb"),
         *(
             (["{model}", "a", "-o", "x.npy", f"--provider={name}"], 1, f"provider='{name}': one of 'auto', 'cpu'")
             for name in ("cuda:banana", "cuda:-1", "cpu:7", "")
@@ -561,7 +561,7 @@ def test_pictures_are_scaled_as_pillow_scales_them(ask: Ask) -> None:
         np.testing.assert_allclose(np.reshape(resampled, small.shape), small, rtol=0, atol=1e-6)
 
 
-def test_edges_are_pythons(ask: Ask) -> None:
+def test_edges_equal_pythons(ask: Ask) -> None:
     shown = pictures_for_edges()
     jobs = [{"op": "edges", "rgb": p.ravel().tolist(), "width": p.shape[1], "height": p.shape[0]} for p in shown]
     for found, picture in zip(ask(jobs), shown, strict=True):
@@ -596,7 +596,7 @@ def tokens(ask: Ask, tokenizer: Path, rules: TextRules, texts: Sequence[str]) ->
         ("word", True, True, 500),
     ],
 )
-def test_token_ids_are_pythons(
+def test_token_ids_equal_pythons(
     ask: Ask, tokenizers: dict[str, Path], kind: str, clean: bool, ordinary: bool, count: int
 ) -> None:
     """Ten thousand texts in all. With cleaning, texts that only ftfy can repair are refused and never get other ids."""
@@ -775,7 +775,7 @@ def test_graphs_of_the_older_step_contract_are_refused(built: Path, tmp_path: Pa
         put_file(made, finished, graph_file("film_two"), made.graphs[graph_file("film_two")])
         result = higen_run(built, made.path, "--info", check=False)
         assert result.returncode == 1
-        assert f"was made before version 2 of the manifest ({name} is another there)" in result.stderr
+        assert f"was made before version 2 of the manifest (its input {name} differs)" in result.stderr
         assert f"higen-export onnx {made.path}" in result.stderr
 
 
@@ -935,7 +935,7 @@ def test_profiles_are_chosen_as_python_chooses_them(ask: Ask) -> None:
     assert {type(found) for found in wanted} == {int, dict}
 
 
-def test_warnings_about_texts_are_pythons(built: Path, tmp_path: Path) -> None:
+def test_warnings_about_texts_equal_pythons(built: Path, tmp_path: Path) -> None:
     """The warnings name the text and its words, each cut short, because a prompt may be one word of 100,000 letters."""
     texts = {"prompt": f"a red heart {'x' * 90_000} zebra " + "whale " * 40, "negative_prompt": "blurry"}
     options = {"steps": 1, "frames": 2, "width": 32, "height": 32}

@@ -84,16 +84,18 @@ def test_weights_in_a_file_that_nobody_checked_are_refused(built: Path, tmp_path
     assert "its weights lie in other.bin, which higen.json does not list" in result.stderr
 
 
-def test_a_pipe_in_the_place_of_a_file_is_not_waited_for(built: Path, made_up: Path, tmp_path: Path) -> None:
+def test_a_pipe_in_place_of_a_file_is_refused_without_waiting(built: Path, made_up: Path, tmp_path: Path) -> None:
     os.mkfifo(tmp_path / MANIFEST)
-    assert "higen.json cannot be read: is no plain file" in higen_run(built, tmp_path, "--info", check=False).stderr
+    assert (
+        "higen.json cannot be read: is not a regular file" in higen_run(built, tmp_path, "--info", check=False).stderr
+    )
     os.mkfifo(tmp_path / "pipe.npy")
     for option in ("-o", "--picture=sketch=", "--matrix=drift="):
         given = [option, tmp_path / "pipe.npy"] if option == "-o" else [f"{option}{tmp_path / 'pipe.npy'}", "-ox.npy"]
         result = higen_run(built, made_up, "a kite", *given, check=False)
         assert result.returncode != 0
     result = higen_run(built, made_up, "a kite", "-o", tmp_path / "pipe.npy", check=False)
-    assert "is no plain file" in result.stderr
+    assert "is not a regular file" in result.stderr
 
 
 def test_a_full_standard_output_is_an_error(built: Path, made_up: Path) -> None:
@@ -154,7 +156,7 @@ def as_python_sees_it(path: Path) -> np.ndarray:
     return np.asarray(PIL.Image.alpha_composite(white, upright).convert("RGB"))
 
 
-def test_pictures_from_files_are_pythons(ask: Ask, built: Path, tmp_path: Path) -> None:
+def test_pictures_from_files_equal_pythons(ask: Ask, built: Path, tmp_path: Path) -> None:
     made = pictures()
     for name, data in made.items():
         (tmp_path / name).write_bytes(data)
@@ -246,7 +248,7 @@ def test_a_file_is_replaced_where_its_owner_allows_it(built: Path, made_up: Path
     assert sorted(p.name for p in tmp_path.iterdir()) == ["kept.npy", "link.npy", "out.npy", "out.npy.part", "there"]
 
 
-def test_what_a_killed_run_left_is_taken_away_by_the_next(built: Path, made_up: Path, tmp_path: Path) -> None:
+def test_files_of_a_killed_run_are_removed_by_the_next(built: Path, made_up: Path, tmp_path: Path) -> None:
     """The next run is this program or Python. Files that only look similar are not touched."""
     command = [built / "higen-run", made_up, "a kite", "-o", tmp_path / "x.npy", "--steps=100", "--width=256"]
     for sweeper in ("c++", "python"):
@@ -321,7 +323,7 @@ def test_ffmpeg_is_given_the_frames(built: Path, made_up: Path, tmp_path: Path) 
 
 @pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="no ffmpeg: apt-get install ffmpeg")
 @pytest.mark.parametrize("suffix", ["mp4", "webm"])
-def test_a_video_is_pythons(built: Path, made_up: Path, suffix: str, tmp_path: Path) -> None:
+def test_a_video_equals_pythons(built: Path, made_up: Path, suffix: str, tmp_path: Path) -> None:
     import av
 
     run = (built / "higen-run", made_up, PROMPT, "-q", f"--seed={2**64 - 1}", "--width=64", "--height=32", "--steps=2")

@@ -99,26 +99,26 @@ def test_guidance_from_a_file_is_checked_as_numbers_are(pipe: Pipeline, tmp_path
     path = write_wav(tmp_path / "a.wav", beats(1, (0.0,)))
     with pytest.raises(RequestError, match=r"guidance has 8 numbers: .* one per frame \(1\)"):
         pipe.request("a whale", frames=8, guidance=[path, 3])
-    with pytest.raises(RequestError, match="guidance='fast': a number, numbers, or the file"):
+    with pytest.raises(RequestError, match="guidance='fast': a number, numbers, or a clip or sound file"):
         pipe.request("a whale", guidance="fast")
     with pytest.raises(RequestError, match=r"guidance='a\.wav': a finite number"):  # a server reads no files
         make_request(pipe.manifest, "a whale", guidance="a.wav", controls={}, load=load_picture)
 
 
-def test_a_range_is_checked_and_has_stand_ins() -> None:
+def test_a_range_is_checked_and_has_defaults() -> None:
     curve = Control("gust", "curve", "how it blows", "sinusoid", low=0, default=3, usual=(1, 5))
     assert curve.span == (1, 5)
     assert replace(curve, usual=None).span == (0, 6)
     assert replace(curve, usual=None, high=9).span == (0, 9)
     assert replace(curve, usual=None, default=None, optional=True).span is None
     for wrong in ((5, 5), (5, 1), (-1, 5), (0, float("nan"))):
-        with pytest.raises(ManifestError, match=r"usual=.*: of a curve, two numbers in its range"):
+        with pytest.raises(ManifestError, match=r"usual=.*: only for a curve: two numbers in its range"):
             replace(curve, usual=wrong)
     with pytest.raises(ManifestError, match="usual="):
         Control("gust", "number", "how it blows", "number", low=0, default=3, usual=(1, 5))
 
 
-def test_a_sound_that_ends_early_is_said(pipe: Pipeline, tmp_path: Path) -> None:
+def test_a_sound_that_ends_early_gives_a_warning(pipe: Pipeline, tmp_path: Path) -> None:
     path = write_wav(tmp_path / "a.wav", beats(0.5, (0.0,)))
     with pytest.warns(MediaWarning, match=r"motion=.*0\.50 s from 0 s on, for a clip of 1\.00 s: the rest is silence"):
         request = pipe.request("a whale", frames=8, motion=path)
@@ -129,7 +129,7 @@ def test_a_sound_that_ends_early_is_said(pipe: Pipeline, tmp_path: Path) -> None
     ("value", "reason"),
     [
         ("nothing.wav", "No such file"),
-        ("nothing", "a number, numbers, or the file of a clip or sound, and there is no such file"),
+        ("nothing", "a number, numbers, or a clip or sound file; no such file exists"),
         ("empty.wav", "the file is empty"),
         ("silent.wav", "are silent"),
         ("beat.wav:high=x", "high='x': a finite number"),
@@ -141,7 +141,7 @@ def test_a_sound_that_ends_early_is_said(pipe: Pipeline, tmp_path: Path) -> None
         ("clip.gif", "shorter than 8 frames at 8 frames a second"),
         ("clip.gif:start=0.5:high=3", "low, high: a clip is measured in the control's own units"),
         ("none.npy", "no frame in it"),
-        ("text.mp4", "of no video format that is read"),
+        ("text.mp4", "not in a supported video format"),
     ],
 )
 def test_a_file_that_cannot_serve_is_one_error(

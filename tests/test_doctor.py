@@ -42,16 +42,16 @@ def test_a_missing_plain_graph_is_a_note_with_its_command_and_no_fault(model: Bu
     assert found.as_json()["loops"][1] == {"loop": "temporal", "guided": ("fp32",), "plain": ()}
 
 
-def test_what_the_processor_multiplies_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_fast_number_formats_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu.platform, "machine", lambda: "x86_64")
     slow = "bfloat16 is computed in float32, many times slower"
     for flags, int8, has_bf16 in (
-        ({"avx2"}, "unsigned by unsigned, for it has no VNNI: the same numbers, slower", False),
-        ({"avx512_vnni", "avx512_bf16"}, "unsigned by signed, with VNNI", True),
+        ({"avx2"}, "unsigned by unsigned (same results, but slower without VNNI)", False),
+        ({"avx512_vnni", "avx512_bf16"}, "unsigned by signed (with VNNI)", True),
     ):
         monkeypatch.setattr(cpu, "flags", lambda flags=flags: frozenset(flags))
         found = report(default_model())
         assert (found.as_json()["int8"], found.as_json()["bf16"]) == (int8, has_bf16)
         lines = found.as_text().splitlines()
-        assert lines[1] == f"8-bit integers are multiplied {int8}"
+        assert lines[1] == f"8-bit integers: {int8} products"
         assert (slow in lines) == (not has_bf16)

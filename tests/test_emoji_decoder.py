@@ -75,7 +75,7 @@ def _encoded(codec: Any, pictures: Squares, s: int, b: int, speed: int) -> Tenso
     return encoded
 
 
-def test_what_was_drawn_stands_beside_the_picture_that_was_asked_for(state: Path) -> None:
+def test_drawn_pictures_are_paired_with_the_requested_pictures(state: Path) -> None:
     cache, codec = load_file(state / "latents.safetensors"), autoencoder.load(state)
     drawn = Drawn(state / "drawn", Squares(state), cache["mean"], cache["std"])
     found, pictures, coverage = drawn.batch(12, torch.Generator().manual_seed(0))
@@ -88,9 +88,7 @@ def test_what_was_drawn_stands_beside_the_picture_that_was_asked_for(state: Path
 
 
 @pytest.mark.usefixtures("single")
-def test_it_goes_on_as_if_never_stopped_and_leaves_the_encoder_alone(
-    state: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_it_continues_as_if_never_stopped_and_keeps_the_encoder(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, codec = replace(DECODER, steps=3, batch=4, save_seconds=0.0), (state / "autoencoder.safetensors").read_bytes()
     gradients = decoder.DecoderGradients.__call__
     train(state, state, run)
@@ -124,7 +122,7 @@ def test_it_goes_on_as_if_never_stopped_and_leaves_the_encoder_alone(
     assert (state / "autoencoder.safetensors").read_bytes() == codec
 
 
-def test_a_decoder_learns_what_a_changed_latent_stands_for(state: Path) -> None:
+def test_a_decoder_learns_what_a_changed_latent_means(state: Path) -> None:
     for subject in TWO:
         path = state / "drawn" / f"{subject.name}.safetensors"
         content = load_file(path)

@@ -64,7 +64,7 @@ def settings(**changes: Any) -> Settings:
     return replace(recipe_settings(), run=replace(recipe_settings().run, **changes))
 
 
-def test_subjects_are_told_apart() -> None:
+def test_subjects_are_distinguished() -> None:
     assert len(SUBJECTS) >= 24
     for field in ("codepoint", "name", "caption"):
         assert len({getattr(subject, field) for subject in SUBJECTS}) == len(SUBJECTS)
@@ -159,7 +159,7 @@ def package(path: Path, files: dict[str, bytes]) -> bytes:
 
 
 @pytest.mark.parametrize("part", [0.0, 0.5, 0.99])
-def test_a_broken_archive_is_named_and_fetched_anew(
+def test_a_broken_archive_is_named_and_fetched_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, part: float
 ) -> None:
     content = {f"{s.codepoint}.webp": np.random.default_rng(i).bytes(2000) for i, s in enumerate(SUBJECTS)}
@@ -213,7 +213,7 @@ def test_bfloat16_trains_as_float32_does(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("single")
-def test_a_run_that_was_stopped_goes_on_as_if_never_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_continues_as_if_never_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     random = torch.Generator().manual_seed(0)
     save_file({f"latents/{SUBJECTS[0].name}": torch.randn((10, 72, 32, 8, 8), generator=random).half()}, tmp_path / "l")
     config = replace(UNET, channel_multipliers=(1, 1))
@@ -246,7 +246,7 @@ def test_a_run_that_was_stopped_goes_on_as_if_never_stopped(tmp_path: Path, monk
             assert all(torch.equal(tensor, found[part][name]) for name, tensor in whole[part].items())
 
 
-def test_a_cue_stands_in_for_words_and_nothing_else_does(tmp_path: Path) -> None:
+def test_only_a_cue_replaces_words(tmp_path: Path) -> None:
     random = torch.Generator().manual_seed(0)
     save_file({f"latents/{SUBJECTS[0].name}": torch.randn((10, 72, 32, 8, 8), generator=random).half()}, tmp_path / "l")
     clips = Clips(tmp_path / "l", UNET, Selection(subjects=(0,)))
@@ -279,7 +279,7 @@ def test_a_clip_whose_speed_has_no_name_has_a_cue(tmp_path: Path, monkeypatch: p
     assert given == {(True, False), (False, True), (True, True)}
 
 
-def test_a_run_goes_on_by_its_own_configuration_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_continues_only_with_its_own_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = {f"latents/{SUBJECTS[s].name}": torch.zeros((10, 72, 32, 8, 8)).half() for s in (0, 1)}
     save_file(cache, tmp_path / "l")
     config, both = replace(UNET, channel_multipliers=(1, 1)), Selection(subjects=(0, 1))
@@ -353,7 +353,7 @@ def test_a_stopped_codec_run_has_the_given_time_in_all(tmp_path: Path, monkeypat
 
 
 @pytest.mark.usefixtures("single")
-def test_a_codec_that_was_stopped_goes_on_as_if_never_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_codec_run_continues_as_if_never_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run ends after a number of steps, because two runs by the clock are never equal."""
     loop = np.zeros((40, 128, 128, 4), np.uint8)
     loop[:, 30:90, 40:80] = (200, 90, 10, 255)
@@ -395,7 +395,7 @@ def test_an_earlier_versions_codec_checkpoint_is_named(tmp_path: Path) -> None:
         autoencoder.train(tmp_path, tmp_path, 60)
 
 
-def test_no_seconds_write_the_start_models_codec(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_zero_seconds_write_the_codec_of_the_start_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = Bundle.open(default_model())
     monkeypatch.setattr(autoencoder, "Pictures", lambda folder: None)
     autoencoder.train(tmp_path, tmp_path / "state", 0, model)
@@ -405,7 +405,7 @@ def test_no_seconds_write_the_start_models_codec(tmp_path: Path, monkeypatch: py
     assert all(torch.equal(tensor, theirs[name].float()) for name, tensor in written.items())
 
 
-def test_a_codec_is_there_as_a_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_codec_is_written_completely_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     codec = autoencoder.build().state_dict()
 
     def killed(*_: object, **__: object) -> str:

@@ -112,7 +112,7 @@ def test_an_engine_and_its_record(model: Path) -> None:
     assert [event.state for event in events[-1:]] == ["built"]
 
 
-def test_three_architectures_in_one_plan_and_each_alone(model: Path) -> None:
+def test_three_architectures_in_one_plan_and_in_one_plan_each(model: Path) -> None:
     records = build(model, "rtx,rtx-sm86,rtx-sm120")
     assert [r.architectures for r in records] == [(80, 86, 89, 120), (86,), (120,)]
     for target in ("rtx", "rtx-sm86", "rtx-sm120"):
@@ -131,7 +131,7 @@ def test_the_same_again_is_kept_and_new_weights_are_not(model: Path) -> None:
     assert events[0].reason == "another graph"
 
 
-def test_what_is_replaced_is_said_before_it_goes(model: Path) -> None:
+def test_a_replaced_engine_is_reported_before_it_is_removed(model: Path) -> None:
     """A target holds one engine per stage: a build for other profiles replaces the first."""
     build(model)
     arguments = ["build-engines", str(model), "--target", "rtx-sm89", "--stage", "vae_decoder"]
@@ -197,7 +197,7 @@ def test_an_altered_graph_is_not_built_from(model: Path) -> None:
     ("arguments", "error", "message"),
     [
         (["--target", "rtx-sm90"], "RequestError", "take 'tensorrt', on the machine itself"),
-        (["--target", "rtx-sm89", "--profile", "fast"], "RequestError", "profile='fast': of batch"),
+        (["--target", "rtx-sm89", "--profile", "fast"], "RequestError", "profile='fast': one of batch"),
         (["--target", "rtx-sm86", "--precision", "fp8.fp16"], "RequestError", "SM86 cannot compute in it"),
         (["--target", "rtx-sm89,rtx-sm75", "--precision", "bf16"], "RequestError", "SM75 cannot compute in it"),
         (["--target", "rtx-sm89", "--precision", "fp16"], "ModelError", "--precision fp16"),
@@ -211,7 +211,7 @@ def test_an_altered_graph_is_not_built_from(model: Path) -> None:
         (["--target", "rtx-sm89", "--profile", "{step}"], "RequestError", "multiples of 4 pixels"),
     ],
 )
-def test_a_wrong_wish_is_one_error_before_anything_is_built(
+def test_a_wrong_option_is_one_error_before_anything_is_built(
     model: Path, tmp_path: Path, arguments: list[str], error: str, message: str
 ) -> None:
     sizes = {"batch": 1, "frames": 4, "height": 16, "width": 24, "images": 2}
@@ -236,7 +236,7 @@ def test_a_missing_library_names_its_extra(model: Path, monkeypatch: pytest.Monk
     assert not (model / "engines").exists()
 
 
-def test_a_full_disk_is_found_out_before_the_build(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk_is_detected_before_the_build(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shutil.disk_usage", lambda _: shutil._ntuple_diskusage(10, 9, 1))  # type: ignore[attr-defined]
     arguments = ["build-engines", str(model), "--target", "rtx-sm89", "--stage", "vae_decoder", "--json"]
     result = CliRunner().invoke(main, arguments)
@@ -284,7 +284,7 @@ def test_a_graph_knows_how_large_its_weights_are_in_a_plan(tmp_path: Path) -> No
     assert read_graph(tmp_path / "x.onnx", "fp32", "rtx") == GraphFacts({"x": (None, 4, None)}, 4 * 22 + 16 + 2)
     assert read_graph(tmp_path / "x.onnx", "nvfp4.fp16", "rtx").size == 2 * 22 + 16 + 2
     (tmp_path / "x.onnx").write_bytes(b"no graph")
-    with pytest.raises(EngineError, match=r"x\.onnx: is no ONNX graph"):
+    with pytest.raises(EngineError, match=r"x\.onnx: is not an ONNX graph"):
         read_graph(tmp_path / "x.onnx", "fp32", "rtx")
 
 

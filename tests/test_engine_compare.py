@@ -27,7 +27,7 @@ from higen.exporter import main
     ],
     ids=range(6),
 )
-def test_a_wrong_wish_is_one_error(arguments: list[str], error: str, message: str) -> None:
+def test_a_wrong_option_is_one_error(arguments: list[str], error: str, message: str) -> None:
     model = str(default_model())
     said = CliRunner().invoke(main, ["compare", model, *arguments, "--json"])
     assert said.exit_code == 2

@@ -27,7 +27,7 @@ def test_nested_phases_are_parts_of_their_parents_step() -> None:
     assert seen == [0.125, 0.25, 0.375, 0.5, 0.75, 1.0]
 
 
-def test_it_never_falls_and_tells_no_news_twice() -> None:
+def test_it_never_falls_and_reports_nothing_twice() -> None:
     seen: list[float] = []
     progress = Progress(lambda _, part: seen.append(part))
     progress.phase_start("build", None, 1)

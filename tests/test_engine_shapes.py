@@ -30,7 +30,7 @@ def written(folder: Path, text: str) -> str:
 
 
 @pytest.mark.parametrize("name", profile_names())
-def test_the_profiles_that_come_along_fit_the_released_model(name: str) -> None:
+def test_the_shipped_profiles_fit_the_released_model(name: str) -> None:
     profile = read_profile(name, RELEASED)
     for stage in RELEASED.stages:
         (made,) = stage_profiles(stage.name, [profile], RELEASED)
@@ -128,7 +128,9 @@ def test_a_wrong_profile_is_one_error_that_names_it(tmp_path: Path, old: str, ne
 
 
 def test_a_wrong_name_lists_the_profiles() -> None:
-    with pytest.raises(RequestError, match=r"profile='fast': of batch, default, flexible, interactive, or the path"):
+    with pytest.raises(
+        RequestError, match=r"profile='fast': one of batch, default, flexible, interactive, or the path"
+    ):
         read_profile("fast", TINY)
     with pytest.raises(RequestError, match=r"nowhere\.toml.*cannot be read"):
         read_profile("nowhere.toml", TINY)

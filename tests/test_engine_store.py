@@ -148,7 +148,7 @@ def test_a_full_disk_leaves_the_old_engine(store: EngineStore, monkeypatch: pyte
     assert store.stored("vae_decoder") == RECORD
 
 
-def test_too_little_space_is_found_out_before_the_build(tmp_path: Path) -> None:
+def test_too_little_space_is_detected_before_the_build(tmp_path: Path) -> None:
     store = EngineStore(tmp_path, "rtx")
     store.check_space(1000)
     with pytest.raises(OutputError, match=r"MB free, the engines need about 1000000000000 MB"):
@@ -162,7 +162,7 @@ def test_a_folder_that_cannot_be_made_is_one_error(tmp_path: Path) -> None:
         pytest.fail("is not to be reached")
 
 
-def test_what_a_killed_builder_left_is_taken_back(store: EngineStore) -> None:
+def test_files_of_a_killed_builder_are_removed(store: EngineStore) -> None:
     for name in ("vae_decoder.engine", "vae_decoder.log", "vae_decoder.json"):
         (store.folder / f".{name}.part").write_bytes(b"half")
     with store.building():
@@ -264,7 +264,7 @@ def test_two_builders_at_once_never_mix(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs kill -9")
-def test_a_killed_builder_gives_its_lock_back(tmp_path: Path) -> None:
+def test_a_killed_builder_releases_its_lock(tmp_path: Path) -> None:
     process = builder("k", tmp_path)
     assert process.stdout is not None
     assert process.stdout.readline() == "inside\n"

@@ -28,7 +28,7 @@ def test_an_unknown_target_is_refused(name: str) -> None:
         parse_targets(name)
 
 
-def test_hopper_is_told_where_to_go() -> None:
+def test_the_error_for_hopper_names_the_right_target() -> None:
     with pytest.raises(RequestError, match="take 'tensorrt', on the machine itself"):
         parse_targets("rtx-sm90")
 

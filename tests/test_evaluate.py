@@ -165,7 +165,7 @@ def test_a_models_subjects_are_those_its_prompts_name() -> None:
 # An honest model
 
 
-def test_an_honest_model_passes_everything(honest: Result) -> None:
+def test_a_correct_model_passes_every_measure(honest: Result) -> None:
     found = held_out(honest)
     assert found.identity >= 0.95
     assert found.template == found.background == found.beats_copy == found.beats_mean == 1
@@ -188,7 +188,7 @@ def test_an_honest_model_passes_everything(honest: Result) -> None:
     assert frechet.asked.generated < frechet.alike.floor
 
 
-def test_draws_alike_have_the_make_up_of_what_was_asked_and_no_clip_in_common() -> None:
+def test_paired_sets_have_the_requested_composition_and_share_no_clip() -> None:
     asked = [(0, 7, 1.0)] * 8 + [(0, 7, 2.0)] * 4 + [(1, 4, 1.0)] * 3
     first, second = alike_draws(asked, 10, np.random.default_rng(0))
     assert not set(first) & set(second)
@@ -222,7 +222,7 @@ def test_the_same_seeds_give_the_same_numbers(honest: Result, run: Callable[...,
 # Cheats
 
 
-def test_a_repeated_key_frame_is_found_out(run: Callable[..., Result]) -> None:
+def test_a_repeated_key_frame_is_detected(run: Callable[..., Result]) -> None:
     found = held_out(run(repeated))
     assert found.identity >= 0.95  # the subject is right
     assert found.template == found.background == 1
@@ -230,7 +230,7 @@ def test_a_repeated_key_frame_is_found_out(run: Callable[..., Result]) -> None:
     assert found.motion_ratio == 0
 
 
-def test_coloured_speckle_follows_the_motion_factor_and_is_found_out(run: Callable[..., Result]) -> None:
+def test_coloured_speckle_that_follows_the_motion_factor_is_detected(run: Callable[..., Result]) -> None:
     result = run(speckled, ("text", "motion"))
     assert result.measures.control["motion"].spearman > 0.9  # so this measure is worthless without the others
     found, bound = held_out(result), held_out(result, "codec")
@@ -239,7 +239,7 @@ def test_coloured_speckle_follows_the_motion_factor_and_is_found_out(run: Callab
     assert found.beats_mean == 0
 
 
-def test_another_subject_is_found_out(run: Callable[..., Result], real: RealClips) -> None:
+def test_another_subject_is_detected(run: Callable[..., Result], real: RealClips) -> None:
     result = run(lambda clip, shot: real.clip((shot.subject + 1) % 4, shot.background, shot.factor))
     found = held_out(result)
     assert found.identity <= 0.05
@@ -247,13 +247,13 @@ def test_another_subject_is_found_out(run: Callable[..., Result], real: RealClip
     assert found.background == 1
 
 
-def test_another_background_is_found_out(run: Callable[..., Result], real: RealClips) -> None:
+def test_another_background_is_detected(run: Callable[..., Result], real: RealClips) -> None:
     result = run(lambda clip, shot: real.clip(shot.subject, (shot.background + 1) % 10, shot.factor))
     assert held_out(result).background == 0
     assert held_out(result).identity >= 0.9
 
 
-def test_no_subject_at_all_is_found_out(run: Callable[..., Result], real: RealClips, judges: Judges) -> None:
+def test_a_missing_subject_is_detected(run: Callable[..., Result], real: RealClips, judges: Judges) -> None:
     def empty(clip: Frames, shot: Shot) -> Frames:
         return np.repeat(real.pictures[shot.background][None], len(clip), axis=0)
 
@@ -263,7 +263,7 @@ def test_no_subject_at_all_is_found_out(run: Callable[..., Result], real: RealCl
     assert judges.subject(np.repeat(real.pictures[0][None], 16, axis=0)) == NOTHING
 
 
-def test_frames_in_another_order_are_found_out(run: Callable[..., Result]) -> None:
+def test_frames_in_another_order_are_detected(run: Callable[..., Result]) -> None:
     order = np.random.default_rng(0).permutation(16)
     found = held_out(run(lambda clip, shot: clip[order]))
     assert found.identity >= 0.95
@@ -311,7 +311,7 @@ def test_features_of_real_clips_are_the_same_by_either_way(real: RealClips, judg
     np.testing.assert_allclose(one, judges.real_features(conditions), atol=0.05 * np.abs(one).max())
 
 
-def test_one_that_only_knows_when_to_stand_still_is_found_out(run: Callable[..., Result], real: RealClips) -> None:
+def test_a_model_that_only_knows_when_to_stand_still_is_detected(run: Callable[..., Result], real: RealClips) -> None:
     order = {0.5: 2.0, 1.0: 1.0, 1.5: 0.5, 2.0: 1.5}  # no correct order: rank correlation 0 or below
 
     def obeys_zero(clip: Frames, shot: Shot) -> Frames:
@@ -322,7 +322,7 @@ def test_one_that_only_knows_when_to_stand_still_is_found_out(run: Callable[...,
     assert motion.spearman_moving < 0.1
 
 
-def test_one_that_moves_when_it_should_stand_still_is_found_out(run: Callable[..., Result], real: RealClips) -> None:
+def test_a_model_that_moves_when_it_should_stand_still_is_detected(run: Callable[..., Result], real: RealClips) -> None:
     def restless(clip: Frames, shot: Shot) -> Frames:
         return real.clip(shot.subject, shot.background, 1.0)
 
@@ -348,7 +348,7 @@ def test_a_word_the_model_does_not_know_stops_it(real: RealClips, judges: Judges
         evaluate(make, Lossless(), real, judges, shots)
 
 
-def test_a_run_that_was_stopped_goes_on(real: RealClips, judges: Judges, tmp_path: Path) -> None:
+def test_a_stopped_run_continues(real: RealClips, judges: Judges, tmp_path: Path) -> None:
     shots = [Shot("held-out", "text", s, 0, 2, seed) for s in range(3) for seed in range(2)]
     made: list[str] = []
 
@@ -379,7 +379,7 @@ def test_a_run_that_was_stopped_goes_on(real: RealClips, judges: Judges, tmp_pat
     assert all(Journal(tmp_path / "clips", {"model": "another"}).find(shot) is None for shot in shots)
 
 
-def test_rows_of_other_measures_are_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_of_other_measures_are_made_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shot, path = Shot("held-out", "text", 0, 0), tmp_path / "clips"
     row = Row(**dict.fromkeys(Row.__dataclass_fields__, 0.0))  # type: ignore[arg-type]
     fewer = make_dataclass("Row", list(Row.__dataclass_fields__)[1:])

@@ -162,7 +162,7 @@ def test_weights_with_a_second_link_pass_the_gate(exported: tuple[Bundle, list[P
     check_rules(bundle.path / graph_file("conditioner"))
 
 
-def test_a_variant_stands_beside_with_weights_of_its_own(low: tuple[Bundle, list[Parity], str]) -> None:
+def test_a_variant_is_added_with_its_own_weights(low: tuple[Bundle, list[Parity], str]) -> None:
     bundle, _, precision = low
     name, weights = graph_file("conditioner", precision), bundle.weights_variant("conditioner", precision)
     assert (name, weights) == (f"conditioner.{precision}.onnx", f"unet.{precision}.safetensors")
@@ -385,7 +385,7 @@ def test_a_full_disk_is_one_error_and_leaves_nothing(copy: Path, monkeypatch: py
 
 
 @pytest.mark.parametrize("command", ["onnx", "verify", "inspect"])
-def test_what_is_no_model_directory_is_one_error(tmp_path: Path, command: str) -> None:
+def test_a_folder_that_is_not_a_model_directory_is_one_error(tmp_path: Path, command: str) -> None:
     loop = tmp_path / "loop"
     loop.symlink_to(loop)
     for path in (loop, tmp_path, tmp_path / "nothing"):
@@ -406,7 +406,7 @@ def test_the_command_refuses_what_it_cannot_make(tiny_model: Path) -> None:
 
 
 @pytest.mark.usefixtures("traced")
-def test_an_older_directory_is_upgraded_first_and_that_is_said(copy: Path) -> None:
+def test_an_older_directory_is_upgraded_first_with_a_message(copy: Path) -> None:
     """The old manifest has no plain step; the present one has."""
     write_version_1(copy, [path.name for path in copy.iterdir() if path.name != MANIFEST])
     before = Bundle.open(copy)
@@ -434,4 +434,4 @@ def test_inspect_says_what_a_model_holds(exported: tuple[Bundle, list[Parity]]) 
     assert "text_encoder graph in fp32" in said
     assert "temporal_unet no graph" in said
     assert "loop temporal temporal_unet or temporal_unet_plain" in said
-    assert "control motion curve: how much moves" in said
+    assert "control motion curve: amount of motion" in said

@@ -100,7 +100,7 @@ def test_a_read_only_model_is_one_line_before_the_work(
     assert line.startswith(f"OutputError: {model}: its graphs cannot be written there")
 
 
-def test_a_file_in_the_place_of_a_graph_is_refused_before_the_work(tmp_path: Path) -> None:
+def test_a_foreign_file_in_place_of_a_graph_is_refused_before_the_work(tmp_path: Path) -> None:
     model = Path(shutil.copytree(default_model(), tmp_path / "model"))
     stage = Bundle.open(model).manifest.denoising[0]
     for name in (graph_file(STAGE, "fp16"), graph_file(stage, "int8")):

@@ -73,9 +73,9 @@ def test_every_place_of_a_tensor_is_looked_at(tmp_path: Path, where: str) -> Non
 @pytest.mark.parametrize(
     "data", [b"\xff", b"\x3a\xff\xff\xff\xff\x0f", b"\x3a\x05abc", b"\x0b", b"\x80" * 20, b"\x0d\0"]
 )
-def test_what_is_no_graph_is_one_error(tmp_path: Path, data: bytes) -> None:
+def test_a_file_that_is_not_a_graph_is_one_error(tmp_path: Path, data: bytes) -> None:
     (tmp_path / "a.onnx").write_bytes(data)
-    with pytest.raises(IntegrityError, match=r"a\.onnx: .*no ONNX graph"):
+    with pytest.raises(IntegrityError, match=r"a\.onnx: .*not an ONNX graph"):
         external_files(tmp_path / "a.onnx")
 
 

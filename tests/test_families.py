@@ -112,7 +112,7 @@ def test_symbols_are_the_sizes_of_the_released_model() -> None:
     assert (tables.sizes.decoder, tables.sizes.chunk, tables.sizes.overlap) == ("vae_decoder", 2, 0)
 
 
-def test_nothing_stands_twice() -> None:
+def test_nothing_is_stored_twice() -> None:
     """A number in `sizes.symbols` is not repeated in `architecture`."""
     tables = spec.manifest(TINY)
     assert set(tables.architecture) == {"unet", "clip", "autoencoder"}
@@ -207,7 +207,7 @@ def test_controls() -> None:
         ({"loops": "clip"}, "temporal missing"),
         ({"symbols": {"E": 5}}, r"sizes\.symbols\.E=5: 4 times D, 128"),
         ({"symbols": {"R": None}}, r"sizes\.symbols: has no R"),
-        ({"unet": {"in_channels": 4}}, r"architecture\.unet\.in_channels: stands in sizes\.symbols"),
+        ({"unet": {"in_channels": 4}}, r"architecture\.unet\.in_channels: is already in sizes\.symbols"),
         ({"unet": {"head_dim": 7}}, "head_dim=7 does not divide"),
         ({"guidance": (1.0, 3.0)}, r"loops\.temporal\.guidance=\[1\.0, 3\.0\]: one number"),
     ],
@@ -344,7 +344,7 @@ def plain_step(values: Mapping[str, Any]) -> tuple[Any, Any]:
 
 @settings(max_examples=30, deadline=None)
 @given(guided=st.booleans(), batch=st.integers(1, 3), frames=st.sampled_from(["F", 1]), seed=st.integers(0, 2**16))
-def test_a_step_is_the_contracts_arithmetic(guided: bool, batch: int, frames: int | str, seed: int) -> None:
+def test_a_step_does_the_arithmetic_of_the_contract(guided: bool, batch: int, frames: int | str, seed: int) -> None:
     stage, predictor = step_stage(guided, frames), Affine()
     values = arguments(stage, batch, seed)
     made = SolverStep(stage, predictor)(*(torch.from_numpy(values[t.name]) for t in stage.inputs))

@@ -125,7 +125,7 @@ def test_every_second_or_third_row_is_a_full_step(folder: Path) -> None:
     assert video.metadata["reuse"] == {"draft": 3, "film": 3}
 
 
-def test_reuse_of_1_is_nothing_of_the_sort(folder: Path) -> None:
+def test_reuse_of_1_reuses_nothing(folder: Path) -> None:
     pipeline, backend = pipeline_of(folder)
     plain, one = pipeline("a kite"), pipeline("a kite", reuse=1)
     assert np.array_equal(plain.frames, one.frames)
@@ -212,7 +212,7 @@ def test_what_a_request_needs_is_loaded_before_it_begins(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("wrong", [0, -1, 1.5, True, "2", "often", [1, 0], 1001, float("nan"), {"film": 2}])
-def test_an_interval_that_is_none(folder: Path, wrong: Any) -> None:
+def test_invalid_intervals(folder: Path, wrong: Any) -> None:
     pipeline, _ = pipeline_of(folder, BOTH)
     with pytest.raises(RequestError, match=r"^reuse=.*: a whole number from 1 to 1000"):
         pipeline.request("a kite", reuse=wrong)
@@ -302,17 +302,17 @@ def test_the_sizes_of_a_variant_are_those_of_its_stage() -> None:
 
 
 @pytest.mark.parametrize("wrong", [0, -2, 2**31 + 1])
-def test_channels_that_are_none(wrong: int) -> None:
+def test_invalid_numbers_of_channels(wrong: int) -> None:
     with pytest.raises(ManifestError, match=r"stages.film_two.deep=.*: a whole number from 1"):
         changed(MANIFEST, "film_two", deep=wrong)
 
 
-def test_what_is_no_step_has_no_deep_features() -> None:
-    with pytest.raises(ManifestError, match=r"stages.mixer.deep=4: of a denoising stage"):
+def test_only_a_step_has_deep_features() -> None:
+    with pytest.raises(ManifestError, match=r"stages.mixer.deep=4: only for a denoising stage"):
         changed(MANIFEST, "mixer", deep=4)
     rows = (*REUSING.stages, Stage("film_two_deep", "w.safetensors", MANIFEST.stages[0].inputs, (Output("x", ("B",)),)))
     with pytest.raises(ManifestError, match="film_two_deep appears twice"):
         replace(REUSING, stages=rows)
     keeps = REUSING.stage("film_two_deep")
-    with pytest.raises(ManifestError, match="gives latents, previous, and nothing else"):
+    with pytest.raises(ManifestError, match="must give only latents, previous"):
         changed(MANIFEST, "film_two", outputs=keeps.outputs)

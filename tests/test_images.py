@@ -18,7 +18,7 @@ from higen.images import load_clip, load_image, load_picture, resampling
 from higen.tables import Control
 from higen.video import Video
 
-SKETCH, FOOTAGE = Control("sketch", "picture", "a drawing"), Control("footage", "clip", "what it begins with")
+SKETCH, FOOTAGE = Control("sketch", "picture", "a drawing"), Control("footage", "clip", "what it starts with")
 
 
 def picture(height: int, width: int) -> np.ndarray:
@@ -29,7 +29,7 @@ def picture(height: int, width: int) -> np.ndarray:
     ("height", "width", "to_height", "to_width"),
     [(576, 1024, 224, 224), (64, 40, 24, 32), (33, 31, 16, 8), (20, 17, 33, 40), (24, 24, 24, 24), (9, 12, 1, 2)],
 )
-def test_resampling_is_diffusers(height: int, width: int, to_height: int, to_width: int) -> None:
+def test_resampling_equals_diffusers(height: int, width: int, to_height: int, to_width: int) -> None:
     pixels = load_image(picture(height, width), width, height)
     theirs = _resize_with_antialiasing(torch.from_numpy(pixels)[None], (to_height, to_width))[0].numpy()
     ours = resampling(height, to_height) @ pixels.astype(np.float64) @ resampling(width, to_width).T
@@ -145,7 +145,7 @@ def test_a_clip_has_enough_frames() -> None:
     "clip",
     [np.zeros((3, 8, 8), np.uint8), np.zeros((3, 8, 8, 3), int), np.zeros((3, 8, 8, 4), np.uint8), None, [1], b"x"],
 )
-def test_what_is_no_clip(clip: object) -> None:
+def test_invalid_clips(clip: object) -> None:
     with pytest.raises(RequestError, match=r"^footage is a .*: a video file, a Video or uint8 frames \[n,H,W,3\]$"):
         load_picture(FOOTAGE, clip, 1, 8, 8)
 

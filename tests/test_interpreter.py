@@ -233,7 +233,7 @@ def test_a_picture_for_each_prompt_replaces_the_first_loop(folder: Path) -> None
     assert "sketch" not in {name for name in stream.videos[0].metadata if name != "seconds"}
 
 
-def test_a_picture_in_the_place_of_the_last_loop_stands_still(folder: Path) -> None:
+def test_a_picture_in_place_of_the_last_loop_is_a_still_clip(folder: Path) -> None:
     manifest = changed(MANIFEST, "film", replaced=Replaced("sketch", "look.seen"))
     pipeline, _ = pipeline_of(folder, manifest)
     frames = pipeline("a kite", sketch=PICTURES[0], frames=4).frames
@@ -243,7 +243,7 @@ def test_a_picture_in_the_place_of_the_last_loop_stands_still(folder: Path) -> N
         np.testing.assert_allclose(frame, np.trunc(255 * np.clip(shown / 2 + 0.5, 0, 1)), atol=1)
 
 
-def test_one_frame_alone_skips_what_is_for_longer_clips(folder: Path) -> None:
+def test_a_single_frame_skips_what_is_for_longer_clips(folder: Path) -> None:
     pipeline, backend = pipeline_of(folder)
     video = pipeline("a kite", frames=1, seed=2)
     assert video.frames.shape == (1, 8, 12, 3)
@@ -281,13 +281,13 @@ def test_a_picture_of_a_model_whose_only_loop_is_over_frames(folder: Path) -> No
     assert pipeline("a kite", frames=1).frames.shape == (1, 8, 12, 3)
 
 
-def test_a_model_that_draws_no_single_picture_says_so(folder: Path) -> None:
+def test_a_model_that_cannot_draw_a_single_picture_says_so(folder: Path) -> None:
     manifest = replace(MANIFEST, sizes=replace(MANIFEST.sizes, frames=(2, 5, 24)))
-    with pytest.raises(RequestError, match="tables alone makes 2 frames or more, no picture"):
+    with pytest.raises(RequestError, match="tables alone makes 2 frames or more, so it cannot make a single picture"):
         pipeline_of(folder, manifest)[0].image("a kite")
 
 
-def test_a_clip_begins_the_loop_in_the_tables_tail(folder: Path) -> None:
+def test_a_clip_starts_the_loop_in_the_tail_of_the_table(folder: Path) -> None:
     """The last two of four rows are run, from the clip's latents at the third row's noise level."""
     pipeline, backend = pipeline_of(folder)
     stream = pipeline.stream("a kite", footage=CLIP, steps=4, seed=3, push=0.5)
@@ -306,7 +306,7 @@ def test_a_clip_begins_the_loop_in_the_tables_tail(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("push", "rows"), [(1.0, 4), (0.99, 3), (0.3, 1), (0.0, 1)])
-def test_the_strength_of_a_begin(folder: Path, push: float, rows: int) -> None:
+def test_the_strength_of_a_start(folder: Path, push: float, rows: int) -> None:
     pipeline, backend = pipeline_of(folder)
     pipeline("a kite", footage=CLIP, steps=4, push=push)
     assert backend.names.count("film_two") == rows
@@ -423,7 +423,7 @@ def test_prepare_loads_what_a_default_request_needs(folder: Path) -> None:
     assert backend.given == []
 
 
-def test_prepare_loads_the_plain_stage_alone_at_guidance_one(folder: Path) -> None:
+def test_prepare_loads_only_the_plain_stage_at_guidance_one(folder: Path) -> None:
     pipeline, backend = pipeline_of(folder, changed(MANIFEST, "film", guidance=1.0))
     pipeline.prepare()
     assert backend.loaded == ["reader", "mixer", "draft_two", "film_one", "paint"]
@@ -487,7 +487,7 @@ def copy(tmp_path: Path) -> Path:
 SMALL = {"steps": 2, "frames": 3, "width": 32, "height": 32, "progress": False}
 
 
-def test_a_directory_with_the_guided_graphs_alone_serves_guidance_one(copy: Path) -> None:
+def test_a_directory_with_only_the_guided_graphs_serves_guidance_one(copy: Path) -> None:
     with higen.load(copy, "onnx") as pipe:
         half = pipe("a red heart", guidance=1, **SMALL).frames
         assert {"spatial_unet_plain", "temporal_unet_plain"} <= set(pipe.backend.choices)
@@ -605,7 +605,7 @@ def test_a_preview_of_a_decoder_that_is_fed_by_a_loop(folder: Path) -> None:
     np.testing.assert_array_equal(stream.preview().shape, stream.videos[0].frames[None].shape)
 
 
-def test_a_preview_that_needs_a_loop_of_later_says_so(folder: Path) -> None:
+def test_a_preview_that_needs_a_later_loop_says_so(folder: Path) -> None:
     tables, formulas = painting("film.latents", replace(MANIFEST, sizes=replace(MANIFEST.sizes, frames=(2, 5, 9))))
     pipeline, _ = pipeline_of(folder, tables, formulas)
     stream = pipeline.stream("a kite", frames=3)
@@ -697,7 +697,7 @@ def test_a_stream_closed_from_within_its_own_work_ends(folder: Path) -> None:
     assert [event.index for event in stream if isinstance(event, Step) and event.loop == "film"] == [0]
 
 
-def test_nothing_goes_on_after_close_whatever_the_backend(folder: Path) -> None:
+def test_nothing_continues_after_close_on_any_backend(folder: Path) -> None:
     pipeline, _ = pipeline_of(folder)
     request = pipeline.request("a kite")
     pipeline.close()

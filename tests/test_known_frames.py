@@ -121,7 +121,7 @@ def test_a_mask_keeps_a_part(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("flat", [True, False])
-def test_a_stage_that_was_trained_for_it_is_told_what_is_known(folder: Path, flat: bool) -> None:
+def test_a_stage_with_these_inputs_gets_the_known_frames(folder: Path, flat: bool) -> None:
     manifest = told(MANIFEST, flat)
     pipeline, backend = pipeline_of(folder, manifest, film_one=told_step, film_two=told_step)
     made = film(pipeline, keyframes=KEYS)[-1].latents
@@ -200,7 +200,7 @@ def test_known_frames_are_read_as_pictures_and_resized(folder: Path, tmp_path: P
         ),
         (
             {"keyframes": {0: PICTURES[0]}, "frames": 1},
-            r"^keyframes: a request for 1 frames has no use for known frames",
+            r"^keyframes: a request for 1 frames takes no known frames",
         ),
     ],
 )
@@ -233,5 +233,5 @@ def test_more_that_a_manifest_may_not_say() -> None:
         changed(MANIFEST, "draft", known=MANIFEST.loop("film").known)
     with pytest.raises(ManifestError, match="default=3: none, or a text"):
         Control("keyframes", "frames", "", default=3)
-    with pytest.raises(ManifestError, match="name='negative': a name of its own"):
+    with pytest.raises(ManifestError, match="name='negative': a name that is not reserved"):
         Control("negative", "frames", "")

@@ -96,7 +96,7 @@ def test_the_noise_of_a_long_clip(folder: Path, kind: str) -> None:
 
 
 @pytest.mark.parametrize(("frames", "length", "stride"), [(25, 8, 4), (30, 8, 3), (17, 16, 4), (64, 16, 8), (9, 4, 4)])
-def test_shuffled_noise_is_diffusers_free_noise(
+def test_shuffled_noise_equals_diffusers_free_noise(
     frames: int, length: int, stride: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the same permutations, FreeNoise takes the same frames."""
@@ -115,7 +115,7 @@ def test_shuffled_noise_is_diffusers_free_noise(
 
 
 @pytest.mark.parametrize(("frames", "length", "stride"), [(24, 16, 4), (12, 4, 2), (15, 5, 5)])
-def test_weights_are_diffusers_pyramid(frames: int, length: int, stride: int) -> None:
+def test_weights_equal_diffusers_pyramid(frames: int, length: int, stride: int) -> None:
     """Only for windows that end with the clip. Otherwise diffusers' last window covers only the remaining frames."""
     theirs = FreeNoiseTransformerBlock(8, 1, 8, context_length=length, context_stride=stride)
     hill = np.array(theirs._get_frame_weights(length, "pyramid"), float)
@@ -131,7 +131,7 @@ def test_weights_are_diffusers_pyramid(frames: int, length: int, stride: int) ->
 def test_stages_that_take_more_than_a_window() -> None:
     assert frames_of(WINDOWED, "film_two") == (2, 6)
     assert frames_of(changed(MANIFEST, "film", windows=Windows(4, 2)), "film_two") == (2, 4)
-    with pytest.raises(ManifestError, match="most=3: from length=4"):
+    with pytest.raises(ManifestError, match="most=3: at least length=4"):
         Windows(4, 2, most=3)
     with pytest.raises(ManifestError, match="noise='old': one of 'fresh', 'shuffled', 'repeated'"):
         Windows(4, 2, noise="old")  # type: ignore[arg-type]
@@ -175,7 +175,7 @@ def test_an_interval_by_numpy() -> None:
 
 @pytest.mark.parametrize("kind", FILTERS)
 @pytest.mark.parametrize("shape", [(6, 8, 10), (5, 7, 4), (1, 3, 3)])
-def test_filters_are_diffusers(kind: str, shape: tuple[int, int, int]) -> None:
+def test_filters_equal_diffusers(kind: str, shape: tuple[int, int, int]) -> None:
     settings = FreeInit(2, 0.3, 0.2, 3, kind)
     mask = FreeInitMixin()._get_free_init_freq_filter((1, 1, *shape), "cpu", kind, 3, 0.3, 0.2)
     random = np.random.default_rng(1)
@@ -215,7 +215,7 @@ class Theirs(FreeInitMixin):
 
 
 @pytest.mark.parametrize("kind", FILTERS)
-def test_a_loop_run_again_is_diffusers(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_loop_that_runs_again_equals_diffusers(folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
     manifest = changed(MANIFEST, "film", noise=NoiseRule(22), start=None)
     pipeline, backend = pipeline_of(folder, manifest)
     made = film(pipeline, frames=6, steps=4, seed=3, guidance=1.0, free_init=(3, 0.4, 0.3, 2), free_init_filter=kind)

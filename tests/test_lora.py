@@ -169,8 +169,8 @@ def test_what_is_not_used_is_named(factors: tuple[State, State], tmp_path: Path)
 @pytest.mark.parametrize(
     ("state", "said"),
     [
-        ({"conv_in.weight": torch.ones(2, 2)}, "no LoRA"),
-        ({"lora_unet_nowhere.lora_down.weight": torch.ones(4, 8)}, "fits none"),
+        ({"conv_in.weight": torch.ones(2, 2)}, "not a LoRA"),
+        ({"lora_unet_nowhere.lora_down.weight": torch.ones(4, 8)}, "does not fit any layer"),
         ({"lora_unet_conv_in.lora_down.weight": torch.ones(4, 4, 3, 3)}, "one of a LoRA's two factors"),
         (
             {

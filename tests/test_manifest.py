@@ -221,17 +221,17 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
     (
         "a clip's latents mixed into a loop of one frame",
         one_frame_after_a_clip("noise", {"purpose": 3, "offset": None, "mix": {"loop": "film", "scale": 1.0}}),
-        r"loops\.draft\.noise\.mix\.loop='film': has the clip's frames, and draft has one",
+        r"loops\.draft\.noise\.mix\.loop='film': has all frames of the clip, but draft has one",
     ),
     (
         "a loop of one frame replaced by a clip's latents",
         one_frame_after_a_clip("replaced", {"control": "sketch", "latents": "film.latents"}),
-        r"loops\.draft\.replaced\.latents='film': has the clip's frames, and draft has one",
+        r"loops\.draft\.replaced\.latents='film': has all frames of the clip, but draft has one",
     ),
     (
         "a loop of one frame that begins from a clip's latents",
         one_frame_after_a_clip("start", {"control": "sketch", "latents": "film.latents", "strength": 0.5}),
-        r"loops\.draft\.start\.latents='film': has the clip's frames, and draft has one",
+        r"loops\.draft\.start\.latents='film': has all frames of the clip, but draft has one",
     ),
     (
         "a denoising stage as a source",
@@ -241,12 +241,12 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
     (
         "a loop's other output",
         setting("stages.film_two.inputs.still.source", "draft.previous"),
-        r"stages\.film_two\.still: source draft\.previous: a loop gives latents alone",
+        r"stages\.film_two\.still: source draft\.previous: a loop gives only latents",
     ),
     (
         "a negative loop",
         setting("stages.film_two.inputs.still.source", "draft@negative.latents"),
-        r"a loop gives latents alone",
+        r"a loop gives only latents",
     ),
     (
         "no source",
@@ -300,15 +300,15 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
     (
         "a symbol that nobody defines",
         setting("stages.mixer.inputs.words.shape", ["B", "M"]),
-        r"stages\.mixer\.words: 'M' is no size, none of B, F, N, H, W, Y, X and not in sizes\.symbols",
+        r"stages\.mixer\.words: 'M': a size, one of B, F, N, H, W, Y, X, or a name in sizes\.symbols",
     ),
-    ("a size of zero", setting("stages.mixer.inputs.words.shape", ["B", 0]), r"stages\.mixer\.words: 0 is no size"),
+    ("a size of zero", setting("stages.mixer.inputs.words.shape", ["B", 0]), r"stages\.mixer\.words: 0: a size"),
     (
         "no axis",
         setting("stages.reader.outputs.0", {"name": "words", "shape": []}),
         r"stages\.reader\.words: at least one",
     ),
-    ("a symbol of ours", setting("sizes.symbols.H", 3), r"sizes: symbols\.H: a name that is none of B, F, N,"),
+    ("a symbol of ours", setting("sizes.symbols.H", 3), r"sizes: symbols\.H: a name other than B, F, N,"),
     ("a symbol that is not a name", setting("sizes.symbols", {"a b": 3}), r"sizes: symbols\.a b: a name"),
     ("a symbol of zero", setting("sizes.symbols.K", 0), r"sizes: symbols\.K=0: a whole number from 1"),
     (
@@ -338,12 +338,13 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
     (
         "an output of no input's axis",
         setting("stages.reader.outputs.0", {"name": "words", "shape": ["B", "F"]}),
-        r"stages\.reader\.words: F is an axis of none of its inputs",
+        r"stages\.reader\.words: F is not an axis of any of its inputs",
     ),
     (
         "a decoder of grey pixels",
         setting("stages.paint.outputs.0", {"name": "pixels", "shape": ["N", 1, "Y", "X"]}),
-        r"sizes\.decoder='paint': one input of the source state, \[N, C, H, W\] and the output \[N, 3, Y, X\], or \[B,",
+        r"sizes\.decoder='paint': one input with the source state, \[N, C, H, W\] and the output \[N, 3, Y, X\], or "
+        r"\[B,",
     ),
     (
         "a picture of three axes",
@@ -400,17 +401,17 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
     (
         "a loop's stage that is not a step",
         setting("loops.film.plain", "mixer"),
-        r"loops\.film\.plain='mixer': gives latents, prev",
+        r"loops\.film\.plain='mixer': must give only latents, prev",
     ),
     (
         "a guided stage as plain",
         setting("loops.film.plain", "film_two"),
-        r"loops\.film\.plain='film_two': its state inputs are A,",
+        r"loops\.film\.plain='film_two': its state inputs must be A,",
     ),
     (
         "a plain stage as guided",
         setting("loops.film.guided", "film_one"),
-        r"loops\.film\.guided='film_one': its state inputs are A,",
+        r"loops\.film\.guided='film_one': its state inputs must be A,",
     ),
     ("a step of one sample", setting("stages.film_one.batch", False), r"loops\.film\.plain='film_one': batch is true"),
     (
@@ -457,7 +458,7 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
     (
         "latents of a loop that was left out",
         lambda d: put(d, "loops.draft.least_frames", 3),
-        r"loops: a clip of 1 frames needs a last loop|loops\.draft: left out of clips of",
+        r"loops: a clip of 1 frames needs a last loop|loops\.draft: is left out for clips of",
     ),
     (
         "a window that is never reached",
@@ -543,7 +544,7 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
     (
         "choices of a number",
         setting("controls.glow.choices", ["1"]),
-        r"controls\[4\]: choices=\['1'\]: those of a choice",
+        r"controls\[4\]: choices=\['1'\]: for a choice, and only for a choice",
     ),
     (
         "an encoding of a picture",
@@ -558,18 +559,22 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
     (
         "an optional number",
         setting("controls.glow.optional", True),
-        r"controls\[4\]: optional: a sinusoid or similarity",
+        r"controls\[4\]: optional: only with the encoding sinusoid or similarity",
     ),
-    ("an empty range", setting("controls.shake.low", 3.0), r"controls\[0\]: low=3\.0, high=2\.0: low is at most high"),
+    (
+        "an empty range",
+        setting("controls.shake.low", 3.0),
+        r"controls\[0\]: low=3\.0, high=2\.0: low must be at most high",
+    ),
     (
         "a control named as an option",
         setting("controls.glow.name", "seed"),
-        r"controls\[4\]: name='seed': a name of its own",
+        r"controls\[4\]: name='seed': a name that is not reserved",
     ),
     (
         "a control that is not a name",
         setting("controls.glow.name", "a-b"),
-        r"controls\[4\]: name='a-b': a name of its own",
+        r"controls\[4\]: name='a-b': a name that is not reserved",
     ),
     (
         "a kind that is none",
@@ -591,7 +596,7 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
     (
         "a decoder without latents",
         setting("sizes.decoder", "mixer"),
-        r"sizes\.decoder='mixer': one input of the source state",
+        r"sizes\.decoder='mixer': one input with the source state",
     ),
     ("a text of two tokens", setting("text.length", 2), r"text: length=2, pad_id=0: room for start, text and end"),
     ("no text to read", setting("text", None), r"stages\.reader\.tokens: source text:prompt, but text is null"),
@@ -627,10 +632,10 @@ WRONG: list[tuple[str, Callable[[Document], object], str]] = [
     (
         "a graph that is not a file",
         setting("graphs", {"a.onnx": {"inputs": []}}),
-        r"graphs: a\.onnx: each \.onnx file of files",
+        r"graphs: a\.onnx: graphs must have one row for each \.onnx file",
     ),
     ("files in a list", setting("files", []), r"higen\.json: files=\[\]: an object is wanted"),
-    ("NaN", setting("architecture", {"a": [float("nan")]}), r"not valid JSON: nan is no number of JSON's"),
+    ("NaN", setting("architecture", {"a": [float("nan")]}), r"not valid JSON: nan is not a JSON number"),
     ("half a pair", setting("licence", "\ud800"), r"not valid JSON: .*surrogates not allowed"),
 ]
 
@@ -644,15 +649,15 @@ def test_what_is_wrong_is_one_error_that_names_the_row(
         Bundle.open(model)
 
 
-def test_a_number_beyond_every_float_is_no_json(model: Path) -> None:
+def test_a_number_beyond_every_float_is_not_valid_json(model: Path) -> None:
     text = (model / MANIFEST).read_text()
     (model / MANIFEST).write_text(text.replace('"architecture": {}', '"architecture": {"a": 1e999}'))
-    with pytest.raises(ManifestError, match=r"not valid JSON: inf is no number of JSON's"):
+    with pytest.raises(ManifestError, match=r"not valid JSON: inf is not a JSON number"):
         Bundle.open(model)
 
 
 @pytest.mark.parametrize("key", ["version", "name", "beta_end", "low"])
-def test_a_key_that_stands_there_twice_is_refused(model: Path, key: str) -> None:
+def test_a_key_that_appears_twice_is_refused(model: Path, key: str) -> None:
     """Some readers would take the first value, others the last."""
     text = (model / MANIFEST).read_text()
     i = text.index(f'"{key}":')
@@ -684,19 +689,19 @@ def test_a_manifest_of_a_newer_version(model: Path) -> None:
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
 def test_a_named_pipe_does_not_hang(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / MANIFEST)
-    with pytest.raises(ManifestError, match=r"higen\.json: no plain file"):
+    with pytest.raises(ManifestError, match=r"higen\.json: is not a regular file"):
         Bundle.open(tmp_path)
-    with pytest.raises(ManifestError, match=r"higen\.json: no plain file"):
+    with pytest.raises(ManifestError, match=r"higen\.json: is not a regular file"):
         upgrade(tmp_path)
 
 
-def test_a_folder_and_a_device_in_the_place_of_the_manifest(tmp_path: Path) -> None:
+def test_a_folder_and_a_device_in_place_of_the_manifest(tmp_path: Path) -> None:
     (tmp_path / MANIFEST).symlink_to("/dev/zero")
-    with pytest.raises(ManifestError, match=r"no plain file"):
+    with pytest.raises(ManifestError, match=r"not a regular file"):
         Bundle.open(tmp_path)
     (tmp_path / MANIFEST).unlink()
     (tmp_path / MANIFEST).mkdir()
-    with pytest.raises(ManifestError, match=r"no plain file"):
+    with pytest.raises(ManifestError, match=r"not a regular file"):
         Bundle.open(tmp_path)
 
 
@@ -776,7 +781,10 @@ def test_a_manifest_with_a_graph_that_it_does_not_describe_is_never_written(mode
     before = (model / MANIFEST).read_bytes()
     record = FileRecord(1, "0" * 64)
     for files, graphs in (({"a.onnx": record}, {}), ({}, {"a.onnx": ()}), ({"a.bin": record}, {"a.bin": ()})):
-        with pytest.raises(ManifestError, match=r"graphs: a\.\w+: each \.onnx file of files, and no other, has a row"):
+        with pytest.raises(
+            ManifestError,
+            match=r"graphs: a\.\w+: graphs must have one row for each \.onnx file in files, and no other rows",
+        ):
             write_manifest(model, MADE_UP, files, graphs)
     assert (model / MANIFEST).read_bytes() == before
 

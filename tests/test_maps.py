@@ -44,7 +44,7 @@ def mapped(encoding: Any = None, loop: str = "film", frames: int | str = "F") ->
     rows = [PLAIN.stage(name) for name in steps]
     controls = (
         Control("plot", "map", "a plot for each frame", encoding),
-        Control("hold", "curve", "how far it holds", "curve", low=0.0, default=1.0),
+        Control("hold", "curve", "strength of the plot", "curve", low=0.0, default=1.0),
     )
     manifest = replace(
         PLAIN,
@@ -172,7 +172,7 @@ def test_edges_are_found_at_the_requests_size(folder: Path) -> None:
         (np.zeros((0, 8, 12, 3), np.uint8), r"plot has 0 frames"),
     ],
 )
-def test_what_is_no_map(folder: Path, plot: Any, said: str) -> None:
+def test_invalid_maps(folder: Path, plot: Any, said: str) -> None:
     with pytest.raises(RequestError, match=said):
         pipeline_of(folder)[0].request("a kite", frames=5, plot=plot)
 
@@ -189,9 +189,15 @@ def test_a_folder_without_pictures_and_a_loop_without_use(folder: Path, tmp_path
     ("variant", "said"),
     [
         (Variant("footage", "plot_film_two", "plot_film_one"), r"variant\.control='footage': the controls of kind map"),
-        (Variant("plot", "plot_film_two", None), r"variant\.plain=None: null where the loop's is, and only there"),
+        (
+            Variant("plot", "plot_film_two", None),
+            r"variant\.plain=None: null if and only if the loop's own plain is null",
+        ),
         (Variant("plot", "paint", "plot_film_one"), r"variant\.guided='paint': gives latents, previous"),
-        (Variant("plot", "plot_film_one", "plot_film_two"), r"variant\.guided='plot_film_one': its state inputs are"),
+        (
+            Variant("plot", "plot_film_one", "plot_film_two"),
+            r"variant\.guided='plot_film_one': its state inputs must be",
+        ),
     ],
 )
 def test_a_variant_that_does_not_fit(variant: Variant, said: str) -> None:

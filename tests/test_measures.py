@@ -67,7 +67,7 @@ def test_spearman_of_known_lists() -> None:
     assert spearman([0, 7, 7, 9], [1, 2, 3, 4]) == pytest.approx(np.corrcoef([1, 2.5, 2.5, 4], [1, 2, 3, 4])[0, 1])
 
 
-def test_what_never_changes_follows_nothing() -> None:
+def test_a_constant_list_has_no_correlation() -> None:
     assert spearman([1, 2, 3], [4, 4, 4]) == 0
 
 
@@ -79,7 +79,7 @@ def test_spearman_refuses_lists_that_do_not_go_together(x: list[float], y: list[
 
 @settings(deadline=None, max_examples=30)
 @given(st.lists(st.integers(-50, 50), min_size=3, max_size=20))
-def test_spearman_sees_order_alone(values: list[int]) -> None:
+def test_spearman_depends_only_on_the_order(values: list[int]) -> None:
     other = list(RANDOM.permutation(len(values)))
     stretched = [np.exp(v / 10) for v in values]
     assert spearman(stretched, other) == pytest.approx(spearman(values, other))
@@ -104,7 +104,7 @@ def test_the_frechet_distance_is_blind_to_rotation_and_the_same_both_ways() -> N
 
 
 @pytest.mark.parametrize("shapes", [((3, 2), (3, 4)), ((1, 2), (5, 2)), ((6,), (6,))])
-def test_the_frechet_distance_refuses_what_is_no_set_of_features(shapes: tuple[tuple[int, ...], ...]) -> None:
+def test_the_frechet_distance_refuses_invalid_features(shapes: tuple[tuple[int, ...], ...]) -> None:
     with pytest.raises(ValueError, match=r"\[n, d\]"):
         frechet_distance(*(np.zeros(shape) for shape in shapes))
 
@@ -134,7 +134,7 @@ def test_flicker_is_the_deviation_of_noise_and_no_slow_change() -> None:
     assert fidelity.flicker(ramp, everywhere) == 0
 
 
-def test_flicker_looks_where_it_is_told() -> None:
+def test_flicker_is_measured_within_the_mask() -> None:
     left = np.zeros((64, 64), bool)
     left[:, :20] = True
     clip = np.repeat(PICTURE[None], 8, axis=0)

@@ -38,14 +38,16 @@ def test_a_model_with_files_that_are_not_its_own_is_not_replaced(tmp_path: Path,
         place.symlink_to(tmp_path)
     else:
         place.write_text("years of work")
-    with pytest.raises(ModelError, match=f"holds what is not the model's, such as {foreign}: move it away"):
+    with pytest.raises(
+        ModelError, match=f"holds files that do not belong to the model, such as {foreign}: move it away"
+    ):
         make(tmp_path / "model", b"new", overwrite=True)
     assert Bundle.open(tmp_path / "model").file("weights").read_bytes() == b"old"
     assert os.path.lexists(place)
     assert names(tmp_path) == ["model"]
 
 
-def test_engines_and_what_killed_writers_left_are_the_models_own(tmp_path: Path) -> None:
+def test_engines_and_files_of_killed_writers_belong_to_the_model(tmp_path: Path) -> None:
     make(tmp_path / "model")
     engines = tmp_path / "model" / "engines" / "rtx-sm89"
     engines.mkdir(parents=True)
@@ -83,7 +85,7 @@ with bundle.create_model(sys.argv[1], TABLES) as folder:
 """
 
 
-def test_what_killed_writers_left_goes_with_the_next(tmp_path: Path) -> None:
+def test_files_of_killed_writers_are_removed_by_the_next(tmp_path: Path) -> None:
     for _ in range(2):
         done = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "model")], check=False)
         assert done.returncode == -signal.SIGKILL

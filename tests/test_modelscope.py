@@ -374,7 +374,9 @@ def test_doctor_and_triton_know_the_model(model: Bundle, tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("video", [False, True])
-def test_cpp_makes_pythons_frames(built: Path, model: Bundle, by_graphs: Pipeline, tmp_path: Path, video: bool) -> None:
+def test_cpp_and_python_make_the_same_frames(
+    built: Path, model: Bundle, by_graphs: Pipeline, tmp_path: Path, video: bool
+) -> None:
     """From noise, and from the frames of a video of another size."""
     frames = np.random.default_rng(1).integers(0, 256, (3, 8, 16, 3), np.uint8)
     options: Mapping[str, Any] = {"video": frames, "strength": 0.6} if video else {}

@@ -55,7 +55,7 @@ def test_a_batch_gives_such_a_list(pipe: Pipeline) -> None:
     assert [video.prompt for video in made] == ["a whale", "a heart"]
 
 
-def test_progress_is_no_other_text(pipe: Pipeline) -> None:
+def test_progress_must_be_a_known_word(pipe: Pipeline) -> None:
     with pytest.raises(RequestError, match="progress='yes': True, False, None or 'previews'"):
         pipe("a whale", progress="yes")  # type: ignore[call-overload]
 
@@ -107,7 +107,7 @@ def test_the_form_makes_what_a_call_makes(pipe: Pipeline) -> None:
     assert np.array_equal(form.video.frames, truth.frames)
 
 
-def test_what_is_wrong_is_said_in_the_form(pipe: Pipeline) -> None:
+def test_the_form_shows_what_is_wrong(pipe: Pipeline) -> None:
     pytest.importorskip("ipywidgets")
     form = pipe.widget()
     form.fields["seed"].value = "<b>"

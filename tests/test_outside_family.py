@@ -302,9 +302,9 @@ def test_the_checkpoint_becomes_the_familys_tables_and_weights(
         Bundle.open(changed)
 
 
-def test_a_checkpoint_of_no_family_is_refused(tidepool: SimpleNamespace, tmp_path: Path) -> None:
+def test_a_checkpoint_that_no_family_recognises_is_refused(tidepool: SimpleNamespace, tmp_path: Path) -> None:
     save_file({"colour": torch.zeros(1)}, tmp_path / "other.safetensors")
-    with pytest.raises(CheckpointError, match=r"of none of the families .*higen, .*tidepool"):
+    with pytest.raises(CheckpointError, match=r"no installed family recognises this .*higen, .*tidepool"):
         convert_sources([tmp_path / "other.safetensors"], tmp_path / "model")
     with pytest.raises(CheckpointError, match="not a Tidepool checkpoint"):
         convert_sources([tmp_path / "other.safetensors"], tmp_path / "model", family="tidepool")
@@ -508,14 +508,14 @@ def by_cpp(built: Path, model: Path, options: Options_, folder: Path) -> np.ndar
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_cpp_makes_pythons_frames(
+def test_cpp_and_python_make_the_same_frames(
     built: Path, by_torch: Pipeline, exported: Exported, case: str, tmp_path: Path
 ) -> None:  # fmt: skip
     assert apart(by_cpp(built, exported.path, CASES[case], tmp_path), result(by_torch, CASES[case])[1]) <= 1
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2**32, 2**64 - 1])
-def test_cpp_makes_pythons_frames_for_every_seed(
+def test_cpp_and_python_make_the_same_frames_for_every_seed(
     built: Path, by_torch: Pipeline, exported: Exported, seed: int, tmp_path: Path
 ) -> None:  # fmt: skip
     options = {"seed": seed, "frames": 3}

@@ -107,11 +107,11 @@ def assert_same(found: Result, expected: Result) -> None:
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_frames_are_pythons(server: Server, pipeline: Pipeline, case: str) -> None:
+def test_frames_equal_pythons(server: Server, pipeline: Pipeline, case: str) -> None:
     assert_same(served(server, **CASES[case]), alone(pipeline, **CASES[case]))
 
 
-def test_several_at_once_are_what_they_are_alone(server: Server, pipeline: Pipeline) -> None:
+def test_several_at_once_equal_single_requests(server: Server, pipeline: Pipeline) -> None:
     """Steps of several requests share batches. The decoder and the encoders get one sample at a time."""
     requests = [{**CASES[name], "seed": 70 + i} for i, name in enumerate(CASES)]
     with ThreadPoolExecutor(len(requests)) as threads:

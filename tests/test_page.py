@@ -190,7 +190,7 @@ def test_a_picture_is_dropped_and_comes_again(server: Server, chromium: Any) -> 
     visit.close()
 
 
-def test_a_refusal_is_said_and_its_field_is_marked(server: Server, chromium: Any) -> None:
+def test_a_refusal_is_shown_and_its_field_is_marked(server: Server, chromium: Any) -> None:
     visit = Visit(chromium, server.url)
     page = visit.open()
     cards = page.locator(".card").count()

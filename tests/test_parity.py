@@ -136,7 +136,7 @@ def test_folders_are_found_below(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "tensor", ["out", "out_f64", "context", "time_emb", "motion_emb", "appearance_emb", "emb_sum", "input_blocks.0"]
 )
-def test_a_changed_tensor_fails_its_case_alone(tmp_path: Path, tensor: str) -> None:
+def test_a_changed_tensor_fails_only_its_case(tmp_path: Path, tensor: str) -> None:
     def change(tensors: dict[str, Tensor]) -> None:
         values = tensors[f"spatial_b1_8x8_arbcond/{tensor}"].flatten()
         values[-1] += 1e-3 * values.abs().max()
@@ -307,12 +307,12 @@ def test_not_a_directory(tmp_path: Path, where: str) -> None:
         run(small_copy(tmp_path) / where)
 
 
-def test_empty_directory_is_no_pass(tmp_path: Path) -> None:
+def test_empty_directory_does_not_pass(tmp_path: Path) -> None:
     with pytest.raises(FixtureError, match="no fixtures"):
         run(tmp_path)
 
 
-def test_only_without_a_match_is_no_pass(tmp_path: Path) -> None:
+def test_only_without_a_match_does_not_pass(tmp_path: Path) -> None:
     with pytest.raises(FixtureError, match="only='temporal'"):
         run(small_copy(tmp_path), only="temporal")
 

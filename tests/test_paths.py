@@ -54,7 +54,7 @@ def test_a_home_folder(home: Path, given: Any, path: str) -> None:
 
 
 @pytest.mark.parametrize("given", [None, 3, b"bytes", ["a"], np.zeros(3), object()], ids=lambda g: type(g).__name__)
-def test_what_is_no_path(given: Any) -> None:
+def test_invalid_paths(given: Any) -> None:
     with pytest.raises(RequestError, match=r"^model=.*: a path, as a text or a pathlib\.Path"):
         given_path(given, "model")
 
@@ -116,7 +116,7 @@ def test_a_model_loaded_by_a_relative_path_survives_a_change_of_the_folder(
 def test_a_pipe_in_place_of_a_file_is_refused(tmp_path: Path) -> None:
     pipe = tmp_path / "higen.json"
     os.mkfifo(pipe)
-    with pytest.raises(ManifestError, match="no plain file"):
+    with pytest.raises(ManifestError, match="not a regular file"):
         higen.load(tmp_path)
     with pytest.raises(RequestError, match=r"^image"):
         higen.load(prepare=False).request("a heart", image=pipe)

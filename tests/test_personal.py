@@ -130,7 +130,7 @@ def test_the_difference_is_added(folder: Path, plain: Bundle, tmp_path: Path, fo
     assert options["spatial"].name in got.manifest.licence
 
 
-def test_which_tensors_changed_is_said(folder: Path, plain: Bundle, tmp_path: Path) -> None:
+def test_the_changed_tensors_are_reported(folder: Path, plain: Bundle, tmp_path: Path) -> None:
     state = load_file(folder / "base.safetensors")
     state[f"{PREFIX}middle_block.1.transformer_blocks.0.attn2.to_k.weight"] += 1
     state[f"{PREFIX}out.2.bias"] += 1
@@ -234,8 +234,8 @@ def test_both_on_the_command_line(folder: Path, adapter: tuple[Path, State], tmp
         ({"spatial": "fine.safetensors", "base": "base"}, r"fine\.safetensors: a single file .* --prediction v"),
         ({"spatial": "fine.safetensors", "base": "base", "prediction": "epsilon"}, r"it predicts epsilon"),
         ({"spatial": "fine", "base": "base", "prediction": "epsilon"}, r"its scheduler says 'v'"),
-        ({"spatial": "fine"}, r"--base BASE: both"),
-        ({"base": "fine"}, r"--base BASE: both"),
+        ({"spatial": "fine"}, r"--base BASE: give both"),
+        ({"base": "fine"}, r"--base BASE: give both"),
         ({"prediction": "v"}, r"prediction='v'"),
         ({"spatial": "base", "base": "base"}, r"changes nothing"),
         ({"spatial": "none.ckpt", "base": "base"}, r"none\.ckpt: no such file"),
@@ -269,7 +269,7 @@ def test_other_models_are_refused(folder: Path, tmp_path: Path, changes: dict[st
     assert not (tmp_path / "model").exists()
 
 
-def test_weights_that_are_no_numbers(folder: Path, tmp_path: Path) -> None:
+def test_weights_that_are_not_numbers(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder / "fine", tmp_path / "fine")
     file = next((tmp_path / "fine" / "unet").glob("*.safetensors"))
     state = load_file(file)

@@ -182,7 +182,7 @@ def test_decoding_in_chunks_is_decoding_at_once(pipe: Pipeline) -> None:
     np.testing.assert_array_equal(in_chunks[1], pipe.decode(z[1:], pipe.request("a star", frames=5))[0])
 
 
-def test_frames_are_told_as_they_are_decoded(pipe: Pipeline) -> None:
+def test_frames_are_reported_as_they_are_decoded(pipe: Pipeline) -> None:
     stream = pipe.stream(["a whale", "a star"], frames=5, steps=1)
     frames = [event for event in stream if isinstance(event, Frames)]
     assert [(f.video, f.first, len(f.frames)) for f in frames] == [
@@ -227,7 +227,7 @@ def test_steps_and_guidance_of_each_stage(tapped: tuple[Pipeline, Taps]) -> None
     assert [given["guidance"].tolist() for given in backend.of("temporal_unet")] == [[[0.0] * 4]] * 3
 
 
-def test_guidance_one_is_the_prompt_alone(pipe: Pipeline) -> None:
+def test_guidance_one_uses_only_the_prompt(pipe: Pipeline) -> None:
     """At guidance 1 the branch of the negative prompt has weight 0."""
     plain = latents(pipe, "a whale", guidance=1.0)
     np.testing.assert_allclose(plain, latents(pipe, "a whale", guidance=1.0, negative_prompt="a star"), atol=1e-5)
@@ -347,7 +347,7 @@ def bad_pictures(folder: Path) -> dict[str, Any]:
     }
 
 
-def test_pictures_that_are_none(recorded: tuple[Pipeline, RecordingBackend], tmp_path: Path) -> None:
+def test_invalid_pictures(recorded: tuple[Pipeline, RecordingBackend], tmp_path: Path) -> None:
     pipeline, backend = recorded
     for name, bad in bad_pictures(tmp_path).items():
         with pytest.raises(RequestError, match=r"^image"):
@@ -410,7 +410,7 @@ def test_a_stream_gives_every_step_then_the_frames_then_the_videos(pipe: Pipelin
     assert len(stream.videos) == 2
 
 
-def test_looking_does_not_change_the_result(pipe: Pipeline) -> None:
+def test_reading_the_stream_does_not_change_the_result(pipe: Pipeline) -> None:
     looked = pipe.stream("a whale")
     for _ in looked:
         looked.preview()
@@ -505,7 +505,7 @@ def test_an_unknown_option_is_named_and_the_known_are_listed(pipe: Pipeline) -> 
 
 def test_a_prompt_that_is_too_long_is_cut_with_a_warning(pipe: Pipeline) -> None:
     long = "a blue whale swimming , a red heart beating , a green star"
-    with pytest.warns(PromptWarning, match=r"13 tokens and the model reads 10: cut off is 'a', 'green', 'star'"):
+    with pytest.warns(PromptWarning, match=r"13 tokens, but the model reads 10; words cut off: 'a', 'green', 'star'"):
         cut = latents(pipe, long)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -517,7 +517,7 @@ def test_an_unknown_word_is_a_warning(pipe: Pipeline) -> None:
         pipe("a blue submarine")
 
 
-def test_values_that_are_no_numbers_are_an_error(tiny_model: Path) -> None:
+def test_values_that_are_not_numbers_are_an_error(tiny_model: Path) -> None:
     class Broken(RecordingBackend):
         def run(self, stage: str, /, **tensors: Any) -> Mapping[str, Any]:
             return {name: value + np.nan for name, value in super().run(stage, **tensors).items()}
@@ -576,9 +576,7 @@ def test_a_bar_for_each_loop(pipe: Pipeline, capsys: pytest.CaptureFixture[str])
 
 
 @pytest.mark.parametrize("progress", [None, False])
-def test_no_bars_where_nobody_watches(
-    pipe: Pipeline, capsys: pytest.CaptureFixture[str], progress: bool | None
-) -> None:
+def test_no_bars_without_a_terminal(pipe: Pipeline, capsys: pytest.CaptureFixture[str], progress: bool | None) -> None:
     pipe("a whale", progress=progress)
     assert capsys.readouterr().err == ""
 

@@ -64,7 +64,7 @@ PORTABLE = {"target": "rtx", "architectures": (80, 86, 89, 120)}
 CLASSIC = {"target": "tensorrt-sm89", "flavour": "tensorrt", "library": "10.13.3"}
 
 
-def test_a_plan_for_this_gpu_alone_comes_before_a_portable_one() -> None:
+def test_a_plan_for_only_this_gpu_comes_before_a_portable_one() -> None:
     assert chosen(plan(**PORTABLE), plan()) == "rtx-sm89"
     assert chosen(plan(**PORTABLE), plan(), architecture=86) == "rtx"
 
@@ -128,7 +128,7 @@ def test_a_plans_tensors_are_the_tables() -> None:
         PlanTensor("pixels", "output", "float32", (-1, 4, -1, -1)),
         PlanTensor("pixels", "output", "float32", (-1, 3, -1)),
     ):
-        with pytest.raises(Malformed, match="not those of the record"):
+        with pytest.raises(Malformed, match="differ from those in its record"):
             check_interface(plan(), stage, (tensors[0], changed))
 
 

@@ -51,7 +51,7 @@ def test_a_notebook_is_watched(monkeypatch: pytest.MonkeyPatch, capsys: pytest.C
 
 
 @pytest.mark.parametrize("shell", [None, Terminal()])
-def test_ipython_without_a_kernel_is_a_terminal_or_none(
+def test_ipython_without_a_kernel_is_watched_only_in_a_terminal(
     shell: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     ipython(monkeypatch, shell)

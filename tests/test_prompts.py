@@ -196,7 +196,7 @@ def test_a_prompt_without_syntax_is_read_as_before(clip: PromptTokenizer) -> Non
 def test_what_is_beyond_the_last_chunk_is_cut(clip: PromptTokenizer, chunks: int, most: str) -> None:
     tokenizer = PromptTokenizer(clip.tokenizer, replace(clip.rules, chunks=chunks))
     for prompt in ("word " * (75 * chunks) + "(lost:1.2) more", "a BREAK " * chunks + "(lost:1.2) more"):
-        with pytest.warns(PromptWarning, match=f"reads {most}: cut off is 'lost', 'more'"):
+        with pytest.warns(PromptWarning, match=f"reads {most}; words cut off: 'lost', 'more'"):
             read = tokenizer.read(prompt)
         assert len(read.ids) == chunks
     assert len(tokenizer.read("word " * (75 * chunks) + "BREAK").ids) == chunks
@@ -241,7 +241,7 @@ def test_old_files_lack_the_keys_and_stay_as_they_are() -> None:
 def test_rules_that_do_not_fit_the_stages_are_refused() -> None:
     good = manifest()
     assert good.text is not None
-    with pytest.raises(ManifestError, match="'T' is no size"):
+    with pytest.raises(ManifestError, match="'T': a size"):
         replace(good, text=replace(good.text, chunks=1))
     with pytest.raises(ManifestError, match="weights"):
         replace(good.text, weights="commas")  # type: ignore[arg-type]

@@ -132,7 +132,7 @@ def test_layers_that_there_was_no_time_for_stay_as_they_are(
 
 
 @pytest.mark.parametrize("size", ["256", "0x64", "64x-64", "64x64x3", "axb"])
-def test_a_size_that_is_none_is_one_error(model: Path, size: str) -> None:
+def test_an_invalid_size_is_one_error(model: Path, size: str) -> None:
     done = CliRunner().invoke(main, ["quantize", str(model), "--precision", "int8", "--size", size])
     assert done.exit_code == 2
     assert f"size='{size}': WIDTHxHEIGHT in pixels, as 256x256" in done.output
@@ -166,7 +166,7 @@ def test_a_full_disk_is_one_error(model: Path, calls: Any, monkeypatch: pytest.M
     assert not list(model.glob(".*part"))
 
 
-def test_wrong_wishes_are_refused(model: Path, calls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_options_are_refused(model: Path, calls: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("higen.export.quantize.record_calls", None)  # it takes minutes and must not be called
     bundle = Bundle.open(model)
     with pytest.raises(RequestError, match="precision='int4': one of 'int8'"):

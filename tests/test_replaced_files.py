@@ -88,7 +88,7 @@ def test_weights_that_are_written_to_are_noticed_before_the_next_run(backend: Ba
         result(backend)
 
 
-def test_the_same_contents_are_no_change(backend: Backend, model: Path) -> None:
+def test_the_same_contents_are_not_a_change(backend: Backend, model: Path) -> None:
     before = result(backend)
     os.link(model / WEIGHTS, model / "link")  # as a Triton repository does
     (model / WEIGHTS).chmod(0o600)

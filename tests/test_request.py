@@ -115,7 +115,7 @@ def test_a_value_for_each_loop_may_leave_some_at_their_default() -> None:
     assert made.solvers == ("dpm++2m", "ddim")
 
 
-def test_numbers_of_numpy_become_pythons() -> None:
+def test_numpy_numbers_become_python_numbers() -> None:
     made = request(
         seed=np.uint64(MAX_SEED), steps=np.int32(3), guidance=np.float32(1.5), frames=np.int64(2), width=np.int16(8),
         offset_noise=np.float64(0.5),
@@ -301,7 +301,7 @@ def test_a_models_list_of_guidance_is_spread_over_the_frames(frames: int, scales
     np.testing.assert_allclose(film, np.linspace(1, 3, frames) if scales is None else scales)
 
 
-def test_a_loop_without_guidance_takes_one_alone() -> None:
+def test_a_loop_without_guidance_takes_only_one() -> None:
     lone = changed(MANIFEST, "draft", guided=None, guidance=1.0)
     assert request(manifest=lone).guidance[0] == 1.0
     assert request(manifest=lone, guidance=[1, 2.0]).guidance == (1.0, 2.0)
@@ -422,7 +422,7 @@ def test_a_picture_that_a_loop_cannot_do_without() -> None:
     request(manifest=seeing, sketch=np.zeros((8, 12, 3), np.uint8))
 
 
-def test_a_picture_that_a_stand_in_needs_besides() -> None:
+def test_a_further_picture_that_a_replacement_needs() -> None:
     """A start from a clip may need further pictures besides that clip."""
     both = changed(MANIFEST, "film", start=Start("footage", "look.seen", 0.5))
     clip = np.zeros((5, 8, 12, 3), np.uint8)
@@ -512,7 +512,7 @@ def test_half_precision_and_lists_of_scalars_too() -> None:
         {"frames": np.array(True)},
     ],
 )
-def test_a_truth_value_is_no_number(options: dict[str, Any]) -> None:
+def test_a_truth_value_is_not_a_number(options: dict[str, Any]) -> None:
     with pytest.raises(RequestError, match=f"^{next(iter(options))}="):
         request(**options)
 

@@ -287,7 +287,7 @@ BEGINS: dict[str, Made] = {
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # diffusers' warning
 @pytest.mark.parametrize("strength", [0.25, 0.6, 1.0])
 @pytest.mark.parametrize("name", BEGINS)
-def test_a_begin_in_the_tail_is_diffusers_begin_index(name: str, strength: float) -> None:
+def test_a_start_in_the_tail_equals_diffusers_begin_index(name: str, strength: float) -> None:
     """As in diffusers' image-to-image: noise is added at the first timestep of the tail, and the tail is run."""
     solver, make = BEGINS[name]
     steps, kind = 20, {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012}

@@ -106,13 +106,13 @@ def test_higens_tables_of_four_steps() -> None:
 
 
 @pytest.mark.parametrize("steps", DIVISORS)
-def test_higens_grid_is_the_references_where_steps_divide_1000(steps: int) -> None:
+def test_higens_grid_equals_the_references_where_steps_divide_1000(steps: int) -> None:
     reference = np.clip(np.arange(0, 1000, 1000 // steps) + 1, 0, 999)[::-1]
     assert solver_table(ZERO_SNR, "v", HIGEN_DDIM, steps).t.tolist() == reference.tolist()
 
 
 @pytest.mark.parametrize("steps", [n for n in DIVISORS if n < 500])
-def test_ddim_is_the_references_step_by_step(steps: int) -> None:
+def test_ddim_equals_the_references_step_by_step(steps: int) -> None:
     """The reference's ddim_sample, with its form of eps: (x / sqrt(abar) - x0) / sqrt(1 / abar - 1)."""
     abar, made = alphas_cumprod(ZERO_SNR), solver_table(ZERO_SNR, "v", HIGEN_DDIM, steps)
     x, v = np.random.default_rng(steps).standard_normal((2, 64))

@@ -153,7 +153,7 @@ def theirs_of(solver: str) -> Iterator[Solver]:
 
 
 @pytest.mark.parametrize("solver", [s for name in SOLVERS for s in theirs_of(name)], ids=str)
-def test_every_table_is_diffusers_in_double(solver: Solver) -> None:
+def test_every_table_equals_diffusers_in_double(solver: Solver) -> None:
     """diffusers' own code with float64 in place of float32, so that any difference is in a formula, not in rounding."""
     for schedule, zero_terminal_snr, prediction in product((SD, LINEAR, COSINE), (False, True), TYPES):
         unknown = solver.name == "heun" or prediction == "epsilon" if zero_terminal_snr else False
@@ -194,14 +194,14 @@ AS_THEY_ROUND = [
     [(*c, 2e-5) for c in AS_THEY_RUN] + [(*c, 1e-4) for c in AS_THEY_ROUND],
     ids=str,
 )
-def test_the_fields_configurations_are_diffusers_as_they_run(
+def test_the_usual_configurations_equal_diffusers_as_they_run(
     schedule: NoiseSchedule, prediction: str, solver: Solver, tolerance: float, steps: int
 ) -> None:
     assert compare(schedule, prediction, solver, steps, np.float32) <= tolerance
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 10, 14, 25, 50])
-def test_svd_is_diffusers(steps: int) -> None:
+def test_svd_equals_diffusers(steps: int) -> None:
     """The scheduler of Stable Video Diffusion's folder. Its states reach 700, so few float32 steps lose up to 4e-5."""
     made = solver_table(SVD, "v", Solver("euler", "karras"), steps)
     for dtype, tolerance in ((np.float64, 1e-9), (np.float32, 2e-5 if steps > 2 else 1e-4)):
@@ -229,7 +229,7 @@ def test_svd_is_diffusers(steps: int) -> None:
     ("name", "theirs"),
     [("euler", diffusers.EDMEulerScheduler), ("dpm++2m", diffusers.EDMDPMSolverMultistepScheduler)],
 )
-def test_edm_is_diffusers_of_unit_data(schedule: NoiseSchedule, name: str, theirs: Any, steps: int) -> None:
+def test_edm_equals_diffusers_for_unit_data(schedule: NoiseSchedule, name: str, theirs: Any, steps: int) -> None:
     """With sigma_data 1, EDM's preconditioning is v-prediction."""
     with precision(theirs, np.float64):
         scheduler = theirs(
@@ -248,7 +248,7 @@ def test_edm_is_diffusers_of_unit_data(schedule: NoiseSchedule, name: str, their
 @pytest.mark.parametrize("steps", [1, 2, 4, 10, 25, 50])
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 @pytest.mark.parametrize("spacing", ["linspace", "trailing"])
-def test_flow_matching_is_diffusers(spacing: str, shift: float, steps: int) -> None:
+def test_flow_matching_equals_diffusers(spacing: str, shift: float, steps: int) -> None:
     grid = {"sigmas": np.linspace(1.0, 1.0 / steps, steps)} if spacing == "trailing" else {}
     with precision(diffusers.FlowMatchEulerDiscreteScheduler, np.float64):
         scheduler = diffusers.FlowMatchEulerDiscreteScheduler(shift=shift)
@@ -271,7 +271,7 @@ def test_flow_matching_is_diffusers(spacing: str, shift: float, steps: int) -> N
     ],
     ids=str,
 )
-def test_a_tail_is_diffusers_from_its_begin_index(solver: Solver, first: int) -> None:
+def test_a_tail_equals_diffusers_from_its_begin_index(solver: Solver, first: int) -> None:
     z, n = np.random.default_rng(3).standard_normal((2, *X_T.shape))
     with precision(SCHEDULERS[solver.name], np.float64):
         scheduler = scheduler_of(SD, "epsilon", solver)

@@ -99,10 +99,10 @@ def test_curves_in_words_and_numbers_spread_over_the_scene(pipe: Pipeline) -> No
             "transition='wipe': one of",
         ),
         (script({"prompt": "a", "transition": "crossfade"}), "the first scene has none before it"),
-        (script({"prompt": "a", "fade": 1}), "the seconds of a crossfade, and this is a cut"),
+        (script({"prompt": "a", "fade": 1}), "only for transition='crossfade', not 'cut'"),
         (
             script({"prompt": "a"}, {"prompt": "a", "transition": "continue", "seconds": 0.1}),
-            r"scenes\[1\]: transition='continue': a scene of 2 frames or more",
+            r"scenes\[1\]: transition='continue': needs a scene of at least 2 frames",
         ),
         (
             script({"prompt": "a"}, {"prompt": "a", "transition": "crossfade", "fade": 9}),
@@ -133,7 +133,7 @@ def test_a_wrong_script_names_its_key_and_what_is_allowed(pipe: Pipeline, data: 
         ({"prompt": "a", "steps": 0}, r"scenes\[1\]: steps=0"),
         (
             {"prompt": "a", "transition": "continue", "keyframes": {"-4": "a.png"}, "seconds": 0.5},
-            r"scenes\[1\]: keyframes: frame 0: transition='continue' gives it",
+            r"scenes\[1\]: keyframes: frame 0 is already given by transition='continue'; leave it out",
         ),
     ],
 )

@@ -52,7 +52,7 @@ def test_a_read_only_folder_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", ["header", "page"])
-def test_a_corrupt_queue_is_copied_and_left_alone(tmp_path: Path, damage: str) -> None:
+def test_a_corrupt_queue_is_copied_and_not_changed(tmp_path: Path, damage: str) -> None:
     folder = tmp_path / "data"
     server = Server(folder)
     for number in range(20):
@@ -73,7 +73,7 @@ def test_a_corrupt_queue_is_copied_and_left_alone(tmp_path: Path, damage: str) -
         assert [path.read_bytes() for path in copies] == [data]
 
 
-def test_a_queue_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
+def test_a_queue_of_a_newer_version_is_not_changed(tmp_path: Path) -> None:
     tmp_path.joinpath("data").mkdir()
     with sqlite3.connect(tmp_path / "data" / "jobs.sqlite") as db:
         db.execute("CREATE TABLE jobs (x)")
@@ -82,7 +82,7 @@ def test_a_queue_of_a_newer_version_is_left_alone(tmp_path: Path) -> None:
     assert "version 9" in failed(tmp_path / "data")
 
 
-def test_jobs_outlive_the_process(tmp_path: Path) -> None:
+def test_jobs_survive_a_restart_of_the_process(tmp_path: Path) -> None:
     """After kill -9, finished jobs are still there, unfinished jobs run again, waiting jobs run, and files that the
     server did not write stay.
     """

@@ -129,15 +129,15 @@ def test_products_in_8_bits_are_exact_without_vnni() -> None:
 @pytest.mark.parametrize(
     ("machine", "listed", "said"),
     [
-        ("x86_64", "flags\t\t: fpu avx2 avx512f avx512_vnni", "unsigned by signed, with VNNI"),
-        ("AMD64", "flags : avx2 avx_vnni", "unsigned by signed, with VNNI"),
-        ("x86_64", "flags : fpu avx2 avx512f", "unsigned by unsigned, for it has no VNNI: the same numbers, slower"),
-        ("x86_64", "", "unsigned by signed with VNNI, else unsigned by unsigned"),
-        ("x86_64", None, "unsigned by signed with VNNI, else unsigned by unsigned"),
+        ("x86_64", "flags\t\t: fpu avx2 avx512f avx512_vnni", "unsigned by signed (with VNNI)"),
+        ("AMD64", "flags : avx2 avx_vnni", "unsigned by signed (with VNNI)"),
+        ("x86_64", "flags : fpu avx2 avx512f", "unsigned by unsigned (same results, but slower without VNNI)"),
+        ("x86_64", "", "unsigned by signed (with VNNI), otherwise unsigned by unsigned"),
+        ("x86_64", None, "unsigned by signed (with VNNI), otherwise unsigned by unsigned"),
         ("aarch64", "Features : fp asimd bf16 i8mm", "signed by signed"),
     ],
 )
-def test_the_kernels_are_said(
+def test_the_kernels_are_reported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, machine: str, listed: str | None, said: str
 ) -> None:
     play(monkeypatch, tmp_path, listed)
@@ -155,7 +155,9 @@ def test_the_kernels_are_said(
         (None, None),
     ],
 )
-def test_bfloat16_is_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: str | None, has: object) -> None:
+def test_support_of_bfloat16_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: str | None, has: object
+) -> None:
     play(monkeypatch, tmp_path, listed)
     assert cpu.has_bf16() is has
 

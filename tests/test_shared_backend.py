@@ -89,7 +89,7 @@ def denoising(pipeline: Pipeline) -> list[int]:
 
 
 @pytest.mark.parametrize("slots", [1, 3, 16])
-def test_each_request_gets_what_it_gets_alone(pipeline: Pipeline, slots: int) -> None:
+def test_each_request_gets_the_same_as_alone(pipeline: Pipeline, slots: int) -> None:
     alone = [generate(pipeline, arguments) for arguments in REQUESTS]
     calls = len(denoising(pipeline))
     pipeline.backend.calls.clear()
@@ -205,7 +205,7 @@ def test_cancelling_frees_the_slot_at_once(pipeline: Pipeline) -> None:
         assert backend.load == (0, 0)
 
 
-def test_one_in_line_can_be_cancelled(pipeline: Pipeline) -> None:
+def test_a_waiting_request_can_be_cancelled(pipeline: Pipeline) -> None:
     with shared(pipeline, slots=1) as backend, backend.request():
         second = backend.request()
         second.enter()
@@ -216,7 +216,7 @@ def test_one_in_line_can_be_cancelled(pipeline: Pipeline) -> None:
         assert backend.load == (1, 0)
 
 
-def test_a_full_line_says_to_try_again(pipeline: Pipeline) -> None:
+def test_a_full_queue_says_to_try_again(pipeline: Pipeline) -> None:
     with shared(pipeline, slots=1, line=0) as backend:
         with backend.request(), pytest.raises(RetryLater, match="try again later"):
             backend.request().enter()
@@ -224,7 +224,7 @@ def test_a_full_line_says_to_try_again(pipeline: Pipeline) -> None:
             pass
 
 
-def test_closing_tells_those_who_wait(pipeline: Pipeline) -> None:
+def test_closing_fails_the_waiting_requests(pipeline: Pipeline) -> None:
     gate = Gate(pipeline.manifest)
     backend = SharedBackend(gate, pipeline.manifest, Batcher(2, rows(pipeline), 1))
     requests = [backend.request() for _ in range(3)]  # in a running batch, behind it, in the queue

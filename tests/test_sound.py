@@ -47,7 +47,7 @@ def test_other_formats_have_theirs(tmp_path: Path, name: str, codec: str, form: 
     np.testing.assert_allclose(sound.samples[:, 0], TONE, atol=near)
 
 
-def test_a_part_begins_and_ends_where_it_is_told_to(tmp_path: Path) -> None:
+def test_a_part_begins_and_ends_at_the_given_times(tmp_path: Path) -> None:
     wav = write_wav(tmp_path / "a.wav", TONE)
     flac = encoded(tmp_path / "a.flac", TONE, "flac", "s16")
     whole = read_sound(wav).samples
@@ -86,7 +86,7 @@ def test_onsets_are_where_sounds_begin() -> None:
         ("mute", "there is no sound in it"),
     ],
 )
-def test_what_is_no_sound_is_one_error(tmp_path: Path, content: bytes | str | None, reason: str) -> None:
+def test_a_file_without_sound_is_one_error(tmp_path: Path, content: bytes | str | None, reason: str) -> None:
     path = tmp_path / "a.wav"
     if isinstance(content, bytes):
         path.write_bytes(content)

@@ -120,7 +120,7 @@ def test_similarities() -> None:
     np.testing.assert_array_equal(made[0], similarity_rows("drift", matrix, 5, 6))
 
 
-def test_a_loops_own_value_of_a_control_holds_in_that_loop_alone() -> None:
+def test_a_loops_own_value_of_a_control_holds_only_in_that_loop() -> None:
     sources = sources_of(request_of(shake=2))
     for place, wanted in ((Place(0, 1, DRAFT), [[0.0]]), (Place(0, 5, FILM), [[2.0] * 5]), (Place(0, 5), [[2.0] * 5])):
         assert value(sources, ("B", "F"), "control:shake", place).tolist() == wanted
@@ -144,7 +144,7 @@ def test_a_picture_is_the_samples_own() -> None:
 
 
 @pytest.mark.parametrize("size", [(3, 4), (16, 5), (8, 12)])
-def test_a_resampled_picture_is_diffusers(size: tuple[int, int]) -> None:
+def test_a_resampled_picture_equals_diffusers(size: tuple[int, int]) -> None:
     request = request_of(sketch=PICTURES[0])
     made = value(sources_of(request), ("B", 3, *size), "picture:sketch:clip", Place(0, 1, DRAFT))
     pixels = torch.from_numpy(request.controls["sketch"][0].pixels)[None]
@@ -187,7 +187,7 @@ def test_pixels_of_a_stage_are_a_picture_as_if_they_had_been_saved() -> None:
     assert len(backend.of("brush")) == 1
 
 
-def test_pixels_that_are_no_numbers_are_no_picture() -> None:
+def test_pixels_that_are_not_numbers_are_refused() -> None:
     noisy = Tensor("dots", ("N", 3, "Y", "X"), source="noise:5")
     brush = Stage("brush", "w.safetensors", (noisy,), (Output("pixels", noisy.shape),))
     manifest = replace(MANIFEST, stages=(*MANIFEST.stages, brush))
@@ -339,7 +339,7 @@ def test_a_long_chain_of_stages_that_each_feed_the_next_twice_is_run_once() -> N
 # What is kept between requests
 
 
-def test_what_depends_on_texts_and_numbers_alone_is_kept() -> None:
+def test_results_from_only_texts_and_numbers_are_kept() -> None:
     backend, kept = Formulas(), BoundedCache[dict[str, Any]](8)
     draft = MANIFEST.stage("draft_two")
     first = sources_of(request_of("a", seed=1), backend, kept).batch(draft, DRAFT)
@@ -352,7 +352,7 @@ def test_what_depends_on_texts_and_numbers_alone_is_kept() -> None:
 
 
 @pytest.mark.parametrize("source", ["picture:sketch", "noise:5", "clip:footage"])
-def test_what_depends_on_pictures_or_noise_is_not_kept(source: str) -> None:
+def test_results_from_pictures_or_noise_are_not_kept(source: str) -> None:
     shape = ("N", 3, "Y", "X") if source == "clip:footage" else ("B", 3, "Y", "X")
     extra = Tensor("more", shape, source=source)
     manifest = changed(MANIFEST, "mixer", inputs=(*MANIFEST.stage("mixer").inputs, extra), batch=False)

@@ -376,7 +376,7 @@ def test_names_of_a_single_file_are_those_that_diffusers_reads(linear: bool) -> 
 # C++ makes the same pictures.
 
 
-def test_cpp_makes_pythons_picture(built: Path, model: Bundle, by_graphs: Pipeline, tmp_path: Path) -> None:
+def test_cpp_and_python_make_the_same_picture(built: Path, model: Bundle, by_graphs: Pipeline, tmp_path: Path) -> None:
     wanted = by_graphs(PROMPT, seed=SEED, steps=6, width=WIDTH, height=HEIGHT, guidance=3.0).frames
     flags = [f"--seed={SEED}", "--steps=6", f"--width={WIDTH}", f"--height={HEIGHT}", "--guidance=3"]
     output = tmp_path / "picture.npy"
@@ -427,7 +427,7 @@ def test_a_folder_with_a_missing_part(saved: Path, tmp_path: Path, part: str) ->
     tiny.assert_refused(saved, tmp_path, part)
 
 
-def test_weights_that_are_no_numbers(saved: Path, tmp_path: Path) -> None:
+def test_weights_that_are_not_numbers(saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, tmp_path / "hub")
     file = next((tmp_path / "hub" / "unet").glob("*.safetensors"))
     state = load_file(file)

@@ -184,7 +184,7 @@ def test_every_source(text: str, read: Source) -> None:
         *("a.", ".b", "mixer@negative", "state\n", "x" * 10_000),
     ],
 )
-def test_what_is_no_source(text: str) -> None:
+def test_invalid_sources(text: str) -> None:
     with pytest.raises(ManifestError, match=r"^source=.*: state, control:NAME, text:prompt, .*LOOP\.latents$"):
         source(text)
 

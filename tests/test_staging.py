@@ -49,7 +49,7 @@ place.beside('graph').write_text('x')
 {DIE}"""
 
 
-def test_what_a_killed_writer_left_goes_with_the_next(tmp_path: Path) -> None:
+def test_files_of_a_killed_writer_are_removed_by_the_next(tmp_path: Path) -> None:
     killed(LEAVE, tmp_path)
     assert len(names(tmp_path)) == 2
     with whole_file(tmp_path / "a.txt") as temporary:
@@ -78,7 +78,7 @@ def test_what_is_not_ours_stays(tmp_path: Path) -> None:
     assert sorted(str(path) for path in tmp_path.rglob("*")) == before
 
 
-def test_what_a_living_writer_has_stays(tmp_path: Path) -> None:
+def test_files_of_a_running_writer_stay(tmp_path: Path) -> None:
     with staging(tmp_path) as first:
         (first.folder / "half").write_text("x")
         aside = first.beside("graph")
@@ -187,7 +187,7 @@ def test_a_journal_changes_no_file_outside_its_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("at", range(1, 6))
-def test_a_folder_in_the_place_of_another_where_two_cannot_be_exchanged(tmp_path: Path, at: int) -> None:
+def test_a_folder_replaces_another_where_two_cannot_be_exchanged(tmp_path: Path, at: int) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "file").write_text("old")
     code = """
@@ -233,7 +233,7 @@ def test_two_processes_never_change_a_folder_at_once(tmp_path: Path) -> None:
     assert contents(tmp_path) == {"number": "200"}
 
 
-def test_a_killed_holder_gives_the_lock_back(tmp_path: Path) -> None:
+def test_a_killed_holder_releases_the_lock(tmp_path: Path) -> None:
     killed(f"with staging.exclusive(folder):\n    {DIE}", tmp_path)
     assert names(tmp_path) == [".higen-lock"]
     with exclusive(tmp_path):
@@ -314,7 +314,7 @@ def test_a_writer_never_waits_for_its_own_lock(tmp_path: Path) -> None:
     ],
     ids=range(9),
 )
-def test_a_journal_of_another_shape_is_none(tmp_path: Path, journal: str) -> None:
+def test_a_journal_of_another_shape_is_ignored(tmp_path: Path, journal: str) -> None:
     root = tmp_path / staging_module._named("0" * 12)
     (root / "new").mkdir(parents=True)
     (root / "note").write_text(staging_module.TEXT)

@@ -422,7 +422,7 @@ def test_a_single_file_that_does_not_fit(of_published_widths: Path, tmp_path: Pa
 # C++ makes the same frames.
 
 
-def test_cpp_makes_pythons_frames(built: Path, model: Bundle, by_graphs: Pipeline, tmp_path: Path) -> None:
+def test_cpp_and_python_make_the_same_frames(built: Path, model: Bundle, by_graphs: Pipeline, tmp_path: Path) -> None:
     PIL.Image.fromarray(picture(6, 40, 30)).save(tmp_path / "picture.png")
     options: dict[str, Any] = {"seed": SEED, "steps": 4, "frames": 5, "width": WIDTH, "height": HEIGHT, "fps": 9}
     controls: dict[str, Any] = {"motion": [60.0, 70.0, 80.0, 90.0, 100.0], "augmentation": 0.05}
@@ -440,10 +440,13 @@ def test_cpp_makes_pythons_frames(built: Path, model: Bundle, by_graphs: Pipelin
 
 @pytest.fixture(scope="module")
 def drawing(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    """A tiny Stable Diffusion with the graphs that text to image needs."""
+    """A tiny Stable Diffusion of one level, with the graphs that text to image needs."""
     folder = tmp_path_factory.mktemp("drawing")
     scheduler = tiny.scheduler("DDIMScheduler", clip_sample=False, set_alpha_to_one=False, steps_offset=1)
-    saved = tiny.save(tiny.image_pipeline(scheduler), folder / "hub")
+    unet = tiny.image_unet(
+        block_out_channels=(32,), down_block_types=("CrossAttnDownBlock2D",), up_block_types=("CrossAttnUpBlock2D",)
+    )
+    saved = tiny.save(tiny.image_pipeline(scheduler, unet), folder / "hub")
     bundle = convert_sources([saved], folder / "model", dtype="fp32")
     return export_model(bundle, ["text_encoder", "spatial_unet", "vae_decoder"])
 
@@ -537,7 +540,7 @@ def test_graphs_point_to_the_weights_by_their_new_names(drawing: Bundle, model: 
     assert (drawing.path / "unet.safetensors").samefile(composed.path / "unet.safetensors")
 
 
-def test_a_graph_that_cannot_be_written_anew(
+def test_a_graph_that_cannot_be_rewritten(
     drawing: Bundle, model: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "onnx_ir", None)
@@ -569,7 +572,7 @@ def test_a_graph_that_cannot_be_written_anew(
         ("image_encoder/config.json", {"architectures": ["CLIPVisionModel"]}, "CLIPVisionModelWithProjection"),
         ("image_encoder/config.json", {"num_hidden_layers": 5}, "do not fit"),
         ("feature_extractor/preprocessor_config.json", {"image_std": [0.2, 0.0, 0.2]}, "image_std"),
-        ("model_index.json", {"_class_name": "StableVideoDiffusionControlNetPipeline"}, "none of the families"),
+        ("model_index.json", {"_class_name": "StableVideoDiffusionControlNetPipeline"}, "no installed family"),
     ],
     ids=str,
 )
@@ -595,7 +598,7 @@ def test_a_pickle_that_runs_code(saved: Path, tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hub"]
 
 
-def test_weights_that_are_no_numbers(saved: Path, tmp_path: Path) -> None:
+def test_weights_that_are_not_numbers(saved: Path, tmp_path: Path) -> None:
     shutil.copytree(saved, tmp_path / "hub")
     file = next((tmp_path / "hub" / "image_encoder").glob("*.safetensors"))
     state = load_file(file)

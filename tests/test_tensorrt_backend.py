@@ -214,7 +214,7 @@ def test_a_builder_asks_each_library_for_what_it_has(machine: Machine) -> None:
     assert "Searching for input" not in log
 
 
-def test_a_plan_that_fits_is_kept_and_a_changed_wish_builds_again(rtx: Machine) -> None:
+def test_a_plan_that_fits_is_kept_and_a_changed_option_builds_again(rtx: Machine) -> None:
     first = rtx.build("vae_decoder", "vae_encoder")
     assert rtx.build("vae_decoder", "vae_encoder") == first
     again = rtx.build("vae_decoder", frames=2, options=Options(workspace=1))
@@ -473,7 +473,7 @@ def guided_inputs(bundle: Bundle, **changed: Any) -> dict[str, Any]:
     return {**given, "t": np.float32([7]), "guidance": np.full_like(given["guidance"], 3.0), **changed}
 
 
-def test_a_loops_other_stage_stands_in_for_one_without_an_engine(rtx: Machine, expected: np.ndarray[Any, Any]) -> None:
+def test_a_loops_other_stage_replaces_one_without_an_engine(rtx: Machine, expected: np.ndarray[Any, Any]) -> None:
     """Running both branches of guidance on the GPU is better than running a single branch on the CPU."""
     rtx.build("temporal_unet", "vae_decoder")
     with warnings.catch_warnings():
@@ -508,7 +508,7 @@ def test_only_the_engine_that_is_needed_is_loaded(rtx: Machine) -> None:
     backend.close()
 
 
-def test_a_broken_engine_is_stood_in_for_with_a_warning(rtx: Machine) -> None:
+def test_a_broken_engine_is_replaced_with_a_warning(rtx: Machine) -> None:
     rtx.build("temporal_unet", "temporal_unet_plain")
     plan = rtx.model / "engines" / "rtx-sm89" / "temporal_unet_plain.engine"
     plan.write_bytes(plan.read_bytes()[:-1])
@@ -534,7 +534,7 @@ def older(rtx: Machine) -> Machine:
     return rtx
 
 
-def test_an_older_engine_is_fed_what_it_takes(older: Machine, original: Path) -> None:
+def test_an_older_engine_gets_inputs_in_its_own_form(older: Machine, original: Path) -> None:
     backend, given = older.backend(), guided_inputs(Bundle.open(original))
     found = {name: value.numpy() for name, value in backend.run("temporal_unet", **given).items()}
     for name, value in by_graph(Bundle.open(original), "temporal_unet", given).items():
@@ -552,7 +552,7 @@ def test_an_older_engine_is_fed_what_it_takes(older: Machine, original: Path) ->
     [({"t": np.float32([7.5])}, "t"), ({"guidance": np.float32([[1.0, 2.0, 3.0]])}, "guidance")],
     ids=["t", "guidance"],
 )
-def test_what_an_older_engine_cannot_be_told_names_the_commands(
+def test_an_input_that_an_older_engine_cannot_take_names_the_commands(
     older: Machine, changed: dict[str, Any], name: str
 ) -> None:
     backend = older.backend()
@@ -636,16 +636,16 @@ def invalid(machine: Machine) -> None:
 
 
 CAUSES = [
-    (cut, Malformed, "is not the plan of the record beside it"),
+    (cut, Malformed, "is not the plan that its record describes"),
     (no_plan, Malformed, "TensorRT cannot load it: magic tag"),
-    (no_record, Malformed, "no record of an engine"),
+    (no_record, Malformed, "not the record of an engine"),
     (other_gpu, WrongArchitecture, "built for SM89, this GPU is SM120"),
     (other_weights, Stale, "has changed since it was built"),
     (other_version, Stale, r"9\.9\.9 is here"),
     (no_library, MissingExtra, r"needs the package 'tensorrt_rtx': pip install 'higen\[rtx\]'"),
     (broken_library, EngineError, r"'tensorrt_rtx', which is installed and does not load: ImportError: libnvinfer\.so"),
     (no_gpu, NoDevice, "finds no GPU"),
-    (invalid, Malformed, "its file is no plan"),
+    (invalid, Malformed, "its file is not a plan"),
 ]
 
 
@@ -738,7 +738,7 @@ def test_availability_says_what_is_missing(rtx: Machine) -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:x", "cuda:-1", "tpu"])
-def test_a_device_that_is_no_gpu(rtx: Machine, device: str) -> None:
+def test_a_device_that_is_not_a_gpu(rtx: Machine, device: str) -> None:
     allowed = "TensorRT runs on 'cuda'" if device == "cpu" else "'cuda', or a GPU by its number"
     with pytest.raises(BackendUnavailable, match=f"^device={device!r}: .*{allowed}"):
         rtx.backend(device=device)
@@ -808,7 +808,7 @@ def test_what_tensorrt_says_of_an_invalid_plan(rtx: Machine, reasons: int, error
     assert type(validity_error(plan, reasons, members)) is error
 
 
-def test_plans_of_another_bindings_surface_are_told_apart() -> None:
+def test_the_fake_lacks_what_the_real_library_lacks() -> None:
     """The fake must refuse what the real library lacks: a missing name is an AttributeError."""
     old = FakeTensorrt(LIBRARIES[0])
     assert not hasattr(old.LayerType, "ATTENTION_INPUT")

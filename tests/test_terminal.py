@@ -78,7 +78,7 @@ def test_a_full_standard_error_changes_no_exit_code(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("arguments", [["prompts"], ["prompts", "--json"]])
-def test_a_reader_that_leaves_early_is_no_error(arguments: list[str]) -> None:
+def test_a_reader_that_leaves_early_is_not_an_error(arguments: list[str]) -> None:
     away, home = os.pipe()
     os.close(away)
     try:

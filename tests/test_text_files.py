@@ -25,7 +25,7 @@ from higen.train.settings import read_settings
 MARK = b"\xef\xbb\xbf"
 
 
-def test_a_byte_order_mark_is_no_part_of_any_file_that_people_write(tmp_path: Path) -> None:
+def test_a_byte_order_mark_is_not_part_of_the_text(tmp_path: Path) -> None:
     def put(name: str, text: str) -> Path:
         (tmp_path / name).write_bytes(MARK + text.encode())
         return tmp_path / name
@@ -72,14 +72,14 @@ def test_what_can_be_read_in_one_way_only_is_read(data: bytes, text: str) -> Non
         ("a whale".encode("utf-16-le"), "UTF-16: save it as UTF-8"),
         ("a whale".encode("utf-16-be"), "UTF-16: save it as UTF-8"),
         ("one\nc\u0153ur".encode("cp1252"), "line 2: not UTF-8 (byte 0x9c): save it as UTF-8"),
-        (b"one\ntwo\x00three", "line 2: the character U+0000, which no text has: take it out"),
-        (b"\x1b[31mred", "line 1: the character U+001B, which no text has: take it out"),
-        (b"one\n" + MARK + b"two", "line 2: a byte order mark within the text, which no text has: take it out"),
+        (b"one\ntwo\x00three", "line 2: the character U+0000 is not allowed: remove it"),
+        (b"\x1b[31mred", "line 1: the character U+001B is not allowed: remove it"),
+        (b"one\n" + MARK + b"two", "line 2: a byte order mark within the text is not allowed: remove it"),
         (b"\xed\xa0\x80", "line 1: not UTF-8 (byte 0xed): save it as UTF-8"),
-        (bytes(4), "line 1: the character U+0000, which no text has: take it out"),
+        (bytes(4), "line 1: the character U+0000 is not allowed: remove it"),
     ],
 )
-def test_what_is_no_text_is_named_with_its_line(data: bytes, message: str) -> None:
+def test_bytes_that_are_not_text_are_named_with_their_line(data: bytes, message: str) -> None:
     with pytest.raises(TextError) as caught:
         plain_text(data)
     assert str(caught.value) == message
@@ -110,7 +110,7 @@ def test_a_limit_and_other_things_than_files(tmp_path: Path) -> None:
     with pytest.raises(IsADirectoryError):
         read_text(tmp_path)
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(TextError, match="no regular file"):
+    with pytest.raises(TextError, match="not a regular file"):
         read_text(tmp_path / "pipe")
 
 
@@ -123,7 +123,7 @@ def test_a_limit_and_other_things_than_files(tmp_path: Path) -> None:
         ("9" * 5000, "not JSON"),
     ],
 )
-def test_what_is_no_json_is_one_error(tmp_path: Path, text: str, message: str) -> None:
+def test_invalid_json_is_one_error(tmp_path: Path, text: str, message: str) -> None:
     (tmp_path / "x.json").write_text(text)
     with pytest.raises(TextError, match=message):
         read_json(tmp_path / "x.json")
@@ -132,7 +132,7 @@ def test_what_is_no_json_is_one_error(tmp_path: Path, text: str, message: str) -
 
 
 @pytest.mark.parametrize("text", ["a = ", "a = 1\na = 2", "a = " + "[" * 5000, "a = 1e"])
-def test_what_is_no_toml_is_one_error(tmp_path: Path, text: str) -> None:
+def test_invalid_toml_is_one_error(tmp_path: Path, text: str) -> None:
     (tmp_path / "x.toml").write_text(text)
     with pytest.raises(TextError, match="not valid TOML"):
         read_toml(tmp_path / "x.toml")

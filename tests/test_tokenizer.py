@@ -48,7 +48,7 @@ def test_a_tokenizer_is_written_as_the_library_writes_it(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("case", CASES, ids=[repr(case["text"][:24]) for case in CASES])
-def test_ids_are_the_references(clip: PromptTokenizer, case: dict[str, object]) -> None:
+def test_ids_equal_the_references(clip: PromptTokenizer, case: dict[str, object]) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PromptWarning)
         ids = clip.encode([str(case["text"])])
@@ -125,7 +125,7 @@ def test_ids_are_those_of_transformers_on_plain_text(clip: PromptTokenizer) -> N
         assert clip.encode([text])[0].tolist()[: len(theirs(text)["input_ids"])] == theirs(text)["input_ids"]
 
 
-def test_the_file_alone_gives_the_same_ids_for_plain_text(tmp_path: Path, clip: PromptTokenizer) -> None:
+def test_the_tokenizer_file_gives_the_same_ids_for_plain_text(tmp_path: Path, clip: PromptTokenizer) -> None:
     path = tmp_path / "tokenizer.json"
     build_clip_tokenizer().save(str(path))
     ids = Tokenizer.from_file(str(path)).encode("A  Blue\nWhale's tail").ids
@@ -144,7 +144,7 @@ def test_a_special_token_in_a_prompt_is_text(clip: PromptTokenizer) -> None:
 
 def test_a_cut_prompt_keeps_the_end_and_names_the_lost_words(clip: PromptTokenizer) -> None:
     kept = "word " * 74
-    with pytest.warns(PromptWarning, match=r"76 tokens and the model reads 75: cut off is 'swimming';"):
+    with pytest.warns(PromptWarning, match=r"76 tokens, but the model reads 75; words cut off: 'swimming';"):
         ids = clip.encode([kept + "whale swimming"])[0]
     assert ids[-1] == 49407
     assert ids[-2] == clip.encode(["whale"])[0, 1]
@@ -174,7 +174,7 @@ def test_unknown_words_are_named(tmp_path: Path) -> None:
 
 
 def test_a_word_prompt_is_cut_too(tmp_path: Path) -> None:
-    with pytest.warns(PromptWarning, match=r"cut off is 'blue', 'whale'"):
+    with pytest.warns(PromptWarning, match=r"words cut off: 'blue', 'whale'"):
         ids = word_tokenizer(tmp_path, pad_id=9).encode(["a a a a a a blue whale"])
     assert ids.tolist() == [[1, 4, 4, 4, 4, 4, 4, 2]]
 
@@ -208,14 +208,14 @@ def test_malformed_files(tmp_path: Path) -> None:
         PromptTokenizer.from_file(path, RULES)
 
 
-def test_a_requests_own_warn_is_told(tmp_path: Path) -> None:
+def test_a_requests_own_warn_is_called(tmp_path: Path) -> None:
     told: list[Warning] = []
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         word_tokenizer(tmp_path).encode(["a purple whale a a a a a"], told.append)
     assert [type(warning) for warning in told] == [PromptWarning] * 2
     assert "'purple'" in str(told[0])
-    assert "cut off is 'a', 'a'" in str(told[1])
+    assert "words cut off: 'a', 'a'" in str(told[1])
 
 
 def test_a_warning_quotes_no_word_of_a_megabyte(tmp_path: Path) -> None:

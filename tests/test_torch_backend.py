@@ -261,7 +261,7 @@ def test_weights_of_another_architecture(copy: Path, name: str, stage: str) -> N
         backend.prepare(stage)
 
 
-def test_a_file_that_is_no_safetensors(copy: Path) -> None:
+def test_a_file_that_is_not_safetensors(copy: Path) -> None:
     opened = alter(copy, spec.UNET, lambda path: path.write_bytes(b"PK\x03\x04" * 9), record=True)
     with pytest.raises(IntegrityError, match=r"unet\.safetensors: cannot be read as safetensors"):
         load_denoiser(opened.file(spec.UNET), TINY.unet, torch.device("cpu"))

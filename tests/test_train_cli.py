@@ -167,5 +167,5 @@ def test_cues_say_what_the_video_was_sampled_at_and_where_it_is_cut(tmp_path: Pa
     assert numbers["fps"] == 10
     assert len(numbers["motion"]) == 15
     lines = result.stderr.splitlines()
-    assert "the video is sampled at 10 frames a second, in whole strides of its own, not at 8" in lines
+    assert "the video is sampled at 10 frames a second, not at 8: every n-th frame is used" in lines
     assert lines == [line for line in lines if "appearance" in line] + numbers["notes"]

@@ -182,7 +182,7 @@ main(["train", sys.argv[1]])
 """
 
 
-def test_a_killed_run_goes_on_bit_for_bit(tmp_path: Path, model: Path, clips: Path, trained: Settings) -> None:
+def test_a_killed_run_continues_bit_for_bit(tmp_path: Path, model: Path, clips: Path, trained: Settings) -> None:
     config = write_settings(
         tmp_path / "train.toml", model, clips, data__held_out=clips, run__held_out_every=3, model__name="run", **CODEC
     )

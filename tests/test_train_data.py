@@ -101,16 +101,16 @@ def test_a_list_names_paths_and_captions(tmp_path: Path, suffix: str) -> None:
         ("l.jsonl", '{"path": "a.mp4", "caption": "\\ud800"}', r"line 1: caption=.*U\+D800"),
         ("l.jsonl", '{"path": "a.mp4", "caption": "' + "x" * 100_001 + '"}', "line 1: .*100001 characters: at most"),
         ("l.jsonl", "x\n\ny\n" * 4, "line 1: not JSON.*; line 3: not JSON.*; 8 malformed rows in all$"),
-        ("l.csv", "path,caption\na.mp4,a dog, a cat\n", "line 2: 3 values for 2 columns: .* between double quotes$"),
+        ("l.csv", "path,caption\na.mp4,a dog, a cat\n", "line 2: 3 values for 2 columns: .* in double quotes$"),
         ("l.csv", "path,caption\na.mp4,x\nb.mp4,a,b\nc.mp4,d,e\n", "line 3: 3 values .*; line 4: 3 values"),
         ("l.csv", 'path,caption\na.mp4,"a dog\nb.mp4,a cat\n', "line 2: unexpected end .*a double quote is not closed"),
         ("l.csv", 'path,caption\na.mp4,"a dog\nb.mp4,a cat"\n', "line 2: a double quote is not closed, and the next"),
         ("l.csv", 'path,caption\na.mp4,"a" dog\n', "line 2: ',' expected after '\"'"),
         ("l.csv", 'path,caption\na.mp4, "a dog"\n', "line 2: white space before a double quote"),
         ("l.csv", 'path,caption\n"a\nb.png",x\n', "line 2: "),
-        ("l.csv", "path;caption\na.mp4;x\n", "it has 'path;caption': its columns are divided by ';', a comma is"),
-        ("l.csv", "path\tcaption\na.mp4\tx\n", r"divided by '\\t', a comma is wanted$"),
-        ("l.csv", "a.mp4,x\nb.mp4,y\n", "it is a row already, and the first line must be path,caption$"),
+        ("l.csv", "path;caption\na.mp4;x\n", "it has 'path;caption': its columns are separated by ';', not by commas"),
+        ("l.csv", "path\tcaption\na.mp4\tx\n", r"separated by '\\t', not by commas$"),
+        ("l.csv", "a.mp4,x\nb.mp4,y\n", "the first line is already a row, but must be path,caption$"),
         ("l.csv", "Path, Caption\na.mp4,x\n", "write path,caption in lower case and without spaces$"),
         ("l.csv", "path,caption,caption\na.mp4,x,y\n", "the column 'caption' appears twice$"),
         ("l.parquet", "x", r"a folder, or a \.jsonl or \.csv file"),
@@ -132,7 +132,7 @@ def test_a_list_of_a_spreadsheet_loses_nothing(tmp_path: Path) -> None:
     assert listing.skipped == {"._a.mp4": "macOS keeps a file's attributes in it"}
 
 
-def test_hidden_files_are_no_items_and_case_does_not_matter(tmp_path: Path) -> None:
+def test_hidden_files_are_not_items_and_case_does_not_matter(tmp_path: Path) -> None:
     folder = tmp_path / ".clips"  # the folder itself is hidden
     files = ("a.mp4", "B.MP4", "c.webm", "._a.mp4", ".trash/d.mp4", "deep/e.mp4", "deep/.f.mp4", "odd.m2v", "alone.txt")
     for name in files:
@@ -166,7 +166,7 @@ def test_a_broken_caption_is_found_as_the_data_set_is_listed(tmp_path: Path) -> 
         for i, reason in enumerate(
             (
                 "line 1: not UTF-8 (byte 0xe9): save it as UTF-8",
-                "line 1: the character U+0000, which no text has: take it out",
+                "line 1: the character U+0000 is not allowed: remove it",
                 "1048576 bytes: at most 400000",
                 "100001 characters: at most 100000",
             ),
@@ -207,7 +207,7 @@ def test_the_fingerprint_is_of_names_and_captions(tmp_path: Path) -> None:
 
 
 @given(st.integers(0, 2**32), st.integers(1, 40), st.integers(0, 3))
-def test_each_epoch_is_a_permutation_and_stand_ins_cover_all(seed: int, count: int, epoch: int) -> None:
+def test_each_epoch_is_a_permutation_and_replacements_cover_all_items(seed: int, count: int, epoch: int) -> None:
     drawn = [next(candidates(seed, VIDEO, epoch * count + i, count)) for i in range(count)]
     assert sorted(drawn) == list(range(count))
     assert sorted(candidates(seed, VIDEO, epoch * count, count)) == list(range(count))
@@ -379,7 +379,7 @@ def reader(folder: Path, encoder: EncoderStage, **options: Any) -> Reader:
     return Reader(listing, frame, encoder, None, seed=5, per_step=per_step, key_frames=True, **options)
 
 
-def test_samples_depend_on_the_step_alone(tmp_path: Path, encoder: EncoderStage) -> None:
+def test_samples_depend_only_on_the_step(tmp_path: Path, encoder: EncoderStage) -> None:
     folder = write_clips(tmp_path / "clips")
     cache = LatentCache(str(tmp_path / "cache"), {})
     (folder / "clip9.mp4").write_bytes(b"broken")
@@ -489,7 +489,7 @@ def test_what_is_sampled_at_another_rate_is_noted(tmp_path: Path, encoder: Encod
         going.samples(VIDEO, step, range(2))
     line = "sampled at another rate: every frame, 10 a second for 8"
     assert going.listing.notes == {f"clip{i}.webm": line for i in range(3)}
-    assert summary(going.listing.notes, "read otherwise") == "3 files read otherwise (3 sampled at another rate)"
+    assert summary(going.listing.notes, "read differently") == "3 files read differently (3 sampled at another rate)"
 
 
 def test_openclip_features_come_from_a_transformers_folder(tmp_path: Path) -> None:
@@ -528,7 +528,7 @@ def test_a_tower_is_known_by_its_configuration_and_weights(tmp_path: Path) -> No
     assert len(changed | set(known.values())) == 5
 
 
-def test_rows_of_commas_are_passed_over_and_a_long_value_is_called_so(tmp_path: Path) -> None:
+def test_rows_of_commas_are_skipped_and_a_long_value_is_reported(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("path,caption\na.png,x\n,\n,,\n")
     assert [item.name for item in list_items(tmp_path / "a.csv").items] == ["a.png"]
     assert list_items(tmp_path / "a.csv").skipped == {}

@@ -127,7 +127,7 @@ def test_a_window_has_the_cues_and_the_key_frame_of_its_clip() -> None:
     assert starts == set(range(7))
 
 
-def test_the_key_frame_is_where_it_is_said_to_be() -> None:
+def test_the_key_frame_is_at_the_given_place() -> None:
     assert [key_index(8, 0.5), key_index(5, 0.5), key_index(8, 0.0), key_index(8, 0.99)] == [4, 2, 0, 7]
     sample = clip()
     for place in (0.0, 0.25, 0.9):
@@ -144,7 +144,7 @@ def test_noise_on_the_prior_has_a_deviation_up_to_the_setting() -> None:
     assert np.mean(found) == pytest.approx(0.1, abs=0.01)
 
 
-def test_cues_are_given_as_often_as_it_is_said() -> None:
+def test_cues_are_given_with_the_set_frequencies() -> None:
     parts, count = (0.4, 0.3, 0.2, 0.1), 1500
     batch = batches(CueSettings(given=parts)).batch([clip(3)] * count, VIDEO, 0, range(count))
     bare = torch.from_numpy(appearance_cue(None, 3, 32))
@@ -210,7 +210,7 @@ def recorded(settings: Settings) -> list[dict[str, float]]:
     return read_losses(Path(settings.run.output, "losses.jsonl"))
 
 
-def test_what_the_recipe_has_is_for_files_too_and_goes_on_exactly(tmp_path: Path, model: Path, clips: Path) -> None:
+def test_options_of_the_recipe_work_for_files_and_resume_exactly(tmp_path: Path, model: Path, clips: Path) -> None:
     whole = make_settings(tmp_path / "whole", model, clips, data__workers=2, **RECIPE)
     train(whole)
     stopped = make_settings(tmp_path / "stopped", model, clips, data__cache=tmp_path / "cache", **RECIPE)
@@ -256,9 +256,9 @@ def test_what_a_file_may_not_say_is_named(
 def test_what_does_not_fit_the_model_or_the_clips_is_refused(tmp_path: Path, model: Path, clips: Path) -> None:
     plain = write_tiny_model(tmp_path / "plain", MODEL).path
     for init, changes, message in (
-        (plain, {"objective__gain_clips": 2}, r"objective\.gain_clips=2: tiny has no gain to teach"),
+        (plain, {"objective__gain_clips": 2}, r"objective\.gain_clips=2: tiny has no gain to train"),
         (plain, {"cues__given": [1.0, 0.0, 0.0, 0.0]}, r"cues\.given=.*: tiny takes no unspecified cues"),
-        (model, {"objective__windows": [3]}, r"objective\.windows: 3 frames do not divide the 4 of data\.frames"),
+        (model, {"objective__windows": [3]}, r"objective\.windows: 3 does not divide data\.frames=4"),
         (model, {"objective__gain_clips": 3, "run__micro_batches": 2}, r"the 3 objective\.gain_clips of a process"),
     ):
         with pytest.raises(SettingsError, match=message):

@@ -154,7 +154,7 @@ def test_the_loss_is_that_of_the_frames_to_draw(
     assert (found - different).abs().min() > 1e-3
 
 
-def test_sets_are_drawn_as_often_as_wished() -> None:
+def test_sets_are_drawn_with_the_given_frequencies() -> None:
     settings = ObjectiveSettings(known={"none": 0.5, "ends": 0.25, "second": 0.25})
     drawn = [draw_known(settings, 6, random(seed)).int().tolist() for seed in range(300)]
     assert {tuple(d) for d in drawn} == {(0,) * 6, (1, 0, 0, 0, 0, 1), (1, 0, 1, 0, 1, 0)}
@@ -189,8 +189,8 @@ def test_wrong_sets_are_refused(wrong: dict[str, object], said: str) -> None:
         ObjectiveSettings(**wrong)  # type: ignore[arg-type]
 
 
-def test_only_a_model_that_goes_on_gets_inputs_for_known_frames() -> None:
-    with pytest.raises(SettingsError, match="goes with init"):
+def test_only_an_existing_model_gets_inputs_for_known_frames() -> None:
+    with pytest.raises(SettingsError, match="only with init"):
         ModelSettings(architecture="a.toml", companions="m", known_frames=True)
 
 
@@ -223,7 +223,7 @@ def test_the_recipe_gives_frames_of_clips_at_any_phase_and_trains_on_them(tmp_pa
     assert all(torch.isfinite(value) for value in loop.advance().values())
 
 
-def test_a_model_that_goes_on_with_known_frames_begins_as_it_was(tmp_path: Path, preconditioned_model: Path) -> None:
+def test_a_model_that_gets_known_frames_starts_unchanged(tmp_path: Path, preconditioned_model: Path) -> None:
     text = '[model]\ninit = "{}"\nknown_frames = true\n[data]\npath = "clips"\n[run]\noutput = "run"\nsteps = 1\n'
     (tmp_path / "train.toml").write_text(text.format(preconditioned_model.as_posix()), encoding="utf-8")
     networks = build(read_settings(tmp_path / "train.toml"), ())

@@ -127,7 +127,7 @@ def test_settings_that_do_not_go_together(
 # LoRA
 
 
-def test_an_adapter_has_pefts_names_and_is_what_peft_computes(adapted: Settings, model: Path) -> None:
+def test_an_adapter_has_the_names_and_values_of_peft(adapted: Settings, model: Path) -> None:
     """PEFT itself loads the file into the network. The weights then equal those of the model that the run wrote."""
     path = output(adapted, "lora.safetensors")
     factors = load_file(path)
@@ -188,9 +188,12 @@ def test_what_cannot_be_added_is_refused_and_leaves_nothing(adapted: Settings, m
     other = tmp_path / "other.safetensors"
     save_file({"unet.nowhere.lora_A.weight": torch.ones(1, 4), "unet.nowhere.lora_B.weight": torch.ones(4, 1)}, other)
     for loras, message in (
-        ([], r"a model directory already; --lora FILE"),
-        ([Lora(huge)], r"with the adapters it is not finite in torch\.float32: a smaller scale"),
-        ([Lora(other)], r"fits none of the model's layers"),
+        ([], r"is already a model directory; --lora FILE"),
+        (
+            [Lora(huge)],
+            r"has values that are not finite in torch\.float32 after merging the adapters; use a smaller scale",
+        ),
+        ([Lora(other)], r"does not fit any layer of the model"),
         ([Lora(tmp_path / "absent")], r"absent"),
     ):
         with pytest.raises(CheckpointError, match=message):
@@ -202,7 +205,7 @@ def test_what_cannot_be_added_is_refused_and_leaves_nothing(adapted: Settings, m
         convert_sources([model], out, loras=[Lora(path)], prediction="v")
 
 
-def test_adapters_go_on_bit_for_bit(adapted: Settings, tmp_path: Path, model: Path, clips: Path) -> None:
+def test_adapters_are_resumed_bit_for_bit(adapted: Settings, tmp_path: Path, model: Path, clips: Path) -> None:
     settings = make_settings(tmp_path, model, clips, run__steps=3, lora__rank=2, lora__alpha=3.0, **TEMPORAL)
     from higen.train.trainer import Trainer
 
@@ -302,7 +305,7 @@ def test_each_clip_has_adapters_of_its_own_strength(tmp_path: Path, model: Path,
         ({"scale": True}, r"line 1: scale=True: a number from -10 to 10"),
     ],
 )
-def test_a_scale_that_is_none_is_named(tmp_path: Path, rows: dict[str, Any], said: str) -> None:
+def test_an_invalid_scale_is_named(tmp_path: Path, rows: dict[str, Any], said: str) -> None:
     file = tmp_path / "clips.jsonl"
     file.write_text(json.dumps({"path": "a.mp4", "caption": "a", **rows}) + "\n")
     assert list_items(file).items[0].scale == 1  # a foreign column if no adapter is trained

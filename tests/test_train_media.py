@@ -109,7 +109,7 @@ def test_a_shorter_stride_is_taken_by_a_video_too_short_for_the_nearest_one() ->
         choose_frames(times, 8, 17, 0.0)
 
 
-def test_even_motion_stays_even_and_the_rate_is_said(tmp_path: Path) -> None:
+def test_even_motion_stays_even_and_the_rate_is_reported(tmp_path: Path) -> None:
     """A bar moves 2 pixels per frame at 10 frames per second. At exactly 8 it would move unevenly by 2 or 4 pixels."""
     frames = np.zeros((40, 16, 96, 3), np.uint8)
     for index in range(40):
@@ -136,7 +136,7 @@ def scene(seed: int, frames: int, speed: int = 1) -> NDArray[np.uint8]:
     return np.stack([blocks[:, (at := speed * i % 250) : at + 64] for i in range(frames)])
 
 
-def test_a_cut_is_found_and_a_flash_or_motion_is_none() -> None:
+def test_a_cut_is_found_and_a_flash_or_motion_is_not_a_cut() -> None:
     one, other = scene(0, 16), scene(1, 16)
     flash, light = one.copy(), one.copy()
     flash[7:9] = 255

@@ -68,7 +68,7 @@ def test_what_the_autoencoder_loses_is_measured_on_the_data_set(tmp_path: Path) 
     assert notices.codec_psnr(encoder, [Item(tmp_path / "absent.png", "absent.png", "", False)], FRAME) is None
 
 
-def test_frames_that_the_autoencoder_cannot_show_are_said_with_the_figure(tmp_path: Path) -> None:
+def test_frames_that_the_autoencoder_cannot_show_are_reported_with_their_psnr(tmp_path: Path) -> None:
     encoder = EncoderStage(Halving(), (0.0,), (1.0,))
     fine, coarse = (Listing(stripes(tmp_path / str(step), step)) for step in (10, 60))
     assert list(notices.notices(fine, FRAME, encoder, TOKENIZER, bfloat16=False)) == []
@@ -76,7 +76,7 @@ def test_frames_that_the_autoencoder_cannot_show_are_said_with_the_figure(tmp_pa
     assert line.startswith("the autoencoder, which is not trained, shows frames of this data set with a PSNR of 15.6 ")
 
 
-def test_slow_bfloat16_is_said_where_it_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_slow_bfloat16_is_reported_only_where_it_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     listing, encoder = Listing(stripes(tmp_path / "s", 1)), EncoderStage(Halving(), (0.0,), (1.0,))
     for flags, lines in ((frozenset({"avx2"}), 1), (frozenset({"avx512_bf16"}), 0), (None, 0)):
         monkeypatch.setattr(cpu, "flags", lambda flags=flags: flags)
@@ -85,7 +85,7 @@ def test_slow_bfloat16_is_said_where_it_is_slow(tmp_path: Path, monkeypatch: pyt
         assert all("ten times" in line and line.endswith("run.precision = 'fp32'") for line in said)
 
 
-def test_captions_that_are_not_read_as_they_stand_are_counted(tmp_path: Path) -> None:
+def test_captions_that_are_changed_when_read_are_counted(tmp_path: Path) -> None:
     encoder = EncoderStage(Halving(), (0.0,), (1.0,))
     item = stripes(tmp_path / "s", 1)[0]
     captions = ("a blue whale", "a blue zebra", "a red heart " * 200, "", "a blue zebra")
@@ -94,13 +94,13 @@ def test_captions_that_are_not_read_as_they_stand_are_counted(tmp_path: Path) ->
     )
     left_out, line = notices.notices(listing, FRAME, encoder, TOKENIZER, bfloat16=False)
     assert left_out.startswith("left out of the data set: 1 file skipped (1 its caption cannot be used); b.txt: ")
-    assert line.startswith("2 of 4 captions are not read as they stand; the first is 'a blue zebra': ")
+    assert line.startswith("2 of 4 captions are changed when they are read; the first is 'a blue zebra': ")
     assert "does not know 'zebra'" in line
     assert line.endswith("; some captions are empty")
     assert "\n" not in line
 
 
-def test_they_are_said_before_the_first_step_and_once(tmp_path: Path) -> None:
+def test_notices_are_printed_once_before_the_first_step(tmp_path: Path) -> None:
     model = write_tiny_model(tmp_path / "tiny", MODEL).path
     clips = write_clips(tmp_path / "clips", captions=("a blue whale", "a zebra"))
     settings = make_settings(tmp_path, model, clips, run__steps=1)
@@ -124,7 +124,7 @@ def tuned(folder: Path, model: Path, clips: Path, **changes: Any) -> spec.ModelC
     return own
 
 
-def test_a_model_tuned_from_the_built_in_one_is_none_of_it(tmp_path: Path) -> None:
+def test_a_model_tuned_from_the_built_in_one_has_its_own_name(tmp_path: Path) -> None:
     theirs, clips = Bundle.open(default_model()).manifest, write_clips(tmp_path / "clips")
     own = tuned(tmp_path, default_model(), clips, run__output=tmp_path / "seabirds")
     assert own.name == "seabirds"
@@ -142,7 +142,7 @@ def test_a_model_tuned_from_the_built_in_one_is_none_of_it(tmp_path: Path) -> No
     assert (own.name, own.licence, own.prompts) == ("gulls", "CC0", ("a gull",))
 
 
-def test_evaluate_does_not_take_it_for_the_recipes(tmp_path: Path, tiny_model: Path) -> None:
+def test_evaluate_does_not_mistake_it_for_a_model_of_the_recipe(tmp_path: Path, tiny_model: Path) -> None:
     from click.testing import CliRunner
 
     train(make_settings(tmp_path, tiny_model, write_clips(tmp_path / "clips"), run__steps=1))
@@ -159,7 +159,7 @@ def test_prompts_are_a_few_short_captions_of_all_the_data() -> None:
     assert _some([], tokenizer) == ()
 
 
-def test_a_run_that_moves_or_began_before_names_goes_on(tmp_path: Path) -> None:
+def test_a_moved_run_and_a_run_from_an_earlier_version_continue(tmp_path: Path) -> None:
     model, clips = write_tiny_model(tmp_path / "tiny", MODEL).path, write_clips(tmp_path / "clips")
     settings = make_settings(tmp_path, model, clips, run__steps=2)
     train(settings)

@@ -75,7 +75,7 @@ def near(ours: Tensor, stored: Tensor, part: float = 2e-5) -> None:
 
 
 @pytest.mark.parametrize("case", sorted(RECORD["train"]))
-def test_a_training_step_is_the_references(case: str) -> None:
+def test_a_training_step_equals_the_references(case: str) -> None:
     """Compares cues and prior of the clean clip, noisy latents and target, the loss per sample, and every gradient."""
     model, _, name = case.partition("/")
     record, tensors = RECORD["train"][case], CaseTensors(FIXTURES / f"{model}.train.safetensors").read(name)

@@ -94,7 +94,7 @@ def same_run(output: Path, whole: Path) -> None:
     ("moment", "left"),
     [("checkpoint", ["step-00000002.pt"]), ("step", ["step-00000002.pt", "step-00000004.pt"])],
 )
-def test_a_killed_run_goes_on_bit_for_bit(
+def test_a_killed_run_continues_bit_for_bit(
     tmp_path: Path, model: Path, clips: Path, whole: Path, moment: str, left: list[str]
 ) -> None:
     config = write_settings(tmp_path / "train.toml", model, clips)
@@ -109,7 +109,7 @@ def test_a_killed_run_goes_on_bit_for_bit(
     result = CliRunner().invoke(main, ["train", str(config), "--resume"])
     assert result.exit_code == 0, result.output
     assert result.stdout == f"{output / 'model'}\n"
-    assert f"going on after step {2 if moment == 'checkpoint' else 4} of 6" in result.stderr
+    assert f"continuing after step {2 if moment == 'checkpoint' else 4} of 6" in result.stderr
     same_run(output, whole)
 
 

@@ -51,8 +51,8 @@ def test_a_file_becomes_settings_with_absolute_paths(tmp_path: Path) -> None:
         ({"optimiser__betas": [0.9]}, r"optimiser\.betas=\[0\.9\]"),
         ({"optimiser__betas": [0.9, 1.0]}, r"optimiser\.betas=\[0\.9, 1\.0\]"),
         ({"run__sample_prompts": ["a whale", "x" * 100_001]}, r"run\.sample_prompts=.*100001 characters: at most"),
-        ({"model__init": None}, r"model\.init, architecture: one of the two"),
-        ({"model__architecture": "m.json"}, r"model\.init, architecture: one of the two"),
+        ({"model__init": None}, r"model\.init, architecture: give one of the two"),
+        ({"model__architecture": "m.json"}, r"model\.init, architecture: give one of the two"),
         ({"model__tokenizer": "captions"}, r"model\.tokenizer='captions': needs optimiser\.train_text"),
     ],
 )

@@ -129,7 +129,7 @@ def test_micro_batches_and_recomputed_activations_make_the_same_steps(
 
 
 def test_micro_batches_that_do_not_divide(tmp_path: Path, model: Path, clips: Path) -> None:
-    with pytest.raises(SettingsError, match=r"run.micro_batches=3: the 2 data.images of a process do not divide by it"):
+    with pytest.raises(SettingsError, match=r"run.micro_batches=3: does not divide the 2 data.images of a process"):
         Trainer(make_settings(tmp_path, model, clips, run__micro_batches=3))
 
 
@@ -328,7 +328,7 @@ def test_a_run_leaves_a_model_its_losses_and_its_last_checkpoints(whole_run: Set
 
 
 @pytest.mark.parametrize("stop", [1, 5])
-def test_a_run_goes_on_bit_for_bit(tmp_path: Path, model: Path, clips: Path, whole_run: Settings, stop: int) -> None:
+def test_a_run_continues_bit_for_bit(tmp_path: Path, model: Path, clips: Path, whole_run: Settings, stop: int) -> None:
     settings = make_settings(tmp_path, model, clips)
     with trainer(settings) as made:
         made.start()
@@ -341,7 +341,7 @@ def test_a_run_goes_on_bit_for_bit(tmp_path: Path, model: Path, clips: Path, who
     train(settings, say=said.append)
     saved = stop // 2 * 2
     first = 0 if saved else next(i for i, line in enumerate(said) if line.startswith("step"))
-    assert said[first].startswith(f"going on after step {saved} of 6" if saved else "step 1 of 6")
+    assert said[first].startswith(f"continuing after step {saved} of 6" if saved else "step 1 of 6")
     assert said[0].startswith("appearance is measured on the latents: if tiny learnt it with OpenCLIP") == (not saved)
     assert losses(settings) == losses(whole_run)
     ours, theirs = (Path(s.run.output, "model", spec.UNET).read_bytes() for s in (settings, whole_run))
@@ -356,14 +356,14 @@ def test_the_cache_changes_no_number(tmp_path: Path, model: Path, clips: Path, w
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 6  # three clips and three key frames
 
 
-def test_fresh_starts_anew_and_resume_demands_a_checkpoint(tmp_path: Path, model: Path, clips: Path) -> None:
+def test_fresh_starts_again_and_resume_requires_a_checkpoint(tmp_path: Path, model: Path, clips: Path) -> None:
     settings = make_settings(tmp_path, model, clips, run__steps=2)
-    with pytest.raises(TrainingError, match="no checkpoint to go on from"):
+    with pytest.raises(TrainingError, match="no checkpoint to continue from"):
         train(settings, resume=True)
     train(settings)
     said: list[str] = []
     train(settings, resume=True, say=said.append)
-    assert said == ["going on after step 2 of 2"]
+    assert said == ["continuing after step 2 of 2"]
     train(settings, resume=False, say=said.append)
     assert said[1].startswith("appearance is measured")
     assert [line[:11] for line in said if line.startswith("step")] == ["step 1 of 2", "step 2 of 2"]
@@ -380,8 +380,8 @@ def test_another_configuration_is_refused_by_name(tmp_path: Path, model: Path, c
     other = write_clips(tmp_path / "other", (*CAPTIONS[:2], "a green whale"))
     for changes, key in (
         ({"optimiser__learning_rate": 2e-3}, r"optimiser\.learning_rate was 0\.001 and is now 0\.002"),
-        ({"data__path": other}, r"data\.path \(names and captions\) is not what it was"),
-        ({"model__init": write_tiny_model(tmp_path / "b", MODEL, seed=1).path}, r"model \(autoencoder\) is not what"),
+        ({"data__path": other}, r"data\.path \(names and captions\) has changed"),
+        ({"model__init": write_tiny_model(tmp_path / "b", MODEL, seed=1).path}, r"model \(autoencoder\) has changed"),
     ):
         with pytest.raises(SettingsError, match=f"of another configuration: {key}") as caught:
             train(again(**changes))
@@ -443,18 +443,18 @@ def test_another_tower_or_tokenizer_is_refused_and_a_moved_one_is_not(tmp_path: 
             opened, files={**opened.files, spec.TOKENIZER: file_record(tmp_path / "words" / spec.TOKENIZER)}
         ),
     )
-    with pytest.raises(SettingsError, match=r"model \(tokenizer\) is not what it was"):
+    with pytest.raises(SettingsError, match=r"model \(tokenizer\) has changed"):
         train(settings("moved", init=tmp_path / "words"))
     # Another tower at the first tower's path. Its features differ from those in the cache.
     write_tower(tmp_path / "tower", seed=1)
     for again in (train, lambda run: export(run, tmp_path / "exported")):
-        with pytest.raises(SettingsError, match=r"cues\.openclip \(configuration and weights\) is not what it was"):
+        with pytest.raises(SettingsError, match=r"cues\.openclip \(configuration and weights\) has changed"):
             again(settings("tower"))
     train(settings("tower", "other"))
     assert kept() == 2 * full
 
 
-def test_a_checkpoint_that_knows_less_goes_on(tmp_path: Path, model: Path, clips: Path) -> None:
+def test_a_checkpoint_with_fewer_keys_is_resumed(tmp_path: Path, model: Path, clips: Path) -> None:
     """For example a checkpoint of an earlier version, which has no hash of the tokenizer."""
     settings = make_settings(tmp_path, model, clips, run__steps=1)
     with trainer(settings) as made:
@@ -513,7 +513,7 @@ def architecture(tmp_path: Path, **changes: Any) -> Path:
     return file
 
 
-def test_an_architecture_starts_anew_with_words_of_its_own(tmp_path: Path, model: Path, clips: Path) -> None:
+def test_an_architecture_starts_with_its_own_words(tmp_path: Path, model: Path, clips: Path) -> None:
     settings = make_settings(
         tmp_path,
         model,
@@ -654,7 +654,7 @@ def test_checkpoints_keep_the_last_and_name_a_broken_one(tmp_path: Path) -> None
     assert state["x"].tolist() == [100.0] * 3
     newest = checkpoints.paths()[-1]
     newest.write_bytes(newest.read_bytes()[:100])
-    with pytest.raises(TrainingError, match=r"step-00000100\.pt cannot be read: .*go on from step-00000010\.pt"):
+    with pytest.raises(TrainingError, match=r"step-00000100\.pt cannot be read: .*continue from step-00000010\.pt"):
         checkpoints.load()
     for content in (b"\x80\x02garbage", b"no checkpoint at all"):
         newest.write_bytes(content)

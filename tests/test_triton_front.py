@@ -42,14 +42,14 @@ def test_a_body_of_the_right_types_passes(body: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        (b"", "the body is no JSON"),
-        (b"null", "the body is a JSON object"),
-        (b'{"a": ' * 5000, "the body is no JSON"),
-        (b'{"steps": ' + b"9" * 5000 + b"}", "the body is no JSON: Exceeds the limit"),
-        (b'\xef\xbb\xbf{"prompt": "a"}', "the body is no JSON: Unexpected UTF-8 BOM"),
+        (b"", "the body is not JSON"),
+        (b"null", "the body must be a JSON object"),
+        (b'{"a": ' * 5000, "the body is not JSON"),
+        (b'{"steps": ' + b"9" * 5000 + b"}", "the body is not JSON: Exceeds the limit"),
+        (b'\xef\xbb\xbf{"prompt": "a"}', "the body is not JSON: Unexpected UTF-8 BOM"),
         (b'{"prompt": "\xe9"}', "not valid UTF-8"),
         (b'{"prompt": "\\udfff"}', r"prompt='.*udfff': a text"),
-        (b'{"steps": 1, "steps": 2}', "'steps': stands in the body twice"),
+        (b'{"steps": 1, "steps": 2}', "'steps': appears twice in the body"),
         (b'{"steps": 2147483648}', "steps=2147483648: a whole number of 32 bits"),
         (b'{"steps": 1.0}', "steps=1.0: a whole number"),
         (b'{"steps": false}', "steps=False: a whole number"),
@@ -154,7 +154,7 @@ def test_a_wrong_request_goes_no_further(front: int) -> None:
     assert send(front, "GET", "/", X="x" * 100_000)[0] == 400
 
 
-def test_what_triton_cannot_parse_is_the_clients_mistake(front: int) -> None:
+def test_a_request_that_triton_cannot_parse_is_the_clients_error(front: int) -> None:
     assert send(front, "POST", "/odd", b"{}") == (400, {"error": "Unable to parse 'data': no"})
     assert send(front, "POST", "/broken", b"{}") == (500, {"error": "ONNX Runtime failed"})
 

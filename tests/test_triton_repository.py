@@ -182,7 +182,7 @@ def made_up(tmp_path: Path) -> Bundle:
     return write_made_up_model(tmp_path / "made-up")
 
 
-def test_a_model_of_no_family(made_up: Bundle, tmp_path: Path) -> None:
+def test_a_model_without_an_installed_family(made_up: Bundle, tmp_path: Path) -> None:
     backends = write_repository(made_up, tmp_path / "repository", Settings(max_batch=3))
     assert backends == {**dict.fromkeys(MANIFEST.stage_names, "onnxruntime"), "higen": "python"}
     sizes = {name: settings_of((tmp_path / "repository" / name / "config.pbtxt").read_text(), "max_batch_size")[0]
@@ -199,7 +199,7 @@ def test_a_model_of_no_family(made_up: Bundle, tmp_path: Path) -> None:
     assert sorted(path.name for path in inner.iterdir()) == ["higen.json", "words.json"]
 
 
-def test_guided_graphs_alone_are_enough(tmp_path: Path) -> None:
+def test_the_guided_graphs_are_enough(tmp_path: Path) -> None:
     """The repository then has no plain stages, and the configuration of `higen` says so."""
     made = write_made_up_model(tmp_path / "made-up", without=("draft_one", "film_one"))
     backends = write_repository(made, tmp_path / "repository", Settings())
@@ -224,7 +224,9 @@ def test_a_graph_of_an_older_step_contract_is_refused(made_up: Bundle, tmp_path:
     with pytest.raises(IntegrityError, match=rf"film_two\.onnx: .*takes t as int64 \['B'\].*: {command}"):
         write_repository(replace(made_up, graphs=older), tmp_path / "repository", Settings())
     older["film_two.onnx"] = made_up.graphs["film_two.onnx"][1:]
-    with pytest.raises(IntegrityError, match=rf"film_two\.onnx: latents is no input of both: {command}"):
+    with pytest.raises(
+        IntegrityError, match=rf"film_two\.onnx: only one of the graph and the stage has the input latents: {command}"
+    ):
         write_repository(replace(made_up, graphs=older), tmp_path / "repository", Settings())
     with pytest.raises(
         ManifestError, match=f"of version 1, Triton reads 2: higen upgrade {re.escape(str(made_up.path))}"
@@ -312,7 +314,7 @@ def test_an_engine_of_an_older_step_contract_is_refused(made_up: Bundle, tmp_pat
     [
         ({"flavour": "rtx"}, {}, EngineError, "TensorRT for RTX, but Triton reads those of classic TensorRT"),
         ({"graph_sha256": "0" * 64}, {}, Stale, "temporal_unet.onnx has changed"),
-        ({"sha256": "0" * 64}, {}, Malformed, "is not the plan of its record"),
+        ({"sha256": "0" * 64}, {}, Malformed, "is not the plan that its record describes"),
         ({}, {"max_batch": 9}, RequestError, "1 to 9 samples, but is built for 1 to 1, 1 to 8, 4 to 16"),
         ({"target": "other"}, {}, ModelError, "engines='tensorrt-sm90': no engine of any stage; .* has other"),
     ],
@@ -333,9 +335,9 @@ def test_engines_that_do_not_fit_are_refused(
 def test_a_broken_engine_is_not_passed_over_in_silence(model: Bundle, tmp_path: Path) -> None:
     record = put_engine(model).with_suffix(".json")
     record.write_text("{")
-    assert_nothing_written(tmp_path, Malformed, "no record of an engine", model, **GPU)
+    assert_nothing_written(tmp_path, Malformed, "not the record of an engine", model, **GPU)
     record.unlink()
-    assert_nothing_written(tmp_path, Malformed, "has no record beside it", model, **GPU)
+    assert_nothing_written(tmp_path, Malformed, "has no record", model, **GPU)
 
 
 @pytest.mark.parametrize(
@@ -415,7 +417,7 @@ def test_the_command(bundle: Bundle, tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
-def test_a_model_without_graphs_is_told_how_to_make_them(tiny_model: Path, tmp_path: Path) -> None:
+def test_the_error_for_a_model_without_graphs_says_how_to_make_them(tiny_model: Path, tmp_path: Path) -> None:
     code, output = run(str(tiny_model), str(tmp_path / "repository"))
     assert (code, "higen-export onnx" in output) == (2, True)
 
@@ -461,7 +463,7 @@ def test_another_precision(model: Bundle, tmp_path: Path) -> None:
         write_repository(model, tmp_path / "other", Settings(precision="bf16"))
 
 
-def test_files_added_later_are_no_part_of_it(model: Bundle, tmp_path: Path) -> None:
+def test_files_added_later_are_not_part_of_it(model: Bundle, tmp_path: Path) -> None:
     (model.path / ".part").write_text("mine")
     model = put_file(model, model.path / ".part", "notes.txt")
     write_repository(model, tmp_path / "repository", Settings())

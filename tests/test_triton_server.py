@@ -283,7 +283,7 @@ def idle(server: Server) -> bool:
     return bool(before == get(server, "/v2/models/stats")["model_stats"])
 
 
-def test_when_all_slots_and_the_line_are_full_the_client_is_told_to_try_again(server: Server) -> None:
+def test_when_all_slots_and_the_queue_are_full_the_client_is_told_to_try_again(server: Server) -> None:
     held = [stream(server.grpc, "a whale", timeout=120, seed=i, **LONG) for i in range(SLOTS)]
     with ThreadPoolExecutor(2 * LINE) as threads:
         try:
@@ -300,7 +300,7 @@ def test_when_all_slots_and_the_line_are_full_the_client_is_told_to_try_again(se
     assert len(refused) == LINE
     for error in refused:
         assert isinstance(error, RetryLater)
-        assert f"{SLOTS} requests are at work and {LINE} wait" in str(error)
+        assert f"{SLOTS} requests are running and {LINE} are waiting" in str(error)
     wait_for(lambda: idle(server))
 
 
@@ -353,13 +353,13 @@ WRONG_BODIES: list[tuple[Any, str]] = [
     ({"prompt": ["a", "b"]}, "prompt: one text is wanted"),
     ({"prompt": []}, "prompt is empty"),
     ({"prompt": "a whale", "id": 5}, "id=5: a text is wanted"),
-    (b'{"prompt": "a whale", "prompt": "a dog"}', "'prompt': stands in the body twice"),
+    (b'{"prompt": "a whale", "prompt": "a dog"}', "'prompt': appears twice in the body"),
     (b'{"prompt": "\\ud800"}', "a text is wanted"),
     (b'{"prompt": "\xff\xfe"}', "the body is not valid UTF-8: invalid start byte at byte 12"),
-    (b"{", "the body is no JSON: Expecting property name"),
-    (b"", "the body is no JSON"),
-    (b"[1]", "the body is a JSON object"),
-    (b"[" * 100_000, "the body is no JSON"),
+    (b"{", "the body is not JSON: Expecting property name"),
+    (b"", "the body is not JSON"),
+    (b"[1]", "the body must be a JSON object"),
+    (b"[" * 100_000, "the body is not JSON"),
     (b"\xff\x00", "the body is not valid UTF-8"),
 ]
 
@@ -462,7 +462,7 @@ def test_a_restart_under_load_loses_no_request_silently(
                 assert_same(answer, alone(pipeline, **arguments))
 
 
-def test_nobody_there_is_an_error_to_retry_on() -> None:
+def test_a_missing_server_is_an_error_to_retry_on() -> None:
     (port,) = free_ports(1)
     with pytest.raises(RetryLater):
         list(stream(f"127.0.0.1:{port}", "a whale", timeout=30))
@@ -486,7 +486,7 @@ def command(repository: Path) -> tuple[subprocess.Popen[str], int]:
     return process, int(child)
 
 
-def test_the_command_takes_the_server_along_when_it_is_told_to_end(repository: Path) -> None:
+def test_the_command_ends_the_server_when_it_is_terminated(repository: Path) -> None:
     process, child = command(repository)
     process.terminate()
     output, errors = process.communicate(timeout=60)
@@ -551,7 +551,7 @@ def made_up_frames(server: Server, **options: Any) -> np.ndarray:
     return np.concatenate([event["frames"] for event in events if event["event"] == "frames"])
 
 
-def test_a_model_of_no_family_gives_the_frames_of_its_pipeline(made_up: tuple[Server, Pipeline]) -> None:
+def test_a_model_without_an_installed_family_gives_the_frames_of_its_pipeline(made_up: tuple[Server, Pipeline]) -> None:
     server, pipeline = made_up
     requests = [{"seed": seed, **options} for seed, options in enumerate(MADE_UP)]
     expected = [pipeline("a red kite climbs", **options).frames.astype(int) for options in requests]
@@ -565,7 +565,7 @@ def test_a_model_of_no_family_gives_the_frames_of_its_pipeline(made_up: tuple[Se
     assert rows == batches == sum((len(frames) + 1) // 2 for frames in expected)  # a decoder's calls are never joined
 
 
-def test_the_stages_of_a_model_of_no_family(made_up: tuple[Server, Pipeline]) -> None:
+def test_the_stages_of_a_model_without_an_installed_family(made_up: tuple[Server, Pipeline]) -> None:
     server, _ = made_up
     for stage in MANIFEST.stages:
         assert get(server, f"/v2/models/{stage.name}/config")["max_batch_size"] == (8 if stage.batch else 0)

@@ -154,7 +154,7 @@ def test_a_picture_from_the_user_replaces_stage_one(service: Service, pipeline: 
     np.testing.assert_array_equal(np.concatenate([e["frames"] for e in client.of("frames")]), video.frames)
 
 
-def test_unknown_words_are_told_to_their_own_client(service: Service) -> None:
+def test_unknown_words_are_reported_to_their_own_client(service: Service) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", PromptWarning)  # warnings must go into the metadata only
         clients = [ask(service, prompt, steps=2) for prompt in ("a blue zebra", "a blue whale", "a red gnu")]
@@ -318,7 +318,7 @@ def test_a_client_sends_what_it_is_given(service: Service) -> None:
         request_tensors(None)  # type: ignore[arg-type]
 
 
-def test_a_failure_in_the_work_reaches_its_client_alone(service: Service) -> None:
+def test_a_failure_in_the_work_reaches_only_its_client(service: Service) -> None:
     bad = ask(service, guidance=RowBackend.POISON)
     good = ask(service, seed=3)
     assert isinstance(answered(bad).error, BackendError)
@@ -388,7 +388,7 @@ class Counted(Meter):
         self.sent += count
 
 
-def test_a_meter_is_told_of_every_request(pipeline: Pipeline) -> None:
+def test_a_meter_counts_every_request(pipeline: Pipeline) -> None:
     meter = Counted()
     made = Service(pipeline, pipeline.backend, LIMITS, meter)
     good = answered(ask(made))

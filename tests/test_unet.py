@@ -127,7 +127,7 @@ def test_latent_sizes(denoiser: Denoiser, height: int, width: int) -> None:
         assert denoiser.unet(*x).shape == x[0].shape
 
 
-def test_latent_size_that_is_no_multiple_is_refused(denoiser: Denoiser) -> None:
+def test_latent_size_that_is_not_a_multiple_is_refused(denoiser: Denoiser) -> None:
     assert CONFIG.size_multiple == 2
     with torch.no_grad(), pytest.raises(RuntimeError, match="Sizes of tensors must match"):
         denoiser.unet(*inputs(1, 2, 5, 4))
@@ -237,7 +237,7 @@ def test_full_size_counts() -> None:
     assert spatial + conditioner == TOTAL - TEMPORAL
 
 
-def test_full_size_counts_are_the_references(reference: Path) -> None:
+def test_full_size_counts_equal_the_references(reference: Path) -> None:
     counts = json.loads((reference / "full_param_counts.json").read_text())
     assert (counts["total"], counts["temporal"], counts["n_keys"]) == (TOTAL, TEMPORAL, TENSORS)
     assert counts["by_role"] == FULL

@@ -159,15 +159,15 @@ def test_a_graph_that_onnxruntime_cannot_load_is_taken_for_its_stages(
     path, stage = old / "spatial_unet.onnx", TABLES.stage("spatial_unet")
     path.write_bytes(b"a kernel that is not here")
     assert [row.name for row in graph_inputs(path, stage)] == [t.name for t in stage.inputs]
-    with pytest.raises(IntegrityError, match=r"no graph that can be read here: pip install 'higen\[export\]'"):
+    with pytest.raises(IntegrityError, match=r"cannot be read here: pip install 'higen\[export\]'"):
         graph_inputs(path, None)
 
 
-def test_a_file_that_is_no_graph(old: Path) -> None:
+def test_a_file_that_is_not_a_graph(old: Path) -> None:
     (old / "spatial_unet.onnx").write_bytes(b"not a graph")
     write_version_1(old, [path.name for path in old.iterdir() if path.name != MANIFEST])
     before = (old / MANIFEST).read_bytes()
-    with pytest.raises(IntegrityError, match=r"spatial_unet\.onnx: no ONNX graph"):
+    with pytest.raises(IntegrityError, match=r"spatial_unet\.onnx: not an ONNX graph"):
         upgrade(old)
     assert (old / MANIFEST).read_bytes() == before
 
@@ -236,7 +236,7 @@ def test_version_2_stays_as_it_is(model: Path, reseal: bool) -> None:
     assert (found.before, found.resealed, found.exports) == (2, reseal, ())
 
 
-def test_an_edit_wants_a_new_seal(model: Path) -> None:
+def test_an_edit_needs_a_new_seal(model: Path) -> None:
     edit(model, '"steps": 4', '"steps": 5')
     with pytest.raises(IntegrityError, match=r"was edited .*higen upgrade --reseal"):
         upgrade(model)
@@ -264,7 +264,7 @@ def test_an_edit_is_checked_all_the_same(model: Path, old: str, new: str, match:
     assert (model / MANIFEST).read_bytes() == before
 
 
-def test_an_edited_file_is_no_edit_of_the_tables(model: Path) -> None:
+def test_an_edited_file_is_not_an_edit_of_the_tables(model: Path) -> None:
     """The seal covers only the manifest. A file that does not match the manifest stays broken."""
     (model / spec.TOKENIZER).write_text("{}", encoding="utf-8")
     with pytest.raises(IntegrityError, match=r"tokenizer\.json"):

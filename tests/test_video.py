@@ -130,7 +130,7 @@ def test_odd_sizes_repeat_the_last_row_and_column(tmp_path: Path, suffix: str, s
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
 @pytest.mark.parametrize("count", [1, 5])
-def test_equal_frames_stay_as_many(tmp_path: Path, suffix: str, count: int) -> None:
+def test_the_number_of_equal_frames_is_kept(tmp_path: Path, suffix: str, count: int) -> None:
     frames = np.full((count, 16, 16, 3), 77, np.uint8)
     opened = Video.open(Video(frames, 8).save(tmp_path / f"clip{suffix}"))
     assert opened.frames.shape == frames.shape
@@ -156,7 +156,7 @@ def test_rate_and_metadata_come_back(tmp_path: Path, suffix: str, fps: float) ->
     assert len(opened) == 3
 
 
-def test_npy_holds_frames_alone(tmp_path: Path) -> None:
+def test_npy_holds_only_frames(tmp_path: Path) -> None:
     opened = Video.open(Video(smooth(), 24, METADATA).save(tmp_path / "clip.npy"))
     assert (opened.fps, opened.metadata) == (8.0, {})
 
@@ -421,7 +421,7 @@ def test_sizes_and_repr() -> None:
     assert repr(Video(smooth(1), 29.97)) == "Video(1 frames, 96x64, 29.97 fps, '')"
 
 
-def test_a_video_keeps_to_itself() -> None:
+def test_a_video_owns_its_frames() -> None:
     frames, metadata = smooth(2), {"cues": [1]}
     video = Video(frames, 8, metadata)
     metadata["cues"].append(2)

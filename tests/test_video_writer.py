@@ -35,21 +35,21 @@ def contents(folder: Path) -> dict[str, bytes]:
 # Sequences
 
 
-def test_pictures_behind_a_sequence_that_higen_did_not_write_stay(tmp_path: Path) -> None:
+def test_pictures_after_a_sequence_stay_if_higen_did_not_write_them(tmp_path: Path) -> None:
     for number in (2, 3):
         (tmp_path / f"shot_{number:04d}.png").write_bytes(b"a photo of mine")
     clip(2).save(tmp_path / "shot.png")
     assert (tmp_path / "shot_0002.png").read_bytes() == (tmp_path / "shot_0003.png").read_bytes() == b"a photo of mine"
 
 
-def test_frames_behind_a_shorter_clip_go_and_a_picture_among_them_stays(tmp_path: Path) -> None:
+def test_frames_after_a_shorter_clip_are_removed_and_a_picture_among_them_stays(tmp_path: Path) -> None:
     clip(6).save(tmp_path / "shot.png")
     Image.new("RGB", (4, 4)).save(tmp_path / "shot_0003.png")
     clip(2, 200).save(tmp_path / "shot.png")
     assert names(tmp_path) == ["shot_0000.png", "shot_0001.png", "shot_0003.png"]
 
 
-def test_frames_of_another_clip_behind_the_new_one_stay(tmp_path: Path) -> None:
+def test_frames_of_another_clip_after_the_new_one_stay(tmp_path: Path) -> None:
     clip(6, 90).save(tmp_path / "other.png")
     (tmp_path / "other_0004.png").rename(tmp_path / "shot_0004.png")
     clip(3).save(tmp_path / "shot.png")
@@ -83,9 +83,7 @@ def another_frame(path: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [foreign_text, foreign_picture, foreign_link, another_frame, os.mkfifo, Path.mkdir])
-def test_what_stands_in_the_place_of_a_frame_is_refused_before_anything_is_written(
-    tmp_path: Path, make: object
-) -> None:
+def test_a_foreign_file_in_place_of_a_frame_is_refused_before_anything_is_written(tmp_path: Path, make: object) -> None:
     make(tmp_path / "shot_0001.png")  # type: ignore[operator]
     before = contents(tmp_path) if make is not os.mkfifo else {}
     check_output(tmp_path / "shot.png", 1)
@@ -99,7 +97,7 @@ def test_what_stands_in_the_place_of_a_frame_is_refused_before_anything_is_writt
         assert contents(tmp_path) == before
 
 
-def test_a_sequence_of_before_the_marks_is_replaced(tmp_path: Path) -> None:
+def test_a_sequence_from_before_the_marks_is_replaced(tmp_path: Path) -> None:
     payload = '{"prompt": "p", "higen.video": {"fps": 8.0, "frames": 3, "height": 4, "width": 4}}'
     for number in range(4):
         text = PngImagePlugin.PngInfo()
@@ -113,7 +111,7 @@ def test_frames_of_two_clips_are_not_shown_as_one(tmp_path: Path) -> None:
     clip(3, 10).save(tmp_path / "a.png")
     clip(3, 200).save(tmp_path / "b.png")
     (tmp_path / "b_0001.png").replace(tmp_path / "a_0001.png")
-    with pytest.raises(OutputError, match="two clips"):
+    with pytest.raises(OutputError, match="different clips"):
         Video.open(tmp_path / "a.png")
 
 
@@ -162,7 +160,7 @@ def test_two_processes_that_save_one_sequence_leave_one_clip(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("suffix", SUFFIXES)
-def test_what_killed_saves_left_goes_with_the_next(tmp_path: Path, suffix: str) -> None:
+def test_files_of_killed_saves_are_removed_by_the_next(tmp_path: Path, suffix: str) -> None:
     for _ in range(2):
         assert saving(tmp_path / f"a{suffix}", 2, 10, kill=1).wait(60) == -signal.SIGKILL
     assert len(names(tmp_path)) == (2 if suffix == ".png" else 1)  # the second save removed the first one's leftovers
@@ -174,7 +172,9 @@ def test_what_killed_saves_left_goes_with_the_next(tmp_path: Path, suffix: str) 
 def test_a_name_that_no_file_system_takes_is_one_error_before_the_work(tmp_path: Path, suffix: str) -> None:
     deep = tmp_path.joinpath(*["d" * 200] * ((4060 - len(str(tmp_path))) // 201))
     for name in ("x" * 252 + suffix, "a\0b" + suffix, "\ud800" + suffix, str(deep / ("y" * 30 + suffix))):
-        with pytest.raises(OutputError, match=r"does not take this name|no character NUL|does not exist") as caught:
+        with pytest.raises(
+            OutputError, match=r"does not take this name|cannot contain the character NUL|does not exist"
+        ) as caught:
             check_output(f"{tmp_path}/{name}")
         assert len(str(caught.value)) < 2100
     assert names(tmp_path) == []
@@ -188,7 +188,7 @@ def test_numbers_make_a_name_longer(tmp_path: Path) -> None:
             check_output(tmp_path / ("x" * stem + ".png"), frames)
 
 
-def test_a_nul_does_not_cut_the_name(tmp_path: Path) -> None:
+def test_a_nul_character_does_not_truncate_the_name(tmp_path: Path) -> None:
     (tmp_path / "a.mp4").write_bytes(b"another file")
     with pytest.raises(HigenError, match="NUL"):
         clip().save(f"{tmp_path}/a.mp4\0.mp4")
@@ -240,7 +240,7 @@ def test_a_pipe_and_a_device_are_refused(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "pipe.npy")
     (tmp_path / "device.npy").symlink_to("/dev/null")
     for name in ("pipe.npy", "device.npy"):
-        with pytest.raises(OutputError, match="no plain file, but a pipe or a device"):
+        with pytest.raises(OutputError, match="is a pipe or a device, not a regular file"):
             clip().save(tmp_path / name)
 
 

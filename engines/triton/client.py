@@ -213,6 +213,6 @@ def _array(name: str, kind: str, value: Any) -> NDArray[Any]:
     if array.size and array.dtype.kind in "iu":
         low, high = (-(2**24), 2**24) if dtype.kind == "f" else (np.iinfo(dtype.name).min, np.iinfo(dtype.name).max)
         if int(array.min()) < low or int(array.max()) > high:
-            raise RequestError(f"{wrong}; of whole numbers it holds those from {low} to {high}")
+            raise RequestError(f"{wrong}; its data type holds whole numbers from {low} to {high}")
     with np.errstate(over="ignore"):  # the server refuses what is not finite
         return array.astype(dtype)

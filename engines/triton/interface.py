@@ -270,7 +270,7 @@ def _picture(name: str, files: NDArray[Any]) -> PIL.Image.Image:
     try:
         picture = PIL.Image.open(io.BytesIO(data), formats=("PNG", "JPEG"))
     except Exception as error:  # a decoder may raise anything on corrupt data
-        reason = "no whole file" if isinstance(error, PIL.UnidentifiedImageError) else error
+        reason = "an incomplete file" if isinstance(error, PIL.UnidentifiedImageError) else error
         raise RequestError(f"{name}: cannot be read as a picture: {reason}") from error
     if picture.width * picture.height > MAX_PIXELS:
         raise RequestError(f"{name} has {picture.width}x{picture.height} pixels: at most {MAX_PIXELS} in all")

@@ -40,9 +40,9 @@ def check_body(body: bytes, inputs: Sequence[tuple[str, str]]) -> None:
         raise
     except (ValueError, RecursionError) as error:
         reason = "too deep" if isinstance(error, RecursionError) else str(error)
-        raise RequestError(f"the body is no JSON: {reason[:200]}") from error
+        raise RequestError(f"the body is not JSON: {reason[:200]}") from error
     if not isinstance(document, dict):
-        raise RequestError("the body is a JSON object: the names of inputs, and their values")
+        raise RequestError("the body must be a JSON object: the names of inputs, and their values")
     if not isinstance(document.get("id", ""), str):
         raise RequestError(f"id={quoted(document['id'])}: a text is wanted")
     kinds = dict(inputs)
@@ -57,14 +57,14 @@ def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(pairs) >= _MOST:
         raise RequestError(f"{quoted(pairs[0][0])}: one of {len(pairs)} names; fewer than {_MOST} are wanted")
     if (name := repeated_key(pairs)) is not None:
-        raise RequestError(f"{quoted(name)}: stands in the body twice")
+        raise RequestError(f"{quoted(name)}: appears twice in the body")
     return dict(pairs)
 
 
 def _check_value(name: str, kind: str, value: Any) -> None:
     items = value if isinstance(value, list) else [value]
     if any(isinstance(item, list) for item in items):
-        raise RequestError(f"{name}: a flat list is wanted; pictures go by HTTP as NAME_file, matrices by gRPC alone")
+        raise RequestError(f"{name}: a flat list is wanted; send pictures as NAME_file, and matrices only by gRPC")
     for item in items:
         if not _fits(kind, item):
             raise RequestError(f"{name}={quoted(item)}: {_WANTED.get(kind, kind)} is wanted")

@@ -184,7 +184,10 @@ def _fixed_sizes(bundle: Bundle, stage: Stage, file: str, precision: str) -> dic
     """
     fixed, free = dict(bundle.manifest.fixed), limits(bundle.manifest, stage.name)
     taken = {tensor.name: tensor for tensor in bundle.graphs.get(file, ())}
-    wrong = [f"{name} is no input of both" for name in sorted({t.name for t in stage.inputs} ^ set(taken))]
+    wrong = [
+        f"only one of the graph and the stage has the input {name}"
+        for name in sorted({t.name for t in stage.inputs} ^ set(taken))
+    ]
     for tensor in stage.inputs if not wrong else ():
         own = taken[tensor.name]
         if (own.dtype, len(own.shape)) != (tensor.dtype, len(tensor.shape)):
@@ -222,7 +225,7 @@ def _engines(bundle: Bundle, settings: Settings) -> dict[str, _Model]:
                 found[name] = _engine(bundle, stage, plan, settings)
         if name not in found and any((folder / file).exists() for file in (engine_file(name), record_file(name))):
             reasons = [error for error in errors if str(folder) in str(error)]
-            raise reasons[0] if reasons else Malformed(f"{folder / engine_file(name)}: has no record beside it")
+            raise reasons[0] if reasons else Malformed(f"{folder / engine_file(name)}: has no record")
     if not found:
         known = sorted(p.name for p in folder.parent.iterdir() if p.is_dir()) if folder.parent.is_dir() else []
         raise ModelError(
@@ -248,7 +251,7 @@ def _engine(bundle: Bundle, stage: Stage, plan: Plan, settings: Settings) -> _Mo
     hashes = {name: file.sha256 for name, file in bundle.files.items()}
     check_plan(plan, hashes, record.architectures[0], {record.flavour: record.library})
     if not plan.path.is_file() or file_record(plan.path) != FileRecord(record.size, record.sha256):
-        raise Malformed(f"{plan.path}: is not the plan of its record; build it again")
+        raise Malformed(f"{plan.path}: is not the plan that its record describes; build it again")
     fixed = _fixed_sizes(bundle, stage, record.graph, record.precision)
     return _Model(stage, "tensorrt", {"model.plan": plan.path}, fixed, _profiles(bundle, stage, plan, settings))
 

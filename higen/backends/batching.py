@@ -74,7 +74,7 @@ class Batch:
         ends = np.cumsum([call.rows for call in self.calls])
         for name, tensor in outputs.items():
             if tensor.shape[0] != ends[-1]:
-                raise BackendError(f"{self.stage}.{name}: {tensor.shape[0]} rows came out of {ends[-1]}")
+                raise BackendError(f"{self.stage}.{name}: {tensor.shape[0]} output rows, but {ends[-1]} input rows")
         # Copies: a caller that keeps its rows must not keep the rows of others in memory.
         return [
             {name: tensor[end - call.rows : end].copy() for name, tensor in outputs.items()}
@@ -88,7 +88,9 @@ class Batcher:
     def __init__(self, slots: int, rows: Mapping[str, int], line: int = 0) -> None:
         """`slots`: requests active at once; `rows`: maximum rows per batch, by stage; `line`: requests that wait."""
         if slots < 1 or line < 0 or any(most < 1 for most in rows.values()):
-            raise BackendError(f"slots={slots}, line={line}, rows={dict(rows)}: at least one slot, and one row a stage")
+            raise BackendError(
+                f"slots={slots}, line={line}, rows={dict(rows)}: at least one slot, and at least one row per stage"
+            )
         self.slots = slots
         self.line = line
         self._rows = dict(rows)
@@ -99,13 +101,15 @@ class Batcher:
     def enter(self, request: Hashable) -> None:
         """Take a slot or a place in line. Raises RetryLater if all slots and the line are full."""
         if request in self._active or request in self._queue:
-            raise BackendError(f"request {request!r} has entered already")
+            raise BackendError(f"request {request!r} has already entered")
         if len(self._active) < self.slots:
             self._active[request] = False
         elif len(self._queue) < self.line:
             self._queue[request] = None
         else:
-            raise RetryLater(f"{len(self._active)} requests are at work and {len(self._queue)} wait: try again later")
+            raise RetryLater(
+                f"{len(self._active)} requests are running and {len(self._queue)} are waiting; try again later"
+            )
 
     def leave(self, request: Hashable) -> None:
         """Remove a request that is done, failed or cancelled. Its slot goes to the first in line. May be repeated."""
@@ -141,7 +145,7 @@ class Batcher:
         Raises BackendError for a call that can never run.
         """
         if self._active.get(request) is not False:
-            raise BackendError(f"request {request!r} has no slot, or a call already")
+            raise BackendError(f"request {request!r} has no slot, or already has a call")
         call = Call(request, stage, tensors, joins)
         most = self._rows.get(stage)
         if joins and (most is None or not 1 <= call.rows <= most):

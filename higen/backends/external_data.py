@@ -47,7 +47,7 @@ def external_files(graph: Path) -> frozenset[str]:
     try:
         return frozenset(_locations(memoryview(graph.read_bytes()), _MODEL, 0))
     except (IndexError, ValueError) as error:
-        raise IntegrityError(f"{graph}: ONNX Runtime cannot load it: no ONNX graph: {error}") from error
+        raise IntegrityError(f"{graph}: ONNX Runtime cannot load it: not an ONNX graph: {error}") from error
 
 
 def _locations(message: memoryview, fields: _Fields, depth: int) -> Iterator[str]:

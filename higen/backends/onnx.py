@@ -76,7 +76,7 @@ class OnnxBackend:
         if kind is not None and PROVIDERS[kind] not in available:
             raise BackendUnavailable(
                 f"device={device!r}: this ONNX Runtime has {', '.join(available)} (pip install 'higen[cuda]', "
-                "then take onnxruntime away: see the README)"
+                "then uninstall onnxruntime: see the README)"
             )
         self.bundle = bundle
         self.options = options
@@ -227,7 +227,7 @@ class OnnxBackend:
         there, asked = self.bundle.precisions(stage), self.options.precision
         for name in precision_named(asked).stand_ins if asked else PREFERRED[self._device]:
             if name in there and precision_named(name).engines_only:
-                raise BackendUnavailable(f"{graph_file(stage, name)}: ONNX Runtime does not compute in it")
+                raise BackendUnavailable(f"{graph_file(stage, name)}: ONNX Runtime does not compute in this precision")
             if name in there:
                 return name
         option = f" --precision {asked}" if asked not in (None, "fp32") else ""
@@ -259,7 +259,7 @@ class OnnxBackend:
         if not fits:
             shapes = {name: shape for name, (_, shape) in given.items()}
             raise IntegrityError(
-                f"{self.bundle.path}: the graph of {stage} is another stage's or model's: "
+                f"{self.bundle.path}: the graph of {stage} belongs to another stage or model: "
                 f"it takes {shapes} and gives {list(outputs)}, but the model has {self.bundle.manifest.fixed}"
             )
         return _Session(session, self._device, self._index, precision, fixed, frozenset(older), files)

@@ -173,7 +173,7 @@ class PlanRecord:
                 raise Malformed(f"{where}: format={quoted(data.get('format'))}, this higen reads {FORMAT}")
             return from_json(cls, data, "record")
         except (ValueError, RecursionError, ManifestError) as error:
-            raise Malformed(f"{where}: no record of an engine: {error}") from error
+            raise Malformed(f"{where}: is not the record of an engine: {error}") from error
 
 
 @dataclass(frozen=True)
@@ -223,7 +223,7 @@ def read_plans(model: Path, stage: str) -> tuple[list[Plan], list[EngineError]]:
         try:
             record = pending_record(path) or PlanRecord.from_text(read_text(path), str(path))
             if (record.stage, record.target) != (stage, path.parent.name):
-                raise Malformed(f"{path}: is the record of {record.target}/{record.stage}")
+                raise Malformed(f"{path}: is the record of another engine, {record.target}/{record.stage}")
         except (OSError, TextError) as error:
             errors.append(Malformed(f"{path}: cannot be read: {error}"))
         except EngineError as error:
@@ -271,7 +271,8 @@ def check_plan(
         raise version
     if version != record.library:
         raise Stale(
-            f"{plan.name}: built by {EXTRAS[record.flavour][0]} {record.library}, {version} is here and reads only its "
+            f"{plan.name}: built by {EXTRAS[record.flavour][0]} {record.library}; the installed {version} reads only "
+            "its "
             f"own: {plan.remedy}"
         )
 
@@ -319,7 +320,7 @@ def check_interface(plan: Plan, stage: Stage, tensors: Sequence[PlanTensor]) -> 
         raise Malformed(f"{plan.path}: its tensors are {found}, {stage.name} has {expected}")
     recorded = {t.name: t for t in plan.record.tensors}
     if recorded.keys() != found.keys() or not all(_alike(t, recorded[t.name]) for t in tensors):
-        raise Malformed(f"{plan.path}: its tensors are not those of the record beside it")
+        raise Malformed(f"{plan.path}: its tensors differ from those in its record")
 
 
 def _alike(a: PlanTensor, b: PlanTensor) -> bool:
@@ -357,7 +358,7 @@ def streaming_budget(streamable: int, activations: int, free: int, automatic: in
 _INVALID: dict[str, tuple[type[EngineError], str]] = {
     "UNSUPPORTED_CC": (WrongArchitecture, "it was not built for this GPU"),
     "VERSION_MISMATCH": (Stale, "another version of TensorRT built it"),
-    "MALFORMED_ENGINE": (Malformed, "its file is no plan"),
+    "MALFORMED_ENGINE": (Malformed, "its file is not a plan"),
     "OLD_CUDA_DRIVER": (NoDriver, "the NVIDIA driver is too old for it"),
     "OLD_CUDA_RUNTIME": (NoDriver, "the CUDA runtime is too old for it"),
     "INSUFFICIENT_GPU_MEMORY": (EngineError, "the GPU has too little memory for it"),

@@ -85,7 +85,9 @@ class Engine:
             self._check(context.set_input_shape(name, array.shape), f"shape {list(array.shape)} of {name}")
             self._check(context.set_tensor_address(name, array.address), f"address of {name}")
         if missing := context.infer_shapes():
-            raise BackendError(f"{self.plan.name}: TensorRT misses {missing}")
+            raise BackendError(
+                f"{self.plan.name}: TensorRT cannot infer the shapes, because these inputs are missing: {missing}"
+            )
         outputs = []
         for name in self._stage.graph_outputs:
             array = DeviceArray(self._cuda, tuple(context.get_tensor_shape(name)), str(self.dtypes[name]))
@@ -152,11 +154,11 @@ class Engine:
     def _deserialize(self, verify: bool) -> tuple[Any, Any]:
         path, record = self.plan.path, self.plan.record
         if path.exists() and not path.is_file():  # reading a pipe would block forever
-            raise Malformed(f"{path}: is no plain file: {self.plan.remedy}")
+            raise Malformed(f"{path}: is not a regular file: {self.plan.remedy}")
         try:
             with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
                 if len(data) != record.size or (verify and hashlib.sha256(data).hexdigest() != record.sha256):
-                    raise Malformed(f"{path}: is not the plan of the record beside it: {self.plan.remedy}")
+                    raise Malformed(f"{path}: is not the plan that its record describes: {self.plan.remedy}")
                 runtime = self._trt.Runtime(self._logger)
                 if hasattr(runtime, "get_engine_validity"):
                     validity, reasons = runtime.get_engine_validity(data)
@@ -199,7 +201,7 @@ class Engine:
                 config.set_runtime_cache(self._cache)
             context = engine.create_execution_context(config)
         if context is None:
-            raise BackendError(f"{self.plan.name}: TensorRT makes no context: {'; '.join(self._errors)}")
+            raise BackendError(f"{self.plan.name}: TensorRT cannot create a context: {'; '.join(self._errors)}")
         return context
 
     @property

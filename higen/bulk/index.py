@@ -219,7 +219,9 @@ class Index:
         except Exception as error:  # pyarrow raises many kinds
             raise OutputError(f"{INDEX} of the output cannot be read: move it away ({error})") from error
         if (table.schema.metadata or {}).get(_MARK[0]) != _MARK[1] or table.schema.names != self._schema().names:
-            raise OutputError(f"{INDEX} of the output is of no earlier run: move it away, or choose another output")
+            raise OutputError(
+                f"{INDEX} of the output was not written by an earlier run: move it away, or choose another output"
+            )
         return table
 
 

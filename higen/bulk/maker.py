@@ -75,7 +75,8 @@ class Maker:
         self._place = open_place(order.output)
         if self._place.read(RUN) != order.token:
             raise OutputError(
-                f"output={quoted(order.output)}: is another place for a worker than for the run that started it; "
+                f"output={quoted(order.output)}: names a different place for this worker than for the run that "
+                "started it; "
                 "workers of other machines need a shared folder or a URL"
             )
         self._journal = Journal(self._place)
@@ -86,7 +87,7 @@ class Maker:
         self._shared: SharedBackend | None = None
         try:
             if model_digest(self._pipeline.bundle) != order.digest:
-                raise IntegrityError(f"{self._pipeline.bundle.path}: is another model than the one the run was given")
+                raise IntegrityError(f"{self._pipeline.bundle.path}: is not the model that the run started with")
             if order.slots > 1:
                 manifest = self._pipeline.manifest
                 rows = {s.name: most_rows(manifest, s, order.slots) for s in manifest.all_stages if s.batch}

@@ -60,7 +60,7 @@ class Pool:
             if value is not None and not 0 <= value <= _LONGEST:
                 raise RequestError(f"{name}={quoted(value)}: a number from 0")
             if value is not None and value > 1 and value != int(value):
-                raise RequestError(f"{name}={quoted(value)}: below 1 a fraction, above it a whole number")
+                raise RequestError(f"{name}={quoted(value)}: a fraction below 1, or a whole number")
 
 
 def on_ray(pool: Pool) -> Callable[[Order, list[Row]], Generator[Record, None, None]]:

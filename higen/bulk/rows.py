@@ -105,7 +105,7 @@ def read_rows(path: Path, bundle: Bundle, suffix: str) -> list[Row]:
         more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise RequestError(f"{path}: {len(wrong)} of {lines} rows are wrong: {'; '.join(wrong[:_SHOWN])}{more}")
     if not found:
-        raise RequestError(f"{path}: has no rows: one JSON object a line, or a CSV file with a row of names")
+        raise RequestError(f"{path}: has no rows; write one JSON object per line, or a CSV file with a header row")
     return [Row(key, text, tuple(numbers)) for key, (text, numbers) in found.items()]
 
 
@@ -146,7 +146,7 @@ def _csv(text: str, kinds: Mapping[str, str]) -> _Parsed:
 
 def _from_cells(names: list[str], cells: list[str], kinds: Mapping[str, str]) -> dict[str, Any]:
     if len(cells) > len(names):
-        raise TextError(f"{len(cells)} cells, and {len(names)} columns")
+        raise TextError(f"{len(cells)} cells for {len(names)} columns")
     return {name: _cell(name, cell, kinds) for name, cell in zip(names, cells, strict=False) if cell.strip()}
 
 

@@ -142,7 +142,7 @@ def _watched(records: Iterator[Record], failures: int) -> Iterator[Record]:
         failing = failing + 1 if record.error is not None else 0
         if failing >= failures:
             raise BackendError(
-                f"{failing} rows failed one after the other, the last with {record.error}; run again to go on"
+                f"{failing} rows failed one after the other, the last with {record.error}; run again to continue"
             )
 
 

@@ -124,7 +124,7 @@ def known_frames_controls() -> tuple[Control, Control]:
     """The controls that `KNOWN` refers to."""
     return (
         Control("keyframes", "frames", "frames that the clip passes through, by index: 0 is the first, -1 the last"),
-        Control("mask", "mask", "where the known frames are drawn anew: white, and kept: black"),
+        Control("mask", "mask", "white where the known frames are redrawn, black where they are kept"),
     )
 
 
@@ -133,12 +133,16 @@ CONTROL_SCALE = "control_scale"
 
 def map_controls(edges: bool) -> tuple[Control, Control]:
     """The controls of a control network. `edges`: its map is the edges of a given picture."""
-    what = "pictures whose edges the result has" if edges else "maps of what the network was trained on, poses say"
+    what = (
+        "pictures, whose edges the result follows"
+        if edges
+        else "maps of the kind that the network was trained on, such as poses"
+    )
     meaning = f"{what}: one, or one for each frame"
     return (
         Control(CONTROL_MAP, "map", meaning, "edges" if edges else None),
         Control(
-            CONTROL_SCALE, "curve", "how far the control holds: 0 not at all", "curve", default=1.0, usual=(0.0, 1.0)
+            CONTROL_SCALE, "curve", "strength of the control: 0 is no control", "curve", default=1.0, usual=(0.0, 1.0)
         ),
     )
 
@@ -164,7 +168,7 @@ def controlled(stage: str) -> Variant:
 
 def strength_control(what: str, default: float) -> Control:
     """The control `strength`: how much of `what` ("picture" or "video") is drawn anew when a loop starts from it."""
-    said = f"how much of the {what} is drawn anew: near 0 little, 1 all of it"
+    said = f"how much of the {what} is redrawn, from near 0 (a little) to 1 (all of it)"
     return Control("strength", "number", said, "number", low=0.0, high=1.0, default=default)
 
 

@@ -58,7 +58,7 @@ def reason(error: Exception) -> str:
     if isinstance(error, EOFError):
         return "it ends too early"
     if type(error).__name__ == "UnidentifiedImageError":
-        return "its contents are of no picture format that is read"
+        return "its contents are not in a supported picture format"
     if words := getattr(error, "strerror", None):  # of the system or FFmpeg: without number and path
         return str(words)
     inside = isinstance(error, (ArithmeticError, AssertionError, AttributeError, LookupError, TypeError))
@@ -74,7 +74,7 @@ def head(path: Path) -> bytes:
     """The first bytes of a file. Raises OSError, and OutputError for a file that is clearly not a picture or video."""
     mode = path.stat().st_mode
     if not stat.S_ISREG(mode):
-        raise OutputError("a folder" if stat.S_ISDIR(mode) else "no regular file")  # reading a pipe would block
+        raise OutputError("a folder" if stat.S_ISDIR(mode) else "not a regular file")  # reading a pipe would block
     with path.open("rb") as file:
         start = file.read(_HEAD)
     if not start:
@@ -82,7 +82,7 @@ def head(path: Path) -> bytes:
     text = start[:256].lstrip(b"\xef\xbb\xbf \t\r\n").lower()
     for beginning, what in _TEXTS.items():
         if text.startswith(beginning):
-            raise OutputError(f"it is {what}, no picture or video")
+            raise OutputError(f"it is {what}, not a picture or video")
     return start
 
 

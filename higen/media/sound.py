@@ -136,7 +136,7 @@ def _read_stream(path: Path, start: float, seconds: float | None) -> Sound:
     try:
         container = av.open(f"file:{path.absolute()}", options=options)
     except (av.ArgumentError, av.InvalidDataError) as error:
-        raise OutputError("it is corrupt, or of no sound format that is read") from error
+        raise OutputError("it is corrupt, or not in a supported sound format") from error
     with container:
         if not container.streams.audio:
             raise OutputError("there is no sound in it")

@@ -157,7 +157,7 @@ class VideoStream:
         try:
             container = av.open(f"file:{self.path.absolute()}", options=options, **_metadata_options())
         except (av.ArgumentError, av.InvalidDataError) as error:
-            raise OutputError("it is corrupt, or of no video format that is read") from error
+            raise OutputError("it is corrupt, or not in a supported video format") from error
         with container:
             stream = _video_stream(container)
             stream.thread_type = "AUTO"
@@ -242,8 +242,8 @@ def _video_stream(container: Any) -> Any:
     films = [stream for stream in container.streams.video if not stream.disposition & still]
     if not films:
         others = ", ".join(sorted({stream.type for stream in container.streams}))
-        cover = " (a cover picture alone)" if container.streams.video else ""
-        raise OutputError(f"no video in it{cover or (f' ({others} alone)' if others else '')}")
+        cover = " (only a cover picture)" if container.streams.video else ""
+        raise OutputError(f"no video in it{cover or (f' (only {others})' if others else '')}")
     stream = next((film for film in films if film.frames != 1), films[0])
     if stream.codec_context is None:  # PyAV before 18.1 crashes if such a stream is decoded
         raise OutputError("its codec is unknown")

@@ -54,7 +54,7 @@ def read_state(path: Path, on_note: Note = lambda _: None) -> dict[str, Tensor]:
     if INDEX.search(path.name.lower()):
         return _read_sharded(path, on_note)
     if (part := PART.search(path.name)) and int(part[1]) > 1:
-        raise CheckpointError(f"{path}: one of {int(part[1])} files of a checkpoint: name the .index.json beside it")
+        raise CheckpointError(f"{path}: one of {int(part[1])} files of a checkpoint: give its .index.json file")
     return _read_whole(path, on_note)
 
 
@@ -178,12 +178,12 @@ def folder_state(folder: Path, stems: tuple[str, ...], on_note: Note = lambda _:
     for suffix in (".safetensors", ".bin"):
         for stem in stems:
             if (variant := _variant(folder, stem, suffix)) is not None:
-                on_note(f"{variant}: these weights are taken, for there are none without a variant")
+                on_note(f"{variant}: these weights are used, because there are none without a variant")
                 return read_state(variant, on_note)
     plain = ", ".join(f"{stem}{suffix}" for suffix in (".safetensors", ".bin") for stem in stems)
     found = ", ".join(sorted(path.name for path in folder.iterdir())) if folder.is_dir() else ""
     raise CheckpointError(
-        f"{folder}: holds none of {plain}, no variant and no index of theirs; it has {found or 'nothing'}"
+        f"{folder}: has none of {plain}, and no variant or index of them; it has {found or 'nothing'}"
     )
 
 
@@ -200,7 +200,7 @@ def _variant(folder: Path, stem: str, suffix: str) -> Path | None:
     known = [name for name in VARIANTS if name in found]
     if not known and len(found) > 1:
         named = ", ".join(sorted(path.name for path in found.values()))
-        raise CheckpointError(f"{folder}: several variants, {named}, and no rule which is meant: leave one there")
+        raise CheckpointError(f"{folder}: several variants, {named}, and it is unclear which one to use: keep only one")
     return found[known[0]] if known else next(iter(found.values()), None)
 
 
@@ -209,7 +209,7 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = read_any_json(path)
     except (OSError, TextError) as error:
-        raise CheckpointError(f"{path}: cannot be read, and a diffusers folder has it: {error}") from error
+        raise CheckpointError(f"{path}: cannot be read, but a diffusers folder needs it: {error}") from error
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: a JSON object is wanted")
     return value

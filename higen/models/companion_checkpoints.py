@@ -148,7 +148,9 @@ def _text_sizes(tower: State) -> dict[str, int]:
     inner, _ = _shape(tower, "transformer.resblocks.0.mlp.c_fc.weight", 2, what)
     blocks = _count(tower, r"transformer\.resblocks\.(\d+)\.")
     if blocks < 2:
-        raise CheckpointError(f"{what} of {blocks} block: HiGen reads the penultimate one's tokens, so at least 2")
+        raise CheckpointError(
+            f"{what} of {blocks} block: HiGen reads the output of the penultimate block, so it needs at least 2"
+        )
     positions, _ = _shape(tower, "positional_embedding", 2, what)
     return {"vocabulary": vocabulary, "width": width, "inner": inner, "blocks": blocks, "positions": positions}
 

@@ -57,12 +57,13 @@ def check_base(control: Mapping[str, Any], unet: Mapping[str, Any], factor: int)
     for name in _SHARED:
         own, wanted = _argument(ControlNetModel, control, name), _argument(UNet2DConditionModel, unet, name)
         if own != wanted:
-            raise CheckpointError(f"{name}={own}: a control network for another base than this one, which has {wanted}")
+            raise CheckpointError(f"{name}={own}: the control network is for another base; this base has {wanted}")
     embedding = _argument(ControlNetModel, control, "conditioning_embedding_out_channels")
     pixels = 2 ** (len(embedding) - 1)
     if pixels != factor:
         raise CheckpointError(
-            f"conditioning_embedding_out_channels={list(embedding)}: for {pixels} pixels a latent cell, and this model "
+            f"conditioning_embedding_out_channels={list(embedding)}: for {pixels} pixels per latent cell, but this "
+            "model "
             f"has {factor}"
         )
 

@@ -50,7 +50,7 @@ def schedule_of(config: Config, prediction: str | None = None) -> Schedule:
     notes: tuple[str, ...] = ()
     if kind == "PNDMScheduler":
         kind = "DDIMScheduler"
-        notes = ("its scheduler, PNDM, keeps four predictions, which no table has: DDIM is the default solver instead",)
+        notes = ("its scheduler, PNDM, is not supported: DDIM is the default solver instead",)
     if kind not in _SOLVERS:
         near = next((solver for word, solver in _NEAREST if word in kind), "ddim")
         raise CheckpointError(

@@ -119,7 +119,9 @@ def _merge(
             raise CheckpointError(f"a {kind} adapter ({named}): only LoRA, with one product of two matrices, is read")
     layers, unused = _layers(given)
     if not layers:
-        raise CheckpointError(f"no LoRA: none of its names ends as a LoRA's do, such as {next(iter(given), 'none')!r}")
+        raise CheckpointError(
+            f"not a LoRA: no tensor name ends like a LoRA's; one of its names is {next(iter(given), 'none')!r}"
+        )
     alphas = _alphas(lora.path)
     places = {network: _places(state, nested.get(network, "")) for network, state in states.items()}
     changed = 0
@@ -133,7 +135,7 @@ def _merge(
         makers[network][name] = _after(makers[network].get(name), product)
         changed += 1
     if not changed:
-        raise CheckpointError(f"fits none of the model's layers: its first one is {next(iter(layers))!r}")
+        raise CheckpointError(f"does not fit any layer of the model; its first layer is {next(iter(layers))!r}")
     left = f"; not used: {', '.join(unused)}" if unused else ""
     return f"{lora.path.name}: {changed} layers changed, scale {lora.scale:g}{left}"
 
@@ -216,7 +218,7 @@ def _product(module: str, shape: torch.Size, factors: _Factors, scale: float, al
     """The function that adds the product of a layer's factors to its weight, in float32; the dtype does not change."""
     down, up = factors.down, factors.up
     if down is None or up is None:
-        raise CheckpointError(f"{module}: has one of a LoRA's two factors")
+        raise CheckpointError(f"{module}: has only one of a LoRA's two factors")
     rank = down.shape[0]
     fits = (
         up.flatten(1).shape == (shape[0], rank)
@@ -225,8 +227,8 @@ def _product(module: str, shape: torch.Size, factors: _Factors, scale: float, al
     )
     if not fits:
         raise CheckpointError(
-            f"{module}: its factors {list(up.shape)} and {list(down.shape)} are for another layer than the model's, "
-            f"{list(shape)}: an adapter for another model"
+            f"{module}: its factors {list(up.shape)} and {list(down.shape)} do not fit the model's layer "
+            f"{list(shape)}: the adapter is for another model"
         )
     if not (down.isfinite().all() and up.isfinite().all()):
         raise CheckpointError(f"{module}: has values that are infinite or not a number")

@@ -63,7 +63,7 @@ def _weights(loaded: object, depth: int) -> tuple[dict[str, Any], str]:
     assert taken is not None
     state, note = nested[taken]
     if others := [key for key in nested if key != taken]:
-        note = f"the weights are those under {taken!r}; {', '.join(map(repr, others))} is left out"
+        note = f"the weights under {taken!r} are used; {', '.join(map(repr, others))} is left out"
     return state, note
 
 

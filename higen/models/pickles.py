@@ -65,7 +65,7 @@ _FORBIDDEN = re.compile(
     r"|(?:Can only|Trying to) (?:build|create|call|instantiate).*(?:but got|for) (?P<object>.{1,80})"
 )
 _SAFELY = (
-    "use its .safetensors version if there is one; else whoever trusts the file writes one, with "
+    "use its .safetensors version; or, if you trust the file, write one with "
     "safetensors.torch.save_file(state_dict, 'weights.safetensors')"
 )
 

@@ -186,7 +186,9 @@ def _served(given: Sequence[str]) -> dict[str, Served]:
         bundle = Bundle.open(path)
         shown = name if named else ("higen" if path == default_model() else Path(path).resolve().name)
         if shown in found or not shown.isprintable() or not 1 <= len(shown) <= 64:
-            raise RequestError(f"model={quoted(entry)}: the name {quoted(shown)} is taken or unfit; NAME=DIRECTORY")
+            raise RequestError(
+                f"model={quoted(entry)}: the name {quoted(shown)} is taken or not allowed; write NAME=DIRECTORY"
+            )
         size = sum(bundle.files[file].size for file in bundle.manifest.weights if file in bundle.files)
         found[shown] = Served(shown, bundle, int(Path(bundle.path).stat().st_mtime), size, _words(bundle))
     return found

@@ -70,21 +70,21 @@ def _object(body: bytes) -> dict[str, Any]:
         raise Refusal(400, "invalid_json", f"the body is not valid UTF-8: {error.reason}") from error
     except (ValueError, RecursionError) as error:
         why = "too deep" if isinstance(error, RecursionError) else str(error)
-        raise Refusal(400, "invalid_json", f"the body is no JSON: {why[:200]}") from error
+        raise Refusal(400, "invalid_json", f"the body is not JSON: {why[:200]}") from error
     if not isinstance(found, dict):
-        raise Refusal(400, "invalid_json", "the body is a JSON object")
+        raise Refusal(400, "invalid_json", "the body must be a JSON object")
     _check(found, _DEPTH)
     return found
 
 
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if (name := repeated_key(pairs)) is not None:
-        raise Refusal(400, "invalid_json", f"{quoted(name)} stands in an object twice")
+        raise Refusal(400, "invalid_json", f"{quoted(name)} appears twice in an object")
     return dict(pairs)
 
 
 def _constant(name: str) -> NoReturn:
-    raise Refusal(400, "invalid_json", f"{name} is no JSON number")
+    raise Refusal(400, "invalid_json", f"{name} is not a JSON number")
 
 
 def _check(value: Any, depth: int) -> None:
@@ -124,7 +124,7 @@ async def _form(request: Request) -> Fields:
         for name, value in form.multi_items():
             parts = _NAME.fullmatch(name)
             if parts is None:
-                raise Refusal(422, "unknown_field", f"{quoted(name)}: no field's name")
+                raise Refusal(422, "unknown_field", f"{quoted(name)}: is not a field name")
             if isinstance(value, UploadFile):
                 _add_file(fields, parts, Upload(_suffix(value), await value.read()))
             else:

@@ -90,7 +90,7 @@ def job_error(error: BaseException) -> tuple[str, str]:
         return "out_of_memory", str(error)
     if isinstance(error, HigenError):
         return "generation_failed", str(error)
-    return "internal_error", f"a mistake of the server's: {type(error).__name__}"
+    return "internal_error", f"a bug in the server: {type(error).__name__}"
 
 
 def _param(message: str) -> str | None:

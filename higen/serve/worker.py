@@ -194,7 +194,7 @@ class Worker:
         try:
             self._failed(job, *job_error(error))
         except Exception:  # the disk is full: the job waits for the next start
-            LOG.exception("job %s: its failure cannot be written down", job.id)
+            LOG.exception("job %s: its failure cannot be recorded", job.id)
 
     def _failed(self, job: Job, code: str, message: str) -> None:
         if self._store.fail(job.id, code, message, self._settings.age):

@@ -176,7 +176,7 @@ class Batches:
                 "model.known_frames = true gives it inputs for them"
             )
         if objective.gain_clips and not config.unet.prior_preconditioning:
-            raise SettingsError(f"objective.gain_clips={objective.gain_clips}: {config.name} has no gain to teach")
+            raise SettingsError(f"objective.gain_clips={objective.gain_clips}: {config.name} has no gain to train")
         self.config, self.tokenizer, self.cues, self.objective, self.seed = config, tokenizer, cues, objective, seed
         self.key_frame, self.strengths = key_frame, strengths
         self.noise_mix = config.defaults.noise_mix if objective.noise_mix is None else objective.noise_mix

@@ -71,7 +71,7 @@ class Checkpoints:
             state: dict[str, Any] = torch.load(paths[-1], map_location="cpu", weights_only=True)
             version = state["version"]
         except (OSError, RuntimeError, EOFError, KeyError, TypeError, ValueError, pickle.UnpicklingError) as error:
-            before = f"remove it to go on from {paths[-2].name}" if len(paths) > 1 else "it is the only one"
+            before = f"remove it to continue from {paths[-2].name}" if len(paths) > 1 else "it is the only one"
             raise TrainingError(f"{paths[-1]} cannot be read: {reason(error)}; {before}") from error
         if version != VERSION:
             raise TrainingError(f"{paths[-1]}: version {version}; this higen reads version {VERSION}")

@@ -125,7 +125,9 @@ def check_clips(path: Path, bundle: Bundle, limit: int | None = None) -> Clips:
     a model raises.
     """
     if bundle.manifest.family != "higen":
-        raise SettingsError(f"{bundle.path}: measured are models of the family 'higen', not {bundle.manifest.family!r}")
+        raise SettingsError(
+            f"{bundle.path}: only models of the family 'higen' are measured, not {bundle.manifest.family!r}"
+        )
     config = spec.config(bundle.manifest)
     defaults = config.defaults
     try:

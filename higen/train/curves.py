@@ -139,7 +139,7 @@ def other_likeness(config: spec.ModelConfig, openclip: str | None) -> str | None
 
 def _notes(rate: float, sampled: float, cuts: Sequence[int]) -> Iterator[str]:
     if sampled != rate:
-        yield f"the video is sampled at {sampled:.4g} frames a second, in whole strides of its own, not at {rate:g}"
+        yield f"the video is sampled at {sampled:.4g} frames a second, not at {rate:g}: every n-th frame is used"
     if cuts:
         seconds = ", ".join(f"{cut / sampled:.2f} s" for cut in cuts)
         yield f"the picture changes at once at {seconds}: a cut is measured as motion"

@@ -85,7 +85,9 @@ def list_items(path: str | os.PathLike[str], scales: bool = False) -> Listing:
     listing = Listing()
     try:
         if scales and source.is_dir():
-            raise SettingsError(f"lora.scales=true: data.path={str(source)!r} is a folder; a list has a column 'scale'")
+            raise SettingsError(
+                f"lora.scales=true: data.path={str(source)!r} is a folder; give a list with a column 'scale'"
+            )
         if source.is_dir():
             rows = _folder_rows(source, listing)
         elif source.suffix.lower() in READERS and source.is_file():

@@ -92,7 +92,7 @@ def make_reader(
     lengths = (*settings.objective.windows, *settings.objective.late_windows)
     for length in lengths:
         if frame.frames % length:
-            raise SettingsError(f"objective.windows: {length} frames do not divide the {frame.frames} of data.frames")
+            raise SettingsError(f"objective.windows: {length} does not divide data.frames={frame.frames}")
     most = data.videos * (frame.frames // min(lengths, default=frame.frames))
     features = OpenClip(cues.openclip, device) if cues.openclip is not None else None
     recipe = {

@@ -67,7 +67,7 @@ def _csv_rows(text: str, mistakes: Mistakes, scales: bool) -> Iterator[Row]:
                 return
             continue
         if any(value.strip() for value in row[len(header) :]):
-            what = f"{len(row)} values for {len(header)} columns: a caption with a comma stands between double quotes"
+            what = f"{len(row)} values for {len(header)} columns: put a caption with a comma in double quotes"
             mistakes.append((line, what))
         elif problem := "".join(_run_together(value) for value in row):
             mistakes.append((line, problem))
@@ -109,9 +109,9 @@ def _wrong_header(header: list[str]) -> str:
     found += f" and {len(header) - SHOWN} more" if len(header) > SHOWN else ""
     hint = ""
     if len(header) == 1 and (divided := next((d for d in ";\t|" if d in header[0]), None)):
-        hint = f": its columns are divided by {divided!r}, a comma is wanted"
+        hint = f": its columns are separated by {divided!r}, not by commas"
     elif any(Path(value).suffix.lower() in SUFFIXES for value in header):
-        hint = ": it is a row already, and the first line must be path,caption"
+        hint = ": the first line is already a row, but must be path,caption"
     elif any(name.strip().lower() in COLUMNS for name in header):
         hint = ": write path,caption in lower case and without spaces"
     return f"no column {' and no column '.join(map(repr, missing))}; it has {found}{hint}"
@@ -123,7 +123,7 @@ def _run_together(value: str) -> str:
         if Path(line.partition(",")[0].strip(' "')).suffix.lower() in SUFFIXES:
             return f"a double quote is not closed, and the next rows became part of a text ({line[:40]!r})"
     if value[:1].isspace() and value.lstrip().startswith('"'):
-        return f"white space before a double quote ({value[:40]!r}): take it out"
+        return f"white space before a double quote ({value[:40]!r}): remove it"
     return ""
 
 

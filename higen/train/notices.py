@@ -100,6 +100,6 @@ def _captions(tokenizer: PromptTokenizer, captions: Iterable[str]) -> str | None
     empty = "" in distinct
     if not cut and not empty:
         return None
-    lines = [f"{len(cut)} of {len(distinct)} captions are not read as they stand"] if cut else []
+    lines = [f"{len(cut)} of {len(distinct)} captions are changed when they are read"] if cut else []
     lines += [f"the first is {quoted(caption)}: {reason}" for caption, reason in islice(cut.items(), 1)]
     return "; ".join([*lines, *(["some captions are empty"] if empty else [])])

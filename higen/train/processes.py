@@ -197,7 +197,7 @@ def _share(name: str, count: int, settings: Settings, processes: int, index: int
         raise SettingsError(f"{name}={count}: a multiple of the {processes} processes")
     part, parts = count // processes, settings.run.micro_batches
     if part % parts:
-        raise SettingsError(f"run.micro_batches={parts}: the {part} {name} of a process do not divide by it")
+        raise SettingsError(f"run.micro_batches={parts}: does not divide the {part} {name} of a process")
     return range(index * part, (index + 1) * part)
 
 

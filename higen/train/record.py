@@ -78,7 +78,9 @@ class Record:
             rows = map(json.loads, file.read_text(encoding="utf-8").splitlines())
             found = {row["file"]: row["reason"] for row in rows}
         except (ValueError, TypeError, KeyError) as error:
-            raise TrainingError(f"{file}: is not of a run: move it away, or choose another run.output") from error
+            raise TrainingError(
+                f"{file}: does not belong to a run: move it away, or choose another run.output"
+            ) from error
         if not step:
             file.unlink()
             return {}

@@ -92,9 +92,9 @@ class Run(Follower):
         self.processes.wait()
         going_on = self.resume()
         if going_on:
-            self.tell(f"going on after step {self.loop.step} of {self.settings.run.steps}")
+            self.tell(f"continuing after step {self.loop.step} of {self.settings.run.steps}")
         elif resume:
-            raise TrainingError(f"{self.checkpoints.folder}: no checkpoint to go on from")
+            raise TrainingError(f"{self.checkpoints.folder}: no checkpoint to continue from")
         if self.processes.main:
             if not going_on:
                 self.warn()
@@ -130,7 +130,7 @@ class Run(Follower):
             if skipped:
                 self.tell(f"{summary(skipped)}; see {Path(self.settings.run.output, 'skipped.jsonl')}")
             if self.listing.notes:
-                self.tell(summary(self.listing.notes, "read otherwise than asked"))
+                self.tell(summary(self.listing.notes, "read differently than requested"))
         self.processes.wait()
         return Bundle.open(output)
 
@@ -182,7 +182,7 @@ def check_same(state: Mapping[str, Any], settings: Settings, identity: Mapping[s
         if name == ARCHITECTURE:
             before = _unnamed(before)
         if found is None and before != value:
-            found = f"{name} is not what it was"
+            found = f"{name} has changed"
     if found is not None:
         raise SettingsError(
             f"{settings.run.output} holds a run of another configuration: {found}; "

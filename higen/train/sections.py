@@ -63,11 +63,15 @@ class ModelSettings:
 
     def __post_init__(self) -> None:
         if self.known_frames and self.init is None:
-            raise SettingsError("known_frames: goes with init; an architecture file has unet.known_frames")
+            raise SettingsError("known_frames: only with init; in an architecture file, set unet.known_frames")
         if (self.init is None) == (self.architecture is None):
-            raise SettingsError("init, architecture: one of the two, a model directory to fine-tune or a file")
+            raise SettingsError(
+                "init, architecture: give one of the two, a model directory to fine-tune or an architecture file"
+            )
         if (self.architecture is None) != (self.companions is None):
-            raise SettingsError("companions: goes with architecture (a model directory for autoencoder and text)")
+            raise SettingsError(
+                "companions: give them with architecture, and only with it (a model directory for autoencoder and text)"
+            )
 
 
 @dataclass(frozen=True)

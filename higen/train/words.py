@@ -69,6 +69,6 @@ def keep_words(encoder: nn.Module, tokenizer: Tokenizer, given: nn.Module, sourc
     words = {word for word, place in vocabulary.items() if place >= MARKS}
     known = copy_words(table, vocabulary, before, source.get_vocab()) & words
     return (
-        f"the vocabulary is the {len(words)} words of the captions: {len(known)} keep what the model knew of them, "
-        f"{len(words) - len(known)} are new to it"
+        f"the vocabulary is the {len(words)} words of the captions: the model knew {len(known)} of them, "
+        f"{len(words) - len(known)} are new"
     )

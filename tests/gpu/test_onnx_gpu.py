@@ -42,7 +42,7 @@ def half(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return export_model(Bundle.open(model), precision="fp16").path
 
 
-def test_float32_is_the_cpu_s_video(expected: Frames) -> None:
+def test_float32_gives_the_video_of_the_cpu(expected: Frames) -> None:
     with higen.load(backend="onnx", device="cuda") as pipe:
         frames = video(pipe)
         assert {choice.details for choice in pipe.backend.choices.values()} == {"cuda, fp32"}

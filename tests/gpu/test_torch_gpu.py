@@ -61,12 +61,12 @@ def topology(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("precision", list(ALLOWED))
 @pytest.mark.parametrize("model", ["built-in", "topology"])
-def test_every_stage_is_the_cpu_s(model: str, precision: str, topology: Path) -> None:
+def test_every_stage_equals_the_cpu(model: str, precision: str, topology: Path) -> None:
     check_stages(model, precision, topology, ALLOWED[precision])
 
 
 @pytest.mark.parametrize("model", ["built-in", "topology"])
-def test_every_stage_is_the_cpu_s_without_tf32(model: str, topology: Path) -> None:
+def test_every_stage_equals_the_cpu_without_tf32(model: str, topology: Path) -> None:
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         check_stages(model, "fp32", topology, 1e-4)
 
@@ -92,7 +92,7 @@ def check_stages(model: str, precision: str, topology: Path, allowed: float) -> 
     assert max(apart.values()) <= allowed, apart
 
 
-def test_float32_is_the_cpu_s_video(expected: Frames) -> None:
+def test_float32_gives_the_video_of_the_cpu(expected: Frames) -> None:
     with higen.load(backend="torch", device="cuda", precision="fp32") as pipe:
         frames = video(pipe)
         assert {choice.details for choice in pipe.backend.choices.values()} == {"cuda, fp32"}

@@ -204,7 +204,7 @@ private:
         for (const auto& file : files) {
             const higen::Image frame(file);
             if (!rgb.empty() && (frame.width != picture.width || frame.height != picture.height))
-                throw std::runtime_error(file + ": is of another size than the frames before it");
+                throw std::runtime_error(file + ": differs in size from the frames before it");
             picture.width = frame.width, picture.height = frame.height;
             rgb.insert(rgb.end(), frame.rgb.begin(), frame.rgb.end());
         }

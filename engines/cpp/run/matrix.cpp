@@ -19,7 +19,7 @@ constexpr std::uintmax_t largest = std::uintmax_t{1} << 28;
 std::string read(const std::string& path) {
     std::error_code error;
     const auto place = std::filesystem::u8path(path);
-    if (!std::filesystem::is_regular_file(place, error)) fail(path, error ? error.message() : "is no plain file");
+    if (!std::filesystem::is_regular_file(place, error)) fail(path, error ? error.message() : "is not a regular file");
     if (std::filesystem::file_size(place, error) > largest) fail(path, "is too large for a matrix");
     std::ifstream file(place, std::ios::binary);
     std::string text{std::istreambuf_iterator<char>(file), std::istreambuf_iterator<char>()};
@@ -81,7 +81,8 @@ Matrix from_text(const std::string& path, std::string text) {
             double number = 0;
             const auto [rest, error] = std::from_chars(at, end, number);
             if (error != std::errc() || (rest < end && !is_between(*rest)))
-                fail(path, "line " + std::to_string(matrix.rows + 1) + ": numbers are wanted, parted by commas or blanks");
+                fail(path, "line " + std::to_string(matrix.rows + 1) +
+                               ": numbers separated by commas or spaces are wanted");
             matrix.numbers.push_back(number);
             at = rest;
         }

@@ -62,7 +62,7 @@ ClipWriter::ClipWriter(std::string path, About about) : path_(std::move(path)), 
     else if (Encoder::takes(suffix))
         format_ = Format::video;
     else if (suffix != ".y4m")
-        fail(path_, "the suffix says the format: .mp4, .webm, .y4m, .npy or .rgb");
+        fail(path_, "the suffix selects the format: .mp4, .webm, .y4m, .npy or .rgb");
     check_target();
     try {
         if (format_ == Format::video) Encoder::check(suffix);
@@ -89,7 +89,7 @@ void ClipWriter::check_target() {
     for (int i = 0; i < 40 && fs::is_symlink(target_, error); ++i)  // Linux follows at most 40 links
         target_ = target_.parent_path() / fs::read_symlink(target_, error);
     if (!fs::exists(status)) return;
-    if (!fs::is_regular_file(status)) fail(path_, "is no plain file, but a pipe or a device; choose another name");
+    if (!fs::is_regular_file(status)) fail(path_, "is a pipe or a device, not a regular file; choose another name");
     if (!is_writable(target_, status.permissions()))
         fail(path_, "is read-only: make it writable, or choose another name");
 }

@@ -68,7 +68,7 @@ Bundle::Bundle(fs::path path, bool verify) : path_(std::move(path)), verify_(ver
     try {
         const auto status = fs::status(manifest, error);
         if (!fs::exists(status)) fail_integrity(error ? error.message() : "no such file");
-        if (!fs::is_regular_file(status)) fail_integrity("is no plain file");  // reading a FIFO would wait
+        if (!fs::is_regular_file(status)) fail_integrity("is not a regular file");  // reading a FIFO would wait
         text = read_file(manifest);
     } catch (const Error& reason) {
         fail_manifest(path_.u8string() + ": not a model directory, higen.json cannot be read: " + reason.what());
@@ -137,7 +137,8 @@ fs::path Bundle::check_size(const std::string& name, const FileRecord& record) c
     std::error_code error;
     const auto status = fs::status(path, error);
     if (!fs::exists(status)) fail_integrity(path.u8string() + ": listed in higen.json but not readable");
-    if (!fs::is_regular_file(status)) fail_integrity(path.u8string() + ": listed in higen.json but no plain file");
+    if (!fs::is_regular_file(status))
+        fail_integrity(path.u8string() + ": listed in higen.json but is not a regular file");
     const auto size = fs::file_size(path, error);
     if (error) fail_integrity(path.u8string() + ": listed in higen.json but not readable: " + error.message());
     if (size != record.size)

@@ -35,7 +35,7 @@ public:
     }
 
 private:
-    [[noreturn]] void fail() const { fail_integrity(where_ + ": is no ONNX graph"); }
+    [[noreturn]] void fail() const { fail_integrity(where_ + ": is not an ONNX graph"); }
 
     std::uint64_t varint() {
         std::uint64_t value = 0;

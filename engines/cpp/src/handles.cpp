@@ -55,7 +55,7 @@ thread_local std::size_t calls_of_this_thread = 0;
 
 [[noreturn]] void fail_closed(const char* what) { throw core::Error(HIGEN_ERROR_CLOSED, what); }
 
-constexpr const char* closed_model = "the model was closed, or is none of this library";
+constexpr const char* closed_model = "the model was closed, or does not come from this library";
 
 }  // namespace
 
@@ -146,7 +146,7 @@ void free_token(higen_token* handle) { (void)tokens().take(handle); }
 std::shared_ptr<Stoppable> find_token(const higen_token* handle) {
     if (handle == nullptr) core::fail_request("token is NULL");
     auto found = tokens().find(handle);
-    if (!found) fail_closed("the token was freed, or is none of this library");
+    if (!found) fail_closed("the token was freed, or does not come from this library");
     return found;
 }
 

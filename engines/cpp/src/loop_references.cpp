@@ -50,8 +50,8 @@ void check_loop_stage(const Manifest& manifest, const Loop& loop, const std::str
     const auto row = "loops." + loop.name + before + (guided ? ".guided='" : ".plain='") + name + "'";
     const auto* stage = manifest.find_stage(name);
     check(stage != nullptr, row + ": the stages are " + joined(names_of(manifest.stages)));
-    check(stage->denoises() && stage->outputs.size() == 2, row + ": gives latents and previous, and nothing else");
-    check(stage->batch, row + ": batch is true: a denoising stage takes several samples");
+    check(stage->denoises() && stage->outputs.size() == 2, row + ": must give only latents and previous");
+    check(stage->batch, row + ": batch must be true, because a denoising stage takes several samples");
     Names wanted = {"A", "B", "C", "alpha"};
     if (guided) wanted.emplace_back("guidance");
     for (const auto* other : {"latents", "previous", "sigma", "t"}) wanted.emplace_back(other);
@@ -59,7 +59,7 @@ void check_loop_stage(const Manifest& manifest, const Loop& loop, const std::str
     for (const auto& tensor : stage->inputs)
         if (tensor.source.kind == Source::Kind::state) state.push_back(tensor.name);
     std::sort(state.begin(), state.end());
-    check(state == wanted, row + ": its state inputs are " + joined(wanted));
+    check(state == wanted, row + ": its state inputs must be " + joined(wanted));
     check_step(manifest, loop, *stage, row);
 }
 
@@ -67,7 +67,7 @@ void check_loop_stage(const Manifest& manifest, const Loop& loop, const std::str
 void check_length(const Manifest& manifest, const Loop& loop, const std::string& where, const std::string& name) {
     const auto* other = manifest.loop(name);
     check(loop.every_frame || other == nullptr || !other->every_frame,
-          where + "='" + name + "': has the clip's frames, and " + loop.name + " has one");
+          where + "='" + name + "': has all frames of the clip, but " + loop.name + " has one");
 }
 
 void check_loop_controls(const Manifest& manifest, const Loop& loop, const std::string& where) {
@@ -110,7 +110,7 @@ void check_known(const Manifest& manifest, const Loop& loop, const std::string& 
         return control != nullptr && control->kind == kind;
     };
     check(loop.every_frame || manifest.sizes.most_frames == 1,
-          where + ": " + loop.name + " has one frame, and a clip may have " +
+          where + ": " + loop.name + " has one frame, but a clip may have " +
               std::to_string(manifest.sizes.most_frames));
     check(is_kind(known.control, Control::Kind::frames),
           where + ".control='" + known.control + "': a control of kind frames");
@@ -132,7 +132,7 @@ void check_variant(const Manifest& manifest, const Loop& loop, const Variant& va
           where + ".control='" + variant.control + "': the controls of kind map are " + joined(maps));
     const auto same = [&](const char* key, const std::string& own, const std::string& other) {
         check(own.empty() == other.empty(),
-              where + "." + key + "='" + other + "': null where the loop's is, and only there");
+              where + "." + key + "='" + other + "': null if and only if the loop's own " + key + " is null");
     };
     same("guided", loop.guided, variant.stages.guided);
     same("plain", loop.plain, variant.stages.plain);
@@ -155,7 +155,7 @@ void check_loop(const Manifest& manifest, const Loop& loop, const Names& earlier
         check(has(earlier, mixed), where + ".noise.mix.loop='" + mixed + "': an earlier loop");
         check_length(manifest, loop, where + ".noise.mix.loop", mixed);
         check(manifest.loop(mixed)->least_frames <= std::max(loop.least_frames, manifest.sizes.fewest_frames),
-              where + ": its noise is mixed with " + mixed + ", which is left out of shorter clips");
+              where + ": its noise is mixed with " + mixed + ", but " + mixed + " is left out for shorter clips");
     }
     check_known(manifest, loop, where + ".known");
     check_loop_controls(manifest, loop, where);
@@ -179,7 +179,7 @@ void check_decoder(const Manifest& manifest) {
                         (is_shape(axes, {"B", "F", "H", "W"}) && is_shape(pixels, {"B", "3", "F", "Y", "X"})));
     }
     check(fits, where +
-                    "one input of the source state, [N, C, H, W] and the output [N, 3, Y, X], or [B, C, F, H, W] and "
+                    "one input with the source state, [N, C, H, W] and the output [N, 3, Y, X], or [B, C, F, H, W] and "
                     "[B, 3, F, Y, X], C of a fixed size");
 }
 
@@ -204,8 +204,8 @@ void check_fed(const Manifest& manifest, const Names& stages, std::int64_t frame
     for (const auto& stage : manifest.feeding(stages))
         for (const auto& name : needs(manifest, stage)) {
             const auto* loop = manifest.loop(name);
-            check(loop == nullptr || loop->least_frames <= frames, "loops." + name + ": left out of clips of " +
-                                                                       std::to_string(frames) + " frames, for which " +
+            check(loop == nullptr || loop->least_frames <= frames, "loops." + name + ": is left out for clips of " +
+                                                                       std::to_string(frames) + " frames, but " +
                                                                        stages.front() + " needs its latents");
         }
 }

@@ -109,7 +109,7 @@ void read_graphs(const Json& json, const std::string& where, Manifest& manifest)
         take_rows(object, "inputs", manifest.graphs[item.key()], read_graph_input);
         object.finish();
     }
-    const std::string wanted = ": each .onnx file of files, and no other, has a row";
+    const std::string wanted = ": graphs must have one row for each .onnx file in files, and no other rows";
     for (const auto& [name, record] : manifest.files)
         check_manifest(!is_graph(name) || manifest.graphs.count(name) > 0, where + ": " + name + wanted);
     for (const auto& [name, inputs] : manifest.graphs)

@@ -147,7 +147,7 @@ void read_windows(const Json& json, const std::string& where, Windows& windows) 
     object.key("most", [&](const Json& value, const std::string& place) {
         if (!value.is_null()) Object::take(value, place, windows.most);
         check_manifest(value.is_null() || (windows.most >= windows.length && windows.most <= max_frames),
-                       place + "=" + shown(value) + ": from length=" + std::to_string(windows.length));
+                       place + "=" + shown(value) + ": at least length=" + std::to_string(windows.length));
     });
     object.key("noise", [&](const Json& value, const std::string& place) {
         constexpr std::pair<const char*, const char*> known[] = {

@@ -72,7 +72,7 @@ void read_symbols(const Json& json, const std::string& where, Sizes& symbols) {
         std::int64_t size = 0;
         Object::take(item.value(), place, size);
         check_manifest(is_identifier(item.key()) && !is_among(free_symbols, item.key()),
-                       place + ": a name that is none of B, F, N, H, W, Y, X");
+                       place + ": a name other than B, F, N, H, W, Y, X");
         check_manifest(size >= 1 && size <= std::int64_t{1} << 31,
                        place + "=" + std::to_string(size) + ": a whole number from 1");
         symbols.emplace(item.key(), size);
@@ -105,7 +105,7 @@ void take_default(const Json& json, const std::string& where, Control& control) 
     const auto place = where + "=" + shown(json) + ": ";
     if (json.is_null()) {
         check_manifest(control.optional || control.is_visual(),
-                       place + to_text(control.kind) + " needs one, unless it is optional");
+                       place + to_text(control.kind) + " needs a default unless it is optional");
     } else if (control.is_numeric()) {
         const bool whole = control.kind != Kind::whole || json.is_number_integer();
         check_manifest(
@@ -124,7 +124,7 @@ void take_default(const Json& json, const std::string& where, Control& control) 
 
 void check_control(const Control& control, const std::string& where) {
     check_manifest(is_identifier(control.name) && !is_among(reserved, control.name),
-                   where + ".name='" + control.name + "': a name of its own");
+                   where + ".name='" + control.name + "': a name that is not reserved");
     const auto encoding = control.encoding;
     bool fits = encoding == Encoding::none;
     if (control.kind == Kind::curve)
@@ -134,13 +134,15 @@ void check_control(const Control& control, const std::string& where) {
         fits = encoding == Encoding::number || encoding == Encoding::curve;
     if (control.kind == Kind::choice) fits = encoding == Encoding::number;
     check_manifest(fits, where + ".encoding=" + (encoding == Encoding::none ? "null" : to_text(encoding)) +
-                             ": of a curve sinusoid, similarity or curve, of a number or whole number or curve, of a "
-                             "choice number, of a map edges or null, else null; the kind is " +
+                             ": sinusoid, similarity or curve for a curve; number or curve for a number or whole; "
+                             "number for a choice; edges or null for a map; otherwise null; the kind is " +
                              to_text(control.kind));
-    check_manifest(!control.low || !control.high || *control.low <= *control.high, where + ": low is at most high");
-    check_manifest(control.choices.empty() == (control.kind != Kind::choice), where + ".choices: those of a choice");
+    check_manifest(!control.low || !control.high || *control.low <= *control.high,
+                   where + ": low must be at most high");
+    check_manifest(control.choices.empty() == (control.kind != Kind::choice),
+                   where + ".choices: for a choice, and only for a choice");
     check_manifest(!control.optional || encoding == Encoding::sinusoid || encoding == Encoding::similarity,
-                   where + ".optional: a control with the encoding sinusoid or similarity");
+                   where + ".optional: only with the encoding sinusoid or similarity");
 }
 
 void read_input(const Json& json, const std::string& where, TensorSpec& tensor) {
@@ -240,7 +242,7 @@ void read_text(const Json& json, const std::string& where, TextRules& text) {
     check_manifest(
         text.length >= 3 && text.length <= 1 << 20 && text.pad_id >= 0 && text.pad_id < std::int64_t{1} << 31,
         where + ": length=" + std::to_string(text.length) + ", pad_id=" + std::to_string(text.pad_id) +
-            ": room for start, text and end, and an id from 0");
+            ": length with room for start, text and end; pad_id from 0");
 }
 
 void read_control(const Json& json, const std::string& where, Control& control) {
@@ -252,7 +254,7 @@ void read_control(const Json& json, const std::string& where, Control& control) 
     std::optional<std::string> measured;  // how a clip's own curve is measured; this library does not measure
     object.value("measured", measured);
     check_manifest(!measured || (control.kind == Kind::curve && (*measured == "distance" || *measured == "similarity")),
-                   where + ".measured: null, or of a curve 'distance' or 'similarity'");
+                   where + ".measured: null, or for a curve 'distance' or 'similarity'");
     object.required("encoding", [&](const auto& value, const auto& place) {
         control.encoding = Encoding::none;
         if (!value.is_null()) take_word(value, place, encodings, control.encoding);
@@ -269,7 +271,7 @@ void read_control(const Json& json, const std::string& where, Control& control) 
     if (!usual) return;
     const auto [low, high] = *usual;
     check_manifest(control.kind == Kind::curve && control.allows(low) && control.allows(high) && low < high,
-                   where + ".usual: of a curve, two numbers in its range, the lower one first");
+                   where + ".usual: only for a curve: two numbers in its range, the lower one first");
 }
 
 void read_stage(const Json& json, const std::string& where, Stage& stage) {

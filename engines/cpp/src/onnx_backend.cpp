@@ -202,7 +202,8 @@ private:
         for (const auto& precision : wanted) {
             const auto graph = graph_file(stage.name, precision);
             if (!bundle_.lists(graph)) continue;
-            if (precision == engines_only) fail_unavailable(graph + ": ONNX Runtime does not compute in it");
+            if (precision == engines_only)
+                fail_unavailable(graph + ": ONNX Runtime does not compute in this precision");
             return precision;
         }
         const std::string asked = options_.precision.empty() ? "fp32" : options_.precision;
@@ -264,16 +265,16 @@ private:
         };
         const auto check = [&](const TensorSpec& spec, const std::string& name, const std::string& found,
                                const Ort::TypeInfo& type, bool input) {
-            if (found != name) wrong("'" + found + "' stands where '" + name + "' is wanted");
-            if (type.GetONNXType() != ONNX_TYPE_TENSOR) wrong(name + " is no tensor");
+            if (found != name) wrong("found '" + found + "' instead of '" + name + "'");
+            if (type.GetONNXType() != ONNX_TYPE_TENSOR) wrong(name + " is not a tensor");
             const auto info = type.GetTensorTypeAndShapeInfo();
             const auto shape = info.GetShape();
             const bool is_float = info.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_FLOAT;
             const bool is_int64 = info.GetElementType() == ONNX_TENSOR_ELEMENT_DATA_TYPE_INT64;
             if (input && is_older(spec, is_int64, shape.size()))
-                fail_unavailable(path.u8string() + ": was made before version 2 of the manifest (" + name +
-                                 " is another there); make it again: higen-export onnx " + bundle_.path().u8string());
-            if (spec.is_float ? !is_float : !is_int64) wrong(name + " has another type of number");
+                fail_unavailable(path.u8string() + ": was made before version 2 of the manifest (its input " + name +
+                                 " differs); make it again: higen-export onnx " + bundle_.path().u8string());
+            if (spec.is_float ? !is_float : !is_int64) wrong(name + " has a different number type");
             if (!fits(spec, shape, fixed)) wrong(name + " has the shape " + to_text(shape));
         };
         if (session.GetInputCount() != stage.inputs.size() || session.GetOutputCount() != stage.outputs.size())

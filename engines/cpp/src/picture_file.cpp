@@ -33,7 +33,7 @@ Bytes read_bytes(const std::string& path) {
     std::error_code error;
     const auto status = fs::status(place, error);
     if (!fs::exists(status)) fail(path, error ? error.message() : "No such file or directory");
-    if (!fs::is_regular_file(status)) fail(path, "is no plain file");
+    if (!fs::is_regular_file(status)) fail(path, "is not a regular file");
     const auto size = fs::file_size(place, error);
     if (error) fail(path, error.message());
     if (size > largest_file) fail(path, "has " + std::to_string(size) + " bytes: too large for a picture");

@@ -272,7 +272,8 @@ void Pipeline::generate(const std::vector<Request>& requests, const OnStep& on_s
             continue;
         sources.finish(*loop, latents);
     }
-    if (!latents) fail_request("frames=" + std::to_string(first.frames) + ": no loop of this model is for so few");
+    if (!latents)
+        fail_request("frames=" + std::to_string(first.frames) + ": no loop of this model makes so few frames");
     decode(*latents, requests, sources, on_frames, cancellation);
 }
 

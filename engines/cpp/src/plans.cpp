@@ -161,7 +161,7 @@ PlanRecord parse_record(std::string_view text, const std::string& where) {
     try {
         json = Json::parse(text.begin(), text.end());
     } catch (const Json::exception& error) {
-        throw EngineError(Kind::malformed, where + ": no record of an engine: " + error.what());
+        throw EngineError(Kind::malformed, where + ": is not the record of an engine: " + error.what());
     }
     if (json.is_object()) {
         const auto format = json.find("format");
@@ -172,7 +172,7 @@ PlanRecord parse_record(std::string_view text, const std::string& where) {
     try {
         return read_record(json);
     } catch (const Error& error) {
-        throw EngineError(Kind::malformed, where + ": no record of an engine: " + error.what());
+        throw EngineError(Kind::malformed, where + ": is not the record of an engine: " + error.what());
     }
 }
 
@@ -298,7 +298,7 @@ void check_interface(const Plan& plan, const Stage& stage, const std::vector<Pla
     }
     const auto recorded = sorted(plan.record.tensors);
     if (!std::equal(found.begin(), found.end(), recorded.begin(), recorded.end(), alike))
-        fail("its tensors are not those of the record beside it");
+        fail("its tensors differ from those in its record");
     for (const auto& tensor : found) {
         const std::string type = wanted.at(tensor.name).second ? "float32" : "int64";
         // An engine of the step contract of version 1: whole timesteps, one guidance number per sample.
@@ -306,11 +306,12 @@ void check_interface(const Plan& plan, const Stage& stage, const std::vector<Pla
         const bool state = column != nullptr && column->source.kind == Source::Kind::state;
         if (state && ((tensor.name == "t" && tensor.dtype == "int64") ||
                       (tensor.name == "guidance" && tensor.shape.size() < column->shape.size())))
-            throw EngineError(Kind::stale, plan.name() + ": was built before version 2 of the manifest (" +
-                                               tensor.name + " is another there): higen-export onnx " +
+            throw EngineError(Kind::stale, plan.name() + ": was built before version 2 of the manifest (its input " +
+                                               tensor.name + " differs): higen-export onnx " +
                                                plan.path.parent_path().parent_path().parent_path().u8string() +
                                                ", then " + plan.remedy());
-        if (tensor.dtype != type) fail(tensor.name + " is of " + tensor.dtype + ", this library gives " + type);
+        if (tensor.dtype != type)
+            fail(tensor.name + " has the type " + tensor.dtype + ", but this library gives " + type);
     }
 }
 
@@ -343,7 +344,7 @@ EngineError validity_error(const Plan& plan, std::uint64_t reasons) {
     const std::vector<std::tuple<InvalidityBit, Kind, const char*>> known = {
         {unsupported_architecture, Kind::wrong_architecture, "it was not built for this GPU"},
         {version_mismatch, Kind::stale, "another version of TensorRT built it"},
-        {malformed_engine, Kind::malformed, "its file is no plan"},
+        {malformed_engine, Kind::malformed, "its file is not a plan"},
         {old_cuda_driver, Kind::no_driver, "the NVIDIA driver is too old for it"},
         {old_cuda_runtime, Kind::no_driver, "the CUDA runtime is too old for it"},
         {insufficient_gpu_memory, Kind::other, "the GPU has too little memory for it"},

@@ -70,7 +70,7 @@ void apply_weights(Array& hidden, const float* weights) {
     for (std::size_t i = 0; i < values.size(); ++i) values[i] *= weights[i / width];
     const auto after = mean(values);
     if (after == 0.0)
-        fail_request("prompt: the weights of its words leave an embedding with the mean 0: change one of them");
+        fail_request("prompt: the weights of its words give an embedding with mean 0; change one of the weights");
     const auto scale = static_cast<float>(before / after);
     for (auto& value : values) value *= scale;
 }

@@ -25,7 +25,7 @@ void check_shape(const Manifest& manifest, const std::string& where, const std::
     check(!shape.empty(), where + ": at least one axis");
     for (const auto& axis : shape)
         check(axis.symbol.empty() || is_free(manifest, axis.symbol) || manifest.sizes.symbols.count(axis.symbol) > 0,
-              where + ": '" + axis.symbol + "' is none of B, F, N, H, W, Y, X and not in sizes.symbols");
+              where + ": '" + axis.symbol + "': a size, one of B, F, N, H, W, Y, X, or a name in sizes.symbols");
 }
 
 Names fitting_controls(const Manifest& manifest, Source::Kind kind) {
@@ -122,7 +122,7 @@ void check_output(const Manifest& manifest, const Stage& stage, const TensorSpec
         if (!is_free(manifest, axis.symbol)) continue;
         const auto other = beside.find(axis.symbol);
         check(given(axis.symbol) || (other != beside.end() && given(other->second)),
-              "stages." + stage.name + "." + output.name + ": " + axis.symbol + " is an axis of none of its inputs");
+              "stages." + stage.name + "." + output.name + ": " + axis.symbol + " is not an axis of any of its inputs");
     }
 }
 
@@ -146,11 +146,12 @@ void check_chunks(const Manifest& manifest, const std::string& where, const Stag
     const auto texts = std::count_if(stage.inputs.begin(), stage.inputs.end(), [](const auto& tensor) {
         return tensor.source.kind == Source::Kind::text;
     });
-    check(texts < 2, where + ": reads two texts, but text.weights and text.chunks are for one text a stage");
+    check(texts < 2, where + ": reads two texts, but text.weights and text.chunks allow one text per stage");
     if (texts == 1)
         for (const auto& made : stage.outputs)
             check(made.shape.size() == 3 && size_of(manifest, made.shape[1]) == manifest.text->length,
-                  where + "." + made.name + ": with text.weights or text.chunks [B, L, D], not " + shown(made.shape));
+                  where + "." + made.name + ": with text.weights or text.chunks the shape is [B, L, D], not " +
+                      shown(made.shape));
     if (!has_chunks(manifest)) return;
     for (const auto& tensor : stage.inputs) {
         const auto count = std::count_if(tensor.shape.begin(), tensor.shape.end(),
@@ -158,7 +159,7 @@ void check_chunks(const Manifest& manifest, const std::string& where, const Stag
         const bool fits = is_fed_chunks(manifest, tensor)
                               ? tensor.shape.size() == 3 && count == 1 && tensor.shape[1].symbol == tokens_symbol
                               : count == 0;
-        check(fits, where + "." + tensor.name + ": [B, T, D] where it is fed with a text's chunks, else without T, " +
+        check(fits, where + "." + tensor.name + ": [B, T, D] if it takes the chunks of a text, otherwise no axis T, " +
                         "not " + shown(tensor.shape));
     }
 }
@@ -245,7 +246,7 @@ void references::check_made(const Manifest& manifest, const std::string& where, 
         check_frames_of(manifest, where, source);
     }
     if (manifest.loop(source.name) != nullptr) {
-        check(source.output == "latents" && !source.negative, row + ": a loop gives latents alone");
+        check(source.output == "latents" && !source.negative, row + ": a loop gives only latents");
         check(rank == 4 || rank == 5, row + " has 4 or 5 axes, not " + std::to_string(rank));
         return;
     }
@@ -291,7 +292,7 @@ void check_references(const Manifest& manifest) {
     check(rows(manifest.stages.size()) && rows(manifest.loops.size()),
           "stages, loops: from 1 to " + std::to_string(most_rows) + " rows each");
     check(!has_chunks(manifest) || manifest.sizes.symbols.count(tokens_symbol) == 0,
-          std::string("sizes.symbols.") + tokens_symbol + ": text.chunks makes it free");
+          std::string("sizes.symbols.") + tokens_symbol + ": cannot be fixed together with text.chunks");
     for (const auto& stage : manifest.stages) check_stage(manifest, stage);
     check_circles(manifest);
     check_loops(manifest);

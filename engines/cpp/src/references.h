@@ -47,7 +47,7 @@ inline void check_once(const std::string& table, const Names& names) {
     for (std::size_t i = 0; i < names.size(); ++i)
         check(std::find(names.begin(), names.begin() + static_cast<std::ptrdiff_t>(i), names[i]) ==
                   names.begin() + static_cast<std::ptrdiff_t>(i),
-              table + ": " + names[i] + " appears twice (a loop and a stage share their names)");
+              table + ": " + names[i] + " appears twice (names of loops and stages must differ)");
 }
 
 // The size of an axis if the model fixes it; 0 for a free axis.

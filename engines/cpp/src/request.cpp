@@ -262,8 +262,8 @@ void check_batch(const Manifest& manifest, const std::vector<Request>& requests)
         const auto& request = requests[i];
         const auto same = [&](const std::string& name, bool is_same) {
             if (!is_same)
-                fail_request("requests[" + std::to_string(i) + "]: another " + name +
-                             " than requests[0]: a batch has one");
+                fail_request("requests[" + std::to_string(i) + "]: " + name +
+                             " differs from requests[0]; all requests of a batch need the same");
         };
         same("frames", request.frames == first.frames);
         same("width", request.width == first.width);
@@ -284,7 +284,7 @@ void check_batch(const Manifest& manifest, const std::vector<Request>& requests)
         for (const auto& control : manifest.controls)
             if (request.has_picture(control.name) != first.has_picture(control.name))
                 fail_request("requests[" + std::to_string(i) + "]: " + control.name +
-                             " is for all videos of a batch or for none");
+                             " must be given for all videos of a batch or for none");
     }
 }
 

@@ -177,7 +177,7 @@ void check_known(const Manifest& manifest, const Request& request) {
         if (!request.has_picture(control.name) || taken.count(control.name) > 0) continue;
         if (control.kind == Control::Kind::frames)
             fail_request(control.name + ": a request for " + std::to_string(request.frames) +
-                         " frames has no use for known frames");
+                         " frames takes no known frames");
         if (control.kind == Control::Kind::map) fail_request(control.name + ": no loop of this request takes it");
         if (control.kind == Control::Kind::mask)
             fail_request(control.name + ": no frames are known: give a control of kind frames as well");

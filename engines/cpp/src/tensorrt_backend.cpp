@@ -127,7 +127,8 @@ private:
             whole = hash.hex() == record.sha256;
         }
         if (!whole)
-            throw EngineError(Kind::malformed, where + ": is not the plan of the record beside it: " + plan_.remedy());
+            throw EngineError(Kind::malformed,
+                              where + ": is not the plan that its record describes: " + plan_.remedy());
         runtime_.reset(nvinfer1::createInferRuntime(logger_));
         if (!runtime_) throw EngineError(Kind::other, "TensorRT does not start: " + logger_.errors());
 #if defined(TRT_MAJOR_RTX)
@@ -163,7 +164,7 @@ private:
         constexpr auto strategy = nvinfer1::ExecutionContextAllocationStrategy::kUSER_MANAGED;
 #if defined(TRT_MAJOR_RTX)
         config_.reset(engine_->createRuntimeConfig());
-        if (!config_) fail_backend(plan_.name() + ": TensorRT makes no configuration: " + logger_.errors());
+        if (!config_) fail_backend(plan_.name() + ": TensorRT cannot create a configuration: " + logger_.errors());
         config_->setExecutionContextAllocationStrategy(strategy);
         // TensorRT for RTX compiles kernels at run time, and decides itself when a CUDA graph can be captured.
 #if TRT_MAJOR_RTX > 1 || TRT_MINOR_RTX >= 3
@@ -178,7 +179,7 @@ private:
 #else
         context_.reset(engine_->createExecutionContext(strategy));
 #endif
-        if (!context_) fail_backend(plan_.name() + ": TensorRT makes no context: " + logger_.errors());
+        if (!context_) fail_backend(plan_.name() + ": TensorRT cannot create a context: " + logger_.errors());
     }
 
 #if defined(TRT_MAJOR_RTX)

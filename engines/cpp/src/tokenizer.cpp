@@ -175,7 +175,7 @@ void Tokenizer::read_merges(const void* model, const std::string& where) {
         if (entry.is_string()) {  // files written by tokenizers before 0.20
             const auto text = entry.get<std::string>();
             const auto space = text.find(' ');
-            if (space == text.npos) fail_integrity(where + ": '" + text + "' is no merge of two tokens");
+            if (space == text.npos) fail_integrity(where + ": '" + text + "' is not a merge of two tokens");
             left = text.substr(0, space), right = text.substr(space + 1);
         } else {
             left = entry.at(0).get<std::string>(), right = entry.at(1).get<std::string>();
@@ -198,8 +198,8 @@ std::vector<std::int64_t> Tokenizer::encode(std::string_view text, const Warn& w
     ids.resize(length, rules_.pad_id);
     if (tokens.size() > room && warn) {
         const auto first = word_start(normal, tokens[room].start);
-        warn(name + " has " + std::to_string(tokens.size()) + " tokens and the model reads " + std::to_string(room) +
-             ": cut off is " + quoted(split(std::u32string_view(normal).substr(first))) + "; say it in fewer words");
+        warn(name + " has " + std::to_string(tokens.size()) + " tokens, but the model reads " + std::to_string(room) +
+             "; words cut off: " + quoted(split(std::u32string_view(normal).substr(first))) + "; use fewer words");
     }
     return ids;
 }
@@ -231,7 +231,7 @@ Reading Tokenizer::read(std::string_view text, const Warn& warn, const std::stri
     }
     if (!lost.empty() && warn)
         warn(name + ": the model reads " + (most > 1 ? std::to_string(most) + " x " : "") + std::to_string(room) +
-             " tokens: cut off is " + quoted(split(lost)) + "; say it in fewer words");
+             " tokens; words cut off: " + quoted(split(lost)) + "; use fewer words");
     return chunks.reading(start_, end_, rules_.pad_id);
 }
 

@@ -68,7 +68,7 @@ void check_closed(higen_model* model) {
     std::int64_t id = 0;
     const higen_request* requests[] = {&request};
     CHECK(higen_request_init(model, &request) == HIGEN_ERROR_CLOSED);
-    CHECK(higen_last_error() == std::string("the model was closed, or is none of this library"));
+    CHECK(higen_last_error() == std::string("the model was closed, or does not come from this library"));
     request = {};
     request.struct_size = sizeof request;
     CHECK(higen_generate(model, &request, nullptr) == HIGEN_ERROR_CLOSED);

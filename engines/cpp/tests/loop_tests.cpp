@@ -575,7 +575,7 @@ TEST(rows_between_full_steps_reuse_their_deep_features) {
         CHECK_FAILS(HIGEN_ERROR_MANIFEST, words, fixture::parsed(wrong));
     };
     bad("film", 0, "deep=0: a whole number from 1 to 65536");
-    bad("mixer", 4, "deep=4: of a denoising stage");
+    bad("mixer", 4, "deep=4: only for a denoising stage");
 }
 
 TEST(an_edit_of_the_estimate_is_as_if_the_stage_had_made_it) {
@@ -670,7 +670,7 @@ TEST(a_clip_passes_through_known_frames) {
     refused("keys[0]: 0x2 given", {{"keys[0]", first.data(), 1, 2, 0}});
     refused("veil has 2 frames: one picture, or the clip's 5", {pictures[0], {"veil", veil.data(), 2, 1, 3}});
     refused("veil: no frames are known", {pictures[2]});
-    refused("keys: a request for 1 frames has no use for known frames", {{"keys[0]", first.data(), 1, 2, 3}}, 1);
+    refused("keys: a request for 1 frames takes no known frames", {{"keys[0]", first.data(), 1, 2, 3}}, 1);
     refused("control 'photo[0]': unknown", {{"photo[0]", first.data(), 1, 2, 3}});
 }
 
@@ -735,7 +735,7 @@ TEST(a_map_chooses_the_loops_other_stages) {
         CHECK_FAILS(HIGEN_ERROR_MANIFEST, said, fixture::parsed(other));
     };
     bad("loops.filming.variant.control='reel': the controls of kind map are plot", "control", "reel");
-    bad("loops.filming.variant.plain='': null where the loop's is, and only there", "plain", nullptr);
+    bad("loops.filming.variant.plain='': null if and only if the loop's own plain is null", "plain", nullptr);
     bad("loops.filming.variant.guided='painter'", "guided", "painter");
 }
 
@@ -779,11 +779,12 @@ TEST(a_batch_is_its_requests) {
         change(other);
         CHECK_FAILS(HIGEN_ERROR_REQUEST, words, (check_batch(one.manifest, {one.request, one.request, other}), 0));
     };
-    refused("requests[2]: another frames than requests[0]", [](auto& r) { r.frames = 4; });
-    refused("another steps", [](auto& r) { r.loops[1].steps = 9; });
-    refused("another solver", [&](auto& r) { r.loops[1].solver = &one.manifest.loops[1].solvers[1]; });
-    refused("another height", [](auto& r) { r.height = 4; });
-    refused("photo is for all videos of a batch or for none", [](auto& r) { r.pictures["photo"].resize(18); });
+    refused("requests[2]: frames differs from requests[0]", [](auto& r) { r.frames = 4; });
+    refused("steps differs", [](auto& r) { r.loops[1].steps = 9; });
+    refused("solver differs", [&](auto& r) { r.loops[1].solver = &one.manifest.loops[1].solvers[1]; });
+    refused("height differs", [](auto& r) { r.height = 4; });
+    refused("photo must be given for all videos of a batch or for none",
+            [](auto& r) { r.pictures["photo"].resize(18); });
 }
 
 TEST(cancelling_stops_wherever_it_comes) {

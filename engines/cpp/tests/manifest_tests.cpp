@@ -151,7 +151,7 @@ TEST(numbers_out_of_range) {
     refused("sizes.width=5000", [](Json& json) { json["sizes"]["width"] = 5000; });
     refused("1 <= fewest <= default <= most", [](Json& json) { json["sizes"]["frames"] = {3, 2, 4}; });
     refused("sizes.symbols.C=0", [](Json& json) { json["sizes"]["symbols"]["C"] = 0; });
-    refused("none of B, F, N", [](Json& json) { json["sizes"]["symbols"]["F"] = 3; });
+    refused("a name other than B, F, N", [](Json& json) { json["sizes"]["symbols"]["F"] = 3; });
     refused("text: length=2", [](Json& json) { json["text"]["length"] = 2; });
     refused("a whole number", [](Json& json) { json["sizes"]["fps"] = 9223372036854775808ULL; });
     refused("a size from 1", [](Json& json) { input_row(json, "mixer", "words")["shape"][0] = 0; });
@@ -175,17 +175,19 @@ TEST(controls_that_contradict_themselves) {
             [](Json& json) { control_row(json, "gust")["default"] = -1.0; });
     refused("controls[3].default=1.5: a whole number", [](Json& json) { control_row(json, "pace")["default"] = 1.5; });
     refused("one of the choices", [](Json& json) { control_row(json, "mood")["default"] = "sad"; });
-    refused("low is at most high", [](Json& json) { control_row(json, "wind")["low"] = 2000; });
-    refused("needs one, unless it is optional", [](Json& json) { control_row(json, "gust")["default"] = nullptr; });
-    refused("a control with the encoding sinusoid", [](Json& json) { control_row(json, "gust")["optional"] = true; });
-    refused("controls[0].usual: of a curve, two numbers",
+    refused("low must be at most high", [](Json& json) { control_row(json, "wind")["low"] = 2000; });
+    refused("needs a default unless it is optional",
+            [](Json& json) { control_row(json, "gust")["default"] = nullptr; });
+    refused("only with the encoding sinusoid", [](Json& json) { control_row(json, "gust")["optional"] = true; });
+    refused("controls[0].usual: only for a curve: two numbers",
             [](Json& json) { control_row(json, "wind")["usual"] = {5, 5}; });
     refused("controls[0].usual=", [](Json& json) { control_row(json, "wind")["usual"] = {5}; });
-    refused("controls[2].usual: of a curve", [](Json& json) { control_row(json, "gust")["usual"] = {0, 1}; });
+    refused("controls[2].usual: only for a curve", [](Json& json) { control_row(json, "gust")["usual"] = {0, 1}; });
     refused("controls[2].name='seed'", [](Json& json) { control_row(json, "gust")["name"] = "seed"; });
     refused("controls[2].name='2nd'", [](Json& json) { control_row(json, "gust")["name"] = "2nd"; });
     refused("controls[0].encoding=number", [](Json& json) { control_row(json, "wind")["encoding"] = "number"; });
-    refused("choices: those of a choice", [](Json& json) { control_row(json, "gust")["choices"] = {"a"}; });
+    refused("choices: for a choice, and only for a choice",
+            [](Json& json) { control_row(json, "gust")["choices"] = {"a"}; });
     refused("one of 'number', 'whole', 'curve', 'text'",
             [](Json& json) { control_row(json, "gust")["kind"] = "colour"; });
     refused("controls: wind appears twice", [](Json& json) { json["controls"].push_back(json["controls"][0]); });
@@ -198,7 +200,7 @@ TEST(references_between_the_tables) {
             [](Json& json) { input_row(json, "mixer", "words")["source"] = "reader.letters"; });
     refused("source sketch.latents: a denoising stage is run by its loop; take LOOP.latents",
             [](Json& json) { input_row(json, "film", "base")["source"] = "sketch.latents"; });
-    refused("source sketching@negative.latents: a loop gives latents alone",
+    refused("source sketching@negative.latents: a loop gives only latents",
             [](Json& json) { input_row(json, "film", "base")["source"] = "sketching@negative.latents"; });
     refused("stages[1].inputs[0].source='words of the reader': state, control:NAME",
             [](Json& json) { input_row(json, "mixer", "words")["source"] = "words of the reader"; });
@@ -216,7 +218,7 @@ TEST(references_between_the_tables) {
             [](Json& json) { input_row(json, "scanner", "pixels")["source"] = "picture:reader@negative.words"; });
     refused("the encoding sinusoid gives 3 axes, not 2",
             [](Json& json) { input_row(json, "mixer", "wind")["shape"] = {"B", "F"}; });
-    refused("stages.mixer.words: 'Q' is none of B, F, N, H, W, Y, X and not in sizes.symbols",
+    refused("stages.mixer.words: 'Q': a size, one of B, F, N, H, W, Y, X, or a name in sizes.symbols",
             [](Json& json) { input_row(json, "mixer", "words")["shape"] = {"B", "Q", "T"}; });
     refused("source text:prompt, but text is null", [](Json& json) { json["text"] = nullptr; });
     refused("tokens are int64", [](Json& json) { input_row(json, "reader", "ids")["dtype"] = "float32"; });
@@ -231,16 +233,17 @@ TEST(references_between_the_tables) {
     refused("stages.reader.inputs: ids appears twice",
             [](Json& json) { stage_row(json, "reader")["inputs"].push_back(json["stages"][0]["inputs"][0]); });
     refused("sizes.decoder='brush': the stages are", [](Json& json) { json["sizes"]["decoder"] = "brush"; });
-    refused("one input of the source state", [](Json& json) { json["sizes"]["decoder"] = "scanner"; });
+    refused("one input with the source state", [](Json& json) { json["sizes"]["decoder"] = "scanner"; });
     refused("letters, digits and _", [](Json& json) { stage_row(json, "reader")["name"] = "the reader"; });
 }
 
 TEST(loops_that_cannot_run) {
     refused("loops.sketching.guided='brush': the stages are", [](Json& json) { json["loops"][0]["guided"] = "brush"; });
-    refused("gives latents and previous, and nothing else", [](Json& json) { json["loops"][0]["guided"] = "painter"; });
-    refused("its state inputs are A, B, C, alpha, guidance, latents",
+    refused("must give only latents and previous", [](Json& json) { json["loops"][0]["guided"] = "painter"; });
+    refused("its state inputs must be A, B, C, alpha, guidance, latents",
             [](Json& json) { json["loops"][0]["guided"] = "sketch_plain"; });
-    refused("its state inputs are A, B, C, alpha, latents", [](Json& json) { json["loops"][0]["plain"] = "sketch"; });
+    refused("its state inputs must be A, B, C, alpha, latents",
+            [](Json& json) { json["loops"][0]["plain"] = "sketch"; });
     refused("guided, plain: at least one stage",
             [](Json& json) { json["loops"][0]["guided"] = json["loops"][0]["plain"] = nullptr; });
     refused("needs the latents of sketching, which runs later",
@@ -256,11 +259,11 @@ TEST(loops_that_cannot_run) {
     refused("replaced.control='wind': the pictures and clips are photo, reel",
             [](Json& json) { json["loops"][0]["replaced"]["control"] = "wind"; });
     refused("stages, loops: from 1 to 100 rows each", [](Json& json) { json["loops"] = Json::array(); });
-    refused("its noise is mixed with sketching, which is left out of shorter clips", [](Json& json) {
+    refused("its noise is mixed with sketching, but sketching is left out for shorter clips", [](Json& json) {
         json["loops"][0]["least_frames"] = 3;
         json["loops"][1]["noise"]["mix"] = {{"loop", "sketching"}, {"scale", 1}};
     });
-    refused("loops.sketching: left out of clips of 2 frames, for which film needs its latents", [](Json& json) {
+    refused("loops.sketching: is left out for clips of 2 frames, but film needs its latents", [](Json& json) {
         json["loops"][1]["least_frames"] = json["sizes"]["frames"][0] = 2;
         json["loops"][0]["least_frames"] = 3;
     });
@@ -297,9 +300,9 @@ TEST(axes_of_a_denoising_stage) {
             [](Json& json) { input_row(json, "mixer", "words")["shape"] = {"B", "L"}; });
     refused("source picture:photo: 4 axes",
             [](Json& json) { input_row(json, "scanner", "pixels")["shape"] = {"N", 3, 3, "Y", "X"}; });
-    refused("stages.scanner.latents: N is an axis of none of its inputs",
+    refused("stages.scanner.latents: N is not an axis of any of its inputs",
             [](Json& json) { input_row(json, "scanner", "pixels")["shape"] = {3, 3, "Y", "X"}; });
-    refused("one input of the source state, [N, C, H, W] and the output [N, 3, Y, X]",
+    refused("one input with the source state, [N, C, H, W] and the output [N, 3, Y, X]",
             [](Json& json) { stage_row(json, "painter")["outputs"][0]["shape"] = {"N", 4, "Y", "X"}; });
     refused("at least one axis", [](Json& json) { input_row(json, "mixer", "words")["shape"] = Json::array(); });
 }
@@ -309,8 +312,9 @@ TEST(files_and_graphs) {
     for (const char* name : {"../up", "/root", "a//b", "", "c:x", "a\\..\\b", "higen.json"})
         refused("a path inside", [&](Json& json) { json["files"][name] = record; });
     refused("a path inside", [&](Json& json) { json["files"][std::string("nul\0", 4)] = record; });
-    refused("film.onnx: each .onnx file of files", [&](Json& json) { json["files"]["film.onnx"] = record; });
-    refused("film.onnx: each .onnx file of files",
+    refused("film.onnx: graphs must have one row for each .onnx file",
+            [&](Json& json) { json["files"]["film.onnx"] = record; });
+    refused("film.onnx: graphs must have one row for each .onnx file",
             [&](Json& json) { json["graphs"]["film.onnx"] = {{"inputs", Json::array()}}; });
     refused(
         "no file has this size", [](Json& json) { json["files"]["a"] = {{"size", -1}, {"sha256", ""}}; },

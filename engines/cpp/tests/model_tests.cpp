@@ -83,7 +83,7 @@ TEST(a_batch_gives_the_videos_of_its_requests) {
     second->frames = 2;
     const higen_request* const pointers[] = {&first.get(), &second.get()};
     CHECK(higen_generate_batch(model().get(), pointers, 2, nullptr) == HIGEN_ERROR_REQUEST);
-    CHECK(std::string(higen_last_error()).find("requests[1]: another frames") != std::string::npos);
+    CHECK(std::string(higen_last_error()).find("requests[1]: frames differs") != std::string::npos);
     CHECK(higen_generate_batch(model().get(), pointers, 0, nullptr) == HIGEN_ERROR_REQUEST);
 }
 

@@ -54,8 +54,8 @@ TEST(the_files_of_a_graph) {
     CHECK((external_files(model, "g") == std::set<std::string>{"b.bin", "c.bin", "d.bin", "e.bin"}));
     CHECK(external_files("", "g").empty());
     for (std::size_t cut = 1; cut < initializer.size(); ++cut)
-        CHECK_FAILS(HIGEN_ERROR_INTEGRITY, "g: is no ONNX graph", external_files(initializer.substr(0, cut), "g"));
-    CHECK_FAILS(HIGEN_ERROR_INTEGRITY, "is no ONNX graph", external_files(std::string(40, '\xff'), "g"));
+        CHECK_FAILS(HIGEN_ERROR_INTEGRITY, "g: is not an ONNX graph", external_files(initializer.substr(0, cut), "g"));
+    CHECK_FAILS(HIGEN_ERROR_INTEGRITY, "is not an ONNX graph", external_files(std::string(40, '\xff'), "g"));
 }
 
 TEST(orientations) {

@@ -291,22 +291,22 @@ TEST(engines_that_do_not_fit) {
     f.change("\"flavour\": \"rtx\"", "\"flavour\": \"tensorrt\"");
     fails(HIGEN_ERROR_UNAVAILABLE, "MissingLibrary: the engine rtx-sm89/vae_decoder needs tensorrt");
     f.change(digest(decoder_plan), digest("others"));
-    fails(HIGEN_ERROR_INTEGRITY, "vae_decoder.engine: is not the plan of the record beside it: " + again);
+    fails(HIGEN_ERROR_INTEGRITY, "vae_decoder.engine: is not the plan that its record describes: " + again);
     BackendOptions trusting;
     trusting.verify = false;
     f.open(trusting).prepare(stage("vae_decoder"));
     f.change("\"seconds\": 1.5", "\"seconds\": true");
     fails(HIGEN_ERROR_INTEGRITY, "record.seconds=true: a number is wanted");
     f.change("\"pixels\", \"kind\"", "\"picture\", \"kind\"");
-    fails(HIGEN_ERROR_INTEGRITY, "its tensors are not those of the record beside it");
+    fails(HIGEN_ERROR_INTEGRITY, "its tensors differ from those in its record");
     f.add("vae_decoder", encoder_plan, encoder_tensors, encoder_profiles);
     fails(HIGEN_ERROR_INTEGRITY, "latents, pixels: not those of vae_decoder");
     auto half = decoder_plan;
     half.replace(half.find("float32"), 7, "float16");
     f.add("vae_decoder", half, decoder_tensors, decoder_profiles, {{"float32", "float16"}});
-    fails(HIGEN_ERROR_INTEGRITY, "latents is of float16, this library gives float32");
+    fails(HIGEN_ERROR_INTEGRITY, "latents has the type float16, but this library gives float32");
     f.add("vae_decoder", "not a plan", decoder_tensors, decoder_profiles);
-    fails(HIGEN_ERROR_INTEGRITY, "Malformed: rtx-sm89/vae_decoder: its file is no plan");
+    fails(HIGEN_ERROR_INTEGRITY, "Malformed: rtx-sm89/vae_decoder: its file is not a plan");
     f.change("\"vae_decoder\"", "\"vae_decoder\"");  // restores the good record
     fake::Runtime::invalid = 2 | 4;
     fails(HIGEN_ERROR_UNAVAILABLE, "WrongArchitecture: rtx-sm89/vae_decoder: it was not built for this GPU; the NVIDIA");
@@ -326,7 +326,7 @@ TEST(an_engine_may_know_the_sizes_that_its_profiles_fix) {
     };
     with("float32 -1 4 -1 -1", "float32 2 4 8 8");
     for (const auto* other : {"float32 -1 3 -1 -1", "float32 -1 4 -1", "float16 -1 4 -1 -1"})
-        CHECK_FAILS(HIGEN_ERROR_INTEGRITY, "its tensors are not those of the record beside it",
+        CHECK_FAILS(HIGEN_ERROR_INTEGRITY, "its tensors differ from those in its record",
                     (with("float32 -1 4 -1 -1", other), 0));
 }
 
@@ -441,7 +441,7 @@ TEST(a_plan_that_does_not_load_does_not_hide_a_good_one) {
     CHECK(router.take_warnings() ==
           std::vector<std::string>{
               "vae_decoder runs on the engine rtx/vae_decoder: Malformed: " + own.u8string() +
-              ": is not the plan of the record beside it: higen-export build-engines " + folder.u8string() +
+              ": is not the plan that its record describes: higen-export build-engines " + folder.u8string() +
               " --target rtx-sm89 --stage vae_decoder --precision fp16"});
     (void)f.routed("vae_decoder", input);
     CHECK(router.take_warnings().empty());
@@ -535,7 +535,7 @@ TEST(an_engine_of_the_older_step_contract) {
             list.push_back({guided.graph_output(output), false, "float32", higen::core::Shape(output.shape.size(), -1)});
         return list;
     }();
-    CHECK_FAILS(HIGEN_ERROR_UNAVAILABLE, "(guidance is another there)", (check_interface(plan, guided, tensors), 0));
+    CHECK_FAILS(HIGEN_ERROR_UNAVAILABLE, "(its input guidance differs)", (check_interface(plan, guided, tensors), 0));
     for (auto& tensor : tensors)
         if (tensor.name == "guidance") tensor.shape = {-1, -1};
     plan.record.tensors = tensors;

@@ -46,7 +46,7 @@ PIPELINES = ("AnimateDiffPipeline", "AnimateDiffVideoToVideoPipeline")
 _CLIP_SCHEDULE: Mapping[str, Any] = {"beta_schedule": "linear", "timestep_spacing": "linspace", "steps_offset": 1}
 """The schedule of the motion modules' training (the base model's is scaled_linear), and the grid of diffusers."""
 
-_MOTION_LICENCE = "the motion module: Apache-2.0 where its own says nothing else"
+_MOTION_LICENCE = "the motion module: Apache-2.0, unless its own licence says otherwise"
 
 State = Mapping[str, Tensor]
 
@@ -104,7 +104,7 @@ def convert(sources: Sequence[Path], **options: Any) -> Converted:
         named = ", ".join(map(str, sources)) or "nothing"
         raise CheckpointError(
             f"{named}: a Stable Diffusion 1.5 model and one motion module are wanted, or one folder of a "
-            f"{PIPELINES[0]}; of these, motion modules are {', '.join(map(str, motions)) or 'none'}"
+            f"{PIPELINES[0]}; the motion modules among them: {', '.join(map(str, motions)) or 'none'}"
         )
     found = None
     if control is not None:
@@ -213,8 +213,8 @@ def _arguments(pictures: Mapping[str, Any], motion: Motion) -> dict[str, Any]:
     of_levels = (layers,) * len(widths) if isinstance(layers, int) else tuple(layers)
     if (widths, of_levels) != (motion.widths, motion.layers):
         raise CheckpointError(
-            f"motion modules for a U-Net with {_levels(motion.widths, motion.layers)}: another base than this one, "
-            f"which has {_levels(widths, of_levels)}"
+            f"motion modules for a U-Net with {_levels(motion.widths, motion.layers)}, but this one "
+            f"has {_levels(widths, of_levels)}"
         )
     arguments = _defaults()
     for name, value in given.items():

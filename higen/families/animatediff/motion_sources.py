@@ -128,12 +128,12 @@ def _of_file(path: Path, notes: list[str]) -> Motion:
 def _refuse_others(state: State) -> None:
     """Raise CheckpointError for an adapter and for another kind of model that contains motion modules."""
     if lora := next((name for name in state if "lora" in name), None):
-        raise CheckpointError(f"a LoRA ({lora}): give it as --lora FILE:SCALE, behind a motion module")
+        raise CheckpointError(f"a LoRA ({lora}): give it as --lora FILE:SCALE, after a motion module")
     if any("controlnet_cond_embedding" in name or "input_hint_block" in name for name in state):
         raise CheckpointError("a SparseCtrl model, a control network with motion modules: no family here runs it")
     if any(re.fullmatch(r"(unet\.)?conv_in\.weight", name) for name in state):
         tensor = next(tensor for name, tensor in state.items() if name.endswith("conv_in.weight"))
-        what = _PIA if tensor.ndim > 1 and tensor.shape[1] != 4 else "it has more of a U-Net than the motion modules"
+        what = _PIA if tensor.ndim > 1 and tensor.shape[1] != 4 else "it holds U-Net layers besides the motion modules"
         raise CheckpointError(f"conv_in.weight {list(tensor.shape)}: {what}")
     others = [name for name in state if f".{MOTION}." not in name]
     if others:
@@ -159,7 +159,9 @@ def _with_one_table(state: State) -> dict[str, Tensor]:
     for name, tensor in state.items():
         own = re.sub(r"\.attn\d+\.pos_encoder\.pe$", f".{_PE}", name)
         if own in found and not (found[own].shape == tensor.shape and found[own].equal(tensor)):
-            raise CheckpointError(f"{name}: another table of positions than in the attention before it; one is wanted")
+            raise CheckpointError(
+                f"{name}: its table of positions differs from that of the attention before it; they must be equal"
+            )
         found[own] = tensor
     return found
 
@@ -183,7 +185,7 @@ def _counts(names: Collection[str], pattern: str) -> tuple[int, ...]:
         if match := re.match(pattern, name):
             found[int(match[1])] = max(found.get(int(match[1]), 0), int(match[2]) + 1)
     if sorted(found) != list(range(len(found))) or not found:
-        raise CheckpointError(f"no motion modules of all levels; {found_in(names)}")
+        raise CheckpointError(f"no motion modules for every level; {found_in(names)}")
     return tuple(found[i] for i in range(len(found)))
 
 

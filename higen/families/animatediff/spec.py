@@ -117,7 +117,7 @@ def manifest(
         ),
         text=text,
         controls=(
-            Control("video", "clip", "a video to begin from"),
+            Control("video", "clip", "a video to start from"),
             strength_control("video", STRENGTH),
             *known_frames_controls(),
             *(map_controls(edges) if control else ()),

@@ -110,7 +110,7 @@ def compose(first: Manifest, second: Manifest, same_tokenizer: bool) -> Manifest
 def _check_fit(first: Manifest, second: Manifest, same_tokenizer: bool) -> None:
     fewest = first.sizes.frames[0]
     if fewest > 1:
-        raise ModelError(f"{first.name}: makes {fewest} frames or more, and the first model draws one picture")
+        raise ModelError(f"{first.name}: makes {fewest} frames or more, but the first model must make a single picture")
     if first.sizes.factor != second.sizes.factor:
         raise ModelError(
             f"{first.name} has {first.sizes.factor} pixels per latent cell and {second.name} {second.sizes.factor}: "
@@ -120,12 +120,15 @@ def _check_fit(first: Manifest, second: Manifest, same_tokenizer: bool) -> None:
     if multiple > MAX_SIDE:
         raise ModelError(
             f"{first.name} has sides of multiples of {first.sizes.multiple} pixels and {second.name} of "
-            f"{second.sizes.multiple}: no side up to {MAX_SIDE} is one of both"
+            f"{second.sizes.multiple}: no side up to {MAX_SIDE} is a multiple of both"
         )
     if first.text is not None and second.text is not None:
         rules = replace(second.text, tokenizer=first.text.tokenizer)
         if rules != first.text or not same_tokenizer:
-            raise ModelError(f"{first.name} and {second.name} read texts by other rules: one model has one tokenizer")
+            raise ModelError(
+                f"{first.name} and {second.name} tokenize texts by different rules, but a composed model has one "
+                "tokenizer"
+            )
 
 
 def _taken_picture(second: Manifest) -> str:
@@ -145,15 +148,15 @@ def _taken_picture(second: Manifest) -> str:
     standing = [name for name in dict.fromkeys(standing) if second.control(name).kind == "picture"]
     found = pictures or standing
     if len(found) != 1:
-        what = f"takes {len(found)} pictures, {', '.join(found)}" if found else "makes no clip of a picture"
-        raise ModelError(f"{second.name}: {what}; the second model is one that makes a clip of one picture")
+        what = f"takes {len(found)} pictures, {', '.join(found)}" if found else "does not make a clip from a picture"
+        raise ModelError(f"{second.name}: {what}; the second model must make a clip from one picture")
     for loop in second.loops:
         if loop.start is not None and loop.start.control == found[0]:
             raise ModelError(f"{second.name}: its loop {loop.name} begins from {found[0]} and redraws it")
         mixed = loop.noise.mix.loop if loop.noise.mix is not None else None
         if mixed is not None and (row := second.loop(mixed).replaced) is not None and row.control == found[0]:
             raise ModelError(
-                f"{second.name}: the noise of {loop.name} is mixed with {mixed}, which {found[0]} replaces"
+                f"{second.name}: the noise of {loop.name} is mixed with {mixed}, but {found[0]} replaces {mixed}"
             )
     return found[0]
 
@@ -171,7 +174,9 @@ def _drawing(first: Manifest) -> _Rows:
     decoder = first.decoder
     fed = [tensor for name in first.feeding(decoder.name) for tensor in first.stage(name).inputs]
     if any("F" in tensor.shape for tensor in fed if tensor.source != "state"):
-        raise ModelError(f"{first.name}: its decoder {decoder.name} is told of each frame, and one picture has none")
+        raise ModelError(
+            f"{first.name}: its decoder {decoder.name} has an input per frame, which a single picture does not have"
+        )
     fed_by_loop = tuple(
         replace(tensor, source=f"{loops[-1].name}.latents") if tensor.source == "state" else tensor
         for tensor in decoder.inputs
@@ -197,7 +202,7 @@ def _filming(second: Manifest, picture: str) -> _Rows:
         if f"{loop.name}.latents" not in replaced
     )
     if not loops:
-        raise ModelError(f"{second.name}: no loop is left to run where {picture} is always there")
+        raise ModelError(f"{second.name}: no loop is left to run if {picture} is always given")
     return _used(second, stages, loops)
 
 

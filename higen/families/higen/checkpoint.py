@@ -99,11 +99,12 @@ class _Personal:
         made = cls(spatial, base, tuple(options.get("loras") or ()), options.get("prediction"))
         if (spatial is None) != (base is None):
             raise CheckpointError(
-                "--spatial FINETUNE --base BASE: both, for the difference of the two is added to the spatial tensors"
+                "--spatial FINETUNE and --base BASE: give both, because their difference is added to the spatial "
+                "tensors"
             )
         if made.prediction is not None and spatial is None and not made.loras:
             raise CheckpointError(
-                f"prediction={made.prediction!r}: HiGen predicts v; it is said of --spatial or --lora"
+                f"prediction={made.prediction!r}: HiGen predicts v; this option describes --spatial or --lora"
             )
         return made
 
@@ -117,7 +118,7 @@ class _Personal:
     def licence(self) -> str:
         """The text that these parts add to the model's licence."""
         names = [*([] if self.spatial is None else [self.spatial.name]), *(lora.path.name for lora in self.loras)]
-        return f"; with {', '.join(names)}, under terms of their own" if names else ""
+        return f"; with {', '.join(names)}, which have their own terms" if names else ""
 
 
 def _silent(_: str) -> None: ...

@@ -101,7 +101,8 @@ class TextConfig:
     def __post_init__(self) -> None:
         if self.context_length < 3 or self.pad_id < 0:
             raise ManifestError(
-                f"context_length={self.context_length}, pad_id={self.pad_id}: room for start, text and end, and an id"
+                f"context_length={self.context_length}, pad_id={self.pad_id}: context_length with room for start, "
+                "text and end; pad_id from 0"
             )
 
     @property

@@ -106,7 +106,8 @@ def with_difference(
     types = [" and ".join(sorted({str(t.dtype).removeprefix("torch.") for t in s.values()})) for s in (fine, plain)]
     if types[0] != types[1]:
         notes.append(
-            f"{finetune.name} is stored as {types[0]}, {base.name} as {types[1]}: rounding is in the difference"
+            f"{finetune.name} is stored as {types[0]}, {base.name} as {types[1]}: the difference includes rounding "
+            "errors"
         )
 
     def difference(name: str) -> Tensor:
@@ -128,7 +129,7 @@ def with_difference(
             makers[ours] = adding(theirs)
     changed = list(makers)
     if not changed:
-        raise CheckpointError(f"{finetune}: its U-Net is that of {base}, so it changes nothing")
+        raise CheckpointError(f"{finetune}: its U-Net equals that of {base}, so it changes nothing")
     notes.append(
         f"{finetune.name} minus {base.name}: {len(changed)} of {len(names)} spatial tensors {_listed(changed)}"
     )

@@ -168,7 +168,7 @@ def _controls(config: ModelConfig) -> tuple[Control, ...]:
         Control(
             "motion",
             "curve",
-            "how much moves: 10 times the distance of two neighbouring frames' latents",
+            "amount of motion: 10 times the distance between the latents of neighbouring frames",
             encoding="sinusoid",
             low=0.0,
             measured="distance",
@@ -179,7 +179,7 @@ def _controls(config: ModelConfig) -> tuple[Control, ...]:
         Control(
             "appearance",
             "curve",
-            "how much the looks change over the clip: 0 not at all, 1 the ends differ; or a matrix of similarities",
+            "change of appearance over the clip: from 0 (none) to 1 (the ends differ), or a matrix of similarities",
             encoding="similarity",
             measured="similarity",
             default=defaults.appearance,
@@ -188,14 +188,14 @@ def _controls(config: ModelConfig) -> tuple[Control, ...]:
         Control(
             "offset_noise",
             "number",
-            "strength of the noise that is the same all over a frame",
+            "strength of the noise that is constant within each frame",
             encoding="number",
             low=0.0,
             default=defaults.offset_noise,
         ),
-        Control("image", "picture", "the key frame, in place of one drawn from the text"),
+        Control("image", "picture", "the key frame, instead of one generated from the text"),
         *known_frames_controls(),
-        Control("video", "clip", "a video to begin from"),
+        Control("video", "clip", "a video to start from"),
         strength_control("video", STRENGTH),
     )
 
@@ -296,10 +296,10 @@ def unet_config(manifest: Manifest) -> UNetConfig:
         raise ManifestError(f"sizes.symbols: has no {', '.join(missing)}")
     symbols = {name: manifest.fixed[symbol] for name, symbol in _OF_SYMBOLS.items()}
     if twice := sorted(set(given) & set(symbols)):
-        raise ManifestError(f"architecture.unet.{twice[0]}: stands in sizes.symbols")
+        raise ManifestError(f"architecture.unet.{twice[0]}: is already in sizes.symbols")
     config = from_json(UNetConfig, {**symbols, **given}, "architecture.unet", whole=True)
     if manifest.fixed["E"] != config.embedding_dim:
-        raise ManifestError(f"sizes.symbols.E={manifest.fixed['E']}: 4 times D, {config.embedding_dim}")
+        raise ManifestError(f"sizes.symbols.E={manifest.fixed['E']}: must be 4 times D, {config.embedding_dim}")
     if manifest.sizes.multiple % (manifest.sizes.factor * config.size_multiple):
         wanted = manifest.sizes.factor * config.size_multiple
         raise ManifestError(f"sizes.multiple={manifest.sizes.multiple}: a multiple of {wanted}")

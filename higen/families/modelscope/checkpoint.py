@@ -40,8 +40,8 @@ FILES = ("text2video_pytorch_model.pth", "open_clip_pytorch_model.bin", "VQGAN_a
 """The authors' file names of the U-Net, the text encoder and the autoencoder."""
 
 LICENCE = "CC-BY-NC-4.0"
-VGEN_LICENCE = "as published by ali-vilab/VGen (its code: Apache-2.0), made of ModelScope's under CC-BY-NC-4.0"
-_NOTE = f"ModelScope's weights, and what is made of them, are under {LICENCE}: no commercial use"
+VGEN_LICENCE = "as published by ali-vilab/VGen (its code: Apache-2.0), derived from ModelScope's under CC-BY-NC-4.0"
+_NOTE = f"ModelScope's weights and everything derived from them are under {LICENCE}: no commercial use"
 
 _SIZE = 256
 """The side in pixels of the frames that the authors' network was trained on."""
@@ -119,7 +119,7 @@ def _folder(folder: Path, prediction: str | None, notes: list[str]) -> _Parts:
     card = hub_folders.card_licence(folder)
     schedule = around.schedule
     notes += schedule.notes
-    licence = f"{LICENCE} where its model card says nothing else" if card is None else f"{card}, as its model card says"
+    licence = f"{LICENCE} unless its model card says otherwise" if card is None else f"{card}, as its model card says"
     return _Parts(
         made_of,
         Sampling(schedule.schedule, schedule.prediction, schedule.solvers, guidance=spec.GUIDANCE),
@@ -165,7 +165,7 @@ def _three_files(sources: Sequence[Path], prediction: str | None, network: str |
         (unet, encoder, vae),
         0,
         denoiser.stem,
-        f"{licence} where the file's own says nothing else",
+        f"{licence} unless the file's own licence says otherwise",
         kind.size,
     )
 

@@ -51,12 +51,12 @@ TILES = Tiles(height=90, width=160, stride=64)
 """In latent cells: 1280 x 720 pixels, the size that SR600 was made for. A larger video is processed in such tiles."""
 
 _CONTROLS = (
-    Control("video", "clip", "a video to begin from: a second pass over it, at another size if wanted"),
+    Control("video", "clip", "a video to start from, for a second pass at the same or another size"),
     strength_control("video", STRENGTH),
     *known_frames_controls(),
 )
 _UPSCALER_CONTROLS = (
-    Control("video", "clip", "the video that is drawn larger"),
+    Control("video", "clip", "the video that is enlarged"),
     strength_control("video", NOISE_LEVEL),
 )
 

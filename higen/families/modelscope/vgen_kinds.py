@@ -123,9 +123,9 @@ def _check_guides(kind: Kind, state: State) -> None:
     channels = int(state[FIRST].shape[1]) if FIRST in state and state[FIRST].ndim == 4 else None
     wide = spec.LATENT_CHANNELS + GUIDES
     if not kind.guides and (image := next((name for name in state if name.startswith(_IMAGE)), None)):
-        raise CheckpointError(f"{image}: a layer of TF-T2V, and not of {kind.title}")
+        raise CheckpointError(f"{image}: a layer of TF-T2V, not of {kind.title}")
     if channels == wide and not kind.guides:
-        raise CheckpointError(f"a U-Net with {wide} input channels is TF-T2V or VideoLCM, and not {kind.title}")
+        raise CheckpointError(f"a U-Net with {wide} input channels is TF-T2V or VideoLCM, not {kind.title}")
     if kind.guides and channels != wide:
         raise CheckpointError(f"a U-Net with {channels} input channels is not {kind.title}, which has {wide}")
 
@@ -136,8 +136,9 @@ def without_guides(state: State, kind: Kind, notes: list[str]) -> State:
         return state
     unused = sorted(name for name in state if name.startswith(_IMAGE))
     notes.append(
-        f"{kind.title} is converted for text alone: left out are the first convolution's last {kind.guides} input "
-        f"channels{f' and {len(unused)} tensors {_IMAGE}*' if unused else ''}, which pictures would use"
+        f"{kind.title} is converted for text only: the first convolution's last {kind.guides} input "
+        f"channels{f' and {len(unused)} tensors {_IMAGE}*' if unused else ''} are left out, because only pictures "
+        "use them"
     )
     kept = {name: tensor for name, tensor in state.items() if name not in unused}
     return {**kept, FIRST: state[FIRST][:, : spec.LATENT_CHANNELS]}

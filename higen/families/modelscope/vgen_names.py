@@ -31,7 +31,7 @@ _OTHERS = {
     "local_image_concat.": "I2VGen-XL",
     "depth_embedding.": "VideoComposer",
     "local_image_embedding.": "VideoComposer",
-    "fps_embedding.": "a model that is told the frame rate",
+    "fps_embedding.": "a model with the frame rate as an input",
     "to_q_lora.": "InstructVideo, whose LoRA is not merged",
 }
 """Parts of names that do not occur in ModelScope's text-to-video models, each with the model that has it."""
@@ -128,7 +128,7 @@ def vgen_name(ours: str, layers: int, up_attends: list[bool]) -> str:
             return old + ours.removeprefix(new)
     found = re.match(r"(down_blocks|up_blocks|mid_block)\.(?:(\d+)\.)?(\w+)\.(\d+)\.(.+)", ours)
     if found is None:
-        raise CheckpointError(f"{ours}: no file of ModelScope's has such a tensor")
+        raise CheckpointError(f"{ours}: no ModelScope file has this tensor")
     side, level, part, index, rest = found[1], int(found[2] or 0), found[3], int(found[4]), found[5]
     if part == "resnets":
         rest = re.sub(r"^\w+", lambda name: _RESNET[name[0]], rest)

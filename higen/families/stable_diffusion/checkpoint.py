@@ -37,7 +37,7 @@ TEXT_WIDTH_OF_2 = 1024
 """Width of the text encoder of version 2 and 2.1 (OpenCLIP's ViT-H). Version 1 has CLIP's ViT-L, 768 wide."""
 
 _LICENCES = {1: "CreativeML OpenRAIL-M", 2: "CreativeML Open RAIL++-M"}
-SAFETY = "the safety checker is left out: check what is drawn by other means"
+SAFETY = "the safety checker is left out: check the generated pictures by other means"
 
 _AUTHORS = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "steps_offset": 1}
 _DDIM = {"_class_name": "DDIMScheduler", "set_alpha_to_one": False, **_AUTHORS}
@@ -189,7 +189,7 @@ def _single_file(path: Path, prediction: str | None, notes: list[str]) -> Conver
 def licence_of(clip: Mapping[str, Any]) -> str:
     """The licence of the published weights, of version 1 or 2 according to the text encoder."""
     version = 2 if clip["hidden_size"] == TEXT_WIDTH_OF_2 else 1
-    return f"{_LICENCES[version]} where the file's own says nothing else; its use restrictions go along"
+    return f"{_LICENCES[version]} unless the file's own licence says otherwise; its use restrictions go along"
 
 
 def _codec(arguments: dict[str, Any]) -> spec.Codec:

@@ -81,11 +81,13 @@ def without_controls(paths: list[Path], kind: object) -> tuple[list[Path], Path 
             raise CheckpointError(f"{path}: {what}, and no family here runs it; a {_CLASS} is wanted")
     if len(found) > 1:
         raise CheckpointError(f"{', '.join(map(str, found))}: {len(found)} ControlNets: one is wanted")
-    wanted = "--control-kind edges (pictures are given, their edges are found) or --control-kind given (maps are given)"
+    wanted = "--control-kind edges (pictures are given) or --control-kind given (maps are given)"
     if not found and kind is not None:
         raise CheckpointError(f"control_kind={quoted(kind)}: no ControlNet is among the sources")
     if found and kind not in KINDS:
-        said = "no file says what a ControlNet is shown" if kind is None else f"control_kind={quoted(kind)}"
+        said = (
+            "the files do not say what input the ControlNet takes" if kind is None else f"control_kind={quoted(kind)}"
+        )
         raise CheckpointError(f"{found[0]}: {said}: {wanted}")
     return [path for path in paths if path not in found], found[0] if found else None
 
@@ -133,7 +135,7 @@ def _single_file(state: State, unet: Mapping[str, Any]) -> tuple[dict[str, Any],
     if missing := [name for name in names if name not in own]:
         raise CheckpointError(f"not a ControlNet for this U-Net: missing {missing[0]}")
     if extra := [name for name in own if name not in names]:
-        raise CheckpointError(f"not a ControlNet for this U-Net: it has {extra[0]} too")
+        raise CheckpointError(f"not a ControlNet for this U-Net: it also has {extra[0]}")
     return arguments, {ours: own[name] for name, ours in names.items()}
 
 

@@ -106,7 +106,7 @@ def ldm_name(ours: str, layers: int, up_attends: list[bool]) -> str:
             return old + ours.removeprefix(new)
     found = re.match(r"(down_blocks|up_blocks|mid_block)\.(?:(\d+)\.)?(\w+)\.(\d+)\.(.+)", ours)
     if found is None:
-        raise CheckpointError(f"{ours}: no Stable Diffusion checkpoint has such a tensor")
+        raise CheckpointError(f"{ours}: no Stable Diffusion checkpoint has this tensor")
     side, level, part, index, rest = found[1], int(found[2] or 0), found[3], int(found[4]), found[5]
     if part == "resnets":
         rest = re.sub(r"^\w+", lambda name: _RESNET[name[0]], rest)

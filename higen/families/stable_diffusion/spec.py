@@ -92,7 +92,7 @@ def manifest(
         sizes=unet_sizes(made_of.unet, made_of.clip, made_of.codec.factor, (size, size), (1, 1, 1)),
         text=clip_text(TOKENIZER, made_of.clip["max_position_embeddings"], pad_id),
         controls=(
-            Control("image", "picture", "a picture to begin from"),
+            Control("image", "picture", "a picture to start from"),
             strength_control("picture", STRENGTH),
             *known_frames_controls(),
             *(() if made_of.control is None else map_controls(edges)),

@@ -26,8 +26,8 @@ __all__ = ["convert", "recognise", "sampling_of"]
 PIPELINE = "StableVideoDiffusionPipeline"
 
 _LICENCE = (
-    "Stability AI's: 1.0 non-commercial community licence, 1.1 community licence, where the files' own says nothing "
-    "else"
+    "Stability AI's: 1.0 non-commercial community licence, 1.1 community licence, unless the files' own licence "
+    "says otherwise"
 )
 _TERMS = f"licence: {_LICENCE}; 1.0 forbids commercial use, 1.1 restricts it: read the terms before you use the model"
 
@@ -179,8 +179,9 @@ def sampling_of(config: Mapping[str, Any]) -> Sampling:
     kind = config.get("_class_name", "EulerDiscreteScheduler")
     if kind != "EulerDiscreteScheduler":
         raise CheckpointError(
-            f"scheduler {kind}: known is EulerDiscreteScheduler: write its configuration into scheduler_config.json; a "
-            f"request may then ask for the solvers {', '.join(solver.name for solver in _OTHERS)} too"
+            f"scheduler {kind}: only EulerDiscreteScheduler is known: write its configuration into "
+            "scheduler_config.json; a "
+            f"request may then also use the solvers {', '.join(solver.name for solver in _OTHERS)}"
         )
     for name, (wanted, default) in _SETTINGS.items():
         given = config.get(name, default)

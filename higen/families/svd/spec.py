@@ -125,11 +125,11 @@ def _side(pixels: float, multiple: int) -> int:
 def controls() -> tuple[Control, ...]:
     """The controls of a request."""
     return (
-        Control(IMAGE, "picture", "the picture that the clip begins with"),
+        Control(IMAGE, "picture", "the picture that the clip starts with"),
         Control(
             "motion",
             "curve",
-            "the motion bucket, one number or one per frame: low is still, high moves",
+            "the motion bucket, one number or one per frame: a high value gives more motion",
             "curve",
             low=0.0,
             high=255.0,
@@ -138,8 +138,8 @@ def controls() -> tuple[Control, ...]:
         Control(
             "augmentation",
             "curve",
-            "noise on the picture, one number or one per frame (the picture takes the first): more lets the clip leave "
-            "it",
+            "noise added to the picture, one number or one per frame (the picture takes the first): with more noise, "
+            "the clip follows the picture less closely",
             "curve",
             low=0.0,
             high=10.0,

@@ -98,9 +98,9 @@ def _controls() -> tuple[Control, ...]:
         Control("weather", "choice", "the sky", "number", choices=("calm", "storm"), default="calm"),
         Control("carry", "number", "how much of the still the noise keeps", "number", 0.0, 1.0, default=0.3),
         Control("keep", "number", "the part of the steps that footage is given", "number", 0.0, 1.0, default=0.6),
-        Control("snapshot", "picture", "the still, in place of one drawn from the text"),
+        Control("snapshot", "picture", "the still, instead of one generated from the text"),
         Control("palette", "picture", "a picture with the wanted colours"),
-        Control("footage", "clip", "a clip to begin from"),
+        Control("footage", "clip", "a clip to start from"),
     )
 
 
