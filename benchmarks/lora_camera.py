@@ -1,12 +1,13 @@
 """Teaches the built-in model a camera movement with a LoRA of its temporal layers, and measures it at several scales.
 
-    python benchmarks/lora_camera.py EMOJI WORK [--camera pan|zoom|roll] [--steps 2000] [--one-sided]
+    python benchmarks/lora_camera.py EMOJI WORK [--camera pan|zoom|roll] [--size 0.4] [--steps 2000] [--one-sided]
 
 EMOJI is the folder of the recipe's WebP loops (`higen train default` fetches them into its work folder). Clips of every
 second subject on the six drawn backgrounds are rendered with a camera that moves at a constant rate, by at most one
 latent cell of 16 pixels from the first frame to the last. At the key frame the camera has its usual position. Each clip
 is rendered twice: moving one way for the adapter's scale 1, and the other way for -1. `--one-sided` leaves out the
-latter, so that negative scales are extrapolated.
+latter, so that negative scales are extrapolated. `--size` makes the movement smaller. A background's latents change
+almost in proportion to a pan of 6 pixels (0.4), but not to one of 15.
 
 `higen train` trains the adapter as WORK/train.toml says. `higen convert --lora` adds it at scales from -1 to 1, and
 clips of the other subjects on four backgrounds are drawn at each scale. To measure the camera's movement, the
@@ -23,7 +24,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -90,12 +91,18 @@ CAMERAS = {
 }
 
 
+def smaller(camera: Camera, size: float) -> Camera:
+    """The same movement, `size` times as far. The measurement looks at least for a third of the largest movement."""
+    return replace(camera, step=camera.step * size, reach=camera.reach * max(size, 1 / 3))
+
+
 def main() -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("emoji", type=Path)
     parser.add_argument("work", type=Path)
     parser.add_argument("--camera", choices=CAMERAS, default="pan")
+    parser.add_argument("--size", type=float, default=1.0, help="of the movement, relative to the largest; 0.1 to 1")
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--minutes", type=float, help="training time, in place of --steps")
     parser.add_argument("--clips", type=int, default=8, help="clips per step")
@@ -104,8 +111,10 @@ def main() -> None:
     parser.add_argument("--subjects", type=int, default=24, help="subjects to train on and to draw")
     parser.add_argument("--prompts", type=int, default=2, help="prompts per subject, each with another background")
     options = parser.parse_args()
+    if not 0.1 <= options.size <= 1:
+        parser.error(f"--size {options.size}: a number from 0.1 to 1")
     options.work.mkdir(parents=True, exist_ok=True)
-    camera = CAMERAS[options.camera]
+    camera = smaller(CAMERAS[options.camera], options.size)
     began = time.monotonic()
     listed = render(options.emoji, options.work / "clips", camera, options.subjects, options.one_sided)
     print(f"{listed} clips rendered after {time.monotonic() - began:.0f} s", flush=True)
@@ -128,7 +137,7 @@ def render(emoji: Path, folder: Path, camera: Camera, subjects: int, one_sided: 
         for b, background in enumerate(DRAWN):
             speed = SPEEDS[(s // 2 + b) % 2]
             for sign in signs:
-                name = f"{s:02d}-{b}-{'plus' if sign > 0 else 'minus'}.webm"
+                name = f"{s:02d}-{b}-{sign * camera.step:+g}.webm"
                 if not (folder / name).exists():
                     Video(rendered(loop, s, background.name, speed.factor, camera, sign), FPS).save(folder / name)
                 row: dict[str, object] = {"path": name, "caption": caption(SUBJECTS[s], background, speed)}
@@ -247,6 +256,7 @@ def measured(options: argparse.Namespace, camera: Camera) -> dict[str, object]:
             _sheet(options.work / "sheet.png", made, real, prompts)
     return {
         "camera": options.camera,
+        "size": options.size,
         "one_sided": options.one_sided,
         "device": DEVICE,
         "asked": [caption(SUBJECTS[s], SHOWN[b], SPEEDS[1]) for s, b in asked],
