@@ -30,6 +30,9 @@ __all__ = ["SOURCE", "edit", "extend", "interpolate", "known_controls", "loop"]
 SOURCE = "source"
 """The value of a curve that is to be measured from the edited clip."""
 
+DRAWN = "drawn"
+"""The key frame of an edit that the model draws for the prompt."""
+
 MOST_FACTOR = 64
 MOST_FRAMES = 2**16
 
@@ -54,6 +57,10 @@ class Maker(Protocol):
 
     def start_latents(self, request: Request, loop: Loop) -> NDArray[np.float32]:
         """The latents that a loop begins from, [B, C, F, H, W]."""
+        ...
+
+    def decode(self, latents: Any, request: Request) -> Frames:
+        """Latents as frames, uint8 [B, F, H, W, 3]."""
         ...
 
 
@@ -186,19 +193,23 @@ def edit(
     *,
     strength: float | None = None,
     mask: Any = None,
+    key: Any = None,
     progress: bool | None = None,
     **options: Any,
 ) -> Video:
     """The clip redrawn to fit `prompt`: only the last rows of the solver's table run (Meng et al. 2022, SDEdit).
 
-    strength  the part of the table that runs, from 0 (unchanged) to 1 (all new); None: the model's default
+    strength  the part of the table that runs, from 0 (only the last row) to 1 (all new); None: the model's default
     mask      a picture, or a clip with the same number of frames: white parts are redrawn, black parts are kept;
               None: everything is redrawn
+    key       a picture to which the clip is moved first, or "drawn": the picture that the model draws for `prompt`. In
+              the latents, every frame keeps its difference from the frame that is closest to the picture. A small
+              `strength` then redraws little, and keeps most of the motion.
     options   as for a call. A curve that can be measured is "source" by default: it is measured from the clip, so
               that the motion is kept. "unspecified" leaves it to the model.
 
-    Raises RequestError before work starts: for a model that cannot start from a video, and for a clip with more frames
-    than the model makes.
+    Raises RequestError before work starts: for a model that cannot start from a video, for a clip with more frames
+    than the model makes, and for `key="drawn"` if the model makes no single pictures.
     """
     given, options = _opened(pipe, video, options)
     row = next((one for one in pipe.manifest.loops if one.start is not None and one.frames == "F"), None)
@@ -227,8 +238,42 @@ def edit(
         request = pipe.request(prompt, **options)
         latents = pipe.start_latents(request, row)[0]
         options |= {name: measured_curve(str(one.measured), latents) for name, one in measured.items()}
+    if key is not None:
+        options |= _moved(pipe, row, prompt, key, options)
     made = pipe.make(pipe.request(prompt, **options), progress)[0]
     return Video(made.frames, given.fps, {**made.metadata, "tool": "edit"})
+
+
+def _moved(pipe: Maker, row: Loop, prompt: str, key: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Options that replace the clip from which the loop `row` begins by the same clip on another key frame.
+
+    The clip's latents z become z - z[a] + latents of the key frame, where a is the frame whose latents are closest to
+    those of the key frame: there the subject's pose differs least. If the model draws a key frame before the clip, this
+    one takes its place.
+    """
+    assert row.start is not None
+    request, control = pipe.request(prompt, **options), row.start.control
+    frames, width, height = options["frames"], options["width"], options["height"]
+    first = next((loop.replaced.control for loop in pipe.manifest.loops if loop.replaced is not None), None)
+    if isinstance(key, str) and key == DRAWN:
+        if pipe.manifest.sizes.frames[0] > 1:
+            raise RequestError(f"key={DRAWN!r}: {pipe.manifest.name} makes no single pictures; give a picture")
+        known = {one.name for one in pipe.manifest.controls if one.kind in ("frames", "mask", "map", "clip")}
+        curves = {one.name for one in pipe.manifest.controls if one.kind == "curve"}
+        alone = {name: value for name, value in options.items() if name not in known | curves}
+        still = pipe.make(pipe.request(prompt, **{**alone, "frames": 1}), progress=False)[0].frames[0]
+    else:
+        from higen.images import load_map
+
+        pixels = load_map(key, 1, width, height, "key").pixels
+        still = np.rint((pixels[:, 0].transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8)
+    standing = pipe.request(prompt, **{**options, control: np.repeat(still[None], frames, axis=0)})
+    latents, other = (pipe.start_latents(one, row) for one in (request, standing))
+    wanted = other[:, :, frames // 2, None]
+    distance = np.square(latents - wanted).sum(axis=(0, 1, 3, 4), dtype=np.float64)
+    nearest = int(distance.argmin())
+    moved = pipe.decode(latents - latents[:, :, nearest, None] + wanted, request)[0]
+    return {control: moved, **({first: still} if first is not None else {})}
 
 
 def _opened(pipe: Maker, video: Clip, options: Mapping[str, Any]) -> tuple[Video, dict[str, Any]]:

@@ -113,6 +113,31 @@ def test_an_edit_begins_from_the_clip_and_keeps_what_is_not_masked(folder: Path)
     assert np.abs(masked.frames[:, :, 6:].astype(int) - known.frames[:, :, 6:]).max() > 20
 
 
+def test_an_edit_on_another_key_frame(folder: Path) -> None:
+    """The latents keep their differences from the frame that is closest to the key frame."""
+    pipeline, _ = pipeline_of(folder)
+    film = MANIFEST.loop("film")
+
+    def latents(clip: Any) -> Any:
+        return pipeline.start_latents(pipeline.request("a kite", frames=7, footage=clip), film)
+
+    key = np.full((8, 12, 3), 90, np.uint8)
+    z, still = latents(CLIP), latents(np.repeat(key[None], 7, axis=0))
+    nearest = min(range(7), key=lambda i: float(np.linalg.norm(z[:, :, i] - still[:, :, 3])))
+    assert nearest != 3
+    moved = z - z[:, :, [nearest]] + still[:, :, 3:4]
+    start = pipeline.decode(moved, pipeline.request("a kite", frames=7, footage=CLIP))[0]
+    curve = measured_curve("distance", z[0])
+    wanted = pipeline("a kite", frames=7, footage=start, push=0.2, sway=curve, seed=2)
+    made = pipeline.edit(CLIP, "a kite", strength=0.2, key=key, seed=2)
+    np.testing.assert_array_equal(made.frames, wanted.frames)
+    drawn = pipeline("a kite", frames=1, seed=2).frames[0]
+    of_drawn = pipeline.edit(CLIP, "a kite", strength=0.2, key=drawn, seed=2)
+    np.testing.assert_array_equal(
+        pipeline.edit(CLIP, "a kite", strength=0.2, key="drawn", seed=2).frames, of_drawn.frames
+    )
+
+
 def test_curves_are_measured_as_training_measures_them() -> None:
     latents = np.random.default_rng(0).standard_normal((3, 6, 4, 5)).astype(np.float32)
     np.testing.assert_array_equal(measured_curve("distance", latents), motion_of(torch.from_numpy(latents)[None])[0])
@@ -154,6 +179,7 @@ def test_a_clip_of_another_size_is_made_to_fit(folder: Path) -> None:
         (lambda p: p.edit(CLIP, "a kite", strength=2), "push=2: a number from 0 to 1"),
         (lambda p: p.edit(CLIP, "a kite", mask=np.zeros((3, 8, 12), np.uint8)), "mask has 3 frames: one picture, or"),
         (lambda p: p.edit(CLIP, "a kite", glow="source"), "glow='source'"),
+        (lambda p: p.edit(CLIP, "a kite", sway=1, key="nowhere.png"), "key='nowhere.png': cannot be read"),
     ],
 )
 def test_what_is_refused(folder: Path, call: Any, message: str) -> None:
