@@ -180,7 +180,7 @@ class Pipeline:
                          (if there are several loops, as its entry: [7, [9, ...]])
         solver           one name, or one per loop
         frames, width, height, fps
-        guidance_interval, windows, window_noise, free_init, free_init_filter, reuse
+        guidance_interval, windows, window_noise, free_init, free_init_filter, reuse, preset
                          how the loops are run (higen/loop_settings.py)
         warn             called with each warning of this request; default warnings.warn
 
@@ -350,6 +350,7 @@ class Pipeline:
             tiles=loop.tiles,
             edit=sources.known(loop),
             reuse=request.settings.reuse.get(loop.name, 1),
+            stretch=request.settings.stretching(loop, sources.latents),
         )
         runner = ChunkRunner.over(self.backend, self.manifest, [sources.chunks(i) for i in range(sources.samples)])
         if (again := request.settings.repeats(loop)) is not None:
