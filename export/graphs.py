@@ -26,6 +26,7 @@ from onnxscript.rewriter.rules.common import slice_split_rule
 
 from higen.bundle import Bundle
 from higen.errors import BackendError
+from higen.export.group_norms import with_instance_norms
 from higen.export.shapes import example_inputs, fixed_sizes, traced_sizes
 from higen.export.weights import point_into, stored_tensors
 from higen.manifest import Manifest
@@ -58,6 +59,8 @@ def export_stage(
     axes = _free_axes(bundle.manifest, stage, {*bundle.manifest.fixed, *fixed})
     with _rare_collections():
         model = _trace(stage, module, inputs, axes, opset)
+        if precision == "fp32":  # the precision of the CPU
+            with_instance_norms(model.graph)
         _optimize(model)
     _clean(model.graph, stage)
     stored = stored_tensors(bundle.file(bundle.weights(name, precision), verify=False))

@@ -213,7 +213,7 @@ def generate(
     with reported(as_json):
         from higen.api import load
         from higen.video import check_output
-        from higen.video_writer import read_track
+        from higen.video_writer import import_codecs, read_track
 
         given = {name: _given(name, value) for name, value in options.items() if value not in (None, ())}
         given |= {name: _whole(given[name]) for name in ("steps", "windows", "reuse") if name in given}
@@ -229,7 +229,9 @@ def generate(
                 _play(pipeline, script, output, audio, keep_scenes, as_json)
                 return
             request = pipeline.request(prompt, **given)
+            pipeline.load_ahead(request)
             check_output(output, request.frames, request.fps)
+            import_codecs(output)  # meanwhile
             if audio is not None:
                 read_track(output, audio, request.frames / request.fps)
             pipeline.prepare(request)

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from higen import clip_tools
-from higen.backends.base import CLOSED, Backend
+from higen.backends.base import CLOSED, Backend, load_ahead
 from higen.bounded_cache import BoundedCache
 from higen.bundle import Bundle
 from higen.chunk_runner import ChunkRunner
@@ -228,12 +228,14 @@ class Pipeline:
         return [tuple(stage.name for stage in kind) for kind in kinds]
 
     def prepare(self, request: Request | None = None) -> None:
-        """Load all that a request needs (None: a video from text with default options), so that a broken model is found
-        before any work starts. Raises BackendUnavailable or IntegrityError.
-        """
-        self._check_usable()
-        for ways in self._default_stages() if request is None else self.stages(request):
+        """Load all that a request needs (None: default options). Raises BackendUnavailable or IntegrityError."""
+        for ways in self.load_ahead(request):
             self.backend.choose(*ways)
+
+    def load_ahead(self, request: Request | None = None) -> list[tuple[str, ...]]:
+        """Begin in the background what `prepare` does, if the backend can. Returns what `stages` returns."""
+        self._check_usable()
+        return load_ahead(self.backend, self._default_stages() if request is None else self.stages(request))
 
     def _default_stages(self) -> list[tuple[str, ...]]:
         """The stages that a minimal request needs: a video from text, with only the pictures that the loops require."""

@@ -24,7 +24,7 @@ from higen.video_record import Clip, numbered, pack
 if TYPE_CHECKING:
     from PIL import Image
 
-__all__ = ["check_output", "read_track", "write"]
+__all__ = ["check_output", "import_codecs", "read_track", "write"]
 
 _Encode = Callable[[Clip, Path], None]
 
@@ -97,6 +97,15 @@ def read_track(path: Path, audio: str | os.PathLike[str], seconds: float) -> tup
     if path.suffix.lower() not in _CODECS:
         raise OutputError(f"{path}: a {path.suffix} file has no sound; {', '.join(_CODECS)} have")
     return fitted(read_sound(given_path(audio, "audio"), 0.0, seconds), seconds)
+
+
+def import_codecs(path: Path) -> None:
+    """Import now what `write` needs for a film; this takes a tenth of a second. Raises OutputError if it fails."""
+    if path.suffix.lower() in _CODECS:
+        try:
+            import av.video.reformatter  # noqa: F401
+        except ImportError as error:
+            raise OutputError(f"{path}: cannot be written ({error})") from error
 
 
 def _write_stream(clip: Clip, path: Path) -> None:

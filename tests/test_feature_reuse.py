@@ -14,6 +14,7 @@ from interpreter_model import COLUMNS, FORMULAS, MANIFEST, Formulas, changed
 from made_up_model import write_made_up_model
 from numpy.typing import NDArray
 
+from higen.api import load
 from higen.axes import limits, tile_of
 from higen.backends.onnx import OnnxBackend
 from higen.backends.options import Options
@@ -240,6 +241,18 @@ def test_a_model_without_the_graphs_says_the_command(tmp_path: Path) -> None:
     with pytest.raises(BackendUnavailable, match=re.escape(command)):
         pipeline("a kite", reuse=[1, 2])
     assert len(pipeline("a kite", guidance=1, reuse=[1, 2], frames=3)) == 3  # the plain graphs exist
+
+
+def test_the_built_in_model_has_the_graphs() -> None:
+    with load(backend="onnx", threads=1) as pipeline:
+        variants = pipeline.manifest.variants
+        assert len(variants) == 8
+        assert all(pipeline.bundle.precisions(name) == ("fp32",) for name in variants)
+        shallow = pipeline.manifest.stage(pipeline.manifest.denoising[0]).variants[1].name
+        steps = [
+            step.stage for step in pipeline.stream("a horse", frames=1, steps=3, reuse=2) if isinstance(step, Step)
+        ]
+        assert shallow in steps
 
 
 def test_triton_takes_an_interval_and_the_stages_that_are_there(tmp_path: Path) -> None:

@@ -57,6 +57,10 @@ def repository(bundle: Bundle, tmp_path_factory: pytest.TempPathFactory) -> Path
     return target
 
 
+def names_of(bundle: Bundle) -> list[str]:
+    return [stage.name for stage in bundle.manifest.all_stages]
+
+
 def weights_of(bundle: Bundle, stage: str) -> str:
     return bundle.manifest.stage(stage).weights
 
@@ -65,7 +69,7 @@ def test_the_files_of_a_repository(repository: Path, bundle: Bundle) -> None:
     found = sorted(str(path.relative_to(repository)) for path in repository.rglob("*") if path.is_file())
     stages = [
         name
-        for stage in bundle.manifest.stages
+        for stage in bundle.manifest.all_stages
         for name in (f"{stage.name}/config.pbtxt", f"{stage.name}/1/model.onnx", f"{stage.name}/1/{stage.weights}")
     ]
     own = ["config.pbtxt", "1/model.py", "1/model/higen.json", "1/model/tokenizer.json"]
@@ -131,7 +135,7 @@ def test_where_the_stages_run(bundle: Bundle, tmp_path: Path, device: str, kind:
     assert settings_of(text, "kind") == ["KIND_CPU"]
     limits, stages = (json.loads(json.loads(value)) for value in settings_of(text, "string_value"))
     assert (limits["slots"], limits["line"], limits["rows"]["temporal_unet"]) == (3, 0, 1)
-    assert stages == dict.fromkeys(bundle.manifest.stage_names, "onnxruntime")
+    assert stages == dict.fromkeys(names_of(bundle), "onnxruntime")
 
 
 @pytest.mark.parametrize(("device", "gpus"), [("gpu:1", [1]), ("cuda:12", [12]), ("cuda", None)])
@@ -275,7 +279,7 @@ def test_engines_are_used_where_they_are(model: Bundle, tmp_path: Path) -> None:
     assert backends["temporal_unet"] == "tensorrt"
     assert {backend for name, backend in backends.items() if name != "temporal_unet"} == {"onnxruntime", "python"}
     # Rows with guidance 1 also run on the stage that has an engine.
-    assert set(backends) == {*model.manifest.stage_names, "higen"} - {"temporal_unet_plain"}
+    assert set(backends) == {*names_of(model), "higen"} - {"temporal_unet_plain"}
     text = (tmp_path / "repository" / "temporal_unet" / "config.pbtxt").read_text()
     assert settings_of(text, "backend") == ['"tensorrt"']
     assert settings_of(text, "profile") == ['["1"]']  # the profile for batches of 1 to 8
@@ -407,7 +411,7 @@ def test_the_command(bundle: Bundle, tmp_path: Path) -> None:
     code, output = run(str(bundle.path), str(tmp_path / "repository"), "--device", "gpu", "--json")
     assert code == 0
     backends = json.loads(output)["backends"]
-    assert backends == dict.fromkeys(bundle.manifest.stage_names, "onnxruntime") | {"higen": "python"}
+    assert backends == dict.fromkeys(names_of(bundle), "onnxruntime") | {"higen": "python"}
     code, output = run(str(bundle.path), str(tmp_path / "repository"))
     assert (code, "exists already" in output) == (2, True)
     code, output = run(str(bundle.path), str(tmp_path / "other"), "--device", "tpu", "--json")

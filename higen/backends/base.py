@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from higen.manifest import Manifest
 from higen.stages import check_inputs
 
-__all__ = ["CLOSED", "Backend", "Choice", "RecordingBackend"]
+__all__ = ["CLOSED", "Backend", "Choice", "LoadsAhead", "RecordingBackend", "load_ahead"]
 
 CLOSED = "the pipeline was closed: load the model again"
 """The message of the BackendError for a stage that is used after `close`."""
@@ -92,6 +92,25 @@ class Backend(Protocol):
     def close(self) -> None:
         """Free what the backend holds. It cannot be used afterwards. Results on the host can still be read."""
         ...
+
+
+@runtime_checkable
+class LoadsAhead(Protocol):
+    """A backend that can load stages in the background."""
+
+    def load_ahead(self, ways: Sequence[tuple[str, ...]]) -> None:
+        """Begin to load what `choose` will be called for, each entry being its arguments, and return at once.
+
+        It is only a hint: nothing is raised, and an error of loading is raised by `choose`. `close` ends the loading.
+        """
+        ...
+
+
+def load_ahead(backend: Backend, ways: list[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Call `load_ahead` of a backend that has it; returns `ways`."""
+    if isinstance(backend, LoadsAhead):
+        backend.load_ahead(ways)
+    return ways
 
 
 class RecordingBackend:

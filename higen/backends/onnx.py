@@ -13,6 +13,7 @@ import numpy as np
 import onnxruntime as ort
 from numpy.typing import NDArray
 
+from higen.backends.ahead import Ahead
 from higen.backends.base import CLOSED, Choice
 from higen.backends.cuda import gpu_count
 from higen.backends.external_data import graph_files
@@ -21,7 +22,7 @@ from higen.backends.older import as_before, is_older
 from higen.backends.options import PLAIN, Options
 from higen.backends.plugins import PLUGINS, Placement
 from higen.backends.sessions import load_cuda, session_options
-from higen.bundle import Bundle, graph_file
+from higen.bundle import Bundle, FileRecord, graph_file
 from higen.devices import check_present, device_index
 from higen.errors import BackendError, BackendUnavailable, IntegrityError, is_of_a_handler
 from higen.forks import Home, outlives_forks
@@ -32,6 +33,9 @@ from higen.stages import check_inputs
 __all__ = ["OnnxBackend"]
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
+
+LARGEST_AHEAD = 128 << 20
+"""Maximum size in bytes of a model's weights for loading two stages at once."""
 
 PREFERRED = {"cpu": ("fp32",), "cuda": ("fp16", "fp32")}
 """Precisions by device, the best first; only fp32 for a plugin's device. A CPU runs a float16 graph in float32, with
@@ -106,7 +110,9 @@ class OnnxBackend:
         # The cache's key uses the sha256 in the manifest: it is right only if the files were checked.
         self._cache = GraphCache.of_user() if self.options.verify else None
         self._sessions: dict[str, _Session] = {}
+        self._ahead: Ahead[_Session] | None = None
         self._making = threading.Lock()
+        self._checking = threading.Lock()
         self._closed = False
         self._home = Home()
 
@@ -117,6 +123,29 @@ class OnnxBackend:
     def prepare(self, stage: str) -> None:
         """Make a stage's session. Raises BackendUnavailable (no graph) or IntegrityError (damaged graph or weights)."""
         self._get(stage)
+
+    def load_ahead(self, ways: Sequence[tuple[str, ...]]) -> None:
+        """See `LoadsAhead`. Only small models on a CPU: two large sessions made at once would need more memory."""
+        self._home.check()
+        with self._making:
+            busy = self._ahead is not None and self._ahead.running
+            if busy or self._closed or self._device != "cpu" or sum(r.size for r in self._weights()) > LARGEST_AHEAD:
+                return
+            first = (next((name for name in names if self._has_graph(name)), None) for names in ways)
+            wanted = dict.fromkeys(name for name in first if name is not None and name not in self._sessions)
+            # The caller begins at the front. The longest work is begun first here, so both end at about the same time.
+            sizes = {name: self.bundle.files[graph_file(name, self._choose(name))].size for name in wanted}
+            self._ahead = Ahead(self._make, sorted(sizes, key=lambda name: -sizes[name]))
+
+    def _weights(self) -> list[FileRecord]:
+        return [self.bundle.files[name] for name in {stage.weights for stage in self.bundle.manifest.stages}]
+
+    def _has_graph(self, stage: str) -> bool:
+        try:
+            self._choose(stage)
+        except BackendUnavailable:
+            return False
+        return True
 
     def choose(self, *stages: str) -> str:
         """See `Backend.choose`: a stage without a graph is passed over."""
@@ -172,6 +201,8 @@ class OnnxBackend:
             with self._making:
                 self._closed = True
                 self._sessions.clear()
+                if self._ahead is not None:
+                    self._ahead.stop()
 
     def _get(self, stage: str) -> _Session:
         """The stage's session. It is made once, even if several threads ask for it.
@@ -184,9 +215,13 @@ class OnnxBackend:
             with self._making:
                 if self._closed:
                     raise BackendError(CLOSED)
-                made = self._sessions.get(stage) or self._make(stage)
+                made = self._sessions.get(stage) or self._begun(stage) or self._make(stage)
                 self._sessions[stage] = made
         return made
+
+    def _begun(self, stage: str) -> _Session | None:
+        """The session of a stage whose loading has begun in the background."""
+        return None if self._ahead is None else self._ahead.take(stage)
 
     def _make(self, stage: str) -> _Session:
         precision = self._choose(stage)
@@ -244,8 +279,9 @@ class OnnxBackend:
         return self._cache.session(self.bundle, files, options, providers)
 
     def _file(self, name: str) -> Path:
-        path = self.bundle.file(name, self.options.verify and name not in self._verified)
-        self._verified.add(name)
+        with self._checking:  # two threads may need the same weights: their sha256 is computed once
+            path = self.bundle.file(name, self.options.verify and name not in self._verified)
+            self._verified.add(name)
         return path
 
     def _choose(self, stage: str) -> str:

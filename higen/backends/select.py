@@ -5,14 +5,14 @@ from __future__ import annotations
 import importlib.util
 import threading
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from higen.backends.base import CLOSED, Backend, Choice
+from higen.backends.base import CLOSED, Backend, Choice, LoadsAhead
 from higen.backends.cuda import probe
 from higen.backends.options import PLAIN, Options
 from higen.bundle import Bundle
@@ -22,6 +22,7 @@ from higen.errors import (
     BackendUnavailable,
     EngineError,
     FallbackWarning,
+    HigenError,
     IntegrityError,
     MissingExtra,
     NotPicklable,
@@ -101,12 +102,15 @@ class StageRouter:
         makers: Mapping[str, Callable[[], Backend]],
         absent: Mapping[str, str],
         asked: tuple[str, Options] | None = None,
+        idle: Collection[str] = (),
     ) -> None:
         """`makers`: functions that make the backends, by name, the preferred one first. `absent`: why each other one
-        cannot be made. `asked`: the arguments of `select_backend`, to call it again in another process.
+        cannot be made. `asked`: the arguments of `select_backend`, to call it again in another process. `idle`: those
+        of the makers' backends that cannot run any stage here.
         """
         self.bundle = bundle
         self._asked = asked
+        self._idle = frozenset(idle)
         self._choices: dict[str, Choice] = {}
         self._served: dict[tuple[str, ...], str] = {}
         self._makers = dict(makers)
@@ -152,6 +156,20 @@ class StageRouter:
                 served = self._served.get(stages) or self._choose(stages).stage
                 self._served[stages] = served
         return served
+
+    def load_ahead(self, ways: Sequence[tuple[str, ...]]) -> None:
+        """See `LoadsAhead`. Only the most preferred backend that works here does it: it may run none of the stages."""
+        name = next((name for name in self._makers if name not in self._idle), None)
+        if name is None:
+            return
+        with self._choosing:
+            self._check_open()
+            try:
+                backend = self._made[name] = self._made.get(name) or self._make(name)
+            except HigenError:  # `choose` meets the same error and decides what it means
+                return
+        if isinstance(backend, LoadsAhead):
+            backend.load_ahead([names for names in ways if names not in self._served])
 
     def describe(self, stage: str) -> str:
         """See `Backend.describe`."""
@@ -287,7 +305,8 @@ def select_backend(bundle: Bundle, name: str = "auto", options: Options = PLAIN)
             makers[candidate.backend] = _maker(candidate.backend, bundle, options)
     if not makers:
         raise BackendUnavailable("; ".join(f"{backend}: {reason}" for backend, reason in absent.items()))
-    return StageRouter(bundle, makers, absent, (name, options))
+    idle = [candidate.backend for candidate in wanted if not candidate.works]
+    return StageRouter(bundle, makers, absent, (name, options), idle)
 
 
 def _maker(backend: str, bundle: Bundle, options: Options) -> Callable[[], Backend]:
