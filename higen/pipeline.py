@@ -356,8 +356,7 @@ class Pipeline:
         )
         runner = ChunkRunner.over(self.backend, self.manifest, [sources.chunks(i) for i in range(sources.samples)])
         if (again := request.settings.repeats(loop)) is not None:
-            noise_of = lambda k: sources.initial_noise(loop, k)  # noqa: E731
-            yield from repeated(runner, plan, noise_of, last_level(loop.schedule), again)
+            yield from repeated(runner, plan, partial(sources.initial_noise, loop), last_level(loop.schedule), again)
             return
         clean = sources.made(loop.start.latents, loop) if loop.start and request.begins(loop) else None
         unit, added = sources.initial_noise(loop)
