@@ -1,4 +1,5 @@
-"""Settings of the loops in a request: the interval with guidance, windows of a long clip, FreeInit, feature reuse.
+"""Settings of the loops in a request: the interval with guidance, windows of a long clip, FreeInit, feature reuse,
+presets.
 
 Each option consists of numbers or is a word, so that every runtime can take it: command line, server, Triton and C++.
 """
@@ -17,6 +18,7 @@ from higen.errors import RequestError, quoted
 from higen.free_init import FILTERS, FreeInit
 from higen.manifest import Manifest
 from higen.noise_schedule import is_whole
+from higen.presets import chosen_preset
 from higen.schedule import last_level
 from higen.tables import WINDOW_NOISE, Loop, Windows
 
@@ -35,13 +37,25 @@ Interval = tuple[float, float]
 class LoopSettings:
     """Checked settings, by the name of the loop; a loop without an entry has no setting.
 
-    `free_init`: for the loops over frames. `reuse`: one row in this many (more than 1) is a full step.
+    `free_init`: for the loops over frames. `reuse`: one row in this many (more than 1) is a full step. `stretch`: the
+    factor of a loop's stretch, if it is not 1. `preset`: the name of the request's preset.
     """
 
     intervals: Mapping[str, Interval] = field(default_factory=dict)
     windows: Mapping[str, Windows] = field(default_factory=dict)
     free_init: FreeInit | None = None
     reuse: Mapping[str, int] = field(default_factory=dict)
+    stretch: Mapping[str, float] = field(default_factory=dict)
+    preset: str | None = None
+
+    def stretching(self, loop: Loop, latents: Callable[[str], Any]) -> tuple[Any, float] | None:
+        """The latents that a loop's result is stretched from, and the factor; None if it is not stretched.
+
+        `latents`: gives the last latents of an earlier loop, by name.
+        """
+        if loop.stretch is None or loop.name not in self.stretch:
+            return None
+        return latents(loop.stretch.loop), self.stretch[loop.name]
 
     def repeats(self, loop: Loop) -> FreeInit | None:
         """The settings for running a loop repeatedly (FreeInit), or None."""
@@ -56,6 +70,7 @@ class LoopSettings:
             **({"windows": windows} if windows else {}),
             **({"free_init": dict(vars(init))} if init is not None else {}),
             **({"reuse": dict(self.reuse)} if self.reuse else {}),
+            **({"preset": self.preset} if self.preset is not None else {}),
         }
 
 
@@ -70,6 +85,7 @@ def loop_settings(
     free_init: Any = None,
     free_init_filter: Any = None,
     reuse: Any = None,
+    preset: Any = None,
 ) -> LoopSettings:
     """Check a request's settings for a clip of this many frames. None: the model's own setting, if it has one.
 
@@ -82,6 +98,7 @@ def loop_settings(
     free_init_filter   one of FILTERS
     reuse              the whole network runs once in this many rows, and the rows between reuse its deep features
                        (higen/feature_reuse.py): one number, or one per loop; 1: it runs in every row
+    preset             name of a preset of the model; here it gives the stretch of the loops
 
     `begins`: whether a loop begins from a picture or clip. Raises RequestError.
     """
@@ -96,6 +113,8 @@ def loop_settings(
         {name: own for name, own in chosen.items() if own is not None and own.length < frames},
         _free_init(free_init, _word("free_init_filter", free_init_filter, FILTERS), running, begins),
         _reuse(manifest, reuse),
+        _stretch(manifest, preset, frames, begins),
+        preset,
     )
 
 
@@ -162,6 +181,26 @@ def _reuse(manifest: Manifest, value: Any) -> dict[str, int]:
                 "`higen-export onnx MODEL --reuse` adds them to a model"
             )
         found[loop.name] = int(every)
+    return found
+
+
+def _stretch(manifest: Manifest, preset: Any, frames: int, begins: Callable[[Loop], bool]) -> dict[str, float]:
+    """The factors of the loops whose results are stretched."""
+    chosen = chosen_preset(manifest.presets, preset, manifest.name)
+    factors = [None] * len(manifest.loops) if chosen is None else chosen.stretch
+    found = {}
+    for loop, factor in zip(manifest.loops, factors, strict=True):
+        if loop.stretch is None or loop.least_frames > frames:
+            continue
+        by = loop.stretch.by if factor is None else factor
+        if by != 1 and loop.start is not None and begins(loop):
+            given = f"preset={quoted(preset)}" if factor is not None else f"loops.{loop.name}.stretch"
+            raise RequestError(
+                f"{given}: the loop {loop.name} begins from {loop.start.control}, and its result is stretched only if "
+                f"it begins from noise; leave out {'one of the two' if factor is not None else loop.start.control}"
+            )
+        if by != 1:
+            found[loop.name] = by
     return found
 
 

@@ -6,13 +6,15 @@ when it is made, by the reader of higen.json, by a family or by a test.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
+from higen.presets import Preset
 from higen.references import check_references, needs
 from higen.rows import Rows
 from higen.stages import Stage, source
 from higen.tables import Control, Loop, Sizes, TextRules
+from higen.typed_json import LATER
 
 __all__ = ["Manifest"]
 
@@ -31,6 +33,7 @@ class Manifest(Rows):
     controls: tuple[Control, ...]
     stages: tuple[Stage, ...]
     loops: tuple[Loop, ...]
+    presets: tuple[Preset, ...] = field(default=(), metadata=LATER)
 
     def __post_init__(self) -> None:
         check_references(self)

@@ -18,7 +18,7 @@ from higen.manifest import Manifest
 from higen.staging import exclusive, whole_file
 from higen.tables import MAX_SIZE
 from higen.text_files import repeated_key
-from higen.typed_json import from_json, to_json
+from higen.typed_json import LATER, from_json, to_json
 
 __all__ = [
     "MANIFEST",
@@ -97,11 +97,12 @@ def read_manifest(folder: Path, sealed: bool = True) -> Opened:
 
         manifest = read_version_1(_object(document, "model"))
         return Opened(manifest, _records(document), {}, version=1)
-    names = [field.name for field in fields(Manifest)]
-    known = ["format", "version", "seal", *names, "graphs", "files"]
+    tables = fields(Manifest)
+    names = [field.name for field in tables if field.metadata != LATER or field.name in document]
+    known = ["format", "version", "seal", *(field.name for field in tables), "graphs", "files"]
     if wrong := [key for key in document if key not in known]:
         raise ManifestError(f"{MANIFEST}: {reprlib.repr(wrong[0])}: unknown key; known are {', '.join(known)}")
-    if missing := [key for key in known if key not in document]:
+    if missing := [key for key in ("format", "version", "seal", *names, "graphs", "files") if key not in document]:
         raise ManifestError(f"{MANIFEST}: has no {', '.join(missing)}")
     manifest = from_json(Manifest, {name: document[name] for name in names}, MANIFEST, whole=True)
     files = _records(document)

@@ -180,7 +180,7 @@ class Pipeline:
                          (if there are several loops, as its entry: [7, [9, ...]])
         solver           one name, or one per loop
         frames, width, height, fps
-        guidance_interval, windows, window_noise, free_init, free_init_filter, reuse
+        guidance_interval, windows, window_noise, free_init, free_init_filter, reuse, preset
                          how the loops are run (higen/loop_settings.py)
         warn             called with each warning of this request; default warnings.warn
 
@@ -352,11 +352,11 @@ class Pipeline:
             tiles=loop.tiles,
             edit=sources.known(loop),
             reuse=request.settings.reuse.get(loop.name, 1),
+            stretch=request.settings.stretching(loop, sources.latents),
         )
         runner = ChunkRunner.over(self.backend, self.manifest, [sources.chunks(i) for i in range(sources.samples)])
         if (again := request.settings.repeats(loop)) is not None:
-            noise_of = lambda k: sources.initial_noise(loop, k)  # noqa: E731
-            yield from repeated(runner, plan, noise_of, last_level(loop.schedule), again)
+            yield from repeated(runner, plan, partial(sources.initial_noise, loop), last_level(loop.schedule), again)
             return
         clean = sources.made(loop.start.latents, loop) if loop.start and request.begins(loop) else None
         unit, added = sources.initial_noise(loop)

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping
 
 from higen.errors import ManifestError
 from higen.frame_references import check_frames_source, check_known_source, check_placed, of_kind
+from higen.preset_references import check_presets
 from higen.rows import Rows
 from higen.stages import DEEP, STATE, STEP_COLUMNS, TOKENS, Output, Stage, Tensor, source
 from higen.tables import MAX_NUMBER, MAX_SIZE, NUMERIC, Loop, check, is_number
@@ -48,6 +49,7 @@ def check_references(manifest: Rows) -> None:
         _check_loop(manifest, loop, loops[:i])
     _check_decoder(manifest)
     _check_result(manifest)
+    check_presets(manifest)
 
 
 def _check_stage(manifest: Rows, stage: Stage) -> None:
@@ -216,7 +218,7 @@ def needs(manifest: Rows, name: str) -> Iterator[str]:
         loop = loops[name]
         texts = [row.latents for row in (loop.replaced, loop.start, loop.known) if row is not None]
         tensors = [t for stage in loop.stages if stage in manifest.stage_names for t in manifest.stage(stage).inputs]
-        yield from ([loop.noise.mix.loop] if loop.noise.mix else [])
+        yield from (row.loop for row in (loop.noise.mix, loop.stretch) if row is not None)
     else:
         texts, tensors = [], list(manifest.stage(name).inputs)
     for text in (*texts, *(t.source for t in tensors)):
@@ -257,14 +259,18 @@ def _check_loop(manifest: Rows, loop: Loop, earlier: tuple[str, ...]) -> None:
     check(not takes or loop.known is not None, f"{where}.known=null: a stage of it takes {', '.join(takes)}")
     _check_known(manifest, loop, f"{where}.known")
     _check_variant(manifest, loop, f"{where}.variant")
-    if loop.noise.mix is not None:
-        check(loop.noise.mix.loop in earlier, f"{where}.noise.mix.loop={loop.noise.mix.loop!r}: an earlier loop")
-        early = {other.name: other.least_frames for other in manifest.loops}[loop.noise.mix.loop]
-        _check_length(manifest, loop, f"{where}.noise.mix.loop", loop.noise.mix.loop)
+    for key, verb, row in (
+        ("noise.mix", "its noise is mixed with", loop.noise.mix),
+        ("stretch", "its result is stretched from", loop.stretch),
+    ):
+        if row is None:
+            continue
+        check(row.loop in earlier, f"{where}.{key}.loop={row.loop!r}: an earlier loop")
+        early = {other.name: other.least_frames for other in manifest.loops}[row.loop]
+        _check_length(manifest, loop, f"{where}.{key}.loop", row.loop)
         check(
             early <= max(loop.least_frames, manifest.sizes.frames[0]),
-            f"{where}: its noise is mixed with {loop.noise.mix.loop}, but {loop.noise.mix.loop} is left out for "
-            "shorter clips",
+            f"{where}: {verb} {row.loop}, but {row.loop} is left out for shorter clips",
         )
     _check_loop_controls(manifest, loop, where)
 

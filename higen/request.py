@@ -16,6 +16,7 @@ from higen.errors import PictureWarning, RequestError, quoted
 from higen.loop_settings import LoopSettings, loop_settings
 from higen.manifest import Manifest
 from higen.plain_values import plain
+from higen.presets import chosen_preset
 from higen.prompt_weights import pieces
 from higen.request_values import (
     MAX_PROMPT,
@@ -189,6 +190,13 @@ def make_request(
     tall = _side("height", sizes.height if height is None else height, sizes.multiple)
     wide = _side("width", sizes.width if width is None else width, sizes.multiple)
 
+    preset = chosen_preset(manifest.presets, settings.get("preset"), manifest.name)
+
+    def of_preset(name: str, own: Callable[[Loop], Any]) -> Callable[[Loop], Any]:
+        """The default of a loop: the preset's value, or the loop's own."""
+        values = dict(zip([loop.name for loop in loops], getattr(preset, name, ()), strict=False))
+        return lambda loop: own(loop) if values.get(loop.name) is None else values[loop.name]
+
     rate = whole_number("fps", sizes.fps if fps is None else fps, 1, 240)
 
     guidance = guidance if measure is None else of_loops_over_frames(loops, guidance)
@@ -219,11 +227,11 @@ def make_request(
         seeds=_seeds(seed, len(prompts)),
         steps=tuple(
             whole_number("steps", given, 1, most[loop.name])
-            for loop, given in each_loop("steps", steps, loops, lambda loop: loop.steps)
+            for loop, given in each_loop("steps", steps, loops, of_preset("steps", lambda loop: loop.steps))
         ),
         guidance=tuple(
             loop_guidance(loop, guidance_numbers(loop, given, from_file), 1 if loop.frames == 1 else count)
-            for loop, given in each_loop("guidance", guidance, loops, lambda loop: loop.guidance)
+            for loop, given in each_loop("guidance", guidance, loops, of_preset("guidance", lambda loop: loop.guidance))
         ),
         solvers=solvers,
         frames=count,

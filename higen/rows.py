@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from higen.presets import Preset
 from higen.stages import FREE, TOKENS, Stage, source
 from higen.tables import Control, Loop, Sizes, TextRules
 
@@ -16,6 +17,7 @@ class Rows:
     controls: tuple[Control, ...]
     stages: tuple[Stage, ...]
     loops: tuple[Loop, ...]
+    presets: tuple[Preset, ...]
 
     @property
     def fixed(self) -> dict[str, int]:

@@ -66,6 +66,8 @@ class Plan:
     first      the first row to run
     reuse      the whole network runs once in this many rows; the rows between reuse its deep features (Ma et al. 2024,
                DeepCache); 1: it runs in every row
+    stretch    latents z [B,C,1 or f,H,W] and a factor s: after the last row, x becomes z + s (x - z), both for the
+               state and for the estimate of the clean latents
     """
 
     loop: str
@@ -80,6 +82,7 @@ class Plan:
     windows: Windows | None = None
     tiles: Tiles | None = None
     reuse: int = 1
+    stretch: tuple[Array, float] | None = None
 
 
 def initial_state(
@@ -124,7 +127,10 @@ def denoise(backend: Runner, plan: Plan, latents: Array) -> Iterator[Step]:
         x, previous = out["latents"], out["previous"]
         if plan.edit is not None:
             x, previous = _edited(backend, plan.edit, x, previous, float(table.B[i]), float(table.sigma[i]))
-            if i == len(table) - 1:  # a solver may end at a noise level above 0
+        if i == len(table) - 1:
+            if plan.stretch is not None:
+                x, previous = (_stretched(backend.to_numpy(one), *plan.stretch, plan.edit) for one in (x, previous))
+            if plan.edit is not None:  # a solver may end at a noise level above 0
                 x = np.where(plan.edit.mask == 1, plan.edit.known, x)
         yield Step(plan.loop, stage.name, i, len(table), float(table.t[i]), x, previous)
 
@@ -146,7 +152,8 @@ def repeated(
     latents, rows = initial_state(plan.table, unit, added), len(plan.table)
     for k in range(free_init.iterations):
         step = None
-        for step in denoise(backend, replace(plan, purpose=noise.again(plan.purpose, k)), latents):
+        stretch = plan.stretch if k + 1 == free_init.iterations else None
+        for step in denoise(backend, replace(plan, purpose=noise.again(plan.purpose, k), stretch=stretch), latents):
             yield replace(step, index=k * rows + step.index, total=free_init.iterations * rows)
         if k + 1 < free_init.iterations and step is not None:
             noisy = np.float32(level[0]) * backend.to_numpy(step.latents) + np.float32(level[1]) * first
@@ -174,6 +181,13 @@ def _edited(backend: Runner, edit: Edit, latents: Any, clean: Any, b: float, sig
         raise BackendError("an edit needs rows whose estimate depends on the network (sigma is 0)")
     moved = backend.to_numpy(latents) + np.float32(b / -sigma if sigma else 0.0) * (wanted - x0)
     return moved.astype(np.float32), wanted.astype(np.float32)
+
+
+def _stretched(x: Array, origin: Array, by: float, edit: Edit | None) -> Array:
+    """Latents stretched from `origin`. The factor falls to 1 where frames are known: these stay as they are."""
+    more = np.float32(by) - np.float32(1)
+    factor = np.float32(1) + (more if edit is None else (np.float32(1) - edit.mask.astype(np.float32)) * more)
+    return np.asarray(origin + factor * (x - origin), np.float32)
 
 
 def window_weights(frames: int, windows: Windows) -> list[tuple[int, Array]]:

@@ -279,6 +279,7 @@ def script_schema(manifest: Manifest, files: bool = True) -> dict[str, Any]:
         "free_init": {"type": ["number", "array"], "description": "Iterations of FreeInit."},
         "free_init_filter": {"enum": list(FILTERS)},
         "reuse": {"type": ["integer", "array"], "description": "N: only every N-th step runs the whole network."},
+        "preset": {"type": "string", "description": "A preset of the model."},
     }
     scene: dict[str, Any] = {
         "prompt": {"type": "string", "minLength": 1, "description": "What the scene shows."},

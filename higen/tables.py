@@ -10,6 +10,7 @@ from typing import Any, Literal
 from higen import noise_schedule as solvers
 from higen.errors import ManifestError
 from higen.noise_schedule import PREDICTIONS, NoiseSchedule, Solver
+from higen.presets import Stretch
 from higen.stages import FREE, NEGATIVE
 from higen.typed_json import LATER
 
@@ -38,14 +39,11 @@ __all__ = [
 ]
 
 RESERVED = ("progress", "warn", NEGATIVE)
-SETTINGS = ("guidance_interval", "windows", "window_noise", "free_init", "free_init_filter", "reuse")
+SETTINGS = ("guidance_interval", "windows", "window_noise", "free_init", "free_init_filter", "reuse", "preset")
 """The common options for running the loops (higen/loop_settings.py)."""
 
-COMMON = (
-    *("prompt", "negative_prompt", "seed", "steps", "guidance", "solver"),
-    *SETTINGS,
-    *("frames", "width", "height", "fps"),
-)
+_BASIC = ("prompt", "negative_prompt", "seed", "steps", "guidance", "solver")
+COMMON = (*_BASIC, *SETTINGS, "frames", "width", "height", "fps")
 """The options that every request has, for every model. No control may have one of these names."""
 
 CURVES = ("sinusoid", "similarity", "curve")
@@ -368,6 +366,7 @@ class Loop:
     tiles: Tiles | None = field(default=None, metadata=LATER)
     known: Known | None = field(default=None, metadata=LATER)
     variant: Variant | None = field(default=None, metadata=LATER)
+    stretch: Stretch | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         check(bool(self.guided or self.plain), "guided, plain: at least one stage")

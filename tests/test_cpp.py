@@ -185,6 +185,7 @@ CASES: list[dict[str, Any]] = [
     {"prompt": 5, "seed": 3, "steps": 3, "frames": 1, "size": (2, 3)},
     {"prompt": "a whale!", "negative_prompt": "pink", "steps": 1, "frames": 2, "motion": "unspecified"},
     {"prompt": 6, "steps": 2, "frames": 3, "guidance": (1, [1, 2.5, 0.5]), "negative_prompt": "snow"},
+    {"prompt": 8, "preset": "fast", "frames": 4, "seed": 5},
     {"prompt": 7, "steps": (2, 3), "frames": 3, "guidance": 1, "solver": ("ddim", "dpm++2m"), "offset_noise": 0.3},
 ]  # fmt: skip
 
@@ -251,6 +252,8 @@ def test_frames_that_a_clip_passes_through(built: Path, pipelines: Callable[[Pat
     pipeline = pipelines(default_model())
     with pytest.warns(PictureWarning, match=r"^keyframes\[2\] has 97x50 pixels"):
         compare(built, pipeline, case, tmp_path / "video.npy", *more)
+    with pytest.warns(PictureWarning):
+        compare(built, pipeline, {**case, "preset": "fast"}, tmp_path / "video.npy", *more)
     case = {"prompt": 0, "steps": 4, "frames": 2, "video": np.stack([frames[0], frames[0]]), "strength": 0.5}
     compare(built, pipeline, case, tmp_path / "video.npy", "--picture", f"video={files[0]},{files[0]}")
 
@@ -383,6 +386,7 @@ def test_an_interrupt_leaves_nothing_behind(built: Path, tmp_path: Path) -> None
         (["{model}", "a whale", "-o", "x.npy", "--control", "motion"], 2, "--control=motion: NAME=VALUE is wanted"),
         (["{model}", "a whale", "-o", "x.npy", "--control", "motion=fast"], 2, "--control motion=fast: a number"),
         (["{model}", "a whale", "-o", "x.npy", "--control", "motion=-1"], 1, "motion has the value -1"),
+        (["{model}", "a whale", "-o", "x.npy", "--preset=slow"], 1, "preset='slow': the presets of higen default"),
         (["{model}", "a whale", "-o", "x.npy", "--control=hue=3"], 1, "'hue': unknown; this model takes motion"),
         (["{model}", "a whale", "-o", "x.npy", "--picture=image=none.ppm"], 1, "none.ppm: No such file"),
         (["{model}", "a whale", "-o", "x.npy", "--provider=tensorrt-rtx"], 1, "provider='tensorrt-rtx'"),

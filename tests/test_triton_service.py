@@ -28,6 +28,7 @@ from higen.engines.triton.interface import COMMON_INPUTS, OUTPUTS, inputs, read_
 from higen.engines.triton.service import Limits, Meter, Service
 from higen.errors import BackendError, Cancelled, HigenError, ModelError, PromptWarning, RequestError, RetryLater
 from higen.pipeline import Pipeline
+from higen.presets import Preset, Stretch
 from higen.request import MAX_PROMPT
 from higen.sampler import Step
 from higen.stages import Tensor
@@ -451,6 +452,24 @@ def test_the_controls_of_any_model(made_up: Service, options: dict[str, Any]) ->
     for name in ("wobble", "grain", "mood", "guidance", "steps", "solver"):
         assert about[name] == expected.metadata[name]
     assert (about["drift"] is None) == (expected.metadata["drift"] is None)
+
+
+def test_a_preset_gives_pythons_frames(made_up: Service) -> None:
+    plain = made_up._pipeline
+    draft, film = MANIFEST.loops
+    fast = Preset("fast", (2, 1), (1.0, 1.0), (None, 1.5))
+    manifest = replace(MANIFEST, loops=(draft, replace(film, stretch=Stretch("draft"))), presets=(fast,))
+    own = Pipeline(replace(plain.bundle, manifest=manifest), plain.backend)
+    rows = {stage.name: 4 for stage in manifest.stages if stage.batch}
+    service = Service(own, own.backend, Limits(slots=4, line=8, rows=rows))
+    client, refused = (answered(ask(service, "a kite", frames=3, preset=name)) for name in ("fast", "slow"))
+    service.close()
+    assert client.error is None
+    frames = np.concatenate([event["frames"] for event in client.of("frames")])
+    np.testing.assert_array_equal(frames, own("a kite", frames=3, preset="fast", progress=False).frames)
+    assert np.ptp(frames.astype(int) - plain("a kite", frames=3, steps=(2, 1), guidance=1, progress=False).frames) > 5
+    assert json.loads(client.events[-1]["metadata"])["preset"] == "fast"
+    assert "preset='slow': the presets of made-up are 'fast'" in str(refused.error)
 
 
 def test_a_picture_may_be_sent_as_a_file(made_up: Service, tmp_path: Path) -> None:

@@ -85,6 +85,7 @@ COMMON_INPUTS = (
     Field("free_init", "FP64"),  # iterations, stop frequencies in space and time, order
     Field("free_init_filter", "STRING"),
     Field("reuse", "INT32"),  # one, or one per loop
+    Field("preset", "STRING"),
     Field("frames", "INT32"),
     Field("width", "INT32"),
     Field("height", "INT32"),

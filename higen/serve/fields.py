@@ -25,7 +25,8 @@ from higen.text_files import repeated_key
 
 __all__ = ["Fields", "data_url", "read_fields"]
 
-_TEXTS = ("prompt", "model", "size", "negative_prompt", "solver", "seconds", "window_noise", "free_init_filter")
+_TEXTS = ("prompt", "model", "size", "negative_prompt", "solver", "seconds")
+_TEXTS_OF_LOOPS = ("window_noise", "free_init_filter", "preset")
 _NAME = re.compile(r"(?P<name>[A-Za-z_]{1,64})(\[(?P<key>\w{1,128})\])?(?P<many>\[\])?", re.ASCII)
 _MOST_PARTS = 256
 _TAIL = 4096
@@ -156,7 +157,7 @@ def _add_text(fields: Fields, parts: re.Match[str], text: str) -> None:
     if not isinstance(into, dict):
         raise Refusal(422, "invalid_value", f"{name} is given in two ways", name)
     place = key or name
-    value = text if place in _TEXTS and not key else _parsed(text)
+    value = text if place in (*_TEXTS, *_TEXTS_OF_LOOPS) and not key else _parsed(text)
     if parts["many"]:
         into.setdefault(place, [])
         if not isinstance(into[place], list):

@@ -220,6 +220,7 @@ def _properties(limits: Limits) -> dict[str, Any]:
             "description": "N: only every N-th step runs the whole network, the others reuse its features. One number, "
             "or one for each loop.",
         },
+        "preset": {"type": "string", "description": "A preset of the model; it sets what the request leaves out."},
         "solver": {"type": "string", "description": "A solver of the model's loops."},
         "seed": {"type": "integer", "minimum": -1, "description": "Same seed, same video; -1 draws one."},
         "controls": {"type": "object", "description": "The model's own controls: /v1/models has their schema."},

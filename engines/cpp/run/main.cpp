@@ -154,6 +154,7 @@ private:
         for (const auto number : options.reuse) reuse_.push_back(narrow("--reuse", number));
         if (!reuse_.empty()) request_.reuse = reuse_.data(), request_.reuse_count = reuse_.size();
         request_.window_noise = text(options.window_noise);
+        request_.preset = text(options.preset);
         const auto &interval = options.guidance_interval, &init = options.free_init;
         if (!interval.empty())
             request_.guidance_interval = interval.data(), request_.guidance_interval_count = interval.size();

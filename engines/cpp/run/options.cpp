@@ -22,6 +22,7 @@ Make a video from a text with a model directory.
   --free-init N[,S,T[,O]]  FreeInit: iterations, stop frequencies in space and time, order of the filter
   --free-init-filter WORD  filter of FreeInit: butterworth, gaussian or ideal
   --reuse N[,M...]       run the whole network only every N steps; other steps reuse its deep features
+  --preset NAME          a preset of the model: it sets the steps and guidance that are not given
   --frames N
   --width N --height N --fps N
   --negative TEXT        what the video should not show
@@ -126,6 +127,7 @@ std::map<std::string, Take> options_with_values(Options& options) {
              for (const auto& part : split(value, ',')) options.guidance.push_back(parse_list<double>(name, part, ':'));
          }},
         {"--window-noise", to_text(options.window_noise)},
+        {"--preset", to_text(options.preset)},
         {"--free-init-filter", to_text(options.free_init_filter)},
         {"--guidance-interval",
          [&](const auto& name, const auto& value) { options.guidance_interval = parse_list<double>(name, value); }},

@@ -1,4 +1,5 @@
 #include <cmath>
+#include <limits>
 #include <set>
 
 #include "references.h"
@@ -9,6 +10,8 @@ namespace higen::core {
 using namespace references;
 
 namespace {
+
+constexpr std::size_t most_presets = 100;
 
 void check_scale(const Manifest& manifest, const std::string& where, const Scale& scale, bool is_part) {
     if (scale.control.empty())
@@ -152,15 +155,43 @@ void check_loop(const Manifest& manifest, const Loop& loop, const Names& earlier
             check(tensor.source.kind != Source::Kind::made || manifest.loop(tensor.source.name) == nullptr ||
                       has(earlier, tensor.source.name),
                   where + ": needs the latents of " + tensor.source.name + ", which runs later");
-    if (loop.noise.mix) {
-        const auto& mixed = loop.noise.mix->loop;
-        check(has(earlier, mixed), where + ".noise.mix.loop='" + mixed + "': an earlier loop");
-        check_length(manifest, loop, where + ".noise.mix.loop", mixed);
-        check(manifest.loop(mixed)->least_frames <= std::max(loop.least_frames, manifest.sizes.fewest_frames),
-              where + ": its noise is mixed with " + mixed + ", but " + mixed + " is left out for shorter clips");
-    }
+    const auto check_earlier = [&](const std::string& key, const std::string& does, const std::string& other) {
+        check(has(earlier, other), where + "." + key + ".loop='" + other + "': an earlier loop");
+        check_length(manifest, loop, where + "." + key + ".loop", other);
+        check(manifest.loop(other)->least_frames <= std::max(loop.least_frames, manifest.sizes.fewest_frames),
+              where + ": " + does + " " + other + ", but " + other + " is left out for shorter clips");
+    };
+    if (loop.noise.mix) check_earlier("noise.mix", "its noise is mixed with", loop.noise.mix->loop);
+    if (loop.stretch) check_earlier("stretch", "its result is stretched from", loop.stretch->loop);
     check_known(manifest, loop, where + ".known");
     check_loop_controls(manifest, loop, where);
+}
+
+// A preset has a value for each loop that the loop can take.
+void check_preset(const Manifest& manifest, const Preset& preset) {
+    const auto where = "presets." + preset.name + ".", loops = std::to_string(manifest.loops.size());
+    const auto check_count = [&](const char* key, std::size_t count) {
+        check(count == manifest.loops.size(),
+              where + key + ": " + loops + " entries, one per loop, not " + std::to_string(count));
+    };
+    check_count("steps", preset.steps.size());
+    check_count("guidance", preset.guidance.size());
+    check_count("stretch", preset.stretch.size());
+    for (std::size_t i = 0; i < manifest.loops.size(); ++i) {
+        const auto& loop = manifest.loops[i];
+        const auto most = max_steps(loop.schedule, loop.solvers.front());
+        const auto of = " for the loop " + loop.name;
+        const auto steps = preset.steps[i].value_or(1);
+        check(steps >= 1 && steps <= most,
+              where + "steps has " + std::to_string(steps) + of + ": null, or from 1 to " + std::to_string(most));
+        const auto scale = preset.guidance[i].value_or(1.0);
+        const bool fits = scale >= 0 && scale <= std::numeric_limits<float>::max();
+        check(loop.guided.empty() ? scale == 1 : fits,
+              where + "guidance has " + std::to_string(scale) + of + ": null, or " +
+                  (loop.guided.empty() ? "1, because the loop has no guidance" : "a number from 0"));
+        check(!preset.stretch[i] || loop.stretch, where + "stretch has " + std::to_string(preset.stretch[i].value_or(1)) +
+                                                      of + ", but loops." + loop.name + ".stretch is null");
+    }
 }
 
 void check_decoder(const Manifest& manifest) {
@@ -239,6 +270,13 @@ void references::check_loops(const Manifest& manifest) {
         check_loop(manifest, manifest.loops[i], {loops.begin(), loops.begin() + static_cast<std::ptrdiff_t>(i)});
     check_decoder(manifest);
     check_result(manifest);
+    check(manifest.presets.size() <= most_presets, "presets: at most " + std::to_string(most_presets) + " rows");
+    const auto presets = names_of(manifest.presets);
+    for (std::size_t i = 0; i < presets.size(); ++i) {
+        const Names others{presets.begin(), presets.begin() + static_cast<std::ptrdiff_t>(i)};
+        check(!has(others, presets[i]), "presets: " + presets[i] + " appears twice");
+        check_preset(manifest, manifest.presets[i]);
+    }
     const auto fewest = manifest.sizes.fewest_frames;
     for (const auto& loop : manifest.loops) check_fed(manifest, loop.stages(), std::max(loop.least_frames, fewest));
     check_fed(manifest, {manifest.sizes.decoder}, fewest);

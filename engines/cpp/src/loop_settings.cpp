@@ -133,6 +133,23 @@ std::int64_t reuse_of(const Manifest& manifest, std::size_t index, const higen_r
     return every;
 }
 
+double stretch_of(const Manifest& manifest, std::size_t index, const higen_request& given, std::size_t frames,
+                  bool begins) {
+    const auto& loop = manifest.loops[index];
+    const auto* preset = manifest.preset(given.preset);
+    if (!loop.stretch || loop.least_frames > static_cast<std::int64_t>(frames)) return 1.0;
+    const bool own = preset == nullptr || !preset->stretch[index];
+    const auto by = own ? loop.stretch->by : *preset->stretch[index];
+    if (by != 1.0 && begins) {
+        const auto& control = loop.start->control;
+        fail_request((own ? "loops." + loop.name + ".stretch" : "preset='" + preset->name + "'") + ": the loop " +
+                     loop.name + " begins from " + control +
+                     ", and its result is stretched only if it begins from noise; leave out " +
+                     (own ? control : "one of the two"));
+    }
+    return by;
+}
+
 }  // namespace
 
 bool Interval::holds(std::size_t row, std::size_t rows) const {
@@ -146,6 +163,7 @@ LoopSettings loop_settings(const Manifest& manifest, std::size_t loop, const hig
     LoopSettings settings;
     settings.interval = interval_of(given, loop, manifest.loops.size());
     settings.reuse = reuse_of(manifest, loop, given);
+    settings.stretch = stretch_of(manifest, loop, given, frames, begins);
     if (!row.every_frame) return settings;
     settings.windows = windows_of(manifest, row, given, frames);
     settings.free_init = free_init_of(row, given, begins);

@@ -27,6 +27,7 @@ struct LoopSettings {
     std::optional<Windows> windows;  // none: the whole clip at once
     std::optional<FreeInit> free_init;
     std::int64_t reuse = 1;  // every reuse-th row is a full step
+    double stretch = 1.0;    // the factor of the loop's stretch
 };
 
 // The checked settings of a loop for a clip of this many frames. `begins`: the loop begins from a picture or clip.

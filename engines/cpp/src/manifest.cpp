@@ -169,6 +169,17 @@ const Stage& Manifest::stage(std::string_view wanted) const {
     return *found;
 }
 
+const Preset* Manifest::preset(const char* wanted) const {
+    if (wanted == nullptr) return nullptr;
+    std::string known;
+    for (const auto& one : presets) {
+        if (one.name == wanted) return &one;
+        known += (known.empty() ? "'" : ", '") + one.name + "'";
+    }
+    fail_request("preset='" + std::string(wanted) + "': " +
+                 (known.empty() ? name + " has no presets" : "the presets of " + name + " are " + known));
+}
+
 std::vector<std::string> Manifest::denoising() const {
     std::vector<std::string> names;
     for (const auto& loop : loops)
@@ -227,6 +238,7 @@ Manifest parse_manifest(std::string_view text, const std::string& where) {
     for (const auto& stage : manifest.stages)
         for (auto& variant : stage.variants()) manifest.variants.push_back(std::move(variant));
     take_rows(object, "loops", manifest.loops, read_loop);
+    if (json.contains("presets")) take_rows(object, "presets", manifest.presets, read_preset);
     object.required("files", [&](const auto& value, const auto&) { read_files(value, "files", manifest.files); });
     object.required("graphs", [&](const auto& value, const auto&) { read_graphs(value, "graphs", manifest); });
     object.finish();

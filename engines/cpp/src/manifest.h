@@ -166,6 +166,19 @@ struct Windows {
     }
 };
 
+// After a loop's last row its latents x become z + by (x - z); z are the latents of the earlier loop `loop`.
+struct Stretch {
+    std::string loop;
+    double by = 1.0;
+};
+
+// Values for what a request leaves out, one per loop; none: the loop's own value.
+struct Preset {
+    std::string name;
+    std::vector<std::optional<std::int64_t>> steps;
+    std::vector<std::optional<double>> guidance, stretch;
+};
+
 // Frames larger than `height` or `width` latent cells are denoised in tiles that begin `stride` cells apart.
 struct Tiles {
     std::int64_t height = 1;
@@ -191,6 +204,7 @@ struct Loop {
     std::optional<Tiles> tiles;
     std::optional<Known> known;
     std::optional<Variant> variant;
+    std::optional<Stretch> stretch;
 
     // The stages for a request without a map.
     [[nodiscard]] StagePair own() const { return {guided, plain}; }
@@ -217,12 +231,15 @@ struct Manifest {
     std::vector<Stage> stages;
     std::vector<Stage> variants;  // of the stages, in their order; not in the manifest's file
     std::vector<Loop> loops;
+    std::vector<Preset> presets;
     std::map<std::string, std::vector<GraphInput>, std::less<>> graphs;  // the inputs of each graph itself
     Files files;
 
     // The row of that name; a null pointer if there is none.
     [[nodiscard]] const Control* control(std::string_view wanted) const;
     [[nodiscard]] const Loop* loop(std::string_view wanted) const;
+    // The preset of that name; a null pointer for a null name. Throws a request error for an unknown one.
+    [[nodiscard]] const Preset* preset(const char* wanted) const;
     // The row of a stage or variant; a null pointer if there is none.
     [[nodiscard]] const Stage* find_stage(std::string_view wanted) const;
     // The stage or variant of that name. Throws an internal error if there is none.

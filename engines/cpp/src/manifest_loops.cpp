@@ -1,4 +1,4 @@
-// The rows of the table `loops`.
+// The rows of the tables `loops` and `presets`.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -10,6 +10,7 @@ namespace higen::core {
 namespace {
 
 constexpr std::int64_t max_frames = 1 << 16;
+constexpr double max_stretch = 100.0;
 
 bool fits_float(double value) { return std::abs(value) <= std::numeric_limits<float>::max(); }
 
@@ -140,6 +141,20 @@ void read_variant(const Json& json, const std::string& where, Variant& variant) 
     object.finish();
 }
 
+void check_factor(double by, const std::string& where) {
+    check_manifest(by >= 0 && by <= max_stretch,
+                   where + "=" + std::to_string(by) + ": a number from 0 to " +
+                       std::to_string(static_cast<int>(max_stretch)));
+}
+
+void read_stretch(const Json& json, const std::string& where, Stretch& stretch) {
+    Object object(json, where);
+    object.required_value("loop", stretch.loop);
+    object.required_value("by", stretch.by);
+    object.finish();
+    check_factor(stretch.by, where + ".by");
+}
+
 void read_windows(const Json& json, const std::string& where, Windows& windows) {
     Object object(json, where);
     object.required_value("length", windows.length);
@@ -230,8 +245,22 @@ void read_loop(const Json& json, const std::string& where, Loop& loop) {
     take_later_row(object, "tiles", loop.tiles, read_tiles);
     take_later_row(object, "known", loop.known, read_known);
     take_later_row(object, "variant", loop.variant, read_variant);
+    take_later_row(object, "stretch", loop.stretch, read_stretch);
     object.finish();
     check_loop(loop, where);
+}
+
+void read_preset(const Json& json, const std::string& where, Preset& preset) {
+    Object object(json, where);
+    object.required_value("name", preset.name);
+    object.required_value("steps", preset.steps);
+    object.required_value("guidance", preset.guidance);
+    object.required_value("stretch", preset.stretch);
+    object.finish();
+    check_manifest(is_ascii(preset.name) && is_identifier(preset.name),
+                   where + ".name='" + preset.name + "': letters, digits and _");
+    for (const auto& by : preset.stretch)
+        if (by) check_factor(*by, where + ".stretch");
 }
 
 void read_schedule(const Json& json, const std::string& where, NoiseSchedule& schedule) {

@@ -36,7 +36,8 @@ bool is_among(const Names& names, const std::string& name) {
     return std::any_of(std::begin(names), std::end(names), [&](const char* one) { return name == one; });
 }
 
-// A Python identifier.
+}  // namespace
+
 bool is_identifier(const std::string& name) {
     const auto letters = decode_utf8(name);
     return letters && !letters->empty() && !is_number(letters->front()) &&
@@ -46,6 +47,8 @@ bool is_identifier(const std::string& name) {
 bool is_ascii(const std::string& name) {
     return std::all_of(name.begin(), name.end(), [](unsigned char c) { return c < 0x80; });
 }
+
+namespace {
 
 bool fits_float(double value) { return std::abs(value) <= std::numeric_limits<float>::max(); }
 

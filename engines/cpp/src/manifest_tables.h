@@ -39,6 +39,10 @@ void take_word(const Json& json, const std::string& where, const Table& table, T
     fail_manifest(where + "=" + shown(json) + ": one of " + known);
 }
 
+// A Python identifier.
+[[nodiscard]] bool is_identifier(const std::string& name);
+[[nodiscard]] bool is_ascii(const std::string& name);
+
 void read_source(const Json& json, const std::string& where, Source& source);
 
 // A symbol, or a size of at least 1.
@@ -48,6 +52,7 @@ void read_sizes(const Json& json, const std::string& where, SizeRules& sizes);
 void read_text(const Json& json, const std::string& where, TextRules& text);
 void read_control(const Json& json, const std::string& where, Control& control);
 void read_stage(const Json& json, const std::string& where, Stage& stage);
+void read_preset(const Json& json, const std::string& where, Preset& preset);
 void read_loop(const Json& json, const std::string& where, Loop& loop);
 void read_schedule(const Json& json, const std::string& where, NoiseSchedule& schedule);
 void read_solver(const Json& json, const std::string& where, Solver& solver);

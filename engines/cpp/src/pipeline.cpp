@@ -213,6 +213,11 @@ TensorPtr Pipeline::run_loop(std::size_t index, const std::vector<Request>& requ
     run.tokens = sources.tokens();
     run.interval = options.settings.interval;
     run.reuse = options.settings.reuse, run.reuses = reuses;
+    if (options.settings.stretch != 1.0) {
+        const Source source{Source::Kind::made, loop.stretch->loop, "latents"};
+        run.stretch = Stretching{spread_latents(sources.latents(source, loop)->to_host(), shape, loop),
+                                 static_cast<float>(options.settings.stretch)};
+    }
     for (const auto& request : requests) {
         const auto& scales = request.loops[index].guidance;
         auto& guidance = std::get<0>(run.guidance.values);

@@ -310,6 +310,7 @@ Names references::needs(const Manifest& manifest, const std::string& name) {
         if (loop->start) add(loop->start->latents);
         if (loop->known) add(loop->known->latents);
         if (loop->noise.mix) needed.push_back(loop->noise.mix->loop);
+        if (loop->stretch) needed.push_back(loop->stretch->loop);
         for (const auto& stage : loop->stages()) add_inputs(stage);
     } else {
         add_inputs(name);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 #include <set>
 
 #include "encodings.h"
@@ -43,12 +44,14 @@ const T* for_loop(const char* name, const T* values, std::size_t count, std::siz
     return values + (count == 1 ? 0 : loop);
 }
 
-std::vector<float> guidance_of(const Loop& loop, const higen_curve* given, std::size_t frames) {
+std::vector<float> guidance_of(const Loop& loop, const higen_curve* given, std::optional<double> preset,
+                               std::size_t frames) {
     const bool own = given != nullptr && given->values != nullptr;
     const auto allowed = ": a finite number, 0 or more, or one per frame (" + std::to_string(frames) + ")";
     if (own && given->count != 1 && given->count != frames)
         fail_request("guidance has " + std::to_string(given->count) + " numbers" + allowed);
-    const auto scales = own ? std::vector<double>(given->values, given->values + given->count) : loop.guidance;
+    const auto standard = preset ? std::vector<double>{*preset} : loop.guidance;
+    const auto scales = own ? std::vector<double>(given->values, given->values + given->count) : standard;
     for (const double scale : scales) {
         if (!(scale >= 0 && scale <= std::numeric_limits<float>::max()))
             fail_request("guidance=" + std::to_string(scale) + allowed);
@@ -70,6 +73,7 @@ const Solver* solver_of(const Loop& loop, const char* name) {
 std::vector<LoopOptions> loop_options(const Manifest& manifest, const higen_request& given, std::size_t frames) {
     std::vector<LoopOptions> options;
     const auto loops = manifest.loops.size();
+    const auto* preset = manifest.preset(given.preset);
     for (std::size_t i = 0; i < loops; ++i) {
         const auto& loop = manifest.loops[i];
         const auto* steps = for_loop("steps", given.steps, given.step_count, i, loops);
@@ -77,9 +81,11 @@ std::vector<LoopOptions> loop_options(const Manifest& manifest, const higen_requ
         const auto* solver = for_loop("solvers", given.solvers, given.solver_count, i, loops);
         auto& made = options.emplace_back();
         made.solver = solver_of(loop, solver == nullptr ? nullptr : *solver);
-        made.steps = whole("steps", steps == nullptr || *steps == 0 ? loop.steps : *steps, 1,
+        const auto standard = preset == nullptr ? loop.steps : preset->steps[i].value_or(loop.steps);
+        made.steps = whole("steps", steps == nullptr || *steps == 0 ? standard : *steps, 1,
                            max_steps(loop.schedule, *made.solver));
-        made.guidance = guidance_of(loop, guidance, loop.frames_of(frames));
+        made.guidance = guidance_of(loop, guidance, preset == nullptr ? std::nullopt : preset->guidance[i],
+                                    loop.frames_of(frames));
     }
     return options;
 }
@@ -277,6 +283,7 @@ void check_batch(const Manifest& manifest, const std::vector<Request>& requests)
             same("windows", own.windows == others.windows);
             same("free_init", own.free_init == others.free_init);
             same("reuse", own.reuse == others.reuse);
+            same("preset", own.stretch == others.stretch);
             const auto& start = manifest.loops[k].start;
             if (start && first.has_picture(start->control))
                 same("strength", request.number(start->strength) == first.number(start->strength));

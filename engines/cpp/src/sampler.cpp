@@ -230,12 +230,8 @@ void apply_edit(const Edit& edit, const SolverRow& row, bool is_last, TensorPtr&
     const auto push = static_cast<float>(row.sigma == 0.0 ? 0.0 : row.B / -row.sigma);
     auto& moved = std::get<0>(x.values);
     auto& wanted = std::get<0>(x0.values);
-    const auto channels = size(shape[1]), frames = size(shape[2]), height = size(shape[3]), width = size(shape[4]);
     for (std::size_t i = 0; i < moved.size(); ++i) {
-        const auto column = mask[4] == 1 ? 0 : i % width, line = mask[3] == 1 ? 0 : i / width % height;
-        const auto frame = i / (width * height) % frames, sample = i / (width * height * frames * channels);
-        const auto weight =
-            edit.mask.floats()[((sample * frames + frame) * size(mask[3]) + line) * size(mask[4]) + column];
+        const auto weight = edit.weight(shape, i);
         const float change = weight * (edit.known.floats()[i] - wanted[i]);
         wanted[i] += change;
         moved[i] = is_last && weight == 1.0F ? edit.known.floats()[i] : moved[i] + push * change;
@@ -244,7 +240,28 @@ void apply_edit(const Edit& edit, const SolverRow& row, bool is_last, TensorPtr&
     previous = host_tensor(std::move(x0));
 }
 
+// Latents stretched after the last row. The factor falls to 1 where frames are known: these stay as they are.
+TensorPtr stretched(const Stretching& stretch, const std::optional<Edit>& edit, const TensorPtr& latents) {
+    auto x = latents->to_host();
+    auto& values = std::get<0>(x.values);
+    const float more = stretch.by - 1.0F;
+    for (std::size_t i = 0; i < values.size(); ++i) {
+        const auto known = edit ? edit->weight(x.shape, i) : 0.0F;
+        if (edit && known == 1.0F) continue;
+        values[i] = stretch.from[i] + (1.0F + (1.0F - known) * more) * (values[i] - stretch.from[i]);
+    }
+    return host_tensor(std::move(x));
+}
+
 }  // namespace
+
+float Edit::weight(const Shape& shape, std::size_t i) const {
+    const auto& axes = mask.shape;
+    const auto channels = size(shape[1]), frames = size(shape[2]), height = size(shape[3]), width = size(shape[4]);
+    const auto column = axes[4] == 1 ? 0 : i % width, line = axes[3] == 1 ? 0 : i / width % height;
+    const auto frame = i / (width * height) % frames, sample = i / (width * height * frames * channels);
+    return mask.floats()[((sample * frames + frame) * size(axes[3]) + line) * size(axes[4]) + column];
+}
 
 TensorPtr denoise(Backend& backend, const LoopRun& run, TensorPtr latents, const OnStep& on_step,
                   Cancellation& cancellation) {
@@ -268,6 +285,10 @@ TensorPtr denoise(Backend& backend, const LoopRun& run, TensorPtr latents, const
         latents = outputs.at("latents");
         previous = outputs.at("previous");
         if (run.edit) apply_edit(*run.edit, row, i + 1 == rows.size(), latents, previous);
+        if (run.stretch && i + 1 == rows.size()) {
+            latents = stretched(*run.stretch, run.edit, latents);
+            previous = stretched(*run.stretch, run.edit, previous);
+        }
         on_step({run.loop, stage.name, i, rows.size(), row.t, *previous});
     }
     return latents;
@@ -277,6 +298,8 @@ TensorPtr denoise_again(Backend& backend, LoopRun run, const Shape& shape, const
                         std::pair<double, double> level, const FreeInit& settings, const OnStep& on_step,
                         Cancellation& cancellation) {
     const auto purpose = run.purpose;
+    auto stretch = std::move(run.stretch);
+    run.stretch.reset();
     const auto iterations = size(settings.iterations), rows = run.table.rows.size();
     const std::array<std::size_t, 3> axes = {size(shape[2]), size(shape[3]), size(shape[4])};
     const auto whole_noise = [&](std::size_t iteration) {
@@ -289,6 +312,7 @@ TensorPtr denoise_again(Backend& backend, LoopRun run, const Shape& shape, const
     auto state = initial_state(run.table, std::move(unit), added, {}, 0);
     for (std::size_t k = 0;; ++k) {
         run.purpose = again(purpose, k);
+        if (k + 1 == iterations) run.stretch = std::move(stretch);
         const auto told = [&](const Step& step) {
             on_step({step.loop, step.stage, k * rows + step.index, iterations * rows, step.t, step.previous});
         };

@@ -34,6 +34,15 @@ using OnStep = std::function<void(const Step&)>;
 struct Edit {
     Array known;
     Array mask;
+
+    // The mask at entry i of latents of this shape.
+    [[nodiscard]] float weight(const Shape& shape, std::size_t i) const;
+};
+
+// After the last row, the latents x become from + by (x - from); `from` has their shape.
+struct Stretching {
+    std::vector<float> from;
+    float by = 1.0F;
 };
 
 // One run of a loop for one batch.
@@ -55,6 +64,7 @@ struct LoopRun {
     std::shared_ptr<const LoopRun> outside = nullptr;
     std::int64_t reuse = 1;      // above 1: every `reuse`-th row is a full step,
     ReuseStages reuses = {};     // and these stages do the rows
+    std::optional<Stretching> stretch = {};
 };
 
 // The initial noise [B, C, f, H, W] of an iteration (from 0) of a loop that is run again, and what is added to it.

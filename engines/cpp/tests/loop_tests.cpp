@@ -365,6 +365,45 @@ TEST(latents_of_an_earlier_loop_are_mixed_into_the_noise) {
                            noise[(c * 5 + f) * 6 + i] + 0.5F * base.floats()[c * 6 + i], 1e-6));
 }
 
+TEST(a_preset_sets_steps_guidance_and_the_stretch) {
+    auto json = fixture::manifest();
+    json["loops"][1]["stretch"] = {{"loop", "sketching"}, {"by", 1.0}};
+    json["presets"] = {
+        {{"name", "fast"}, {"steps", {3, 1}}, {"guidance", {nullptr, 1.0}}, {"stretch", {nullptr, 0.5}}},
+        {{"name", "odd"}, {"steps", {nullptr, nullptr}}, {"guidance", {nullptr, nullptr}}, {"stretch", {nullptr, nullptr}}}};
+    Model m(json);
+    m.request = m.asked([](auto& r) { r.preset = "fast"; });
+    m.generate();
+    CHECK(m.backend.called("sketch") == 3 && m.backend.called("film_plain") == 1 && m.backend.called("film") == 0);
+    const auto table = table_of(m.manifest.loops[1], 1);
+    const auto base = m.backend.last("film_plain", "base");
+    const auto noise = frame_noise(9, 5, 4, 5, 6), offset = frame_noise(9, 6, 4, 5, 1);
+    for (std::size_t frame = 0; frame < 5; ++frame)
+        for (std::size_t c = 0; c < 3; ++c)
+            for (std::size_t i = 0; i < 6; ++i) {
+                const auto at = c * 5 + frame;
+                const double start = table.initial * noise[at * 6 + i] + 0.5 * offset[at];
+                const double z = base.floats()[c * 6 + i], x = walked(table, start, mood, empty, 1);
+                CHECK(std::abs(m.rgb[0][(frame * 6 + i) * 3 + c] - byte(z + 0.5 * (x - z))) <= 1.001);
+            }
+    const std::int32_t own[] = {0, 4};
+    const auto request = m.asked([&](auto& r) { r.preset = "fast", r.steps = own, r.step_count = 2; });
+    CHECK(request.loops[0].steps == 3 && request.loops[1].steps == 4 && request.loops[1].settings.stretch == 0.5);
+    const auto odd = m.asked([](auto& r) { r.preset = "odd"; });
+    CHECK(odd.loops[1].steps == 2 && odd.loops[1].settings.stretch == 1.0);
+    CHECK(m.asked([](auto& r) { r.preset = "fast", r.frames = 1; }).loops[1].settings.stretch == 1.0);
+    CHECK_FAILS(HIGEN_ERROR_REQUEST, "preset='slow': the presets of kites are 'fast', 'odd'",
+                m.asked([](auto& r) { r.preset = "slow"; }));
+    const Model without;
+    CHECK_FAILS(HIGEN_ERROR_REQUEST, "preset='fast': kites has no presets",
+                without.asked([](auto& r) { r.preset = "fast"; }));
+    const std::vector<std::uint8_t> reel(5 * 2 * 3 * 3);
+    const higen_picture picture{"reel", reel.data(), 5, 2, 3};
+    CHECK_FAILS(HIGEN_ERROR_REQUEST, "preset='fast': the loop filming begins from reel", m.asked([&](auto& r) {
+        r.pictures = &picture, r.picture_count = 1, r.preset = "fast";
+    }));
+}
+
 TEST(a_stochastic_solver_is_handed_fresh_noise) {
     auto json = fixture::manifest();
     for (auto& loop : json["loops"]) {

@@ -279,6 +279,32 @@ TEST(loops_that_cannot_run) {
             [](Json& json) { json["loops"][0]["replaced"]["latents"] = "reader.words"; });
 }
 
+TEST(presets_that_do_not_fit_the_loops) {
+    const auto with = [](const char* key, Json value) {
+        return [key, value = std::move(value)](Json& json) {
+            json["loops"][1]["stretch"] = {{"loop", "sketching"}, {"by", 1.0}};
+            const Json none = {nullptr, nullptr};
+            json["presets"] = Json::array({{{"name", "fast"}, {"steps", none}, {"guidance", none}, {"stretch", none}}});
+            json["presets"][0][key] = value;
+        };
+    };
+    refused("presets.fast.steps: 2 entries, one per loop, not 1", with("steps", {2}));
+    refused("presets.fast.steps has 0 for the loop filming: null, or from 1 to 1000", with("steps", {2, 0}));
+    refused("presets.fast.guidance has -1.000000 for the loop sketching", with("guidance", {-1, 1}));
+    refused("presets.fast.stretch has 2.000000 for the loop sketching, but loops.sketching.stretch is null",
+            with("stretch", {2.0, nullptr}));
+    refused("stretch=101.000000: a number from 0 to 100", with("stretch", {nullptr, 101}));
+    refused("name='very fast': letters, digits and _", with("name", "very fast"));
+    refused("loops.filming.stretch.loop='dreaming': an earlier loop",
+            [](Json& json) { json["loops"][1]["stretch"] = {{"loop", "dreaming"}, {"by", 1}}; });
+    refused("stretch.by=-1.000000: a number from 0 to 100",
+            [](Json& json) { json["loops"][1]["stretch"] = {{"loop", "sketching"}, {"by", -1}}; });
+    refused("presets: fast appears twice", [&](Json& json) {
+        with("name", "fast")(json);
+        json["presets"].push_back(json["presets"][0]);
+    });
+}
+
 TEST(axes_of_a_denoising_stage) {
     refused("latents are [B, C, 1, H, W], C of a fixed size, not [B, C, 1, H]",
             [](Json& json) { input_row(json, "sketch", "latents")["shape"] = {"B", "C", 1, "H"}; });

@@ -81,6 +81,9 @@ def compose(first: Manifest, second: Manifest, same_tokenizer: bool) -> Manifest
     Raises ModelError with the reason if the two do not fit together.
     """
     _check_fit(first, second, same_tokenizer)
+    for loop in (*first.loops, *second.loops):  # the presets of both models are left out
+        if loop.stretch is not None and loop.stretch.by != 1:
+            raise ModelError(f"loops.{loop.name}.stretch: a composed model cannot have a stretch other than by 1")
     picture = _taken_picture(second)
     drawing, filming = _drawing(first), _filming(second, picture)
     names = _Names(first, drawing, second, filming)
@@ -167,7 +170,7 @@ def _drawing(first: Manifest) -> _Rows:
     Loops for longer clips are left out, with everything that only they use.
     """
     loops = tuple(
-        replace(loop, frames=1, least_frames=1, windows=None, known=None)
+        replace(loop, frames=1, least_frames=1, windows=None, known=None, stretch=None)
         for loop in first.loops
         if loop.least_frames <= 1
     )
@@ -197,7 +200,7 @@ def _filming(second: Manifest, picture: str) -> _Rows:
         for s in second.stages
     ]
     loops = tuple(
-        replace(loop, replaced=_instead(loop.replaced, replaced), start=_instead(loop.start, replaced))
+        replace(loop, replaced=_instead(loop.replaced, replaced), start=_instead(loop.start, replaced), stretch=None)
         for loop in second.loops
         if f"{loop.name}.latents" not in replaced
     )

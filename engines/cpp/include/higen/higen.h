@@ -273,6 +273,8 @@ typedef struct higen_request {
     const int32_t* reuse;            /* n: the whole network runs in every n-th row of a loop, and the other rows reuse
                                         its deep features. One number for every loop, or one per loop. NULL: 1 */
     size_t reuse_count;
+    const char* preset;              /* a preset of the model: steps and guidance where they are NULL, and the stretch
+                                        of the loops. NULL: none */
 } higen_request;
 
 /* Fill a request with the model's defaults. The caller sets the prompt. */
@@ -337,7 +339,7 @@ HIGEN_API higen_status higen_generate(higen_model* model, const higen_request* r
 
 /* Make a video of each of `count` requests at once. Their denoising steps run as one batch, which is faster on a GPU.
  * The requests must agree in frames, width, height, fps, steps, solvers, guidance_interval, windows, window_noise,
- * free_init and reuse, and in which pictures and clips are given; everything else may differ. Each video is the same as
+ * free_init and reuse, in a preset's stretch, and in which pictures and clips are given; everything else may differ. Each video is the same as
  * without the other requests, except for the rounding of a larger batch. on_frames gets one video after another. */
 HIGEN_API higen_status higen_generate_batch(higen_model* model, const higen_request* const* requests, size_t count,
                                             const higen_callbacks* callbacks);

@@ -208,6 +208,12 @@ public:
         return *this;
     }
 
+    // A preset of the model: it sets the steps and guidance that the request leaves out, and the stretch of the loops.
+    Request& preset(std::string name) {
+        preset_ = std::move(name);
+        return *this;
+    }
+
     // Solvers: one name for every loop, or one per loop; "" is that loop's default.
     Request& solvers(std::vector<std::string> names) {
         solvers_ = std::move(names);
@@ -256,6 +262,7 @@ public:
         if (!window_noise_.empty()) made.window_noise = window_noise_.c_str();
         if (!free_init_.empty()) made.free_init = free_init_.data(), made.free_init_count = free_init_.size();
         if (!reuse_.empty()) made.reuse = reuse_.data(), made.reuse_count = reuse_.size();
+        if (!preset_.empty()) made.preset = preset_.c_str();
         if (!free_init_filter_.empty()) made.free_init_filter = free_init_filter_.c_str();
         for (const auto& value : values_)
             flat_.controls.push_back({value.name.c_str(), value.numbers.empty() ? nullptr : value.numbers.data(),
@@ -303,7 +310,7 @@ private:
     std::vector<double> interval_, free_init_;
     std::vector<std::int32_t> windows_;
     std::vector<std::int32_t> reuse_;
-    std::string window_noise_, free_init_filter_;
+    std::string window_noise_, free_init_filter_, preset_;
     std::vector<Value> values_;
     std::vector<Pixels> pictures_;
     Flat flat_;
