@@ -100,7 +100,8 @@ def test_higens_configuration_is_in_its_tables() -> None:
 def test_the_built_in_models_manifest_is_of_version_2() -> None:
     opened = Bundle.open(default_model())
     assert opened.version == 2
-    assert sorted(opened.graphs) == sorted(f"{stage}.onnx" for stage in opened.manifest.stage_names)
+    reuse = [f"{stage}_{half}" for stage in opened.manifest.denoising for half in ("deep", "shallow")]
+    assert sorted(opened.graphs) == sorted(f"{stage}.onnx" for stage in (*opened.manifest.stage_names, *reuse))
     for name in opened.files:
         opened.file(name)
 

@@ -295,6 +295,8 @@ def test_an_engine_of_a_quantised_graph(
 def is_quantized(node: ir.Node) -> bool:
     """Whether a layer's weight is rounded. Its activation may also be another layer's rounded output."""
     weight = node.inputs[1].producer() if node.op_type in ("Conv", "MatMul") and node.inputs[1] is not None else None
+    if weight is not None and weight.op_type == "Transpose" and weight.inputs[0] is not None:  # in NVFP4
+        weight = weight.inputs[0].producer()
     return weight is not None and weight.op_type == "DequantizeLinear"
 
 

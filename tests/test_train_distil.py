@@ -195,7 +195,7 @@ def test_steps_that_do_not_fit_the_model_are_refused(distil: DistilSettings, mes
         ({"distil__steps": [0, 1]}, "needs optimiser.layers='temporal'"),
         ({**BOTH, "lora__rank": 2, "lora__scales": True}, "lora.scales=True: not for a distillation"),
         ({**BOTH, "optimiser__train_text": True}, "optimiser.train_text=True: not for a distillation"),
-        ({**BOTH, "codec__layers": "all"}, r"distil.steps=\(2, 1\): codec.layers='all' trains the autoencoder alone"),
+        ({**BOTH, "codec__layers": "all"}, r"distil.steps=\(2, 1\): codec.layers='all' trains only the autoencoder"),
     ],
 )
 def test_bad_settings_are_named(

@@ -110,7 +110,7 @@ def test_notices_are_printed_once_before_the_first_step(tmp_path: Path) -> None:
     assert kinds[1:] == [["1", "of"], ["the", "autoencoder,"], ["step", "1"]]
     said.clear()
     train(settings, say=said.append)
-    assert [line.split()[0] for line in said] == ["going"]
+    assert [line.split()[0] for line in said] == ["continuing"]
 
 
 # A fine-tuned model is a different model.
