@@ -251,7 +251,8 @@ def cache_case(precision: str) -> Case:
 def quantize(folder: Path) -> None:
     """A quantisation of layers that were chosen before."""
     stage = Bundle.open(folder / "model").manifest.denoising[0]
-    trial = SimpleNamespace(stage=stage, work={"a": 1.0}, ranges={"a": 1.0}, outputs={}, kind=None, error_of=lambda _: 0.0)
+    layer = {"a": 1.0}
+    trial = SimpleNamespace(stage=stage, work=layer, ranges=layer, outputs={}, kind=None, error_of=lambda _: 0.0)
     with mock.patch.multiple(
         quantizing, _Trial=lambda *_: trial, _choose=lambda *_: (["a"], 0.0), insert=lambda *_, **__: None
     ):

@@ -166,7 +166,6 @@ def test_a_manifest_without_the_new_keys_is_written_as_before(folder: Path, tmp_
         (lambda: changed(preset(MANIFEST), "draft", least_frames=3), "is left out for"),
         (lambda: compose(preset(MANIFEST, by=1.5), MANIFEST, True), "loops.film.stretch: a composed model cannot have"),
     ],
-    ids=str,
 )
 def test_wrong_tables_are_refused(make: Any, said: str) -> None:
     with pytest.raises(Exception, match=said.replace("(", r"\(")) as caught:
