@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from higen.rows import Rows
-from higen.schedule import max_steps
+from higen.noise_schedule import max_steps
 from higen.tables import MAX_NUMBER, check
 
 __all__ = ["check_presets"]
