@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from higen.rows import Rows
 from higen.noise_schedule import max_steps
+from higen.rows import Rows
 from higen.tables import MAX_NUMBER, check
 
 __all__ = ["check_presets"]
