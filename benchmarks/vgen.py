@@ -7,6 +7,7 @@ xformers' attention by PyTorch's, gradient checkpoints by nothing.
 
 from __future__ import annotations
 
+import importlib
 import sys
 import types
 from dataclasses import replace
@@ -25,6 +26,7 @@ from higen.families.higen import spec
 from higen.families.higen.cues import appearance_cue
 from higen.families.higen.reference_names import config_from_reference, reference_names
 from higen.noise import frame_noise, offset_noise
+from higen.tokenizer import PromptTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from conftest import TINY, write_tiny_model
@@ -122,8 +124,6 @@ def import_vgen(checkout: Path) -> tuple[Any, Any]:
     replaced("fairscale.nn.checkpoint", checkpoint_wrapper=lambda module: module)
     for name in ("utils", "tools", "tools.modules", "tools.modules.unet", "tools.modules.diffusions"):
         replaced(name, __path__=[str(checkout / name.replace(".", "/"))])  # without running their __init__.py
-    import importlib
-
     unet = importlib.import_module("tools.modules.unet.unet_higen")
     sampler = importlib.import_module("tools.modules.diffusions.diffusion_ddim")
     return unet.UNetSD_HiGen, sampler.DiffusionDDIM
@@ -172,8 +172,6 @@ def reference(checkout: Path, where: Path, size: str, steps: int, clip: bool = T
 
 def text_features(pipe: higen.Pipeline, model: Bundle) -> tuple[torch.Tensor, torch.Tensor]:
     """The text encoder's output [1,L,D] for the prompt, and for no words."""
-    from higen.tokenizer import PromptTokenizer
-
     assert model.manifest.text is not None
     tokenizer = PromptTokenizer.from_file(model.path / "tokenizer.json", model.manifest.text)
     ids = tokenizer.encode([PROMPT, ""])

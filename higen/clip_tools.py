@@ -234,17 +234,42 @@ def edit(
         if one.measured is not None and _from_source(options.get(one.name))
     }
     options = {name: value for name, value in options.items() if name not in measured}
-    if measured and len(given) > 1:
+    if key is not None or (measured and len(given) > 1):
         request = pipe.request(prompt, **options)
-        latents = pipe.start_latents(request, row)[0]
-        options |= {name: measured_curve(str(one.measured), latents) for name, one in measured.items()}
-    if key is not None:
-        options |= _moved(pipe, row, prompt, key, options)
+        picture = None if key is None else _key(pipe, prompt, key, options)
+        latents = pipe.start_latents(request, row)
+        if picture is not None:
+            options |= _moved(pipe, row, request, latents, picture, {"prompt": prompt, **options})
+        if len(given) > 1:
+            options |= {name: measured_curve(str(one.measured), latents[0]) for name, one in measured.items()}
     made = pipe.make(pipe.request(prompt, **options), progress)[0]
     return Video(made.frames, given.fps, {**made.metadata, "tool": "edit"})
 
 
-def _moved(pipe: Maker, row: Loop, prompt: str, key: Any, options: Mapping[str, Any]) -> dict[str, Any]:
+def _key(pipe: Maker, prompt: str, key: Any, options: Mapping[str, Any]) -> Frames:
+    """The key frame of an edit, uint8 [H, W, 3]: drawn for the prompt, or the picture `key` in the request's size."""
+    if not (isinstance(key, str) and key == DRAWN):
+        from higen.images import load_map
+
+        pixels = load_map(key, 1, options["width"], options["height"], "key").pixels
+        picture: Frames = np.rint((pixels[:, 0].transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8)
+        return picture
+    if pipe.manifest.sizes.frames[0] > 1:
+        raise RequestError(f"key={DRAWN!r}: {pipe.manifest.name} makes no single pictures; give a picture")
+    of_clips = {one.name for one in pipe.manifest.controls if one.kind in ("frames", "mask", "map", "clip", "curve")}
+    alone = {name: value for name, value in options.items() if name not in of_clips}
+    drawn: Frames = pipe.make(pipe.request(prompt, **{**alone, "frames": 1}), progress=False)[0].frames[0]
+    return drawn
+
+
+def _moved(
+    pipe: Maker,
+    row: Loop,
+    request: Request,
+    latents: NDArray[np.float32],
+    key: Frames,
+    options: Mapping[str, Any],
+) -> dict[str, Any]:
     """Options that replace the clip from which the loop `row` begins by the same clip on another key frame.
 
     The clip's latents z become z - z[a] + latents of the key frame, where a is the frame whose latents are closest to
@@ -252,28 +277,13 @@ def _moved(pipe: Maker, row: Loop, prompt: str, key: Any, options: Mapping[str, 
     one takes its place.
     """
     assert row.start is not None
-    request, control = pipe.request(prompt, **options), row.start.control
-    frames, width, height = options["frames"], options["width"], options["height"]
-    first = next((loop.replaced.control for loop in pipe.manifest.loops if loop.replaced is not None), None)
-    if isinstance(key, str) and key == DRAWN:
-        if pipe.manifest.sizes.frames[0] > 1:
-            raise RequestError(f"key={DRAWN!r}: {pipe.manifest.name} makes no single pictures; give a picture")
-        known = {one.name for one in pipe.manifest.controls if one.kind in ("frames", "mask", "map", "clip")}
-        curves = {one.name for one in pipe.manifest.controls if one.kind == "curve"}
-        alone = {name: value for name, value in options.items() if name not in known | curves}
-        still = pipe.make(pipe.request(prompt, **{**alone, "frames": 1}), progress=False)[0].frames[0]
-    else:
-        from higen.images import load_map
-
-        pixels = load_map(key, 1, width, height, "key").pixels
-        still = np.rint((pixels[:, 0].transpose(1, 2, 0) + 1) * 127.5).astype(np.uint8)
-    standing = pipe.request(prompt, **{**options, control: np.repeat(still[None], frames, axis=0)})
-    latents, other = (pipe.start_latents(one, row) for one in (request, standing))
-    wanted = other[:, :, frames // 2, None]
-    distance = np.square(latents - wanted).sum(axis=(0, 1, 3, 4), dtype=np.float64)
-    nearest = int(distance.argmin())
+    control, frames = row.start.control, latents.shape[2]
+    standing = pipe.request(**{**options, control: np.repeat(key[None], frames, axis=0)})
+    wanted = pipe.start_latents(standing, row)[:, :, frames // 2, None]
+    nearest = int(np.square(latents - wanted).sum(axis=(0, 1, 3, 4), dtype=np.float64).argmin())
     moved = pipe.decode(latents - latents[:, :, nearest, None] + wanted, request)[0]
-    return {control: moved, **({first: still} if first is not None else {})}
+    first = next((loop.replaced.control for loop in pipe.manifest.loops if loop.replaced is not None), None)
+    return {control: moved, **({first: key} if first is not None else {})}
 
 
 def _opened(pipe: Maker, video: Clip, options: Mapping[str, Any]) -> tuple[Video, dict[str, Any]]:

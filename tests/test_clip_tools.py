@@ -179,7 +179,7 @@ def test_a_clip_of_another_size_is_made_to_fit(folder: Path) -> None:
         (lambda p: p.edit(CLIP, "a kite", strength=2), "push=2: a number from 0 to 1"),
         (lambda p: p.edit(CLIP, "a kite", mask=np.zeros((3, 8, 12), np.uint8)), "mask has 3 frames: one picture, or"),
         (lambda p: p.edit(CLIP, "a kite", glow="source"), "glow='source'"),
-        (lambda p: p.edit(CLIP, "a kite", sway=1, key="nowhere.png"), "key='nowhere.png': cannot be read"),
+        (lambda p: p.edit(CLIP, "a kite", key="nowhere.png"), "key='nowhere.png': cannot be read"),
     ],
 )
 def test_what_is_refused(folder: Path, call: Any, message: str) -> None:

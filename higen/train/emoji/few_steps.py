@@ -88,7 +88,7 @@ def train(model: Bundle, state: Path, output: Path, few: FewSteps = FEW_STEPS) -
         if found is not None:
             raise SettingsError(
                 f"{state} holds a distillation of another configuration: {found}; "
-                f"put it back, or remove {loop.checkpoints.folder} to start anew"
+                f"put it back, or remove {loop.checkpoints.folder} to start over"
             )
 
     def measure() -> None:
