@@ -257,6 +257,7 @@ def _key(pipe: Maker, prompt: str, key: Any, options: Mapping[str, Any]) -> Fram
     if pipe.manifest.sizes.frames[0] > 1:
         raise RequestError(f"key={DRAWN!r}: {pipe.manifest.name} makes no single pictures; give a picture")
     of_clips = {one.name for one in pipe.manifest.controls if one.kind in ("frames", "mask", "map", "clip", "curve")}
+    of_clips |= {"inversion"}
     alone = {name: value for name, value in options.items() if name not in of_clips}
     drawn: Frames = pipe.make(pipe.request(prompt, **{**alone, "frames": 1}), progress=False)[0].frames[0]
     return drawn

@@ -171,6 +171,7 @@ def _option(control: Control) -> _ControlOption:
 @click.option("--free-init-filter", help="Filter of FreeInit: butterworth, gaussian or ideal.")
 @click.option("--reuse", type=numbers, help="Run the whole network only every N steps; other steps reuse its features.")
 @click.option("--preset", help="A preset of the model, such as fast: it sets the options that are not given.")
+@click.option("--inversion", help="Invert the clip into noise with this text, which describes it; else noise is added.")
 @click.option("--frames", type=int)
 @click.option("--width", type=int)
 @click.option("--height", type=int)

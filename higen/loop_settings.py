@@ -38,7 +38,8 @@ class LoopSettings:
     """Checked settings, by the name of the loop; a loop without an entry has no setting.
 
     `free_init`: for the loops over frames. `reuse`: one row in this many (more than 1) is a full step. `stretch`: the
-    factor of a loop's stretch, if it is not 1. `preset`: the name of the request's preset.
+    factor of a loop's stretch, if it is not 1. `preset`: the name of the request's preset. `inversion`: the text with
+    which a loop's picture or clip is inverted into noise; None: it gets noise added.
     """
 
     intervals: Mapping[str, Interval] = field(default_factory=dict)
@@ -47,6 +48,7 @@ class LoopSettings:
     reuse: Mapping[str, int] = field(default_factory=dict)
     stretch: Mapping[str, float] = field(default_factory=dict)
     preset: str | None = None
+    inversion: str | None = None
 
     def stretching(self, loop: Loop, latents: Callable[[str], Any]) -> tuple[Any, float] | None:
         """The latents that a loop's result is stretched from, and the factor; None if it is not stretched.
@@ -71,6 +73,7 @@ class LoopSettings:
             **({"free_init": dict(vars(init))} if init is not None else {}),
             **({"reuse": dict(self.reuse)} if self.reuse else {}),
             **({"preset": self.preset} if self.preset is not None else {}),
+            **({"inversion": self.inversion} if self.inversion is not None else {}),
         }
 
 
@@ -86,6 +89,7 @@ def loop_settings(
     free_init_filter: Any = None,
     reuse: Any = None,
     preset: Any = None,
+    inversion: Any = None,
 ) -> LoopSettings:
     """Check a request's settings for a clip of this many frames. None: the model's own setting, if it has one.
 
@@ -99,6 +103,7 @@ def loop_settings(
     reuse              the whole network runs once in this many rows, and the rows between reuse its deep features
                        (higen/feature_reuse.py): one number, or one per loop; 1: it runs in every row
     preset             name of a preset of the model; here it gives the stretch of the loops
+    inversion          a text that describes the picture or clip from which a loop begins, or True for the empty text
 
     `begins`: whether a loop begins from a picture or clip. Raises RequestError.
     """
@@ -115,6 +120,7 @@ def loop_settings(
         _reuse(manifest, reuse),
         _stretch(manifest, preset, frames, begins),
         preset,
+        _inversion(manifest, inversion),
     )
 
 
@@ -182,6 +188,16 @@ def _reuse(manifest: Manifest, value: Any) -> dict[str, int]:
             )
         found[loop.name] = int(every)
     return found
+
+
+def _inversion(manifest: Manifest, value: Any) -> str | None:
+    if value is None or value is False:
+        return None
+    if value is not True and not isinstance(value, str):
+        raise RequestError(f"inversion={quoted(value)}: a text that describes the clip, or True for the empty text")
+    if manifest.text is None and value not in (True, ""):
+        raise RequestError(f"inversion={quoted(value)}: {manifest.name} reads no texts; True is allowed")
+    return "" if value is True else str(value)
 
 
 def _stretch(manifest: Manifest, preset: Any, frames: int, begins: Callable[[Loop], bool]) -> dict[str, float]:

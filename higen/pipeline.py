@@ -20,7 +20,6 @@ from higen import clip_tools
 from higen.backends.base import CLOSED, Backend, load_ahead
 from higen.bounded_cache import BoundedCache
 from higen.bundle import Bundle
-from higen.chunk_runner import ChunkRunner
 from higen.decoding import decoded
 from higen.errors import BackendError, HigenError, NotPicklable, RequestError
 from higen.events import Event, Stream, timed, timed_events, timed_steps
@@ -28,6 +27,7 @@ from higen.forks import Home
 from higen.generation_record import generation_record
 from higen.images import load_picture
 from higen.known_frames import spread
+from higen.loop_run import conditions_of, first_row, rows_of, run_inverted, run_loop
 from higen.loop_settings import guidance_rows
 from higen.measured_curves import measured_cues, measured_curve, requested_curves
 from higen.memory import enough_memory
@@ -35,8 +35,8 @@ from higen.notebook import Studio, watched
 from higen.plain_values import plain
 from higen.progress import Shown
 from higen.request import Request, Warn, make_request
-from higen.sampler import Plan, Step, denoise, initial_state, repeated, tail
-from higen.schedule import last_level, solver_table
+from higen.sampler import Plan, Step
+from higen.schedule import solver_table
 from higen.sources import Kept, Sources
 from higen.stages import Stage
 from higen.tables import COMMON, Control, Loop
@@ -157,10 +157,7 @@ class Pipeline:
         """The loops that are run, and the number of rows of each."""
         for loop in self.manifest.wanted(request.frames):
             if request.runs(loop):
-                i = self.manifest.loops.index(loop)
-                table = solver_table(loop.schedule, loop.prediction, loop.solver(request.solvers[i]), request.steps[i])
-                again = request.settings.repeats(loop)
-                yield loop, (len(table) - self._first(request, loop, len(table))) * (again.iterations if again else 1)
+                yield loop, rows_of(self.manifest, request, loop)
 
     def make(self, request: Request, progress: Shown = None) -> list[Video]:
         """The videos of a checked request, one per prompt; `progress` as for a call."""
@@ -180,7 +177,7 @@ class Pipeline:
                          (if there are several loops, as its entry: [7, [9, ...]])
         solver           one name, or one per loop
         frames, width, height, fps
-        guidance_interval, windows, window_noise, free_init, free_init_filter, reuse, preset
+        guidance_interval, windows, window_noise, free_init, free_init_filter, reuse, preset, inversion
                          how the loops are run (higen/loop_settings.py)
         warn             called with each warning of this request; default warnings.warn
 
@@ -205,7 +202,8 @@ class Pipeline:
             needed |= {(name,): None for name in self.manifest.feeding(*request.stand_ins(loop))}
             if request.runs(loop):
                 unguided = bool(np.all(np.asarray(scale) == 1.0))
-                both = (False, True) if not unguided and loop.name in request.settings.intervals else (unguided,)
+                mixed = loop.name in request.settings.intervals or request.inverts(loop)
+                both = (False, True) if mixed and not unguided else (unguided,)
                 for ways in (ways for one in both for ways in self._steps_by(request, loop, one)):
                     needed |= {(name,): None for name in self.manifest.feeding(ways[0])[:-1]}
                     needed[ways] = None
@@ -328,17 +326,10 @@ class Pipeline:
         index = self.manifest.loops.index(loop)
         table = solver_table(loop.schedule, loop.prediction, loop.solver(request.solvers[index]), steps)
         scale = np.asarray(request.guidance[index], np.float32)
-        conditions: dict[str, dict[str, Any]] = {}
-
-        def conditions_of(stage: Stage) -> dict[str, Any]:
-            if stage.name not in conditions:
-                conditions[stage.name] = sources.batch(stage, loop)
-            return conditions[stage.name]
-
         plan = Plan(
             loop=loop.name,
             stage=lambda guidance: self._stage(request, loop, bool(np.all(guidance == 1.0))),
-            conditions=conditions_of,
+            conditions=conditions_of(sources, loop),
             table=table,
             guidance=guidance_rows(
                 scale,
@@ -347,20 +338,17 @@ class Pipeline:
             ),
             seeds=request.seeds,
             purpose=loop.noise.purpose,
-            first=self._first(request, loop, len(table)),
+            first=first_row(request, loop, len(table)),
             windows=request.settings.windows.get(loop.name),
             tiles=loop.tiles,
             edit=sources.known(loop),
             reuse=request.settings.reuse.get(loop.name, 1),
             stretch=request.settings.stretching(loop, sources.latents),
         )
-        runner = ChunkRunner.over(self.backend, self.manifest, [sources.chunks(i) for i in range(sources.samples)])
-        if (again := request.settings.repeats(loop)) is not None:
-            yield from repeated(runner, plan, partial(sources.initial_noise, loop), last_level(loop.schedule), again)
-            return
-        clean = sources.made(loop.start.latents, loop) if loop.start and request.begins(loop) else None
-        unit, added = sources.initial_noise(loop)
-        yield from denoise(runner, plan, initial_state(table, unit, added, clean, plan.first))
+        if request.inverts(loop):
+            yield from run_inverted(self.manifest, self.backend, request, sources, loop, plan, self._sources)
+        else:
+            yield from run_loop(self.manifest, self.backend, request, sources, loop, plan)
 
     def start_latents(self, request: Request, loop: Loop) -> NDArray[np.float32]:
         """The latents [B, C, F, H, W] that a loop begins from. Raises RequestError if it begins from noise."""
@@ -373,11 +361,6 @@ class Pipeline:
         """The stage that does a row; `unguided`: the row's guidance is 1 everywhere."""
         full, ways = self._steps_by(request, loop, unguided)[0], self._ways(request, loop, unguided)
         return self.manifest.stage(ways[full.index(self.backend.choose(*full))])
-
-    @staticmethod
-    def _first(request: Request, loop: Loop, rows: int) -> int:
-        """The first row that a loop runs."""
-        return tail(rows, request.number(loop.start.strength)) if loop.start and request.begins(loop) else 0
 
     def decode(self, latents: Any, request: Request, others: Mapping[str, Any] | None = None) -> NDArray[np.uint8]:
         """Latents [B,C,f,H,W] as uint8 frames [B,f,Y,X,3]. `others`: latents of loops, by name, that the decoder may

@@ -31,7 +31,7 @@ from higen.request_values import (
     of_loops_over_frames,
     whole_number,
 )
-from higen.schedule import max_steps
+from higen.schedule import SolverTable, inversion_table, max_steps, solver_table, tail
 from higen.stages import Source, source
 from higen.tables import COMMON, MAX_SIDE, VISUAL, Control, Loop
 
@@ -72,7 +72,7 @@ class Request:
     steps, guidance, solvers  one per loop of the model
     controls   by name: a number, a text, an array of numbers, or None if unspecified; a picture or clip control has one
                Picture per prompt, or None
-    settings   how the loops are run: windows, intervals of guidance, FreeInit, feature reuse
+    settings   how the loops are run: windows, intervals of guidance, FreeInit, feature reuse, inversion
     warn       called with each warning: words that the model does not know, a prompt that is cut
     """
 
@@ -97,6 +97,8 @@ class Request:
         for i, text in enumerate(self.prompts):
             names.setdefault(text, f"prompt {i + 1} of {count}" if count > 1 else "prompt")
         names.setdefault(self.negative_prompt, "negative_prompt")
+        if self.settings.inversion is not None:
+            names.setdefault(self.settings.inversion, "inversion")
         return names
 
     def frames_of(self, loop: Loop) -> int:
@@ -114,6 +116,10 @@ class Request:
     def begins(self, loop: Loop) -> bool:
         """Whether a loop begins from a picture or clip of the request and runs only the last rows of its table."""
         return loop.start is not None and self.controls[loop.start.control] is not None
+
+    def inverts(self, loop: Loop) -> bool:
+        """Whether the picture or clip from which a loop begins is inverted into noise."""
+        return self.settings.inversion is not None and self.begins(loop)
 
     def passes(self, loop: Loop) -> bool:
         """Whether a loop's result passes through known frames of the request."""
@@ -241,15 +247,16 @@ def make_request(
         controls={name: checked(control) for name, control in known.items()},
         warn=warn or _warn,
     )
+    own = {name: plain(value) for name, value in settings.items()}
+    request = replace(request, settings=loop_settings(manifest, count, request.begins, **own))
     if manifest.text is not None and manifest.text.weights is not None:
         for text, name in request.texts().items():
             pieces(text, name)
-    own = {name: plain(value) for name, value in settings.items()}
-    request = replace(request, settings=loop_settings(manifest, count, request.begins, **own))
     request = request if only is None else request.cut(only)
     _check_needed(manifest, request)
     _check_known(manifest, request)
     _check_reuse(manifest, request)
+    _check_inversion(manifest, request)
     for note in dict.fromkeys(note for control in known.values() for note in _notes(control, request)):
         request.warn(PictureWarning(note))
     return request
@@ -307,6 +314,31 @@ def _check_reuse(manifest: Manifest, request: Request) -> None:
         if loop.variant is not None and every > 1 and not all(manifest.stage(name).variants for name in names):
             given = f"reuse={every}: the loop {loop.name} of {manifest.name} has no shallow steps with "
             raise RequestError(f"{given}{loop.variant.control}; leave out one of the two")
+
+
+def _check_inversion(manifest: Manifest, request: Request) -> None:
+    """Raise RequestError if no loop begins from a picture or clip, or if its solver cannot be run backwards."""
+    if request.settings.inversion is None:
+        return
+    checked_text("inversion", request.settings.inversion)
+    wanted = [loop for loop in manifest.wanted(request.frames) if request.runs(loop)]
+    if not any(request.begins(loop) for loop in wanted):
+        names = list(dict.fromkeys(loop.start.control for loop in wanted if loop.start is not None))
+        what = f"give {' or '.join(names)} as well" if names else f"no loop of {manifest.name} can do so"
+        raise RequestError(f"inversion: no loop of this request begins from a picture or clip; {what}")
+    for loop in wanted:
+        if request.begins(loop):
+            inverse_rows(manifest, request, loop)
+
+
+def inverse_rows(manifest: Manifest, request: Request, loop: Loop) -> SolverTable:
+    """The rows that carry the picture or clip of a loop up to the noise level from which it is denoised."""
+    assert loop.start is not None
+    i = manifest.loops.index(loop)
+    solver, steps = loop.solver(request.solvers[i]), request.steps[i]
+    rows = len(solver_table(loop.schedule, loop.prediction, solver, steps))
+    first = tail(rows, request.number(loop.start.strength))
+    return inversion_table(loop.schedule, loop.prediction, solver, steps, first)
 
 
 def _notes(control: Control, request: Request) -> Iterator[str]:

@@ -14,7 +14,7 @@ from higen import noise
 from higen.errors import BackendError
 from higen.feature_reuse import FeatureReuse, Runner
 from higen.free_init import FreeInit, renewed
-from higen.schedule import SolverTable
+from higen.schedule import SolverTable, tail
 from higen.stages import STATE, Stage
 from higen.tables import Tiles, Windows
 
@@ -97,11 +97,6 @@ def initial_state(
         return np.float32(table.start_alpha[first]) * clean + np.float32(table.start_sigma[first]) * whole
     scaled = unit if table.initial == 1.0 else np.float32(table.initial) * unit
     return scaled if added is None else scaled + added
-
-
-def tail(rows: int, strength: float) -> int:
-    """The first row to run, if this fraction of the rows is to run (rounded down, at least one row)."""
-    return rows - max(1, min(rows, int(rows * strength)))
 
 
 def denoise(backend: Runner, plan: Plan, latents: Array) -> Iterator[Step]:

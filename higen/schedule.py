@@ -40,7 +40,7 @@ from higen.noise_schedule import (
 )
 
 __all__ = ["PREDICTIONS", "SOLVERS", "SPACINGS", "NoiseSchedule", "Solver", "SolverTable"]
-__all__ += ["alphas_cumprod", "check", "last_level", "max_steps", "solver_table"]
+__all__ += ["alphas_cumprod", "check", "inversion_table", "last_level", "max_steps", "solver_table", "tail"]
 
 Float = NDArray[np.float64]
 
@@ -338,3 +338,35 @@ def solver_table(schedule: NoiseSchedule, prediction: str, solver: Solver, steps
     noise = step[3] != 0.0
     C = np.where(noise, step[3], step[2])
     return SolverTable(grid.t, step[0], step[1], C, x0[0], -x0[1], noise, grid.alpha, grid.sigma, initial)
+
+
+def tail(rows: int, strength: float) -> int:
+    """The first row to run, if this fraction of the rows is to run (rounded down, at least one row)."""
+    return rows - max(1, min(rows, int(rows * strength)))
+
+
+def inversion_table(
+    schedule: NoiseSchedule, prediction: str, solver: Solver, steps: int, first: int = 0
+) -> SolverTable:
+    """The rows that carry clean latents up to the state before row `first` of `solver_table(...)`: DDIM inversion.
+
+    The grid of that table is run backwards (Song et al. 2021, section 4.3; Mokady et al. 2023). A row begins where the
+    row of the table ends, and ends where it starts. The network gets the t of the noisier end. For DDIM, the rows are
+    those of diffusers' DDIMInverseScheduler. Other solvers are run backwards by first-order steps on their own grid.
+
+    Raises RequestError for a solver that adds noise, and if the network predicts the sample at a level without noise.
+    """
+    table = solver_table(schedule, prediction, solver, steps)
+    if table.noise.any():
+        raise RequestError(f"inversion: the solver {solver.name!r} adds noise, so its steps cannot be run backwards")
+    node = (first + 1) // 2 if solver.name == "heun" else first  # the step in which row `first` starts
+    with np.errstate(divide="ignore", invalid="ignore", over="ignore"):
+        t, alpha_up, sigma_up, alpha, sigma = (column[node:][::-1] for column in _grid(schedule, solver, int(steps)))
+        x0, epsilon = _estimates(prediction, alpha, sigma)
+    if not np.isfinite([*x0, *epsilon]).all():
+        raise RequestError(
+            f"inversion: the solver {solver.name!r} ends without noise, where a network that predicts the sample says "
+            "nothing about the noise"
+        )
+    step, unused = alpha_up * x0 + sigma_up * epsilon, np.zeros(len(t))
+    return SolverTable(t, step[0], step[1], unused, x0[0], -x0[1], unused != 0.0, alpha, sigma, 1.0)

@@ -280,6 +280,10 @@ def script_schema(manifest: Manifest, files: bool = True) -> dict[str, Any]:
         "free_init_filter": {"enum": list(FILTERS)},
         "reuse": {"type": ["integer", "array"], "description": "N: only every N-th step runs the whole network."},
         "preset": {"type": "string", "description": "A preset of the model."},
+        "inversion": {
+            "type": "string",
+            "description": "A text with which a clip to start from is inverted into noise.",
+        },
     }
     scene: dict[str, Any] = {
         "prompt": {"type": "string", "minLength": 1, "description": "What the scene shows."},

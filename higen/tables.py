@@ -39,7 +39,8 @@ __all__ = [
 ]
 
 RESERVED = ("progress", "warn", NEGATIVE)
-SETTINGS = ("guidance_interval", "windows", "window_noise", "free_init", "free_init_filter", "reuse", "preset")
+_LOOPS = ("guidance_interval", "windows", "window_noise", "free_init", "free_init_filter", "reuse")
+SETTINGS = (*_LOOPS, "preset", "inversion")
 """The common options for running the loops (higen/loop_settings.py)."""
 
 _BASIC = ("prompt", "negative_prompt", "seed", "steps", "guidance", "solver")

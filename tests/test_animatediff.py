@@ -22,7 +22,7 @@ from deep_truth import Reused
 from diffusers.loaders.single_file_utils import convert_animatediff_checkpoint_to_diffusers
 from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
-from test_stable_diffusion import apart, single_file, tokens
+from test_stable_diffusion import apart, inverted, single_file, tokens
 
 import higen
 from higen.backends.onnx import OnnxBackend
@@ -248,6 +248,27 @@ def test_frames_are_those_of_diffusers(model: Bundle, base: Path, by_torch: Pipe
         assert len(one) == len(others[0]) == FRAMES
         assert np.abs(one.frames - wanted).max() <= 1
         assert np.abs(pipe(PROMPT, seed=SEED, **options).frames.astype(int) - one.frames).max() <= 1
+
+
+def test_inversion_is_that_of_diffusers(base: Path, model: Bundle, by_torch: Pipeline, by_graphs: Pipeline) -> None:
+    """A clip is inverted with the empty text. Its timesteps are those of the way down, in reverse order."""
+    clip = np.random.default_rng(0).integers(0, 256, (FRAMES, HEIGHT, WIDTH, 3), np.uint8)
+    forwards = sampler(base, "DDIMScheduler")
+    backwards = diffusers.DDIMInverseScheduler.from_config(forwards.config, timestep_spacing="leading")
+    forwards.set_timesteps(8)
+    backwards.set_timesteps(8)
+    pipeline = tiny_motion.pipeline(forwards)
+    with torch.inference_mode():
+        pixels = torch.from_numpy(clip.transpose(0, 3, 1, 2) / 127.5 - 1).float()
+        clean = pipeline.vae.encode(pixels).latent_dist.mode() * pipeline.vae.config.scaling_factor
+        text = pipeline.text_encoder(tokens(model, "")).last_hidden_state.repeat(FRAMES, 1, 1)
+        network = lambda x, t: pipeline.unet(x, t, encoder_hidden_states=text).sample  # noqa: E731
+        wanted = inverted(backwards, network, clean.transpose(0, 1)[None], forwards.timesteps.flip(0)).numpy()
+    options = {"steps": 8, "frames": FRAMES, "video": clip, "strength": 1.0, "inversion": True, **SIZES}
+    for pipe in (by_torch, by_graphs):
+        states = [np.asarray(e.latents) for e in pipe.stream(PROMPT, **options) if isinstance(e, higen.Step)]
+        assert len(states) == 16
+        assert apart(states[7], wanted) < 1e-4
 
 
 def test_one_frame_equals_stable_diffusion(base: Path, model: Bundle, by_torch: Pipeline, by_graphs: Pipeline) -> None:

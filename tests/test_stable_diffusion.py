@@ -223,6 +223,39 @@ def test_image_to_image_is_that_of_diffusers(
     assert apart(got.swapaxes(0, 1), wanted) < 1e-4
 
 
+def inverted(scheduler: Any, network: Any, latents: torch.Tensor, timesteps: Any = None) -> torch.Tensor:
+    """diffusers' DDIM inversion without guidance. `timesteps`: ascending, for spacings that its scheduler lacks."""
+    scheduler.timesteps = scheduler.timesteps if timesteps is None else timesteps
+    for t in scheduler.timesteps:
+        latents = scheduler.step(network(latents, t), int(t), latents).prev_sample
+    return latents
+
+
+def test_inversion_is_that_of_diffusers(
+    saved: Path, model: Bundle, by_torch: Pipeline, by_graphs: Pipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An inverted picture, which is then denoised with another text."""
+    picture = np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+    forwards = sampler(saved, "ddim")
+    backwards = diffusers.DDIMInverseScheduler.from_config(forwards.config)
+    backwards.set_timesteps(8)
+    pipeline = tiny.image_pipeline(forwards)
+    with torch.inference_mode():
+        pixels = torch.from_numpy(picture.transpose(2, 0, 1)[None] / 127.5 - 1).float()
+        clean = pipeline.vae.encode(pixels).latent_dist.mode() * pipeline.vae.config.scaling_factor
+        text = pipeline.text_encoder(tokens(model, "a green apple")).last_hidden_state
+        noisy = inverted(backwards, lambda x, t: pipeline.unet(x, t, encoder_hidden_states=text).sample, clean)
+    monkeypatch.setattr(sys.modules[__name__], "frame_noise", lambda *_: noisy.numpy().swapaxes(0, 1))
+    wanted = wanted_latents(model, forwards, 8, 4.0, pipeline)
+    options = {"image": picture, "strength": 1.0, "inversion": "a green apple", "negative_prompt": NEGATIVE}
+    for pipe in (by_torch, by_graphs):
+        events = pipe.stream(PROMPT, steps=8, guidance=4.0, width=WIDTH, height=HEIGHT, **options)
+        states = [np.asarray(e.latents)[0] for e in events if isinstance(e, higen.Step)]
+        assert len(states) == 16
+        assert apart(states[7].swapaxes(0, 1), noisy.numpy()) < 1e-4
+        assert apart(states[-1], wanted) < 1e-4
+
+
 # Weighted words and long prompts.
 
 WEIGHTED = "a (red:1.4) [apple], on a ((wooden table:1.2), dark)"

@@ -86,6 +86,7 @@ COMMON_INPUTS = (
     Field("free_init_filter", "STRING"),
     Field("reuse", "INT32"),  # one, or one per loop
     Field("preset", "STRING"),
+    Field("inversion", "STRING"),
     Field("frames", "INT32"),
     Field("width", "INT32"),
     Field("height", "INT32"),

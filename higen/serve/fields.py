@@ -26,7 +26,7 @@ from higen.text_files import repeated_key
 __all__ = ["Fields", "data_url", "read_fields"]
 
 _TEXTS = ("prompt", "model", "size", "negative_prompt", "solver", "seconds")
-_TEXTS_OF_LOOPS = ("window_noise", "free_init_filter", "preset")
+_TEXTS_OF_LOOPS = ("window_noise", "free_init_filter", "preset", "inversion")
 _NAME = re.compile(r"(?P<name>[A-Za-z_]{1,64})(\[(?P<key>\w{1,128})\])?(?P<many>\[\])?", re.ASCII)
 _MOST_PARTS = 256
 _TAIL = 4096

@@ -221,6 +221,10 @@ def _properties(limits: Limits) -> dict[str, Any]:
             "or one for each loop.",
         },
         "preset": {"type": "string", "description": "A preset of the model; it sets what the request leaves out."},
+        "inversion": {
+            "type": "string",
+            "description": "A text that describes the picture or clip to start from: it is inverted into noise.",
+        },
         "solver": {"type": "string", "description": "A solver of the model's loops."},
         "seed": {"type": "integer", "minimum": -1, "description": "Same seed, same video; -1 draws one."},
         "controls": {"type": "object", "description": "The model's own controls: /v1/models has their schema."},
