@@ -85,8 +85,10 @@ def run_inverted(
     for earlier in manifest.wanted(request.frames):
         if earlier == loop:
             break
-        middle = clean[:, :, clean.shape[2] // 2, None]
-        described.finish(earlier, middle if earlier.frames == 1 else sources.latents(earlier.name))
+        if earlier.frames == 1:
+            described.finish(earlier, clean[:, :, clean.shape[2] // 2, None])
+        elif request.runs(earlier) or request.replaces(earlier):
+            described.finish(earlier, sources.latents(earlier.name))
     table = inverse_rows(manifest, request, loop)
     ones = np.ones((len(table), *plan.guidance.shape[1:]), np.float32)
     conditions = conditions_of(described, loop)

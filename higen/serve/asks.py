@@ -195,6 +195,8 @@ def _check_limits(manifest: Manifest, arguments: Mapping[str, Any], limits: Limi
     again = again[0] if isinstance(again, list) and again else again
     if is_whole(again, 1, 2**60) and again * max(_steps_of(manifest, steps)) > limits.steps:
         raise RequestError(f"free_init={again}: this server makes at most {limits.steps} steps, in all iterations")
+    if arguments.get("inversion") is not None and 2 * max(_steps_of(manifest, steps)) > limits.steps:
+        raise RequestError(f"inversion: it doubles the steps, and this server makes at most {limits.steps}")
 
 
 def _steps_of(manifest: Manifest, steps: Any) -> list[int]:
