@@ -326,9 +326,12 @@ def _check_inversion(manifest: Manifest, request: Request) -> None:
         names = list(dict.fromkeys(loop.start.control for loop in wanted if loop.start is not None))
         what = f"give {' or '.join(names)} as well" if names else f"no loop of {manifest.name} can do so"
         raise RequestError(f"inversion: no loop of this request begins from a picture or clip; {what}")
-    for loop in wanted:
-        if request.begins(loop):
-            inverse_rows(manifest, request, loop)
+    known = {name for loop in manifest.loops if loop.known for name in (loop.known.control, loop.known.mask)}
+    for loop in filter(request.begins, wanted):
+        if taken := [name for name in manifest.needed_by(loop, request.pair(loop)) if name in known]:
+            why = "and while a clip is inverted, no frames are known; leave out one of the two"
+            raise RequestError(f"inversion: the loop {loop.name} needs {taken[0]}, {why}")
+        inverse_rows(manifest, request, loop)
 
 
 def inverse_rows(manifest: Manifest, request: Request, loop: Loop) -> SolverTable:

@@ -9,12 +9,13 @@ tests/test_schedule.py and engines/cpp/tests/schedule_tests.cpp compare both imp
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from higen.errors import HigenError, ManifestError
-from higen.schedule import NoiseSchedule, Solver, alphas_cumprod, solver_table
+from higen.schedule import NoiseSchedule, Solver, alphas_cumprod, inversion_table, solver_table
 
 VECTORS = Path(__file__).with_name("schedule_vectors.json")
 COLUMNS = ("t", "A", "B", "C", "alpha", "sigma", "noise", "start_alpha", "start_sigma")
@@ -115,6 +116,27 @@ TAILS = [  # schedule, prediction, solver, steps, first row
     (SD, "epsilon", solver("euler", "linspace"), 4, 0),
 ]
 
+INVERSIONS = [  # schedule, prediction, solver, steps, first row
+    (zero_snr(SD), "v", solver("ddim", "leading-floor", offset=1, final="first"), 5, 0),
+    (zero_snr(SD), "v", solver("dpm++2m", "trailing-ceil"), 6, 2),
+    (SD, "epsilon", solver("ddim", offset=1, final="first"), 6, 2),
+    (LINEAR, "sample", solver("ddim", final="first"), 3, 1),
+    (SD, "v", solver("heun", "linspace"), 4, 3),
+    (SD, "epsilon", solver("heun", "karras"), 4, 4),
+    (SVD, "v", solver("euler", "karras"), 4, 1),
+    (SHIFTED, "flow", solver("euler", "linspace"), 5, 4),
+    (SHIFTED, "flow", solver("euler", "trailing"), 1, 0),
+]
+
+NOT_INVERTED: list[tuple[dict[str, Any], str, dict[str, Any], int]] = [
+    (SD, "epsilon", solver("lcm"), 4),
+    (SD, "v", solver("euler_ancestral"), 4),
+    (SD, "epsilon", solver("ddim", eta=0.5), 4),
+    (SD, "sample", solver("ddim"), 4),
+    (LINEAR, "sample", solver("heun", "trailing"), 4),
+    (SD, "v", solver("ddim", "karras"), 4),
+]
+
 REFUSED: list[tuple[dict[str, Any], str, dict[str, Any], int]] = [
     ({"kind": "sigmoid"}, "v", solver("ddim"), 4),
     ({**SD, "timesteps": 1}, "v", solver("ddim"), 4),
@@ -157,16 +179,20 @@ def table(schedule: dict[str, Any], prediction: str, fields: dict[str, Any], ste
     return made.tail(first) if first else made
 
 
+def inverted(schedule: dict[str, Any], prediction: str, fields: dict[str, Any], steps: int, first: int = 0) -> Any:
+    return inversion_table(NoiseSchedule(**schedule), prediction, Solver(**fields), steps, first)
+
+
 def columns(made: Any, names: tuple[str, ...] = COLUMNS) -> dict[str, Any]:
     return {"initial": made.initial, **{name: getattr(made, name).tolist() for name in names}}
 
 
-def refusal(schedule: dict[str, Any], prediction: str, fields: dict[str, Any], steps: int) -> dict[str, str]:
+def refusal(make: Callable[..., Any], *arguments: Any) -> dict[str, str]:
     try:
-        table(schedule, prediction, fields, steps)
+        make(*arguments)
     except HigenError as error:
         return {"error": "manifest" if isinstance(error, ManifestError) else "request", "message": str(error)}
-    raise AssertionError(f"{schedule} {prediction} {fields} {steps}: not refused")
+    raise AssertionError(f"{arguments}: not refused")
 
 
 def case(schedule: dict[str, Any], prediction: str, fields: dict[str, Any], steps: int) -> dict[str, Any]:
@@ -185,7 +211,9 @@ def vectors() -> dict[str, list[dict[str, Any]]]:
         "tables": [{**case(*c), **columns(table(*c))} for c in CASES],
         "grids": [{**case(*c), **columns(table(*c), ("t",))} for c in GRIDS],
         "tails": [{**case(*c[:4]), "first": c[4], **columns(table(*c))} for c in TAILS],
-        "refused": [{**case(*c), **refusal(*c)} for c in REFUSED],
+        "refused": [{**case(*c), **refusal(table, *c)} for c in REFUSED],
+        "inversions": [{**case(*c[:4]), "first": c[4], **columns(inverted(*c))} for c in INVERSIONS],
+        "not_inverted": [{**case(*c), **refusal(inverted, *c)} for c in NOT_INVERTED],
     }
 
 

@@ -258,6 +258,18 @@ def test_frames_that_a_clip_passes_through(built: Path, pipelines: Callable[[Pat
     compare(built, pipeline, case, tmp_path / "video.npy", "--picture", f"video={files[0]},{files[0]}")
 
 
+def test_inverted_clips(built: Path, pipelines: Callable[[Path], Pipeline], tmp_path: Path) -> None:
+    """A clip of moving stripes is inverted; then a clip with known frames, with another solver and empty text."""
+    y, x = np.mgrid[:64, :64]
+    clip = np.stack([np.stack([4 * (x - 6 * t) % 256, 4 * y, 128 + 0 * x], -1) for t in range(3)]).astype(np.uint8)
+    files = [str(ppm(tmp_path / f"{t}.ppm", frame)) for t, frame in enumerate(clip)]
+    more = ["--picture", f"video={','.join(files)}"]
+    case = {"prompt": 0, "steps": (1, 4), "frames": 3, "video": clip, "inversion": "a whale", "strength": 1.0}
+    compare(built, pipelines(default_model()), case, tmp_path / "video.npy", *more)
+    case |= {"inversion": "", "strength": 0.5, "solver": "ddim", "keyframes": {1: clip[1]}, "guidance": (1, [1, 3, 2])}
+    compare(built, pipelines(default_model()), case, tmp_path / "video.npy", *more, f"--keyframe=1={files[1]}")
+
+
 MADE_UP: list[dict[str, Any]] = [
     {"seed": 3},
     {"seed": 4, "frames": 1, "steps": 3},
@@ -387,6 +399,7 @@ def test_an_interrupt_leaves_nothing_behind(built: Path, tmp_path: Path) -> None
         (["{model}", "a whale", "-o", "x.npy", "--control", "motion=fast"], 2, "--control motion=fast: a number"),
         (["{model}", "a whale", "-o", "x.npy", "--control", "motion=-1"], 1, "motion has the value -1"),
         (["{model}", "a whale", "-o", "x.npy", "--preset=slow"], 1, "preset='slow': the presets of higen default"),
+        (["{model}", "a whale", "-o", "x.npy", "--inversion=a whale"], 1, "no loop of this request begins from a pic"),
         (["{model}", "a whale", "-o", "x.npy", "--control=hue=3"], 1, "'hue': unknown; this model takes motion"),
         (["{model}", "a whale", "-o", "x.npy", "--picture=image=none.ppm"], 1, "none.ppm: No such file"),
         (["{model}", "a whale", "-o", "x.npy", "--provider=tensorrt-rtx"], 1, "provider='tensorrt-rtx'"),

@@ -24,6 +24,7 @@ from higen.noise_schedule import NoiseSchedule, Solver
 from higen.pipeline import Pipeline
 from higen.sampler import Step
 from higen.schedule import alphas_cumprod, inversion_table, solver_table
+from higen.stages import Tensor
 from higen.tokenizer import build_word_tokenizer, write_tokenizer
 
 CLIP = np.random.default_rng(3).integers(0, 256, (7, 8, 12, 3), np.uint8)
@@ -248,6 +249,10 @@ def test_models_that_cannot_invert(folder: Path) -> None:
     sample = changed(MANIFEST, "film", prediction="sample", solvers=(replace(LEADING, final="zero"),))
     with pytest.raises(RequestError, match="ends without noise, where a network that predicts the sample"):
         pipeline_of(folder, sample)[0]("a kite", footage=CLIP, frames=7, inversion=True)
+    where = Tensor("where", ("B", "F"), source="places:keyframes")
+    placed = changed(MANIFEST, "film_one", inputs=(*MANIFEST.stage("film_one").inputs, where))
+    with pytest.raises(RequestError, match="the loop film needs keyframes, and while a clip is inverted"):
+        pipeline_of(folder, placed)[0]("a kite", footage=CLIP, frames=7, keyframes={0: CLIP[0]}, inversion=True)
     none = changed(MANIFEST, "film", start=None)
     with pytest.raises(RequestError, match="no loop of tables alone can do so"):
         pipeline_of(folder, none)[0]("a kite", frames=7, inversion=True)

@@ -155,6 +155,7 @@ private:
         if (!reuse_.empty()) request_.reuse = reuse_.data(), request_.reuse_count = reuse_.size();
         request_.window_noise = text(options.window_noise);
         request_.preset = text(options.preset);
+        if (options.inversion) request_.inversion = options.inversion->c_str();
         const auto &interval = options.guidance_interval, &init = options.free_init;
         if (!interval.empty())
             request_.guidance_interval = interval.data(), request_.guidance_interval_count = interval.size();

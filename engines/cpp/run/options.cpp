@@ -23,6 +23,7 @@ Make a video from a text with a model directory.
   --free-init-filter WORD  filter of FreeInit: butterworth, gaussian or ideal
   --reuse N[,M...]       run the whole network only every N steps; other steps reuse its deep features
   --preset NAME          a preset of the model: it sets the steps and guidance that are not given
+  --inversion TEXT       invert the picture or clip to begin from with this text, which describes it; else noise is added
   --frames N
   --width N --height N --fps N
   --negative TEXT        what the video should not show
@@ -128,6 +129,7 @@ std::map<std::string, Take> options_with_values(Options& options) {
          }},
         {"--window-noise", to_text(options.window_noise)},
         {"--preset", to_text(options.preset)},
+        {"--inversion", [&](const auto&, const auto& value) { options.inversion = value; }},
         {"--free-init-filter", to_text(options.free_init_filter)},
         {"--guidance-interval",
          [&](const auto& name, const auto& value) { options.guidance_interval = parse_list<double>(name, value); }},

@@ -21,6 +21,7 @@ struct Options {
     std::vector<double> guidance_interval, free_init;
     std::vector<std::int64_t> windows, reuse;
     std::string window_noise, free_init_filter, preset;  // "": not given
+    std::optional<std::string> inversion;
     std::optional<std::int64_t> frames, width, height, fps;
     std::vector<std::pair<std::string, std::string>> controls;               // name and value, as given
     std::vector<std::pair<std::string, std::vector<std::string>>> pictures;  // name and files

@@ -13,9 +13,10 @@ namespace {
 constexpr std::int64_t max_frames = 1 << 16;
 
 // Names of what every request may set for any model, and of other arguments of a call. No control may have them.
-constexpr const char* reserved[] = {"prompt", "negative_prompt", "seed",   "steps", "guidance", "solver",
-                                    "frames", "width",           "height", "fps",   "progress", "warn",
-                                    "negative"};
+constexpr const char* reserved[] = {
+    "prompt", "negative_prompt", "seed",      "steps",            "guidance", "solver", "guidance_interval",
+    "windows", "window_noise",   "free_init", "free_init_filter", "reuse",    "preset", "inversion",
+    "frames", "width",           "height",    "fps",              "progress", "warn",   "negative"};
 constexpr const char* free_symbols[] = {"B", "F", "N", "H", "W", "Y", "X"};
 
 using Kind = Control::Kind;

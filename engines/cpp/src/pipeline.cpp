@@ -176,7 +176,8 @@ void Pipeline::prepare_reuse(const std::vector<Request>& requests) const {
         if (settings.reuse == 1 || !first.runs(*loop)) continue;
         ReuseStages reuses;
         (void)chosen(ways(index_of(*loop), requests), settings.reuse, reuses);
-        if (!settings.interval.whole()) (void)chosen(unguided(requests.front().pair(*loop)), settings.reuse, reuses);
+        if (!settings.interval.whole() || first.inverts(*loop))
+            (void)chosen(unguided(first.pair(*loop)), settings.reuse, reuses);
     }
 }
 
@@ -187,6 +188,18 @@ std::int64_t Pipeline::channels(const Stage& stage) const {
     const auto size = fixed == manifest_.sizes.symbols.end() ? shape[1].size : fixed->second;
     if (size < 1) fail_backend(stage.name + ".latents: its channels have no fixed size");
     return size;
+}
+
+// A loop's rows with guidance 1, done by the stage for it. The table is left empty.
+LoopRun Pipeline::without_guidance(const LoopRun& run, const StagePair& pair, const Loop& loop,
+                                   Sources& sources) const {
+    ReuseStages reuses;
+    const auto& stage = chosen(unguided(pair), run.reuse, reuses);
+    auto ones = Array::of(run.guidance.shape, std::vector<float>(run.guidance.floats().size(), 1.0F));
+    LoopRun made{loop.name, stage, sources.batch(stage, loop), {}, std::move(ones), {}};
+    made.windows = run.windows, made.tiles = run.tiles, made.tokens = sources.tokens();
+    made.reuse = run.reuse, made.reuses = reuses;
+    return made;
 }
 
 TensorPtr Pipeline::run_loop(std::size_t index, const std::vector<Request>& requests, Sources& sources,
@@ -225,14 +238,8 @@ TensorPtr Pipeline::run_loop(std::size_t index, const std::vector<Request>& requ
         run.seeds.push_back(request.seed);
     }
     const auto pair = first.pair(loop);
-    if (!run.interval.whole() && stage.name != pair.plain) {
-        const auto& other = chosen(unguided(pair), run.reuse, reuses);
-        const auto ones = Array::of(run.guidance.shape, std::vector<float>(run.guidance.floats().size(), 1.0F));
-        auto outside = LoopRun{loop.name, other, sources.batch(other, loop), {}, ones, {}};
-        outside.reuses = reuses;
-        outside.windows = run.windows, outside.tiles = run.tiles, outside.tokens = run.tokens;
-        run.outside = std::make_shared<const LoopRun>(std::move(outside));
-    }
+    if (!run.interval.whole() && stage.name != pair.plain)
+        run.outside = std::make_shared<const LoopRun>(without_guidance(run, pair, loop, sources));
     if (const auto& repeats = options.settings.free_init) {
         const NoiseOf noise_of = [&](std::size_t iteration) {
             return std::pair(unit_noise(loop, requests, shape, run.windows, iteration),
@@ -246,10 +253,41 @@ TensorPtr Pipeline::run_loop(std::size_t index, const std::vector<Request>& requ
         clean = spread_latents(sources.latents(loop.start->latents, loop)->to_host(), shape, loop);
         run.first = tail_row(run.table.rows.size(), first.number(loop.start->strength));
     }
+    if (first.inverts(loop))
+        return run_inverted(run, requests, loop, sources, Array::of(shape, std::move(clean)), on_step, cancellation);
     const auto added = added_noise(loop, requests, shape, sources, run.windows, 0);
     auto state =
         initial_state(run.table, unit_noise(loop, requests, shape, run.windows, 0), added, clean, run.first);
     return denoise(backend_, run, host_tensor(Array::of(shape, std::move(state))), on_step, cancellation);
+}
+
+// A loop that begins from an inverted picture or clip (higen/loop_run.py): its clean latents are carried up the noise
+// levels with the text of the inversion and without guidance; then `run` is run. While they are carried up, no frames
+// are known, and an earlier loop of one frame has the middle frame of the latents as its result.
+TensorPtr Pipeline::run_inverted(const LoopRun& run, const std::vector<Request>& requests, const Loop& loop,
+                                 Sources& sources, const Array& clean, const OnStep& on_step,
+                                 Cancellation& cancellation) const {
+    const auto& first = requests.front();
+    std::vector<Request> inverted;
+    for (const auto& request : requests) inverted.push_back(described(manifest_, request));
+    Sources upward(manifest_, backend_, inverted, cancellation);
+    for (const auto* earlier : manifest_.wanted(first.frames)) {
+        if (earlier == &loop) break;
+        if (!earlier->every_frame)
+            upward.finish(*earlier, host_tensor(cut(clean, 2, static_cast<std::size_t>(clean.shape[2]) / 2, 1)));
+        else if (first.runs(*earlier) || first.replaces(*earlier))
+            upward.finish(*earlier, sources.latents(Source{Source::Kind::made, earlier->name, "latents"}, *earlier));
+    }
+    auto up = without_guidance(run, first.pair(loop), loop, upward);
+    up.table = inverse_rows(first, loop, first.loops[index_of(loop)]);
+    const auto rows = up.table.rows.size(), total = rows + run.table.rows.size() - run.first;
+    const auto counted_from = [&](std::size_t before) {
+        return [&on_step, before, total](const Step& step) {
+            on_step({step.loop, step.stage, before + step.index, total, step.t, step.previous});
+        };
+    };
+    const auto noisy = denoise(backend_, up, host_tensor(clean), counted_from(0), cancellation);
+    return denoise(backend_, run, noisy, counted_from(rows), cancellation);
 }
 
 // In a loop over a clip, a picture's latents are repeated for every frame.

@@ -45,6 +45,11 @@ private:
     [[nodiscard]] std::vector<const Stage*> unguided(const StagePair& pair) const;
     [[nodiscard]] const Stage& chosen(const std::vector<const Stage*>& ways, std::int64_t reuse,
                                       ReuseStages& reuses) const;
+    [[nodiscard]] LoopRun without_guidance(const LoopRun& run, const StagePair& pair, const Loop& loop,
+                                           Sources& sources) const;
+    [[nodiscard]] TensorPtr run_inverted(const LoopRun& run, const std::vector<Request>& requests, const Loop& loop,
+                                         Sources& sources, const Array& clean, const OnStep& on_step,
+                                         Cancellation& cancellation) const;
     void prepare_reuse(const std::vector<Request>& requests) const;
     [[nodiscard]] TensorPtr run_loop(std::size_t index, const std::vector<Request>& requests, Sources& sources,
                                      const OnStep& on_step, Cancellation& cancellation) const;

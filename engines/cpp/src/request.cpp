@@ -9,6 +9,7 @@
 #include "encodings.h"
 #include "errors.h"
 #include "request_pictures.h"
+#include "sampler.h"
 #include "text.h"
 
 namespace higen::core {
@@ -188,7 +189,40 @@ void take_texts(const Tokenizer& tokenizer, const higen_request& given, const To
         auto read = tokenizer.read(negative, warn, "negative_prompt");
         request.negative_tokens = std::move(read.ids), request.negative_weights = std::move(read.weights);
     }
+    if (given.inversion != nullptr) {
+        auto read = tokenizer.read(given.inversion, warn, "inversion");
+        request.inversion_tokens = std::move(read.ids), request.inversion_weights = std::move(read.weights);
+    }
     if (!tokenizer.rules().plain()) request.blank = tokenizer.encode("");
+}
+
+// An inversion needs a loop that begins from a picture or clip, with a solver that can be run backwards.
+void check_inversion(const Manifest& manifest, const higen_request& given, const Request& request) {
+    if (given.inversion == nullptr) return;
+    (void)decoded("inversion", given.inversion);
+    if (!manifest.text && *given.inversion != '\0')
+        fail_request("inversion='" + std::string(given.inversion) + "': " + manifest.name +
+                     " reads no texts; \"\" is allowed");
+    std::string names;
+    std::set<std::string> named;
+    bool begins = false;
+    for (const auto* loop : manifest.wanted(request.frames)) {
+        if (!request.runs(*loop) || !loop->start) continue;
+        if (named.insert(loop->start->control).second) names += (names.empty() ? "" : " or ") + loop->start->control;
+        begins = begins || request.begins(*loop);
+    }
+    if (!begins)
+        fail_request("inversion: no loop of this request begins from a picture or clip; " +
+                     (names.empty() ? "no loop of " + manifest.name + " can do so" : "give " + names + " as well"));
+    for (const auto* loop : manifest.wanted(request.frames)) {
+        if (!request.begins(*loop)) continue;
+        for (const auto& name : pictures_of(manifest, request.pair(*loop).names()))
+            for (const auto& other : manifest.loops)
+                if (other.known && (name == other.known->control || name == other.known->mask))
+                    fail_request("inversion: the loop " + loop->name + " needs " + name +
+                                 ", and while a clip is inverted, no frames are known; leave out one of the two");
+        (void)inverse_rows(request, *loop, request.loops[static_cast<std::size_t>(loop - manifest.loops.data())]);
+    }
 }
 
 // Only stages with deep features can reuse them; the stages of a loop's variant may have none.
@@ -235,7 +269,26 @@ Request make_request(const Manifest& manifest, const Tokenizer* tokenizer, const
             loop_settings(manifest, i, given, request.frames, request.begins(manifest.loops[i]));
         check_reuse(manifest, i, request);
     }
+    request.inverted = given.inversion != nullptr;
+    check_inversion(manifest, given, request);
     if (tokenizer != nullptr) take_texts(*tokenizer, given, warn, request);
+    return request;
+}
+
+SolverTable inverse_rows(const Request& request, const Loop& loop, const LoopOptions& options) {
+    const auto rows = solver_table(loop.schedule, loop.prediction, *options.solver, options.steps).rows.size();
+    const auto first = tail_row(rows, request.number(loop.start->strength));
+    return inversion_table(loop.schedule, loop.prediction, *options.solver, options.steps,
+                           static_cast<std::int64_t>(first));
+}
+
+Request described(const Manifest& manifest, Request request) {
+    request.tokens = std::move(request.inversion_tokens), request.weights = std::move(request.inversion_weights);
+    request.inverted = false;
+    for (const auto& loop : manifest.loops)
+        if (loop.known)
+            for (const auto& name : {loop.known->control, loop.known->mask})
+                request.pictures.erase(name), request.places.erase(name);
     return request;
 }
 
@@ -275,6 +328,7 @@ void check_batch(const Manifest& manifest, const std::vector<Request>& requests)
         same("width", request.width == first.width);
         same("height", request.height == first.height);
         same("fps", request.fps == first.fps);
+        same("inversion", request.inverted == first.inverted);
         for (std::size_t k = 0; k < request.loops.size(); ++k) {
             same("steps", request.loops[k].steps == first.loops[k].steps);
             same("solver", request.loops[k].solver == first.loops[k].solver);

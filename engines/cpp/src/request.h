@@ -26,6 +26,9 @@ struct Request {
     std::vector<std::int64_t> tokens, negative_tokens;  // rows of the model's length; empty if it reads no text
     std::vector<float> weights, negative_weights;       // of the tokens; empty: all 1
     std::vector<std::int64_t> blank;                    // the row of an empty text, if texts can have several rows
+    bool inverted = false;                              // the picture or clip to begin from is inverted into noise,
+    std::vector<std::int64_t> inversion_tokens;         // with this text, as `tokens` and `weights`
+    std::vector<float> inversion_weights;
     std::uint64_t seed = 0;
     std::vector<LoopOptions> loops;  // in the manifest's order
     std::size_t frames = 0;
@@ -48,6 +51,8 @@ struct Request {
     [[nodiscard]] bool begins(const Loop& loop) const {
         return runs(loop) && loop.start && (loop.start->needed || has_picture(loop.start->control));
     }
+    // Whether the picture or clip from which a loop begins is inverted into noise.
+    [[nodiscard]] bool inverts(const Loop& loop) const { return inverted && begins(loop); }
     // Whether a loop is run and its result passes through known frames of the request.
     [[nodiscard]] bool passes(const Loop& loop) const {
         return runs(loop) && loop.known && has_picture(loop.known->control);
@@ -66,6 +71,13 @@ struct Request {
 // higen_request_init and then changed by the caller.
 [[nodiscard]] Request make_request(const Manifest& manifest, const Tokenizer* tokenizer, const higen_request& given,
                                    const Tokenizer::Warn& warn);
+
+// The rows that carry the picture or clip of a loop up to the noise level from which it is denoised. Throws a request
+// error if the loop's solver cannot be run backwards.
+[[nodiscard]] SolverTable inverse_rows(const Request& request, const Loop& loop, const LoopOptions& options);
+
+// The request for the way up of an inversion: its prompt is the inversion's text, and it has no known frames.
+[[nodiscard]] Request described(const Manifest& manifest, Request request);
 
 // The request that sets nothing, without tokens. It shows which stages a model must load when it is opened.
 [[nodiscard]] Request default_request(const Manifest& manifest);

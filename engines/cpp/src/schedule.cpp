@@ -268,6 +268,17 @@ SolverRow row(const Node& at, const Formula& x0, const Formula& step) {
     return found;
 }
 
+bool is_finite(const Formula& formula) {
+    return std::isfinite(formula.x) && std::isfinite(formula.m) && std::isfinite(formula.previous) &&
+           std::isfinite(formula.noise);
+}
+
+void check_row(const SolverTable& table, std::int64_t first) {
+    const auto last = static_cast<std::int64_t>(table.rows.size()) - 1;
+    if (first < 0 || first > last)
+        fail_request("first=" + std::to_string(first) + ": a row from 0 to " + std::to_string(last));
+}
+
 }  // namespace
 
 // ---- The table ----
@@ -335,9 +346,7 @@ SolverTable solver_table(const NoiseSchedule& schedule, const std::string& predi
 }
 
 SolverTable tail(const SolverTable& table, std::int64_t first) {
-    const auto last = static_cast<std::int64_t>(table.rows.size()) - 1;
-    if (first < 0 || first > last)
-        fail_request("first=" + std::to_string(first) + ": a row from 0 to " + std::to_string(last));
+    check_row(table, first);
     SolverTable rest{{table.rows.begin() + first, table.rows.end()}, table.initial};
     if (first > 0) rest.initial = rest.rows.front().start_sigma;
     if (auto& begin = rest.rows.front(); !begin.noise) {
@@ -346,6 +355,27 @@ SolverTable tail(const SolverTable& table, std::int64_t first) {
         begin.C = 0.0;
     }
     return rest;
+}
+
+SolverTable inversion_table(const NoiseSchedule& schedule, const std::string& prediction, const Solver& solver,
+                            std::int64_t steps, std::int64_t first) {
+    const auto table = solver_table(schedule, prediction, solver, steps);
+    check_row(table, first);
+    if (std::any_of(table.rows.begin(), table.rows.end(), [](const auto& r) { return r.noise; }))
+        fail_request("inversion: the solver '" + solver.name + "' adds noise, so its steps cannot be run backwards");
+    // The step in which row `first` starts.
+    const auto node = static_cast<std::size_t>(solver.name == "heun" ? (first + 1) / 2 : first);
+    const Grid grid = make_grid(schedule, solver, steps);
+    SolverTable up{{}, 1.0};
+    for (std::size_t i = grid.size(); i-- > node;) {
+        const Node at{grid[i].t, grid[i].alpha_next, grid[i].sigma_next, grid[i].alpha, grid[i].sigma};
+        const Estimates sees = estimates(prediction, at);
+        if (!is_finite(sees.x0) || !is_finite(sees.epsilon))
+            fail_request("inversion: the solver '" + solver.name +
+                         "' ends without noise, where a network that predicts the sample says nothing about the noise");
+        up.rows.push_back(row(at, sees.x0, at.alpha_next * sees.x0 + at.sigma_next * sees.epsilon));
+    }
+    return up;
 }
 
 std::pair<double, double> last_level(const NoiseSchedule& schedule) {

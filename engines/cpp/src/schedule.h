@@ -79,4 +79,10 @@ void check(const NoiseSchedule& schedule, const std::string& prediction, const S
 // before it, so its own x0 replaces `previous`. Throws a request error for a row outside the table.
 [[nodiscard]] SolverTable tail(const SolverTable& table, std::int64_t first);
 
+// The rows that carry clean latents up to the state before row `first` of solver_table(...): DDIM inversion
+// (higen/schedule.py). Throws a request error for a solver that adds noise, for a network that predicts the sample at a
+// level without noise, and for a row outside the table.
+[[nodiscard]] SolverTable inversion_table(const NoiseSchedule& schedule, const std::string& prediction,
+                                          const Solver& solver, std::int64_t steps, std::int64_t first);
+
 }  // namespace higen::core

@@ -346,6 +346,90 @@ TEST(a_clip_begins_in_the_tail_of_the_table) {
     CHECK(tail_row(10, 0) == 9 && tail_row(10, 0.35) == 7 && tail_row(10, 1) == 0 && tail_row(1, 0.5) == 0);
 }
 
+TEST(a_clip_is_inverted_into_noise) {
+    std::vector<std::uint8_t> reel(5 * 2 * 3 * 3);
+    for (std::size_t i = 0; i < reel.size(); ++i) reel[i] = static_cast<std::uint8_t>(i * 3 % 256);
+    const higen_picture picture{"reel", reel.data(), 5, 2, 3};
+    const std::int32_t steps[] = {3, 5};
+    const auto invert = [&](higen_request& r) {
+        r.pictures = &picture, r.picture_count = 1;
+        r.steps = steps, r.step_count = 2;
+        r.inversion = "a kite in the sky";
+    };
+    Model m, other, both;
+    m.request = m.asked(invert);
+    m.request.inversion_tokens = {3, 3, 3, 0};
+    const double described_mood = 0.39;
+    m.generate();
+    // Half of five rows go down, and as many go up, with the same t and without guidance.
+    CHECK((m.steps == std::vector<std::string>{"sketching0", "sketching1", "sketching2", "filming0", "filming1",
+                                               "filming2", "filming3"}));
+    CHECK(m.backend.called("film_plain") == 2 && m.backend.called("film") == 2);
+    const auto& loop = m.manifest.loops[1];
+    const auto table = table_of(loop, 5);
+    const auto up = inversion_table(loop.schedule, loop.prediction, loop.solvers.front(), 5, 3);
+    CHECK(near(m.times[3], table.rows[4].t) && near(m.times[4], table.rows[3].t));
+    CHECK(near(m.times[5], table.rows[3].t) && near(m.times[6], table.rows[4].t));
+    // The loop of one frame has the middle frame on the way up, and what it drew on the way down.
+    const auto middle = m.backend.last("film_plain", "base"), drawn = m.backend.last("film", "base");
+    CHECK(middle.shape == drawn.shape && middle.floats() != drawn.floats());
+    for (std::size_t c = 0; c < 3; ++c)
+        for (std::size_t i = 0; i < 6; ++i)
+            CHECK(near(middle.floats()[c * 6 + i], reel[(2 * 6 + i) * 3 + c] / 127.5 - 1.0, 1e-6));
+    for (std::size_t at = 0; at < reel.size(); ++at) {
+        const double noisy = walked(up, reel[at] / 127.5 - 1.0, described_mood, 0, 1);
+        CHECK(std::abs(m.rgb[0][at] - byte(walked(table, noisy, mood, empty, 2, 3))) <= 1.001);
+    }
+    // Each request of a batch has its own text. Only the drawn frame depends on the seed.
+    other.request = other.asked([&](auto& r) { invert(r), r.seed = 4; });
+    other.request.inversion_tokens = {0, 0, 0, 0};
+    other.generate();
+    both.generate({m.request, other.request});
+    CHECK(both.rgb[0] == m.rgb[0] && both.rgb[1] == other.rgb[0] && both.rgb[0] != both.rgb[1]);
+    check_batch(m.manifest, {m.request, m.asked(invert)});
+    CHECK_FAILS(HIGEN_ERROR_REQUEST, "requests[1]: inversion differs",
+                (check_batch(m.manifest, {m.request, m.asked([&](auto& r) { invert(r), r.inversion = nullptr; })}), 0));
+}
+
+TEST(inversions_that_cannot_run) {
+    const std::vector<std::uint8_t> reel(5 * 2 * 3 * 3);
+    const higen_picture picture{"reel", reel.data(), 5, 2, 3};
+    const auto refused = [&](const char* words, const Model& m, const std::function<void(higen_request&)>& change) {
+        CHECK_FAILS(HIGEN_ERROR_REQUEST, words, m.asked([&](auto& r) {
+            r.pictures = &picture, r.picture_count = 1, r.inversion = "a kite";
+            change(r);
+        }));
+    };
+    const auto none = [](higen_request& r) { r.picture_count = 0; };
+    Model m;
+    refused("inversion: no loop of this request begins from a picture or clip; give reel as well", m, none);
+    refused("inversion: no loop of this request begins from a picture or clip; no loop of kites can do so", m,
+            [&](auto& r) { none(r), r.frames = 1; });
+    refused("the inversion is not valid UTF-8", m, [](auto& r) { r.inversion = "\xff"; });
+    const double init[] = {2};
+    refused("free_init=2: the loop filming begins from a picture or clip", m,
+            [&](auto& r) { r.free_init = init, r.free_init_count = 1; });
+    m.manifest.text.reset();
+    refused("inversion='a kite': kites reads no texts; \"\" is allowed", m, [](auto&) {});
+    CHECK(m.asked([&](auto& r) { r.pictures = &picture, r.picture_count = 1, r.inversion = ""; }).inverted);
+    auto json = fixture::manifest();
+    auto& solver = json["loops"][1]["solvers"][0];
+    solver["name"] = "euler_ancestral", solver["spacing"] = "linspace", solver["offset"] = 0, solver["final"] = "zero";
+    const Model noisy(json);
+    refused("inversion: the solver 'euler_ancestral' adds noise", noisy, [](auto&) {});
+    json = fixture::manifest();
+    json["controls"].push_back(fixture::control("keys", "frames", nullptr, nullptr));
+    json["loops"][1]["known"] = {{"control", "keys"}, {"latents", "scribe@keys.latents"}, {"mask", nullptr}};
+    for (auto& row : json["stages"])
+        if (row["name"] == "film") row["inputs"].push_back(fixture::input("where", {"B", "F"}, "places:keys"));
+    const Model placed(json, false);
+    const higen_picture both[] = {picture, {"keys[0]", reel.data(), 1, 2, 3}};
+    refused("inversion: the loop filming needs keys, and while a clip is inverted, no frames are known", placed,
+            [&](auto& r) { r.pictures = both, r.picture_count = 2; });
+    const std::string long_text(100'001, 'a');
+    refused("inversion has 100001 characters: at most 100000", noisy, [&](auto& r) { r.inversion = long_text.c_str(); });
+}
+
 TEST(latents_of_an_earlier_loop_are_mixed_into_the_noise) {
     auto json = fixture::manifest();
     json["loops"][1]["noise"] = {
@@ -695,6 +779,15 @@ TEST(a_clip_passes_through_known_frames) {
     CHECK(free.backend.called("scribe") == 0);
     const auto nothing = free.backend.last("film", "told");
     for (const auto value : nothing.floats()) CHECK(value == 0);
+    // While a clip is inverted, no frames are known.
+    const std::vector<std::uint8_t> reel(5 * 18, 90);
+    const higen_picture more[] = {pictures[0], pictures[1], {"reel", reel.data(), 5, 2, 3}};
+    m.request = m.asked([&](auto& r) { r.pictures = more, r.picture_count = 3, r.inversion = ""; });
+    m.request.inversion_tokens = {0, 0, 0, 0};
+    m.generate();
+    const auto up = m.backend.last("film_plain", "whole"), down = m.backend.last("film", "whole");
+    CHECK(up.floats() == (std::vector<float>{0, 0, 0, 0, 0}) && down.floats() == (std::vector<float>{0, 1, 0, 0, 1}));
+    for (std::size_t i = 0; i < 18; ++i) CHECK(m.rgb[0][18 + i] == 255 && std::abs(m.rgb[0][4 * 18 + i] - 51) <= 1);
     const auto refused = [&](const char* said, std::vector<higen_picture> given, std::int32_t frames = 5) {
         CHECK_FAILS(HIGEN_ERROR_REQUEST, said, m.asked([&](auto& r) {
             r.pictures = given.data(), r.picture_count = given.size(), r.frames = frames;

@@ -47,6 +47,11 @@ SolverTable table_of(const Json& entry) {
                         solver_of(entry.at("solver")), entry.at("steps").get<std::int64_t>());
 }
 
+SolverTable inversion_of(const Json& entry, std::int64_t first) {
+    return inversion_table(schedule_of(entry.at("schedule")), entry.at("prediction").get<std::string>(),
+                           solver_of(entry.at("solver")), entry.at("steps").get<std::int64_t>(), first);
+}
+
 std::string where(const Json& entry, const char* column, std::size_t row) {
     auto name = entry;
     for (const char* numbers : {"t", "A", "B", "C", "alpha", "sigma", "noise", "start_alpha", "start_sigma"})
@@ -131,13 +136,25 @@ TEST(tails_are_pythons) {
         CHECK(test::failure([&] { (void)tail(table, first); }).first == HIGEN_ERROR_REQUEST);
 }
 
+TEST(inversions_are_pythons) {
+    for (const Json& entry : vectors.at("inversions"))
+        compare(inversion_of(entry, entry.at("first").get<std::int64_t>()), entry);
+    const Json& entry = vectors.at("inversions").at(0);
+    const auto rows = static_cast<std::int64_t>(table_of(entry).rows.size());
+    for (const std::int64_t first : {std::int64_t{-1}, rows})
+        CHECK(test::failure([&] { (void)inversion_of(entry, first); }).first == HIGEN_ERROR_REQUEST);
+}
+
 TEST(refusals_are_pythons) {
-    for (const Json& entry : vectors.at("refused")) {
-        const auto [status, message] = test::failure([&] { (void)table_of(entry); });
-        const auto wanted = entry.at("error") == "manifest" ? HIGEN_ERROR_MANIFEST : HIGEN_ERROR_REQUEST;
-        test::report(status == wanted && message == entry.at("message"), __FILE__, __LINE__,
-                     entry.dump() + ": " + message);
-    }
+    for (const char* list : {"refused", "not_inverted"})
+        for (const Json& entry : vectors.at(list)) {
+            const auto [status, message] = test::failure([&] {
+                (void)(list[0] == 'r' ? table_of(entry) : inversion_of(entry, 0));
+            });
+            const auto wanted = entry.at("error") == "manifest" ? HIGEN_ERROR_MANIFEST : HIGEN_ERROR_REQUEST;
+            test::report(status == wanted && message == entry.at("message"), __FILE__, __LINE__,
+                         entry.dump() + ": " + message);
+        }
 }
 
 int main(int argc, char** argv) {

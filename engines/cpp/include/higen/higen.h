@@ -275,6 +275,9 @@ typedef struct higen_request {
     size_t reuse_count;
     const char* preset;              /* a preset of the model: steps and guidance where they are NULL, and the stretch
                                         of the loops. NULL: none */
+    const char* inversion;           /* a text that describes the picture or clip from which a loop begins: its latents
+                                        are inverted into noise, and no noise is added. "": the empty text. NULL: noise
+                                        is added */
 } higen_request;
 
 /* Fill a request with the model's defaults. The caller sets the prompt. */
@@ -339,8 +342,9 @@ HIGEN_API higen_status higen_generate(higen_model* model, const higen_request* r
 
 /* Make a video of each of `count` requests at once. Their denoising steps run as one batch, which is faster on a GPU.
  * The requests must agree in frames, width, height, fps, steps, solvers, guidance_interval, windows, window_noise,
- * free_init and reuse, in a preset's stretch, and in which pictures and clips are given; everything else may differ. Each video is the same as
- * without the other requests, except for the rounding of a larger batch. on_frames gets one video after another. */
+ * free_init and reuse, in a preset's stretch, in whether inversion is NULL, and in which pictures and clips are given;
+ * everything else may differ. Each video is the same as without the other requests, except for the rounding of a larger
+ * batch. on_frames gets one video after another. */
 HIGEN_API higen_status higen_generate_batch(higen_model* model, const higen_request* const* requests, size_t count,
                                             const higen_callbacks* callbacks);
 

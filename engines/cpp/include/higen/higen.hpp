@@ -214,6 +214,13 @@ public:
         return *this;
     }
 
+    // A text that describes the picture or clip from which a loop begins ("": the empty text). Its latents are inverted
+    // into noise, and no noise is added.
+    Request& inversion(std::string text) {
+        inversion_ = std::move(text);
+        return *this;
+    }
+
     // Solvers: one name for every loop, or one per loop; "" is that loop's default.
     Request& solvers(std::vector<std::string> names) {
         solvers_ = std::move(names);
@@ -263,6 +270,7 @@ public:
         if (!free_init_.empty()) made.free_init = free_init_.data(), made.free_init_count = free_init_.size();
         if (!reuse_.empty()) made.reuse = reuse_.data(), made.reuse_count = reuse_.size();
         if (!preset_.empty()) made.preset = preset_.c_str();
+        if (inversion_) made.inversion = inversion_->c_str();
         if (!free_init_filter_.empty()) made.free_init_filter = free_init_filter_.c_str();
         for (const auto& value : values_)
             flat_.controls.push_back({value.name.c_str(), value.numbers.empty() ? nullptr : value.numbers.data(),
@@ -311,6 +319,7 @@ private:
     std::vector<std::int32_t> windows_;
     std::vector<std::int32_t> reuse_;
     std::string window_noise_, free_init_filter_, preset_;
+    std::optional<std::string> inversion_;
     std::vector<Value> values_;
     std::vector<Pixels> pictures_;
     Flat flat_;
