@@ -20,16 +20,15 @@ import argparse
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from sides import Side, run, serve, start
 
 FAMILIES = ("higen", "higen_image", "stable_diffusion", "animatediff", "modelscope", "svd")
 
@@ -40,28 +39,20 @@ GEMM = 4096
 # ---- One side: a separate process ----
 
 
-def serve(side: str, given: argparse.Namespace) -> None:
-    """Answer each line of standard input with the seconds of one request, as a line of JSON."""
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # output of libraries must not mix with the answers
+def rows(side: str, given: argparse.Namespace) -> Callable[[], dict[str, float]]:
+    """Prepare a side; returns what runs its request once and measures it."""
+    once, flops = gemm(given) if side == "gemm" else request(side, given)
 
-    def answer(**row: Any) -> None:
-        print(json.dumps(row), file=answers, flush=True)
-
-    try:
-        run, flops = gemm(given) if side == "gemm" else request(side, given)
-        answer(ready=side)
-    except Exception as error:
-        answer(error=f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}")
-        return
-    for _ in sys.stdin:
+    def row() -> dict[str, float]:
         cpu, start = time.process_time(), time.perf_counter()
-        latents = run()
+        latents = once()
         seconds, used = time.perf_counter() - start, time.process_time() - cpu
         if latents is not None:
             np.save(kept(given, side), latents)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-        answer(seconds=seconds, cpu=used, memory=peak, flops=flops)
+        return {"seconds": seconds, "cpu": used, "memory": peak, "flops": flops}
+
+    return row
 
 
 def gemm(given: argparse.Namespace) -> tuple[Callable[[], None], float]:
@@ -154,46 +145,6 @@ def kept(given: argparse.Namespace, side: str) -> Path:
 
 
 # ---- All sides ----
-
-
-@dataclass
-class Side:
-    """A side's process, and its answers."""
-
-    name: str
-    process: subprocess.Popen[str]
-    rows: list[dict[str, float]] = field(default_factory=list)
-    failed: str = ""
-
-    def ask(self) -> dict[str, Any]:
-        """Run one request. After a failure the process is not used again."""
-        assert self.process.stdin is not None
-        try:
-            self.process.stdin.write("\n")
-            self.process.stdin.flush()
-        except BrokenPipeError:
-            pass
-        return self.answer()
-
-    def answer(self) -> dict[str, Any]:
-        """The next answer of the process."""
-        assert self.process.stdout is not None
-        line = self.process.stdout.readline()
-        row: dict[str, Any] = json.loads(line) if line else {"error": "its process ended"}
-        self.failed = row.get("error", "")
-        return row
-
-    def median(self, what: str) -> float:
-        """The median of a measure over the rounds."""
-        return statistics.median(row[what] for row in self.rows)
-
-
-def start(side: str) -> Side:
-    """A side that is ready, or one that says why not."""
-    command = [sys.executable, __file__, *sys.argv[1:], "--as", side]
-    made = Side(side, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-    made.answer()
-    return made
 
 
 def prepare(given: argparse.Namespace) -> None:
@@ -308,19 +259,12 @@ def main() -> None:
     if given.sides is None:
         given.sides = ["reference" if given.family.startswith("higen") else "diffusers", "torch", "onnx", "gemm"]
     if given.side:
-        serve(given.side, given)
+        serve(lambda: rows(given.side, given))
         return
     given.work.mkdir(parents=True, exist_ok=True)
     prepare(given)
-    sides = [start(side) for side in given.sides]
-    for turn in range(given.rounds + 1):  # the first one warms up
-        for side in sides if turn % 2 else reversed(sides):
-            if not side.failed:
-                row = side.ask()
-                if turn and not side.failed:
-                    side.rows.append(row)
-    for side in sides:
-        side.process.communicate()
+    sides = [start(side, *sys.argv[1:], "--as", side) for side in given.sides]
+    run(sides, given.rounds, warm_up=1)
     from hardware import cores, hardware
 
     shown = f"{given.family}, {given.size}, {given.steps} steps with guidance; {cores()}; {hardware()}; "

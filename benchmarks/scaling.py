@@ -17,17 +17,16 @@ import json
 import os
 import resource
 import shutil
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from hardware import cores
+from sides import Side, run, serve, start
 
 import higen
 from higen.api import default_model
@@ -35,19 +34,15 @@ from higen.bundle import Bundle
 from higen.manifest_file import write_manifest
 
 
-@dataclass
+@dataclass(frozen=True)
 class Case:
-    """A request, and what it cost: medians of CPU seconds by part, and the peak in MiB."""
+    """A request."""
 
     group: str
     frames: int
-    side: int
+    pixels: int
+    """Width and height."""
     windows: tuple[int, int] | None = None
-    rows: list[dict[str, float]] = field(default_factory=list)
-
-    def median(self, part: str) -> float:
-        """The median of a part over the rounds."""
-        return statistics.median(row.get(part, 0.0) for row in self.rows)
 
 
 def longer(model: Path, frames: int, where: Path) -> Path:
@@ -60,15 +55,17 @@ def longer(model: Path, frames: int, where: Path) -> Path:
     return where
 
 
-def serve(model: str, frames: int, side: int, windows: tuple[int, int] | None) -> None:
-    """Answer each line of standard input with the CPU seconds of the parts of one request, and the peak."""
+def costs(model: str, frames: int, pixels: int, windows: tuple[int, int] | None) -> Callable[[], dict[str, float]]:
+    """Load the model and warm up; returns what runs a request and gives the CPU seconds of its parts, and the growth of
+    the peak of memory in MiB.
+    """
     pipe = higen.load(model, threads=1, verify=False)
     prompt = pipe.bundle.manifest.prompts[0]
 
-    def run(count: int, given: tuple[int, int] | None) -> dict[str, float]:
+    def cost(count: int, given: tuple[int, int] | None) -> dict[str, float]:
         spent: dict[str, float] = {}
         last = time.process_time()
-        for event in pipe.stream(prompt, seed=1, frames=count, width=side, height=side, windows=given):
+        for event in pipe.stream(prompt, seed=1, frames=count, width=pixels, height=pixels, windows=given):
             now = time.process_time()
             part = event.loop if isinstance(event, higen.Step) else "decode"
             spent[part] = spent.get(part, 0.0) + now - last
@@ -78,11 +75,9 @@ def serve(model: str, frames: int, side: int, windows: tuple[int, int] | None) -
     def peak() -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
-    run(2, None)
+    cost(2, None)
     base = peak()
-    for _ in sys.stdin:
-        spent = run(frames, windows)
-        print(json.dumps({**spent, "memory": peak() - base}), flush=True)
+    return lambda: {**cost(frames, windows), "memory": peak() - base}
 
 
 def exponent(xs: list[int], ys: list[float]) -> str:
@@ -108,7 +103,7 @@ def main() -> None:
     parser.add_argument("--as", dest="case", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.case:
-        serve(*json.loads(given.case))
+        serve(lambda: costs(*json.loads(given.case)))
         return
     sizes = Bundle.open(given.model).manifest.sizes
     window = (given.windows[0], given.windows[1])
@@ -116,44 +111,29 @@ def main() -> None:
     cases += [Case("windows", n, sizes.width, window) for n in given.frames if n > window[0]]
     cases += [Case("size", sizes.frames[1], side) for side in given.sides]
     with tempfile.TemporaryDirectory() as folder:
-        measure(cases, str(longer(given.model, max(given.frames), Path(folder) / "model")), given.rounds)
+        model = str(longer(given.model, max(given.frames), Path(folder) / "model"))
+        sides = [start("", "--as", json.dumps([model, c.frames, c.pixels, c.windows])) for c in cases]
+        run(sides, given.rounds)
+    if failed := next((side.failed for side in sides if side.failed), ""):
+        sys.exit(failed)
     print(f"{cores()}, one thread; load {os.getloadavg()[0]:.1f}; median of {given.rounds} rounds\n")
-    report(cases, [loop.name for loop in Bundle.open(given.model).manifest.loops])
+    report(list(zip(cases, sides, strict=True)), [loop.name for loop in Bundle.open(given.model).manifest.loops])
 
 
-def measure(cases: list[Case], model: str, rounds: int) -> None:
-    """Run every case once in each round."""
-    sides: list[tuple[Case, subprocess.Popen[str]]] = []
-    for case in cases:
-        request = json.dumps([model, case.frames, case.side, case.windows])
-        command = [sys.executable, __file__, "--as", request]
-        sides.append((case, subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)))
-    for turn in range(rounds):
-        for case, process in sides if turn % 2 else reversed(sides):
-            assert process.stdin is not None
-            assert process.stdout is not None
-            process.stdin.write("\n")
-            process.stdin.flush()
-            row: dict[str, Any] = json.loads(process.stdout.readline())
-            case.rows.append(row)
-    for _, process in sides:
-        process.communicate()
-
-
-def report(cases: list[Case], loops: list[str]) -> None:
+def report(cases: list[tuple[Case, Side]], loops: list[str]) -> None:
     """The table, and the exponents."""
     parts = [*loops, "decode"]
     print(f"| clip | {' | '.join(f'{part}, CPU s' for part in parts)} | memory, MiB |")
     print("|---" * (len(parts) + 2) + "|")
-    for case in cases:
+    for case, side in cases:
         how = f" in windows of {case.windows[0]}" if case.windows else ""
-        shown = " | ".join(f"{case.median(part):.2f}" for part in parts)
-        print(f"| {case.frames} x {case.side}x{case.side}{how} | {shown} | {case.median('memory'):.0f} |")
+        shown = " | ".join(f"{side.median(part):.2f}" for part in parts)
+        print(f"| {case.frames} x {case.pixels}x{case.pixels}{how} | {shown} | {side.median('memory'):.0f} |")
     print()
     for group, over in (("whole", "frames"), ("windows", "frames"), ("size", "pixels")):
-        chosen = [case for case in cases if case.group == group]
-        xs = [case.frames if over == "frames" else case.side**2 for case in chosen]
-        shown = ", ".join(f"{part} {exponent(xs, [case.median(part) for case in chosen])}" for part in parts)
+        chosen = [(case, side) for case, side in cases if case.group == group]
+        xs = [case.frames if over == "frames" else case.pixels**2 for case, _ in chosen]
+        shown = ", ".join(f"{part} {exponent(xs, [side.median(part) for _, side in chosen])}" for part in parts)
         print(f"Exponents over {over} ({group}): {shown}")
 
 

@@ -107,6 +107,7 @@ def test_bad_clips_are_named_before_anything_is_drawn(
         (["--clips", "empty.jsonl"], "--clips: 'empty.jsonl': no usable item"),
         (["--clips", "picture.jsonl"], "--clips: picture.jsonl has no video"),
         (["--clips", "picture.jsonl", "--seeds", "0"], "--seeds=0: a whole number from 1"),
+        (["--clips", "picture.jsonl", "--preset", "fast"], "preset='fast': tiny has no presets"),
         (["--clips", "picture.jsonl", "--quick"], "--fetch, --quick: only with --data"),
         (["--data", "emoji", "--limit", "3"], "--limit=3: only with --clips"),
     ],

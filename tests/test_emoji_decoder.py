@@ -17,6 +17,7 @@ from torch import Tensor
 from training_run import killed_after
 
 import higen
+from higen import bundle
 from higen.api import default_model
 from higen.bundle import Bundle
 from higen.families.higen import spec
@@ -24,6 +25,7 @@ from higen.train.emoji import assemble, autoencoder, decoder, latent_cache
 from higen.train.emoji import packs as data
 from higen.train.emoji.decoder import DECODER, Drawn, draw, train
 from higen.train.emoji.subjects import BACKGROUNDS, SPEEDS, SUBJECTS, caption
+from higen.typed_json import to_json
 
 TWO = SUBJECTS[:2]
 
@@ -73,6 +75,23 @@ def _encoded(codec: Any, pictures: Squares, s: int, b: int, speed: int) -> Tenso
     places = data.clip_indices(40, SUBJECTS[s].key_frame, SPEEDS[speed].factor)
     encoded: Tensor = codec.encoder(pictures.compose(s, b, torch.from_numpy(places))[0])
     return encoded
+
+
+def test_a_codec_that_starts_from_a_model_has_its_widths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(autoencoder, "Pictures", Squares)
+    model = Bundle.open(default_model())
+    config = spec.config(model.manifest)
+    other = autoencoder.CodecConfig(decoder_block_out_channels=(16, 8, 16, 16, 16))
+    codec = autoencoder.build(other).state_dict()
+    narrow = replace(config, autoencoder=replace(config.autoencoder, arguments=to_json(other)))
+    with bundle.create_model(tmp_path / "model", spec.manifest(narrow)) as folder:
+        for name in (spec.UNET, spec.TEXT_ENCODER, spec.TOKENIZER):
+            shutil.copy(model.file(name), folder)
+        save_file(codec, folder / spec.AUTOENCODER)
+    autoencoder.train(tmp_path, tmp_path, 0, Bundle.open(tmp_path / "model"))
+    found = autoencoder.load(tmp_path).state_dict()
+    assert found.keys() == codec.keys()
+    assert all(torch.equal(found[name], codec[name]) for name in codec)
 
 
 def test_drawn_pictures_are_paired_with_the_requested_pictures(state: Path) -> None:

@@ -415,19 +415,19 @@ def test_a_codec_is_written_completely_or_not_at_all(tmp_path: Path, monkeypatch
         with monkeypatch.context() as patch:
             patch.setattr(f"higen.train.emoji.autoencoder.{name}", killed)
             with pytest.raises(KeyboardInterrupt):
-                autoencoder.export(codec, tmp_path)
+                autoencoder.export(codec, autoencoder.CodecConfig(), tmp_path)
         assert {p.name for p in tmp_path.iterdir()} <= {"autoencoder.json"}  # the recipe looks for the weights
-    autoencoder.export(codec, tmp_path)
+    autoencoder.export(codec, autoencoder.CodecConfig(), tmp_path)
     assert {p.name for p in tmp_path.iterdir()} == {"autoencoder.json", "autoencoder.safetensors"}
 
 
 def test_a_full_disk_leaves_the_codecs_files_as_they_were(tmp_path: Path) -> None:
     codec, path = autoencoder.build().state_dict(), tmp_path / "autoencoder.safetensors"
-    autoencoder.export(codec, tmp_path)
+    autoencoder.export(codec, autoencoder.CodecConfig(), tmp_path)
     before = path.read_bytes()
     message = f"{path.name} cannot be written: .*too large"
     with full_disk(len(before) // 2), pytest.raises(TrainingError, match=message):
-        autoencoder.export(codec, tmp_path)
+        autoencoder.export(codec, autoencoder.CodecConfig(), tmp_path)
     assert path.read_bytes() == before
     assert {p.name for p in tmp_path.iterdir()} == {path.name, "autoencoder.json"}
 

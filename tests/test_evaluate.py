@@ -454,8 +454,9 @@ def stand_ins(real: RealClips, judges: Judges, monkeypatch: pytest.MonkeyPatch) 
     made = Model(real, shots, lambda clip, shot: clip)
 
     class Maker(Lossless):
-        def __init__(self, pipeline: Pipeline) -> None:
+        def __init__(self, pipeline: Pipeline, options: dict[str, str]) -> None:
             assert pipeline.manifest.name
+            assert options in ({}, {"preset": "fast"})
 
         def __call__(self, *request: Any) -> Frames:
             return made(*request) if made.shots else real.clip(again[0].subject, 0, 1.0)
@@ -470,9 +471,11 @@ def stand_ins(real: RealClips, judges: Judges, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.usefixtures("stand_ins")
 def test_the_command_prints_and_writes_what_it_measured(tmp_path: Path) -> None:
-    result = cli("--data", tmp_path, "--output", tmp_path / "out", "--seeds", "1", "--precision", "fp32", "--json")
+    options = ("--seeds", "1", "--precision", "fp32", "--preset", "fast", "--json")
+    result = cli("--data", tmp_path, "--output", tmp_path / "out", *options)
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
+    assert found["model"]["preset"] == "fast"
     assert found["groups"]["held-out"]["generated"]["beats_copy"] == 1
     assert found["model"]["seeds"] == 1
     assert found["model"]["precision"] == "fp32"
@@ -515,6 +518,9 @@ def test_wrong_arguments_are_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
     result = cli(*options, "--precision", "int9")
     assert result.exit_code == 2
     assert "precision='int9': one of 'fp32'" in result.stderr
+    result = cli(*options, "--preset", "slow")
+    assert result.exit_code == 2
+    assert re.search(r"preset='slow': the presets of .* are 'fast'", result.stderr)
     result = cli(*options, "--seeds", "0")
     assert result.exit_code == 2
     assert "seeds=0: a whole number from 1" in result.stderr

@@ -27,12 +27,14 @@ from higen.backends.base import RecordingBackend
 from higen.bundle import MANIFEST, Bundle, FileRecord, GraphInput
 from higen.errors import HigenError, IntegrityError, ManifestError, ModelError
 from higen.families.higen import spec
+from higen.families.higen.configuration import FewStepPreset
 from higen.families.higen.spec import ModelConfig
 from higen.manifest import Manifest
 from higen.manifest_file import read_manifest, rewrite, write_manifest
 from higen.pipeline import Pipeline
 from higen.tables import Mix, NoiseRule, Windows
 from higen.tokenizer import build_word_tokenizer, write_tokenizer
+from higen.train.emoji.configuration import architecture
 from higen.upgrade import upgrade
 
 Document = dict[str, Any]
@@ -93,8 +95,14 @@ def test_tables_come_back_as_they_were_written(manifest: Manifest, tmp_path: Pat
 
 
 def test_higens_configuration_is_in_its_tables() -> None:
-    for config in (TINY, ModelConfig()):
+    presets = (FewStepPreset("fast", (2, 1), stretch=1.5), FewStepPreset("half", (None, 1), (None, 2.0)))
+    few = replace(TINY, defaults=replace(TINY.defaults, stretch=1.25, presets=presets))
+    for config in (TINY, few, ModelConfig()):
         assert spec.config(spec.manifest(config)) == config
+
+
+def test_the_recipe_has_the_built_in_models_defaults() -> None:
+    assert spec.config(Bundle.open(default_model()).manifest).defaults == architecture().defaults
 
 
 def test_the_built_in_models_manifest_is_of_version_2() -> None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from higen.errors import CheckpointError
 from higen.models.companions import quiet_import
 from higen.models.diffusers_unet import check_configuration, diffusers_network
-from higen.models.video_walk import ClipPredictor, More, fold, per_frame, time_embedding, unfold, walk_with_deep
+from higen.models.video_walk import ClipPredictor, More, fold, per_frame
 
 __all__ = ["CONTROL", "ControlledClipPredictor", "control_net", "control_net_arguments", "with_control"]
 __all__ += ["added", "check_base", "first_added"]
@@ -111,39 +111,14 @@ def first_added(unet: Any, x: Tensor, pixels: Tensor, scale: Tensor) -> Tensor:
 
 
 class ControlledClipPredictor(ClipPredictor):
-    """A video U-Net with a control network. The conditions are `context`, `control` and `control_scale`."""
-
-    def with_deep(
-        self,
-        x: Tensor,
-        t: Tensor,
-        alpha: Tensor,
-        sigma: Tensor,
-        conditions: Mapping[str, Tensor],
-        branches: int,
-        deep: Tensor | None = None,
-    ) -> tuple[Tensor, Tensor]:
-        """As in ClipPredictor. The deep features contain the control network's terms; a step that is given deep
-        features adds only the term for the first skip connection.
-        """
-        unet, frames = self.unet, x.shape[2]
-        noisy = fold(x.to(unet.conv_in.weight.dtype))
-        context = per_frame(conditions["context"].to(noisy.dtype), frames)
-        embedding = per_frame(time_embedding(unet, t), frames)
-        first, more, given = unet.conv_in(noisy), None, None
-        if deep is None:
-            more = self.terms(noisy, t, context, conditions, frames)
-        else:
-            first, given = first + self.first_term(noisy, conditions), fold(deep.to(noisy.dtype))
-        m, kept = walk_with_deep(unet, first, embedding, context, given, more, num_frames=frames)
-        return unfold(m, x.shape[0]), unfold(kept, x.shape[0])
+    """A video U-Net with a ControlNet. The conditions are `context`, `control` and `control_scale`."""
 
     def terms(self, noisy: Tensor, t: Tensor, context: Tensor, conditions: Mapping[str, Tensor], frames: int) -> More:
-        """The terms that the control network adds. noisy [B*f,C,H,W], t [B], context [B*f,T,Dc]"""
+        """See `added`."""
         return added(
             self.unet, noisy, per_frame(t, frames), context, conditions["control"], conditions["control_scale"]
         )
 
     def first_term(self, noisy: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
-        """The term for the first skip connection [B*f,C',H,W]. It needs none of the control network's blocks."""
+        """See `first_added`."""
         return first_added(self.unet, noisy, conditions["control"], conditions["control_scale"])

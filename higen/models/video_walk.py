@@ -144,11 +144,27 @@ class ClipPredictor(nn.Module):
         """Layers between the first convolution and the blocks: [B*F,C,H,W] -> the same. There are none by default."""
         return first
 
+    def terms(
+        self, noisy: Tensor, t: Tensor, context: Tensor, conditions: Mapping[str, Tensor], frames: int
+    ) -> More | None:
+        """The terms of a control network. There is none by default. noisy [B*F,C,H,W], t [B], context [B*F,T,Dc]"""
+        return None
+
+    def first_term(self, noisy: Tensor, conditions: Mapping[str, Tensor]) -> Tensor | None:
+        """The term for the first skip connection [B*F,C',H,W]. It needs none of the control network's blocks."""
+        return None
+
     def through(
-        self, first: Tensor, embedding: Tensor, context: Tensor, frames: int, deep: Tensor | None
+        self,
+        first: Tensor,
+        embedding: Tensor,
+        context: Tensor,
+        frames: int,
+        deep: Tensor | None,
+        more: More | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The U-Net from after `enter` to the prediction [B*F,C',H,W], and the deep features (see `walk_with_deep`)."""
-        return walk_with_deep(self.unet, first, embedding, context, deep, num_frames=frames)
+        return walk_with_deep(self.unet, first, embedding, context, deep, more, num_frames=frames)
 
     def forward(self, *told: Any) -> Tensor:
         """x [B,C,F,H,W] and the other arguments of `with_deep` -> m of the same shape."""
@@ -164,12 +180,21 @@ class ClipPredictor(nn.Module):
         branches: int,
         deep: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """m, shaped like x [B,C,F,H,W], and the deep features [B,K,F,H,W], which are `deep` if it is given."""
+        """m, shaped like x [B,C,F,H,W], and the deep features [B,K,F,H,W], which are `deep` if it is given.
+
+        The deep features contain the terms of a control network. So a step with the deep features of another step adds
+        only the term for the first skip connection.
+        """
         unet, frames = self.unet, x.shape[2]
-        dtype = unet.conv_in.weight.dtype
-        embedding, context = time_embedding(unet, t), conditions["context"].to(dtype)
-        first = self.enter(unet.conv_in(fold(x.to(dtype))), frames)
-        given = None if deep is None else fold(deep.to(dtype))
-        told = per_frame(embedding, frames), per_frame(context, frames), frames
-        m, kept = self.through(first, *told, given)
+        noisy = fold(x.to(unet.conv_in.weight.dtype))
+        context = per_frame(conditions["context"].to(noisy.dtype), frames)
+        embedding = per_frame(time_embedding(unet, t), frames)
+        first = self.enter(unet.conv_in(noisy), frames)
+        more, given = None, None
+        if deep is None:
+            more = self.terms(noisy, t, context, conditions, frames)
+        else:
+            term, given = self.first_term(noisy, conditions), fold(deep.to(noisy.dtype))
+            first = first if term is None else first + term
+        m, kept = self.through(first, embedding, context, frames, given, more)
         return unfold(m, x.shape[0]), unfold(kept, x.shape[0])

@@ -156,6 +156,7 @@ def cues(
 @click.option("--seeds", type=int, help="Clips of each held-out prompt.  [8; 1 with --clips]")
 @click.option("--quick", is_flag=True, help="Measure only every fourth subject, with one seed.")
 @click.option("--known", is_flag=True, help="Measure known frames too: first and last, every second frame, first half.")
+@click.option("--preset", help="Draw the clips with this preset of the model.")
 @click.option("--backend", default="auto", show_default=True, help="Where the stages run; see `higen doctor`.")
 @click.option("--precision", help="Precision of the stages: fp32, fp16, bf16, int8, ...  [fp32 on a CPU]")
 @JSON
@@ -169,6 +170,7 @@ def evaluate(
     seeds: int | None,
     quick: bool,
     known: bool,
+    preset: str | None,
     backend: str,
     precision: str | None,
     as_json: bool,
@@ -193,6 +195,7 @@ def evaluate(
                 output,
                 seeds=1 if seeds is None else seeds,
                 limit=limit,
+                preset=preset,
                 backend=backend,
                 precision=precision,
                 shown=_watched(as_json),
@@ -212,6 +215,7 @@ def evaluate(
             seeds=1 if quick else 8 if seeds is None else seeds,
             quick=quick,
             known=known,
+            preset=preset,
             backend=backend,
             precision=precision,
             download=fetch,

@@ -14,6 +14,7 @@ from higen.errors import OutputError, SettingsError
 from higen.locks import claimed
 from higen.output_file import check_own
 from higen.precision import check_precision
+from higen.presets import chosen_preset
 from higen.staging import whole_file
 from higen.train.clip_evaluation import REQUESTS, Evaluation, check_clips, evaluate_clips
 from higen.train.pipeline_maker import PipelineMaker
@@ -40,16 +41,17 @@ def measure_clips(
     *,
     seeds: int = 1,
     limit: int | None = None,
+    preset: str | None = None,
     backend: str = "auto",
     precision: str | None = None,
     shown: bool = False,
 ) -> tuple[dict[str, Any], str]:
     """Measure a model directory (None: the built-in one) against the clips of a data set, and write the files into
-    `output`. Returns the measures, and the report as Markdown.
+    `output`. Returns the measures, and the report as Markdown. `preset`: name of the preset that draws the clips.
 
-    Raises RequestError (backend, precision), SettingsError (less than one seed or clip, and what `check_clips` raises),
-    OutputError (a folder that cannot be written or holds other files of these names), TrainingError (another process
-    that evaluates into `output`) and what loading a model raises.
+    Raises RequestError (backend, precision, preset), SettingsError (less than one seed or clip, and what `check_clips`
+    raises), OutputError (a folder that cannot be written or holds other files of these names), TrainingError (another
+    process that evaluates into `output`) and what loading a model raises.
     """
     check_backend(backend)
     if precision is not None:
@@ -58,14 +60,16 @@ def measure_clips(
         if value < 1:
             raise SettingsError(f"--{name}={value}: a whole number from 1")
     bundle = Bundle.open(model or default_model())
+    chosen_preset(bundle.manifest.presets, preset, bundle.manifest.name)
     found = check_clips(clips, bundle, limit)
     check_own(output, FILES, rf"\A{TITLE}")
     try:
         output.mkdir(parents=True, exist_ok=True)
         with claimed(output, "evaluating"), load(bundle.path, backend, precision=precision) as pipeline:
-            result = evaluate_clips(PipelineMaker(pipeline), found, seeds, shown)
+            options = {} if preset is None else {"preset": preset}
+            result = evaluate_clips(PipelineMaker(pipeline, options), found, seeds, shown)
             files = {name: record.sha256 for name, record in sorted(bundle.files.items())}
-            about = {"name": bundle.manifest.name, "backend": pipeline.backend.name, "files": files}
+            about = {"name": bundle.manifest.name, "backend": pipeline.backend.name, "files": files, **options}
             measures = {"model": about, "frame": asdict(found.frame), "means": result.means(), **asdict(result)}
             text = as_markdown(result, bundle.manifest.name)
             for name, content in zip(FILES, (text, json.dumps(measures, indent=1)), strict=True):

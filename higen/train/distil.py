@@ -43,7 +43,8 @@ class Sampling:
 
 
 def distilled(config: ModelConfig, distil: DistilSettings) -> ModelConfig:
-    """The configuration of the distilled model. Its distilled loops have few steps by default, and only plain ones.
+    """The configuration of the distilled model. Its distilled loops have few steps by default, and only plain ones. It
+    has no presets, because they were made for the loops before.
 
     The student's solver is always DPM++2M, because DDIM's few steps do not begin at the noise. Raises SettingsError if
     this would change key frames that are to be drawn as before.
@@ -56,7 +57,7 @@ def distilled(config: ModelConfig, distil: DistilSettings) -> ModelConfig:
         )
     kept = zip(distil.steps, defaults.steps, defaults.guidance, config.guided, strict=True)
     (n, g, both), (m, h, also) = ((n, 1.0, False) if n else (own, scale, has) for n, own, scale, has in kept)
-    defaults = replace(defaults, steps=(n, m), guidance=(g, h), solver=name)
+    defaults = replace(defaults, steps=(n, m), guidance=(g, h), solver=name, presets=())
     return replace(config, defaults=defaults, guided=(both, also))
 
 

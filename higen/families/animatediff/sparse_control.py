@@ -47,7 +47,7 @@ class SparselyControlledPredictor(ControlledClipPredictor):
         return tuple(down), scale * net.controlnet_mid_block(middle)
 
     def first_term(self, noisy: Tensor, conditions: Mapping[str, Tensor]) -> Tensor:
-        """The term for the first skip connection [B*f,C',H,W]. It needs none of the control network's blocks."""
+        """See ClipPredictor."""
         term: Tensor = self.unet.control.controlnet_down_blocks[0](self._first(noisy, conditions))
         return _scale(noisy, conditions) * term
 

@@ -18,6 +18,7 @@ __all__ = [
     "TOKENIZER",
     "AutoencoderConfig",
     "Defaults",
+    "FewStepPreset",
     "ModelConfig",
     "TextConfig",
     "UNetConfig",
@@ -131,6 +132,19 @@ class AutoencoderConfig:
 
 
 @dataclass(frozen=True)
+class FewStepPreset:
+    """A preset of few steps. Pairs are for the spatial loop and the temporal loop; None: the loop's own value.
+
+    stretch  factor for the difference of the clip's latents from the key frame's, because one step moves too little
+    """
+
+    name: str
+    steps: tuple[int | None, int | None]
+    guidance: tuple[float | None, float | None] = (1.0, 1.0)
+    stretch: float | None = None
+
+
+@dataclass(frozen=True)
 class Defaults:
     """Default values of a request. Pairs are for the spatial loop and the temporal loop."""
 
@@ -149,6 +163,9 @@ class Defaults:
     noise_mix: float = 0.0
     """How much of the key frame's latents is added to the initial noise of a clip (MicroCinema's appearance noise
     prior). This is the value used in training."""
+    stretch: float = 1.0
+    """As in FewStepPreset, for requests without a preset."""
+    presets: tuple[FewStepPreset, ...] = ()
 
 
 @dataclass(frozen=True)

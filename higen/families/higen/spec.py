@@ -16,6 +16,7 @@ from higen.families.higen.configuration import (
     TOKENIZER,
     AutoencoderConfig,
     Defaults,
+    FewStepPreset,
     ModelConfig,
     TextConfig,
     UNetConfig,
@@ -32,6 +33,7 @@ from higen.families.stage_rows import (
     text_encoder_stage,
 )
 from higen.manifest import Manifest
+from higen.presets import Preset, Stretch
 from higen.schedule import Solver
 from higen.stages import Output, Stage, Tensor
 from higen.tables import Control, Loop, Mix, NoiseRule, Offset, Replaced, Sizes, Start
@@ -105,6 +107,7 @@ def manifest(config: ModelConfig, plain: bool = True) -> Manifest:
         controls=_controls(config),
         stages=rows,
         loops=loops,
+        presets=tuple(Preset(p.name, p.steps, p.guidance, (None, p.stretch)) for p in config.defaults.presets),
     )
 
 
@@ -242,8 +245,15 @@ def _loops(config: ModelConfig, plain: bool) -> tuple[Loop, Loop]:
         replaced=None,
         start=Start("video", "vae_encoder@video.latents", "control:strength"),
         known=KNOWN,
+        stretch=_stretch(defaults),
     )
     return spatial, temporal
+
+
+def _stretch(defaults: Defaults) -> Stretch | None:
+    """The stretch of a clip's latents from the key frame's; None if no request needs it."""
+    needed = defaults.stretch != 1 or any(preset.stretch is not None for preset in defaults.presets)
+    return Stretch("spatial", defaults.stretch) if needed else None
 
 
 def _solvers(default: str) -> tuple[Solver, ...]:
@@ -368,12 +378,19 @@ def config(manifest: Manifest) -> ModelConfig:
             offset_noise=controls["offset_noise"].default,
             usual_motion=motion.usual,
             noise_mix=_noise_mix(pair[1]),
+            stretch=1.0 if pair[1].stretch is None else pair[1].stretch.by,
+            presets=tuple(_few_steps(preset) for preset in manifest.presets),
         ),
         max_frames=sizes.frames[2],
         optional_cues=motion.optional and appearance.optional,
         prompts=manifest.prompts,
         guided=(pair[0].guided is not None, pair[1].guided is not None),
     )
+
+
+def _few_steps(preset: Preset) -> FewStepPreset:
+    (first, second), (scale, other), (_, by) = preset.steps, preset.guidance, preset.stretch  # the first loop has none
+    return FewStepPreset(preset.name, (first, second), (scale, other), by)
 
 
 def _noise_mix(loop: Loop) -> float:

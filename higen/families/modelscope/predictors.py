@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from higen.models.video_walk import ClipPredictor, down_and_middle, ends, last_layers
+from higen.models.video_walk import ClipPredictor, More, down_and_middle, ends, last_layers
 
 __all__ = ["UpscalingPredictor", "VideoPredictor", "weakened"]
 
@@ -53,9 +53,17 @@ class UpscalingPredictor(VideoPredictor):
         return super().deep_channels if len(self.unet.up_blocks) > 1 else None
 
     def through(
-        self, first: Tensor, embedding: Tensor, context: Tensor, frames: int, deep: Tensor | None
+        self,
+        first: Tensor,
+        embedding: Tensor,
+        context: Tensor,
+        frames: int,
+        deep: Tensor | None,
+        more: More | None = None,
     ) -> tuple[Tensor, Tensor]:
-        """The part of the network that follows the first transformer. Returns m and the deep features."""
+        """The part of the network that follows the first transformer. Returns m and the deep features. `more` is not
+        used, because SR600 has no control network.
+        """
         if deep is None:
             deep = self._deep(first, embedding, context, frames)
         told = embedding, context, slice(-1, None)

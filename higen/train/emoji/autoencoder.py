@@ -32,6 +32,7 @@ from higen.train.emoji.subjects import BACKGROUNDS, SUBJECTS, is_held_out
 from higen.train.emoji.tensor_files import aside
 from higen.train.loop import Cadence, Follower, Loop
 from higen.train.optimise import Optimiser
+from higen.typed_json import from_json
 
 FOLDER = "autoencoder"
 """Name of the checkpoints' folder."""
@@ -46,9 +47,9 @@ class CodecConfig:
     encoder_block_types: str = "ResBlock"
     decoder_block_types: str = "ResBlock"
     encoder_block_out_channels: tuple[int, ...] = (16, 24, 48, 96, 96)
-    decoder_block_out_channels: tuple[int, ...] = (16, 32, 64, 128, 128)
+    decoder_block_out_channels: tuple[int, ...] = (16, 16, 32, 64, 128)
     encoder_layers_per_block: tuple[int, ...] = (0, 1, 1, 1, 1)
-    decoder_layers_per_block: tuple[int, ...] = (0, 2, 2, 1, 1)
+    decoder_layers_per_block: tuple[int, ...] = (0, 2, 3, 2, 2)
     encoder_qkv_multiscales: tuple[tuple[int, ...], ...] = NO_ATTENTION
     decoder_qkv_multiscales: tuple[tuple[int, ...], ...] = NO_ATTENTION
 
@@ -128,8 +129,8 @@ def psnr(model: AutoencoderDC, pictures: Pictures, pairs: list[tuple[int, int]],
 class CodecGradients(Follower):
     """The gradients of a step of the codec, and the numbers to log."""
 
-    def __init__(self, model: AutoencoderDC, pictures: Pictures, settings: CodecSettings) -> None:
-        self.model, self.pictures, self.settings = model, pictures, settings
+    def __init__(self, model: AutoencoderDC, config: CodecConfig, pictures: Pictures, settings: CodecSettings) -> None:
+        self.model, self.config, self.pictures, self.settings = model, config, pictures, settings
         self.optimiser = Optimiser(dict(model.named_parameters()), settings.optimiser, settings.steps)
 
     def __call__(self, step: int, random: torch.Generator) -> Mapping[str, Tensor]:
@@ -142,7 +143,7 @@ class CodecGradients(Follower):
 
     def logged(self, step: int, values: Mapping[str, Tensor], smoothed: Mapping[str, float]) -> Mapping[str, float]:
         """The loss, and the PSNR of the averaged weights on trained and held-out pictures."""
-        averaged = build()
+        averaged = build(self.config)
         averaged.load_state_dict(self.optimiser.average)
         # There are nine pairs per subject, so every tenth pair has another subject and another background.
         seen = psnr(averaged, self.pictures, self.pictures.training[::10])
@@ -156,15 +157,17 @@ def train(
     """Train for `seconds` in total on the loops in `data`, resume from the checkpoint in `state`, and write the codec
     to `state`.
 
-    A new run starts from random weights, or from those of the model `start`; 0 seconds leave these unchanged.
-    Raises TrainingError if a file cannot be read or written.
+    A new run starts from random weights, or from those of the model `start`, whose widths it then has; 0 seconds leave
+    these unchanged. Raises TrainingError if a file cannot be read or written, ManifestError if `start` has another kind
+    of codec.
     """
     state.mkdir(parents=True, exist_ok=True)
     if (earlier := state / "autoencoder.ckpt").exists():
         raise TrainingError(f"{earlier}: a checkpoint of an earlier version; remove it to train the codec again")
     torch.manual_seed(settings.seed)
-    model = build()
-    gradients = CodecGradients(model, Pictures(data), settings)
+    config = CodecConfig() if start is None else _config_of(start)
+    model = build(config)
+    gradients = CodecGradients(model, config, Pictures(data), settings)
     optimiser = gradients.optimiser
     loop = Loop(
         gradients,
@@ -180,14 +183,19 @@ def train(
         optimiser.average_anew()
     optimiser.time = max(seconds, optimiser.seconds)
     loop.run()
-    export(optimiser.average, state)
+    export(optimiser.average, config, state)
 
 
-def export(weights: Mapping[str, Tensor], folder: Path) -> None:
+def _config_of(model: Bundle) -> CodecConfig:
+    arguments = spec.autoencoder_config(model.manifest).arguments
+    return from_json(CodecConfig, arguments, "architecture.autoencoder.arguments", whole=True)
+
+
+def export(weights: Mapping[str, Tensor], config: CodecConfig, folder: Path) -> None:
     """Write the constructor's arguments (`autoencoder.json`), and then the weights (`autoencoder.safetensors`). If the
     weights exist, the codec is complete. Raises TrainingError if a file cannot be written."""
     with aside(folder / "autoencoder.json") as path:
-        path.write_text(json.dumps(asdict(CodecConfig()), indent=2) + "\n")
+        path.write_text(json.dumps(asdict(config), indent=2) + "\n")
     with aside(folder / "autoencoder.safetensors") as path:
         save_file({name: tensor.contiguous() for name, tensor in weights.items()}, path)
 

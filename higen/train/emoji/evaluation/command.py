@@ -16,6 +16,7 @@ from higen.families.higen import spec
 from higen.locks import claimed
 from higen.output_file import check_own
 from higen.precision import check_precision
+from higen.presets import chosen_preset
 from higen.train.denormals import flushed_denormals
 from higen.train.emoji.evaluation import known as known_measures
 from higen.train.emoji.evaluation.evaluate import evaluate
@@ -40,6 +41,7 @@ def measure(
     seeds: int = 8,
     quick: bool = False,
     known: bool = False,
+    preset: str | None = None,
     backend: str = "auto",
     precision: str | None = None,
     download: bool = False,
@@ -50,9 +52,9 @@ def measure(
 
     `download`: the emoji may be fetched into `data`, about 700 MB. The judging networks and the measures of each clip
     are kept in `output`, and are used again for the same data and model, so a stopped run continues. `known`: known
-    frames are measured too, again in every run.
+    frames are measured too, again in every run. `preset`: name of the model's preset that draws the clips.
 
-    Raises RequestError (backend, precision), SettingsError (a model of another recipe, less than one seed),
+    Raises RequestError (backend, precision, preset), SettingsError (a model of another recipe, less than one seed),
     OutputError (a folder that cannot be written), TrainingError (missing data that cannot be fetched, another process
     that evaluates into `output`) and what loading a model raises.
     """
@@ -61,6 +63,7 @@ def measure(
     if precision is not None:
         check_precision(precision)
     bundle = Bundle.open(model or default_model())
+    chosen_preset(bundle.manifest.presets, preset, bundle.manifest.name)
     subjects = subjects_named(bundle.manifest.prompts)
     shots = plan(subjects, seeds, quick)
     if known and all(loop.known is None for loop in bundle.manifest.loops):
@@ -87,13 +90,15 @@ def measure(
             load(bundle.path, backend, precision=precision) as pipeline,
             _writing(output),
         ):
-            make, judges = known_measures.PipelineThrough(pipeline), Judges(real, judged, shown=shown)
+            options = {} if preset is None else {"preset": preset}
+            make, judges = known_measures.PipelineThrough(pipeline, options), Judges(real, judged, shown=shown)
             measured = {
                 "name": bundle.manifest.name,
                 "defaults": to_json(spec.config(bundle.manifest).defaults),
                 "files": {name: record.sha256 for name, record in sorted(bundle.files.items())},
                 "backend": pipeline.backend.name,
                 "precision": precision or "by the device",
+                **options,
             }
             journal = Journal(output / "clips.jsonl", measured | {"judges": judges.key})
             result = evaluate(make, make, real, judges, shots, shown, journal)
