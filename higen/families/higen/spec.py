@@ -39,19 +39,9 @@ from higen.stages import Output, Stage, Tensor
 from higen.tables import Control, Loop, Mix, NoiseRule, Offset, Replaced, Sizes, Start
 from higen.typed_json import LATER, from_json, to_json
 
-__all__ = [
-    "AUTOENCODER",
-    "DDIM",
-    "DPM",
-    "FAMILY",
-    "TEXT_ENCODER",
-    "TOKENIZER",
-    "UNET",
-    "AutoencoderConfig",
-    "Defaults",
-    "ModelConfig",
-    "TextConfig",
-    "UNetConfig",
+__all__ = ["AUTOENCODER", "DDIM", "DPM", "FAMILY", "TEXT_ENCODER", "TOKENIZER", "UNET"]
+__all__ += ["AutoencoderConfig", "Defaults", "ModelConfig", "TextConfig", "UNetConfig"]
+__all__ += [
     "autoencoder_config",
     "config",
     "manifest",
