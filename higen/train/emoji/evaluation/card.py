@@ -76,7 +76,11 @@ stage continued the one before (`--start`):
    speed.
 5. 10,400 steps in bfloat16 with a learning rate of at most 8e-4, and otherwise as in the present recipe: half the clips
    at the highest noise levels, fast clips more often, cues mostly one at a time.
-6. The decoder: 2,500 steps on clips of the denoiser after a third of stage 5, and 1,200 on clips of the final denoiser.
+6. The decoder, which was twice as large then: 2,500 steps on clips of the denoiser after a third of stage 5, and 1,200
+   on clips of the final denoiser.
+7. The present decoder, from random weights: 9,000 steps in bfloat16 (0.28 s each). Half of each batch were latents that
+   the denoiser draws, by default or with the preset `fast`; the targets were the pictures of the decoder before and the
+   real pictures. The other half were encoded pictures with noise.
 
 **Measured** with `higen evaluate{quick}`, against the real clips ({clips}). The last two
 columns are the same measures for the real clips of the held-out prompts: through the autoencoder (codec), and as they
