@@ -127,6 +127,7 @@ PAIRED = """[model]
 init = "{init}"
 [data]
 path = "none.jsonl"    # the pairs are rendered
+images = 0
 [optimiser]
 layers = "temporal"
 [lora]
