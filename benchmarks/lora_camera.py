@@ -26,11 +26,13 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import camera_pairs
 import numpy as np
 import torch
 from cameras import CAMERAS, SIDE, Camera, Frames, movement, outside, rendered, smaller
+from numpy.typing import NDArray
 
 import higen
 from higen.api import default_model
@@ -44,7 +46,7 @@ from higen.train.networks import build
 from higen.train.settings import Settings, read_settings
 from higen.video import Video, contact_sheet
 
-SCALES = (-1.0, -0.5, 0.0, 0.5, 1.0)
+SCALES = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
 DRAWN = tuple(b for b in BACKGROUNDS if not b.name.startswith("plain"))
 SHOWN = tuple(b for b in DRAWN if b.name not in ("grass", "desert"))
 """Backgrounds that show a pan next to the subject. The others are flat there, except for one line."""
@@ -125,6 +127,7 @@ PAIRED = """[model]
 init = "{init}"
 [data]
 path = "none.jsonl"    # the pairs are rendered
+images = 0
 [optimiser]
 layers = "temporal"
 [lora]
@@ -256,30 +259,39 @@ def measured(options: argparse.Namespace, camera: Camera) -> dict[str, object]:
 
 def summary(rows: list[list[float]]) -> dict[str, object]:
     """Statistics of the movement at each of SCALES: means, deviations, how often its sign is that of the scale, and
-    rank correlations with the scale.
+    rank correlations with the scale. `more`: the same of the movement beyond that at scale 0, prompt by prompt.
     """
     table, scales = np.array(rows), np.array(SCALES)
-    moving = table[scales != 0] * np.sign(scales[scales != 0])[:, None]
+    found = _agreement(table, scales)
     return {
         "mean": table.mean(axis=1).round(4).tolist(),
         "deviation": table.std(axis=1).round(4).tolist(),
+        **found,
+        "spearman_within": float(np.mean([spearman(scales, column) for column in table.T])),
+        "more": _agreement(table - table[scales == 0], scales),
+    }
+
+
+def _agreement(table: NDArray[np.float64], scales: NDArray[np.float64]) -> dict[str, float]:
+    moving = table[scales != 0] * np.sign(scales[scales != 0])[:, None]
+    return {
         "sign_right": float((moving > 0).mean()),
         "spearman": spearman(np.repeat(scales, table.shape[1]), table.ravel()),
-        "spearman_within": float(np.mean([spearman(scales, column) for column in table.T])),
     }
 
 
 def as_markdown(found: dict[str, object], unit: str) -> str:
     """The table."""
     header = " | ".join(f"scale {scale:g}" for scale in SCALES)
-    lines = [f"{found['camera']}, {unit} over a clip:", "", f"| | {header} | sign right | Spearman | within a prompt |"]
-    lines.append("|---" * (len(SCALES) + 4) + "|")
+    titles = ("sign right", "Spearman", "within a prompt", "beyond scale 0: sign right", "Spearman")
+    lines = [f"{found['camera']}, {unit} over a clip:", "", f"| | {header} | {' | '.join(titles)} |"]
+    lines.append("|---" * (len(SCALES) + 1 + len(titles)) + "|")
     for name in ("LoRA", "codec", "rendered"):
-        row: dict[str, object] = found[name]  # type: ignore[assignment]
-        cells = " | ".join(f"{m:.3g} ± {d:.2g}" for m, d in zip(row["mean"], row["deviation"], strict=True))  # type: ignore[call-overload]
-        lines.append(
-            f"| {name} | {cells} | {row['sign_right']:.1%} | {row['spearman']:.3f} | {row['spearman_within']:.3f} |"
-        )
+        row: Any = found[name]
+        cells = [f"{m:.3g} ± {d:.2g}" for m, d in zip(row["mean"], row["deviation"], strict=True)]
+        cells += [f"{row['sign_right']:.1%}", f"{row['spearman']:.3f}", f"{row['spearman_within']:.3f}"]
+        cells += [f"{row['more']['sign_right']:.1%}", f"{row['more']['spearman']:.3f}"]
+        lines.append(f"| {' | '.join([name, *cells])} |")
     return "\n".join(lines)
 
 

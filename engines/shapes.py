@@ -165,7 +165,7 @@ def _symbols(stage: Stage, profile: Profile, manifest: Manifest) -> dict[str, Ra
 
     batch, frames = profile.batch, Range(*(min(max(n, fewest), most) for n in profile.frames.sizes))
     images = Range(1, profile.images.best, max(profile.images.largest, chunk))
-    if stage.name == manifest.sizes.decoder:
+    if stage.name in manifest.decoders:
         frames = Range(1, min(images.best, most), most)
     if not stage.denoises:
         batch, frames = Range(1, batch.best, batch.largest), Range(fewest, frames.best, frames.largest)

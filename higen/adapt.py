@@ -45,7 +45,8 @@ def adapt(
     (`output` exists, is `model`, or cannot be written) and what opening a model raises.
     """
     if not loras:
-        raise CheckpointError(f"{model}: is already a model directory; --lora FILE[:SCALE] adds an adapter to it")
+        adds = "--lora FILE[:SCALE] adds an adapter to it, --preview a tiny decoder"
+        raise CheckpointError(f"{model}: is already a model directory; {adds}")
     if output.resolve() == model.resolve():
         raise ModelError(f"{output}: is the model itself; choose another directory for the adapted model")
     check_free(output, overwrite)

@@ -31,7 +31,7 @@ def limits(manifest: Manifest, name: str) -> dict[str, tuple[int, int]]:
 def chunk_of(manifest: Manifest, name: str) -> int:
     """The most frames that a stage gets at a time, unless it gets the whole clip."""
     sizes = manifest.sizes
-    return sizes.chunk + (2 * sizes.overlap if name == sizes.decoder else 0)
+    return sizes.chunk + (2 * sizes.overlap if name in manifest.decoders else 0)
 
 
 def most_rows(manifest: Manifest, stage: Stage, max_batch: int) -> int:
@@ -43,10 +43,10 @@ def most_rows(manifest: Manifest, stage: Stage, max_batch: int) -> int:
 def frames_of(manifest: Manifest, name: str) -> tuple[int, int]:
     """Fewest and most frames F that a stage is run with."""
     name = manifest.listed(name)
-    if name == manifest.sizes.decoder:
+    if name in manifest.decoders:
         return 1, chunk_of(manifest, name)
     fewest, _, most = manifest.sizes.frames
-    ranges = [(fewest, most)] if name in manifest.feeding(manifest.sizes.decoder) else []
+    ranges = [(fewest, most)] if name in manifest.feeding(*manifest.decoders) else []
     for loop in manifest.loops:
         stands_in = [source(row.latents).name for row in (loop.replaced, loop.start, loop.known) if row is not None]
         roots = [*loop.stages, *(other for other in stands_in if other in manifest.stage_names)]

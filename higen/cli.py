@@ -65,6 +65,7 @@ def main() -> None:
     help="Input of a ControlNet among the sources: the edges of pictures, or the given maps.",
 )
 @click.option("--lora", "loras", multiple=True, metavar="FILE[:SCALE]", help="Add a LoRA to the weights; repeatable.")
+@click.option("--preview", type=PATH, help="Add a tiny decoder (TAESD) for previews: a diffusers folder, or a file.")
 @click.option("--spatial", type=PATH, help="For HiGen: a personalised Stable Diffusion 2.1, for the spatial layers.")
 @click.option("--base", type=PATH, help="Model that --spatial was fine-tuned from; the difference of the two is added.")
 @click.option("--overwrite", is_flag=True, help="Replace a model directory that exists.")
@@ -82,6 +83,7 @@ def convert(
     group_norm: str | None,
     control_kind: str | None,
     loras: tuple[str, ...],
+    preview: Path | None,
     spatial: Path | None,
     base: Path | None,
     overwrite: bool,
@@ -91,7 +93,7 @@ def convert(
 
     For HiGen, --denoiser, --text-encoder and --autoencoder name its three files. Another family's SOURCES stand before
     OUTPUT; the family that recognises them converts them. If the source is a model directory, OUTPUT is a copy
-    with the adapters of --lora added; the weights keep their precision.
+    with the adapters of --lora or the tiny decoder of --preview added; its weights keep their precision.
     """
     *sources, output = paths
     named = [path for path in (denoiser, text_encoder, autoencoder) if path is not None]
@@ -112,7 +114,7 @@ def convert(
             "group_norm": group_norm,
             "control_kind": control_kind,
         }
-        given |= {"spatial": spatial, "base": base}
+        given |= {"preview": preview, "spatial": spatial, "base": base}
         of_family = {name: value for name, value in given.items() if value is not None}
         of_family |= {"loras": [parse_lora(lora) for lora in loras]} if loras else {}
         with _bytes_bar(not as_json) as progress:

@@ -13,6 +13,7 @@ from typing import Any
 
 from higen import families
 from higen.adapt import adapt, is_model
+from higen.add_preview import add_preview
 from higen.bundle import Bundle, check_free, create_model
 from higen.errors import CheckpointError, OutputError, quoted
 from higen.models.checkpoint_files import read_state, seen_names
@@ -67,8 +68,8 @@ def convert_sources(
 ) -> Bundle:
     """Make the model directory `output` from checkpoints.
 
-    sources    files and folders, in the family's order; or a model directory, to which `loras` are added
-               (higen/adapt.py): its weights keep their precision
+    sources    files and folders, in the family's order; or a model directory, to which `loras` (higen/adapt.py) or
+               `preview` (higen/add_preview.py) are added: its weights keep their precision
     family     the family of the sources; None: the family that recognises one of them
     dtype      "fp16", "bf16" or "fp32": how the weights are stored
     on_note    called with notes for the user: licence terms, what was left out
@@ -83,8 +84,12 @@ def convert_sources(
     check_free(output, overwrite)  # before reading gigabytes
     paths = [given_path(source, "source") for source in sources]
     if len(paths) == 1 and is_model(paths[0]):
-        if family is not None or set(options) - {"loras"}:
-            raise CheckpointError(f"{paths[0]}: a model directory; it takes adapters (loras) and nothing else")
+        given = {name for name, value in options.items() if value}
+        if family is not None or len(given) > 1 or given - {"loras", "preview"}:
+            takes = "it takes adapters (loras) or a tiny decoder (preview), one of the two, and nothing else"
+            raise CheckpointError(f"{paths[0]}: a model directory; {takes}")
+        if "preview" in given:
+            return add_preview(paths[0], given_path(output, "output"), options["preview"], dtype, overwrite, on_note)
         return adapt(paths[0], given_path(output, "output"), options.get("loras", ()), overwrite, on_note)
     converted = families.checkpoint(family or recognised(paths)).convert(paths, **options)
     tensors = (t for state in converted.weights.values() for t in unmade(state).values())

@@ -6,6 +6,7 @@ when it is made, by the reader of higen.json, by a family or by a test.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -61,7 +62,7 @@ class Manifest(Rows):
                 for other in needs(self, name):
                     visit(other)
 
-        for name in (*long_enough[-1:], self.sizes.decoder):
+        for name in (*long_enough[-1:], *self.decoders):
             visit(name)
         return tuple(loop for loop in self.loops if loop.name in found and loop.name in long_enough)
 
@@ -99,3 +100,13 @@ class Manifest(Rows):
     def decoder(self) -> Stage:
         """The stage that turns latents into pixels."""
         return self.stage(self.sizes.decoder)
+
+    @property
+    def decoders(self) -> tuple[str, ...]:
+        """The stages that turn latents into pixels: the decoder, then the one for previews, if there is one."""
+        return (self.sizes.decoder, *([] if self.sizes.preview is None else [self.sizes.preview.decoder]))
+
+    def chosen_decoder(self, controls: Mapping[str, Any]) -> str:
+        """The stage that turns latents into pixels in a request with these controls."""
+        row = self.sizes.preview
+        return row.decoder if row is not None and controls[row.control] == row.choice else self.sizes.decoder

@@ -20,7 +20,7 @@ from higen import clip_tools
 from higen.backends.base import CLOSED, Backend, load_ahead
 from higen.bounded_cache import BoundedCache
 from higen.bundle import Bundle
-from higen.decoding import decoded
+from higen.decoding import decoded, previewing
 from higen.errors import BackendError, HigenError, NotPicklable, RequestError
 from higen.events import Event, Stream, timed, timed_events, timed_steps
 from higen.forks import Home
@@ -123,10 +123,8 @@ class Pipeline:
         RequestError.
         """
         if self.manifest.sizes.frames[0] > 1:
-            raise RequestError(
-                f"{self.manifest.name} makes {self.manifest.sizes.frames[0]} frames or more, so it cannot make a "
-                "single picture"
-            )
+            least = f"{self.manifest.sizes.frames[0]} frames or more"
+            raise RequestError(f"{self.manifest.name} makes {least}, so it cannot make a single picture")
         request = self._request(prompt, options, only=1)
         images = [video.frames[0] for video in self.make(request, progress)]
         return images[0] if isinstance(plain(prompt), str) else images
@@ -150,7 +148,8 @@ class Pipeline:
             ("decode", len(request.prompts) * request.frames),
         ]
         # A preview shows an estimate of one loop; the decoder may also need the latents of other loops.
-        preview = lambda step: self.decode(step.previous, request, {**finished, step.loop: step.previous})  # noqa: E731
+        shown = partial(previewing, self.manifest, self.backend, request)
+        preview = lambda step: self.decode(step.previous, shown(), {**finished, step.loop: step.previous})  # noqa: E731
         return Stream(request, self.events(request, finished), parts, preview)
 
     def _rows(self, request: Request) -> Iterator[tuple[Loop, int]]:
@@ -207,7 +206,7 @@ class Pipeline:
                 for ways in (ways for one in both for ways in self._steps_by(request, loop, one)):
                     needed |= {(name,): None for name in self.manifest.feeding(ways[0])[:-1]}
                     needed[ways] = None
-        needed |= {(name,): None for name in self.manifest.feeding(self.manifest.sizes.decoder)}
+        needed |= {(name,): None for name in self.manifest.feeding(self.manifest.chosen_decoder(request.controls))}
         return list(needed)
 
     @staticmethod

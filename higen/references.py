@@ -6,6 +6,7 @@ import graphlib
 import reprlib
 from collections.abc import Iterator, Mapping
 
+from higen.decoder_references import check_decoders
 from higen.errors import ManifestError
 from higen.frame_references import check_frames_source, check_known_source, check_placed, of_kind
 from higen.preset_references import check_presets
@@ -47,7 +48,7 @@ def check_references(manifest: Rows) -> None:
     _check_circles(manifest)
     for i, loop in enumerate(manifest.loops):
         _check_loop(manifest, loop, loops[:i])
-    _check_decoder(manifest)
+    check_decoders(manifest)
     _check_result(manifest)
     check_presets(manifest)
 
@@ -376,18 +377,3 @@ def _check_loop_controls(manifest: Rows, loop: Loop, where: str) -> None:
         low, high = (0.0, 1.0) if key == "start.strength" else (-MAX_NUMBER, MAX_NUMBER)
         good = scale in numbers if isinstance(scale, str) else is_number(scale) and low <= scale <= high
         check(good, f"{where}.{key}={scale!r}: a number{' from 0 to 1' if high == 1 else ''}, or one of {numbers}")
-
-
-def _check_decoder(manifest: Rows) -> None:
-    name = manifest.sizes.decoder
-    check(name in manifest.stage_names, f"sizes.decoder={name!r}: the stages are {', '.join(manifest.stage_names)}")
-    decoder = manifest.stage(name)
-    given = [t for t in decoder.inputs if t.source == "state"]
-    shapes = [(t.shape, made.shape) for t in given for made in decoder.outputs]
-    good = len(shapes) == 1 and any(
-        (*shape[:1], *shape[2:]) == axes and made == pixels and _size(manifest, shape[1]) is not None
-        for shape, made in shapes
-        for axes, pixels in ((("N", "H", "W"), ("N", 3, "Y", "X")), (("B", "F", "H", "W"), ("B", 3, "F", "Y", "X")))
-    )
-    wanted = "[N, C, H, W] and the output [N, 3, Y, X], or [B, C, F, H, W] and [B, 3, F, Y, X]"
-    check(good, f"sizes.decoder={name!r}: one input with the source state, {wanted}, C of a fixed size")

@@ -92,7 +92,7 @@ class Sources:
         """`tokens`: ids [1, L] of every text; `readings`: used instead if texts have chunks or weights."""
         self._manifest = manifest
         self._backend = backend
-        self._request = request
+        self.request = request
         self._tokens = tokens
         self._kept = kept
         self._readings = readings or {}
@@ -116,7 +116,7 @@ class Sources:
         """The initial noise [B, C, f, H, W] of a loop, and the latents that are added to it. `iteration`: number of the
         run, for loops that are run repeatedly.
         """
-        request, rule = self._request, loop.noise
+        request, rule = self.request, loop.noise
         axis = self._manifest.stage(loop.stages[0]).input("latents").shape[1]
         channels = self._manifest.fixed[axis] if isinstance(axis, str) else axis
         factor, frames = self._manifest.sizes.factor, request.frames_of(loop)
@@ -137,7 +137,7 @@ class Sources:
 
     def _order(self, loop: Loop, seed: int, iteration: int) -> NDArray[np.int64]:
         """For each frame of a loop, the frame with its noise."""
-        frames, windows = self._request.frames_of(loop), self._request.settings.windows.get(loop.name)
+        frames, windows = self.request.frames_of(loop), self.request.settings.windows.get(loop.name)
         if windows is None:
             return np.arange(frames)
         purpose = noise.again(loop.noise.purpose, iteration)
@@ -145,7 +145,7 @@ class Sources:
 
     def batch(self, stage: Stage, loop: Loop) -> dict[str, Array]:
         """The inputs of a denoising stage, without its state, for all samples: [B, ...] each."""
-        rows = [self.inputs(stage, Place(i, self._request.frames_of(loop), loop)) for i in range(self.samples)]
+        rows = [self.inputs(stage, Place(i, self.request.frames_of(loop), loop)) for i in range(self.samples)]
         ragged = {tensor.name for tensor in stage.inputs if TOKENS in tensor.shape and TOKENS in self._manifest.free}
         most = max(self.chunks(i) for i in range(self.samples)) * self._length
 
@@ -157,7 +157,7 @@ class Sources:
 
     def chunks(self, sample: int) -> int:
         """The number of chunks of a sample: the larger of its two prompts' numbers; 1 if texts have no chunks."""
-        request = self._request
+        request = self.request
         texts = (request.prompts[sample], request.negative_prompt) if self._readings else ()
         return max((len(self._readings[text].ids) for text in texts), default=1)
 
@@ -171,7 +171,7 @@ class Sources:
 
     def made(self, text: str, loop: Loop) -> Array:
         """The latents that a source gives, for all samples: [B, C, f, H, W]."""
-        place = Place(0, self._request.frames_of(loop), loop)
+        place = Place(0, self.request.frames_of(loop), loop)
         wanted = Tensor("latents", ("B", "C", "F", "H", "W"), source=text)
         return np.concatenate([self._value(wanted, replace(place, sample=i)).array for i in range(self.samples)])
 
@@ -180,15 +180,15 @@ class Sources:
 
         known [B, C, f, H, W], 0 at the other frames; mask [B, 1, f, h, w], with h and w 1 if there is no mask.
         """
-        if not self._request.passes(loop):
+        if not self.request.passes(loop):
             return None
-        frames = self._request.frames_of(loop)
+        frames = self.request.frames_of(loop)
         parts = [self._known(loop, Place(i, frames, loop)) for i in range(self.samples)]
         return Edit(np.concatenate([part.known for part in parts]), np.concatenate([part.mask for part in parts]))
 
     def _known(self, loop: Loop, place: Place) -> Edit:
         """The known frames of one sample."""
-        row, request = loop.known, self._request
+        row, request = loop.known, self.request
         assert row is not None
         wanted = Tensor("latents", ("B", "C", "F", "H", "W"), source=row.latents)
         known = self._value(wanted, place).array
@@ -201,7 +201,7 @@ class Sources:
 
     def _known_input(self, name: str, tensor: Tensor, place: Place) -> _Value:
         """The input of a stage for known frames: their latents, or their mask; zeros if nothing is known."""
-        edit = self._known(place.loop, place) if place.loop and self._request.passes(place.loop) else None
+        edit = self._known(place.loop, place) if place.loop and self.request.passes(place.loop) else None
         array = np.zeros(self._shape(tensor, place), np.float32)
         if edit is not None and name == "latents":
             array = np.where(edit.mask > 0, edit.known, np.float32(0))
@@ -212,7 +212,7 @@ class Sources:
     @property
     def samples(self) -> int:
         """The number of samples in the request."""
-        return len(self._request.prompts)
+        return len(self.request.prompts)
 
     def _value(self, tensor: Tensor, place: Place) -> _Value:
         origin = source(tensor.source)
@@ -247,14 +247,14 @@ class Sources:
         if origin.shown:
             return self._shown(array, _digest(made.key, origin.output), origin.resampled, tensor, place)
         array = as_video(array) if len(tensor.shape) == 5 and array.ndim == 4 else array
-        picture = self._request.controls[origin.given][place.sample] if origin.given else None
+        picture = self.request.controls[origin.given][place.sample] if origin.given else None
         if picture is not None and picture.places:
             array = placed(array, picture.places, place.frames)
         return _Value(array, _digest(made.key, origin.output, array.shape), made.lasting)
 
     def _text(self, origin: Source, place: Place) -> str:
         prompt = not (place.negative or origin.name == "negative")
-        return self._request.prompts[place.sample] if prompt else self._request.negative_prompt
+        return self.request.prompts[place.sample] if prompt else self.request.negative_prompt
 
     def _reading(self, origin: Source, place: Place) -> Reading:
         """A text, padded to the number of chunks of its sample."""
@@ -316,10 +316,10 @@ class Sources:
 
     def _encode(self, name: str, tensor: Tensor, place: Place) -> NDArray[np.float32]:
         if name == "fps":
-            return self._numbers(float(self._request.fps), tensor, place.frames)
+            return self._numbers(float(self.request.fps), tensor, place.frames)
         control = self._manifest.control(name)
         own = place.loop.controls if place.loop is not None else {}
-        value = own.get(name, self._request.controls[name])
+        value = own.get(name, self.request.controls[name])
         # For a loop of one frame, the rows of all frames are resampled to one.
         frames = len(value) if np.ndim(value) and control.kind == "curve" else place.frames
         if control.encoding in ("sinusoid", "similarity"):
@@ -339,7 +339,7 @@ class Sources:
         return np.full((1,) if len(tensor.shape) == 1 else (1, frames), value, np.float32)
 
     def _picture(self, origin: Source, tensor: Tensor, place: Place) -> _Value:
-        pictures: tuple[Picture, ...] = self._request.controls[origin.name]
+        pictures: tuple[Picture, ...] = self.request.controls[origin.name]
         picture = pictures[place.sample]
         if origin.kind == "clip":
             pixels = picture.pixels[:, : place.frames]
@@ -352,7 +352,7 @@ class Sources:
 
     def _frames(self, origin: Source, place: Place) -> _Value:
         """The pictures of a control at their places, black elsewhere: [1,3,F,Y,X]; or 1 at these places: [1,F]."""
-        picture: Picture = self._request.controls[origin.name][place.sample]
+        picture: Picture = self.request.controls[origin.name][place.sample]
         if origin.kind == "frames":
             array = placed(as_video(picture.pixels), picture.places, place.frames, elsewhere=-1)
         else:
@@ -361,7 +361,7 @@ class Sources:
 
     def _given(self, place: Place) -> _Value:
         """The frames of a picture, a clip or known frames, for a stage that takes frames one by one: [n, 3, Y, X]."""
-        picture: Picture = self._request.controls[place.given][place.sample]
+        picture: Picture = self.request.controls[place.given][place.sample]
         pixels, kind = picture.pixels, self._manifest.control(place.given).kind
         if kind == "picture":
             pixels = pixels[None]
@@ -386,7 +386,7 @@ class Sources:
         return _Value(np.ascontiguousarray(pixels)[None], digest, lasting=False)
 
     def _noise(self, purpose: int, tensor: Tensor, place: Place) -> _Value:
-        seed, shape = self._request.seeds[place.sample], self._shape(tensor, place)
+        seed, shape = self.request.seeds[place.sample], self._shape(tensor, place)
         axis = tensor.shape.index("F") if "F" in tensor.shape else None
         array = noise.shaped(seed, purpose, shape, axis)
         return _Value(array, _digest("noise", seed, purpose, shape, axis), lasting=False)
@@ -394,7 +394,7 @@ class Sources:
     def _shape(self, tensor: Tensor, place: Place) -> tuple[int, ...]:
         """The sizes of a tensor's axes for one sample."""
         factor = self._manifest.sizes.factor
-        sizes = {"B": 1, "N": 1, "F": place.frames, "Y": self._request.height, "X": self._request.width}
+        sizes = {"B": 1, "N": 1, "F": place.frames, "Y": self.request.height, "X": self.request.width}
         sizes |= {TOKENS: self._length * self.chunks(place.sample)}
         sizes |= {"H": sizes["Y"] // factor, "W": sizes["X"] // factor, **self._manifest.fixed}
         return tuple(sizes[n] if isinstance(n, str) else n for n in tensor.shape)

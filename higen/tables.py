@@ -11,32 +11,13 @@ from higen import noise_schedule as solvers
 from higen.errors import ManifestError
 from higen.noise_schedule import PREDICTIONS, NoiseSchedule, Solver
 from higen.presets import Stretch
+from higen.preview_decoder import Preview
 from higen.stages import FREE, NEGATIVE
 from higen.typed_json import LATER
 
-__all__ = [
-    "COMMON",
-    "MAX_NUMBER",
-    "NUMERIC",
-    "SETTINGS",
-    "VISUAL",
-    "WINDOW_NOISE",
-    "Control",
-    "Known",
-    "Loop",
-    "Mix",
-    "NoiseRule",
-    "Offset",
-    "Replaced",
-    "Sizes",
-    "Start",
-    "TextRules",
-    "Tiles",
-    "Variant",
-    "Windows",
-    "check",
-    "is_number",
-]
+__all__ = ["COMMON", "MAX_NUMBER", "NUMERIC", "SETTINGS", "VISUAL", "WINDOW_NOISE", "Control", "Known", "Loop", "Mix"]
+__all__ += ["NoiseRule", "Offset", "Replaced", "Sizes", "Start", "TextRules", "Tiles", "Variant", "Windows"]
+__all__ += ["check", "is_number"]
 
 RESERVED = ("progress", "warn", NEGATIVE)
 _LOOPS = ("guidance_interval", "windows", "window_noise", "free_init", "free_init_filter", "reuse")
@@ -90,6 +71,7 @@ class Sizes:
     frames    fewest, default, most
     decoder   the stage that turns latents into pixels. It decodes `chunk` frames at a time, with `overlap` frames of
               context on each side, which are dropped
+    preview   a cheaper decoder for previews, which decodes the same chunks; None: there is none
     """
 
     symbols: dict[str, int]
@@ -102,6 +84,7 @@ class Sizes:
     decoder: str
     chunk: int = 2
     overlap: int = 0
+    preview: Preview | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         for name, size in self.symbols.items():

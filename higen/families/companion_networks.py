@@ -11,14 +11,16 @@ from torch import nn
 
 from higen.errors import ManifestError
 from higen.families import Weights
+from higen.families.preview_rows import WEIGHTS, TinyDecoder, preview_stage
 from higen.manifest import Manifest
 from higen.models.companion_stages import DecoderStage, EncoderStage, TextEncoderStage
 from higen.models.companions import TEXT_PREFIX, autoencoder, restore_buffers, text_encoder
 from higen.models.control_net import CONTROL, control_net
 from higen.models.solver_step import SolverStep
+from higen.models.tiny_decoder import PreviewStage, tiny_decoder
 from higen.stages import Stage
 
-__all__ = ["ClipNetworks", "open_autoencoder", "open_control_net", "open_network", "open_text_encoder"]
+__all__ = ["ClipNetworks", "open_autoencoder", "open_control_net", "open_network", "open_preview", "open_text_encoder"]
 
 
 def open_network(weights: Weights, file: str, make: Callable[[], nn.Module], **how: Any) -> nn.Module:
@@ -47,6 +49,11 @@ def open_control_net(weights: Weights, file: str, arguments: Mapping[str, Any]) 
     return open_network(weights, file, lambda: control_net(arguments), part=f"{CONTROL}.")
 
 
+def open_preview(weights: Weights, decoder: TinyDecoder) -> nn.Module:
+    """The stage of a tiny decoder. Raises IntegrityError, ManifestError."""
+    return PreviewStage(open_network(weights, WEIGHTS, lambda: tiny_decoder(decoder.arguments)), decoder.scale)
+
+
 class KlCodec(Protocol):
     """diffusers' AutoencoderKL by its constructor arguments; latents = (encoded - shift) * scale."""
 
@@ -64,11 +71,18 @@ class ClipNetworks:
     Each network is loaded when a stage first needs it. A family adds `predictor`.
     """
 
-    def __init__(self, manifest: Manifest, weights: Weights, clip: Mapping[str, Any], codec: KlCodec) -> None:
+    def __init__(
+        self,
+        manifest: Manifest,
+        weights: Weights,
+        clip: Mapping[str, Any],
+        codec: KlCodec,
+        preview: TinyDecoder | None = None,
+    ) -> None:
         """`clip`: the arguments of CLIPTextConfig."""
         self._manifest = manifest
         self._weights = weights
-        self._clip, self._codec = clip, codec
+        self._clip, self._codec, self._preview = clip, codec, preview
 
     def predictor(self, step: Stage) -> nn.Module:
         """The network that predicts m in this denoising stage, as `SolverStep` calls it."""
@@ -81,6 +95,8 @@ class ClipNetworks:
             return SolverStep(row, self.predictor(row)).eval()
         if stage == "text_encoder":
             return open_text_encoder(self._weights, row.weights, self._clip).eval()
+        if self._preview is not None and stage == preview_stage(self._manifest):
+            return open_preview(self._weights, self._preview).eval()
         kinds = {"vae_decoder": DecoderStage, "vae_encoder": EncoderStage}
         if stage not in kinds:
             family, known = self._manifest.family, ", ".join(kinds)

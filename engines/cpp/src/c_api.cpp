@@ -227,7 +227,7 @@ higen_status higen_step_preview(const higen_step* step, uint8_t* rgb, size_t siz
         if (size != state.bytes)
             core::fail_request("size=" + std::to_string(size) +
                                ": videos x frames x height x width x 3 = " + std::to_string(state.bytes));
-        state.pipeline.decode(
+        state.pipeline.preview(
             state.step.previous, state.requests,
             [&](const core::Frames& frames) {
                 const auto frame = frames.rgb.size() / frames.count;

@@ -194,9 +194,9 @@ void check_preset(const Manifest& manifest, const Preset& preset) {
     }
 }
 
-void check_decoder(const Manifest& manifest) {
-    const auto& name = manifest.sizes.decoder;
-    const auto where = "sizes.decoder='" + name + "': ";
+// Check a stage that turns latents into pixels. Returns the channels of the latents.
+std::int64_t check_decoder(const Manifest& manifest, const std::string& key, const std::string& name) {
+    const auto where = key + "='" + name + "': ";
     const auto* decoder = manifest.find_stage(name);
     check(decoder != nullptr, where + "the stages are " + joined(names_of(manifest.stages)));
     std::vector<const TensorSpec*> state;
@@ -214,6 +214,27 @@ void check_decoder(const Manifest& manifest) {
     check(fits, where +
                     "one input with the source state, [N, C, H, W] and the output [N, 3, Y, X], or [B, C, F, H, W] and "
                     "[B, 3, F, Y, X], C of a fixed size");
+    return size_of(manifest, state.front()->shape[1]);
+}
+
+void check_decoders(const Manifest& manifest) {
+    const auto channels = check_decoder(manifest, "sizes.decoder", manifest.sizes.decoder);
+    if (!manifest.sizes.preview) return;
+    const auto& row = *manifest.sizes.preview;
+    const auto own = check_decoder(manifest, "sizes.preview.decoder", row.decoder);
+    const auto where = "sizes.preview.decoder='" + row.decoder + "': ";
+    check(row.decoder != manifest.sizes.decoder, where + "another stage than sizes.decoder");
+    check(own == channels, where + "its latents have " + std::to_string(own) + " channels, but those of sizes.decoder have " +
+                               std::to_string(channels));
+    check(manifest.stage(row.decoder).inputs.size() == 1, where + "no other input than the latents");
+    Names known;
+    for (const auto& control : manifest.controls)
+        if (control.kind == Control::Kind::choice) known.push_back(control.name);
+    check(has(known, row.control),
+          "sizes.preview.control='" + row.control + "': the controls of kind choice are " + joined(known));
+    const auto& control = *manifest.control(row.control);
+    check(has(control.choices, row.choice) && control.standard && control.standard->text != row.choice,
+          "sizes.preview.choice='" + row.choice + "': one of " + joined(control.choices) + ", and not the default");
 }
 
 // For every number of frames, the last loop that runs must have all frames.
@@ -268,7 +289,7 @@ void references::check_loops(const Manifest& manifest) {
     const auto loops = names_of(manifest.loops);
     for (std::size_t i = 0; i < loops.size(); ++i)
         check_loop(manifest, manifest.loops[i], {loops.begin(), loops.begin() + static_cast<std::ptrdiff_t>(i)});
-    check_decoder(manifest);
+    check_decoders(manifest);
     check_result(manifest);
     check(manifest.presets.size() <= most_presets, "presets: at most " + std::to_string(most_presets) + " rows");
     const auto presets = names_of(manifest.presets);

@@ -24,6 +24,12 @@ struct FileRecord {
 
 using Files = std::map<std::string, FileRecord, std::less<>>;
 
+// If the control `control`, of kind choice, is `choice`, the stage `decoder` turns latents into pixels. It also draws the
+// previews of a running request.
+struct Preview {
+    std::string control, choice, decoder;
+};
+
 // Sizes that the model fixes, and limits and defaults of the sizes that a request chooses.
 struct SizeRules {
     Sizes symbols;
@@ -34,6 +40,7 @@ struct SizeRules {
     std::string decoder;
     std::int64_t chunk = 1;    // frames decoded at a time
     std::int64_t overlap = 0;  // extra frames on each side of a chunk, decoded with it and then dropped
+    std::optional<Preview> preview;
 };
 
 // How a text becomes token ids: start, text, end, then padding up to `length`.

@@ -213,6 +213,17 @@ void read_shape(const Json& json, const std::string& where, std::vector<Axis>& s
     }
 }
 
+void read_preview(const Json& json, const std::string& where, SizeRules& sizes) {
+    sizes.preview.reset();
+    if (json.is_null()) return;
+    auto& preview = sizes.preview.emplace();
+    Object object(json, where);
+    object.required_value("control", preview.control);
+    object.required_value("choice", preview.choice);
+    object.required_value("decoder", preview.decoder);
+    object.finish();
+}
+
 void read_sizes(const Json& json, const std::string& where, SizeRules& sizes) {
     Object object(json, where);
     object.required("symbols",
@@ -226,6 +237,7 @@ void read_sizes(const Json& json, const std::string& where, SizeRules& sizes) {
     object.required_value("decoder", sizes.decoder);
     object.required_value("chunk", sizes.chunk);
     object.required_value("overlap", sizes.overlap);
+    object.key("preview", [&](const auto& value, const auto& place) { read_preview(value, place, sizes); });
     object.finish();
     check_sizes(sizes, where);
 }

@@ -317,27 +317,40 @@ void Pipeline::generate(const std::vector<Request>& requests, const OnStep& on_s
     }
     if (!latents)
         fail_request("frames=" + std::to_string(first.frames) + ": no loop of this model makes so few frames");
-    decode(*latents, requests, sources, on_frames, cancellation);
+    decode(*latents, requests, sources, nullptr, on_frames, cancellation);
 }
 
-void Pipeline::decode(const Tensor& latents, const std::vector<Request>& requests, const OnFrames& on_frames,
-                      Cancellation& cancellation) const {
+void Pipeline::preview(const Tensor& latents, const std::vector<Request>& requests, const OnFrames& on_frames,
+                       Cancellation& cancellation) const {
     Sources sources(manifest_, backend_, requests, cancellation);
-    decode(latents, requests, sources, on_frames, cancellation);
+    const Stage* decoder = nullptr;
+    if (const auto& row = manifest_.sizes.preview) {
+        const auto& found = backend_.choose({&manifest_.stage(row->decoder), &manifest_.stage(manifest_.sizes.decoder)});
+        if (found.name == row->decoder) decoder = &found;
+    }
+    decode(latents, requests, sources, decoder, on_frames, cancellation);
+}
+
+// The decoder that a request chooses.
+const Stage& Pipeline::decoder_of(const Request& request) const {
+    const auto& row = manifest_.sizes.preview;
+    if (!row) return manifest_.stage(manifest_.sizes.decoder);
+    const auto& chosen = request.values.at(row->control);
+    return manifest_.stage(chosen && chosen->text == row->choice ? row->decoder : manifest_.sizes.decoder);
 }
 
 // A chunk never mixes samples, because rounding can depend on the batch size. Context frames around a chunk are decoded
-// with it and dropped.
-void Pipeline::decode(const Tensor& latents, const std::vector<Request>& requests, Sources& sources,
+// with it and dropped. `fixed`: the decoder of all videos; a null pointer: the one that each request chooses.
+void Pipeline::decode(const Tensor& latents, const std::vector<Request>& requests, Sources& sources, const Stage* fixed,
                       const OnFrames& on_frames, Cancellation& cancellation) const {
-    const auto& decoder = manifest_.stage(manifest_.sizes.decoder);
-    const auto given = std::find_if(decoder.inputs.begin(), decoder.inputs.end(),
-                                    [](const auto& input) { return input.source.kind == Source::Kind::state; });
-    const auto rank = given->shape.size();
     const auto z = latents.to_host();
     const auto total = static_cast<std::size_t>(z.shape[2]), step = static_cast<std::size_t>(manifest_.sizes.chunk);
     const auto overlap = static_cast<std::size_t>(manifest_.sizes.overlap);
     for (std::size_t video = 0; video < requests.size(); ++video) {
+        const auto& decoder = fixed == nullptr ? decoder_of(requests[video]) : *fixed;
+        const auto given = std::find_if(decoder.inputs.begin(), decoder.inputs.end(),
+                                        [](const auto& input) { return input.source.kind == Source::Kind::state; });
+        const auto rank = given->shape.size();
         const auto sample = cut(z, 0, video, 1);
         const auto others = sources.inputs(decoder, {video, total, nullptr, false});
         for (std::size_t first = 0; first < total; first += step) {

@@ -35,9 +35,10 @@ public:
     void generate(const std::vector<Request>& requests, const OnStep& on_step, const OnFrames& on_frames,
                   Cancellation& cancellation) const;
 
-    // Decode latents [B, C, f, H, W] of these requests to frames, a chunk of one video at a time.
-    void decode(const Tensor& latents, const std::vector<Request>& requests, const OnFrames& on_frames,
-                Cancellation& cancellation) const;
+    // Decode an estimate of the latents [B, C, f, H, W] of these requests to frames, a chunk of one video at a time, with
+    // the decoder for previews if the model has one that can be run.
+    void preview(const Tensor& latents, const std::vector<Request>& requests, const OnFrames& on_frames,
+                 Cancellation& cancellation) const;
 
 private:
     [[nodiscard]] std::size_t index_of(const Loop& loop) const;
@@ -54,7 +55,8 @@ private:
     [[nodiscard]] TensorPtr run_loop(std::size_t index, const std::vector<Request>& requests, Sources& sources,
                                      const OnStep& on_step, Cancellation& cancellation) const;
     [[nodiscard]] static TensorPtr replaced(const Loop& loop, const std::vector<Request>& requests, Sources& sources);
-    void decode(const Tensor& latents, const std::vector<Request>& requests, Sources& sources,
+    [[nodiscard]] const Stage& decoder_of(const Request& request) const;
+    void decode(const Tensor& latents, const std::vector<Request>& requests, Sources& sources, const Stage* fixed,
                 const OnFrames& on_frames, Cancellation& cancellation) const;
     [[nodiscard]] std::int64_t channels(const Stage& stage) const;
 

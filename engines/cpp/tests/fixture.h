@@ -141,6 +141,18 @@ inline Json manifest() {
         {"files", Json::object()}};
 }
 
+// The same tables with a second decoder, for previews, which the control `decoder` chooses.
+inline Json with_preview() {
+    auto json = manifest();
+    auto chooser = control("decoder", "choice", "number", "full");
+    chooser["choices"] = {"full", "preview"};
+    json["controls"].push_back(chooser);
+    json["stages"].push_back(
+        stage("dauber", {input("latents", {"N", "C", "H", "W"}, "state")}, {output("pixels", {"N", 3, "Y", "X"})}));
+    json["sizes"]["preview"] = {{"control", "decoder"}, {"choice", "preview"}, {"decoder", "dauber"}};
+    return json;
+}
+
 // The text of a manifest with the seal that its tables have.
 inline std::string sealed(Json json) {
     const std::string none(64, '0');

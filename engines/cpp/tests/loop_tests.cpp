@@ -912,6 +912,38 @@ TEST(a_decoder_is_given_context_that_is_dropped) {
     CHECK(video.rgb == plain.rgb);
 }
 
+TEST(a_request_chooses_its_decoder) {
+    Model m(fixture::with_preview());
+    const auto wanted = [&](const char* text) {
+        return m.asked([&](auto& r) {
+            static higen_control control{};
+            control = {};
+            control.name = "decoder", control.text = text;
+            r.controls = &control, r.control_count = 1;
+        });
+    };
+    m.generate();
+    CHECK(m.backend.called("painter") == 3 && m.backend.called("dauber") == 0);
+    m.generate({wanted("preview"), m.request});
+    CHECK(m.backend.called("painter") == 6 && m.backend.called("dauber") == 3);
+    CHECK(m.rgb[0] == m.rgb[1]);
+    CHECK_FAILS(HIGEN_ERROR_REQUEST, "'full', 'preview'", wanted("tiny"));
+}
+
+TEST(previews_use_the_decoder_for_previews_if_it_runs) {
+    Model m(fixture::with_preview());
+    const auto latents = floats({1, 4, 5, 2, 3}, std::vector<float>(120, 0.5F));
+    std::size_t frames = 0;
+    const auto draw = [&] {
+        m.pipeline.preview(*latents, {m.request}, [&](const Frames& made) { frames += made.count; }, m.cancellation);
+    };
+    draw();
+    CHECK(frames == 5 && m.backend.called("dauber") == 3 && m.backend.called("painter") == 0);
+    m.backend.absent = {"dauber"};
+    draw();
+    CHECK(frames == 10 && m.backend.called("dauber") == 3 && m.backend.called("painter") == 3);
+}
+
 TEST(a_batch_is_its_requests) {
     Model one, two, both;
     two.request.seed = 6;

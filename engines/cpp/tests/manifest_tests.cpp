@@ -305,6 +305,26 @@ TEST(presets_that_do_not_fit_the_loops) {
     });
 }
 
+TEST(decoders_for_previews_that_do_not_fit) {
+    CHECK(fixture::parsed(fixture::with_preview()).sizes.preview->decoder == "dauber");
+    const auto wrong = [](const char* said, const char* key, Json value) {
+        auto json = fixture::with_preview();
+        json["sizes"]["preview"][key] = std::move(value);
+        CHECK_FAILS(HIGEN_ERROR_MANIFEST, said, fixture::parsed(json));
+    };
+    wrong("sizes.preview.decoder='brush': the stages are", "decoder", "brush");
+    wrong("sizes.preview.decoder='mixer': one input with the source state", "decoder", "mixer");
+    wrong("sizes.preview.decoder='painter': another stage than sizes.decoder", "decoder", "painter");
+    wrong("sizes.preview.control='gust': the controls of kind choice are", "control", "gust");
+    wrong("sizes.preview.choice='full'", "choice", "full");
+    wrong("sizes.preview.choice='tiny'", "choice", "tiny");
+    wrong("sizes.preview.size: unknown key", "size", 2);
+    auto json = fixture::with_preview();
+    json["stages"].back()["inputs"][0]["shape"] = {"N", 7, "H", "W"};
+    CHECK_FAILS(HIGEN_ERROR_MANIFEST, "its latents have 7 channels, but those of sizes.decoder have 4",
+                fixture::parsed(json));
+}
+
 TEST(axes_of_a_denoising_stage) {
     refused("latents are [B, C, 1, H, W], C of a fixed size, not [B, C, 1, H]",
             [](Json& json) { input_row(json, "sketch", "latents")["shape"] = {"B", "C", 1, "H"}; });

@@ -21,6 +21,7 @@ from higen.families.animatediff import spec
 from higen.families.animatediff.motion_sources import Motion, diffusers_name, is_motion, read_motion
 from higen.families.animatediff.sparse_control import read_sparse_control
 from higen.families.animatediff.unet import motion_unet
+from higen.families.preview_source import read_preview, with_preview
 from higen.families.stable_diffusion import checkpoint as stable_diffusion
 from higen.families.stable_diffusion import spec as image
 from higen.families.stable_diffusion.control_source import (
@@ -83,18 +84,19 @@ def convert(sources: Sequence[Path], **options: Any) -> Converted:
              `control_kind`: one of `control_source.KINDS`, needed if a ControlNet is among the sources
              `group_norm`: one of `spec.GROUP_NORMS`; None: as in the code for which the motion module's file was made
              `loras`: adapters (`lora.Lora`) that are added to the U-Net, its motion modules and the text encoder
+             `preview`: folder or file of a tiny decoder for previews (`preview_source`)
 
     Raises CheckpointError for a source that is missing, incomplete or another kind of model, for parts that do not
     belong together, for a scheduler that the tables do not support, and for an adapter that does not fit.
     """
-    if unknown := sorted(set(options) - {"prediction", "group_norm", "control_kind", "loras"}):
-        known = "prediction, group_norm, control_kind and loras"
+    if unknown := sorted(set(options) - {"prediction", "group_norm", "control_kind", "loras", "preview"}):
+        known = "prediction, group_norm, control_kind, loras and preview"
         raise CheckpointError(f"{', '.join(unknown)}: unknown; {spec.FAMILY} takes {known}")
     group_norm = options.get("group_norm")
     if group_norm not in (None, *spec.GROUP_NORMS):
         raise CheckpointError(f"group_norm={quoted(group_norm)}: one of {', '.join(map(repr, spec.GROUP_NORMS))}")
     prediction, notes = options.get("prediction"), list[str]()
-    classes = ("ControlNetModel", SPARSE)
+    classes, preview = ("ControlNetModel", SPARSE), read_preview(options.get("preview"))
     given, control = without_controls(list(sources), options.get("control_kind"), classes)
     motions = [path for path in given if recognise(path)]
     bases = [path for path in given if path not in motions]
@@ -121,7 +123,7 @@ def convert(sources: Sequence[Path], **options: Any) -> Converted:
             found = read_control(control, options["control_kind"], made_of.unet, factor, notes)
             made_of = replace(made_of, control=found.arguments)
         parts = replace(parts, made_of=made_of, name=f"{parts.name}-{found.name}")
-    return _converted(parts, options.get("loras") or (), notes, found)
+    return with_preview(_converted(parts, options.get("loras") or (), notes, found), preview)
 
 
 def _two(base: Path, module: Path, prediction: str | None, group_norm: str | None, notes: list[str]) -> _Parts:

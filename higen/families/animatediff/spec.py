@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from higen.errors import ManifestError
+from higen.families.preview_rows import TinyDecoder
 from higen.families.stable_diffusion.spec import Codec
 from higen.families.stage_rows import (
     CONTROL_MAP,
@@ -68,6 +69,7 @@ class Networks:
     group_norm   one of `GROUP_NORMS`
     control      arguments of diffusers' ControlNetModel, if there is one
     sparse_control   arguments of diffusers' SparseControlNetModel, if there is one
+    preview      the tiny decoder, if there is one
     """
 
     unet: dict[str, Any]
@@ -76,6 +78,7 @@ class Networks:
     group_norm: str
     control: dict[str, Any] | None = field(default=None, metadata=LATER)
     sparse_control: dict[str, Any] | None = field(default=None, metadata=LATER)
+    preview: TinyDecoder | None = field(default=None, metadata=LATER)
 
     def __post_init__(self) -> None:
         if self.control is not None and self.sparse_control is not None:

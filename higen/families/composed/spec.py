@@ -185,7 +185,7 @@ def _drawing(first: Manifest) -> _Rows:
         for tensor in decoder.inputs
     )
     stages = [replace(s, inputs=fed_by_loop) if s.name == decoder.name else s for s in first.stages]
-    return _used(first, stages, loops)
+    return _used(first, stages, loops, (decoder.name,))
 
 
 def _filming(second: Manifest, picture: str) -> _Rows:
@@ -206,17 +206,17 @@ def _filming(second: Manifest, picture: str) -> _Rows:
     )
     if not loops:
         raise ModelError(f"{second.name}: no loop is left to run if {picture} is always given")
-    return _used(second, stages, loops)
+    return _used(second, stages, loops, second.decoders)
 
 
 def _instead(row: Row | None, replaced: Mapping[str, str]) -> Row | None:
     return None if row is None else replace(row, latents=replaced.get(row.latents, row.latents))
 
 
-def _used(model: Manifest, stages: list[Stage], loops: tuple[Loop, ...]) -> _Rows:
-    """The rows that the loops and the decoder use."""
+def _used(model: Manifest, stages: list[Stage], loops: tuple[Loop, ...], decoders: tuple[str, ...]) -> _Rows:
+    """The rows that the loops and these decoders use."""
     rows = {stage.name: stage for stage in stages}
-    open_ones = [*(name for loop in loops for name in loop.stages), model.sizes.decoder]
+    open_ones = [*(name for loop in loops for name in loop.stages), *decoders]
     rows_of = [row for loop in loops for row in (loop.replaced, loop.start, loop.known) if row is not None]
     open_ones += [source(row.latents).name for row in rows_of]
     kept: set[str] = set()
@@ -227,7 +227,9 @@ def _used(model: Manifest, stages: list[Stage], loops: tuple[Loop, ...]) -> _Row
             found = [source(tensor.source) for tensor in rows[name].inputs]
             open_ones += [one.name for one in found if one.kind == "made"]
     used = tuple(stage for stage in stages if stage.name in kept)
+    preview = model.sizes.preview
     names = _controls_of(used, loops)
+    names |= {preview.control} if preview is not None and preview.decoder in kept else set()
     return _Rows(used, tuple(control for control in model.controls if control.name in names), loops)
 
 
@@ -275,6 +277,7 @@ class _Names:
         fewest, default, most = second.sizes.frames
         fewest = max(fewest, min(loop.least_frames for loop in filming.loops))
         sizes, multiple = second.sizes, math.lcm(first.sizes.multiple, second.sizes.multiple)
+        row = sizes.preview
         symbols = {self._symbols[name]: size for name, size in second.fixed.items()}
         return replace(
             sizes,
@@ -284,6 +287,7 @@ class _Names:
             width=max(multiple, sizes.width // multiple * multiple),
             height=max(multiple, sizes.height // multiple * multiple),
             decoder=self._rows[sizes.decoder],
+            preview=row and replace(row, control=self._controls[row.control], decoder=self._rows[row.decoder]),
         )
 
     def _stage(self, stage: Stage, picture: str, shown: str) -> Stage:

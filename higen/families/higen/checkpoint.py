@@ -17,6 +17,7 @@ from higen.families.higen import spec
 from higen.families.higen.personal import with_difference, with_loras
 from higen.families.higen.reference_names import config_from_reference, from_reference
 from higen.families.higen.spec import AutoencoderConfig, ModelConfig, TextConfig, UNetConfig
+from higen.families.preview_source import read_preview, with_preview
 from higen.models import companion_checkpoints as companions
 from higen.models import hub_folders
 from higen.models.checkpoint_files import Note, naming, read_names, read_state
@@ -50,12 +51,13 @@ def convert(sources: Sequence[Path], **options: Any) -> Converted:
                  from; their difference is added to the spatial tensors (`personal`)
                  `loras`: adapters (`lora.Lora`) of Stable Diffusion 2.1 that are added to the spatial tensors
                  `prediction`: what these models predict, if their files do not contain it; only "v" is accepted
+                 `preview`: folder or file of a tiny decoder for previews (`preview_source`)
 
     Raises CheckpointError if a source is missing, refused or does not fit.
     """
     if unknown := sorted(set(options) - _OPTIONS):
         raise CheckpointError(f"{', '.join(unknown)}: unknown; {spec.FAMILY} takes {', '.join(sorted(_OPTIONS))}")
-    personal = _Personal.of(options)
+    personal, preview = _Personal.of(options), read_preview(options.get("preview"))
     if len(sources) != 3:
         given = ", ".join(map(os.fspath, sources)) or "nothing"
         raise CheckpointError(f"{given}: three sources are wanted: denoiser, text encoder, autoencoder")
@@ -70,15 +72,16 @@ def convert(sources: Sequence[Path], **options: Any) -> Converted:
         autoencoder_config, vae = _autoencoder(autoencoder, notes.append)
     config = _model_config(denoiser, unet_config, text_config, autoencoder_config)
     config = replace(config, licence=config.licence + personal.licence)
-    return Converted(
+    made = Converted(
         manifest=spec.manifest(config),
         weights={spec.UNET: unet, spec.TEXT_ENCODER: text_encoder, spec.AUTOENCODER: vae},
         texts={spec.TOKENIZER: build_clip_tokenizer().to_str(pretty=True)},
         notes=tuple(notes),
     )
+    return with_preview(made, preview)
 
 
-_OPTIONS = frozenset({"arguments", "base", "loras", "prediction", "spatial"})
+_OPTIONS = frozenset({"arguments", "base", "loras", "prediction", "preview", "spatial"})
 
 
 @dataclass(frozen=True)

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 
 from higen.errors import ManifestError
 from higen.families import Weights
-from higen.families.companion_networks import open_autoencoder, open_text_encoder
+from higen.families.companion_networks import open_autoencoder, open_preview, open_text_encoder
 from higen.families.higen import spec
 from higen.families.higen.preconditioning import velocity
 from higen.families.higen.unet import Conditioner, Denoiser, Known, UNet
+from higen.families.preview_rows import preview_stage
 from higen.manifest import Manifest
 from higen.models.companion_stages import DecoderStage, EncoderStage
 from higen.models.solver_step import SolverStep
@@ -48,6 +49,8 @@ class HigenNetworks:
             "vae_decoder": self._decoder,
             "vae_encoder": self._encoder,
         }
+        if (preview := spec.preview(self._manifest)) is not None:
+            makers[preview_stage(self._manifest)] = lambda: open_preview(self._weights, preview)
         if stage not in makers:
             raise ManifestError(
                 f"stages.{stage}: unknown; {spec.FAMILY} has the steps of its loops, {', '.join(makers)}"

@@ -8,7 +8,7 @@ Only data, no PyTorch. `manifest` makes the tables; `config` recovers the config
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from higen.errors import ManifestError
@@ -23,6 +23,7 @@ from higen.families.higen.configuration import (
     read_config,
     write_config,
 )
+from higen.families.preview_rows import TinyDecoder
 from higen.families.stage_rows import (
     KNOWN,
     autoencoder_stages,
@@ -36,24 +37,15 @@ from higen.presets import Preset, Stretch
 from higen.schedule import Solver
 from higen.stages import Output, Stage, Tensor
 from higen.tables import Control, Loop, Mix, NoiseRule, Offset, Replaced, Sizes, Start
-from higen.typed_json import from_json, to_json
+from higen.typed_json import LATER, from_json, to_json
 
-__all__ = [
-    "AUTOENCODER",
-    "DDIM",
-    "DPM",
-    "FAMILY",
-    "TEXT_ENCODER",
-    "TOKENIZER",
-    "UNET",
-    "AutoencoderConfig",
-    "Defaults",
-    "ModelConfig",
-    "TextConfig",
-    "UNetConfig",
+__all__ = ["AUTOENCODER", "DDIM", "DPM", "FAMILY", "TEXT_ENCODER", "TOKENIZER", "UNET"]
+__all__ += ["AutoencoderConfig", "Defaults", "ModelConfig", "TextConfig", "UNetConfig"]
+__all__ += [
     "autoencoder_config",
     "config",
     "manifest",
+    "preview",
     "read_config",
     "stages",
     "text_config",
@@ -287,6 +279,7 @@ class _Architecture:
     unet: dict[str, Any]
     clip: dict[str, Any]
     autoencoder: _Codec
+    preview: TinyDecoder | None = field(default=None, metadata=LATER)
 
 
 def _architecture(config: ModelConfig) -> dict[str, Any]:
@@ -333,6 +326,11 @@ def autoencoder_config(manifest: Manifest) -> AutoencoderConfig:
     """The autoencoder's configuration. Raises ManifestError, as `unet_config` does."""
     codec = _read_architecture(manifest).autoencoder
     return AutoencoderConfig(codec.kind, codec.arguments, manifest.sizes.factor, codec.shift, codec.scale)
+
+
+def preview(manifest: Manifest) -> TinyDecoder | None:
+    """The tiny decoder, if there is one. Raises ManifestError, as `unet_config` does."""
+    return _read_architecture(manifest).preview
 
 
 def config(manifest: Manifest) -> ModelConfig:

@@ -20,6 +20,7 @@ from higen.families.modelscope import spec
 from higen.families.modelscope.unet import video_unet, video_unet_arguments
 from higen.families.modelscope.vgen_kinds import kind_of, without_guides
 from higen.families.modelscope.vgen_names import MARKS, check_others, unet_arguments, unet_from_vgen
+from higen.families.preview_source import read_preview, with_preview
 from higen.families.stable_diffusion.checkpoint import hub_parts
 from higen.families.stable_diffusion.spec import Codec
 from higen.families.stage_rows import Sampling, clip_text
@@ -75,12 +76,15 @@ def convert(sources: Sequence[Path], **options: Any) -> Converted:
     options  `prediction`: "epsilon" for a U-Net file with another name whose U-Net is ModelScope's or derived from it
              `network`: the network in a U-Net file, if the file's name does not show it (`vgen_kinds.NAMES`)
              `loras`: adapters (`lora.Lora`) that are added to the U-Net and the text encoder
+             `preview`: folder or file of a tiny decoder for previews (`preview_source`)
 
     Raises CheckpointError for a source that is missing, incomplete or another kind of model, for a scheduler that the
     tables do not support, and for an adapter that does not fit.
     """
-    if unknown := sorted(set(options) - {"prediction", "network", "loras"}):
-        raise CheckpointError(f"{', '.join(unknown)}: unknown; {spec.FAMILY} takes prediction, network and loras")
+    if unknown := sorted(set(options) - {"prediction", "network", "loras", "preview"}):
+        known = "prediction, network, loras and preview"
+        raise CheckpointError(f"{', '.join(unknown)}: unknown; {spec.FAMILY} takes {known}")
+    preview = read_preview(options.get("preview"))
     prediction, network, notes = options.get("prediction"), options.get("network"), list[str]()
     if len(sources) == 1 and sources[0].is_dir() and not (sources[0] / "model_index.json").is_file():
         with naming(folder := sources[0]):
@@ -97,7 +101,7 @@ def convert(sources: Sequence[Path], **options: Any) -> Converted:
             parts = _three_files(sources, prediction, network, notes)
         unet, clip, codec = parts.made_of.unet, parts.made_of.clip, parts.made_of.codec
         companions.check_parts("its U-Net", clip, codec.arguments, unet["cross_attention_dim"], unet["in_channels"])
-    return _converted(parts, options.get("loras") or (), notes)
+    return with_preview(_converted(parts, options.get("loras") or (), notes), preview)
 
 
 def _inside(folder: Path, name: str) -> Path:

@@ -27,7 +27,8 @@ class ModelScopeNetworks(ClipNetworks):
 
     def __init__(self, manifest: Manifest, weights: Weights) -> None:
         self._networks = spec.networks(manifest)
-        super().__init__(manifest, weights, self._networks.clip, self._networks.codec)
+        made_of = self._networks
+        super().__init__(manifest, weights, made_of.clip, made_of.codec, made_of.preview)
 
     def predictor(self, step: Stage) -> nn.Module:
         """The U-Net, in both denoising stages."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from higen.errors import ManifestError
+from higen.families.preview_rows import TinyDecoder
 from higen.families.stable_diffusion.spec import Codec
 from higen.families.stage_rows import (
     KNOWN,
@@ -66,12 +67,14 @@ class Networks:
     """Constructor arguments of diffusers' UNet3DConditionModel and of transformers' CLIPTextConfig, and the codec.
 
     upscales   the U-Net is SR600's (higen/families/modelscope/predictors.py)
+    preview    the tiny decoder, if there is one
     """
 
     unet: dict[str, Any]
     clip: dict[str, Any]
     codec: Codec
     upscales: bool = field(default=False, metadata=LATER)
+    preview: TinyDecoder | None = field(default=None, metadata=LATER)
 
 
 def manifest(

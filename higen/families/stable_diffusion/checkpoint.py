@@ -15,6 +15,7 @@ from torch import Tensor
 
 from higen.errors import CheckpointError
 from higen.families import Converted
+from higen.families.preview_source import read_preview, with_preview
 from higen.families.stable_diffusion import spec
 from higen.families.stable_diffusion.control_source import is_control, read_control, with_control, without_controls
 from higen.families.stable_diffusion.ldm_names import PREFIX, unet_arguments, unet_from_ldm
@@ -61,12 +62,14 @@ def convert(sources: Sequence[Path], **options: Any) -> Converted:
     options  `prediction`: "epsilon" or "v", for a single file of version 2, which does not say it
              `control_kind`: one of `control_source.KINDS`, needed with a ControlNet
              `loras`: adapters (`lora.Lora`) that are added to the U-Net and the text encoder
+             `preview`: folder or file of a tiny decoder for previews (`preview_source`)
 
     Raises CheckpointError for a source that is missing, incomplete or another kind of model, for a scheduler that the
     tables do not support, and for an adapter that does not fit.
     """
-    if unknown := sorted(set(options) - {"prediction", "control_kind", "loras"}):
-        raise CheckpointError(f"{', '.join(unknown)}: unknown; {spec.FAMILY} takes prediction, control_kind and loras")
+    if unknown := sorted(set(options) - {"prediction", "control_kind", "loras", "preview"}):
+        known = "prediction, control_kind, loras and preview"
+        raise CheckpointError(f"{', '.join(unknown)}: unknown; {spec.FAMILY} takes {known}")
     prediction = options.get("prediction")
     if prediction not in (None, *PREDICTIONS):
         raise CheckpointError(f"prediction={prediction!r}: one of {', '.join(PREDICTIONS)}")
@@ -76,12 +79,12 @@ def convert(sources: Sequence[Path], **options: Any) -> Converted:
         besides = "" if control is None else f" beside the ControlNet {control}"
         raise CheckpointError(f"{', '.join(map(str, bases)) or 'nothing'}: one folder or file is wanted{besides}")
     (source,) = bases
-    notes: list[str] = []
+    notes, preview = list[str](), read_preview(options.get("preview"))
     with naming(source):
         read = _folder if source.is_dir() else _single_file
         made = read(source, prediction, notes)
     made = _with_loras(made, options.get("loras") or ())
-    return made if control is None else _with_control(made, control, str(kind))
+    return with_preview(made if control is None else _with_control(made, control, str(kind)), preview)
 
 
 def _with_control(made: Converted, path: Path, kind: str) -> Converted:

@@ -30,7 +30,8 @@ class StableDiffusionNetworks(ClipNetworks):
 
     def __init__(self, manifest: Manifest, weights: Weights) -> None:
         self._networks = spec.networks(manifest)
-        super().__init__(manifest, weights, self._networks.clip, self._networks.codec)
+        made_of = self._networks
+        super().__init__(manifest, weights, made_of.clip, made_of.codec, made_of.preview)
 
     def predictor(self, step: Stage) -> nn.Module:
         """The U-Net, with its control network if the stage takes a control map."""

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from higen.errors import ManifestError
+from higen.families.preview_rows import TinyDecoder
 from higen.families.stage_rows import (
     KNOWN,
     TEXT_CONDITIONS,
@@ -61,12 +62,14 @@ class Networks:
     """Constructor arguments of diffusers' UNet2DConditionModel and of transformers' CLIPTextConfig, and the codec.
 
     control  arguments of diffusers' ControlNetModel, if there is one
+    preview  the tiny decoder, if there is one
     """
 
     unet: dict[str, Any]
     clip: dict[str, Any]
     codec: Codec
     control: dict[str, Any] | None = field(default=None, metadata=LATER)
+    preview: TinyDecoder | None = field(default=None, metadata=LATER)
 
 
 _START = Start("image", "vae_encoder.latents", "control:strength")
