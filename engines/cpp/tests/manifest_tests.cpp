@@ -318,7 +318,7 @@ TEST(decoders_for_previews_that_do_not_fit) {
     wrong("sizes.preview.control='gust': the controls of kind choice are", "control", "gust");
     wrong("sizes.preview.choice='full'", "choice", "full");
     wrong("sizes.preview.choice='tiny'", "choice", "tiny");
-    wrong("sizes.preview.size: unknown key", "size", 2);
+    wrong("sizes.preview.\"size\": unknown key", "size", 2);
     auto json = fixture::with_preview();
     json["stages"].back()["inputs"][0]["shape"] = {"N", 7, "H", "W"};
     CHECK_FAILS(HIGEN_ERROR_MANIFEST, "its latents have 7 channels, but those of sizes.decoder have 4",
