@@ -34,7 +34,6 @@ from higen.manifest_file import read_manifest, rewrite, write_manifest
 from higen.pipeline import Pipeline
 from higen.tables import Mix, NoiseRule, Windows
 from higen.tokenizer import build_word_tokenizer, write_tokenizer
-from higen.train.emoji.configuration import architecture
 from higen.upgrade import upgrade
 
 Document = dict[str, Any]
@@ -99,10 +98,6 @@ def test_higens_configuration_is_in_its_tables() -> None:
     few = replace(TINY, defaults=replace(TINY.defaults, stretch=1.25, presets=presets))
     for config in (TINY, few, ModelConfig()):
         assert spec.config(spec.manifest(config)) == config
-
-
-def test_the_recipe_has_the_built_in_models_defaults() -> None:
-    assert spec.config(Bundle.open(default_model()).manifest).defaults == architecture().defaults
 
 
 def test_the_built_in_models_manifest_is_of_version_2() -> None:

@@ -15,6 +15,7 @@ from training_run import CAPTIONS, MODEL, make_settings
 
 from higen.errors import SettingsError
 from higen.families.higen import spec
+from higen.families.higen.configuration import FewStepPreset
 from higen.families.higen.cues import appearance_cue
 from higen.families.higen.spec import UNetConfig
 from higen.tables import Mix
@@ -291,8 +292,10 @@ def test_the_example_architecture_shows_every_key_and_is_the_built_in_models() -
     text = file.read_text(encoding="utf-8")
     keys = [line.strip("# ").partition(" =")[0] for line in text.splitlines() if " = " in line]
     for kind in (UNetConfig, spec.Defaults, spec.AutoencoderConfig):
-        missing = set(kind.__dataclass_fields__) - {*keys, "arguments"}
+        missing = set(kind.__dataclass_fields__) - {*keys, "arguments", "presets"}
         assert missing == set(), kind
+    assert "[[defaults.presets]]" in text
+    assert set(FewStepPreset.__dataclass_fields__) <= set(keys)
     built_in = spec.config(Bundle.open(default_model()).manifest)
     ours = replace(architecture(), autoencoder=built_in.autoencoder, prompts=built_in.prompts)
     assert ours == built_in
