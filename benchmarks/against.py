@@ -203,6 +203,19 @@ def keep(sides: list[Side], given: argparse.Namespace, lines: list[str]) -> None
     kept_as.with_suffix(".json").write_text(json.dumps({"shown": lines[0], "medians": medians}), encoding="utf-8")
 
 
+SHOWN = {
+    "reference": "published HiGen",
+    "higen_image": "key frame",
+    "higen": "clip",
+    "stable_diffusion": "Stable Diffusion",
+    "animatediff": "AnimateDiff",
+    "modelscope": "ModelScope",
+    "svd": "Stable Video Diffusion",
+    "torch": "higen, PyTorch",
+    "onnx": "higen, ONNX",
+}
+"""Sides and families in the table of the README, if other than their names."""
+
 BEGIN, END = "<!-- benchmarks/against.py -->\n", "<!-- end -->\n"
 """They enclose the table in the README."""
 
@@ -220,13 +233,13 @@ def write_readme(given: argparse.Namespace) -> None:
     if not found:
         raise SystemExit(f"{given.work} has no results of size {given.size}: run the benchmark for a family first")
     names = dict.fromkeys(name for medians in found.values() for name in list(medians)[1:] if name != "gemm")
-    rows = [["less CPU time than", *names], ["---"] * (len(names) + 1)]
+    rows = [["less CPU time than", *(SHOWN.get(name, name) for name in names)], ["---"] * (len(names) + 1)]
     for family, medians in found.items():
         base = next(iter(medians))
-        ratios = [f"{medians[base]['cpu'] / medians[n]['cpu']:.2f} x" if n in medians else "" for n in names]
-        rows.append([f"{base}, {family}", *ratios])
+        ratios = [f"{medians[base]['cpu'] / medians[n]['cpu']:.2f}x" if n in medians else "" for n in names]
+        rows.append([f"{SHOWN.get(base, base)}, {SHOWN[family]}", *ratios])
     before, _, rest = text.partition(BEGIN)
-    table = "".join(f"| {' | '.join(row)} |\n" for row in rows)
+    table = "".join(f"|{'|'.join(row)}|\n" for row in rows)
     given.readme.write_text(before + BEGIN + table + END + rest.partition(END)[2], encoding="utf-8")
 
 
