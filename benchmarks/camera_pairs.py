@@ -60,7 +60,7 @@ class Trainer:
     """The networks with their adapters, and the loss of pairs."""
 
     def __init__(self, settings: Settings, pairs: Sequence[Pair]) -> None:
-        self.settings, self.pairs = settings, pairs
+        self.pairs = pairs
         self.networks: Networks = build(settings, [])
         self.objective = Objective(self.networks, 0.0)
         found = trained_parameters(self.objective, settings)

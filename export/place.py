@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from higen.bundle import Bundle
 from higen.errors import HigenError, OutputError
-from higen.staging import Staging, exclusive, staging
+from higen.staging import Staging, exclusive, link_or_copy, staging
 
 __all__ = ["check_writable", "writing"]
 
@@ -51,10 +50,7 @@ def _own_weights(bundle: Bundle, place: Staging) -> None:
     with exclusive(bundle.path):
         for name in linked:
             own, there = place.folder / Path(name).name, (bundle.path / name).resolve(strict=True)
-            try:
-                own.hardlink_to(there)
-            except OSError:  # another file system, or one without hard links
-                shutil.copyfile(there, own)
+            link_or_copy(there, own)
             own.replace(bundle.path / name)
 
 

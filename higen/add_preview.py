@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +13,7 @@ from higen.families.preview_rows import WEIGHTS, preview_stage
 from higen.families.preview_source import read_preview
 from higen.manifest_file import check_version, read_manifest, write_manifest
 from higen.models.weights import write_safetensors
+from higen.staging import link_or_copy
 
 __all__ = ["add_preview"]
 
@@ -48,7 +47,8 @@ def add_preview(
         raise ModelError(f"{bundle.path}: already has a file {WEIGHTS}")
     with staged(output, overwrite) as folder:
         for name in bundle.files:
-            _put(bundle.file(name), folder / name)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            link_or_copy(bundle.file(name), folder / name)
         write_safetensors(folder / WEIGHTS, source.state, dtype)
         write_manifest(folder, manifest, {**bundle.files, WEIGHTS: file_record(folder / WEIGHTS)}, bundle.graphs)
         try:
@@ -60,11 +60,3 @@ def add_preview(
         if on_note is not None:
             on_note(note)
     return Bundle.open(output)
-
-
-def _put(path: Path, to: Path) -> None:
-    to.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(path.resolve(), to)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(path, to)

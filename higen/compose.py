@@ -7,7 +7,6 @@ name, the graphs are changed to refer to that name. Engines are not copied.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from higen.families.composed import spec
 from higen.manifest_file import check_version, read_manifest, write_manifest
 from higen.paths import given_path
 from higen.precision import PRECISIONS
+from higen.staging import link_or_copy
 
 __all__ = ["compose"]
 
@@ -124,10 +124,7 @@ def _put(copy: _Copy, to: Path, names: Mapping[str, str]) -> FileRecord:
         if any(name != here for name, here in pointed.items()):
             _point(path, to, pointed)
             return file_record(to)
-    try:
-        os.link(path.resolve(), to)
-    except OSError:  # another file system, or one without links
-        shutil.copyfile(path, to)
+    link_or_copy(path, to)
     return copy.bundle.files[copy.name]
 
 

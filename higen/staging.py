@@ -28,7 +28,7 @@ from pathlib import Path
 from higen import commit
 from higen.locks import hold
 
-__all__ = ["Staging", "exclusive", "others", "settle", "staging", "sweep", "whole_file"]
+__all__ = ["Staging", "exclusive", "link_or_copy", "others", "settle", "staging", "sweep", "whole_file"]
 
 PREFIX = ".higen-"
 LOCK = f"{PREFIX}lock"
@@ -292,3 +292,11 @@ def _finish_all(parent: Path) -> None:
                 _remove(root, ())
             finally:
                 os.close(lock)
+
+
+def link_or_copy(path: Path, to: Path) -> None:
+    """Make `to` a hard link of a file, or a copy if the file system has no links or is another. Raises OSError."""
+    try:
+        to.hardlink_to(path.resolve())
+    except OSError:
+        shutil.copyfile(path, to)
