@@ -50,8 +50,8 @@ def export_stage(
     """Write the graph of a stage's module to `output`, a file in the model's own folder.
 
     The stage's free axes are dynamic, except those that `static` fixes (`shapes.fixed_sizes`). The module's parameters
-    are named as in the weights file, with the module's `prefix` in front if it has one. Raises BackendError if tracing
-    fails or a large tensor would end up in the graph.
+    are named as in the weights file, with the module's `prefix` in front if it has one, and with other prefixes in
+    place of those in its `replaced`. Raises BackendError if tracing fails or a large tensor would end up in the graph.
     """
     stage = bundle.manifest.stage(name)
     fixed = fixed_sizes(bundle.manifest, stage, static)
@@ -65,6 +65,8 @@ def export_stage(
     _clean(model.graph, stage)
     stored = stored_tensors(bundle.file(bundle.weights(name, precision), verify=False))
     weights = {getattr(module, "prefix", "") + key: tensor for key, tensor in stored.items()}
+    for theirs, ours in getattr(module, "replaced", {}).items():
+        weights |= {ours + key.removeprefix(theirs): stored[key] for key in stored if key.startswith(theirs)}
     point_into(model.graph, weights, bundle.path)
     large = [k for k, v in model.graph.initializers.items() if k not in weights and _bytes(v) > LARGEST_INLINE]
     if large:

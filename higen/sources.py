@@ -122,7 +122,7 @@ class Sources:
         factor, frames = self._manifest.sizes.factor, request.frames_of(loop)
         height, width = request.height // factor, request.width // factor
         orders = [self._order(loop, seed, iteration) for seed in request.seeds]
-        drawn = [(seed, order.max() + 1, order) for seed, order in zip(request.seeds, orders, strict=True)]
+        drawn = [(seed, int(order.max()) + 1, order) for seed, order in zip(request.seeds, orders, strict=True)]
         purpose = noise.again(rule.purpose, iteration)
         unit = np.stack([noise.frame_noise(s, purpose, channels, n, height, width)[:, order] for s, n, order in drawn])
         assert unit.shape[2] == frames

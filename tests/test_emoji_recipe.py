@@ -468,6 +468,7 @@ def test_the_recipe_holds_its_folder_from_beginning_to_end(
         (recipe.decoder, "draw"),
         (recipe.decoder, "train"),
         (recipe, "assemble"),
+        (recipe.known_frames, "train"),
         (recipe.few_steps, "train"),
     ):
         monkeypatch.setattr(module, name, part(name))
@@ -479,7 +480,7 @@ def test_the_recipe_holds_its_folder_from_beginning_to_end(
     assert "ten times as long as in float32: leave --bf16 out" in capsys.readouterr().out
     recipe.run(tmp_path, tmp_path / "model", few=tmp_path / "few")
     assert capsys.readouterr().out == f"4 npm packages are fetched into {tmp_path / 'data'}, about 700 MB in all four\n"
-    whole = ["fetch", "train", "write", "train", "assemble", "draw", "train", "assemble"]
+    whole = ["fetch", "train", "write", "train", "assemble", "draw", "train", "assemble", "train"]
     assert parts == [*whole, *whole, "train"]
     with pytest.raises(SettingsError, match="another directory than --output"):
         recipe.run(tmp_path, tmp_path / "model", few=tmp_path / "model")

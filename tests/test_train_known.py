@@ -2,33 +2,42 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from conftest import TINY
+from numpy.typing import NDArray
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from higen.errors import SettingsError
+from higen.api import load
+from higen.errors import ManifestError, SettingsError
+from higen.export.model_graphs import export_model
+from higen.export.weights import stored_tensors
 from higen.families.higen import spec
+from higen.families.higen import unet as unet_module
 from higen.families.higen.network import VelocityPredictor
 from higen.families.higen.unet import Known, UNet
 from higen.models.solver_step import SolverStep
+from higen.tables import Variant
+from higen.train.batches import Batch
 from higen.train.checkpoints import Checkpoints
 from higen.train.draws import draw_known, noisy_known
 from higen.train.emoji.clips import Clips, Selection
 from higen.train.emoji.configuration import architecture, recipe
 from higen.train.emoji.denoiser import make_loop, networks_of
 from higen.train.emoji.subjects import SUBJECTS
-from higen.train.layers import temporal_names
-from higen.train.networks import build
+from higen.train.layers import denoiser_weights, temporal_names, trained_parameters, whole_weights
+from higen.train.networks import Networks, Objective, build, write_model
 from higen.train.objective import residual_v_loss, v_loss
 from higen.train.sections import KNOWN_SETS, ModelSettings, ObjectiveSettings
-from higen.train.settings import read_settings
+from higen.train.settings import Settings, read_settings
 
 CONFIG = replace(TINY.unet, prior_preconditioning=True, pooled_context=True, known_frames=True)
 B, F, H, W = 2, 5, 4, 4
@@ -241,3 +250,157 @@ def test_a_model_that_gets_known_frames_starts_unchanged(tmp_path: Path, precond
     assert spec.config(manifest).unet.known_frames
     assert manifest.stage("temporal_unet").input("known_mask").source == "known:mask"
     assert manifest.stage("spatial_unet").inputs == spec.stages()[2].inputs
+
+
+OWN = """
+[model]
+init = "{}"
+known_frames = true
+[data]
+path = "clips"
+images = 0
+[objective]
+known = {{ ends = 0.5, prefix = 0.5 }}
+[optimiser]
+layers = "known"
+[run]
+output = "run"
+steps = 1
+"""
+
+
+def own_settings(folder: Path, model: Path, *changes: tuple[str, str]) -> Settings:
+    text = OWN.format(model.as_posix())
+    for old, new in changes:
+        text = text.replace(old, new)
+    (folder / "train.toml").write_text(text, encoding="utf-8")
+    return read_settings(folder / "train.toml")
+
+
+@pytest.fixture
+def own_layers(tmp_path: Path, preconditioned_model: Path) -> tuple[Networks, Settings]:
+    """A model with layers of its own for known frames, all of them trained by a little, and the settings."""
+    settings = own_settings(tmp_path, preconditioned_model)
+    networks = build(settings, ())
+    torch.manual_seed(1)
+    with torch.no_grad():
+        for parameter in networks.denoiser.known.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    return networks, settings
+
+
+def test_layers_of_their_own_begin_as_the_temporal_layers(tmp_path: Path, preconditioned_model: Path) -> None:
+    networks = build(own_settings(tmp_path, preconditioned_model), ())
+    before, after = load_file(preconditioned_model / spec.UNET), networks.denoiser.state_dict()
+    own = {name.removeprefix("known."): tensor for name, tensor in after.items() if name.startswith("known.")}
+    assert own.keys() == set(unet_module.temporal_names(replace(networks.config.unet, known_layers=False))) | {
+        "known.weight",
+        "known_out.weight",
+        "known_out.bias",
+    }
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert all(
+        not tensor.any() if name.startswith("known") else torch.equal(tensor, after[f"unet.{name}"])
+        for name, tensor in own.items()
+    )
+
+
+def test_only_layers_of_their_own_are_trained(own_layers: tuple[Networks, Settings]) -> None:
+    networks, settings = own_layers
+    objective = Objective(networks, gain_weight=0.1)
+    trained = trained_parameters(objective, settings)
+    assert {name.split(".")[1] for name in trained} == {"known"}
+    c, f = networks.config.unet.in_channels, 4
+    batch = Batch(
+        normal(2, c, f, 4, 4, seed=1),
+        normal(2, c, f, 4, 4, seed=2),
+        torch.tensor([900, 500]),
+        normal(2, c, 4, 4, seed=3),
+        normal(2, f, networks.config.unet.base_channels, seed=4),
+        normal(2, f, networks.config.unet.appearance_columns, seed=5),
+        torch.zeros(2, networks.config.text.context_length, dtype=torch.int64),
+        normal(2, c, f, 4, 4, seed=6),
+        torch.tensor([[1.0, 0, 0, 1], [1, 1, 0, 0]]),
+    )
+    loss, _, video = objective(None, batch)
+    assert float(loss.detach()) == float(video)  # there is no gain to train
+    loss.backward()
+    gradients = {name for name, p in objective.named_parameters() if p.grad is not None and p.grad.any()}
+    assert gradients <= trained.keys()
+    assert {"denoiser.known.known.weight", "denoiser.known.prior.weight"} <= gradients
+
+
+def test_a_model_with_layers_of_their_own_draws_as_one_trained_as_a_whole(
+    tmp_path: Path, own_layers: tuple[Networks, Settings]
+) -> None:
+    """Its steps with known frames are those of a model with the same weights and `known_frames`. Its steps without
+    known frames are those of the model before."""
+    networks, settings = own_layers
+    made = write_model(networks, whole_weights(denoiser_weights(networks), {}, settings), tmp_path / "own")
+    assert made.manifest.loops[1].variant == Variant("keyframes", "temporal_unet_known", "temporal_unet_known_plain")
+    assert spec.config(made.manifest).unet.known_layers
+    weights = load_file(made.file(spec.UNET))
+    own = {f"unet.{name.removeprefix('known.')}": t for name, t in weights.items() if name.startswith("known.")}
+    whole = replace(networks, own=replace(networks.config, unet=unet_module.with_known_inputs(networks.config.unet)))
+    rest = {f"denoiser.{n}": t for n, t in {**weights, **own}.items() if not n.startswith("known.")}
+    other = write_model(whole, rest, tmp_path / "whole")
+    before = build(own_settings(tmp_path, Path(settings.model.init or "")), ()).companions
+    pictures = {0: np.full((32, 32, 3), 200, np.uint8), -1: np.full((32, 32, 3), 90, np.uint8)}
+    common = {"frames": 4, "width": 32, "height": 32, "seed": 3, "steps": 2, "progress": False}
+    with load(made.path, "torch") as ours, load(other.path, "torch") as theirs, load(before.path, "torch") as earlier:
+        told = [pipe("a", keyframes=pictures, **common).frames for pipe in (ours, theirs, earlier)]
+        plain = [pipe("a", **common).frames for pipe in (ours, earlier)]
+    # Tensors lie at other places in the files, so sums may be rounded in another way.
+    assert farthest(told[0], told[1]) <= 1
+    assert farthest(told[0], told[2]) > 1
+    assert farthest(*plain) <= 1
+
+
+def farthest(a: NDArray[np.uint8], b: NDArray[np.uint8]) -> int:
+    return int(np.abs(a.astype(int) - b).max())
+
+
+def test_a_graph_takes_the_layers_of_their_own(tmp_path: Path, own_layers: tuple[Networks, Settings]) -> None:
+    """The gate compares the graph with the network; here the graph's tensors are looked up in the file."""
+    networks, settings = own_layers
+    made = write_model(networks, whole_weights(denoiser_weights(networks), {}, settings), tmp_path / "own")
+    made = export_model(made, ("temporal_unet_known_plain",))
+    stored = stored_tensors(made.file(spec.UNET))
+    places = {tensor.offset: name for name, tensor in stored.items()}
+    graph = ir.load(made.file("temporal_unet_known_plain.onnx")).graph
+    used = {places[v.const_value.offset] for v in graph.initializers.values() if hasattr(v.const_value, "offset")}
+    assert {name for name in used if name.startswith("known.")} >= {"known.known.weight", "known.known_out.weight"}
+    assert not used & {f"unet.{name}" for name in unet_module.temporal_names(networks.config.unet)}
+    assert "unet.conv_in.weight" in used
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ("images = 0", "images = 1", "optimiser.layers='known': needs data.images = 0"),
+        ("ends = 0.5", "none = 0.5", "optimiser.layers='known': needs objective.known without the set 'none'"),
+        ("known = {{ ends = 0.5, prefix = 0.5 }}", "", "needs objective.known without the set 'none'"),
+        ("known_frames = true", "", "has no layers of its own for known frames; model.known_frames = true adds them"),
+    ],
+)
+def test_settings_that_do_not_fit_layers_of_their_own_are_refused(
+    tmp_path: Path, preconditioned_model: Path, old: str, new: str, said: str
+) -> None:
+    change = (old.replace("{{", "{").replace("}}", "}"), new)
+    with pytest.raises(SettingsError, match=re.escape(said)):
+        build(own_settings(tmp_path, preconditioned_model, change), ())
+
+
+def test_known_frames_of_a_model_with_layers_of_their_own_are_trained_there(
+    tmp_path: Path, own_layers: tuple[Networks, Settings]
+) -> None:
+    networks, settings = own_layers
+    made = write_model(networks, whole_weights(denoiser_weights(networks), {}, settings), tmp_path / "own")
+    assert build(own_settings(tmp_path, made.path), ()).config.unet.known_layers  # it can be trained further
+    with pytest.raises(SettingsError, match=re.escape("optimiser.layers = 'known' trains them")):
+        build(own_settings(tmp_path, made.path, ('layers = "known"', 'layers = "all"')), ())
+
+
+def test_a_model_has_one_kind_of_layers_for_known_frames() -> None:
+    with pytest.raises(ManifestError, match="known_frames, known_layers: at most one of them"):
+        replace(CONFIG, known_layers=True)

@@ -34,6 +34,10 @@ class SolverStep(nn.Module):
         self.predictor = predictor
         self.prefix = f"predictor.{getattr(predictor, 'prefix', '')}"
         """The prefix of the weights' names in this module."""
+        self.replaced: dict[str, str] = {
+            own: self.prefix + name for own, name in getattr(predictor, "replaced", {}).items()
+        }
+        """{prefix in the weights file: prefix in this module} of weights that take the place of others."""
         self.branches = 2 if stage.guided else 1
         self.inputs = tuple(tensor.name for tensor in stage.inputs)
         twins = {EMPTY + name for name in self.inputs}

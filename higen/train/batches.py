@@ -170,7 +170,7 @@ class Batches:
                     f"cues.{name}={value}: {config.name} takes no unspecified cues; "
                     "leave it out, or train an architecture with optional_cues = true"
                 )
-        if objective.known and not config.unet.known_frames:
+        if objective.known and not config.unet.takes_known:
             raise SettingsError(
                 f"objective.known={objective.known}: {config.name} takes no known frames; "
                 "model.known_frames = true gives it inputs for them"

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrize import register_parametrization
 
 from higen.errors import TrainingError
+from higen.families.higen import unet
 from higen.families.higen.spec import UNetConfig
-from higen.families.higen.unet import UNet
 from higen.staging import whole_file
 from higen.train.checkpoints import reason
 from higen.train.networks import Networks, Objective, spatial_names
@@ -41,21 +41,20 @@ DOWN, UP = "lora_A.weight", "lora_B.weight"
 
 
 def temporal_names(config: UNetConfig) -> list[str]:
-    """Parameters of `Denoiser` that do not affect still pictures: temporal layers, the gain, and the weight of the
-    prior's convolution. (Its bias affects them, because it is added without a prior too.)
-    """
-    with torch.device("meta"):
-        spatial, whole = (dict(UNet(config, temporal=temporal).named_parameters()) for temporal in (False, True))
-    return [f"unet.{name}" for name in whole if name not in spatial or name == "prior.weight"]
+    """Parameters of `Denoiser` that only clips use (`higen.families.higen.unet.temporal_names`)."""
+    return [f"unet.{name}" for name in unet.temporal_names(config)]
 
 
 def trained_parameters(objective: Objective, settings: Settings) -> dict[str, nn.Parameter]:
     """The parameters that are trained, by name. Freezes the others, and puts adapters into the networks if wanted."""
     config, layers = objective.denoiser.unet.config, settings.optimiser.layers
+    if objective.denoiser.known is not None:
+        objective.denoiser.known.requires_grad_(layers == "known")
     if layers == "all" and not settings.lora.rank:
         return {name: p for name, p in objective.named_parameters() if p.requires_grad}
-    if layers == "all":
-        chosen = [name for name, _ in objective.denoiser.named_parameters() if name.startswith("unet.")]
+    if layers in ("all", "known"):
+        prefix = "unet." if layers == "all" else "known."
+        chosen = [name for name, _ in objective.denoiser.named_parameters() if name.startswith(prefix)]
     else:
         chosen = spatial_names(config) if layers == "spatial" else temporal_names(config)
     objective.denoiser.requires_grad_(False)

@@ -104,8 +104,7 @@ def build(settings: Settings, captions: Iterable[str]) -> Networks:
         tokenizer = PromptTokenizer(build_word_tokenizer(words), config.text.rules)
     if settings.model.architecture is not None:
         _check_fit(config, theirs, new_text=tokenizer is not None, new_codec=settings.codec.layers != "none")
-    if settings.model.known_frames:
-        config = replace(config, unet=replace(config.unet, known_frames=True))
+    config = replace(config, unet=_for_known(config.unet, settings))
     own = _named(config, theirs, settings)
     if settings.model.init is None:
         config = own
@@ -204,10 +203,33 @@ def new_denoiser(config: UNetConfig) -> Denoiser:
     return denoiser
 
 
+def _for_known(config: UNetConfig, settings: Settings) -> UNetConfig:
+    """The network that the settings ask for. Raises SettingsError if layers of its own for known frames are to be
+    trained and it has none, or the other way round."""
+    own = settings.optimiser.layers == "known"
+    if settings.model.known_frames and not config.takes_known:
+        config = replace(config, known_layers=own, known_frames=not own)
+    if own and not config.known_layers:
+        raise SettingsError(
+            "optimiser.layers='known': the model has no layers of its own for known frames; "
+            + ("it was trained for them as a whole" if config.known_frames else "model.known_frames = true adds them")
+        )
+    if settings.objective.known and config.known_layers and not own:
+        raise SettingsError(
+            f"objective.known={settings.objective.known}: the model draws clips with known frames with layers of their "
+            "own; optimiser.layers = 'known' trains them"
+        )
+    return config
+
+
 def _with_known_frames(denoiser: Denoiser, config: UNetConfig) -> Denoiser:
-    """The same denoiser with inputs for known frames. Their weights are 0, so it draws the same as before."""
+    """The same denoiser with inputs for known frames. Their weights are 0, so it draws the same as before. Layers of
+    their own begin as the temporal layers."""
     wider = Denoiser(config)
-    wider.load_state_dict({**wider.state_dict(), **denoiser.state_dict()})
+    before = denoiser.state_dict()
+    theirs = {f"known.{name}": before.get(f"unet.{name}") for name in (wider.known.state_dict() if wider.known else ())}
+    own = {name: tensor for name, tensor in theirs.items() if tensor is not None}
+    wider.load_state_dict({**wider.state_dict(), **before, **own})
     return wider
 
 
@@ -237,9 +259,18 @@ class Objective(nn.Module):
         # In a tuple, so that torch does not register the same parameters twice.
         self._spatial = (networks.denoiser.spatial_unet(),)
         self._spatial[0].recompute = recompute
+        self._known: tuple[UNet, ...] = () if self.denoiser.known is None else (self.denoiser.known_unet(),)
+        for unet in self._known:
+            unet.recompute = recompute
 
     alpha: Tensor
     sigma: Tensor
+
+    @property
+    def known_unet(self) -> UNet:
+        """The network for clips with known frames, if they have layers of their own."""
+        (unet,) = self._known
+        return unet
 
     @property
     def unets(self) -> tuple[UNet, UNet]:
@@ -255,27 +286,33 @@ class Objective(nn.Module):
         video, gain = (zero, zero) if videos is None else self._video_loss(videos)
         loss = image + video + self.gain_weight * gain
         if gains is not None:
-            loss = loss + gain_loss(self.denoiser.unet, *self._conditions(gains), gains.square)
+            loss = loss + gain_loss(self.denoiser.unet, *self.conditions(gains), gains.square)
         return loss, image.detach(), video.detach()
 
     def _image_loss(self, batch: Batch) -> Tensor:
-        context, embedding = self._conditions(batch)
+        context, embedding = self.conditions(batch)
         alpha, sigma = self.alpha[batch.t], self.sigma[batch.t]
         (unet,) = self._spatial
         return v_loss(unet, batch.x0, batch.noise, batch.t, alpha, sigma, context, embedding, None).mean()
 
     def _video_loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        context, embedding = self._conditions(batch)
+        context, embedding = self.conditions(batch)
         alpha, sigma, unet = self.alpha[batch.t], self.sigma[batch.t], self.denoiser.unet
-        given = unet, batch.x0, batch.noise, batch.t, alpha, sigma, context, embedding
         known = None if batch.known is None or batch.mask is None else Known(batch.known, batch.mask)
+        own = known is not None and bool(self._known)
+        if own:
+            (unet,) = self._known
+        given = unet, batch.x0, batch.noise, batch.t, alpha, sigma, context, embedding
         if batch.prior is None or not unet.config.prior_preconditioning:
             loss = v_loss(*given, batch.prior, known).mean()
             return loss, loss.new_zeros(())
         loss = residual_v_loss(*given, batch.prior, known).mean()
+        if own:  # they have no gain to train: their estimate is the difference from the blend
+            return loss, loss.new_zeros(())
         return loss, gain_loss(unet, context, embedding, residual_square(batch.x0, batch.prior))
 
-    def _conditions(self, batch: Batch | GainBatch) -> tuple[Tensor, Tensor]:
+    def conditions(self, batch: Batch | GainBatch) -> tuple[Tensor, Tensor]:
+        """The context tokens [B,K,Dc] and the embedding of the cues [B,F,E] of a batch."""
         with torch.set_grad_enabled(self.train_text):
             hidden = self.text(input_ids=batch.tokens).last_hidden_state
         context, embedding = self.denoiser.conditioner(hidden, batch.motion, batch.appearance)

@@ -59,7 +59,8 @@ class ModelSettings:
     name: str | None = None
     licence: str | None = None
     known_frames: bool = False
-    """Give a model inputs for known frames (objective.known). Their weights start at zero, so it draws as before."""
+    """Give a model inputs for known frames (objective.known). Their weights start at zero, so it draws as before. With
+    optimiser.layers = "known", clips with known frames get temporal layers of their own."""
 
     def __post_init__(self) -> None:
         if self.known_frames and self.init is None:
@@ -227,9 +228,10 @@ class OptimiserSettings:
     spatial_gradient: float = 1.0
     """Factor on the gradients of the spatial network (the reference: 0.5)."""
     train_text: bool = False
-    layers: Literal["all", "spatial", "temporal"] = "all"
+    layers: Literal["all", "spatial", "temporal", "known"] = "all"
     """Which layers of the denoiser are trained. spatial: those of the still-picture network. temporal: those that only
-    clips use. With temporal, key frames are drawn as before, and data.images must be 0."""
+    clips use. known: the temporal layers that only clips with known frames use. With temporal, key frames are drawn as
+    before, and with known, everything without known frames. Then data.images must be 0."""
 
     def __post_init__(self) -> None:
         _at_least(self, 0, "learning_rate", "weight_decay", "warm_up", "clip", "spatial_gradient")

@@ -136,9 +136,14 @@ class Settings:
 
     def _check_layers(self) -> None:
         layers, rank = self.optimiser.layers, self.lora.rank
-        if layers == "temporal" and self.data.images:
+        if layers in ("temporal", "known") and self.data.images:
             raise SettingsError(
-                "optimiser.layers='temporal': needs data.images = 0; these layers are not used for pictures"
+                f"optimiser.layers={layers!r}: needs data.images = 0; these layers are not used for pictures"
+            )
+        if layers == "known" and (not self.objective.known or self.objective.known.get("none") or rank):
+            raise SettingsError(
+                "optimiser.layers='known': needs objective.known without the set 'none', and no lora; these layers are "
+                "used only for clips with known frames"
             )
         if self.optimiser.spatial_gradient != 1 and (layers != "all" or rank):
             raise SettingsError("optimiser.spatial_gradient: only where all layers are trained, and without lora")

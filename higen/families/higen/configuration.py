@@ -54,9 +54,14 @@ class UNetConfig:
     """The mean context token is added to the time embedding."""
     known_frames: bool = False
     """The temporal network takes known frames of the clip as inputs (`preconditioning.velocity`)."""
+    known_layers: bool = False
+    """A clip with known frames is drawn with temporal layers of its own, which take them as inputs. Clips without known
+    frames do not use these layers, so `known_frames` is false."""
 
     def __post_init__(self) -> None:
         check_positive(self)
+        if self.known_frames and self.known_layers:
+            raise ManifestError("known_frames, known_layers: at most one of them")
         if not 0 <= self.dropout < 1:
             raise ManifestError(f"dropout={self.dropout}: from 0 to below 1")
         if self.embedding_dim % self.context_heads:
@@ -72,6 +77,11 @@ class UNetConfig:
         for attends, width in zip(self.attention_levels, self.level_channels, strict=True):
             if attends and width % self.head_dim:
                 raise ManifestError(f"head_dim={self.head_dim} does not divide the {width} channels of a level")
+
+    @property
+    def takes_known(self) -> bool:
+        """Whether the model was made for known frames, in one of the two ways."""
+        return self.known_frames or self.known_layers
 
     @property
     def level_channels(self) -> tuple[int, ...]:

@@ -22,6 +22,7 @@ from higen.models.companion_stages import DecoderStage, EncoderStage
 from higen.models.solver_step import SolverStep
 from higen.models.video_walk import fold, unfold
 from higen.models.weights import fill
+from higen.stages import Stage
 
 __all__ = ["ConditionerStage", "HigenNetworks", "VelocityPredictor", "load_denoiser", "open"]
 
@@ -42,7 +43,7 @@ class HigenNetworks:
         """A stage as a module, in evaluation mode. Raises ManifestError for an unknown stage, IntegrityError."""
         row = self._manifest.stage(stage)
         if row.denoises:
-            return SolverStep(row, self._spatial if row.input("latents").shape[2] == 1 else self._temporal).eval()
+            return SolverStep(row, self._predictor(row)).eval()
         makers: dict[str, Callable[[], nn.Module]] = {
             "text_encoder": self._text_encoder,
             "conditioner": self._conditioner,
@@ -56,6 +57,12 @@ class HigenNetworks:
                 f"stages.{stage}: unknown; {spec.FAMILY} has the steps of its loops, {', '.join(makers)}"
             )
         return makers[stage]().eval()
+
+    def _predictor(self, step: Stage) -> VelocityPredictor:
+        if step.input("latents").shape[2] == 1:
+            return self._spatial
+        own = self._denoiser.known is not None and any(tensor.name == "known" for tensor in step.inputs)
+        return self._known if own else self._temporal
 
     @cached_property
     def _denoiser(self) -> Denoiser:
@@ -72,6 +79,11 @@ class HigenNetworks:
     def _spatial(self) -> VelocityPredictor:
         """The U-Net without its temporal layers. It shares the parameters of `_temporal`."""
         return VelocityPredictor(self._denoiser.spatial_unet())
+
+    @cached_property
+    def _known(self) -> VelocityPredictor:
+        """The U-Net with the layers for known frames. It shares the parameters of the other layers with `_temporal`."""
+        return VelocityPredictor(self._denoiser.known_unet(), _KNOWN)
 
     @cached_property
     def _autoencoder(self) -> nn.Module:
@@ -93,6 +105,10 @@ class HigenNetworks:
         return EncoderStage(self._autoencoder, config.shift, config.scale).to(self._weights.device)
 
 
+_KNOWN = "known."
+"""Prefix of the layers for known frames in the weights file, beside `unet.`."""
+
+
 class ConditionerStage(nn.Module):
     """hidden [B,L,Dt], motion [B,F,D], appearance [B,F,R] -> context [B,K,Dc], frame_embedding [B,F,E], float32."""
 
@@ -110,9 +126,11 @@ class VelocityPredictor(nn.Module):
     """Predicts v with a U-Net, as `SolverStep` calls it. The conditions are `context`, `frame_embedding` and, for a
     clip, `prior`; also `known` and `known_mask` if the U-Net was trained for known frames."""
 
-    def __init__(self, unet: UNet) -> None:
+    def __init__(self, unet: UNet, own: str = "") -> None:
+        """`own`: prefix in the weights file of tensors that replace tensors of the prefix `unet.`."""
         super().__init__()
         self.unet = unet
+        self.replaced = {own: "unet."} if own else {}
 
     @property
     def deep_channels(self) -> int:

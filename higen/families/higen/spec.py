@@ -8,10 +8,17 @@ Only data, no PyTorch. `manifest` makes the tables; `config` recovers the config
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields, replace
-from typing import Any
+from dataclasses import replace
 
 from higen.errors import ManifestError
+from higen.families.higen.architecture import (
+    FAMILY,
+    architecture,
+    autoencoder_config,
+    preview,
+    text_config,
+    unet_config,
+)
 from higen.families.higen.configuration import (
     TOKENIZER,
     AutoencoderConfig,
@@ -23,7 +30,6 @@ from higen.families.higen.configuration import (
     read_config,
     write_config,
 )
-from higen.families.preview_rows import TinyDecoder
 from higen.families.stage_rows import (
     KNOWN,
     autoencoder_stages,
@@ -36,8 +42,7 @@ from higen.manifest import Manifest
 from higen.presets import Preset, Stretch
 from higen.schedule import Solver
 from higen.stages import Output, Stage, Tensor
-from higen.tables import Control, Loop, Mix, NoiseRule, Offset, Replaced, Sizes, Start
-from higen.typed_json import LATER, from_json, to_json
+from higen.tables import Control, Loop, Mix, NoiseRule, Offset, Replaced, Sizes, Start, Variant
 
 __all__ = ["AUTOENCODER", "DDIM", "DPM", "FAMILY", "TEXT_ENCODER", "TOKENIZER", "UNET"]
 __all__ += ["AutoencoderConfig", "Defaults", "ModelConfig", "TextConfig", "UNetConfig"]
@@ -53,7 +58,6 @@ __all__ += [
     "write_config",
 ]
 
-FAMILY = "higen"
 UNET, TEXT_ENCODER, AUTOENCODER = "unet.safetensors", "text_encoder.safetensors", "vae.safetensors"
 
 DDIM = Solver("ddim", "leading-floor", offset=1, final="first")
@@ -73,6 +77,10 @@ KNOWN_INPUTS = (
 )
 """The inputs for known frames in the steps of a clip, if the model was trained with known frames."""
 
+TEMPORAL = "temporal_unet"
+KNOWN_TEMPORAL = "temporal_unet_known"
+"""The steps of a clip with known frames, if they have layers of their own (`UNetConfig.known_layers`)."""
+
 
 # The tables.
 
@@ -82,15 +90,15 @@ def manifest(config: ModelConfig, plain: bool = True) -> Manifest:
 
     Raises ManifestError for a configuration whose parts do not fit each other.
     """
-    every = stages(config.unet.known_frames, config.unet.level_channels[0])
+    every = stages(config.unet.known_frames, config.unet.level_channels[0], config.unet.known_layers)
     loops = _loops(config, plain)
-    stepping = {name for loop in loops for name in (loop.guided, loop.plain)}
+    stepping = {name for loop in loops for name in loop.stages}
     rows = tuple(stage for stage in every if not stage.denoises or stage.name in stepping)
     return Manifest(
         name=config.name,
         licence=config.licence,
         family=FAMILY,
-        architecture=_architecture(config),
+        architecture=architecture(config),
         prompts=config.prompts,
         sizes=_sizes(config),
         text=config.text.rules,
@@ -101,14 +109,16 @@ def manifest(config: ModelConfig, plain: bool = True) -> Manifest:
     )
 
 
-def stages(known_frames: bool = False, deep: int | None = None) -> tuple[Stage, ...]:
+def stages(known_frames: bool = False, deep: int | None = None, known_layers: bool = False) -> tuple[Stage, ...]:
     """The stages of a HiGen model, including the plain ones.
 
     known_frames  the steps of a clip take known frames as inputs
     deep          channels of the network's deep features
+    known_layers  there are other steps for a clip with known frames
     """
     hidden = ("B", "L", "Dt")
-    clip = (Tensor("prior", ("B", "C", "H", "W"), source="spatial.latents"), *(KNOWN_INPUTS if known_frames else ()))
+    prior = Tensor("prior", ("B", "C", "H", "W"), source="spatial.latents")
+    known = _denoising_stages(KNOWN_TEMPORAL, "F", deep, prior, *KNOWN_INPUTS) if known_layers else ()
     return (
         text_encoder_stage(TEXT_ENCODER, "Dt"),
         Stage(
@@ -122,7 +132,8 @@ def stages(known_frames: bool = False, deep: int | None = None) -> tuple[Stage, 
             (Output("context", ("B", "K", "Dc")), Output("frame_embedding", ("B", "F", "E"))),
         ),
         *_denoising_stages("spatial_unet", 1, deep),
-        *_denoising_stages("temporal_unet", "F", deep, *clip),
+        *_denoising_stages(TEMPORAL, "F", deep, prior, *(KNOWN_INPUTS if known_frames else ())),
+        *known,
         *autoencoder_stages(AUTOENCODER, "image"),
     )
 
@@ -200,9 +211,7 @@ def _controls(config: ModelConfig) -> tuple[Control, ...]:
 def _loops(config: ModelConfig, plain: bool) -> tuple[Loop, Loop]:
     """The loop of the key frame, then the loop of the clip. The key frame has the cues of a still clip."""
     defaults, solvers = config.defaults, _solvers(config.defaults.solver)
-    guided = tuple(
-        name if has else None for name, has in zip(("spatial_unet", "temporal_unet"), config.guided, strict=True)
-    )
+    guided = tuple(name if has else None for name, has in zip(("spatial_unet", TEMPORAL), config.guided, strict=True))
     spatial = Loop(
         name="spatial",
         guided=guided[0],
@@ -221,7 +230,7 @@ def _loops(config: ModelConfig, plain: bool) -> tuple[Loop, Loop]:
         spatial,
         name="temporal",
         guided=guided[1],
-        plain="temporal_unet" + PLAIN if plain else None,
+        plain=TEMPORAL + PLAIN if plain else None,
         frames="F",
         least_frames=2,
         steps=defaults.steps[1],
@@ -235,9 +244,15 @@ def _loops(config: ModelConfig, plain: bool) -> tuple[Loop, Loop]:
         replaced=None,
         start=Start("video", "vae_encoder@video.latents", "control:strength"),
         known=KNOWN,
+        variant=_known_variant(config.guided[1], plain) if config.unet.known_layers else None,
         stretch=_stretch(defaults),
     )
     return spatial, temporal
+
+
+def _known_variant(guided: bool, plain: bool) -> Variant:
+    """The steps of a clip with known frames. There is one for each of the loop's own steps."""
+    return Variant(KNOWN.control, KNOWN_TEMPORAL if guided else None, KNOWN_TEMPORAL + PLAIN if plain else None)
 
 
 def _stretch(defaults: Defaults) -> Stretch | None:
@@ -252,85 +267,6 @@ def _solvers(default: str) -> tuple[Solver, ...]:
     if default not in rows:
         raise ManifestError(f"defaults.solver={default!r}: one of {', '.join(map(repr, rows))}")
     return rows.pop(default), *rows.values()
-
-
-# The networks' configuration: some values are in `sizes.symbols`, the rest in `architecture`.
-
-_OF_SYMBOLS = {
-    "in_channels": "C",
-    "text_dim": "Dt",
-    "base_channels": "D",
-    "appearance_columns": "R",
-    "context_tokens": "K",
-    "context_dim": "Dc",
-}
-
-
-@dataclass(frozen=True)
-class _Codec:
-    kind: str
-    arguments: dict[str, Any]
-    shift: tuple[float, ...]
-    scale: tuple[float, ...]
-
-
-@dataclass(frozen=True)
-class _Architecture:
-    unet: dict[str, Any]
-    clip: dict[str, Any]
-    autoencoder: _Codec
-    preview: TinyDecoder | None = field(default=None, metadata=LATER)
-
-
-def _architecture(config: ModelConfig) -> dict[str, Any]:
-    unet = {name: value for name, value in to_json(config.unet).items() if name not in _OF_SYMBOLS}
-    if not config.unet.known_frames:  # as in manifests written before known frames existed
-        del unet["known_frames"]
-    codec = {f.name: getattr(config.autoencoder, f.name) for f in fields(_Codec)}
-    return to_json(_Architecture(unet, config.text.clip, _Codec(**codec)))
-
-
-def _read_architecture(manifest: Manifest) -> _Architecture:
-    if manifest.family != FAMILY:
-        raise ManifestError(f"family={manifest.family!r}: {FAMILY} is wanted here")
-    return from_json(_Architecture, manifest.architecture, "architecture", whole=True)
-
-
-def unet_config(manifest: Manifest) -> UNetConfig:
-    """The denoiser's configuration. Raises ManifestError if the tables are not those of a HiGen model."""
-    given = {"known_frames": False, **_read_architecture(manifest).unet}
-    missing = [symbol for symbol in (*_OF_SYMBOLS.values(), "E", "L") if symbol not in manifest.fixed]
-    if missing:
-        raise ManifestError(f"sizes.symbols: has no {', '.join(missing)}")
-    symbols = {name: manifest.fixed[symbol] for name, symbol in _OF_SYMBOLS.items()}
-    if twice := sorted(set(given) & set(symbols)):
-        raise ManifestError(f"architecture.unet.{twice[0]}: is already in sizes.symbols")
-    config = from_json(UNetConfig, {**symbols, **given}, "architecture.unet", whole=True)
-    if manifest.fixed["E"] != config.embedding_dim:
-        raise ManifestError(f"sizes.symbols.E={manifest.fixed['E']}: must be 4 times D, {config.embedding_dim}")
-    if manifest.sizes.multiple % (manifest.sizes.factor * config.size_multiple):
-        wanted = manifest.sizes.factor * config.size_multiple
-        raise ManifestError(f"sizes.multiple={manifest.sizes.multiple}: a multiple of {wanted}")
-    return config
-
-
-def text_config(manifest: Manifest) -> TextConfig:
-    """The text encoder's configuration. Raises ManifestError, as `unet_config` does."""
-    rules = manifest.text
-    if rules is None:
-        raise ManifestError("text=null: this family reads a prompt")
-    return TextConfig(_read_architecture(manifest).clip, rules.length, rules.pad_id, rules.clean)
-
-
-def autoencoder_config(manifest: Manifest) -> AutoencoderConfig:
-    """The autoencoder's configuration. Raises ManifestError, as `unet_config` does."""
-    codec = _read_architecture(manifest).autoencoder
-    return AutoencoderConfig(codec.kind, codec.arguments, manifest.sizes.factor, codec.shift, codec.scale)
-
-
-def preview(manifest: Manifest) -> TinyDecoder | None:
-    """The tiny decoder, if there is one. Raises ManifestError, as `unet_config` does."""
-    return _read_architecture(manifest).preview
 
 
 def config(manifest: Manifest) -> ModelConfig:

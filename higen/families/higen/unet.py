@@ -5,7 +5,8 @@ Reference: tools/modules/unet/unet_higen.py; spec sections 2 to 5.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
+from dataclasses import replace
 from typing import NamedTuple, cast
 
 import torch
@@ -26,7 +27,7 @@ from higen.models.layers import (
     embedding_mlp,
 )
 
-__all__ = ["Conditioner", "Denoiser", "Known", "UNet"]
+__all__ = ["Conditioner", "Denoiser", "Known", "UNet", "temporal_names"]
 
 
 class Known(NamedTuple):
@@ -299,21 +300,66 @@ class UNet(nn.Module):
         return out
 
 
+def temporal_names(config: UNetConfig) -> list[str]:
+    """Parameters of `UNet` that do not affect still pictures: temporal layers, the gain, inputs and output for known
+    frames, and the weight of the prior's convolution. (Its bias affects them, because it is added without a prior too.)
+    """
+    with torch.device("meta"):
+        spatial, whole = (dict(UNet(config, temporal=temporal).named_parameters()) for temporal in (False, True))
+    return [name for name in whole if name not in spatial or name == "prior.weight"]
+
+
 class Denoiser(nn.Module):
-    """HiGen's unified denoiser: the conditioner, and the U-Net, which is used without temporal layers for one frame."""
+    """HiGen's unified denoiser: the conditioner, and the U-Net, which is used without temporal layers for one frame.
+
+    With `config.known_layers`, `known` has the temporal layers for clips with known frames (`known_unet`).
+    """
 
     def __init__(self, config: UNetConfig) -> None:
         super().__init__()
         self.config = config
         self.conditioner = Conditioner(config)
         self.unet = UNet(config)
+        self.known = None
+        if config.known_layers:
+            own = with_known_inputs(config)
+            self.known = _only(UNet(own), temporal_names(own))
 
     def spatial_unet(self) -> UNet:
         """The U-Net without temporal layers. It shares the parameter tensors, so there is no second copy."""
         with torch.device("meta"):
             spatial = UNet(self.config, temporal=False)
-        own = self.unet.state_dict(keep_vars=True)
-        for name, parameter in spatial.named_parameters():
+        return self._shared(spatial)
+
+    def known_unet(self) -> UNet:
+        """The U-Net with the layers of `known` in place of its own. It shares all parameter tensors.
+
+        Raises TypeError for a denoiser without these layers.
+        """
+        if self.known is None:
+            raise TypeError("this denoiser has no layers for known frames")
+        with torch.device("meta"):
+            unet = UNet(with_known_inputs(self.config))
+        return self._shared(unet, self.known.state_dict(keep_vars=True))
+
+    def _shared(self, unet: UNet, others: dict[str, Tensor] | None = None) -> UNet:
+        """Gives a U-Net on the meta device the tensors of `others`, and for the rest those of `self.unet`."""
+        own = {**self.unet.state_dict(keep_vars=True), **(others or {})}
+        for name, parameter in unet.named_parameters():
             parameter.requires_grad_(own[name].requires_grad)  # load_state_dict copies this flag the other way
-        spatial.load_state_dict({name: own[name] for name in spatial.state_dict()}, assign=True)
-        return spatial.train(self.training)
+        unet.load_state_dict({name: own[name] for name in unet.state_dict()}, assign=True)
+        return unet.train(self.training)
+
+
+def with_known_inputs(config: UNetConfig) -> UNetConfig:
+    """The configuration of the network with the layers for known frames."""
+    return replace(config, known_layers=False, known_frames=True)
+
+
+def _only(module: nn.Module, names: Collection[str]) -> nn.Module:
+    """The module with only these parameters. It cannot be called."""
+    for name, _ in list(module.named_parameters()):
+        if name not in names:
+            owner, _, leaf = name.rpartition(".")
+            module.get_submodule(owner).register_parameter(leaf, None)
+    return module

@@ -177,9 +177,11 @@ class Clips:
         speed = self._speed(random)
         clip = key = self.clip(s, b, speed.factor)  # [32, 16, 8, 8]
         if other:
-            later, warped, turn = (_real(random) for _ in range(3))
+            away, warped, turn = (_real(random) for _ in range(3))
+            # Most given frames come from clips that begin near the recipe's phase, such as the model's own.
+            away = 0.5 * away**2 * (1 if _real(random) < 0.5 else -1)
             warp = max(0.0, 2 * warped - 1)
-            clip = self.clip(s, b, speed.factor, int(later * self.loops[s].shape[1]), warp, turn)
+            clip = self.clip(s, b, speed.factor, round(away * self.loops[s].shape[1]), warp, turn)
         motion, appearance, said = self._cues(clip, random, speed)
         start = _integer(random, FRAMES - length + 1)
         frames = slice(start, start + length)

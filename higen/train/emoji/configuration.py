@@ -15,10 +15,11 @@ from higen.train.settings import DistilSettings, LoraSettings, OptimiserSettings
 from higen.train.words import with_words
 from higen.typed_json import from_json
 
-__all__ = ["CODEC", "DECODER", "FEW_STEPS", "WORDS", "CodecSettings", "FewSteps", "architecture", "recipe"]
+__all__ = ["CODEC", "DECODER", "FEW_STEPS", "KNOWN_FRAMES", "WORDS"]
+__all__ += ["CodecSettings", "FewSteps", "KnownFrames", "architecture", "recipe"]
 
 FILE = Path(__file__).with_name("recipe.toml")
-OWN = ("codec", "decoder", "few_steps")
+OWN = ("codec", "decoder", "known_frames", "few_steps")
 """Sections of the file that only this recipe uses."""
 WORDS = (*vocabulary(), ",")
 
@@ -41,6 +42,28 @@ class CodecSettings:
     subject_weight: float = 2.0
     """Extra weight of the subject's pixels. The few backgrounds are learned soon."""
     prior_weight: float = 0.02
+
+
+@dataclass(frozen=True)
+class KnownFrames:
+    """How the layers for known frames are trained. `videos`: clips of a training step.
+
+    sets                    fractions of clips, by the frames that are given (objective.known)
+    noise                   deviation of the noise on given frames, drawn from 0 to this
+    high_part, high_levels  as in the objective
+    """
+
+    sets: dict[str, float]
+    optimiser: OptimiserSettings
+    steps: int
+    videos: int = 4
+    noise: float = 0.05
+    high_part: float = 0.6
+    high_levels: float = 0.002
+    save_every: int = 250
+    log_every: int = 50
+    measure_every: int = 250
+    """Steps between two measurements on held-out combinations."""
 
 
 @dataclass(frozen=True)
@@ -80,4 +103,5 @@ def architecture() -> ModelConfig:
 
 
 CODEC, DECODER = (from_json(CodecSettings, _file()[name], f"{FILE.name}.{name}") for name in ("codec", "decoder"))
+KNOWN_FRAMES = from_json(KnownFrames, _file()["known_frames"], f"{FILE.name}.known_frames")
 FEW_STEPS = from_json(FewSteps, _file()["few_steps"], f"{FILE.name}.few_steps")

@@ -10,7 +10,7 @@ from higen.errors import SettingsError, TrainingError, quoted
 from higen.families.higen import spec
 from higen.locks import claimed
 from higen.model_folder import check_free
-from higen.train.emoji import autoencoder, decoder, few_steps, latent_cache
+from higen.train.emoji import autoencoder, decoder, few_steps, known_frames, latent_cache
 from higen.train.emoji.assemble import assemble
 from higen.train.emoji.configuration import DECODER
 from higen.train.emoji.denoiser import all_clips, train
@@ -30,13 +30,13 @@ def run(
     bf16: bool = False,
     few: Path | None = None,
 ) -> Bundle:
-    """Fetch the emoji into `work`, train codec and denoiser there, then the decoder on what the denoiser draws, and
-    write the model directory `output`.
+    """Fetch the emoji into `work`, train codec and denoiser there, then the decoder on what the denoiser draws, then
+    the layers for known frames, and write the model directory `output`.
 
     Results that `work` already contains are not made again. `start`: a model of this recipe; new networks start from
     its weights as far as they fit, so that additional subjects need less training. `bf16`: mixed precision.
     `codec_minutes` is the codec's total training time, over all restarts. `few`: another model directory to write, with
-    a model that is distilled from `output` and draws in few steps.
+    a model that is distilled from `output`, draws in few steps, and has no layers for known frames.
     Raises ManifestError if `start` has no model, SettingsError for a model of another recipe, and TrainingError if a
     part cannot start or another process works in `work`.
     """
@@ -69,7 +69,9 @@ def run(
         if not (work / decoder.RESULT).exists():
             decoder.draw(assemble(work, work / "model", overwrite=True), work / "drawn")
             decoder.train(work / "data", work, replace(DECODER, precision="bf16" if bf16 else "fp32"))
-        made = assemble(work, output, overwrite=True)
+        plain = assemble(work, work / "model", overwrite=True)
+        made = known_frames.train(plain, work, output)
         if few is not None:
-            few_steps.train(made, work, few)
+            # Its layers change, so those for known frames would not fit them.
+            few_steps.train(plain, work, few)
         return made
