@@ -378,8 +378,7 @@ def test_a_graph_takes_the_layers_of_their_own(tmp_path: Path, own_layers: tuple
     ("old", "new", "said"),
     [
         ("images = 0", "images = 1", "optimiser.layers='known': needs data.images = 0"),
-        ("ends = 0.5", "none = 0.5", "optimiser.layers='known': needs objective.known without the set 'none'"),
-        ("known = {{ ends = 0.5, prefix = 0.5 }}", "", "needs objective.known without the set 'none'"),
+        ("known = {{ ends = 0.5, prefix = 0.5 }}", "", "optimiser.layers='known': needs objective.known, and no lora"),
         ("known_frames = true", "", "has no layers of its own for known frames; model.known_frames = true adds them"),
     ],
 )

@@ -140,10 +140,10 @@ class Settings:
             raise SettingsError(
                 f"optimiser.layers={layers!r}: needs data.images = 0; these layers are not used for pictures"
             )
-        if layers == "known" and (not self.objective.known or self.objective.known.get("none") or rank):
+        if layers == "known" and (not self.objective.known or rank):
             raise SettingsError(
-                "optimiser.layers='known': needs objective.known without the set 'none', and no lora; these layers are "
-                "used only for clips with known frames"
+                "optimiser.layers='known': needs objective.known, and no lora; these layers are used only for clips with "
+                "known frames"
             )
         if self.optimiser.spatial_gradient != 1 and (layers != "all" or rank):
             raise SettingsError("optimiser.spatial_gradient: only where all layers are trained, and without lora")
