@@ -17,6 +17,7 @@ from higen.bundle import MANIFEST, Bundle, check_free, create_model
 from higen.errors import CheckpointError, ModelError
 from higen.models.companions import TEXT_PREFIX
 from higen.models.lora import Lora, merged
+from higen.presets import unusual
 
 __all__ = ["adapt", "is_model"]
 
@@ -40,6 +41,7 @@ def adapt(
 
     Weights keep their stored precision. Files that no adapter changes are copied. Graphs and engines are not copied,
     because they belong to the old weights. The new model's name says which adapters were added.
+    It has the same presets, but none is usual.
 
     Raises CheckpointError (no adapter, or one that does not fit or makes weights that are not finite), ModelError
     (`output` exists, is `model`, or cannot be written) and what opening a model raises.
@@ -59,7 +61,8 @@ def adapt(
     manifest = source.manifest
     if different:
         named = ", ".join(f"{lora.path.stem} ({lora.scale:g})" for lora in loras if lora.scale)
-        manifest = replace(manifest, name=f"{manifest.name} with {named}")
+        name = f"{manifest.name} with {named}"
+        manifest = replace(manifest, name=name, presets=unusual(manifest.presets))
     text = manifest.text
     kept = [*stored, *([] if text is None else [text.tokenizer])]
     with create_model(output, manifest, overwrite) as folder:

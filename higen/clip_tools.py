@@ -178,6 +178,8 @@ def loop(pipe: Maker, prompt: str = "", *, progress: bool | None = None, **optio
         raise RequestError(f"frames={quoted(frames)}: {allowed}")
     if options.get(control) is not None:
         raise RequestError(f"{control}: loop() sets the known frame itself; leave it out")
+    if options.get("steps") is None and options.get("preset") is None:
+        options["steps"] = [None] * len(pipe.manifest.loops)  # no usual preset: both requests draw in the same way
     request = pipe.request(prompt, frames=frames + 1, **options)
     first = pipe.make(request, progress)[0].frames[0]
     own = {**options, "seed": request.seeds[0], control: {0: first, -1: first}}

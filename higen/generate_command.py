@@ -170,7 +170,7 @@ def _option(control: Control) -> _ControlOption:
 @click.option("--free-init", type=numbers, help="FreeInit: ITERATIONS[,SPATIAL,TEMPORAL[,ORDER]].")
 @click.option("--free-init-filter", help="Filter of FreeInit: butterworth, gaussian or ideal.")
 @click.option("--reuse", type=numbers, help="Run the whole network only every N steps; other steps reuse its features.")
-@click.option("--preset", help="A preset of the model, such as fast: it sets the options that are not given.")
+@click.option("--preset", help="A preset of the model, such as fast or full: it sets the options that are not given.")
 @click.option("--inversion", help="Invert the clip into noise with this text, which describes it; else noise is added.")
 @click.option("--frames", type=int)
 @click.option("--width", type=int)
@@ -208,7 +208,8 @@ def generate(
 ) -> None:
     """Make a video of PROMPT.
 
-    Options that are not given have the model's defaults. With --script, a scene script replaces PROMPT
+    Options that are not given have the model's defaults. A request with only PROMPT, seed, frames, size and rate uses
+    the model's usual preset, if it has one. With --script, a scene script replaces PROMPT
     (docs/planning.md). The last options are the model's own controls; --model DIR --help lists those of another model.
     """
     with reported(as_json):

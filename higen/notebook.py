@@ -193,16 +193,19 @@ class Studio:
     # The inputs.
 
     def _add(self, name: str, made: Any, read: Callable[[], Any] | None = None) -> Any:
-        """Add an input and its reader. If a reader returns None, the model's default is used."""
+        """Add an input and its reader. If a reader returns None, the option is not given: the default reader does so
+        while the input is unchanged.
+        """
         made.style.description_width = "9em"
         made.layout.width = "26em"
         self.fields[name] = made
-        self._readers[name] = read or (lambda: made.value)
+        self._readers[name] = read or _changed(made)
         return made
 
     def _common(self) -> list[Any]:
         w, sizes, prompts = self._widgets, self._pipeline.manifest.sizes, self._pipeline.manifest.prompts
-        prompt = self._add("prompt", w.Textarea(value=prompts[0] if prompts else "", description="Prompt", rows=2))
+        prompt = w.Textarea(value=prompts[0] if prompts else "", description="Prompt", rows=2)
+        self._add("prompt", prompt, lambda: prompt.value)
         examples = w.Dropdown(options=["", *prompts], description="Examples", style=prompt.style, layout=prompt.layout)
 
         def chosen(change: Mapping[str, Any]) -> None:
@@ -230,7 +233,10 @@ class Studio:
             rows += [self._add(f"{name}, {loop.name}", made) for loop, made in zip(loops, inputs, strict=True)]
             for loop in loops:
                 del self._readers[f"{name}, {loop.name}"]
-            self._readers[name] = partial(_values, inputs)
+            self._readers[name] = partial(_values, [_changed(made) for made in inputs])
+        if manifest.presets:
+            names = ["", *(preset.name for preset in manifest.presets)]
+            rows.append(self._add("preset", w.Dropdown(options=names, value="", description="Preset")))
         return rows
 
     def _control(self, control: Control) -> Any:
@@ -296,8 +302,16 @@ def curve(name: str, text: str, frames: int) -> float | list[float] | None:
     return [float(value) for value in np.interp(places, np.arange(len(values)), values)]
 
 
-def _values(inputs: Sequence[Any]) -> list[Any]:
-    return [made.value for made in inputs]
+def _changed(made: Any) -> Callable[[], Any]:
+    """A reader of an input: None while its value is the first one."""
+    first = made.value
+    return lambda: None if made.value == first else made.value
+
+
+def _values(readers: Sequence[Callable[[], Any]]) -> list[Any] | None:
+    """One value per loop, None for the loop's default; None if all have their defaults."""
+    values = [read() for read in readers]
+    return values if any(value is not None for value in values) else None
 
 
 def _whole(name: str, text: str) -> int:

@@ -177,7 +177,8 @@ class Pipeline:
         solver           one name, or one per loop
         frames, width, height, fps
         guidance_interval, windows, window_noise, free_init, free_init_filter, reuse, preset, inversion
-                         how the loops are run (higen/loop_settings.py)
+                         how the loops are run (higen/loop_settings.py). A request that gives nothing that chooses how
+                         to draw has the model's usual preset (higen/presets.py)
         warn             called with each warning of this request; default warnings.warn
 
         All other options are controls of the model. A picture or clip is used for all prompts; a list has one per

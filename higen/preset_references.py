@@ -12,11 +12,13 @@ MOST_PRESETS = 100
 
 
 def check_presets(manifest: Rows) -> None:
-    """Raise ManifestError for a name that is used twice, and for values that a loop does not take."""
+    """Raise ManifestError for a name that is used twice, two usual presets, and values that a loop does not take."""
     names = [preset.name for preset in manifest.presets]
     check(len(names) <= MOST_PRESETS, f"presets: at most {MOST_PRESETS} rows, not {len(names)}")
     twice = sorted({name for name in names if names.count(name) > 1})
     check(not twice, f"presets: {', '.join(twice)} appears twice")
+    usual = [preset.name for preset in manifest.presets if preset.usual]
+    check(len(usual) < 2, f"presets: {', '.join(usual)} are usual; at most one is")
     loops = manifest.loops
     for preset in manifest.presets:
         where = f"presets.{preset.name}"

@@ -1,12 +1,17 @@
-"""Rows of a manifest for requests with few steps: presets, and the stretch of a loop's result (docs/manifest.md)."""
+"""Rows of a manifest for requests with few steps: presets, and the stretch of a loop's result (docs/manifest.md).
+
+`preset_name` decides which preset a request uses.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterable
+from dataclasses import dataclass, field, replace
 
 from higen.errors import ManifestError, RequestError, quoted
+from higen.typed_json import LATER
 
-__all__ = ["MAX_STRETCH", "Preset", "Stretch", "chosen_preset"]
+__all__ = ["MAX_STRETCH", "Preset", "Stretch", "chosen_preset", "preset_name", "unusual"]
 
 MAX_STRETCH = 100.0
 """The largest factor of a stretch."""
@@ -33,12 +38,16 @@ class Stretch:
 
 @dataclass(frozen=True)
 class Preset:
-    """Values for what a request leaves out, one per loop; None: the loop's own value."""
+    """Values for what a request leaves out, one per loop; None: the loop's own value.
+
+    usual  used by a request that does not choose how to draw (`preset_name`)
+    """
 
     name: str
     steps: tuple[int | None, ...]
     guidance: tuple[float | None, ...]
     stretch: tuple[float | None, ...]
+    usual: bool = field(default=False, metadata=LATER)
 
     def __post_init__(self) -> None:
         if not (self.name.isidentifier() and self.name.isascii()):
@@ -46,6 +55,17 @@ class Preset:
         for by in self.stretch:
             if by is not None:
                 _check_factor("stretch", by)
+
+
+def preset_name(presets: tuple[Preset, ...], name: object, given: Iterable[object]) -> object:
+    """The name of a request's preset: `name` if it is given, else the usual preset if nothing else is given, or None.
+
+    `given`: all that chooses how to draw: the negative prompt, steps, guidance, solver, controls, and settings of the
+    loops. A prompt, seed, frames, sizes and rate choose only what is drawn. None: not given.
+    """
+    if name is not None or any(value is not None for value in given):
+        return name
+    return next((preset.name for preset in presets if preset.usual), None)
 
 
 def chosen_preset(presets: tuple[Preset, ...], name: object, model: str) -> Preset | None:
@@ -59,3 +79,8 @@ def chosen_preset(presets: tuple[Preset, ...], name: object, model: str) -> Pres
         raise RequestError(f"preset={quoted(name)}: {model} has no presets")
     names = ", ".join(repr(preset.name) for preset in presets)
     raise RequestError(f"preset={quoted(name)}: the presets of {model} are {names}")
+
+
+def unusual(presets: tuple[Preset, ...]) -> tuple[Preset, ...]:
+    """The same presets, none of them usual. They were measured with other weights."""
+    return tuple(replace(preset, usual=False) for preset in presets)

@@ -16,7 +16,7 @@ from higen.errors import PictureWarning, RequestError, quoted
 from higen.loop_settings import LoopSettings, loop_settings
 from higen.manifest import Manifest
 from higen.plain_values import plain
-from higen.presets import chosen_preset
+from higen.presets import chosen_preset, preset_name
 from higen.prompt_weights import pieces
 from higen.request_values import (
     MAX_PROMPT,
@@ -196,7 +196,11 @@ def make_request(
     tall = _side("height", sizes.height if height is None else height, sizes.multiple)
     wide = _side("width", sizes.width if width is None else width, sizes.multiple)
 
-    preset = chosen_preset(manifest.presets, settings.get("preset"), manifest.name)
+    decoding = None if sizes.preview is None else sizes.preview.control
+    drawing = [value for name, value in controls.items() if name != decoding]
+    ways = (negative_prompt or None, steps, guidance, solver, *drawing, *settings.values())
+    settings["preset"] = preset_name(manifest.presets, plain(settings.get("preset")), ways)
+    preset = chosen_preset(manifest.presets, settings["preset"], manifest.name)
 
     def of_preset(name: str, own: Callable[[Loop], Any]) -> Callable[[Loop], Any]:
         """The default of a loop: the preset's value, or the loop's own."""

@@ -120,12 +120,13 @@ def record(
     calls: dict[str, Calls] = {stage: [] for stage in stages}
     sizes: dict[str, int] = {name: options[name] for name in options.keys() & {"frames", "height", "width"}}
     recorder = CallRecorder(bundle, ())
+    own = [None] * len(bundle.manifest.loops)  # the loops' own steps: a usual preset has too few calls to calibrate on
     total = 0
     with Pipeline(bundle, recorder) as pipeline, tqdm(desc="calibration", total=0, disable=not shown) as bar:
         for seed, prompt in enumerate(prompts):
             missing = set(stages)
             for way in ways(bundle.manifest, sizes):
-                given = {**options, **way}
+                given = {"steps": own, **options, **way}
                 wanted = missing & _called(pipeline, prompt, given)
                 if not wanted:
                     continue

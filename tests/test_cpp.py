@@ -186,6 +186,9 @@ CASES: list[dict[str, Any]] = [
     {"prompt": "a whale!", "negative_prompt": "pink", "steps": 1, "frames": 2, "motion": "unspecified"},
     {"prompt": 6, "steps": 2, "frames": 3, "guidance": (1, [1, 2.5, 0.5]), "negative_prompt": "snow"},
     {"prompt": 8, "preset": "fast", "frames": 4, "seed": 5},
+    {"prompt": 8, "preset": "full", "frames": 2, "seed": 5},
+    {"prompt": 9, "frames": 4, "seed": 6},
+    {"prompt": 9, "frames": 2, "seed": 6, "offset_noise": 0.1},
     {"prompt": 7, "steps": (2, 3), "frames": 3, "guidance": 1, "solver": ("ddim", "dpm++2m"), "offset_noise": 0.3},
 ]  # fmt: skip
 

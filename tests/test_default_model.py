@@ -96,3 +96,23 @@ def test_its_licence_and_its_card_are_there(model: Bundle) -> None:
     card = (default_model().parent / "MODEL_CARD.md").read_text(encoding="utf-8")
     assert "MIT" in card  # the licence of the emoji it was trained on
     assert "Microsoft" in card
+
+
+def test_plain_text_to_video_has_the_preset_fast(model: Bundle) -> None:
+    size = {"seed": 1, "frames": 4, "width": 64, "height": 64, "progress": False}
+    with higen.load(model.path, prepare=False) as pipe:
+        usual, fast = pipe("a whale", **size), pipe("a whale", preset="fast", **size)
+        assert {stage for stage in pipe.backend.choices if "_unet" in stage} == {
+            "spatial_unet_plain",
+            "temporal_unet_plain",
+        }
+        full, named = (pipe("a whale", **size, **how) for how in (GUIDED, {"preset": "full"}))
+    assert usual.metadata["preset"] == "fast"
+    assert np.array_equal(usual.frames, fast.frames)
+    assert (named.metadata["preset"], "preset" in full.metadata) == ("full", False)
+    assert (named.metadata["steps"], named.metadata["guidance"]) == ([12, 3], [1.5, 1.0])
+    assert np.array_equal(named.frames, full.frames)
+    assert not np.array_equal(usual.frames, full.frames)
+
+
+GUIDED = {"steps": (12, 3), "guidance": (1.5, 1.0)}

@@ -520,7 +520,7 @@ def test_wrong_arguments_are_one_line(tmp_path: Path, monkeypatch: pytest.Monkey
     assert "precision='int9': one of 'fp32'" in result.stderr
     result = cli(*options, "--preset", "slow")
     assert result.exit_code == 2
-    assert re.search(r"preset='slow': the presets of .* are 'fast'", result.stderr)
+    assert re.search(r"preset='slow': the presets of .* are 'fast', 'full'", result.stderr)
     result = cli(*options, "--seeds", "0")
     assert result.exit_code == 2
     assert "seeds=0: a whole number from 1" in result.stderr

@@ -94,7 +94,7 @@ def test_tables_come_back_as_they_were_written(manifest: Manifest, tmp_path: Pat
 
 
 def test_higens_configuration_is_in_its_tables() -> None:
-    presets = (FewStepPreset("fast", (2, 1), stretch=1.5), FewStepPreset("half", (None, 1), (None, 2.0)))
+    presets = (FewStepPreset("fast", (2, 1), stretch=1.5), FewStepPreset("half", (None, 1), (None, 2.0), usual=True))
     few = replace(TINY, defaults=replace(TINY.defaults, stretch=1.25, presets=presets))
     for config in (TINY, few, ModelConfig()):
         assert spec.config(spec.manifest(config)) == config

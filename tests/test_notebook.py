@@ -8,6 +8,7 @@ import pickle
 import re
 import sys
 from collections.abc import Iterator
+from contextlib import ExitStack
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -105,6 +106,25 @@ def test_the_form_makes_what_a_call_makes(pipe: Pipeline) -> None:
     form.wait(60)
     truth = pipe("a whale", image=PIL.Image.open(file), progress=False, **options)
     assert np.array_equal(form.video.frames, truth.frames)
+
+
+def test_the_form_sends_only_what_was_changed(pipe: Pipeline) -> None:
+    """So a form in which nothing was chosen has the model's usual preset, as a call has."""
+    pytest.importorskip("ipywidgets")
+    form = pipe.widget()
+
+    def options() -> dict[str, Any]:
+        with ExitStack() as files:
+            return form._options(files)
+
+    assert options() == {"prompt": pipe.manifest.prompts[0], "seed": "random"}
+    assert pipe.request(**options()).settings.preset == "fast"
+    form.fields["preset"].value = "full"
+    assert options()["preset"] == "full"
+    form.fields["preset"].value = ""
+    form.fields["steps, temporal"].value = 2
+    form.fields["offset_noise"].value += 0.25
+    assert (options()["steps"], "guidance" in options(), "offset_noise" in options()) == ([None, 2], False, True)
 
 
 def test_the_form_shows_what_is_wrong(pipe: Pipeline) -> None:

@@ -74,6 +74,82 @@ def test_a_preset_fills_in_what_is_left_out(folder: Path) -> None:
     assert not {"preset", "stretch"} & set(pipeline("a kite").metadata)
 
 
+USUAL = preset(KNOWN, WIDE, replace(FAST, usual=True))
+PIXELS = np.zeros((8, 12, 3), np.uint8)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"seed": 4, "frames": 5, "width": 16, "height": 12, "fps": 9},
+        {"steps": None, "guidance": None, "negative_prompt": None, "mood": None, "windows": None, "preset": None},
+        {"negative_prompt": "", "warn": print},
+    ],
+)
+def test_a_request_that_chooses_nothing_has_the_usual_preset(folder: Path, options: dict[str, Any]) -> None:
+    request = pipeline_of(folder, USUAL).request(["a kite", "red"], **options)
+    truth = pipeline_of(folder).request(["a kite", "red"], **{**options, "preset": "fast"})
+    assert (request.settings, request.steps, request.guidance) == (truth.settings, truth.steps, truth.guidance)
+    assert request.settings.preset == "fast"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"steps": KNOWN.loops[0].steps},
+        {"steps": (None, None)},
+        {"guidance": (None, None)},
+        {"guidance": 1.0},
+        {"solver": KNOWN.loops[0].solvers[0].name},
+        {"negative_prompt": "red"},
+        {"mood": "dim"},  # its default
+        {"grain": 3},
+        {"push": 0.5},
+        {"shake": 0.5},
+        {"sway": "unspecified"},
+        {"drift": np.eye(5)},
+        {"sketch": PIXELS},
+        {"footage": np.stack([PIXELS] * 5)},
+        {"keyframes": {0: PIXELS}},
+        {"keyframes": {0: PIXELS}, "mask": PIXELS},
+        {"guidance_interval": (0, 1)},
+        {"windows": 0},
+        {"windows": 3, "window_noise": "fresh"},
+        {"free_init": 1},
+        {"free_init": 1, "free_init_filter": "butterworth"},
+        {"reuse": 1},
+        {"inversion": "red", "footage": np.stack([PIXELS] * 5), "solver": "ddim"},
+        {"preset": "wide"},
+    ],
+    ids=str,
+)
+def test_what_chooses_how_to_draw_leaves_the_usual_preset_out(folder: Path, options: dict[str, Any]) -> None:
+    usual, plain = (pipeline_of(folder, model).request("a kite", frames=5, **options) for model in (USUAL, MODEL))
+    assert usual.settings == plain.settings
+    assert usual.settings.preset == options.get("preset")
+    assert (usual.steps, usual.guidance, usual.solvers) == (plain.steps, plain.guidance, plain.solvers)
+
+
+def test_the_usual_presets_stages_are_loaded_and_recorded(folder: Path) -> None:
+    usual, named = pipeline_of(folder, USUAL), pipeline_of(folder)
+    assert usual._default_stages() == named.stages(named.request("a kite", preset="fast"))
+    made, truth = usual("a kite", seed=3), named("a kite", seed=3, preset="fast")
+    np.testing.assert_array_equal(made.frames, truth.frames)
+    assert {**made.metadata, "seconds": 0} == {**truth.metadata, "seconds": 0}
+    assert (made.metadata["preset"], made.metadata["steps"]) == ("fast", [2, 1])
+    rows = [name for name, _ in usual.stream("a kite").loops]
+    assert usual.stream("a kite").loops == named.stream("a kite", preset="fast").loops
+    assert rows == ["draft", "film", "decode"]
+    assert usual.image("a kite", seed=3).shape == (8, 12, 3)
+
+
+def test_a_loop_of_frames_draws_its_first_frame_as_the_clip(folder: Path) -> None:
+    """The clip has known frames, so it has no usual preset; the clip that gives them has none either."""
+    clip = pipeline_of(folder, USUAL).loop("a kite", frames=4, seed=3)
+    np.testing.assert_array_equal(clip.frames, pipeline_of(folder).loop("a kite", frames=4, seed=3).frames)
+
+
 @pytest.mark.parametrize("name", ["fast", "wide"])
 def test_the_result_is_stretched_from_the_earlier_loop(folder: Path, name: str) -> None:
     pipeline = pipeline_of(folder)
@@ -147,6 +223,9 @@ def test_a_manifest_without_the_new_keys_is_written_as_before(folder: Path, tmp_
     (tmp_path / "higen.json").write_text(manifest_text(Opened(MODEL, {}, {})))
     assert read_manifest(tmp_path).manifest == MODEL
     assert read_manifest(folder).manifest.presets == (FAST, WIDE)
+    assert "usual" not in json.loads((tmp_path / "higen.json").read_text())["presets"][0]
+    (tmp_path / "higen.json").write_text(manifest_text(Opened(USUAL, {}, {})))
+    assert read_manifest(tmp_path).manifest == USUAL
 
 
 @pytest.mark.parametrize(
@@ -157,6 +236,10 @@ def test_a_manifest_without_the_new_keys_is_written_as_before(folder: Path, tmp_
         (lambda: preset(MANIFEST, replace(FAST, stretch=(None, 101.0))), "stretch=101.0: a number from 0 to 100"),
         (lambda: preset(MANIFEST, replace(FAST, name="very fast")), "name='very fast': letters, digits and _"),
         (lambda: preset(MANIFEST, FAST, FAST), "presets: fast appears twice"),
+        (
+            lambda: preset(MANIFEST, replace(FAST, usual=True), replace(WIDE, usual=True)),
+            "presets: fast, wide are usual; at most one is",
+        ),
         (lambda: preset(MANIFEST, replace(FAST, steps=(2,))), "presets.fast.steps: 2 entries, one per loop, not 1"),
         (lambda: preset(MANIFEST, replace(FAST, steps=(2, 0))), "presets.fast.steps has 0 for the loop film: null, or"),
         (lambda: preset(MANIFEST, replace(FAST, guidance=(-1.0, 1.0))), "presets.fast.guidance has -1.0 for the loop"),

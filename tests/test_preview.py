@@ -32,7 +32,9 @@ from higen.manifest import Manifest
 from higen.models.tiny_decoder import PreviewStage, read_tiny_decoder, tiny_decoder
 from higen.noise import frame_noise
 from higen.pipeline import Pipeline
+from higen.presets import Preset
 from higen.preview_decoder import Preview
+from higen.request import make_request
 from higen.tokenizer import PromptTokenizer
 from higen.typed_json import from_json, to_json
 
@@ -415,6 +417,17 @@ def test_a_composed_model_keeps_that_of_the_second() -> None:
     only = composed.compose(with_tiny(FIRST), SECOND, same_tokenizer=True)
     assert only.sizes.preview is None
     assert "decoder" not in [control.name for control in only.controls]
+
+
+def test_the_choice_of_a_decoder_does_not_choose_how_to_draw() -> None:
+    made = with_tiny(FIRST)
+    loops = len(made.loops)
+    made = replace(made, presets=(Preset("quick", (1,) * loops, (None,) * loops, (None,) * loops, usual=True),))
+    how: dict[str, Any] = {"load": lambda *_: None, "frames": made.sizes.frames[0]}
+    for given in ({}, {"decoder": "preview"}):
+        request = make_request(made, "a", controls=given, **how)
+        assert (request.settings.preset, request.steps) == ("quick", (1,) * loops)
+    assert make_request(made, "a", controls={"decoder": "preview"}, steps=2, **how).settings.preset is None
 
 
 def changed_row(**changes: Any) -> Manifest:

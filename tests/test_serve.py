@@ -104,6 +104,16 @@ def test_a_served_video_equals_the_pipelines(server: Server) -> None:
     assert np.abs(found - truth.frames.astype(int)).max() <= 1
 
 
+def test_plain_text_to_video_has_the_models_usual_preset(server: Server) -> None:
+    plain = {"num_inference_steps": None, "guidance_scale": None, "negative_prompt": "", "seed": 3}
+    names = [server.create("a whale", **plain, **options) for options in ({}, {"preset": "full"})]
+    jobs = [server.wait(name) for name in names]
+    assert [(job["preset"], job["metadata"]["preset"]) for job in jobs] == [(None, "fast"), ("full", "full")]
+    assert [job["metadata"]["steps"] for job in jobs] == [[2, 1], [12, 3]]
+    (model,) = server.call("GET", "/v1/models")[1]["data"]
+    assert (model["presets"], model["usual_preset"]) == (["fast", "full"], "fast")
+
+
 @pytest.mark.parametrize("suffix", ["mp4", "webm", "gif", "webp"])
 def test_sync_answers_with_the_file(server: Server, suffix: str, tmp_path: Path) -> None:
     status, data = server.call("POST", f"/v1/videos/sync?format={suffix}", {"prompt": "a heart", **QUICK})

@@ -77,6 +77,11 @@ def test_a_model_trained_on_mixed_noise_begins_its_clips_so() -> None:
         ModelSettings("m"), DataSettings("d"), RunSettings("o", 1), objective=ObjectiveSettings(noise_mix=0.25)
     )
     assert _named(OPTIONAL, trained, settings).defaults.noise_mix == 0.25
+    preset = FewStepPreset("fast", (2, 1), usual=True)
+    source = replace(OPTIONAL, defaults=replace(OPTIONAL.defaults, presets=(preset,)))
+    assert _named(source, source, settings).defaults.presets == (replace(preset, usual=False),)
+    own = replace(settings, model=ModelSettings(architecture="a.toml", companions="c"))
+    assert _named(source, source, own).defaults.presets == (preset,)
     own = Batches(trained, PromptTokenizer(build_word_tokenizer(["a"]), trained.text.rules), CueSettings(),
                   ObjectiveSettings(), 0)  # fmt: skip
     assert own.noise_mix == 0.4

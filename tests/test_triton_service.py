@@ -457,13 +457,18 @@ def test_the_controls_of_any_model(made_up: Service, options: dict[str, Any]) ->
 def test_a_preset_gives_pythons_frames(made_up: Service) -> None:
     plain = made_up._pipeline
     draft, film = MANIFEST.loops
-    fast = Preset("fast", (2, 1), (1.0, 1.0), (None, 1.5))
+    fast = Preset("fast", (2, 1), (1.0, 1.0), (None, 1.5), usual=True)
     manifest = replace(MANIFEST, loops=(draft, replace(film, stretch=Stretch("draft"))), presets=(fast,))
     own = Pipeline(replace(plain.bundle, manifest=manifest), plain.backend)
     rows = {stage.name: 4 for stage in manifest.stages if stage.batch}
     service = Service(own, own.backend, Limits(slots=4, line=8, rows=rows))
     client, refused = (answered(ask(service, "a kite", frames=3, preset=name)) for name in ("fast", "slow"))
+    usual, chosen = (answered(ask(service, "a kite", frames=3, **options)) for options in ({}, {"solver": "ddim"}))
     service.close()
+    assert json.loads(usual.events[-1]["metadata"])["preset"] == "fast"
+    assert "preset" not in json.loads(chosen.events[-1]["metadata"])
+    for one, other in zip(usual.of("frames"), client.of("frames"), strict=True):
+        np.testing.assert_array_equal(one["frames"], other["frames"])
     assert client.error is None
     frames = np.concatenate([event["frames"] for event in client.of("frames")])
     np.testing.assert_array_equal(frames, own("a kite", frames=3, preset="fast", progress=False).frames)

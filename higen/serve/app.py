@@ -191,6 +191,8 @@ def _model(model: Served, limits: Limits) -> ModelObject:
             "num_frames": {"minimum": fewest, "default": default, "maximum": min(most, limits.frames)},
         },
         loops=loops,
+        presets=[preset.name for preset in manifest.presets],
+        usual_preset=next((preset.name for preset in manifest.presets if preset.usual), None),
     )
 
 

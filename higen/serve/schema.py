@@ -58,6 +58,7 @@ class VideoObject(BaseModel):
     num_inference_steps: int | list[Any] | None = None
     guidance_scale: float | list[Any] | None = None
     solver: str | list[Any] | None = None
+    preset: str | None = None
     controls: dict[str, Any]
     files: list[str]
     metadata: dict[str, Any] | None = None
@@ -82,7 +83,10 @@ class Deleted(BaseModel):
 
 
 class ModelObject(BaseModel):
-    """A model. `controls` is the JSON schema of `controls` in a request. It and the later fields are extensions."""
+    """A model. `controls` is the JSON schema of `controls` in a request. It and the later fields are extensions.
+
+    `usual_preset`: the one of `presets` that a request uses if it gives nothing that chooses how to draw.
+    """
 
     id: str
     object: Literal["model"] = "model"
@@ -94,6 +98,8 @@ class ModelObject(BaseModel):
     words: list[str] | None
     sizes: dict[str, Any]
     loops: list[dict[str, Any]]
+    presets: list[str]
+    usual_preset: str | None
 
 
 class Models(BaseModel):
@@ -165,6 +171,7 @@ def video_object(job: Job, progress: int, files: list[str]) -> VideoObject:
         num_inference_steps=request.get("steps"),
         guidance_scale=request.get("guidance"),
         solver=request.get("solver"),
+        preset=request.get("preset"),
         controls=request["controls"],
         files=files,
         metadata=None if job.metadata is None else dict(job.metadata),
@@ -220,7 +227,11 @@ def _properties(limits: Limits) -> dict[str, Any]:
             "description": "N: only every N-th step runs the whole network, the others reuse its features. One number, "
             "or one for each loop.",
         },
-        "preset": {"type": "string", "description": "A preset of the model; it sets what the request leaves out."},
+        "preset": {
+            "type": "string",
+            "description": "A preset of the model; it sets what the request leaves out. A request that gives only "
+            "prompt, seed, length and size has the model's usual preset.",
+        },
         "inversion": {
             "type": "string",
             "description": "A text that describes the picture or clip to start from: it is inverted into noise.",

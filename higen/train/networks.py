@@ -169,18 +169,22 @@ def _check_fit(config: ModelConfig, companions: ModelConfig, new_text: bool, new
 
 def _named(config: ModelConfig, source: ModelConfig, settings: Settings) -> ModelConfig:
     """The configuration of a new model. It has its own name and licence and only the prompts of its architecture file.
-    A licence that is not given names the model that training starts from.
+    A licence that is not given names the model that training starts from. Only the architecture file can have a usual
+    preset: those of the source were measured with other weights.
     """
     model, run = settings.model, settings.run
     given = config if model.architecture is not None else replace(config, name="", licence="", prompts=())
     mix = settings.objective.noise_mix
+    defaults = config.defaults if mix is None else replace(config.defaults, noise_mix=mix)
+    if model.architecture is None:
+        defaults = replace(defaults, presets=tuple(replace(preset, usual=False) for preset in defaults.presets))
     came = "fine-tuned from" if model.init is not None else "not stated; with text encoder and autoencoder of"
     return replace(
         config,
         name=model.name or given.name or Path(run.output).name,
         licence=model.licence or given.licence or f"{came} {source.name} ({source.licence})",
         prompts=given.prompts,
-        defaults=config.defaults if mix is None else replace(config.defaults, noise_mix=mix),
+        defaults=defaults,
     )
 
 

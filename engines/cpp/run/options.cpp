@@ -22,7 +22,8 @@ Make a video from a text with a model directory.
   --free-init N[,S,T[,O]]  FreeInit: iterations, stop frequencies in space and time, order of the filter
   --free-init-filter WORD  filter of FreeInit: butterworth, gaussian or ideal
   --reuse N[,M...]       run the whole network only every N steps; other steps reuse its deep features
-  --preset NAME          a preset of the model: it sets the steps and guidance that are not given
+  --preset NAME          a preset of the model: it sets the steps and guidance that are not given. Without it, a request
+                         with only a prompt, seed, frames, size and rate has the model's usual preset
   --inversion TEXT       invert the picture or clip to begin from with this text, which describes it; else noise is added
   --frames N
   --width N --height N --fps N

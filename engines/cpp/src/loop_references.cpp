@@ -298,6 +298,10 @@ void references::check_loops(const Manifest& manifest) {
         check(!has(others, presets[i]), "presets: " + presets[i] + " appears twice");
         check_preset(manifest, manifest.presets[i]);
     }
+    Names usual;
+    for (const auto& preset : manifest.presets)
+        if (preset.usual) usual.push_back(preset.name);
+    check(usual.size() < 2, "presets: " + joined(usual) + " are usual; at most one is");
     const auto fewest = manifest.sizes.fewest_frames;
     for (const auto& loop : manifest.loops) check_fed(manifest, loop.stages(), std::max(loop.least_frames, fewest));
     check_fed(manifest, {manifest.sizes.decoder}, fewest);

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <iterator>
 #include <string>
 
 #include "errors.h"
@@ -150,7 +151,33 @@ double stretch_of(const Manifest& manifest, std::size_t index, const higen_reque
     return by;
 }
 
+// Whether a request gives a control that takes part in drawing. The choice of a decoder does not.
+bool gives_control(const Manifest& manifest, const higen_request& given) {
+    const auto& preview = manifest.sizes.preview;
+    const auto decodes = [&](const higen_control& control) {
+        return preview && control.name != nullptr && preview->control == control.name;
+    };
+    return given.picture_count > 0 ||
+           (given.controls != nullptr &&
+            !std::all_of(given.controls, given.controls + given.control_count, decodes));
+}
+
 }  // namespace
+
+const char* preset_name(const Manifest& manifest, const higen_request& given) {
+    if (given.preset != nullptr) return given.preset;
+    const bool negative = given.negative_tokens != nullptr ||
+                          (given.negative_prompt != nullptr && *given.negative_prompt != '\0');
+    const void* const settings[] = {given.steps,     given.guidance,         given.solvers, given.guidance_interval,
+                                    given.windows,   given.window_noise,     given.free_init,
+                                    given.free_init_filter, given.reuse,     given.inversion};
+    if (negative || gives_control(manifest, given) ||
+        std::any_of(std::begin(settings), std::end(settings), [](const void* one) { return one != nullptr; }))
+        return nullptr;
+    for (const auto& preset : manifest.presets)
+        if (preset.usual) return preset.name.c_str();
+    return nullptr;
+}
 
 bool Interval::holds(std::size_t row, std::size_t rows) const {
     const auto n = static_cast<double>(rows);

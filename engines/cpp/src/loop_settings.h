@@ -30,6 +30,10 @@ struct LoopSettings {
     double stretch = 1.0;    // the factor of the loop's stretch
 };
 
+// The name of a request's preset: the one that it gives, else the usual one if it gives nothing that chooses how to draw,
+// or null (higen/presets.py). A prompt, seed, frames, sizes, rate and the choice of a decoder choose only what is drawn.
+[[nodiscard]] const char* preset_name(const Manifest& manifest, const higen_request& given);
+
 // The checked settings of a loop for a clip of this many frames. `begins`: the loop begins from a picture or clip.
 // Throws a request error.
 [[nodiscard]] LoopSettings loop_settings(const Manifest& manifest, std::size_t loop, const higen_request& given,

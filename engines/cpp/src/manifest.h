@@ -184,6 +184,7 @@ struct Preset {
     std::string name;
     std::vector<std::optional<std::int64_t>> steps;
     std::vector<std::optional<double>> guidance, stretch;
+    bool usual = false;  // for requests that do not choose how to draw (preset_name)
 };
 
 // Frames larger than `height` or `width` latent cells are denoised in tiles that begin `stride` cells apart.

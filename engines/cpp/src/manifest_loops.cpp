@@ -256,6 +256,7 @@ void read_preset(const Json& json, const std::string& where, Preset& preset) {
     object.required_value("steps", preset.steps);
     object.required_value("guidance", preset.guidance);
     object.required_value("stretch", preset.stretch);
+    object.value("usual", preset.usual);
     object.finish();
     check_manifest(is_ascii(preset.name) && is_identifier(preset.name),
                    where + ".name='" + preset.name + "': letters, digits and _");

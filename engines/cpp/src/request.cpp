@@ -250,9 +250,11 @@ bool Request::runs(const Loop& loop) const {
     return !replaces(loop) && static_cast<std::int64_t>(frames) >= loop.least_frames;
 }
 
-Request make_request(const Manifest& manifest, const Tokenizer* tokenizer, const higen_request& given,
+Request make_request(const Manifest& manifest, const Tokenizer* tokenizer, const higen_request& asked,
                      const Tokenizer::Warn& warn) {
     const auto& sizes = manifest.sizes;
+    auto given = asked;
+    given.preset = preset_name(manifest, asked);
     Request request;
     request.frames = static_cast<std::size_t>(whole("frames", given.frames, sizes.fewest_frames, sizes.most_frames));
     request.height = side("height", given.height, sizes.multiple);
@@ -299,8 +301,8 @@ Request default_request(const Manifest& manifest) {
     request.height = static_cast<std::size_t>(sizes.height);
     request.width = static_cast<std::size_t>(sizes.width);
     request.fps = static_cast<std::int32_t>(sizes.fps);
-    request.loops = loop_options(manifest, higen_request{}, request.frames);
-    take_controls(manifest, higen_request{}, request, [](const std::string&) {});
+    higen_request given{};
+    take_controls(manifest, given, request, [](const std::string&) {});
     // A video from text, with the pictures that its loops and the decoder need in any case.
     const auto need = [&](const std::vector<std::string>& stages) {
         for (const auto& name : pictures_of(manifest, stages)) request.pictures[name];
@@ -312,6 +314,8 @@ Request default_request(const Manifest& manifest) {
         if (loop.start && loop.start->needed) request.pictures[loop.start->control];
     for (const auto& loop : manifest.loops)
         if (loop.replaced && !request.replaces(loop)) need(loop.own().names());
+    if (request.pictures.empty()) given.preset = preset_name(manifest, given);
+    request.loops = loop_options(manifest, given, request.frames);
     return request;
 }
 

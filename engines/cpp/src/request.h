@@ -67,9 +67,9 @@ struct Request {
     [[nodiscard]] std::vector<std::string> stand_ins(const Loop& loop) const;
 };
 
-// Check every argument against the model. `tokenizer`: null for a model that reads no text. `given` was filled by
+// Check every argument against the model. `tokenizer`: null for a model that reads no text. `asked` was filled by
 // higen_request_init and then changed by the caller.
-[[nodiscard]] Request make_request(const Manifest& manifest, const Tokenizer* tokenizer, const higen_request& given,
+[[nodiscard]] Request make_request(const Manifest& manifest, const Tokenizer* tokenizer, const higen_request& asked,
                                    const Tokenizer::Warn& warn);
 
 // The rows that carry the picture or clip of a loop up to the noise level from which it is denoised. Throws a request

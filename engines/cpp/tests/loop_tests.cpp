@@ -488,6 +488,59 @@ TEST(a_preset_sets_steps_guidance_and_the_stretch) {
     }));
 }
 
+TEST(a_request_that_chooses_nothing_has_the_usual_preset) {
+    auto json = fixture::manifest();
+    json["presets"] = {
+        {{"name", "full"}, {"steps", {4, 2}}, {"guidance", {nullptr, nullptr}}, {"stretch", {nullptr, nullptr}}},
+        {{"name", "fast"},
+         {"steps", {3, 1}},
+         {"guidance", {nullptr, 1.0}},
+         {"stretch", {nullptr, nullptr}},
+         {"usual", true}}};
+    Model m(json);
+    const auto name = [&](const auto& change) {
+        higen_request request{};
+        change(request);
+        const auto* found = preset_name(m.manifest, request);
+        return std::string(found == nullptr ? "none" : found);
+    };
+    CHECK(name([](auto&) {}) == "fast");
+    const std::int64_t tokens[] = {1, 2};
+    CHECK(name([&](auto& r) { r.tokens = tokens, r.token_count = 2, r.seed = 4, r.frames = 3, r.width = 8; }) == "fast");
+    CHECK(name([](auto& r) { r.prompt = "a kite", r.negative_prompt = "", r.height = 8, r.fps = 5; }) == "fast");
+    CHECK(name([](auto& r) { r.preset = "full"; }) == "full");
+    CHECK(name([](auto& r) { r.negative_prompt = "snow"; }) == "none");
+    CHECK(name([&](auto& r) { r.negative_tokens = tokens; }) == "none");
+    const std::int32_t whole[] = {0};
+    const double number[] = {0.0};
+    const higen_curve curve{};
+    const char* solver = nullptr;
+    CHECK(name([&](auto& r) { r.steps = whole, r.step_count = 1; }) == "none");
+    CHECK(name([&](auto& r) { r.guidance = &curve, r.guidance_count = 1; }) == "none");
+    CHECK(name([&](auto& r) { r.solvers = &solver, r.solver_count = 1; }) == "none");
+    CHECK(name([&](auto& r) { r.guidance_interval = number; }) == "none");
+    CHECK(name([&](auto& r) { r.windows = whole; }) == "none");
+    CHECK(name([](auto& r) { r.window_noise = "fresh"; }) == "none");
+    CHECK(name([&](auto& r) { r.free_init = number; }) == "none");
+    CHECK(name([](auto& r) { r.free_init_filter = "ideal"; }) == "none");
+    CHECK(name([&](auto& r) { r.reuse = whole; }) == "none");
+    CHECK(name([](auto& r) { r.inversion = ""; }) == "none");
+    const higen_picture picture{"reel", nullptr, 5, 2, 3};
+    CHECK(name([&](auto& r) { r.pictures = &picture, r.picture_count = 1; }) == "none");
+    const higen_control wind{"wind", number, 1, 1, nullptr}, decoder{"finish", nullptr, 0, 0, "quick"};
+    CHECK(name([&](auto& r) { r.controls = &wind, r.control_count = 1; }) == "none");
+    CHECK(name([&](auto& r) { r.controls = &decoder, r.control_count = 1; }) == "none");
+    m.manifest.sizes.preview = Preview{"finish", "quick", "painter"};
+    CHECK(name([&](auto& r) { r.controls = &decoder, r.control_count = 1; }) == "fast");
+    m.manifest.sizes.preview.reset();
+
+    CHECK(m.asked([](auto&) {}).loops[0].steps == 3 && m.asked([](auto& r) { r.preset = "full"; }).loops[0].steps == 4);
+    CHECK(m.asked([&](auto& r) { r.steps = whole, r.step_count = 1; }).loops[1].steps == 2);
+    m.pipeline.prepare();
+    const auto& names = m.backend.prepared;
+    CHECK(std::count(names.begin(), names.end(), "film_plain") == 1 && std::count(names.begin(), names.end(), "film") == 0);
+}
+
 TEST(a_stochastic_solver_is_handed_fresh_noise) {
     auto json = fixture::manifest();
     for (auto& loop : json["loops"]) {

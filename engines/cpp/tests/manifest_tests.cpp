@@ -295,6 +295,13 @@ TEST(presets_that_do_not_fit_the_loops) {
             with("stretch", {2.0, nullptr}));
     refused("stretch=101.000000: a number from 0 to 100", with("stretch", {nullptr, 101}));
     refused("name='very fast': letters, digits and _", with("name", "very fast"));
+    refused("presets[0].usual", with("usual", 1));
+    refused("presets: fast, slow are usual; at most one is", [](Json& json) {
+        const Json none = {nullptr, nullptr};
+        for (const auto* name : {"fast", "slow"})
+            json["presets"].push_back(
+                {{"name", name}, {"steps", none}, {"guidance", none}, {"stretch", none}, {"usual", true}});
+    });
     refused("loops.filming.stretch.loop='dreaming': an earlier loop",
             [](Json& json) { json["loops"][1]["stretch"] = {{"loop", "dreaming"}, {"by", 1}}; });
     refused("stretch.by=-1.000000: a number from 0 to 100",

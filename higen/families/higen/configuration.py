@@ -143,8 +143,9 @@ class AutoencoderConfig:
 
 @dataclass(frozen=True)
 class FewStepPreset:
-    """A preset of few steps. Pairs are for the spatial loop and the temporal loop; None: the loop's own value.
+    """A preset, mostly of few steps. Pairs are for the spatial loop and the temporal loop; None: the loop's own value.
 
+    usual    used by a request that does not choose how to draw (higen/presets.py)
     stretch  factor for the difference of the clip's latents from the key frame's, because one step moves too little
     """
 
@@ -152,6 +153,7 @@ class FewStepPreset:
     steps: tuple[int | None, int | None]
     guidance: tuple[float | None, float | None] = (1.0, 1.0)
     stretch: float | None = None
+    usual: bool = field(default=False, metadata=LATER)
 
 
 @dataclass(frozen=True)

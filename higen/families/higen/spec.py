@@ -105,7 +105,7 @@ def manifest(config: ModelConfig, plain: bool = True) -> Manifest:
         controls=_controls(config),
         stages=rows,
         loops=loops,
-        presets=tuple(Preset(p.name, p.steps, p.guidance, (None, p.stretch)) for p in config.defaults.presets),
+        presets=tuple(Preset(p.name, p.steps, p.guidance, (None, p.stretch), p.usual) for p in config.defaults.presets),
     )
 
 
@@ -316,7 +316,7 @@ def config(manifest: Manifest) -> ModelConfig:
 
 def _few_steps(preset: Preset) -> FewStepPreset:
     (first, second), (scale, other), (_, by) = preset.steps, preset.guidance, preset.stretch  # the first loop has none
-    return FewStepPreset(preset.name, (first, second), (scale, other), by)
+    return FewStepPreset(preset.name, (first, second), (scale, other), by, preset.usual)
 
 
 def _noise_mix(loop: Loop) -> float:

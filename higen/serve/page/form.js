@@ -54,6 +54,9 @@ export function buildForm(root, models, model, actions) {
   const known = loops.length ? loops[0].solvers.filter((name) => loops.every((loop) => loop.solvers.includes(name))) : [];
   const solver = make('select', { id: 'ask-solver' }, make('option', { value: '', textContent: 'the model’s default' }),
     ...known.map((value) => make('option', { value, textContent: value })));
+  const preset = make('select', { id: 'ask-preset' },
+    make('option', { value: '', textContent: model.usual_preset ? `${model.usual_preset}, if nothing else is set` : 'none' }),
+    ...model.presets.map((value) => make('option', { value, textContent: value })));
 
   const fields = new Map(Object.entries(model.controls.properties).map(([name, schema]) => [name, fieldOf(name, schema, length.default)]));
   const isPlain = (name) => ['number', 'whole', 'text'].includes(model.controls.properties[name]['x-kind']);
@@ -77,6 +80,7 @@ export function buildForm(root, models, model, actions) {
       make('div', { class: 'field', dataset: { field: 'negative_prompt' } }, make('label', { for: negative.id }, 'What it should not show'), negative),
       make('div', { class: 'grid' }, ...steps.flatMap((row, i) => [row.element, guidance[i].element])),
       known.length > 1 ? make('div', { class: 'field', dataset: { field: 'solver' } }, make('label', { for: solver.id }, 'Solver'), solver) : null,
+      model.presets.length ? make('div', { class: 'field', dataset: { field: 'preset' } }, make('label', { for: preset.id }, 'Preset'), preset) : null,
       ...more),
     make('p', { class: 'hint' }, `Licence of the model: ${model.licence}`),
   );
@@ -108,6 +112,7 @@ export function buildForm(root, models, model, actions) {
       prompt: prompt.value(), model: model.id, seed: seed.value.trim() || -1, num_frames: given(frames.input),
       size: `${width.input.value || sizes.width}x${height.input.value || sizes.height}`, fps: given(fps.input),
       negative_prompt: negative.value || undefined, solver: solver.value || undefined,
+      preset: preset.value || undefined,
       num_inference_steps: perLoop(steps.map((row) => row.input), loops, 'num_inference_steps'),
       guidance_scale: perLoop(guidance.map((row) => row.input), loops, 'guidance_scale'),
     };
@@ -146,6 +151,7 @@ export function buildForm(root, models, model, actions) {
     }
     if (job.solver && !known.includes(job.solver)) lost.push('solver');
     solver.value = typeof job.solver === 'string' && known.includes(job.solver) ? job.solver : '';
+    preset.value = model.presets.includes(job.preset) ? job.preset : '';
     framesChanged();
     for (const [name, field] of fields) field.fill(job.controls[name]);
     mark(null);

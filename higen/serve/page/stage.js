@@ -26,6 +26,7 @@ function facts(job) {
   if (job.num_inference_steps) rows.push(['Steps', many(job.num_inference_steps)]);
   if (job.guidance_scale !== undefined && job.guidance_scale !== null) rows.push(['Guidance', many(job.guidance_scale)]);
   if (job.solver) rows.push(['Solver', many(job.solver)]);
+  if (job.preset ?? job.metadata?.preset) rows.push(['Preset', job.preset ?? job.metadata.preset]);
   if (job.negative_prompt) rows.push(['Without', job.negative_prompt]);
   for (const [name, value] of Object.entries(job.controls ?? {})) {
     if (Array.isArray(value) && value.length > 1 && value.every((one) => typeof one === 'number')) rows.push([titled(name), sparkline(value)]);

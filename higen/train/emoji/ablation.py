@@ -119,9 +119,9 @@ def measure(variant: Variant, model: Path, real: RealClips, judges: Judges, seed
     }
     if not path.exists() or json.loads(path.read_text(encoding="utf-8")).get("model") != measured:
         with load(model, "torch") as pipeline:
-            make = PipelineMaker(pipeline)
+            defaults = architecture().defaults
+            make = PipelineMaker(pipeline, {"steps": defaults.steps, "guidance": defaults.guidance})
             if not variant.prior:
-                defaults = architecture().defaults
                 options = {"steps": (1, sum(defaults.steps)), "guidance": (1.0, defaults.guidance[0])}
                 make = PipelineMaker(OneStage(pipeline.bundle, pipeline.backend), options)
             result = evaluate(make, make, real, judges, plan(LIVELY, seeds), shown=True)

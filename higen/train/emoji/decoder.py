@@ -68,8 +68,12 @@ def draw(model: Bundle, folder: Path, shown: bool = False) -> None:
 
 
 def _latents(pipeline: Pipeline, prompt: str, seed: int) -> Tensor:
-    """The final latents of a clip [1,32,16,8,8], before decoding."""
-    stream = pipeline.stream(prompt, seed=seed)
+    """The final latents of a clip [1,32,16,8,8], before decoding.
+
+    Clips with an odd seed are drawn by the loops' own steps, as for a request with controls; the others as by default.
+    """
+    own = {"steps": [None] * len(pipeline.manifest.loops)} if seed % 2 else {}
+    stream = pipeline.stream(prompt, seed=seed, **own)
     steps = (event for event in stream if isinstance(event, Step))
     last = next(step for step in steps if step.loop == "temporal" and step.index == step.total - 1)
     stream.close()

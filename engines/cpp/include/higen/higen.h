@@ -274,7 +274,8 @@ typedef struct higen_request {
                                         its deep features. One number for every loop, or one per loop. NULL: 1 */
     size_t reuse_count;
     const char* preset;              /* a preset of the model: steps and guidance where they are NULL, and the stretch
-                                        of the loops. NULL: none */
+                                        of the loops. NULL: the model's usual one if the request sets only prompt,
+                                        seed, frames, width, height and fps; else none */
     const char* inversion;           /* a text that describes the picture or clip from which a loop begins: its latents
                                         are inverted into noise, and no noise is added. "": the empty text. NULL: noise
                                         is added */

@@ -209,6 +209,7 @@ public:
     }
 
     // A preset of the model: it sets the steps and guidance that the request leaves out, and the stretch of the loops.
+    // A request that sets only prompt, seed, frames, sizes and rate has the model's usual preset.
     Request& preset(std::string name) {
         preset_ = std::move(name);
         return *this;

@@ -79,7 +79,7 @@ stage continued the one before (`--start`):
 6. The decoder, which was twice as large then: 2,500 steps on clips of the denoiser after a third of stage 5, and 1,200
    on clips of the final denoiser.
 7. The present decoder, from random weights: 9,000 steps in bfloat16 (0.28 s each). Half of each batch were latents that
-   the denoiser draws, by default or with the preset `fast`; the targets were the pictures of the decoder before and the
+   the denoiser draws, with the preset `full` or `fast`; the targets were the pictures of the decoder before and the
    real pictures. The other half were encoded pictures with noise.
 
 **Measured** with `higen evaluate{quick}`, against the real clips ({clips}). The last two
