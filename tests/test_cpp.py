@@ -839,7 +839,7 @@ def test_a_stage_without_a_quantised_graph_runs_in_the_precision_of_its_weights(
 ) -> None:
     info = higen_run(built, variants, "--info", "--no-verify", f"--precision={precision}").stdout
     backend = OnnxBackend(Bundle.open(variants), Options("cpu", precision))
-    for stage in ("text_encoder", "spatial_unet", "temporal_unet_plain"):
+    for stage in ("text_encoder", "spatial_unet_plain", "temporal_unet_plain"):  # those of the usual preset
         assert f"{stage}: onnx, {backend.describe(stage)}" in info
 
 
