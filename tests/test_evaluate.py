@@ -21,8 +21,9 @@ from higen.errors import PromptWarning, SettingsError, TrainingError
 from higen.locks import claimed
 from higen.measures.statistics import frechet_distance
 from higen.pipeline import Pipeline
+from higen.train.emoji.evaluation import card
 from higen.train.emoji.evaluation.evaluate import Result, evaluate
-from higen.train.emoji.evaluation.figures import ColumnFigures, CueFigures, Measures
+from higen.train.emoji.evaluation.figures import ColumnFigures, CueFigures, KnownCase, KnownFigures, Measures
 from higen.train.emoji.evaluation.frechet import alike_draws
 from higen.train.emoji.evaluation.journal import Journal
 from higen.train.emoji.evaluation.judges import NOTHING, Judges, _Pictures
@@ -31,7 +32,7 @@ from higen.train.emoji.evaluation.real_clips import RealClips
 from higen.train.emoji.evaluation.report import as_text, write
 from higen.train.emoji.packs import background
 from higen.train.emoji.subjects import BACKGROUNDS, KEY_INDEX, SUBJECTS, is_held_out, subjects_named
-from higen.typed_json import from_json
+from higen.typed_json import from_json, to_json
 
 Frames = NDArray[np.uint8]
 SIDE, LOOP = 64, 48
@@ -440,6 +441,37 @@ def test_it_writes_the_measures_and_the_sheets(honest: Result, real: RealClips, 
     assert "held-out combinations, 8 clips" in text
     assert "Spearman" in text
     assert shots == honest.shots
+
+
+def test_the_card_has_a_column_for_each_preset(honest: Result, tmp_path: Path) -> None:
+    one = honest.measures
+    alone, both = card.table({"": one}).splitlines(), card.table({"fast": one, "full": one}).splitlines()
+    groups = list(one.groups)
+    assert alone[0] == f"| | {' | '.join(groups)} | codec | real |"
+    assert (
+        both[0]
+        == f"| | {' | '.join(f'{group}, `{name}`' for name in ('fast', 'full') for group in groups)} | codec | real |"
+    )
+    assert {line.count("|") for line in both} == {2 * len(groups) + 4}
+    assert len(alone) == len(both)
+    found = card.control({"fast": one, "full": one})
+    assert "| | `fast` | `full` | codec |" in found
+    value = f"{one.control['motion'].spearman:.2f}"
+    assert f"| motion factor, within a subject | {value} | {value} | " in found
+    (tmp_path / "m.json").write_text(json.dumps(to_json(replace(one, subjects={}))), encoding="utf-8")
+    assert card.named(f"fast={tmp_path / 'm.json'}")[0] == "fast"
+    assert card.named(str(tmp_path / "m.json")) == ("", replace(one, subjects={}))
+
+
+def test_the_card_names_the_best_baseline_of_known_frames() -> None:
+    values = {"model": 24.0, "text": 21.0, "held": 22.5, "codec": 30.0}
+    row = KnownCase(
+        clips=1, psnr=values, inside=values, gain=1.5, inside_gain=1.5, given=30, given_codec=30, motion=0.9, seam=1
+    )
+    figures = KnownFigures(ends={"normal": row}, second={}, prefix={"fast": row}, end=1.0, subjects=1)
+    lines = card.known_frames(figures).splitlines()
+    assert lines[2] == "| ends | normal | 24.0 dB | 22.5 dB, held | 30.0 dB | 24.0 dB | 22.5 dB, held | 0.90 |"
+    assert [line.split("|")[1].strip() for line in lines[2:]] == ["ends", "prefix"]
 
 
 def cli(*arguments: str | Path) -> Any:

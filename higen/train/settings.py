@@ -142,8 +142,8 @@ class Settings:
             )
         if layers == "known" and (not self.objective.known or rank):
             raise SettingsError(
-                "optimiser.layers='known': needs objective.known, and no lora; these layers are used only for clips with "
-                "known frames"
+                "optimiser.layers='known': needs objective.known, and no lora; only clips with known frames use these "
+                "layers"
             )
         if self.optimiser.spatial_gradient != 1 and (layers != "all" or rank):
             raise SettingsError("optimiser.spatial_gradient: only where all layers are trained, and without lora")

@@ -2,6 +2,8 @@
 
 higen evaluate MODEL --data FOLDER --output FOLDER
 python -m higen.train.emoji.evaluation.card --measures FOLDER/measures.json --output higen/assets
+
+With several presets, `--measures NAME=FILE` once for each (`higen evaluate --preset NAME`).
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import textwrap
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,8 @@ import numpy as np
 import higen
 from higen.families.higen import spec
 from higen.train.emoji.configuration import DECODER, recipe
-from higen.train.emoji.evaluation.figures import Measures
+from higen.train.emoji.evaluation.figures import KnownFigures, Measures
+from higen.train.emoji.evaluation.known import CASES
 from higen.train.emoji.evaluation.report import COLUMNS, cell, frechet_lines
 from higen.train.emoji.subjects import BACKGROUNDS, SUBJECTS
 from higen.typed_json import from_json
@@ -82,7 +86,7 @@ stage continued the one before (`--start`):
    the denoiser draws, with the preset `full` or `fast`; the targets were the pictures of the decoder before and the
    real pictures. The other half were encoded pictures with noise.
 
-**Measured** with `higen evaluate{quick}`, against the real clips ({clips}). The last two
+**Measured** with `higen evaluate{quick}`{presets}, against the real clips ({clips}). The last two
 columns are the same measures for the real clips of the held-out prompts: through the autoencoder (codec), and as they
 are (real).
 
@@ -92,7 +96,7 @@ are (real).
 
 What each figure means: `higen/train/emoji/evaluation/evaluate.py`.
 
-{limits}
+{known}{limits}
 
 **Licence** The weights are under Apache-2.0. The emoji are Microsoft's, under the MIT licence (Copyright (c) Microsoft
 Corporation); the animation packages are LobeHub's, under the MIT licence (Copyright (c) LobeHub).
@@ -108,10 +112,16 @@ def samples(videos: list[Video]) -> Video:
     return Video(np.concatenate(rows, axis=1), videos[0].fps)
 
 
-def table(measures: Measures) -> str:
-    """A Markdown table with a column of measures for each group, and the bounds."""
-    groups = measures.groups
-    bounds = groups.get("held-out") or next(iter(groups.values()))
+def table(measures: Mapping[str, Measures]) -> str:
+    """A Markdown table with a column for each group of each way of drawing, and the bounds. Its keys are presets, or ""
+    for a model that is drawn in one way."""
+    groups = {
+        f"{group}, `{name}`" if name else group: found
+        for name, one in measures.items()
+        for group, found in one.groups.items()
+    }
+    first = next(iter(measures.values())).groups
+    bounds = first.get("held-out") or next(iter(first.values()))
     lines = [f"| | {' | '.join(groups)} | codec | real |", "|---" * (len(groups) + 3) + "|"]
     for key, title, form in COLUMNS:
         cells = [cell(c, key, form) for c in (*(g.generated for g in groups.values()), bounds.codec, bounds.real)]
@@ -124,33 +134,81 @@ def table(measures: Measures) -> str:
     return "\n".join(lines)
 
 
-def control(measures: Measures) -> str:
-    """One or two sentences that say how well the cues are followed."""
-    found = measures.control
-    parts = [
-        f"{kind} factor {value.spearman:.2f} within a subject ({value.spearman_moving:.2f} without the request "
-        f"for 0), {value.spearman_pooled:.2f} over all clips"
-        for kind, value in found.items()
+def control(measures: Mapping[str, Measures]) -> str:
+    """A Markdown table that says how well the cues are followed. The keys are those of `table`."""
+    names = [f"`{name}`" if name else "model" for name in measures]
+    lines = [
+        "Spearman correlation of requested and measured cue:",
+        "",
+        f"| | {' | '.join(names)} | codec |",
+        "|---" * (len(names) + 2) + "|",
     ]
-    bounds = ", ".join(f"{value.codec:.2f} and {value.codec_pooled:.2f}" for value in found.values())
-    text = (
-        f"Spearman correlation of requested and measured cue: {'; '.join(parts)} (the real clips through the codec: "
-        f"{bounds})."
-    )
-    if "motion" in found and found["motion"].zero_part is not None:
-        text += f" A requested motion of 0 leaves {found['motion'].zero_part:.1%} of the median clip's difference."
-    return textwrap.fill(text, 120)
+    all_found = [one.control for one in measures.values()]
+    for kind, bound in all_found[0].items():
+        rows = (
+            (f"{kind} factor, within a subject", "spearman", f"{bound.codec:.2f}"),
+            ("the same, without the request for 0", "spearman_moving", ""),
+            (f"{kind} factor, over all clips", "spearman_pooled", f"{bound.codec_pooled:.2f}"),
+        )
+        for title, key, last in rows:
+            lines.append(
+                f"| {title} | {' | '.join(f'{getattr(found[kind], key):.2f}' for found in all_found)} | {last} |"
+            )
+    still = [found["motion"].zero_part for found in all_found if "motion" in found]
+    parts = [
+        f"{part:.1%}{f' ({name})' if len(names) > 1 else ''}"
+        for part, name in zip(still, names, strict=False)
+        if part is not None
+    ]
+    if parts:
+        lines += [
+            "",
+            f"Clips with a requested motion of 0 have {' or '.join(parts)} of the frame difference of the median clip.",
+        ]
+    return "\n".join(lines)
+
+
+def known_frames(found: KnownFigures) -> str:
+    """A Markdown table of the frames that are not given, in clips with known frames."""
+    lines = [
+        "| given frames | clips | PSNR | best baseline | codec | inside the subject | best baseline | motion |",
+        "|---" * 8 + "|",
+    ]
+    for case in CASES:
+        for name, row in found.case(case).items():
+            cells = []
+            for values in (row.psnr, row.inside):
+                best = max((n for n in values if n not in ("model", "codec")), key=lambda n: values[n])
+                cells.append(f"{values['model']:.1f} dB | {values[best]:.1f} dB, {best}")
+            title = f"{case} | {name}"
+            lines.append(f"| {title} | {cells[0]} | {row.psnr['codec']:.1f} dB | {cells[1]} | {row.motion:.2f} |")
+    return "\n".join(lines)
+
+
+def named(text: str) -> tuple[str, Measures]:
+    """Name and measures of "NAME=FILE" or "FILE"."""
+    name, separator, path = text.rpartition("=")
+    found = json.loads(Path(path).read_text(encoding="utf-8"))
+    return name if separator else "", from_json(Measures, found)
 
 
 def main() -> None:
     """Command line: see the module's docstring."""
     parser = argparse.ArgumentParser(description="Write the default model's card.")
-    parser.add_argument("--measures", type=Path, required=True, help="measures.json of `higen evaluate`")
+    parser.add_argument(
+        "--measures",
+        type=named,
+        action="append",
+        required=True,
+        metavar="[PRESET=]FILE",
+        help="measures.json of `higen evaluate`; once for each preset",
+    )
     parser.add_argument("--model", type=Path, help="model directory; the built-in one if not given")
     parser.add_argument("--limits", default="", help="text about visible faults in the contact sheet")
     parser.add_argument("--output", type=Path, required=True)
     arguments = parser.parse_args()
-    measures = from_json(Measures, json.loads(arguments.measures.read_text(encoding="utf-8")))
+    measures = dict(arguments.measures)
+    first = next(iter(measures.values()))
     with higen.load(arguments.model) as pipeline:
         videos = pipeline(list(PROMPTS), seed=0, progress=False)
         size = sum(record.size for name, record in pipeline.bundle.files.items() if name.endswith(".safetensors"))
@@ -165,10 +223,12 @@ def main() -> None:
         words=words,
         steps=recipe().run.steps,
         decoder_steps=DECODER.steps,
-        quick=" --quick" if measures.model["quick"] else "",
-        clips=", ".join(f"{name}: {group.clips} clips" for name, group in measures.groups.items()),
+        quick=" --quick" if first.model["quick"] else "",
+        presets=" with the preset " + " and ".join(f"`{name}`" for name in measures) if "" not in measures else "",
+        clips=", ".join(f"{name}: {group.clips} clips" for name, group in first.groups.items()),
         table=table(measures),
         control=control(measures),
+        known="" if first.known is None else f"**Known frames**\n\n{known_frames(first.known)}\n\n",
         limits=textwrap.fill(f"**Limits** {LIMIT} {arguments.limits}", 120),
     )
     (arguments.output / "MODEL_CARD.md").write_text(card, encoding="utf-8")
