@@ -126,9 +126,14 @@ class Request:
         return loop.known is not None and self.controls[loop.known.control] is not None
 
     def pair(self, loop: Loop) -> tuple[str | None, str | None]:
-        """The guided and the plain stage for a loop's steps; those of its variant if the variant's control is given."""
-        varied = loop.variant is not None and self.controls[loop.variant.control] is not None
-        return loop.pairs[1 if varied else 0]
+        """The guided and the plain stage for a loop's steps; those of its variant if the variant's control is given. A
+        variant for known frames is for whole frames, so it is not used with a mask.
+        """
+        variant, known = loop.variant, loop.known
+        if variant is None or self.controls[variant.control] is None:
+            return loop.pairs[0]
+        mask = known.mask if known is not None and known.control == variant.control else None
+        return loop.pairs[1 if mask is None or self.controls[mask] is None else 0]
 
     def stand_ins(self, loop: Loop) -> tuple[str, ...]:
         """The stages and loops that make the latents which replace, start or constrain a loop."""

@@ -23,7 +23,7 @@ from higen.pipeline import Pipeline
 from higen.sampler import Step
 from higen.schedule import solver_table
 from higen.stages import Tensor
-from higen.tables import Control, Known, Windows
+from higen.tables import Control, Known, Variant, Windows
 from higen.tokenizer import build_word_tokenizer, write_tokenizer
 
 PICTURES = [np.random.default_rng(i).integers(0, 256, (8, 12, 3), np.uint8) for i in range(5)]
@@ -49,7 +49,13 @@ def film(pipeline: Pipeline, **options: Any) -> list[Step]:
 
 
 def by_hand(
-    backend: Formulas, known: NDArray[Any], mask: NDArray[Any], solver: str, told: float = 0.0, rows: int = 3
+    backend: Formulas,
+    known: NDArray[Any],
+    mask: NDArray[Any],
+    solver: str,
+    told: float = 0.0,
+    rows: int = 3,
+    stage: str = "film_two",
 ) -> NDArray[Any]:
     """The latents as docs/manifest.md defines them: x0 is edited, then the step uses the m that gives the new x0.
 
@@ -57,7 +63,7 @@ def by_hand(
     """
     loop = MANIFEST.loop("film")
     table = solver_table(loop.schedule, "epsilon", loop.solver(solver), rows)
-    first = backend.of("film_two")[0]
+    first = backend.of(stage)[0]
     draw = lambda purpose: noise.normal(11, purpose, 5 * 2 * 24).astype(float).reshape(5, 2, 4, 6).swapaxes(0, 1)[None]  # noqa: E731
     offset = noise.normal(11, 23, 5 * 2).astype(float).reshape(5, 2).T[None, :, :, None, None]
     x = table.initial * draw(22) + 0.25 * offset
@@ -76,6 +82,28 @@ def by_hand(
         m = (alpha * x - wanted) / sigma
         x, previous = A * x + B * m + C * previous, wanted
     return np.where(mask == 1, known, x)
+
+
+def test_a_variant_for_known_frames_is_used_for_whole_frames(folder: Path) -> None:
+    names = ("film_two", "film_one")
+    rows = (replace(told(MANIFEST, flat=True).stage(name), name=f"told_{name}") for name in names)
+    variant = Variant("keyframes", *(f"told_{name}" for name in names))
+    manifest = changed(replace(MANIFEST, stages=(*MANIFEST.stages, *rows)), "film", variant=variant)
+    mask = np.zeros((8, 12), np.uint8)
+    mask[:, 6:] = 255
+    for options, used in (
+        ({}, "film_two"),
+        ({"keyframes": KEYS}, "told_film_two"),
+        ({"keyframes": KEYS, "mask": mask}, "film_two"),
+    ):
+        pipeline, backend = pipeline_of(
+            folder, manifest, **dict.fromkeys(("told_film_two", "told_film_one"), told_step)
+        )
+        made = film(pipeline, **options)[-1].latents
+        assert {name for name in ("film_two", "told_film_two") if backend.of(name)} == {used}
+        if used == "told_film_two":
+            wanted = by_hand(backend, *known_and_mask(), "ddim", 0.2, stage=used)
+            np.testing.assert_allclose(made, wanted, atol=3e-5)
 
 
 def known_and_mask() -> tuple[NDArray[Any], NDArray[Any]]:

@@ -57,9 +57,13 @@ struct Request {
     [[nodiscard]] bool passes(const Loop& loop) const {
         return runs(loop) && loop.known && has_picture(loop.known->control);
     }
-    // The stages that do a loop's steps: the variant's, if the request gives the variant's control.
+    // The stages that do a loop's steps: the variant's, if the request gives the variant's control. A variant for known
+    // frames is for whole frames, so it is not used with a mask.
     [[nodiscard]] StagePair pair(const Loop& loop) const {
-        return loop.variant && has_picture(loop.variant->control) ? loop.variant->stages : loop.own();
+        if (!loop.variant || !has_picture(loop.variant->control)) return loop.own();
+        const bool masked = loop.known && loop.known->control == loop.variant->control && !loop.known->mask.empty() &&
+                            has_picture(loop.known->mask);
+        return masked ? loop.own() : loop.variant->stages;
     }
     // The sources of latents that replace a loop's result, that it begins from, or that it passes through.
     [[nodiscard]] std::vector<Source> standing(const Loop& loop) const;

@@ -860,6 +860,32 @@ TEST(a_clip_passes_through_known_frames) {
     refused("control 'photo[0]': unknown", {{"photo[0]", first.data(), 1, 2, 3}});
 }
 
+TEST(a_variant_for_known_frames_is_for_whole_frames) {
+    auto json = fixture::manifest();
+    json["controls"].push_back(fixture::control("keys", "frames", nullptr, nullptr));
+    json["controls"].push_back(fixture::control("veil", "mask", nullptr, nullptr));
+    json["loops"][1]["known"] = {{"control", "keys"}, {"latents", "scribe@keys.latents"}, {"mask", "veil"}};
+    auto told = Json::array();
+    for (auto row : json["stages"])
+        if (row["name"] == "film" || row["name"] == "film_plain") {
+            row["name"] = "told_" + row["name"].get<std::string>();
+            row["inputs"].push_back(fixture::input("whole", {"B", "F"}, "known:mask"));
+            told.push_back(row);
+        }
+    for (auto& row : told) json["stages"].push_back(row);
+    json["loops"][1]["variant"] = {{"control", "keys"}, {"guided", "told_film"}, {"plain", "told_film_plain"}};
+    const std::vector<std::uint8_t> key(18, 100), veil(18, 255);
+    const higen_picture pictures[] = {{"keys[1]", key.data(), 1, 2, 3}, {"veil", veil.data(), 1, 2, 3}};
+    for (std::size_t given = 0; given <= 2; ++given) {
+        Model m(json);
+        m.request = m.asked([&](auto& r) { r.pictures = pictures, r.picture_count = given; });
+        m.generate();
+        const bool varied = given == 1;
+        CHECK((m.backend.called("told_film") > 0) == varied && (m.backend.called("film") > 0) == !varied);
+        if (varied) CHECK(m.backend.last("told_film", "whole").floats() == (std::vector<float>{0, 1, 0, 0, 0}));
+    }
+}
+
 TEST(a_map_chooses_the_loops_other_stages) {
     auto json = fixture::manifest();
     json["controls"].push_back(fixture::control("plot", "map", nullptr, nullptr));
