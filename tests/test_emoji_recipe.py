@@ -30,12 +30,12 @@ from higen.families.higen.spec import UNetConfig
 from higen.locks import claimed
 from higen.tokenizer import build_word_tokenizer
 from higen.train.checkpoints import Checkpoints
-from higen.train.emoji import autoencoder, denoiser, latent_cache
+from higen.train.emoji import autoencoder, denoiser, known_frames, latent_cache
 from higen.train.emoji import clips as clips_module
 from higen.train.emoji import packs as data
 from higen.train.emoji import run as recipe
 from higen.train.emoji.clips import Clips, Selection
-from higen.train.emoji.configuration import architecture
+from higen.train.emoji.configuration import KNOWN_FRAMES, architecture
 from higen.train.emoji.configuration import recipe as recipe_settings
 from higen.train.emoji.denoiser import make_loop, networks_of, train
 from higen.train.emoji.packs import background, clip_indices, compose, fetch
@@ -484,3 +484,23 @@ def test_the_recipe_holds_its_folder_from_beginning_to_end(
     assert parts == [*whole, *whole, "train"]
     with pytest.raises(SettingsError, match="another directory than --output"):
         recipe.run(tmp_path, tmp_path / "model", few=tmp_path / "model")
+
+
+def test_layers_for_known_frames_are_trained_on_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """On random latents. Only these layers change, and a run continues only with its own configuration."""
+    random = torch.Generator().manual_seed(0)
+    latents = {f"latents/{s.name}": torch.randn((10, 16, 32, 8, 8), generator=random).half() for s in SUBJECTS}
+    save_file(latents, tmp_path / "latents.safetensors")
+    known = replace(KNOWN_FRAMES, steps=2, videos=1, save_every=1, measure_every=0)
+    model = Bundle.open(default_model())
+    made = known_frames.train(model, tmp_path, tmp_path / "made", known)
+    assert "held-out latents, above the blend: ends " in capsys.readouterr().out
+    assert made.manifest == model.manifest
+    before, after = (load_file(bundle.file(spec.UNET)) for bundle in (model, made))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed
+    assert all(name.startswith("known.") for name in changed)
+    with pytest.raises(SettingsError, match=r"known_frames holds a run of another configuration: .*videos"):
+        known_frames.train(model, tmp_path, tmp_path / "made", replace(known, videos=2))
+    again = known_frames.train(model, tmp_path, tmp_path / "again", known)  # it is finished
+    assert all(torch.equal(tensor, after[name]) for name, tensor in load_file(again.file(spec.UNET)).items())

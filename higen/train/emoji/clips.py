@@ -239,7 +239,8 @@ class EmojiSource:
         """The batches of step `step`."""
         run = self.clips.settings.run
         random, progress = step_generator(run.seed, step), step / run.steps
-        images = self._batch(self.clips.images(random, progress), False, random)
+        wanted = self.clips.settings.data.images
+        images = self._batch(self.clips.images(random, progress), False, random) if wanted else None
         drawn = self.clips.known if self.clips.settings.objective.known else self.clips.windows
         videos = self._batch(drawn(random, progress), self.has_prior, random)
         gains = None

@@ -9,33 +9,27 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from higen.bundle import Bundle
-from higen.errors import SettingsError
 from higen.locks import claimed
-from higen.train.batches import Batch
-from higen.train.checkpoints import Checkpoints
-from higen.train.denormals import flushed_denormals
+from higen.train.batches import StepBatches
 from higen.train.distil import Distillation, distilled
 from higen.train.emoji.clips import Clips, EmojiSource
 from higen.train.emoji.configuration import FEW_STEPS, FewSteps, recipe
-from higen.train.emoji.progress_lines import say
-from higen.train.emoji.subjects import BACKGROUNDS, is_held_out, subjects_named
+from higen.train.emoji.further import held_out, train_further
+from higen.train.emoji.subjects import subjects_named
 from higen.train.gradients import DenoiserGradients
 from higen.train.held_out import averaged
 from higen.train.layers import denoiser_weights, trained_parameters, whole_weights, write_lora
-from higen.train.loop import Cadence, Loop, Periodic
 from higen.train.networks import build, write_model
 from higen.train.optimise import Optimiser
 from higen.train.processes import Alone
 from higen.train.sections import ModelSettings
-from higen.train.settings import Settings, difference, flat
+from higen.train.settings import Settings
 
 __all__ = ["RESULT", "settings_of", "train"]
 
@@ -78,61 +72,25 @@ def train(model: Bundle, state: Path, output: Path, few: FewSteps = FEW_STEPS) -
     objective = Distillation(networks, settings.distil, empty)
     base = denoiser_weights(networks)  # before adapters give them other names
     gradients = DenoiserGradients(objective, trained_parameters(objective, settings), source, settings, Alone())
-    watched = _held_out(clips, source)
-    files = {name: record.sha256 for name, record in sorted(model.files.items()) if name.endswith(".safetensors")}
+    batches = held_out(clips, source)
 
-    def check(made: Mapping[str, Any]) -> None:
-        found = difference(made.get("settings", {}), settings)
-        if found is None and made.get("model") != files:
-            found = f"{model.path} has other weights"
-        if found is not None:
-            raise SettingsError(
-                f"{state} holds a distillation of another configuration: {found}; "
-                f"put it back, or remove {loop.checkpoints.folder} to start over"
-            )
+    def measure(optimiser: Optimiser) -> str:
+        with averaged(objective, optimiser), torch.no_grad():
+            said = [f"{name} {value:.2f} dB" for name, value in _decibels(objective, batches).items()]
+        return f"held-out latents, {', '.join(said)}"
 
-    def measure() -> None:
-        with averaged(objective, loop.optimiser), torch.no_grad():
-            said = [f"{name} {value:.2f} dB" for name, value in _decibels(objective, watched).items()]
-        say(f"held-out latents, {', '.join(said)}")
-
-    loop = Loop(
-        gradients,
-        Optimiser(gradients.trained, settings.optimiser, settings.run.steps),
-        Checkpoints(state / CHECKPOINTS, settings.run.keep),
-        Cadence(settings.run.log_every, settings.run.save_every),
-        seed=settings.run.seed,
-        kept={"settings": flat(settings), "model": files},
-        periodic=(Periodic(few.measure_every, measure),),
-        say=say,
-    )
-    with flushed_denormals():
-        if not loop.resume(check):
-            measure()
-        loop.run()
-    write_lora(state / RESULT, loop.optimiser.average, settings.lora)
-    weights = whole_weights(base, loop.optimiser.average, settings)
+    average = train_further(model, state, CHECKPOINTS, gradients, settings, measure, few.measure_every)
+    write_lora(state / RESULT, average, settings.lora)
+    weights = whole_weights(base, average, settings)
     return write_model(networks, weights, output, "fp16", overwrite=True)
 
 
-def _held_out(clips: Clips, source: EmojiSource) -> tuple[Batch, Batch]:
-    """Key frames and clips of combinations that are not trained. Always the same."""
-    trained = clips.pairs
-    clips.pairs = [(s, b) for s in clips.loops for b in range(len(BACKGROUNDS)) if is_held_out(s, b)]
-    try:
-        batches = source.batches(0)
-    finally:
-        clips.pairs = trained
-    assert batches.images is not None
-    assert batches.videos is not None
-    return batches.images, batches.videos
-
-
-def _decibels(objective: Distillation, watched: tuple[Batch, Batch]) -> dict[str, float]:
+def _decibels(objective: Distillation, batches: StepBatches) -> dict[str, float]:
     """PSNR in dB of the latents that the student draws (unit variance, so the peak is 1), against the teacher's and the
     real ones."""
     found = {}
-    for loop, (kind, batch) in enumerate(zip(("key frame", "clip"), watched, strict=True)):
+    for loop, (kind, batch) in enumerate((("key frame", batches.images), ("clip", batches.videos))):
+        assert batch is not None
         drawn = objective.drawn(batch, loop)
         for name, other in (("teacher", objective.drawn(batch, loop, teacher=True)), ("real", batch.x0)):
             found[f"{kind} to the {name}"] = -10 * math.log10(max(float((drawn - other).pow(2).mean()), 1e-10))

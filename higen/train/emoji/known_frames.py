@@ -9,33 +9,27 @@ from __future__ import annotations
 
 import argparse
 import math
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from higen.bundle import Bundle
-from higen.errors import SettingsError
 from higen.families.higen.unet import Known
 from higen.locks import claimed
 from higen.train.batches import Batch
-from higen.train.checkpoints import Checkpoints
-from higen.train.denormals import flushed_denormals
 from higen.train.emoji.clips import Clips, EmojiSource
 from higen.train.emoji.configuration import KNOWN_FRAMES, KnownFrames, recipe
-from higen.train.emoji.progress_lines import say
-from higen.train.emoji.subjects import BACKGROUNDS, is_held_out, subjects_named
+from higen.train.emoji.further import held_out, train_further
+from higen.train.emoji.subjects import subjects_named
 from higen.train.gradients import DenoiserGradients
 from higen.train.held_out import averaged
 from higen.train.layers import denoiser_weights, trained_parameters, whole_weights
-from higen.train.loop import Cadence, Loop, Periodic
 from higen.train.networks import Objective, build, write_model
 from higen.train.optimise import Optimiser
 from higen.train.processes import Alone
 from higen.train.sections import ModelSettings
-from higen.train.settings import Settings, difference, flat
+from higen.train.settings import Settings
 
 __all__ = ["MEASURED", "settings_of", "train"]
 
@@ -88,53 +82,21 @@ def train(model: Bundle, state: Path, output: Path, known: KnownFrames = KNOWN_F
     base = denoiser_weights(networks)
     gradients = DenoiserGradients(objective, trained_parameters(objective, settings), source, settings, Alone())
     watched = {name: _held_out(clips, source, name) for name in MEASURED}
-    files = {name: record.sha256 for name, record in sorted(model.files.items()) if name.endswith(".safetensors")}
 
-    def check(made: Mapping[str, Any]) -> None:
-        found = difference(made.get("settings", {}), settings)
-        if found is None and made.get("model") != files:
-            found = f"{model.path} has other weights"
-        if found is not None:
-            raise SettingsError(
-                f"{state} holds layers for known frames of another configuration: {found}; "
-                f"put it back, or remove {loop.checkpoints.folder} to start over"
-            )
-
-    def measure() -> None:
-        with averaged(objective, loop.optimiser), torch.no_grad():
+    def measure(optimiser: Optimiser) -> str:
+        with averaged(objective, optimiser), torch.no_grad():
             said = [f"{name} {_gain(objective, batch):+.2f} dB" for name, batch in watched.items()]
-        say(f"held-out latents, above the blend: {', '.join(said)}")
+        return f"held-out latents, above the blend: {', '.join(said)}"
 
-    loop = Loop(
-        gradients,
-        Optimiser(gradients.trained, settings.optimiser, settings.run.steps),
-        Checkpoints(state / CHECKPOINTS, settings.run.keep),
-        Cadence(settings.run.log_every, settings.run.save_every),
-        seed=settings.run.seed,
-        kept={"settings": flat(settings), "model": files},
-        periodic=(Periodic(known.measure_every, measure),),
-        say=say,
-    )
-    with flushed_denormals():
-        if not loop.resume(check):
-            measure()
-        loop.run()
-    return write_model(networks, whole_weights(base, loop.optimiser.average, settings), output, "fp16", overwrite=True)
+    average = train_further(model, state, CHECKPOINTS, gradients, settings, measure, known.measure_every)
+    return write_model(networks, whole_weights(base, average, settings), output, "fp16", overwrite=True)
 
 
 def _held_out(clips: Clips, source: EmojiSource, name: str) -> Batch:
     """Clips of combinations that are not trained, with one set of known frames. Always the same."""
-    trained, settings = clips.pairs, clips.settings
-    clips.pairs = [(s, b) for s in clips.loops for b in range(len(BACKGROUNDS)) if is_held_out(s, b)]
-    clips.settings = replace(
-        settings,
-        data=replace(settings.data, videos=len(clips.loops) // 2 or 1),
-        objective=replace(settings.objective, known={name: 1.0}, known_noise=0.0),
-    )
-    try:
-        videos = source.batches(0).videos
-    finally:
-        clips.pairs, clips.settings = trained, settings
+    data = replace(clips.settings.data, videos=len(clips.loops) // 2 or 1)
+    objective = replace(clips.settings.objective, known={name: 1.0}, known_noise=0.0)
+    videos = held_out(clips, source, replace(clips.settings, data=data, objective=objective)).videos
     assert videos is not None
     return videos
 

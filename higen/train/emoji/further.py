@@ -1,0 +1,85 @@
+"""What the runs have in common that train a finished model of the recipe further (`few_steps`, `known_frames`)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from higen.bundle import Bundle
+from higen.errors import SettingsError
+from higen.train.batches import StepBatches
+from higen.train.checkpoints import Checkpoints
+from higen.train.denormals import flushed_denormals
+from higen.train.emoji.clips import Clips, EmojiSource
+from higen.train.emoji.progress_lines import say
+from higen.train.emoji.subjects import BACKGROUNDS, is_held_out
+from higen.train.gradients import DenoiserGradients
+from higen.train.loop import Cadence, Loop, Periodic
+from higen.train.optimise import Optimiser
+from higen.train.settings import Settings, difference, flat
+
+__all__ = ["held_out", "train_further"]
+
+
+def train_further(
+    model: Bundle,
+    state: Path,
+    what: str,
+    gradients: DenoiserGradients,
+    settings: Settings,
+    measure: Callable[[Optimiser], str],
+    measure_every: int,
+) -> Mapping[str, Tensor]:
+    """Train to the last step, with checkpoints in `state`; returns the averages of the trained weights, by name.
+
+    what     folder of the checkpoints in `state`
+    measure  measures the averaged weights, and returns a line of text
+
+    Raises SettingsError if `state` contains a run of another configuration or from another model, and TrainingError.
+    """
+    files = {name: record.sha256 for name, record in sorted(model.files.items()) if name.endswith(".safetensors")}
+    optimiser = Optimiser(gradients.trained, settings.optimiser, settings.run.steps)
+
+    def check(made: Mapping[str, Any]) -> None:
+        found = difference(made.get("settings", {}), settings)
+        if found is None and made.get("model") != files:
+            found = f"{model.path} has other weights"
+        if found is not None:
+            raise SettingsError(
+                f"{state / what} holds a run of another configuration: {found}; "
+                "put it back, or remove the folder to start over"
+            )
+
+    def measured() -> None:
+        say(measure(optimiser))
+
+    loop = Loop(
+        gradients,
+        optimiser,
+        Checkpoints(state / what, settings.run.keep),
+        Cadence(settings.run.log_every, settings.run.save_every),
+        seed=settings.run.seed,
+        kept={"settings": flat(settings), "model": files},
+        periodic=(Periodic(measure_every, measured),),
+        say=say,
+    )
+    with flushed_denormals():
+        if not loop.resume(check):
+            measured()
+        loop.run()
+    return optimiser.average
+
+
+def held_out(clips: Clips, source: EmojiSource, settings: Settings | None = None) -> StepBatches:
+    """A step's batches of combinations that are not trained. Always the same. `settings`: other ones for the clips."""
+    trained, before = clips.pairs, clips.settings
+    clips.pairs = [(s, b) for s in clips.loops for b in range(len(BACKGROUNDS)) if is_held_out(s, b)]
+    clips.settings = settings or before
+    try:
+        return replace(source.batches(0), gains=None)
+    finally:
+        clips.pairs, clips.settings = trained, before
