@@ -396,8 +396,16 @@ def test_known_frames_of_a_model_with_layers_of_their_own_are_trained_there(
     networks, settings = own_layers
     made = write_model(networks, whole_weights(denoiser_weights(networks), {}, settings), tmp_path / "own")
     assert build(own_settings(tmp_path, made.path), ()).config.unet.known_layers  # it can be trained further
+    usual = ("known_frames = true", ""), ("known = { ends = 0.5, prefix = 0.5 }", ""), ('layers = "known"', "")
+    without = build(own_settings(tmp_path, made.path, *usual), ())
+    assert without.denoiser.known is None
+    assert not without.config.unet.known_layers
+    assert "the new model has no layers for known frames" in without.notes[0]
+    before = networks.denoiser.state_dict()
+    assert all(torch.equal(tensor, before[name]) for name, tensor in without.denoiser.state_dict().items())
+    usual = ("known_frames = true", ""), ('layers = "known"', "")
     with pytest.raises(SettingsError, match=re.escape("optimiser.layers = 'known' trains them")):
-        build(own_settings(tmp_path, made.path, ('layers = "known"', 'layers = "all"')), ())
+        build(own_settings(tmp_path, made.path, *usual), ())
 
 
 def test_a_model_has_one_kind_of_layers_for_known_frames() -> None:

@@ -48,8 +48,6 @@ def temporal_names(config: UNetConfig) -> list[str]:
 def trained_parameters(objective: Objective, settings: Settings) -> dict[str, nn.Parameter]:
     """The parameters that are trained, by name. Freezes the others, and puts adapters into the networks if wanted."""
     config, layers = objective.denoiser.unet.config, settings.optimiser.layers
-    if objective.denoiser.known is not None:
-        objective.denoiser.known.requires_grad_(layers == "known")
     if layers == "all" and not settings.lora.rank:
         return {name: p for name, p in objective.named_parameters() if p.requires_grad}
     if layers in ("all", "known"):

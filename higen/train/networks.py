@@ -112,10 +112,15 @@ def build(settings: Settings, captions: Iterable[str]) -> Networks:
     if settings.model.init is not None:
         denoiser = load_denoiser(source.file(spec.UNET), theirs.unet, torch.device("cpu"), torch.float32)
         if config.unet != theirs.unet:
-            denoiser = _with_known_frames(denoiser, config.unet)
+            denoiser = _fitted(denoiser, config.unet)
     else:
         denoiser = new_denoiser(config.unet)
     notes: tuple[str, ...] = ()
+    if theirs.unet.known_layers and not config.unet.known_layers and settings.model.init is not None:
+        notes = (
+            "the new model has no layers for known frames, because the layers beside them change; another run with "
+            "model.known_frames = true and optimiser.layers = 'known' adds them",
+        )
     if tokenizer is None:
         text: nn.Module = load_text_encoder(source.file(spec.TEXT_ENCODER), config.text.clip, torch.float32)
         tokenizer = PromptTokenizer.from_file(source.file(spec.TOKENIZER), config.text.rules)
@@ -124,7 +129,7 @@ def build(settings: Settings, captions: Iterable[str]) -> Networks:
         if settings.model.init is not None:
             given = load_text_encoder(source.file(spec.TEXT_ENCODER), theirs.text.clip, torch.float32)
             before = PromptTokenizer.from_file(source.file(spec.TOKENIZER), theirs.text.rules).tokenizer
-            notes = (keep_words(text, tokenizer.tokenizer, given, before, theirs.text.pad_id),)
+            notes = (*notes, keep_words(text, tokenizer.tokenizer, given, before, theirs.text.pad_id))
     kind, arguments = config.autoencoder.kind, config.autoencoder.arguments
     if settings.codec.layers != "none" and settings.model.init is None:
         codec = autoencoder(kind, arguments)
@@ -208,9 +213,17 @@ def new_denoiser(config: UNetConfig) -> Denoiser:
 
 
 def _for_known(config: UNetConfig, settings: Settings) -> UNetConfig:
-    """The network that the settings ask for. Raises SettingsError if layers of its own for known frames are to be
-    trained and it has none, or the other way round."""
+    """The network that the settings ask for. Layers of its own for known frames are kept only if nothing beside them
+    changes. Raises SettingsError if they are to be trained and there are none, or the other way round.
+    """
     own = settings.optimiser.layers == "known"
+    if settings.objective.known and config.known_layers and not own and not settings.model.known_frames:
+        raise SettingsError(
+            f"objective.known={settings.objective.known}: the model draws clips with known frames with layers of their "
+            "own; optimiser.layers = 'known' trains them"
+        )
+    if not own and settings.codec.layers == "none":
+        config = replace(config, known_layers=False)
     if settings.model.known_frames and not config.takes_known:
         config = replace(config, known_layers=own, known_frames=not own)
     if own and not config.known_layers:
@@ -218,23 +231,19 @@ def _for_known(config: UNetConfig, settings: Settings) -> UNetConfig:
             "optimiser.layers='known': the model has no layers of its own for known frames; "
             + ("it was trained for them as a whole" if config.known_frames else "model.known_frames = true adds them")
         )
-    if settings.objective.known and config.known_layers and not own:
-        raise SettingsError(
-            f"objective.known={settings.objective.known}: the model draws clips with known frames with layers of their "
-            "own; optimiser.layers = 'known' trains them"
-        )
     return config
 
 
-def _with_known_frames(denoiser: Denoiser, config: UNetConfig) -> Denoiser:
-    """The same denoiser with inputs for known frames. Their weights are 0, so it draws the same as before. Layers of
-    their own begin as the temporal layers."""
-    wider = Denoiser(config)
-    before = denoiser.state_dict()
-    theirs = {f"known.{name}": before.get(f"unet.{name}") for name in (wider.known.state_dict() if wider.known else ())}
-    own = {name: tensor for name, tensor in theirs.items() if tensor is not None}
-    wider.load_state_dict({**wider.state_dict(), **before, **own})
-    return wider
+def _fitted(denoiser: Denoiser, config: UNetConfig) -> Denoiser:
+    """The denoiser with another kind of layers for known frames, or without any. New inputs have weights of 0, so it
+    draws the same as before. Layers of their own begin as the temporal layers."""
+    other, before = Denoiser(config), denoiser.state_dict()
+    state = other.state_dict()
+    for name in state:
+        theirs = before.get(name, before.get(name.replace("known.", "unet.", 1) if name.startswith("known.") else name))
+        state[name] = state[name] if theirs is None else theirs
+    other.load_state_dict(state)
+    return other
 
 
 def spatial_names(config: UNetConfig) -> list[str]:
