@@ -73,14 +73,15 @@ def ways(manifest: Manifest, sizes: Mapping[str, int]) -> Iterator[dict[str, Any
                 yield {**given, **maps, "guidance": [guidance(loop) for loop in manifest.loops]}
 
 
-def _maps(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, NDArray[np.uint8]]:
-    """A synthetic map for each control that selects other stages in a video of these sizes."""
+def _maps(manifest: Manifest, sizes: Mapping[str, int]) -> dict[str, Any]:
+    """A synthetic map, or first frame, for each control that selects other stages in a video of these sizes."""
     frames = sizes.get("frames", manifest.sizes.frames[1])
     height, width = sizes.get("height", manifest.sizes.height), sizes.get("width", manifest.sizes.width)
     taken = {loop.variant.control for loop in manifest.wanted(frames) if loop.variant is not None}
     shades = np.random.default_rng(1).integers(0, 256, (8, 8, 3), np.uint8)
     shown = shades[np.arange(height) * 8 // height][:, np.arange(width) * 8 // width]
-    return dict.fromkeys(sorted(taken), shown)
+    kinds = {control.name: control.kind for control in manifest.controls}
+    return {name: {0: shown} if kinds[name] == "frames" else shown for name in sorted(taken)}
 
 
 def _lengths(manifest: Manifest, usual: int) -> Iterator[dict[str, int]]:

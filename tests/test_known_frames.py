@@ -25,6 +25,7 @@ from higen.schedule import solver_table
 from higen.stages import Tensor
 from higen.tables import Control, Known, Variant, Windows
 from higen.tokenizer import build_word_tokenizer, write_tokenizer
+from higen.trial import ways
 
 PICTURES = [np.random.default_rng(i).integers(0, 256, (8, 12, 3), np.uint8) for i in range(5)]
 KEYS: dict[Any, Any] = {0: PICTURES[0], -2: PICTURES[1]}
@@ -104,6 +105,9 @@ def test_a_variant_for_known_frames_is_used_for_whole_frames(folder: Path) -> No
         if used == "told_film_two":
             wanted = by_hand(backend, *known_and_mask(), "ddim", 0.2, stage=used)
             np.testing.assert_allclose(made, wanted, atol=3e-5)
+    asked = [pipeline.request("a red kite", **way) for way in ways(manifest, {})]  # as quantisation and warm-up ask
+    stages = {pair[0] for request in asked for pair in pipeline.stages(request)}
+    assert {*manifest.denoising} <= stages
 
 
 def known_and_mask() -> tuple[NDArray[Any], NDArray[Any]]:
