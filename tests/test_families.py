@@ -119,7 +119,7 @@ def test_nothing_is_stored_twice() -> None:
     names = set(vars(TINY.unet)) - set(tables.architecture["unet"])
     assert names == {
         "in_channels", "text_dim", "base_channels", "appearance_columns", "context_tokens", "context_dim",
-        "known_frames",  # left out if it is false
+        "known_frames", "known_layers",  # left out if they are false
     }  # fmt: skip
     assert set(tables.architecture["autoencoder"]) == {"kind", "arguments", "shift", "scale"}
 
