@@ -25,6 +25,10 @@ from higen.train.settings import Settings
 # No cache is kept between test runs. Processes that tests start inherit this setting.
 os.environ["HIGEN_CACHE"] = "off"
 
+# The first gradient starts the threads of autograd. After an export there is a device that has such threads, and then a
+# forked child cannot train any more (training_run.killed_after).
+torch.ones(1, requires_grad=True).sum().backward()
+
 # Use the same examples everywhere and no time limit, so that results do not depend on the machine's speed.
 hypothesis.settings.register_profile(
     "higen", deadline=None, derandomize=True, suppress_health_check=[hypothesis.HealthCheck.too_slow]

@@ -152,7 +152,7 @@ def expected(original: Path) -> np.ndarray[Any, Any]:
 
 
 def clip(pipe: Any, **options: Any) -> np.ndarray[Any, Any]:
-    sizes = {**small(pipe.manifest), "steps": 2, "seed": 3, "progress": False, **options}
+    sizes = {**small(pipe.manifest), "seed": 3, "progress": False, **options}
     frames: np.ndarray[Any, Any] = pipe(PROMPT, **sizes).frames
     return frames
 

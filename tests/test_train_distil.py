@@ -83,7 +83,7 @@ def test_a_single_step_towards_real_pictures_is_v_prediction_at_the_last_timeste
     batch = batch_of(networks, 0)
     loss, image, video = objective(batch, None)
     with torch.no_grad():
-        context, embedding = objective._conditions(batch)
+        context, embedding = objective.conditions(batch)
     alpha, sigma = torch.zeros(1), torch.ones(1)
     wanted = v_loss(objective.unets[1], batch.x0, batch.noise, batch.t, alpha, sigma, context, embedding, None)
     torch.testing.assert_close(loss, wanted.mean())

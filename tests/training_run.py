@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import traceback
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -53,6 +54,8 @@ def killed_after(steps: int, work: Callable[[], object]) -> None:
             Loop.advance = counted  # type: ignore[method-assign]
             work()
             code = 0
+        except BaseException:
+            traceback.print_exc()
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
