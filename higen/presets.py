@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from higen.errors import ManifestError, RequestError, quoted
 from higen.typed_json import LATER
 
-__all__ = ["MAX_STRETCH", "Preset", "Stretch", "chosen_preset", "preset_name", "unusual"]
+__all__ = ["MAX_STRETCH", "Preset", "Stretch", "chosen_preset", "preset_name", "unusual", "usual_preset"]
 
 MAX_STRETCH = 100.0
 """The largest factor of a stretch."""
@@ -65,6 +65,11 @@ def preset_name(presets: tuple[Preset, ...], name: object, given: Iterable[objec
     """
     if name is not None or any(value is not None for value in given):
         return name
+    return usual_preset(presets)
+
+
+def usual_preset(presets: tuple[Preset, ...]) -> str | None:
+    """The name of the usual preset; None if there is none."""
     return next((preset.name for preset in presets if preset.usual), None)
 
 

@@ -18,6 +18,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp
 
 from higen.errors import HigenError
+from higen.presets import usual_preset
 from higen.serve.asks import schema_of
 from higen.serve.catalog import Catalog, Served
 from higen.serve.guard import Guard
@@ -192,7 +193,7 @@ def _model(model: Served, limits: Limits) -> ModelObject:
         },
         loops=loops,
         presets=[preset.name for preset in manifest.presets],
-        usual_preset=next((preset.name for preset in manifest.presets if preset.usual), None),
+        usual_preset=usual_preset(manifest.presets),
     )
 
 
