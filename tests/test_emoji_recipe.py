@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import re
+import shutil
 import signal
 import tarfile
 from dataclasses import replace
@@ -38,6 +39,7 @@ from higen.train.emoji.clips import Clips, Selection
 from higen.train.emoji.configuration import KNOWN_FRAMES, architecture
 from higen.train.emoji.configuration import recipe as recipe_settings
 from higen.train.emoji.denoiser import make_loop, networks_of, train
+from higen.train.emoji.further import Where
 from higen.train.emoji.packs import background, clip_indices, compose, fetch
 from higen.train.emoji.subjects import (
     BACKGROUNDS,
@@ -487,7 +489,8 @@ def test_the_recipe_holds_its_folder_from_beginning_to_end(
 
 
 def test_layers_for_known_frames_are_trained_on_their_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """On random latents. Only these layers change, and a run continues only with its own configuration."""
+    """On random latents. Only these layers change, a run continues only with its own configuration, and processes that
+    make its batches change nothing."""
     random = torch.Generator().manual_seed(0)
     latents = {f"latents/{s.name}": torch.randn((10, 16, 32, 8, 8), generator=random).half() for s in SUBJECTS}
     save_file(latents, tmp_path / "latents.safetensors")
@@ -503,4 +506,7 @@ def test_layers_for_known_frames_are_trained_on_their_own(tmp_path: Path, capsys
     with pytest.raises(SettingsError, match=r"known_frames holds a run of another configuration: .*videos"):
         known_frames.train(model, tmp_path, tmp_path / "made", replace(known, videos=2))
     again = known_frames.train(model, tmp_path, tmp_path / "again", known)  # it is finished
-    assert all(torch.equal(tensor, after[name]) for name, tensor in load_file(again.file(spec.UNET)).items())
+    shutil.rmtree(tmp_path / "known_frames")
+    ahead = known_frames.train(model, tmp_path, tmp_path / "ahead", known, Where(workers=1))
+    for other in (again, ahead):
+        assert all(torch.equal(tensor, after[name]) for name, tensor in load_file(other.file(spec.UNET)).items())

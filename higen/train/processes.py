@@ -65,10 +65,12 @@ class Processes(Protocol):
 
 
 class Alone:
-    """One process, on the host."""
+    """One process, on the host or on the given device."""
 
     count, index, main = 1, 0, True
-    device = torch.device("cpu")
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = torch.device(device)
 
     def prepare(self, module: nn.Module) -> nn.Module:
         """The module itself."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 from conftest import TINY, write_tiny_model
 from gpu_video import Frames, largest, on_the_cpu, psnr, video
+from safetensors.torch import load_file, save_file
 from training_run import MODEL, make_settings, write_clips
 
 import higen
@@ -21,7 +23,12 @@ from higen.backends.torch import TorchBackend
 from higen.bundle import Bundle
 from higen.errors import BackendUnavailable, OutOfMemory
 from higen.export.shapes import example_inputs, sizes_for
+from higen.families.higen import spec
 from higen.families.higen.spec import UNetConfig
+from higen.train.emoji import known_frames
+from higen.train.emoji.configuration import KNOWN_FRAMES
+from higen.train.emoji.further import Where
+from higen.train.emoji.subjects import SUBJECTS
 from higen.train.record import read_losses
 from higen.train.trainer import train
 
@@ -172,3 +179,19 @@ def test_training_gives_the_same_losses_twice(tmp_path: Path, precision: str) ->
         assert one["video"] == pytest.approx(other["video"], rel=1e-3 if precision == "fp32" else 5e-2)
     with higen.load(Path(whole.run.output, "model"), "torch", device="cuda") as pipe:
         assert pipe("a blue whale swimming", steps=2, progress=False).frames.shape[-1] == 3
+
+
+def test_layers_for_known_frames_are_the_same_from_a_gpu(tmp_path: Path) -> None:
+    """On random latents, with processes that make the batches."""
+    random = torch.Generator().manual_seed(0)
+    latents = {f"latents/{s.name}": torch.randn((10, 16, 32, 8, 8), generator=random).half() for s in SUBJECTS}
+    save_file(latents, tmp_path / "latents.safetensors")
+    known = replace(KNOWN_FRAMES, steps=3, videos=2, save_every=1, measure_every=0)
+    model, made = Bundle.open(default_model()), []
+    for where in (Where(), Where("cuda", workers=2)):
+        shutil.rmtree(tmp_path / "known_frames", ignore_errors=True)
+        output = tmp_path / f"on-{where.device}"
+        made.append(load_file(known_frames.train(model, tmp_path, output, known, where).file(spec.UNET)))
+    host, gpu = made
+    for name, tensor in host.items():
+        torch.testing.assert_close(gpu[name], tensor, rtol=2e-2, atol=2e-3)

@@ -9,9 +9,11 @@ one thin convolution runs at full resolution. Run the command again to resume fr
 import argparse
 import json
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import asdict, dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 import torch
@@ -24,7 +26,7 @@ from higen.errors import TrainingError
 from higen.families.higen import spec
 from higen.locks import claimed
 from higen.train.checkpoints import Checkpoints
-from higen.train.codec_loss import picture_loss, prior_loss
+from higen.train.codec_loss import detail_loss, picture_loss, prior_loss
 from higen.train.emoji.configuration import CODEC, CodecSettings
 from higen.train.emoji.packs import background, fetch, load_loop
 from higen.train.emoji.progress_lines import say
@@ -65,6 +67,13 @@ class Pictures:
         pairs = [(s, b) for s in range(len(SUBJECTS)) for b in range(len(BACKGROUNDS))]
         self.training = [pair for pair in pairs if not is_held_out(*pair)]
         self.validation = [pair for pair in pairs if is_held_out(*pair)]
+
+    def to(self, device: torch.device) -> Self:
+        """The same pictures on another device."""
+        moved = copy(self)
+        moved.loops = [loop.to(device) for loop in self.loops]
+        moved.backgrounds = self.backgrounds.to(device)
+        return moved
 
     def compose(self, subject: int, picture: int, frames: Tensor) -> tuple[Tensor, Tensor]:
         """Frames (int64 [n]) of a loop over a background: RGB float32 [n, 3, 128, 128] in [-1, 1], and the coverage
@@ -110,7 +119,8 @@ def codec_loss(
 def shown_loss(decoded: Tensor, rgb: Tensor, coverage: Tensor, config: CodecSettings) -> Tensor:
     """Distance of decoded pictures [n, 3, 128, 128] and their edges from real ones: a scalar, weighted by coverage."""
     weight = 0.5 + config.subject_weight * coverage
-    return picture_loss(decoded, rgb, config.mse_weight, config.edge_weight, weight)
+    loss = picture_loss(decoded, rgb, config.mse_weight, config.edge_weight, weight)
+    return loss + config.detail_weight * detail_loss(decoded, rgb) if config.detail_weight else loss
 
 
 @torch.no_grad()

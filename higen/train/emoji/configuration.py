@@ -39,6 +39,8 @@ class CodecSettings:
     """Latents are decoded with noise, because the sampler's are not exact. Its deviation is drawn from 0 to this."""
     mse_weight: float = 0.5
     edge_weight: float = 0.5
+    detail_weight: float = 0.0
+    """Weight of the amount of fine detail, whatever its place."""
     subject_weight: float = 2.0
     """Extra weight of the subject's pixels. The few backgrounds are learned soon."""
     prior_weight: float = 0.02
@@ -57,6 +59,7 @@ class KnownFrames:
     optimiser: OptimiserSettings
     steps: int
     videos: int = 4
+    precision: Literal["fp32", "bf16"] = "fp32"
     noise: float = 0.05
     high_part: float = 0.6
     high_levels: float = 0.002

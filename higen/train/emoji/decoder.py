@@ -1,6 +1,6 @@
 """Trains the codec's decoder on latents that the denoiser draws. The encoder and the data's latents do not change.
 
-    python -m higen.train.emoji.decoder --data FOLDER --state FOLDER --model DIR
+    python -m higen.train.emoji.decoder --data FOLDER --state FOLDER --model DIR [--device cuda --batch 128 --bf16]
 
 A decoder that was trained only on encoded pictures shows coloured fringes for a latent between two poses. The requested
 clip is known pixel by pixel, so the decoder can learn to show a soft picture instead. Clips of trained prompts are
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from higen.train.checkpoints import Checkpoints
 from higen.train.denormals import flushed_denormals
 from higen.train.emoji.autoencoder import Pictures, load, shown_loss
 from higen.train.emoji.configuration import DECODER, CodecSettings
+from higen.train.emoji.further import HOST, Where, add_where, where_of
 from higen.train.emoji.latent_cache import denormalise, load_latents
 from higen.train.emoji.packs import clip_indices, fetch
 from higen.train.emoji.progress_lines import say
@@ -93,6 +95,13 @@ class Drawn:
             for (b, speed), latents in zip(file["asked"].tolist(), file["latents"], strict=True)
         ]
 
+    def to(self, device: torch.device) -> Drawn:
+        """The same clips and pictures on another device."""
+        moved = copy(self)
+        moved.pictures, moved.mean, moved.std = self.pictures.to(device), self.mean.to(device), self.std.to(device)
+        moved.clips = [(s, b, speed, latents.to(device)) for s, b, speed, latents in self.clips]
+        return moved
+
     def batch(self, size: int, random: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
         """Latents [n,32,8,8] for the decoder, the real pictures [n,3,128,128] and their coverage [n,1,128,128]."""
         latents, pictures, coverage = [], [], []
@@ -110,19 +119,20 @@ class Drawn:
 class DecoderGradients:
     """The gradients of a step of the decoder (`higen.train.loop.Gradients`)."""
 
-    def __init__(self, codec: Any, drawn: Drawn, settings: CodecSettings) -> None:
-        self.codec, self.drawn, self.settings = codec, drawn, settings
+    def __init__(self, codec: Any, drawn: Drawn, settings: CodecSettings, device: torch.device) -> None:
+        """`codec` and `drawn` are on `device`."""
+        self.codec, self.drawn, self.settings, self.device = codec, drawn, settings, device
 
     def __call__(self, step: int, random: torch.Generator) -> Mapping[str, Tensor]:
         """Add up the gradients of a batch; returns the losses of drawn and of encoded latents."""
         settings, half = self.settings, self.settings.batch // 2
         latents, drawn_pictures, drawn_coverage = self.drawn.batch(half, random)
         pictures, coverage = self.drawn.pictures.batch(half, random)
-        with torch.autocast("cpu", torch.bfloat16, enabled=settings.precision == "bf16"):
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=settings.precision == "bf16"):
             with torch.no_grad():
                 encoded = self.codec.encoder(pictures).float()
             level = torch.rand((len(encoded), 1, 1, 1), generator=random) * settings.noise
-            noisy = encoded + level * torch.randn(encoded.shape, generator=random)
+            noisy = encoded + (level * torch.randn(encoded.shape, generator=random)).to(self.device)
             decoded = self.codec.decoder(torch.cat([latents, noisy])).float()
         own = shown_loss(decoded[: len(latents)], drawn_pictures, drawn_coverage, settings)
         others = shown_loss(decoded[len(latents) :], pictures, coverage, settings)
@@ -130,18 +140,22 @@ class DecoderGradients:
         return {"drawn": own.detach(), "encoded": others.detach()}
 
 
-def train(data: Path, state: Path, settings: CodecSettings = DECODER) -> None:
+def train(data: Path, state: Path, settings: CodecSettings = DECODER, where: Where = HOST) -> None:
     """Train up to `settings.steps` steps, resume from the checkpoint in `state`, and write the decoder to `state`.
 
     Raises TrainingError if a file cannot be written.
     """
     pictures, cache = Pictures(data), load_latents(state / "latents.safetensors")
-    drawn = Drawn(state / "drawn", pictures, cache["mean"], cache["std"])
-    codec = load(state)
+    device = torch.device(where.device)
+    drawn = Drawn(state / "drawn", pictures, cache["mean"], cache["std"]).to(device)
+    codec = load(state).to(device)
     codec.encoder.requires_grad_(False)
+    if where.compile:
+        codec.encoder.compile()
+        codec.decoder.compile()
     optimiser = Optimiser(dict(codec.decoder.named_parameters()), settings.optimiser, settings.steps)
     loop = Loop(
-        DecoderGradients(codec, drawn, settings),
+        DecoderGradients(codec, drawn, settings, device),
         optimiser,
         Checkpoints(state / "decoder", keep=1),
         Cadence(log_every=100, save_seconds=settings.save_seconds),
@@ -152,7 +166,7 @@ def train(data: Path, state: Path, settings: CodecSettings = DECODER) -> None:
     with flushed_denormals():
         loop.run()
     with aside(state / RESULT) as path:
-        save_file({name: tensor.contiguous() for name, tensor in optimiser.average.items()}, path)
+        save_file({name: tensor.cpu().contiguous() for name, tensor in optimiser.average.items()}, path)
 
 
 def main() -> None:
@@ -162,15 +176,15 @@ def main() -> None:
     parser.add_argument("--state", type=Path, required=True, help="folder of the codec and the latents cache")
     parser.add_argument("--model", type=Path, required=True, help="model directory whose denoiser draws the latents")
     parser.add_argument("--steps", type=int, default=DECODER.steps, help="training steps in total")
-    parser.add_argument("--bf16", action="store_true", help="train in mixed precision")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--batch", type=int, default=DECODER.batch, help="pictures of a training step")
+    add_where(parser)
     arguments = parser.parse_args()
-    torch.set_num_threads(arguments.threads)
+    where = where_of(parser, arguments)
     fetch(arguments.data)
     with claimed(arguments.state / "drawn", "drawing"):
         draw(Bundle.open(arguments.model), arguments.state / "drawn", shown=True)
-        settings = replace(DECODER, steps=arguments.steps, precision="bf16" if arguments.bf16 else "fp32")
-        train(arguments.data, arguments.state, settings)
+        settings = replace(DECODER, steps=arguments.steps, batch=arguments.batch, precision=where.precision)
+        train(arguments.data, arguments.state, settings, where)
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 
 from higen.bundle import Bundle
@@ -22,7 +24,43 @@ from higen.train.loop import Cadence, Loop, Periodic
 from higen.train.optimise import Optimiser
 from higen.train.settings import Settings, difference, flat
 
-__all__ = ["held_out", "train_further"]
+__all__ = ["HOST", "Where", "add_where", "held_out", "train_further", "where_of"]
+
+
+@dataclass(frozen=True)
+class Where:
+    """Where a run computes. The result depends on it only through rounding.
+
+    workers  processes that make the batches; 0: the run's own process
+    compile  whether torch.compile makes the network faster; it takes minutes first
+    """
+
+    device: str = "cpu"
+    workers: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    compile: bool = False
+
+
+HOST = Where()
+
+
+def add_where(parser: argparse.ArgumentParser) -> None:
+    """The options of `where_of`."""
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--workers", type=int, default=0, help="processes that make the batches")
+    parser.add_argument("--bf16", action="store_true", help="train in mixed precision")
+    parser.add_argument("--compile", action="store_true", help="compile the network first")
+    parser.add_argument("--threads", type=int, default=2)
+
+
+def where_of(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Where:
+    """Where the options ask the run to compute. A missing GPU ends the command with status 2."""
+    if arguments.device == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --device: PyTorch finds no GPU")
+    torch.set_num_threads(arguments.threads)
+    if arguments.device == "cuda":
+        torch.set_float32_matmul_precision("high")  # products in TF32
+    return Where(arguments.device, arguments.workers, "bf16" if arguments.bf16 else "fp32", arguments.compile)
 
 
 def train_further(

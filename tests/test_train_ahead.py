@@ -1,0 +1,76 @@
+"""Batches that worker processes make ahead of time, and the loss of fine detail."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+import torch
+from torch import Tensor
+
+from higen.train.ahead import Ahead
+from higen.train.batches import Batch, GainBatch, StepBatches
+from higen.train.codec_loss import detail_loss
+
+HOST = torch.device("cpu")
+
+
+def column(*shape: int) -> Tensor:
+    return torch.zeros(shape)
+
+
+class Numbered:
+    """Each batch has its step's number and the process that made it as tokens."""
+
+    closed = False
+
+    def batches(self, step: int) -> StepBatches:
+        tokens = torch.tensor([[step, os.getpid()]])
+        clips = Batch(
+            column(1, 2, 3, 4, 4), column(1, 2, 3, 4, 4), torch.tensor([5]), None, *[column(1, 3, 2)] * 2, tokens
+        )
+        return StepBatches(videos=clips, gains=GainBatch(*[column(1, 3, 2)] * 2, column(1, 3), tokens))
+
+    def close(self) -> None:
+        self.closed = True
+
+
+def told(batches: StepBatches) -> list[int]:
+    assert batches.images is None
+    assert batches.videos is not None
+    assert batches.videos.prior is None
+    assert batches.gains is not None
+    assert torch.equal(batches.gains.tokens, batches.videos.tokens)
+    return batches.videos.tokens[0].tolist()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_batches_come_in_the_order_of_the_steps_and_from_any_step(workers: int) -> None:
+    source = Numbered()
+    ahead = Ahead(source, 9, HOST, workers)
+    found = [told(ahead.batches(step)) for step in (0, 1, 2, 5, 6, 1, 2)]
+    assert [step for step, _ in found] == [0, 1, 2, 5, 6, 1, 2]
+    own = [process == os.getpid() for _, process in found]
+    assert all(own) if workers == 0 else not any(own)
+    assert told(ahead.batches(8))[0] == 8
+    ahead.close()
+    assert source.closed
+
+
+def test_the_loss_of_detail_asks_for_its_amount_and_not_its_place() -> None:
+    rows = torch.arange(32)
+    sharp = (2.0 * (rows % 4 < 2) - 1.0).expand(1, 3, 32, 32)
+    shifted = sharp.roll(2, dims=-1)  # a wrong picture with the same detail
+    soft = 0.5 * sharp
+    assert float(detail_loss(sharp, sharp)) == 0
+    assert float(detail_loss(shifted, sharp)) < 0.1 * float(detail_loss(soft, sharp))
+    # The deviation of the detail of half the contrast is half as large.
+    whole = float(detail_loss(torch.zeros_like(sharp), sharp))
+    assert float(detail_loss(soft, sharp)) == pytest.approx(whole / 2, rel=0.01)
+
+
+def test_a_flat_picture_has_a_finite_gradient() -> None:
+    flat = torch.zeros(1, 3, 16, 16, requires_grad=True)
+    detail_loss(flat, torch.rand(1, 3, 16, 16)).backward()
+    assert flat.grad is not None
+    assert bool(torch.isfinite(flat.grad).all())
