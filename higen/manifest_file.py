@@ -10,6 +10,7 @@ import reprlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -91,12 +92,21 @@ def read_manifest(folder: Path, sealed: bool = True) -> Opened:
     Raises ManifestError (not a model directory, malformed, newer version), IntegrityError (tables that were edited).
     """
     data = _read(folder)
-    document = _parse(folder / MANIFEST, data)
+    opened, seal = _understood(folder / MANIFEST, data)
+    if sealed and opened.version > 1:
+        _check_seal(folder / MANIFEST, data, seal)
+    return Opened(opened.manifest, dict(opened.files), dict(opened.graphs), opened.version)
+
+
+@lru_cache(maxsize=1)  # a process often opens the same model twice
+def _understood(path: Path, data: bytes) -> tuple[Opened, Any]:
+    """The contents of a manifest, and its seal, which version 1 does not have."""
+    document = _parse(path, data)
     if document["version"] == 1:
         from higen.families import read_version_1
 
         manifest = read_version_1(_object(document, "model"))
-        return Opened(manifest, _records(document), {}, version=1)
+        return Opened(manifest, _records(document), {}, version=1), None
     tables = fields(Manifest)
     names = [field.name for field in tables if field.metadata != LATER or field.name in document]
     known = ["format", "version", "seal", *(field.name for field in tables), "graphs", "files"]
@@ -108,9 +118,7 @@ def read_manifest(folder: Path, sealed: bool = True) -> Opened:
     files = _records(document)
     graphs = {name: _graph(name, row) for name, row in _object(document, "graphs").items()}
     _check_graphs(files, graphs)
-    if sealed:
-        _check_seal(folder / MANIFEST, data, document["seal"])
-    return Opened(manifest, files, graphs)
+    return Opened(manifest, files, graphs), document["seal"]
 
 
 def manifest_text(opened: Opened) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cached_property
+
 from higen.presets import Preset
 from higen.stages import FREE, TOKENS, Stage, source
 from higen.tables import Control, Loop, Sizes, TextRules
@@ -29,7 +31,7 @@ class Rows:
         """The symbols that a request fixes."""
         return FREE if self.text is None or self.text.chunks == 1 else (*FREE, TOKENS)
 
-    @property
+    @cached_property
     def all_stages(self) -> tuple[Stage, ...]:
         """The stages, each followed by its variants. These are the stages that can have a graph."""
         return tuple(one for stage in self.stages for one in (stage, *stage.variants))
@@ -45,7 +47,11 @@ class Rows:
 
     def stage(self, name: str) -> Stage:
         """The stage or variant of that name. Raises KeyError."""
-        return {stage.name: stage for stage in self.all_stages}[name]
+        return self._by_name[name]
+
+    @cached_property
+    def _by_name(self) -> dict[str, Stage]:
+        return {stage.name: stage for stage in self.all_stages}
 
     def loop(self, name: str) -> Loop:
         """The loop of that name. Raises KeyError."""
@@ -63,7 +69,7 @@ class Rows:
     def feeding(self, *stages: str) -> tuple[str, ...]:
         """These stages and the stages that feed them, without loops. Each is listed once, before its takers."""
         found: dict[str, None] = {}
-        rows = {stage.name: stage for stage in self.all_stages}
+        rows = self._by_name
 
         def visit(name: str) -> None:
             if name in found or name not in rows:

@@ -16,7 +16,7 @@ from higen.train.words import with_words
 from higen.typed_json import from_json
 
 __all__ = ["CODEC", "DECODER", "FEW_STEPS", "KNOWN_FRAMES", "WORDS"]
-__all__ += ["CodecSettings", "FewSteps", "KnownFrames", "architecture", "recipe"]
+__all__ += ["CodecSettings", "FewSteps", "Further", "KnownFrames", "architecture", "recipe"]
 
 FILE = Path(__file__).with_name("recipe.toml")
 OWN = ("codec", "decoder", "known_frames", "few_steps")
@@ -46,9 +46,24 @@ class CodecSettings:
     prior_weight: float = 0.02
 
 
-@dataclass(frozen=True)
-class KnownFrames:
-    """How the layers for known frames are trained. `videos`: clips of a training step.
+@dataclass(frozen=True, kw_only=True)
+class Further:
+    """A run that trains a finished model further. `images` and `videos`: samples of a training step."""
+
+    optimiser: OptimiserSettings
+    steps: int
+    images: int = 0
+    videos: int = 0
+    precision: Literal["fp32", "bf16"] = "fp32"
+    save_every: int = 50
+    log_every: int = 25
+    measure_every: int = 50
+    """Steps between two measurements on held-out combinations."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownFrames(Further):
+    """How the layers for known frames are trained.
 
     sets                    fractions of clips, by the frames that are given (objective.known)
     noise                   deviation of the noise on given frames, drawn from 0 to this
@@ -56,33 +71,17 @@ class KnownFrames:
     """
 
     sets: dict[str, float]
-    optimiser: OptimiserSettings
-    steps: int
-    videos: int = 4
-    precision: Literal["fp32", "bf16"] = "fp32"
     noise: float = 0.05
     high_part: float = 0.6
     high_levels: float = 0.002
-    save_every: int = 250
-    log_every: int = 50
-    measure_every: int = 250
-    """Steps between two measurements on held-out combinations."""
 
 
-@dataclass(frozen=True)
-class FewSteps:
-    """How a model of few steps is distilled from the model. `images` and `videos`: samples of a training step."""
+@dataclass(frozen=True, kw_only=True)
+class FewSteps(Further):
+    """How a model of few steps is distilled from the model."""
 
     distil: DistilSettings
     lora: LoraSettings
-    optimiser: OptimiserSettings
-    steps: int
-    images: int = 4
-    videos: int = 1
-    save_every: int = 50
-    log_every: int = 25
-    measure_every: int = 50
-    """Steps between two measurements on held-out combinations."""
 
 
 @cache

@@ -19,8 +19,8 @@ from higen.locks import claimed
 from higen.train.batches import StepBatches
 from higen.train.distil import Distillation, distilled
 from higen.train.emoji.clips import Clips, EmojiSource
-from higen.train.emoji.configuration import FEW_STEPS, FewSteps, recipe
-from higen.train.emoji.further import held_out, train_further
+from higen.train.emoji.configuration import FEW_STEPS, FewSteps
+from higen.train.emoji.further import held_out, settings_for, train_further
 from higen.train.emoji.subjects import subjects_named
 from higen.train.gradients import DenoiserGradients
 from higen.train.held_out import averaged
@@ -28,7 +28,6 @@ from higen.train.layers import denoiser_weights, trained_parameters, whole_weigh
 from higen.train.networks import build, write_model
 from higen.train.optimise import Optimiser
 from higen.train.processes import Alone
-from higen.train.sections import ModelSettings
 from higen.train.settings import Settings
 
 __all__ = ["RESULT", "settings_of", "train"]
@@ -39,19 +38,8 @@ CHECKPOINTS = "few_steps"
 
 
 def settings_of(model: Path, few: FewSteps = FEW_STEPS) -> Settings:
-    """The run's settings: those of the recipe, with the sections that `few` replaces. Every caption is a full one,
-    because an empty prompt cannot be requested, and clips are whole."""
-    base = recipe()
-    return replace(
-        base,
-        model=ModelSettings(init=str(model)),
-        data=replace(base.data, images=few.images, videos=few.videos),
-        objective=replace(base.objective, text_dropout=0.0, gain_clips=0, windows=(), late_windows=()),
-        optimiser=few.optimiser,
-        lora=few.lora,
-        distil=few.distil,
-        run=replace(base.run, steps=few.steps, save_every=few.save_every, log_every=few.log_every),
-    )
+    """The run's settings."""
+    return replace(settings_for(model, few), lora=few.lora, distil=few.distil)
 
 
 def train(model: Bundle, state: Path, output: Path, few: FewSteps = FEW_STEPS) -> Bundle:

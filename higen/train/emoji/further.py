@@ -17,14 +17,16 @@ from higen.train.batches import StepBatches
 from higen.train.checkpoints import Checkpoints
 from higen.train.denormals import flushed_denormals
 from higen.train.emoji.clips import Clips, EmojiSource
+from higen.train.emoji.configuration import Further, recipe
 from higen.train.emoji.progress_lines import say
 from higen.train.emoji.subjects import BACKGROUNDS, is_held_out
 from higen.train.gradients import DenoiserGradients
 from higen.train.loop import Cadence, Loop, Periodic
 from higen.train.optimise import Optimiser
+from higen.train.sections import ModelSettings
 from higen.train.settings import Settings, difference, flat
 
-__all__ = ["HOST", "Where", "add_where", "held_out", "train_further", "where_of"]
+__all__ = ["HOST", "Where", "add_where", "held_out", "settings_for", "train_further", "where_of"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,26 @@ def where_of(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
     if arguments.device == "cuda":
         torch.set_float32_matmul_precision("high")  # products in TF32
     return Where(arguments.device, arguments.workers, "bf16" if arguments.bf16 else "fp32", arguments.compile)
+
+
+def settings_for(model: Path, run: Further, **objective: Any) -> Settings:
+    """The settings of a run: those of the recipe, with what `run` and `objective` replace. Clips are whole, and every
+    caption is a full one, because an empty prompt cannot be requested."""
+    base = recipe()
+    return replace(
+        base,
+        model=ModelSettings(init=str(model)),
+        data=replace(base.data, images=run.images, videos=run.videos),
+        objective=replace(base.objective, text_dropout=0.0, gain_clips=0, windows=(), late_windows=(), **objective),
+        optimiser=run.optimiser,
+        run=replace(
+            base.run,
+            steps=run.steps,
+            precision=run.precision,
+            save_every=run.save_every,
+            log_every=run.log_every,
+        ),
+    )
 
 
 def train_further(

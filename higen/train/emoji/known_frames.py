@@ -21,8 +21,8 @@ from higen.locks import claimed
 from higen.train.ahead import Ahead
 from higen.train.batches import Batch
 from higen.train.emoji.clips import Clips, EmojiSource
-from higen.train.emoji.configuration import KNOWN_FRAMES, KnownFrames, recipe
-from higen.train.emoji.further import HOST, Where, add_where, held_out, train_further, where_of
+from higen.train.emoji.configuration import KNOWN_FRAMES, KnownFrames
+from higen.train.emoji.further import HOST, Where, add_where, held_out, settings_for, train_further, where_of
 from higen.train.emoji.subjects import subjects_named
 from higen.train.gradients import DenoiserGradients
 from higen.train.held_out import averaged
@@ -30,7 +30,6 @@ from higen.train.layers import denoiser_weights, trained_parameters, whole_weigh
 from higen.train.networks import Objective, build, write_model
 from higen.train.optimise import Optimiser
 from higen.train.processes import Alone
-from higen.train.sections import ModelSettings
 from higen.train.settings import Settings
 
 __all__ = ["MEASURED", "settings_of", "train"]
@@ -41,34 +40,19 @@ MEASURED = ("ends", "second", "prefix")
 
 
 def settings_of(model: Path, known: KnownFrames = KNOWN_FRAMES) -> Settings:
-    """The run's settings: those of the recipe, with what `known` replaces. Clips are whole, and every caption is a full
-    one, because an empty prompt cannot be requested."""
-    base = recipe()
-    objective = replace(
-        base.objective,
-        text_dropout=0.0,
-        gain_clips=0,
-        windows=(),
-        late_windows=(),
+    """The run's settings."""
+    settings = settings_for(
+        model,
+        known,
         high_part=known.high_part,
         high_levels=known.high_levels,
         known=known.sets,
         known_noise=known.noise,
     )
     return replace(
-        base,
-        model=ModelSettings(init=str(model), known_frames=True),
-        data=replace(base.data, images=0, videos=known.videos),
-        objective=objective,
-        optimiser=known.optimiser,
-        run=replace(
-            base.run,
-            steps=known.steps,
-            precision=known.precision,
-            losses_in_turn=False,
-            save_every=known.save_every,
-            log_every=known.log_every,
-        ),
+        settings,
+        model=replace(settings.model, known_frames=True),
+        run=replace(settings.run, losses_in_turn=False),
     )
 
 
