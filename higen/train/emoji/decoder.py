@@ -32,7 +32,7 @@ from higen.train.checkpoints import Checkpoints
 from higen.train.denormals import flushed_denormals
 from higen.train.emoji.autoencoder import Pictures, load, shown_loss
 from higen.train.emoji.configuration import DECODER, CodecSettings
-from higen.train.emoji.further import HOST, Where, add_where, where_of
+from higen.train.emoji.further import HOST, Where, add_where, precision_of, where_of
 from higen.train.emoji.latent_cache import denormalise, load_latents
 from higen.train.emoji.packs import clip_indices, fetch
 from higen.train.emoji.progress_lines import say
@@ -183,7 +183,7 @@ def main() -> None:
     fetch(arguments.data)
     with claimed(arguments.state / "drawn", "drawing"):
         draw(Bundle.open(arguments.model), arguments.state / "drawn", shown=True)
-        settings = replace(DECODER, steps=arguments.steps, batch=arguments.batch, precision=where.precision)
+        settings = replace(DECODER, steps=arguments.steps, batch=arguments.batch, precision=precision_of(arguments))
         train(arguments.data, arguments.state, settings, where)
 
 

@@ -26,7 +26,7 @@ from higen.train.optimise import Optimiser
 from higen.train.sections import ModelSettings
 from higen.train.settings import Settings, difference, flat
 
-__all__ = ["HOST", "Where", "add_where", "held_out", "settings_for", "train_further", "where_of"]
+__all__ = ["HOST", "Where", "add_where", "held_out", "precision_of", "settings_for", "train_further", "where_of"]
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,6 @@ class Where:
 
     device: str = "cpu"
     workers: int = 0
-    precision: Literal["fp32", "bf16"] = "fp32"
     compile: bool = False
 
 
@@ -47,7 +46,7 @@ HOST = Where()
 
 
 def add_where(parser: argparse.ArgumentParser) -> None:
-    """The options of `where_of`."""
+    """The options of `where_of` and `precision_of`."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--workers", type=int, default=0, help="processes that make the batches")
     parser.add_argument("--bf16", action="store_true", help="train in mixed precision")
@@ -62,7 +61,12 @@ def where_of(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
     torch.set_num_threads(arguments.threads)
     if arguments.device == "cuda":
         torch.set_float32_matmul_precision("high")  # products in TF32
-    return Where(arguments.device, arguments.workers, "bf16" if arguments.bf16 else "fp32", arguments.compile)
+    return Where(arguments.device, arguments.workers, arguments.compile)
+
+
+def precision_of(arguments: argparse.Namespace) -> Literal["fp32", "bf16"]:
+    """The precision that the options ask for."""
+    return "bf16" if arguments.bf16 else "fp32"
 
 
 def settings_for(model: Path, run: Further, **objective: Any) -> Settings:

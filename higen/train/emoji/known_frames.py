@@ -22,7 +22,16 @@ from higen.train.ahead import Ahead
 from higen.train.batches import Batch
 from higen.train.emoji.clips import Clips, EmojiSource
 from higen.train.emoji.configuration import KNOWN_FRAMES, KnownFrames
-from higen.train.emoji.further import HOST, Where, add_where, held_out, settings_for, train_further, where_of
+from higen.train.emoji.further import (
+    HOST,
+    Where,
+    add_where,
+    held_out,
+    precision_of,
+    settings_for,
+    train_further,
+    where_of,
+)
 from higen.train.emoji.subjects import subjects_named
 from higen.train.gradients import DenoiserGradients
 from higen.train.held_out import averaged
@@ -132,7 +141,7 @@ def main() -> None:
         KNOWN_FRAMES,
         steps=arguments.steps,
         videos=arguments.clips,
-        precision=where.precision,
+        precision=precision_of(arguments),
         optimiser=replace(KNOWN_FRAMES.optimiser, learning_rate=arguments.rate),
     )
     with claimed(arguments.state):
