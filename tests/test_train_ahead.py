@@ -58,8 +58,8 @@ def test_batches_come_in_the_order_of_the_steps_and_from_any_step(workers: int) 
 
 
 def test_the_loss_of_detail_asks_for_its_amount_and_not_its_place() -> None:
-    rows = torch.arange(32)
-    sharp = (2.0 * (rows % 4 < 2) - 1.0).expand(1, 3, 32, 32)
+    rows = torch.arange(512)  # wide, because the borders differ
+    sharp = (2.0 * (rows % 8 < 4) - 1.0).expand(1, 3, 32, 512)  # edges in some columns, flat in the others
     shifted = sharp.roll(2, dims=-1)  # a wrong picture with the same detail
     soft = 0.5 * sharp
     assert float(detail_loss(sharp, sharp)) == 0

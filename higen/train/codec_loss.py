@@ -9,7 +9,7 @@ from torch.nn import functional
 __all__ = ["detail_loss", "picture_loss", "prior_loss"]
 
 DETAIL_FLOOR = 1e-3
-"""Deviation, added to that of the detail, below which a difference does not count."""
+"""Deviations of detail that are much smaller than this count as equal."""
 
 
 def picture_loss(

@@ -48,7 +48,6 @@ HOST = Where()
 def add_where(parser: argparse.ArgumentParser) -> None:
     """The options of `where_of` and `precision_of`."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--workers", type=int, default=0, help="processes that make the batches")
     parser.add_argument("--bf16", action="store_true", help="train in mixed precision")
     parser.add_argument("--compile", action="store_true", help="compile the network first")
     parser.add_argument("--threads", type=int, default=2)
@@ -61,7 +60,7 @@ def where_of(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> 
     torch.set_num_threads(arguments.threads)
     if arguments.device == "cuda":
         torch.set_float32_matmul_precision("high")  # products in TF32
-    return Where(arguments.device, arguments.workers, arguments.compile)
+    return Where(arguments.device, compile=arguments.compile)
 
 
 def precision_of(arguments: argparse.Namespace) -> Literal["fp32", "bf16"]:

@@ -134,9 +134,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=KNOWN_FRAMES.steps, help="training steps")
     parser.add_argument("--clips", type=int, default=KNOWN_FRAMES.videos, help="clips of a training step")
     parser.add_argument("--rate", type=float, default=KNOWN_FRAMES.optimiser.learning_rate, help="learning rate")
+    parser.add_argument("--workers", type=int, default=0, help="processes that make the batches")
     add_where(parser)
     arguments = parser.parse_args()
-    where = where_of(parser, arguments)
+    where = replace(where_of(parser, arguments), workers=arguments.workers)
     known = replace(
         KNOWN_FRAMES,
         steps=arguments.steps,
