@@ -31,8 +31,9 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPVisionConfig, CLIPVi
 import higen
 from higen.bundle import Bundle
 from higen.convert import convert_sources
-from higen.families.svd.spec import AUGMENTATION, NOISE
+from higen.families.svd.spec import AUGMENTATION
 from higen.noise import frame_noise, shaped
+from higen.tables import Loop
 from higen.tokenizer import PromptTokenizer
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
@@ -180,10 +181,12 @@ def randomise(pipeline: Any, dtype: torch.dtype) -> None:
             part.eval().to(dtype)
 
 
-def noise(model: Bundle, purpose: int, size: tuple[int, int, int]) -> Latents:
-    """higen's initial noise [1,4,F,H,W]; size: frames, height and width in pixels."""
-    factor = model.manifest.sizes.factor
-    return frame_noise(SEED, purpose, 4, size[0], size[1] // factor, size[2] // factor)[None]
+def noise(model: Bundle, size: tuple[int, int, int]) -> Latents:
+    """higen's initial noise [1,4,F,H,W] of the last loop that the request runs; size: frames, height and width in
+    pixels.
+    """
+    factor, loop = model.manifest.sizes.factor, last_loop(model, size[0])
+    return frame_noise(SEED, loop.noise.purpose, 4, size[0], size[1] // factor, size[2] // factor)[None]
 
 
 def of_text(pipeline: Any, model: Bundle, steps: int, size: tuple[int, int, int]) -> Latents:
@@ -194,7 +197,7 @@ def of_text(pipeline: Any, model: Bundle, steps: int, size: tuple[int, int, int]
     ids = torch.from_numpy(tokenizer.encode([PROMPT, NEGATIVE])).to(DEVICE)
     dtype = pipeline.unet.dtype
     given, empty = pipeline.text_encoder(ids).last_hidden_state.to(dtype).split(1)
-    start = torch.from_numpy(noise(model, 1 if clip else 0, size)).to(DEVICE, dtype)
+    start = torch.from_numpy(noise(model, size)).to(DEVICE, dtype)
     made = pipeline(
         prompt_embeds=given,
         negative_prompt_embeds=empty,
@@ -222,7 +225,7 @@ def of_picture(pipeline: Any, model: Bundle, steps: int, size: tuple[int, int, i
     on_picture = shaped(SEED, AUGMENTATION, (1, 3, *size[1:]), None)
     before = module.randn_tensor
     module.randn_tensor = lambda *_, **known: torch.from_numpy(on_picture).to(DEVICE, known.get("dtype"))
-    start = torch.from_numpy(noise(model, NOISE, size)).transpose(1, 2).to(DEVICE, pipeline.unet.dtype)
+    start = torch.from_numpy(noise(model, size)).transpose(1, 2).to(DEVICE, pipeline.unet.dtype)
     try:
         made = pipeline(
             PIL.Image.fromarray(picture(size)),
@@ -292,9 +295,14 @@ def request(family: str, at: str, steps: int) -> dict[str, Any]:
     return {"seed": SEED, "steps": steps, "height": size[1], "width": size[2], **JOBS[family].options(size)}
 
 
+def last_loop(model: Bundle, frames: int) -> Loop:
+    """The last loop that a request of so many frames runs."""
+    return [loop for loop in model.manifest.loops if frames >= loop.least_frames][-1]
+
+
 def last_latents(pipe: higen.Pipeline, options: dict[str, Any]) -> Latents:
     """higen's latents [B,C,F,H,W] after the last loop that the request runs, before decoding."""
-    last = [loop for loop in pipe.bundle.manifest.loops if options.get("frames", 2) >= loop.least_frames][-1]
+    last = last_loop(pipe.bundle, options.get("frames", 2))
     for event in pipe.stream(**options):
         if isinstance(event, higen.Step) and event.loop == last.name and event.index + 1 == event.total:
             return pipe.backend.to_numpy(event.latents)

@@ -204,9 +204,9 @@ def edit(
     strength  the part of the table that runs, from 0 (only the last row) to 1 (all new); None: the model's default
     mask      a picture, or a clip with the same number of frames: white parts are redrawn, black parts are kept;
               None: everything is redrawn
-    key       a picture to which the clip is moved first, or "drawn": the picture that the model draws for `prompt`. In
-              the latents, every frame keeps its difference from the frame that is closest to the picture. A small
-              `strength` then redraws little, and keeps most of the motion.
+    key       a picture to which the clip is moved first, or "drawn": the picture that the model draws for `prompt`,
+              with the middle frame of a control map. In the latents, every frame keeps its difference from the frame
+              that is closest to the picture. A small `strength` then redraws little, and keeps most of the motion.
     options   as for a call. A curve that can be measured is "source" by default: it is measured from the clip, so
               that the motion is kept. "unspecified" leaves it to the model.
 
@@ -238,7 +238,7 @@ def edit(
     options = {name: value for name, value in options.items() if name not in measured}
     if key is not None or (measured and len(given) > 1):
         request = pipe.request(prompt, **options)
-        picture = None if key is None else _key(pipe, prompt, key, options)
+        picture = None if key is None else _key(pipe, prompt, key, options, request)
         latents = pipe.start_latents(request, row)
         if picture is not None:
             options |= _moved(pipe, row, request, latents, picture, {"prompt": prompt, **options})
@@ -248,7 +248,7 @@ def edit(
     return Video(made.frames, given.fps, {**made.metadata, "tool": "edit"})
 
 
-def _key(pipe: Maker, prompt: str, key: Any, options: Mapping[str, Any]) -> Frames:
+def _key(pipe: Maker, prompt: str, key: Any, options: Mapping[str, Any], request: Request) -> Frames:
     """The key frame of an edit, uint8 [H, W, 3]: drawn for the prompt, or the picture `key` in the request's size."""
     if not (isinstance(key, str) and key == DRAWN):
         from higen.images import load_map
@@ -258,11 +258,35 @@ def _key(pipe: Maker, prompt: str, key: Any, options: Mapping[str, Any]) -> Fram
         return picture
     if pipe.manifest.sizes.frames[0] > 1:
         raise RequestError(f"key={DRAWN!r}: {pipe.manifest.name} makes no single pictures; give a picture")
-    of_clips = {one.name for one in pipe.manifest.controls if one.kind in ("frames", "mask", "map", "clip", "curve")}
-    of_clips |= {"inversion"}
-    alone = {name: value for name, value in options.items() if name not in of_clips}
-    drawn: Frames = pipe.make(pipe.request(prompt, **{**alone, "frames": 1}), progress=False)[0].frames[0]
+    alone = _of_middle_frame(pipe.manifest, options, request)
+    drawn: Frames = pipe.make(pipe.request(prompt, **alone), progress=False)[0].frames[0]
     return drawn
+
+
+def _of_middle_frame(manifest: Manifest, options: Mapping[str, Any], request: Request) -> dict[str, Any]:
+    """The options of a clip's request for its middle frame alone: a control map's picture, its strength, and guidance.
+
+    Other controls that describe a clip are left out.
+    """
+    of_clips = {one.name for one in manifest.controls if one.kind in ("frames", "mask", "map", "clip", "curve")}
+    alone = {name: value for name, value in options.items() if name not in of_clips | {"inversion"}}
+    maps = {loop.variant.control for loop in manifest.wanted(1) if loop.variant is not None}
+    maps &= {one.name for one in manifest.controls if one.kind == "map" and options.get(one.name) is not None}
+    if maps:
+        from higen.images import map_frame
+
+        alone |= {name: map_frame(options[name], request.frames // 2, name) for name in maps}
+        strengths = [one.name for one in manifest.controls if one.kind == "curve" and one.encoding == "curve"]
+        alone |= {name: _middle(request.controls[name]) for name in strengths if options.get(name) is not None}
+    if options.get("guidance") is not None:
+        alone["guidance"] = [_middle(scale) for scale in request.guidance]
+    return {**alone, "frames": 1}
+
+
+def _middle(values: Any) -> float:
+    """A number, or the middle one of the numbers per frame."""
+    numbers = np.atleast_1d(values)
+    return float(numbers[len(numbers) // 2])
 
 
 def _moved(

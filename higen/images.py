@@ -49,6 +49,7 @@ __all__ = [
     "load_map",
     "load_mask",
     "load_picture",
+    "map_frame",
     "resampling",
 ]
 
@@ -128,6 +129,17 @@ def load_map(value: object, frames: int, width: int, height: int, name: str, enc
     pixels = np.ascontiguousarray(shown.transpose(3, 0, 1, 2).astype(np.float32) / 127.5 - 1.0)
     whole = np.broadcast_to(pixels, (3, frames, height, width))
     return Picture(whole, _digest(pixels), notes=tuple(note for note in notes if note))
+
+
+def map_frame(value: object, index: int, name: str) -> NDArray[np.uint8]:
+    """The picture of a control map for frame `index`, uint8 [H,W,3] in its own size; `value`: as for `load_map`.
+
+    Raises RequestError, beginning with `name`, for anything else, and for a clip without this frame.
+    """
+    rows = _rows(value, index + 1, name)
+    if len(rows) != 1 and len(rows) <= index:
+        raise RequestError(f"{name} has {len(rows)} frames: frame {index} is wanted")
+    return rows[0] if len(rows) == 1 else rows[index]
 
 
 def _rows(value: object, most: int, name: str) -> list[NDArray[np.uint8]]:

@@ -204,6 +204,21 @@ def test_a_clip_with_a_map_for_each_frame_is_that_of_diffusers(
     assert apart(got, wanted_moving(moving, base, shown, SCALES)) < 1e-4
 
 
+def test_the_drawn_key_frame_of_an_edit_follows_the_middle_frame_of_the_map(moving_pipe: Pipeline) -> None:
+    shown, clip = (drawn(clips.FRAMES, clips.WIDTH, clips.HEIGHT, seed) for seed in (0, 1))
+    middle = clips.FRAMES // 2
+    usual: dict[str, Any] = {"seed": 3, "steps": 3}
+    curves: dict[str, Any] = {"control_scale": SCALES, "guidance": [4.0, [7.5, 3.0, 2.0]]}
+    single = {"control_scale": SCALES[middle], "guidance": 4.0}
+    key = moving_pipe(
+        "a fox", frames=1, control=shown[middle], width=clips.WIDTH, height=clips.HEIGHT, **usual, **single
+    )
+    usual |= {"control": shown, "strength": 0.5}
+    wanted = moving_pipe.edit(clip, "a fox", key=key.frames[0], **usual, **curves)
+    made = moving_pipe.edit(clip, "a fox", key="drawn", **usual, **curves)
+    np.testing.assert_array_equal(made.frames, wanted.frames)
+
+
 def authors_file(path: Path, network: Any, levels: int, prefix: str = "control_model.") -> Path:
     """A ControlNet as its authors publish it. `levels`: number of levels of the network that reads the pictures."""
     state = {prefix + _authors_name(name, 1, levels): tensor for name, tensor in network.state_dict().items()}
