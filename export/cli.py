@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import click
 
 from higen.bundle import Bundle
+from higen.export.contents import as_lines, as_values
 from higen.errors import MissingExtra, RequestError, quoted
 from higen.precision import PRECISIONS, QUANTIZED
 from higen.progress import is_watched
@@ -233,28 +234,4 @@ def inspect(model: Path, as_json: bool) -> None:
     """List what MODEL contains: stages, loops, controls, files."""
     with reported(as_json):
         bundle = Bundle.open(model)
-        manifest = bundle.manifest
-        rows = (*manifest.stage_names, *(name for name in manifest.variants if bundle.precisions(name)))
-        found = {name: bundle.precisions(name) for name in rows}
-        sizes = {name: record.size for name, record in bundle.files.items()}
-        if as_json:
-            click.echo(json.dumps({"name": manifest.name, "graphs": found, "files": sizes}))
-            return
-        click.echo(f"{manifest.name} ({manifest.licence}), family {manifest.family}")
-        for stage in manifest.all_stages:
-            graphs = found.get(stage.name)
-            if graphs is None:
-                continue
-            click.echo(f"  {stage.name:<22}{'graph in ' + ', '.join(graphs) if graphs else 'no graph'}")
-            for t in stage.inputs:
-                shape = str(list(t.shape)).replace("'", "")
-                click.echo(f"    <- {t.name:<16}{t.dtype:<9}{shape:<20} {t.source}")
-            for out in stage.outputs:
-                shape = str(list(out.shape)).replace("'", "")
-                click.echo(f"    -> {out.name:<16}{out.dtype:<9}{shape}")
-        for loop in manifest.loops:
-            click.echo(f"  loop {loop.name:<17}{' or '.join(loop.stages)}")
-        for control in manifest.controls:
-            click.echo(f"  control {control.name:<14}{control.kind}: {control.meaning}")
-        for name, size in sizes.items():
-            click.echo(f"  {name:<28}{size / 1e6:10.2f} MB")
+        click.echo(json.dumps(as_values(bundle)) if as_json else "\n".join(as_lines(bundle)))

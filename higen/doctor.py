@@ -127,8 +127,10 @@ class Report:
         lines += [f"  {d.backend:<25}{'found' if d.works else 'no: ' + d.reason}" for d in self.devices]
         if self.stages:
             lines += ["", "stages of the model"]
+        width = max((len(choice.stage) for choice in self.stages), default=0)
+        broken = [b.backend for b in self.backends if not b.works]  # listed above, with the reason
         for choice in self.stages:
-            lines += [f"  {line}" for line in choice.as_lines()]
+            lines += [f"  {line}" for line in choice.as_lines(width, broken if choice.backend else ())]
         if self.loops:
             lines += ["", "graphs of the loops' steps"]
         lines += [f"  {loop.as_line()}" for loop in self.loops]

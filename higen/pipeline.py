@@ -252,7 +252,9 @@ class Pipeline:
 
     def report(self) -> str:
         """The backend of each stage, and why no better one runs it. Stages that were not needed yet are left out."""
-        lines = [line for choice in self.backend.choices.values() for line in choice.as_lines()]
+        choices = self.backend.choices
+        width = max((len(stage) for stage in choices), default=0)
+        lines = [line for choice in choices.values() for line in choice.as_lines(width)]
         return "\n".join(lines) or f"every stage: {self.backend.name}"
 
     def on(self, backend: Backend) -> Pipeline:

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from higen.errors import ManifestError, RequestError, quoted
@@ -48,6 +48,15 @@ class Preset:
     guidance: tuple[float | None, ...]
     stretch: tuple[float | None, ...]
     usual: bool = field(default=False, metadata=LATER)
+
+    def described(self, loops: Sequence[str]) -> str:
+        """Steps and guidance of each loop, such as "spatial 2 steps, guidance 1; temporal 1 step, guidance default"."""
+        parts = [
+            f"{loop} {'default steps' if steps is None else '1 step' if steps == 1 else f'{steps} steps'}, "
+            f"guidance {'default' if guidance is None else f'{guidance:g}'}"
+            for loop, steps, guidance in zip(loops, self.steps, self.guidance, strict=True)
+        ]
+        return "; ".join(parts)
 
     def __post_init__(self) -> None:
         if not (self.name.isidentifier() and self.name.isascii()):

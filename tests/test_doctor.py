@@ -28,6 +28,17 @@ def test_graphs_of_both_kinds_of_step_are_listed() -> None:
     assert "  temporal            guided: fp32; plain: fp32" in found.as_text().splitlines()
 
 
+def test_a_backend_that_does_not_work_is_explained_once() -> None:
+    found = report(default_model())
+    lines = found.as_text().splitlines()
+    for name in (backend.backend for backend in found.backends if not backend.works):
+        assert sum(line.startswith(f"  {name} ") and " no: " in line for line in lines) == 1
+        assert not [line for line in lines if line.lstrip().startswith(f"not {name}")]
+        assert name in found.stages[0].passed_over, "the JSON report gives the reason for every stage"
+    columns = {line.index(" onnx (") for line in lines if " onnx (" in line}
+    assert len(columns) == 1, "the stages' backends are in one column"
+
+
 def test_a_missing_plain_graph_is_a_note_with_its_command_and_no_fault(model: Bundle) -> None:
     found = report(model.path)
     assert found.healthy

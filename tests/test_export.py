@@ -23,6 +23,7 @@ from onnxscript.optimizer import optimize_ir
 from safetensors.torch import load_file, save_file
 from test_upgrade import write_version_1
 
+from higen.api import default_model
 from higen.backends.onnx import OnnxBackend
 from higen.backends.options import Options
 from higen.backends.select import select_backend
@@ -435,3 +436,17 @@ def test_inspect_says_what_a_model_holds(exported: tuple[Bundle, list[Parity]]) 
     assert "temporal_unet no graph" in said
     assert "loop temporal temporal_unet or temporal_unet_plain" in said
     assert "control motion curve: amount of motion" in said
+
+
+def test_inspect_lists_the_presets() -> None:
+    result = CliRunner().invoke(main, ["inspect", str(default_model())])
+    lines = result.output.splitlines()
+    assert "  preset fast           spatial 2 steps, guidance 1; temporal 1 step, guidance 1 (the usual one)" in lines
+    assert "  preset full           spatial 12 steps, guidance 1.5; temporal 3 steps, guidance 1" in lines
+    ends = {len(line) for line in lines if line.endswith(" MB")}
+    assert len(ends) == 1, "the sizes are in one column"
+    said = json.loads(CliRunner().invoke(main, ["inspect", str(default_model()), "--json"]).stdout)
+    assert [(row["name"], row["steps"], row["usual"]) for row in said["presets"]] == [
+        ("fast", [2, 1], True),
+        ("full", [12, 3], False),
+    ]

@@ -32,15 +32,19 @@ class Choice:
     details: str = ""
     outside: Choice | None = None
 
-    def as_lines(self) -> list[str]:
-        """Text for users: what runs the stage, a line for each backend passed over, then what runs other shapes."""
+    def as_lines(self, width: int = 19, known: Sequence[str] = ()) -> list[str]:
+        """Text for users: what runs the stage, a line for each backend passed over, then what runs other shapes.
+
+        width  characters of the column of stages
+        known  backends about which the reader knows already that they do not work here: they get no line
+        """
         lines = [
-            f"{self.stage:<19} {self._runs()}",
-            *(f"{'':<20}not {name}: {reason}" for name, reason in self.passed_over.items()),
+            f"{self.stage:<{width}} {self._runs()}",
+            *(f"{'':<{width}} not {name}: {why}" for name, why in self.passed_over.items() if name not in known),
         ]
         if self.outside is not None:
             reason = self.outside.passed_over.get(self.backend, "")
-            lines.append(f"{'':<20}{self.outside._runs()} for other shapes: {reason}")
+            lines.append(f"{'':<{width}} {self.outside._runs()} for other shapes: {reason}")
         return lines
 
     def _runs(self) -> str:

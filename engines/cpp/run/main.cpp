@@ -60,6 +60,17 @@ void print_loop(const higen_loop_info& loop) {
                 numbers(loop.guidance, loop.guidance_count).c_str());
 }
 
+// Prints "preset full: 12, 3 steps, guidance 1.5, 1".
+void print_preset(const higen_preset_info& preset, std::size_t loops) {
+    std::string steps, guidance;
+    for (std::size_t i = 0; i < loops; ++i) {
+        steps += std::string(i > 0 ? ", " : "") + (preset.steps[i] > 0 ? std::to_string(preset.steps[i]) : std::string("default"));
+        guidance += std::string(i > 0 ? ", " : "") + (preset.guidance[i] >= 0 ? numbers(&preset.guidance[i], 1) : "default");
+    }
+    std::printf("preset %s: %s steps, guidance %s%s\n", preset.name, steps.c_str(), guidance.c_str(),
+                preset.usual != 0 ? " (the usual one)" : "");
+}
+
 void print_info(const higen_model* model) {
     higen_model_info info = HIGEN_MODEL_INFO_INIT;
     higen_request standard;
@@ -72,6 +83,11 @@ void print_info(const higen_model* model) {
         higen_loop_info loop = HIGEN_LOOP_INFO_INIT;
         check(higen_model_loop(model, i, &loop));
         print_loop(loop);
+    }
+    for (std::size_t i = 0; i < info.preset_count; ++i) {
+        higen_preset_info preset = HIGEN_PRESET_INFO_INIT;
+        check(higen_model_preset(model, i, &preset));
+        print_preset(preset, info.loop_count);
     }
     std::printf("%d to %d frames; sizes in multiples of %d; ", info.min_frames, info.max_frames, info.size_multiple);
     if (info.context_length > 0)

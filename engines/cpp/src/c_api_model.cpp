@@ -48,6 +48,7 @@ higen_status higen_model_describe(const higen_model* model, higen_model_info* in
         found.loop_count = manifest.loops.size();
         found.control_count = manifest.controls.size();
         found.prompt_count = manifest.prompts.size();
+        found.preset_count = manifest.presets.size();
         store(found, info, "info");
     });
 }
@@ -81,6 +82,22 @@ higen_status higen_model_loop(const higen_model* model, size_t index, higen_loop
         found.guided = loop.guided.empty() ? 0 : 1;
         found.solvers = open.solvers[index].data();
         found.solver_count = open.solvers[index].size();
+        store(found, info, "info");
+    });
+}
+
+higen_status higen_model_preset(const higen_model* model, size_t index, higen_preset_info* info) {
+    return guarded([&] {
+        const Call call(model);
+        const auto& open = call.model();
+        require(info, "info");
+        const auto& presets = open.manifest().presets;
+        check_index(index, presets.size(), "presets");
+        higen_preset_info found = HIGEN_PRESET_INFO_INIT;
+        found.name = presets[index].name.c_str();
+        found.usual = presets[index].usual ? 1 : 0;
+        found.steps = open.preset_steps[index].data();
+        found.guidance = open.preset_guidance[index].data();
         store(found, info, "info");
     });
 }

@@ -1,5 +1,6 @@
 #include "handles.h"
 
+#include <algorithm>
 #include <cstdint>
 #include <map>
 #include <utility>
@@ -95,6 +96,13 @@ OpenModel::OpenModel(const std::filesystem::path& path, const core::BackendOptio
     for (const auto& control : manifest().controls) {
         auto& texts = choices.emplace_back();
         for (const auto& choice : control.choices) texts.push_back(choice.c_str());
+    }
+    for (const auto& preset : manifest().presets) {
+        auto& steps = preset_steps.emplace_back();
+        for (const auto& count : preset.steps)
+            steps.push_back(static_cast<std::int32_t>(std::min<std::int64_t>(count.value_or(0), INT32_MAX)));
+        auto& guidance = preset_guidance.emplace_back();
+        for (const auto& scale : preset.guidance) guidance.push_back(scale.value_or(-1.0));
     }
     pipeline.prepare();
 }

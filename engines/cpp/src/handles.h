@@ -57,6 +57,8 @@ struct OpenModel {
     mutable std::mutex mutex;
     mutable std::set<std::string> reports;                    // the texts handed out
     std::vector<std::vector<const char*>> solvers, choices;  // per loop and per control, for the C interface
+    std::vector<std::vector<std::int32_t>> preset_steps;      // per preset and loop, for the C interface
+    std::vector<std::vector<double>> preset_guidance;
 
     OpenModel(const std::filesystem::path& path, const core::BackendOptions& options);
 

@@ -10,6 +10,7 @@ int main(void) {
     higen_callbacks callbacks = HIGEN_CALLBACKS_INIT;
     higen_loop_info loop = HIGEN_LOOP_INFO_INIT;
     higen_control_info control = HIGEN_CONTROL_INFO_INIT;
+    higen_preset_info preset = HIGEN_PRESET_INFO_INIT;
     higen_model* model = NULL;
     higen_token* token = NULL;
     higen_request request;
@@ -28,6 +29,7 @@ int main(void) {
     if (higen_model_prompt(NULL, 0) != NULL) return 11;
     if (higen_model_loop(NULL, 0, &loop) != HIGEN_ERROR_REQUEST) return 15;
     if (higen_model_control(NULL, 0, &control) != HIGEN_ERROR_REQUEST || higen_controls(NULL) != 0) return 16;
+    if (higen_model_preset(NULL, 0, &preset) != HIGEN_ERROR_REQUEST) return 21;
     options.struct_size = 3;
     if (higen_model_open("x", &options, &model) != HIGEN_ERROR_REQUEST) return 12;
     higen_model_close(NULL);

@@ -65,6 +65,7 @@ void check_closed(higen_model* model) {
     higen_model_info info = HIGEN_MODEL_INFO_INIT;
     higen_loop_info loop = HIGEN_LOOP_INFO_INIT;
     higen_control_info control = HIGEN_CONTROL_INFO_INIT;
+    higen_preset_info preset = HIGEN_PRESET_INFO_INIT;
     std::int64_t id = 0;
     const higen_request* requests[] = {&request};
     CHECK(higen_request_init(model, &request) == HIGEN_ERROR_CLOSED);
@@ -76,6 +77,7 @@ void check_closed(higen_model* model) {
     CHECK(higen_model_describe(model, &info) == HIGEN_ERROR_CLOSED);
     CHECK(higen_model_loop(model, 0, &loop) == HIGEN_ERROR_CLOSED);
     CHECK(higen_model_control(model, 0, &control) == HIGEN_ERROR_CLOSED);
+    CHECK(higen_model_preset(model, 0, &preset) == HIGEN_ERROR_CLOSED);
     CHECK(higen_tokenize(model, "a", &id, 1) == HIGEN_ERROR_CLOSED);
     CHECK(higen_cancel(model) == HIGEN_ERROR_CLOSED);
     CHECK(higen_controls(model) == 0 && higen_model_prompt(model, 0) == nullptr);

@@ -203,6 +203,13 @@ TEST(the_model_says_what_it_takes) {
     CHECK(controls[3].kind == HIGEN_CONTROL_PICTURE && controls[3].encoding == nullptr && *controls[3].meaning != '\0');
     higen_control_info past = HIGEN_CONTROL_INFO_INIT;
     CHECK(higen_model_control(model().get(), 8, &past) == HIGEN_ERROR_REQUEST);
+    const auto presets = model().presets();
+    CHECK(presets.size() == 2 && presets[0].name == std::string("fast") && presets[0].usual == 1);
+    CHECK(presets[0].steps[0] == 2 && presets[0].steps[1] == 1 && presets[0].guidance[1] == 1.0);
+    CHECK(presets[1].name == std::string("full") && presets[1].usual == 0 && presets[1].guidance[0] == 1.5);
+    higen_preset_info other = HIGEN_PRESET_INFO_INIT;
+    CHECK(higen_model_preset(model().get(), 2, &other) == HIGEN_ERROR_REQUEST);
+    CHECK(higen_last_error() == std::string("index=2: this model has 2 presets"));
     higen_loop_info none = HIGEN_LOOP_INFO_INIT;
     CHECK(higen_model_loop(model().get(), 2, &none) == HIGEN_ERROR_REQUEST);
 }

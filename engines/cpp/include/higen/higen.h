@@ -114,9 +114,10 @@ typedef struct higen_model_info {
     size_t loop_count;       /* denoising loops: higen_model_loop */
     size_t control_count;    /* what a request may set besides the fields of higen_request: higen_model_control */
     size_t prompt_count;     /* prompts that work well with the model: higen_model_prompt */
+    size_t preset_count;     /* presets: higen_model_preset */
 } higen_model_info;
 
-#define HIGEN_MODEL_INFO_INIT {sizeof(higen_model_info), NULL, NULL, NULL, NULL, 0, 0, 0, 0, 0, 0, 0, 0}
+#define HIGEN_MODEL_INFO_INIT {sizeof(higen_model_info), NULL, NULL, NULL, NULL, 0, 0, 0, 0, 0, 0, 0, 0, 0}
 
 HIGEN_API higen_status higen_model_describe(const higen_model* model, higen_model_info* info);
 
@@ -139,6 +140,20 @@ typedef struct higen_loop_info {
 
 /* The loop at `index` of info.loop_count. */
 HIGEN_API higen_status higen_model_loop(const higen_model* model, size_t index, higen_loop_info* info);
+
+/* A preset: steps and guidance for a request that names it and leaves them out. */
+typedef struct higen_preset_info {
+    size_t struct_size;
+    const char* name;
+    int32_t usual;           /* 1: for requests that set only prompt, seed, frames, width, height and fps */
+    const int32_t* steps;    /* info.loop_count numbers; 0: the loop's default */
+    const double* guidance;  /* info.loop_count numbers; negative: the loop's default */
+} higen_preset_info;
+
+#define HIGEN_PRESET_INFO_INIT {sizeof(higen_preset_info), NULL, 0, NULL, NULL}
+
+/* The preset at `index` of info.preset_count. */
+HIGEN_API higen_status higen_model_preset(const higen_model* model, size_t index, higen_preset_info* info);
 
 typedef enum higen_control_kind {
     HIGEN_CONTROL_NUMBER = 0,

@@ -122,6 +122,13 @@ public:
         return loops;
     }
 
+    // The model's presets.
+    [[nodiscard]] std::vector<higen_preset_info> presets() const {
+        std::vector<higen_preset_info> presets(info().preset_count, higen_preset_info HIGEN_PRESET_INFO_INIT);
+        for (std::size_t i = 0; i < presets.size(); ++i) check(higen_model_preset(model_.get(), i, &presets[i]));
+        return presets;
+    }
+
     // What a request may set for this model.
     [[nodiscard]] std::vector<higen_control_info> controls() const {
         std::vector<higen_control_info> controls(higen_controls(model_.get()),
