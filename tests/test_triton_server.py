@@ -219,6 +219,15 @@ def test_a_request_by_http_streams_its_events(server: Server, pipeline: Pipeline
     assert np.abs(frames.astype(int) - expected).max() <= 1
 
 
+def test_known_frames_use_the_layers_that_were_trained_for_them(server: Server, pipeline: Pipeline) -> None:
+    first, last = alone(pipeline, seed=4, steps=[2, 1])[1][[0, -1]]
+    options = {"seed": 5, "steps": [2, 2], "guidance": 1.0, "keyframes": {0: first, -1: last}}
+    before = executed(server, "temporal_unet_known_plain")
+    found = ask(server, **options)
+    assert executed(server, "temporal_unet_known_plain")[0] == before[0] + 2
+    assert_same(found, alone(pipeline, **options))
+
+
 def test_eight_at_once_get_their_single_results(server: Server, pipeline: Pipeline) -> None:
     prompts = pipeline.manifest.prompts or ("a whale",)
     requests = [
