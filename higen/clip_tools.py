@@ -278,6 +278,8 @@ def _of_middle_frame(manifest: Manifest, options: Mapping[str, Any], request: Re
         alone |= {name: map_frame(options[name], request.frames // 2, name) for name in maps}
         strengths = [one.name for one in manifest.controls if one.kind == "curve" and one.encoding == "curve"]
         alone |= {name: _middle(request.controls[name]) for name in strengths if options.get(name) is not None}
+    if options.get("steps") is None and options.get("preset") is None:
+        alone["steps"] = [None] * len(manifest.loops)  # no usual preset, because the clip's request has none
     if options.get("guidance") is not None:
         alone["guidance"] = [_middle(scale) for scale in request.guidance]
     return {**alone, "frames": 1}

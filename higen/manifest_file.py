@@ -89,6 +89,8 @@ class Opened:
 def read_manifest(folder: Path, sealed: bool = True) -> Opened:
     """Read and check `folder`/higen.json. `sealed`: refuse tables that were edited after they were written.
 
+    If the file has not changed since it was last read, the same tables are returned: do not change them.
+
     Raises ManifestError (not a model directory, malformed, newer version), IntegrityError (tables that were edited).
     """
     data = _read(folder)

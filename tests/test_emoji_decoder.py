@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shutil
 import signal
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,7 @@ import higen
 from higen import bundle
 from higen.api import default_model
 from higen.bundle import Bundle
+from higen.errors import SettingsError
 from higen.families.higen import spec
 from higen.train.emoji import assemble, autoencoder, decoder, latent_cache
 from higen.train.emoji import packs as data
@@ -139,6 +142,49 @@ def test_it_continues_as_if_never_stopped_and_keeps_the_encoder(state: Path, mon
     assert before.keys() == whole.keys()
     assert any(not torch.equal(before[name], tensor) for name, tensor in whole.items())
     assert (state / "autoencoder.safetensors").read_bytes() == codec
+
+
+@pytest.mark.usefixtures("single")
+def test_a_run_of_another_configuration_is_not_continued(state: Path) -> None:
+    run = replace(DECODER, steps=1, batch=2)
+    train(state, state, run)
+    with pytest.raises(SettingsError, match=r"decoder holds a run of another configuration: batch was 2 and is now 4"):
+        train(state, state, replace(run, batch=4))
+    codec = load_file(state / "autoencoder.safetensors")
+    save_file({name: 1.5 * tensor for name, tensor in codec.items()}, state / "autoencoder.safetensors")
+    with pytest.raises(SettingsError, match="the codec has other weights"):
+        train(state, state, run)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("steps", 0), ("batch", 0), ("noise", -1.0), ("detail_weight", float("nan")), ("batch", 3)]
+)
+def test_wrong_settings_are_named_before_anything_is_written(tmp_path: Path, name: str, value: float) -> None:
+    with pytest.raises(SettingsError, match=f"{name}={value}"):
+        train(tmp_path, tmp_path, replace(DECODER, **{name: value}))
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_is_missing_is_named_before_anything_is_drawn(state: Path) -> None:
+    command = [sys.executable, "-m", "higen.train.emoji.decoder", "--data", state, "--state", state, "--model"]
+    (state / "latents.safetensors").unlink()
+    ended = subprocess.run([*command, default_model()], capture_output=True, text=True, check=False)
+    assert ended.returncode == 1
+    assert ended.stderr.count("\n") == 1
+    assert "latents.safetensors: missing (make it: python -m higen.train.emoji.latent_cache" in ended.stderr
+    for option, value in (("--batch", "3"), ("--steps", "0"), ("--threads", "x")):
+        ended = subprocess.run([*command, default_model(), option, value], capture_output=True, text=True, check=False)
+        assert ended.returncode == 2
+        assert f"argument {option}: '{value}': " in ended.stderr
+
+
+def test_clips_that_another_model_has_drawn_are_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(decoder, "SUBJECTS", SUBJECTS[:1])
+    monkeypatch.setattr(decoder, "BACKGROUNDS", BACKGROUNDS[:1])
+    draw(Bundle.open(default_model()), tmp_path / "drawn")
+    monkeypatch.setattr(decoder, "weights_of", lambda model: {"unet.safetensors": "other"})
+    with pytest.raises(SettingsError, match=r"whale\.safetensors: drawn by another model than .*; remove .*drawn"):
+        draw(Bundle.open(default_model()), tmp_path / "drawn")
 
 
 def test_a_decoder_learns_what_a_changed_latent_means(state: Path) -> None:

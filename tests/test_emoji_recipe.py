@@ -7,6 +7,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import tarfile
 from dataclasses import replace
 from pathlib import Path
@@ -24,22 +25,23 @@ from training_run import killed_after
 from higen import cpu
 from higen.api import default_model
 from higen.bundle import Bundle
-from higen.errors import SettingsError, TrainingError
+from higen.errors import ModelError, SettingsError, TrainingError
 from higen.families.higen import spec
 from higen.families.higen.cues import appearance_cue
 from higen.families.higen.spec import UNetConfig
 from higen.locks import claimed
 from higen.tokenizer import build_word_tokenizer
+from higen.train.batches import StepBatches
 from higen.train.checkpoints import Checkpoints
-from higen.train.emoji import autoencoder, denoiser, known_frames, latent_cache
+from higen.train.emoji import autoencoder, denoiser, few_steps, known_frames, latent_cache
 from higen.train.emoji import clips as clips_module
 from higen.train.emoji import packs as data
 from higen.train.emoji import run as recipe
-from higen.train.emoji.clips import Clips, Selection
+from higen.train.emoji.clips import Clips, EmojiSource, Selection
 from higen.train.emoji.configuration import KNOWN_FRAMES, architecture
 from higen.train.emoji.configuration import recipe as recipe_settings
 from higen.train.emoji.denoiser import make_loop, networks_of, train
-from higen.train.emoji.further import Where
+from higen.train.emoji.further import Where, held_out
 from higen.train.emoji.packs import background, clip_indices, compose, fetch
 from higen.train.emoji.subjects import (
     BACKGROUNDS,
@@ -195,6 +197,51 @@ def test_new_subjects_are_drawn_twice_as_often_at_first(tmp_path: Path) -> None:
 
     assert share(0.2) == pytest.approx(2 / 3, abs=0.05)
     assert share(0.8) == pytest.approx(1 / 2, abs=0.05)
+
+
+def test_held_out_batches_have_only_held_out_pairs(tmp_path: Path) -> None:
+    """Each pair's latents are its own number, which tells where a batch comes from."""
+    loops = {}
+    for s in (0, 1):
+        numbers = (10 * s + torch.arange(10.0)).half()
+        loops[f"latents/{SUBJECTS[s].name}"] = numbers[:, None, None, None, None].expand(10, 72, 32, 8, 8).contiguous()
+    save_file(loops, tmp_path / "latents")
+    clips = Clips(tmp_path / "latents", UNET, Selection(subjects=(0, 1)), settings(steps=100))
+    source = EmojiSource(clips, networks_of(UNET, 0).tokenizer, 1000)
+
+    def pairs(batches: StepBatches) -> set[tuple[int, int]]:
+        assert batches.images is not None
+        assert batches.videos is not None
+        found = torch.cat([batches.images.x0[:, 0, 0, 0, 0], batches.videos.x0[:, 0, 0, 0, 0]])
+        return {divmod(int(number), 10) for number in found}
+
+    held = {(s, b) for s in (0, 1) for b in range(10) if is_held_out(s, b)}
+    assert pairs(held_out(clips, source)) == held
+    assert not pairs(source.batches(0)) & held
+
+
+@pytest.mark.parametrize("module", [known_frames, few_steps])
+def test_an_output_that_cannot_be_written_is_named_before_the_training(tmp_path: Path, module: Any) -> None:
+    (tmp_path / "busy").mkdir()
+    (tmp_path / "busy" / "notes.txt").touch()
+    with pytest.raises(ModelError, match="busy: exists already and is not a model directory"):
+        module.train(Bundle.open(default_model()), tmp_path / "state", tmp_path / "busy")
+    assert not (tmp_path / "state").exists()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("--workers", "-1"), ("--rate", "nan"), ("--threads", "0"), ("--clips", "0"), ("--rate", "-1")],
+)
+def test_a_wrong_option_of_the_known_frames_command_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], option: str, value: str
+) -> None:
+    needed = ["--model", "m", "--state", "s", "--output", "o"]
+    monkeypatch.setattr(sys, "argv", ["known_frames", *needed, f"{option}={value}"])
+    with pytest.raises(SystemExit) as ended:
+        known_frames.main()
+    assert ended.value.code == 2
+    assert f"argument {option}: '{value}': " in capsys.readouterr().err
 
 
 def test_bfloat16_trains_as_float32_does(tmp_path: Path) -> None:

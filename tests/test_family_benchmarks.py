@@ -1,4 +1,4 @@
-"""benchmarks/families.py and against.py: both sides of a comparison run the same request from the same noise."""
+"""benchmarks/families.py, which against.py uses: both sides run the same request from the same noise."""
 
 from __future__ import annotations
 

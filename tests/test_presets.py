@@ -150,6 +150,18 @@ def test_a_loop_of_frames_draws_its_first_frame_as_the_clip(folder: Path) -> Non
     np.testing.assert_array_equal(clip.frames, pipeline_of(folder).loop("a kite", frames=4, seed=3).frames)
 
 
+def test_the_drawn_key_frame_of_an_edit_is_drawn_as_its_clip(folder: Path) -> None:
+    """A clip with controls has no usual preset, so its key frame has none either."""
+    usual = replace(MODEL, presets=(replace(FAST, usual=True), WIDE))
+    pipeline = pipeline_of(folder, usual)
+    clip = np.random.default_rng(0).integers(0, 256, (7, 8, 12, 3), dtype=np.uint8)
+    made = pipeline.edit(clip, "a kite", key="drawn", seed=2)
+    key = pipeline("a kite", frames=1, steps=[None, None], width=12, height=8, seed=2).frames[0]
+    np.testing.assert_array_equal(made.frames, pipeline.edit(clip, "a kite", key=key, seed=2).frames)
+    other = pipeline("a kite", frames=1, width=12, height=8, seed=2).frames[0]
+    assert not np.array_equal(key, other), "the usual preset draws another picture"
+
+
 @pytest.mark.parametrize("name", ["fast", "wide"])
 def test_the_result_is_stretched_from_the_earlier_loop(folder: Path, name: str) -> None:
     pipeline = pipeline_of(folder)

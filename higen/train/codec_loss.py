@@ -30,7 +30,8 @@ def detail_loss(decoded: Tensor, real: Tensor) -> Tensor:
     """The distance of the deviation of fine detail in blocks of 8x8 pixels, of pictures [n,3,Y,X]; a single number.
 
     The other losses prefer a soft edge where its place is uncertain. This one asks only for as much detail as the real
-    picture has there. Detail is a picture without its mean over 3x3 pixels.
+    picture has there. Detail is a picture without its mean over 3x3 pixels. Rows and columns after the last whole block
+    do not count.
     """
     found, wanted = (
         functional.avg_pool2d((x - functional.avg_pool2d(x, 3, 1, 1, count_include_pad=False)).square(), 8)

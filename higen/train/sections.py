@@ -30,10 +30,11 @@ def key_index(frames: int, key_frame: float) -> int:
     return int(frames * key_frame)
 
 
-def _at_least(section: object, least: float, *names: str) -> None:
+def at_least(section: object, least: float, *names: str) -> None:
+    """Raise SettingsError for a field of `section` that is below `least` or not a number; None is allowed."""
     for name in names:
         value = getattr(section, name)
-        if value is not None and value < least:
+        if value is not None and not value >= least:
             raise SettingsError(f"{name}={value}: {least} or more")
 
 
@@ -106,9 +107,9 @@ class DataSettings:
     """Threads that read the next step's files; 0: none."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "images", "videos", "workers")
-        _at_least(self, 1, "width", "height", "fps", "held_out_steps")
-        _at_least(self, 2, "frames")
+        at_least(self, 0, "images", "videos", "workers")
+        at_least(self, 1, "width", "height", "fps", "held_out_steps")
+        at_least(self, 2, "frames")
         if not self.images and not self.videos:
             raise SettingsError("images=0, videos=0: at least one of them from 1")
         if not 0 <= self.key_frame < 1:
@@ -192,7 +193,7 @@ class ObjectiveSettings:
 
     def __post_init__(self) -> None:
         _part(self, "text_dropout", "high_part", "high_levels")
-        _at_least(self, 0, "offset_noise", "gain_weight", "gain_clips", "prior_noise", "known_noise")
+        at_least(self, 0, "offset_noise", "gain_weight", "gain_clips", "prior_noise", "known_noise")
         if self.noise_mix is not None and not abs(self.noise_mix) <= MOST_MIX:
             raise SettingsError(f"noise_mix={self.noise_mix}: a number from -{MOST_MIX:g} to {MOST_MIX:g}")
         for name in ("windows", "late_windows"):
@@ -234,7 +235,7 @@ class OptimiserSettings:
     before, and with known, everything without known frames. Then data.images must be 0."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "learning_rate", "weight_decay", "warm_up", "clip", "spatial_gradient")
+        at_least(self, 0, "learning_rate", "weight_decay", "warm_up", "clip", "spatial_gradient")
         _part(self, "decay_part", "last_rate", "ema")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise SettingsError(f"betas={list(self.betas)}: two numbers from 0 to below 1")
@@ -272,8 +273,8 @@ class RunSettings:
     """Precision of the trained weights in the model directory."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 1, "steps", "micro_batches", "save_every", "keep", "log_every", "threads")
-        _at_least(self, 0, "sample_every", "held_out_every")
+        at_least(self, 1, "steps", "micro_batches", "save_every", "keep", "log_every", "threads")
+        at_least(self, 0, "sample_every", "held_out_every")
         if not 0 <= self.seed < 2**32:
             raise SettingsError(f"seed={self.seed}: from 0 to {2**32 - 1}")
         if self.sample_every and not self.sample_prompts:
@@ -303,8 +304,8 @@ class CodecSettings:
     """Megabytes of decoded clips to keep in memory, if crop and start are in the centre."""
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "noise", "mse_weight", "edge_weight", "prior_weight", "memory")
-        _at_least(self, 1, "frames")
+        at_least(self, 0, "noise", "mse_weight", "edge_weight", "prior_weight", "memory")
+        at_least(self, 1, "frames")
 
 
 @dataclass(frozen=True)
@@ -357,7 +358,7 @@ class LoraSettings:
     """
 
     def __post_init__(self) -> None:
-        _at_least(self, 0, "rank")
+        at_least(self, 0, "rank")
         if self.scales and not self.rank:
             raise SettingsError("scales=true: needs rank")
         if self.alpha is not None and not self.alpha > 0:

@@ -98,8 +98,20 @@ def build(config: CodecConfig | None = None) -> AutoencoderDC:
     return AutoencoderDC(**asdict(config or CodecConfig()))
 
 
+def check_made(folder: Path) -> None:
+    """Raise TrainingError if `folder` has no trained codec."""
+    for name in ("autoencoder.json", "autoencoder.safetensors"):
+        if not (folder / name).is_file():
+            command = "python -m higen.train.emoji.autoencoder --data FOLDER"
+            raise TrainingError(f"{folder / name}: missing (make it: {command} --state {folder} --minutes N)")
+
+
 def load(folder: Path) -> AutoencoderDC:
-    """The trained codec (EMA weights) from `autoencoder.json` and `autoencoder.safetensors` in `folder`."""
+    """The trained codec (EMA weights) from `autoencoder.json` and `autoencoder.safetensors` in `folder`.
+
+    Raises TrainingError if one of them is missing.
+    """
+    check_made(folder)
     model = AutoencoderDC(**json.loads((folder / "autoencoder.json").read_text(encoding="utf-8")))
     model.load_state_dict(load_file(folder / "autoencoder.safetensors"))
     return model.eval()

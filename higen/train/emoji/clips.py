@@ -109,7 +109,6 @@ class Clips:
             )
         self.loops = {s: cache[f"latents/{SUBJECTS[s].name}"] for s in self.selection.subjects}
         self.pairs = [(s, b) for s in self.loops for b in range(len(BACKGROUNDS)) if not is_held_out(s, b)]
-        self._early_pairs = self.pairs + [pair for pair in self.pairs if pair[0] in self.selection.new]
 
     def clip(
         self, subject: int, background: int, speed: float, later: int = 0, warp: float = 0.0, turn: float = 0.0
@@ -206,7 +205,9 @@ class Clips:
         return clip_cues(self.config, clip, None, numbers, given)
 
     def _pair(self, random: torch.Generator, progress: float) -> tuple[int, int]:
-        pairs = self._early_pairs if progress < EARLY else self.pairs
+        pairs = self.pairs
+        if progress < EARLY:
+            pairs = pairs + [pair for pair in pairs if pair[0] in self.selection.new]
         return pairs[_integer(random, len(pairs))]
 
     def _speed(self, random: torch.Generator) -> Speed:

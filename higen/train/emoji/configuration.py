@@ -11,6 +11,7 @@ from higen.families.higen.spec import ModelConfig
 from higen.text_files import read_toml
 from higen.train.emoji.subjects import vocabulary
 from higen.train.networks import read_architecture
+from higen.train.sections import at_least
 from higen.train.settings import DistilSettings, LoraSettings, OptimiserSettings, Settings, read_settings
 from higen.train.words import with_words
 from higen.typed_json import from_json
@@ -44,6 +45,11 @@ class CodecSettings:
     subject_weight: float = 2.0
     """Extra weight of the subject's pixels. The few backgrounds are learned soon."""
     prior_weight: float = 0.02
+
+    def __post_init__(self) -> None:
+        at_least(self, 1, "steps", "batch")
+        at_least(self, 0, "seed", "save_seconds", "noise")
+        at_least(self, 0, *(f"{name}_weight" for name in ("mse", "edge", "detail", "subject", "prior")))
 
 
 @dataclass(frozen=True, kw_only=True)

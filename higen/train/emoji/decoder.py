@@ -12,6 +12,7 @@ the codec's own decoder. Run the command again to resume.
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Mapping
 from copy import copy
 from dataclasses import replace
@@ -19,20 +20,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from higen.api import load as load_pipeline
-from higen.bundle import Bundle
+from higen.bundle import Bundle, sha256
+from higen.errors import SettingsError, quoted
 from higen.locks import claimed
 from higen.pipeline import Pipeline
 from higen.sampler import Step
 from higen.train.checkpoints import Checkpoints
 from higen.train.denormals import flushed_denormals
+from higen.train.emoji import autoencoder, latent_cache
 from higen.train.emoji.autoencoder import Pictures, load, shown_loss
 from higen.train.emoji.configuration import DECODER, CodecSettings
-from higen.train.emoji.further import HOST, Where, add_where, precision_of, where_of
+from higen.train.emoji.further import HOST, Where, add_where, ending, precision_of, weights_of, where_of, whole_from
 from higen.train.emoji.latent_cache import denormalise, load_latents
 from higen.train.emoji.packs import clip_indices, fetch
 from higen.train.emoji.progress_lines import say
@@ -40,21 +44,28 @@ from higen.train.emoji.subjects import BACKGROUNDS, SPEEDS, SUBJECTS, caption, i
 from higen.train.emoji.tensor_files import aside
 from higen.train.loop import Cadence, Loop
 from higen.train.optimise import Optimiser
+from higen.train.settings import first_difference
+from higen.typed_json import to_json
 
 __all__ = ["draw", "train"]
 
 MOVING = tuple(i for i, speed in enumerate(SPEEDS) if speed.factor)
 """Indices in SPEEDS of the speeds to draw. The trained pairs take them in turn."""
 RESULT = "decoder.safetensors"
+CHECKPOINTS = "decoder"
 
 
 def draw(model: Bundle, folder: Path, shown: bool = False) -> None:
     """Draw a clip of every trained pair of subject and background, into one file per subject. Existing files are kept.
 
     `<name>.safetensors`: `latents`, float16 [n,32,16,8,8] as the denoiser draws them, and `asked`, int64 [n,2]: indices
-    of the requested background and speed. Raises TrainingError if a file cannot be written.
+    of the requested background and speed. Its metadata says which model drew them. Raises SettingsError if another
+    model has drawn a file, TrainingError if a file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    weights = json.dumps(weights_of(model))
+    for subject in SUBJECTS:
+        _check_drawn_by(folder / f"{subject.name}.safetensors", weights, model)
     with load_pipeline(model.path, threads=torch.get_num_threads()) as pipeline:
         for s, subject in enumerate(tqdm(SUBJECTS, desc="drawn", disable=not shown)):
             path = folder / f"{subject.name}.safetensors"
@@ -66,7 +77,18 @@ def draw(model: Bundle, folder: Path, shown: bool = False) -> None:
                 for seed, (b, speed) in enumerate(asked)
             ]
             with aside(path) as temporary:
-                save_file({"latents": torch.cat(drawn).half(), "asked": torch.tensor(asked)}, temporary)
+                content = {"latents": torch.cat(drawn).half(), "asked": torch.tensor(asked)}
+                save_file(content, temporary, {"model": weights})
+
+
+def _check_drawn_by(path: Path, weights: str, model: Bundle) -> None:
+    """Raise SettingsError if another model has drawn an existing file."""
+    if not path.is_file():
+        return
+    with safe_open(path, "pt") as file:
+        drawn_by = (file.metadata() or {}).get("model", weights)
+    if drawn_by != weights:
+        raise SettingsError(f"{path}: drawn by another model than {model.path}; remove {path.parent} to draw again")
 
 
 def _latents(pipeline: Pipeline, prompt: str, seed: int) -> Tensor:
@@ -143,8 +165,16 @@ class DecoderGradients:
 def train(data: Path, state: Path, settings: CodecSettings = DECODER, where: Where = HOST) -> None:
     """Train up to `settings.steps` steps, resume from the checkpoint in `state`, and write the decoder to `state`.
 
-    Raises TrainingError if a file cannot be written.
+    Raises SettingsError for an odd batch, or if `state` contains a run of another configuration or codec; TrainingError
+    if a file is missing or cannot be written, or if another process trains there.
     """
+    if settings.batch % 2:
+        raise SettingsError(f"batch={settings.batch}: an even number, because half of it are drawn latents")
+    with claimed(state / CHECKPOINTS):
+        _train(data, state, settings, where)
+
+
+def _train(data: Path, state: Path, settings: CodecSettings, where: Where) -> None:
     pictures, cache = Pictures(data), load_latents(state / "latents.safetensors")
     device = torch.device(where.device)
     drawn = Drawn(state / "drawn", pictures, cache["mean"], cache["std"]).to(device)
@@ -154,19 +184,39 @@ def train(data: Path, state: Path, settings: CodecSettings = DECODER, where: Whe
         codec.encoder.compile()
         codec.decoder.compile()
     optimiser = Optimiser(dict(codec.decoder.named_parameters()), settings.optimiser, settings.steps)
+    kept: dict[str, Any] = {"settings": to_json(settings), "codec": sha256(state / "autoencoder.safetensors")}
+
+    def check(made: Mapping[str, Any]) -> None:
+        found = first_difference(made.get("settings", {}), kept["settings"], ("save_seconds",))
+        if found is None and made.get("codec") != kept["codec"]:
+            found = "the codec has other weights"
+        if found is not None:
+            raise SettingsError(
+                f"{state / CHECKPOINTS} holds a run of another configuration: {found}; "
+                "put it back, or remove the folder to start over"
+            )
+
     loop = Loop(
         DecoderGradients(codec, drawn, settings, device),
         optimiser,
-        Checkpoints(state / "decoder", keep=1),
+        Checkpoints(state / CHECKPOINTS, keep=1),
         Cadence(log_every=100, save_seconds=settings.save_seconds),
         seed=settings.seed,
+        kept=kept,
         say=say,
     )
-    loop.resume(lambda _: None)
+    loop.resume(check)
     with flushed_denormals():
         loop.run()
     with aside(state / RESULT) as path:
         save_file({name: tensor.cpu().contiguous() for name, tensor in optimiser.average.items()}, path)
+
+
+def even(text: str) -> int:
+    """Reads an option's value: an even number from 2."""
+    if not text.isdecimal() or int(text) < 2 or int(text) % 2:
+        raise argparse.ArgumentTypeError(f"{quoted(text)}: an even number from 2, because half are drawn latents")
+    return int(text)
 
 
 def main() -> None:
@@ -175,16 +225,20 @@ def main() -> None:
     parser.add_argument("--data", type=Path, required=True, help="folder of the WebP loops; filled if empty")
     parser.add_argument("--state", type=Path, required=True, help="folder of the codec and the latents cache")
     parser.add_argument("--model", type=Path, required=True, help="model directory whose denoiser draws the latents")
-    parser.add_argument("--steps", type=int, default=DECODER.steps, help="training steps in total")
-    parser.add_argument("--batch", type=int, default=DECODER.batch, help="pictures of a training step")
+    parser.add_argument("--steps", type=whole_from(1), default=DECODER.steps, help="training steps in total")
+    parser.add_argument("--batch", type=even, default=DECODER.batch, help="pictures of a training step, an even number")
     add_where(parser)
     arguments = parser.parse_args()
     where = where_of(parser, arguments)
-    fetch(arguments.data)
-    with claimed(arguments.state / "drawn", "drawing"):
-        draw(Bundle.open(arguments.model), arguments.state / "drawn", shown=True)
-        settings = replace(DECODER, steps=arguments.steps, batch=arguments.batch, precision=precision_of(arguments))
-        train(arguments.data, arguments.state, settings, where)
+    settings = replace(DECODER, steps=arguments.steps, batch=arguments.batch, precision=precision_of(arguments))
+    with ending(parser):
+        model = Bundle.open(arguments.model)
+        autoencoder.check_made(arguments.state)
+        latent_cache.check_made(arguments.state / "latents.safetensors")
+        fetch(arguments.data)
+        with claimed(arguments.state / "drawn", "drawing"):
+            draw(model, arguments.state / "drawn", shown=True)
+            train(arguments.data, arguments.state, settings, where)
 
 
 if __name__ == "__main__":

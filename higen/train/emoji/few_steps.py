@@ -16,11 +16,12 @@ import torch
 
 from higen.bundle import Bundle
 from higen.locks import claimed
+from higen.model_folder import check_free
 from higen.train.batches import StepBatches
 from higen.train.distil import Distillation, distilled
 from higen.train.emoji.clips import Clips, EmojiSource
 from higen.train.emoji.configuration import FEW_STEPS, FewSteps
-from higen.train.emoji.further import held_out, settings_for, train_further
+from higen.train.emoji.further import ending, held_out, settings_for, train_further, whole_from
 from higen.train.emoji.subjects import subjects_named
 from higen.train.gradients import DenoiserGradients
 from higen.train.held_out import averaged
@@ -48,6 +49,7 @@ def train(model: Bundle, state: Path, output: Path, few: FewSteps = FEW_STEPS) -
     The caller must have claimed `state` (higen.locks). Raises SettingsError for a model of another recipe, or if
     `state` contains a run of another configuration or model, TrainingError and ModelError.
     """
+    check_free(output, overwrite=True)
     subjects_named(model.manifest.prompts)
     settings = settings_of(model.path, few)
     networks = build(settings, ())
@@ -91,9 +93,9 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="model directory")
     parser.add_argument("--state", type=Path, required=True, help="folder of the latents cache and the checkpoints")
     parser.add_argument("--output", type=Path, required=True, help="model directory to write")
-    parser.add_argument("--steps", type=int, default=FEW_STEPS.steps, help="training steps")
+    parser.add_argument("--steps", type=whole_from(1), default=FEW_STEPS.steps, help="training steps")
     arguments = parser.parse_args()
-    with claimed(arguments.state):
+    with ending(parser), claimed(arguments.state):
         train(
             Bundle.open(arguments.model), arguments.state, arguments.output, replace(FEW_STEPS, steps=arguments.steps)
         )

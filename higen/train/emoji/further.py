@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 
 from higen.bundle import Bundle
-from higen.errors import SettingsError
+from higen.errors import HigenError, SettingsError, one_line, quoted
 from higen.train.batches import StepBatches
 from higen.train.checkpoints import Checkpoints
 from higen.train.denormals import flushed_denormals
@@ -26,7 +28,8 @@ from higen.train.optimise import Optimiser
 from higen.train.sections import ModelSettings
 from higen.train.settings import Settings, difference, flat
 
-__all__ = ["HOST", "Where", "add_where", "held_out", "precision_of", "settings_for", "train_further", "where_of"]
+__all__ = ["HOST", "Where", "add_where", "ending", "held_out", "positive", "precision_of", "settings_for"]
+__all__ += ["train_further", "weights_of", "where_of", "whole_from"]
 
 
 @dataclass(frozen=True)
@@ -45,12 +48,48 @@ class Where:
 HOST = Where()
 
 
+def whole_from(least: int) -> Callable[[str], int]:
+    """Reads an option's value: a whole number, `least` or more."""
+
+    def read(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{quoted(text)}: a whole number from {least}")
+        return int(text)
+
+    return read
+
+
+def positive(text: str) -> float:
+    """Reads an option's value: a finite number above 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{quoted(text)}: a finite number above 0")
+    return value
+
+
+@contextmanager
+def ending(parser: argparse.ArgumentParser) -> Iterator[None]:
+    """An error of higen ends the command with status 1 and one line."""
+    try:
+        yield
+    except HigenError as error:
+        parser.exit(1, f"{parser.prog}: error: {one_line(error)}\n")
+
+
+def weights_of(model: Bundle) -> dict[str, str]:
+    """The sha256 of each of a model's files of weights, by name."""
+    return {name: record.sha256 for name, record in sorted(model.files.items()) if name.endswith(".safetensors")}
+
+
 def add_where(parser: argparse.ArgumentParser) -> None:
     """The options of `where_of` and `precision_of`."""
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--bf16", action="store_true", help="train in mixed precision")
     parser.add_argument("--compile", action="store_true", help="compile the network first")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--threads", type=whole_from(1), default=2)
 
 
 def where_of(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> Where:
@@ -104,7 +143,7 @@ def train_further(
 
     Raises SettingsError if `state` contains a run of another configuration or from another model, and TrainingError.
     """
-    files = {name: record.sha256 for name, record in sorted(model.files.items()) if name.endswith(".safetensors")}
+    files = weights_of(model)
     optimiser = Optimiser(gradients.trained, settings.optimiser, settings.run.steps)
 
     def check(made: Mapping[str, Any]) -> None:

@@ -2,7 +2,7 @@
 
     python -m higen.train.emoji.known_frames --model DIR --state FOLDER --output DIR
 
-FOLDER has the cache of latents, `latents.safetensors`. Clips without known frames are drawn as before. A GPU draws
+FOLDER has the cache of latents, `latents.safetensors`. Clips without known frames are drawn as before. A GPU trains on
 many more clips in a step, and several workers make them: `--device cuda --workers 12 --clips 128 --bf16 --compile`.
 """
 
@@ -18,6 +18,7 @@ import torch
 from higen.bundle import Bundle
 from higen.families.higen.unet import Known
 from higen.locks import claimed
+from higen.model_folder import check_free
 from higen.train.ahead import Ahead
 from higen.train.batches import Batch
 from higen.train.emoji.clips import Clips, EmojiSource
@@ -26,11 +27,14 @@ from higen.train.emoji.further import (
     HOST,
     Where,
     add_where,
+    ending,
     held_out,
+    positive,
     precision_of,
     settings_for,
     train_further,
     where_of,
+    whole_from,
 )
 from higen.train.emoji.subjects import subjects_named
 from higen.train.gradients import DenoiserGradients
@@ -71,6 +75,7 @@ def train(model: Bundle, state: Path, output: Path, known: KnownFrames = KNOWN_F
     The caller must have claimed `state` (higen.locks). Raises SettingsError for a model of another recipe, or if
     `state` contains a run of another configuration or model, TrainingError and ModelError.
     """
+    check_free(output, overwrite=True)
     subjects_named(model.manifest.prompts)
     settings = settings_of(model.path, known)
     networks = build(settings, ())
@@ -131,10 +136,10 @@ def main() -> None:
     parser.add_argument("--model", type=Path, required=True, help="model directory")
     parser.add_argument("--state", type=Path, required=True, help="folder of the latents cache and the checkpoints")
     parser.add_argument("--output", type=Path, required=True, help="model directory to write")
-    parser.add_argument("--steps", type=int, default=KNOWN_FRAMES.steps, help="training steps")
-    parser.add_argument("--clips", type=int, default=KNOWN_FRAMES.videos, help="clips of a training step")
-    parser.add_argument("--rate", type=float, default=KNOWN_FRAMES.optimiser.learning_rate, help="learning rate")
-    parser.add_argument("--workers", type=int, default=0, help="processes that make the batches")
+    parser.add_argument("--steps", type=whole_from(1), default=KNOWN_FRAMES.steps, help="training steps")
+    parser.add_argument("--clips", type=whole_from(1), default=KNOWN_FRAMES.videos, help="clips of a training step")
+    parser.add_argument("--rate", type=positive, default=KNOWN_FRAMES.optimiser.learning_rate, help="learning rate")
+    parser.add_argument("--workers", type=whole_from(0), default=0, help="processes that make the batches")
     add_where(parser)
     arguments = parser.parse_args()
     where = replace(where_of(parser, arguments), workers=arguments.workers)
@@ -145,7 +150,7 @@ def main() -> None:
         precision=precision_of(arguments),
         optimiser=replace(KNOWN_FRAMES.optimiser, learning_rate=arguments.rate),
     )
-    with claimed(arguments.state):
+    with ending(parser), claimed(arguments.state):
         train(Bundle.open(arguments.model), arguments.state, arguments.output, known, where)
 
 

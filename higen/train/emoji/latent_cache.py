@@ -15,6 +15,7 @@ from diffusers import AutoencoderDC
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from higen.errors import TrainingError
 from higen.families.higen.spec import AutoencoderConfig
 from higen.locks import claimed
 from higen.train.emoji.autoencoder import Pictures, load
@@ -52,8 +53,16 @@ def denormalise(latents: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 def load_latents(path: Path) -> dict[str, Tensor]:
-    """The cache's tensors by name, as the module's docstring lists them."""
+    """The cache's tensors by name, as the module's docstring lists them. Raises TrainingError if it is missing."""
+    check_made(path)
     return load_file(path)
+
+
+def check_made(path: Path) -> None:
+    """Raise TrainingError if the cache is missing."""
+    if not path.is_file():
+        command = "python -m higen.train.emoji.latent_cache --data FOLDER"
+        raise TrainingError(f"{path}: missing (make it: {command} --state {path.parent})")
 
 
 def write(data: Path, state: Path, scaled_as: AutoencoderConfig | None = None) -> None:
