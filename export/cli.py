@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import click
 
 from higen.bundle import Bundle
-from higen.export.contents import as_lines, as_values
 from higen.errors import MissingExtra, RequestError, quoted
+from higen.export.contents import as_lines, as_values
 from higen.precision import PRECISIONS, QUANTIZED
 from higen.progress import is_watched
 from higen.terminal import JSON, PATH, Commands, reported
