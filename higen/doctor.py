@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from higen.api import default_model
-from higen.backends.base import Choice
+from higen.backends.base import Choice, stage_width
 from higen.backends.options import Options
 from higen.backends.select import Availability, availability, select_backend
 from higen.bundle import Bundle
@@ -127,7 +127,7 @@ class Report:
         lines += [f"  {d.backend:<25}{'found' if d.works else 'no: ' + d.reason}" for d in self.devices]
         if self.stages:
             lines += ["", "stages of the model"]
-        width = max((len(choice.stage) for choice in self.stages), default=0)
+        width = stage_width(self.stages)
         broken = [b.backend for b in self.backends if not b.works]  # listed above, with the reason
         for choice in self.stages:
             lines += [f"  {line}" for line in choice.as_lines(width, broken if choice.backend else ())]

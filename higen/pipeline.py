@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from higen import clip_tools
-from higen.backends.base import CLOSED, Backend, load_ahead
+from higen.backends.base import CLOSED, Backend, load_ahead, stage_width
 from higen.bounded_cache import BoundedCache
 from higen.bundle import Bundle
 from higen.decoding import decoded, previewing
@@ -252,9 +252,9 @@ class Pipeline:
 
     def report(self) -> str:
         """The backend of each stage, and why no better one runs it. Stages that were not needed yet are left out."""
-        choices = self.backend.choices
-        width = max((len(stage) for stage in choices), default=0)
-        lines = [line for choice in choices.values() for line in choice.as_lines(width)]
+        choices = self.backend.choices.values()
+        width = stage_width(choices)
+        lines = [line for choice in choices for line in choice.as_lines(width)]
         return "\n".join(lines) or f"every stage: {self.backend.name}"
 
     def on(self, backend: Backend) -> Pipeline:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, runtime_checkable
 
@@ -12,10 +12,15 @@ from numpy.typing import NDArray
 from higen.manifest import Manifest
 from higen.stages import check_inputs
 
-__all__ = ["CLOSED", "Backend", "Choice", "LoadsAhead", "RecordingBackend", "load_ahead"]
+__all__ = ["CLOSED", "Backend", "Choice", "LoadsAhead", "RecordingBackend", "load_ahead", "stage_width"]
 
 CLOSED = "the pipeline was closed: load the model again"
 """The message of the BackendError for a stage that is used after `close`."""
+
+
+def stage_width(choices: Iterable[Choice]) -> int:
+    """Characters of the column of stages in a list of choices."""
+    return max((19, *(len(choice.stage) for choice in choices)))
 
 
 @dataclass
@@ -32,7 +37,7 @@ class Choice:
     details: str = ""
     outside: Choice | None = None
 
-    def as_lines(self, width: int = 19, known: Sequence[str] = ()) -> list[str]:
+    def as_lines(self, width: int, known: Sequence[str] = ()) -> list[str]:
         """Text for users: what runs the stage, a line for each backend passed over, then what runs other shapes.
 
         width  characters of the column of stages
