@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 import time
@@ -154,6 +155,13 @@ def _size(text: str) -> dict[str, int]:
     return {"width": int(found[1]), "height": int(found[2])}
 
 
+def _check_finite(**given: float | None) -> None:
+    """Raise RequestError for an option that is not a number, which click's ranges allow."""
+    for name, value in given.items():
+        if value is not None and math.isnan(value):
+            raise RequestError(f"{name}=nan: a number is wanted")
+
+
 @main.command()
 @MODEL
 @click.option("--precision", type=click.Choice(list(QUANTIZED)), default="int8.fp16", show_default=True)
@@ -164,7 +172,9 @@ def _size(text: str) -> dict[str, int]:
     "--prompt", "prompts", multiple=True, help="Prompt of a calibration video; repeatable.  [some the model knows]"
 )
 @click.option("--steps", type=click.IntRange(1, 1000), default=10, show_default=True, help="Steps of the videos.")
-@click.option("--frames", type=int, help="Frames of the calibration videos; fewer take less time.  [the model's]")
+@click.option(
+    "--frames", type=click.IntRange(1), help="Frames of the calibration videos; fewer take less time.  [the model's]"
+)
 @click.option("--size", help="Width and height of the calibration videos: 256x256.  [the model's]")
 @click.option(
     "--calls", type=click.IntRange(1, 1000), default=8, show_default=True, help="Calls of each stage to calibrate on."
@@ -208,6 +218,7 @@ def quantize(
             from higen.trial import known_prompts
         until = time.monotonic() + 60 * minutes
         sizes = ({} if frames is None else {"frames": frames}) | ({} if size is None else _size(size))
+        _check_finite(minutes=minutes, tolerance=tolerance)
         bundle = current(Bundle.open(model), _telling(as_json))
         names = check_graphs(bundle, precision, stages or None)
         shown = not as_json and is_watched()

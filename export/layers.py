@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -140,7 +141,15 @@ def _weight(graph: ir.Graph, layer: Layer) -> ir.TensorProtocol:
     return tensor
 
 
+def _read(tensor: ir.TensorProtocol) -> NDArray[Any]:
+    """A tensor's values. onnx_ir does not read a file with several hard links, such as one in a Hugging Face cache."""
+    if not isinstance(tensor, ir.ExternalTensor):
+        return tensor.numpy()
+    values = np.fromfile(tensor.path, tensor.dtype.numpy(), tensor.size, offset=tensor.offset or 0)
+    return values.reshape(tensor.shape.numpy())
+
+
 def values_of(graph: ir.Graph, layer: Layer) -> NDArray[np.float32]:
     """A layer's weight as it enters its node; for a matrix product [inputs, outputs]."""
-    values = _weight(graph, layer).numpy().astype(np.float32)
+    values = _read(_weight(graph, layer)).astype(np.float32)
     return values if layer.node.op_type == "Conv" else values.reshape(values.shape[0], -1).T

@@ -18,6 +18,7 @@ from higen.conditioning import measured_curve
 from higen.errors import OutputError, RequestError, one_line, quoted
 from higen.manifest import Manifest
 from higen.noise_schedule import is_whole
+from higen.plain_values import plain
 from higen.request import MAX_SEED, Request
 from higen.tables import Loop
 from higen.video import Video
@@ -87,8 +88,11 @@ def extend(
     """
     given, options = _opened(pipe, video, options)
     control, _ = known_controls(pipe.manifest)
+    _check_own(options, control, "frames")
+    _check_text(prompt)
+    frames, overlap = plain(frames), plain(overlap)
     fewest, usual, most = pipe.manifest.sizes.frames
-    length = options.pop("length", max(fewest, min(usual, most)))
+    length = plain(options.pop("length", max(fewest, min(usual, most))))
     if not is_whole(length, max(fewest, 2), most):
         raise RequestError(f"length={quoted(length)}: a whole number from {max(fewest, 2)} to {most}")
     if not is_whole(frames, 1, MOST_FRAMES):
@@ -132,6 +136,9 @@ def interpolate(
     """
     given, options = _opened(pipe, video, options)
     control, _ = known_controls(pipe.manifest)
+    _check_own(options, control, "frames")
+    _check_text(prompt)
+    factor = plain(factor)
     if not is_whole(factor, 2, MOST_FACTOR) or factor & (factor - 1):
         raise RequestError(f"factor={quoted(factor)}: 2, 4, 8, ... up to {MOST_FACTOR}")
     fewest, usual, most = pipe.manifest.sizes.frames
@@ -170,8 +177,9 @@ def loop(pipe: Maker, prompt: str = "", *, progress: bool | None = None, **optio
     frame. Options as for a call. Raises RequestError before work starts.
     """
     control, _ = known_controls(pipe.manifest)
+    _check_text(prompt)
     fewest, usual, most = pipe.manifest.sizes.frames
-    frames = options.pop("frames", None)
+    frames = plain(options.pop("frames", None))
     frames = min(usual, most - 1) if frames is None else frames
     if not is_whole(frames, max(fewest - 1, 2), most - 1):
         allowed = f"a whole number from {max(fewest - 1, 2)} to {most - 1}, because one more frame is made"
@@ -214,6 +222,8 @@ def edit(
     than the model makes, and for `key="drawn"` if the model makes no single pictures.
     """
     given, options = _opened(pipe, video, options)
+    _check_own(options, "frames")
+    _check_text(prompt)
     row = next((one for one in pipe.manifest.loops if one.start is not None and one.frames == "F"), None)
     if row is None or row.start is None:
         raise RequestError(f"edit: {pipe.manifest.name} cannot start from a video")
@@ -229,6 +239,7 @@ def edit(
         control, name = known_controls(pipe.manifest)
         if name is None:
             raise RequestError(f"mask: {pipe.manifest.name} takes none")
+        _check_own(options, control)
         options |= {control: dict(enumerate(given.frames)), name: mask}
     measured = {
         one.name: one
@@ -334,6 +345,19 @@ def _opened(pipe: Maker, video: Clip, options: Mapping[str, Any]) -> tuple[Video
     return clip, options
 
 
+def _check_own(options: Mapping[str, Any], *names: str) -> None:
+    """Raise RequestError for an option that the tool sets itself."""
+    for name in names:
+        if options.get(name) is not None:
+            raise RequestError(f"{name}: this tool sets it itself; leave it out")
+
+
+def _check_text(prompt: object) -> None:
+    """Raise RequestError for several prompts."""
+    if isinstance(plain(prompt), (list, tuple)):
+        raise RequestError(f"prompt={quoted(prompt)}: one text, because this tool makes one video")
+
+
 def _read(video: Clip) -> Video:
     try:
         if isinstance(video, (str, os.PathLike)):
@@ -361,7 +385,7 @@ def _prompt(prompt: str | None, video: Video) -> str:
 
 def _seeded(options: Mapping[str, Any]) -> Iterator[dict[str, Any]]:
     """The options of one request after another. A given seed goes up by one; a random one is drawn each time."""
-    seed = options.get("seed")
+    seed = plain(options.get("seed"))
     for count in itertools.count():
         if seed is None or is_whole(seed, 0, MAX_SEED):
             yield {**options, "seed": ((seed or 0) + count) % (MAX_SEED + 1)}

@@ -146,6 +146,8 @@ def _rows(value: object, most: int, name: str) -> list[NDArray[np.uint8]]:
     """A picture, or the pictures of a clip, a folder or a list, uint8 [H,W,3] each; at most `most` of a clip file."""
     from higen.video import Video
 
+    if isinstance(value, str) and not value:
+        raise RequestError(f"{name}='': a path is wanted")
     if isinstance(value, (list, tuple)) and value and not isinstance(value[0], (int, float, list, tuple)):
         return [_pixels(one, f"{name}[{i}]") for i, one in enumerate(value)]
     array = _array(value.frames if isinstance(value, Video) else value)
@@ -157,6 +159,8 @@ def _rows(value: object, most: int, name: str) -> list[NDArray[np.uint8]]:
     if not isinstance(array, np.ndarray):
         return [_pixels(cast("Image", value), name)]
     array = array.astype(np.uint8) * np.uint8(255) if array.dtype == bool else array
+    if array.ndim == 4 and not len(array):
+        raise RequestError(f"{name} has no frames")
     colours = array.ndim == 4 or (array.ndim == 3 and array.shape[2] == 3)
     array = array if colours else np.repeat(array[..., None], 3, axis=-1)
     return [_from_array(row, name) for row in (array if array.ndim == 4 else array[None])]

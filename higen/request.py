@@ -22,6 +22,7 @@ from higen.request_values import (
     MAX_PROMPT,
     UNSPECIFIED,
     Guidance,
+    checked_sizes,
     checked_text,
     control_value,
     each_loop,
@@ -33,7 +34,7 @@ from higen.request_values import (
 )
 from higen.schedule import SolverTable, inversion_table, max_steps, solver_table, tail
 from higen.stages import Source, source
-from higen.tables import COMMON, MAX_SIDE, VISUAL, Control, Loop
+from higen.tables import COMMON, VISUAL, Control, Loop
 
 __all__ = ["MAX_PROMPT", "MAX_SEED", "UNSPECIFIED", "Guidance", "Measure", "Picture", "Request", "Warn", "make_request"]
 
@@ -197,9 +198,7 @@ def make_request(
     if warn is not None and not callable(warn):
         raise RequestError(f"warn={quoted(warn)}: a function that is called with each warning")
     prompts = _prompts(plain(prompt), manifest.text is not None)
-    count = whole_number("frames", sizes.frames[1] if frames is None else frames, sizes.frames[0], sizes.frames[2])
-    tall = _side("height", sizes.height if height is None else height, sizes.multiple)
-    wide = _side("width", sizes.width if width is None else width, sizes.multiple)
+    count, tall, wide = checked_sizes(manifest, frames, height, width)
 
     decoding = None if sizes.preview is None else sizes.preview.control
     drawing = [value for name, value in controls.items() if name != decoding]
@@ -385,11 +384,3 @@ def _seed(seed: object) -> int:
     if (isinstance(seed, str) and seed == "random") or (type(seed) is int and seed == -1):
         return secrets.randbits(32)
     return whole_number("seed", 0 if seed is None else seed, 0, MAX_SEED)
-
-
-def _side(name: str, value: object, multiple: int) -> int:
-    size = whole_number(name, value, multiple, MAX_SIDE)
-    if size % multiple:
-        below = size // multiple * multiple
-        raise RequestError(f"{name}={size}: a multiple of {multiple}; the nearest are {below} and {below + multiple}")
-    return size

@@ -12,7 +12,7 @@ from higen.curve_source import curve_from
 from higen.errors import RequestError, quoted
 from higen.manifest import Manifest
 from higen.noise_schedule import is_whole
-from higen.tables import MAX_NUMBER, Control, Loop
+from higen.tables import MAX_NUMBER, MAX_SIDE, Control, Loop
 
 MAX_PROMPT = 100_000
 """The most characters of a prompt. No model reads more than a few hundred, and cleaning a text takes time."""
@@ -49,6 +49,24 @@ def of_loops_over_frames(loops: Sequence[Loop], guidance: Any) -> Any:
     if numbers or not any(over_frames) or curve_from("guidance", guidance) is None:
         return guidance
     return [guidance if several else None for several in over_frames]
+
+
+def checked_sizes(manifest: Manifest, frames: object, height: object, width: object) -> tuple[int, int, int]:
+    """Frames, height and width of a request; None: the model's. Raises RequestError for a size that it cannot make."""
+    sizes = manifest.sizes
+    return (
+        whole_number("frames", sizes.frames[1] if frames is None else frames, sizes.frames[0], sizes.frames[2]),
+        _side("height", sizes.height if height is None else height, sizes.multiple),
+        _side("width", sizes.width if width is None else width, sizes.multiple),
+    )
+
+
+def _side(name: str, value: object, multiple: int) -> int:
+    size = whole_number(name, value, multiple, MAX_SIDE)
+    if size % multiple:
+        below = size // multiple * multiple
+        raise RequestError(f"{name}={size}: a multiple of {multiple}; the nearest are {below} and {below + multiple}")
+    return size
 
 
 def loop_guidance(loop: Loop, value: Any, frames: int) -> Guidance:

@@ -18,6 +18,7 @@ from higen.backends.recorder import CallRecorder
 from higen.bundle import Bundle, graph_file
 from higen.manifest import Manifest
 from higen.pipeline import Pipeline
+from higen.request_values import checked_sizes
 from higen.sampler import Step
 from higen.tables import Loop
 
@@ -119,6 +120,7 @@ def record(
     """
     until = float("inf") if seconds is None else time.monotonic() + seconds
     calls: dict[str, Calls] = {stage: [] for stage in stages}
+    checked_sizes(bundle.manifest, *(options.get(name) for name in ("frames", "height", "width")))
     sizes: dict[str, int] = {name: options[name] for name in options.keys() & {"frames", "height", "width"}}
     recorder = CallRecorder(bundle, ())
     own = [None] * len(bundle.manifest.loops)  # the loops' own steps: a usual preset has too few calls to calibrate on

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -178,6 +179,23 @@ def test_a_clip_of_another_size_is_made_to_fit(folder: Path) -> None:
         ),
         (lambda p: p.edit(CLIP, "a kite", strength=2), "push=2: a number from 0 to 1"),
         (lambda p: p.edit(CLIP, "a kite", mask=np.zeros((3, 8, 12), np.uint8)), "mask has 3 frames: one picture, or"),
+        (lambda p: p.interpolate(CLIP, 2, frames=5), "frames: this tool sets it itself; leave it out"),
+        (lambda p: p.edit(CLIP, "a kite", frames=5), "frames: this tool sets it itself; leave it out"),
+        (lambda p: p.extend(CLIP, 2, keyframes={0: CLIP.frames[0]}), "keyframes: this tool sets it itself"),
+        (lambda p: p.interpolate(CLIP, 2, keyframes={0: CLIP.frames[0]}), "keyframes: this tool sets it itself"),
+        (
+            lambda p: p.edit(CLIP, "a kite", mask=np.zeros((8, 12), np.uint8), keyframes={0: CLIP.frames[0]}),
+            "keyframes: this tool sets it itself",
+        ),
+        *(
+            (call, r"prompt=\['a kite', 'a kite'\]: one text, because this tool makes one video")
+            for call in (
+                lambda p: p.extend(CLIP, 2, prompt=["a kite"] * 2),
+                lambda p: p.interpolate(CLIP, prompt=["a kite"] * 2),
+                lambda p: p.loop(["a kite"] * 2),
+                lambda p: p.edit(CLIP, ["a kite"] * 2),
+            )
+        ),
         (lambda p: p.edit(CLIP, "a kite", glow="source"), "glow='source'"),
         (lambda p: p.edit(CLIP, "a kite", key="nowhere.png"), "key='nowhere.png': cannot be read"),
     ],
@@ -187,6 +205,16 @@ def test_what_is_refused(folder: Path, call: Any, message: str) -> None:
     with pytest.raises(RequestError, match=message):
         call(pipeline)
     assert not pipeline.backend.given  # type: ignore[attr-defined]
+
+
+def test_numbers_of_numpy_are_as_pythons(folder: Path) -> None:
+    pipeline, asked = pipeline_of(folder)
+    made = pipeline.extend(CLIP, np.int64(3), prompt="a kite", length=np.int64(6), seed=np.int64(5))
+    wanted = pipeline.extend(CLIP, 3, prompt="a kite", length=6, seed=5)
+    np.testing.assert_array_equal(made.frames, wanted.frames)
+    assert json.dumps(made.metadata["new_frames"]) == "3"
+    assert [one["seed"] for one in asked[: len(asked) // 2]] == [one["seed"] for one in asked[len(asked) // 2 :]]
+    pipeline.interpolate(CLIP, np.int64(2), prompt="a kite", seed=np.array(5))
 
 
 def test_a_model_without_these_rows_is_refused(folder: Path) -> None:

@@ -60,6 +60,21 @@ def quantized(model: Path, calls: Any) -> tuple[Bundle, Report]:
     return bundle, reports[0]
 
 
+def test_weights_with_several_hard_links_are_read(model: Path, calls: Any, tmp_path: Path) -> None:
+    """As in a Hugging Face cache, and after `higen convert --preview`."""
+    linked = Path(shutil.copytree(model, tmp_path / "model", copy_function=os.link))
+    for name in ("higen.json", *(path.name for path in linked.glob("*.onnx"))):  # are replaced, and never written to
+        assert (linked / name).stat().st_nlink > 1
+    bundle = quantize(Bundle.open(linked), calls, "w8", ["spatial_unet"], 0.3)
+    assert graph_file("spatial_unet", "w8") in bundle.files
+
+
+@pytest.mark.parametrize(("name", "value"), [("frames", 0), ("height", 99968), ("width", 33)])
+def test_calibration_videos_that_cannot_be_made_are_named(model: Path, name: str, value: int) -> None:
+    with pytest.raises(RequestError, match=f"{name}={value}: "):
+        record_calls(Bundle.open(model), ["a red heart"], 1, 1, **{name: value})
+
+
 def test_recording_reports_its_progress(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bundle = Bundle.open(model)
     step = bundle.manifest.sizes.multiple

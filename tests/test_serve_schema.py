@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 from urllib.parse import quote
 
 import hypothesis.strategies as st
@@ -15,7 +15,13 @@ from hypothesis import HealthCheck, given, settings
 
 pytest.importorskip("fastapi", reason="higen[serve] is not installed")
 
+from higen.api import default_model
+from higen.bundle import Bundle
+from higen.errors import RequestError
 from higen.serve.app import Service, open_service
+from higen.serve.asks import check
+from higen.serve.fields import Fields
+from higen.serve.results import Results
 from higen.serve.schema import ErrorBody, Page, VideoObject
 from higen.serve.settings import Limits, Settings
 
@@ -186,3 +192,19 @@ def test_a_folder_of_somebody_else_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "results").write_text("x", encoding="utf-8")
     with pytest.raises(ServeError, match="cannot be written"):
         open_service(Settings(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("given", "steps"),
+    [({"preset": "full"}, 12), ({"negative_prompt": "grass"}, 12), ({}, None), ({"num_frames": 4}, None)],
+)
+def test_the_limit_of_steps_holds_for_presets_and_defaults(given: dict[str, Any], steps: int | None) -> None:
+    manifest = Bundle.open(default_model()).manifest
+    fields = Fields({"prompt": "a whale", **given})
+    if steps is None:  # the usual preset takes two
+        assert check(manifest, fields, Limits(steps=5), cast("Results", None)).arguments["seed"] is not None
+        return
+    with pytest.raises(
+        RequestError, match=f"num_inference_steps: this request takes {steps} steps; this server makes at"
+    ):
+        check(manifest, fields, Limits(steps=5), cast("Results", None))

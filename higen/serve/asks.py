@@ -85,6 +85,7 @@ def check(manifest: Manifest, fields: Fields, limits: Limits, results: Results) 
         arguments["frames"] = _frames(manifest, values)
     _check_limits(manifest, arguments, limits)
     request = _made(manifest, arguments, controls, uploads, limits, results)
+    _check_steps(manifest, request, limits)
     arguments |= {"seed": request.seeds[0], "controls": controls}
     arguments |= {"frames": request.frames, "fps": request.fps, "width": request.width, "height": request.height}
     return Checked(arguments, uploads, values)
@@ -197,6 +198,14 @@ def _check_limits(manifest: Manifest, arguments: Mapping[str, Any], limits: Limi
         raise RequestError(f"free_init={again}: this server makes at most {limits.steps} steps, in all iterations")
     if arguments.get("inversion") is not None and 2 * max(_steps_of(manifest, steps)) > limits.steps:
         raise RequestError(f"inversion: it doubles the steps, and this server makes at most {limits.steps}")
+
+
+def _check_steps(manifest: Manifest, request: Request, limits: Limits) -> None:
+    """Raise RequestError if a preset, or the defaults, ask for more steps than the server allows."""
+    steps = max((n for loop, n in zip(manifest.loops, request.steps, strict=True) if request.runs(loop)), default=0)
+    if steps > limits.steps:
+        given = f"this request takes {steps} steps; this server makes at most {limits.steps}"
+        raise RequestError(f"num_inference_steps: {given}; give fewer, or another preset")
 
 
 def _steps_of(manifest: Manifest, steps: Any) -> list[int]:
