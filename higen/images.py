@@ -91,6 +91,8 @@ def load_frames(value: object, frames: int, width: int, height: int, name: str) 
         notes = dict.fromkeys(_resized(f"{name}[{place}]", pixels, width, height) for place, pixels in raw.items())
     else:
         raw = dict(enumerate(_rows(value, max(2, frames), name)[: max(2, frames)]))
+        if not raw:
+            raise RequestError(f"{name} has 0 frames")
         if len(raw) == 1:
             raise RequestError(f"{name} is one picture: say for which frame, {{0: picture}}; a clip gives every frame")
         raw = {place: pixels for place, pixels in raw.items() if place < frames}
@@ -159,8 +161,6 @@ def _rows(value: object, most: int, name: str) -> list[NDArray[np.uint8]]:
     if not isinstance(array, np.ndarray):
         return [_pixels(cast("Image", value), name)]
     array = array.astype(np.uint8) * np.uint8(255) if array.dtype == bool else array
-    if array.ndim == 4 and not len(array):
-        raise RequestError(f"{name} has no frames")
     colours = array.ndim == 4 or (array.ndim == 3 and array.shape[2] == 3)
     array = array if colours else np.repeat(array[..., None], 3, axis=-1)
     return [_from_array(row, name) for row in (array if array.ndim == 4 else array[None])]

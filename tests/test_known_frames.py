@@ -218,6 +218,8 @@ def test_known_frames_are_read_as_pictures_and_resized(folder: Path, tmp_path: P
         ({"keyframes": {}}, r"^keyframes={}: a picture for each known frame, by its index"),
         ({"keyframes": "a.png"}, r"^keyframes='a.png': cannot be read as a picture \(.*or as a clip"),
         ({"keyframes": PICTURES[0]}, r"^keyframes is one picture: say for which frame, {0: picture}"),
+        ({"keyframes": np.zeros((0, 8, 12, 3), np.uint8)}, "^keyframes has 0 frames"),
+        ({"keyframes": ""}, "^keyframes=.*: a path is wanted"),
         ({"keyframes": {0: "nowhere.png"}}, r"^keyframes\[0\]='nowhere.png': cannot be read as a picture"),
         ({"keyframes": {0: 3}}, r"^keyframes\[0\] is a int"),
         ({"keyframes": [KEYS, KEYS]}, r"^keyframes has 2 entries: one picture, or one per prompt \(1\)"),
