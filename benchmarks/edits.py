@@ -142,12 +142,13 @@ def main() -> None:
     print("| edit | new background | correlation | PSNR, dB |\n|---|---|---|---|")
     chosen, bound = cases(real, given.subjects), Row()
     for case in chosen:
-        bound.measure(real, case, through_autoencoder(pipe, real.clip(case.subject, case.wanted, 1.0, case.offset)))
+        wanted = real.clip(case.subject, case.wanted, NORMAL.factor, case.offset)
+        bound.measure(real, case, through_autoencoder(pipe, wanted))
     print(bound.as_line("none: the wanted clip through the autoencoder"))
     for name, options in edits(real).items():
         row = Row()
         for case in chosen:
-            clip = higen.Video(real.clip(case.subject, case.background, NORMAL.factor, case.offset), 8)
+            clip = real.clip(case.subject, case.background, NORMAL.factor, case.offset)
             made = pipe.edit(clip, case.text(case.wanted), seed=1, progress=False, **options(case))
             row.measure(real, case, made.frames)
         print(row.as_line(name), flush=True)

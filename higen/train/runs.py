@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from higen.bundle import Bundle
-from higen.errors import SettingsError, TrainingError
+from higen.errors import TrainingError
 from higen.families.higen import spec
 from higen.locks import claim
 from higen.model_folder import check_free
@@ -22,7 +22,7 @@ from higen.train.networks import Networks
 from higen.train.optimise import Optimiser
 from higen.train.processes import Processes
 from higen.train.record import Record
-from higen.train.settings import Settings, difference, flat
+from higen.train.settings import Settings, difference, flat, refuse_other_run
 
 __all__ = ["ARCHITECTURE", "TOWER", "Run", "check_same", "identity_of"]
 
@@ -183,8 +183,5 @@ def check_same(state: Mapping[str, Any], settings: Settings, identity: Mapping[s
             before = _unnamed(before)
         if found is None and before != value:
             found = f"{name} has changed"
-    if found is not None:
-        raise SettingsError(
-            f"{settings.run.output} holds a run of another configuration: {found}; "
-            "put it back, choose another run.output, or start over with --fresh"
-        )
+    remedy = "put it back, choose another run.output, or start over with --fresh"
+    refuse_other_run(settings.run.output, found, remedy)

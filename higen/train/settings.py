@@ -56,6 +56,7 @@ __all__ = [
     "flat",
     "key_index",
     "read_settings",
+    "refuse_other_run",
 ]
 
 
@@ -269,3 +270,11 @@ def first_difference(stored: Mapping[str, Any], now: Mapping[str, Any], free: Co
         if stored.get(key) != now.get(key):
             return f"{key} was {stored.get(key)!r} and is now {now.get(key)!r}"
     return None
+
+
+def refuse_other_run(
+    folder: str | Path, found: str | None, remedy: str = "put it back, or remove the folder to start over"
+) -> None:
+    """Raise SettingsError if a folder's run differs from this one in `found`, and say what helps; None: it does not."""
+    if found is not None:
+        raise SettingsError(f"{folder} holds a run of another configuration: {found}; {remedy}")

@@ -64,8 +64,9 @@ void print_loop(const higen_loop_info& loop) {
 void print_preset(const higen_preset_info& preset, std::size_t loops) {
     std::string steps, guidance;
     for (std::size_t i = 0; i < loops; ++i) {
-        steps += std::string(i > 0 ? ", " : "") + (preset.steps[i] > 0 ? std::to_string(preset.steps[i]) : std::string("default"));
-        guidance += std::string(i > 0 ? ", " : "") + (preset.guidance[i] >= 0 ? numbers(&preset.guidance[i], 1) : "default");
+        const std::string comma = i > 0 ? ", " : "", standard = "default";
+        steps += comma + (preset.steps[i] > 0 ? std::to_string(preset.steps[i]) : standard);
+        guidance += comma + (preset.guidance[i] >= 0 ? numbers(&preset.guidance[i], 1) : standard);
     }
     std::printf("preset %s: %s steps, guidance %s%s\n", preset.name, steps.c_str(), guidance.c_str(),
                 preset.usual != 0 ? " (the usual one)" : "");

@@ -44,7 +44,7 @@ from higen.train.emoji.subjects import BACKGROUNDS, SPEEDS, SUBJECTS, caption, i
 from higen.train.emoji.tensor_files import aside
 from higen.train.loop import Cadence, Loop
 from higen.train.optimise import Optimiser
-from higen.train.settings import first_difference
+from higen.train.settings import first_difference, refuse_other_run
 from higen.typed_json import to_json
 
 __all__ = ["draw", "train"]
@@ -190,11 +190,7 @@ def _train(data: Path, state: Path, settings: CodecSettings, where: Where) -> No
         found = first_difference(made.get("settings", {}), kept["settings"], ("save_seconds",))
         if found is None and made.get("codec") != kept["codec"]:
             found = "the codec has other weights"
-        if found is not None:
-            raise SettingsError(
-                f"{state / CHECKPOINTS} holds a run of another configuration: {found}; "
-                "put it back, or remove the folder to start over"
-            )
+        refuse_other_run(state / CHECKPOINTS, found)
 
     loop = Loop(
         DecoderGradients(codec, drawn, settings, device),
@@ -214,9 +210,10 @@ def _train(data: Path, state: Path, settings: CodecSettings, where: Where) -> No
 
 def even(text: str) -> int:
     """Reads an option's value: an even number from 2."""
-    if not text.isdecimal() or int(text) < 2 or int(text) % 2:
-        raise argparse.ArgumentTypeError(f"{quoted(text)}: an even number from 2, because half are drawn latents")
-    return int(text)
+    value = whole_from(2)(text)
+    if value % 2:
+        raise argparse.ArgumentTypeError(f"{quoted(text)}: an even number, because half are drawn latents")
+    return value
 
 
 def main() -> None:

@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 from higen.bundle import Bundle
-from higen.errors import SettingsError
 from higen.families.higen.spec import ModelConfig, UNetConfig
 from higen.families.higen.unet import Denoiser
 from higen.locks import claimed
@@ -38,7 +37,7 @@ from higen.train.loop import Cadence, Loop
 from higen.train.networks import Objective, new_denoiser
 from higen.train.optimise import Optimiser
 from higen.train.processes import Alone
-from higen.train.settings import difference, first_difference, flat
+from higen.train.settings import difference, first_difference, flat, refuse_other_run
 from higen.typed_json import to_json
 
 __all__ = ["Networks", "make_loop", "networks_of", "train"]
@@ -95,11 +94,7 @@ def train(state: Path, clips: Clips, start: Bundle | None = None) -> None:
     def check(made: Mapping[str, Any]) -> None:
         found = difference(made.get("settings", {}), settings)
         found = found or first_difference(made.get("data", {}), described(clips))
-        if found is not None:
-            raise SettingsError(
-                f"{state} holds a run of another configuration: {found}; "
-                f"put it back, or remove {loop.checkpoints.folder} to start over"
-            )
+        refuse_other_run(state, found, f"put it back, or remove {loop.checkpoints.folder} to start over")
 
     with flushed_denormals():
         if not loop.resume(check) and start is not None:

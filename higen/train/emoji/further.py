@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from higen.bundle import Bundle
-from higen.errors import HigenError, SettingsError, one_line, quoted
+from higen.errors import HigenError, one_line, quoted
 from higen.train.batches import StepBatches
 from higen.train.checkpoints import Checkpoints
 from higen.train.denormals import flushed_denormals
@@ -26,7 +26,7 @@ from higen.train.gradients import DenoiserGradients
 from higen.train.loop import Cadence, Loop, Periodic
 from higen.train.optimise import Optimiser
 from higen.train.sections import ModelSettings
-from higen.train.settings import Settings, difference, flat
+from higen.train.settings import Settings, difference, flat, refuse_other_run
 
 __all__ = ["HOST", "Where", "add_where", "ending", "held_out", "positive", "precision_of", "settings_for"]
 __all__ += ["train_further", "weights_of", "where_of", "whole_from"]
@@ -150,11 +150,7 @@ def train_further(
         found = difference(made.get("settings", {}), settings)
         if found is None and made.get("model") != files:
             found = f"{model.path} has other weights"
-        if found is not None:
-            raise SettingsError(
-                f"{state / what} holds a run of another configuration: {found}; "
-                "put it back, or remove the folder to start over"
-            )
+        refuse_other_run(state / what, found)
 
     def measured() -> None:
         say(measure(optimiser))
